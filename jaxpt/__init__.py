@@ -1,0 +1,1 @@
+"""jaxpt: pretrain, grow and specialise Llama-family language models in JAX."""

@@ -1,0 +1,111 @@
+"""Where logic meets metal: the mesh, and the one table from logical axes to mesh axes.
+
+The model names its axes ("embed", "heads", "mlp", ...); nothing outside this file and the configs names a mesh axis.
+There is always a mesh: on one device it is 1 x 1 x 1 x 1, so that no code asks whether there is one.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxpt.config import Mesh as MeshSizes
+from jaxpt.spec import ModelSpec, UserError
+
+TABLE = {
+    # weights
+    "layers": None,  # the scan walks it; a cut along it would make every device wait for one
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head": None,
+    "mlp": "tensor",
+    "norm": None,  # norms and biases are small: gathering them would cost more than holding them
+    # activations
+    "batch": ("replica", "fsdp"),
+    "position": "context",
+    "act_embed": None,
+}
+
+
+def make_mesh(sizes: MeshSizes, devices=None) -> Mesh:
+    """The mesh of config.mesh over the devices (all of them by default); a size of -1 takes what the others leave.
+
+    Raises UserError when the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    n = len(devices)
+    names = ("replica", "fsdp", "tensor", "context")
+    asked = {name: getattr(sizes, name) for name in names}
+    free = [name for name, size in asked.items() if size == -1]
+    fixed = math.prod(size for size in asked.values() if size != -1)
+    if len(free) > 1 or any(size < 1 and size != -1 for size in asked.values()):
+        raise UserError(f"mesh: got {asked}, wanted sizes of at least 1 and at most one -1 (what the others leave).")
+    if free:
+        asked[free[0]] = max(n // fixed, 1)
+    if math.prod(asked.values()) != n:
+        raise UserError(f"mesh: {' x '.join(f'{k} {v}' for k, v in asked.items())} does not make {n} devices. Set one axis to -1, or sizes that multiply to {n}.")
+    shape = tuple(asked.values())
+    # Auto: XLA places what `constrain` does not pin. make_mesh's default of today (Explicit) refuses sharded contractions.
+    types = (AxisType.Auto,) * 4
+    if devices[0].platform == "tpu" or devices is jax.devices():
+        return jax.make_mesh(shape, names, axis_types=types, devices=devices)  # knows the torus
+    return Mesh(np.asarray(devices).reshape(shape), names, axis_types=types)
+
+
+def partition(axes: tuple[str | None, ...]) -> PartitionSpec:
+    """Logical axes of an array, one a dimension, as a PartitionSpec. An unknown name fails here, not in XLA."""
+    unknown = [axis for axis in axes if axis is not None and axis not in TABLE]
+    if unknown:
+        raise KeyError(f"sharding: no row for logical axis {unknown[0]!r}; there are {', '.join(TABLE)}")
+    return PartitionSpec(*(None if axis is None else TABLE[axis] for axis in axes))
+
+
+def sharding(mesh: Mesh, axes: tuple[str | None, ...]) -> NamedSharding:
+    return NamedSharding(mesh, partition(axes))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of every [B, T] array of a Batch."""
+    return sharding(mesh, ("batch", "position"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pin an activation to its logical axes on the mesh in force (`jax.set_mesh`); without one, x as it is."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition(axes))
+
+
+def n_shards(mesh: Mesh, axis: str) -> int:
+    """Into how many pieces the mesh cuts a logical axis."""
+    names = TABLE[axis]
+    return math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ()))
+
+
+def check(mesh: Mesh, spec: ModelSpec, batch_rows: int, accumulate: int, row_len: int) -> None:
+    """Refuse sizes that the mesh cannot cut evenly, with the numbers that would do."""
+    cuts = [
+        ("train.batch_rows / train.accumulate", batch_rows // accumulate, "batch"),
+        ("pack.row_len", row_len, "position"),
+        ("model.d_model", spec.d_model, "embed"),
+        ("model.n_kv_heads", spec.n_kv_heads, "kv_heads"),
+        ("model.n_heads", spec.n_heads, "heads"),
+        ("model.d_ff", spec.d_ff, "mlp"),
+        ("model.vocab_size", spec.vocab_size, "vocab"),
+    ]
+    for name, size, axis in cuts:
+        pieces = n_shards(mesh, axis)
+        if size % pieces:
+            raise UserError(
+                f"mesh: {name} = {size} cannot be cut into {pieces} pieces along {TABLE[axis]}. "
+                f"Use a multiple of {pieces} ({size // pieces * pieces or pieces} or {(size // pieces + 1) * pieces}), or another mesh."
+            )

@@ -1,0 +1,232 @@
+"""What every stage of the road shares: run once, publish whole, skip or refuse, show progress, fail in one sentence.
+
+A stage is a directory in and a directory out. `run` is its only way to write: into `OUT.partial`, which becomes `OUT`
+by one rename after manifest.json was written last. A stage that died therefore never looks finished, and finds its own
+partial work again when it is started again with the same inputs and config.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from jaxpt.spec import Manifest, UserError
+
+PACKAGES = ("jaxpt", "jax", "flax", "optax", "orbax-checkpoint", "grain", "daft", "sentencepiece", "tokenizers", "transformers", "pyarrow")
+
+
+def run(
+    name: str,
+    out: pathlib.Path,
+    work: Callable[[pathlib.Path], dict[str, Any]],
+    *,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, pathlib.Path],
+    seed: int | None = None,
+    tokenizer: str | None = None,
+    replace: bool = False,
+) -> Manifest:
+    """Do `work(partial_directory)` and publish the directory as `out`, or say that `out` holds this very work already.
+
+    work returns the counts for the manifest; a key "tokenizer" among them is taken out and becomes Manifest.tokenizer.
+    It may find its own unfinished files in the partial directory: only a start with equal config and inputs left them.
+    Raises UserError when `out` holds the result of another config or other inputs, unless replace.
+    """
+    inputs_found = {key: {"path": str(path), "fingerprint": fingerprint_path(path)} for key, path in inputs.items()}
+    asked = request_fingerprint(name, config, inputs_found, seed)
+    if (out / "manifest.json").exists():
+        manifest = Manifest.load(out)
+        if request_fingerprint(manifest.stage, manifest.config, manifest.inputs, manifest.seed) == asked:
+            say(f"{name}: {out} is finished already, nothing to do")
+            return manifest
+        if not replace:
+            raise UserError(f"{name}: {out} holds the result of {difference(manifest, config, inputs_found, seed)}. Give another --workdir, or --replace.")
+    elif out.exists() and any(out.iterdir()) and not replace:
+        raise UserError(f"{name}: {out} holds files that no stage wrote (no manifest.json). Move them away, give another --workdir, or --replace.")
+
+    partial = out.with_name(out.name + ".partial")
+    request = partial / ".request"
+    if partial.exists() and not (request.exists() and request.read_text() == asked):
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    request.write_text(asked)
+
+    start = time.monotonic()
+    counts = work(partial)
+    tokenizer = counts.pop("tokenizer", tokenizer)
+    request.unlink()
+    outputs = {str(file.relative_to(partial)): sha256(file) for file in sorted(partial.rglob("*")) if file.is_file()}
+    manifest = make_manifest(
+        name, config, inputs_found, outputs=outputs, counts=counts, tokenizer=tokenizer, seed=seed, seconds=time.monotonic() - start
+    )
+    write_manifest(manifest, partial)
+    if out.exists():
+        shutil.rmtree(out)
+    partial.rename(out)
+    return manifest
+
+
+def make_manifest(name, config, inputs, *, outputs, counts, tokenizer, seed, seconds) -> Manifest:
+    asked = request_fingerprint(name, config, inputs, seed)
+    return Manifest(
+        stage=name,
+        fingerprint=fingerprint([asked, outputs]),
+        config=plain(config),
+        inputs=inputs,
+        outputs=outputs,
+        counts=plain(counts),
+        tokenizer=tokenizer,
+        seed=seed,
+        versions=versions(),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        seconds=round(seconds, 3),
+    )
+
+
+def write_manifest(manifest: Manifest, directory: pathlib.Path) -> None:
+    """Write manifest.json so that it is either whole or not there."""
+    write_whole(directory / "manifest.json", json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Write a small file so that a reader finds the old one or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+# ---- fingerprints: what a thing is, whatever its place and time
+
+
+def fingerprint(value: Any) -> str:
+    """16 hex digits over a JSON-able value; equal values have equal fingerprints on any machine."""
+    return hashlib.sha256(json.dumps(plain(value), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def fingerprint_path(path: pathlib.Path) -> str:
+    """Of a finished stage: its manifest's. Of a file: its bytes'. Of another directory: its files' names and bytes."""
+    path = pathlib.Path(path)
+    if (path / "manifest.json").exists():
+        return Manifest.load(path).fingerprint
+    if path.is_file():
+        return sha256(path)[:16]
+    if not path.exists():
+        raise UserError(f"{path}: not there. Check the path, or run the stage that makes it.")
+    return fingerprint({str(file.relative_to(path)): sha256(file) for file in sorted(path.rglob("*")) if file.is_file()})
+
+
+def request_fingerprint(name: str, config: Mapping, inputs: Mapping[str, Mapping], seed: int | None) -> str:
+    """Of what a stage was asked to do: the place of its inputs does not count, their content does."""
+    return fingerprint([name, config, {key: found["fingerprint"] for key, found in inputs.items()}, seed])
+
+
+def difference(manifest: Manifest, config: Mapping, inputs: Mapping[str, Mapping], seed: int | None) -> str:
+    """The first way in which a finished stage was another one, in words."""
+    config = plain(config)
+    for key in sorted(set(config) | set(manifest.config)):
+        if config.get(key) != manifest.config.get(key):
+            return f"another config ({key}: {manifest.config.get(key)!r} there, {config.get(key)!r} asked)"
+    for key in sorted(set(inputs) | set(manifest.inputs)):
+        there, asked = manifest.inputs.get(key), inputs.get(key)
+        if there is None or asked is None or there["fingerprint"] != asked["fingerprint"]:
+            return f"another input ({key}: {(there or {}).get('path')} there, {(asked or {}).get('path')} asked, their contents differ)"
+    return f"another stage or seed ({manifest.stage}, seed {manifest.seed} there; seed {seed} asked)"
+
+
+def sha256(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """A config section, a dataclass, a tuple or a numpy number as what JSON gives back, so that both compare equal."""
+    if dataclasses.is_dataclass(value):
+        value = dataclasses.asdict(value)
+    return json.loads(json.dumps(value, default=lambda other: other.item() if hasattr(other, "item") else str(other)))
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+# ---- what a person sees
+
+
+def say(line: str) -> None:
+    """One line on the terminal, at once."""
+    print(line, flush=True)
+
+
+@contextlib.contextmanager
+def progress(label: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, a line every five seconds elsewhere. Yields `advance(n)`."""
+    from tqdm import tqdm
+
+    on_terminal = sys.stderr.isatty()
+    bar = tqdm(
+        total=total, desc=label, unit=" " + unit, unit_scale=True, leave=False, dynamic_ncols=on_terminal, ncols=None if on_terminal else 80,
+        mininterval=0.2 if on_terminal else 5, delay=0 if on_terminal else 5, file=sys.stderr if on_terminal else _Lines(),
+    )  # fmt: skip
+    try:
+        yield bar.update
+    finally:
+        bar.close()
+
+
+def track(items: Iterable, label: str, total: int | None, unit: str) -> Iterator:
+    """The items, with progress shown one step each."""
+    with progress(label, total, unit) as advance:
+        for item in items:
+            yield item
+            advance(1)
+
+
+class _Lines:
+    """Turns a bar's carriage returns into lines, for logs and pipes."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def door(main: Callable[[], None]) -> None:
+    """Run a script's main; a UserError becomes one sentence on stderr and exit status 1."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except BrokenPipeError:  # the reader of our output (head, less) has gone; that is no failure of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        say("interrupted; what was finished is kept, run the same command again to go on")
+        sys.exit(130)
+
+
+def local_path(text: str | pathlib.Path) -> pathlib.Path:
+    """A directory or file on this machine's disks or mounts. Raises UserError for an object-store address."""
+    if "://" in str(text):
+        raise UserError(f"{text}: stages write to disks and mounted buckets only. Mount it (gcsfuse, s3fs) and give the mount point.")
+    return pathlib.Path(text).expanduser()
