@@ -1,0 +1,235 @@
+"""The Llama family's forward pass. Every weight is one row: name, shape, axes, std.
+
+Sharding, initialisation, parameter count and conversion are all derived from these rows. A block's weights carry a
+leading layer axis, always: `lax.scan` hands the body one layer, and growth is a `take` along that axis.
+The axis letters are those of jaxpt/spec.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxpt.model.attention import attend
+from jaxpt.sharding import constrain, sharding
+from jaxpt.spec import ModelSpec, RopeScaling
+
+nnx.use_eager_sharding(False)  # rows name logical axes; sharding.py turns them into a mesh's
+
+
+class Llama(nnx.Module):
+    """tokens -> hidden states after the final norm; `head()` turns those into logits."""
+
+    def __init__(self, spec: ModelSpec, rngs: nnx.Rngs):
+        V, D = spec.vocab_size, spec.d_model
+        self.spec = spec
+        self.embed = weight(rngs, (V, D), ("vocab", "embed"), std=0.02)
+        self.blocks = Block(spec, rngs)
+        self.norm = weight(rngs, (D,), ("norm",), ones=True)
+        if not spec.tied:
+            self.unembed = weight(rngs, (D, V), ("embed", "vocab"), std=D**-0.5)
+
+    def __call__(self, tokens, segments, positions, dtype=jnp.float32, remat: str = "none"):
+        """tokens, segments, positions: int32 [B, T], as in spec.Batch. Returns hidden states [B, T, D] in dtype."""
+        # gathered along its width first: a lookup in a table cut both ways makes XLA replicate the result
+        table = constrain(self.embed[...].astype(dtype), "vocab", None)
+        x = constrain(table[tokens], "batch", "position", "act_embed")
+        rope = rotation(self.spec, positions)
+        blocks, stacked = nnx.split(self.blocks)
+
+        def layer(x, one):
+            block = nnx.merge(blocks, one)
+            x = block(x, rope, lambda q, k, v: attend(q, k, v, segments, self.spec.sliding_window))
+            return constrain(x, "batch", "position", "act_embed"), None
+
+        if remat == "full":
+            layer = jax.checkpoint(layer)
+        x, _ = jax.lax.scan(layer, x, stacked)
+        return rms_norm(x, self.norm[...], self.spec.norm_eps)
+
+    def head(self, dtype=jnp.float32):
+        """The output head [D, V]."""
+        return (self.embed[...].T if self.spec.tied else self.unembed[...]).astype(dtype)
+
+
+class Block(nnx.Module):
+    """Attention and gated feed-forward, each behind a norm and beside the residual. The rows are stacked over L layers;
+    __call__ runs one of them, after scan took the layer axis off."""
+
+    def __init__(self, spec: ModelSpec, rngs: nnx.Rngs):
+        L, D, F, N, K, H = spec.n_layers, spec.d_model, spec.d_ff, spec.n_heads, spec.n_kv_heads, spec.d_head
+        self.eps = spec.norm_eps
+        self.attn_norm = weight(rngs, (L, D), ("layers", "norm"), ones=True)
+        self.q = weight(rngs, (L, D, N, H), ("layers", "embed", "heads", "head"), std=D**-0.5)
+        self.k = weight(rngs, (L, D, K, H), ("layers", "embed", "kv_heads", "head"), std=D**-0.5)
+        self.v = weight(rngs, (L, D, K, H), ("layers", "embed", "kv_heads", "head"), std=D**-0.5)
+        # the two that write into the residual: their sum over 2L writes keeps the residual's size (GPT-2's rule)
+        self.o = weight(rngs, (L, N, H, D), ("layers", "heads", "head", "embed"), std=(N * H * 2 * L) ** -0.5)
+        self.mlp_norm = weight(rngs, (L, D), ("layers", "norm"), ones=True)
+        self.gate = weight(rngs, (L, D, F), ("layers", "embed", "mlp"), std=D**-0.5)
+        self.up = weight(rngs, (L, D, F), ("layers", "embed", "mlp"), std=D**-0.5)
+        self.down = weight(rngs, (L, F, D), ("layers", "mlp", "embed"), std=(F * 2 * L) ** -0.5)
+        if spec.qkv_bias:
+            self.q_bias = weight(rngs, (L, N, H), ("layers", "heads", "head"), std=0.0)
+            self.k_bias = weight(rngs, (L, K, H), ("layers", "kv_heads", "head"), std=0.0)
+            self.v_bias = weight(rngs, (L, K, H), ("layers", "kv_heads", "head"), std=0.0)
+        if spec.out_bias:
+            self.o_bias = weight(rngs, (L, D), ("layers", "norm"), std=0.0)
+        if spec.mlp_bias:
+            self.gate_bias = weight(rngs, (L, F), ("layers", "mlp"), std=0.0)
+            self.up_bias = weight(rngs, (L, F), ("layers", "mlp"), std=0.0)
+            self.down_bias = weight(rngs, (L, D), ("layers", "norm"), std=0.0)
+        if spec.qk_norm:
+            self.q_norm = weight(rngs, (L, H), ("layers", "head"), ones=True)
+            self.k_norm = weight(rngs, (L, H), ("layers", "head"), ones=True)
+
+    def __call__(self, x, rope, attend):
+        """x [B, T, D]; rope: (cos, sin) of `rotation`; attend(q, k, v) -> [B, T, N, H]. Returns [B, T, D]."""
+        x = x + self.attention(rms_norm(x, self.attn_norm[...], self.eps), rope, attend)
+        return x + self.feed_forward(rms_norm(x, self.mlp_norm[...], self.eps))
+
+    def attention(self, x, rope, attend):
+        q = project("btd,dnh->btnh", x, self.q, getattr(self, "q_bias", None))
+        k = project("btd,dkh->btkh", x, self.k, getattr(self, "k_bias", None))
+        v = project("btd,dkh->btkh", x, self.v, getattr(self, "v_bias", None))
+        if hasattr(self, "q_norm"):
+            q, k = rms_norm(q, self.q_norm[...], self.eps), rms_norm(k, self.k_norm[...], self.eps)
+        mixed = attend(rotate(q, rope), rotate(k, rope), v)
+        return project("btnh,nhd->btd", mixed, self.o, getattr(self, "o_bias", None))
+
+    def feed_forward(self, x):
+        gate = project("btd,df->btf", x, self.gate, getattr(self, "gate_bias", None))
+        up = project("btd,df->btf", x, self.up, getattr(self, "up_bias", None))
+        return project("btf,fd->btd", jax.nn.silu(gate) * up, self.down, getattr(self, "down_bias", None))
+
+
+def weight(rngs: nnx.Rngs, shape, axes, *, std: float = 0.0, ones: bool = False) -> nnx.Param:
+    """One row. Normal with the stated std, or ones. The std is stated because initialisers that read it off the shape
+    count the layer axis too (lecun_normal on (16, 256, 256) gives 0.0156 instead of 0.0626)."""
+    value = jnp.ones(shape) if ones else jax.random.normal(rngs.params(), shape) * std
+    return nnx.Param(value, out_sharding=axes, std=std, ones=ones)
+
+
+def project(letters: str, x, matrix, bias=None):
+    y = jnp.einsum(letters, x, matrix[...].astype(x.dtype))
+    return y if bias is None else y + bias[...].astype(x.dtype)
+
+
+def rms_norm(x, scale, eps: float):
+    """Root-mean-square norm over the last axis, computed in float32."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+# ---- rotary positions, in Hugging Face's split-half layout: channel i turns with channel i + H/2
+
+
+def rotation(spec: ModelSpec, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin), each float32 [B, T, 1, H/2], of the angle of each pair of channels at each position."""
+    # float32: at long rows bf16 positions above 256 collide (8 significand bits), so angles would repeat
+    angles = positions.astype(jnp.float32)[..., None] * frequencies(spec)
+    return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+
+
+def frequencies(spec: ModelSpec) -> jax.Array:
+    """Radians a position for each pair of channels, float32 [H/2]."""
+    plain = 1.0 / spec.rope_theta ** (jnp.arange(0, spec.d_head, 2, dtype=jnp.float32) / spec.d_head)
+    scaling = spec.rope_scaling
+    if scaling is None:
+        return plain
+    if scaling.kind == "linear":
+        return plain / scaling.factor
+    return llama3_frequencies(plain, scaling)
+
+
+def llama3_frequencies(plain: jax.Array, scaling: RopeScaling) -> jax.Array:
+    """Source: transformers' _compute_llama3_parameters. Fast pairs stay, slow pairs are divided by factor, smoothly between."""
+    turns = scaling.original_max_positions * plain / (2 * math.pi)  # full turns within the original context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    share = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (1 - share) * plain / scaling.factor + share * plain
+
+
+def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """x [B, T, heads, H] turned by its positions' angles; in float32, returned in x's dtype."""
+    cos, sin = rope
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+# ---- what the rows say: shapes, axes, counts; and parameters as a plain nested dict
+
+
+class Row(NamedTuple):
+    """One weight: shape, logical axes (one a dimension), std of its first values (0 and ones: a norm)."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    std: float
+    ones: bool
+
+
+@functools.lru_cache(maxsize=64)
+def abstract(spec: ModelSpec) -> tuple[Any, Any]:
+    """(graph definition, state of shapes) of a model of this spec; nothing is computed."""
+    return nnx.split(nnx.eval_shape(lambda: Llama(spec, nnx.Rngs(0))))
+
+
+def rows(spec: ModelSpec) -> dict[str, Any]:
+    """Every weight's Row, in the nested shape of the parameters: {"embed": Row, "blocks": {"q": Row, ...}, ...}."""
+    _, state = abstract(spec)
+    as_row = lambda v: Row(tuple(v.shape), tuple(v.get_metadata("out_sharding")), v.get_metadata("std"), v.get_metadata("ones"))  # noqa: E731
+    return unflatten({path: as_row(variable) for path, variable in nnx.to_flat_state(state)})
+
+
+def count(spec: ModelSpec) -> int:
+    """Number of parameters."""
+    return sum(math.prod(row.shape) for row in jax.tree.leaves(rows(spec), is_leaf=is_row))
+
+
+def is_row(x) -> bool:
+    return isinstance(x, Row)
+
+
+def shardings(spec: ModelSpec, mesh) -> dict[str, Any]:
+    """A NamedSharding for every weight, in the nested shape of the parameters."""
+    return jax.tree.map(lambda row: sharding(mesh, row.axes), rows(spec), is_leaf=is_row)
+
+
+def abstract_params(spec: ModelSpec, mesh, dtype=jnp.float32) -> dict[str, Any]:
+    """Parameters as ShapeDtypeStructs that carry their shardings."""
+    return jax.tree.map(lambda row: jax.ShapeDtypeStruct(row.shape, dtype, sharding=sharding(mesh, row.axes)), rows(spec), is_leaf=is_row)
+
+
+def init(spec: ModelSpec, seed: int, mesh, dtype=jnp.float32) -> dict[str, Any]:
+    """Random parameters, each device making only its own pieces; the values are the same on every mesh."""
+
+    def make():
+        _, state = nnx.split(Llama(spec, nnx.Rngs(seed)))
+        return jax.tree.map(lambda x: x.astype(dtype), nnx.to_pure_dict(state))
+
+    return jax.jit(make, out_shardings=shardings(spec, mesh))()
+
+
+def bind(spec: ModelSpec, params: dict[str, Any]) -> Llama:
+    """The module over these parameters (a nested dict of arrays or tracers)."""
+    graph, state = abstract(spec)
+    state = jax.tree.map(lambda x: x, state)  # a copy: the cached one stays abstract
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)
+
+
+def unflatten(flat: dict[tuple, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for path, value in flat.items():
+        inner = nested
+        for part in path[:-1]:
+            inner = inner.setdefault(part, {})
+        inner[path[-1]] = value
+    return nested

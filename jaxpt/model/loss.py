@@ -1,0 +1,56 @@
+"""Cross-entropy without ever holding the logits of a whole batch. Returns sums: the one division is the caller's, at the end."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxpt.sharding import constrain
+
+# Tokens whose logits exist at one time. 256 x 32,000 float32 logits are 33 MB, which a core's caches still help with;
+# a whole row of 4,096 would be 0.5 GB and its gradient as much again.
+TOKENS_AT_A_TIME = 256
+
+
+def cross_entropy(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, z_loss: float = 0.0) -> tuple[jax.Array, jax.Array]:
+    """Summed loss and its summed nats.
+
+    hidden   [B, T, D]   after the final norm
+    head     [D, V]
+    targets  [B, T]      int32
+    weights  [B, T]      float32
+    z_loss   weight of log(Z)^2, added to the first sum only (PaLM, 2204.02311, section 5)
+
+    Returns (sum of weight x (nats + z_loss log(Z)^2), sum of weight x nats), float32 scalars.
+    """
+    B, T, _ = hidden.shape
+    n_chunks = 1
+    while T % (2 * n_chunks) == 0 and B * T // n_chunks > TOKENS_AT_A_TIME:
+        n_chunks *= 2  # cut along T, so that each device keeps its own rows
+
+    def chunked(x):
+        return jnp.moveaxis(x.reshape(B, n_chunks, T // n_chunks, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def add(sums, chunk):
+        hidden, targets, weights = chunk
+        logits = jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
+        logits = constrain(logits, "batch", None, "vocab")
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        nats = (log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]) * weights
+        return (sums[0] + jnp.sum(nats + z_loss * log_z**2 * weights), sums[1] + jnp.sum(nats)), None
+
+    sums, _ = jax.lax.scan(add, (jnp.float32(0), jnp.float32(0)), (chunked(hidden), chunked(targets), chunked(weights)))
+    return sums
+
+
+def log_likelihoods(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Per-token log-likelihood in nats and whether the target was the likeliest token; both [B, T]. One row's logits at a time."""
+
+    def row(one):
+        hidden, targets = one
+        logits = jnp.einsum("td,dv->tv", hidden, head, preferred_element_type=jnp.float32)
+        picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        return picked - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets
+
+    return jax.lax.map(row, (hidden, targets))
