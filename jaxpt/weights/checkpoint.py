@@ -1,0 +1,164 @@
+"""Checkpoints: Orbax pytrees in RUN/checkpoints/STEP, whole or not there, each file with its size and checksum.
+
+    STEP/params/        the weights: all that a start from this model reads
+    STEP/rest/          moments, guard and step: what only this run's own continuation reads
+    STEP/spec.json      the model's shape
+    STEP/manifest.json  counts (step, rows consumed, learning rate), sha256 of every file; written last
+
+Orbax restores a file with one flipped byte in silence and with wrong numbers, hence the checksums.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+
+from jaxpt import stage
+from jaxpt.spec import Manifest, ModelSpec, UserError
+
+
+def save(run: pathlib.Path, step: int, params: Any, rest: Any, spec: ModelSpec, *, counts: dict, tokenizer: str | None, keep: int) -> pathlib.Path:
+    """Write RUN/checkpoints/STEP; older ones beyond the newest `keep` go after the new one is whole.
+
+    params and rest are pytrees of jax.Arrays on any mesh; every process calls this. counts travel in the manifest.
+    """
+    import orbax.checkpoint as ocp
+
+    final = (run / "checkpoints" / str(step)).absolute()
+    partial = final.with_name(f".{step}.partial")
+    first = jax.process_index() == 0
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    together("checkpoint directory")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(partial / "params", params)
+        checkpointer.save(partial / "rest", rest)
+        checkpointer.wait_until_finished()
+    if first:
+        spec.save(partial / "spec.json")
+        files = {str(file.relative_to(partial)): stage.sha256(file) for file in sorted(partial.rglob("*")) if file.is_file()}
+        manifest = stage.make_manifest(
+            "checkpoint", {}, {}, outputs=files, counts={"step": step, **counts}, tokenizer=tokenizer, seed=None, seconds=0.0
+        )  # fmt: skip
+        stage.write_manifest(manifest, partial)
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one of this step, or none
+        partial.rename(final)
+        for old in steps(run)[:-keep]:
+            shutil.rmtree(run / "checkpoints" / str(old))
+    together("checkpoint published")
+    return final
+
+
+def together(name: str) -> None:
+    """Wait until every process of the run is here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def steps(run: pathlib.Path) -> list[int]:
+    """Steps that have a finished checkpoint, rising. A numeric directory that no run published is none."""
+    found = (run / "checkpoints").glob("*/manifest.json")
+    return sorted(int(path.parent.name) for path in found if path.parent.name.isdigit())
+
+
+def newest(run: pathlib.Path) -> pathlib.Path | None:
+    """The newest checkpoint of a run that is whole; what is broken is said, with the file. None where there is none.
+
+    Raises UserError when there are checkpoints and every one is broken.
+    """
+    found = steps(run)
+    for step in reversed(found):
+        directory = run / "checkpoints" / str(step)
+        wrong = damage(directory)
+        if wrong is None:
+            return directory
+        stage.say(f"checkpoint {directory}: {wrong}; taking the one before")
+    if found:
+        raise UserError(f"{run}/checkpoints: none of the {len(found)} checkpoints is whole. Restore one from a copy, or delete them to start again.")
+    return None
+
+
+def damage(directory: pathlib.Path) -> str | None:
+    """What is wrong with a checkpoint's files, in words; None when every one is as it was written."""
+    try:
+        manifest = Manifest.load(directory)
+    except UserError as error:
+        return str(error)
+    for name, checksum in manifest.outputs.items():
+        path = directory / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if stage.sha256(path) != checksum:
+            return f"{name} is not as it was written (its checksum differs)"
+    return None
+
+
+def find(source: pathlib.Path) -> pathlib.Path | None:
+    """A checkpoint step directory for a path that is one, or that is a run directory (then its newest whole one)."""
+    if (source / "params").is_dir() and (source / "spec.json").is_file():
+        wrong = damage(source)
+        if wrong:
+            raise UserError(f"{source}: {wrong}. Take another checkpoint of the run.")
+        return source
+    return newest(source) if (source / "checkpoints").is_dir() else None
+
+
+def restore(directory: pathlib.Path, name: str, abstract: Any) -> Any:
+    """The pytree `name` ("params" or "rest") of a checkpoint, on the shardings and in the dtypes of `abstract`.
+
+    Raises UserError when the stored tree has other leaves or shapes.
+    """
+    import orbax.checkpoint as ocp
+
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(directory.absolute() / name, abstract)
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        raise UserError(f"{directory}/{name}: does not fit the model and optimizer asked for ({first_line(error)}). Was the config changed?") from error
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def inspect(directory: pathlib.Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """"params/blocks/q" -> (shape, dtype) for every array of a checkpoint, without reading them."""
+    import orbax.checkpoint as ocp
+
+    found = {}
+    with ocp.StandardCheckpointer() as checkpointer:
+        for name in ("params", "rest"):
+            tree = checkpointer.metadata(directory.absolute() / name).item_metadata.tree
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                found[name + "/" + "/".join(str(key(part)) for part in path)] = (tuple(leaf.shape), str(leaf.dtype))
+    return found
+
+
+def arrays(directory: pathlib.Path) -> dict[str, Any]:
+    """"params/blocks/q" -> numpy array for every array of a checkpoint: for comparing two bit by bit."""
+    import orbax.checkpoint as ocp
+
+    found = {}
+    with ocp.StandardCheckpointer() as checkpointer:
+        for name in ("params", "rest"):
+            item = checkpointer.metadata(directory.absolute() / name).item_metadata.tree
+            device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype, sharding=device), item)  # noqa: B023
+            tree = checkpointer.restore(directory.absolute() / name, target)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                found[name + "/" + "/".join(str(key(part)) for part in path)] = jax.device_get(leaf)
+    return found
+
+
+def key(part) -> Any:
+    """The bare key of one step of a pytree path."""
+    for attribute in ("key", "idx", "name"):
+        if hasattr(part, attribute):
+            return getattr(part, attribute)
+    return part

@@ -1,0 +1,96 @@
+"""Where first weights come from: numbered births, the first that applies wins; then growth.
+
+    1. this run's own newest checkpoint, with its optimizer   (train/loop.py: a resumed run never comes here)
+    2. a checkpoint of another run, weights only
+    3. a Hugging Face directory
+    4. random
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any, NamedTuple
+
+from jaxpt.config import Config
+from jaxpt.model import llama
+from jaxpt.spec import Manifest, ModelSpec, UserError
+from jaxpt.stage import local_path, say
+from jaxpt.weights import checkpoint, growth, huggingface, vocabulary
+
+
+class Loaded(NamedTuple):
+    """A model in memory, and where it came from."""
+
+    spec: ModelSpec
+    params: dict[str, Any]
+    tokenizer_dir: pathlib.Path | None
+    source: pathlib.Path | None  # None: random
+    step: int | None  # of the run that trained it, where known
+    tokenizer: str | None  # fingerprint, where known
+
+
+class Birth(NamedTuple):
+    """A newborn model, its parent when it was grown, and the operators between them."""
+
+    model: Loaded
+    parent: Loaded | None  # the weights before growth; None when nothing grew
+    growths: tuple[growth.Growth, ...]
+
+
+def load(source: pathlib.Path, mesh, dtype: str = "float32") -> Loaded:
+    """The weights of a run directory (its newest whole checkpoint), a checkpoint step directory or a Hugging Face directory."""
+    source = local_path(source)
+    if not source.is_dir():
+        raise UserError(f"{source}: no such directory. Wanted a run, a checkpoint or a Hugging Face model directory.")
+    step_dir = checkpoint.find(source)
+    if step_dir is None:
+        if not (source / "config.json").is_file() or (source / "checkpoints").is_dir():
+            raise UserError(f"{source}: holds no finished checkpoint and no Hugging Face model. Train it first, or check the path.")
+        spec, params = huggingface.load(source, mesh, dtype)
+        has_tokenizer = (source / "tokenizer.json").is_file()
+        return Loaded(spec, params, source if has_tokenizer else None, source, None, None)
+    spec = ModelSpec.load(step_dir / "spec.json")
+    params = checkpoint.restore(step_dir, "params", llama.abstract_params(spec, mesh, huggingface.jnp_dtype(dtype)))
+    manifest = Manifest.load(step_dir)
+    tokenizer_dir = step_dir.parent.parent / "tokenizer"
+    return Loaded(spec, params, tokenizer_dir if tokenizer_dir.is_dir() else None, source, manifest.counts["step"], manifest.tokenizer)
+
+
+def birth(settings: Config, mesh, n_pieces: int | None) -> Birth:
+    """Births 2 to 4 by config.initialize, then config.initialize.grow, each said on the terminal.
+
+    n_pieces  the tokenizer's, for a random model whose config.model.vocab_size is 0
+    """
+    asked = settings.initialize
+    if asked.source == "random":
+        spec = random_spec(settings, n_pieces)
+        model = Loaded(spec, llama.init(spec, asked.seed, mesh, huggingface.jnp_dtype(asked.dtype)), None, None, None, None)
+        say(f"born at random (seed {asked.seed}): {describe(spec)}")
+    else:
+        model = load(local_path(asked.source), mesh, asked.dtype)
+        trained = "" if model.step is None else f", trained for {model.step:,} steps"
+        say(f"born from {asked.source}{trained}: {describe(model.spec)}")
+    parent, growths = model, []
+    for text in asked.grow:
+        spec, params, done = growth.grow(model.spec, model.params, text, mesh)
+        say(f"grown by {text}: {model.spec.n_layers} -> {spec.n_layers} layers, {llama.count(spec):,} parameters; from layers {' '.join(map(str, done.layer_map))}")
+        model = model._replace(spec=spec, params=params)
+        growths.append(done)
+    return Birth(model, parent if growths else None, tuple(growths))
+
+
+def random_spec(settings: Config, n_pieces: int | None) -> ModelSpec:
+    """config.model as a ModelSpec."""
+    shape = settings.model
+    vocab_size = shape.vocab_size or (vocabulary.round_up(n_pieces) if n_pieces else 0)
+    if not vocab_size:
+        raise UserError("model.vocab_size: is 0 (take the tokenizer's), but there is no tokenizer. Run pack.py first, or set it.")
+    fields = {name: getattr(shape, name) for name in ("n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "d_head", "max_positions", "norm_eps", "rope_theta", "tied")}
+    return ModelSpec(vocab_size=vocab_size, **fields)
+
+
+def describe(spec: ModelSpec) -> str:
+    return (
+        f"{llama.count(spec):,} parameters, {spec.n_layers} layers, width {spec.d_model}, feed-forward {spec.d_ff}, "
+        f"{spec.n_heads} heads over {spec.n_kv_heads}, vocabulary {spec.vocab_size:,}{', tied' if spec.tied else ''}"
+    )
