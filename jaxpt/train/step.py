@@ -1,0 +1,98 @@
+"""One compiled step: forward, backward, accumulation, guards, update. The same code trains, and is planned for chips that are not here."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxpt.config import Config
+from jaxpt.model import llama, loss
+from jaxpt.sharding import batch_sharding, constrain, replicated
+from jaxpt.spec import Batch, ModelSpec
+from jaxpt.train import optimizer
+from jaxpt.train.state import TrainState, abstract_state, shardings
+
+SPIKE_WARMUP = 50  # updates before the running mean of gradient norms is trusted: early norms fall by themselves
+
+
+def build(spec: ModelSpec, settings: Config, mesh):
+    """The jitted step(state, batch) -> (state, metrics). State is donated, and leaves with the shardings it came with.
+
+    metrics: float32 scalars nats_sum, weights_sum, loss (nats per trained token), grad_norm, lr, n_skipped, n_in_a_row.
+    """
+    train, optim = settings.train, settings.optim
+    dtype = jnp.dtype(train.compute_dtype)
+    tx, lr_at = optimizer.build(optim), optimizer.learning_rate(optim, train.steps)
+
+    def loss_sums(params, batch: Batch):
+        model = llama.bind(spec, params)
+        hidden = model(batch.tokens, batch.segments, batch.positions, dtype, train.remat)
+        return loss.cross_entropy(hidden, model.head(dtype), batch.targets, batch.weights, train.z_loss)
+
+    def gradient_sums(params, batch: Batch):
+        """Gradients of the summed loss, and the summed nats."""
+        differentiate = jax.value_and_grad(loss_sums, has_aux=True)
+        if train.accumulate == 1:
+            (_, nats_sum), grads = differentiate(params, batch)
+            return grads, nats_sum
+
+        def add(sums, micro):
+            (_, nats_sum), grads = differentiate(params, micro)
+            return jax.tree.map(jnp.add, sums, (grads, nats_sum)), None
+
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), params), jnp.float32(0)
+        return jax.lax.scan(add, zeros, micro_batches(batch, train.accumulate))[0]
+
+    def step(state: TrainState, batch: Batch):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            grads, nats_sum = gradient_sums(state.params, batch)
+        weights_sum = jnp.sum(batch.weights)
+        grads = jax.tree.map(lambda g: g / jnp.maximum(weights_sum, 1), grads)
+        grad_norm = optax.global_norm(grads)
+
+        directions, opt = tx.update(grads, state.opt, state.params)
+        lr = lr_at(state.step)
+        params = jax.tree.map(lambda p, d: (p - lr * d).astype(p.dtype), state.params, directions)
+
+        good = jnp.isfinite(nats_sum) & jnp.isfinite(grad_norm)
+        if train.spike_factor:
+            trusted = state.step - state.guard["n_skipped"] >= SPIKE_WARMUP
+            good &= ~trusted | (grad_norm <= train.spike_factor * state.guard["norm_mean"])
+        params, opt = jax.tree.map(lambda new, old: jnp.where(good, new, old), (params, opt), (state.params, state.opt))
+        guard = {
+            "norm_mean": jnp.where(good, running_mean(state.guard["norm_mean"], grad_norm), state.guard["norm_mean"]),
+            "n_skipped": state.guard["n_skipped"] + ~good,
+            "n_in_a_row": jnp.where(good, 0, state.guard["n_in_a_row"] + 1),
+        }
+        metrics = {
+            "nats_sum": nats_sum, "weights_sum": weights_sum, "loss": nats_sum / jnp.maximum(weights_sum, 1),
+            "grad_norm": grad_norm, "lr": lr, "n_skipped": guard["n_skipped"], "n_in_a_row": guard["n_in_a_row"],
+        }  # fmt: skip
+        return TrainState(state.step + 1, params, opt, guard), metrics
+
+    goal = shardings(abstract_state(spec, settings, mesh))
+    rows = jax.tree.map(lambda _: batch_sharding(mesh), Batch(*Batch._fields))
+    return jax.jit(step, in_shardings=(goal, rows), out_shardings=(goal, replicated(mesh)), donate_argnums=0)
+
+
+def micro_batches(batch: Batch, k: int) -> Batch:
+    """[B, T] -> [k, B/k, T], micro-batch j holding rows j, j + k, ...: each device keeps the rows it has."""
+
+    def cut(x):
+        B, T = x.shape
+        return constrain(jnp.moveaxis(x.reshape(B // k, k, T), 1, 0), None, "batch", "position")
+
+    return jax.tree.map(cut, batch)
+
+
+def running_mean(mean, value):
+    """Over about 100 updates; starts at the first value."""
+    return jnp.where(mean == 0, value, 0.99 * mean + 0.01 * value)
+
+
+def abstract_batch(settings: Config, mesh) -> Batch:
+    """A batch as ShapeDtypeStructs with shardings, for compiling without data."""
+    shape = (settings.train.batch_rows, settings.pack.row_len)
+    int32, float32 = (jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh)) for dtype in (jnp.int32, jnp.float32))
+    return Batch(tokens=int32, targets=int32, segments=int32, positions=int32, weights=float32)
