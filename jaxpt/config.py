@@ -188,11 +188,16 @@ def load(path: str, overrides: list[str] = ()) -> Config:
     except Exception as error:
         # ml_collections answers a misspelt assignment in a recipe with its own KeyError or AttributeError
         raise UserError(f"--config {path}: {type(error).__name__}: {str(error).strip(chr(34))}") from error
-    values = config.to_dict()
+    return typed(overridden(overrides, config.to_dict()))
+
+
+def overridden(overrides: list[str], values: dict[str, dict[str, Any]] | None = None) -> dict[str, dict[str, Any]]:
+    """Nested plain values (the defaults, if none are given) with "--config.train.steps=300" and the like applied."""
+    values = values or dataclasses.asdict(Config())
     for override in overrides:
         section, key, value = parse_override(override, values)
         values[section][key] = value
-    return typed(values)
+    return values
 
 
 def typed(values: dict[str, dict[str, Any]]) -> Config:

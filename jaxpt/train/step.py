@@ -49,7 +49,7 @@ def build(spec: ModelSpec, settings: Config, mesh):
             grads, nats_sum = gradient_sums(state.params, batch)
         weights_sum = jnp.sum(batch.weights)
         grads = jax.tree.map(lambda g: g / jnp.maximum(weights_sum, 1), grads)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
 
         directions, opt = tx.update(grads, state.opt, state.params)
         lr = lr_at(state.step)

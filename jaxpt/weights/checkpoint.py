@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxpt import stage
 from jaxpt.spec import Manifest, ModelSpec, UserError
@@ -127,33 +129,66 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-def inspect(directory: pathlib.Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """"params/blocks/q" -> (shape, dtype) for every array of a checkpoint, without reading them."""
+def describe(source: pathlib.Path) -> Iterator[str]:
+    """Lines for a person: what a checkpoint is, then every array with shape and type, without reading them."""
+    directory = found(source)
+    manifest = Manifest.load(directory)
+    yield f"{directory}: step {manifest.counts['step']:,}, {manifest.counts['rows']:,} rows read, written {manifest.created}, whole"
+    yield "spec " + ", ".join(f"{name} {value}" for name, value in ModelSpec.load(directory / "spec.json").to_dict().items())
+    for name, leaf in stored(directory).items():
+        yield f"{name:<32} {leaf.dtype!s:<10} {' x '.join(map(str, leaf.shape)) or 'scalar'}"
+
+
+def differences(a: pathlib.Path, b: pathlib.Path) -> list[str]:
+    """Lines for what differs between two checkpoints; none when every array is equal bit by bit."""
+    a, b = found(a), found(b)
+    left, right = stored(a), stored(b)
+    lines = [f"{name}: only in {a if name in left else b}" for name in sorted(left.keys() ^ right.keys())]
+    for name in sorted(left.keys() & right.keys()):
+        if (left[name].shape, left[name].dtype) != (right[name].shape, right[name].dtype):
+            lines.append(f"{name}: {left[name].dtype}{list(left[name].shape)} and {right[name].dtype}{list(right[name].shape)}")
+            continue
+        x, y = read(a, name), read(b, name)
+        if x.tobytes() != y.tobytes():
+            n = int(np.sum(x != y))
+            largest = np.max(np.abs(x.astype(np.float64) - y.astype(np.float64)))
+            lines.append(f"{name}: {n:,} of {x.size:,} numbers differ, by up to {largest:.3g}")
+    return lines
+
+
+def found(source: pathlib.Path) -> pathlib.Path:
+    directory = find(source) if source.is_dir() else None
+    if directory is None:
+        raise UserError(f"{source}: no finished checkpoint there. Wanted a run directory or one of its checkpoints/STEP.")
+    return directory
+
+
+def stored(directory: pathlib.Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """"params/blocks/q" -> shape and type, for every array."""
     import orbax.checkpoint as ocp
 
-    found = {}
+    leaves = {}
     with ocp.StandardCheckpointer() as checkpointer:
-        for name in ("params", "rest"):
-            tree = checkpointer.metadata(directory.absolute() / name).item_metadata.tree
+        for item in ("params", "rest"):
+            tree = checkpointer.metadata(directory.absolute() / item).item_metadata.tree
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-                found[name + "/" + "/".join(str(key(part)) for part in path)] = (tuple(leaf.shape), str(leaf.dtype))
-    return found
+                leaves["/".join([item, *(str(key(part)) for part in path)])] = jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
+    return leaves
 
 
-def arrays(directory: pathlib.Path) -> dict[str, Any]:
-    """"params/blocks/q" -> numpy array for every array of a checkpoint: for comparing two bit by bit."""
+def read(directory: pathlib.Path, name: str) -> np.ndarray:
+    """One array, by its name in `stored`."""
     import orbax.checkpoint as ocp
 
-    found = {}
-    with ocp.StandardCheckpointer() as checkpointer:
-        for name in ("params", "rest"):
-            item = checkpointer.metadata(directory.absolute() / name).item_metadata.tree
-            device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype, sharding=device), item)  # noqa: B023
-            tree = checkpointer.restore(directory.absolute() / name, target)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-                found[name + "/" + "/".join(str(key(part)) for part in path)] = jax.device_get(leaf)
-    return found
+    item = name.split("/")[0]
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(directory.absolute() / item).item_metadata.tree
+        chosen = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) if name == "/".join([item, *(str(key(part)) for part in path)]) else ocp.PLACEHOLDER,
+            tree,
+        )  # fmt: skip
+        restored = checkpointer.restore(directory.absolute() / item, args=ocp.args.PyTreeRestore(item=chosen))
+    return next(np.asarray(leaf) for leaf in jax.tree.leaves(restored) if leaf is not ocp.PLACEHOLDER)
 
 
 def key(part) -> Any:

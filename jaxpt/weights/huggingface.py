@@ -108,12 +108,18 @@ def export(spec: ModelSpec, params: dict[str, Any], directory: pathlib.Path, *, 
         write_json(directory / "config.json", config_of(spec, stored_as.name))
         write_json(directory / "generation_config.json", {"bos_token_id": spec.bos_id, "eos_token_id": spec.eos_id, "_from_model_config": True})
         if tokenizer_dir:
-            for file in sorted(tokenizer_dir.iterdir()):
-                if file.name.startswith(("tokenizer", "special_tokens", "vocab", "merges", "added_tokens", "chat_template")):
-                    shutil.copyfile(file, directory / file.name)
+            copy_tokenizer(tokenizer_dir, directory)
         if card:
             (directory / "README.md").write_text(card)
     return n_bytes
+
+
+def copy_tokenizer(source: pathlib.Path, directory: pathlib.Path) -> None:
+    """Every file by which a Hugging Face tokenizer is known."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.iterdir()):
+        if file.name.startswith(("tokenizer", "special_tokens", "vocab", "merges", "added_tokens", "chat_template")):
+            shutil.copyfile(file, directory / file.name)
 
 
 # ---- the table applied to a spec

@@ -56,6 +56,12 @@ def load(source: pathlib.Path, mesh, dtype: str = "float32") -> Loaded:
     return Loaded(spec, params, tokenizer_dir if tokenizer_dir.is_dir() else None, source, manifest.counts["step"], manifest.tokenizer)
 
 
+def source_of(source: pathlib.Path) -> pathlib.Path:
+    """What a manifest names as the input of a start from `source`: a finished stage's directory itself, of an unfinished run its newest checkpoint."""
+    source = local_path(source)
+    return source if (source / "manifest.json").is_file() or not source.is_dir() else checkpoint.find(source) or source
+
+
 def birth(settings: Config, mesh, n_pieces: int | None) -> Birth:
     """Births 2 to 4 by config.initialize, then config.initialize.grow, each said on the terminal.
 

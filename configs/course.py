@@ -1,0 +1,48 @@
+"""The course "Pretraining LLMs" (DeepLearning.AI with Upstage), its numbers in one file.
+
+Lesson 2's rules on your own documents, lesson 3's rows of 32 tokens, lesson 4's 12-layer TinySolar shape grown to 16 layers
+(308,839,424 parameters), lesson 5's 30 steps. On two CPU cores the 30 steps take some minutes; a step reads 64 tokens, so
+the loss says that the road holds, not that a model was trained.
+
+    python scripts/prepare.py --config configs/course.py --workdir runs/course --config.prepare.sources="('jsonl:docs.jsonl#text',)"
+    python scripts/train_tokenizer.py --config configs/course.py --workdir runs/course --config.tokenizer.source=tokenizer.model
+    python scripts/pack.py --config configs/course.py --workdir runs/course
+    python scripts/train.py --config configs/course.py --workdir runs/course
+"""
+
+from jaxpt.config import defaults
+
+
+def get_config():
+    c = defaults()
+    c.prepare.preset = "course"
+    c.tokenizer.vocab_size = 32_000  # SOLAR uses Mistral-7B-v0.1's tokenizer: set tokenizer.source to its tokenizer.model
+    c.pack.row_len = 32
+    c.pack.method = "course"
+    c.mixture.document_mask = False  # the lesson lets a token see the whole row
+
+    c.model.n_layers = 12
+    c.model.d_model = 1024
+    c.model.d_ff = 4096
+    c.model.n_heads = 32
+    c.model.n_kv_heads = 8
+    c.model.d_head = 32
+    c.model.vocab_size = 32_000
+    c.model.max_positions = 2048
+    c.model.norm_eps = 1e-6
+    c.initialize.grow = ("depth_upscale(m=4)",)  # layers 0-7, then 4-11
+
+    c.train.steps = 30
+    c.train.batch_rows = 2
+    c.train.log_every = 3
+    c.train.eval_every = 0
+    c.train.eval_rows = 8
+    c.train.checkpoint_every = 30
+    c.train.remat = "full"  # the lesson's gradient checkpointing
+    c.optim.peak_lr = 5e-5
+    c.optim.schedule = "linear"
+    c.optim.end_lr_frac = 0.0
+    c.optim.warmup_steps = 10
+    c.optim.b2 = 0.999
+    c.optim.weight_decay = 0.0
+    return c

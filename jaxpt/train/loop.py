@@ -1,0 +1,205 @@
+"""The training run, read top to bottom: open the rows, be born or resume, step, measure, save."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import signal
+import time
+from collections.abc import Callable
+
+import jax
+
+from jaxpt import sharding, stage
+from jaxpt.config import Config
+from jaxpt.data import loader
+from jaxpt.data.mixture import Mixture
+from jaxpt.spec import Manifest, ModelSpec, UserError
+from jaxpt.train import gate, state, step
+from jaxpt.train.metrics import Cost, Metrics
+from jaxpt.train.metrics import read as read_metrics
+from jaxpt.weights import checkpoint, initialize
+
+# What decides the result of a run. Another mesh does not (law 3), nor do the other sections.
+DECIDING = ("mixture", "model", "initialize", "train", "optim")
+
+
+def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], Cost] = lambda spec: Cost()) -> None:
+    """Train in `workdir` to train.steps, from its own newest checkpoint if it has one, else from config.initialize.
+
+    cost_of  what a device costs and can do for this model, for MFU and money in the metrics
+    """
+    run = stage.local_path(workdir)
+    packed = [stage.local_path(path) for path in settings.mixture.packed] or [run / "packed"]
+    inputs = {f"packed {path}": path for path in packed}
+    if settings.initialize.source != "random":
+        inputs["initialize"] = initialize.source_of(settings.initialize.source)
+    config = {name: dataclasses.asdict(getattr(settings, name)) for name in DECIDING}
+    inputs = {name: {"path": str(path), "fingerprint": stage.fingerprint_path(path)} for name, path in inputs.items()}
+    if finished(run, config, inputs):
+        return
+    start = time.monotonic()
+
+    # The rows, the mesh, and whether they fit each other.
+    rows = loader.open_rows(packed)
+    mesh = sharding.make_mesh(settings.mesh)
+    if rows.row_len != settings.pack.row_len:
+        raise UserError(f"pack.row_len: the config says {settings.pack.row_len}, the packed rows have {rows.row_len} tokens. Set it to that, or pack again.")
+    n_rows = settings.train.steps * settings.train.batch_rows
+    mixture = Mixture(settings.mixture, rows.n_rows, settings.train.batch_rows)
+    mixture.check(n_rows, settings.mixture.max_epochs)
+    heldout = gate.Heldout(settings, packed, mesh)
+
+    # The state: this run's newest whole checkpoint, or a birth.
+    run.mkdir(parents=True, exist_ok=True)
+    resumed = checkpoint.newest(run)
+    if resumed:
+        spec = ModelSpec.load(resumed / "spec.json")
+        goal = state.abstract_state(spec, settings, mesh)
+        params = checkpoint.restore(resumed, "params", goal.params)
+        rest = checkpoint.restore(resumed, "rest", {"step": goal.step, "opt": goal.opt, "guard": goal.guard})
+        now = state.TrainState(rest["step"], params, rest["opt"], rest["guard"])
+        counts = Manifest.load(resumed).counts
+        stage.say(f"resumed from {resumed}: step {counts['step']:,}, {counts['rows']:,} rows read; {initialize.describe(spec)}")
+    else:
+        birth = initialize.birth(settings, mesh, rows.n_pieces)
+        spec = birth.model.spec
+        if birth.model.tokenizer not in (None, rows.tokenizer):
+            raise UserError(f"initialize.source: {settings.initialize.source} was trained with another tokenizer than the rows were packed with. Pack with its own.")
+        if birth.parent:
+            gate.write_growth(gate.verify_growth(birth, settings.initialize.grow, heldout, mesh), run)
+        elif (grown := pathlib.Path(settings.initialize.source) / "growth.json").is_file():
+            shutil.copyfile(grown, run / "growth.json")
+        now = state.born(birth.model.params, spec, settings, mesh)
+        counts = {"step": 0, "rows": 0, "interval": [0.0, 0.0]}
+        del birth  # the parent's weights, if there was one
+    if rows.n_pieces > spec.vocab_size:
+        raise UserError(f"the rows hold token ids up to {rows.n_pieces - 1}, the model knows {spec.vocab_size}. Pack with the model's own tokenizer.")
+    sharding.check(mesh, spec, settings.train.batch_rows, settings.train.accumulate, rows.row_len)
+    keep_program(run, settings, spec, packed)
+
+    # The step, and what is said about it.
+    train_step = step.build(spec, settings, mesh)
+    metrics = Metrics(
+        run, steps=settings.train.steps, tokens_per_step=settings.train.batch_rows * rows.row_len, resumed_at=counts["step"], cost=cost_of(spec)
+    )
+    shape = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "no cut"
+    metrics.say(
+        f"{jax.device_count()} x {jax.devices()[0].device_kind} ({shape}), {settings.train.compute_dtype} products; a step is "
+        f"{settings.train.batch_rows} rows x {rows.row_len} tokens; {settings.train.steps:,} steps read {describe_epochs(mixture.epochs(n_rows))}"
+    )
+    parent = None
+    if resumed:
+        metrics.resumed(counts["step"])
+        parent = next((record["parent"] for record in read_metrics(run / "metrics.jsonl") if "parent" in record), None)
+    elif settings.initialize.source != "random" or settings.initialize.grow:
+        losses = heldout.losses(spec, now.params)
+        gate.check_start(losses, heldout.rows.unigram_nats, spec, grown=(run / "growth.json").is_file())
+        parent = losses_of_parent(run, settings) or losses
+        metrics.heldout(0, losses, parent)
+
+    # The loop. Metrics stay on the devices until a line is due, so that the host never waits for a step.
+    stopping = catch_sigterm()
+    n_done, nats_sum, weights_sum = counts["step"], *counts["interval"]
+    waiting, losses = [], {}
+    batches = loader.stream(rows, mixture, sharding.batch_sharding(mesh), settings.train.batch_rows, counts["rows"], settings.mixture.document_mask)
+    while n_done < settings.train.steps and not stopping:
+        now, found = train_step(now, next(batches))
+        waiting.append(found)
+        n_done += 1
+        n_read = counts["rows"] + (n_done - counts["step"]) * settings.train.batch_rows
+        last = n_done == settings.train.steps
+        saves = last or n_done % settings.train.checkpoint_every == 0 or bool(stopping)
+        logs = last or n_done % settings.train.log_every == 0
+        if logs or saves:
+            for each in jax.device_get(waiting):
+                nats_sum, weights_sum = nats_sum + float(each["nats_sum"]), weights_sum + float(each["weights_sum"])
+                stop_if_stuck(each, settings, n_done)
+            waiting.clear()
+        if logs:
+            newest = {name: float(found[name]) for name in ("grad_norm", "lr")}
+            loss = nats_sum / max(weights_sum, 1)
+            metrics.train(n_done, loss=loss, **newest, n_skipped=int(found["n_skipped"]), epochs=mixture.epochs(n_read))
+            nats_sum = weights_sum = 0.0
+        if last or (settings.train.eval_every and n_done % settings.train.eval_every == 0):
+            losses = heldout.losses(spec, now.params)
+            metrics.heldout(n_done, losses, parent)
+        if saves:
+            facts = {"rows": n_read, "interval": [nats_sum, weights_sum], "optimizer": "adamw", "lr": float(found["lr"])}
+            rest = {"step": now.step, "opt": now.opt, "guard": now.guard}
+            saved = checkpoint.save(run, n_done, now.params, rest, spec, counts=facts, tokenizer=rows.tokenizer, keep=settings.train.keep)
+            metrics.pause()
+    metrics.close()
+    if n_done < settings.train.steps:
+        stage.say(f"asked to stop: step {n_done:,} is saved in {saved}; the same command goes on from there")
+        raise SystemExit(143)
+
+    # Finished: say so in the way that makes the next start do nothing.
+    manifest = stage.make_manifest(
+        "train", config, inputs, outputs={f"checkpoints/{n_done}/{name}": checksum for name, checksum in Manifest.load(saved).outputs.items()},
+        counts={"steps": n_done, "rows": n_read, "tokens": n_read * rows.row_len, "heldout": losses, "n_params": sum(x.size for x in jax.tree.leaves(now.params))},
+        tokenizer=rows.tokenizer, seed=settings.mixture.seed, seconds=metrics.seconds_before + time.monotonic() - start,
+    )  # fmt: skip
+    if jax.process_index() == 0:
+        stage.write_manifest(manifest, run)
+    stage.say(f"train: {saved} after {n_done:,} steps, {n_read * rows.row_len:,} tokens")
+
+
+def finished(run: pathlib.Path, config: dict, inputs: dict) -> bool:
+    """True when `run` holds the end of this very training. Raises UserError when it holds another model's."""
+    if not (run / "manifest.json").is_file():
+        return False
+    manifest = Manifest.load(run)
+    if manifest.stage != "train":
+        raise UserError(f"{run}: was made by {manifest.stage}. Train in a --workdir of its own, with --config.initialize.source={run}.")
+    if stage.request_fingerprint("train", config, inputs, None) == stage.request_fingerprint("train", manifest.config, manifest.inputs, None):
+        stage.say(f"train: {run} is finished already ({manifest.counts['steps']:,} steps), nothing to do")
+        return True
+    longer = {**config, "train": {**config["train"], "steps": manifest.counts["steps"]}}
+    if config["train"]["steps"] > manifest.counts["steps"] and stage.plain(longer) == manifest.config:
+        stage.say(f"train: {run} stood at {manifest.counts['steps']:,} steps and goes on to {config['train']['steps']:,}")
+        return False
+    raise UserError(f"train: {run} holds the result of {stage.difference(manifest, config, inputs, manifest.seed)}. Give another --workdir.")
+
+
+def keep_program(run: pathlib.Path, settings: Config, spec: ModelSpec, packed: list[pathlib.Path]) -> None:
+    """config.json, spec.json and tokenizer/ of the run, so that it can be read, resumed and exported by itself."""
+    if jax.process_index():
+        return
+    stage.write_whole(run / "config.json", json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
+    spec.save(run / "spec.json")
+    tokenizer = packed[0].parent / "tokenizer"
+    if not (run / "tokenizer").exists() and tokenizer.is_dir():
+        shutil.copytree(tokenizer, run / "tokenizer.partial", dirs_exist_ok=True)
+        (run / "tokenizer.partial").rename(run / "tokenizer")
+
+
+def losses_of_parent(run: pathlib.Path, settings: Config) -> dict[str, float] | None:
+    """Held-out losses of the model that this run started from, on the same rows: known from its growth."""
+    growth = run / "growth.json"
+    if growth.is_file():
+        found = json.loads(growth.read_text())
+        if found["heldout_loss"] and found["heldout_rows"] == settings.train.eval_rows:
+            return found["heldout_loss"]["parent"]
+    return None
+
+
+def catch_sigterm() -> list[int]:
+    """A list that is empty until the machine asks the run to stop."""
+    asked: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    return asked
+
+
+def stop_if_stuck(found: dict, settings: Config, n_done: int) -> None:
+    if found["n_in_a_row"] >= settings.train.max_skips:
+        raise UserError(
+            f"train: {int(found['n_in_a_row'])} updates in a row were skipped up to step {n_done} (not finite, or a spike). "
+            f"Lower optim.peak_lr ({settings.optim.peak_lr:g}); scripts/trace.py --workdir RUN --step {n_done} names the documents."
+        )
+
+
+def describe_epochs(epochs: dict[str, float]) -> str:
+    return ", ".join(f"{name} {n:.2f} times" for name, n in epochs.items())

@@ -1,0 +1,136 @@
+"""What a run says of itself: console lines, metrics.jsonl, TensorBoard. Rates, MFU, memory, time left, money."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import resource
+import time
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxpt.stage import say, write_whole
+
+
+class Cost(NamedTuple):
+    """What turns speed into MFU and money; None where the hardware is not in the table."""
+
+    flops_per_token: float | None = None  # forward and backward, by plan/flops.py
+    peak_flops: float | None = None  # of one device, in FLOP/s at the compute dtype
+    usd_per_hour: float | None = None  # of one device
+
+
+class Metrics:
+    """Writes RUN/metrics.jsonl so that it is continuous across resumes: records after `resumed_at` are dropped first, no step stands twice."""
+
+    def __init__(self, run: pathlib.Path, *, steps: int, tokens_per_step: int, resumed_at: int, cost: Cost):
+        self.steps, self.tokens_per_step, self.cost = steps, tokens_per_step, cost
+        self.path = run / "metrics.jsonl"
+        self.writes = jax.process_index() == 0
+        earlier = [record for record in read(self.path) if record["step"] <= resumed_at]
+        # seconds and money of a resumed run go on from its last record
+        self.seconds_before = max((record.get("seconds", 0.0) for record in earlier), default=0.0)
+        self.start = self.last_time = time.monotonic()
+        self.last_step = resumed_at
+        if not self.writes:
+            return
+        from tensorboardX import SummaryWriter
+
+        write_whole(self.path, "".join(json.dumps(record) + "\n" for record in earlier))
+        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115  (closed by close)
+        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None)
+
+    def train(self, step: int, *, loss: float, grad_norm: float, lr: float, n_skipped: int, epochs: dict[str, float]) -> None:
+        """One record and one console line for the steps since the last one."""
+        now = time.monotonic()
+        step_seconds = (now - self.last_time) / (step - self.last_step)
+        self.last_step, self.last_time = step, now
+        tokens_per_second = self.tokens_per_step / step_seconds
+        seconds = self.seconds_before + now - self.start
+        n = jax.device_count()
+        mfu = usd = None
+        if self.cost.peak_flops and self.cost.flops_per_token:
+            mfu = tokens_per_second * self.cost.flops_per_token / (n * self.cost.peak_flops)
+        if self.cost.usd_per_hour:
+            usd = seconds / 3600 * n * self.cost.usd_per_hour
+        self.write(
+            {
+                "step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": step * self.tokens_per_step, "epochs": epochs,
+                "tokens_per_second": tokens_per_second, "step_seconds": step_seconds, "mfu": mfu, "memory_bytes": memory_bytes(),
+                "n_skipped": n_skipped, "seconds": seconds, "usd": usd,
+            }
+        )  # fmt: skip
+        line = f"step {step:>{len(str(self.steps))}}/{self.steps}  loss {loss:.4f}  norm {grad_norm:.2f}  lr {lr:.2e}  {tokens_per_second:,.0f} tok/s"
+        line += f"  MFU {mfu:.1%}" if mfu else ""
+        line += f"  {memory_bytes() / 2**30:.1f} GiB  left {clock((self.steps - step) * step_seconds)}"
+        line += f"  ${usd:,.2f}" if usd else ""
+        line += f"  {n_skipped} skipped" if n_skipped else ""
+        self.say(line)
+
+    def heldout(self, step: int, losses: dict[str, float], parent: dict[str, float] | None) -> None:
+        """Held-out nats per token by source; beside the parent's on the same rows, where there is one."""
+        self.write({"step": step, "heldout": losses} | ({"parent": parent} if parent else {}))
+        beside = lambda name: f" (parent {parent[name]:.4f})" if parent and name in parent else ""  # noqa: E731
+        self.say(f"step {step:>{len(str(self.steps))}}/{self.steps}  held-out " + "  ".join(f"{name} {loss:.4f}{beside(name)}" for name, loss in losses.items()))
+        self.last_time = time.monotonic()  # the measurement is no part of a step's time
+
+    def resumed(self, step: int) -> None:
+        self.write({"step": step, "resumed": True})
+
+    def pause(self) -> None:
+        """What came since the last line (a checkpoint, say) is no part of the next steps' time."""
+        self.last_time = time.monotonic()
+
+    def write(self, record: dict[str, Any]) -> None:
+        if self.writes:
+            self.file.write(json.dumps(record) + "\n")
+            for name, value in flat(record).items():
+                self.board.add_scalar(name, value, record["step"])
+
+    def say(self, line: str) -> None:
+        if self.writes:
+            say(line)
+
+    def close(self) -> None:
+        if self.writes:
+            self.file.close()
+            self.board.close()
+
+
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def flat(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """{"heldout": {"code": 3.1}} -> {"heldout/code": 3.1}; numbers only."""
+    found = {}
+    for name, value in record.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and name != "step":
+            found[prefix + name] = value
+    return found
+
+
+def memory_bytes() -> int:
+    """Peak on the first device; where devices do not count (CPU), peak of this process."""
+    stats = jax.local_devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"] if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def clock(seconds: float) -> str:
+    """75 -> "1m15s"; 90,000 -> "25h00m"."""
+    seconds = round(seconds)
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"

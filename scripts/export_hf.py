@@ -1,0 +1,30 @@
+"""Export a model to the Hugging Face format: safetensors, config.json, tokenizer and a model card with its lineage.
+
+The directory opens with transformers' AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained.
+
+    python scripts/export_hf.py --from runs/child --to runs/child/hf
+"""
+
+import argparse
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # run from a clone without installing
+
+from jaxpt import stage  # noqa: E402
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--from", dest="source", required=True, type=pathlib.Path, metavar="CHECKPOINT", help="a run directory (its newest checkpoint) or a checkpoint step directory")
+    parser.add_argument("--to", required=True, type=pathlib.Path, metavar="HF_DIR", help="the directory to write")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the stored weights; default: as the checkpoint stores them")
+    parser.add_argument("--replace", action="store_true", help="overwrite what --to holds")
+    arguments = parser.parse_args()
+    from jaxpt.weights import export
+
+    export.run(arguments.source, arguments.to, arguments.dtype, arguments.replace)
+
+
+if __name__ == "__main__":
+    stage.door(main)

@@ -1,0 +1,37 @@
+"""Make a model without training it: at random, from a run or checkpoint, or from a Hugging Face directory; and grow it.
+
+Writes a run directory at step 0 (checkpoints/0, spec.json, tokenizer/, growth.json when it grew), from which train.py
+starts by --config.initialize.source=DIR and which export_hf.py and evaluate.py take like any other run.
+
+    python scripts/initialize.py --from runs/base --grow 'depth_upscale(m=2)' --to runs/grown
+    python scripts/initialize.py --from path/to/Llama-3.2-1B --to runs/llama
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # run from a clone without installing
+
+from jaxpt import config, stage  # noqa: E402
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--from", dest="source", required=True, metavar="random|DIR", help="random, a run or checkpoint directory, or a Hugging Face model directory")
+    parser.add_argument("--config", metavar="FILE", help="a recipe: its model section shapes a random model, its mixture.packed is measured on")
+    parser.add_argument("--grow", nargs="+", action="extend", default=[], metavar="OPERATOR", help="growth operators in order, such as 'depth_upscale(m=4)'; docs/growth.md lists them")
+    parser.add_argument("--to", required=True, type=pathlib.Path, metavar="DIR", help="the run directory to write")
+    parser.add_argument("--replace", action="store_true", help="overwrite what --to holds")
+    arguments, rest = parser.parse_known_args()
+    overrides = config.overrides_from(rest, parser)
+    settings = config.load(arguments.config, overrides) if arguments.config else config.typed(config.overridden(overrides))
+    asked = dataclasses.replace(settings.initialize, source=arguments.source, grow=(*settings.initialize.grow, *arguments.grow))
+    from jaxpt.train import gate
+
+    gate.write_newborn(dataclasses.replace(settings, initialize=asked), arguments.to, arguments.replace)
+
+
+if __name__ == "__main__":
+    stage.door(main)

@@ -1,0 +1,27 @@
+"""Train a model: from random weights, from another run's, or from a Hugging Face directory, to config.train.steps.
+
+Reads packed rows (config.mixture.packed, or WORKDIR/packed) and writes checkpoints, metrics.jsonl and tensorboard/ into
+WORKDIR. Killed and started again with the same command, it goes on from the newest whole checkpoint and ends with the
+same weights.
+
+    python scripts/train.py --config configs/quickstart.py --workdir runs/base
+"""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # run from a clone without installing
+
+from jaxpt import config, stage  # noqa: E402
+
+
+def main():
+    arguments, settings = config.parse(__doc__)
+    from jaxpt.plan import cost
+    from jaxpt.train import loop
+
+    loop.run(settings, arguments.workdir, cost_of=lambda spec: cost.of_this_machine(spec, settings))
+
+
+if __name__ == "__main__":
+    stage.door(main)

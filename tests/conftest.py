@@ -1,0 +1,39 @@
+"""What the laws share: eight CPU devices, sizes that cannot coincide, and real text where the machine has some."""
+
+import os
+import pathlib
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+from jaxpt import config, sharding
+from jaxpt.spec import ModelSpec
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def data_dir():
+    """Public texts, benchmark files and a trained model: JAXPT_TEST_DATA, else the shared folder beside the clone."""
+    directory = pathlib.Path(os.environ.get("JAXPT_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not directory.is_dir():
+        pytest.skip(f"no test data: set JAXPT_TEST_DATA to a folder with text_gutenberg, eval_truthfulqa, ... ({directory} is not there)")
+    return directory
+
+
+@pytest.fixture
+def spec():
+    """L5 K2 N6 H8 D24 F40 V96: no two sizes that a wrong transpose could swap."""
+    return ModelSpec(n_layers=5, d_model=24, d_ff=40, n_heads=6, n_kv_heads=2, d_head=8, vocab_size=96, max_positions=64)
+
+
+@pytest.fixture
+def one():
+    """The mesh of one device."""
+    return sharding.make_mesh(config.Mesh(), jax.devices()[:1])

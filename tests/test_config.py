@@ -1,0 +1,82 @@
+"""The door for settings: what is misspelt, missing or of the wrong kind is refused with the nearest thing that works."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from jaxpt import config
+from jaxpt.spec import UserError
+
+RECIPES = sorted((ROOT / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_every_recipe_opens_and_says_what_to_expect(path):
+    config.load(path)
+    assert path.read_text().startswith('"""')
+
+
+def test_the_list_of_knobs_is_the_defaults():
+    assert config.load(ROOT / "configs/base.py") == config.Config()
+
+
+def test_a_recipe_takes_an_argument_and_overrides_apply_last(tmp_path):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text("from jaxpt.config import defaults\ndef get_config(size='small'):\n    c = defaults()\n    c.model.d_model = {'small': 24, 'large': 48}[size]\n    return c\n")
+    assert config.load(recipe).model.d_model == 24
+    assert config.load(f"{recipe}:large").model.d_model == 48
+    assert config.load(f"{recipe}:large", ["--config.model.d_model=72"]).model.d_model == 72
+
+
+@pytest.mark.parametrize(
+    ("override", "answer"),
+    [
+        ("--config.train.stpes=5", "did you mean train.steps?"),
+        ("--config.trian.steps=5", "did you mean train?"),
+        ("--config.train.steps=many", "train.steps is 'many', wanted int"),
+        ("--config.train.steps=True", "wanted int"),
+        ("--config.train.steps=0", "wanted at least 1"),
+        ("--config.optim.schedule=wds", "did you mean 'wsd'?"),
+        ("--config.train.accumulate=5", "Use a divisor of 32"),
+        ("--config.prepare.heldout_frac=1.5", "wanted a share"),
+        ("--config.mixture.phases=((5, {'a': 1}),)", "wanted 0 first"),
+        ("--config.mixture.phases=((0, {'a': 0}),)", "at least one above 0"),
+        ("--config.train", "wanted --config.SECTION.NAME=VALUE"),
+    ],
+)
+def test_a_wrong_override_is_one_sentence(override, answer):
+    with pytest.raises(UserError) as refused:
+        config.load(ROOT / "configs/base.py", [override])
+    assert answer in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_misspelt_knob_in_a_recipe_is_one_sentence(tmp_path):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text("from jaxpt.config import defaults\ndef get_config():\n    c = defaults()\n    c.train.stpes = 5\n    return c\n")
+    with pytest.raises(UserError, match="steps"):
+        config.load(recipe)
+
+
+def test_numbers_keep_their_kind():
+    settings = config.load(ROOT / "configs/base.py", ["--config.train.steps=1e3", "--config.optim.peak_lr=1", "--config.prepare.sources=text:a.txt"])
+    assert settings.train.steps == 1000 and type(settings.train.steps) is int
+    assert settings.optim.peak_lr == 1.0 and type(settings.optim.peak_lr) is float
+    assert settings.prepare.sources == ("text:a.txt",)
+
+
+def test_sections_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.Config().train.steps = 5
+
+
+def test_a_door_ends_in_one_sentence_and_status_1(tmp_path):
+    told = subprocess.run(
+        [sys.executable, "scripts/train.py", "--config", "configs/quickstart.py", "--workdir", str(tmp_path), "--config.train.stpes=5"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert told.returncode == 1
+    assert told.stderr.strip() == "error: config: there is no knob train.stpes; did you mean train.steps?"

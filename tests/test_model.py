@@ -1,0 +1,157 @@
+"""Laws of the forward pass: equal to transformers, blind to neighbours and to the future, chunked without a trace."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import variants
+
+from jaxpt import config, sharding
+from jaxpt.model import attention, llama, loss
+from jaxpt.spec import ModelSpec, UserError
+from jaxpt.weights import huggingface
+
+
+def logits_of(spec, params, tokens, segments, positions):
+    def forward(params, tokens, segments, positions):
+        model = llama.bind(spec, params)
+        return model(tokens, segments, positions) @ model.head()
+
+    return np.asarray(jax.jit(forward)(params, tokens, segments, positions))
+
+
+@pytest.mark.parametrize("name", variants.CONFIGS)
+def test_logits_equal_transformers_at_long_positions(name, tmp_path, one):
+    theirs = variants.make(name, tmp_path)
+    spec, params = huggingface.load(tmp_path, one)
+    assert llama.count(spec) == sum(p.numel() for p in theirs.parameters())
+    tokens = np.random.default_rng(0).integers(0, spec.vocab_size, (2, 48)).astype(np.int32)
+    positions = np.arange(48, dtype=np.int32) + np.array([[0], [3000]], np.int32)
+    with torch.no_grad():
+        wanted = theirs(input_ids=torch.tensor(tokens).long(), position_ids=torch.tensor(positions).long()).logits.numpy()
+    ours = logits_of(spec, params, tokens, np.ones_like(tokens), positions)
+    np.testing.assert_allclose(ours, wanted, atol=3e-5)
+
+
+def test_a_document_cannot_see_its_row_neighbour(spec, one):
+    params = llama.init(spec, 0, one)
+    tokens = np.random.default_rng(0).integers(0, 96, (1, 20)).astype(np.int32)
+    segments = np.array([[1] * 7 + [2] * 9 + [0] * 4], np.int32)
+    positions = np.array([[*range(7), *range(9), *range(4)]], np.int32)
+    before = logits_of(spec, params, tokens, segments, positions)
+    changed = tokens.copy()
+    changed[:, :7] = (tokens[:, :7] + 1) % 96
+    changed[:, 16:] = 5
+    after = logits_of(spec, params, changed, segments, positions)
+    np.testing.assert_array_equal(before[:, 7:16], after[:, 7:16])
+    alone = logits_of(spec, params, tokens[:, 7:16], np.ones((1, 9), np.int32), positions[:, 7:16])
+    np.testing.assert_allclose(before[:, 7:16], alone, atol=1e-5)
+
+
+def test_no_token_sees_the_future(spec, one):
+    params = llama.init(spec, 0, one)
+    tokens = jnp.arange(20)[None]
+    segments, positions = jnp.ones_like(tokens), tokens
+
+    def of_embedding(embed):
+        return llama.bind(spec, {**params, "embed": embed})(tokens, segments, positions)[0, 8].sum()
+
+    seen = np.abs(np.asarray(jax.grad(of_embedding)(params["embed"]))).sum(axis=1)
+    assert (seen[:9] > 0).all() and (seen[9:] == 0).all()
+
+
+@pytest.mark.parametrize("window", [None, 37])
+@pytest.mark.parametrize("T", [20, 300])  # within one chunk of queries, and over three
+def test_chunked_attention_equals_plain_attention(T, window):
+    B, N, K, H = 4, 6, 2, 8
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(B, T, n, H)), jnp.float32) for n in (N, K, K))
+    segments = jnp.asarray(np.sort(rng.integers(1, 4, (B, T)), axis=1))
+    distance = jnp.arange(T)[:, None] - jnp.arange(T)[None]
+    seen = (distance >= 0) & (distance < (window or T)) & (segments[:, :, None] == segments[:, None])
+    wide = [jnp.repeat(x, N // K, axis=2) for x in (k, v)]
+    scores = jnp.where(seen[:, None], jnp.einsum("btnh,bsnh->bnts", q, wide[0]) / np.sqrt(H), -jnp.inf)
+    wanted = jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), wide[1])
+    np.testing.assert_allclose(attention.attend(q, k, v, segments, window), wanted, atol=1e-5)
+
+
+def test_chunked_loss_equals_plain_loss_and_its_gradients():
+    B, T, D, V = 4, 192, 24, 96  # 768 tokens: three chunks and more
+    rng = np.random.default_rng(0)
+    hidden, head = jnp.asarray(rng.normal(size=(B, T, D)), jnp.float32), jnp.asarray(rng.normal(size=(D, V)), jnp.float32)
+    targets, weights = jnp.asarray(rng.integers(0, V, (B, T))), jnp.asarray(rng.integers(0, 2, (B, T)), jnp.float32)
+
+    def plain(hidden, head):
+        logits = hidden @ head
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        nats = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return jnp.sum(weights * (nats + 0.01 * log_z**2)), jnp.sum(weights * nats)
+
+    ours = jax.value_and_grad(lambda h, w: loss.cross_entropy(h, w, targets, weights, 0.01), argnums=(0, 1), has_aux=True)(hidden, head)
+    wanted = jax.value_and_grad(plain, argnums=(0, 1), has_aux=True)(hidden, head)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-4), ours, wanted)
+
+
+def test_the_logits_of_a_batch_never_exist_at_once():
+    B, T, D, V = 4, 512, 24, 1000
+    args = [jax.ShapeDtypeStruct(s, d) for s, d in (((B, T, D), jnp.float32), ((D, V), jnp.float32), ((B, T), jnp.int32), ((B, T), jnp.float32))]
+    compiled = jax.jit(jax.grad(lambda h, w, t, m: loss.cross_entropy(h, w, t, m)[0], argnums=(0, 1))).lower(*args).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < B * T * V * 4 / 2
+
+
+def test_values_at_birth_are_the_same_on_every_mesh(spec, one):
+    alone = llama.init(spec, 7, one)
+    spread = llama.init(spec, 7, sharding.make_mesh(config.Mesh(replica=2, fsdp=2, tensor=2)))
+    jax.tree.map(np.testing.assert_array_equal, alone, spread)
+
+
+def test_no_two_layers_are_born_equal_and_every_row_has_its_stated_std(one):
+    spec = ModelSpec(n_layers=5, d_model=192, d_ff=320, n_heads=12, n_kv_heads=4, d_head=16, vocab_size=384)
+    params, rows = llama.init(spec, 0, one), llama.rows(spec)
+    for name, leaf in params["blocks"].items():
+        row = rows["blocks"][name]
+        if row.ones:
+            assert (leaf == 1).all()
+            continue
+        assert len({layer.tobytes() for layer in np.asarray(leaf)}) == 5, name
+        for layer in np.asarray(leaf):
+            assert abs(layer.std() / row.std - 1) < 0.05, name
+    assert abs(float(params["embed"].std()) / 0.02 - 1) < 0.05
+
+
+def test_the_course_shape_has_the_course_count():
+    shape = ModelSpec(n_layers=12, d_model=1024, d_ff=4096, n_heads=32, n_kv_heads=8, d_head=32, vocab_size=32_000)
+    assert [llama.count(shape.replace(n_layers=n)) for n in (12, 16, 10)] == [248_013_824, 308_839_424, 217_601_024]
+
+
+@pytest.mark.parametrize(
+    ("change", "answer"),
+    [({"n_kv_heads": 4}, "Use a divisor of 6"), ({"d_head": 7}, "even number"), ({"n_layers": 0}, "at least 1"), ({"d_model": 2.5}, "whole number")],
+)
+def test_sizes_that_make_no_model_are_refused(spec, change, answer):
+    with pytest.raises(UserError, match=answer):
+        dataclasses.replace(spec, **change)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "changes", "answer"),
+    [
+        ({"fsdp": 3}, {}, "does not make 8 devices"),
+        ({"fsdp": -1, "tensor": -1}, {}, "at most one -1"),
+        ({"fsdp": 2, "tensor": 4}, {}, "model.n_kv_heads = 2 cannot be cut into 4"),
+        ({"fsdp": 8}, {"batch_rows": 12}, "8 or 16"),
+        ({"fsdp": 1, "context": 8}, {"row_len": 20}, "pack.row_len = 20 cannot be cut into 8"),
+    ],
+)
+def test_what_a_mesh_cannot_cut_is_refused_with_the_numbers_that_would_do(spec, mesh, changes, answer):
+    with pytest.raises(UserError, match=answer):
+        made = sharding.make_mesh(config.Mesh(**mesh))
+        sharding.check(made, spec, **{"batch_rows": 16, "accumulate": 1, "row_len": 32, **changes})
+
+
+def test_an_unknown_logical_axis_fails_in_the_table():
+    with pytest.raises(KeyError, match="embd"):
+        sharding.partition(("layers", "embd"))

@@ -1,0 +1,178 @@
+"""Laws of the step and its state: any mesh the same curve, accumulation exact, one compile, guards that keep what was whole."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpt import sharding
+from jaxpt.config import Config, Mesh, Optim, Pack, Train
+from jaxpt.model import llama
+from jaxpt.spec import Batch, ModelSpec, UserError
+from jaxpt.train import optimizer, state, step
+
+SETTINGS = Config(
+    pack=Pack(row_len=32), train=Train(steps=12, batch_rows=16, max_skips=3), optim=Optim(peak_lr=1e-2, warmup_steps=3, weight_decay=0.1)
+)
+MESHES = [
+    {"replica": r, "fsdp": f, "tensor": t, "context": c}
+    for r in (1, 2, 4, 8) for f in (1, 2, 4, 8) for t in (1, 2) for c in (1, 2, 4, 8) if r * f * t * c == 8
+]  # fmt: skip
+QUICK = [MESHES.index({"replica": 1, "fsdp": 8, "tensor": 1, "context": 1}), MESHES.index({"replica": 1, "fsdp": 2, "tensor": 2, "context": 2}), MESHES.index({"replica": 4, "fsdp": 1, "tensor": 2, "context": 1})]
+
+
+def make_batch(seed=0, rows=16, T=32) -> Batch:
+    """Two documents a row, ragged padding, so that micro-batches have unequal weights."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(1, 30, (rows, T)).astype(np.int32)
+    segments, positions, weights = np.zeros((rows, T), np.int32), np.zeros((rows, T), np.int32), np.zeros((rows, T), np.float32)
+    for row in range(rows):
+        first = rng.integers(3, 12)
+        second = rng.integers(1, T - first)
+        for segment, (start, stop) in enumerate([(0, first), (first, first + second)], 1):
+            segments[row, start:stop] = segment
+            positions[row, start:stop] = np.arange(stop - start)
+            weights[row, start : stop - 1] = 1
+    return Batch(tokens * (segments > 0), np.roll(tokens, -1, axis=1) * (weights > 0), segments, positions, weights)
+
+
+def train(spec, mesh, settings=SETTINGS, n=6, batches=None):
+    """n steps; returns (losses, final state, the jitted step)."""
+    now = state.born(llama.init(spec, 0, mesh), spec, settings, mesh)
+    run = step.build(spec, settings, mesh)
+    losses = []
+    for i in range(n):
+        batch = batches[i] if batches else make_batch(i)
+        now, metrics = run(now, jax.device_put(batch, sharding.batch_sharding(mesh)))
+        losses.append(float(metrics["loss"]))
+    return np.array(losses), now, run
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The curve of one device: six losses, and the state after three of the steps."""
+    spec = ModelSpec(n_layers=5, d_model=24, d_ff=40, n_heads=6, n_kv_heads=2, d_head=8, vocab_size=96, max_positions=64)
+    mesh = sharding.make_mesh(Mesh(), jax.devices()[:1])
+    now = state.born(llama.init(spec, 0, mesh), spec, SETTINGS, mesh)
+    run = step.build(spec, SETTINGS, mesh)
+    losses, third = [], None
+    for i in range(6):
+        now, metrics = run(now, jax.device_put(make_batch(i), sharding.batch_sharding(mesh)))
+        losses.append(float(metrics["loss"]))
+        third = jax.device_get(now) if i == 2 else third
+    return np.array(losses), third
+
+
+@pytest.mark.parametrize("sizes", [pytest.param(mesh, id="-".join(map(str, mesh.values())), marks=[] if i in QUICK else pytest.mark.slow) for i, mesh in enumerate(MESHES)])
+def test_any_mesh_gives_the_curve_of_one_device(spec, alone, sizes):
+    alone, _ = alone
+    spread, now, _ = train(spec, sharding.make_mesh(Mesh(**sizes)))
+    assert alone[-1] < alone[0] - 0.5
+    # float32 sums in another order; 6 updates at a high learning rate carry that along
+    np.testing.assert_allclose(spread, alone, rtol=2e-5)
+    assert int(now.step) == 6
+
+
+@pytest.mark.parametrize("k", [2, 8])
+def test_accumulation_equals_the_big_batch_whatever_the_padding(spec, one, alone, k):
+    whole, first = alone
+    settings = dataclasses.replace(SETTINGS, train=dataclasses.replace(SETTINGS.train, accumulate=k))
+    cut, second, _ = train(spec, one, settings, n=3)
+    np.testing.assert_allclose(cut, whole[:3], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), first.params, second.params)
+
+
+def test_state_is_born_sharded_and_leaves_as_it_came_and_compiles_once(spec):
+    mesh = sharding.make_mesh(Mesh(fsdp=4, tensor=2))
+    _, now, run = train(spec, mesh, n=3)
+    assert run._cache_size() == 1
+    wanted = state.abstract_state(spec, SETTINGS, mesh)
+    jax.tree.map(lambda leaf, goal: leaf.sharding.is_equivalent_to(goal.sharding, leaf.ndim) or pytest.fail(str(leaf.sharding)), now, wanted)
+    moments = [leaf for leaf in jax.tree.leaves(now.opt) if leaf.shape == (5, 24, 40)]
+    assert len(moments) == 4 and all(leaf.addressable_shards[0].data.shape == (5, 6, 20) for leaf in moments), "moments lie where their weights lie"
+
+
+def test_remat_changes_memory_not_numbers(spec, one, alone):
+    full, _, _ = train(spec, one, dataclasses.replace(SETTINGS, train=dataclasses.replace(SETTINGS.train, remat="full")), n=3)
+    np.testing.assert_allclose(full, alone[0][:3], rtol=1e-6)
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_counted(spec, one):
+    good = make_batch(0)
+    bad = good._replace(weights=good.weights * np.where(np.arange(32) == 5, np.nan, 1).astype(np.float32))
+    now = state.born(llama.init(spec, 0, one), spec, SETTINGS, one)
+    run = step.build(spec, SETTINGS, one)
+    seen = []
+    for batch in (good, good, bad, bad, good):
+        now, _ = run(now, jax.device_put(batch, sharding.batch_sharding(one)))
+        seen.append(jax.device_get(now))
+    _, before, _, after, mended = seen
+    jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
+    jax.tree.map(np.testing.assert_array_equal, before.opt, after.opt)
+    assert int(after.guard["n_skipped"]) == int(after.guard["n_in_a_row"]) == 2 and int(after.step) == 4
+    assert int(mended.guard["n_in_a_row"]) == 0 and (mended.params["embed"] != after.params["embed"]).any()
+
+
+def test_a_spike_is_skipped_once_the_mean_is_trusted(spec, one):
+    settings = dataclasses.replace(SETTINGS, train=dataclasses.replace(SETTINGS.train, spike_factor=2.0))
+    now = state.born(llama.init(spec, 0, one), spec, settings, one)
+    run = step.build(spec, settings, one)
+    skipped = {}
+    for at, mean in ((3, 1e-6), (80, 1e-6), (81, 1e6)):  # the norm is far above, far above, far below the mean
+        now = now._replace(step=jnp.int32(at), guard={"norm_mean": jnp.float32(mean), "n_skipped": jnp.int32(0), "n_in_a_row": jnp.int32(0)})
+        now = jax.device_put(now, state.shardings(state.abstract_state(spec, settings, one)))
+        now, metrics = run(now, jax.device_put(make_batch(0), sharding.batch_sharding(one)))
+        skipped[at] = int(metrics["n_skipped"])
+    assert skipped == {3: 0, 80: 1, 81: 0}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "wanted"),
+    [
+        ("wsd", {0: 0, 5: 0.5, 10: 1, 79: 1, 90: 0.55, 100: 0.1}),
+        ("linear", {5: 0.5, 10: 1, 55: 0.55, 100: 0.1}),
+        ("cosine", {10: 1, 55: 0.55, 100: 0.1}),
+        ("constant", {10: 1, 100: 1}),
+    ],
+)
+def test_the_learning_rate_follows_its_schedule(schedule, wanted):
+    at = optimizer.learning_rate(Optim(peak_lr=2.0, warmup_steps=10, schedule=schedule, end_lr_frac=0.1, decay_frac=0.2), 100)
+    for n, share in wanted.items():
+        assert float(at(jnp.int32(n))) == pytest.approx(2.0 * share, abs=1e-6), n
+
+
+def test_a_schedule_without_room_is_refused():
+    with pytest.raises(UserError, match="leave nothing of train.steps = 50"):
+        optimizer.learning_rate(Optim(warmup_steps=50), 50)
+
+
+def test_decay_is_by_name_never_on_norms_biases_or_embedding(spec):
+    spec = spec.replace(qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=True)
+    mask = optimizer.decayed(jax.tree.map(lambda row: 0, llama.rows(spec), is_leaf=llama.is_row))
+    assert {name for name, decays in {**mask, **mask["blocks"]}.items() if decays is True} == {"q", "k", "v", "o", "gate", "up", "down", "unembed"}
+
+
+def test_zero_gradients_leave_what_does_not_decay(spec, one):
+    """Through the whole optimizer: with no trained token only decayed weights move."""
+    batch = make_batch(0)._replace(weights=np.zeros((16, 32), np.float32))
+    born = llama.init(spec, 0, one)
+    before = jax.device_get(born)
+    now = state.born(born, spec, SETTINGS, one)._replace(step=jnp.int32(5))
+    now = jax.device_put(now, state.shardings(state.abstract_state(spec, SETTINGS, one)))
+    now, _ = step.build(spec, SETTINGS, one)(now, jax.device_put(batch, sharding.batch_sharding(one)))
+    np.testing.assert_array_equal(now.params["embed"], before["embed"])
+    np.testing.assert_array_equal(now.params["norm"], before["norm"])
+    np.testing.assert_allclose(now.params["blocks"]["q"], before["blocks"]["q"] * (1 - 1e-2 * 0.1), rtol=1e-5)
+
+
+def test_a_step_of_a_grown_model_adds_exactly_one_compile(spec, one):
+    runs = [step.build(each, SETTINGS, one) for each in (spec, spec.replace(n_layers=8))]
+    for each, run in zip((spec, spec.replace(n_layers=8)), runs, strict=True):
+        now = state.born(llama.init(each, 0, one), each, SETTINGS, one)
+        for i in range(2):
+            now, _ = run(now, jax.device_put(make_batch(i), sharding.batch_sharding(one)))
+    assert [run._cache_size() for run in runs] == [1, 1]
+
+
