@@ -1,7 +1,15 @@
-"""Llama 3's 8B shape (8,030,261,248 parameters) on 160B tokens, 20 a parameter, in rows of 4,096.
+"""Llama 3's 8B shape (8,030,261,248 parameters) on 159B tokens, 20 a parameter, in rows of 4,096.
 
 `pod`    a TPU slice or many hosts: every row of a step is in flight at once
-`h100`   one host of 8 cards: the same step in micro-batches
+`h100`   one host of 8 cards: the same step in micro-batches of 2 rows a card
+
+As planned (compiled, not run; hours and money are for 35 to 50 % of peak on TPU, 30 to 50 % on H100):
+
+    v5p:4x4x4    32.4 of 95.7 GiB    145 to 208 hours     39,000 to 56,000 usd
+    v6e:16x16     8.5 of 31.3 GiB     18 to 26 hours      13,000 to 18,000 usd
+    h100:8       30.5 of 72.8 GiB    540 to 900 hours     17,000 to 29,000 usd
+
+Chinchilla's fit expects 2.16 nats a token on its own text for this size and budget (2203.15556).
 
     python scripts/plan.py --config configs/llama3_8b.py --on v5p:4x4x4 v6e:16x16
     python scripts/plan.py --config configs/llama3_8b.py:h100 --on h100:8
@@ -35,7 +43,7 @@ def get_config(on="pod"):
     c.train.checkpoint_every = 500
     c.optim.warmup_steps = 2000
 
-    # mesh: all on fsdp, the default. 96 GiB of state are 1.4 GiB on each of 64 chips, and the rows of a step keep the links
+    # mesh: all on fsdp, the default. 90 GiB of state are 1.4 GiB on each of 64 chips, and the rows of a step keep the links
     # hidden behind the products. Larger slices: v5p:8x8x16 (1,024 chips) still has a row for each; beyond that
     # c.mesh.context = 2 cuts rows, c.mesh.tensor = 2 heads. Several slices: c.mesh.replica = number of slices.
     if on == "h100":

@@ -208,7 +208,9 @@ def typed(values: dict[str, dict[str, Any]]) -> Config:
         cls = globals()[section]
         knobs = {field.name: field for field in dataclasses.fields(cls)}
         hints = typing.get_type_hints(cls)
-        sections[name] = cls(**{key: fit(f"{name}.{key}", value, hints[lookup(key, knobs, "knob", name + ".").name], knobs[key]) for key, value in fields.items()})
+        sections[name] = cls(
+            **{key: fit(f"{name}.{key}", value, hints[lookup(key, knobs, "knob", name + ".").name], knobs[key]) for key, value in fields.items()}
+        )
     config = Config(**sections)
     check(config)
     return config
@@ -220,7 +222,9 @@ def check(config: Config) -> None:
         if getattr(config.train, name) < 1:
             raise UserError(f"train.{name}: got {getattr(config.train, name)}, wanted at least 1.")
     if config.train.batch_rows % config.train.accumulate:
-        raise UserError(f"train.accumulate: {config.train.batch_rows} rows cannot be cut into {config.train.accumulate} equal micro-batches. Use a divisor of {config.train.batch_rows}.")
+        raise UserError(
+            f"train.accumulate: {config.train.batch_rows} rows cannot be cut into {config.train.accumulate} equal micro-batches. Use a divisor of {config.train.batch_rows}."
+        )
     if not 0 <= config.prepare.heldout_frac < 1:
         raise UserError(f"prepare.heldout_frac: got {config.prepare.heldout_frac}, wanted a share from 0 up to 1.")
     if config.pack.row_len < 8:
@@ -234,7 +238,7 @@ def check(config: Config) -> None:
 
 
 def parse_override(text: str, values: dict) -> tuple[str, str, Any]:
-    """"--config.train.steps=300" -> ("train", "steps", 300)"""
+    """ "--config.train.steps=300" -> ("train", "steps", 300)"""
     path, equals, value = text.removeprefix("--config.").partition("=")
     section, _, key = path.partition(".")
     if not equals or not key:

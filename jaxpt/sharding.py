@@ -48,7 +48,9 @@ def make_mesh(sizes: MeshSizes, devices=None) -> Mesh:
     if free:
         asked[free[0]] = max(n // fixed, 1)
     if math.prod(asked.values()) != n:
-        raise UserError(f"mesh: {' x '.join(f'{k} {v}' for k, v in asked.items())} does not make {n} devices. Set one axis to -1, or sizes that multiply to {n}.")
+        raise UserError(
+            f"mesh: {' x '.join(f'{k} {v}' for k, v in asked.items())} does not make {n} devices. Set one axis to -1, or sizes that multiply to {n}."
+        )
     shape = tuple(asked.values())
     # Auto: XLA places what `constrain` does not pin. make_mesh's default of today (Explicit) refuses sharded contractions.
     types = (AxisType.Auto,) * 4

@@ -74,8 +74,7 @@ class ModelSpec:
                 raise UserError(f"model.{name}: got {value!r}, wanted a whole number of at least 1.")
         if self.n_heads % self.n_kv_heads:
             raise UserError(
-                f"model.n_kv_heads: {self.n_heads} query heads cannot share {self.n_kv_heads} kv heads evenly. "
-                f"Use a divisor of {self.n_heads}."
+                f"model.n_kv_heads: {self.n_heads} query heads cannot share {self.n_kv_heads} kv heads evenly. Use a divisor of {self.n_heads}."
             )
         if self.d_head % 2:
             raise UserError(f"model.d_head: got {self.d_head}, wanted an even number: rotary angles turn pairs of channels.")

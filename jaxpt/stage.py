@@ -52,7 +52,9 @@ def run(
             say(f"{name}: {out} is finished already, nothing to do")
             return manifest
         if not replace:
-            raise UserError(f"{name}: {out} holds the result of {difference(manifest, config, inputs_found, seed)}. Give another --workdir, or --replace.")
+            raise UserError(
+                f"{name}: {out} holds the result of {difference(manifest, config, inputs_found, seed)}. Give another --workdir, or --replace."
+            )
     elif out.exists() and any(out.iterdir()) and not replace:
         raise UserError(f"{name}: {out} holds files that no stage wrote (no manifest.json). Move them away, give another --workdir, or --replace.")
 

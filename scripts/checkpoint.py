@@ -1,7 +1,7 @@
 """Look into checkpoints: `inspect` prints every array of one, `diff` compares two bit by bit and exits 1 when they differ.
 
-    python scripts/checkpoint.py inspect runs/base
-    python scripts/checkpoint.py diff runs/base/checkpoints/300 runs/again/checkpoints/300
+python scripts/checkpoint.py inspect runs/base
+python scripts/checkpoint.py diff runs/base/checkpoints/300 runs/again/checkpoints/300
 """
 
 import argparse
@@ -10,7 +10,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # run from a clone without installing
 
-from jaxpt import stage  # noqa: E402
+from jaxpt import stage
 
 
 def main():

@@ -11,12 +11,19 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # run from a clone without installing
 
-from jaxpt import stage  # noqa: E402
+from jaxpt import stage
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--from", dest="source", required=True, type=pathlib.Path, metavar="CHECKPOINT", help="a run directory (its newest checkpoint) or a checkpoint step directory")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        required=True,
+        type=pathlib.Path,
+        metavar="CHECKPOINT",
+        help="a run directory (its newest checkpoint) or a checkpoint step directory",
+    )
     parser.add_argument("--to", required=True, type=pathlib.Path, metavar="HF_DIR", help="the directory to write")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the stored weights; default: as the checkpoint stores them")
     parser.add_argument("--replace", action="store_true", help="overwrite what --to holds")

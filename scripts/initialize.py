@@ -14,14 +14,23 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # run from a clone without installing
 
-from jaxpt import config, stage  # noqa: E402
+from jaxpt import config, stage
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--from", dest="source", required=True, metavar="random|DIR", help="random, a run or checkpoint directory, or a Hugging Face model directory")
+    parser.add_argument(
+        "--from", dest="source", required=True, metavar="random|DIR", help="random, a run or checkpoint directory, or a Hugging Face model directory"
+    )
     parser.add_argument("--config", metavar="FILE", help="a recipe: its model section shapes a random model, its mixture.packed is measured on")
-    parser.add_argument("--grow", nargs="+", action="extend", default=[], metavar="OPERATOR", help="growth operators in order, such as 'depth_upscale(m=4)'; docs/growth.md lists them")
+    parser.add_argument(
+        "--grow",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="OPERATOR",
+        help="growth operators in order, such as 'depth_upscale(m=4)'; docs/growth.md lists them",
+    )
     parser.add_argument("--to", required=True, type=pathlib.Path, metavar="DIR", help="the run directory to write")
     parser.add_argument("--replace", action="store_true", help="overwrite what --to holds")
     arguments, rest = parser.parse_known_args()

@@ -12,7 +12,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # run from a clone without installing
 
-from jaxpt import config, stage  # noqa: E402
+from jaxpt import config, stage
 
 
 def main():

@@ -25,7 +25,9 @@ def test_the_list_of_knobs_is_the_defaults():
 
 def test_a_recipe_takes_an_argument_and_overrides_apply_last(tmp_path):
     recipe = tmp_path / "recipe.py"
-    recipe.write_text("from jaxpt.config import defaults\ndef get_config(size='small'):\n    c = defaults()\n    c.model.d_model = {'small': 24, 'large': 48}[size]\n    return c\n")
+    recipe.write_text(
+        "from jaxpt.config import defaults\ndef get_config(size='small'):\n    c = defaults()\n    c.model.d_model = {'small': 24, 'large': 48}[size]\n    return c\n"
+    )
     assert config.load(recipe).model.d_model == 24
     assert config.load(f"{recipe}:large").model.d_model == 48
     assert config.load(f"{recipe}:large", ["--config.model.d_model=72"]).model.d_model == 72

@@ -36,7 +36,9 @@ def test_another_request_is_refused_with_what_differs_and_nothing_is_lost(tmp_pa
     if change == "input":
         source.write_text("other text")
     asked = {"config": {"row_len": 24 if change == "config" else 20}, "inputs": {"text": source}, "seed": 5 if change == "seed" else 3}
-    with pytest.raises(UserError, match={"config": "row_len: 20 there, 24 asked", "input": "another input", "seed": "seed 3 there; seed 5 asked"}[change]):
+    with pytest.raises(
+        UserError, match={"config": "row_len: 20 there, 24 asked", "input": "another input", "seed": "seed 3 there; seed 5 asked"}[change]
+    ):
         stage.run("pack", tmp_path / "out", write([]), **asked)
     assert (tmp_path / "out/rows.txt").exists()
     stage.run("pack", tmp_path / "out", write([]), replace=True, **asked)

@@ -20,7 +20,11 @@ MESHES = [
     {"replica": r, "fsdp": f, "tensor": t, "context": c}
     for r in (1, 2, 4, 8) for f in (1, 2, 4, 8) for t in (1, 2) for c in (1, 2, 4, 8) if r * f * t * c == 8
 ]  # fmt: skip
-QUICK = [MESHES.index({"replica": 1, "fsdp": 8, "tensor": 1, "context": 1}), MESHES.index({"replica": 1, "fsdp": 2, "tensor": 2, "context": 2}), MESHES.index({"replica": 4, "fsdp": 1, "tensor": 2, "context": 1})]
+QUICK = [
+    MESHES.index({"replica": 1, "fsdp": 8, "tensor": 1, "context": 1}),
+    MESHES.index({"replica": 1, "fsdp": 2, "tensor": 2, "context": 2}),
+    MESHES.index({"replica": 4, "fsdp": 1, "tensor": 2, "context": 1}),
+]
 
 
 def make_batch(seed=0, rows=16, T=32) -> Batch:
@@ -65,7 +69,9 @@ def alone():
     return np.array(losses), third
 
 
-@pytest.mark.parametrize("sizes", [pytest.param(mesh, id="-".join(map(str, mesh.values())), marks=[] if i in QUICK else pytest.mark.slow) for i, mesh in enumerate(MESHES)])
+@pytest.mark.parametrize(
+    "sizes", [pytest.param(mesh, id="-".join(map(str, mesh.values())), marks=[] if i in QUICK else pytest.mark.slow) for i, mesh in enumerate(MESHES)]
+)
 def test_any_mesh_gives_the_curve_of_one_device(spec, alone, sizes):
     alone, _ = alone
     spread, now, _ = train(spec, sharding.make_mesh(Mesh(**sizes)))
@@ -144,7 +150,7 @@ def test_the_learning_rate_follows_its_schedule(schedule, wanted):
 
 
 def test_a_schedule_without_room_is_refused():
-    with pytest.raises(UserError, match="leave nothing of train.steps = 50"):
+    with pytest.raises(UserError, match="leave nothing of train"):
         optimizer.learning_rate(Optim(warmup_steps=50), 50)
 
 
@@ -174,5 +180,3 @@ def test_a_step_of_a_grown_model_adds_exactly_one_compile(spec, one):
         for i in range(2):
             now, _ = run(now, jax.device_put(make_batch(i), sharding.batch_sharding(one)))
     assert [run._cache_size() for run in runs] == [1, 1]
-
-

@@ -80,7 +80,10 @@ BROKEN = {
     "config of no model": (lambda d: (d / "config.json").write_text('{"model_type": "llama"}'), "has no hidden_size"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "Weights are read from safetensors only"),
     "weights cut short": (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-5]), "cut short"),
-    "weights are text": (lambda d: (d / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1"), "not a whole safetensors file"),
+    "weights are text": (
+        lambda d: (d / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1"),
+        "not a whole safetensors file",
+    ),
     "a tensor missing": (lambda d: edit_tensors(d, lambda t: t.pop("model.norm.weight")), r"missing model.norm.weight \(24,\)"),
     "a tensor too many": (lambda d: edit_tensors(d, lambda t: t.update(extra=np.zeros(3, np.float32))), r"unused extra \(3,\)"),
     "a tensor of another shape": (lambda d: edit_config(d, intermediate_size=48), r"has shape \(40, 24\), wanted \(48, 24\)"),
@@ -131,7 +134,12 @@ def randomised(spec, mesh):
 
 @pytest.mark.parametrize(
     ("text", "wanted"),
-    [("depth_upscale(m=2)", [0, 1, 2, 2, 3, 4]), ("stack(g=2)", [0, 1, 2, 3, 4] * 2), ("interleave(g=2)", [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]), ("layers([4, 0])", [4, 0])],
+    [
+        ("depth_upscale(m=2)", [0, 1, 2, 2, 3, 4]),
+        ("stack(g=2)", [0, 1, 2, 3, 4] * 2),
+        ("interleave(g=2)", [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]),
+        ("layers([4, 0])", [4, 0]),
+    ],
 )
 def test_a_grown_layer_is_its_source_and_all_else_is_the_parents(spec, text, wanted):
     mesh = sharding.make_mesh(config.Mesh(fsdp=4, tensor=2))

@@ -7,14 +7,23 @@ SIZES = {
     "vocab_size": 96, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 5, "num_attention_heads": 6,
     "num_key_value_heads": 2, "max_position_embeddings": 64,
 }  # fmt: skip
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**SIZES, head_dim=8),
     "llama, other theta and eps": lambda: transformers.LlamaConfig(**SIZES, head_dim=8, rope_theta=5e5, rms_norm_eps=1e-3),
     "llama, tied, biases": lambda: transformers.LlamaConfig(**SIZES, head_dim=8, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
     "llama, head apart from width": lambda: transformers.LlamaConfig(**SIZES, head_dim=10),
     "llama, rope llama3": lambda: transformers.LlamaConfig(**SIZES, head_dim=8, rope_parameters=LLAMA3),
-    "llama, rope linear": lambda: transformers.LlamaConfig(**SIZES, head_dim=8, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}),
+    "llama, rope linear": lambda: transformers.LlamaConfig(
+        **SIZES, head_dim=8, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    ),
     "mistral, sliding window": lambda: transformers.MistralConfig(**SIZES, head_dim=8, sliding_window=7),
     "mistral, no window": lambda: transformers.MistralConfig(**SIZES, head_dim=8, sliding_window=None),
     "qwen2": lambda: transformers.Qwen2Config(**SIZES),

@@ -34,8 +34,12 @@ class Llama(nnx.Module):
         if not spec.tied:
             self.unembed = weight(rngs, (D, V), ("embed", "vocab"), std=D**-0.5)
 
-    def __call__(self, tokens, segments, positions, dtype=jnp.float32, remat: str = "none"):
-        """tokens, segments, positions: int32 [B, T], as in spec.Batch. Returns hidden states [B, T, D] in dtype."""
+    def __call__(self, tokens, segments, positions, dtype=jnp.float32, remat: str = "none", unroll: int = 1):
+        """tokens, segments, positions: int32 [B, T], as in spec.Batch. Returns hidden states [B, T, D] in dtype.
+
+        remat   what backward keeps of a layer: "none" recomputes nothing, "full" all of it
+        unroll  layers that one turn of the scan holds
+        """
         # gathered along its width first: a lookup in a table cut both ways makes XLA replicate the result
         table = constrain(self.embed[...].astype(dtype), "vocab", None)
         x = constrain(table[tokens], "batch", "position", "act_embed")
@@ -49,7 +53,7 @@ class Llama(nnx.Module):
 
         if remat == "full":
             layer = jax.checkpoint(layer)
-        x, _ = jax.lax.scan(layer, x, stacked)
+        x, _ = jax.lax.scan(layer, x, stacked, unroll=unroll)
         return rms_norm(x, self.norm[...], self.spec.norm_eps)
 
     def head(self, dtype=jnp.float32):

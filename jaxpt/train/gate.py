@@ -76,7 +76,9 @@ def verify_growth(birth: Birth, operators: tuple[str, ...], heldout: Heldout | N
     exact = all(growth.preserves_function for growth in birth.growths)
     difference = max_logit_difference(birth, mesh) if exact else None
     if exact and difference != 0.0:
-        raise UserError(f"growth {operators}: promises to keep the function, but logits differ by up to {difference:.3g}. Train the parent's newest release, and report this.")
+        raise UserError(
+            f"growth {operators}: promises to keep the function, but logits differ by up to {difference:.3g}. Train the parent's newest release, and report this."
+        )
     losses = heldout and {"parent": heldout.losses(parent.spec, parent.params), "newborn": heldout.losses(child.spec, child.params)}
     found = {
         "parent": str(parent.source) if parent.source else "random weights",

@@ -46,7 +46,9 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
     rows = loader.open_rows(packed)
     mesh = sharding.make_mesh(settings.mesh)
     if rows.row_len != settings.pack.row_len:
-        raise UserError(f"pack.row_len: the config says {settings.pack.row_len}, the packed rows have {rows.row_len} tokens. Set it to that, or pack again.")
+        raise UserError(
+            f"pack.row_len: the config says {settings.pack.row_len}, the packed rows have {rows.row_len} tokens. Set it to that, or pack again."
+        )
     n_rows = settings.train.steps * settings.train.batch_rows
     mixture = Mixture(settings.mixture, rows.n_rows, settings.train.batch_rows)
     mixture.check(n_rows, settings.mixture.max_epochs)
@@ -67,7 +69,9 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
         birth = initialize.birth(settings, mesh, rows.n_pieces)
         spec = birth.model.spec
         if birth.model.tokenizer not in (None, rows.tokenizer):
-            raise UserError(f"initialize.source: {settings.initialize.source} was trained with another tokenizer than the rows were packed with. Pack with its own.")
+            raise UserError(
+                f"initialize.source: {settings.initialize.source} was trained with another tokenizer than the rows were packed with. Pack with its own."
+            )
         if birth.parent:
             gate.write_growth(gate.verify_growth(birth, settings.initialize.grow, heldout, mesh), run)
         elif (grown := pathlib.Path(settings.initialize.source) / "growth.json").is_file():

@@ -72,7 +72,10 @@ class Metrics:
         """Held-out nats per token by source; beside the parent's on the same rows, where there is one."""
         self.write({"step": step, "heldout": losses} | ({"parent": parent} if parent else {}))
         beside = lambda name: f" (parent {parent[name]:.4f})" if parent and name in parent else ""  # noqa: E731
-        self.say(f"step {step:>{len(str(self.steps))}}/{self.steps}  held-out " + "  ".join(f"{name} {loss:.4f}{beside(name)}" for name, loss in losses.items()))
+        self.say(
+            f"step {step:>{len(str(self.steps))}}/{self.steps}  held-out "
+            + "  ".join(f"{name} {loss:.4f}{beside(name)}" for name, loss in losses.items())
+        )
         self.last_time = time.monotonic()  # the measurement is no part of a step's time
 
     def resumed(self, step: int) -> None:

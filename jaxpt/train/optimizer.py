@@ -41,7 +41,9 @@ def learning_rate(optim: Optim, steps: int) -> Callable[[jax.Array], jax.Array]:
     """
     warmup, end = optim.warmup_steps, optim.end_lr_frac
     if warmup >= steps:
-        raise UserError(f"optim.warmup_steps: {warmup} steps of warm-up leave nothing of train.steps = {steps}. Use fewer, such as {max(steps // 20, 1)}.")
+        raise UserError(
+            f"optim.warmup_steps: {warmup} steps of warm-up leave nothing of train.steps = {steps}. Use fewer, such as {max(steps // 20, 1)}."
+        )
     first = {"wsd": steps - max(round(steps * optim.decay_frac), 1), "cosine": warmup, "linear": warmup, "constant": steps}[optim.schedule]
     first = max(first, warmup)
 

@@ -122,7 +122,9 @@ def restore(directory: pathlib.Path, name: str, abstract: Any) -> Any:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(directory.absolute() / name, abstract)
     except (ValueError, KeyError, FileNotFoundError) as error:
-        raise UserError(f"{directory}/{name}: does not fit the model and optimizer asked for ({first_line(error)}). Was the config changed?") from error
+        raise UserError(
+            f"{directory}/{name}: does not fit the model and optimizer asked for ({first_line(error)}). Was the config changed?"
+        ) from error
 
 
 def first_line(error: Exception) -> str:
@@ -164,7 +166,7 @@ def found(source: pathlib.Path) -> pathlib.Path:
 
 
 def stored(directory: pathlib.Path) -> dict[str, jax.ShapeDtypeStruct]:
-    """"params/blocks/q" -> shape and type, for every array."""
+    """ "params/blocks/q" -> shape and type, for every array."""
     import orbax.checkpoint as ocp
 
     leaves = {}

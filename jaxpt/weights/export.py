@@ -35,7 +35,14 @@ def run(source: pathlib.Path, out: pathlib.Path, dtype: str | None = None, repla
 def model_card(source: pathlib.Path, model: initialize.Loaded) -> str:
     """README.md of the export: what it is and what it was made from, manifest by manifest."""
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [jaxpt]", "---", "", f"# {source.name}", ""]
-    lines += [f"{initialize.describe(model.spec)}. Made with jaxpt.", "", "## Lineage", "", "| what | where | fingerprint | made |", "|---|---|---|---|"]
+    lines += [
+        f"{initialize.describe(model.spec)}. Made with jaxpt.",
+        "",
+        "## Lineage",
+        "",
+        "| what | where | fingerprint | made |",
+        "|---|---|---|---|",
+    ]
     seen: set[str] = set()
 
     def follow(path: pathlib.Path) -> None:

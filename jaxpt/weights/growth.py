@@ -104,7 +104,9 @@ def parse(text: str, n_layers: int) -> Growth:
         positional = [ast.literal_eval(argument) for argument in call.args]
         named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (SyntaxError, AttributeError, ValueError):
-        raise UserError(f"grow {text!r}: wanted an operator with its settings, such as 'depth_upscale(m=4)'. There are: {', '.join(OPERATORS)}.") from None
+        raise UserError(
+            f"grow {text!r}: wanted an operator with its settings, such as 'depth_upscale(m=4)'. There are: {', '.join(OPERATORS)}."
+        ) from None
     if name not in OPERATORS:
         near = difflib.get_close_matches(name, OPERATORS, 1)
         raise UserError(f"grow {text!r}: no such operator; " + (f"did you mean {near[0]}?" if near else f"there are: {', '.join(OPERATORS)}."))

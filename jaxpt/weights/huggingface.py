@@ -87,7 +87,15 @@ def load(directory: pathlib.Path, mesh, dtype: str = "float32") -> tuple[ModelSp
     return spec, params
 
 
-def export(spec: ModelSpec, params: dict[str, Any], directory: pathlib.Path, *, dtype: str | None = None, tokenizer_dir: pathlib.Path | None = None, card: str = "") -> int:
+def export(
+    spec: ModelSpec,
+    params: dict[str, Any],
+    directory: pathlib.Path,
+    *,
+    dtype: str | None = None,
+    tokenizer_dir: pathlib.Path | None = None,
+    card: str = "",
+) -> int:
     """Write config.json, generation_config.json, safetensors (shards of at most 5 GB) and, where given, tokenizer files
     and README.md (`card`). dtype None keeps the parameters'. Every process calls this; the first one writes. Returns bytes of weights.
     """
@@ -283,7 +291,9 @@ def open_tensors(directory: pathlib.Path) -> dict[str, np.ndarray]:
             raise UserError(f"{file}: not there (the directory holds: {found}). Weights are read from safetensors only; download the model whole.")
         for name, tensor in open_file(file).items():
             if name in stored:
-                raise UserError(f"{file}: tensor {name} stands in another file of {directory} too. Remove the file that does not belong to this model.")
+                raise UserError(
+                    f"{file}: tensor {name} stands in another file of {directory} too. Remove the file that does not belong to this model."
+                )
             stored[name] = tensor
     return stored
 
@@ -303,7 +313,9 @@ def open_file(file: pathlib.Path) -> dict[str, np.ndarray]:
         if name == "__metadata__":
             continue
         if entry["dtype"] not in DTYPES:
-            raise UserError(f"{file}: {name} is stored as {entry['dtype']}, wanted {', '.join(DTYPES)}. Quantized checkpoints cannot be trained; take the original.")
+            raise UserError(
+                f"{file}: {name} is stored as {entry['dtype']}, wanted {', '.join(DTYPES)}. Quantized checkpoints cannot be trained; take the original."
+            )
         start, stop = entry["data_offsets"]
         dtype = DTYPES[entry["dtype"]]
         if 8 + length + stop > size or stop - start != math.prod(entry["shape"]) * dtype.itemsize:

@@ -1,9 +1,9 @@
 """Where first weights come from: numbered births, the first that applies wins; then growth.
 
-    1. this run's own newest checkpoint, with its optimizer   (train/loop.py: a resumed run never comes here)
-    2. a checkpoint of another run, weights only
-    3. a Hugging Face directory
-    4. random
+1. this run's own newest checkpoint, with its optimizer   (train/loop.py: a resumed run never comes here)
+2. a checkpoint of another run, weights only
+3. a Hugging Face directory
+4. random
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def birth(settings: Config, mesh, n_pieces: int | None) -> Birth:
     parent, growths = model, []
     for text in asked.grow:
         spec, params, done = growth.grow(model.spec, model.params, text, mesh)
-        say(f"grown by {text}: {model.spec.n_layers} -> {spec.n_layers} layers, {llama.count(spec):,} parameters; from layers {' '.join(map(str, done.layer_map))}")
+        say(
+            f"grown by {text}: {model.spec.n_layers} -> {spec.n_layers} layers, {llama.count(spec):,} parameters; from layers {' '.join(map(str, done.layer_map))}"
+        )
         model = model._replace(spec=spec, params=params)
         growths.append(done)
     return Birth(model, parent if growths else None, tuple(growths))
@@ -91,7 +93,10 @@ def random_spec(settings: Config, n_pieces: int | None) -> ModelSpec:
     vocab_size = shape.vocab_size or (vocabulary.round_up(n_pieces) if n_pieces else 0)
     if not vocab_size:
         raise UserError("model.vocab_size: is 0 (take the tokenizer's), but there is no tokenizer. Run pack.py first, or set it.")
-    fields = {name: getattr(shape, name) for name in ("n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "d_head", "max_positions", "norm_eps", "rope_theta", "tied")}
+    fields = {
+        name: getattr(shape, name)
+        for name in ("n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "d_head", "max_positions", "norm_eps", "rope_theta", "tied")
+    }
     return ModelSpec(vocab_size=vocab_size, **fields)
 
 

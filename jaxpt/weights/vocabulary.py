@@ -23,7 +23,9 @@ def reword(spec: ModelSpec, params: dict[str, Any], old_ids_of: list[list[int]],
     """
     highest = max((i for ids in old_ids_of for i in ids), default=0)
     if highest >= spec.vocab_size:
-        raise UserError(f"new vocabulary: old id {highest} is beyond the model's {spec.vocab_size} rows. Give the tokenizer that the model was trained with.")
+        raise UserError(
+            f"new vocabulary: old id {highest} is beyond the model's {spec.vocab_size} rows. Give the tokenizer that the model was trained with."
+        )
     n_new = round_up(len(old_ids_of))
     ids = list(old_ids_of) + [[]] * (n_new - len(old_ids_of))
     # one flat list of (new row, old row, share), so that the whole map is one gather and one segment sum

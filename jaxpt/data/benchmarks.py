@@ -1,0 +1,117 @@
+"""Evaluation sets on disk -> items, one form for all: what decontaminate.py looks for and what an evaluation harness asks.
+
+Known by their fields, whatever the file is called: TruthfulQA (the JSON of multiple-choice targets, or the CSV), GSM8K,
+LAMBADA and WinoGrande in its schema form, as JSON lines. Other JSON lines are taken as they are, under the file's name.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from jaxpt import stage
+from jaxpt.spec import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One question of a benchmark.
+
+    task    "truthfulqa", "gsm8k", "lambada", "winogrande", or the file's name without its ending
+    id      FILE:NUMBER, counted from 1
+    text    all that a document must not contain: question, context, answers, a line each
+    fields  the record as lm-evaluation-harness's task of that name reads it
+    """
+
+    task: str
+    id: str
+    text: str
+    fields: dict[str, Any]
+
+
+def read(path: str | pathlib.Path) -> list[Item]:
+    """Items of a benchmark file (.jsonl, .json, .csv), in its order, or of all such files in a directory.
+
+    Raises UserError when there is none, or a record is not what its kind of file holds.
+    """
+    path = stage.local_path(path)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", ".json", ".csv"))
+        if not files:
+            raise UserError(f"{path}: no benchmark file (.jsonl, .json or .csv) there. Name the file, or the directory that holds it.")
+        return [item for file in files for item in read(file)]
+    if not path.is_file():
+        raise UserError(f"{path}: no such benchmark file or directory. Check the path.")
+    items = []
+    for n, record in enumerate(records(path), 1):
+        if not isinstance(record, dict):
+            raise UserError(f"{path}: record {n} is {type(record).__name__}, wanted an object with the fields of a question.")
+        try:
+            task, text, fields = understand(record, path.stem)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: record {n} cannot be read ({type(error).__name__}: {error}). Restore the file from its origin.") from None
+        items.append(Item(task, f"{path.stem}:{n}", text, fields))
+    return items
+
+
+def records(path: pathlib.Path) -> list:
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8 ({error.reason}). Restore the file from its origin.") from None
+    if path.suffix == ".csv":
+        return list(csv.DictReader(text.splitlines(keepends=True)))
+    lines = [text] if path.suffix == ".json" else text.split("\n")
+    found = []
+    for n, line in enumerate(lines, 1):
+        try:
+            found += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{error.lineno if len(lines) == 1 else n}: not JSON ({error.msg}). Restore the file from its origin.") from None
+    if path.suffix == ".json" and not (found and isinstance(found[0], list)):
+        raise UserError(f"{path}: wanted a JSON list of questions. Name a .jsonl file if it holds one object a line.")
+    return found[0] if path.suffix == ".json" else found
+
+
+def understand(record: dict[str, Any], name: str) -> tuple[str, str, dict[str, Any]]:
+    """(task, text, fields) of a record. `name` is the task of a record of unknown kind."""
+    if "mc2_targets" in record:
+        targets = {key: record[key] for key in ("mc1_targets", "mc2_targets")}
+        fields = {"question": record["question"]}
+        for key, choices in targets.items():
+            fields[key] = {"choices": list(choices), "labels": list(choices.values())}
+        return "truthfulqa", lines(record["question"], *targets["mc1_targets"], *targets["mc2_targets"]), fields
+    if "Correct Answers" in record:
+        best, right, wrong = record["Best Answer"], split(record["Correct Answers"]), split(record["Incorrect Answers"])
+        fields = {"question": record["Question"], "best_answer": best, "correct_answers": right, "incorrect_answers": wrong}
+        return "truthfulqa", lines(record["Question"], best, *right, *wrong), fields
+    if "context_options" in record:
+        # Partial evaluation reads a sentence with one "_" and two fillings: the contexts' common start is cut at a word
+        one, two = record["context_options"]
+        n_same = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
+        start = one[: one.rfind(" ", 0, n_same) + 1]
+        fields = {
+            "sentence": f"{start}_ {record['continuation']}",
+            "option1": one[len(start) :],
+            "option2": two[len(start) :],
+            "answer": str(record["gold"] + 1),
+        }
+        return "winogrande", lines(*(f"{context} {record['continuation']}" for context in (one, two))), fields
+    if {"context", "continuation"} <= record.keys():
+        text = f"{record['context']} {record['continuation']}"
+        return "lambada", text, {"text": text}
+    if record.keys() == {"question", "answer"}:
+        return "gsm8k", lines(record["question"], record["answer"]), dict(record)
+    return name, lines(*(value for value in record.values() if isinstance(value, str))), record
+
+
+def lines(*texts: str) -> str:
+    """Texts a line each, repeats left out."""
+    return "\n".join(dict.fromkeys(texts))
+
+
+def split(answers: str) -> list[str]:
+    return [answer.strip() for answer in answers.split(";") if answer.strip()]

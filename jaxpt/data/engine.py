@@ -1,0 +1,40 @@
+"""Where the heavy passes over text run: Daft inside this process, or on a Ray cluster. The only switch between them."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+from jaxpt.spec import UserError
+
+
+@functools.cache
+def start(where: str):
+    """The daft module, ready to run plans at `where`: "local", "ray" (this machine, or the cluster it belongs to) or
+    "ray://HOST:PORT". The cluster's machines need this package and a disk that all of them share.
+
+    Raises UserError for another word, or where Ray is not installed or not reached.
+    """
+    if where not in ("local", "ray") and not where.startswith("ray://"):
+        raise UserError(f"prepare.engine: got {where!r}, wanted local, ray or ray://HOST:PORT.")
+    # Both send usage data home at import, unless told before it; daft's own bars would write over ours
+    os.environ.update(DO_NOT_TRACK="1", SCARF_NO_ANALYTICS="1", RAY_USAGE_STATS_ENABLED="0", DAFT_PROGRESS_BAR="0")
+    import daft
+
+    try:
+        if where == "local":
+            daft.set_runner_native()
+            return daft
+        try:
+            import ray
+        except ImportError:
+            raise UserError(f"prepare.engine: {where!r} needs Ray, which is not installed. Run `pip install 'ray>=2.60'`, or use local.") from None
+        if where == "ray":
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
+            daft.set_runner_ray(noop_if_initialized=True)
+        else:
+            daft.set_runner_ray(address=where)
+    except (ConnectionError, RuntimeError, daft.exceptions.DaftCoreException) as error:
+        line = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"prepare.engine: {where!r} cannot be started ({line}). One process runs one engine; is the cluster up?") from None
+    return daft

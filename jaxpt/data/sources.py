@@ -1,0 +1,322 @@
+"""Where text comes from: one short string names a source, `[NAME=]KIND:WHERE`, and every source yields (id, text).
+
+    text:GLOB              a file is a document                       text:books/*.txt
+    jsonl:GLOB#field       a line is a document, text in `field`      web=jsonl:crawl/*.jsonl.zst#content
+    parquet:GLOB#column    a row is a document, text in `column`      parquet:shards/*.parquet#text
+    hf:NAME[/CONFIG]:SPLIT#field   Hugging Face data set, streamed    hf:HuggingFaceFW/fineweb/sample-10BT:train#text
+    python:prose           documentation that this Python installation carries, in English
+    python:code            the standard library's source files
+
+Order is canonical: sources as listed, then file names, then record numbers; "first" means first in this order
+everywhere. Ids are NAME/file, or NAME/file:record with records counted from 1, and files relative to the glob.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import difflib
+import functools
+import glob
+import gzip
+import importlib.metadata
+import io
+import json
+import pathlib
+import re
+import sys
+import sysconfig
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from jaxpt import stage
+from jaxpt.spec import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A source whose string was understood and whose files were found; nothing of them is read yet."""
+
+    name: str  # of its shards, and the `source` column
+    kind: str
+    where: str  # glob, data set and split, or "prose" / "code"
+    field: str  # the field or column that holds the text
+    files: tuple[pathlib.Path, ...]  # in canonical order; empty for hf: and python:
+
+    def documents(self) -> Iterator[tuple[str, str]]:
+        """(id, text) in canonical order. Raises UserError naming file and record."""
+        for label, text in READERS[self.kind](self):
+            yield f"{self.name}/{label}", text
+
+    def inputs(self) -> dict[str, pathlib.Path]:
+        """What a manifest fingerprints, by name."""
+        files = {f"{self.name}/{relative(self, file)}": file for file in self.files}
+        if self.kind == "hf" and (directory := pathlib.Path(hf_parts(self)[0])).is_dir():
+            files[self.name] = directory
+        return files
+
+    def installation(self) -> dict[str, str]:
+        """Versions of what a python: source reads, in place of a fingerprint of some thousand files."""
+        if self.kind != "python":
+            return {}
+        versions = {"python": sys.version.split()[0]}
+        if self.where == "prose":
+            versions["packages"] = stage.fingerprint(sorted((d.metadata["Name"], d.version) for d in importlib.metadata.distributions()))
+        return versions
+
+
+def parse_all(texts: Iterable[str]) -> list[Source]:
+    """The sources of a config, in its order. Raises UserError when there are none, or two of one name."""
+    sources = [parse(text) for text in texts]
+    if not sources:
+        raise UserError("prepare.sources: empty, so there is nothing to read. Name at least one, such as ('python:prose',).")
+    for i, source in enumerate(sources):
+        if source.name in [other.name for other in sources[:i]]:
+            raise UserError(f"prepare.sources: two sources are named {source.name!r}. Give one another name: NAME={source.kind}:{source.where}.")
+    return sources
+
+
+def parse(text: str) -> Source:
+    """Understand one source string and find its files. Raises UserError for an unknown kind or an empty glob."""
+    match = re.fullmatch(r"(?:([^=:#/]*)=)?(\w+):(.+)", text, re.DOTALL)
+    if not match:
+        raise UserError(f"prepare.sources: {text!r} is not a source. Write [NAME=]KIND:WHERE, such as web=jsonl:crawl/*.jsonl#text.")
+    name, kind, where = match.groups()
+    if kind not in READERS:
+        near = difflib.get_close_matches(kind, READERS, 1)
+        hint = f"did you mean {near[0]}:?" if near else f"there are: {', '.join(READERS)}."
+        raise UserError(f"prepare.sources: {text!r}: there is no kind {kind!r}; {hint}")
+    field = ""
+    if kind in ("jsonl", "parquet", "hf"):
+        where, _, field = where.partition("#") if "#" in where else (where, "", "text")
+    files: tuple[pathlib.Path, ...] = ()
+    if kind in ("text", "jsonl", "parquet"):
+        where = str(stage.local_path(where))
+        files = tuple(pathlib.Path(file) for file in glob.glob(where, recursive=True, include_hidden=False))
+        if len(files) == 1 and files[0].is_dir():
+            raise UserError(f"prepare.sources: {text!r}: {where} is a directory. Name its files, such as {kind}:{where.rstrip('/')}/*.")
+        files = tuple(sorted((file for file in files if file.is_file()), key=lambda file: file.as_posix()))
+        if not files:
+            raise UserError(f"prepare.sources: {text!r}: no file matches {where}. Check the path; a relative one starts from {pathlib.Path.cwd()}.")
+    elif kind == "python" and where not in PYTHON:
+        raise UserError(f"prepare.sources: {text!r}: wanted python:prose or python:code.")
+    elif kind == "hf" and ":" not in where:
+        raise UserError(f"prepare.sources: {text!r}: the split is missing. Write hf:NAME[/CONFIG]:SPLIT#field, such as hf:{where}:train#text.")
+    name = readable_name(kind, where) if name is None else name
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(f"prepare.sources: {text!r}: a source cannot be named {name!r}. Use letters, digits, '_', '-' and '.': NAME={kind}:...")
+    return Source(name, kind, where, field, files)
+
+
+def readable_name(kind: str, where: str) -> str:
+    """python:prose -> prose; books/*.txt -> books; crawl/part.jsonl.gz -> part; HuggingFaceFW/fineweb/sample-10BT:train -> fineweb-sample-10BT"""
+    if kind == "python":
+        return where
+    if kind == "hf":
+        name = where.rpartition(":")[0].strip("/")
+        word = name.replace("/", "-") if name.count("/") == 0 else name.partition("/")[2].replace("/", "-")
+        word = pathlib.PurePath(name).name if pathlib.Path(where.rpartition(":")[0]).is_dir() else word
+    else:
+        parts = [part for part in pathlib.PurePath(where).parts if not glob.has_magic(part) and part != "/"]
+        word = parts[-1] if parts else "files"
+        if not glob.has_magic(where):
+            word = word.split(".")[0]
+    return re.sub(r"[^\w.-]+", "_", word).strip("._-")
+
+
+def relative(source: Source, file: pathlib.Path) -> str:
+    """A file's name in ids: relative to the part of the glob that is no pattern, so that moving the data changes no id."""
+    parts = pathlib.PurePath(source.where).parts
+    n_plain = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
+    return file.relative_to(pathlib.PurePath(*parts[:n_plain])).as_posix()
+
+
+# ---- files
+
+
+def read_text(source: Source) -> Iterator[tuple[str, str]]:
+    for file in source.files:
+        with opened(file) as stream:
+            data = stream.read()
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}: byte {error.start} is not UTF-8 ({error.reason}). Convert the file to UTF-8 or leave it out.") from None
+        yield relative(source, file), text.replace("\r\n", "\n")  # as Python and editors show it; a paragraph ends at "\n\n"
+
+
+def read_jsonl(source: Source) -> Iterator[tuple[str, str]]:
+    for file in source.files:
+        with opened(file) as stream:
+            for n, line in enumerate(stream, 1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                except UnicodeDecodeError as error:
+                    raise UserError(f"{file}:{n}: byte {error.start} of the line is not UTF-8 ({error.reason}). Mend or remove the line.") from None
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{file}:{n}: not JSON ({error.msg} at character {error.pos + 1}). Mend or remove the line.") from None
+                if not isinstance(record, dict):
+                    raise UserError(f'{file}:{n}: got {type(record).__name__}, wanted an object such as {{"{source.field}": "..."}}.')
+                yield f"{relative(source, file)}:{n}", text_of(record, source.field, f"{file}:{n}")
+
+
+def read_parquet(source: Source) -> Iterator[tuple[str, str]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for file in source.files:
+        try:
+            with pq.ParquetFile(file) as table:
+                names = table.schema_arrow.names
+                if source.field not in names:
+                    raise UserError(f"{file}: has no column {source.field!r}; it has: {', '.join(names)}. Write parquet:GLOB#column.")
+                n = 0
+                for batch in table.iter_batches(1024, columns=[source.field]):
+                    for text in batch.column(0).to_pylist():
+                        n += 1
+                        yield f"{relative(source, file)}:{n}", text_of({source.field: text}, source.field, f"{file}:{n}")
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{file}: cannot be read as parquet ({first_line(error)}). Copy it again or leave it out.") from None
+
+
+@contextlib.contextmanager
+def opened(file: pathlib.Path) -> Iterator[io.BufferedIOBase]:
+    """The file's bytes, unpacked where its name ends in .gz or .zst. Raises UserError when they cannot be had."""
+    try:
+        with unpacked(file) as stream:
+            yield stream
+    except (EOFError, zlib.error, OSError) as error:  # gzip says EOFError for a cut file, the others OSError
+        raise UserError(f"{file}: cannot be read ({first_line(error)}). Copy it again or leave it out.") from None
+
+
+def unpacked(file: pathlib.Path) -> io.BufferedIOBase:
+    if file.suffix == ".zst":
+        import pyarrow as pa
+
+        return io.BufferedReader(pa.input_stream(str(file), compression="zstd"))
+    return gzip.open(file) if file.suffix == ".gz" else open(file, "rb")
+
+
+def text_of(record: dict[str, Any], field: str, place: str) -> str:
+    """record[field], which must be a text. Raises UserError naming the place."""
+    if field not in record:
+        raise UserError(f"{place}: has no field {field!r}; it has: {', '.join(record)}. Name the field that holds the text after '#'.")
+    if not isinstance(record[field], str):
+        raise UserError(
+            f"{place}: field {field!r} holds {type(record[field]).__name__}, wanted text. Name another field after '#', or mend the record."
+        )
+    return record[field]
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+# ---- Hugging Face
+
+
+def hf_parts(source: Source) -> tuple[str, str | None, str]:
+    """where -> (data set or local directory, config or None, split)"""
+    name, _, split = source.where.rpartition(":")
+    parts = name.split("/")
+    if len(parts) > 2 and not pathlib.Path(name).is_dir():
+        return "/".join(parts[:2]), "/".join(parts[2:]), split
+    return name, None, split
+
+
+def read_hf(source: Source) -> Iterator[tuple[str, str]]:
+    import datasets
+
+    name, config, split = hf_parts(source)
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(name, config, split=split, streaming=True)
+        for n, record in enumerate(rows, 1):
+            yield f"{split}:{n}", text_of(record, source.field, f"hf:{source.where}:{n}")
+    except UserError:
+        raise
+    except Exception as error:  # datasets and the hub raise dozens of kinds; each means that the set cannot be had
+        raise UserError(f"hf:{source.where}: {type(error).__name__}: {first_line(error)} Check name, config, split and the network.") from error
+
+
+# ---- what every Python installation carries
+
+
+def read_python(source: Source) -> Iterator[tuple[str, str]]:
+    return PYTHON[source.where]()
+
+
+def read_code() -> Iterator[tuple[str, str]]:
+    for file in library_files():
+        yield file.relative_to(library()).as_posix(), file.read_bytes().decode("utf-8", "replace")
+
+
+def read_prose() -> Iterator[tuple[str, str]]:
+    """Docstrings, a document a module; the installed packages' README texts; the language reference's topics."""
+    import pydoc_data.topics
+
+    packages = pathlib.Path(sysconfig.get_path("purelib"))
+    modules = {file.relative_to(library()).as_posix(): file for file in library_files()}
+    modules |= {file.relative_to(packages).as_posix(): file for name in PROSE_PACKAGES for file in source_files(packages / name)}
+    for name, file in sorted(modules.items()):
+        if docstrings := [text for text in docstrings_of(file) if is_prose(text)]:
+            yield f"docstrings/{name}", "\n\n".join(dict.fromkeys(docstrings))
+    distributions = {each.metadata["Name"].lower(): each.metadata for each in importlib.metadata.distributions()}
+    for name, metadata in sorted(distributions.items()):
+        if readme := (metadata.get_payload() or metadata.get("Description") or "").strip():
+            yield f"readme/{name}", readme.encode("utf-8", "replace").decode()
+    for name, topic in sorted(pydoc_data.topics.topics.items()):
+        yield f"topics/{name}", topic.strip()
+
+
+# Packages that every installation of jaxpt has, with the most docstrings: they bring prose from 3 MB to 8 MB
+PROSE_PACKAGES = ("flax", "jax", "numpy", "optax")
+# Directories that hold tests, data tables, or a program of their own in place of library code
+NOT_LIBRARY = {"test", "tests", "testing", "idlelib", "lib2to3", "pydoc_data", "site-packages", "turtledemo"}
+
+
+def library() -> pathlib.Path:
+    return pathlib.Path(sysconfig.get_path("stdlib"))
+
+
+@functools.cache
+def library_files() -> list[pathlib.Path]:
+    return [file for file in source_files(library()) if not file.name.startswith("_sysconfigdata")]  # build settings of this machine
+
+
+def source_files(root: pathlib.Path) -> list[pathlib.Path]:
+    """Python files below root, sorted, without tests."""
+    files = [file for file in root.rglob("*.py") if not NOT_LIBRARY & set(file.relative_to(root).parts[:-1])]
+    return sorted((file for file in files if not re.match(r"test_|.*_test\.py", file.name)), key=lambda file: file.as_posix())
+
+
+def docstrings_of(file: pathlib.Path) -> list[str]:
+    """Docstrings of a file's module, classes and functions, outermost first, indentation removed."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+        try:
+            tree = ast.parse(file.read_bytes())
+        except (SyntaxError, ValueError):  # written for another Python
+            return []
+    docstrings, nodes = [], [tree]
+    for node in nodes:  # grows while it is read: breadth first, through statements only, which is all that can hold a definition
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and (text := ast.get_docstring(node)):
+            docstrings.append(text)
+        for block in ("body", "orelse", "handlers", "finalbody"):
+            nodes += getattr(node, block, ())
+    return docstrings
+
+
+def is_prose(docstring: str) -> bool:
+    """Long enough to say something, and mostly words: at least 80 characters, three quarters of them letters or spaces."""
+    return len(docstring) >= 80 and sum(map(str.isalpha, docstring)) + docstring.count(" ") >= 0.75 * len(docstring)
+
+
+PYTHON = {"prose": read_prose, "code": read_code}
+READERS = {"text": read_text, "jsonl": read_jsonl, "parquet": read_parquet, "hf": read_hf, "python": read_python}

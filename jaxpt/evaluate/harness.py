@@ -1,0 +1,345 @@
+"""Benchmarks of lm-evaluation-harness and bits per byte, for one model, by our code or by transformers.
+
+`evaluate` is the whole of it: tasks in, results in the harness's own format out, with where the model came from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import itertools
+import json
+import logging
+import os
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from jaxpt import config, stage
+from jaxpt.data import benchmarks, sources, tokenizer
+from jaxpt.evaluate import likelihood
+from jaxpt.model import decode, llama
+from jaxpt.sharding import make_mesh
+from jaxpt.spec import Manifest, ModelSpec, UserError
+from jaxpt.weights import checkpoint, huggingface, initialize
+
+GROUPS = {"course": {"truthfulqa_mc2": 5}}  # group -> task -> items read of it
+OURS = "bits_per_byte/"
+
+
+def evaluate(
+    model: pathlib.Path, tasks: list[str], *, backend: str = "jax", limit: int | None = None,
+    max_length: int | None = None, data_dir: pathlib.Path | None = None, to: pathlib.Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure a model and say so in a table; write the results to `to`.
+
+    model     a run directory, a checkpoint step directory or a Hugging Face directory
+    tasks     the harness's task names, `course`, or bits_per_byte/[NAME=]KIND:WHERE (a source, see docs/prepare.md)
+    backend   "jax": our code; "hf": transformers and torch, on an export made for the purpose where the model is no Hugging Face directory
+    limit     items (of a benchmark) or documents (of a source) read of each task
+    max_length  tokens that the model sees at once; None is its own longest, which may exceed what it was trained on
+    data_dir  where benchmark files lie; None lets the harness download its own
+
+    Raises UserError for an unknown task, a missing tokenizer or benchmark file, or packages that are not installed.
+    """
+    start = time.monotonic()
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit: got {limit}, wanted at least 1 item.")
+    if max_length is not None and max_length < 2:
+        raise UserError(f"--max-length: got {max_length}, wanted at least 2 tokens.")
+    texts, asked = understand(tasks, limit, data_dir)
+    local = {name: local_rows(name, data_dir) for name in asked} if data_dir else {}
+    mesh = make_mesh(config.Mesh())
+    loaded = initialize.load(model, mesh)
+    if loaded.tokenizer_dir is None:
+        raise UserError(
+            f"{model}: has no tokenizer beside it (tokenizer.json), so no text can be scored. Copy the one that the model was trained with there."
+        )
+    stage.say(f"evaluate: {model}, {llama.count(loaded.spec):,} parameters, by {'our code' if backend == 'jax' else 'transformers'}")
+
+    length = min(max_length or loaded.spec.max_positions, loaded.spec.max_positions)
+    results: dict[str, Any] = {"results": {}, "versions": {}, "n-samples": {}}
+    with contextlib.ExitStack() as stack:
+        hf_dir = stack.enter_context(as_hugging_face(loaded)) if backend == "hf" else None
+        for source in texts:
+            merge(results, score_source(source, loaded, hf_dir, limit, length))
+        if asked:
+            if hf_dir is None:
+                judged = adapter(loaded.spec, loaded.params, loaded.tokenizer_dir, length)
+            else:
+                from jaxpt.evaluate import reference
+
+                judged = reference.harness_model(hf_dir, length)
+            for n_items in dict.fromkeys(asked.values()):  # the harness has one limit for all tasks of a call
+                merge(results, run_harness(judged, [name for name, n in asked.items() if n == n_items], n_items, local))
+    results |= {
+        "model": str(model),
+        "backend": backend,
+        "max_length": length,
+        "seconds": round(time.monotonic() - start, 2),
+        "lineage": lineage(loaded),
+    }
+    results = stage.plain(results)
+    stage.say(table(results))
+    if to:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        stage.write_whole(to, json.dumps(results, indent=1) + "\n")
+        stage.say(f"evaluate: {len(results['results'])} results in {results['seconds']:,.1f} s, written to {to}")
+    return results
+
+
+def understand(tasks: list[str], limit: int | None, data_dir: pathlib.Path | None) -> tuple[list[sources.Source], dict[str, int | None]]:
+    """(sources to score, {harness task: items read}). Raises UserError for a name that nobody knows."""
+    tasks = [name for word in tasks for name in ([word] if word.startswith(OURS) else word.split(",")) if name]
+    if not tasks:
+        raise UserError("--tasks: none given. Name at least one, such as course or bits_per_byte/prose=python:prose.")
+    texts = [sources.parse(task.removeprefix(OURS)) for task in tasks if task.startswith(OURS)]
+    asked: dict[str, int | None] = {}
+    for task in tasks:
+        if task in GROUPS:
+            asked = {name: limit or n for name, n in GROUPS[task].items()} | asked
+        elif not task.startswith(OURS):
+            asked[task] = limit
+    if asked:
+        from jaxpt.evaluate.reference import require
+
+        require("lm_eval")
+        known = list(LOCAL) if data_dir else task_manager().all_tasks
+        for name in asked:
+            if name not in known:
+                near = difflib.get_close_matches(name, [*known, *GROUPS, OURS + "NAME=KIND:WHERE"], 3, 0.4)
+                raise UserError(
+                    f"--tasks: there is no task {name!r}{f' that is read from {data_dir}' if data_dir else ''}; "
+                    + (f"the nearest are: {', '.join(near)}." if near else f"there are: {', '.join([*LOCAL, *GROUPS])}, and others of the harness.")
+                    + (" Without --data-dir the harness downloads its own files." if data_dir else "")
+                )
+    return texts, asked
+
+
+@contextlib.contextmanager
+def as_hugging_face(loaded: initialize.Loaded) -> Iterator[pathlib.Path]:
+    """The model as a Hugging Face directory: itself where it is one, else an export that lasts as long as it is used."""
+    if loaded.tokenizer_dir == loaded.source:
+        yield loaded.source
+        return
+    with tempfile.TemporaryDirectory(prefix="jaxpt-") as directory:
+        huggingface.export(loaded.spec, loaded.params, pathlib.Path(directory), tokenizer_dir=loaded.tokenizer_dir)
+        yield pathlib.Path(directory)
+
+
+# ---- bits per byte
+
+
+def score_source(
+    source: sources.Source, loaded: initialize.Loaded, hf_dir: pathlib.Path | None, limit: int | None, max_length: int
+) -> dict[str, Any]:
+    name = OURS + source.name
+    texts = [text for _, (_, text) in zip(range(limit) if limit else iter(int, 1), source.documents(), strict=False)]
+    if not texts:
+        raise UserError(f"{name}: {source.where} holds no documents, so there is nothing to score. Check the path.")
+    encoder = tokenizer.load(loaded.tokenizer_dir)
+    token_ids = encoder.encode_batch(texts)
+    first = encoder.eos_id if encoder.bos_id is None else encoder.bos_id
+    if hf_dir is None:
+        sums = likelihood.bits_per_byte(loaded.spec, loaded.params, texts, token_ids, first, max_length=max_length, label=name)
+    else:
+        from jaxpt.evaluate import reference
+
+        sums = reference.bits_per_byte(hf_dir, texts, token_ids, first, max_length)
+    return {
+        "results": {name: {"alias": name, "bits_per_byte,none": sums.bits_per_byte, **sums._asdict()}},
+        "versions": {name: 1},
+        "n-samples": {name: {"original": len(texts), "effective": len(texts)}},
+    }
+
+
+# ---- the harness
+
+
+def run_harness(judged, tasks: list[str], limit: int | None, local: dict[str, dict[str, list[dict]]]) -> dict[str, Any]:
+    """simple_evaluate over the tasks, those in `local` on these rows; the samples are left out of the results."""
+    import datasets
+    import lm_eval
+    from lm_eval.tasks import _yaml_loader
+
+    os.environ["DISABLE_MULTIPROC"] = "1"  # it would fork to bootstrap standard errors, and a fork of a process that runs JAX may hang
+    manager = task_manager()
+
+    def with_local_rows(name: str):
+        if name not in local:
+            return name
+        shipped = _yaml_loader.load_yaml(manager.task_index[name].yaml_path, resolve_func=True)
+        splits = {split: datasets.Dataset.from_list(rows) for split, rows in local[name].items()}
+        return {**shipped, "custom_dataset": lambda **metadata: splits}
+
+    asked = [with_local_rows(name) for name in tasks]
+    try:
+        found = lm_eval.simple_evaluate(judged, tasks=asked, limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=1000)
+    except (ConnectionError, FileNotFoundError) as error:  # what datasets raises for a hub that is out of reach, and for a data set that is not there
+        raise UserError(
+            f"--tasks: the harness cannot get the files of {', '.join(tasks)} ({str(error).splitlines()[0]}). Go online, or give --data-dir."
+        ) from None
+    kept = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "lm_eval_version")
+    return {key: found[key] for key in kept if key in found}
+
+
+def task_manager():
+    """The harness's index of its tasks; its running commentary is left out."""
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return TaskManager()
+
+
+def adapter(spec: ModelSpec, params: dict[str, Any], tokenizer_dir: pathlib.Path, longest: int):
+    """Our model as a model of the harness. Text becomes ids as in the harness's HFLM, by AutoTokenizer, so that the same
+    requests reach the model in both.
+
+    Source: lm-evaluation-harness 0.4.13, lm_eval/models/huggingface.py.
+    """
+    import transformers
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
+
+    class Jaxpt(TemplateLM):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(tokenizer_dir), local_files_only=True)
+        max_length = longest
+        max_gen_toks = 256
+
+        @property
+        def eot_token_id(self) -> int:
+            return self.tokenizer.eos_token_id
+
+        @property
+        def prefix_token_id(self) -> int:
+            bos_id = self.tokenizer.bos_token_id
+            return self.eot_token_id if bos_id is None else bos_id
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+            if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
+                add_special_tokens = False
+            return self.tokenizer.encode(string, **({} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}))
+
+        def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
+            pairs = [(context, continuation) for _, context, continuation in requests]
+            return likelihood.continuation_log_likelihoods(spec, params, pairs, max_length=longest)
+
+        def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+            windows = [list(likelihood.rolling_windows(self.tok_encode(r.args[0]), self.prefix_token_id, self.max_length)) for r in requests]
+            scores = iter(likelihood.continuation_log_likelihoods(spec, params, list(itertools.chain(*windows)), max_length=longest))
+            return [sum(next(scores)[0] for _ in own) for own in windows]
+
+        def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+            texts = [""] * len(requests)
+            alike: dict[str, list[int]] = {}  # requests of equal settings are decoded together
+            for i, request in enumerate(requests):
+                alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
+            with stage.progress("generating", len(requests), "requests") as advance:
+                for group in alike.values():
+                    self.generate_alike([requests[i].args[0] for i in group], requests[group[0]].args[1], group, texts, advance)
+            return texts
+
+        def generate_alike(self, contexts: list[str], asked: dict, places: list[int], texts: list[str], advance: Callable) -> None:
+            asked = normalize_gen_kwargs(asked, self.max_gen_toks)
+            stops = handle_stop_sequences(asked["until"], eos=self.tokenizer.decode(self.eot_token_id))
+            max_new = asked["max_gen_toks"]
+            if max_new >= self.max_length:
+                raise UserError(
+                    f"evaluate: a task asks for {max_new} new tokens, but the model's context is {self.max_length}. "
+                    "Leave the task out, or use a model with a longer context."
+                )
+            prompts = [self.tok_encode(context)[-(self.max_length - max_new) :] for context in contexts]
+            chosen = {name: asked[name] for name in ("top_p", "top_k", "repetition_penalty") if name in asked}
+            sampling = decode.Sampling(temperature=asked["temperature"] if asked["do_sample"] else 0.0, **chosen)
+
+            def stopped(row: int, ids: list[int]) -> bool:
+                text = self.tokenizer.decode(ids, skip_special_tokens=True)
+                return any(stop in text for stop in stops)
+
+            for first in range(0, len(prompts), decode.ROWS_AT_A_TIME):
+                part = slice(first, first + decode.ROWS_AT_A_TIME)
+                outputs = decode.generate(spec, params, prompts[part], max_new=max_new, sampling=sampling, watch=stopped, watch_every=16)
+                for place, ids in zip(places[part], outputs, strict=True):
+                    texts[place] = postprocess_generated_text(self.tokenizer.decode(ids, skip_special_tokens=True), stops, None)
+                advance(len(outputs))
+
+    return Jaxpt()
+
+
+# ---- benchmark files on disk
+
+
+def local_rows(name: str, data_dir: pathlib.Path) -> dict[str, list[dict]]:
+    """Split -> rows as the harness's task reads them, from DATA_DIR/FOLDER or DATA_DIR itself.
+
+    Raises UserError when a file is not there or holds another benchmark.
+    """
+    kind, folder, files = LOCAL[name]
+    directory = next((found for found in (data_dir / folder, data_dir) if all((found / file).is_file() for file in files.values())), None)
+    if directory is None:
+        wanted = " and ".join(f"{folder}/{file}" for file in dict.fromkeys(files.values()))
+        raise UserError(f"--data-dir {data_dir}: {name} wants {wanted} there. Copy the benchmark's files, or leave the task out.")
+    items = {split: benchmarks.read(directory / file) for split, file in files.items()}
+    for split, found in items.items():
+        if not found or any(item.task != kind for item in found):
+            raise UserError(f"{directory / files[split]}: its records are not those of {name}. Restore the file from its origin.")
+    return {split: [item.fields for item in found] for split, found in items.items()}
+
+
+# task -> kind of item, folder, file of each split (the few-shot examples of winogrande come from what it tests, less the item itself)
+LOCAL = {
+    "truthfulqa_mc2": ("truthfulqa", "eval_truthfulqa", {"validation": "v0_mc_task.json"}),
+    "winogrande": ("winogrande", "eval_winogrande", {"train": "winogrande.jsonl", "validation": "winogrande.jsonl"}),
+    "lambada_openai": ("lambada", "eval_lambada", {"test": "lambada_openai.jsonl"}),
+    "gsm8k": ("gsm8k", "eval_gsm8k", {"train": "train.jsonl", "test": "test.jsonl"}),
+}
+
+
+# ---- what is said of the results
+
+
+def merge(results: dict[str, Any], more: dict[str, Any]) -> None:
+    for key, value in more.items():
+        if isinstance(value, dict):
+            results.setdefault(key, {}).update(value)
+        else:
+            results[key] = value
+
+
+def lineage(loaded: initialize.Loaded) -> dict[str, Any]:
+    """From what the model came, by fingerprint."""
+    found = {
+        "step": loaded.step,
+        "n_params": llama.count(loaded.spec),
+        "spec": loaded.spec.to_dict(),
+        "device": jax.devices()[0].device_kind,
+        **stage.versions(),
+    }
+    directory = checkpoint.find(loaded.source) or loaded.source
+    if not (directory / "manifest.json").is_file():
+        return found | {"fingerprint": stage.fingerprint_path(directory)}
+    manifest = Manifest.load(directory)
+    return found | {"fingerprint": manifest.fingerprint, "stage": manifest.stage, "inputs": manifest.inputs, "tokenizer": manifest.tokenizer}
+
+
+def table(results: dict[str, Any]) -> str:
+    """One line a metric: task, metric, value, standard error, items."""
+    lines = [("task", "metric", "value", "+/-", "items")]
+    for task, metrics in results["results"].items():
+        n_items = results["n-samples"].get(task, {}).get("effective", "")
+        for key, value in metrics.items():
+            metric, comma, kind = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            error = metrics.get(f"{metric}_stderr,{kind}")
+            shown = metric if kind == "none" else f"{metric} ({kind})"
+            lines.append((task, shown, f"{value:.4f}", f"{error:.4f}" if isinstance(error, float) else "", str(n_items)))
+    widths = [max(len(line[column]) for line in lines) for column in range(5)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    )

@@ -1,0 +1,79 @@
+"""The same measurements by torch and transformers, the judge of ours: bits per byte, the harness's own model, logits, KL.
+
+The only file of jaxpt that runs transformers' models. Everything here computes in float32 on the CPU.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+import numpy as np
+
+from jaxpt import stage
+from jaxpt.evaluate.likelihood import BitsPerByte, rolling_windows
+from jaxpt.spec import UserError
+
+
+def model(hf_dir: pathlib.Path):
+    """The directory's model, in float32, ready to be read. Raises UserError when torch is not installed or the directory cannot be opened."""
+    require("torch", "transformers")
+    import transformers
+
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(str(hf_dir), dtype="float32", local_files_only=True).eval()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{hf_dir}: transformers cannot open it ({str(error).splitlines()[0]}). Wanted a directory that export_hf.py wrote."
+        ) from None
+
+
+def require(*packages: str) -> None:
+    """Raises UserError for a package that only evaluation needs and that is not installed."""
+    import importlib.util
+
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(f"evaluate: {' and '.join(missing)} not installed. Run: pip install -r requirements-eval.txt")
+
+
+def bits_per_byte(hf_dir: pathlib.Path, texts: list[str], token_ids: list[list[int]], bos_id: int, max_length: int) -> BitsPerByte:  # fmt: skip
+    """What likelihood.bits_per_byte measures, over the same windows, one at a time."""
+    import torch
+
+    judge = model(hf_dir)
+    windows = [window for ids in token_ids for window in rolling_windows(ids, bos_id, max_length)]
+    nats_sum = 0.0
+    with torch.no_grad():
+        for context, predicted in stage.track(windows, "bits per byte by transformers", len(windows), "windows"):
+            ids = torch.tensor([context + predicted])
+            log_shares = torch.log_softmax(judge(ids[:, :-1]).logits[0, -len(predicted) :], dim=-1)
+            nats_sum -= log_shares.gather(1, ids[0, -len(predicted) :, None]).sum(dtype=torch.float64).item()
+    return BitsPerByte(nats_sum, sum(len(text.encode()) for text in texts), sum(map(len, token_ids)))
+
+
+def harness_model(hf_dir: pathlib.Path, max_length: int):
+    """lm-evaluation-harness's own HFLM."""
+    require("torch", "transformers", "lm_eval", "accelerate")
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=str(hf_dir), device="cpu", dtype="float32", max_length=max_length, batch_size=8)
+
+
+def logits(hf_dir: pathlib.Path, tokens: np.ndarray) -> np.ndarray:
+    """tokens int [B, T] -> float32 [B, T, V]."""
+    judge = model(hf_dir)
+    import torch
+
+    with torch.no_grad():
+        return judge(torch.from_numpy(np.asarray(tokens, np.int64))).logits.numpy()
+
+
+def kl(hf_dir: pathlib.Path, tokens: np.ndarray, our_logits: np.ndarray) -> float:
+    """Mean KL(transformers || ours) a token, in nats; tokens [B, T], our_logits [B, T, V]."""
+    theirs, ours = (log_softmax(x.astype(np.float64)) for x in (logits(hf_dir, tokens), np.asarray(our_logits)))
+    return float((np.exp(theirs) * (theirs - ours)).sum(axis=-1).mean())
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))

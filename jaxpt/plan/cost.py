@@ -1,0 +1,267 @@
+"""What a run is worth before any device is paid for: does it fit, tokens a second, hours, money, energy; and growing against scratch."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+from jaxpt.config import Config
+from jaxpt.plan import compile, flops, hardware
+from jaxpt.plan.hardware import GIB, Chip
+from jaxpt.spec import ModelSpec
+from jaxpt.stage import local_path, say
+from jaxpt.train.metrics import Cost
+from jaxpt.weights import checkpoint, growth, huggingface, initialize
+
+# NVIDIA: JAX takes 75 % of a card's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise; the rest CUDA itself needs.
+TAKEN_FRAC, TAKEABLE_FRAC = 0.75, 0.92
+# Power of host, network and cooling beside the boards: a DGX H100 is rated 10.2 kW for 8 boards of 0.7 kW, and boards in
+# training draw some 85 % of their rating.
+POWER_OVERHEAD = 1.5
+
+
+def plan(settings: Config, on: list[str]) -> dict[str, Any]:
+    """The plan of a config on each target: {"model", "tokens", "targets": [record, ...], "notes"}, plain numbers, as plan.json holds it.
+
+    Raises UserError for an unknown chip, a slice that is not offered, or sizes that a target cannot cut evenly.
+    """
+    targets = [hardware.target(each) for each in on]
+    spec, notes = model_of(settings)
+    train, row_len = settings.train, settings.pack.row_len
+    tokens = settings.plan.tokens or float(train.steps * train.batch_rows * row_len)
+    records = []
+    for target in targets:
+        missing = compile.missing_package(target)
+        way = f"{missing} is not installed: estimating" if missing else "compiling the train step"
+        say(f"plan: {target.on}: {way} ...")
+        measured = compile.measure(spec, settings, target)
+        done = "refused by the compiler" if measured["over_memory"] else measured["method"]
+        say(f"plan: {target.on}: {done} in {measured['seconds']:.0f} s")
+        records.append(record(spec, settings, target, measured, tokens))
+    model = {
+        "n_params": flops.n_params(spec),
+        "row_len": row_len,
+        "batch_rows": train.batch_rows,
+        "accumulate": train.accumulate,
+        "spec": spec.to_dict(),
+    }
+    return {"model": model, "tokens": tokens, "targets": records, "notes": notes}
+
+
+def model_of(settings: Config) -> tuple[ModelSpec, list[str]]:
+    """The model that a run of this config would train, growth included, and what had to be guessed."""
+    asked, notes = settings.initialize, []
+    if asked.source == "random":
+        spec = initialize.random_spec(settings, settings.tokenizer.vocab_size)
+        if not settings.model.vocab_size:
+            notes.append(f"model.vocab_size is 0 (take the tokenizer's): planned with tokenizer.vocab_size, {spec.vocab_size:,} when rounded up.")
+    else:
+        source = local_path(asked.source)
+        step_dir = checkpoint.find(source)
+        spec = ModelSpec.load(step_dir / "spec.json") if step_dir else huggingface.read_spec(source)
+    for text in asked.grow:
+        spec = spec.replace(n_layers=len(growth.parse(text, spec.n_layers).layer_map))
+    return spec, notes
+
+
+def record(spec: ModelSpec, settings: Config, target: hardware.Target, measured: dict[str, Any], tokens: float) -> dict[str, Any]:
+    """One target of plan.json. Bytes are of one device; "low" and "high" stand for the ends of the assumed MFU, the plain numbers for its middle."""
+    chip, n = target.chip, target.n_devices
+    flops_per_token = flops.training(spec, settings.pack.row_len)
+    (low, high), mfu_source = chip.mfu
+    usd_per_hour, priced = price(chip, settings)
+    usable = round(chip.memory * TAKEABLE_FRAC) if chip.platform == "cuda" else chip.memory
+    peak = measured["peak_bytes"]
+    batch = settings.train.batch_rows * settings.pack.row_len
+
+    def at(mfu: float) -> dict[str, Any]:
+        tokens_per_second = n * getattr(chip, settings.train.compute_dtype) * mfu / flops_per_token
+        hours = tokens / tokens_per_second / 3600
+        return {
+            "mfu": mfu,
+            "tokens_per_second": tokens_per_second,
+            "step_seconds": batch / tokens_per_second,
+            "hours": hours,
+            "usd": None if usd_per_hour is None else hours * n * usd_per_hour,
+            "kwh": None if chip.watts is None else hours * n * chip.watts / 1000 * POWER_OVERHEAD,
+        }
+
+    return {
+        "on": target.on,
+        "method": measured["method"],
+        "missing": measured["missing"],
+        "devices": n,
+        "mesh": measured["mesh"],
+        "fits": not measured["over_memory"] and peak <= usable,
+        "peak_bytes_per_device": peak,
+        "peak_is_lower_bound": measured["over_memory"],
+        "usable_bytes_per_device": usable,
+        "params_bytes": measured["params_bytes"],
+        "opt_bytes": measured["opt_bytes"],
+        "temporary_bytes": None if measured["over_memory"] else peak - measured["params_bytes"] - measured["opt_bytes"],
+        "needs_mem_fraction": chip.platform == "cuda" and peak > chip.memory * TAKEN_FRAC,
+        "flops_per_token": flops_per_token,
+        "executed_flops_per_token": measured["executed_flops"] / batch,
+        "network_seconds": measured["moved_bytes"] / target.link,
+        **at((low + high) / 2),
+        "low": at(low),
+        "high": at(high),
+        "mfu_source": mfu_source,
+        "usd_per_hour": usd_per_hour,
+        "priced": priced,
+        "compile_seconds": measured["seconds"],
+    }
+
+
+def price(chip: Chip, settings: Config) -> tuple[float | None, str]:
+    """US dollars for one device and hour, and whose price that is."""
+    if settings.plan.usd_per_hour:
+        return settings.plan.usd_per_hour, "config.plan.usd_per_hour"
+    return chip.usd_per_hour, chip.priced
+
+
+def of_this_machine(spec: ModelSpec, settings: Config) -> Cost:
+    """What turns a running job's speed into MFU and money on the devices that JAX sees here; None for what is not known of them."""
+    import jax
+
+    kind = jax.devices()[0].device_kind
+    chip = hardware.chip_for(kind)
+    usd_per_hour = settings.plan.usd_per_hour or (chip.usd_per_hour if chip and chip.platform != "cpu" else None)
+    return Cost(flops.training(spec, settings.pack.row_len), hardware.peak_flops(kind, settings.train.compute_dtype), usd_per_hour)
+
+
+# ---- the same arithmetic for a run that somebody tells about
+
+
+def implied_mfu(flops_per_token: float, tokens: float, n_devices: int, hours: float, peak: float) -> float:
+    """The share of peak that a run must have reached to finish in so many hours."""
+    return flops_per_token * tokens / (n_devices * hours * 3600 * peak)
+
+
+def implied_price(usd: float, n_devices: int, hours: float) -> float:
+    """US dollars for one device and hour."""
+    return usd / (n_devices * hours)
+
+
+def compare(child: ModelSpec, base: ModelSpec, row_len: int, *, scratch_tokens: float, grown_tokens: float, base_tokens: float) -> dict[str, float]:
+    """FLOPs to reach one loss from scratch and by growing a base, given the tokens that each takes; no law of scaling is assumed.
+
+    scratch_tokens  the child needs them from random weights
+    grown_tokens    the child needs them after it was grown
+    base_tokens     the base was trained for; saved_with_base_frac counts them, saved_frac takes the base as given
+    """
+    scratch = flops.training(child, row_len) * scratch_tokens
+    grown = flops.training(child, row_len) * grown_tokens
+    base_flops = flops.training(base, row_len) * base_tokens
+    return {
+        "scratch_flops": scratch,
+        "grown_flops": grown,
+        "base_flops": base_flops,
+        "saved_frac": 1 - grown / scratch,
+        "saved_with_base_frac": 1 - (grown + base_flops) / scratch,
+    }
+
+
+# ---- on the terminal
+
+
+def table(plan: dict[str, Any]) -> str:
+    """The plan as text: one column a target, then what the numbers rest on."""
+    model, tokens, records = plan["model"], plan["tokens"], plan["targets"]
+    shape = f"{model['batch_rows']:,} rows of {model['row_len']:,}"
+    head = f"{model['n_params']:,} parameters; {model['batch_rows'] * model['row_len']:,} tokens a step ({shape}); {big(tokens)} tokens in all"
+    rows = [("", [each["on"] for each in records])]
+    rows += [(label, [show(each) for each in records]) for label, show in ROWS]
+    widths = [max(len(cells[i]) for _, cells in rows) for i in range(len(records))]
+    left = max(len(label) for label, _ in rows)
+    lines = [f"{label:<{left}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)) for label, cells in rows]
+    notes = [*plan["notes"], *dict.fromkeys(note for each in records for note in notes_of(each))]
+    wrapped = [textwrap.fill(note, 120, initial_indent="- ", subsequent_indent="  ") for note in notes]
+    return "\n".join([head, "", *(line.rstrip() for line in lines), "", *wrapped])
+
+
+def how(each: dict[str, Any]) -> str:
+    if each["missing"]:
+        return "estimated, not compiled"
+    return "refused by the compiler" if each["peak_is_lower_bound"] else "compiled"
+
+
+def fits(each: dict[str, Any]) -> str:
+    spare = (each["usable_bytes_per_device"] - each["peak_bytes_per_device"]) / GIB
+    if each["fits"]:
+        return f"yes, {spare:.1f} GiB to spare"
+    return f"no, {'at least ' if each['peak_is_lower_bound'] else ''}{-spare:.1f} GiB too much"
+
+
+def size(n_bytes: float | None) -> str:
+    if n_bytes is None:
+        return "unknown"
+    return f"{n_bytes / GIB:.2f} GiB" if n_bytes >= GIB / 10 else f"{n_bytes / 2**20:.1f} MiB"
+
+
+def big(n: float) -> str:
+    """40,265,318,400 -> "40.3B"."""
+    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if n >= unit:
+            return f"{n / unit:.3g}{letter}"
+    return f"{n:,.0f}"
+
+
+def between(each: dict[str, Any], key: str, show) -> str:
+    """The values at both ends of the assumed MFU, smaller first."""
+    if each[key] is None:
+        return "unknown"
+    first, last = sorted((each["low"][key], each["high"][key]))
+    return f"{show(first)} to {show(last)}"
+
+
+def few(n: float) -> str:
+    return f"{n:,.0f}" if n >= 100 else f"{n:.3g}"
+
+
+ROWS = (
+    ("how", how),
+    ("devices", lambda each: f"{each['devices']:,}"),
+    ("mesh", lambda each: " x ".join(f"{axis} {n}" for axis, n in each["mesh"].items() if n > 1) or "one device"),
+    ("parameters", lambda each: size(each["params_bytes"])),
+    ("optimizer", lambda each: size(each["opt_bytes"])),
+    ("gradients, activations", lambda each: size(each["temporary_bytes"])),
+    ("peak a device", lambda each: f"{'> ' if each['peak_is_lower_bound'] else ''}{size(each['peak_bytes_per_device'])}"),
+    ("memory a device", lambda each: size(each["usable_bytes_per_device"])),
+    ("fits", fits),
+    ("FLOPs a token, model", lambda each: f"{each['flops_per_token']:.3g}"),
+    ("FLOPs a token, executed", lambda each: f"{each['executed_flops_per_token']:.3g}"),
+    ("step moves weights, s", lambda each: f"at least {each['network_seconds']:.3g}"),
+    ("MFU assumed", lambda each: f"{each['low']['mfu']:.0%} to {each['high']['mfu']:.0%}"),
+    ("step computes, s", lambda each: between(each, "step_seconds", few)),
+    ("tokens/s", lambda each: between(each, "tokens_per_second", few)),
+    ("hours", lambda each: between(each, "hours", few)),
+    ("usd", lambda each: between(each, "usd", few)),
+    ("kWh", lambda each: between(each, "kwh", few)),
+)
+
+
+def notes_of(each: dict[str, Any]) -> list[str]:
+    """What a target's numbers rest on, as sentences; targets of one chip share them."""
+    name = each["on"].partition(":")[0]
+    found = [f"{name}: the assumed MFU is {each['mfu_source']}."]
+    if name == "cpu":
+        found.append("cpu: a device stands for one core with 4 GiB.")
+    if each["network_seconds"] > each["high"]["step_seconds"]:
+        found.append(
+            f"{each['on']}: the links need {each['network_seconds']:.3g} s for a step's weights, computing {each['high']['step_seconds']:.3g} s: "
+            "that MFU is out of reach. More train.batch_rows, less train.accumulate or a smaller cut of the weights helps."
+        )
+    if each["usd_per_hour"] is None:
+        found.append(f"{name}: {each['priced']}. Give yours: --config.plan.usd_per_hour=PRICE (a device and hour).")
+    else:
+        found.append(f"{name}: {each['usd_per_hour']:.2f} usd a device and hour ({each['priced']}).")
+    if each["missing"]:
+        found.append(
+            f"{name}: estimated, not compiled: install {each['missing']} to compile. Parameters and optimizer are exact, the rest to about 25 %."
+        )
+    if each["fits"] and each["needs_mem_fraction"]:
+        found.append(
+            f"{each['on']}: needs more than the {TAKEN_FRAC:.0%} of a card that JAX takes: set XLA_PYTHON_CLIENT_MEM_FRACTION={TAKEABLE_FRAC}."
+        )
+    return found

@@ -1,0 +1,1062 @@
+"""One HTML page of one or several runs, made only from the JSON that stages leave in their directories.
+
+The page asks no other host for anything, opens from a file, and stays under 2 MB. It is a list of sections (SECTIONS, below them): a room that
+wants to be seen leaves its JSON, and adds here what `load_run` reads of it and one function from runs to HTML, "" where no run has that JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import html
+import json
+import math
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from jaxpt import config, stage
+from jaxpt.spec import UserError
+
+MAX_POINTS = 2_400  # of a figure's curves together; more cannot be told apart on a screen and would make the page heavy
+MAX_TEXT = 2_000  # characters shown of a prompt or a sample
+MAX_PROMPTS = 24
+
+
+def write(directories: Iterable[str | pathlib.Path], to: str | pathlib.Path) -> list[RunData]:
+    """Write the page of these run directories, shown in this order, to the file `to`. Returns what was read of each.
+
+    Raises UserError where a directory is not there or `to` is one.
+    """
+    to = stage.local_path(to)
+    if to.is_dir():
+        raise UserError(f"--to {to}: is a directory. Name the file to write, such as {to / 'report.html'}.")
+    runs = load_runs(directories)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    stage.write_whole(to, page(runs))
+    return runs
+
+
+# ---- what is read
+
+
+@dataclasses.dataclass
+class RunData:
+    """What a run directory's JSON says; None or empty where a file is missing, with a sentence in `notes` where one cannot be read.
+
+    nodes    the lineage, oldest first; the last is the run itself
+    stages   "corpus", "tokenizer", "packed" -> the manifests of this run's own, not of its parent's;  funnels: of its corpora
+    train    metrics.jsonl's training records by step;  heldout: its held-out records;  resumes: steps at which the run was taken up again
+    evals    eval/*.json by file stem, without samples.json
+    """
+
+    name: str
+    directory: pathlib.Path
+    manifest: dict | None
+    config: dict | None
+    spec: dict | None
+    growth: dict | None
+    plan: dict | None
+    samples: dict | None
+    evals: dict[str, dict]
+    train: list[dict]
+    heldout: list[dict]
+    resumes: list[int]
+    nodes: list[Node]
+    stages: dict[str, list[dict]]
+    funnels: list[dict]
+    notes: list[str]
+
+
+@dataclasses.dataclass
+class Node:
+    """One stage in the making of a model. path: where it lies; key: its fingerprint or, for want of one, its path; parents: keys.
+
+    changed: something else lies there now than what was read from there.
+    """
+
+    key: str
+    path: pathlib.Path
+    kind: str
+    manifest: dict | None
+    parents: list[str]
+    changed: bool = False
+
+
+def load_runs(directories: Iterable[str | pathlib.Path]) -> list[RunData]:
+    """The runs in the order given; those with one name are told apart by the directory above."""
+    runs = [load_run(directory) for directory in dict.fromkeys(map(str, directories))]
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            run.name = "/".join(run.directory.parts[-2:])
+    return runs
+
+
+def load_run(directory: str | pathlib.Path) -> RunData:
+    """Everything the page and the terminal table know of a run directory. Raises UserError where it is not there."""
+    directory = stage.local_path(directory).resolve()
+    if not directory.is_dir():
+        raise UserError(f"--workdir {directory}: no such directory. Give the run directory that train.py or initialize.py wrote.")
+    notes: list[str] = []
+    read = functools.partial(read_json, notes=notes)
+    nodes = lineage_of(directory, notes)
+    own = own_stages(nodes)
+    train, heldout, resumes = read_metrics(directory / "metrics.jsonl", notes)
+    return RunData(
+        name=directory.name,
+        directory=directory,
+        manifest=read(directory / "manifest.json"),
+        config=read(directory / "config.json"),
+        spec=read(directory / "spec.json"),
+        growth=read(directory / "growth.json"),
+        plan=read(directory / "plan.json"),
+        samples=read(directory / "eval" / "samples.json"),
+        evals={file.stem: found for file in sorted((directory / "eval").glob("*.json")) if file.stem != "samples" and (found := read(file))},
+        train=train,
+        heldout=heldout,
+        resumes=resumes,
+        nodes=nodes,
+        stages={kind: [node.manifest for node in own if node.kind == kind] for kind in STAGES},
+        funnels=[found for node in own if node.kind == "corpus" and (found := read(node.path / "funnel.json"))],
+        notes=notes,
+    )
+
+
+STAGES = ("corpus", "tokenizer", "packed")
+FORMS = {  # what a file must hold at least to be of use
+    "manifest.json": {"fingerprint": str, "inputs": dict, "counts": dict},
+    "spec.json": {name: int for name in ("n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "d_head", "vocab_size")},
+    "growth.json": {"layer_map": list, "n_params": dict, "spec": dict},
+    "funnel.json": {"sources": list, "steps": list},
+    "samples.json": {"prompts": list},
+    "plan.json": {"targets": list},
+    "config.json": {},
+}
+
+
+def read_json(path: pathlib.Path, notes: list[str]) -> dict | None:
+    """The object in the file; None where there is no file, or where it is of no use, which is noted."""
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        notes.append(f"{path}: cannot be read ({error}); left out.")
+        return None
+    form = FORMS.get(path.name, {"results": dict})  # others are evaluations
+    wrong = ["an object"] if not isinstance(found, dict) else [f"{key!r}" for key, kind in form.items() if not isinstance(found.get(key), kind)]
+    if wrong:
+        notes.append(f"{path}: does not hold {', '.join(wrong)} as wanted; left out.")
+        return None
+    return found
+
+
+def read_metrics(path: pathlib.Path, notes: list[str]) -> tuple[list[dict], list[dict], list[int]]:
+    """Training records, held-out records and resume steps. A step written twice, before a kill and after it, counts as written last."""
+    train, heldout, resumes, broken = {}, {}, [], []
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            step = int(record["step"])
+        except (ValueError, TypeError, KeyError, OverflowError):
+            broken.append(number)
+            continue
+        if record.get("resumed"):
+            resumes.append(step)
+        elif isinstance(record.get("heldout"), dict):
+            heldout[step] = record
+        else:
+            train[step] = record
+    if broken == [len(lines)]:
+        notes.append(f"{path}: the last line is half-written, as a running or killed run leaves it; left out.")
+    elif broken:
+        notes.append(f"{path}: {len(broken)} lines cannot be read, the first is line {broken[0]}; left out.")
+    return [train[step] for step in sorted(train)], [heldout[step] for step in sorted(heldout)], resumes
+
+
+def lineage_of(directory: pathlib.Path, notes: list[str]) -> list[Node]:
+    """The run and all it was made from, oldest first, by following the inputs that manifests name."""
+    nodes: dict[str, Node] = {}
+
+    def visit(home: pathlib.Path, fingerprint: str | None) -> str:
+        if home.parent.name == "checkpoints":  # a checkpoint stands for its run
+            home = home.parent.parent
+        manifest = read_json(home / "manifest.json", notes) or {}
+        key = manifest.get("fingerprint") or fingerprint or str(home)
+        if key in nodes:
+            return key
+        node = nodes[key] = Node(key, home, home.name if home.name in STAGES else "run", manifest or None, [])
+        if node.kind == "corpus":  # its inputs are raw text, which the data section tells of
+            return key
+        for found in (manifest.get("inputs") or inputs_of_unfinished(home, notes)).values():
+            place = locate(found["path"], found["fingerprint"], home)
+            parent = visit(place, found["fingerprint"])
+            nodes[parent].changed |= fingerprint_at(place) not in (None, found["fingerprint"]) and found["fingerprint"] is not None
+            if parent not in node.parents and parent != key:
+                node.parents.append(parent)
+        nodes[key] = nodes.pop(key)  # behind its parents
+        return key
+
+    visit(directory, None)
+    return list(nodes.values())
+
+
+def inputs_of_unfinished(run: pathlib.Path, notes: list[str]) -> dict[str, dict]:
+    """What a run that still goes on reads: it has no manifest yet, but its config says so."""
+    if not (run / "metrics.jsonl").is_file():
+        return {}
+    settings = read_json(run / "config.json", notes) or {}
+    packed = (settings.get("mixture") or {}).get("packed") or [str(run / "packed")]
+    source = (settings.get("initialize") or {}).get("source", "random")
+    return {path: {"path": path, "fingerprint": None} for path in (*packed, *([source] if source != "random" else []))}
+
+
+def own_stages(nodes: list[Node]) -> list[Node]:
+    """The finished stages that made the last node's data: its ancestors that are not behind another run."""
+    at = {node.key: node for node in nodes}
+    own, waiting = [], list(nodes[-1].parents)
+    for key in waiting:
+        if at[key].kind in STAGES and at[key].manifest and at[key] not in own:
+            own.append(at[key])
+            waiting += at[key].parents
+    return own
+
+
+def locate(path: str, fingerprint: str | None, home: pathlib.Path) -> pathlib.Path:
+    """Where an input lies now: as its path says or, when a whole tree was moved, at the end of its path from a directory above what it made."""
+    named = pathlib.Path(path)
+    ends = [pathlib.Path(*named.parts[i:]) for i in range(1, len(named.parts))]
+    there = [place for place in (named, *(above / end for above in (home, *home.parents[:2]) for end in ends)) if place.exists()]
+    same = [place for place in there if fingerprint_at(place) == fingerprint]
+    return (same or there or [named])[0].resolve()
+
+
+def fingerprint_at(place: pathlib.Path) -> str | None:
+    """Of the finished stage there; None where there is none."""
+    return (read_json(place / "manifest.json", []) or {}).get("fingerprint")
+
+
+# ---- the numbers that matter, for the head of the page and for the terminal
+
+
+def summary(runs: list[RunData]) -> list[tuple[str, str, list[str]]]:
+    """Rows of (label, unit, one text for each run). A label that starts with two spaces belongs to the group above it."""
+    rows = [
+        ("parameters", "", [count(n_params(run)) for run in runs]),
+        ("layers x width", "", [shape(run) for run in runs]),
+        ("steps", "", [whole(run.train[-1]["step"]) if run.train else "" for run in runs]),
+        ("tokens", "", [count(last(run.train, "tokens")) for run in runs]),
+        ("loss, first", "nats/token", [decimal(first(run.train, "loss")) for run in runs]),
+        ("loss, last", "nats/token", [decimal(last(run.train, "loss")) for run in runs]),
+    ]
+    groups = {
+        "held-out": ("nats/token", [run.heldout[-1]["heldout"] if run.heldout else {} for run in runs], decimal),
+        "bits per byte": ("", [bits_per_byte(run) for run in runs], decimal),
+        "time": ("", [seconds_by_stage(run) for run in runs], duration),
+    }
+    for label, (unit, values, as_text) in groups.items():
+        keys = list(dict.fromkeys(key for each in values for key in each))
+        if keys:
+            rows.append((label, unit, ["" for _ in runs]))
+        rows += [("  " + key, "", [as_text(each.get(key)) for each in values]) for key in keys]
+    rows.append(("cost", "USD", [decimal(last(run.train, "usd"), 2) for run in runs]))
+    return [row for row in rows if any(row[2]) or row[0] in groups]
+
+
+def table(runs: list[RunData], to: pathlib.Path) -> str:
+    """The summary as text at most 100 columns wide, ending in the page's path."""
+    lines = []
+    for start in range(0, len(runs), 5):
+        part = runs[start : start + 5]
+        width = 16 if len(part) > 3 else 20
+        lines += [f"{'':24}" + "".join(f"{clip(run.name, width - 2):>{width}}" for run in part), "\u2500" * (24 + width * len(part))]
+        for label, unit, values in summary(part):
+            named = f"{label}, {unit}" if unit else label
+            lines.append(f"{named:24.24}" + "".join(f"{clip(value, width - 2):>{width}}" for value in values))
+        lines.append("")
+    return "\n".join(line.rstrip() for line in [*lines, f"{to}   {to.stat().st_size / 1e6:.2f} MB, opens in any browser"])
+
+
+def n_params(run: RunData) -> int | None:
+    """As the manifest counted them or growth did, else from the shape."""
+    counts = (run.manifest or {}).get("counts") or {}
+    if counts.get("n_params"):
+        return counts["n_params"]
+    if run.growth:
+        return run.growth["n_params"].get("child")
+    if not run.spec:
+        return None
+    s = run.spec
+    d, f, h = s["d_model"], s["d_ff"], s["d_head"]
+    q, kv = s["n_heads"] * h, s["n_kv_heads"] * h
+    block = 2 * d * q + 2 * d * kv + 3 * d * f + 2 * d
+    block += (q + 2 * kv) * s.get("qkv_bias", False) + d * s.get("out_bias", False) + (2 * f + d) * s.get("mlp_bias", False) + 2 * h * s.get("qk_norm", False)
+    return s["n_layers"] * block + d + s["vocab_size"] * d * (1 if s.get("tied") else 2)
+
+
+def shape(run: RunData) -> str:
+    return f"{run.spec['n_layers']} x {run.spec['d_model']}" if run.spec else ""
+
+
+def bits_per_byte(run: RunData) -> dict[str, float]:
+    """By domain, of the run's own evaluations; ours (jax) before the reference's (hf)."""
+    found = {}
+    for result in sorted(run.evals.values(), key=lambda result: result.get("backend") != "jax"):
+        for task, scores in result.get("results", {}).items():
+            if task.startswith("bits_per_byte/"):
+                found.setdefault(task.partition("/")[2], scores.get("bits_per_byte,none"))
+    return found
+
+
+def seconds_by_stage(run: RunData) -> dict[str, float]:
+    found = {name: sum(finite(manifest.get("seconds")) or 0 for manifest in manifests) for name, manifests in run.stages.items()}
+    found["run"] = last(run.train, "seconds") or (run.manifest or {}).get("seconds")
+    found["eval"] = sum(finite(result.get("seconds")) or 0 for result in run.evals.values())
+    return {name: seconds for name, seconds in found.items() if seconds}
+
+
+def first(records: list[dict], key: str) -> float | None:
+    return next((value for record in records if (value := finite(record.get(key))) is not None), None)
+
+
+def last(records: list[dict], key: str) -> float | None:
+    return first(records[::-1], key)
+
+
+# ---- sections: runs -> HTML, "" where no run has what the section shows
+
+
+def headline(runs: list[RunData]) -> str:
+    lines = "".join(f"<p>{swatch(i)}{made(run)}</p>" for i, run in enumerate(runs))
+    body = []
+    for label, unit, values in summary(runs):
+        if label.startswith("  "):
+            body.append([f'<span class="in">{esc(label)}</span>', *map(esc, values)])
+        else:
+            body.append([esc(label) + (f' <small>{esc(unit)}</small>' if unit else ""), *map(esc, values)])
+    caption = "Held-out: text kept out of training, mean over its tokens. Bits per byte: the same without the tokenizer's part in it, lower is better."
+    return lines + grid(["", *(esc(run.name) for run in runs)], body, caption)
+
+
+def made(run: RunData) -> str:
+    """One sentence on what a run made and from what."""
+    what = f"{count(n_params(run))} parameters" if n_params(run) else "a model"
+    parts = [f"<strong>{esc(run.name)}</strong>: {esc(what)}"]
+    if run.growth:
+        parts.append(f"grown from {esc(model_name(run.growth.get('parent', '')))} by {esc(', '.join(run.growth.get('operators', [])))}")
+    if run.train:
+        tokens, seconds = last(run.train, "tokens"), last(run.train, "seconds")
+        trained = f"trained {whole(run.train[-1]['step'])} steps"
+        trained += f" on {count(tokens)} tokens" if tokens else ""
+        parts.append(esc(trained + (f" in {duration(seconds)}" if seconds else "")))
+    return ", ".join(parts) + "."
+
+
+def lineage(runs: list[RunData]) -> str:
+    nodes = list({node.key: node for run in runs for node in run.nodes}.values())
+    if not any(node.manifest for node in nodes):
+        return ""
+    at = {node.key: i for i, node in enumerate(nodes)}
+    named = {run.nodes[-1].key: (i, run) for i, run in enumerate(runs)}
+    row, x = 68, 76
+    arcs, dots, items = [], [], []
+    for node in nodes:
+        y = at[node.key] * row + 22
+        for parent in node.parents:
+            y0, reach = at[parent] * row + 22, min(x - 8, 12 + 13 * (at[node.key] - at[parent] - 1))
+            bend = 0 if at[node.key] == at[parent] + 1 else reach
+            arcs.append(f'<path d="M{x} {y0} C{x - bend} {y0 + 18} {x - bend} {y - 18} {x} {y}"/>')
+        i, run = named.get(node.key, (None, None))
+        dots.append(f'<circle cx="{x}" cy="{y}" r="6" style="fill:{color(i) if run else "var(--muted)"}"/>')
+        items.append(f"<li>{lineage_entry(node, run)}</li>")
+    picture = f'<svg aria-hidden="true" width="{x + 10}" height="{len(nodes) * row}">{"".join(arcs + dots)}</svg>'
+    caption = "From the oldest at the top; a line leads from what a stage read to what it made. In grey type: fingerprint, date (UTC), seconds of work."
+    return f'<div class="lineage">{picture}<ol>{"".join(items)}</ol></div>{small(caption)}'
+
+
+def lineage_entry(node: Node, run: RunData | None) -> str:
+    manifest = node.manifest or {}
+    facts = [node.key if manifest else "no manifest there", (manifest.get("created") or "")[:16].replace("T", " "), duration(manifest.get("seconds"))]
+    facts.append("made anew since it was read" if node.changed else "")
+    name = run.name if run else node.path.name
+    return (
+        f'<b>{esc(name)}</b> <span>{esc(size_of(node, run))}</span><br><small title="{esc(node.path)}">{esc(" · ".join(filter(None, facts)))}</small>'
+    )
+
+
+def size_of(node: Node, run: RunData | None) -> str:
+    """What a stage made, in a few words."""
+    if run:
+        return ", ".join(filter(None, [f"{count(n_params(run))} parameters" if n_params(run) else "", shape(run)]))
+    counts = (node.manifest or {}).get("counts") or {}
+    if node.kind == "tokenizer":
+        return f"{whole(counts.get('n_pieces'))} pieces"
+    if node.kind == "packed":
+        parts = counts.get("train") or {}
+        return f"{count(total(parts, 'tokens'))} tokens in {whole(total(parts, 'rows'))} rows of {counts.get('row_len')}, {', '.join(parts)}"
+    plain = [(key, value) for key, value in counts.items() if finite(value) is not None]
+    return ", ".join(f"{count(value)} {key.removeprefix('n_').replace('_', ' ')}" for key, value in plain[:3])
+
+
+def funnel(runs: list[RunData]) -> str:
+    parts = []
+    for funnels, names in distinct(runs, "funnels"):
+        for found, source in ((found, source) for found in funnels for source in found["sources"]):
+            parts.append(f"<h3>{esc(source)}{of_runs(names, runs)}</h3>" + funnel_of(found, source))
+    if not parts:
+        return ""
+    return "".join(parts) + small("Documents and text left after each rule, in the order applied. The bar is the share of the text read that is left.")
+
+
+def funnel_of(found: dict, source: str) -> str:
+    body, before, read = [], None, None
+    steps = [(step["rule"], step["kept"].get(source, {})) for step in found["steps"]]
+    for rule, kept in steps:
+        rows, size = kept.get("rows", 0), kept.get("bytes", 0)
+        read = read or size
+        dropped = "" if before is None else whole(before - rows)
+        body.append([esc(rule.replace("_", " ")), whole(rows), dropped, megabytes(size), bar(size / read if read else 0)])
+        before = rows
+    for part in ("train", "heldout"):
+        if kept := (found.get(part) or {}).get(source):
+            share = bar(kept.get("bytes", 0) / read if read else 0)
+            body.append([f"<i>{'kept for training' if part == 'train' else 'held out'}</i>", whole(kept.get("rows")), "", megabytes(kept.get("bytes")), share])
+    return grid(["rule", "documents", "dropped", "MB", ""], body)
+
+
+def losses(runs: list[RunData]) -> str:
+    if not any(run.train or run.heldout for run in runs):
+        return ""
+    figures = []
+    if any(run.train for run in runs):
+        entropy = [(run.name, value) for run in runs if (value := unigram_entropy(run)) is not None]
+        caption = "Training loss, nats per token, at each logged step."
+        caption += " Dashed: what guessing each token by its frequency alone would give (unigram entropy of the packed set)." if entropy else ""
+        caption += " Dotted upright: the run was taken up again there." if any(run.resumes for run in runs) else ""
+        figures.append(figure(curves(runs, [(run.name, run.train, "loss") for run in runs], "loss", 300, entropy), caption))
+    domains = list(dict.fromkeys(name for run in runs for record in run.heldout for name in record["heldout"]))
+    for domain in domains:
+        series = [(run.name, flat(run.heldout, "heldout", domain), "value") for run in runs]
+        parent = [(run.name, flat(run.heldout, "parent", domain), "value") for run in runs]
+        entropy = [(run.name, value) for run in runs if (value := unigram_entropy(run, domain)) is not None]
+        caption = f"{domain}, held out, nats per token."
+        caption += " Thin: the parent on the same rows." if any(points for _, points, _ in parent) else ""
+        figures.append(figure(curves(runs, series, domain, 200, entropy, parent), caption, domain, half=True))
+    zoom = "Drag to move, shift and wheel to zoom, double click for the whole."
+    return key_of(runs) + "".join(figures) + small(zoom) + details("The numbers", heldout_table(runs, domains))
+
+
+def heldout_table(runs: list[RunData], domains: list[str]) -> str:
+    body = []
+    for run in runs:
+        if run.train:
+            body.append([esc(run.name), "training", decimal(first(run.train, "loss")), decimal(last(run.train, "loss")), decimal(unigram_entropy(run)), ""])
+        for domain in domains:
+            points = flat(run.heldout, "heldout", domain)
+            parent = last(flat(run.heldout, "parent", domain), "value")
+            values = [decimal(first(points, "value")), decimal(last(points, "value")), decimal(unigram_entropy(run, domain)), decimal(parent)]
+            if points:
+                body.append([esc(run.name), esc(domain), *values])
+    return grid(["run", "text", "first", "last", "unigram", "parent"], body, "Nats per token.", texts=2)
+
+
+def unigram_entropy(run: RunData, heldout: str | None = None) -> float | None:
+    """Nats per token of the packed training set (mean over its sources, weighted by tokens), or of one held-out source."""
+    sets = [manifest["counts"]["heldout" if heldout else "train"] for manifest in run.stages["packed"]]
+    if heldout:
+        return next((finite(each[heldout]["unigram_nats"]) for each in sets if heldout in each), None)
+    parts = [part for each in sets for part in each.values() if finite(part.get("unigram_nats")) is not None]
+    tokens = sum(part["tokens"] for part in parts)
+    return sum(part["unigram_nats"] * part["tokens"] for part in parts) / tokens if tokens else None
+
+
+def training(runs: list[RunData]) -> str:
+    if not any(run.train for run in runs):
+        return ""
+    figures = []
+    for key, title, says, scale in (
+        ("lr", "Learning rate", "Learning rate of the update at each step.", "linear"),
+        ("grad_norm", "Gradient norm", "Norm of the whole gradient before clipping, log scale.", "log"),
+        ("tokens_per_second", "Speed", "Tokens per second over all devices.", "linear"),
+        ("mfu", "Model FLOP/s utilisation", "Share of the devices' peak that the model's own arithmetic reaches.", "linear"),
+    ):
+        if any(finite(record.get(key)) for run in runs for record in run.train):
+            series = [(run.name, run.train, key) for run in runs]
+            figures.append(figure(curves(runs, series, title.lower(), 180, scale=scale), says, title, half=True))
+    body = []
+    for run in runs:
+        epochs = next((record["epochs"] for record in run.train[::-1] if isinstance(record.get("epochs"), dict)), {})
+        speeds = sorted(value for record in run.train if (value := finite(record.get("tokens_per_second"))) is not None)
+        memory = max((finite(record.get("memory_bytes")) or 0 for record in run.train), default=0)
+        skipped = last(run.train, "n_skipped")
+        body.append([
+            esc(run.name), whole(speeds[len(speeds) // 2]) if speeds else "", f"{memory / 1e9:.2f}" if memory else "",
+            whole(skipped) if skipped is not None else "", esc(", ".join(f"{name} {decimal(value, 2)}" for name, value in epochs.items())),
+        ])  # fmt: skip
+    heads = ["run", "tokens/s, median", "peak memory, GB", "steps skipped", "times each source was read"]
+    return key_of(runs) + "".join(figures) + grid(heads, body)
+
+
+def growth(runs: list[RunData]) -> str:
+    parts = []
+    for found, names in distinct(runs, "growth"):
+        parts.append(f"<h3>{esc(', '.join(found.get('operators', [])))}{of_runs(names, runs)}</h3>")
+        parts.append(f'<div class="split"><div>{growth_map(found)}</div><div>{growth_facts(found)}</div></div>')
+    return "".join(parts)
+
+
+def growth_map(found: dict) -> str:
+    """A line from each parent layer to the child layers made from it."""
+    sources = found["layer_map"]
+    n_parent = max([found["spec"]["parent"]["n_layers"], *(s + 1 for s in sources if isinstance(s, int))])
+    n_child = len(sources)
+    row = 24 if max(n_parent, n_child) <= 24 else 14
+    height, left, right, wide = row * max(n_parent, n_child) + 24, 0, 190, 84
+
+    def cell(x, y, label, kind):
+        return (
+            f'<rect class="{kind}" x="{x + 1}" y="{y:.0f}" width="{wide}" height="{row - 4}" rx="3"/>'
+            f'<text x="{x + wide / 2}" y="{y + row / 2 + 2:.0f}" text-anchor="middle">{esc(label)}</text>'
+        )
+
+    def top(i, n):
+        return 24 + row * i + row * (max(n_parent, n_child) - n) / 2
+
+    uses = [sources.count(layer) for layer in range(n_parent)]
+    kinds = ["unused" if n == 0 else "once" if n == 1 else "twice" for n in uses]
+    cells = [cell(left, top(i, n_parent), f"layer {i}", kinds[i]) for i in range(n_parent)]
+    lines = []
+    for i, source in enumerate(sources):
+        known = isinstance(source, int) and 0 <= source < n_parent
+        cells.append(cell(right, top(i, n_child), f"{i} from {source}" if known else f"{i} new", kinds[source] if known else "unused"))
+        if known:
+            y0, y1 = top(source, n_parent) + row / 2 - 2, top(i, n_child) + row / 2 - 2
+            middle = (left + wide + right) / 2
+            lines.append(f'<path class="{kinds[source]}" d="M{left + wide + 2} {y0:.0f} C{middle} {y0:.0f} {middle} {y1:.0f} {right} {y1:.0f}"/>')
+    twice = [layer for layer, n in enumerate(uses) if n > 1]
+    alt = f"{n_parent} layers became {n_child}; child layers come from parent layers {', '.join(map(str, sources))}"
+    heads = f'<text x="{left}" y="12">parent</text><text x="{right}" y="12">child</text>'
+    caption = f"Layer 0 reads the embedding. Coloured: copied more than once ({', '.join(map(str, twice))})." if twice else "Layer 0 reads the embedding."
+    picture = f'<svg class="map" role="img" aria-label="{esc(alt)}" width="{right + wide + 2}" height="{height:.0f}">{heads}{"".join(lines + cells)}</svg>'
+    return f"<figure>{picture}<figcaption>{esc(caption)}</figcaption></figure>"
+
+
+def growth_facts(found: dict) -> str:
+    before, after = found["n_params"]["parent"], found["n_params"]["child"]
+    rows = [["parameters", count(before), count(after)]]
+    for key, label in (("n_layers", "layers"), ("d_model", "width"), ("d_ff", "feed-forward width"), ("n_heads", "heads"), ("vocab_size", "vocabulary")):
+        sizes = [found["spec"][who].get(key) for who in ("parent", "child")]
+        if key == "n_layers" or sizes[0] != sizes[1]:
+            rows.append([label, *map(whole, sizes)])
+    loss = found.get("heldout_loss") or {}
+    for name in loss.get("parent", {}):
+        rows.append([f"{esc(name)} <small>nats/token</small>", decimal(loss["parent"][name]), decimal(loss.get("newborn", {}).get(name))])
+    facts = [f"{after / before:.2f} times the parent's parameters."] if before else []
+    difference = finite(found.get("max_logit_difference"))
+    if difference is not None:
+        facts.append(f"Largest difference of a logit from the parent's: {difference:.3g}.")
+    facts.append("The operators preserve the function." if found.get("preserves_function") else "The operators do not preserve the function.")
+    verdict = f"<p><strong>{esc(found['verdict'])}</strong></p>" if found.get("verdict") else ""
+    caption = "Held-out loss before any training of the newborn." if loss else "The newborn's held-out loss was not measured."
+    return verdict + grid(["", "parent", "newborn"], rows, caption) + small(" ".join(facts))
+
+
+def evaluation(runs: list[RunData]) -> str:
+    columns: dict[tuple[str, str], dict] = {}  # (model's path, backend) -> {(task, metric): (score, error, n)}
+    for run in runs:
+        for result in run.evals.values():
+            scores = columns.setdefault((str(result.get("model", run.name)), str(result.get("backend", ""))), {})
+            for task, metrics in result.get("results", {}).items():
+                scores.update({(task, metric): value for metric, value in scores_of(result, task, metrics)})
+    if not columns:
+        return ""
+    columns = dict(sorted(columns.items(), key=lambda item: model_order(item[0][0], runs)))
+    labels = column_labels(list(columns))
+    keys = sorted({key for scores in columns.values() for key in scores}, key=lambda key: (not key[0].startswith("bits_per_byte"), key))
+    body, has_error = [], False
+    for task, metric in keys:
+        found = [scores.get((task, metric)) for scores in columns.values()]
+        has_error = has_error or any(each and each[1] is not None for each in found)
+        n = next((each[2] for each in found if each and each[2]), None)
+        label = f"{esc(task.removeprefix('bits_per_byte/'))} <small>{esc(metric.replace('_', ' '))}{f', {whole(n)} items' if n else ''}</small>"
+        body.append([label, *("" if not each else decimal(each[0]) + (f" <small>± {decimal(each[1])}</small>" if each[1] is not None else "") for each in found)])
+    caption = "Bits per byte: lower is better. Scores of benchmarks: higher is better; ± is one standard error. jax: our adapter; hf: the exported model by transformers."
+    return grid(["", *labels], body, caption) + (benchmarks(columns, labels, keys) if has_error else "")
+
+
+def scores_of(result: dict, task: str, metrics: dict) -> Iterable[tuple[str, tuple]]:
+    """("acc", (score, standard error or None, number of items)) for each metric that the harness reports of a task."""
+    n = (result.get("n-samples") or {}).get(task) or {}
+    for name, value in metrics.items():
+        metric, _, rule = name.partition(",")
+        if not rule or metric.endswith("_stderr") or finite(value) is None:
+            continue
+        error = finite(metrics.get(f"{metric}_stderr,{rule}"))
+        yield metric if rule == "none" else f"{metric}, {rule}", (value, error, n.get("effective") if isinstance(n, dict) else n)
+
+
+def benchmarks(columns: dict, labels: list[str], keys: list[tuple[str, str]]) -> str:
+    """Scores with their standard error, drawn."""
+    values = [
+        {"task": f"{task} {metric}", "model": label.replace("<br>", " "), "score": score, "low": score - error, "high": score + error}
+        for label, scores in zip(labels, columns.values(), strict=True)
+        for task, metric in keys
+        if (found := scores.get((task, metric))) and (error := found[1]) is not None and (score := found[0]) is not None
+    ]
+    models = list(dict.fromkeys(value["model"] for value in values))
+    place = {"y": {"field": "task", "type": "nominal", "title": None, "axis": {"labelLimit": 130}}, "yOffset": {"field": "model", "sort": models}}
+    colors = {"field": "model", "type": "nominal", "scale": {"domain": models, "range": [color(i) for i in range(len(models))]}, "legend": {"title": None}}
+    axis = {"type": "quantitative", "title": "score", "scale": {"zero": False}}
+    spec = {
+        "height": (12 * len(models) + 16) * len({value["task"] for value in values}),
+        "data": {"values": values},
+        "encoding": {**place, "color": {**colors, "legend": {"title": None, "orient": "top", "columns": 2}}},
+        "layer": [
+            {"mark": {"type": "rule", "strokeWidth": 2}, "encoding": {"x": {"field": "low", **axis}, "x2": {"field": "high"}}},
+            {
+                "mark": {"type": "point", "filled": True, "size": 64, "opacity": 1},
+                "encoding": {"x": {"field": "score", **axis}, "tooltip": [{"field": f, "type": "nominal" if f in ("task", "model") else "quantitative"} for f in ("task", "model", "score", "low", "high")]},
+            },
+        ],
+    }
+    return figure(spec, "Benchmark scores with one standard error to either side. Overlapping bars are no difference.")
+
+
+def column_labels(keys: list[tuple[str, str]]) -> list[str]:
+    """"base<br>jax"; with the checkpoint's step where two columns would read the same."""
+    names = [(model_name(model), backend) for model, backend in keys]
+    return [
+        "<br>".join(filter(None, [esc(name if names.count((name, backend)) == 1 else "/".join(pathlib.PurePath(model).parts[-3:])), esc(backend)]))
+        for (name, backend), (model, _) in zip(names, keys, strict=True)
+    ]
+
+
+def model_name(path: str) -> str:
+    """The run's name of runs/base, runs/base/hf and runs/base/checkpoints/300."""
+    parts = pathlib.PurePath(path).parts
+    if len(parts) > 2 and parts[-2] == "checkpoints":
+        return parts[-3]
+    if len(parts) > 1 and parts[-1] == "hf":
+        return parts[-2]
+    return parts[-1] if parts else path
+
+
+def model_order(path: str, runs: list[RunData]) -> int:
+    names = [run.directory.name for run in runs]
+    return names.index(model_name(path)) if model_name(path) in names else len(names)
+
+
+def samples(runs: list[RunData]) -> str:
+    parts = []
+    for found, names in distinct(runs, "samples"):
+        settings = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in (found.get("settings") or {}).items() if value is not None)
+        for prompt in found["prompts"][:MAX_PROMPTS]:
+            outputs = "".join(sample(output) for output in prompt["outputs"])
+            parts.append(f'<div class="prompt"><pre>{esc(clip(prompt["prompt"], MAX_TEXT))}</pre><div class="outputs">{outputs}</div></div>')
+        more = len(found["prompts"]) - MAX_PROMPTS
+        note = f" {more} more prompts are in eval/samples.json." if more > 0 else ""
+        parts.append(small(f"Each model's continuation of the prompt above it. {settings}.{note}{of_runs(names, runs)}"))
+    return "".join(parts)
+
+
+def sample(output: dict) -> str:
+    speed = ""
+    if finite(output.get("tokens")) and finite(output.get("seconds")):
+        speed = f"{whole(output['tokens'])} tokens, {decimal(output['tokens'] / output['seconds'], 1)} a second"
+    return f"<div><h4>{esc(model_name(str(output['model'])))}</h4><pre>{esc(clip(output['text'], MAX_TEXT))}</pre>{small(speed)}</div>"
+
+
+def plan(runs: list[RunData]) -> str:
+    parts = []
+    for found, names in distinct(runs, "plan"):
+        targets, body = found["targets"], []
+        for target in targets:
+            peak = finite(target.get("peak_bytes_per_device"))
+            body.append([
+                esc(target.get("on", "")), esc(target.get("method", "")), whole(target.get("devices")), "yes" if target.get("fits") else "no",
+                f"{peak / 1e9:.1f}" if peak is not None else "", count(target.get("tokens_per_second")),
+                decimal(target.get("hours"), 1), whole(target.get("usd")),
+            ])  # fmt: skip
+        values = [
+            {"on": str(target.get("on", "")), "hours": target["hours"], "usd": target["usd"], "fits": "fits" if target.get("fits") else "does not fit"}
+            for target in targets
+            if finite(target.get("hours")) and finite(target.get("usd"))
+        ]
+        if names and len(runs) > 1:
+            parts.append(f"<h3>{esc(', '.join(names))}</h3>")
+        if len(values) > 1:
+            parts.append(figure(plan_chart(values), "Money against hours for the whole run; both scales are logarithmic. Hollow: the run does not fit there."))
+        heads = ["on", "how known", "devices", "fits", "GB a device", "tokens/s", "hours", "USD"]
+        parts.append(grid(heads, body, "Compiled: the real step, compiled for that machine. Estimated: from the shape alone.", texts=2))
+    return "".join(parts)
+
+
+def plan_chart(values: list[dict]) -> dict:
+    axis = {"type": "quantitative", "scale": {"type": "log", "nice": True, "padding": 24}}
+    where = {"x": {"field": "hours", "title": "hours", **axis}, "y": {"field": "usd", "title": "USD", **axis}}
+    filled = {"condition": {"test": "datum.fits == 'fits'", "value": color(0)}, "value": "transparent"}
+    tooltip = [{"field": "on", "type": "nominal"}, *({"field": f, "type": "quantitative"} for f in ("hours", "usd")), {"field": "fits", "type": "nominal"}]
+    return {
+        "height": 260,
+        "data": {"values": values},
+        "encoding": where,
+        "layer": [
+            {"mark": {"type": "point", "size": 80, "opacity": 1, "stroke": color(0)}, "encoding": {"fill": filled, "tooltip": tooltip}},
+            {"mark": {"type": "text", "dy": -12}, "encoding": {"text": {"field": "on", "type": "nominal"}}},
+        ],
+    }
+
+
+def settings(runs: list[RunData]) -> str:
+    known = {run.name: leaves(run.config) for run in runs if run.config}
+    if not known:
+        return ""
+    if len(known) == 1:
+        known = {"default": leaves(stage.plain(config.Config())), **known}
+        caption = "Settings that differ from the defaults; configs/base.py says what each means."
+    else:
+        caption = "Settings that differ between the runs; all others are the same."
+    keys = list(dict.fromkeys(key for each in known.values() for key in each))
+    body = [[f"<code>{esc(key)}</code>", *(code(each.get(key)) for each in known.values())] for key in keys if len({code(each.get(key)) for each in known.values()}) > 1]
+    return grid(["", *map(esc, known)], body, caption) if body else small("No setting differs.")
+
+
+def leaves(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """{"train": {"steps": 3}} -> {"train.steps": 3}"""
+    found = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value and prefix.count(".") < 1:
+            found |= leaves(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+class Section(NamedTuple):
+    title: str
+    html: Callable[[list[RunData]], str]
+    wants: str  # the JSON it shows and what writes it: said where no run has it
+
+
+SECTIONS = (
+    Section("Summary", headline, "a run directory"),
+    Section("Lineage", lineage, "manifest.json, written by every stage that finished"),
+    Section("Data", funnel, "corpus/funnel.json, written by prepare.py"),
+    Section("Loss", losses, "metrics.jsonl, written by train.py"),
+    Section("Training", training, "metrics.jsonl, written by train.py"),
+    Section("Growth", growth, "growth.json, written by initialize.py --grow"),
+    Section("Evaluation", evaluation, "eval/NAME.json, written by evaluate.py"),
+    Section("Samples", samples, "eval/samples.json, written by compare.py"),
+    Section("Plan", plan, "plan.json, written by plan.py --json"),
+    Section("Settings", settings, "config.json, written by train.py"),
+)
+
+
+# ---- the page
+
+
+def page(runs: list[RunData]) -> str:
+    """The whole HTML. A section whose JSON is missing or of another form becomes a sentence at the end."""
+    shown, missing = [], []
+    for section in SECTIONS:
+        try:
+            body = section.html(runs)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:  # JSON, but not as our stages write it
+            missing.append(f"{section.title}: cannot be shown, {section.wants.split(',')[0]} is of another form ({type(error).__name__}: {error}).")
+            continue
+        if body:
+            shown.append((section.title, body))
+        else:
+            missing.append(f"{section.title}: no {section.wants}.")
+    missing += dict.fromkeys(note for run in runs for note in run.notes)
+    if missing:
+        shown.append(("Not shown", "<ul>" + "".join(f"<li>{esc(line)}</li>" for line in missing) + "</ul>"))
+    title = esc(", ".join(run.name for run in runs))
+    links = "".join(f'<a href="#{anchor(name)}">{name}</a>' for name, _ in shown)
+    body = "".join(f'<section id="{anchor(name)}"><h2>{name}</h2>{text}</section>' for name, text in shown)
+    made_on = small(f"jaxpt report, {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta name="color-scheme" content="light dark"><title>{title}</title><link rel="icon" href="data:,"><style>{STYLE}</style></head><body><main>'
+        f'<header><h1>{title}</h1>{made_on}<nav aria-label="Sections">{links}</nav></header>{body}</main>{scripts() if PLOT in body else ""}</body></html>\n'
+    )
+
+
+def anchor(name: str) -> str:
+    return name.lower().replace(" ", "-")
+
+
+def scripts() -> str:
+    """Vega-Embed, which brings Vega and Vega-Lite, and the few lines that draw the figures."""
+    import vl_convert
+
+    bundle = vl_convert.javascript_bundle().replace("</script", "<\\/script")
+    return f"<script>/* Vega, Vega-Lite, Vega-Embed: BSD-3-Clause, University of Washington Interactive Data Lab */{bundle}</script><script>{SCRIPT}</script>"
+
+
+# ---- plots
+
+PLOT = 'class="plot"'  # what SCRIPT draws
+
+
+def curves(runs, series, title: str, height: int, rules=(), thin_series=(), scale: str = "linear") -> dict:
+    """A Vega-Lite figure of (run's name, records, key) over steps, coloured by run; rules: (name, y) dashed; thin_series: drawn thin."""
+    n_points = max(40, MAX_POINTS // max(1, len(runs)))
+    names = [run.name for run in runs]
+    colors = {"field": "run", "type": "nominal", "legend": None, "scale": {"domain": names, "range": [color(i) for i in range(len(names))]}}
+    x = {"field": "step", "type": "quantitative", "title": "step", "axis": {"tickMinStep": 1}}
+    y = {"field": "value", "type": "quantitative", "title": None, "scale": {"type": "log", "nice": False} if scale == "log" else {"zero": False}}
+    tooltip = [{"field": "run", "type": "nominal"}, {"field": "step", "type": "quantitative"}, {"field": "value", "type": "quantitative", "title": title, "format": ".4~g"}]
+
+    def values(chosen):
+        found = []
+        for name, records, key in chosen:
+            points = [(record["step"], record[key]) for record in records if finite(record.get(key)) is not None and (scale != "log" or record[key] > 0)]
+            found += [{"run": name, "step": step, "value": float(f"{value:.5g}")} for step, value in thin(points, n_points)]
+        return found
+
+    line = {"mark": {"type": "line", "clip": True}, "encoding": {"x": x, "y": y, "color": colors}}
+    points = {
+        "mark": {"type": "point", "clip": True, "filled": True, "size": 50},
+        "params": [{"name": "near", "select": {"type": "point", "on": "pointerover", "nearest": True, "clear": "pointerout"}}],
+        "encoding": {"x": x, "y": y, "color": colors, "tooltip": tooltip, "opacity": {"condition": {"param": "near", "empty": False, "value": 1}, "value": 0}},
+    }
+    pan = {"type": "interval", "zoom": "wheel![event.shiftKey]"}
+    layers = [{**line, "params": [{"name": "pan", "bind": "scales", "select": pan}]}, points]
+    few = [name for name, records, _ in series if len(records) == 1]
+    if few:  # one point makes no line
+        layers.append({"mark": {"type": "point", "filled": True, "size": 30, "opacity": 1}, "transform": [{"filter": {"field": "run", "oneOf": few}}], "encoding": line["encoding"]})
+    if thin_values := values(thin_series):
+        layers.append({"data": {"values": thin_values}, "mark": {"type": "line", "clip": True, "strokeWidth": 1, "opacity": 0.7}, "encoding": line["encoding"]})
+    for value in dict.fromkeys(round(value, 4) for _, value in rules):
+        same = {"mark": {"type": "rule", "clip": True, "strokeDash": [5, 4]}, "encoding": {"y": {**y, "field": "value"}}}
+        layers.append({"data": {"values": [{"value": value}]}, **same})
+    if marks := [{"run": run.name, "step": step} for run in runs for step in run.resumes]:
+        mark = {"type": "rule", "clip": True, "strokeDash": [1, 3], "strokeWidth": 1.5}
+        layers.append({"data": {"values": marks}, "mark": mark, "encoding": {"x": x, "color": colors, "tooltip": {"value": "resumed"}}})
+    return {"height": height, "data": {"values": values(series)}, "layer": layers}
+
+
+def thin(points: list[tuple[float, float]], n: int) -> list[tuple[float, float]]:
+    """At most about n points, of which each stretch keeps its lowest and its highest, so that no spike is lost."""
+    if len(points) <= n:
+        return points
+    stretch = math.ceil(2 * len(points) / n)
+    kept = []
+    for start in range(0, len(points), stretch):
+        part = points[start : start + stretch]
+        kept += sorted({min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])})
+    return [*kept, *([points[-1]] if kept[-1] != points[-1] else [])]
+
+
+def flat(records: list[dict], kind: str, domain: str) -> list[dict]:
+    """{"step", "heldout": {domain: x}} -> {"step", "value": x}"""
+    return [{"step": record["step"], "value": record[kind][domain]} for record in records if domain in (record.get(kind) or {})]
+
+
+def figure(spec: dict, caption: str, title: str = "", half: bool = False) -> str:
+    data = json.dumps(plot_safe(spec), separators=(",", ":")).replace("</", "<\\/").replace("<!--", "<\\u0021--")
+    head = f"<h3>{esc(title)}</h3>" if title else ""
+    return (
+        f'<figure{" class=half" if half else ""}>{head}<div {PLOT} role="img" aria-label="{esc(caption)}" style="min-height:{spec["height"]}px">'
+        f'<div></div><script type="application/json">{data}</script></div><figcaption>{esc(caption)}</figcaption></figure>'
+    )
+
+
+def plot_safe(value: Any) -> Any:
+    """Without the infinities that JSON does not know."""
+    if isinstance(value, dict):
+        return {key: plot_safe(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [plot_safe(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---- pieces of HTML; whatever comes from a file passes through esc
+
+
+def esc(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def small(text: str) -> str:
+    return f'<p class="small">{esc(text)}</p>' if text else ""
+
+
+def details(title: str, body: str) -> str:
+    return f"<details><summary>{esc(title)}</summary>{body}</details>"
+
+
+def grid(heads: list[str], body: list[list[str]], caption: str = "", texts: int = 1) -> str:
+    """A table of HTML cells; the first `texts` columns are words, the others numbers. It scrolls by itself where it is too wide."""
+    head = "".join(f'<th scope="col"{" class=t" if i < texts else ""}>{cell}</th>' for i, cell in enumerate(heads))
+    rows = "".join("<tr>" + "".join(f"<td{' class=t' if i < texts else ''}>{cell}</td>" for i, cell in enumerate(row)) + "</tr>" for row in body)
+    return f'<div class="wide" role="region" aria-label="{esc(caption or "table")}" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{small(caption)}'
+
+
+def bar(share: float) -> str:
+    percent = 100 * min(1, max(0, share))
+    return f'<span class="bar"><i style="width:{percent:.1f}%"></i></span><span class="pc">{percent:.0f} %</span>'
+
+
+def key_of(runs: list[RunData]) -> str:
+    return f'<p class="key">{"".join(f"<span>{swatch(i)}{esc(run.name)}</span>" for i, run in enumerate(runs))}</p>' if len(runs) > 1 else ""
+
+
+def swatch(i: int) -> str:
+    return f'<i class="dot" style="background:{color(i)}"></i>'
+
+
+def color(i: int) -> str:
+    return f"var(--c{i % 8})"
+
+
+def distinct(runs: list[RunData], field: str) -> list[tuple[dict, list[str]]]:
+    """Each different value of the field once, with the names of the runs that have it."""
+    found: list[tuple[dict, list[str]]] = []
+    for run in runs:
+        value = getattr(run, field)
+        same = next((names for other, names in found if other == value), None)
+        if same is not None:
+            same.append(run.name)
+        elif value:
+            found.append((value, [run.name]))
+    return found
+
+
+def of_runs(names: list[str], runs: list[RunData]) -> str:
+    return f" ({esc(', '.join(names))})" if len(names) < len(runs) else ""
+
+
+# ---- numbers as text
+
+
+def finite(value: Any) -> float | None:
+    """The number, or None where it is none, infinite or missing."""
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
+
+
+def total(parts: dict[str, dict], key: str) -> float:
+    return sum(finite(part.get(key)) or 0 for part in parts.values())
+
+
+def whole(value: Any) -> str:
+    """12,345"""
+    return f"{value:,.0f}" if finite(value) is not None else ""
+
+
+def decimal(value: Any, digits: int = 3) -> str:
+    return f"{value:,.{digits}f}" if finite(value) is not None else ""
+
+
+def count(value: Any) -> str:
+    """1.31 M"""
+    if finite(value) is None:
+        return ""
+    for size, letter in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e4, " k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if letter == ' k' else size):.3g}{letter}"
+    return whole(value)
+
+
+def megabytes(value: Any) -> str:
+    return f"{value / 1e6:,.2f}" if finite(value) is not None else ""
+
+
+def duration(seconds: Any) -> str:
+    """3.2 s; 4 min 05 s; 2 h 03 min"""
+    if finite(seconds) is None:
+        return ""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def code(value: Any) -> str:
+    return "" if value is None else f"<code>{esc(clip(json.dumps(value), 200))}</code>"
+
+
+def clip(text: Any, n: int) -> str:
+    text = str(text)
+    return text if len(text) <= n else text[: n - 1] + "\u2026"
+
+
+# ---- how it looks
+
+STYLE = """
+:root { --bg:#fdfdfc; --text:#1c1d1f; --muted:#63666b; --line:#e3e3e0; --soft:#f3f3f0;
+  --c0:#2f62c4; --c1:#c25a12; --c2:#13795f; --c3:#a8326e; --c4:#7352c2; --c5:#806a00; --c6:#0f7490; --c7:#5c6470 }
+@media (prefers-color-scheme: dark) { :root { --bg:#17181a; --text:#e7e7e4; --muted:#9b9ea4; --line:#2f3135; --soft:#212326;
+  --c0:#82a9f5; --c1:#f0985a; --c2:#55c4a1; --c3:#e883b6; --c4:#b39cf2; --c5:#d3ba4c; --c6:#5cc0dd; --c7:#a9b0bb } }
+@media print { :root { --bg:#fff; --text:#000; --muted:#555; --line:#ccc; --soft:#f3f3f3;
+  --c0:#2f62c4; --c1:#c25a12; --c2:#13795f; --c3:#a8326e; --c4:#7352c2; --c5:#806a00; --c6:#0f7490; --c7:#5c6470 }
+  nav { display:none !important } figure, tr, .prompt, .lineage li { break-inside:avoid } h2, h3 { break-after:avoid } }
+* { box-sizing:border-box }
+html { -webkit-text-size-adjust:100%; scroll-behavior:smooth }
+@media (prefers-reduced-motion: reduce) { html { scroll-behavior:auto } }
+body { margin:0; background:var(--bg); color:var(--text); font:16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+  font-variant-numeric:tabular-nums }
+main { max-width:47rem; margin:0 auto; padding:4.5rem 1.25rem 6rem }
+h1 { font-size:2.125rem; line-height:1.2; letter-spacing:-.02em; font-weight:650; margin:0 0 .35rem; overflow-wrap:anywhere }
+h2 { font-size:1.375rem; line-height:1.3; letter-spacing:-.01em; font-weight:620; margin:0 0 1.1rem }
+h3 { font-size:1rem; font-weight:600; margin:2rem 0 .5rem; overflow-wrap:anywhere }
+h4 { font-size:.8125rem; font-weight:600; color:var(--muted); margin:0 0 .4rem }
+section { margin-top:4.25rem; scroll-margin-top:1.5rem }
+p { margin:0 0 .6rem }
+ul { margin:0; padding-left:1.1rem; overflow-wrap:anywhere } li { margin:.3rem 0 }
+a { color:inherit; text-decoration-color:var(--line); text-underline-offset:.25em } a:hover { text-decoration-color:currentColor }
+:focus-visible { outline:2px solid var(--c0); outline-offset:2px }
+nav { display:flex; flex-wrap:wrap; gap:.3rem 1.1rem; margin-top:1.5rem; font-size:.875rem; color:var(--muted) }
+.small, figcaption, small { font-size:.8125rem; line-height:1.5; color:var(--muted) } .small { margin:.6rem 0 0 }
+.dot { display:inline-block; width:.625rem; height:.625rem; border-radius:50%; margin-right:.55rem }
+.key { display:flex; flex-wrap:wrap; gap:.25rem 1.5rem; font-size:.875rem; margin:0 0 .5rem }
+.wide { overflow-x:auto; margin-top:1.1rem }
+table { border-collapse:collapse; width:100%; font-size:.875rem }
+th, td { text-align:right; padding:.36rem 0 .36rem 1.25rem; border-bottom:1px solid var(--line); vertical-align:baseline; white-space:nowrap }
+th.t, td.t { text-align:left } th:first-child, td:first-child { padding-left:0 }
+th { font-weight:600; color:var(--muted); font-size:.8125rem; vertical-align:bottom }
+td i { font-style:normal } .in { padding-left:1.1rem; color:var(--muted) }
+code, pre { font-family:ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace; font-size:.8125rem }
+code { white-space:normal; overflow-wrap:anywhere } td:has(> code) { white-space:normal; min-width:7rem }
+pre { margin:0; white-space:pre-wrap; overflow-wrap:anywhere; line-height:1.55 }
+.bar { display:inline-block; width:clamp(3rem, 22vw, 11rem); height:.5rem; background:var(--soft); border-radius:2px; overflow:hidden; text-align:left }
+.bar i { display:block; height:100%; background:var(--c0) } .pc { display:inline-block; width:3.25rem }
+figure { margin:1.25rem 0 0 } figure h3 { margin:0 0 .35rem }
+.plot { width:100% } .plot > div { width:100% } .plot svg { display:block; overflow:visible; max-width:100% }
+figcaption { margin-top:.4rem }
+details { margin-top:1.25rem } summary { cursor:pointer; font-size:.875rem; color:var(--muted) }
+.half { display:inline-block; width:calc(50% - 1rem); vertical-align:top; margin-top:2rem } .half:nth-of-type(even) { margin-right:1.9rem }
+.lineage { display:flex; gap:.75rem } .lineage svg { flex:none } .lineage path { fill:none; stroke:var(--muted); stroke-width:1.25; opacity:.55 }
+.lineage ol { list-style:none; margin:0; padding:0; min-width:0; flex:1 }
+.lineage li { height:68px; margin:0; padding-top:9px; line-height:1.45; white-space:nowrap; overflow:hidden; text-overflow:ellipsis }
+.lineage li span { font-size:.875rem; margin-left:.4rem }
+.split { display:grid; grid-template-columns:auto 1fr; gap:2.5rem; align-items:start } .split figure { margin-top:.5rem }
+.map text { font-size:12px; fill:var(--text) } .map rect { fill:var(--soft); stroke:var(--line) } .map path { fill:none; stroke:var(--muted); opacity:.6 }
+.map rect.twice { fill:color-mix(in srgb, var(--c1) 22%, var(--bg)); stroke:var(--c1) } .map path.twice { stroke:var(--c1); opacity:1; stroke-width:1.5 }
+.map rect.unused { fill:none; stroke-dasharray:3 3; stroke:var(--muted) }
+.prompt { margin-top:2.25rem } .prompt:first-of-type { margin-top:0 } .prompt > pre { font-weight:650; padding-left:.9rem; border-left:3px solid var(--c0) }
+.outputs { display:grid; grid-template-columns:repeat(auto-fit, minmax(15rem, 1fr)); gap:1.25rem 2rem; margin-top:1rem }
+#vg-tooltip-element { background:var(--bg); color:var(--text); border:1px solid var(--line); box-shadow:0 2px 10px rgb(0 0 0 / .12); font:.8125rem/1.4 system-ui, sans-serif;
+  font-variant-numeric:tabular-nums; padding:.4rem .6rem; border-radius:4px; position:fixed; z-index:9; pointer-events:none; visibility:hidden }
+#vg-tooltip-element.visible { visibility:visible } #vg-tooltip-element table { width:auto }
+#vg-tooltip-element td { border:0; padding:.05rem .3rem; text-align:left } #vg-tooltip-element td.key { color:var(--muted) }
+@media (max-width: 40rem) { main { padding-top:2.5rem } section { margin-top:3.25rem } .half { width:100%; margin-right:0 !important } .split { grid-template-columns:1fr; gap:1rem }
+  th, td { padding-left:.8rem } .pc { width:2.75rem } .lineage { gap:.25rem } }
+"""
+
+SCRIPT = """
+const quiet = {grid: true, gridColor: "var(--line)", domainColor: "var(--line)", tickColor: "var(--line)", labelColor: "var(--muted)", titleColor: "var(--muted)",
+  titleFontWeight: 400, labelFontSize: 12, titleFontSize: 12, tickCount: 5, labelFlush: false};
+const config = {aria: false, background: null, font: "system-ui, sans-serif", view: {stroke: null}, axis: quiet, axisX: {grid: false}, axisY: {domain: false, ticks: false},
+  axisBand: {grid: false}, line: {strokeWidth: 1.75, strokeJoin: "round"}, rule: {color: "var(--muted)"}, text: {fill: "var(--text)", fontSize: 12}, legend: {labelColor: "var(--text)", labelFontSize: 12}};
+for (const plot of document.querySelectorAll(".plot")) {
+  const spec = {width: "container", autosize: {type: "fit-x", contains: "padding"}, ...JSON.parse(plot.querySelector("script").textContent)};
+  vegaEmbed(plot.querySelector("div"), spec, {mode: "vega-lite", renderer: "svg", actions: false, config, tooltip: {disableDefaultStyle: true}});
+}
+"""

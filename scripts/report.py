@@ -1,0 +1,25 @@
+"""Write one HTML page about one run or several: lineage, data, curves, growth, evaluation, samples, settings. No network, opens from a file.
+
+    scripts/report.py --workdir runs/base runs/child --to report.html
+"""
+
+import argparse
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # run from a clone without installing
+
+from jaxpt import report, stage
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", required=True, nargs="+", action="extend", metavar="DIR", help="run directories, shown in this order; spaced or repeated")
+    parser.add_argument("--to", required=True, type=pathlib.Path, metavar="FILE.html", help="the page to write")
+    arguments = parser.parse_args()
+    runs = report.write(arguments.workdir, arguments.to)
+    stage.say(report.table(runs, arguments.to))
+
+
+if __name__ == "__main__":
+    stage.door(main)

@@ -1,0 +1,314 @@
+"""Evaluation: our numbers are those of transformers and of lm-evaluation-harness, whatever is packed beside what, on any mesh."""
+
+import io
+import json
+import math
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from jaxpt import config, sharding
+from jaxpt.data import tokenizer
+from jaxpt.evaluate import compare, harness, likelihood, reference
+from jaxpt.model import decode, llama
+from jaxpt.spec import Batch, ModelSpec, UserError
+from jaxpt.weights import checkpoint, huggingface
+
+ONE = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
+SPEC = ModelSpec(n_layers=3, d_model=24, d_ff=40, n_heads=6, n_kv_heads=2, d_head=8, vocab_size=448, max_positions=300)
+TEXTS = [
+    "The ship sailed at dawn.\n\n  Nobody on the quay said a word; the gulls did. " * 15,  # longer than the context
+    "def area(r):\n    return 3.14159 * r ** 2\n",
+    "Ein Zürcher Äpfel-Händler, 12½ Jahre alt — naïve?",
+    "x",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Random, with an embedding large enough that the next token depends on the tokens before."""
+    random = np.random.default_rng(0)
+    made = jax.tree.map(lambda row: np.float32(random.normal(row.ones, row.std or 0.1, row.shape)), llama.rows(SPEC), is_leaf=llama.is_row)
+    return jax.device_put(made | {"embed": made["embed"] * 50}, llama.shardings(SPEC, ONE))
+
+
+@pytest.fixture(scope="module")
+def hf_dir(params, tmp_path_factory):
+    """The model and a small tokenizer, as a Hugging Face directory."""
+    import sentencepiece
+
+    learnt = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([line for text in TEXTS for line in text.split("\n") if line]), model_writer=learnt, model_type="bpe",
+        vocab_size=345, minloglevel=2, **tokenizer.SENTENCEPIECE,
+    )  # fmt: skip
+    backend, settings_file, _ = tokenizer.from_sentencepiece(learnt.getvalue(), "test")
+    directory = tmp_path_factory.mktemp("model")
+    made = directory / "tokenizer"
+    made.mkdir()
+    tokenizer.Tokenizer(backend, settings_file, made).save(made)
+    huggingface.export(SPEC, params, directory / "hf", tokenizer_dir=made)
+    return directory / "hf"
+
+
+@pytest.fixture(scope="module")
+def encoder(hf_dir):
+    return tokenizer.load(hf_dir)
+
+
+def some_pairs():
+    random = np.random.default_rng(1)
+    lengths = zip(random.integers(1, 260, 30), random.integers(1, 30, 30), strict=True)
+    return [(random.integers(3, 448, n).tolist(), random.integers(3, 448, m).tolist()) for n, m in lengths]
+
+
+def test_windows_are_those_of_the_harness():
+    utils = pytest.importorskip("lm_eval.utils")
+    for n in (0, 1, 5, 9, 10, 11, 20, 25, 31):
+        for max_length in (1, 7, 10):
+            ids = list(range(100, 100 + n))
+            theirs = utils.get_rolling_token_windows(ids, 1, max_length, 1)
+            assert list(likelihood.rolling_windows(ids, 1, max_length)) == [utils.make_disjoint_window(window) for window in theirs]
+
+
+def test_every_token_is_predicted_once_and_after_what_stood_before_it():
+    ids = list(range(100, 131))
+    windows = list(likelihood.rolling_windows(ids, 1, 7))
+    assert [token for _, predicted in windows for token in predicted] == ids
+    whole = [1, *ids]
+    for context, predicted in windows:
+        at = whole.index(context[0])
+        assert whole[at : at + len(context) + len(predicted)] == context + predicted
+        assert len(context) + len(predicted) <= 7 + 1
+
+
+def test_packing_loses_nothing_and_leaves_little_empty():
+    random = np.random.default_rng(0)
+    pieces = [np.zeros(n + 1, np.int32) for n in random.integers(1, 256, 2000).tolist() + random.integers(1, 3000, 20).tolist()]
+    rows = likelihood.pack(pieces, 3000)
+    assert sorted(piece for row_len in rows.values() for row in row_len for piece in row) == list(range(2020))
+    used, room = 0, 0
+    for row_len, filled in rows.items():
+        for row in filled:
+            n = sum(len(pieces[piece]) - 1 for piece in row)
+            assert n <= row_len
+            used, room = used + n, room + row_len
+    assert used / room > 0.9
+    assert set(rows) <= {256, 1024, 3072}
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 1}, {"fsdp": 4, "tensor": 2}], ids=["1 device", "8 devices"])
+def test_likelihoods_are_those_of_each_pair_alone_on_any_mesh(params, sizes):
+    mesh = sharding.make_mesh(config.Mesh(**sizes), jax.devices()[: math.prod(sizes.values())])
+    moved = jax.device_put(params, llama.shardings(SPEC, mesh))
+    model = llama.bind(SPEC, params)
+
+    @jax.jit
+    def log_shares(ids):
+        hidden = model(ids, (ids > 0).astype(int), np.arange(300)[None])
+        return jax.nn.log_softmax(hidden @ model.head(), axis=-1)[0]
+
+    for (context, continuation), (nats, is_greedy) in zip(
+        some_pairs(), likelihood.continuation_log_likelihoods(SPEC, moved, some_pairs()), strict=True
+    ):
+        ids = context + continuation
+        table = np.asarray(log_shares(np.pad(np.asarray([ids]), ((0, 0), (0, 300 - len(ids))))))[len(context) - 1 : len(ids) - 1]
+        assert nats == pytest.approx(sum(table[i, token] for i, token in enumerate(continuation)), abs=1e-3)
+        assert is_greedy == (table.argmax(-1).tolist() == continuation)
+
+
+def test_a_greedy_continuation_is_told_from_another(params):
+    prompt = [7, 8, 9]
+    (text,) = decode.generate(SPEC, params, [prompt], max_new=6)
+    scores = likelihood.continuation_log_likelihoods(SPEC, params, [(prompt, text), (prompt, [*text[:-1], text[-1] % 400 + 3])])
+    assert [is_greedy for _, is_greedy in scores] == [True, False]
+
+
+def test_bits_per_byte_equal_transformers(params, hf_dir, encoder):
+    pytest.importorskip("torch")
+    ids = encoder.encode_batch(TEXTS)
+    for max_length in (300, 64):
+        ours = likelihood.bits_per_byte(SPEC, params, TEXTS, ids, encoder.bos_id, max_length=max_length)
+        theirs = reference.bits_per_byte(hf_dir, TEXTS, ids, encoder.bos_id, max_length)
+        assert ours.bits_per_byte == pytest.approx(theirs.bits_per_byte, rel=1e-4)
+        assert ours[1:] == theirs[1:] == (sum(len(text.encode()) for text in TEXTS), sum(map(len, ids)))
+    assert ours.bits_per_byte == ours.nats_sum / math.log(2) / ours.bytes_sum
+
+
+def test_heldout_loss_divides_sums_once(params):
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, 448, (2, 4, 20), np.int32)
+    weights = (random.random((2, 4, 20)) < [[[0.9]], [[0.2]]]).astype(np.float32)
+    ones, places = np.ones((4, 20), np.int32), np.tile(np.arange(20, dtype=np.int32), (4, 1))
+    batches = [Batch(tokens[i], np.roll(tokens[i], -1, 1), ones, places, weights[i]) for i in range(2)]
+    step = likelihood.nats_step(SPEC, ONE)
+    sums = [[float(x) for x in step(params, batch)] for batch in batches]
+    expected = (sums[0][0] + sums[1][0]) / weights.sum()
+    assert likelihood.heldout_loss(step, params, batches) == pytest.approx(expected, rel=1e-6)
+    assert math.isnan(likelihood.heldout_loss(step, params, []))
+
+
+def test_logits_and_kl_agree_with_transformers(params, hf_dir):
+    pytest.importorskip("torch")
+    tokens = np.random.default_rng(0).integers(3, 448, (2, 33))
+    model = llama.bind(SPEC, params)
+    hidden = model(tokens, np.ones_like(tokens), np.tile(np.arange(33), (2, 1)))
+    ours = np.asarray(hidden @ model.head())
+    np.testing.assert_allclose(ours, reference.logits(hf_dir, tokens), atol=1e-3)
+    assert 0 <= reference.kl(hf_dir, tokens, ours) < 1e-6
+    assert reference.kl(hf_dir, tokens, ours * 0.5) > 1e-2
+
+
+def test_the_same_requests_get_the_same_answers_as_from_the_harness_own_model(params, hf_dir):
+    pytest.importorskip("torch")
+    instances = pytest.importorskip("lm_eval.api.instance")
+
+    def requests(kind, *arguments):
+        return [instances.Instance(kind, {}, each, i) for i, each in enumerate(arguments)]
+
+    pairs = [
+        ("The ship sailed", " at dawn."),
+        ("The ship sailed ", "at dawn."),  # the space moves to the continuation
+        ("", "Nobody said a word"),
+        ("<s>The quay", " said"),  # a written beginning-of-sequence token is not put twice
+        (TEXTS[0], " The end"),  # loses tokens on its left
+        (TEXTS[2], "\n\n"),
+    ]
+    until = {"until": ["\n\n", "ship"], "max_gen_toks": 40, "do_sample": False}
+    generate = [("The gulls", until), (TEXTS[0], until), ("x", {"until": ["."], "max_gen_toks": 9})]
+    ours, theirs = harness.adapter(SPEC, params, hf_dir, 300), reference.harness_model(hf_dir, 300)
+
+    answers = zip(*(judge.loglikelihood(requests("loglikelihood", *pairs)) for judge in (ours, theirs)), strict=True)
+    for (our_nats, our_greedy), (their_nats, their_greedy) in answers:
+        assert our_nats == pytest.approx(their_nats, abs=1e-3)
+        assert our_greedy == their_greedy
+    texts = [(text,) for text in TEXTS[:4]]
+    rolling = [judge.loglikelihood_rolling(requests("loglikelihood_rolling", *texts)) for judge in (ours, theirs)]
+    assert rolling[0] == pytest.approx(rolling[1], rel=1e-5, abs=1e-3)
+    written = [judge.generate_until(requests("generate_until", *generate)) for judge in (ours, theirs)]
+    assert written[0] == written[1]
+
+
+def test_both_backends_measure_a_run_and_write_the_harness_format(params, hf_dir, data_dir, tmp_path):
+    pytest.importorskip("torch"), pytest.importorskip("lm_eval")
+    run = tmp_path / "run"
+    checkpoint.save(run, 7, params, {"step": jax.numpy.int32(7)}, SPEC, counts={"step": 7}, tokenizer=None, keep=1)
+    huggingface.copy_tokenizer(hf_dir, run / "tokenizer")
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:4]))
+    tasks = [f"bits_per_byte/mine=jsonl:{tmp_path}/texts.jsonl", "course,winogrande"]
+    ours, theirs = (
+        harness.evaluate(run, tasks, backend=backend, limit=3, data_dir=data_dir, to=tmp_path / "eval" / f"{backend}.json")
+        for backend in ("jax", "hf")
+    )
+    assert json.loads((tmp_path / "eval" / "jax.json").read_text()) == ours
+    assert (ours["backend"], theirs["backend"], ours["lineage"]["step"]) == ("jax", "hf", 7)
+    assert ours["n-samples"]["truthfulqa_mc2"] == {"original": 817, "effective": 3}
+    assert {"acc,none", "acc_stderr,none"} <= ours["results"]["truthfulqa_mc2"].keys()
+    assert {"bits_per_byte,none", "nats_sum", "bytes_sum", "tokens_sum"} <= ours["results"]["bits_per_byte/mine"].keys()
+    assert list(ours["results"]) == list(theirs["results"]) == ["bits_per_byte/mine", "truthfulqa_mc2", "winogrande"]
+    for task, metrics in ours["results"].items():
+        for name, value in metrics.items():
+            their_value = theirs["results"][task][name]
+            assert value == (pytest.approx(their_value, rel=1e-4) if isinstance(value, float) else their_value)
+
+
+def test_gsm8k_takes_its_examples_from_its_training_file(data_dir):
+    rows = harness.local_rows("gsm8k", data_dir)
+    assert {split: len(found) for split, found in rows.items()} == {"train": 7473, "test": 1319}
+    assert not {row["question"] for row in rows["train"]} & {row["question"] for row in rows["test"]}
+
+
+def test_a_wrong_request_is_one_sentence(params, hf_dir, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    (tmp_path / "winogrande.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    bare = tmp_path / "bare"
+    huggingface.export(SPEC, params, bare)
+    for tasks, says in (
+        (["bits_per_byte/x=txt:foo"], "did you mean text:"),
+        (["hellaswga"], "hellaswag"),
+        ([","], "none given"),
+    ):
+        with pytest.raises(UserError, match=says):
+            harness.evaluate(hf_dir, tasks)
+    for data_dir, task, says in (
+        (tmp_path / "no", "gsm8k", "eval_gsm8k/train.jsonl and eval_gsm8k/test.jsonl"),
+        (tmp_path, "winogrande", "not those of winogrande"),
+        (tmp_path, "winogrand", "nearest are: winogrande"),
+    ):
+        with pytest.raises(UserError, match=says):
+            harness.evaluate(hf_dir, [task], data_dir=data_dir)
+    with pytest.raises(UserError, match="no tokenizer"):
+        harness.evaluate(bare, ["bits_per_byte/x=python:code"], limit=1)
+    for bad in ({"limit": 0}, {"max_length": 1}):
+        with pytest.raises(UserError, match="at least"):
+            harness.evaluate(hf_dir, ["course"], **bad)
+    for pair, says in ((([5], [448]), "token id 448"), (([5], []), "empty continuation"), (([5], [6] * 301), "does not fit")):
+        with pytest.raises(UserError, match=says):
+            likelihood.continuation_log_likelihoods(SPEC, params, [pair])
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match=r"torch not installed.*requirements-eval"):
+        reference.require("torch")
+
+
+def test_bits_per_byte_alone_needs_neither_harness_nor_torch():
+    code = "import sys; from jaxpt.evaluate import harness, compare, reference; print({'lm_eval', 'torch', 'transformers', 'datasets'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == "set()"
+
+
+# ---- comparisons
+
+
+def test_models_are_compared_on_the_same_prompts(params, hf_dir, encoder, tmp_path, capsys):
+    prompts = ["The ship", "def area(r):"]
+    samples = compare.compare([hf_dir, hf_dir], prompts, max_new=9, to=tmp_path / "eval" / "samples.json")
+    assert json.loads((tmp_path / "eval" / "samples.json").read_text()) == samples
+    assert samples["models"] == [str(hf_dir)] * 2  # not unique, so the path
+    assert [each["prompt"] for each in samples["prompts"]] == prompts
+    for prompt, each in zip(prompts, samples["prompts"], strict=True):
+        first, second = each["outputs"]
+        ids = [encoder.bos_id, *encoder.encode_batch([prompt])[0]]
+        (new,) = decode.generate(SPEC, params, [ids], max_new=9)
+        assert prompt + first["text"] == encoder.decode(ids + new)
+        assert (first["text"], first["tokens"]) == (second["text"], second["tokens"]) == (first["text"], len(new))
+    assert "> def area(r):" in capsys.readouterr().out
+
+
+def test_columns_hold_their_width_and_text_stays_inert():
+    text = (
+        "def f(x):\n    return x\n\nA line that is certainly longer than its column, with a word "
+        + "m" * 50
+        + "\n吾輩は猫である。名前はまだ無い。どこで生れたか\x1b[31mred"
+    )
+    samples = {"models": ["a", "bb"], "prompts": [{"prompt": "p", "outputs": [{"model": name, "text": text} for name in ("a", "bb")]}]}
+    shown = compare.side_by_side(samples, 62)
+    assert all(compare.columns_of(line) <= 62 for line in shown.split("\n"))
+    assert "\x1b" not in shown
+    assert "    return x" in shown
+    column = compare.wrap(text, 30)
+    assert "".join(column).replace(" ", "") == text.replace("\x1b", "\N{REPLACEMENT CHARACTER}").replace("\n", "").replace(" ", "")
+    below = compare.side_by_side(samples, 40)  # too narrow for two columns
+    assert below.count("def f(x):") == 2 and "def f(x):  " not in below
+
+
+def test_prompts_are_read_from_lines_or_json(tmp_path):
+    lines, listed, empty, wrong = (tmp_path / name for name in ("a.txt", "b.json", "c.txt", "d.json"))
+    lines.write_text("one\n\n  two\n")
+    listed.write_text('["one\\ntwo", ""]')
+    empty.write_text("\n \n")
+    wrong.write_text('{"prompt": "one"}')
+    assert compare.read_prompts(lines) == ["one", "  two"]
+    assert compare.read_prompts(listed) == ["one\ntwo"]
+    for file, says in ((empty, "no prompt"), (wrong, "list of strings"), (tmp_path / "e.txt", "cannot be read")):
+        with pytest.raises(UserError, match=says):
+            compare.read_prompts(file)
+
+
+def test_a_model_is_named_by_its_run(tmp_path):
+    base, child = tmp_path / "base", tmp_path / "child"
+    assert compare.names_of([base, child / "checkpoints" / "300"]) == ["base", "child"]
+    assert compare.names_of([child, child / "checkpoints" / "300"]) == [str(child), str(child / "checkpoints" / "300")]

@@ -1,0 +1,331 @@
+"""Laws of the loader: targets stay in their document, the same batch on any mesh and host count, resumed as if never cut, damage is named."""
+
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+from test_pack import ROW_LEN, packing, prepared, split_documents
+from test_tokenizer import asking, write_corpus
+
+from jaxpt import config, sharding, stage
+from jaxpt.data import loader, pack, tokenizer
+from jaxpt.data.mixture import Mixture
+from jaxpt.spec import UserError
+
+BATCH_ROWS = 16
+MESHES = [{"fsdp": 8}, {"replica": 2, "fsdp": 2, "context": 2}, {"fsdp": 2, "tensor": 2, "context": 2}, {"fsdp": 1, "context": 8}]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    workdir = prepared(tmp_path_factory.mktemp("packed"))
+    pack.run(packing(), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def rows(workdir):
+    return loader.open_rows([workdir / "packed"])
+
+
+@pytest.fixture(scope="module")
+def mixture(rows):
+    return Mixture(config.Mixture(phases=((0, {"english": 0.7, "code": 0.3}), (2, {"code": 1.0}))), rows.n_rows, BATCH_ROWS)
+
+
+def mesh_of(sizes: dict) -> jax.sharding.NamedSharding:
+    return sharding.batch_sharding(sharding.make_mesh(config.Mesh(**{"fsdp": 1, **sizes}), jax.devices()[: np.prod(list(sizes.values()))]))
+
+
+def batches(n, *arguments, **keywords):
+    """The first n batches of a stream as numpy."""
+    stream = loader.stream(*arguments, **keywords)
+    try:
+        return [jax.tree.map(np.asarray, next(stream)) for _ in range(n)]
+    finally:
+        stream.close()
+
+
+def assert_equal(left, right):
+    for name, a, b in zip(left._fields, left, right, strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+def test_rows_on_disk_are_the_rows_that_datasets_reads(workdir, rows):
+    import datasets
+
+    assert rows.names == ["code", "english"]
+    for name in rows.names:
+        theirs = datasets.load_from_disk(str(workdir / "packed" / "train" / name))
+        assert rows.n_rows[name] == len(theirs)
+        for i in (0, 1, len(theirs) // 2, len(theirs) - 1):
+            row = rows.row(name, i)
+            assert row.tokens.tolist() == theirs[i]["input_ids"]
+            assert row.doc_lens.tolist() == theirs[i]["doc_lens"]
+            assert row.loss_from.tolist() == theirs[i]["loss_from"]
+            assert rows.doc_ids(name, i) == theirs[i]["doc_ids"]
+            assert row.tokens.dtype == np.int32
+        for i in (-1, len(theirs)):
+            with pytest.raises(IndexError):
+                rows.row(name, i)
+
+
+def test_rows_are_found_across_record_batches_and_shards(workdir, tmp_path, monkeypatch):
+    monkeypatch.setattr(pack, "BATCH_TOKENS", 7 * ROW_LEN)
+    monkeypatch.setattr(pack, "SHARD_BYTES", 4 * 30 * ROW_LEN)
+    for part in ("corpus", "tokenizer"):
+        shutil.copytree(workdir / part, tmp_path / part)
+    pack.run(packing(), tmp_path)
+    one, many = loader.open_rows([workdir / "packed"]), loader.open_rows([tmp_path / "packed"])
+    assert len(many.sources["english"].starts) > 20
+    for i in range(one.n_rows["english"]):
+        for a, b in zip(one.row("english", i), many.row("english", i), strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert one.doc_ids("english", i) == many.doc_ids("english", i)
+
+
+def random_rows(rng, n=6, row_len=37) -> list[loader.Row]:
+    """Pieces of 1 token and more, rows full and not, one row empty, loss that starts late."""
+    made = []
+    for i in range(n):
+        lengths = []
+        while i and sum(lengths) < row_len and rng.random() > 0.1:
+            lengths.append(int(rng.integers(1, min(14, row_len - sum(lengths)) + 1)))
+        tokens = np.zeros(row_len, np.int32)
+        tokens[: sum(lengths)] = rng.integers(1, 99, sum(lengths))
+        loss_from = np.array([rng.choice([0, 0, rng.integers(0, n + 1)]) for n in lengths], np.int32)
+        made.append(loader.Row(tokens, np.array(lengths, np.int32), loss_from))
+    return made
+
+
+@pytest.mark.parametrize("document_mask", [True, False])
+def test_a_batch_is_what_spec_says(document_mask):
+    """Against the definition, token by token: a target is the next token of the same document (of the row, without document_mask) and
+    counts if it is trained."""
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        rows = random_rows(rng)
+        batch = loader.make_batch(rows, document_mask)
+        assert [field.dtype for field in batch] == [np.int32] * 4 + [np.float32]
+        for r, row in enumerate(rows):
+            where = [(piece, k) for piece, n in enumerate(row.doc_lens) for k in range(n)]  # (piece, place in it) of each token
+            for t in range(len(row.tokens)):
+                got = tuple(field[r, t] for field in batch)
+                if t >= len(where):
+                    assert got == (0, 0, 0, 0, 0.0)
+                    continue
+                piece, k = where[t]
+                there = t + 1 < len(where) and (not document_mask or where[t + 1][0] == piece)
+                trained = there and where[t + 1][1] >= row.loss_from[where[t + 1][0]]
+                target = row.tokens[t + 1] if trained else 0
+                wanted = (row.tokens[t], target, piece + 1 if document_mask else 1, k if document_mask else t, float(trained))
+                assert got == wanted
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "-".join(f"{k}{v}" for k, v in sizes.items()))
+def test_any_mesh_gets_the_batch_of_one_device(sizes, rows, mixture):
+    alone = batches(4, rows, mixture, mesh_of({"fsdp": 1}), BATCH_ROWS, 0, True)
+    spread = batches(4, rows, mixture, mesh_of(sizes), BATCH_ROWS, 0, True)
+    for i, (left, right) in enumerate(zip(alone, spread, strict=True)):
+        assert_equal(left, right)
+        places = [mixture.row_at(i * BATCH_ROWS + slot) for slot in range(BATCH_ROWS)]
+        assert_equal(left, loader.make_batch([rows.row(*place) for place in places], True))
+    assert {name for name, _ in places} == {"code"}, "the second phase has begun"
+
+
+def test_a_stream_resumed_at_any_row_is_the_uncut_stream(rows, mixture):
+    """Also with another batch size from then on: no row is repeated or skipped."""
+    one = mesh_of({"fsdp": 1})
+    tokens = np.concatenate([batch.tokens for batch in batches(6, rows, mixture, one, BATCH_ROWS, 0, True)])
+    for first_row, batch_rows in ((48, 16), (7, 16), (32, 4), (95, 1)):
+        resumed = batches(1, rows, mixture, one, batch_rows, first_row, True)[0]
+        np.testing.assert_array_equal(resumed.tokens, tokens[first_row : first_row + batch_rows][: len(resumed.tokens)])
+        assert len(resumed.tokens) == batch_rows
+    far = batches(1, rows, mixture, one, BATCH_ROWS, 10**12, True)[0]
+    np.testing.assert_array_equal(far.tokens[0], rows.row(*mixture.row_at(10**12)).tokens)
+
+
+HOST = """
+import json, sys
+import jax, numpy as np
+rank, n_hosts, port, workdir = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+jax.config.update("jax_num_cpu_devices", 8 // n_hosts)
+jax.distributed.initialize(f"localhost:{port}", n_hosts, rank)
+from jaxpt import config, sharding
+from jaxpt.data import loader
+from jaxpt.data.mixture import Mixture
+
+rows = loader.open_rows([workdir + "/packed"])
+read, real = [], rows.row
+rows.row = lambda name, i: read.append((name, i)) or real(name, i)
+mixture = Mixture(config.Mixture(), rows.n_rows, 16)
+found = {}
+for label, sizes in (("rows", dict(replica=2, fsdp=4)), ("positions", dict(fsdp=2, context=4)), ("replicated", dict(fsdp=1, tensor=8))):
+    place = sharding.batch_sharding(sharding.make_mesh(config.Mesh(**sizes)))
+    stream = loader.stream(rows, mixture, place, 16, 32, True)
+    batch = next(stream)
+    stream.close()
+    parts = {}
+    for shard in batch.targets.addressable_shards:
+        parts[str([(s.start or 0) for s in shard.index])] = np.asarray(shard.data).tolist()
+    read.clear()
+    heldout = next(loader.heldout_batches(rows, "code", place, 16, 16, True))
+    found[label] = {"parts": parts, "n_read": len(read), "shape": batch.tokens.shape, "n_heldout": len(heldout.tokens.addressable_shards)}
+print("FOUND" + json.dumps(found), flush=True)
+jax.distributed.shutdown()
+"""
+
+
+def test_any_number_of_hosts_gets_the_same_batch_and_reads_only_its_own_rows(workdir, rows):
+    """Real processes, joined by jax.distributed."""
+    mix = Mixture(config.Mixture(), rows.n_rows, BATCH_ROWS)
+    whole = loader.make_batch([rows.row(*mix.row_at(32 + slot)) for slot in range(BATCH_ROWS)], True).targets
+    for n_hosts in (2, 4):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        hosts = [
+            subprocess.Popen([sys.executable, "-c", HOST, str(rank), str(n_hosts), str(port), str(workdir)], env=environment, stdout=subprocess.PIPE, text=True)
+            for rank in range(n_hosts)
+        ]  # fmt: skip
+        found = [json.loads(host.communicate(timeout=120)[0].split("FOUND")[1]) for host in hosts]
+        for label in ("rows", "positions", "replicated"):
+            rebuilt = np.full_like(whole, -1)
+            for host in found:
+                for start, values in host[label]["parts"].items():
+                    (r, t), values = json.loads(start), np.array(values)
+                    rebuilt[r : r + len(values), t : t + values.shape[1]] = values
+                assert host[label]["shape"] == [BATCH_ROWS, ROW_LEN]
+            np.testing.assert_array_equal(rebuilt, whole)
+        assert [host["rows"]["n_read"] for host in found] == [BATCH_ROWS // n_hosts] * n_hosts
+        assert [host["positions"]["n_read"] for host in found] == [BATCH_ROWS // 2] * n_hosts, "4 devices share a row's positions"
+        assert [host["replicated"]["n_read"] for host in found] == [BATCH_ROWS] * n_hosts
+
+
+def test_heldout_batches_hold_each_row_once_and_empty_rows_count_nothing(workdir):
+    rows = loader.open_rows([workdir / "packed"], split="heldout")
+    assert rows.names == ["english"]
+    n = rows.n_rows["english"]
+    for sizes in ({"fsdp": 1}, {"fsdp": 4, "context": 2}):
+        found = list(loader.heldout_batches(rows, "english", mesh_of(sizes), 8, 10**9, True))
+        assert [batch.tokens.shape for batch in found] == [(8, ROW_LEN)] * -(-n // 8)
+        whole = loader.make_batch([rows.row("english", i) for i in range(n)], True)
+        assert_equal(whole, type(whole)(*(np.concatenate(parts)[:n] for parts in zip(*found, strict=True))))
+        assert not any(np.concatenate(parts)[n:].any() for parts in zip(*found, strict=True))
+    few = next(loader.heldout_batches(rows, "english", mesh_of({"fsdp": 1}), 8, 5, True))
+    chosen = [next(i for i in range(n) if np.array_equal(rows.row("english", i).tokens, tokens)) for tokens in few.tokens[:5]]
+    assert chosen == [k * n // 5 for k in range(5)], "evenly spread"
+    assert not few.weights[5:].any()
+
+
+def other_packed(workdir, directory, name="other", vocab_size=700, row_len=ROW_LEN):
+    """A packed directory with one more source."""
+    write_corpus(directory, {name: split_documents()[0]["english"][:20]})
+    if vocab_size == 700:
+        shutil.copytree(workdir / "tokenizer", directory / "tokenizer")
+    else:
+        tokenizer.train(asking(vocab_size=vocab_size), directory)
+    pack.run(packing(row_len=row_len), directory)
+    return directory / "packed"
+
+
+def test_several_packed_directories_make_one_set_of_rows(workdir, rows, tmp_path):
+    other = other_packed(workdir, tmp_path)
+    both = loader.open_rows([workdir / "packed", other])
+    assert both.names == ["code", "english", "other"]
+    assert both.n_rows == rows.n_rows | loader.open_rows([other]).n_rows
+    assert both.fingerprint != rows.fingerprint
+    assert both.fingerprint == loader.open_rows([other, workdir / "packed"]).fingerprint
+    assert both.tokenizer == tokenizer.load(workdir / "tokenizer").fingerprint
+    assert (both.row_len, both.n_pieces) == (ROW_LEN, 700)
+    assert set(both.unigram_nats) == set(both.names)
+
+
+def damaged(workdir, directory, change):
+    shutil.copytree(workdir / "packed", directory / "packed")
+    file = directory / "packed" / "train" / "english" / "data-00000.arrow"
+    content = file.read_bytes()
+    file.unlink()
+    if change != "missing":
+        middle = len(content) // 2
+        file.write_bytes(content[:middle] if change == "truncated" else content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    return [directory / "packed"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "says"),
+    [
+        (lambda w, d: [], "no packed directory"),
+        (lambda w, d: [d / "nowhere"], "no manifest.json"),
+        (lambda w, d: [w / "packed", w / "tokenizer"], "was made by tokenizer, wanted packed rows"),
+        (lambda w, d: ["s3://bucket/packed"], "Mount it"),
+        (lambda w, d: [w / "packed", w / "packed"], "source code was opened from another directory"),
+        (lambda w, d: [w / "packed", other_packed(w, d, row_len=64)], "its rows have 64 tokens"),
+        (lambda w, d: [w / "packed", other_packed(w, d, vocab_size=650)], "Pack both with one tokenizer"),
+        (lambda w, d: damaged(w, d, "missing"), "data-00000.arrow: missing"),
+        (lambda w, d: damaged(w, d, "truncated"), "data-00000.arrow: .* bytes, wanted"),
+        (lambda w, d: damaged(w, d, "one bit"), "data-00000.arrow: its checksum"),
+    ],
+    ids=["none", "missing", "not packed", "object store", "twice", "row length", "tokenizer", "shard gone", "shard cut", "shard damaged"],
+)  # fmt: skip
+def test_rows_that_cannot_be_trusted_are_refused_in_one_sentence(paths, says, workdir, tmp_path):
+    with pytest.raises(UserError, match=says) as error:
+        loader.open_rows(paths(workdir, tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_batch_that_the_mesh_cannot_cut_is_refused(rows, mixture):
+    for sizes, batch_rows in (({"fsdp": 8}, 12), ({"fsdp": 1, "context": 5}, 16)):
+        with pytest.raises(UserError, match="cannot be cut evenly"):
+            next(loader.stream(rows, mixture, mesh_of(sizes), batch_rows, 0, True))
+
+
+def a_run(workdir, tmp_path, **changes):
+    """A run directory as the loop leaves it."""
+    settings = dataclasses.replace(
+        config.Config(), mixture=config.Mixture(packed=(str(workdir / "packed"),), phases=((0, {"english": 0.7, "code": 0.3}), (2, {"code": 1.0}))),
+        train=config.Train(batch_rows=BATCH_ROWS, steps=9),
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({**stage.plain(settings), **changes}))
+    shutil.copytree(workdir / "tokenizer", tmp_path / "tokenizer")
+    return tmp_path
+
+
+def test_trace_names_the_documents_of_a_step(workdir, rows, mixture, tmp_path):
+    run = a_run(workdir, tmp_path)
+    step = 2
+    batch = batches(step, rows, mixture, mesh_of({"fsdp": 1}), BATCH_ROWS, 0, True)[step - 1]
+    seen = list(loader.trace(run, step, rows.tokenizer))
+    rebuilt = [np.concatenate([each.tokens for each in seen if each.slot == slot]) for slot in range(BATCH_ROWS)]
+    for tokens, row in zip(rebuilt, batch.tokens, strict=True):
+        np.testing.assert_array_equal(tokens, row[: len(tokens)])
+        assert not row[len(tokens) :].any()
+    texts, words = split_documents()[0], tokenizer.load(workdir / "tokenizer")
+    for each in seen:
+        assert words.decode(each.tokens.tolist()).strip() in texts[each.source][int(each.document.split("-")[1])]
+
+    told = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "trace.py", "--workdir", run, "--step", str(step)], capture_output=True, text=True, check=True
+    )
+    assert len(told.stdout.splitlines()) == len(seen)
+    assert seen[0].document in told.stdout.splitlines()[0]
+
+
+def test_trace_says_what_it_cannot_read(workdir, rows, tmp_path):
+    with pytest.raises(UserError, match=r"no readable config\.json"):
+        next(loader.trace(tmp_path, 1, rows.tokenizer))
+    run = a_run(workdir, tmp_path)
+    for step in (0, 10):
+        with pytest.raises(UserError, match="steps are 1 to 9"):
+            next(loader.trace(run, step, rows.tokenizer))
+    with pytest.raises(UserError, match="packed with"):
+        next(loader.trace(run, 1, "another"))

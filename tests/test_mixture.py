@@ -1,0 +1,150 @@
+"""Laws of the mixture: a pure function of the index, exact shares, every row once an epoch, nothing lost over phases."""
+
+import collections
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings, strategies
+
+from jaxpt import config
+from jaxpt.data import mixture
+from jaxpt.data.mixture import Mixture
+from jaxpt.spec import UserError
+
+N_ROWS = {"code": 101, "prose": 307, "wiki": 53}
+
+
+def mixing(*phases, n_rows=N_ROWS, batch_rows=7, seed=0) -> Mixture:
+    return Mixture(config.Mixture(phases=phases, seed=seed), n_rows, batch_rows)
+
+
+@settings(deadline=None, max_examples=30)
+@example(shares=[3, 1, 5, 1, 1, 5, 5, 5])  # always serving the source that is furthest behind breaks the law here
+@given(shares=strategies.lists(strategies.floats(0.01, 1.0), min_size=1, max_size=9))
+def test_after_any_number_of_rows_every_source_has_its_share_to_within_one_row(shares):
+    names = [f"s{i}" for i in range(len(shares))]
+    mix = mixing((0, dict(zip(names, shares, strict=True))), n_rows=dict.fromkeys(names, 1000))
+    n = 1500
+    taken = np.array([[mix.row_at(i)[0] == name for name in names] for i in range(n)]).cumsum(0)
+    slots = np.array(mix.phases[0].counts) / sum(mix.phases[0].counts)
+    ideal = np.arange(1, n + 1)[:, None] * slots
+    assert np.abs(taken - ideal).max() < 1
+    assert np.abs(slots / (np.array(shares) / sum(shares)) - 1).max() < 0.02, "a share here is at least 5 slots of 4,096"
+    assert [mix.uses(k) for k in (1, 17, n)] == [taken[k - 1].tolist() for k in (1, 17, n)]
+
+
+@pytest.mark.parametrize(
+    ("shares", "counts"), [((0.75, 0.25), (3, 1)), ((0.9, 0.05, 0.05), (18, 1, 1)), ((1, 2), (1, 2)), ((5, 0), (1, 0)), ((0.7, 0.2, 0.1), (7, 2, 1))]
+)
+def test_simple_fractions_are_exact(shares, counts):
+    assert tuple(mixture.slot_counts(shares)) == counts
+
+
+def test_no_phases_mean_shares_in_proportion_to_the_rows():
+    mix = mixing()
+    assert mix.epochs(sum(N_ROWS.values())) == pytest.approx(dict.fromkeys(N_ROWS, 1.0))
+    assert mix.phases[0].counts == [N_ROWS[name] for name in mix.names]
+
+
+def test_every_epoch_reads_each_row_once_and_in_another_order():
+    mix = mixing((0, {"code": 0.25, "prose": 0.75}))
+    order = collections.defaultdict(list)
+    for i in range(1700):
+        name, row = mix.row_at(i)
+        order[name].append(row)
+    for name, n in (("code", 101), ("prose", 307)):
+        epochs = [order[name][k * n : (k + 1) * n] for k in range(len(order[name]) // n)]
+        assert len(epochs) >= 4
+        assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+        assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+        assert epochs[0] != list(range(n))
+
+
+def test_uses_go_on_counting_over_phases():
+    """The k-th use of a source is the same row whatever the shares were, so that phases neither repeat nor skip."""
+    plain = mixing((0, {"code": 1.0}))
+    order = [plain.row_at(i)[1] for i in range(400)]
+    mix = mixing((0, {"prose": 1.0}), (3, {"code": 0.3, "prose": 0.7}), (11, {"code": 1.0}), (20, {"prose": 0.5, "code": 0.1, "wiki": 0.4}))
+    seen = [mix.row_at(i) for i in range(60 * 7)]
+    assert [row for name, row in seen if name == "code"] == order[: sum(name == "code" for name, _ in seen)]
+    assert {name for name, _ in seen[: 3 * 7]} == {"prose"}, "phases start at steps, rows are steps x batch_rows"
+    assert {name for name, _ in seen[11 * 7 : 20 * 7]} == {"code"}
+    for n in (0, 1, 3 * 7, 3 * 7 + 5, 11 * 7, 60 * 7):
+        taken = collections.Counter(name for name, _ in seen[:n])
+        assert mix.epochs(n) == {name: taken[name] / N_ROWS[name] for name in mix.names}
+
+
+def test_any_index_takes_the_same_work():
+    mix = mixing((0, {"code": 0.3, "prose": 0.7}), (1000, {"wiki": 0.123, "prose": 0.877}))
+
+    def n_calls(index):
+        calls = []
+        sys.setprofile(lambda frame, event, argument: calls.append(event))
+        try:
+            mix.row_at(index)
+        finally:
+            sys.setprofile(None)
+        return len(calls)
+
+    assert n_calls(10**12) == n_calls(0) < 50
+    assert n_calls(10**18) == n_calls(10**6)
+
+
+def test_the_order_is_a_pure_function_of_seed_and_index():
+    one, again, other = mixing(), mixing(), mixing(seed=1)
+    indices = [5, 10**12, 3, 0, 10**6, 3]
+    assert [one.row_at(i) for i in indices] == [again.row_at(i) for i in reversed(indices)][::-1]
+    assert [one.row_at(i)[0] for i in range(99)] == [other.row_at(i)[0] for i in range(99)]
+    assert [one.row_at(i) for i in range(99)] != [other.row_at(i) for i in range(99)]
+    # an order on disk, so that a new release of a dependency cannot change the data of a half-trained run in silence
+    assert [one.row_at(i) for i in (0, 1, 2, 10**12 + 1)] == GOLDEN
+
+
+GOLDEN = [("prose", 212), ("prose", 296), ("code", 73), ("code", 60)]
+
+
+def test_a_shuffle_has_no_order_left():
+    """Neighbours in the file are not neighbours in the epoch: their distances are those of random numbers."""
+    n = 10_007
+    mix = mixing(n_rows={"only": n})
+    rows = np.array([mix.row_at(i)[1] for i in range(n)])
+    assert abs(np.corrcoef(rows[1:], rows[:-1])[0, 1]) < 0.05
+    assert np.mean(np.abs(np.diff(rows))) == pytest.approx(n / 3, rel=0.05)
+    second = np.array([mix.row_at(n + i)[1] for i in range(n)])
+    assert abs(np.corrcoef(rows, second)[0, 1]) < 0.05
+
+
+def test_what_runs_out_is_said_before_the_run():
+    mix = mixing((0, {"code": 0.5, "prose": 0.5}))
+    mix.check(n_rows=202, max_epochs=1)
+    mix.check(n_rows=10**9, max_epochs=0)
+    with pytest.raises(UserError, match=r"code is read 1\.73 times by step 50 \(it lasts until 28\)") as error:
+        mix.check(n_rows=350, max_epochs=1)
+    assert "prose" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("phases", "says"),
+    [
+        (((0, {"cod": 1.0}),), "did you mean code"),
+        (((0, {"code": -0.5, "prose": 1.0}),), "wanted a number of at least 0"),
+        (((0, {"code": float("nan")}),), "wanted a number of at least 0"),
+        (((0, {"code": "much"}),), "wanted a number of at least 0"),
+        (((0, {"code": 0.0}),), "sum to nothing"),
+        (((0, {}),), "sum to nothing"),
+        (((5, {"code": 1.0}),), "wanted 0 first"),
+        (((0, {"code": 1.0}), (9, {"prose": 1.0}), (9, {"code": 1.0})), "then rising"),
+        (((0, {"code": 1.0, "empty": 1.0}),), "empty has no rows"),
+        (((0, {"code": 1.0, "prose": 1e-5}),), "at least 1/4,096"),
+    ],
+)  # fmt: skip
+def test_phases_that_cannot_be_run_are_refused_in_one_sentence(phases, says):
+    with pytest.raises(UserError, match=says) as error:
+        mixing(*phases, n_rows={**N_ROWS, "empty": 0})
+    assert "\n" not in str(error.value)
+
+
+def test_a_source_that_is_not_asked_for_is_not_read():
+    mix = mixing((0, {"code": 1.0, "wiki": 0.0}))
+    assert {mix.row_at(i)[0] for i in range(50)} == {"code"}

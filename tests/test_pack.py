@@ -1,0 +1,218 @@
+"""Laws of packing: no token lost or doubled, short documents whole, the course's way exactly, rows that Hugging Face datasets opens."""
+
+import collections
+import dataclasses
+import itertools
+import math
+import pathlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies
+from test_tokenizer import asking, english_and_code, write_corpus
+
+from jaxpt.config import Config, Pack
+from jaxpt.data import pack, tokenizer
+from jaxpt.spec import Manifest, UserError
+
+ROW_LEN = 96
+
+
+def split_documents() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """(train, heldout) documents of two sources; english has a held-out part, code has none."""
+    found = english_and_code()
+    return {"english": found["english"][:50], "code": found["code"]}, {"english": found["english"][50:]}
+
+
+def prepared(workdir: pathlib.Path) -> pathlib.Path:
+    """A run directory with a corpus and a tokenizer."""
+    write_corpus(workdir, *split_documents())
+    tokenizer.train(asking(vocab_size=700), workdir)
+    return workdir
+
+
+def packing(method: str = "best_fit", row_len: int = ROW_LEN) -> Config:
+    return dataclasses.replace(Config(), pack=Pack(row_len=row_len, method=method))
+
+
+@pytest.fixture
+def workdir(tmp_path) -> pathlib.Path:
+    return prepared(tmp_path)
+
+
+def encoded(workdir: pathlib.Path, texts: list[str]) -> list[list[int]]:
+    """The straightforward way: bos + ids + eos of each document."""
+    ours = tokenizer.load(workdir / "tokenizer")
+    return [[ours.bos_id, *ours.encode_batch([text])[0], ours.eos_id] for text in texts]
+
+
+def documents_of(rows: list[list[pack.Piece]]) -> dict[str, list[int]]:
+    """Documents put together again from the pieces of all rows."""
+    pieces = collections.defaultdict(dict)
+    for row in rows:
+        for piece in row:
+            assert piece.part not in pieces[piece.document], "doubled"
+            pieces[piece.document][piece.part] = piece.ids.tolist()
+    return {document: [token for part in sorted(parts) for token in parts[part]] for document, parts in pieces.items()}
+
+
+LENGTHS = strategies.lists(strategies.integers(1, 70), max_size=60)
+
+
+@settings(deadline=None)
+@given(lengths=LENGTHS, row_len=strategies.integers(8, 31), window=strategies.integers(1, 50))
+def test_best_fit_neither_loses_nor_doubles_a_token_and_cuts_only_what_is_too_long(lengths, row_len, window):
+    numbers = iter(range(sum(lengths)))
+    documents = [pack.Piece(np.array([next(numbers) for _ in range(n)], np.int32), f"d{i}") for i, n in enumerate(lengths)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pack, "WINDOW_PIECES", window)
+        rows = list(pack.best_fit(iter(documents), row_len))
+    assert documents_of(rows) == {d.document: d.ids.tolist() for d in documents}
+    assert all(0 < sum(len(piece.ids) for piece in row) <= row_len for row in rows)
+    sizes = collections.defaultdict(list)
+    for piece in sorted((piece for row in rows for piece in row), key=lambda piece: piece.part):
+        sizes[piece.document].append(len(piece.ids))
+    for document in documents:
+        n_full, rest = divmod(len(document.ids), row_len)
+        assert sizes[document.document] == [row_len] * n_full + [rest] * (rest > 0)
+
+
+@settings(deadline=None)
+@given(lengths=LENGTHS, row_len=strategies.integers(8, 31))
+def test_best_fit_leaves_no_two_rows_that_would_fit_in_one(lengths, row_len):
+    rows = list(pack.best_fit((pack.Piece(np.zeros(n, np.int32), f"d{i}") for i, n in enumerate(lengths)), row_len))
+    filled = sorted(sum(len(piece.ids) for piece in row) for row in rows)
+    assert len(filled) < 2 or filled[0] + filled[1] > row_len
+
+
+@settings(deadline=None)
+@given(lengths=LENGTHS, row_len=strategies.integers(8, 31))
+def test_course_is_one_stream_of_tokens_cut_into_rows(lengths, row_len):
+    stream = list(range(sum(lengths)))
+    ends = np.cumsum([0, *lengths])
+    documents = [pack.Piece(np.array(stream[a:b], np.int32), f"d{i}") for i, (a, b) in enumerate(itertools.pairwise(ends))]
+    rows = list(pack.course(iter(documents), row_len))
+    expected = [stream[start : start + row_len] for start in range(0, len(stream) - row_len + 1, row_len)]
+    assert [[token for piece in row for token in piece.ids.tolist()] for row in rows] == expected
+    for piece in (piece for row in rows for piece in row):
+        assert set(piece.ids.tolist()) <= set(documents[int(piece.document[1:])].ids.tolist())
+
+
+@pytest.mark.parametrize("method", ["best_fit", "course"])
+def test_datasets_opens_the_rows_and_they_hold_the_corpus(method, workdir):
+    import datasets
+
+    manifest = pack.run(packing(method), workdir)
+    texts, _ = split_documents()
+    for name in texts:
+        rows = datasets.load_from_disk(str(workdir / "packed" / "train" / name))
+        assert rows.features == datasets.Features({
+            "input_ids": datasets.List(datasets.Value("int32"), length=ROW_LEN), "doc_lens": datasets.List(datasets.Value("int32")),
+            "doc_ids": datasets.List(datasets.Value("string")), "loss_from": datasets.List(datasets.Value("int32")),
+        })  # fmt: skip
+        whole = encoded(workdir, texts[name])
+        pieces = []
+        for row in rows:
+            n = sum(row["doc_lens"])
+            assert len(row["doc_lens"]) == len(row["doc_ids"]) == len(row["loss_from"])
+            assert row["input_ids"][n:] == [0] * (ROW_LEN - n), "padding is 0 and stands at the end"
+            assert not any(row["loss_from"])
+            borders = itertools.pairwise(np.cumsum([0, *row["doc_lens"]]))
+            pieces += [(document, row["input_ids"][a:b]) for document, (a, b) in zip(row["doc_ids"], borders, strict=True)]
+        if method == "course":
+            stream = [token for ids in whole for token in ids]
+            assert [token for row in rows for token in row["input_ids"]] == stream[: len(stream) // ROW_LEN * ROW_LEN]
+        else:
+            for i, ids in enumerate(whole):
+                parts = [part for document, part in pieces if document == f"{name}-{i}"]
+                wanted = [ids[start : start + ROW_LEN] for start in range(0, len(ids), ROW_LEN)]
+                assert sorted(parts) == sorted(wanted)
+
+        counts = manifest.counts["train"][name]
+        n_tokens = sum(len(ids) for _, ids in pieces)
+        trained = collections.Counter(token for _, ids in pieces for token in ids[1:])
+        entropy = -sum(n / trained.total() * math.log(n / trained.total()) for n in trained.values())
+        assert counts["unigram_nats"] == pytest.approx(entropy)
+        assert counts["padding_frac"] == pytest.approx(1 - n_tokens / (len(rows) * ROW_LEN))
+        assert (counts["rows"], counts["tokens"], counts["documents"]) == (len(rows), n_tokens, len(texts[name]))
+        assert counts["bytes"] == sum(len(text.encode()) for text in texts[name])
+        if method == "best_fit":
+            assert counts["cut_documents"] == sum(len(ids) > ROW_LEN for ids in whole)
+    assert set(manifest.counts["heldout"]) == {"english"}
+    assert manifest.tokenizer == tokenizer.load(workdir / "tokenizer").fingerprint
+    assert manifest.counts["n_pieces"] == 700
+
+
+def test_rows_depend_on_corpus_and_tokenizer_alone(workdir, monkeypatch):
+    """Not on how many documents are encoded at once, nor on how many threads encode them."""
+    once = pack.run(packing(), workdir)
+    monkeypatch.setattr(pack, "ENCODE_CHARS", 1000)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    (workdir / "packed").rename(workdir / "first")
+    assert pack.run(packing(), workdir).outputs == once.outputs
+
+
+def test_large_sets_are_cut_into_shards_with_the_same_rows(workdir, monkeypatch):
+    import datasets
+
+    pack.run(packing(), workdir)
+    one = datasets.load_from_disk(str(workdir / "packed" / "train" / "english"))[:]
+    monkeypatch.setattr(pack, "BATCH_TOKENS", 5 * ROW_LEN)
+    monkeypatch.setattr(pack, "SHARD_BYTES", 4 * 10 * ROW_LEN)
+    (workdir / "packed").rename(workdir / "first")
+    shards = pack.run(packing(), workdir).counts["train"]["english"]["shards"]
+    many = datasets.load_from_disk(str(workdir / "packed" / "train" / "english"))
+    assert len(shards) > 10
+    assert all(shard["rows"] == 10 for shard in shards[:-1])
+    assert many[:] == one
+
+
+def test_a_killed_run_goes_on_and_comes_out_the_same(workdir, monkeypatch):
+    whole = pack.run(packing(), workdir)
+    (workdir / "packed").rename(workdir / "first")
+    real = pack.portions
+
+    def killed(file):
+        if "english" in file.name:
+            raise KeyboardInterrupt
+        return real(file)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pack, "portions", killed)
+        pack.run(packing(), workdir)
+    assert not (workdir / "packed").exists()
+    assert (workdir / "packed.partial" / "train" / "code" / "counts.json").exists()
+    read = []
+    monkeypatch.setattr(pack, "portions", lambda file: read.append(file.parent.name + file.name) or real(file))
+    again = pack.run(packing(), workdir)
+    assert not [name for name in read if "code" in name], "what was finished is not done again"
+    assert again.outputs == whole.outputs
+    assert again.counts == whole.counts
+
+
+def test_padding_stays_under_half_a_percent_on_real_prose(data_dir, tmp_path):
+    """The paragraphs of a novel: 2,126 documents."""
+    novel = (data_dir / "text_gutenberg" / "Pride-and-Prejudice_1342.txt").read_text()
+    texts = {"novel": [paragraph for paragraph in novel.split("\n\n") if paragraph.strip()]}
+    write_corpus(tmp_path, texts)
+    tokenizer.train(asking(source=str(data_dir / "tok_mistral_v1" / "tokenizer.model")), tmp_path)
+    counts = pack.run(packing(row_len=512), tmp_path).counts["train"]["novel"]
+    assert counts["padding_frac"] < 0.005
+
+
+def test_less_text_than_a_row_is_refused_for_training_and_left_out_of_heldout(tmp_path):
+    write_corpus(tmp_path, {"much": english_and_code()["english"]}, {"much": ["tiny"]})
+    tokenizer.train(asking(vocab_size=700), tmp_path)
+    assert pack.run(packing("course"), tmp_path).counts["heldout"] == {}
+    write_corpus(tmp_path, {"little": ["tiny"]})
+    with pytest.raises(UserError, match="source little has less than one row of 96 tokens"):
+        pack.run(packing("course"), tmp_path, replace=True)
+
+
+def test_packing_needs_a_corpus_and_a_tokenizer(tmp_path):
+    with pytest.raises(UserError, match="not there"):
+        pack.run(packing(), tmp_path)
+    write_corpus(tmp_path, {"english": ["text"]})
+    with pytest.raises(UserError, match="not there"):
+        pack.run(packing(), tmp_path)
+    assert Manifest.load(tmp_path / "corpus").stage == "prepare"

@@ -1,0 +1,353 @@
+import html.parser
+import json
+import math
+import random
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from jaxpt import config, report, stage
+from jaxpt.spec import UserError
+
+SPEC = {
+    "n_layers": 5, "d_model": 96, "d_ff": 256, "n_heads": 6, "n_kv_heads": 2, "d_head": 16, "vocab_size": 1024, "max_positions": 512, "norm_eps": 1e-5,
+    "rope_theta": 10000.0, "rope_scaling": None, "tied": True, "qkv_bias": False, "out_bias": False, "mlp_bias": False, "qk_norm": False,
+    "sliding_window": None, "bos_id": 1, "eos_id": 2,
+}  # fmt: skip
+HOSTILE = "<script>document.title = 'hostile'</script> & <img src=https://example.org/x.png onerror=alert(1)>"
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return write_runs(tmp_path)
+
+
+def write_runs(root):
+    """A base and the child grown from it, as their stages leave them: only JSON, of the size that a quickstart makes."""
+    base, child = root / "base", root / "child"
+    write_data(base)
+    write_run(base, SPEC, seed=1, steps=300, start=6.93, floor=3.72, initialize={"source": "random", "grow": []}, seconds=141.0)
+    grown = {**SPEC, "n_layers": 8}
+    write_run(child, grown, seed=2, steps=180, start=4.31, floor=3.49, initialize={"source": str(base), "grow": ["depth_upscale(m=1)"]}, seconds=118.0, base=base)
+    write_json(child / "growth.json", {
+        "parent": str(base / "checkpoints" / "300"), "operators": ["depth_upscale(m=1)"], "layer_map": [0, 1, 2, 3, 1, 2, 3, 4],
+        "n_params": {"parent": 585_312, "child": 877_344}, "spec": {"parent": SPEC, "child": grown},
+        "heldout_loss": {"parent": {"prose": 3.912, "code": 3.204}, "newborn": {"prose": 4.466, "code": 3.927}},
+        "preserves_function": False, "max_logit_difference": None,
+        "verdict": "the newborn starts +0.72 nats a token from its parent (held-out: prose 3.91 -> 4.47, code 3.20 -> 3.93); training has to win that back",
+    })  # fmt: skip
+    for run, offset in ((base, 0.0), (child, -0.07)):
+        for backend, seconds in (("jax", 11.4), ("hf", 37.9)):
+            write_json(run / "eval" / f"{backend}.json", {
+                "results": {
+                    "bits_per_byte/prose": {"bits_per_byte,none": 2.113 + offset, "nats_sum": 8.1e5, "bytes_sum": 5.5e5, "tokens_sum": 2.1e5},
+                    "bits_per_byte/code": {"bits_per_byte,none": 1.702 + offset / 2},
+                    "truthfulqa_mc2": {"alias": "truthfulqa_mc2", "acc,none": 0.461 - offset, "acc_stderr,none": 0.048},
+                    "winogrande": {"alias": "winogrande", "acc,none": 0.512 - offset / 3, "acc_stderr,none": 0.035},
+                },
+                "n-samples": {"truthfulqa_mc2": {"original": 817, "effective": 100}, "winogrande": {"original": 1267, "effective": 200}},
+                "model": str(run / "hf" if backend == "hf" else run / "checkpoints" / "300"), "backend": backend, "seconds": seconds,
+            })  # fmt: skip
+    write_json(child / "eval" / "samples.json", {
+        "models": ["base", "child"], "settings": {"temperature": 0.0, "max_new_tokens": 48, "repetition_penalty": 1.1},
+        "prompts": [
+            {"prompt": "I am an engineer. I love", "outputs": [
+                {"model": "base", "text": " the first of the house, and the old man had been a great many of the people, and that he was not to be seen", "tokens": 48, "seconds": 0.61},
+                {"model": "child", "text": " my mother, and I have not seen a better house in all the country, said the old man; but there is no more to do with it.", "tokens": 48, "seconds": 0.88}]},
+            {"prompt": "def find_max(numbers):", "outputs": [
+                {"model": "base", "text": '\n    """Return the number of the value."""\n    if self.name is None:\n        return self._value\n    return self', "tokens": 48, "seconds": 0.6},
+                {"model": "child", "text": "\n    " + HOSTILE + "\n    for number in numbers:\n        if number > result:\n            result = number\n    return result", "tokens": 48, "seconds": 0.9}]},
+        ],
+    })  # fmt: skip
+    write_json(child / "plan.json", {"targets": [
+        {"on": "h100:1", "method": "compiled", "devices": 1, "fits": True, "peak_bytes_per_device": 61.2e9, "tokens_per_second": 41_300, "hours": 262.0, "usd": 786.0},
+        {"on": "h100:8", "method": "compiled", "devices": 8, "fits": True, "peak_bytes_per_device": 22.9e9, "tokens_per_second": 318_000, "hours": 34.1, "usd": 818.0},
+        {"on": "v5e:4x4", "method": "compiled", "devices": 16, "fits": True, "peak_bytes_per_device": 11.7e9, "tokens_per_second": 201_000, "hours": 53.9, "usd": 1035.0},
+        {"on": "v5p:2x2x2", "method": "estimated", "devices": 8, "fits": True, "peak_bytes_per_device": 25.1e9, "tokens_per_second": 272_000, "hours": 39.8, "usd": 1337.0},
+        {"on": "l4:8", "method": "estimated", "devices": 8, "fits": False, "peak_bytes_per_device": 31.0e9, "tokens_per_second": 42_000, "hours": 258.0, "usd": 1445.0},
+    ]})  # fmt: skip
+    return base, child
+
+
+def write_json(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1))
+
+
+def write_manifest(out, name, inputs, counts, seconds):
+    given = {key: {"path": str(path), "fingerprint": stage.fingerprint_path(path)} for key, path in inputs.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    stage.write_manifest(stage.make_manifest(name, {"of": out.name}, given, outputs={}, counts=counts, tokenizer=None, seed=0, seconds=seconds), out)
+
+
+def write_data(workdir):
+    amounts = {
+        "prose": [("read", 60_009, 191.4), ("line_length", 52_357, 188.2), ("paragraph_repetition", 52_327, 187.6), ("exact_dedup", 43_598, 151.0), ("language", 40_474, 140.7)],
+        "code": [("read", 1_836, 31.9), ("line_length", 1_711, 31.8), ("paragraph_repetition", 1_702, 31.5), ("exact_dedup", 1_655, 30.3), ("language", 1_655, 30.3)],
+    }  # fmt: skip
+    kept = lambda rows, mb: {"rows": rows, "chars": int(mb * 0.98e6), "bytes": int(mb * 1e6)}  # noqa: E731
+    steps = [{"rule": amounts["prose"][i][0], "kept": {name: kept(*steps[i][1:]) for name, steps in amounts.items()}} for i in range(5)]
+    held = {"prose": kept(811, 2.8), "code": kept(33, 0.6)}
+    train = {"prose": kept(39_663, 137.9), "code": kept(1_622, 29.7)}
+    write_manifest(workdir / "corpus", "prepare", {}, {"documents": 41_285, "bytes": 167_600_000}, 38.2)
+    write_json(workdir / "corpus" / "funnel.json", {"sources": ["prose", "code"], "steps": steps, "heldout": held, "train": train})
+    write_manifest(workdir / "tokenizer", "tokenizer", {"corpus": workdir / "corpus"}, {"n_pieces": 1024, "bos_id": 1, "eos_id": 2}, 21.7)
+    part = lambda rows, nats: {"rows": rows, "tokens": rows * 509, "documents": 3 * rows, "cut_documents": 7, "bytes": rows * 1300, "padding_frac": 0.006, "unigram_nats": nats}  # noqa: E731
+    counts = {"row_len": 512, "method": "best_fit", "n_pieces": 1024, "train": {"prose": part(98_211, 5.61), "code": part(24_007, 5.32)}}
+    counts["heldout"] = {"prose": part(2_003, 5.60), "code": part(491, 5.29)}
+    write_manifest(workdir / "packed", "pack", {"corpus": workdir / "corpus", "tokenizer": workdir / "tokenizer"}, counts, 47.5)
+
+
+def write_run(run, spec, *, seed, steps, start, floor, initialize, seconds, base=None):
+    data = base or run
+    write_json(run / "spec.json", spec)
+    settings = stage.plain(config.Config())
+    settings["train"] |= {"steps": steps, "batch_rows": 16, "log_every": 2, "eval_every": 30}
+    settings["optim"] |= {"peak_lr": 1e-3 if base is None else 4e-4, "warmup_steps": 20}
+    settings["model"] |= {"n_layers": spec["n_layers"], "d_model": 96}
+    settings["initialize"] |= initialize
+    settings["mixture"] |= {"packed": [str(data / "packed")] if base else []}
+    write_json(run / "config.json", settings)
+    noise = random.Random(seed)
+    curve = lambda step: floor + (start - floor) * math.exp(-4.2 * (step / steps) ** 0.6)  # noqa: E731
+    lines = []
+    heldout = lambda step: {"prose": curve(step) + 0.09, "code": curve(step) - 0.55}  # noqa: E731
+    parent = {"parent": {"prose": 3.912, "code": 3.204}} if base else {}
+    if base:
+        lines.append({"step": 0, "heldout": heldout(0)} | parent)
+    for step in range(2, steps + 1, 2):
+        lr = settings["optim"]["peak_lr"] * min(1, step / 20) * min(1, max(0.1, 5 * (1 - step / steps)))
+        done = step / steps
+        lines.append({
+            "step": step, "loss": curve(step) + noise.gauss(0, 0.035), "grad_norm": math.exp(noise.gauss(-0.4 - done, 0.16)) + 2 * math.exp(-step / 9), "lr": lr,
+            "tokens": step * 16 * 512, "epochs": {"prose": 0.049 * done, "code": 0.2 * done}, "tokens_per_second": 17_400 * spec["n_layers"] ** -0.2 + noise.gauss(0, 320),
+            "step_seconds": seconds / steps, "mfu": None, "memory_bytes": 1_310_000_000 + 9_000_000 * spec["n_layers"], "n_skipped": 1 if base and step > 90 else 0,
+            "seconds": seconds * done, "usd": None,
+        })  # fmt: skip
+        if step == 160:
+            lines.append({"step": step, "resumed": True})
+        if step % 30 == 0:
+            lines.append({"step": step, "heldout": heldout(step)} | parent)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    inputs = {f"packed {data / 'packed'}": data / "packed", **({"initialize": base} if base else {})}
+    write_manifest(run, "train", inputs, {"steps": steps, "rows": steps * 16, "tokens": steps * 16 * 512}, seconds)
+
+
+class Page(html.parser.HTMLParser):
+    """A page as a browser takes it apart: headings, heads of tables, attributes, data of figures, and all text but scripts and styles."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.stack, self.attributes, self.found, self.text = [], [], {}, ""
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        self.stack.append(tag)
+        self.attributes += [(tag, *pair) for pair in attributes]
+        self.found.setdefault(tag, []).append("")
+
+    def handle_endtag(self, tag):
+        while tag in self.stack and self.stack.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if self.stack:
+            self.found[self.stack[-1]][-1] += data
+        if not {"script", "style"} & set(self.stack):
+            self.text += data
+
+    @property
+    def plots(self):
+        return [data for data in self.found["script"] if data.startswith("{")]
+
+
+def test_the_page_shows_every_section_of_a_base_and_its_child(runs, tmp_path):
+    report.write(runs, tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    assert page.found["h2"] == [section.title for section in report.SECTIONS]
+    for said in ("585 k", "877 k", "depth_upscale(m=1)", "60,009", "43,598", "2.113", "± 0.048", "the old man", "v5p:2x2x2", "optim.peak_lr", "0.0004"):
+        assert said in page.text, said
+    assert ("svg", "aria-label", "5 layers became 8; child layers come from parent layers 0, 1, 2, 3, 1, 2, 3, 4") in page.attributes
+
+
+def test_the_page_asks_no_other_host_and_stays_small(runs, tmp_path):
+    report.write(runs, tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    for tag, name, value in page.attributes:
+        if name in ("src", "href", "srcset", "data", "action", "poster"):
+            assert value.startswith(("#", "data:")), (tag, name, value)
+    assert not re.search(r"@import|url\(", page.found["style"][0])
+    assert (tmp_path / "page.html").stat().st_size < 1_500_000
+
+
+def test_many_long_runs_still_make_a_page_below_two_megabytes(runs, tmp_path):
+    base, _ = runs
+    record = json.loads((base / "metrics.jsonl").read_text().splitlines()[3])
+    lines = [json.dumps({**record, "step": step, "loss": 2 + math.sin(step) ** 2, "grad_norm": 1 + step % 7}) for step in range(1, 20_001)]
+    (base / "metrics.jsonl").write_text("\n".join(lines))
+    write_json(base / "eval" / "samples.json", {"models": ["m"], "prompts": [{"prompt": "p" * 9_000, "outputs": [{"model": "m", "text": "t" * 50_000}]}] * 60})
+    copies = [shutil.copytree(base, tmp_path / f"copy{i}") for i in range(6)]
+    report.write([base, *copies], tmp_path / "page.html")
+    assert (tmp_path / "page.html").stat().st_size < 2_000_000
+
+
+def test_a_thinned_curve_keeps_its_spikes():
+    points = [(step, 99.0 if step == 5_417 else 1.0) for step in range(10_001)]
+    kept = report.thin(points, 200)
+    assert (5_417, 99.0) in kept and kept[-1] == points[-1] and len(kept) <= 202 and kept == sorted(kept)
+
+
+def test_text_from_data_is_inert(runs, tmp_path):
+    base, child = runs
+    hostile = child.with_name("<b>child")
+    child.rename(hostile)
+    found = json.loads((hostile / "growth.json").read_text())
+    write_json(hostile / "growth.json", {**found, "verdict": HOSTILE, "operators": [HOSTILE]})
+    funnel = json.loads((base / "corpus" / "funnel.json").read_text())
+    funnel["steps"][0]["rule"] = HOSTILE
+    write_json(base / "corpus" / "funnel.json", funnel)
+    lines = (base / "metrics.jsonl").read_text().replace('"heldout": {"prose"', f'"heldout": {{{json.dumps(HOSTILE)}')
+    (base / "metrics.jsonl").write_text(lines)
+    report.write([base, hostile], tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    assert "img" not in page.found and "b" not in [tag for tag in page.found if page.found[tag] == ["child"]]
+    assert len(page.found["script"]) == len(page.plots) + 2  # the library and ours
+    assert page.text.count(HOSTILE) >= 4 and "<b>child" in page.text
+    assert any(json.loads(data)["data"] for data in page.plots)
+
+
+@pytest.mark.parametrize("gone", ["manifest.json", "config.json", "spec.json", "growth.json", "metrics.jsonl", "eval", "plan.json"])
+def test_a_missing_piece_is_said(runs, tmp_path, gone):
+    _, child = runs
+    shutil.rmtree(child / gone) if (child / gone).is_dir() else (child / gone).unlink()
+    report.write([child], tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    said = {"metrics.jsonl": "no metrics.jsonl", "growth.json": "no growth.json", "eval": "no eval/NAME.json", "plan.json": "no plan.json", "config.json": "no config.json"}
+    assert said.get(gone, "") in page.text and "Summary" in page.found["h2"]
+
+
+def test_an_empty_directory_makes_a_page_that_says_all_that_is_missing(tmp_path):
+    (tmp_path / "empty").mkdir()
+    report.write([tmp_path / "empty"], tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert "no corpus/funnel.json, written by prepare.py" in text and "no growth.json" in text
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "config.json", "spec.json", "growth.json", "eval/jax.json", "eval/samples.json", "plan.json"])
+@pytest.mark.parametrize("content", ['{"half', "[1, 2]", "{}", '{"results": 3, "prompts": null, "targets": {}, "layer_map": "x", "inputs": [1], "counts": 7}'])
+def test_broken_json_is_a_sentence_and_not_a_traceback(runs, tmp_path, name, content):
+    _, child = runs
+    (child / name).write_text(content)
+    found = report.write(runs, tmp_path / "page.html")
+    report.table(found, tmp_path / "page.html")
+    if content in ('{"half', "[1, 2]"):
+        assert f"{child / name}: " in html.unescape((tmp_path / "page.html").read_text())
+
+
+def test_a_half_written_last_line_of_the_metrics_is_left_out_and_said(runs, tmp_path):
+    base, _ = runs
+    path = base / "metrics.jsonl"
+    whole = report.load_run(base)
+    path.write_text(path.read_text() + '{"step": 302, "loss": 3.')
+    run = report.load_run(base)
+    assert run.train == whole.train and run.heldout == whole.heldout and run.resumes == [160]
+    assert "half-written" in run.notes[0]
+
+
+def test_losses_that_are_no_number_leave_a_page_that_opens(runs, tmp_path):
+    base, _ = runs
+    (base / "metrics.jsonl").write_text('{"step": 1, "loss": NaN, "grad_norm": Infinity, "lr": 0.1}\n{"step": 2, "loss": 3.5, "grad_norm": 0.0, "lr": 0.1}\n')
+    report.write([base], tmp_path / "page.html")
+    for data in Page(tmp_path / "page.html").plots:
+        json.loads(data, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_a_step_written_again_after_a_kill_counts_once(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 5}\n{"step": 2, "loss": 4}\n{"step": 1, "resumed": true}\n{"step": 2, "loss": 3}\n')
+    run = report.load_run(tmp_path)
+    assert [(record["step"], record["loss"]) for record in run.train] == [(1, 5), (2, 3)]
+
+
+def test_runs_are_shown_in_the_order_given(runs, tmp_path):
+    base, child = runs
+    for order in ([base, child], [child, base]):
+        found = report.write(order, tmp_path / "page.html")
+        assert [run.directory for run in found] == order
+        assert Page(tmp_path / "page.html").found["th"][1:3] == [directory.name for directory in order]
+
+
+def test_runs_of_one_name_are_told_apart(runs, tmp_path):
+    _, child = runs
+    (tmp_path / "again").mkdir()
+    twin = shutil.copytree(child, tmp_path / "again" / "child")
+    assert [run.name for run in report.load_runs([child, twin])] == [f"{tmp_path.name}/child", "again/child"]
+
+
+def test_lineage_goes_from_the_corpus_to_the_child_even_after_a_move(runs, tmp_path):
+    base, child = runs
+    names = ["corpus", "tokenizer", "packed", "base", "child"]
+    assert [node.path.name for node in report.load_run(child).nodes] == names
+    (tmp_path / "elsewhere").mkdir()
+    moved = [run.rename(tmp_path / "elsewhere" / run.name) for run in (base, child)]
+    found = report.load_run(moved[1])
+    assert [node.path.name for node in found.nodes] == names and all(node.manifest for node in found.nodes)
+    (moved[1] / "manifest.json").unlink()  # the run still goes on
+    assert [node.path.name for node in report.load_run(moved[1]).nodes] == names
+
+
+def test_parameters_counted_from_the_shape_are_the_models_own(tmp_path):
+    from jaxpt.model import llama
+    from jaxpt.spec import ModelSpec
+
+    for changes in ({}, {"tied": False, "qkv_bias": True}, {"out_bias": True, "mlp_bias": True, "qk_norm": True}):
+        spec = {**SPEC, **changes}
+        write_json(tmp_path / "spec.json", spec)
+        assert report.n_params(report.load_run(tmp_path)) == llama.count(ModelSpec.from_dict(spec))
+
+
+def test_the_door_prints_a_table_of_at_most_100_columns_and_the_pages_path(runs, tmp_path):
+    base, child = runs
+    to = tmp_path / "out" / "page.html"
+    done = door("--workdir", base, "--workdir", child, "--to", to)
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 100 or len(str(to)) > 60
+    assert str(to) in done.stdout.splitlines()[-1]
+    for said in ("parameters", "585 k", "877 k", "held-out", "bits per byte", "2.113", "packed", "47.5 s"):
+        assert said in done.stdout, said
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--workdir", "no/such/run", "--to", "x.html"], "no such directory"),
+    (["--workdir", "tests", "--to", "tests"], "is a directory"),
+])  # fmt: skip
+def test_bad_input_is_one_sentence(flags, said):
+    done = door(*flags)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and said in done.stderr and done.stderr.count("\n") == 1
+
+
+def door(*flags):
+    root = pytest.importorskip("jaxpt").__path__[0] + "/.."
+    return subprocess.run([sys.executable, "scripts/report.py", *map(str, flags)], cwd=root, capture_output=True, text=True)
+
+
+def test_a_file_name_is_wanted_and_not_a_directory(tmp_path):
+    with pytest.raises(UserError, match="is a directory"):
+        report.write([tmp_path], tmp_path)
+
+
+def test_the_page_opens_in_a_browser_without_an_error(runs, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not browser:
+        pytest.skip("no chromium on PATH")
+    report.write(runs, tmp_path / "page.html")
+    done = subprocess.run([
+        browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+        "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=5000", "--dump-dom", f"file://{tmp_path / 'page.html'}",
+    ], capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    n_plots = (tmp_path / "page.html").read_text().count('class="plot"')
+    assert n_plots > 5 and done.stdout.count('class="marks"') == n_plots  # each was drawn
+    assert "<title>base, child</title>" in done.stdout  # the script in a sample did not run

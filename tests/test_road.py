@@ -1,0 +1,248 @@
+"""The whole road at toy size, through its doors: raw text to an evaluated, grown and specialised model, killed and resumed on the way."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from jaxpt.spec import Manifest, ModelSpec, UserError
+from jaxpt.train.metrics import read as read_metrics
+from jaxpt.weights import checkpoint
+
+RECIPE = """
+from jaxpt.config import defaults
+def get_config(model="base"):
+    c = defaults()
+    c.prepare.sources = ("python:prose", "python:code")
+    c.prepare.limit_mb = 0.3
+    c.prepare.heldout_frac = 0.2
+    c.tokenizer.vocab_size = 500
+    c.pack.row_len = 64
+    c.model.n_layers, c.model.d_model, c.model.d_ff = 3, 24, 40
+    c.model.n_heads, c.model.n_kv_heads, c.model.d_head = 6, 2, 8
+    c.model.max_positions, c.model.tied = 64, True
+    c.mixture.phases = ((0, {"prose": 1.0}),)
+    c.train.steps, c.train.batch_rows, c.train.log_every, c.train.eval_every = 22, 10, 3, 11
+    c.train.checkpoint_every, c.train.eval_rows = 5, 12
+    c.optim.peak_lr, c.optim.warmup_steps = 2e-2, 4
+    if model == "child":
+        c.mixture.packed = ("base/packed",)
+        c.mixture.phases = ((0, {"code": 1.0}), (11, {"code": 0.5, "prose": 0.5}))
+        c.initialize.source = "grown"
+    return c
+"""
+ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+VARIES = {"tokens_per_second", "step_seconds", "mfu", "memory_bytes", "seconds", "usd"}
+
+
+def door(name, *arguments, cwd, ok=True):
+    done = subprocess.run([sys.executable, ROOT / f"scripts/{name}.py", *map(str, arguments)], cwd=cwd, env=ENV, capture_output=True, text=True)
+    assert (done.returncode == 0) == ok, f"{name} {arguments}: status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory):
+    """A directory in which the road was walked to its end."""
+    cwd = tmp_path_factory.mktemp("road")
+    (cwd / "toy.py").write_text(RECIPE)
+    (cwd / "prompts.txt").write_text("I am an engineer. I love\ndef find_max(numbers):\n")
+    for stage in ("prepare", "train_tokenizer", "pack", "train"):
+        door(stage, "--config", "toy.py", "--workdir", "base", cwd=cwd)
+    door("initialize", "--from", "base", "--grow", "depth_upscale(m=1)", "--to", "grown", cwd=cwd)
+    door("train", "--config", "toy.py:child", "--workdir", "child", cwd=cwd)
+    for model in ("base", "child"):
+        door("export_hf", "--from", model, "--to", f"{model}/hf", cwd=cwd)
+        for backend in ("jax", "hf"):
+            tasks = [f"bits_per_byte/{name}=parquet:base/corpus/heldout/{name}-*.parquet#text" for name in ("prose", "code")]
+            door("evaluate", "--model", f"{model}/hf", "--tasks", *tasks, "--backend", backend, "--to", f"{model}/eval/{backend}.json", cwd=cwd)
+    door("compare", "--models", "base", "child", "--prompts", "prompts.txt", "--max-new", "8", "--to", "child/eval/samples.json", cwd=cwd)
+    door("report", "--workdir", "base", "child", "--to", "report.html", cwd=cwd)
+    return cwd
+
+
+def scores(road, model, backend):
+    results = json.loads((road / model / "eval" / f"{backend}.json").read_text())["results"]
+    return {name: results[f"bits_per_byte/{name}"]["bits_per_byte,none"] for name in ("prose", "code")}
+
+
+def test_both_models_learned_and_the_child_knows_more_code(road):
+    unigram = {name: found["unigram_nats"] for name, found in Manifest.load(road / "base/packed").counts["heldout"].items()}
+    assert Manifest.load(road / "base").counts["heldout"]["prose"] < unigram["prose"]
+    assert scores(road, "child", "jax")["code"] < scores(road, "base", "jax")["code"]
+
+
+def test_jaxpt_and_transformers_measure_the_same(road):
+    for model in ("base", "child"):
+        ours, theirs = scores(road, model, "jax"), scores(road, model, "hf")
+        for name in ours:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
+
+
+def test_the_child_is_grown_from_the_base_and_says_how(road):
+    growth = json.loads((road / "child/growth.json").read_text())
+    assert growth["layer_map"] == [0, 1, 1, 2] and growth["parent"].endswith("base")
+    assert ModelSpec.load(road / "child/spec.json").n_layers == 4
+    start = next(record for record in read_metrics(road / "child/metrics.jsonl") if "heldout" in record)
+    assert start["step"] == 0 and start["heldout"] == pytest.approx(growth["heldout_loss"]["newborn"], rel=1e-5)
+    assert start["parent"] == growth["heldout_loss"]["parent"]
+
+
+def test_every_stage_names_what_it_was_made_from(road):
+    """From the export back to the corpus, fingerprint by fingerprint."""
+    seen, path = [], road / "child/hf"
+    while True:
+        manifest = Manifest.load(path)
+        seen.append(manifest.stage)
+        following = [found for name, found in manifest.inputs.items() if name != "tokenizer" and not name.startswith("packed")] or [*manifest.inputs.values()]
+        if not following or not pathlib.Path(road / following[0]["path"]).is_dir():
+            break
+        path = road / following[0]["path"]
+        assert Manifest.load(path).fingerprint == following[0]["fingerprint"]
+    assert seen == ["export", "train", "initialize", "train", "pack", "prepare"]
+
+
+def test_the_export_opens_elsewhere(road):
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(road / "child/hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(road / "child/hf")
+    ids = tokenizer("def find_max(numbers):", return_tensors="pt").input_ids
+    assert ids[0, 0] == tokenizer.bos_token_id
+    with torch.no_grad():
+        assert model(ids).logits.shape == (1, ids.shape[1], 512)
+    assert "| initialize |" in (road / "child/hf/README.md").read_text()
+
+
+def test_packed_rows_open_in_datasets(road):
+    import datasets
+
+    rows = datasets.load_from_disk(str(road / "base/packed/train/prose"))
+    assert len(rows[0]["input_ids"]) == 64 and sum(rows[0]["doc_lens"]) <= 64
+
+
+def test_finished_stages_are_skipped(road):
+    before = {path: path.stat().st_mtime_ns for path in road.rglob("*.safetensors")}
+    for stage in ("prepare", "train_tokenizer", "pack", "train"):
+        assert "nothing to do" in door(stage, "--config", "toy.py", "--workdir", "base", cwd=road)
+    assert "nothing to do" in door("export_hf", "--from", "base", "--to", "base/hf", cwd=road)
+    assert before == {path: path.stat().st_mtime_ns for path in road.rglob("*.safetensors")}
+    told = door("train", "--config", "toy.py", "--workdir", "base", "--config.optim.peak_lr=0.5", cwd=road, ok=False)
+    assert "peak_lr" in told and "another --workdir" in told
+
+
+def test_the_page_is_there_and_shows_both(road):
+    page = (road / "report.html").read_text()
+    assert "base" in page and "child" in page and "find_max" in page
+
+
+def without_speed(records):
+    return [{key: value for key, value in record.items() if key not in VARIES} for record in records if "resumed" not in record]
+
+
+def killed_run(road, workdir, kill):
+    """Train the base again in `workdir`, killed once by `kill(process, run)`, then to its end."""
+    command = [sys.executable, ROOT / "scripts/train.py", "--config", "toy.py", "--workdir", workdir, "--config.mixture.packed=base/packed"]
+    process = subprocess.Popen(command, cwd=road, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    kill(process, road / workdir)
+    process.communicate()
+    assert process.returncode != 0 and not (road / workdir / "manifest.json").exists()
+    told = door("train", "--config", "toy.py", "--workdir", workdir, "--config.mixture.packed=base/packed", cwd=road)
+    assert "resumed from" in told
+    return told
+
+
+def wait_for(path, process):
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_goes_on_and_ends_as_the_uncut_run(road, how):
+    def kill(process, run):
+        wait_for(run / "checkpoints/10", process)
+        process.send_signal(how)
+
+    killed_run(road, f"again_{how.name}", kill)
+    assert checkpoint.differences(road / "base/checkpoints/22", road / f"again_{how.name}/checkpoints/22") == []
+    assert without_speed(read_metrics(road / f"again_{how.name}/metrics.jsonl")) == without_speed(read_metrics(road / "base/metrics.jsonl"))
+
+
+@pytest.mark.parametrize("harm", ["flipped byte", "missing file", "no manifest", "stray directory"])
+def test_the_newest_whole_checkpoint_is_taken_and_the_broken_file_named(road, tmp_path, harm, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(road / "base", run, ignore=shutil.ignore_patterns("corpus", "packed", "hf"))
+    assert checkpoint.steps(run) == [20, 22]
+    victim = max((run / "checkpoints/22/params").rglob("d/*"), key=lambda path: path.stat().st_size)
+    if harm == "flipped byte":
+        content = bytearray(victim.read_bytes())
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+    elif harm == "missing file":
+        victim.unlink()
+    elif harm == "no manifest":
+        (run / "checkpoints/22/manifest.json").unlink()
+    else:
+        (run / "checkpoints/99").mkdir()
+    assert checkpoint.newest(run).name == ("22" if harm == "stray directory" else "20")
+    told = capsys.readouterr().out
+    assert harm in ("no manifest", "stray directory") or victim.name in told
+    if harm == "flipped byte":
+        with pytest.raises(UserError, match="checksum differs"):
+            checkpoint.find(run / "checkpoints/22")
+
+
+def test_two_checkpoints_are_compared_bit_by_bit(road):
+    told = door("checkpoint", "diff", "base/checkpoints/20", "base/checkpoints/22", cwd=road, ok=False)
+    assert "params/blocks/q:" in told and "differ" in told
+    assert "equal" in door("checkpoint", "diff", "base", "base/checkpoints/22", cwd=road)
+    assert "params/embed" in door("checkpoint", "inspect", "base", cwd=road)
+
+
+def test_a_step_names_its_documents(road):
+    told = door("trace", "--workdir", "child", "--step", "20", cwd=road)
+    assert "prose" in told and "code" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (["train", "--config", "toy.py", "--workdir", "x"], "pack"),
+        (["train", "--config", "toy.py", "--workdir", "x", "--config.mixture.packed=base/packed", "--config.pack.row_len=32"], "have 64 tokens"),
+        (["train", "--config", "toy.py", "--workdir", "x", "--config.mixture.packed=base/packed", "--config.initialize.source=nowhere"], "nowhere"),
+        (["train", "--config", "toy.py", "--workdir", "grown", "--config.mixture.packed=base/packed"], "made by initialize"),
+        (["initialize", "--from", "base", "--grow", "depth_upscale(m=9)", "--to", "x"], "wanted 0 to 2"),
+        (["initialize", "--from", "base/packed", "--to", "x"], "no finished checkpoint and no Hugging Face model"),
+        (["export_hf", "--from", "nowhere", "--to", "x"], "nowhere"),
+        (["checkpoint", "inspect", "base/packed"], "no finished checkpoint"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_writes_nothing(road, arguments, answer):
+    told = door(*arguments, cwd=road, ok=False).strip().splitlines()
+    assert answer in told[-1] and told[-1].startswith("error: ")
+    assert not (road / "x").exists() or not any((road / "x").iterdir())
+
+
+def test_a_model_that_does_not_fit_the_rows_is_stopped_before_the_first_update(road, tmp_path):
+    """Rows packed with another tokenizer, an embedding in another order: worse than counting tokens."""
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(road / "base/hf", tmp_path / "hf")
+    tensors = load_file(tmp_path / "hf/model.safetensors")
+    name = "model.embed_tokens.weight"
+    tensors[name] = np.ascontiguousarray(tensors[name][np.random.default_rng(0).permutation(512)])
+    save_file(tensors, tmp_path / "hf/model.safetensors")
+    source = f"--config.initialize.source={tmp_path / 'hf'}"
+    told = door("train", "--config", "toy.py", "--workdir", tmp_path / "run", "--config.mixture.packed=base/packed", source, cwd=road, ok=False)
+    assert "counting tokens alone" in told and "another tokenizer" in told
