@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from jaxpt import config, stage
-from jaxpt.spec import UserError
+from jaxpt.plan import flops
+from jaxpt.spec import ModelSpec, UserError
 
 MAX_POINTS = 2_400  # of a figure's curves together; more cannot be told apart on a screen and would make the page heavy
 MAX_TEXT = 2_000  # characters shown of a prompt or a sample
@@ -73,7 +74,7 @@ class RunData:
 class Node:
     """One stage in the making of a model. path: where it lies; key: its fingerprint or, for want of one, its path; parents: keys.
 
-    changed: something else lies there now than what was read from there.
+    changed: something else lies there now than what was read from there; funnel: a corpus's.
     """
 
     key: str
@@ -82,6 +83,7 @@ class Node:
     manifest: dict | None
     parents: list[str]
     changed: bool = False
+    funnel: dict | None = None
 
 
 def load_runs(directories: Iterable[str | pathlib.Path]) -> list[RunData]:
@@ -119,7 +121,7 @@ def load_run(directory: str | pathlib.Path) -> RunData:
         resumes=resumes,
         nodes=nodes,
         stages={kind: [node.manifest for node in own if node.kind == kind] for kind in STAGES},
-        funnels=[found for node in own if node.kind == "corpus" and (found := read(node.path / "funnel.json"))],
+        funnels=[node.funnel for node in own if node.funnel],
         notes=notes,
     )
 
@@ -192,6 +194,7 @@ def lineage_of(directory: pathlib.Path, notes: list[str]) -> list[Node]:
             return key
         node = nodes[key] = Node(key, home, home.name if home.name in STAGES else "run", manifest or None, [])
         if node.kind == "corpus":  # its inputs are raw text, which the data section tells of
+            node.funnel = read_json(home / "funnel.json", notes)
             return key
         for found in (manifest.get("inputs") or inputs_of_unfinished(home, notes)).values():
             place = locate(found["path"], found["fingerprint"], home)
@@ -248,11 +251,10 @@ def summary(runs: list[RunData]) -> list[tuple[str, str, list[str]]]:
     """Rows of (label, unit, one text for each run). A label that starts with two spaces belongs to the group above it."""
     rows = [
         ("parameters", "", [count(n_params(run)) for run in runs]),
-        ("layers x width", "", [shape(run) for run in runs]),
+        ("layers × width", "", [shape(run) for run in runs]),
         ("steps", "", [whole(run.train[-1]["step"]) if run.train else "" for run in runs]),
         ("tokens", "", [count(last(run.train, "tokens")) for run in runs]),
-        ("loss, first", "nats/token", [decimal(first(run.train, "loss")) for run in runs]),
-        ("loss, last", "nats/token", [decimal(last(run.train, "loss")) for run in runs]),
+        ("loss", "nats/token", [arrow(first(run.train, "loss"), last(run.train, "loss")) for run in runs]),
     ]
     groups = {
         "held-out": ("nats/token", [run.heldout[-1]["heldout"] if run.heldout else {} for run in runs], decimal),
@@ -271,15 +273,14 @@ def summary(runs: list[RunData]) -> list[tuple[str, str, list[str]]]:
 def table(runs: list[RunData], to: pathlib.Path) -> str:
     """The summary as text at most 100 columns wide, ending in the page's path."""
     lines = []
-    for start in range(0, len(runs), 5):
-        part = runs[start : start + 5]
-        width = 16 if len(part) > 3 else 20
-        lines += [f"{'':24}" + "".join(f"{clip(run.name, width - 2):>{width}}" for run in part), "\u2500" * (24 + width * len(part))]
-        for label, unit, values in summary(part):
-            named = f"{label}, {unit}" if unit else label
-            lines.append(f"{named:24.24}" + "".join(f"{clip(value, width - 2):>{width}}" for value in values))
+    for start in range(0, len(runs), 4):
+        part = runs[start : start + 4]
+        width = max(16, *(len(run.name) + 3 for run in part)) if len(part) < 4 else 18
+        width = min(width, 76 // len(part))
+        lines += [" " * 24 + "".join(f"{clip(run.name, width - 2):>{width}}" for run in part), "\u2500" * (24 + width * len(part))]
+        lines += [f"{f'{label}, {unit}' if unit else label:24.24}" + "".join(f"{value:>{width}}" for value in values) for label, unit, values in summary(part)]
         lines.append("")
-    return "\n".join(line.rstrip() for line in [*lines, f"{to}   {to.stat().st_size / 1e6:.2f} MB, opens in any browser"])
+    return "\n".join(line.rstrip() for line in [*lines, f"{to}  ({to.stat().st_size / 1e6:.2f} MB, opens in any browser)"])
 
 
 def n_params(run: RunData) -> int | None:
@@ -289,18 +290,14 @@ def n_params(run: RunData) -> int | None:
         return counts["n_params"]
     if run.growth:
         return run.growth["n_params"].get("child")
-    if not run.spec:
+    try:
+        return flops.n_params(ModelSpec.from_dict(run.spec)) if run.spec else None
+    except (TypeError, ValueError):  # a spec of another version
         return None
-    s = run.spec
-    d, f, h = s["d_model"], s["d_ff"], s["d_head"]
-    q, kv = s["n_heads"] * h, s["n_kv_heads"] * h
-    block = 2 * d * q + 2 * d * kv + 3 * d * f + 2 * d
-    block += (q + 2 * kv) * s.get("qkv_bias", False) + d * s.get("out_bias", False) + (2 * f + d) * s.get("mlp_bias", False) + 2 * h * s.get("qk_norm", False)
-    return s["n_layers"] * block + d + s["vocab_size"] * d * (1 if s.get("tied") else 2)
 
 
 def shape(run: RunData) -> str:
-    return f"{run.spec['n_layers']} x {run.spec['d_model']}" if run.spec else ""
+    return f"{run.spec['n_layers']} × {run.spec['d_model']}" if run.spec else ""
 
 
 def bits_per_byte(run: RunData) -> dict[str, float]:
@@ -314,10 +311,11 @@ def bits_per_byte(run: RunData) -> dict[str, float]:
 
 
 def seconds_by_stage(run: RunData) -> dict[str, float]:
-    found = {name: sum(finite(manifest.get("seconds")) or 0 for manifest in manifests) for name, manifests in run.stages.items()}
-    found["run"] = last(run.train, "seconds") or (run.manifest or {}).get("seconds")
-    found["eval"] = sum(finite(result.get("seconds")) or 0 for result in run.evals.values())
-    return {name: seconds for name, seconds in found.items() if seconds}
+    verbs = {"corpus": "prepare", "tokenizer": "tokenizer", "packed": "pack"}
+    found = {verbs[kind]: sum(finite(manifest.get("seconds")) or 0 for manifest in manifests) for kind, manifests in run.stages.items()}
+    found["train"] = last(run.train, "seconds")
+    found["evaluate"] = sum(finite(result.get("seconds")) or 0 for result in run.evals.values())
+    return {verb: seconds for verb, seconds in found.items() if seconds}
 
 
 def first(records: list[dict], key: str) -> float | None:
@@ -332,7 +330,7 @@ def last(records: list[dict], key: str) -> float | None:
 
 
 def headline(runs: list[RunData]) -> str:
-    lines = "".join(f"<p>{swatch(i)}{made(run)}</p>" for i, run in enumerate(runs))
+    lines = "".join(f'<p class="made">{swatch(i)}<span>{made(run)}</span></p>' for i, run in enumerate(runs))
     body = []
     for label, unit, values in summary(runs):
         if label.startswith("  "):
@@ -354,6 +352,7 @@ def made(run: RunData) -> str:
         trained = f"trained {whole(run.train[-1]['step'])} steps"
         trained += f" on {count(tokens)} tokens" if tokens else ""
         parts.append(esc(trained + (f" in {duration(seconds)}" if seconds else "")))
+        parts.append(f"loss {arrow(first(run.train, 'loss'), last(run.train, 'loss'))}")
     return ", ".join(parts) + "."
 
 
@@ -363,19 +362,19 @@ def lineage(runs: list[RunData]) -> str:
         return ""
     at = {node.key: i for i, node in enumerate(nodes)}
     named = {run.nodes[-1].key: (i, run) for i, run in enumerate(runs)}
-    row, x = 68, 76
+    far = max((at[node.key] - at[parent] - 1 for node in nodes for parent in node.parents), default=0)
+    row, x = 68, 8 + min(64, 16 * far)
     arcs, dots, items = [], [], []
     for node in nodes:
         y = at[node.key] * row + 22
         for parent in node.parents:
-            y0, reach = at[parent] * row + 22, min(x - 8, 12 + 13 * (at[node.key] - at[parent] - 1))
-            bend = 0 if at[node.key] == at[parent] + 1 else reach
+            y0, bend = at[parent] * row + 22, (x - 8) * (at[node.key] - at[parent] - 1) / max(1, far) * 4 / 3  # a cubic reaches 3/4 of its control points
             arcs.append(f'<path d="M{x} {y0} C{x - bend} {y0 + 18} {x - bend} {y - 18} {x} {y}"/>')
         i, run = named.get(node.key, (None, None))
         dots.append(f'<circle cx="{x}" cy="{y}" r="6" style="fill:{color(i) if run else "var(--muted)"}"/>')
         items.append(f"<li>{lineage_entry(node, run)}</li>")
     picture = f'<svg aria-hidden="true" width="{x + 10}" height="{len(nodes) * row}">{"".join(arcs + dots)}</svg>'
-    caption = "From the oldest at the top; a line leads from what a stage read to what it made. In grey type: fingerprint, date (UTC), seconds of work."
+    caption = "The oldest at the top; a line leads from what was read to what was made of it. In grey: fingerprint, date (UTC), time it took."
     return f'<div class="lineage">{picture}<ol>{"".join(items)}</ol></div>{small(caption)}'
 
 
@@ -394,13 +393,15 @@ def size_of(node: Node, run: RunData | None) -> str:
     if run:
         return ", ".join(filter(None, [f"{count(n_params(run))} parameters" if n_params(run) else "", shape(run)]))
     counts = (node.manifest or {}).get("counts") or {}
+    if node.funnel:
+        kept = node.funnel["train"]
+        return f"{whole(total(kept, 'rows'))} documents, {megabytes(total(kept, 'bytes'))} MB of text to train on"
     if node.kind == "tokenizer":
         return f"{whole(counts.get('n_pieces'))} pieces"
     if node.kind == "packed":
         parts = counts.get("train") or {}
-        return f"{count(total(parts, 'tokens'))} tokens in {whole(total(parts, 'rows'))} rows of {counts.get('row_len')}, {', '.join(parts)}"
-    plain = [(key, value) for key, value in counts.items() if finite(value) is not None]
-    return ", ".join(f"{count(value)} {key.removeprefix('n_').replace('_', ' ')}" for key, value in plain[:3])
+        return f"{count(total(parts, 'tokens'))} tokens in {whole(total(parts, 'rows'))} rows of {counts.get('row_len')}"
+    return f"{count(counts['n_params'])} parameters" if "n_params" in counts else ""
 
 
 def funnel(runs: list[RunData]) -> str:
@@ -410,7 +411,7 @@ def funnel(runs: list[RunData]) -> str:
             parts.append(f"<h3>{esc(source)}{of_runs(names, runs)}</h3>" + funnel_of(found, source))
     if not parts:
         return ""
-    return "".join(parts) + small("Documents and text left after each rule, in the order applied. The bar is the share of the text read that is left.")
+    return "".join(parts) + small("Documents and text left after each rule, in the order applied. Share: of the text read, by bytes.")
 
 
 def funnel_of(found: dict, source: str) -> str:
@@ -426,7 +427,7 @@ def funnel_of(found: dict, source: str) -> str:
         if kept := (found.get(part) or {}).get(source):
             share = bar(kept.get("bytes", 0) / read if read else 0)
             body.append([f"<i>{'kept for training' if part == 'train' else 'held out'}</i>", whole(kept.get("rows")), "", megabytes(kept.get("bytes")), share])
-    return grid(["rule", "documents", "dropped", "MB", ""], body)
+    return grid(["rule", "documents", "dropped", "MB", "share"], body, kind="funnel")
 
 
 def losses(runs: list[RunData]) -> str:
@@ -436,19 +437,19 @@ def losses(runs: list[RunData]) -> str:
     if any(run.train for run in runs):
         entropy = [(run.name, value) for run in runs if (value := unigram_entropy(run)) is not None]
         caption = "Training loss, nats per token, at each logged step."
-        caption += " Dashed: what guessing each token by its frequency alone would give (unigram entropy of the packed set)." if entropy else ""
+        caption += " Dashed: guessing each token by its frequency alone (unigram entropy of the packed set)." if entropy else ""
         caption += " Dotted upright: the run was taken up again there." if any(run.resumes for run in runs) else ""
         figures.append(figure(curves(runs, [(run.name, run.train, "loss") for run in runs], "loss", 300, entropy), caption))
     domains = list(dict.fromkeys(name for run in runs for record in run.heldout for name in record["heldout"]))
+    small_ones = []
     for domain in domains:
         series = [(run.name, flat(run.heldout, "heldout", domain), "value") for run in runs]
         parent = [(run.name, flat(run.heldout, "parent", domain), "value") for run in runs]
         entropy = [(run.name, value) for run in runs if (value := unigram_entropy(run, domain)) is not None]
-        caption = f"{domain}, held out, nats per token."
-        caption += " Thin: the parent on the same rows." if any(points for _, points, _ in parent) else ""
-        figures.append(figure(curves(runs, series, domain, 200, entropy, parent), caption, domain, half=True))
-    zoom = "Drag to move, shift and wheel to zoom, double click for the whole."
-    return key_of(runs) + "".join(figures) + small(zoom) + details("The numbers", heldout_table(runs, domains))
+        caption = "Held out, nats per token." + (" Thin: its parent on the same rows." if any(points for _, points, _ in parent) else "")
+        small_ones.append(figure(curves(runs, series, domain, 190, entropy, parent), caption, domain))
+    help_text = "Drag moves a plot, shift and wheel zoom it, a double click brings the whole back."
+    return key_of([run.name for run in runs]) + "".join(figures) + pairs(small_ones) + small(help_text) + details("The numbers", heldout_table(runs, domains))
 
 
 def heldout_table(runs: list[RunData], domains: list[str]) -> str:
@@ -480,14 +481,14 @@ def training(runs: list[RunData]) -> str:
         return ""
     figures = []
     for key, title, says, scale in (
-        ("lr", "Learning rate", "Learning rate of the update at each step.", "linear"),
-        ("grad_norm", "Gradient norm", "Norm of the whole gradient before clipping, log scale.", "log"),
-        ("tokens_per_second", "Speed", "Tokens per second over all devices.", "linear"),
-        ("mfu", "Model FLOP/s utilisation", "Share of the devices' peak that the model's own arithmetic reaches.", "linear"),
+        ("lr", "Learning rate", "Of the update at each logged step.", "linear"),
+        ("grad_norm", "Gradient norm", "Of the whole gradient, before clipping. Log scale.", "log"),
+        ("tokens_per_second", "Speed", "Tokens per second, all devices together.", "linear"),
+        ("mfu", "Model FLOP/s utilisation", "The model's own arithmetic as a share of the devices' peak.", "linear"),
     ):
         if any(finite(record.get(key)) for run in runs for record in run.train):
             series = [(run.name, run.train, key) for run in runs]
-            figures.append(figure(curves(runs, series, title.lower(), 180, scale=scale), says, title, half=True))
+            figures.append(figure(curves(runs, series, title.lower(), 170, scale=scale), says, title))
     body = []
     for run in runs:
         epochs = next((record["epochs"] for record in run.train[::-1] if isinstance(record.get("epochs"), dict)), {})
@@ -499,13 +500,14 @@ def training(runs: list[RunData]) -> str:
             whole(skipped) if skipped is not None else "", esc(", ".join(f"{name} {decimal(value, 2)}" for name, value in epochs.items())),
         ])  # fmt: skip
     heads = ["run", "tokens/s, median", "peak memory, GB", "steps skipped", "times each source was read"]
-    return key_of(runs) + "".join(figures) + grid(heads, body)
+    return key_of([run.name for run in runs]) + pairs(figures) + grid(heads, body)
 
 
 def growth(runs: list[RunData]) -> str:
     parts = []
     for found, names in distinct(runs, "growth"):
-        parts.append(f"<h3>{esc(', '.join(found.get('operators', [])))}{of_runs(names, runs)}</h3>")
+        verdict = found.get("verdict") or ""
+        parts.append(f"<h3>{esc(', '.join(found.get('operators', [])))}{of_runs(names, runs)}</h3><p>{esc(verdict[:1].upper() + verdict[1:])}{'.' if verdict else ''}</p>")
         parts.append(f'<div class="split"><div>{growth_map(found)}</div><div>{growth_facts(found)}</div></div>')
     return "".join(parts)
 
@@ -561,9 +563,8 @@ def growth_facts(found: dict) -> str:
     if difference is not None:
         facts.append(f"Largest difference of a logit from the parent's: {difference:.3g}.")
     facts.append("The operators preserve the function." if found.get("preserves_function") else "The operators do not preserve the function.")
-    verdict = f"<p><strong>{esc(found['verdict'])}</strong></p>" if found.get("verdict") else ""
     caption = "Held-out loss before any training of the newborn." if loss else "The newborn's held-out loss was not measured."
-    return verdict + grid(["", "parent", "newborn"], rows, caption) + small(" ".join(facts))
+    return grid(["", "parent", "newborn"], rows, caption) + small(" ".join(facts))
 
 
 def evaluation(runs: list[RunData]) -> str:
@@ -575,9 +576,9 @@ def evaluation(runs: list[RunData]) -> str:
                 scores.update({(task, metric): value for metric, value in scores_of(result, task, metrics)})
     if not columns:
         return ""
-    columns = dict(sorted(columns.items(), key=lambda item: model_order(item[0][0], runs)))
-    labels = column_labels(list(columns))
-    keys = sorted({key for scores in columns.values() for key in scores}, key=lambda key: (not key[0].startswith("bits_per_byte"), key))
+    columns = dict(sorted(columns.items(), key=lambda item: (model_order(item[0][0], runs), item[0][1] == "hf")))
+    names = column_names(list(columns))
+    keys = sorted(dict.fromkeys(key for scores in columns.values() for key in scores), key=lambda key: not key[0].startswith("bits_per_byte"))
     body, has_error = [], False
     for task, metric in keys:
         found = [scores.get((task, metric)) for scores in columns.values()]
@@ -586,7 +587,8 @@ def evaluation(runs: list[RunData]) -> str:
         label = f"{esc(task.removeprefix('bits_per_byte/'))} <small>{esc(metric.replace('_', ' '))}{f', {whole(n)} items' if n else ''}</small>"
         body.append([label, *("" if not each else decimal(each[0]) + (f" <small>± {decimal(each[1])}</small>" if each[1] is not None else "") for each in found)])
     caption = "Bits per byte: lower is better. Scores of benchmarks: higher is better; ± is one standard error. jax: our adapter; hf: the exported model by transformers."
-    return grid(["", *labels], body, caption) + (benchmarks(columns, labels, keys) if has_error else "")
+    heads = [f"{esc(name)}<br>{esc(backend)}" for name, backend in names]
+    return grid(["", *heads], body, caption) + (benchmarks(columns, names, keys) if has_error else "")
 
 
 def scores_of(result: dict, task: str, metrics: dict) -> Iterable[tuple[str, tuple]]:
@@ -600,39 +602,45 @@ def scores_of(result: dict, task: str, metrics: dict) -> Iterable[tuple[str, tup
         yield metric if rule == "none" else f"{metric}, {rule}", (value, error, n.get("effective") if isinstance(n, dict) else n)
 
 
-def benchmarks(columns: dict, labels: list[str], keys: list[tuple[str, str]]) -> str:
-    """Scores with their standard error, drawn."""
+def benchmarks(columns: dict, names: list[tuple[str, str]], keys: list[tuple[str, str]]) -> str:
+    """Scores with their standard error, drawn: a colour for each model, hollow where transformers computed them."""
+    models = list(dict.fromkeys(name for name, _ in names))
     values = [
-        {"task": f"{task} {metric}", "model": label.replace("<br>", " "), "score": score, "low": score - error, "high": score + error}
-        for label, scores in zip(labels, columns.values(), strict=True)
-        for task, metric in keys
-        if (found := scores.get((task, metric))) and (error := found[1]) is not None and (score := found[0]) is not None
+        {"task": f"{task} {metric}", "column": f"{name} {backend}", "model": name, "backend": backend, "score": score, "low": score - error, "high": score + error}
+        for (name, backend), scores in zip(names, columns.values(), strict=True)
+        for (task, metric), (score, error, _) in scores.items()
+        if error is not None
     ]
-    models = list(dict.fromkeys(value["model"] for value in values))
-    place = {"y": {"field": "task", "type": "nominal", "title": None, "axis": {"labelLimit": 130}}, "yOffset": {"field": "model", "sort": models}}
-    colors = {"field": "model", "type": "nominal", "scale": {"domain": models, "range": [color(i) for i in range(len(models))]}, "legend": {"title": None}}
+    n_rows = len({(value["task"], value["column"]) for value in values})
     axis = {"type": "quantitative", "title": "score", "scale": {"zero": False}}
+    fill = {"condition": {"test": "datum.backend === 'hf'", "value": "var(--bg)"}, "field": "model", "type": "nominal", "legend": None, "scale": palette(models)}
+    fields = [("task", "nominal"), ("column", "nominal"), ("score", "quantitative"), ("low", "quantitative"), ("high", "quantitative")]
+    tooltip = [{"field": field, "type": kind} | ({"format": ".3f"} if kind == "quantitative" else {}) for field, kind in fields]
     spec = {
-        "height": (12 * len(models) + 16) * len({value["task"] for value in values}),
+        "height": 14 * n_rows + 20 * len({value["task"] for value in values}),
         "data": {"values": values},
-        "encoding": {**place, "color": {**colors, "legend": {"title": None, "orient": "top", "columns": 2}}},
+        "encoding": {
+            "y": {"field": "task", "type": "nominal", "title": None, "sort": None, "axis": {"labelLimit": 130}},
+            "yOffset": {"field": "column", "sort": [f"{name} {backend}" for name, backend in names]},
+            "color": {"field": "model", "type": "nominal", "legend": None, "scale": palette(models)},
+        },
         "layer": [
-            {"mark": {"type": "rule", "strokeWidth": 2}, "encoding": {"x": {"field": "low", **axis}, "x2": {"field": "high"}}},
+            {"mark": {"type": "rule", "strokeWidth": 1.5}, "encoding": {"x": {"field": "low", **axis}, "x2": {"field": "high"}}},
             {
-                "mark": {"type": "point", "filled": True, "size": 64, "opacity": 1},
-                "encoding": {"x": {"field": "score", **axis}, "tooltip": [{"field": f, "type": "nominal" if f in ("task", "model") else "quantitative"} for f in ("task", "model", "score", "low", "high")]},
+                "mark": {"type": "point", "filled": True, "size": 60, "opacity": 1, "strokeWidth": 1.5},
+                "encoding": {"x": {"field": "score", **axis}, "fill": fill, "stroke": {"field": "model", "type": "nominal", "legend": None, "scale": palette(models)}, "tooltip": tooltip},
             },
         ],
     }
-    return figure(spec, "Benchmark scores with one standard error to either side. Overlapping bars are no difference.")
+    caption = "One standard error to either side; where bars overlap, the difference may be chance."
+    return key_of(models) + figure(spec, caption + (" Hollow: hf." if any(value["backend"] == "hf" for value in values) else ""))
 
 
-def column_labels(keys: list[tuple[str, str]]) -> list[str]:
-    """"base<br>jax"; with the checkpoint's step where two columns would read the same."""
+def column_names(keys: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """(run's name, backend); with the end of the path where two columns would read the same."""
     names = [(model_name(model), backend) for model, backend in keys]
     return [
-        "<br>".join(filter(None, [esc(name if names.count((name, backend)) == 1 else "/".join(pathlib.PurePath(model).parts[-3:])), esc(backend)]))
-        for (name, backend), (model, _) in zip(names, keys, strict=True)
+        each if names.count(each) == 1 else ("/".join(pathlib.PurePath(model).parts[-3:]), each[1]) for each, (model, _) in zip(names, keys, strict=True)
     ]
 
 
@@ -656,7 +664,7 @@ def samples(runs: list[RunData]) -> str:
     for found, names in distinct(runs, "samples"):
         settings = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in (found.get("settings") or {}).items() if value is not None)
         for prompt in found["prompts"][:MAX_PROMPTS]:
-            outputs = "".join(sample(output) for output in prompt["outputs"])
+            outputs = "".join(sample(output, runs) for output in prompt["outputs"])
             parts.append(f'<div class="prompt"><pre>{esc(clip(prompt["prompt"], MAX_TEXT))}</pre><div class="outputs">{outputs}</div></div>')
         more = len(found["prompts"]) - MAX_PROMPTS
         note = f" {more} more prompts are in eval/samples.json." if more > 0 else ""
@@ -664,50 +672,52 @@ def samples(runs: list[RunData]) -> str:
     return "".join(parts)
 
 
-def sample(output: dict) -> str:
+def sample(output: dict, runs: list[RunData]) -> str:
     speed = ""
     if finite(output.get("tokens")) and finite(output.get("seconds")):
         speed = f"{whole(output['tokens'])} tokens, {decimal(output['tokens'] / output['seconds'], 1)} a second"
-    return f"<div><h4>{esc(model_name(str(output['model'])))}</h4><pre>{esc(clip(output['text'], MAX_TEXT))}</pre>{small(speed)}</div>"
+    name = model_name(str(output["model"]))
+    i = model_order(name, runs)
+    return f"<div><h4>{swatch(i) if i < len(runs) else ''}{esc(name)}</h4><pre>{esc(clip(output['text'].strip(chr(10)), MAX_TEXT))}</pre>{small(speed)}</div>"
 
 
 def plan(runs: list[RunData]) -> str:
     parts = []
     for found, names in distinct(runs, "plan"):
-        targets, body = found["targets"], []
-        for target in targets:
+        body = []
+        for target in found["targets"]:
             peak = finite(target.get("peak_bytes_per_device"))
             body.append([
                 esc(target.get("on", "")), esc(target.get("method", "")), whole(target.get("devices")), "yes" if target.get("fits") else "no",
-                f"{peak / 1e9:.1f}" if peak is not None else "", count(target.get("tokens_per_second")),
-                decimal(target.get("hours"), 1), whole(target.get("usd")),
+                f"{peak / 1e9:,.1f}" if peak is not None else "", *(span(target, key) for key in ("tokens_per_second", "hours", "usd")),
             ])  # fmt: skip
-        values = [
-            {"on": str(target.get("on", "")), "hours": target["hours"], "usd": target["usd"], "fits": "fits" if target.get("fits") else "does not fit"}
-            for target in targets
-            if finite(target.get("hours")) and finite(target.get("usd"))
-        ]
-        if names and len(runs) > 1:
-            parts.append(f"<h3>{esc(', '.join(names))}</h3>")
-        if len(values) > 1:
-            parts.append(figure(plan_chart(values), "Money against hours for the whole run; both scales are logarithmic. Hollow: the run does not fit there."))
-        heads = ["on", "how known", "devices", "fits", "GB a device", "tokens/s", "hours", "USD"]
-        parts.append(grid(heads, body, "Compiled: the real step, compiled for that machine. Estimated: from the shape alone.", texts=2))
+        priced = [target for target in found["targets"] if finite(target.get("hours")) and finite(target.get("usd"))]
+        parts.append(f"<h3>{esc(', '.join(names))}</h3>" if len(runs) > 1 else "")
+        parts.append(figure(plan_chart(priced), "Money against hours for the whole run, both on a log scale. Hollow: it does not fit there.") if len(priced) > 1 else "")
+        caption = "Compiled: the real step, compiled for that machine; estimated: from the shape alone. Ranges: the ends of the assumed share of peak speed."
+        parts.append(grid(["on", "how known", "devices", "fits", "GB a device", "tokens/s", "hours", "USD"], body, caption, texts=2))
+        parts += [small(note) for note in found.get("notes", [])]
     return "".join(parts)
 
 
-def plan_chart(values: list[dict]) -> dict:
-    axis = {"type": "quantitative", "scale": {"type": "log", "nice": True, "padding": 24}}
-    where = {"x": {"field": "hours", "title": "hours", **axis}, "y": {"field": "usd", "title": "USD", **axis}}
-    filled = {"condition": {"test": "datum.fits == 'fits'", "value": color(0)}, "value": "transparent"}
-    tooltip = [{"field": "on", "type": "nominal"}, *({"field": f, "type": "quantitative"} for f in ("hours", "usd")), {"field": "fits", "type": "nominal"}]
+def span(target: dict, key: str) -> str:
+    """145 to 208, or the one number where no range was given."""
+    ends = sorted(value for end in ("low", "high") if (value := finite((target.get(end) or {}).get(key))) is not None)
+    return f"{brief(ends[0])} to {brief(ends[1])}" if len(ends) == 2 else brief(target.get(key))
+
+
+def plan_chart(targets: list[dict]) -> dict:
+    values = [{"on": str(each.get("on")), "hours": each["hours"], "usd": each["usd"], "fits": bool(each.get("fits"))} for each in targets]
+    axis = {"type": "quantitative", "scale": {"type": "log", "padding": 36}, "axis": {"tickCount": 4, "format": ",~r"}}
+    fill = {"condition": {"test": "datum.fits", "value": color(0)}, "value": "var(--bg)"}
+    tooltip = [{"field": "on", "type": "nominal"}, *({"field": field, "type": "quantitative", "format": ",.3~r"} for field in ("hours", "usd"))]
     return {
         "height": 260,
         "data": {"values": values},
-        "encoding": where,
+        "encoding": {"x": {"field": "hours", "title": "hours", **axis}, "y": {"field": "usd", "title": "USD", **axis}},
         "layer": [
-            {"mark": {"type": "point", "size": 80, "opacity": 1, "stroke": color(0)}, "encoding": {"fill": filled, "tooltip": tooltip}},
-            {"mark": {"type": "text", "dy": -12}, "encoding": {"text": {"field": "on", "type": "nominal"}}},
+            {"mark": {"type": "point", "filled": True, "size": 70, "opacity": 1, "stroke": color(0)}, "encoding": {"fill": fill, "tooltip": tooltip}},
+            {"mark": {"type": "text", "dy": -13}, "encoding": {"text": {"field": "on", "type": "nominal"}}},
         ],
     }
 
@@ -776,7 +786,8 @@ def page(runs: list[RunData]) -> str:
     missing += dict.fromkeys(note for run in runs for note in run.notes)
     if missing:
         shown.append(("Not shown", "<ul>" + "".join(f"<li>{esc(line)}</li>" for line in missing) + "</ul>"))
-    title = esc(", ".join(run.name for run in runs))
+    names = [run.name for run in runs]
+    title = esc(" and ".join(filter(None, [", ".join(names[:-1]), names[-1]])))
     links = "".join(f'<a href="#{anchor(name)}">{name}</a>' for name, _ in shown)
     body = "".join(f'<section id="{anchor(name)}"><h2>{name}</h2>{text}</section>' for name, text in shown)
     made_on = small(f"jaxpt report, {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC")
@@ -808,9 +819,10 @@ def curves(runs, series, title: str, height: int, rules=(), thin_series=(), scal
     """A Vega-Lite figure of (run's name, records, key) over steps, coloured by run; rules: (name, y) dashed; thin_series: drawn thin."""
     n_points = max(40, MAX_POINTS // max(1, len(runs)))
     names = [run.name for run in runs]
-    colors = {"field": "run", "type": "nominal", "legend": None, "scale": {"domain": names, "range": [color(i) for i in range(len(names))]}}
+    colors = {"field": "run", "type": "nominal", "legend": None, "scale": palette(names)}
     x = {"field": "step", "type": "quantitative", "title": "step", "axis": {"tickMinStep": 1}}
-    y = {"field": "value", "type": "quantitative", "title": None, "scale": {"type": "log", "nice": False} if scale == "log" else {"zero": False}}
+    axis = {"values": [digit * 10.0**power for power in range(-6, 7) for digit in (1, 2, 5)], "format": "~g"} if scale == "log" else {"format": "~g"}
+    y = {"field": "value", "type": "quantitative", "title": None, "scale": {"type": "log", "nice": False} if scale == "log" else {"zero": False}, "axis": axis}
     tooltip = [{"field": "run", "type": "nominal"}, {"field": "step", "type": "quantitative"}, {"field": "value", "type": "quantitative", "title": title, "format": ".4~g"}]
 
     def values(chosen):
@@ -859,11 +871,16 @@ def flat(records: list[dict], kind: str, domain: str) -> list[dict]:
     return [{"step": record["step"], "value": record[kind][domain]} for record in records if domain in (record.get(kind) or {})]
 
 
-def figure(spec: dict, caption: str, title: str = "", half: bool = False) -> str:
+def pairs(figures: list[str]) -> str:
+    """Figures two in a row where there is room."""
+    return f'<div class="pairs">{"".join(figures)}</div>'
+
+
+def figure(spec: dict, caption: str, title: str = "") -> str:
     data = json.dumps(plot_safe(spec), separators=(",", ":")).replace("</", "<\\/").replace("<!--", "<\\u0021--")
     head = f"<h3>{esc(title)}</h3>" if title else ""
     return (
-        f'<figure{" class=half" if half else ""}>{head}<div {PLOT} role="img" aria-label="{esc(caption)}" style="min-height:{spec["height"]}px">'
+        f'<figure>{head}<div {PLOT} role="img" aria-label="{esc(f"{title}. {caption}" if title else caption)}" style="min-height:{spec["height"]}px">'
         f'<div></div><script type="application/json">{data}</script></div><figcaption>{esc(caption)}</figcaption></figure>'
     )
 
@@ -892,11 +909,11 @@ def details(title: str, body: str) -> str:
     return f"<details><summary>{esc(title)}</summary>{body}</details>"
 
 
-def grid(heads: list[str], body: list[list[str]], caption: str = "", texts: int = 1) -> str:
+def grid(heads: list[str], body: list[list[str]], caption: str = "", texts: int = 1, kind: str = "") -> str:
     """A table of HTML cells; the first `texts` columns are words, the others numbers. It scrolls by itself where it is too wide."""
     head = "".join(f'<th scope="col"{" class=t" if i < texts else ""}>{cell}</th>' for i, cell in enumerate(heads))
     rows = "".join("<tr>" + "".join(f"<td{' class=t' if i < texts else ''}>{cell}</td>" for i, cell in enumerate(row)) + "</tr>" for row in body)
-    return f'<div class="wide" role="region" aria-label="{esc(caption or "table")}" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{small(caption)}'
+    return f'<div class="wide" role="region" aria-label="{esc(caption or "table")}" tabindex="0"><table{f' class="{kind}"' if kind else ""}><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{small(caption)}'
 
 
 def bar(share: float) -> str:
@@ -904,12 +921,18 @@ def bar(share: float) -> str:
     return f'<span class="bar"><i style="width:{percent:.1f}%"></i></span><span class="pc">{percent:.0f} %</span>'
 
 
-def key_of(runs: list[RunData]) -> str:
-    return f'<p class="key">{"".join(f"<span>{swatch(i)}{esc(run.name)}</span>" for i, run in enumerate(runs))}</p>' if len(runs) > 1 else ""
+def key_of(names: list[str]) -> str:
+    """Which colour is whose, where there are several."""
+    return f'<p class="key">{"".join(f"<span>{swatch(i)}{esc(name)}</span>" for i, name in enumerate(names))}</p>' if len(names) > 1 else ""
 
 
 def swatch(i: int) -> str:
     return f'<i class="dot" style="background:{color(i)}"></i>'
+
+
+def palette(names: list[str]) -> dict:
+    """A Vega-Lite scale from names to the page's colours."""
+    return {"domain": names, "range": [color(i) for i in range(len(names))]}
 
 
 def color(i: int) -> str:
@@ -950,6 +973,17 @@ def whole(value: Any) -> str:
     return f"{value:,.0f}" if finite(value) is not None else ""
 
 
+def brief(value: Any) -> str:
+    """Three digits where more would promise too much: 1.52, 34.1, 786, 40,400."""
+    if finite(value) is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def arrow(before: Any, after: Any) -> str:
+    return f"{decimal(before)} \u2192 {decimal(after)}" if finite(before) is not None else ""
+
+
 def decimal(value: Any, digits: int = 3) -> str:
     return f"{value:,.{digits}f}" if finite(value) is not None else ""
 
@@ -958,7 +992,7 @@ def count(value: Any) -> str:
     """1.31 M"""
     if finite(value) is None:
         return ""
-    for size, letter in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e4, " k")):
+    for size, letter in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e5, " k")):
         if abs(value) >= size:
             return f"{value / (1e3 if letter == ' k' else size):.3g}{letter}"
     return whole(value)
@@ -1014,6 +1048,7 @@ a { color:inherit; text-decoration-color:var(--line); text-underline-offset:.25e
 :focus-visible { outline:2px solid var(--c0); outline-offset:2px }
 nav { display:flex; flex-wrap:wrap; gap:.3rem 1.1rem; margin-top:1.5rem; font-size:.875rem; color:var(--muted) }
 .small, figcaption, small { font-size:.8125rem; line-height:1.5; color:var(--muted) } .small { margin:.6rem 0 0 }
+.made { display:flex } .made .dot { flex:none; margin-top:.5rem }
 .dot { display:inline-block; width:.625rem; height:.625rem; border-radius:50%; margin-right:.55rem }
 .key { display:flex; flex-wrap:wrap; gap:.25rem 1.5rem; font-size:.875rem; margin:0 0 .5rem }
 .wide { overflow-x:auto; margin-top:1.1rem }
@@ -1026,28 +1061,30 @@ code, pre { font-family:ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberati
 code { white-space:normal; overflow-wrap:anywhere } td:has(> code) { white-space:normal; min-width:7rem }
 pre { margin:0; white-space:pre-wrap; overflow-wrap:anywhere; line-height:1.55 }
 .bar { display:inline-block; width:clamp(3rem, 22vw, 11rem); height:.5rem; background:var(--soft); border-radius:2px; overflow:hidden; text-align:left }
-.bar i { display:block; height:100%; background:var(--c0) } .pc { display:inline-block; width:3.25rem }
+.bar i { display:block; height:100%; background:var(--c7) } .pc { display:inline-block; width:3.25rem }
+.funnel th:last-child, .funnel td:last-child { width:1% } .funnel th:first-child { width:12rem }
 figure { margin:1.25rem 0 0 } figure h3 { margin:0 0 .35rem }
 .plot { width:100% } .plot > div { width:100% } .plot svg { display:block; overflow:visible; max-width:100% }
 figcaption { margin-top:.4rem }
 details { margin-top:1.25rem } summary { cursor:pointer; font-size:.875rem; color:var(--muted) }
-.half { display:inline-block; width:calc(50% - 1rem); vertical-align:top; margin-top:2rem } .half:nth-of-type(even) { margin-right:1.9rem }
+.pairs { display:grid; grid-template-columns:repeat(2, minmax(0, 1fr)); gap:2rem; margin-top:2rem } .pairs figure { margin:0 }
+.pairs figure:last-child:nth-child(odd) { grid-column:1 / -1 }
 .lineage { display:flex; gap:.75rem } .lineage svg { flex:none } .lineage path { fill:none; stroke:var(--muted); stroke-width:1.25; opacity:.55 }
 .lineage ol { list-style:none; margin:0; padding:0; min-width:0; flex:1 }
 .lineage li { height:68px; margin:0; padding-top:9px; line-height:1.45; white-space:nowrap; overflow:hidden; text-overflow:ellipsis }
 .lineage li span { font-size:.875rem; margin-left:.4rem }
-.split { display:grid; grid-template-columns:auto 1fr; gap:2.5rem; align-items:start } .split figure { margin-top:.5rem }
+.split { display:grid; grid-template-columns:auto 1fr; gap:2.5rem; align-items:start } .split figure { margin:1.1rem 0 0; width:276px } .split .wide { margin-top:.6rem }
 .map text { font-size:12px; fill:var(--text) } .map rect { fill:var(--soft); stroke:var(--line) } .map path { fill:none; stroke:var(--muted); opacity:.6 }
 .map rect.twice { fill:color-mix(in srgb, var(--c1) 22%, var(--bg)); stroke:var(--c1) } .map path.twice { stroke:var(--c1); opacity:1; stroke-width:1.5 }
 .map rect.unused { fill:none; stroke-dasharray:3 3; stroke:var(--muted) }
-.prompt { margin-top:2.25rem } .prompt:first-of-type { margin-top:0 } .prompt > pre { font-weight:650; padding-left:.9rem; border-left:3px solid var(--c0) }
+.prompt { margin-top:2.25rem } .prompt:first-of-type { margin-top:0 } .prompt > pre { font-weight:650; padding-left:.9rem; border-left:3px solid var(--line) }
 .outputs { display:grid; grid-template-columns:repeat(auto-fit, minmax(15rem, 1fr)); gap:1.25rem 2rem; margin-top:1rem }
 #vg-tooltip-element { background:var(--bg); color:var(--text); border:1px solid var(--line); box-shadow:0 2px 10px rgb(0 0 0 / .12); font:.8125rem/1.4 system-ui, sans-serif;
   font-variant-numeric:tabular-nums; padding:.4rem .6rem; border-radius:4px; position:fixed; z-index:9; pointer-events:none; visibility:hidden }
 #vg-tooltip-element.visible { visibility:visible } #vg-tooltip-element table { width:auto }
 #vg-tooltip-element td { border:0; padding:.05rem .3rem; text-align:left } #vg-tooltip-element td.key { color:var(--muted) }
-@media (max-width: 40rem) { main { padding-top:2.5rem } section { margin-top:3.25rem } .half { width:100%; margin-right:0 !important } .split { grid-template-columns:1fr; gap:1rem }
-  th, td { padding-left:.8rem } .pc { width:2.75rem } .lineage { gap:.25rem } }
+@media (max-width: 40rem) { main { padding-top:2.5rem } section { margin-top:3.25rem } .pairs { grid-template-columns:minmax(0, 1fr) } .split { grid-template-columns:1fr; gap:1rem }
+  th, td { padding-left:.8rem } .pc { width:2.75rem } .lineage { gap:.5rem } .funnel th:first-child { width:auto } }
 """
 
 SCRIPT = """

@@ -24,7 +24,7 @@ from jaxpt.data import benchmarks, sources, tokenizer
 from jaxpt.evaluate import likelihood
 from jaxpt.model import decode, llama
 from jaxpt.sharding import make_mesh
-from jaxpt.spec import Manifest, ModelSpec, UserError
+from jaxpt.spec import ModelSpec, UserError
 from jaxpt.weights import checkpoint, huggingface, initialize
 
 GROUPS = {"course": {"truthfulqa_mc2": 5}}  # group -> task -> items read of it
@@ -41,7 +41,7 @@ def evaluate(
     tasks     the harness's task names, `course`, or bits_per_byte/[NAME=]KIND:WHERE (a source, see docs/prepare.md)
     backend   "jax": our code; "hf": transformers and torch, on an export made for the purpose where the model is no Hugging Face directory
     limit     items (of a benchmark) or documents (of a source) read of each task
-    max_length  tokens that the model sees at once; None is its own longest, which may exceed what it was trained on
+    max_length  tokens that the model sees at once; None is its own longest, which may exceed the rows it was trained on
     data_dir  where benchmark files lie; None lets the harness download its own
 
     Raises UserError for an unknown task, a missing tokenizer or benchmark file, or packages that are not installed.
@@ -56,8 +56,12 @@ def evaluate(
     mesh = make_mesh(config.Mesh())
     loaded = initialize.load(model, mesh)
     if loaded.tokenizer_dir is None:
+        raise UserError(f"{model}: has no tokenizer beside it (tokenizer.json), so no text can be scored. Copy there the one it was trained with.")
+    encoder = tokenizer.load(loaded.tokenizer_dir)
+    if encoder.n_pieces > loaded.spec.vocab_size:
         raise UserError(
-            f"{model}: has no tokenizer beside it (tokenizer.json), so no text can be scored. Copy the one that the model was trained with there."
+            f"{loaded.tokenizer_dir}: the tokenizer gives ids up to {encoder.n_pieces - 1:,}, but the model knows ids 0 to "
+            f"{loaded.spec.vocab_size - 1:,}. Copy there the one it was trained with."
         )
     stage.say(f"evaluate: {model}, {llama.count(loaded.spec):,} parameters, by {'our code' if backend == 'jax' else 'transformers'}")
 
@@ -66,7 +70,7 @@ def evaluate(
     with contextlib.ExitStack() as stack:
         hf_dir = stack.enter_context(as_hugging_face(loaded)) if backend == "hf" else None
         for source in texts:
-            merge(results, score_source(source, loaded, hf_dir, limit, length))
+            merge(results, score_source(source, loaded, encoder, hf_dir, limit, length))
         if asked:
             if hf_dir is None:
                 judged = adapter(loaded.spec, loaded.params, loaded.tokenizer_dir, length)
@@ -76,13 +80,8 @@ def evaluate(
                 judged = reference.harness_model(hf_dir, length)
             for n_items in dict.fromkeys(asked.values()):  # the harness has one limit for all tasks of a call
                 merge(results, run_harness(judged, [name for name, n in asked.items() if n == n_items], n_items, local))
-    results |= {
-        "model": str(model),
-        "backend": backend,
-        "max_length": length,
-        "seconds": round(time.monotonic() - start, 2),
-        "lineage": lineage(loaded),
-    }
+    results |= {"model": str(model), "backend": backend, "max_length": length, "lineage": lineage(loaded, encoder)}
+    results["seconds"] = round(time.monotonic() - start, 2)
     results = stage.plain(results)
     stage.say(table(results))
     if to:
@@ -98,6 +97,10 @@ def understand(tasks: list[str], limit: int | None, data_dir: pathlib.Path | Non
     if not tasks:
         raise UserError("--tasks: none given. Name at least one, such as course or bits_per_byte/prose=python:prose.")
     texts = [sources.parse(task.removeprefix(OURS)) for task in tasks if task.startswith(OURS)]
+    names = [source.name for source in texts]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--tasks: two tasks would be called {OURS}{name}. Give one another name: {OURS}NAME=KIND:WHERE.")
     asked: dict[str, int | None] = {}
     for task in tasks:
         if task in GROUPS:
@@ -134,14 +137,12 @@ def as_hugging_face(loaded: initialize.Loaded) -> Iterator[pathlib.Path]:
 # ---- bits per byte
 
 
-def score_source(
-    source: sources.Source, loaded: initialize.Loaded, hf_dir: pathlib.Path | None, limit: int | None, max_length: int
-) -> dict[str, Any]:
+def score_source(source: sources.Source, loaded: initialize.Loaded, encoder: tokenizer.Tokenizer, hf_dir, limit, max_length) -> dict[str, Any]:
+    """Bits per byte of a source's first `limit` documents, in the form of the harness's results."""
     name = OURS + source.name
-    texts = [text for _, (_, text) in zip(range(limit) if limit else iter(int, 1), source.documents(), strict=False)]
+    texts = [text for _, text in itertools.islice(source.documents(), limit)]
     if not texts:
         raise UserError(f"{name}: {source.where} holds no documents, so there is nothing to score. Check the path.")
-    encoder = tokenizer.load(loaded.tokenizer_dir)
     token_ids = encoder.encode_batch(texts)
     first = encoder.eos_id if encoder.bos_id is None else encoder.bos_id
     if hf_dir is None:
@@ -290,7 +291,7 @@ def local_rows(name: str, data_dir: pathlib.Path) -> dict[str, list[dict]]:
     return {split: [item.fields for item in found] for split, found in items.items()}
 
 
-# task -> kind of item, folder, file of each split (the few-shot examples of winogrande come from what it tests, less the item itself)
+# task -> kind of its items, folder, file of each split
 LOCAL = {
     "truthfulqa_mc2": ("truthfulqa", "eval_truthfulqa", {"validation": "v0_mc_task.json"}),
     "winogrande": ("winogrande", "eval_winogrande", {"train": "winogrande.jsonl", "validation": "winogrande.jsonl"}),
@@ -310,20 +311,18 @@ def merge(results: dict[str, Any], more: dict[str, Any]) -> None:
             results[key] = value
 
 
-def lineage(loaded: initialize.Loaded) -> dict[str, Any]:
-    """From what the model came, by fingerprint."""
-    found = {
+def lineage(loaded: initialize.Loaded, encoder: tokenizer.Tokenizer) -> dict[str, Any]:
+    """What was measured, by fingerprint, and what measured it."""
+    directory = checkpoint.find(loaded.source) or loaded.source
+    return {
+        "fingerprint": stage.fingerprint_path(directory),
         "step": loaded.step,
+        "tokenizer": encoder.fingerprint,
         "n_params": llama.count(loaded.spec),
         "spec": loaded.spec.to_dict(),
         "device": jax.devices()[0].device_kind,
-        **stage.versions(),
+        "versions": stage.versions(),
     }
-    directory = checkpoint.find(loaded.source) or loaded.source
-    if not (directory / "manifest.json").is_file():
-        return found | {"fingerprint": stage.fingerprint_path(directory)}
-    manifest = Manifest.load(directory)
-    return found | {"fingerprint": manifest.fingerprint, "stage": manifest.stage, "inputs": manifest.inputs, "tokenizer": manifest.tokenizer}
 
 
 def table(results: dict[str, Any]) -> str:

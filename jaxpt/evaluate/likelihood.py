@@ -109,10 +109,10 @@ def continuation_log_likelihoods(
             raise UserError(
                 f"{label}: a continuation of {len(continuation):,} tokens does not fit the model's context of {max_length:,}. Shorten it."
             )
-        if not 0 <= ids.min() <= ids.max() < spec.vocab_size:
-            wrong = ids.max() if ids.max() >= spec.vocab_size else ids.min()
+        wrong = ids[(ids < 0) | (ids >= spec.vocab_size)]
+        if wrong.size:
             raise UserError(
-                f"{label}: the text has token id {wrong}, but the model knows ids 0 to {spec.vocab_size - 1}. "
+                f"{label}: the text has token id {wrong[0]}, but the model knows ids 0 to {spec.vocab_size - 1}. "
                 "Use the tokenizer that the model was trained with."
             )
     mesh = jax.tree.leaves(params)[0].sharding.mesh

@@ -36,7 +36,7 @@ def require(*packages: str) -> None:
         raise UserError(f"evaluate: {' and '.join(missing)} not installed. Run: pip install -r requirements-eval.txt")
 
 
-def bits_per_byte(hf_dir: pathlib.Path, texts: list[str], token_ids: list[list[int]], bos_id: int, max_length: int) -> BitsPerByte:  # fmt: skip
+def bits_per_byte(hf_dir: pathlib.Path, texts: list[str], token_ids: list[list[int]], bos_id: int, max_length: int) -> BitsPerByte:
     """What likelihood.bits_per_byte measures, over the same windows, one at a time."""
     import torch
 

@@ -92,9 +92,10 @@ def check_prompts(spec: ModelSpec, prompts: list[list[int]]) -> None:
                 f"generate: prompt {row} has {len(prompt):,} tokens, but the model's context is {spec.max_positions:,}. "
                 f"Shorten it to at most {spec.max_positions - 1:,}."
             )
-        if not 0 <= min(prompt) <= max(prompt) < spec.vocab_size:
+        wrong = [token for token in prompt if not 0 <= token < spec.vocab_size]
+        if wrong:
             raise UserError(
-                f"generate: prompt {row} has token id {max(prompt, key=abs)}, but the model knows ids 0 to {spec.vocab_size - 1}. "
+                f"generate: prompt {row} has token id {wrong[0]}, but the model knows ids 0 to {spec.vocab_size - 1}. "
                 "Use the tokenizer that the model was trained with."
             )
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpt.config import Config
+from jaxpt.config import Config, typed
 from jaxpt.data import loader
 from jaxpt.evaluate import likelihood
 from jaxpt.model import llama
@@ -137,7 +137,7 @@ def write_newborn(settings: Config, out: pathlib.Path, replace: bool = False) ->
     when it grew, measured on the held-out rows of its parent's run where that has some.
     """
     source = None if settings.initialize.source == "random" else local_path(settings.initialize.source)
-    packed = packed_for(settings, source)
+    settings, packed = measuring(settings, source)
 
     def work(run: pathlib.Path) -> dict[str, Any]:
         mesh = make_mesh(settings.mesh)
@@ -161,12 +161,13 @@ def write_newborn(settings: Config, out: pathlib.Path, replace: bool = False) ->
     say(f"initialize: {out} is ready; train it with --config.initialize.source={out}")
 
 
-def packed_for(settings: Config, source: pathlib.Path | None) -> list[pathlib.Path]:
-    """Packed rows to measure on: the config's, else those that the source's run was trained on."""
+def measuring(settings: Config, source: pathlib.Path | None) -> tuple[Config, list[pathlib.Path]]:
+    """(settings, packed rows) to measure a newborn with: the config's, where it names rows, else as the source's run measures itself."""
     if settings.mixture.packed:
-        return [local_path(path) for path in settings.mixture.packed]
+        return settings, [local_path(path) for path in settings.mixture.packed]
     if source and (source / "config.json").is_file() and (source / "checkpoints").is_dir():
-        asked = json.loads((source / "config.json").read_text())["mixture"]["packed"]
-        found = [local_path(path) for path in asked] or [source / "packed"]
-        return [path for path in found if (path / "manifest.json").is_file()]
-    return []
+        theirs = typed(json.loads((source / "config.json").read_text()))
+        found = [local_path(path) for path in theirs.mixture.packed] or [source / "packed"]
+        if all((path / "manifest.json").is_file() for path in found):
+            return dataclasses.replace(settings, mixture=theirs.mixture, train=theirs.train), found
+    return settings, []
