@@ -32,8 +32,6 @@ def get_config():
     c.tokenizer.source = "train"
     # pieces; larger packs more bytes into a token and costs V x D weights twice
     c.tokenizer.vocab_size = 32_000
-    # SentencePiece's algorithm
-    c.tokenizer.kind = "bpe"
     # MB of corpus text the training reads, spread evenly over the documents
     c.tokenizer.sample_mb = 64
 

@@ -28,8 +28,8 @@ def get_config(model="base"):
     c.model.max_positions = 256
     c.model.tied = True  # at this size the embedding is a third of the weights
 
-    c.train.steps = 240
-    c.train.batch_rows = 16
+    c.train.steps = 300
+    c.train.batch_rows = 8
     c.train.eval_every = 60
     c.train.eval_rows = 64
     c.train.checkpoint_every = 60

@@ -45,7 +45,6 @@ class Tokenizer:
 
     source: str = knob("train", "train one on the corpus, or the path of a SentencePiece .model, a tokenizer.json or a Hugging Face directory")
     vocab_size: int = knob(32_000, "pieces; larger packs more bytes into a token and costs V x D weights twice")
-    kind: str = knob("bpe", "SentencePiece's algorithm", "bpe", "unigram")
     sample_mb: int = knob(64, "MB of corpus text the training reads, spread evenly over the documents")
 
 

@@ -22,7 +22,7 @@ from jaxpt.spec import ModelSpec, UserError
 
 MAX_POINTS = 2_400  # of a figure's curves together; more cannot be told apart on a screen and would make the page heavy
 MAX_TEXT = 2_000  # characters shown of a prompt or a sample
-MAX_PROMPTS = 24
+MAX_PROMPTS = 24  # shown of all samples
 
 
 def write(directories: Iterable[str | pathlib.Path], to: str | pathlib.Path) -> list[RunData]:
@@ -129,7 +129,7 @@ def load_run(directory: str | pathlib.Path) -> RunData:
 STAGES = ("corpus", "tokenizer", "packed")
 FORMS = {  # what a file must hold at least to be of use
     "manifest.json": {"fingerprint": str, "inputs": dict, "counts": dict},
-    "spec.json": {name: int for name in ("n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "d_head", "vocab_size")},
+    "spec.json": dict.fromkeys(("n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "d_head", "vocab_size"), int),
     "growth.json": {"layer_map": list, "n_params": dict, "spec": dict},
     "funnel.json": {"sources": list, "steps": list},
     "samples.json": {"prompts": list},
@@ -196,10 +196,10 @@ def lineage_of(directory: pathlib.Path, notes: list[str]) -> list[Node]:
         if node.kind == "corpus":  # its inputs are raw text, which the data section tells of
             node.funnel = read_json(home / "funnel.json", notes)
             return key
-        for found in (manifest.get("inputs") or inputs_of_unfinished(home, notes)).values():
-            place = locate(found["path"], found["fingerprint"], home)
-            parent = visit(place, found["fingerprint"])
-            nodes[parent].changed |= fingerprint_at(place) not in (None, found["fingerprint"]) and found["fingerprint"] is not None
+        for path, recorded in inputs_of(manifest) if manifest else inputs_of_unfinished(home, notes):
+            place = locate(path, recorded, home)
+            parent = visit(place, recorded)
+            nodes[parent].changed |= recorded is not None and fingerprint_at(place) not in (None, recorded)
             if parent not in node.parents and parent != key:
                 node.parents.append(parent)
         nodes[key] = nodes.pop(key)  # behind its parents
@@ -209,14 +209,17 @@ def lineage_of(directory: pathlib.Path, notes: list[str]) -> list[Node]:
     return list(nodes.values())
 
 
-def inputs_of_unfinished(run: pathlib.Path, notes: list[str]) -> dict[str, dict]:
-    """What a run that still goes on reads: it has no manifest yet, but its config says so."""
-    if not (run / "metrics.jsonl").is_file():
-        return {}
+def inputs_of(manifest: dict) -> list[tuple[str, str | None]]:
+    """(path, fingerprint) of what a stage read."""
+    return [(found["path"], found.get("fingerprint")) for found in manifest["inputs"].values() if isinstance(found, dict) and found.get("path")]
+
+
+def inputs_of_unfinished(run: pathlib.Path, notes: list[str]) -> list[tuple[str, None]]:
+    """What a run that still goes on reads: it has no manifest yet, but its config says so, or the stages in its directory do."""
     settings = read_json(run / "config.json", notes) or {}
-    packed = (settings.get("mixture") or {}).get("packed") or [str(run / "packed")]
+    packed = (settings.get("mixture") or {}).get("packed") or [run / kind for kind in STAGES if (run / kind / "manifest.json").is_file()]
     source = (settings.get("initialize") or {}).get("source", "random")
-    return {path: {"path": path, "fingerprint": None} for path in (*packed, *([source] if source != "random" else []))}
+    return [(str(path), None) for path in (*packed, *([] if source == "random" else [source]))]
 
 
 def own_stages(nodes: list[Node]) -> list[Node]:
@@ -278,7 +281,10 @@ def table(runs: list[RunData], to: pathlib.Path) -> str:
         width = max(16, *(len(run.name) + 3 for run in part)) if len(part) < 4 else 18
         width = min(width, 76 // len(part))
         lines += [" " * 24 + "".join(f"{clip(run.name, width - 2):>{width}}" for run in part), "\u2500" * (24 + width * len(part))]
-        lines += [f"{f'{label}, {unit}' if unit else label:24.24}" + "".join(f"{value:>{width}}" for value in values) for label, unit, values in summary(part)]
+        lines += [
+            f"{f'{label}, {unit}' if unit else label:24.24}" + "".join(f"{value:>{width}}" for value in values)
+            for label, unit, values in summary(part)
+        ]
         lines.append("")
     return "\n".join(line.rstrip() for line in [*lines, f"{to}  ({to.stat().st_size / 1e6:.2f} MB, opens in any browser)"])
 
@@ -305,7 +311,7 @@ def bits_per_byte(run: RunData) -> dict[str, float]:
     found = {}
     for result in sorted(run.evals.values(), key=lambda result: result.get("backend") != "jax"):
         for task, scores in result.get("results", {}).items():
-            if task.startswith("bits_per_byte/"):
+            if task.startswith("bits_per_byte/") and isinstance(scores, dict):
                 found.setdefault(task.partition("/")[2], scores.get("bits_per_byte,none"))
     return found
 
@@ -313,9 +319,9 @@ def bits_per_byte(run: RunData) -> dict[str, float]:
 def seconds_by_stage(run: RunData) -> dict[str, float]:
     verbs = {"corpus": "prepare", "tokenizer": "tokenizer", "packed": "pack"}
     found = {verbs[kind]: sum(finite(manifest.get("seconds")) or 0 for manifest in manifests) for kind, manifests in run.stages.items()}
-    found["train"] = last(run.train, "seconds")
+    found["train"] = (run.manifest or {}).get("seconds") if run.train and run.manifest else last(run.train, "seconds")
     found["evaluate"] = sum(finite(result.get("seconds")) or 0 for result in run.evals.values())
-    return {verb: seconds for verb, seconds in found.items() if seconds}
+    return {verb: seconds for verb, seconds in found.items() if finite(seconds)}
 
 
 def first(records: list[dict], key: str) -> float | None:
@@ -336,8 +342,10 @@ def headline(runs: list[RunData]) -> str:
         if label.startswith("  "):
             body.append([f'<span class="in">{esc(label)}</span>', *map(esc, values)])
         else:
-            body.append([esc(label) + (f' <small>{esc(unit)}</small>' if unit else ""), *map(esc, values)])
-    caption = "Held-out: text kept out of training, mean over its tokens. Bits per byte: the same without the tokenizer's part in it, lower is better."
+            body.append([esc(label) + (f" <small>{esc(unit)}</small>" if unit else ""), *map(esc, values)])
+    caption = (
+        "Held-out: text kept out of training, mean over its tokens. Bits per byte: the same without the tokenizer's part in it, lower is better."
+    )
     return lines + grid(["", *(esc(run.name) for run in runs)], body, caption)
 
 
@@ -352,7 +360,7 @@ def made(run: RunData) -> str:
         trained = f"trained {whole(run.train[-1]['step'])} steps"
         trained += f" on {count(tokens)} tokens" if tokens else ""
         parts.append(esc(trained + (f" in {duration(seconds)}" if seconds else "")))
-        parts.append(f"loss {arrow(first(run.train, 'loss'), last(run.train, 'loss'))}")
+        parts.append("loss " + arrow(first(run.train, "loss"), last(run.train, "loss")).replace(" ", "&nbsp;"))
     return ", ".join(parts) + "."
 
 
@@ -368,8 +376,9 @@ def lineage(runs: list[RunData]) -> str:
     for node in nodes:
         y = at[node.key] * row + 22
         for parent in node.parents:
-            y0, bend = at[parent] * row + 22, (x - 8) * (at[node.key] - at[parent] - 1) / max(1, far) * 4 / 3  # a cubic reaches 3/4 of its control points
-            arcs.append(f'<path d="M{x} {y0} C{x - bend} {y0 + 18} {x - bend} {y - 18} {x} {y}"/>')
+            above, skipped = at[parent] * row + 22, at[node.key] - at[parent] - 1
+            bend = (x - 8) * skipped / max(1, far) * 4 / 3  # a cubic reaches 3/4 of the way to its control points
+            arcs.append(f'<path d="M{x} {above} C{x - bend} {above + 18} {x - bend} {y - 18} {x} {y}"/>')
         i, run = named.get(node.key, (None, None))
         dots.append(f'<circle cx="{x}" cy="{y}" r="6" style="fill:{color(i) if run else "var(--muted)"}"/>')
         items.append(f"<li>{lineage_entry(node, run)}</li>")
@@ -380,12 +389,15 @@ def lineage(runs: list[RunData]) -> str:
 
 def lineage_entry(node: Node, run: RunData | None) -> str:
     manifest = node.manifest or {}
-    facts = [node.key if manifest else "no manifest there", (manifest.get("created") or "")[:16].replace("T", " "), duration(manifest.get("seconds"))]
-    facts.append("made anew since it was read" if node.changed else "")
+    date, _, clock = manifest.get("created", "")[:16].partition("T")
+    facts = [
+        esc(node.key) if manifest else "no manifest there",
+        f'{esc(date)}<span class="clock"> {esc(clock)}</span>' if date else "",
+        duration(manifest.get("seconds")),
+        "made anew since it was read" if node.changed else "",
+    ]
     name = run.name if run else node.path.name
-    return (
-        f'<b>{esc(name)}</b> <span>{esc(size_of(node, run))}</span><br><small title="{esc(node.path)}">{esc(" · ".join(filter(None, facts)))}</small>'
-    )
+    return f'<b>{esc(name)}</b> <span>{esc(size_of(node, run))}</span><br><small title="{esc(node.path)}">{" · ".join(filter(None, facts))}</small>'
 
 
 def size_of(node: Node, run: RunData | None) -> str:
@@ -395,20 +407,20 @@ def size_of(node: Node, run: RunData | None) -> str:
     counts = (node.manifest or {}).get("counts") or {}
     if node.funnel:
         kept = node.funnel["train"]
-        return f"{whole(total(kept, 'rows'))} documents, {megabytes(total(kept, 'bytes'))} MB of text to train on"
+        return f"{whole(total(kept, 'rows'))} documents, {brief(total(kept, 'bytes') / 1e6)} MB"
     if node.kind == "tokenizer":
         return f"{whole(counts.get('n_pieces'))} pieces"
     if node.kind == "packed":
         parts = counts.get("train") or {}
-        return f"{count(total(parts, 'tokens'))} tokens in {whole(total(parts, 'rows'))} rows of {counts.get('row_len')}"
+        return f"{count(total(parts, 'tokens'))} tokens, rows of {whole(counts.get('row_len'))}"
     return f"{count(counts['n_params'])} parameters" if "n_params" in counts else ""
 
 
 def funnel(runs: list[RunData]) -> str:
     parts = []
     for funnels, names in distinct(runs, "funnels"):
-        for found, source in ((found, source) for found in funnels for source in found["sources"]):
-            parts.append(f"<h3>{esc(source)}{of_runs(names, runs)}</h3>" + funnel_of(found, source))
+        for found in funnels:
+            parts += [f"<h3>{esc(source)}{of_runs(names, runs)}</h3>{funnel_of(found, source)}" for source in found["sources"]]
     if not parts:
         return ""
     return "".join(parts) + small("Documents and text left after each rule, in the order applied. Share: of the text read, by bytes.")
@@ -426,7 +438,8 @@ def funnel_of(found: dict, source: str) -> str:
     for part in ("train", "heldout"):
         if kept := (found.get(part) or {}).get(source):
             share = bar(kept.get("bytes", 0) / read if read else 0)
-            body.append([f"<i>{'kept for training' if part == 'train' else 'held out'}</i>", whole(kept.get("rows")), "", megabytes(kept.get("bytes")), share])
+            label = "kept for training" if part == "train" else "held out"
+            body.append([label, whole(kept.get("rows")), "", megabytes(kept.get("bytes")), share])
     return grid(["rule", "documents", "dropped", "MB", "share"], body, kind="funnel")
 
 
@@ -435,7 +448,7 @@ def losses(runs: list[RunData]) -> str:
         return ""
     figures = []
     if any(run.train for run in runs):
-        entropy = [(run.name, value) for run in runs if (value := unigram_entropy(run)) is not None]
+        entropy = [value for run in runs if (value := unigram_entropy(run)) is not None]
         caption = "Training loss, nats per token, at each logged step."
         caption += " Dashed: guessing each token by its frequency alone (unigram entropy of the packed set)." if entropy else ""
         caption += " Dotted upright: the run was taken up again there." if any(run.resumes for run in runs) else ""
@@ -445,24 +458,25 @@ def losses(runs: list[RunData]) -> str:
     for domain in domains:
         series = [(run.name, flat(run.heldout, "heldout", domain), "value") for run in runs]
         parent = [(run.name, flat(run.heldout, "parent", domain), "value") for run in runs]
-        entropy = [(run.name, value) for run in runs if (value := unigram_entropy(run, domain)) is not None]
+        entropy = [value for run in runs if (value := unigram_entropy(run, domain)) is not None]
         caption = "Held out, nats per token." + (" Thin: its parent on the same rows." if any(points for _, points, _ in parent) else "")
         small_ones.append(figure(curves(runs, series, domain, 190, entropy, parent), caption, domain))
-    help_text = "Drag moves a plot, shift and wheel zoom it, a double click brings the whole back."
-    return key_of([run.name for run in runs]) + "".join(figures) + pairs(small_ones) + small(help_text) + details("The numbers", heldout_table(runs, domains))
+    hint = '<p class="small hint">Drag moves a plot, shift and wheel zoom it, a double click brings the whole back.</p>'
+    return key_of([run.name for run in runs]) + "".join(figures) + pairs(small_ones) + hint + details("The numbers", heldout_table(runs, domains))
 
 
 def heldout_table(runs: list[RunData], domains: list[str]) -> str:
     body = []
     for run in runs:
         if run.train:
-            body.append([esc(run.name), "training", decimal(first(run.train, "loss")), decimal(last(run.train, "loss")), decimal(unigram_entropy(run)), ""])
+            values = [first(run.train, "loss"), last(run.train, "loss"), unigram_entropy(run), None]
+            body.append([esc(run.name), "training", *map(decimal, values)])
         for domain in domains:
             points = flat(run.heldout, "heldout", domain)
             parent = last(flat(run.heldout, "parent", domain), "value")
-            values = [decimal(first(points, "value")), decimal(last(points, "value")), decimal(unigram_entropy(run, domain)), decimal(parent)]
+            values = [first(points, "value"), last(points, "value"), unigram_entropy(run, domain), parent]
             if points:
-                body.append([esc(run.name), esc(domain), *values])
+                body.append([esc(run.name), esc(domain), *map(decimal, values)])
     return grid(["run", "text", "first", "last", "unigram", "parent"], body, "Nats per token.", texts=2)
 
 
@@ -506,8 +520,8 @@ def training(runs: list[RunData]) -> str:
 def growth(runs: list[RunData]) -> str:
     parts = []
     for found, names in distinct(runs, "growth"):
-        verdict = found.get("verdict") or ""
-        parts.append(f"<h3>{esc(', '.join(found.get('operators', [])))}{of_runs(names, runs)}</h3><p>{esc(verdict[:1].upper() + verdict[1:])}{'.' if verdict else ''}</p>")
+        verdict = found.get("verdict") or "no verdict was given"
+        parts.append(f"<h3>{esc(', '.join(found.get('operators', [])))}{of_runs(names, runs)}</h3><p>{esc(verdict[:1].upper() + verdict[1:])}.</p>")
         parts.append(f'<div class="split"><div>{growth_map(found)}</div><div>{growth_facts(found)}</div></div>')
     return "".join(parts)
 
@@ -543,15 +557,17 @@ def growth_map(found: dict) -> str:
     twice = [layer for layer, n in enumerate(uses) if n > 1]
     alt = f"{n_parent} layers became {n_child}; child layers come from parent layers {', '.join(map(str, sources))}"
     heads = f'<text x="{left}" y="12">parent</text><text x="{right}" y="12">child</text>'
-    caption = f"Layer 0 reads the embedding. Coloured: copied more than once ({', '.join(map(str, twice))})." if twice else "Layer 0 reads the embedding."
-    picture = f'<svg class="map" role="img" aria-label="{esc(alt)}" width="{right + wide + 2}" height="{height:.0f}">{heads}{"".join(lines + cells)}</svg>'
+    caption = "Layer 0 reads the embedding." + (f" Coloured: copied more than once ({', '.join(map(str, twice))})." if twice else "")
+    size = f'width="{right + wide + 2}" height="{height:.0f}"'
+    picture = f'<svg class="map" role="img" aria-label="{esc(alt)}" {size}>{heads}{"".join(lines + cells)}</svg>'
     return f"<figure>{picture}<figcaption>{esc(caption)}</figcaption></figure>"
 
 
 def growth_facts(found: dict) -> str:
     before, after = found["n_params"]["parent"], found["n_params"]["child"]
     rows = [["parameters", count(before), count(after)]]
-    for key, label in (("n_layers", "layers"), ("d_model", "width"), ("d_ff", "feed-forward width"), ("n_heads", "heads"), ("vocab_size", "vocabulary")):
+    labels = {"n_layers": "layers", "d_model": "width", "d_ff": "feed-forward width", "n_heads": "heads", "vocab_size": "vocabulary"}
+    for key, label in labels.items():
         sizes = [found["spec"][who].get(key) for who in ("parent", "child")]
         if key == "n_layers" or sizes[0] != sizes[1]:
             rows.append([label, *map(whole, sizes)])
@@ -569,9 +585,12 @@ def growth_facts(found: dict) -> str:
 
 def evaluation(runs: list[RunData]) -> str:
     columns: dict[tuple[str, str], dict] = {}  # (model's path, backend) -> {(task, metric): (score, error, n)}
+    seconds: dict[tuple[str, str], float] = {}
     for run in runs:
         for result in run.evals.values():
-            scores = columns.setdefault((str(result.get("model", run.name)), str(result.get("backend", ""))), {})
+            key = (str(result.get("model", run.name)), str(result.get("backend", "")))
+            seconds[key] = seconds.get(key, 0) + (finite(result.get("seconds")) or 0)
+            scores = columns.setdefault(key, {})
             for task, metrics in result.get("results", {}).items():
                 scores.update({(task, metric): value for metric, value in scores_of(result, task, metrics)})
     if not columns:
@@ -585,10 +604,17 @@ def evaluation(runs: list[RunData]) -> str:
         has_error = has_error or any(each and each[1] is not None for each in found)
         n = next((each[2] for each in found if each and each[2]), None)
         label = f"{esc(task.removeprefix('bits_per_byte/'))} <small>{esc(metric.replace('_', ' '))}{f', {whole(n)} items' if n else ''}</small>"
-        body.append([label, *("" if not each else decimal(each[0]) + (f" <small>± {decimal(each[1])}</small>" if each[1] is not None else "") for each in found)])
-    caption = "Bits per byte: lower is better. Scores of benchmarks: higher is better; ± is one standard error. jax: our adapter; hf: the exported model by transformers."
+        body.append([label, *(score_text(*each) if each else "" for each in found)])
+    body.append(["time", *(duration(seconds[key] or None) for key in columns)])
+    caption = (
+        "Bits per byte: lower is better. Benchmarks: higher is better, ± one standard error. jax: our code; hf: the exported model in transformers."
+    )
     heads = [f"{esc(name)}<br>{esc(backend)}" for name, backend in names]
-    return grid(["", *heads], body, caption) + (benchmarks(columns, names, keys) if has_error else "")
+    return grid(["", *heads], body, caption) + (benchmarks(columns, names) if has_error else "")
+
+
+def score_text(score: float, error: float | None, n: int) -> str:
+    return decimal(score) + (f" <small>± {decimal(error)}</small>" if error is not None else "")
 
 
 def scores_of(result: dict, task: str, metrics: dict) -> Iterable[tuple[str, tuple]]:
@@ -602,34 +628,31 @@ def scores_of(result: dict, task: str, metrics: dict) -> Iterable[tuple[str, tup
         yield metric if rule == "none" else f"{metric}, {rule}", (value, error, n.get("effective") if isinstance(n, dict) else n)
 
 
-def benchmarks(columns: dict, names: list[tuple[str, str]], keys: list[tuple[str, str]]) -> str:
+def benchmarks(columns: dict, names: list[tuple[str, str]]) -> str:
     """Scores with their standard error, drawn: a colour for each model, hollow where transformers computed them."""
+    values = []
+    for (name, backend), scores in zip(names, columns.values(), strict=True):
+        for (task, metric), (score, error, _) in scores.items():
+            if error is not None:
+                where = {"task": f"{task} {metric}", "column": f"{name} {backend}", "model": name, "backend": backend}
+                values.append({**where, "score": score, "low": score - error, "high": score + error})
     models = list(dict.fromkeys(name for name, _ in names))
-    values = [
-        {"task": f"{task} {metric}", "column": f"{name} {backend}", "model": name, "backend": backend, "score": score, "low": score - error, "high": score + error}
-        for (name, backend), scores in zip(names, columns.values(), strict=True)
-        for (task, metric), (score, error, _) in scores.items()
-        if error is not None
-    ]
-    n_rows = len({(value["task"], value["column"]) for value in values})
+    by_model = {"field": "model", "type": "nominal", "legend": None, "scale": palette(models)}
+    hollow = {"test": "datum.backend === 'hf'", "value": "var(--bg)"}
     axis = {"type": "quantitative", "title": "score", "scale": {"zero": False}}
-    fill = {"condition": {"test": "datum.backend === 'hf'", "value": "var(--bg)"}, "field": "model", "type": "nominal", "legend": None, "scale": palette(models)}
-    fields = [("task", "nominal"), ("column", "nominal"), ("score", "quantitative"), ("low", "quantitative"), ("high", "quantitative")]
-    tooltip = [{"field": field, "type": kind} | ({"format": ".3f"} if kind == "quantitative" else {}) for field, kind in fields]
+    tooltip = [{"field": field, "type": "nominal"} for field in ("task", "column")]
+    tooltip += [{"field": field, "type": "quantitative", "format": ".3f"} for field in ("score", "low", "high")]
+    point = {"x": {"field": "score", **axis}, "fill": {"condition": hollow, **by_model}, "stroke": by_model, "tooltip": tooltip}
     spec = {
-        "height": 14 * n_rows + 20 * len({value["task"] for value in values}),
+        "height": 14 * len(values) + 20 * len({value["task"] for value in values}),
         "data": {"values": values},
         "encoding": {
             "y": {"field": "task", "type": "nominal", "title": None, "sort": None, "axis": {"labelLimit": 130}},
             "yOffset": {"field": "column", "sort": [f"{name} {backend}" for name, backend in names]},
-            "color": {"field": "model", "type": "nominal", "legend": None, "scale": palette(models)},
         },
         "layer": [
-            {"mark": {"type": "rule", "strokeWidth": 1.5}, "encoding": {"x": {"field": "low", **axis}, "x2": {"field": "high"}}},
-            {
-                "mark": {"type": "point", "filled": True, "size": 60, "opacity": 1, "strokeWidth": 1.5},
-                "encoding": {"x": {"field": "score", **axis}, "fill": fill, "stroke": {"field": "model", "type": "nominal", "legend": None, "scale": palette(models)}, "tooltip": tooltip},
-            },
+            {"mark": {"type": "rule", "strokeWidth": 1.5}, "encoding": {"x": {"field": "low", **axis}, "x2": {"field": "high"}, "color": by_model}},
+            {"mark": {"type": "point", "filled": True, "size": 60, "opacity": 1, "strokeWidth": 1.5}, "encoding": point},
         ],
     }
     caption = "One standard error to either side; where bars overlap, the difference may be chance."
@@ -640,7 +663,8 @@ def column_names(keys: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """(run's name, backend); with the end of the path where two columns would read the same."""
     names = [(model_name(model), backend) for model, backend in keys]
     return [
-        each if names.count(each) == 1 else ("/".join(pathlib.PurePath(model).parts[-3:]), each[1]) for each, (model, _) in zip(names, keys, strict=True)
+        each if names.count(each) == 1 else ("/".join(pathlib.PurePath(model).parts[-3:]), each[1])
+        for each, (model, _) in zip(names, keys, strict=True)
     ]
 
 
@@ -661,14 +685,16 @@ def model_order(path: str, runs: list[RunData]) -> int:
 
 def samples(runs: list[RunData]) -> str:
     parts = []
-    for found, names in distinct(runs, "samples"):
+    files = distinct(runs, "samples")
+    shown = max(1, MAX_PROMPTS // max(1, len(files)))
+    for found, _ in files:
         settings = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in (found.get("settings") or {}).items() if value is not None)
-        for prompt in found["prompts"][:MAX_PROMPTS]:
+        for prompt in found["prompts"][:shown]:
             outputs = "".join(sample(output, runs) for output in prompt["outputs"])
             parts.append(f'<div class="prompt"><pre>{esc(clip(prompt["prompt"], MAX_TEXT))}</pre><div class="outputs">{outputs}</div></div>')
-        more = len(found["prompts"]) - MAX_PROMPTS
+        more = len(found["prompts"]) - shown
         note = f" {more} more prompts are in eval/samples.json." if more > 0 else ""
-        parts.append(small(f"Each model's continuation of the prompt above it. {settings}.{note}{of_runs(names, runs)}"))
+        parts.append(small(f"Each model's continuation of the prompt above it. {settings[:1].upper()}{settings[1:]}.{note}"))
     return "".join(parts)
 
 
@@ -678,7 +704,7 @@ def sample(output: dict, runs: list[RunData]) -> str:
         speed = f"{whole(output['tokens'])} tokens, {decimal(output['tokens'] / output['seconds'], 1)} a second"
     name = model_name(str(output["model"]))
     i = model_order(name, runs)
-    return f"<div><h4>{swatch(i) if i < len(runs) else ''}{esc(name)}</h4><pre>{esc(clip(output['text'].strip(chr(10)), MAX_TEXT))}</pre>{small(speed)}</div>"
+    return f"<div><h3>{swatch(i) if i < len(runs) else ''}{esc(name)}</h3><pre>{esc(clip(output['text'].strip(chr(10)), MAX_TEXT))}</pre>{small(speed)}</div>"
 
 
 def plan(runs: list[RunData]) -> str:
@@ -693,7 +719,8 @@ def plan(runs: list[RunData]) -> str:
             ])  # fmt: skip
         priced = [target for target in found["targets"] if finite(target.get("hours")) and finite(target.get("usd"))]
         parts.append(f"<h3>{esc(', '.join(names))}</h3>" if len(runs) > 1 else "")
-        parts.append(figure(plan_chart(priced), "Money against hours for the whole run, both on a log scale. Hollow: it does not fit there.") if len(priced) > 1 else "")
+        if len(priced) > 1:
+            parts.append(figure(plan_chart(priced), "Money against hours for the whole run, both on a log scale. Hollow: it does not fit there."))
         caption = "Compiled: the real step, compiled for that machine; estimated: from the shape alone. Ranges: the ends of the assumed share of peak speed."
         parts.append(grid(["on", "how known", "devices", "fits", "GB a device", "tokens/s", "hours", "USD"], body, caption, texts=2))
         parts += [small(note) for note in found.get("notes", [])]
@@ -708,7 +735,7 @@ def span(target: dict, key: str) -> str:
 
 def plan_chart(targets: list[dict]) -> dict:
     values = [{"on": str(each.get("on")), "hours": each["hours"], "usd": each["usd"], "fits": bool(each.get("fits"))} for each in targets]
-    axis = {"type": "quantitative", "scale": {"type": "log", "padding": 36}, "axis": {"tickCount": 4, "format": ",~r"}}
+    axis = {"type": "quantitative", "scale": {"type": "log", "padding": 40, "nice": False}, "axis": {"values": ROUND, "format": ",.4~r"}}
     fill = {"condition": {"test": "datum.fits", "value": color(0)}, "value": "var(--bg)"}
     tooltip = [{"field": "on", "type": "nominal"}, *({"field": field, "type": "quantitative", "format": ",.3~r"} for field in ("hours", "usd"))]
     return {
@@ -717,7 +744,7 @@ def plan_chart(targets: list[dict]) -> dict:
         "encoding": {"x": {"field": "hours", "title": "hours", **axis}, "y": {"field": "usd", "title": "USD", **axis}},
         "layer": [
             {"mark": {"type": "point", "filled": True, "size": 70, "opacity": 1, "stroke": color(0)}, "encoding": {"fill": fill, "tooltip": tooltip}},
-            {"mark": {"type": "text", "dy": -13}, "encoding": {"text": {"field": "on", "type": "nominal"}}},
+            {"mark": {"type": "text", "align": "left", "dx": 9}, "encoding": {"text": {"field": "on", "type": "nominal"}}},
         ],
     }
 
@@ -732,7 +759,11 @@ def settings(runs: list[RunData]) -> str:
     else:
         caption = "Settings that differ between the runs; all others are the same."
     keys = list(dict.fromkeys(key for each in known.values() for key in each))
-    body = [[f"<code>{esc(key)}</code>", *(code(each.get(key)) for each in known.values())] for key in keys if len({code(each.get(key)) for each in known.values()}) > 1]
+    body = [
+        [f"<code>{esc(key)}</code>", *(code(each.get(key)) for each in known.values())]
+        for key in keys
+        if len({code(each.get(key)) for each in known.values()}) > 1
+    ]
     return grid(["", *map(esc, known)], body, caption) if body else small("No setting differs.")
 
 
@@ -813,41 +844,49 @@ def scripts() -> str:
 # ---- plots
 
 PLOT = 'class="plot"'  # what SCRIPT draws
+ROUND = [digit * 10.0**power for power in range(-6, 8) for digit in (1, 1.5, 2, 3, 5, 7)]  # marks of a log scale
 
 
-def curves(runs, series, title: str, height: int, rules=(), thin_series=(), scale: str = "linear") -> dict:
-    """A Vega-Lite figure of (run's name, records, key) over steps, coloured by run; rules: (name, y) dashed; thin_series: drawn thin."""
+def curves(runs, series, title: str, height: int, levels=(), thin_series=(), scale: str = "linear") -> dict:
+    """A Vega-Lite figure of series (run's name, records, key) over steps, coloured by run; levels: y drawn dashed; thin_series: drawn thin."""
     n_points = max(40, MAX_POINTS // max(1, len(runs)))
     names = [run.name for run in runs]
     colors = {"field": "run", "type": "nominal", "legend": None, "scale": palette(names)}
     x = {"field": "step", "type": "quantitative", "title": "step", "axis": {"tickMinStep": 1}}
-    axis = {"values": [digit * 10.0**power for power in range(-6, 7) for digit in (1, 2, 5)], "format": "~g"} if scale == "log" else {"format": "~g"}
-    y = {"field": "value", "type": "quantitative", "title": None, "scale": {"type": "log", "nice": False} if scale == "log" else {"zero": False}, "axis": axis}
-    tooltip = [{"field": "run", "type": "nominal"}, {"field": "step", "type": "quantitative"}, {"field": "value", "type": "quantitative", "title": title, "format": ".4~g"}]
+    y = {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}}
+    if scale == "log":
+        y |= {"scale": {"type": "log", "nice": False}, "axis": {"values": ROUND, "format": ",.4~r"}}
+    tooltip = [
+        {"field": "run", "type": "nominal", "formatType": "word", "format": "-"},
+        {"field": "step", "type": "quantitative"},
+        {"field": "value", "type": "quantitative", "title": title, "format": ".4~g"},
+    ]
 
     def values(chosen):
         found = []
         for name, records, key in chosen:
-            points = [(record["step"], record[key]) for record in records if finite(record.get(key)) is not None and (scale != "log" or record[key] > 0)]
+            points = [
+                (record["step"], value) for record in records if (value := finite(record.get(key))) is not None and (scale != "log" or value > 0)
+            ]
             found += [{"run": name, "step": step, "value": float(f"{value:.5g}")} for step, value in thin(points, n_points)]
         return found
 
-    line = {"mark": {"type": "line", "clip": True}, "encoding": {"x": x, "y": y, "color": colors}}
-    points = {
-        "mark": {"type": "point", "clip": True, "filled": True, "size": 50},
-        "params": [{"name": "near", "select": {"type": "point", "on": "pointerover", "nearest": True, "clear": "pointerout"}}],
-        "encoding": {"x": x, "y": y, "color": colors, "tooltip": tooltip, "opacity": {"condition": {"param": "near", "empty": False, "value": 1}, "value": 0}},
-    }
+    at = {"x": x, "y": y, "color": colors}
+    line = {"type": "line", "clip": True}
+    dot = {"type": "point", "clip": True, "filled": True}
+    nearest = {"type": "point", "on": "pointerover", "nearest": True, "clear": "pointerout"}
+    opacity = {"condition": {"param": "near", "empty": False, "value": 1}, "value": 0}
     pan = {"type": "interval", "zoom": "wheel![event.shiftKey]"}
-    layers = [{**line, "params": [{"name": "pan", "bind": "scales", "select": pan}]}, points]
-    few = [name for name, records, _ in series if len(records) == 1]
-    if few:  # one point makes no line
-        layers.append({"mark": {"type": "point", "filled": True, "size": 30, "opacity": 1}, "transform": [{"filter": {"field": "run", "oneOf": few}}], "encoding": line["encoding"]})
+    layers = [
+        {"mark": line, "encoding": at, "params": [{"name": "pan", "bind": "scales", "select": pan}]},
+        {"mark": {**dot, "size": 50}, "encoding": {**at, "tooltip": tooltip, "opacity": opacity}, "params": [{"name": "near", "select": nearest}]},
+    ]
+    if single := [name for name, records, _ in series if len(records) == 1]:  # one point makes no line
+        layers.append({"mark": {**dot, "size": 30, "opacity": 1}, "transform": [{"filter": {"field": "run", "oneOf": single}}], "encoding": at})
     if thin_values := values(thin_series):
-        layers.append({"data": {"values": thin_values}, "mark": {"type": "line", "clip": True, "strokeWidth": 1, "opacity": 0.7}, "encoding": line["encoding"]})
-    for value in dict.fromkeys(round(value, 4) for _, value in rules):
-        same = {"mark": {"type": "rule", "clip": True, "strokeDash": [5, 4]}, "encoding": {"y": {**y, "field": "value"}}}
-        layers.append({"data": {"values": [{"value": value}]}, **same})
+        layers.append({"data": {"values": thin_values}, "mark": {**line, "strokeWidth": 1, "opacity": 0.7}, "encoding": at})
+    if level_values := [{"value": value} for value in dict.fromkeys(round(level, 4) for level in levels)]:
+        layers.append({"data": {"values": level_values}, "mark": {"type": "rule", "clip": True, "strokeDash": [5, 4]}, "encoding": {"y": y}})
     if marks := [{"run": run.name, "step": step} for run in runs for step in run.resumes]:
         mark = {"type": "rule", "clip": True, "strokeDash": [1, 3], "strokeWidth": 1.5}
         layers.append({"data": {"values": marks}, "mark": mark, "encoding": {"x": x, "color": colors, "tooltip": {"value": "resumed"}}})
@@ -877,11 +916,11 @@ def pairs(figures: list[str]) -> str:
 
 
 def figure(spec: dict, caption: str, title: str = "") -> str:
-    data = json.dumps(plot_safe(spec), separators=(",", ":")).replace("</", "<\\/").replace("<!--", "<\\u0021--")
+    data = json.dumps(plot_safe(spec), separators=(",", ":")).replace("<", "\\u003c")  # no text in it can end the script element
     head = f"<h3>{esc(title)}</h3>" if title else ""
     return (
         f'<figure>{head}<div {PLOT} role="img" aria-label="{esc(f"{title}. {caption}" if title else caption)}" style="min-height:{spec["height"]}px">'
-        f'<div></div><script type="application/json">{data}</script></div><figcaption>{esc(caption)}</figcaption></figure>'
+        f'<div aria-hidden="true"></div><script type="application/json">{data}</script></div><figcaption>{esc(caption)}</figcaption></figure>'
     )
 
 
@@ -898,7 +937,7 @@ def plot_safe(value: Any) -> Any:
 
 
 def esc(value: Any) -> str:
-    return html.escape(str(value))
+    return html.escape(str(value).encode("utf-8", "replace").decode())  # half a surrogate pair cannot be written
 
 
 def small(text: str) -> str:
@@ -911,9 +950,10 @@ def details(title: str, body: str) -> str:
 
 def grid(heads: list[str], body: list[list[str]], caption: str = "", texts: int = 1, kind: str = "") -> str:
     """A table of HTML cells; the first `texts` columns are words, the others numbers. It scrolls by itself where it is too wide."""
-    head = "".join(f'<th scope="col"{" class=t" if i < texts else ""}>{cell}</th>' for i, cell in enumerate(heads))
+    head = "".join(f'<th scope="col"{" class=t" if i < texts else ""}>{cell}</th>' if cell else "<td></td>" for i, cell in enumerate(heads))
     rows = "".join("<tr>" + "".join(f"<td{' class=t' if i < texts else ''}>{cell}</td>" for i, cell in enumerate(row)) + "</tr>" for row in body)
-    return f'<div class="wide" role="region" aria-label="{esc(caption or "table")}" tabindex="0"><table{f' class="{kind}"' if kind else ""}><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{small(caption)}'
+    region = f'<div class="wide {kind}" role="group" aria-label="{esc(caption or "table")}" tabindex="0">'
+    return f"{region}<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{small(caption)}"
 
 
 def bar(share: float) -> str:
@@ -923,7 +963,7 @@ def bar(share: float) -> str:
 
 def key_of(names: list[str]) -> str:
     """Which colour is whose, where there are several."""
-    return f'<p class="key">{"".join(f"<span>{swatch(i)}{esc(name)}</span>" for i, name in enumerate(names))}</p>' if len(names) > 1 else ""
+    return f'<p class="legend">{"".join(f"<span>{swatch(i)}{esc(name)}</span>" for i, name in enumerate(names))}</p>' if len(names) > 1 else ""
 
 
 def swatch(i: int) -> str:
@@ -1029,8 +1069,7 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --bg:#17181a; --text:#e7e7e4; --muted:#9b9ea4; --line:#2f3135; --soft:#212326;
   --c0:#82a9f5; --c1:#f0985a; --c2:#55c4a1; --c3:#e883b6; --c4:#b39cf2; --c5:#d3ba4c; --c6:#5cc0dd; --c7:#a9b0bb } }
 @media print { :root { --bg:#fff; --text:#000; --muted:#555; --line:#ccc; --soft:#f3f3f3;
-  --c0:#2f62c4; --c1:#c25a12; --c2:#13795f; --c3:#a8326e; --c4:#7352c2; --c5:#806a00; --c6:#0f7490; --c7:#5c6470 }
-  nav { display:none !important } figure, tr, .prompt, .lineage li { break-inside:avoid } h2, h3 { break-after:avoid } }
+  --c0:#2f62c4; --c1:#c25a12; --c2:#13795f; --c3:#a8326e; --c4:#7352c2; --c5:#806a00; --c6:#0f7490; --c7:#5c6470 } }
 * { box-sizing:border-box }
 html { -webkit-text-size-adjust:100%; scroll-behavior:smooth }
 @media (prefers-reduced-motion: reduce) { html { scroll-behavior:auto } }
@@ -1040,7 +1079,6 @@ main { max-width:47rem; margin:0 auto; padding:4.5rem 1.25rem 6rem }
 h1 { font-size:2.125rem; line-height:1.2; letter-spacing:-.02em; font-weight:650; margin:0 0 .35rem; overflow-wrap:anywhere }
 h2 { font-size:1.375rem; line-height:1.3; letter-spacing:-.01em; font-weight:620; margin:0 0 1.1rem }
 h3 { font-size:1rem; font-weight:600; margin:2rem 0 .5rem; overflow-wrap:anywhere }
-h4 { font-size:.8125rem; font-weight:600; color:var(--muted); margin:0 0 .4rem }
 section { margin-top:4.25rem; scroll-margin-top:1.5rem }
 p { margin:0 0 .6rem }
 ul { margin:0; padding-left:1.1rem; overflow-wrap:anywhere } li { margin:.3rem 0 }
@@ -1050,8 +1088,10 @@ nav { display:flex; flex-wrap:wrap; gap:.3rem 1.1rem; margin-top:1.5rem; font-si
 .small, figcaption, small { font-size:.8125rem; line-height:1.5; color:var(--muted) } .small { margin:.6rem 0 0 }
 .made { display:flex } .made .dot { flex:none; margin-top:.5rem }
 .dot { display:inline-block; width:.625rem; height:.625rem; border-radius:50%; margin-right:.55rem }
-.key { display:flex; flex-wrap:wrap; gap:.25rem 1.5rem; font-size:.875rem; margin:0 0 .5rem }
-.wide { overflow-x:auto; margin-top:1.1rem }
+.small + .legend { margin-top:2.25rem } .legend { display:flex; flex-wrap:wrap; gap:.25rem 1.5rem; font-size:.875rem; margin:0 0 .5rem }
+.wide { overflow-x:auto; margin-top:1.1rem; background:linear-gradient(90deg, var(--bg) 30%, transparent), linear-gradient(270deg, var(--bg) 30%, transparent) 100% 0,
+  linear-gradient(90deg, var(--line), transparent), linear-gradient(270deg, var(--line), transparent) 100% 0; background-repeat:no-repeat;
+  background-size:2rem 100%, 2rem 100%, .5rem 100%, .5rem 100%; background-attachment:local, local, scroll, scroll }
 table { border-collapse:collapse; width:100%; font-size:.875rem }
 th, td { text-align:right; padding:.36rem 0 .36rem 1.25rem; border-bottom:1px solid var(--line); vertical-align:baseline; white-space:nowrap }
 th.t, td.t { text-align:left } th:first-child, td:first-child { padding-left:0 }
@@ -1062,9 +1102,9 @@ code { white-space:normal; overflow-wrap:anywhere } td:has(> code) { white-space
 pre { margin:0; white-space:pre-wrap; overflow-wrap:anywhere; line-height:1.55 }
 .bar { display:inline-block; width:clamp(3rem, 22vw, 11rem); height:.5rem; background:var(--soft); border-radius:2px; overflow:hidden; text-align:left }
 .bar i { display:block; height:100%; background:var(--c7) } .pc { display:inline-block; width:3.25rem }
-.funnel th:last-child, .funnel td:last-child { width:1% } .funnel th:first-child { width:12rem }
+.funnel th { width:5.5rem } .funnel th:first-child { width:auto } .funnel th:last-child { width:1% }
 figure { margin:1.25rem 0 0 } figure h3 { margin:0 0 .35rem }
-.plot { width:100% } .plot > div { width:100% } .plot svg { display:block; overflow:visible; max-width:100% }
+.plot { width:100% } .plot > div { width:100% } .plot svg { display:block; overflow:visible; max-width:100%; height:auto }
 figcaption { margin-top:.4rem }
 details { margin-top:1.25rem } summary { cursor:pointer; font-size:.875rem; color:var(--muted) }
 .pairs { display:grid; grid-template-columns:repeat(2, minmax(0, 1fr)); gap:2rem; margin-top:2rem } .pairs figure { margin:0 }
@@ -1072,11 +1112,12 @@ details { margin-top:1.25rem } summary { cursor:pointer; font-size:.875rem; colo
 .lineage { display:flex; gap:.75rem } .lineage svg { flex:none } .lineage path { fill:none; stroke:var(--muted); stroke-width:1.25; opacity:.55 }
 .lineage ol { list-style:none; margin:0; padding:0; min-width:0; flex:1 }
 .lineage li { height:68px; margin:0; padding-top:9px; line-height:1.45; white-space:nowrap; overflow:hidden; text-overflow:ellipsis }
-.lineage li span { font-size:.875rem; margin-left:.4rem }
+.lineage li > span { font-size:.875rem; margin-left:.4rem }
 .split { display:grid; grid-template-columns:auto 1fr; gap:2.5rem; align-items:start } .split figure { margin:1.1rem 0 0; width:276px } .split .wide { margin-top:.6rem }
 .map text { font-size:12px; fill:var(--text) } .map rect { fill:var(--soft); stroke:var(--line) } .map path { fill:none; stroke:var(--muted); opacity:.6 }
 .map rect.twice { fill:color-mix(in srgb, var(--c1) 22%, var(--bg)); stroke:var(--c1) } .map path.twice { stroke:var(--c1); opacity:1; stroke-width:1.5 }
 .map rect.unused { fill:none; stroke-dasharray:3 3; stroke:var(--muted) }
+.outputs h3 { font-size:.8125rem; color:var(--muted); margin:0 0 .4rem }
 .prompt { margin-top:2.25rem } .prompt:first-of-type { margin-top:0 } .prompt > pre { font-weight:650; padding-left:.9rem; border-left:3px solid var(--line) }
 .outputs { display:grid; grid-template-columns:repeat(auto-fit, minmax(15rem, 1fr)); gap:1.25rem 2rem; margin-top:1rem }
 #vg-tooltip-element { background:var(--bg); color:var(--text); border:1px solid var(--line); box-shadow:0 2px 10px rgb(0 0 0 / .12); font:.8125rem/1.4 system-ui, sans-serif;
@@ -1084,16 +1125,21 @@ details { margin-top:1.25rem } summary { cursor:pointer; font-size:.875rem; colo
 #vg-tooltip-element.visible { visibility:visible } #vg-tooltip-element table { width:auto }
 #vg-tooltip-element td { border:0; padding:.05rem .3rem; text-align:left } #vg-tooltip-element td.key { color:var(--muted) }
 @media (max-width: 40rem) { main { padding-top:2.5rem } section { margin-top:3.25rem } .pairs { grid-template-columns:minmax(0, 1fr) } .split { grid-template-columns:1fr; gap:1rem }
-  th, td { padding-left:.8rem } .pc { width:2.75rem } .lineage { gap:.5rem } .funnel th:first-child { width:auto } }
+  table { font-size:.8125rem } th, td { padding-left:.6rem } td.t { white-space:normal } td.t small { display:block } .clock { display:none }
+  .bar { width:2.5rem } .pc { width:2.9rem } .funnel th { width:auto } .funnel th:nth-child(3), .funnel td:nth-child(3) { display:none }
+  .lineage { gap:.5rem } }
+@media print { main { padding-top:0 } nav, .hint { display:none } .wide { overflow:visible; background:none }
+  figure, tr, .prompt, .lineage li { break-inside:avoid } h2, h3, .legend, .prompt > pre { break-after:avoid } }
 """
 
 SCRIPT = """
+const word = value => value;  // Vega-Lite 6.4 shows a name in the tooltip of a nearest point as "undefined" unless it passes through a format
 const quiet = {grid: true, gridColor: "var(--line)", domainColor: "var(--line)", tickColor: "var(--line)", labelColor: "var(--muted)", titleColor: "var(--muted)",
   titleFontWeight: 400, labelFontSize: 12, titleFontSize: 12, tickCount: 5, labelFlush: false};
-const config = {aria: false, background: null, font: "system-ui, sans-serif", view: {stroke: null}, axis: quiet, axisX: {grid: false}, axisY: {domain: false, ticks: false},
+const config = {aria: false, customFormatTypes: true, background: null, font: "system-ui, sans-serif", view: {stroke: null}, axis: quiet, axisX: {grid: false}, axisY: {domain: false, ticks: false},
   axisBand: {grid: false}, line: {strokeWidth: 1.75, strokeJoin: "round"}, rule: {color: "var(--muted)"}, text: {fill: "var(--text)", fontSize: 12}, legend: {labelColor: "var(--text)", labelFontSize: 12}};
 for (const plot of document.querySelectorAll(".plot")) {
   const spec = {width: "container", autosize: {type: "fit-x", contains: "padding"}, ...JSON.parse(plot.querySelector("script").textContent)};
-  vegaEmbed(plot.querySelector("div"), spec, {mode: "vega-lite", renderer: "svg", actions: false, config, tooltip: {disableDefaultStyle: true}});
+  vegaEmbed(plot.querySelector("div"), spec, {mode: "vega-lite", renderer: "svg", actions: false, config, expressionFunctions: {word}, tooltip: {disableDefaultStyle: true}});
 }
 """

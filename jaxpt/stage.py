@@ -112,6 +112,15 @@ def write_whole(path: pathlib.Path, text: str) -> None:
     temporary.rename(path)
 
 
+def answered(path: pathlib.Path | None, request: str) -> dict[str, Any] | None:
+    """What a result file holds, when it was written for this very request (its key "request"); else None."""
+    try:
+        found = json.loads(path.read_text()) if path else None
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return found if isinstance(found, dict) and found.get("request") == request else None
+
+
 # ---- fingerprints: what a thing is, whatever its place and time
 
 

@@ -1,6 +1,8 @@
-"""Write one HTML page about one run or several: lineage, data, curves, growth, evaluation, samples, settings. No network, opens from a file.
+"""Write one HTML page about one run or several, from the JSON that the stages left, and print their numbers as a table.
 
-    scripts/report.py --workdir runs/base runs/child --to report.html
+    python scripts/report.py --workdir runs/base runs/child --to runs/report.html
+
+The page opens from a file and asks no other host for anything. What is missing is named at its end.
 """
 
 import argparse
@@ -14,7 +16,9 @@ from jaxpt import report, stage
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", required=True, nargs="+", action="extend", metavar="DIR", help="run directories, shown in this order; spaced or repeated")
+    parser.add_argument(
+        "--workdir", required=True, nargs="+", action="extend", metavar="DIR", help="run directories, shown in this order; spaced or repeated"
+    )
     parser.add_argument("--to", required=True, type=pathlib.Path, metavar="FILE.html", help="the page to write")
     arguments = parser.parse_args()
     runs = report.write(arguments.workdir, arguments.to)

@@ -1,8 +1,11 @@
 """The whole road at toy size, through its doors: raw text to an evaluated, grown and specialised model, killed and resumed on the way."""
 
+import contextlib
+import io
 import json
 import os
 import pathlib
+import runpy
 import shutil
 import signal
 import subprocess
@@ -30,12 +33,12 @@ def get_config(model="base"):
     c.model.n_heads, c.model.n_kv_heads, c.model.d_head = 6, 2, 8
     c.model.max_positions, c.model.tied = 64, True
     c.mixture.phases = ((0, {"prose": 1.0}),)
-    c.train.steps, c.train.batch_rows, c.train.log_every, c.train.eval_every = 22, 10, 3, 11
-    c.train.checkpoint_every, c.train.eval_rows = 5, 12
-    c.optim.peak_lr, c.optim.warmup_steps = 2e-2, 4
+    c.train.steps, c.train.batch_rows, c.train.log_every, c.train.eval_every = 122, 24, 8, 61
+    c.train.checkpoint_every, c.train.eval_rows = 30, 16
+    c.optim.peak_lr, c.optim.warmup_steps = 1e-2, 10
     if model == "child":
         c.mixture.packed = ("base/packed",)
-        c.mixture.phases = ((0, {"code": 1.0}), (11, {"code": 0.5, "prose": 0.5}))
+        c.mixture.phases = ((0, {"code": 1.0}), (61, {"code": 0.5, "prose": 0.5}))
         c.initialize.source = "grown"
     return c
 """
@@ -44,10 +47,23 @@ VARIES = {"tokens_per_second", "step_seconds", "mfu", "memory_bytes", "seconds",
 
 
 def door(name, *arguments, cwd, ok=True):
-    done = subprocess.run([sys.executable, ROOT / f"scripts/{name}.py", *map(str, arguments)], cwd=cwd, env=ENV, capture_output=True, text=True)
-    assert (done.returncode == 0) == ok, f"{name} {arguments}: status {done.returncode}\n{done.stdout}\n{done.stderr}"
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.stdout + done.stderr
+    """What a door says. Training runs in a process of its own, with one device; the others in this one, to import once."""
+    script, words = ROOT / f"scripts/{name}.py", [str(word) for word in arguments]
+    if name == "train":
+        done = subprocess.run([sys.executable, script, *words], cwd=cwd, env=ENV, capture_output=True, text=True)
+        status, told = done.returncode, done.stdout + done.stderr
+    else:
+        status, said = 0, io.StringIO()
+        with contextlib.chdir(cwd), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [str(script), *words])
+            try:
+                runpy.run_path(str(script), run_name="__main__")
+            except SystemExit as ended:
+                status = 1 if isinstance(ended.code, str) else ended.code
+                said.write(f"{ended.code}\n" if isinstance(ended.code, str) else "")
+        told = said.getvalue()
+    assert (status == 0) == ok and "Traceback" not in told, f"{name} {words}: status {status}\n{told}"
+    return told
 
 
 @pytest.fixture(scope="module")
@@ -171,11 +187,11 @@ def wait_for(path, process):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_run_goes_on_and_ends_as_the_uncut_run(road, how):
     def kill(process, run):
-        wait_for(run / "checkpoints/10", process)
+        wait_for(run / "checkpoints/60", process)
         process.send_signal(how)
 
     killed_run(road, f"again_{how.name}", kill)
-    assert checkpoint.differences(road / "base/checkpoints/22", road / f"again_{how.name}/checkpoints/22") == []
+    assert checkpoint.differences(road / "base/checkpoints/122", road / f"again_{how.name}/checkpoints/122") == []
     assert without_speed(read_metrics(road / f"again_{how.name}/metrics.jsonl")) == without_speed(read_metrics(road / "base/metrics.jsonl"))
 
 
@@ -183,8 +199,8 @@ def test_a_killed_run_goes_on_and_ends_as_the_uncut_run(road, how):
 def test_the_newest_whole_checkpoint_is_taken_and_the_broken_file_named(road, tmp_path, harm, capsys):
     run = tmp_path / "run"
     shutil.copytree(road / "base", run, ignore=shutil.ignore_patterns("corpus", "packed", "hf"))
-    assert checkpoint.steps(run) == [20, 22]
-    victim = max((run / "checkpoints/22/params").rglob("d/*"), key=lambda path: path.stat().st_size)
+    assert checkpoint.steps(run) == [120, 122]
+    victim = max((run / "checkpoints/122/params").rglob("d/*"), key=lambda path: path.stat().st_size)
     if harm == "flipped byte":
         content = bytearray(victim.read_bytes())
         content[len(content) // 2] ^= 1
@@ -192,26 +208,26 @@ def test_the_newest_whole_checkpoint_is_taken_and_the_broken_file_named(road, tm
     elif harm == "missing file":
         victim.unlink()
     elif harm == "no manifest":
-        (run / "checkpoints/22/manifest.json").unlink()
+        (run / "checkpoints/122/manifest.json").unlink()
     else:
         (run / "checkpoints/99").mkdir()
-    assert checkpoint.newest(run).name == ("22" if harm == "stray directory" else "20")
+    assert checkpoint.newest(run).name == ("122" if harm == "stray directory" else "120")
     told = capsys.readouterr().out
     assert harm in ("no manifest", "stray directory") or victim.name in told
     if harm == "flipped byte":
         with pytest.raises(UserError, match="checksum differs"):
-            checkpoint.find(run / "checkpoints/22")
+            checkpoint.find(run / "checkpoints/122")
 
 
 def test_two_checkpoints_are_compared_bit_by_bit(road):
-    told = door("checkpoint", "diff", "base/checkpoints/20", "base/checkpoints/22", cwd=road, ok=False)
+    told = door("checkpoint", "diff", "base/checkpoints/120", "base/checkpoints/122", cwd=road, ok=False)
     assert "params/blocks/q:" in told and "differ" in told
-    assert "equal" in door("checkpoint", "diff", "base", "base/checkpoints/22", cwd=road)
+    assert "equal" in door("checkpoint", "diff", "base", "base/checkpoints/122", cwd=road)
     assert "params/embed" in door("checkpoint", "inspect", "base", cwd=road)
 
 
 def test_a_step_names_its_documents(road):
-    told = door("trace", "--workdir", "child", "--step", "20", cwd=road)
+    told = door("trace", "--workdir", "child", "--step", "80", cwd=road)
     assert "prose" in told and "code" in told
 
 

@@ -250,11 +250,10 @@ def no_eos(directory: pathlib.Path, trained: pathlib.Path) -> str:
         (lambda d, t: asking(source=broken_directory(d / "x", {"tokenizer.model": b"\xff\xfe\xfd"})), "not a SentencePiece model"),
         (lambda d, t: asking(source=no_eos(d / "x", t)), "no end-of-document token"),
         (lambda d, t: asking(source=str(byte_level(d / "x", special=False))), '"special": true'),
-        (lambda d, t: asking(kind="unigram"), "Use 'bpe'"),
         (lambda d, t: asking(vocab_size=1_000_000), "give at most"),
         (lambda d, t: asking(vocab_size=200), "Raise it"),
     ],
-    ids=["missing", "no tokenizer in it", "broken json", "broken model", "no eos", "eos is text", "unigram", "too many pieces", "too few pieces"],
+    ids=["missing", "no tokenizer in it", "broken json", "broken model", "no eos", "eos is text", "too many pieces", "too few pieces"],
 )  # fmt: skip
 def test_what_cannot_be_a_tokenizer_is_refused_in_one_sentence(make, says, trained, tmp_path):
     workdir = write_corpus(tmp_path / "work", english_and_code())

@@ -39,11 +39,6 @@ def train(settings: config.Config, workdir: pathlib.Path, replace: bool = False)
     """
     asked = settings.tokenizer
     if asked.source == "train":
-        if asked.kind != "bpe":
-            raise UserError(
-                f"tokenizer.kind: {asked.kind!r} cannot be saved in Hugging Face form exactly (SentencePiece sums scores in float32 over a whole "
-                "document, tokenizers in float64, so ids part in long documents). Use 'bpe'."
-            )
         wanted, inputs = asked, {"corpus": stage.local_path(workdir) / "corpus"}
     else:
         wanted, inputs = {"source": "adopted"}, {file.name: file for file in source_files(stage.local_path(asked.source))}
@@ -261,7 +256,7 @@ def train_sentencepiece(asked: config.Tokenizer, corpus: pathlib.Path) -> bytes:
     made = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for text in texts for line in text.split("\n") if line), model_writer=made, model_type=asked.kind,
+            sentence_iterator=(line for text in texts for line in text.split("\n") if line), model_writer=made, model_type="bpe",
             vocab_size=asked.vocab_size, max_sentence_length=4 * SPAN, minloglevel=2, **SENTENCEPIECE,
         )  # fmt: skip
     except (RuntimeError, OSError, ValueError) as error:

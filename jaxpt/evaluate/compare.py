@@ -30,13 +30,20 @@ def compare(
     the prompt and writing the tokens, compilation not counted. Raises UserError for a model without tokenizer and a prompt that does not fit.
     """
     names = names_of(models)
+    asked = {"max_new": max_new, **stage.plain(sampling), "seed": seed}
+    request = stage.fingerprint([names, [stage.fingerprint_path(initialize.source_of(model)) for model in models], prompts, asked])
+    if earlier := stage.answered(to, request):
+        stage.say(side_by_side(earlier, shutil.get_terminal_size((120, 40)).columns))
+        stage.say(f"compare: {to} holds this already, nothing to do")
+        return earlier
     outputs: list[list[dict]] = [[] for _ in prompts]
     for name, model in zip(names, models, strict=True):
         for row, output in enumerate(continuations(model, name, prompts, max_new, sampling, seed)):
             outputs[row].append({"model": name, **output})
     samples = {
+        "request": request,
         "models": names,
-        "settings": {"max_new": max_new, **stage.plain(sampling), "seed": seed},
+        "settings": asked,
         "prompts": [{"prompt": prompt, "outputs": row} for prompt, row in zip(prompts, outputs, strict=True)],
     }
     stage.say(side_by_side(samples, shutil.get_terminal_size((120, 40)).columns))

@@ -53,6 +53,13 @@ def evaluate(
         raise UserError(f"--max-length: got {max_length}, wanted at least 2 tokens.")
     texts, asked = understand(tasks, limit, data_dir)
     local = {name: local_rows(name, data_dir) for name in asked} if data_dir else {}
+    read = {key: stage.fingerprint_path(path) for source in texts for key, path in source.inputs().items()}
+    model_print = stage.fingerprint_path(initialize.source_of(model))
+    request = stage.fingerprint([model_print, tasks, backend, limit, max_length, read, stage.fingerprint(local)])
+    if earlier := stage.answered(to, request):
+        stage.say(table(earlier))
+        stage.say(f"evaluate: {to} holds this already, nothing to do")
+        return earlier
     mesh = make_mesh(config.Mesh())
     loaded = initialize.load(model, mesh)
     if loaded.tokenizer_dir is None:

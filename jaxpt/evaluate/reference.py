@@ -19,6 +19,7 @@ def model(hf_dir: pathlib.Path):
     require("torch", "transformers")
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(str(hf_dir), dtype="float32", local_files_only=True).eval()
     except (OSError, ValueError) as error:

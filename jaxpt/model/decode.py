@@ -86,16 +86,16 @@ def generate(
 def check_prompts(spec: ModelSpec, prompts: list[list[int]]) -> None:
     for row, prompt in enumerate(prompts):
         if not prompt:
-            raise UserError(f"generate: prompt {row} has no tokens. Begin it with the beginning-of-sequence token, or write something.")
+            raise UserError(f"generate: prompt {row + 1} has no tokens. Begin it with the beginning-of-sequence token, or write something.")
         if len(prompt) >= spec.max_positions:
             raise UserError(
-                f"generate: prompt {row} has {len(prompt):,} tokens, but the model's context is {spec.max_positions:,}. "
+                f"generate: prompt {row + 1} has {len(prompt):,} tokens, but the model's context is {spec.max_positions:,}. "
                 f"Shorten it to at most {spec.max_positions - 1:,}."
             )
         wrong = [token for token in prompt if not 0 <= token < spec.vocab_size]
         if wrong:
             raise UserError(
-                f"generate: prompt {row} has token id {wrong[0]}, but the model knows ids 0 to {spec.vocab_size - 1}. "
+                f"generate: prompt {row + 1} has token id {wrong[0]}, but the model knows ids 0 to {spec.vocab_size - 1}. "
                 "Use the tokenizer that the model was trained with."
             )
 
@@ -175,7 +175,6 @@ def prefill(spec: ModelSpec, mesh, dtype, n_columns: int, params, tokens, length
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)
 def extend(spec: ModelSpec, mesh, dtype, sampling: Sampling, params, state: State, key, draws, stop) -> State:
     """Add tokens until column `stop`, or until every row has ended."""
-
     model = llama.bind(spec, params)
 
     def add_token(state: State) -> State:

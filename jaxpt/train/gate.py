@@ -24,7 +24,7 @@ from jaxpt.weights.initialize import Birth
 
 
 class Heldout:
-    """Held-out loss per source over the same rows each time: the first train.eval_rows of each."""
+    """Held-out loss per source over the same rows each time: train.eval_rows of each, evenly spaced."""
 
     def __init__(self, settings: Config, packed: list[pathlib.Path], mesh):
         self.rows = loader.open_rows(packed, split="heldout")

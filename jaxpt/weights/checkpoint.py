@@ -183,13 +183,17 @@ def read(directory: pathlib.Path, name: str) -> np.ndarray:
     import orbax.checkpoint as ocp
 
     item = name.split("/")[0]
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def choose(path, leaf):
+        if name != "/".join([item, *(str(key(part)) for part in path)]):
+            return ocp.PLACEHOLDER
+        return jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype, sharding=here)
+
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = checkpointer.metadata(directory.absolute() / item).item_metadata.tree
-        chosen = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) if name == "/".join([item, *(str(key(part)) for part in path)]) else ocp.PLACEHOLDER,
-            tree,
-        )  # fmt: skip
-        restored = checkpointer.restore(directory.absolute() / item, args=ocp.args.PyTreeRestore(item=chosen))
+        chosen = jax.tree_util.tree_map_with_path(choose, tree)
+        restored = checkpointer.restore(directory.absolute() / item, args=ocp.args.PyTreeRestore(item=chosen, restore_args=ocp.checkpoint_utils.construct_restore_args(chosen)))
     return next(np.asarray(leaf) for leaf in jax.tree.leaves(restored) if leaf is not ocp.PLACEHOLDER)
 
 
