@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import functools
 import html
+import itertools
 import json
 import math
 import pathlib
@@ -47,7 +48,7 @@ class RunData:
     """What a run directory's JSON says; None or empty where a file is missing, with a sentence in `notes` where one cannot be read.
 
     nodes    the lineage, oldest first; the last is the run itself
-    stages   "corpus", "tokenizer", "packed" -> the manifests of this run's own, not of its parent's;  funnels: of its corpora
+    stages   each of STAGES -> the manifests of this run's own, not of its parent's;  funnels: of its corpora
     train    metrics.jsonl's training records by step;  heldout: its held-out records;  resumes: steps at which the run was taken up again
     evals    eval/*.json by file stem, without samples.json
     """
@@ -126,7 +127,8 @@ def load_run(directory: str | pathlib.Path) -> RunData:
     )
 
 
-STAGES = ("corpus", "tokenizer", "packed")
+DATA = ("corpus", "tokenizer", "packed")  # stages known by the directory they lie in
+STAGES = (*DATA, "grown")  # what comes before training
 FORMS = {  # what a file must hold at least to be of use
     "manifest.json": {"fingerprint": str, "inputs": dict, "counts": dict},
     "spec.json": dict.fromkeys(("n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "d_head", "vocab_size"), int),
@@ -192,7 +194,8 @@ def lineage_of(directory: pathlib.Path, notes: list[str]) -> list[Node]:
         key = manifest.get("fingerprint") or fingerprint or str(home)
         if key in nodes:
             return key
-        node = nodes[key] = Node(key, home, home.name if home.name in STAGES else "run", manifest or None, [])
+        kind = home.name if home.name in DATA else "grown" if manifest.get("stage") == "initialize" else "run"
+        node = nodes[key] = Node(key, home, kind, manifest or None, [])
         if node.kind == "corpus":  # its inputs are raw text, which the data section tells of
             node.funnel = read_json(home / "funnel.json", notes)
             return key
@@ -217,19 +220,21 @@ def inputs_of(manifest: dict) -> list[tuple[str, str | None]]:
 def inputs_of_unfinished(run: pathlib.Path, notes: list[str]) -> list[tuple[str, None]]:
     """What a run that still goes on reads: it has no manifest yet, but its config says so, or the stages in its directory do."""
     settings = read_json(run / "config.json", notes) or {}
-    packed = (settings.get("mixture") or {}).get("packed") or [run / kind for kind in STAGES if (run / kind / "manifest.json").is_file()]
+    packed = (settings.get("mixture") or {}).get("packed") or [run / kind for kind in DATA if (run / kind / "manifest.json").is_file()]
     source = (settings.get("initialize") or {}).get("source", "random")
     return [(str(path), None) for path in (*packed, *([] if source == "random" else [source]))]
 
 
 def own_stages(nodes: list[Node]) -> list[Node]:
-    """The finished stages that made the last node's data: its ancestors that are not behind another run."""
+    """The finished stages that the last node needed: those of its data and its own growth, none that lie behind another run."""
     at = {node.key: node for node in nodes}
-    own, waiting = [], list(nodes[-1].parents)
-    for key in waiting:
-        if at[key].kind in STAGES and at[key].manifest and at[key] not in own:
-            own.append(at[key])
-            waiting += at[key].parents
+    own, waiting = [], [nodes[-1].key]
+    for key in waiting:  # it grows while it is walked
+        node = at[key]
+        if node.kind in STAGES and node.manifest and node not in own:
+            own.append(node)
+        if node.kind in DATA or node is nodes[-1]:
+            waiting += node.parents
     return own
 
 
@@ -264,8 +269,9 @@ def summary(runs: list[RunData]) -> list[tuple[str, str, list[str]]]:
         "bits per byte": ("", [bits_per_byte(run) for run in runs], decimal),
         "time": ("", [seconds_by_stage(run) for run in runs], duration),
     }
+    order = [*domains_of(runs), *STAGES]
     for label, (unit, values, as_text) in groups.items():
-        keys = list(dict.fromkeys(key for each in values for key in each))
+        keys = in_order(order, (key for each in values for key in each))
         if keys:
             rows.append((label, unit, ["" for _ in runs]))
         rows += [("  " + key, "", [as_text(each.get(key)) for each in values]) for key in keys]
@@ -287,6 +293,18 @@ def table(runs: list[RunData], to: pathlib.Path) -> str:
         ]
         lines.append("")
     return "\n".join(line.rstrip() for line in [*lines, f"{to}  ({to.stat().st_size / 1e6:.2f} MB, opens in any browser)"])
+
+
+def domains_of(runs: list[RunData]) -> list[str]:
+    """Names of the held-out domains, in one order for the whole page: as the corpora name their sources, then as they turn up."""
+    sources = [name for run in runs for found in run.funnels for name in found["sources"]]
+    return list(dict.fromkeys([*sources, *(name for run in runs for record in run.heldout for name in record["heldout"])]))
+
+
+def in_order(order: list, keys: Iterable) -> list:
+    """The keys, each once: those named in `order` first and as there, the others as they come."""
+    keys = list(dict.fromkeys(keys))
+    return [*(key for key in order if key in keys), *(key for key in keys if key not in order)]
 
 
 def n_params(run: RunData) -> int | None:
@@ -317,11 +335,10 @@ def bits_per_byte(run: RunData) -> dict[str, float]:
 
 
 def seconds_by_stage(run: RunData) -> dict[str, float]:
-    verbs = {"corpus": "prepare", "tokenizer": "tokenizer", "packed": "pack"}
-    found = {verbs[kind]: sum(finite(manifest.get("seconds")) or 0 for manifest in manifests) for kind, manifests in run.stages.items()}
+    found = {kind: sum(finite(manifest.get("seconds")) or 0 for manifest in manifests) for kind, manifests in run.stages.items()}
     found["train"] = (run.manifest or {}).get("seconds") if run.train and run.manifest else last(run.train, "seconds")
-    found["evaluate"] = sum(finite(result.get("seconds")) or 0 for result in run.evals.values())
-    return {verb: seconds for verb, seconds in found.items() if finite(seconds)}
+    found["eval"] = sum(finite(result.get("seconds")) or 0 for result in run.evals.values())
+    return {name: seconds for name, seconds in found.items() if finite(seconds)}
 
 
 def first(records: list[dict], key: str) -> float | None:
@@ -340,7 +357,7 @@ def headline(runs: list[RunData]) -> str:
     body = []
     for label, unit, values in summary(runs):
         if label.startswith("  "):
-            body.append([f'<span class="in">{esc(label)}</span>', *map(esc, values)])
+            body.append([f'<span class="in">{esc(label.strip())}</span>', *map(esc, values)])
         else:
             body.append([esc(label) + (f" <small>{esc(unit)}</small>" if unit else ""), *map(esc, values)])
     caption = (
@@ -391,7 +408,7 @@ def lineage_entry(node: Node, run: RunData | None) -> str:
     manifest = node.manifest or {}
     date, _, clock = manifest.get("created", "")[:16].partition("T")
     facts = [
-        esc(node.key) if manifest else "no manifest there",
+        f'{esc(node.key[:8])}<span class="clock">{esc(node.key[8:])}</span>' if manifest else "no manifest there",
         f'{esc(date)}<span class="clock"> {esc(clock)}</span>' if date else "",
         duration(manifest.get("seconds")),
         "made anew since it was read" if node.changed else "",
@@ -427,20 +444,20 @@ def funnel(runs: list[RunData]) -> str:
 
 
 def funnel_of(found: dict, source: str) -> str:
-    body, before, read = [], None, None
-    steps = [(step["rule"], step["kept"].get(source, {})) for step in found["steps"]]
-    for rule, kept in steps:
-        rows, size = kept.get("rows", 0), kept.get("bytes", 0)
-        read = read or size
-        dropped = "" if before is None else whole(before - rows)
-        body.append([esc(rule.replace("_", " ")), whole(rows), dropped, megabytes(size), bar(size / read if read else 0)])
-        before = rows
-    for part in ("train", "heldout"):
-        if kept := (found.get(part) or {}).get(source):
-            share = bar(kept.get("bytes", 0) / read if read else 0)
-            label = "kept for training" if part == "train" else "held out"
-            body.append([label, whole(kept.get("rows")), "", megabytes(kept.get("bytes")), share])
-    return grid(["rule", "documents", "dropped", "MB", "share"], body, kind="funnel")
+    """Read, left after each rule, and parted into training and held-out text. Where no rule was applied there is no column of what rules dropped."""
+    steps = [(step["rule"].replace("_", " "), step["kept"].get(source, {})) for step in found["steps"]]
+    rows = [kept.get("rows", 0) for _, kept in steps]
+    dropped = ["", *(whole(before - after) for before, after in itertools.pairwise(rows))]
+    parts = [
+        (label, found[part][source]) for part, label in (("train", "kept for training"), ("heldout", "held out")) if source in found.get(part, {})
+    ]
+    read = steps[0][1].get("bytes") if steps else None
+    body = []
+    for (label, kept), lost in itertools.zip_longest([*steps, *parts], dropped, fillvalue=""):
+        share = bar(kept.get("bytes", 0) / read if read else 0)
+        body.append([esc(label), whole(kept.get("rows")), *([lost] if len(steps) > 1 else []), megabytes(kept.get("bytes")), share])
+    heads = ["rule", "documents", *(["dropped"] if len(steps) > 1 else []), "MB", "share"]
+    return grid(heads, body, kind="funnel rules" if len(steps) > 1 else "funnel")
 
 
 def losses(runs: list[RunData]) -> str:
@@ -452,15 +469,15 @@ def losses(runs: list[RunData]) -> str:
         caption = "Training loss, nats per token, at each logged step."
         caption += " Dashed: guessing each token by its frequency alone (unigram entropy of the packed set)." if entropy else ""
         caption += " Dotted upright: the run was taken up again there." if any(run.resumes for run in runs) else ""
-        figures.append(figure(curves(runs, [(run.name, run.train, "loss") for run in runs], "loss", 300, entropy), caption))
-    domains = list(dict.fromkeys(name for run in runs for record in run.heldout for name in record["heldout"]))
+        figures.append(figure(curves(runs, [(run.name, run.train, "loss") for run in runs], "loss", 330, entropy), caption))
+    domains = [name for name in domains_of(runs) if any(name in record["heldout"] for run in runs for record in run.heldout)]
     small_ones = []
     for domain in domains:
         series = [(run.name, flat(run.heldout, "heldout", domain), "value") for run in runs]
         parent = [(run.name, flat(run.heldout, "parent", domain), "value") for run in runs]
         entropy = [value for run in runs if (value := unigram_entropy(run, domain)) is not None]
-        caption = "Held out, nats per token." + (" Thin: its parent on the same rows." if any(points for _, points, _ in parent) else "")
-        small_ones.append(figure(curves(runs, series, domain, 190, entropy, parent), caption, domain))
+        caption = "Nats per token." + (" Thin: its parent on the same rows." if any(points for _, points, _ in parent) else "")
+        small_ones.append(figure(curves(runs, series, domain, 220, entropy, parent), caption, f"Held out: {domain}"))
     hint = '<p class="small hint">Drag moves a plot, shift and wheel zoom it, a double click brings the whole back.</p>'
     return key_of([run.name for run in runs]) + "".join(figures) + pairs(small_ones) + hint + details("The numbers", heldout_table(runs, domains))
 
@@ -502,7 +519,7 @@ def training(runs: list[RunData]) -> str:
     ):
         if any(finite(record.get(key)) for run in runs for record in run.train):
             series = [(run.name, run.train, key) for run in runs]
-            figures.append(figure(curves(runs, series, title.lower(), 170, scale=scale), says, title))
+            figures.append(figure(curves(runs, series, title.lower(), 200, scale=scale), says, title))
     body = []
     for run in runs:
         epochs = next((record["epochs"] for record in run.train[::-1] if isinstance(record.get("epochs"), dict)), {})
@@ -511,7 +528,7 @@ def training(runs: list[RunData]) -> str:
         skipped = last(run.train, "n_skipped")
         body.append([
             esc(run.name), whole(speeds[len(speeds) // 2]) if speeds else "", f"{memory / 1e9:.2f}" if memory else "",
-            whole(skipped) if skipped is not None else "", esc(", ".join(f"{name} {decimal(value, 2)}" for name, value in epochs.items())),
+            whole(skipped) if skipped is not None else "", esc(", ".join(f"{name} {decimal(epochs[name], 2)}" for name in in_order(domains_of(runs), epochs) if epochs[name])),
         ])  # fmt: skip
     heads = ["run", "tokens/s, median", "peak memory, GB", "steps skipped", "times each source was read"]
     return key_of([run.name for run in runs]) + pairs(figures) + grid(heads, body)
@@ -520,9 +537,9 @@ def training(runs: list[RunData]) -> str:
 def growth(runs: list[RunData]) -> str:
     parts = []
     for found, names in distinct(runs, "growth"):
-        verdict = found.get("verdict") or "no verdict was given"
+        verdict = (found.get("verdict") or "no verdict was given").replace("->", "\u2192")
         parts.append(f"<h3>{esc(', '.join(found.get('operators', [])))}{of_runs(names, runs)}</h3><p>{esc(verdict[:1].upper() + verdict[1:])}.</p>")
-        parts.append(f'<div class="split"><div>{growth_map(found)}</div><div>{growth_facts(found)}</div></div>')
+        parts.append(f'<div class="split"><div>{growth_map(found)}</div><div>{growth_facts(found, domains_of(runs))}</div></div>')
     return "".join(parts)
 
 
@@ -563,7 +580,7 @@ def growth_map(found: dict) -> str:
     return f"<figure>{picture}<figcaption>{esc(caption)}</figcaption></figure>"
 
 
-def growth_facts(found: dict) -> str:
+def growth_facts(found: dict, domains: list[str]) -> str:
     before, after = found["n_params"]["parent"], found["n_params"]["child"]
     rows = [["parameters", count(before), count(after)]]
     labels = {"n_layers": "layers", "d_model": "width", "d_ff": "feed-forward width", "n_heads": "heads", "vocab_size": "vocabulary"}
@@ -572,7 +589,7 @@ def growth_facts(found: dict) -> str:
         if key == "n_layers" or sizes[0] != sizes[1]:
             rows.append([label, *map(whole, sizes)])
     loss = found.get("heldout_loss") or {}
-    for name in loss.get("parent", {}):
+    for name in in_order(domains, loss.get("parent", {})):
         rows.append([f"{esc(name)} <small>nats/token</small>", decimal(loss["parent"][name]), decimal(loss.get("newborn", {}).get(name))])
     facts = [f"{after / before:.2f} times the parent's parameters."] if before else []
     difference = finite(found.get("max_logit_difference"))
@@ -597,7 +614,8 @@ def evaluation(runs: list[RunData]) -> str:
         return ""
     columns = dict(sorted(columns.items(), key=lambda item: (model_order(item[0][0], runs), item[0][1] == "hf")))
     names = column_names(list(columns))
-    keys = sorted(dict.fromkeys(key for scores in columns.values() for key in scores), key=lambda key: not key[0].startswith("bits_per_byte"))
+    domains = [(f"bits_per_byte/{name}", "bits_per_byte") for name in domains_of(runs)]
+    keys = in_order(domains, (key for scores in columns.values() for key in scores))
     body, has_error = [], False
     for task, metric in keys:
         found = [scores.get((task, metric)) for scores in columns.values()]
@@ -606,11 +624,24 @@ def evaluation(runs: list[RunData]) -> str:
         label = f"{esc(task.removeprefix('bits_per_byte/'))} <small>{esc(metric.replace('_', ' '))}{f', {whole(n)} items' if n else ''}</small>"
         body.append([label, *(score_text(*each) if each else "" for each in found)])
     body.append(["time", *(duration(seconds[key] or None) for key in columns)])
-    caption = (
-        "Bits per byte: lower is better. Benchmarks: higher is better, ± one standard error. jax: our code; hf: the exported model in transformers."
-    )
+    caption = "Bits per byte: lower is better." + (" Benchmarks: higher is better, ± one standard error." if has_error else "")
+    caption += " jax: our code; hf: the exported model in transformers." + backends_differ(columns)
     heads = [f"{esc(name)}<br>{esc(backend)}" for name, backend in names]
     return grid(["", *heads], body, caption) + (benchmarks(columns, names) if has_error else "")
+
+
+def backends_differ(columns: dict) -> str:
+    """How far our numbers are from the reference's, where a model was scored by both."""
+    differences = [
+        abs(score[0] - columns[model, "hf"][key][0])
+        for (model, backend), scores in columns.items()
+        if backend == "jax" and (model, "hf") in columns
+        for key, score in scores.items()
+        if key in columns[model, "hf"]
+    ]
+    if not differences:
+        return ""
+    return f" They differ by {max(differences):.0e} at most." if any(differences) else " They are equal."
 
 
 def score_text(score: float, error: float | None, n: int) -> str:
@@ -644,7 +675,7 @@ def benchmarks(columns: dict, names: list[tuple[str, str]]) -> str:
     tooltip += [{"field": field, "type": "quantitative", "format": ".3f"} for field in ("score", "low", "high")]
     point = {"x": {"field": "score", **axis}, "fill": {"condition": hollow, **by_model}, "stroke": by_model, "tooltip": tooltip}
     spec = {
-        "height": 14 * len(values) + 20 * len({value["task"] for value in values}),
+        "height": 45 + 14 * len(values) + 20 * len({value["task"] for value in values}),
         "data": {"values": values},
         "encoding": {
             "y": {"field": "task", "type": "nominal", "title": None, "sort": None, "axis": {"labelLimit": 130}},
@@ -701,10 +732,10 @@ def samples(runs: list[RunData]) -> str:
 def sample(output: dict, runs: list[RunData]) -> str:
     speed = ""
     if finite(output.get("tokens")) and finite(output.get("seconds")):
-        speed = f"{whole(output['tokens'])} tokens, {decimal(output['tokens'] / output['seconds'], 1)} a second"
+        speed = f"{whole(output['tokens'])} tokens, {brief(output['tokens'] / output['seconds'])} a second"
     name = model_name(str(output["model"]))
     i = model_order(name, runs)
-    return f"<div><h3>{swatch(i) if i < len(runs) else ''}{esc(name)}</h3><pre>{esc(clip(output['text'].strip(chr(10)), MAX_TEXT))}</pre>{small(speed)}</div>"
+    return f"<div><h3>{swatch(i) if i < len(runs) else ''}{esc(name)}</h3><pre>{esc(clip(output['text'].lstrip(' ').strip(chr(10)), MAX_TEXT))}</pre>{small(speed)}</div>"
 
 
 def plan(runs: list[RunData]) -> str:
@@ -739,7 +770,7 @@ def plan_chart(targets: list[dict]) -> dict:
     fill = {"condition": {"test": "datum.fits", "value": color(0)}, "value": "var(--bg)"}
     tooltip = [{"field": "on", "type": "nominal"}, *({"field": field, "type": "quantitative", "format": ",.3~r"} for field in ("hours", "usd"))]
     return {
-        "height": 260,
+        "height": 290,
         "data": {"values": values},
         "encoding": {"x": {"field": "hours", "title": "hours", **axis}, "y": {"field": "usd", "title": "USD", **axis}},
         "layer": [
@@ -760,11 +791,11 @@ def settings(runs: list[RunData]) -> str:
         caption = "Settings that differ between the runs; all others are the same."
     keys = list(dict.fromkeys(key for each in known.values() for key in each))
     body = [
-        [f"<code>{esc(key)}</code>", *(code(each.get(key)) for each in known.values())]
+        [f"<code>{esc(key).replace('.', '.<wbr>')}</code>", *(code(each.get(key)) for each in known.values())]
         for key in keys
         if len({code(each.get(key)) for each in known.values()}) > 1
     ]
-    return grid(["", *map(esc, known)], body, caption) if body else small("No setting differs.")
+    return grid(["", *map(esc, known)], body, caption, texts=1 + len(known)) if body else small("No setting differs.")
 
 
 def leaves(tree: dict, prefix: str = "") -> dict[str, Any]:
@@ -886,7 +917,11 @@ def curves(runs, series, title: str, height: int, levels=(), thin_series=(), sca
     if thin_values := values(thin_series):
         layers.append({"data": {"values": thin_values}, "mark": {**line, "strokeWidth": 1, "opacity": 0.7}, "encoding": at})
     if level_values := [{"value": value} for value in dict.fromkeys(round(level, 4) for level in levels)]:
-        layers.append({"data": {"values": level_values}, "mark": {"type": "rule", "clip": True, "strokeDash": [5, 4]}, "encoding": {"y": y}})
+        label = {"type": "text", "clip": True, "text": "unigram", "x": "width", "align": "right", "dy": 10, "fill": "var(--muted)", "fontSize": 11}
+        layers += [
+            {"data": {"values": level_values}, "mark": mark, "encoding": {"y": y}}
+            for mark in ({"type": "rule", "clip": True, "strokeDash": [5, 4]}, label)
+        ]
     if marks := [{"run": run.name, "step": step} for run in runs for step in run.resumes]:
         mark = {"type": "rule", "clip": True, "strokeDash": [1, 3], "strokeWidth": 1.5}
         layers.append({"data": {"values": marks}, "mark": mark, "encoding": {"x": x, "color": colors, "tooltip": {"value": "resumed"}}})
@@ -1053,7 +1088,7 @@ def duration(seconds: Any) -> str:
 
 
 def code(value: Any) -> str:
-    return "" if value is None else f"<code>{esc(clip(json.dumps(value), 200))}</code>"
+    return "" if value is None else f"<code>{esc(clip(json.dumps(value), 200)).replace('/', '/<wbr>')}</code>"
 
 
 def clip(text: Any, n: int) -> str:
@@ -1084,7 +1119,7 @@ p { margin:0 0 .6rem }
 ul { margin:0; padding-left:1.1rem; overflow-wrap:anywhere } li { margin:.3rem 0 }
 a { color:inherit; text-decoration-color:var(--line); text-underline-offset:.25em } a:hover { text-decoration-color:currentColor }
 :focus-visible { outline:2px solid var(--c0); outline-offset:2px }
-nav { display:flex; flex-wrap:wrap; gap:.3rem 1.1rem; margin-top:1.5rem; font-size:.875rem; color:var(--muted) }
+nav { display:flex; flex-wrap:wrap; gap:.3rem 1rem; margin-top:1.5rem; font-size:.875rem; color:var(--muted) }
 .small, figcaption, small { font-size:.8125rem; line-height:1.5; color:var(--muted) } .small { margin:.6rem 0 0 }
 .made { display:flex } .made .dot { flex:none; margin-top:.5rem }
 .dot { display:inline-block; width:.625rem; height:.625rem; border-radius:50%; margin-right:.55rem }
@@ -1096,7 +1131,7 @@ table { border-collapse:collapse; width:100%; font-size:.875rem }
 th, td { text-align:right; padding:.36rem 0 .36rem 1.25rem; border-bottom:1px solid var(--line); vertical-align:baseline; white-space:nowrap }
 th.t, td.t { text-align:left } th:first-child, td:first-child { padding-left:0 }
 th { font-weight:600; color:var(--muted); font-size:.8125rem; vertical-align:bottom }
-td i { font-style:normal } .in { padding-left:1.1rem; color:var(--muted) }
+td i { font-style:normal } .in { padding-left:1.1rem; color:var(--muted) } tr:has(+ tr .in):not(:has(.in)) td { border-bottom-color:transparent; padding-top:.8rem }
 code, pre { font-family:ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace; font-size:.8125rem }
 code { white-space:normal; overflow-wrap:anywhere } td:has(> code) { white-space:normal; min-width:7rem }
 pre { margin:0; white-space:pre-wrap; overflow-wrap:anywhere; line-height:1.55 }
@@ -1126,7 +1161,7 @@ details { margin-top:1.25rem } summary { cursor:pointer; font-size:.875rem; colo
 #vg-tooltip-element td { border:0; padding:.05rem .3rem; text-align:left } #vg-tooltip-element td.key { color:var(--muted) }
 @media (max-width: 40rem) { main { padding-top:2.5rem } section { margin-top:3.25rem } .pairs { grid-template-columns:minmax(0, 1fr) } .split { grid-template-columns:1fr; gap:1rem }
   table { font-size:.8125rem } th, td { padding-left:.6rem } td.t { white-space:normal } td.t small { display:block } .clock { display:none }
-  .bar { width:2.5rem } .pc { width:2.9rem } .funnel th { width:auto } .funnel th:nth-child(3), .funnel td:nth-child(3) { display:none }
+  .bar { width:2.5rem } .pc { width:2.9rem } .funnel th { width:auto } .rules th:nth-child(3), .rules td:nth-child(3) { display:none }
   .lineage { gap:.5rem } }
 @media print { main { padding-top:0 } nav, .hint { display:none } .wide { overflow:visible; background:none }
   figure, tr, .prompt, .lineage li { break-inside:avoid } h2, h3, .legend, .prompt > pre { break-after:avoid } }
@@ -1136,10 +1171,10 @@ SCRIPT = """
 const word = value => value;  // Vega-Lite 6.4 shows a name in the tooltip of a nearest point as "undefined" unless it passes through a format
 const quiet = {grid: true, gridColor: "var(--line)", domainColor: "var(--line)", tickColor: "var(--line)", labelColor: "var(--muted)", titleColor: "var(--muted)",
   titleFontWeight: 400, labelFontSize: 12, titleFontSize: 12, tickCount: 5, labelFlush: false};
-const config = {aria: false, customFormatTypes: true, background: null, font: "system-ui, sans-serif", view: {stroke: null}, axis: quiet, axisX: {grid: false}, axisY: {domain: false, ticks: false},
+const config = {aria: false, customFormatTypes: true, background: null, font: "system-ui, sans-serif", view: {stroke: null}, axis: quiet, axisX: {grid: false}, axisY: {domain: false, ticks: false, minExtent: 30},
   axisBand: {grid: false}, line: {strokeWidth: 1.75, strokeJoin: "round"}, rule: {color: "var(--muted)"}, text: {fill: "var(--text)", fontSize: 12}, legend: {labelColor: "var(--text)", labelFontSize: 12}};
 for (const plot of document.querySelectorAll(".plot")) {
-  const spec = {width: "container", autosize: {type: "fit-x", contains: "padding"}, ...JSON.parse(plot.querySelector("script").textContent)};
+  const spec = {width: "container", autosize: {type: "fit", contains: "padding"}, ...JSON.parse(plot.querySelector("script").textContent)};
   vegaEmbed(plot.querySelector("div"), spec, {mode: "vega-lite", renderer: "svg", actions: false, config, expressionFunctions: {word}, tooltip: {disableDefaultStyle: true}});
 }
 """

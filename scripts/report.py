@@ -11,7 +11,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # run from a clone without installing
 
-from jaxpt import report, stage
+from jaxpt import stage
 
 
 def main():
@@ -21,6 +21,8 @@ def main():
     )
     parser.add_argument("--to", required=True, type=pathlib.Path, metavar="FILE.html", help="the page to write")
     arguments = parser.parse_args()
+    from jaxpt import report  # after the flags were read: --help stays fast
+
     runs = report.write(arguments.workdir, arguments.to)
     stage.say(report.table(runs, arguments.to))
 

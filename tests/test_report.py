@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
 from jaxpt import config, report, stage
 from jaxpt.spec import UserError
@@ -345,6 +346,34 @@ def test_lineage_goes_from_the_corpus_to_the_child_even_after_a_move(runs, tmp_p
     assert [node.path.name for node in report.load_run(moved[1]).nodes] == names
 
 
+def test_a_model_grown_in_its_own_directory_stands_between_parent_and_child(runs, tmp_path):
+    base, child = runs
+    grown = tmp_path / "grown"
+    given = {"initialize": {"path": str(base), "fingerprint": stage.fingerprint_path(base)}}
+    grown.mkdir()
+    manifest = stage.make_manifest("initialize", {}, given, outputs={}, counts={"n_params": 886_368}, tokenizer=None, seed=0, seconds=6.4)
+    stage.write_manifest(manifest, grown)
+    write_manifest(child, "train", {"packed": base / "packed", "initialize": grown}, {"steps": 180}, 118.0)
+    run = report.load_run(child)
+    assert [node.path.name for node in run.nodes] == ["corpus", "tokenizer", "packed", "base", "grown", "child"]
+    assert report.seconds_by_stage(run) == {"corpus": 38.2, "tokenizer": 21.7, "packed": 47.5, "grown": 6.4, "train": 118.0, "eval": 49.3}
+    assert report.seconds_by_stage(report.load_run(base)).get("grown", 0) == 0, "a parent did not need its child's growth"
+
+
+def test_the_distance_of_our_numbers_from_the_references_is_said(runs, tmp_path):
+    _, child = runs
+    for backend, score in (("jax", 2.0), ("hf", 2.03125)):
+        result = {"results": {"bits_per_byte/prose": {"bits_per_byte,none": score}}, "model": str(child / "hf"), "backend": backend}
+        write_json(child / "eval" / f"{backend}.json", result)
+    report.write([child], tmp_path / "page.html")
+    assert "They differ by 3e-02 at most." in Page(tmp_path / "page.html").text
+
+
+def test_domains_stand_in_one_order_on_the_whole_page(runs):
+    labels = [label.strip() for label, _, _ in report.summary(report.load_runs(runs))]
+    assert [label for label in labels if label in ("prose", "code")] == ["prose", "code"] * 2
+
+
 def test_parameters_counted_from_the_shape_are_the_models_own(tmp_path):
     from jaxpt.model import llama
     from jaxpt.spec import ModelSpec
@@ -362,7 +391,7 @@ def test_the_door_prints_a_table_of_at_most_100_columns_and_the_pages_path(runs,
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines()[:-1])) <= 100
     assert str(to) in done.stdout.splitlines()[-1]
-    for said in ("parameters", "591 k", "886 k", "held-out", "bits per byte", "2.113", "pack", "47.5 s"):
+    for said in ("parameters", "591 k", "886 k", "held-out", "bits per byte", "2.113", "packed", "47.5 s"):
         assert said in done.stdout, said
 
 
@@ -376,8 +405,7 @@ def test_bad_input_is_one_sentence(flags, said):
 
 
 def door(*flags):
-    root = pytest.importorskip("jaxpt").__path__[0] + "/.."
-    return subprocess.run([sys.executable, "scripts/report.py", *map(str, flags)], cwd=root, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "scripts/report.py", *map(str, flags)], cwd=ROOT, capture_output=True, text=True)
 
 
 def test_a_file_name_is_wanted_and_not_a_directory(tmp_path):

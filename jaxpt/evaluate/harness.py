@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import itertools
 import json
 import logging
@@ -195,6 +196,7 @@ def run_harness(judged, tasks: list[str], limit: int | None, local: dict[str, di
     return {key: found[key] for key in kept if key in found}
 
 
+@functools.cache  # reading its thousands of task files takes seconds
 def task_manager():
     """The harness's index of its tasks; its running commentary is left out."""
     from lm_eval.tasks import TaskManager
