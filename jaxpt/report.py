@@ -368,7 +368,7 @@ def headline(runs: list[RunData]) -> str:
 
 def made(run: RunData) -> str:
     """One sentence on what a run made and from what."""
-    what = f"{count(n_params(run))} parameters" if n_params(run) else "a model"
+    what = f"{count(n_params(run))} parameters" if n_params(run) else "a model of unknown size (no spec.json)"
     parts = [f"<strong>{esc(run.name)}</strong>: {esc(what)}"]
     if run.growth:
         parts.append(f"grown from {esc(model_name(run.growth.get('parent', '')))} by {esc(', '.join(run.growth.get('operators', [])))}")
@@ -746,7 +746,7 @@ def plan(runs: list[RunData]) -> str:
             peak = finite(target.get("peak_bytes_per_device"))
             body.append([
                 esc(target.get("on", "")), esc(target.get("method", "")), whole(target.get("devices")), "yes" if target.get("fits") else "no",
-                f"{peak / 1e9:,.1f}" if peak is not None else "", *(span(target, key) for key in ("tokens_per_second", "hours", "usd")),
+                f"{peak / 1e9:,.1f}" if peak is not None else "", span(target, "tokens_per_second", count), span(target, "hours", brief), span(target, "usd", brief),
             ])  # fmt: skip
         priced = [target for target in found["targets"] if finite(target.get("hours")) and finite(target.get("usd"))]
         parts.append(f"<h3>{esc(', '.join(names))}</h3>" if len(runs) > 1 else "")
@@ -758,10 +758,11 @@ def plan(runs: list[RunData]) -> str:
     return "".join(parts)
 
 
-def span(target: dict, key: str) -> str:
-    """145 to 208, or the one number where no range was given."""
+def span(target: dict, key: str, as_text: Callable) -> str:
+    """145–208, or the one number where no range was given."""
     ends = sorted(value for end in ("low", "high") if (value := finite((target.get(end) or {}).get(key))) is not None)
-    return f"{brief(ends[0])} to {brief(ends[1])}" if len(ends) == 2 else brief(target.get(key))
+    texts = dict.fromkeys(map(as_text, ends if len(ends) == 2 else [target.get(key)]))
+    return "\u2013".join(map(esc, texts))
 
 
 def plan_chart(targets: list[dict]) -> dict:
@@ -1049,9 +1050,11 @@ def whole(value: Any) -> str:
 
 
 def brief(value: Any) -> str:
-    """Three digits where more would promise too much: 1.52, 34.1, 786, 40,400."""
+    """Three digits where more would promise too much: 1.52, 34.1, 786, 40,400; nothing below a hundredth."""
     if finite(value) is None:
         return ""
+    if 0 < value < 0.01:
+        return "< 0.01"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
@@ -1119,7 +1122,7 @@ p { margin:0 0 .6rem }
 ul { margin:0; padding-left:1.1rem; overflow-wrap:anywhere } li { margin:.3rem 0 }
 a { color:inherit; text-decoration-color:var(--line); text-underline-offset:.25em } a:hover { text-decoration-color:currentColor }
 :focus-visible { outline:2px solid var(--c0); outline-offset:2px }
-nav { display:flex; flex-wrap:wrap; gap:.3rem 1rem; margin-top:1.5rem; font-size:.875rem; color:var(--muted) }
+nav { text-wrap:balance; margin-top:1.5rem; font-size:.875rem; color:var(--muted) } nav a { display:inline-block; margin:0 1rem .35rem 0 }
 .small, figcaption, small { font-size:.8125rem; line-height:1.5; color:var(--muted) } .small { margin:.6rem 0 0 }
 .made { display:flex } .made .dot { flex:none; margin-top:.5rem }
 .dot { display:inline-block; width:.625rem; height:.625rem; border-radius:50%; margin-right:.55rem }

@@ -152,6 +152,10 @@ def test_finished_stages_are_skipped(road):
     for stage in ("prepare", "train_tokenizer", "pack", "train"):
         assert "nothing to do" in door(stage, "--config", "toy.py", "--workdir", "base", cwd=road)
     assert "nothing to do" in door("export_hf", "--from", "base", "--to", "base/hf", cwd=road)
+    tasks = [f"bits_per_byte/{name}=parquet:base/corpus/heldout/{name}-*.parquet#text" for name in ("prose", "code")]
+    assert "nothing to do" in door("evaluate", "--model", "base/hf", "--tasks", *tasks, "--backend", "jax", "--to", "base/eval/jax.json", cwd=road)
+    samples = ("--prompts", "prompts.txt", "--max-new", "8", "--to", "child/eval/samples.json")
+    assert "nothing to do" in door("compare", "--models", "base", "child", *samples, cwd=road)
     assert before == {path: path.stat().st_mtime_ns for path in road.rglob("*.safetensors")}
     told = door("train", "--config", "toy.py", "--workdir", "base", "--config.optim.peak_lr=0.5", cwd=road, ok=False)
     assert "peak_lr" in told and "another --workdir" in told

@@ -88,7 +88,7 @@ def evaluate(
                 judged = reference.harness_model(hf_dir, length)
             for n_items in dict.fromkeys(asked.values()):  # the harness has one limit for all tasks of a call
                 merge(results, run_harness(judged, [name for name, n in asked.items() if n == n_items], n_items, local))
-    results |= {"model": str(model), "backend": backend, "max_length": length, "lineage": lineage(loaded, encoder)}
+    results |= {"request": request, "model": str(model), "backend": backend, "max_length": length, "lineage": lineage(loaded, encoder)}
     results["seconds"] = round(time.monotonic() - start, 2)
     results = stage.plain(results)
     stage.say(table(results))
