@@ -55,7 +55,9 @@ def main(rounds: int = 10):
     for name, measured in seconds.items():
         print(f"{name:<9} {B * T / statistics.median(measured):8,.0f} tokens/s  (median of {rounds})")
     ratios = [rolled / unrolled for rolled, unrolled in zip(seconds["rolled"], seconds["unrolled"], strict=True)]
-    print(f"unrolled is {statistics.median(ratios):.2f} x rolled (from {min(ratios):.2f} to {max(ratios):.2f}), {jax.device_count()} x {jax.devices()[0].device_kind}")
+    print(
+        f"unrolled is {statistics.median(ratios):.2f} x rolled (from {min(ratios):.2f} to {max(ratios):.2f}), {jax.device_count()} x {jax.devices()[0].device_kind}"
+    )
 
 
 if __name__ == "__main__":

@@ -119,7 +119,9 @@ def test_every_stage_names_what_it_was_made_from(road):
     while True:
         manifest = Manifest.load(path)
         seen.append(manifest.stage)
-        following = [found for name, found in manifest.inputs.items() if name != "tokenizer" and not name.startswith("packed")] or [*manifest.inputs.values()]
+        following = [found for name, found in manifest.inputs.items() if name != "tokenizer" and not name.startswith("packed")] or [
+            *manifest.inputs.values()
+        ]
         if not following or not pathlib.Path(road / following[0]["path"]).is_dir():
             break
         path = road / following[0]["path"]
@@ -197,6 +199,28 @@ def test_a_killed_run_goes_on_and_ends_as_the_uncut_run(road, how):
     killed_run(road, f"again_{how.name}", kill)
     assert checkpoint.differences(road / "base/checkpoints/122", road / f"again_{how.name}/checkpoints/122") == []
     assert without_speed(read_metrics(road / f"again_{how.name}/metrics.jsonl")) == without_speed(read_metrics(road / "base/metrics.jsonl"))
+
+
+def copy_of_base(road, run):
+    """The base's run directory without its last word, as a kill between the last checkpoint and the manifest leaves it."""
+    shutil.copytree(road / "base", run, ignore=shutil.ignore_patterns("corpus", "packed", "hf"))
+    (run / "manifest.json").unlink()
+    return "--config", "toy.py", "--workdir", run, "--config.mixture.packed=base/packed"
+
+
+def test_a_run_that_died_before_its_last_word_says_it(road, tmp_path):
+    told = door("train", *copy_of_base(road, tmp_path / "run"), cwd=road)
+    assert "resumed from" in told and "mixture.packed: ['base/packed'], was []" in told
+    assert Manifest.load(tmp_path / "run").counts == Manifest.load(road / "base").counts
+
+
+def test_a_run_refuses_to_go_on_with_other_rows(road, tmp_path):
+    flags = copy_of_base(road, tmp_path / "run")
+    for path in (tmp_path / "run/checkpoints").glob("*/manifest.json"):
+        manifest = json.loads(path.read_text())
+        manifest["counts"]["packed"] = "0" * 16
+        path.write_text(json.dumps(manifest))
+    assert "has read other rows" in door("train", *flags, cwd=road, ok=False)
 
 
 @pytest.mark.parametrize("harm", ["flipped byte", "missing file", "no manifest", "stray directory"])

@@ -31,14 +31,14 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
 
     cost_of  what a device costs and can do for this model, for MFU and money in the metrics
     """
-    run = stage.local_path(workdir)
-    packed = [stage.local_path(path) for path in settings.mixture.packed] or [run / "packed"]
+    run_dir = stage.local_path(workdir)
+    packed = [stage.local_path(path) for path in settings.mixture.packed] or [run_dir / "packed"]
     inputs = {f"packed {path}": path for path in packed}
     if settings.initialize.source != "random":
         inputs["initialize"] = initialize.source_of(settings.initialize.source)
     config = {name: dataclasses.asdict(getattr(settings, name)) for name in DECIDING}
     inputs = {name: {"path": str(path), "fingerprint": stage.fingerprint_path(path)} for name, path in inputs.items()}
-    if finished(run, config, inputs):
+    if finished(run_dir, config, inputs):
         return
     start = time.monotonic()
 
@@ -55,8 +55,8 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
     heldout = gate.Heldout(settings, packed, mesh)
 
     # The state: this run's newest whole checkpoint, or a birth.
-    run.mkdir(parents=True, exist_ok=True)
-    resumed = checkpoint.newest(run)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    resumed = checkpoint.newest(run_dir)
     if resumed:
         spec = ModelSpec.load(resumed / "spec.json")
         goal = state.abstract_state(spec, settings, mesh)
@@ -64,7 +64,13 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
         rest = checkpoint.restore(resumed, "rest", {"step": goal.step, "opt": goal.opt, "guard": goal.guard})
         now = state.TrainState(rest["step"], params, rest["opt"], rest["guard"])
         counts = Manifest.load(resumed).counts
+        if counts["packed"] != rows.fingerprint:
+            raise UserError(
+                f"{run_dir}: has read other rows than {', '.join(map(str, packed))} holds now. Give it those again, or another --workdir."
+            )
         stage.say(f"resumed from {resumed}: step {counts['step']:,}, {counts['rows']:,} rows read; {initialize.describe(spec)}")
+        for change in changed_settings(run_dir, config):
+            stage.say(f"  with another {change}")
     else:
         birth = initialize.birth(settings, mesh, rows.n_pieces)
         spec = birth.model.spec
@@ -72,22 +78,24 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
             raise UserError(
                 f"initialize.source: {settings.initialize.source} was trained with another tokenizer than the rows were packed with. Pack with its own."
             )
+        if rows.n_pieces > birth.model.spec.vocab_size:
+            raise UserError(
+                f"the rows hold token ids up to {rows.n_pieces - 1}, the model knows {birth.model.spec.vocab_size}. Pack with the model's own tokenizer."
+            )
         if birth.parent:
-            gate.write_growth(gate.verify_growth(birth, settings.initialize.grow, heldout, mesh), run)
+            gate.write_growth(gate.verify_growth(birth, settings.initialize.grow, heldout, mesh), run_dir)
         elif (grown := pathlib.Path(settings.initialize.source) / "growth.json").is_file():
-            shutil.copyfile(grown, run / "growth.json")
+            shutil.copyfile(grown, run_dir / "growth.json")
         now = state.born(birth.model.params, spec, settings, mesh)
         counts = {"step": 0, "rows": 0, "interval": [0.0, 0.0]}
         del birth  # the parent's weights, if there was one
-    if rows.n_pieces > spec.vocab_size:
-        raise UserError(f"the rows hold token ids up to {rows.n_pieces - 1}, the model knows {spec.vocab_size}. Pack with the model's own tokenizer.")
     sharding.check(mesh, spec, settings.train.batch_rows, settings.train.accumulate, rows.row_len)
-    keep_program(run, settings, spec, packed)
+    keep_program(run_dir, settings, spec, packed)
 
     # The step, and what is said about it.
     train_step = step.build(spec, settings, mesh)
     metrics = Metrics(
-        run, steps=settings.train.steps, tokens_per_step=settings.train.batch_rows * rows.row_len, resumed_at=counts["step"], cost=cost_of(spec)
+        run_dir, steps=settings.train.steps, tokens_per_step=settings.train.batch_rows * rows.row_len, resumed_at=counts["step"], cost=cost_of(spec)
     )
     shape = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "no cut"
     metrics.say(
@@ -97,25 +105,28 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
     parent = None
     if resumed:
         metrics.resumed(counts["step"])
-        parent = next((record["parent"] for record in read_metrics(run / "metrics.jsonl") if "parent" in record), None)
+        parent = next((record["parent"] for record in read_metrics(run_dir / "metrics.jsonl") if "parent" in record), None)
     elif settings.initialize.source != "random" or settings.initialize.grow:
         losses = heldout.losses(spec, now.params)
-        gate.check_start(losses, heldout.rows.unigram_nats, spec, grown=(run / "growth.json").is_file())
-        parent = losses_of_parent(run, settings) or losses
+        if settings.initialize.source != "random":
+            gate.check_start(losses, heldout.rows.unigram_nats, spec, grown=(run_dir / "growth.json").is_file())
+        parent = losses_of_parent(run_dir, settings) or losses
         metrics.heldout(0, losses, parent)
 
     # The loop. Metrics stay on the devices until a line is due, so that the host never waits for a step.
-    stopping = catch_sigterm()
-    n_done, nats_sum, weights_sum = counts["step"], *counts["interval"]
-    waiting, losses = [], {}
+    sigterm = catch_sigterm()
+    n_done, n_read, saved = counts["step"], counts["rows"], resumed
+    nats_sum, weights_sum = counts["interval"]
+    waiting, stopping = [], False
     batches = loader.stream(rows, mixture, sharding.batch_sharding(mesh), settings.train.batch_rows, counts["rows"], settings.mixture.document_mask)
     while n_done < settings.train.steps and not stopping:
+        stopping = bool(sigterm)  # asked once a step, so that the step that leaves is the one that saves
         now, found = train_step(now, next(batches))
         waiting.append(found)
         n_done += 1
-        n_read = counts["rows"] + (n_done - counts["step"]) * settings.train.batch_rows
+        n_read += settings.train.batch_rows
         last = n_done == settings.train.steps
-        saves = last or n_done % settings.train.checkpoint_every == 0 or bool(stopping)
+        saves = last or n_done % settings.train.checkpoint_every == 0 or stopping
         logs = last or n_done % settings.train.log_every == 0
         if logs or saves:
             for each in jax.device_get(waiting):
@@ -128,12 +139,11 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
             metrics.train(n_done, loss=loss, **newest, n_skipped=int(found["n_skipped"]), epochs=mixture.epochs(n_read))
             nats_sum = weights_sum = 0.0
         if last or (settings.train.eval_every and n_done % settings.train.eval_every == 0):
-            losses = heldout.losses(spec, now.params)
-            metrics.heldout(n_done, losses, parent)
+            metrics.heldout(n_done, heldout.losses(spec, now.params), parent)
         if saves:
-            facts = {"rows": n_read, "interval": [nats_sum, weights_sum], "optimizer": "adamw", "lr": float(found["lr"])}
+            facts = {"rows": n_read, "packed": rows.fingerprint, "interval": [nats_sum, weights_sum], "optimizer": "adamw", "lr": float(found["lr"])}
             rest = {"step": now.step, "opt": now.opt, "guard": now.guard}
-            saved = checkpoint.save(run, n_done, now.params, rest, spec, counts=facts, tokenizer=rows.tokenizer, keep=settings.train.keep)
+            saved = checkpoint.save(run_dir, n_done, now.params, rest, spec, counts=facts, tokenizer=rows.tokenizer, keep=settings.train.keep)
             metrics.pause()
     metrics.close()
     if n_done < settings.train.steps:
@@ -141,13 +151,14 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
         raise SystemExit(143)
 
     # Finished: say so in the way that makes the next start do nothing.
+    losses = [record["heldout"] for record in read_metrics(run_dir / "metrics.jsonl") if "heldout" in record][-1]
     manifest = stage.make_manifest(
         "train", config, inputs, outputs={f"checkpoints/{n_done}/{name}": checksum for name, checksum in Manifest.load(saved).outputs.items()},
         counts={"steps": n_done, "rows": n_read, "tokens": n_read * rows.row_len, "heldout": losses, "n_params": sum(x.size for x in jax.tree.leaves(now.params))},
         tokenizer=rows.tokenizer, seed=settings.mixture.seed, seconds=metrics.seconds_before + time.monotonic() - start,
     )  # fmt: skip
     if jax.process_index() == 0:
-        stage.write_manifest(manifest, run)
+        stage.write_manifest(manifest, run_dir)
     stage.say(f"train: {saved} after {n_done:,} steps, {n_read * rows.row_len:,} tokens")
 
 
@@ -166,6 +177,16 @@ def finished(run: pathlib.Path, config: dict, inputs: dict) -> bool:
         stage.say(f"train: {run} stood at {manifest.counts['steps']:,} steps and goes on to {config['train']['steps']:,}")
         return False
     raise UserError(f"train: {run} holds the result of {stage.difference(manifest, config, inputs, manifest.seed)}. Give another --workdir.")
+
+
+def changed_settings(run: pathlib.Path, config: dict) -> list[str]:
+    """What decides a run's result and is not as it was when the run last started: "optim.peak_lr: 0.001, was 0.003"."""
+    before = json.loads((run / "config.json").read_text())
+    now = stage.plain(config)
+    return [
+        f"{section}.{name}: {value!r}, was {before[section].get(name)!r}"
+        for section, knobs in now.items() for name, value in knobs.items() if before[section].get(name) != value
+    ]  # fmt: skip
 
 
 def keep_program(run: pathlib.Path, settings: Config, spec: ModelSpec, packed: list[pathlib.Path]) -> None:
