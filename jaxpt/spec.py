@@ -150,7 +150,7 @@ class Manifest:
         path = pathlib.Path(directory) / "manifest.json"
         try:
             return cls(**json.loads(path.read_text()))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{directory}: no manifest.json there, so no stage has finished in it. Run the stage that writes it first.") from None
         except (TypeError, json.JSONDecodeError) as error:
             raise UserError(f"{path}: cannot be read as a manifest ({error}). Delete {directory} and run its stage again.") from None

@@ -97,3 +97,10 @@ def test_a_broken_manifest_is_named(tmp_path, text):
 def test_an_object_store_is_refused_by_name():
     with pytest.raises(UserError, match="gs://bucket/run"):
         stage.local_path("gs://bucket/run")
+
+
+def test_a_file_is_no_stage(tmp_path):
+    """Lineage follows inputs to their end, which is a user's own file."""
+    (tmp_path / "docs.jsonl").write_text("{}")
+    with pytest.raises(UserError, match="no stage has finished"):
+        Manifest.load(tmp_path / "docs.jsonl")
