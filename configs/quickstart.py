@@ -3,8 +3,8 @@
 `base`   4 layers from random weights, on docstrings, help topics and package descriptions
 `child`  the base grown to 6 layers (0 1 2 1 2 3, the SOLAR way), continued on code with a quarter of prose replayed
 
-On two CPU cores each trains in about a minute and a half. The base's held-out prose falls to about 4.3 nats a token (counting
-tokens alone gives about 6.7), the child's code to about 3.0, well below the base's.
+On two CPU cores the base trains in a minute and a half, the child in two minutes. The base's held-out prose falls to about
+4.7 nats a token (counting tokens alone gives 6.2); the child's held-out code falls from 5.7 to about 4.1.
 """
 
 from jaxpt.config import defaults

@@ -53,9 +53,9 @@ def make_mesh(sizes: MeshSizes, devices=None) -> Mesh:
         )
     shape = tuple(asked.values())
     # Auto: XLA places what `constrain` does not pin. make_mesh's default of today (Explicit) refuses sharded contractions.
-    types = (AxisType.Auto,) * 4
-    if devices[0].platform == "tpu" or devices is jax.devices():
-        return jax.make_mesh(shape, names, axis_types=types, devices=devices)  # knows the torus
+    types = (AxisType.Auto,) * len(names)
+    if devices[0].platform == "tpu":
+        return jax.make_mesh(shape, names, axis_types=types, devices=devices)  # lays the axes along the torus
     return Mesh(np.asarray(devices).reshape(shape), names, axis_types=types)
 
 
