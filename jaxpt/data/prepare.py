@@ -12,6 +12,7 @@ import dataclasses
 import heapq
 import json
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -162,7 +163,7 @@ class Shards:
 
     def flush(self) -> None:
         self.files.append(self.directory / f"{self.name}-{len(self.files):05d}.parquet")
-        columns = [pa.chunked_array([pa.array(column, field.type)]) for column, field in zip(zip(*self.rows, strict=True), self.schema, strict=True)]
+        columns = [pa.array(column, field.type) for column, field in zip(zip(*self.rows, strict=True), self.schema, strict=True)]
         pq.write_table(pa.table(columns, schema=self.schema), self.files[-1], compression="zstd", row_group_size=10_000)
         self.rows, self.n_bytes = [], 0
 
@@ -197,7 +198,8 @@ def judge(daft, rows: Rows, rules: Sequence[filters.Rule]) -> Verdict:
     columns = [daft.col("n"), verdict(daft.col("text")).alias("verdict")]
     columns += [dedup.minhash(daft.col("text")).alias("signature")] if NEAR in rules else []
     with stage.progress("prepare: judging", len(rows.source), "documents") as advance:
-        for batch in daft.read_parquet([str(file) for file in rows.files]).select(*columns).to_arrow_iter():
+        paths = [re.sub(r"([\[\]{}*?\\])", r"[\1]", str(file)) for file in rows.files]  # Daft takes a path for a glob
+        for batch in daft.read_parquet(paths).select(*columns).to_arrow_iter():
             n = batch.column("n").to_numpy()
             failed[n] = batch.column("verdict").field("failed").to_numpy()
             reasons |= {int(i): reason for i, reason in zip(n, batch.column("verdict").field("reason").to_pylist(), strict=True) if reason}

@@ -63,7 +63,7 @@ class Source:
             return {}
         versions = {"python": sys.version.split()[0]}
         if self.where == "prose":
-            versions["packages"] = stage.fingerprint(sorted((d.metadata["Name"], d.version) for d in importlib.metadata.distributions()))
+            versions["packages"] = stage.fingerprint(sorted((name, metadata["Version"]) for name, metadata in installed().items()))
         return versions
 
 
@@ -94,7 +94,7 @@ def parse(text: str) -> Source:
     files: tuple[pathlib.Path, ...] = ()
     if kind in ("text", "jsonl", "parquet"):
         where = str(stage.local_path(where))
-        files = tuple(pathlib.Path(file) for file in glob.glob(where, recursive=True, include_hidden=False))
+        files = tuple({pathlib.Path(file) for file in glob.glob(where, recursive=True)})  # a set: "**/**" finds a file more than once
         if len(files) == 1 and files[0].is_dir():
             raise UserError(f"prepare.sources: {text!r}: {where} is a directory. Name its files, such as {kind}:{where.rstrip('/')}/*.")
         files = tuple(sorted((file for file in files if file.is_file()), key=lambda file: file.as_posix()))
@@ -157,8 +157,8 @@ def read_jsonl(source: Source) -> Iterator[tuple[str, str]]:
                     record = json.loads(line)
                 except UnicodeDecodeError as error:
                     raise UserError(f"{file}:{n}: byte {error.start} of the line is not UTF-8 ({error.reason}). Mend or remove the line.") from None
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{file}:{n}: not JSON ({error.msg} at character {error.pos + 1}). Mend or remove the line.") from None
+                except (ValueError, RecursionError) as error:  # besides JSONDecodeError: numbers too long, brackets too deep
+                    raise UserError(f"{file}:{n}: not JSON ({first_line(error)}). Mend or remove the line.") from None
                 if not isinstance(record, dict):
                     raise UserError(f'{file}:{n}: got {type(record).__name__}, wanted an object such as {{"{source.field}": "..."}}.')
                 yield f"{relative(source, file)}:{n}", text_of(record, source.field, f"{file}:{n}")
@@ -179,7 +179,7 @@ def read_parquet(source: Source) -> Iterator[tuple[str, str]]:
                     for text in batch.column(0).to_pylist():
                         n += 1
                         yield f"{relative(source, file)}:{n}", text_of({source.field: text}, source.field, f"{file}:{n}")
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{file}: cannot be read as parquet ({first_line(error)}). Copy it again or leave it out.") from None
 
 
@@ -265,12 +265,16 @@ def read_prose() -> Iterator[tuple[str, str]]:
     for name, file in sorted(modules.items()):
         if docstrings := [text for text in docstrings_of(file) if is_prose(text)]:
             yield f"docstrings/{name}", "\n\n".join(dict.fromkeys(docstrings))
-    distributions = {each.metadata["Name"].lower(): each.metadata for each in importlib.metadata.distributions()}
-    for name, metadata in sorted(distributions.items()):
+    for name, metadata in sorted(installed().items()):
         if readme := (metadata.get_payload() or metadata.get("Description") or "").strip():
             yield f"readme/{name}", readme.encode("utf-8", "replace").decode()
     for name, topic in sorted(pydoc_data.topics.topics.items()):
         yield f"topics/{name}", topic.strip()
+
+
+def installed() -> dict[str, Any]:
+    """Metadata of the installed packages by name, but for the remains of an interrupted pip, which have no name."""
+    return {name.lower(): each.metadata for each in importlib.metadata.distributions() if each.metadata and (name := each.metadata["Name"])}
 
 
 # Packages that every installation of jaxpt has, with the most docstrings: they bring prose from 3 MB to 8 MB
