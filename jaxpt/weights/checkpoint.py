@@ -193,7 +193,9 @@ def read(directory: pathlib.Path, name: str) -> np.ndarray:
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = checkpointer.metadata(directory.absolute() / item).item_metadata.tree
         chosen = jax.tree_util.tree_map_with_path(choose, tree)
-        restored = checkpointer.restore(directory.absolute() / item, args=ocp.args.PyTreeRestore(item=chosen, restore_args=ocp.checkpoint_utils.construct_restore_args(chosen)))
+        restored = checkpointer.restore(
+            directory.absolute() / item, args=ocp.args.PyTreeRestore(item=chosen, restore_args=ocp.checkpoint_utils.construct_restore_args(chosen))
+        )
     return next(np.asarray(leaf) for leaf in jax.tree.leaves(restored) if leaf is not ocp.PLACEHOLDER)
 
 

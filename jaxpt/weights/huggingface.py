@@ -394,6 +394,10 @@ def read_rope(config: dict[str, Any], path: pathlib.Path) -> tuple[float, RopeSc
 
 def config_of(spec: ModelSpec, dtype: str) -> dict[str, Any]:
     """config.json for a spec. Rope and dtype are written in both layouts: a reader of the old one would otherwise fall back to theta 10,000 in silence."""
+    if spec.sliding_window and spec.family != "mistral":
+        raise UserError(
+            f"export: a sliding window of {spec.sliding_window} cannot be told in a {spec.family} config.json. Set the spec's family to mistral."
+        )
     rope: dict[str, Any] = {"rope_type": "default"}
     if spec.rope_scaling:
         rope = {"rope_type": spec.rope_scaling.kind, "factor": spec.rope_scaling.factor}
