@@ -17,7 +17,7 @@ from jaxpt.config import Config, Prepare
 from jaxpt.data import benchmarks, language, prepare, sources
 from jaxpt.spec import Manifest, UserError
 
-WORDS = "the of and to in a is that it was for on are with as his they be at one have this from or had by hot but some what there".split()
+WORDS = ["the", "of", "and", "to", "in", "a", "is", "that", "it", "was", "for", "on", "are", "with", "as", "his", "they", "be", "at", "one", "have", "this", "from", "or", "had", "by", "hot", "but", "some", "what", "there"]
 
 
 def corpus(workdir, side="train"):
