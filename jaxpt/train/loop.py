@@ -89,6 +89,8 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
         now = state.born(birth.model.params, spec, settings, mesh)
         counts = {"step": 0, "rows": 0, "interval": [0.0, 0.0]}
         del birth  # the parent's weights, if there was one
+    if rows.row_len > spec.max_positions:
+        raise UserError(f"pack.row_len: rows of {rows.row_len} tokens are longer than the model's {spec.max_positions} positions. Pack shorter rows.")
     sharding.check(mesh, spec, settings.train.batch_rows, settings.train.accumulate, rows.row_len)
     keep_program(run_dir, settings, spec, packed)
 
