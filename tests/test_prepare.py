@@ -27,12 +27,12 @@ Every morning she walked to the market with an empty basket and came home with a
 There is no better way to learn how a machine works than to take it apart and put it together again.
 When the rain had stopped, the children ran down to the river to see how high the water was standing.
 He wrote a long letter to his brother about the harvest, the weather and the price of wool that year.
-Most of what we know about the early history of this town comes from two books and a box of photographs.""".split("\n")
+Most of what we know about the early history of this town comes from two books and a box of photographs.""".splitlines()
 OTHERS = """Das alte Haus stand am Ende einer schmalen Gasse, und niemand im Dorf wusste noch, wer es gebaut hatte.
 Chaque matin elle allait au marché avec un panier vide et rentrait avec des pommes, du pain et des nouvelles.
 De oude man liep elke dag langzaam naar de haven om te kijken welke schepen er waren aangekomen.
 吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。何でも薄暗いじめじめした所で泣いていた。
-Старый дом стоял в конце узкого переулка, и никто в деревне не помнил, кто его построил.""".split("\n")
+Старый дом стоял в конце узкого переулка, и никто в деревне не помнил, кто его построил.""".splitlines()
 
 
 def asking(**knobs) -> Config:
@@ -85,7 +85,7 @@ def generated(n: int) -> list[str]:
 
     def repeated_characters():  # 100 repeated characters in a text of 499, 500 or 501, space around it included
         paragraph = (prose(1)[0] + "." * 100)[:100]
-        rest = 498 - 2 * 100 - 3 * 2 + rng.randint(1, 3)
+        rest = 500 - len(paragraph) * 2 - len("\n\n" * 2 + "Line") + rng.randint(-1, 1)
         middle = ("\n\n" + " ".join(prose(5)))[: rest - (pad := rng.randint(0, 9))]
         return " " * pad + f"{paragraph}{middle}\n\n{paragraph}\n\nLine"
 
@@ -173,7 +173,7 @@ def test_borders_of_the_course_rules_belong_to_the_document(text, stays):
 
 @pytest.mark.parametrize("spare", [-1, 0, 1])
 def test_a_fifth_of_repeated_characters_stays(spare):
-    text = "r" * 100 + "\n\n" + "u" * (294 + spare) + "\n\n" + "r" * 100 + "\n\n"
+    text = "\n\n".join(["r" * 100, "u" * 200, "v" * (92 + spare), "r" * 100, ""])
     assert len(text) == 500 + spare
     assert (filters.paragraph_repetition(text) == "") == (spare >= 0)
 
@@ -181,11 +181,14 @@ def test_a_fifth_of_repeated_characters_stays(spare):
 def test_presets_prose_and_code_keep_their_own_kind_and_drop_the_rest(tmp_path):
     prose = [" ".join(f"{line} {i}" for line in ENGLISH) for i in range(3)]
     code = [pathlib.Path(module.__file__).read_text() for module in (dataclasses, gzip, json)]
-    table = "\n".join(f"{i}, {i * i}, {i**3}" for i in range(200))
+    numbers = "\n".join(f"{i}, {i * i}, {i**3}" for i in range(200))
+    ruled = "\n".join("+----------+----------+\n| apples   | pears    |" for _ in range(20))
+    chorus = "\n".join(ENGLISH[:2] * 5)
     made = "# Automatically generated, do not edit\n" + code[0]
-    for preset, kept in (("prose", prose), ("code", code)):
-        prepared(tmp_path / preset, [*prose, "too short", *code, table, made, *OTHERS, *prose, *code, "x" * 2000], preset=preset)
-        assert texts_of(tmp_path / preset) == kept
+    rest = ["too short", numbers, ruled, chorus, *(text * 3 for text in OTHERS), "x" * 2000]
+    prepared(tmp_path / "prose", [*prose, *rest, *prose], preset="prose")
+    prepared(tmp_path / "code", [*code, *rest, made, *prose, *code], preset="code")
+    assert (texts_of(tmp_path / "prose"), texts_of(tmp_path / "code")) == (prose, code)
 
 
 # ---- the outcome depends on the texts alone
@@ -220,7 +223,10 @@ def test_two_runs_leave_the_same_bytes_under_the_same_names_and_nothing_else(tmp
     rules = {path.stem for path in (tmp_path / "one/corpus/dropped").iterdir()}
     assert rules <= {"line_length", "paragraph_repetition", "exact_dedup", "language", "near_dedup"} and len(rules) >= 4
     assert found == {
-        *(f"corpus/{name}" for name in ("manifest.json", "funnel.json", "train/docs-00000.parquet", "heldout/docs-00000.parquet")),
+        *(
+            f"corpus/{name}"
+            for name in ("manifest.json", "funnel.json", "train/docs-00000.parquet", "heldout/docs-00000.parquet", "train/note-00000.parquet")
+        ),
         *(f"corpus/dropped/{rule}.parquet" for rule in rules),
     }
     for side in ("train", "heldout"):
@@ -241,6 +247,11 @@ def test_a_second_start_does_nothing_and_another_question_is_refused(tmp_path, c
         prepared(tmp_path / "run", ENGLISH, heldout_frac=0.5)
     with pytest.raises(UserError, match="another input"):
         prepared(tmp_path / "run", ENGLISH[1:])
+
+
+def test_the_manifest_holds_every_knob_but_where_the_work_was_done(tmp_path):
+    prepared(tmp_path / "run", ENGLISH)
+    assert {knob.name for knob in dataclasses.fields(Prepare)} - {"engine"} == set(Manifest.load(tmp_path / "run/corpus").config) - {"installed"}
 
 
 def test_shards_are_cut_by_size_and_lose_no_document(tmp_path):
@@ -363,11 +374,11 @@ def write_benchmarks(directory: pathlib.Path) -> dict[str, str]:
     return {task: words(task) for task in ("gsm8k", "lambada", "winogrande", "ours", "truthfulqa", "csv")}
 
 
-def test_a_document_with_thirteen_words_of_an_item_is_dropped_and_twelve_stay(tmp_path, capsys):
+def test_a_document_with_thirteen_words_of_an_item_is_dropped_and_twelve_stay(tmp_path):
     items = {task: text.split() for task, text in write_benchmarks(tmp_path / "tests").items()}
     bad = [f"{ENGLISH[0]}\n{', '.join(words[3:9]).upper()} --\n{' '.join(words[9:16])}! {ENGLISH[1]}" for words in items.values()]
     good = [f"{ENGLISH[0]} {' '.join(words[3:15])} {ENGLISH[1]} {' '.join(words[15:])}" for words in items.values()]
-    manifest = prepare.run_for = prepared(tmp_path / "run", [*bad, *good], decontaminate=(str(tmp_path / "tests"),))
+    prepared(tmp_path / "run", [*bad, *good], decontaminate=(str(tmp_path / "tests"),))
     assert texts_of(tmp_path / "run") == good
     manifest = Manifest.load(tmp_path / "run/corpus")
     assert manifest.counts["contaminated"] == {"gsm8k": 1, "lambada": 1, "ours": 1, "truthfulqa": 2, "winogrande": 1}
@@ -386,7 +397,7 @@ def test_real_benchmarks_are_read_and_found(tmp_path, data_dir):
     paths = [str(data_dir / name) for name in [*files, "eval_lambada", "eval_winogrande"]]
     found = [benchmarks.read(path) for path in paths]
     assert [{item.task for item in items} for items in found] == [{"truthfulqa"}, {"truthfulqa"}, {"gsm8k"}, {"lambada"}, {"winogrande"}]
-    assert len(found[0]) == 817 and len(found[2]) == 1319
+    assert [len(found[i]) for i in (0, 2, 3, 4)] == [817, 1319, 5153, 1267]
     planted = [item.text for items in found for item in items[::100] if len(decontaminate.words(item.text)) >= 13]
     assert len(planted) > 50
     prepared(tmp_path / "run", [*(f"{ENGLISH[0]}\n{text}\n{ENGLISH[1]}" for text in planted), *ENGLISH], decontaminate=tuple(paths))
