@@ -4,7 +4,8 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
 if ! version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2]); sys.exit(sys.version_info < (3, 11))' 2>/dev/null); then
-    echo "error: $python is ${version:+Python $version}${version:-not a Python that runs here}, wanted 3.11 or newer. Install one, or name it: PYTHON=/path/to/python3.12 bash $0" >&2
+    found=${version:+Python $version}
+    echo "error: $python is ${found:-no Python that runs here}, wanted 3.11 or newer. Install one, or name it: PYTHON=/path/to/python3.12 bash $0" >&2
     exit 1
 fi
 # a .venv that was cut off while it was made has no working pip, and is made again

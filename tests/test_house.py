@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -118,6 +119,16 @@ def test_every_door_answers_help_without_opening_the_house(path):
     assert "jax" not in loaded.split(), "a door that only prints help must not load jax: it answers in well under two seconds"
 
 
+@pytest.mark.parametrize(("said", "told"), [("3.10", "is Python 3.10, wanted 3.11 or newer"), (None, "is no Python that runs here")])
+def test_a_python_that_cannot_run_it_is_named(tmp_path, said, told):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{'echo ' + said if said else ''}\nexit 1\n")
+    python.chmod(0o755)
+    script = ["bash", ROOT / "scripts/quickstart.sh"]
+    done = subprocess.run(script, env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True)
+    assert done.returncode == 1 and told in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 def test_the_text_speaks_of_the_project_alone():
     for path in [*FILES, *DOORS, *(ROOT / "docs").glob("*.md"), ROOT / "README.md"]:
-        assert not re.search(r"/work/|/root/|index-url|issue \d", path.read_text()), path
+        assert not re.search(r"/(?:root|home|work)/|index-url|issue \d", path.read_text()), path
