@@ -37,9 +37,9 @@ def main():
     overrides = config.overrides_from(rest, parser)
     settings = config.load(arguments.config, overrides) if arguments.config else config.typed(config.overridden(overrides))
     asked = dataclasses.replace(settings.initialize, source=arguments.source, grow=(*settings.initialize.grow, *arguments.grow))
-    from jaxpt.train import gate
+    from jaxpt.train import newborn
 
-    gate.write_newborn(dataclasses.replace(settings, initialize=asked), arguments.to, arguments.replace)
+    newborn.write(dataclasses.replace(settings, initialize=asked), arguments.to, arguments.replace)
 
 
 if __name__ == "__main__":

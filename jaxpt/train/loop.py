@@ -17,7 +17,7 @@ from jaxpt.config import Config
 from jaxpt.data import loader
 from jaxpt.data.mixture import Mixture
 from jaxpt.spec import Manifest, ModelSpec, UserError
-from jaxpt.train import gate, state, step
+from jaxpt.train import gate, newborn, state, step
 from jaxpt.train.metrics import Cost, Metrics
 from jaxpt.train.metrics import read as read_metrics
 from jaxpt.weights import checkpoint, initialize
@@ -83,7 +83,7 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
                 f"the rows hold token ids up to {rows.n_pieces - 1}, the model knows {birth.model.spec.vocab_size}. Pack with the model's own tokenizer."
             )
         if birth.parent:
-            gate.write_growth(gate.verify_growth(birth, settings.initialize.grow, heldout, mesh), run_dir)
+            newborn.write_growth(newborn.verify_growth(birth, settings.initialize.grow, heldout, mesh), run_dir)
         elif (grown := pathlib.Path(settings.initialize.source) / "growth.json").is_file():
             shutil.copyfile(grown, run_dir / "growth.json")
         now = state.born(birth.model.params, spec, settings, mesh)
