@@ -140,10 +140,14 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
             loss = nats_sum / max(weights_sum, 1)
             metrics.train(n_done, loss=loss, **newest, n_skipped=int(found["n_skipped"]), epochs=mixture.epochs(n_read))
             nats_sum = weights_sum = 0.0
+        measured = None
         if last or (settings.train.eval_every and n_done % settings.train.eval_every == 0):
-            metrics.heldout(n_done, heldout.losses(spec, now.params), parent)
+            measured = heldout.losses(spec, now.params)
+            metrics.heldout(n_done, measured, parent)
         if saves:
             facts = {"rows": n_read, "packed": rows.fingerprint, "interval": [nats_sum, weights_sum], "optimizer": "adamw", "lr": float(found["lr"])}
+            if measured:  # what a later start from this checkpoint is held against
+                facts["heldout"] = {"losses": measured, "rows": heldout.rows.fingerprint, "n_rows": settings.train.eval_rows}
             rest = {"step": now.step, "opt": now.opt, "guard": now.guard}
             saved = checkpoint.save(run_dir, n_done, now.params, rest, spec, counts=facts, tokenizer=rows.tokenizer, keep=settings.train.keep)
             metrics.pause()

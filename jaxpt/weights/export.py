@@ -23,6 +23,8 @@ def run(source: pathlib.Path, out: pathlib.Path, dtype: str | None = None, repla
         n_bytes = huggingface.export(
             model.spec, model.params, directory, dtype=dtype, tokenizer_dir=model.tokenizer_dir, card=model_card(source, model)
         )
+        kept = {name: model.record[name] for name in ("step", "optimizer", "lr", "heldout") if name in model.record}
+        huggingface.write_json(directory / initialize.RECORD, {**kept, "tokenizer": model.tokenizer})
         if not model.tokenizer_dir:
             stage.say("no tokenizer: the source has none, so the export carries none")
         return {"n_params": llama.count(model.spec), "bytes": n_bytes, "tokenizer": model.tokenizer}

@@ -17,6 +17,8 @@ from jaxpt.spec import Manifest, ModelSpec, UserError
 from jaxpt.stage import local_path, say
 from jaxpt.weights import checkpoint, growth, huggingface, vocabulary
 
+RECORD = "jaxpt.json"  # beside an export's config.json: what a later start wants to know and config.json has no place for
+
 
 class Loaded(NamedTuple):
     """A model in memory, and where it came from."""
@@ -27,6 +29,7 @@ class Loaded(NamedTuple):
     source: pathlib.Path | None  # None: random
     step: int | None  # of the run that trained it, where known
     tokenizer: str | None  # fingerprint, where known
+    record: dict[str, Any]  # what its makers wrote of it: a checkpoint's counts or an export's jaxpt.json; empty where nothing is known
 
 
 class Birth(NamedTuple):
@@ -48,12 +51,14 @@ def load(source: pathlib.Path, mesh, dtype: str = "float32") -> Loaded:
             raise UserError(f"{source}: holds no finished checkpoint and no Hugging Face model. Train it first, or check the path.")
         spec, params = huggingface.load(source, mesh, dtype)
         has_tokenizer = (source / "tokenizer.json").is_file()
-        return Loaded(spec, params, source if has_tokenizer else None, source, None, None)
+        record = huggingface.read_json(source / RECORD) if (source / RECORD).is_file() else {}
+        return Loaded(spec, params, source if has_tokenizer else None, source, record.get("step"), record.get("tokenizer"), record)
     spec = ModelSpec.load(step_dir / "spec.json")
     params = checkpoint.restore(step_dir, "params", llama.abstract_params(spec, mesh, huggingface.jnp_dtype(dtype)))
     manifest = Manifest.load(step_dir)
     tokenizer_dir = step_dir.parent.parent / "tokenizer"
-    return Loaded(spec, params, tokenizer_dir if tokenizer_dir.is_dir() else None, source, manifest.counts["step"], manifest.tokenizer)
+    has_tokenizer = tokenizer_dir.is_dir()
+    return Loaded(spec, params, tokenizer_dir if has_tokenizer else None, source, manifest.counts["step"], manifest.tokenizer, manifest.counts)
 
 
 def source_of(source: pathlib.Path) -> pathlib.Path:
@@ -70,7 +75,7 @@ def birth(settings: Config, mesh, n_pieces: int | None) -> Birth:
     asked = settings.initialize
     if asked.source == "random":
         spec = random_spec(settings, n_pieces)
-        model = Loaded(spec, llama.init(spec, asked.seed, mesh, huggingface.jnp_dtype(asked.dtype)), None, None, None, None)
+        model = Loaded(spec, llama.init(spec, asked.seed, mesh, huggingface.jnp_dtype(asked.dtype)), None, None, None, None, {})
         say(f"born at random (seed {asked.seed}): {describe(spec)}")
     else:
         model = load(local_path(asked.source), mesh, asked.dtype)
