@@ -78,10 +78,14 @@ def get_config():
     c.model.tied = False
 
     # initialize: where the first weights come from
-    # random, a run or checkpoint directory, or a Hugging Face directory
+    # random, a run or checkpoint directory, a Hugging Face directory, or hf:NAME of its hub
     c.initialize.source = "random"
+    # continue: step 0, fresh moments, new schedule; resume: all of the source run goes on; grow: that too, moments mapped
+    c.initialize.start = "continue"
     # growth operators applied in order, such as 'depth_upscale(m=4)'; see docs/growth.md
     c.initialize.grow = ()
+    # Adam's moments through a growth that keeps the schedule: fresh, copy, copy_scaled, or reset_new, which re-warms new parts
+    c.initialize.moments = "reset_new"
     # of the parameters while training; bfloat16 halves memory and rounds small updates away
     c.initialize.dtype = "float32"
     # of random weights
@@ -90,6 +94,8 @@ def get_config():
     # train: the loop
     # optimizer updates in the whole run
     c.train.steps = 1_000
+    # growth inside the run: ((after so many steps, operator), ...), rising
+    c.train.grow = ()
     # rows in a step over all devices; tokens a step = batch_rows x row_len
     c.train.batch_rows = 32
     # micro-batches a step is cut into; same result, activations / accumulate, somewhat slower
@@ -126,6 +132,8 @@ def get_config():
     c.optim.warmup_steps = 100
     # last share of the steps in which wsd falls, linearly
     c.optim.decay_frac = 0.2
+    # ((group, factor of the learning rate), ...), multiplied; 0 freezes. Groups: old, new (by the last growth), a weight's name, layers A-B
+    c.optim.rates = ()
     # Adam's decay of the mean
     c.optim.b1 = 0.9
     # Adam's decay of the square; 0.999 for small batches and short runs

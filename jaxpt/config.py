@@ -88,8 +88,16 @@ class Model:
 class Initialize:
     """where the first weights come from"""
 
-    source: str = knob("random", "random, a run or checkpoint directory, or a Hugging Face directory")
+    source: str = knob("random", "random, a run or checkpoint directory, a Hugging Face directory, or hf:NAME of its hub")
+    start: str = knob(
+        "continue", "continue: step 0, fresh moments, new schedule; resume: all of the source run goes on; grow: that too, moments mapped",
+        "continue", "resume", "grow",
+    )  # fmt: skip
     grow: tuple[str, ...] = knob((), "growth operators applied in order, such as 'depth_upscale(m=4)'; see docs/growth.md")
+    moments: str = knob(
+        "reset_new", "Adam's moments through a growth that keeps the schedule: fresh, copy, copy_scaled, or reset_new, which re-warms new parts",
+        "fresh", "copy", "copy_scaled", "reset_new",
+    )  # fmt: skip
     dtype: str = knob("float32", "of the parameters while training; bfloat16 halves memory and rounds small updates away", "float32", "bfloat16")
     seed: int = knob(0, "of random weights")
 
@@ -99,6 +107,7 @@ class Train:
     """the loop"""
 
     steps: int = knob(1000, "optimizer updates in the whole run")
+    grow: tuple[tuple[int, str], ...] = knob((), "growth inside the run: ((after so many steps, operator), ...), rising")
     batch_rows: int = knob(32, "rows in a step over all devices; tokens a step = batch_rows x row_len")
     accumulate: int = knob(1, "micro-batches a step is cut into; same result, activations / accumulate, somewhat slower")
     compute_dtype: str = knob("float32", "of matrix products; bfloat16 on GPU and TPU, float32 on CPU", "float32", "bfloat16")
@@ -122,6 +131,9 @@ class Optim:
     schedule: str = knob("wsd", "after warm-up: wsd stays and falls over decay_frac; cosine, linear; constant", "wsd", "cosine", "linear", "constant")
     warmup_steps: int = knob(100, "steps of linear rise from 0; too few and the first updates are noise")
     decay_frac: float = knob(0.2, "last share of the steps in which wsd falls, linearly")
+    rates: tuple[tuple[str, float], ...] = knob(
+        (), "((group, factor of the learning rate), ...), multiplied; 0 freezes. Groups: old, new (by the last growth), a weight's name, layers A-B"
+    )
     b1: float = knob(0.9, "Adam's decay of the mean")
     b2: float = knob(0.95, "Adam's decay of the square; 0.999 for small batches and short runs")
     eps: float = knob(1e-8, "added to Adam's root")
@@ -231,6 +243,18 @@ def check(config: Config) -> None:
     for start, weights in config.mixture.phases:
         if not weights or any(share < 0 for share in weights.values()) or sum(weights.values()) <= 0:
             raise UserError(f"mixture.phases: the shares from step {start} are {weights}, wanted at least one above 0 and none below.")
+    at = [step for step, _ in config.train.grow]
+    if sorted(set(at)) != at or any(not 0 < step < config.train.steps for step in at):
+        raise UserError(f"train.grow: grows after steps {at}, wanted rising steps between 0 and train.steps = {config.train.steps}.")
+    if any(factor < 0 for _, factor in config.optim.rates):
+        raise UserError(f"optim.rates: got {config.optim.rates}, wanted factors of at least 0 (0 freezes a group).")
+    start, grows = config.initialize.start, bool(config.initialize.grow)
+    if start != "continue" and config.initialize.source == "random":
+        raise UserError(f"initialize.start: {start} goes on with a run, but initialize.source is random. Name the run as initialize.source.")
+    if (start == "resume" and grows) or (start == "grow" and not grows):
+        raise UserError(
+            f"initialize.start: {start} with {len(config.initialize.grow)} growth operators; use grow to grow a run and resume to take it as it is."
+        )
     starts = [start for start, _ in config.mixture.phases]
     if starts and (starts[0] != 0 or sorted(set(starts)) != starts):
         raise UserError(f"mixture.phases: start at steps {starts}, wanted 0 first and then rising.")

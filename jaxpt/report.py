@@ -24,6 +24,7 @@ from jaxpt.spec import ModelSpec, UserError
 MAX_POINTS = 2_400  # of a figure's curves together; more cannot be told apart on a screen and would make the page heavy
 MAX_TEXT = 2_000  # characters shown of a prompt or a sample
 MAX_PROMPTS = 24  # shown of all samples
+MAX_TWINS = 12  # pairs of copied layers
 
 
 def write(directories: Iterable[str | pathlib.Path], to: str | pathlib.Path) -> list[RunData]:
@@ -49,7 +50,7 @@ class RunData:
 
     nodes    the lineage, oldest first; the last is the run itself
     stages   each of STAGES -> the manifests of this run's own, not of its parent's;  funnels: of its corpora
-    train    metrics.jsonl's training records by step;  heldout: its held-out records;  resumes: steps at which the run was taken up again
+    train    metrics.jsonl's training records by step;  heldout: its held-out records;  marks: (step, "resumed" or "grown by ...")
     evals    eval/*.json by file stem, without samples.json
     """
 
@@ -64,7 +65,7 @@ class RunData:
     evals: dict[str, dict]
     train: list[dict]
     heldout: list[dict]
-    resumes: list[int]
+    marks: list[tuple[int, str]]
     nodes: list[Node]
     stages: dict[str, list[dict]]
     funnels: list[dict]
@@ -106,20 +107,13 @@ def load_run(directory: str | pathlib.Path) -> RunData:
     read = functools.partial(read_json, notes=notes)
     nodes = lineage_of(directory, notes)
     own = own_stages(nodes)
-    train, heldout, resumes = read_metrics(directory / "metrics.jsonl", notes)
     return RunData(
         name=directory.name,
         directory=directory,
-        manifest=read(directory / "manifest.json"),
-        config=read(directory / "config.json"),
-        spec=read(directory / "spec.json"),
-        growth=read(directory / "growth.json"),
-        plan=read(directory / "plan.json"),
+        **{name: read(directory / f"{name}.json") for name in ("manifest", "config", "spec", "growth", "plan")},
         samples=read(directory / "eval" / "samples.json"),
         evals={file.stem: found for file in sorted((directory / "eval").glob("*.json")) if file.stem != "samples" and (found := read(file))},
-        train=train,
-        heldout=heldout,
-        resumes=resumes,
+        **read_metrics(directory / "metrics.jsonl", notes),
         nodes=nodes,
         stages={kind: [node.manifest for node in own if node.kind == kind] for kind in STAGES},
         funnels=[node.funnel for node in own if node.funnel],
@@ -132,7 +126,7 @@ STAGES = (*DATA, "grown")  # what comes before training
 FORMS = {  # what a file must hold at least to be of use
     "manifest.json": {"fingerprint": str, "inputs": dict, "counts": dict},
     "spec.json": dict.fromkeys(("n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "d_head", "vocab_size"), int),
-    "growth.json": {"layer_map": list, "n_params": dict, "spec": dict},
+    "growth.json": {"parent": str, "operators": list, "at_step": int | None, "layer_map": list, "n_params": dict, "spec": dict, "verdict": str},
     "funnel.json": {"sources": list, "steps": list},
     "samples.json": {"prompts": list},
     "plan.json": {"targets": list},
@@ -150,20 +144,18 @@ def read_json(path: pathlib.Path, notes: list[str]) -> dict | None:
         notes.append(f"{path}: cannot be read ({error}); left out.")
         return None
     form = FORMS.get(path.name, {"results": dict})  # others are evaluations
-    wrong = ["an object"] if not isinstance(found, dict) else [f"{key!r}" for key, kind in form.items() if not isinstance(found.get(key), kind)]
+    wrong = ["an object"] if not isinstance(found, dict) else [repr(key) for key in form if not isinstance(found.get(key, ...), form[key])]
     if wrong:
         notes.append(f"{path}: does not hold {', '.join(wrong)} as wanted; left out.")
         return None
     return found
 
 
-def read_metrics(path: pathlib.Path, notes: list[str]) -> tuple[list[dict], list[dict], list[int]]:
-    """Training records, held-out records and resume steps. A step written twice, before a kill and after it, counts as written last."""
-    train, heldout, resumes, broken = {}, {}, [], []
+def read_metrics(path: pathlib.Path, notes: list[str]) -> dict[str, list]:
+    """RunData's train, heldout and marks. A step written twice, before a kill and after it, counts as written last."""
+    train, heldout, marks, broken = {}, {}, [], []
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
         try:
             record = json.loads(line)
             step = int(record["step"])
@@ -171,7 +163,9 @@ def read_metrics(path: pathlib.Path, notes: list[str]) -> tuple[list[dict], list
             broken.append(number)
             continue
         if record.get("resumed"):
-            resumes.append(step)
+            marks.append((step, "resumed"))
+        elif record.get("grown"):
+            marks.append((step, f"grown by {record['grown']}"))
         elif isinstance(record.get("heldout"), dict):
             heldout[step] = record
         else:
@@ -180,7 +174,8 @@ def read_metrics(path: pathlib.Path, notes: list[str]) -> tuple[list[dict], list
         notes.append(f"{path}: the last line is half-written, as a running or killed run leaves it; left out.")
     elif broken:
         notes.append(f"{path}: {len(broken)} lines cannot be read, the first is line {broken[0]}; left out.")
-    return [train[step] for step in sorted(train)], [heldout[step] for step in sorted(heldout)], resumes
+    by_step = {"train": train, "heldout": heldout}
+    return {name: [found[step] for step in sorted(found)] for name, found in by_step.items()} | {"marks": list(dict.fromkeys(marks))}
 
 
 def lineage_of(directory: pathlib.Path, notes: list[str]) -> list[Node]:
@@ -199,7 +194,7 @@ def lineage_of(directory: pathlib.Path, notes: list[str]) -> list[Node]:
         if node.kind == "corpus":  # its inputs are raw text, which the data section tells of
             node.funnel = read_json(home / "funnel.json", notes)
             return key
-        for path, recorded in inputs_of(manifest) if manifest else inputs_of_unfinished(home, notes):
+        for path, recorded in inputs_of(home, node.manifest, notes):
             place = locate(path, recorded, home)
             parent = visit(place, recorded)
             nodes[parent].changed |= recorded is not None and fingerprint_at(place) not in (None, recorded)
@@ -212,15 +207,12 @@ def lineage_of(directory: pathlib.Path, notes: list[str]) -> list[Node]:
     return list(nodes.values())
 
 
-def inputs_of(manifest: dict) -> list[tuple[str, str | None]]:
-    """(path, fingerprint) of what a stage read."""
-    return [(found["path"], found.get("fingerprint")) for found in manifest["inputs"].values() if isinstance(found, dict) and found.get("path")]
-
-
-def inputs_of_unfinished(run: pathlib.Path, notes: list[str]) -> list[tuple[str, None]]:
-    """What a run that still goes on reads: it has no manifest yet, but its config says so, or the stages in its directory do."""
-    settings = read_json(run / "config.json", notes) or {}
-    packed = (settings.get("mixture") or {}).get("packed") or [run / kind for kind in DATA if (run / kind / "manifest.json").is_file()]
+def inputs_of(home: pathlib.Path, manifest: dict | None, notes: list[str]) -> list[tuple[str, str | None]]:
+    """(path, fingerprint) of what a stage read. Of a run that still goes on, its config tells, or the stages in its directory do."""
+    if manifest:
+        return [(found["path"], found.get("fingerprint")) for found in manifest["inputs"].values() if isinstance(found, dict) and found.get("path")]
+    settings = read_json(home / "config.json", notes) or {}
+    packed = (settings.get("mixture") or {}).get("packed") or [home / kind for kind in DATA if (home / kind / "manifest.json").is_file()]
     source = (settings.get("initialize") or {}).get("source", "random")
     return [(str(path), None) for path in (*packed, *([] if source == "random" else [source]))]
 
@@ -260,7 +252,7 @@ def summary(runs: list[RunData]) -> list[tuple[str, str, list[str]]]:
     rows = [
         ("parameters", "", [count(n_params(run)) for run in runs]),
         ("layers × width", "", [shape(run) for run in runs]),
-        ("steps", "", [whole(run.train[-1]["step"]) if run.train else "" for run in runs]),
+        ("steps", "", [whole(last(run.train, "step")) for run in runs]),
         ("tokens", "", [count(last(run.train, "tokens")) for run in runs]),
         ("loss", "nats/token", [arrow(first(run.train, "loss"), last(run.train, "loss")) for run in runs]),
     ]
@@ -308,12 +300,9 @@ def in_order(order: list, keys: Iterable) -> list:
 
 
 def n_params(run: RunData) -> int | None:
-    """As the manifest counted them or growth did, else from the shape."""
-    counts = (run.manifest or {}).get("counts") or {}
-    if counts.get("n_params"):
-        return counts["n_params"]
-    if run.growth:
-        return run.growth["n_params"].get("child")
+    """As the manifest counted them, else from the shape."""
+    if run.manifest and run.manifest["counts"].get("n_params"):
+        return run.manifest["counts"]["n_params"]
     try:
         return flops.n_params(ModelSpec.from_dict(run.spec)) if run.spec else None
     except (TypeError, ValueError):  # a spec of another version
@@ -354,16 +343,15 @@ def last(records: list[dict], key: str) -> float | None:
 
 def headline(runs: list[RunData]) -> str:
     lines = "".join(f'<p class="made">{swatch(i)}<span>{made(run)}</span></p>' for i, run in enumerate(runs))
-    body = []
-    for label, unit, values in summary(runs):
-        if label.startswith("  "):
-            body.append([f'<span class="in">{esc(label.strip())}</span>', *map(esc, values)])
-        else:
-            body.append([esc(label) + (f" <small>{esc(unit)}</small>" if unit else ""), *map(esc, values)])
-    caption = (
-        "Held-out: text kept out of training, mean over its tokens. Bits per byte: the same without the tokenizer's part in it, lower is better."
-    )
+    body = [[row_head(label, unit), *map(esc, values)] for label, unit, values in summary(runs)]
+    caption = "Held-out: text kept out of training, mean over its tokens. Bits per byte: without the tokenizer's part in it, lower is better."
     return lines + grid(["", *(esc(run.name) for run in runs)], body, caption)
+
+
+def row_head(label: str, unit: str = "") -> str:
+    """A row's first cell; a label that starts with two spaces stands under the one above it."""
+    unit = f" <small>{esc(unit)}</small>" if unit else ""
+    return (f'<span class="in">{esc(label.strip())}</span>' if label.startswith("  ") else esc(label)) + unit
 
 
 def made(run: RunData) -> str:
@@ -371,7 +359,8 @@ def made(run: RunData) -> str:
     what = f"{count(n_params(run))} parameters" if n_params(run) else "a model of unknown size (no spec.json)"
     parts = [f"<strong>{esc(run.name)}</strong>: {esc(what)}"]
     if run.growth:
-        parts.append(f"grown from {esc(model_name(run.growth.get('parent', '')))} by {esc(', '.join(run.growth.get('operators', [])))}")
+        step, operators = run.growth["at_step"], ", ".join(map(str, run.growth["operators"]))
+        parts.append(esc((f"grown from {model_name(run.growth['parent'])}" if step is None else f"grown at step {whole(step)}") + f" by {operators}"))
     if run.train:
         tokens, seconds = last(run.train, "tokens"), last(run.train, "seconds")
         trained = f"trained {whole(run.train[-1]['step'])} steps"
@@ -428,8 +417,7 @@ def size_of(node: Node, run: RunData | None) -> str:
     if node.kind == "tokenizer":
         return f"{whole(counts.get('n_pieces'))} pieces"
     if node.kind == "packed":
-        parts = counts.get("train") or {}
-        return f"{count(total(parts, 'tokens'))} tokens, rows of {whole(counts.get('row_len'))}"
+        return f"{count(total(counts.get('train') or {}, 'tokens'))} tokens, rows of {whole(counts.get('row_len'))}"
     return f"{count(counts['n_params'])} parameters" if "n_params" in counts else ""
 
 
@@ -448,14 +436,13 @@ def funnel_of(found: dict, source: str) -> str:
     steps = [(step["rule"].replace("_", " "), step["kept"].get(source, {})) for step in found["steps"]]
     rows = [kept.get("rows", 0) for _, kept in steps]
     dropped = ["", *(whole(before - after) for before, after in itertools.pairwise(rows))]
-    parts = [
-        (label, found[part][source]) for part, label in (("train", "kept for training"), ("heldout", "held out")) if source in found.get(part, {})
-    ]
+    labels = {"train": "kept for training", "heldout": "held out"}
+    parts = [(label, found[part][source]) for part, label in labels.items() if source in found.get(part, {})]
     read = steps[0][1].get("bytes") if steps else None
     body = []
     for (label, kept), lost in itertools.zip_longest([*steps, *parts], dropped, fillvalue=""):
         share = bar(kept.get("bytes", 0) / read if read else 0)
-        body.append([esc(label), whole(kept.get("rows")), *([lost] if len(steps) > 1 else []), megabytes(kept.get("bytes")), share])
+        body.append([esc(label), whole(kept.get("rows")), *([lost] if len(steps) > 1 else []), decimal(kept.get("bytes", math.nan) / 1e6, 2), share])
     heads = ["rule", "documents", *(["dropped"] if len(steps) > 1 else []), "MB", "share"]
     return grid(heads, body, kind="funnel rules" if len(steps) > 1 else "funnel")
 
@@ -468,32 +455,30 @@ def losses(runs: list[RunData]) -> str:
         entropy = [value for run in runs if (value := unigram_entropy(run)) is not None]
         caption = "Training loss, nats per token, at each logged step."
         caption += " Dashed: guessing each token by its frequency alone (unigram entropy of the packed set)." if entropy else ""
-        caption += " Dotted upright: the run was taken up again there." if any(run.resumes for run in runs) else ""
-        figures.append(figure(curves(runs, [(run.name, run.train, "loss") for run in runs], "loss", 330, entropy), caption))
+        caption += " Dotted upright: the run was taken up again there." if any(what == "resumed" for run in runs for _, what in run.marks) else ""
+        grown = [f" Upright: {run.name} was {what} at step {whole(step)}." for run in runs for step, what in run.marks if what != "resumed"]
+        series = [(run.name, points(run.train, "loss")) for run in runs]
+        figures.append(figure(over_steps(runs, series, "loss", 330, levels=entropy), caption + "".join(grown)))
     domains = [name for name in domains_of(runs) if any(name in record["heldout"] for run in runs for record in run.heldout)]
     small_ones = []
     for domain in domains:
-        series = [(run.name, flat(run.heldout, "heldout", domain), "value") for run in runs]
-        parent = [(run.name, flat(run.heldout, "parent", domain), "value") for run in runs]
+        series, parent = ([(run.name, points(run.heldout, kind, domain)) for run in runs] for kind in ("heldout", "parent"))
         entropy = [value for run in runs if (value := unigram_entropy(run, domain)) is not None]
-        caption = "Nats per token." + (" Thin: its parent on the same rows." if any(points for _, points, _ in parent) else "")
-        small_ones.append(figure(curves(runs, series, domain, 220, entropy, parent), caption, f"Held out: {domain}"))
+        caption = "Nats per token." + (" Thin: its parent on the same rows." if any(found for _, found in parent) else "")
+        small_ones.append(figure(over_steps(runs, series, domain, 220, levels=entropy, thin_series=parent), caption, f"Held out: {domain}"))
     hint = '<p class="small hint">Drag moves a plot, shift and wheel zoom it, a double click brings the whole back.</p>'
-    return key_of([run.name for run in runs]) + "".join(figures) + pairs(small_ones) + hint + details("The numbers", heldout_table(runs, domains))
+    return key_of([run.name for run in runs]) + "".join(figures) + pairs(small_ones) + hint + details("The numbers", loss_table(runs, domains))
 
 
-def heldout_table(runs: list[RunData], domains: list[str]) -> str:
+def loss_table(runs: list[RunData], domains: list[str]) -> str:
     body = []
     for run in runs:
-        if run.train:
-            values = [first(run.train, "loss"), last(run.train, "loss"), unigram_entropy(run), None]
-            body.append([esc(run.name), "training", *map(decimal, values)])
-        for domain in domains:
-            points = flat(run.heldout, "heldout", domain)
-            parent = last(flat(run.heldout, "parent", domain), "value")
-            values = [first(points, "value"), last(points, "value"), unigram_entropy(run, domain), parent]
-            if points:
-                body.append([esc(run.name), esc(domain), *map(decimal, values)])
+        for text in (None, *domains):
+            found = points(run.heldout, "heldout", text) if text else points(run.train, "loss")
+            parent = points(run.heldout, "parent", text)[-1:] or [(0, None)]
+            if found:
+                values = [found[0][1], found[-1][1], unigram_entropy(run, text), parent[0][1]]
+                body.append([esc(run.name), esc(text or "training"), *map(decimal, values)])
     return grid(["run", "text", "first", "last", "unigram", "parent"], body, "Nats per token.", texts=2)
 
 
@@ -517,18 +502,17 @@ def training(runs: list[RunData]) -> str:
         ("tokens_per_second", "Speed", "Tokens per second, all devices together.", "linear"),
         ("mfu", "Model FLOP/s utilisation", "The model's own arithmetic as a share of the devices' peak.", "linear"),
     ):
-        if any(finite(record.get(key)) for run in runs for record in run.train):
-            series = [(run.name, run.train, key) for run in runs]
-            figures.append(figure(curves(runs, series, title.lower(), 200, scale=scale), says, title))
+        series = [(run.name, points(run.train, key)) for run in runs]
+        if any(value for _, found in series for _, value in found):
+            figures.append(figure(over_steps(runs, series, title.lower(), 200, scale=scale), says, title))
     body = []
     for run in runs:
         epochs = next((record["epochs"] for record in run.train[::-1] if isinstance(record.get("epochs"), dict)), {})
         speeds = sorted(value for record in run.train if (value := finite(record.get("tokens_per_second"))) is not None)
         memory = max((finite(record.get("memory_bytes")) or 0 for record in run.train), default=0)
-        skipped = last(run.train, "n_skipped")
         body.append([
             esc(run.name), whole(speeds[len(speeds) // 2]) if speeds else "", f"{memory / 1e9:.2f}" if memory else "",
-            whole(skipped) if skipped is not None else "", esc(", ".join(f"{name} {decimal(epochs[name], 2)}" for name in in_order(domains_of(runs), epochs) if epochs[name])),
+            whole(last(run.train, "n_skipped")), esc(", ".join(f"{name} {decimal(epochs[name], 2)}" for name in in_order(domains_of(runs), epochs) if epochs[name])),
         ])  # fmt: skip
     heads = ["run", "tokens/s, median", "peak memory, GB", "steps skipped", "times each source was read"]
     return key_of([run.name for run in runs]) + pairs(figures) + grid(heads, body)
@@ -537,19 +521,28 @@ def training(runs: list[RunData]) -> str:
 def growth(runs: list[RunData]) -> str:
     parts = []
     for found, names in distinct(runs, "growth"):
-        verdict = (found.get("verdict") or "no verdict was given").replace("->", "\u2192")
-        parts.append(f"<h3>{esc(', '.join(found.get('operators', [])))}{of_runs(names, runs)}</h3><p>{esc(verdict[:1].upper() + verdict[1:])}.</p>")
-        parts.append(f'<div class="split"><div>{growth_map(found)}</div><div>{growth_facts(found, domains_of(runs))}</div></div>')
+        when = "" if found["at_step"] is None else f", at step {whole(found['at_step'])} of the run"
+        parts.append(f"<h3>{esc(', '.join(found['operators']) + when)}{of_runs(names, runs)}</h3>")
+        health, _, why = found["verdict"].replace("->", "\u2192").rstrip(".").partition(":")
+        parts.append(f"<p><strong>{esc(health[:1].upper() + health[1:])}</strong>{esc(f':{why}' if why else '')}.</p>")
+        columns = [growth_map(found), growth_facts(found, domains_of(runs))]
+        columns[len(found["layer_map"]) > 14] += growth_twins(found)  # below the shorter of the two
+        parts.append(f'<div class="split"><div>{columns[0]}</div><div>{columns[1]}</div></div>' if columns[0] else columns[1])
+        parts.append(growth_layers(found))
     return "".join(parts)
 
 
 def growth_map(found: dict) -> str:
-    """A line from each parent layer to the child layers made from it."""
-    sources = found["layer_map"]
-    n_parent = max([found["spec"]["parent"]["n_layers"], *(s + 1 for s in sources if isinstance(s, int))])
-    n_child = len(sources)
-    row = 24 if max(n_parent, n_child) <= 24 else 14
-    height, left, right, wide = row * max(n_parent, n_child) + 24, 0, 190, 84
+    """A line from each parent layer to the child layers made from it; "" where every layer stayed where it was."""
+    sources, new = found["layer_map"], found["new_layers"]
+    n_parent, n_child = found["spec"]["parent"]["n_layers"], len(sources)
+    if sources == list(range(n_parent)):
+        return ""
+    n_rows = max(n_parent, n_child)
+    row, right, wide = 24 if n_rows <= 24 else 14, 190, 84
+
+    def top(i, n):
+        return 24 + row * i + row * (n_rows - n) / 2
 
     def cell(x, y, label, kind):
         return (
@@ -557,47 +550,88 @@ def growth_map(found: dict) -> str:
             f'<text x="{x + wide / 2}" y="{y + row / 2 + 2:.0f}" text-anchor="middle">{esc(label)}</text>'
         )
 
-    def top(i, n):
-        return 24 + row * i + row * (max(n_parent, n_child) - n) / 2
-
-    uses = [sources.count(layer) for layer in range(n_parent)]
-    kinds = ["unused" if n == 0 else "once" if n == 1 else "twice" for n in uses]
-    cells = [cell(left, top(i, n_parent), f"layer {i}", kinds[i]) for i in range(n_parent)]
+    cells = [cell(0, top(i, n_parent), f"layer {i}", "" if i in sources else "unused") for i in range(n_parent)]
     lines = []
     for i, source in enumerate(sources):
-        known = isinstance(source, int) and 0 <= source < n_parent
-        cells.append(cell(right, top(i, n_child), f"{i} from {source}" if known else f"{i} new", kinds[source] if known else "unused"))
-        if known:
-            y0, y1 = top(source, n_parent) + row / 2 - 2, top(i, n_child) + row / 2 - 2
-            middle = (left + wide + right) / 2
-            lines.append(f'<path class="{kinds[source]}" d="M{left + wide + 2} {y0:.0f} C{middle} {y0:.0f} {middle} {y1:.0f} {right} {y1:.0f}"/>')
-    twice = [layer for layer, n in enumerate(uses) if n > 1]
-    alt = f"{n_parent} layers became {n_child}; child layers come from parent layers {', '.join(map(str, sources))}"
-    heads = f'<text x="{left}" y="12">parent</text><text x="{right}" y="12">child</text>'
-    caption = "Layer 0 reads the embedding." + (f" Coloured: copied more than once ({', '.join(map(str, twice))})." if twice else "")
-    size = f'width="{right + wide + 2}" height="{height:.0f}"'
+        kind = "new" if i in new else ""
+        cells.append(cell(right, top(i, n_child), f"{i} new" if source is None else f"{i} from {source}", kind))
+        if source is not None:
+            y0, y1, middle = top(source, n_parent) + row / 2 - 2, top(i, n_child) + row / 2 - 2, (wide + right) / 2
+            lines.append(f'<path class="{kind}" d="M{wide + 2} {y0:.0f} C{middle} {y0:.0f} {middle} {y1:.0f} {right} {y1:.0f}"/>')
+    alt = f"{n_parent} layers became {n_child}; child layers come from parent layers {told(['none' if source is None else source for source in sources])}"
+    alt += f"; new are child layers {told(new)}" if new else ""
+    heads = f'<text x="0" y="12">parent</text><text x="{right}" y="12">child</text>'
+    caption = "Layer 0 reads the embedding." + (" Coloured: new layers." if new else "")
+    caption += " Dashed: left out." if set(range(n_parent)) - set(sources) else ""
+    size = f'width="{right + wide + 2}" height="{row * n_rows + 24}"'
     picture = f'<svg class="map" role="img" aria-label="{esc(alt)}" {size}>{heads}{"".join(lines + cells)}</svg>'
     return f"<figure>{picture}<figcaption>{esc(caption)}</figcaption></figure>"
 
 
 def growth_facts(found: dict, domains: list[str]) -> str:
-    before, after = found["n_params"]["parent"], found["n_params"]["child"]
-    rows = [["parameters", count(before), count(after)]]
-    labels = {"n_layers": "layers", "d_model": "width", "d_ff": "feed-forward width", "n_heads": "heads", "vocab_size": "vocabulary"}
-    for key, label in labels.items():
-        sizes = [found["spec"][who].get(key) for who in ("parent", "child")]
-        if key == "n_layers" or sizes[0] != sizes[1]:
-            rows.append([label, *map(whole, sizes)])
-    loss = found.get("heldout_loss") or {}
-    for name in in_order(domains, loss.get("parent", {})):
-        rows.append([f"{esc(name)} <small>nats/token</small>", decimal(loss["parent"][name]), decimal(loss.get("newborn", {}).get(name))])
-    facts = [f"{after / before:.2f} times the parent's parameters."] if before else []
-    difference = finite(found.get("max_logit_difference"))
-    if difference is not None:
-        facts.append(f"Largest difference of a logit from the parent's: {difference:.3g}.")
-    facts.append("The operators preserve the function." if found.get("preserves_function") else "The operators do not preserve the function.")
-    caption = "Held-out loss before any training of the newborn." if loss else "The newborn's held-out loss was not measured."
-    return grid(["", "parent", "newborn"], rows, caption) + small(" ".join(facts))
+    """Sizes and held-out losses of parent and newborn, and what else is known in a sentence."""
+    labels = {"n_layers": "layers", "d_model": "width", "d_ff": "feed-forward width", "n_heads": "heads", "n_kv_heads": "key-value heads"}
+    labels |= {"d_head": "head width", "vocab_size": "vocabulary"}
+    sizes = [("parameters", count, found["n_params"]), ("FLOPs a token", count, found["flops_per_token"] or {})]
+    sizes += [(label, whole, {who: found["spec"][who].get(key) for who in ("parent", "child")}) for key, label in labels.items()]
+    rows = []
+    for label, as_text, of in sizes:
+        before, after = of.get("parent"), of.get("child")
+        if before != after or label in ("parameters", "layers"):
+            rows.append([label, as_text(before), as_text(after), f"\u00d7 {after / before:.2f}"])
+    loss, probe = found["heldout_loss"], found["probe"]
+    steps = f"{whole(probe['steps'])} steps" if probe else ""
+    for label, both in (("loss at birth", loss), (f"loss after {steps}", probe)):
+        rows += [[label, "", "", ""]] if both else []
+        for name in in_order(domains, both["parent"]) if both else ():
+            before, after = both["parent"][name], both["newborn"][name]
+            rows.append([row_head("  " + name), f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}"])
+    caption = f"Held-out loss, nats per token, on {whole(found['heldout_rows'])} rows, at birth" if loss else "Held-out loss at birth: not measured"
+    caption += f"; then after a probe, the same {steps} of training for both." if probe else "."
+    facts = [f"The operators {'' if found['preserves_function'] else 'do not '}preserve the function."]
+    difference = found["max_logit_difference"]
+    facts += [f"Largest difference of a logit from the parent's: {difference:.3g}."] if difference is not None else []
+    facts += [f"The optimizer's moments: {found['moments']}."] if found["moments"] else []
+    seen = [small(clip(f"Measured {key.replace('_', ' ')}: {told(value)}", MAX_TEXT)) for key, value in found["measured"].items()]
+    table = grid(["", "parent", "newborn", "change"], rows, caption + " The loss at birth does not rank operators.")
+    return table + small(" ".join(facts)) + "".join(seen)
+
+
+def growth_layers(found: dict) -> str:
+    """What each layer does to the residual stream, the parent's beside the newborn's."""
+    layers, who = found["layers"], ["parent", "newborn"]
+    if not layers:
+        return ""
+    figures = []
+    for key, title, says, scale in (
+        ("rms", "Residual stream", "RMS after each layer. Log scale.", "log"),
+        ("influence", "Block influence", "1 \u2212 mean cosine between what enters a layer and what leaves it (ShortGPT).", "linear"),
+    ):
+        series = [(name, [(i, layer[key]) for i, layer in enumerate(layers[name])]) for name in who]
+        dots = [("newborn", [(i, layers["newborn"][i][key]) for i in found["new_layers"]])]
+        plot = curves(who, series, title.lower(), 200, x="layer", dots=dots, scale=scale)
+        figures.append(figure(plot, says + (" Dots: new layers." if found["new_layers"] else ""), title))
+    both = enumerate(itertools.zip_longest(*(layers[name] for name in who), fillvalue={}))
+    body = [[str(i), *(decimal(layer.get(key)) for key in ("rms", "influence") for layer in pair)] for i, pair in both]
+    heads = ["layer", "RMS, parent", "newborn", "influence, parent", "newborn"]
+    return key_of(who) + pairs(figures) + details("The numbers", grid(heads, body))
+
+
+def growth_twins(found: dict) -> str:
+    """Copies of one parent layer, those that differ most first."""
+    twins = sorted(found["twins"] or [], key=lambda twin: twin["cosine"])
+    body = [[whole(twin["source"]), esc(told(twin["layers"])), f"{twin['cosine']:.3f}"] for twin in twins[:MAX_TWINS]]
+    caption = f"Cosine between what both copies write, mean over tokens; 1: they still do the same. Lowest first, {len(body)} of {len(twins)}."
+    return grid(["parent layer", "copies", "cosine"], body, caption) if body else ""
+
+
+def told(value: Any) -> str:
+    """JSON in words: real numbers in three digits, lists and objects with commas."""
+    if isinstance(value, dict):
+        value = [f"{key} {told(each)}" for key, each in value.items()]
+    if isinstance(value, list):
+        return ", ".join(map(told, value))
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def evaluation(runs: list[RunData]) -> str:
@@ -616,10 +650,10 @@ def evaluation(runs: list[RunData]) -> str:
     names = column_names(list(columns))
     domains = [(f"bits_per_byte/{name}", "bits_per_byte") for name in domains_of(runs)]
     keys = in_order(domains, (key for scores in columns.values() for key in scores))
-    body, has_error = [], False
+    has_error = any(error is not None for scores in columns.values() for _, error, _ in scores.values())
+    body = []
     for task, metric in keys:
         found = [scores.get((task, metric)) for scores in columns.values()]
-        has_error = has_error or any(each and each[1] is not None for each in found)
         n = next((each[2] for each in found if each and each[2]), None)
         label = f"{esc(task.removeprefix('bits_per_byte/'))} <small>{esc(metric.replace('_', ' '))}{f', {whole(n)} items' if n else ''}</small>"
         body.append([label, *(score_text(*each) if each else "" for each in found)])
@@ -632,16 +666,13 @@ def evaluation(runs: list[RunData]) -> str:
 
 def backends_differ(columns: dict) -> str:
     """How far our numbers are from the reference's, where a model was scored by both."""
-    differences = [
-        abs(score[0] - columns[model, "hf"][key][0])
-        for (model, backend), scores in columns.items()
-        if backend == "jax" and (model, "hf") in columns
-        for key, score in scores.items()
-        if key in columns[model, "hf"]
-    ]
-    if not differences:
-        return ""
-    return f" They differ by {max(differences):.0e} at most." if any(differences) else " They are equal."
+    differences = []
+    for (model, backend), ours in columns.items():
+        theirs = columns.get((model, "hf"), {}) if backend == "jax" else {}
+        differences += [abs(ours[key][0] - theirs[key][0]) for key in ours.keys() & theirs.keys()]
+    if not any(differences):
+        return " They are equal." if differences else ""
+    return f" They differ by {max(differences):.0e} at most."
 
 
 def score_text(score: float, error: float | None, n: int) -> str:
@@ -653,10 +684,9 @@ def scores_of(result: dict, task: str, metrics: dict) -> Iterable[tuple[str, tup
     n = (result.get("n-samples") or {}).get(task) or {}
     for name, value in metrics.items():
         metric, _, rule = name.partition(",")
-        if not rule or metric.endswith("_stderr") or finite(value) is None:
-            continue
-        error = finite(metrics.get(f"{metric}_stderr,{rule}"))
-        yield metric if rule == "none" else f"{metric}, {rule}", (value, error, n.get("effective") if isinstance(n, dict) else n)
+        if rule and not metric.endswith("_stderr") and finite(value) is not None:
+            error = finite(metrics.get(f"{metric}_stderr,{rule}"))
+            yield metric if rule == "none" else f"{metric}, {rule}", (value, error, n.get("effective") if isinstance(n, dict) else n)
 
 
 def benchmarks(columns: dict, names: list[tuple[str, str]]) -> str:
@@ -693,20 +723,18 @@ def benchmarks(columns: dict, names: list[tuple[str, str]]) -> str:
 def column_names(keys: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """(run's name, backend); with the end of the path where two columns would read the same."""
     names = [(model_name(model), backend) for model, backend in keys]
-    return [
-        each if names.count(each) == 1 else ("/".join(pathlib.PurePath(model).parts[-3:]), each[1])
-        for each, (model, _) in zip(names, keys, strict=True)
-    ]
+    ends = ["/".join(pathlib.PurePath(model).parts[-3:]) for model, _ in keys]
+    return [(end, name[1]) if names.count(name) > 1 else name for name, end in zip(names, ends, strict=True)]
 
 
 def model_name(path: str) -> str:
     """The run's name of runs/base, runs/base/hf and runs/base/checkpoints/300."""
-    parts = pathlib.PurePath(path).parts
-    if len(parts) > 2 and parts[-2] == "checkpoints":
-        return parts[-3]
-    if len(parts) > 1 and parts[-1] == "hf":
-        return parts[-2]
-    return parts[-1] if parts else path
+    place = pathlib.PurePath(path)
+    if place.name == "hf":
+        place = place.parent
+    elif place.parent.name == "checkpoints":
+        place = place.parent.parent
+    return place.name or path
 
 
 def model_order(path: str, runs: list[RunData]) -> int:
@@ -723,16 +751,14 @@ def samples(runs: list[RunData]) -> str:
         for prompt in found["prompts"][:shown]:
             outputs = "".join(sample(output, runs) for output in prompt["outputs"])
             parts.append(f'<div class="prompt"><pre>{esc(clip(prompt["prompt"], MAX_TEXT))}</pre><div class="outputs">{outputs}</div></div>')
-        more = len(found["prompts"]) - shown
-        note = f" {more} more prompts are in eval/samples.json." if more > 0 else ""
+        note = f" {more} more prompts are in eval/samples.json." if (more := len(found["prompts"]) - shown) > 0 else ""
         parts.append(small(f"Each model's continuation of the prompt above it. {settings[:1].upper()}{settings[1:]}.{note}"))
     return "".join(parts)
 
 
 def sample(output: dict, runs: list[RunData]) -> str:
-    speed = ""
-    if finite(output.get("tokens")) and finite(output.get("seconds")):
-        speed = f"{whole(output['tokens'])} tokens, {brief(output['tokens'] / output['seconds'])} a second"
+    tokens, seconds = finite(output.get("tokens")), finite(output.get("seconds"))
+    speed = f"{whole(tokens)} tokens, {brief(tokens / seconds)} a second" if tokens and seconds else ""
     name = model_name(str(output["model"]))
     i = model_order(name, runs)
     return f"<div><h3>{swatch(i) if i < len(runs) else ''}{esc(name)}</h3><pre>{esc(clip(output['text'].lstrip(' ').strip(chr(10)), MAX_TEXT))}</pre>{small(speed)}</div>"
@@ -785,29 +811,18 @@ def settings(runs: list[RunData]) -> str:
     known = {run.name: leaves(run.config) for run in runs if run.config}
     if not known:
         return ""
+    caption = "Settings that differ between the runs; all others are the same."
     if len(known) == 1:
         known = {"default": leaves(stage.plain(config.Config())), **known}
         caption = "Settings that differ from the defaults; configs/base.py says what each means."
-    else:
-        caption = "Settings that differ between the runs; all others are the same."
-    keys = list(dict.fromkeys(key for each in known.values() for key in each))
-    body = [
-        [f"<code>{esc(key).replace('.', '.<wbr>')}</code>", *(code(each.get(key)) for each in known.values())]
-        for key in keys
-        if len({code(each.get(key)) for each in known.values()}) > 1
-    ]
+    rows = {key: [code(each.get(key)) for each in known.values()] for tree in known.values() for key in tree}
+    body = [[f"<code>{esc(key).replace('.', '.<wbr>')}</code>", *row] for key, row in rows.items() if len(set(row)) > 1]
     return grid(["", *map(esc, known)], body, caption, texts=1 + len(known)) if body else small("No setting differs.")
 
 
-def leaves(tree: dict, prefix: str = "") -> dict[str, Any]:
+def leaves(tree: dict[str, dict]) -> dict[str, Any]:
     """{"train": {"steps": 3}} -> {"train.steps": 3}"""
-    found = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value and prefix.count(".") < 1:
-            found |= leaves(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
+    return {f"{section}.{knob}": value for section, knobs in tree.items() for knob, value in knobs.items()}
 
 
 class Section(NamedTuple):
@@ -838,14 +853,13 @@ def page(runs: list[RunData]) -> str:
     shown, missing = [], []
     for section in SECTIONS:
         try:
-            body = section.html(runs)
+            body, problem = section.html(runs), f"no {section.wants}"
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:  # JSON, but not as our stages write it
-            missing.append(f"{section.title}: cannot be shown, {section.wants.split(',')[0]} is of another form ({type(error).__name__}: {error}).")
-            continue
+            body, problem = "", f"cannot be shown, {section.wants.split(',')[0]} is of another form ({type(error).__name__}: {error})"
         if body:
             shown.append((section.title, body))
         else:
-            missing.append(f"{section.title}: no {section.wants}.")
+            missing.append(f"{section.title}: {problem}.")
     missing += dict.fromkeys(note for run in runs for note in run.notes)
     if missing:
         shown.append(("Not shown", "<ul>" + "".join(f"<li>{esc(line)}</li>" for line in missing) + "</ul>"))
@@ -879,31 +893,38 @@ PLOT = 'class="plot"'  # what SCRIPT draws
 ROUND = [digit * 10.0**power for power in range(-6, 8) for digit in (1, 1.5, 2, 3, 5, 7)]  # marks of a log scale
 
 
-def curves(runs, series, title: str, height: int, levels=(), thin_series=(), scale: str = "linear") -> dict:
-    """A Vega-Lite figure of series (run's name, records, key) over steps, coloured by run; levels: y drawn dashed; thin_series: drawn thin."""
-    n_points = max(40, MAX_POINTS // max(1, len(runs)))
-    names = [run.name for run in runs]
-    colors = {"field": "run", "type": "nominal", "legend": None, "scale": palette(names)}
-    x = {"field": "step", "type": "quantitative", "title": "step", "axis": {"tickMinStep": 1}}
-    y = {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}}
+def over_steps(runs: list[RunData], series, title: str, height: int, **more) -> dict:
+    """`curves` over the runs' steps, with a rule where one was resumed or grown."""
+    marks = [{"name": run.name, "step": step, "what": what} for run in runs for step, what in run.marks]
+    return curves([run.name for run in runs], series, title, height, marks=marks, **more)
+
+
+def curves(names, series, title: str, height: int, x="step", levels=(), thin_series=(), dots=(), marks=(), scale="linear") -> dict:
+    """A Vega-Lite figure of series (name, [(x, y)]), coloured by name.
+
+    levels: y drawn dashed; thin_series: drawn thin; dots: drawn as points; marks: {"name", x, "what"} drawn upright.
+    """
+    n_points = max(40, MAX_POINTS // max(1, len(names)))
+    edge = {"padding": 5, "nice": False} if dots else {}  # pixels: the edge of the plot would cut a dot
+    colors = {"field": "name", "type": "nominal", "legend": None, "scale": palette(names)}
+    across = {"field": x, "type": "quantitative", "title": x, "axis": {"tickMinStep": 1}, "scale": edge}
+    y = {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": bool(dots), **edge}}
     if scale == "log":
-        y |= {"scale": {"type": "log", "nice": False}, "axis": {"values": ROUND, "format": ",.4~r"}}
+        y |= {"scale": {"type": "log", "nice": False, **edge}, "axis": {"values": ROUND, "format": ",.4~r"}}
     tooltip = [
-        {"field": "run", "type": "nominal", "formatType": "word", "format": "-"},
-        {"field": "step", "type": "quantitative"},
+        {"field": "name", "type": "nominal", "title": "title", "formatType": "word", "format": "-"},  # the tooltip's own title
+        {"field": x, "type": "quantitative"},
         {"field": "value", "type": "quantitative", "title": title, "format": ".4~g"},
     ]
 
     def values(chosen):
         found = []
-        for name, records, key in chosen:
-            points = [
-                (record["step"], value) for record in records if (value := finite(record.get(key))) is not None and (scale != "log" or value > 0)
-            ]
-            found += [{"run": name, "step": step, "value": float(f"{value:.5g}")} for step, value in thin(points, n_points)]
+        for name, line in chosen:
+            shown = [(at, value) for at, value in line if finite(value) is not None and (scale != "log" or value > 0)]
+            found += [{"name": name, x: at, "value": float(f"{value:.5g}")} for at, value in thin(shown, n_points)]
         return found
 
-    at = {"x": x, "y": y, "color": colors}
+    at = {"x": across, "y": y, "color": colors}
     line = {"type": "line", "clip": True}
     dot = {"type": "point", "clip": True, "filled": True}
     nearest = {"type": "point", "on": "pointerover", "nearest": True, "clear": "pointerout"}
@@ -913,19 +934,18 @@ def curves(runs, series, title: str, height: int, levels=(), thin_series=(), sca
         {"mark": line, "encoding": at, "params": [{"name": "pan", "bind": "scales", "select": pan}]},
         {"mark": {**dot, "size": 50}, "encoding": {**at, "tooltip": tooltip, "opacity": opacity}, "params": [{"name": "near", "select": nearest}]},
     ]
-    if single := [name for name, records, _ in series if len(records) == 1]:  # one point makes no line
-        layers.append({"mark": {**dot, "size": 30, "opacity": 1}, "transform": [{"filter": {"field": "run", "oneOf": single}}], "encoding": at})
+    if dotted := values([*dots, *(one for one in series if len(one[1]) == 1)]):  # one point makes no line
+        layers.append({"data": {"values": dotted}, "mark": {**dot, "size": 30, "opacity": 1}, "encoding": at})
     if thin_values := values(thin_series):
         layers.append({"data": {"values": thin_values}, "mark": {**line, "strokeWidth": 1, "opacity": 0.7}, "encoding": at})
     if level_values := [{"value": value} for value in dict.fromkeys(round(level, 4) for level in levels)]:
+        rule = {"type": "rule", "clip": True, "strokeDash": [5, 4]}
         label = {"type": "text", "clip": True, "text": "unigram", "x": "width", "align": "right", "dy": 10, "fill": "var(--muted)", "fontSize": 11}
-        layers += [
-            {"data": {"values": level_values}, "mark": mark, "encoding": {"y": y}}
-            for mark in ({"type": "rule", "clip": True, "strokeDash": [5, 4]}, label)
-        ]
-    if marks := [{"run": run.name, "step": step} for run in runs for step in run.resumes]:
-        mark = {"type": "rule", "clip": True, "strokeDash": [1, 3], "strokeWidth": 1.5}
-        layers.append({"data": {"values": marks}, "mark": mark, "encoding": {"x": x, "color": colors, "tooltip": {"value": "resumed"}}})
+        layers += [{"data": {"values": level_values}, "mark": mark, "encoding": {"y": y}} for mark in (rule, label)]
+    if marks:
+        dash = {"condition": {"test": "datum.what === 'resumed'", "value": [1, 3]}, "value": [1, 0]}
+        upright = {"x": across, "color": colors, "strokeDash": dash, "tooltip": {"field": "what", "type": "nominal"}}
+        layers.append({"data": {"values": marks}, "mark": {"type": "rule", "clip": True, "strokeWidth": 1.5}, "encoding": upright})
     return {"height": height, "data": {"values": values(series)}, "layer": layers}
 
 
@@ -941,9 +961,10 @@ def thin(points: list[tuple[float, float]], n: int) -> list[tuple[float, float]]
     return [*kept, *([points[-1]] if kept[-1] != points[-1] else [])]
 
 
-def flat(records: list[dict], kind: str, domain: str) -> list[dict]:
-    """{"step", "heldout": {domain: x}} -> {"step", "value": x}"""
-    return [{"step": record["step"], "value": record[kind][domain]} for record in records if domain in (record.get(kind) or {})]
+def points(records: list[dict], key: str, domain: str | None = None) -> list[tuple[float, float]]:
+    """(step, value) of each record that has one; of one domain where the records hold {domain: value}."""
+    found = [(record["step"], (record.get(key) or {}).get(domain) if domain else record.get(key)) for record in records]
+    return [(step, value) for step, value in found if finite(value) is not None]
 
 
 def pairs(figures: list[str]) -> str:
@@ -952,21 +973,12 @@ def pairs(figures: list[str]) -> str:
 
 
 def figure(spec: dict, caption: str, title: str = "") -> str:
-    data = json.dumps(plot_safe(spec), separators=(",", ":")).replace("<", "\\u003c")  # no text in it can end the script element
+    data = json.dumps(spec, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")  # no text in it can end the script element
     head = f"<h3>{esc(title)}</h3>" if title else ""
     return (
         f'<figure>{head}<div {PLOT} role="img" aria-label="{esc(f"{title}. {caption}" if title else caption)}" style="min-height:{spec["height"]}px">'
         f'<div aria-hidden="true"></div><script type="application/json">{data}</script></div><figcaption>{esc(caption)}</figcaption></figure>'
     )
-
-
-def plot_safe(value: Any) -> Any:
-    """Without the infinities that JSON does not know."""
-    if isinstance(value, dict):
-        return {key: plot_safe(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [plot_safe(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---- pieces of HTML; whatever comes from a file passes through esc
@@ -1015,17 +1027,13 @@ def color(i: int) -> str:
     return f"var(--c{i % 8})"
 
 
-def distinct(runs: list[RunData], field: str) -> list[tuple[dict, list[str]]]:
+def distinct(runs: list[RunData], field: str) -> list[tuple[Any, list[str]]]:
     """Each different value of the field once, with the names of the runs that have it."""
-    found: list[tuple[dict, list[str]]] = []
+    found: dict[str, tuple[Any, list[str]]] = {}
     for run in runs:
-        value = getattr(run, field)
-        same = next((names for other, names in found if other == value), None)
-        if same is not None:
-            same.append(run.name)
-        elif value:
-            found.append((value, [run.name]))
-    return found
+        if value := getattr(run, field):
+            found.setdefault(json.dumps(value, sort_keys=True), (value, []))[1].append(run.name)
+    return list(found.values())
 
 
 def of_runs(names: list[str], runs: list[RunData]) -> str:
@@ -1042,11 +1050,6 @@ def finite(value: Any) -> float | None:
 
 def total(parts: dict[str, dict], key: str) -> float:
     return sum(finite(part.get(key)) or 0 for part in parts.values())
-
-
-def whole(value: Any) -> str:
-    """12,345"""
-    return f"{value:,.0f}" if finite(value) is not None else ""
 
 
 def brief(value: Any) -> str:
@@ -1066,6 +1069,9 @@ def decimal(value: Any, digits: int = 3) -> str:
     return f"{value:,.{digits}f}" if finite(value) is not None else ""
 
 
+whole = functools.partial(decimal, digits=0)  # 12,345
+
+
 def count(value: Any) -> str:
     """1.31 M"""
     if finite(value) is None:
@@ -1074,10 +1080,6 @@ def count(value: Any) -> str:
         if abs(value) >= size:
             return f"{value / (1e3 if letter == ' k' else size):.3g}{letter}"
     return whole(value)
-
-
-def megabytes(value: Any) -> str:
-    return f"{value / 1e6:,.2f}" if finite(value) is not None else ""
 
 
 def duration(seconds: Any) -> str:
@@ -1104,10 +1106,8 @@ def clip(text: Any, n: int) -> str:
 STYLE = """
 :root { --bg:#fdfdfc; --text:#1c1d1f; --muted:#63666b; --line:#e3e3e0; --soft:#f3f3f0;
   --c0:#2f62c4; --c1:#c25a12; --c2:#13795f; --c3:#a8326e; --c4:#7352c2; --c5:#806a00; --c6:#0f7490; --c7:#5c6470 }
-@media (prefers-color-scheme: dark) { :root { --bg:#17181a; --text:#e7e7e4; --muted:#9b9ea4; --line:#2f3135; --soft:#212326;
+@media screen and (prefers-color-scheme: dark) { :root { --bg:#17181a; --text:#e7e7e4; --muted:#9b9ea4; --line:#2f3135; --soft:#212326;
   --c0:#82a9f5; --c1:#f0985a; --c2:#55c4a1; --c3:#e883b6; --c4:#b39cf2; --c5:#d3ba4c; --c6:#5cc0dd; --c7:#a9b0bb } }
-@media print { :root { --bg:#fff; --text:#000; --muted:#555; --line:#ccc; --soft:#f3f3f3;
-  --c0:#2f62c4; --c1:#c25a12; --c2:#13795f; --c3:#a8326e; --c4:#7352c2; --c5:#806a00; --c6:#0f7490; --c7:#5c6470 } }
 * { box-sizing:border-box }
 html { -webkit-text-size-adjust:100%; scroll-behavior:smooth }
 @media (prefers-reduced-motion: reduce) { html { scroll-behavior:auto } }
@@ -1126,7 +1126,7 @@ nav { text-wrap:balance; margin-top:1.5rem; font-size:.875rem; color:var(--muted
 .small, figcaption, small { font-size:.8125rem; line-height:1.5; color:var(--muted) } .small { margin:.6rem 0 0 }
 .made { display:flex } .made .dot { flex:none; margin-top:.5rem }
 .dot { display:inline-block; width:.625rem; height:.625rem; border-radius:50%; margin-right:.55rem }
-.small + .legend { margin-top:2.25rem } .legend { display:flex; flex-wrap:wrap; gap:.25rem 1.5rem; font-size:.875rem; margin:0 0 .5rem }
+.small + .legend, .split + .legend { margin-top:2.25rem } .legend { display:flex; flex-wrap:wrap; gap:.25rem 1.5rem; font-size:.875rem; margin:0 0 .5rem }
 .wide { overflow-x:auto; margin-top:1.1rem; background:linear-gradient(90deg, var(--bg) 30%, transparent), linear-gradient(270deg, var(--bg) 30%, transparent) 100% 0,
   linear-gradient(90deg, var(--line), transparent), linear-gradient(270deg, var(--line), transparent) 100% 0; background-repeat:no-repeat;
   background-size:2rem 100%, 2rem 100%, .5rem 100%, .5rem 100%; background-attachment:local, local, scroll, scroll }
@@ -1151,9 +1151,9 @@ details { margin-top:1.25rem } summary { cursor:pointer; font-size:.875rem; colo
 .lineage ol { list-style:none; margin:0; padding:0; min-width:0; flex:1 }
 .lineage li { height:68px; margin:0; padding-top:9px; line-height:1.45; white-space:nowrap; overflow:hidden; text-overflow:ellipsis }
 .lineage li > span { font-size:.875rem; margin-left:.4rem }
-.split { display:grid; grid-template-columns:auto 1fr; gap:2.5rem; align-items:start } .split figure { margin:1.1rem 0 0; width:276px } .split .wide { margin-top:.6rem }
+.split { display:grid; grid-template-columns:276px minmax(0, 1fr); gap:2.5rem; align-items:start } .split figure { margin:1.1rem 0 0; max-width:276px } .split .wide:first-child { margin-top:.6rem }
 .map text { font-size:12px; fill:var(--text) } .map rect { fill:var(--soft); stroke:var(--line) } .map path { fill:none; stroke:var(--muted); opacity:.6 }
-.map rect.twice { fill:color-mix(in srgb, var(--c1) 22%, var(--bg)); stroke:var(--c1) } .map path.twice { stroke:var(--c1); opacity:1; stroke-width:1.5 }
+.map rect.new { fill:color-mix(in srgb, var(--c1) 22%, var(--bg)); stroke:var(--c1) } .map path.new { stroke:var(--c1); opacity:1; stroke-width:1.5 }
 .map rect.unused { fill:none; stroke-dasharray:3 3; stroke:var(--muted) }
 .outputs h3 { font-size:.8125rem; color:var(--muted); margin:0 0 .4rem }
 .prompt { margin-top:2.25rem } .prompt:first-of-type { margin-top:0 } .prompt > pre { font-weight:650; padding-left:.9rem; border-left:3px solid var(--line) }
@@ -1161,12 +1161,12 @@ details { margin-top:1.25rem } summary { cursor:pointer; font-size:.875rem; colo
 #vg-tooltip-element { background:var(--bg); color:var(--text); border:1px solid var(--line); box-shadow:0 2px 10px rgb(0 0 0 / .12); font:.8125rem/1.4 system-ui, sans-serif;
   font-variant-numeric:tabular-nums; padding:.4rem .6rem; border-radius:4px; position:fixed; z-index:9; pointer-events:none; visibility:hidden }
 #vg-tooltip-element.visible { visibility:visible } #vg-tooltip-element table { width:auto }
-#vg-tooltip-element td { border:0; padding:.05rem .3rem; text-align:left } #vg-tooltip-element td.key { color:var(--muted) }
-@media (max-width: 40rem) { main { padding-top:2.5rem } section { margin-top:3.25rem } .pairs { grid-template-columns:minmax(0, 1fr) } .split { grid-template-columns:1fr; gap:1rem }
+#vg-tooltip-element h2 { font-size:1em; margin:0 .3rem } #vg-tooltip-element td { border:0; padding:.05rem .3rem; text-align:left } #vg-tooltip-element td.key { color:var(--muted) }
+@media (max-width: 40rem) { main { padding-top:2.5rem } section { margin-top:3.25rem } .pairs { grid-template-columns:minmax(0, 1fr) } .split { grid-template-columns:minmax(0, 1fr); gap:1rem }
   table { font-size:.8125rem } th, td { padding-left:.6rem } td.t { white-space:normal } td.t small { display:block } .clock { display:none }
   .bar { width:2.5rem } .pc { width:2.9rem } .funnel th { width:auto } .rules th:nth-child(3), .rules td:nth-child(3) { display:none }
   .lineage { gap:.5rem } }
-@media print { main { padding-top:0 } nav, .hint { display:none } .wide { overflow:visible; background:none }
+@media print { :root { --bg:#fff; --text:#000; --muted:#555; --line:#ccc } main { padding-top:0 } nav, .hint { display:none } .wide { overflow:visible; background:none }
   figure, tr, .prompt, .lineage li { break-inside:avoid } h2, h3, .legend, .prompt > pre { break-after:avoid } }
 """
 

@@ -4,7 +4,7 @@ Writes a run directory at step 0 (checkpoints/0, spec.json, tokenizer/, growth.j
 starts by --config.initialize.source=DIR and which export_hf.py and evaluate.py take like any other run.
 
     python scripts/initialize.py --from runs/base --grow 'depth_upscale(m=2)' --to runs/grown
-    python scripts/initialize.py --from path/to/Llama-3.2-1B --to runs/llama
+    python scripts/initialize.py --from hf:meta-llama/Llama-3.2-1B --check --to runs/llama
 """
 
 import argparse
@@ -20,7 +20,11 @@ from jaxpt import config, stage
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--from", dest="source", required=True, metavar="random|DIR", help="random, a run or checkpoint directory, or a Hugging Face model directory"
+        "--from",
+        dest="source",
+        required=True,
+        metavar="random|DIR|hf:NAME",
+        help="random, a run or checkpoint directory, a Hugging Face model directory, or its name on the hub",
     )
     parser.add_argument("--config", metavar="FILE", help="a recipe: its model section shapes a random model, its mixture.packed is measured on")
     parser.add_argument(
@@ -31,15 +35,27 @@ def main():
         metavar="OPERATOR",
         help="growth operators in order, such as 'depth_upscale(m=4)'; docs/growth.md lists them",
     )
+    parser.add_argument(
+        "--probe",
+        type=int,
+        default=20,
+        metavar="STEPS",
+        help="train parent and newborn for so many steps and compare their held-out losses; 0: do not",
+    )
+    parser.add_argument("--check", action="store_true", help="hold the imported model's logits against transformers' (needs torch and the memory)")
     parser.add_argument("--to", required=True, type=pathlib.Path, metavar="DIR", help="the run directory to write")
     parser.add_argument("--replace", action="store_true", help="overwrite what --to holds")
     arguments, rest = parser.parse_known_args()
     overrides = config.overrides_from(rest, parser)
     settings = config.load(arguments.config, overrides) if arguments.config else config.typed(config.overridden(overrides))
     asked = dataclasses.replace(settings.initialize, source=arguments.source, grow=(*settings.initialize.grow, *arguments.grow))
+    from jaxpt.plan import flops
     from jaxpt.train import newborn
 
-    newborn.write(dataclasses.replace(settings, initialize=asked), arguments.to, arguments.replace)
+    newborn.write(
+        dataclasses.replace(settings, initialize=asked), arguments.to, probe_steps=arguments.probe, check=arguments.check,
+        flops_per_token=flops.training, replace=arguments.replace,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

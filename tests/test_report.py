@@ -43,13 +43,7 @@ def write_runs(root):
         seconds=118.0,
         base=base,
     )
-    write_json(child / "growth.json", {
-        "parent": str(base / "checkpoints" / "300"), "operators": ["depth_upscale(m=1)"], "layer_map": [0, 1, 2, 3, 1, 2, 3, 4],
-        "n_params": {"parent": 590_880, "child": 886_368}, "spec": {"parent": SPEC, "child": grown},
-        "heldout_loss": {"parent": {"prose": 3.912, "code": 3.204}, "newborn": {"prose": 4.466, "code": 3.927}},
-        "preserves_function": False, "max_logit_difference": None,
-        "verdict": "the newborn starts +0.72 nats a token from its parent (held-out: prose 3.91 -> 4.47, code 3.20 -> 3.93); training has to win that back",
-    })  # fmt: skip
+    write_json(child / "growth.json", growth(parent=str(base / "checkpoints" / "300")))
     for run, offset in ((base, 0.0), (child, -0.07)):
         for backend, seconds in (("jax", 11.4), ("hf", 37.9)):
             write_json(run / "eval" / f"{backend}.json", {
@@ -81,6 +75,27 @@ def write_runs(root):
         {"on": "l4:8", "method": "estimated", "devices": 8, "fits": False, "peak_bytes_per_device": 31.0e9, "tokens_per_second": 42_000, "hours": 258.0, "usd": 1445.0},
     ]})  # fmt: skip
     return base, child
+
+
+def growth(**changes):
+    """growth.json of a stack of 5 layers that became 8, everything measured."""
+    layer = lambda i, influence: {"rms": 0.05 * 1.9**i, "influence": influence}  # noqa: E731
+    return {
+        "parent": "runs/base", "operators": ["depth_upscale(m=1)"], "at_step": None,
+        "layer_map": [0, 1, 2, 3, 1, 2, 3, 4], "new_layers": [4, 5, 6],
+        "n_params": {"parent": 590_880, "child": 886_368}, "flops_per_token": {"parent": 3_421_000.0, "child": 5_310_000.0},
+        "spec": {"parent": SPEC, "child": {**SPEC, "n_layers": 8}},
+        "heldout_loss": {"parent": {"prose": 3.912, "code": 3.204}, "newborn": {"prose": 4.466, "code": 3.927}}, "heldout_rows": 64,
+        "preserves_function": False, "max_logit_difference": None,
+        "layers": {
+            "parent": [layer(i, influence) for i, influence in enumerate((0.614, 0.181, 0.093, 0.102, 0.254))],
+            "newborn": [layer(i, influence) for i, influence in enumerate((0.614, 0.181, 0.093, 0.102, 0.041, 0.032, 0.055, 0.297))],
+        },
+        "twins": [{"source": source, "layers": [source, source + 3], "cosine": cosine} for source, cosine in ((1, 0.713), (2, 0.587), (3, 0.821))],
+        "probe": {"steps": 20, "parent": {"prose": 3.874, "code": 3.151}, "newborn": {"prose": 3.899, "code": 3.118}},
+        "measured": {}, "moments": "reset_new",
+        "verdict": "healthy: it starts +0.72 nats a token from its parent (held-out: prose 3.91 -> 4.47, code 3.20 -> 3.93); training has to win that back",
+    } | changes  # fmt: skip
 
 
 def write_json(path, value):
@@ -160,17 +175,21 @@ def write_run(run, spec, *, seed, steps, start, floor, initialize, seconds, base
 
 
 class Page(html.parser.HTMLParser):
-    """A page as a browser takes it apart: headings, heads of tables, attributes, data of figures, and all text but scripts and styles."""
+    """A page as a browser takes it apart: headings, heads and rows of tables, attributes, data of figures, and all text but scripts and styles."""
 
     def __init__(self, path):
         super().__init__()
-        self.stack, self.attributes, self.found, self.text = [], [], {}, ""
+        self.stack, self.attributes, self.found, self.rows, self.text = [], [], {}, [], ""
         self.feed(path.read_text())
 
     def handle_starttag(self, tag, attributes):
         self.stack.append(tag)
         self.attributes += [(tag, *pair) for pair in attributes]
         self.found.setdefault(tag, []).append("")
+        if tag == "tr":
+            self.rows.append([])
+        elif tag == "td":
+            self.rows[-1].append("")
 
     def handle_endtag(self, tag):
         while tag in self.stack and self.stack.pop() != tag:
@@ -179,12 +198,14 @@ class Page(html.parser.HTMLParser):
     def handle_data(self, data):
         if self.stack:
             self.found[self.stack[-1]][-1] += data
+        if "td" in self.stack:
+            self.rows[-1][-1] += data
         if not {"script", "style"} & set(self.stack):
             self.text += data
 
     @property
     def plots(self):
-        return [data for data in self.found["script"] if data.startswith("{")]
+        return [data for data in self.found.get("script", []) if data.startswith("{")]
 
 
 def test_the_page_shows_every_section_of_a_base_and_its_child(runs, tmp_path):
@@ -195,6 +216,10 @@ def test_the_page_shows_every_section_of_a_base_and_its_child(runs, tmp_path):
         "591 k",
         "886 k",
         "depth_upscale(m=1)",
+        "× 1.55",
+        "Healthy: it starts +0.72",
+        "loss after 20 steps",
+        "The loss at birth does not rank operators.",
         "60,009",
         "43,598",
         "2.113",
@@ -205,7 +230,11 @@ def test_the_page_shows_every_section_of_a_base_and_its_child(runs, tmp_path):
         "0.0004",
     ):
         assert said in page.text, said
-    assert ("svg", "aria-label", "5 layers became 8; child layers come from parent layers 0, 1, 2, 3, 1, 2, 3, 4") in page.attributes
+    assert (
+        "svg",
+        "aria-label",
+        "5 layers became 8; child layers come from parent layers 0, 1, 2, 3, 1, 2, 3, 4; new are child layers 4, 5, 6",
+    ) in page.attributes
 
 
 def test_the_page_asks_no_other_host_and_stays_small(runs, tmp_path):
@@ -215,7 +244,7 @@ def test_the_page_asks_no_other_host_and_stays_small(runs, tmp_path):
         if name in ("src", "href", "srcset", "data", "action", "poster"):
             assert value.startswith(("#", "data:")), (tag, name, value)
     assert not re.search(r"@import|url\(", page.found["style"][0]) and page.found["style"][0].count("{") == page.found["style"][0].count("}")
-    assert (tmp_path / "page.html").stat().st_size < 1_500_000
+    assert (tmp_path / "page.html").stat().st_size < 1_200_000
 
 
 def test_many_long_runs_still_make_a_page_below_two_megabytes(runs, tmp_path):
@@ -243,7 +272,7 @@ def test_text_from_data_is_inert(runs, tmp_path):
     hostile = child.with_name("<b>child")
     child.rename(hostile)
     found = json.loads((hostile / "growth.json").read_text())
-    write_json(hostile / "growth.json", {**found, "verdict": HOSTILE, "operators": [HOSTILE]})
+    write_json(hostile / "growth.json", {**found, "verdict": HOSTILE, "operators": [HOSTILE], "moments": HOSTILE, "measured": {HOSTILE: [HOSTILE]}})
     funnel = json.loads((base / "corpus" / "funnel.json").read_text())
     funnel["steps"][0]["rule"] = HOSTILE
     write_json(base / "corpus" / "funnel.json", funnel)
@@ -255,6 +284,92 @@ def test_text_from_data_is_inert(runs, tmp_path):
     assert len(page.found["script"]) == len(page.plots) + 2  # the library and ours
     assert page.text.count(HOSTILE) >= 4 and "<b>child" in page.text
     assert any(json.loads(data)["data"] for data in page.plots)
+
+
+def shown_growth(workdir, **changes):
+    """The page of a run that has only this growth.json."""
+    write_json(workdir / "growth.json", growth(**changes))
+    report.write([workdir], workdir / "page.html")
+    return Page(workdir / "page.html")
+
+
+def test_a_growth_in_width_shows_sizes_and_no_map(tmp_path):
+    spec = {"parent": SPEC, "child": {**SPEC, "d_model": 192, "n_kv_heads": 4}}
+    page = shown_growth(tmp_path, operators=["widen(d=192)"], layer_map=[0, 1, 2, 3, 4], new_layers=[], spec=spec, twins=None)
+    rows = [row for row in page.rows if row and row[0] in ("width", "heads", "key-value heads")]
+    assert rows == [["width", "96", "192", "× 2.00"], ["key-value heads", "2", "4", "× 2.00"]], "what stayed is not listed"
+    assert "svg" not in page.found
+
+
+def test_a_layer_without_a_source_is_new_and_a_parent_layer_without_a_copy_is_left_out(tmp_path):
+    page = shown_growth(tmp_path, layer_map=[0, None, 2, 4], new_layers=[1], twins=[])
+    assert ("svg", "aria-label", "5 layers became 4; child layers come from parent layers 0, none, 2, 4; new are child layers 1") in page.attributes
+    drawn = [value for tag, name, value in page.attributes if (tag, name) == ("rect", "class")]
+    assert drawn == ["", "unused", "", "unused", "", "", "new", "", ""] and "1 new" in page.found["text"]
+    assert "Dashed: left out." in page.text
+
+
+def test_each_layer_of_parent_and_newborn_is_drawn_and_stands_in_a_table(tmp_path):
+    page = shown_growth(tmp_path)
+    for plot, key in zip(page.plots, ("rms", "influence"), strict=True):
+        for name, layers in growth()["layers"].items():
+            values = [value for value in json.loads(plot)["data"]["values"] if value["name"] == name]
+            assert [value["layer"] for value in values] == list(range(len(layers)))
+            assert [value["value"] for value in values] == pytest.approx([layer[key] for layer in layers], rel=1e-4)
+    assert ["4", "0.652", "0.652", "0.254", "0.041"] in page.rows and ["7", "", "4.469", "", "0.297"] in page.rows
+
+
+def test_of_many_twins_the_twelve_that_differ_most_are_shown(tmp_path):
+    twins = [{"source": i, "layers": [i, i + 30], "cosine": (7 * i % 30) / 30 - 0.1} for i in range(30)]
+    page = shown_growth(tmp_path, twins=twins)
+    cosines = [float(row[2]) for row in page.rows if len(row) == 3]
+    assert cosines == pytest.approx([i / 30 - 0.1 for i in range(12)], abs=6e-4) and "12 of 30" in page.text
+
+
+def test_what_the_operators_measured_is_told(tmp_path):
+    page = shown_growth(tmp_path, measured={"influence": [0.614, 0.18123], "dropped": [2, 3], "kept": {"heads": 4}})
+    assert all(said in page.found["p"] for said in ("Measured influence: 0.614, 0.181", "Measured dropped: 2, 3", "Measured kept: heads 4"))
+
+
+def test_what_was_not_measured_leaves_no_gap(tmp_path):
+    page = shown_growth(tmp_path, **dict.fromkeys(("flops_per_token", "heldout_loss", "heldout_rows", "layers", "twins", "probe", "moments")))
+    assert "Growth" in page.found["h2"] and page.plots == [] and "not measured" in page.text
+    assert "None" not in page.text and "FLOPs" not in page.text and "moments" not in page.text
+
+
+def test_a_newborn_whose_loss_is_no_number_is_shown_as_such(tmp_path):
+    loss = {"parent": {"prose": 3.9}, "newborn": {"prose": math.nan}}
+    page = shown_growth(
+        tmp_path, heldout_loss=loss, layers={"parent": [{"rms": 1.0, "influence": 0.5}], "newborn": [{"rms": math.inf, "influence": math.nan}] * 8}
+    )
+    assert ["prose", "3.900", "nan", "+nan"] in page.rows
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"verdict": 3}, {"twins": 7}, {"layers": {"parent": []}}, {"new_layers": [99]}, {"probe": {"steps": 3}}, {"n_params": {}}, {"operators": [1]}],
+)
+def test_a_growth_of_another_form_is_one_sentence(tmp_path, changes):
+    page = shown_growth(tmp_path, **changes)
+    assert "Growth" not in page.found["h2"] and "Summary" in page.found["h2"]
+    assert len([line for line in page.found["li"] if "growth.json" in line and ("is of another form" in line or "does not hold" in line)]) == 1
+
+
+def test_growth_inside_a_run_is_a_rule_in_its_loss_and_no_point_of_it(runs, tmp_path):
+    base, _ = runs
+    whole = report.load_run(base)
+    record = json.dumps({"step": 90, "grown": "stack(g=2)", "n_layers": 10, "n_params": 1_111_111})
+    lines = (base / "metrics.jsonl").read_text().splitlines()
+    at = max(i for i, line in enumerate(lines) if json.loads(line)["step"] == 90)
+    (base / "metrics.jsonl").write_text("\n".join([*lines[: at + 1], record, *lines[at + 1 :]]))
+    write_json(base / "growth.json", growth(parent=str(base / "checkpoints" / "90"), operators=["stack(g=2)"], at_step=90))
+    grown, _ = report.write(runs, tmp_path / "page.html")
+    assert grown.train == whole.train and grown.heldout == whole.heldout
+    page = Page(tmp_path / "page.html")
+    assert "stack(g=2), at step 90 of the run" in page.text and "grown at step 90 by stack(g=2)" in page.text
+    marks = json.loads(page.plots[0])["layer"][-1]["data"]["values"]
+    assert {"name": "base", "step": 90, "what": "grown by stack(g=2)"} in marks
+    assert "Upright: base was grown by stack(g=2) at step 90." in page.text
 
 
 @pytest.mark.parametrize("gone", ["manifest.json", "config.json", "spec.json", "growth.json", "metrics.jsonl", "eval", "plan.json"])
@@ -299,7 +414,7 @@ def test_a_half_written_last_line_of_the_metrics_is_left_out_and_said(runs, tmp_
     whole = report.load_run(base)
     path.write_text(path.read_text() + '{"step": 302, "loss": 3.')
     run = report.load_run(base)
-    assert run.train == whole.train and run.heldout == whole.heldout and run.resumes == [160]
+    assert run.train == whole.train and run.heldout == whole.heldout and run.marks == [(160, "resumed")]
     assert "half-written" in run.notes[0]
 
 
@@ -454,4 +569,4 @@ def test_pointing_at_a_curve_names_its_run_and_value(runs, tmp_path, browser):
     (tmp_path / "page.html").write_text(head + point)
     dom, console = browser(tmp_path / "page.html")
     (tooltip,) = re.findall(r'id="vg-tooltip-element".*?</table>', dom, flags=re.S)
-    assert console == [] and re.search(r">run</td><td[^>]*>(base|child)<", tooltip) and re.search(r">loss</td><td[^>]*>\d\.\d+<", tooltip), tooltip
+    assert console == [] and re.search(r"<h2>(base|child)</h2>", tooltip) and re.search(r">loss</td><td[^>]*>\d\.\d+<", tooltip), tooltip

@@ -190,6 +190,68 @@ def wait_for(path, process):
         time.sleep(0.01)
 
 
+def test_a_run_that_grows_on_its_way_survives_a_kill_on_either_side_of_it(road):
+    grows = ["--config.train.steps=100", "--config.train.checkpoint_every=20", "--config.train.grow=((50, 'depth_upscale(m=1)'),)"]
+    flags = ["--config", "toy.py", "--config.mixture.packed=base/packed", "--config.train.keep=9", *grows]
+    told = door("train", *flags, "--workdir", "grows", cwd=road)
+    assert "grown by depth_upscale(m=1)" in told and ModelSpec.load(road / "grows/spec.json").n_layers == 4
+    assert {step: ModelSpec.load(road / f"grows/checkpoints/{step}/spec.json").n_layers for step in (40, 60, 100)} == {40: 3, 60: 4, 100: 4}
+    growth = json.loads((road / "grows/growth.json").read_text())
+    assert growth["at_step"] == 50 and growth["moments"] == "reset_new" and growth["new_layers"] == [2]
+    for newest in (40, 60):  # a kill leaves the checkpoints up to its moment
+        shutil.copytree(road / "grows", road / f"grows_{newest}", ignore=shutil.ignore_patterns("manifest.json", "tensorboard"))
+        for step in range(20, 120, 20):
+            if step > newest:
+                shutil.rmtree(road / f"grows_{newest}/checkpoints/{step}")
+            else:
+                shutil.copy(road / f"grows/checkpoints/{step}/manifest.json", road / f"grows_{newest}/checkpoints/{step}/manifest.json")
+        assert "resumed from" in door("train", *flags, "--workdir", f"grows_{newest}", cwd=road)
+        assert checkpoint.differences(road / "grows/checkpoints/100", road / f"grows_{newest}/checkpoints/100") == []
+        assert without_speed(read_metrics(road / f"grows_{newest}/metrics.jsonl")) == without_speed(read_metrics(road / "grows/metrics.jsonl"))
+
+
+def test_what_a_start_keeps_is_what_its_table_says(road):
+    """From the base at step 120: resume is the base's own end; grow goes on at its step and rows; continue begins again."""
+    flags = ["--config", "toy.py", "--config.mixture.packed=base/packed", "--config.initialize.source=base/checkpoints/120"]
+    told = door("train", *flags, "--config.initialize.start=resume", "--workdir", "start_resume", cwd=road)
+    assert "step          kept: 120" in told and f"rows read     kept: {120 * 24:,}" in told
+    assert checkpoint.differences(road / "base/checkpoints/122", road / "start_resume/checkpoints/122") == []
+
+    more = ["--config.train.steps=130", "--config.initialize.grow=('stack(g=2)',)", "--config.initialize.start=grow"]
+    told = door("train", *flags, *more, "--config.optim.rates=(('old', 0.0),)", "--workdir", "start_grow", cwd=road)
+    assert "moments       mapped: reset_new" in told
+    counts = Manifest.load(road / "start_grow/checkpoints/130").counts
+    assert counts["rows"] == 130 * 24 and counts["young"]["updates"] == 120 and counts["young"]["new"] == {"layers": [6, [3, 6]]}
+    before, after = (checkpoint.read(road / name, "params/blocks/gate") for name in ("base/checkpoints/120", "start_grow/checkpoints/130"))
+    np.testing.assert_array_equal(after[:3], before)  # frozen to the bit
+    assert (after[3:] != before).any()
+    np.testing.assert_array_equal(*(checkpoint.read(road / name, "params/embed") for name in ("base/checkpoints/120", "start_grow/checkpoints/130")))
+
+    told = door("train", *flags, "--config.initialize.start=resume", "--config.mixture.packed=child/packed", "--workdir", "x", cwd=road, ok=False)
+    assert "child/packed" in told
+    told = door("train", *flags, "--config.initialize.source=base/hf", "--config.initialize.start=resume", "--workdir", "x", cwd=road, ok=False)
+    assert "needs a run's checkpoint" in told
+
+
+def test_a_child_with_another_tokenizer_starts_from_its_parents_words(road):
+    (road / "words.py").write_text(RECIPE.replace("vocab_size = 500", "vocab_size = 700"))
+    os.makedirs(road / "words", exist_ok=True)
+    shutil.copytree(road / "base/corpus", road / "words/corpus", dirs_exist_ok=True)
+    for stage in ("train_tokenizer", "pack"):
+        door(stage, "--config", "words.py", "--workdir", "words", cwd=road)
+    told = door("initialize", "--from", "base", "--grow", "new_tokenizer('words/tokenizer')", "--to", "reworded", cwd=road)
+    assert "not measured" in told
+    assert ModelSpec.load(road / "reworded/spec.json").vocab_size == 768
+    measured = json.loads((road / "reworded/growth.json").read_text())["measured"]
+    assert measured["kept_pieces"] >= 490 and measured["averaged_pieces"] > 150
+    more = ["--config.mixture.packed=words/packed", "--config.initialize.source=reworded", "--config.train.steps=20"]
+    told = door("train", "--config", "words.py", "--workdir", "words_run", *more, cwd=road)
+    start = next(record for record in read_metrics(road / "words_run/metrics.jsonl") if "heldout" in record)
+    unigram = Manifest.load(road / "words/packed").counts["heldout"]["prose"]["unigram_nats"]
+    assert start["step"] == 0 and start["heldout"]["prose"] < unigram  # it reads the new pieces before any training
+    assert Manifest.load(road / "reworded").tokenizer == Manifest.load(road / "words/packed").tokenizer
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_run_goes_on_and_ends_as_the_uncut_run(road, how):
     def kill(process, run):

@@ -1,9 +1,14 @@
 """Laws of import, export and growth: bit-equal round trips, every key accounted for, functions kept where that is promised."""
 
 import json
+import os
 import pathlib
 import shutil
+import socket
 import struct
+import subprocess
+import sys
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +17,11 @@ import pytest
 import torch
 import transformers
 import variants
+from conftest import ROOT
 
 from jaxpt import config, sharding
 from jaxpt.model import decode, llama
-from jaxpt.spec import RopeScaling, UserError
+from jaxpt.spec import ModelSpec, RopeScaling, UserError
 from jaxpt.weights import growth, huggingface
 
 
@@ -27,7 +33,7 @@ def test_export_of_import_is_bit_equal(name, tmp_path):
     before, after = huggingface.open_tensors(tmp_path / "in"), huggingface.open_tensors(tmp_path / "out")
     assert before.keys() == after.keys()
     for tensor in before:
-        np.testing.assert_array_equal(before[tensor], after[tensor], err_msg=tensor)
+        np.testing.assert_array_equal(before[tensor].read(), after[tensor].read(), err_msg=tensor)
     assert huggingface.read_spec(tmp_path / "out") == spec
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     tokens = torch.arange(40)[None]
@@ -46,14 +52,107 @@ def test_a_model_in_several_files_and_bfloat16_comes_back_bit_equal(tmp_path, mo
     jax.tree.map(np.testing.assert_array_equal, params, again)
 
 
-@pytest.mark.parametrize("scaling", [None, RopeScaling("linear", 2.0), RopeScaling("llama3", 8.0, 1.0, 4.0, 32)])
-def test_config_json_tells_old_and_new_readers_the_same(spec, scaling):
-    written = huggingface.config_of(spec.replace(rope_theta=5e5, rope_scaling=scaling), "float32")
-    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 5e5
-    old = {key: value for key, value in written.items() if key != "rope_parameters"}
-    new = {key: value for key, value in written.items() if key not in ("rope_theta", "rope_scaling")}
-    for layout in (old, new):
-        assert huggingface.read_rope(layout, pathlib.Path("config.json")) == (5e5, scaling)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_each_type_comes_in_exactly_and_goes_out_as_it_came(dtype, tmp_path, one):
+    theirs = variants.make("llama, tied, biases").to(getattr(torch, dtype))
+    theirs.save_pretrained(tmp_path / "in")
+    stored = huggingface.open_tensors(tmp_path / "in")
+    assert {tensor.dtype.name for tensor in stored.values()} == {dtype}
+    spec, params = huggingface.load(tmp_path / "in", one, dtype)
+    huggingface.export(spec, params, tmp_path / "out")
+    for name, tensor in huggingface.open_tensors(tmp_path / "out").items():
+        assert tensor.read().tobytes() == stored[name].read().tobytes(), name
+    _, params = huggingface.load(tmp_path / "in", one, "float32")
+    np.testing.assert_array_equal(params["blocks"]["down"][3], theirs.model.layers[3].mlp.down_proj.weight.detach().float().numpy().T)
+
+
+def test_config_json_tells_old_and_new_readers_the_same(spec, tmp_path, one):
+    """An old reader knows rope_theta, rope_scaling and torch_dtype; a new one rope_parameters and dtype. transformers takes either for the truth."""
+
+    def logits(config):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with torch.no_grad():
+            return transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(torch.arange(60)[None]).logits
+
+    huggingface.export(spec, llama.init(spec, 0, one), tmp_path)
+    for scaling in (None, RopeScaling("linear", 2.0), RopeScaling("llama3", 8.0, 1.0, 4.0, 32)):
+        spec = spec.replace(rope_theta=5e5, rope_scaling=scaling)
+        written, told = huggingface.config_of(spec, "float32"), []
+        for other in (("rope_theta", "rope_scaling", "torch_dtype"), ("rope_parameters", "dtype"), ()):
+            told.append(logits({key: value for key, value in written.items() if key not in other}))
+            assert huggingface.read_spec(tmp_path) == spec
+        assert torch.equal(told[0], told[1]) and torch.equal(told[1], told[2])
+        misread = logits(written | {"rope_parameters": None, "rope_theta": 1e4})
+        assert not torch.allclose(told[0], misread, atol=1e-3), "these logits would not show another theta"
+
+
+def test_import_and_export_hold_a_few_tensors_on_the_host(tmp_path):
+    """numpy's and Python's memory, by tracemalloc; what the devices hold and the files' pages in the system's cache are not in it."""
+    spec = ModelSpec(n_layers=32, d_model=256, d_ff=512, n_heads=8, n_kv_heads=2, d_head=32, vocab_size=400)
+    tensor, stack = 512 * 256 * 4, 32 * 512 * 256 * 4
+    mesh = sharding.make_mesh(config.Mesh(fsdp=4, tensor=2))
+
+    def peak(work) -> int:
+        """Bytes above what stays: the embedding, which is read in one piece, becomes a CPU device's memory as it is."""
+        work()  # compiled here
+        tracemalloc.start()
+        try:
+            kept = work()
+            stays, most = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        del kept
+        return most - stays
+
+    params = llama.init(spec, 0, mesh)
+    assert peak(lambda: huggingface.export(spec, params, tmp_path)) < 4 * tensor < stack / 8
+    assert peak(lambda: huggingface.load(tmp_path, mesh)) < 3 * tensor
+    jax.tree.map(np.testing.assert_array_equal, params, huggingface.load(tmp_path, mesh)[1])
+
+
+HOST = """
+import pathlib, sys
+import jax
+rank, port, source, out = int(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[3]), pathlib.Path(sys.argv[4])
+jax.config.update("jax_num_cpu_devices", 4)
+jax.distributed.initialize(f"localhost:{port}", 2, rank)
+from jaxpt import config, sharding
+from jaxpt.weights import huggingface
+
+huggingface.SHARD_BYTES = 30_000
+taken, read = [], huggingface.read
+
+def counted(*arguments):
+    taken.append(read(*arguments).size)
+    return read(*arguments)
+
+huggingface.read = counted
+spec, params = huggingface.load(source, sharding.make_mesh(config.Mesh(fsdp=4, tensor=2)))
+assert not params["blocks"]["q"].is_fully_addressable
+huggingface.export(spec, params, out if rank == 0 else out / "none")
+print("TOOK", sum(taken), flush=True)
+jax.distributed.shutdown()
+"""
+
+
+def test_two_processes_read_their_own_slices_and_export_the_files_of_one(tmp_path, monkeypatch):
+    variants.make("llama, tied, biases", tmp_path / "in")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", HOST]
+    paths = [str(port), str(tmp_path / "in"), str(tmp_path / "two")]
+    hosts = [subprocess.Popen([*command, str(rank), *paths], env=environment, stdout=subprocess.PIPE, text=True) for rank in range(2)]
+    took = [int(host.communicate(timeout=120)[0].split("TOOK")[1]) for host in hosts]
+    monkeypatch.setattr(huggingface, "SHARD_BYTES", 30_000)
+    spec, params = huggingface.load(tmp_path / "in", sharding.make_mesh(config.Mesh(), jax.devices()[:1]))
+    huggingface.export(spec, params, tmp_path / "one")
+    alone, together = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert together == alone and "model-00005-of-00005.safetensors" in alone
+    matrices = sum(leaf.size for name, leaf in params["blocks"].items() if leaf.ndim > 2 and "bias" not in name) + params["embed"].size
+    assert max(took) < 0.5 * matrices + 4 * (llama.count(spec) - matrices), "norms and biases stand whole on each of a process's 4 devices"
+    assert not (tmp_path / "two" / "none").exists()
 
 
 def edit_config(directory, **changes):
@@ -69,28 +168,72 @@ def edit_tensors(directory, change):
     save_file(tensors, directory / "model.safetensors")
 
 
+def edit_header(directory, change):
+    """Rewrite the header of model.safetensors; the numbers behind it stay."""
+    file = directory / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    text = json.dumps(change(json.loads(content[8 : 8 + length]))).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+def with_norm(**entry):
+    """A change of the header: other words on the final norm (24 numbers in float32)."""
+    return lambda header: header | {"model.norm.weight": {"dtype": "F32", "shape": [24], "data_offsets": [0, 96], **entry}}
+
+
+def pickled(directory):
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+
+
+def index(directory, text):
+    (directory / "model.safetensors.index.json").write_text(text)
+
+
 BROKEN = {
     "another architecture": (lambda d: edit_config(d, model_type="gpt2"), "model_type is 'gpt2', supported: llama"),
     "quantized": (lambda d: edit_config(d, quantization_config={"bits": 4}), "quantization_config"),
     "another activation": (lambda d: edit_config(d, hidden_act="gelu"), "hidden_act is 'gelu'"),
+    "rotation of a part": (lambda d: edit_config(d, partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
     "unknown rope": (lambda d: edit_config(d, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}), "rope type is 'yarn'"),
+    "rope without its factor": (lambda d: edit_config(d, rope_parameters={"rope_type": "linear"}), "'linear'.* cannot be read"),
+    "a size in words": (lambda d: edit_config(d, hidden_size="24"), "hidden_size is '24', supported: whole numbers"),
+    "odd heads": (lambda d: edit_config(d, head_dim=7), "config.json: model.d_head: got 7, wanted an even number"),
+    "heads that cannot be shared": (lambda d: edit_config(d, num_key_value_heads=4), "config.json: .* 6 query heads cannot share 4 kv heads"),
     "no config": (lambda d: (d / "config.json").unlink(), "no config.json"),
     "config is no JSON": (lambda d: (d / "config.json").write_text("{"), "not valid JSON"),
+    "config is a list": (lambda d: (d / "config.json").write_text("[]"), "holds a list, wanted a JSON object"),
     "config of no model": (lambda d: (d / "config.json").write_text('{"model_type": "llama"}'), "has no hidden_size"),
-    "no weights": (lambda d: (d / "model.safetensors").unlink(), "Weights are read from safetensors only"),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors: not there"),
+    "pickled weights": (pickled, r"holds: config.json, .*pytorch_model.bin.* safetensors only, since pickled ones .* can run code"),
     "weights cut short": (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-5]), "cut short"),
+    "weights are empty": (lambda d: (d / "model.safetensors").write_bytes(b""), r"not a whole safetensors file \(0 bytes"),
     "weights are text": (
         lambda d: (d / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1"),
         "not a whole safetensors file",
     ),
+    "a header without end": (lambda d: (d / "model.safetensors").write_bytes(struct.pack("<Q", 9000) + b"[" * 9000), "not a whole safetensors file"),
+    "a header of another kind": (lambda d: edit_header(d, list), "its header is no list of tensors"),
+    "a header that names twice": (
+        lambda d: (d / "model.safetensors").write_bytes(struct.pack("<Q", 16) + b'{"a": 1, "a": 2}'),
+        "a name stands in it twice",
+    ),
+    "no type in the header": (lambda d: edit_header(d, with_norm(dtype=None)), "its header says .* of model.norm.weight, wanted dtype, shape"),
+    "no offsets in the header": (lambda d: edit_header(d, lambda h: h | {"model.norm.weight": {"dtype": "F32", "shape": [24]}}), "its header says"),
+    "negative offsets": (lambda d: edit_header(d, with_norm(data_offsets=[-96, 0])), r"\[-96, 0\].* of model.norm.weight"),
+    "a negative size": (lambda d: edit_header(d, with_norm(shape=[-24])), r"\[-24\].* of model.norm.weight"),
+    "offsets of another size": (lambda d: edit_header(d, with_norm(data_offsets=[0, 92])), "takes 96 bytes, but the header gives it 92"),
+    "tensors over each other": (lambda d: edit_header(d, with_norm()), "lays .* and .* over each other"),
     "a tensor missing": (lambda d: edit_tensors(d, lambda t: t.pop("model.norm.weight")), r"missing model.norm.weight \(24,\)"),
     "a tensor too many": (lambda d: edit_tensors(d, lambda t: t.update(extra=np.zeros(3, np.float32))), r"unused extra \(3,\)"),
     "a tensor of another shape": (lambda d: edit_config(d, intermediate_size=48), r"has shape \(40, 24\), wanted \(48, 24\)"),
     "a type that cannot train": (lambda d: edit_tensors(d, lambda t: t.update({"model.norm.weight": np.zeros(24, np.int8)})), "stored as I8"),
     "a shard missing": (
-        lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}'),
+        lambda d: index(d, '{"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}'),
         "model-00001-of-00002.safetensors: not there",
     ),
+    "an index of nothing": (lambda d: index(d, '{"metadata": {"total_size": 1}}'), "index.json: has no weight_map"),
+    "an index of no files": (lambda d: index(d, '{"weight_map": {"model.norm.weight": 1}}'), "index.json: has no weight_map"),
 }
 
 
@@ -99,8 +242,41 @@ def test_a_broken_model_directory_has_its_sentence(name, tmp_path, one):
     breaks, answer = BROKEN[name]
     variants.make("llama", tmp_path)
     breaks(tmp_path)
-    with pytest.raises(UserError, match=answer):
+    with pytest.raises(UserError, match=answer) as error:
         huggingface.load(tmp_path, one)
+    assert "\n" not in str(error.value)
+
+
+def test_whatever_bytes_change_in_a_header_there_is_an_answer(tmp_path):
+    variants.make("llama", tmp_path)
+    file, rng, refused = tmp_path / "model.safetensors", np.random.default_rng(0), 0
+    whole = file.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    for _ in range(400):
+        broken = bytearray(whole)
+        for place in rng.integers(0, 8 + length, rng.integers(1, 4)):
+            broken[place] = rng.integers(256)
+        file.write_bytes(broken)
+        try:
+            huggingface.open_tensors(tmp_path)
+        except UserError:
+            refused += 1
+    assert refused > 200  # the others changed a name, or numbers within their place
+
+
+@pytest.mark.parametrize("name", ["llama, rope llama3", "mistral, sliding window", "qwen3"])
+def test_whatever_a_config_says_there_is_an_answer(name, tmp_path):
+    variants.make(name, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    written = huggingface.config_of(huggingface.read_spec(tmp_path), "float32")
+    for key in config | written:
+        for value in (None, -1, 0, 1.5, True, "x", [], {}, ["x"], {"rope_type": 7}, float("inf")):
+            (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+            try:
+                spec = huggingface.read_spec(tmp_path)
+                assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec, (key, value)
+            except UserError:
+                pass
 
 
 def test_a_doubled_tensor_and_a_tied_copy_that_differs_are_named(tmp_path, one):
@@ -177,5 +353,5 @@ def test_a_trained_model_tells_its_documented_story_imported_exported_and_grown(
     assert len(story) > 400 and " ".join(story.split())[:400] in " ".join(documented.split())
     huggingface.export(spec, params, tmp_path / "out")
     assert tell(*huggingface.load(tmp_path / "out", one), pieces) == story
-    child_spec, child, _ = growth.grow(spec, params, "insert_identity(every=1)", one)
-    assert child_spec.n_layers == 10 and tell(child_spec, child, pieces) == story
+    grew = growth.plan("insert_identity(every=1)", growth.Parent(spec))
+    assert grew.child.n_layers == 10 and tell(grew.child, growth.weights(grew, params, one), pieces) == story

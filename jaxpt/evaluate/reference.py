@@ -6,6 +6,7 @@ The only file of jaxpt that runs transformers' models. Everything here computes 
 from __future__ import annotations
 
 import pathlib
+from typing import NamedTuple
 
 import numpy as np
 
@@ -69,10 +70,28 @@ def logits(hf_dir: pathlib.Path, tokens: np.ndarray) -> np.ndarray:
         return judge(torch.from_numpy(np.asarray(tokens, np.int64))).logits.numpy()
 
 
+class Distance(NamedTuple):
+    """Between two models' logits at the same tokens."""
+
+    kl: float  # mean KL(theirs || ours) a token, in nats
+    largest: float  # |difference| of any logit
+
+
+def distance(hf_dir: pathlib.Path, tokens: np.ndarray, our_logits: np.ndarray) -> Distance:
+    """Of our logits [B, T, V] from transformers' at the same tokens [B, T]."""
+    V, kl_sum, largest = our_logits.shape[-1], 0.0, 0.0
+    ours, theirs = our_logits.reshape(-1, V), logits(hf_dir, tokens).reshape(-1, V)
+    for start in range(0, len(ours), 64):  # tokens whose float64 copies exist at one time
+        q, p = (x[start : start + 64].astype(np.float64) for x in (ours, theirs))
+        largest = max(largest, float(np.abs(q - p).max()))
+        q, p = log_softmax(q), log_softmax(p)
+        kl_sum += float((np.exp(p) * (p - q)).sum())
+    return Distance(kl_sum / len(ours), largest)
+
+
 def kl(hf_dir: pathlib.Path, tokens: np.ndarray, our_logits: np.ndarray) -> float:
     """Mean KL(transformers || ours) a token, in nats; tokens [B, T], our_logits [B, T, V]."""
-    theirs, ours = (log_softmax(x.astype(np.float64)) for x in (logits(hf_dir, tokens), np.asarray(our_logits)))
-    return float((np.exp(theirs) * (theirs - ours)).sum(axis=-1).mean())
+    return distance(hf_dir, tokens, our_logits).kl
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:

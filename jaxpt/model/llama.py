@@ -107,9 +107,13 @@ class Block(nnx.Module):
         return project("btnh,nhd->btd", mixed, self.o, getattr(self, "o_bias", None))
 
     def feed_forward(self, x):
+        return project("btf,fd->btd", self.neurons(x), self.down, getattr(self, "down_bias", None))
+
+    def neurons(self, x):
+        """What `down` reads, [B, T, F]."""
         gate = project("btd,df->btf", x, self.gate, getattr(self, "gate_bias", None))
         up = project("btd,df->btf", x, self.up, getattr(self, "up_bias", None))
-        return project("btf,fd->btd", jax.nn.silu(gate) * up, self.down, getattr(self, "down_bias", None))
+        return jax.nn.silu(gate) * up
 
 
 def weight(rngs: nnx.Rngs, shape, axes, *, std: float = 0.0, ones: bool = False) -> nnx.Param:

@@ -59,8 +59,10 @@ def model_of(settings: Config) -> tuple[ModelSpec, list[str]]:
         source = local_path(asked.source)
         step_dir = checkpoint.find(source)
         spec = ModelSpec.load(step_dir / "spec.json") if step_dir else huggingface.read_spec(source)
-    for text in asked.grow:
-        spec = spec.replace(n_layers=len(growth.parse(text, spec.n_layers).layer_map))
+    if settings.train.grow:
+        notes.append("planned at the size after the last growth of train.grow; the steps before it are cheaper.")
+    for text in (*asked.grow, *(text for _, text in settings.train.grow)):
+        spec = growth.plan(text, growth.Parent(spec)).child
     return spec, notes
 
 

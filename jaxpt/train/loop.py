@@ -1,4 +1,4 @@
-"""The training run, read top to bottom: open the rows, be born or resume, step, measure, save."""
+"""The training run, read top to bottom: open the rows, be born or resume, step, grow, measure, save."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from jaxpt.config import Config
 from jaxpt.data import loader
 from jaxpt.data.mixture import Mixture
 from jaxpt.spec import Manifest, ModelSpec, UserError
-from jaxpt.train import gate, newborn, state, step
+from jaxpt.train import gate, newborn, start, state, step
 from jaxpt.train.metrics import Cost, Metrics
 from jaxpt.train.metrics import read as read_metrics
-from jaxpt.weights import checkpoint, initialize
+from jaxpt.train.optimizer import Young
+from jaxpt.train.state import TrainState
+from jaxpt.weights import checkpoint, hub, initialize
 
 # What decides the result of a run. Another mesh does not (law 3), nor do the other sections.
 DECIDING = ("mixture", "model", "initialize", "train", "optim")
@@ -40,7 +42,7 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
     inputs = {name: {"path": str(path), "fingerprint": stage.fingerprint_path(path)} for name, path in inputs.items()}
     if finished(run_dir, config, inputs):
         return
-    start = time.monotonic()
+    started = time.monotonic()
 
     # The rows, the mesh, and whether they fit each other.
     rows = loader.open_rows(packed)
@@ -53,6 +55,8 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
     mixture = Mixture(settings.mixture, rows.n_rows, settings.train.batch_rows)
     mixture.check(n_rows, settings.mixture.max_epochs)
     heldout = gate.Heldout(settings, packed, mesh)
+    measuring_rows = newborn.measuring_rows(settings, packed, mesh)
+    measured_with = {"heldout": heldout, "rows": measuring_rows, "flops_per_token": lambda spec: cost_of(spec).flops_per_token}
 
     # The state: this run's newest whole checkpoint, or a birth.
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -71,8 +75,10 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
         stage.say(f"resumed from {resumed}: step {counts['step']:,}, {counts['rows']:,} rows read; {initialize.describe(spec)}")
         for change in changed_settings(run_dir, config):
             stage.say(f"  with another {change}")
+        young = Young.from_json(counts["young"])
+        record, grown = {}, False
     else:
-        birth = initialize.birth(settings, mesh, rows.n_pieces)
+        birth = initialize.birth(settings, mesh, rows.n_pieces, measuring_rows)
         spec = birth.model.spec
         if birth.model.tokenizer not in (None, rows.tokenizer):
             raise UserError(
@@ -83,11 +89,12 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
                 f"the rows hold token ids up to {rows.n_pieces - 1}, the model knows {birth.model.spec.vocab_size}. Pack with the model's own tokenizer."
             )
         if birth.parent:
-            newborn.write_growth(newborn.verify_growth(birth, settings.initialize.grow, heldout, mesh), run_dir)
-        elif (grown := pathlib.Path(settings.initialize.source) / "growth.json").is_file():
-            shutil.copyfile(grown, run_dir / "growth.json")
-        now = state.born(birth.model.params, spec, settings, mesh)
-        counts = {"step": 0, "rows": 0, "interval": [0.0, 0.0]}
+            found = newborn.verify(birth.parent, birth.model, settings.initialize.grow, birth.growths, mesh, **measured_with)
+            newborn.write_growth(found | {"moments": settings.initialize.moments if settings.initialize.start == "grow" else "fresh"}, run_dir)
+        elif settings.initialize.source != "random" and (story := hub.local(settings.initialize.source) / "growth.json").is_file():
+            shutil.copyfile(story, run_dir / "growth.json")
+        now, counts, young = start.begin(settings, birth, rows, mesh)
+        record, grown = birth.model.record, (run_dir / "growth.json").is_file()
         del birth  # the parent's weights, if there was one
     if rows.row_len > spec.max_positions:
         raise UserError(f"pack.row_len: rows of {rows.row_len} tokens are longer than the model's {spec.max_positions} positions. Pack shorter rows.")
@@ -95,7 +102,7 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
     keep_program(run_dir, settings, spec, packed)
 
     # The step, and what is said about it.
-    train_step = step.build(spec, settings, mesh)
+    train_step = step.build(spec, settings, mesh, young)
     metrics = Metrics(
         run_dir, steps=settings.train.steps, tokens_per_step=settings.train.batch_rows * rows.row_len, resumed_at=counts["step"], cost=cost_of(spec)
     )
@@ -109,19 +116,27 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
         metrics.resumed(counts["step"])
         parent = next((record["parent"] for record in read_metrics(run_dir / "metrics.jsonl") if "parent" in record), None)
     elif settings.initialize.source != "random" or settings.initialize.grow:
-        losses = heldout.losses(spec, now.params)
-        if settings.initialize.source != "random":
-            gate.check_start(losses, heldout.rows.unigram_nats, spec, grown=(run_dir / "growth.json").is_file())
+        if settings.initialize.source == "random":
+            losses = heldout.losses(spec, now.params)
+        else:
+            losses = gate.check_start(heldout, spec, now.params, record, grown)
         parent = losses_of_parent(run_dir, settings) or losses
-        metrics.heldout(0, losses, parent)
+        metrics.heldout(counts["step"], losses, parent)
 
     # The loop. Metrics stay on the devices until a line is due, so that the host never waits for a step.
     sigterm = catch_sigterm()
-    n_done, n_read, saved = counts["step"], counts["rows"], resumed
+    n_done, n_read, n_grown, saved = counts["step"], counts["rows"], counts["n_grown"], resumed
     nats_sum, weights_sum = counts["interval"]
     waiting, stopping = [], False
     batches = loader.stream(rows, mixture, sharding.batch_sharding(mesh), settings.train.batch_rows, counts["rows"], settings.mixture.document_mask)
     while n_done < settings.train.steps and not stopping:
+        while n_grown < len(settings.train.grow) and settings.train.grow[n_grown][0] == n_done:
+            text = settings.train.grow[n_grown][1]
+            now, spec, young = grow(run_dir, text, n_done, now, spec, settings, mesh, measured_with)
+            sharding.check(mesh, spec, settings.train.batch_rows, settings.train.accumulate, rows.row_len)
+            train_step = step.build(spec, settings, mesh, young)
+            n_grown += 1
+            metrics.grown(n_done, text, spec, cost_of(spec))
         stopping = bool(sigterm)  # asked once a step, so that the step that leaves is the one that saves
         now, found = train_step(now, next(batches))
         waiting.append(found)
@@ -145,9 +160,17 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
             measured = heldout.losses(spec, now.params)
             metrics.heldout(n_done, measured, parent)
         if saves:
-            facts = {"rows": n_read, "packed": rows.fingerprint, "interval": [nats_sum, weights_sum], "optimizer": "adamw", "lr": float(found["lr"])}
+            facts = {
+                "rows": n_read,
+                "packed": rows.fingerprint,
+                "interval": [nats_sum, weights_sum],
+                "optimizer": "adamw",
+                "lr": float(found["lr"]),
+                "n_grown": n_grown,
+                "young": young.to_json(),
+            }
             if measured:  # what a later start from this checkpoint is held against
-                facts["heldout"] = {"losses": measured, "rows": heldout.rows.fingerprint, "n_rows": settings.train.eval_rows}
+                facts["heldout"] = heldout.record(measured)
             rest = {"step": now.step, "opt": now.opt, "guard": now.guard}
             saved = checkpoint.save(run_dir, n_done, now.params, rest, spec, counts=facts, tokenizer=rows.tokenizer, keep=settings.train.keep)
             metrics.pause()
@@ -161,11 +184,22 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
     manifest = stage.make_manifest(
         "train", config, inputs, outputs={f"checkpoints/{n_done}/{name}": checksum for name, checksum in Manifest.load(saved).outputs.items()},
         counts={"steps": n_done, "rows": n_read, "tokens": n_read * rows.row_len, "heldout": losses, "n_params": sum(x.size for x in jax.tree.leaves(now.params))},
-        tokenizer=rows.tokenizer, seed=settings.mixture.seed, seconds=metrics.seconds_before + time.monotonic() - start,
+        tokenizer=rows.tokenizer, seed=settings.mixture.seed, seconds=metrics.seconds_before + time.monotonic() - started,
     )  # fmt: skip
     if jax.process_index() == 0:
         stage.write_manifest(manifest, run_dir)
     stage.say(f"train: {saved} after {n_done:,} steps, {n_read * rows.row_len:,} tokens")
+
+
+def grow(run: pathlib.Path, text: str, n_done: int, now: TrainState, spec: ModelSpec, settings: Config, mesh, measured_with: dict):
+    """Growth inside the run: (state, spec, what is new) of the child; the schedule, the step and the position go on. Writes growth.json."""
+    parent = initialize.Loaded(spec, now.params, None, run, n_done, None, {})
+    child, grew = initialize.grow(parent, text, mesh, measured_with["rows"])
+    policy = grew.moments or settings.initialize.moments
+    opt, guard, young = state.grown(now.opt, now.guard, grew, policy, mesh)
+    found = newborn.verify(parent, child, [text], [grew], mesh, **measured_with, at_step=n_done, moments=policy)
+    newborn.write_growth(found, run)
+    return TrainState(now.step, child.params, opt, guard), child.spec, young
 
 
 def finished(run: pathlib.Path, config: dict, inputs: dict) -> bool:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxpt.model import llama
+from jaxpt.spec import ModelSpec
 from jaxpt.stage import say, write_whole
 
 
@@ -77,6 +79,12 @@ class Metrics:
             + "  ".join(f"{name} {loss:.4f}{beside(name)}" for name, loss in losses.items())
         )
         self.last_time = time.monotonic()  # the measurement is no part of a step's time
+
+    def grown(self, step: int, operator: str, spec: ModelSpec, cost: Cost) -> None:
+        """The model is another from here on."""
+        self.cost = cost
+        self.write({"step": step, "grown": operator, "n_layers": spec.n_layers, "n_params": llama.count(spec)})
+        self.pause()
 
     def resumed(self, step: int) -> None:
         self.write({"step": step, "resumed": True})

@@ -6,114 +6,233 @@ import dataclasses
 import json
 import math
 import pathlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxpt.config import Config, typed
+from jaxpt.data import loader
+from jaxpt.data.mixture import Mixture
 from jaxpt.model import llama
-from jaxpt.sharding import make_mesh, n_shards
-from jaxpt.spec import UserError
+from jaxpt.sharding import batch_sharding, make_mesh, n_shards
+from jaxpt.spec import Batch, ModelSpec, UserError
 from jaxpt.stage import local_path, say, write_whole
 from jaxpt.stage import run as run_stage
+from jaxpt.train import gate, optimizer, state, step
 from jaxpt.train.gate import Heldout
-from jaxpt.weights import checkpoint, huggingface, initialize
-from jaxpt.weights.initialize import Birth
+from jaxpt.weights import checkpoint, growth, hub, huggingface, initialize, measure
+from jaxpt.weights.initialize import Loaded
+
+MEASURED_ROWS = 64  # of each source: what operators measure on, and the report's statistics
+# Sums in another order: a widened model adds each product in halves. Share of the largest logit, in float32.
+ROUNDING = 1e-5
 
 
-def verify_growth(birth: Birth, operators: tuple[str, ...], heldout: Heldout | None, mesh) -> dict[str, Any]:
-    """growth.json: layer map, sizes, held-out loss of parent and newborn on the same rows, and what an operator that
-    promises to keep the function did to the logits. Raises UserError when such a promise is broken.
+def verify(
+    parent: Loaded,
+    child: Loaded,
+    operators: Sequence[str],
+    growths: Sequence[growth.Growth],
+    mesh,
+    *,
+    heldout: Heldout | None,
+    rows: Callable[[], Iterable[Batch]] | None,
+    flops_per_token: Callable[[ModelSpec], float | None] = lambda spec: None,
+    at_step: int | None = None,
+    moments: str | None = None,
+) -> dict[str, Any]:
+    """growth.json: what became of what, sizes, held-out loss of parent and newborn on the same rows, what the layers do, and
+    what an operator that promises to keep the function did to the logits.
+
+    Raises UserError when such a promise is broken.
     """
-    parent, child = birth.parent, birth.model
-    layer_map = list(range(parent.spec.n_layers))
-    for growth in birth.growths:
-        layer_map = [layer_map[layer] for layer in growth.layer_map]
-    exact = all(growth.preserves_function for growth in birth.growths)
-    difference = max_logit_difference(birth, mesh) if exact else None
-    if exact and difference != 0.0:
-        raise UserError(
-            f"growth {operators}: promises to keep the function, but logits differ by up to {difference:.3g}. Train the parent's newest release, and report this."
-        )
-    losses = heldout and {"parent": heldout.losses(parent.spec, parent.params), "newborn": heldout.losses(child.spec, child.params)}
+    layer_map: list[int | None] = list(range(parent.spec.n_layers))
+    flags: dict[str, Any] = {}
+    for grew in growths:
+        layer_map = [None if layer is None else layer_map[layer] for layer in grew.layer_map]
+        flags = growth.young(grew, flags)
+    exact = all(grew.preserves_function for grew in growths)
+    difference = None
+    if exact:
+        difference, largest = logit_difference(parent, child, mesh)
+        if not difference <= (ROUNDING * largest if any(grew.changes_width for grew in growths) else 0):
+            raise UserError(
+                f"growth {', '.join(operators)}: promises to keep the function, but logits of up to {largest:.3g} differ by {difference:.3g}. "
+                "This is a defect of the operator; please report it, and take another one."
+            )
+    same_words = parent.tokenizer == child.tokenizer  # else the rows are not the parent's own, or not the child's
+    losses = None
+    if heldout and same_words:
+        losses = {"parent": heldout.losses(parent.spec, parent.params), "newborn": heldout.losses(child.spec, child.params)}
+    layers = twins = None
+    if rows and same_words:
+        layers = {who: statistics(model, rows()) for who, model in (("parent", parent), ("newborn", child))}
+        twins = measure.twins(child.spec, child.params, layer_map, rows())
+    flops = {who: flops_per_token(model.spec) for who, model in (("parent", parent), ("child", child))}
     found = {
         "parent": str(parent.source) if parent.source else "random weights",
         "operators": list(operators),
+        "at_step": at_step,
         "layer_map": layer_map,
+        "new_layers": [int(layer) for layer in flags["layers"].nonzero()[0]] if "layers" in flags else [],
         "n_params": {"parent": llama.count(parent.spec), "child": llama.count(child.spec)},
+        "flops_per_token": flops if all(flops.values()) else None,
         "spec": {"parent": parent.spec.to_dict(), "child": child.spec.to_dict()},
         "heldout_loss": losses,
-        "heldout_rows": heldout.settings.train.eval_rows if heldout else None,
+        "heldout_rows": heldout.settings.train.eval_rows if losses else None,
         "preserves_function": exact,
         "max_logit_difference": difference,
+        "layers": layers,
+        "twins": twins,
+        "probe": None,
+        "measured": {name: value for grew in growths for name, value in grew.measured.items()},
+        "moments": moments,
     }
-    found["verdict"] = verdict(found)
-    say(f"growth: {found['verdict']}")
+    found["verdict"] = verdict(found, heldout.rows.unigram_nats if losses else {})
     return found
 
 
-def verdict(found: dict[str, Any]) -> str:
-    """One sentence."""
-    losses = found["heldout_loss"]
+def statistics(model: Loaded, rows: Iterable[Batch]) -> list[dict[str, float]]:
+    found = measure.layer_statistics(model.spec, model.params, rows)
+    return [{"rms": float(rms), "influence": float(influence)} for rms, influence in zip(found.rms, found.influence, strict=True)]
+
+
+def verdict(found: dict[str, Any], unigram_nats: dict[str, float]) -> str:
+    """One sentence: is the newborn healthy?"""
+    losses, probe = found["heldout_loss"], found["probe"]
+    after = ""
+    if probe:
+        told = ", ".join(f"{name} {loss:.2f} (parent {probe['parent'][name]:.2f})" for name, loss in probe["newborn"].items())
+        after = f"; after {probe['steps']} steps of both: {told}"
     if found["preserves_function"]:
-        return "the newborn computes the parent's function exactly (largest difference of logits: 0)"
+        return f"healthy: it computes the parent's function (largest difference of a logit: {found['max_logit_difference']:.2g}){after}"
     if not losses:
-        return "not measured: no held-out rows were given"
+        return "not measured: there are no held-out rows that parent and newborn both read"
     changes = {name: losses["newborn"][name] - loss for name, loss in losses["parent"].items()}
     told = ", ".join(f"{name} {losses['parent'][name]:.2f} -> {losses['newborn'][name]:.2f}" for name in changes)
-    ceiling = math.log(found["spec"]["child"]["vocab_size"])
-    if any(losses["newborn"][name] > ceiling or math.isnan(losses["newborn"][name]) for name in changes):
-        return f"the newborn is worse than guessing (held-out nats a token: {told}; guessing: {ceiling:.2f}): it keeps nothing that it could use"
-    return f"the newborn starts {max(changes.values()):+.2f} nats a token from its parent (held-out: {told}); training has to win that back"
+    guessing = math.log(found["spec"]["child"]["vocab_size"])
+    if not all(losses["newborn"][name] <= guessing for name in changes):
+        return f"not healthy: worse than guessing (held-out nats a token: {told}; guessing: {guessing:.2f}){after}"
+    if all(losses["newborn"][name] >= unigram_nats.get(name, math.inf) for name in changes):
+        return f"not healthy: it knows no more than how often each token occurs (held-out nats a token: {told}); training has to begin again{after}"
+    return f"healthy: it starts {max(changes.values()):+.2f} nats a token from its parent (held-out: {told}); training has to win that back{after}"
 
 
-def max_logit_difference(birth: Birth, mesh) -> float:
-    """Over one row of every kind of token id, in float32."""
-    T = min(128, birth.parent.spec.max_positions)
-    tokens = (jnp.arange(T, dtype=jnp.int32) * 7919 % birth.parent.spec.vocab_size)[None].repeat(n_shards(mesh, "batch"), 0)
+def logit_difference(parent: Loaded, child: Loaded, mesh) -> tuple[float, float]:
+    """(largest difference, largest size) of logits over one row of token ids spread over the vocabulary, in float32."""
+    T = min(128, parent.spec.max_positions)
+    tokens = (jnp.arange(T, dtype=jnp.int32) * 7919 % parent.spec.vocab_size)[None].repeat(n_shards(mesh, "batch"), 0)
     segments, positions = jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), tokens.shape)
 
-    def logits(spec, params):
+    def logits(model):
         def forward(params, tokens, segments, positions):
-            model = llama.bind(spec, params)
-            return model(tokens, segments, positions) @ model.head()
+            bound = llama.bind(model.spec, params)
+            return bound(tokens, segments, positions) @ bound.head()
 
-        return jax.jit(forward)(params, tokens, segments, positions)
+        return jax.jit(forward)(model.params, tokens, segments, positions)
 
-    parent, child = birth.parent, birth.model
-    return float(jnp.max(jnp.abs(logits(parent.spec, parent.params) - logits(child.spec, child.params))))
+    before, after = logits(parent), logits(child)
+    return float(jnp.max(jnp.abs(before - after))), float(jnp.max(jnp.abs(before)))
+
+
+def measuring_rows(settings: Config, packed: list[pathlib.Path], mesh) -> Callable[[], Iterator[Batch]]:
+    """Training rows for operators that measure and for the report: the same ones each time it is called."""
+
+    def rows() -> Iterator[Batch]:
+        opened = loader.open_rows(packed)
+        pieces = n_shards(mesh, "batch")
+        batch_rows = -(-min(settings.train.batch_rows, 32) // pieces) * pieces
+        for name in opened.names:
+            yield from loader.heldout_batches(opened, name, batch_sharding(mesh), batch_rows, MEASURED_ROWS, settings.mixture.document_mask)
+
+    return rows
+
+
+def probe(model: Loaded, settings: Config, packed: list[pathlib.Path], heldout: Heldout, mesh, n_steps: int) -> dict[str, float]:
+    """Held-out losses after n_steps of training from fresh moments at the recipe's peak rate: what the loss at birth does not tell (2604.04281)."""
+    asked = dataclasses.replace(
+        settings,
+        train=dataclasses.replace(settings.train, steps=n_steps, grow=()),
+        optim=dataclasses.replace(settings.optim, schedule="constant", warmup_steps=n_steps // 4, rates=()),
+    )
+    rows = loader.open_rows(packed)
+    mixture = Mixture(asked.mixture, rows.n_rows, asked.train.batch_rows)
+    batches = loader.stream(rows, mixture, batch_sharding(mesh), asked.train.batch_rows, 0, asked.mixture.document_mask)
+    now = state.born(jax.tree.map(jnp.copy, model.params), model.spec, asked, mesh)  # the step takes its state over
+    train_step = step.build(model.spec, asked, mesh)
+    for _ in range(n_steps):
+        now, _ = train_step(now, next(batches))
+    return heldout.losses(model.spec, now.params)
 
 
 def write_growth(found: dict[str, Any], run: pathlib.Path) -> None:
-    write_whole(run / "growth.json", json.dumps(found, indent=1) + "\n")
+    say(f"growth: {found['verdict']}")
+    if jax.process_index() == 0:
+        write_whole(run / "growth.json", json.dumps(found, indent=1) + "\n")
 
 
-def write(settings: Config, out: pathlib.Path, replace: bool = False) -> None:
+def write(
+    settings: Config,
+    out: pathlib.Path,
+    *,
+    probe_steps: int = 0,
+    check: bool = False,
+    flops_per_token: Callable[[ModelSpec, int], float] = lambda spec, row_len: 0.0,
+    replace: bool = False,
+) -> None:
     """The stage of initialize.py: a run directory at step 0, born and grown as config.initialize says; with its growth.json
-    when it grew, measured on the held-out rows of its parent's run where that has some.
+    when it grew, measured on the rows of its parent's run where that has some.
+
+    probe_steps  training steps that parent and newborn each take, to compare what comes of them; 0 takes none
+    check        compare an imported model's logits with transformers'
     """
-    source = None if settings.initialize.source == "random" else local_path(settings.initialize.source)
+    source = None if settings.initialize.source == "random" else hub.local(settings.initialize.source)
     settings, packed = measuring(settings, source)
 
     def work(run: pathlib.Path) -> dict[str, Any]:
         mesh = make_mesh(settings.mesh)
         heldout = Heldout(settings, packed, mesh) if packed else None
-        birth = initialize.birth(settings, mesh, heldout.rows.n_pieces if heldout else None)
+        rows = measuring_rows(settings, packed, mesh) if packed else None
+        birth = initialize.birth(settings, mesh, heldout.rows.n_pieces if heldout else None, rows)
         model = birth.model
+        if source and checkpoint.find(source) is None:
+            imported = birth.parent or model
+            gate.describe_import(imported.spec, imported.params, heldout, heldout.rows.n_pieces if heldout else None)
+            if check:
+                gate.check_against_transformers(source, imported.spec, imported.params, heldout, mesh)
         if birth.parent:
-            write_growth(verify_growth(birth, settings.initialize.grow, heldout, mesh), run)
+            found = verify(
+                birth.parent, model, settings.initialize.grow, birth.growths, mesh, heldout=heldout, rows=rows,
+                flops_per_token=lambda spec: flops_per_token(spec, settings.pack.row_len),
+            )  # fmt: skip
+            if probe_steps and found["heldout_loss"]:
+                taken = {
+                    who: probe(each, settings, packed, heldout, mesh, probe_steps) for who, each in (("parent", birth.parent), ("newborn", model))
+                }
+                found["probe"] = {"steps": probe_steps, **taken}
+                found["verdict"] = verdict(found, heldout.rows.unigram_nats)
+            write_growth(found, run)
         model.spec.save(run / "spec.json")
         if model.tokenizer_dir:
             huggingface.copy_tokenizer(model.tokenizer_dir, run / "tokenizer")
         else:
             say("no tokenizer: the source has none, so neither this run nor its export carries one")
-        checkpoint.save(run, 0, model.params, {"step": jnp.int32(0)}, model.spec, counts={"rows": 0}, tokenizer=model.tokenizer, keep=1)
+        flags: dict[str, Any] = {}
+        for grew in birth.growths:
+            flags = growth.young(grew, flags)
+        kept = {name: model.record[name] for name in ("optimizer", "lr") if name in model.record}
+        counts = {"rows": 0, "young": optimizer.Young(flags).to_json(), **kept}
+        checkpoint.save(run, 0, model.params, {"step": jnp.int32(0)}, model.spec, counts=counts, tokenizer=model.tokenizer, keep=1)
         return {"n_params": llama.count(model.spec), "tokenizer": model.tokenizer}
 
+    if check and (source is None or checkpoint.find(source) is not None):
+        raise UserError(f"--check: compares an imported model with transformers; {settings.initialize.source} is no Hugging Face directory.")
     inputs = {"initialize": initialize.source_of(source)} if source else {}
     inputs |= {f"packed {path}": path for path in packed}
-    asked = {"initialize": dataclasses.asdict(settings.initialize)} | ({} if source else {"model": dataclasses.asdict(settings.model)})
+    asked = {"initialize": dataclasses.asdict(settings.initialize), "probe_steps": probe_steps}
+    asked |= {} if source else {"model": dataclasses.asdict(settings.model)}
     run_stage("initialize", out, work, config=asked, inputs=inputs, seed=settings.initialize.seed, replace=replace)
     say(f"initialize: {out} is ready; train it with --config.initialize.source={out}")
 
@@ -126,5 +245,5 @@ def measuring(settings: Config, source: pathlib.Path | None) -> tuple[Config, li
         theirs = typed(json.loads((source / "config.json").read_text()))
         found = [local_path(path) for path in theirs.mixture.packed] or [source / "packed"]
         if all((path / "manifest.json").is_file() for path in found):
-            return dataclasses.replace(settings, mixture=theirs.mixture, train=theirs.train), found
+            return dataclasses.replace(settings, mixture=theirs.mixture, train=theirs.train, optim=theirs.optim, pack=theirs.pack), found
     return settings, []

@@ -1,30 +1,119 @@
-"""The optimizer: AdamW as an optax chain, decay by name, and the learning rate as a function of the step."""
+"""The optimizer: AdamW as an optax chain, decay by name, rates by group and age, and the learning rate as a function of the step."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxpt.config import Optim
-from jaxpt.spec import UserError
+from jaxpt.model import llama
+from jaxpt.spec import ModelSpec, UserError
+from jaxpt.weights import growth
 
 # By name: "decay what has two dimensions" would decay stacked norm scales, which are [L, D].
 DECAYED = frozenset({"q", "k", "v", "o", "gate", "up", "down", "unembed"})
 
 
-def build(optim: Optim) -> optax.GradientTransformation:
-    """Gradients -> update directions; the step multiplies them by -learning_rate(step).
+class Young(NamedTuple):
+    """What the last growth made new, and how it learns.
+
+    new      {logical axis: True where an index is new}, see growth.young
+    updates  Adam's count when the model grew
+    rewarm   what starts from zero moments under a schedule that goes on, and rises over optim.warmup_steps: none, new, all
+    """
+
+    new: dict[str, np.ndarray] = {}  # noqa: RUF012  (never changed)
+    updates: int = 0
+    rewarm: str = "none"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"new": growth.to_ranges(self.new), "updates": self.updates, "rewarm": self.rewarm}
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Young:
+        return cls(growth.from_ranges(found["new"]), found["updates"], found["rewarm"])
+
+
+def build(optim: Optim, spec: ModelSpec, young: Young = Young()) -> optax.GradientTransformation:  # noqa: B008  (frozen)
+    """Gradients -> update directions; the step multiplies them by -learning_rate(step) and the group's rate.
 
     The learning rate stays outside so that it follows the run's step even when an update is skipped.
     """
+    adam = optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps)
     return optax.chain(
         optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity(),
-        optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps),
+        adam if young.rewarm == "none" else rewarmed(adam, optim, spec, young),
         optax.add_decayed_weights(optim.weight_decay, mask=decayed) if optim.weight_decay else optax.identity(),
     )
+
+
+def rewarmed(adam: optax.GradientTransformation, optim: Optim, spec: ModelSpec, young: Young) -> optax.GradientTransformation:
+    """Adam whose new parts count their own updates: their moments began at 0 when the model grew, so the bias is corrected
+    by their own count, and their directions rise over optim.warmup_steps. eps is that of the old count (it matters below 1e-8).
+    """
+
+    def update(grads, state, params=None):
+        directions, state = adam.update(grads, state, params)
+        count, own = (x.astype(jnp.float32) for x in (state.count, state.count - young.updates))
+        share = jnp.sqrt((1 - optim.b2**own) / (1 - optim.b2**count)) * (1 - optim.b1**count) / (1 - optim.b1**own)
+        share *= jnp.minimum(own / max(optim.warmup_steps, 1), 1)
+
+        def one(row, direction):
+            new = True if young.rewarm == "all" else growth.is_new(row, young.new)
+            return direction if new is None else jnp.where(new, share.astype(direction.dtype) * direction, direction)
+
+        return jax.tree.map(one, llama.rows(spec), directions, is_leaf=llama.is_row), state
+
+    return optax.GradientTransformation(adam.init, update)
+
+
+def rates(optim: Optim, spec: ModelSpec, young: Young) -> dict[str, Any] | None:
+    """Each weight's factor of the learning rate by optim.rates, broadcastable to it; None where every factor is 1.
+
+    For use under jit. Raises UserError for a group that this model does not have.
+    """
+    if not optim.rates:
+        return None
+    names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(llama.rows(spec), is_leaf=llama.is_row)}
+
+    def one(path, row):
+        factor = jnp.float32(1)
+        for group, rate in optim.rates:
+            if group in ("old", "new"):
+                new = growth.is_new(row, young.new)
+                new = jnp.bool_(False) if new is None else new
+                factor *= jnp.where(new if group == "new" else ~new, rate, 1)
+            elif group in names:
+                factor *= rate if path[-1].key == group else 1
+            elif row.axes[0] == "layers":
+                first, last = span(group, spec)
+                within = np.isin(np.arange(spec.n_layers), np.arange(first, last + 1))
+                factor *= jnp.where(within.reshape(-1, *[1] * (len(row.shape) - 1)), rate, 1)
+        return factor
+
+    for group, _ in optim.rates:
+        if group in ("old", "new") and not any(flags.any() for flags in young.new.values()):
+            raise UserError(f"optim.rates: names the group {group}, but nothing in this model is new: it was not grown. Leave it out, or grow first.")
+        if group not in names | {"old", "new"}:
+            span(group, spec)
+    return jax.tree_util.tree_map_with_path(one, llama.rows(spec), is_leaf=llama.is_row)
+
+
+def span(group: str, spec: ModelSpec) -> tuple[int, int]:
+    """ "layers 4-7" -> (4, 7)"""
+    found = re.fullmatch(r"layers (\d+)-(\d+)", group)
+    first, last = map(int, found.groups()) if found else (1, 0)
+    if not first <= last < spec.n_layers:
+        raise UserError(
+            f"optim.rates: there is no group {group!r}; wanted old, new, a weight's name such as embed or gate, or 'layers 0-{spec.n_layers - 1}'."
+        )
+    return first, last
 
 
 def decayed(params):

@@ -13,6 +13,8 @@ from jaxpt.model import llama
 from jaxpt.sharding import replicated
 from jaxpt.spec import ModelSpec
 from jaxpt.train import optimizer
+from jaxpt.train.optimizer import Young
+from jaxpt.weights import growth
 
 
 class TrainState(NamedTuple):
@@ -26,7 +28,7 @@ def abstract_state(spec: ModelSpec, settings: Config, mesh) -> TrainState:
     """The state as ShapeDtypeStructs with shardings: nothing is allocated. Moments lie where their weights lie."""
     params = llama.abstract_params(spec, mesh, jnp.dtype(settings.initialize.dtype))
     whole = replicated(mesh)
-    tx = optimizer.build(settings.optim)
+    tx = optimizer.build(settings.optim, spec)
     opt = optax.tree.map_params(
         tx,
         lambda moment, param: jax.ShapeDtypeStruct(moment.shape, moment.dtype, sharding=param.sharding),
@@ -50,7 +52,29 @@ def born(params, spec: ModelSpec, settings: Config, mesh) -> TrainState:
 
     def rest(params):
         guard = {"norm_mean": jnp.float32(0), "n_skipped": jnp.int32(0), "n_in_a_row": jnp.int32(0)}
-        return jnp.int32(0), optimizer.build(settings.optim).init(params), guard
+        return jnp.int32(0), optimizer.build(settings.optim, spec).init(params), guard
 
     step, opt, guard = jax.jit(rest, out_shardings=(goal.step, goal.opt, goal.guard))(params)
     return TrainState(step, params, opt, guard)
+
+
+def grown(opt: Any, guard: Any, grew: growth.Growth, policy: str, mesh, before: Young = Young()) -> tuple[Any, Any, Young]:  # noqa: B008  (frozen)
+    """(opt, guard, what is new) of the child under a schedule that goes on: Adam's moments by `policy` (see growth.moments),
+    or by the operator's own.
+
+    The count goes on, but for fresh, where it begins again. The running gradient norm is forgotten: a larger model's is another.
+    before  what earlier operators of the same growth made new
+    """
+    policy = grew.moments or policy
+    count = next(int(part.count) for part in opt if isinstance(part, optax.ScaleByAdamState))
+
+    def carried(part):
+        if not isinstance(part, optax.ScaleByAdamState):
+            return part
+        mean, square = (growth.moments(grew, moment, policy, power, mesh) for power, moment in ((1, part.mu), (2, part.nu)))
+        return optax.ScaleByAdamState(part.count * 0 if policy == "fresh" else part.count, mean, square)
+
+    rewarm = {"fresh": "all", "reset_new": "new"}.get(policy, "none")
+    young = Young(growth.young(grew, before.new), 0 if policy == "fresh" else count, rewarm)
+    guard = {**guard, "norm_mean": guard["norm_mean"] * 0, "n_in_a_row": guard["n_in_a_row"] * 0}
+    return tuple(carried(part) for part in opt), guard, young

@@ -16,8 +16,10 @@ from jaxpt.train.state import TrainState, abstract_state, shardings
 SPIKE_WARMUP = 50  # updates before the running mean of gradient norms is trusted: early norms fall by themselves
 
 
-def build(spec: ModelSpec, settings: Config, mesh):
+def build(spec: ModelSpec, settings: Config, mesh, young: optimizer.Young = optimizer.Young()):  # noqa: B008  (frozen)
     """The jitted step(state, batch) -> (state, metrics). State is donated, and leaves with the shardings it came with.
+
+    young    what the last growth made new, for rates by age and for its warm-up
 
     metrics: float32 scalars nats_sum, weights_sum, loss (nats per trained token), grad_norm, lr, n_skipped, n_in_a_row.
     """
@@ -25,7 +27,7 @@ def build(spec: ModelSpec, settings: Config, mesh):
     dtype = jnp.dtype(train.compute_dtype)
     # unrolled, a CPU overlaps what a loop's turns would do one after the other: 1.06 x on two cores (benchmarks/train_step.py)
     unroll = min(spec.n_layers, 16) if mesh.devices.flat[0].platform == "cpu" else 1
-    tx, lr_at = optimizer.build(optim), optimizer.learning_rate(optim, train.steps)
+    tx, lr_at = optimizer.build(optim, spec, young), optimizer.learning_rate(optim, train.steps)
 
     def loss_sums(params, batch: Batch):
         model = llama.bind(spec, params)
@@ -51,15 +53,20 @@ def build(spec: ModelSpec, settings: Config, mesh):
             grads, nats_sum = gradient_sums(state.params, batch)
         weights_sum = jnp.sum(batch.weights)
         grads = jax.tree.map(lambda g: g / jnp.maximum(weights_sum, 1), grads)
+        rates = optimizer.rates(optim, spec, young)
+        if rates:  # what is frozen has no part in the norm either
+            grads = jax.tree.map(lambda g, rate: jnp.where(rate > 0, g, 0), grads, rates)
         grad_norm = optax.tree.norm(grads)
 
         directions, opt = tx.update(grads, state.opt, state.params)
         lr = lr_at(state.step)
+        if rates:
+            directions = jax.tree.map(lambda d, rate: rate * d, directions, rates)
         params = jax.tree.map(lambda p, d: (p - lr * d).astype(p.dtype), state.params, directions)
 
         good = jnp.isfinite(nats_sum) & jnp.isfinite(grad_norm)
         if train.spike_factor:
-            trusted = state.step - state.guard["n_skipped"] >= SPIKE_WARMUP
+            trusted = (state.step - state.guard["n_skipped"] >= SPIKE_WARMUP) & (state.guard["norm_mean"] > 0)  # 0: just grown
             good &= ~trusted | (grad_norm <= train.spike_factor * state.guard["norm_mean"])
         params, opt = jax.tree.map(lambda new, old: jnp.where(good, new, old), (params, opt), (state.params, state.opt))
         guard = {

@@ -1,103 +1,313 @@
-"""Growth in depth: an operator is a map over stacked parameters, run under jit onto the child's shardings.
+"""Growth: an operator says where each layer, head, neuron and channel of the child comes from; one function makes it so.
 
-An operator is written as text, 'depth_upscale(m=4)', so that it fits a command line, a config and a manifest.
+An operator is written as text, 'depth_upscale(m=4)', so that it fits a command line, a config and a manifest. Its answer is
+a `Growth`: for each logical axis that changes, the parent's index of every index of the child. Weights and Adam's moments
+are then the same gathers, run under jit onto the child's shardings, layer by layer where a width changes: no device ever
+holds more than one layer's matrix whole.
 """
 
 from __future__ import annotations
 
 import ast
 import difflib
-from collections.abc import Callable
+import inspect
+import pathlib
+import zlib
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpt.data import tokenizer
 from jaxpt.model import llama
-from jaxpt.spec import ModelSpec, UserError
+from jaxpt.sharding import constrain
+from jaxpt.spec import Batch, ModelSpec, UserError
+from jaxpt.weights import measure, predict, vocabulary
+
+NONE = -1  # the source of what has no source: a layer born at random, or predicted
+
+
+class Parent(NamedTuple):
+    """What an operator may look at. Most look at the spec alone; without parameters those that measure answer with the sizes only."""
+
+    spec: ModelSpec
+    params: dict[str, Any] | None = None
+    rows: Callable[[], Iterable[Batch]] | None = None  # training rows for the operators that measure
+    tokenizer_dir: pathlib.Path | None = None
 
 
 class Growth(NamedTuple):
-    """What an operator does to a model of n layers."""
+    """What an operator makes of a parent.
 
-    layer_map: tuple[int, ...]  # child's layer i starts as parent's layer layer_map[i]
-    silent: tuple[int, ...] = ()  # child's layers whose writes into the residual are zeroed: they begin as identity
+    sources   {logical axis: the parent's index of each of the child's}, for the axes that change; NONE where there is no
+              source. [n], or [L, n] where every layer has its own ("heads", "kv_heads" and "mlp" of `narrow`)
+    silent    the child's layers whose writes into the residual are zeroed: they begin as identity
+    divided   inputs that stand several times are divided by their number of copies: sums stay what they were
+    gaps      i for each predicted layer that stands between the parent's i and i + 1, in the order of the NONEs of "layers"
+    words     the new vocabulary as old ids, see vocabulary.mixed_rows
+    noise     standard deviation of what is added to new weights, as a share of the one they would be born with
+    moments   the policy for Adam's moments that belongs to the operator, whatever the run's own is
+    measured  what the operator saw, for the report
+    """
+
+    spec: ModelSpec
+    child: ModelSpec
+    sources: dict[str, np.ndarray]
+    silent: tuple[int, ...] = ()
+    divided: bool = False
     preserves_function: bool = False
+    gaps: tuple[int, ...] = ()
+    words: vocabulary.Words | None = None
+    noise: float = 0.0
+    seed: int = 0
+    moments: str | None = None
+    measured: dict[str, Any] = {}  # noqa: RUF012  (never changed)
+
+    @property
+    def layer_map(self) -> list[int | None]:
+        """The parent's layer that each of the child's began as; None for one without."""
+        return [None if layer == NONE else int(layer) for layer in self.sources.get("layers", range(self.spec.n_layers))]
+
+    @property
+    def changes_width(self) -> bool:
+        return bool(self.sources.keys() - {"layers"})
 
 
-# ---- the operators: n layers and settings -> Growth
+# ---- depth: the layers of the child
 
 
-def depth_upscale(n: int, m: int) -> Growth:
+def depth_upscale(parent: Parent, m: int) -> Growth:
     """Layers 0..n-m-1, then m..n-1: 2 (n - m) layers. SOLAR, 2312.15166: n 32, m 8 -> 48."""
+    n = parent.spec.n_layers
     if not 0 <= m < n:
         raise UserError(f"depth_upscale(m={m}): m is the number of layers left out of each copy of {n}, wanted 0 to {n - 1}.")
-    return Growth((*range(n - m), *range(m, n)))
+    return in_depth(parent, [*range(n - m), *range(m, n)])
 
 
-def stack(n: int, g: int = 2) -> Growth:
+def stack(parent: Parent, g: int = 2) -> Growth:
     """The whole stack g times. G_stack, 2405.15319."""
-    return Growth(tuple(range(n)) * positive("stack", g=g), preserves_function=g == 1)
+    return in_depth(parent, [*range(parent.spec.n_layers)] * at_least("stack", 1, g=g))
 
 
-def interleave(n: int, g: int = 2) -> Growth:
+def interleave(parent: Parent, g: int = 2) -> Growth:
     """Each layer g times in place. Collapses without training (iDUS: 29.5 on H6); for comparison."""
-    return Growth(tuple(layer for layer in range(n) for _ in range(positive("interleave", g=g))), preserves_function=g == 1)
+    at_least("interleave", 1, g=g)
+    return in_depth(parent, [layer for layer in range(parent.spec.n_layers) for _ in range(g)])
 
 
-def insert_identity(n: int, every: int = 1) -> Growth:
+def stack_middle(parent: Parent, m: int) -> Growth:
+    """The middle block of m layers twice: the added depth stands where it is used best. MIDAS, 2409.19044; 2512.08819."""
+    n = parent.spec.n_layers
+    if not 1 <= m <= n:
+        raise UserError(f"stack_middle(m={m}): m is the size of the middle block, wanted 1 to {n}, the number of layers.")
+    first = (n - m) // 2
+    return in_depth(parent, [*range(first + m), *range(first, n)])
+
+
+def deepen(parent: Parent, L: int, new: str = "random") -> Growth:
+    """Up to L layers in one late jump; the new ones at random (as at birth) or copies of the stack in order. 2511.04981."""
+    n = parent.spec.n_layers
+    if new not in ("random", "copy"):
+        raise UserError(f"deepen(new={new!r}): wanted 'random' or 'copy'.")
+    if at_least("deepen", 1, L=L) <= n:
+        raise UserError(f"deepen(L={L}): the model has {n} layers already. Give a larger L.")
+    return in_depth(parent, [layer % n if new == "copy" or layer < n else NONE for layer in range(L)])
+
+
+def insert_identity(parent: Parent, every: int = 1) -> Growth:
     """After each group of `every` layers a copy of its last one that writes nothing yet: exact. LLaMA Pro, 2401.02415."""
+    at_least("insert_identity", 1, every=every)
     layer_map: list[int] = []
     silent: list[int] = []
-    for layer in range(n):
+    for layer in range(parent.spec.n_layers):
         layer_map.append(layer)
-        if (layer + 1) % positive("insert_identity", every=every) == 0:
+        if (layer + 1) % every == 0:
             silent.append(len(layer_map))
             layer_map.append(layer)
-    return Growth(tuple(layer_map), tuple(silent), preserves_function=True)
+    return in_depth(parent, layer_map)._replace(silent=tuple(silent), preserves_function=True)
 
 
-def layers(n: int, sources: list[int]) -> Growth:
+def layers(parent: Parent, sources: list[int]) -> Growth:
     """Any explicit list of source layers: the course's down-scaling is layers([0, 1, 2, 3, 4, 7, 8, 9, 10, 11])."""
-    wrong = [source for source in sources if not isinstance(source, int) or not 0 <= source < n]
-    if wrong or not sources:
-        raise UserError(f"layers({sources}): {wrong[0] if wrong else 'an empty list'} names no layer of a model of {n}. Use 0 to {n - 1}.")
-    return Growth(tuple(sources), preserves_function=list(sources) == list(range(n)))
+    check_layers(f"layers({sources})", sources, parent.spec.n_layers)
+    return in_depth(parent, sources)
+
+
+def drop_layers(parent: Parent, n: int | None = None, by: str | list[int] = "influence") -> Growth:
+    """Without the n layers that change the residual least on the run's rows, or without those listed. ShortGPT, 2403.03853."""
+    n_layers, measured = parent.spec.n_layers, {}
+    if isinstance(by, str):
+        if by != "influence":
+            raise UserError(f"drop_layers(by={by!r}): wanted 'influence' or a list of layers.")
+        if not isinstance(n, int) or not 1 <= n < n_layers:
+            raise UserError(f"drop_layers(n={n}): wanted the number of layers to drop, 1 to {n_layers - 1}.")
+        influence = np.zeros(n_layers)
+        if parent.params is not None:
+            influence = measure.layer_statistics(parent.spec, parent.params, rows_of("drop_layers", parent)).influence
+        by = sorted(int(layer) for layer in np.argsort(influence, kind="stable")[:n])
+        measured = {"influence": [float(x) for x in influence], "dropped": by}
+    check_layers(f"drop_layers(by={by})", by, n_layers)
+    if n not in (None, len(by)) or len(set(by)) == n_layers:
+        raise UserError(f"drop_layers(n={n}, by={by}): wanted a list of n different layers, and at least one of the {n_layers} left.")
+    return in_depth(parent, [layer for layer in range(n_layers) if layer not in by])._replace(measured=measured)
+
+
+def predict_layers(parent: Parent, m: int) -> Growth:
+    """m new layers in the upper half, each predicted from its two neighbours in a common SVD basis. LESA, 2502.13794."""
+    n = parent.spec.n_layers
+    if not 1 <= m < n or n < 3:
+        raise UserError(
+            f"predict_layers(m={m}): a layer is predicted between two neighbours; a model of {n} has room for 1 to {n - 1} from 3 layers on."
+        )
+    gaps = tuple(range(n - 1 - m, n - 1))  # the last ones: the paper leaves the first half of the model alone
+    layer_map = [source for layer in range(n) for source in ([layer, NONE] if layer in gaps else [layer])]
+    return in_depth(parent, layer_map)._replace(gaps=gaps)
+
+
+# ---- width: the channels of every layer
+
+
+def widen(parent: Parent, d: int | None = None, ff: int | None = None, heads: int | None = None) -> Growth:
+    """Wider by exact copies: an input that stands c times counts 1/c. d a multiple of the old; heads in whole groups. HyperCloning, 2409.12903."""
+    spec = parent.spec
+    if d is not None and (not isinstance(d, int) or d % spec.d_model):
+        raise UserError(
+            f"widen(d={d}): RMSNorm keeps its size only when every channel is copied equally often, wanted a multiple of {spec.d_model}. "
+            "widen_rms takes any width."
+        )
+    return in_width("widen", parent, d, ff, heads)._replace(preserves_function=True)
+
+
+def widen_rms(parent: Parent, d: int | None = None, ff: int | None = None, heads: int | None = None) -> Growth:
+    """Copies to any width, RMS kept in the mean; moments of the new part alone are reset and it re-warms, which tells copies apart. 2602.02472."""
+    grown = in_width("widen_rms", parent, d, ff, heads)
+    return grown._replace(preserves_function=grown.child.d_model % parent.spec.d_model == 0, moments="reset_new")
+
+
+def in_width(name: str, parent: Parent, d: int | None, ff: int | None, heads: int | None) -> Growth:
+    child = resized(name, parent.spec, d, ff, heads)
+    for what, before, after in sizes(parent.spec, child):
+        if after < before:
+            raise UserError(f"{name}({what}={after}): the model has {before} already. Give a larger number, or use narrow.")
+    if child == parent.spec:
+        raise UserError(f"{name}: these are the model's sizes already. Give larger ones.")
+    # the whole width again and again, [[W/2, W/2], [W/2, W/2]] in the paper; heads go with their kv groups
+    sources = {axis: np.arange(size(child, axis)) % size(parent.spec, axis) for axis in WIDTHS}
+    return Growth(parent.spec, child, changed(parent.spec, child, sources), divided=True)
+
+
+def narrow(parent: Parent, ff: int | None = None, heads: int | None = None, d: int | None = None) -> Growth:
+    """Keeps the channels, neurons and kv groups that are most active on the run's rows. Minitron, 2407.14679."""
+    child = resized("narrow", parent.spec, d, ff, heads)
+    for what, before, after in sizes(parent.spec, child):
+        if after > before:
+            raise UserError(f"narrow({what}={after}): the model has {before} only. Give a smaller number, or use widen.")
+    if parent.params is None:
+        return Growth(parent.spec, child, {})
+    scores = measure.importance(parent.spec, parent.params, rows_of("narrow", parent))
+    kept_heads, kept_groups = measure.keep_heads(scores["heads"], parent.spec.n_heads, parent.spec.n_kv_heads, child.n_heads)
+    sources = {
+        "embed": measure.keep(scores["embed"], child.d_model),
+        "mlp": measure.keep(scores["mlp"], child.d_ff),
+        "heads": kept_heads,
+        "kv_heads": kept_groups,
+    }
+    measured = {"kept_channels": [int(i) for i in sources["embed"]]} if d else {}
+    return Growth(parent.spec, child, changed(parent.spec, child, sources), measured=measured)
+
+
+WIDTHS = {"embed": "d_model", "mlp": "d_ff", "heads": "n_heads", "kv_heads": "n_kv_heads"}
+
+
+def size(spec: ModelSpec, axis: str) -> int:
+    return getattr(spec, WIDTHS[axis])
+
+
+def sizes(before: ModelSpec, after: ModelSpec) -> list[tuple[str, int, int]]:
+    """(setting, before, after) of the widths that an operator can set."""
+    return [(what, getattr(before, field), getattr(after, field)) for what, field in (("d", "d_model"), ("ff", "d_ff"), ("heads", "n_heads"))]
+
+
+def changed(before: ModelSpec, after: ModelSpec, sources: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {axis: source for axis, source in sources.items() if size(before, axis) != size(after, axis)}
+
+
+def resized(name: str, spec: ModelSpec, d: int | None, ff: int | None, heads: int | None) -> ModelSpec:
+    """The spec with other widths; kv heads change with the query heads, so that a group keeps its size."""
+    if d is ff is heads is None:
+        raise UserError(f"{name}(): nothing to change. Give d (width, now {spec.d_model}), ff ({spec.d_ff}) or heads ({spec.n_heads}).")
+    for key, value in (("d", d), ("ff", ff), ("heads", heads)):
+        if value is not None:
+            at_least(name, 1, **{key: value})
+    group = spec.n_heads // spec.n_kv_heads
+    if heads is not None and heads % group:
+        raise UserError(f"{name}(heads={heads}): {group} query heads share one kv head, wanted a multiple of {group}.")
+    n_heads = heads or spec.n_heads
+    return spec.replace(d_model=d or spec.d_model, d_ff=ff or spec.d_ff, n_heads=n_heads, n_kv_heads=n_heads // group)
+
+
+# ---- the vocabulary
+
+
+def new_tokenizer(parent: Parent, directory: str) -> Growth:
+    """The embedding and head of another tokenizer: kept pieces are copied, new ones start as the mean of their old pieces."""
+    if parent.params is None:
+        return Growth(parent.spec, parent.spec.replace(vocab_size=vocabulary.round_up(tokenizer.load(directory).n_pieces)), {})
+    if parent.tokenizer_dir is None:
+        raise UserError(
+            "new_tokenizer: the parent's tokenizer is not known, so no piece can be traced to it. Start from a model that carries its own."
+        )
+    words, document_ids = vocabulary.words_of(parent.tokenizer_dir, pathlib.Path(directory), parent.spec.vocab_size)
+    kept = [ids[0] if len(ids) == 1 else NONE for ids in words.old_ids]
+    measured = {"kept_pieces": len(kept) - kept.count(NONE), "averaged_pieces": sum(len(ids) > 1 for ids in words.old_ids)}
+    child = parent.spec.replace(vocab_size=len(kept), **document_ids)
+    return Growth(parent.spec, child, {"vocab": np.asarray(kept)}, words=words, measured=measured)
 
 
 OPERATORS: dict[str, Callable[..., Growth]] = {
-    operator.__name__: operator for operator in (depth_upscale, stack, interleave, insert_identity, layers)
-}
+    operator.__name__: operator
+    for operator in (
+        depth_upscale, stack, interleave, stack_middle, deepen, insert_identity, layers, drop_layers, predict_layers, widen, widen_rms, narrow,
+        new_tokenizer,
+    )
+}  # fmt: skip
+MEASURING = frozenset({"drop_layers", "narrow"})
+
+
+def in_depth(parent: Parent, layer_map: list[int]) -> Growth:
+    child = parent.spec.replace(n_layers=len(layer_map))
+    return Growth(parent.spec, child, {"layers": np.asarray(layer_map)}, preserves_function=layer_map == [*range(parent.spec.n_layers)])
+
+
+def rows_of(name: str, parent: Parent) -> Iterable[Batch]:
+    if parent.rows is None:
+        raise UserError(f"{name}: measures the model on training rows, but there are none. Give a --config whose mixture.packed names some.")
+    return parent.rows()
+
+
+def check_layers(call: str, listed: list[int], n: int) -> None:
+    wrong = [layer for layer in listed if not isinstance(layer, int) or not 0 <= layer < n] if isinstance(listed, (list, tuple)) else [listed]
+    if wrong or not listed:
+        raise UserError(f"{call}: {wrong[0] if wrong else 'an empty list'} names no layer of a model of {n}. Use 0 to {n - 1}.")
+
+
+def at_least(name: str, least: int, **setting: Any) -> int:
+    ((key, value),) = setting.items()
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"{name}({key}={value!r}): wanted a whole number of at least {least}.")
+    return value
 
 
 # ---- using them
 
 
-def grow(spec: ModelSpec, params: dict[str, Any], text: str, mesh) -> tuple[ModelSpec, dict[str, Any], Growth]:
-    """The child's (spec, parameters, what was done). Every weight outside the blocks is the parent's, the final norm included.
+def parse(text: str) -> tuple[Callable[..., Growth], list[Any], dict[str, Any]]:
+    """'depth_upscale(m=4)' as (operator, its settings by place, by name); nothing but literals is read.
 
-    Raises UserError for an operator that does not exist or does not fit the model.
+    Raises UserError for an operator or setting that does not exist.
     """
-    growth = parse(text, spec.n_layers)
-    child = spec.replace(n_layers=len(growth.layer_map))
-    source = np.asarray(growth.layer_map, np.int32)
-    writes = np.ones(child.n_layers, np.float32)
-    writes[list(growth.silent)] = 0
-
-    def copy(params):
-        blocks = {name: jnp.take(leaf, source, axis=0) for name, leaf in params["blocks"].items()}
-        for name in ("o", "down", "o_bias", "down_bias"):  # what writes into the residual
-            if growth.silent and name in blocks:
-                leaf = blocks[name]
-                blocks[name] = leaf * writes.reshape(-1, *[1] * (leaf.ndim - 1)).astype(leaf.dtype)
-        return {**params, "blocks": blocks}
-
-    return child, jax.jit(copy, out_shardings=llama.shardings(child, mesh))(params), growth
-
-
-def parse(text: str, n_layers: int) -> Growth:
-    """'depth_upscale(m=4)' for a model of n_layers, as a Growth."""
     try:
         call = ast.parse(text.strip(), mode="eval").body
         name = call.func.id
@@ -110,16 +320,239 @@ def parse(text: str, n_layers: int) -> Growth:
     if name not in OPERATORS:
         near = difflib.get_close_matches(name, OPERATORS, 1)
         raise UserError(f"grow {text!r}: no such operator; " + (f"did you mean {near[0]}?" if near else f"there are: {', '.join(OPERATORS)}."))
+    operator = OPERATORS[name]
+    settings = {key: value for key, value in named.items() if key not in ("noise", "seed")}
     try:
-        return OPERATORS[name](n_layers, *positional, **named)
+        inspect.signature(operator).bind(None, *positional, **settings)
     except TypeError:
-        says = OPERATORS[name].__doc__.splitlines()[0]
-        settings = OPERATORS[name].__code__.co_varnames[1 : OPERATORS[name].__code__.co_argcount]
-        raise UserError(f"grow {text!r}: {name} takes {', '.join(settings)}. {says}") from None
+        takes = [*inspect.signature(operator).parameters][1:]
+        raise UserError(f"grow {text!r}: {name} takes {', '.join([*takes, 'noise', 'seed'])}. {operator.__doc__}") from None
+    return operator, positional, named
 
 
-def positive(name: str, **setting: int) -> int:
-    ((key, value),) = setting.items()
-    if not isinstance(value, int) or value < 1:
-        raise UserError(f"{name}({key}={value!r}): wanted a whole number of at least 1.")
-    return value
+def plan(text: str, parent: Parent) -> Growth:
+    """What the operator makes of this parent. Raises UserError where it does not fit."""
+    operator, positional, named = parse(text)
+    noise, seed = named.pop("noise", 0.0), named.pop("seed", 0)
+    growth = operator(parent, *positional, **named)
+    if not isinstance(noise, (int, float)) or not 0 <= noise <= 1:
+        raise UserError(f"grow {text!r}: noise is {noise!r}, wanted a share from 0 to 1 of the spread that a weight is born with.")
+    if noise and not growth.divided and not any(flags.any() for flags in young(growth).values()):
+        raise UserError(f"grow {text!r}: makes no new weights that noise could be added to. Leave noise out.")
+    return growth._replace(noise=float(noise), seed=seed)
+
+
+def weights(growth: Growth, params: dict[str, Any], mesh) -> dict[str, Any]:
+    """The child's parameters, on its shardings. Every weight that the operator does not touch is the parent's, the final norm included."""
+    return compiled(growth, mesh)(params)
+
+
+def compiled(growth: Growth, mesh):
+    """The jitted map from the parent's parameters to the child's."""
+
+    def make(params):
+        predicted = predict.predict(params["blocks"], list(growth.gaps)) if growth.gaps else {}
+
+        def one(path, row, leaf):
+            name = path[-1].key
+            if growth.words and "vocab" in row.axes:
+                return vocabulary.mixed_rows(leaf, growth.words, row.axes.index("vocab"))
+            if name in predicted:
+                leaf = jnp.concatenate([leaf, predicted[name]])
+            return grown_leaf(growth, name, row, leaf, input_scale(growth, name))
+
+        return on_rows(growth.child, one, params)
+
+    return under_jit(growth, make, mesh)
+
+
+def moments(growth: Growth, tree: dict[str, Any], policy: str, power: int, mesh) -> dict[str, Any]:
+    """Adam's mean (power 1) or mean square (power 2) of the child's gradients, from the parent's, by policy:
+
+    copy         as they lie
+    copy_scaled  as the gradient of a widened model truly is: the loss reaches an output that stands c times through c copies
+                 of 1/c each, so its gradient is 1/c of the parent's (power 2: 1/c^2). Depth has no such law: each copy of a
+                 layer sees its own input, and is copied as it lies
+    reset_new    as they lie, 0 for whatever is new
+    fresh        0
+
+    What has no source (a random, a predicted layer, an averaged row of the embedding) starts at 0 under every policy.
+    """
+
+    def make(tree):
+        def one(path, row, leaf):
+            name = path[-1].key
+            if policy == "fresh":
+                return jnp.zeros(row.shape, leaf.dtype)
+            if policy == "reset_new" and (new := is_new(row, young(growth))) is not None:
+                keep = jnp.where(new, 0, 1).astype(leaf.dtype)
+            else:
+                keep = None
+            scale = output_scale(growth, name, row, power) if policy == "copy_scaled" and growth.divided else {}
+            grown = grown_leaf(growth._replace(noise=0.0, silent=()), name, row, leaf, scale, born=False)
+            return grown if keep is None else grown * keep
+
+        return on_rows(growth.child, one, tree)
+
+    return under_jit(growth, make, mesh)(tree)
+
+
+def under_jit(growth: Growth, make: Callable, mesh):
+    llama.abstract(growth.child)  # traced before a mesh is in force, which its eager initialisers would ask for
+
+    def placed(tree):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return make(tree)
+
+    return jax.jit(placed, out_shardings=llama.shardings(growth.child, mesh))
+
+
+def on_rows(child: ModelSpec, one: Callable, tree: dict[str, Any]) -> dict[str, Any]:
+    return jax.tree_util.tree_map_with_path(one, llama.rows(child), tree, is_leaf=llama.is_row)
+
+
+# The axis that a weight sums over. What stands several times there counts less; along its other axes it is copied as it is.
+INPUT = {"q": "embed", "k": "embed", "v": "embed", "gate": "embed", "up": "embed", "unembed": "embed", "o": "heads", "down": "mlp"}
+
+
+def input_of(growth: Growth, name: str) -> str | None:
+    """The final norm stands for the head where that is the embedding itself, which has to stay whole as an input."""
+    return "embed" if name == "norm" and growth.spec.tied else INPUT.get(name)
+
+
+def input_scale(growth: Growth, name: str) -> dict[str, np.ndarray]:
+    axis = input_of(growth, name)
+    return {axis: 1 / copies(growth.sources[axis])} if growth.divided and axis in growth.sources else {}
+
+
+def output_scale(growth: Growth, name: str, row: llama.Row, power: int) -> dict[str, np.ndarray]:
+    axes = {source_axis(axis) for axis in row.axes} & growth.sources.keys() - {"layers", "vocab", input_of(growth, name)}
+    return {axis: copies(growth.sources[axis]) ** -float(power) for axis in axes}
+
+
+def copies(source: np.ndarray) -> np.ndarray:
+    """How often each index's source stands, float32 like the source."""
+    return np.bincount(source)[source].astype(np.float32)
+
+
+def source_axis(axis: str) -> str:
+    return "embed" if axis == "norm" else axis
+
+
+def grown_leaf(growth: Growth, name: str, row: llama.Row, leaf, scale: dict[str, np.ndarray], born: bool = True):
+    """One weight (or moment) of the child from the parent's: gathered along every axis that changes and scaled there.
+
+    born   what has no source is drawn as at birth (and silenced, and noise added); else it is 0
+    """
+    stacked = row.axes[0] == "layers"
+    axes = row.axes[1:] if stacked else row.axes
+    n_layers = row.shape[0] if stacked else 1
+    layer_map = growth.sources.get("layers", np.arange(n_layers))
+    if growth.gaps and born:  # the predicted layers stand behind the parent's
+        layer_map = np.where(layer_map == NONE, growth.spec.n_layers + np.cumsum(layer_map == NONE) - 1, layer_map)
+    wide = [(i, source_axis(axis)) for i, axis in enumerate(axes) if source_axis(axis) in growth.sources.keys() - {"layers"}]
+    new = is_new(row, young(growth))
+    noisy = born and growth.noise > 0 and row.std > 0 and (new is not None or growth.divided)
+    missing = stacked and (layer_map == NONE).any()
+    if not (wide or noisy or missing or (growth.silent and name in WRITES)):
+        return jnp.take(leaf, layer_map, axis=0) if stacked and "layers" in growth.sources else leaf
+    key = jax.random.fold_in(jax.random.key(growth.seed), zlib.crc32(name.encode()))
+
+    def one(layer):
+        source = jnp.asarray(layer_map)[layer]
+        x = leaf[jnp.maximum(source, 0)] if stacked else leaf
+        for i, axis in wide:
+            index = jnp.asarray(growth.sources[axis])
+            x = jnp.take(x, jnp.maximum(index[source] if index.ndim == 2 else index, 0), axis=i)
+            factor = scale.get(axis, np.float32(1)) * (growth.sources[axis] != NONE)
+            if index.ndim == 1 and (factor != 1).any():
+                x = x * factor.reshape(-1, *[1] * (x.ndim - i - 1)).astype(x.dtype)
+        own = jax.random.fold_in(key, layer)
+        if missing:
+            first = jnp.ones(x.shape, x.dtype) if row.ones else (jax.random.normal(own, x.shape) * row.std).astype(x.dtype)
+            x = jnp.where(source == NONE, first if born else jnp.zeros_like(x), x)
+        if noisy:
+            added = growth.noise * row.std * jax.random.normal(jax.random.fold_in(own, 1), x.shape)
+            if growth.divided:
+                added = cancelling(added, growth, input_of(growth, name), wide)
+            else:
+                added = jnp.where(new[layer if new.shape[0] > 1 else 0] if stacked else new, added, 0)
+            x = (x + added).astype(x.dtype)
+        if growth.silent and name in WRITES:
+            x = x * jnp.asarray(~np.isin(np.arange(n_layers), growth.silent)).astype(x.dtype)[layer]
+        return constrain(x, *axes)
+
+    return jax.lax.map(one, jnp.arange(n_layers)) if stacked else one(0)
+
+
+WRITES = frozenset({"o", "down", "o_bias", "down_bias"})  # what writes into the residual
+
+
+def cancelling(added, growth: Growth, axis: str | None, wide: list[tuple[int, str]]):
+    """Noise whose sum over the copies of each input is 0: it tells the copies apart and keeps the function. 0 where no input is copied.
+
+    Each copy takes its own draw less the next copy's; only gathers, so that every mesh gives the same bits.
+    """
+    place = next((i for i, known in wide if known == axis), None)
+    if place is None:
+        return jnp.zeros_like(added)
+    source = growth.sources[axis]
+    following = np.empty_like(source)
+    for index in range(source.max() + 1):
+        own = np.flatnonzero(source == index)
+        following[own] = np.roll(own, -1)
+    return (added - jnp.take(added, following, axis=place)) * np.float32(0.5**0.5)
+
+
+# ---- ages: which parts of the child are new
+
+
+def young(growth: Growth, before: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+    """{logical axis: True where the child's index is new}: it has no source, or its source stood before it. An index made
+    from one that was new before (of an earlier operator of the same growth) is new as well.
+    """
+    flags = {}
+    for axis in growth.sources.keys() | (before or {}).keys():
+        source = growth.sources.get(axis)
+        if source is None:
+            flags[axis] = before[axis]
+            continue
+        if source.ndim == 2:  # chosen, not copied
+            continue
+        first = np.zeros(len(source), bool)
+        first[np.unique(source, return_index=True)[1]] = True
+        flags[axis] = ~first | (source == NONE)
+        if axis in (before or {}):
+            flags[axis] |= np.where(source == NONE, True, before[axis][np.maximum(source, 0)])
+    return flags
+
+
+def is_new(row: llama.Row, flags: dict[str, np.ndarray]) -> jax.Array | None:
+    """True where an element of the weight is new along any of its axes: of the weight's rank, 1 along axes without new parts.
+    None where nothing of it is. For use under jit, where the whole mask never exists.
+    """
+    found = None
+    for i, axis in enumerate(row.axes):
+        along = flags.get(source_axis(axis))
+        if along is not None and along.any():
+            along = jnp.asarray(along.reshape([-1 if j == i else 1 for j in range(len(row.axes))]))
+            found = along if found is None else found | along
+    return found
+
+
+def to_ranges(flags: dict[str, np.ndarray]) -> dict[str, list]:
+    """For JSON: {axis: [length, [start, stop], ...]}."""
+    ranges = {}
+    for axis, along in flags.items():
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], along, [False]]).astype(np.int8)))
+        ranges[axis] = [len(along), *([int(a), int(b)] for a, b in edges.reshape(-1, 2))]
+    return ranges
+
+
+def from_ranges(ranges: dict[str, list]) -> dict[str, np.ndarray]:
+    flags = {}
+    for axis, (length, *spans) in ranges.items():
+        flags[axis] = np.zeros(length, bool)
+        for start, stop in spans:
+            flags[axis][start:stop] = True
+    return flags

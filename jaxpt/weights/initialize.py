@@ -9,13 +9,15 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from jaxpt.config import Config
+from jaxpt.data import tokenizer
 from jaxpt.model import llama
-from jaxpt.spec import Manifest, ModelSpec, UserError
-from jaxpt.stage import local_path, say
-from jaxpt.weights import checkpoint, growth, huggingface, vocabulary
+from jaxpt.spec import Batch, Manifest, ModelSpec, UserError
+from jaxpt.stage import say
+from jaxpt.weights import checkpoint, growth, hub, huggingface, vocabulary
 
 RECORD = "jaxpt.json"  # beside an export's config.json: what a later start wants to know and config.json has no place for
 
@@ -33,16 +35,16 @@ class Loaded(NamedTuple):
 
 
 class Birth(NamedTuple):
-    """A newborn model, its parent when it was grown, and the operators between them."""
+    """A newborn model, its parent when it was grown, and the growths between them."""
 
     model: Loaded
     parent: Loaded | None  # the weights before growth; None when nothing grew
     growths: tuple[growth.Growth, ...]
 
 
-def load(source: pathlib.Path, mesh, dtype: str = "float32") -> Loaded:
-    """The weights of a run directory (its newest whole checkpoint), a checkpoint step directory or a Hugging Face directory."""
-    source = local_path(source)
+def load(source: pathlib.Path | str, mesh, dtype: str = "float32") -> Loaded:
+    """The weights of a run directory (its newest whole checkpoint), a checkpoint step directory, a Hugging Face directory or hf:NAME of its hub."""
+    source = hub.local(source)
     if not source.is_dir():
         raise UserError(f"{source}: no such directory. Wanted a run, a checkpoint or a Hugging Face model directory.")
     step_dir = checkpoint.find(source)
@@ -61,35 +63,47 @@ def load(source: pathlib.Path, mesh, dtype: str = "float32") -> Loaded:
     return Loaded(spec, params, tokenizer_dir if has_tokenizer else None, source, manifest.counts["step"], manifest.tokenizer, manifest.counts)
 
 
-def source_of(source: pathlib.Path) -> pathlib.Path:
+def source_of(source: pathlib.Path | str) -> pathlib.Path:
     """What a manifest names as the input of a start from `source`: a finished stage's directory itself, of an unfinished run its newest checkpoint."""
-    source = local_path(source)
+    source = hub.local(source)
     return source if (source / "manifest.json").is_file() or not source.is_dir() else checkpoint.find(source) or source
 
 
-def birth(settings: Config, mesh, n_pieces: int | None) -> Birth:
+def birth(settings: Config, mesh, n_pieces: int | None, rows: Callable[[], Iterable[Batch]] | None = None) -> Birth:
     """Births 2 to 4 by config.initialize, then config.initialize.grow, each said on the terminal.
 
     n_pieces  the tokenizer's, for a random model whose config.model.vocab_size is 0
+    rows      training rows, for operators that measure
     """
     asked = settings.initialize
+    for text in asked.grow:
+        growth.parse(text)  # a misspelt operator is refused before weights are read
     if asked.source == "random":
         spec = random_spec(settings, n_pieces)
         model = Loaded(spec, llama.init(spec, asked.seed, mesh, huggingface.jnp_dtype(asked.dtype)), None, None, None, None, {})
         say(f"born at random (seed {asked.seed}): {describe(spec)}")
     else:
-        model = load(local_path(asked.source), mesh, asked.dtype)
+        model = load(asked.source, mesh, asked.dtype)
         trained = "" if model.step is None else f", trained for {model.step:,} steps"
         say(f"born from {asked.source}{trained}: {describe(model.spec)}")
     parent, growths = model, []
     for text in asked.grow:
-        spec, params, done = growth.grow(model.spec, model.params, text, mesh)
-        say(
-            f"grown by {text}: {model.spec.n_layers} -> {spec.n_layers} layers, {llama.count(spec):,} parameters; from layers {' '.join(map(str, done.layer_map))}"
-        )
-        model = model._replace(spec=spec, params=params)
+        model, done = grow(model, text, mesh, rows)
         growths.append(done)
     return Birth(model, parent if growths else None, tuple(growths))
+
+
+def grow(model: Loaded, text: str, mesh, rows: Callable[[], Iterable[Batch]] | None) -> tuple[Loaded, growth.Growth]:
+    """The child of a model by one operator, on the same mesh."""
+    done = growth.plan(text, growth.Parent(model.spec, model.params, rows, model.tokenizer_dir))
+    child = done.child
+    model = model._replace(spec=child, params=growth.weights(done, model.params, mesh))
+    if done.words:
+        directory = done.words.tokenizer_dir
+        model = model._replace(tokenizer_dir=directory, tokenizer=tokenizer.load(directory).fingerprint)
+    origins = f"; from layers {' '.join('new' if layer is None else str(layer) for layer in done.layer_map)}" if "layers" in done.sources else ""
+    say(f"grown by {text}: {describe(child)}{origins}")
+    return model, done
 
 
 def random_spec(settings: Config, n_pieces: int | None) -> ModelSpec:

@@ -2,50 +2,93 @@
 
 from __future__ import annotations
 
-from typing import Any
+import pathlib
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpt.model import llama
-from jaxpt.spec import ModelSpec, UserError
+from jaxpt.data import tokenizer
+from jaxpt.spec import UserError
+
+ANCHOR = "7"  # stands before a piece to see it within a line: few tokenizers let a digit grow together with what follows
 
 
-def reword(spec: ModelSpec, params: dict[str, Any], old_ids_of: list[list[int]], mesh) -> tuple[ModelSpec, dict[str, Any]]:
-    """The same model over a new vocabulary.
-
-    old_ids_of[i]  the old ids whose rows make new row i: one id copies a row, several are averaged, none takes the mean
-                   of all old rows (the least surprising vector: its logit is the average one)
-
-    The vocabulary is rounded up to a multiple of 128; padding rows are means too, so that none is dead or huge.
-    Raises UserError when an old id is beyond the old vocabulary.
+class Words(NamedTuple):
+    """A new vocabulary as old ids: row i is old_ids[i]'s row, their mean where there are several, the mean of all old rows
+    where there are none (the least surprising vector: its logit is the average one). Padding rows have none.
     """
-    highest = max((i for ids in old_ids_of for i in ids), default=0)
-    if highest >= spec.vocab_size:
-        raise UserError(
-            f"new vocabulary: old id {highest} is beyond the model's {spec.vocab_size} rows. Give the tokenizer that the model was trained with."
-        )
-    n_new = round_up(len(old_ids_of))
-    ids = list(old_ids_of) + [[]] * (n_new - len(old_ids_of))
-    # one flat list of (new row, old row, share), so that the whole map is one gather and one segment sum
-    new_row = np.concatenate([np.full(len(each), row, np.int32) for row, each in enumerate(ids) if each])
-    old_row = np.concatenate([np.asarray(each, np.int32) for each in ids if each])
-    share = np.concatenate([np.full(len(each), 1 / len(each), np.float32) for each in ids if each])
-    empty = np.asarray([not each for each in ids])
-    child = spec.replace(vocab_size=n_new)
 
-    def rows_of(old):  # [V, D] -> [V', D]
-        mixed = jax.ops.segment_sum(old.astype(jnp.float32)[old_row] * share[:, None], new_row, n_new)
-        return jnp.where(empty[:, None], jnp.mean(old.astype(jnp.float32), axis=0), mixed).astype(old.dtype)
+    old_ids: list[list[int]]
+    tokenizer_dir: pathlib.Path  # of the new vocabulary
 
-    def map_rows(params):
-        changed = {**params, "embed": rows_of(params["embed"])}
-        if "unembed" in params:
-            changed["unembed"] = rows_of(params["unembed"].T).T
-        return changed
 
-    return child, jax.jit(map_rows, out_shardings=llama.shardings(child, mesh))(params)
+def words_of(old_dir: pathlib.Path, new_dir: pathlib.Path, vocab_size: int) -> tuple[Words, dict[str, int | None]]:
+    """(the new tokenizer's pieces as old ids, {bos_id, eos_id} of the new one), padded to a multiple of 128 rows.
+
+    vocab_size  the model's rows; the old tokenizer must stay below it, else UserError
+    """
+    old, new = tokenizer.load(old_dir), tokenizer.load(new_dir)
+    if old.n_pieces > vocab_size:
+        raise UserError(f"new_tokenizer: {old_dir} has {old.n_pieces} pieces, the model only {vocab_size} rows. It is not the model's own tokenizer.")
+    known = old.backend.get_vocab(with_added_tokens=True)
+    pieces = {i: piece for piece, i in new.backend.get_vocab(with_added_tokens=True).items()}
+    twins = {new.bos_id: old.bos_id, new.eos_id: old.eos_id}
+    controls = {i for i, token in new.backend.get_added_tokens_decoder().items() if token.special}
+    old_ids: list[list[int]] = [[] for _ in range(round_up(new.n_pieces))]
+    unknown: dict[int, str] = {}  # pieces that the old tokenizer has to spell
+    for i, piece in pieces.items():
+        if twins.get(i) is not None:
+            old_ids[i] = [twins[i]]
+        elif piece in known and same_kind(piece, known[piece], i, old, new):
+            old_ids[i] = [known[piece]]
+        elif i not in controls:
+            unknown[i] = text_of(new, i)
+    spelled = spell(old, list(unknown.values()))
+    for i, ids in zip(unknown, spelled, strict=True):
+        old_ids[i] = ids
+    return Words(old_ids, new_dir), {"bos_id": new.bos_id, "eos_id": new.eos_id}
+
+
+def same_kind(piece: str, old_id: int, new_id: int, old: tokenizer.Tokenizer, new: tokenizer.Tokenizer) -> bool:
+    """Whether a piece of the same name means the same text: the two may write a space in another way."""
+    return text_of(old, old_id) == text_of(new, new_id)
+
+
+def text_of(of: tokenizer.Tokenizer, i: int) -> str:
+    """The text that a piece adds behind another one, its leading space included (alone, many decoders strip that)."""
+    (anchor,) = of.encode_batch([ANCHOR])
+    return of.decode([*anchor, i])[len(of.decode(anchor)) :]
+
+
+def spell(old: tokenizer.Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Old ids of each text as it stands within a line; empty for a piece that is no text by itself (a part of a character)."""
+    (start,) = old.encode_batch([ANCHOR])
+    behind = old.encode_batch([ANCHOR + text for text in texts])
+    alone = old.encode_batch([text.removeprefix(" ") for text in texts])
+    found = []
+    for text, ids, bare in zip(texts, behind, alone, strict=True):
+        if not text or "\ufffd" in text:
+            found.append([])
+        elif ids[: len(start)] == start:  # the piece did not grow together with what stands before it
+            found.append(ids[len(start) :])
+        else:
+            found.append(bare)
+    return found
+
+
+def mixed_rows(leaf: jax.Array, words: Words, axis: int) -> jax.Array:
+    """[.., V, ..] -> [.., V', ..] along the axis: one gather and one segment sum."""
+    n_new = len(words.old_ids)
+    new_row = np.concatenate([np.full(len(ids), row, np.int32) for row, ids in enumerate(words.old_ids) if ids])
+    old_row = np.concatenate([np.asarray(ids, np.int32) for ids in words.old_ids if ids])
+    share = np.concatenate([np.full(len(ids), 1 / len(ids), np.float32) for ids in words.old_ids if ids])
+    empty = np.asarray([not ids for ids in words.old_ids])
+    old = jnp.moveaxis(leaf, axis, 0).astype(jnp.float32)
+    mixed = jax.ops.segment_sum(old[old_row] * share[:, None], new_row, n_new)
+    rows: Any = jnp.where(empty[:, None], jnp.mean(old, axis=0), mixed)
+    return jnp.moveaxis(rows.astype(leaf.dtype), 0, axis)
 
 
 def round_up(n_pieces: int) -> int:

@@ -1,0 +1,79 @@
+"""What a start from weights keeps: nothing but the weights, or all of the run that it goes on with."""
+
+from __future__ import annotations
+
+from jaxpt.config import Config
+from jaxpt.data import loader
+from jaxpt.spec import Manifest, UserError
+from jaxpt.stage import local_path, say
+from jaxpt.train import state
+from jaxpt.train.optimizer import Young
+from jaxpt.train.state import TrainState
+from jaxpt.weights import checkpoint, growth
+from jaxpt.weights.initialize import Birth
+
+FRESH = {"step": 0, "rows": 0, "interval": [0.0, 0.0], "n_grown": 0}
+
+
+def begin(settings: Config, birth: Birth, rows: loader.Rows, mesh) -> tuple[TrainState, dict, Young]:
+    """(state, counts, what is new in the model) of a run's first step, by initialize.start; the table of it is said.
+
+    counts  step and rows that are done, as a checkpoint's manifest has them
+    """
+    asked = settings.initialize
+    if asked.source != "random":
+        for line in table(settings, birth):
+            say(line)
+    if asked.start == "continue":
+        flags = growth.from_ranges(birth.model.record.get("young", {}).get("new", {}))  # grown by initialize.py: rates by age know it
+        for grew in birth.growths:
+            flags = growth.young(grew, flags if grew is not birth.growths[0] else None)
+        return state.born(birth.model.params, birth.model.spec, settings, mesh), FRESH, Young(flags)
+
+    source = checkpoint.find(local_path(asked.source))
+    if source is None or not (source / "rest").is_dir():
+        raise UserError(f"initialize.start: {asked.start} needs a run's checkpoint, {asked.source} is none. Use continue, which needs only weights.")
+    counts = Manifest.load(source).counts
+    if counts.get("packed") != rows.fingerprint:
+        raise UserError(
+            f"initialize.start: {asked.start} keeps the data position, but {asked.source} read other rows than mixture.packed. "
+            "Name its own rows there, or use continue."
+        )
+    if counts["step"] >= settings.train.steps:
+        raise UserError(f"initialize.start: {asked.source} stands at step {counts['step']} and train.steps is {settings.train.steps}. Set more.")
+    spec = birth.growths[0].spec if birth.growths else birth.model.spec
+    goal = state.abstract_state(spec, settings, mesh)
+    rest = checkpoint.restore(source, "rest", {"step": goal.step, "opt": goal.opt, "guard": goal.guard})
+    opt, guard = rest["opt"], rest["guard"]
+    young = Young.from_json(counts["young"])
+    for i, grew in enumerate(birth.growths):
+        opt, guard, young = state.grown(opt, guard, grew, asked.moments, mesh, young if i else Young())
+    interval = [0.0, 0.0] if birth.growths else counts["interval"]
+    return (
+        TrainState(rest["step"], birth.model.params, opt, guard),
+        {**FRESH, "step": counts["step"], "rows": counts["rows"], "interval": interval},
+        young,
+    )
+
+
+def table(settings: Config, birth: Birth) -> list[str]:
+    """Lines: each part of a run, and what becomes of it."""
+    asked, optim = settings.initialize, settings.optim
+    known = birth.model.record
+    goes_on = asked.start != "continue"
+    policies = [grew.moments or asked.moments for grew in birth.growths]
+    rows = [
+        ("weights", "grown" if birth.growths else "kept"),
+        ("step", f"kept: {known['step']:,}" if goes_on else "0"),
+        ("schedule", "goes on" if goes_on else f"begins again: {optim.warmup_steps} steps up to {optim.peak_lr:g}, then {optim.schedule}"),
+        ("moments", ("kept" if not policies else f"mapped: {', '.join(policies)}") if goes_on else "0"),
+        ("rows read", f"kept: {known['rows']:,}" if goes_on else "0"),
+        ("random state", "none: every draw comes from a seed and a position"),
+    ]
+    lines = [f"start: {asked.start}", *(f"  {part:<13} {fate}" for part, fate in rows)]
+    theirs = known.get("optimizer", "adamw")
+    if theirs != "adamw":  # 2605.06654: a base trained by one optimizer degrades under another
+        lines.append(f"warning: {asked.source} was trained with {theirs}, this run uses adamw; such a change costs quality. Compare with a short run")
+    if not goes_on and (lr := known.get("lr")) and optim.peak_lr > lr:
+        lines.append(f"  its last learning rate was {lr:.2e}; {optim.peak_lr:.2e} re-warms it, which forgets some before it learns (2403.08763)")
+    return lines
