@@ -45,7 +45,7 @@ class Reading(NamedTuple):
 
 
 def readings(spec: ModelSpec, params, fails: bool) -> Iterator[Reading]:
-    """What people get wrong. A model that does not fail is spared what nobody could have overlooked."""
+    """What people get wrong. A model that does not fail is not tried with what would have made it fail."""
     where = "set it in config.json, or in spec.json of a run"
     for theta in THETAS:
         if theta != spec.rope_theta:

@@ -109,29 +109,34 @@ def check_start(heldout: Heldout, spec: ModelSpec, params, record: dict[str, Any
         sound = (losses[name] + recorded[name]) / 2  # what explains the failure makes up for half of it at least
     elif fails:
         finding += f"; counting tokens alone gives {unigram[name]:.2f}, guessing {math.log(spec.vocab_size):.2f}"
+    else:
+        finding += ", and the same weights can do better"
+    theirs = heldout.rows.tokenizer if differing else record.get("tokenizer")  # the same rows are of the same tokenizer
     if grown:
         say(f"note: {finding}. The growth broke the model's function; training has to mend it first")
     elif fails and record.get("step") == 0 and all(unit_norms(spec, params).values()):
         say(f"note: {finding}. The weights were never trained")
-    elif cause := likely_cause(heldout, name, spec, params, record, sound, fails):
+    elif cause := likely_cause(heldout, name, spec, params, theirs, sound, fails):
         raise UserError(f"initialize.source: {finding}. Most likely {cause}.")
     return losses
 
 
-def likely_cause(heldout: Heldout, name: str, spec: ModelSpec, params, record: dict[str, Any], sound: float, fails: bool) -> str | None:
+def likely_cause(heldout: Heldout, name: str, spec: ModelSpec, params, theirs: str | None, sound: float, fails: bool) -> str | None:
     """Why the weights do not fit a source's rows, and what to do; None where they do and no other reading of them fits better.
 
-    sound  nats a token that a right reading stays below
+    theirs  fingerprint of the model's tokenizer, where known
+    sound   nats a token that a right reading stays below
     """
-    theirs, batch, dtype = record.get("tokenizer"), heldout.few(name), heldout.settings.train.compute_dtype
     if fails and theirs not in (None, heldout.rows.tokenizer):
         return f"the rows were packed with tokenizer {heldout.rows.tokenizer}, the model was trained with {theirs}; pack with its own"
-    cause = diagnosis.better_reading(spec, params, batch, dtype, sound, fails) or (diagnosis.fault_of_weights(spec, params, batch) if fails else None)
-    if cause or not fails:
-        return cause
-    if theirs or sound != heldout.rows.unigram_nats[name]:
-        return "weights and config.json are not of the same model; take both from one place"
-    return "the rows were packed with another tokenizer; pack with the model's own"
+    batch, dtype = heldout.few(name), heldout.settings.train.compute_dtype
+    cause = diagnosis.better_reading(spec, params, batch, dtype, sound, fails)
+    if fails and not cause:
+        cause = diagnosis.fault_of_weights(spec, params, batch)
+    if fails and not cause:
+        another = "the rows were packed with another tokenizer; pack with the model's own"
+        cause = "weights and config.json are not of the same model; take both from one place" if theirs else another
+    return cause
 
 
 # ---- an import

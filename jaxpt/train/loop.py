@@ -94,7 +94,9 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
         elif settings.initialize.source != "random" and (story := hub.local(settings.initialize.source) / "growth.json").is_file():
             shutil.copyfile(story, run_dir / "growth.json")
         now, counts, young = start.begin(settings, birth, rows, mesh)
-        record, grown = birth.model.record, (run_dir / "growth.json").is_file()
+        record = {"tokenizer": birth.model.tokenizer, **birth.model.record}
+        # a trained descendant of a growth has a record of its own; a newborn has none yet
+        grown = bool(birth.parent) or ((run_dir / "growth.json").is_file() and not birth.model.step)
         del birth  # the parent's weights, if there was one
     if rows.row_len > spec.max_positions:
         raise UserError(f"pack.row_len: rows of {rows.row_len} tokens are longer than the model's {spec.max_positions} positions. Pack shorter rows.")
@@ -192,13 +194,15 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
 
 
 def grow(run: pathlib.Path, text: str, n_done: int, now: TrainState, spec: ModelSpec, settings: Config, mesh, measured_with: dict):
-    """Growth inside the run: (state, spec, what is new) of the child; the schedule, the step and the position go on. Writes growth.json."""
+    """Growth inside the run: (state, spec, what is new) of the child; the schedule, the step and the position go on. Writes growth.json and spec.json."""
     parent = initialize.Loaded(spec, now.params, None, run, n_done, None, {})
     child, grew = initialize.grow(parent, text, mesh, measured_with["rows"])
     policy = grew.moments or settings.initialize.moments
     opt, guard, young = state.grown(now.opt, now.guard, grew, policy, mesh)
     found = newborn.verify(parent, child, [text], [grew], mesh, **measured_with, at_step=n_done, moments=policy)
     newborn.write_growth(found, run)
+    if jax.process_index() == 0:
+        child.spec.save(run / "spec.json")
     return TrainState(now.step, child.params, opt, guard), child.spec, young
 
 

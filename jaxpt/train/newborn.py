@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpt.config import Config, typed
-from jaxpt.data import loader
+from jaxpt.data import loader, tokenizer
 from jaxpt.data.mixture import Mixture
 from jaxpt.model import llama
 from jaxpt.sharding import batch_sharding, make_mesh, n_shards
@@ -199,7 +199,8 @@ def write(
         model = birth.model
         if source and checkpoint.find(source) is None:
             imported = birth.parent or model
-            gate.describe_import(imported.spec, imported.params, heldout, heldout.rows.n_pieces if heldout else None)
+            own = imported.tokenizer_dir and tokenizer.load(imported.tokenizer_dir).n_pieces
+            gate.describe_import(imported.spec, imported.params, heldout, heldout.rows.n_pieces if heldout else own)
             if check:
                 gate.check_against_transformers(source, imported.spec, imported.params, heldout, mesh)
         if birth.parent:
@@ -222,7 +223,8 @@ def write(
         flags: dict[str, Any] = {}
         for grew in birth.growths:
             flags = growth.young(grew, flags)
-        kept = {name: model.record[name] for name in ("optimizer", "lr") if name in model.record}
+        known = ("optimizer", "lr") if birth.growths else ("optimizer", "lr", "heldout")  # a grown model's loss is another
+        kept = {name: model.record[name] for name in known if name in model.record}
         counts = {"rows": 0, "young": optimizer.Young(flags).to_json(), **kept}
         checkpoint.save(run, 0, model.params, {"step": jnp.int32(0)}, model.spec, counts=counts, tokenizer=model.tokenizer, keep=1)
         return {"n_params": llama.count(model.spec), "tokenizer": model.tokenizer}
