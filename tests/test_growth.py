@@ -13,8 +13,8 @@ from test_train import make_batch
 from jaxpt import config, sharding
 from jaxpt.model import llama, loss
 from jaxpt.spec import ModelSpec, UserError
-from jaxpt.train import optimizer, state, step
-from jaxpt.weights import growth, vocabulary
+from jaxpt.train import optimizer, start, state, step
+from jaxpt.weights import growth, initialize, vocabulary
 
 COURSE = ModelSpec(n_layers=12, d_model=1024, d_ff=4096, n_heads=32, n_kv_heads=8, d_head=32, vocab_size=32_000, max_positions=2048, norm_eps=1e-6)
 
@@ -105,6 +105,48 @@ def test_predicted_layers_stand_in_the_last_gaps(spec, one):
     for name, leaf in child["blocks"].items():
         np.testing.assert_array_equal(np.asarray(leaf)[[0, 1, 2, 4, 6]], parent["blocks"][name], err_msg=name)
         assert np.isfinite(leaf).all() and np.asarray(leaf)[[3, 5]].std() > 0
+
+
+# ---- what measures
+
+
+def rows_on(mesh):
+    """Training rows for operators that measure, on a mesh."""
+    return lambda: [jax.device_put(make_batch(seed=seed), sharding.batch_sharding(mesh)) for seed in (1, 2)]
+
+
+def test_narrow_leaves_out_what_does_nothing(spec, one):
+    """Neurons and kv groups that are silent, other ones in each layer: without them the model computes what it did."""
+    parent = jax.tree.map(np.array, randomised(spec, one))
+    blocks = parent["blocks"]
+    for layer in range(5):
+        blocks["gate"][layer, :, layer:40:5] = 0  # silu(0) = 0
+        blocks["v"][layer, :, layer % 2] = 0
+    child_spec, child, done = grown(spec, jax.device_put(parent, llama.shardings(spec, one)), "narrow(ff=32, heads=3)", one, rows_on(one))
+    assert (child_spec.d_ff, child_spec.n_heads, child_spec.n_kv_heads) == (32, 3, 1)
+    for layer in range(5):
+        assert done.sources["mlp"][layer].tolist() == [i for i in range(40) if i % 5 != layer]
+        assert done.sources["kv_heads"][layer].tolist() == [1 - layer % 2]
+    before, after = logits_of(spec, parent, *sides(spec)), logits_of(child_spec, child, *sides(spec))
+    np.testing.assert_allclose(after, before, atol=1e-5 * np.abs(before).max())
+
+
+def test_the_layers_that_change_least_are_dropped(spec, one):
+    parent = jax.tree.map(np.array, randomised(spec, one))
+    for layer in (1, 3):
+        for name in ("o", "down"):
+            parent["blocks"][name][layer] *= 1e-3
+    _, _, done = grown(spec, jax.device_put(parent, llama.shardings(spec, one)), "drop_layers(n=2)", one, rows_on(one))
+    assert done.layer_map == [0, 2, 4] and done.measured["dropped"] == [1, 3] and len(done.measured["influence"]) == 5
+
+
+@pytest.mark.parametrize("text", ["drop_layers(n=2)", "narrow(d=16, ff=24, heads=3)"])
+def test_what_measures_chooses_the_same_on_every_mesh(spec, one, text):
+    mesh = sharding.make_mesh(config.Mesh(fsdp=4, tensor=2))
+    spec = spec.replace(n_kv_heads=6)  # so that the narrow one can still be cut
+    text = text.replace("heads=3", "heads=4")
+    born = [grown(spec, randomised(spec, where), text, where, rows_on(where))[1] for where in (one, mesh)]
+    jax.tree.map(np.testing.assert_array_equal, *born)
 
 
 # ---- what promises to keep the function keeps it
@@ -305,6 +347,14 @@ def test_rates_by_age_name_and_layer_multiply_and_zero_freezes(spec, one):
             optimizer.rates(config.Optim(rates=((group, 0.5),)), grew.child, young)
     with pytest.raises(UserError, match="was not grown"):
         optimizer.rates(config.Optim(rates=(("new", 0.5),)), spec, optimizer.Young())
+
+
+def test_another_optimizer_and_a_rewarmed_rate_are_warned_of(spec, one):
+    record = {"optimizer": "muon", "lr": 1e-5, "step": 7, "rows": 70}
+    model = initialize.Loaded(spec, randomised(spec, one), None, None, 7, None, record)
+    settings = dataclasses.replace(SETTINGS, initialize=config.Initialize(source="base"))
+    told = "\n".join(start.table(settings, initialize.Birth(model, None, ())))
+    assert "base was trained with muon" in told and "last learning rate was 1.00e-05" in told and "moments       0" in told
 
 
 # ---- any mesh

@@ -111,6 +111,11 @@ def test_the_child_is_grown_from_the_base_and_says_how(road):
     start = next(record for record in read_metrics(road / "child/metrics.jsonl") if "heldout" in record)
     assert start["step"] == 0 and start["heldout"] == pytest.approx(growth["heldout_loss"]["newborn"], rel=1e-5)
     assert start["parent"] == growth["heldout_loss"]["parent"]
+    assert Manifest.load(road / "child").counts["heldout"] != start["heldout"]
+    assert Manifest.load(road / "child/checkpoints/122").counts["young"]["new"] == {"layers": [4, [2, 3]]}  # rates by age know it
+    assert growth["probe"]["steps"] == 20 and growth["probe"]["newborn"]["prose"] < growth["heldout_loss"]["newborn"]["prose"] + 0.1
+    assert len(growth["layers"]["newborn"]) == 4 and growth["twins"][0]["layers"] == [1, 2]
+    assert growth["verdict"].startswith("healthy") and growth["flops_per_token"]["child"] > growth["flops_per_token"]["parent"]
 
 
 def test_every_stage_names_what_it_was_made_from(road):

@@ -21,10 +21,8 @@ def begin(settings: Config, birth: Birth, rows: loader.Rows, mesh) -> tuple[Trai
     counts  step and rows that are done, as a checkpoint's manifest has them
     """
     asked = settings.initialize
-    if asked.source != "random":
-        for line in table(settings, birth):
-            say(line)
     if asked.start == "continue":
+        say_table(settings, birth)
         flags = growth.from_ranges(birth.model.record.get("young", {}).get("new", {}))  # grown by initialize.py: rates by age know it
         for grew in birth.growths:
             flags = growth.young(grew, flags if grew is not birth.growths[0] else None)
@@ -41,6 +39,7 @@ def begin(settings: Config, birth: Birth, rows: loader.Rows, mesh) -> tuple[Trai
         )
     if counts["step"] >= settings.train.steps:
         raise UserError(f"initialize.start: {asked.source} stands at step {counts['step']} and train.steps is {settings.train.steps}. Set more.")
+    say_table(settings, birth)
     spec = birth.growths[0].spec if birth.growths else birth.model.spec
     goal = state.abstract_state(spec, settings, mesh)
     rest = checkpoint.restore(source, "rest", {"step": goal.step, "opt": goal.opt, "guard": goal.guard})
@@ -54,6 +53,12 @@ def begin(settings: Config, birth: Birth, rows: loader.Rows, mesh) -> tuple[Trai
         {**FRESH, "step": counts["step"], "rows": counts["rows"], "interval": interval},
         young,
     )
+
+
+def say_table(settings: Config, birth: Birth) -> None:
+    if settings.initialize.source != "random":
+        for line in table(settings, birth):
+            say(line)
 
 
 def table(settings: Config, birth: Birth) -> list[str]:
