@@ -46,7 +46,7 @@ OPERATORS = [
     "widen_rms(d=144, ff=384)", "drop_layers(n=1)", "layers([0, 1, 2, 4, 5])", "narrow(ff=192)", "narrow(d=72, ff=192, heads=2)",
 ]  # fmt: skip
 DEEP = 8  # layers of every grown model in the fair test
-FAIR_STEPS = 800  # of the scratch arm, whose last loss is the one to reach
+FAIR_STEPS = 400  # of the scratch arm, whose last loss is the one to reach
 EVERY = 20  # steps between measurements
 
 
@@ -138,10 +138,10 @@ def fair(bench: Bench, seeds: int) -> list[dict]:
         scratch = FAIR_STEPS * bench.flops_per_step(spec)
         found.append(arm("scratch", seed, target, bench, spec, FAIR_STEPS, 0, 0.0, scratch))
         for name, n_base, n_base_steps, text in (
-            ("depth_upscale", 6, 400, "depth_upscale(m=2)"),
-            ("stack", 4, 400, "stack(g=2)"),
-            ("deepen", 1, 560, f"deepen(L={DEEP})"),  # 70 % of the scratch arm's steps, then the jump
-            ("base trained on", 6, 400, None),
+            ("depth_upscale", 6, 200, "depth_upscale(m=2)"),
+            ("stack", 4, 200, "stack(g=2)"),
+            ("deepen", 1, 280, f"deepen(L={DEEP})"),  # 70 % of the scratch arm's steps, then the jump
+            ("base trained on", 6, 200, None),
         ):
             base_spec, params = bench.random(n_base, seed)
             now, _ = bench.train(base_spec, bench.born(base_spec, params), n_base_steps, first_row=0, seed=seed)

@@ -252,8 +252,8 @@ def test_a_child_with_another_tokenizer_starts_from_its_parents_words(road):
     more = ["--config.mixture.packed=words/packed", "--config.initialize.source=reworded", "--config.train.steps=20"]
     told = door("train", "--config", "words.py", "--workdir", "words_run", *more, cwd=road)
     start = next(record for record in read_metrics(road / "words_run/metrics.jsonl") if "heldout" in record)
-    unigram = Manifest.load(road / "words/packed").counts["heldout"]["prose"]["unigram_nats"]
-    assert start["step"] == 0 and start["heldout"]["prose"] < unigram  # it reads the new pieces before any training
+    # it reads the new pieces before any training: a nat below guessing, though a third of them are means
+    assert start["step"] == 0 and start["heldout"]["prose"] < np.log(768) - 1
     assert Manifest.load(road / "reworded").tokenizer == Manifest.load(road / "words/packed").tokenizer
 
 
@@ -347,7 +347,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(road, arguments, answer):
 
 
 def test_a_model_that_does_not_fit_the_rows_is_stopped_before_the_first_update(road, tmp_path):
-    """Rows packed with another tokenizer, an embedding in another order: worse than counting tokens."""
+    """An embedding in another order, with and without a record of what the model's loss was."""
     from safetensors.numpy import load_file, save_file
 
     shutil.copytree(road / "base/hf", tmp_path / "hf")
@@ -356,5 +356,7 @@ def test_a_model_that_does_not_fit_the_rows_is_stopped_before_the_first_update(r
     tensors[name] = np.ascontiguousarray(tensors[name][np.random.default_rng(0).permutation(512)])
     save_file(tensors, tmp_path / "hf/model.safetensors")
     source = f"--config.initialize.source={tmp_path / 'hf'}"
-    told = door("train", "--config", "toy.py", "--workdir", tmp_path / "run", "--config.mixture.packed=base/packed", source, cwd=road, ok=False)
-    assert "counting tokens alone" in told and "another tokenizer" in told
+    flags = ["--config", "toy.py", "--workdir", tmp_path / "run", "--config.mixture.packed=base/packed", source]
+    assert "where its makers measured" in door("train", *flags, cwd=road, ok=False)
+    (tmp_path / "hf/jaxpt.json").unlink()  # somebody else's model
+    assert "counting tokens alone" in door("train", *flags, cwd=road, ok=False)

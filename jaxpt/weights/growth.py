@@ -273,7 +273,6 @@ OPERATORS: dict[str, Callable[..., Growth]] = {
         new_tokenizer,
     )
 }  # fmt: skip
-MEASURING = frozenset({"drop_layers", "narrow"})
 
 
 def in_depth(parent: Parent, layer_map: list[int]) -> Growth:
