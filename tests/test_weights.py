@@ -21,8 +21,9 @@ from conftest import ROOT
 
 from jaxpt import config, sharding
 from jaxpt.model import decode, llama
-from jaxpt.spec import ModelSpec, RopeScaling, UserError
-from jaxpt.weights import growth, huggingface
+from jaxpt.spec import Manifest, ModelSpec, RopeScaling, UserError
+from jaxpt.train import newborn
+from jaxpt.weights import export, growth, huggingface
 
 
 @pytest.mark.parametrize("name", variants.CONFIGS)
@@ -88,8 +89,8 @@ def test_config_json_tells_old_and_new_readers_the_same(spec, tmp_path, one):
 
 def test_import_and_export_hold_a_few_tensors_on_the_host(tmp_path):
     """numpy's and Python's memory, by tracemalloc; what the devices hold and the files' pages in the system's cache are not in it."""
-    spec = ModelSpec(n_layers=32, d_model=256, d_ff=512, n_heads=8, n_kv_heads=2, d_head=32, vocab_size=400)
-    tensor, stack = 512 * 256 * 4, 32 * 512 * 256 * 4
+    spec = ModelSpec(n_layers=40, d_model=256, d_ff=512, n_heads=8, n_kv_heads=2, d_head=32, vocab_size=400)
+    tensor, stack = 512 * 256 * 4, 40 * 512 * 256 * 4
     mesh = sharding.make_mesh(config.Mesh(fsdp=4, tensor=2))
 
     def peak(work) -> int:
@@ -153,6 +154,26 @@ def test_two_processes_read_their_own_slices_and_export_the_files_of_one(tmp_pat
     matrices = sum(leaf.size for name, leaf in params["blocks"].items() if leaf.ndim > 2 and "bias" not in name) + params["embed"].size
     assert max(took) < 0.5 * matrices + 4 * (llama.count(spec) - matrices), "norms and biases stand whole on each of a process's 4 devices"
     assert not (tmp_path / "two" / "none").exists()
+
+
+def test_the_card_tells_what_the_model_was_made_from_and_how_it_grew(tmp_path, spec, one):
+    sha = "1" * 40
+    base, run, out = tmp_path / f"models--org--tiny/snapshots/{sha}", tmp_path / "run", tmp_path / "hf"
+    huggingface.export(spec, llama.init(spec, 0, one), base)
+    asked = config.Initialize(source=str(base), grow=("depth_upscale(m=2)",), dtype="bfloat16")
+    newborn.write(config.Config(initialize=asked, mesh=config.Mesh(fsdp=4, tensor=2)), run)
+    for source in (run, run / "checkpoints/0"):
+        made = export.run(source, out, replace=True)
+        card = (out / "README.md").read_text()
+        assert card.startswith("---\nlibrary_name: transformers\n") and "base_model: org/tiny\n" in card
+        assert (
+            "# run\n" in card and f"Grown from org/tiny@{sha} by depth_upscale(m=2): " in card and "began as the parent's layers 0 1 2 2 3 4." in card
+        )
+        found = Manifest.load(run)
+        assert f"| initialize | {run} | {found.fingerprint} | {found.created} |" in card
+        assert f"| files | org/tiny@{sha} | {found.inputs['initialize']['fingerprint']} | |" in card.replace("|  |", "| |")
+        assert ("| checkpoint |" in card) == (source != run)
+    assert made.counts["n_params"] == llama.count(spec.replace(n_layers=6)) == made.counts["bytes"] // 2, "a bfloat16 run exports bfloat16"
 
 
 def edit_config(directory, **changes):
@@ -285,6 +306,9 @@ def test_a_doubled_tensor_and_a_tied_copy_that_differs_are_named(tmp_path, one):
     huggingface.load(tmp_path, one)  # an equal copy is fine
     edit_tensors(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
     with pytest.raises(UserError, match="differs from the embedding"):
+        huggingface.load(tmp_path, one)
+    edit_tensors(tmp_path, lambda t: t.pop("model.embed_tokens.weight"))
+    with pytest.raises(UserError, match=r"missing model\.embed_tokens\.weight"):
         huggingface.load(tmp_path, one)
     shutil.copy(tmp_path / "model.safetensors", tmp_path / "again.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "again.safetensors", "b": "model.safetensors"}}))

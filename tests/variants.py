@@ -20,6 +20,8 @@ CONFIGS = {
     "llama, other theta and eps": lambda: transformers.LlamaConfig(**SIZES, head_dim=8, rope_theta=5e5, rms_norm_eps=1e-3),
     "llama, tied, biases": lambda: transformers.LlamaConfig(**SIZES, head_dim=8, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
     "llama, head apart from width": lambda: transformers.LlamaConfig(**SIZES, head_dim=10),
+    "llama, head from width, attention biases": lambda: transformers.LlamaConfig(**SIZES, attention_bias=True),
+    "llama, a head each, feed-forward biases": lambda: transformers.LlamaConfig(**SIZES | {"num_key_value_heads": 6}, head_dim=8, mlp_bias=True),
     "llama, rope llama3": lambda: transformers.LlamaConfig(**SIZES, head_dim=8, rope_parameters=LLAMA3),
     "llama, rope linear": lambda: transformers.LlamaConfig(
         **SIZES, head_dim=8, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
@@ -28,6 +30,7 @@ CONFIGS = {
     "mistral, no window": lambda: transformers.MistralConfig(**SIZES, head_dim=8, sliding_window=None),
     "qwen2": lambda: transformers.Qwen2Config(**SIZES),
     "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=8),
+    "qwen3, tied, biases": lambda: transformers.Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=True, attention_bias=True),
 }
 
 

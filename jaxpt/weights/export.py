@@ -7,19 +7,24 @@ import pathlib
 from jaxpt import config, sharding, stage
 from jaxpt.model import llama
 from jaxpt.spec import Manifest, UserError
-from jaxpt.weights import huggingface, initialize
+from jaxpt.weights import checkpoint, hub, huggingface, initialize
 
 
-def run(source: pathlib.Path, out: pathlib.Path, dtype: str | None = None, replace: bool = False) -> Manifest:
-    """Write `out`: safetensors, config.json, tokenizer files and README.md of a run, a checkpoint or a Hugging Face directory.
+def run(
+    source: pathlib.Path, out: pathlib.Path, dtype: str | None = None, replace: bool = False, push: str | None = None, private: bool = False
+) -> Manifest:
+    """Write `out`: safetensors, config.json, tokenizer files and README.md of a run, a checkpoint or a Hugging Face model; with
+    push, upload it to that repository of the hub, new ones private if asked.
 
-    dtype None keeps float32 as float32 and bfloat16 as bfloat16.
+    dtype None keeps the type in which the source stores its weights.
     """
+    if push:
+        hub.check_push(push)
     source = initialize.source_of(source)
 
     def work(directory: pathlib.Path):
         mesh = sharding.make_mesh(config.Mesh())
-        model = initialize.load(source, mesh)
+        model = initialize.load(source, mesh, stored_as(source))
         n_bytes = huggingface.export(
             model.spec, model.params, directory, dtype=dtype, tokenizer_dir=model.tokenizer_dir, card=model_card(source, model)
         )
@@ -31,33 +36,54 @@ def run(source: pathlib.Path, out: pathlib.Path, dtype: str | None = None, repla
 
     manifest = stage.run("export", out, work, config={"dtype": dtype}, inputs={"checkpoint": source}, replace=replace)
     stage.say(f"export: {out}, {manifest.counts['n_params']:,} parameters, {manifest.counts['bytes'] / 1e6:,.1f} MB of weights")
+    if push:
+        stage.say(f"pushed: {hub.push(out, push, private)}")
     return manifest
 
 
-def model_card(source: pathlib.Path, model: initialize.Loaded) -> str:
-    """README.md of the export: what it is and what it was made from, manifest by manifest."""
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [jaxpt]", "---", "", f"# {source.name}", ""]
-    lines += [
-        f"{initialize.describe(model.spec)}. Made with jaxpt.",
-        "",
-        "## Lineage",
-        "",
-        "| what | where | fingerprint | made |",
-        "|---|---|---|---|",
-    ]
-    seen: set[str] = set()
+def stored_as(source: pathlib.Path) -> str:
+    """The type of a source's weights; float32 for what is no source, which initialize.load refuses."""
+    step = checkpoint.find(source)
+    if step:
+        return checkpoint.stored(step)["params/embed"].dtype.name
+    is_model = (source / "config.json").is_file() and not (source / "checkpoints").is_dir()
+    return next((tensor.dtype.name for tensor in huggingface.open_tensors(source).values()), "float32") if is_model else "float32"
 
-    def follow(path: pathlib.Path) -> None:
+
+def model_card(source: pathlib.Path, model: initialize.Loaded) -> str:
+    """README.md of the export: what it is, how it grew, and what it was made from, manifest by manifest."""
+    rows, bases, seen = [], [], set()
+
+    def follow(path: pathlib.Path, fingerprint: str = "") -> None:
         try:
             manifest = Manifest.load(path)
-        except UserError:
-            return  # a source that is no stage of ours, or lies elsewhere by now
-        if manifest.fingerprint in seen:
+        except UserError:  # no stage of ours wrote it, or it lies elsewhere by now
+            manifest = None
+        fingerprint = manifest.fingerprint if manifest else fingerprint
+        if (fingerprint or path) in seen:
             return
-        seen.add(manifest.fingerprint)
-        lines.append(f"| {manifest.stage} | {path} | {manifest.fingerprint} | {manifest.created} |")
-        for found in manifest.inputs.values():
-            follow(pathlib.Path(found["path"]))
+        seen.add(fingerprint or path)
+        name = hub.name_of(path)
+        bases.extend([name.partition("@")[0]] if name else [])
+        rows.append(f"| {manifest.stage if manifest else 'files'} | {name or path} | {fingerprint} | {manifest.created if manifest else ''} |")
+        if path.parent.name == "checkpoints" and (path.parent.parent / "manifest.json").is_file():
+            follow(path.parent.parent)
+        for found in manifest.inputs.values() if manifest else ():
+            follow(pathlib.Path(found["path"]), found["fingerprint"])
 
     follow(source)
-    return "\n".join([*lines, ""])
+    run = source.parent.parent if source.parent.name == "checkpoints" else source
+    front = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [jaxpt]", *(f"base_model: {base}" for base in bases[:1])]
+    lines = ["---", *front, "---", "", f"# {(hub.name_of(source) or run.name).partition('@')[0]}", ""]
+    lines += [f"{initialize.describe(model.spec)}. Made with jaxpt.", ""]
+    if (run / "growth.json").is_file():
+        grown = huggingface.read_json(run / "growth.json")
+        origins = " ".join("new" if layer is None else str(layer) for layer in grown["layer_map"])
+        lines += [
+            "## Growth",
+            "",
+            f"Grown from {hub.name_of(grown['parent']) or grown['parent']} by {', '.join(grown['operators'])}: {grown['verdict']}.",
+            "",
+        ]
+        lines += [f"Its layers began as the parent's layers {origins}.", ""]
+    return "\n".join([*lines, "## Lineage", "", "| what | where | fingerprint | made |", "|---|---|---|---|", *rows, ""])

@@ -41,7 +41,7 @@ def local(source: str | pathlib.Path) -> pathlib.Path:
     return pathlib.Path(directory)
 
 
-def name_of(directory: pathlib.Path) -> str | None:
+def name_of(directory: str | pathlib.Path) -> str | None:
     """NAME@REVISION for a directory of the hub's cache."""
     found = re.search(r"models--(.+)/snapshots/(\w+)$", str(directory))
     return f"{found[1].replace('--', '/')}@{found[2]}" if found else None

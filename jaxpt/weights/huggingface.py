@@ -1,13 +1,16 @@
 """Hugging Face checkpoints, both directions from one table; every key is accounted for.
 
 A model comes in and goes out by rename, reshape and transpose only (rotary pairs are split-half here as there), so
-export(import(x)) is bit-equal. Tensors are read and written in slices: of each file only the pages that this
-process's devices need are touched, and no more than one stacked weight is held on the host.
+export(import(x)) is bit-equal. Weights travel layer by layer: of each file only the pages that this process's devices
+need are touched, and the host holds a few tensors, whatever the depth.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import functools
+import itertools
 import json
 import math
 import pathlib
@@ -16,13 +19,15 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 from jaxpt import stage
 from jaxpt.model import llama
-from jaxpt.sharding import replicated
+from jaxpt.sharding import replicated, sharding
 from jaxpt.spec import ModelSpec, RopeScaling, UserError
+from jaxpt.weights.hub import TOKENIZER_FILES
 
 
 class Row(NamedTuple):
@@ -34,6 +39,11 @@ class Row(NamedTuple):
     ours: str
     theirs: str
     n_in: int = 0
+
+    @property
+    def is_stacked_matrix(self) -> bool:
+        """The others are norms, biases and the two tables of words."""
+        return self.n_in > 0 and "{}" in self.theirs
 
 
 TABLE = (
@@ -74,16 +84,14 @@ def load(directory: pathlib.Path, mesh, dtype: str = "float32") -> tuple[ModelSp
     stored = open_tensors(directory)
     account(spec, stored, directory)
     params: dict[str, Any] = {}
-    for row, shape, path in table_of(spec):
-        place = llama.shardings(spec, mesh)
-        for part in path:
-            place = place[part]
-        read = lambda index, row=row, shape=shape: read_slice(stored, row, shape, index).astype(jnp_dtype(dtype))  # noqa: E731
-        leaf = jax.make_array_from_callback(shape, place, read)
+    number_type = jnp_dtype(dtype)
+    # the devices clear the memory of every stack while the host reads the first files
+    stacks = {row: jnp.zeros(ours.shape, number_type, device=sharding(mesh, ours.axes)) for row, ours, _ in table_of(spec) if row.is_stacked_matrix}
+    for row, ours, path in table_of(spec):
         inner = params
         for part in path[:-1]:
             inner = inner.setdefault(part, {})
-        inner[path[-1]] = leaf
+        inner[path[-1]] = read_leaf(stored, row, ours, mesh, number_type, stacks.pop(row, None))
     return spec, params
 
 
@@ -126,15 +134,15 @@ def copy_tokenizer(source: pathlib.Path, directory: pathlib.Path) -> None:
     """Every file by which a Hugging Face tokenizer is known."""
     directory.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
-        if file.name.startswith(("tokenizer", "special_tokens", "vocab", "merges", "added_tokens", "chat_template")):
+        if file.name.startswith(TOKENIZER_FILES):
             shutil.copyfile(file, directory / file.name)
 
 
 # ---- the table applied to a spec
 
 
-def table_of(spec: ModelSpec) -> Iterator[tuple[Row, tuple[int, ...], tuple[str, ...]]]:
-    """(row, our shape, our path) for every weight that a model of this spec has."""
+def table_of(spec: ModelSpec) -> Iterator[tuple[Row, llama.Row, tuple[str, ...]]]:
+    """(row, our weight's row, our path) for every weight that a model of this spec has."""
     ours = llama.rows(spec)
     n_found = 0
     for row in TABLE:
@@ -144,7 +152,7 @@ def table_of(spec: ModelSpec) -> Iterator[tuple[Row, tuple[int, ...], tuple[str,
             there = there.get(part) if isinstance(there, dict) else None
         if there is not None:
             n_found += 1
-            yield row, there.shape, path
+            yield row, there, path
     assert n_found == len(jax.tree.leaves(ours, is_leaf=llama.is_row)), "a weight of model/llama.py has no row in weights/huggingface.py"
 
 
@@ -160,12 +168,12 @@ class Tensor(NamedTuple):
 
 def tensors_of(spec: ModelSpec) -> Iterator[Tensor]:
     """Every tensor of the export, in the order of the table, layer by layer."""
-    for row, shape, path in table_of(spec):
+    for row, ours, path in table_of(spec):
         if "{}" in row.theirs:
             for layer in range(spec.n_layers):
-                yield Tensor(row.theirs.format(layer), their_shape(row, shape[1:]), row, path, layer)
+                yield Tensor(row.theirs.format(layer), their_shape(row, ours.shape[1:]), row, path, layer)
         else:
-            yield Tensor(row.theirs, their_shape(row, shape), row, path, None)
+            yield Tensor(row.theirs, their_shape(row, ours.shape), row, path, None)
 
 
 def their_shape(row: Row, ours: tuple[int, ...]) -> tuple[int, ...]:
@@ -175,7 +183,7 @@ def their_shape(row: Row, ours: tuple[int, ...]) -> tuple[int, ...]:
     return ours if row.ours == "embed" else (math.prod(ours),)
 
 
-def account(spec: ModelSpec, stored: dict[str, np.ndarray], directory: pathlib.Path) -> None:
+def account(spec: ModelSpec, stored: dict[str, Stored], directory: pathlib.Path) -> None:
     """Every key is accounted for, or one error lists what is not. Tied copies are compared, then dropped."""
     wanted = {tensor.name: tensor.shape for tensor in tensors_of(spec)}
     wrong = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in stored]
@@ -186,7 +194,7 @@ def account(spec: ModelSpec, stored: dict[str, np.ndarray], directory: pathlib.P
         if name in wanted or name.endswith("rotary_emb.inv_freq"):  # old exports keep this table, which the config determines
             continue
         if name == "lm_head.weight" and spec.tied:
-            if not np.array_equal(stored[name].view(np.uint8), stored["model.embed_tokens.weight"].view(np.uint8)):
+            if not equal(stored[name], stored.get("model.embed_tokens.weight")):
                 wrong.append("lm_head.weight differs from the embedding although config.json ties them")
             continue
         wrong.append(f"unused {name} {stored[name].shape}")
@@ -195,30 +203,94 @@ def account(spec: ModelSpec, stored: dict[str, np.ndarray], directory: pathlib.P
         raise UserError(f"{directory}: its tensors are not those of its config.json: {shown}. Is the config.json of this very model?")
 
 
-# ---- slices of files
+def equal(a: Stored, b: Stored | None) -> bool:
+    """Whether two matrices are the same bit by bit, compared piece by piece."""
+    if b is None or len(a.shape) != 2 or (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    step = rows_in_piece(a.shape, a.dtype)
+    return all(
+        a.read(rows).tobytes() == b.read(rows).tobytes() for rows in (range(a.shape[0])[first : first + step] for first in range(0, a.shape[0], step))
+    )
 
 
-def read_slice(stored: dict[str, np.ndarray], row: Row, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
-    """Our array[index], read from the files; only the rows and columns asked for are touched."""
+# ---- between files and devices
+
+
+def read_leaf(stored: dict[str, Stored], row: Row, ours: llama.Row, mesh, dtype: np.dtype, stack: jax.Array | None) -> jax.Array:
+    """One weight of ours on its devices, in dtype; of the files only the rows and columns asked for are touched.
+
+    stack  what a stacked matrix is written into, layer by layer
+    """
+    place = sharding(mesh, ours.axes)
     if "{}" not in row.theirs:
-        return read_one(stored[row.theirs], row, shape, index)
-    layers = range(shape[0])[index[0]]
-    return np.stack([read_one(stored[row.theirs.format(layer)], row, shape[1:], index[1:]) for layer in layers])
+        return jax.make_array_from_callback(ours.shape, place, functools.partial(read, stored[row.theirs], row, ours.shape, dtype))
+    layers = [functools.partial(read, stored[row.theirs.format(layer)], row, ours.shape[1:], dtype) for layer in range(ours.shape[0])]
+    if stack is None:
+        return jax.make_array_from_callback(ours.shape, place, lambda index: np.stack([layer(index[1:]) for layer in layers[index[0]]]))
+    for i, layer in enumerate(layers):
+        stack = put_layer(stack, jax.make_array_from_callback(ours.shape[1:], sharding(mesh, ours.axes[1:]), layer), np.int32(i))
+        stack.block_until_ready()  # reading that runs ahead would heap layers up on the host
+    return stack
 
 
-def read_one(tensor: np.ndarray, row: Row, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
-    if row.n_in == 0:
-        return np.array(tensor.reshape(shape)[index])
-    # A group of dimensions (heads x head width) is one dimension of the file; only its first is ever cut between devices.
+@functools.partial(jax.jit, donate_argnums=0)
+def put_layer(stack, one, layer):
+    """stack with its layer replaced, in place. As integers: XLA's CPU takes bfloat16 through float32, which is eight times slower."""
+    bits = lambda x: jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))  # noqa: E731
+    return jax.lax.bitcast_convert_type(jax.lax.dynamic_update_index_in_dim(bits(stack), bits(one), layer, 0), stack.dtype)
+
+
+def read(tensor: Stored, row: Row, shape: tuple[int, ...], dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
+    """Our array[index] of a tensor whose whole is of our `shape`."""
     bounds = [range(size)[part] for size, part in zip(shape, index, strict=True)]
-    assert all(len(bound) == size for i, (bound, size) in enumerate(zip(bounds, shape, strict=True)) if i not in (0, row.n_in))
+    out = empty(tuple(map(len, bounds)), dtype)
+    if len(tensor.shape) == 1:
+        out[...] = tensor.read().reshape(shape)[index]
+        return out
+    # A group of dimensions (heads x head width) is one dimension of the file; only its first is ever cut between devices.
+    assert all(len(bound) == size for i, (bound, size) in enumerate(zip(bounds, shape, strict=True)) if i not in (0, max(row.n_in, 1)))
 
     def span(first, last):
         inner = math.prod(shape[first + 1 : last])
-        return slice(bounds[first].start * inner, bounds[first].stop * inner)
+        return range(bounds[first].start * inner, bounds[first].stop * inner)
 
-    piece = tensor[span(row.n_in, len(shape)), span(0, row.n_in)]
-    return np.ascontiguousarray(piece.T).reshape([len(bound) for bound in bounds])
+    rows, columns = (span(row.n_in, len(shape)), span(0, row.n_in)) if row.n_in else bounds
+    flat = out.reshape(len(columns), len(rows)) if row.n_in else out
+    step = rows_in_piece(tensor.shape, tensor.dtype)
+    for first in range(0, len(rows), step):
+        piece = tensor.read(rows[first : first + step])[:, columns.start : columns.stop]
+        if row.n_in:
+            transpose(piece, flat[:, first : first + step])
+        else:
+            flat[first : first + step] = piece
+    return out
+
+
+def rows_in_piece(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """Of a matrix, so that a piece of it takes 8 MB: a larger one would be new memory from the system each time."""
+    return max(8 * 2**20 // (shape[1] * dtype.itemsize), 1)
+
+
+def transpose(matrix: np.ndarray, out: np.ndarray) -> None:
+    """out[...] = matrix.T
+
+    128 rows at a time go through a buffer 64 bytes wider than they are: numpy alone walks down columns whose numbers compete
+    for one set of the cache where widths are powers of two (0.2 GB/s for 8,192 x 2,048 in bfloat16; so 2 GB/s).
+    """
+    buffer = np.empty((128, matrix.shape[1] + 64 // out.itemsize), out.dtype)
+    for first in range(0, len(matrix), 128):
+        rows = matrix[first : first + 128]
+        band = buffer[: len(rows), : rows.shape[1]]
+        band[...] = rows
+        out[:, first : first + 128] = band.T
+
+
+def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array that begins at a multiple of 64 bytes, which JAX's CPU takes as it is; others it copies."""
+    n_bytes = math.prod(shape) * dtype.itemsize
+    room = np.empty(n_bytes + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + n_bytes].view(dtype).reshape(shape)
 
 
 def write_shard(path: pathlib.Path | None, tensors: list[Tensor], dtype: np.dtype, params: dict[str, Any]) -> None:
@@ -234,35 +306,53 @@ def write_shard(path: pathlib.Path | None, tensors: list[Tensor], dtype: np.dtyp
         place += n_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    file = open(path, "wb") if path else None  # noqa: SIM115
-    try:
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(path, "wb")) if path else None
+        writer = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
+        advance = stack.enter_context(stage.progress("export", len(tensors), "tensors"))
+        written = writer.submit(file.write, len(text).to_bytes(8, "little") + text) if file else None
+        for tensor in tensors:
+            numbers = gather(params, tensor)
+            for piece in in_file_order(numbers, tensor, dtype) if file else ():
+                written.result()  # one piece waits for the disk while the next is made
+                written = writer.submit(file.write, piece)
+            advance(1)
         if file:
-            file.write(len(text).to_bytes(8, "little") + text)
-        with stage.progress("export", len(tensors), "tensors") as advance:
-            for tensor in tensors:
-                numbers = fetch(params, tensor)
-                if file:
-                    file.write(np.ascontiguousarray(numbers.astype(dtype)).tobytes())
-                advance(1)
-    finally:
-        if file:
-            file.close()
+            written.result()
 
 
-def fetch(params: dict[str, Any], tensor: Tensor) -> np.ndarray:
-    """One tensor in the file's layout, on this host. It is gathered on the devices first: in a run of several hosts none of them holds it whole."""
+def gather(params: dict[str, Any], tensor: Tensor) -> np.ndarray:
+    """One tensor of ours on this host. It is gathered on the devices first: in a run of several hosts none of them holds it whole."""
     leaf = params
     for part in tensor.path:
         leaf = leaf[part]
-    gather = gatherer(replicated(leaf.sharding.mesh), tensor.layer is not None)
-    numbers = np.asarray(gather(leaf, np.int32(tensor.layer or 0)))
-    return numbers.reshape(tensor.shape[::-1]).T if tensor.row.n_in else numbers.reshape(tensor.shape)
+    mesh = leaf.sharding.mesh
+    if leaf.is_fully_replicated and mesh.devices.flat[0].platform == "cpu":
+        return np.asarray(leaf)[tensor.layer if tensor.layer is not None else ...]  # its memory is ours: a view, no copy
+    return np.asarray(gatherer(replicated(mesh), tensor.layer is not None)(leaf, np.int32(tensor.layer or 0)))
 
 
 @functools.cache
 def gatherer(place, of_layer: bool):
     """(leaf, layer) -> that layer, or the whole leaf, on every device. One compilation a shape, not one a tensor."""
     return jax.jit(lambda leaf, layer: leaf[layer] if of_layer else leaf, out_shardings=place)
+
+
+def in_file_order(numbers: np.ndarray, tensor: Tensor, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """The bytes of one tensor as the file holds them, in pieces."""
+    if len(tensor.shape) == 1:
+        yield numbers.reshape(-1).astype(dtype, copy=False).view(np.uint8)
+        return
+    theirs = numbers.reshape(tensor.shape[::-1]).T if tensor.row.n_in else numbers
+    step = rows_in_piece(tensor.shape, dtype)
+    for first in range(0, len(theirs), step):
+        rows = theirs[first : first + step]
+        piece = empty(rows.shape, dtype)
+        if tensor.row.n_in:
+            transpose(rows.T, piece)
+        else:
+            piece[...] = rows
+        yield piece.reshape(-1).view(np.uint8)
 
 
 def cut_into_shards(tensors: list[Tensor], itemsize: int) -> list[list[Tensor]]:
@@ -277,18 +367,45 @@ def cut_into_shards(tensors: list[Tensor], itemsize: int) -> list[list[Tensor]]:
     return shards
 
 
-def open_tensors(directory: pathlib.Path) -> dict[str, np.ndarray]:
-    """Name -> memory-mapped array for every tensor of a directory's safetensors files. Nothing is read yet."""
+class Stored(NamedTuple):
+    """One tensor of a safetensors file. Its numbers are mapped when they are asked for and let go with the array: a map that
+    stays open for each tensor would take a file descriptor each (a Qwen2-72B has 963, and 1,024 is a common limit)."""
+
+    file: pathlib.Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int  # bytes from the beginning of the file
+
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self, rows: range | None = None) -> np.ndarray:
+        """All of it, or the rows of a matrix."""
+        if rows is None:
+            return np.memmap(self.file, self.dtype, "r", self.start, self.shape)
+        row_bytes = self.shape[1] * self.dtype.itemsize
+        return np.memmap(self.file, self.dtype, "r", self.start + rows.start * row_bytes, (len(rows), self.shape[1]))
+
+
+def open_tensors(directory: pathlib.Path) -> dict[str, Stored]:
+    """Every tensor of a directory's safetensors files, by name. No numbers are read yet."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted({directory / name for name in read_json(index).get("weight_map", {}).values()})
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()) or not weight_map:
+            raise UserError(f"{index}: has no weight_map from tensors to files. Download it again.")
+        files = sorted({directory / name for name in weight_map.values()})
     else:
         files = [directory / "model.safetensors"]
-    stored: dict[str, np.ndarray] = {}
+    stored: dict[str, Stored] = {}
     for file in files:
         if not file.is_file():
             found = ", ".join(sorted(path.name for path in directory.iterdir())[:8])
-            raise UserError(f"{file}: not there (the directory holds: {found}). Weights are read from safetensors only; download the model whole.")
+            raise UserError(
+                f"{file}: not there (the directory holds: {found}). Weights are read from safetensors only, since pickled ones (.bin, .pt) can run "
+                "code; download the model whole, or save it again with transformers' save_pretrained."
+            )
         for name, tensor in open_file(file).items():
             if name in stored:
                 raise UserError(
@@ -298,29 +415,52 @@ def open_tensors(directory: pathlib.Path) -> dict[str, np.ndarray]:
     return stored
 
 
-def open_file(file: pathlib.Path) -> dict[str, np.ndarray]:
+def open_file(file: pathlib.Path) -> dict[str, Stored]:
+    """Every tensor that the header of one file names. Raises UserError where the header is not that of a whole file."""
     size = file.stat().st_size
     with open(file, "rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
-        try:
-            header = json.loads(opened.read(length)) if 0 < length <= size - 8 else None
-        except (UnicodeDecodeError, json.JSONDecodeError):
-            header = None
+        text = opened.read(length) if length <= min(size - 8, 100_000_000) else b""  # the format's own limit
+    try:
+        header = json.loads(text, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not a whole safetensors file ({size:,} bytes; its header: {error}). Download it again.") from None
     if not isinstance(header, dict):
-        raise UserError(f"{file}: not a whole safetensors file ({size:,} bytes). Download it again.")
-    found = {}
+        raise UserError(f"{file}: not a safetensors file: its header is no list of tensors. Download it again.")
+    found: dict[str, Stored] = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        if entry["dtype"] not in DTYPES:
+        try:
+            code, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            described = isinstance(code, str) and all(type(number) is int and number >= 0 for number in (*shape, start, stop))
+        except (KeyError, TypeError, ValueError):
+            described = False
+        if not described:
+            raise UserError(f"{file}: its header says {str(entry)[:200]} of {name}, wanted dtype, shape and data_offsets. Download it again.")
+        if code not in DTYPES:
             raise UserError(
-                f"{file}: {name} is stored as {entry['dtype']}, wanted {', '.join(DTYPES)}. Quantized checkpoints cannot be trained; take the original."
+                f"{file}: {name} is stored as {code}, wanted {', '.join(DTYPES)}. Quantized checkpoints cannot be trained; take the original."
             )
-        start, stop = entry["data_offsets"]
-        dtype = DTYPES[entry["dtype"]]
-        if 8 + length + stop > size or stop - start != math.prod(entry["shape"]) * dtype.itemsize:
+        found[name] = Stored(file, DTYPES[code], shape, 8 + length + start)
+        if stop - start != found[name].n_bytes:
+            raise UserError(
+                f"{file}: {name} of shape {shape} in {code} takes {found[name].n_bytes:,} bytes, but the header gives it {stop - start:,}. Download it again."
+            )
+        if 8 + length + stop > size:
             raise UserError(f"{file}: is cut short ({size:,} bytes, {name} ends at {8 + length + stop:,}). Download it again.")
-        found[name] = np.memmap(file, dtype=dtype, mode="r", offset=8 + length + start, shape=tuple(entry["shape"]))
+    in_order = sorted(found.items(), key=lambda item: item[1].start)
+    for (name, tensor), (following, other) in itertools.pairwise(in_order):
+        if other.start < tensor.start + tensor.n_bytes:
+            raise UserError(f"{file}: its header lays {name} and {following} over each other. Download it again.")
+    return found
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a name that stands in it twice, of which json would keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands in it twice")
     return found
 
 
@@ -346,50 +486,77 @@ def read_spec(directory: pathlib.Path) -> ModelSpec:
         refuse("hidden_act", "silu")
     if config.get("use_sliding_window"):
         refuse("use_sliding_window", "false")
-    missing = [key for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size") if key not in config]
+    if config.get("partial_rotary_factor") not in (None, 1.0):
+        refuse("partial_rotary_factor", "1.0")
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    missing = [key for key in sizes if key not in config]
     if missing:
         raise UserError(f"{path}: has no {', '.join(missing)}. Is it the config of a language model?")
+    whole = lambda value: type(value) is int and value > 0  # noqa: E731
+    wanted = {
+        "whole numbers of at least 1": (whole, [*sizes, "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"]),
+        "numbers above 0": (lambda value: whole(value) or (type(value) is float and 0 < value < math.inf), ["rms_norm_eps"]),
+        "true or false": (lambda value: type(value) is bool, ["tie_word_embeddings", "attention_bias", "mlp_bias"]),
+        "a token id": (lambda value: type(value) is int and value >= 0, ["bos_token_id", "eos_token_id"]),
+    }
+    config |= {key: first_of(config.get(key)) for key in wanted["a token id"][1]}
+    for words, (fits, keys) in wanted.items():
+        for key in keys:
+            if not fits(config.get(key)) and (key in sizes or config.get(key) is not None):
+                refuse(key, words)
     theta, scaling = read_rope(config, path)
     n_heads = config["num_attention_heads"]
-    attention_bias = config.get("attention_bias", False)
-    return ModelSpec(
-        n_layers=config["num_hidden_layers"],
-        d_model=config["hidden_size"],
-        d_ff=config["intermediate_size"],
-        n_heads=n_heads,
-        n_kv_heads=config.get("num_key_value_heads") or n_heads,
-        d_head=config.get("head_dim") or config["hidden_size"] // n_heads,
-        vocab_size=config["vocab_size"],
-        max_positions=config.get("max_position_embeddings", 2048),
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        tied=config.get("tie_word_embeddings", False),
-        family=family,
-        qkv_bias=family == "qwen2" or attention_bias,
-        out_bias=family in ("llama", "qwen3") and attention_bias,
-        mlp_bias=family == "llama" and config.get("mlp_bias", False),
-        qk_norm=family == "qwen3",
-        sliding_window=config.get("sliding_window", 4096) if family == "mistral" else None,  # the class's default where it is not written
-        bos_id=first_of(config.get("bos_token_id")),
-        eos_id=first_of(config.get("eos_token_id")),
-    )
+    attention_bias = family in ("llama", "qwen3") and (config.get("attention_bias") or False)
+    try:
+        return ModelSpec(
+            n_layers=config["num_hidden_layers"],
+            d_model=config["hidden_size"],
+            d_ff=config["intermediate_size"],
+            n_heads=n_heads,
+            n_kv_heads=config.get("num_key_value_heads") or n_heads,
+            d_head=config.get("head_dim") or config["hidden_size"] // n_heads,
+            vocab_size=config["vocab_size"],
+            max_positions=config.get("max_position_embeddings") or 2048,
+            norm_eps=config.get("rms_norm_eps") or 1e-6,
+            rope_theta=theta,
+            rope_scaling=scaling,
+            tied=config.get("tie_word_embeddings") or False,
+            family=family,
+            qkv_bias=family == "qwen2" or attention_bias,
+            out_bias=attention_bias,
+            mlp_bias=family == "llama" and (config.get("mlp_bias") or False),
+            qk_norm=family == "qwen3",
+            sliding_window=config.get("sliding_window", 4096) if family == "mistral" else None,  # the class's default where it is not written
+            bos_id=config["bos_token_id"],
+            eos_id=config["eos_token_id"],
+        )
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def read_rope(config: dict[str, Any], path: pathlib.Path) -> tuple[float, RopeScaling | None]:
     """(theta, scaling) from rope_parameters (transformers 5) or rope_theta and rope_scaling (before)."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta", config.get("rope_theta", 10_000.0)))
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return theta, None
-    if kind == "linear":
-        return theta, RopeScaling("linear", float(rope["factor"]))
-    if kind == "llama3":
-        return theta, RopeScaling(
-            "llama3", float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"]), int(rope["original_max_position_embeddings"])
-        )  # fmt: skip
+    try:
+        theta = number(rope, "rope_theta", config.get("rope_theta", 10_000.0))
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        if kind == "default":
+            return theta, None
+        if kind == "linear":
+            return theta, RopeScaling("linear", number(rope, "factor"))
+        if kind == "llama3":
+            low, high, original = (number(rope, key) for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
+            return theta, RopeScaling("llama3", number(rope, "factor"), low, high, int(original))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: its rope parameters {rope} cannot be read ({error}). Is it the file of the model's makers?") from None
     raise UserError(f"{path}: rope type is {kind!r}, supported: default, linear, llama3.")
+
+
+def number(found: dict[str, Any], key: str, default: Any = None) -> float:
+    value = float(found.get(key, default))
+    if not 0 < value < math.inf:
+        raise ValueError(f"{key} {value}")
+    return value
 
 
 def config_of(spec: ModelSpec, dtype: str) -> dict[str, Any]:
@@ -442,14 +609,17 @@ def config_of(spec: ModelSpec, dtype: str) -> dict[str, Any]:
 
 def first_of(value):
     """Some configs list several end tokens; the first is the document's."""
-    return value[0] if isinstance(value, list) else value
+    return next(iter(value), None) if isinstance(value, list) else value
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}). Download it again.") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds a {type(found).__name__}, wanted a JSON object. Download it again.")
+    return found
 
 
 def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
