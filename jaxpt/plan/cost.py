@@ -9,9 +9,9 @@ from jaxpt.config import Config
 from jaxpt.plan import compile, flops, hardware
 from jaxpt.plan.hardware import GIB, Chip
 from jaxpt.spec import ModelSpec
-from jaxpt.stage import local_path, say
+from jaxpt.stage import say
 from jaxpt.train.metrics import Cost
-from jaxpt.weights import checkpoint, growth, huggingface, initialize
+from jaxpt.weights import checkpoint, growth, hub, huggingface, initialize
 
 # NVIDIA: JAX takes 75 % of a card's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise; the rest CUDA itself needs.
 TAKEN_FRAC, TAKEABLE_FRAC = 0.75, 0.92
@@ -56,7 +56,7 @@ def model_of(settings: Config) -> tuple[ModelSpec, list[str]]:
         if not settings.model.vocab_size:
             notes.append(f"model.vocab_size is 0 (take the tokenizer's): planned with tokenizer.vocab_size, {spec.vocab_size:,} when rounded up.")
     else:
-        source = local_path(asked.source)
+        source = hub.local(asked.source)
         step_dir = checkpoint.find(source)
         spec = ModelSpec.load(step_dir / "spec.json") if step_dir else huggingface.read_spec(source)
     if settings.train.grow:
