@@ -41,9 +41,9 @@ BASE = config.Config(
 BASE_STEPS = 1000  # of the base of `operators`
 AFTER = 200  # steps of every newborn
 OPERATORS = [
-    "depth_upscale(m=2)", "stack(g=2)", "interleave(g=2)", "stack_middle(m=4)", "deepen(L=8)", "deepen(L=8, new='copy')", "insert_identity(every=3)",
+    "depth_upscale(m=2)", "stack(g=2)", "interleave(g=2)", "stack_middle(m=2)", "deepen(L=8)", "deepen(L=8, new='copy')", "insert_identity(every=3)",
     "predict_layers(m=2)", "widen(d=192)", "widen(ff=512, heads=8)", "widen(d=192, ff=512, heads=8)", "widen(d=192, ff=512, heads=8, noise=0.2)",
-    "widen_rms(d=144, ff=384)", "drop_layers(n=1)", "layers([0, 1, 3, 4, 5])", "narrow(ff=192)", "narrow(d=72, ff=192, heads=2)",
+    "widen_rms(d=144, ff=384)", "drop_layers(n=1)", "layers([0, 1, 2, 4, 5])", "narrow(ff=192)", "narrow(d=72, ff=192, heads=2)",
 ]  # fmt: skip
 DEEP = 8  # layers of every grown model in the fair test
 FAIR_STEPS = 400  # of the scratch arm, whose last loss is the one to reach

@@ -164,8 +164,14 @@ FAMILIES = {
 }
 
 
+def crossed(single):
+    """Every family with every text; by default all widths at once for each family, and one width at a time only with --slow."""
+    whole = [(family, "widen(d=48, ff=90, heads=12)") for family in FAMILIES]
+    return whole + [pytest.param(family, text, marks=pytest.mark.slow) for family in FAMILIES for text in single]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("text", ["insert_identity(every=2)", "insert_identity(every=2, noise=0.5)"])
+@pytest.mark.parametrize("text", [pytest.param("insert_identity(every=2)", marks=pytest.mark.slow), "insert_identity(every=2, noise=0.5)"])
 def test_an_identity_layer_changes_no_logit(spec, one, family, text):
     spec = spec.replace(**FAMILIES[family])
     parent = randomised(spec, one)
@@ -174,9 +180,8 @@ def test_an_identity_layer_changes_no_logit(spec, one, family, text):
     np.testing.assert_array_equal(logits_of(spec, parent, *sides(spec)), logits_of(child_spec, child, *sides(spec)))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("text", ["widen(d=72)", "widen(ff=52)", "widen(heads=15)", "widen(d=48, ff=90, heads=12)", "widen_rms(d=48, heads=9)"])
-@pytest.mark.parametrize("noise", ["", ", noise=0.3)"])
+@pytest.mark.parametrize(("family", "text"), crossed(["widen(d=72)", "widen(ff=52)", "widen(heads=15)", "widen_rms(d=48, heads=9)"]))
+@pytest.mark.parametrize("noise", [pytest.param("", marks=pytest.mark.slow), ", noise=0.3)"])
 def test_a_wider_model_computes_the_same_function_with_and_without_noise(spec, one, family, text, noise):
     spec = spec.replace(**FAMILIES[family])
     text = text[:-1] + noise if noise else text
@@ -226,8 +231,7 @@ def gradient(spec, params, batch):
     return jax.jit(jax.grad(nats))(params)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("text", ["widen(d=48)", "widen(ff=52)", "widen(heads=15)", "widen(d=48, ff=90, heads=12)"])
+@pytest.mark.parametrize(("family", "text"), crossed(["widen(d=48)", "widen(ff=52)", "widen(heads=15)"]))
 def test_scaled_moments_are_those_of_the_widened_models_own_gradients(spec, one, family, text):
     """The law behind copy_scaled: the child's gradient is the parent's, mapped."""
     spec = spec.replace(**FAMILIES[family])
@@ -361,8 +365,8 @@ def test_another_optimizer_and_a_rewarmed_rate_are_warned_of(spec, one):
 
 
 EXACT = [
-    "depth_upscale(m=2)", "insert_identity(every=2)", "deepen(L=8)", "stack(g=2, noise=0.1)", "widen(d=48, ff=80, heads=12)", "widen(d=48, noise=0.2)",
-    "widen_rms(d=48, ff=60)",
+    "deepen(L=8)", "stack(g=2, noise=0.1)", "widen(d=48, ff=80, heads=12, noise=0.2)",
+    *(pytest.param(text, marks=pytest.mark.slow) for text in ("depth_upscale(m=2)", "insert_identity(every=2)", "widen(d=48)", "widen_rms(d=48, ff=60)")),
 ]  # fmt: skip
 
 
