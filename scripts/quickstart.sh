@@ -18,7 +18,7 @@ walk "prepare: the text of this Python installation"     prepare         --confi
 walk "tokenizer: learn 4,096 pieces"                      train_tokenizer --config $base --workdir runs/base
 walk "pack: documents into rows of 256 tokens"            pack            --config $base --workdir runs/base
 walk "train the base on prose"                            train           --config $base --workdir runs/base
-walk "grow it from 4 to 6 layers, the SOLAR way"          initialize      --from runs/base --grow 'depth_upscale(m=1)' --to runs/grown
+walk "grow it from 4 to 6 layers, the SOLAR way"          initialize      --from runs/base --grow 'depth_upscale(m=1)' --probe 0 --to runs/grown  # no probe: the child is trained next
 walk "train the child on code, prose replayed"            train           --config $child --workdir runs/child
 for model in base child; do
     walk "export the $model to Hugging Face"              export_hf       --from runs/$model --to runs/$model/hf

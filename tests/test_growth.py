@@ -14,6 +14,7 @@ from jaxpt import config, sharding
 from jaxpt.model import llama, loss
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.train import optimizer, start, state, step
+from jaxpt.train.newborn import verdict
 from jaxpt.weights import growth, initialize, vocabulary
 
 COURSE = ModelSpec(n_layers=12, d_model=1024, d_ff=4096, n_heads=32, n_kv_heads=8, d_head=32, vocab_size=32_000, max_positions=2048, norm_eps=1e-6)
@@ -457,3 +458,24 @@ def test_new_rows_are_the_mean_of_their_old_rows(spec, one):
         np.testing.assert_allclose(after[60], (before[3] + before[7]) / 2, rtol=1e-6)
         np.testing.assert_allclose(after[61], (2 * before[5] + before[8]) / 3, rtol=1e-5)
         np.testing.assert_allclose(after[62:], np.broadcast_to(before.mean(0), (66, 24)), rtol=1e-4, atol=1e-6)
+
+
+# ---- the verdict
+
+
+@pytest.mark.parametrize(
+    ("parent", "newborn", "said"),
+    [
+        (4.0, 4.2, "healthy: it starts +0.20"),
+        (4.0, 5.5, "not healthy: it knows no more than how often each token occurs"),
+        (4.0, 9.0, "not healthy: worse than guessing"),
+        (5.5, 5.6, "healthy: it starts +0.10"),  # a parent that had not learned yet either
+        (4.0, math.nan, "not healthy: worse than guessing"),
+    ],
+)
+def test_the_verdict_is_one_sentence_that_says_whether_the_newborn_is_healthy(parent, newborn, said):
+    found = {
+        "heldout_loss": {"parent": {"prose": parent}, "newborn": {"prose": newborn}}, "probe": None, "preserves_function": False,
+        "spec": {"child": {"vocab_size": 512}},
+    }  # fmt: skip
+    assert verdict(found, {"prose": 5.0}).startswith(said)

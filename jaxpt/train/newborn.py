@@ -115,7 +115,8 @@ def verdict(found: dict[str, Any], unigram_nats: dict[str, float]) -> str:
     guessing = math.log(found["spec"]["child"]["vocab_size"])
     if not all(losses["newborn"][name] <= guessing for name in changes):
         return f"not healthy: worse than guessing (held-out nats a token: {told}; guessing: {guessing:.2f}){after}"
-    if all(losses["newborn"][name] >= unigram_nats.get(name, math.inf) for name in changes):
+    knows = {who: any(loss < unigram_nats.get(name, 0) for name, loss in losses[who].items()) for who in losses}
+    if knows["parent"] and not knows["newborn"]:
         return f"not healthy: it knows no more than how often each token occurs (held-out nats a token: {told}); training has to begin again{after}"
     return f"healthy: it starts {max(changes.values()):+.2f} nats a token from its parent (held-out: {told}); training has to win that back{after}"
 
