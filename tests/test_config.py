@@ -46,6 +46,10 @@ def test_a_recipe_takes_an_argument_and_overrides_apply_last(tmp_path):
         ("--config.prepare.heldout_frac=1.5", "wanted a share"),
         ("--config.mixture.phases=((5, {'a': 1}),)", "wanted 0 first"),
         ("--config.mixture.phases=((0, {'a': 0}),)", "at least one above 0"),
+        ("--config.train.grow=((20, 'stack()'), (10, 'stack()'))", "wanted rising steps"),
+        ("--config.train.grow=((1000, 'stack()'),)", "between 0 and train.steps = 1000"),
+        ("--config.optim.rates=(('old', -0.5),)", "0 freezes a group"),
+        ("--config.initialize.start=resume", "initialize.source is random"),
         ("--config.train", "wanted --config.SECTION.NAME=VALUE"),
     ],
 )

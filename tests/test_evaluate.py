@@ -160,8 +160,8 @@ def test_logits_and_kl_agree_with_transformers(params, hf_dir):
     hidden = model(tokens, np.ones_like(tokens), np.tile(np.arange(33), (2, 1)))
     ours = np.asarray(hidden @ model.head())
     np.testing.assert_allclose(ours, reference.logits(hf_dir, tokens), atol=1e-3)
-    assert 0 <= reference.kl(hf_dir, tokens, ours) < 1e-6
-    assert reference.kl(hf_dir, tokens, ours * 0.5) > 1e-2
+    assert 0 <= reference.distance(hf_dir, tokens, ours).kl < 1e-6
+    assert reference.distance(hf_dir, tokens, ours * 0.5).kl > 1e-2
 
 
 def test_the_same_requests_get_the_same_answers_as_from_the_harness_own_model(params, hf_dir):

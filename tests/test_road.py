@@ -195,24 +195,41 @@ def wait_for(path, process):
         time.sleep(0.01)
 
 
-def test_a_run_that_grows_on_its_way_survives_a_kill_on_either_side_of_it(road):
-    grows = ["--config.train.steps=100", "--config.train.checkpoint_every=20", "--config.train.grow=((50, 'depth_upscale(m=1)'),)"]
-    flags = ["--config", "toy.py", "--config.mixture.packed=base/packed", "--config.train.keep=9", *grows]
-    told = door("train", *flags, "--workdir", "grows", cwd=road)
-    assert "grown by depth_upscale(m=1)" in told and ModelSpec.load(road / "grows/spec.json").n_layers == 4
-    assert {step: ModelSpec.load(road / f"grows/checkpoints/{step}/spec.json").n_layers for step in (40, 60, 100)} == {40: 3, 60: 4, 100: 4}
-    growth = json.loads((road / "grows/growth.json").read_text())
-    assert growth["at_step"] == 50 and growth["moments"] == "reset_new" and growth["new_layers"] == [2]
-    for newest in (40, 60):  # a kill leaves the checkpoints up to its moment
-        shutil.copytree(road / "grows", road / f"grows_{newest}", ignore=shutil.ignore_patterns("manifest.json", "tensorboard"))
-        for step in range(20, 120, 20):
-            if step > newest:
-                shutil.rmtree(road / f"grows_{newest}/checkpoints/{step}")
-            else:
-                shutil.copy(road / f"grows/checkpoints/{step}/manifest.json", road / f"grows_{newest}/checkpoints/{step}/manifest.json")
-        assert "resumed from" in door("train", *flags, "--workdir", f"grows_{newest}", cwd=road)
-        assert checkpoint.differences(road / "grows/checkpoints/100", road / f"grows_{newest}/checkpoints/100") == []
-        assert without_speed(read_metrics(road / f"grows_{newest}/metrics.jsonl")) == without_speed(read_metrics(road / "grows/metrics.jsonl"))
+GROWS = [
+    "--config", "toy.py", "--config.mixture.packed=base/packed", "--config.train.keep=9", "--config.train.steps=100", "--config.train.checkpoint_every=20",
+    "--config.train.grow=((50, 'depth_upscale(m=1)'), (70, 'insert_identity(every=2)'))",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def grows(road):
+    """A run that grew twice on its way, at steps 50 and 70."""
+    assert "grown by depth_upscale(m=1)" in door("train", *GROWS, "--workdir", "grows", cwd=road)
+    return road / "grows"
+
+
+def test_a_run_that_grows_on_its_way_says_how(grows):
+    assert ModelSpec.load(grows / "spec.json").n_layers == 6
+    assert {step: ModelSpec.load(grows / f"checkpoints/{step}/spec.json").n_layers for step in (40, 60, 100)} == {40: 3, 60: 4, 100: 6}
+    growth = json.loads((grows / "growth.json").read_text())
+    assert growth["at_step"] == 70 and growth["moments"] == "reset_new" and growth["new_layers"] == [2, 5]
+
+
+@pytest.mark.parametrize("newest", [pytest.param(40, marks=pytest.mark.slow), 60])  # 60 stands behind one growth and before the other
+def test_a_run_that_grows_on_its_way_survives_a_kill_on_either_side_of_it(road, grows, newest):
+    run = road / f"grows_{newest}"  # a kill leaves the checkpoints up to its moment
+    shutil.copytree(grows, run, ignore=lambda place, names: {"manifest.json", "tensorboard"} & set(names) if pathlib.Path(place) == grows else set())
+    for step in range(newest + 20, 120, 20):
+        shutil.rmtree(run / f"checkpoints/{step}")
+    assert "resumed from" in door("train", *GROWS, "--workdir", run.name, cwd=road)
+    assert checkpoint.differences(grows / "checkpoints/100", run / "checkpoints/100") == []
+    assert without_speed(read_metrics(run / "metrics.jsonl")) == without_speed(read_metrics(grows / "metrics.jsonl"))
+
+
+def test_another_run_that_goes_on_between_two_growths_makes_the_second_alone(road, grows):
+    more = ["--config.initialize.source=grows/checkpoints/60", "--config.initialize.start=resume"]
+    door("train", *GROWS, *more, "--workdir", "grows_on", cwd=road)
+    assert checkpoint.differences(grows / "checkpoints/100", road / "grows_on/checkpoints/100") == []
 
 
 def test_what_a_start_keeps_is_what_its_table_says(road):

@@ -89,11 +89,6 @@ def distance(hf_dir: pathlib.Path, tokens: np.ndarray, our_logits: np.ndarray) -
     return Distance(kl_sum / len(ours), largest)
 
 
-def kl(hf_dir: pathlib.Path, tokens: np.ndarray, our_logits: np.ndarray) -> float:
-    """Mean KL(transformers || ours) a token, in nats; tokens [B, T], our_logits [B, T, V]."""
-    return distance(hf_dir, tokens, our_logits).kl
-
-
 def log_softmax(x: np.ndarray) -> np.ndarray:
     x = x - x.max(axis=-1, keepdims=True)
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))

@@ -203,14 +203,7 @@ def check_against_transformers(hf_dir: pathlib.Path, spec: ModelSpec, params, he
             "Check it on a larger host, or leave --check out."
         )
 
-    def forward(params, tokens):
-        model = llama.bind(spec, params)
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        return model(tokens, jnp.ones_like(tokens), positions) @ model.head()
-
-    with jax.default_matmul_precision("highest"):  # a GPU or TPU would otherwise multiply float32 in fewer bits
-        ours = np.asarray(jax.jit(forward, out_shardings=replicated(mesh))(params, tokens))
-    found = reference.distance(hf_dir, tokens, ours)
+    found = reference.distance(hf_dir, tokens, logits(spec, params, tokens, mesh))
     measured = f"KL to transformers is {found.kl:.2g} nats a token, logits differ by at most {found.largest:.2g} ({tokens.size:,} tokens)"
     say(f"import: {measured}")
     bound = KL_BOUND[params["embed"].dtype.name]
@@ -222,10 +215,27 @@ def check_against_transformers(hf_dir: pathlib.Path, spec: ModelSpec, params, he
         )
 
 
+def logits(spec: ModelSpec, params, tokens: np.ndarray, mesh) -> np.ndarray:
+    """float32 [B, T, V] of a few rows of token ids [B, T], each one document."""
+
+    def forward(params, tokens):
+        model = llama.bind(spec, params)
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        return model(tokens, jnp.ones_like(tokens), positions) @ model.head()
+
+    with jax.default_matmul_precision("highest"):  # a GPU or TPU would otherwise multiply float32 in fewer bits
+        return np.asarray(jax.jit(forward, out_shardings=replicated(mesh))(params, tokens))
+
+
+def spread_ids(spec: ModelSpec, n: int) -> np.ndarray:
+    """int32 [1, n]: one row of ids from all over the vocabulary."""
+    return (np.arange(min(n, spec.max_positions), dtype=np.int32) * 7919 % spec.vocab_size)[None]
+
+
 def tokens_to_judge(spec: ModelSpec, heldout: Heldout | None) -> np.ndarray:
     """int32 [B, T], about 1,000 in all: the beginnings of held-out rows of each source in turn, where there are some."""
     if heldout is None or not heldout.rows.names or heldout.rows.n_pieces > spec.vocab_size:
-        return (np.arange(min(1024, spec.max_positions), dtype=np.int32) * 7919 % spec.vocab_size)[None]
+        return spread_ids(spec, 1024)
     rows, T = heldout.rows, min(1024, heldout.rows.row_len, spec.max_positions)
     names = [rows.names[i % len(rows.names)] for i in range(max(1, 1024 // T))]
     return np.stack([rows.row(name, i // len(rows.names) % rows.n_rows[name]).tokens[:T] for i, name in enumerate(names)])

@@ -64,9 +64,7 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
     if resumed:
         spec = ModelSpec.load(resumed / "spec.json")
         goal = state.abstract_state(spec, settings, mesh)
-        params = checkpoint.restore(resumed, "params", goal.params)
-        rest = checkpoint.restore(resumed, "rest", {"step": goal.step, "opt": goal.opt, "guard": goal.guard})
-        now = state.TrainState(rest["step"], params, rest["opt"], rest["guard"])
+        now = state.restored(resumed, checkpoint.restore(resumed, "params", goal.params), goal)
         counts = Manifest.load(resumed).counts
         if counts["packed"] != rows.fingerprint:
             raise UserError(
@@ -118,8 +116,8 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
         metrics.resumed(counts["step"])
         parent = next((record["parent"] for record in read_metrics(run_dir / "metrics.jsonl") if "parent" in record), None)
     elif settings.initialize.source != "random" or settings.initialize.grow:
-        if settings.initialize.source == "random":
-            losses = heldout.losses(spec, now.params)
+        if settings.initialize.source == "random" or settings.initialize.start != "continue":
+            losses = heldout.losses(spec, now.params)  # nobody's weights, or a run's own, on the rows that it was reading
         else:
             losses = gate.check_start(heldout, spec, now.params, record, grown)
         parent = losses_of_parent(run_dir, settings) or losses

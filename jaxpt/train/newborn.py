@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxpt.config import Config, typed
 from jaxpt.data import loader, tokenizer
@@ -49,10 +50,9 @@ def verify(
     Raises UserError when such a promise is broken.
     """
     layer_map: list[int | None] = list(range(parent.spec.n_layers))
-    flags: dict[str, Any] = {}
     for grew in growths:
         layer_map = [None if layer is None else layer_map[layer] for layer in grew.layer_map]
-        flags = growth.young(grew, flags)
+    new_layers = growth.young_through(growths).get("layers", np.zeros(0))
     exact = all(grew.preserves_function for grew in growths)
     difference = None
     if exact:
@@ -76,7 +76,7 @@ def verify(
         "operators": list(operators),
         "at_step": at_step,
         "layer_map": layer_map,
-        "new_layers": [int(layer) for layer in flags["layers"].nonzero()[0]] if "layers" in flags else [],
+        "new_layers": [int(layer) for layer in new_layers.nonzero()[0]],
         "n_params": {"parent": llama.count(parent.spec), "child": llama.count(child.spec)},
         "flops_per_token": flops if all(flops.values()) else None,
         "spec": {"parent": parent.spec.to_dict(), "child": child.spec.to_dict()},
@@ -122,20 +122,10 @@ def verdict(found: dict[str, Any], unigram_nats: dict[str, float]) -> str:
 
 
 def logit_difference(parent: Loaded, child: Loaded, mesh) -> tuple[float, float]:
-    """(largest difference, largest size) of logits over one row of token ids spread over the vocabulary, in float32."""
-    T = min(128, parent.spec.max_positions)
-    tokens = (jnp.arange(T, dtype=jnp.int32) * 7919 % parent.spec.vocab_size)[None].repeat(n_shards(mesh, "batch"), 0)
-    segments, positions = jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), tokens.shape)
-
-    def logits(model):
-        def forward(params, tokens, segments, positions):
-            bound = llama.bind(model.spec, params)
-            return bound(tokens, segments, positions) @ bound.head()
-
-        return jax.jit(forward)(model.params, tokens, segments, positions)
-
-    before, after = logits(parent), logits(child)
-    return float(jnp.max(jnp.abs(before - after))), float(jnp.max(jnp.abs(before)))
+    """(largest difference, largest size) of logits over one row of token ids spread over the vocabulary."""
+    tokens = gate.spread_ids(parent.spec, 128)
+    before, after = (gate.logits(model.spec, model.params, tokens, mesh) for model in (parent, child))
+    return float(np.max(np.abs(before - after))), float(np.max(np.abs(before)))
 
 
 def measuring_rows(settings: Config, packed: list[pathlib.Path], mesh) -> Callable[[], Iterator[Batch]]:
@@ -221,12 +211,9 @@ def write(
             huggingface.copy_tokenizer(model.tokenizer_dir, run / "tokenizer")
         else:
             say("no tokenizer: the source has none, so neither this run nor its export carries one")
-        flags: dict[str, Any] = {}
-        for grew in birth.growths:
-            flags = growth.young(grew, flags)
         known = ("optimizer", "lr") if birth.growths else ("optimizer", "lr", "heldout")  # a grown model's loss is another
         kept = {name: model.record[name] for name in known if name in model.record}
-        counts = {"rows": 0, "young": optimizer.Young(flags).to_json(), **kept}
+        counts = {"rows": 0, "young": optimizer.Young(growth.young_through(birth.growths)).to_json(), **kept}
         checkpoint.save(run, 0, model.params, {"step": jnp.int32(0)}, model.spec, counts=counts, tokenizer=model.tokenizer, keep=1)
         return {"n_params": llama.count(model.spec), "tokenizer": model.tokenizer}
 

@@ -23,10 +23,10 @@ def begin(settings: Config, birth: Birth, rows: loader.Rows, mesh) -> tuple[Trai
     asked = settings.initialize
     if asked.start == "continue":
         say_table(settings, birth)
-        flags = growth.from_ranges(birth.model.record.get("young", {}).get("new", {}))  # grown by initialize.py: rates by age know it
-        for grew in birth.growths:
-            flags = growth.young(grew, flags if grew is not birth.growths[0] else None)
-        return state.born(birth.model.params, birth.model.spec, settings, mesh), FRESH, Young(flags)
+        # what initialize.py grew is known to rates by age too
+        told = birth.model.record.get("young", {}).get("new", {})
+        new = growth.young_through(birth.growths) if birth.growths else growth.from_ranges(told)
+        return state.born(birth.model.params, birth.model.spec, settings, mesh), FRESH, Young(new)
 
     source = checkpoint.find(local_path(asked.source))
     if source is None or not (source / "rest").is_dir():
@@ -41,18 +41,14 @@ def begin(settings: Config, birth: Birth, rows: loader.Rows, mesh) -> tuple[Trai
         raise UserError(f"initialize.start: {asked.source} stands at step {counts['step']} and train.steps is {settings.train.steps}. Set more.")
     say_table(settings, birth)
     spec = birth.growths[0].spec if birth.growths else birth.model.spec
-    goal = state.abstract_state(spec, settings, mesh)
-    rest = checkpoint.restore(source, "rest", {"step": goal.step, "opt": goal.opt, "guard": goal.guard})
-    opt, guard = rest["opt"], rest["guard"]
-    young = Young.from_json(counts["young"])
+    now, young = state.restored(source, birth.model.params, state.abstract_state(spec, settings, mesh)), Young.from_json(counts["young"])
+    opt, guard = now.opt, now.guard
     for i, grew in enumerate(birth.growths):
         opt, guard, young = state.grown(opt, guard, grew, asked.moments, mesh, young if i else Young())
-    interval = [0.0, 0.0] if birth.growths else counts["interval"]
-    return (
-        TrainState(rest["step"], birth.model.params, opt, guard),
-        {**FRESH, "step": counts["step"], "rows": counts["rows"], "interval": interval},
-        young,
-    )
+    # growths of train.grow that lie behind this step: the source's own at this very step only if it had grown there
+    n_grown = sum(at < counts["step"] or (at == counts["step"] and i < counts["n_grown"]) for i, (at, _) in enumerate(settings.train.grow))
+    kept = {"step": counts["step"], "rows": counts["rows"], "interval": [0.0, 0.0] if birth.growths else counts["interval"]}
+    return now._replace(opt=opt, guard=guard), {**kept, "n_grown": n_grown}, young
 
 
 def say_table(settings: Config, birth: Birth) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from jaxpt.sharding import replicated
 from jaxpt.spec import ModelSpec
 from jaxpt.train import optimizer
 from jaxpt.train.optimizer import Young
-from jaxpt.weights import growth
+from jaxpt.weights import checkpoint, growth
 
 
 class TrainState(NamedTuple):
@@ -56,6 +57,12 @@ def born(params, spec: ModelSpec, settings: Config, mesh) -> TrainState:
 
     step, opt, guard = jax.jit(rest, out_shardings=(goal.step, goal.opt, goal.guard))(params)
     return TrainState(step, params, opt, guard)
+
+
+def restored(directory: pathlib.Path, params, goal: TrainState) -> TrainState:
+    """The state of a checkpoint around its parameters, which are there already (grown ones, perhaps); `goal`: abstract_state of what is stored."""
+    rest = checkpoint.restore(directory, "rest", {"step": goal.step, "opt": goal.opt, "guard": goal.guard})
+    return TrainState(rest["step"], params, rest["opt"], rest["guard"])
 
 
 def grown(opt: Any, guard: Any, grew: growth.Growth, policy: str, mesh, before: Young = Young()) -> tuple[Any, Any, Young]:  # noqa: B008  (frozen)

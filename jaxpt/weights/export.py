@@ -7,7 +7,7 @@ import pathlib
 from jaxpt import config, sharding, stage
 from jaxpt.model import llama
 from jaxpt.spec import Manifest, UserError
-from jaxpt.weights import checkpoint, hub, huggingface, initialize
+from jaxpt.weights import checkpoint, growth, hub, huggingface, initialize
 
 
 def run(
@@ -78,12 +78,11 @@ def model_card(source: pathlib.Path, model: initialize.Loaded) -> str:
     lines += [f"{initialize.describe(model.spec)}. Made with jaxpt.", ""]
     if (run / "growth.json").is_file():
         grown = huggingface.read_json(run / "growth.json")
-        origins = " ".join("new" if layer is None else str(layer) for layer in grown["layer_map"])
         lines += [
             "## Growth",
             "",
             f"Grown from {hub.name_of(grown['parent']) or grown['parent']} by {', '.join(grown['operators'])}: {grown['verdict']}.",
             "",
         ]
-        lines += [f"Its layers began as the parent's layers {origins}.", ""]
+        lines += [f"Its layers began as the parent's layers {growth.tell(grown['layer_map'])}.", ""]
     return "\n".join([*lines, "## Lineage", "", "| what | where | fingerprint | made |", "|---|---|---|---|", *rows, ""])

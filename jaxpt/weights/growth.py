@@ -75,6 +75,11 @@ class Growth(NamedTuple):
         return bool(self.sources.keys() - {"layers"})
 
 
+def tell(layer_map: Iterable[int | None]) -> str:
+    """The sources of layers in words: "0 1 new 2"."""
+    return " ".join("new" if layer is None else str(layer) for layer in layer_map)
+
+
 # ---- depth: the layers of the child
 
 
@@ -523,6 +528,14 @@ def young(growth: Growth, before: dict[str, np.ndarray] | None = None) -> dict[s
         flags[axis] = ~first | (source == NONE)
         if axis in (before or {}):
             flags[axis] |= np.where(source == NONE, True, before[axis][np.maximum(source, 0)])
+    return flags
+
+
+def young_through(growths: Iterable[Growth]) -> dict[str, np.ndarray]:
+    """What several operators in a row made new."""
+    flags: dict[str, np.ndarray] = {}
+    for growth in growths:
+        flags = young(growth, flags)
     return flags
 
 

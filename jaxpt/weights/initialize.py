@@ -101,7 +101,7 @@ def grow(model: Loaded, text: str, mesh, rows: Callable[[], Iterable[Batch]] | N
     if done.words:
         directory = done.words.tokenizer_dir
         model = model._replace(tokenizer_dir=directory, tokenizer=tokenizer.load(directory).fingerprint)
-    origins = f"; from layers {' '.join('new' if layer is None else str(layer) for layer in done.layer_map)}" if "layers" in done.sources else ""
+    origins = f"; from layers {growth.tell(done.layer_map)}" if "layers" in done.sources else ""
     say(f"grown by {text}: {describe(child)}{origins}")
     return model, done
 
