@@ -84,7 +84,7 @@ def birth(settings: Config, mesh, n_pieces: int | None, rows: Callable[[], Itera
         say(f"born at random (seed {asked.seed}): {describe(spec)}")
     else:
         model = load(asked.source, mesh, asked.dtype)
-        trained = "" if model.step is None else f", trained for {model.step:,} steps"
+        trained = f", trained for {model.step:,} steps" if model.step else ""
         say(f"born from {asked.source}{trained}: {describe(model.spec)}")
     parent, growths = model, []
     for text in asked.grow:
