@@ -70,8 +70,9 @@ class ModelSpec:
     def __post_init__(self):
         for name in ("n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "d_head", "vocab_size", "max_positions"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"model.{name}: got {value!r}, wanted a whole number of at least 1.")
+            least = 0 if name == "n_layers" else 1  # embedding, norm and head alone are what a late jump begins from (weights/growth.py, deepen)
+            if not isinstance(value, int) or value < least:
+                raise UserError(f"model.{name}: got {value!r}, wanted a whole number of at least {least}.")
         if self.n_heads % self.n_kv_heads:
             raise UserError(
                 f"model.n_kv_heads: {self.n_heads} query heads cannot share {self.n_kv_heads} kv heads evenly. Use a divisor of {self.n_heads}."

@@ -83,18 +83,20 @@ def test_a_grown_layer_is_its_source_and_all_else_is_the_parents(spec, text, wan
         np.testing.assert_array_equal(child[name], parent[name], err_msg=name)
 
 
-def test_random_layers_are_born_as_at_birth_and_no_two_alike(spec, one):
-    parent = randomised(spec.replace(n_layers=1), one)
-    child_spec, child, done = grown(spec.replace(n_layers=1), parent, "deepen(L=40)", one)
-    assert done.layer_map == [0] + [None] * 39
+@pytest.mark.parametrize("n_layers", [0, 1])
+def test_random_layers_are_born_as_at_birth_and_no_two_alike(spec, one, n_layers):
+    parent = randomised(spec.replace(n_layers=n_layers), one)
+    child_spec, child, done = grown(spec.replace(n_layers=n_layers), parent, "deepen(L=40)", one)
+    assert done.layer_map == [0, *[None] * 39] if n_layers else [None] * 40
     rows = llama.rows(child_spec)["blocks"]
     for name, leaf in child["blocks"].items():
-        np.testing.assert_array_equal(leaf[0], parent["blocks"][name][0])
+        np.testing.assert_array_equal(leaf[:n_layers], parent["blocks"][name])
         if rows[name].ones:
-            assert (np.asarray(leaf[1:]) == 1).all()
+            assert (np.asarray(leaf[n_layers:]) == 1).all()
         else:
-            assert np.std(np.asarray(leaf[1:])) == pytest.approx(rows[name].std, rel=0.05)
+            assert np.std(np.asarray(leaf[n_layers:])) == pytest.approx(rows[name].std, rel=0.05)
             assert len({np.asarray(layer).tobytes() for layer in leaf}) == 40
+    np.testing.assert_array_equal(child["embed"], parent["embed"])
     _, other, _ = grown(spec.replace(n_layers=1), parent, "deepen(L=40, seed=1)", one)
     assert (np.asarray(other["blocks"]["q"][1]) != np.asarray(child["blocks"]["q"][1])).all()
 
@@ -431,6 +433,13 @@ def test_an_operator_that_cannot_be_is_one_sentence(text, answer):
     with pytest.raises(UserError) as refused:
         growth.plan(text, of(12))
     assert answer in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_model_without_layers_is_only_deepened():
+    with pytest.raises(UserError, match="only deepen"):
+        growth.plan("stack(g=2)", of(0))
+    with pytest.raises(UserError, match="no layers to copy"):
+        growth.plan("deepen(L=3, new='copy')", of(0))
 
 
 def test_an_operator_that_measures_asks_for_rows(spec, one):

@@ -226,6 +226,20 @@ def test_a_run_that_grows_on_its_way_survives_a_kill_on_either_side_of_it(road, 
     assert without_speed(read_metrics(run / "metrics.jsonl")) == without_speed(read_metrics(grows / "metrics.jsonl"))
 
 
+def test_a_run_may_begin_without_layers(road):
+    """Embedding, norm and head alone, then one late jump; cut between the two."""
+    flags = ["--config", "toy.py", "--config.mixture.packed=base/packed", "--config.model.n_layers=0", "--config.train.grow=((31, 'deepen(L=3)'),)"]
+    flags += ["--config.train.steps=40", "--config.train.checkpoint_every=20", "--workdir", "none"]
+    assert "3 layers" in door("train", *flags, cwd=road)
+    whole = road / "none_whole"
+    (road / "none").rename(whole)
+    shutil.copytree(whole, road / "none")
+    for gone in ("manifest.json", "checkpoints/40/manifest.json"):  # as a kill before the last checkpoint was whole leaves it
+        (road / "none" / gone).unlink()
+    assert "0 layers" in door("train", *flags, cwd=road)
+    assert checkpoint.differences(whole / "checkpoints/40", road / "none/checkpoints/40") == []
+
+
 def test_another_run_that_goes_on_between_two_growths_makes_the_second_alone(road, grows):
     more = ["--config.initialize.source=grows/checkpoints/60", "--config.initialize.start=resume"]
     door("train", *GROWS, *more, "--workdir", "grows_on", cwd=road)

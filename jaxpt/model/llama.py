@@ -73,11 +73,11 @@ class Block(nnx.Module):
         self.k = weight(rngs, (L, D, K, H), ("layers", "embed", "kv_heads", "head"), std=D**-0.5)
         self.v = weight(rngs, (L, D, K, H), ("layers", "embed", "kv_heads", "head"), std=D**-0.5)
         # the two that write into the residual: their sum over 2L writes keeps the residual's size (GPT-2's rule)
-        self.o = weight(rngs, (L, N, H, D), ("layers", "heads", "head", "embed"), std=(N * H * 2 * L) ** -0.5)
+        self.o = weight(rngs, (L, N, H, D), ("layers", "heads", "head", "embed"), std=(N * H * 2 * max(L, 1)) ** -0.5)
         self.mlp_norm = weight(rngs, (L, D), ("layers", "norm"), ones=True)
         self.gate = weight(rngs, (L, D, F), ("layers", "embed", "mlp"), std=D**-0.5)
         self.up = weight(rngs, (L, D, F), ("layers", "embed", "mlp"), std=D**-0.5)
-        self.down = weight(rngs, (L, F, D), ("layers", "mlp", "embed"), std=(F * 2 * L) ** -0.5)
+        self.down = weight(rngs, (L, F, D), ("layers", "mlp", "embed"), std=(F * 2 * max(L, 1)) ** -0.5)
         if spec.qkv_bias:
             self.q_bias = weight(rngs, (L, N, H), ("layers", "heads", "head"), std=0.0)
             self.k_bias = weight(rngs, (L, K, H), ("layers", "kv_heads", "head"), std=0.0)

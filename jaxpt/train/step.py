@@ -26,7 +26,7 @@ def build(spec: ModelSpec, settings: Config, mesh, young: optimizer.Young = opti
     train, optim = settings.train, settings.optim
     dtype = jnp.dtype(train.compute_dtype)
     # unrolled, a CPU overlaps what a loop's turns would do one after the other: 1.06 x on two cores (benchmarks/train_step.py)
-    unroll = min(spec.n_layers, 16) if mesh.devices.flat[0].platform == "cpu" else 1
+    unroll = min(max(spec.n_layers, 1), 16) if mesh.devices.flat[0].platform == "cpu" else 1
     tx, lr_at = optimizer.build(optim, spec, young), optimizer.learning_rate(optim, train.steps)
 
     def loss_sums(params, batch: Batch):

@@ -10,12 +10,14 @@ Orbax restores a file with one flipped byte in silence and with wrong numbers, h
 
 from __future__ import annotations
 
+import math
 import pathlib
 import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxpt import stage
@@ -37,8 +39,8 @@ def save(run: pathlib.Path, step: int, params: Any, rest: Any, spec: ModelSpec, 
         partial.mkdir(parents=True)
     together("checkpoint directory")
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(partial / "params", params)
-        checkpointer.save(partial / "rest", rest)
+        checkpointer.save(partial / "params", without_empty(params))
+        checkpointer.save(partial / "rest", without_empty(rest))
         checkpointer.wait_until_finished()
     if first:
         spec.save(partial / "spec.json")
@@ -120,11 +122,17 @@ def restore(directory: pathlib.Path, name: str, abstract: Any) -> Any:
 
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(directory.absolute() / name, abstract)
+            found = checkpointer.restore(directory.absolute() / name, without_empty(abstract))
     except (ValueError, KeyError, FileNotFoundError) as error:
         raise UserError(
             f"{directory}/{name}: does not fit the model and optimizer asked for ({first_line(error)}). Was the config changed?"
         ) from error
+    return jax.tree.map(lambda leaf, there: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding) if there is None else there, abstract, found)
+
+
+def without_empty(tree: Any) -> Any:
+    """A pytree whose arrays of no numbers, those of a model without layers, are None: Orbax refuses to write them."""
+    return jax.tree.map(lambda leaf: leaf if math.prod(leaf.shape) else None, tree)
 
 
 def first_line(error: Exception) -> str:

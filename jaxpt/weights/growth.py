@@ -112,12 +112,14 @@ def stack_middle(parent: Parent, m: int) -> Growth:
 
 
 def deepen(parent: Parent, L: int, new: str = "random") -> Growth:
-    """Up to L layers in one late jump; the new ones at random (as at birth) or copies of the stack in order. 2511.04981."""
+    """Up to L layers in one late jump, from 0 if need be; the new ones at random (as at birth) or copies of the stack in order. 2511.04981."""
     n = parent.spec.n_layers
     if new not in ("random", "copy"):
         raise UserError(f"deepen(new={new!r}): wanted 'random' or 'copy'.")
     if at_least("deepen", 1, L=L) <= n:
         raise UserError(f"deepen(L={L}): the model has {n} layers already. Give a larger L.")
+    if new == "copy" and not n:
+        raise UserError(f"deepen(L={L}, new='copy'): the model has no layers to copy. Use new='random'.")
     return in_depth(parent, [layer % n if new == "copy" or layer < n else NONE for layer in range(L)])
 
 
@@ -337,6 +339,8 @@ def parse(text: str) -> tuple[Callable[..., Growth], list[Any], dict[str, Any]]:
 def plan(text: str, parent: Parent) -> Growth:
     """What the operator makes of this parent. Raises UserError where it does not fit."""
     operator, positional, named = parse(text)
+    if not parent.spec.n_layers and operator not in (deepen, new_tokenizer):
+        raise UserError(f"grow {text!r}: the model has no layers yet, which only deepen(L=...) can give it.")
     noise, seed = named.pop("noise", 0.0), named.pop("seed", 0)
     growth = operator(parent, *positional, **named)
     if not isinstance(noise, (int, float)) or not 0 <= noise <= 1:
@@ -451,6 +455,8 @@ def grown_leaf(growth: Growth, name: str, row: llama.Row, leaf, scale: dict[str,
     stacked = row.axes[0] == "layers"
     axes = row.axes[1:] if stacked else row.axes
     n_layers = row.shape[0] if stacked else 1
+    if stacked and not len(leaf):  # of a parent without layers: every layer is drawn, yet a gather needs one to point at
+        leaf = jnp.zeros((1, *leaf.shape[1:]), leaf.dtype)
     layer_map = growth.sources.get("layers", np.arange(n_layers))
     if growth.gaps and born:  # the predicted layers stand behind the parent's
         layer_map = np.where(layer_map == NONE, growth.spec.n_layers + np.cumsum(layer_map == NONE) - 1, layer_map)

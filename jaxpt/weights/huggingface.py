@@ -13,6 +13,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -257,13 +258,22 @@ def read(tensor: Stored, row: Row, shape: tuple[int, ...], dtype: np.dtype, inde
     rows, columns = (span(row.n_in, len(shape)), span(0, row.n_in)) if row.n_in else bounds
     flat = out.reshape(len(columns), len(rows)) if row.n_in else out
     step = rows_in_piece(tensor.shape, tensor.dtype)
-    for first in range(0, len(rows), step):
+
+    def read_piece(first: int) -> None:
         piece = tensor.read(rows[first : first + step])[:, columns.start : columns.stop]
         if row.n_in:
             transpose(piece, flat[:, first : first + step])
         else:
             flat[first : first + step] = piece
+
+    list(hands().map(read_piece, range(0, len(rows), step)))
     return out
+
+
+@functools.cache
+def hands() -> concurrent.futures.ThreadPoolExecutor:
+    """Threads that copy and transpose pieces: numpy holds no lock there, and one core alone does not fill the memory's bandwidth."""
+    return concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8), "pieces")
 
 
 def rows_in_piece(shape: tuple[int, ...], dtype: np.dtype) -> int:
