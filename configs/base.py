@@ -116,10 +116,24 @@ def get_config():
     c.train.eval_every = 200
     # held-out rows read for each source and measurement, at most
     c.train.eval_rows = 256
+    # nats a token by which a source's held-out loss may exceed the parent's before on_forgetting; 0: any
+    c.train.max_forgetting = 0.0
+    # past max_forgetting: say so, stop the run at a checkpoint, or double that source's share from here on (up to half)
+    c.train.on_forgetting = "stop"
     # steps between checkpoints; at most so many are lost by a kill
     c.train.checkpoint_every = 500
+    # one more whenever so many minutes passed without one, at the next log line; 0: by steps alone
+    c.train.checkpoint_minutes = 0.0
     # newest checkpoints kept; each takes 3 x parameters x 4 bytes
     c.train.keep = 2
+    # checkpoints at multiples of so many steps stay for good; 0: none
+    c.train.keep_every = 0
+    # a checkpoint that cannot be written (full disk): stop the run, or go on and try the next
+    c.train.on_failed_save = "stop"
+    # project of Weights & Biases that gets every record too (pip install wandb); empty: none
+    c.train.wandb = ""
+    # (first, last) steps recorded by the JAX profiler into WORKDIR/tensorboard
+    c.train.profile = ()
 
     # optim: AdamW and its schedule
     # learning rate after warm-up

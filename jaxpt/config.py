@@ -118,8 +118,18 @@ class Train:
     log_every: int = knob(10, "steps between console lines and metrics.jsonl records")
     eval_every: int = knob(200, "steps between held-out losses; 0 measures at the end only")
     eval_rows: int = knob(256, "held-out rows read for each source and measurement, at most")
+    max_forgetting: float = knob(0.0, "nats a token by which a source's held-out loss may exceed the parent's before on_forgetting; 0: any")
+    on_forgetting: str = knob(
+        "stop", "past max_forgetting: say so, stop the run at a checkpoint, or double that source's share from here on (up to half)",
+        "say", "stop", "replay",
+    )  # fmt: skip
     checkpoint_every: int = knob(500, "steps between checkpoints; at most so many are lost by a kill")
+    checkpoint_minutes: float = knob(0.0, "one more whenever so many minutes passed without one, at the next log line; 0: by steps alone")
     keep: int = knob(2, "newest checkpoints kept; each takes 3 x parameters x 4 bytes")
+    keep_every: int = knob(0, "checkpoints at multiples of so many steps stay for good; 0: none")
+    on_failed_save: str = knob("stop", "a checkpoint that cannot be written (full disk): stop the run, or go on and try the next", "stop", "go on")
+    wandb: str = knob("", "project of Weights & Biases that gets every record too (pip install wandb); empty: none")
+    profile: tuple[int, ...] = knob((), "(first, last) steps recorded by the JAX profiler into WORKDIR/tensorboard")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -184,8 +184,21 @@ def versions() -> dict[str, str]:
 
 
 def say(line: str) -> None:
-    """One line on the terminal, at once."""
-    print(line, flush=True)
+    """One line on the terminal, at once, above a progress bar if there is one."""
+    if not _muted:
+        from tqdm import tqdm
+
+        tqdm.write(line)
+        sys.stdout.flush()
+
+
+_muted = False
+
+
+def mute() -> None:
+    """From here on this process says nothing (errors apart): of a run's processes only the first speaks."""
+    global _muted
+    _muted = True
 
 
 @contextlib.contextmanager

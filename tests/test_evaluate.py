@@ -197,7 +197,7 @@ def test_the_same_requests_get_the_same_answers_as_from_the_harness_own_model(pa
 def test_both_backends_measure_a_run_and_write_the_harness_format(params, hf_dir, data_dir, tmp_path):
     pytest.importorskip("torch"), pytest.importorskip("lm_eval")
     run = tmp_path / "run"
-    checkpoint.save(run, 7, params, {"step": jax.numpy.int32(7)}, SPEC, counts={"step": 7}, tokenizer=None, keep=1)
+    checkpoint.save(run, 7, params, {"step": jax.numpy.int32(7)}, SPEC, counts={"step": 7}, tokenizer=None)
     huggingface.copy_tokenizer(hf_dir, run / "tokenizer")
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:4]))
     tasks = [f"bits_per_byte/mine=jsonl:{tmp_path}/texts.jsonl", "course,winogrande"]

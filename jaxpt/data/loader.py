@@ -7,6 +7,7 @@ number of global rows consumed; the rest is `jaxpt.data.mixture`, a pure functio
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -270,11 +271,14 @@ def trace(run: pathlib.Path, step: int, tokenizer: str) -> Iterator[Seen]:
         raise UserError(f"{run}: has no readable config.json ({error}). Give the directory of a training run.") from None
     if not 1 <= step <= settings.train.steps:
         raise UserError(f"--step {step}: the run's steps are 1 to {settings.train.steps:,}.")
-    rows = open_rows(settings.mixture.packed or [run / "packed"])
+    asked = settings.mixture
+    if (run / "phases.json").is_file():  # shares that the run itself changed on its way
+        asked = dataclasses.replace(asked, phases=tuple(map(tuple, json.loads((run / "phases.json").read_text()))))
+    rows = open_rows(asked.packed or [run / "packed"])
     if rows.tokenizer != tokenizer:
         raise UserError(f"{run}: its tokenizer is {tokenizer}, but the rows were packed with {rows.tokenizer}. They were packed anew since.")
     batch_rows = settings.train.batch_rows
-    mixture = Mixture(settings.mixture, rows.n_rows, batch_rows)
+    mixture = Mixture(asked, rows.n_rows, batch_rows)
     for slot in range(batch_rows):
         name, i = mixture.row_at((step - 1) * batch_rows + slot)
         row, start = rows.row(name, i), 0

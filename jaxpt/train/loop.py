@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import shutil
-import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 
@@ -17,7 +17,7 @@ from jaxpt.config import Config
 from jaxpt.data import loader
 from jaxpt.data.mixture import Mixture
 from jaxpt.spec import Manifest, ModelSpec, UserError
-from jaxpt.train import gate, newborn, start, state, step
+from jaxpt.train import forgetting, gate, machine, newborn, start, state, step
 from jaxpt.train.metrics import Cost, Metrics
 from jaxpt.train.metrics import read as read_metrics
 from jaxpt.train.optimizer import Young
@@ -33,6 +33,8 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
 
     cost_of  what a device costs and can do for this model, for MFU and money in the metrics
     """
+    machine.join()
+    machine.keep_compiled()
     run_dir = stage.local_path(workdir)
     packed = [stage.local_path(path) for path in settings.mixture.packed] or [run_dir / "packed"]
     inputs = {f"packed {path}": path for path in packed}
@@ -51,9 +53,6 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
         raise UserError(
             f"pack.row_len: the config says {settings.pack.row_len}, the packed rows have {rows.row_len} tokens. Set it to that, or pack again."
         )
-    n_rows = settings.train.steps * settings.train.batch_rows
-    mixture = Mixture(settings.mixture, rows.n_rows, settings.train.batch_rows)
-    mixture.check(n_rows, settings.mixture.max_epochs)
     heldout = gate.Heldout(settings, packed, mesh)
     measuring_rows = newborn.measuring_rows(settings, packed, mesh)
     measured_with = {"heldout": heldout, "rows": measuring_rows, "flops_per_token": lambda spec: cost_of(spec).flops_per_token}
@@ -74,7 +73,7 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
         for change in changed_settings(run_dir, config):
             stage.say(f"  with another {change}")
         young = Young.from_json(counts["young"])
-        record, grown = {}, False
+        record, grown, parent = {}, False, counts["parent"]
     else:
         birth = initialize.birth(settings, mesh, rows.n_pieces, measuring_rows)
         spec = birth.model.spec
@@ -94,61 +93,78 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
         now, counts, young = start.begin(settings, birth, rows, mesh)
         record = {"tokenizer": birth.model.tokenizer, **birth.model.record}
         # a trained descendant of a growth has a record of its own; a newborn has none yet
-        grown = bool(birth.parent) or ((run_dir / "growth.json").is_file() and not birth.model.step)
+        grown, parent = bool(birth.parent) or ((run_dir / "growth.json").is_file() and not birth.model.step), None
         del birth  # the parent's weights, if there was one
     if rows.row_len > spec.max_positions:
         raise UserError(f"pack.row_len: rows of {rows.row_len} tokens are longer than the model's {spec.max_positions} positions. Pack shorter rows.")
     sharding.check(mesh, spec, settings.train.batch_rows, settings.train.accumulate, rows.row_len)
+    asked = forgetting.known(settings.mixture, counts.get("phases"))
+    n_rows = settings.train.steps * settings.train.batch_rows
+    mixture = Mixture(asked, rows.n_rows, settings.train.batch_rows)
+    mixture.check(n_rows, asked.max_epochs)
     keep_program(run_dir, settings, spec, packed)
 
     # The step, and what is said about it.
     train_step = step.build(spec, settings, mesh, young)
-    metrics = Metrics(
-        run_dir, steps=settings.train.steps, tokens_per_step=settings.train.batch_rows * rows.row_len, resumed_at=counts["step"], cost=cost_of(spec)
-    )
+    metrics = Metrics(run_dir, settings, tokens_per_step=settings.train.batch_rows * rows.row_len, resumed_at=counts["step"], cost=cost_of(spec))
     shape = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "no cut"
-    metrics.say(
+    stage.say(
         f"{jax.device_count()} x {jax.devices()[0].device_kind} ({shape}), {settings.train.compute_dtype} products; a step is "
         f"{settings.train.batch_rows} rows x {rows.row_len} tokens; {settings.train.steps:,} steps read {describe_epochs(mixture.epochs(n_rows))}"
     )
-    parent = None
     if resumed:
         metrics.resumed(counts["step"])
-        parent = next((record["parent"] for record in read_metrics(run_dir / "metrics.jsonl") if "parent" in record), None)
-    elif settings.initialize.source != "random" or settings.initialize.grow:
-        if settings.initialize.source == "random" or settings.initialize.start != "continue":
-            losses = heldout.losses(spec, now.params)  # nobody's weights, or a run's own, on the rows that it was reading
-        else:
-            losses = gate.check_start(heldout, spec, now.params, record, grown)
-        parent = losses_of_parent(run_dir, settings) or losses
-        metrics.heldout(counts["step"], losses, parent)
+    else:
+        with machine.enough_memory(settings), machine.compiling("train step"):
+            now = step.rehearse(train_step, now, settings, mesh)
+        if settings.initialize.source != "random" or settings.initialize.grow:
+            if settings.initialize.source == "random" or settings.initialize.start != "continue":
+                losses = heldout.losses(spec, now.params)  # nobody's weights, or a run's own, on the rows that it was reading
+            else:
+                losses = gate.check_start(heldout, spec, now.params, record, grown)
+            parent = losses_of_parent(run_dir, settings) or losses
+            metrics.heldout(counts["step"], losses, parent)
 
     # The loop. Metrics stay on the devices until a line is due, so that the host never waits for a step.
-    sigterm = catch_sigterm()
-    n_done, n_read, n_grown, saved = counts["step"], counts["rows"], counts["n_grown"], resumed
+    asked_to_stop = machine.catch_stop()
+    saver = checkpoint.Saver(run_dir, settings.train.keep, settings.train.keep_every)
+    n_done, n_read, n_grown = counts["step"], counts["rows"], counts["n_grown"]
     nats_sum, weights_sum = counts["interval"]
-    waiting, stopping = [], False
-    batches = loader.stream(rows, mixture, sharding.batch_sharding(mesh), settings.train.batch_rows, counts["rows"], settings.mixture.document_mask)
+    waiting, stopping, is_new, saved_at = [], False, bool(resumed), time.monotonic()
+    read_from = lambda row: loader.stream(rows, mixture, sharding.batch_sharding(mesh), settings.train.batch_rows, row, asked.document_mask)  # noqa: E731
+    batches = read_from(n_read)
+    metrics.pause(n_done)
     while n_done < settings.train.steps and not stopping:
         while n_grown < len(settings.train.grow) and settings.train.grow[n_grown][0] == n_done:
             text = settings.train.grow[n_grown][1]
             now, spec, young = grow(run_dir, text, n_done, now, spec, settings, mesh, measured_with)
             sharding.check(mesh, spec, settings.train.batch_rows, settings.train.accumulate, rows.row_len)
-            train_step = step.build(spec, settings, mesh, young)
+            train_step, is_new = step.build(spec, settings, mesh, young), True
             n_grown += 1
             metrics.grown(n_done, text, spec, cost_of(spec))
-        stopping = bool(sigterm)  # asked once a step, so that the step that leaves is the one that saves
-        now, found = train_step(now, next(batches))
+        terminated = stopping = asked_to_stop(n_done)  # asked once a step, so that the step that leaves is the one that saves
+        batch = next(batches)
+        metrics.profile(n_done + 1)
+        if is_new:
+            with machine.enough_memory(settings), machine.compiling("train step"):
+                now, found = jax.block_until_ready(train_step(now, batch))
+            is_new = False
+            metrics.pause(n_done)
+        else:
+            now, found = train_step(now, batch)
         waiting.append(found)
         n_done += 1
+        metrics.profile(n_done, found)
         n_read += settings.train.batch_rows
         last = n_done == settings.train.steps
-        saves = last or n_done % settings.train.checkpoint_every == 0 or stopping
         logs = last or n_done % settings.train.log_every == 0
+        saves = last or n_done % settings.train.checkpoint_every == 0 or stopping
+        if logs and not saves and settings.train.checkpoint_minutes:
+            saves = machine.first_decides(time.monotonic() - saved_at > 60 * settings.train.checkpoint_minutes)
         if logs or saves:
             for each in jax.device_get(waiting):
                 nats_sum, weights_sum = nats_sum + float(each["nats_sum"]), weights_sum + float(each["weights_sum"])
-                stop_if_stuck(each, settings, n_done)
+                stop_if_stuck(each, settings, n_done, rows, mixture)
             waiting.clear()
         if logs:
             newest = {name: float(found[name]) for name in ("grad_norm", "lr")}
@@ -159,6 +175,18 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
         if last or (settings.train.eval_every and n_done % settings.train.eval_every == 0):
             measured = heldout.losses(spec, now.params)
             metrics.heldout(n_done, measured, parent)
+            if forgot := forgetting.beyond(measured, parent, settings):
+                stage.say(forgetting.tell(forgot, settings))
+                if settings.train.on_forgetting == "stop" and not last:
+                    stopping = saves = True
+                elif settings.train.on_forgetting == "replay" and not last:
+                    asked = forgetting.more_replay(asked, list(forgot), n_done, rows.n_rows)
+                    stage.say(f"forgetting: from step {n_done + 1:,} on the shares are {asked.phases[-1][1]}")
+                    mixture = Mixture(asked, rows.n_rows, settings.train.batch_rows)
+                    mixture.check(n_rows, asked.max_epochs)
+                    forgetting.keep(run_dir, asked)
+                    batches.close()
+                    batches = read_from(n_read)
         if saves:
             facts = {
                 "rows": n_read,
@@ -168,26 +196,38 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
                 "lr": float(found["lr"]),
                 "n_grown": n_grown,
                 "young": young.to_json(),
+                "parent": parent,
             }
             if measured:  # what a later start from this checkpoint is held against
                 facts["heldout"] = heldout.record(measured)
+            if asked is not settings.mixture:
+                facts["phases"] = asked.phases
             rest = {"step": now.step, "opt": now.opt, "guard": now.guard}
-            saved = checkpoint.save(run_dir, n_done, now.params, rest, spec, counts=facts, tokenizer=rows.tokenizer, keep=settings.train.keep)
-            metrics.pause()
+            with failures_told(settings.train.on_failed_save == "stop"):
+                saver.wait()  # for the one before
+            with failures_told(settings.train.on_failed_save == "stop" or last or stopping):
+                saver.save(n_done, now.params, rest, spec, counts=facts, tokenizer=rows.tokenizer)
+            saved_at = time.monotonic()
+            metrics.pause(n_done)
+        elif logs:
+            with failures_told(settings.train.on_failed_save == "stop"):
+                saver.check()
+    saved = saver.wait() if n_done > counts["step"] else resumed
     metrics.close()
     if n_done < settings.train.steps:
-        stage.say(f"asked to stop: step {n_done:,} is saved in {saved}; the same command goes on from there")
-        raise SystemExit(143)
+        stage.say(f"stopped: step {n_done:,} is saved in {saved}; the same command goes on from there")
+        raise SystemExit(143 if terminated else 1)
 
     # Finished: say so in the way that makes the next start do nothing.
+    if jax.process_index():
+        return
     losses = [record["heldout"] for record in read_metrics(run_dir / "metrics.jsonl") if "heldout" in record][-1]
     manifest = stage.make_manifest(
         "train", config, inputs, outputs={f"checkpoints/{n_done}/{name}": checksum for name, checksum in Manifest.load(saved).outputs.items()},
         counts={"steps": n_done, "rows": n_read, "tokens": n_read * rows.row_len, "heldout": losses, "n_params": sum(x.size for x in jax.tree.leaves(now.params))},
         tokenizer=rows.tokenizer, seed=settings.mixture.seed, seconds=metrics.seconds_before + time.monotonic() - started,
     )  # fmt: skip
-    if jax.process_index() == 0:
-        stage.write_manifest(manifest, run_dir)
+    stage.write_manifest(manifest, run_dir)
     stage.say(f"train: {saved} after {n_done:,} steps, {n_read * rows.row_len:,} tokens")
 
 
@@ -253,18 +293,26 @@ def losses_of_parent(run: pathlib.Path, settings: Config) -> dict[str, float] | 
     return None
 
 
-def catch_sigterm() -> list[int]:
-    """A list that is empty until the machine asks the run to stop."""
-    asked: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
-    return asked
+@contextlib.contextmanager
+def failures_told(stop: bool) -> Iterator[None]:
+    """Where a checkpoint could not be written: stop the run, or say so and go on to the next."""
+    try:
+        yield
+    except checkpoint.SaveFailed as failed:
+        if stop:
+            raise
+        stage.say(f"{failed} The run goes on, as train.on_failed_save says.")
 
 
-def stop_if_stuck(found: dict, settings: Config, n_done: int) -> None:
+def stop_if_stuck(found: dict, settings: Config, n_done: int, rows: loader.Rows, mixture: Mixture) -> None:
     if found["n_in_a_row"] >= settings.train.max_skips:
+        batch_rows = settings.train.batch_rows
+        places = (mixture.row_at((n_done - 1) * batch_rows + slot) for slot in range(batch_rows))
+        documents = [document for name, i in places for document in rows.doc_ids(name, i)]
         raise UserError(
-            f"train: {int(found['n_in_a_row'])} updates in a row were skipped up to step {n_done} (not finite, or a spike). "
-            f"Lower optim.peak_lr ({settings.optim.peak_lr:g}); scripts/trace.py --workdir RUN --step {n_done} names the documents."
+            f"train: {int(found['n_in_a_row'])} updates in a row were skipped up to step {n_done} (not finite, or a spike), which read "
+            f"{', '.join(documents[:4])}{f' and {len(documents) - 4} more documents' if len(documents) > 4 else ''}. Lower optim.peak_lr "
+            f"({settings.optim.peak_lr:g}), or look at the documents: scripts/trace.py --workdir RUN --step {n_done} prints them."
         )
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import resource
+import sys
 import time
 from typing import Any, NamedTuple
 
 import jax
+from tqdm import tqdm
 
+from jaxpt.config import Config
 from jaxpt.model import llama
-from jaxpt.spec import ModelSpec
-from jaxpt.stage import say, write_whole
+from jaxpt.spec import ModelSpec, UserError
+from jaxpt.stage import fingerprint, say, write_whole
 
 
 class Cost(NamedTuple):
@@ -24,10 +28,13 @@ class Cost(NamedTuple):
 
 
 class Metrics:
-    """Writes RUN/metrics.jsonl so that it is continuous across resumes: records after `resumed_at` are dropped first, no step stands twice."""
+    """Writes RUN/metrics.jsonl so that it is continuous across resumes: records after `resumed_at` are dropped first, no step stands twice.
 
-    def __init__(self, run: pathlib.Path, *, steps: int, tokens_per_step: int, resumed_at: int, cost: Cost):
-        self.steps, self.tokens_per_step, self.cost = steps, tokens_per_step, cost
+    Every process makes one; the first one writes and speaks.
+    """
+
+    def __init__(self, run: pathlib.Path, settings: Config, *, tokens_per_step: int, resumed_at: int, cost: Cost):
+        self.run, self.settings, self.steps, self.tokens_per_step, self.cost = run, settings, settings.train.steps, tokens_per_step, cost
         self.path = run / "metrics.jsonl"
         self.writes = jax.process_index() == 0
         earlier = [record for record in read(self.path) if record["step"] <= resumed_at]
@@ -42,11 +49,13 @@ class Metrics:
         write_whole(self.path, "".join(json.dumps(record) + "\n" for record in earlier))
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115  (closed by close)
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None)
+        self.wandb = open_wandb(run, settings) if settings.train.wandb else None
+        self.bar = tqdm(total=self.steps, initial=resumed_at, unit="step", dynamic_ncols=True, leave=False, disable=not sys.stderr.isatty())
 
     def train(self, step: int, *, loss: float, grad_norm: float, lr: float, n_skipped: int, epochs: dict[str, float]) -> None:
         """One record and one console line for the steps since the last one."""
         now = time.monotonic()
-        step_seconds = (now - self.last_time) / (step - self.last_step)
+        step_seconds = (now - self.last_time) / max(step - self.last_step, 1)
         self.last_step, self.last_time = step, now
         tokens_per_second = self.tokens_per_step / step_seconds
         seconds = self.seconds_before + now - self.start
@@ -65,48 +74,73 @@ class Metrics:
         )  # fmt: skip
         line = f"step {step:>{len(str(self.steps))}}/{self.steps}  loss {loss:.4f}  norm {grad_norm:.2f}  lr {lr:.2e}  {tokens_per_second:,.0f} tok/s"
         line += f"  MFU {mfu:.1%}" if mfu else ""
-        line += f"  {memory_bytes() / 2**30:.1f} GiB  left {clock((self.steps - step) * step_seconds)}"
+        line += f"  {memory_bytes() / 2**30:.1f} GiB  {clock(seconds)} so far, {clock((self.steps - step) * step_seconds)} left"
         line += f"  ${usd:,.2f}" if usd else ""
         line += f"  {n_skipped} skipped" if n_skipped else ""
-        self.say(line)
+        say(line)
+        if self.writes:
+            self.bar.update(step - self.bar.n)
 
     def heldout(self, step: int, losses: dict[str, float], parent: dict[str, float] | None) -> None:
         """Held-out nats per token by source; beside the parent's on the same rows, where there is one."""
         self.write({"step": step, "heldout": losses} | ({"parent": parent} if parent else {}))
         beside = lambda name: f" (parent {parent[name]:.4f})" if parent and name in parent else ""  # noqa: E731
-        self.say(
+        say(
             f"step {step:>{len(str(self.steps))}}/{self.steps}  held-out "
             + "  ".join(f"{name} {loss:.4f}{beside(name)}" for name, loss in losses.items())
         )
-        self.last_time = time.monotonic()  # the measurement is no part of a step's time
+        self.pause(step)
 
     def grown(self, step: int, operator: str, spec: ModelSpec, cost: Cost) -> None:
         """The model is another from here on."""
         self.cost = cost
         self.write({"step": step, "grown": operator, "n_layers": spec.n_layers, "n_params": llama.count(spec)})
-        self.pause()
+        self.pause(step)
 
     def resumed(self, step: int) -> None:
         self.write({"step": step, "resumed": True})
 
-    def pause(self) -> None:
-        """What came since the last line (a checkpoint, say) is no part of the next steps' time."""
-        self.last_time = time.monotonic()
+    def pause(self, step: int) -> None:
+        """What happened at this step (a measurement, a checkpoint, a compilation) is no part of the next steps' time."""
+        self.last_step, self.last_time = step, time.monotonic()
+
+    def profile(self, step: int, found: Any = None) -> None:
+        """Before each step, and after it with what it found: the JAX profiler records train.profile's first to last step into RUN/tensorboard."""
+        first, last = self.settings.train.profile or (0, 0)
+        if step == first and found is None:
+            jax.profiler.start_trace(str(self.run / "tensorboard"))
+        if step == last and found is not None:
+            jax.block_until_ready(found)
+            jax.profiler.stop_trace()
+            say(f"profile of steps {first} to {last}: tensorboard --logdir {self.run / 'tensorboard'}")
 
     def write(self, record: dict[str, Any]) -> None:
         if self.writes:
             self.file.write(json.dumps(record) + "\n")
             for name, value in flat(record).items():
                 self.board.add_scalar(name, value, record["step"])
-
-    def say(self, line: str) -> None:
-        if self.writes:
-            say(line)
+            if self.wandb:
+                self.wandb.log(flat(record), step=record["step"])
 
     def close(self) -> None:
         if self.writes:
+            self.bar.close()
             self.file.close()
             self.board.close()
+            if self.wandb:
+                self.wandb.finish()
+
+
+def open_wandb(run: pathlib.Path, settings: Config):
+    """A run of Weights & Biases that goes on when this run goes on."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("train.wandb: the package wandb is not installed. pip install wandb, or leave train.wandb empty.") from None
+    name = run.absolute()
+    return wandb.init(
+        project=settings.train.wandb, id=fingerprint(str(name)), name=name.name, dir=str(run), resume="allow", config=dataclasses.asdict(settings)
+    )
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:

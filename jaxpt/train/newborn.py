@@ -214,7 +214,7 @@ def write(
         known = ("optimizer", "lr") if birth.growths else ("optimizer", "lr", "heldout")  # a grown model's loss is another
         kept = {name: model.record[name] for name in known if name in model.record}
         counts = {"rows": 0, "young": optimizer.Young(growth.young_through(birth.growths)).to_json(), **kept}
-        checkpoint.save(run, 0, model.params, {"step": jnp.int32(0)}, model.spec, counts=counts, tokenizer=model.tokenizer, keep=1)
+        checkpoint.save(run, 0, model.params, {"step": jnp.int32(0)}, model.spec, counts=counts, tokenizer=model.tokenizer)
         return {"n_params": llama.count(model.spec), "tokenizer": model.tokenizer}
 
     if check and (source is None or checkpoint.find(source) is not None):

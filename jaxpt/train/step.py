@@ -85,6 +85,24 @@ def build(spec: ModelSpec, settings: Config, mesh, young: optimizer.Young = opti
     return jax.jit(step, in_shardings=(goal, rows), out_shardings=(goal, replicated(mesh)), donate_argnums=0)
 
 
+def rehearse(run, now: TrainState, settings: Config, mesh) -> TrainState:
+    """One step `run` on a made-up batch of full shape, so that memory is asked for before any data is read. Returns the state as it was.
+
+    The batch's weights are NaN: the guard skips the update, which leaves parameters and moments as they are, bit by bit.
+    """
+    like = abstract_batch(settings, mesh)
+
+    def make():
+        B, T = like.tokens.shape
+        each = lambda row, dtype: jnp.broadcast_to(jnp.asarray(row, dtype), (B, T))  # noqa: E731
+        return Batch(each(0, "int32"), each(0, "int32"), each(1, "int32"), each(jnp.arange(T), "int32"), each(jnp.nan, "float32"))
+
+    batch = jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))()
+    step, guard = jax.tree.map(jnp.copy, (now.step, now.guard))  # the others are donated
+    after, _ = run(now, batch)
+    return jax.block_until_ready(TrainState(step, after.params, after.opt, guard))
+
+
 def micro_batches(batch: Batch, k: int) -> Batch:
     """[B, T] -> [k, B/k, T], micro-batch j holding rows j, j + k, ...: each device keeps the rows it has."""
 

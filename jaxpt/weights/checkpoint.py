@@ -10,6 +10,8 @@ Orbax restores a file with one flipped byte in silence and with wrong numbers, h
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import math
 import pathlib
 import shutil
@@ -24,37 +26,98 @@ from jaxpt import stage
 from jaxpt.spec import Manifest, ModelSpec, UserError
 
 
-def save(run: pathlib.Path, step: int, params: Any, rest: Any, spec: ModelSpec, *, counts: dict, tokenizer: str | None, keep: int) -> pathlib.Path:
-    """Write RUN/checkpoints/STEP; older ones beyond the newest `keep` go after the new one is whole.
+class SaveFailed(UserError):
+    """A checkpoint could not be written; every one before it is as it was."""
 
-    params and rest are pytrees of jax.Arrays on any mesh; every process calls this. counts travel in the manifest.
+
+class Saver:
+    """Writes the checkpoints of one run behind the training: `save` returns as soon as the arrays are copied off the devices.
+
+    Each becomes RUN/checkpoints/STEP by one rename, once it is whole and its checksums are taken. Of the older ones the
+    newest `keep` stay, and those whose step is a multiple of keep_every (0: none). Every process of the run calls every
+    method; the first one publishes. What went wrong behind is raised as SaveFailed by the next call of any method.
     """
-    import orbax.checkpoint as ocp
 
-    final = (run / "checkpoints" / str(step)).absolute()
-    partial = final.with_name(f".{step}.partial")
-    first = jax.process_index() == 0
-    if first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    together("checkpoint directory")
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(partial / "params", without_empty(params))
-        checkpointer.save(partial / "rest", without_empty(rest))
-        checkpointer.wait_until_finished()
-    if first:
+    def __init__(self, run: pathlib.Path, keep: int, keep_every: int = 0):
+        self.run, self.keep, self.keep_every = run, keep, keep_every
+        self.behind = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self.begun: concurrent.futures.Future | None = None
+
+    def save(self, step: int, params: Any, rest: Any, spec: ModelSpec, *, counts: dict, tokenizer: str | None) -> None:
+        """Begin a checkpoint; waits for the one before. params and rest are pytrees of jax.Arrays on any mesh, which may be
+        donated to the next step when this returns. counts travel in the manifest."""
+        import orbax.checkpoint as ocp
+
+        self.wait()
+        final = (self.run / "checkpoints" / str(step)).absolute()
+        partial = final.with_name(f".{step}.partial")
+        if jax.process_index() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            final.parent.mkdir(parents=True, exist_ok=True)
+        together("checkpoint directory")
+        checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        trees = {name: ocp.args.StandardSave(without_empty(tree)) for name, tree in (("params", params), ("rest", rest))}
+        n_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((params, rest)))
+
+        def finish() -> pathlib.Path:
+            with contextlib.closing(checkpointer):
+                checkpointer.wait_until_finished()  # on the first process: until every process has written
+            if jax.process_index() == 0:
+                self.publish(partial, final, spec, {"step": step, **counts}, tokenizer)
+            return final
+
+        with failing_as(final, n_bytes):
+            checkpointer.save(partial, args=ocp.args.Composite(**trees))
+
+        def work() -> pathlib.Path:
+            with failing_as(final, n_bytes):
+                return finish()
+
+        self.begun = self.behind.submit(work)
+
+    def publish(self, partial: pathlib.Path, final: pathlib.Path, spec: ModelSpec, counts: dict, tokenizer: str | None) -> None:
         spec.save(partial / "spec.json")
         files = {str(file.relative_to(partial)): stage.sha256(file) for file in sorted(partial.rglob("*")) if file.is_file()}
-        manifest = stage.make_manifest(
-            "checkpoint", {}, {}, outputs=files, counts={"step": step, **counts}, tokenizer=tokenizer, seed=None, seconds=0.0
-        )  # fmt: skip
-        stage.write_manifest(manifest, partial)
+        stage.write_manifest(
+            stage.make_manifest("checkpoint", {}, {}, outputs=files, counts=counts, tokenizer=tokenizer, seed=None, seconds=0.0), partial
+        )
         shutil.rmtree(final, ignore_errors=True)  # a damaged one of this step, or none
         partial.rename(final)
-        for old in steps(run)[:-keep]:
-            shutil.rmtree(run / "checkpoints" / str(old))
-    together("checkpoint published")
-    return final
+        for old in steps(self.run)[: -self.keep]:
+            if not (self.keep_every and old % self.keep_every == 0):
+                shutil.rmtree(self.run / "checkpoints" / str(old))
+
+    def check(self) -> None:
+        """Raise what a finished save failed with; does not wait for one that is under way."""
+        if self.begun and self.begun.done():
+            self.wait()
+
+    def wait(self) -> pathlib.Path | None:
+        """Wait until the last checkpoint is published. Returns its directory, None when none was begun since the last wait."""
+        begun, self.begun = self.begun, None
+        return begun.result() if begun else None
+
+
+@contextlib.contextmanager
+def failing_as(final: pathlib.Path, n_bytes: int) -> Iterator[None]:
+    """Whatever the writing raises, as one sentence; the unfinished directory goes, since a full disk needs the room."""
+    try:
+        yield
+    except Exception as error:  # Orbax and TensorStore raise OSError, ValueError and their own, by where the disk gave out
+        for unfinished in final.parent.glob(f".{final.name}.partial*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        free = shutil.disk_usage(final.parent).free
+        raise SaveFailed(
+            f"checkpoint {final}: could not be written ({first_line(error)}). It takes {n_bytes / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free; "
+            "the earlier checkpoints are whole. Make room and start the same command again."
+        ) from error
+
+
+def save(run: pathlib.Path, step: int, params: Any, rest: Any, spec: ModelSpec, *, counts: dict, tokenizer: str | None) -> pathlib.Path:
+    """Write RUN/checkpoints/STEP and return when it is there."""
+    saver = Saver(run, keep=1)
+    saver.save(step, params, rest, spec, counts=counts, tokenizer=tokenizer)
+    return saver.wait()
 
 
 def together(name: str) -> None:
