@@ -100,7 +100,7 @@ class ModelSpec:
             return cls.from_dict(json.loads(path.read_text()))
         except FileNotFoundError:
             raise UserError(f"{path}: not there. A run directory or checkpoint carries a spec.json; is {path.parent} one?") from None
-        except (TypeError, json.JSONDecodeError) as error:
+        except (TypeError, ValueError) as error:
             raise UserError(f"{path}: not a model spec ({error}). Restore it from another checkpoint of the same run.") from None
 
 
@@ -153,5 +153,5 @@ class Manifest:
             return cls(**json.loads(path.read_text()))
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{directory}: no manifest.json there, so no stage has finished in it. Run the stage that writes it first.") from None
-        except (TypeError, json.JSONDecodeError) as error:
+        except (TypeError, ValueError) as error:
             raise UserError(f"{path}: cannot be read as a manifest ({error}). Delete {directory} and run its stage again.") from None

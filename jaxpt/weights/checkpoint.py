@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import math
 import pathlib
 import shutil
@@ -78,9 +79,9 @@ class Saver:
     def publish(self, partial: pathlib.Path, final: pathlib.Path, spec: ModelSpec, counts: dict, tokenizer: str | None) -> None:
         spec.save(partial / "spec.json")
         files = {str(file.relative_to(partial)): stage.sha256(file) for file in sorted(partial.rglob("*")) if file.is_file()}
-        stage.write_manifest(
-            stage.make_manifest("checkpoint", {}, {}, outputs=files, counts=counts, tokenizer=tokenizer, seed=None, seconds=0.0), partial
-        )
+        # the counts are what was asked for, so that the fingerprint covers them too: a flipped digit of `rows` would be another run
+        manifest = stage.make_manifest("checkpoint", counts, {}, outputs=files, counts=counts, tokenizer=tokenizer, seed=None, seconds=0.0)
+        stage.write_manifest(dataclasses.replace(manifest, config={}), partial)
         shutil.rmtree(final, ignore_errors=True)  # a damaged one of this step, or none
         partial.rename(final)
         for old in steps(self.run)[: -self.keep]:
@@ -157,6 +158,8 @@ def damage(directory: pathlib.Path) -> str | None:
         manifest = Manifest.load(directory)
     except UserError as error:
         return str(error)
+    if manifest.fingerprint != stage.fingerprint([stage.request_fingerprint("checkpoint", manifest.counts, {}, None), manifest.outputs]):
+        return "manifest.json is not as it was written (its fingerprint differs)"
     for name, checksum in manifest.outputs.items():
         path = directory / name
         if not path.is_file():
@@ -184,8 +187,9 @@ def restore(directory: pathlib.Path, name: str, abstract: Any) -> Any:
     import orbax.checkpoint as ocp
 
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            found = checkpointer.restore(directory.absolute() / name, without_empty(abstract))
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            asked = ocp.args.Composite(**{name: ocp.args.StandardRestore(without_empty(abstract))})
+            found = checkpointer.restore(directory.absolute(), args=asked)[name]
     except (ValueError, KeyError, FileNotFoundError) as error:
         raise UserError(
             f"{directory}/{name}: does not fit the model and optimizer asked for ({first_line(error)}). Was the config changed?"
@@ -238,15 +242,10 @@ def found(source: pathlib.Path) -> pathlib.Path:
 
 def stored(directory: pathlib.Path) -> dict[str, jax.ShapeDtypeStruct]:
     """ "params/blocks/q" -> shape and type, for every array."""
-    import orbax.checkpoint as ocp
-
-    leaves = {}
-    with ocp.StandardCheckpointer() as checkpointer:
-        for item in ("params", "rest"):
-            tree = checkpointer.metadata(directory.absolute() / item).item_metadata.tree
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-                leaves["/".join([item, *(str(key(part)) for part in path)])] = jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
-    return leaves
+    with opened() as checkpointer:
+        trees = {item: tree.tree for item, tree in checkpointer.metadata(directory.absolute()).item_metadata.items()}
+    leaves = jax.tree_util.tree_leaves_with_path(trees)
+    return {name_of(path): jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for path, leaf in leaves}
 
 
 def read(directory: pathlib.Path, name: str) -> np.ndarray:
@@ -257,17 +256,26 @@ def read(directory: pathlib.Path, name: str) -> np.ndarray:
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def choose(path, leaf):
-        if name != "/".join([item, *(str(key(part)) for part in path)]):
-            return ocp.PLACEHOLDER
-        return jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype, sharding=here)
+        return jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype, sharding=here) if f"{item}/{name_of(path)}" == name else ocp.PLACEHOLDER
 
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.metadata(directory.absolute() / item).item_metadata.tree
+    with opened() as checkpointer:
+        tree = checkpointer.metadata(directory.absolute()).item_metadata[item].tree
         chosen = jax.tree_util.tree_map_with_path(choose, tree)
-        restored = checkpointer.restore(
-            directory.absolute() / item, args=ocp.args.PyTreeRestore(item=chosen, restore_args=ocp.checkpoint_utils.construct_restore_args(chosen))
-        )
+        asked = ocp.args.PyTreeRestore(item=chosen, restore_args=ocp.checkpoint_utils.construct_restore_args(chosen))
+        restored = checkpointer.restore(directory.absolute(), args=ocp.args.Composite(**{item: asked}))[item]
     return next(np.asarray(leaf) for leaf in jax.tree.leaves(restored) if leaf is not ocp.PLACEHOLDER)
+
+
+def opened():
+    """Orbax's checkpointer for trees whose shapes are not known beforehand."""
+    import orbax.checkpoint as ocp
+
+    handlers = {item: ocp.PyTreeCheckpointHandler() for item in ("params", "rest")}
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
+
+
+def name_of(path) -> str:
+    return "/".join(str(key(part)) for part in path)
 
 
 def key(part) -> Any:

@@ -1,0 +1,287 @@
+"""The fault campaign: a small training is killed, stopped, starved and damaged in every way below, and has to end as if nothing had been.
+
+    python benchmarks/faults.py [--kills 20] [--kills-of-two 10] [--seed 0]
+
+Each fault is followed by the same command again, and the end is compared with an uncut run: checkpoints bit by bit, metrics.jsonl
+in every field but time, speed, memory and money. Prints a table; exits 1 when anything differs. About 20 minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from jaxpt.train.metrics import read as read_metrics
+from jaxpt.weights import checkpoint
+
+RECIPE = """
+from jaxpt.config import defaults
+def get_config():
+    c = defaults()
+    c.prepare.sources, c.prepare.limit_mb, c.prepare.heldout_frac = ("python:prose",), 0.3, 0.2
+    c.tokenizer.vocab_size, c.pack.row_len = 500, 64
+    c.model.n_layers, c.model.d_model, c.model.d_ff = 2, 24, 40
+    c.model.n_heads, c.model.n_kv_heads, c.model.d_head, c.model.max_positions = 6, 2, 8, 64
+    c.mixture.packed = ("data/packed",)
+    c.train.batch_rows, c.train.log_every, c.train.eval_every, c.train.eval_rows = 16, 5, 50, 16
+    c.train.checkpoint_every, c.train.keep = 10, 3
+    c.optim.peak_lr, c.optim.warmup_steps = 1e-2, 10
+    return c
+"""
+VARIES = {"tokens_per_second", "step_seconds", "mfu", "memory_bytes", "seconds", "usd"}
+SILENCE = 60  # what jaxpt/train/machine.py waits for a host that says nothing
+
+
+def prepare(home: pathlib.Path) -> None:
+    """Recipe, corpus, tokenizer and packed rows of the campaign."""
+    (home / "small.py").write_text(RECIPE)
+    for door in ("prepare", "train_tokenizer", "pack"):
+        subprocess.run(
+            [sys.executable, ROOT / f"scripts/{door}.py", "--config", "small.py", "--workdir", "data"], cwd=home, check=True, capture_output=True
+        )
+
+
+class Job:
+    """One start of the run: a process, or several that are joined, with what they said."""
+
+    def __init__(self, home: pathlib.Path, run: str, steps: int, *more: str, n: int = 1, devices: int = 1, limit: int | None = None):
+        self.home, self.run, self.said = home, home / run, home / f"{run}.log"
+        command = [sys.executable, str(ROOT / "scripts/train.py"), "--config", "small.py", "--workdir", run, f"--config.train.steps={steps}", *more]
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            joined = {"JAXPT_COORDINATOR": f"localhost:{free.getsockname()[1]}", "JAXPT_PROCESSES": str(n)} if n > 1 else {}
+        self.processes = [
+            subprocess.Popen(
+                command, cwd=home, stdout=open(self.said, "w" if i == 0 else "a"), stderr=subprocess.STDOUT,  # noqa: SIM115
+                env={**environment, **joined, **({"JAXPT_PROCESS": str(i)} if n > 1 else {})},
+                preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None,
+            )
+            for i in range(n)
+        ]  # fmt: skip
+
+    def wait(self, timeout: float = 600) -> list[int]:
+        return [process.wait(timeout) for process in self.processes]
+
+    def ends(self) -> None:
+        """To the end without a fault, or what it said as an error."""
+        if any(self.wait()):
+            raise SystemExit(f"{self.run}: {self.processes} ended with\n{self.said.read_text()[-3000:]}")
+
+    def step(self) -> int:
+        """The last step that metrics.jsonl tells of."""
+        records = read_metrics(self.run / "metrics.jsonl")
+        return records[-1]["step"] if records else 0
+
+    def until(self, step: int) -> None:
+        """Wait until the run has said that it passed this step."""
+        while self.step() < step:
+            if any(process.poll() is not None for process in self.processes):
+                raise SystemExit(f"{self.run}: ended before step {step}\n{self.said.read_text()[-3000:]}")
+            time.sleep(0.02)
+
+    def end_others(self, patience: float) -> float:
+        """Seconds until every process has ended by itself after one was lost; those that have not by `patience` are killed."""
+        start = time.monotonic()
+        while any(process.poll() is None for process in self.processes) and time.monotonic() - start < patience:
+            time.sleep(0.05)
+        took = time.monotonic() - start
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        return took
+
+
+def differences(home: pathlib.Path, run: str, uncut: str, steps: int) -> list[str]:
+    """What is not as in the uncut run: arrays, then metrics."""
+    found = checkpoint.differences(home / uncut / f"checkpoints/{steps}", home / run / f"checkpoints/{steps}")
+    here, there = (without_speed(read_metrics(home / name / "metrics.jsonl")) for name in (run, uncut))
+    return (
+        found
+        + [f"metrics.jsonl: {a} and {b}" for a, b in zip(here, there, strict=False) if a != b]
+        + ["metrics.jsonl: length"] * (len(here) != len(there))
+    )
+
+
+def without_speed(records: list[dict]) -> list[dict]:
+    return [{name: value for name, value in record.items() if name not in VARIES} for record in records if "resumed" not in record]
+
+
+def copied(home: pathlib.Path, run: str, source: str) -> pathlib.Path:
+    """A run as a kill after its last checkpoint leaves it, ready to be damaged."""
+    shutil.copytree(home / source, home / run)
+    (home / run / "manifest.json").unlink()
+    return home / run
+
+
+# ---- the faults. Each yields a line for the table: (what, how often or what came of it) and leaves the run finished.
+
+
+def kills(home: pathlib.Path, run: str, steps: int, n_kills: int, rng: random.Random, seconds: tuple[float, float], **layout) -> str:
+    """SIGKILL at random moments, of a random one of the processes; the others have to end by themselves."""
+    at, waited = [], 0.0
+    for _ in range(n_kills):
+        job = Job(home, run, steps, **layout)
+        time.sleep(rng.uniform(*seconds))
+        rng.choice(job.processes).kill()
+        waited = max(waited, job.end_others(3 * SILENCE))
+        if (home / run / "manifest.json").exists():
+            break
+        at.append(job.step())
+    Job(home, run, steps, **layout).ends()
+    others = f"; the other process ended within {waited:.0f} s" if len(job.processes) > 1 else ""
+    return f"{len(at)} kills, at steps {', '.join(map(str, at))}{others}"
+
+
+def sigterm(home: pathlib.Path, run: str, steps: int, **layout) -> str:
+    """SIGTERM to one process: every one saves at the same step and ends with 143."""
+    job = Job(home, run, steps, **layout)
+    job.until(steps // 3)
+    job.processes[-1].send_signal(signal.SIGTERM)
+    status = job.wait()
+    step = checkpoint.steps(home / run)[-1]
+    Job(home, run, steps, **layout).ends()
+    return f"saved step {step}, exit {status}"
+
+
+def hung(home: pathlib.Path, run: str, steps: int, **layout) -> str:
+    """One host stops answering (SIGSTOP): the others give it up and end, and the next start goes on."""
+    job = Job(home, run, steps, **layout)
+    job.until(steps // 3)
+    stopped = job.processes[-1]
+    stopped.send_signal(signal.SIGSTOP)
+    start = time.monotonic()
+    while job.processes[0].poll() is None and time.monotonic() - start < 5 * SILENCE:
+        time.sleep(0.1)
+    took = time.monotonic() - start
+    job.end_others(0)
+    Job(home, run, steps, **layout).ends()
+    return f"given up after {took:.0f} s"
+
+
+def full_disk(home: pathlib.Path, run: str, steps: int) -> str:
+    """No file may grow beyond 20 kB (RLIMIT_FSIZE), as a checkpoint's do: one sentence, what was whole stays, the next start goes on."""
+    job = Job(home, run, steps, limit=20_000)
+    status = job.wait()
+    told = job.said.read_text()
+    assert status == [1] and "could not be written" in told and "Traceback" not in told, told
+    Job(home, run, steps).ends()
+    return "exit 1: " + told.strip().splitlines()[-1][:160] + "..."
+
+
+def full_disk_goes_on(home: pathlib.Path, run: str, steps: int) -> str:
+    """The same with train.on_failed_save = go on: every save is told, training goes on, and the last one, which has to be, ends it."""
+    job = Job(home, run, steps, "--config.train.on_failed_save=go on", limit=20_000)
+    status, told = job.wait(), job.said.read_text()
+    assert status == [1] and told.count("The run goes on") >= 3, told
+    Job(home, run, steps).ends()
+    return f"{told.count('The run goes on')} saves told"
+
+
+def small_disk(home: pathlib.Path, run: str, steps: int) -> str:
+    """A real full disk: a tmpfs of 1 MB as the run directory (root only)."""
+    (home / run).mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(home / run)], capture_output=True).returncode:
+        (home / run).rmdir()
+        return "not tried: mounting needs root"
+    try:
+        job = Job(home, run, steps)
+        status, told, whole = job.wait(), job.said.read_text(), checkpoint.steps(home / run)
+        assert status == [1] and "could not be written" in told and "Traceback" not in told, told
+        subprocess.run(["mount", "-o", "remount,size=64m", str(home / run)], check=True)
+        Job(home, run, steps).ends()
+        shutil.copytree(home / run, home / f"{run}.out")
+    finally:
+        subprocess.run(["umount", str(home / run)], check=True)
+    (home / run).rmdir()
+    (home / f"{run}.out").rename(home / run)
+    return f"steps {whole} were whole; with more room it went on"
+
+
+def damages(directory: pathlib.Path) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Every file of a checkpoint gone, cut in half, and with one bit turned."""
+    for file in sorted(path for path in directory.rglob("*") if path.is_file()):
+        whole, name = file.read_bytes(), str(file.relative_to(directory))
+        yield f"{name} gone", file.unlink
+        file.write_bytes(whole)
+        if whole:
+            yield f"{name} cut", lambda file=file, whole=whole: file.write_bytes(whole[: len(whole) // 2])
+            middle = len(whole) // 2
+            yield f"{name} flipped", lambda file=file, whole=whole, m=middle: file.write_bytes(whole[:m] + bytes([whole[m] ^ 1]) + whole[m + 1 :])
+            file.write_bytes(whole)
+
+
+def torn(home: pathlib.Path, run: str, source: str, steps: int, rng: random.Random) -> str:
+    """The newest checkpoint damaged in every way: the one before is taken. One of the ways, chosen at random, is gone on from for real."""
+    directory = copied(home, run, source)
+    (directory / "checkpoints" / "999999").mkdir()  # a stray numeric directory, which Orbax would take for the newest
+    n = 0
+    for name, damage in damages(directory / f"checkpoints/{steps}"):
+        damage()
+        found = checkpoint.newest(directory)
+        assert found and found.name != str(steps), f"{name} went unnoticed: {found}"
+        n += 1
+    name, damage = rng.choice(list(damages(directory / f"checkpoints/{steps}")))
+    damage()
+    Job(home, run, steps).ends()
+    return f"{n} damages seen; went on from {name}"
+
+
+def campaign(home: pathlib.Path, n_kills: int, n_kills_of_two: int, seed: int) -> bool:
+    """The whole table; True when every end was the uncut run's."""
+    rng, good = random.Random(seed), True
+    prepare(home)
+    print("| fault | what came of it | end |\n|---|---|---|", flush=True)
+    start = time.monotonic()
+    Job(home, "uncut", 400).ends()
+    whole = time.monotonic() - start
+    two = {"n": 2, "devices": 2}
+    start = time.monotonic()
+    Job(home, "uncut2", 60, **two).ends()
+    whole_of_two = time.monotonic() - start
+
+    def row(name: str, run: str, uncut: str, steps: int, work: Callable, *rest, **layout) -> None:
+        nonlocal good
+        found = work(home, run, *rest, **layout) if work is torn else work(home, run, steps, *rest, **layout)
+        wrong = differences(home, run, uncut, steps) if (home / run).exists() else []
+        good &= not wrong
+        print(f"| {name} | {found} | {'; '.join(wrong[:3]) or 'equal'} |", flush=True)
+
+    row("SIGKILL, one process", "killed", "uncut", 400, kills, n_kills, rng, (1.0, max(whole * 0.6, 4)))
+    row("SIGKILL of one of two processes", "killed2", "uncut2", 60, kills, n_kills_of_two, rng, (2.0, max(whole_of_two * 0.8, 6)), **two)
+    row("SIGTERM", "term", "uncut", 400, sigterm)
+    row("SIGTERM to one of two", "term2", "uncut2", 60, sigterm, **two)
+    row("newest checkpoint torn, flipped, stray directory", "torn", "uncut", 400, torn, "uncut", 400, rng)
+    row("disk full (no file above 20 kB)", "full", "uncut", 400, full_disk)
+    row("disk full, on_failed_save = go on", "full_on", "uncut", 400, full_disk_goes_on)
+    row("disk full (tmpfs of 1 MB)", "tmpfs", "uncut", 400, small_disk)
+    row("a hung host of two", "hung2", "uncut2", 60, hung, **two)
+    return good
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills-of-two", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as home:
+        sys.exit(0 if campaign(pathlib.Path(home), asked.kills, asked.kills_of_two, asked.seed) else 1)
+
+
+if __name__ == "__main__":
+    main()
