@@ -135,7 +135,9 @@ def get_config():
     # (first, last) steps recorded by the JAX profiler into WORKDIR/tensorboard
     c.train.profile = ()
 
-    # optim: AdamW and its schedule
+    # optim: the optimizer and its schedule
+    # adamw; muon orthogonalizes the updates of a layer's matrices, half their moments. Keep the one a base was trained with
+    c.optim.name = "adamw"
     # learning rate after warm-up
     c.optim.peak_lr = 0.0003
     # learning rate at the last step, as a share of peak_lr

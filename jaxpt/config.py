@@ -134,8 +134,12 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Optim:
-    """AdamW and its schedule"""
+    """the optimizer and its schedule"""
 
+    name: str = knob(
+        "adamw", "adamw; muon orthogonalizes the updates of a layer's matrices, half their moments. Keep the one a base was trained with",
+        "adamw", "muon",
+    )  # fmt: skip
     peak_lr: float = knob(3e-4, "learning rate after warm-up")
     end_lr_frac: float = knob(0.1, "learning rate at the last step, as a share of peak_lr")
     schedule: str = knob("wsd", "after warm-up: wsd stays and falls over decay_frac; cosine, linear; constant", "wsd", "cosine", "linear", "constant")

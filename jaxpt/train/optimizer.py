@@ -1,7 +1,8 @@
-"""The optimizer: AdamW as an optax chain, decay by name, rates by group and age, and the learning rate as a function of the step."""
+"""The optimizer: AdamW or Muon as an optax chain, decay by name, rates by group and age, and the learning rate as a function of the step."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from optax.contrib import MuonDimensionNumbers
 
 from jaxpt.config import Optim
 from jaxpt.model import llama
@@ -18,6 +20,13 @@ from jaxpt.weights import growth
 
 # By name: "decay what has two dimensions" would decay stacked norm scales, which are [L, D].
 DECAYED = frozenset({"q", "k", "v", "o", "gate", "up", "down", "unembed"})
+# What Muon orthogonalizes, layer by layer, and which axes of a stacked weight are inputs and outputs of its matrix. Embedding, head,
+# norms and biases stay with Adam (kellerjordan.github.io/posts/muon).
+MATRICES = {
+    **dict.fromkeys(("q", "k", "v"), MuonDimensionNumbers(1, (2, 3))),
+    "o": MuonDimensionNumbers((1, 2), 3),
+    **dict.fromkeys(("gate", "up", "down"), MuonDimensionNumbers(1, 2)),
+}
 
 
 class Young(NamedTuple):
@@ -46,11 +55,64 @@ def build(optim: Optim, spec: ModelSpec, young: Young = Young()) -> optax.Gradie
     The learning rate stays outside so that it follows the run's step even when an update is skipped.
     """
     adam = optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps)
+    core = muon_beside(adam) if optim.name == "muon" else adam
     return optax.chain(
         optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity(),
-        adam if young.rewarm == "none" else rewarmed(adam, optim, spec, young),
+        core if young.rewarm == "none" else rewarmed(core, optim, spec, young),
         optax.add_decayed_weights(optim.weight_decay, mask=decayed) if optim.weight_decay else optax.identity(),
     )
+
+
+def muon_beside(adam: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Muon on the MATRICES of each layer, adam on the rest; the state is Adam's, whose nu holds the rest alone.
+
+    Directions are brought to the size of Adam's (RMS 0.2), so that learning rate and decay mean what they mean there.
+    Source: optax.contrib; Moonlight, 2502.16982, for the size.
+    """
+
+    def of(path) -> bool:
+        return path[-1].key in MATRICES
+
+    def sizes(tree):
+        return jax.tree_util.tree_map_with_path(lambda path, _: MATRICES[path[-1].key], tree)
+
+    muon = optax.contrib.scale_by_muon(weight_dimension_numbers=sizes)
+
+    def as_large_as_adams(path, direction):
+        fans = ([direction.shape[i] for i in np.atleast_1d(axes)] for axes in MATRICES[path[-1].key])
+        return 0.2 * max(map(math.prod, fans)) ** 0.5 * direction
+
+    def init(params):
+        _, rest = parted(params, of)
+        state = adam.init(params)
+        return state._replace(nu=adam.init(rest).nu)
+
+    def update(grads, state, params=None):
+        (matrices, rest), (momenta, means) = parted(grads, of), parted(state.mu, of)
+        ours = muon.init(momenta)._replace(count=state.count, mu=momenta)
+        orthogonal, ours = muon.update(matrices, ours)
+        orthogonal = jax.tree_util.tree_map_with_path(as_large_as_adams, orthogonal)
+        directions, theirs = adam.update(rest, state._replace(mu=means))
+        return joined(orthogonal, directions), theirs._replace(mu=joined(ours.mu, theirs.mu))
+
+    return optax.GradientTransformation(init, update)
+
+
+def parted(tree: dict[str, Any], chosen: Callable[[tuple], bool]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(leaves whose path is chosen, the others), each a nested dict that holds only those."""
+    parts: tuple[dict, dict] = {}, {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        inner = parts[0 if chosen(path) else 1]
+        for part in path[:-1]:
+            inner = inner.setdefault(part.key, {})
+        inner[path[-1].key] = leaf
+    return parts
+
+
+def joined(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    """What `parted` took apart."""
+    both = {name: joined(a[name], b[name]) for name in a.keys() & b.keys()}
+    return {name: both.get(name, a.get(name, b.get(name))) for name in sorted(a.keys() | b.keys())}
 
 
 def rewarmed(adam: optax.GradientTransformation, optim: Optim, spec: ModelSpec, young: Young) -> optax.GradientTransformation:
@@ -62,13 +124,15 @@ def rewarmed(adam: optax.GradientTransformation, optim: Optim, spec: ModelSpec, 
         directions, state = adam.update(grads, state, params)
         count, own = (x.astype(jnp.float32) for x in (state.count, state.count - young.updates))
         share = jnp.sqrt((1 - optim.b2**own) / (1 - optim.b2**count)) * (1 - optim.b1**count) / (1 - optim.b1**own)
-        share *= jnp.minimum(own / max(optim.warmup_steps, 1), 1)
+        rise = jnp.minimum(own / max(optim.warmup_steps, 1), 1)
 
-        def one(row, direction):
+        def one(path, row, direction):
             new = True if young.rewarm == "all" else growth.is_new(row, young.new)
-            return direction if new is None else jnp.where(new, share.astype(direction.dtype) * direction, direction)
+            # an orthogonalized direction has one size whatever its momentum's: there is no bias to correct
+            factor = rise if optim.name == "muon" and path[-1].key in MATRICES else share * rise
+            return direction if new is None else jnp.where(new, factor.astype(direction.dtype) * direction, direction)
 
-        return jax.tree.map(one, llama.rows(spec), directions, is_leaf=llama.is_row), state
+        return jax.tree_util.tree_map_with_path(one, llama.rows(spec), directions, is_leaf=llama.is_row), state
 
     return optax.GradientTransformation(adam.init, update)
 

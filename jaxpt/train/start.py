@@ -73,8 +73,10 @@ def table(settings: Config, birth: Birth) -> list[str]:
     ]
     lines = [f"start: {asked.start}", *(f"  {part:<13} {fate}" for part, fate in rows)]
     theirs = known.get("optimizer", "adamw")
-    if theirs != "adamw":  # 2605.06654: a base trained by one optimizer degrades under another
-        lines.append(f"warning: {asked.source} was trained with {theirs}, this run uses adamw; such a change costs quality. Compare with a short run")
+    if theirs != optim.name:  # 2605.06654: a base trained by one optimizer degrades under another
+        lines.append(
+            f"warning: {asked.source} was trained with {theirs}, this run uses {optim.name}; such a change costs quality. Compare with a short run"
+        )
     if not goes_on and (lr := known.get("lr")) and optim.peak_lr > lr:
         lines.append(f"  its last learning rate was {lr:.2e}; {optim.peak_lr:.2e} re-warms it, which forgets some before it learns (2403.08763)")
     return lines

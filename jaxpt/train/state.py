@@ -29,14 +29,14 @@ def abstract_state(spec: ModelSpec, settings: Config, mesh) -> TrainState:
     """The state as ShapeDtypeStructs with shardings: nothing is allocated. Moments lie where their weights lie."""
     params = llama.abstract_params(spec, mesh, jnp.dtype(settings.initialize.dtype))
     whole = replicated(mesh)
-    tx = optimizer.build(settings.optim, spec)
-    opt = optax.tree.map_params(
-        tx,
-        lambda moment, param: jax.ShapeDtypeStruct(moment.shape, moment.dtype, sharding=param.sharding),
-        jax.eval_shape(tx.init, params),
-        params,
-        transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
-    )
+    stored = {jax.tree_util.keystr(path): leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+    def placed(path, leaf):
+        """A moment's path ends in that of its weight, by names; what has none (a count) is whole everywhere."""
+        names = jax.tree_util.keystr(tuple(part for part in path if isinstance(part, jax.tree_util.DictKey)))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=stored.get(names, whole))
+
+    opt = jax.tree_util.tree_map_with_path(placed, jax.eval_shape(optimizer.build(settings.optim, spec).init, params))
     scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=whole)  # noqa: E731
     guard = {"norm_mean": scalar(jnp.float32), "n_skipped": scalar(jnp.int32), "n_in_a_row": scalar(jnp.int32)}
     return TrainState(scalar(jnp.int32), params, opt, guard)

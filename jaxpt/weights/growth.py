@@ -375,7 +375,7 @@ def compiled(growth: Growth, mesh):
 
 
 def moments(growth: Growth, tree: dict[str, Any], policy: str, power: int, mesh) -> dict[str, Any]:
-    """Adam's mean (power 1) or mean square (power 2) of the child's gradients, from the parent's, by policy:
+    """Adam's mean (power 1; Muon's momentum too) or mean square (power 2) of the child's gradients, from the parent's, by policy:
 
     copy         as they lie
     copy_scaled  as the gradient of a widened model truly is: the loss reaches an output that stands c times through c copies
@@ -402,21 +402,28 @@ def moments(growth: Growth, tree: dict[str, Any], policy: str, power: int, mesh)
 
         return on_rows(growth.child, one, tree)
 
-    return under_jit(growth, make, mesh)(tree)
+    return under_jit(growth, make, mesh, of=tree)(tree)
 
 
-def under_jit(growth: Growth, make: Callable, mesh):
+def under_jit(growth: Growth, make: Callable, mesh, of: dict[str, Any] | None = None):
+    """of: a tree that holds some of the weights (a moment that not every weight has); None for all of them."""
     llama.abstract(growth.child)  # traced before a mesh is in force, which its eager initialisers would ask for
 
     def placed(tree):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return make(tree)
 
-    return jax.jit(placed, out_shardings=llama.shardings(growth.child, mesh))
+    shardings = llama.shardings(growth.child, mesh)
+    return jax.jit(placed, out_shardings=shardings if of is None else within(of, shardings))
 
 
 def on_rows(child: ModelSpec, one: Callable, tree: dict[str, Any]) -> dict[str, Any]:
-    return jax.tree_util.tree_map_with_path(one, llama.rows(child), tree, is_leaf=llama.is_row)
+    return jax.tree_util.tree_map_with_path(one, within(tree, llama.rows(child)), tree, is_leaf=llama.is_row)
+
+
+def within(tree: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
+    """Of a nested dict over all weights the part that `tree` has too."""
+    return {name: within(inner, whole[name]) if isinstance(inner, dict) else whole[name] for name, inner in tree.items()}
 
 
 # The axis that a weight sums over. What stands several times there counts less; along its other axes it is copied as it is.
