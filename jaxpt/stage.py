@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -244,6 +245,11 @@ def door(main: Callable[[], None]) -> None:
         sys.exit(f"error: {error}")
     except BrokenPipeError:  # the reader of our output (head, less) has gone; that is no failure of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        # what copies whole directories (shutil.Error) has the reason in its text alone
+        if not any(error.errno == full or os.strerror(full) in str(error) for full in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+            raise
+        sys.exit(f"error: the disk is full ({str(error)[:300]}). What was finished before is whole; make room and run the same command again.")
     except KeyboardInterrupt:
         say("interrupted; what was finished is kept, run the same command again to go on")
         sys.exit(130)

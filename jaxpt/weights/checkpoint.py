@@ -13,9 +13,13 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
+import logging
 import math
+import os
 import pathlib
 import shutil
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,6 +47,7 @@ class Saver:
         self.run, self.keep, self.keep_every = run, keep, keep_every
         self.behind = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self.begun: concurrent.futures.Future | None = None
+        leave_errors_to_us()
 
     def save(self, step: int, params: Any, rest: Any, spec: ModelSpec, *, counts: dict, tokenizer: str | None) -> None:
         """Begin a checkpoint; waits for the one before. params and rest are pytrees of jax.Arrays on any mesh, which may be
@@ -109,9 +114,27 @@ def failing_as(final: pathlib.Path, n_bytes: int) -> Iterator[None]:
             shutil.rmtree(unfinished, ignore_errors=True)
         free = shutil.disk_usage(final.parent).free
         raise SaveFailed(
-            f"checkpoint {final}: could not be written ({first_line(error)}). It takes {n_bytes / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free; "
+            f"checkpoint {final}: could not be written ({reason(error)}). It takes {n_bytes / 1e6:,.1f} MB, its disk has {free / 1e9:.2f} GB free; "
             "the earlier checkpoints are whole. Make room and start the same command again."
         ) from error
+
+
+def leave_errors_to_us() -> None:
+    """Of one write that fails Orbax, asyncio and TensorStore's callbacks print hundreds of lines; SaveFailed says it in one."""
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
+
+    def hook(kind, error, trace) -> None:
+        if "Event loop is closed" not in str(error):
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = hook
+
+
+def reason(error: Exception) -> str:
+    """The system's own words where an error carries them, which libraries wrap in paragraphs."""
+    known = (os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES))
+    return next((words for words in known if words in str(error)), first_line(error))
 
 
 def save(run: pathlib.Path, step: int, params: Any, rest: Any, spec: ModelSpec, *, counts: dict, tokenizer: str | None) -> pathlib.Path:

@@ -1,0 +1,123 @@
+"""Laws of a run that is left alone: whatever happens to it, the same command goes on and ends as the uncut run. benchmarks/faults.py is the long form."""
+
+import importlib.util
+import json
+import random
+import signal
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from jaxpt.spec import Manifest
+from jaxpt.train.metrics import read as read_metrics
+from jaxpt.weights import checkpoint
+
+found = importlib.util.spec_from_file_location("faults", ROOT / "benchmarks/faults.py")
+faults = importlib.util.module_from_spec(found)
+found.loader.exec_module(faults)
+
+STEPS = 40
+TWO = {"n": 2, "devices": 4}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Packed rows and an uncut run of STEPS steps."""
+    home = tmp_path_factory.mktemp("alone")
+    faults.prepare(home)
+    faults.Job(home, "uncut", STEPS).ends()
+    return home
+
+
+def equal(home, run, uncut="uncut", steps=STEPS):
+    assert faults.differences(home, run, uncut, steps) == []
+
+
+def losses(run):
+    return [record["loss"] for record in read_metrics(run / "metrics.jsonl") if "loss" in record]
+
+
+def test_killed_at_random_moments_it_ends_as_the_uncut_run(home):
+    faults.kills(home, "killed", STEPS, 3, random.Random(1), (2.0, 5.0))
+    equal(home, "killed")
+
+
+def test_whatever_is_wrong_with_the_newest_checkpoint_the_one_before_is_taken(home):
+    faults.torn(home, "torn", "uncut", STEPS, random.Random(2))
+    equal(home, "torn")
+
+
+def test_a_disk_that_fills_up_is_one_sentence_and_loses_nothing(home):
+    faults.full_disk(home, "full", STEPS)
+    equal(home, "full")
+
+
+def test_a_run_may_go_on_without_its_checkpoints(home):
+    faults.full_disk_goes_on(home, "full_on", STEPS)
+    equal(home, "full_on")
+
+
+def test_two_processes_train_as_one_and_leave_together(home):
+    """2 x 4 devices against 1 x 8; SIGTERM to the second process, which both obey at the same step."""
+    faults.Job(home, "eight", 20, devices=8).ends()
+    faults.Job(home, "two", 20, **TWO).ends()
+    np.testing.assert_allclose(losses(home / "two"), losses(home / "eight"), rtol=2e-5)
+
+    job = faults.Job(home, "term", 20, "--config.train.checkpoint_every=100", **TWO)
+    job.until(5)
+    job.processes[1].send_signal(signal.SIGTERM)
+    assert job.wait() == [143, 143]
+    (saved,) = checkpoint.steps(home / "term")
+    assert 5 <= saved < 20
+    faults.Job(home, "term", 20, "--config.train.checkpoint_every=100", **TWO).ends()
+    equal(home, "term", "two", 20)
+
+
+def test_out_of_memory_comes_before_any_row_is_read_with_what_would_help(home):
+    job = faults.Job(home, "large", STEPS, "--config.train.batch_rows=1000000", "--config.mixture.max_epochs=0")
+    assert job.wait() == [1]
+    told = job.said.read_text()
+    assert "out of memory: a step of 1000000 rows x 64 tokens" in told and "train.accumulate=2" in told and "Traceback" not in told
+
+
+def test_a_second_start_finds_its_programs_compiled(home, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(home / "compiled"))
+    told = []
+    for run in ("cold", "warm"):
+        job = faults.Job(home, run, 12)
+        job.ends()
+        told.append(job.said.read_text())
+    assert "not in the compile cache" in told[0] and f"kept in {home / 'compiled'}" in told[0]
+    assert "from the compile cache" in told[1] and "of compiling saved" in told[1]
+    equal(home, "warm", "cold", 12)
+
+
+def test_checkpoints_at_round_steps_stay_and_a_profile_is_written(home):
+    more = ["--config.train.keep=1", "--config.train.keep_every=20", "--config.train.profile=(3, 4)", "--config.train.checkpoint_minutes=0.0001"]
+    job = faults.Job(home, "kept", 35, *more)
+    job.ends()
+    assert checkpoint.steps(home / "kept") == [20, 35]
+    assert any((home / "kept/tensorboard").rglob("*.xplane.pb")) and "profile of steps 3 to 4" in job.said.read_text()
+    assert losses(home / "kept")[:6] == losses(home / "uncut")[:6]
+
+
+def test_what_a_child_forgets_stops_it_or_is_read_more_often(home):
+    """The child reads code alone; what it forgets of the prose doubles the prose's share, in the same way when it is killed in between."""
+    child = ["--config.initialize.source=uncut", "--config.mixture.phases=((0, {'python-code': 1.0}),)", "--config.train.eval_every=10"]
+    sources = sorted(Manifest.load(home / "uncut").counts["heldout"])
+    prose, code = next(name for name in sources if "prose" in name), next(name for name in sources if "code" in name)
+    child[1] = f"--config.mixture.phases=((0, {{'{code}': 1.0}}),)"
+    limit = "--config.train.max_forgetting=1e-9"
+    job = faults.Job(home, "stopped", 30, *child, limit)
+    assert job.wait() == [1]
+    assert f"held-out loss is above the parent's: {prose}" in job.said.read_text() and checkpoint.steps(home / "stopped") == [10]
+
+    child += [limit, "--config.train.on_forgetting=replay"]
+    faults.Job(home, "child", 30, *child).ends()
+    phases = json.loads((home / "child/phases.json").read_text())
+    assert phases[0] == [0, {code: 1.0}] and phases[1] == [10, {prose: 0.05, code: 0.95}] and phases[2][1][prose] in (0.05, 0.1)
+    again = faults.copied(home, "child_cut", "child")
+    (again / "checkpoints/30/manifest.json").unlink()
+    faults.Job(home, "child_cut", 30, *child).ends()
+    equal(home, "child_cut", "child", 30)
