@@ -124,11 +124,8 @@ def leave_errors_to_us() -> None:
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
     logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
 
-    def hook(kind, error, trace) -> None:
-        if "Event loop is closed" not in str(error):
-            sys.__excepthook__(kind, error, trace)
-
-    sys.excepthook = hook
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda found: None if "Event loop is closed" in str(found.exc_value) else before(found)
 
 
 def reason(error: Exception) -> str:
