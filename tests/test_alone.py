@@ -121,3 +121,15 @@ def test_what_a_child_forgets_stops_it_or_is_read_more_often(home):
     (again / "checkpoints/30/manifest.json").unlink()
     faults.Job(home, "child_cut", 30, *child).ends()
     equal(home, "child_cut", "child", 30)
+
+
+@pytest.mark.slow
+def test_resuming_needs_no_more_memory_than_running(home):
+    """34 million parameters: 0.4 GB of state, which a second copy would show."""
+    sizes = {"d_model": 512, "d_ff": 2048, "n_layers": 8, "n_heads": 8, "n_kv_heads": 8, "d_head": 64}
+    more = [*(f"--config.model.{name}={size}" for name, size in sizes.items()), "--config.train.batch_rows=2", "--config.train.log_every=1"]
+    peaks = []
+    for steps in (12, 16):
+        faults.Job(home, "large_state", steps, *more, "--config.train.checkpoint_every=4", "--config.train.eval_every=0").ends()
+        peaks.append([record["memory_bytes"] for record in read_metrics(home / "large_state/metrics.jsonl") if "memory_bytes" in record][-1])
+    assert peaks[1] < 1.02 * peaks[0]

@@ -306,12 +306,16 @@ def after_growth(settings, spec, mesh, text, policy, n_before=3):
     return grew, state.TrainState(now.step, growth.weights(grew, now.params, mesh), opt, guard), young
 
 
-@pytest.mark.parametrize("text", ["depth_upscale(m=2)", "widen(d=48, heads=12)"])
-def test_a_growth_adds_one_compilation_and_leaves_the_state_sharded_as_born(spec, text):
+@pytest.mark.parametrize(("text", "name"), [("depth_upscale(m=2)", "muon"), ("widen(d=48, heads=12)", "adamw")])
+def test_a_growth_adds_one_compilation_and_leaves_the_state_sharded_as_born(spec, text, name):
     mesh = sharding.make_mesh(config.Mesh(fsdp=4, tensor=2))
-    grew, now, young = after_growth(SETTINGS, spec, mesh, text, "reset_new")
-    assert state.shardings(now) == state.shardings(state.abstract_state(grew.child, SETTINGS, mesh))
-    now, run = trained(SETTINGS, grew.child, mesh, 2, now, young)
+    settings = dataclasses.replace(SETTINGS, optim=dataclasses.replace(SETTINGS.optim, name=name))
+    grew, now, young = after_growth(settings, spec, mesh, text, "reset_new")
+    assert state.shardings(now) == state.shardings(state.abstract_state(grew.child, settings, mesh))
+    if name == "muon":  # momenta of the first copies are the parent's, of the second ones 0
+        momentum = np.asarray(now.opt[1].mu["blocks"]["gate"])
+        assert momentum[:3].any() and not momentum[3].any() and momentum[4:].any() == (not growth.young(grew)["layers"][4:].all())
+    now, run = trained(settings, grew.child, mesh, 2, now, young)
     assert run._cache_size() == 1 and int(now.step) == 5
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from jaxpt import sharding
-from jaxpt.config import Config, Mesh, Optim, Pack, Train
+from jaxpt.config import Config, Mesh, Mixture, Optim, Pack, Train
 from jaxpt.model import llama
 from jaxpt.spec import Batch, ModelSpec, UserError
-from jaxpt.train import optimizer, state, step
+from jaxpt.train import forgetting, machine, optimizer, state, step
 
 SETTINGS = Config(
     pack=Pack(row_len=32), train=Train(steps=12, batch_rows=16, max_skips=3), optim=Optim(peak_lr=1e-2, warmup_steps=3, weight_decay=0.1)
@@ -180,3 +180,93 @@ def test_a_step_of_a_grown_model_adds_exactly_one_compile(spec, one):
         for i in range(2):
             now, _ = run(now, jax.device_put(make_batch(i), sharding.batch_sharding(one)))
     assert [run._cache_size() for run in runs] == [1, 1]
+
+
+def test_a_rehearsal_leaves_the_state_as_it_was_and_is_the_steps_one_compile(spec):
+    mesh = sharding.make_mesh(Mesh(fsdp=4, tensor=2))
+    now = state.born(llama.init(spec, 0, mesh), spec, SETTINGS, mesh)
+    run = step.build(spec, SETTINGS, mesh)
+    now, _ = run(now, jax.device_put(make_batch(0), sharding.batch_sharding(mesh)))
+    before = jax.device_get(now)
+    now = step.rehearse(run, now, SETTINGS, mesh)
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(now))
+    run(now, jax.device_put(make_batch(1), sharding.batch_sharding(mesh)))
+    assert run._cache_size() == 1
+
+
+# ---- Muon
+
+MUON = dataclasses.replace(SETTINGS, optim=dataclasses.replace(SETTINGS.optim, name="muon"))
+
+
+def test_muon_gives_one_curve_on_any_mesh_and_keeps_half_of_adams_moments(spec, one):
+    alone, now, _ = train(spec, one, MUON, n=4)
+    spread, _, run = train(spec, sharding.make_mesh(Mesh(fsdp=4, tensor=2)), MUON, n=4)
+    np.testing.assert_allclose(spread, alone, rtol=2e-5)
+    assert run._cache_size() == 1 and alone[-1] < alone[0] - 0.4
+    adam = now.opt[1]
+    assert set(adam.nu["blocks"]) == {"attn_norm", "mlp_norm"} and set(adam.mu["blocks"]) == set(now.params["blocks"])
+    assert {"embed", "norm", "unembed"} <= set(adam.nu)
+
+
+def test_muon_treats_stacked_layers_as_matrices_each_by_itself(spec):
+    """Directions are orthogonal up to the size that brings them to Adam's, and a layer's do not depend on its neighbours."""
+    tx = optimizer.build(dataclasses.replace(MUON.optim, clip_norm=0, weight_decay=0), spec)
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda row: jnp.asarray(rng.normal(size=row.shape), jnp.float32), llama.rows(spec), is_leaf=llama.is_row)
+    directions, _ = tx.update(grads, tx.init(grads), grads)
+    shapes = {"q": (24, 48), "k": (24, 16), "v": (24, 16), "o": (48, 24), "gate": (24, 40), "up": (24, 40), "down": (40, 24)}
+    for name, shape in shapes.items():
+        for layer in np.asarray(directions["blocks"][name]):
+            singular = np.linalg.svd(layer.reshape(shape), compute_uv=False) / (0.2 * max(shape) ** 0.5)
+            assert singular.min() > 0.6 and singular.max() < 1.3, name  # Newton-Schulz comes near to 1, not onto it
+    other = jax.tree.map(lambda g: g, grads)
+    other["blocks"] = {name: g.at[3].multiply(7.0) + jnp.zeros_like(g).at[2].set(1.0) for name, g in grads["blocks"].items()}
+    changed, _ = tx.update(other, tx.init(grads), grads)
+    for name in shapes:
+        np.testing.assert_allclose(changed["blocks"][name][:2], directions["blocks"][name][:2], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(changed["blocks"][name][3], directions["blocks"][name][3], rtol=1e-3, atol=1e-4)  # its scale does not count
+
+
+# ---- forgetting, and what a run asks of its machine
+
+
+def test_replay_doubles_what_is_forgotten_up_to_half_and_in_later_phases_too():
+    more = lambda phases, names, step: forgetting.more_replay(Mixture(phases=phases), names, step, {"a": 30, "b": 10}).phases  # noqa: E731
+    assert more(((0, {"b": 1.0}),), ["a"], 8) == ((0, {"b": 1.0}), (8, {"a": 0.05, "b": 0.95}))
+    assert more(((0, {"a": 1.0, "b": 3.0}),), ["a"], 8)[1] == (8, {"a": 0.5, "b": 0.5})
+    assert more(((0, {"a": 0.4, "b": 0.6}),), ["a"], 8)[1] == (8, {"a": 0.5, "b": 0.5}), "no more than half"
+    assert more(((0, {"a": 0.7, "b": 0.3}),), ["a"], 8)[1] == (8, {"a": 0.7, "b": 0.3}), "what has more keeps it"
+    assert more((), ["b"], 8)[1] == (8, {"b": 0.5, "a": 0.5}), "no phases: in proportion to the rows"
+    later = more(((0, {"b": 1.0}), (8, {"a": 0.1, "b": 0.9}), (20, {"b": 1.0})), ["a"], 8)
+    assert later == ((0, {"b": 1.0}), (8, {"a": 0.2, "b": 0.8}), (20, {"a": 0.05, "b": 0.95}))
+
+
+def test_forgetting_counts_only_beyond_its_limit():
+    settings = dataclasses.replace(SETTINGS, train=dataclasses.replace(SETTINGS.train, max_forgetting=0.1))
+    assert forgetting.beyond({"a": 2.2, "b": 2.05, "c": 9.0}, {"a": 2.0, "b": 2.0}, settings) == {"a": pytest.approx(0.2)}
+    assert forgetting.beyond({"a": 2.2}, {"a": 2.0}, SETTINGS) == {} == forgetting.beyond({"a": 2.2}, None, settings)
+
+
+def test_processes_are_joined_only_when_all_of_it_is_said(monkeypatch):
+    machine.join()  # nothing said: nothing happens
+    assert not jax.distributed.is_initialized()
+    monkeypatch.setenv("JAXPT_COORDINATOR", "host:1234")
+    with pytest.raises(UserError, match="wanted all of JAXPT_COORDINATOR, JAXPT_PROCESSES, JAXPT_PROCESS"):
+        machine.join()
+
+
+@pytest.mark.parametrize(
+    ("environment", "devices"),
+    [
+        ({"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"}, list(range(8))),  # one task a node has all of its GPUs
+        ({"SLURM_NTASKS": "16", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"}, None),  # one a GPU, as JAX itself takes it
+    ],
+)
+def test_a_task_of_slurm_sees_every_gpu_of_its_node(monkeypatch, environment, devices):
+    asked = {}
+    monkeypatch.setattr(machine.jax.distributed, "initialize", lambda *_, **more: asked.update(more))
+    for name, value in {**environment, "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_JOB_ID": "7"}.items():
+        monkeypatch.setenv(name, value)
+    machine.join()
+    assert asked["local_device_ids"] == devices
