@@ -17,7 +17,10 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import shlex
 import shutil
+import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -179,6 +182,22 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
+
+
+def program() -> tuple[dict[str, Any], str]:
+    """(what runs here: command, directory, host, versions, commit of this code; how the code differs from that commit, as a diff)."""
+
+    def git(*words: str) -> str:
+        try:
+            house = pathlib.Path(__file__).resolve().parent
+            return subprocess.run(["git", "-C", str(house), *words], capture_output=True, text=True, check=True).stdout
+        except (OSError, subprocess.CalledProcessError):  # no git, or no clone: the versions remain
+            return ""
+
+    found = {"command": shlex.join([sys.executable, *sys.argv]), "directory": os.getcwd(), "host": socket.gethostname(), "versions": versions()}
+    return {"started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **found, "commit": git("rev-parse", "HEAD").strip()}, git(
+        "diff", "HEAD"
+    )
 
 
 # ---- what a person sees

@@ -102,6 +102,12 @@ def test_checkpoints_at_round_steps_stay_and_a_profile_is_written(home):
     assert losses(home / "kept")[:6] == losses(home / "uncut")[:6]
 
 
+def test_the_run_directory_says_how_the_run_can_be_done_again(home):
+    started = [json.loads(line) for line in (home / "killed/starts.jsonl").read_text().splitlines()]
+    assert len(started) > 1 and started[0]["step"] == 0 and "scripts/train.py --config small.py" in started[0]["command"]
+    assert started[0]["versions"]["jax"] and started[0]["devices"] == "1 x cpu" and (home / "killed/program.diff").is_file()
+
+
 def test_what_a_child_forgets_stops_it_or_is_read_more_often(home):
     """The child reads code alone; what it forgets of the prose doubles the prose's share, in the same way when it is killed in between."""
     child = ["--config.initialize.source=uncut", "--config.mixture.phases=((0, {'python-code': 1.0}),)", "--config.train.eval_every=10"]

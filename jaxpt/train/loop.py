@@ -102,7 +102,7 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
     n_rows = settings.train.steps * settings.train.batch_rows
     mixture = Mixture(asked, rows.n_rows, settings.train.batch_rows)
     mixture.check(n_rows, asked.max_epochs)
-    keep_program(run_dir, settings, spec, packed)
+    keep_program(run_dir, settings, spec, packed, counts["step"])
 
     # The step, and what is said about it.
     train_step = step.build(spec, settings, mesh, young)
@@ -271,10 +271,16 @@ def changed_settings(run: pathlib.Path, config: dict) -> list[str]:
     ]  # fmt: skip
 
 
-def keep_program(run: pathlib.Path, settings: Config, spec: ModelSpec, packed: list[pathlib.Path]) -> None:
-    """config.json, spec.json and tokenizer/ of the run, so that it can be read, resumed and exported by itself."""
+def keep_program(run: pathlib.Path, settings: Config, spec: ModelSpec, packed: list[pathlib.Path], step: int) -> None:
+    """config.json, spec.json and tokenizer/ of the run, so that it can be read, resumed and exported by itself; starts.jsonl and
+    program.diff, so that it can be done again: every start with its command, commit, versions and devices."""
     if jax.process_index():
         return
+    started, diff = stage.program()
+    started |= {"step": step, "processes": jax.process_count(), "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}"}
+    with open(run / "starts.jsonl", "a") as file:
+        file.write(json.dumps(started) + "\n")
+    stage.write_whole(run / "program.diff", diff)
     stage.write_whole(run / "config.json", json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
     spec.save(run / "spec.json")
     tokenizer = packed[0].parent / "tokenizer"

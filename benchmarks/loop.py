@@ -1,0 +1,97 @@
+"""What the loop adds to a bare step: logging, metrics, TensorBoard and checkpoints begun, on a model whose step takes tens of milliseconds.
+
+    python benchmarks/loop.py [--steps 300]
+
+In one process, in turn, five rounds: the bare compiled step on one batch over and over, and the step with everything that loop.py does around
+it (rows from disk, a log line every 10 steps, a checkpoint every 100). Prints both medians and the overhead.
+"""
+
+import argparse
+import contextlib
+import io
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import dataclasses
+
+import jax
+
+from jaxpt import config, sharding
+from jaxpt.data import loader
+from jaxpt.data.mixture import Mixture
+from jaxpt.model import llama
+from jaxpt.spec import ModelSpec
+from jaxpt.train import loop, state, step
+from jaxpt.train.metrics import read as read_metrics
+
+RECIPE = """
+from jaxpt.config import defaults
+def get_config():
+    c = defaults()
+    c.prepare.sources, c.prepare.limit_mb = ("python:prose",), 1.0
+    c.tokenizer.vocab_size, c.pack.row_len = 2000, 128
+    c.model.n_layers, c.model.d_model, c.model.d_ff = 4, 128, 352
+    c.model.n_heads, c.model.n_kv_heads, c.model.d_head, c.model.max_positions = 4, 2, 32, 128
+    c.train.batch_rows, c.train.log_every, c.train.eval_every, c.train.eval_rows = 8, 10, 0, 8
+    c.train.checkpoint_every = 100
+    return c
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=300)
+    steps = parser.parse_args().steps
+    with tempfile.TemporaryDirectory() as home:
+        home = pathlib.Path(home)
+        (home / "small.py").write_text(RECIPE)
+        for door in ("prepare", "train_tokenizer", "pack"):
+            command = [sys.executable, ROOT / f"scripts/{door}.py", "--config", "small.py", "--workdir", "data"]
+            subprocess.run(command, cwd=home, check=True, capture_output=True)
+        settings = config.load(home / "small.py")
+        settings = dataclasses.replace(
+            settings,
+            mixture=dataclasses.replace(settings.mixture, packed=(str(home / "data/packed"),)),
+            train=dataclasses.replace(settings.train, steps=steps),
+        )
+        bare, whole = [], []
+        for i in range(5):
+            bare.append(bare_step(settings, home, steps))
+            with contextlib.redirect_stdout(io.StringIO()):
+                start = time.perf_counter()
+                loop.run(settings, home / f"run{i}")
+                seconds = time.perf_counter() - start
+            records = [record for record in read_metrics(home / f"run{i}/metrics.jsonl") if "step_seconds" in record]
+            whole.append((records[-1]["seconds"] - records[0]["seconds"]) / (records[-1]["step"] - records[0]["step"]))
+            print(f"round {i}: bare step {bare[-1] * 1e3:.2f} ms, in the loop {whole[-1] * 1e3:.2f} ms (start and end included {seconds:.1f} s)", flush=True)
+        ratios = [b / a - 1 for a, b in zip(bare, whole, strict=True)]
+        print(f"overhead: median {statistics.median(ratios):.1%}, from {min(ratios):.1%} to {max(ratios):.1%}")
+
+
+def bare_step(settings: config.Config, home: pathlib.Path, steps: int) -> float:
+    """Seconds of the compiled step alone."""
+    mesh = sharding.make_mesh(settings.mesh)
+    rows = loader.open_rows([home / "data/packed"])
+    mixture = Mixture(settings.mixture, rows.n_rows, settings.train.batch_rows)
+    batch = next(loader.stream(rows, mixture, sharding.batch_sharding(mesh), settings.train.batch_rows, 0, True))
+    model = {name: getattr(settings.model, name) for name in ("n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "d_head", "max_positions")}
+    spec = ModelSpec(**model, vocab_size=-(-rows.n_pieces // 128) * 128)
+    now = state.born(llama.init(spec, 0, mesh), spec, settings, mesh)
+    run = step.build(spec, settings, mesh)
+    now, _ = jax.block_until_ready(run(now, batch))
+    start = time.perf_counter()
+    for _ in range(steps):
+        now, found = run(now, batch)
+    jax.block_until_ready(found)
+    return (time.perf_counter() - start) / steps
+
+
+if __name__ == "__main__":
+    main()
