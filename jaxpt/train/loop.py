@@ -89,7 +89,8 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
             found = newborn.verify(birth.parent, birth.model, settings.initialize.grow, birth.growths, mesh, **measured_with)
             newborn.write_growth(found | {"moments": settings.initialize.moments if settings.initialize.start == "grow" else "fresh"}, run_dir)
         elif settings.initialize.source != "random" and (story := hub.local(settings.initialize.source) / "growth.json").is_file():
-            shutil.copyfile(story, run_dir / "growth.json")
+            if jax.process_index() == 0:
+                shutil.copyfile(story, run_dir / "growth.json")
         now, counts, young = start.begin(settings, birth, rows, mesh)
         record = {"tokenizer": birth.model.tokenizer, **birth.model.record}
         # a trained descendant of a growth has a record of its own; a newborn has none yet
