@@ -47,6 +47,8 @@ def join() -> None:
 
 
 def initialize(coordinator: str | None = None, n: int | None = None, index: int | None = None, **more) -> None:
+    # CPU devices would send what does not depend on each other in any order, and mix up the messages of two processes
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
     try:
         jax.distributed.initialize(coordinator, n, index, heartbeat_timeout_seconds=SILENCE, **more)
     except (RuntimeError, ValueError) as error:
