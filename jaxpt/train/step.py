@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxpt.config import Config
-from jaxpt.model import llama, loss
+from jaxpt.model import attention, llama, loss
 from jaxpt.sharding import batch_sharding, constrain, replicated
 from jaxpt.spec import Batch, ModelSpec
 from jaxpt.train import optimizer
@@ -27,11 +27,12 @@ def build(spec: ModelSpec, settings: Config, mesh, young: optimizer.Young = opti
     dtype = jnp.dtype(train.compute_dtype)
     # unrolled, a CPU overlaps what a loop's turns would do one after the other: 1.06 x on two cores (benchmarks/train_step.py)
     unroll = min(max(spec.n_layers, 1), 16) if mesh.devices.flat[0].platform == "cpu" else 1
+    backend, _ = attention.choose(spec, settings, mesh)
     tx, lr_at = optimizer.build(optim, spec, young), optimizer.learning_rate(optim, train.steps)
 
     def loss_sums(params, batch: Batch):
         model = llama.bind(spec, params)
-        hidden = model(batch.tokens, batch.segments, batch.positions, dtype, train.remat, unroll)
+        hidden = model(batch.tokens, batch.segments, batch.positions, dtype, train.remat, unroll, backend)
         return loss.cross_entropy(hidden, model.head(dtype), batch.targets, batch.weights, train.z_loss)
 
     def gradient_sums(params, batch: Batch):
