@@ -122,6 +122,25 @@ def test_kernels_under_a_mesh_give_what_one_device_gives(backend):
     np.testing.assert_allclose(jax.jit(spread)(*placed), plain(q, k, v, segments), atol=1e-5)
 
 
+@pytest.mark.parametrize(("n", "T"), [(2, 384), (4, 384), (8, 192)])  # 384 places in 2 and 4 parts are dealt out; 192 in 8 cannot be
+@pytest.mark.parametrize("window", [None, 37])
+def test_rows_cut_over_devices_attend_as_whole_rows_do(n, T, window):
+    q, k, v, segments = inputs(lengths=((T // 3, T // 2), (T,), (1, T - 2)), B=3, T=T)
+    mesh = sharding.make_mesh(Mesh(context=n, fsdp=1), jax.devices()[:n])
+
+    def of(attend):
+        return lambda *args: jnp.sum(attend(*args, segments, window) * jnp.cos(jnp.arange(H)))
+
+    def spread(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return attention.attend(*args)
+
+    goal = sharding.sharding(mesh, ("batch", "position", "heads", None))
+    ours = jax.jit(jax.value_and_grad(of(spread), argnums=(0, 1, 2)))(*(jax.device_put(x, goal) for x in (q, k, v)))
+    wanted = jax.jit(jax.value_and_grad(of(plain), argnums=(0, 1, 2)))(q, k, v)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=5e-5), ours, wanted)
+
+
 # ---- which one
 
 

@@ -6,6 +6,7 @@ the same numbers, which tests/test_attention.py holds them to. `choose` says whi
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxpt.config import Config
-from jaxpt.sharding import n_shards, partition
+from jaxpt.sharding import TABLE, n_shards, partition
 from jaxpt.spec import ModelSpec, UserError
 
 # Queries are taken this many at a time and see only the keys up to the end of their band, so that the upper triangle is hardly
@@ -91,43 +92,73 @@ def hindered(kernel: str, spec: ModelSpec, settings: Config, mesh) -> str | None
 
 def xla(q, k, v, segments, window):
     """Bands of queries, each against the keys up to its own end."""
+    mesh = jax.sharding.get_abstract_mesh()
+    n = 1 if mesh.empty else n_shards(mesh, "position")
+    if n > 1 and q.shape[1] % n**2 == 0:
+        return checkpoint_name(on_each_device(functools.partial(dealt, window=window))(q, k, v, segments), KEPT)
+    # where rows are cut into pieces that cannot be dealt evenly, XLA places the bands: right, but slower
+    return checkpoint_name(banded(q, k, v, segments, segments, window), KEPT)
+
+
+def dealt(q, k, v, segments, window):
+    """Attention of rows that the mesh cuts: every device gathers all keys, and has every n-th query instead of n-th part of the row.
+
+    Were the queries left where they are, the device with a row's end would see n times what the one with its start sees, and all
+    would wait for it. Queries and results travel once each way, keys and values to all.
+    """
+    axis = TABLE["position"]
+    n, which = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+    B, part = segments.shape
+
+    def deal(x):  # place r here is place r * n + which of the row
+        cut = x.reshape(B, part // n, n, *x.shape[2:])
+        return jax.lax.all_to_all(cut, axis, split_axis=2, concat_axis=1, tiled=True).reshape(x.shape)
+
+    def undeal(x):
+        return jax.lax.all_to_all(x[:, :, None], axis, split_axis=1, concat_axis=2, tiled=True).reshape(x.shape)
+
+    k, v, all_segments = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (k, v, segments))
+    return undeal(banded(deal(q), k, v, deal(segments), all_segments, window, stride=n, offset=which))
+
+
+def banded(q, k, v, q_segments, k_segments, window, stride=1, offset=0):
+    """Query i stands at place i * stride + offset of the keys, offset < stride. q [B, T, N, H], k and v [B, S, K, H]."""
     T = q.shape[1]
     band = QUERY_CHUNK * max(1, -(-T // (QUERY_CHUNK * BANDS)))
     cuts = sorted({*range(0, T, band), T // QUERY_CHUNK * QUERY_CHUNK, T})  # every band whole chunks, but for a short last one
     bands = []
     for start, stop in itertools.pairwise(cuts):
-        first = 0 if window is None else max(0, start - window + 1)
-        seen = slice(first, stop)
-        bands.append(
-            band_attend(q[:, start:stop], k[:, seen], v[:, seen], segments[:, start:stop], segments[:, seen], start - first, window)
-        )  # fmt: skip
-    return checkpoint_name(jnp.concatenate(bands, axis=1), KEPT)
+        first = 0 if window is None else max(0, start * stride - window + 1)
+        seen = slice(first, stop * stride)
+        places = jnp.arange(start, stop) * stride + offset - first
+        bands.append(band_attend(q[:, start:stop], k[:, seen], v[:, seen], q_segments[:, start:stop], k_segments[:, seen], places, window))
+    return jnp.concatenate(bands, axis=1)
 
 
-def band_attend(q, k, v, q_segments, k_segments, offset, window):
-    """One band of queries, chunk after chunk; the query at place i stands at place offset + i of the keys. q [B, T, N, H], k and v [B, S, K, H]."""
+def band_attend(q, k, v, q_segments, k_segments, places, window):
+    """One band of queries, chunk after chunk."""
     B, T, N, H = q.shape
     K = k.shape[2]
     grouped = q.reshape(B, T, K, N // K, H)
     n = T // QUERY_CHUNK
     if n <= 1:
-        return chunk_attend(grouped, k, v, q_segments, k_segments, offset, window).reshape(q.shape)
+        return chunk_attend(grouped, k, v, q_segments, k_segments, places, window).reshape(q.shape)
 
     def chunked(x):
         return jnp.moveaxis(x.reshape(B, n, QUERY_CHUNK, *x.shape[2:]), 1, 0)
 
     def one(chunk):
-        q, q_segments, i = chunk
-        return chunk_attend(q, k, v, q_segments, k_segments, offset + i * QUERY_CHUNK, window)
+        q, q_segments, places = chunk
+        return chunk_attend(q, k, v, q_segments, k_segments, places, window)
 
-    return jnp.moveaxis(jax.lax.map(one, (chunked(grouped), chunked(q_segments), jnp.arange(n))), 0, 1).reshape(q.shape)
+    return jnp.moveaxis(jax.lax.map(one, (chunked(grouped), chunked(q_segments), places.reshape(n, QUERY_CHUNK))), 0, 1).reshape(q.shape)
 
 
-@jax.checkpoint  # backward computes the scores again: they are the largest thing a layer would otherwise keep
-def chunk_attend(q, k, v, q_segments, k_segments, offset, window):
-    """One chunk of queries; the query at place i stands at place offset + i of the keys. q [B, T, K, G, H], k and v [B, S, K, H]."""
-    T, S, H = q.shape[1], k.shape[1], q.shape[-1]
-    distance = (offset + jnp.arange(T))[:, None] - jnp.arange(S)[None, :]
+@functools.partial(jax.checkpoint, static_argnums=6)  # backward computes the scores again: they are the largest thing a layer would otherwise keep
+def chunk_attend(q, k, v, q_segments, k_segments, places, window):
+    """One chunk of queries; query i stands at places[i] of the keys. q [B, T, K, G, H], k and v [B, S, K, H]."""
+    S, H = k.shape[1], q.shape[-1]
+    distance = places[:, None] - jnp.arange(S)[None, :]
     seen = distance >= 0
     if window is not None:
         seen &= distance < window
@@ -138,15 +169,15 @@ def chunk_attend(q, k, v, q_segments, k_segments, offset, window):
     return jnp.einsum("bkgts,bskh->btkgh", shares, v)
 
 
-# ---- the kernels work on what one device holds: whole rows, some of them, some of the heads
+# ---- on each device: some of the rows, or of their positions, and some of the heads
 
 
 def on_each_device(local):
-    """local(q, k, v, segments) run by each device on its own rows and heads of the mesh in force; as it is where there is none."""
+    """local(q, k, v, segments) run by each device on its own part of the mesh in force; as it is where there is none."""
     if jax.sharding.get_abstract_mesh().empty:
         return local
-    queries, keys, rows = partition(("batch", None, "heads", None)), partition(("batch", None, "kv_heads", None)), partition(("batch", None))
-    return jax.shard_map(local, in_specs=(queries, keys, keys, rows), out_specs=queries, check_vma=False)
+    queries, keys = (partition(("batch", "position", heads, None)) for heads in ("heads", "kv_heads"))
+    return jax.shard_map(local, in_specs=(queries, keys, keys, partition(("batch", "position"))), out_specs=queries, check_vma=False)
 
 
 def splash(q, k, v, segments, window, interpret=False):
