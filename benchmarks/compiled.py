@@ -33,6 +33,7 @@ ROWS = {  # name: target, (model, pack), train, mesh
     "h100 cudnn full": ("h100:1", ONE_CARD, {"batch_rows": 8, "remat": "full"}, {}),
     "h100 cudnn minimal": ("h100:1", ONE_CARD, {"batch_rows": 8, "remat": "minimal"}, {}),
     "h100 cudnn dots": ("h100:1", ONE_CARD, {"batch_rows": 8, "remat": "dots"}, {}),
+    "h100 cudnn none": ("h100:1", ONE_CARD, {"batch_rows": 8, "remat": "none"}, {}),
     "h100 cudnn offload": ("h100:1", ONE_CARD, {"batch_rows": 8, "remat": "offload"}, {}),
     "v5p 64 xla": ("v5p:4x4x4", PODS, {"batch_rows": 64, "attention": "xla", "remat": "full"}, {}),
     "v5p 64 splash full": ("v5p:4x4x4", PODS, {"batch_rows": 64, "remat": "full"}, {}),
@@ -41,7 +42,7 @@ ROWS = {  # name: target, (model, pack), train, mesh
     "v5p 64 splash offload": ("v5p:4x4x4", PODS, {"batch_rows": 64, "remat": "offload"}, {}),
     "v5p 64 splash none": ("v5p:4x4x4", PODS, {"batch_rows": 64, "remat": "none"}, {}),
     "v5p 64 splash tensor 4": ("v5p:4x4x4", PODS, {"batch_rows": 16, "remat": "full"}, {"tensor": 4}),
-    "v5p 64 context 4": ("v5p:4x4x4", PODS, {"batch_rows": 16, "remat": "full"}, {"context": 4}),
+    "v5p 64 xla context 4": ("v5p:4x4x4", PODS, {"batch_rows": 16, "remat": "full"}, {"context": 4}),
     "v5p 4096 splash full": ("v5p:16x16x16", PODS, {"batch_rows": 4096, "remat": "full"}, {}),
 }
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
@@ -130,9 +131,12 @@ def collectives(text: str, n_layers: int) -> list[collections.Counter]:
                     total += count(called)
         return total
 
-    turns = rf'known_trip_count":\{{"n":"{n_layers}"'
-    loops = [line for lines in bodies.values() for line in lines if " while(" in line and re.search(turns, line)]
-    return [count(re.search(r"body=%?([\w.\-]+)", line)[1]) for line in loops]
+    def over_layers(line: str) -> bool:
+        """Whether a loop carries the stacked weights, cast or not: a dozen arrays whose first axis is the layers'."""
+        carried, found, _ = line.partition(" while(")
+        return bool(found) and len(re.findall(rf"\[{n_layers},", carried)) >= 8
+
+    return [count(re.search(r"body=%?([\w.\-]+)", line)[1]) for lines in bodies.values() for line in lines if over_layers(line)]
 
 
 if __name__ == "__main__":

@@ -190,6 +190,22 @@ def test_a_backend_asked_for_by_name_is_never_replaced_in_silence(mesh, asked, s
         attention.choose(SPEC, settings(asked), mesh)
 
 
+def test_a_kernel_that_fails_or_gives_other_numbers_is_not_relied_on(monkeypatch):
+    device = jax.devices()[0]
+
+    def judge(kernel):
+        attention.differs.cache_clear()
+        monkeypatch.setattr(attention, "splash", kernel)
+        return attention.differs("splash", SPEC, 256, "float32", device)
+
+    assert judge(plain) is None
+    assert "its result on cpu is" in judge(lambda q, k, v, segments, window: plain(q, k, v, segments * 0, window))  # blind to documents
+    assert "gradient of v" in judge(lambda q, k, v, segments, window: plain(q, k, jax.lax.stop_gradient(v), segments, window))
+    assert "is nan x" in judge(lambda q, *_: q * jnp.nan)
+    assert "fails on cpu" in judge(lambda q, *_: q.reshape(7))
+    attention.differs.cache_clear()
+
+
 def test_an_unknown_backend_is_refused_at_the_door():
     with pytest.raises(UserError, match="attention"):
         config.typed(config.overridden(["--config.train.attention=flash"]))

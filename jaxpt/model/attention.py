@@ -47,21 +47,24 @@ def choose(spec: ModelSpec, settings: Config, mesh) -> tuple[str, str]:
 
     Raises UserError when a backend that was asked for by name cannot do it.
     """
-    asked = settings.train.attention
-    kernel = {"tpu": "splash", "gpu": "cudnn"}.get(mesh.devices.flat[0].platform)
+    asked, device = settings.train.attention, mesh.devices.flat[0]
+    kernel = {"tpu": "splash", "gpu": "cudnn"}.get(device.platform)
     if asked == "xla":
         return "xla", "train.attention = xla"
-    if asked != "auto":
-        hindrance = f"{asked} runs on {'TPU' if asked == 'splash' else 'NVIDIA GPU'}" if asked != kernel else hindered(kernel, spec, settings, mesh)
-        if hindrance:
-            raise UserError(f"train.attention: {asked} cannot do this run: {hindrance}. Set it to auto or xla, or change that.")
-        return asked, f"train.attention = {asked}"
+    if asked not in ("auto", kernel):
+        raise UserError(
+            f"train.attention: {asked} runs on {'TPU' if asked == 'splash' else 'NVIDIA GPU'}, and this is {device.device_kind}. Use auto."
+        )
     if kernel is None:
-        return "xla", f"the way for {mesh.devices.flat[0].device_kind}"
+        return "xla", f"the way for {device.device_kind}"
     hindrance = hindered(kernel, spec, settings, mesh)
+    if not hindrance and device in jax.devices():  # a device that is only compiled for cannot be asked
+        hindrance = differs(kernel, spec, settings.pack.row_len, settings.train.compute_dtype, mesh.local_devices[0])
+    if hindrance and asked != "auto":
+        raise UserError(f"train.attention: {asked} cannot do this run: {hindrance}. Set it to auto or xla, or change that.")
     if hindrance:
         return "xla", f"{kernel} cannot do this run: {hindrance}; slower, and more memory"
-    return kernel, f"the kernel for {mesh.devices.flat[0].device_kind}"
+    return kernel, f"the kernel for {device.device_kind}"
 
 
 def hindered(kernel: str, spec: ModelSpec, settings: Config, mesh) -> str | None:
@@ -84,6 +87,40 @@ def hindered(kernel: str, spec: ModelSpec, settings: Config, mesh) -> str | None
         rows = train.batch_rows // train.accumulate // n_shards(mesh, "batch")
         if rows * T * N * H // n_shards(mesh, "heads") >= 2**31:
             return f"{rows} rows a device are more than its 32-bit offsets count (train.accumulate = {train.accumulate} or more)"
+    return None
+
+
+@functools.lru_cache(maxsize=64)
+def differs(kernel: str, spec: ModelSpec, row_len: int, dtype: str, device) -> str | None:
+    """How a kernel's results or gradients on a device are not those of xla, or how it fails; None when they agree.
+
+    Tried on two rows before a run relies on it, because the kernels belong to others and no test here can run them on their hardware.
+    """
+    shape = lambda heads: (2, row_len, heads, spec.d_head)  # noqa: E731
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, g = (
+        jax.random.normal(key, shape(n), dtype) for key, n in zip(keys, (spec.n_heads, spec.n_kv_heads, spec.n_kv_heads, spec.n_heads), strict=True)
+    )
+    ends = jnp.array([[row_len // 5, row_len // 2, row_len - 7], [1, row_len // 3, row_len]])
+    segments = (jnp.sum(jnp.arange(row_len) >= ends[..., None], axis=1) + 1).astype(jnp.int32)  # the last piece stands for padding
+
+    def results(backend):
+        def both(q, k, v, segments, g):
+            mixed, pull = jax.vjp(lambda q, k, v: attend(q, k, v, segments, spec.sliding_window, backend), q, k, v)
+            return {"result": mixed, **dict(zip(("q", "k", "v"), pull(g), strict=True))}
+
+        return jax.device_get(jax.jit(both)(*jax.device_put((q, k, v, segments, g), device)))
+
+    try:
+        ours = results(kernel)
+    except Exception as error:
+        return f"it fails on {device.device_kind} ({str(error).strip().splitlines()[0][:200]})"
+    theirs = results("xla")
+    for name in ("result", "q", "k", "v"):
+        wanted = theirs[name]
+        apart = float(jnp.max(jnp.abs(ours[name].astype(jnp.float32) - wanted.astype(jnp.float32))) / jnp.max(jnp.abs(wanted.astype(jnp.float32))))
+        if not apart < 0.05:  # of the largest entry; bfloat16's roundings stay below a tenth of that, a leak between documents is above it
+            return f"its {'result' if name == 'result' else f'gradient of {name}'} on {device.device_kind} is {apart:.2g} x the largest entry away from xla's"
     return None
 
 
