@@ -100,7 +100,7 @@ def test_rows_of_more_documents_than_cudnn_is_told_of_take_the_other_way(monkeyp
     from jax._src.cudnn import fused_attention_stablehlo
 
     monkeypatch.setattr(fused_attention_stablehlo, "dot_product_attention", lambda q, *a, **k: jnp.full_like(q, jnp.nan))
-    few, many = ((100, 200, 84), (384,), (384,)), ((100, 200, 40, 44), (384,), (384,))  # three a row are told of
+    few, many = ((40,) * 7 + (104,), (384,), (384,)), ((40,) * 9, (384,), (384,))  # eight a row are told of; padding is one
     for lengths, told in ((few, True), (many, False)):
         args = inputs(lengths)
         mixed = jax.jit(lambda *a: attention.attend(*a, backend="cudnn"))(*args)

@@ -11,6 +11,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxpt.config import Config
@@ -117,10 +118,11 @@ def differs(kernel: str, spec: ModelSpec, row_len: int, dtype: str, device) -> s
         return f"it fails on {device.device_kind} ({str(error).strip().splitlines()[0][:200]})"
     theirs = results("xla")
     for name in ("result", "q", "k", "v"):
-        wanted = theirs[name]
-        apart = float(jnp.max(jnp.abs(ours[name].astype(jnp.float32) - wanted.astype(jnp.float32))) / jnp.max(jnp.abs(wanted.astype(jnp.float32))))
-        if not apart < 0.05:  # of the largest entry; bfloat16's roundings stay below a tenth of that, a leak between documents is above it
-            return f"its {'result' if name == 'result' else f'gradient of {name}'} on {device.device_kind} is {apart:.2g} x the largest entry away from xla's"
+        got, wanted = (np.asarray(each[name], np.float32) for each in (ours, theirs))
+        apart = np.abs(got - wanted).max() / np.abs(wanted).max()  # numpy's max: XLA's on a CPU passes over NaN
+        if not apart < 0.05:  # bfloat16's roundings stay below a tenth of that, a leak between documents is above it
+            what = "result" if name == "result" else f"gradient of {name}"
+            return f"its {what} on {device.device_kind} is {apart:.2g} x the largest entry away from xla's"
     return None
 
 
@@ -241,7 +243,7 @@ def splash(q, k, v, segments, window, interpret=False):
 def cudnn(q, k, v, segments, window):
     """cuDNN's flash attention over packed documents: it is given where each begins and how long it is, and never looks across.
 
-    The list of documents has a fixed length, T / 128 a row. A step whose rows hold more (documents of under 128 tokens on average)
+    The list of documents has a fixed length, T / 128 a row and 8 at least. A step whose rows hold more (documents of under 128 tokens on average)
     takes `xla` on the device that has such a row.
     """
 
@@ -290,7 +292,7 @@ def begins(segments):
 
 
 def most_documents(segments) -> int:
-    return max(2, segments.shape[1] // 128)
+    return max(8, segments.shape[1] // 128)
 
 
 def documents(segments):
