@@ -22,7 +22,8 @@ from jaxpt.spec import ModelSpec, UserError
 # computed and a layer holds scores of size QUERY_CHUNK x S rather than T x S.
 QUERY_CHUNK = 128
 # A row is cut into so many bands, and each is a loop over its chunks. Chunks written out one by one compute 52 % of the square at
-# T = 4,096 where bands compute 56 %, but every one is compiled by itself: minutes for a TPU (docs/performance.md).
+# T = 4,096 where bands compute 56 %, but an accelerator's compiler takes longer over each (docs/performance.md). On a CPU they are
+# written out: 1.14 x faster at T = 4,096.
 BANDS = 8
 
 NAMES = ("xla", "splash", "cudnn")
@@ -133,13 +134,15 @@ def xla(q, k, v, segments, window):
     """Bands of queries, each against the keys up to its own end."""
     mesh = jax.sharding.get_abstract_mesh()
     n = 1 if mesh.empty else n_shards(mesh, "position")
+    most = q.shape[1] if getattr(mesh.abstract_device, "platform", None) == "cpu" else BANDS
     if n > 1 and q.shape[1] % n**2 == 0:
-        return checkpoint_name(on_each_device(functools.partial(dealt, window=window))(q, k, v, segments), KEPT)
-    # where rows are cut into pieces that cannot be dealt evenly, XLA places the bands: right, but slower
-    return checkpoint_name(banded(q, k, v, segments, segments, window), KEPT)
+        mixed = on_each_device(functools.partial(dealt, window=window, most=most))(q, k, v, segments)
+    else:  # where rows are cut into pieces that cannot be dealt evenly, XLA places the bands: right, but slower
+        mixed = banded(q, k, v, segments, segments, window, most)
+    return checkpoint_name(mixed, KEPT)
 
 
-def dealt(q, k, v, segments, window):
+def dealt(q, k, v, segments, window, most):
     """Attention of rows that the mesh cuts: every device gathers all keys, and has every n-th query instead of n-th part of the row.
 
     Were the queries left where they are, the device with a row's end would see n times what the one with its start sees, and all
@@ -157,13 +160,13 @@ def dealt(q, k, v, segments, window):
         return jax.lax.all_to_all(x[:, :, None], axis, split_axis=1, concat_axis=2, tiled=True).reshape(x.shape)
 
     k, v, all_segments = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (k, v, segments))
-    return undeal(banded(deal(q), k, v, deal(segments), all_segments, window, stride=n, offset=which))
+    return undeal(banded(deal(q), k, v, deal(segments), all_segments, window, most, stride=n, offset=which))
 
 
-def banded(q, k, v, q_segments, k_segments, window, stride=1, offset=0):
-    """Query i stands at place i * stride + offset of the keys, offset < stride. q [B, T, N, H], k and v [B, S, K, H]."""
+def banded(q, k, v, q_segments, k_segments, window, most, stride=1, offset=0):
+    """In `most` bands at most. Query i stands at place i * stride + offset of the keys, offset < stride. q [B, T, N, H], k and v [B, S, K, H]."""
     T = q.shape[1]
-    band = QUERY_CHUNK * max(1, -(-T // (QUERY_CHUNK * BANDS)))
+    band = QUERY_CHUNK * max(1, -(-T // (QUERY_CHUNK * most)))
     cuts = sorted({*range(0, T, band), T // QUERY_CHUNK * QUERY_CHUNK, T})  # every band whole chunks, but for a short last one
     bands = []
     for start, stop in itertools.pairwise(cuts):
