@@ -96,7 +96,7 @@ def child(name: str):
     layers = [json.dumps(dict(counts)).replace('"', "").strip("{}") or "none" for counts in collectives(text, spec.n_layers)]
     host = f" + {memory.host_temp_size_in_bytes / 2**30:.1f} on the host" if memory.host_temp_size_in_bytes else ""
     print(
-        f"| {name} | {backend} | {seconds:.0f} ({cpu_seconds:.0f}) | {peak / 2**30:.1f}{host} | {sum(vocab in shape and math.prod(shape) >= logits for _, shape in arrays)} "
+        f"| {name} | {backend} | {seconds:.0f} ({cpu_seconds:.0f}) | {peak / 2**30:.1f}{host} | {sum(vocab in shape and spec.d_model not in shape and math.prod(shape) >= logits for _, shape in arrays)} "
         f"| {sum(shape.count(T) > 1 for _, shape in arrays)} | {largest[0]}{list(largest[1])} | {'; '.join(layers)} |"
     )
 

@@ -30,16 +30,16 @@ def cross_entropy(
     B, T, _ = hidden.shape
     n_chunks = 1
     while T % (2 * n_chunks) == 0 and B * T // n_chunks > at_a_time:
-        n_chunks *= 2  # cut along T, so that each device keeps its own rows
+        n_chunks *= 2
 
-    def chunked(x):
-        return jnp.moveaxis(x.reshape(B, n_chunks, T // n_chunks, *x.shape[2:]), 1, 0)
+    def chunked(x):  # every n-th position of each row: a device keeps its own, whether the mesh cuts rows apart or across
+        return jnp.moveaxis(x.reshape(B, T // n_chunks, n_chunks, *x.shape[2:]), 2, 0)
 
     @jax.checkpoint
     def add(sums, chunk):
         hidden, targets, weights = chunk
         logits = jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
-        logits = constrain(logits, "batch", None, "vocab")
+        logits = constrain(logits, "batch", "position", "vocab")
         log_z = jax.nn.logsumexp(logits, axis=-1)
         nats = (log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]) * weights
         return (sums[0] + jnp.sum(nats + z_loss * log_z**2 * weights), sums[1] + jnp.sum(nats)), None
