@@ -102,7 +102,9 @@ def get_config():
     c.train.accumulate = 1
     # of matrix products; bfloat16 on GPU and TPU, float32 on CPU
     c.train.compute_dtype = "float32"
-    # what backward keeps of a layer: none recomputes nothing, full recomputes all
+    # auto takes the kernel of the platform where it can do the run; see docs/performance.md
+    c.train.attention = "auto"
+    # what backward keeps of a layer, most first: none keeps all; then dots, minimal, full; offload is dots in host memory
     c.train.remat = "none"
     # weight of log(Z)^2, keeps logits small; 1e-4 where bfloat16 runs for long
     c.train.z_loss = 0.0

@@ -111,7 +111,13 @@ class Train:
     batch_rows: int = knob(32, "rows in a step over all devices; tokens a step = batch_rows x row_len")
     accumulate: int = knob(1, "micro-batches a step is cut into; same result, activations / accumulate, somewhat slower")
     compute_dtype: str = knob("float32", "of matrix products; bfloat16 on GPU and TPU, float32 on CPU", "float32", "bfloat16")
-    remat: str = knob("none", "what backward keeps of a layer: none recomputes nothing, full recomputes all", "none", "full")
+    attention: str = knob(
+        "auto", "auto takes the kernel of the platform where it can do the run; see docs/performance.md", "auto", "xla", "splash", "cudnn"
+    )
+    remat: str = knob(
+        "none", "what backward keeps of a layer, most first: none keeps all; then dots, minimal, full; offload is dots in host memory",
+        "none", "minimal", "dots", "full", "offload",
+    )  # fmt: skip
     z_loss: float = knob(0.0, "weight of log(Z)^2, keeps logits small; 1e-4 where bfloat16 runs for long")
     spike_factor: float = knob(0.0, "skip an update whose gradient norm exceeds this many times its running mean; 0 skips only non-finite ones")
     max_skips: int = knob(20, "skipped updates in a row that stop the run")

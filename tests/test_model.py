@@ -78,6 +78,41 @@ def test_chunked_attention_equals_plain_attention(T, window):
     np.testing.assert_allclose(attention.attend(q, k, v, segments, window), wanted, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def by_remat():
+    """For every policy: (temporary bytes, gradients) of a loss, in the loop over layers that accelerators run."""
+    spec = ModelSpec(n_layers=12, d_model=48, d_ff=160, n_heads=6, n_kv_heads=2, d_head=16, vocab_size=96)
+    params = llama.init(spec, 0, sharding.make_mesh(config.Mesh(), jax.devices()[:1]))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 96, (4, 128)), jnp.int32)
+
+    def of(remat):
+        def total(params):
+            hidden = llama.bind(spec, params)(tokens, jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(128), (4, 128)), remat=remat)
+            return jnp.sum(hidden * jnp.cos(jnp.arange(48)))
+
+        compiled = jax.jit(jax.grad(total)).lower(params).compile()
+        return compiled.memory_analysis().temp_size_in_bytes, compiled(params)
+
+    return {remat: of(remat) for remat in llama.REMAT}
+
+
+def test_every_remat_policy_gives_the_same_gradients(by_remat):
+    (_, wanted), *others = by_remat.values()
+    for _, gradients in others:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradients, wanted)
+
+
+def test_remat_policies_are_ordered_by_what_they_keep(by_remat):
+    """And what they keep is what the planner says, in its elements a token and layer."""
+    L, tokens = 12, 4 * 128
+    temporary = {remat: size for remat, (size, _) in by_remat.items()}
+    assert temporary["none"] > temporary["dots"] > temporary["minimal"] > temporary["full"]
+    D, F, mixed, qkv = 48, 160, 96, 160
+    kept = {"minimal": mixed, "dots": mixed + qkv + D + 2 * F}
+    for remat, elements in kept.items():
+        assert temporary[remat] - temporary["full"] == pytest.approx(L * tokens * elements * 4, rel=0.25), remat
+
+
 def test_chunked_loss_equals_plain_loss_and_its_gradients():
     B, T, D, V = 4, 192, 24, 96  # 768 tokens: three chunks and more
     rng = np.random.default_rng(0)

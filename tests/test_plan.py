@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from jaxpt.config import Config, Initialize, Model, Pack, Train
+from jaxpt.config import Config, Initialize, Mesh, Model, Pack, Train
 from jaxpt.config import Plan as PlanSection
 from jaxpt.model import llama
 from jaxpt.plan import compile, cost, flops, hardware
@@ -207,20 +207,19 @@ def test_a_target_without_its_compiler_is_estimated_and_says_so(on_cpu):
     assert any("estimated, not compiled: install libtpu" in note for note in cost.notes_of(estimated))
 
 
-def test_the_train_step_compiles_for_a_tpu_slice():
-    missing = compile.missing_package(hardware.target("v5e:2x2"))
+@pytest.mark.parametrize(
+    ("on", "kernel", "remat"),
+    [("v5e:2x2", "xla", "none"), ("v5e:2x2", "splash", "offload"), ("h100:4", "xla", "none"), ("h100:4", "cudnn", "offload")],
+)
+def test_the_train_step_compiles_for_accelerators_with_their_kernels(on, kernel, remat):
+    missing = compile.missing_package(hardware.target(on))
     if missing:
         pytest.skip(f"{missing} is not installed")
-    (record,) = cost.plan(SMALL, ["v5e:2x2"])["targets"]
+    train = dataclasses.replace(SMALL.train, attention=kernel, remat=remat, compute_dtype="bfloat16")  # a kernel by name is never replaced
+    settings = dataclasses.replace(SMALL, pack=Pack(row_len=256), train=train, mesh=Mesh(tensor=2))
+    (record,) = cost.plan(settings, [on])["targets"]
     assert record["method"] == "compiled" and record["fits"]
-
-
-def test_the_train_step_compiles_for_a_gpu_host():
-    missing = compile.missing_package(hardware.target("h100:4"))
-    if missing:
-        pytest.skip(f"{missing} is not installed")
-    (record,) = cost.plan(SMALL, ["h100:4"])["targets"]
-    assert record["method"] == "compiled" and record["fits"]
+    assert record["executed_flops_per_token"] > record["flops_per_token"]
 
 
 # ---- what is planned

@@ -100,9 +100,15 @@ def test_state_is_born_sharded_and_leaves_as_it_came_and_compiles_once(spec):
     assert len(moments) == 4 and all(leaf.addressable_shards[0].data.shape == (5, 6, 20) for leaf in moments), "moments lie where their weights lie"
 
 
-def test_remat_changes_memory_not_numbers(spec, one, alone):
-    full, _, _ = train(spec, one, dataclasses.replace(SETTINGS, train=dataclasses.replace(SETTINGS.train, remat="full")), n=3)
-    np.testing.assert_allclose(full, alone[0][:3], rtol=1e-6)
+@pytest.mark.parametrize("remat", ["dots", "minimal", "full"])
+def test_remat_changes_memory_not_numbers(spec, one, alone, remat):
+    curve, _, _ = train(spec, one, dataclasses.replace(SETTINGS, train=dataclasses.replace(SETTINGS.train, remat=remat)), n=3)
+    np.testing.assert_allclose(curve, alone[0][:3], rtol=1e-6)
+
+
+def test_offloading_to_the_memory_that_is_there_already_is_refused(spec, one):
+    with pytest.raises(UserError, match="a CPU has no other"):
+        step.build(spec, dataclasses.replace(SETTINGS, train=dataclasses.replace(SETTINGS.train, remat="offload")), one)
 
 
 def test_an_update_that_is_not_finite_is_skipped_and_counted(spec, one):

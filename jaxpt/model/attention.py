@@ -1,46 +1,206 @@
-"""Causal attention within documents: one function."""
+"""Causal attention within documents: one function, several backends.
+
+`xla` runs everywhere. `splash` is JAX's own TPU kernel; `cudnn` is NVIDIA's, by way of JAX. All three see the same keys and give
+the same numbers, which tests/test_attention.py holds them to. `choose` says which one a run takes and why.
+"""
 
 from __future__ import annotations
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
-# Queries are taken this many at a time and see only the keys up to their own end, so that the upper triangle is never
-# computed (half the work at long rows) and a layer holds scores of size QUERY_CHUNK x S rather than T x S.
+from jaxpt.config import Config
+from jaxpt.sharding import TABLE, n_shards, partition
+from jaxpt.spec import ModelSpec, UserError
+
+# Queries are taken this many at a time and see only the keys up to the end of their band, so that the upper triangle is hardly
+# computed and a layer holds scores of size QUERY_CHUNK x S rather than T x S.
 QUERY_CHUNK = 128
+# A row is cut into so many bands, and each is a loop over its chunks. Chunks written out one by one compute 52 % of the square at
+# T = 4,096 where bands compute 56 %, but an accelerator's compiler takes longer over each (docs/performance.md). On a CPU they are
+# written out: 1.14 x faster at T = 4,096.
+BANDS = 8
+
+NAMES = ("xla", "splash", "cudnn")
+KEPT = "attended"  # the name that remat policies know attention's result by
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: int | None = None) -> jax.Array:
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: int | None = None, backend: str = "xla") -> jax.Array:
     """Softmax attention of each query to the keys of its own document at or before it.
 
     q         [B, T, N, H]   rotated
     k, v      [B, T, K, H]   N is a multiple of K; query head n reads kv head n // (N / K)
-    segments  [B, T]         int32; a token sees only tokens of its own segment
+    segments  [B, T]         int32; a token sees only tokens of its own segment, whose places are neighbours
     window    a query sees this many positions, itself included; None sees all
+    backend   one of NAMES, as `choose` answered
 
     Returns [B, T, N, H] in q's dtype; the softmax is float32.
     """
+    return {"xla": xla, "splash": splash, "cudnn": cudnn}[backend](q, k, v, segments, window)
+
+
+def choose(spec: ModelSpec, settings: Config, mesh) -> tuple[str, str]:
+    """(backend, reason): what train.attention comes to for a model on a mesh, and why, for the console.
+
+    Raises UserError when a backend that was asked for by name cannot do it.
+    """
+    asked, device = settings.train.attention, mesh.devices.flat[0]
+    kernel = {"tpu": "splash", "gpu": "cudnn"}.get(device.platform)
+    if asked == "xla":
+        return "xla", "train.attention = xla"
+    if asked not in ("auto", kernel):
+        raise UserError(
+            f"train.attention: {asked} runs on {'TPU' if asked == 'splash' else 'NVIDIA GPU'}, and this is {device.device_kind}. Use auto."
+        )
+    if kernel is None:
+        return "xla", f"the way for {device.device_kind}"
+    hindrance = hindered(kernel, spec, settings, mesh)
+    if not hindrance and device in jax.devices():  # a device that is only compiled for cannot be asked
+        hindrance = differs(kernel, spec, settings.pack.row_len, settings.train.compute_dtype, mesh.local_devices[0])
+    if hindrance and asked != "auto":
+        raise UserError(f"train.attention: {asked} cannot do this run: {hindrance}. Set it to auto or xla, or change that.")
+    if hindrance:
+        return "xla", f"{kernel} cannot do this run: {hindrance}; slower, and more memory"
+    return kernel, f"the kernel for {device.device_kind}"
+
+
+def hindered(kernel: str, spec: ModelSpec, settings: Config, mesh) -> str | None:
+    """What keeps a kernel from doing this run, as half a sentence with what would help; None when nothing does."""
+    T, H, N, train = settings.pack.row_len, spec.d_head, spec.n_heads, settings.train
+    device = mesh.devices.flat[0]
+    if n_shards(mesh, "position") > 1:
+        return f"it needs whole rows on a device, and the mesh cuts them into {n_shards(mesh, 'position')} (mesh.context = 1)"
+    if T % 128:
+        return f"pack.row_len = {T} is no multiple of 128 ({T // 128 * 128 or 128} or {(T // 128 + 1) * 128})"
+    if kernel == "cudnn":
+        if "NVIDIA" not in device.device_kind:
+            return f"{device.device_kind} is not NVIDIA's"
+        if float(device.compute_capability) < 9:
+            return f"packed documents need Hopper or newer (9.0), and {device.device_kind} is {device.compute_capability}"
+        if train.compute_dtype != "bfloat16":
+            return f"train.compute_dtype = {train.compute_dtype} (bfloat16)"
+        if H % 8 or H > 128:
+            return f"model.d_head = {H} is no multiple of 8 up to 128"
+        rows = train.batch_rows // train.accumulate // n_shards(mesh, "batch")
+        if rows * T * N * H // n_shards(mesh, "heads") >= 2**31:
+            return f"{rows} rows a device are more than its 32-bit offsets count (train.accumulate = {train.accumulate} or more)"
+    return None
+
+
+@functools.lru_cache(maxsize=64)
+def differs(kernel: str, spec: ModelSpec, row_len: int, dtype: str, device) -> str | None:
+    """How a kernel's results or gradients on a device are not those of xla, or how it fails; None when they agree.
+
+    Tried on two rows before a run relies on it, because the kernels belong to others and no test here can run them on their hardware.
+    """
+    shape = lambda heads: (2, row_len, heads, spec.d_head)  # noqa: E731
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, g = (
+        jax.random.normal(key, shape(n), dtype) for key, n in zip(keys, (spec.n_heads, spec.n_kv_heads, spec.n_kv_heads, spec.n_heads), strict=True)
+    )
+    ends = jnp.array([[row_len // 5, row_len // 2, row_len - 7], [1, row_len // 3, row_len]])
+    segments = (jnp.sum(jnp.arange(row_len) >= ends[..., None], axis=1) + 1).astype(jnp.int32)  # the last piece stands for padding
+
+    def results(backend):
+        def both(q, k, v, segments, g):
+            mixed, pull = jax.vjp(lambda q, k, v: attend(q, k, v, segments, spec.sliding_window, backend), q, k, v)
+            return {"result": mixed, **dict(zip(("q", "k", "v"), pull(g), strict=True))}
+
+        return jax.device_get(jax.jit(both)(*jax.device_put((q, k, v, segments, g), device)))
+
+    try:
+        ours = results(kernel)
+    except Exception as error:
+        return f"it fails on {device.device_kind} ({str(error).strip().splitlines()[0][:200]})"
+    theirs = results("xla")
+    for name in ("result", "q", "k", "v"):
+        got, wanted = (np.asarray(each[name], np.float32) for each in (ours, theirs))
+        apart = np.abs(got - wanted).max() / np.abs(wanted).max()  # numpy's max: XLA's on a CPU passes over NaN
+        if not apart < 0.05:  # bfloat16's roundings stay below a tenth of that, a leak between documents is above it
+            what = "result" if name == "result" else f"gradient of {name}"
+            return f"its {what} on {device.device_kind} is {apart:.2g} x the largest entry away from xla's"
+    return None
+
+
+# ---- xla
+
+
+def xla(q, k, v, segments, window):
+    """Bands of queries, each against the keys up to its own end."""
+    mesh = jax.sharding.get_abstract_mesh()
+    n = 1 if mesh.empty else n_shards(mesh, "position")
+    most = q.shape[1] if getattr(mesh.abstract_device, "platform", None) == "cpu" else BANDS
+    if n > 1 and q.shape[1] % n**2 == 0:
+        mixed = on_each_device(functools.partial(dealt, window=window, most=most))(q, k, v, segments)
+    else:  # where rows are cut into pieces that cannot be dealt evenly, XLA places the bands: right, but slower
+        mixed = banded(q, k, v, segments, segments, window, most)
+    return checkpoint_name(mixed, KEPT)
+
+
+def dealt(q, k, v, segments, window, most):
+    """Attention of rows that the mesh cuts: every device gathers all keys, and has every n-th query instead of n-th part of the row.
+
+    Were the queries left where they are, the device with a row's end would see n times what the one with its start sees, and all
+    would wait for it. Queries and results travel once each way, keys and values to all.
+    """
+    axis = TABLE["position"]
+    n, which = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+    B, part = segments.shape
+
+    def deal(x):  # place r here is place r * n + which of the row
+        cut = x.reshape(B, part // n, n, *x.shape[2:])
+        return jax.lax.all_to_all(cut, axis, split_axis=2, concat_axis=1, tiled=True).reshape(x.shape)
+
+    def undeal(x):
+        return jax.lax.all_to_all(x[:, :, None], axis, split_axis=1, concat_axis=2, tiled=True).reshape(x.shape)
+
+    k, v, all_segments = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (k, v, segments))
+    return undeal(banded(deal(q), k, v, deal(segments), all_segments, window, most, stride=n, offset=which))
+
+
+def banded(q, k, v, q_segments, k_segments, window, most, stride=1, offset=0):
+    """In `most` bands at most. Query i stands at place i * stride + offset of the keys, offset < stride. q [B, T, N, H], k and v [B, S, K, H]."""
+    T = q.shape[1]
+    band = QUERY_CHUNK * max(1, -(-T // (QUERY_CHUNK * most)))
+    cuts = sorted({*range(0, T, band), T // QUERY_CHUNK * QUERY_CHUNK, T})  # every band whole chunks, but for a short last one
+    bands = []
+    for start, stop in itertools.pairwise(cuts):
+        first = 0 if window is None else max(0, start * stride - window + 1)
+        seen = slice(first, stop * stride)
+        places = jnp.arange(start, stop) * stride + offset - first
+        bands.append(band_attend(q[:, start:stop], k[:, seen], v[:, seen], q_segments[:, start:stop], k_segments[:, seen], places, window))
+    return jnp.concatenate(bands, axis=1)
+
+
+def band_attend(q, k, v, q_segments, k_segments, places, window):
+    """One band of queries, chunk after chunk."""
     B, T, N, H = q.shape
     K = k.shape[2]
-    q = q.reshape(B, T, K, N // K, H)
-    chunks = []
-    for start in range(0, T, QUERY_CHUNK):
-        stop = min(start + QUERY_CHUNK, T)
-        first = 0 if window is None else max(0, start - window + 1)
-        chunks.append(
-            chunk_attend(
-                q[:, start:stop], k[:, first:stop], v[:, first:stop],
-                segments[:, start:stop], segments[:, first:stop], start - first, window,
-            )
-        )  # fmt: skip
-    return jnp.concatenate(chunks, axis=1).reshape(B, T, N, H)
+    grouped = q.reshape(B, T, K, N // K, H)
+    n = T // QUERY_CHUNK
+    if n <= 1:
+        return chunk_attend(grouped, k, v, q_segments, k_segments, places, window).reshape(q.shape)
+
+    def chunked(x):
+        return jnp.moveaxis(x.reshape(B, n, QUERY_CHUNK, *x.shape[2:]), 1, 0)
+
+    def one(chunk):
+        q, q_segments, places = chunk
+        return chunk_attend(q, k, v, q_segments, k_segments, places, window)
+
+    return jnp.moveaxis(jax.lax.map(one, (chunked(grouped), chunked(q_segments), places.reshape(n, QUERY_CHUNK))), 0, 1).reshape(q.shape)
 
 
-@jax.checkpoint  # backward computes the scores again: they are the largest thing a layer would otherwise keep
-def chunk_attend(q, k, v, q_segments, k_segments, offset, window):
-    """One chunk of queries; the query at place i stands at place offset + i of the keys. q [B, T, K, G, H], k and v [B, S, K, H]."""
-    T, S, H = q.shape[1], k.shape[1], q.shape[-1]
-    distance = (offset + jnp.arange(T))[:, None] - jnp.arange(S)[None, :]
+@functools.partial(jax.checkpoint, static_argnums=6)  # backward computes the scores again: they are the largest thing a layer would otherwise keep
+def chunk_attend(q, k, v, q_segments, k_segments, places, window):
+    """One chunk of queries; query i stands at places[i] of the keys. q [B, T, K, G, H], k and v [B, S, K, H]."""
+    S, H = k.shape[1], q.shape[-1]
+    distance = places[:, None] - jnp.arange(S)[None, :]
     seen = distance >= 0
     if window is not None:
         seen &= distance < window
@@ -49,3 +209,99 @@ def chunk_attend(q, k, v, q_segments, k_segments, offset, window):
     scores = jnp.where(seen[:, None, None], scores, -jnp.inf)  # every query sees itself, so no row is all -inf
     shares = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", shares, v)
+
+
+# ---- on each device: some of the rows, or of their positions, and some of the heads
+
+
+def on_each_device(local):
+    """local(q, k, v, segments) run by each device on its own part of the mesh in force; as it is where there is none."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return local
+    queries, keys = (partition(("batch", "position", heads, None)) for heads in ("heads", "kv_heads"))
+    return jax.shard_map(local, in_specs=(queries, keys, keys, partition(("batch", "position"))), out_specs=queries, check_vma=False)
+
+
+def splash(q, k, v, segments, window, interpret=False):
+    """JAX's Splash kernel (jax.experimental.pallas.ops.tpu.splash_attention): skips blocks that causality or the window hides, compares
+    segments inside the others, and holds no scores outside the chip's vector memory."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    def local(q, k, v, segments):
+        T, N, H = q.shape[1:]
+        mask = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
+        block = next(size for size in (512, 256, 128) if T % size == 0)
+        sizes = kernel.BlockSizes(*[block] * 8)
+        run = kernel.make_splash_mha(
+            masks.MultiHeadMask([mask] * N), block_sizes=sizes, head_shards=1, q_seq_shards=1, residual_checkpoint_name=KEPT, interpret=interpret
+        )
+        heads_first = [jnp.swapaxes(x, 1, 2) for x in ((q * H**-0.5).astype(q.dtype), k, v)]
+        mixed = jax.vmap(lambda q, k, v, ids: run(q, k, v, segment_ids=kernel.SegmentIds(ids, ids)))(*heads_first, segments)
+        return jnp.swapaxes(mixed, 1, 2)
+
+    return on_each_device(local)(q, k, v, segments)
+
+
+def cudnn(q, k, v, segments, window):
+    """cuDNN's flash attention over packed documents: it is given where each begins and how long it is, and never looks across.
+
+    The list of documents has a fixed length, T / 128 a row and 8 at least. A step whose rows hold more (documents of under 128 tokens on average)
+    takes `xla` on the device that has such a row.
+    """
+
+    def local(q, k, v, segments):
+        fits = jnp.max(jnp.sum(begins(segments), axis=1)) <= most_documents(segments)
+        return either(fits, q, k, v, segments)
+
+    def packed(q, k, v, segments):
+        return cudnn_packed(q, k, v, segments, window)
+
+    def plain(q, k, v, segments):
+        return xla(q, k, v, segments, window)
+
+    # cuDNN's statistics are [B x documents, N, T] float32, several times the layer's input, so they are made again in backward:
+    # one more forward of attention for keeping nothing but q, k and v. It also keeps lax.cond from storing for both ways.
+    @jax.custom_vjp
+    def either(fits, q, k, v, segments):
+        return jax.lax.cond(fits, packed, plain, q, k, v, segments)
+
+    def backward(kept, g):
+        fits, *inputs, segments = kept
+        way = lambda attend: lambda q, k, v, g: jax.vjp(lambda *x: attend(*x, segments), q, k, v)[1](g)  # noqa: E731
+        return (None, *jax.lax.cond(fits, way(packed), way(plain), *inputs, g), None)
+
+    either.defvjp(lambda *inputs: (either(*inputs), inputs), backward)
+    return checkpoint_name(on_each_device(local)(q, k, v, segments), KEPT)
+
+
+def cudnn_packed(q, k, v, segments, window):
+    from jax._src.cudnn import fused_attention_stablehlo as fused  # jax.nn's own way in has no packed documents
+
+    N, K, H = q.shape[2], k.shape[2], q.shape[3]
+    # JAX reckons the offsets of keys with the number of query heads, which is wrong for fewer kv heads: they are repeated
+    k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
+    starts, lengths = documents(segments)
+    starts = jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
+    return fused.dot_product_attention(
+        q, k, v, q_seqlen=lengths, kv_seqlen=lengths, q_offsets=starts, kv_offsets=starts,
+        scale=H**-0.5, mask_type=fused.MaskType.PADDING_CAUSAL, sliding_window_length=window,
+    )  # fmt: skip
+
+
+def begins(segments):
+    """Whether a document (or the padding) begins at a place, bool [B, T]."""
+    return jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+
+
+def most_documents(segments) -> int:
+    return max(8, segments.shape[1] // 128)
+
+
+def documents(segments):
+    """Where each document of a row begins and how many tokens it has, padding being one too; int32 [B, most_documents], -1 where there is none."""
+    M, T = most_documents(segments), segments.shape[1]
+    starts = jax.vmap(lambda row: jnp.nonzero(row, size=M, fill_value=T)[0])(begins(segments)).astype(jnp.int32)
+    lengths = jnp.diff(starts, axis=1, append=T)
+    there = starts < T
+    return jnp.where(there, starts, -1), jnp.where(there, lengths, -1)

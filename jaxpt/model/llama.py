@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxpt.model.attention import attend
+from jaxpt.model.attention import KEPT, attend
 from jaxpt.sharding import constrain, sharding
 from jaxpt.spec import ModelSpec, RopeScaling
 
@@ -34,11 +34,12 @@ class Llama(nnx.Module):
         if not spec.tied:
             self.unembed = weight(rngs, (D, V), ("embed", "vocab"), std=D**-0.5)
 
-    def __call__(self, tokens, segments, positions, dtype=jnp.float32, remat: str = "none", unroll: int = 1):
+    def __call__(self, tokens, segments, positions, dtype=jnp.float32, remat: str = "none", unroll: int = 1, backend: str = "xla"):
         """tokens, segments, positions: int32 [B, T], as in spec.Batch. Returns hidden states [B, T, D] in dtype.
 
-        remat   what backward keeps of a layer: "none" recomputes nothing, "full" all of it
-        unroll  layers that one turn of the scan holds
+        remat    what backward keeps of a layer, a name of REMAT
+        unroll   layers that one turn of the scan holds
+        backend  attention's, as attention.choose answered
         """
         # gathered along its width first: a lookup in a table cut both ways makes XLA replicate the result
         table = constrain(self.embed[...].astype(dtype), "vocab", None)
@@ -48,11 +49,12 @@ class Llama(nnx.Module):
 
         def layer(x, one):
             block = nnx.merge(blocks, one)
-            x = block(x, rope, lambda q, k, v: attend(q, k, v, segments, self.spec.sliding_window))
+            x = block(x, rope, lambda q, k, v: attend(q, k, v, segments, self.spec.sliding_window, backend))
             return constrain(x, "batch", "position", "act_embed"), None
 
-        if remat == "full":
-            layer = jax.checkpoint(layer)
+        if remat != "none":
+            # inside a scan nothing merges the second computation with the first, so no barrier is needed against that
+            layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=unroll > 1)
         x, _ = jax.lax.scan(layer, x, stacked, unroll=unroll)
         return rms_norm(x, self.norm[...], self.spec.norm_eps)
 
@@ -114,6 +116,23 @@ class Block(nnx.Module):
         gate = project("btd,df->btf", x, self.gate, getattr(self, "gate_bias", None))
         up = project("btd,df->btf", x, self.up, getattr(self, "up_bias", None))
         return jax.nn.silu(gate) * up
+
+
+# What backward keeps of a layer beside its input; everything else is computed again. Products with weights have no batch dimensions,
+# attention's own have, and are never kept: its result is, by name.
+policies = jax.checkpoint_policies
+attended = policies.save_only_these_names(KEPT)
+dots_to_host = policies.offload_dot_with_no_batch_dims("device", "pinned_host")
+attended_to_host = policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[], names_which_can_be_offloaded=[KEPT], offload_src="device", offload_dst="pinned_host"
+)
+REMAT = {
+    "none": policies.everything_saveable,
+    "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attended),
+    "offload": lambda primitive, *a, **k: (attended_to_host if primitive.name == "name" else dots_to_host)(primitive, *a, **k),
+    "minimal": attended,
+    "full": policies.nothing_saveable,
+}
 
 
 def weight(rngs: nnx.Rngs, shape, axes, *, std: float = 0.0, ones: bool = False) -> nnx.Param:

@@ -7,12 +7,15 @@ import jax.numpy as jnp
 
 from jaxpt.sharding import constrain
 
-# Tokens whose logits exist at one time. 256 x 32,000 float32 logits are 33 MB, which a core's caches still help with;
-# a whole row of 4,096 would be 0.5 GB and its gradient as much again.
-TOKENS_AT_A_TIME = 256
+# Tokens whose logits exist on a device at one time. 256 x 32,000 float32 logits are 33 MB, which a core's caches still help with;
+# a whole row of 4,096 would be 0.5 GB and its gradient as much again. An accelerator reads the head and adds to its float32
+# gradient once a chunk, D x V each: with 1,024 tokens its products outweigh that traffic, with 256 they do not.
+ON_CPU, ON_ACCELERATOR = 256, 1024
 
 
-def cross_entropy(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, z_loss: float = 0.0) -> tuple[jax.Array, jax.Array]:
+def cross_entropy(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, z_loss: float = 0.0, at_a_time: int = ON_CPU
+) -> tuple[jax.Array, jax.Array]:
     """Summed loss and its summed nats.
 
     hidden   [B, T, D]   after the final norm
@@ -20,22 +23,23 @@ def cross_entropy(hidden: jax.Array, head: jax.Array, targets: jax.Array, weight
     targets  [B, T]      int32
     weights  [B, T]      float32
     z_loss   weight of log(Z)^2, added to the first sum only (PaLM, 2204.02311, section 5)
+    at_a_time  tokens over all devices whose logits may exist at once
 
     Returns (sum of weight x (nats + z_loss log(Z)^2), sum of weight x nats), float32 scalars.
     """
     B, T, _ = hidden.shape
     n_chunks = 1
-    while T % (2 * n_chunks) == 0 and B * T // n_chunks > TOKENS_AT_A_TIME:
-        n_chunks *= 2  # cut along T, so that each device keeps its own rows
+    while T % (2 * n_chunks) == 0 and B * T // n_chunks > at_a_time:
+        n_chunks *= 2
 
-    def chunked(x):
-        return jnp.moveaxis(x.reshape(B, n_chunks, T // n_chunks, *x.shape[2:]), 1, 0)
+    def chunked(x):  # every n-th position of each row: a device keeps its own, whether the mesh cuts rows apart or across
+        return jnp.moveaxis(x.reshape(B, T // n_chunks, n_chunks, *x.shape[2:]), 2, 0)
 
     @jax.checkpoint
     def add(sums, chunk):
         hidden, targets, weights = chunk
         logits = jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
-        logits = constrain(logits, "batch", None, "vocab")
+        logits = constrain(logits, "batch", "position", "vocab")
         log_z = jax.nn.logsumexp(logits, axis=-1)
         nats = (log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]) * weights
         return (sums[0] + jnp.sum(nats + z_loss * log_z**2 * weights), sums[1] + jnp.sum(nats)), None

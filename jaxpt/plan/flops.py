@@ -53,14 +53,23 @@ def temporaries(
 ) -> float:
     """Bytes a device needs beside its state, with `tokens` of a micro-batch on each device, by rule of thumb.
 
-    Gradients like the parameters, twice where micro-batches are summed; a layer's input for each layer (remat full) or about
-    what each matrix product reads (remat none); one layer at work; the output head gathered, with its float32 gradient.
+    Gradients like the parameters, twice where micro-batches are summed; for each layer its input (remat full, and offload, whose
+    rest lies with the host), attention's result too (minimal), the results of products that backward reads too (dots), or about
+    what each product reads (none); one layer at work; the output head gathered, with its float32 gradient.
     Within 25 % of what the compilers said of the 8B shape on v5p, v6e and H100.
     """
     D, F, qkv = spec.d_model, spec.d_ff, (spec.n_heads + 2 * spec.n_kv_heads) * spec.d_head
     gradients = n_params(spec) * param_bytes / n_shards * (2 if accumulate > 1 else 1)
     at_work = tokens * (8 * D + 5 * F / n_tensor) * compute_bytes
-    kept = tokens * (D if remat == "full" else 6 * D + (2 * qkv + 4 * F) / n_tensor) * compute_bytes
+    mixed = spec.n_heads * spec.d_head
+    elements = {
+        "full": D,
+        "offload": D,
+        "minimal": D + mixed / n_tensor,
+        "dots": 2 * D + (mixed + qkv + 2 * F) / n_tensor,
+        "none": 6 * D + (2 * qkv + 4 * F) / n_tensor,
+    }
+    kept = tokens * elements[remat] * compute_bytes
     head = D * spec.vocab_size * (compute_bytes + 4) / n_tensor
     return gradients + spec.n_layers * kept + at_work + head
 

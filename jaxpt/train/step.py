@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxpt.config import Config
-from jaxpt.model import llama, loss
-from jaxpt.sharding import batch_sharding, constrain, replicated
-from jaxpt.spec import Batch, ModelSpec
+from jaxpt.model import attention, llama, loss
+from jaxpt.sharding import batch_sharding, constrain, n_shards, replicated
+from jaxpt.spec import Batch, ModelSpec, UserError
 from jaxpt.train import optimizer
 from jaxpt.train.state import TrainState, abstract_state, shardings
 
@@ -26,13 +26,18 @@ def build(spec: ModelSpec, settings: Config, mesh, young: optimizer.Young = opti
     train, optim = settings.train, settings.optim
     dtype = jnp.dtype(train.compute_dtype)
     # unrolled, a CPU overlaps what a loop's turns would do one after the other: 1.06 x on two cores (benchmarks/train_step.py)
-    unroll = min(max(spec.n_layers, 1), 16) if mesh.devices.flat[0].platform == "cpu" else 1
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    unroll = min(max(spec.n_layers, 1), 16) if on_cpu else 1
+    if train.remat == "offload" and on_cpu:
+        raise UserError("train.remat: offload moves what dots keeps to the host's memory, and a CPU has no other. Use dots, minimal or full.")
+    at_a_time = (loss.ON_CPU if on_cpu else loss.ON_ACCELERATOR) * n_shards(mesh, "batch") * n_shards(mesh, "position")
+    backend, _ = attention.choose(spec, settings, mesh)
     tx, lr_at = optimizer.build(optim, spec, young), optimizer.learning_rate(optim, train.steps)
 
     def loss_sums(params, batch: Batch):
         model = llama.bind(spec, params)
-        hidden = model(batch.tokens, batch.segments, batch.positions, dtype, train.remat, unroll)
-        return loss.cross_entropy(hidden, model.head(dtype), batch.targets, batch.weights, train.z_loss)
+        hidden = model(batch.tokens, batch.segments, batch.positions, dtype, train.remat, unroll, backend)
+        return loss.cross_entropy(hidden, model.head(dtype), batch.targets, batch.weights, train.z_loss, at_a_time)
 
     def gradient_sums(params, batch: Batch):
         """Gradients of the summed loss, and the summed nats."""

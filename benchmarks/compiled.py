@@ -1,0 +1,143 @@
+"""The train step compiled for hardware that is not here, and what its optimized program holds, as a markdown table.
+
+    pip install libtpu jax-cuda13-plugin jax-cuda13-pjrt   (see docs/plan.md for the versions)
+    python benchmarks/compiled.py [NAME ...]
+
+Each row is compiled by a process of its own; nothing runs on a TPU or GPU. Read off the program's text: whether an array as large
+as all logits (rows x T x V of a device) or with two axes of T stands in it, the largest array, and the collectives of one layer
+(those in the bodies of the loops over layers, forward and backward).
+"""
+
+import collections
+import json
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from jaxpt import config
+from jaxpt.plan import compile, hardware
+
+# Llama 3.2's 1B and Llama 3's 8B. Rows are longer than the 8B is wide, so that an array of T x T is not taken for one of T x D.
+BILLION = {"n_layers": 16, "d_model": 2048, "d_ff": 8192, "n_heads": 32, "n_kv_heads": 8, "d_head": 64, "vocab_size": 128_256, "tied": True}
+EIGHT = {"n_layers": 32, "d_model": 4096, "d_ff": 14_336, "n_heads": 32, "n_kv_heads": 8, "d_head": 128, "vocab_size": 128_256}
+ONE_CARD, PODS = (BILLION, {"row_len": 4096}), (EIGHT, {"row_len": 8192})
+ROWS = {  # name: target, (model, pack), train, mesh
+    "h100 xla": ("h100:1", ONE_CARD, {"batch_rows": 8, "attention": "xla", "remat": "full"}, {}),
+    "h100 cudnn full": ("h100:1", ONE_CARD, {"batch_rows": 8, "remat": "full"}, {}),
+    "h100 cudnn minimal": ("h100:1", ONE_CARD, {"batch_rows": 8, "remat": "minimal"}, {}),
+    "h100 cudnn dots": ("h100:1", ONE_CARD, {"batch_rows": 8, "remat": "dots"}, {}),
+    "h100 cudnn none": ("h100:1", ONE_CARD, {"batch_rows": 8, "remat": "none"}, {}),
+    "h100 cudnn offload": ("h100:1", ONE_CARD, {"batch_rows": 8, "remat": "offload"}, {}),
+    "v5p 64 xla": ("v5p:4x4x4", PODS, {"batch_rows": 64, "attention": "xla", "remat": "full"}, {}),
+    "v5p 64 splash full": ("v5p:4x4x4", PODS, {"batch_rows": 64, "remat": "full"}, {}),
+    "v5p 64 splash minimal": ("v5p:4x4x4", PODS, {"batch_rows": 64, "remat": "minimal"}, {}),
+    "v5p 64 splash dots": ("v5p:4x4x4", PODS, {"batch_rows": 64, "remat": "dots"}, {}),
+    "v5p 64 splash offload": ("v5p:4x4x4", PODS, {"batch_rows": 64, "remat": "offload"}, {}),
+    "v5p 64 splash none": ("v5p:4x4x4", PODS, {"batch_rows": 64, "remat": "none"}, {}),
+    "v5p 64 splash tensor 4": ("v5p:4x4x4", PODS, {"batch_rows": 16, "remat": "full"}, {"tensor": 4}),
+    "v5p 64 xla context 4": ("v5p:4x4x4", PODS, {"batch_rows": 16, "remat": "full"}, {"context": 4}),
+    "v5p 4096 splash full": ("v5p:16x16x16", PODS, {"batch_rows": 4096, "remat": "full"}, {}),
+}
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+
+
+def main(*names: str):
+    print("| program | attention | compile, s (CPU s) | peak, GiB | logits-sized | T x T | largest array | collectives a layer, forward; backward |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    for name in names or ROWS:
+        command = [sys.executable, __file__, "--child", name]
+        done = subprocess.run(command, env={**os.environ, **compile.ENVIRONMENT}, capture_output=True, text=True)
+        answer = done.stdout.splitlines()[-1] if done.returncode == 0 else f"| {name} | failed: {done.stderr.strip().splitlines()[-1][:300]} |"
+        print(answer, flush=True)
+
+
+def child(name: str):
+
+    from jaxpt import sharding
+    from jaxpt.model import attention
+    from jaxpt.train import state, step
+    from jaxpt.weights import initialize
+
+    on, (model, pack), train, axes = ROWS[name]
+    target = hardware.target(on)
+    if missing := compile.missing_package(target):
+        sys.exit(f"needs {missing}")
+    values = config.overridden([])
+    for section, changes in (("model", model), ("pack", pack), ("train", {"compute_dtype": "bfloat16", **train}), ("mesh", axes)):
+        values[section] |= changes
+    settings = config.typed(values)
+    spec = initialize.random_spec(settings, settings.tokenizer.vocab_size)
+    mesh = sharding.make_mesh(settings.mesh, compile.devices(target, None))
+    backend, _ = attention.choose(spec, settings, mesh)
+    goal = state.abstract_state(spec, settings, mesh)
+    start, start_cpu = time.monotonic(), time.process_time()
+    lowered = step.build(spec, settings, mesh).lower(goal, step.abstract_batch(settings, mesh))
+    options = {"xla_gpu_enable_triton_gemm": False} if target.chip.platform == "cuda" else None
+    compiled = lowered.compile(options)
+    seconds, cpu_seconds = time.monotonic() - start, time.process_time() - start_cpu
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    if directory := os.environ.get("DUMP"):  # for a look at the program
+        pathlib.Path(directory, name.replace(" ", "_") + ".txt").write_text(text)
+    peak = memory.peak_memory_in_bytes
+    if target.chip.platform != "tpu":
+        peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    T, rows = settings.pack.row_len, settings.train.batch_rows // sharding.n_shards(mesh, "batch")
+    vocab = spec.vocab_size // sharding.n_shards(mesh, "vocab")
+    logits = rows * T // sharding.n_shards(mesh, "position") * vocab
+    arrays = arrays_of(text)
+    largest = max(arrays, key=lambda array: math.prod(array[1]))
+    layers = [json.dumps(dict(counts)).replace('"', "").strip("{}") or "none" for counts in collectives(text, spec.n_layers)]
+    host = f" + {memory.host_temp_size_in_bytes / 2**30:.1f} on the host" if memory.host_temp_size_in_bytes else ""
+    print(
+        f"| {name} | {backend} | {seconds:.0f} ({cpu_seconds:.0f}) | {peak / 2**30:.1f}{host} | {sum(vocab in shape and spec.d_model not in shape and math.prod(shape) >= logits for _, shape in arrays)} "
+        f"| {sum(shape.count(T) > 1 for _, shape in arrays)} | {largest[0]}{list(largest[1])} | {'; '.join(layers)} |"
+    )
+
+
+def arrays_of(text: str) -> set[tuple[str, tuple[int, ...]]]:
+    """Every (type, shape) that stands in a program."""
+    lines = "\n".join(line for line in text.splitlines() if " bitcast(" not in line)  # another shape for the same bytes: no array
+    found = re.findall(r"\b(pred|bf16|f16|f32|f64|[su]\d+)\[([\d,]+)\]", lines)
+    return {(kind, tuple(map(int, shape.split(",")))) for kind, shape in found}
+
+
+def collectives(text: str, n_layers: int) -> list[collections.Counter]:
+    """For each loop over the layers, how many of each collective one turn of it runs."""
+    bodies, name = {}, None
+    for line in text.splitlines():
+        opened = re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line)
+        if opened and not line.startswith(" "):
+            name = opened[1]
+            bodies[name] = []
+        elif name:
+            bodies[name].append(line)
+
+    def count(name: str) -> collections.Counter:
+        total = collections.Counter()
+        for line in bodies.get(name, []):
+            operation = re.search(r" ([a-z\-]+)\(", line)
+            kind = operation and operation[1].removesuffix("-start")
+            if kind in COLLECTIVES:
+                total[kind] += 1
+            for called in re.findall(r"(?:calls|to_apply|body)=%?([\w.\-]+)", line):
+                if kind not in COLLECTIVES:
+                    total += count(called)
+        return total
+
+    def over_layers(line: str) -> bool:
+        """Whether a loop carries the stacked weights, cast or not: a dozen arrays whose first axis is the layers'."""
+        carried, found, _ = line.partition(" while(")
+        return bool(found) and len(re.findall(rf"\[{n_layers},", carried)) >= 8
+
+    return [count(re.search(r"body=%?([\w.\-]+)", line)[1]) for lines in bodies.values() for line in lines if over_layers(line)]
+
+
+if __name__ == "__main__":
+    child(sys.argv[2]) if sys.argv[1:2] == ["--child"] else main(*sys.argv[1:])
