@@ -70,7 +70,10 @@ def main() -> None:
                 seconds = time.perf_counter() - start
             records = [record for record in read_metrics(home / f"run{i}/metrics.jsonl") if "step_seconds" in record]
             whole.append((records[-1]["seconds"] - records[0]["seconds"]) / (records[-1]["step"] - records[0]["step"]))
-            print(f"round {i}: bare step {bare[-1] * 1e3:.2f} ms, in the loop {whole[-1] * 1e3:.2f} ms (start and end included {seconds:.1f} s)", flush=True)
+            print(
+                f"round {i}: bare step {bare[-1] * 1e3:.2f} ms, in the loop {whole[-1] * 1e3:.2f} ms (start and end included {seconds:.1f} s)",
+                flush=True,
+            )
         ratios = [b / a - 1 for a, b in zip(bare, whole, strict=True)]
         print(f"overhead: median {statistics.median(ratios):.1%}, from {min(ratios):.1%} to {max(ratios):.1%}")
 

@@ -16,6 +16,7 @@ from jaxpt import sharding, stage
 from jaxpt.config import Config
 from jaxpt.data import loader
 from jaxpt.data.mixture import Mixture
+from jaxpt.model import attention, loss
 from jaxpt.spec import Manifest, ModelSpec, UserError
 from jaxpt.train import forgetting, gate, machine, newborn, start, state, step
 from jaxpt.train.metrics import Cost, Metrics
@@ -85,16 +86,17 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
             raise UserError(
                 f"the rows hold token ids up to {rows.n_pieces - 1}, the model knows {birth.model.spec.vocab_size}. Pack with the model's own tokenizer."
             )
+        story = hub.local(settings.initialize.source) / "growth.json" if settings.initialize.source != "random" else None
+        is_grown = bool(birth.parent) or (story is not None and story.is_file())
         if birth.parent:
             found = newborn.verify(birth.parent, birth.model, settings.initialize.grow, birth.growths, mesh, **measured_with)
             newborn.write_growth(found | {"moments": settings.initialize.moments if settings.initialize.start == "grow" else "fresh"}, run_dir)
-        elif settings.initialize.source != "random" and (story := hub.local(settings.initialize.source) / "growth.json").is_file():
-            if jax.process_index() == 0:
-                shutil.copyfile(story, run_dir / "growth.json")
+        elif is_grown and jax.process_index() == 0:
+            shutil.copyfile(story, run_dir / "growth.json")
         now, counts, young = start.begin(settings, birth, rows, mesh)
         record = {"tokenizer": birth.model.tokenizer, **birth.model.record}
         # a trained descendant of a growth has a record of its own; a newborn has none yet
-        grown, parent = bool(birth.parent) or ((run_dir / "growth.json").is_file() and not birth.model.step), None
+        grown, parent = bool(birth.parent) or (is_grown and not birth.model.step), None
         del birth  # the parent's weights, if there was one
     if rows.row_len > spec.max_positions:
         raise UserError(f"pack.row_len: rows of {rows.row_len} tokens are longer than the model's {spec.max_positions} positions. Pack shorter rows.")
@@ -110,9 +112,10 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
     metrics = Metrics(run_dir, settings, tokens_per_step=settings.train.batch_rows * rows.row_len, resumed_at=counts["step"], cost=cost_of(spec))
     shape = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "no cut"
     stage.say(
-        f"{jax.device_count()} x {jax.devices()[0].device_kind} ({shape}), {settings.train.compute_dtype} products; a step is "
+        f"{jax.device_count()} x {jax.devices()[0].device_kind} ({shape}); a step is "
         f"{settings.train.batch_rows} rows x {rows.row_len} tokens; {settings.train.steps:,} steps read {describe_epochs(mixture.epochs(n_rows))}"
     )
+    say_paths(spec, settings, mesh)
     if resumed:
         metrics.resumed(counts["step"])
     else:
@@ -169,8 +172,7 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
             waiting.clear()
         if logs:
             newest = {name: float(found[name]) for name in ("grad_norm", "lr")}
-            loss = nats_sum / max(weights_sum, 1)
-            metrics.train(n_done, loss=loss, **newest, n_skipped=int(found["n_skipped"]), epochs=mixture.epochs(n_read))
+            metrics.train(n_done, loss=nats_sum / max(weights_sum, 1), **newest, n_skipped=int(found["n_skipped"]), epochs=mixture.epochs(n_read))
             nats_sum = weights_sum = 0.0
         measured = None
         if last or (settings.train.eval_every and n_done % settings.train.eval_every == 0):
@@ -321,6 +323,21 @@ def stop_if_stuck(found: dict, settings: Config, n_done: int, rows: loader.Rows,
             f"{', '.join(documents[:4])}{f' and {len(documents) - 4} more documents' if len(documents) > 4 else ''}. Lower optim.peak_lr "
             f"({settings.optim.peak_lr:g}), or look at the documents: scripts/trace.py --workdir RUN --step {n_done} prints them."
         )
+
+
+def say_paths(spec: ModelSpec, settings: Config, mesh) -> None:
+    """Which ways the step takes where there are several, and why."""
+    platform = mesh.devices.flat[0].platform
+    backend, why = attention.choose(spec, settings, mesh)
+    at_a_time = loss.ON_CPU if platform == "cpu" else loss.ON_ACCELERATOR
+    products = settings.train.compute_dtype
+    if products == "bfloat16" and platform == "cpu":
+        products += " (which XLA's CPU turns into float32: slower than train.compute_dtype=float32)"
+    elif products == "float32" and platform != "cpu":
+        products += " (bfloat16 is several times faster on this device: train.compute_dtype)"
+    stage.say(
+        f"attention: {backend}, {why}; loss: {at_a_time} tokens of a device at a time; products: {products}; backward keeps: {settings.train.remat}"
+    )
 
 
 def describe_epochs(epochs: dict[str, float]) -> str:
