@@ -164,7 +164,13 @@ def test_the_course_shape_has_the_course_count():
 
 @pytest.mark.parametrize(
     ("change", "answer"),
-    [({"n_kv_heads": 4}, "Use a divisor of 6"), ({"d_head": 7}, "even number"), ({"n_layers": 0}, "at least 1"), ({"d_model": 2.5}, "whole number")],
+    [
+        ({"n_kv_heads": 4}, "Use a divisor of 6"),
+        ({"d_head": 7}, "even number"),
+        ({"n_layers": -1}, "at least 0"),
+        ({"d_ff": 0}, "at least 1"),
+        ({"d_model": 2.5}, "whole number"),
+    ],
 )
 def test_sizes_that_make_no_model_are_refused(spec, change, answer):
     with pytest.raises(UserError, match=answer):
