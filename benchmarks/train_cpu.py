@@ -10,6 +10,7 @@ random tokens, without recomputing, on all cores; each with the settings that we
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -107,7 +108,7 @@ def hf(shape: str, dtype: str = "float32") -> float:
         report_to="none", disable_tqdm=True,
     )  # fmt: skip
     transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[Clock()]).train()
-    return rate(shape, [end - begin for begin, end in zip(ends, ends[1:], strict=False)])
+    return rate(shape, [end - begin for begin, end in itertools.pairwise(ends)])
 
 
 def torch_compile(shape: str) -> float:
