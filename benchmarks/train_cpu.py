@@ -26,8 +26,8 @@ sys.path.insert(0, str(ROOT))
 V = 32_000
 # name: L, D, F, N, K, T, B, timed steps, first steps not counted
 SHAPES = {
-    "S": (8, 256, 704, 8, 4, 512, 8, 4, 2),
-    "M": (12, 1024, 4096, 32, 8, 512, 1, 4, 2),
+    "S": (8, 256, 704, 8, 4, 512, 8, 3, 2),
+    "M": (12, 1024, 4096, 32, 8, 512, 1, 3, 2),
     "course": (16, 1024, 4096, 32, 8, 32, 2, 6, 2),  # configs/course.py after its growth, with its recomputing
 }
 
