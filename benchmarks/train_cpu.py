@@ -6,7 +6,7 @@
 
 Every turn is a process of its own that warms up, times whole steps and prints tokens/s; a round is one turn of each, so that
 a machine whose speed drifts still compares fairly: read the ratios. All train float32 weights with AdamW (decay 0.1, clip 1) on
-random tokens, without recomputing, on all cores; each with the settings that were fastest here. Peers need torch and transformers.
+random tokens, without recomputing, on all cores. Peers need torch and transformers: sdpa attention, AdamW fused.
 """
 
 import argparse
