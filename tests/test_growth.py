@@ -313,7 +313,7 @@ def test_a_growth_adds_one_compilation_and_leaves_the_state_sharded_as_born(spec
     grew, now, young = after_growth(settings, spec, mesh, text, "reset_new")
     assert state.shardings(now) == state.shardings(state.abstract_state(grew.child, settings, mesh))
     if name == "muon":  # momenta of the first copies are the parent's, of the second ones 0
-        momenta = np.asarray(now.opt[1].mu["blocks"]["gate"])
+        momenta = np.asarray(now.opt[0].mu["blocks"]["gate"])
         assert [bool(momentum.any()) for momentum in momenta] == [not new for new in growth.young(grew)["layers"]]
     now, run = trained(settings, grew.child, mesh, 2, now, young)
     assert run._cache_size() == 1 and int(now.step) == 5
@@ -324,7 +324,7 @@ def test_new_parts_learn_as_if_freshly_born_and_old_ones_go_on(spec, one):
     settings = dataclasses.replace(SETTINGS, optim=dataclasses.replace(SETTINGS.optim, clip_norm=0.0, weight_decay=0.0, eps=1e-12))
     grew, now, young = after_growth(settings, spec, one, "stack(g=2)", "reset_new")
     assert young.updates == 3 and young.rewarm == "new"
-    optim, adam = settings.optim, now.opt[1]
+    optim, adam = settings.optim, now.opt[0]
     before, mean, square = (np.asarray(tree["blocks"]["gate"], np.float64) for tree in (now.params, adam.mu, adam.nu))
     assert (mean[5:] == 0).all() and (mean[:5] != 0).all()
     grads = gradient(grew.child, now.params, batch := make_batch(seed=0))

@@ -12,7 +12,18 @@ from conftest import ROOT
 
 from jaxpt import config
 
-FLOORS = [("spec",), ("stage",), ("config",), ("sharding",), ("data", "model"), ("weights",), ("evaluate",), ("train",), ("plan",), ("report",)]
+FLOORS = [
+    ("spec",),
+    ("stage",),
+    ("config", "launch"),
+    ("sharding",),
+    ("data", "model"),
+    ("weights",),
+    ("evaluate",),
+    ("train",),
+    ("plan",),
+    ("report",),
+]
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted((ROOT / "jaxpt").rglob("*.py"))
 DOORS = sorted((ROOT / "scripts").glob("*.py"))

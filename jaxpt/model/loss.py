@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -13,6 +15,7 @@ from jaxpt.sharding import constrain
 ON_CPU, ON_ACCELERATOR = 256, 1024
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def cross_entropy(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, z_loss: float = 0.0, at_a_time: int = ON_CPU
 ) -> tuple[jax.Array, jax.Array]:
@@ -25,27 +28,65 @@ def cross_entropy(
     z_loss   weight of log(Z)^2, added to the first sum only (PaLM, 2204.02311, section 5)
     at_a_time  tokens over all devices whose logits may exist at once
 
-    Returns (sum of weight x (nats + z_loss log(Z)^2), sum of weight x nats), float32 scalars.
+    Returns (sum of weight x (nats + z_loss log(Z)^2), sum of weight x nats), float32 scalars. The first sum has gradients, by
+    hidden and by head; the second is for the log.
     """
-    B, T, _ = hidden.shape
-    n_chunks = 1
-    while T % (2 * n_chunks) == 0 and B * T // n_chunks > at_a_time:
-        n_chunks *= 2
 
-    def chunked(x):  # every n-th position of each row: a device keeps its own, whether the mesh cuts rows apart or across
-        return jnp.moveaxis(x.reshape(B, T // n_chunks, n_chunks, *x.shape[2:]), 2, 0)
-
-    @jax.checkpoint
     def add(sums, chunk):
         hidden, targets, weights = chunk
-        logits = jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
-        logits = constrain(logits, "batch", "position", "vocab")
-        log_z = jax.nn.logsumexp(logits, axis=-1)
-        nats = (log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]) * weights
-        return (sums[0] + jnp.sum(nats + z_loss * log_z**2 * weights), sums[1] + jnp.sum(nats)), None
+        losses, nats, _ = chunk_losses(hidden, head, targets, weights, z_loss)
+        return (sums[0] + jnp.sum(losses), sums[1] + jnp.sum(nats)), None
 
-    sums, _ = jax.lax.scan(add, (jnp.float32(0), jnp.float32(0)), (chunked(hidden), chunked(targets), chunked(weights)))
-    return sums
+    return jax.lax.scan(add, (jnp.float32(0), jnp.float32(0)), chunks_of(at_a_time, hidden, targets, weights))[0]
+
+
+def forward(hidden, head, targets, weights, z_loss, at_a_time):
+    """The sums, and the gradients by hidden and head, taken while a chunk's logits are there: three products, where
+    computing the logits again in the backward pass would take four."""
+    B, T, D = hidden.shape
+
+    def add(carry, chunk):
+        loss_sum, nats_sum, by_head = carry
+        hidden, targets, weights = chunk
+        losses, nats, by_logits = chunk_losses(hidden, head, targets, weights, z_loss)
+        by_logits = by_logits.astype(hidden.dtype)
+        by_hidden = jnp.einsum("btv,dv->btd", by_logits, head)
+        by_head += jnp.einsum("btd,btv->dv", hidden, by_logits, preferred_element_type=jnp.float32)
+        return (loss_sum + jnp.sum(losses), nats_sum + jnp.sum(nats), by_head), by_hidden
+
+    zeros = (jnp.float32(0), jnp.float32(0), jnp.zeros(head.shape, jnp.float32))
+    (loss_sum, nats_sum, by_head), by_hidden = jax.lax.scan(add, zeros, chunks_of(at_a_time, hidden, targets, weights))
+    return (loss_sum, nats_sum), (jnp.moveaxis(by_hidden, 0, 2).reshape(B, T, D), by_head.astype(head.dtype))
+
+
+def backward(z_loss, at_a_time, gradients, by_sums):
+    by_hidden, by_head = gradients
+    scale = by_sums[0]
+    return (scale * by_hidden).astype(by_hidden.dtype), (scale * by_head).astype(by_head.dtype), None, None
+
+
+cross_entropy.defvjp(forward, backward)
+
+
+def chunks_of(at_a_time, hidden, targets, weights):
+    """[B, T, ...] -> [n, B, T / n, ...], every n-th position of each row: a device keeps its own, whether the mesh cuts rows apart or across."""
+    B, T, _ = hidden.shape
+    n = 1
+    while T % (2 * n) == 0 and B * T // n > at_a_time:
+        n *= 2
+    return tuple(jnp.moveaxis(x.reshape(B, T // n, n, *x.shape[2:]), 2, 0) for x in (hidden, targets, weights))
+
+
+def chunk_losses(hidden, head, targets, weights, z_loss):
+    """Of one chunk: weighted losses and nats [B, T], and the gradient of the summed losses by the logits [B, T, V], float32."""
+    logits = jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
+    logits = constrain(logits, "batch", "position", "vocab")
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    nats = (log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]) * weights
+    hit = jnp.arange(logits.shape[-1]) == targets[..., None]
+    shares = jnp.exp(logits - log_z[..., None])
+    by_logits = ((1 + 2 * z_loss * log_z)[..., None] * shares - hit) * weights[..., None]
+    return nats + z_loss * log_z**2 * weights, nats, by_logits
 
 
 def log_likelihoods(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:

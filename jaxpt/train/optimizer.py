@@ -54,16 +54,35 @@ def build(optim: Optim, spec: ModelSpec, young: Young = Young()) -> optax.Gradie
 
     The learning rate stays outside so that it follows the run's step even when an update is skipped.
     """
-    adam = optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps)
+    adam = scale_by_adam(optim)
     core = muon_beside(adam) if optim.name == "muon" else adam
     return optax.chain(
-        optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity(),
         core if young.rewarm == "none" else rewarmed(core, optim, spec, young),
         optax.add_decayed_weights(optim.weight_decay, mask=decayed) if optim.weight_decay else optax.identity(),
     )
 
 
-def muon_beside(adam: optax.GradientTransformation) -> optax.GradientTransformation:
+def scale_by_adam(optim: Optim) -> optax.GradientTransformationExtraArgs:
+    """optax's, with gradients that are taken `scale` times, and moments that stay where a step is not `good`.
+
+    Bound by memory where a step has few tokens: each moment is read by one loop that writes it in place, and directions are
+    read from the new ones (the barrier). optax's form makes XLA copy both moments first, as three loops read the old ones.
+    """
+    b1, b2, eps = optim.b1, optim.b2, optim.eps
+
+    def update(grads, state, params=None, *, scale, good):
+        count = state.count + good
+        mu = jax.tree.map(lambda g, m: jnp.where(good, (1 - b1) * (scale * g) + b1 * m, m).astype(m.dtype), grads, state.mu)
+        nu = jax.tree.map(lambda g, n: jnp.where(good, (1 - b2) * (scale * g) ** 2 + b2 * n, n).astype(n.dtype), grads, state.nu)
+        mu, nu = jax.lax.optimization_barrier((mu, nu))
+        by = [(1 / (1 - b**count)).astype(jnp.float32) for b in (b1, b2)]
+        directions = jax.tree.map(lambda m, n: (by[0] * m) / (jnp.sqrt(by[1] * n) + eps), mu, nu)
+        return directions, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformationExtraArgs(optax.scale_by_adam().init, update)
+
+
+def muon_beside(adam: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
     """Muon on the MATRICES of each layer, adam on the rest; the state is Adam's, whose nu holds the rest alone.
 
     Directions are brought to the size of Adam's (RMS 0.2), so that learning rate and decay mean what they mean there.
@@ -87,15 +106,16 @@ def muon_beside(adam: optax.GradientTransformation) -> optax.GradientTransformat
         state = adam.init(params)
         return state._replace(nu=adam.init(rest).nu)
 
-    def update(grads, state, params=None):
+    def update(grads, state, params=None, *, scale, good):
         (matrices, rest), (momenta, means) = parted(grads, of), parted(state.mu, of)
         ours = muon.init(momenta)._replace(count=state.count, mu=momenta)
-        orthogonal, ours = muon.update(matrices, ours)
+        orthogonal, ours = muon.update(jax.tree.map(lambda g: scale * g, matrices), ours)
+        momenta = jax.tree.map(lambda new, old: jnp.where(good, new, old), ours.mu, momenta)
         orthogonal = jax.tree_util.tree_map_with_path(as_large_as_adams, orthogonal)
-        directions, theirs = adam.update(rest, state._replace(mu=means))
-        return joined(orthogonal, directions), theirs._replace(mu=joined(ours.mu, theirs.mu))
+        directions, theirs = adam.update(rest, state._replace(mu=means), scale=scale, good=good)
+        return joined(orthogonal, directions), theirs._replace(mu=joined(momenta, theirs.mu))
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def parted(tree: dict[str, Any], chosen: Callable[[tuple], bool]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -115,13 +135,13 @@ def joined(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     return {name: both.get(name, a.get(name, b.get(name))) for name in sorted(a.keys() | b.keys())}
 
 
-def rewarmed(adam: optax.GradientTransformation, optim: Optim, spec: ModelSpec, young: Young) -> optax.GradientTransformation:
+def rewarmed(adam: optax.GradientTransformationExtraArgs, optim: Optim, spec: ModelSpec, young: Young) -> optax.GradientTransformationExtraArgs:
     """Adam whose new parts count their own updates: their moments began at 0 when the model grew, so the bias is corrected
     by their own count, and their directions rise over optim.warmup_steps. eps is that of the old count (it matters below 1e-8).
     """
 
-    def update(grads, state, params=None):
-        directions, state = adam.update(grads, state, params)
+    def update(grads, state, params=None, **how):
+        directions, state = adam.update(grads, state, params, **how)
         count, own = (x.astype(jnp.float32) for x in (state.count, state.count - young.updates))
         share = jnp.sqrt((1 - optim.b2**own) / (1 - optim.b2**count)) * (1 - optim.b1**count) / (1 - optim.b1**own)
         rise = jnp.minimum(own / max(optim.warmup_steps, 1), 1)
@@ -134,7 +154,7 @@ def rewarmed(adam: optax.GradientTransformation, optim: Optim, spec: ModelSpec, 
 
         return jax.tree_util.tree_map_with_path(one, llama.rows(spec), directions, is_leaf=llama.is_row), state
 
-    return optax.GradientTransformation(adam.init, update)
+    return optax.GradientTransformationExtraArgs(adam.init, update)
 
 
 def rates(optim: Optim, spec: ModelSpec, young: Young) -> dict[str, Any] | None:

@@ -57,23 +57,22 @@ def build(spec: ModelSpec, settings: Config, mesh, young: optimizer.Young = opti
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             grads, nats_sum = gradient_sums(state.params, batch)
         weights_sum = jnp.sum(batch.weights)
-        grads = jax.tree.map(lambda g: g / jnp.maximum(weights_sum, 1), grads)
         rates = optimizer.rates(optim, spec, young)
         if rates:  # what is frozen has no part in the norm either
             grads = jax.tree.map(lambda g, rate: jnp.where(rate > 0, g, 0), grads, rates)
-        grad_norm = optax.tree.norm(grads)
-
-        directions, opt = tx.update(grads, state.opt, state.params)
-        lr = lr_at(state.step)
-        if rates:
-            directions = jax.tree.map(lambda d, rate: rate * d, directions, rates)
-        params = jax.tree.map(lambda p, d: (p - lr * d).astype(p.dtype), state.params, directions)
-
+        per_token = 1 / jnp.maximum(weights_sum, 1)
+        grad_norm = per_token * optax.tree.norm(grads)
         good = jnp.isfinite(nats_sum) & jnp.isfinite(grad_norm)
         if train.spike_factor:
             trusted = (state.step - state.guard["n_skipped"] >= SPIKE_WARMUP) & (state.guard["norm_mean"] > 0)  # 0: just grown
             good &= ~trusted | (grad_norm <= train.spike_factor * state.guard["norm_mean"])
-        params, opt = jax.tree.map(lambda new, old: jnp.where(good, new, old), (params, opt), (state.params, state.opt))
+
+        clip = jnp.minimum(optim.clip_norm / grad_norm, 1) if optim.clip_norm else 1
+        directions, opt = tx.update(grads, state.opt, state.params, scale=clip * per_token, good=good)
+        lr = lr_at(state.step)
+        if rates:
+            directions = jax.tree.map(lambda d, rate: rate * d, directions, rates)
+        params = jax.tree.map(lambda p, d: jnp.where(good, (p - lr * d).astype(p.dtype), p), state.params, directions)
         guard = {
             "norm_mean": jnp.where(good, running_mean(state.guard["norm_mean"], grad_norm), state.guard["norm_mean"]),
             "n_skipped": state.guard["n_skipped"] + ~good,
