@@ -220,7 +220,7 @@ def test_muon_treats_stacked_layers_as_matrices_each_by_itself(spec):
     tx = optimizer.build(dataclasses.replace(MUON.optim, clip_norm=0, weight_decay=0), spec)
     rng = np.random.default_rng(0)
     grads = jax.tree.map(lambda row: jnp.asarray(rng.normal(size=row.shape), jnp.float32), llama.rows(spec), is_leaf=llama.is_row)
-    directions, _ = tx.update(grads, tx.init(grads), grads)
+    directions, _ = tx.update(grads, tx.init(grads), grads, scale=0.5, good=True)
     shapes = {"q": (24, 48), "k": (24, 16), "v": (24, 16), "o": (48, 24), "gate": (24, 40), "up": (24, 40), "down": (40, 24)}
     for name, shape in shapes.items():
         for layer in np.asarray(directions["blocks"][name]):
@@ -228,7 +228,7 @@ def test_muon_treats_stacked_layers_as_matrices_each_by_itself(spec):
             assert singular.min() > 0.6 and singular.max() < 1.3, name  # Newton-Schulz comes near to 1, not onto it
     other = jax.tree.map(lambda g: g, grads)
     other["blocks"] = {name: g.at[3].multiply(7.0) + jnp.zeros_like(g).at[2].set(1.0) for name, g in grads["blocks"].items()}
-    changed, _ = tx.update(other, tx.init(grads), grads)
+    changed, _ = tx.update(other, tx.init(grads), grads, scale=0.5, good=True)
     for name in shapes:
         np.testing.assert_allclose(changed["blocks"][name][:2], directions["blocks"][name][:2], rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(changed["blocks"][name][3], directions["blocks"][name][3], rtol=1e-3, atol=1e-4)  # its scale does not count

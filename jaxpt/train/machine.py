@@ -32,7 +32,14 @@ def join() -> None:
     if given:
         if len(given) < len(BY_HAND) or not (given["JAXPT_PROCESSES"].isdigit() and given["JAXPT_PROCESS"].isdigit()):
             raise UserError(f"environment: found {given}, wanted all of {', '.join(BY_HAND)}: HOST:PORT, how many processes, and which one this is.")
-        initialize(given["JAXPT_COORDINATOR"], int(given["JAXPT_PROCESSES"]), int(given["JAXPT_PROCESS"]))
+        # said outright, or JAX would take this process for one task of SLURM's, with one GPU, where it runs in such a job
+        n_gpus = len(list(pathlib.Path("/dev").glob("nvidia[0-9]*")))
+        mine = (
+            {}
+            if "JAX_LOCAL_DEVICE_IDS" in os.environ or not n_gpus or "SLURM_LOCALID" not in os.environ
+            else {"local_device_ids": list(range(n_gpus))}
+        )
+        initialize(given["JAXPT_COORDINATOR"], int(given["JAXPT_PROCESSES"]), int(given["JAXPT_PROCESS"]), **mine)
     elif int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in os.environ:
         # JAX takes a task for one GPU (its local id); where a node runs a single task, that task has all of the node's
         one_a_node = os.environ.get("SLURM_NTASKS_PER_NODE") == "1" or os.environ["SLURM_NTASKS"] == os.environ.get("SLURM_STEP_NUM_NODES")
