@@ -144,8 +144,8 @@ def slurm(nodes: int, gpus: int, workdir: str, train: list[str]) -> Launch:
 cd {shlex.quote(str(ROOT))}
 srun --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 {python} {shlex.join(train)}
 status=$?
-# ended well and yet not finished: it was asked to stop, has saved, and goes on in the next turn
-if [ $status = 0 ] && [ ! -e {shlex.quote(workdir + "/manifest.json")} ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+# 143 (or a shell's 0) and yet not finished: it was asked to stop, has saved, and goes on in the next turn
+if {{ [ $status = 143 ] || [ $status = 0 ]; }} && [ ! -e {shlex.quote(workdir + "/manifest.json")} ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit $status
 """
     return Launch(

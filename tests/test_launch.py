@@ -95,7 +95,7 @@ def test_a_tpu_slice_starts_the_given_command_on_every_worker(tmp_path, hosts):
         assert called(tmp_path / f"{worker}.json") == [WANTED, {}]
 
 
-@pytest.mark.parametrize(("ends", "finished", "requeued"), [(0, True, False), (0, False, True), (1, False, False)])
+@pytest.mark.parametrize(("ends", "finished", "requeued"), [(0, True, False), (143, False, True), (1, False, False)])
 def test_a_slurm_job_is_queued_again_when_it_was_asked_to_stop_and_only_then(tmp_path, hosts, ends, finished, requeued):
     workdir = str(tmp_path / "my run")
     recipe = launch.slurm(3, 4, workdir, TRAIN)

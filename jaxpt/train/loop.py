@@ -260,6 +260,8 @@ def finished(run: pathlib.Path, config: dict, inputs: dict) -> bool:
     longer = {**config, "train": {**config["train"], "steps": manifest.counts["steps"]}}
     if config["train"]["steps"] > manifest.counts["steps"] and stage.plain(longer) == manifest.config:
         stage.say(f"train: {run} stood at {manifest.counts['steps']:,} steps and goes on to {config['train']['steps']:,}")
+        if jax.process_index() == 0:
+            (run / "manifest.json").unlink()  # it is not finished any more, which launch.py and later stages look at
         return False
     raise UserError(f"train: {run} holds the result of {stage.difference(manifest, config, inputs, manifest.seed)}. Give another --workdir.")
 
