@@ -41,6 +41,17 @@ def get_config():
     c.optim.peak_lr, c.optim.warmup_steps = 1e-2, 10
     return c
 """
+# train.py with gradients that are not finite at two steps
+POISONED = """
+import runpy
+from jaxpt.data import loader
+stream = loader.stream
+def poisoned(rows, mixture, sharding, batch_rows, first_row, document_mask):
+    for i, batch in enumerate(stream(rows, mixture, sharding, batch_rows, first_row, document_mask)):
+        yield batch._replace(weights=batch.weights * float("nan")) if first_row // batch_rows + i + 1 in (13, 27) else batch
+loader.stream = poisoned
+runpy.run_path(%r, run_name="__main__")
+"""
 VARIES = {"tokens_per_second", "step_seconds", "mfu", "memory_bytes", "seconds", "usd"}
 FILE_LIMIT = 102_400  # the tokenizer fits, a checkpoint does not
 SILENCE = 60  # what jaxpt/train/machine.py waits for a host that says nothing
@@ -58,13 +69,15 @@ def prepare(home: pathlib.Path) -> None:
 class Job:
     """One start of the run: a process, or several that are joined, with what they said."""
 
-    def __init__(self, home: pathlib.Path, run: str, steps: int, *more: str, n: int = 1, devices: int = 1, limit: int | None = None):
+    def __init__(
+        self, home: pathlib.Path, run: str, steps: int, *more: str, n: int = 1, devices: int = 1, limit: int | None = None, script: str = ""
+    ):
         self.home, self.run, self.said = home, home / run, home / f"{run}.log"
         limited = ["bash", "-c", f'ulimit -f {limit // 1024}; exec "$@"', "limited"] if limit else []  # of each file that it writes, in bytes
         command = [
             *limited,
             sys.executable,
-            str(ROOT / "scripts/train.py"),
+            script or str(ROOT / "scripts/train.py"),
             "--config",
             "small.py",
             "--workdir",
@@ -72,7 +85,7 @@ class Job:
             f"--config.train.steps={steps}",
             *more,
         ]
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
         with socket.socket() as free:
             free.bind(("localhost", 0))
             joined = {"JAXPT_COORDINATOR": f"localhost:{free.getsockname()[1]}", "JAXPT_PROCESSES": str(n)} if n > 1 else {}
@@ -222,6 +235,22 @@ def small_disk(home: pathlib.Path, run: str, steps: int) -> str:
     return f"steps {whole} were whole; with more room it went on"
 
 
+def not_finite(home: pathlib.Path, run: str, steps: int, rng: random.Random) -> str:
+    """Two batches whose loss is NaN: their updates are skipped and counted, the run goes on; killed once, it does all of that again."""
+    (home / "poisoned.py").write_text(POISONED % str(ROOT / "scripts/train.py"))
+    poisoned = {"script": str(home / "poisoned.py")}
+    Job(home, f"{run}_uncut", steps, **poisoned).ends()
+    job = Job(home, run, steps, **poisoned)
+    job.until(rng.randrange(15, 25))
+    job.processes[0].kill()
+    job.wait()
+    at = job.step()
+    Job(home, run, steps, **poisoned).ends()
+    skipped = [record["n_skipped"] for record in read_metrics(home / run / "metrics.jsonl") if "n_skipped" in record][-1]
+    assert skipped == 2, skipped
+    return f"{skipped} updates skipped, killed at step {at}"
+
+
 def damages(directory: pathlib.Path) -> Iterator[tuple[str, Callable[[], None]]]:
     """Every file of a checkpoint gone, cut in half, and with one bit turned."""
     for file in sorted(path for path in directory.rglob("*") if path.is_file()):
@@ -276,6 +305,7 @@ def campaign(home: pathlib.Path, n_kills: int, n_kills_of_two: int, seed: int) -
     row("SIGTERM", "term", "uncut", 400, sigterm)
     row("SIGTERM to one of two", "term2", "uncut2", 60, sigterm, **two)
     row("newest checkpoint torn, flipped, stray directory", "torn", "uncut", 400, torn, "uncut", 400, rng)
+    row("batches that are not finite", "nan", "nan_uncut", 400, not_finite, rng)
     row("disk full (no file above 100 kB)", "full", "uncut", 400, full_disk)
     row("disk full, on_failed_save = go on", "full_on", "uncut", 400, full_disk_goes_on)
     row("disk full (tmpfs of 1 MB)", "tmpfs", "uncut", 400, small_disk)

@@ -53,6 +53,11 @@ def test_a_disk_that_fills_up_is_one_sentence_and_loses_nothing(home):
     equal(home, "full")
 
 
+def test_batches_that_are_not_finite_are_skipped_killed_or_not(home):
+    faults.not_finite(home, "nan", STEPS, random.Random(3))
+    equal(home, "nan", "nan_uncut")
+
+
 def test_a_run_may_go_on_without_its_checkpoints(home):
     faults.full_disk_goes_on(home, "full_on", STEPS)
     equal(home, "full_on")

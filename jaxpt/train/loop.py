@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import pathlib
 import shutil
 import time
@@ -167,7 +168,8 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
             saves = machine.first_decides(time.monotonic() - saved_at > 60 * settings.train.checkpoint_minutes)
         if logs or saves:
             for each in jax.device_get(waiting):
-                nats_sum, weights_sum = nats_sum + float(each["nats_sum"]), weights_sum + float(each["weights_sum"])
+                if math.isfinite(each["nats_sum"]):  # a batch that is not is skipped, and counted as that
+                    nats_sum, weights_sum = nats_sum + float(each["nats_sum"]), weights_sum + float(each["weights_sum"])
                 stop_if_stuck(each, settings, n_done, rows, mixture)
             waiting.clear()
         if logs:
