@@ -39,7 +39,7 @@ def losses(run):
 
 
 def test_killed_at_random_moments_it_ends_as_the_uncut_run(home):
-    faults.kills(home, "killed", STEPS, 3, random.Random(1), (2.0, 5.0))
+    faults.kills(home, "killed", STEPS, 3, random.Random(1))
     equal(home, "killed")
 
 
