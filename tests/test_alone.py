@@ -1,4 +1,6 @@
-"""Laws of a run that is left alone: whatever happens to it, the same command goes on and ends as the uncut run. benchmarks/faults.py is the long form."""
+"""Laws of a run that is left alone: whatever happens to it, the same command goes on and ends as the uncut run. benchmarks/faults.py is the long form.
+
+The slow ones guard promises too: .ci/run runs them."""
 
 import importlib.util
 import json
@@ -53,16 +55,19 @@ def test_a_disk_that_fills_up_is_one_sentence_and_loses_nothing(home):
     equal(home, "full")
 
 
+@pytest.mark.slow
 def test_batches_that_are_not_finite_are_skipped_killed_or_not(home):
     faults.not_finite(home, "nan", STEPS, random.Random(3))
     equal(home, "nan", "nan_uncut")
 
 
+@pytest.mark.slow
 def test_a_run_may_go_on_without_its_checkpoints(home):
     faults.full_disk_goes_on(home, "full_on", STEPS)
     equal(home, "full_on")
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_leave_together(home):
     """2 x 4 devices against 1 x 8; SIGTERM to the second process, which both obey at the same step."""
     faults.Job(home, "eight", 20, devices=8).ends()
@@ -113,6 +118,7 @@ def test_the_run_directory_says_how_the_run_can_be_done_again(home):
     assert started[0]["versions"]["jax"] and started[0]["devices"] == "1 x cpu" and (home / "killed/program.diff").is_file()
 
 
+@pytest.mark.slow
 def test_what_a_child_forgets_stops_it_or_is_read_more_often(home):
     """The child reads code alone; what it forgets of the prose doubles the prose's share, in the same way when it is killed in between."""
     child = ["--config.initialize.source=uncut", "--config.mixture.phases=((0, {'python-code': 1.0}),)", "--config.train.eval_every=10"]
