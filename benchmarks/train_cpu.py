@@ -46,6 +46,9 @@ def rate(shape: str, seconds: list[float]) -> float:
 
 def jaxpt(shape: str) -> float:
     """The step that train.py runs, on one device that has all cores."""
+    from jaxpt import stage
+
+    stage.use_large_pages()  # as train.py does
     import jax
     import numpy as np
 

@@ -24,4 +24,5 @@ def main():
 
 
 if __name__ == "__main__":
+    stage.use_large_pages()
     stage.door(main)
