@@ -194,10 +194,15 @@ def program() -> tuple[dict[str, Any], str]:
         except (OSError, subprocess.CalledProcessError):  # no git, or no clone: the versions remain
             return ""
 
-    found = {"command": shlex.join([sys.executable, *sys.argv]), "directory": os.getcwd(), "host": socket.gethostname(), "versions": versions()}
-    return {"started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **found, "commit": git("rev-parse", "HEAD").strip()}, git(
-        "diff", "HEAD"
-    )
+    found = {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([sys.executable, *sys.argv]),
+        "directory": os.getcwd(),
+        "host": socket.gethostname(),
+        "versions": versions(),
+        "commit": git("rev-parse", "HEAD").strip(),
+    }
+    return found, git("diff", "HEAD")
 
 
 # ---- what a person sees
