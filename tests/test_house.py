@@ -21,7 +21,7 @@ FLOORS = [
     ("weights",),
     ("evaluate",),
     ("train",),
-    ("plan",),
+    ("plan", "lineage"),
     ("report",),
 ]
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
