@@ -641,6 +641,10 @@ def samples(runs: list[RunData]) -> str:
             outputs = "".join(sample(output, runs) for output in prompt["outputs"])
             parts.append(f'<div class="prompt"><pre>{esc(clip(prompt["prompt"], MAX_TEXT))}</pre><div class="outputs">{outputs}</div></div>')
         note = f" {more} more prompts are in eval/samples.json." if (more := len(found["prompts"]) - shown) > 0 else ""
+        if scores := found.get("bits_per_byte"):
+            models = list(dict.fromkeys(name for each in scores.values() for name in each))
+            rows = [[code(file), *(decimal(each.get(name)) for name in models)] for file, each in scores.items()]
+            parts.append(grid(["bits per byte", *map(esc, models)], rows))
         parts.append(small(f"Each model's continuation of the prompt above it. {settings[:1].upper()}{settings[1:]}.{note}"))
     return "".join(parts)
 

@@ -23,6 +23,7 @@ FLOORS = [
     ("train",),
     ("plan", "lineage"),
     ("report",),
+    ("live",),
 ]
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted((ROOT / "jaxpt").rglob("*.py"))
