@@ -1,0 +1,95 @@
+"""The ways to lay a step out on a target: meshes, micro-batches and what backward keeps, each by arithmetic alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from jaxpt import config, sharding
+from jaxpt.config import Config
+from jaxpt.plan import flops, hardware, roofline
+from jaxpt.spec import ModelSpec, UserError
+
+REMATS = ("none", "dots", "minimal", "full")
+
+
+class Layout(NamedTuple):
+    """Settings, what flops.of_step knows of them, and the seconds expected of a step."""
+
+    asked: Config
+    measured: dict[str, Any]
+    seconds: float
+
+    @property
+    def needs(self) -> float:
+        """Bytes of one device."""
+        return max(self.measured["peak_bytes"], self.measured["export_bytes"])
+
+
+def candidates(spec: ModelSpec, settings: Config, target: hardware.Target) -> list[Layout]:
+    """Every setting that the target's devices can be cut for. Rows and tokens of a step stay what the config says."""
+    found = []
+    for mesh in meshes(spec, settings, target):
+        sizes = dataclasses.asdict(mesh)
+        for accumulate in divisors(settings.train.batch_rows):
+            try:
+                sharding.check(Sizes(sizes), spec, settings.train.batch_rows, accumulate, settings.pack.row_len)
+            except UserError:
+                continue
+            for remat in REMATS:
+                asked = dataclasses.replace(settings, mesh=mesh, train=dataclasses.replace(settings.train, accumulate=accumulate, remat=remat))
+                measured = flops.of_step(spec, asked, sizes, hardware.attention(asked, target))
+                measured |= {"method": "estimated", "missing": None, "mesh": sizes, "seconds": 0.0}
+                found.append(Layout(asked, measured, roofline.of(measured, target, asked).middle))
+    return found
+
+
+class Sizes(NamedTuple):
+    """What sharding.check reads of a mesh."""
+
+    shape: dict[str, int]
+
+
+def meshes(spec: ModelSpec, settings: Config, target: hardware.Target) -> Iterator[config.Mesh]:
+    """Data parallel over what tensor and context leave, one copy of the model or one for each host of GPUs."""
+    n, hosts = target.n_devices, max(target.n_devices // hardware.GPUS_PER_HOST, 1) if target.chip.platform == "cuda" else 1
+    cuts = itertools.product(sorted({1, hosts}), divisors(spec.n_kv_heads), (1, 2, 4, 8))
+    for copies, tensor, context in cuts:
+        if n % (copies * tensor * context) == 0 and settings.pack.row_len % context**2 == 0:
+            yield config.Mesh(copies, n // (copies * tensor * context), tensor, context)
+
+
+def smallest(spec: ModelSpec, settings: Config, target: hardware.Target) -> str:
+    """A sentence: by arithmetic, the smallest slice or host of the chip that fits, with its overrides."""
+    for on in hardware.sizes(target.chip):
+        other = hardware.target(on)
+        fitting = [each for each in candidates(spec, settings, other) if each.needs <= other.usable]
+        if fitting:
+            best = min(fitting, key=lambda each: each.seconds)
+            changes = " ".join(overrides(settings, best.asked))
+            return (
+                f"By arithmetic the smallest {target.chip.name} that fits is {on}, with {best.needs / hardware.GIB:.1f} of "
+                f"{other.usable / hardware.GIB:.1f} GiB a device{': ' + changes if changes else ''}."
+            )
+    return f"By arithmetic no number of {target.chip.name} fits a step of {settings.train.batch_rows:,} rows of {settings.pack.row_len:,} tokens."
+
+
+def overrides(before: Config, after: Config) -> list[str]:
+    """What to paste behind a command to get from one to the other."""
+    return [
+        f"--config.{section}.{knob.name}={getattr(getattr(after, section), knob.name)}"
+        for section in ("mesh", "train")
+        for knob in dataclasses.fields(getattr(after, section))
+        if getattr(getattr(after, section), knob.name) != getattr(getattr(before, section), knob.name)
+    ]
+
+
+def tell(asked: Config) -> str:
+    sizes = " x ".join(f"{axis} {n}" for axis, n in dataclasses.asdict(asked.mesh).items() if n > 1) or "one device"
+    return f"{sizes}, accumulate {asked.train.accumulate}, remat {asked.train.remat}"
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
