@@ -73,14 +73,27 @@ def smallest(spec: ModelSpec, settings: Config, target: hardware.Target) -> str:
                 f"By arithmetic the smallest {target.chip.name} that fits is {on}, with {best.needs / hardware.GIB:.1f} of "
                 f"{other.usable / hardware.GIB:.1f} GiB a device{': ' + changes if changes else ''}."
             )
-    return f"By arithmetic no number of {target.chip.name} fits a step of {settings.train.batch_rows:,} rows of {settings.pack.row_len:,} tokens."
+    none = f"By arithmetic no number of {target.chip.name} fits a step of {settings.train.batch_rows:,} rows of {settings.pack.row_len:,} tokens"
+    shorter = settings
+    while shorter.pack.row_len % 2 == 0 and shorter.pack.row_len > 8:
+        shorter = dataclasses.replace(
+            shorter,
+            pack=dataclasses.replace(shorter.pack, row_len=shorter.pack.row_len // 2),
+            train=dataclasses.replace(shorter.train, batch_rows=2 * shorter.train.batch_rows),
+        )
+        fitting = [
+            on for on in map(hardware.target, hardware.sizes(target.chip)) if any(each.needs <= on.usable for each in candidates(spec, shorter, on))
+        ]
+        if fitting:
+            return f"{none}; the same tokens in rows of {shorter.pack.row_len:,} fit {fitting[0].on}: {' '.join(overrides(settings, shorter))}."
+    return f"{none}; a smaller model does."
 
 
 def overrides(before: Config, after: Config) -> list[str]:
     """What to paste behind a command to get from one to the other."""
     return [
         f"--config.{section}.{knob.name}={getattr(getattr(after, section), knob.name)}"
-        for section in ("mesh", "train")
+        for section in ("pack", "mesh", "train")
         for knob in dataclasses.fields(getattr(after, section))
         if getattr(getattr(after, section), knob.name) != getattr(getattr(before, section), knob.name)
     ]

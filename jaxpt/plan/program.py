@@ -44,7 +44,9 @@ def layers(text: str, n_layers: int) -> list[dict[str, dict[str, float]]]:
         carried, found, _ = line.partition(" while(")
         return bool(found) and len(re.findall(rf"\[{n_layers},", carried)) >= 8
 
-    return [count(re.search(r"body=%?([\w.\-]+)", line)[1]) for lines in bodies.values() for line in lines if over_layers(line)]
+    loops = [re.search(r"body=%?([\w.\-]+)", line)[1] for lines in bodies.values() for line in lines if over_layers(line)]
+    # the loop over micro-batches carries the weights too, and stands for those within it
+    return [count(body) for body in loops if not any(map(over_layers, bodies[body]))]
 
 
 def computations(text: str) -> dict[str, list[str]]:

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxpt import config, stage
-from jaxpt.config import Config
 from jaxpt.plan import cost, flops, scaling
 from jaxpt.plan.scaling import Fit, Law, Point
 from jaxpt.spec import ModelSpec, UserError
