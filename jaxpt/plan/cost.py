@@ -141,7 +141,7 @@ def record(
         **at(roof.middle),
         "low": at(roof.slow),
         "high": at(roof.fast),
-        "efficiency": chip.efficiency[0],
+        "efficiency": list(chip.efficiency[0]),
         "efficiency_source": chip.efficiency[1],
         "calibration": calibration,
         "usd_per_hour": usd_per_hour,

@@ -19,12 +19,12 @@ GIB = 2**30
 # Shares of peak at which matrix products run while nothing else is waited for, as the planner's assumption. A published MFU is
 # less: it counts no product that remat computes again, and all waiting. MaxText reached 45 to 50 % MFU on 256 v6e and 65 to 71 %
 # on v5p (with full attention counted), 50 % on 8 H100; torchtitan 35 % there; the course's 248M run 46 % on 16 A100.
-TPU_EFFICIENCY = (0.45, 0.70), "of peak for products, from published runs of 8B to 1T (MaxText: 45 to 50 % MFU on v6e, 65 to 71 % on v5p)"
-HALL_EFFICIENCY = (0.40, 0.60), "of peak for products, from published 7B and 8B runs on 8 H100 (torchtitan 35 % MFU, MaxText 50 %)"
-DESK_EFFICIENCY = (0.30, 0.55), "of peak for products, a guess: no published run, and slower links than a data-centre card"
+TPU_EFFICIENCY = (0.45, 0.70), "of peak, from published runs of 8B to 1T (MaxText: 45 to 50 % MFU on v6e, 65 to 71 % on v5p)"
+HALL_EFFICIENCY = (0.40, 0.60), "of peak, from published 7B and 8B runs on 8 H100 (torchtitan 35 % MFU, MaxText 50 %)"
+DESK_EFFICIENCY = (0.30, 0.55), "of peak, a guess: no published run, and slower links than a data-centre card"
 CPU_EFFICIENCY = (
     (0.20, 0.65),
-    "of peak for products, measured: 0.65 for large ones on AMD EPYC, less for small ones; other work on the machine takes its share",
+    "of peak, measured: 0.65 for large ones on AMD EPYC, less for small ones; other work on the machine takes its share",
 )
 
 

@@ -7,7 +7,7 @@ belong to its text and its tokenizer: differences between two losses carry over 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,6 +23,8 @@ class Law(NamedTuple):
     B: float
     beta: float
     source: str
+    sizes: tuple[float, float]  # least and most parameters of the runs that it was fitted to
+    most_tokens: float  # and the longest of them
 
     def loss(self, n_params: float, tokens: float) -> float:
         """Nats a token; tokens 0 is a model that has learned nothing, which no power law knows: infinite."""
@@ -32,16 +34,23 @@ class Law(NamedTuple):
         """What the size alone does not go below, whatever the tokens."""
         return self.E + self.A / n_params**self.alpha
 
+    def extrapolates(self, n_params: float, tokens: float) -> list[str]:
+        """In words, how far outside of its runs a size and a budget lie."""
+        least, most = self.sizes
+        far = [] if least <= n_params <= most else [f"{n_params / (most if n_params > most else least):.3g} times the size of its runs"]
+        return far + ([f"{tokens / self.most_tokens:.3g} times their tokens"] if tokens > self.most_tokens else [])
+
     def tokens(self, n_params: float, loss: float) -> float:
         """Tokens to a loss; infinite where the size does not reach it."""
         left = loss - self.floor(n_params)
         return (self.B / left) ** (1 / self.beta) if left > 0 else math.inf
 
 
+MASSIVE_TEXT = (70e6, 16e9), 5e11
 LAWS = {
-    "chinchilla": Law(1.69, 406.4, 0.34, 410.7, 0.28, "Hoffmann et al., 2203.15556, approach 3: MassiveText, 70M to 16B"),
-    "chinchilla-refit": Law(1.8172, 482.01, 0.3478, 2085.43, 0.3658, "Besiroglu et al., 2404.10102: the same runs fitted again"),
-    "c4": Law(1.87, 521.0, 0.353, 1488.0, 0.353, "Muennighoff et al., 2305.16264: C4, up to 8.7B, first epoch"),
+    "chinchilla": Law(1.69, 406.4, 0.34, 410.7, 0.28, "Hoffmann et al., 2203.15556, approach 3: MassiveText, 70M to 16B", *MASSIVE_TEXT),
+    "chinchilla-refit": Law(1.8172, 482.01, 0.3478, 2085.43, 0.3658, "Besiroglu et al., 2404.10102: the same runs fitted again", *MASSIVE_TEXT),
+    "c4": Law(1.87, 521.0, 0.353, 1488.0, 0.353, "Muennighoff et al., 2305.16264: C4, up to 8.7B, first epoch", (7e6, 8.7e9), 1.8e11),
 }
 
 
@@ -65,16 +74,6 @@ class Fit(NamedTuple):
         """(5 %, fitted, 95 %)"""
         low, high = np.percentile([law.loss(n_params, tokens) for law in self.drawn], (5, 95))
         return float(low), self.law.loss(n_params, tokens), float(high)
-
-    def extrapolates(self, n_params: float, tokens: float) -> list[str]:
-        """In words, how far outside the runs a size and a budget lie."""
-        sizes, budgets = [p.n_params for p in self.points], [p.tokens for p in self.points]
-        far = []
-        if not min(sizes) <= n_params <= max(sizes):
-            far.append(f"{n_params / (max(sizes) if n_params > max(sizes) else min(sizes)):.3g} times the size of the runs")
-        if tokens > max(budgets):
-            far.append(f"{tokens / max(budgets):.3g} times their tokens")
-        return far
 
 
 def fit(points: list[Point], prior: Law, *, n_draws: int = 200, seed: int = 0) -> Fit:
@@ -125,8 +124,9 @@ def solve(points: list[Point], prior: Law, n_sizes: int, start: Law | None = Non
     found = least_squares(lambda x: predicted(x) / losses - 1, x0, bounds=(low, high), loss="soft_l1", f_scale=0.01, max_nfev=400).x
     E, b, beta = found[:3]
     A = found[3] * N**prior.alpha if n_sizes > 1 else prior.A
+    source = f"fitted to {len(points)} held-out losses; alpha from {prior.source}"
     return Law(
-        float(E), float(A), prior.alpha, float(b * D**beta), float(beta), f"fitted to {len(points)} held-out losses; alpha from {prior.source}"
+        float(E), float(A), prior.alpha, float(b * D**beta), float(beta), source, (float(sizes.min()), float(sizes.max())), float(tokens.max())
     )
 
 
@@ -145,7 +145,3 @@ def describe(found: Fit) -> list[str]:
         "Losses within one run are not independent, and those before the learning rate has fallen are above what a run of that length ends at: "
         "the intervals are too narrow.",
     ]
-
-
-def numbers(law: Law) -> dict[str, Any]:
-    return law._asdict()

@@ -158,7 +158,7 @@ def compare(
         else {"n_params": base.n_params, "tokens": base.tokens, "usd": base.usd, "tokens_per_param": base.tokens / base.n_params},
         "ways": ways,
         "stack_at": stack_at(n, per_token * budget),
-        "notes": notes_of(n, budget, goal, base, fitted, gains),
+        "notes": notes_of(n, budget, base, law, fitted, gains),
         "verdict": verdict(ways),
     }
 
@@ -200,7 +200,7 @@ def verdict(ways: list[dict[str, Any]]) -> str:
     return f"Fewest FLOPs with the base for nothing: {told(free)}. With the base paid for: {told(paid)}."
 
 
-def notes_of(n: int, budget: float, goal: float, base: Base | None, fitted: Fit | None, gains: dict | None) -> list[str]:
+def notes_of(n: int, budget: float, base: Base | None, law: Law, fitted: Fit | None, gains: dict | None) -> list[str]:
     notes = []
     if fitted:
         notes += scaling.describe(fitted)
@@ -214,6 +214,10 @@ def notes_of(n: int, budget: float, goal: float, base: Base | None, fitted: Fit 
         notes.append(
             "The law is published for other text and another tokenizer: differences of losses carry over better than losses. Fit your own runs with --fit."
         )
+    if far := law.extrapolates(n, budget):
+        notes.append(f"The law is extrapolated: {' and '.join(far)}.")
+    if base and (far := law.extrapolates(base.n_params, base.tokens + budget)):
+        notes.append(f"It is extrapolated for continuing the base: {' and '.join(far)}.")
     measured = sorted(gains or {})
     notes.append(
         f"Shares of tokens saved are published ranges, not fitted here{', but for ' + ', '.join(measured) if measured else ''}; "
@@ -233,31 +237,36 @@ def from_runs(run_dirs: list[pathlib.Path], prior: Law) -> tuple[Fit, dict[str, 
     A grown run's last held-out loss is held against the tokens that its size needs from scratch by the fitted law, over all draws.
     Raises UserError where there is too little to fit.
     """
-    points, grown = [], []
+    points, grown, read_by = [], [], {}
     for run_dir in map(stage.local_path, run_dirs):
-        found = points_of(run_dir)
+        shares, found = losses_of(run_dir)
         story = run_dir / "growth.json"
         if story.is_file():
-            grown.append((json.loads(story.read_text())["operators"], found))
+            grown.append((run_dir, shares, json.loads(story.read_text())["operators"], found))
         else:
             points += found
+            read_by[run_dir] = shares
     if not points:
-        raise UserError("--fit: none of the runs began at random, and a law needs at least one that did.")
+        raise UserError("--fit: none of the runs began at random and measured held-out losses, and a law needs at least one that did.")
+    shares = next(iter(read_by.values()))
+    if other := next((run_dir for run_dir, theirs in read_by.items() if theirs != shares), None):
+        raise UserError(f"--fit {other}: trained on {read_by[other]}, the runs before it on {shares}; one law holds for one mixture. Fit them apart.")
     fitted = scaling.fit(points, prior)
     gains: dict[str, tuple[float, float]] = {}
-    for operators, found in grown:
+    for run_dir, theirs, operators, found in grown:
         name = next((way.name for way in (*GROWN, LATE, PRUNED) if operators and operators[-1].partition("(")[0] in way.operators), None)
-        if name and found:
-            last = found[-1]
-            shares = [1 - last.tokens / law.tokens(last.n_params, last.loss) for law in fitted.drawn]
-            low, high = np.percentile(shares, (5, 95))
-            before = gains.get(name, (low, high))
-            gains[name] = (float(min(low, before[0])), float(max(high, before[1])))
+        if theirs != shares or not name or not found:
+            stage.say(f"fit: {run_dir}: what growing saved is left out: it read {theirs}, the runs from scratch {shares}.")
+            continue
+        last = found[-1]
+        low, high = np.percentile([1 - last.tokens / law.tokens(last.n_params, last.loss) for law in fitted.drawn], (5, 95))
+        before = gains.get(name, (low, high))
+        gains[name] = (float(min(low, before[0])), float(max(high, before[1])))
     return fitted, gains
 
 
-def points_of(run_dir: pathlib.Path) -> list[Point]:
-    """Held-out losses of a run after its warm-up, over the sources that it trained on, weighted as they were mixed."""
+def losses_of(run_dir: pathlib.Path) -> tuple[dict[str, float], list[Point]]:
+    """(shares of the sources that a run trained on, empty for all in proportion; its held-out losses after its warm-up, weighted by them)."""
     try:
         settings = config.typed(json.loads((run_dir / "config.json").read_text()))
     except (FileNotFoundError, NotADirectoryError):
@@ -271,7 +280,7 @@ def points_of(run_dir: pathlib.Path) -> list[Point]:
             weights = [shares.get(name, 1.0) for name in losses]
             loss = sum(w * x for w, x in zip(weights, losses.values(), strict=True)) / sum(weights)
             points.append(Point(n, float(record["step"] * settings.train.batch_rows * settings.pack.row_len), loss))
-    return points
+    return shares, points
 
 
 def base_of(source: str, tokens: float, usd: float | None) -> Base:
