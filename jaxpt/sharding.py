@@ -113,7 +113,8 @@ def check(mesh: Mesh, spec: ModelSpec, batch_rows: int, accumulate: int, row_len
     for name, size, axis in cuts:
         pieces = n_shards(mesh, axis)
         if size % pieces:
+            near = " or ".join(str(n * pieces) for n in (size // pieces, size // pieces + 1) if n)
             raise UserError(
                 f"mesh: {name} = {size} cannot be cut into {pieces} pieces along {TABLE[axis]}. "
-                f"Use a multiple of {pieces} ({size // pieces * pieces or pieces} or {(size // pieces + 1) * pieces}), or another mesh."
+                f"Use a multiple of {pieces} ({near}), or another mesh."
             )

@@ -670,7 +670,7 @@ def test_ones_own_runs_replace_law_and_gain(tmp_path):
     assert low - 0.02 <= 0.6 <= high + 0.02
     found = ways.compare(LLAMA3_8B, 4096, 1.6e11, base=ways.Base(of_layers(16), 8e10, 0.0), fitted=fitted, gains=gains)
     assert by_name(found)["stacking"]["saved"] == pytest.approx([low, high])
-    assert any("extrapolated" in note for note in found["notes"])
+    assert any("The law is extrapolated" in note for note in found["notes"])
     assert ways.from_runs([tmp_path / "scratch", write("elsewhere", gain=0.4, prose=9.0)], CHINCHILLA)[1] == {}  # another mixture tells nothing
     with pytest.raises(UserError, match="none of the runs began at random"):
         ways.from_runs([tmp_path / "stacked"], CHINCHILLA)

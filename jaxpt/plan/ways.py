@@ -205,11 +205,7 @@ def notes_of(n: int, budget: float, base: Base | None, law: Law, fitted: Fit | N
     if fitted:
         notes += scaling.describe(fitted)
         low, middle, high = fitted.loss(n, budget)
-        far = fitted.extrapolates(n, budget)
-        notes.append(
-            f"scratch with the whole budget: {middle:.3f} nats a token ({low:.3f} to {high:.3f})"
-            + (f"; extrapolated: {' and '.join(far)}." if far else ".")
-        )
+        notes.append(f"Scratch with the whole budget: {middle:.3f} nats a token (90 % {low:.3f} to {high:.3f}).")
     else:
         notes.append(
             "The law is published for other text and another tokenizer: differences of losses carry over better than losses. Fit your own runs with --fit."
