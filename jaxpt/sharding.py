@@ -115,6 +115,5 @@ def check(mesh: Mesh, spec: ModelSpec, batch_rows: int, accumulate: int, row_len
         if size % pieces:
             near = " or ".join(str(n * pieces) for n in (size // pieces, size // pieces + 1) if n)
             raise UserError(
-                f"mesh: {name} = {size} cannot be cut into {pieces} pieces along {TABLE[axis]}. "
-                f"Use a multiple of {pieces} ({near}), or another mesh."
+                f"mesh: {name} = {size} cannot be cut into {pieces} pieces along {TABLE[axis]}. Use a multiple of {pieces} ({near}), or another mesh."
             )

@@ -31,8 +31,10 @@ class Layout(NamedTuple):
 def candidates(spec: ModelSpec, settings: Config, target: hardware.Target) -> list[Layout]:
     """Every setting that the target's devices can be cut for. Rows and tokens of a step stay what the config says."""
     found = []
+    open_axes = {axis: -1 for axis, size in dataclasses.asdict(settings.mesh).items() if size == -1}  # stay open: one recipe for any number
     for mesh in meshes(spec, settings, target):
         sizes = dataclasses.asdict(mesh)
+        mesh = dataclasses.replace(mesh, **open_axes)
         for accumulate in divisors(settings.train.batch_rows):
             try:
                 sharding.check(Sizes(sizes), spec, settings.train.batch_rows, accumulate, settings.pack.row_len)
@@ -99,9 +101,9 @@ def overrides(before: Config, after: Config) -> list[str]:
     ]
 
 
-def tell(asked: Config) -> str:
-    sizes = " x ".join(f"{axis} {n}" for axis, n in dataclasses.asdict(asked.mesh).items() if n > 1) or "one device"
-    return f"{sizes}, accumulate {asked.train.accumulate}, remat {asked.train.remat}"
+def tell(layout: Layout) -> str:
+    sizes = " x ".join(f"{axis} {n}" for axis, n in layout.measured["mesh"].items() if n > 1) or "one device"
+    return f"{sizes}, accumulate {layout.asked.train.accumulate}, remat {layout.asked.train.remat}"
 
 
 def divisors(n: int) -> list[int]:

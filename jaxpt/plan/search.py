@@ -50,7 +50,7 @@ def first_that_fits(spec: ModelSpec, target: hardware.Target, found: list[Layout
         best = min((each for each in found if each.seconds <= fastest * (1 + AS_GOOD)), key=lambda each: each.needs)
         if missing:
             return best._replace(measured=best.measured | {"missing": missing}), n_compiled
-        say(f"search: {target.on}: compiling {layouts.tell(best.asked)} ...")
+        say(f"search: {target.on}: compiling {layouts.tell(best)} ...")
         measured = compile.measure(spec, best.asked, target)
         needs = max(measured["peak_bytes"], measured["export_bytes"]) / hardware.GIB
         fits = not measured["over_memory"] and needs * hardware.GIB <= target.usable

@@ -322,7 +322,10 @@ def table(found: dict[str, Any]) -> str:
         "",
     ]
     notes = [f"{each['name']}: {'; '.join([each['source'], *each['notes']])}." for each in found["ways"]]
-    notes.append(f"G_stack's fit would stack after {cost.big(found['stack_at'])} tokens of the smaller model (2405.15319).")
+    if found["stack_at"] < found["budget"]:
+        notes.append(f"G_stack's fit would stack after {cost.big(found['stack_at'])} tokens of the smaller model (2405.15319).")
+    else:
+        notes.append("G_stack's fit of when to stack (2405.15319) does not reach down to this budget: it asks for more tokens than there are.")
     return "\n".join(
         [*lines, *(textwrap.fill(note, 120, initial_indent="- ", subsequent_indent="  ") for note in [*notes, *found["notes"]]), "", found["verdict"]]
     )
