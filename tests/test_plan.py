@@ -454,7 +454,7 @@ def test_the_search_goes_down_from_the_fastest_until_one_fits(monkeypatch):
 
 
 def test_what_is_too_large_is_told_the_smallest_that_fits():
-    told = layouts.smallest(LLAMA3_8B, POD, hardware.target("v5e:2x2"))
+    told = layouts.advice(LLAMA3_8B, POD, hardware.target("v5e:2x2"))
     on = re.search(r"is (v5e:\w+),", told)[1]
     smaller = [each for each in hardware.sizes(hardware.CHIPS["v5e"]) if hardware.target(each).n_devices < hardware.target(on).n_devices]
     assert on == "v5e:4x4" and "--config.train.accumulate=" in told
@@ -462,9 +462,18 @@ def test_what_is_too_large_is_told_the_smallest_that_fits():
         assert all(layout.needs > each.usable for layout in layouts.candidates(LLAMA3_8B, POD, each))
 
 
+def test_what_fits_with_other_settings_is_told_them():
+    told = layouts.advice(LLAMA3_8B, POD, hardware.target("h100:8"))  # 128 rows a card at once
+    assert told.startswith("By arithmetic h100:8 fits it, with ")
+    values = config.overridden(re.findall(r"--config\S+=\w+", told), config.overridden([], dataclasses.asdict(POD)))
+    pasted = config.typed(values)
+    (record,) = [each for each in layouts.candidates(LLAMA3_8B, POD, hardware.target("h100:8")) if each.asked == pasted]
+    assert record.needs <= hardware.target("h100:8").usable
+
+
 def test_a_context_that_no_slice_holds_is_told_the_longest_that_one_does():
     endless = dataclasses.replace(POD, pack=Pack(row_len=2**22), train=dataclasses.replace(POD.train, batch_rows=1))
-    told = layouts.smallest(LLAMA3_8B, endless, hardware.target("l4:1"))
+    told = layouts.advice(LLAMA3_8B, endless, hardware.target("l4:1"))
     longest = int(re.search(r"pack\.row_len=(\d+)", told)[1])
     assert "no number of l4" in told and 1024 <= longest < 2**22
 
@@ -660,7 +669,7 @@ def test_ones_own_runs_replace_law_and_gain(tmp_path):
             lines.append({"step": at, "heldout": {"prose": loss + 0.1, "code": loss - 0.3, "unread": 9.0}})
         (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         if gain:
-            (path / "growth.json").write_text(json.dumps({"operators": ["stack(g=2)"]}))
+            (path / "growth.json").write_text(json.dumps({"operators": ["stack(g=2)"], "at_step": None}))
         return path
 
     law = scaling.Law(1.0, 20.0, 0.34, 300.0, 0.4, "made up", (1e3, 1e6), 1e9)

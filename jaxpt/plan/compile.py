@@ -90,7 +90,6 @@ def main(asked: str, answer: str) -> None:
 
 
 def lay_out(spec: ModelSpec, settings: Config, target: Target, missing: str | None) -> dict[str, Any]:
-
     from jaxpt import sharding
     from jaxpt.model import attention
     from jaxpt.train import state, step

@@ -38,7 +38,7 @@ def plan(settings: Config, on: list[str], calibrations: dict[str, float] | None 
         say(f"plan: {target.on}: {done} in {measured['seconds']:.0f} s")
         found["targets"].append(record(spec, settings, target, measured, found["tokens"], (calibrations or {}).get(target.chip.name, 1.0)))
         if not found["targets"][-1]["fits"]:
-            found["notes"].append(f"{target.on}: {layouts.smallest(spec, settings, target)}")
+            found["notes"].append(f"{target.on}: {layouts.advice(spec, settings, target)}")
     return found
 
 

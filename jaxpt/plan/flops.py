@@ -156,9 +156,9 @@ def executed(spec: ModelSpec, row_len: int, remat: str) -> float:
 def of_step(spec: ModelSpec, settings: Config, mesh: dict[str, int], attention: str) -> dict[str, float]:
     """What is known of a step without tracing or compiling it, under the names that compile.measure answers with."""
     at, train = Pieces.of(spec, settings, mesh), settings.train
-    held = state(spec, at, moments=2 if settings.optim.name == "adamw" else 1)
+    params_bytes = round(state(spec, at, moments=0))
+    held = round(state(spec, at, moments=2 if settings.optim.name == "adamw" else 1))
     largest = max(spec.vocab_size * spec.d_model, spec.d_model * spec.d_ff, spec.d_model * spec.n_heads * spec.d_head)
-    params_bytes = state(spec, at, moments=0)
     return {
         "n_layers": spec.n_layers,
         "attention": attention,
@@ -166,11 +166,11 @@ def of_step(spec: ModelSpec, settings: Config, mesh: dict[str, int], attention: 
         "opt_bytes": held - params_bytes,
         "restore_bytes": held,  # a restored state is made in place
         "export_bytes": params_bytes + largest * at.param_bytes,  # gathered one after the other, each whole on every device
-        "peak_bytes": held + temporaries(spec, at, train.remat),
+        "peak_bytes": held + round(temporaries(spec, at, train.remat)),
         "over_memory": False,
-        "kept_bytes": kept(spec, at, train.remat),
-        "moved_bytes": moved(spec, at),
-        "traffic_bytes": traffic(spec, at, row_len=settings.pack.row_len, scores=attention == "xla"),
+        "kept_bytes": round(kept(spec, at, train.remat)),
+        "moved_bytes": round(moved(spec, at)),
+        "traffic_bytes": round(traffic(spec, at, row_len=settings.pack.row_len, scores=attention == "xla")),
         "executed_flops": train.batch_rows * settings.pack.row_len * executed(spec, settings.pack.row_len, train.remat),
         "once_flops": None,
         "compiler_flops": None,

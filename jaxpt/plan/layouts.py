@@ -63,18 +63,17 @@ def meshes(spec: ModelSpec, settings: Config, target: hardware.Target) -> Iterat
             yield config.Mesh(copies, n // (copies * tensor * context), tensor, context)
 
 
-def smallest(spec: ModelSpec, settings: Config, target: hardware.Target) -> str:
-    """A sentence: by arithmetic, the smallest slice or host of the chip that fits, with its overrides."""
-    for on in hardware.sizes(target.chip):
+def advice(spec: ModelSpec, settings: Config, target: hardware.Target) -> str:
+    """A sentence for what does not fit, by arithmetic: the overrides with which this target does, else the smallest of its chip that does."""
+    for on in (target.on, *hardware.sizes(target.chip)):
         other = hardware.target(on)
         fitting = [each for each in candidates(spec, settings, other) if each.needs <= other.usable]
         if fitting:
             best = min(fitting, key=lambda each: each.seconds)
             changes = " ".join(overrides(settings, best.asked))
-            return (
-                f"By arithmetic the smallest {target.chip.name} that fits is {on}, with {best.needs / hardware.GIB:.1f} of "
-                f"{other.usable / hardware.GIB:.1f} GiB a device{': ' + changes if changes else ''}."
-            )
+            what = f"{on} fits it" if on == target.on else f"the smallest {target.chip.name} that fits is {on}"
+            room = f"{best.needs / hardware.GIB:.1f} of {other.usable / hardware.GIB:.1f} GiB a device"
+            return f"By arithmetic {what}, with {room}{': ' + changes if changes else ''}."
     none = f"By arithmetic no number of {target.chip.name} fits a step of {settings.train.batch_rows:,} rows of {settings.pack.row_len:,} tokens"
     shorter = settings
     while shorter.pack.row_len % 2 == 0 and shorter.pack.row_len > 8:

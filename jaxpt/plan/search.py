@@ -12,7 +12,7 @@ from jaxpt.stage import say
 
 ARITHMETIC_ERROR = 0.25  # of flops.temporaries, against what the compilers said
 AS_GOOD = 0.02  # of two that differ by less in time, the one that needs less memory
-MOST_COMPILED = 4  # on one target; a compile of an 8B step takes minutes
+MOST_COMPILED = 4  # on one target; an 8B step takes half a minute and more
 
 
 def search(settings: Config, on: list[str], calibrations: dict[str, float] | None = None) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def search(settings: Config, on: list[str], calibrations: dict[str, float] | Non
             record = cost.record(spec, best.asked, target, best.measured, cost.tokens_of(settings), (calibrations or {}).get(target.chip.name, 1.0))
             records.append(record | {"overrides": layouts.overrides(settings, best.asked)})
         else:
-            say(f"search: {target.on}: none of {len(found):,} settings fits. {layouts.smallest(spec, settings, target)}")
+            say(f"search: {target.on}: none of {len(found):,} settings fits. {layouts.advice(spec, settings, target)}")
     choose = lambda key: min((each for each in records if each[key] is not None), key=lambda each: each[key], default=None)  # noqa: E731
     return {"targets": records, "cheapest": choose("usd"), "fastest": choose("hours"), "tried": n_tried, "compiled": n_compiled}
 

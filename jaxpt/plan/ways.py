@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxpt import config, stage
+from jaxpt.config import Config
 from jaxpt.plan import cost, flops, scaling
 from jaxpt.plan.scaling import Fit, Law, Point
 from jaxpt.spec import ModelSpec, UserError
@@ -49,6 +50,7 @@ PRUNED = Published("pruning a larger one", ("drop_layers", "narrow"), (0.0, 0.97
 # The limits that are published (2605.13405, 2510.06548): a factor of 2 is reliable, G_stack went to 4; gains are best below 20 tokens
 # a parameter; a base trained for longer than that saturates, with the log of its tokens.
 RELIABLE_FACTOR, LARGEST_FACTOR, TOKENS_PER_PARAM = 2.0, 4.0, 20.0
+MOST_SAVED = 0.99  # a grown run below what its size reaches from scratch, by a fitted law, would save everything
 
 
 class Base(NamedTuple):
@@ -235,10 +237,9 @@ def from_runs(run_dirs: list[pathlib.Path], prior: Law) -> tuple[Fit, dict[str, 
     """
     points, grown, read_by = [], [], {}
     for run_dir in map(stage.local_path, run_dirs):
-        shares, found = losses_of(run_dir)
-        story = run_dir / "growth.json"
-        if story.is_file():
-            grown.append((run_dir, shares, json.loads(story.read_text())["operators"], found))
+        settings, shares, found = losses_of(run_dir)
+        if (run_dir / "growth.json").is_file():
+            grown.append((run_dir, settings, shares, json.loads((run_dir / "growth.json").read_text()), found))
         else:
             points += found
             read_by[run_dir] = shares
@@ -249,20 +250,29 @@ def from_runs(run_dirs: list[pathlib.Path], prior: Law) -> tuple[Fit, dict[str, 
         raise UserError(f"--fit {other}: trained on {read_by[other]}, the runs before it on {shares}; one law holds for one mixture. Fit them apart.")
     fitted = scaling.fit(points, prior)
     gains: dict[str, tuple[float, float]] = {}
-    for run_dir, theirs, operators, found in grown:
-        name = next((way.name for way in (*GROWN, LATE, PRUNED) if operators and operators[-1].partition("(")[0] in way.operators), None)
-        if theirs != shares or not name or not found:
-            stage.say(f"fit: {run_dir}: what growing saved is left out: it read {theirs}, the runs from scratch {shares}.")
+    for run_dir, settings, theirs, story, found in grown:
+        operator = story["operators"][-1].partition("(")[0]
+        name = next((way.name for way in (*GROWN, PRUNED) if operator in way.operators), None)
+        before = (story["at_step"] or 0) * settings.train.batch_rows * settings.pack.row_len  # tokens that the parent took, inside a run
+        reasons = {
+            f"{operator} is none of the ways that a base is grown": name is None,
+            f"it read {theirs}, the runs from scratch {shares}": theirs != shares,
+            "it goes on counting its parent's steps (initialize.start)": settings.initialize.start != "continue",
+            "it has no held-out loss after its growth": not found or found[-1].tokens <= before,
+        }
+        if reason := next((text for text, applies in reasons.items() if applies), None):
+            stage.say(f"fit: {run_dir}: what growing saved is left out: {reason}.")
             continue
         last = found[-1]
-        low, high = np.percentile([1 - last.tokens / law.tokens(last.n_params, last.loss) for law in fitted.drawn], (5, 95))
-        before = gains.get(name, (low, high))
-        gains[name] = (float(min(low, before[0])), float(max(high, before[1])))
+        saved = [1 - (last.tokens - before) / law.tokens(last.n_params, last.loss) for law in fitted.drawn]
+        ends = np.clip([*np.percentile(saved, (5, 95)), *gains.get(name, [])], -1, MOST_SAVED)
+        gains[name] = (float(ends.min()), float(ends.max()))
     return fitted, gains
 
 
-def losses_of(run_dir: pathlib.Path) -> tuple[dict[str, float], list[Point]]:
-    """(shares of the sources that a run trained on, empty for all in proportion; its held-out losses after its warm-up, weighted by them)."""
+def losses_of(run_dir: pathlib.Path) -> tuple[Config, dict[str, float], list[Point]]:
+    """(settings, shares of the sources that a run trained on, empty for all in proportion; its held-out losses after its warm-up,
+    weighted by them)."""
     try:
         settings = config.typed(json.loads((run_dir / "config.json").read_text()))
     except (FileNotFoundError, NotADirectoryError):
@@ -276,7 +286,7 @@ def losses_of(run_dir: pathlib.Path) -> tuple[dict[str, float], list[Point]]:
             weights = [shares.get(name, 1.0) for name in losses]
             loss = sum(w * x for w, x in zip(weights, losses.values(), strict=True)) / sum(weights)
             points.append(Point(n, float(record["step"] * settings.train.batch_rows * settings.pack.row_len), loss))
-    return shares, points
+    return settings, shares, points
 
 
 def base_of(source: str, tokens: float, usd: float | None) -> Base:
