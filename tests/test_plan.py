@@ -320,8 +320,13 @@ def test_the_train_step_compiles_for_accelerators_with_their_kernels(on, kernel,
     train = dataclasses.replace(SMALL.train, attention=kernel, remat=remat, compute_dtype="bfloat16")  # a kernel by name is never replaced
     settings = dataclasses.replace(SMALL, pack=Pack(row_len=256), train=train, mesh=Mesh(tensor=2))
     (record,) = cost.plan(settings, [on])["targets"]
-    assert record["method"] == "compiled" and record["fits"]
+    assert record["method"] == "compiled" and record["fits"] and record["attention"] == kernel
+    assert hardware.attention(dataclasses.replace(settings, train=dataclasses.replace(train, attention="auto")), hardware.target(on)) in (
+        "splash",
+        "cudnn",
+    )
     assert record["executed_flops_per_token"] > record["flops_per_token"]
+    assert len(record["layers"]) == 2 and all(sum(kind["n"] for kind in loop.values()) > 0 for loop in record["layers"])  # forward, backward
 
 
 # ---- what is planned
@@ -434,6 +439,15 @@ def test_the_search_answers_with_what_the_compiler_confirms():
     assert all(override in search.tell(found) for override in record["overrides"])
 
 
+def test_a_search_without_the_compiler_estimates_and_says_so():
+    if compile.missing_package(hardware.target("v5e:4x4")) is None:
+        pytest.skip("libtpu is installed: nothing is missing")
+    found = search.search(POD, ["v5e:4x4", "v5p:4x4x4"])
+    assert [(each["method"], each["missing"], each["fits"]) for each in found["targets"]] == [("estimated", "libtpu", True)] * 2
+    assert found["compiled"] == 0 and found["fastest"]["on"] == "v5p:4x4x4" and found["cheapest"]["on"] == "v5e:4x4"
+    assert "--on v5e:4x4: --config." in search.tell(found)
+
+
 def test_the_search_goes_down_from_the_fastest_until_one_fits(monkeypatch):
     """A compiler that needs more than the arithmetic said teaches how much more."""
     target = hardware.target("v5p:4x4x4")
@@ -503,6 +517,23 @@ def test_a_plan_is_held_against_runs_and_the_first_calibrates(tmp_path):
     assert "it calibrates" in check.table(found) and check.calibration(found) == {"cpu": first["time_ratio"]}
     calibrated = cost.record(*planned(SMALL, "cpu:4"), 1e6, 7.0)
     assert calibrated["hours"] == pytest.approx(7 * cost.record(*planned(SMALL, "cpu:4"), 1e6)["hours"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "n", "on"),
+    [
+        ("NVIDIA H100 80GB HBM3", 8, "h100:8"),
+        ("TPU v5p", 64, "v5p:4x4x4"),
+        ("TPU v5 lite", 4, "v5e:2x2"),
+        ("TPU7x", 8, "tpu7x:2x2x1"),
+        ("cpu", 3, "cpu:3"),
+    ],
+)
+def test_the_devices_of_a_run_are_a_target(kind, n, on):
+    found = check.target_of("runs/base", kind, n)
+    assert found.on == on and found.n_devices == n
+    with pytest.raises(UserError, match="not in the table of chips"):
+        check.target_of("runs/base", "Toaster 3000", n)
 
 
 def planned(settings, on):

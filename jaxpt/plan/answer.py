@@ -40,14 +40,14 @@ def answer(
     if settings is None:
         return found
     if searches:
-        found["search"] = search.search(settings, on, calibrations)
-        found |= {key: value for key, value in cost.heading(settings).items() if key != "targets"} | {"targets": found["search"].pop("targets")}
+        best = search.search(settings, on, calibrations)
+        found |= cost.heading(settings) | {"targets": best["targets"], "search": {key: best[key] for key in best if key != "targets"}}
     elif on:
         found |= cost.plan(settings, on, calibrations)
     if found["targets"]:
         say("\n" + cost.table(found))
     if searches:
-        say("\n" + search.tell(found["search"]))
+        say("\n" + search.tell(best))
     if base or target_loss is not None or fits:
         fitted, gains = ways.from_runs([pathlib.Path(run) for run in fits], prior) if fits else (None, {})
         found["ways"] = ways.compare(

@@ -64,14 +64,18 @@ def first_that_fits(spec: ModelSpec, target: hardware.Target, found: list[Layout
 
 
 def tell(found: dict[str, Any]) -> str:
-    """The answer in lines to paste."""
-    lines = [f"{found['tried']:,} settings by arithmetic, {found['compiled']} compiled"]
+    """The answer in lines to paste: of each target, then of all."""
+    lines = [f"{found['tried']:,} settings by arithmetic, {found['compiled']} compiled; the best of each target:"]
+    lines += [f"  --on {each['on']}: {pasted(each)}" for each in found["targets"]]
     for what in ("cheapest", "fastest"):
         each = found[what]
         if each is None:
             lines.append(f"{what}: nothing that fits{' and has a price' if what == 'cheapest' else ''}")
-            continue
-        usd = f", {each['usd']:,.0f} usd" if each["usd"] is not None else ""
-        lines.append(f"{what} that fits: --on {each['on']}: {each['hours']:,.3g} hours{usd} ({each['method']})")
-        lines.append(f"    {' '.join(each['overrides']) or 'the config as it is'}")
+        else:
+            usd = f", {each['usd']:,.0f} usd" if each["usd"] is not None else ""
+            lines.append(f"{what} that fits: {each['hours']:,.3g} hours{usd} ({each['method']}): --on {each['on']} {pasted(each)}")
     return "\n".join(lines)
+
+
+def pasted(each: dict[str, Any]) -> str:
+    return " ".join(each["overrides"]) or "(the config as it is)"
