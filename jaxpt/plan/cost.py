@@ -1,4 +1,4 @@
-"""What a run is worth before any device is paid for: does it fit, tokens a second, hours, money, energy; and growing against scratch."""
+"""What a run is worth before any device is paid for: does it fit, tokens a second, hours, money, energy, on each target."""
 
 from __future__ import annotations
 

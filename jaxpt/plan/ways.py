@@ -134,10 +134,9 @@ def compare(
     ways.append(finished(LATE.name, [from_scratch] * 2, work, LATE.source, False, [law.loss(n, budget), 1.005 * law.loss(n, budget)], []))
     if base and base.n_params < n:
         for known in GROWN:
-            saved, notes = (
-                limited(known, n, budget, base) if known.name not in (gains or {}) else (gains[known.name], ["measured by the runs of --fit"])
-            )
-            ways.append(way(known.name, saved, per_token, known.source, needs_base=True, notes=notes))
+            measured = (gains or {}).get(known.name)
+            saved, notes = (measured, []) if measured else limited(known, n, budget, base)
+            ways.append(way(known.name, saved, per_token, "the runs of --fit" if measured else known.source, needs_base=True, notes=notes))
     if base and base.n_params > n:
         distilling = per_token + flops.forward(base.spec, row_len)  # the larger one answers every token
         ways.append(way(PRUNED.name, (gains or {}).get(PRUNED.name, PRUNED.saved), distilling, PRUNED.source, needs_base=True))
@@ -265,8 +264,15 @@ def from_runs(run_dirs: list[pathlib.Path], prior: Law) -> tuple[Fit, dict[str, 
             continue
         last = found[-1]
         saved = [1 - (last.tokens - before) / law.tokens(last.n_params, last.loss) for law in fitted.drawn]
-        ends = np.clip([*np.percentile(saved, (5, 95)), *gains.get(name, [])], -1, MOST_SAVED)
-        gains[name] = (float(ends.min()), float(ends.max()))
+        low, high = np.clip(np.percentile(saved, (5, 95)), -1, MOST_SAVED)
+        asked = fitted.law.tokens(last.n_params, last.loss)
+        far = fitted.law.extrapolates(last.n_params, asked)
+        stage.say(
+            f"fit: {run_dir}: {name} saved {low:.0%} to {high:.0%} of the {cost.big(asked)} tokens that its size needs from scratch to "
+            f"{last.loss:.3f} nats{', which is extrapolated: ' + far[0] if far else ''}."
+        )
+        before_it = gains.get(name, (low, high))
+        gains[name] = (float(min(low, before_it[0])), float(max(high, before_it[1])))
     return fitted, gains
 
 
