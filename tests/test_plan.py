@@ -245,6 +245,17 @@ def test_restoring_takes_the_state_and_exporting_one_tensor_more(on_cpu):
     assert record["export_bytes"] == record["params_bytes"] + max(whole)
 
 
+def test_a_hosts_memory_holds_the_state_of_its_devices_while_it_is_saved():
+    spec, settings, target, measured = planned(POD, "h100:16")
+    record = cost.record(spec, settings, target, measured, 1e9)
+    assert record["host_save_bytes"] == 8 * record["restore_bytes"] == record["host_restore_bytes"]
+    assert record["host_export_bytes"] == spec.vocab_size * spec.d_model * 4
+    alone = cost.record(*planned(POD, "cpu:1"), 1e9)
+    assert alone["host_restore_bytes"] == 96e9 < alone["host_save_bytes"]  # Orbax's limit
+    hosts = {on: hardware.target(on).devices_per_host for on in ("v5p:4x4x4", "v5e:2x4", "v5e:4x4", "tpu7x:2x2x1", "h100:2", "cpu:3")}
+    assert hosts == {"v5p:4x4x4": 4, "v5e:2x4": 8, "v5e:4x4": 4, "tpu7x:2x2x1": 8, "h100:2": 2, "cpu:3": 3}
+
+
 def test_the_compilers_own_count_stands_beside_ours(on_cpu):
     for record in on_cpu["targets"]:
         # theirs has what is no product too, which for a model of width 24 is much

@@ -14,6 +14,7 @@ from jaxpt.train.metrics import Cost
 from jaxpt.weights import checkpoint, growth, hub, huggingface, initialize
 
 TAKEN_FRAC = 0.75  # NVIDIA: what JAX takes of a card's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
+ORBAX_AT_ONCE = 96 * 10**9  # bytes that Orbax 0.12 reads into a host's memory at a time
 # Power of host, network and cooling beside the boards: a DGX H100 is rated 10.2 kW for 8 boards of 0.7 kW, and boards in
 # training draw some 85 % of their rating.
 POWER_OVERHEAD = 1.5
@@ -128,6 +129,10 @@ def record(
         "temporary_bytes": None if measured["over_memory"] else peak - measured["params_bytes"] - measured["opt_bytes"],
         "restore_bytes": measured["restore_bytes"],
         "export_bytes": measured["export_bytes"],
+        # a checkpoint is written behind the training, from a copy of the state in the hosts' memory
+        "host_save_bytes": target.devices_per_host * measured["restore_bytes"],
+        "host_restore_bytes": min(target.devices_per_host * measured["restore_bytes"], ORBAX_AT_ONCE),
+        "host_export_bytes": measured["export_bytes"] - measured["params_bytes"],
         "needs_mem_fraction": chip.platform == "cuda" and peak > chip.memory * TAKEN_FRAC,
         "flops_per_token": flops_per_token,
         "executed_flops_per_token": measured["executed_flops"] / batch,
@@ -267,6 +272,9 @@ ROWS = (
     ("peak a device", lambda each: f"{'> ' if each['peak_is_lower_bound'] else ''}{size(each['peak_bytes_per_device'])}"),
     ("  while restoring", lambda each: size(each["restore_bytes"])),
     ("  while exporting", lambda each: size(each["export_bytes"])),
+    ("  a host, saving", lambda each: size(each["host_save_bytes"])),
+    ("  a host, restoring", lambda each: size(each["host_restore_bytes"])),
+    ("  a host, exporting", lambda each: size(each["host_export_bytes"])),
     ("memory a device", lambda each: size(each["usable_bytes_per_device"])),
     ("fits", fits),
     ("FLOPs a token, model", lambda each: f"{each['flops_per_token']:.3g}"),

@@ -146,6 +146,14 @@ class Target:
         return (HOST_LINK if between_hosts else self.chip.link) / 2
 
     @property
+    def devices_per_host(self) -> int:
+        """Of a slice's hosts (4 chips each; v5e and v6e have single ones of 8), a server of cards, or this machine."""
+        if self.chip.platform == "cpu":
+            return self.n_devices
+        whole = GPUS_PER_HOST if self.chip.platform == "cuda" or self.shape == (2, 4) else 4 * self.chip.devices_per_chip
+        return min(self.n_devices, whole)
+
+    @property
     def usable(self) -> int:
         """Bytes that a program can have of a device."""
         return round(self.chip.memory * TAKEABLE_FRAC) if self.chip.platform == "cuda" else self.chip.memory
