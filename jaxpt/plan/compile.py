@@ -193,7 +193,7 @@ def compiled(lowered, platform: str, n_layers: int) -> dict[str, Any]:
     return {
         "over_memory": False,
         "peak_bytes": peak + memory.generated_code_size_in_bytes,
-        "layers": program.layers(made.as_text(), n_layers),
+        "layers": [] if platform == "cpu" else program.layers(made.as_text(), n_layers),  # a CPU's step has its layers written out
         "compiler_flops": (made.cost_analysis() or {}).get("flops"),
     }
 
