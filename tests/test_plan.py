@@ -307,6 +307,7 @@ def test_hours_and_money_follow_from_speed(on_cpu):
 
 def test_the_plan_is_plain_json_and_a_table(on_cpu):
     assert json.loads(json.dumps(on_cpu)) == on_cpu
+    assert any("AWS c7i on demand" in note for note in on_cpu["notes"])  # prices with their dates stand on the page too
     text = cost.table(on_cpu)
     assert "yes, 4.0 GiB to spare" in text and "AWS c7i" in text
 
@@ -440,6 +441,17 @@ def test_less_is_kept_with_every_remat_and_micro_batch():
     assert needs == sorted(needs, reverse=True)
     needs = [by_layout[accumulate, "dots"].needs for accumulate in (2, 4, 8, 16)]
     assert needs == sorted(needs, reverse=True)
+
+
+def test_the_choice_is_the_fastest_unless_a_simpler_or_smaller_one_is_about_as_fast():
+    found = layouts.candidates(LLAMA3_8B, POD, hardware.target("v5p:4x4x4"))
+    one = next(each for each in found if each.measured["mesh"]["fsdp"] == 64)
+    cut = next(each for each in found if each.measured["mesh"]["tensor"] == 2 and each.measured["mesh"]["context"] == 1)
+    made = lambda like, seconds, n_bytes: like._replace(seconds=seconds, measured=like.measured | {"peak_bytes": n_bytes})  # noqa: E731
+    slow, fast = made(one, 1.03, 9 * 10**10), made(cut, 1.0, 9 * 10**10)
+    assert layouts.choose([slow, fast]) is slow and layouts.choose([made(one, 1.06, 1), fast]) is fast
+    assert layouts.choose([slow, fast, small := made(one, 1.04, 8 * 10**10)]) is small
+    assert layouts.choose([slow, fast, made(one, 1.049, 8 * 10**10)._replace(seconds=1.0601)]) is slow
 
 
 def test_the_search_answers_with_what_the_compiler_confirms():

@@ -42,6 +42,7 @@ def answer(
     if searches:
         best = search.search(settings, on, calibrations)
         found |= cost.heading(settings) | {"targets": best["targets"], "search": {key: best[key] for key in best if key != "targets"}}
+        found["notes"] += cost.rests_on(best["targets"])
     elif on:
         found |= cost.plan(settings, on, calibrations)
     if found["targets"]:

@@ -40,7 +40,7 @@ def plan(settings: Config, on: list[str], calibrations: dict[str, float] | None 
         found["targets"].append(record(spec, settings, target, measured, found["tokens"], (calibrations or {}).get(target.chip.name, 1.0)))
         if not found["targets"][-1]["fits"]:
             found["notes"].append(f"{target.on}: {layouts.advice(spec, settings, target)}")
-    return found
+    return found | {"notes": found["notes"] + rests_on(found["targets"])}
 
 
 def heading(settings: Config) -> dict[str, Any]:
@@ -217,8 +217,7 @@ def table(plan: dict[str, Any]) -> str:
     widths = [max(len(cells[i]) for _, cells in rows) for i in range(len(records))]
     left = max(len(label) for label, _ in rows)
     lines = [f"{label:<{left}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)) for label, cells in rows]
-    notes = [*plan["notes"], *dict.fromkeys(note for each in records for note in notes_of(each))]
-    wrapped = [textwrap.fill(note, 120, initial_indent="- ", subsequent_indent="  ") for note in notes]
+    wrapped = [textwrap.fill(note, 120, initial_indent="- ", subsequent_indent="  ") for note in plan["notes"]]
     return "\n".join([head, "", *(line.rstrip() for line in lines), "", *wrapped])
 
 
@@ -298,8 +297,13 @@ def maybe(n: float | None) -> str:
     return "unknown" if n is None else f"{n:.3g}"
 
 
+def rests_on(records: list[dict[str, Any]]) -> list[str]:
+    """What the numbers of targets rest on, as sentences: assumptions, prices with their dates, what the compiled programs move."""
+    return list(dict.fromkeys(note for each in records for note in notes_of(each)))
+
+
 def notes_of(each: dict[str, Any]) -> list[str]:
-    """What a target's numbers rest on, as sentences; targets of one chip share them."""
+    """Of one target; those of one chip share some."""
     name = each["on"].partition(":")[0]
     low, high = each["efficiency"]
     found = [f"{name}: products are assumed to run at {low:.0%} to {high:.0%} {each['efficiency_source']}."]

@@ -11,7 +11,6 @@ from jaxpt.spec import ModelSpec
 from jaxpt.stage import say
 
 ARITHMETIC_ERROR = 0.25  # of flops.temporaries, against what the compilers said
-AS_GOOD = 0.02  # of two that differ by less in time, the one that needs less memory
 MOST_COMPILED = 4  # on one target; an 8B step takes half a minute and more
 
 
@@ -46,8 +45,7 @@ def first_that_fits(spec: ModelSpec, target: hardware.Target, found: list[Layout
         found = [each for each in found if each.needs * taught <= room]
         if not found:
             return None, n_compiled
-        fastest = min(each.seconds for each in found)
-        best = min((each for each in found if each.seconds <= fastest * (1 + AS_GOOD)), key=lambda each: each.needs)
+        best = layouts.choose(found)
         if missing:
             return best._replace(measured=best.measured | {"missing": missing}), n_compiled
         say(f"search: {target.on}: compiling {layouts.tell(best)} ...")
