@@ -47,9 +47,10 @@ def main():
         raise UserError("plan: wanted --config FILE with --on TARGET, or --check RUN_DIR.")
     if arguments.config and not (arguments.on or asks_for_ways):
         raise UserError("plan: wanted --on TARGET, such as --on v5p:4x4x4 or --on h100:8.")
-    settings = config.load(arguments.config, config.overrides_from(rest, parser)) if arguments.config else None
-    if settings is None:
-        config.overrides_from(rest, parser)  # refuses what it does not know
+    overrides = config.overrides_from(rest, parser)
+    if overrides and not arguments.config:
+        raise UserError(f"plan: {overrides[0]} overrides a config, and none was given: wanted --config FILE.")
+    settings = config.load(arguments.config, overrides) if arguments.config else None
 
     from jaxpt.plan import answer
 

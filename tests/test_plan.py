@@ -367,6 +367,20 @@ def test_the_door_refuses_in_one_line():
     assert done.stderr.startswith("error: --on v5p:5x5x5: no such slice") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--config", "configs/llama3_8b.py"], "wanted --on TARGET"),
+        (["--on", "cpu:8"], "wanted --config FILE"),
+        (["--check", "runs/base", "--config.train.steps=3"], "wanted --config FILE"),
+        (["--config", "configs/llama3_8b.py", "--on", "cpu:8", "--config.train.stpes=3"], "did you mean train.steps?"),
+    ],
+)
+def test_the_door_asks_for_what_is_missing(flags, says):
+    done = subprocess.run([sys.executable, "scripts/plan.py", *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and says in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_the_door_plans_several_targets_and_leaves_the_stated_json(tmp_path):
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
