@@ -665,16 +665,53 @@ def plan(runs: list[RunData]) -> str:
             peak = finite(target.get("peak_bytes_per_device"))
             body.append([
                 esc(target.get("on", "")), esc(target.get("method", "")), whole(target.get("devices")), "yes" if target.get("fits") else "no",
-                f"{peak / 1e9:,.1f}" if peak is not None else "", span(target, "tokens_per_second", count), span(target, "hours", brief), span(target, "usd", brief),
+                f"{peak / 1e9:,.1f}" if peak is not None else "", span(target, "mfu", percent), span(target, "tokens_per_second", count),
+                span(target, "hours", brief), span(target, "usd", brief),
             ])  # fmt: skip
         priced = [target for target in found["targets"] if finite(target.get("hours")) and finite(target.get("usd"))]
         parts.append(f"<h3>{esc(', '.join(names))}</h3>" if len(runs) > 1 else "")
         if len(priced) > 1:
             parts.append(figure(plan_chart(priced), "Money against hours for the whole run, both on a log scale. Hollow: it does not fit there."))
-        caption = "Compiled: the real step, compiled for that machine; estimated: from the shape alone. Ranges: the ends of the assumed share of peak speed."
-        parts.append(grid(["on", "how known", "devices", "fits", "GB a device", "tokens/s", "hours", "USD"], body, caption, texts=2))
+        caption = "Compiled: the real step, compiled for that machine; estimated: from the shape alone. Ranges: the ends of the assumed efficiency."
+        head = ["on", "how known", "devices", "fits", "GB a device", "MFU", "tokens/s", "hours", "USD"]
+        parts.append(grid(head, body, caption, texts=2) if body else "")
+        parts += [
+            small(f"{what.capitalize()} that fits, by plan.py --search: {best_of(found, what)}")
+            for what in ("cheapest", "fastest")
+            if best_of(found, what)
+        ]
+        parts.append(ways(found["ways"]) if isinstance(found.get("ways"), dict) else "")
+        parts.append(checked(found["check"]) if isinstance(found.get("check"), list) else "")
         parts += [small(note) for note in found.get("notes", [])]
     return "".join(parts)
+
+
+def best_of(found: dict, what: str) -> str:
+    best = (found.get("search") or {}).get(what) or {}
+    return f"{best['on']} {' '.join(best.get('overrides') or [])}" if best.get("on") else ""
+
+
+def ways(found: dict) -> str:
+    """Grow or scratch, as plan.py --base compared them."""
+    pair = lambda way, key, as_text: "\u2013".join(dict.fromkeys(esc("never" if end is None else as_text(end)) for end in way.get(key) or [])) or ""  # noqa: E731
+    body = [
+        [esc(way.get("name", "")), pair(way, "tokens", count), pair(way, "saved", percent), pair(way, "saved_with_base", percent), pair(way, "hours", brief), pair(way, "usd", brief)]
+        for way in found.get("ways", [])
+    ]  # fmt: skip
+    caption = f"Ways to {found.get('target_loss', 0):.3f} nats a token. Shares of FLOPs saved against scratch, from published ranges unless runs were fitted. {found.get('verdict', '')}"
+    return grid(["way", "tokens", "saved", "saved, base paid", "hours", "USD"], body, caption, texts=1)
+
+
+def checked(found: list[dict]) -> str:
+    """Plan beside run, as plan.py --check held them."""
+    body = [
+        [esc(each.get("run", "")), *(brief(each.get(key)) for key in ("planned_step_seconds", "measured_step_seconds", "time_ratio", "calibrated_time_ratio", "memory_ratio", "calibrated_memory_ratio"))]
+        for each in found
+    ]  # fmt: skip
+    head = ["run", "planned s", "measured s", "ratio", "calibrated", "memory ratio", "calibrated"]
+    return grid(
+        head, body, "The plan held against runs: seconds of a step and peak memory, measured over planned; the first run calibrates.", texts=1
+    )
 
 
 def span(target: dict, key: str, as_text: Callable) -> str:
@@ -963,6 +1000,10 @@ def decimal(value: Any, digits: int = 3) -> str:
 
 
 whole = functools.partial(decimal, digits=0)  # 12,345
+
+
+def percent(value: Any) -> str:
+    return "" if finite(value) is None else f"{value:.0%}"
 
 
 def count(value: Any) -> str:
