@@ -24,7 +24,7 @@ def get_config():
     c.prepare.limit_mb = 0.0
     # MB of text in a parquet shard, about; smaller shards spread over more cores
     c.prepare.shard_mb = 128
-    # where Daft runs: local, ray, or ray://HOST:PORT of a running cluster
+    # where Daft runs, for pack too: local, ray, or ray://HOST:PORT of a running cluster
     c.prepare.engine = "local"
 
     # tokenizer: text -> token ids

@@ -36,7 +36,7 @@ class Prepare:
     heldout_frac: float = knob(0.02, "share of documents kept out of training, chosen by hash of the text, per source")
     limit_mb: float = knob(0.0, "MB of text taken from each source at most, after a hash shuffle; 0 takes all. For samples")
     shard_mb: int = knob(128, "MB of text in a parquet shard, about; smaller shards spread over more cores")
-    engine: str = knob("local", "where Daft runs: local, ray, or ray://HOST:PORT of a running cluster")
+    engine: str = knob("local", "where Daft runs, for pack too: local, ray, or ray://HOST:PORT of a running cluster")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from test_pack import ROW_LEN, packing, prepared, split_documents
 from test_tokenizer import asking, write_corpus
 
 from jaxpt import config, sharding, stage
-from jaxpt.data import loader, pack, tokenizer
+from jaxpt.data import loader, pack, prepare, tokenizer
 from jaxpt.data.mixture import Mixture
 from jaxpt.spec import UserError
 
@@ -80,12 +80,11 @@ def test_rows_on_disk_are_the_rows_that_datasets_reads(workdir, rows):
 
 def test_rows_are_found_across_record_batches_and_shards(workdir, tmp_path, monkeypatch):
     monkeypatch.setattr(pack, "BATCH_TOKENS", 7 * ROW_LEN)
-    monkeypatch.setattr(pack, "SHARD_BYTES", 4 * 30 * ROW_LEN)
     for part in ("corpus", "tokenizer"):
         shutil.copytree(workdir / part, tmp_path / part)
     pack.run(packing(), tmp_path)
     one, many = loader.open_rows([workdir / "packed"]), loader.open_rows([tmp_path / "packed"])
-    assert len(many.sources["english"].starts) > 20
+    assert len(many.sources["english"].index) > 20
     for i in range(one.n_rows["english"]):
         for a, b in zip(one.row("english", i), many.row("english", i), strict=True):
             np.testing.assert_array_equal(a, b)
@@ -256,9 +255,9 @@ def test_several_packed_directories_make_one_set_of_rows(workdir, rows, tmp_path
     assert set(both.unigram_nats) == set(both.names)
 
 
-def damaged(workdir, directory, change):
+def damaged(workdir, directory, change, name="data-00000.arrow"):
     shutil.copytree(workdir / "packed", directory / "packed")
-    file = directory / "packed" / "train" / "english" / "data-00000.arrow"
+    file = directory / "packed" / "train" / "english" / name
     content = file.read_bytes()
     file.unlink()
     if change != "missing":
@@ -273,20 +272,87 @@ def damaged(workdir, directory, change):
         (lambda w, d: [], "no packed directory"),
         (lambda w, d: [d / "nowhere"], "no manifest.json"),
         (lambda w, d: [w / "packed", w / "tokenizer"], "was made by tokenizer, wanted packed rows"),
-        (lambda w, d: ["s3://bucket/packed"], "Mount it"),
         (lambda w, d: [w / "packed", w / "packed"], "source code was opened from another directory"),
         (lambda w, d: [w / "packed", other_packed(w, d, row_len=64)], "its rows have 64 tokens"),
         (lambda w, d: [w / "packed", other_packed(w, d, vocab_size=650)], "Pack both with one tokenizer"),
         (lambda w, d: damaged(w, d, "missing"), "data-00000.arrow: missing"),
         (lambda w, d: damaged(w, d, "truncated"), "data-00000.arrow: .* bytes, wanted"),
-        (lambda w, d: damaged(w, d, "one bit"), "data-00000.arrow: its checksum"),
+        (lambda w, d: damaged(w, d, "one bit"), "data-00000.arrow: the checksum of bytes"),
+        (lambda w, d: damaged(w, d, "one bit", pack.INDEX), "batches.npy: its checksum"),
+        (lambda w, d: damaged(w, d, "missing", pack.INDEX), "batches.npy: missing"),
     ],
-    ids=["none", "missing", "not packed", "object store", "twice", "row length", "tokenizer", "shard gone", "shard cut", "shard damaged"],
+    ids=["none", "missing", "not packed", "twice", "row length", "tokenizer", "shard gone", "shard cut", "shard damaged", "index damaged", "index gone"],
 )  # fmt: skip
 def test_rows_that_cannot_be_trusted_are_refused_in_one_sentence(paths, says, workdir, tmp_path):
     with pytest.raises(UserError, match=says) as error:
         loader.open_rows(paths(workdir, tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_of_a_set_too_large_to_check_at_once_no_damaged_row_is_trained_on_and_the_damage_is_found_meanwhile(workdir, tmp_path, monkeypatch):
+    monkeypatch.setattr(pack, "BATCH_TOKENS", 40 * ROW_LEN)
+    monkeypatch.setattr(loader, "VERIFY_BYTES", 0)
+    monkeypatch.setattr(loader, "OPEN_BATCHES", 3)
+    for part in ("corpus", "tokenizer"):
+        shutil.copytree(workdir / part, tmp_path / part)
+    pack.run(packing(), tmp_path)
+    rows = loader.open_rows(damaged(tmp_path, tmp_path / "other", "one bit"))
+    source = rows.sources["english"]
+    n_bytes = (tmp_path / "packed/train/english/data-00000.arrow").stat().st_size
+    bad = next(k for k in range(len(source.index)) if source.range(k).start + source.range(k).n_bytes > n_bytes // 2)
+    sound = loader.open_rows([tmp_path / "packed"])
+    for k in range(len(source.index)):
+        i = int(source.starts[k])
+        if k == bad:
+            with pytest.raises(UserError, match=r"train/english/data-00000\.arrow: the checksum of bytes"):
+                rows.row("english", i)
+        else:
+            np.testing.assert_array_equal(rows.row("english", i).tokens, sound.row("english", i).tokens)
+            assert rows.doc_ids("english", i) == sound.doc_ids("english", i)
+    assert len(rows.open) == 3 and source.checked.sum() == len(source.checked) - 1
+
+    rows = loader.open_rows([tmp_path / "other" / "packed"])
+    mix = Mixture(config.Mixture(phases=((0, {"code": 1.0}),)), rows.n_rows, BATCH_ROWS)  # reads nothing of the damaged source
+    stream = loader.stream(rows, mix, mesh_of({"fsdp": 1}), BATCH_ROWS, 0, True)
+    with pytest.raises(UserError, match=r"train/english/data-00000\.arrow: the checksum of bytes"):
+        for _ in range(1000):
+            next(stream)
+            rows.sweeper.join()
+
+
+def test_several_hosts_look_for_damage_in_parts_that_make_the_whole(workdir):
+    rows = loader.open_rows([workdir / "packed"])
+    for source in rows.sources.values():
+        source.checked[:] = False
+        for part in range(3):
+            source.sweep(part, 3)
+        assert source.checked.all()
+
+
+def test_a_prompt_has_no_weight_from_file_to_batch(workdir, tmp_path):
+    """jsonl with two fields -> corpus -> rows -> batch: what is trained is each completion and its end, and nothing else of a document."""
+    records = [{"question": f"What is {i} + {i}?\n", "answer": f"It is {2 * i}, I say 日本."} for i in range(90)]
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    asked = config.Prepare(sources=(f"tasks=jsonl:{tmp_path}/tasks.jsonl#question+answer",), heldout_frac=0.0)
+    prepare.run(dataclasses.replace(config.Config(), prepare=asked), tmp_path)
+    shutil.copytree(workdir / "tokenizer", tmp_path / "tokenizer")
+    counts = pack.run(packing(), tmp_path).counts["train"]["tasks"]
+    rows, words = loader.open_rows([tmp_path / "packed"]), tokenizer.load(tmp_path / "tokenizer")
+    trained, by_document = 0, {}
+    for i in range(rows.n_rows["tasks"]):
+        row = rows.row("tasks", i)
+        batch = loader.make_batch([row], True)
+        trained += int(batch.weights.sum())
+        for k, document in enumerate(rows.doc_ids("tasks", i)):
+            here = batch.segments[0] == k + 1
+            by_document.setdefault(document, []).append((batch.tokens[0][here], batch.targets[0][here & (batch.weights[0] > 0)]))
+    for n, record in enumerate(records, 1):
+        (tokens, targets), *more = by_document[f"tasks/tasks.jsonl:{n}"]
+        assert not more, "it fits into a row"
+        assert words.decode(tokens.tolist()) == record["question"] + record["answer"]
+        assert targets[-1] == words.eos_id
+        assert words.decode(targets.tolist()).strip() == record["answer"]
+    assert trained == counts["trained_tokens"] < counts["tokens"] / 1.5
 
 
 def test_a_batch_that_the_mesh_cannot_cut_is_refused(rows, mixture):

@@ -40,7 +40,8 @@ def write_corpus(workdir: pathlib.Path, texts: dict[str, list[str]], heldout: di
             (out / split).mkdir()
             for name, documents in sources.items():
                 ids = [f"{name}-{i}" for i in range(len(documents))]
-                table = pa.table({"id": ids, "source": [name] * len(documents), "text": documents})
+                prompts = pa.array([0] * len(documents), pa.int32())
+                table = pa.table({"id": ids, "source": [name] * len(documents), "text": documents, "prompt_chars": prompts})
                 pq.write_table(table, out / split / f"{name}-00000.parquet", compression="zstd")
         return {}
 

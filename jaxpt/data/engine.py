@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from jaxpt.spec import UserError
 
@@ -38,3 +41,23 @@ def start(where: str):
         line = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"prepare.engine: {where!r} cannot be started ({line}). One process runs one engine; is the cluster up?") from None
     return daft
+
+
+def each(where: str, work: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
+    """What work(job) gives for each of the jobs, as they end: in a process for each core here, in a task for each job on the cluster.
+
+    work is a function of a module; jobs and results are what JSON can say. Raises what start does.
+    """
+    if not jobs:
+        return
+    daft = start(where)
+
+    @daft.func.batch(return_dtype=daft.DataType.string(), use_process=True, batch_size=1)
+    def result(texts):
+        return [json.dumps(work(json.loads(text))) for text in texts.to_pylist()]
+
+    frame = daft.from_pydict({"job": [json.dumps(job) for job in jobs]})
+    if where != "local":
+        frame = frame.into_partitions(len(jobs))
+    for batch in frame.select(result(daft.col("job")).alias("result")).to_arrow_iter():
+        yield from map(json.loads, batch.column(0).to_pylist())

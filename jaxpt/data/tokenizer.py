@@ -108,6 +108,20 @@ class Tokenizer:
         """Ids of each text, on all cores, without bos and eos."""
         return [encoded.ids for encoded in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def encode_documents(self, texts: Sequence[str], prompt_chars: Sequence[int]) -> tuple[list[list[int]], list[int]]:
+        """(bos + ids + eos of each text, its first trained token): 0, or the first that reaches beyond its first prompt_chars characters.
+
+        A prompt and its completion are encoded as the one text that they are, so that a token may begin in the prompt; it is trained.
+        """
+        bos = [] if self.bos_id is None else [self.bos_id]
+        ids = [[*bos, *found, self.eos_id] for found in self.encode_batch(texts)]
+        loss_from = [0] * len(texts)
+        prompted = [i for i, n in enumerate(prompt_chars) if n]
+        for i, found in zip(prompted, self.backend.encode_batch([texts[i] for i in prompted], add_special_tokens=False), strict=True):
+            beyond = (k for k, (_, end) in enumerate(found.offsets) if end > prompt_chars[i])
+            loss_from[i] = len(bos) + next(beyond, len(found.ids))
+        return ids, loss_from
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text; bos, eos and other control tokens leave no trace."""
         return self.backend.decode(ids, skip_special_tokens=True)
@@ -302,11 +316,11 @@ def sample(corpus: pathlib.Path, limit_bytes: float) -> Iterator[tuple[str, str]
                         yield name, text[start : start + SPAN]
 
 
-def text_bytes(file: pathlib.Path) -> int:
-    """Of the text column of a parquet file, about, from its footer."""
+def text_bytes(file: pathlib.Path, group: int | None = None) -> int:
+    """Of the text column of a parquet file, or of one row group of it, about, from its footer."""
     footer = pq.ParquetFile(file).metadata
-    column = footer.schema.names.index("text")
-    return sum(footer.row_group(group).column(column).total_uncompressed_size for group in range(footer.num_row_groups))
+    column, groups = footer.schema.names.index("text"), range(footer.num_row_groups) if group is None else [group]
+    return sum(footer.row_group(each).column(column).total_uncompressed_size for each in groups)
 
 
 def corpus_files(corpus: pathlib.Path, split: str) -> dict[str, list[pathlib.Path]]:
