@@ -46,12 +46,14 @@ def get_config():
     c.mixture.packed = ()
     # ((from step, {source: share of tokens}), ...); empty means all rows in proportion
     c.mixture.phases = ()
-    # refuse a run that reads a source more often than this; 0 allows any
-    c.mixture.max_epochs = 0.0
+    # ((source or all, epochs), ...): refuse a run that reads a source more often than this
+    c.mixture.max_epochs = ()
     # a token sees only its own document; off lets it see the whole row, as the course does
     c.mixture.document_mask = True
     # of the order of rows; another seed is another order of the same rows
     c.mixture.seed = 0
+    # fingerprint of other rows than a run has read, which it may go on with all the same; it says what that breaks
+    c.mixture.accept = ""
 
     # model: the shape, when a model is born at random; a start from weights brings its own
     # blocks

@@ -62,9 +62,10 @@ class Mixture:
 
     packed: tuple[str, ...] = knob((), "directories that pack.py wrote; empty means WORKDIR/packed")
     phases: tuple[tuple[int, dict], ...] = knob((), "((from step, {source: share of tokens}), ...); empty means all rows in proportion")
-    max_epochs: float = knob(0.0, "refuse a run that reads a source more often than this; 0 allows any")
+    max_epochs: tuple[tuple[str, float], ...] = knob((), "((source or all, epochs), ...): refuse a run that reads a source more often than this")
     document_mask: bool = knob(True, "a token sees only its own document; off lets it see the whole row, as the course does")
     seed: int = knob(0, "of the order of rows; another seed is another order of the same rows")
+    accept: str = knob("", "fingerprint of other rows than a run has read, which it may go on with all the same; it says what that breaks")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +199,18 @@ def defaults():
     import ml_collections
 
     return ml_collections.ConfigDict(dataclasses.asdict(Config()), convert_dict=True)
+
+
+def ramp(start: int, stop: int, before: dict[str, float], after: dict[str, float], n: int = 16) -> tuple[tuple[int, dict[str, float]], ...]:
+    """Phases from `before`, at step `start`, to `after`, at step `stop`, in n equal steps of constant shares:
+    `c.mixture.phases = ((0, {"prose": 1}), *ramp(8_000, 10_000, {"prose": 1}, {"prose": 0.5, "code": 0.5}))`."""
+    n = max(1, min(n, stop - start))
+
+    def shares(i: int) -> dict[str, float]:
+        parts = ((1 - i / n, before), (i / n, after))
+        return {name: sum(part * of.get(name, 0) / sum(of.values()) for part, of in parts) for name in {**before, **after}}
+
+    return tuple((start + (stop - start) * i // n, shares(i)) for i in range(n + 1))
 
 
 def load(path: str, overrides: list[str] = ()) -> Config:

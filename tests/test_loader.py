@@ -367,7 +367,10 @@ def a_run(workdir, tmp_path, **changes):
         config.Config(), mixture=config.Mixture(packed=(str(workdir / "packed"),), phases=((0, {"english": 0.7, "code": 0.3}), (2, {"code": 1.0}))),
         train=config.Train(batch_rows=BATCH_ROWS, steps=9),
     )  # fmt: skip
+    rows = loader.open_rows([workdir / "packed"])
+    stretches = Mixture(settings.mixture, rows.n_rows, BATCH_ROWS, packed=rows.fingerprint).stretches
     (tmp_path / "config.json").write_text(json.dumps({**stage.plain(settings), **changes}))
+    (tmp_path / "phases.json").write_text(json.dumps([stretch._asdict() for stretch in stretches]))
     shutil.copytree(workdir / "tokenizer", tmp_path / "tokenizer")
     return tmp_path
 
@@ -401,3 +404,7 @@ def test_trace_says_what_it_cannot_read(workdir, rows, tmp_path):
             next(loader.trace(run, step, rows.tokenizer))
     with pytest.raises(UserError, match="packed with"):
         next(loader.trace(run, 1, "another"))
+    stretches = json.loads((run / "phases.json").read_text())
+    (run / "phases.json").write_text(json.dumps([{**each, "packed": "others"} for each in stretches]))
+    with pytest.raises(UserError, match="step 1 read other rows"):
+        next(loader.trace(run, 1, rows.tokenizer))

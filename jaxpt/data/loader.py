@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import collections
-import dataclasses
 import hashlib
 import io
 import json
@@ -26,7 +25,7 @@ from absl import flags
 
 from jaxpt import config, stage
 from jaxpt.data import pack, storage
-from jaxpt.data.mixture import Mixture
+from jaxpt.data.mixture import Mixture, Stretch, recorded
 from jaxpt.spec import Batch, UserError
 
 VERIFY_BYTES = 500e6  # of a set on disk: below, opening compares all checksums, which takes well under a second
@@ -370,23 +369,28 @@ def trace(run: pathlib.Path, step: int, tokenizer: str) -> Iterator[Seen]:
 
     tokenizer is the fingerprint of the one that will read the tokens. Raises UserError where the run cannot be read.
     """
-    try:
-        settings = config.typed(json.loads((run / "config.json").read_text()))
-    except (FileNotFoundError, json.JSONDecodeError) as error:
-        raise UserError(f"{run}: has no readable config.json ({error}). Give the directory of a training run.") from None
-    if not 1 <= step <= settings.train.steps:
-        raise UserError(f"--step {step}: the run's steps are 1 to {settings.train.steps:,}.")
-    asked = settings.mixture
-    if (run / "phases.json").is_file():  # shares that the run itself changed on its way
-        asked = dataclasses.replace(asked, phases=tuple(map(tuple, json.loads((run / "phases.json").read_text()))))
-    rows = open_rows(asked.packed or [run / "packed"])
+    rows, places = rows_of_step(run, step)
     if rows.tokenizer != tokenizer:
         raise UserError(f"{run}: its tokenizer is {tokenizer}, but the rows were packed with {rows.tokenizer}. They were packed anew since.")
-    batch_rows = settings.train.batch_rows
-    mixture = Mixture(asked, rows.n_rows, batch_rows)
-    for slot in range(batch_rows):
-        name, i = mixture.row_at((step - 1) * batch_rows + slot)
+    for slot, (name, i) in enumerate(places):
         row, start = rows.row(name, i), 0
         for document, length in zip(rows.doc_ids(name, i), row.doc_lens.tolist(), strict=True):
             yield Seen(slot, name, i, document, row.tokens[start : start + length])
             start += length
+
+
+def rows_of_step(run: pathlib.Path, step: int) -> tuple[Rows, list[tuple[str, int]]]:
+    """(the rows of a run, the (source, row) in each slot of its step-th update). Raises UserError where the run cannot be read."""
+    try:
+        settings = config.typed(json.loads((run / "config.json").read_text()))
+        stretches = [Stretch(**each) for each in json.loads((run / "phases.json").read_text())]
+    except (FileNotFoundError, json.JSONDecodeError) as error:
+        raise UserError(f"{run}: has no readable config.json and phases.json ({error}). Give the directory of a training run.") from None
+    if not 1 <= step <= settings.train.steps:
+        raise UserError(f"--step {step}: the run's steps are 1 to {settings.train.steps:,}.")
+    rows = open_rows(settings.mixture.packed or [run / "packed"])
+    stretch = next(each for each in reversed(stretches) if each.step < step)
+    if stretch.packed != rows.fingerprint:
+        raise UserError(f"{run}: step {step} read other rows than {', '.join(settings.mixture.packed) or run / 'packed'} holds now. Put those back.")
+    mixture, first = recorded(stretches, rows.n_rows, settings.mixture.seed), stretch.row + (step - 1 - stretch.step) * stretch.batch_rows
+    return rows, [mixture.row_at(first + slot) for slot in range(stretch.batch_rows)]
