@@ -369,7 +369,7 @@ def trace(run: pathlib.Path, step: int, tokenizer: str) -> Iterator[Seen]:
 
     tokenizer is the fingerprint of the one that will read the tokens. Raises UserError where the run cannot be read.
     """
-    rows, places = rows_of_step(run, step)
+    _, rows, places = rows_of_step(run, step)
     if rows.tokenizer != tokenizer:
         raise UserError(f"{run}: its tokenizer is {tokenizer}, but the rows were packed with {rows.tokenizer}. They were packed anew since.")
     for slot, (name, i) in enumerate(places):
@@ -379,8 +379,8 @@ def trace(run: pathlib.Path, step: int, tokenizer: str) -> Iterator[Seen]:
             start += length
 
 
-def rows_of_step(run: pathlib.Path, step: int) -> tuple[Rows, list[tuple[str, int]]]:
-    """(the rows of a run, the (source, row) in each slot of its step-th update). Raises UserError where the run cannot be read."""
+def rows_of_step(run: pathlib.Path, step: int) -> tuple[config.Config, Rows, list[tuple[str, int]]]:
+    """(a run's settings, its rows, the (source, row) in each slot of its step-th update). Raises UserError where the run cannot be read."""
     try:
         settings = config.typed(json.loads((run / "config.json").read_text()))
         stretches = [Stretch(**each) for each in json.loads((run / "phases.json").read_text())]
@@ -393,4 +393,4 @@ def rows_of_step(run: pathlib.Path, step: int) -> tuple[Rows, list[tuple[str, in
     if stretch.packed != rows.fingerprint:
         raise UserError(f"{run}: step {step} read other rows than {', '.join(settings.mixture.packed) or run / 'packed'} holds now. Put those back.")
     mixture, first = recorded(stretches, rows.n_rows, settings.mixture.seed), stretch.row + (step - 1 - stretch.step) * stretch.batch_rows
-    return rows, [mixture.row_at(first + slot) for slot in range(stretch.batch_rows)]
+    return settings, rows, [mixture.row_at(first + slot) for slot in range(stretch.batch_rows)]
