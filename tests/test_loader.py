@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import socket
@@ -16,7 +17,7 @@ from test_pack import ROW_LEN, packing, prepared, split_documents
 from test_tokenizer import asking, write_corpus
 
 from jaxpt import config, sharding, stage
-from jaxpt.data import loader, pack, prepare, tokenizer
+from jaxpt.data import loader, pack, prepare, storage, tokenizer
 from jaxpt.data.mixture import Mixture
 from jaxpt.spec import UserError
 
@@ -318,6 +319,104 @@ def test_of_a_set_too_large_to_check_at_once_no_damaged_row_is_trained_on_and_th
         for _ in range(1000):
             next(stream)
             rows.sweeper.join()
+
+
+@pytest.fixture
+def bucket(workdir, tmp_path, monkeypatch):
+    """The packed rows and their tokenizer in an S3 server on loopback; yields (address, client)."""
+    server = pytest.importorskip("moto.server", reason="needs moto[server], an S3 server").ThreadedMotoServer(
+        ip_address="127.0.0.1", port=0, verbose=False
+    )
+    import boto3
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server.start()
+    endpoint = "http://{}:{}".format(*server.get_host_and_port())
+    for name, value in {
+        "AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "none", "AWS_DEFAULT_REGION": "us-east-1",
+        "XDG_CACHE_HOME": str(tmp_path / "cache"), "no_proxy": "127.0.0.1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(pack, "BATCH_TOKENS", 40 * ROW_LEN)
+    for part in ("corpus", "tokenizer"):
+        shutil.copytree(workdir / part, tmp_path / part)
+    pack.run(packing(), tmp_path)
+    client = boto3.client("s3", endpoint_url=endpoint)
+    client.create_bucket(Bucket="rows")
+    for file in [*(tmp_path / "packed").rglob("*"), *(tmp_path / "tokenizer").rglob("*")]:
+        if file.is_file():
+            client.put_object(Bucket="rows", Key=f"run/{file.relative_to(tmp_path)}", Body=file.read_bytes())
+    yield "s3://rows/run/packed", client
+    server.stop()
+
+
+def test_rows_in_an_object_store_are_those_on_disk_and_each_range_is_fetched_once(bucket, tmp_path):
+    address, _ = bucket
+    here, there = loader.open_rows([tmp_path / "packed"]), loader.open_rows([address])
+    assert here.fingerprint == there.fingerprint and here.n_rows == there.n_rows
+    place = there.sources["english"].place
+    fetched, opened = [], place.opened
+
+    class Counted:
+        def __init__(self, file):
+            self.file = file
+
+        def read_at(self, n_bytes, start):
+            fetched.append(n_bytes)
+            return self.file.read_at(n_bytes, start)
+
+    for source in there.sources.values():
+        source.place.opened = lambda name: Counted(opened(name))
+    there.row("english", 0)
+    assert fetched == [there.sources["english"].range(0).n_bytes], "a record batch, no more"
+    mix = Mixture(config.Mixture(), here.n_rows, BATCH_ROWS)
+    one = mesh_of({"fsdp": 2, "context": 2})
+    n = sum(here.n_rows.values()) // BATCH_ROWS
+    for left, right in zip(batches(n, here, mix, one, BATCH_ROWS, 0, True), batches(n, there, mix, one, BATCH_ROWS, 0, True), strict=True):
+        assert_equal(left, right)
+    assert [here.doc_ids("code", i) for i in range(9)] == [there.doc_ids("code", i) for i in range(9)]
+    every = sum(len(source.index) for source in there.sources.values())
+    assert len(fetched) == every, "read ahead, by threads, and kept"
+    again = loader.open_rows([address])
+    again.sources["code"].place.opened = again.sources["english"].place.opened = None  # another start finds them on its disk
+    assert_equal(batches(1, again, mix, one, BATCH_ROWS, 0, True)[0], batches(1, here, mix, one, BATCH_ROWS, 0, True)[0])
+    assert place.copy_beside("tokenizer", tmp_path / "copy") and tokenizer.load(tmp_path / "copy").fingerprint == here.tokenizer
+    assert not place.copy_beside("nothing", tmp_path / "copy2")
+
+
+def test_the_cache_of_an_object_store_keeps_its_bounds_and_trusts_no_damaged_file(bucket, tmp_path, monkeypatch):
+    address, _ = bucket
+    here = loader.open_rows([tmp_path / "packed"])
+    limit = 3.5 * here.sources["english"].range(0).n_bytes
+    monkeypatch.setattr(storage, "CACHE_BYTES", limit)
+    monkeypatch.setattr(loader, "OPEN_BATCHES", 1)
+    (directory,) = [storage.cache_directory() / here.sources["code"].fingerprint]
+    for _ in range(2):
+        there = loader.open_rows([address])
+        for i in range(0, here.n_rows["english"], 7):
+            np.testing.assert_array_equal(there.row("english", i).tokens, here.row("english", i).tokens)
+            assert sum(file.stat().st_size for file in directory.iterdir()) <= limit
+        kept = list(directory.iterdir())
+        assert 2 <= len(kept) <= 4
+        for file in kept:
+            file.write_bytes(file.read_bytes()[:-9] + b"\1" * 9)
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [("cut", "bytes, wanted"), ("gone", "data-00000.arrow: missing"), ("flipped", "the checksum of bytes"), ("no bucket", "cannot be opened")],
+)
+def test_a_broken_object_is_named(bucket, harm, says):
+    address, client = bucket
+    key = "run/packed/train/english/data-00000.arrow"
+    whole = client.get_object(Bucket="rows", Key=key)["Body"].read()
+    if harm == "gone":
+        client.delete_object(Bucket="rows", Key=key)
+    else:
+        client.put_object(Bucket="rows", Key=key, Body=whole[:-100] if harm == "cut" else whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:])
+    with pytest.raises(UserError, match=says) as error:
+        loader.open_rows(["s3://nowhere/packed" if harm == "no bucket" else address]).row("english", 0)
+    assert "\n" not in str(error.value)
 
 
 def test_several_hosts_look_for_damage_in_parts_that_make_the_whole(workdir):

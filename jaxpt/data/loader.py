@@ -290,7 +290,9 @@ def stream(
     Raises UserError when batch_rows or the row length cannot be cut as the sharding asks.
     """
     local = local_rows(sharding, batch_rows, rows.row_len)
-    is_remote = any(source.place.is_remote for source in rows.sources.values())
+    remote = [source.place for source in rows.sources.values() if source.place.is_remote]
+    for each in remote:
+        each.begin()
     rows.sweep(jax.process_index(), jax.process_count())
 
     def places(step: int) -> list[tuple[str, int]]:
@@ -299,7 +301,7 @@ def stream(
     def load(step: int) -> Batch:
         if rows.damage:
             raise rows.damage
-        if is_remote:
+        if remote:
             for later in range(step, step + STEPS_AHEAD):
                 rows.ahead(places(later))
         return make_batch([rows.row(name, i) for name, i in places(step)], document_mask)

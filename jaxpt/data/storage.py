@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import contextlib
 import functools
@@ -57,6 +56,12 @@ class Disk:
         """All of a small file."""
         return (self.root / name).read_bytes()
 
+    def copy_beside(self, name: str, to: pathlib.Path) -> bool:
+        """Copy a directory that stands beside this one, if there is one."""
+        if found := (self.root.parent / name).is_dir():
+            shutil.copytree(self.root.parent / name, to, dirs_exist_ok=True)
+        return found
+
     def map(self, name: str) -> mmap.mmap:
         with open(self.root / name, "rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -94,7 +99,7 @@ class Bucket:
             raise UserError(f"{address}: cannot be opened ({first_line(error)}). Check the address, the credentials and the endpoint.") from None
         self.opened = functools.lru_cache(maxsize=OPEN_FILES)(lambda name: self.files.open_input_file(f"{self.root}/{name}"))
         self.pool = concurrent.futures.ThreadPoolExecutor(FETCHING, thread_name_prefix="fetch")
-        self.asked: collections.OrderedDict[Range, concurrent.futures.Future] = collections.OrderedDict()
+        self.asked: dict[Range, concurrent.futures.Future] = {}
         self.lock = threading.Lock()
         directory = cache_directory() / self.manifest.fingerprint
         directory.mkdir(parents=True, exist_ok=True)
@@ -105,20 +110,39 @@ class Bucket:
         return found.size if found.is_file else None
 
     def content(self, name: str) -> bytes:
-        with self.files.open_input_stream(f"{self.root}/{name}") as stream:
+        return self.content_of(f"{self.root}/{name}")
+
+    def content_of(self, path: str) -> bytes:
+        with self.files.open_input_stream(path) as stream:
             return stream.read()
 
-    def ahead(self, wanted: Range) -> concurrent.futures.Future:
-        """Begin to fetch a range that will be read soon."""
+    def copy_beside(self, name: str, to: pathlib.Path) -> bool:
+        """Copy a directory that stands beside this one, if there is one."""
+        source = f"{self.root.rpartition('/')[0]}/{name}"
+        files = self.files.get_file_info(pyarrow.fs.FileSelector(source, allow_not_found=True))
+        for file in (each for each in files if each.is_file):
+            to.mkdir(exist_ok=True)
+            (to / file.base_name).write_bytes(self.content_of(file.path))
+        return bool(files)
+
+    def ahead(self, wanted: Range) -> None:
+        """Begin to fetch a range that will be read soon, unless AHEAD are on their way."""
+        if len(self.asked) < AHEAD:
+            self.ask(wanted)
+
+    def ask(self, wanted: Range) -> concurrent.futures.Future:
         with self.lock:
             if wanted not in self.asked:
                 self.asked[wanted] = self.pool.submit(self.fetch, wanted)
-                if len(self.asked) > AHEAD:
-                    self.asked.popitem(last=False)
             return self.asked[wanted]
 
+    def begin(self) -> None:
+        """What was asked for ahead of time will not be read: another order begins."""
+        with self.lock:
+            self.asked.clear()
+
     def read(self, wanted: Range) -> memoryview:
-        found = self.ahead(wanted).result()
+        found = self.ask(wanted).result()  # of one request, however many threads want it
         with self.lock:
             self.asked.pop(wanted, None)
         return memoryview(found)

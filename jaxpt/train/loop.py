@@ -297,9 +297,7 @@ def keep_program(run: pathlib.Path, settings: Config, spec: ModelSpec, packed: l
     stage.write_whole(run / "program.diff", diff)
     stage.write_whole(run / "config.json", json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
     spec.save(run / "spec.json")
-    tokenizer = pathlib.Path(packed[0]).parent / "tokenizer"
-    if not (run / "tokenizer").exists() and tokenizer.is_dir():
-        shutil.copytree(tokenizer, run / "tokenizer.partial", dirs_exist_ok=True)
+    if not (run / "tokenizer").exists() and open_set(packed[0]).copy_beside("tokenizer", run / "tokenizer.partial"):
         (run / "tokenizer.partial").rename(run / "tokenizer")
 
 
