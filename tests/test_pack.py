@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import itertools
+import json
 import math
 import os
 import pathlib
@@ -11,11 +12,13 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 from hypothesis import given, settings, strategies
 from test_tokenizer import asking, english_and_code, write_corpus
 
+from jaxpt import stage
 from jaxpt.config import Config, Pack
 from jaxpt.data import pack, tokenizer
 from jaxpt.spec import Manifest, UserError
@@ -281,6 +284,46 @@ def test_less_text_than_a_row_is_refused_for_training_and_left_out_of_heldout(tm
     write_corpus(tmp_path, {"little": ["tiny"]})
     with pytest.raises(UserError, match="source little has less than one row of 96 tokens"):
         pack.run(packing("course"), tmp_path, replace=True)
+
+
+def cut_shard(workdir):
+    file = workdir / "corpus/train/english-00000.parquet"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def damaged_shard(workdir):
+    file = workdir / "corpus/train/english-00000.parquet"
+    content = bytearray(file.read_bytes())
+    content[1000:3000] = bytes(2000)
+    file.write_bytes(content)
+
+
+def shard_without_prompts(workdir):
+    file = workdir / "corpus/train/english-00000.parquet"
+    pq.write_table(pq.read_table(file).drop_columns("prompt_chars"), file)
+    manifest = json.loads((workdir / "corpus/manifest.json").read_text())
+    manifest["outputs"]["train/english-00000.parquet"] = stage.sha256(file)  # as another program would have written it
+    (workdir / "corpus/manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [(cut_shard, "cannot be read as a shard"), (damaged_shard, "its checksum"), (shard_without_prompts, "cannot be read as a shard")],
+)
+def test_a_broken_corpus_is_named_and_nothing_is_published(workdir, harm, says):
+    harm(workdir)
+    with pytest.raises(UserError, match=rf"english-00000\.parquet: {says}") as error:
+        pack.run(packing(), workdir)
+    assert "\n" not in str(error.value) and not (workdir / "packed").exists()
+
+
+@pytest.mark.slow
+def test_a_mistake_that_another_process_finds_is_told_in_one_sentence(workdir, monkeypatch):
+    damaged_shard(workdir)
+    monkeypatch.setattr(pack, "HERE_BYTES", 0)
+    with pytest.raises(UserError, match=r"english-00000\.parquet: its checksum") as error:
+        pack.run(packing(), workdir)
+    assert "\n" not in str(error.value)
 
 
 def test_packing_needs_a_corpus_and_a_tokenizer(tmp_path):

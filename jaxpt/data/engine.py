@@ -46,7 +46,7 @@ def start(where: str):
 def each(where: str, work: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
     """What work(job) gives for each of the jobs, as they end: in a process for each core here, in a task for each job on the cluster.
 
-    work is a function of a module; jobs and results are what JSON can say. Raises what start does.
+    work is a function of a module; jobs and results are what JSON can say. Raises what start does, and the UserErrors of work.
     """
     if not jobs:
         return
@@ -54,10 +54,21 @@ def each(where: str, work: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterato
 
     @daft.func.batch(return_dtype=daft.DataType.string(), use_process=True, batch_size=1)
     def result(texts):
-        return [json.dumps(work(json.loads(text))) for text in texts.to_pylist()]
+        return [json.dumps(attempt(work, json.loads(text))) for text in texts.to_pylist()]
 
     frame = daft.from_pydict({"job": [json.dumps(job) for job in jobs]})
     if where != "local":
         frame = frame.into_partitions(len(jobs))
     for batch in frame.select(result(daft.col("job")).alias("result")).to_arrow_iter():
-        yield from map(json.loads, batch.column(0).to_pylist())
+        for outcome in map(json.loads, batch.column(0).to_pylist()):
+            if "mistake" in outcome:
+                raise UserError(outcome["mistake"])
+            yield outcome["found"]
+
+
+def attempt(work: Callable[[Any], Any], job: Any) -> dict[str, Any]:
+    """What work gives; its UserError as text, or Daft would make a page of it."""
+    try:
+        return {"found": work(job)}
+    except UserError as mistake:
+        return {"mistake": str(mistake)}

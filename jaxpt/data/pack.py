@@ -12,6 +12,7 @@ that were not done. `datasets.load_from_disk` opens the shards; `jaxpt.data.load
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
 import itertools
 import json
@@ -60,11 +61,15 @@ def run(settings: config.Config, workdir: pathlib.Path, replace: bool = False) -
 
     def work(out: pathlib.Path) -> dict[str, Any]:
         out, found = out.resolve(), {split: tokenizer.corpus_files(inputs["corpus"].resolve(), split) for split in ("train", "heldout")}
-        n_bytes = sum(tokenizer.text_bytes(file) for files in found.values() for shards in files.values() for file in shards)
+        n_bytes = 0
+        for file in (file for sources in found.values() for files in sources.values() for file in files):
+            with readable(file):
+                n_bytes += tokenizer.text_bytes(file)
         where = settings.prepare.engine if n_bytes > HERE_BYTES else "here"
         jobs = out / ".jobs"
+        checksums = {str(inputs["corpus"].resolve() / name): value for name, value in Manifest.load(inputs["corpus"]).outputs.items()}
         parts = {
-            (split, name): tokenizing(files, inputs["tokenizer"].resolve(), jobs / split / name)
+            (split, name): tokenizing(files, checksums, inputs["tokenizer"].resolve(), jobs / split / name)
             for split, sources in found.items() for name, files in sources.items()
         }  # fmt: skip
         finish(where, tokenize, [job for each in parts.values() for job in each], "tokenizing", "documents")
@@ -122,7 +127,7 @@ class Piece(NamedTuple):
         return Piece(ids, self.document, part, min(max(self.loss_from - start, 0), len(ids)))
 
 
-def tokenizing(files: Sequence[pathlib.Path], opened: pathlib.Path, jobs: pathlib.Path) -> list[dict]:
+def tokenizing(files: Sequence[pathlib.Path], checksums: dict[str, str], opened: pathlib.Path, jobs: pathlib.Path) -> list[dict]:
     """Jobs for `tokenize`: row groups of the files of one source, about JOB_BYTES each, in the corpus's order."""
     found: list[dict] = []
     for file in files:
@@ -130,7 +135,8 @@ def tokenizing(files: Sequence[pathlib.Path], opened: pathlib.Path, jobs: pathli
         for group in range(footer.num_row_groups):
             if room <= 0:
                 room, to = JOB_BYTES, jobs / f"tokens-{len(found):06d}.arrow"
-                found.append({"file": str(file), "groups": [], "tokenizer": str(opened), "to": str(to), "done": f"{to}.json"})
+                whole = None if group else checksums.get(str(file))  # the first job of a file looks whether it is whole
+                found.append({"file": str(file), "sha256": whole, "groups": [], "tokenizer": str(opened), "to": str(to), "done": f"{to}.json"})
             found[-1]["groups"].append(group)
             room -= tokenizer.text_bytes(file, group)
     return found
@@ -139,11 +145,13 @@ def tokenizing(files: Sequence[pathlib.Path], opened: pathlib.Path, jobs: pathli
 def tokenize(job: dict) -> dict[str, int]:
     """A stretch of the corpus to an Arrow stream of its documents' ids, each bos + ids + eos."""
     os.environ["TOKENIZERS_PARALLELISM"] = job["threads"]
-    opened, to = load_tokenizer(job["tokenizer"]), pathlib.Path(job["to"])
+    opened, file, to = load_tokenizer(job["tokenizer"]), pathlib.Path(job["file"]), pathlib.Path(job["to"])
+    if job["sha256"] and stage.sha256(file) != job["sha256"]:
+        raise UserError(f"{file}: its checksum is not the manifest's: it was changed or damaged. Run prepare.py again with --replace.")
     to.parent.mkdir(parents=True, exist_ok=True)
     n_documents = n_bytes = 0
     with pa.OSFile(str(to), "wb") as sink, pa.ipc.new_stream(sink, TOKENS) as stream:
-        for names, texts, prompt_chars in portions(pathlib.Path(job["file"]), job["groups"]):
+        for names, texts, prompt_chars in portions(file, job["groups"]):
             ids, n_prompt = opened.encode_documents(texts, prompt_chars)
             lengths = np.cumsum([0, *map(len, ids)])
             flat = np.fromiter(itertools.chain.from_iterable(ids), np.int32, lengths[-1])
@@ -163,17 +171,27 @@ def done(job: dict, counts: dict) -> dict:
 
 
 def portions(file: pathlib.Path, groups: list[int]) -> Iterator[tuple[list[str], list[str], list[int]]]:
-    """Ids, texts and prompt lengths of row groups of a parquet file, about ENCODE_CHARS characters at a time."""
-    held, n_chars = [], 0
-    for batch in pq.ParquetFile(file).iter_batches(batch_size=256, row_groups=groups, columns=["id", "text", "prompt_chars"]):
-        for document in zip(*(batch.column(name).to_pylist() for name in ("id", "text", "prompt_chars")), strict=True):
-            held.append(document)
-            n_chars += len(document[1])
-            if n_chars >= ENCODE_CHARS:
-                yield tuple(map(list, zip(*held, strict=True)))
-                held, n_chars = [], 0
+    """Ids, texts and prompt lengths of row groups of a parquet file, about ENCODE_CHARS characters at a time. Raises UserError naming it."""
+    held, n_chars, columns = [], 0, ["id", "text", "prompt_chars"]
+    with readable(file):
+        for batch in pq.ParquetFile(file).iter_batches(batch_size=256, row_groups=groups, columns=columns):
+            for document in zip(*(batch.column(name).to_pylist() for name in columns), strict=True):
+                held.append(document)
+                n_chars += len(document[1])
+                if n_chars >= ENCODE_CHARS:
+                    yield tuple(map(list, zip(*held, strict=True)))
+                    held, n_chars = [], 0
     if held:
         yield tuple(map(list, zip(*held, strict=True)))
+
+
+@contextlib.contextmanager
+def readable(file: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, KeyError) as error:
+        line = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{file}: cannot be read as a shard of a corpus ({line}). Run prepare.py again with --replace.") from None
 
 
 # ---- second pass: rows
