@@ -30,6 +30,8 @@ def get_config():
     # tokenizer: text -> token ids
     # train one on the corpus, or the path of a SentencePiece .model, a tokenizer.json or a Hugging Face directory
     c.tokenizer.source = "train"
+    # what is trained: bpe, also saved as SentencePiece .model; unigram, in Hugging Face form alone
+    c.tokenizer.model = "bpe"
     # pieces; larger packs more bytes into a token and costs V x D weights twice
     c.tokenizer.vocab_size = 32_000
     # MB of corpus text the training reads, spread evenly over the documents

@@ -44,6 +44,7 @@ class Tokenizer:
     """text -> token ids"""
 
     source: str = knob("train", "train one on the corpus, or the path of a SentencePiece .model, a tokenizer.json or a Hugging Face directory")
+    model: str = knob("bpe", "what is trained: bpe, also saved as SentencePiece .model; unigram, in Hugging Face form alone", "bpe", "unigram")
     vocab_size: int = knob(32_000, "pieces; larger packs more bytes into a token and costs V x D weights twice")
     sample_mb: int = knob(64, "MB of corpus text the training reads, spread evenly over the documents")
 
