@@ -19,6 +19,7 @@ from test_tokenizer import asking, write_corpus
 from jaxpt import config, sharding, stage
 from jaxpt.data import loader, pack, prepare, storage, tokenizer
 from jaxpt.data.mixture import Mixture
+from jaxpt.model import llama
 from jaxpt.spec import UserError
 
 BATCH_ROWS = 16
@@ -128,6 +129,28 @@ def test_a_batch_is_what_spec_says(document_mask):
                 target = row.tokens[t + 1] if trained else 0
                 wanted = (row.tokens[t], target, piece + 1 if document_mask else 1, k if document_mask else t, float(trained))
                 assert got == wanted
+
+
+def test_from_disk_to_logits_a_document_reads_as_if_it_stood_alone(workdir, rows, spec, one):
+    """Whatever its neighbours are and wherever in the row it begins; with document_mask off it does see them."""
+    spec = spec.replace(vocab_size=704, max_positions=ROW_LEN)
+    params = llama.init(spec, 0, one)
+
+    @jax.jit
+    def logits(batch):
+        model = llama.bind(spec, params)
+        return model(batch.tokens, batch.segments, batch.positions) @ model.head()
+
+    name, i = next((n, i) for n in rows.names for i in range(rows.n_rows[n]) if len(rows.row(n, i).doc_lens) > 2)
+    row = rows.row(name, i)
+    ends = np.cumsum([0, *row.doc_lens])
+    together, seen = (np.asarray(logits(loader.make_batch([row], mask)))[0] for mask in (True, False))
+    for k, length in enumerate(row.doc_lens):
+        piece = np.zeros_like(row.tokens)
+        piece[:length] = row.tokens[ends[k] : ends[k + 1]]
+        alone = loader.make_batch([loader.Row(piece, row.doc_lens[k : k + 1], row.loss_from[k : k + 1])], True)
+        np.testing.assert_allclose(together[ends[k] : ends[k + 1]], np.asarray(logits(alone))[0, :length], atol=2e-5)
+        assert k == 0 or np.abs(seen[ends[k] : ends[k + 1]] - together[ends[k] : ends[k + 1]]).max() > 1e-2
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "-".join(f"{k}{v}" for k, v in sizes.items()))

@@ -8,8 +8,10 @@ import math
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -190,31 +192,59 @@ def test_rows_depend_on_corpus_and_tokenizer_alone(workdir, monkeypatch):
     assert pack.run(packing(), workdir).outputs == once.outputs
 
 
+RUN = """
+import dataclasses, sys
+from jaxpt.config import Config, Pack, Prepare
+from jaxpt.data import engine, pack
+if __name__ == "__main__":
+    where, row_len, workdir = sys.argv[1:]
+    pack.HERE_BYTES, pack.JOB_BYTES = 0, 1
+    each, used = engine.each, []
+    engine.each = lambda *arguments: used.append(len(arguments[2])) or each(*arguments)
+    pack.run(dataclasses.replace(Config(), pack=Pack(row_len=int(row_len)), prepare=Prepare(engine=where)), workdir)
+    print("JOBS", used)
+"""
+
+
+def packing_process(where: str, workdir: pathlib.Path) -> subprocess.Popen:
+    """pack.py's work in processes, each job by itself; in a process of its own, since one process runs one engine."""
+    (workdir / "run.py").write_text(RUN)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, workdir / "run.py", where, str(ROW_LEN), workdir]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["local", "ray"])
 def test_rows_are_the_same_from_several_processes_and_on_ray(where, workdir, tmp_path):
-    """In a process of its own, since one process runs one engine."""
     if where == "ray":
         pytest.importorskip("ray")
     once = pack.run(packing(), workdir)
     for part in ("corpus", "tokenizer"):
         shutil.copytree(workdir / part, tmp_path / "other" / part)
-    code = f"""
-import dataclasses, os, sys
-from jaxpt.config import Config, Pack, Prepare
-from jaxpt.data import engine, pack
-if __name__ == "__main__":
-    pack.HERE_BYTES, pack.JOB_BYTES = 0, 1
-    each, used = engine.each, []
-    engine.each = lambda *arguments: used.append(len(arguments[2])) or each(*arguments)
-    settings = dataclasses.replace(Config(), pack=Pack(row_len={ROW_LEN}), prepare=Prepare(engine={where!r}))
-    pack.run(settings, {str(tmp_path / "other")!r})
-    print("JOBS", used)
-"""
-    (tmp_path / "run.py").write_text(code)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    told = subprocess.run([sys.executable, tmp_path / "run.py"], env=environment, capture_output=True, text=True)
-    assert "JOBS [3, 3]" in told.stdout, told.stdout + told.stderr
+    told = packing_process(where, tmp_path / "other").communicate()[0]
+    assert "JOBS [3, 3]" in told, told
+    assert Manifest.load(tmp_path / "other/packed").outputs == once.outputs
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_with_its_processes_it_goes_on_to_the_same_rows(workdir, tmp_path):
+    once = pack.run(packing(), workdir)
+    for part in ("corpus", "tokenizer"):
+        shutil.copytree(workdir / part, tmp_path / "other" / part)
+    moments = iter(["tokens-000000.arrow.json", "data-00000.arrow", "data-00000.arrow.json"])
+    while True:
+        process, moment = packing_process("local", tmp_path / "other"), next(moments, None)
+        while moment and process.poll() is None and not list((tmp_path / "other").rglob(moment)):
+            time.sleep(0.002)
+        if moment is None:
+            told = process.communicate()[0]
+            break
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    jobs_left = told.partition("JOBS ")[2].strip()
+    assert jobs_left != "[3, 3]", "what was finished is not done again"
     assert Manifest.load(tmp_path / "other/packed").outputs == once.outputs
 
 
