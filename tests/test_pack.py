@@ -194,6 +194,7 @@ def test_rows_depend_on_corpus_and_tokenizer_alone(workdir, monkeypatch):
 
 RUN = """
 import dataclasses, sys
+sys.path.insert(0, sys.argv.pop(1))  # as the doors do it
 from jaxpt.config import Config, Pack, Prepare
 from jaxpt.data import engine, pack
 if __name__ == "__main__":
@@ -209,9 +210,8 @@ if __name__ == "__main__":
 def packing_process(where: str, workdir: pathlib.Path) -> subprocess.Popen:
     """pack.py's work in processes, each job by itself; in a process of its own, since one process runs one engine."""
     (workdir / "run.py").write_text(RUN)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, workdir / "run.py", where, str(ROW_LEN), workdir]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    command = [sys.executable, workdir / "run.py", ROOT, where, str(ROW_LEN), workdir]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,6 +23,10 @@ def start(where: str):
         raise UserError(f"prepare.engine: got {where!r}, wanted local, ray or ray://HOST:PORT.")
     # Both send usage data home at import, unless told before it; daft's own bars would write over ours
     os.environ.update(DO_NOT_TRACK="1", SCARF_NO_ANALYTICS="1", RAY_USAGE_STATS_ENABLED="0", DAFT_PROGRESS_BAR="0")
+    # its processes must find this package, in a clone that was not installed too
+    here = str(pathlib.Path(__file__).resolve().parents[2])
+    if here not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
     import daft
 
     try:
