@@ -20,7 +20,7 @@ def mixing(*phases, n_rows=N_ROWS, batch_rows=7, seed=0) -> Mixture:
     return Mixture(config.Mixture(phases=phases, seed=seed), n_rows, batch_rows)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @example(shares=[3, 1, 5, 1, 1, 5, 5, 5])  # always serving the source that is furthest behind breaks the law here
 @given(shares=strategies.lists(strategies.floats(0.01, 1.0), min_size=1, max_size=9))
 def test_after_any_number_of_rows_every_source_has_its_share_to_within_one_row(shares):
@@ -154,10 +154,10 @@ def test_a_source_that_is_not_asked_for_is_not_read():
     assert {mix.row_at(i)[0] for i in range(50)} == {"code"}
 
 
-SHARES = strategies.fixed_dictionaries({name: strategies.floats(0.05, 1) for name in N_ROWS})
+SHARES = strategies.fixed_dictionaries({name: strategies.integers(1, 9) for name in N_ROWS})  # small tables, quickly made
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
     first=SHARES,
     changes=strategies.lists(strategies.tuples(strategies.integers(0, 40), strategies.integers(1, 13), SHARES), max_size=4),
