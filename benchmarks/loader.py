@@ -6,6 +6,7 @@ Packs this Python's own prose, and makes a set of the asked size of it: its shar
 index to match, so that the set is as large as asked to whoever reads it. Each figure is taken in a process of its own.
 
     first batch   from open_rows to the first batch on the device, resumed at step 1,000,000 with 32 rows a step
+    which row     the mixture's answer at index 0 and at index 10^12
     rows/s        batches of 32 rows to the device and nothing else, in the shuffled order over the whole set, every record batch checked
                   against its checksum when it is first read
     memory        the most that stood in memory meanwhile above what stood there before opening, mapped pages of the set included
@@ -82,7 +83,15 @@ def first_batch(home: pathlib.Path, _: int) -> dict:
     start = time.perf_counter()
     rows, batches = stream(home / "large", 1_000_000 * BATCH_ROWS)
     jax.block_until_ready(next(batches))
-    return {"seconds": time.perf_counter() - start, "rows": sum(rows.n_rows.values())}
+    seconds = time.perf_counter() - start
+    batches.close()
+    mixture, micros = Mixture(config.Mixture(), rows.n_rows, BATCH_ROWS), {}
+    for index in (0, 10**12):
+        start = time.perf_counter()
+        for i in range(index, index + 20_000):
+            mixture.row_at(i)
+        micros[str(index)] = (time.perf_counter() - start) / 20_000 * 1e6
+    return {"seconds": seconds, "rows": sum(rows.n_rows.values()), "micros": micros}
 
 
 def rows_per_second(home: pathlib.Path, n_rows: int) -> dict:
@@ -159,6 +168,7 @@ def main() -> None:
     first, speed, share = found.values()
     print(f"a set of {size / 1e9:.1f} GB, {first['rows']:,} rows of {arguments.row_len:,} tokens; {os.cpu_count()} cores, jax {jax.__version__}")
     print(f"first batch at step 1,000,000: {first['seconds'] * 1000:.0f} ms")
+    print("which row stands at an index: " + ", ".join(f"{micros:.1f} us at {int(index):,}" for index, micros in first["micros"].items()))
     print(
         f"{speed['rows_per_second']:,.0f} rows/s ({speed['rows_per_second'] * arguments.row_len / 1e6:.1f}M tokens/s) over the first "
         f"{arguments.rows:,} rows, {speed['later']:,.0f} over their second half; {speed['checked']:.0%} of the record batches checked by then"

@@ -168,10 +168,12 @@ def test_a_stream_resumed_at_any_row_is_the_uncut_stream(rows, mixture):
     """Also with another batch size from then on: no row is repeated or skipped."""
     one = mesh_of({"fsdp": 1})
     tokens = np.concatenate([batch.tokens for batch in batches(6, rows, mixture, one, BATCH_ROWS, 0, True)])
-    for first_row, batch_rows in ((48, 16), (7, 16), (32, 4), (95, 1)):
+    random = np.random.default_rng().integers((0, 1), (95, 17), (4, 2)).tolist()  # other rows every time
+    for first_row, batch_rows in ((48, 16), (7, 16), (32, 4), (95, 1), *random):
         resumed = batches(1, rows, mixture, one, batch_rows, first_row, True)[0]
-        np.testing.assert_array_equal(resumed.tokens, tokens[first_row : first_row + batch_rows][: len(resumed.tokens)])
-        assert len(resumed.tokens) == batch_rows
+        wanted = tokens[first_row : first_row + batch_rows]
+        np.testing.assert_array_equal(resumed.tokens[: len(wanted)], wanted)
+        assert len(resumed.tokens) == batch_rows, (first_row, batch_rows)
     far = batches(1, rows, mixture, one, BATCH_ROWS, 10**12, True)[0]
     np.testing.assert_array_equal(far.tokens[0], rows.row(*mixture.row_at(10**12)).tokens)
 

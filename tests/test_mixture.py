@@ -157,7 +157,7 @@ def test_a_source_that_is_not_asked_for_is_not_read():
 SHARES = strategies.fixed_dictionaries({name: strategies.integers(1, 9) for name in N_ROWS})  # small tables, quickly made
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(
     first=SHARES,
     changes=strategies.lists(strategies.tuples(strategies.integers(0, 40), strategies.integers(1, 13), SHARES), max_size=4),
@@ -172,9 +172,9 @@ def test_other_shares_or_another_batch_in_mid_run_repeat_no_row_and_skip_none(fi
         n_done, n_read = n_done + n_steps, n_read + n_steps * batch_rows
         batch_rows, shares = then
         account = [mixture.Stretch(*each) for each in json.loads(json.dumps(mix.account(n_read)))]
-        before = [mix.uses(n) for n in range(n_read + 1)]
+        before = [mix.uses(n) for n in range(0, n_read + 1, 5)]
         mix = Mixture(config.Mixture(phases=((0, shares),)), N_ROWS, batch_rows, account, n_done, n_read)
-        assert [mix.uses(n) for n in range(n_read + 1)] == before
+        assert [mix.uses(n) for n in range(0, n_read + 1, 5)] == before
         assert [mix.row_at(i) for i in range(n_read)] == seen
         assert mix.stretches[-1].shares == shares and mix.stretches[-1].batch_rows == batch_rows
     for name in N_ROWS:

@@ -97,6 +97,7 @@ class Bucket:
             self.manifest = Manifest.parse(self.content("manifest.json"), f"{address}/manifest.json")
         except (OSError, pyarrow.ArrowException) as error:
             raise UserError(f"{address}: cannot be opened ({first_line(error)}). Check the address, the credentials and the endpoint.") from None
+        self.listed = functools.cache(self.listing)
         self.opened = functools.lru_cache(maxsize=OPEN_FILES)(lambda name: self.files.open_input_file(f"{self.root}/{name}"))
         self.pool = concurrent.futures.ThreadPoolExecutor(FETCHING, thread_name_prefix="fetch")
         self.asked: dict[Range, concurrent.futures.Future] = {}
@@ -106,8 +107,13 @@ class Bucket:
         self.cache = Cache(directory, min(CACHE_BYTES, shutil.disk_usage(directory).free / 2))
 
     def size(self, name: str) -> int | None:
-        found = self.files.get_file_info(f"{self.root}/{name}")
-        return found.size if found.is_file else None
+        directory, _, file = name.rpartition("/")
+        return self.listed(directory).get(file)
+
+    def listing(self, directory: str) -> dict[str, int]:
+        """{file: bytes}, in one request for a thousand of them."""
+        selector = pyarrow.fs.FileSelector(f"{self.root}/{directory}", allow_not_found=True)
+        return {each.base_name: each.size for each in self.files.get_file_info(selector) if each.is_file}
 
     def content(self, name: str) -> bytes:
         return self.content_of(f"{self.root}/{name}")
