@@ -8,8 +8,6 @@ as all logits (rows x T x V of a device) or with two axes of T stands in it, the
 (those in the bodies of the loops over layers, forward and backward).
 """
 
-import collections
-import json
 import math
 import os
 import pathlib
@@ -22,7 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from jaxpt import config
-from jaxpt.plan import compile, hardware
+from jaxpt.plan import compile, hardware, program
 
 # Llama 3.2's 1B and Llama 3's 8B. Rows are longer than the 8B is wide, so that an array of T x T is not taken for one of T x D.
 BILLION = {"n_layers": 16, "d_model": 2048, "d_ff": 8192, "n_heads": 32, "n_kv_heads": 8, "d_head": 64, "vocab_size": 128_256, "tied": True}
@@ -93,7 +91,7 @@ def child(name: str):
     logits = rows * T // sharding.n_shards(mesh, "position") * vocab
     arrays = arrays_of(text)
     largest = max(arrays, key=lambda array: math.prod(array[1]))
-    layers = [json.dumps(dict(counts)).replace('"', "").strip("{}") or "none" for counts in collectives(text, spec.n_layers)]
+    layers = [", ".join(f"{kind}: {each['n']:.0f}" for kind, each in found.items()) or "none" for found in program.layers(text, spec.n_layers)]
     host = f" + {memory.host_temp_size_in_bytes / 2**30:.1f} on the host" if memory.host_temp_size_in_bytes else ""
     print(
         f"| {name} | {backend} | {seconds:.0f} ({cpu_seconds:.0f}) | {peak / 2**30:.1f}{host} | {sum(vocab in shape and spec.d_model not in shape and math.prod(shape) >= logits for _, shape in arrays)} "
@@ -106,37 +104,6 @@ def arrays_of(text: str) -> set[tuple[str, tuple[int, ...]]]:
     lines = "\n".join(line for line in text.splitlines() if " bitcast(" not in line)  # another shape for the same bytes: no array
     found = re.findall(r"\b(pred|bf16|f16|f32|f64|[su]\d+)\[([\d,]+)\]", lines)
     return {(kind, tuple(map(int, shape.split(",")))) for kind, shape in found}
-
-
-def collectives(text: str, n_layers: int) -> list[collections.Counter]:
-    """For each loop over the layers, how many of each collective one turn of it runs."""
-    bodies, name = {}, None
-    for line in text.splitlines():
-        opened = re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line)
-        if opened and not line.startswith(" "):
-            name = opened[1]
-            bodies[name] = []
-        elif name:
-            bodies[name].append(line)
-
-    def count(name: str) -> collections.Counter:
-        total = collections.Counter()
-        for line in bodies.get(name, []):
-            operation = re.search(r" ([a-z\-]+)\(", line)
-            kind = operation and operation[1].removesuffix("-start")
-            if kind in COLLECTIVES:
-                total[kind] += 1
-            for called in re.findall(r"(?:calls|to_apply|body)=%?([\w.\-]+)", line):
-                if kind not in COLLECTIVES:
-                    total += count(called)
-        return total
-
-    def over_layers(line: str) -> bool:
-        """Whether a loop carries the stacked weights, cast or not: a dozen arrays whose first axis is the layers'."""
-        carried, found, _ = line.partition(" while(")
-        return bool(found) and len(re.findall(rf"\[{n_layers},", carried)) >= 8
-
-    return [count(re.search(r"body=%?([\w.\-]+)", line)[1]) for lines in bodies.values() for line in lines if over_layers(line)]
 
 
 if __name__ == "__main__":

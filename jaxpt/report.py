@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from jaxpt import config, stage
+from jaxpt.lineage import STAGES, Node, lineage_of, own_stages, read_json
 from jaxpt.plan import flops
 from jaxpt.spec import ModelSpec, UserError
 
@@ -72,22 +73,6 @@ class RunData:
     notes: list[str]
 
 
-@dataclasses.dataclass
-class Node:
-    """One stage in the making of a model. path: where it lies; key: its fingerprint or, for want of one, its path; parents: keys.
-
-    changed: something else lies there now than what was read from there; funnel: a corpus's.
-    """
-
-    key: str
-    path: pathlib.Path
-    kind: str
-    manifest: dict | None
-    parents: list[str]
-    changed: bool = False
-    funnel: dict | None = None
-
-
 def load_runs(directories: Iterable[str | pathlib.Path]) -> list[RunData]:
     """The runs in the order given; those with one name are told apart by the directory above."""
     runs = [load_run(directory) for directory in dict.fromkeys(map(str, directories))]
@@ -121,36 +106,6 @@ def load_run(directory: str | pathlib.Path) -> RunData:
     )
 
 
-DATA = ("corpus", "tokenizer", "packed")  # stages known by the directory they lie in
-STAGES = (*DATA, "grown")  # what comes before training
-FORMS = {  # what a file must hold at least to be of use
-    "manifest.json": {"fingerprint": str, "inputs": dict, "counts": dict},
-    "spec.json": dict.fromkeys(("n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "d_head", "vocab_size"), int),
-    "growth.json": {"parent": str, "operators": list, "at_step": int | None, "layer_map": list, "n_params": dict, "spec": dict, "verdict": str},
-    "funnel.json": {"sources": list, "steps": list},
-    "samples.json": {"prompts": list},
-    "plan.json": {"targets": list},
-    "config.json": {},
-}
-
-
-def read_json(path: pathlib.Path, notes: list[str]) -> dict | None:
-    """The object in the file; None where there is no file, or where it is of no use, which is noted."""
-    try:
-        found = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        notes.append(f"{path}: cannot be read ({error}); left out.")
-        return None
-    form = FORMS.get(path.name, {"results": dict})  # others are evaluations
-    wrong = ["an object"] if not isinstance(found, dict) else [repr(key) for key in form if not isinstance(found.get(key, ...), form[key])]
-    if wrong:
-        notes.append(f"{path}: does not hold {', '.join(wrong)} as wanted; left out.")
-        return None
-    return found
-
-
 def read_metrics(path: pathlib.Path, notes: list[str]) -> dict[str, list]:
     """RunData's train, heldout and marks. A step written twice, before a kill and after it, counts as written last."""
     train, heldout, marks, broken = {}, {}, [], []
@@ -176,72 +131,6 @@ def read_metrics(path: pathlib.Path, notes: list[str]) -> dict[str, list]:
         notes.append(f"{path}: {len(broken)} lines cannot be read, the first is line {broken[0]}; left out.")
     by_step = {"train": train, "heldout": heldout}
     return {name: [found[step] for step in sorted(found)] for name, found in by_step.items()} | {"marks": list(dict.fromkeys(marks))}
-
-
-def lineage_of(directory: pathlib.Path, notes: list[str]) -> list[Node]:
-    """The run and all it was made from, oldest first, by following the inputs that manifests name."""
-    nodes: dict[str, Node] = {}
-
-    def visit(home: pathlib.Path, fingerprint: str | None) -> str:
-        if home.parent.name == "checkpoints":  # a checkpoint stands for its run
-            home = home.parent.parent
-        manifest = read_json(home / "manifest.json", notes) or {}
-        key = manifest.get("fingerprint") or fingerprint or str(home)
-        if key in nodes:
-            return key
-        kind = home.name if home.name in DATA else "grown" if manifest.get("stage") == "initialize" else "run"
-        node = nodes[key] = Node(key, home, kind, manifest or None, [])
-        if node.kind == "corpus":  # its inputs are raw text, which the data section tells of
-            node.funnel = read_json(home / "funnel.json", notes)
-            return key
-        for path, recorded in inputs_of(home, node.manifest, notes):
-            place = locate(path, recorded, home)
-            parent = visit(place, recorded)
-            nodes[parent].changed |= recorded is not None and fingerprint_at(place) not in (None, recorded)
-            if parent not in node.parents and parent != key:
-                node.parents.append(parent)
-        nodes[key] = nodes.pop(key)  # behind its parents
-        return key
-
-    visit(directory, None)
-    return list(nodes.values())
-
-
-def inputs_of(home: pathlib.Path, manifest: dict | None, notes: list[str]) -> list[tuple[str, str | None]]:
-    """(path, fingerprint) of what a stage read. Of a run that still goes on, its config tells, or the stages in its directory do."""
-    if manifest:
-        return [(found["path"], found.get("fingerprint")) for found in manifest["inputs"].values() if isinstance(found, dict) and found.get("path")]
-    settings = read_json(home / "config.json", notes) or {}
-    packed = (settings.get("mixture") or {}).get("packed") or [home / kind for kind in DATA if (home / kind / "manifest.json").is_file()]
-    source = (settings.get("initialize") or {}).get("source", "random")
-    return [(str(path), None) for path in (*packed, *([] if source == "random" else [source]))]
-
-
-def own_stages(nodes: list[Node]) -> list[Node]:
-    """The finished stages that the last node needed: those of its data and its own growth, none that lie behind another run."""
-    at = {node.key: node for node in nodes}
-    own, waiting = [], [nodes[-1].key]
-    for key in waiting:  # it grows while it is walked
-        node = at[key]
-        if node.kind in STAGES and node.manifest and node not in own:
-            own.append(node)
-        if node.kind in DATA or node is nodes[-1]:
-            waiting += node.parents
-    return own
-
-
-def locate(path: str, fingerprint: str | None, home: pathlib.Path) -> pathlib.Path:
-    """Where an input lies now: as its path says or, when a whole tree was moved, at the end of its path from a directory above what it made."""
-    named = pathlib.Path(path)
-    ends = [pathlib.Path(*named.parts[i:]) for i in range(1, len(named.parts))]
-    there = [place for place in (named, *(above / end for above in (home, *home.parents[:2]) for end in ends)) if place.exists()]
-    same = [place for place in there if fingerprint_at(place) == fingerprint]
-    return (same or there or [named])[0].resolve()
-
-
-def fingerprint_at(place: pathlib.Path) -> str | None:
-    """Of the finished stage there; None where there is none."""
-    return (read_json(place / "manifest.json", []) or {}).get("fingerprint")
 
 
 # ---- the numbers that matter, for the head of the page and for the terminal
@@ -752,6 +641,10 @@ def samples(runs: list[RunData]) -> str:
             outputs = "".join(sample(output, runs) for output in prompt["outputs"])
             parts.append(f'<div class="prompt"><pre>{esc(clip(prompt["prompt"], MAX_TEXT))}</pre><div class="outputs">{outputs}</div></div>')
         note = f" {more} more prompts are in eval/samples.json." if (more := len(found["prompts"]) - shown) > 0 else ""
+        if scores := found.get("bits_per_byte"):
+            models = list(dict.fromkeys(name for each in scores.values() for name in each))
+            rows = [[code(file), *(decimal(each.get(name)) for name in models)] for file, each in scores.items()]
+            parts.append(grid(["bits per byte", *map(esc, models)], rows))
         parts.append(small(f"Each model's continuation of the prompt above it. {settings[:1].upper()}{settings[1:]}.{note}"))
     return "".join(parts)
 
@@ -772,16 +665,53 @@ def plan(runs: list[RunData]) -> str:
             peak = finite(target.get("peak_bytes_per_device"))
             body.append([
                 esc(target.get("on", "")), esc(target.get("method", "")), whole(target.get("devices")), "yes" if target.get("fits") else "no",
-                f"{peak / 1e9:,.1f}" if peak is not None else "", span(target, "tokens_per_second", count), span(target, "hours", brief), span(target, "usd", brief),
+                f"{peak / 1e9:,.1f}" if peak is not None else "", span(target, "mfu", percent), span(target, "tokens_per_second", count),
+                span(target, "hours", brief), span(target, "usd", brief),
             ])  # fmt: skip
         priced = [target for target in found["targets"] if finite(target.get("hours")) and finite(target.get("usd"))]
         parts.append(f"<h3>{esc(', '.join(names))}</h3>" if len(runs) > 1 else "")
         if len(priced) > 1:
             parts.append(figure(plan_chart(priced), "Money against hours for the whole run, both on a log scale. Hollow: it does not fit there."))
-        caption = "Compiled: the real step, compiled for that machine; estimated: from the shape alone. Ranges: the ends of the assumed share of peak speed."
-        parts.append(grid(["on", "how known", "devices", "fits", "GB a device", "tokens/s", "hours", "USD"], body, caption, texts=2))
+        caption = "Compiled: the real step, compiled for that machine; estimated: from the shape alone. Ranges: the ends of the assumed efficiency."
+        head = ["on", "how known", "devices", "fits", "GB a device", "MFU", "tokens/s", "hours", "USD"]
+        parts.append(grid(head, body, caption, texts=2) if body else "")
+        parts += [
+            small(f"{what.capitalize()} that fits, by plan.py --search: {best_of(found, what)}")
+            for what in ("cheapest", "fastest")
+            if best_of(found, what)
+        ]
+        parts.append(ways(found["ways"]) if isinstance(found.get("ways"), dict) else "")
+        parts.append(checked(found["check"]) if isinstance(found.get("check"), list) else "")
         parts += [small(note) for note in found.get("notes", [])]
     return "".join(parts)
+
+
+def best_of(found: dict, what: str) -> str:
+    best = (found.get("search") or {}).get(what) or {}
+    return f"{best['on']} {' '.join(best.get('overrides') or [])}" if best.get("on") else ""
+
+
+def ways(found: dict) -> str:
+    """Grow or scratch, as plan.py --base compared them."""
+    pair = lambda way, key, as_text: "\u2013".join(dict.fromkeys(esc("never" if end is None else as_text(end)) for end in way.get(key) or [])) or ""  # noqa: E731
+    body = [
+        [esc(way.get("name", "")), pair(way, "tokens", count), pair(way, "saved", percent), pair(way, "saved_with_base", percent), pair(way, "hours", brief), pair(way, "usd", brief)]
+        for way in found.get("ways", [])
+    ]  # fmt: skip
+    caption = f"Ways to {found.get('target_loss', 0):.3f} nats a token. Shares of FLOPs saved against scratch, from published ranges unless runs were fitted. {found.get('verdict', '')}"
+    return grid(["way", "tokens", "saved", "saved, base paid", "hours", "USD"], body, caption, texts=1)
+
+
+def checked(found: list[dict]) -> str:
+    """Plan beside run, as plan.py --check held them."""
+    body = [
+        [esc(each.get("run", "")), *(brief(each.get(key)) for key in ("planned_step_seconds", "measured_step_seconds", "time_ratio", "calibrated_time_ratio", "memory_ratio", "calibrated_memory_ratio"))]
+        for each in found
+    ]  # fmt: skip
+    head = ["run", "planned s", "measured s", "ratio", "calibrated", "memory ratio", "calibrated"]
+    return grid(
+        head, body, "The plan held against runs: seconds of a step and peak memory, measured over planned; the first run calibrates.", texts=1
+    )
 
 
 def span(target: dict, key: str, as_text: Callable) -> str:
@@ -1070,6 +1000,10 @@ def decimal(value: Any, digits: int = 3) -> str:
 
 
 whole = functools.partial(decimal, digits=0)  # 12,345
+
+
+def percent(value: Any) -> str:
+    return "" if finite(value) is None else f"{value:.0%}"
 
 
 def count(value: Any) -> str:

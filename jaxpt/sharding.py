@@ -7,6 +7,7 @@ There is always a mesh: on one device it is 1 x 1 x 1 x 1, so that no code asks 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -89,8 +90,13 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 def n_shards(mesh: Mesh, axis: str) -> int:
     """Into how many pieces the mesh cuts a logical axis."""
+    return n_pieces(mesh.shape, axis)
+
+
+def n_pieces(shape: Mapping[str, int], axis: str) -> int:
+    """The same for a mesh of which only the sizes are known."""
     names = TABLE[axis]
-    return math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ()))
+    return math.prod(shape[name] for name in ((names,) if isinstance(names, str) else names or ()))
 
 
 def check(mesh: Mesh, spec: ModelSpec, batch_rows: int, accumulate: int, row_len: int) -> None:
@@ -107,7 +113,7 @@ def check(mesh: Mesh, spec: ModelSpec, batch_rows: int, accumulate: int, row_len
     for name, size, axis in cuts:
         pieces = n_shards(mesh, axis)
         if size % pieces:
+            near = " or ".join(str(n * pieces) for n in (size // pieces, size // pieces + 1) if n)
             raise UserError(
-                f"mesh: {name} = {size} cannot be cut into {pieces} pieces along {TABLE[axis]}. "
-                f"Use a multiple of {pieces} ({size // pieces * pieces or pieces} or {(size // pieces + 1) * pieces}), or another mesh."
+                f"mesh: {name} = {size} cannot be cut into {pieces} pieces along {TABLE[axis]}. Use a multiple of {pieces} ({near}), or another mesh."
             )

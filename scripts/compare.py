@@ -28,6 +28,15 @@ def main():
         "--top-p", type=float, default=1.0, metavar="X", help="sample from the likeliest tokens of this probability together (default: 1)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
+    parser.add_argument(
+        "--ppl",
+        type=pathlib.Path,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="text files to put each model's bits per byte of beside",
+    )
     parser.add_argument("--to", type=pathlib.Path, metavar="FILE.json", help="where the texts go, for the report")
     arguments = parser.parse_args()
 
@@ -37,7 +46,7 @@ def main():
     sampling = Sampling(arguments.repetition_penalty, arguments.temperature, arguments.top_k, arguments.top_p)
     models = [stage.local_path(model) for model in arguments.models]
     prompts = compare.read_prompts(arguments.prompts)
-    compare.compare(models, prompts, max_new=arguments.max_new, sampling=sampling, seed=arguments.seed, to=arguments.to)
+    compare.compare(models, prompts, max_new=arguments.max_new, sampling=sampling, seed=arguments.seed, texts=arguments.ppl, to=arguments.to)
 
 
 if __name__ == "__main__":

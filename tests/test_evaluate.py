@@ -217,10 +217,65 @@ def test_both_backends_measure_a_run_and_write_the_harness_format(params, hf_dir
             assert value == (pytest.approx(their_value, rel=1e-4) if isinstance(value, float) else their_value)
 
 
+def test_an_interrupted_evaluation_asks_only_what_was_not_answered(params, hf_dir, data_dir, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    score, asked = likelihood.continuation_log_likelihoods, []
+
+    def cut_after(n):
+        def scored(spec, params, pairs, *, answered, **how):
+            asked.append(len(pairs))
+
+            def told(place, answer):
+                answered(place, answer)
+                told.n += 1
+                if told.n == n:
+                    raise KeyboardInterrupt
+
+            told.n = 0
+            return score(spec, params, pairs, answered=told, **how)
+
+        return scored
+
+    to = tmp_path / "eval" / "truth.json"
+    uncut = harness.evaluate(hf_dir, ["truthfulqa_mc2"], limit=4, data_dir=data_dir)
+    monkeypatch.setattr(likelihood, "continuation_log_likelihoods", cut_after(11))
+    with pytest.raises(KeyboardInterrupt):
+        harness.evaluate(hf_dir, ["truthfulqa_mc2"], limit=4, data_dir=data_dir, to=to)
+    monkeypatch.setattr(likelihood, "continuation_log_likelihoods", cut_after(10**6))
+    went_on = harness.evaluate(hf_dir, ["truthfulqa_mc2"], limit=4, data_dir=data_dir, to=to)
+    assert asked[0] - asked[1] == 11
+    score_of = lambda found: found["results"]["truthfulqa_mc2"]["acc,none"]  # noqa: E731
+    assert score_of(went_on) == pytest.approx(score_of(uncut), rel=1e-6)
+    assert [file.name for file in to.parent.iterdir()] == ["truth.json"]
+
+
 def test_gsm8k_takes_its_examples_from_its_training_file(data_dir):
     rows = harness.local_rows("gsm8k", data_dir)
     assert {split: len(found) for split, found in rows.items()} == {"train": 7473, "test": 1319}
     assert not {row["question"] for row in rows["train"]} & {row["question"] for row in rows["test"]}
+
+
+def test_a_group_says_how_many_examples_and_none_of_them_is_an_item(params, hf_dir, data_dir, monkeypatch):
+    pytest.importorskip("lm_eval")
+    _, h6 = harness.understand(["h6", "winogrande"], 7, None)
+    assert {name: how.shots for name, how in h6.items()} == {
+        "arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "truthfulqa_mc2": 0, "winogrande": None, "gsm8k": 5,
+    }, "a task that is named beside its group is run as it was named"  # fmt: skip
+    assert {how.items for how in h6.values()} == {7}
+    seen = []
+    monkeypatch.setattr(harness, "GROUPS", {"two": {"winogrande": harness.Asked(items=3, shots=2)}})
+    score = likelihood.continuation_log_likelihoods
+    monkeypatch.setattr(
+        likelihood, "continuation_log_likelihoods", lambda spec, params, pairs, **how: seen.extend(pairs) or score(spec, params, pairs, **how)
+    )
+    found = harness.evaluate(hf_dir, ["two"], data_dir=data_dir)
+    rows = harness.local_rows("winogrande", data_dir)["validation"]
+    assert found["n-shot"]["winogrande"] == 2 and found["n-samples"]["winogrande"] == {"original": len(rows) - 3, "effective": 3}
+    encoder = tokenizer.load(hf_dir)
+    contexts = {encoder.decode([i for i in context if i > 2]) for context, _ in seen}
+    ends = [row["sentence"].split("_")[1].strip() for row in rows]
+    for context in contexts:
+        assert sum(end in context for end in ends[:3]) == 2, "two of the three examples stand in front of each item"
 
 
 def test_a_wrong_request_is_one_sentence(params, hf_dir, tmp_path, monkeypatch):
@@ -265,7 +320,10 @@ def test_bits_per_byte_alone_needs_neither_harness_nor_torch():
 
 def test_models_are_compared_on_the_same_prompts(params, hf_dir, encoder, tmp_path, capsys):
     prompts = ["The ship", "def area(r):"]
-    samples = compare.compare([hf_dir, hf_dir], prompts, max_new=9, to=tmp_path / "eval" / "samples.json")
+    (tmp_path / "sea.txt").write_text(TEXTS[0])
+    samples = compare.compare([hf_dir, hf_dir], prompts, max_new=9, texts=[tmp_path / "sea.txt"], to=tmp_path / "eval" / "samples.json")
+    alone = likelihood.bits_per_byte(SPEC, params, [TEXTS[0]], encoder.encode_batch([TEXTS[0]]), encoder.bos_id).bits_per_byte
+    assert samples["bits_per_byte"] == {str(tmp_path / "sea.txt"): {str(hf_dir): pytest.approx(alone)}}
     assert json.loads((tmp_path / "eval" / "samples.json").read_text()) == samples
     assert samples["models"] == [str(hf_dir)] * 2  # not unique, so the path
     assert [each["prompt"] for each in samples["prompts"]] == prompts
@@ -275,7 +333,10 @@ def test_models_are_compared_on_the_same_prompts(params, hf_dir, encoder, tmp_pa
         (new,) = decode.generate(SPEC, params, [ids], max_new=9)
         assert prompt + first["text"] == encoder.decode(ids + new)
         assert (first["text"], first["tokens"]) == (second["text"], second["tokens"]) == (first["text"], len(new))
-    assert "> def area(r):" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "> def area(r):" in told and f"sea.txt: {hf_dir} {alone:.4f}" in told
+    with pytest.raises(UserError, match=r"--ppl .*nothing.txt: cannot be read"):
+        compare.compare([hf_dir], prompts, texts=[tmp_path / "nothing.txt"])
 
 
 def test_columns_hold_their_width_and_text_stays_inert():
@@ -284,7 +345,11 @@ def test_columns_hold_their_width_and_text_stays_inert():
         + "m" * 50
         + "\n吾輩は猫である。名前はまだ無い。どこで生れたか\x1b[31mred"
     )
-    samples = {"models": ["a", "bb"], "prompts": [{"prompt": "p", "outputs": [{"model": name, "text": text} for name in ("a", "bb")]}]}
+    samples = {
+        "models": ["a", "bb"],
+        "prompts": [{"prompt": "p", "outputs": [{"model": name, "text": text} for name in ("a", "bb")]}],
+        "bits_per_byte": {},
+    }
     shown = compare.side_by_side(samples, 62)
     assert all(compare.columns_of(line) <= 62 for line in shown.split("\n"))
     assert "\x1b" not in shown

@@ -21,8 +21,9 @@ FLOORS = [
     ("weights",),
     ("evaluate",),
     ("train",),
-    ("plan",),
+    ("plan", "lineage"),
     ("report",),
+    ("live",),
 ]
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted((ROOT / "jaxpt").rglob("*.py"))
@@ -115,7 +116,7 @@ def test_every_knob_is_read_somewhere():
 
 def test_training_starts_light():
     """What train.py imports before and while it runs is only what a machine that trains must have."""
-    code = "import sys; from jaxpt.train import loop; print(*{name.split('.')[0] for name in sys.modules})"
+    code = "import sys; from jaxpt.train import loop, metrics; metrics.summary_writer(); print(*{name.split('.')[0] for name in sys.modules})"
     loaded = set(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
     heavy = {"torch", "transformers", "datasets", "daft", "lm_eval", "tokenizers", "sentencepiece", "pandas", "bokeh", "plotly", "ray"}
     assert not loaded & heavy

@@ -6,11 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import urllib.error
+import urllib.request
 
 import pytest
 from conftest import ROOT
 
-from jaxpt import config, report, stage
+from jaxpt import config, live, report, stage
 from jaxpt.spec import UserError
 
 SPEC = {
@@ -482,6 +485,24 @@ def test_the_distance_of_our_numbers_from_the_references_is_said(runs, tmp_path)
         write_json(child / "eval" / f"{backend}.json", result)
     report.write([child], tmp_path / "page.html")
     assert "They differ by 3e-02 at most." in Page(tmp_path / "page.html").text
+
+
+def test_a_served_page_follows_its_run(runs):
+    base, _ = runs
+    with live.server([base], 0) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        read = lambda path: urllib.request.urlopen(f"http://127.0.0.1:{running.server_port}/{path}").read().decode()  # noqa: E731
+        before, page = read("stamp"), read("")
+        assert page.replace(live.FOLLOW, "") == report.page(report.load_runs([base])) and live.FOLLOW in page
+        assert read("stamp") == before
+        with open(base / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": 10_001, "loss": 1.0625}) + "\n")
+        assert read("stamp") != before and "1.062" in read("")
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            read("../config.json")
+        with pytest.raises(UserError, match=r"--serve \d+: cannot listen there"):
+            live.server([base], running.server_port)
+        running.shutdown()
 
 
 def test_domains_stand_in_one_order_on_the_whole_page(runs):

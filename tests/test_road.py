@@ -137,6 +137,44 @@ def test_every_stage_names_what_it_was_made_from(road):
     assert seen == ["export", "train", "initialize", "train", "pack", "prepare"]
 
 
+def test_an_export_tells_its_whole_lineage_and_all_of_it_holds(road):
+    told = door("report", "--lineage", "child/hf", "--verify", cwd=road)
+    for place in ("child/hf", "child", "grown", "base", "base/packed", "base/corpus", "base/tokenizer"):
+        assert f"{road / place}  {Manifest.load(road / place).fingerprint}" in told, place
+    assert "grown by depth_upscale(m=1)" in told and "from python:prose, python:code; rules: none" in told
+    assert told.count("holds: ") == 7 and "not checked" not in told
+
+
+@pytest.mark.parametrize(
+    ("file", "harm", "answer"),
+    [
+        ("child/hf/config.json", lambda text: text.replace(b"64", b"65"), "hf/config.json: its checksum is not the manifest's"),
+        ("base/corpus/funnel.json", lambda text: text + b" ", "funnel.json: its checksum is not the manifest's"),
+        ("base/packed/manifest.json", lambda text: text.replace(b'"row_len": 64', b'"row_len": 32', 1), "manifest.json: its fingerprint is not that of what it says"),
+        ("base/tokenizer/tokenizer.json", None, "tokenizer.json: gone, though the manifest names it"),
+    ],
+)  # fmt: skip
+def test_the_first_stage_of_a_lineage_that_does_not_hold_is_named(road, tmp_path, file, harm, answer):
+    for place in ("child", "grown", "base"):
+        shutil.copytree(road / place, tmp_path / place)
+    harmed = tmp_path / file
+    if harm:
+        harmed.write_bytes(harm(harmed.read_bytes()))
+    else:
+        harmed.unlink()
+    assert answer in door("report", "--lineage", "child/hf", "--verify", cwd=tmp_path, ok=False)
+    for place in ("child", "grown", "base"):
+        shutil.rmtree(tmp_path / place)  # gigabytes otherwise lie where pytest keeps three runs' folders
+
+
+def test_a_checkpoint_tells_its_lineage_before_its_run_has_ended(road, tmp_path):
+    shutil.copytree(road / "base", tmp_path / "base")
+    (tmp_path / "base/manifest.json").unlink()
+    door("export_hf", "--from", "base/checkpoints/120", "--to", "hf", cwd=tmp_path)
+    told = door("report", "--lineage", "hf", "--verify", cwd=tmp_path)
+    assert "base/checkpoints/120" in told and "its run has not finished" in told and "prepare" in told
+
+
 def test_the_export_opens_elsewhere(road):
     import torch
     import transformers

@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxpt import config, stage
 from jaxpt.data import tokenizer
+from jaxpt.evaluate import likelihood
 from jaxpt.model import decode
 from jaxpt.sharding import make_mesh
 from jaxpt.spec import UserError
@@ -22,29 +23,37 @@ GAP = "  "
 
 def compare(
     models: list[pathlib.Path], prompts: list[str], *, max_new: int = 128, sampling: decode.Sampling = decode.Sampling(),  # noqa: B008 (frozen)
-    seed: int = 0, to: pathlib.Path | None = None,
+    seed: int = 0, texts: list[pathlib.Path] = [], to: pathlib.Path | None = None,  # noqa: B006 (never changed)
 ) -> dict[str, Any]:  # fmt: skip
     """Continue each prompt by each model, show the texts in columns, and write them to `to`.
 
     A prompt begins with the model's beginning-of-sequence token where its tokenizer puts one. Seconds are those of reading
-    the prompt and writing the tokens, compilation not counted. Raises UserError for a model without tokenizer and a prompt that does not fit.
+    the prompt and writing the tokens, compilation not counted. texts: files whose bits per byte by each model are put beside. Raises UserError for a model without tokenizer and a prompt that does not fit.
     """
     names = names_of(models)
+    read = {str(file): read_text(file) for file in texts}
     asked = {"max_new": max_new, **stage.plain(sampling), "seed": seed}
-    request = stage.fingerprint([names, [stage.fingerprint_path(initialize.source_of(model)) for model in models], prompts, asked])
+    request = stage.fingerprint([names, [stage.fingerprint_path(initialize.source_of(model)) for model in models], prompts, asked, read])
     if earlier := stage.answered(to, request):
         stage.say(side_by_side(earlier, shutil.get_terminal_size((120, 40)).columns))
         stage.say(f"compare: {to} holds this already, nothing to do")
         return earlier
     outputs: list[list[dict]] = [[] for _ in prompts]
+    scores: dict[str, dict[str, float]] = {file: {} for file in read}
     for name, model in zip(names, models, strict=True):
-        for row, output in enumerate(continuations(model, name, prompts, max_new, sampling, seed)):
+        loaded, encoder = opened(model)
+        for row, output in enumerate(continuations(loaded, encoder, name, prompts, max_new, sampling, seed)):
             outputs[row].append({"model": name, **output})
+        first = encoder.eos_id if encoder.bos_id is None else encoder.bos_id
+        for file, text in read.items():
+            found = likelihood.bits_per_byte(loaded.spec, loaded.params, [text], encoder.encode_batch([text]), first, label=f"{name}: {file}")
+            scores[file][name] = found.bits_per_byte
     samples = {
         "request": request,
         "models": names,
         "settings": asked,
         "prompts": [{"prompt": prompt, "outputs": row} for prompt, row in zip(prompts, outputs, strict=True)],
+        "bits_per_byte": scores,
     }
     stage.say(side_by_side(samples, shutil.get_terminal_size((120, 40)).columns))
     if to:
@@ -54,14 +63,20 @@ def compare(
     return samples
 
 
-def continuations(model: pathlib.Path, name: str, prompts: list[str], max_new: int, sampling: decode.Sampling, seed: int) -> list[dict[str, Any]]:
-    """One model's {"text", "tokens", "seconds"} for each prompt."""
+def opened(model: pathlib.Path) -> tuple[initialize.Loaded, tokenizer.Tokenizer]:
+    """A model and its tokenizer. Raises UserError where there is none."""
     loaded = initialize.load(model, make_mesh(config.Mesh()))
     if loaded.tokenizer_dir is None:
         raise UserError(
             f"{model}: has no tokenizer beside it (tokenizer.json), so it cannot read a prompt. Copy the one that it was trained with there."
         )
-    encoder = tokenizer.load(loaded.tokenizer_dir)
+    return loaded, tokenizer.load(loaded.tokenizer_dir)
+
+
+def continuations(
+    loaded: initialize.Loaded, encoder: tokenizer.Tokenizer, name: str, prompts: list[str], max_new: int, sampling: decode.Sampling, seed: int
+) -> list[dict[str, Any]]:
+    """One model's {"text", "tokens", "seconds"} for each prompt."""
     start_ids = [] if encoder.bos_id is None else [encoder.bos_id]
     token_ids = [start_ids + ids for ids in encoder.encode_batch(prompts)]
     decode.check_prompts(loaded.spec, token_ids)
@@ -93,6 +108,17 @@ def names_of(models: list[pathlib.Path]) -> list[str]:
     """A model's name is its run's directory where that is unique, else its path."""
     runs = [model.resolve().parent.parent.name if model.resolve().parent.name == "checkpoints" else model.resolve().name for model in models]
     return [run if runs.count(run) == 1 else str(model) for run, model in zip(runs, models, strict=True)]
+
+
+def read_text(file: pathlib.Path) -> str:
+    """A text whose bits per byte are asked for. Raises UserError where it cannot be read or is empty."""
+    try:
+        text = file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--ppl {file}: cannot be read ({error}). Wanted a text file in UTF-8.") from None
+    if not text:
+        raise UserError(f"--ppl {file}: is empty, so there is nothing to score.")
+    return text
 
 
 def read_prompts(file: pathlib.Path) -> list[str]:
@@ -128,6 +154,9 @@ def side_by_side(samples: dict[str, Any], width: int) -> str:
         for row in range(max(map(len, wrapped))):
             line = [cell[row] if row < len(cell) else "" for cell in wrapped]
             lines.append(GAP.join(text + " " * (column - columns_of(text)) for text in line).rstrip())
+    for n, (file, found) in enumerate(samples["bits_per_byte"].items()):
+        lines += [] if n else ["", "bits per byte", ""]
+        lines.append(f"{file}: " + ", ".join(f"{name} {found[name]:.4f}" for name in names))
     return "\n".join(lines)
 
 

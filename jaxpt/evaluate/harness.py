@@ -16,7 +16,7 @@ import pathlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -28,7 +28,21 @@ from jaxpt.sharding import make_mesh
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.weights import checkpoint, huggingface, initialize
 
-GROUPS = {"course": {"truthfulqa_mc2": 5}}  # group -> task -> items read of it
+
+class Asked(NamedTuple):
+    """How a task is run: items read of it (None: all) and examples in front of each (None: as the task has it)."""
+
+    items: int | None = None
+    shots: int | None = None
+
+
+GROUPS: dict[str, dict[str, Asked]] = {
+    "course": {"truthfulqa_mc2": Asked(items=5)},
+    "h6": {  # the Open LLM Leaderboard of 2023, in whose average SOLAR's paper reports
+        "arc_challenge": Asked(shots=25), "hellaswag": Asked(shots=10), "mmlu": Asked(shots=5),
+        "truthfulqa_mc2": Asked(shots=0), "winogrande": Asked(shots=5), "gsm8k": Asked(shots=5),
+    },
+}  # fmt: skip
 OURS = "bits_per_byte/"
 
 
@@ -39,7 +53,7 @@ def evaluate(
     """Measure a model and say so in a table; write the results to `to`.
 
     model     a run directory, a checkpoint step directory or a Hugging Face directory
-    tasks     the harness's task names, `course`, or bits_per_byte/[NAME=]KIND:WHERE (a source, see docs/prepare.md)
+    tasks     the harness's task names, `course`, `h6`, or bits_per_byte/[NAME=]KIND:WHERE (a source, see docs/prepare.md)
     backend   "jax": our code; "hf": transformers and torch, on an export made for the purpose where the model is no Hugging Face directory
     limit     items (of a benchmark) or documents (of a source) read of each task
     max_length  tokens that the model sees at once; None is its own longest, which may exceed the rows it was trained on
@@ -73,6 +87,7 @@ def evaluate(
         )
     stage.say(f"evaluate: {model}, {llama.count(loaded.spec):,} parameters, by {'our code' if backend == 'jax' else 'transformers'}")
 
+    kept = to.with_name(f".{to.stem}-{request}") if to else None  # answers, for another start of this very request
     length = min(max_length or loaded.spec.max_positions, loaded.spec.max_positions)
     results: dict[str, Any] = {"results": {}, "versions": {}, "n-samples": {}}
     with contextlib.ExitStack() as stack:
@@ -86,8 +101,8 @@ def evaluate(
                 from jaxpt.evaluate import reference
 
                 judged = reference.harness_model(hf_dir, length)
-            for n_items in dict.fromkeys(asked.values()):  # the harness has one limit for all tasks of a call
-                merge(results, run_harness(judged, [name for name, n in asked.items() if n == n_items], n_items, local))
+            for how in dict.fromkeys(asked.values()):  # the harness has one limit and one number of examples for all tasks of a call
+                merge(results, run_harness(judged, [name for name in asked if asked[name] == how], how, local, kept))
     results |= {"request": request, "model": str(model), "backend": backend, "max_length": length, "lineage": lineage(loaded, encoder)}
     results["seconds"] = round(time.monotonic() - start, 2)
     results = stage.plain(results)
@@ -95,12 +110,14 @@ def evaluate(
     if to:
         to.parent.mkdir(parents=True, exist_ok=True)
         stage.write_whole(to, json.dumps(results, indent=1) + "\n")
+        for file in to.parent.glob(f"{kept.name}*"):
+            file.unlink()
         stage.say(f"evaluate: {len(results['results'])} results in {results['seconds']:,.1f} s, written to {to}")
     return results
 
 
-def understand(tasks: list[str], limit: int | None, data_dir: pathlib.Path | None) -> tuple[list[sources.Source], dict[str, int | None]]:
-    """(sources to score, {harness task: items read}). Raises UserError for a name that nobody knows."""
+def understand(tasks: list[str], limit: int | None, data_dir: pathlib.Path | None) -> tuple[list[sources.Source], dict[str, Asked]]:
+    """(sources to score, {harness task: how}). Raises UserError for a name that nobody knows."""
     tasks = [name for word in tasks for name in ([word] if word.startswith(OURS) else word.split(",")) if name]
     if not tasks:
         raise UserError("--tasks: none given. Name at least one, such as course or bits_per_byte/prose=python:prose.")
@@ -109,12 +126,12 @@ def understand(tasks: list[str], limit: int | None, data_dir: pathlib.Path | Non
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"--tasks: two tasks would be called {OURS}{name}. Give one another name: {OURS}NAME=KIND:WHERE.")
-    asked: dict[str, int | None] = {}
+    asked: dict[str, Asked] = {}
     for task in tasks:
         if task in GROUPS:
-            asked = {name: limit or n for name, n in GROUPS[task].items()} | asked
+            asked = {name: Asked(limit or how.items, how.shots) for name, how in GROUPS[task].items()} | asked
         elif not task.startswith(OURS):
-            asked[task] = limit
+            asked[task] = Asked(limit)
     if asked:
         from jaxpt.evaluate.reference import require
 
@@ -169,8 +186,11 @@ def score_source(source: sources.Source, loaded: initialize.Loaded, encoder: tok
 # ---- the harness
 
 
-def run_harness(judged, tasks: list[str], limit: int | None, local: dict[str, dict[str, list[dict]]]) -> dict[str, Any]:
-    """simple_evaluate over the tasks, those in `local` on these rows; the samples are left out of the results."""
+def run_harness(judged, tasks: list[str], how: Asked, local: dict[str, dict[str, list[dict]]], kept: pathlib.Path | None) -> dict[str, Any]:
+    """simple_evaluate over the tasks, those in `local` on these rows; the samples are left out of the results.
+
+    kept  where the harness keeps each answer as it comes, and looks before it asks
+    """
     import datasets
     import lm_eval
     from lm_eval.tasks import _yaml_loader
@@ -182,12 +202,25 @@ def run_harness(judged, tasks: list[str], limit: int | None, local: dict[str, di
         if name not in local:
             return name
         shipped = _yaml_loader.load_yaml(manager.task_index[name].yaml_path, resolve_func=True)
-        splits = {split: datasets.Dataset.from_list(rows) for split, rows in local[name].items()}
+        rows = local[name]
+        if how.shots and rows.get("train") == rows.get("validation"):  # one file: an item must not be among its own examples
+            n = how.shots + 1  # the harness wants one to spare
+            rows = {"train": rows["train"][:n], "validation": rows["validation"][n:]}
+        splits = {split: datasets.Dataset.from_list(found) for split, found in rows.items()}
         return {**shipped, "custom_dataset": lambda **metadata: splits}
 
     asked = [with_local_rows(name) for name in tasks]
     try:
-        found = lm_eval.simple_evaluate(judged, tasks=asked, limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=1000)
+        found = lm_eval.simple_evaluate(
+            judged,
+            tasks=asked,
+            limit=how.items,
+            num_fewshot=how.shots,
+            task_manager=manager,
+            log_samples=False,
+            bootstrap_iters=1000,
+            use_cache=str(kept) if kept else None,
+        )
     except (ConnectionError, FileNotFoundError) as error:  # what datasets raises for a hub that is out of reach, and for a data set that is not there
         raise UserError(
             f"--tasks: the harness cannot get the files of {', '.join(tasks)} ({str(error).splitlines()[0]}). Go online, or give --data-dir."
@@ -235,13 +268,25 @@ def adapter(spec: ModelSpec, params: dict[str, Any], tokenizer_dir: pathlib.Path
             return self.tokenizer.encode(string, **({} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}))
 
         def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
-            pairs = [(context, continuation) for _, context, continuation in requests]
-            return likelihood.continuation_log_likelihoods(spec, params, pairs, max_length=longest)
+            texts, pairs = [text for text, *_ in requests], [(context, continuation) for _, context, continuation in requests]
+
+            def keep(place: int, answer: tuple[float, bool]) -> None:
+                self.cache_hook.add_partial("loglikelihood", texts[place], answer)
+
+            return likelihood.continuation_log_likelihoods(spec, params, pairs, max_length=longest, answered=keep)
 
         def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
             windows = [list(likelihood.rolling_windows(self.tok_encode(r.args[0]), self.prefix_token_id, self.max_length)) for r in requests]
-            scores = iter(likelihood.continuation_log_likelihoods(spec, params, list(itertools.chain(*windows)), max_length=longest))
-            return [sum(next(scores)[0] for _ in own) for own in windows]
+            owners, left, sums = [i for i, own in enumerate(windows) for _ in own], list(map(len, windows)), [0.0] * len(windows)
+
+            def keep(place: int, answer: tuple[float, bool]) -> None:
+                i = owners[place]
+                sums[i], left[i] = sums[i] + answer[0], left[i] - 1
+                if not left[i]:
+                    self.cache_hook.add_partial("loglikelihood_rolling", requests[i].args, sums[i])
+
+            likelihood.continuation_log_likelihoods(spec, params, list(itertools.chain(*windows)), max_length=longest, answered=keep)
+            return sums
 
         def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
             texts = [""] * len(requests)
@@ -250,11 +295,11 @@ def adapter(spec: ModelSpec, params: dict[str, Any], tokenizer_dir: pathlib.Path
                 alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
             with stage.progress("generating", len(requests), "requests") as advance:
                 for group in alike.values():
-                    self.generate_alike([requests[i].args[0] for i in group], requests[group[0]].args[1], group, texts, advance)
+                    self.generate_alike([requests[i].args for i in group], group, texts, advance)
             return texts
 
-        def generate_alike(self, contexts: list[str], asked: dict, places: list[int], texts: list[str], advance: Callable) -> None:
-            asked = normalize_gen_kwargs(asked, self.max_gen_toks)
+        def generate_alike(self, requests: list[tuple[str, dict]], places: list[int], texts: list[str], advance: Callable) -> None:
+            asked = normalize_gen_kwargs(requests[0][1], self.max_gen_toks)
             stops = handle_stop_sequences(asked["until"], eos=self.tokenizer.decode(self.eot_token_id))
             max_new = asked["max_gen_toks"]
             if max_new >= self.max_length:
@@ -262,7 +307,7 @@ def adapter(spec: ModelSpec, params: dict[str, Any], tokenizer_dir: pathlib.Path
                     f"evaluate: a task asks for {max_new} new tokens, but the model's context is {self.max_length}. "
                     "Leave the task out, or use a model with a longer context."
                 )
-            prompts = [self.tok_encode(context)[-(self.max_length - max_new) :] for context in contexts]
+            prompts = [self.tok_encode(context)[-(self.max_length - max_new) :] for context, _ in requests]
             chosen = {name: asked[name] for name in ("top_p", "top_k", "repetition_penalty") if name in asked}
             sampling = decode.Sampling(temperature=asked["temperature"] if asked["do_sample"] else 0.0, **chosen)
 
@@ -273,8 +318,9 @@ def adapter(spec: ModelSpec, params: dict[str, Any], tokenizer_dir: pathlib.Path
             for first in range(0, len(prompts), decode.ROWS_AT_A_TIME):
                 part = slice(first, first + decode.ROWS_AT_A_TIME)
                 outputs = decode.generate(spec, params, prompts[part], max_new=max_new, sampling=sampling, watch=stopped, watch_every=16)
-                for place, ids in zip(places[part], outputs, strict=True):
+                for place, request, ids in zip(places[part], requests[part], outputs, strict=True):
                     texts[place] = postprocess_generated_text(self.tokenizer.decode(ids, skip_special_tokens=True), stops, None)
+                    self.cache_hook.add_partial("generate_until", request, texts[place])
                 advance(len(outputs))
 
     return Jaxpt()

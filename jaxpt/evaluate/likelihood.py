@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -93,10 +93,12 @@ def rolling_windows(ids: list[int], prefix_id: int, max_length: int) -> Iterator
 
 def continuation_log_likelihoods(
     spec: ModelSpec, params: dict[str, Any], pairs: list[tuple[list[int], list[int]]], *,
-    max_length: int | None = None, dtype="float32", label: str = "log-likelihoods",
+    max_length: int | None = None, dtype="float32", label: str = "log-likelihoods", answered: Callable[[int, tuple[float, bool]], None] | None = None,
 ) -> list[tuple[float, bool]]:  # fmt: skip
     """For each (context ids, continuation ids): the continuation's log-likelihood in nats, and whether each of its tokens
     was the likeliest. Too long a context loses tokens on its left.
+
+    answered  is told the place in `pairs` and the result of each as soon as it is known
 
     Raises UserError for an empty context or continuation, one that is longer than the context length, or an unknown id.
     """
@@ -126,6 +128,8 @@ def continuation_log_likelihoods(
             end = start + len(ids) - 1
             span = slice(end - n_scored, end)
             results[piece] = float(likelihoods[row, span].sum(dtype=np.float64)), bool(likeliest[row, span].all())
+            if answered:
+                answered(piece, results[piece])
             advance(len(ids) - 1)
 
     with stage.progress(label, sum(len(ids) - 1 for ids, _ in pieces), "tokens") as advance:

@@ -22,7 +22,7 @@ from typing import Any
 
 from jaxpt import config
 from jaxpt.config import Config
-from jaxpt.plan import flops, hardware
+from jaxpt.plan import flops, hardware, program
 from jaxpt.plan.hardware import GPUS_PER_HOST, Target
 from jaxpt.spec import ModelSpec, UserError
 
@@ -31,9 +31,12 @@ def measure(spec: ModelSpec, settings: Config, target: Target) -> dict[str, Any]
     """What the train step takes on a target, asked of a process of its own.
 
     Returns method ("compiled" or "estimated"), missing (the package that would have compiled it, or None), mesh {axis: size},
-    params_bytes, opt_bytes and peak_bytes of one device, over_memory (whether the compiler gave up; the peak is then a lower
-    bound), moved_bytes (that a device receives in a step for the cut weights, by arithmetic), executed_flops (of a whole
-    step, recomputation included) and seconds.
+    params_bytes, opt_bytes, peak_bytes, restore_bytes and export_bytes of one device, over_memory (whether the compiler gave
+    up; the peak is then a lower bound), kept_bytes (what backward keeps, by rule of thumb), attention (its backend),
+    executed_flops (of a whole step, recomputation included), once_flops (of a device, a loop's body counted once) and beside it
+    compiler_flops (the compiler's own count, which is like that; None where it has none), layers (collectives of one layer in
+    the compiled program, see program.layers), moved_bytes and traffic_bytes (that a device receives for the cut weights, and
+    reads and writes, in a step, by arithmetic) and seconds.
     Raises UserError where the config's sizes cannot be laid out on the target.
     """
     missing = missing_package(target)
@@ -41,7 +44,8 @@ def measure(spec: ModelSpec, settings: Config, target: Target) -> dict[str, Any]
     with tempfile.TemporaryDirectory() as directory:
         asked, answer = pathlib.Path(directory) / "request.json", pathlib.Path(directory) / "answer.json"
         asked.write_text(json.dumps(request))
-        command = [sys.executable, "-m", "jaxpt.plan.compile", str(asked), str(answer)]
+        # -P: the directory it is called from may hold another jaxpt
+        command = [sys.executable, "-P", "-m", "jaxpt.plan.compile", str(asked), str(answer)]
         house = str(pathlib.Path(__file__).resolve().parents[2])
         path = os.pathsep.join([house, *filter(None, [os.environ.get("PYTHONPATH")])])
         done = subprocess.run(command, env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path}, capture_output=True, text=True)
@@ -86,9 +90,8 @@ def main(asked: str, answer: str) -> None:
 
 
 def lay_out(spec: ModelSpec, settings: Config, target: Target, missing: str | None) -> dict[str, Any]:
-    import jax
-
     from jaxpt import sharding
+    from jaxpt.model import attention
     from jaxpt.train import state, step
 
     start = time.monotonic()
@@ -104,33 +107,23 @@ def lay_out(spec: ModelSpec, settings: Config, target: Target, missing: str | No
 
     # A kernel's products are out of sight; xla's bands compute the same blocks. On stand-ins nothing else can be traced.
     plain = trace(attention="xla", remat="dots" if missing and train.remat == "offload" else train.remat)
-    pieces = {axis: sharding.n_shards(mesh, axis) for axis in ("batch", "position", "embed", "mlp")}
-    compute_bytes = jax.numpy.dtype(train.compute_dtype).itemsize
-    result = {
-        "mesh": dict(mesh.shape),
+    backend = hardware.attention(settings, target) if missing else attention.choose(spec, settings, mesh)[0]
+    found = flops.of_step(spec, settings, dict(mesh.shape), backend)
+    found |= {
+        "method": "estimated",
         "missing": missing,
+        "mesh": dict(mesh.shape),
         "params_bytes": params_bytes,
         "opt_bytes": opt_bytes,
-        "moved_bytes": flops.weights_moved(
-            spec, n_shards=pieces["embed"], n_tensor=pieces["mlp"], accumulate=train.accumulate, compute_bytes=compute_bytes
-        ),
+        "restore_bytes": params_bytes + opt_bytes,
+        "peak_bytes": found["peak_bytes"] - found["restore_bytes"] + params_bytes + opt_bytes,
+        "export_bytes": found["export_bytes"] - found["params_bytes"] + params_bytes,
         "executed_flops": count_products(plain.jaxpr),
+        "once_flops": count_products(plain.jaxpr, loops=False) / target.n_devices,
     }
-    if missing:
-        beside = flops.temporaries(
-            spec,
-            tokens=train.batch_rows // train.accumulate * settings.pack.row_len // (pieces["batch"] * pieces["position"]),
-            n_shards=pieces["embed"] * pieces["mlp"],
-            n_tensor=pieces["mlp"],
-            accumulate=train.accumulate,
-            param_bytes=jax.numpy.dtype(settings.initialize.dtype).itemsize,
-            compute_bytes=compute_bytes,
-            remat=train.remat,
-        )
-        result |= {"method": "estimated", "over_memory": False, "peak_bytes": round(params_bytes + opt_bytes + beside)}
-    else:
-        result |= {"method": "compiled", **compiled_peak(trace().lower(), target.chip.platform)}
-    return {**result, "seconds": round(time.monotonic() - start, 1)}
+    if not missing:
+        found |= {"method": "compiled", **compiled(trace().lower(), target.chip.platform, spec.n_layers)}
+    return {**found, "seconds": round(time.monotonic() - start, 1)}
 
 
 def devices(target: Target, missing: str | None) -> list:
@@ -174,8 +167,8 @@ def bytes_on_a_device(tree) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def compiled_peak(lowered, platform: str) -> dict[str, Any]:
-    """Peak bytes of one device, from the compiler's buffer assignment; what it wanted, when that is more than there is."""
+def compiled(lowered, platform: str, n_layers: int) -> dict[str, Any]:
+    """What the compiler's own analyses and the text of its program say; where it refuses for want of memory, what it wanted."""
     import jax
 
     # XLA tries its Triton kernels for products on the card and passes over those whose tiling does not exist. With no card to
@@ -183,25 +176,32 @@ def compiled_peak(lowered, platform: str) -> dict[str, Any]:
     # H100 30.5 GiB against 26.9.
     options = {"xla_gpu_enable_triton_gemm": False} if platform == "cuda" else None
     try:
-        memory = lowered.compile(options).memory_analysis()
+        made = lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:
         wanted = re.search(r"(?:temporaries \(|Used )([\d.]+)([KMGT]?)", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or not wanted:
             raise
-        return {"over_memory": True, "peak_bytes": round(float(wanted[1]) * 1024 ** " KMGT".index(wanted[2] or " "))}
+        peak = round(float(wanted[1]) * 1024 ** " KMGT".index(wanted[2] or " "))
+        return {"over_memory": True, "peak_bytes": peak, "layers": [], "compiler_flops": None}
+    memory = made.memory_analysis()
     if platform == "tpu":
         # libtpu's size of the temporaries counts buffers that never live together (it accepted 17.0 GiB by that count on
         # 15.75 GiB); its peak does not. The other compilers' peak leaves temporaries out on CPU, and their sum is right.
         peak = memory.peak_memory_in_bytes
     else:
         peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return {"over_memory": False, "peak_bytes": peak + memory.generated_code_size_in_bytes}
+    return {
+        "over_memory": False,
+        "peak_bytes": peak + memory.generated_code_size_in_bytes,
+        "layers": [] if platform == "cpu" else program.layers(made.as_text(), n_layers),  # a CPU's step has its layers written out
+        "compiler_flops": (made.cost_analysis() or {}).get("flops"),
+    }
 
 
-def count_products(jaxpr) -> float:
+def count_products(jaxpr, loops: bool = True) -> float:
     """FLOPs of all matrix products of a traced program, over all devices, loops multiplied out.
 
-    The compilers' own counts take the body of a loop once, and so see one layer of L.
+    Without `loops` each body counts once, which is how the compilers count: of L layers they see one.
     """
     from jax.extend import core
 
@@ -211,8 +211,11 @@ def count_products(jaxpr) -> float:
             (contracted, _), _ = equation.params["dimension_numbers"]
             summed = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
             total += 2 * math.prod(equation.outvars[0].aval.shape) * summed
-        repeats = equation.params["length"] if equation.primitive.name == "scan" else 1
-        total += repeats * sum(count_products(inner) for inner in core.jaxprs_in_params(equation.params))
+        repeats = 1
+        if equation.primitive.name == "scan":  # one that is unrolled into as many turns as it has is no loop any more
+            length, unroll = equation.params["length"], int(equation.params["unroll"])
+            repeats = length if loops else min(length, unroll)
+        total += repeats * sum(count_products(inner, loops) for inner in core.jaxprs_in_params(equation.params))
     return total
 
 

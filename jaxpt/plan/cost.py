@@ -1,4 +1,4 @@
-"""What a run is worth before any device is paid for: does it fit, tokens a second, hours, money, energy; and growing against scratch."""
+"""What a run is worth before any device is paid for: does it fit, tokens a second, hours, money, energy, on each target."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ import textwrap
 from typing import Any
 
 from jaxpt.config import Config
-from jaxpt.plan import compile, flops, hardware
+from jaxpt.plan import compile, flops, hardware, layouts, program, roofline
 from jaxpt.plan.hardware import GIB, Chip
 from jaxpt.spec import ModelSpec
 from jaxpt.stage import say
 from jaxpt.train.metrics import Cost
 from jaxpt.weights import checkpoint, growth, hub, huggingface, initialize
 
-# NVIDIA: JAX takes 75 % of a card's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise; the rest CUDA itself needs.
-TAKEN_FRAC, TAKEABLE_FRAC = 0.75, 0.92
+TAKEN_FRAC = 0.75  # NVIDIA: what JAX takes of a card's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
+ORBAX_AT_ONCE = 96 * 10**9  # bytes that Orbax 0.12 reads into a host's memory at a time
 # Power of host, network and cooling beside the boards: a DGX H100 is rated 10.2 kW for 8 boards of 0.7 kW, and boards in
 # training draw some 85 % of their rating.
 POWER_OVERHEAD = 1.5
 
 
-def plan(settings: Config, on: list[str]) -> dict[str, Any]:
+def plan(settings: Config, on: list[str], calibrations: dict[str, float] | None = None) -> dict[str, Any]:
     """The plan of a config on each target: {"model", "tokens", "targets": [record, ...], "notes"}, plain numbers, as plan.json holds it.
+
+    calibrations  {chip: measured seconds of a step over those planned for it}, see check.py
 
     Raises UserError for an unknown chip, a slice that is not offered, or sizes that a target cannot cut evenly.
     """
     targets = [hardware.target(each) for each in on]
-    spec, notes = model_of(settings)
-    train, row_len = settings.train, settings.pack.row_len
-    tokens = settings.plan.tokens or float(train.steps * train.batch_rows * row_len)
-    records = []
+    spec, _ = model_of(settings)
+    found = heading(settings)
     for target in targets:
         missing = compile.missing_package(target)
         way = f"{missing} is not installed: estimating" if missing else "compiling the train step"
@@ -37,7 +37,16 @@ def plan(settings: Config, on: list[str]) -> dict[str, Any]:
         measured = compile.measure(spec, settings, target)
         done = "refused by the compiler" if measured["over_memory"] else measured["method"]
         say(f"plan: {target.on}: {done} in {measured['seconds']:.0f} s")
-        records.append(record(spec, settings, target, measured, tokens))
+        found["targets"].append(record(spec, settings, target, measured, found["tokens"], (calibrations or {}).get(target.chip.name, 1.0)))
+        if not found["targets"][-1]["fits"]:
+            found["notes"].append(f"{target.on}: {layouts.advice(spec, settings, target)}")
+    return found | {"notes": found["notes"] + rests_on(found["targets"])}
+
+
+def heading(settings: Config) -> dict[str, Any]:
+    """A plan with no targets yet."""
+    spec, notes = model_of(settings)
+    train, row_len = settings.train, settings.pack.row_len
     model = {
         "n_params": flops.n_params(spec),
         "row_len": row_len,
@@ -45,7 +54,12 @@ def plan(settings: Config, on: list[str]) -> dict[str, Any]:
         "accumulate": train.accumulate,
         "spec": spec.to_dict(),
     }
-    return {"model": model, "tokens": tokens, "targets": records, "notes": notes}
+    return {"model": model, "tokens": tokens_of(settings), "targets": [], "notes": notes}
+
+
+def tokens_of(settings: Config) -> float:
+    """The token budget."""
+    return settings.plan.tokens or float(settings.train.steps * settings.train.batch_rows * settings.pack.row_len)
 
 
 def model_of(settings: Config) -> tuple[ModelSpec, list[str]]:
@@ -56,9 +70,7 @@ def model_of(settings: Config) -> tuple[ModelSpec, list[str]]:
         if not settings.model.vocab_size:
             notes.append(f"model.vocab_size is 0 (take the tokenizer's): planned with tokenizer.vocab_size, {spec.vocab_size:,} when rounded up.")
     else:
-        source = hub.local(asked.source)
-        step_dir = checkpoint.find(source)
-        spec = ModelSpec.load(step_dir / "spec.json") if step_dir else huggingface.read_spec(source)
+        spec = spec_of(asked.source)
     if settings.train.grow:
         notes.append("planned at the size after the last growth of train.grow; the steps before it are cheaper.")
     for text in (*asked.grow, *(text for _, text in settings.train.grow)):
@@ -66,23 +78,35 @@ def model_of(settings: Config) -> tuple[ModelSpec, list[str]]:
     return spec, notes
 
 
-def record(spec: ModelSpec, settings: Config, target: hardware.Target, measured: dict[str, Any], tokens: float) -> dict[str, Any]:
-    """One target of plan.json. Bytes are of one device; "low" and "high" stand for the ends of the assumed MFU, the plain numbers for its middle."""
+def spec_of(source: str) -> ModelSpec:
+    """The shape of a run, a checkpoint, a Hugging Face directory or hf:NAME; its weights are not read."""
+    directory = hub.local(source)
+    step_dir = checkpoint.find(directory)
+    return ModelSpec.load(step_dir / "spec.json") if step_dir else huggingface.read_spec(directory)
+
+
+def record(
+    spec: ModelSpec, settings: Config, target: hardware.Target, measured: dict[str, Any], tokens: float, calibration: float = 1.0
+) -> dict[str, Any]:
+    """One target of plan.json. Bytes are of one device; "low" and "high" stand for the slow and the fast end of what is assumed, the
+    plain numbers for their middle.
+
+    calibration  a measured step's seconds over those planned for it, which a run of the same kind of device gave (see check.py)
+    """
     chip, n = target.chip, target.n_devices
     flops_per_token = flops.training(spec, settings.pack.row_len)
-    (low, high), mfu_source = chip.mfu
     usd_per_hour, priced = price(chip, settings)
-    usable = round(chip.memory * TAKEABLE_FRAC) if chip.platform == "cuda" else chip.memory
     peak = measured["peak_bytes"]
     batch = settings.train.batch_rows * settings.pack.row_len
+    peak_flops = n * getattr(chip, settings.train.compute_dtype)
+    roof = roofline.of(measured, target, settings)
 
-    def at(mfu: float) -> dict[str, Any]:
-        tokens_per_second = n * getattr(chip, settings.train.compute_dtype) * mfu / flops_per_token
-        hours = tokens / tokens_per_second / 3600
+    def at(step_seconds: float) -> dict[str, Any]:
+        hours = tokens / batch * step_seconds * calibration / 3600
         return {
-            "mfu": mfu,
-            "tokens_per_second": tokens_per_second,
-            "step_seconds": batch / tokens_per_second,
+            "mfu": batch * flops_per_token / (step_seconds * calibration * peak_flops),
+            "tokens_per_second": batch / (step_seconds * calibration),
+            "step_seconds": step_seconds * calibration,
             "hours": hours,
             "usd": None if usd_per_hour is None else hours * n * usd_per_hour,
             "kwh": None if chip.watts is None else hours * n * chip.watts / 1000 * POWER_OVERHEAD,
@@ -94,21 +118,37 @@ def record(spec: ModelSpec, settings: Config, target: hardware.Target, measured:
         "missing": measured["missing"],
         "devices": n,
         "mesh": measured["mesh"],
-        "fits": not measured["over_memory"] and peak <= usable,
+        "attention": measured["attention"],
+        "fits": not measured["over_memory"] and max(peak, measured["export_bytes"]) <= target.usable,
         "peak_bytes_per_device": peak,
         "peak_is_lower_bound": measured["over_memory"],
-        "usable_bytes_per_device": usable,
+        "usable_bytes_per_device": target.usable,
         "params_bytes": measured["params_bytes"],
         "opt_bytes": measured["opt_bytes"],
+        "kept_bytes": measured["kept_bytes"],
         "temporary_bytes": None if measured["over_memory"] else peak - measured["params_bytes"] - measured["opt_bytes"],
+        "restore_bytes": measured["restore_bytes"],
+        "export_bytes": measured["export_bytes"],
+        # a checkpoint is written behind the training, from a copy of the state in the hosts' memory
+        "host_save_bytes": target.devices_per_host * measured["restore_bytes"],
+        "host_restore_bytes": min(target.devices_per_host * measured["restore_bytes"], ORBAX_AT_ONCE),
+        "host_export_bytes": measured["export_bytes"] - measured["params_bytes"],
         "needs_mem_fraction": chip.platform == "cuda" and peak > chip.memory * TAKEN_FRAC,
         "flops_per_token": flops_per_token,
         "executed_flops_per_token": measured["executed_flops"] / batch,
-        "network_seconds": measured["moved_bytes"] / target.link,
-        **at((low + high) / 2),
-        "low": at(low),
-        "high": at(high),
-        "mfu_source": mfu_source,
+        "once_flops": measured["once_flops"],
+        "compiler_flops": measured["compiler_flops"],
+        "layers": measured["layers"],
+        "moved_bytes_per_layer": measured["moved_bytes"] / max(spec.n_layers, 1),
+        "compute_seconds": roof.compute,
+        "memory_seconds": roof.memory,
+        "network_seconds": roof.network,
+        **at(roof.middle),
+        "low": at(roof.slow),
+        "high": at(roof.fast),
+        "efficiency": list(chip.efficiency[0]),
+        "efficiency_source": chip.efficiency[1],
+        "calibration": calibration,
         "usd_per_hour": usd_per_hour,
         "priced": priced,
         "compile_seconds": measured["seconds"],
@@ -177,8 +217,7 @@ def table(plan: dict[str, Any]) -> str:
     widths = [max(len(cells[i]) for _, cells in rows) for i in range(len(records))]
     left = max(len(label) for label, _ in rows)
     lines = [f"{label:<{left}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)) for label, cells in rows]
-    notes = [*plan["notes"], *dict.fromkeys(note for each in records for note in notes_of(each))]
-    wrapped = [textwrap.fill(note, 120, initial_indent="- ", subsequent_indent="  ") for note in notes]
+    wrapped = [textwrap.fill(note, 120, initial_indent="- ", subsequent_indent="  ") for note in plan["notes"]]
     return "\n".join([head, "", *(line.rstrip() for line in lines), "", *wrapped])
 
 
@@ -228,14 +267,25 @@ ROWS = (
     ("parameters", lambda each: size(each["params_bytes"])),
     ("optimizer", lambda each: size(each["opt_bytes"])),
     ("gradients, activations", lambda each: size(each["temporary_bytes"])),
+    ("  kept for backward, about", lambda each: size(each["kept_bytes"])),
     ("peak a device", lambda each: f"{'> ' if each['peak_is_lower_bound'] else ''}{size(each['peak_bytes_per_device'])}"),
+    ("  while restoring", lambda each: size(each["restore_bytes"])),
+    ("  while exporting", lambda each: size(each["export_bytes"])),
+    ("  a host, saving", lambda each: size(each["host_save_bytes"])),
+    ("  a host, restoring", lambda each: size(each["host_restore_bytes"])),
+    ("  a host, exporting", lambda each: size(each["host_export_bytes"])),
     ("memory a device", lambda each: size(each["usable_bytes_per_device"])),
     ("fits", fits),
     ("FLOPs a token, model", lambda each: f"{each['flops_per_token']:.3g}"),
     ("FLOPs a token, executed", lambda each: f"{each['executed_flops_per_token']:.3g}"),
-    ("step moves weights, s", lambda each: f"at least {each['network_seconds']:.3g}"),
-    ("MFU assumed", lambda each: f"{each['low']['mfu']:.0%} to {each['high']['mfu']:.0%}"),
-    ("step computes, s", lambda each: between(each, "step_seconds", few)),
+    ("FLOPs, loops once: counted", lambda each: maybe(each["once_flops"])),
+    ("  compiler's own", lambda each: maybe(each["compiler_flops"])),
+    ("step at full speed: products, s", lambda each: few(each["compute_seconds"])),
+    ("  memory, s", lambda each: few(each["memory_seconds"])),
+    ("  links, s", lambda each: few(each["network_seconds"])),
+    ("efficiency assumed", lambda each: "{:.0%} to {:.0%}".format(*each["efficiency"])),
+    ("MFU expected", lambda each: between(each, "mfu", "{:.0%}".format)),
+    ("step, s", lambda each: between(each, "step_seconds", few)),
     ("tokens/s", lambda each: between(each, "tokens_per_second", few)),
     ("hours", lambda each: between(each, "hours", few)),
     ("usd", lambda each: between(each, "usd", few)),
@@ -243,16 +293,32 @@ ROWS = (
 )
 
 
+def maybe(n: float | None) -> str:
+    return "unknown" if n is None else f"{n:.3g}"
+
+
+def rests_on(records: list[dict[str, Any]]) -> list[str]:
+    """What the numbers of targets rest on, as sentences: assumptions, prices with their dates, what the compiled programs move."""
+    return list(dict.fromkeys(note for each in records for note in notes_of(each)))
+
+
 def notes_of(each: dict[str, Any]) -> list[str]:
-    """What a target's numbers rest on, as sentences; targets of one chip share them."""
+    """Of one target; those of one chip share some."""
     name = each["on"].partition(":")[0]
-    found = [f"{name}: the assumed MFU is {each['mfu_source']}."]
+    low, high = each["efficiency"]
+    found = [f"{name}: products are assumed to run at {low:.0%} to {high:.0%} {each['efficiency_source']}."]
     if name == "cpu":
         found.append("cpu: a device stands for one core with 4 GiB.")
-    if each["network_seconds"] > each["high"]["step_seconds"]:
+    if each["calibration"] != 1:
+        found.append(f"{each['on']}: times are multiplied by {each['calibration']:.3g}, which a measured run gave.")
+    if each["layers"]:
+        found.append(f"{each['on']}: a layer runs {program.tell(each['layers'])} (forward; backward).")
+    elif each["devices"] > 1:
+        found.append(f"{each['on']}: a layer moves {each['moved_bytes_per_layer'] / 1e6:,.0f} MB to each device in a step, by arithmetic.")
+    if each["network_seconds"] > each["compute_seconds"] / high:
         found.append(
-            f"{each['on']}: the links need {each['network_seconds']:.3g} s for a step's weights, computing {each['high']['step_seconds']:.3g} s: "
-            "that MFU is out of reach. More train.batch_rows, less train.accumulate or a smaller cut of the weights helps."
+            f"{each['on']}: the links need {each['network_seconds']:.3g} s of a step, the products {each['compute_seconds'] / high:.3g} s: they bound it. "
+            "More train.batch_rows, less train.accumulate or a smaller cut of the weights helps."
         )
     if each["usd_per_hour"] is None:
         found.append(f"{name}: {each['priced']}. Give yours: --config.plan.usd_per_hour=PRICE (a device and hour).")
@@ -264,6 +330,6 @@ def notes_of(each: dict[str, Any]) -> list[str]:
         )
     if each["fits"] and each["needs_mem_fraction"]:
         found.append(
-            f"{each['on']}: needs more than the {TAKEN_FRAC:.0%} of a card that JAX takes: set XLA_PYTHON_CLIENT_MEM_FRACTION={TAKEABLE_FRAC}."
+            f"{each['on']}: needs more than the {TAKEN_FRAC:.0%} of a card that JAX takes: set XLA_PYTHON_CLIENT_MEM_FRACTION={hardware.TAKEABLE_FRAC}."
         )
     return found

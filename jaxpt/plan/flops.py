@@ -6,6 +6,10 @@ again is not counted, because it is no progress (model FLOPs, as in PaLM, 2204.0
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+from jaxpt import sharding
+from jaxpt.config import Config
 from jaxpt.spec import ModelSpec
 
 
@@ -48,34 +52,127 @@ def n_params(spec: ModelSpec) -> int:
     return embeddings + spec.n_layers * (block_matrices(spec) + vectors) + D
 
 
-def temporaries(
-    spec: ModelSpec, *, tokens: int, n_shards: int, n_tensor: int, accumulate: int, param_bytes: int, compute_bytes: int, remat: str
-) -> float:
-    """Bytes a device needs beside its state, with `tokens` of a micro-batch on each device, by rule of thumb.
+# ---- bytes of one device, by rule of thumb; sizes and cuts in one noun
 
-    Gradients like the parameters, twice where micro-batches are summed; for each layer its input (remat full, and offload, whose
-    rest lies with the host), attention's result too (minimal), the results of products that backward reads too (dots), or about
-    what each product reads (none); one layer at work; the output head gathered, with its float32 gradient.
-    Within 25 % of what the compilers said of the 8B shape on v5p, v6e and H100.
+
+class Pieces(NamedTuple):
+    """What one device has of a step."""
+
+    tokens: int  # of a micro-batch
+    accumulate: int  # micro-batches
+    n_shards: int  # pieces that the weights are cut into along the batch's devices
+    n_tensor: int  # and along heads, feed-forward and vocabulary
+    n_context: int  # pieces of a row
+    param_bytes: int  # of a stored weight
+    compute_bytes: int  # of a number in a product
+
+    @classmethod
+    def of(cls, spec: ModelSpec, settings: Config, mesh: dict[str, int]) -> Pieces:
+        train = settings.train
+        cut = lambda axis: sharding.n_pieces(mesh, axis)  # noqa: E731
+        rows = train.batch_rows // train.accumulate
+        width = {"float32": 4, "bfloat16": 2}
+        return cls(
+            tokens=rows * settings.pack.row_len // (cut("batch") * cut("position")),
+            accumulate=train.accumulate,
+            n_shards=cut("embed"),
+            n_tensor=cut("mlp"),
+            n_context=cut("position"),
+            param_bytes=width[settings.initialize.dtype],
+            compute_bytes=width[train.compute_dtype],
+        )
+
+
+def state(spec: ModelSpec, at: Pieces, moments: int = 2) -> float:
+    """Bytes of parameters and moments."""
+    return (1 + moments) * n_params(spec) * at.param_bytes / (at.n_shards * at.n_tensor)
+
+
+def kept(spec: ModelSpec, at: Pieces, remat: str) -> float:
+    """Bytes that backward keeps of all layers: for each its input (remat full, and offload, whose rest lies with the host),
+    attention's result too (minimal), the results of products that backward reads too (dots), or about what each reads (none).
     """
-    D, F, qkv = spec.d_model, spec.d_ff, (spec.n_heads + 2 * spec.n_kv_heads) * spec.d_head
-    gradients = n_params(spec) * param_bytes / n_shards * (2 if accumulate > 1 else 1)
-    at_work = tokens * (8 * D + 5 * F / n_tensor) * compute_bytes
-    mixed = spec.n_heads * spec.d_head
+    D, F, qkv, mixed = spec.d_model, spec.d_ff, (spec.n_heads + 2 * spec.n_kv_heads) * spec.d_head, spec.n_heads * spec.d_head
     elements = {
         "full": D,
         "offload": D,
-        "minimal": D + mixed / n_tensor,
-        "dots": 2 * D + (mixed + qkv + 2 * F) / n_tensor,
-        "none": 6 * D + (2 * qkv + 4 * F) / n_tensor,
+        "minimal": D + mixed / at.n_tensor,
+        "dots": 2 * D + (mixed + qkv + 2 * F) / at.n_tensor,
+        "none": 6 * D + (2 * qkv + 4 * F) / at.n_tensor,
     }
-    kept = tokens * elements[remat] * compute_bytes
-    head = D * spec.vocab_size * (compute_bytes + 4) / n_tensor
-    return gradients + spec.n_layers * kept + at_work + head
+    return spec.n_layers * at.tokens * elements[remat] * at.compute_bytes
 
 
-def weights_moved(spec: ModelSpec, *, n_shards: int, n_tensor: int, accumulate: int, compute_bytes: int) -> float:
-    """Bytes that a device receives in a step because the weights are cut into n_shards along the batch's axis: for each
-    micro-batch they are gathered for forward and for backward, and float32 gradients are summed on the way back.
+def temporaries(spec: ModelSpec, at: Pieces, remat: str) -> float:
+    """Bytes a device needs beside its state.
+
+    What backward keeps; gradients like the parameters, twice where micro-batches are summed; one layer at work; the output head
+    gathered, with its float32 gradient. Within 25 % of what the compilers said of the 8B shape on v5p, v6e and H100.
     """
-    return accumulate * (2 * compute_bytes + 4) * n_params(spec) / n_tensor * (1 - 1 / n_shards)
+    gradients = n_params(spec) * at.param_bytes / (at.n_shards * at.n_tensor) * (2 if at.accumulate > 1 else 1)
+    at_work = at.tokens * (8 * spec.d_model + 5 * spec.d_ff / at.n_tensor) * at.compute_bytes
+    head = spec.d_model * spec.vocab_size * (at.compute_bytes + 4) / at.n_tensor
+    return gradients + kept(spec, at, remat) + at_work + head
+
+
+def moved(spec: ModelSpec, at: Pieces) -> float:
+    """Bytes that a device receives in a step, at least.
+
+    Weights cut along the batch's devices are gathered for each micro-batch, for forward and for backward, and float32 gradients
+    are summed on the way back. Cut heads and feed-forward: each layer's two results are summed, in forward, backward and
+    recomputing. Cut rows: each layer's keys and values are gathered, as often.
+    """
+    c = at.compute_bytes
+    weights = (2 * c + 4) * n_params(spec) / at.n_tensor * (1 - 1 / at.n_shards)
+    sums = 6 * 2 * at.tokens * spec.d_model * c * (1 - 1 / at.n_tensor)
+    rows = 3 * at.tokens * (at.n_context - 1) * 2 * spec.n_kv_heads * spec.d_head / at.n_tensor * c
+    return at.accumulate * (weights + spec.n_layers * (sums + rows))
+
+
+def traffic(spec: ModelSpec, at: Pieces, *, row_len: int, scores: bool) -> float:
+    """Bytes that a device reads from and writes to its memory in a step, by rule of thumb.
+
+    The update passes over parameters, gradients and both moments, 8 times in all. A micro-batch casts the weights, reads them in
+    forward, backward and recomputing, and adds to float32 gradients. Each layer's activations (as many as remat none keeps) are
+    written and read in forward, and twice more in backward; with `scores` those of attention too, float32. Logits: float32, three times.
+    """
+    D, F, qkv = spec.d_model, spec.d_ff, (spec.n_heads + 2 * spec.n_kv_heads) * spec.d_head
+    update = 8 * n_params(spec) * 4 / (at.n_shards * at.n_tensor)
+    weights = at.accumulate * n_params(spec) / at.n_tensor * (5 * at.compute_bytes + 8)
+    elements = 6 * D + (2 * qkv + 4 * F) / at.n_tensor
+    layer = 6 * elements * at.compute_bytes + (6 * 4 * spec.n_heads / at.n_tensor * mean_context(spec, row_len) if scores else 0)
+    logits = 3 * 4 * spec.vocab_size / at.n_tensor
+    return update + weights + at.accumulate * at.tokens * (spec.n_layers * layer + logits)
+
+
+def executed(spec: ModelSpec, row_len: int, remat: str) -> float:
+    """FLOPs that a step runs for one token, recomputation included; attention's scores are computed again in any case."""
+    products = 2 * spec.n_layers * block_matrices(spec)
+    scores = forward(spec, row_len) - 2 * matmul_params(spec)
+    again = products if remat in ("full", "minimal") else 0
+    return training(spec, row_len) + again + scores
+
+
+def of_step(spec: ModelSpec, settings: Config, mesh: dict[str, int], attention: str) -> dict[str, float]:
+    """What is known of a step without tracing or compiling it, under the names that compile.measure answers with."""
+    at, train = Pieces.of(spec, settings, mesh), settings.train
+    params_bytes = round(state(spec, at, moments=0))
+    held = round(state(spec, at, moments=2 if settings.optim.name == "adamw" else 1))
+    largest = max(spec.vocab_size * spec.d_model, spec.d_model * spec.d_ff, spec.d_model * spec.n_heads * spec.d_head)
+    return {
+        "n_layers": spec.n_layers,
+        "attention": attention,
+        "params_bytes": params_bytes,
+        "opt_bytes": held - params_bytes,
+        "restore_bytes": held,  # a restored state is made in place
+        "export_bytes": params_bytes + largest * at.param_bytes,  # gathered one after the other, each whole on every device
+        "peak_bytes": held + round(temporaries(spec, at, train.remat)),
+        "over_memory": False,
+        "kept_bytes": round(kept(spec, at, train.remat)),
+        "moved_bytes": round(moved(spec, at)),
+        "traffic_bytes": round(traffic(spec, at, row_len=settings.pack.row_len, scores=attention == "xla")),
+        "executed_flops": train.batch_rows * settings.pack.row_len * executed(spec, settings.pack.row_len, train.remat),
+        "once_flops": None,
+        "compiler_flops": None,
+        "layers": [],
+    }

@@ -11,17 +11,21 @@ import dataclasses
 import difflib
 import math
 
+from jaxpt.config import Config
 from jaxpt.spec import UserError
 
 GIB = 2**30
 
-# Shares of peak that published runs of this model family reached, as the planner's assumption. MaxText: 45 to 50 % on
-# 256 v6e, 49.7 % on 8 H100; torchtitan: 35 % on 8 H100; the course's 248M run: 46 % on 16 A100. The TPU range starts lower
-# because those runs have a fused attention kernel.
-TPU_MFU = (0.35, 0.50), "from published 8B to 70B runs (MaxText, 45 to 50 % on v6e); small models and small batches reach less"
-HALL_MFU = (0.30, 0.50), "from published 8B runs on 8 H100 (torchtitan 35 %, MaxText 50 %); small models and small batches reach less"
-DESK_MFU = (0.25, 0.45), "a guess: no published run, and slower links than a data-centre card"
-CPU_MFU = (0.10, 0.40), "from one measurement: the quickstart reached 0.29 on two AMD EPYC cores to itself, 0.09 beside other work"
+# Shares of peak at which matrix products run while nothing else is waited for, as the planner's assumption. A published MFU is
+# less: it counts no product that remat computes again, and all waiting. MaxText reached 45 to 50 % MFU on 256 v6e and 65 to 71 %
+# on v5p (with full attention counted), 50 % on 8 H100; torchtitan 35 % there; the course's 248M run 46 % on 16 A100.
+TPU_EFFICIENCY = (0.45, 0.70), "of peak, from published runs of 8B to 1T (MaxText: 45 to 50 % MFU on v6e, 65 to 71 % on v5p)"
+HALL_EFFICIENCY = (0.40, 0.60), "of peak, from published 7B and 8B runs on 8 H100 (torchtitan 35 % MFU, MaxText 50 %)"
+DESK_EFFICIENCY = (0.30, 0.55), "of peak, a guess: no published run, and slower links than a data-centre card"
+CPU_EFFICIENCY = (
+    (0.20, 0.65),
+    "of peak, measured: 0.65 for large ones on AMD EPYC, less for small ones; other work on the machine takes its share",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Chip:
     watts: float | None  # of the board at full load; None where the maker does not say
     usd_per_hour: float | None  # list price on demand
     priced: str  # whose price, and when it was read
-    mfu: tuple[tuple[float, float], str]  # assumed share of peak (low, high), and where the assumption comes from
+    efficiency: tuple[tuple[float, float], str]  # assumed share of peak for products (low, high), and where the assumption comes from
     most_chips: int = 0  # TPU: in the largest slice
     devices_per_chip: int = 1
 
@@ -52,49 +56,49 @@ CHIPS = {
     for chip in (
         Chip(
             "v4", "tpu", ("TPU v4",), 275e12, 275e12, int(30.75 * GIB), 1.2e12, 600e9, 192,
-            3.22, "Google Cloud on demand, us-central2, 2025", TPU_MFU, most_chips=4096,
+            3.22, "Google Cloud on demand, us-central2, 2025", TPU_EFFICIENCY, most_chips=4096,
         ),
         Chip(
             "v5e", "tpu", ("TPU v5 lite", "TPU v5e"), 197e12, 197e12, int(15.75 * GIB), 819e9, 400e9, None,
-            1.20, GOOGLE, TPU_MFU, most_chips=256,
+            1.20, GOOGLE, TPU_EFFICIENCY, most_chips=256,
         ),
         Chip(
             "v5p", "tpu", ("TPU v5", "TPU v5p"), 459e12, 459e12, int(95.74 * GIB), 2.765e12, 1200e9, None,
-            4.20, GOOGLE, TPU_MFU, most_chips=6144,
+            4.20, GOOGLE, TPU_EFFICIENCY, most_chips=6144,
         ),
         Chip(
             "v6e", "tpu", ("TPU v6 lite", "TPU v6e"), 918e12, 918e12, int(31.25 * GIB), 1.64e12, 800e9, None,
-            2.70, GOOGLE, TPU_MFU, most_chips=256,
+            2.70, GOOGLE, TPU_EFFICIENCY, most_chips=256,
         ),
         Chip(
             "tpu7x", "tpu", ("TPU7x",), 2307e12 / 2, 2307e12 / 2, int(94.75 * GIB), 7.37e12 / 2, 1200e9 / 2, None,
-            None, "no public list price found, 2026-08", TPU_MFU, most_chips=9216, devices_per_chip=2,
+            None, "no public list price found, 2026-08", TPU_EFFICIENCY, most_chips=9216, devices_per_chip=2,
         ),
         Chip(
             "a100", "cuda", ("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-40GB", "NVIDIA A100 80GB PCIe"), 312e12, 156e12,
-            85_100_068_864, 2.039e12, 600e9, 400, 2.79, LAMBDA, HALL_MFU,
+            85_100_068_864, 2.039e12, 600e9, 400, 2.79, LAMBDA, HALL_EFFICIENCY,
         ),
         Chip(
             "h100", "cuda", ("NVIDIA H100 80GB HBM3",), 989.4e12, 494.7e12, 84_942_979_072, 3.352e12, 900e9, 700,
-            3.99, LAMBDA, HALL_MFU,
+            3.99, LAMBDA, HALL_EFFICIENCY,
         ),
         Chip(
             "h200", "cuda", ("NVIDIA H200", "NVIDIA H200 141GB HBM3e"), 989.4e12, 494.7e12, 151_397_597_184, 4.8e12, 900e9, 700,
-            4.59, "Runpod on demand, 2026-10-07", HALL_MFU,
+            4.59, "Runpod on demand, 2026-10-07", HALL_EFFICIENCY,
         ),
-        Chip("b200", "cuda", ("NVIDIA B200",), 2250e12, 1125e12, 191_514_411_008, 7.672e12, 1800e9, 1000, 6.69, LAMBDA, HALL_MFU),
+        Chip("b200", "cuda", ("NVIDIA B200",), 2250e12, 1125e12, 191_514_411_008, 7.672e12, 1800e9, 1000, 6.69, LAMBDA, HALL_EFFICIENCY),
         Chip(
             "l4", "cuda", ("NVIDIA L4",), 121e12, 60e12, 23_580_639_232, 300e9, 64e9, 72,
-            0.80, "AWS g6.xlarge on demand, us-east-1, 2025", DESK_MFU,
+            0.80, "AWS g6.xlarge on demand, us-east-1, 2025", DESK_EFFICIENCY,
         ),
         Chip(
             "rtx4090", "cuda", ("NVIDIA GeForce RTX 4090",), 165.2e12, 82.6e12, 25_386_352_640, 1.008e12, 64e9, 450,
-            0.29, "OpenRelay on demand, 2026-09-20", DESK_MFU,
+            0.29, "OpenRelay on demand, 2026-09-20", DESK_EFFICIENCY,
         ),
         # One core with AVX-512: 16 lanes x 2 units x multiply and add at 2.5 GHz. bfloat16 products are done in float32 there.
         Chip(
             "cpu", "cpu", ("cpu",), 160e9, 160e9, 4 * GIB, 10e9, 10e9, 8,
-            0.089, "AWS c7i on demand, us-east-1, 2 vCPU a core, 2025", CPU_MFU,
+            0.089, "AWS c7i on demand, us-east-1, 2 vCPU a core, 2025", CPU_EFFICIENCY,
         ),
     )
 }  # fmt: skip
@@ -119,6 +123,7 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
 FLAT_SLICES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))  # v5e and v6e
 SMALL_CUBES = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))  # v4, v5p and TPU7x below one cube of 4x4x4
 GPUS_PER_HOST = 8
+TAKEABLE_FRAC = 0.92  # of a card's memory that JAX can be told to take; the rest CUDA itself needs
 HOST_LINK = 100e9  # bytes/s a GPU between hosts, both directions: the 400 Gb/s each that clouds' 8-GPU hosts have
 
 
@@ -139,6 +144,19 @@ class Target:
         """Bytes/s that a device can receive from the others."""
         between_hosts = self.chip.platform == "cuda" and self.n_devices > GPUS_PER_HOST
         return (HOST_LINK if between_hosts else self.chip.link) / 2
+
+    @property
+    def devices_per_host(self) -> int:
+        """Of a slice's hosts (4 chips each; v5e and v6e have single ones of 8), a server of cards, or this machine."""
+        if self.chip.platform == "cpu":
+            return self.n_devices
+        whole = GPUS_PER_HOST if self.chip.platform == "cuda" or self.shape == (2, 4) else 4 * self.chip.devices_per_chip
+        return min(self.n_devices, whole)
+
+    @property
+    def usable(self) -> int:
+        """Bytes that a program can have of a device."""
+        return round(self.chip.memory * TAKEABLE_FRAC) if self.chip.platform == "cuda" else self.chip.memory
 
 
 def target(on: str) -> Target:
@@ -174,6 +192,14 @@ def slices(chip: Chip) -> list[tuple[int, ...]]:
     return [*SMALL_CUBES, *sorted(cubes, key=lambda shape: (math.prod(shape), shape))]
 
 
+def sizes(chip: Chip) -> list[str]:
+    """Targets of a chip, smallest first: one of each number of devices, the most cubic slice of it."""
+    if chip.platform == "tpu":
+        by_number = {math.prod(shape): shape for shape in sorted(slices(chip), key=lambda shape: max(shape) - min(shape), reverse=True)}
+        return [f"{chip.name}:{words(by_number[n])}" for n in sorted(by_number)]
+    return [f"{chip.name}:{2**i}" for i in range(11)]
+
+
 def near_slices(chip: Chip, asked: tuple[int, ...]) -> str:
     """The offered slices around the asked number of chips, as a sentence."""
     n = math.prod(asked)
@@ -185,3 +211,11 @@ def near_slices(chip: Chip, asked: tuple[int, ...]) -> str:
 
 def words(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
+
+
+def attention(settings: Config, target: Target) -> str:
+    """The backend that model/attention.py would choose on the target, as far as that is known without its devices."""
+    kernel = {"tpu": "splash", "cuda": "cudnn"}.get(target.chip.platform)
+    too_old = target.chip.name in ("a100", "l4", "rtx4090")  # cuDNN's packed documents need Hopper
+    whole_rows = settings.pack.row_len % 128 == 0 and settings.mesh.context == 1
+    return "xla" if kernel is None or too_old or not whole_rows or settings.train.attention == "xla" else kernel

@@ -44,11 +44,9 @@ class Metrics:
         self.last_step = resumed_at
         if not self.writes:
             return
-        from tensorboardX import SummaryWriter
-
         write_whole(self.path, "".join(json.dumps(record) + "\n" for record in earlier))
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115  (closed by close)
-        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None)
+        self.board = summary_writer()(str(run / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None)
         self.wandb = open_wandb(run, settings) if settings.train.wandb else None
         self.bar = tqdm(total=self.steps, initial=resumed_at, unit="step", dynamic_ncols=True, leave=False, disable=not sys.stderr.isatty())
 
@@ -129,6 +127,18 @@ class Metrics:
             self.board.close()
             if self.wandb:
                 self.wandb.finish()
+
+
+def summary_writer() -> type:
+    """tensorboardX's SummaryWriter. Where torch is installed its import would take a second of every start, for a type that we never give it."""
+    hidden = {} if "torch" in sys.modules else {"torch": None}
+    sys.modules.update(hidden)
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+    return SummaryWriter
 
 
 def open_wandb(run: pathlib.Path, settings: Config):

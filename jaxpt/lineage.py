@@ -1,0 +1,228 @@
+"""What a model was made from: the stages behind a run or an export, followed from manifest to manifest, told and checked again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+
+from jaxpt import stage
+from jaxpt.spec import Manifest, UserError
+from jaxpt.weights import checkpoint
+
+
+def tell(directory: str | pathlib.Path, verify: bool = False) -> str:
+    """What a model was made from, as lines for a terminal: the newest first, what each was made from beneath it.
+
+    verify   check everything again that still lies where it was: bytes against checksums, and each stage's fingerprint
+
+    Raises UserError where the directory is no finished stage, and, with verify, naming the first thing that does not hold.
+    """
+    directory = stage.local_path(directory).resolve()
+    Manifest.load(directory)  # says what is missing
+    notes: list[str] = []
+    nodes = {node.key: node for node in lineage_of(directory, notes)}
+    if notes:
+        raise UserError(" ".join(notes))
+    *_, newest = nodes
+    lines, told, versions = [], set(), {}
+
+    def visit(key: str, depth: int) -> None:
+        node, indent = nodes[key], "  " * depth
+        if key in told:
+            lines.append(f"{indent}{what(node)}, as above")
+            return
+        told.add(key)
+        lines.append(f"{indent}{what(node)}  {node.step or node.path}  {key}")
+        lines.extend(f"{indent}    {fact}" for fact in facts(node, versions))
+        versions.update(node.manifest["versions"] if node.manifest else {})
+        if verify:
+            lines.append(f"{indent}    {check(node)}")
+        for parent in node.parents:
+            visit(parent, depth + 1)
+
+    visit(newest, 0)
+    return "\n".join(lines)
+
+
+def what(node: Node) -> str:
+    return node.manifest["stage"] if node.manifest else "gone" if not node.path.exists() else "files"
+
+
+def facts(node: Node, versions: dict[str, str]) -> list[str]:
+    """What a person asks of a stage first: when, how much, from which sources by which rules, with which versions, unless told already."""
+    if not node.manifest:
+        return []
+    manifest = Manifest(**node.manifest)
+    counts, asked = manifest.counts, manifest.config
+    others = [f"{package} {version}" for package, version in manifest.versions.items() if versions.get(package) != version]
+    found = [f"made {manifest.created}, tokenizer {manifest.tokenizer or 'none'}"]
+    if others:
+        found.append(f"with {', '.join(others)}")
+    if manifest.stage == "prepare":
+        found.append(f"from {', '.join(asked['sources'])}; rules: {asked['preset']}")
+        found.append("; ".join(f"{split} {sum(each['rows'] for each in counts[split].values()):,} documents" for split in ("train", "heldout")))
+    if manifest.stage == "pack":
+        found.append(
+            "; ".join(f"{name} {each['rows']:,} rows of {counts['row_len']:,}, {each['tokens']:,} tokens" for name, each in counts["train"].items())
+        )
+    if manifest.stage == "train":
+        found.append(f"{counts['steps']:,} steps, {counts['rows']:,} rows, {counts['tokens']:,} tokens")
+    if manifest.stage == "initialize":
+        found.append(f"grown by {', '.join(asked['initialize']['grow'])}" if asked["initialize"]["grow"] else "taken as it is")
+    if node.changed:
+        found.append("made anew since it was read: something else lies there now")
+    return found
+
+
+def check(node: Node) -> str:
+    """Recompute what a stage says of itself and of what it read; a sentence that it holds. Raises UserError where it does not."""
+    if not node.path.exists():
+        return "not checked: it does not lie there any more"
+    if node.step and (wrong := checkpoint.damage(node.step)):
+        raise UserError(f"{node.step}: {wrong}. Get it again from where it came.")
+    if node.step and not node.manifest:
+        return "holds: the checkpoint; its run has not finished"
+    if not node.manifest:
+        if (found := stage.fingerprint_path(node.path)) != node.key:
+            raise UserError(
+                f"{node.path}: its files' fingerprint is {found}, and {node.key} when it was read. It is not what the model was made from."
+            )
+        return f"holds: {node.key}"
+    manifest = Manifest(**node.manifest)
+    for name, digest in manifest.outputs.items():
+        file = node.path / name
+        if not file.is_file():
+            raise UserError(f"{file}: gone, though the manifest names it. Copy it from where the rest came from.")
+        if stage.sha256(file) != digest:
+            raise UserError(f"{file}: its checksum is not the manifest's: changed since {manifest.created}. Get it again from where it came.")
+    asked = stage.request_fingerprint(manifest.stage, manifest.config, manifest.inputs, manifest.seed)
+    if stage.fingerprint([asked, manifest.outputs]) != manifest.fingerprint:
+        raise UserError(
+            f"{node.path / 'manifest.json'}: its fingerprint is not that of what it says: edited by hand. Get it again from where it came."
+        )
+    if node.changed:
+        raise UserError(f"{node.path}: was made anew since it was read; what the model was made from does not lie there any more.")
+    raw = [
+        given for given in manifest.inputs.values() if not (pathlib.Path(given["path"]) / "manifest.json").is_file()
+    ]  # stages have lines of their own
+    there = [given for given in raw if pathlib.Path(given["path"]).exists()]
+    for given in there:
+        if stage.fingerprint_path(given["path"]) != given["fingerprint"]:
+            raise UserError(f"{given['path']}: is not what {node.path} was made from: changed since {manifest.created}.")
+    inputs = f"; of {len(raw):,} files that it was made from, {len(there):,} are there and hold" if raw else ""
+    return f"holds: {len(manifest.outputs):,} files and the fingerprint{inputs}"
+
+
+@dataclasses.dataclass
+class Node:
+    """One stage in the making of a model. path: where it lies; key: its fingerprint or, for want of one, its path; parents: keys.
+
+    step: the checkpoint of it that was read, where one was named; changed: something else lies there now than what was read from there;
+    funnel: a corpus's.
+    """
+
+    key: str
+    path: pathlib.Path
+    kind: str
+    manifest: dict | None
+    parents: list[str]
+    step: pathlib.Path | None = None
+    changed: bool = False
+    funnel: dict | None = None
+
+
+def lineage_of(directory: pathlib.Path, notes: list[str]) -> list[Node]:
+    """The run and all it was made from, oldest first, by following the inputs that manifests name."""
+    nodes: dict[str, Node] = {}
+
+    def visit(home: pathlib.Path, fingerprint: str | None) -> str:
+        step = home if home.parent.name == "checkpoints" else None  # a checkpoint stands for its run
+        home = home.parent.parent if step else home
+        manifest = read_json(home / "manifest.json", notes) or {}
+        key = manifest.get("fingerprint") or fingerprint or str(home)
+        if key in nodes:
+            return key
+        kind = home.name if home.name in DATA else "grown" if manifest.get("stage") == "initialize" else "run"
+        node = nodes[key] = Node(key, home, kind, manifest or None, [], step)
+        if node.kind == "corpus":  # its inputs are raw text, which the data section tells of
+            node.funnel = read_json(home / "funnel.json", notes)
+            return key
+        for path, recorded in inputs_of(home, node.manifest, notes):
+            place = locate(path, recorded, home)
+            parent = visit(place, recorded)
+            nodes[parent].changed |= recorded is not None and fingerprint_at(place) not in (None, recorded)
+            if parent not in node.parents and parent != key:
+                node.parents.append(parent)
+        nodes[key] = nodes.pop(key)  # behind its parents
+        return key
+
+    visit(directory, None)
+    return list(nodes.values())
+
+
+def inputs_of(home: pathlib.Path, manifest: dict | None, notes: list[str]) -> list[tuple[str, str | None]]:
+    """(path, fingerprint) of what a stage read. Of a run that still goes on, its config tells, or the stages in its directory do."""
+    if manifest:
+        return [(found["path"], found.get("fingerprint")) for found in manifest["inputs"].values() if isinstance(found, dict) and found.get("path")]
+    settings = read_json(home / "config.json", notes) or {}
+    packed = (settings.get("mixture") or {}).get("packed") or [home / kind for kind in DATA if (home / kind / "manifest.json").is_file()]
+    source = (settings.get("initialize") or {}).get("source", "random")
+    return [(str(path), None) for path in (*packed, *([] if source == "random" else [source]))]
+
+
+def own_stages(nodes: list[Node]) -> list[Node]:
+    """The finished stages that the last node needed: those of its data and its own growth, none that lie behind another run."""
+    at = {node.key: node for node in nodes}
+    own, waiting = [], [nodes[-1].key]
+    for key in waiting:  # it grows while it is walked
+        node = at[key]
+        if node.kind in STAGES and node.manifest and node not in own:
+            own.append(node)
+        if node.kind in DATA or node is nodes[-1]:
+            waiting += node.parents
+    return own
+
+
+def locate(path: str, fingerprint: str | None, home: pathlib.Path) -> pathlib.Path:
+    """Where an input lies now: as its path says or, when a whole tree was moved, at the end of its path from a directory above what it made."""
+    named = pathlib.Path(path)
+    ends = [pathlib.Path(*named.parts[i:]) for i in range(1, len(named.parts))]
+    there = [place for place in (named, *(above / end for above in (home, *home.parents[:2]) for end in ends)) if place.exists()]
+    same = [place for place in there if fingerprint_at(place) == fingerprint]
+    return (same or there or [named])[0].resolve()
+
+
+def fingerprint_at(place: pathlib.Path) -> str | None:
+    """Of the finished stage there; None where there is none."""
+    return (read_json(place / "manifest.json", []) or {}).get("fingerprint")
+
+
+DATA = ("corpus", "tokenizer", "packed")  # stages known by the directory they lie in
+STAGES = (*DATA, "grown")  # what comes before training
+FORMS = {  # what a file must hold at least to be of use
+    "manifest.json": {"fingerprint": str, "inputs": dict, "counts": dict},
+    "spec.json": dict.fromkeys(("n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "d_head", "vocab_size"), int),
+    "growth.json": {"parent": str, "operators": list, "at_step": int | None, "layer_map": list, "n_params": dict, "spec": dict, "verdict": str},
+    "funnel.json": {"sources": list, "steps": list},
+    "samples.json": {"prompts": list},
+    "plan.json": {"targets": list},
+    "config.json": {},
+}
+
+
+def read_json(path: pathlib.Path, notes: list[str]) -> dict | None:
+    """The object in the file; None where there is no file, or where it is of no use, which is noted."""
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        notes.append(f"{path}: cannot be read ({error}); left out.")
+        return None
+    form = FORMS.get(path.name, {"results": dict})  # others are evaluations
+    wrong = ["an object"] if not isinstance(found, dict) else [repr(key) for key in form if not isinstance(found.get(key, ...), form[key])]
+    if wrong:
+        notes.append(f"{path}: does not hold {', '.join(wrong)} as wanted; left out.")
+        return None
+    return found

@@ -1,0 +1,69 @@
+"""The report of runs that still go on, as a page on this machine's loopback that follows them."""
+
+from __future__ import annotations
+
+import http.server
+import pathlib
+from collections.abc import Iterable
+
+from jaxpt import report, stage
+from jaxpt.spec import UserError
+
+# The page asks every few seconds whether the runs have written something, and loads itself again then; a browser keeps its place.
+FOLLOW = """<script>
+let seen; setInterval(async () => { const now = await fetch("stamp").then(r => r.text()).catch(() => seen);
+  if (seen !== undefined && now !== seen) location.reload(); seen = now }, 5000)
+</script>"""
+
+
+def server(directories: Iterable[str | pathlib.Path], port: int) -> http.server.ThreadingHTTPServer:
+    """A server of the page of these run directories on 127.0.0.1; port 0 takes a free one. The caller runs and closes it.
+
+    Each request reads the runs anew. Raises UserError where a directory is not there, or the port is taken.
+    """
+    directories = list(directories)
+    report.load_runs(directories)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path == "/stamp":
+                self.answer(stamp(directories), "text/plain")
+            elif self.path == "/":
+                self.answer(report.page(report.load_runs(directories)).replace("</body>", FOLLOW + "</body>"), "text/html")
+            else:
+                self.send_error(404)
+
+        def answer(self, text: str, kind: str) -> None:
+            content = text.encode()
+            self.send_response(200)
+            self.send_header("Content-Type", f"{kind}; charset=utf-8")
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("Cache-Control", "no-store")
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            """A line a request would bury what the terminal is for."""
+
+    try:
+        return http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--serve {port}: cannot listen there ({error}). Give another port, or 0 for any.") from None
+
+
+def stamp(directories: Iterable[str | pathlib.Path]) -> str:
+    """Changes when a file that the page is made from does."""
+    files = (
+        file for directory in directories for pattern in ("*.json", "metrics.jsonl", "eval/*.json") for file in pathlib.Path(directory).glob(pattern)
+    )
+    return stage.fingerprint([[str(file), file.stat().st_mtime_ns, file.stat().st_size] for file in sorted(files)])
+
+
+def serve(directories: Iterable[str | pathlib.Path], port: int) -> None:
+    """Serve until interrupted."""
+    with server(directories, port) as running:
+        stage.say(f"http://127.0.0.1:{running.server_port}/ follows {', '.join(map(str, directories))}; Ctrl-C ends it")
+        try:
+            running.serve_forever()
+        except KeyboardInterrupt:
+            stage.say("")
