@@ -24,12 +24,14 @@ def get_config():
     c.prepare.limit_mb = 0.0
     # MB of text in a parquet shard, about; smaller shards spread over more cores
     c.prepare.shard_mb = 128
-    # where Daft runs: local, ray, or ray://HOST:PORT of a running cluster
+    # where Daft runs, for pack too: local, ray, or ray://HOST:PORT of a running cluster
     c.prepare.engine = "local"
 
     # tokenizer: text -> token ids
     # train one on the corpus, or the path of a SentencePiece .model, a tokenizer.json or a Hugging Face directory
     c.tokenizer.source = "train"
+    # what is trained: bpe, also saved as SentencePiece .model; unigram, in Hugging Face form alone
+    c.tokenizer.model = "bpe"
     # pieces; larger packs more bytes into a token and costs V x D weights twice
     c.tokenizer.vocab_size = 32_000
     # MB of corpus text the training reads, spread evenly over the documents
@@ -46,12 +48,14 @@ def get_config():
     c.mixture.packed = ()
     # ((from step, {source: share of tokens}), ...); empty means all rows in proportion
     c.mixture.phases = ()
-    # refuse a run that reads a source more often than this; 0 allows any
-    c.mixture.max_epochs = 0.0
+    # ((source or all, epochs), ...): refuse a run that reads a source more often than this
+    c.mixture.max_epochs = ()
     # a token sees only its own document; off lets it see the whole row, as the course does
     c.mixture.document_mask = True
     # of the order of rows; another seed is another order of the same rows
     c.mixture.seed = 0
+    # fingerprint of other rows than a run has read, which it may go on with all the same; it says what that breaks
+    c.mixture.accept = ""
 
     # model: the shape, when a model is born at random; a start from weights brings its own
     # blocks

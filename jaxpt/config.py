@@ -36,7 +36,7 @@ class Prepare:
     heldout_frac: float = knob(0.02, "share of documents kept out of training, chosen by hash of the text, per source")
     limit_mb: float = knob(0.0, "MB of text taken from each source at most, after a hash shuffle; 0 takes all. For samples")
     shard_mb: int = knob(128, "MB of text in a parquet shard, about; smaller shards spread over more cores")
-    engine: str = knob("local", "where Daft runs: local, ray, or ray://HOST:PORT of a running cluster")
+    engine: str = knob("local", "where Daft runs, for pack too: local, ray, or ray://HOST:PORT of a running cluster")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Tokenizer:
     """text -> token ids"""
 
     source: str = knob("train", "train one on the corpus, or the path of a SentencePiece .model, a tokenizer.json or a Hugging Face directory")
+    model: str = knob("bpe", "what is trained: bpe, also saved as SentencePiece .model; unigram, in Hugging Face form alone", "bpe", "unigram")
     vocab_size: int = knob(32_000, "pieces; larger packs more bytes into a token and costs V x D weights twice")
     sample_mb: int = knob(64, "MB of corpus text the training reads, spread evenly over the documents")
 
@@ -62,9 +63,10 @@ class Mixture:
 
     packed: tuple[str, ...] = knob((), "directories that pack.py wrote; empty means WORKDIR/packed")
     phases: tuple[tuple[int, dict], ...] = knob((), "((from step, {source: share of tokens}), ...); empty means all rows in proportion")
-    max_epochs: float = knob(0.0, "refuse a run that reads a source more often than this; 0 allows any")
+    max_epochs: tuple[tuple[str, float], ...] = knob((), "((source or all, epochs), ...): refuse a run that reads a source more often than this")
     document_mask: bool = knob(True, "a token sees only its own document; off lets it see the whole row, as the course does")
     seed: int = knob(0, "of the order of rows; another seed is another order of the same rows")
+    accept: str = knob("", "fingerprint of other rows than a run has read, which it may go on with all the same; it says what that breaks")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +200,18 @@ def defaults():
     import ml_collections
 
     return ml_collections.ConfigDict(dataclasses.asdict(Config()), convert_dict=True)
+
+
+def ramp(start: int, stop: int, before: dict[str, float], after: dict[str, float], n: int = 16) -> tuple[tuple[int, dict[str, float]], ...]:
+    """Phases from `before`, at step `start`, to `after`, at step `stop`, in n equal steps of constant shares:
+    `c.mixture.phases = ((0, {"prose": 1}), *ramp(8_000, 10_000, {"prose": 1}, {"prose": 0.5, "code": 0.5}))`."""
+    n = max(1, min(n, stop - start))
+
+    def shares(i: int) -> dict[str, float]:
+        parts = ((1 - i / n, before), (i / n, after))
+        return {name: sum(part * of.get(name, 0) / sum(of.values()) for part, of in parts) for name in {**before, **after}}
+
+    return tuple((start + (stop - start) * i // n, shares(i)) for i in range(n + 1))
 
 
 def load(path: str, overrides: list[str] = ()) -> Config:

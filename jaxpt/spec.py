@@ -150,8 +150,14 @@ class Manifest:
         """The manifest of a finished stage. Raises UserError where there is none or it cannot be read."""
         path = pathlib.Path(directory) / "manifest.json"
         try:
-            return cls(**json.loads(path.read_text()))
+            return cls.parse(path.read_bytes(), path)
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{directory}: no manifest.json there, so no stage has finished in it. Run the stage that writes it first.") from None
+
+    @classmethod
+    def parse(cls, text: bytes, path: pathlib.Path | str) -> Manifest:
+        """The manifest that a file's bytes say. Raises UserError where they do not."""
+        try:
+            return cls(**json.loads(text))
         except (TypeError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read as a manifest ({error}). Delete {directory} and run its stage again.") from None
+            raise UserError(f"{path}: cannot be read as a manifest ({error}). Delete its directory and run its stage again.") from None

@@ -3,6 +3,7 @@
 
   python scripts/pack.py --config configs/quickstart.py --workdir runs/first
   python scripts/pack.py --config configs/quickstart.py --workdir runs/first --config.pack.row_len=4096
+  python scripts/pack.py --config configs/quickstart.py --workdir /shared/first --config.prepare.engine=ray
 """
 
 import pathlib

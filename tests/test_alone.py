@@ -85,7 +85,7 @@ def test_two_processes_train_as_one_and_leave_together(home):
 
 
 def test_out_of_memory_comes_before_any_row_is_read_with_what_would_help(home):
-    job = faults.Job(home, "large", STEPS, "--config.train.batch_rows=1000000", "--config.mixture.max_epochs=0")
+    job = faults.Job(home, "large", STEPS, "--config.train.batch_rows=1000000")
     assert job.wait() == [1]
     told = job.said.read_text()
     assert "out of memory: a step of 1000000 rows x 64 tokens" in told and "train.accumulate=2" in told and "Traceback" not in told
@@ -132,7 +132,7 @@ def test_what_a_child_forgets_stops_it_or_is_read_more_often(home):
 
     child += [limit, "--config.train.on_forgetting=replay"]
     faults.Job(home, "child", 30, *child).ends()
-    phases = json.loads((home / "child/phases.json").read_text())
+    phases = [[each["step"], each["shares"]] for each in json.loads((home / "child/phases.json").read_text())]
     assert phases[0] == [0, {code: 1.0}] and phases[1] == [10, {prose: 0.05, code: 0.95}] and phases[2][1][prose] in (0.05, 0.1)
     again = faults.copied(home, "child_cut", "child")
     (again / "checkpoints/30/manifest.json").unlink()

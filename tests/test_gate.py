@@ -47,8 +47,11 @@ def pack_rows(directory, sources: dict[str, list[np.ndarray]], row_len=ROW_LEN, 
         for name, ids in sources.items():
             rows = pack.best_fit([pack.Piece(each, f"{name}-{i}") for i, each in enumerate(ids)], row_len)
             n_bytes = 3 * sum(len(each) - 2 for each in ids)
-            counts[split][name] = {"documents": len(ids), "bytes": n_bytes, **pack.write(rows, directory / split / name, row_len, n_pieces)}
-    outputs = {str(file.relative_to(directory)): stage.sha256(file) for file in directory.rglob("*.arrow")}
+            out = directory / split / name
+            shard = pack.write(rows, out / "data-00000.arrow", row_len, n_pieces)
+            text = {"documents": len(ids), "bytes": n_bytes}
+            counts[split][name] = pack.gather([text], [shard], out, row_len=row_len, method="best_fit", n_pieces=n_pieces)
+    outputs = {str(file.relative_to(directory)): stage.sha256(file) for file in directory.rglob("*.*")}
     stage.write_manifest(stage.make_manifest("pack", {}, {}, outputs=outputs, counts=counts, tokenizer=tokenizer, seed=None, seconds=0), directory)
     return directory
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import socket
@@ -16,8 +17,9 @@ from test_pack import ROW_LEN, packing, prepared, split_documents
 from test_tokenizer import asking, write_corpus
 
 from jaxpt import config, sharding, stage
-from jaxpt.data import loader, pack, tokenizer
+from jaxpt.data import loader, pack, prepare, storage, tokenizer
 from jaxpt.data.mixture import Mixture
+from jaxpt.model import llama
 from jaxpt.spec import UserError
 
 BATCH_ROWS = 16
@@ -80,12 +82,11 @@ def test_rows_on_disk_are_the_rows_that_datasets_reads(workdir, rows):
 
 def test_rows_are_found_across_record_batches_and_shards(workdir, tmp_path, monkeypatch):
     monkeypatch.setattr(pack, "BATCH_TOKENS", 7 * ROW_LEN)
-    monkeypatch.setattr(pack, "SHARD_BYTES", 4 * 30 * ROW_LEN)
     for part in ("corpus", "tokenizer"):
         shutil.copytree(workdir / part, tmp_path / part)
     pack.run(packing(), tmp_path)
     one, many = loader.open_rows([workdir / "packed"]), loader.open_rows([tmp_path / "packed"])
-    assert len(many.sources["english"].starts) > 20
+    assert len(many.sources["english"].index) > 20
     for i in range(one.n_rows["english"]):
         for a, b in zip(one.row("english", i), many.row("english", i), strict=True):
             np.testing.assert_array_equal(a, b)
@@ -130,6 +131,28 @@ def test_a_batch_is_what_spec_says(document_mask):
                 assert got == wanted
 
 
+def test_from_disk_to_logits_a_document_reads_as_if_it_stood_alone(workdir, rows, spec, one):
+    """Whatever its neighbours are and wherever in the row it begins; with document_mask off it does see them."""
+    spec = spec.replace(vocab_size=704, max_positions=ROW_LEN)
+    params = llama.init(spec, 0, one)
+
+    @jax.jit
+    def logits(batch):
+        model = llama.bind(spec, params)
+        return model(batch.tokens, batch.segments, batch.positions) @ model.head()
+
+    name, i = next((n, i) for n in rows.names for i in range(rows.n_rows[n]) if len(rows.row(n, i).doc_lens) > 2)
+    row = rows.row(name, i)
+    ends = np.cumsum([0, *row.doc_lens])
+    together, seen = (np.asarray(logits(loader.make_batch([row], mask)))[0] for mask in (True, False))
+    for k, length in enumerate(row.doc_lens):
+        piece = np.zeros_like(row.tokens)
+        piece[:length] = row.tokens[ends[k] : ends[k + 1]]
+        alone = loader.make_batch([loader.Row(piece, row.doc_lens[k : k + 1], row.loss_from[k : k + 1])], True)
+        np.testing.assert_allclose(together[ends[k] : ends[k + 1]], np.asarray(logits(alone))[0, :length], atol=2e-5)
+        assert k == 0 or np.abs(seen[ends[k] : ends[k + 1]] - together[ends[k] : ends[k + 1]]).max() > 1e-2
+
+
 @pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "-".join(f"{k}{v}" for k, v in sizes.items()))
 def test_any_mesh_gets_the_batch_of_one_device(sizes, rows, mixture):
     alone = batches(4, rows, mixture, mesh_of({"fsdp": 1}), BATCH_ROWS, 0, True)
@@ -145,10 +168,12 @@ def test_a_stream_resumed_at_any_row_is_the_uncut_stream(rows, mixture):
     """Also with another batch size from then on: no row is repeated or skipped."""
     one = mesh_of({"fsdp": 1})
     tokens = np.concatenate([batch.tokens for batch in batches(6, rows, mixture, one, BATCH_ROWS, 0, True)])
-    for first_row, batch_rows in ((48, 16), (7, 16), (32, 4), (95, 1)):
+    random = np.random.default_rng().integers((0, 1), (95, 17), (4, 2)).tolist()  # other rows every time
+    for first_row, batch_rows in ((48, 16), (7, 16), (32, 4), (95, 1), *random):
         resumed = batches(1, rows, mixture, one, batch_rows, first_row, True)[0]
-        np.testing.assert_array_equal(resumed.tokens, tokens[first_row : first_row + batch_rows][: len(resumed.tokens)])
-        assert len(resumed.tokens) == batch_rows
+        wanted = tokens[first_row : first_row + batch_rows]
+        np.testing.assert_array_equal(resumed.tokens[: len(wanted)], wanted)
+        assert len(resumed.tokens) == batch_rows, (first_row, batch_rows)
     far = batches(1, rows, mixture, one, BATCH_ROWS, 10**12, True)[0]
     np.testing.assert_array_equal(far.tokens[0], rows.row(*mixture.row_at(10**12)).tokens)
 
@@ -256,9 +281,9 @@ def test_several_packed_directories_make_one_set_of_rows(workdir, rows, tmp_path
     assert set(both.unigram_nats) == set(both.names)
 
 
-def damaged(workdir, directory, change):
+def damaged(workdir, directory, change, name="data-00000.arrow"):
     shutil.copytree(workdir / "packed", directory / "packed")
-    file = directory / "packed" / "train" / "english" / "data-00000.arrow"
+    file = directory / "packed" / "train" / "english" / name
     content = file.read_bytes()
     file.unlink()
     if change != "missing":
@@ -273,20 +298,185 @@ def damaged(workdir, directory, change):
         (lambda w, d: [], "no packed directory"),
         (lambda w, d: [d / "nowhere"], "no manifest.json"),
         (lambda w, d: [w / "packed", w / "tokenizer"], "was made by tokenizer, wanted packed rows"),
-        (lambda w, d: ["s3://bucket/packed"], "Mount it"),
         (lambda w, d: [w / "packed", w / "packed"], "source code was opened from another directory"),
         (lambda w, d: [w / "packed", other_packed(w, d, row_len=64)], "its rows have 64 tokens"),
         (lambda w, d: [w / "packed", other_packed(w, d, vocab_size=650)], "Pack both with one tokenizer"),
         (lambda w, d: damaged(w, d, "missing"), "data-00000.arrow: missing"),
         (lambda w, d: damaged(w, d, "truncated"), "data-00000.arrow: .* bytes, wanted"),
-        (lambda w, d: damaged(w, d, "one bit"), "data-00000.arrow: its checksum"),
+        (lambda w, d: damaged(w, d, "one bit"), "data-00000.arrow: the checksum of bytes"),
+        (lambda w, d: damaged(w, d, "one bit", pack.INDEX), "batches.npy: its checksum"),
+        (lambda w, d: damaged(w, d, "missing", pack.INDEX), "batches.npy: missing"),
     ],
-    ids=["none", "missing", "not packed", "object store", "twice", "row length", "tokenizer", "shard gone", "shard cut", "shard damaged"],
+    ids=["none", "missing", "not packed", "twice", "row length", "tokenizer", "shard gone", "shard cut", "shard damaged", "index damaged", "index gone"],
 )  # fmt: skip
 def test_rows_that_cannot_be_trusted_are_refused_in_one_sentence(paths, says, workdir, tmp_path):
     with pytest.raises(UserError, match=says) as error:
         loader.open_rows(paths(workdir, tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_of_a_set_too_large_to_check_at_once_no_damaged_row_is_trained_on_and_the_damage_is_found_meanwhile(workdir, tmp_path, monkeypatch):
+    monkeypatch.setattr(pack, "BATCH_TOKENS", 40 * ROW_LEN)
+    monkeypatch.setattr(loader, "VERIFY_BYTES", 0)
+    monkeypatch.setattr(loader, "OPEN_BATCHES", 3)
+    for part in ("corpus", "tokenizer"):
+        shutil.copytree(workdir / part, tmp_path / part)
+    pack.run(packing(), tmp_path)
+    rows = loader.open_rows(damaged(tmp_path, tmp_path / "other", "one bit"))
+    source = rows.sources["english"]
+    n_bytes = (tmp_path / "packed/train/english/data-00000.arrow").stat().st_size
+    bad = next(k for k in range(len(source.index)) if source.range(k).start + source.range(k).n_bytes > n_bytes // 2)
+    sound = loader.open_rows([tmp_path / "packed"])
+    for k in range(len(source.index)):
+        i = int(source.starts[k])
+        if k == bad:
+            with pytest.raises(UserError, match=r"train/english/data-00000\.arrow: the checksum of bytes"):
+                rows.row("english", i)
+        else:
+            np.testing.assert_array_equal(rows.row("english", i).tokens, sound.row("english", i).tokens)
+            assert rows.doc_ids("english", i) == sound.doc_ids("english", i)
+    assert len(rows.open) == 3 and source.checked.sum() == len(source.checked) - 1
+
+    rows = loader.open_rows([tmp_path / "other" / "packed"])
+    mix = Mixture(config.Mixture(phases=((0, {"code": 1.0}),)), rows.n_rows, BATCH_ROWS)  # reads nothing of the damaged source
+    stream = loader.stream(rows, mix, mesh_of({"fsdp": 1}), BATCH_ROWS, 0, True)
+    with pytest.raises(UserError, match=r"train/english/data-00000\.arrow: the checksum of bytes"):
+        for _ in range(1000):
+            next(stream)
+            rows.sweeper.join()
+
+
+@pytest.fixture
+def bucket(workdir, tmp_path, monkeypatch):
+    """The packed rows and their tokenizer in an S3 server on loopback; yields (address, client)."""
+    server = pytest.importorskip("moto.server", reason="needs moto[server], an S3 server").ThreadedMotoServer(
+        ip_address="127.0.0.1", port=0, verbose=False
+    )
+    import boto3
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server.start()
+    endpoint = "http://{}:{}".format(*server.get_host_and_port())
+    for name, value in {
+        "AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "none", "AWS_DEFAULT_REGION": "us-east-1",
+        "XDG_CACHE_HOME": str(tmp_path / "cache"), "no_proxy": "127.0.0.1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(pack, "BATCH_TOKENS", 40 * ROW_LEN)
+    for part in ("corpus", "tokenizer"):
+        shutil.copytree(workdir / part, tmp_path / part)
+    pack.run(packing(), tmp_path)
+    client = boto3.client("s3", endpoint_url=endpoint)
+    client.create_bucket(Bucket="rows")
+    for file in [*(tmp_path / "packed").rglob("*"), *(tmp_path / "tokenizer").rglob("*")]:
+        if file.is_file():
+            client.put_object(Bucket="rows", Key=f"run/{file.relative_to(tmp_path)}", Body=file.read_bytes())
+    yield "s3://rows/run/packed", client
+    server.stop()
+
+
+def test_rows_in_an_object_store_are_those_on_disk_and_each_range_is_fetched_once(bucket, tmp_path):
+    address, _ = bucket
+    here, there = loader.open_rows([tmp_path / "packed"]), loader.open_rows([address])
+    assert here.fingerprint == there.fingerprint and here.n_rows == there.n_rows
+    place = there.sources["english"].place
+    fetched, opened = [], place.opened
+
+    class Counted:
+        def __init__(self, file):
+            self.file = file
+
+        def read_at(self, n_bytes, start):
+            fetched.append(n_bytes)
+            return self.file.read_at(n_bytes, start)
+
+    for source in there.sources.values():
+        source.place.opened = lambda name: Counted(opened(name))
+    there.row("english", 0)
+    assert fetched == [there.sources["english"].range(0).n_bytes], "a record batch, no more"
+    mix = Mixture(config.Mixture(), here.n_rows, BATCH_ROWS)
+    one = mesh_of({"fsdp": 2, "context": 2})
+    n = sum(here.n_rows.values()) // BATCH_ROWS
+    for left, right in zip(batches(n, here, mix, one, BATCH_ROWS, 0, True), batches(n, there, mix, one, BATCH_ROWS, 0, True), strict=True):
+        assert_equal(left, right)
+    assert [here.doc_ids("code", i) for i in range(9)] == [there.doc_ids("code", i) for i in range(9)]
+    every = sum(len(source.index) for source in there.sources.values())
+    assert len(fetched) == every, "read ahead, by threads, and kept"
+    again = loader.open_rows([address])
+    again.sources["code"].place.opened = again.sources["english"].place.opened = None  # another start finds them on its disk
+    assert_equal(batches(1, again, mix, one, BATCH_ROWS, 0, True)[0], batches(1, here, mix, one, BATCH_ROWS, 0, True)[0])
+    assert place.copy_beside("tokenizer", tmp_path / "copy") and tokenizer.load(tmp_path / "copy").fingerprint == here.tokenizer
+    assert not place.copy_beside("nothing", tmp_path / "copy2")
+
+
+def test_the_cache_of_an_object_store_keeps_its_bounds_and_trusts_no_damaged_file(bucket, tmp_path, monkeypatch):
+    address, _ = bucket
+    here = loader.open_rows([tmp_path / "packed"])
+    limit = 3.5 * here.sources["english"].range(0).n_bytes
+    monkeypatch.setattr(storage, "CACHE_BYTES", limit)
+    monkeypatch.setattr(loader, "OPEN_BATCHES", 1)
+    (directory,) = [storage.cache_directory() / here.sources["code"].fingerprint]
+    for _ in range(2):
+        there = loader.open_rows([address])
+        for i in range(0, here.n_rows["english"], 7):
+            np.testing.assert_array_equal(there.row("english", i).tokens, here.row("english", i).tokens)
+            assert sum(file.stat().st_size for file in directory.iterdir()) <= limit
+        kept = list(directory.iterdir())
+        assert 2 <= len(kept) <= 4
+        for file in kept:
+            file.write_bytes(file.read_bytes()[:-9] + b"\1" * 9)
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [("cut", "bytes, wanted"), ("gone", "data-00000.arrow: missing"), ("flipped", "the checksum of bytes"), ("no bucket", "cannot be opened")],
+)
+def test_a_broken_object_is_named(bucket, harm, says):
+    address, client = bucket
+    key = "run/packed/train/english/data-00000.arrow"
+    whole = client.get_object(Bucket="rows", Key=key)["Body"].read()
+    if harm == "gone":
+        client.delete_object(Bucket="rows", Key=key)
+    else:
+        client.put_object(Bucket="rows", Key=key, Body=whole[:-100] if harm == "cut" else whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:])
+    with pytest.raises(UserError, match=says) as error:
+        loader.open_rows(["s3://nowhere/packed" if harm == "no bucket" else address]).row("english", 0)
+    assert "\n" not in str(error.value)
+
+
+def test_several_hosts_look_for_damage_in_parts_that_make_the_whole(workdir):
+    rows = loader.open_rows([workdir / "packed"])
+    for source in rows.sources.values():
+        source.checked[:] = False
+        for part in range(3):
+            source.sweep(part, 3)
+        assert source.checked.all()
+
+
+def test_a_prompt_has_no_weight_from_file_to_batch(workdir, tmp_path):
+    """jsonl with two fields -> corpus -> rows -> batch: what is trained is each completion and its end, and nothing else of a document."""
+    records = [{"question": f"What is {i} + {i}?\n", "answer": f"It is {2 * i}, I say 日本."} for i in range(90)]
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    asked = config.Prepare(sources=(f"tasks=jsonl:{tmp_path}/tasks.jsonl#question+answer",), heldout_frac=0.0)
+    prepare.run(dataclasses.replace(config.Config(), prepare=asked), tmp_path)
+    shutil.copytree(workdir / "tokenizer", tmp_path / "tokenizer")
+    counts = pack.run(packing(), tmp_path).counts["train"]["tasks"]
+    rows, words = loader.open_rows([tmp_path / "packed"]), tokenizer.load(tmp_path / "tokenizer")
+    trained, by_document = 0, {}
+    for i in range(rows.n_rows["tasks"]):
+        row = rows.row("tasks", i)
+        batch = loader.make_batch([row], True)
+        trained += int(batch.weights.sum())
+        for k, document in enumerate(rows.doc_ids("tasks", i)):
+            here = batch.segments[0] == k + 1
+            by_document.setdefault(document, []).append((batch.tokens[0][here], batch.targets[0][here & (batch.weights[0] > 0)]))
+    for n, record in enumerate(records, 1):
+        (tokens, targets), *more = by_document[f"tasks/tasks.jsonl:{n}"]
+        assert not more, "it fits into a row"
+        assert words.decode(tokens.tolist()) == record["question"] + record["answer"]
+        assert targets[-1] == words.eos_id
+        assert words.decode(targets.tolist()).strip() == record["answer"]
+    assert trained == counts["trained_tokens"] < counts["tokens"] / 1.5
 
 
 def test_a_batch_that_the_mesh_cannot_cut_is_refused(rows, mixture):
@@ -301,7 +491,10 @@ def a_run(workdir, tmp_path, **changes):
         config.Config(), mixture=config.Mixture(packed=(str(workdir / "packed"),), phases=((0, {"english": 0.7, "code": 0.3}), (2, {"code": 1.0}))),
         train=config.Train(batch_rows=BATCH_ROWS, steps=9),
     )  # fmt: skip
+    rows = loader.open_rows([workdir / "packed"])
+    stretches = Mixture(settings.mixture, rows.n_rows, BATCH_ROWS, packed=rows.fingerprint).stretches
     (tmp_path / "config.json").write_text(json.dumps({**stage.plain(settings), **changes}))
+    (tmp_path / "phases.json").write_text(json.dumps([stretch._asdict() for stretch in stretches]))
     shutil.copytree(workdir / "tokenizer", tmp_path / "tokenizer")
     return tmp_path
 
@@ -335,3 +528,7 @@ def test_trace_says_what_it_cannot_read(workdir, rows, tmp_path):
             next(loader.trace(run, step, rows.tokenizer))
     with pytest.raises(UserError, match="packed with"):
         next(loader.trace(run, 1, "another"))
+    stretches = json.loads((run / "phases.json").read_text())
+    (run / "phases.json").write_text(json.dumps([{**each, "packed": "others"} for each in stretches]))
+    with pytest.raises(UserError, match="step 1 read other rows"):
+        next(loader.trace(run, 1, rows.tokenizer))

@@ -1,6 +1,7 @@
 """Laws of the mixture: a pure function of the index, exact shares, every row once an epoch, nothing lost over phases."""
 
 import collections
+import json
 import sys
 
 import numpy as np
@@ -19,7 +20,7 @@ def mixing(*phases, n_rows=N_ROWS, batch_rows=7, seed=0) -> Mixture:
     return Mixture(config.Mixture(phases=phases, seed=seed), n_rows, batch_rows)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @example(shares=[3, 1, 5, 1, 1, 5, 5, 5])  # always serving the source that is furthest behind breaks the law here
 @given(shares=strategies.lists(strategies.floats(0.01, 1.0), min_size=1, max_size=9))
 def test_after_any_number_of_rows_every_source_has_its_share_to_within_one_row(shares):
@@ -117,11 +118,14 @@ def test_a_shuffle_has_no_order_left():
 
 def test_what_runs_out_is_said_before_the_run():
     mix = mixing((0, {"code": 0.5, "prose": 0.5}))
-    mix.check(n_rows=202, max_epochs=1)
-    mix.check(n_rows=10**9, max_epochs=0)
-    with pytest.raises(UserError, match=r"code is read 1\.73 times by step 50 \(it lasts until 28\)") as error:
-        mix.check(n_rows=350, max_epochs=1)
+    mix.check(n_rows=202, max_epochs=(("all", 1),))
+    mix.check(n_rows=10**9, max_epochs=())
+    mix.check(n_rows=350, max_epochs=(("all", 1), ("code", 1.8)))
+    with pytest.raises(UserError, match=r"code is read 1\.73 times by step 50 \(it lasts until 28\), 1 allowed") as error:
+        mix.check(n_rows=350, max_epochs=(("all", 1),))
     assert "prose" not in str(error.value)
+    with pytest.raises(UserError, match="no packed source is called 'cod'"):
+        mix.check(n_rows=350, max_epochs=(("cod", 1),))
 
 
 @pytest.mark.parametrize(
@@ -148,3 +152,56 @@ def test_phases_that_cannot_be_run_are_refused_in_one_sentence(phases, says):
 def test_a_source_that_is_not_asked_for_is_not_read():
     mix = mixing((0, {"code": 1.0, "wiki": 0.0}))
     assert {mix.row_at(i)[0] for i in range(50)} == {"code"}
+
+
+SHARES = strategies.fixed_dictionaries({name: strategies.integers(1, 9) for name in N_ROWS})  # small tables, quickly made
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    first=SHARES,
+    changes=strategies.lists(strategies.tuples(strategies.integers(0, 40), strategies.integers(1, 13), SHARES), max_size=4),
+)
+def test_other_shares_or_another_batch_in_mid_run_repeat_no_row_and_skip_none(first, changes):
+    """A run goes on several times, each time with other settings, of which the account alone knows the former; what it has read of a source
+    is the beginning of that source's order, whatever was changed."""
+    batch_rows, n_done, n_read, shares = 7, 0, 0, first
+    mix, seen = mixing((0, first)), []
+    for n_steps, *then in [*changes, (9, 5, first)]:
+        seen += [mix.row_at(i) for i in range(n_read, n_read + n_steps * batch_rows)]
+        n_done, n_read = n_done + n_steps, n_read + n_steps * batch_rows
+        batch_rows, shares = then
+        account = [mixture.Stretch(*each) for each in json.loads(json.dumps(mix.account(n_read)))]
+        before = [mix.uses(n) for n in range(0, n_read + 1, 5)]
+        mix = Mixture(config.Mixture(phases=((0, shares),)), N_ROWS, batch_rows, account, n_done, n_read)
+        assert [mix.uses(n) for n in range(0, n_read + 1, 5)] == before
+        assert [mix.row_at(i) for i in range(n_read)] == seen
+        assert mix.stretches[-1].shares == shares and mix.stretches[-1].batch_rows == batch_rows
+    for name in N_ROWS:
+        alone = mixing((0, {name: 1.0}))
+        taken = [row for source, row in seen if source == name]
+        assert taken == [alone.row_at(i)[1] for i in range(len(taken))]
+
+
+def test_an_asked_phase_begins_at_its_step_whatever_the_batch_was_before():
+    asked = config.Mixture(phases=((0, {"code": 1.0}), (10, {"prose": 1.0}), (20, {"wiki": 1.0})))
+    mix = Mixture(asked, N_ROWS, 7)
+    assert [(each.step, each.row) for each in mix.stretches] == [(0, 0), (10, 70), (20, 140)]
+    wider = Mixture(asked, N_ROWS, 100, mix.account(12 * 7), 12, 12 * 7)
+    assert [(each.step, each.row, each.batch_rows) for each in wider.stretches] == [(0, 0, 7), (10, 70, 7), (12, 84, 100), (20, 884, 100)]
+    assert [wider.row_at(i) for i in range(140)] == [mix.row_at(i) for i in range(140)], "only the batch is another: the same rows follow"
+    assert {wider.row_at(i)[0] for i in range(884, 900)} == {"wiki"}
+    again = mixture.recorded(wider.stretches, N_ROWS, 0)
+    assert again.stretches == wider.stretches and again.row_at(890) == wider.row_at(890)
+    assert wider.stretch_at(883).step_at(883) == 19
+
+
+def test_a_ramp_is_steps_of_constant_shares():
+    phases = config.ramp(100, 180, {"prose": 3}, {"prose": 1, "code": 1}, n=4)
+    assert [step for step, _ in phases] == [100, 120, 140, 160, 180]
+    assert [shares["code"] for _, shares in phases] == pytest.approx([0, 0.125, 0.25, 0.375, 0.5])
+    assert all(sum(shares.values()) == pytest.approx(1) for _, shares in phases)
+    mix = mixing((0, {"prose": 1.0}), *phases)
+    taken = [sum(mix.row_at(i)[0] == "code" for i in range(7 * a, 7 * (a + 20))) / 140 for a in (80, 100, 120, 140, 160, 180)]
+    assert taken == pytest.approx([0, 0, 0.125, 0.25, 0.375, 0.5], abs=1 / 140)
+    assert len(config.ramp(5, 8, {"a": 1}, {"b": 1})) == 4, "no two phases at one step"

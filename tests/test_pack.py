@@ -3,14 +3,24 @@
 import collections
 import dataclasses
 import itertools
+import json
 import math
+import os
 import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings, strategies
 from test_tokenizer import asking, english_and_code, write_corpus
 
+from jaxpt import stage
 from jaxpt.config import Config, Pack
 from jaxpt.data import pack, tokenizer
 from jaxpt.spec import Manifest, UserError
@@ -66,7 +76,8 @@ def test_best_fit_neither_loses_nor_doubles_a_token_and_cuts_only_what_is_too_lo
     documents = [pack.Piece(np.array([next(numbers) for _ in range(n)], np.int32), f"d{i}") for i, n in enumerate(lengths)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pack, "WINDOW_PIECES", window)
-        rows = list(pack.best_fit(iter(documents), row_len))
+        stretches = pack.windows(np.array(lengths, int), row_len)
+    rows = [row for first, last in stretches for row in pack.best_fit(documents[first:last], row_len)]
     assert documents_of(rows) == {d.document: d.ids.tolist() for d in documents}
     assert all(0 < sum(len(piece.ids) for piece in row) <= row_len for row in rows)
     sizes = collections.defaultdict(list)
@@ -86,8 +97,8 @@ def test_best_fit_leaves_no_two_rows_that_would_fit_in_one(lengths, row_len):
 
 
 @settings(deadline=None)
-@given(lengths=LENGTHS, row_len=strategies.integers(8, 31))
-def test_course_is_one_stream_of_tokens_cut_into_rows(lengths, row_len):
+@given(lengths=LENGTHS, row_len=strategies.integers(8, 31), first_row=strategies.integers(0, 9))
+def test_course_is_one_stream_of_tokens_cut_into_rows(lengths, row_len, first_row):
     stream = list(range(sum(lengths)))
     ends = np.cumsum([0, *lengths])
     documents = [pack.Piece(np.array(stream[a:b], np.int32), f"d{i}") for i, (a, b) in enumerate(itertools.pairwise(ends))]
@@ -95,7 +106,30 @@ def test_course_is_one_stream_of_tokens_cut_into_rows(lengths, row_len):
     expected = [stream[start : start + row_len] for start in range(0, len(stream) - row_len + 1, row_len)]
     assert [[token for piece in row for token in piece.ids.tolist()] for row in rows] == expected
     for piece in (piece for row in rows for piece in row):
-        assert set(piece.ids.tolist()) <= set(documents[int(piece.document[1:])].ids.tolist())
+        document = documents[int(piece.document[1:])].ids.tolist()
+        assert set(piece.ids.tolist()) <= set(document)
+        assert piece.part == piece.ids[0] // row_len - document[0] // row_len
+    if first_row < len(rows):  # a stretch of the stream, begun at the document that its first row begins in
+        begins = next(i for i, document in enumerate(documents) if document.ids[-1] >= first_row * row_len)
+        later = list(pack.course(documents[begins:], row_len, int(ends[begins]), first_row))
+        told = [[[(piece.ids.tolist(), piece.document, piece.part) for piece in row] for row in each] for each in (later, rows[first_row:])]
+        assert told[0] == told[1]
+
+
+@settings(deadline=None)
+@given(
+    documents=strategies.lists(strategies.tuples(strategies.integers(1, 70), strategies.integers(0, 70)), min_size=1, max_size=40),
+    row_len=strategies.integers(8, 31), method=strategies.sampled_from([pack.best_fit, pack.course]),
+)  # fmt: skip
+def test_every_token_is_a_prompts_or_not_wherever_its_document_was_cut(documents, row_len, method):
+    documents = [(n, min(prompt, n)) for n, prompt in documents]
+    numbers = iter(range(sum(n for n, _ in documents)))
+    pieces = [pack.Piece(np.array([next(numbers) for _ in range(n)], np.int32), f"d{i}", 0, prompt) for i, (n, prompt) in enumerate(documents)]
+    trained = {token for piece in pieces for token in piece.ids[piece.loss_from :].tolist()}
+    rows = [piece for row in method(pieces, row_len) for piece in row]
+    seen = {token for piece in rows for token in piece.ids.tolist()}
+    assert {token for piece in rows for token in piece.ids[piece.loss_from :].tolist()} == trained & seen
+    assert all(0 <= piece.loss_from <= len(piece.ids) for piece in rows)
 
 
 @pytest.mark.parametrize("method", ["best_fit", "course"])
@@ -136,6 +170,12 @@ def test_datasets_opens_the_rows_and_they_hold_the_corpus(method, workdir):
         assert counts["padding_frac"] == pytest.approx(1 - n_tokens / (len(rows) * ROW_LEN))
         assert (counts["rows"], counts["tokens"], counts["documents"]) == (len(rows), n_tokens, len(texts[name]))
         assert counts["bytes"] == sum(len(text.encode()) for text in texts[name])
+        lesson = workdir / "packed" / "train" / name / "packaged_pretrain_dataset.parquet"
+        if method == "course":
+            theirs = datasets.load_dataset("parquet", data_files=str(lesson), cache_dir=str(workdir / "cache"))["train"]
+            assert theirs.features == datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
+            assert theirs["input_ids"][:] == rows["input_ids"][:]
+        assert lesson.exists() == (method == "course")
         if method == "best_fit":
             assert counts["cut_documents"] == sum(len(ids) > ROW_LEN for ids in whole)
     assert set(manifest.counts["heldout"]) == {"english"}
@@ -152,15 +192,71 @@ def test_rows_depend_on_corpus_and_tokenizer_alone(workdir, monkeypatch):
     assert pack.run(packing(), workdir).outputs == once.outputs
 
 
+RUN = """
+import dataclasses, sys
+sys.path.insert(0, sys.argv.pop(1))  # as the doors do it
+from jaxpt.config import Config, Pack, Prepare
+from jaxpt.data import engine, pack
+if __name__ == "__main__":
+    where, row_len, workdir = sys.argv[1:]
+    pack.HERE_BYTES, pack.JOB_BYTES = 0, 1
+    each, used = engine.each, []
+    engine.each = lambda *arguments: used.append(len(arguments[2])) or each(*arguments)
+    pack.run(dataclasses.replace(Config(), pack=Pack(row_len=int(row_len)), prepare=Prepare(engine=where)), workdir)
+    print("JOBS", used)
+"""
+
+
+def packing_process(where: str, workdir: pathlib.Path) -> subprocess.Popen:
+    """pack.py's work in processes, each job by itself; in a process of its own, since one process runs one engine."""
+    (workdir / "run.py").write_text(RUN)
+    command = [sys.executable, workdir / "run.py", ROOT, where, str(ROW_LEN), workdir]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["local", "ray"])
+def test_rows_are_the_same_from_several_processes_and_on_ray(where, workdir, tmp_path):
+    if where == "ray":
+        pytest.importorskip("ray")
+    once = pack.run(packing(), workdir)
+    for part in ("corpus", "tokenizer"):
+        shutil.copytree(workdir / part, tmp_path / "other" / part)
+    told = packing_process(where, tmp_path / "other").communicate()[0]
+    assert "JOBS [3, 3]" in told, told
+    assert Manifest.load(tmp_path / "other/packed").outputs == once.outputs
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_with_its_processes_it_goes_on_to_the_same_rows(workdir, tmp_path):
+    once = pack.run(packing(), workdir)
+    for part in ("corpus", "tokenizer"):
+        shutil.copytree(workdir / part, tmp_path / "other" / part)
+    moments = iter(["tokens-000000.arrow.json", "data-00000.arrow", "data-00000.arrow.json"])
+    while True:
+        process, moment = packing_process("local", tmp_path / "other"), next(moments, None)
+        while moment and process.poll() is None and not list((tmp_path / "other").rglob(moment)):
+            time.sleep(0.002)
+        if moment is None:
+            told = process.communicate()[0]
+            break
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    jobs_left = told.partition("JOBS ")[2].strip()
+    assert jobs_left != "[3, 3]", "what was finished is not done again"
+    assert Manifest.load(tmp_path / "other/packed").outputs == once.outputs
+
+
 def test_large_sets_are_cut_into_shards_with_the_same_rows(workdir, monkeypatch):
     import datasets
 
-    pack.run(packing(), workdir)
+    pack.run(packing("course"), workdir)
     one = datasets.load_from_disk(str(workdir / "packed" / "train" / "english"))[:]
     monkeypatch.setattr(pack, "BATCH_TOKENS", 5 * ROW_LEN)
     monkeypatch.setattr(pack, "SHARD_BYTES", 4 * 10 * ROW_LEN)
     (workdir / "packed").rename(workdir / "first")
-    shards = pack.run(packing(), workdir).counts["train"]["english"]["shards"]
+    shards = pack.run(packing("course"), workdir).counts["train"]["english"]["shards"]
     many = datasets.load_from_disk(str(workdir / "packed" / "train" / "english"))
     assert len(shards) > 10
     assert all(shard["rows"] == 10 for shard in shards[:-1])
@@ -172,20 +268,31 @@ def test_a_killed_run_goes_on_and_comes_out_the_same(workdir, monkeypatch):
     (workdir / "packed").rename(workdir / "first")
     real = pack.portions
 
-    def killed(file):
+    def killed(file, groups):
         if "english" in file.name:
             raise KeyboardInterrupt
-        return real(file)
+        return real(file, groups)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(pack, "portions", killed)
         pack.run(packing(), workdir)
     assert not (workdir / "packed").exists()
-    assert (workdir / "packed.partial" / "train" / "code" / "counts.json").exists()
-    read = []
-    monkeypatch.setattr(pack, "portions", lambda file: read.append(file.parent.name + file.name) or real(file))
+    read, written, write = [], [], pack.write
+    monkeypatch.setattr(pack, "portions", lambda file, groups: read.append(file.parent.name + file.name) or real(file, groups))
+
+    def killed_later(rows, file, *rest):
+        if "english" in str(file):
+            raise KeyboardInterrupt
+        return write(rows, file, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pack, "write", killed_later)
+        pack.run(packing(), workdir)
+    assert {name for name in read if "code" in name} == set(), "what was tokenized is not tokenized again"
+    read.clear()
+    monkeypatch.setattr(pack, "write", lambda rows, file, *rest: written.append(str(file)) or write(rows, file, *rest))
     again = pack.run(packing(), workdir)
-    assert not [name for name in read if "code" in name], "what was finished is not done again"
+    assert not read and len(written) == 2 and all("english" in file for file in written), "nor are rows filled again"
     assert again.outputs == whole.outputs
     assert again.counts == whole.counts
 
@@ -207,6 +314,46 @@ def test_less_text_than_a_row_is_refused_for_training_and_left_out_of_heldout(tm
     write_corpus(tmp_path, {"little": ["tiny"]})
     with pytest.raises(UserError, match="source little has less than one row of 96 tokens"):
         pack.run(packing("course"), tmp_path, replace=True)
+
+
+def cut_shard(workdir):
+    file = workdir / "corpus/train/english-00000.parquet"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def damaged_shard(workdir):
+    file = workdir / "corpus/train/english-00000.parquet"
+    content = bytearray(file.read_bytes())
+    content[1000:3000] = bytes(2000)
+    file.write_bytes(content)
+
+
+def shard_without_prompts(workdir):
+    file = workdir / "corpus/train/english-00000.parquet"
+    pq.write_table(pq.read_table(file).drop_columns("prompt_chars"), file)
+    manifest = json.loads((workdir / "corpus/manifest.json").read_text())
+    manifest["outputs"]["train/english-00000.parquet"] = stage.sha256(file)  # as another program would have written it
+    (workdir / "corpus/manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [(cut_shard, "cannot be read as a shard"), (damaged_shard, "its checksum"), (shard_without_prompts, "cannot be read as a shard")],
+)
+def test_a_broken_corpus_is_named_and_nothing_is_published(workdir, harm, says):
+    harm(workdir)
+    with pytest.raises(UserError, match=rf"english-00000\.parquet: {says}") as error:
+        pack.run(packing(), workdir)
+    assert "\n" not in str(error.value) and not (workdir / "packed").exists()
+
+
+@pytest.mark.slow
+def test_a_mistake_that_another_process_finds_is_told_in_one_sentence(workdir, monkeypatch):
+    damaged_shard(workdir)
+    monkeypatch.setattr(pack, "HERE_BYTES", 0)
+    with pytest.raises(UserError, match=r"english-00000\.parquet: its checksum") as error:
+        pack.run(packing(), workdir)
+    assert "\n" not in str(error.value)
 
 
 def test_packing_needs_a_corpus_and_a_tokenizer(tmp_path):

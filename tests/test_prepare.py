@@ -41,7 +41,8 @@ def asking(**knobs) -> Config:
 
 def corpus(workdir: pathlib.Path, side: str) -> list[tuple[str, str, str]]:
     """(id, source, text) of a side, in order."""
-    return [tuple(row.values()) for file in sorted((workdir / "corpus" / side).iterdir()) for row in pq.read_table(file).to_pylist()]
+    columns = ["id", "source", "text"]
+    return [tuple(row.values()) for file in sorted((workdir / "corpus" / side).iterdir()) for row in pq.read_table(file, columns=columns).to_pylist()]
 
 
 def texts_of(workdir: pathlib.Path, side: str = "train") -> list[str]:
@@ -231,11 +232,11 @@ def test_two_runs_leave_the_same_bytes_under_the_same_names_and_nothing_else(tmp
     }
     for side in ("train", "heldout"):
         table = pq.read_table(tmp_path / f"one/corpus/{side}/docs-00000.parquet")
-        assert table.schema.names == ["id", "source", "text"] and set(table.schema.types) == {pa.string()}
+        assert table.schema == prepare.SCHEMA
         assert set(table["source"].to_pylist()) == {"docs"}
     for rule in rules:
         samples = pq.read_table(tmp_path / f"one/corpus/dropped/{rule}.parquet")
-        assert samples.schema.names == ["id", "source", "text", "reason"] and 0 < len(samples) <= 50 and all(samples["reason"].to_pylist())
+        assert samples.schema.names == [*prepare.SCHEMA.names, "reason"] and 0 < len(samples) <= 50 and all(samples["reason"].to_pylist())
 
 
 def test_a_second_start_does_nothing_and_another_question_is_refused(tmp_path, capsys):
@@ -413,16 +414,32 @@ def test_text_files_are_documents_named_by_their_place_below_the_pattern(tmp_pat
     (tmp_path / "books/deep/a.txt.gz").write_bytes(gzip.compress(b"three"))
     (tmp_path / "books/.hidden.txt").write_text("not a book")
     for pattern in ("**/*.txt*", "**/**/*.txt*"):
-        assert list(sources.parse(f"text:{tmp_path}/books/{pattern}").documents()) == [("books/b.txt", "one\ntwo"), ("books/deep/a.txt.gz", "three")]
-    real = dict(sources.parse(f"text:{data_dir}/text_gutenberg/*_*.txt").documents())
+        assert list(sources.parse(f"text:{tmp_path}/books/{pattern}").documents()) == [
+            ("books/b.txt", "one\ntwo", 0), ("books/deep/a.txt.gz", "three", 0)
+        ]  # fmt: skip
+    real = {each.id: each.text for each in sources.parse(f"text:{data_dir}/text_gutenberg/*_*.txt").documents()}
     assert len(real) == 9 and "Call me Ishmael" in real["text_gutenberg/Moby-Dick--Or-The-Whale_2701.txt"]
+
+
+def test_two_fields_make_a_prompt_and_its_completion(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"q": "Why? ", "a": "So."}) + "\n" + json.dumps({"q": "", "a": "Thus."}) + "\n")
+    pq.write_table(pa.table({"q": ["Why? ", ""], "a": ["So.", "Thus."]}), tmp_path / "a.parquet")
+    for kind in ("jsonl", "parquet"):
+        found = list(sources.parse(f"x={kind}:{tmp_path}/a.{kind}#q+a").documents())
+        assert found == [(f"x/a.{kind}:1", "Why? So.", 5), (f"x/a.{kind}:2", "Thus.", 0)]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"q": "Why?", "a": ""}) + "\n")
+    with pytest.raises(UserError, match=r"a\.jsonl:1: its completion is empty"):
+        list(sources.parse(f"jsonl:{tmp_path}/a.jsonl#q+a").documents())
+    for fields in ("q+a+b", "q+"):
+        with pytest.raises(UserError, match="neither a field nor two"):
+            sources.parse(f"jsonl:{tmp_path}/a.jsonl#{fields}")
 
 
 def test_a_local_data_set_is_read_as_hugging_face_reads_it(tmp_path):
     (tmp_path / "tales").mkdir()
     (tmp_path / "tales/train.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in ENGLISH))
     source = sources.parse(f"hf:{tmp_path}/tales:train#body")
-    assert list(source.documents()) == [(f"tales/train:{i}", text) for i, text in enumerate(ENGLISH, 1)] and source.inputs() == {
+    assert list(source.documents()) == [(f"tales/train:{i}", text, 0) for i, text in enumerate(ENGLISH, 1)] and source.inputs() == {
         "tales": tmp_path / "tales"
     }
 
@@ -431,11 +448,11 @@ def test_a_local_data_set_is_read_as_hugging_face_reads_it(tmp_path):
 def test_every_python_has_much_text_under_names_that_name_no_machine(kind, least):
     source = sources.parse(f"python:{kind}")
     found = list(source.documents())
-    ids = [id for id, _ in found]
-    assert sum(len(text) for _, text in found) > least and len(set(ids)) == len(ids)
+    ids = [each.id for each in found]
+    assert sum(len(each.text) for each in found) > least and len(set(ids)) == len(ids)
     assert all(id.startswith(f"{kind}/") and sysconfig.get_path("stdlib") not in id for id in ids)
     assert list(itertools.islice(source.documents(), 30)) == found[:30]
-    text = dict(found)["prose/docstrings/textwrap.py" if kind == "prose" else "code/textwrap.py"]
+    text = next(each.text for each in found if each.id == ("prose/docstrings/textwrap.py" if kind == "prose" else "code/textwrap.py"))
     assert "Wrap a single paragraph of text" in text and ("def wrap(" in text) == (kind == "code")
 
 

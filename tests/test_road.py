@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from jaxpt.data import loader, tokenizer
+from jaxpt.evaluate import culprits
 from jaxpt.spec import Manifest, ModelSpec, UserError
 from jaxpt.stage import fingerprint, request_fingerprint
 from jaxpt.train.metrics import read as read_metrics
@@ -396,6 +398,83 @@ def test_two_checkpoints_are_compared_bit_by_bit(road):
 def test_a_step_names_its_documents(road):
     told = door("trace", "--workdir", "child", "--step", "80", cwd=road)
     assert "prose" in told and "code" in told
+
+
+def test_the_losses_of_a_steps_documents_make_its_loss_and_the_worst_comes_first(road, tmp_path, monkeypatch):
+    """At the step after a checkpoint they are what the step itself computed; a document of noise put into a row is named."""
+    run = tmp_path / "run"
+    shutil.copytree(road / "base", run, ignore=shutil.ignore_patterns("corpus", "packed", "hf"))
+    shutil.copytree(road / "base/packed", tmp_path / "packed")
+    settings = json.loads((run / "config.json").read_text())
+    settings["mixture"]["packed"] = [str(tmp_path / "packed")]
+    settings["train"]["log_every"] = 1
+    (run / "config.json").write_text(json.dumps(settings))
+    words = tokenizer.load(run / "tokenizer")
+    used, found = culprits.rank(run, 121, words.fingerprint)
+    assert used.name == "120"
+    (record,) = [each for each in read_metrics(road / "base/metrics.jsonl") if each["step"] == 122 and "loss" in each]  # the mean of 121 and 122
+    _, last = culprits.rank(run, 122, words.fingerprint)
+    sums = [(sum(each.nats_sum for each in step), sum(each.n_trained for each in step)) for step in (found, last)]
+    assert sum(nats for nats, _ in sums) / sum(n for _, n in sums) == pytest.approx(record["loss"], abs=0.02), "one update apart at most"
+    assert [each.lift for each in found] == sorted((each.lift for each in found), reverse=True)
+    documents = list(loader.trace(run, 121, words.fingerprint))
+    assert {(each.seen.slot, each.seen.document) for each in found} <= {(each.slot, each.document) for each in documents}
+
+    victim = next(each for each in reversed(found) if len(each.seen.tokens) > 30).seen
+    rows = loader.open_rows([tmp_path / "packed"])
+    noise = np.random.default_rng(0).integers(3, 500, len(victim.tokens)).astype(np.int32)
+    real = rows.row
+    monkeypatch.setattr(loader, "open_rows", lambda *_: rows)
+
+    def noisy(name, i):
+        row = real(name, i)
+        if (name, i) != (victim.source, victim.row):
+            return row
+        start = bytes(row.tokens).find(bytes(victim.tokens)) // 4
+        return row._replace(tokens=np.concatenate([row.tokens[:start], noise, row.tokens[start + len(noise) :]]))
+
+    monkeypatch.setattr(rows, "row", noisy)
+    _, found = culprits.rank(run, 121, words.fingerprint)
+    monkeypatch.undo()
+    assert (found[0].seen.slot, found[0].seen.document) == (victim.slot, victim.document)
+    told = door("trace", "--workdir", run, "--step", "121", "--losses", cwd=road)
+    assert "checkpoints/120: nats a token" in told and len(told.splitlines()) == len(found) + 1
+
+
+def test_other_shares_and_another_batch_in_mid_run_and_other_rows_when_accepted(road, tmp_path, monkeypatch):
+    """Through the loop: what was read stays in the account, a step's documents stay known, and an override says what it breaks."""
+    flags = copy_of_base(road, tmp_path / "run")
+    run = tmp_path / "run"
+    monkeypatch.chdir(road)  # from where the recipe names its rows
+    before = [(each.slot, each.document) for each in loader.trace(road / "base", 100, tokenizer.load(run / "tokenizer").fingerprint)]
+    more = [
+        "--config.train.steps=126", "--config.train.batch_rows=12", "--config.mixture.phases=((0, {'code': 0.5, 'prose': 0.5}),)",
+        "--config.mixture.max_epochs=(('all', 999.0),)",
+    ]  # fmt: skip
+    told = door("train", *flags, *more, cwd=road)
+    assert "mixture.phases" in told and "train.batch_rows: 12, was 24" in told
+    account = Manifest.load(run / "checkpoints/126").counts["account"]
+    assert [each[:3] for each in account] == [[0, 0, 24], [122, 122 * 24, 12]]
+    assert account[0][3] == {"prose": 1.0} and account[1][3] == {"code": 0.5, "prose": 0.5}
+    assert Manifest.load(run / "checkpoints/126").counts["rows"] == 122 * 24 + 4 * 12
+    words = tokenizer.load(run / "tokenizer").fingerprint
+    assert [(each.slot, each.document) for each in loader.trace(run, 100, words)] == before
+    assert {each.source for each in loader.trace(run, 124, words)} == {"code", "prose"}
+
+    (run / "manifest.json").unlink()
+    assert "mixture.seed" in door("train", *flags, *more, "--config.mixture.seed=1", cwd=road, ok=False)
+    shutil.copytree(road / "base/tokenizer", tmp_path / "other/tokenizer")
+    shutil.copytree(road / "base/corpus", tmp_path / "other/corpus")
+    door("pack", "--config", "toy.py", "--workdir", tmp_path / "other", "--config.pack.method=course", cwd=road)
+    more = [*more, f"--config.mixture.packed={tmp_path}/other/packed", "--config.train.steps=128"]
+    told = door("train", *flags, *more, cwd=road, ok=False)
+    assert "which breaks this: rows read in epochs that are under way may come again" in told
+    accept = told.partition("--config.mixture.accept=")[2][:16]
+    told = door("train", *flags, *more, f"--config.mixture.accept={accept}", cwd=road)
+    assert "accepted" in told and "documents of steps up to 126 can no longer be traced" in told
+    with pytest.raises(UserError, match="step 100 read other rows"):
+        next(loader.trace(run, 100, words))
+    assert list(loader.trace(run, 127, words))
 
 
 @pytest.mark.parametrize(

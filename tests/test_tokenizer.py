@@ -40,7 +40,8 @@ def write_corpus(workdir: pathlib.Path, texts: dict[str, list[str]], heldout: di
             (out / split).mkdir()
             for name, documents in sources.items():
                 ids = [f"{name}-{i}" for i in range(len(documents))]
-                table = pa.table({"id": ids, "source": [name] * len(documents), "text": documents})
+                prompts = pa.array([0] * len(documents), pa.int32())
+                table = pa.table({"id": ids, "source": [name] * len(documents), "text": documents, "prompt_chars": prompts})
                 pq.write_table(table, out / split / f"{name}-00000.parquet", compression="zstd")
         return {}
 
@@ -94,6 +95,70 @@ def test_ids_are_equal_in_every_form_for_any_unicode(trained):
         assert ours.decode(ids) == text.replace("▁", " ")  # SentencePiece writes a space as ▁, so that the two are one to it
 
     law()
+
+
+@pytest.fixture(scope="module")
+def unigram(tmp_path_factory) -> pathlib.Path:
+    workdir = write_corpus(tmp_path_factory.mktemp("unigram"), english_and_code())
+    tokenizer.train(asking(vocab_size=900, model="unigram"), workdir)
+    return workdir / "tokenizer"
+
+
+def test_a_unigram_tokenizer_is_saved_in_the_form_in_which_its_ids_are_one(unigram):
+    """No SentencePiece .model: its ids would part on long texts. What both read agrees with what SentencePiece means, where it can be exact."""
+    import transformers
+
+    ours, auto = tokenizer.load(unigram), transformers.AutoTokenizer.from_pretrained(unigram)
+    assert not (unigram / "tokenizer.model").exists() and ours.n_pieces == 900 and (ours.bos_id, ours.eos_id) == (1, 2)
+    texts = [*TRICKY, *english_and_code()["code"], *english_and_code()["english"]]
+    ids = ours.encode_batch(texts)
+    assert [[1, *row] for row in ids] == auto(texts, split_special_tokens=True)["input_ids"]
+    assert [ours.decode(row) for row in ids] == texts
+    assert sum(map(len, ids)) < 0.6 * sum(len(text.encode()) for text in texts), "words have pieces"
+    for text, row in zip(CONTROL, ours.encode_batch(CONTROL), strict=True):
+        assert not {1, 2} & set(row) and ours.decode(row) == text
+
+    @settings(max_examples=200, deadline=None)
+    @given(strategies.text(max_size=60) | strategies.text(alphabet=" \n\tthe1,.<>sé日😀", max_size=60))
+    def law(text):
+        ids = ours.encode_batch([text])[0]
+        assert auto(text, split_special_tokens=True)["input_ids"] == [1, *ids]
+        assert ours.decode(ids) == text.replace("▁", " ")
+
+    law()
+
+
+def test_unigram_pieces_are_sentencepieces_own_word_by_word(tmp_path):
+    """The same pieces and scores read by SentencePiece give the same segmentation of each word, but for pieces of equal merit."""
+    import sentencepiece
+
+    corpus = write_corpus(tmp_path, english_and_code()) / "corpus"
+    proto = tokenizer.train_sentencepiece(asking(vocab_size=900, model="unigram").tokenizer, corpus)
+    backend, _, kept = tokenizer.from_sentencepiece(proto, "here", "unigram")
+    assert kept is None
+    own = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    words = sorted({word for text in english_and_code()["english"] for word in text.split() if "<" not in word})
+    theirs = own.encode(words)
+    mine = [each.ids for each in backend.encode_batch(words, add_special_tokens=False)]
+    score = lambda ids: sum(own.get_score(i) for i in ids)  # noqa: E731
+    assert all(a == b or score(a) == pytest.approx(score(b), rel=1e-5) for a, b in zip(mine, theirs, strict=True))
+    assert sum(a == b for a, b in zip(mine, theirs, strict=True)) > 0.99 * len(words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["trained", "mistral"])
+def test_ids_are_equal_in_every_form_over_all_texts(which, request, data_dir):
+    """Every text of the shared data as a whole, and every line of it."""
+    ours, own, auto = every_form(request.getfixturevalue(which))
+    files = [file for file in sorted(data_dir.rglob("*")) if file.suffix in (".txt", ".md", ".csv", ".json", ".jsonl")]
+    assert len(files) > 20
+    for file in files:
+        text = file.read_text()
+        texts = [text, *text.splitlines(keepends=True)] if len(text) < 1_000_000 else text.splitlines(keepends=True)
+        ids = ours.encode_batch(texts)
+        assert ids == own.encode(texts), file
+        assert [[ours.bos_id, *row] for row in ids] == auto(texts, split_special_tokens=True)["input_ids"], file
+        assert [ours.decode(row) for row in ids] == [text.replace("▁", " ") for text in texts], file
 
 
 @pytest.mark.parametrize("which", ["trained", "mistral"])

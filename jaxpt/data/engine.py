@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from jaxpt.spec import UserError
 
@@ -19,6 +23,10 @@ def start(where: str):
         raise UserError(f"prepare.engine: got {where!r}, wanted local, ray or ray://HOST:PORT.")
     # Both send usage data home at import, unless told before it; daft's own bars would write over ours
     os.environ.update(DO_NOT_TRACK="1", SCARF_NO_ANALYTICS="1", RAY_USAGE_STATS_ENABLED="0", DAFT_PROGRESS_BAR="0")
+    # its processes must find this package, in a clone that was not installed too
+    here = str(pathlib.Path(__file__).resolve().parents[2])
+    if here not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
     import daft
 
     try:
@@ -38,3 +46,34 @@ def start(where: str):
         line = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"prepare.engine: {where!r} cannot be started ({line}). One process runs one engine; is the cluster up?") from None
     return daft
+
+
+def each(where: str, work: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
+    """What work(job) gives for each of the jobs, as they end: in a process for each core here, in a task for each job on the cluster.
+
+    work is a function of a module; jobs and results are what JSON can say. Raises what start does, and the UserErrors of work.
+    """
+    if not jobs:
+        return
+    daft = start(where)
+
+    @daft.func.batch(return_dtype=daft.DataType.string(), use_process=True, batch_size=1)
+    def result(texts):
+        return [json.dumps(attempt(work, json.loads(text))) for text in texts.to_pylist()]
+
+    frame = daft.from_pydict({"job": [json.dumps(job) for job in jobs]})
+    if where != "local":
+        frame = frame.into_partitions(len(jobs))
+    for batch in frame.select(result(daft.col("job")).alias("result")).to_arrow_iter():
+        for outcome in map(json.loads, batch.column(0).to_pylist()):
+            if "mistake" in outcome:
+                raise UserError(outcome["mistake"])
+            yield outcome["found"]
+
+
+def attempt(work: Callable[[Any], Any], job: Any) -> dict[str, Any]:
+    """What work gives; its UserError as text, or Daft would make a page of it."""
+    try:
+        return {"found": work(job)}
+    except UserError as mistake:
+        return {"mistake": str(mistake)}

@@ -2,7 +2,8 @@
 
 A phase gives every source a whole number of slots in a table of at most 4,096, laid out so that the realised share after any n rows
 is within one row of the ideal. The k-th use of a source is row k of its order; every epoch is another shuffle of all its rows. The
-uses go on counting over phases, so that no row comes twice in an epoch. There is no state: resuming is knowing one integer.
+uses go on counting over phases, so that no row comes twice in an epoch. There is no state: resuming is knowing one integer. Other shares
+or another batch from some step on are one more stretch in the account of a run, which settings of today do not change.
 """
 
 from __future__ import annotations
@@ -24,8 +25,27 @@ from jaxpt.spec import UserError
 MAX_SLOTS = 4096  # of a phase; a share is a multiple of 1 / slots
 
 
+class Stretch(NamedTuple):
+    """Rows that a run reads under one setting; the list of them is the account of what a run has read and will read.
+
+    step, row   steps done and global rows read before it
+    batch_rows  rows in each of its steps
+    shares      {source: share}, of any sum
+    packed      fingerprint of the rows
+    """
+
+    step: int
+    row: int
+    batch_rows: int
+    shares: dict[str, float]
+    packed: str = ""
+
+    def step_at(self, row: int) -> int:
+        return self.step + (row - self.row) // self.batch_rows
+
+
 class Phase(NamedTuple):
-    """A stretch of rows with constant shares.
+    """Global rows with constant shares.
 
     start    its first global row
     used     rows taken from each source in earlier phases
@@ -48,28 +68,37 @@ class Mixture:
                 seed of the shuffles
     n_rows      rows in each source
     batch_rows  rows in a step: turns the phases' steps into rows
+    past        what a run that goes on has read so far, of which `asked` changes nothing; it stands at `step`, `row`
+    packed      fingerprint of the rows, for the account
 
     Raises UserError for phases that cannot be run.
     """
 
-    def __init__(self, asked: config.Mixture, n_rows: Mapping[str, int], batch_rows: int):
-        self.names = sorted(n_rows)
-        self.n_rows = dict(n_rows)
-        self.batch_rows, self.seed = batch_rows, asked.seed
-        check_phases(asked.phases, self.n_rows)
-        phases = asked.phases or ((0, self.n_rows),)
+    def __init__(
+        self, asked: config.Mixture, n_rows: Mapping[str, int], batch_rows: int,
+        past: Sequence[Stretch] = (), step: int = 0, row: int = 0, packed: str = "",
+    ):  # fmt: skip
+        check_phases(asked.phases, n_rows)
+        self.stretches = [*past, *from_here(asked.phases or ((0, dict(n_rows)),), batch_rows, past, step, row, packed)]
+        # a source that is no more keeps its place in the account
+        self.names = sorted({*n_rows, *(name for stretch in past for name in stretch.shares)})
+        self.n_rows = {name: n_rows.get(name, 0) for name in self.names}
+        self.seed = asked.seed
         self.phases: list[Phase] = []
         self.starts: list[int] = []
-        for step, shares in phases:
-            start = int(step) * batch_rows
-            used = self.uses(start)
+        shares = None
+        for stretch in self.stretches:
+            if stretch.shares == shares:  # only the batch is another: the table goes on
+                continue
+            shares = stretch.shares
+            used = self.uses(stretch.row)
             counts = slot_counts([shares.get(name, 0.0) for name in self.names])
             sources = slot_order(counts)
             ranks = np.empty_like(sources)
             for source, count in enumerate(counts):
                 ranks[sources == source] = np.arange(count)
-            self.phases.append(Phase(start, used, counts.tolist(), sources.tolist(), ranks.tolist()))
-            self.starts.append(start)
+            self.phases.append(Phase(stretch.row, used, counts.tolist(), sources.tolist(), ranks.tolist()))
+            self.starts.append(stretch.row)
 
     def row_at(self, index: int) -> tuple[str, int]:
         """(source, row of it) at a global row index, 0 or more."""
@@ -103,21 +132,44 @@ class Mixture:
         """How often each source was read through by the first n_rows rows of the run."""
         return {name: uses / max(1, self.n_rows[name]) for name, uses in zip(self.names, self.uses(n_rows), strict=True)}
 
-    def check(self, n_rows: int, max_epochs: float) -> None:
-        """Before a run of n_rows rows: raises UserError naming every source that it would read more than max_epochs times; 0 allows any."""
-        if not max_epochs:
-            return
+    def account(self, n_rows: int) -> list[Stretch]:
+        """The stretches that the first n_rows rows of the run were read in."""
+        return [stretch for stretch in self.stretches if stretch.row < n_rows]
+
+    def stretch_at(self, row: int) -> Stretch:
+        """The stretch that a global row is read in."""
+        return self.stretches[max(0, bisect.bisect_right([stretch.row for stretch in self.stretches], row) - 1)]
+
+    def check(self, n_rows: int, max_epochs: Sequence[tuple[str, float]]) -> None:
+        """Before a run of n_rows rows: raises UserError naming every source that it would read more often than max_epochs allows it, or
+        allows "all" that are not named."""
+        most_of = dict(max_epochs)
+        if unknown := [name for name in most_of if name not in self.names and name != "all"]:
+            raise UserError(f"mixture.max_epochs: no packed source is called {unknown[0]!r}; there are: {', '.join(self.names)}, and all.")
         too_often = []
         for name, epochs in self.epochs(n_rows).items():
-            if epochs > max_epochs:
-                most = bisect.bisect_right(range(n_rows + 1), max_epochs, key=lambda n: self.epochs(n)[name]) - 1
-                too_often.append(
-                    f"{name} is read {epochs:.3g} times by step {n_rows // self.batch_rows:,} (it lasts until {most // self.batch_rows:,})"
-                )
+            most = most_of.get(name, most_of.get("all", math.inf))
+            if epochs > most:
+                lasts = bisect.bisect_right(range(n_rows + 1), most, key=lambda n: self.epochs(n)[name]) - 1
+                by, until = (self.stretch_at(row).step_at(row) for row in (n_rows, lasts))
+                too_often.append(f"{name} is read {epochs:.3g} times by step {by:,} (it lasts until {until:,}), {most:g} allowed")
         if too_often:
-            raise UserError(
-                f"mixture.max_epochs: {'; '.join(too_often)}; {max_epochs:g} allowed. Lower its share or train.steps, pack more, or raise max_epochs."
-            )
+            raise UserError(f"mixture.max_epochs: {'; '.join(too_often)}. Lower its share or train.steps, pack more, or raise max_epochs.")
+
+
+def from_here(phases: Sequence, batch_rows: int, past: Sequence[Stretch], step: int, row: int, packed: str) -> list[Stretch]:
+    """The stretches that begin where a run stands, and later."""
+    shares = [shares for start, shares in phases if start <= step][-1]
+    now = Stretch(step, row, batch_rows, dict(shares), packed)
+    goes_on = past and past[-1]._replace(step=step, row=row) == now
+    later = [Stretch(start, row + (int(start) - step) * batch_rows, batch_rows, dict(shares), packed) for start, shares in phases if start > step]
+    return [*([] if goes_on else [now]), *later]
+
+
+def recorded(stretches: Sequence[Stretch], n_rows: Mapping[str, int], seed: int) -> Mixture:
+    """The mixture of a run that has kept its account."""
+    *_, last = stretches
+    return Mixture(config.Mixture(phases=((0, last.shares),), seed=seed), n_rows, last.batch_rows, stretches, last.step, last.row, last.packed)
 
 
 def check_phases(phases: Sequence, n_rows: Mapping[str, int]) -> None:

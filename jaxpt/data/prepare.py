@@ -27,7 +27,7 @@ from jaxpt.spec import Manifest, UserError
 
 SAMPLES = 50  # dropped documents shown for each rule
 SAMPLE_CHARS = 10_000  # of each, at most: enough to judge a rule by
-SCHEMA = pa.schema({"id": pa.string(), "source": pa.string(), "text": pa.string()})
+SCHEMA = pa.schema({"id": pa.string(), "source": pa.string(), "text": pa.string(), "prompt_chars": pa.int32()})  # of the text; 0: no prompt
 NEAR = filters.Rule("near_dedup", None)
 
 
@@ -100,12 +100,14 @@ def read(found: Sequence[sources.Source], knobs: config.Prepare, directory: path
     directory.mkdir()
     source, chars, n_bytes, digests, files = [], [], [], [], []
     for k, one in enumerate(found):
-        shards = Shards(directory, one.name, knobs.shard_mb, pa.schema({"n": pa.int64(), "id": pa.string(), "text": pa.string()}))
+        shards = Shards(
+            directory, one.name, knobs.shard_mb, pa.schema({"n": pa.int64(), "id": pa.string(), "text": pa.string(), "prompt_chars": pa.int32()})
+        )
         before = len(source)
-        for id, text, data, digest in limited(one, int(knobs.limit_mb * 1e6)):
-            shards.add((len(source), id, text), len(data))
+        for document, data, digest in limited(one, int(knobs.limit_mb * 1e6)):
+            shards.add((len(source), *document), len(data))
             source.append(k)
-            chars.append(len(text))
+            chars.append(len(document.text))
             n_bytes.append(len(data))
             digests.append(digest)
         if len(source) == before:
@@ -116,19 +118,21 @@ def read(found: Sequence[sources.Source], knobs: config.Prepare, directory: path
     return Rows([one.name for one in found], np.array(source), np.array(chars), np.array(n_bytes), numbers, files)
 
 
-def limited(source: sources.Source, limit: int) -> Iterator[tuple[str, str, bytes, bytes]]:
-    """(id, text, its UTF-8, its digest) of a source in its order: all, or those with the smallest digests that make `limit` bytes.
+def limited(source: sources.Source, limit: int) -> Iterator[tuple[sources.Document, bytes, bytes]]:
+    """(document, its text in UTF-8, its digest) of a source in its order: all, or those with the smallest digests that make `limit` bytes.
 
     A streamed data set may have no end: of hf: the first `limit` bytes are taken.
     """
     kept: list[tuple[int, int, tuple]] = []  # heap of (-sampling number, -place, document)
     total, ceiling = 0, (1 << 64, 0)  # a document from the ceiling on is out, so that the order of reading cannot matter
-    for place, (id, text) in enumerate(stage.track(source.documents(), f"prepare: reading {source.name}", None, "documents")):
+    for place, found in enumerate(stage.track(source.documents(), f"prepare: reading {source.name}", None, "documents")):
         try:
-            data = text.encode()
+            data = found.text.encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"{id}: character {error.start + 1} is half of a surrogate pair, which is no text. Mend or remove the record.") from None
-        document = (id, text, data, dedup.digest(data))
+            raise UserError(
+                f"{found.id}: character {error.start + 1} is half of a surrogate pair, which is no text. Mend or remove the record."
+            ) from None
+        document = (found, data, dedup.digest(data))
         if not limit:
             yield document
         elif source.kind == "hf":
@@ -136,12 +140,12 @@ def limited(source: sources.Source, limit: int) -> Iterator[tuple[str, str, byte
             if total > limit:
                 return
             yield document
-        elif (key := (int.from_bytes(document[3][24:]), place)) < ceiling:
+        elif (key := (int.from_bytes(document[2][24:]), place)) < ceiling:
             heapq.heappush(kept, (-key[0], -place, document))
             total += len(data)
             while total > limit:
                 number, at, out = heapq.heappop(kept)
-                total -= len(out[2])
+                total -= len(out[1])
                 ceiling = (-number, -at)
     for _, _, document in sorted(kept, key=lambda each: -each[1]):
         yield document
@@ -240,14 +244,20 @@ def write(rows, rules, verdict, dropped_by, twin, index: decontaminate.Index, kn
     with stage.progress("prepare: writing", len(rows.source), "documents") as advance:
         for file in rows.files:
             for batch in pq.ParquetFile(file).iter_batches(1024):
-                for n, id, text in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                for n, id, text, prompt_chars in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                     name, k = rows.names[rows.source[n]], dropped_by[n]
                     if n in twin_ids:
                         twin_ids[n] = id
                     if k == len(rules):
-                        shards["heldout" if heldout[n] else "train", name].add((id, name, text), int(rows.bytes[n]))
+                        shards["heldout" if heldout[n] else "train", name].add((id, name, text, prompt_chars), int(rows.bytes[n]))
                     elif n in shown:
-                        shown[n] = [id, name, text[:SAMPLE_CHARS], verdict.reasons.get(n) if twin[n] < 0 else f"repeats {twin_ids[int(twin[n])]}"]
+                        shown[n] = [
+                            id,
+                            name,
+                            text[:SAMPLE_CHARS],
+                            prompt_chars,
+                            verdict.reasons.get(n) if twin[n] < 0 else f"repeats {twin_ids[int(twin[n])]}",
+                        ]
                     if k < len(rules) and rules[k].name == "decontaminate":
                         for task in {item.task for item, _ in index.hits(text)}:
                             contaminated[task] += 1

@@ -1,4 +1,4 @@
-"""Where text comes from: one short string names a source, `[NAME=]KIND:WHERE`, and every source yields (id, text).
+"""Where text comes from: one short string names a source, `[NAME=]KIND:WHERE`, and every source yields Documents.
 
     text:GLOB              a file is a document                       text:books/*.txt
     jsonl:GLOB#field       a line is a document, text in `field`      web=jsonl:crawl/*.jsonl.zst#content
@@ -6,6 +6,9 @@
     hf:NAME[/CONFIG]:SPLIT#field   Hugging Face data set, streamed    hf:HuggingFaceFW/fineweb/sample-10BT:train#text
     python:prose           documentation that this Python installation carries, in English
     python:code            the standard library's source files
+
+Two fields joined by "+", as in jsonl:tasks.jsonl#question+answer, make a document of a prompt and its completion: one text, whose prompt
+is read but not trained on.
 
 Order is canonical: sources as listed, then file names, then record numbers; "first" means first in this order
 everywhere. Ids are NAME/file, or NAME/file:record with records counted from 1, and files relative to the glob.
@@ -29,10 +32,18 @@ import sys
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxpt import stage
 from jaxpt.spec import UserError
+
+
+class Document(NamedTuple):
+    """A text, the first prompt_chars characters of which are a prompt."""
+
+    id: str
+    text: str
+    prompt_chars: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +53,13 @@ class Source:
     name: str  # of its shards, and the `source` column
     kind: str
     where: str  # glob, data set and split, or "prose" / "code"
-    field: str  # the field or column that holds the text
+    field: str  # the field or column that holds the text, or two: prompt+completion
     files: tuple[pathlib.Path, ...]  # in canonical order; empty for hf: and python:
 
-    def documents(self) -> Iterator[tuple[str, str]]:
-        """(id, text) in canonical order. Raises UserError naming file and record."""
-        for label, text in READERS[self.kind](self):
-            yield f"{self.name}/{label}", text
+    def documents(self) -> Iterator[Document]:
+        """In canonical order. Raises UserError naming file and record."""
+        for document in READERS[self.kind](self):
+            yield document._replace(id=f"{self.name}/{document.id}")
 
     def inputs(self) -> dict[str, pathlib.Path]:
         """What a manifest fingerprints, by name."""
@@ -91,6 +102,10 @@ def parse(text: str) -> Source:
     field = ""
     if kind in ("jsonl", "parquet", "hf"):
         where, _, field = where.partition("#") if "#" in where else (where, "", "text")
+        if field.count("+") > 1 or not all(field.split("+")):
+            raise UserError(
+                f"prepare.sources: {text!r}: {field!r} is neither a field nor two, prompt+completion. Write {kind}:GLOB#prompt+completion."
+            )
     files: tuple[pathlib.Path, ...] = ()
     if kind in ("text", "jsonl", "parquet"):
         where = str(stage.local_path(where))
@@ -136,7 +151,7 @@ def relative(source: Source, file: pathlib.Path) -> str:
 # ---- files
 
 
-def read_text(source: Source) -> Iterator[tuple[str, str]]:
+def read_text(source: Source) -> Iterator[Document]:
     for file in source.files:
         with opened(file) as stream:
             data = stream.read()
@@ -144,10 +159,10 @@ def read_text(source: Source) -> Iterator[tuple[str, str]]:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(f"{file}: byte {error.start} is not UTF-8 ({error.reason}). Convert the file to UTF-8 or leave it out.") from None
-        yield relative(source, file), text.replace("\r\n", "\n")  # as Python and editors show it; a paragraph ends at "\n\n"
+        yield Document(relative(source, file), text.replace("\r\n", "\n"))  # as Python and editors show it; a paragraph ends at "\n\n"
 
 
-def read_jsonl(source: Source) -> Iterator[tuple[str, str]]:
+def read_jsonl(source: Source) -> Iterator[Document]:
     for file in source.files:
         with opened(file) as stream:
             for n, line in enumerate(stream, 1):
@@ -161,24 +176,24 @@ def read_jsonl(source: Source) -> Iterator[tuple[str, str]]:
                     raise UserError(f"{file}:{n}: not JSON ({first_line(error)}). Mend or remove the line.") from None
                 if not isinstance(record, dict):
                     raise UserError(f'{file}:{n}: got {type(record).__name__}, wanted an object such as {{"{source.field}": "..."}}.')
-                yield f"{relative(source, file)}:{n}", text_of(record, source.field, f"{file}:{n}")
+                yield document_of(f"{relative(source, file)}:{n}", record, source.field, f"{file}:{n}")
 
 
-def read_parquet(source: Source) -> Iterator[tuple[str, str]]:
+def read_parquet(source: Source) -> Iterator[Document]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     for file in source.files:
         try:
             with pq.ParquetFile(file) as table:
-                names = table.schema_arrow.names
-                if source.field not in names:
-                    raise UserError(f"{file}: has no column {source.field!r}; it has: {', '.join(names)}. Write parquet:GLOB#column.")
+                names, fields = table.schema_arrow.names, source.field.split("+")
+                if missing := [field for field in fields if field not in names]:
+                    raise UserError(f"{file}: has no column {missing[0]!r}; it has: {', '.join(names)}. Write parquet:GLOB#column.")
                 n = 0
-                for batch in table.iter_batches(1024, columns=[source.field]):
-                    for text in batch.column(0).to_pylist():
+                for batch in table.iter_batches(1024, columns=fields):
+                    for record in batch.to_pylist():
                         n += 1
-                        yield f"{relative(source, file)}:{n}", text_of({source.field: text}, source.field, f"{file}:{n}")
+                        yield document_of(f"{relative(source, file)}:{n}", record, source.field, f"{file}:{n}")
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{file}: cannot be read as parquet ({first_line(error)}). Copy it again or leave it out.") from None
 
@@ -199,6 +214,14 @@ def unpacked(file: pathlib.Path) -> io.BufferedIOBase:
 
         return io.BufferedReader(pa.input_stream(str(file), compression="zstd"))
     return gzip.open(file) if file.suffix == ".gz" else open(file, "rb")
+
+
+def document_of(id: str, record: dict[str, Any], fields: str, place: str) -> Document:
+    """The document that a record's field, or its prompt+completion, makes. Raises UserError naming the place."""
+    *prompt, text = (text_of(record, field, place) for field in fields.split("+"))
+    if prompt and not text:
+        raise UserError(f"{place}: its completion is empty, so there is nothing to learn from it. Remove the record.")
+    return Document(id, "".join(prompt) + text, sum(map(len, prompt)))
 
 
 def text_of(record: dict[str, Any], field: str, place: str) -> str:
@@ -228,7 +251,7 @@ def hf_parts(source: Source) -> tuple[str, str | None, str]:
     return name, None, split
 
 
-def read_hf(source: Source) -> Iterator[tuple[str, str]]:
+def read_hf(source: Source) -> Iterator[Document]:
     import datasets
 
     name, config, split = hf_parts(source)
@@ -236,7 +259,7 @@ def read_hf(source: Source) -> Iterator[tuple[str, str]]:
     try:
         rows = datasets.load_dataset(name, config, split=split, streaming=True)
         for n, record in enumerate(rows, 1):
-            yield f"{split}:{n}", text_of(record, source.field, f"hf:{source.where}:{n}")
+            yield document_of(f"{split}:{n}", record, source.field, f"hf:{source.where}:{n}")
     except UserError:
         raise
     except Exception as error:  # datasets and the hub raise dozens of kinds; each means that the set cannot be had
@@ -246,16 +269,16 @@ def read_hf(source: Source) -> Iterator[tuple[str, str]]:
 # ---- what every Python installation carries
 
 
-def read_python(source: Source) -> Iterator[tuple[str, str]]:
+def read_python(source: Source) -> Iterator[Document]:
     return PYTHON[source.where]()
 
 
-def read_code() -> Iterator[tuple[str, str]]:
+def read_code() -> Iterator[Document]:
     for file in library_files():
-        yield file.relative_to(library()).as_posix(), file.read_bytes().decode("utf-8", "replace")
+        yield Document(file.relative_to(library()).as_posix(), file.read_bytes().decode("utf-8", "replace"))
 
 
-def read_prose() -> Iterator[tuple[str, str]]:
+def read_prose() -> Iterator[Document]:
     """Docstrings, a document a module; the installed packages' README texts; the language reference's topics."""
     import pydoc_data.topics
 
@@ -264,12 +287,12 @@ def read_prose() -> Iterator[tuple[str, str]]:
     modules |= {file.relative_to(packages).as_posix(): file for name in PROSE_PACKAGES for file in source_files(packages / name)}
     for name, file in sorted(modules.items()):
         if docstrings := [text for text in docstrings_of(file) if is_prose(text)]:
-            yield f"docstrings/{name}", "\n\n".join(dict.fromkeys(docstrings))
+            yield Document(f"docstrings/{name}", "\n\n".join(dict.fromkeys(docstrings)))
     for name, metadata in sorted(installed().items()):
         if readme := (metadata.get_payload() or metadata.get("Description") or "").strip():
-            yield f"readme/{name}", readme.encode("utf-8", "replace").decode()
+            yield Document(f"readme/{name}", readme.encode("utf-8", "replace").decode())
     for name, topic in sorted(pydoc_data.topics.topics.items()):
-        yield f"topics/{name}", topic.strip()
+        yield Document(f"topics/{name}", topic.strip())
 
 
 def installed() -> dict[str, Any]:

@@ -45,7 +45,7 @@ def train(settings: config.Config, workdir: pathlib.Path, replace: bool = False)
 
     def work(out: pathlib.Path) -> dict:
         if asked.source == "train":
-            backend, settings_file, proto = from_sentencepiece(train_sentencepiece(asked, inputs["corpus"]), "the trained tokenizer")
+            backend, settings_file, proto = from_sentencepiece(train_sentencepiece(asked, inputs["corpus"]), "the trained tokenizer", asked.model)
         else:
             backend, settings_file, proto = read(stage.local_path(asked.source))
         made = Tokenizer(backend, settings_file, asked.source)
@@ -107,6 +107,20 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, on all cores, without bos and eos."""
         return [encoded.ids for encoded in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_documents(self, texts: Sequence[str], prompt_chars: Sequence[int]) -> tuple[list[list[int]], list[int]]:
+        """(bos + ids + eos of each text, its first trained token): 0, or the first that reaches beyond its first prompt_chars characters.
+
+        A prompt and its completion are encoded as the one text that they are, so that a token may begin in the prompt; it is trained.
+        """
+        bos = [] if self.bos_id is None else [self.bos_id]
+        ids = [[*bos, *found, self.eos_id] for found in self.encode_batch(texts)]
+        loss_from = [0] * len(texts)
+        prompted = [i for i, n in enumerate(prompt_chars) if n]
+        for i, found in zip(prompted, self.backend.encode_batch([texts[i] for i in prompted], add_special_tokens=False), strict=True):
+            beyond = (k for k, (_, end) in enumerate(found.offsets) if end > prompt_chars[i])
+            loss_from[i] = len(bos) + next(beyond, len(found.ids))
+        return ids, loss_from
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text; bos, eos and other control tokens leave no trace."""
@@ -183,14 +197,18 @@ def source_files(path: pathlib.Path) -> list[pathlib.Path]:
     return [first, beside] if first.suffix == ".json" and beside.is_file() else [first]
 
 
-def from_sentencepiece(proto: bytes, where: str) -> tuple[tokenizers.Tokenizer, dict, bytes]:
-    """A SentencePiece BPE model in the tokenizers library's form, with equal ids for every text.
+def from_sentencepiece(proto: bytes, where: str, kind: str = "bpe") -> tuple[tokenizers.Tokenizer, dict, bytes | None]:
+    """A SentencePiece model in the tokenizers library's form, with equal ids for every text: BPE models alone.
+
+    kind "unigram" takes the pieces and scores of a unigram model just trained, and gives no SentencePiece bytes back: SentencePiece sums
+    scores in float32 over a whole document, so that its ids part from exact ones after some thousand tokens. Here a word is segmented by
+    itself, which no rounding reaches.
 
     Raises UserError for models for which no equal form is known.
     """
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
-    from tokenizers import AddedToken, decoders, models, normalizers
+    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
     model = sentencepiece_model_pb2.ModelProto()
@@ -202,7 +220,7 @@ def from_sentencepiece(proto: bytes, where: str) -> tuple[tokenizers.Tokenizer, 
     piece_kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
     rules = model.normalizer_spec
     hindrance = (
-        "it is not a BPE model" if model.trainer_spec.model_type != kinds.BPE
+        f"it is not a {kind} model" if model.trainer_spec.model_type != {"bpe": kinds.BPE, "unigram": kinds.UNIGRAM}[kind]
         else f"it rewrites text ({rules.name})" if rules.precompiled_charsmap
         else "it removes spaces" if rules.remove_extra_whitespaces
         else "it treats spaces in another way" if model.trainer_spec.treat_whitespace_as_suffix or not rules.escape_whitespaces
@@ -213,20 +231,14 @@ def from_sentencepiece(proto: bytes, where: str) -> tuple[tokenizers.Tokenizer, 
         raise UserError(f"{where}: no Hugging Face tokenizer would give equal ids, since {hindrance}. Give its tokenizer.json, or train one.")
 
     names = {kind: [p.piece for p in model.pieces if p.type == kind] for kind in (piece_kinds.UNKNOWN, piece_kinds.CONTROL)}
-    vocabulary = {piece.piece: i for i, piece in enumerate(model.pieces)}
-    merges = []  # (minus score, left, right): SentencePiece merges the best score first
-    for piece in model.pieces:
-        if piece.type == piece_kinds.NORMAL:
-            cuts = [(piece.piece[:k], piece.piece[k:]) for k in range(1, len(piece.piece))]
-            pairs = [(left, right) for left, right in cuts if left in vocabulary and right in vocabulary]
-            merges += [(-piece.score, *pair) for pair in sorted(pairs, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))]
-    merges.sort(key=lambda merge: merge[0])  # stable: pieces of equal score keep their order
     unknown = names[piece_kinds.UNKNOWN][0]
-    backend = Backend(
-        models.BPE(
-            vocab=vocabulary, merges=[merge[1:] for merge in merges], unk_token=unknown, fuse_unk=True, byte_fallback=model.trainer_spec.byte_fallback
-        )
-    )
+    if kind == "bpe":
+        backend = Backend(bpe(model, piece_kinds.NORMAL, unknown))
+    else:
+        scores = [(piece.piece, piece.score) for piece in model.pieces]
+        backend = Backend(models.Unigram(scores, unk_id=model.trainer_spec.unk_id, byte_fallback=model.trainer_spec.byte_fallback))
+        # a "<" ends a word, so that no text is read as "<s>" or "<0x0A>", which are pieces here
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex("▁*<|▁*[^▁<]+|▁+"), behavior="isolated")
     prefix = rules.add_dummy_prefix
     backend.normalizer = normalizers.Sequence([*([normalizers.Prepend("▁")] if prefix else []), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence(
@@ -240,7 +252,23 @@ def from_sentencepiece(proto: bytes, where: str) -> tuple[tokenizers.Tokenizer, 
         put_before(backend, settings_file["bos_token"], bos_id)
     if eos_id >= 0:
         settings_file["eos_token"] = model.pieces[eos_id].piece
-    return backend, settings_file, proto
+    return backend, settings_file, proto if kind == "bpe" else None
+
+
+def bpe(model, normal: int, unknown: str) -> tokenizers.models.BPE:
+    """The merges that SentencePiece does by score, as a list."""
+    from tokenizers import models
+
+    vocabulary = {piece.piece: i for i, piece in enumerate(model.pieces)}
+    merges = []  # (minus score, left, right): SentencePiece merges the best score first
+    for piece in model.pieces:
+        if piece.type == normal:
+            cuts = [(piece.piece[:k], piece.piece[k:]) for k in range(1, len(piece.piece))]
+            pairs = [(left, right) for left, right in cuts if left in vocabulary and right in vocabulary]
+            merges += [(-piece.score, *pair) for pair in sorted(pairs, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))]
+    merges.sort(key=lambda merge: merge[0])  # stable: pieces of equal score keep their order
+    merges = [merge[1:] for merge in merges]
+    return models.BPE(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=model.trainer_spec.byte_fallback)
 
 
 # ---- training
@@ -256,7 +284,7 @@ def train_sentencepiece(asked: config.Tokenizer, corpus: pathlib.Path) -> bytes:
     made = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for text in texts for line in text.split("\n") if line), model_writer=made, model_type="bpe",
+            sentence_iterator=(line for text in texts for line in text.split("\n") if line), model_writer=made, model_type=asked.model,
             vocab_size=asked.vocab_size, max_sentence_length=4 * SPAN, minloglevel=2, **SENTENCEPIECE,
         )  # fmt: skip
     except (RuntimeError, OSError, ValueError) as error:
@@ -302,11 +330,11 @@ def sample(corpus: pathlib.Path, limit_bytes: float) -> Iterator[tuple[str, str]
                         yield name, text[start : start + SPAN]
 
 
-def text_bytes(file: pathlib.Path) -> int:
-    """Of the text column of a parquet file, about, from its footer."""
+def text_bytes(file: pathlib.Path, group: int | None = None) -> int:
+    """Of the text column of a parquet file, or of one row group of it, about, from its footer."""
     footer = pq.ParquetFile(file).metadata
-    column = footer.schema.names.index("text")
-    return sum(footer.row_group(group).column(column).total_uncompressed_size for group in range(footer.num_row_groups))
+    column, groups = footer.schema.names.index("text"), range(footer.num_row_groups) if group is None else [group]
+    return sum(footer.row_group(each).column(column).total_uncompressed_size for each in groups)
 
 
 def corpus_files(corpus: pathlib.Path, split: str) -> dict[str, list[pathlib.Path]]:

@@ -165,7 +165,7 @@ def as_hugging_face(loaded: initialize.Loaded) -> Iterator[pathlib.Path]:
 def score_source(source: sources.Source, loaded: initialize.Loaded, encoder: tokenizer.Tokenizer, hf_dir, limit, max_length) -> dict[str, Any]:
     """Bits per byte of a source's first `limit` documents, in the form of the harness's results."""
     name = OURS + source.name
-    texts = [text for _, text in itertools.islice(source.documents(), limit)]
+    texts = [document.text for document in itertools.islice(source.documents(), limit)]
     if not texts:
         raise UserError(f"{name}: {source.where} holds no documents, so there is nothing to score. Check the path.")
     token_ids = encoder.encode_batch(texts)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
 from typing import Any
 
-from jaxpt import stage
 from jaxpt.config import Config
 from jaxpt.config import Mixture as Asked
 
@@ -49,11 +47,13 @@ def tell(found: dict[str, float], settings: Config) -> str:
     return f"forgetting: held-out loss is above the parent's: {worse} nats a token ({settings.train.max_forgetting:g} allowed)"
 
 
-def keep(run: pathlib.Path, asked: Asked) -> None:
-    """RUN/phases.json: the phases in force, for whoever asks which rows a step saw."""
-    stage.write_whole(run / "phases.json", json.dumps(asked.phases) + "\n")
+def to_json(asked: Asked, in_force: Asked) -> dict[str, Any] | None:
+    """For a checkpoint: the phases that replay has made of those asked for, where it has."""
+    return None if in_force is asked else {"asked": asked.phases, "in_force": in_force.phases}
 
 
-def known(asked: Asked, phases: Any) -> Asked:
-    """The mixture with the phases that a checkpoint or phases.json holds, if it holds any."""
-    return dataclasses.replace(asked, phases=tuple((step, shares) for step, shares in phases)) if phases else asked
+def known(asked: Asked, found: dict[str, Any] | None) -> Asked:
+    """The mixture with the phases that a checkpoint's `to_json` holds, unless others are asked for by now."""
+    if not found or json.dumps(found["asked"]) != json.dumps(asked.phases):
+        return asked
+    return dataclasses.replace(asked, phases=tuple((step, shares) for step, shares in found["in_force"]))

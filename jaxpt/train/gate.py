@@ -17,7 +17,7 @@ from jaxpt.data import loader
 from jaxpt.evaluate import likelihood, reference
 from jaxpt.model import llama
 from jaxpt.sharding import batch_sharding, n_shards, replicated
-from jaxpt.spec import Batch, Manifest, ModelSpec, UserError
+from jaxpt.spec import Batch, ModelSpec, UserError
 from jaxpt.stage import fingerprint, say
 from jaxpt.train import diagnosis
 from jaxpt.train.diagnosis import TINY, embedding_norms, nats_per_token, unit_norms
@@ -36,7 +36,6 @@ class Heldout:
 
     def __init__(self, settings: Config, packed: list[pathlib.Path], mesh):
         self.rows = loader.open_rows(packed, split="heldout")
-        self.counts = {name: counts for path in packed for name, counts in Manifest.load(path).counts["heldout"].items()}
         self.settings, self.mesh, self.steps = settings, mesh, {}
         self.batch_rows = self.whole(min(settings.train.batch_rows, 32))
 
@@ -176,7 +175,7 @@ def bits_per_byte(heldout: Heldout, name: str, spec: ModelSpec, params) -> float
     The manifest's tokens are all in the rows: text, and of each document an end and, where the tokenizer has one, a beginning of
     sequence. Its bytes still count what pack.method course drops at the end of a source: less than one row.
     """
-    batch, counts = heldout.few(name), heldout.counts[name]
+    batch, counts = heldout.few(name), heldout.rows.counts[name]
     of_text = batch._replace(weights=batch.weights * (batch.targets != spec.eos_id))
     n_special = 1 + int(heldout.rows.row(name, 0).tokens[0] == spec.bos_id)
     tokens_per_byte = (counts["tokens"] - n_special * counts["documents"]) / counts["bytes"]

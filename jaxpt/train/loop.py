@@ -16,7 +16,8 @@ import jax
 from jaxpt import sharding, stage
 from jaxpt.config import Config
 from jaxpt.data import loader
-from jaxpt.data.mixture import Mixture
+from jaxpt.data.mixture import Mixture, Stretch
+from jaxpt.data.storage import open_set
 from jaxpt.model import attention, loss
 from jaxpt.spec import Manifest, ModelSpec, UserError
 from jaxpt.train import forgetting, gate, machine, newborn, start, state, step
@@ -38,12 +39,12 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
     machine.join()
     machine.keep_compiled()
     run_dir = stage.local_path(workdir)
-    packed = [stage.local_path(path) for path in settings.mixture.packed] or [run_dir / "packed"]
-    inputs = {f"packed {path}": path for path in packed}
-    if settings.initialize.source != "random":
-        inputs["initialize"] = initialize.source_of(settings.initialize.source)
+    packed = list(settings.mixture.packed) or [str(run_dir / "packed")]
     config = {name: dataclasses.asdict(getattr(settings, name)) for name in DECIDING}
-    inputs = {name: {"path": str(path), "fingerprint": stage.fingerprint_path(path)} for name, path in inputs.items()}
+    inputs = {f"packed {path}": {"path": path, "fingerprint": open_set(path).manifest.fingerprint} for path in packed}
+    if settings.initialize.source != "random":
+        source = initialize.source_of(settings.initialize.source)
+        inputs["initialize"] = {"path": str(source), "fingerprint": stage.fingerprint_path(source)}
     if finished(run_dir, config, inputs):
         return
     started = time.monotonic()
@@ -67,10 +68,7 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
         goal = state.abstract_state(spec, settings, mesh)
         now = state.restored(resumed, checkpoint.restore(resumed, "params", goal.params), goal)
         counts = Manifest.load(resumed).counts
-        if counts["packed"] != rows.fingerprint:
-            raise UserError(
-                f"{run_dir}: has read other rows than {', '.join(map(str, packed))} holds now. Give it those again, or another --workdir."
-            )
+        start.check_rows(Manifest.load(resumed), settings, rows, run_dir)
         stage.say(f"resumed from {resumed}: step {counts['step']:,}, {counts['rows']:,} rows read; {initialize.describe(spec)}")
         for change in changed_settings(run_dir, config):
             stage.say(f"  with another {change}")
@@ -103,9 +101,11 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
         raise UserError(f"pack.row_len: rows of {rows.row_len} tokens are longer than the model's {spec.max_positions} positions. Pack shorter rows.")
     sharding.check(mesh, spec, settings.train.batch_rows, settings.train.accumulate, rows.row_len)
     asked = forgetting.known(settings.mixture, counts.get("phases"))
-    n_rows = settings.train.steps * settings.train.batch_rows
-    mixture = Mixture(asked, rows.n_rows, settings.train.batch_rows)
+    n_rows = counts["rows"] + (settings.train.steps - counts["step"]) * settings.train.batch_rows
+    mix = lambda past, n_done, n_read: Mixture(asked, rows.n_rows, settings.train.batch_rows, past, n_done, n_read, rows.fingerprint)  # noqa: E731
+    mixture = mix([Stretch(*each) for each in counts["account"]], counts["step"], counts["rows"])
     mixture.check(n_rows, asked.max_epochs)
+    keep_account(run_dir, mixture)
     keep_program(run_dir, settings, spec, packed, counts["step"])
 
     # The step, and what is said about it.
@@ -170,7 +170,7 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
             for each in jax.device_get(waiting):
                 if math.isfinite(each["nats_sum"]):  # a batch that is not is skipped, and counted as that
                     nats_sum, weights_sum = nats_sum + float(each["nats_sum"]), weights_sum + float(each["weights_sum"])
-                stop_if_stuck(each, settings, n_done, rows, mixture)
+                stop_if_stuck(each, settings, n_done, n_read, rows, mixture)
             waiting.clear()
         if logs:
             newest = {name: float(found[name]) for name in ("grad_norm", "lr")}
@@ -187,26 +187,27 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
                 elif settings.train.on_forgetting == "replay" and not last:
                     asked = forgetting.more_replay(asked, list(forgot), n_done, rows.n_rows)
                     stage.say(f"forgetting: from step {n_done + 1:,} on the shares are {asked.phases[-1][1]}")
-                    mixture = Mixture(asked, rows.n_rows, settings.train.batch_rows)
+                    mixture = mix(mixture.account(n_read), n_done, n_read)
                     mixture.check(n_rows, asked.max_epochs)
-                    forgetting.keep(run_dir, asked)
+                    keep_account(run_dir, mixture)
                     batches.close()
                     batches = read_from(n_read)
         if saves:
             facts = {
                 "rows": n_read,
                 "packed": rows.fingerprint,
+                "seed": settings.mixture.seed,
                 "interval": [nats_sum, weights_sum],
                 "optimizer": settings.optim.name,
                 "lr": float(found["lr"]),
                 "n_grown": n_grown,
                 "young": young.to_json(),
                 "parent": parent,
+                "account": mixture.account(n_read),
+                "phases": forgetting.to_json(settings.mixture, asked),
             }
             if measured:  # what a later start from this checkpoint is held against
                 facts["heldout"] = heldout.record(measured)
-            if asked is not settings.mixture:
-                facts["phases"] = asked.phases
             rest = {"step": now.step, "opt": now.opt, "guard": now.guard}
             with failures_told(settings.train.on_failed_save == "stop"):
                 saver.wait()  # for the one before
@@ -278,7 +279,13 @@ def changed_settings(run: pathlib.Path, config: dict) -> list[str]:
     ]  # fmt: skip
 
 
-def keep_program(run: pathlib.Path, settings: Config, spec: ModelSpec, packed: list[pathlib.Path], step: int) -> None:
+def keep_account(run: pathlib.Path, mixture: Mixture) -> None:
+    """RUN/phases.json: what the run has read and will read, for whoever asks which rows a step saw."""
+    if jax.process_index() == 0:
+        stage.write_whole(run / "phases.json", json.dumps([stretch._asdict() for stretch in mixture.stretches], indent=1) + "\n")
+
+
+def keep_program(run: pathlib.Path, settings: Config, spec: ModelSpec, packed: list[str], step: int) -> None:
     """config.json, spec.json and tokenizer/ of the run, so that it can be read, resumed and exported by itself; starts.jsonl and
     program.diff, so that it can be done again: every start with its command, commit, versions and devices."""
     if jax.process_index():
@@ -290,9 +297,7 @@ def keep_program(run: pathlib.Path, settings: Config, spec: ModelSpec, packed: l
     stage.write_whole(run / "program.diff", diff)
     stage.write_whole(run / "config.json", json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
     spec.save(run / "spec.json")
-    tokenizer = packed[0].parent / "tokenizer"
-    if not (run / "tokenizer").exists() and tokenizer.is_dir():
-        shutil.copytree(tokenizer, run / "tokenizer.partial", dirs_exist_ok=True)
+    if not (run / "tokenizer").exists() and open_set(packed[0]).copy_beside("tokenizer", run / "tokenizer.partial"):
         (run / "tokenizer.partial").rename(run / "tokenizer")
 
 
@@ -317,10 +322,9 @@ def failures_told(stop: bool) -> Iterator[None]:
         stage.say(f"{failed} The run goes on, as train.on_failed_save says.")
 
 
-def stop_if_stuck(found: dict, settings: Config, n_done: int, rows: loader.Rows, mixture: Mixture) -> None:
+def stop_if_stuck(found: dict, settings: Config, n_done: int, n_read: int, rows: loader.Rows, mixture: Mixture) -> None:
     if found["n_in_a_row"] >= settings.train.max_skips:
-        batch_rows = settings.train.batch_rows
-        places = (mixture.row_at((n_done - 1) * batch_rows + slot) for slot in range(batch_rows))
+        places = (mixture.row_at(index) for index in range(n_read - settings.train.batch_rows, n_read))
         documents = [document for name, i in places for document in rows.doc_ids(name, i)]
         raise UserError(
             f"train: {int(found['n_in_a_row'])} updates in a row were skipped up to step {n_done} (not finite, or a spike), which read "

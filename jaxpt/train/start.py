@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jaxpt.config import Config
 from jaxpt.data import loader
+from jaxpt.data.mixture import Stretch, recorded
 from jaxpt.spec import Manifest, UserError
 from jaxpt.stage import local_path, say
 from jaxpt.train import state
@@ -12,7 +13,7 @@ from jaxpt.train.state import TrainState
 from jaxpt.weights import checkpoint, growth
 from jaxpt.weights.initialize import Birth
 
-FRESH = {"step": 0, "rows": 0, "interval": [0.0, 0.0], "n_grown": 0}
+FRESH = {"step": 0, "rows": 0, "interval": [0.0, 0.0], "n_grown": 0, "account": []}
 
 
 def begin(settings: Config, birth: Birth, rows: loader.Rows, mesh) -> tuple[TrainState, dict, Young]:
@@ -31,12 +32,9 @@ def begin(settings: Config, birth: Birth, rows: loader.Rows, mesh) -> tuple[Trai
     source = checkpoint.find(local_path(asked.source))
     if source is None or not (source / "rest").is_dir():
         raise UserError(f"initialize.start: {asked.start} needs a run's checkpoint, {asked.source} is none. Use continue, which needs only weights.")
-    counts = Manifest.load(source).counts
-    if counts.get("packed") != rows.fingerprint:
-        raise UserError(
-            f"initialize.start: {asked.start} keeps the data position, but {asked.source} read other rows than mixture.packed. "
-            "Name its own rows there, or use continue."
-        )
+    manifest = Manifest.load(source)
+    counts = manifest.counts
+    check_rows(manifest, settings, rows, asked.source)
     if counts["step"] >= settings.train.steps:
         raise UserError(f"initialize.start: {asked.source} stands at step {counts['step']} and train.steps is {settings.train.steps}. Set more.")
     say_table(settings, birth)
@@ -47,8 +45,42 @@ def begin(settings: Config, birth: Birth, rows: loader.Rows, mesh) -> tuple[Trai
         opt, guard, young = state.grown(opt, guard, grew, asked.moments, mesh, young if i else Young())
     # growths of train.grow that lie behind this step: the source's own at this very step only if it had grown there
     n_grown = sum(at < counts["step"] or (at == counts["step"] and i < counts["n_grown"]) for i, (at, _) in enumerate(settings.train.grow))
-    kept = {"step": counts["step"], "rows": counts["rows"], "interval": [0.0, 0.0] if birth.growths else counts["interval"]}
+    kept = {name: counts[name] for name in ("step", "rows", "account")} | {"interval": [0.0, 0.0] if birth.growths else counts["interval"]}
     return now._replace(opt=opt, guard=guard), {**kept, "n_grown": n_grown}, young
+
+
+def check_rows(manifest: Manifest, settings: Config, rows: loader.Rows, run: object) -> None:
+    """A run that goes on must find the rows that it was reading. Raises UserError saying what other rows break, unless mixture.accept
+    names these very rows; then that is said.
+
+    manifest  of the checkpoint
+    """
+    counts = manifest.counts
+    if counts.get("seed", settings.mixture.seed) != settings.mixture.seed:
+        raise UserError(
+            f"mixture.seed: {run} reads in the order of seed {counts['seed']}, another begins in the middle of its epochs. Set it back, or start anew."
+        )
+    if counts.get("packed") == rows.fingerprint:
+        return
+    where = ", ".join(sorted({source.place.where for source in rows.sources.values()}))
+    if manifest.tokenizer != rows.tokenizer:
+        raise UserError(
+            f"{run}: has read rows of tokenizer {manifest.tokenizer}, {where} was packed with {rows.tokenizer}. Pack with its own, or start anew."
+        )
+    account = [Stretch(*each) for each in counts["account"]]
+    n_rows = {**dict.fromkeys((name for stretch in account for name in stretch.shares), 1), **rows.n_rows}  # some may be there no more
+    epochs = recorded(account, n_rows, settings.mixture.seed).epochs(counts["rows"])
+    begun = [f"{name} ({n % 1:.0%} of an epoch)" for name, n in epochs.items() if n % 1]
+    breaks = (
+        f"rows read in epochs that are under way may come again and others not: {', '.join(begun) or 'none'}; "
+        f"the documents of steps up to {counts['step']:,} can no longer be traced; the run cannot be repeated from one set"
+    )
+    if settings.mixture.accept != rows.fingerprint:
+        raise UserError(
+            f"{run}: has read other rows than {where} holds now. Give it those again, or another --workdir, or go on with "
+            f"--config.mixture.accept={rows.fingerprint}, which breaks this: {breaks}."
+        )
+    say(f"accepted: {run} goes on with other rows, which breaks this: {breaks}")
 
 
 def say_table(settings: Config, birth: Birth) -> None:
