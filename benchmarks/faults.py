@@ -162,10 +162,12 @@ def kills(home: pathlib.Path, run: str, steps: int, n_kills: int, rng: random.Ra
         job = Job(home, run, steps, **layout)
         done = job.step()
         if rng.random() < 1 / 3:
-            time.sleep(rng.uniform(0, 4))
+            latest = time.monotonic() + rng.uniform(0, 4)
+            while time.monotonic() < latest and job.step() < steps - 10:  # a fast machine may be near the end by then
+                time.sleep(0.02)
         else:
             job.until(min(done + rng.randrange(1, max(2 * steps // n_kills - 1, 2)), steps - 10))
-            time.sleep(rng.uniform(0, 0.2))
+            time.sleep(rng.uniform(0, 0.1))
         rng.choice(job.processes).kill()
         waited = max(waited, job.end_others(3 * SILENCE))
         at.append(job.step())
