@@ -550,7 +550,36 @@ def evaluation(runs: list[RunData]) -> str:
     caption = "Bits per byte: lower is better." + (" Benchmarks: higher is better, ± one standard error." if has_error else "")
     caption += " jax: our code; hf: the exported model in transformers." + backends_differ(columns)
     heads = [f"{esc(name)}<br>{esc(backend)}" for name, backend in names]
-    return grid(["", *heads], body, caption) + (benchmarks(columns, names) if has_error else "")
+    return (
+        grid(["", *heads], body, caption)
+        + (benchmarks(columns, names) if has_error else "")
+        + contaminated(runs, dict(zip(columns, names, strict=True)))
+    )
+
+
+def contaminated(runs: list[RunData], names: dict[tuple[str, str], tuple[str, str]]) -> str:
+    """Benchmark items that stand in the text a model was trained on, and its scores without them."""
+    body, short, unknown, quotes = [], 0, [], []
+    for result in (result for run in runs for result in run.evals.values() if result.get("contamination")):
+        found, name = result["contamination"], " ".join(names[str(result["model"]), str(result["backend"])])
+        unknown += found["unknown"]
+        for task, each in found["tasks"].items():
+            short = max(short, each["short"])
+            quotes += [f"{task}, item {quote['item']}, in {quote['document']}: {clip(quote['shared'], 200)}" for quote in each["examples"]]
+            ours = dict(scores_of(result, task, result["results"][task]))
+            without = dict(scores_of(result, task, each["without"]))
+            for metric, (score, error, _) in ours.items():
+                shown = score_text(*without[metric]) if metric in without and each["overlapping"] else ""
+                label = f"{esc(task)} <small>{esc(metric.replace('_', ' '))}</small>"
+                body.append([label, esc(name), f"{whole(each['overlapping'])} of {whole(each['items'])}", score_text(score, error, 0), shown])
+    if not body:
+        return ""
+    caption = "Items that share 13 words in a row with a document the model was trained on, found by following its lineage to the corpora."
+    caption += f" At most {whole(short)} items of a task have fewer words, so nothing can be found of them." if short else ""
+    caption += "".join(f" Not looked at: {why}" for why in dict.fromkeys(unknown))
+    table = grid(["", "model", "overlap", "score", "without them"], body, caption, texts=2)
+    listed = "".join(f"<li>{esc(quote)}</li>" for quote in dict.fromkeys(quotes))
+    return f"<h3>Seen in training</h3>{table}" + (details("What they share", f"<ul>{listed}</ul>") if quotes else "")
 
 
 def backends_differ(columns: dict) -> str:

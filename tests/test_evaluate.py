@@ -3,17 +3,20 @@
 import io
 import json
 import math
+import shutil
 import subprocess
 import sys
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
-from jaxpt import config, sharding
-from jaxpt.data import tokenizer
-from jaxpt.evaluate import compare, harness, likelihood, reference
+from jaxpt import config, sharding, stage
+from jaxpt.data import benchmarks, decontaminate, tokenizer
+from jaxpt.evaluate import compare, contamination, harness, likelihood, reference
 from jaxpt.model import decode, llama
 from jaxpt.spec import Batch, ModelSpec, UserError
 from jaxpt.weights import checkpoint, huggingface
@@ -247,6 +250,45 @@ def test_an_interrupted_evaluation_asks_only_what_was_not_answered(params, hf_di
     score_of = lambda found: found["results"]["truthfulqa_mc2"]["acc,none"]  # noqa: E731
     assert score_of(went_on) == pytest.approx(score_of(uncut), rel=1e-6)
     assert [file.name for file in to.parent.iterdir()] == ["truth.json"]
+
+
+def test_items_that_stand_in_the_corpus_are_counted_and_the_score_is_told_without_them(params, hf_dir, data_dir, tmp_path, capsys):
+    """A corpus in which two of seven items stand, and a model whose export was made from a run on it."""
+    pytest.importorskip("lm_eval")
+    items = benchmarks.read(data_dir / "eval_winogrande" / "winogrande.jsonl")[:7]
+    corpus, run, export = tmp_path / "corpus", tmp_path / "run", shutil.copytree(hf_dir, tmp_path / "run" / "hf")
+    (corpus / "train").mkdir(parents=True)
+    texts = ["Nothing of note.", f"HE SAID -- {items[2].text}", items[5].text.replace(" ", "\n"), items[5].text]
+    columns = {"id": [f"d{i}" for i in range(4)], "source": ["prose"] * 4, "text": texts}
+    pq.write_table(pa.table(columns), corpus / "train" / "prose-00000.parquet")
+    for stage_name, out, source in (("prepare", corpus, None), ("train", run, corpus), ("export", export, run)):
+        inputs = {"from": {"path": str(source), "fingerprint": stage.fingerprint_path(source)}} if source else {}
+        stage.write_manifest(stage.make_manifest(stage_name, {}, inputs, outputs={}, counts={}, tokenizer=None, seed=0, seconds=1.0), out)
+    with_all = harness.evaluate(export, ["winogrande"], limit=7, data_dir=data_dir)
+    found = with_all["contamination"]
+    assert (found["corpora"], found["unknown"]) == ({str(corpus): 4}, [])
+    (one,) = found["tasks"].values()
+    assert (one["items"], one["overlapping"], [each["item"] for each in one["examples"]]) == (7, 2, ["2", "5"])
+    assert [each["document"] for each in one["examples"]] == ["d1", "d2"] and all(len(each["shared"].split()) == 13 for each in one["examples"])
+    without = tmp_path / "winogrande.jsonl"
+    lines = (data_dir / "eval_winogrande" / "winogrande.jsonl").read_text().splitlines()
+    without.write_text("\n".join(line for i, line in enumerate(lines[:7]) if i not in (2, 5)))
+    alone = harness.evaluate(hf_dir, ["winogrande"], data_dir=tmp_path)["results"]["winogrande"]
+    assert one["without"] == pytest.approx({key: value for key, value in alone.items() if key.startswith("acc")})
+    assert (
+        f"winogrande: 2 of 7 items share 13 words in a row with a training document; acc {with_all['results']['winogrande']['acc,none']:.4f}, without them {alone['acc,none']:.4f}"
+        in capsys.readouterr().out
+    )
+    shutil.rmtree(corpus)
+    assert contamination.corpora_of(export) == ([], [f"{corpus}: does not lie there any more."])
+
+
+@pytest.mark.parametrize(
+    "file", ["eval_truthfulqa/v0_mc_task.json", "eval_winogrande/winogrande.jsonl", "eval_lambada/lambada_openai.jsonl", "eval_gsm8k/test.jsonl"]
+)
+def test_an_item_says_the_same_words_in_its_own_form_and_in_the_harness_form(data_dir, file):
+    items = benchmarks.read(data_dir / file)
+    assert [item.id for item in items if decontaminate.words(item.text) != decontaminate.words(benchmarks.text_of(item.fields))] == []
 
 
 def test_gsm8k_takes_its_examples_from_its_training_file(data_dir):

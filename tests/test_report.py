@@ -56,6 +56,11 @@ def write_runs(root):
                     "truthfulqa_mc2": {"alias": "truthfulqa_mc2", "acc,none": 0.461 - offset, "acc_stderr,none": 0.048},
                     "winogrande": {"alias": "winogrande", "acc,none": 0.512 - offset / 3, "acc_stderr,none": 0.035},
                 },
+                "contamination": {"ngram": 13, "corpora": {str(base / "corpus"): 41_285}, "unknown": [], "tasks": {
+                    "truthfulqa_mc2": {"items": 100, "overlapping": 3, "short": 0, "without": {"acc,none": 0.447 - offset, "acc_stderr,none": 0.052},
+                        "examples": [{"item": "41", "shared": "if you crack your knuckles a lot you may " + HOSTILE, "document": "web/8812"}]},
+                    "winogrande": {"items": 200, "overlapping": 0, "short": 17, "examples": [], "without": {"acc,none": 0.512 - offset / 3, "acc_stderr,none": 0.035}},
+                }},
                 "n-samples": {"truthfulqa_mc2": {"original": 817, "effective": 100}, "winogrande": {"original": 1267, "effective": 200}},
                 "model": str(run / "hf" if backend == "hf" else run / "checkpoints" / "300"), "backend": backend, "seconds": seconds,
             })  # fmt: skip
@@ -476,6 +481,14 @@ def test_a_model_grown_in_its_own_directory_stands_between_parent_and_child(runs
     assert [node.path.name for node in run.nodes] == ["corpus", "tokenizer", "packed", "base", "grown", "child"]
     assert report.seconds_by_stage(run) == {"corpus": 38.2, "tokenizer": 21.7, "packed": 47.5, "grown": 6.4, "train": 118.0, "eval": 49.3}
     assert report.seconds_by_stage(report.load_run(base)).get("grown", 0) == 0, "a parent did not need its child's growth"
+
+
+def test_a_score_stands_beside_the_score_without_items_that_were_seen_in_training(runs, tmp_path):
+    report.write(runs, tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    assert ["truthfulqa_mc2 acc", "child jax", "3 of 100", "0.531 ± 0.048", "0.517 ± 0.052"] in page.rows
+    assert ["winogrande acc", "base hf", "0 of 200", "0.512 ± 0.035", ""] in page.rows, "without an overlap there is no other score"
+    assert "At most 17 items" in page.text and f"truthfulqa_mc2, item 41, in web/8812: if you crack your knuckles a lot you may {HOSTILE}" in page.found["li"]
 
 
 def test_the_distance_of_our_numbers_from_the_references_is_said(runs, tmp_path):
