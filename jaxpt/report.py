@@ -1,4 +1,4 @@
-"""One HTML page of one or several runs, made only from the JSON that stages leave in their directories.
+"""One HTML page of one or several runs, made only from the JSON that stages leave in their directories, and prepare.py's samples of what it dropped.
 
 The page asks no other host for anything, opens from a file, and stays under 2 MB. It is a list of sections (SECTIONS, below them): a room that
 wants to be seen leaves its JSON, and adds here what `load_run` reads of it and one function from runs to HTML, "" where no run has that JSON.
@@ -14,18 +14,24 @@ import itertools
 import json
 import math
 import pathlib
+import statistics
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import pyarrow.parquet as pq
+
 from jaxpt import config, stage
 from jaxpt.lineage import STAGES, Node, lineage_of, own_stages, read_json
-from jaxpt.plan import flops
+from jaxpt.plan import flops, hardware
 from jaxpt.spec import ModelSpec, UserError
 
 MAX_POINTS = 2_400  # of a figure's curves together; more cannot be told apart on a screen and would make the page heavy
 MAX_TEXT = 2_000  # characters shown of a prompt or a sample
 MAX_PROMPTS = 24  # shown of all samples
 MAX_TWINS = 12  # pairs of copied layers
+MAX_STRETCHES = 8  # of steps with skipped updates
+MAX_DROPPED = 3  # documents shown that a rule dropped, of each source
+MAX_EXCERPT = 600  # characters of each
 
 
 def write(directories: Iterable[str | pathlib.Path], to: str | pathlib.Path) -> list[RunData]:
@@ -53,6 +59,8 @@ class RunData:
     stages   each of STAGES -> the manifests of this run's own, not of its parent's;  funnels: of its corpora
     train    metrics.jsonl's training records by step;  heldout: its held-out records;  marks: (step, "resumed" or "grown by ...")
     evals    eval/*.json by file stem, without samples.json
+    phases   (from step, {source: share}) of its mixture, [] where it is not known;  devices: of its last start, (number, kind)
+    funnels hold "dropped" too: {rule: [{"id", "source", "text", "reason"}, ...]}
     """
 
     name: str
@@ -70,6 +78,8 @@ class RunData:
     nodes: list[Node]
     stages: dict[str, list[dict]]
     funnels: list[dict]
+    phases: list[tuple[int, dict[str, float]]]
+    devices: tuple[int, str] | None
     notes: list[str]
 
 
@@ -92,16 +102,21 @@ def load_run(directory: str | pathlib.Path) -> RunData:
     read = functools.partial(read_json, notes=notes)
     nodes = lineage_of(directory, notes)
     own = own_stages(nodes)
+    stages = {kind: [node.manifest for node in own if node.kind == kind] for kind in STAGES}
+    settings = read(directory / "config.json")
     return RunData(
         name=directory.name,
         directory=directory,
-        **{name: read(directory / f"{name}.json") for name in ("manifest", "config", "spec", "growth", "plan")},
+        **{name: read(directory / f"{name}.json") for name in ("manifest", "spec", "growth", "plan")},
+        config=settings,
         samples=read(directory / "eval" / "samples.json"),
         evals={file.stem: found for file in sorted((directory / "eval").glob("*.json")) if file.stem != "samples" and (found := read(file))},
         **read_metrics(directory / "metrics.jsonl", notes),
         nodes=nodes,
-        stages={kind: [node.manifest for node in own if node.kind == kind] for kind in STAGES},
-        funnels=[node.funnel for node in own if node.funnel],
+        stages=stages,
+        funnels=[{**node.funnel, "dropped": read_dropped(node.path / "dropped", notes)} for node in own if node.funnel],
+        phases=read_phases(directory, settings, stages["packed"], notes),
+        devices=read_devices(directory / "starts.jsonl"),
         notes=notes,
     )
 
@@ -131,6 +146,46 @@ def read_metrics(path: pathlib.Path, notes: list[str]) -> dict[str, list]:
         notes.append(f"{path}: {len(broken)} lines cannot be read, the first is line {broken[0]}; left out.")
     by_step = {"train": train, "heldout": heldout}
     return {name: [found[step] for step in sorted(found)] for name, found in by_step.items()} | {"marks": list(dict.fromkeys(marks))}
+
+
+def read_dropped(directory: pathlib.Path, notes: list[str]) -> dict[str, list[dict]]:
+    """{rule: samples of what it dropped}, MAX_DROPPED of each source, their texts cut at MAX_EXCERPT characters."""
+    found = {}
+    for file in sorted(directory.glob("*.parquet")):
+        try:
+            rows = pq.read_table(file, columns=["id", "source", "text", "reason"]).to_pylist()
+        except (OSError, ValueError) as error:  # pyarrow's errors are of both kinds
+            notes.append(f"{file}: cannot be read ({str(error).splitlines()[0]}); left out.")
+            continue
+        by_source: dict[str, list[dict]] = {}
+        for row in rows:
+            by_source.setdefault(str(row["source"]), []).append({**row, "text": clip(row["text"], MAX_EXCERPT)})
+        found[file.stem] = [row for own in by_source.values() for row in own[:MAX_DROPPED]]
+    return found
+
+
+def read_phases(directory: pathlib.Path, settings: dict | None, packed: list[dict], notes: list[str]) -> list[tuple[int, dict[str, float]]]:
+    """The shares in force from each step on, together 1: those that the run changed itself, else its config's, else in proportion to the rows."""
+    try:
+        asked = (
+            json.loads((directory / "phases.json").read_text()) if (directory / "phases.json").is_file() else (settings or {})["mixture"]["phases"]
+        )
+        rows = {name: part["rows"] for manifest in packed for name, part in manifest["counts"]["train"].items()}
+        asked = asked or ([(0, rows)] if rows else [])
+        return [(int(step), {name: share / sum(shares.values()) for name, share in shares.items() if share}) for step, shares in asked]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        if settings:
+            notes.append(f"{directory}: its mixture cannot be read from phases.json, config.json or packed/manifest.json ({error!r}); left out.")
+        return []
+
+
+def read_devices(path: pathlib.Path) -> tuple[int, str] | None:
+    """(number, JAX's name of their kind), of the last start that the file tells of."""
+    try:
+        number, _, kind = json.loads(path.read_text().splitlines()[-1])["devices"].partition(" x ")
+        return int(number), kind
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return None
 
 
 # ---- the numbers that matter, for the head of the page and for the terminal
@@ -314,7 +369,8 @@ def funnel(runs: list[RunData]) -> str:
     parts = []
     for funnels, names in distinct(runs, "funnels"):
         for found in funnels:
-            parts += [f"<h3>{esc(source)}{of_runs(names, runs)}</h3>{funnel_of(found, source)}" for source in found["sources"]]
+            for source in found["sources"]:
+                parts.append(f"<h3>{esc(source)}{of_runs(names, runs)}</h3>{funnel_of(found, source)}{dropped(found, source)}")
     if not parts:
         return ""
     return "".join(parts) + small("Documents and text left after each rule, in the order applied. Share: of the text read, by bytes.")
@@ -334,6 +390,36 @@ def funnel_of(found: dict, source: str) -> str:
         body.append([esc(label), whole(kept.get("rows")), *([lost] if len(steps) > 1 else []), decimal(kept.get("bytes", math.nan) / 1e6, 2), share])
     heads = ["rule", "documents", *(["dropped"] if len(steps) > 1 else []), "MB", "share"]
     return grid(heads, body, kind="funnel rules" if len(steps) > 1 else "funnel")
+
+
+def dropped(found: dict, source: str) -> str:
+    """Samples of what each rule dropped, folded, in the order of the rules."""
+    parts = []
+    for rule in in_order([step["rule"] for step in found["steps"]], found["dropped"]):
+        rows = [row for row in found["dropped"][rule] if row["source"] == source]
+        parts += [f"<h3>{esc(rule.replace('_', ' '))}</h3>"] if rows else []
+        for row in rows:
+            why = small(f"{row['id']}: {row['reason'] or 'no reason kept'}")
+            parts.append(f'<div class="dropped">{why}<pre>{esc(row["text"])}</pre></div>')
+    return details("Samples of what each rule dropped", "".join(parts)) if parts else ""
+
+
+def mixture(runs: list[RunData]) -> str:
+    names = in_order(domains_of(runs), (name for run in runs for _, shares in run.phases for name in shares))
+    known = [run for run in runs if run.phases and run.train]
+    figures, body = [], []
+    for run in known:
+        ends = [*(step for step, _ in run.phases[1:]), max(run.phases[-1][0], run.train[-1]["step"])]
+        stretches = [(start, end, shares) for (start, shares), end in zip(run.phases, ends, strict=True)]
+        series = [(name, [(step, shares.get(name, 0.0)) for start, end, shares in stretches for step in (start, end)]) for name in names]
+        if len(stretches) > 1:
+            figures.append(figure(curves(names, series, "share", 180), "Share of the rows of each step.", run.name if len(runs) > 1 else "Shares"))
+        for start, _, shares in stretches:
+            body.append([esc(run.name), whole(start), *(f"{100 * shares[name]:.3g} %" if name in shares else "" for name in names)])
+    if not body:
+        return ""
+    caption = "Share of the rows of each step, from the step named on; how often each source was read stands under Training."
+    return (key_of(names) + pairs(figures) if figures else "") + grid(["run", "from step", *map(esc, names)], body, caption)
 
 
 def losses(runs: list[RunData]) -> str:
@@ -404,7 +490,49 @@ def training(runs: list[RunData]) -> str:
             whole(last(run.train, "n_skipped")), esc(", ".join(f"{name} {decimal(epochs[name], 2)}" for name in in_order(domains_of(runs), epochs) if epochs[name])),
         ])  # fmt: skip
     heads = ["run", "tokens/s, median", "peak memory, GB", "steps skipped", "times each source was read"]
-    return key_of([run.name for run in runs]) + pairs(figures) + grid(heads, body)
+    return key_of([run.name for run in runs]) + pairs(figures) + grid(heads, body) + skips(runs)
+
+
+def skips(runs: list[RunData]) -> str:
+    """Between which logged steps updates were skipped, and how to see the documents that they read."""
+    lines = []
+    for run in runs:
+        counts = [(0, 0), *points(run.train, "n_skipped")]
+        stretches = [f"{whole(b - a)} in steps {whole(start + 1)} to {whole(end)}" for (start, a), (end, b) in itertools.pairwise(counts) if b > a]
+        more = f" and {len(stretches) - MAX_STRETCHES} stretches more" if len(stretches) > MAX_STRETCHES else ""
+        if stretches:
+            ask = f"python scripts/trace.py --workdir {run.directory} --step N"
+            lines.append(f"{esc(run.name)}: {', '.join(stretches[:MAX_STRETCHES])}{more}. The documents of a step: <code>{esc(ask)}</code>")
+    why = "Skipped updates: the loss or the gradient was not finite, or the gradient's norm was a spike; weights and moments stayed as they were."
+    return small(why) + "<ul>" + "".join(f"<li>{line}</li>" for line in lines) + "</ul>" if lines else ""
+
+
+def forgetting(runs: list[RunData]) -> str:
+    """How far each domain's held-out loss is from the parent's on the same rows."""
+    figures, body = [], []
+    domains = [name for name in domains_of(runs) if any(name in (record.get("parent") or {}) for run in runs for record in run.heldout)]
+    for run in runs:
+        rise = {
+            name: [(record["step"], child - parent) for record in run.heldout
+                   if (child := finite(record["heldout"].get(name))) is not None and (parent := finite((record.get("parent") or {}).get(name))) is not None]
+            for name in domains
+        }  # fmt: skip
+        if not any(rise.values()):
+            continue
+        limit = finite(((run.config or {}).get("train") or {}).get("max_forgetting")) or None
+        levels = [0.0] if limit is None else [0.0, limit]
+        plot = over_steps([run], list(rise.items()), "above the parent", 220, levels=levels, level_name="", names=domains)
+        caption = "Held-out loss above the parent's on the same rows, nats per token; below the dashed line it is better than its parent."
+        figures.append(figure(plot, caption + (f" Upper dashed line: {limit:g}, what train.max_forgetting allows." if limit else ""), run.name))
+        for name, found in rise.items():
+            if found:
+                worst = max(found, key=lambda point: point[1])
+                ends = [f"{found[0][1]:+.3f}", f"{worst[1]:+.3f} <small>step {whole(worst[0])}</small>", f"{found[-1][1]:+.3f}"]
+                body.append([esc(run.name), esc(name), *ends])
+    if not body:
+        return ""
+    heads = ["run", "text", "first", "worst", "last"]
+    return key_of(domains) + "".join(figures) + grid(heads, body, "Nats per token above the parent; above 0, the child has forgotten.", texts=2)
 
 
 def growth(runs: list[RunData]) -> str:
@@ -696,14 +824,40 @@ def plan(runs: list[RunData]) -> str:
                 esc(target.get("on", "")), esc(target.get("method", "")), whole(target.get("devices")), "yes" if target.get("fits") else "no",
                 f"{peak / 1e9:,.1f}" if peak is not None else "", span(target, "tokens_per_second", count), span(target, "hours", brief), span(target, "usd", brief),
             ])  # fmt: skip
+        took = [run for run in runs if run.name in names and finite(last(run.train, "seconds"))]
+        body += [spent(run) for run in took]
         priced = [target for target in found["targets"] if finite(target.get("hours")) and finite(target.get("usd"))]
         parts.append(f"<h3>{esc(', '.join(names))}</h3>" if len(runs) > 1 else "")
         if len(priced) > 1:
             parts.append(figure(plan_chart(priced), "Money against hours for the whole run, both on a log scale. Hollow: it does not fit there."))
         caption = "Compiled: the real step, compiled for that machine; estimated: from the shape alone. Ranges: the ends of the assumed share of peak speed."
+        caption += " Measured: what the run has taken so far." + "".join(against_plan(run, found) for run in took) if took else ""
         parts.append(grid(["on", "how known", "devices", "fits", "GB a device", "tokens/s", "hours", "USD"], body, caption, texts=2))
         parts += [small(note) for note in found.get("notes", [])]
     return "".join(parts)
+
+
+def spent(run: RunData) -> list[str]:
+    """What a run took, as a row of the plan's table."""
+    number, kind = run.devices or (None, "")
+    speed, memory = [value for _, value in points(run.train, "tokens_per_second")], last(run.train, "memory_bytes")
+    cells = [whole(number), "", f"{memory / 1e9:,.1f}" if memory else "", count(statistics.median(speed)) if speed else ""]
+    return [esc(kind or run.name), "measured", *cells, brief(last(run.train, "seconds") / 3600), brief(last(run.train, "usd"))]
+
+
+def against_plan(run: RunData, found: dict) -> str:
+    """The run's pace beside what was planned for the machine that it ran on; "" where no such machine was planned for."""
+    chip = hardware.chip_for(run.devices[1]) if run.devices else None
+    trained, asked = last(run.train, "tokens"), finite(found.get("tokens"))
+    if not (chip and trained and asked):
+        return ""
+    pace = last(run.train, "seconds") / 3600 * asked / trained
+    for target in found["targets"]:
+        if target["on"].partition(":")[0] == chip.name and target.get("devices") == run.devices[0] and finite(target.get("hours")):
+            planned = f"planned on {target['on']} were {span(target, 'hours', brief)} hours and {span(target, 'usd', brief) or 'no'} USD"
+            price = f" and {brief(pace * run.devices[0] * chip.usd_per_hour)} USD" if chip.usd_per_hour else ""
+            return f" {run.name}: {planned} for {count(asked)} tokens; at the measured pace it is {brief(pace)} hours{price}."
+    return ""
 
 
 def span(target: dict, key: str, as_text: Callable) -> str:
@@ -757,7 +911,9 @@ SECTIONS = (
     Section("Summary", headline, "a run directory"),
     Section("Lineage", lineage, "manifest.json, written by every stage that finished"),
     Section("Data", funnel, "corpus/funnel.json, written by prepare.py"),
+    Section("Mixture", mixture, "metrics.jsonl beside config.json, written by train.py"),
     Section("Loss", losses, "metrics.jsonl, written by train.py"),
+    Section("Forgetting", forgetting, "held-out loss beside a parent's in metrics.jsonl, written by train.py of a run that started from a model"),
     Section("Training", training, "metrics.jsonl, written by train.py"),
     Section("Growth", growth, "growth.json, written by initialize.py --grow"),
     Section("Evaluation", evaluation, "eval/NAME.json, written by evaluate.py"),
@@ -815,16 +971,18 @@ PLOT = 'class="plot"'  # what SCRIPT draws
 ROUND = [digit * 10.0**power for power in range(-6, 8) for digit in (1, 1.5, 2, 3, 5, 7)]  # marks of a log scale
 
 
-def over_steps(runs: list[RunData], series, title: str, height: int, **more) -> dict:
-    """`curves` over the runs' steps, with a rule where one was resumed or grown."""
+def over_steps(runs: list[RunData], series, title: str, height: int, names=None, **more) -> dict:
+    """`curves` over the runs' steps, coloured by run unless by `names`, with a rule where one was resumed or grown."""
     marks = [{"name": run.name, "step": step, "what": what} for run in runs for step, what in run.marks]
-    return curves([run.name for run in runs], series, title, height, marks=marks, **more)
+    return curves(names or [run.name for run in runs], series, title, height, marks=marks, **more)
 
 
-def curves(names, series, title: str, height: int, x="step", levels=(), thin_series=(), dots=(), marks=(), scale="linear") -> dict:
+def curves(
+    names, series, title: str, height: int, x="step", levels=(), level_name="unigram", thin_series=(), dots=(), marks=(), scale="linear"
+) -> dict:
     """A Vega-Lite figure of series (name, [(x, y)]), coloured by name.
 
-    levels: y drawn dashed; thin_series: drawn thin; dots: drawn as points; marks: {"name", x, "what"} drawn upright.
+    levels: y drawn dashed, with their name on them; thin_series: drawn thin; dots: drawn as points; marks: {"name", x, "what"} drawn upright.
     """
     n_points = max(40, MAX_POINTS // max(1, len(names)))
     edge = {"padding": 5, "nice": False} if dots else {}  # pixels: the edge of the plot would cut a dot
@@ -862,7 +1020,7 @@ def curves(names, series, title: str, height: int, x="step", levels=(), thin_ser
         layers.append({"data": {"values": thin_values}, "mark": {**line, "strokeWidth": 1, "opacity": 0.7}, "encoding": at})
     if level_values := [{"value": value} for value in dict.fromkeys(round(level, 4) for level in levels)]:
         rule = {"type": "rule", "clip": True, "strokeDash": [5, 4]}
-        label = {"type": "text", "clip": True, "text": "unigram", "x": "width", "align": "right", "dy": 10, "fill": "var(--muted)", "fontSize": 11}
+        label = {"type": "text", "clip": True, "text": level_name, "x": "width", "align": "right", "dy": 10, "fill": "var(--muted)", "fontSize": 11}
         layers += [{"data": {"values": level_values}, "mark": mark, "encoding": {"y": y}} for mark in (rule, label)]
     if marks:
         dash = {"condition": {"test": "datum.what === 'resumed'", "value": [1, 3]}, "value": [1, 0]}
@@ -1078,6 +1236,7 @@ details { margin-top:1.25rem } summary { cursor:pointer; font-size:.875rem; colo
 .map rect.new { fill:color-mix(in srgb, var(--c1) 22%, var(--bg)); stroke:var(--c1) } .map path.new { stroke:var(--c1); opacity:1; stroke-width:1.5 }
 .map rect.unused { fill:none; stroke-dasharray:3 3; stroke:var(--muted) }
 .outputs h3 { font-size:.8125rem; color:var(--muted); margin:0 0 .4rem }
+.dropped pre { padding-left:.9rem; border-left:3px solid var(--line); margin:.25rem 0 1rem } .pairs:empty { display:none }
 .prompt { margin-top:2.25rem } .prompt:first-of-type { margin-top:0 } .prompt > pre { font-weight:650; padding-left:.9rem; border-left:3px solid var(--line) }
 .outputs { display:grid; grid-template-columns:repeat(auto-fit, minmax(15rem, 1fr)); gap:1.25rem 2rem; margin-top:1rem }
 #vg-tooltip-element { background:var(--bg); color:var(--text); border:1px solid var(--line); box-shadow:0 2px 10px rgb(0 0 0 / .12); font:.8125rem/1.4 system-ui, sans-serif;

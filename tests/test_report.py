@@ -10,6 +10,8 @@ import threading
 import urllib.error
 import urllib.request
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
@@ -294,6 +296,87 @@ def test_text_from_data_is_inert(runs, tmp_path):
     assert any(json.loads(data)["data"] for data in page.plots)
 
 
+def test_samples_of_what_each_rule_dropped_are_folded_under_their_source_and_inert(runs, tmp_path):
+    base, _ = runs
+    (base / "corpus" / "dropped").mkdir()
+    columns = ("id", "source", "text", "reason")
+    rows = [(f"web/{i}", "prose", f"{HOSTILE} number {i} " + "n" * 5_000, "2 lines") for i in range(7)] + [("code/1", "code", "pass", None)]
+    for rule in ("paragraph_repetition", "line_length"):
+        table = pa.table(dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True)))
+        pq.write_table(table, base / "corpus" / "dropped" / f"{rule}.parquet")
+    (base / "corpus" / "dropped" / "language.parquet").write_text("no parquet")
+    report.write([base], tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    shown = [text for text in page.found["pre"] if text.startswith(HOSTILE)]
+    assert len(shown) == 2 * report.MAX_DROPPED and all(len(text) == report.MAX_EXCERPT for text in shown) and "img" not in page.found
+    assert page.text.index("line length", page.text.index("Samples of what")) < page.text.index(
+        "paragraph repetition", page.text.index("Samples of what")
+    )
+    assert page.text.count("web/2: 2 lines") == 2 and page.text.count("web/3: 2 lines") == 0 and "code/1: no reason kept" in page.text
+    assert "language.parquet: cannot be read" in page.text
+
+
+def test_the_mixture_is_told_by_the_step_it_holds_from(runs, tmp_path):
+    base, child = runs
+    settings = json.loads((base / "config.json").read_text())
+    settings["mixture"]["phases"] = [[0, {"prose": 3.0, "code": 1.0}], [120, {"prose": 1.0}]]
+    write_json(base / "config.json", settings)
+    write_json(child / "phases.json", [[0, {"code": 1.0}], [60, {"prose": 0.375, "code": 0.625}]])  # what the run changed counts, not its config
+    report.write(runs, tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    rows = [["base", "0", "75 %", "25 %"], ["base", "120", "100 %", ""], ["child", "0", "", "100 %"], ["child", "60", "37.5 %", "62.5 %"]]
+    assert [row for row in page.rows if row in rows] == rows
+    drawn = [json.loads(plot)["data"]["values"] for plot in page.plots if '"title":"share"' in plot]
+    assert [(point["step"], point["value"]) for point in drawn[0] if point["name"] == "prose"] == [(0, 0.75), (120, 0.75), (120, 1.0), (300, 1.0)]
+    (child / "phases.json").write_text('[[0, {"prose": "much"}]]')
+    assert report.load_run(child).phases == [] and "its mixture cannot be read" in report.load_run(child).notes[0]
+    settings["mixture"]["phases"] = []
+    write_json(base / "config.json", settings)
+    assert report.load_run(base).phases == [(0, {"prose": 98_211 / 122_218, "code": 24_007 / 122_218})], "in proportion to the rows"
+
+
+def test_forgetting_is_the_childs_loss_above_its_parents(runs, tmp_path):
+    _, child = runs
+    settings = json.loads((child / "config.json").read_text())
+    settings["train"]["max_forgetting"] = 0.25
+    write_json(child / "config.json", settings)
+    report.write(runs, tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    heldout = [json.loads(line) for line in (child / "metrics.jsonl").read_text().splitlines() if "parent" in line]
+    rise = [record["heldout"]["prose"] - 3.912 for record in heldout]
+    assert ["child", "prose", f"{rise[0]:+.3f}", f"{rise[0]:+.3f} step 0", f"{rise[-1]:+.3f}"] in page.rows
+    (plot,) = [json.loads(plot) for plot in page.plots if "above the parent" in plot]
+    assert [point["value"] for point in plot["data"]["values"] if point["name"] == "prose"] == pytest.approx(rise, rel=1e-3)
+    assert {"value": 0.25} in [value for layer in plot["layer"] for value in layer.get("data", {}).get("values", [])]
+    assert not report.forgetting(report.load_runs([runs[0]])), "a run from random weights has nothing to forget"
+
+
+def test_skipped_updates_are_counted_and_said_where(runs, tmp_path):
+    _, child = runs
+    report.write(runs, tmp_path / "page.html")
+    text = Page(tmp_path / "page.html").text
+    assert f"child: 1 in steps 91 to 92. The documents of a step: python scripts/trace.py --workdir {child} --step N" in text
+    assert "base: 1 in steps" not in text
+
+
+def test_what_the_run_took_stands_below_its_plan(runs, tmp_path):
+    _, child = runs
+    plan = json.loads((child / "plan.json").read_text())
+    write_json(child / "plan.json", {**plan, "tokens": 3e9})
+    (child / "starts.jsonl").write_text('{"devices": "1 x cpu"}\n{"devices": "8 x NVIDIA H100 80GB HBM3"}\n')
+    found = report.load_run(child)
+    for record in found.train:
+        record |= {"usd": 0.79 * record["step"] / 180}
+    (child / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in found.train))
+    report.write([child], tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    (row,) = [row for row in page.rows if row[1:2] == ["measured"]]
+    assert row[:3] == ["NVIDIA H100 80GB HBM3", "measured", "8"] and row[6:] == ["0.0328", "0.79"]
+    hours = 118 / 3600 * 3e9 / (180 * 16 * 512)
+    assert f"planned on h100:8 were 34.1 hours and 818 USD for 3 B tokens; at the measured pace it is {hours:.3g} hours" in page.text
+    assert report.load_run(runs[0]).devices is None and "measured pace" not in report.plan(report.load_runs([runs[0]]))
+
+
 def shown_growth(workdir, **changes):
     """The page of a run that has only this growth.json."""
     write_json(workdir / "growth.json", growth(**changes))
@@ -488,7 +571,10 @@ def test_a_score_stands_beside_the_score_without_items_that_were_seen_in_trainin
     page = Page(tmp_path / "page.html")
     assert ["truthfulqa_mc2 acc", "child jax", "3 of 100", "0.531 ± 0.048", "0.517 ± 0.052"] in page.rows
     assert ["winogrande acc", "base hf", "0 of 200", "0.512 ± 0.035", ""] in page.rows, "without an overlap there is no other score"
-    assert "At most 17 items" in page.text and f"truthfulqa_mc2, item 41, in web/8812: if you crack your knuckles a lot you may {HOSTILE}" in page.found["li"]
+    assert (
+        "At most 17 items" in page.text
+        and f"truthfulqa_mc2, item 41, in web/8812: if you crack your knuckles a lot you may {HOSTILE}" in page.found["li"]
+    )
 
 
 def test_the_distance_of_our_numbers_from_the_references_is_said(runs, tmp_path):
