@@ -29,6 +29,7 @@ MAX_POINTS = 2_400  # of a figure's curves together; more cannot be told apart o
 MAX_TEXT = 2_000  # characters shown of a prompt or a sample
 MAX_PROMPTS = 24  # shown of all samples
 MAX_TWINS = 12  # pairs of copied layers
+MAX_TOKENS = 256  # coloured, of each document on which two models differ
 MAX_STRETCHES = 8  # of steps with skipped updates
 MAX_DROPPED = 3  # documents shown that a rule dropped, of each source
 MAX_EXCERPT = 600  # characters of each
@@ -50,6 +51,8 @@ def write(directories: Iterable[str | pathlib.Path], to: str | pathlib.Path) -> 
 
 # ---- what is read
 
+COMPARED = ("samples", "differences")  # files in eval/ that compare.py writes
+
 
 @dataclasses.dataclass
 class RunData:
@@ -58,7 +61,7 @@ class RunData:
     nodes    the lineage, oldest first; the last is the run itself
     stages   each of STAGES -> the manifests of this run's own, not of its parent's;  funnels: of its corpora
     train    metrics.jsonl's training records by step;  heldout: its held-out records;  marks: (step, "resumed" or "grown by ...")
-    evals    eval/*.json by file stem, without samples.json
+    evals    eval/*.json by file stem, without samples.json and differences.json
     phases   (from step, {source: share}) of its mixture, [] where it is not known;  devices: of its last start, (number, kind)
     funnels hold "dropped" too: {rule: [{"id", "source", "text", "reason"}, ...]}
     """
@@ -71,6 +74,7 @@ class RunData:
     growth: dict | None
     plan: dict | None
     samples: dict | None
+    differences: dict | None
     evals: dict[str, dict]
     train: list[dict]
     heldout: list[dict]
@@ -109,8 +113,8 @@ def load_run(directory: str | pathlib.Path) -> RunData:
         directory=directory,
         **{name: read(directory / f"{name}.json") for name in ("manifest", "spec", "growth", "plan")},
         config=settings,
-        samples=read(directory / "eval" / "samples.json"),
-        evals={file.stem: found for file in sorted((directory / "eval").glob("*.json")) if file.stem != "samples" and (found := read(file))},
+        **{name: read(directory / "eval" / f"{name}.json") for name in COMPARED},
+        evals={file.stem: found for file in sorted((directory / "eval").glob("*.json")) if file.stem not in COMPARED and (found := read(file))},
         **read_metrics(directory / "metrics.jsonl", notes),
         nodes=nodes,
         stages=stages,
@@ -806,6 +810,34 @@ def samples(runs: list[RunData]) -> str:
     return "".join(parts)
 
 
+def differences(runs: list[RunData]) -> str:
+    """Documents on which two models differ most, each token coloured by how much likelier or less likely the child finds it."""
+    parts = []
+    for found, _ in distinct(runs, "differences"):
+        parent, child = (esc(model_name(str(name))) for name in found["models"])
+        for side, says in (("better", "likelier"), ("worse", "less likely")):
+            parts += [f"<h3>{child} finds {says} than {parent}</h3>"] if found[side] else []
+            parts += [different(each) for each in found[side]]
+        parts.append(small(
+            f"Of {whole(found['documents'])} documents, each read up to {whole(found['max_length'])} tokens, those whose mean loss differs most, "
+            f"and of each the {MAX_TOKENS} tokens that differ most. Resting on a token says its loss by both."
+        ))  # fmt: skip
+    return DIFFERENCE_KEY + "".join(parts) if parts else ""
+
+
+def different(found: dict) -> str:
+    """One document: its mean losses, and its text in colours."""
+    cells = []
+    for piece, before, after in itertools.islice(zip(found["pieces"], *found["losses"], strict=True), MAX_TOKENS):
+        level = min(3, int(abs(after - before) / 0.7))  # nats: each shade is another factor of two
+        text = esc(piece)
+        cells.append(f'<i class="{"b" if after < before else "w"}{level}" title="{before:.2f} \u2192 {after:.2f}">{text}</i>' if level else text)
+    before, after = found["nats"]
+    start = f", from token {whole(found['first_token'])}" if found["first_token"] else ""
+    head = f"{found['source']}, {found['id']}: {before:.3f} \u2192 {after:.3f} nats a token over {whole(found['tokens'])} tokens{start}"
+    return f'<div class="tokens">{small(head)}<pre>{"".join(cells)}</pre></div>'
+
+
 def sample(output: dict, runs: list[RunData]) -> str:
     tokens, seconds = finite(output.get("tokens")), finite(output.get("seconds"))
     speed = f"{whole(tokens)} tokens, {brief(tokens / seconds)} a second" if tokens and seconds else ""
@@ -901,6 +933,12 @@ def leaves(tree: dict[str, dict]) -> dict[str, Any]:
     return {f"{section}.{knob}": value for section, knobs in tree.items() for knob, value in knobs.items()}
 
 
+DIFFERENCE_KEY = (
+    '<p class="legend tokens"><span><i class="b1">0.7</i> <i class="b2">1.4</i> <i class="b3">2.1</i> nats likelier</span>'
+    '<span><i class="w1">0.7</i> <i class="w2">1.4</i> <i class="w3">2.1</i> nats less likely</span></p>'
+)
+
+
 class Section(NamedTuple):
     title: str
     html: Callable[[list[RunData]], str]
@@ -918,6 +956,7 @@ SECTIONS = (
     Section("Growth", growth, "growth.json, written by initialize.py --grow"),
     Section("Evaluation", evaluation, "eval/NAME.json, written by evaluate.py"),
     Section("Samples", samples, "eval/samples.json, written by compare.py"),
+    Section("Differences", differences, "eval/differences.json, written by compare.py --differ"),
     Section("Plan", plan, "plan.json, written by plan.py --json"),
     Section("Settings", settings, "config.json, written by train.py"),
 )
@@ -1236,7 +1275,10 @@ details { margin-top:1.25rem } summary { cursor:pointer; font-size:.875rem; colo
 .map rect.new { fill:color-mix(in srgb, var(--c1) 22%, var(--bg)); stroke:var(--c1) } .map path.new { stroke:var(--c1); opacity:1; stroke-width:1.5 }
 .map rect.unused { fill:none; stroke-dasharray:3 3; stroke:var(--muted) }
 .outputs h3 { font-size:.8125rem; color:var(--muted); margin:0 0 .4rem }
-.dropped pre { padding-left:.9rem; border-left:3px solid var(--line); margin:.25rem 0 1rem } .pairs:empty { display:none }
+.tokens pre, .dropped pre { padding-left:.9rem; border-left:3px solid var(--line); margin:.25rem 0 1rem } .pairs:empty { display:none }
+.tokens i { font-style:normal; border-radius:2px; -webkit-print-color-adjust:exact; print-color-adjust:exact } .legend.tokens i { padding:0 .3rem }
+.b1 { background:color-mix(in srgb, var(--c0) 14%, var(--bg)) } .b2 { background:color-mix(in srgb, var(--c0) 26%, var(--bg)) } .b3 { background:color-mix(in srgb, var(--c0) 40%, var(--bg)) }
+.w1 { background:color-mix(in srgb, var(--c1) 14%, var(--bg)) } .w2 { background:color-mix(in srgb, var(--c1) 26%, var(--bg)) } .w3 { background:color-mix(in srgb, var(--c1) 40%, var(--bg)) }
 .prompt { margin-top:2.25rem } .prompt:first-of-type { margin-top:0 } .prompt > pre { font-weight:650; padding-left:.9rem; border-left:3px solid var(--line) }
 .outputs { display:grid; grid-template-columns:repeat(auto-fit, minmax(15rem, 1fr)); gap:1.25rem 2rem; margin-top:1rem }
 #vg-tooltip-element { background:var(--bg); color:var(--text); border:1px solid var(--line); box-shadow:0 2px 10px rgb(0 0 0 / .12); font:.8125rem/1.4 system-ui, sans-serif;

@@ -381,6 +381,63 @@ def test_models_are_compared_on_the_same_prompts(params, hf_dir, encoder, tmp_pa
         compare.compare([hf_dir], prompts, texts=[tmp_path / "nothing.txt"])
 
 
+def test_the_documents_on_which_two_models_differ_most_are_found_in_both_directions(params, hf_dir, encoder, tmp_path, capsys):
+    child = tmp_path / "child"
+    random = np.random.default_rng(1)
+    shuffled = jax.tree.map(lambda x: random.permutation(np.asarray(x).ravel()).reshape(x.shape), params)
+    flatter = shuffled | {"unembed": shuffled["unembed"] * np.float32(0.6)}  # about as good as its parent, and elsewhere
+    other = jax.device_put(flatter, llama.shardings(SPEC, ONE))
+    huggingface.export(SPEC, other, child, tokenizer_dir=hf_dir)
+    words = [TEXTS[0].split(), TEXTS[1].split() * 9, list("0123456789.*;:—") * 9]
+    texts = [" ".join(random.permutation(words[i % 3])[: 25 + 9 * i]) + " naïve Zürcher ½" for i in range(11)] + ["x", TEXTS[0] * 2]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps({"id": f"d{i}", "text": text}) + "\n" for i, text in enumerate(texts)))
+    to = tmp_path / "eval" / "differences.json"
+    found = compare.differences([hf_dir, child], [f"held=jsonl:{tmp_path}/held.jsonl"], to=to)
+    assert json.loads(to.read_text()) == found and found["documents"] == 12, "x is too short"
+    ids = [each[:300] for each in encoder.encode_batch(texts)]
+    means = [[], []]
+    for mine, weights in zip(means, (params, other), strict=True):
+        for each in ids:
+            ((nats, _),) = likelihood.continuation_log_likelihoods(SPEC, weights, [([encoder.bos_id], each)])
+            mine.append(-nats / len(each))
+    change = {i: means[1][i] - means[0][i] for i in range(13) if i != 11}
+    order = sorted(change, key=change.get)
+    numbers = {side: [int(each["id"].rpartition(":")[2]) - 1 for each in found[side]] for side in ("better", "worse")}
+    assert numbers["better"] == [i for i in order[:4] if change[i] < 0] and numbers["worse"] == [i for i in order[::-1][:4] if change[i] > 0]
+    assert found["better"] and found["worse"], "this child is better on some and worse on others"
+    for side in ("better", "worse"):
+        for i, each in zip(numbers[side], found[side], strict=True):
+            assert each["nats"] == pytest.approx([means[0][i], means[1][i]], abs=1e-4) and each["tokens"] == len(ids[i])
+            span = ids[i][each["first_token"] : each["first_token"] + compare.TOKENS_SHOWN]
+            assert "".join(each["pieces"]) == encoder.decode(span) and len(each["pieces"]) == len(span) == len(each["losses"][0]) == len(
+                each["losses"][1]
+            )
+            if len(span) == len(ids[i]):
+                assert [np.mean(losses) for losses in each["losses"]] == pytest.approx(each["nats"], abs=1e-3)
+    told = capsys.readouterr().out
+    assert "child is better on\n" in told and "child is worse on\n" in told
+    compare.differences([hf_dir, child], [f"held=jsonl:{tmp_path}/held.jsonl"], to=to)
+    assert "holds this already" in capsys.readouterr().out
+    values = np.float32([0, 3, -9, 2, 2, -1, 5, 0])
+    assert [compare.stretch(values, n) for n in (1, 2, 3, 8, 99)] == [6, 6, 4, 0, 0]
+
+
+def test_models_that_cannot_be_set_side_by_side_are_refused(params, hf_dir, tmp_path):
+    (tmp_path / "held.jsonl").write_text(json.dumps({"text": TEXTS[0]}) + "\n")
+    (tmp_path / "short.jsonl").write_text(json.dumps({"text": "x"}) + "\n")
+    other = shutil.copytree(hf_dir, tmp_path / "other")
+    words = json.loads((other / "tokenizer.json").read_text())
+    words["model"]["merges"] = words["model"]["merges"][:-40]
+    (other / "tokenizer.json").write_text(json.dumps(words))
+    for models, file, says in (
+        ([hf_dir], "held", "got 1 models, wanted two"),
+        ([hf_dir, other], "held", "different tokenizers"),
+        ([hf_dir, hf_dir], "short", "none of 1 documents has 32 tokens"),
+    ):
+        with pytest.raises(UserError, match=says):
+            compare.differences(models, [f"held=jsonl:{tmp_path}/{file}.jsonl"])
+
+
 def test_columns_hold_their_width_and_text_stays_inert():
     text = (
         "def f(x):\n    return x\n\nA line that is certainly longer than its column, with a word "

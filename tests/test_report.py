@@ -77,6 +77,13 @@ def write_runs(root):
                 {"model": "child", "text": "\n    " + HOSTILE + "\n    for number in numbers:\n        if number > result:\n            result = number\n    return result", "tokens": 48, "seconds": 0.9}]},
         ],
     })  # fmt: skip
+    write_json(child / "eval" / "differences.json", {
+        "models": ["base", "child"], "documents": 53, "max_length": 512,
+        "better": [{"source": "code", "id": "lib/heapq.py", "tokens": 498, "nats": [3.301, 2.618], "first_token": 40,
+            "pieces": ["def", " heap", "push", "(", HOSTILE, ", item):"], "losses": [[4.1, 3.9, 2.2, 0.5, 6.0, 3.0], [1.2, 3.8, 1.4, 0.5, 4.5, 3.1]]}],
+        "worse": [{"source": "prose", "id": "moby.txt:18", "tokens": 512, "nats": [3.61, 3.88], "first_token": 0,
+            "pieces": ["Call", " me", " Ishmael"], "losses": [[5.0, 2.0, 7.0], [5.8, 2.2, 9.9]]}],
+    })  # fmt: skip
     write_json(child / "plan.json", {"targets": [
         {"on": "h100:1", "method": "compiled", "devices": 1, "fits": True, "peak_bytes_per_device": 61.2e9, "tokens_per_second": 41_300, "hours": 262.0, "usd": 786.0},
         {"on": "h100:8", "method": "compiled", "devices": 8, "fits": True, "peak_bytes_per_device": 22.9e9, "tokens_per_second": 318_000, "hours": 34.1, "usd": 818.0},
@@ -377,6 +384,21 @@ def test_what_the_run_took_stands_below_its_plan(runs, tmp_path):
     assert report.load_run(runs[0]).devices is None and "measured pace" not in report.plan(report.load_runs([runs[0]]))
 
 
+def test_documents_on_which_two_models_differ_are_coloured_by_token(runs, tmp_path):
+    report.write(runs, tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    section = text[text.index('<section id="differences">') :]
+    cells = re.findall(r'<i class="([bw]\d)" title="([^"]*)">(.*?)</i>', section[: section.index("</section>")])
+    told = [(kind, losses, html.unescape(piece)) for kind, losses, piece in cells]
+    assert told == [
+        ("b3", "4.10 → 1.20", "def"), ("b1", "2.20 → 1.40", "push"), ("b2", "6.00 → 4.50", HOSTILE),
+        ("w1", "5.00 → 5.80", "Call"), ("w3", "7.00 → 9.90", " Ishmael"),
+    ]  # fmt: skip
+    assert "child finds likelier than base" in page.text and "def heappush(" + HOSTILE + ", item):" in page.text and "Call me Ishmael" in page.text
+    assert "code, lib/heapq.py: 3.301 → 2.618 nats a token over 498 tokens, from token 40" in page.text and "img" not in page.found
+
+
 def shown_growth(workdir, **changes):
     """The page of a run that has only this growth.json."""
     write_json(workdir / "growth.json", growth(**changes))
@@ -486,9 +508,17 @@ def test_an_empty_directory_makes_a_page_that_says_all_that_is_missing(tmp_path)
     assert "no corpus/funnel.json, written by prepare.py" in text and "no growth.json" in text
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "config.json", "spec.json", "growth.json", "eval/jax.json", "eval/samples.json", "plan.json"])
 @pytest.mark.parametrize(
-    "content", ['{"half', "[1, 2]", "{}", '{"results": 3, "prompts": null, "targets": {}, "layer_map": "x", "inputs": [1], "counts": 7}']
+    "name", ["manifest.json", "config.json", "spec.json", "growth.json", "eval/jax.json", "eval/samples.json", "eval/differences.json", "plan.json"]
+)
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"half',
+        "[1, 2]",
+        "{}",
+        '{"results": 3, "prompts": null, "models": {}, "better": 1, "targets": {}, "layer_map": "x", "inputs": [1], "counts": 7}',
+    ],
 )
 def test_broken_json_is_a_sentence_and_not_a_traceback(runs, tmp_path, name, content):
     _, child = runs
