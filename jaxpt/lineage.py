@@ -206,6 +206,7 @@ FORMS = {  # what a file must hold at least to be of use
     "growth.json": {"parent": str, "operators": list, "at_step": int | None, "layer_map": list, "n_params": dict, "spec": dict, "verdict": str},
     "funnel.json": {"sources": list, "steps": list},
     "samples.json": {"prompts": list},
+    "differences.json": {"models": list, "better": list, "worse": list},
     "plan.json": {"targets": list},
     "config.json": {},
 }

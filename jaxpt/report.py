@@ -1,4 +1,4 @@
-"""One HTML page of one or several runs, made only from the JSON that stages leave in their directories.
+"""One HTML page of one or several runs, made only from the JSON that stages leave in their directories, and prepare.py's samples of what it dropped.
 
 The page asks no other host for anything, opens from a file, and stays under 2 MB. It is a list of sections (SECTIONS, below them): a room that
 wants to be seen leaves its JSON, and adds here what `load_run` reads of it and one function from runs to HTML, "" where no run has that JSON.
@@ -14,18 +14,25 @@ import itertools
 import json
 import math
 import pathlib
+import statistics
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import pyarrow.parquet as pq
+
 from jaxpt import config, stage
 from jaxpt.lineage import STAGES, Node, lineage_of, own_stages, read_json
-from jaxpt.plan import flops
+from jaxpt.plan import flops, hardware
 from jaxpt.spec import ModelSpec, UserError
 
 MAX_POINTS = 2_400  # of a figure's curves together; more cannot be told apart on a screen and would make the page heavy
 MAX_TEXT = 2_000  # characters shown of a prompt or a sample
 MAX_PROMPTS = 24  # shown of all samples
 MAX_TWINS = 12  # pairs of copied layers
+MAX_TOKENS = 256  # coloured, of each document on which two models differ
+MAX_STRETCHES = 8  # of steps with skipped updates
+MAX_DROPPED = 3  # documents shown that a rule dropped, of each source
+MAX_EXCERPT = 600  # characters of each
 
 
 def write(directories: Iterable[str | pathlib.Path], to: str | pathlib.Path) -> list[RunData]:
@@ -44,6 +51,8 @@ def write(directories: Iterable[str | pathlib.Path], to: str | pathlib.Path) -> 
 
 # ---- what is read
 
+COMPARED = ("samples", "differences")  # files in eval/ that compare.py writes
+
 
 @dataclasses.dataclass
 class RunData:
@@ -52,7 +61,9 @@ class RunData:
     nodes    the lineage, oldest first; the last is the run itself
     stages   each of STAGES -> the manifests of this run's own, not of its parent's;  funnels: of its corpora
     train    metrics.jsonl's training records by step;  heldout: its held-out records;  marks: (step, "resumed" or "grown by ...")
-    evals    eval/*.json by file stem, without samples.json
+    evals    eval/*.json by file stem, without samples.json and differences.json
+    phases   (from step, {source: share}) of its mixture, [] where it is not known;  devices: of its last start, (number, kind)
+    funnels hold "dropped" too: {rule: [{"id", "source", "text", "reason"}, ...]}
     """
 
     name: str
@@ -63,6 +74,7 @@ class RunData:
     growth: dict | None
     plan: dict | None
     samples: dict | None
+    differences: dict | None
     evals: dict[str, dict]
     train: list[dict]
     heldout: list[dict]
@@ -70,6 +82,8 @@ class RunData:
     nodes: list[Node]
     stages: dict[str, list[dict]]
     funnels: list[dict]
+    phases: list[tuple[int, dict[str, float]]]
+    devices: tuple[int, str] | None
     notes: list[str]
 
 
@@ -92,16 +106,21 @@ def load_run(directory: str | pathlib.Path) -> RunData:
     read = functools.partial(read_json, notes=notes)
     nodes = lineage_of(directory, notes)
     own = own_stages(nodes)
+    stages = {kind: [node.manifest for node in own if node.kind == kind] for kind in STAGES}
+    settings = read(directory / "config.json")
     return RunData(
         name=directory.name,
         directory=directory,
-        **{name: read(directory / f"{name}.json") for name in ("manifest", "config", "spec", "growth", "plan")},
-        samples=read(directory / "eval" / "samples.json"),
-        evals={file.stem: found for file in sorted((directory / "eval").glob("*.json")) if file.stem != "samples" and (found := read(file))},
+        **{name: read(directory / f"{name}.json") for name in ("manifest", "spec", "growth", "plan")},
+        config=settings,
+        **{name: read(directory / "eval" / f"{name}.json") for name in COMPARED},
+        evals={file.stem: found for file in sorted((directory / "eval").glob("*.json")) if file.stem not in COMPARED and (found := read(file))},
         **read_metrics(directory / "metrics.jsonl", notes),
         nodes=nodes,
-        stages={kind: [node.manifest for node in own if node.kind == kind] for kind in STAGES},
-        funnels=[node.funnel for node in own if node.funnel],
+        stages=stages,
+        funnels=[{**node.funnel, "dropped": read_dropped(node.path / "dropped", notes)} for node in own if node.funnel],
+        phases=read_phases(directory, settings, stages["packed"], notes),
+        devices=read_devices(directory / "starts.jsonl"),
         notes=notes,
     )
 
@@ -131,6 +150,47 @@ def read_metrics(path: pathlib.Path, notes: list[str]) -> dict[str, list]:
         notes.append(f"{path}: {len(broken)} lines cannot be read, the first is line {broken[0]}; left out.")
     by_step = {"train": train, "heldout": heldout}
     return {name: [found[step] for step in sorted(found)] for name, found in by_step.items()} | {"marks": list(dict.fromkeys(marks))}
+
+
+def read_dropped(directory: pathlib.Path, notes: list[str]) -> dict[str, list[dict]]:
+    """{rule: samples of what it dropped}, MAX_DROPPED of each source, their texts cut at MAX_EXCERPT characters."""
+    found = {}
+    for file in sorted(directory.glob("*.parquet")):
+        try:
+            rows = pq.read_table(file, columns=["id", "source", "text", "reason"]).to_pylist()
+        except (OSError, ValueError) as error:  # pyarrow's errors are of both kinds
+            notes.append(f"{file}: cannot be read ({str(error).splitlines()[0]}); left out.")
+            continue
+        by_source: dict[str, list[dict]] = {}
+        for row in rows:
+            by_source.setdefault(str(row["source"]), []).append({**row, "text": clip(row["text"], MAX_EXCERPT)})
+        found[file.stem] = [row for own in by_source.values() for row in own[:MAX_DROPPED]]
+    return found
+
+
+def read_phases(directory: pathlib.Path, settings: dict | None, packed: list[dict], notes: list[str]) -> list[tuple[int, dict[str, float]]]:
+    """The shares in force from each step on, together 1: by the run's own account, else by its config, else in proportion to the rows."""
+    try:
+        account = directory / "phases.json"
+        if account.is_file():
+            asked = [(each["step"], each["shares"]) for each in json.loads(account.read_text())]
+        else:
+            rows = {name: part["rows"] for manifest in packed for name, part in manifest["counts"]["train"].items()}
+            asked = (settings or {})["mixture"]["phases"] or ([(0, rows)] if rows else [])
+        return [(int(step), {name: share / sum(shares.values()) for name, share in shares.items() if share}) for step, shares in asked]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        if settings:
+            notes.append(f"{directory}: its mixture cannot be read from phases.json, config.json or packed/manifest.json ({error!r}); left out.")
+        return []
+
+
+def read_devices(path: pathlib.Path) -> tuple[int, str] | None:
+    """(number, JAX's name of their kind), of the last start that the file tells of."""
+    try:
+        number, _, kind = json.loads(path.read_text().splitlines()[-1])["devices"].partition(" x ")
+        return int(number), kind
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return None
 
 
 # ---- the numbers that matter, for the head of the page and for the terminal
@@ -314,7 +374,8 @@ def funnel(runs: list[RunData]) -> str:
     parts = []
     for funnels, names in distinct(runs, "funnels"):
         for found in funnels:
-            parts += [f"<h3>{esc(source)}{of_runs(names, runs)}</h3>{funnel_of(found, source)}" for source in found["sources"]]
+            for source in found["sources"]:
+                parts.append(f"<h3>{esc(source)}{of_runs(names, runs)}</h3>{funnel_of(found, source)}{dropped(found, source)}")
     if not parts:
         return ""
     return "".join(parts) + small("Documents and text left after each rule, in the order applied. Share: of the text read, by bytes.")
@@ -334,6 +395,36 @@ def funnel_of(found: dict, source: str) -> str:
         body.append([esc(label), whole(kept.get("rows")), *([lost] if len(steps) > 1 else []), decimal(kept.get("bytes", math.nan) / 1e6, 2), share])
     heads = ["rule", "documents", *(["dropped"] if len(steps) > 1 else []), "MB", "share"]
     return grid(heads, body, kind="funnel rules" if len(steps) > 1 else "funnel")
+
+
+def dropped(found: dict, source: str) -> str:
+    """Samples of what each rule dropped, folded, in the order of the rules."""
+    parts = []
+    for rule in in_order([step["rule"] for step in found["steps"]], found["dropped"]):
+        rows = [row for row in found["dropped"][rule] if row["source"] == source]
+        parts += [f"<h3>{esc(rule.replace('_', ' '))}</h3>"] if rows else []
+        for row in rows:
+            why = small(f"{row['id']}: {row['reason'] or 'no reason kept'}")
+            parts.append(f'<div class="dropped">{why}<pre>{esc(row["text"])}</pre></div>')
+    return details("Samples of what each rule dropped", "".join(parts)) if parts else ""
+
+
+def mixture(runs: list[RunData]) -> str:
+    names = in_order(domains_of(runs), (name for run in runs for _, shares in run.phases for name in shares))
+    known = [run for run in runs if run.phases and run.train]
+    figures, body = [], []
+    for run in known:
+        ends = [*(step for step, _ in run.phases[1:]), max(run.phases[-1][0], run.train[-1]["step"])]
+        stretches = [(start, end, shares) for (start, shares), end in zip(run.phases, ends, strict=True)]
+        series = [(name, [(step, shares.get(name, 0.0)) for start, end, shares in stretches for step in (start, end)]) for name in names]
+        if len(stretches) > 1:
+            figures.append(figure(curves(names, series, "share", 180), "Share of the rows of each step.", run.name if len(runs) > 1 else "Shares"))
+        for start, _, shares in stretches:
+            body.append([esc(run.name), whole(start), *(f"{100 * shares[name]:.3g} %" if name in shares else "" for name in names)])
+    if not body:
+        return ""
+    caption = "Share of the rows of each step, from the step named on; how often each source was read stands under Training."
+    return (key_of(names) + pairs(figures) if figures else "") + grid(["run", "from step", *map(esc, names)], body, caption)
 
 
 def losses(runs: list[RunData]) -> str:
@@ -404,7 +495,49 @@ def training(runs: list[RunData]) -> str:
             whole(last(run.train, "n_skipped")), esc(", ".join(f"{name} {decimal(epochs[name], 2)}" for name in in_order(domains_of(runs), epochs) if epochs[name])),
         ])  # fmt: skip
     heads = ["run", "tokens/s, median", "peak memory, GB", "steps skipped", "times each source was read"]
-    return key_of([run.name for run in runs]) + pairs(figures) + grid(heads, body)
+    return key_of([run.name for run in runs]) + pairs(figures) + grid(heads, body) + skips(runs)
+
+
+def skips(runs: list[RunData]) -> str:
+    """Between which logged steps updates were skipped, and how to see the documents that they read."""
+    lines = []
+    for run in runs:
+        counts = [(0, 0), *points(run.train, "n_skipped")]
+        stretches = [f"{whole(b - a)} in steps {whole(start + 1)} to {whole(end)}" for (start, a), (end, b) in itertools.pairwise(counts) if b > a]
+        more = f" and {len(stretches) - MAX_STRETCHES} stretches more" if len(stretches) > MAX_STRETCHES else ""
+        if stretches:
+            ask = f"python scripts/trace.py --workdir {run.directory} --step N"
+            lines.append(f"{esc(run.name)}: {', '.join(stretches[:MAX_STRETCHES])}{more}. The documents of a step: <code>{esc(ask)}</code>")
+    why = "Skipped updates: the loss or the gradient was not finite, or the gradient's norm was a spike; weights and moments stayed as they were."
+    return small(why) + "<ul>" + "".join(f"<li>{line}</li>" for line in lines) + "</ul>" if lines else ""
+
+
+def forgetting(runs: list[RunData]) -> str:
+    """How far each domain's held-out loss is from the parent's on the same rows."""
+    figures, body = [], []
+    domains = [name for name in domains_of(runs) if any(name in (record.get("parent") or {}) for run in runs for record in run.heldout)]
+    for run in runs:
+        rise = {
+            name: [(record["step"], child - parent) for record in run.heldout
+                   if (child := finite(record["heldout"].get(name))) is not None and (parent := finite((record.get("parent") or {}).get(name))) is not None]
+            for name in domains
+        }  # fmt: skip
+        if not any(rise.values()):
+            continue
+        limit = finite(((run.config or {}).get("train") or {}).get("max_forgetting")) or None
+        levels = [0.0] if limit is None else [0.0, limit]
+        plot = over_steps([run], list(rise.items()), "above the parent", 220, levels=levels, level_name="", names=domains)
+        caption = "Held-out loss above the parent's on the same rows, nats per token; below the dashed line it is better than its parent."
+        figures.append(figure(plot, caption + (f" Upper dashed line: {limit:g}, what train.max_forgetting allows." if limit else ""), run.name))
+        for name, found in rise.items():
+            if found:
+                worst = max(found, key=lambda point: point[1])
+                ends = [f"{found[0][1]:+.3f}", f"{worst[1]:+.3f} <small>step {whole(worst[0])}</small>", f"{found[-1][1]:+.3f}"]
+                body.append([esc(run.name), esc(name), *ends])
+    if not body:
+        return ""
+    heads = ["run", "text", "first", "worst", "last"]
+    return key_of(domains) + "".join(figures) + grid(heads, body, "Nats per token above the parent; above 0, the child has forgotten.", texts=2)
 
 
 def growth(runs: list[RunData]) -> str:
@@ -550,7 +683,36 @@ def evaluation(runs: list[RunData]) -> str:
     caption = "Bits per byte: lower is better." + (" Benchmarks: higher is better, ± one standard error." if has_error else "")
     caption += " jax: our code; hf: the exported model in transformers." + backends_differ(columns)
     heads = [f"{esc(name)}<br>{esc(backend)}" for name, backend in names]
-    return grid(["", *heads], body, caption) + (benchmarks(columns, names) if has_error else "")
+    return (
+        grid(["", *heads], body, caption)
+        + (benchmarks(columns, names) if has_error else "")
+        + contaminated(runs, dict(zip(columns, names, strict=True)))
+    )
+
+
+def contaminated(runs: list[RunData], names: dict[tuple[str, str], tuple[str, str]]) -> str:
+    """Benchmark items that stand in the text a model was trained on, and its scores without them."""
+    body, short, unknown, quotes = [], 0, [], []
+    for result in (result for run in runs for result in run.evals.values() if result.get("contamination")):
+        found, name = result["contamination"], " ".join(names[str(result["model"]), str(result["backend"])])
+        unknown += found["unknown"]
+        for task, each in found["tasks"].items():
+            short = max(short, each["short"])
+            quotes += [f"{task}, item {quote['item']}, in {quote['document']}: {clip(quote['shared'], 200)}" for quote in each["examples"]]
+            ours = dict(scores_of(result, task, result["results"][task]))
+            without = dict(scores_of(result, task, each["without"]))
+            for metric, (score, error, _) in ours.items():
+                shown = score_text(*without[metric]) if metric in without and each["overlapping"] else ""
+                label = f"{esc(task)} <small>{esc(metric.replace('_', ' '))}</small>"
+                body.append([label, esc(name), f"{whole(each['overlapping'])} of {whole(each['items'])}", score_text(score, error, 0), shown])
+    if not body:
+        return ""
+    caption = "Items that share 13 words in a row with a document the model was trained on, found by following its lineage to the corpora."
+    caption += f" At most {whole(short)} items of a task have fewer words, so nothing can be found of them." if short else ""
+    caption += "".join(f" Not looked at: {why}" for why in dict.fromkeys(unknown))
+    table = grid(["", "model", "overlap", "score", "without them"], body, caption, texts=2)
+    listed = "".join(f"<li>{esc(quote)}</li>" for quote in dict.fromkeys(quotes))
+    return f"<h3>Seen in training</h3>{table}" + (details("What they share", f"<ul>{listed}</ul>") if quotes else "")
 
 
 def backends_differ(columns: dict) -> str:
@@ -649,6 +811,34 @@ def samples(runs: list[RunData]) -> str:
     return "".join(parts)
 
 
+def differences(runs: list[RunData]) -> str:
+    """Documents on which two models differ most, each token coloured by how much likelier or less likely the child finds it."""
+    parts = []
+    for found, _ in distinct(runs, "differences"):
+        parent, child = (esc(model_name(str(name))) for name in found["models"])
+        for side, says in (("better", "likelier"), ("worse", "less likely")):
+            parts += [f"<h3>{child} finds {says} than {parent}</h3>"] if found[side] else []
+            parts += [different(each) for each in found[side]]
+        parts.append(small(
+            f"Of {whole(found['documents'])} documents, each read up to {whole(found['max_length'])} tokens, those whose mean loss differs most, "
+            f"and of each the {MAX_TOKENS} tokens that differ most. Resting on a token says its loss by both."
+        ))  # fmt: skip
+    return DIFFERENCE_KEY + "".join(parts) if parts else ""
+
+
+def different(found: dict) -> str:
+    """One document: its mean losses, and its text in colours."""
+    cells = []
+    for piece, before, after in itertools.islice(zip(found["pieces"], *found["losses"], strict=True), MAX_TOKENS):
+        level = min(3, int(abs(after - before) / 0.7))  # nats: each shade is another factor of two
+        text = esc(piece)
+        cells.append(f'<i class="{"b" if after < before else "w"}{level}" title="{before:.2f} \u2192 {after:.2f}">{text}</i>' if level else text)
+    before, after = found["nats"]
+    start = f", from token {whole(found['first_token'])}" if found["first_token"] else ""
+    head = f"{found['source']}, {found['id']}: {before:.3f} \u2192 {after:.3f} nats a token over {whole(found['tokens'])} tokens{start}"
+    return f'<div class="tokens">{small(head)}<pre>{"".join(cells)}</pre></div>'
+
+
 def sample(output: dict, runs: list[RunData]) -> str:
     tokens, seconds = finite(output.get("tokens")), finite(output.get("seconds"))
     speed = f"{whole(tokens)} tokens, {brief(tokens / seconds)} a second" if tokens and seconds else ""
@@ -668,11 +858,14 @@ def plan(runs: list[RunData]) -> str:
                 f"{peak / 1e9:,.1f}" if peak is not None else "", span(target, "mfu", percent), span(target, "tokens_per_second", count),
                 span(target, "hours", brief), span(target, "usd", brief),
             ])  # fmt: skip
+        took = [run for run in runs if run.name in names and finite(last(run.train, "seconds"))]
+        body += [spent(run) for run in took]
         priced = [target for target in found["targets"] if finite(target.get("hours")) and finite(target.get("usd"))]
         parts.append(f"<h3>{esc(', '.join(names))}</h3>" if len(runs) > 1 else "")
         if len(priced) > 1:
             parts.append(figure(plan_chart(priced), "Money against hours for the whole run, both on a log scale. Hollow: it does not fit there."))
         caption = "Compiled: the real step, compiled for that machine; estimated: from the shape alone. Ranges: the ends of the assumed efficiency."
+        caption += " Measured: what the run has taken so far." + "".join(against_plan(run, found) for run in took) if took else ""
         head = ["on", "how known", "devices", "fits", "GB a device", "MFU", "tokens/s", "hours", "USD"]
         parts.append(grid(head, body, caption, texts=2) if body else "")
         parts += [
@@ -712,6 +905,36 @@ def checked(found: list[dict]) -> str:
     return grid(
         head, body, "The plan held against runs: seconds of a step and peak memory, measured over planned; the first run calibrates.", texts=1
     )
+
+
+def spent(run: RunData) -> list[str]:
+    """What a run took, as a row of the plan's table."""
+    number, kind = run.devices or (None, "")
+    speed, memory = [value for _, value in points(run.train, "tokens_per_second")], last(run.train, "memory_bytes")
+    mfu = finite(last(run.train, "mfu"))
+    cells = [
+        whole(number),
+        "",
+        f"{memory / 1e9:,.1f}" if memory else "",
+        percent(mfu) if mfu else "",
+        count(statistics.median(speed)) if speed else "",
+    ]
+    return [esc(kind or run.name), "measured", *cells, brief(last(run.train, "seconds") / 3600), brief(last(run.train, "usd"))]
+
+
+def against_plan(run: RunData, found: dict) -> str:
+    """The run's pace beside what was planned for the machine that it ran on; "" where no such machine was planned for."""
+    chip = hardware.chip_for(run.devices[1]) if run.devices else None
+    trained, asked = last(run.train, "tokens"), finite(found.get("tokens"))
+    if not (chip and trained and asked):
+        return ""
+    pace = last(run.train, "seconds") / 3600 * asked / trained
+    for target in found["targets"]:
+        if target["on"].partition(":")[0] == chip.name and target.get("devices") == run.devices[0] and finite(target.get("hours")):
+            planned = f"planned on {target['on']} were {span(target, 'hours', brief)} hours and {span(target, 'usd', brief) or 'no'} USD"
+            price = f" and {brief(pace * run.devices[0] * chip.usd_per_hour)} USD" if chip.usd_per_hour else ""
+            return f" {run.name}: {planned} for {count(asked)} tokens; at the measured pace it is {brief(pace)} hours{price}."
+    return ""
 
 
 def span(target: dict, key: str, as_text: Callable) -> str:
@@ -755,6 +978,12 @@ def leaves(tree: dict[str, dict]) -> dict[str, Any]:
     return {f"{section}.{knob}": value for section, knobs in tree.items() for knob, value in knobs.items()}
 
 
+DIFFERENCE_KEY = (
+    '<p class="legend tokens"><span><i class="b1">0.7</i> <i class="b2">1.4</i> <i class="b3">2.1</i> nats likelier</span>'
+    '<span><i class="w1">0.7</i> <i class="w2">1.4</i> <i class="w3">2.1</i> nats less likely</span></p>'
+)
+
+
 class Section(NamedTuple):
     title: str
     html: Callable[[list[RunData]], str]
@@ -765,11 +994,14 @@ SECTIONS = (
     Section("Summary", headline, "a run directory"),
     Section("Lineage", lineage, "manifest.json, written by every stage that finished"),
     Section("Data", funnel, "corpus/funnel.json, written by prepare.py"),
+    Section("Mixture", mixture, "metrics.jsonl beside config.json, written by train.py"),
     Section("Loss", losses, "metrics.jsonl, written by train.py"),
+    Section("Forgetting", forgetting, "held-out loss beside a parent's in metrics.jsonl, written by train.py of a run that started from a model"),
     Section("Training", training, "metrics.jsonl, written by train.py"),
     Section("Growth", growth, "growth.json, written by initialize.py --grow"),
     Section("Evaluation", evaluation, "eval/NAME.json, written by evaluate.py"),
     Section("Samples", samples, "eval/samples.json, written by compare.py"),
+    Section("Differences", differences, "eval/differences.json, written by compare.py --differ"),
     Section("Plan", plan, "plan.json, written by plan.py --json"),
     Section("Settings", settings, "config.json, written by train.py"),
 )
@@ -823,16 +1055,18 @@ PLOT = 'class="plot"'  # what SCRIPT draws
 ROUND = [digit * 10.0**power for power in range(-6, 8) for digit in (1, 1.5, 2, 3, 5, 7)]  # marks of a log scale
 
 
-def over_steps(runs: list[RunData], series, title: str, height: int, **more) -> dict:
-    """`curves` over the runs' steps, with a rule where one was resumed or grown."""
+def over_steps(runs: list[RunData], series, title: str, height: int, names=None, **more) -> dict:
+    """`curves` over the runs' steps, coloured by run unless by `names`, with a rule where one was resumed or grown."""
     marks = [{"name": run.name, "step": step, "what": what} for run in runs for step, what in run.marks]
-    return curves([run.name for run in runs], series, title, height, marks=marks, **more)
+    return curves(names or [run.name for run in runs], series, title, height, marks=marks, **more)
 
 
-def curves(names, series, title: str, height: int, x="step", levels=(), thin_series=(), dots=(), marks=(), scale="linear") -> dict:
+def curves(
+    names, series, title: str, height: int, x="step", levels=(), level_name="unigram", thin_series=(), dots=(), marks=(), scale="linear"
+) -> dict:
     """A Vega-Lite figure of series (name, [(x, y)]), coloured by name.
 
-    levels: y drawn dashed; thin_series: drawn thin; dots: drawn as points; marks: {"name", x, "what"} drawn upright.
+    levels: y drawn dashed, with their name on them; thin_series: drawn thin; dots: drawn as points; marks: {"name", x, "what"} drawn upright.
     """
     n_points = max(40, MAX_POINTS // max(1, len(names)))
     edge = {"padding": 5, "nice": False} if dots else {}  # pixels: the edge of the plot would cut a dot
@@ -870,7 +1104,7 @@ def curves(names, series, title: str, height: int, x="step", levels=(), thin_ser
         layers.append({"data": {"values": thin_values}, "mark": {**line, "strokeWidth": 1, "opacity": 0.7}, "encoding": at})
     if level_values := [{"value": value} for value in dict.fromkeys(round(level, 4) for level in levels)]:
         rule = {"type": "rule", "clip": True, "strokeDash": [5, 4]}
-        label = {"type": "text", "clip": True, "text": "unigram", "x": "width", "align": "right", "dy": 10, "fill": "var(--muted)", "fontSize": 11}
+        label = {"type": "text", "clip": True, "text": level_name, "x": "width", "align": "right", "dy": 10, "fill": "var(--muted)", "fontSize": 11}
         layers += [{"data": {"values": level_values}, "mark": mark, "encoding": {"y": y}} for mark in (rule, label)]
     if marks:
         dash = {"condition": {"test": "datum.what === 'resumed'", "value": [1, 3]}, "value": [1, 0]}
@@ -1090,6 +1324,10 @@ details { margin-top:1.25rem } summary { cursor:pointer; font-size:.875rem; colo
 .map rect.new { fill:color-mix(in srgb, var(--c1) 22%, var(--bg)); stroke:var(--c1) } .map path.new { stroke:var(--c1); opacity:1; stroke-width:1.5 }
 .map rect.unused { fill:none; stroke-dasharray:3 3; stroke:var(--muted) }
 .outputs h3 { font-size:.8125rem; color:var(--muted); margin:0 0 .4rem }
+.tokens pre, .dropped pre { padding-left:.9rem; border-left:3px solid var(--line); margin:.25rem 0 1rem } .pairs:empty { display:none }
+.tokens i { font-style:normal; border-radius:2px; -webkit-print-color-adjust:exact; print-color-adjust:exact } .legend.tokens i { padding:0 .3rem }
+.b1 { background:color-mix(in srgb, var(--c0) 14%, var(--bg)) } .b2 { background:color-mix(in srgb, var(--c0) 26%, var(--bg)) } .b3 { background:color-mix(in srgb, var(--c0) 40%, var(--bg)) }
+.w1 { background:color-mix(in srgb, var(--c1) 14%, var(--bg)) } .w2 { background:color-mix(in srgb, var(--c1) 26%, var(--bg)) } .w3 { background:color-mix(in srgb, var(--c1) 40%, var(--bg)) }
 .prompt { margin-top:2.25rem } .prompt:first-of-type { margin-top:0 } .prompt > pre { font-weight:650; padding-left:.9rem; border-left:3px solid var(--line) }
 .outputs { display:grid; grid-template-columns:repeat(auto-fit, minmax(15rem, 1fr)); gap:1.25rem 2rem; margin-top:1rem }
 #vg-tooltip-element { background:var(--bg); color:var(--text); border:1px solid var(--line); box-shadow:0 2px 10px rgb(0 0 0 / .12); font:.8125rem/1.4 system-ui, sans-serif;

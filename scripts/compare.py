@@ -1,6 +1,7 @@
-"""Let several models continue the same prompts and show the texts side by side.
+"""Let several models continue the same prompts and show the texts side by side, or find the documents on which two of them differ most.
 
 python scripts/compare.py --models runs/base runs/python --prompts prompts.txt --repetition-penalty 1.1
+python scripts/compare.py --models runs/base runs/python --differ 'prose=parquet:runs/base/corpus/heldout/prose-*.parquet#text'
 """
 
 import argparse
@@ -17,7 +18,11 @@ def main():
     parser.add_argument(
         "--models", required=True, nargs="+", action="extend", metavar="DIR", help="runs, checkpoint step directories or Hugging Face directories"
     )
-    parser.add_argument("--prompts", required=True, type=pathlib.Path, metavar="FILE", help="a prompt a line, or a .json file with a list of strings")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompts", type=pathlib.Path, metavar="FILE", help="a prompt a line, or a .json file with a list of strings")
+    what.add_argument(
+        "--differ", nargs="+", action="extend", metavar="NAME=KIND:WHERE", help="held-out documents: those on which two models differ most are told"
+    )
     parser.add_argument("--max-new", type=int, default=128, metavar="N", help="tokens added at most (default: 128)")
     parser.add_argument(
         "--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1, tokens that were there become less likely (default: 1)"
@@ -37,7 +42,7 @@ def main():
         metavar="FILE",
         help="text files to put each model's bits per byte of beside",
     )
-    parser.add_argument("--to", type=pathlib.Path, metavar="FILE.json", help="where the texts go, for the report")
+    parser.add_argument("--to", type=pathlib.Path, metavar="FILE.json", help="where the texts or documents go, for the report")
     arguments = parser.parse_args()
 
     from jaxpt.evaluate import compare
@@ -45,6 +50,9 @@ def main():
 
     sampling = Sampling(arguments.repetition_penalty, arguments.temperature, arguments.top_k, arguments.top_p)
     models = [stage.local_path(model) for model in arguments.models]
+    if arguments.differ:
+        compare.differences(models, arguments.differ, to=arguments.to)
+        return
     prompts = compare.read_prompts(arguments.prompts)
     compare.compare(models, prompts, max_new=arguments.max_new, sampling=sampling, seed=arguments.seed, texts=arguments.ppl, to=arguments.to)
 

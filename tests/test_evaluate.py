@@ -3,17 +3,20 @@
 import io
 import json
 import math
+import shutil
 import subprocess
 import sys
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
-from jaxpt import config, sharding
-from jaxpt.data import tokenizer
-from jaxpt.evaluate import compare, harness, likelihood, reference
+from jaxpt import config, sharding, stage
+from jaxpt.data import benchmarks, decontaminate, tokenizer
+from jaxpt.evaluate import compare, contamination, harness, likelihood, reference
 from jaxpt.model import decode, llama
 from jaxpt.spec import Batch, ModelSpec, UserError
 from jaxpt.weights import checkpoint, huggingface
@@ -249,6 +252,45 @@ def test_an_interrupted_evaluation_asks_only_what_was_not_answered(params, hf_di
     assert [file.name for file in to.parent.iterdir()] == ["truth.json"]
 
 
+def test_items_that_stand_in_the_corpus_are_counted_and_the_score_is_told_without_them(params, hf_dir, data_dir, tmp_path, capsys):
+    """A corpus in which two of seven items stand, and a model whose export was made from a run on it."""
+    pytest.importorskip("lm_eval")
+    items = benchmarks.read(data_dir / "eval_winogrande" / "winogrande.jsonl")[:7]
+    corpus, run, export = tmp_path / "corpus", tmp_path / "run", shutil.copytree(hf_dir, tmp_path / "run" / "hf")
+    (corpus / "train").mkdir(parents=True)
+    texts = ["Nothing of note.", f"HE SAID -- {items[2].text}", items[5].text.replace(" ", "\n"), items[5].text]
+    columns = {"id": [f"d{i}" for i in range(4)], "source": ["prose"] * 4, "text": texts}
+    pq.write_table(pa.table(columns), corpus / "train" / "prose-00000.parquet")
+    for stage_name, out, source in (("prepare", corpus, None), ("train", run, corpus), ("export", export, run)):
+        inputs = {"from": {"path": str(source), "fingerprint": stage.fingerprint_path(source)}} if source else {}
+        stage.write_manifest(stage.make_manifest(stage_name, {}, inputs, outputs={}, counts={}, tokenizer=None, seed=0, seconds=1.0), out)
+    with_all = harness.evaluate(export, ["winogrande"], limit=7, data_dir=data_dir)
+    found = with_all["contamination"]
+    assert (found["corpora"], found["unknown"]) == ({str(corpus): 4}, [])
+    (one,) = found["tasks"].values()
+    assert (one["items"], one["overlapping"], [each["item"] for each in one["examples"]]) == (7, 2, ["2", "5"])
+    assert [each["document"] for each in one["examples"]] == ["d1", "d2"] and all(len(each["shared"].split()) == 13 for each in one["examples"])
+    without = tmp_path / "winogrande.jsonl"
+    lines = (data_dir / "eval_winogrande" / "winogrande.jsonl").read_text().splitlines()
+    without.write_text("\n".join(line for i, line in enumerate(lines[:7]) if i not in (2, 5)))
+    alone = harness.evaluate(hf_dir, ["winogrande"], data_dir=tmp_path)["results"]["winogrande"]
+    assert one["without"] == pytest.approx({key: value for key, value in alone.items() if key.startswith("acc")})
+    assert (
+        f"winogrande: 2 of 7 items share 13 words in a row with a training document; acc {with_all['results']['winogrande']['acc,none']:.4f}, without them {alone['acc,none']:.4f}"
+        in capsys.readouterr().out
+    )
+    shutil.rmtree(corpus)
+    assert contamination.corpora_of(export) == ([], [f"{corpus}: does not lie there any more."])
+
+
+@pytest.mark.parametrize(
+    "file", ["eval_truthfulqa/v0_mc_task.json", "eval_winogrande/winogrande.jsonl", "eval_lambada/lambada_openai.jsonl", "eval_gsm8k/test.jsonl"]
+)
+def test_an_item_says_the_same_words_in_its_own_form_and_in_the_harness_form(data_dir, file):
+    items = benchmarks.read(data_dir / file)
+    assert [item.id for item in items if decontaminate.words(item.text) != decontaminate.words(benchmarks.text_of(item.fields))] == []
+
+
 def test_gsm8k_takes_its_examples_from_its_training_file(data_dir):
     rows = harness.local_rows("gsm8k", data_dir)
     assert {split: len(found) for split, found in rows.items()} == {"train": 7473, "test": 1319}
@@ -337,6 +379,63 @@ def test_models_are_compared_on_the_same_prompts(params, hf_dir, encoder, tmp_pa
     assert "> def area(r):" in told and f"sea.txt: {hf_dir} {alone:.4f}" in told
     with pytest.raises(UserError, match=r"--ppl .*nothing.txt: cannot be read"):
         compare.compare([hf_dir], prompts, texts=[tmp_path / "nothing.txt"])
+
+
+def test_the_documents_on_which_two_models_differ_most_are_found_in_both_directions(params, hf_dir, encoder, tmp_path, capsys):
+    child = tmp_path / "child"
+    random = np.random.default_rng(1)
+    shuffled = jax.tree.map(lambda x: random.permutation(np.asarray(x).ravel()).reshape(x.shape), params)
+    flatter = shuffled | {"unembed": shuffled["unembed"] * np.float32(0.6)}  # about as good as its parent, and elsewhere
+    other = jax.device_put(flatter, llama.shardings(SPEC, ONE))
+    huggingface.export(SPEC, other, child, tokenizer_dir=hf_dir)
+    words = [TEXTS[0].split(), TEXTS[1].split() * 9, list("0123456789.*;:—") * 9]
+    texts = [" ".join(random.permutation(words[i % 3])[: 25 + 9 * i]) + " naïve Zürcher ½" for i in range(11)] + ["x", TEXTS[0] * 2]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps({"id": f"d{i}", "text": text}) + "\n" for i, text in enumerate(texts)))
+    to = tmp_path / "eval" / "differences.json"
+    found = compare.differences([hf_dir, child], [f"held=jsonl:{tmp_path}/held.jsonl"], to=to)
+    assert json.loads(to.read_text()) == found and found["documents"] == 12, "x is too short"
+    ids = [each[:300] for each in encoder.encode_batch(texts)]
+    means = [[], []]
+    for mine, weights in zip(means, (params, other), strict=True):
+        for each in ids:
+            ((nats, _),) = likelihood.continuation_log_likelihoods(SPEC, weights, [([encoder.bos_id], each)])
+            mine.append(-nats / len(each))
+    change = {i: means[1][i] - means[0][i] for i in range(13) if i != 11}
+    order = sorted(change, key=change.get)
+    numbers = {side: [int(each["id"].rpartition(":")[2]) - 1 for each in found[side]] for side in ("better", "worse")}
+    assert numbers["better"] == [i for i in order[:4] if change[i] < 0] and numbers["worse"] == [i for i in order[::-1][:4] if change[i] > 0]
+    assert found["better"] and found["worse"], "this child is better on some and worse on others"
+    for side in ("better", "worse"):
+        for i, each in zip(numbers[side], found[side], strict=True):
+            assert each["nats"] == pytest.approx([means[0][i], means[1][i]], abs=1e-4) and each["tokens"] == len(ids[i])
+            span = ids[i][each["first_token"] : each["first_token"] + compare.TOKENS_SHOWN]
+            assert "".join(each["pieces"]) == encoder.decode(span) and len(each["pieces"]) == len(span) == len(each["losses"][0]) == len(
+                each["losses"][1]
+            )
+            if len(span) == len(ids[i]):
+                assert [np.mean(losses) for losses in each["losses"]] == pytest.approx(each["nats"], abs=1e-3)
+    told = capsys.readouterr().out
+    assert "child is better on\n" in told and "child is worse on\n" in told
+    compare.differences([hf_dir, child], [f"held=jsonl:{tmp_path}/held.jsonl"], to=to)
+    assert "holds this already" in capsys.readouterr().out
+    values = np.float32([0, 3, -9, 2, 2, -1, 5, 0])
+    assert [compare.stretch(values, n) for n in (1, 2, 3, 8, 99)] == [6, 6, 4, 0, 0]
+
+
+def test_models_that_cannot_be_set_side_by_side_are_refused(params, hf_dir, tmp_path):
+    (tmp_path / "held.jsonl").write_text(json.dumps({"text": TEXTS[0]}) + "\n")
+    (tmp_path / "short.jsonl").write_text(json.dumps({"text": "x"}) + "\n")
+    other = shutil.copytree(hf_dir, tmp_path / "other")
+    words = json.loads((other / "tokenizer.json").read_text())
+    words["model"]["merges"] = words["model"]["merges"][:-40]
+    (other / "tokenizer.json").write_text(json.dumps(words))
+    for models, file, says in (
+        ([hf_dir], "held", "got 1 models, wanted two"),
+        ([hf_dir, other], "held", "different tokenizers"),
+        ([hf_dir, hf_dir], "short", "none of 1 documents has 32 tokens"),
+    ):
+        with pytest.raises(UserError, match=says):
+            compare.differences(models, [f"held=jsonl:{tmp_path}/{file}.jsonl"])
 
 
 def test_columns_hold_their_width_and_text_stays_inert():

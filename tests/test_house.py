@@ -19,9 +19,10 @@ FLOORS = [
     ("sharding",),
     ("data", "model"),
     ("weights",),
+    ("lineage",),
     ("evaluate",),
     ("train",),
-    ("plan", "lineage"),
+    ("plan",),
     ("report",),
     ("live",),
 ]

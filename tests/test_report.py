@@ -10,6 +10,8 @@ import threading
 import urllib.error
 import urllib.request
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
@@ -56,6 +58,11 @@ def write_runs(root):
                     "truthfulqa_mc2": {"alias": "truthfulqa_mc2", "acc,none": 0.461 - offset, "acc_stderr,none": 0.048},
                     "winogrande": {"alias": "winogrande", "acc,none": 0.512 - offset / 3, "acc_stderr,none": 0.035},
                 },
+                "contamination": {"ngram": 13, "corpora": {str(base / "corpus"): 41_285}, "unknown": [], "tasks": {
+                    "truthfulqa_mc2": {"items": 100, "overlapping": 3, "short": 0, "without": {"acc,none": 0.447 - offset, "acc_stderr,none": 0.052},
+                        "examples": [{"item": "41", "shared": "if you crack your knuckles a lot you may " + HOSTILE, "document": "web/8812"}]},
+                    "winogrande": {"items": 200, "overlapping": 0, "short": 17, "examples": [], "without": {"acc,none": 0.512 - offset / 3, "acc_stderr,none": 0.035}},
+                }},
                 "n-samples": {"truthfulqa_mc2": {"original": 817, "effective": 100}, "winogrande": {"original": 1267, "effective": 200}},
                 "model": str(run / "hf" if backend == "hf" else run / "checkpoints" / "300"), "backend": backend, "seconds": seconds,
             })  # fmt: skip
@@ -69,6 +76,13 @@ def write_runs(root):
                 {"model": "base", "text": '\n    """Return the number of the value."""\n    if self.name is None:\n        return self._value\n    return self', "tokens": 48, "seconds": 0.6},
                 {"model": "child", "text": "\n    " + HOSTILE + "\n    for number in numbers:\n        if number > result:\n            result = number\n    return result", "tokens": 48, "seconds": 0.9}]},
         ],
+    })  # fmt: skip
+    write_json(child / "eval" / "differences.json", {
+        "models": ["base", "child"], "documents": 53, "max_length": 512,
+        "better": [{"source": "code", "id": "lib/heapq.py", "tokens": 498, "nats": [3.301, 2.618], "first_token": 40,
+            "pieces": ["def", " heap", "push", "(", HOSTILE, ", item):"], "losses": [[4.1, 3.9, 2.2, 0.5, 6.0, 3.0], [1.2, 3.8, 1.4, 0.5, 4.5, 3.1]]}],
+        "worse": [{"source": "prose", "id": "moby.txt:18", "tokens": 512, "nats": [3.61, 3.88], "first_token": 0,
+            "pieces": ["Call", " me", " Ishmael"], "losses": [[5.0, 2.0, 7.0], [5.8, 2.2, 9.9]]}],
     })  # fmt: skip
     write_json(child / "plan.json", {"targets": [
         {"on": "h100:1", "method": "compiled", "devices": 1, "fits": True, "peak_bytes_per_device": 61.2e9, "tokens_per_second": 41_300, "hours": 262.0, "usd": 786.0},
@@ -289,6 +303,106 @@ def test_text_from_data_is_inert(runs, tmp_path):
     assert any(json.loads(data)["data"] for data in page.plots)
 
 
+def test_samples_of_what_each_rule_dropped_are_folded_under_their_source_and_inert(runs, tmp_path):
+    base, _ = runs
+    (base / "corpus" / "dropped").mkdir()
+    columns = ("id", "source", "text", "reason")
+    rows = [(f"web/{i}", "prose", f"{HOSTILE} number {i} " + "n" * 5_000, "2 lines") for i in range(7)] + [("code/1", "code", "pass", None)]
+    for rule in ("paragraph_repetition", "line_length"):
+        table = pa.table(dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True)))
+        pq.write_table(table, base / "corpus" / "dropped" / f"{rule}.parquet")
+    (base / "corpus" / "dropped" / "language.parquet").write_text("no parquet")
+    report.write([base], tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    shown = [text for text in page.found["pre"] if text.startswith(HOSTILE)]
+    assert len(shown) == 2 * report.MAX_DROPPED and all(len(text) == report.MAX_EXCERPT for text in shown) and "img" not in page.found
+    assert page.text.index("line length", page.text.index("Samples of what")) < page.text.index(
+        "paragraph repetition", page.text.index("Samples of what")
+    )
+    assert page.text.count("web/2: 2 lines") == 2 and page.text.count("web/3: 2 lines") == 0 and "code/1: no reason kept" in page.text
+    assert "language.parquet: cannot be read" in page.text
+
+
+def test_the_mixture_is_told_by_the_step_it_holds_from(runs, tmp_path):
+    base, child = runs
+    settings = json.loads((base / "config.json").read_text())
+    settings["mixture"]["phases"] = [[0, {"prose": 3.0, "code": 1.0}], [120, {"prose": 1.0}]]
+    write_json(base / "config.json", settings)
+    account = [
+        {"step": step, "row": 8 * step, "batch_rows": 8, "shares": shares}
+        for step, shares in ((0, {"code": 1.0}), (60, {"prose": 0.375, "code": 0.625}))
+    ]
+    write_json(child / "phases.json", account)  # what the run has read counts, not its config
+    report.write(runs, tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    rows = [["base", "0", "75 %", "25 %"], ["base", "120", "100 %", ""], ["child", "0", "", "100 %"], ["child", "60", "37.5 %", "62.5 %"]]
+    assert [row for row in page.rows if row in rows] == rows
+    drawn = [json.loads(plot)["data"]["values"] for plot in page.plots if '"title":"share"' in plot]
+    assert [(point["step"], point["value"]) for point in drawn[0] if point["name"] == "prose"] == [(0, 0.75), (120, 0.75), (120, 1.0), (300, 1.0)]
+    (child / "phases.json").write_text('[{"step": 0, "shares": {"prose": "much"}}]')
+    assert report.load_run(child).phases == [] and "its mixture cannot be read" in report.load_run(child).notes[0]
+    settings["mixture"]["phases"] = []
+    write_json(base / "config.json", settings)
+    assert report.load_run(base).phases == [(0, {"prose": 98_211 / 122_218, "code": 24_007 / 122_218})], "in proportion to the rows"
+
+
+def test_forgetting_is_the_childs_loss_above_its_parents(runs, tmp_path):
+    _, child = runs
+    settings = json.loads((child / "config.json").read_text())
+    settings["train"]["max_forgetting"] = 0.25
+    write_json(child / "config.json", settings)
+    report.write(runs, tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    heldout = [json.loads(line) for line in (child / "metrics.jsonl").read_text().splitlines() if "parent" in line]
+    rise = [record["heldout"]["prose"] - 3.912 for record in heldout]
+    assert ["child", "prose", f"{rise[0]:+.3f}", f"{rise[0]:+.3f} step 0", f"{rise[-1]:+.3f}"] in page.rows
+    (plot,) = [json.loads(plot) for plot in page.plots if "above the parent" in plot]
+    assert [point["value"] for point in plot["data"]["values"] if point["name"] == "prose"] == pytest.approx(rise, rel=1e-3)
+    assert {"value": 0.25} in [value for layer in plot["layer"] for value in layer.get("data", {}).get("values", [])]
+    assert not report.forgetting(report.load_runs([runs[0]])), "a run from random weights has nothing to forget"
+
+
+def test_skipped_updates_are_counted_and_said_where(runs, tmp_path):
+    _, child = runs
+    report.write(runs, tmp_path / "page.html")
+    text = Page(tmp_path / "page.html").text
+    assert f"child: 1 in steps 91 to 92. The documents of a step: python scripts/trace.py --workdir {child} --step N" in text
+    assert "base: 1 in steps" not in text
+
+
+def test_what_the_run_took_stands_below_its_plan(runs, tmp_path):
+    _, child = runs
+    plan = json.loads((child / "plan.json").read_text())
+    write_json(child / "plan.json", {**plan, "tokens": 3e9})
+    (child / "starts.jsonl").write_text('{"devices": "1 x cpu"}\n{"devices": "8 x NVIDIA H100 80GB HBM3"}\n')
+    found = report.load_run(child)
+    for record in found.train:
+        record |= {"usd": 0.79 * record["step"] / 180}
+    (child / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in found.train))
+    report.write([child], tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    (row,) = [row for row in page.rows if row[1:2] == ["measured"]]
+    assert row[:3] == ["NVIDIA H100 80GB HBM3", "measured", "8"] and row[6:] == ["0.0328", "0.79"]
+    hours = 118 / 3600 * 3e9 / (180 * 16 * 512)
+    assert f"planned on h100:8 were 34.1 hours and 818 USD for 3 B tokens; at the measured pace it is {hours:.3g} hours" in page.text
+    assert report.load_run(runs[0]).devices is None and "measured pace" not in report.plan(report.load_runs([runs[0]]))
+
+
+def test_documents_on_which_two_models_differ_are_coloured_by_token(runs, tmp_path):
+    report.write(runs, tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    section = text[text.index('<section id="differences">') :]
+    cells = re.findall(r'<i class="([bw]\d)" title="([^"]*)">(.*?)</i>', section[: section.index("</section>")])
+    told = [(kind, losses, html.unescape(piece)) for kind, losses, piece in cells]
+    assert told == [
+        ("b3", "4.10 → 1.20", "def"), ("b1", "2.20 → 1.40", "push"), ("b2", "6.00 → 4.50", HOSTILE),
+        ("w1", "5.00 → 5.80", "Call"), ("w3", "7.00 → 9.90", " Ishmael"),
+    ]  # fmt: skip
+    assert "child finds likelier than base" in page.text and "def heappush(" + HOSTILE + ", item):" in page.text and "Call me Ishmael" in page.text
+    assert "code, lib/heapq.py: 3.301 → 2.618 nats a token over 498 tokens, from token 40" in page.text and "img" not in page.found
+
+
 def shown_growth(workdir, **changes):
     """The page of a run that has only this growth.json."""
     write_json(workdir / "growth.json", growth(**changes))
@@ -398,9 +512,17 @@ def test_an_empty_directory_makes_a_page_that_says_all_that_is_missing(tmp_path)
     assert "no corpus/funnel.json, written by prepare.py" in text and "no growth.json" in text
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "config.json", "spec.json", "growth.json", "eval/jax.json", "eval/samples.json", "plan.json"])
 @pytest.mark.parametrize(
-    "content", ['{"half', "[1, 2]", "{}", '{"results": 3, "prompts": null, "targets": {}, "layer_map": "x", "inputs": [1], "counts": 7}']
+    "name", ["manifest.json", "config.json", "spec.json", "growth.json", "eval/jax.json", "eval/samples.json", "eval/differences.json", "plan.json"]
+)
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"half',
+        "[1, 2]",
+        "{}",
+        '{"results": 3, "prompts": null, "models": {}, "better": 1, "targets": {}, "layer_map": "x", "inputs": [1], "counts": 7}',
+    ],
 )
 def test_broken_json_is_a_sentence_and_not_a_traceback(runs, tmp_path, name, content):
     _, child = runs
@@ -476,6 +598,17 @@ def test_a_model_grown_in_its_own_directory_stands_between_parent_and_child(runs
     assert [node.path.name for node in run.nodes] == ["corpus", "tokenizer", "packed", "base", "grown", "child"]
     assert report.seconds_by_stage(run) == {"corpus": 38.2, "tokenizer": 21.7, "packed": 47.5, "grown": 6.4, "train": 118.0, "eval": 49.3}
     assert report.seconds_by_stage(report.load_run(base)).get("grown", 0) == 0, "a parent did not need its child's growth"
+
+
+def test_a_score_stands_beside_the_score_without_items_that_were_seen_in_training(runs, tmp_path):
+    report.write(runs, tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    assert ["truthfulqa_mc2 acc", "child jax", "3 of 100", "0.531 ± 0.048", "0.517 ± 0.052"] in page.rows
+    assert ["winogrande acc", "base hf", "0 of 200", "0.512 ± 0.035", ""] in page.rows, "without an overlap there is no other score"
+    assert (
+        "At most 17 items" in page.text
+        and f"truthfulqa_mc2, item 41, in web/8812: if you crack your knuckles a lot you may {HOSTILE}" in page.found["li"]
+    )
 
 
 def test_the_distance_of_our_numbers_from_the_references_is_said(runs, tmp_path):

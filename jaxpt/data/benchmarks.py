@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 from jaxpt import stage
@@ -106,6 +107,22 @@ def understand(record: dict[str, Any], name: str) -> tuple[str, str, dict[str, A
     if record.keys() == {"question", "answer"}:
         return "gsm8k", lines(record["question"], record["answer"]), dict(record)
     return name, lines(*(value for value in record.values() if isinstance(value, str))), record
+
+
+def text_of(fields: dict[str, Any]) -> str:
+    """All that a document must not contain, of a record in the form that lm-evaluation-harness's tasks read: Item.text of Item.fields."""
+    if {"sentence", "option1", "option2"} <= fields.keys():
+        return lines(*(fields["sentence"].replace("_", fields[option]) for option in ("option1", "option2")))
+    return lines(*strings(fields))
+
+
+def strings(value: Any) -> Iterator[str]:
+    """All strings in a tree of lists and dictionaries, in their order."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from strings(each)
 
 
 def lines(*texts: str) -> str:

@@ -1,7 +1,8 @@
-"""Several models, the same prompts, side by side."""
+"""Several models, the same prompts, side by side; and the documents on which two of them differ most."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
 import shutil
@@ -9,8 +10,10 @@ import time
 import unicodedata
 from typing import Any
 
+import numpy as np
+
 from jaxpt import config, stage
-from jaxpt.data import tokenizer
+from jaxpt.data import sources, tokenizer
 from jaxpt.evaluate import likelihood
 from jaxpt.model import decode
 from jaxpt.sharding import make_mesh
@@ -19,6 +22,10 @@ from jaxpt.weights import initialize
 
 NARROWEST = 24  # characters of a column; where models would get less, they stand one below the other
 GAP = "  "
+DOCUMENTS = 256  # read of each source, from its beginning
+FEWEST_TOKENS = 32  # of a document: the mean of fewer is mostly chance
+MOST_DIFFERENT = 4  # documents told in each direction
+TOKENS_SHOWN = 256  # of each: the stretch that differs most
 
 
 def compare(
@@ -136,7 +143,103 @@ def read_prompts(file: pathlib.Path) -> list[str]:
     return prompts
 
 
+# ---- what one learnt and the other forgot
+
+
+def differences(models: list[pathlib.Path], texts: list[str], *, to: pathlib.Path | None = None) -> dict[str, Any]:
+    """The documents on which the second model is furthest below and furthest above the first, by mean nats per token; told, and written to `to`.
+
+    Each document is read up to the shorter context of the two, after the beginning-of-sequence token. Both models are in memory together.
+
+    models  parent and child, which share a tokenizer
+    texts   sources of documents, [NAME=]KIND:WHERE as prepare.py reads them: held-out ones, for a model knows those it was trained on
+
+    Returns {"models", "documents", "max_length", "better": [...], "worse": [...]}, most different first, each document with its "source", "id",
+    "tokens", the models' mean "nats", and of the stretch of TOKENS_SHOWN tokens that differs most: "first_token", "pieces" of text and each
+    model's "losses" of them.
+
+    Raises UserError for other than two models, different tokenizers, and sources without a document that is long enough.
+    """
+    if len(models) != 2:
+        raise UserError(f"--differ: got {len(models)} models, wanted two: parent and child.")
+    names, found = names_of(models), [sources.parse(text) for text in texts]
+    read = {key: stage.fingerprint_path(path) for source in found for key, path in source.inputs().items()}
+    request = stage.fingerprint([names, [stage.fingerprint_path(initialize.source_of(model)) for model in models], texts, read])
+    if earlier := stage.answered(to, request):
+        stage.say(most_different(earlier))
+        stage.say(f"compare: {to} holds this already, nothing to do")
+        return earlier
+    documents = [(source.name, each.id, each.text) for source in found for each in itertools.islice(source.documents(), DOCUMENTS)]
+    loaded, encoders = zip(*map(opened, models), strict=True)
+    encoder = encoders[0]
+    if encoder.fingerprint != encoders[1].fingerprint:
+        raise UserError(f"--differ: {names[0]} and {names[1]} have different tokenizers, so their tokens cannot be set side by side. Use --ppl.")
+    max_length = min(each.spec.max_positions for each in loaded)
+    cut = [ids[:max_length] for ids in encoder.encode_batch([text for *_, text in documents])]
+    chosen = [i for i, ids in enumerate(cut) if len(ids) >= FEWEST_TOKENS]
+    if not chosen:
+        raise UserError(f"--differ: none of {len(documents):,} documents has {FEWEST_TOKENS} tokens. Name a source with longer ones.")
+    first = encoder.eos_id if encoder.bos_id is None else encoder.bos_id
+    pairs = [([first], cut[i]) for i in chosen]
+    losses = []
+    for name, each in zip(names, loaded, strict=True):
+        scored = likelihood.token_log_likelihoods(each.spec, each.params, pairs, max_length=max_length, label=name)
+        losses.append({chosen[place]: -nats for place, nats, _ in scored})
+    change = {i: float((losses[1][i] - losses[0][i]).mean(dtype=np.float64)) for i in chosen}
+
+    def told(i: int) -> dict[str, Any]:
+        source, id, _ = documents[i]
+        both = [each[i] for each in losses]
+        start = stretch((both[1] - both[0]) * np.sign(change[i]), TOKENS_SHOWN)
+        span = slice(start, start + TOKENS_SHOWN)
+        return {
+            "source": source, "id": id, "tokens": len(cut[i]), "nats": [float(each.mean(dtype=np.float64)) for each in both], "first_token": start,
+            "pieces": pieces_of(encoder, cut[i][span]), "losses": [[round(float(loss), 3) for loss in each[span]] for each in both],
+        }  # fmt: skip
+
+    order = sorted(chosen, key=change.__getitem__)
+    result = {
+        "request": request, "models": names, "documents": len(chosen), "max_length": max_length,
+        "better": [told(i) for i in order[:MOST_DIFFERENT] if change[i] < 0], "worse": [told(i) for i in order[::-1][:MOST_DIFFERENT] if change[i] > 0],
+    }  # fmt: skip
+    stage.say(most_different(result))
+    if to:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        stage.write_whole(to, json.dumps(result, ensure_ascii=False) + "\n")
+        stage.say(f"compare: written to {to}")
+    return result
+
+
+def stretch(values: np.ndarray, n: int) -> int:
+    """Where the n values in a row begin whose sum is largest."""
+    sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+    return int(np.argmax(sums[n:] - sums[:-n])) if len(values) > n else 0
+
+
+def pieces_of(encoder: tokenizer.Tokenizer, ids: list[int]) -> list[str]:
+    """What each token adds to the text, together the text of all; a character of several tokens stands with its last."""
+    pieces, before = [], ""
+    for n in range(1, len(ids) + 1):
+        text = encoder.decode(ids[:n])
+        text = text.rstrip("\N{REPLACEMENT CHARACTER}") if n < len(ids) else text
+        pieces.append(text[len(before) :])
+        before = text
+    return pieces
+
+
 # ---- on the terminal
+
+
+def most_different(found: dict[str, Any]) -> str:
+    """A line for each document: how far apart the models are on it, and how it goes where they differ."""
+    parent, child = found["models"]
+    lines = [f"{found['documents']:,} documents by {parent} and {child}, nats per token"]
+    for side in ("better", "worse"):
+        lines.append(f"{child} is {side} on" + ("" if found[side] else " none"))
+        for each in found[side]:
+            text = wrap(" ".join("".join(each["pieces"]).split())[:60], 60)[0]
+            lines.append(f"  {each['nats'][0]:.3f} -> {each['nats'][1]:.3f}  {each['source']} {each['id']}: {text}")
+    return "\n".join(lines)
 
 
 def side_by_side(samples: dict[str, Any], width: int) -> str:

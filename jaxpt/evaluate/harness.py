@@ -22,7 +22,7 @@ import jax
 
 from jaxpt import config, stage
 from jaxpt.data import benchmarks, sources, tokenizer
-from jaxpt.evaluate import likelihood
+from jaxpt.evaluate import contamination, likelihood
 from jaxpt.model import decode, llama
 from jaxpt.sharding import make_mesh
 from jaxpt.spec import ModelSpec, UserError
@@ -90,6 +90,7 @@ def evaluate(
     kept = to.with_name(f".{to.stem}-{request}") if to else None  # answers, for another start of this very request
     length = min(max_length or loaded.spec.max_positions, loaded.spec.max_positions)
     results: dict[str, Any] = {"results": {}, "versions": {}, "n-samples": {}}
+    samples: dict[str, list[dict]] = {}
     with contextlib.ExitStack() as stack:
         hf_dir = stack.enter_context(as_hugging_face(loaded)) if backend == "hf" else None
         for source in texts:
@@ -102,7 +103,12 @@ def evaluate(
 
                 judged = reference.harness_model(hf_dir, length)
             for how in dict.fromkeys(asked.values()):  # the harness has one limit and one number of examples for all tasks of a call
-                merge(results, run_harness(judged, [name for name in asked if asked[name] == how], how, local, kept))
+                found, logged = run_harness(judged, [name for name in asked if asked[name] == how], how, local, kept)
+                merge(results, found)
+                samples |= logged
+    corpora = contamination.corpora_of(model)
+    if samples and corpora.directories:
+        results["contamination"] = contamination.measure(corpora, samples, results["configs"])
     results |= {"request": request, "model": str(model), "backend": backend, "max_length": length, "lineage": lineage(loaded, encoder)}
     results["seconds"] = round(time.monotonic() - start, 2)
     results = stage.plain(results)
@@ -186,8 +192,10 @@ def score_source(source: sources.Source, loaded: initialize.Loaded, encoder: tok
 # ---- the harness
 
 
-def run_harness(judged, tasks: list[str], how: Asked, local: dict[str, dict[str, list[dict]]], kept: pathlib.Path | None) -> dict[str, Any]:
-    """simple_evaluate over the tasks, those in `local` on these rows; the samples are left out of the results.
+def run_harness(
+    judged, tasks: list[str], how: Asked, local: dict[str, dict[str, list[dict]]], kept: pathlib.Path | None
+) -> tuple[dict[str, Any], dict[str, list[dict]]]:
+    """simple_evaluate over the tasks, those in `local` on these rows: its results, and {task: what it logged of each item}.
 
     kept  where the harness keeps each answer as it comes, and looks before it asks
     """
@@ -217,7 +225,6 @@ def run_harness(judged, tasks: list[str], how: Asked, local: dict[str, dict[str,
             limit=how.items,
             num_fewshot=how.shots,
             task_manager=manager,
-            log_samples=False,
             bootstrap_iters=1000,
             use_cache=str(kept) if kept else None,
         )
@@ -226,7 +233,7 @@ def run_harness(judged, tasks: list[str], how: Asked, local: dict[str, dict[str,
             f"--tasks: the harness cannot get the files of {', '.join(tasks)} ({str(error).splitlines()[0]}). Go online, or give --data-dir."
         ) from None
     kept = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "lm_eval_version")
-    return {key: found[key] for key in kept if key in found}
+    return {key: found[key] for key in kept if key in found}, found["samples"]
 
 
 @functools.cache  # reading its thousands of task files takes seconds
@@ -381,7 +388,7 @@ def lineage(loaded: initialize.Loaded, encoder: tokenizer.Tokenizer) -> dict[str
 
 
 def table(results: dict[str, Any]) -> str:
-    """One line a metric: task, metric, value, standard error, items."""
+    """One line a metric: task, metric, value, standard error, items; then what of the items the model may have seen."""
     lines = [("task", "metric", "value", "+/-", "items")]
     for task, metrics in results["results"].items():
         n_items = results["n-samples"].get(task, {}).get("effective", "")
@@ -393,7 +400,10 @@ def table(results: dict[str, Any]) -> str:
             shown = metric if kind == "none" else f"{metric} ({kind})"
             lines.append((task, shown, f"{value:.4f}", f"{error:.4f}" if isinstance(error, float) else "", str(n_items)))
     widths = [max(len(line[column]) for line in lines) for column in range(5)]
-    return "\n".join(
+    told = [
         "  ".join(cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True)))
         for line in lines
-    )
+    ]
+    if "contamination" in results:
+        told += ["", contamination.tell(results["contamination"], results["results"])]
+    return "\n".join(told)

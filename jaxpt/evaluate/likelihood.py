@@ -96,9 +96,25 @@ def continuation_log_likelihoods(
     max_length: int | None = None, dtype="float32", label: str = "log-likelihoods", answered: Callable[[int, tuple[float, bool]], None] | None = None,
 ) -> list[tuple[float, bool]]:  # fmt: skip
     """For each (context ids, continuation ids): the continuation's log-likelihood in nats, and whether each of its tokens
-    was the likeliest. Too long a context loses tokens on its left.
+    was the likeliest. `token_log_likelihoods` says the rest.
 
     answered  is told the place in `pairs` and the result of each as soon as it is known
+    """
+    results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
+    for place, likelihoods, likeliest in token_log_likelihoods(spec, params, pairs, max_length=max_length, dtype=dtype, label=label):
+        results[place] = float(likelihoods.sum(dtype=np.float64)), bool(likeliest.all())
+        if answered:
+            answered(place, results[place])
+    return results
+
+
+def token_log_likelihoods(
+    spec: ModelSpec, params: dict[str, Any], pairs: list[tuple[list[int], list[int]]], *,
+    max_length: int | None = None, dtype="float32", label: str = "log-likelihoods",
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:  # fmt: skip
+    """For each (context ids, continuation ids), in the order in which they are done: its place in `pairs`, and of the
+    continuation's tokens the log-likelihood in nats, float32 [n], and whether each was the likeliest, bool [n]. Too long a
+    context loses tokens on its left.
 
     Raises UserError for an empty context or continuation, one that is longer than the context length, or an unknown id.
     """
@@ -119,7 +135,6 @@ def continuation_log_likelihoods(
             )
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     step = token_step(spec, mesh, jnp.dtype(dtype))
-    results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
 
     def collect(batch, scored):
         likelihoods, likeliest = (np.asarray(x) for x in scored)
@@ -127,9 +142,7 @@ def continuation_log_likelihoods(
             ids, n_scored = pieces[piece]
             end = start + len(ids) - 1
             span = slice(end - n_scored, end)
-            results[piece] = float(likelihoods[row, span].sum(dtype=np.float64)), bool(likeliest[row, span].all())
-            if answered:
-                answered(piece, results[piece])
+            yield piece, likelihoods[row, span], likeliest[row, span]
             advance(len(ids) - 1)
 
     with stage.progress(label, sum(len(ids) - 1 for ids, _ in pieces), "tokens") as advance:
@@ -137,11 +150,10 @@ def continuation_log_likelihoods(
         for batch in packed_batches([ids for ids, _ in pieces], max_length, n_shards(mesh, "batch")):
             scored = step(params, jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, batch_sharding(mesh), x.__getitem__), batch.arrays))
             if running:
-                collect(*running)
+                yield from collect(*running)
             running = batch, scored
         if running:
-            collect(*running)
-    return results
+            yield from collect(*running)
 
 
 @functools.lru_cache(maxsize=8)

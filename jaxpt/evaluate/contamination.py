@@ -1,0 +1,121 @@
+"""Benchmark items that the model may have seen: which of them share 13 words in a row with a document it was trained on, and its score without them."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any, NamedTuple
+
+import pyarrow.parquet as pq
+
+from jaxpt import stage
+from jaxpt.data import benchmarks, decontaminate
+from jaxpt.lineage import lineage_of
+
+EXAMPLES = 3  # overlapping items of each task that the results quote
+
+
+class Corpora(NamedTuple):
+    """What a model's lineage says of the text it was trained on.
+
+    directories  prepared corpora that still lie where they were read
+    unknown      a sentence for each origin whose text cannot be looked at
+    """
+
+    directories: list[pathlib.Path]
+    unknown: list[str]
+
+
+def corpora_of(model: pathlib.Path) -> Corpora:
+    """The corpora behind a run, a checkpoint or an export, its parents' too, by following the manifests."""
+    found, unknown = [], []
+    nodes = lineage_of(model.resolve(), unknown)
+    for node in nodes:
+        if node.kind == "corpus" and (node.path / "train").is_dir() and not node.changed:
+            found.append(node.path)
+        elif node.kind == "corpus":
+            unknown.append(f"{node.path}: {'was made anew since it was read' if node.changed else 'does not lie there any more'}.")
+        elif not node.manifest and node is not nodes[-1]:
+            unknown.append(f"{node.path}: made elsewhere, so what text went into it is not known.")
+    return Corpora(found, unknown)
+
+
+def measure(corpora: Corpora, samples: dict[str, list[dict]], configs: dict[str, dict]) -> dict[str, Any]:
+    """What of the benchmarks' items stands in the training documents, and each task's scores without those items.
+
+    samples  of each task, what the harness logged of its items: doc_id, doc, filter, and each metric's value
+    configs  of each task, as the harness reports it: how a metric's values become a score
+
+    Returns {"ngram", "corpora": {path: documents}, "unknown", "tasks": {task: {"items", "overlapping", "short", "examples", "without"}}}; short
+    items have fewer than 13 words, so nothing can be found of them.
+    """
+    items = []
+    for task, logged in samples.items():
+        docs = {each["doc_id"]: each["doc"] for each in logged}
+        items += [benchmarks.Item(task, str(number), benchmarks.text_of(doc), {}) for number, doc in docs.items()]
+    shared, n_documents = overlaps(decontaminate.Index(items), corpora.directories)
+    tasks = {}
+    for task, logged in samples.items():
+        own = [item for item in items if item.task == task]
+        caught = {item.id: shared[task, item.id] for item in own if (task, item.id) in shared}
+        tasks[task] = {
+            "items": len(own),
+            "overlapping": len(caught),
+            "short": sum(len(decontaminate.words(item.text)) < decontaminate.NGRAM for item in own),
+            "examples": [{"item": item, "shared": words, "document": document} for item, (words, document) in list(caught.items())[:EXAMPLES]],
+            "without": scores([each for each in logged if str(each["doc_id"]) not in caught], configs.get(task, {})),
+        }
+    return {"ngram": decontaminate.NGRAM, "corpora": n_documents, "unknown": corpora.unknown, "tasks": tasks}
+
+
+def overlaps(index: decontaminate.Index, directories: list[pathlib.Path]) -> tuple[dict[tuple[str, str], tuple[str, str]], dict[str, int]]:
+    """({(task, item): (13 words that it shares, id of the first document that has them)}, {corpus: its training documents})."""
+    shared: dict[tuple[str, str], tuple[str, str]] = {}
+    n_documents = {}
+    for directory in directories:
+        shards = [pq.ParquetFile(file) for file in sorted((directory / "train").glob("*.parquet"))]
+        n_documents[str(directory)] = sum(shard.metadata.num_rows for shard in shards)
+        with stage.progress(f"contamination: {directory}", n_documents[str(directory)], "documents") as advance:
+            for batch in (batch for shard in shards for batch in shard.iter_batches(256, columns=["id", "text"])):
+                for document, text in zip(batch["id"].to_pylist(), batch["text"].to_pylist(), strict=True):
+                    for item, words in index.hits(text):
+                        shared.setdefault((item.task, item.id), (words, document))
+                advance(batch.num_rows)
+    return shared, n_documents
+
+
+def scores(logged: list[dict], settings: dict) -> dict[str, float]:
+    """The harness's score and standard error of each metric over these items, {} of none.
+
+    A metric is aggregated as its task says, by mean where it does not say: the harness's own default for those that it logs by item.
+    """
+    from lm_eval.api import metrics, registry
+
+    how = {each["metric"]: each.get("aggregation") for each in settings.get("metric_list") or []}
+    found = {}
+    for rule in dict.fromkeys(each["filter"] for each in logged):
+        kept = [each for each in logged if each["filter"] == rule]
+        for metric in kept[0]["metrics"]:
+            named = how.get(metric) or "mean"
+            aggregate = named if callable(named) else registry.get_aggregation(named)
+            values = [each[metric] for each in kept]
+            found[f"{metric},{rule}"] = float(aggregate(values))
+            error = metrics.stderr_for_metric(aggregate, 1000) if len(values) > 1 else None
+            if error:
+                found[f"{metric}_stderr,{rule}"] = float(error(values))
+    return found
+
+
+def tell(found: dict[str, Any], results: dict[str, dict]) -> str:
+    """A line for each task: items that overlap, and each score beside the score without them."""
+    lines = []
+    for task, each in found["tasks"].items():
+        line = f"{task}: {each['overlapping']:,} of {each['items']:,} items share {found['ngram']} words in a row with a training document"
+        line += f" ({each['short']:,} are too short to tell)" if each["short"] else ""
+        beside = [
+            f"{metric.removesuffix(',none')} {results[task][metric]:.4f}, without them {score:.4f}"
+            for metric, score in each["without"].items()
+            if "_stderr," not in metric and each["overlapping"]
+        ]
+        lines.append("; ".join([line, *beside]))
+    looked = ", ".join(f"{path} ({n:,} documents)" for path, n in found["corpora"].items())
+    return "\n".join([*lines, f"looked through: {looked or 'nothing'}", *(f"not looked at: {why}" for why in found["unknown"])])
