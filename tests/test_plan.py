@@ -693,6 +693,7 @@ def test_train_from_scratch_and_continue_the_base_are_answers():
     assert by_name(low)["continuing the base"]["tokens"] == [None, None] or by_name(low)["continuing the base"]["tokens"][0] > 8e10
     never = ways.compare(LLAMA3_8B, 4096, 1.6e11, base=ways.Base(of_layers(16), 8e10, 0.0), target_loss=1.7)
     assert by_name(never)["continuing the base"]["tokens"] == [None, None] and "never" in ways.table(never)
+    assert [ways.share(value) for value in (-0.004, 0.004, -0.5)] == ["0%", "0%", "-50%"], "nothing saved has no sign"
 
 
 def test_seventy_percent_is_the_hopeful_end_of_width_and_late_jumps_with_the_base_for_nothing():

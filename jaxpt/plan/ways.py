@@ -320,8 +320,8 @@ def table(found: dict[str, Any]) -> str:
         ("", lambda each: each["name"]),
         ("tokens", lambda each: ends(each["tokens"], cost.big)),
         ("FLOPs", lambda each: ends(each["flops"], "{:.2g}".format)),
-        ("saved", lambda each: ends(each["saved"], "{:.0%}".format)),
-        ("with the base", lambda each: ends(each["saved_with_base"], "{:.0%}".format)),
+        ("saved", lambda each: ends(each["saved"], share)),
+        ("with the base", lambda each: ends(each["saved_with_base"], share)),
         ("loss at the budget", lambda each: ends(each["loss"], "{:.3f}".format)),
     ]
     if "hours" in found["ways"][0]:
@@ -345,6 +345,10 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(
         [*lines, *(textwrap.fill(note, 120, initial_indent="- ", subsequent_indent="  ") for note in [*notes, *found["notes"]]), "", found["verdict"]]
     )
+
+
+def share(value: float) -> str:
+    return f"{round(value, 2) + 0.0:.0%}"  # adding 0 turns -0 into 0
 
 
 def ends(pair: list[float | None] | None, show) -> str:
