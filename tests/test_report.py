@@ -720,3 +720,23 @@ def test_pointing_at_a_curve_names_its_run_and_value(runs, tmp_path, browser):
     dom, console = browser(tmp_path / "page.html")
     (tooltip,) = re.findall(r'id="vg-tooltip-element".*?</table>', dom, flags=re.S)
     assert console == [] and re.search(r"<h2>(base|child)</h2>", tooltip) and re.search(r">loss</td><td[^>]*>\d\.\d+<", tooltip), tooltip
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_serious_issue(runs, tmp_path, browser, scheme):
+    axe = ROOT / "node_modules" / "axe-core" / "axe.min.js"
+    if not axe.is_file():
+        pytest.skip("no axe-core: npm install --no-save axe-core")
+    report.write(runs, tmp_path / "page.html")
+    look = """<script>setTimeout(() => axe.run(document).then(found => {
+      const data = {passes: found.passes.length, issues: found.violations.map(each => `${each.impact}: ${each.help}: ${each.nodes[0].html}`)};
+      document.body.append(Object.assign(document.createElement("template"), {id: JSON.stringify(data)})) }), 1500)</script></body></html>"""
+    text = (tmp_path / "page.html").read_text()
+    if scheme == "dark":
+        text = text.replace("@media screen and (prefers-color-scheme: dark)", "@media screen")
+    head, _, _ = text.rpartition("</body>")
+    (tmp_path / "page.html").write_text(head + f"<script>{axe.read_text().replace('</script', '<' + chr(92) + '/script')}</script>" + look)
+    dom, _ = browser(tmp_path / "page.html")
+    found = json.loads(html.unescape(re.findall(r'<template id="([^"]*)"', dom)[-1]))
+    assert found["passes"] > 20, "it looked"
+    assert [issue for issue in found["issues"] if issue.startswith(("serious", "critical"))] == []
