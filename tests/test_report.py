@@ -395,7 +395,9 @@ def test_documents_on_which_two_models_differ_are_coloured_by_token(runs, tmp_pa
         ("b3", "4.10 → 1.20", "def"), ("b1", "2.20 → 1.40", "push"), ("b2", "6.00 → 4.50", HOSTILE),
         ("w1", "5.00 → 5.80", "Call"), ("w3", "7.00 → 9.90", " Ishmael"),
     ]  # fmt: skip
-    assert "child finds likelier than base" in page.text and "def heappush(" + HOSTILE + ", item):" in page.text and "Call me Ishmael" in page.text
+    assert (
+        "What child finds likelier than base" in page.text and "def heappush(" + HOSTILE + ", item):" in page.text and "Call me Ishmael" in page.text
+    )
     assert "code, lib/heapq.py: 3.301 → 2.618 nats a token over 498 tokens, from token 40" in page.text and "img" not in page.found
 
 
