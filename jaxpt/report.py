@@ -418,7 +418,9 @@ def mixture(runs: list[RunData]) -> str:
         stretches = [(start, end, shares) for (start, shares), end in zip(run.phases, ends, strict=True)]
         series = [(name, [(step, shares.get(name, 0.0)) for start, end, shares in stretches for step in (start, end)]) for name in names]
         if len(stretches) > 1:
-            figures.append(figure(curves(names, series, "share", 180), "Share of the rows of each step.", run.name if len(runs) > 1 else "Shares"))
+            figures.append(
+                figure(curves(names, series, "share", 180, shares=True), "Share of the rows of each step.", run.name if len(runs) > 1 else "Shares")
+            )
         for start, _, shares in stretches:
             body.append([esc(run.name), whole(start), *(f"{100 * shares[name]:.3g} %" if name in shares else "" for name in names)])
     if not body:
@@ -509,7 +511,7 @@ def skips(runs: list[RunData]) -> str:
             ask = f"python scripts/trace.py --workdir {run.directory} --step N"
             lines.append(f"{esc(run.name)}: {', '.join(stretches[:MAX_STRETCHES])}{more}. The documents of a step: <code>{esc(ask)}</code>")
     why = "Skipped updates: the loss or the gradient was not finite, or the gradient's norm was a spike; weights and moments stayed as they were."
-    return small(why) + "<ul>" + "".join(f"<li>{line}</li>" for line in lines) + "</ul>" if lines else ""
+    return small(why) + '<ul class="small">' + "".join(f"<li>{line}</li>" for line in lines) + "</ul>" if lines else ""
 
 
 def forgetting(runs: list[RunData]) -> str:
@@ -817,7 +819,7 @@ def differences(runs: list[RunData]) -> str:
     for found, _ in distinct(runs, "differences"):
         parent, child = (esc(model_name(str(name))) for name in found["models"])
         for side, says in (("better", "likelier"), ("worse", "less likely")):
-            parts += [f"<h3>{child} finds {says} than {parent}</h3>"] if found[side] else []
+            parts += [f"<h3>What {child} finds {says} than {parent}</h3>"] if found[side] else []
             parts += [different(each) for each in found[side]]
         parts.append(small(
             f"Of {whole(found['documents'])} documents, each read up to {whole(found['max_length'])} tokens, those whose mean loss differs most, "
@@ -1062,17 +1064,19 @@ def over_steps(runs: list[RunData], series, title: str, height: int, names=None,
 
 
 def curves(
-    names, series, title: str, height: int, x="step", levels=(), level_name="unigram", thin_series=(), dots=(), marks=(), scale="linear"
+    names, series, title: str, height: int, x="step", levels=(), level_name="unigram", thin_series=(), dots=(), marks=(), scale="linear", shares=False
 ) -> dict:
     """A Vega-Lite figure of series (name, [(x, y)]), coloured by name.
 
-    levels: y drawn dashed, with their name on them; thin_series: drawn thin; dots: drawn as points; marks: {"name", x, "what"} drawn upright.
+    levels: y drawn dashed, with their name on them; thin_series: drawn thin; dots: drawn as points; marks: {"name", x, "what"} drawn upright; shares: y goes from 0 to 1.
     """
     n_points = max(40, MAX_POINTS // max(1, len(names)))
     edge = {"padding": 5, "nice": False} if dots else {}  # pixels: the edge of the plot would cut a dot
     colors = {"field": "name", "type": "nominal", "legend": None, "scale": palette(names)}
     across = {"field": x, "type": "quantitative", "title": x, "axis": {"tickMinStep": 1}, "scale": edge}
     y = {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": bool(dots), **edge}}
+    if shares:
+        y |= {"scale": {"domain": [0, 1.03], "nice": False}, "axis": {"values": [0, 0.25, 0.5, 0.75, 1], "format": ".0%"}}
     if scale == "log":
         y |= {"scale": {"type": "log", "nice": False, **edge}, "axis": {"values": ROUND, "format": ",.4~r"}}
     tooltip = [
@@ -1108,7 +1112,8 @@ def curves(
         layers += [{"data": {"values": level_values}, "mark": mark, "encoding": {"y": y}} for mark in (rule, label)]
     if marks:
         dash = {"condition": {"test": "datum.what === 'resumed'", "value": [1, 3]}, "value": [1, 0]}
-        upright = {"x": across, "color": colors, "strokeDash": dash, "tooltip": {"field": "what", "type": "nominal"}}
+        own = colors if {mark["name"] for mark in marks} <= set(names) else {"value": "var(--muted)"}  # in a plot of domains a run has no colour
+        upright = {"x": across, "color": own, "strokeDash": dash, "tooltip": {"field": "what", "type": "nominal"}}
         layers.append({"data": {"values": marks}, "mark": {"type": "rule", "clip": True, "strokeWidth": 1.5}, "encoding": upright})
     return {"height": height, "data": {"values": values(series)}, "layer": layers}
 

@@ -1,5 +1,6 @@
 """Evaluation: our numbers are those of transformers and of lm-evaluation-harness, whatever is packed beside what, on any mesh."""
 
+import dataclasses
 import io
 import json
 import math
@@ -350,6 +351,18 @@ def test_a_wrong_request_is_one_sentence(params, hf_dir, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match=r"torch not installed.*requirements-eval"):
         reference.require("torch")
+
+
+def test_a_tokenizer_and_a_prompt_that_do_not_fit_the_model_are_refused(hf_dir, tmp_path):
+    small = dataclasses.replace(SPEC, vocab_size=300)
+    random = np.random.default_rng(0)
+    made = jax.tree.map(lambda row: np.float32(random.normal(row.ones, row.std or 0.1, row.shape)), llama.rows(small), is_leaf=llama.is_row)
+    huggingface.export(small, jax.device_put(made, llama.shardings(small, ONE)), tmp_path / "small", tokenizer_dir=hf_dir)
+    with pytest.raises(UserError, match="gives ids up to 344, but the model knows ids 0 to 299"):
+        harness.evaluate(tmp_path / "small", ["bits_per_byte/x=python:code"], limit=1)
+    for prompt, says in ((TEXTS[0] * 3, "context"), ("~" * 40 + TEXTS[2], "ids")):
+        with pytest.raises(UserError, match=says):
+            compare.compare([hf_dir if says == "context" else tmp_path / "small"], [prompt], max_new=3)
 
 
 def test_bits_per_byte_alone_needs_neither_harness_nor_torch():

@@ -399,7 +399,9 @@ def test_documents_on_which_two_models_differ_are_coloured_by_token(runs, tmp_pa
         ("b3", "4.10 → 1.20", "def"), ("b1", "2.20 → 1.40", "push"), ("b2", "6.00 → 4.50", HOSTILE),
         ("w1", "5.00 → 5.80", "Call"), ("w3", "7.00 → 9.90", " Ishmael"),
     ]  # fmt: skip
-    assert "child finds likelier than base" in page.text and "def heappush(" + HOSTILE + ", item):" in page.text and "Call me Ishmael" in page.text
+    assert (
+        "What child finds likelier than base" in page.text and "def heappush(" + HOSTILE + ", item):" in page.text and "Call me Ishmael" in page.text
+    )
     assert "code, lib/heapq.py: 3.301 → 2.618 nats a token over 498 tokens, from token 40" in page.text and "img" not in page.found
 
 
@@ -724,3 +726,23 @@ def test_pointing_at_a_curve_names_its_run_and_value(runs, tmp_path, browser):
     dom, console = browser(tmp_path / "page.html")
     (tooltip,) = re.findall(r'id="vg-tooltip-element".*?</table>', dom, flags=re.S)
     assert console == [] and re.search(r"<h2>(base|child)</h2>", tooltip) and re.search(r">loss</td><td[^>]*>\d\.\d+<", tooltip), tooltip
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_serious_issue(runs, tmp_path, browser, scheme):
+    axe = ROOT / "node_modules" / "axe-core" / "axe.min.js"
+    if not axe.is_file():
+        pytest.skip("no axe-core: npm install --no-save axe-core")
+    report.write(runs, tmp_path / "page.html")
+    look = """<script>setTimeout(() => axe.run(document).then(found => {
+      const data = {passes: found.passes.length, issues: found.violations.map(each => `${each.impact}: ${each.help}: ${each.nodes[0].html}`)};
+      document.body.append(Object.assign(document.createElement("template"), {id: JSON.stringify(data)})) }), 1500)</script></body></html>"""
+    text = (tmp_path / "page.html").read_text()
+    if scheme == "dark":
+        text = text.replace("@media screen and (prefers-color-scheme: dark)", "@media screen")
+    head, _, _ = text.rpartition("</body>")
+    (tmp_path / "page.html").write_text(head + f"<script>{axe.read_text().replace('</script', '<' + chr(92) + '/script')}</script>" + look)
+    dom, _ = browser(tmp_path / "page.html")
+    found = json.loads(html.unescape(re.findall(r'<template id="([^"]*)"', dom)[-1]))
+    assert found["passes"] > 20, "it looked"
+    assert [issue for issue in found["issues"] if issue.startswith(("serious", "critical"))] == []
