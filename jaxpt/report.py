@@ -714,7 +714,7 @@ def contaminated(runs: list[RunData], names: dict[tuple[str, str], tuple[str, st
     caption += "".join(f" Not looked at: {why}" for why in dict.fromkeys(unknown))
     table = grid(["", "model", "overlap", "score", "without them"], body, caption, texts=2)
     listed = "".join(f"<li>{esc(quote)}</li>" for quote in dict.fromkeys(quotes))
-    return f"<h3>Seen in training</h3>{table}" + (details("What they share", f"<ul>{listed}</ul>") if quotes else "")
+    return f"<h3>Seen in training</h3>{table}" + (details("What they share", f'<ul class="small">{listed}</ul>') if quotes else "")
 
 
 def backends_differ(columns: dict) -> str:
