@@ -90,12 +90,11 @@ def check(node: Node) -> str:
             )
         return f"holds: {node.key}"
     manifest = Manifest(**node.manifest)
-    for name, digest in manifest.outputs.items():
-        file = node.path / name
-        if not file.is_file():
-            raise UserError(f"{file}: gone, though the manifest names it. Copy it from where the rest came from.")
-        if stage.sha256(file) != digest:
-            raise UserError(f"{file}: its checksum is not the manifest's: changed since {manifest.created}. Get it again from where it came.")
+    if damaged := stage.first_damaged(node.path, manifest):
+        name, there = damaged
+        if not there:
+            raise UserError(f"{node.path / name}: gone, though the manifest names it. Copy it from where the rest came from.")
+        raise UserError(f"{node.path / name}: its checksum is not the manifest's: changed since {manifest.created}. Get it again from where it came.")
     asked = stage.request_fingerprint(manifest.stage, manifest.config, manifest.inputs, manifest.seed)
     if stage.fingerprint([asked, manifest.outputs]) != manifest.fingerprint:
         raise UserError(
@@ -103,9 +102,7 @@ def check(node: Node) -> str:
         )
     if node.changed:
         raise UserError(f"{node.path}: was made anew since it was read; what the model was made from does not lie there any more.")
-    raw = [
-        given for given in manifest.inputs.values() if not (pathlib.Path(given["path"]) / "manifest.json").is_file()
-    ]  # stages have lines of their own
+    raw = list(manifest.inputs.values()) if node.kind == "corpus" else []  # what others were made from has lines of its own
     there = [given for given in raw if pathlib.Path(given["path"]).exists()]
     for given in there:
         if stage.fingerprint_path(given["path"]) != given["fingerprint"]:

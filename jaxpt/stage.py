@@ -168,6 +168,15 @@ def sha256(path: pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def first_damaged(directory: pathlib.Path, manifest: Manifest) -> tuple[str, bool] | None:
+    """(name, whether it is there) of the first file of a stage that is not what the manifest's checksum says; None when all are whole."""
+    for name, checksum in manifest.outputs.items():
+        there = (directory / name).is_file()
+        if not there or sha256(directory / name) != checksum:
+            return name, there
+    return None
+
+
 def plain(value: Any) -> Any:
     """A config section, a dataclass, a tuple or a numpy number as what JSON gives back, so that both compare equal."""
     if dataclasses.is_dataclass(value):

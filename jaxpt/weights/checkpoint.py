@@ -180,12 +180,9 @@ def damage(directory: pathlib.Path) -> str | None:
         return str(error)
     if manifest.fingerprint != stage.fingerprint([stage.request_fingerprint("checkpoint", manifest.counts, {}, None), manifest.outputs]):
         return "manifest.json is not as it was written (its fingerprint differs)"
-    for name, checksum in manifest.outputs.items():
-        path = directory / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if stage.sha256(path) != checksum:
-            return f"{name} is not as it was written (its checksum differs)"
+    if damaged := stage.first_damaged(directory, manifest):
+        name, there = damaged
+        return f"{name} is not as it was written (its checksum differs)" if there else f"{name} is missing"
     return None
 
 
