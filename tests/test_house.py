@@ -24,7 +24,6 @@ FLOORS = [
     ("train",),
     ("plan",),
     ("report",),
-    ("live",),
 ]
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted((ROOT / "jaxpt").rglob("*.py"))

@@ -1,0 +1,125 @@
+"""Sections of a training run: losses, forgetting, and how the training went."""
+
+from __future__ import annotations
+
+import itertools
+
+from jaxpt.report.figures import figure, over_steps, pairs
+from jaxpt.report.markup import details, esc, grid, key_of, small
+from jaxpt.report.read import RunData, domains_of, in_order, last, points
+from jaxpt.report.words import decimal, finite, whole
+
+MAX_STRETCHES = 8  # of steps with skipped updates
+
+
+def losses(runs: list[RunData]) -> str:
+    if not any(run.train or run.heldout for run in runs):
+        return ""
+    figures = []
+    if any(run.train for run in runs):
+        entropy = [value for run in runs if (value := unigram_entropy(run)) is not None]
+        caption = "Training loss, nats per token, at each logged step."
+        caption += " Dashed: guessing each token by its frequency alone (unigram entropy of the packed set)." if entropy else ""
+        caption += " Dotted upright: the run was taken up again there." if any(what == "resumed" for run in runs for _, what in run.marks) else ""
+        grown = [f" Upright: {run.name} was {what} at step {whole(step)}." for run in runs for step, what in run.marks if what != "resumed"]
+        series = [(run.name, points(run.train, "loss")) for run in runs]
+        figures.append(figure(over_steps(runs, series, "loss", 330, levels=entropy), caption + "".join(grown)))
+    domains = [name for name in domains_of(runs) if any(name in record["heldout"] for run in runs for record in run.heldout)]
+    small_ones = []
+    for domain in domains:
+        series, parent = ([(run.name, points(run.heldout, kind, domain)) for run in runs] for kind in ("heldout", "parent"))
+        entropy = [value for run in runs if (value := unigram_entropy(run, domain)) is not None]
+        caption = "Nats per token." + (" Thin: its parent on the same rows." if any(found for _, found in parent) else "")
+        small_ones.append(figure(over_steps(runs, series, domain, 220, levels=entropy, thin_series=parent), caption, f"Held out: {domain}"))
+    hint = '<p class="small hint">Drag moves a plot, shift and wheel zoom it, a double click brings the whole back.</p>'
+    return key_of([run.name for run in runs]) + "".join(figures) + pairs(small_ones) + hint + details("The numbers", loss_table(runs, domains))
+
+
+def loss_table(runs: list[RunData], domains: list[str]) -> str:
+    body = []
+    for run in runs:
+        for text in (None, *domains):
+            found = points(run.heldout, "heldout", text) if text else points(run.train, "loss")
+            parent = points(run.heldout, "parent", text)[-1:] or [(0, None)]
+            if found:
+                values = [found[0][1], found[-1][1], unigram_entropy(run, text), parent[0][1]]
+                body.append([esc(run.name), esc(text or "training"), *map(decimal, values)])
+    return grid(["run", "text", "first", "last", "unigram", "parent"], body, "Nats per token.", texts=2)
+
+
+def unigram_entropy(run: RunData, heldout: str | None = None) -> float | None:
+    """Nats per token of the packed training set (mean over its sources, weighted by tokens), or of one held-out source."""
+    sets = [manifest["counts"]["heldout" if heldout else "train"] for manifest in run.stages["packed"]]
+    if heldout:
+        return next((finite(each[heldout]["unigram_nats"]) for each in sets if heldout in each), None)
+    parts = [part for each in sets for part in each.values() if finite(part.get("unigram_nats")) is not None]
+    tokens = sum(part["tokens"] for part in parts)
+    return sum(part["unigram_nats"] * part["tokens"] for part in parts) / tokens if tokens else None
+
+
+def forgetting(runs: list[RunData]) -> str:
+    """How far each domain's held-out loss is from the parent's on the same rows."""
+    figures, body = [], []
+    domains = [name for name in domains_of(runs) if any(name in (record.get("parent") or {}) for run in runs for record in run.heldout)]
+    for run in runs:
+        rise = {
+            name: [(record["step"], child - parent) for record in run.heldout
+                   if (child := finite(record["heldout"].get(name))) is not None and (parent := finite((record.get("parent") or {}).get(name))) is not None]
+            for name in domains
+        }  # fmt: skip
+        if not any(rise.values()):
+            continue
+        limit = finite(((run.config or {}).get("train") or {}).get("max_forgetting")) or None
+        levels = [0.0] if limit is None else [0.0, limit]
+        plot = over_steps([run], list(rise.items()), "above the parent", 220, levels=levels, level_name="", names=domains)
+        caption = "Held-out loss above the parent's on the same rows, nats per token; below the dashed line it is better than its parent."
+        figures.append(figure(plot, caption + (f" Upper dashed line: {limit:g}, what train.max_forgetting allows." if limit else ""), run.name))
+        for name, found in rise.items():
+            if found:
+                worst = max(found, key=lambda point: point[1])
+                ends = [f"{found[0][1]:+.3f}", f"{worst[1]:+.3f} <small>step {whole(worst[0])}</small>", f"{found[-1][1]:+.3f}"]
+                body.append([esc(run.name), esc(name), *ends])
+    if not body:
+        return ""
+    heads = ["run", "text", "first", "worst", "last"]
+    return key_of(domains) + "".join(figures) + grid(heads, body, "Nats per token above the parent; above 0, the child has forgotten.", texts=2)
+
+
+def training(runs: list[RunData]) -> str:
+    if not any(run.train for run in runs):
+        return ""
+    figures = []
+    for key, title, says, scale in (
+        ("lr", "Learning rate", "Of the update at each logged step.", "linear"),
+        ("grad_norm", "Gradient norm", "Of the whole gradient, before clipping. Log scale.", "log"),
+        ("tokens_per_second", "Speed", "Tokens per second, all devices together.", "linear"),
+        ("mfu", "Model FLOP/s utilisation", "The model's own arithmetic as a share of the devices' peak.", "linear"),
+    ):
+        series = [(run.name, points(run.train, key)) for run in runs]
+        if any(value for _, found in series for _, value in found):
+            figures.append(figure(over_steps(runs, series, title.lower(), 200, scale=scale), says, title))
+    body = []
+    for run in runs:
+        epochs = next((record["epochs"] for record in run.train[::-1] if isinstance(record.get("epochs"), dict)), {})
+        speeds = sorted(value for record in run.train if (value := finite(record.get("tokens_per_second"))) is not None)
+        memory = max((finite(record.get("memory_bytes")) or 0 for record in run.train), default=0)
+        body.append([
+            esc(run.name), whole(speeds[len(speeds) // 2]) if speeds else "", f"{memory / 1e9:.2f}" if memory else "",
+            whole(last(run.train, "n_skipped")), esc(", ".join(f"{name} {decimal(epochs[name], 2)}" for name in in_order(domains_of(runs), epochs) if epochs[name])),
+        ])  # fmt: skip
+    heads = ["run", "tokens/s, median", "peak memory, GB", "steps skipped", "times each source was read"]
+    return key_of([run.name for run in runs]) + pairs(figures) + grid(heads, body) + skips(runs)
+
+
+def skips(runs: list[RunData]) -> str:
+    """Between which logged steps updates were skipped, and how to see the documents that they read."""
+    lines = []
+    for run in runs:
+        counts = [(0, 0), *points(run.train, "n_skipped")]
+        stretches = [f"{whole(b - a)} in steps {whole(start + 1)} to {whole(end)}" for (start, a), (end, b) in itertools.pairwise(counts) if b > a]
+        more = f" and {len(stretches) - MAX_STRETCHES} stretches more" if len(stretches) > MAX_STRETCHES else ""
+        if stretches:
+            ask = f"python scripts/trace.py --workdir {run.directory} --step N"
+            lines.append(f"{esc(run.name)}: {', '.join(stretches[:MAX_STRETCHES])}{more}. The documents of a step: <code>{esc(ask)}</code>")
+    why = "Skipped updates: the loss or the gradient was not finite, or the gradient's norm was a spike; weights and moments stayed as they were."
+    return small(why) + '<ul class="small">' + "".join(f"<li>{line}</li>" for line in lines) + "</ul>" if lines else ""
