@@ -20,7 +20,7 @@ FLOORS = [
     ("data", "model"),
     ("weights",),
     ("lineage",),
-    ("evaluate",),
+    ("export", "evaluate"),
     ("train",),
     ("plan",),
     ("report",),
