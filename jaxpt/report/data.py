@@ -60,7 +60,11 @@ def mixture(runs: list[RunData]) -> str:
         series = [(name, [(step, shares.get(name, 0.0)) for start, end, shares in stretches for step in (start, end)]) for name in names]
         if len(stretches) > 1:
             figures.append(
-                figure(curves(names, series, "share", 180, shares=True), "Share of the rows of each step.", run.name if len(runs) > 1 else "Shares")
+                figure(
+                    curves(names, series, "share", 180, unit="of the rows", shares=True),
+                    "Of the rows of each step.",
+                    run.name if len(runs) > 1 else "Shares",
+                )
             )
         for start, _, shares in stretches:
             body.append([esc(run.name), whole(start), *(f"{100 * shares[name]:.3g} %" if name in shares else "" for name in names)])

@@ -14,13 +14,14 @@ PLOT = 'class="plot"'  # what page.js draws
 DRAW = pathlib.Path(__file__).with_name("page.js")
 MAX_POINTS = 2_400  # of a figure's curves together; more cannot be told apart on a screen and would make the page heavy
 ROUND = [digit * 10.0**power for power in range(-6, 8) for digit in (1, 1.5, 2, 3, 5, 7)]  # marks of a log scale
+EDGE = {"padding": 5, "nice": False}  # pixels: the edge of the plot would cut a line or a dot in half
 
 
 def figure(spec: dict, caption: str, title: str = "") -> str:
     data = json.dumps(spec, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")  # no text in it can end the script element
     head = f"<h3>{esc(title)}</h3>" if title else ""
     return (
-        f'<figure>{head}<div {PLOT} role="img" aria-label="{esc(f"{title}. {caption}" if title else caption)}" style="min-height:{spec["height"]}px">'
+        f'<figure>{head}<div {PLOT} role="img" tabindex="0" aria-label="{esc(f"{title}. {caption}" if title else caption)}" style="min-height:{spec["height"]}px">'
         f'<div aria-hidden="true"></div><script type="application/json">{data}</script></div><figcaption>{esc(caption)}</figcaption></figure>'
     )
 
@@ -37,21 +38,21 @@ def over_steps(runs: list[RunData], series, title: str, height: int, names=None,
 
 
 def curves(
-    names, series, title: str, height: int, x="step", levels=(), level_name="unigram", thin_series=(), dots=(), marks=(), scale="linear", shares=False
-) -> dict:
+    names, series, title: str, height: int, *,
+    x="step", unit="", levels=(), level_name="unigram", thin_series=(), dots=(), marks=(), scale="linear", shares=False,
+) -> dict:  # fmt: skip
     """A Vega-Lite figure of series (name, [(x, y)]), coloured by name.
 
-    levels: y drawn dashed, with their name on them; thin_series: drawn thin; dots: drawn as points; marks: {"name", x, "what"} drawn upright; shares: y goes from 0 to 1.
+    unit: stands above the vertical axis; levels: y drawn dashed, with their name on them; thin_series: drawn thin; dots: drawn as points; marks: {"name", x, "what"} drawn upright; shares: y goes from 0 to 1.
     """
     n_points = max(40, MAX_POINTS // max(1, len(names)))
-    edge = {"padding": 5, "nice": False} if dots else {}  # pixels: the edge of the plot would cut a dot
     colors = {"field": "name", "type": "nominal", "legend": None, "scale": palette(names)}
-    across = {"field": x, "type": "quantitative", "title": x, "axis": {"tickMinStep": 1}, "scale": edge}
-    y = {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": bool(dots), **edge}}
+    across = {"field": x, "type": "quantitative", "title": x, "axis": {"tickMinStep": 1}, "scale": EDGE if dots else {}}
+    y = {"field": "value", "type": "quantitative", "title": unit or None, "scale": {"zero": bool(dots), **EDGE}}
     if shares:
         y |= {"scale": {"domain": [0, 1.03], "nice": False}, "axis": {"values": [0, 0.25, 0.5, 0.75, 1], "format": ".0%"}}
     if scale == "log":
-        y |= {"scale": {"type": "log", "nice": False, **edge}, "axis": {"values": ROUND, "format": ",.4~r"}}
+        y |= {"scale": {"type": "log", **EDGE}, "axis": {"values": ROUND, "format": ",.4~r"}}
     tooltip = [
         {"field": "name", "type": "nominal", "title": "title", "formatType": "word", "format": "-"},  # the tooltip's own title
         {"field": x, "type": "quantitative"},
@@ -70,7 +71,9 @@ def curves(
     dot = {"type": "point", "clip": True, "filled": True}
     nearest = {"type": "point", "on": "pointerover", "nearest": True, "clear": "pointerout"}
     opacity = {"condition": {"param": "near", "empty": False, "value": 1}, "value": 0}
-    pan = {"type": "interval", "zoom": "wheel![event.shiftKey]"}
+    # a finger scrolls the page, and the wheel does unless shift is held
+    drag = "[pointerdown[event.pointerType === 'mouse'], window:pointerup] > window:pointermove!"
+    pan = {"type": "interval", "zoom": "wheel![event.shiftKey]", "translate": drag}
     layers = [
         {"mark": line, "encoding": at, "params": [{"name": "pan", "bind": "scales", "select": pan}]},
         {"mark": {**dot, "size": 50}, "encoding": {**at, "tooltip": tooltip, "opacity": opacity}, "params": [{"name": "near", "select": nearest}]},
@@ -82,7 +85,8 @@ def curves(
     if level_values := [{"value": value} for value in dict.fromkeys(round(level, 4) for level in levels)]:
         rule = {"type": "rule", "clip": True, "strokeDash": [5, 4]}
         label = {"type": "text", "clip": True, "text": level_name, "x": "width", "align": "right", "dy": 10, "fill": "var(--muted)", "fontSize": 11}
-        layers += [{"data": {"values": level_values}, "mark": mark, "encoding": {"y": y}} for mark in (rule, label)]
+        halo = {**label, "stroke": "var(--bg)", "strokeWidth": 4}  # so that a curve behind the words does not cross them
+        layers += [{"data": {"values": level_values}, "mark": mark, "encoding": {"y": y}} for mark in (rule, *((halo, label) if level_name else ()))]
     if marks:
         dash = {"condition": {"test": "datum.what === 'resumed'", "value": [1, 3]}, "value": [1, 0]}
         own = colors if {mark["name"] for mark in marks} <= set(names) else {"value": "var(--muted)"}  # in a plot of domains a run has no colour
@@ -108,9 +112,11 @@ def palette(names: list[str]) -> dict:
     return {"domain": names, "range": [color(i) for i in range(len(names))]}
 
 
-def scripts() -> str:
-    """Vega-Embed, which brings Vega and Vega-Lite, and the few lines that draw the figures."""
+def scripts(with_plots: bool) -> str:
+    """What moves on the page, after Vega-Embed, which brings Vega and Vega-Lite, where something is to be drawn."""
+    if not with_plots:
+        return f"<script>{DRAW.read_text()}</script>"
     import vl_convert
 
     bundle = vl_convert.javascript_bundle().replace("</script", "<\\/script")
-    return f"<script>/* Vega, Vega-Lite, Vega-Embed: BSD-3-Clause, University of Washington Interactive Data Lab */{bundle}</script><script>{DRAW.read_text()}</script>"
+    return f"<script>/* Vega, Vega-Lite, Vega-Embed: BSD-3-Clause, University of Washington Interactive Data Lab */{bundle}</script>" + scripts(False)

@@ -9,7 +9,7 @@ from jaxpt.report.words import brief, count, duration, total, whole
 
 
 def section(runs: list[RunData]) -> str:
-    nodes = list({node.key: node for run in runs for node in run.nodes}.values())
+    nodes = list({node.key: node for run in runs for node in (*run.nodes, *run.exports)}.values())
     if not any(node.manifest for node in nodes):
         return ""
     at = {node.key: i for i, node in enumerate(nodes)}
@@ -40,7 +40,8 @@ def lineage_entry(node: Node, run: RunData | None) -> str:
         duration(manifest.get("seconds")),
         "made anew since it was read" if node.changed else "",
     ]
-    name = run.name if run else node.path.name
+    exported = manifest.get("stage") == "export"
+    name = run.name if run else "/".join(node.path.parts[-2:]) if exported else node.path.name
     return f'<b>{esc(name)}</b> <span>{esc(size_of(node, run))}</span><br><small title="{esc(node.path)}">{" · ".join(filter(None, facts))}</small>'
 
 
@@ -56,4 +57,5 @@ def size_of(node: Node, run: RunData | None) -> str:
         return f"{whole(counts.get('n_pieces'))} pieces"
     if node.kind == "packed":
         return f"{count(total(counts.get('train') or {}, 'tokens'))} tokens, rows of {whole(counts.get('row_len'))}"
-    return f"{count(counts['n_params'])} parameters" if "n_params" in counts else ""
+    size = f"{count(counts['n_params'])} parameters" if "n_params" in counts else ""
+    return size + (f", {brief(counts['bytes'] / 1e6)} MB to load by transformers" if "bytes" in counts else "")

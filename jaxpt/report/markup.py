@@ -18,8 +18,9 @@ def small(text: str) -> str:
     return f'<p class="small">{esc(text)}</p>' if text else ""
 
 
-def details(title: str, body: str) -> str:
-    return f"<details><summary>{esc(title)}</summary>{body}</details>"
+def details(title: str, body: str, is_open: bool = False, kind: str = "") -> str:
+    named = f' class="{kind}"' if kind else ""
+    return f"<details{named}{' open' if is_open else ''}><summary>{esc(title)}</summary>{body}</details>"
 
 
 def grid(heads: list[str], body: list[list[str]], caption: str = "", texts: int = 1, kind: str = "") -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from jaxpt import stage
-from jaxpt.report import data, evaluation, growth, lineage, plan, samples, settings, summary, training
+from jaxpt.report import data, differences, evaluation, growth, lineage, plan, samples, settings, summary, training
 from jaxpt.report.figures import PLOT, scripts
 from jaxpt.report.markup import esc, small
 from jaxpt.report.read import RunData, load_runs
@@ -54,8 +54,8 @@ SECTIONS = (
     Section("Training", training.training, "metrics.jsonl, written by train.py"),
     Section("Growth", growth.section, "growth.json, written by initialize.py --grow"),
     Section("Evaluation", evaluation.section, "eval/NAME.json, written by evaluate.py"),
-    Section("Samples", samples.side_by_side, "eval/samples.json, written by compare.py"),
-    Section("Differences", samples.differences, "eval/differences.json, written by compare.py --differ"),
+    Section("Samples", samples.section, "eval/samples.json, written by compare.py"),
+    Section("Differences", differences.section, "eval/differences.json, written by compare.py --differ"),
     Section("Plan", plan.section, "plan.json, written by plan.py --json"),
     Section("Settings", settings.section, "config.json, written by train.py"),
 )
@@ -83,8 +83,8 @@ def render(runs: list[RunData]) -> str:
     made_on = small(f"jaxpt report, {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta name="color-scheme" content="light dark"><title>{title}</title><link rel="icon" href="data:,"><style>{STYLE.read_text()}</style></head><body><main>'
-        f'<header><h1>{title}</h1>{made_on}<nav aria-label="Sections">{links}</nav></header>{body}</main>{scripts() if PLOT in body else ""}</body></html>\n'
+        f'<meta name="color-scheme" content="light dark"><title>{title}</title><link rel="icon" href="data:,"><style>{STYLE.read_text()}</style></head><body>'
+        f'<header><h1>{title}</h1>{made_on}</header><nav aria-label="Sections">{links}</nav><main>{body}</main>{scripts(PLOT in body)}</body></html>\n'
     )
 
 

@@ -28,7 +28,8 @@ class RunData:
 
     nodes    the lineage, oldest first; the last is the run itself
     stages   each of STAGES -> the manifests of this run's own, not of its parent's;  funnels: of its corpora
-    train    metrics.jsonl's training records by step;  heldout: its held-out records;  marks: (step, "resumed" or "grown by ...")
+    exports  the Hugging Face directories in it, as nodes of its lineage
+    train    metrics.jsonl's training records by step;  heldout, skipped: its others;  marks: (step, "resumed" or "grown by ...")
     evals    eval/*.json by file stem, without samples.json and differences.json
     phases   (from step, {source: share}) of its mixture, [] where it is not known;  devices: of its last start, (number, kind)
     funnels hold "dropped" too: {rule: [{"id", "source", "text", "reason"}, ...]}
@@ -46,8 +47,10 @@ class RunData:
     evals: dict[str, dict]
     train: list[dict]
     heldout: list[dict]
+    skipped: list[dict]
     marks: list[tuple[int, str]]
     nodes: list[Node]
+    exports: list[Node]
     stages: dict[str, list[dict]]
     funnels: list[dict]
     phases: list[tuple[int, dict[str, float]]]
@@ -85,6 +88,9 @@ def load_run(directory: str | pathlib.Path) -> RunData:
         evals={file.stem: found for file in sorted((directory / "eval").glob("*.json")) if file.stem not in COMPARED and (found := read(file))},
         **read_metrics(directory / "metrics.jsonl", notes),
         nodes=nodes,
+        exports=[
+            lineage_of(place.parent, notes)[-1] for place in sorted(directory.glob("*/manifest.json")) if (read(place) or {}).get("stage") == "export"
+        ],
         stages=stages,
         funnels=[{**node.funnel, "dropped": read_dropped(node.path / "dropped", notes)} for node in own if node.funnel],
         phases=read_phases(directory, settings, stages["packed"], notes),
@@ -94,8 +100,8 @@ def load_run(directory: str | pathlib.Path) -> RunData:
 
 
 def read_metrics(path: pathlib.Path, notes: list[str]) -> dict[str, list]:
-    """RunData's train, heldout and marks. A step written twice, before a kill and after it, counts as written last."""
-    train, heldout, marks, broken = {}, {}, [], []
+    """RunData's train, heldout, skipped and marks. A step written twice, before a kill and after it, counts as written last."""
+    by_step, marks, broken = {"train": {}, "heldout": {}, "skipped": {}}, [], []
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
     for number, line in enumerate(lines, 1):
         try:
@@ -108,15 +114,13 @@ def read_metrics(path: pathlib.Path, notes: list[str]) -> dict[str, list]:
             marks.append((step, "resumed"))
         elif record.get("grown"):
             marks.append((step, f"grown by {record['grown']}"))
-        elif isinstance(record.get("heldout"), dict):
-            heldout[step] = record
         else:
-            train[step] = record
+            kind = next((kind for kind in ("heldout", "skipped") if isinstance(record.get(kind), dict)), "train")
+            by_step[kind][step] = record
     if broken == [len(lines)]:
         notes.append(f"{path}: the last line is half-written, as a running or killed run leaves it; left out.")
     elif broken:
         notes.append(f"{path}: {len(broken)} lines cannot be read, the first is line {broken[0]}; left out.")
-    by_step = {"train": train, "heldout": heldout}
     return {name: [found[step] for step in sorted(found)] for name, found in by_step.items()} | {"marks": list(dict.fromkeys(marks))}
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-
 from jaxpt.report.figures import figure, over_steps, pairs
 from jaxpt.report.markup import details, esc, grid, key_of, small
 from jaxpt.report.read import RunData, domains_of, in_order, last, points
 from jaxpt.report.words import decimal, finite, whole
 
-MAX_STRETCHES = 8  # of steps with skipped updates
+MAX_SKIPS = 12  # shown of a run
+MAX_DOCUMENTS = 3  # named of each at once, the others folded
 
 
 def losses(runs: list[RunData]) -> str:
@@ -23,14 +22,16 @@ def losses(runs: list[RunData]) -> str:
         caption += " Dotted upright: the run was taken up again there." if any(what == "resumed" for run in runs for _, what in run.marks) else ""
         grown = [f" Upright: {run.name} was {what} at step {whole(step)}." for run in runs for step, what in run.marks if what != "resumed"]
         series = [(run.name, points(run.train, "loss")) for run in runs]
-        figures.append(figure(over_steps(runs, series, "loss", 330, levels=entropy), caption + "".join(grown)))
+        figures.append(figure(over_steps(runs, series, "loss", 330, unit="nats/token", levels=entropy), caption + "".join(grown)))
     domains = [name for name in domains_of(runs) if any(name in record["heldout"] for run in runs for record in run.heldout)]
     small_ones = []
     for domain in domains:
         series, parent = ([(run.name, points(run.heldout, kind, domain)) for run in runs] for kind in ("heldout", "parent"))
         entropy = [value for run in runs if (value := unigram_entropy(run, domain)) is not None]
         caption = "Nats per token." + (" Thin: its parent on the same rows." if any(found for _, found in parent) else "")
-        small_ones.append(figure(over_steps(runs, series, domain, 220, levels=entropy, thin_series=parent), caption, f"Held out: {domain}"))
+        small_ones.append(
+            figure(over_steps(runs, series, domain, 220, unit="nats/token", levels=entropy, thin_series=parent), caption, f"Held out: {domain}")
+        )
     hint = '<p class="small hint">Drag moves a plot, shift and wheel zoom it, a double click brings the whole back.</p>'
     return key_of([run.name for run in runs]) + "".join(figures) + pairs(small_ones) + hint + details("The numbers", loss_table(runs, domains))
 
@@ -71,7 +72,7 @@ def forgetting(runs: list[RunData]) -> str:
             continue
         limit = finite(((run.config or {}).get("train") or {}).get("max_forgetting")) or None
         levels = [0.0] if limit is None else [0.0, limit]
-        plot = over_steps([run], list(rise.items()), "above the parent", 220, levels=levels, level_name="", names=domains)
+        plot = over_steps([run], list(rise.items()), "above the parent", 220, unit="nats/token", levels=levels, level_name="", names=domains)
         caption = "Held-out loss above the parent's on the same rows, nats per token; below the dashed line it is better than its parent."
         figures.append(figure(plot, caption + (f" Upper dashed line: {limit:g}, what train.max_forgetting allows." if limit else ""), run.name))
         for name, found in rise.items():
@@ -89,15 +90,15 @@ def training(runs: list[RunData]) -> str:
     if not any(run.train for run in runs):
         return ""
     figures = []
-    for key, title, says, scale in (
-        ("lr", "Learning rate", "Of the update at each logged step.", "linear"),
-        ("grad_norm", "Gradient norm", "Of the whole gradient, before clipping. Log scale.", "log"),
-        ("tokens_per_second", "Speed", "Tokens per second, all devices together.", "linear"),
-        ("mfu", "Model FLOP/s utilisation", "The model's own arithmetic as a share of the devices' peak.", "linear"),
+    for key, title, unit, says, scale in (
+        ("lr", "Learning rate", "", "Of the update at each logged step.", "linear"),
+        ("grad_norm", "Gradient norm", "", "Of the whole gradient, before clipping. Log scale.", "log"),
+        ("tokens_per_second", "Speed", "tokens/s", "All devices together.", "linear"),
+        ("mfu", "Model FLOP/s utilisation", "of the peak", "The model's own arithmetic as a share of what the devices can do.", "linear"),
     ):
         series = [(run.name, points(run.train, key)) for run in runs]
         if any(value for _, found in series for _, value in found):
-            figures.append(figure(over_steps(runs, series, title.lower(), 200, scale=scale), says, title))
+            figures.append(figure(over_steps(runs, series, title.lower(), 200, unit=unit, scale=scale), says, title))
     body = []
     for run in runs:
         epochs = next((record["epochs"] for record in run.train[::-1] if isinstance(record.get("epochs"), dict)), {})
@@ -112,14 +113,29 @@ def training(runs: list[RunData]) -> str:
 
 
 def skips(runs: list[RunData]) -> str:
-    """Between which logged steps updates were skipped, and how to see the documents that they read."""
-    lines = []
+    """The steps whose updates were skipped, with what they measured and the documents that they read."""
+    body = []
     for run in runs:
-        counts = [(0, 0), *points(run.train, "n_skipped")]
-        stretches = [f"{whole(b - a)} in steps {whole(start + 1)} to {whole(end)}" for (start, a), (end, b) in itertools.pairwise(counts) if b > a]
-        more = f" and {len(stretches) - MAX_STRETCHES} stretches more" if len(stretches) > MAX_STRETCHES else ""
-        if stretches:
-            ask = f"python scripts/trace.py --workdir {run.directory} --step N"
-            lines.append(f"{esc(run.name)}: {', '.join(stretches[:MAX_STRETCHES])}{more}. The documents of a step: <code>{esc(ask)}</code>")
-    why = "Skipped updates: the loss or the gradient was not finite, or the gradient's norm was a spike; weights and moments stayed as they were."
-    return small(why) + '<ul class="small">' + "".join(f"<li>{line}</li>" for line in lines) + "</ul>" if lines else ""
+        for record in run.skipped[:MAX_SKIPS]:
+            found = record["skipped"]
+            measured = [decimal(found.get(key), 2) or "not finite" for key in ("loss", "grad_norm")]
+            body.append([esc(run.name), whole(record["step"]), *measured, documents_of(found)])
+    if not body:
+        return ""
+    more = [f"{run.name}: {len(run.skipped) - MAX_SKIPS} more are in its metrics.jsonl." for run in runs if len(run.skipped) > MAX_SKIPS]
+    asks = [f"python scripts/trace.py --workdir {run.directory} --step {run.skipped[0]['step']} --losses" for run in runs if run.skipped]
+    why = "The loss or the gradient was not finite, or its norm a spike: weights and moments stayed as they were. Which document it was:"
+    heads = ["run", "step", "loss", "gradient norm", "documents read"]
+    commands = " ".join(f"<code>{esc(ask)}</code>" for ask in asks)
+    return f'<h3>Skipped updates</h3>{grid(heads, body, kind="skips")}<p class="small">{esc(" ".join([*more, why]))} {commands}</p>'
+
+
+def documents_of(found: dict) -> str:
+    """The first few by name, the others that the run named folded behind them."""
+    names, n = [str(name) for name in found["documents"]], found["n_documents"]
+    shown, folded = ", ".join(names[:MAX_DOCUMENTS]), ", ".join(names[MAX_DOCUMENTS:])
+    return esc(shown) + (
+        details(f"{whole(n - MAX_DOCUMENTS)} more", small(folded + (f" and {whole(n - len(names))} that trace.py names" if n > len(names) else "")))
+        if folded
+        else ""
+    )

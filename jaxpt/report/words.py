@@ -32,8 +32,8 @@ def brief(value: Any) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def arrow(before: Any, after: Any) -> str:
-    return f"{decimal(before)} \u2192 {decimal(after)}" if finite(before) is not None else ""
+def arrow(before: Any, after: Any, digits: int = 3) -> str:
+    return f"{decimal(before, digits)} \u2192 {decimal(after, digits)}" if finite(before) is not None else ""
 
 
 def decimal(value: Any, digits: int = 3) -> str:
