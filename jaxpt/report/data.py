@@ -62,7 +62,7 @@ def mixture(runs: list[RunData]) -> str:
             figures.append(
                 figure(
                     curves(names, series, "share", 180, unit="of the rows", shares=True),
-                    "Of the rows of each step.",
+                    "Share of the rows of each step.",
                     run.name if len(runs) > 1 else "Shares",
                 )
             )

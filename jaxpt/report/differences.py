@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from jaxpt.report.markup import details, esc, grid, small
 from jaxpt.report.read import RunData, distinct, model_name
-from jaxpt.report.words import arrow, whole
+from jaxpt.report.words import arrow, signed, whole
 
 MAX_TOKENS = 256  # coloured, of each document; fewer where the page shows several comparisons
 MAX_LISTED = 6  # tokens of a document whose losses stand in a table under it
@@ -70,7 +70,7 @@ def most_different(tokens: list[Token], models: list[str]) -> str:
         before = seen("".join(token.piece for token in tokens[max(0, i - N_BEFORE) : i]))
         token = tokens[i]
         where = f'<span class="context"><bdi>{esc(before)}</bdi><i class="{token.shade}">{esc(seen(token.piece))}</i></span>'
-        body.append([where, f"{token.parent:.2f}", f"{token.child:.2f}", f"{token.child - token.parent:+.2f}"])
+        body.append([where, f"{token.parent:.2f}", f"{token.child:.2f}", signed(token.child - token.parent, 2)])
     return grid(["token, behind what led to it", *models, "difference"], body, kind="listed")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import pathlib
 from collections.abc import Iterable
 
@@ -11,45 +13,78 @@ from jaxpt.report.read import RunData, domains_of, in_order, model_name, model_o
 from jaxpt.report.words import clip, decimal, duration, finite, whole
 
 
+@dataclasses.dataclass
+class Column:
+    """Scores of one model by one backend, from one results file or from several that measured different tasks.
+
+    paths   as which it was measured: a run, its last checkpoint and its export are one model
+    scores  (task, metric) -> (score, standard error or None, number of items)
+    """
+
+    name: str
+    step: int | None
+    backend: str
+    paths: list[str]
+    scores: dict[tuple[str, str], tuple]
+    seconds: float
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} {self.backend}"
+
+
 def section(runs: list[RunData]) -> str:
-    columns: dict[tuple[str, str], dict] = {}  # (model's path, backend) -> {(task, metric): (score, error, n)}
-    seconds: dict[tuple[str, str], float] = {}
-    for run in runs:
-        for result in run.evals.values():
-            key = (str(result.get("model", run.name)), str(result.get("backend", "")))
-            seconds[key] = seconds.get(key, 0) + (finite(result.get("seconds")) or 0)
-            scores = columns.setdefault(key, {})
-            for task, metrics in result.get("results", {}).items():
-                scores.update({(task, metric): value for metric, value in scores_of(result, task, metrics)})
+    columns = columns_of(runs)
     if not columns:
         return ""
-    columns = dict(sorted(columns.items(), key=lambda item: (model_order(item[0][0], runs), item[0][1] == "hf")))
-    names = column_names(list(columns))
     domains = [(f"bits_per_byte/{name}", "bits_per_byte") for name in domains_of(runs)]
-    keys = in_order(domains, (key for scores in columns.values() for key in scores))
-    has_error = any(error is not None for scores in columns.values() for _, error, _ in scores.values())
+    keys = in_order(domains, (key for column in columns for key in column.scores))
+    has_error = any(error is not None for column in columns for _, error, _ in column.scores.values())
     body = []
     for task, metric in keys:
-        found = [scores.get((task, metric)) for scores in columns.values()]
+        found = [column.scores.get((task, metric)) for column in columns]
         n = next((each[2] for each in found if each and each[2]), None)
         label = f"{esc(task.removeprefix('bits_per_byte/'))} <small>{esc(metric.replace('_', ' '))}{f', {whole(n)} items' if n else ''}</small>"
         body.append([label, *(score_text(*each) if each else "" for each in found)])
-    body.append(["time", *(duration(seconds[key] or None) for key in columns)])
+    body.append(["time", *(duration(column.seconds or None) for column in columns)])
     caption = "Bits per byte: lower is better." + (" Benchmarks: higher is better, ± one standard error." if has_error else "")
     caption += " jax: our code; hf: the exported model in transformers." + backends_differ(columns)
-    heads = [f"{esc(name)}<br>{esc(backend)}" for name, backend in names]
-    return (
-        grid(["", *heads], body, caption)
-        + (benchmarks(columns, names) if has_error else "")
-        + contaminated(runs, dict(zip(columns, names, strict=True)))
-    )
+    heads = [f"{esc(column.name)}<br>{esc(column.backend)}" for column in columns]
+    return grid(["", *heads], body, caption) + (benchmarks(columns) if has_error else "") + contaminated(runs, columns)
 
 
-def contaminated(runs: list[RunData], names: dict[tuple[str, str], tuple[str, str]]) -> str:
+def columns_of(runs: list[RunData]) -> list[Column]:
+    """Models in the order of the runs, transformers' numbers behind ours; no two of one label."""
+    columns: list[Column] = []
+    for run in runs:
+        for result in run.evals.values():
+            path, backend, step = str(result.get("model", run.name)), str(result.get("backend", "")), (result.get("lineage") or {}).get("step")
+            scores = {(task, metric): value for task, metrics in result["results"].items() for metric, value in scores_of(result, task, metrics)}
+            key = (model_name(path), step, backend)
+            same = (
+                each
+                for each in columns
+                if (each.name, each.step, each.backend) == key and (path in each.paths or not each.scores.keys() & scores.keys())
+            )
+            if not (column := next(same, None)):
+                columns.append(column := Column(*key, [], {}, 0.0))
+            column.paths.append(path)
+            column.scores |= scores
+            column.seconds += finite(result.get("seconds")) or 0
+    columns.sort(key=lambda column: (model_order(column.name, runs), column.step or 0, column.backend == "hf"))
+    for names in (lambda column: f"{column.name}, step {column.step}", lambda column: "/".join(pathlib.PurePath(column.paths[0]).parts[-3:])):
+        labels = [column.label for column in columns]
+        for column in [each for each in columns if labels.count(each.label) > 1]:
+            column.name = names(column)
+    return columns
+
+
+def contaminated(runs: list[RunData], columns: list[Column]) -> str:
     """Benchmark items that stand in the text a model was trained on, and its scores without them."""
     body, short, unknown, quotes = [], 0, [], []
     for result in (result for run in runs for result in run.evals.values() if result.get("contamination")):
-        found, name = result["contamination"], " ".join(names[str(result["model"]), str(result["backend"])])
+        found, path = result["contamination"], str(result["model"])
+        name = next(column.label for column in columns if path in column.paths and column.backend == result["backend"])
         unknown += found["unknown"]
         for task, each in found["tasks"].items():
             short = max(short, each["short"])
@@ -70,12 +105,12 @@ def contaminated(runs: list[RunData], names: dict[tuple[str, str], tuple[str, st
     return f"<h3>Seen in training</h3>{table}" + (details("What they share", f'<ul class="small">{listed}</ul>') if quotes else "")
 
 
-def backends_differ(columns: dict) -> str:
+def backends_differ(columns: list[Column]) -> str:
     """How far our numbers are from the reference's, where a model was scored by both."""
     differences = []
-    for (model, backend), ours in columns.items():
-        theirs = columns.get((model, "hf"), {}) if backend == "jax" else {}
-        differences += [abs(ours[key][0] - theirs[key][0]) for key in ours.keys() & theirs.keys()]
+    for ours, theirs in itertools.permutations(columns, 2):
+        if (ours.name, ours.step, ours.backend, theirs.backend) == (theirs.name, theirs.step, "jax", "hf"):
+            differences += [abs(ours.scores[key][0] - theirs.scores[key][0]) for key in ours.scores.keys() & theirs.scores.keys()]
     if not any(differences):
         return " They are equal." if differences else ""
     return f" They differ by {max(differences):.0e} at most."
@@ -95,15 +130,15 @@ def scores_of(result: dict, task: str, metrics: dict) -> Iterable[tuple[str, tup
             yield metric if rule == "none" else f"{metric}, {rule}", (value, error, n.get("effective") if isinstance(n, dict) else n)
 
 
-def benchmarks(columns: dict, names: list[tuple[str, str]]) -> str:
+def benchmarks(columns: list[Column]) -> str:
     """Scores with their standard error, drawn: a colour for each model, hollow where transformers computed them."""
     values = []
-    for (name, backend), scores in zip(names, columns.values(), strict=True):
-        for (task, metric), (score, error, _) in scores.items():
+    for column in columns:
+        for (task, metric), (score, error, _) in column.scores.items():
             if error is not None:
-                where = {"task": f"{task} {metric}", "column": f"{name} {backend}", "model": name, "backend": backend}
+                where = {"task": f"{task} {metric}", "column": column.label, "model": column.name, "backend": column.backend}
                 values.append({**where, "score": score, "low": score - error, "high": score + error})
-    models = list(dict.fromkeys(name for name, _ in names))
+    models = list(dict.fromkeys(column.name for column in columns))
     by_model = {"field": "model", "type": "nominal", "legend": None, "scale": palette(models)}
     hollow = {"test": "datum.backend === 'hf'", "value": "var(--bg)"}
     axis = {"type": "quantitative", "title": "score", "scale": {"zero": False}}
@@ -115,7 +150,7 @@ def benchmarks(columns: dict, names: list[tuple[str, str]]) -> str:
         "data": {"values": values},
         "encoding": {
             "y": {"field": "task", "type": "nominal", "title": None, "sort": None, "axis": {"labelLimit": 130}},
-            "yOffset": {"field": "column", "sort": [f"{name} {backend}" for name, backend in names]},
+            "yOffset": {"field": "column", "sort": [column.label for column in columns]},
         },
         "layer": [
             {"mark": {"type": "rule", "strokeWidth": 1.5}, "encoding": {"x": {"field": "low", **axis}, "x2": {"field": "high"}, "color": by_model}},
@@ -124,10 +159,3 @@ def benchmarks(columns: dict, names: list[tuple[str, str]]) -> str:
     }
     caption = "One standard error to either side; where bars overlap, the difference may be chance."
     return key_of(models) + figure(spec, caption + (" Hollow: hf." if any(value["backend"] == "hf" for value in values) else ""))
-
-
-def column_names(keys: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """(run's name, backend); with the end of the path where two columns would read the same."""
-    names = [(model_name(model), backend) for model, backend in keys]
-    ends = ["/".join(pathlib.PurePath(model).parts[-3:]) for model, _ in keys]
-    return [(end, name[1]) if names.count(name) > 1 else name for name, end in zip(names, ends, strict=True)]

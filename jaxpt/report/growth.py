@@ -7,7 +7,7 @@ import itertools
 from jaxpt.report.figures import curves, figure, pairs
 from jaxpt.report.markup import details, esc, grid, key_of, of_runs, row_head, small
 from jaxpt.report.read import RunData, distinct, domains_of, in_order
-from jaxpt.report.words import MAX_TEXT, clip, count, decimal, told, whole
+from jaxpt.report.words import MAX_TEXT, clip, count, decimal, signed, told, whole
 
 MAX_TWINS = 12  # pairs of copied layers
 
@@ -79,7 +79,7 @@ def growth_facts(found: dict, domains: list[str]) -> str:
         rows += [[label, "", "", ""]] if both else []
         for name in in_order(domains, both["parent"]) if both else ():
             before, after = both["parent"][name], both["newborn"][name]
-            rows.append([row_head("  " + name), f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}"])
+            rows.append([row_head("  " + name), f"{before:.3f}", f"{after:.3f}", signed(after - before)])
     caption = f"Held-out loss, nats per token, on {whole(found['heldout_rows'])} rows, at birth" if loss else "Held-out loss at birth: not measured"
     caption += f"; then after a probe, the same {steps} of training for both." if probe else "."
     facts = [f"The operators {'' if found['preserves_function'] else 'do not '}preserve the function."]

@@ -58,4 +58,4 @@ def size_of(node: Node, run: RunData | None) -> str:
     if node.kind == "packed":
         return f"{count(total(counts.get('train') or {}, 'tokens'))} tokens, rows of {whole(counts.get('row_len'))}"
     size = f"{count(counts['n_params'])} parameters" if "n_params" in counts else ""
-    return size + (f", {brief(counts['bytes'] / 1e6)} MB to load by transformers" if "bytes" in counts else "")
+    return size + (f", {brief(counts['bytes'] / 1e6)} MB in Hugging Face form" if "bytes" in counts else "")

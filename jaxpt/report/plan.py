@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from jaxpt.plan import hardware
 from jaxpt.report.figures import ROUND, figure
-from jaxpt.report.markup import color, esc, grid, small
+from jaxpt.report.markup import color, details, esc, grid, small
 from jaxpt.report.read import RunData, distinct, last, points
 from jaxpt.report.words import brief, count, finite, percent, whole
 
@@ -20,8 +20,7 @@ def section(runs: list[RunData]) -> str:
             peak = finite(target.get("peak_bytes_per_device"))
             body.append([
                 esc(target.get("on", "")), esc(target.get("method", "")), whole(target.get("devices")), "yes" if target.get("fits") else "no",
-                f"{peak / 1e9:,.1f}" if peak is not None else "", span(target, "mfu", percent), span(target, "tokens_per_second", count),
-                span(target, "hours", brief), span(target, "usd", brief),
+                f"{peak / 1e9:,.1f}" if peak is not None else "", *(esc(span(target, key, as_text)) for key, as_text in (("mfu", percent), ("tokens_per_second", count), ("hours", brief), ("usd", brief))),
             ])  # fmt: skip
         took = [run for run in runs if run.name in names and finite(last(run.train, "seconds"))]
         body += [spent(run) for run in took]
@@ -32,7 +31,7 @@ def section(runs: list[RunData]) -> str:
         caption = "Compiled: the real step, compiled for that machine; estimated: from the shape alone. Ranges: the ends of the assumed efficiency."
         caption += " Measured: what the run has taken so far." + "".join(against_plan(run, found) for run in took) if took else ""
         head = ["on", "how known", "devices", "fits", "GB a device", "MFU", "tokens/s", "hours", "USD"]
-        parts.append(grid(head, body, caption, texts=2) if body else "")
+        parts.append(grid(head, body, caption, texts=2, kind="many") if body else "")
         parts += [
             small(f"{what.capitalize()} that fits, by plan.py --search: {best_of(found, what)}")
             for what in ("cheapest", "fastest")
@@ -40,7 +39,8 @@ def section(runs: list[RunData]) -> str:
         ]
         parts.append(ways(found["ways"]) if isinstance(found.get("ways"), dict) else "")
         parts.append(checked(found["check"]) if isinstance(found.get("check"), list) else "")
-        parts += [small(note) for note in found.get("notes", [])]
+        notes = "".join(small(note) for note in found.get("notes", []))
+        parts.append(details("What this assumes, and prices", notes) if notes else "")
     return "".join(parts)
 
 
@@ -106,7 +106,7 @@ def span(target: dict, key: str, as_text: Callable) -> str:
     """145–208, or the one number where no range was given."""
     ends = sorted(value for end in ("low", "high") if (value := finite((target.get(end) or {}).get(key))) is not None)
     texts = dict.fromkeys(map(as_text, ends if len(ends) == 2 else [target.get(key)]))
-    return "\u2013".join(map(esc, texts))
+    return "\u2013".join(texts)
 
 
 def plan_chart(targets: list[dict]) -> dict:

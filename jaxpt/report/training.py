@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxpt.report.figures import figure, over_steps, pairs
 from jaxpt.report.markup import details, esc, grid, key_of, small
 from jaxpt.report.read import RunData, domains_of, in_order, last, points
-from jaxpt.report.words import decimal, finite, whole
+from jaxpt.report.words import decimal, finite, signed, whole
 
 MAX_SKIPS = 12  # shown of a run
 MAX_DOCUMENTS = 3  # named of each at once, the others folded
@@ -78,7 +78,7 @@ def forgetting(runs: list[RunData]) -> str:
         for name, found in rise.items():
             if found:
                 worst = max(found, key=lambda point: point[1])
-                ends = [f"{found[0][1]:+.3f}", f"{worst[1]:+.3f} <small>step {whole(worst[0])}</small>", f"{found[-1][1]:+.3f}"]
+                ends = [signed(found[0][1]), f"{signed(worst[1])} <small>step {whole(worst[0])}</small>", signed(found[-1][1])]
                 body.append([esc(run.name), esc(name), *ends])
     if not body:
         return ""

@@ -40,6 +40,10 @@ def decimal(value: Any, digits: int = 3) -> str:
     return f"{value:,.{digits}f}" if finite(value) is not None else ""
 
 
+def signed(value: float, digits: int = 3) -> str:
+    return f"{value:+.{digits}f}".replace("-", "\u2212")
+
+
 whole = functools.partial(decimal, digits=0)  # 12,345
 
 
