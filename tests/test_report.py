@@ -187,6 +187,9 @@ def write_run(run, spec, *, seed, steps, start, floor, initialize, seconds, base
         })  # fmt: skip
         if step == 160:
             lines.append({"step": step, "resumed": True})
+        if base and step == 92:
+            documents = ["code/lib/heapq.py", HOSTILE, "prose/moby.txt", *(f"prose/{i}.txt" for i in range(29))]
+            lines.append({"step": 91, "skipped": {"loss": 9.75, "grad_norm": None, "documents": documents, "n_documents": 41}})
         if step % 30 == 0:
             lines.append({"step": step, "heldout": heldout(step)} | parent)
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -358,19 +361,20 @@ def test_forgetting_is_the_childs_loss_above_its_parents(runs, tmp_path):
     page = Page(tmp_path / "page.html")
     heldout = [json.loads(line) for line in (child / "metrics.jsonl").read_text().splitlines() if "parent" in line]
     rise = [record["heldout"]["prose"] - 3.912 for record in heldout]
-    assert ["child", "prose", f"{rise[0]:+.3f}", f"{rise[0]:+.3f} step 0", f"{rise[-1]:+.3f}"] in page.rows
+    assert ["child", "prose", f"{rise[0]:+.3f}", f"{rise[0]:+.3f} step 0", f"\N{MINUS SIGN}{-rise[-1]:.3f}"] in page.rows
     (plot,) = [json.loads(plot) for plot in page.plots if "above the parent" in plot]
     assert [point["value"] for point in plot["data"]["values"] if point["name"] == "prose"] == pytest.approx(rise, rel=1e-3)
     assert {"value": 0.25} in [value for layer in plot["layer"] for value in layer.get("data", {}).get("values", [])]
     assert not training.forgetting(load_runs([runs[0]])), "a run from random weights has nothing to forget"
 
 
-def test_skipped_updates_are_counted_and_said_where(runs, tmp_path):
+def test_a_skipped_update_is_shown_with_what_it_measured_and_read(runs, tmp_path):
     _, child = runs
     write(runs, tmp_path / "page.html")
-    text = Page(tmp_path / "page.html").text
-    assert f"child: 1 in steps 91 to 92. The documents of a step: python scripts/trace.py --workdir {child} --step N" in text
-    assert "base: 1 in steps" not in text
+    page = Page(tmp_path / "page.html")
+    (row,) = [row for row in page.rows if row[:2] == ["child", "91"]]
+    assert row[2:4] == ["9.75", "not finite"] and row[4].startswith(f"code/lib/heapq.py, {HOSTILE}, prose/moby.txt38 more")
+    assert row[4].endswith("prose/28.txt and 9 that trace.py names") and f"trace.py --workdir {child} --step 91 --losses" in page.text
 
 
 def test_what_the_run_took_stands_below_its_plan(runs, tmp_path):
@@ -391,21 +395,27 @@ def test_what_the_run_took_stands_below_its_plan(runs, tmp_path):
     assert load_run(runs[0]).devices is None and "measured pace" not in plan.section(load_runs([runs[0]]))
 
 
-def test_documents_on_which_two_models_differ_are_coloured_by_token(runs, tmp_path):
+def test_documents_on_which_two_models_differ_are_told_by_token_in_colours_and_in_numbers(runs, tmp_path):
     write(runs, tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     section = text[text.index('<section id="differences">') :]
-    cells = re.findall(r'<i class="([bw]\d)" title="([^"]*)">(.*?)</i>', section[: section.index("</section>")])
-    told = [(kind, losses, html.unescape(piece)) for kind, losses, piece in cells]
-    assert told == [
-        ("b3", "4.10 → 1.20", "def"), ("b1", "2.20 → 1.40", "push"), ("b2", "6.00 → 4.50", HOSTILE),
-        ("w1", "5.00 → 5.80", "Call"), ("w3", "7.00 → 9.90", " Ishmael"),
-    ]  # fmt: skip
+    cells = re.findall(r'<i class="([bw]\d)">(.*?)</i>', "".join(re.findall("<pre>.*?</pre>", section, flags=re.S)))
+    told = [(kind, html.unescape(piece)) for kind, piece in cells]
+    assert told == [("b3", "def"), ("b1", "push"), ("b2", HOSTILE), ("w1", "Call"), ("w3", " Ishmael")]
     assert (
         "What child finds likelier than base" in page.text and "def heappush(" + HOSTILE + ", item):" in page.text and "Call me Ishmael" in page.text
     )
     assert "code, lib/heapq.py: 3.301 → 2.618 nats a token over 498 tokens, from token 40" in page.text and "img" not in page.found
+    listed = [row for row in page.rows if len(row) == 4 and row[0] in ("def", "Call·me·Ishmael", "def·heap")]
+    minus = "\N{MINUS SIGN}"
+    assert listed == [
+        ["def", "4.10", "1.20", f"{minus}2.90"],
+        ["def·heap", "3.90", "3.80", f"{minus}0.10"],
+        ["Call·me·Ishmael", "7.00", "9.90", "+2.90"],
+    ]
+    assert "·Ishmael7.00 → 9.90" in page.text and "·me2.00 → 2.20" in page.text, "each token's loss, of those without a colour too"
+    assert [name for tag, name, _ in page.attributes if tag == "details"].count("open") == 2, "the first of each direction stands open"
 
 
 def shown_growth(workdir, **changes):
