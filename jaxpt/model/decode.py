@@ -190,7 +190,7 @@ def extend(spec: ModelSpec, mesh, dtype, sampling: Sampling, params, state: Stat
             K = k.shape[2]
             mixed = chunk_attend(
                 q.reshape(B, T, K, N // K, H), keys[layer], values[layer],
-                jnp.ones((B, 1), jnp.int32), state.segments, jnp.reshape(column, (1,)), spec.sliding_window,
+                jnp.ones((B, 1), jnp.int32), state.segments, jnp.reshape(column, (1,)), spec.sliding_window, jnp.equal,
             )  # fmt: skip
             return mixed.reshape(B, T, N, H), (keys, values)
 
