@@ -427,6 +427,28 @@ def test_models_are_compared_on_the_same_prompts(params, hf_dir, encoder, tmp_pa
         compare.compare([hf_dir], prompts, texts=[tmp_path / "nothing.txt"])
 
 
+def test_on_a_terminal_a_text_is_seen_as_it_is_written_and_is_inert(hf_dir, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    seen = []
+    generate = decode.generate
+
+    def watched(*args, watch, **settings):
+        def watch_and_note(row, ids):
+            answer = watch(row, ids)
+            seen.append(capsys.readouterr().out)
+            return answer
+
+        return generate(*args, watch=watch_and_note, **settings)
+
+    monkeypatch.setattr(decode, "generate", watched)
+    samples = compare.compare([hf_dir], ["The \x1b[31mship"], max_new=11)
+    (output,) = samples["prompts"][0]["outputs"]
+    parts = seen[1:]  # the first was to compile
+    assert parts[0].startswith(f"\n{hf_dir.name} > The \N{REPLACEMENT CHARACTER}[31mship\n")
+    streamed = "".join(parts).partition("ship\n")[2] + capsys.readouterr().out.partition("\n")[0]
+    assert len(parts) == 3 and output["text"] and streamed == compare.printable(output["text"]).partition("\n")[0]
+
+
 def test_the_documents_on_which_two_models_differ_most_are_found_in_both_directions(params, hf_dir, encoder, tmp_path, capsys):
     child = tmp_path / "child"
     random = np.random.default_rng(1)
