@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+import textwrap
 import time
 
 import numpy as np
@@ -456,6 +457,17 @@ def test_every_python_has_much_text_under_names_that_name_no_machine(kind, least
     assert "Wrap a single paragraph of text" in text and ("def wrap(" in text) == (kind == "code")
 
 
+def test_a_task_of_this_python_asks_in_a_functions_own_words_and_is_answered_by_the_function_without_them():
+    found = {each.id: each for each in sources.parse("python:tasks").documents()}
+    assert 300 < len(found) < 3000
+    for each in found.values():
+        compile(textwrap.dedent(each.text[each.prompt_chars :]), each.id, "exec")
+        assert each.text[: each.prompt_chars].startswith("Write a Python function. ") and each.text[: each.prompt_chars].endswith("\n\n")
+    task = found["tasks/bisect.py:insort_left"].text
+    assert task.startswith("Write a Python function. Insert item x in list a, and keep it sorted assuming a is sorted.\n\ndef insort_left(")
+    assert '"""' not in task
+
+
 # ---- whatever cannot be read is one sentence
 
 
@@ -498,7 +510,7 @@ def write_bad_files(directory: pathlib.Path) -> None:
         ("jsonl:.", "is a directory"),
         ("../up=jsonl:good.jsonl", "is not a source"),
         ("-x=jsonl:good.jsonl", "cannot be named '-x'"),
-        ("python:rust", "wanted python:prose or python:code"),
+        ("python:rust", "wanted python:prose, python:code or python:tasks"),
         ("hf:some/name", "the split is missing"),
         ("jsonl:good.jsonl good=jsonl:line.jsonl", "two sources are named 'good'"),
         ("jsonl:good.jsonl#body", "good.jsonl:1: has no field 'body'; it has: text"),
