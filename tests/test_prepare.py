@@ -415,7 +415,7 @@ def test_text_files_are_documents_named_by_their_place_below_the_pattern(tmp_pat
     (tmp_path / "books/.hidden.txt").write_text("not a book")
     for pattern in ("**/*.txt*", "**/**/*.txt*"):
         assert list(sources.parse(f"text:{tmp_path}/books/{pattern}").documents()) == [
-            ("books/b.txt", "one\ntwo", 0), ("books/deep/a.txt.gz", "three", 0)
+            ("books/b.txt", "one\ntwo", 0, "{}"), ("books/deep/a.txt.gz", "three", 0, "{}")
         ]  # fmt: skip
     real = {each.id: each.text for each in sources.parse(f"text:{data_dir}/text_gutenberg/*_*.txt").documents()}
     assert len(real) == 9 and "Call me Ishmael" in real["text_gutenberg/Moby-Dick--Or-The-Whale_2701.txt"]
@@ -426,7 +426,7 @@ def test_two_fields_make_a_prompt_and_its_completion(tmp_path):
     pq.write_table(pa.table({"q": ["Why? ", ""], "a": ["So.", "Thus."]}), tmp_path / "a.parquet")
     for kind in ("jsonl", "parquet"):
         found = list(sources.parse(f"x={kind}:{tmp_path}/a.{kind}#q+a").documents())
-        assert found == [(f"x/a.{kind}:1", "Why? So.", 5), (f"x/a.{kind}:2", "Thus.", 0)]
+        assert found == [(f"x/a.{kind}:1", "Why? So.", 5, "{}"), (f"x/a.{kind}:2", "Thus.", 0, "{}")]
     (tmp_path / "a.jsonl").write_text(json.dumps({"q": "Why?", "a": ""}) + "\n")
     with pytest.raises(UserError, match=r"a\.jsonl:1: its completion is empty"):
         list(sources.parse(f"jsonl:{tmp_path}/a.jsonl#q+a").documents())
@@ -439,7 +439,7 @@ def test_a_local_data_set_is_read_as_hugging_face_reads_it(tmp_path):
     (tmp_path / "tales").mkdir()
     (tmp_path / "tales/train.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in ENGLISH))
     source = sources.parse(f"hf:{tmp_path}/tales:train#body")
-    assert list(source.documents()) == [(f"tales/train:{i}", text, 0) for i, text in enumerate(ENGLISH, 1)] and source.inputs() == {
+    assert list(source.documents()) == [(f"tales/train:{i}", text, 0, "{}") for i, text in enumerate(ENGLISH, 1)] and source.inputs() == {
         "tales": tmp_path / "tales"
     }
 

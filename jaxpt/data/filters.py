@@ -1,44 +1,123 @@
-"""Quality rules: each looks at texts and says why one must go, or "" to keep it. A preset is a list of them, in order.
+"""Rules: each looks at texts and says why one must go, or changes it. A preset is a list of them, in order.
 
-A rule sees one text at a time, so its verdict depends on nothing else; the two rules that compare documents
-(exact_dedup here, near_dedup) carry no judge of their own and are decided over the whole corpus in dedup.py.
+A rule sees one text at a time, so what it makes of it depends on nothing else. The rules that compare documents
+(exact_dedup, near_dedup) only mark each text as it stands at their place in the order; dedup.py decides from the marks
+of the whole corpus.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-from jaxpt.data import language
+from jaxpt.data import dedup, language
+from jaxpt.data.sources import Document
+from jaxpt.spec import UserError
+
+
+class Text(str):
+    """A text on its way through the rules. `notes` is what rules found out about it; it goes into the document's meta."""
+
+    def __new__(cls, text: str, notes: dict[str, Any] | None = None):
+        self = super().__new__(cls, text)
+        self.notes = {} if notes is None else notes
+        return self
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A named reason to drop a document. judge: texts -> for each the reason in words, or "" to keep it; None: see above."""
+    """A named step over a batch of texts; one of three.
+
+    judge  texts -> for each the reason in words to drop it, or "" to keep it
+    edit   texts -> for each (the text that takes its place, the number of edits)
+    mark   texts -> for each the bytes by which dedup.py compares it with the other documents
+    """
 
     name: str
-    judge: Callable[[list[str]], list[str]] | None
+    judge: Callable[[list[Text]], list[str]] | None = None
+    edit: Callable[[list[Text]], list[tuple[str, int]]] | None = None
+    mark: Callable[[list[Text]], list[bytes]] | None = None
 
 
-def judge(texts: list[str], rules: Sequence[Rule]) -> tuple[list[int], list[str]]:
-    """For each text the index of the first rule that drops it and the reason, or (len(rules), "") where none does.
+class Judged(NamedTuple):
+    """What the rules made of n documents, each by itself.
 
-    Rules without a judge are passed over. A text that a rule dropped is not shown to the rules after it.
+    failed     [n] the first rule that drops it, the number of rules where none does
+    reasons    [n] why, or ""
+    documents  [n] as they stand in the end, with what rules found out in `meta`; of a dropped one the text that its rule saw
+    edits      editing rule -> [n] (edits, characters, UTF-8 bytes of the text after it), of those that came so far; None for others
+    marks      comparing rule -> [n] its mark; b"" for documents that a rule before it dropped
     """
-    failed, reasons = [len(rules)] * len(texts), [""] * len(texts)
-    alive = list(range(len(texts)))
+
+    failed: list[int]
+    reasons: list[str]
+    documents: list[Document]
+    edits: dict[int, list[tuple[int, int, int] | None]]
+    marks: dict[int, list[bytes]]
+
+
+def judge(documents: Sequence[Document], rules: Sequence[Rule]) -> Judged:
+    """Show the documents to the rules, in order. What a rule dropped is not shown to the rules after it.
+
+    Prompt and completion are edited apart, so an edit never crosses from one to the other; an edit that leaves nothing to
+    learn from drops the document. Raises UserError, naming rule and documents, where a rule fails or does not answer for each text.
+    """
+    n = len(documents)
+    texts = [Text(document.text) for document in documents]
+    prompt_chars = [document.prompt_chars for document in documents]
+    failed, reasons = [len(rules)] * n, [""] * n
+    edits: dict[int, list] = {k: [None] * n for k, rule in enumerate(rules) if rule.edit}
+    marks: dict[int, list] = {k: [b""] * n for k, rule in enumerate(rules) if rule.mark}
+    alive = list(range(n))
     for k, rule in enumerate(rules):
-        if rule.judge is None:
-            continue
-        for i, reason in zip(alive, rule.judge([texts[i] for i in alive]), strict=True):
-            if reason:
-                failed[i], reasons[i] = k, reason
+        shown, ids = [texts[i] for i in alive], [documents[i].id for i in alive]
+        if rule.mark:
+            for i, mark in zip(alive, answers(rule, rule.mark, shown, ids), strict=True):
+                marks[k][i] = mark
+        elif rule.judge:
+            for i, reason in zip(alive, answers(rule, rule.judge, shown, ids), strict=True):
+                if reason:
+                    failed[i], reasons[i] = k, reason
+        else:
+            prompted = [i for i in alive if prompt_chars[i]]
+            parts = [texts[i][prompt_chars[i] :] if prompt_chars[i] else texts[i] for i in alive]
+            prompts = dict(zip(prompted, answers(rule, rule.edit, [Text(texts[i][: prompt_chars[i]]) for i in prompted], ids), strict=True))
+            for i, (text, n_edits) in zip(alive, answers(rule, rule.edit, [Text(part) for part in parts], ids), strict=True):
+                prompt, n_more = prompts.get(i, ("", 0))
+                if not text.strip():
+                    failed[i], reasons[i] = k, "nothing is left of it"
+                elif n_edits + n_more:
+                    texts[i], prompt_chars[i] = Text(prompt + text, texts[i].notes), len(prompt)
+                edits[k][i] = (n_edits + n_more, len(texts[i]), len(texts[i].encode()))
         alive = [i for i in alive if failed[i] == len(rules)]
-    return failed, reasons
+    made = [
+        Document(each.id, str(text), n_prompt, json.dumps({**json.loads(each.meta), **text.notes}, ensure_ascii=False) if text.notes else each.meta)
+        for each, text, n_prompt in zip(documents, texts, prompt_chars, strict=True)
+    ]
+    return Judged(failed, reasons, made, edits, marks)
 
 
-def each(rule: Callable[..., str], **settings) -> Callable[[list[str]], list[str]]:
+def answers(rule: Rule, step: Callable[[list[Text]], list], texts: list[Text], ids: Sequence[str]) -> list:
+    """What a step of the rule says of the texts. Raises UserError, naming the rule and the documents, where it fails."""
+    if not texts:
+        return []
+    those = ", ".join(ids[:3]) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")
+    try:
+        said = list(step(texts))
+    except UserError:
+        raise
+    except Exception as error:  # an own rule may raise anything
+        line = (str(error) or "no message").splitlines()[0]
+        raise UserError(f"prepare.rules: {rule.name} raised {type(error).__name__} ({line}) on {those}. Mend the rule or leave it out.") from error
+    if len(said) != len(texts):
+        raise UserError(f"prepare.rules: {rule.name} gave {len(said)} answers for {len(texts)} texts ({those}), wanted one for each.")
+    return said
+
+
+def each(rule: Callable[..., Any], **settings) -> Callable[[list[Text]], list[Any]]:
     """A rule about one text as a rule about a batch."""
     return lambda texts: [rule(text, **settings) for text in texts]
 
@@ -137,7 +216,7 @@ def autogenerated(text: str) -> str:
 # Possessive repeats (++, *+): a long line that is no data row costs one pass in place of an exponential number.
 DATA_ROW = re.compile(r"""\s*+[\[({]*+(?:(?:[-+]?[\d.][\w.]*+|[rbu]*+"[^"]*"|[rbu]*+'[^']*')[\s,:\])}]*+)++(?:#.*)?""")
 
-EXACT = Rule("exact_dedup", None)
+EXACT = Rule("exact_dedup", mark=each(lambda text: dedup.digest(text.encode())))
 
 PRESETS: dict[str, tuple[Rule, ...]] = {
     "none": (),

@@ -28,7 +28,7 @@ from jaxpt.spec import Manifest, UserError
 SAMPLES = 50  # dropped documents shown for each rule
 SAMPLE_CHARS = 10_000  # of each, at most: enough to judge a rule by
 SCHEMA = pa.schema({"id": pa.string(), "source": pa.string(), "text": pa.string(), "prompt_chars": pa.int32()})  # of the text; 0: no prompt
-NEAR = filters.Rule("near_dedup", None)
+NEAR = filters.Rule("near_dedup", mark=dedup.signatures)
 
 
 def run(settings: config.Config, workdir: pathlib.Path, replace: bool = False) -> Manifest:
@@ -42,7 +42,7 @@ def run(settings: config.Config, workdir: pathlib.Path, replace: bool = False) -
     found = sources.parse_all(knobs.sources)
     index = decontaminate.Index([item for path in knobs.decontaminate for item in benchmarks.read(path)])
     rules = [*filters.PRESETS[knobs.preset], *([NEAR] if knobs.near_dedup else [])]
-    rules += [filters.Rule("decontaminate", index.judge)] if knobs.decontaminate else []
+    rules += [filters.Rule("decontaminate", judge=index.judge)] if knobs.decontaminate else []
     daft = engine.start(knobs.engine)
 
     request = stage.plain(knobs)
@@ -105,7 +105,7 @@ def read(found: Sequence[sources.Source], knobs: config.Prepare, directory: path
         )
         before = len(source)
         for document, data, digest in limited(one, int(knobs.limit_mb * 1e6)):
-            shards.add((len(source), *document), len(data))
+            shards.add((len(source), *document[:3]), len(data))
             source.append(k)
             chars.append(len(document.text))
             n_bytes.append(len(data))
@@ -193,11 +193,12 @@ def judge(daft, rows: Rows, rules: Sequence[filters.Rule]) -> Verdict:
     """Run the rules over the texts, wherever the engine runs and in whatever order it answers."""
     failed, reasons = np.empty(len(rows.source), np.int16), {}
     signatures = np.empty((len(rows.source), dedup.N_HASHES if NEAR in rules else 0), np.uint32)
+    alone = [filters.Rule(rule.name, judge=lambda texts: [""] * len(texts)) if rule.mark else rule for rule in rules]
 
     @daft.func.batch(return_dtype=daft.DataType.struct({"failed": daft.DataType.int16(), "reason": daft.DataType.string()}), batch_size=256)
     def verdict(texts):
-        failed, reasons = filters.judge(texts.to_pylist(), rules)
-        return pa.StructArray.from_arrays([pa.array(failed, pa.int16()), pa.array(reasons, pa.string())], ["failed", "reason"])
+        judged = filters.judge([sources.Document("", text) for text in texts.to_pylist()], alone)
+        return pa.StructArray.from_arrays([pa.array(judged.failed, pa.int16()), pa.array(judged.reasons, pa.string())], ["failed", "reason"])
 
     columns = [daft.col("n"), verdict(daft.col("text")).alias("verdict")]
     columns += [dedup.minhash(daft.col("text")).alias("signature")] if NEAR in rules else []
@@ -220,7 +221,7 @@ def decide(rows: Rows, rules: Sequence[filters.Rule], verdict: Verdict) -> tuple
     """
     dropped_by, twin = verdict.failed.copy(), np.full(len(rows.source), -1)
     for k, rule in enumerate(rules):
-        if rule.judge is None:
+        if rule.mark:
             alive = np.flatnonzero(dropped_by > k)
             first = alive[dedup.near(verdict.signatures[alive]) if rule is NEAR else dedup.exact(rows.digests[alive])]
             repeats = alive[first != alive]
