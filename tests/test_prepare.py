@@ -19,7 +19,7 @@ import pytest
 from conftest import ROOT
 
 from jaxpt.config import Config, Prepare
-from jaxpt.data import benchmarks, decontaminate, dedup, filters, prepare, sources
+from jaxpt.data import benchmarks, decontaminate, dedup, prepare, sources
 from jaxpt.spec import Manifest, UserError
 
 ENGLISH = """The old house stood at the end of a narrow lane, and nobody in the village remembered who had built it.
@@ -153,30 +153,6 @@ def test_the_preset_course_keeps_what_the_lesson_keeps(tmp_path, documents):
 def amounts(texts) -> dict[str, int]:
     texts = list(texts)
     return {"rows": len(texts), "chars": sum(map(len, texts)), "bytes": sum(len(text.encode()) for text in texts)}
-
-
-@pytest.mark.parametrize(
-    ("text", "stays"),
-    [
-        ("abc\nabc\nabc", True),
-        ("abc\nabc", False),
-        ("abcdef\nabc\nab\n\n", False),
-        ("a\n\n" * 3 + "\n\n".join("bcdefghi"), True),  # 2 of 11
-        ("a\n\n" * 4 + "\n\n".join("bcdefgh"), True),  # 3 of 11
-        ("a\n\n" * 4 + "\n\n".join("bcdefg"), True),  # 3 of 10: 0.3 is not above 0.3
-        ("a\n\n" * 4 + "\n\n".join("bcdef"), False),  # 3 of 9
-    ],
-)
-def test_borders_of_the_course_rules_belong_to_the_document(text, stays):
-    rule = filters.line_length if "\n\n" not in text.strip() else filters.paragraph_repetition
-    assert (rule(text) == "") == stays
-
-
-@pytest.mark.parametrize("spare", [-1, 0, 1])
-def test_a_fifth_of_repeated_characters_stays(spare):
-    text = "\n\n".join(["r" * 100, "u" * 200, "v" * (92 + spare), "r" * 100, ""])
-    assert len(text) == 500 + spare
-    assert (filters.paragraph_repetition(text) == "") == (spare >= 0)
 
 
 def test_presets_prose_and_code_keep_their_own_kind_and_drop_the_rest(tmp_path):

@@ -28,7 +28,6 @@ from jaxpt.spec import Manifest, UserError
 SAMPLES = 50  # dropped documents shown for each rule
 SAMPLE_CHARS = 10_000  # of each, at most: enough to judge a rule by
 SCHEMA = pa.schema({"id": pa.string(), "source": pa.string(), "text": pa.string(), "prompt_chars": pa.int32()})  # of the text; 0: no prompt
-NEAR = filters.Rule("near_dedup", mark=dedup.signatures)
 
 
 def run(settings: config.Config, workdir: pathlib.Path, replace: bool = False) -> Manifest:
@@ -41,12 +40,14 @@ def run(settings: config.Config, workdir: pathlib.Path, replace: bool = False) -
         raise UserError(f"prepare.shard_mb and limit_mb: got {knobs.shard_mb} and {knobs.limit_mb}, wanted at least 1 and at least 0.")
     found = sources.parse_all(knobs.sources)
     index = decontaminate.Index([item for path in knobs.decontaminate for item in benchmarks.read(path)])
-    rules = [*filters.PRESETS[knobs.preset], *([NEAR] if knobs.near_dedup else [])]
-    rules += [filters.Rule("decontaminate", judge=index.judge)] if knobs.decontaminate else []
+    near = ("near_dedup",) if knobs.near_dedup and "near_dedup" not in filters.PRESETS[knobs.preset] else ()
+    rules = filters.understand(knobs.preset, (*knobs.rules, *near))
+    rules += [filters.Rule("decontaminate", judge=index.judge, says="decontaminate")] if knobs.decontaminate else []
     daft = engine.start(knobs.engine)
 
     request = stage.plain(knobs)
     del request["engine"]  # it decides where the work is done, not what comes out
+    request["rules"] = [rule.says for rule in rules]
     request["installed"] = {source.name: versions for source in found if (versions := source.installation())}
     inputs = {key: path for source in found for key, path in source.inputs().items()}
     inputs |= {f"benchmarks/{i}": stage.local_path(path) for i, path in enumerate(knobs.decontaminate)}
@@ -191,8 +192,8 @@ class Verdict:
 
 def judge(daft, rows: Rows, rules: Sequence[filters.Rule]) -> Verdict:
     """Run the rules over the texts, wherever the engine runs and in whatever order it answers."""
-    failed, reasons = np.empty(len(rows.source), np.int16), {}
-    signatures = np.empty((len(rows.source), dedup.N_HASHES if NEAR in rules else 0), np.uint32)
+    failed, reasons, has_near = np.empty(len(rows.source), np.int16), {}, any(rule.name == "near_dedup" for rule in rules)
+    signatures = np.empty((len(rows.source), dedup.N_HASHES if has_near else 0), np.uint32)
     alone = [filters.Rule(rule.name, judge=lambda texts: [""] * len(texts)) if rule.mark else rule for rule in rules]
 
     @daft.func.batch(return_dtype=daft.DataType.struct({"failed": daft.DataType.int16(), "reason": daft.DataType.string()}), batch_size=256)
@@ -201,14 +202,14 @@ def judge(daft, rows: Rows, rules: Sequence[filters.Rule]) -> Verdict:
         return pa.StructArray.from_arrays([pa.array(judged.failed, pa.int16()), pa.array(judged.reasons, pa.string())], ["failed", "reason"])
 
     columns = [daft.col("n"), verdict(daft.col("text")).alias("verdict")]
-    columns += [dedup.minhash(daft.col("text")).alias("signature")] if NEAR in rules else []
+    columns += [dedup.minhash(daft.col("text")).alias("signature")] if has_near else []
     with stage.progress("prepare: judging", len(rows.source), "documents") as advance:
         paths = [re.sub(r"([\[\]{}*?\\])", r"[\1]", str(file)) for file in rows.files]  # Daft takes a path for a glob
         for batch in daft.read_parquet(paths).select(*columns).to_arrow_iter():
             n = batch.column("n").to_numpy()
             failed[n] = batch.column("verdict").field("failed").to_numpy()
             reasons |= {int(i): reason for i, reason in zip(n, batch.column("verdict").field("reason").to_pylist(), strict=True) if reason}
-            if NEAR in rules:
+            if has_near:
                 signatures[n] = batch.column("signature").flatten().to_numpy().reshape(len(n), -1)
             advance(len(n))
     return Verdict(failed, reasons, signatures)
@@ -223,7 +224,7 @@ def decide(rows: Rows, rules: Sequence[filters.Rule], verdict: Verdict) -> tuple
     for k, rule in enumerate(rules):
         if rule.mark:
             alive = np.flatnonzero(dropped_by > k)
-            first = alive[dedup.near(verdict.signatures[alive]) if rule is NEAR else dedup.exact(rows.digests[alive])]
+            first = alive[dedup.near(verdict.signatures[alive]) if rule.name == "near_dedup" else dedup.exact(rows.digests[alive])]
             repeats = alive[first != alive]
             dropped_by[repeats], twin[repeats] = k, first[first != alive]
     return dropped_by, twin
