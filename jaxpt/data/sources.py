@@ -40,11 +40,12 @@ from jaxpt.spec import UserError
 
 
 class Document(NamedTuple):
-    """A text, the first prompt_chars characters of which are a prompt."""
+    """A text, the first prompt_chars characters of which are a prompt, and what its source says about it: a JSON object, such as url and date."""
 
     id: str
     text: str
     prompt_chars: int = 0
+    meta: str = "{}"
 
 
 @dataclasses.dataclass(frozen=True)
