@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+import textwrap
 import time
 
 import numpy as np
@@ -19,7 +20,7 @@ import pytest
 from conftest import ROOT
 
 from jaxpt.config import Config, Prepare
-from jaxpt.data import benchmarks, decontaminate, dedup, filters, prepare, sources
+from jaxpt.data import benchmarks, decontaminate, dedup, prepare, sources
 from jaxpt.spec import Manifest, UserError
 
 ENGLISH = """The old house stood at the end of a narrow lane, and nobody in the village remembered who had built it.
@@ -153,30 +154,6 @@ def test_the_preset_course_keeps_what_the_lesson_keeps(tmp_path, documents):
 def amounts(texts) -> dict[str, int]:
     texts = list(texts)
     return {"rows": len(texts), "chars": sum(map(len, texts)), "bytes": sum(len(text.encode()) for text in texts)}
-
-
-@pytest.mark.parametrize(
-    ("text", "stays"),
-    [
-        ("abc\nabc\nabc", True),
-        ("abc\nabc", False),
-        ("abcdef\nabc\nab\n\n", False),
-        ("a\n\n" * 3 + "\n\n".join("bcdefghi"), True),  # 2 of 11
-        ("a\n\n" * 4 + "\n\n".join("bcdefgh"), True),  # 3 of 11
-        ("a\n\n" * 4 + "\n\n".join("bcdefg"), True),  # 3 of 10: 0.3 is not above 0.3
-        ("a\n\n" * 4 + "\n\n".join("bcdef"), False),  # 3 of 9
-    ],
-)
-def test_borders_of_the_course_rules_belong_to_the_document(text, stays):
-    rule = filters.line_length if "\n\n" not in text.strip() else filters.paragraph_repetition
-    assert (rule(text) == "") == stays
-
-
-@pytest.mark.parametrize("spare", [-1, 0, 1])
-def test_a_fifth_of_repeated_characters_stays(spare):
-    text = "\n\n".join(["r" * 100, "u" * 200, "v" * (92 + spare), "r" * 100, ""])
-    assert len(text) == 500 + spare
-    assert (filters.paragraph_repetition(text) == "") == (spare >= 0)
 
 
 def test_presets_prose_and_code_keep_their_own_kind_and_drop_the_rest(tmp_path):
@@ -415,7 +392,7 @@ def test_text_files_are_documents_named_by_their_place_below_the_pattern(tmp_pat
     (tmp_path / "books/.hidden.txt").write_text("not a book")
     for pattern in ("**/*.txt*", "**/**/*.txt*"):
         assert list(sources.parse(f"text:{tmp_path}/books/{pattern}").documents()) == [
-            ("books/b.txt", "one\ntwo", 0), ("books/deep/a.txt.gz", "three", 0)
+            ("books/b.txt", "one\ntwo", 0, "{}"), ("books/deep/a.txt.gz", "three", 0, "{}")
         ]  # fmt: skip
     real = {each.id: each.text for each in sources.parse(f"text:{data_dir}/text_gutenberg/*_*.txt").documents()}
     assert len(real) == 9 and "Call me Ishmael" in real["text_gutenberg/Moby-Dick--Or-The-Whale_2701.txt"]
@@ -426,7 +403,7 @@ def test_two_fields_make_a_prompt_and_its_completion(tmp_path):
     pq.write_table(pa.table({"q": ["Why? ", ""], "a": ["So.", "Thus."]}), tmp_path / "a.parquet")
     for kind in ("jsonl", "parquet"):
         found = list(sources.parse(f"x={kind}:{tmp_path}/a.{kind}#q+a").documents())
-        assert found == [(f"x/a.{kind}:1", "Why? So.", 5), (f"x/a.{kind}:2", "Thus.", 0)]
+        assert found == [(f"x/a.{kind}:1", "Why? So.", 5, "{}"), (f"x/a.{kind}:2", "Thus.", 0, "{}")]
     (tmp_path / "a.jsonl").write_text(json.dumps({"q": "Why?", "a": ""}) + "\n")
     with pytest.raises(UserError, match=r"a\.jsonl:1: its completion is empty"):
         list(sources.parse(f"jsonl:{tmp_path}/a.jsonl#q+a").documents())
@@ -439,7 +416,7 @@ def test_a_local_data_set_is_read_as_hugging_face_reads_it(tmp_path):
     (tmp_path / "tales").mkdir()
     (tmp_path / "tales/train.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in ENGLISH))
     source = sources.parse(f"hf:{tmp_path}/tales:train#body")
-    assert list(source.documents()) == [(f"tales/train:{i}", text, 0) for i, text in enumerate(ENGLISH, 1)] and source.inputs() == {
+    assert list(source.documents()) == [(f"tales/train:{i}", text, 0, "{}") for i, text in enumerate(ENGLISH, 1)] and source.inputs() == {
         "tales": tmp_path / "tales"
     }
 
@@ -454,6 +431,17 @@ def test_every_python_has_much_text_under_names_that_name_no_machine(kind, least
     assert list(itertools.islice(source.documents(), 30)) == found[:30]
     text = next(each.text for each in found if each.id == ("prose/docstrings/textwrap.py" if kind == "prose" else "code/textwrap.py"))
     assert "Wrap a single paragraph of text" in text and ("def wrap(" in text) == (kind == "code")
+
+
+def test_a_task_of_this_python_asks_in_a_functions_own_words_and_is_answered_by_the_function_without_them():
+    found = {each.id: each for each in sources.parse("python:tasks").documents()}
+    assert 300 < len(found) < 3000
+    for each in found.values():
+        compile(textwrap.dedent(each.text[each.prompt_chars :]), each.id, "exec")
+        assert each.text[: each.prompt_chars].startswith("Write a Python function. ") and each.text[: each.prompt_chars].endswith("\n\n")
+    task = found["tasks/bisect.py:insort_left"].text
+    assert task.startswith("Write a Python function. Insert item x in list a, and keep it sorted assuming a is sorted.\n\ndef insort_left(")
+    assert '"""' not in task
 
 
 # ---- whatever cannot be read is one sentence
@@ -498,7 +486,7 @@ def write_bad_files(directory: pathlib.Path) -> None:
         ("jsonl:.", "is a directory"),
         ("../up=jsonl:good.jsonl", "is not a source"),
         ("-x=jsonl:good.jsonl", "cannot be named '-x'"),
-        ("python:rust", "wanted python:prose or python:code"),
+        ("python:rust", "wanted python:prose, python:code or python:tasks"),
         ("hf:some/name", "the split is missing"),
         ("jsonl:good.jsonl good=jsonl:line.jsonl", "two sources are named 'good'"),
         ("jsonl:good.jsonl#body", "good.jsonl:1: has no field 'body'; it has: text"),

@@ -12,6 +12,7 @@ probability 1 - (1 - s^4)^32; the figures above hold the comparison too.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -34,6 +35,15 @@ def minhash(column):
     """A Daft expression: a text column -> its MinHash signature, a list of N_HASHES uint32. 60 MB/s on two cores."""
     plain = column.normalize(lowercase=True, remove_punct=True, white_space=True)
     return plain.minhash(num_hashes=N_HASHES, ngram_size=NGRAM, seed=1, hash_function="xxhash")
+
+
+def signatures(texts: Sequence[str]) -> list[bytes]:
+    """The MinHash signature of each text, N_HASHES uint32."""
+    from daft import col
+    from daft.recordbatch import MicroPartition
+
+    found = MicroPartition.from_pydict({"text": list(map(str, texts))}).eval_expression_list([minhash(col("text")).alias("signature")])
+    return [row.tobytes() for row in found.to_arrow()["signature"].combine_chunks().flatten().to_numpy().reshape(-1, N_HASHES)]
 
 
 def near(signatures: np.ndarray) -> np.ndarray:

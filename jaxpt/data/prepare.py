@@ -28,7 +28,6 @@ from jaxpt.spec import Manifest, UserError
 SAMPLES = 50  # dropped documents shown for each rule
 SAMPLE_CHARS = 10_000  # of each, at most: enough to judge a rule by
 SCHEMA = pa.schema({"id": pa.string(), "source": pa.string(), "text": pa.string(), "prompt_chars": pa.int32()})  # of the text; 0: no prompt
-NEAR = filters.Rule("near_dedup", None)
 
 
 def run(settings: config.Config, workdir: pathlib.Path, replace: bool = False) -> Manifest:
@@ -41,12 +40,14 @@ def run(settings: config.Config, workdir: pathlib.Path, replace: bool = False) -
         raise UserError(f"prepare.shard_mb and limit_mb: got {knobs.shard_mb} and {knobs.limit_mb}, wanted at least 1 and at least 0.")
     found = sources.parse_all(knobs.sources)
     index = decontaminate.Index([item for path in knobs.decontaminate for item in benchmarks.read(path)])
-    rules = [*filters.PRESETS[knobs.preset], *([NEAR] if knobs.near_dedup else [])]
-    rules += [filters.Rule("decontaminate", index.judge)] if knobs.decontaminate else []
+    near = ("near_dedup",) if knobs.near_dedup and "near_dedup" not in filters.PRESETS[knobs.preset] else ()
+    rules = filters.understand(knobs.preset, (*knobs.rules, *near))
+    rules += [filters.Rule("decontaminate", judge=index.judge, says="decontaminate")] if knobs.decontaminate else []
     daft = engine.start(knobs.engine)
 
     request = stage.plain(knobs)
     del request["engine"]  # it decides where the work is done, not what comes out
+    request["rules"] = [rule.says for rule in rules]
     request["installed"] = {source.name: versions for source in found if (versions := source.installation())}
     inputs = {key: path for source in found for key, path in source.inputs().items()}
     inputs |= {f"benchmarks/{i}": stage.local_path(path) for i, path in enumerate(knobs.decontaminate)}
@@ -105,7 +106,7 @@ def read(found: Sequence[sources.Source], knobs: config.Prepare, directory: path
         )
         before = len(source)
         for document, data, digest in limited(one, int(knobs.limit_mb * 1e6)):
-            shards.add((len(source), *document), len(data))
+            shards.add((len(source), *document[:3]), len(data))
             source.append(k)
             chars.append(len(document.text))
             n_bytes.append(len(data))
@@ -191,23 +192,24 @@ class Verdict:
 
 def judge(daft, rows: Rows, rules: Sequence[filters.Rule]) -> Verdict:
     """Run the rules over the texts, wherever the engine runs and in whatever order it answers."""
-    failed, reasons = np.empty(len(rows.source), np.int16), {}
-    signatures = np.empty((len(rows.source), dedup.N_HASHES if NEAR in rules else 0), np.uint32)
+    failed, reasons, has_near = np.empty(len(rows.source), np.int16), {}, any(rule.name == "near_dedup" for rule in rules)
+    signatures = np.empty((len(rows.source), dedup.N_HASHES if has_near else 0), np.uint32)
+    alone = [filters.Rule(rule.name, judge=lambda texts: [""] * len(texts)) if rule.mark else rule for rule in rules]
 
     @daft.func.batch(return_dtype=daft.DataType.struct({"failed": daft.DataType.int16(), "reason": daft.DataType.string()}), batch_size=256)
     def verdict(texts):
-        failed, reasons = filters.judge(texts.to_pylist(), rules)
-        return pa.StructArray.from_arrays([pa.array(failed, pa.int16()), pa.array(reasons, pa.string())], ["failed", "reason"])
+        judged = filters.judge([sources.Document("", text) for text in texts.to_pylist()], alone)
+        return pa.StructArray.from_arrays([pa.array(judged.failed, pa.int16()), pa.array(judged.reasons, pa.string())], ["failed", "reason"])
 
     columns = [daft.col("n"), verdict(daft.col("text")).alias("verdict")]
-    columns += [dedup.minhash(daft.col("text")).alias("signature")] if NEAR in rules else []
+    columns += [dedup.minhash(daft.col("text")).alias("signature")] if has_near else []
     with stage.progress("prepare: judging", len(rows.source), "documents") as advance:
         paths = [re.sub(r"([\[\]{}*?\\])", r"[\1]", str(file)) for file in rows.files]  # Daft takes a path for a glob
         for batch in daft.read_parquet(paths).select(*columns).to_arrow_iter():
             n = batch.column("n").to_numpy()
             failed[n] = batch.column("verdict").field("failed").to_numpy()
             reasons |= {int(i): reason for i, reason in zip(n, batch.column("verdict").field("reason").to_pylist(), strict=True) if reason}
-            if NEAR in rules:
+            if has_near:
                 signatures[n] = batch.column("signature").flatten().to_numpy().reshape(len(n), -1)
             advance(len(n))
     return Verdict(failed, reasons, signatures)
@@ -220,9 +222,9 @@ def decide(rows: Rows, rules: Sequence[filters.Rule], verdict: Verdict) -> tuple
     """
     dropped_by, twin = verdict.failed.copy(), np.full(len(rows.source), -1)
     for k, rule in enumerate(rules):
-        if rule.judge is None:
+        if rule.mark:
             alive = np.flatnonzero(dropped_by > k)
-            first = alive[dedup.near(verdict.signatures[alive]) if rule is NEAR else dedup.exact(rows.digests[alive])]
+            first = alive[dedup.near(verdict.signatures[alive]) if rule.name == "near_dedup" else dedup.exact(rows.digests[alive])]
             repeats = alive[first != alive]
             dropped_by[repeats], twin[repeats] = k, first[first != alive]
     return dropped_by, twin
