@@ -40,7 +40,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "gopher": (*GOPHER_QUALITY, *GOPHER_REPETITION, "exact_dedup"),
     "c4": ("c4_lines", *C4_PAGE, "exact_dedup", "language"),
     "fineweb": (
-        "language", *GOPHER_REPETITION, *GOPHER_QUALITY, "c4_lines(punctuation=False)", *C4_PAGE,
+        "language", *GOPHER_REPETITION, *GOPHER_QUALITY[:-2], "gopher_alphabetic(marks=True)", "gopher_stop_words", "c4_lines(punctuation=False)", *C4_PAGE,
         "fineweb_line_ends", "fineweb_short_lines", "fineweb_duplicate_characters", "fineweb_line_breaks", "near_dedup",
         "pii_email(mark='email@example.com')", "pii_ip(mark='22.214.171.124')",
     ),

@@ -131,6 +131,8 @@ def gopher_symbols(text: Text, most: float = 0.1) -> str:
 
 def gopher_bullets(text: str, most: float = 0.9) -> str:
     """More than 0.9 of the lines start with a bullet point or a dash."""
+    if text.count("•") + text.count("-") <= most * text.count("\n"):  # too few, wherever they stand
+        return ""
     lines = text.splitlines()
     n = sum(line.lstrip().startswith(("•", "-")) for line in lines)
     return "" if n <= most * len(lines) else f"{n} of {len(lines)} lines are bullet points, wanted at most {most}"
@@ -138,21 +140,28 @@ def gopher_bullets(text: str, most: float = 0.9) -> str:
 
 def gopher_ellipsis_lines(text: str, most: float = 0.3) -> str:
     """More than 0.3 of the lines end with an ellipsis."""
+    if text.count("...") + text.count("…") <= most * text.count("\n"):
+        return ""
     lines = text.splitlines()
     n = sum(line.rstrip().endswith(("...", "…")) for line in lines)
     return "" if n <= most * len(lines) else f"{n} of {len(lines)} lines end with an ellipsis, wanted at most {most}"
 
 
-def gopher_alphabetic(text: Text, least: float = 0.8) -> str:
-    """Less than 0.8 of the words hold a letter."""
-    return with_letters(text, least)
+def gopher_alphabetic(text: Text, least: float = 0.8, marks: bool = False) -> str:
+    """Less than 0.8 of the words hold a letter.
+
+    marks=True counts each punctuation mark as a word, as the tokenizers of datatrove do, and with them FineWeb: much stricter.
+    """
+    return with_letters(TOKEN.findall(text) if marks else text.words, least)
 
 
-def with_letters(text: Text, least: float) -> str:
-    words = text.words
-    if sum(map(str.isalpha, words)) >= least * len(words):  # quick, and of most texts true
-        return ""
-    n = sum(any(map(str.isalpha, word)) for word in words)
+TOKEN = re.compile(r"\w+(?:['’]\w+)*|\.{2,}|-{2,}|[^\w\s]")
+
+
+def with_letters(words: list[str], least: float) -> str:
+    n = sum(map(str.isalpha, words))  # of letters alone: quick, and in most texts enough
+    if n < least * len(words):
+        n += sum(not word.isalpha() and any(map(str.isalpha, word)) for word in words)
     return "" if n >= least * len(words) else f"{n} of {len(words)} words hold a letter, wanted {least}"
 
 
@@ -332,7 +341,7 @@ def min_chars(text: str, least: int = 200) -> str:
 
 def few_words(text: Text, least: float = 0.7) -> str:
     """Less than 0.7 of the words hold a letter: tables, dumps, markup. (Gopher's rule, at 0.8 there.)"""
-    return with_letters(text, least)
+    return with_letters(text.words, least)
 
 
 def many_symbols(text: str, most: float = 0.25) -> str:
