@@ -122,7 +122,7 @@ def gopher(text: str) -> str:
             else:
                 seen.append(words[i : i + n])
                 i += 1
-        return chars / len(text)
+        return chars / max(len(text), 1)
 
     paragraphs, filled = repeats(re.split(r"\n{2,}", text.strip())), repeats(re.split(r"\n+", text))
     found = {
