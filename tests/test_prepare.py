@@ -152,7 +152,8 @@ def test_the_preset_course_keeps_what_the_lesson_keeps(tmp_path, documents):
 
 def amounts(texts) -> dict[str, int]:
     texts = list(texts)
-    return {"rows": len(texts), "chars": sum(map(len, texts)), "bytes": sum(len(text.encode()) for text in texts)}
+    n_bytes = sum(len(text.encode()) for text in texts)
+    return {"rows": len(texts), "chars": sum(map(len, texts)), "bytes": n_bytes, "tokens": round(n_bytes / 4)}
 
 
 @pytest.mark.parametrize(
