@@ -23,6 +23,7 @@ JSON lines on disk. Memory is the largest sum of the proportional set sizes (PSS
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -70,7 +71,7 @@ def make(texts: pathlib.Path, mb: float, to: pathlib.Path) -> None:
                 text = "\n".join("ab"[: n % 3] for n in rng.integers(9, size=rng.integers(1, 9)))
             else:
                 of = foreign if draw < 0.36 else sentences
-                picked = [of[i] for i in rng.integers(len(of), size=1 + int(wanted / (25 if of is foreign else 95)))]
+                picked = [of[i] for i in rng.integers(len(of), size=1 + int(wanted / (75 if of is foreign else 95)))]
                 size = rng.integers(3, 8)
                 paragraphs = ["\n".join(picked[i : i + size]) if draw > 0.7 else " ".join(picked[i : i + size]) for i in range(0, len(picked), size)]
                 text = "\n\n".join(paragraphs * (2 if draw > 0.99 else 1))
@@ -90,17 +91,16 @@ def family(pid: int) -> list[int]:
     """The process and all its descendants."""
     found = [pid]
     for one in found:
-        try:
-            found += [int(child) for task in os.listdir(f"/proc/{one}/task") for child in open(f"/proc/{one}/task/{task}/children").read().split()]
-        except OSError:
-            pass
+        for file in pathlib.Path(f"/proc/{one}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                found += map(int, file.read_text().split())
     return found
 
 
 def pss(pid: int) -> int:
     """Bytes, pages shared by k processes counted as 1 / k."""
     try:
-        return int(re.search(r"^Pss: +(\d+)", open(f"/proc/{pid}/smaps_rollup").read(), re.MULTILINE).group(1)) * 1024
+        return int(re.search(r"^Pss: +(\d+)", pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE).group(1)) * 1024
     except (OSError, AttributeError):
         return 0
 

@@ -12,8 +12,10 @@ def get_config():
     # prepare: raw text -> a clean corpus
     # where text comes from: KIND:WHERE or NAME=KIND:WHERE, see docs/prepare.md for the kinds
     c.prepare.sources = ()
-    # quality rules, in order: none, course, prose or code; see docs/prepare.md
+    # rules, in order: none, course, gopher, c4, fineweb, prose or code; see docs/prepare.md
     c.prepare.preset = "none"
+    # changes to the preset: '-language' drops a rule, 'min_chars(least=50)' sets or adds one, 'NAME before OTHER' places it, MODULE:FUNCTION is yours
+    c.prepare.rules = ()
     # drop near-duplicates by MinHash over word 5-grams, first kept; about doubles the stage's time
     c.prepare.near_dedup = False
     # benchmark files; a document that shares 13 words in a row with an item is dropped

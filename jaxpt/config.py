@@ -30,7 +30,14 @@ class Prepare:
     """raw text -> a clean corpus"""
 
     sources: tuple[str, ...] = knob((), "where text comes from: KIND:WHERE or NAME=KIND:WHERE, see docs/prepare.md for the kinds")
-    preset: str = knob("none", "quality rules, in order: none, course, prose or code; see docs/prepare.md", "none", "course", "prose", "code")
+    preset: str = knob(
+        "none", "rules, in order: none, course, gopher, c4, fineweb, prose or code; see docs/prepare.md",
+        "none", "course", "gopher", "c4", "fineweb", "prose", "code",
+    )  # fmt: skip
+    rules: tuple[str, ...] = knob(
+        (),
+        "changes to the preset: '-language' drops a rule, 'min_chars(least=50)' sets or adds one, 'NAME before OTHER' places it, MODULE:FUNCTION is yours",
+    )
     near_dedup: bool = knob(False, "drop near-duplicates by MinHash over word 5-grams, first kept; about doubles the stage's time")
     decontaminate: tuple[str, ...] = knob((), "benchmark files; a document that shares 13 words in a row with an item is dropped")
     heldout_frac: float = knob(0.02, "share of documents kept out of training, chosen by hash of the text, per source")

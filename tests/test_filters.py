@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxpt.data import dedup, filters
+from jaxpt.data import dedup, filters, rules
 from jaxpt.data.sources import Document
 from jaxpt.spec import UserError
 
@@ -15,11 +15,12 @@ def documents(*texts: str) -> list[Document]:
 
 SHOUT = filters.Rule("no_shouting", judge=lambda texts: ["shouts" if text.isupper() else "" for text in texts])
 BEES = filters.Rule("bees", edit=lambda texts: [(text.replace("b", ""), text.count("b")) for text in texts])
+EXACT = filters.understand("none", ["exact_dedup"])[0]
 LONG = filters.Rule("long", judge=lambda texts: ["" if len(text) > 2 else f"{len(text)} left" for text in texts])
 
 
 def test_rules_see_a_text_as_the_edits_before_them_left_it():
-    judged = filters.judge(documents("LOUD", "abba", "bbb", "abcé!", "quiet"), [SHOUT, filters.EXACT, BEES, filters.EXACT, LONG])
+    judged = filters.judge(documents("LOUD", "abba", "bbb", "abcé!", "quiet"), [SHOUT, EXACT, BEES, EXACT, LONG])
     assert judged.failed == [0, 4, 2, 5, 5]
     assert judged.reasons == ["shouts", "2 left", "nothing is left of it", "", ""]
     assert [each.text for each in judged.documents] == ["LOUD", "aa", "bbb", "acé!", "quiet"]
@@ -56,3 +57,30 @@ def test_a_rule_that_fails_is_named_with_the_documents(form):
         filters.judge(documents(*"abcd"), [rule])
     with pytest.raises(UserError, match=r"mine:bad gave 1 answers for 2 texts \(web/1, web/2\)"):
         filters.judge(documents("short", "b"), [rule])
+
+
+# ---- the rules
+
+
+@pytest.mark.parametrize(
+    ("text", "stays"),
+    [
+        ("abc\nabc\nabc", True),
+        ("abc\nabc", False),
+        ("abcdef\nabc\nab\n\n", False),
+        ("a\n\n" * 3 + "\n\n".join("bcdefghi"), True),  # 2 of 11
+        ("a\n\n" * 4 + "\n\n".join("bcdefgh"), True),  # 3 of 11
+        ("a\n\n" * 4 + "\n\n".join("bcdefg"), True),  # 3 of 10: 0.3 is not above 0.3
+        ("a\n\n" * 4 + "\n\n".join("bcdef"), False),  # 3 of 9
+    ],
+)
+def test_borders_of_the_course_rules_belong_to_the_document(text, stays):
+    rule = rules.line_length if "\n\n" not in text.strip() else rules.paragraph_repetition
+    assert (rule(text) == "") == stays
+
+
+@pytest.mark.parametrize("spare", [-1, 0, 1])
+def test_a_fifth_of_repeated_characters_stays(spare):
+    text = "\n\n".join(["r" * 100, "u" * 200, "v" * (92 + spare), "r" * 100, ""])
+    assert len(text) == 500 + spare
+    assert (rules.paragraph_repetition(text) == "") == (spare >= 0)

@@ -10,6 +10,7 @@ file format, the n-gram hash and the hierarchical softmax are those of fastText 
 from __future__ import annotations
 
 import io
+import itertools
 import pathlib
 import struct
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ class Model:
         def array(dtype: str, n: int) -> np.ndarray:
             return np.frombuffer(stream.read(n * np.dtype(dtype).itemsize), dtype)
 
-        magic, version, dim, _, _, _, _, word_ngrams, loss, kind, self.n_buckets, self.shortest, self.longest, _, _ = take("14id")
+        magic, version, _, _, _, _, _, word_ngrams, loss, kind, self.n_buckets, self.shortest, self.longest, _, _ = take("14id")
         n_entries, self.n_words, n_labels, _, n_pruned = take("iiiqq")
         entries = []
         for _ in range(n_entries):
@@ -49,7 +50,7 @@ class Model:
             pairs = array("<i4", 2 * n_pruned).reshape(-1, 2)
             self.pruned[pairs[:, 0]] = pairs[:, 1]
         quantized = take("?")
-        if (magic, version, word_ngrams, loss, kind, quantized) != (793712314, 12, 1, 1, 3, True) or n_pruned < 0:
+        if (magic, version, word_ngrams, loss, kind, quantized) != (793712314, 12, 1, 1, 3, True) or n_pruned < 0 or self.shortest < 2:
             raise ValueError(f"{file}: not a quantized fastText 0.9 model of single words with hierarchical softmax")
         self.rows = dequantized(take, array)
         take("?")
@@ -64,32 +65,30 @@ class Model:
         self.known: dict[bytes, int] = {b"": 0}
         self.sums, self.counts = np.zeros((2**10, self.rows.shape[1]), np.float32), np.zeros(2**10, np.int32)
 
-    def predict(self, texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
-        """The likeliest label of each text and its score, as fastText says of the text as one line: line ends are spaces."""
-        labels, scores = [], []
-        first = n_chars = 0
+    def predict(self, texts: Sequence[str]) -> tuple[list[str], np.ndarray, np.ndarray]:
+        """(likeliest label, its score, its lead over the next) of each text as one line, [n] each. Line ends are spaces, a text's end is a word."""
+        found, first, n_chars = [([], np.empty(0), np.empty(0))], 0, 0
         for i, text in enumerate(texts):
             n_chars += len(text)
             if n_chars >= BATCH_CHARS or i + 1 == len(texts):
-                for label, score in zip(*self.batch(texts[first : i + 1]), strict=True):
-                    labels.append(label)
-                    scores.append(score)
+                found.append(self.batch(texts[first : i + 1]))
                 first, n_chars = i + 1, 0
-        return labels, np.array(scores)
+        labels, scores, leads = zip(*found, strict=True)
+        return list(itertools.chain(*labels)), np.concatenate(scores), np.concatenate(leads)
 
-    def batch(self, texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
-        # to the end of the line a word: </s>
+    def batch(self, texts: Sequence[str]) -> tuple[list[str], np.ndarray, np.ndarray]:
         split = pc.ascii_split_whitespace(pa.array([text.replace("\0", " ") + " </s>" for text in texts], pa.large_string()))
         words = split.flatten().dictionary_encode()
         ids = self.ids(words.dictionary.cast(pa.large_binary()).to_pylist())[words.indices.to_numpy()]
-        starts = split.offsets.to_numpy()
-        counted = scipy.sparse.csr_matrix((np.ones(len(ids), np.float32), ids, starts), (len(texts), len(self.known)))
-        hidden = counted @ self.sums[: len(self.known)] / np.maximum(counted @ self.counts[: len(self.known)].astype(np.float32), 1)[:, None]
+        counted = scipy.sparse.csr_matrix((np.ones(len(ids), np.float32), ids, split.offsets.to_numpy()), (len(texts), len(self.known)))
+        n_rows = counted @ self.counts[: len(self.known)].astype(np.float32)
+        hidden = counted @ self.sums[: len(self.known)] / np.maximum(n_rows, 1)[:, None]
         right = 1 / (1 + np.exp(-(hidden @ self.nodes.T)))
         turns = np.log(np.concatenate([1 - right, right], 1) + 1e-5)  # fastText's own guard against log(0)
-        scores = np.exp(turns @ self.paths)
+        scores = np.minimum(np.exp(turns @ self.paths), 1)
         best = scores.argmax(1)
-        return [self.labels[i] for i in best], scores[np.arange(len(best)), best]
+        second, first = np.partition(scores, -2, 1)[:, -2:].T
+        return [self.labels[i] for i in best], first, first - second
 
     def ids(self, words: list[bytes]) -> np.ndarray:
         """The rows of sums and counts that stand for the words."""
@@ -100,7 +99,10 @@ class Model:
             start = len(self.known)
             self.known |= {word: start + i for i, word in enumerate(fresh)}
             while len(self.known) > len(self.counts):
-                self.sums, self.counts = np.concatenate([self.sums, np.zeros_like(self.sums)]), np.concatenate([self.counts, np.zeros_like(self.counts)])
+                self.sums, self.counts = (
+                    np.concatenate([self.sums, np.zeros_like(self.sums)]),
+                    np.concatenate([self.counts, np.zeros_like(self.counts)]),
+                )
             of, rows = self.pieces(fresh)
             counted = scipy.sparse.csr_matrix((np.ones(len(of), np.float32), (of, rows)), (len(fresh), len(self.rows)))
             self.sums[start : start + len(fresh)] = counted @ self.rows
@@ -139,14 +141,13 @@ class Model:
 
 def dequantized(take, array) -> np.ndarray:
     """The input matrix [rows, dim] of product-quantized rows."""
-    has_norms, n_rows, dim, n_codes = take("?qqi")
+    has_norms, n_rows, _, n_codes = take("?qqi")
     codes = array("u1", n_codes).reshape(n_rows, -1)
 
     def codebook():
         dim, n_parts, width, last = take("4i")
         centroids = array("<f4", dim * 256)
-        parts = [centroids[k * 256 * width :][: 256 * (last if k == n_parts - 1 else width)].reshape(256, -1) for k in range(n_parts)]
-        return parts
+        return [centroids[k * 256 * width :][: 256 * (last if k == n_parts - 1 else width)].reshape(256, -1) for k in range(n_parts)]
 
     parts = codebook()
     rows = np.concatenate([part[codes[:, k]] for k, part in enumerate(parts)], 1)

@@ -51,7 +51,7 @@ READ = pa.schema({
 })  # fmt: skip
 SAMPLE = SCHEMA.append(pa.field("reason", pa.string()))
 COMPRESSED = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
-NEAR = filters.Rule("near_dedup", mark=dedup.signatures)
+EXACT, NEAR = "exact_dedup", "near_dedup"  # the rules that compare documents
 
 
 def run(settings: config.Config, workdir: pathlib.Path, replace: bool = False) -> Manifest:
@@ -63,12 +63,13 @@ def run(settings: config.Config, workdir: pathlib.Path, replace: bool = False) -
     if knobs.shard_mb < 1 or knobs.limit_mb < 0:
         raise UserError(f"prepare.shard_mb and limit_mb: got {knobs.shard_mb} and {knobs.limit_mb}, wanted at least 1 and at least 0.")
     found = sources.parse_all(knobs.sources)
-    request = stage.plain(knobs)
-    del request["engine"]  # it decides where the work is done, not what comes out
-    asked = json.dumps(request)
+    asked = json.dumps(stage.plain(knobs))
     rules, index = opened(asked)
     engine.start(knobs.engine)
 
+    request = stage.plain(knobs)
+    del request["engine"]  # it decides where the work is done, not what comes out
+    request["rules"] = [rule.says for rule in rules]
     request["installed"] = {source.name: versions for source in found if (versions := source.installation())}
     inputs = {key: path for source in found for key, path in source.inputs().items()}
     inputs |= {f"benchmarks/{i}": stage.local_path(path) for i, path in enumerate(knobs.decontaminate)}
@@ -109,8 +110,14 @@ def opened(asked: str) -> tuple[list[filters.Rule], decontaminate.Index]:
     """(the rules in order, the benchmarks' 13-grams) that a section `prepare`, as JSON, asks for: opened once in each process."""
     knobs = json.loads(asked)
     index = decontaminate.Index([item for path in knobs["decontaminate"] for item in benchmarks.read(path)])
-    rules = [*filters.PRESETS[knobs["preset"]], *([NEAR] if knobs["near_dedup"] else [])]
-    return rules + ([filters.Rule("decontaminate", judge=index.judge)] if knobs["decontaminate"] else []), index
+    near = [NEAR] if knobs["near_dedup"] and NEAR not in filters.PRESETS[knobs["preset"]] else []
+    rules = filters.understand(knobs["preset"], [*knobs["rules"], *near])
+    return rules + ([filters.Rule("decontaminate", judge=index.judge, says="decontaminate")] if knobs["decontaminate"] else []), index
+
+
+def place(rules: Sequence[filters.Rule], name: str) -> int | None:
+    """Where the rule of this name stands."""
+    return next((k for k, rule in enumerate(rules) if rule.name == name), None)
 
 
 # ---- jobs
@@ -224,7 +231,7 @@ def read_piece(job: dict, advance: Callable[[int], None] = lambda n: None) -> in
         file = pathlib.Path(f"{job['to']}-{n:05d}.arrow")
         with named_when_whole(file) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, READ, options=COMPRESSED) as out:
             n_rows = n_bytes = 0
-            while n_bytes < job["room"] and (batch := next_batch(stream)):
+            while n_bytes < job["room"] and (batch := next_batch(stream, min(BATCH_BYTES, job["room"] - n_bytes))):
                 columns = zip(*batch, strict=True)
                 out.write_batch(pa.record_batch([pa.array(each, field.type) for each, field in zip(columns, READ, strict=True)], schema=READ))
                 n_rows += len(batch)
@@ -241,9 +248,9 @@ def read_piece(job: dict, advance: Callable[[int], None] = lambda n: None) -> in
     return total
 
 
-def next_batch(stream: Iterator[tuple]) -> list[tuple]:
-    """The next rows, BATCH_ROWS of them or BATCH_BYTES of text, whichever is reached first; none at the end."""
-    batch, room = [], BATCH_BYTES
+def next_batch(stream: Iterator[tuple], room: int) -> list[tuple]:
+    """The next rows, BATCH_ROWS of them or `room` bytes of text, whichever is reached first; none at the end."""
+    batch = []
     for row in itertools.islice(stream, BATCH_ROWS):
         batch.append(row)
         room -= row[-1]
@@ -336,9 +343,9 @@ def judge(do: Callable, files: list[Read], found: Sequence[sources.Source], aske
     """Run the rules over the texts, wherever the engine runs and in whatever order it answers."""
     starts = np.cumsum([0, *(file.n for file in files)])
     repeats = home / "repeats.npy"
-    if filters.EXACT in rules:
+    if place(rules, EXACT) is not None:
         np.save(repeats, repeated(files, starts))
-    same = {"asked": asked, "repeats": str(repeats) if filters.EXACT in rules else None}
+    same = {"asked": asked, "repeats": None if place(rules, EXACT) is None else str(repeats)}
     jobs = [{**same, "file": str(file.path), "ceiling": file.ceiling, "start": int(start)} for file, start in zip(files, starts, strict=False)]
     answers = do(judge_rows, jobs, "judging", "documents", int(starts[-1]), sum(file.path.stat().st_size for file in files))
     judged = [pathlib.Path(next(iter(answer["files"]))) for answer in answers]
@@ -367,7 +374,7 @@ def judged_schema(rules: Sequence[filters.Rule]) -> pa.Schema:
     fields |= {"new.prompt_chars": pa.int32(), "new.chars": pa.int64(), "new.bytes": pa.int64(), "split": pa.uint64(), "show": pa.uint64()}
     for k, rule in enumerate(rules):
         fields |= {f"{k}.{name}": pa.int64() for name in ("edits", "chars", "bytes") if rule.edit}
-        fields |= {f"{k}.mark": pa.binary(16) for _ in [0] if rule.name == filters.EXACT.name}
+        fields |= {f"{k}.mark": pa.binary(16) for _ in [0] if rule.name == EXACT}
     return pa.schema(fields)
 
 
@@ -387,7 +394,7 @@ def judge_rows(job: dict, advance: Callable[[int], None] = lambda n: None) -> in
             signatures += found
             n += len(taken)
             advance(len(taken))
-    kept = dedup.keep(pathlib.Path(job["to"]), signatures) if NEAR in rules else []
+    kept = dedup.keep(pathlib.Path(job["to"]), signatures) if place(rules, NEAR) is not None else []
     tell(job, [file, *kept])
     return n
 
@@ -408,7 +415,7 @@ def judged_columns(batch: pa.RecordBatch, rules: list[filters.Rule], fresh: np.n
     for name in ("prompt_chars", "chars", "bytes"):
         columns[f"new.{name}"][:] = batch.column(name)
     signatures = {}
-    for chosen, some in ((fresh, rules), (again, rules[: rules.index(filters.EXACT) + 1] if again.any() else [])):
+    for chosen, some in ((fresh, rules), (again, rules[: place(rules, EXACT) + 1] if again.any() else [])):
         places = np.flatnonzero(chosen).tolist()
         judged = filters.judge([documents[i] for i in places], some)
         columns["failed"][places] = judged.failed
@@ -425,7 +432,7 @@ def judged_columns(batch: pa.RecordBatch, rules: list[filters.Rule], fresh: np.n
                     columns["new.chars"][i], columns["new.bytes"][i] = edited[1:]
         for k, marks in judged.marks.items():
             for i, mark in zip(places, marks, strict=True):
-                if mark and rules[k] is NEAR:
+                if mark and rules[k].name == NEAR:
                     signatures[i] = mark
                 elif mark:
                     columns[f"{k}.mark"][i] = mark[:16]
@@ -466,7 +473,7 @@ def decide(rows: Rows, rules: Sequence[filters.Rule]) -> tuple[np.ndarray, np.nd
     for k, rule in enumerate(rules):
         if rule.mark:
             alive = np.flatnonzero(dropped_by > k)
-            if rule is NEAR:
+            if rule.name == NEAR:
                 first = dedup.near([judged.with_suffix("") for judged in rows.judged], dropped_by[failed > k] > k)
             else:
                 first = dedup.exact(np.concatenate([mark[dropped_by[here] > k] for here, _, mark in rows.each(f"{k}.mark")]))
@@ -579,16 +586,18 @@ def write_shard(job: dict, advance: Callable[[int], None] = lambda n: None) -> i
                 told["contaminated"] += sorted({item.task for item, _ in index.hits(table["text"][i].as_py())})
 
     if job["file"]:
-        write_groups(pathlib.Path(job["file"]), pathlib.Path(job["to"]), tables(), groups)
+        with named_when_whole(pathlib.Path(job["to"])) as temporary:
+            write_groups(temporary, tables(), groups)
+        pathlib.Path(job["to"]).rename(job["file"])
     else:
         collections.deque(tables(), maxlen=0)
     tell(job, [pathlib.Path(job["file"])] if job["file"] else [], **told)
     return stop - first
 
 
-def write_groups(file: pathlib.Path, temporary: pathlib.Path, tables: Iterator[pa.Table], groups: list[int]) -> None:
+def write_groups(file: pathlib.Path, tables: Iterator[pa.Table], groups: list[int]) -> None:
     """A parquet shard with row groups of so many rows. Each is one piece in memory, or its bytes would depend on how it came."""
-    with pq.ParquetWriter(temporary, SCHEMA, compression="zstd", use_dictionary=["source", "meta"]) as out:
+    with pq.ParquetWriter(file, SCHEMA, compression="zstd", use_dictionary=["source", "meta"]) as out:
         waiting = SCHEMA.empty_table()
         for n in groups:
             while len(waiting) < n:
@@ -596,7 +605,6 @@ def write_groups(file: pathlib.Path, temporary: pathlib.Path, tables: Iterator[p
             out.write_table(waiting.slice(0, n).combine_chunks(), row_group_size=n)
             waiting = waiting.slice(n)
         collections.deque(tables, maxlen=0)  # the rest has rows of the other side, but may hold what is told of single ones
-    temporary.rename(file)
 
 
 # ---- the funnel
