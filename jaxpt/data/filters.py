@@ -173,7 +173,8 @@ def made(one: Asked) -> Rule:
         step = functools.partial(function, **one.settings)
         edits = "tuple" in str(inspect.signature(function).return_annotation)
     else:
-        step, edits = functools.partial(each, function, settings), one.name in rules.EDITS
+        batch = function in rules.BATCHES
+        step, edits = functools.partial(function, **settings) if batch else functools.partial(each, function, settings), one.name in rules.EDITS
     return Rule(one.name, says=says, **{"edit" if edits else "judge": step})
 
 

@@ -6,6 +6,7 @@
     hf:NAME[/CONFIG]:SPLIT#field   Hugging Face data set, streamed    hf:HuggingFaceFW/fineweb/sample-10BT:train#text
     python:prose           documentation that this Python installation carries, in English
     python:code            the standard library's source files
+    python:tasks           a prompt and its completion: what a function of the standard library says that it does, and the function
 
 Two fields joined by "+", as in jsonl:tasks.jsonl#question+answer, make a document of a prompt and its completion: one text, whose prompt
 is read but not trained on.
@@ -117,7 +118,7 @@ def parse(text: str) -> Source:
         if not files:
             raise UserError(f"prepare.sources: {text!r}: no file matches {where}. Check the path; a relative one starts from {pathlib.Path.cwd()}.")
     elif kind == "python" and where not in PYTHON:
-        raise UserError(f"prepare.sources: {text!r}: wanted python:prose or python:code.")
+        raise UserError(f"prepare.sources: {text!r}: wanted python:prose, python:code or python:tasks.")
     elif kind == "hf" and ":" not in where:
         raise UserError(f"prepare.sources: {text!r}: the split is missing. Write hf:NAME[/CONFIG]:SPLIT#field, such as hf:{where}:train#text.")
     name = readable_name(kind, where) if name is None else name
@@ -296,6 +297,21 @@ def read_prose() -> Iterator[Document]:
         yield Document(f"topics/{name}", topic.strip())
 
 
+def read_tasks() -> Iterator[Document]:
+    """Short functions that say in a few words what they do. The words ask for it, the function without them answers."""
+    for file in library_files():
+        code = file.read_bytes().decode("utf-8", "replace")
+        lines = code.splitlines(keepends=True)
+        for node in parsed(file).body:
+            if isinstance(node, ast.FunctionDef) and len(node.body) > 1 and (docstring := ast.get_docstring(node)):
+                says = node.body[0]
+                function = "".join(lines[node.lineno - 1 : says.lineno - 1] + lines[says.end_lineno : node.end_lineno])
+                words = " ".join(docstring.partition("\n\n")[0].split())
+                if 20 <= len(words) <= 120 and len(function) <= 500:
+                    prompt = f"Write a Python function. {words}\n\n"
+                    yield Document(f"{file.relative_to(library()).as_posix()}:{node.name}", prompt + function, len(prompt))
+
+
 def installed() -> dict[str, Any]:
     """Metadata of the installed packages by name, but for the remains of an interrupted pip, which have no name."""
     return {name.lower(): each.metadata for each in importlib.metadata.distributions() if each.metadata and (name := each.metadata["Name"])}
@@ -324,15 +340,7 @@ def source_files(root: pathlib.Path) -> list[pathlib.Path]:
 
 def docstrings_of(file: pathlib.Path) -> list[str]:
     """Docstrings of a file's module, classes and functions, outermost first, indentation removed."""
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in other people's strings
-        try:
-            tree = ast.parse(file.read_bytes())
-        except (SyntaxError, ValueError):  # written for another Python
-            return []
-    docstrings, nodes = [], [tree]
+    docstrings, nodes = [], [parsed(file)]
     for node in nodes:  # grows while it is read: breadth first, through statements only, which is all that can hold a definition
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and (text := ast.get_docstring(node)):
             docstrings.append(text)
@@ -341,10 +349,22 @@ def docstrings_of(file: pathlib.Path) -> list[str]:
     return docstrings
 
 
+def parsed(file: pathlib.Path) -> ast.Module:
+    """A file's syntax tree; an empty one where the file was written for another Python."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+        try:
+            return ast.parse(file.read_bytes())
+        except (SyntaxError, ValueError):
+            return ast.Module([], [])
+
+
 def is_prose(docstring: str) -> bool:
     """Long enough to say something, and mostly words: at least 80 characters, three quarters of them letters or spaces."""
     return len(docstring) >= 80 and sum(map(str.isalpha, docstring)) + docstring.count(" ") >= 0.75 * len(docstring)
 
 
-PYTHON = {"prose": read_prose, "code": read_code}
+PYTHON = {"prose": read_prose, "code": read_code, "tasks": read_tasks}
 READERS = {"text": read_text, "jsonl": read_jsonl, "parquet": read_parquet, "hf": read_hf, "python": read_python}
