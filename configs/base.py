@@ -20,6 +20,8 @@ def get_config():
     c.prepare.near_dedup = False
     # benchmark files; a document that shares 13 words in a row with an item is dropped
     c.prepare.decontaminate = ()
+    # a record or file that cannot be read: stop, or skip and count it (a file from the place on where it breaks)
+    c.prepare.on_error = "stop"
     # share of documents kept out of training, chosen by hash of the text, per source
     c.prepare.heldout_frac = 0.02
     # MB of text taken from each source at most, after a hash shuffle; 0 takes all. For samples

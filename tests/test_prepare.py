@@ -609,7 +609,7 @@ def write_bad_files(directory: pathlib.Path) -> None:
     [
         ("sources=", "empty, so there is nothing to read"),
         ("jsnl:good.jsonl", "no kind 'jsnl'; did you mean jsonl:"),
-        ("warc:crawl.warc.gz", "no kind 'warc'"),
+        ("warc:good.jsonl", "good.jsonl:1: cannot be read as WARC"),
         ("good.jsonl", "is not a source"),
         ("jsonl:missing*.jsonl", "no file matches"),
         ("jsonl:.", "is a directory"),
