@@ -272,7 +272,7 @@ def unpacked(file: str, found) -> io.BufferedIOBase:
         import pyarrow as pa
 
         return io.BufferedReader(pa.CompressedInputStream(found, "zstd"))
-    return gzip.open(found) if file.endswith(".gz") else found if isinstance(found, io.BufferedIOBase) else io.BufferedReader(found)
+    return gzip.open(found) if file.endswith(".gz") else io.BufferedReader(found) if is_remote(file) else found
 
 
 # ---- the kinds: each gives of one file the documents, the records that are none, and the mistakes that end with a record
@@ -344,17 +344,19 @@ def read_warc(source: Source, file: str) -> Iterator[Document | Passed | UserErr
     """The main text of the HTML pages among the responses, as trafilatura finds it with precision before recall, like FineWeb (2406.17557)."""
     from fastwarc.warc import ArchiveIterator, WarcRecordType
 
-    name = relative(source, file)
+    name, n = relative(source, file), 0
     with opened(file) as stream:
-        n = 0
+        forward = Forward(stream)
         try:
-            for n, record in enumerate(ArchiveIterator(stream, parse_http=False), 1):
+            for n, record in enumerate(ArchiveIterator(forward, parse_http=False), 1):
                 place = f"{file}:{n}"
                 n_bytes = int(record.headers.get("Content-Length") or -1)
                 if n_bytes > LARGEST:
                     yield too_large(place)
                     continue
                 record.freeze()
+                if forward.error:
+                    break
                 if record.content_length != n_bytes:  # of a file cut short the last record looks whole otherwise
                     raise UserError(
                         f"{place}: the record ends after {record.content_length} of {n_bytes} bytes. Copy the file again or leave it out."
@@ -368,8 +370,28 @@ def read_warc(source: Source, file: str) -> Iterator[Document | Passed | UserErr
                 date = record.record_date.strftime("%Y-%m-%dT%H:%M:%SZ") if record.record_date else ""
                 meta = {"url": record.headers.get("WARC-Target-URI") or "", "date": date}
                 yield Document(f"{name}:{n}", text, 0, json.dumps(meta, ensure_ascii=False))
-        except (OSError, EOFError, zlib.error) as error:
+        except OSError as error:
             raise UserError(f"{file}:{n + 1}: cannot be read as WARC ({first_line(error)}). Copy the file again or leave it out.") from None
+        if forward.error:
+            raise forward.error
+
+
+class Forward:
+    """A stream as fastwarc can take it: it asks for the place even where none can be told, and an error while it reads would end the process."""
+
+    def __init__(self, stream: io.BufferedIOBase):
+        self.stream, self.n_read, self.error = stream, 0, None
+
+    def read(self, n: int) -> bytes:
+        try:
+            data = self.stream.read1(n)  # no more than lies ready: an error must not take what was whole before it
+        except (EOFError, zlib.error, OSError) as error:
+            self.error, data = error, b""
+        self.n_read += len(data)
+        return data
+
+    def tell(self) -> int:
+        return self.n_read
 
 
 def page_text(record) -> tuple[str, str]:
