@@ -13,7 +13,7 @@ import io
 import itertools
 import pathlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import scipy.sparse
 
 KEPT_WORDS = 2**18  # of which the sums are kept, about 30 MB with their names; then it begins again
+FNV_START, FNV_PRIME = np.uint32(2166136261), np.uint32(16777619)
 BATCH_CHARS = 2**21  # of text at once
 
 
@@ -94,49 +95,59 @@ class Model:
         """The rows of sums and counts that stand for the words."""
         if len(self.known) + len(words) > KEPT_WORDS:
             self.forget()
-        fresh = [word for word in words if word not in self.known]
-        if fresh:
-            start = len(self.known)
-            self.known |= {word: start + i for i, word in enumerate(fresh)}
-            while len(self.known) > len(self.counts):
-                self.sums, self.counts = (
-                    np.concatenate([self.sums, np.zeros_like(self.sums)]),
-                    np.concatenate([self.counts, np.zeros_like(self.counts)]),
-                )
-            of, rows = self.pieces(fresh)
-            counted = scipy.sparse.csr_matrix((np.ones(len(of), np.float32), (of, rows)), (len(fresh), len(self.rows)))
-            self.sums[start : start + len(fresh)] = counted @ self.rows
-            self.counts[start : start + len(fresh)] = np.bincount(of, minlength=len(fresh))
-        return np.fromiter(map(self.known.__getitem__, words), np.int32, len(words))
+        found = np.fromiter(map(self.known.get, words, itertools.repeat(-1)), np.int32, len(words))
+        new = np.flatnonzero(found < 0)
+        start, stop = len(self.known), len(self.known) + len(new)
+        found[new] = np.arange(start, stop)
+        fresh = [words[i] for i in new.tolist()]
+        self.known |= zip(fresh, range(start, stop), strict=True)
+        while stop > len(self.counts):
+            self.sums, self.counts = (np.concatenate([each, np.zeros_like(each)]) for each in (self.sums, self.counts))
+        of, rows = self.pieces(fresh)
+        counted = scipy.sparse.csr_matrix((np.ones(len(of), np.float32), (of, rows)), (len(fresh), len(self.rows)))
+        self.sums[start:stop] = counted @ self.rows
+        self.counts[start:stop] = np.bincount(of, minlength=len(fresh))
+        return found
 
     def pieces(self, words: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """(word number, row) of each row of the model that belongs to one of the words: its own, and those of its n-grams."""
-        known = np.array([self.word_ids.get(word, -1) for word in words])
-        of, rows = [np.flatnonzero(known >= 0)], [known[known >= 0]]
-        spelled = [b"" if word == b"</s>" else b"<" + word + b">" for word in words]
-        data = np.frombuffer(b"".join(spelled), np.uint8)
-        if not len(data):
-            return of[0], rows[0]
-        lengths = np.array(list(map(len, spelled)))
-        word_of = np.repeat(np.arange(len(words)), lengths)
-        begins = np.flatnonzero((data & 0xC0) != 0x80)  # of characters
+        known = np.fromiter(map(self.word_ids.get, words, itertools.repeat(-1)), np.int32, len(words))
+        found = [(np.flatnonzero(known >= 0), known[known >= 0])]
+        simple = np.fromiter(map(bytes.isascii, words), bool, len(words))
+        for chosen, ngrams in ((simple, self.ngrams_of_bytes), (~simple, self.ngrams_of_characters)):
+            numbers = np.flatnonzero(chosen)
+            spelled = [b"" if words[i] == b"</s>" else b"<%b>" % words[i] for i in numbers.tolist()]
+            word_of = np.repeat(numbers, np.fromiter(map(len, spelled), np.int64, len(spelled)))
+            for of, hashes in ngrams(np.frombuffer(b"".join(spelled), np.uint8), word_of):
+                rows = self.pruned[hashes % np.uint32(self.n_buckets)]
+                found.append((of[rows >= 0], rows[rows >= 0] + self.n_words))
+        of, rows = zip(*found, strict=True)
+        return np.concatenate(of), np.concatenate(rows)
+
+    def ngrams_of_bytes(self, data: np.ndarray, word_of: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(word number, hash) of each n-gram, where each character is a byte."""
+        hashes = np.full(len(data), FNV_START, np.uint32)
+        for n in range(1, min(self.longest, len(data)) + 1):
+            hashes = (hashes[: len(data) - n + 1] ^ data[n - 1 :]) * FNV_PRIME
+            if n >= self.shortest:
+                whole = word_of[: len(hashes)] == word_of[n - 1 :]
+                yield word_of[: len(hashes)][whole], hashes[whole]
+
+    def ngrams_of_characters(self, data: np.ndarray, word_of: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(word number, hash) of each n-gram, where a character is one to four bytes."""
+        begins = np.flatnonzero((data & 0xC0) != 0x80)
         stops = np.append(begins[1:], len(data))
         signed = data.astype(np.int8).astype(np.int32).view(np.uint32)  # fastText hashes signed bytes
-        hashes = np.full(len(begins), 2166136261, np.uint32)
-        place = np.arange(len(begins))
+        hashes, place = np.full(len(begins), FNV_START, np.uint32), np.arange(len(begins))
         for n in range(1, self.longest + 1):
             place = place[place + n <= len(begins)]
             place = place[word_of[begins[place + n - 1]] == word_of[begins[place]]]
-            last = place + n - 1
             for offset in range(4):  # bytes of the character that is added
-                at = begins[last] + offset
-                more = at < stops[last]
-                hashes[place[more]] = (hashes[place[more]] ^ signed[at[more]]) * np.uint32(16777619)
+                at = begins[place + n - 1] + offset
+                more = at < stops[place + n - 1]
+                hashes[place[more]] = (hashes[place[more]] ^ signed[at[more]]) * FNV_PRIME
             if n >= self.shortest:
-                found = self.pruned[hashes[place] % self.n_buckets]
-                of.append(word_of[begins[place]][found >= 0])
-                rows.append(found[found >= 0] + self.n_words)
-        return np.concatenate(of), np.concatenate(rows)
+                yield word_of[begins[place]], hashes[place]
 
 
 def dequantized(take, array) -> np.ndarray:

@@ -35,7 +35,7 @@ from jaxpt.spec import Manifest, UserError
 
 SAMPLES = 50  # dropped documents shown for each rule
 SAMPLE_CHARS = 10_000  # of each, at most: enough to judge a rule by
-JOB_BYTES = 2**25  # of text that a job reads or judges, about
+JOB_BYTES = 2**23  # of text that a job judges, about
 BATCH_BYTES = 2**22  # of text judged at once, about, and
 BATCH_ROWS = 1024  # the documents in it, at most
 GROUP_BYTES = 2**25  # of text in a row group of a shard, about, and
