@@ -4,6 +4,7 @@ import collections
 import gzip
 import json
 import logging
+import random
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -76,6 +77,33 @@ def test_a_page_is_its_main_text_in_its_own_letters_with_url_and_date(tmp_path):
     assert [each.id for each in found] == [f"web/a.warc:{n}" for n in (2, 3, 4, 5)]
     assert json.loads(found[1].meta) == {"url": "http://example.org/3", "date": "2026-11-03T04:02:06Z"}
     assert counts == {"is image/png, not HTML": 1, "HTTP status 404": 1, "empty body": 1}, "the others are no responses"
+
+
+def test_a_charset_that_nobody_knows_gives_way_to_what_the_page_says_of_itself(tmp_path):
+    body = page(STORY["ja"], '<meta charset="shift_jis">').encode("shift_jis")
+    (tmp_path / "a.warc").write_bytes(record(http(body, "text/html; charset=UTF-eight"), 1))
+    [found] = read(f"warc:{tmp_path}/a.warc")[0]
+    assert STORY["ja"] in found.text
+
+
+def test_a_crawl_with_damaged_bytes_is_read_or_named_and_never_a_traceback(tmp_path):
+    rng, whole, ends = random.Random(3), b"".join(crawl()), collections.Counter()
+    for _ in range(60):
+        data = bytearray(whole)
+        for _ in range(rng.choice([1, 3, 20])):
+            at = rng.randrange(len(data))
+            data[at : at + rng.choice([0, 1, 1, 90])] = rng.choice([b"", rng.randbytes(1), rng.randbytes(30)])
+        at = data.find(b"Content-Length: ", rng.randrange(len(data)))
+        if at > 0 and rng.random() < 0.3:
+            data[at + 16 : at + 17] = rng.choice([b"-", b"9", b"x", b"99999999999999999999"])
+        (tmp_path / "a.warc").write_bytes(data)
+        try:
+            read(f"warc:{tmp_path}/a.warc")
+            ends["read"] += 1
+        except UserError as error:
+            assert "a.warc" in str(error) and "\n" not in str(error)
+            ends["named"] += 1
+    assert ends["read"] and ends["named"]
 
 
 def test_a_crawl_reads_the_same_however_it_is_packed(tmp_path):

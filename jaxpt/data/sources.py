@@ -21,6 +21,7 @@ What cannot be read stops the reading with one sentence that names file and reco
 from __future__ import annotations
 
 import ast
+import codecs
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -350,7 +351,10 @@ def read_warc(source: Source, file: str) -> Iterator[Document | Passed | UserErr
         try:
             for n, record in enumerate(ArchiveIterator(forward, parse_http=False), 1):
                 place = f"{file}:{n}"
-                n_bytes = int(record.headers.get("Content-Length") or -1)
+                declared = record.headers.get("Content-Length") or ""
+                if not re.fullmatch(r"\d{1,18}", declared, re.ASCII):
+                    raise UserError(f"{place}: its header is damaged (Content-Length {declared[:40]!r}). Copy the file again or leave it out.")
+                n_bytes = int(declared)
                 if n_bytes > LARGEST:
                     yield too_large(place)
                     continue
@@ -412,7 +416,11 @@ def page_text(record) -> tuple[str, str]:
         return "", f"is {kind or 'of no stated type'}, not HTML"
     if not body.strip():
         return "", "empty body"
-    html = bytes_to_str(body, record.http_charset or detect_encoding(body, from_html_meta=True))
+    try:
+        charset = codecs.lookup(record.http_charset or "").name
+    except LookupError:  # none was said, or one that nobody knows: then the page's own word, then its bytes
+        charset = detect_encoding(body, from_html_meta=True)
+    html = bytes_to_str(body, charset)
     try:
         text = trafilatura.extract(html, include_comments=False, favor_precision=True)
     except Exception:  # lxml and the extractor's own code meet every page that was ever written
