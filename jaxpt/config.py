@@ -39,7 +39,8 @@ class Prepare:
         "changes to the preset: '-language' drops a rule, 'min_chars(least=50)' sets or adds one, 'NAME before OTHER' places it, MODULE:FUNCTION is yours",
     )
     near_dedup: bool = knob(False, "drop near-duplicates by MinHash over word 5-grams, first kept; about doubles the stage's time")
-    decontaminate: tuple[str, ...] = knob((), "benchmark files; a document that shares 13 words in a row with an item is dropped")
+    decontaminate: tuple[str, ...] = knob((), "benchmark files; a document that shares words in a row with an item is dropped")
+    decontaminate_words: int = knob(13, "so many words in a row: GPT-3's 13 are hardly ever shared by chance, and shorter items cannot be found")
     on_error: str = knob(
         "stop", "a record or file that cannot be read: stop, or skip and count it (a file from the place on where it breaks)", "stop", "skip"
     )

@@ -491,6 +491,13 @@ def test_a_document_with_thirteen_words_of_an_item_is_dropped_and_twelve_stay(tm
     assert manifest.counts["contaminated"] == {"gsm8k": 1, "lambada": 1, "ours": 1, "truthfulqa": 2, "winogrande": 1}
     reasons = pq.read_table(tmp_path / "run/corpus/dropped/decontaminate.parquet")["reason"].to_pylist()
     assert all(re.match(r"\w+ \w+:1: '(\w+ ){12}\w+'$", reason) for reason in reasons) and "gsm8k math:1" in reasons[0]
+    hits = [json.loads(line) for line in (tmp_path / "run/corpus/contaminated.jsonl").read_text().splitlines()]
+    assert [(hit["id"][-1], hit["task"], hit["item"]) for hit in hits] == [
+        ("1", "gsm8k", "math:1"), ("2", "lambada", "last:1"), ("3", "winogrande", "pairs:1"), ("4", "ours", "ours:1"),
+        ("5", "truthfulqa", "mc:1"), ("6", "truthfulqa", "tq:1"),
+    ]  # fmt: skip
+    assert hits[0] == {"id": "web/run.jsonl:1", "source": "web", "task": "gsm8k", "item": "math:1", "words": " ".join(items["gsm8k"][3:16])}
+    assert texts_of(prepared(tmp_path / "12", [*good, *ENGLISH], decontaminate=(str(tmp_path / "tests"),), decontaminate_words=12)) == ENGLISH
 
 
 def test_items_too_short_to_be_found_are_counted_aloud(tmp_path, capsys):
@@ -638,6 +645,7 @@ def write_bad_files(directory: pathlib.Path) -> None:
         ("limit_mb=0.000001", "no document fits into prepare.limit_mb"),
         ("limit_mb=-1.0", "limit_mb: got"),
         ("shard_mb=0", "shard_mb"),
+        ("decontaminate_words=0", "decontaminate_words: got 0"),
         ("decontaminate=missing.jsonl", "no such benchmark file"),
         ("decontaminate=bench.jsonl", "bench.jsonl:1: not JSON"),
         ("decontaminate=wrong.json", "wanted a JSON list"),
@@ -648,7 +656,7 @@ def test_what_cannot_be_used_is_told_in_one_sentence(tmp_path, monkeypatch, aske
     write_bad_files(tmp_path)
     monkeypatch.chdir(tmp_path)
     knobs = {"sources": ("jsonl:good.jsonl",)}
-    if knob := re.fullmatch(r"(sources|limit_mb|shard_mb|decontaminate|engine)=(.*)", asked):
+    if knob := re.fullmatch(r"(sources|limit_mb|shard_mb|decontaminate|decontaminate_words|engine)=(.*)", asked):
         key, value = knob.groups()
         default = getattr(Prepare(), key)
         knobs[key] = tuple(value.split()) if isinstance(default, tuple) else type(default)(value)

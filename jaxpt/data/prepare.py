@@ -63,6 +63,8 @@ def run(settings: config.Config, workdir: pathlib.Path, replace: bool = False) -
     knobs = settings.prepare
     if knobs.shard_mb < 1 or knobs.limit_mb < 0:
         raise UserError(f"prepare.shard_mb and limit_mb: got {knobs.shard_mb} and {knobs.limit_mb}, wanted at least 1 and at least 0.")
+    if knobs.decontaminate_words < 1:
+        raise UserError(f"prepare.decontaminate_words: got {knobs.decontaminate_words}, wanted at least 1.")
     found = sources.parse_all(knobs.sources)
     asked = json.dumps(stage.plain(knobs))
     rules, index = opened(asked)
@@ -75,7 +77,7 @@ def run(settings: config.Config, workdir: pathlib.Path, replace: bool = False) -
     inputs = {key: path for source in found for key, path in source.inputs().items()}
     inputs |= {f"benchmarks/{i}": stage.local_path(path) for i, path in enumerate(knobs.decontaminate)}
     if index.n_short:
-        short = f"{index.n_short:,} of {len(index.items):,} benchmark items have fewer than {decontaminate.NGRAM} words"
+        short = f"{index.n_short:,} of {len(index.items):,} benchmark items have fewer than {index.n} words"
         stage.say(f"prepare: {short}: no document can be matched with them")
 
     def work(partial: pathlib.Path) -> dict[str, Any]:
@@ -84,8 +86,10 @@ def run(settings: config.Config, workdir: pathlib.Path, replace: bool = False) -
         files, unread = read(do, found, knobs)
         rows = judge(do, files, found, asked, rules, home)
         dropped_by, twin = decide(rows, rules)
-        tasks = write(do, rows, rules, dropped_by, twin, asked, partial.resolve())
-        contaminated = {task: tasks.count(task) for task in sorted({item.task for item in index.items})}
+        hits = write(do, rows, rules, dropped_by, twin, asked, partial.resolve())
+        contaminated = {task: len({hit["id"] for hit in hits if hit["task"] == task}) for task in sorted({item.task for item in index.items})}
+        if knobs.decontaminate:
+            (partial / "contaminated.jsonl").write_text("".join(json.dumps(hit, ensure_ascii=False) + "\n" for hit in hits))
         funnel = {**account(rows, rules, dropped_by), "unread": unread}
         (partial / "funnel.json").write_text(json.dumps(funnel, indent=1) + "\n")
         if not any(amounts["rows"] for amounts in funnel["train"].values()):
@@ -104,7 +108,7 @@ def run(settings: config.Config, workdir: pathlib.Path, replace: bool = False) -
         for sentence in one["first"]:
             stage.say(f"prepare: passed over: {sentence}")
     for task, n in manifest.counts["contaminated"].items():
-        stage.say(f"prepare: {n:,} documents dropped for what they share with {task}")
+        stage.say(f"prepare: {n:,} documents dropped for what they share with {task}; {workdir / 'corpus/contaminated.jsonl'} lists them")
     sums = [sum(amounts[key] for amounts in manifest.counts[side].values()) for side in ("train", "heldout") for key in ("rows", "bytes")]
     made = f"{sums[0]:,} documents ({sums[1] / 1e6:.1f} MB) to train on, {sums[2]:,} ({sums[3] / 1e6:.1f} MB) held out"
     stage.say(f"prepare: {workdir / 'corpus'}: {made}")
@@ -115,7 +119,7 @@ def run(settings: config.Config, workdir: pathlib.Path, replace: bool = False) -
 def opened(asked: str) -> tuple[list[filters.Rule], decontaminate.Index]:
     """(the rules in order, the benchmarks' 13-grams) that a section `prepare`, as JSON, asks for: opened once in each process."""
     knobs = json.loads(asked)
-    index = decontaminate.Index([item for path in knobs["decontaminate"] for item in benchmarks.read(path)])
+    index = decontaminate.Index([item for path in knobs["decontaminate"] for item in benchmarks.read(path)], knobs["decontaminate_words"])
     near = [NEAR] if knobs["near_dedup"] and NEAR not in filters.PRESETS[knobs["preset"]] else []
     rules = filters.understand(knobs["preset"], [*knobs["rules"], *near])
     return rules + ([filters.Rule("decontaminate", judge=index.judge, says="decontaminate")] if knobs["decontaminate"] else []), index
@@ -502,8 +506,10 @@ def decide(rows: Rows, rules: Sequence[filters.Rule]) -> tuple[np.ndarray, np.nd
 # ---- third pass: what stays goes to its side, and of what goes a sample is kept
 
 
-def write(do: Callable, rows: Rows, rules: list[filters.Rule], dropped_by: np.ndarray, twin: np.ndarray, asked: str, out: pathlib.Path) -> list[str]:
-    """Write the shards and the samples. Returns the benchmark tasks that documents were dropped for, one for each task of each document."""
+def write(
+    do: Callable, rows: Rows, rules: list[filters.Rule], dropped_by: np.ndarray, twin: np.ndarray, asked: str, out: pathlib.Path
+) -> list[dict[str, str]]:
+    """Write the shards and the samples. Returns what documents were dropped for by decontaminate: each with each item, and the words that they share."""
     decided, shard_bytes = out / ".work/dropped_by.npy", json.loads(asked)["shard_mb"] * 1_000_000
     np.save(decided, dropped_by)
     shown = samples(rows.all("show"), dropped_by, len(rules))
@@ -538,7 +544,7 @@ def write(do: Callable, rows: Rows, rules: list[filters.Rule], dropped_by: np.nd
     for k, rule in enumerate(rules):
         if told := [found[row] for row in sorted(found) if dropped_by[row] == k]:
             pq.write_table(pa.Table.from_pylist(told, SAMPLE), out / "dropped" / f"{rule.name}.parquet", compression="zstd")
-    return [task for answer in answers for task in answer["contaminated"]]
+    return [hit for answer in answers for hit in answer["contaminated"]]
 
 
 def stays(dropped_by: np.ndarray, split: np.ndarray, side: str, n_rules: int, heldout: int) -> np.ndarray:
@@ -600,7 +606,10 @@ def write_shard(job: dict, advance: Callable[[int], None] = lambda n: None) -> i
             told["samples"][row] = {**sample, "text": sample["text"][:SAMPLE_CHARS], "reason": reasons[row - start].as_py()}
         for k in (k for k, rule in enumerate(rules) if rule.name == "decontaminate" and job["side"] == "train"):
             for i in np.flatnonzero(fell_to == k).tolist():
-                told["contaminated"] += sorted({item.task for item, _ in index.hits(table["text"][i].as_py())})
+                id, source, text = (table[name][i].as_py() for name in ("id", "source", "text"))
+                told["contaminated"] += [
+                    {"id": id, "source": source, "task": item.task, "item": item.id, "words": words} for item, words in index.hits(text)
+                ]
 
     if job["file"]:
         with named_when_whole(pathlib.Path(job["to"])) as temporary:
