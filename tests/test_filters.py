@@ -8,7 +8,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from jaxpt.data import dedup, filters, rules
+from jaxpt.config import Config, Prepare
+from jaxpt.data import dedup, filters, prepare, rules
 from jaxpt.data.sources import Document
 from jaxpt.spec import UserError
 
@@ -292,8 +293,29 @@ def shorter(texts) -> list[tuple[str, int]]:
     judged = filters.judge(documents("flour", "sugar"), asked)
     assert (judged.failed, judged.reasons) == ([0, 2], ["1 x flour", ""]) and judged.documents[1].text == "suga"
     assert re.fullmatch(r"mine_kept:no_recipes\(word='flour', least=1\) of source [0-9a-f]{16}", asked[0].says)
-    (tmp_path / "mine_kept.py").write_text(code + "\n# another thought\n")
-    assert filters.understand("none", ["mine_kept:shorter"])[0].says != asked[1].says
+
+
+def test_a_corpus_made_with_an_own_rule_is_another_when_the_rule_changes(tmp_path, monkeypatch):
+    def asked(code):
+        own_rules(tmp_path, monkeypatch, "mine_run", code)
+        monkeypatch.delitem(sys.modules, "mine_run", raising=False)
+        filters.imported.cache_clear()
+        prepare.opened.cache_clear()
+        return Config(prepare=Prepare(sources=("web=jsonl:docs.jsonl",), rules=("mine_run:cake", "pii_email"), heldout_frac=0.0))
+
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("a cake", "jo@example.org", "plain")))
+    code = "def cake(texts): return ['is cake' if 'cake' in text else '' for text in texts]\n"
+    made = prepare.run(asked(code), tmp_path / "run")
+    assert prepare.run(asked(code), tmp_path / "run") == made
+    assert made.config["rules"][0].startswith("mine_run:cake() of source ") and made.config["rules"][1].startswith("pii_email(mark=")
+    steps = {step["rule"]: step for step in made.counts["steps"]}
+    assert steps["cake"]["kept"]["web"]["rows"] == 2 and steps["pii_email"]["edits"] == {"web": 1}
+    with pytest.raises(UserError, match=r"another config .rules: .*mine_run:cake"):
+        prepare.run(asked(code.replace("'cake' in", "'plain' in")), tmp_path / "run")
+    with pytest.raises(
+        UserError, match=r"cake raised ZeroDivisionError \(division by zero\) on web/docs.jsonl:1, web/docs.jsonl:2, web/docs.jsonl:3"
+    ):
+        prepare.run(asked("def cake(texts): 1 / 0\n"), tmp_path / "other")
 
 
 @pytest.mark.parametrize(

@@ -44,15 +44,21 @@ class Text(str):
         return [word for word in self.words if not word.isalnum() and not SOLID.search(word)]
 
     @functools.cached_property
-    def ngrams(self) -> dict[int, np.ndarray]:
-        return {1: np.fromiter(map(hash, self.words), np.int64, len(self.words)).view(np.uint64)}
+    def word_codes(self) -> np.ndarray:
+        return np.fromiter(map(hash, self.words), np.int64, len(self.words)).view(np.uint64)
 
     def ngram_codes(self, n: int) -> np.ndarray:
-        """[max(0, n_words - n + 1)] uint64: equal for equal n words in a row, and for others with a chance of 2^-64."""
-        if n not in self.ngrams:
-            shorter = self.ngram_codes(n - 1)
-            self.ngrams[n] = shorter[:-1] * np.uint64(0x9E3779B97F4A7C15) + self.ngrams[1][n - 1 :] if len(shorter) else shorter
-        return self.ngrams[n]
+        """[max(0, n_words - n + 1)] uint64: equal for equal n words in a row, and for others with a chance of 2^-64.
+
+        The last ones are kept, as longer ones are made of them: ask for n in rising order.
+        """
+        last, codes = self.__dict__.get("last_codes", (1, self.word_codes))
+        if last > n:
+            last, codes = 1, self.word_codes
+        for longer in range(last + 1, n + 1):
+            codes = codes[:-1] * np.uint64(0x9E3779B97F4A7C15) + self.word_codes[longer - 1 :] if len(codes) else codes
+        self.last_codes = n, codes
+        return codes
 
 
 SOLID = re.compile(r"[^\W_]")

@@ -63,7 +63,7 @@ class Passed(NamedTuple):
 
 UNREADABLE = "cannot be read"
 # bytes of a document, or of the record that holds it: what is larger is many documents in one, and would fill a process's memory
-LARGEST = 2**26
+LARGEST = 2**25
 
 
 @dataclasses.dataclass(frozen=True)
