@@ -8,7 +8,7 @@ import pathlib
 
 from jaxpt import stage
 from jaxpt.spec import Manifest, UserError
-from jaxpt.weights import checkpoint
+from jaxpt.weights import checkpoint, hub
 
 
 def tell(directory: str | pathlib.Path, verify: bool = False) -> str:
@@ -45,12 +45,31 @@ def tell(directory: str | pathlib.Path, verify: bool = False) -> str:
     return "\n".join(lines)
 
 
+def as_table(nodes: list[Node]) -> list[str]:
+    """The same as lines of Markdown, for a model's card; nodes in the order in which they are told."""
+    rows, versions = [], {}
+    for node in nodes:
+        made = node.manifest or (read_json(node.step / "manifest.json", []) if node.step else None) or {}
+        _, *told = facts(node, versions) or [""]
+        versions.update(made.get("versions", {}))
+        place, key = node.step if node.step and not node.manifest else node.path, "" if node.key == str(node.path) else node.key
+        rows.append(f"| {what(node)} | {hub.name_of(place) or near(place)} | {key} | {made.get('created', '')} | {'; '.join(told)} |")
+    return ["| what | where | fingerprint | made | of it |", "|---|---|---|---|---|", *rows]
+
+
+def near(place: pathlib.Path) -> pathlib.Path:
+    """Seen from here, where it lies below: a card is read elsewhere."""
+    return place.relative_to(pathlib.Path.cwd()) if place.is_relative_to(pathlib.Path.cwd()) else place
+
+
 def what(node: Node) -> str:
-    return node.manifest["stage"] if node.manifest else "gone" if not node.path.exists() else "files"
+    if node.manifest:
+        return node.manifest["stage"]
+    return "gone" if not node.path.exists() else "checkpoint" if node.step else "files"
 
 
 def facts(node: Node, versions: dict[str, str]) -> list[str]:
-    """What a person asks of a stage first: when, how much, from which sources by which rules, with which versions, unless told already."""
+    """What a person asks of a stage: when; then how much, from which sources by which rules, with which versions, unless told already."""
     if not node.manifest:
         return []
     manifest = Manifest(**node.manifest)
@@ -59,6 +78,9 @@ def facts(node: Node, versions: dict[str, str]) -> list[str]:
     found = [f"made {manifest.created}, tokenizer {manifest.tokenizer or 'none'}"]
     if others:
         found.append(f"with {', '.join(others)}")
+    ends = sorted({pathlib.PurePath(name).parts[1] for name in manifest.outputs if name.startswith("checkpoints/")})
+    if step := node.step or next((node.path / "checkpoints" / end for end in ends), None):
+        found.append(" ".join(filter(None, [f"checkpoint {step.name}", fingerprint_at(step)])))
     if manifest.stage == "prepare":
         found.append(f"from {', '.join(asked['sources'])}; rules: {asked['preset']}")
         found.append("; ".join(f"{split} {sum(each['rows'] for each in counts[split].values()):,} documents" for split in ("train", "heldout")))
@@ -154,7 +176,7 @@ def lineage_of(directory: pathlib.Path, notes: list[str]) -> list[Node]:
         nodes[key] = nodes.pop(key)  # behind its parents
         return key
 
-    visit(directory, None)
+    visit(directory, fingerprint_at(directory))
     return list(nodes.values())
 
 

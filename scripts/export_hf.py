@@ -33,7 +33,7 @@ def main():
     )
     parser.add_argument("--private", action="store_true", help="a repository that --push makes is seen by its owners only")
     arguments = parser.parse_args()
-    from jaxpt.weights import export
+    from jaxpt import export
 
     export.run(arguments.source, arguments.to, arguments.dtype, arguments.replace, arguments.push, arguments.private)
 

@@ -37,7 +37,8 @@ def main():
     n_asked = sum(each is not None for each in (arguments.to, arguments.serve, arguments.lineage))
     if n_asked != 1 or bool(arguments.workdir) == bool(arguments.lineage):
         parser.error("give --workdir DIR ... with --to FILE.html or --serve, or else --lineage DIR")
-    from jaxpt import lineage, live, report  # after the flags were read: --help stays fast
+    from jaxpt import lineage
+    from jaxpt.report import live, page, summary  # after the flags were read: --help stays fast
 
     if arguments.lineage:
         stage.say(lineage.tell(arguments.lineage, arguments.verify))
@@ -45,8 +46,8 @@ def main():
     if arguments.serve is not None:
         live.serve(arguments.workdir, arguments.serve)
         return
-    runs = report.write(arguments.workdir, arguments.to)
-    stage.say(report.table(runs, arguments.to))
+    runs = page.write(arguments.workdir, arguments.to)
+    stage.say(summary.table(runs, arguments.to))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from jaxpt.data import loader
 from jaxpt.spec import Manifest
+from jaxpt.train.metrics import MAX_DOCUMENTS
 from jaxpt.train.metrics import read as read_metrics
 from jaxpt.weights import checkpoint
 
@@ -56,9 +58,16 @@ def test_a_disk_that_fills_up_is_one_sentence_and_loses_nothing(home):
 
 
 @pytest.mark.slow
-def test_batches_that_are_not_finite_are_skipped_killed_or_not(home):
+def test_batches_that_are_not_finite_are_skipped_killed_or_not(home, monkeypatch):
     faults.not_finite(home, "nan", STEPS, random.Random(3))
     equal(home, "nan", "nan_uncut")
+    monkeypatch.chdir(home)
+    told = {record["step"]: record["skipped"] for record in read_metrics(home / "nan/metrics.jsonl") if "skipped" in record}
+    assert list(told) == [13, 27]
+    for step, skipped in told.items():
+        fingerprint = Manifest.load(home / "data/packed").tokenizer
+        read = dict.fromkeys(seen.document for seen in loader.trace(home / "nan", step, fingerprint))
+        assert (skipped["documents"], skipped["n_documents"]) == (list(read)[:MAX_DOCUMENTS], len(read)) and skipped["loss"] is None
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import math
 import shutil
@@ -17,7 +18,7 @@ from conftest import ROOT
 
 from jaxpt import config, sharding, stage
 from jaxpt.data import benchmarks, decontaminate, tokenizer
-from jaxpt.evaluate import compare, contamination, harness, likelihood, reference
+from jaxpt.evaluate import compare, contamination, harness, likelihood, reference, trees
 from jaxpt.model import decode, llama
 from jaxpt.spec import Batch, ModelSpec, UserError
 from jaxpt.weights import checkpoint, huggingface
@@ -66,9 +67,12 @@ def encoder(hf_dir):
 
 
 def some_pairs():
+    """Thirty of any length, and three times four that share long contexts."""
     random = np.random.default_rng(1)
+    draw = lambda n: random.integers(3, 448, n).tolist()  # noqa: E731
     lengths = zip(random.integers(1, 260, 30), random.integers(1, 30, 30), strict=True)
-    return [(random.integers(3, 448, n).tolist(), random.integers(3, 448, m).tolist()) for n, m in lengths]
+    trunk = draw(100)
+    return [(draw(n), draw(m)) for n, m in lengths] + [(context, draw(m)) for context in (trunk, trunk + draw(40), trunk[:60]) for m in (1, 2, 19, 5)]
 
 
 def test_windows_are_those_of_the_harness():
@@ -91,26 +95,55 @@ def test_every_token_is_predicted_once_and_after_what_stood_before_it():
         assert len(context) + len(predicted) <= 7 + 1
 
 
+def answered(batch, piece):
+    """What a batch's row says of a piece: the ids on the path to each of its questions, those visible from it, and the target."""
+    ((_, row, first),) = [place for place in batch.places if place[0] == piece]
+    tokens, ends, positions, columns, targets = (each[row] for each in batch.rows)
+    for question in itertools.count(first):
+        column = columns[question]
+        seen = [c for c in range(column + 1) if ends[c] > column]
+        assert positions[seen].tolist() == list(range(len(seen))), "each place of the text once"
+        yield tokens[seen].tolist(), int(targets[question])
+
+
+def test_a_row_of_trees_asks_each_token_after_what_stood_before_it_and_holds_shared_beginnings_once():
+    random = np.random.default_rng(0)
+    trunk, stems = random.integers(3, 9, 90).tolist(), [random.integers(3, 9, n).tolist() for n in (30, 1, 17)]
+    texts = [(trunk + stem + random.integers(3, 9, n).tolist(), n_asked) for stem in stems for n, n_asked in ((5, 3), (2, 1), (9, 9), (2, 14))]
+    texts += [texts[3], (trunk, 7), (random.integers(3, 9, 200).tolist(), 199), (random.integers(3, 9, 20).tolist(), 2)]
+    pieces = [trees.Piece(np.asarray(ids, np.int32), n_asked) for ids, n_asked in texts]
+    batches = list(trees.batches(pieces, 300, n_shards=2))
+    assert sorted(piece for batch in batches for piece, *_ in batch.places) == list(range(len(pieces)))
+    for batch in batches:
+        assert len(batch.rows.tokens) % 2 == 0
+        for i, *_ in batch.places:
+            ids, n_asked = texts[i]
+            asked = list(itertools.islice(answered(batch, i), n_asked))
+            assert asked == [(ids[:k], ids[k]) for k in range(len(ids) - n_asked, len(ids))]
+    once = len({tuple(ids[: k + 1]) for ids, _ in texts for k in range(len(ids) - 1)})
+    used = sum(int((batch.rows.positions > 0).sum()) for batch in batches) + len(trees.grow(pieces, 300))  # a root's position is 0
+    assert used <= once + 2 * trees.LEAST_SHARED, "of the 17 texts of about 110 tokens that share 90"
+
+
 def test_packing_loses_nothing_and_leaves_little_empty():
     random = np.random.default_rng(0)
-    pieces = [np.zeros(n + 1, np.int32) for n in random.integers(1, 256, 2000).tolist() + random.integers(1, 3000, 20).tolist()]
-    rows = likelihood.pack(pieces, 3000)
-    assert sorted(piece for row_len in rows.values() for row in row_len for piece in row) == list(range(2020))
-    used, room = 0, 0
-    for row_len, filled in rows.items():
-        for row in filled:
-            n = sum(len(pieces[piece]) - 1 for piece in row)
-            assert n <= row_len
-            used, room = used + n, room + row_len
-    assert used / room > 0.9
+    sizes = random.integers(1, 256, 2000).tolist() + random.integers(1, 3000, 20).tolist()
+    rows = trees.pack(sizes, 3000)
+    assert sorted(i for row_len in rows.values() for row in row_len for i in row) == list(range(2020))
+    used = [(sum(sizes[i] for i in row), row_len) for row_len, filled in rows.items() for row in filled]
+    assert all(n <= row_len for n, row_len in used)
+    assert sum(n for n, _ in used) / sum(row_len for _, row_len in used) > 0.9
     assert set(rows) <= {256, 1024, 3072}
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 1}, {"fsdp": 4, "tensor": 2}], ids=["1 device", "8 devices"])
-def test_likelihoods_are_those_of_each_pair_alone_on_any_mesh(params, sizes):
+@pytest.mark.parametrize(
+    "sizes,window", [({"fsdp": 1}, None), ({"fsdp": 4, "tensor": 2}, None), ({"fsdp": 1}, 50)], ids=["1 device", "8 devices", "sliding window"]
+)
+def test_likelihoods_are_those_of_each_pair_alone_on_any_mesh(params, sizes, window):
+    spec = dataclasses.replace(SPEC, sliding_window=window)
     mesh = sharding.make_mesh(config.Mesh(**sizes), jax.devices()[: math.prod(sizes.values())])
     moved = jax.device_put(params, llama.shardings(SPEC, mesh))
-    model = llama.bind(SPEC, params)
+    model = llama.bind(spec, params)
 
     @jax.jit
     def log_shares(ids):
@@ -118,7 +151,7 @@ def test_likelihoods_are_those_of_each_pair_alone_on_any_mesh(params, sizes):
         return jax.nn.log_softmax(hidden @ model.head(), axis=-1)[0]
 
     for (context, continuation), (nats, is_greedy) in zip(
-        some_pairs(), likelihood.continuation_log_likelihoods(SPEC, moved, some_pairs()), strict=True
+        some_pairs(), likelihood.continuation_log_likelihoods(spec, moved, some_pairs()), strict=True
     ):
         ids = context + continuation
         table = np.asarray(log_shares(np.pad(np.asarray([ids]), ((0, 0), (0, 300 - len(ids))))))[len(context) - 1 : len(ids) - 1]
@@ -392,6 +425,28 @@ def test_models_are_compared_on_the_same_prompts(params, hf_dir, encoder, tmp_pa
     assert "> def area(r):" in told and f"sea.txt: {hf_dir} {alone:.4f}" in told
     with pytest.raises(UserError, match=r"--ppl .*nothing.txt: cannot be read"):
         compare.compare([hf_dir], prompts, texts=[tmp_path / "nothing.txt"])
+
+
+def test_on_a_terminal_a_text_is_seen_as_it_is_written_and_is_inert(hf_dir, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    seen = []
+    generate = decode.generate
+
+    def watched(*args, watch, **settings):
+        def watch_and_note(row, ids):
+            answer = watch(row, ids)
+            seen.append(capsys.readouterr().out)
+            return answer
+
+        return generate(*args, watch=watch_and_note, **settings)
+
+    monkeypatch.setattr(decode, "generate", watched)
+    samples = compare.compare([hf_dir], ["The \x1b[31mship"], max_new=11)
+    (output,) = samples["prompts"][0]["outputs"]
+    parts = seen[1:]  # the first was to compile
+    assert parts[0].startswith(f"\n{hf_dir.name} > The \N{REPLACEMENT CHARACTER}[31mship\n")
+    streamed = "".join(parts).partition("ship\n")[2] + capsys.readouterr().out.partition("\n")[0]
+    assert len(parts) == 3 and output["text"] and streamed == compare.printable(output["text"]).partition("\n")[0]
 
 
 def test_the_documents_on_which_two_models_differ_most_are_found_in_both_directions(params, hf_dir, encoder, tmp_path, capsys):

@@ -20,11 +20,10 @@ FLOORS = [
     ("data", "model"),
     ("weights",),
     ("lineage",),
-    ("evaluate",),
+    ("export", "evaluate"),
     ("train",),
     ("plan",),
     ("report",),
-    ("live",),
 ]
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted((ROOT / "jaxpt").rglob("*.py"))

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from jaxpt import config, report, sharding
+from jaxpt import config, sharding
 from jaxpt.config import Config, Initialize, Mesh, Mixture, Model, Pack, Train
 from jaxpt.config import Plan as PlanSection
 from jaxpt.model import llama
 from jaxpt.plan import answer, check, compile, cost, flops, hardware, layouts, program, scaling, search, ways
+from jaxpt.report.page import write
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.train import state, step
 from jaxpt.weights import huggingface
@@ -423,7 +424,7 @@ def test_the_page_shows_plan_search_ways_and_check(tmp_path):
         "check": held,
     }
     (tmp_path / "run" / "plan.json").write_text(json.dumps(found))
-    report.write([tmp_path / "run"], tmp_path / "page.html")
+    write([tmp_path / "run"], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     section = page[page.index(">Plan<") :]
     for words in ("Money against hours", "stacking", "late jump", compared["verdict"][:40], "v5p:4x4x4 --config.train.remat=dots", "0.84"):

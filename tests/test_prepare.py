@@ -12,6 +12,7 @@ import resource
 import subprocess
 import sys
 import sysconfig
+import textwrap
 import time
 
 import numpy as np
@@ -490,6 +491,13 @@ def test_a_document_with_thirteen_words_of_an_item_is_dropped_and_twelve_stay(tm
     assert manifest.counts["contaminated"] == {"gsm8k": 1, "lambada": 1, "ours": 1, "truthfulqa": 2, "winogrande": 1}
     reasons = pq.read_table(tmp_path / "run/corpus/dropped/decontaminate.parquet")["reason"].to_pylist()
     assert all(re.match(r"\w+ \w+:1: '(\w+ ){12}\w+'$", reason) for reason in reasons) and "gsm8k math:1" in reasons[0]
+    hits = [json.loads(line) for line in (tmp_path / "run/corpus/contaminated.jsonl").read_text().splitlines()]
+    assert [(hit["id"][-1], hit["task"], hit["item"]) for hit in hits] == [
+        ("1", "gsm8k", "math:1"), ("2", "lambada", "last:1"), ("3", "winogrande", "pairs:1"), ("4", "ours", "ours:1"),
+        ("5", "truthfulqa", "mc:1"), ("6", "truthfulqa", "tq:1"),
+    ]  # fmt: skip
+    assert hits[0] == {"id": "web/run.jsonl:1", "source": "web", "task": "gsm8k", "item": "math:1", "words": " ".join(items["gsm8k"][3:16])}
+    assert texts_of(prepared(tmp_path / "12", [*good, *ENGLISH], decontaminate=(str(tmp_path / "tests"),), decontaminate_words=12)) == ENGLISH
 
 
 def test_items_too_short_to_be_found_are_counted_aloud(tmp_path, capsys):
@@ -561,6 +569,17 @@ def test_every_python_has_much_text_under_names_that_name_no_machine(kind, least
     assert "Wrap a single paragraph of text" in text and ("def wrap(" in text) == (kind == "code")
 
 
+def test_a_task_of_this_python_asks_in_a_functions_own_words_and_is_answered_by_the_function_without_them():
+    found = {each.id: each for each in sources.parse("python:tasks").documents()}
+    assert 300 < len(found) < 3000
+    for each in found.values():
+        compile(textwrap.dedent(each.text[each.prompt_chars :]), each.id, "exec")
+        assert each.text[: each.prompt_chars].startswith("Write a Python function. ") and each.text[: each.prompt_chars].endswith("\n\n")
+    task = found["tasks/bisect.py:insort_left"].text
+    assert task.startswith("Write a Python function. Insert item x in list a, and keep it sorted assuming a is sorted.\n\ndef insort_left(")
+    assert '"""' not in task
+
+
 # ---- whatever cannot be read is one sentence
 
 
@@ -597,13 +616,13 @@ def write_bad_files(directory: pathlib.Path) -> None:
     [
         ("sources=", "empty, so there is nothing to read"),
         ("jsnl:good.jsonl", "no kind 'jsnl'; did you mean jsonl:"),
-        ("warc:crawl.warc.gz", "no kind 'warc'"),
+        ("warc:good.jsonl", "good.jsonl:1: cannot be read as WARC"),
         ("good.jsonl", "is not a source"),
         ("jsonl:missing*.jsonl", "no file matches"),
         ("jsonl:.", "is a directory"),
         ("../up=jsonl:good.jsonl", "is not a source"),
         ("-x=jsonl:good.jsonl", "cannot be named '-x'"),
-        ("python:rust", "wanted python:prose or python:code"),
+        ("python:rust", "wanted python:prose, python:code or python:tasks"),
         ("hf:some/name", "the split is missing"),
         ("jsonl:good.jsonl good=jsonl:line.jsonl", "two sources are named 'good'"),
         ("jsonl:good.jsonl#body", "good.jsonl:1: has no field 'body'; it has: text"),
@@ -626,6 +645,7 @@ def write_bad_files(directory: pathlib.Path) -> None:
         ("limit_mb=0.000001", "no document fits into prepare.limit_mb"),
         ("limit_mb=-1.0", "limit_mb: got"),
         ("shard_mb=0", "shard_mb"),
+        ("decontaminate_words=0", "decontaminate_words: got 0"),
         ("decontaminate=missing.jsonl", "no such benchmark file"),
         ("decontaminate=bench.jsonl", "bench.jsonl:1: not JSON"),
         ("decontaminate=wrong.json", "wanted a JSON list"),
@@ -636,7 +656,7 @@ def test_what_cannot_be_used_is_told_in_one_sentence(tmp_path, monkeypatch, aske
     write_bad_files(tmp_path)
     monkeypatch.chdir(tmp_path)
     knobs = {"sources": ("jsonl:good.jsonl",)}
-    if knob := re.fullmatch(r"(sources|limit_mb|shard_mb|decontaminate|engine)=(.*)", asked):
+    if knob := re.fullmatch(r"(sources|limit_mb|shard_mb|decontaminate|decontaminate_words|engine)=(.*)", asked):
         key, value = knob.groups()
         default = getattr(Prepare(), key)
         knobs[key] = tuple(value.split()) if isinstance(default, tuple) else type(default)(value)

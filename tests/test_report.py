@@ -15,7 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
-from jaxpt import config, live, report, stage
+from jaxpt import config, stage
+from jaxpt.report import figures, live, plan, summary, training
+from jaxpt.report.page import SECTIONS, render, write
+from jaxpt.report.read import MAX_DROPPED, MAX_EXCERPT, load_run, load_runs, n_params
 from jaxpt.spec import UserError
 
 SPEC = {
@@ -226,9 +229,9 @@ class Page(html.parser.HTMLParser):
 
 
 def test_the_page_shows_every_section_of_a_base_and_its_child(runs, tmp_path):
-    report.write(runs, tmp_path / "page.html")
+    write(runs, tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
-    assert page.found["h2"] == [section.title for section in report.SECTIONS]
+    assert page.found["h2"] == [section.title for section in SECTIONS]
     for said in (
         "591 k",
         "886 k",
@@ -255,7 +258,7 @@ def test_the_page_shows_every_section_of_a_base_and_its_child(runs, tmp_path):
 
 
 def test_the_page_asks_no_other_host_and_stays_small(runs, tmp_path):
-    report.write(runs, tmp_path / "page.html")
+    write(runs, tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
     for tag, name, value in page.attributes:
         if name in ("src", "href", "srcset", "data", "action", "poster"):
@@ -274,13 +277,13 @@ def test_many_long_runs_still_make_a_page_below_two_megabytes(runs, tmp_path):
         {"models": ["m"], "prompts": [{"prompt": "p" * 9_000, "outputs": [{"model": "m", "text": "t" * 50_000}]}] * 60},
     )
     copies = [shutil.copytree(base, tmp_path / f"copy{i}") for i in range(6)]
-    report.write([base, *copies], tmp_path / "page.html")
+    write([base, *copies], tmp_path / "page.html")
     assert (tmp_path / "page.html").stat().st_size < 2_000_000
 
 
 def test_a_thinned_curve_keeps_its_spikes():
     points = [(step, 99.0 if step == 5_417 else 1.0) for step in range(10_001)]
-    kept = report.thin(points, 200)
+    kept = figures.thin(points, 200)
     assert (5_417, 99.0) in kept and kept[-1] == points[-1] and len(kept) <= 202 and kept == sorted(kept)
 
 
@@ -295,7 +298,7 @@ def test_text_from_data_is_inert(runs, tmp_path):
     write_json(base / "corpus" / "funnel.json", funnel)
     lines = (base / "metrics.jsonl").read_text().replace('"heldout": {"prose"', f'"heldout": {{{json.dumps(HOSTILE)}')
     (base / "metrics.jsonl").write_text(lines)
-    report.write([base, hostile], tmp_path / "page.html")
+    write([base, hostile], tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
     assert "img" not in page.found and "b" not in [tag for tag in page.found if page.found[tag] == ["child"]]
     assert len(page.found["script"]) == len(page.plots) + 2  # the library and ours
@@ -312,10 +315,10 @@ def test_samples_of_what_each_rule_dropped_are_folded_under_their_source_and_ine
         table = pa.table(dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True)))
         pq.write_table(table, base / "corpus" / "dropped" / f"{rule}.parquet")
     (base / "corpus" / "dropped" / "language.parquet").write_text("no parquet")
-    report.write([base], tmp_path / "page.html")
+    write([base], tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
     shown = [text for text in page.found["pre"] if text.startswith(HOSTILE)]
-    assert len(shown) == 2 * report.MAX_DROPPED and all(len(text) == report.MAX_EXCERPT for text in shown) and "img" not in page.found
+    assert len(shown) == 2 * MAX_DROPPED and all(len(text) == MAX_EXCERPT for text in shown) and "img" not in page.found
     assert page.text.index("line length", page.text.index("Samples of what")) < page.text.index(
         "paragraph repetition", page.text.index("Samples of what")
     )
@@ -333,17 +336,17 @@ def test_the_mixture_is_told_by_the_step_it_holds_from(runs, tmp_path):
         for step, shares in ((0, {"code": 1.0}), (60, {"prose": 0.375, "code": 0.625}))
     ]
     write_json(child / "phases.json", account)  # what the run has read counts, not its config
-    report.write(runs, tmp_path / "page.html")
+    write(runs, tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
     rows = [["base", "0", "75 %", "25 %"], ["base", "120", "100 %", ""], ["child", "0", "", "100 %"], ["child", "60", "37.5 %", "62.5 %"]]
     assert [row for row in page.rows if row in rows] == rows
     drawn = [json.loads(plot)["data"]["values"] for plot in page.plots if '"title":"share"' in plot]
     assert [(point["step"], point["value"]) for point in drawn[0] if point["name"] == "prose"] == [(0, 0.75), (120, 0.75), (120, 1.0), (300, 1.0)]
     (child / "phases.json").write_text('[{"step": 0, "shares": {"prose": "much"}}]')
-    assert report.load_run(child).phases == [] and "its mixture cannot be read" in report.load_run(child).notes[0]
+    assert load_run(child).phases == [] and "its mixture cannot be read" in load_run(child).notes[0]
     settings["mixture"]["phases"] = []
     write_json(base / "config.json", settings)
-    assert report.load_run(base).phases == [(0, {"prose": 98_211 / 122_218, "code": 24_007 / 122_218})], "in proportion to the rows"
+    assert load_run(base).phases == [(0, {"prose": 98_211 / 122_218, "code": 24_007 / 122_218})], "in proportion to the rows"
 
 
 def test_forgetting_is_the_childs_loss_above_its_parents(runs, tmp_path):
@@ -351,7 +354,7 @@ def test_forgetting_is_the_childs_loss_above_its_parents(runs, tmp_path):
     settings = json.loads((child / "config.json").read_text())
     settings["train"]["max_forgetting"] = 0.25
     write_json(child / "config.json", settings)
-    report.write(runs, tmp_path / "page.html")
+    write(runs, tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
     heldout = [json.loads(line) for line in (child / "metrics.jsonl").read_text().splitlines() if "parent" in line]
     rise = [record["heldout"]["prose"] - 3.912 for record in heldout]
@@ -359,12 +362,12 @@ def test_forgetting_is_the_childs_loss_above_its_parents(runs, tmp_path):
     (plot,) = [json.loads(plot) for plot in page.plots if "above the parent" in plot]
     assert [point["value"] for point in plot["data"]["values"] if point["name"] == "prose"] == pytest.approx(rise, rel=1e-3)
     assert {"value": 0.25} in [value for layer in plot["layer"] for value in layer.get("data", {}).get("values", [])]
-    assert not report.forgetting(report.load_runs([runs[0]])), "a run from random weights has nothing to forget"
+    assert not training.forgetting(load_runs([runs[0]])), "a run from random weights has nothing to forget"
 
 
 def test_skipped_updates_are_counted_and_said_where(runs, tmp_path):
     _, child = runs
-    report.write(runs, tmp_path / "page.html")
+    write(runs, tmp_path / "page.html")
     text = Page(tmp_path / "page.html").text
     assert f"child: 1 in steps 91 to 92. The documents of a step: python scripts/trace.py --workdir {child} --step N" in text
     assert "base: 1 in steps" not in text
@@ -372,24 +375,24 @@ def test_skipped_updates_are_counted_and_said_where(runs, tmp_path):
 
 def test_what_the_run_took_stands_below_its_plan(runs, tmp_path):
     _, child = runs
-    plan = json.loads((child / "plan.json").read_text())
-    write_json(child / "plan.json", {**plan, "tokens": 3e9})
+    planned = json.loads((child / "plan.json").read_text())
+    write_json(child / "plan.json", {**planned, "tokens": 3e9})
     (child / "starts.jsonl").write_text('{"devices": "1 x cpu"}\n{"devices": "8 x NVIDIA H100 80GB HBM3"}\n')
-    found = report.load_run(child)
+    found = load_run(child)
     for record in found.train:
         record |= {"usd": 0.79 * record["step"] / 180}
     (child / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in found.train))
-    report.write([child], tmp_path / "page.html")
+    write([child], tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
     (row,) = [row for row in page.rows if row[1:2] == ["measured"]]
     assert row[:3] == ["NVIDIA H100 80GB HBM3", "measured", "8"] and row[7:] == ["0.0328", "0.79"]
     hours = 118 / 3600 * 3e9 / (180 * 16 * 512)
     assert f"planned on h100:8 were 34.1 hours and 818 USD for 3 B tokens; at the measured pace it is {hours:.3g} hours" in page.text
-    assert report.load_run(runs[0]).devices is None and "measured pace" not in report.plan(report.load_runs([runs[0]]))
+    assert load_run(runs[0]).devices is None and "measured pace" not in plan.section(load_runs([runs[0]]))
 
 
 def test_documents_on_which_two_models_differ_are_coloured_by_token(runs, tmp_path):
-    report.write(runs, tmp_path / "page.html")
+    write(runs, tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     section = text[text.index('<section id="differences">') :]
@@ -408,7 +411,7 @@ def test_documents_on_which_two_models_differ_are_coloured_by_token(runs, tmp_pa
 def shown_growth(workdir, **changes):
     """The page of a run that has only this growth.json."""
     write_json(workdir / "growth.json", growth(**changes))
-    report.write([workdir], workdir / "page.html")
+    write([workdir], workdir / "page.html")
     return Page(workdir / "page.html")
 
 
@@ -476,13 +479,13 @@ def test_a_growth_of_another_form_is_one_sentence(tmp_path, changes):
 
 def test_growth_inside_a_run_is_a_rule_in_its_loss_and_no_point_of_it(runs, tmp_path):
     base, _ = runs
-    whole = report.load_run(base)
+    whole = load_run(base)
     record = json.dumps({"step": 90, "grown": "stack(g=2)", "n_layers": 10, "n_params": 1_111_111})
     lines = (base / "metrics.jsonl").read_text().splitlines()
     at = max(i for i, line in enumerate(lines) if json.loads(line)["step"] == 90)
     (base / "metrics.jsonl").write_text("\n".join([*lines[: at + 1], record, *lines[at + 1 :]]))
     write_json(base / "growth.json", growth(parent=str(base / "checkpoints" / "90"), operators=["stack(g=2)"], at_step=90))
-    grown, _ = report.write(runs, tmp_path / "page.html")
+    grown, _ = write(runs, tmp_path / "page.html")
     assert grown.train == whole.train and grown.heldout == whole.heldout
     page = Page(tmp_path / "page.html")
     assert "stack(g=2), at step 90 of the run" in page.text and "grown at step 90 by stack(g=2)" in page.text
@@ -495,7 +498,7 @@ def test_growth_inside_a_run_is_a_rule_in_its_loss_and_no_point_of_it(runs, tmp_
 def test_a_missing_piece_is_said(runs, tmp_path, gone):
     _, child = runs
     shutil.rmtree(child / gone) if (child / gone).is_dir() else (child / gone).unlink()
-    report.write([child], tmp_path / "page.html")
+    write([child], tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
     said = {
         "metrics.jsonl": "no metrics.jsonl",
@@ -509,7 +512,7 @@ def test_a_missing_piece_is_said(runs, tmp_path, gone):
 
 def test_an_empty_directory_makes_a_page_that_says_all_that_is_missing(tmp_path):
     (tmp_path / "empty").mkdir()
-    report.write([tmp_path / "empty"], tmp_path / "page.html")
+    write([tmp_path / "empty"], tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     assert "no corpus/funnel.json, written by prepare.py" in text and "no growth.json" in text
 
@@ -529,8 +532,8 @@ def test_an_empty_directory_makes_a_page_that_says_all_that_is_missing(tmp_path)
 def test_broken_json_is_a_sentence_and_not_a_traceback(runs, tmp_path, name, content):
     _, child = runs
     (child / name).write_text(content)
-    found = report.write(runs, tmp_path / "page.html")
-    report.table(found, tmp_path / "page.html")
+    found = write(runs, tmp_path / "page.html")
+    summary.table(found, tmp_path / "page.html")
     if content in ('{"half', "[1, 2]"):
         assert f"{child / name}: " in html.unescape((tmp_path / "page.html").read_text())
 
@@ -538,9 +541,9 @@ def test_broken_json_is_a_sentence_and_not_a_traceback(runs, tmp_path, name, con
 def test_a_half_written_last_line_of_the_metrics_is_left_out_and_said(runs, tmp_path):
     base, _ = runs
     path = base / "metrics.jsonl"
-    whole = report.load_run(base)
+    whole = load_run(base)
     path.write_text(path.read_text() + '{"step": 302, "loss": 3.')
-    run = report.load_run(base)
+    run = load_run(base)
     assert run.train == whole.train and run.heldout == whole.heldout and run.marks == [(160, "resumed")]
     assert "half-written" in run.notes[0]
 
@@ -550,21 +553,21 @@ def test_losses_that_are_no_number_leave_a_page_that_opens(runs, tmp_path):
     (base / "metrics.jsonl").write_text(
         '{"step": 1, "loss": NaN, "grad_norm": Infinity, "lr": 0.1}\n{"step": 2, "loss": 3.5, "grad_norm": 0.0, "lr": 0.1}\n'
     )
-    report.write([base], tmp_path / "page.html")
+    write([base], tmp_path / "page.html")
     for data in Page(tmp_path / "page.html").plots:
         json.loads(data, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
 def test_a_step_written_again_after_a_kill_counts_once(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 5}\n{"step": 2, "loss": 4}\n{"step": 1, "resumed": true}\n{"step": 2, "loss": 3}\n')
-    run = report.load_run(tmp_path)
+    run = load_run(tmp_path)
     assert [(record["step"], record["loss"]) for record in run.train] == [(1, 5), (2, 3)]
 
 
 def test_runs_are_shown_in_the_order_given(runs, tmp_path):
     base, child = runs
     for order in ([base, child], [child, base]):
-        found = report.write(order, tmp_path / "page.html")
+        found = write(order, tmp_path / "page.html")
         assert [run.directory for run in found] == order
         assert Page(tmp_path / "page.html").found["th"][:2] == [directory.name for directory in order]
 
@@ -573,19 +576,19 @@ def test_runs_of_one_name_are_told_apart(runs, tmp_path):
     _, child = runs
     (tmp_path / "again").mkdir()
     twin = shutil.copytree(child, tmp_path / "again" / "child")
-    assert [run.name for run in report.load_runs([child, twin])] == [f"{tmp_path.name}/child", "again/child"]
+    assert [run.name for run in load_runs([child, twin])] == [f"{tmp_path.name}/child", "again/child"]
 
 
 def test_lineage_goes_from_the_corpus_to_the_child_even_after_a_move(runs, tmp_path):
     base, child = runs
     names = ["corpus", "tokenizer", "packed", "base", "child"]
-    assert [node.path.name for node in report.load_run(child).nodes] == names
+    assert [node.path.name for node in load_run(child).nodes] == names
     (tmp_path / "elsewhere").mkdir()
     moved = [run.rename(tmp_path / "elsewhere" / run.name) for run in (base, child)]
-    found = report.load_run(moved[1])
+    found = load_run(moved[1])
     assert [node.path.name for node in found.nodes] == names and all(node.manifest for node in found.nodes)
     (moved[1] / "manifest.json").unlink()  # the run still goes on
-    assert [node.path.name for node in report.load_run(moved[1]).nodes] == names
+    assert [node.path.name for node in load_run(moved[1]).nodes] == names
 
 
 def test_a_model_grown_in_its_own_directory_stands_between_parent_and_child(runs, tmp_path):
@@ -596,14 +599,14 @@ def test_a_model_grown_in_its_own_directory_stands_between_parent_and_child(runs
     manifest = stage.make_manifest("initialize", {}, given, outputs={}, counts={"n_params": 886_368}, tokenizer=None, seed=0, seconds=6.4)
     stage.write_manifest(manifest, grown)
     write_manifest(child, "train", {"packed": base / "packed", "initialize": grown}, {"steps": 180}, 118.0)
-    run = report.load_run(child)
+    run = load_run(child)
     assert [node.path.name for node in run.nodes] == ["corpus", "tokenizer", "packed", "base", "grown", "child"]
-    assert report.seconds_by_stage(run) == {"corpus": 38.2, "tokenizer": 21.7, "packed": 47.5, "grown": 6.4, "train": 118.0, "eval": 49.3}
-    assert report.seconds_by_stage(report.load_run(base)).get("grown", 0) == 0, "a parent did not need its child's growth"
+    assert summary.seconds_by_stage(run) == {"corpus": 38.2, "tokenizer": 21.7, "packed": 47.5, "grown": 6.4, "train": 118.0, "eval": 49.3}
+    assert summary.seconds_by_stage(load_run(base)).get("grown", 0) == 0, "a parent did not need its child's growth"
 
 
 def test_a_score_stands_beside_the_score_without_items_that_were_seen_in_training(runs, tmp_path):
-    report.write(runs, tmp_path / "page.html")
+    write(runs, tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
     assert ["truthfulqa_mc2 acc", "child jax", "3 of 100", "0.531 ± 0.048", "0.517 ± 0.052"] in page.rows
     assert ["winogrande acc", "base hf", "0 of 200", "0.512 ± 0.035", ""] in page.rows, "without an overlap there is no other score"
@@ -618,7 +621,7 @@ def test_the_distance_of_our_numbers_from_the_references_is_said(runs, tmp_path)
     for backend, score in (("jax", 2.0), ("hf", 2.03125)):
         result = {"results": {"bits_per_byte/prose": {"bits_per_byte,none": score}}, "model": str(child / "hf"), "backend": backend}
         write_json(child / "eval" / f"{backend}.json", result)
-    report.write([child], tmp_path / "page.html")
+    write([child], tmp_path / "page.html")
     assert "They differ by 3e-02 at most." in Page(tmp_path / "page.html").text
 
 
@@ -628,7 +631,7 @@ def test_a_served_page_follows_its_run(runs):
         threading.Thread(target=running.serve_forever, daemon=True).start()
         read = lambda path: urllib.request.urlopen(f"http://127.0.0.1:{running.server_port}/{path}").read().decode()  # noqa: E731
         before, page = read("stamp"), read("")
-        assert page.replace(live.FOLLOW, "") == report.page(report.load_runs([base])) and live.FOLLOW in page
+        assert page.replace(live.FOLLOW, "") == render(load_runs([base])) and live.FOLLOW in page
         assert read("stamp") == before
         with open(base / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": 10_001, "loss": 1.0625}) + "\n")
@@ -641,7 +644,7 @@ def test_a_served_page_follows_its_run(runs):
 
 
 def test_domains_stand_in_one_order_on_the_whole_page(runs):
-    labels = [label.strip() for label, _, _ in report.summary(report.load_runs(runs))]
+    labels = [label.strip() for label, _, _ in summary.summary(load_runs(runs))]
     assert [label for label in labels if label in ("prose", "code")] == ["prose", "code"] * 2
 
 
@@ -652,7 +655,7 @@ def test_parameters_counted_from_the_shape_are_the_models_own(tmp_path):
     for changes in ({}, {"tied": False, "qkv_bias": True}, {"out_bias": True, "mlp_bias": True, "qk_norm": True}):
         spec = {**SPEC, **changes}
         write_json(tmp_path / "spec.json", spec)
-        assert report.n_params(report.load_run(tmp_path)) == llama.count(ModelSpec.from_dict(spec))
+        assert n_params(load_run(tmp_path)) == llama.count(ModelSpec.from_dict(spec))
 
 
 def test_the_door_prints_a_table_of_at_most_100_columns_and_the_pages_path(runs, tmp_path):
@@ -681,7 +684,7 @@ def door(*flags):
 
 def test_a_file_name_is_wanted_and_not_a_directory(tmp_path):
     with pytest.raises(UserError, match="is a directory"):
-        report.write([tmp_path], tmp_path)
+        write([tmp_path], tmp_path)
 
 
 @pytest.fixture
@@ -702,16 +705,16 @@ def browser(tmp_path):
 
 
 def test_the_page_opens_in_a_browser_without_a_word_on_its_console(runs, tmp_path, browser):
-    report.write(runs, tmp_path / "page.html")
+    write(runs, tmp_path / "page.html")
     dom, console = browser(tmp_path / "page.html")
     assert console == []
-    n_plots = (tmp_path / "page.html").read_text().count(report.PLOT)
+    n_plots = (tmp_path / "page.html").read_text().count(figures.PLOT)
     assert n_plots > 5 and dom.count('class="marks"') == n_plots  # each was drawn
     assert "<title>base and child</title>" in dom  # the script in a sample did not run
 
 
 def test_pointing_at_a_curve_names_its_run_and_value(runs, tmp_path, browser):
-    report.write(runs, tmp_path / "page.html")
+    write(runs, tmp_path / "page.html")
     point = """<script>setTimeout(() => {
       document.querySelectorAll("section:not(#loss), header").forEach(each => each.remove());
       const box = document.querySelector("#loss svg").getBoundingClientRect();
@@ -733,7 +736,7 @@ def test_axe_finds_no_serious_issue(runs, tmp_path, browser, scheme):
     axe = ROOT / "node_modules" / "axe-core" / "axe.min.js"
     if not axe.is_file():
         pytest.skip("no axe-core: npm install --no-save axe-core")
-    report.write(runs, tmp_path / "page.html")
+    write(runs, tmp_path / "page.html")
     look = """<script>setTimeout(() => axe.run(document).then(found => {
       const data = {passes: found.passes.length, issues: found.violations.map(each => `${each.impact}: ${each.help}: ${each.nodes[0].html}`)};
       document.body.append(Object.assign(document.createElement("template"), {id: JSON.stringify(data)})) }), 1500)</script></body></html>"""

@@ -19,11 +19,11 @@ import transformers
 import variants
 from conftest import ROOT
 
-from jaxpt import config, sharding
+from jaxpt import config, export, sharding
 from jaxpt.model import decode, llama
 from jaxpt.spec import Manifest, ModelSpec, RopeScaling, UserError
 from jaxpt.train import newborn
-from jaxpt.weights import export, growth, huggingface
+from jaxpt.weights import growth, huggingface
 
 
 @pytest.mark.parametrize("name", variants.CONFIGS)
@@ -170,9 +170,9 @@ def test_the_card_tells_what_the_model_was_made_from_and_how_it_grew(tmp_path, s
             "# run\n" in card and f"Grown from org/tiny@{sha} by depth_upscale(m=2): " in card and "began as the parent's layers 0 1 2 2 3 4." in card
         )
         found = Manifest.load(run)
-        assert f"| initialize | {run} | {found.fingerprint} | {found.created} |" in card
-        assert f"| files | org/tiny@{sha} | {found.inputs['initialize']['fingerprint']} | |" in card.replace("|  |", "| |")
-        assert ("| checkpoint |" in card) == (source != run)
+        step = f"checkpoint 0 {Manifest.load(run / 'checkpoints/0').fingerprint}; grown by depth_upscale(m=2)"
+        assert f"| initialize | {run} | {found.fingerprint} | {found.created} | with python " in card and step in card
+        assert f"| files | org/tiny@{sha} | {found.inputs['initialize']['fingerprint']} |" in card
     assert made.counts["n_params"] == llama.count(spec.replace(n_layers=6)) == made.counts["bytes"] // 2, "a bfloat16 run exports bfloat16"
 
 

@@ -42,6 +42,7 @@ GROUP_BYTES = 2**25  # of text in a row group of a shard, about, and
 GROUP_ROWS = 10_000  # the documents in it, at most
 HERE_BYTES = 2**24  # of input up to which no other process is started: that takes longer
 TOKEN_BYTES = 4  # of text that make a token, about
+UNREAD_SHOWN = 20  # sentences about what cannot be read, of each source, at most
 NOT_TAKEN = -1  # in place of a rule, of a document that limit_mb left out
 
 SCHEMA = pa.schema({"id": pa.string(), "source": pa.string(), "text": pa.string(), "prompt_chars": pa.int32(), "meta": pa.string()})  # of the shards
@@ -62,6 +63,8 @@ def run(settings: config.Config, workdir: pathlib.Path, replace: bool = False) -
     knobs = settings.prepare
     if knobs.shard_mb < 1 or knobs.limit_mb < 0:
         raise UserError(f"prepare.shard_mb and limit_mb: got {knobs.shard_mb} and {knobs.limit_mb}, wanted at least 1 and at least 0.")
+    if knobs.decontaminate_words < 1:
+        raise UserError(f"prepare.decontaminate_words: got {knobs.decontaminate_words}, wanted at least 1.")
     found = sources.parse_all(knobs.sources)
     asked = json.dumps(stage.plain(knobs))
     rules, index = opened(asked)
@@ -74,18 +77,20 @@ def run(settings: config.Config, workdir: pathlib.Path, replace: bool = False) -
     inputs = {key: path for source in found for key, path in source.inputs().items()}
     inputs |= {f"benchmarks/{i}": stage.local_path(path) for i, path in enumerate(knobs.decontaminate)}
     if index.n_short:
-        short = f"{index.n_short:,} of {len(index.items):,} benchmark items have fewer than {decontaminate.NGRAM} words"
+        short = f"{index.n_short:,} of {len(index.items):,} benchmark items have fewer than {index.n} words"
         stage.say(f"prepare: {short}: no document can be matched with them")
 
     def work(partial: pathlib.Path) -> dict[str, Any]:
         home = partial.resolve() / ".work"
         do = functools.partial(finish, knobs.engine, home)
-        files = read(do, found, knobs)
+        files, unread = read(do, found, knobs)
         rows = judge(do, files, found, asked, rules, home)
         dropped_by, twin = decide(rows, rules)
-        tasks = write(do, rows, rules, dropped_by, twin, asked, partial.resolve())
-        contaminated = {task: tasks.count(task) for task in sorted({item.task for item in index.items})}
-        funnel = account(rows, rules, dropped_by)
+        hits = write(do, rows, rules, dropped_by, twin, asked, partial.resolve())
+        contaminated = {task: len({hit["id"] for hit in hits if hit["task"] == task}) for task in sorted({item.task for item in index.items})}
+        if knobs.decontaminate:
+            (partial / "contaminated.jsonl").write_text("".join(json.dumps(hit, ensure_ascii=False) + "\n" for hit in hits))
+        funnel = {**account(rows, rules, dropped_by), "unread": unread}
         (partial / "funnel.json").write_text(json.dumps(funnel, indent=1) + "\n")
         if not any(amounts["rows"] for amounts in funnel["train"].values()):
             raise UserError(
@@ -97,8 +102,13 @@ def run(settings: config.Config, workdir: pathlib.Path, replace: bool = False) -
 
     manifest = stage.run("prepare", workdir / "corpus", work, config=request, inputs=inputs, replace=replace)
     stage.say(table(manifest.counts))
+    for name, one in manifest.counts["unread"].items():
+        for why, n in one["counts"].items():
+            stage.say(f"prepare: {name}: {n:,} records or files passed over: {why}")
+        for sentence in one["first"]:
+            stage.say(f"prepare: passed over: {sentence}")
     for task, n in manifest.counts["contaminated"].items():
-        stage.say(f"prepare: {n:,} documents dropped for what they share with {task}")
+        stage.say(f"prepare: {n:,} documents dropped for what they share with {task}; {workdir / 'corpus/contaminated.jsonl'} lists them")
     sums = [sum(amounts[key] for amounts in manifest.counts[side].values()) for side in ("train", "heldout") for key in ("rows", "bytes")]
     made = f"{sums[0]:,} documents ({sums[1] / 1e6:.1f} MB) to train on, {sums[2]:,} ({sums[3] / 1e6:.1f} MB) held out"
     stage.say(f"prepare: {workdir / 'corpus'}: {made}")
@@ -109,7 +119,7 @@ def run(settings: config.Config, workdir: pathlib.Path, replace: bool = False) -
 def opened(asked: str) -> tuple[list[filters.Rule], decontaminate.Index]:
     """(the rules in order, the benchmarks' 13-grams) that a section `prepare`, as JSON, asks for: opened once in each process."""
     knobs = json.loads(asked)
-    index = decontaminate.Index([item for path in knobs["decontaminate"] for item in benchmarks.read(path)])
+    index = decontaminate.Index([item for path in knobs["decontaminate"] for item in benchmarks.read(path)], knobs["decontaminate_words"])
     near = [NEAR] if knobs["near_dedup"] and NEAR not in filters.PRESETS[knobs["preset"]] else []
     rules = filters.understand(knobs["preset"], [*knobs["rules"], *near])
     return rules + ([filters.Rule("decontaminate", judge=index.judge, says="decontaminate")] if knobs["decontaminate"] else []), index
@@ -184,15 +194,18 @@ class Read(NamedTuple):
     ceiling: int  # of the sampling number: documents from it on are not taken
 
 
-def read(do: Callable, found: Sequence[sources.Source], knobs: config.Prepare) -> list[Read]:
-    """Put the documents of all sources on disk: all of them, or those of which limit_mb are taken and some more."""
+def read(do: Callable, found: Sequence[sources.Source], knobs: config.Prepare) -> tuple[list[Read], dict[str, dict]]:
+    """Put the documents of all sources on disk: all of them, or those of which limit_mb are taken and some more.
+
+    Also what was passed over of each source: how many records and files, by reason, and the first sentences about what cannot be read.
+    """
     jobs, n_bytes, limit = [], 0, int(knobs.limit_mb * 1e6)
     for k, source in enumerate(found):
         for piece, size in pieces(source):
-            jobs.append({"source": k, "piece": stage.plain(piece), "limit": limit, "room": JOB_BYTES})
+            jobs.append({"source": k, "piece": stage.plain(piece), "limit": limit, "room": JOB_BYTES, "on_error": knobs.on_error})
             n_bytes += size
     answers = do(read_piece, jobs, "reading", "B", None, n_bytes)
-    files = []
+    files, unread = [], {}
     for k, source in enumerate(found):
         mine = [answer for job, answer in zip(jobs, answers, strict=True) if job["source"] == k]
         paths = [pathlib.Path(path) for answer in mine for path in answer["files"]]
@@ -201,12 +214,17 @@ def read(do: Callable, found: Sequence[sources.Source], knobs: config.Prepare) -
             places = np.concatenate([column(path, "digest")[:, 3] for path in paths])
             ceiling = min(ceiling, ceiling_of(places, np.concatenate([column(path, "bytes") for path in paths]), limit))
             n_taken = (places < ceiling).sum()
+        counts = sum((collections.Counter(answer["unread"]) for answer in mine), collections.Counter())
+        first = [sentence for answer in mine for sentence in answer["first"]][:UNREAD_SHOWN]
+        if counts:
+            unread[source.name] = {"counts": dict(sorted(counts.items())), "first": first}
         if not n_taken:
-            why = f"no document fits into prepare.limit_mb={knobs.limit_mb:g}, raise it" if limit else "no document in it, leave it out"
+            passed = "".join(f", {n:,} times {why}" for why, n in counts.most_common(3)) + (f" ({first[0]})" if first else "")
+            why = f"no document fits into prepare.limit_mb={knobs.limit_mb:g}, raise it" if limit else f"no document in it{passed}, leave it out"
             raise UserError(f"prepare.sources: {source.name} ({source.kind}:{source.where}): {why}.")
         rows = [n for answer in mine for n in answer["rows"]]
         files += [Read(path, k, n, ceiling) for path, n in zip(paths, rows, strict=True)]
-    return files
+    return files, unread
 
 
 def pieces(source: sources.Source) -> Iterator[tuple[sources.Source, int]]:
@@ -214,7 +232,7 @@ def pieces(source: sources.Source) -> Iterator[tuple[sources.Source, int]]:
     files, n_bytes = [], 0
     for file in source.files:
         files.append(file)
-        n_bytes += file.stat().st_size
+        n_bytes += sources.size_of(file)
         if n_bytes >= JOB_BYTES:
             yield dataclasses.replace(source, files=tuple(files)), n_bytes
             files, n_bytes = [], 0
@@ -224,9 +242,16 @@ def pieces(source: sources.Source) -> Iterator[tuple[sources.Source, int]]:
 
 def read_piece(job: dict, advance: Callable[[int], None] = lambda n: None) -> int:
     """A part of a source to files of rows, with about job["room"] bytes of text each. Returns the bytes of their texts."""
-    source = sources.Source(**{**job["piece"], "files": tuple(map(pathlib.Path, job["piece"]["files"]))})
+    source = sources.Source(**{**job["piece"], "files": tuple(job["piece"]["files"])})
     taken, files, rows, total = Taken(job["limit"], source.kind == "hf"), [], [], 0
-    stream = taken.of(source.documents())
+    unread, first = collections.Counter(), []
+
+    def passed(why: str, sentence: str) -> None:
+        unread[why] += 1
+        if why == sources.UNREADABLE and len(first) < UNREAD_SHOWN:
+            first.append(sentence)
+
+    stream = taken.of(source.documents(passed, job["on_error"]))
     for n in itertools.count():
         file = pathlib.Path(f"{job['to']}-{n:05d}.arrow")
         with named_when_whole(file) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, READ, options=COMPRESSED) as out:
@@ -244,7 +269,7 @@ def read_piece(job: dict, advance: Callable[[int], None] = lambda n: None) -> in
         files.append(file)
         rows.append(n_rows)
         total += n_bytes
-    tell(job, files, rows=rows, ceiling=taken.ceiling)
+    tell(job, files, rows=rows, ceiling=taken.ceiling, unread=unread, first=first)
     return total
 
 
@@ -273,11 +298,7 @@ class Taken:
         kept: list[tuple[int, int]] = []  # heap of (-sampling number, bytes)
         total = 0
         for found in documents:
-            try:
-                data = found.text.encode()
-            except UnicodeEncodeError as error:
-                half = f"character {error.start + 1} is half of a surrogate pair, which is no text"
-                raise UserError(f"{found.id}: {half}. Mend or remove the record.") from None
+            data = found.text.encode()
             digest = dedup.digest(data)
             number = int.from_bytes(digest[24:])
             if self.limit and number < self.ceiling:
@@ -485,8 +506,10 @@ def decide(rows: Rows, rules: Sequence[filters.Rule]) -> tuple[np.ndarray, np.nd
 # ---- third pass: what stays goes to its side, and of what goes a sample is kept
 
 
-def write(do: Callable, rows: Rows, rules: list[filters.Rule], dropped_by: np.ndarray, twin: np.ndarray, asked: str, out: pathlib.Path) -> list[str]:
-    """Write the shards and the samples. Returns the benchmark tasks that documents were dropped for, one for each task of each document."""
+def write(
+    do: Callable, rows: Rows, rules: list[filters.Rule], dropped_by: np.ndarray, twin: np.ndarray, asked: str, out: pathlib.Path
+) -> list[dict[str, str]]:
+    """Write the shards and the samples. Returns what documents were dropped for by decontaminate: each with each item, and the words that they share."""
     decided, shard_bytes = out / ".work/dropped_by.npy", json.loads(asked)["shard_mb"] * 1_000_000
     np.save(decided, dropped_by)
     shown = samples(rows.all("show"), dropped_by, len(rules))
@@ -521,7 +544,7 @@ def write(do: Callable, rows: Rows, rules: list[filters.Rule], dropped_by: np.nd
     for k, rule in enumerate(rules):
         if told := [found[row] for row in sorted(found) if dropped_by[row] == k]:
             pq.write_table(pa.Table.from_pylist(told, SAMPLE), out / "dropped" / f"{rule.name}.parquet", compression="zstd")
-    return [task for answer in answers for task in answer["contaminated"]]
+    return [hit for answer in answers for hit in answer["contaminated"]]
 
 
 def stays(dropped_by: np.ndarray, split: np.ndarray, side: str, n_rules: int, heldout: int) -> np.ndarray:
@@ -583,7 +606,10 @@ def write_shard(job: dict, advance: Callable[[int], None] = lambda n: None) -> i
             told["samples"][row] = {**sample, "text": sample["text"][:SAMPLE_CHARS], "reason": reasons[row - start].as_py()}
         for k in (k for k, rule in enumerate(rules) if rule.name == "decontaminate" and job["side"] == "train"):
             for i in np.flatnonzero(fell_to == k).tolist():
-                told["contaminated"] += sorted({item.task for item, _ in index.hits(table["text"][i].as_py())})
+                id, source, text = (table[name][i].as_py() for name in ("id", "source", "text"))
+                told["contaminated"] += [
+                    {"id": id, "source": source, "task": item.task, "item": item.id, "words": words} for item, words in index.hits(text)
+                ]
 
     if job["file"]:
         with named_when_whole(pathlib.Path(job["to"])) as temporary:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import pathlib
 import shutil
+import sys
 import time
 import unicodedata
 from typing import Any
@@ -32,7 +34,7 @@ def compare(
     models: list[pathlib.Path], prompts: list[str], *, max_new: int = 128, sampling: decode.Sampling = decode.Sampling(),  # noqa: B008 (frozen)
     seed: int = 0, texts: list[pathlib.Path] = [], to: pathlib.Path | None = None,  # noqa: B006 (never changed)
 ) -> dict[str, Any]:  # fmt: skip
-    """Continue each prompt by each model, show the texts in columns, and write them to `to`.
+    """Continue each prompt by each model, show the texts in columns, and write them to `to`. On a terminal each text is seen as it is written.
 
     A prompt begins with the model's beginning-of-sequence token where its tokenizer puts one. Seconds are those of reading
     the prompt and writing the tokens, compilation not counted. texts: files whose bits per byte by each model are put beside. Raises UserError for a model without tokenizer and a prompt that does not fit.
@@ -87,28 +89,39 @@ def continuations(
     start_ids = [] if encoder.bos_id is None else [encoder.bos_id]
     token_ids = [start_ids + ids for ids in encoder.encode_batch(prompts)]
     decode.check_prompts(loaded.spec, token_ids)
-    done, written = [], 0
-    with stage.progress(name, max_new * len(prompts), "tokens") as advance:
-
-        def count(row: int, ids: list[int]) -> None:
-            nonlocal written
-            advance(len(ids) - written)
-            written = len(ids)
-
-        for ids in token_ids:
-            settings = {"max_new": max_new, "sampling": sampling, "seed": seed}
+    done, settings, live = [], {"max_new": max_new, "sampling": sampling, "seed": seed}, sys.stdout.isatty()
+    bar = contextlib.nullcontext(lambda n: None) if live else stage.progress(name, max_new * len(prompts), "tokens")
+    with bar as advance:
+        for prompt, ids in zip(prompts, token_ids, strict=True):
             decode.generate(loaded.spec, loaded.params, [ids], watch=lambda *_: True, **settings)  # compiles, and stops at the first token
-            start, written = time.monotonic(), 0
-            (new,) = decode.generate(loaded.spec, loaded.params, [ids], watch=count, watch_every=8, **settings)
-            seconds = time.monotonic() - start
-            before, whole = encoder.decode(ids), encoder.decode(ids + new)
-            # decoded together, so that a space between prompt and continuation is not taken for one at a text's beginning
-            text = whole.removeprefix(before) if whole.startswith(before) else encoder.decode(new)
-            done.append({"text": text, "tokens": len(new), "seconds": round(seconds, 3)})
-            advance(max_new - written)
+            written = ""
+
+            def write(text: str) -> None:
+                nonlocal written
+                print(printable(text[len(written) :]), end="", flush=True)
+                written = text
+
+            def watch(row: int, new: list[int], ids=ids, write=write) -> None:
+                write(continuation(encoder, ids, new).rstrip("\N{REPLACEMENT CHARACTER}"))  # a character may take several tokens
+
+            if live:
+                stage.say(f"\n{name} > {printable(prompt)}")
+            start = time.monotonic()
+            (new,) = decode.generate(loaded.spec, loaded.params, [ids], watch=watch if live else None, watch_every=4, **settings)
+            done.append({"text": continuation(encoder, ids, new), "tokens": len(new), "seconds": round(time.monotonic() - start, 3)})
+            if live:
+                write(done[-1]["text"] + "\n")
+            advance(max_new)
     n_tokens, seconds = (sum(each[key] for each in done) for key in ("tokens", "seconds"))
     stage.say(f"{name}: {n_tokens:,} tokens in {seconds:,.1f} s")
     return done
+
+
+def continuation(encoder: tokenizer.Tokenizer, ids: list[int], new: list[int]) -> str:
+    """The text that new tokens add to a prompt's."""
+    # decoded together, so that a space between prompt and continuation is not taken for one at a text's beginning
+    before, whole = encoder.decode(ids), encoder.decode(ids + new)
+    return whole.removeprefix(before) if whole.startswith(before) else encoder.decode(new)
 
 
 def names_of(models: list[pathlib.Path]) -> list[str]:
@@ -266,8 +279,7 @@ def side_by_side(samples: dict[str, Any], width: int) -> str:
 def wrap(text: str, width: int) -> list[str]:
     """Lines of at most `width` terminal columns, broken at spaces where there are any; indentation and blank lines stay."""
     lines = []
-    for line in text.expandtabs(4).split("\n"):
-        line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)  # an escape sequence shows, it does not act
+    for line in printable(text).split("\n"):
         while columns_of(line) > width:
             fits = next(n for n in range(len(line), 0, -1) if columns_of(line[:n]) <= width)
             space = line.rfind(" ", 0, fits + 1)
@@ -276,6 +288,11 @@ def wrap(text: str, width: int) -> list[str]:
             line = line[cut:].removeprefix(" ")
         lines.append(line)
     return lines
+
+
+def printable(text: str) -> str:
+    """An escape sequence shows, it does not act."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text.expandtabs(4))
 
 
 def columns_of(text: str) -> int:

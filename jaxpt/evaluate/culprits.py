@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
-from jaxpt import config, sharding, stage
+from jaxpt import config, sharding
 from jaxpt.data import loader
 from jaxpt.evaluate import likelihood
 from jaxpt.spec import UserError
@@ -43,29 +43,24 @@ def rank(run: pathlib.Path, step: int, tokenizer: str) -> tuple[pathlib.Path, li
     model = initialize.load(run / "checkpoints" / str(nearest), mesh)
 
     settings, rows, places = loader.rows_of_step(run, step)
-    token_step = likelihood.token_step(model.spec, mesh, np.dtype("float32"))
-    to_mesh = sharding.batch_sharding(mesh)
-    at_once = sharding.n_shards(mesh, "batch") * max(1, likelihood.TOKENS_AT_A_TIME // rows.row_len)
-    nats, weights = [], []  # of each row, [T]
-    with stage.progress("losses", len(places), "rows") as advance:
-        for start in range(0, len(places), at_once):
-            chosen = [rows.row(name, i) for name, i in places[start : start + at_once]]
-            batch = loader.make_batch(chosen, settings.mixture.document_mask)
-            # whole blocks of logits, and as many rows as the devices share evenly: segment 0 is nobody's
-            more = (0, at_once - len(chosen)), (0, -rows.row_len % likelihood.LOGITS_AT_A_TIME)
-            padded = jax.tree.map(lambda field, more=more: np.pad(field, more), batch)
-            on_devices = jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, to_mesh, x.__getitem__), padded)
-            likelihoods, _ = token_step(model.params, on_devices)
-            nats += list(-np.asarray(likelihoods)[: len(chosen), : rows.row_len] * batch.weights)
-            weights += list(batch.weights)
-            advance(len(chosen))
+    batch = loader.make_batch([rows.row(name, i) for name, i in places], settings.mixture.document_mask)
+    nats = np.zeros(batch.tokens.shape, np.float32)
+    spans = []  # of each text that a row's tokens see as one: (row, its columns)
+    for row, segments in enumerate(batch.segments):
+        cuts = [0, *np.flatnonzero(np.diff(segments)) + 1, len(segments)]
+        spans += [(row, slice(a, b)) for a, b in itertools.pairwise(cuts) if segments[a] and b - a > 1]
+    pairs = [(batch.tokens[row, span][:1].tolist(), batch.tokens[row, span][1:].tolist()) for row, span in spans]
+    for place, likelihoods, _ in likelihood.token_log_likelihoods(model.spec, model.params, pairs, max_length=rows.row_len, label="losses"):
+        row, span = spans[place]
+        nats[row, span.start : span.stop - 1] = -likelihoods
+    nats *= batch.weights
 
-    total, n_total = sum(float(each.sum()) for each in nats), sum(int(each.sum()) for each in weights)
+    total, n_total = float(nats.sum(dtype=np.float64)), int(batch.weights.sum())
     found, ends = [], dict.fromkeys(range(len(places)), 0)
     for seen in documents:
         start, ends[seen.slot] = ends[seen.slot], ends[seen.slot] + len(seen.tokens)
         span = slice(max(start - 1, 0), ends[seen.slot] - 1)  # a token's loss stands where the one before it is read
-        nats_sum, n_trained = float(nats[seen.slot][span].sum()), int(weights[seen.slot][span].sum())
+        nats_sum, n_trained = float(nats[seen.slot][span].sum()), int(batch.weights[seen.slot][span].sum())
         if n_trained:
             without = (total - nats_sum) / (n_total - n_trained) if n_total > n_trained else 0.0
             found.append(Culprit(seen, nats_sum, n_trained, total / n_total - without))

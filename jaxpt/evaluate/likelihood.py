@@ -1,12 +1,11 @@
 """How likely a model finds text: held-out loss of packed rows, bits per byte of raw text, log-likelihood of continuations.
 
-Pieces of text to be scored are packed several to a row, as in training: a document does not see its neighbours, so their
-scores are those they would have alone, little is computed for padding, and two or three row lengths are all that is compiled.
+Pieces of text to be scored are laid several to a row, in trees that compute once what several begin with (trees.py): their scores are those they
+would have alone, little is computed for padding, and two or three row lengths are all that is compiled.
 """
 
 from __future__ import annotations
 
-import bisect
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -17,13 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpt import stage
-from jaxpt.model import llama, loss
-from jaxpt.sharding import batch_sharding, n_shards, replicated
+from jaxpt.evaluate import trees
+from jaxpt.model import attention, llama, loss
+from jaxpt.sharding import batch_sharding, n_shards, replicated, sharding
 from jaxpt.spec import Batch, ModelSpec, UserError
 
-SHORTEST_ROW = 256  # tokens; longer pieces take rows 4, 16, ... times as long, up to the model's context
-TOKENS_AT_A_TIME = 4096  # on each device in one step
-LOGITS_AT_A_TIME = 256  # tokens of these whose logits exist at one time
+LOGITS_AT_A_TIME = 256  # tokens whose logits exist on a device at one time
 
 
 def nats_step(spec: ModelSpec, mesh, dtype="float32"):
@@ -119,7 +117,7 @@ def token_log_likelihoods(
     Raises UserError for an empty context or continuation, one that is longer than the context length, or an unknown id.
     """
     max_length = max_length or spec.max_positions
-    pieces = [(np.asarray([*context, *continuation][-(max_length + 1) :], np.int32), len(continuation)) for context, continuation in pairs]
+    pieces = [trees.Piece(np.asarray([*context, *continuation][-(max_length + 1) :], np.int32), len(continuation)) for context, continuation in pairs]
     for (context, continuation), (ids, _) in zip(pairs, pieces, strict=True):
         if not context or not continuation:
             raise UserError(f"{label}: an empty {'continuation' if context else 'context'} cannot be scored. Give at least one token.")
@@ -134,21 +132,21 @@ def token_log_likelihoods(
                 "Use the tokenizer that the model was trained with."
             )
     mesh = jax.tree.leaves(params)[0].sharding.mesh
-    step = token_step(spec, mesh, jnp.dtype(dtype))
+    step, where = token_step(spec, mesh, jnp.dtype(dtype)), sharding(mesh, ("batch", None))
 
     def collect(batch, scored):
         likelihoods, likeliest = (np.asarray(x) for x in scored)
-        for piece, row, start in batch.places:
-            ids, n_scored = pieces[piece]
-            end = start + len(ids) - 1
-            span = slice(end - n_scored, end)
-            yield piece, likelihoods[row, span], likeliest[row, span]
-            advance(len(ids) - 1)
+        for piece, row, first in batch.places:
+            asked = slice(first, first + pieces[piece].n_asked)
+            yield piece, likelihoods[row, asked], likeliest[row, asked]
+            advance(pieces[piece].n_columns)
 
-    with stage.progress(label, sum(len(ids) - 1 for ids, _ in pieces), "tokens") as advance:
+    with stage.progress(label, sum(piece.n_columns for piece in pieces), "tokens") as advance:
         running = None  # the device works on one batch while the host reads the one before
-        for batch in packed_batches([ids for ids, _ in pieces], max_length, n_shards(mesh, "batch")):
-            scored = step(params, jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, batch_sharding(mesh), x.__getitem__), batch.arrays))
+        # within a tree places are no distances, which a window counts
+        for batch in trees.batches(pieces, max_length, n_shards(mesh, "batch"), share=spec.sliding_window is None):
+            rows = jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, where, x.__getitem__), batch.rows)
+            scored = step(params, rows, np.int32(batch.n_asked))
             if running:
                 yield from collect(*running)
             running = batch, scored
@@ -158,74 +156,36 @@ def token_log_likelihoods(
 
 @functools.lru_cache(maxsize=8)
 def token_step(spec: ModelSpec, mesh, dtype):
-    """The jitted step(params, batch) -> (log-likelihood of each target in nats, whether it was the likeliest), both [B, T]."""
+    """The jitted step(params, trees.Rows, n_asked) -> (log-likelihood of each target in nats, whether it was the likeliest), both [B, T].
 
-    def step(params, batch: Batch):
+    Only each row's first n_asked questions are answered, rounded up to whole blocks of logits.
+    """
+    where = sharding(mesh, ("batch", None))
+
+    def step(params, rows: trees.Rows, n_asked):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             model = llama.bind(spec, params)
-            hidden = model(batch.tokens, batch.segments, batch.positions, dtype)
-            B, T, _ = hidden.shape
-            columns = power_of_two_below(max(LOGITS_AT_A_TIME * n_shards(mesh, "batch") // B, 1))
 
-            def cut(x):  # some columns of all rows at a time, so that each device has logits of its own rows only
-                return jnp.moveaxis(x.reshape(B, T // columns, columns, *x.shape[2:]), 1, 0).reshape(T // columns, B * columns, *x.shape[2:])
+            def attend(q, k, v):
+                if spec.sliding_window is None:
+                    return attention.attend_along_paths(q, k, v, rows.ends)
+                return attention.attend(q, k, v, rows.ends, spec.sliding_window)
 
-            scored = loss.log_likelihoods(cut(hidden), model.head(dtype), cut(batch.targets))
-            return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(T // columns, B, columns), 0, 1).reshape(B, T), scored)
+            hidden = model.read(rows.tokens, rows.positions, attend, dtype)
+            asked = jnp.take_along_axis(hidden, rows.columns[..., None], axis=1)
+            B, T, _ = asked.shape
+            width = power_of_two_below(max(LOGITS_AT_A_TIME * n_shards(mesh, "batch") // B, 1))
+            head = model.head(dtype)
 
-    return jax.jit(step, in_shardings=(llama.shardings(spec, mesh), batch_sharding(mesh)), out_shardings=replicated(mesh))
+            def answer(block, found):  # some columns of all rows at a time, so that each device has logits of its own rows only
+                part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=block * width, slice_size=width, axis=1)
+                more = loss.log_likelihoods(part(asked), head, part(rows.targets))
+                return jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, block * width, axis=1), found, more)
 
+            nothing = jnp.zeros((B, T), jnp.float32), jnp.zeros((B, T), bool)
+            return jax.lax.fori_loop(0, -(-n_asked // width), answer, nothing)
 
-class PackedBatch(NamedTuple):
-    arrays: Batch  # numpy
-    places: list[tuple[int, int, int]]  # (piece, row, first column)
-
-
-def packed_batches(pieces: list[np.ndarray], max_length: int, n_pieces_of_batch: int) -> Iterator[PackedBatch]:
-    """The pieces as Batches: piece p, of n + 1 ids, fills n columns of one row as tokens and targets."""
-    for row_len, rows in pack(pieces, max_length).items():
-        per_batch = min(max(TOKENS_AT_A_TIME // row_len, 1), math.ceil(len(rows) / n_pieces_of_batch)) * n_pieces_of_batch
-        for first in range(0, len(rows), per_batch):
-            shape = (per_batch, row_len)
-            arrays = Batch(*(np.zeros(shape, np.int32) for _ in range(4)), np.zeros(shape, np.float32))
-            places = []
-            for row, members in enumerate(rows[first : first + per_batch]):
-                column = 0
-                for segment, piece in enumerate(members, 1):
-                    ids = pieces[piece]
-                    span = slice(column, column + len(ids) - 1)
-                    arrays.tokens[row, span], arrays.targets[row, span] = ids[:-1], ids[1:]
-                    arrays.segments[row, span], arrays.positions[row, span] = segment, np.arange(len(ids) - 1)
-                    arrays.weights[row, span] = 1
-                    places.append((piece, row, column))
-                    column += len(ids) - 1
-            yield PackedBatch(arrays, places)
-
-
-def pack(pieces: list[np.ndarray], max_length: int) -> dict[int, list[list[int]]]:
-    """Row length -> rows, each a list of pieces. Best fit, longest first: a piece goes to the fullest row that still holds
-    it, or opens a row of the shortest length that does."""
-    rows: dict[int, list[list[int]]] = {}
-    free: list[tuple[int, int, int]] = []  # (columns left, row length, row), sorted
-    for piece in sorted(range(len(pieces)), key=lambda piece: -len(pieces[piece])):
-        n = len(pieces[piece]) - 1
-        found = bisect.bisect_left(free, (n, 0, 0))
-        if found < len(free):
-            left, row_len, row = free.pop(found)
-        else:
-            left = row_len = row_length(n, max_length)
-            row = len(rows.setdefault(row_len, []))
-            rows[row_len].append([])
-        rows[row_len][row].append(piece)
-        bisect.insort(free, (left - n, row_len, row))
-    return rows
-
-
-def row_length(n: int, max_length: int) -> int:
-    row_len = SHORTEST_ROW
-    while row_len < n:
-        row_len *= 4
-    return min(row_len, -(-max_length // SHORTEST_ROW) * SHORTEST_ROW)
+    return jax.jit(step, in_shardings=(llama.shardings(spec, mesh), where, replicated(mesh)), out_shardings=replicated(mesh))
 
 
 def power_of_two_below(n: int) -> int:

@@ -127,6 +127,13 @@ def differs(kernel: str, spec: ModelSpec, row_len: int, dtype: str, device) -> s
     return None
 
 
+def attend_along_paths(q: jax.Array, k: jax.Array, v: jax.Array, ends: jax.Array) -> jax.Array:
+    """Softmax attention of each query to the keys at or before it that are not closed yet: ends, int32 [B, T], says for each key the first place
+    after it whose query does not see it. q, k, v as for `attend`; each place must see itself. For trees of texts, see evaluate/trees.py."""
+    places = jnp.broadcast_to(jnp.arange(q.shape[1]), ends.shape)
+    return banded(q, k, v, places, ends, None, most_bands(q.shape[1]), sees=jnp.less)
+
+
 # ---- xla
 
 
@@ -134,12 +141,16 @@ def xla(q, k, v, segments, window):
     """Bands of queries, each against the keys up to its own end."""
     mesh = jax.sharding.get_abstract_mesh()
     n = 1 if mesh.empty else n_shards(mesh, "position")
-    most = q.shape[1] if getattr(mesh.abstract_device, "platform", None) == "cpu" else BANDS
+    most = most_bands(q.shape[1])
     if n > 1 and q.shape[1] % n**2 == 0:
         mixed = on_each_device(functools.partial(dealt, window=window, most=most))(q, k, v, segments)
     else:  # where rows are cut into pieces that cannot be dealt evenly, XLA places the bands: right, but slower
         mixed = banded(q, k, v, segments, segments, window, most)
     return checkpoint_name(mixed, KEPT)
+
+
+def most_bands(row_len: int) -> int:
+    return row_len if getattr(jax.sharding.get_abstract_mesh().abstract_device, "platform", None) == "cpu" else BANDS
 
 
 def dealt(q, k, v, segments, window, most):
@@ -163,8 +174,9 @@ def dealt(q, k, v, segments, window, most):
     return undeal(banded(deal(q), k, v, deal(segments), all_segments, window, most, stride=n, offset=which))
 
 
-def banded(q, k, v, q_segments, k_segments, window, most, stride=1, offset=0):
-    """In `most` bands at most. Query i stands at place i * stride + offset of the keys, offset < stride. q [B, T, N, H], k and v [B, S, K, H]."""
+def banded(q, k, v, q_segments, k_segments, window, most, stride=1, offset=0, sees=jnp.equal):
+    """In `most` bands at most. Query i stands at place i * stride + offset of the keys, offset < stride. q [B, T, N, H], k and v [B, S, K, H].
+    sees(query's segment, key's segment) says which of the keys before it a query may see."""
     T = q.shape[1]
     band = QUERY_CHUNK * max(1, -(-T // (QUERY_CHUNK * most)))
     cuts = sorted({*range(0, T, band), T // QUERY_CHUNK * QUERY_CHUNK, T})  # every band whole chunks, but for a short last one
@@ -173,38 +185,40 @@ def banded(q, k, v, q_segments, k_segments, window, most, stride=1, offset=0):
         first = 0 if window is None else max(0, start * stride - window + 1)
         seen = slice(first, stop * stride)
         places = jnp.arange(start, stop) * stride + offset - first
-        bands.append(band_attend(q[:, start:stop], k[:, seen], v[:, seen], q_segments[:, start:stop], k_segments[:, seen], places, window))
+        bands.append(band_attend(q[:, start:stop], k[:, seen], v[:, seen], q_segments[:, start:stop], k_segments[:, seen], places, window, sees))
     return jnp.concatenate(bands, axis=1)
 
 
-def band_attend(q, k, v, q_segments, k_segments, places, window):
+def band_attend(q, k, v, q_segments, k_segments, places, window, sees):
     """One band of queries, chunk after chunk."""
     B, T, N, H = q.shape
     K = k.shape[2]
     grouped = q.reshape(B, T, K, N // K, H)
     n = T // QUERY_CHUNK
     if n <= 1:
-        return chunk_attend(grouped, k, v, q_segments, k_segments, places, window).reshape(q.shape)
+        return chunk_attend(grouped, k, v, q_segments, k_segments, places, window, sees).reshape(q.shape)
 
     def chunked(x):
         return jnp.moveaxis(x.reshape(B, n, QUERY_CHUNK, *x.shape[2:]), 1, 0)
 
     def one(chunk):
         q, q_segments, places = chunk
-        return chunk_attend(q, k, v, q_segments, k_segments, places, window)
+        return chunk_attend(q, k, v, q_segments, k_segments, places, window, sees)
 
     return jnp.moveaxis(jax.lax.map(one, (chunked(grouped), chunked(q_segments), places.reshape(n, QUERY_CHUNK))), 0, 1).reshape(q.shape)
 
 
-@functools.partial(jax.checkpoint, static_argnums=6)  # backward computes the scores again: they are the largest thing a layer would otherwise keep
-def chunk_attend(q, k, v, q_segments, k_segments, places, window):
+@functools.partial(
+    jax.checkpoint, static_argnums=(6, 7)
+)  # backward computes the scores again: they are the largest thing a layer would otherwise keep
+def chunk_attend(q, k, v, q_segments, k_segments, places, window, sees):
     """One chunk of queries; query i stands at places[i] of the keys. q [B, T, K, G, H], k and v [B, S, K, H]."""
     S, H = k.shape[1], q.shape[-1]
     distance = places[:, None] - jnp.arange(S)[None, :]
     seen = distance >= 0
     if window is not None:
         seen &= distance < window
-    seen = seen[None] & (q_segments[:, :, None] == k_segments[:, None, :])
+    seen = seen[None] & sees(q_segments[:, :, None], k_segments[:, None, :])
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * H**-0.5
     scores = jnp.where(seen[:, None, None], scores, -jnp.inf)  # every query sees itself, so no row is all -inf
     shares = jax.nn.softmax(scores, axis=-1).astype(v.dtype)

@@ -41,6 +41,11 @@ class Llama(nnx.Module):
         unroll   layers that one turn of the scan holds
         backend  attention's, as attention.choose answered
         """
+        window = self.spec.sliding_window
+        return self.read(tokens, positions, lambda q, k, v: attend(q, k, v, segments, window, backend), dtype, remat, unroll)
+
+    def read(self, tokens, positions, attend, dtype, remat: str = "none", unroll: int = 1):
+        """Like __call__, with attend(q, k, v) -> [B, T, N, H] in place of segments: who sees whom is the caller's."""
         # gathered along its width first: a lookup in a table cut both ways makes XLA replicate the result
         table = constrain(self.embed[...].astype(dtype), "vocab", None)
         x = constrain(table[tokens], "batch", "position", "act_embed")
@@ -49,7 +54,7 @@ class Llama(nnx.Module):
 
         def layer(x, one):
             block = nnx.merge(blocks, one)
-            x = block(x, rope, lambda q, k, v: attend(q, k, v, segments, self.spec.sliding_window, backend))
+            x = block(x, rope, attend)
             return constrain(x, "batch", "position", "act_embed"), None
 
         if remat != "none":

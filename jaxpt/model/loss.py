@@ -90,12 +90,7 @@ def chunk_losses(hidden, head, targets, weights, z_loss):
 
 
 def log_likelihoods(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Per-token log-likelihood in nats and whether the target was the likeliest token; both [B, T]. One row's logits at a time."""
-
-    def row(one):
-        hidden, targets = one
-        logits = jnp.einsum("td,dv->tv", hidden, head, preferred_element_type=jnp.float32)
-        picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-        return picked - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets
-
-    return jax.lax.map(row, (hidden, targets))
+    """Per-token log-likelihood in nats and whether the target was the likeliest token; both [B, T]. All logits exist at once: give few tokens."""
+    logits = jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return picked - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets

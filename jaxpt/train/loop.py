@@ -166,18 +166,24 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
         saves = last or n_done % settings.train.checkpoint_every == 0 or stopping
         if logs and not saves and settings.train.checkpoint_minutes:
             saves = machine.first_decides(time.monotonic() - saved_at > 60 * settings.train.checkpoint_minutes)
-        if logs or saves:
-            for each in jax.device_get(waiting):
+        measures = last or (settings.train.eval_every and n_done % settings.train.eval_every == 0)
+        if logs or saves or measures:
+            for at, each in enumerate(jax.device_get(waiting), n_done - len(waiting) + 1):
                 if math.isfinite(each["nats_sum"]):  # a batch that is not is skipped, and counted as that
                     nats_sum, weights_sum = nats_sum + float(each["nats_sum"]), weights_sum + float(each["weights_sum"])
-                stop_if_stuck(each, settings, n_done, n_read, rows, mixture)
+                if each["n_in_a_row"]:
+                    end = n_read - (n_done - at) * settings.train.batch_rows
+                    places = map(mixture.row_at, range(end - settings.train.batch_rows, end))
+                    documents = list(dict.fromkeys(document for name, i in places for document in rows.doc_ids(name, i)))
+                    metrics.skipped(at, loss=float(each["loss"]), grad_norm=float(each["grad_norm"]), documents=documents)
+                    stop_if_stuck(int(each["n_in_a_row"]), settings, at, documents)
             waiting.clear()
         if logs:
             newest = {name: float(found[name]) for name in ("grad_norm", "lr")}
             metrics.train(n_done, loss=nats_sum / max(weights_sum, 1), **newest, n_skipped=int(found["n_skipped"]), epochs=mixture.epochs(n_read))
             nats_sum = weights_sum = 0.0
         measured = None
-        if last or (settings.train.eval_every and n_done % settings.train.eval_every == 0):
+        if measures:
             measured = heldout.losses(spec, now.params)
             metrics.heldout(n_done, measured, parent)
             if forgot := forgetting.beyond(measured, parent, settings):
@@ -322,14 +328,12 @@ def failures_told(stop: bool) -> Iterator[None]:
         stage.say(f"{failed} The run goes on, as train.on_failed_save says.")
 
 
-def stop_if_stuck(found: dict, settings: Config, n_done: int, n_read: int, rows: loader.Rows, mixture: Mixture) -> None:
-    if found["n_in_a_row"] >= settings.train.max_skips:
-        places = (mixture.row_at(index) for index in range(n_read - settings.train.batch_rows, n_read))
-        documents = [document for name, i in places for document in rows.doc_ids(name, i)]
+def stop_if_stuck(n_in_a_row: int, settings: Config, step: int, documents: list[str]) -> None:
+    if n_in_a_row >= settings.train.max_skips:
         raise UserError(
-            f"train: {int(found['n_in_a_row'])} updates in a row were skipped up to step {n_done} (not finite, or a spike), which read "
+            f"train: {n_in_a_row} updates in a row were skipped up to step {step} (not finite, or a spike), which read "
             f"{', '.join(documents[:4])}{f' and {len(documents) - 4} more documents' if len(documents) > 4 else ''}. Lower optim.peak_lr "
-            f"({settings.optim.peak_lr:g}), or look at the documents: scripts/trace.py --workdir RUN --step {n_done} prints them."
+            f"({settings.optim.peak_lr:g}), or look at the documents: scripts/trace.py --workdir RUN --step {step} prints them."
         )
 
 

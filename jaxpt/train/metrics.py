@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 import resource
 import sys
@@ -17,6 +18,8 @@ from jaxpt.config import Config
 from jaxpt.model import llama
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.stage import fingerprint, say, write_whole
+
+MAX_DOCUMENTS = 32  # named of a skipped step; trace.py names them all
 
 
 class Cost(NamedTuple):
@@ -88,6 +91,12 @@ class Metrics:
             + "  ".join(f"{name} {loss:.4f}{beside(name)}" for name, loss in losses.items())
         )
         self.pause(step)
+
+    def skipped(self, step: int, *, loss: float, grad_norm: float, documents: list[str]) -> None:
+        """This step's update was skipped: its loss and norm, null where they are no numbers, and the first of the documents that it read."""
+        loss, grad_norm = (value if math.isfinite(value) else None for value in (loss, grad_norm))
+        first = {"documents": documents[:MAX_DOCUMENTS], "n_documents": len(documents)}
+        self.write({"step": step, "skipped": {"loss": loss, "grad_norm": grad_norm, **first}})
 
     def grown(self, step: int, operator: str, spec: ModelSpec, cost: Cost) -> None:
         """The model is another from here on."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pathlib
 
-from jaxpt import config, sharding, stage
+from jaxpt import config, lineage, sharding, stage
 from jaxpt.model import llama
-from jaxpt.spec import Manifest, UserError
+from jaxpt.spec import Manifest
 from jaxpt.weights import checkpoint, growth, hub, huggingface, initialize
 
 
@@ -51,30 +51,13 @@ def stored_as(source: pathlib.Path) -> str:
 
 
 def model_card(source: pathlib.Path, model: initialize.Loaded) -> str:
-    """README.md of the export: what it is, how it grew, and what it was made from, manifest by manifest."""
-    rows, bases, seen = [], [], set()
-
-    def follow(path: pathlib.Path, fingerprint: str = "") -> None:
-        try:
-            manifest = Manifest.load(path)
-        except UserError:  # no stage of ours wrote it, or it lies elsewhere by now
-            manifest = None
-        fingerprint = manifest.fingerprint if manifest else fingerprint
-        if (fingerprint or path) in seen:
-            return
-        seen.add(fingerprint or path)
-        name = hub.name_of(path)
-        bases.extend([name.partition("@")[0]] if name else [])
-        rows.append(f"| {manifest.stage if manifest else 'files'} | {name or path} | {fingerprint} | {manifest.created if manifest else ''} |")
-        if path.parent.name == "checkpoints" and (path.parent.parent / "manifest.json").is_file():
-            follow(path.parent.parent)
-        for found in manifest.inputs.values() if manifest else ():
-            follow(pathlib.Path(found["path"]), found["fingerprint"])
-
-    follow(source)
-    run = source.parent.parent if source.parent.name == "checkpoints" else source
+    """README.md of the export: what it is, how it grew, and what it was made from."""
+    notes: list[str] = []
+    nodes = lineage.lineage_of(source.resolve(), notes)[::-1]
+    bases = [name.partition("@")[0] for node in nodes if (name := hub.name_of(node.path))]
+    run = nodes[0].path
     front = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [jaxpt]", *(f"base_model: {base}" for base in bases[:1])]
-    lines = ["---", *front, "---", "", f"# {(hub.name_of(source) or run.name).partition('@')[0]}", ""]
+    lines = ["---", *front, "---", "", f"# {(hub.name_of(run) or run.name).partition('@')[0]}", ""]
     lines += [f"{initialize.describe(model.spec)}. Made with jaxpt.", ""]
     if (run / "growth.json").is_file():
         grown = huggingface.read_json(run / "growth.json")
@@ -85,4 +68,4 @@ def model_card(source: pathlib.Path, model: initialize.Loaded) -> str:
             "",
         ]
         lines += [f"Its layers began as the parent's layers {growth.tell(grown['layer_map'])}.", ""]
-    return "\n".join([*lines, "## Lineage", "", "| what | where | fingerprint | made |", "|---|---|---|---|", *rows, ""])
+    return "\n".join([*lines, "## Lineage", "", *lineage.as_table(nodes), *notes, ""])

@@ -6,7 +6,8 @@ import http.server
 import pathlib
 from collections.abc import Iterable
 
-from jaxpt import report, stage
+from jaxpt import stage
+from jaxpt.report import page, read
 from jaxpt.spec import UserError
 
 # The page asks every few seconds whether the runs have written something, and loads itself again then; a browser keeps its place.
@@ -22,14 +23,14 @@ def server(directories: Iterable[str | pathlib.Path], port: int) -> http.server.
     Each request reads the runs anew. Raises UserError where a directory is not there, or the port is taken.
     """
     directories = list(directories)
-    report.load_runs(directories)
+    read.load_runs(directories)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             if self.path == "/stamp":
                 self.answer(stamp(directories), "text/plain")
             elif self.path == "/":
-                self.answer(report.page(report.load_runs(directories)).replace("</body>", FOLLOW + "</body>"), "text/html")
+                self.answer(page.render(read.load_runs(directories)).replace("</body>", FOLLOW + "</body>"), "text/html")
             else:
                 self.send_error(404)
 

@@ -1,0 +1,74 @@
+"""Sections: what the rules kept and dropped of the raw text, and what the steps read of it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+from jaxpt.report.figures import curves, figure, pairs
+from jaxpt.report.markup import bar, details, esc, grid, key_of, of_runs, small
+from jaxpt.report.read import RunData, distinct, domains_of, in_order
+from jaxpt.report.words import decimal, whole
+
+
+def funnel(runs: list[RunData]) -> str:
+    parts = []
+    for funnels, names in distinct(runs, "funnels"):
+        for found in funnels:
+            for source in found["sources"]:
+                parts.append(f"<h3>{esc(source)}{of_runs(names, runs)}</h3>{funnel_of(found, source)}{dropped(found, source)}")
+    if not parts:
+        return ""
+    return "".join(parts) + small("Documents and text left after each rule, in the order applied. Share: of the text read, by bytes.")
+
+
+def funnel_of(found: dict, source: str) -> str:
+    """Read, left after each rule, and parted into training and held-out text. Where no rule was applied there is no column of what rules dropped."""
+    steps = [(step["rule"].replace("_", " "), step["kept"].get(source, {})) for step in found["steps"]]
+    rows = [kept.get("rows", 0) for _, kept in steps]
+    dropped = ["", *(whole(before - after) for before, after in itertools.pairwise(rows))]
+    labels = {"train": "kept for training", "heldout": "held out"}
+    parts = [(label, found[part][source]) for part, label in labels.items() if source in found.get(part, {})]
+    read = steps[0][1].get("bytes") if steps else None
+    body = []
+    for (label, kept), lost in itertools.zip_longest([*steps, *parts], dropped, fillvalue=""):
+        share = bar(kept.get("bytes", 0) / read if read else 0)
+        body.append([esc(label), whole(kept.get("rows")), *([lost] if len(steps) > 1 else []), decimal(kept.get("bytes", math.nan) / 1e6, 2), share])
+    heads = ["rule", "documents", *(["dropped"] if len(steps) > 1 else []), "MB", "share"]
+    return grid(heads, body, kind="funnel rules" if len(steps) > 1 else "funnel")
+
+
+def dropped(found: dict, source: str) -> str:
+    """Samples of what each rule dropped, folded, in the order of the rules."""
+    parts = []
+    for rule in in_order([step["rule"] for step in found["steps"]], found["dropped"]):
+        rows = [row for row in found["dropped"][rule] if row["source"] == source]
+        parts += [f"<h3>{esc(rule.replace('_', ' '))}</h3>"] if rows else []
+        for row in rows:
+            why = small(f"{row['id']}: {row['reason'] or 'no reason kept'}")
+            parts.append(f'<div class="dropped">{why}<pre>{esc(row["text"])}</pre></div>')
+    return details("Samples of what each rule dropped", "".join(parts)) if parts else ""
+
+
+def mixture(runs: list[RunData]) -> str:
+    names = in_order(domains_of(runs), (name for run in runs for _, shares in run.phases for name in shares))
+    known = [run for run in runs if run.phases and run.train]
+    figures, body = [], []
+    for run in known:
+        ends = [*(step for step, _ in run.phases[1:]), max(run.phases[-1][0], run.train[-1]["step"])]
+        stretches = [(start, end, shares) for (start, shares), end in zip(run.phases, ends, strict=True)]
+        series = [(name, [(step, shares.get(name, 0.0)) for start, end, shares in stretches for step in (start, end)]) for name in names]
+        if len(stretches) > 1:
+            figures.append(
+                figure(
+                    curves(names, series, "share", 180, unit="of the rows", shares=True),
+                    "Share of the rows of each step.",
+                    run.name if len(runs) > 1 else "Shares",
+                )
+            )
+        for start, _, shares in stretches:
+            body.append([esc(run.name), whole(start), *(f"{100 * shares[name]:.3g} %" if name in shares else "" for name in names)])
+    if not body:
+        return ""
+    caption = "Share of the rows of each step, from the step named on; how often each source was read stands under Training."
+    return (key_of(names) + pairs(figures) if figures else "") + grid(["run", "from step", *map(esc, names)], body, caption)

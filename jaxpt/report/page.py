@@ -1,0 +1,92 @@
+"""One HTML page of one or several runs, made only from the JSON that stages leave in their directories, and prepare.py's samples of what it dropped.
+
+The page asks no other host for anything, opens from a file, and stays under 2 MB. It is a list of sections (SECTIONS, below): a room that
+wants to be seen leaves its JSON, and adds what `read.load_run` reads of it and one function from runs to HTML, "" where no run has that JSON.
+"""
+
+from __future__ import annotations
+
+import datetime
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from jaxpt import stage
+from jaxpt.report import data, differences, evaluation, growth, lineage, plan, samples, settings, summary, training
+from jaxpt.report.figures import PLOT, scripts
+from jaxpt.report.markup import esc, small
+from jaxpt.report.read import RunData, load_runs
+from jaxpt.spec import UserError
+
+
+def write(directories: Iterable[str | pathlib.Path], to: str | pathlib.Path) -> list[RunData]:
+    """Write the page of these run directories, shown in this order, to the file `to`. Returns what was read of each.
+
+    Raises UserError where a directory is not there or `to` is one.
+    """
+    to = stage.local_path(to)
+    if to.is_dir():
+        raise UserError(f"--to {to}: is a directory. Name the file to write, such as {to / 'report.html'}.")
+    runs = load_runs(directories)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    stage.write_whole(to, render(runs))
+    return runs
+
+
+STYLE = pathlib.Path(__file__).with_name("page.css")
+
+
+class Section(NamedTuple):
+    title: str
+    html: Callable[[list[RunData]], str]
+    wants: str  # the JSON it shows and what writes it: said where no run has it
+
+
+SECTIONS = (
+    Section("Summary", summary.section, "a run directory"),
+    Section("Lineage", lineage.section, "manifest.json, written by every stage that finished"),
+    Section("Data", data.funnel, "corpus/funnel.json, written by prepare.py"),
+    Section("Mixture", data.mixture, "metrics.jsonl beside config.json, written by train.py"),
+    Section("Loss", training.losses, "metrics.jsonl, written by train.py"),
+    Section(
+        "Forgetting", training.forgetting, "held-out loss beside a parent's in metrics.jsonl, written by train.py of a run that started from a model"
+    ),
+    Section("Training", training.training, "metrics.jsonl, written by train.py"),
+    Section("Growth", growth.section, "growth.json, written by initialize.py --grow"),
+    Section("Evaluation", evaluation.section, "eval/NAME.json, written by evaluate.py"),
+    Section("Samples", samples.section, "eval/samples.json, written by compare.py"),
+    Section("Differences", differences.section, "eval/differences.json, written by compare.py --differ"),
+    Section("Plan", plan.section, "plan.json, written by plan.py --json"),
+    Section("Settings", settings.section, "config.json, written by train.py"),
+)
+
+
+def render(runs: list[RunData]) -> str:
+    """The whole HTML. A section whose JSON is missing or of another form becomes a sentence at the end."""
+    shown, missing = [], []
+    for section in SECTIONS:
+        try:
+            body, problem = section.html(runs), f"no {section.wants}"
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:  # JSON, but not as our stages write it
+            body, problem = "", f"cannot be shown, {section.wants.split(',')[0]} is of another form ({type(error).__name__}: {error})"
+        if body:
+            shown.append((section.title, body))
+        else:
+            missing.append(f"{section.title}: {problem}.")
+    missing += dict.fromkeys(note for run in runs for note in run.notes)
+    if missing:
+        shown.append(("Not shown", "<ul>" + "".join(f"<li>{esc(line)}</li>" for line in missing) + "</ul>"))
+    names = [run.name for run in runs]
+    title = esc(" and ".join(filter(None, [", ".join(names[:-1]), names[-1]])))
+    links = "".join(f'<a href="#{anchor(name)}">{name}</a>' for name, _ in shown)
+    body = "".join(f'<section id="{anchor(name)}"><h2>{name}</h2>{text}</section>' for name, text in shown)
+    made_on = small(f"jaxpt report, {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta name="color-scheme" content="light dark"><title>{title}</title><link rel="icon" href="data:,"><style>{STYLE.read_text()}</style></head><body>'
+        f'<header><h1>{title}</h1>{made_on}</header><nav aria-label="Sections">{links}</nav><main>{body}</main>{scripts(PLOT in body)}</body></html>\n'
+    )
+
+
+def anchor(name: str) -> str:
+    return name.lower().replace(" ", "-")
