@@ -18,8 +18,12 @@ def get_config():
     c.prepare.rules = ()
     # drop near-duplicates by MinHash over word 5-grams, first kept; about doubles the stage's time
     c.prepare.near_dedup = False
-    # benchmark files; a document that shares 13 words in a row with an item is dropped
+    # benchmark files; a document that shares words in a row with an item is dropped
     c.prepare.decontaminate = ()
+    # so many words in a row: GPT-3's 13 are hardly ever shared by chance, and shorter items cannot be found
+    c.prepare.decontaminate_words = 13
+    # a record or file that cannot be read: stop, or skip and count it (a file from the place on where it breaks)
+    c.prepare.on_error = "stop"
     # share of documents kept out of training, chosen by hash of the text, per source
     c.prepare.heldout_frac = 0.02
     # MB of text taken from each source at most, after a hash shuffle; 0 takes all. For samples

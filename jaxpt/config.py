@@ -39,7 +39,11 @@ class Prepare:
         "changes to the preset: '-language' drops a rule, 'min_chars(least=50)' sets or adds one, 'NAME before OTHER' places it, MODULE:FUNCTION is yours",
     )
     near_dedup: bool = knob(False, "drop near-duplicates by MinHash over word 5-grams, first kept; about doubles the stage's time")
-    decontaminate: tuple[str, ...] = knob((), "benchmark files; a document that shares 13 words in a row with an item is dropped")
+    decontaminate: tuple[str, ...] = knob((), "benchmark files; a document that shares words in a row with an item is dropped")
+    decontaminate_words: int = knob(13, "so many words in a row: GPT-3's 13 are hardly ever shared by chance, and shorter items cannot be found")
+    on_error: str = knob(
+        "stop", "a record or file that cannot be read: stop, or skip and count it (a file from the place on where it breaks)", "stop", "skip"
+    )
     heldout_frac: float = knob(0.02, "share of documents kept out of training, chosen by hash of the text, per source")
     limit_mb: float = knob(0.0, "MB of text taken from each source at most, after a hash shuffle; 0 takes all. For samples")
     shard_mb: int = knob(128, "MB of text in a parquet shard, about; smaller shards spread over more cores")

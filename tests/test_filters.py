@@ -1,10 +1,15 @@
 """Laws of the rules: a drop has its reason, an edit is counted, and a failing rule is named with the documents it failed on."""
 
 import json
+import random
+import re
+import sys
 
 import pytest
+from conftest import ROOT
 
-from jaxpt.data import dedup, filters, rules
+from jaxpt.config import Config, Prepare
+from jaxpt.data import dedup, filters, prepare, rules
 from jaxpt.data.sources import Document
 from jaxpt.spec import UserError
 
@@ -84,3 +89,263 @@ def test_a_fifth_of_repeated_characters_stays(spare):
     text = "\n\n".join(["r" * 100, "u" * 200, "v" * (92 + spare), "r" * 100, ""])
     assert len(text) == 500 + spare
     assert (rules.paragraph_repetition(text) == "") == (spare >= 0)
+
+
+PROSE = """The old house stood at the end of a narrow lane, and nobody in the village remembered who had built it.
+Every morning she walked to the market with an empty basket and came home with apples, bread and the news.
+There is no better way to learn how a machine works than to take it apart and put it together again.
+When the rain had stopped, the children ran down to the river to see how high the water was standing.
+He wrote a long letter to his brother about the harvest, the weather and the price of wool that year.""".splitlines()
+
+
+def gopher(text: str) -> str:
+    """The first of Gopher's rules that drops a text, written from the paper's tables the plain way; "" where none does."""
+    words, lines = text.split(), text.splitlines()
+    solid = [word for word in words if any(map(str.isalnum, word))]
+
+    def share(test, things):
+        return sum(map(test, things)) / len(things)
+
+    def repeats(parts):
+        again = [part for i, part in enumerate(parts) if part in parts[:i]]
+        return len(again) / len(parts), sum(map(len, again)) / max(len(text), 1)
+
+    def top(n):
+        grams = [" ".join(words[i : i + n]) for i in range(len(words) - n + 1)]
+        most = max(map(grams.count, grams))
+        return next(most * len(gram) for gram in grams if grams.count(gram) == most) / len(text)
+
+    def doubled(n):
+        seen, chars, i = [], 0, 0
+        while i + n <= len(words):
+            if words[i : i + n] in seen:
+                chars, i = chars + len("".join(words[i : i + n])), i + n
+            else:
+                seen.append(words[i : i + n])
+                i += 1
+        return chars / max(len(text), 1)
+
+    paragraphs, filled = repeats(re.split(r"\n{2,}", text.strip())), repeats(re.split(r"\n+", text))
+    found = {
+        "gopher_word_count": not 50 <= len(solid) <= 100_000,
+        "gopher_word_length": not 3 <= sum(map(len, solid)) / max(len(solid), 1) <= 10,
+        "gopher_symbols": max(text.count("#"), text.count("...") + text.count("…")) / max(len(words), 1) > 0.1,
+        "gopher_bullets": lines and share(lambda line: line.strip()[:1] in tuple("•-"), lines) > 0.9,
+        "gopher_ellipsis_lines": lines and share(lambda line: line.rstrip().endswith(("...", "…")), lines) > 0.3,
+        "gopher_alphabetic": words and share(lambda word: any(c.isalpha() for c in word), words) < 0.8,
+        "gopher_stop_words": len({"the", "be", "to", "of", "and", "that", "have", "with"} & set(words)) < 2,
+        "paragraph_repetition": paragraphs[0] > 0.3 or paragraphs[1] > 0.2,
+        "duplicate_lines": filled[0] > 0.3 or filled[1] > 0.2,
+        "top_ngrams": any(len(words) >= n and top(n) > most for n, most in ((2, 0.20), (3, 0.18), (4, 0.16))),
+        "duplicate_ngrams": any(doubled(n) > most for n, most in zip(range(5, 11), (0.15, 0.14, 0.13, 0.12, 0.11, 0.10), strict=True)),
+    }
+    return next((name for name, drops in found.items() if drops), "")
+
+
+def around_gopher(n: int) -> list[str]:
+    """Texts on both sides of the borders of Gopher's rules."""
+    rng = random.Random(5)
+
+    def words(k):
+        return " ".join(rng.choices([word for line in PROSE for word in line.split()] + [f"w{i}" for i in range(99)], k=k))
+
+    def spread(text, piece, share):
+        return " ".join(word + (f" {piece}" if rng.random() < share else "") for word in text.split())
+
+    def prose():
+        return "\n".join(f"{rng.choice(PROSE)} {words(3)}" for _ in range(rng.randint(4, 9)))
+
+    kinds = [
+        lambda: words(rng.randint(47, 53)) + " -- & *" * rng.randint(0, 2),
+        lambda: spread(words(60), "a b", rng.uniform(0.3, 1)),
+        lambda: spread(words(60), "antidisestablishmentarianism", rng.uniform(0.2, 0.5)),
+        lambda: spread(words(90), rng.choice(["#", "...", "…"]), rng.uniform(0.05, 0.2)),
+        lambda: "\n".join((rng.choice(["- ", "  •"]) if rng.random() < 0.9 else "") + words(7) for _ in range(20)),
+        lambda: "\n".join(words(7) + ("... " if rng.random() < 0.3 else "") for _ in range(20)),
+        lambda: spread(words(80), "12,5", rng.uniform(0.15, 0.4)),
+        lambda: " ".join(f"{rng.choice(['the', 'of', 'more'])} plain{rng.randint(0, 999)}" for _ in range(40)),
+        lambda: " ".join(f"plain{rng.randint(0, 999)}" for _ in range(60)) + rng.choice([" the", " the of", " The of", ""]),
+        lambda: (lambda parts: "\n\n".join(parts + rng.choices(parts, k=rng.randint(1, 4))))([words(12) for _ in range(8)]),
+        lambda: (lambda parts: "\n".join(parts + rng.choices(parts, k=rng.randint(1, 4))))([words(12) for _ in range(8)]),
+        lambda: spread(words(70), words(rng.randint(2, 4)), rng.uniform(0.02, 0.15)),
+        lambda: (lambda text: f"{text} {words(30)} {' '.join(text.split()[: rng.randint(5, 14)])} {words(20)}")(words(25)),
+        prose,
+        lambda: rng.choice(["", " ", "\n\n", "#", "the of"]),
+    ]
+    return [rng.choice(kinds)() for _ in range(n)]
+
+
+def test_the_preset_gopher_drops_what_the_tables_of_the_paper_drop():
+    texts = around_gopher(1500)
+    wanted = [gopher(text) for text in texts]
+    asked = [rule for rule in filters.understand("gopher", ()) if rule.name != "exact_dedup"]
+    judged = filters.judge(documents(*texts), asked)
+    assert [asked[k].name if k < len(asked) else "" for k in judged.failed] == wanted
+    assert all(wanted.count(rule.name) >= 8 for rule in asked) and wanted.count("") > 200, "every rule has something to drop"
+    assert all(reason for reason, name in zip(judged.reasons, wanted, strict=True) if name)
+
+
+@pytest.mark.parametrize(
+    ("rule", "keeps", "drops"),
+    [
+        ("gopher_alphabetic(marks=True)", "a b, c d", "a b, c."),
+        ("c4_sentences", "One. Two! Three?\nFour (so) it is.) Five", "One. Two! Three?\nFour (so) it is."),
+        ("c4_lorem_ipsum", "lorem, ipsum", "Lorem ipsum dolor"),
+        ("c4_curly_bracket", "[]", "if (x) {"),
+        ("fineweb_line_ends", "a.\n\nb\nc\nd\ne\nf\ng\nh", "a.\nb\nc\nd\ne\nf\ng\nh\ni"),  # 1 of 8, 1 of 9
+        ("fineweb_short_lines", "\n".join([*"ab", "c" * 31, "d" * 31]), "\n".join([*"abc", "d" * 30, "e" * 31])),
+        ("fineweb_duplicate_characters", "ab\n" + "c" * 196 + "\nab", "ab\n" + "c" * 195 + "\nab"),  # 2 of 200, 2 of 199
+        ("fineweb_line_breaks", "a b c d\n\n\ne f g h i j", "a b c d\n\n\ne f g h i"),
+        ("language(code='de')", "Das alte Haus stand am Ende einer schmalen Gasse.", PROSE[0]),
+        ("min_chars(least=3)", " abc ", " ab "),
+        ("code_lines(longest=40)", "x" * 40, "x" * 41),
+    ],
+)  # fmt: skip
+def test_a_border_belongs_to_the_document(rule, keeps, drops):
+    kept, dropped = filters.judge(documents(keeps, drops), filters.understand("none", [rule])).reasons
+    assert not kept and dropped
+
+
+def test_lines_of_c4_go_one_by_one_and_pages_as_a_whole():
+    lines = [
+        "A whole line of text.",
+        "no mark at its end",
+        "Two words.",
+        "It said “so it is.”",
+        "Please turn on JavaScript to go on.",
+        "",
+        "And so on...",
+    ]
+    lines += ["We use cookies on this page.", "Long " + "x" * 1001 + " word.", "Cited[3] as said.[citation needed]", "  Indented, it stays.  "]
+    kept = ["A whole line of text.", "It said “so it is.”", "Cited as said.", "Indented, it stays."]
+    assert rules.c4_lines("\n".join(lines)) == ("\n".join(kept), 8), "six lines and two citations"
+    assert rules.c4_lines("no mark at its end\nfew words", punctuation=False) == ("no mark at its end", 1)
+    page = "\n".join([*PROSE, "menu", "More..."])
+    [fine, short, code] = filters.judge(
+        documents(page, "\n".join([*PROSE[:4], "menu"]), page + "\nfunction() { return 1."), filters.understand("c4", ())
+    )[0]
+    names = [rule.name for rule in filters.understand("c4", ())]
+    assert [fine, names[short], names[code]] == [len(names), "c4_sentences", "c4_curly_bracket"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "text", "made", "n"),
+    [
+        ("pii_email", "Ask jo.doe+x@mail.example.org, or ÄNNE@müller.de.", "Ask M, or M.", 2),
+        ("pii_email", "@home a@b user@localhost x@y.z1 def f(self): @property", None, 0),
+        ("pii_ip", "8.8.8.8, (2600:1f18:0:0::5e) 2001:4860:4860::8888.", "M, (M) M.", 3),
+        ("pii_ip", "127.0.0.1 192.168.3.4 256.8.8.8 1.2.3 1.2.3.4.5 v8.8.8.8 12:30:45 std::dead::beef ::1 fe80::1 2001:db8::1", None, 0),
+        ("pii_phone", "+49 30 901820, +1-202-555-0143; (212) 555-0123 or 212.555.0123. 1-800-555-0199", "M, M; M or M. M", 5),
+        ("pii_phone", "1914-1918, 123-45-6789, 3.14159265, 2,125,550, a+1 23, ISBN 978-0-262-03384-8, 112-555-0123", None, 0),
+        ("repeated_paragraphs", f"{PROSE[0]}\n\n***\n\n{PROSE[1]}\n\n\n{PROSE[0]} \n\n***\n\nend", f"{PROSE[0]}\n\n***\n\n{PROSE[1]}\n\n***\n\nend", 1),
+        ("repeated_paragraphs", f"{PROSE[0]}\n{PROSE[0]}\n\nx\n\nx", None, 0),
+    ],
+)  # fmt: skip
+def test_personal_data_gives_way_to_a_mark_and_repeats_go(rule, text, made, n):
+    settings = {} if rule == "repeated_paragraphs" else {"mark": "M"}
+    assert rules.EDITS[rule](text, **settings) == (text if made is None else made, n)
+
+
+def test_an_edit_made_twice_changes_nothing_more():
+    text = "\n\n".join([*PROSE, "jo@example.org 8.8.8.8 +49 30 901820", PROSE[0]])
+    for name, edit in rules.EDITS.items():
+        once, n = edit(text)
+        assert n and edit(once) == (once, 0), name
+
+
+# ---- what a config changes in them
+
+
+def names_of(preset: str, *changes: str) -> list[str]:
+    return [rule.name for rule in filters.understand(preset, changes)]
+
+
+def test_a_config_drops_sets_adds_and_places_rules():
+    course = ["line_length", "paragraph_repetition", "exact_dedup", "language"]
+    assert names_of("course") == course
+    assert names_of("course", "-language", "pii_email before exact_dedup") == [*course[:2], "pii_email", "exact_dedup"]
+    assert names_of("course", "language before line_length", "min_chars") == ["language", *course[:3], "min_chars"]
+    said = [rule.says for rule in filters.understand("course", ["language(least=0.9)", "min_chars(least=7)"])]
+    assert said[3:] == ["language(code='en', least=0.9, newline='')", "min_chars(least=7)"], "what is not named stays as in the preset"
+    for preset in filters.PRESETS:
+        assert all(rule.says.startswith(rule.name) for rule in filters.understand(preset, ()))
+    for rule in (*rules.DROPS.values(), *rules.EDITS.values()):
+        assert rule.__doc__ and rule.__name__ in (ROOT / "docs/prepare.md").read_text(), f"{rule.__name__}: says and documents what it does"
+
+
+def own_rules(directory, monkeypatch, name: str, code: str) -> None:
+    (directory / f"{name}.py").write_text(code)
+    monkeypatch.chdir(directory)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("PYTHONPATH", "")
+
+
+def test_an_own_rule_stands_beside_the_others_and_a_change_of_its_file_is_noticed(tmp_path, monkeypatch):
+    code = """
+def no_recipes(texts, word="flour", least=2):
+    return [f"{text.count(word)} x {word}" if text.count(word) >= least else "" for text in texts]
+
+def shorter(texts) -> list[tuple[str, int]]:
+    return [(text[:-1], 1) for text in texts]
+"""
+    own_rules(tmp_path, monkeypatch, "mine_kept", code)
+    asked = filters.understand("none", ["mine_kept:shorter", "mine_kept:no_recipes(least=1) before shorter"])
+    judged = filters.judge(documents("flour", "sugar"), asked)
+    assert (judged.failed, judged.reasons) == ([0, 2], ["1 x flour", ""]) and judged.documents[1].text == "suga"
+    assert re.fullmatch(r"mine_kept:no_recipes\(word='flour', least=1\) of source [0-9a-f]{16}", asked[0].says)
+
+
+def test_a_corpus_made_with_an_own_rule_is_another_when_the_rule_changes(tmp_path, monkeypatch, capsys):
+    def asked(code):
+        own_rules(tmp_path, monkeypatch, "mine_run", code)
+        monkeypatch.delitem(sys.modules, "mine_run", raising=False)
+        filters.imported.cache_clear()
+        prepare.opened.cache_clear()
+        return Config(prepare=Prepare(sources=("web=jsonl:docs.jsonl",), rules=("mine_run:cake", "pii_email"), heldout_frac=0.0))
+
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("a cake", "jo@example.org", "plain")))
+    code = "def cake(texts): return ['is cake' if 'cake' in text else '' for text in texts]\n"
+    made = prepare.run(asked(code), tmp_path / "run")
+    assert prepare.run(asked(code), tmp_path / "run") == made
+    assert made.config["rules"][0].startswith("mine_run:cake() of source ") and made.config["rules"][1].startswith("pii_email(mark=")
+    steps = {step["rule"]: step for step in made.counts["steps"]}
+    assert steps["cake"]["kept"]["web"]["rows"] == 2 and steps["pii_email"]["edits"] == {"web": 1}
+    assert "pii_email made 1 edits in web" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"another config .rules: .*mine_run:cake"):
+        prepare.run(asked(code.replace("'cake' in", "'plain' in")), tmp_path / "run")
+    with pytest.raises(
+        UserError, match=r"cake raised ZeroDivisionError \(division by zero\) on web/docs.jsonl:1, web/docs.jsonl:2, web/docs.jsonl:3"
+    ):
+        prepare.run(asked("def cake(texts): 1 / 0\n"), tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (["gopher_wordcount"], "no rule 'gopher_wordcount'; did you mean gopher_word_count"),
+        (["zebra"], "no rule 'zebra'; docs/prepare.md lists them"),
+        (["-langage"], "the list has no rule 'langage'; did you mean language?"),
+        (["min_chars before exact_dedupe"], "the list has no rule 'exact_dedupe'; did you mean exact_dedup?"),
+        (["language(leats=0.5)"], "language has no threshold 'leats'; did you mean least?"),
+        (["language(least='high')"], "language(least='high'): wanted float"),
+        (["exact_dedup(n=1)"], "exact_dedup takes no threshold"),
+        (["min_chars(50)"], "'min_chars(50)' is no rule"),
+        (["min_chars(least=open('x'))"], "is no rule"),
+        (["mine_bad:missing"], "mine_bad:missing cannot be had (AttributeError"),
+        (["mine_nowhere:rule"], "mine_nowhere:rule cannot be had (ModuleNotFoundError"),
+        (["mine_bad:needs"], "needs needs a value for n: needs(n=...)"),
+        (["mine_bad:language"], "the list has a rule 'language' already"),
+    ],
+)
+def test_a_rule_that_cannot_be_is_told_in_one_sentence(tmp_path, monkeypatch, changes, sentence):
+    own_rules(tmp_path, monkeypatch, "mine_bad", "def needs(texts, n): ...\ndef language(texts): ...\n")
+    with pytest.raises(UserError) as caught:
+        filters.understand("course", changes)
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_answer_that_is_none_is_named_with_its_document():
+    with pytest.raises(UserError, match=r"yes answered True for web/1, wanted the reason in words"):
+        filters.judge(documents("a"), [filters.Rule("yes", judge=lambda texts: [True for _ in texts])])
+    with pytest.raises(UserError, match=r"half answered 'a' for web/1, wanted \(new text, number of edits\)"):
+        filters.judge(documents("a"), [filters.Rule("half", edit=lambda texts: texts)])

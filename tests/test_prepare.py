@@ -1,12 +1,14 @@
 """Laws of preparing text: the course's rules exactly, an outcome that depends on the texts alone, and one sentence for whatever cannot be read."""
 
 import dataclasses
+import functools
 import gzip
 import itertools
 import json
 import pathlib
 import random
 import re
+import resource
 import subprocess
 import sys
 import sysconfig
@@ -140,9 +142,10 @@ def documents() -> list[str]:
     return generated(2000)
 
 
-def test_the_preset_course_keeps_what_the_lesson_keeps(tmp_path, documents):
+def test_the_preset_course_keeps_what_the_lesson_keeps_however_the_input_is_cut(tmp_path, monkeypatch):
+    documents = generated(20_000)
     expected = course(documents)
-    assert len({len(documents), *map(len, expected)}) == 5 and len(expected[-1]) > 300, "every rule has something to drop"
+    assert len({len(documents), *map(len, expected)}) == 5 and len(expected[-1]) > 3000, "every rule has something to drop"
     prepared(tmp_path / "run", documents, preset="course")
     assert [id for id, _, _ in corpus(tmp_path / "run", "train")] == [f"web/run.jsonl:{i + 1}" for i in expected[-1]]
     funnel = json.loads((tmp_path / "run/corpus/funnel.json").read_text())
@@ -150,10 +153,22 @@ def test_the_preset_course_keeps_what_the_lesson_keeps(tmp_path, documents):
     for step, left in zip(funnel["steps"], [range(len(documents)), *expected], strict=True):
         assert step["kept"]["web"] == amounts(documents[i] for i in left), step["rule"]
 
+    monkeypatch.setattr(prepare, "JOB_BYTES", 700_000)
+    cuts = [0, 7, 4000, 4001, 11_000, len(documents)]
+    (tmp_path / "parts").mkdir()
+    for low, high in itertools.pairwise(cuts):
+        (tmp_path / f"parts/{low:05d}.jsonl").write_bytes(jsonl(documents[low:high]))
+    prepare.run(asking(sources=(f"jsonl:{tmp_path}/parts/*",), preset="course", heldout_frac=0.0), tmp_path / "cut")
+    of = [max(cut for cut in cuts if cut <= i) for i in expected[-1]]
+    assert [id for id, _, _ in corpus(tmp_path / "cut", "train")] == [
+        f"parts/{low:05d}.jsonl:{i - low + 1}" for low, i in zip(of, expected[-1], strict=True)
+    ]
+
 
 def amounts(texts) -> dict[str, int]:
     texts = list(texts)
-    return {"rows": len(texts), "chars": sum(map(len, texts)), "bytes": sum(len(text.encode()) for text in texts)}
+    n_bytes = sum(len(text.encode()) for text in texts)
+    return {"rows": len(texts), "chars": sum(map(len, texts)), "bytes": n_bytes, "tokens": round(n_bytes / 4)}
 
 
 def test_presets_prose_and_code_keep_their_own_kind_and_drop_the_rest(tmp_path):
@@ -239,20 +254,116 @@ def test_shards_are_cut_by_size_and_lose_no_document(tmp_path):
     assert texts_of(tmp_path / "small") == texts
 
 
-def test_a_killed_prepare_never_looks_finished_and_can_be_started_again(tmp_path):
-    command = [sys.executable, ROOT / "scripts/prepare.py", "--config", ROOT / "configs/base.py", "--workdir", tmp_path]
-    command += ["--config.prepare.sources=('python:code',)", "--config.prepare.preset=code"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE)
-    while not (tmp_path / "corpus.partial/.read").exists():
+# prepare as a command of its own: how large its jobs are, whether they are done in processes, the config's section, WORKDIR
+COMMAND = """
+import sys, json, pathlib
+from jaxpt import config, stage
+from jaxpt.data import prepare
+prepare.JOB_BYTES, prepare.HERE_BYTES = int(sys.argv[1]), int(sys.argv[2])
+section = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(sys.argv[3]).items()}
+stage.door(lambda: prepare.run(config.dataclasses.replace(config.Config(), prepare=config.Prepare(**section)), pathlib.Path(sys.argv[4]), True))
+"""
+
+
+def command(job_bytes: int, here_bytes: int, workdir: pathlib.Path, **knobs) -> list:
+    return [sys.executable, "-c", COMMAND, str(job_bytes), str(here_bytes), json.dumps(knobs), workdir]
+
+
+def counting(monkeypatch, *names: str) -> dict[str, int]:
+    """How many jobs of each kind are done from here on."""
+    done = dict.fromkeys(names, 0)
+
+    def counted(work):
+        @functools.wraps(work)
+        def counts(*job):
+            done[work.__name__] += 1
+            return work(*job)
+
+        return counts
+
+    for name in names:
+        monkeypatch.setattr(prepare, name, counted(getattr(prepare, name)))
+    return done
+
+
+def test_a_killed_run_goes_on_without_redoing_what_was_finished_and_ends_as_the_uncut_one(tmp_path, documents, monkeypatch):
+    (tmp_path / "docs.jsonl").write_bytes(jsonl(documents))
+    knobs = {"sources": (f"jsonl:{tmp_path}/docs.jsonl",), "preset": "course", "near_dedup": True, "heldout_frac": 0.2}
+    uncut = prepare.run(asking(**knobs), tmp_path / "uncut")
+    work = tmp_path / "killed/corpus.partial/.work"
+    process = subprocess.Popen(command(20_000, 10**9, tmp_path / "killed", **knobs), cwd=ROOT, stdout=subprocess.PIPE)
+    while len(list((work / "judge_rows").glob("*.json"))) < 5:
         assert process.poll() is None
-        time.sleep(0.005)
+        time.sleep(0.001)
     process.kill()
     process.communicate()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.partial"]
-    assert not (tmp_path / "corpus.partial/manifest.json").exists()
-    manifest = prepare.run(asking(sources=("python:code",), preset="code"), tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus"] and Manifest.load(tmp_path / "corpus") == manifest
-    assert manifest.outputs.keys() >= {"train/code-00000.parquet", "heldout/code-00000.parquet", "funnel.json"}
+    finished = len(list((work / "judge_rows").glob("*.json")))
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["corpus.partial"] and not (work.parent / "manifest.json").exists()
+
+    monkeypatch.setattr(prepare, "JOB_BYTES", 20_000)
+    n_jobs = len(list((work / "read_piece").glob("*.arrow")))
+    done = counting(monkeypatch, "read_piece", "judge_rows", "write_shard")
+    # a file that is not as its job left it is made again
+    victim = sorted((work / "judge_rows").glob("*.arrow"))[2]
+    victim.write_bytes(victim.read_bytes()[:-1])
+    made = prepare.run(asking(**knobs), tmp_path / "killed")
+    assert done == {"read_piece": 0, "judge_rows": n_jobs - finished + 1, "write_shard": 2} and 5 <= finished < n_jobs
+    assert made.outputs == uncut.outputs and sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["corpus"]
+
+
+@pytest.mark.parametrize("where", ["local", "ray"])
+def test_jobs_done_in_several_processes_leave_the_bytes_that_one_leaves(where, tmp_path, documents, monkeypatch):
+    if where == "ray":
+        pytest.importorskip("ray")
+    (tmp_path / "parts").mkdir()
+    for i in range(4):
+        (tmp_path / f"parts/{i}.jsonl").write_bytes(jsonl(documents[i * 300 : i * 300 + 300]))
+    knobs = {
+        "sources": (f"jsonl:{tmp_path}/parts/*", f"again=jsonl:{tmp_path}/parts/2*"),
+        "preset": "course",
+        "near_dedup": True,
+        "heldout_frac": 0.2,
+    }
+    knobs |= {"rules": ("pii_email before exact_dedup",)}
+    alone = prepare.run(asking(**knobs), tmp_path / "alone")
+    subprocess.run(command(30_000, 0, tmp_path / "many", **knobs, engine=where), cwd=ROOT, check=True, capture_output=True)
+    assert Manifest.load(tmp_path / "many/corpus").outputs == alone.outputs
+
+
+def test_a_disk_that_fills_is_one_sentence_and_loses_nothing(tmp_path, documents):
+    (tmp_path / "docs.jsonl").write_bytes(jsonl(documents))
+    knobs = {"sources": (f"jsonl:{tmp_path}/docs.jsonl",), "preset": "course", "heldout_frac": 0.0}
+    before = prepare.run(asking(sources=(f"jsonl:{tmp_path}/docs.jsonl",)), tmp_path / "run")
+
+    def full():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # the jobs' files are smaller, a shard is larger
+
+    asked = command(30_000, 0, tmp_path / "run", **knobs)
+    ended = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, preexec_fn=full)
+    assert ended.returncode == 1 and re.fullmatch(r"error: the disk is full \(.*make room and run the same command again\.\n", ended.stderr)
+    assert Manifest.load(tmp_path / "run/corpus") == before and len(list((tmp_path / "run/corpus.partial/.work/judge_rows").glob("*.json"))) > 5
+    subprocess.run(asked, cwd=ROOT, check=True, capture_output=True)
+    assert Manifest.load(tmp_path / "run/corpus").outputs == prepare.run(asking(**knobs), tmp_path / "other").outputs
+
+
+def test_rules_compare_and_shards_hold_texts_as_they_were_edited(tmp_path):
+    line = "\n".join(ENGLISH[:3])
+    texts = [f"{line}\nWrite to {who}@example.org today." for who in ("ann", "bob", "cy")] + [f"{ENGLISH[3]} {i} me@example.org" for i in range(60)]
+    knobs = {"preset": "course", "heldout_frac": 0.4, "rules": ("pii_email before line_length", "-line_length")}
+    prepared(tmp_path / "run", texts, **knobs)
+    funnel = json.loads((tmp_path / "run/corpus/funnel.json").read_text())
+    edited = [re.sub(r"\w+@example.org", "|||EMAIL_ADDRESS|||", text) for text in texts]
+    steps = {step["rule"]: step for step in funnel["steps"]}
+    assert steps["read"]["kept"]["web"] == amounts(texts) and steps["pii_email"]["kept"]["web"] == amounts(edited)
+    assert steps["pii_email"]["edits"] == {"web": 63} and steps["exact_dedup"]["kept"]["web"] == amounts(edited[2:])
+    kept = [*corpus(tmp_path / "run", "train"), *corpus(tmp_path / "run", "heldout")]
+    assert sorted(text for _, _, text in kept) == sorted(set(edited)) and "web/run.jsonl:1" in {id for id, _, _ in kept}
+    samples = pq.read_table(tmp_path / "run/corpus/dropped/exact_dedup.parquet").to_pylist()
+    assert [(row["id"], row["text"], row["reason"]) for row in samples] == [
+        (f"web/run.jsonl:{i}", edited[0], "repeats web/run.jsonl:1") for i in (2, 3)
+    ]
+    prepared(tmp_path / "same", edited, **knobs)
+    assert sorted(texts_of(tmp_path / "same", "heldout")) == sorted(texts_of(tmp_path / "run", "heldout")) != [], "sides go by what is left of a text"
 
 
 # ---- the held-out side, samples
@@ -312,14 +423,32 @@ def test_of_near_duplicates_the_first_stays_and_others_are_left_alone(tmp_path):
     assert texts_of(tmp_path / "run") == texts[:40] + texts[-40:]
 
 
-def test_grouping_signatures_joins_chains_and_takes_any_number():
+def grouped(directory: pathlib.Path, *parts: np.ndarray, chosen=None) -> list[int]:
+    """dedup.near of signatures that lie in several files."""
+    paths = [directory / str(i) for i in range(len(parts))]
+    for path, part in zip(paths, parts, strict=True):
+        dedup.keep(path, [row.tobytes() for row in part])
+    return dedup.near(paths, np.ones(sum(map(len, parts)), bool) if chosen is None else chosen).tolist()
+
+
+def test_grouping_signatures_joins_chains_and_takes_any_number(tmp_path):
     for n in (0, 1):
-        assert dedup.near(np.zeros((n, dedup.N_HASHES), np.uint32)).tolist() == list(range(n)) == dedup.exact(np.zeros((n, 4), np.uint64)).tolist()
+        assert grouped(tmp_path, np.zeros((n, dedup.N_HASHES), np.uint32)) == list(range(n)) == dedup.exact(np.zeros((n, 2), np.uint64)).tolist()
     a = np.random.default_rng(0).integers(0, 2**32, (2, dedup.N_HASHES), np.uint32)
     links = np.tile(a[1], (4, 1))
     for i in range(4):  # each agrees with the next in three quarters of the hashes, the first and the last in a quarter
         links[i, : 32 * i] = np.arange(32 * i)
-    assert dedup.near(np.stack([a[0], links[3], a[0], links[1], links[0], links[2]])).tolist() == [0, 1, 0, 1, 1, 1]
+    rows = np.stack([a[0], links[3], a[0], links[1], links[0], links[2]])
+    assert grouped(tmp_path, rows[:3], rows[3:]) == [0, 1, 0, 1, 1, 1]
+    assert grouped(tmp_path, rows[:1], rows[1:], chosen=np.array([True, False, True, False, True, True])) == [0, 0, 2, 2]
+
+
+def test_a_bucket_of_unlike_documents_hides_no_pair(tmp_path):
+    rng = np.random.default_rng(1)
+    rows = rng.integers(0, 2**32, (40, dedup.N_HASHES), np.uint32)
+    rows[:, :4] = 7  # all in one bucket
+    rows[5, 10:] = rows[3, 10:]
+    assert grouped(tmp_path, rows) == [3 if i == 5 else i for i in range(40)]
 
 
 def test_when_the_rules_leave_nothing_the_error_shows_the_funnel(tmp_path):
@@ -362,6 +491,13 @@ def test_a_document_with_thirteen_words_of_an_item_is_dropped_and_twelve_stay(tm
     assert manifest.counts["contaminated"] == {"gsm8k": 1, "lambada": 1, "ours": 1, "truthfulqa": 2, "winogrande": 1}
     reasons = pq.read_table(tmp_path / "run/corpus/dropped/decontaminate.parquet")["reason"].to_pylist()
     assert all(re.match(r"\w+ \w+:1: '(\w+ ){12}\w+'$", reason) for reason in reasons) and "gsm8k math:1" in reasons[0]
+    hits = [json.loads(line) for line in (tmp_path / "run/corpus/contaminated.jsonl").read_text().splitlines()]
+    assert [(hit["id"][-1], hit["task"], hit["item"]) for hit in hits] == [
+        ("1", "gsm8k", "math:1"), ("2", "lambada", "last:1"), ("3", "winogrande", "pairs:1"), ("4", "ours", "ours:1"),
+        ("5", "truthfulqa", "mc:1"), ("6", "truthfulqa", "tq:1"),
+    ]  # fmt: skip
+    assert hits[0] == {"id": "web/run.jsonl:1", "source": "web", "task": "gsm8k", "item": "math:1", "words": " ".join(items["gsm8k"][3:16])}
+    assert texts_of(prepared(tmp_path / "12", [*good, *ENGLISH], decontaminate=(str(tmp_path / "tests"),), decontaminate_words=12)) == ENGLISH
 
 
 def test_items_too_short_to_be_found_are_counted_aloud(tmp_path, capsys):
@@ -480,7 +616,7 @@ def write_bad_files(directory: pathlib.Path) -> None:
     [
         ("sources=", "empty, so there is nothing to read"),
         ("jsnl:good.jsonl", "no kind 'jsnl'; did you mean jsonl:"),
-        ("warc:crawl.warc.gz", "no kind 'warc'"),
+        ("warc:good.jsonl", "good.jsonl:1: cannot be read as WARC"),
         ("good.jsonl", "is not a source"),
         ("jsonl:missing*.jsonl", "no file matches"),
         ("jsonl:.", "is a directory"),
@@ -509,6 +645,7 @@ def write_bad_files(directory: pathlib.Path) -> None:
         ("limit_mb=0.000001", "no document fits into prepare.limit_mb"),
         ("limit_mb=-1.0", "limit_mb: got"),
         ("shard_mb=0", "shard_mb"),
+        ("decontaminate_words=0", "decontaminate_words: got 0"),
         ("decontaminate=missing.jsonl", "no such benchmark file"),
         ("decontaminate=bench.jsonl", "bench.jsonl:1: not JSON"),
         ("decontaminate=wrong.json", "wanted a JSON list"),
@@ -519,7 +656,7 @@ def test_what_cannot_be_used_is_told_in_one_sentence(tmp_path, monkeypatch, aske
     write_bad_files(tmp_path)
     monkeypatch.chdir(tmp_path)
     knobs = {"sources": ("jsonl:good.jsonl",)}
-    if knob := re.fullmatch(r"(sources|limit_mb|shard_mb|decontaminate|engine)=(.*)", asked):
+    if knob := re.fullmatch(r"(sources|limit_mb|shard_mb|decontaminate|decontaminate_words|engine)=(.*)", asked):
         key, value = knob.groups()
         default = getattr(Prepare(), key)
         knobs[key] = tuple(value.split()) if isinstance(default, tuple) else type(default)(value)

@@ -1,4 +1,4 @@
-"""Documents that hold a benchmark's words: those that share 13 words in a row with an item.
+"""Documents that hold a benchmark's words: those that share 13 words in a row (or as many as asked) with an item.
 
 Source: GPT-3 (2005.14165, appendix C) took 13 words as the length that is hardly ever shared by chance.
 """
@@ -17,34 +17,35 @@ NGRAM = 13
 
 
 class Index:
-    """The word 13-grams of benchmark items.
+    """The word n-grams of benchmark items.
 
-    n_short counts items of fewer than 13 words: they have no 13-gram, so no document can be caught with them.
+    n_short counts items of fewer than n words: they have no n-gram, so no document can be caught with them.
     """
 
-    def __init__(self, items: Sequence[Item]):
-        self.items = items
-        grams = [fingerprints(words(item.text)) for item in items]
+    def __init__(self, items: Sequence[Item], n: int = NGRAM):
+        self.items, self.n = items, n
+        grams = [fingerprints(words(item.text), n) for item in items]
         owners = np.repeat(np.arange(len(items)), [len(each) for each in grams])
         together = np.concatenate([*grams, np.empty(0, np.uint64)])
         order = np.argsort(together, kind="stable")
         self.grams, self.owners = together[order], owners[order]
+        self.bits = np.zeros(1 << 24, bool)  # by an n-gram's first 24 bits: whether an item has one like it
+        self.bits[self.grams >> np.uint64(40)] = True
         self.n_short = sum(not len(each) for each in grams)
 
     def hits(self, text: str) -> list[tuple[Item, str]]:
-        """The items that the text overlaps, in their order, each with the first 13 words that they share."""
+        """The items that the text overlaps, in their order, each with the first n words in a row that they share."""
         found = words(text)
-        grams = fingerprints(found)
+        grams = fingerprints(found, self.n)
         if not len(grams) or not len(self.grams):
             return []
-        low = np.searchsorted(self.grams, grams, "left")
-        at = np.flatnonzero(self.grams[np.minimum(low, len(self.grams) - 1)] == grams)
+        at = np.flatnonzero(self.bits[grams >> np.uint64(40)])  # nearly none of a document's n-grams
+        low = np.searchsorted(self.grams, grams[at], "left")
         first: dict[int, int] = {}
-        for i in at:
-            high = np.searchsorted(self.grams, grams[i], "right")
-            for owner in self.owners[low[i] : high]:
+        for i, start in zip(at, low, strict=True):
+            for owner in self.owners[start : np.searchsorted(self.grams, grams[i], "right")]:
                 first.setdefault(int(owner), int(i))
-        return [(self.items[owner], " ".join(found[i : i + NGRAM])) for owner, i in sorted(first.items())]
+        return [(self.items[owner], " ".join(found[i : i + self.n])) for owner, i in sorted(first.items())]
 
     def judge(self, texts: list[str]) -> list[str]:
         """A rule in the sense of filters.py: why each text must go, or ""."""
@@ -61,12 +62,12 @@ def words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def fingerprints(found: list[str]) -> np.ndarray:
-    """[max(0, n - 12)] uint64, one for each 13 words in a row: a polynomial in the words' checksums, modulo 2^64."""
-    if len(found) < NGRAM:
+def fingerprints(found: list[str], n: int) -> np.ndarray:
+    """[max(0, n_words - n + 1)] uint64, one for each n words in a row: a polynomial in the words' checksums, modulo 2^64."""
+    if len(found) < n:
         return np.empty(0, np.uint64)
     codes = np.array([zlib.crc32(word.encode()) for word in found], np.uint64) + np.uint64(1)
-    total = np.zeros(len(found) - NGRAM + 1, np.uint64)
-    for k in range(NGRAM):
+    total = np.zeros(len(found) - n + 1, np.uint64)
+    for k in range(n):
         total = total * np.uint64(0x9E3779B97F4A7C15) + codes[k : k + len(total)]
     return total

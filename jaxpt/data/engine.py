@@ -68,12 +68,16 @@ def each(where: str, work: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterato
         for outcome in map(json.loads, batch.column(0).to_pylist()):
             if "mistake" in outcome:
                 raise UserError(outcome["mistake"])
+            if "errno" in outcome:
+                raise OSError(outcome["errno"], outcome["trouble"])
             yield outcome["found"]
 
 
 def attempt(work: Callable[[Any], Any], job: Any) -> dict[str, Any]:
-    """What work gives; its UserError as text, or Daft would make a page of it."""
+    """What work gives; its UserError, and an error of the disk, as text, or Daft would make a page of it."""
     try:
         return {"found": work(job)}
     except UserError as mistake:
         return {"mistake": str(mistake)}
+    except OSError as trouble:
+        return {"errno": trouble.errno, "trouble": str(trouble)}

@@ -40,7 +40,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "gopher": (*GOPHER_QUALITY, *GOPHER_REPETITION, "exact_dedup"),
     "c4": ("c4_lines", *C4_PAGE, "exact_dedup", "language"),
     "fineweb": (
-        "language", *GOPHER_REPETITION, *GOPHER_QUALITY, "c4_lines(punctuation=False)", *C4_PAGE,
+        "language", *GOPHER_REPETITION, *GOPHER_QUALITY[:-2], "gopher_alphabetic(marks=True)", "gopher_stop_words", "c4_lines(punctuation=False)", *C4_PAGE,
         "fineweb_line_ends", "fineweb_short_lines", "fineweb_duplicate_characters", "fineweb_line_breaks", "near_dedup",
         "pii_email(mark='email@example.com')", "pii_ip(mark='22.214.171.124')",
     ),
@@ -173,7 +173,8 @@ def made(one: Asked) -> Rule:
         step = functools.partial(function, **one.settings)
         edits = "tuple" in str(inspect.signature(function).return_annotation)
     else:
-        step, edits = functools.partial(each, function, settings), one.name in rules.EDITS
+        batch = function in rules.BATCHES
+        step, edits = functools.partial(function, **settings) if batch else functools.partial(each, function, settings), one.name in rules.EDITS
     return Rule(one.name, says=says, **{"edit" if edits else "judge": step})
 
 
@@ -190,14 +191,19 @@ def own(one: Asked) -> tuple[Callable, str]:
     if here not in os.environ.get("PYTHONPATH", "").split(os.pathsep):  # for the processes that the engine starts
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), here]))
     try:
-        function = getattr(importlib.import_module(one.origin), one.name)
-        file = inspect.getsourcefile(function)
+        module, source = imported(one.origin)
+        return getattr(module, one.name), source
     except Exception as error:  # whatever a module may do when it is imported
         raise UserError(
             f"prepare.rules: {one.origin}:{one.name} cannot be had ({type(error).__name__}: {first_line(error)}). "
             f"Modules are looked for in {here} and where Python looks."
         ) from error
-    return function, stage.sha256(pathlib.Path(file))[:16]
+
+
+@functools.cache  # the fingerprint is that of the code which runs, though the file may change meanwhile
+def imported(origin: str):
+    module = importlib.import_module(origin)
+    return module, stage.sha256(pathlib.Path(module.__file__))[:16]
 
 
 # ---- what the rules make of documents

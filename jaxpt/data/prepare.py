@@ -1,24 +1,32 @@
-"""The stage prepare: sources -> quality rules -> duplicates -> decontamination -> train and held-out parquet shards.
+"""The stage prepare: sources -> rules -> duplicates -> train and held-out parquet shards, with an account of what went.
 
-Every rule but two looks at one text alone, and the two that compare documents look at digests and signatures. So the
-texts are passed over three times, whatever the number of rules: read (into numbered rows on disk), judge (by the engine,
-in any order), write. Between judging and writing one small table of numbers decides, in canonical order, what each
-document fell to: the outcome cannot depend on workers or on how the input was cut into files.
+Every rule but those that compare documents looks at one text alone, and those that compare look at small marks. So the texts
+are passed over three times, whatever the number of rules: read (into numbered rows on disk), judge (each text alone), write.
+Between judging and writing a table of numbers decides, in canonical order, what each document fell to.
+
+Each pass is cut into jobs, done in processes here or on a cluster, in any order. What a job writes depends on the texts and
+the config alone, and so does the corpus, whatever the workers and the files that the input was cut into. A file gets its
+name when it is whole, so a killed run goes on with the jobs that were not done.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
+import functools
 import heapq
+import itertools
 import json
+import os
 import pathlib
-import re
 import shutil
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jaxpt import config, stage
@@ -27,23 +35,40 @@ from jaxpt.spec import Manifest, UserError
 
 SAMPLES = 50  # dropped documents shown for each rule
 SAMPLE_CHARS = 10_000  # of each, at most: enough to judge a rule by
-SCHEMA = pa.schema({"id": pa.string(), "source": pa.string(), "text": pa.string(), "prompt_chars": pa.int32()})  # of the text; 0: no prompt
+JOB_BYTES = 2**23  # of text that a job judges, about
+BATCH_BYTES = 2**22  # of text judged at once, about, and
+BATCH_ROWS = 1024  # the documents in it, at most
+GROUP_BYTES = 2**25  # of text in a row group of a shard, about, and
+GROUP_ROWS = 10_000  # the documents in it, at most
+HERE_BYTES = 2**24  # of input up to which no other process is started: that takes longer
+TOKEN_BYTES = 4  # of text that make a token, about
+UNREAD_SHOWN = 20  # sentences about what cannot be read, of each source, at most
+NOT_TAKEN = -1  # in place of a rule, of a document that limit_mb left out
+
+SCHEMA = pa.schema({"id": pa.string(), "source": pa.string(), "text": pa.string(), "prompt_chars": pa.int32(), "meta": pa.string()})  # of the shards
+READ = pa.schema({
+    "id": pa.string(), "text": pa.string(), "prompt_chars": pa.int32(), "meta": pa.string(), "digest": pa.binary(32),
+    "chars": pa.int64(), "bytes": pa.int64(),
+})  # fmt: skip
+SAMPLE = SCHEMA.append(pa.field("reason", pa.string()))
+COMPRESSED = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
+EXACT, NEAR = "exact_dedup", "near_dedup"  # the rules that compare documents
 
 
 def run(settings: config.Config, workdir: pathlib.Path, replace: bool = False) -> Manifest:
     """Prepare WORKDIR/corpus as the section `prepare` says, or find it finished.
 
-    Raises UserError for a source, benchmark, engine or record that cannot be used, and when every document is dropped.
+    Raises UserError for a source, rule, benchmark, engine or record that cannot be used, and when every document is dropped.
     """
     knobs = settings.prepare
     if knobs.shard_mb < 1 or knobs.limit_mb < 0:
         raise UserError(f"prepare.shard_mb and limit_mb: got {knobs.shard_mb} and {knobs.limit_mb}, wanted at least 1 and at least 0.")
+    if knobs.decontaminate_words < 1:
+        raise UserError(f"prepare.decontaminate_words: got {knobs.decontaminate_words}, wanted at least 1.")
     found = sources.parse_all(knobs.sources)
-    index = decontaminate.Index([item for path in knobs.decontaminate for item in benchmarks.read(path)])
-    near = ("near_dedup",) if knobs.near_dedup and "near_dedup" not in filters.PRESETS[knobs.preset] else ()
-    rules = filters.understand(knobs.preset, (*knobs.rules, *near))
-    rules += [filters.Rule("decontaminate", judge=index.judge, says="decontaminate")] if knobs.decontaminate else []
-    daft = engine.start(knobs.engine)
+    asked = json.dumps(stage.plain(knobs))
+    rules, index = opened(asked)
+    engine.start(knobs.engine)
 
     request = stage.plain(knobs)
     del request["engine"]  # it decides where the work is done, not what comes out
@@ -52,252 +77,595 @@ def run(settings: config.Config, workdir: pathlib.Path, replace: bool = False) -
     inputs = {key: path for source in found for key, path in source.inputs().items()}
     inputs |= {f"benchmarks/{i}": stage.local_path(path) for i, path in enumerate(knobs.decontaminate)}
     if index.n_short:
-        short = f"{index.n_short:,} of {len(index.items):,} benchmark items have fewer than {decontaminate.NGRAM} words"
+        short = f"{index.n_short:,} of {len(index.items):,} benchmark items have fewer than {index.n} words"
         stage.say(f"prepare: {short}: no document can be matched with them")
 
     def work(partial: pathlib.Path) -> dict[str, Any]:
-        rows = read(found, knobs, partial / ".read")
-        verdict = judge(daft, rows, rules)
-        dropped_by, twin = decide(rows, rules, verdict)
-        contaminated = write(rows, rules, verdict, dropped_by, twin, index, knobs, partial)
-        shutil.rmtree(partial / ".read")
-        funnel = account(rows, rules, dropped_by, knobs.heldout_frac)
+        home = partial.resolve() / ".work"
+        do = functools.partial(finish, knobs.engine, home)
+        files, unread = read(do, found, knobs)
+        rows = judge(do, files, found, asked, rules, home)
+        dropped_by, twin = decide(rows, rules)
+        hits = write(do, rows, rules, dropped_by, twin, asked, partial.resolve())
+        contaminated = {task: len({hit["id"] for hit in hits if hit["task"] == task}) for task in sorted({item.task for item in index.items})}
+        if knobs.decontaminate:
+            (partial / "contaminated.jsonl").write_text("".join(json.dumps(hit, ensure_ascii=False) + "\n" for hit in hits))
+        funnel = {**account(rows, rules, dropped_by), "unread": unread}
         (partial / "funnel.json").write_text(json.dumps(funnel, indent=1) + "\n")
         if not any(amounts["rows"] for amounts in funnel["train"].values()):
             raise UserError(
-                f"prepare: no document of {len(rows.source):,} is left to train on.\n{table(funnel)}\nSamples of what each rule dropped lie in "
+                f"prepare: no document of {len(dropped_by):,} is left to train on.\n{table(funnel)}\nSamples of what each rule dropped lie in "
                 f"{partial / 'dropped'}; choose another prepare.preset or source, or lower prepare.heldout_frac."
             )
+        shutil.rmtree(home)
         return {**funnel, "contaminated": contaminated}
 
     manifest = stage.run("prepare", workdir / "corpus", work, config=request, inputs=inputs, replace=replace)
     stage.say(table(manifest.counts))
+    for step in manifest.counts["steps"]:
+        for name, n in step.get("edits", {}).items():
+            if n:
+                stage.say(f"prepare: {step['rule']} made {n:,} edits in {name}")
+    for name, one in manifest.counts["unread"].items():
+        for why, n in one["counts"].items():
+            stage.say(f"prepare: {name}: {n:,} records or files passed over: {why}")
+        for sentence in one["first"]:
+            stage.say(f"prepare: passed over: {sentence}")
     for task, n in manifest.counts["contaminated"].items():
-        stage.say(f"prepare: {n:,} documents dropped for what they share with {task}")
+        stage.say(f"prepare: {n:,} documents dropped for what they share with {task}; {workdir / 'corpus/contaminated.jsonl'} lists them")
     sums = [sum(amounts[key] for amounts in manifest.counts[side].values()) for side in ("train", "heldout") for key in ("rows", "bytes")]
     made = f"{sums[0]:,} documents ({sums[1] / 1e6:.1f} MB) to train on, {sums[2]:,} ({sums[3] / 1e6:.1f} MB) held out"
     stage.say(f"prepare: {workdir / 'corpus'}: {made}")
     return manifest
 
 
+@functools.lru_cache(maxsize=1)
+def opened(asked: str) -> tuple[list[filters.Rule], decontaminate.Index]:
+    """(the rules in order, the benchmarks' 13-grams) that a section `prepare`, as JSON, asks for: opened once in each process."""
+    knobs = json.loads(asked)
+    index = decontaminate.Index([item for path in knobs["decontaminate"] for item in benchmarks.read(path)], knobs["decontaminate_words"])
+    near = [NEAR] if knobs["near_dedup"] and NEAR not in filters.PRESETS[knobs["preset"]] else []
+    rules = filters.understand(knobs["preset"], [*knobs["rules"], *near])
+    return rules + ([filters.Rule("decontaminate", judge=index.judge, says="decontaminate")] if knobs["decontaminate"] else []), index
+
+
+def place(rules: Sequence[filters.Rule], name: str) -> int | None:
+    """Where the rule of this name stands."""
+    return next((k for k, rule in enumerate(rules) if rule.name == name), None)
+
+
+# ---- jobs
+
+
+def finish(where: str, home: pathlib.Path, work: Callable[..., int], jobs: list[dict], label: str, unit: str, total: int | None, n_bytes: int):
+    """What work has told of each of the jobs, in their order: of now, or of a killed run that was asked the very same.
+
+    A job is what JSON can say; the files that it writes begin with job["to"]. work gives how much of the unit it has done.
+    """
+    directory = home / work.__name__
+    directory.mkdir(parents=True, exist_ok=True)
+    jobs = [{**job, "to": str(directory / f"{i:06d}")} for i, job in enumerate(jobs)]
+    jobs = [{**job, "request": stage.fingerprint([job, program()])} for job in jobs]
+    left = [job for job in jobs if told(job) is None]
+    with stage.progress(f"prepare: {label}", total, unit) as advance:
+        if n_bytes <= HERE_BYTES or len(left) == 1:
+            for job in left:
+                work(job, advance)
+        else:
+            for n in engine.each(where, work, left):
+                advance(n)
+    return [told(job) for job in jobs]
+
+
+@functools.cache
+def program() -> str:
+    """Fingerprint of what does the jobs: this directory's code and the packages."""
+    code = sorted(pathlib.Path(__file__).parent.glob("*.py"))
+    return stage.fingerprint([stage.versions(), {file.name: stage.sha256(file) for file in code}])
+
+
+def told(job: dict) -> dict[str, Any] | None:
+    """What a finished job has told, if its files are there as it left them."""
+    answer = stage.answered(pathlib.Path(f"{job['to']}.json"), job["request"])
+    if answer and all(pathlib.Path(file).is_file() and pathlib.Path(file).stat().st_size == size for file, size in answer["files"].items()):
+        return answer
+    return None
+
+
+def tell(job: dict, files: Sequence[pathlib.Path], **answer) -> None:
+    """A job is done, its files have their names; this is what it found."""
+    sizes = {str(file): file.stat().st_size for file in files}
+    stage.write_whole(pathlib.Path(f"{job['to']}.json"), json.dumps({"request": job["request"], "files": sizes, **answer}))
+
+
+@contextlib.contextmanager
+def named_when_whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A name to write under; the file gets its own when it is whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    yield temporary
+    temporary.rename(path)
+
+
 # ---- first pass: every document becomes a numbered row
+
+
+class Read(NamedTuple):
+    """A file of rows, in canonical order."""
+
+    path: pathlib.Path
+    source: int
+    n: int
+    ceiling: int  # of the sampling number: documents from it on are not taken
+
+
+def read(do: Callable, found: Sequence[sources.Source], knobs: config.Prepare) -> tuple[list[Read], dict[str, dict]]:
+    """Put the documents of all sources on disk: all of them, or those of which limit_mb are taken and some more.
+
+    Also what was passed over of each source: how many records and files, by reason, and the first sentences about what cannot be read.
+    """
+    jobs, n_bytes, limit = [], 0, int(knobs.limit_mb * 1e6)
+    for k, source in enumerate(found):
+        for piece, size in pieces(source):
+            jobs.append({"source": k, "piece": stage.plain(piece), "limit": limit, "room": JOB_BYTES, "on_error": knobs.on_error})
+            n_bytes += size
+    answers = do(read_piece, jobs, "reading", "B", None, n_bytes)
+    files, unread = [], {}
+    for k, source in enumerate(found):
+        mine = [answer for job, answer in zip(jobs, answers, strict=True) if job["source"] == k]
+        paths = [pathlib.Path(path) for answer in mine for path in answer["files"]]
+        ceiling, n_taken = min(answer["ceiling"] for answer in mine), sum(sum(answer["rows"]) for answer in mine)
+        if limit and paths:
+            places = np.concatenate([column(path, "digest")[:, 3] for path in paths])
+            ceiling = min(ceiling, ceiling_of(places, np.concatenate([column(path, "bytes") for path in paths]), limit))
+            n_taken = (places < ceiling).sum()
+        counts = sum((collections.Counter(answer["unread"]) for answer in mine), collections.Counter())
+        first = [sentence for answer in mine for sentence in answer["first"]][:UNREAD_SHOWN]
+        if counts:
+            unread[source.name] = {"counts": dict(sorted(counts.items())), "first": first}
+        if not n_taken:
+            passed = "".join(f", {n:,} times {why}" for why, n in counts.most_common(3)) + (f" ({first[0]})" if first else "")
+            why = f"no document fits into prepare.limit_mb={knobs.limit_mb:g}, raise it" if limit else f"no document in it{passed}, leave it out"
+            raise UserError(f"prepare.sources: {source.name} ({source.kind}:{source.where}): {why}.")
+        rows = [n for answer in mine for n in answer["rows"]]
+        files += [Read(path, k, n, ceiling) for path, n in zip(paths, rows, strict=True)]
+    return files, unread
+
+
+def pieces(source: sources.Source) -> Iterator[tuple[sources.Source, int]]:
+    """The source cut between files into parts of about JOB_BYTES on disk, each with its bytes."""
+    files, n_bytes = [], 0
+    for file in source.files:
+        files.append(file)
+        n_bytes += sources.size_of(file)
+        if n_bytes >= JOB_BYTES:
+            yield dataclasses.replace(source, files=tuple(files)), n_bytes
+            files, n_bytes = [], 0
+    if files or not source.files:
+        yield dataclasses.replace(source, files=tuple(files)), n_bytes or HERE_BYTES  # what has no files: as good as a job's worth
+
+
+def read_piece(job: dict, advance: Callable[[int], None] = lambda n: None) -> int:
+    """A part of a source to files of rows, with about job["room"] bytes of text each. Returns the bytes of their texts."""
+    source = sources.Source(**{**job["piece"], "files": tuple(job["piece"]["files"])})
+    taken, files, rows, total = Taken(job["limit"], source.kind == "hf"), [], [], 0
+    unread, first = collections.Counter(), []
+
+    def passed(why: str, sentence: str) -> None:
+        unread[why] += 1
+        if why == sources.UNREADABLE and len(first) < UNREAD_SHOWN:
+            first.append(sentence)
+
+    stream = taken.of(source.documents(passed, job["on_error"]))
+    for n in itertools.count():
+        file = pathlib.Path(f"{job['to']}-{n:05d}.arrow")
+        with named_when_whole(file) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, READ, options=COMPRESSED) as out:
+            n_rows = n_bytes = 0
+            while n_bytes < job["room"] and (batch := next_batch(stream, min(BATCH_BYTES, job["room"] - n_bytes))):
+                columns = zip(*batch, strict=True)
+                out.write_batch(pa.record_batch([pa.array(each, field.type) for each, field in zip(columns, READ, strict=True)], schema=READ))
+                n_rows += len(batch)
+                size = sum(row[-1] for row in batch)
+                n_bytes += size
+                advance(size)
+        if not n_rows:
+            file.unlink()
+            break
+        files.append(file)
+        rows.append(n_rows)
+        total += n_bytes
+    tell(job, files, rows=rows, ceiling=taken.ceiling, unread=unread, first=first)
+    return total
+
+
+def next_batch(stream: Iterator[tuple], room: int) -> list[tuple]:
+    """The next rows, BATCH_ROWS of them or `room` bytes of text, whichever is reached first; none at the end."""
+    batch = []
+    for row in itertools.islice(stream, BATCH_ROWS):
+        batch.append(row)
+        room -= row[-1]
+        if room <= 0:
+            break
+    return batch
+
+
+class Taken:
+    """Rows of READ for the documents that may be taken: all, or those with the smallest sampling numbers that make `limit` bytes.
+
+    A document is passed on before later ones may push it out again: those from the final `ceiling` on are not taken. Equal
+    texts have equal numbers and stay or go together. A streamed set may have no end: of it the first `limit` bytes are taken.
+    """
+
+    def __init__(self, limit: int, streamed: bool):
+        self.limit, self.streamed, self.ceiling = limit, streamed, 2**64
+
+    def of(self, documents: Iterator[sources.Document]) -> Iterator[tuple]:
+        kept: list[tuple[int, int]] = []  # heap of (-sampling number, bytes)
+        total = 0
+        for found in documents:
+            data = found.text.encode()
+            digest = dedup.digest(data)
+            number = int.from_bytes(digest[24:])
+            if self.limit and number < self.ceiling:
+                total += len(data)
+                if self.streamed and total > self.limit:
+                    return
+                if not self.streamed:
+                    heapq.heappush(kept, (-number, len(data)))
+                while kept and (total > self.limit or -kept[0][0] >= self.ceiling):
+                    number_out, size = heapq.heappop(kept)
+                    self.ceiling = min(self.ceiling, -number_out)
+                    total -= size
+            if number < self.ceiling:
+                yield (*found, digest, len(found.text), len(data))
+
+
+def ceiling_of(numbers: np.ndarray, sizes: np.ndarray, limit: int) -> int:
+    """The smallest sampling number of which the documents do not fit any more."""
+    order = np.argsort(numbers)
+    n_fitting = np.searchsorted(np.cumsum(sizes[order]), limit, "right")
+    return int(numbers[order[n_fitting]]) if n_fitting < len(order) else 2**64
+
+
+# ---- second pass: each text is judged alone
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """What is known of n documents without their texts, in canonical order; the texts lie in `files`."""
+    """n documents in canonical order: what was read and what was judged of them lies in files, row beside row."""
 
     names: list[str]  # of the sources
-    source: np.ndarray  # [n] index into names
-    chars: np.ndarray  # [n]
-    bytes: np.ndarray  # [n] of UTF-8
-    digests: np.ndarray  # [n, 4] uint64, see dedup.digest
-    files: list[pathlib.Path]  # parquet of row number, id and text, in order
+    files: list[Read]
+    judged: list[pathlib.Path]
+    starts: np.ndarray  # [files + 1] the first row of each file, and n
+    heldout: int  # of the split number: documents below it are held out
+
+    def each(self, *wanted: str) -> Iterator[tuple]:
+        """Of each file (the slice of its rows, its source, the wanted columns)."""
+        for file, judged, start in zip(self.files, self.judged, self.starts, strict=False):
+            yield slice(start, start + file.n), file.source, *(column(file.path if name in READ.names else judged, name) for name in wanted)
+
+    def all(self, wanted: str) -> np.ndarray:
+        """[n] a column."""
+        return np.concatenate([found for _, _, found in self.each(wanted)])
 
 
-def read(found: Sequence[sources.Source], knobs: config.Prepare, directory: pathlib.Path) -> Rows:
-    """Number the documents of all sources, limit_mb of each, and put them on disk."""
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir()
-    source, chars, n_bytes, digests, files = [], [], [], [], []
-    for k, one in enumerate(found):
-        shards = Shards(
-            directory, one.name, knobs.shard_mb, pa.schema({"n": pa.int64(), "id": pa.string(), "text": pa.string(), "prompt_chars": pa.int32()})
-        )
-        before = len(source)
-        for document, data, digest in limited(one, int(knobs.limit_mb * 1e6)):
-            shards.add((len(source), *document[:3]), len(data))
-            source.append(k)
-            chars.append(len(document.text))
-            n_bytes.append(len(data))
-            digests.append(digest)
-        if len(source) == before:
-            why = f"no document fits into prepare.limit_mb={knobs.limit_mb:g}, raise it" if knobs.limit_mb else "no document in it, leave it out"
-            raise UserError(f"prepare.sources: {one.name} ({one.kind}:{one.where}): {why}.")
-        files += shards.close()
-    numbers = np.frombuffer(b"".join(digests), ">u8").reshape(-1, 4).astype(np.uint64)
-    return Rows([one.name for one in found], np.array(source), np.array(chars), np.array(n_bytes), numbers, files)
+def column(path: pathlib.Path, name: str) -> np.ndarray:
+    """A column of numbers, or of digests as [n, bytes / 8] uint64, of a file; nothing else of the file is read."""
+    with pa.OSFile(str(path)) as file:
+        schema = pa.ipc.open_file(file).schema
+        reader = pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index(name)], use_threads=False))
+        found = reader.read_all().column(0).combine_chunks()
+    return numbers(found) if pa.types.is_fixed_size_binary(found.type) else found.to_numpy()
 
 
-def limited(source: sources.Source, limit: int) -> Iterator[tuple[sources.Document, bytes, bytes]]:
-    """(document, its text in UTF-8, its digest) of a source in its order: all, or those with the smallest digests that make `limit` bytes.
-
-    A streamed data set may have no end: of hf: the first `limit` bytes are taken.
-    """
-    kept: list[tuple[int, int, tuple]] = []  # heap of (-sampling number, -place, document)
-    total, ceiling = 0, (1 << 64, 0)  # a document from the ceiling on is out, so that the order of reading cannot matter
-    for place, found in enumerate(stage.track(source.documents(), f"prepare: reading {source.name}", None, "documents")):
-        try:
-            data = found.text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"{found.id}: character {error.start + 1} is half of a surrogate pair, which is no text. Mend or remove the record."
-            ) from None
-        document = (found, data, dedup.digest(data))
-        if not limit:
-            yield document
-        elif source.kind == "hf":
-            total += len(data)
-            if total > limit:
-                return
-            yield document
-        elif (key := (int.from_bytes(document[2][24:]), place)) < ceiling:
-            heapq.heappush(kept, (-key[0], -place, document))
-            total += len(data)
-            while total > limit:
-                number, at, out = heapq.heappop(kept)
-                total -= len(out[1])
-                ceiling = (-number, -at)
-    for _, _, document in sorted(kept, key=lambda each: -each[1]):
-        yield document
+def numbers(found: pa.FixedSizeBinaryArray) -> np.ndarray:
+    """[n] digests -> [n, bytes / 8] uint64"""
+    width = found.type.byte_width // 8
+    return np.frombuffer(found.buffers()[1], ">u8", len(found) * width, found.offset * width * 8).reshape(-1, width).astype(np.uint64)
 
 
-class Shards:
-    """Parquet files NAME-00000.parquet, NAME-00001.parquet, ... of about `shard_mb` of text each."""
-
-    def __init__(self, directory: pathlib.Path, name: str, shard_mb: int, schema: pa.Schema):
-        self.directory, self.name, self.shard_bytes, self.schema = directory, name, shard_mb * 1_000_000, schema
-        self.rows: list[tuple] = []
-        self.n_bytes, self.files = 0, []
-
-    def add(self, row: tuple, n_bytes: int) -> None:
-        self.rows.append(row)
-        self.n_bytes += n_bytes
-        if self.n_bytes >= self.shard_bytes:
-            self.flush()
-
-    def flush(self) -> None:
-        self.files.append(self.directory / f"{self.name}-{len(self.files):05d}.parquet")
-        columns = [pa.array(column, field.type) for column, field in zip(zip(*self.rows, strict=True), self.schema, strict=True)]
-        pq.write_table(pa.table(columns, schema=self.schema), self.files[-1], compression="zstd", row_group_size=10_000)
-        self.rows, self.n_bytes = [], 0
-
-    def close(self) -> list[pathlib.Path]:
-        if self.rows:
-            self.flush()
-        return self.files
-
-
-# ---- second pass: the engine judges each text alone
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """What the rules said of each text by itself."""
-
-    failed: np.ndarray  # [n] the first rule with a judge that drops it; the number of rules where none does
-    reasons: dict[int, str]  # row -> why
-    signatures: np.ndarray  # [n, hashes] uint32, MinHash; [n, 0] without near-duplicate removal
-
-
-def judge(daft, rows: Rows, rules: Sequence[filters.Rule]) -> Verdict:
+def judge(do: Callable, files: list[Read], found: Sequence[sources.Source], asked: str, rules: Sequence[filters.Rule], home: pathlib.Path) -> Rows:
     """Run the rules over the texts, wherever the engine runs and in whatever order it answers."""
-    failed, reasons, has_near = np.empty(len(rows.source), np.int16), {}, any(rule.name == "near_dedup" for rule in rules)
-    signatures = np.empty((len(rows.source), dedup.N_HASHES if has_near else 0), np.uint32)
-    alone = [filters.Rule(rule.name, judge=lambda texts: [""] * len(texts)) if rule.mark else rule for rule in rules]
-
-    @daft.func.batch(return_dtype=daft.DataType.struct({"failed": daft.DataType.int16(), "reason": daft.DataType.string()}), batch_size=256)
-    def verdict(texts):
-        judged = filters.judge([sources.Document("", text) for text in texts.to_pylist()], alone)
-        return pa.StructArray.from_arrays([pa.array(judged.failed, pa.int16()), pa.array(judged.reasons, pa.string())], ["failed", "reason"])
-
-    columns = [daft.col("n"), verdict(daft.col("text")).alias("verdict")]
-    columns += [dedup.minhash(daft.col("text")).alias("signature")] if has_near else []
-    with stage.progress("prepare: judging", len(rows.source), "documents") as advance:
-        paths = [re.sub(r"([\[\]{}*?\\])", r"[\1]", str(file)) for file in rows.files]  # Daft takes a path for a glob
-        for batch in daft.read_parquet(paths).select(*columns).to_arrow_iter():
-            n = batch.column("n").to_numpy()
-            failed[n] = batch.column("verdict").field("failed").to_numpy()
-            reasons |= {int(i): reason for i, reason in zip(n, batch.column("verdict").field("reason").to_pylist(), strict=True) if reason}
-            if has_near:
-                signatures[n] = batch.column("signature").flatten().to_numpy().reshape(len(n), -1)
-            advance(len(n))
-    return Verdict(failed, reasons, signatures)
+    starts = np.cumsum([0, *(file.n for file in files)])
+    repeats = home / "repeats.npy"
+    if place(rules, EXACT) is not None:
+        np.save(repeats, repeated(files, starts))
+    same = {"asked": asked, "repeats": None if place(rules, EXACT) is None else str(repeats)}
+    jobs = [{**same, "file": str(file.path), "ceiling": file.ceiling, "start": int(start)} for file, start in zip(files, starts, strict=False)]
+    answers = do(judge_rows, jobs, "judging", "documents", int(starts[-1]), sum(file.path.stat().st_size for file in files))
+    judged = [pathlib.Path(next(iter(answer["files"]))) for answer in answers]
+    return Rows([source.name for source in found], files, judged, starts, int(json.loads(asked)["heldout_frac"] * 2**64))
 
 
-def decide(rows: Rows, rules: Sequence[filters.Rule], verdict: Verdict) -> tuple[np.ndarray, np.ndarray]:
+def repeated(files: list[Read], starts: np.ndarray) -> np.ndarray:
+    """Which documents say, to the letter, what an earlier one does, [n] bool."""
+    known = np.empty((starts[-1], 2), np.uint64)
+    for file, start in zip(files, starts, strict=False):
+        # the same letters with another prompt may be edited in another way
+        prompts = column(file.path, "prompt_chars").astype(np.uint64)
+        known[start : start + file.n] = column(file.path, "digest")[:, :2] + np.stack([np.zeros_like(prompts), prompts], 1)
+    return dedup.exact(known) != np.arange(starts[-1])
+
+
+def judged_schema(rules: Sequence[filters.Rule]) -> pa.Schema:
+    """What is known of each document after the rules.
+
+    failed     the first rule that drops it, by itself; the number of rules where none does
+    text, meta as they stand in the end, or null where they are what was read;  chars, bytes, prompt_chars of that text
+    split      the number that decides on its side, and `show` the one that chooses samples
+    K.edits, K.chars, K.bytes   of the editing rule K: edits, and the text after it;  K.mark   of rule K, which compares texts
+    """
+    fields = {"failed": pa.int16(), "reason": pa.string(), "new.text": pa.string(), "new.meta": pa.string()}
+    fields |= {"new.prompt_chars": pa.int32(), "new.chars": pa.int64(), "new.bytes": pa.int64(), "split": pa.uint64(), "show": pa.uint64()}
+    for k, rule in enumerate(rules):
+        fields |= {f"{k}.{name}": pa.int64() for name in ("edits", "chars", "bytes") if rule.edit}
+        fields |= {f"{k}.mark": pa.binary(16) for _ in [0] if rule.name == EXACT}
+    return pa.schema(fields)
+
+
+def judge_rows(job: dict, advance: Callable[[int], None] = lambda n: None) -> int:
+    """What the rules say of each document of a file by itself, in a file beside it. Returns the number of documents."""
+    rules, _ = opened(job["asked"])
+    schema, file = judged_schema(rules), pathlib.Path(f"{job['to']}.arrow")
+    repeats = np.load(job["repeats"], mmap_mode="r") if job["repeats"] else None
+    signatures, n = [], 0
+    with named_when_whole(file) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema, options=COMPRESSED) as out:
+        for batch in batches(job["file"]):
+            taken = numbers(batch.column("digest"))[:, 3] < job["ceiling"]
+            start = job["start"] + n
+            again = np.zeros_like(taken) if repeats is None else repeats[start : start + len(taken)] & taken
+            columns, found = judged_columns(batch, rules, taken & ~again, again)
+            out.write_batch(pa.record_batch([pa.array(columns[field.name], field.type) for field in schema], schema=schema))
+            signatures += found
+            n += len(taken)
+            advance(len(taken))
+    kept = dedup.keep(pathlib.Path(job["to"]), signatures) if place(rules, NEAR) is not None else []
+    tell(job, [file, *kept])
+    return n
+
+
+def judged_columns(batch: pa.RecordBatch, rules: list[filters.Rule], fresh: np.ndarray, again: np.ndarray) -> tuple[dict[str, Any], list[bytes]]:
+    """(columns of judged_schema, signatures of those that came so far) of documents that are judged as new or known to be `again` repeats.
+
+    A repeat is dropped by exact_dedup at the latest, for the earlier text comes as far as it does: the rules after that are spared.
+    """
+    documents = [sources.Document(*row) for row in zip(*(batch.column(name).to_pylist() for name in sources.Document._fields), strict=True)]
+    blank = {pa.string(): None, pa.binary(16): bytes(16)}
+    columns: dict[str, Any] = {
+        field.name: [blank[field.type]] * len(documents) if field.type in blank else np.zeros(len(documents), str(field.type))
+        for field in judged_schema(rules)
+    }
+    columns["failed"][:] = NOT_TAKEN
+    columns["split"], columns["show"] = numbers(batch.column("digest"))[:, 2:].T.copy()
+    for name in ("prompt_chars", "chars", "bytes"):
+        columns[f"new.{name}"][:] = batch.column(name)
+    signatures = {}
+    for chosen, some in ((fresh, rules), (again, rules[: place(rules, EXACT) + 1] if again.any() else [])):
+        places = np.flatnonzero(chosen).tolist()
+        judged = filters.judge([documents[i] for i in places], some)
+        columns["failed"][places] = judged.failed
+        for i, reason, made in zip(places, judged.reasons, judged.documents, strict=True):
+            columns["reason"][i] = reason or None
+            columns["new.meta"][i] = made.meta if made.meta != documents[i].meta else None
+            if made.text != documents[i].text:
+                columns["new.text"][i], columns["new.prompt_chars"][i] = made.text, made.prompt_chars
+                columns["split"][i], columns["show"][i] = np.frombuffer(dedup.digest(made.text.encode())[16:], ">u8")
+        for k, edits in judged.edits.items():
+            for i, edited in zip(places, edits, strict=True):
+                if edited:
+                    columns[f"{k}.edits"][i], columns[f"{k}.chars"][i], columns[f"{k}.bytes"][i] = edited
+                    columns["new.chars"][i], columns["new.bytes"][i] = edited[1:]
+        for k, marks in judged.marks.items():
+            for i, mark in zip(places, marks, strict=True):
+                if mark and rules[k].name == NEAR:
+                    signatures[i] = mark
+                elif mark:
+                    columns[f"{k}.mark"][i] = mark[:16]
+    return columns, [signatures[i] for i in sorted(signatures)]
+
+
+def batch_rows(path: str | pathlib.Path) -> list[int]:
+    """The rows of each batch of a file; its smallest column is read for it."""
+    with pa.OSFile(str(path)) as file:
+        schema = pa.ipc.open_file(file).schema
+        smallest = next(i for i, field in enumerate(schema) if pa.types.is_integer(field.type))
+        reader = pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(included_fields=[smallest], use_threads=False))
+        return [reader.get_batch(i).num_rows for i in range(reader.num_record_batches)]
+
+
+def batches(path: str | pathlib.Path, first: int = 0, stop: int | None = None) -> Iterator[pa.RecordBatch]:
+    """The rows of a file from `first` up to `stop`, a few at a time."""
+    with pa.OSFile(str(path)) as file:
+        reader = pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(use_threads=False))
+        ends = np.cumsum(batch_rows(path))
+        for i in range(reader.num_record_batches):
+            start = ends[i - 1] if i else 0
+            if ends[i] > first and (stop is None or start < stop):
+                low, high = max(first - start, 0), (ends[i] if stop is None else min(stop, ends[i])) - start
+                yield reader.get_batch(i).slice(low, high - low)
+
+
+# ---- between judging and writing: what each document fell to
+
+
+def decide(rows: Rows, rules: Sequence[filters.Rule]) -> tuple[np.ndarray, np.ndarray]:
     """What each document fell to: (index of the rule, or len(rules) for those kept; the row that it repeats, or -1), both [n].
 
     A rule that compares documents sees those that all rules before it kept; the first of equals stays.
     """
-    dropped_by, twin = verdict.failed.copy(), np.full(len(rows.source), -1)
+    failed = rows.all("failed")
+    dropped_by, twin = failed.copy(), np.full(len(failed), -1)
     for k, rule in enumerate(rules):
         if rule.mark:
             alive = np.flatnonzero(dropped_by > k)
-            first = alive[dedup.near(verdict.signatures[alive]) if rule.name == "near_dedup" else dedup.exact(rows.digests[alive])]
-            repeats = alive[first != alive]
-            dropped_by[repeats], twin[repeats] = k, first[first != alive]
+            if rule.name == NEAR:
+                first = dedup.near([judged.with_suffix("") for judged in rows.judged], dropped_by[failed > k] > k)
+            else:
+                first = dedup.exact(np.concatenate([mark[dropped_by[here] > k] for here, _, mark in rows.each(f"{k}.mark")]))
+            repeats = alive[first != np.arange(len(alive))]
+            dropped_by[repeats], twin[repeats] = k, alive[first[first != np.arange(len(alive))]]
     return dropped_by, twin
 
 
 # ---- third pass: what stays goes to its side, and of what goes a sample is kept
 
 
-def write(rows, rules, verdict, dropped_by, twin, index: decontaminate.Index, knobs: config.Prepare, out: pathlib.Path) -> dict[str, int]:
-    """Write the shards and the samples. Returns the number of documents dropped for each benchmark task."""
-    for side in ("train", "heldout", "dropped"):
-        shutil.rmtree(out / side, ignore_errors=True)
-        (out / side).mkdir()
-    heldout = is_heldout(rows.digests, knobs.heldout_frac)
-    shards = {(side, name): Shards(out / side, name, knobs.shard_mb, SCHEMA) for side in ("train", "heldout") for name in rows.names}
-    shown = {int(n): [] for k in range(len(rules)) for n in sample(rows, dropped_by == k)}
-    twin_ids = dict.fromkeys(twin[list(shown)].tolist(), "")
-    contaminated = dict.fromkeys(sorted({item.task for item in index.items}), 0)
-    with stage.progress("prepare: writing", len(rows.source), "documents") as advance:
-        for file in rows.files:
-            for batch in pq.ParquetFile(file).iter_batches(1024):
-                for n, id, text, prompt_chars in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                    name, k = rows.names[rows.source[n]], dropped_by[n]
-                    if n in twin_ids:
-                        twin_ids[n] = id
-                    if k == len(rules):
-                        shards["heldout" if heldout[n] else "train", name].add((id, name, text, prompt_chars), int(rows.bytes[n]))
-                    elif n in shown:
-                        shown[n] = [
-                            id,
-                            name,
-                            text[:SAMPLE_CHARS],
-                            prompt_chars,
-                            verdict.reasons.get(n) if twin[n] < 0 else f"repeats {twin_ids[int(twin[n])]}",
-                        ]
-                    if k < len(rules) and rules[k].name == "decontaminate":
-                        for task in {item.task for item, _ in index.hits(text)}:
-                            contaminated[task] += 1
-                advance(batch.num_rows)
-    for each in shards.values():
-        each.close()
+def write(
+    do: Callable, rows: Rows, rules: list[filters.Rule], dropped_by: np.ndarray, twin: np.ndarray, asked: str, out: pathlib.Path
+) -> list[dict[str, str]]:
+    """Write the shards and the samples. Returns what documents were dropped for by decontaminate: each with each item, and the words that they share."""
+    decided, shard_bytes = out / ".work/dropped_by.npy", json.loads(asked)["shard_mb"] * 1_000_000
+    np.save(decided, dropped_by)
+    shown = samples(rows.all("show"), dropped_by, len(rules))
+    named = np.unique(twin[shown][twin[shown] >= 0])
+    sizes, split, of_source = rows.all("new.bytes"), rows.all("split"), np.array([file.source for file in rows.files])
+    jobs = []
+    for (k, name), side in itertools.product(enumerate(rows.names), ("train", "heldout")):
+        low, high = (int(rows.starts[i]) for i in np.searchsorted(of_source, [k, k + 1]))
+        kept = stays(dropped_by[low:high], split[low:high], side, len(rules), rows.heldout)
+        for n, (first, stop) in enumerate(itertools.pairwise(cuts(np.where(kept, sizes[low:high], 0), shard_bytes) + low)):
+            # the shards of the training side, empty or not, pass over all rows: they fetch what is told of single ones
+            here = [each[(each >= first) & (each < stop)].tolist() if side == "train" else [] for each in (shown, named)]
+            file = str(out / side / f"{name}-{n:05d}.parquet") if kept[first - low : stop - low].any() else None
+            if file or side == "train":
+                i, j = np.searchsorted(rows.starts, first, "right") - 1, np.searchsorted(rows.starts, stop)
+                parts = [[str(rows.files[f].path), str(rows.judged[f]), int(rows.starts[f])] for f in range(i, j)]
+                jobs.append({"asked": asked, "name": name, "side": side, "file": file, "parts": parts, "first": int(first), "stop": int(stop)})
+                jobs[-1] |= {"dropped_by": str(decided), "heldout": rows.heldout, "shown": here[0], "named": here[1]}
+    for side in ("train", "heldout"):
+        (out / side).mkdir(exist_ok=True)
+        for file in set(map(str, (out / side).iterdir())) - {job["file"] for job in jobs}:  # of other jobs, before the code was changed
+            pathlib.Path(file).unlink()
+    total = int(rows.starts[-1]) + sum(job["stop"] - job["first"] for job in jobs if job["side"] == "heldout")
+    answers = do(write_shard, jobs, "writing", "documents", total, sum(file.path.stat().st_size for file in rows.files))
+    ids = {int(row): id for answer in answers for row, id in answer["ids"].items()}
+    found = {int(row): sample for answer in answers for row, sample in answer["samples"].items()}
+    shutil.rmtree(out / "dropped", ignore_errors=True)
+    (out / "dropped").mkdir()
+    for row, sample in found.items():
+        if twin[row] >= 0:
+            sample["reason"] = f"repeats {ids[int(twin[row])]}"
     for k, rule in enumerate(rules):
-        if samples := [shown[n] for n in sorted(shown) if dropped_by[n] == k]:
-            table = pa.table([list(column) for column in zip(*samples, strict=True)], schema=SCHEMA.append(pa.field("reason", pa.string())))
-            pq.write_table(table, out / "dropped" / f"{rule.name}.parquet", compression="zstd")
-    return contaminated
+        if told := [found[row] for row in sorted(found) if dropped_by[row] == k]:
+            pq.write_table(pa.Table.from_pylist(told, SAMPLE), out / "dropped" / f"{rule.name}.parquet", compression="zstd")
+    return [hit for answer in answers for hit in answer["contaminated"]]
 
 
-def is_heldout(digests: np.ndarray, heldout_frac: float) -> np.ndarray:
-    """Which documents are kept out of training, [n] bool: by the text alone, so that none changes sides as a corpus grows."""
-    return digests[:, 2] < np.uint64(heldout_frac * 2**64)
+def stays(dropped_by: np.ndarray, split: np.ndarray, side: str, n_rules: int, heldout: int) -> np.ndarray:
+    """Which documents go to a side, [n] bool: by the text alone, so that none changes sides as a corpus grows."""
+    return (dropped_by == n_rules) & ((split < heldout) == (side == "heldout"))
 
 
-def sample(rows: Rows, chosen: np.ndarray) -> np.ndarray:
-    """Up to SAMPLES rows among the chosen, as good as at random and the same every time."""
-    candidates = np.flatnonzero(chosen)
-    return candidates[np.argsort(rows.digests[candidates, 3], kind="stable")[:SAMPLES]]
+def samples(show: np.ndarray, dropped_by: np.ndarray, n_rules: int) -> np.ndarray:
+    """Up to SAMPLES rows that each rule dropped, as good as at random and the same every time; in order."""
+    found = [np.empty(0, np.int64)]
+    for k in range(n_rules):
+        dropped = np.flatnonzero(dropped_by == k)
+        found.append(dropped[np.argsort(show[dropped], kind="stable")[:SAMPLES]])
+    return np.sort(np.concatenate(found))
+
+
+def cuts(sizes: np.ndarray, most: int, most_rows: int | None = None) -> np.ndarray:
+    """Where to cut rows of these sizes so that each stretch but the last just reaches `most`, or has most_rows: its first rows, and the end."""
+    total, found = np.cumsum(sizes), [0]
+    while True:
+        end = int(np.searchsorted(total, most + (total[found[-1] - 1] if found[-1] else 0))) + 1
+        end = min(end, found[-1] + most_rows) if most_rows else end
+        if end >= len(sizes) or total[end - 1] == total[-1]:
+            return np.array([*found, len(sizes)])
+        found.append(end)
+
+
+def write_shard(job: dict, advance: Callable[[int], None] = lambda n: None) -> int:
+    """A shard of one side and what is asked of single documents on the way. Returns the rows passed."""
+    rules, index = opened(job["asked"])
+    first, stop = job["first"], job["stop"]
+    decided = np.load(job["dropped_by"], mmap_mode="r")[first:stop]
+    told: dict[str, Any] = {"samples": {}, "ids": {}, "contaminated": []}
+    spans = [(max(first - start, 0), stop - start) for _, _, start in job["parts"]]
+    kept, sizes = [], []
+    for (_, judged, _), span in zip(job["parts"], spans, strict=True):
+        kept.append(column(pathlib.Path(judged), "split")[slice(*span)])
+        sizes.append(column(pathlib.Path(judged), "new.bytes")[slice(*span)])
+    kept = stays(decided, np.concatenate(kept), job["side"], len(rules), job["heldout"])
+    groups = np.diff(cuts(np.concatenate(sizes)[kept], GROUP_BYTES, GROUP_ROWS)).tolist() if job["file"] else []
+
+    def tables() -> Iterator[pa.Table]:
+        at = 0
+        for (path, judged, _), span in zip(job["parts"], spans, strict=True):
+            for read, verdict in zip(batches(path, *span), batches(judged, *span), strict=True):
+                here, at = slice(at, at + len(read)), at + len(read)
+                text, meta = (pc.coalesce(verdict.column(f"new.{name}"), read.column(name)) for name in ("text", "meta"))
+                name = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(read), np.int32)), pa.array([job["name"]])).cast(pa.string())
+                table = pa.table([read.column("id"), name, text, verdict.column("new.prompt_chars"), meta], SCHEMA)
+                tell_of(table, verdict.column("reason"), decided[here], first + here.start)
+                advance(len(read))
+                yield table.filter(pa.array(kept[here]))
+
+    def tell_of(table: pa.Table, reasons: pa.Array, fell_to: np.ndarray, start: int) -> None:
+        stop = start + len(table)
+        told["ids"] |= {row: table["id"][row - start].as_py() for row in job["named"] if start <= row < stop}
+        for row in (row for row in job["shown"] if start <= row < stop):
+            [sample] = table.slice(row - start, 1).to_pylist()
+            told["samples"][row] = {**sample, "text": sample["text"][:SAMPLE_CHARS], "reason": reasons[row - start].as_py()}
+        for k in (k for k, rule in enumerate(rules) if rule.name == "decontaminate" and job["side"] == "train"):
+            for i in np.flatnonzero(fell_to == k).tolist():
+                id, source, text = (table[name][i].as_py() for name in ("id", "source", "text"))
+                told["contaminated"] += [
+                    {"id": id, "source": source, "task": item.task, "item": item.id, "words": words} for item, words in index.hits(text)
+                ]
+
+    if job["file"]:
+        with named_when_whole(pathlib.Path(job["to"])) as temporary:
+            write_groups(temporary, tables(), groups)
+        pathlib.Path(job["to"]).rename(job["file"])
+    else:
+        collections.deque(tables(), maxlen=0)
+    tell(job, [pathlib.Path(job["file"])] if job["file"] else [], **told)
+    return stop - first
+
+
+def write_groups(file: pathlib.Path, tables: Iterator[pa.Table], groups: list[int]) -> None:
+    """A parquet shard with row groups of so many rows. Each is one piece in memory, or its bytes would depend on how it came."""
+    with pq.ParquetWriter(file, SCHEMA, compression="zstd", use_dictionary=["source", "meta"]) as out:
+        waiting = SCHEMA.empty_table()
+        for n in groups:
+            while len(waiting) < n:
+                waiting = pa.concat_tables([waiting, next(tables)])
+            out.write_table(waiting.slice(0, n).combine_chunks(), row_group_size=n)
+            waiting = waiting.slice(n)
+        collections.deque(tables, maxlen=0)  # the rest has rows of the other side, but may hold what is told of single ones
 
 
 # ---- the funnel
 
 
-def account(rows: Rows, rules: Sequence[filters.Rule], dropped_by: np.ndarray, heldout_frac: float) -> dict[str, Any]:
-    """The funnel: what was read, what was left after each rule, and what went to each side, for each source."""
+def account(rows: Rows, rules: Sequence[filters.Rule], dropped_by: np.ndarray) -> dict[str, Any]:
+    """The funnel: what was read, what was left after each rule and how often the rule edited it, and what went to each side, for each source."""
+    n = len(rules)
+    left = [{name: np.zeros(3, np.int64) for name in rows.names} for _ in range(n + 1)]
+    edits = [dict.fromkeys(rows.names, 0) for _ in rules]
+    sides = {side: {name: np.zeros(3, np.int64) for name in rows.names} for side in ("heldout", "train")}
+    edited = [f"{k}.{what}" for k, rule in enumerate(rules) if rule.edit for what in ("edits", "chars", "bytes")]
+    for here, source, chars, size, split, *after in rows.each("chars", "bytes", "split", *edited):
+        after, name, fell_to = dict(zip(edited, after, strict=True)), rows.names[source], dropped_by[here]
+        for k in range(n + 1):
+            mask = fell_to >= k
+            if k and rules[k - 1].edit:
+                edits[k - 1][name] += int(after[f"{k - 1}.edits"][mask].sum())
+                chars, size = after[f"{k - 1}.chars"], after[f"{k - 1}.bytes"]
+            left[k][name] += [mask.sum(), chars[mask].sum(), size[mask].sum()]
+        for side in sides:
+            mask = stays(fell_to, split, side, n, rows.heldout)
+            sides[side][name] += [mask.sum(), chars[mask].sum(), size[mask].sum()]
 
-    def amounts(mask: np.ndarray) -> dict[str, dict[str, int]]:
-        masks = {name: mask & (rows.source == k) for k, name in enumerate(rows.names)}
-        return {name: {"rows": int(m.sum()), "chars": int(rows.chars[m].sum()), "bytes": int(rows.bytes[m].sum())} for name, m in masks.items()}
+    def amounts(found: dict[str, np.ndarray]) -> dict[str, dict[str, int]]:
+        return {name: {"rows": int(r), "chars": int(c), "bytes": int(b), "tokens": round(int(b) / TOKEN_BYTES)} for name, (r, c, b) in found.items()}
 
-    kept, heldout = dropped_by == len(rules), is_heldout(rows.digests, heldout_frac)
-    steps = [{"rule": "read", "kept": amounts(np.ones_like(kept))}]
-    steps += [{"rule": rule.name, "kept": amounts(dropped_by > k)} for k, rule in enumerate(rules)]
-    return {"sources": rows.names, "steps": steps, "heldout": amounts(kept & heldout), "train": amounts(kept & ~heldout)}
+    steps = [{"rule": "read", "kept": amounts(left[0])}]
+    for k, rule in enumerate(rules):
+        steps.append({"rule": rule.name, "kept": amounts(left[k + 1]), **({"edits": edits[k]} if rule.edit else {})})
+    return {"sources": rows.names, "steps": steps, **{side: amounts(found) for side, found in sides.items()}}
 
 
 def table(funnel: dict[str, Any]) -> str:

@@ -44,15 +44,21 @@ class Text(str):
         return [word for word in self.words if not word.isalnum() and not SOLID.search(word)]
 
     @functools.cached_property
-    def ngrams(self) -> dict[int, np.ndarray]:
-        return {1: np.fromiter(map(hash, self.words), np.int64, len(self.words)).view(np.uint64)}
+    def word_codes(self) -> np.ndarray:
+        return np.fromiter(map(hash, self.words), np.int64, len(self.words)).view(np.uint64)
 
     def ngram_codes(self, n: int) -> np.ndarray:
-        """[max(0, n_words - n + 1)] uint64: equal for equal n words in a row, and for others with a chance of 2^-64."""
-        if n not in self.ngrams:
-            shorter = self.ngram_codes(n - 1)
-            self.ngrams[n] = shorter[:-1] * np.uint64(0x9E3779B97F4A7C15) + self.ngrams[1][n - 1 :] if len(shorter) else shorter
-        return self.ngrams[n]
+        """[max(0, n_words - n + 1)] uint64: equal for equal n words in a row, and for others with a chance of 2^-64.
+
+        The last ones are kept, as longer ones are made of them: ask for n in rising order.
+        """
+        last, codes = self.__dict__.get("last_codes", (1, self.word_codes))
+        if last > n:
+            last, codes = 1, self.word_codes
+        for longer in range(last + 1, n + 1):
+            codes = codes[:-1] * np.uint64(0x9E3779B97F4A7C15) + self.word_codes[longer - 1 :] if len(codes) else codes
+        self.last_codes = n, codes
+        return codes
 
 
 SOLID = re.compile(r"[^\W_]")
@@ -95,14 +101,16 @@ def repeated(parts: list[str], text: str, noun: str, most: float, most_chars: fl
     return ""
 
 
-def language(text: Text, code: str = "en", least: float = 0.65, newline: str = " ") -> str:
+def language(texts: list[Text], code: str = "en", least: float = 0.65, newline: str = " ") -> list[str]:
     """Not in the language `code` with a score above `least`, by fastText's lid.176. `newline` takes the place of each line end.
 
     Source: 0.65 is FineWeb's (2406.17557); the course takes 0.4 and glues lines together.
     """
-    found, score = identification.identify(text.replace("\n", newline))
-    text.notes |= {"language": found, "language_score": round(score, 4)}
-    return "" if found == code and score > least else f"{found} {score:.2f}, wanted {code} above {least:.2f}"
+    reasons = []
+    for text, (found, score) in zip(texts, identification.identify_all([text.replace("\n", newline) for text in texts], least), strict=True):
+        text.notes |= {"language": found, "language_score": round(score, 3)}
+        reasons.append("" if found == code and score > least else f"{found} {score:.2f}, wanted {code} above {least:.2f}")
+    return reasons
 
 
 # ---- Gopher: quality (2112.11446, appendix A.1.1)
@@ -131,6 +139,8 @@ def gopher_symbols(text: Text, most: float = 0.1) -> str:
 
 def gopher_bullets(text: str, most: float = 0.9) -> str:
     """More than 0.9 of the lines start with a bullet point or a dash."""
+    if text.count("•") + text.count("-") <= most * text.count("\n"):  # too few, wherever they stand
+        return ""
     lines = text.splitlines()
     n = sum(line.lstrip().startswith(("•", "-")) for line in lines)
     return "" if n <= most * len(lines) else f"{n} of {len(lines)} lines are bullet points, wanted at most {most}"
@@ -138,21 +148,28 @@ def gopher_bullets(text: str, most: float = 0.9) -> str:
 
 def gopher_ellipsis_lines(text: str, most: float = 0.3) -> str:
     """More than 0.3 of the lines end with an ellipsis."""
+    if text.count("...") + text.count("…") <= most * text.count("\n"):
+        return ""
     lines = text.splitlines()
     n = sum(line.rstrip().endswith(("...", "…")) for line in lines)
     return "" if n <= most * len(lines) else f"{n} of {len(lines)} lines end with an ellipsis, wanted at most {most}"
 
 
-def gopher_alphabetic(text: Text, least: float = 0.8) -> str:
-    """Less than 0.8 of the words hold a letter."""
-    return with_letters(text, least)
+def gopher_alphabetic(text: Text, least: float = 0.8, marks: bool = False) -> str:
+    """Less than 0.8 of the words hold a letter.
+
+    marks=True counts each punctuation mark as a word, as the tokenizers of datatrove do, and with them FineWeb: much stricter.
+    """
+    return with_letters(TOKEN.findall(text) if marks else text.words, least)
 
 
-def with_letters(text: Text, least: float) -> str:
-    words = text.words
-    if sum(map(str.isalpha, words)) >= least * len(words):  # quick, and of most texts true
-        return ""
-    n = sum(any(map(str.isalpha, word)) for word in words)
+TOKEN = re.compile(r"\w+(?:['’]\w+)*|\.{2,}|-{2,}|[^\w\s]")
+
+
+def with_letters(words: list[str], least: float) -> str:
+    n = sum(map(str.isalpha, words))  # of letters alone: quick, and in most texts enough
+    if n < least * len(words):
+        n += sum(not word.isalpha() and any(map(str.isalpha, word)) for word in words)
     return "" if n >= least * len(words) else f"{n} of {len(words)} words hold a letter, wanted {least}"
 
 
@@ -332,7 +349,7 @@ def min_chars(text: str, least: int = 200) -> str:
 
 def few_words(text: Text, least: float = 0.7) -> str:
     """Less than 0.7 of the words hold a letter: tables, dumps, markup. (Gopher's rule, at 0.8 there.)"""
-    return with_letters(text, least)
+    return with_letters(text.words, least)
 
 
 def many_symbols(text: str, most: float = 0.25) -> str:
@@ -458,4 +475,5 @@ DROPS = {
         min_chars, few_words, many_symbols, line_repetition, code_lines, few_alphanumeric, autogenerated,
     )
 }  # fmt: skip
+BATCHES = {language}  # these take many texts at once
 EDITS = {rule.__name__: rule for rule in (c4_lines, pii_email, pii_ip, pii_phone, repeated_paragraphs)}

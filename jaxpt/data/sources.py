@@ -3,21 +3,26 @@
     text:GLOB              a file is a document                       text:books/*.txt
     jsonl:GLOB#field       a line is a document, text in `field`      web=jsonl:crawl/*.jsonl.zst#content
     parquet:GLOB#column    a row is a document, text in `column`      parquet:shards/*.parquet#text
+    warc:GLOB              a crawled web page is a document: its main text, url and date in `meta`   warc:crawl/*.warc.gz
     hf:NAME[/CONFIG]:SPLIT#field   Hugging Face data set, streamed    hf:HuggingFaceFW/fineweb/sample-10BT:train#text
     python:prose           documentation that this Python installation carries, in English
     python:code            the standard library's source files
     python:tasks           a prompt and its completion: what a function of the standard library says that it does, and the function
 
 Two fields joined by "+", as in jsonl:tasks.jsonl#question+answer, make a document of a prompt and its completion: one text, whose prompt
-is read but not trained on.
+is read but not trained on. A GLOB may be on a disk or in an object store: s3://BUCKET/PATH, gs://BUCKET/PATH.
 
 Order is canonical: sources as listed, then file names, then record numbers; "first" means first in this order
 everywhere. Ids are NAME/file, or NAME/file:record with records counted from 1, and files relative to the glob.
+
+What cannot be read stops the reading with one sentence that names file and record, or is counted and passed over: see Source.documents.
 """
 
 from __future__ import annotations
 
 import ast
+import codecs
+import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
@@ -27,12 +32,13 @@ import gzip
 import importlib.metadata
 import io
 import json
+import logging
 import pathlib
 import re
 import sys
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from jaxpt import stage
@@ -48,6 +54,18 @@ class Document(NamedTuple):
     meta: str = "{}"
 
 
+class Passed(NamedTuple):
+    """A record that is no document and no mistake either, such as a picture among web pages."""
+
+    why: str  # one of a few, so that they can be counted
+    place: str
+
+
+UNREADABLE = "cannot be read"
+# bytes of a document, or of the record that holds it: what is larger is many documents in one, and would fill a process's memory
+LARGEST = 2**25
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """A source whose string was understood and whose files were found; nothing of them is read yet."""
@@ -56,28 +74,54 @@ class Source:
     kind: str
     where: str  # glob, data set and split, or "prose" / "code"
     field: str  # the field or column that holds the text, or two: prompt+completion
-    files: tuple[pathlib.Path, ...]  # in canonical order; empty for hf: and python:
+    files: tuple[str, ...]  # paths or addresses in an object store, in canonical order; empty for hf: and python:
 
-    def documents(self) -> Iterator[Document]:
-        """In canonical order. Raises UserError naming file and record."""
-        for document in READERS[self.kind](self):
-            yield document._replace(id=f"{self.name}/{document.id}")
+    def documents(self, passed: Callable[[str, str], None] = lambda why, sentence: None, on_error: str = "stop") -> Iterator[Document]:
+        """In canonical order.
+
+        What cannot be read is a UserError naming file and record. on_error="stop" raises it. "skip" tells passed(UNREADABLE, sentence)
+        and goes on: behind the record where that is at fault, else with the next file. Records that are no documents are told in either case.
+        """
+        for file in self.files or ("",):
+            found = READERS[self.kind](self, file)
+            while True:
+                try:
+                    each = next(found)
+                except StopIteration:
+                    break
+                except UserError as error:  # of the file
+                    each = error
+                if isinstance(each, Document):
+                    yield each._replace(id=f"{self.name}/{each.id}")
+                elif isinstance(each, Passed):
+                    passed(each.why, f"{each.place}: {each.why}")
+                elif on_error == "skip":
+                    passed(UNREADABLE, str(each))
+                else:
+                    raise each
 
     def inputs(self) -> dict[str, pathlib.Path]:
         """What a manifest fingerprints, by name."""
-        files = {f"{self.name}/{relative(self, file)}": file for file in self.files}
+        files = {f"{self.name}/{relative(self, file)}": pathlib.Path(file) for file in self.files if not is_remote(file)}
         if self.kind == "hf" and (directory := pathlib.Path(hf_parts(self)[0])).is_dir():
             files[self.name] = directory
         return files
 
     def installation(self) -> dict[str, str]:
-        """Versions of what a python: source reads, in place of a fingerprint of some thousand files."""
+        """What stands for a content that is not fingerprinted: versions of an installation, size and tag of the objects of a store."""
+        if self.kind == "warc":
+            return {"trafilatura": importlib.metadata.version("trafilatura")} | self.objects()
         if self.kind != "python":
-            return {}
+            return self.objects()
         versions = {"python": sys.version.split()[0]}
         if self.where == "prose":
             versions["packages"] = stage.fingerprint(sorted((name, metadata["Version"]) for name, metadata in installed().items()))
         return versions
+
+    def objects(self) -> dict[str, str]:
+        files = [file for file in self.files if is_remote(file)]
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            return {relative(self, file): tag for file, tag in zip(files, pool.map(object_tag, files), strict=True)}
 
 
 def parse_all(texts: Iterable[str]) -> list[Source]:
@@ -108,15 +152,15 @@ def parse(text: str) -> Source:
             raise UserError(
                 f"prepare.sources: {text!r}: {field!r} is neither a field nor two, prompt+completion. Write {kind}:GLOB#prompt+completion."
             )
-    files: tuple[pathlib.Path, ...] = ()
-    if kind in ("text", "jsonl", "parquet"):
-        where = str(stage.local_path(where))
-        files = tuple({pathlib.Path(file) for file in glob.glob(where, recursive=True)})  # a set: "**/**" finds a file more than once
-        if len(files) == 1 and files[0].is_dir():
-            raise UserError(f"prepare.sources: {text!r}: {where} is a directory. Name its files, such as {kind}:{where.rstrip('/')}/*.")
-        files = tuple(sorted((file for file in files if file.is_file()), key=lambda file: file.as_posix()))
+    files: tuple[str, ...] = ()
+    if kind in ("text", "jsonl", "parquet", "warc"):
+        where = where if is_remote(where) else str(stage.local_path(where))
+        files = tuple(sorted(matching(where)))
         if not files:
-            raise UserError(f"prepare.sources: {text!r}: no file matches {where}. Check the path; a relative one starts from {pathlib.Path.cwd()}.")
+            if pathlib.Path(where).is_dir():
+                raise UserError(f"prepare.sources: {text!r}: {where} is a directory. Name its files, such as {kind}:{where.rstrip('/')}/*.")
+            hint = "the address and the credentials" if is_remote(where) else f"the path; a relative one starts from {pathlib.Path.cwd()}"
+            raise UserError(f"prepare.sources: {text!r}: no file matches {where}. Check {hint}.")
     elif kind == "python" and where not in PYTHON:
         raise UserError(f"prepare.sources: {text!r}: wanted python:prose, python:code or python:tasks.")
     elif kind == "hf" and ":" not in where:
@@ -143,79 +187,253 @@ def readable_name(kind: str, where: str) -> str:
     return re.sub(r"[^\w.-]+", "_", word).strip("._-")
 
 
-def relative(source: Source, file: pathlib.Path) -> str:
+def relative(source: Source, file: str) -> str:
     """A file's name in ids: relative to the part of the glob that is no pattern, so that moving the data changes no id."""
     parts = pathlib.PurePath(source.where).parts
     n_plain = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
-    return file.relative_to(pathlib.PurePath(*parts[:n_plain])).as_posix()
+    return pathlib.PurePath(file).relative_to(pathlib.PurePath(*parts[:n_plain])).as_posix()
 
 
-# ---- files
+# ---- files, on disks and in object stores
 
 
-def read_text(source: Source) -> Iterator[Document]:
-    for file in source.files:
-        with opened(file) as stream:
-            data = stream.read()
-        try:
-            text = data.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file}: byte {error.start} is not UTF-8 ({error.reason}). Convert the file to UTF-8 or leave it out.") from None
-        yield Document(relative(source, file), text.replace("\r\n", "\n"))  # as Python and editors show it; a paragraph ends at "\n\n"
+def is_remote(file: str) -> bool:
+    return "://" in file
 
 
-def read_jsonl(source: Source) -> Iterator[Document]:
-    for file in source.files:
-        with opened(file) as stream:
-            for n, line in enumerate(stream, 1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except UnicodeDecodeError as error:
-                    raise UserError(f"{file}:{n}: byte {error.start} of the line is not UTF-8 ({error.reason}). Mend or remove the line.") from None
-                except (ValueError, RecursionError) as error:  # besides JSONDecodeError: numbers too long, brackets too deep
-                    raise UserError(f"{file}:{n}: not JSON ({first_line(error)}). Mend or remove the line.") from None
-                if not isinstance(record, dict):
-                    raise UserError(f'{file}:{n}: got {type(record).__name__}, wanted an object such as {{"{source.field}": "..."}}.')
-                yield document_of(f"{relative(source, file)}:{n}", record, source.field, f"{file}:{n}")
+def matching(pattern: str) -> set[str]:
+    """The files that match. Raises UserError where an object store does not answer."""
+    if not is_remote(pattern):
+        return {file for found in glob.glob(pattern, recursive=True) if (path := pathlib.Path(found)).is_file() and (file := path.as_posix())}
+    from fsspec.implementations.arrow import ArrowFSWrapper
+
+    scheme = pattern.partition("://")[0]
+    store, path = store_of(pattern)
+    try:
+        return {f"{scheme}://{name}" for name, found in ArrowFSWrapper(store).glob(path, detail=True).items() if found["type"] == "file"}
+    except OSError as error:
+        raise unreachable(pattern, error) from None
 
 
-def read_parquet(source: Source) -> Iterator[Document]:
+@functools.cache
+def store_of(address: str):
+    """(the object store as pyarrow sees it, the path in it). Credentials, region and endpoint are the store's own, as in data/storage.py."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
+    import pyarrow.fs
 
-    for file in source.files:
-        try:
-            with pq.ParquetFile(file) as table:
-                names, fields = table.schema_arrow.names, source.field.split("+")
-                if missing := [field for field in fields if field not in names]:
-                    raise UserError(f"{file}: has no column {missing[0]!r}; it has: {', '.join(names)}. Write parquet:GLOB#column.")
-                n = 0
-                for batch in table.iter_batches(1024, columns=fields):
-                    for record in batch.to_pylist():
-                        n += 1
-                        yield document_of(f"{relative(source, file)}:{n}", record, source.field, f"{file}:{n}")
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file}: cannot be read as parquet ({first_line(error)}). Copy it again or leave it out.") from None
+    scheme, _, path = address.partition("://")
+    try:
+        bucket = f"{scheme}://{path.split('/')[0]}"  # which is an address, as a pattern is not
+        # Google's client tries for a quarter of an hour where there is no network or no credentials
+        return pyarrow.fs.FileSystem.from_uri(bucket + ("?retry_limit_seconds=30" if scheme in ("gs", "gcs") else ""))[0], path
+    except (OSError, pa.ArrowException) as error:
+        raise unreachable(address, error) from None
+
+
+def unreachable(address: str, error: BaseException) -> UserError:
+    return UserError(f"{address}: cannot be reached ({first_line(error)}). Check the address, the credentials and the endpoint.")
+
+
+def size_of(file: str) -> int:
+    """Bytes of a file as it lies there."""
+    if not is_remote(file):
+        return pathlib.Path(file).stat().st_size
+    store, path = store_of(file)
+    return store.get_file_info(path).size
+
+
+def object_tag(file: str) -> str:
+    """What an object store says that changes with an object's content."""
+    store, path = store_of(file)
+    try:
+        with store.open_input_file(path) as stream:
+            told = {key.lower(): value.decode() if isinstance(value, bytes) else value for key, value in (stream.metadata() or {}).items()}
+            return f"{stream.size()} bytes, {told.get('etag') or store.get_file_info(path).mtime}"
+    except OSError as error:
+        raise unreachable(file, error) from None
 
 
 @contextlib.contextmanager
-def opened(file: pathlib.Path) -> Iterator[io.BufferedIOBase]:
+def opened(file: str) -> Iterator[io.BufferedIOBase]:
     """The file's bytes, unpacked where its name ends in .gz or .zst. Raises UserError when they cannot be had."""
     try:
-        with unpacked(file) as stream:
+        with raw(file) as found, unpacked(file, found) as stream:
             yield stream
     except (EOFError, zlib.error, OSError) as error:  # gzip says EOFError for a cut file, the others OSError
         raise UserError(f"{file}: cannot be read ({first_line(error)}). Copy it again or leave it out.") from None
 
 
-def unpacked(file: pathlib.Path) -> io.BufferedIOBase:
-    if file.suffix == ".zst":
+def raw(file: str):
+    if not is_remote(file):
+        return open(file, "rb")
+    store, path = store_of(file)
+    return store.open_input_file(path)
+
+
+def unpacked(file: str, found) -> io.BufferedIOBase:
+    if file.endswith(".zst"):
         import pyarrow as pa
 
-        return io.BufferedReader(pa.input_stream(str(file), compression="zstd"))
-    return gzip.open(file) if file.suffix == ".gz" else open(file, "rb")
+        return io.BufferedReader(pa.CompressedInputStream(found, "zstd"))
+    return gzip.open(found) if file.endswith(".gz") else io.BufferedReader(found) if is_remote(file) else found
+
+
+# ---- the kinds: each gives of one file the documents, the records that are none, and the mistakes that end with a record
+
+
+def read_text(source: Source, file: str) -> Iterator[Document]:
+    with opened(file) as stream:
+        data = stream.read(LARGEST + 1)
+    if len(data) > LARGEST:
+        raise too_large(file)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: byte {error.start} is not UTF-8 ({error.reason}). Convert the file to UTF-8 or leave it out.") from None
+    yield Document(relative(source, file), text.replace("\r\n", "\n"))  # as Python and editors show it; a paragraph ends at "\n\n"
+
+
+def read_jsonl(source: Source, file: str) -> Iterator[Document | UserError]:
+    name = relative(source, file)
+    with opened(file) as stream:
+        for n, line in enumerate(iter(lambda: stream.readline(LARGEST), b""), 1):
+            if not line.strip():
+                continue
+            try:
+                if len(line) == LARGEST:
+                    while line and not line.endswith(b"\n"):
+                        line = stream.readline(LARGEST)
+                    raise too_large(f"{file}:{n}")
+                yield document_of(f"{name}:{n}", parsed_line(line, source.field, f"{file}:{n}"), source.field, f"{file}:{n}")
+            except UserError as error:
+                yield error
+
+
+def parsed_line(line: bytes, field: str, place: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place}: byte {error.start} of the line is not UTF-8 ({error.reason}). Mend or remove the line.") from None
+    except (ValueError, RecursionError) as error:  # besides JSONDecodeError: numbers too long, brackets too deep
+        raise UserError(f"{place}: not JSON ({first_line(error)}). Mend or remove the line.") from None
+    if not isinstance(record, dict):
+        raise UserError(f'{place}: got {type(record).__name__}, wanted an object such as {{"{field}": "..."}}.')
+    return record
+
+
+def read_parquet(source: Source, file: str) -> Iterator[Document | UserError]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    name = relative(source, file)
+    try:
+        with raw(file) as found, pq.ParquetFile(found) as table:
+            names, fields = table.schema_arrow.names, source.field.split("+")
+            if missing := [field for field in fields if field not in names]:
+                raise UserError(f"{file}: has no column {missing[0]!r}; it has: {', '.join(names)}. Write parquet:GLOB#column.")
+            n = 0
+            for batch in table.iter_batches(1024, columns=fields):
+                for record in batch.to_pylist():
+                    n += 1
+                    try:
+                        yield document_of(f"{name}:{n}", record, source.field, f"{file}:{n}")
+                    except UserError as error:
+                        yield error
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read as parquet ({first_line(error)}). Copy it again or leave it out.") from None
+
+
+def read_warc(source: Source, file: str) -> Iterator[Document | Passed | UserError]:
+    """The main text of the HTML pages among the responses, as trafilatura finds it with precision before recall, like FineWeb (2406.17557)."""
+    from fastwarc.warc import ArchiveIterator, WarcRecordType
+
+    name, n = relative(source, file), 0
+    with opened(file) as stream:
+        forward = Forward(stream)
+        try:
+            for n, record in enumerate(ArchiveIterator(forward, parse_http=False), 1):
+                place = f"{file}:{n}"
+                declared = record.headers.get("Content-Length") or ""
+                if not re.fullmatch(r"\d{1,18}", declared, re.ASCII):
+                    raise UserError(f"{place}: its header is damaged (Content-Length {declared[:40]!r}). Copy the file again or leave it out.")
+                n_bytes = int(declared)
+                if n_bytes > LARGEST:
+                    yield too_large(place)
+                    continue
+                record.freeze()
+                if forward.error:
+                    break
+                if record.content_length != n_bytes:  # of a file cut short the last record looks whole otherwise
+                    raise UserError(
+                        f"{place}: the record ends after {record.content_length} of {n_bytes} bytes. Copy the file again or leave it out."
+                    )
+                if record.record_type != WarcRecordType.response:
+                    continue
+                text, why = page_text(record)
+                if not text:
+                    yield Passed(why, place)
+                    continue
+                date = record.record_date.strftime("%Y-%m-%dT%H:%M:%SZ") if record.record_date else ""
+                meta = {"url": record.headers.get("WARC-Target-URI") or "", "date": date}
+                yield Document(f"{name}:{n}", text, 0, json.dumps(meta, ensure_ascii=False))
+        except OSError as error:
+            raise UserError(f"{file}:{n + 1}: cannot be read as WARC ({first_line(error)}). Copy the file again or leave it out.") from None
+        if forward.error:
+            raise forward.error
+
+
+class Forward:
+    """A stream as fastwarc can take it: it asks for the place even where none can be told, and an error while it reads would end the process."""
+
+    def __init__(self, stream: io.BufferedIOBase):
+        self.stream, self.n_read, self.error = stream, 0, None
+
+    def read(self, n: int) -> bytes:
+        try:
+            data = self.stream.read1(n)  # no more than lies ready: an error must not take what was whole before it
+        except (EOFError, zlib.error, OSError) as error:
+            self.error, data = error, b""
+        self.n_read += len(data)
+        return data
+
+    def tell(self) -> int:
+        return self.n_read
+
+
+def page_text(record) -> tuple[str, str]:
+    """A response's main text, or "" and why there is none."""
+    import trafilatura
+    from resiliparse.parse.encoding import bytes_to_str, detect_encoding
+
+    logging.getLogger("trafilatura").setLevel(logging.CRITICAL)  # it speaks of every odd page
+    try:
+        record.parse_http(auto_decode="all")
+        body = record.reader.read()
+    except (OSError, ValueError, zlib.error):
+        return "", "its HTTP message cannot be decoded"
+    status, kind = record.http_headers and record.http_headers.status_code, (record.http_content_type or "").lower()
+    if status != 200:
+        return "", f"HTTP status {status}"
+    if "html" not in kind:
+        return "", f"is {kind or 'of no stated type'}, not HTML"
+    if not body.strip():
+        return "", "empty body"
+    try:
+        charset = codecs.lookup(record.http_charset or "").name
+    except LookupError:  # none was said, or one that nobody knows: then the page's own word, then its bytes
+        charset = detect_encoding(body, from_html_meta=True)
+    html = bytes_to_str(body, charset)
+    try:
+        text = trafilatura.extract(html, include_comments=False, favor_precision=True)
+    except Exception:  # lxml and the extractor's own code meet every page that was ever written
+        return "", "its HTML cannot be parsed"
+    return (text, "") if text else ("", "no main text in its HTML")
+
+
+def too_large(place: str) -> UserError:
+    return UserError(
+        f"{place}: one document of more than {LARGEST >> 20} MB. Cut it into documents, such as lines of a .jsonl file, or leave it out."
+    )
 
 
 def document_of(id: str, record: dict[str, Any], fields: str, place: str) -> Document:
@@ -234,6 +452,10 @@ def text_of(record: dict[str, Any], field: str, place: str) -> str:
         raise UserError(
             f"{place}: field {field!r} holds {type(record[field]).__name__}, wanted text. Name another field after '#', or mend the record."
         )
+    try:
+        record[field].encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{place}: character {error.start + 1} is half of a surrogate pair, which is no text. Mend or remove the record.") from None
     return record[field]
 
 
@@ -253,7 +475,7 @@ def hf_parts(source: Source) -> tuple[str, str | None, str]:
     return name, None, split
 
 
-def read_hf(source: Source) -> Iterator[Document]:
+def read_hf(source: Source, _: str) -> Iterator[Document | UserError]:
     import datasets
 
     name, config, split = hf_parts(source)
@@ -261,9 +483,10 @@ def read_hf(source: Source) -> Iterator[Document]:
     try:
         rows = datasets.load_dataset(name, config, split=split, streaming=True)
         for n, record in enumerate(rows, 1):
-            yield document_of(f"{split}:{n}", record, source.field, f"hf:{source.where}:{n}")
-    except UserError:
-        raise
+            try:
+                yield document_of(f"{split}:{n}", record, source.field, f"hf:{source.where}:{n}")
+            except UserError as error:
+                yield error
     except Exception as error:  # datasets and the hub raise dozens of kinds; each means that the set cannot be had
         raise UserError(f"hf:{source.where}: {type(error).__name__}: {first_line(error)} Check name, config, split and the network.") from error
 
@@ -271,7 +494,7 @@ def read_hf(source: Source) -> Iterator[Document]:
 # ---- what every Python installation carries
 
 
-def read_python(source: Source) -> Iterator[Document]:
+def read_python(source: Source, _: str) -> Iterator[Document]:
     return PYTHON[source.where]()
 
 
@@ -367,4 +590,4 @@ def is_prose(docstring: str) -> bool:
 
 
 PYTHON = {"prose": read_prose, "code": read_code, "tasks": read_tasks}
-READERS = {"text": read_text, "jsonl": read_jsonl, "parquet": read_parquet, "hf": read_hf, "python": read_python}
+READERS = {"text": read_text, "jsonl": read_jsonl, "parquet": read_parquet, "warc": read_warc, "hf": read_hf, "python": read_python}
