@@ -259,7 +259,7 @@ COMMAND = """
 import sys, json, pathlib
 from jaxpt import config, stage
 from jaxpt.data import prepare
-prepare.JOB_BYTES, prepare.HERE_BYTES = int(sys.argv[1]), int(sys.argv[2])
+prepare.JOB_BYTES, prepare.HERE = int(sys.argv[1]), dict.fromkeys(prepare.HERE, int(sys.argv[2]))
 section = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(sys.argv[3]).items()}
 stage.door(lambda: prepare.run(config.dataclasses.replace(config.Config(), prepare=config.Prepare(**section)), pathlib.Path(sys.argv[4]), True))
 """

@@ -40,7 +40,7 @@ BATCH_BYTES = 2**22  # of text judged at once, about, and
 BATCH_ROWS = 1024  # the documents in it, at most
 GROUP_BYTES = 2**25  # of text in a row group of a shard, about, and
 GROUP_ROWS = 10_000  # the documents in it, at most
-HERE_BYTES = 2**24  # of input up to which no other process is started: that takes longer
+HERE = {"read_piece": 2**27, "judge_rows": 2**24, "write_shard": 2**28}  # bytes up to which no other process is started: that takes longer
 TOKEN_BYTES = 4  # of text that make a token, about
 UNREAD_SHOWN = 20  # sentences about what cannot be read, of each source, at most
 NOT_TAKEN = -1  # in place of a rule, of a document that limit_mb left out
@@ -144,7 +144,7 @@ def finish(where: str, home: pathlib.Path, work: Callable[..., int], jobs: list[
     jobs = [{**job, "request": stage.fingerprint([job, program()])} for job in jobs]
     left = [job for job in jobs if told(job) is None]
     with stage.progress(f"prepare: {label}", total, unit) as advance:
-        if n_bytes <= HERE_BYTES or len(left) == 1:
+        if n_bytes <= HERE[work.__name__] or len(left) == 1:
             for job in left:
                 work(job, advance)
         else:
@@ -237,7 +237,7 @@ def pieces(source: sources.Source) -> Iterator[tuple[sources.Source, int]]:
             yield dataclasses.replace(source, files=tuple(files)), n_bytes
             files, n_bytes = [], 0
     if files or not source.files:
-        yield dataclasses.replace(source, files=tuple(files)), n_bytes or HERE_BYTES  # what has no files: as good as a job's worth
+        yield dataclasses.replace(source, files=tuple(files)), n_bytes or HERE[read_piece.__name__]  # what has no files: nobody knows
 
 
 def read_piece(job: dict, advance: Callable[[int], None] = lambda n: None) -> int:
