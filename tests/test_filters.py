@@ -295,7 +295,7 @@ def shorter(texts) -> list[tuple[str, int]]:
     assert re.fullmatch(r"mine_kept:no_recipes\(word='flour', least=1\) of source [0-9a-f]{16}", asked[0].says)
 
 
-def test_a_corpus_made_with_an_own_rule_is_another_when_the_rule_changes(tmp_path, monkeypatch):
+def test_a_corpus_made_with_an_own_rule_is_another_when_the_rule_changes(tmp_path, monkeypatch, capsys):
     def asked(code):
         own_rules(tmp_path, monkeypatch, "mine_run", code)
         monkeypatch.delitem(sys.modules, "mine_run", raising=False)
@@ -310,6 +310,7 @@ def test_a_corpus_made_with_an_own_rule_is_another_when_the_rule_changes(tmp_pat
     assert made.config["rules"][0].startswith("mine_run:cake() of source ") and made.config["rules"][1].startswith("pii_email(mark=")
     steps = {step["rule"]: step for step in made.counts["steps"]}
     assert steps["cake"]["kept"]["web"]["rows"] == 2 and steps["pii_email"]["edits"] == {"web": 1}
+    assert "pii_email made 1 edits in web" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"another config .rules: .*mine_run:cake"):
         prepare.run(asked(code.replace("'cake' in", "'plain' in")), tmp_path / "run")
     with pytest.raises(

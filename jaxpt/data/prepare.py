@@ -102,6 +102,10 @@ def run(settings: config.Config, workdir: pathlib.Path, replace: bool = False) -
 
     manifest = stage.run("prepare", workdir / "corpus", work, config=request, inputs=inputs, replace=replace)
     stage.say(table(manifest.counts))
+    for step in manifest.counts["steps"]:
+        for name, n in step.get("edits", {}).items():
+            if n:
+                stage.say(f"prepare: {step['rule']} made {n:,} edits in {name}")
     for name, one in manifest.counts["unread"].items():
         for why, n in one["counts"].items():
             stage.say(f"prepare: {name}: {n:,} records or files passed over: {why}")

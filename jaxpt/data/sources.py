@@ -223,7 +223,9 @@ def store_of(address: str):
 
     scheme, _, path = address.partition("://")
     try:
-        return pyarrow.fs.FileSystem.from_uri(f"{scheme}://{path.split('/')[0]}")[0], path  # a pattern is no address, a bucket is
+        bucket = f"{scheme}://{path.split('/')[0]}"  # which is an address, as a pattern is not
+        # Google's client tries for a quarter of an hour where there is no network or no credentials
+        return pyarrow.fs.FileSystem.from_uri(bucket + ("?retry_limit_seconds=30" if scheme in ("gs", "gcs") else ""))[0], path
     except (OSError, pa.ArrowException) as error:
         raise unreachable(address, error) from None
 
