@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import scipy.sparse
 
-KEPT_WORDS = 2**18  # of which the sums are kept, about 30 MB with their names; then it begins again
+KEPT_WORDS = 2**18  # of which the sums are kept, about 20 MB with their names; then it begins again
+END = "</s>"  # what fastText reads at the end of a line
 FNV_START, FNV_PRIME = np.uint32(2166136261), np.uint32(16777619)
 BATCH_CHARS = 2**21  # of text at once
 
@@ -57,14 +58,16 @@ class Model:
         take("?")
         n_nodes, width = take("qq")
         self.nodes = array("<f4", n_nodes * width).reshape(n_nodes, width)[: n_labels - 1]
-        self.word_ids = {name: i for i, (name, _, _) in enumerate(entries[: self.n_words])}
+        self.vocabulary = pa.array([name for name, _, _ in entries[: self.n_words]], pa.large_binary()).cast(pa.large_string())
         self.labels = [name.decode().removeprefix("__label__") for name, _, _ in entries[self.n_words :]]
         self.paths = huffman([count for _, count, _ in entries[self.n_words :]])
         self.forget()
 
     def forget(self) -> None:
-        self.known: dict[bytes, int] = {b"": 0}
-        self.sums, self.counts = np.zeros((2**10, self.rows.shape[1]), np.float32), np.zeros(2**10, np.int32)
+        """Begin anew with nothing between two spaces, which is no word, and the end of the line, which is one without n-grams."""
+        self.known = pa.array(["", END], pa.large_string())
+        self.sums = np.stack([np.zeros_like(self.rows[0]), self.rows[self.vocabulary.index(END).as_py()]])
+        self.counts = np.array([0, 1], np.float32)
 
     def predict(self, texts: Sequence[str]) -> tuple[list[str], np.ndarray, np.ndarray]:
         """(likeliest label, its score, its lead over the next) of each text as one line, [n] each. Line ends are spaces, a text's end is a word."""
@@ -78,47 +81,48 @@ class Model:
         return list(itertools.chain(*labels)), np.concatenate(scores), np.concatenate(leads)
 
     def batch(self, texts: Sequence[str]) -> tuple[list[str], np.ndarray, np.ndarray]:
-        split = pc.ascii_split_whitespace(pa.array([text.replace("\0", " ") + " </s>" for text in texts], pa.large_string()))
+        split = pc.ascii_split_whitespace(pa.array([text.replace("\0", " ") + " " + END for text in texts], pa.large_string()))
         words = split.flatten().dictionary_encode()
-        ids = self.ids(words.dictionary.cast(pa.large_binary()).to_pylist())[words.indices.to_numpy()]
-        counted = scipy.sparse.csr_matrix((np.ones(len(ids), np.float32), ids, split.offsets.to_numpy()), (len(texts), len(self.known)))
-        n_rows = counted @ self.counts[: len(self.known)].astype(np.float32)
-        hidden = counted @ self.sums[: len(self.known)] / np.maximum(n_rows, 1)[:, None]
-        right = 1 / (1 + np.exp(-(hidden @ self.nodes.T)))
-        turns = np.log(np.concatenate([1 - right, right], 1) + 1e-5)  # fastText's own guard against log(0)
-        scores = np.minimum(np.exp(turns @ self.paths), 1)
+        where = words.indices.to_numpy()
+        sums, counts = self.looked_up(words.dictionary, np.bincount(where, minlength=len(words.dictionary)) > 1)
+        stand_in = scipy.sparse.csr_matrix((np.ones(len(where), np.float32), where, split.offsets.to_numpy()), (len(texts), len(sums)))
+        hidden = stand_in @ sums / (stand_in @ counts)[:, None]
+        # einsum and a sparse product: the threads of a BLAS would stand in each other's way, with a process on each core
+        right = 1 / (1 + np.exp(-np.einsum("td,nd->nt", hidden, self.nodes)))
+        turns = np.log(np.concatenate([1 - right, right]) + np.float32(1e-5))  # fastText's own guard against log(0)
+        scores = np.minimum(np.exp(self.paths @ turns), 1).T
         best = scores.argmax(1)
         second, first = np.partition(scores, -2, 1)[:, -2:].T
         return [self.labels[i] for i in best], first, first - second
 
-    def ids(self, words: list[bytes]) -> np.ndarray:
-        """The rows of sums and counts that stand for the words."""
-        if len(self.known) + len(words) > KEPT_WORDS:
+    def looked_up(self, words: pa.Array, often: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(sum of the rows of each distinct word [n, dim], how many they are [n]); those that come often are kept for later."""
+        if len(self.known) > KEPT_WORDS:
             self.forget()
-        found = np.fromiter(map(self.known.get, words, itertools.repeat(-1)), np.int32, len(words))
-        new = np.flatnonzero(found < 0)
-        start, stop = len(self.known), len(self.known) + len(new)
-        found[new] = np.arange(start, stop)
-        fresh = [words[i] for i in new.tolist()]
-        self.known |= zip(fresh, range(start, stop), strict=True)
-        while stop > len(self.counts):
-            self.sums, self.counts = (np.concatenate([each, np.zeros_like(each)]) for each in (self.sums, self.counts))
-        of, rows = self.pieces(fresh)
-        counted = scipy.sparse.csr_matrix((np.ones(len(of), np.float32), (of, rows)), (len(fresh), len(self.rows)))
-        self.sums[start:stop] = counted @ self.rows
-        self.counts[start:stop] = np.bincount(of, minlength=len(fresh))
-        return found
+        at = pc.fill_null(pc.index_in(words, self.known), -1).to_numpy()
+        fresh = at < 0
+        new = words.filter(pa.array(fresh))
+        of, rows = self.pieces(new)
+        pieces = scipy.sparse.csr_matrix((np.ones(len(of), np.float32), (of, rows)), (len(new), len(self.rows)))
+        sums, counts = self.sums[at], self.counts[at]
+        sums[fresh], counts[fresh] = pieces @ self.rows, np.bincount(of, minlength=len(new))
+        keep = fresh & often
+        self.known = pa.concat_arrays([self.known, words.filter(pa.array(keep))])
+        self.sums, self.counts = np.concatenate([self.sums, sums[keep]]), np.concatenate([self.counts, counts[keep]])
+        return sums, counts
 
-    def pieces(self, words: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    def pieces(self, words: pa.Array) -> tuple[np.ndarray, np.ndarray]:
         """(word number, row) of each row of the model that belongs to one of the words: its own, and those of its n-grams."""
-        known = np.fromiter(map(self.word_ids.get, words, itertools.repeat(-1)), np.int32, len(words))
-        found = [(np.flatnonzero(known >= 0), known[known >= 0])]
-        simple = np.fromiter(map(bytes.isascii, words), bool, len(words))
-        for chosen, ngrams in ((simple, self.ngrams_of_bytes), (~simple, self.ngrams_of_characters)):
-            numbers = np.flatnonzero(chosen)
-            spelled = [b"" if words[i] == b"</s>" else b"<%b>" % words[i] for i in numbers.tolist()]
-            word_of = np.repeat(numbers, np.fromiter(map(len, spelled), np.int64, len(spelled)))
-            for of, hashes in ngrams(np.frombuffer(b"".join(spelled), np.uint8), word_of):
+        own = pc.fill_null(pc.index_in(words, self.vocabulary), -1).to_numpy()
+        found = [(np.flatnonzero(own >= 0), own[own >= 0])]
+        begin, end, nothing = (pa.scalar(mark, pa.large_string()) for mark in ("<", ">", ""))
+        simple = pc.string_is_ascii(words)
+        for chosen, ngrams in ((simple, self.ngrams_of_bytes), (pc.invert(simple), self.ngrams_of_characters)):
+            spelled = pc.binary_join_element_wise(begin, words.filter(chosen), end, nothing)
+            offsets, data = (np.frombuffer(buffer, dtype) for buffer, dtype in zip(spelled.buffers()[1:], (np.int64, np.uint8), strict=True))
+            lengths = np.diff(offsets[: len(spelled) + 1])
+            word_of = np.repeat(np.flatnonzero(chosen.to_numpy(zero_copy_only=False)), lengths)
+            for of, hashes in ngrams(data[: len(word_of)], word_of):
                 rows = self.pruned[hashes % np.uint32(self.n_buckets)]
                 found.append((of[rows >= 0], rows[rows >= 0] + self.n_words))
         of, rows = zip(*found, strict=True)
@@ -142,10 +146,13 @@ class Model:
         for n in range(1, self.longest + 1):
             place = place[place + n <= len(begins)]
             place = place[word_of[begins[place + n - 1]] == word_of[begins[place]]]
+            last, found = place + n - 1, hashes[place]
             for offset in range(4):  # bytes of the character that is added
-                at = begins[place + n - 1] + offset
-                more = at < stops[place + n - 1]
-                hashes[place[more]] = (hashes[place[more]] ^ signed[at[more]]) * FNV_PRIME
+                more = np.flatnonzero(begins[last] + offset < stops[last])
+                if not len(more):
+                    break
+                found[more] = (found[more] ^ signed[begins[last[more]] + offset]) * FNV_PRIME
+            hashes[place] = found
             if n >= self.shortest:
                 yield word_of[begins[place]], hashes[place]
 
@@ -168,8 +175,8 @@ def dequantized(take, array) -> np.ndarray:
     return rows
 
 
-def huffman(counts: Sequence[int]) -> np.ndarray:
-    """fastText's tree over the labels: [2 x inner nodes, labels], 1 where a label's path turns left (first half) or right at a node."""
+def huffman(counts: Sequence[int]) -> scipy.sparse.csr_matrix:
+    """fastText's tree over the labels: [labels, 2 x inner nodes], 1 where a label's path turns left (first half) or right at a node."""
     n = len(counts)
     weight = [*counts, *[10**15] * (n - 1)]
     parent, is_right = [-1] * (2 * n - 1), [False] * (2 * n - 1)
@@ -186,10 +193,10 @@ def huffman(counts: Sequence[int]) -> np.ndarray:
         weight[i] = weight[least[0]] + weight[least[1]]
         parent[least[0]] = parent[least[1]] = i
         is_right[least[1]] = True
-    paths = np.zeros((2 * (n - 1), n), np.float32)
+    paths = np.zeros((n, 2 * (n - 1)), np.float32)
     for label in range(n):
         at = label
         while parent[at] >= 0:
-            paths[parent[at] - n + (n - 1) * is_right[at], label] = 1
+            paths[label, parent[at] - n + (n - 1) * is_right[at]] = 1
             at = parent[at]
-    return paths
+    return scipy.sparse.csr_matrix(paths)

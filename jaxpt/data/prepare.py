@@ -432,7 +432,7 @@ def judged_columns(batch: pa.RecordBatch, rules: list[filters.Rule], fresh: np.n
     documents = [sources.Document(*row) for row in zip(*(batch.column(name).to_pylist() for name in sources.Document._fields), strict=True)]
     blank = {pa.string(): None, pa.binary(16): bytes(16)}
     columns: dict[str, Any] = {
-        field.name: [blank[field.type]] * len(documents) if field.type in blank else np.zeros(len(documents), field.type.to_pandas_dtype())
+        field.name: [blank[field.type]] * len(documents) if field.type in blank else np.zeros(len(documents), str(field.type))
         for field in judged_schema(rules)
     }
     columns["failed"][:] = NOT_TAKEN
