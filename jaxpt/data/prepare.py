@@ -234,9 +234,9 @@ def read(do: Callable, found: Sequence[sources.Source], knobs: config.Prepare) -
 def pieces(source: sources.Source) -> Iterator[tuple[sources.Source, int]]:
     """The source cut between files into parts of about JOB_BYTES on disk, each with its bytes."""
     files, n_bytes = [], 0
-    for file in source.files:
+    for file, size in zip(source.files, source.sizes(), strict=True):
         files.append(file)
-        n_bytes += sources.size_of(file)
+        n_bytes += size
         if n_bytes >= JOB_BYTES:
             yield dataclasses.replace(source, files=tuple(files)), n_bytes
             files, n_bytes = [], 0
