@@ -105,6 +105,19 @@ def test_text_from_data_is_inert(runs, tmp_path):
     assert any(json.loads(data)["data"] for data in page.plots)
 
 
+def test_edits_and_what_could_not_be_read_stand_under_their_source_and_are_inert(runs, tmp_path):
+    base, _ = runs
+    funnel = json.loads((base / "corpus" / "funnel.json").read_text())
+    funnel["steps"][2]["edits"] = {"prose": 1_234, "code": 0}
+    funnel["unread"] = {"code": {"counts": {"cannot be read": 3, "HTTP status 404": 17}, "first": [f"a.jsonl:7: {HOSTILE}"]}}
+    write_json(base / "corpus" / "funnel.json", funnel)
+    write([base], tmp_path / "page.html")
+    text = Page(tmp_path / "page.html").text
+    assert text.count("Edits: paragraph repetition 1,234.") == 1
+    passed = text.index("Passed over while reading: 3 times cannot be read, 17 times HTTP status 404.")
+    assert text.index("Edits:") < passed < text.index("What could not be read") < text.index(f"a.jsonl:7: {HOSTILE}")
+
+
 def test_samples_of_what_each_rule_dropped_are_folded_under_their_source_and_inert(runs, tmp_path):
     base, _ = runs
     (base / "corpus" / "dropped").mkdir()

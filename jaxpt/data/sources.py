@@ -120,8 +120,11 @@ class Source:
 
     def objects(self) -> dict[str, str]:
         files = [file for file in self.files if is_remote(file)]
-        with concurrent.futures.ThreadPoolExecutor(16) as pool:
-            return {relative(self, file): tag for file, tag in zip(files, pool.map(object_tag, files), strict=True)}
+        return {relative(self, file): tag for file, tag in zip(files, at_once(object_tag, files), strict=True)}
+
+    def sizes(self) -> list[int]:
+        """Bytes of each file as it lies there."""
+        return at_once(size_of, self.files)
 
 
 def parse_all(texts: Iterable[str]) -> list[Source]:
@@ -234,8 +237,13 @@ def unreachable(address: str, error: BaseException) -> UserError:
     return UserError(f"{address}: cannot be reached ({first_line(error)}). Check the address, the credentials and the endpoint.")
 
 
+def at_once(ask: Callable[[str], Any], files: Iterable[str]) -> list[Any]:
+    """ask of each file, 16 at a time: an object store takes a while to answer."""
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        return list(pool.map(ask, files))
+
+
 def size_of(file: str) -> int:
-    """Bytes of a file as it lies there."""
     if not is_remote(file):
         return pathlib.Path(file).stat().st_size
     store, path = store_of(file)

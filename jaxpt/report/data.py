@@ -16,7 +16,7 @@ def funnel(runs: list[RunData]) -> str:
     for funnels, names in distinct(runs, "funnels"):
         for found in funnels:
             for source in found["sources"]:
-                parts.append(f"<h3>{esc(source)}{of_runs(names, runs)}</h3>{funnel_of(found, source)}{dropped(found, source)}")
+                parts.append(f"<h3>{esc(source)}{of_runs(names, runs)}</h3>{funnel_of(found, source)}{told(found, source)}{dropped(found, source)}")
     if not parts:
         return ""
     return "".join(parts) + small("Documents and text left after each rule, in the order applied. Share: of the text read, by bytes.")
@@ -36,6 +36,16 @@ def funnel_of(found: dict, source: str) -> str:
         body.append([esc(label), whole(kept.get("rows")), *([lost] if len(steps) > 1 else []), decimal(kept.get("bytes", math.nan) / 1e6, 2), share])
     heads = ["rule", "documents", *(["dropped"] if len(steps) > 1 else []), "MB", "share"]
     return grid(heads, body, kind="funnel rules" if len(steps) > 1 else "funnel")
+
+
+def told(found: dict, source: str) -> str:
+    """How often rules edited the text, what was passed over while it was read, and the sentences about what cannot be read, folded."""
+    edits = [f"{step['rule'].replace('_', ' ')} {whole(n)}" for step in found["steps"] if (n := step.get("edits", {}).get(source))]
+    unread = found.get("unread", {}).get(source, {"counts": {}, "first": []})
+    passed = [f"{whole(n)} times {why}" for why, n in unread["counts"].items()]
+    parts = [small(f"{what}: {', '.join(each)}.") for what, each in (("Edits", edits), ("Passed over while reading", passed)) if each]
+    sentences = "".join(small(sentence) for sentence in unread["first"])
+    return "".join(parts) + (details("What could not be read", sentences) if sentences else "")
 
 
 def dropped(found: dict, source: str) -> str:
