@@ -112,10 +112,12 @@ def test_edits_and_what_could_not_be_read_stand_under_their_source_and_are_inert
     funnel["unread"] = {"code": {"counts": {"cannot be read": 3, "HTTP status 404": 17}, "first": [f"a.jsonl:7: {HOSTILE}"]}}
     write_json(base / "corpus" / "funnel.json", funnel)
     write([base], tmp_path / "page.html")
-    text = Page(tmp_path / "page.html").text
-    assert text.count("Edits: paragraph repetition 1,234.") == 1
+    page = Page(tmp_path / "page.html")
+    (row,) = [row for row in page.rows if row[:1] == ["paragraph repetition"] and len(row) == 6]
+    assert row[:5] == ["paragraph repetition", "52,327", "30", "1,234", "187.60"], "of code, of which nothing was edited, no column tells"
+    text = page.text
     passed = text.index("Passed over while reading: 3 times cannot be read, 17 times HTTP status 404.")
-    assert text.index("Edits:") < passed < text.index("What could not be read") < text.index(f"a.jsonl:7: {HOSTILE}")
+    assert passed < text.index("What could not be read") < text.index(f"a.jsonl:7: {HOSTILE}")
 
 
 def test_samples_of_what_each_rule_dropped_are_folded_under_their_source_and_inert(runs, tmp_path):

@@ -8,7 +8,7 @@ import math
 from jaxpt.report.figures import curves, figure, pairs
 from jaxpt.report.markup import bar, details, esc, grid, key_of, of_runs, small
 from jaxpt.report.read import RunData, distinct, domains_of, in_order
-from jaxpt.report.words import decimal, whole
+from jaxpt.report.words import count, decimal, whole
 
 
 def funnel(runs: list[RunData]) -> str:
@@ -19,33 +19,39 @@ def funnel(runs: list[RunData]) -> str:
                 parts.append(f"<h3>{esc(source)}{of_runs(names, runs)}</h3>{funnel_of(found, source)}{told(found, source)}{dropped(found, source)}")
     if not parts:
         return ""
-    return "".join(parts) + small("Documents and text left after each rule, in the order applied. Share: of the text read, by bytes.")
+    return "".join(parts) + small(
+        "Documents and text left after each rule, in the order applied. Tokens: estimated from the bytes. Share: of the text read, by bytes."
+    )
 
 
 def funnel_of(found: dict, source: str) -> str:
-    """Read, left after each rule, and parted into training and held-out text. Where no rule was applied there is no column of what rules dropped."""
+    """Read, left after each rule, and parted into training and held-out text. What no rule did, and what was not counted, has no column."""
     steps = [(step["rule"].replace("_", " "), step["kept"].get(source, {})) for step in found["steps"]]
-    rows = [kept.get("rows", 0) for _, kept in steps]
-    dropped = ["", *(whole(before - after) for before, after in itertools.pairwise(rows))]
     labels = {"train": "kept for training", "heldout": "held out"}
     parts = [(label, found[part][source]) for part, label in labels.items() if source in found.get(part, {})]
+    rows = [kept.get("rows", 0) for _, kept in steps]
     read = steps[0][1].get("bytes") if steps else None
-    body = []
-    for (label, kept), lost in itertools.zip_longest([*steps, *parts], dropped, fillvalue=""):
-        share = bar(kept.get("bytes", 0) / read if read else 0)
-        body.append([esc(label), whole(kept.get("rows")), *([lost] if len(steps) > 1 else []), decimal(kept.get("bytes", math.nan) / 1e6, 2), share])
-    heads = ["rule", "documents", *(["dropped"] if len(steps) > 1 else []), "MB", "share"]
-    return grid(heads, body, kind="funnel rules" if len(steps) > 1 else "funnel")
+    each = [kept for _, kept in (*steps, *parts)]
+    columns = {
+        "rule": [esc(label) for label, _ in (*steps, *parts)],
+        "documents": [whole(kept.get("rows")) for kept in each],
+        "dropped": ["", *(whole(before - after) for before, after in itertools.pairwise(rows))] if len(steps) > 1 else [],
+        "edits": [whole(step.get("edits", {}).get(source) or None) for step in found["steps"]],
+        "MB": [decimal(kept.get("bytes", math.nan) / 1e6, 2) for kept in each],
+        "tokens": [count(kept.get("tokens")) for kept in each],
+        "share": [bar(kept.get("bytes", 0) / read if read else 0) for kept in each],
+    }
+    columns = {head: cells for head, cells in columns.items() if any(cells)}
+    body = [list(row) for row in itertools.zip_longest(*columns.values(), fillvalue="")]
+    return grid(list(columns), body, kind="funnel")
 
 
 def told(found: dict, source: str) -> str:
-    """How often rules edited the text, what was passed over while it was read, and the sentences about what cannot be read, folded."""
-    edits = [f"{step['rule'].replace('_', ' ')} {whole(n)}" for step in found["steps"] if (n := step.get("edits", {}).get(source))]
+    """What was passed over while the source was read, and the sentences about what cannot be read, folded."""
     unread = found.get("unread", {}).get(source, {"counts": {}, "first": []})
-    passed = [f"{whole(n)} times {why}" for why, n in unread["counts"].items()]
-    parts = [small(f"{what}: {', '.join(each)}.") for what, each in (("Edits", edits), ("Passed over while reading", passed)) if each]
+    passed = ", ".join(f"{whole(n)} times {why}" for why, n in unread["counts"].items())
     sentences = "".join(small(sentence) for sentence in unread["first"])
-    return "".join(parts) + (details("What could not be read", sentences) if sentences else "")
+    return small(f"Passed over while reading: {passed}." if passed else "") + (details("What could not be read", sentences) if sentences else "")
 
 
 def dropped(found: dict, source: str) -> str:
