@@ -5,8 +5,7 @@
     python scripts/report.py --lineage runs/child/hf --verify
 
 The page opens from a file and asks no other host for anything. What is missing is named at its end. --serve shows it on this machine
-and follows runs that go on. --lineage tells what a model was
-made from, stage by stage, each with its fingerprint.
+and follows runs that go on. --lineage tells what a model was made from, stage by stage, each with its fingerprint.
 """
 
 import argparse
