@@ -446,7 +446,7 @@ def test_the_distance_of_our_numbers_from_the_references_is_said(runs, tmp_path)
     assert "They differ by 3e-02 at most." in Page(tmp_path / "page.html").text
 
 
-def test_a_served_page_follows_its_run(runs):
+def test_a_served_page_follows_its_run(runs, capfd):
     base, _ = runs
     with live.server([base], 0) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
@@ -461,6 +461,10 @@ def test_a_served_page_follows_its_run(runs):
             read("../config.json")
         with pytest.raises(UserError, match=r"--serve \d+: cannot listen there"):
             live.server([base], running.server_port)
+        base.rename(base.with_name("moved"))
+        with pytest.raises(urllib.error.HTTPError, match="404") as gone:
+            read("")
+        assert "base: no such directory" in gone.value.read().decode() and capfd.readouterr().err == "", "and nobody sees a traceback"
         running.shutdown()
 
 

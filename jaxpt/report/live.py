@@ -27,16 +27,21 @@ def server(directories: Iterable[str | pathlib.Path], port: int) -> http.server.
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            if self.path == "/stamp":
-                self.answer(stamp(directories), "text/plain")
-            elif self.path == "/":
-                self.answer(page.render(read.load_runs(directories)).replace("</body>", FOLLOW + "</body>"), "text/html")
-            else:
-                self.send_error(404)
+            try:
+                if self.path == "/stamp":
+                    self.answer(stamp(directories), "text/plain")
+                elif self.path == "/":
+                    self.answer(page.render(read.load_runs(directories)).replace("</body>", FOLLOW + "</body>"), "text/html")
+                else:
+                    self.send_error(404)
+            except UserError as error:  # a run was moved away meanwhile
+                self.answer(str(error), "text/plain", 404)
+            except OSError:  # the reader has gone, or a file while it was looked at: the page asks again
+                self.close_connection = True
 
-        def answer(self, text: str, kind: str) -> None:
+        def answer(self, text: str, kind: str, status: int = 200) -> None:
             content = text.encode()
-            self.send_response(200)
+            self.send_response(status)
             self.send_header("Content-Type", f"{kind}; charset=utf-8")
             self.send_header("Content-Length", str(len(content)))
             self.send_header("Cache-Control", "no-store")
