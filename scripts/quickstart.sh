@@ -12,7 +12,7 @@ walk() { # title, script, arguments: one stage
     printf '\n[%d/12] %s\n' "$n" "$1"
     .venv/bin/python "scripts/$2.py" "${@:3}"
 }
-heldout() { echo "bits_per_byte/$1=parquet:runs/base/corpus/heldout/$1-*.parquet#text"; }
+heldout() { echo "$1=parquet:runs/base/corpus/heldout/$1-*.parquet#text"; }
 
 walk "prepare: the text of this Python installation"     prepare         --config $base --workdir runs/base
 walk "tokenizer: learn 4,096 pieces"                      train_tokenizer --config $base --workdir runs/base
@@ -23,10 +23,12 @@ walk "train the child on code, prose replayed"            train           --conf
 for model in base child; do
     walk "export the $model to Hugging Face"              export_hf       --from runs/$model --to runs/$model/hf
     for backend in jax hf; do
-        walk "evaluate the $model by $backend"            evaluate        --model runs/$model/hf --tasks "$(heldout prose)" "$(heldout code)" --backend $backend --to runs/$model/eval/$backend.json
+        walk "evaluate the $model by $backend"            evaluate        --model runs/$model/hf --tasks "bits_per_byte/$(heldout prose)" "bits_per_byte/$(heldout code)" --backend $backend --to runs/$model/eval/$backend.json
     done
 done
 printf '\n[compare] the same prompts, base beside child\n'
 .venv/bin/python scripts/compare.py --models runs/base runs/child --prompts configs/prompts.txt --max-new 64 --repetition-penalty 1.1 --to runs/child/eval/samples.json
+printf '\n[compare] the held-out documents on which they differ most\n'
+.venv/bin/python scripts/compare.py --models runs/base runs/child --differ "$(heldout prose)" "$(heldout code)" --to runs/child/eval/differences.json
 printf '\n[report]\n'
 .venv/bin/python scripts/report.py --workdir runs/base runs/child --to runs/report.html

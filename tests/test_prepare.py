@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
-from jaxpt.config import Config, Prepare
-from jaxpt.data import benchmarks, decontaminate, dedup, prepare, sources
+from jaxpt.config import Config, Prepare, Tokenizer
+from jaxpt.data import benchmarks, decontaminate, dedup, prepare, sources, tokenizer
 from jaxpt.spec import Manifest, UserError
 
 ENGLISH = """The old house stood at the end of a narrow lane, and nobody in the village remembered who had built it.
@@ -259,7 +259,7 @@ COMMAND = """
 import sys, json, pathlib
 from jaxpt import config, stage
 from jaxpt.data import prepare
-prepare.JOB_BYTES, prepare.HERE_BYTES = int(sys.argv[1]), int(sys.argv[2])
+prepare.JOB_BYTES, prepare.HERE = int(sys.argv[1]), dict.fromkeys(prepare.HERE, int(sys.argv[2]))
 section = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(sys.argv[3]).items()}
 stage.door(lambda: prepare.run(config.dataclasses.replace(config.Config(), prepare=config.Prepare(**section)), pathlib.Path(sys.argv[4]), True))
 """
@@ -366,6 +366,18 @@ def test_rules_compare_and_shards_hold_texts_as_they_were_edited(tmp_path):
     assert sorted(texts_of(tmp_path / "same", "heldout")) == sorted(texts_of(tmp_path / "run", "heldout")) != [], "sides go by what is left of a text"
 
 
+def test_tokens_are_a_quarter_of_the_bytes_or_counted_with_the_tokenizer_that_is_named(tmp_path, data_dir):
+    texts = [line * 9 for line in ENGLISH]
+    file = tmp_path / "docs.jsonl"
+    file.write_bytes(jsonl(texts))
+    asked = dataclasses.replace(asking(sources=(f"web=jsonl:{file}",)), tokenizer=Tokenizer(source=str(data_dir / "tok_mistral_v1/tokenizer.model")))
+    prepare.run(asked, tmp_path / "named")
+    prepare.run(asking(sources=(f"web=jsonl:{file}",)), tmp_path / "run")
+    told = [json.loads((tmp_path / name / "corpus/funnel.json").read_text())["steps"][0]["kept"]["web"]["tokens"] for name in ("named", "run")]
+    words = tokenizer.load(asked.tokenizer.source)
+    assert told == [sum(map(len, words.encode_batch(texts))), round(sum(map(len, texts)) / 4)]
+
+
 # ---- the held-out side, samples
 
 
@@ -421,6 +433,34 @@ def test_of_near_duplicates_the_first_stays_and_others_are_left_alone(tmp_path):
     texts = [" ".join(words) for words in originals + near + shouted + far]
     prepared(tmp_path / "run", texts, near_dedup=True)
     assert texts_of(tmp_path / "run") == texts[:40] + texts[-40:]
+
+
+def test_of_real_texts_together_planted_copies_with_one_word_in_twenty_changed_are_found(tmp_path, data_dir):
+    rng = random.Random(5)
+
+    def changed(text: str) -> str:
+        words = re.split(r"(\s+)", text)  # every second one is white space
+        for i in rng.sample(range(0, len(words), 2), len(words) // 40):
+            words[i] = f"x{i}"
+        return "".join(words)
+
+    book = (data_dir / "text_gutenberg/Pride-and-Prejudice_1342.txt").read_text()
+    code = next(each.text for each in sources.parse("python:code").documents() if each.id == "code/textwrap.py")
+    (tmp_path / "copies.jsonl").write_bytes(jsonl([changed(book), changed(code), ENGLISH[0]]))
+    given = (
+        f"books=text:{data_dir}/text_gutenberg/*_*.txt",
+        f"botchan=text:{data_dir}/text_botchan/*[a-z].txt",
+        f"web=warc:{data_dir}/web_warcio/*.warc*",
+    )
+    asked = asking(sources=(*given, "python:code", f"copies=jsonl:{tmp_path}/copies.jsonl"), near_dedup=True, heldout_frac=0.0)
+    prepare.run(asked, tmp_path / "run")
+    funnel = json.loads((tmp_path / "run/corpus/funnel.json").read_text())
+    assert funnel["sources"] == ["books", "botchan", "web", "code", "copies"]
+    left = {name: found["rows"] for name, found in funnel["train"].items()}
+    assert [text for _, source, text in corpus(tmp_path / "run", "train") if source == "copies"] == [ENGLISH[0]]
+    assert left["books"] == 9 and left["botchan"] == 2 and left["web"] == 2 and left["code"] > 300
+    samples = pq.read_table(tmp_path / "run/corpus/dropped/near_dedup.parquet").to_pylist()
+    assert {row["source"] for row in samples} <= {"web", "code", "copies"} and all(row["reason"].startswith("repeats ") for row in samples)
 
 
 def grouped(directory: pathlib.Path, *parts: np.ndarray, chosen=None) -> list[int]:

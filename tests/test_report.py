@@ -1,7 +1,6 @@
 import html.parser
 import json
 import math
-import random
 import re
 import shutil
 import subprocess
@@ -15,217 +14,17 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
-from jaxpt import config, stage
+from jaxpt import stage
 from jaxpt.report import figures, live, plan, summary, training
 from jaxpt.report.page import SECTIONS, render, write
 from jaxpt.report.read import MAX_DROPPED, MAX_EXCERPT, load_run, load_runs, n_params
 from jaxpt.spec import UserError
-
-SPEC = {
-    "n_layers": 5, "d_model": 96, "d_ff": 256, "n_heads": 6, "n_kv_heads": 2, "d_head": 16, "vocab_size": 1024, "max_positions": 512, "norm_eps": 1e-5,
-    "rope_theta": 10000.0, "rope_scaling": None, "tied": True, "qkv_bias": False, "out_bias": False, "mlp_bias": False, "qk_norm": False,
-    "sliding_window": None, "bos_id": 1, "eos_id": 2,
-}  # fmt: skip
-HOSTILE = "<script>document.title = 'hostile'</script> & <img src=https://example.org/x.png onerror=alert(1)>"
+from runs import HOSTILE, SPEC, Page, growth, write_json, write_manifest, write_runs
 
 
 @pytest.fixture
 def runs(tmp_path):
     return write_runs(tmp_path)
-
-
-def write_runs(root):
-    """A base and the child grown from it, as their stages leave them: only JSON, of the size that a quickstart makes."""
-    base, child = root / "base", root / "child"
-    write_data(base)
-    write_run(base, SPEC, seed=1, steps=300, start=6.93, floor=3.72, initialize={"source": "random", "grow": []}, seconds=141.0)
-    grown = {**SPEC, "n_layers": 8}
-    write_run(
-        child,
-        grown,
-        seed=2,
-        steps=180,
-        start=4.31,
-        floor=3.49,
-        initialize={"source": str(base), "grow": ["depth_upscale(m=1)"]},
-        seconds=118.0,
-        base=base,
-    )
-    write_json(child / "growth.json", growth(parent=str(base / "checkpoints" / "300")))
-    for run, offset in ((base, 0.0), (child, -0.07)):
-        for backend, seconds in (("jax", 11.4), ("hf", 37.9)):
-            write_json(run / "eval" / f"{backend}.json", {
-                "results": {
-                    "bits_per_byte/prose": {"bits_per_byte,none": 2.113 + offset, "nats_sum": 8.1e5, "bytes_sum": 5.5e5, "tokens_sum": 2.1e5},
-                    "bits_per_byte/code": {"bits_per_byte,none": 1.702 + offset / 2},
-                    "truthfulqa_mc2": {"alias": "truthfulqa_mc2", "acc,none": 0.461 - offset, "acc_stderr,none": 0.048},
-                    "winogrande": {"alias": "winogrande", "acc,none": 0.512 - offset / 3, "acc_stderr,none": 0.035},
-                },
-                "contamination": {"ngram": 13, "corpora": {str(base / "corpus"): 41_285}, "unknown": [], "tasks": {
-                    "truthfulqa_mc2": {"items": 100, "overlapping": 3, "short": 0, "without": {"acc,none": 0.447 - offset, "acc_stderr,none": 0.052},
-                        "examples": [{"item": "41", "shared": "if you crack your knuckles a lot you may " + HOSTILE, "document": "web/8812"}]},
-                    "winogrande": {"items": 200, "overlapping": 0, "short": 17, "examples": [], "without": {"acc,none": 0.512 - offset / 3, "acc_stderr,none": 0.035}},
-                }},
-                "n-samples": {"truthfulqa_mc2": {"original": 817, "effective": 100}, "winogrande": {"original": 1267, "effective": 200}},
-                "model": str(run / "hf" if backend == "hf" else run / "checkpoints" / "300"), "backend": backend, "seconds": seconds,
-            })  # fmt: skip
-    write_json(child / "eval" / "samples.json", {
-        "models": ["base", "child"], "settings": {"temperature": 0.0, "max_new_tokens": 48, "repetition_penalty": 1.1},
-        "prompts": [
-            {"prompt": "I am an engineer. I love", "outputs": [
-                {"model": "base", "text": " the first of the house, and the old man had been a great many of the people, and that he was not to be seen", "tokens": 48, "seconds": 0.61},
-                {"model": "child", "text": " my mother, and I have not seen a better house in all the country, said the old man; but there is no more to do with it.", "tokens": 48, "seconds": 0.88}]},
-            {"prompt": "def find_max(numbers):", "outputs": [
-                {"model": "base", "text": '\n    """Return the number of the value."""\n    if self.name is None:\n        return self._value\n    return self', "tokens": 48, "seconds": 0.6},
-                {"model": "child", "text": "\n    " + HOSTILE + "\n    for number in numbers:\n        if number > result:\n            result = number\n    return result", "tokens": 48, "seconds": 0.9}]},
-        ],
-    })  # fmt: skip
-    write_json(child / "eval" / "differences.json", {
-        "models": ["base", "child"], "documents": 53, "max_length": 512,
-        "better": [{"source": "code", "id": "lib/heapq.py", "tokens": 498, "nats": [3.301, 2.618], "first_token": 40,
-            "pieces": ["def", " heap", "push", "(", HOSTILE, ", item):"], "losses": [[4.1, 3.9, 2.2, 0.5, 6.0, 3.0], [1.2, 3.8, 1.4, 0.5, 4.5, 3.1]]}],
-        "worse": [{"source": "prose", "id": "moby.txt:18", "tokens": 512, "nats": [3.61, 3.88], "first_token": 0,
-            "pieces": ["Call", " me", " Ishmael"], "losses": [[5.0, 2.0, 7.0], [5.8, 2.2, 9.9]]}],
-    })  # fmt: skip
-    write_json(child / "plan.json", {"targets": [
-        {"on": "h100:1", "method": "compiled", "devices": 1, "fits": True, "peak_bytes_per_device": 61.2e9, "tokens_per_second": 41_300, "hours": 262.0, "usd": 786.0},
-        {"on": "h100:8", "method": "compiled", "devices": 8, "fits": True, "peak_bytes_per_device": 22.9e9, "tokens_per_second": 318_000, "hours": 34.1, "usd": 818.0},
-        {"on": "v5e:4x4", "method": "compiled", "devices": 16, "fits": True, "peak_bytes_per_device": 11.7e9, "tokens_per_second": 201_000, "hours": 53.9, "usd": 1035.0},
-        {"on": "v5p:2x2x2", "method": "estimated", "devices": 8, "fits": True, "peak_bytes_per_device": 25.1e9, "tokens_per_second": 272_000, "hours": 39.8, "usd": 1337.0},
-        {"on": "l4:8", "method": "estimated", "devices": 8, "fits": False, "peak_bytes_per_device": 31.0e9, "tokens_per_second": 42_000, "hours": 258.0, "usd": 1445.0},
-    ]})  # fmt: skip
-    return base, child
-
-
-def growth(**changes):
-    """growth.json of a stack of 5 layers that became 8, everything measured."""
-    layer = lambda i, influence: {"rms": 0.05 * 1.9**i, "influence": influence}  # noqa: E731
-    return {
-        "parent": "runs/base", "operators": ["depth_upscale(m=1)"], "at_step": None,
-        "layer_map": [0, 1, 2, 3, 1, 2, 3, 4], "new_layers": [4, 5, 6],
-        "n_params": {"parent": 590_880, "child": 886_368}, "flops_per_token": {"parent": 3_421_000.0, "child": 5_310_000.0},
-        "spec": {"parent": SPEC, "child": {**SPEC, "n_layers": 8}},
-        "heldout_loss": {"parent": {"prose": 3.912, "code": 3.204}, "newborn": {"prose": 4.466, "code": 3.927}}, "heldout_rows": 64,
-        "preserves_function": False, "max_logit_difference": None,
-        "layers": {
-            "parent": [layer(i, influence) for i, influence in enumerate((0.614, 0.181, 0.093, 0.102, 0.254))],
-            "newborn": [layer(i, influence) for i, influence in enumerate((0.614, 0.181, 0.093, 0.102, 0.041, 0.032, 0.055, 0.297))],
-        },
-        "twins": [{"source": source, "layers": [source, source + 3], "cosine": cosine} for source, cosine in ((1, 0.713), (2, 0.587), (3, 0.821))],
-        "probe": {"steps": 20, "parent": {"prose": 3.874, "code": 3.151}, "newborn": {"prose": 3.899, "code": 3.118}},
-        "measured": {}, "moments": "reset_new",
-        "verdict": "healthy: it starts +0.72 nats a token from its parent (held-out: prose 3.91 -> 4.47, code 3.20 -> 3.93); training has to win that back",
-    } | changes  # fmt: skip
-
-
-def write_json(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1))
-
-
-def write_manifest(out, name, inputs, counts, seconds):
-    given = {key: {"path": str(path), "fingerprint": stage.fingerprint_path(path)} for key, path in inputs.items()}
-    out.mkdir(parents=True, exist_ok=True)
-    stage.write_manifest(stage.make_manifest(name, {"of": out.name}, given, outputs={}, counts=counts, tokenizer=None, seed=0, seconds=seconds), out)
-
-
-def write_data(workdir):
-    amounts = {
-        "prose": [("read", 60_009, 191.4), ("line_length", 52_357, 188.2), ("paragraph_repetition", 52_327, 187.6), ("exact_dedup", 43_598, 151.0), ("language", 40_474, 140.7)],
-        "code": [("read", 1_836, 31.9), ("line_length", 1_711, 31.8), ("paragraph_repetition", 1_702, 31.5), ("exact_dedup", 1_655, 30.3), ("language", 1_655, 30.3)],
-    }  # fmt: skip
-    kept = lambda rows, mb: {"rows": rows, "chars": int(mb * 0.98e6), "bytes": int(mb * 1e6)}  # noqa: E731
-    steps = [{"rule": amounts["prose"][i][0], "kept": {name: kept(*steps[i][1:]) for name, steps in amounts.items()}} for i in range(5)]
-    held = {"prose": kept(811, 2.8), "code": kept(33, 0.6)}
-    train = {"prose": kept(39_663, 137.9), "code": kept(1_622, 29.7)}
-    write_manifest(workdir / "corpus", "prepare", {}, {"documents": 41_285, "bytes": 167_600_000}, 38.2)
-    write_json(workdir / "corpus" / "funnel.json", {"sources": ["prose", "code"], "steps": steps, "heldout": held, "train": train})
-    write_manifest(workdir / "tokenizer", "tokenizer", {"corpus": workdir / "corpus"}, {"n_pieces": 1024, "bos_id": 1, "eos_id": 2}, 21.7)
-
-    def part(rows, nats):
-        bytes_, documents = 1300 * rows, 3 * rows
-        return {
-            "rows": rows,
-            "tokens": 509 * rows,
-            "documents": documents,
-            "cut_documents": 7,
-            "bytes": bytes_,
-            "padding_frac": 0.006,
-            "unigram_nats": nats,
-        }
-
-    counts = {"row_len": 512, "method": "best_fit", "n_pieces": 1024, "train": {"prose": part(98_211, 5.61), "code": part(24_007, 5.32)}}
-    counts["heldout"] = {"prose": part(2_003, 5.60), "code": part(491, 5.29)}
-    write_manifest(workdir / "packed", "pack", {"corpus": workdir / "corpus", "tokenizer": workdir / "tokenizer"}, counts, 47.5)
-
-
-def write_run(run, spec, *, seed, steps, start, floor, initialize, seconds, base=None):
-    data = base or run
-    write_json(run / "spec.json", spec)
-    settings = stage.plain(config.Config())
-    settings["train"] |= {"steps": steps, "batch_rows": 16, "log_every": 2, "eval_every": 30}
-    settings["optim"] |= {"peak_lr": 1e-3 if base is None else 4e-4, "warmup_steps": 20}
-    settings["model"] |= {"n_layers": spec["n_layers"], "d_model": 96}
-    settings["initialize"] |= initialize
-    settings["mixture"] |= {"packed": [str(data / "packed")] if base else []}
-    write_json(run / "config.json", settings)
-    noise = random.Random(seed)
-    curve = lambda step: floor + (start - floor) * math.exp(-4.2 * (step / steps) ** 0.6)  # noqa: E731
-    lines = []
-    heldout = lambda step: {"prose": curve(step) + 0.09, "code": curve(step) - 0.55}  # noqa: E731
-    parent = {"parent": {"prose": 3.912, "code": 3.204}} if base else {}
-    if base:
-        lines.append({"step": 0, "heldout": heldout(0)} | parent)
-    for step in range(2, steps + 1, 2):
-        lr = settings["optim"]["peak_lr"] * min(1, step / 20) * min(1, max(0.1, 5 * (1 - step / steps)))
-        done = step / steps
-        lines.append({
-            "step": step, "loss": curve(step) + noise.gauss(0, 0.035), "grad_norm": math.exp(noise.gauss(-0.4 - done, 0.16)) + 2 * math.exp(-step / 9), "lr": lr,
-            "tokens": step * 16 * 512, "epochs": {"prose": 0.049 * done, "code": 0.2 * done}, "tokens_per_second": 17_400 * spec["n_layers"] ** -0.2 + noise.gauss(0, 320),
-            "step_seconds": seconds / steps, "mfu": None, "memory_bytes": 1_310_000_000 + 9_000_000 * spec["n_layers"], "n_skipped": 1 if base and step > 90 else 0,
-            "seconds": seconds * done, "usd": None,
-        })  # fmt: skip
-        if step == 160:
-            lines.append({"step": step, "resumed": True})
-        if step % 30 == 0:
-            lines.append({"step": step, "heldout": heldout(step)} | parent)
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    inputs = {f"packed {data / 'packed'}": data / "packed", **({"initialize": base} if base else {})}
-    write_manifest(run, "train", inputs, {"steps": steps, "rows": steps * 16, "tokens": steps * 16 * 512}, seconds)
-
-
-class Page(html.parser.HTMLParser):
-    """A page as a browser takes it apart: headings, heads and rows of tables, attributes, data of figures, and all text but scripts and styles."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.stack, self.attributes, self.found, self.rows, self.text = [], [], {}, [], ""
-        self.feed(path.read_text())
-
-    def handle_starttag(self, tag, attributes):
-        self.stack.append(tag)
-        self.attributes += [(tag, *pair) for pair in attributes]
-        self.found.setdefault(tag, []).append("")
-        if tag == "tr":
-            self.rows.append([])
-        elif tag == "td":
-            self.rows[-1].append("")
-
-    def handle_endtag(self, tag):
-        while tag in self.stack and self.stack.pop() != tag:
-            pass
-
-    def handle_data(self, data):
-        if self.stack:
-            self.found[self.stack[-1]][-1] += data
-        if "td" in self.stack:
-            self.rows[-1][-1] += data
-        if not {"script", "style"} & set(self.stack):
-            self.text += data
-
-    @property
-    def plots(self):
-        return [data for data in self.found.get("script", []) if data.startswith("{")]
 
 
 def test_the_page_shows_every_section_of_a_base_and_its_child(runs, tmp_path):
@@ -371,19 +170,20 @@ def test_forgetting_is_the_childs_loss_above_its_parents(runs, tmp_path):
     page = Page(tmp_path / "page.html")
     heldout = [json.loads(line) for line in (child / "metrics.jsonl").read_text().splitlines() if "parent" in line]
     rise = [record["heldout"]["prose"] - 3.912 for record in heldout]
-    assert ["child", "prose", f"{rise[0]:+.3f}", f"{rise[0]:+.3f} step 0", f"{rise[-1]:+.3f}"] in page.rows
+    assert ["child", "prose", f"{rise[0]:+.3f}", f"{rise[0]:+.3f} step 0", f"\N{MINUS SIGN}{-rise[-1]:.3f}"] in page.rows
     (plot,) = [json.loads(plot) for plot in page.plots if "above the parent" in plot]
     assert [point["value"] for point in plot["data"]["values"] if point["name"] == "prose"] == pytest.approx(rise, rel=1e-3)
     assert {"value": 0.25} in [value for layer in plot["layer"] for value in layer.get("data", {}).get("values", [])]
     assert not training.forgetting(load_runs([runs[0]])), "a run from random weights has nothing to forget"
 
 
-def test_skipped_updates_are_counted_and_said_where(runs, tmp_path):
+def test_a_skipped_update_is_shown_with_what_it_measured_and_read(runs, tmp_path):
     _, child = runs
     write(runs, tmp_path / "page.html")
-    text = Page(tmp_path / "page.html").text
-    assert f"child: 1 in steps 91 to 92. The documents of a step: python scripts/trace.py --workdir {child} --step N" in text
-    assert "base: 1 in steps" not in text
+    page = Page(tmp_path / "page.html")
+    (row,) = [row for row in page.rows if row[:2] == ["child", "91"]]
+    assert row[2:4] == ["9.75", "not finite"] and row[4].startswith(f"code/lib/heapq.py, {HOSTILE}, prose/moby.txt38 more")
+    assert row[4].endswith("prose/28.txt and 9 that trace.py names") and f"trace.py --workdir {child} --step 91 --losses" in page.text
 
 
 def test_what_the_run_took_stands_below_its_plan(runs, tmp_path):
@@ -404,21 +204,27 @@ def test_what_the_run_took_stands_below_its_plan(runs, tmp_path):
     assert load_run(runs[0]).devices is None and "measured pace" not in plan.section(load_runs([runs[0]]))
 
 
-def test_documents_on_which_two_models_differ_are_coloured_by_token(runs, tmp_path):
+def test_documents_on_which_two_models_differ_are_told_by_token_in_colours_and_in_numbers(runs, tmp_path):
     write(runs, tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     section = text[text.index('<section id="differences">') :]
-    cells = re.findall(r'<i class="([bw]\d)" title="([^"]*)">(.*?)</i>', section[: section.index("</section>")])
-    told = [(kind, losses, html.unescape(piece)) for kind, losses, piece in cells]
-    assert told == [
-        ("b3", "4.10 → 1.20", "def"), ("b1", "2.20 → 1.40", "push"), ("b2", "6.00 → 4.50", HOSTILE),
-        ("w1", "5.00 → 5.80", "Call"), ("w3", "7.00 → 9.90", " Ishmael"),
-    ]  # fmt: skip
+    cells = re.findall(r'<i class="([bw]\d)">(.*?)</i>', "".join(re.findall("<pre>.*?</pre>", section, flags=re.S)))
+    told = [(kind, html.unescape(piece)) for kind, piece in cells]
+    assert told == [("b3", "def"), ("b1", "push"), ("b2", HOSTILE), ("w1", "Call"), ("w3", " Ishmael")]
     assert (
         "What child finds likelier than base" in page.text and "def heappush(" + HOSTILE + ", item):" in page.text and "Call me Ishmael" in page.text
     )
     assert "code, lib/heapq.py: 3.301 → 2.618 nats a token over 498 tokens, from token 40" in page.text and "img" not in page.found
+    listed = [row for row in page.rows if len(row) == 4 and row[0] in ("def", "Call·me·Ishmael", "def·heap")]
+    minus = "\N{MINUS SIGN}"
+    assert listed == [
+        ["def", "4.10", "1.20", f"{minus}2.90"],
+        ["def·heap", "3.90", "3.80", f"{minus}0.10"],
+        ["Call·me·Ishmael", "7.00", "9.90", "+2.90"],
+    ]
+    assert "·Ishmael7.00 → 9.90" in page.text and "·me2.00 → 2.20" in page.text, "each token's loss, of those without a colour too"
+    assert [name for tag, name, _ in page.attributes if tag == "details"].count("open") == 2, "the first of each direction stands open"
 
 
 def shown_growth(workdir, **changes):
@@ -698,67 +504,3 @@ def door(*flags):
 def test_a_file_name_is_wanted_and_not_a_directory(tmp_path):
     with pytest.raises(UserError, match="is a directory"):
         write([tmp_path], tmp_path)
-
-
-@pytest.fixture
-def browser(tmp_path):
-    """A function from a page's path to (its DOM once the scripts have run, the console's lines)."""
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not program:
-        pytest.skip("no chromium on PATH")
-    quiet = ("gpu", "quic", "background-networking", "component-update", "sync")
-    flags = ["--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{part}" for part in quiet), f"--user-data-dir={tmp_path / 'profile'}"]
-
-    def show(path):
-        command = [program, *flags, "--enable-logging=stderr", "--virtual-time-budget=5000", "--dump-dom", f"file://{path}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-    return show
-
-
-def test_the_page_opens_in_a_browser_without_a_word_on_its_console(runs, tmp_path, browser):
-    write(runs, tmp_path / "page.html")
-    dom, console = browser(tmp_path / "page.html")
-    assert console == []
-    n_plots = (tmp_path / "page.html").read_text().count(figures.PLOT)
-    assert n_plots > 5 and dom.count('class="marks"') == n_plots  # each was drawn
-    assert "<title>base and child</title>" in dom  # the script in a sample did not run
-
-
-def test_pointing_at_a_curve_names_its_run_and_value(runs, tmp_path, browser):
-    write(runs, tmp_path / "page.html")
-    point = """<script>setTimeout(() => {
-      document.querySelectorAll("section:not(#loss), header").forEach(each => each.remove());
-      const box = document.querySelector("#loss svg").getBoundingClientRect();
-      for (const x of [60, 80]) {
-        const at = {clientX: box.left + x, clientY: box.top + 100, bubbles: true, view: window, pointerType: "mouse"};
-        const mark = document.elementFromPoint(at.clientX, at.clientY);
-        for (const name of ["pointerover", "pointermove"]) mark.dispatchEvent(new PointerEvent(name, at));
-        mark.dispatchEvent(new MouseEvent("mousemove", at));
-      } }, 1500)</script></body></html>"""
-    head, _, _ = (tmp_path / "page.html").read_text().rpartition("</body>")
-    (tmp_path / "page.html").write_text(head + point)
-    dom, console = browser(tmp_path / "page.html")
-    (tooltip,) = re.findall(r'id="vg-tooltip-element".*?</table>', dom, flags=re.S)
-    assert console == [] and re.search(r"<h2>(base|child)</h2>", tooltip) and re.search(r">loss</td><td[^>]*>\d\.\d+<", tooltip), tooltip
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_no_serious_issue(runs, tmp_path, browser, scheme):
-    axe = ROOT / "node_modules" / "axe-core" / "axe.min.js"
-    if not axe.is_file():
-        pytest.skip("no axe-core: npm install --no-save axe-core")
-    write(runs, tmp_path / "page.html")
-    look = """<script>setTimeout(() => axe.run(document).then(found => {
-      const data = {passes: found.passes.length, issues: found.violations.map(each => `${each.impact}: ${each.help}: ${each.nodes[0].html}`)};
-      document.body.append(Object.assign(document.createElement("template"), {id: JSON.stringify(data)})) }), 1500)</script></body></html>"""
-    text = (tmp_path / "page.html").read_text()
-    if scheme == "dark":
-        text = text.replace("@media screen and (prefers-color-scheme: dark)", "@media screen")
-    head, _, _ = text.rpartition("</body>")
-    (tmp_path / "page.html").write_text(head + f"<script>{axe.read_text().replace('</script', '<' + chr(92) + '/script')}</script>" + look)
-    dom, _ = browser(tmp_path / "page.html")
-    found = json.loads(html.unescape(re.findall(r'<template id="([^"]*)"', dom)[-1]))
-    assert found["passes"] > 20, "it looked"
-    assert [issue for issue in found["issues"] if issue.startswith(("serious", "critical"))] == []

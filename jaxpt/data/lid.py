@@ -47,6 +47,7 @@ class Model:
             while (byte := stream.read(1)) != b"\0":
                 name += byte
             entries.append((name, *take("qb")))
+        self.n_buckets = np.uint32(self.n_buckets)
         self.pruned = np.full(self.n_buckets, -1, np.int32)
         if n_pruned > 0:
             pairs = array("<i4", 2 * n_pruned).reshape(-1, 2)
@@ -100,21 +101,23 @@ class Model:
         if len(self.known) > KEPT_WORDS:
             self.forget()
         at = pc.fill_null(pc.index_in(words, self.known), -1).to_numpy()
-        fresh = at < 0
-        new = words.filter(pa.array(fresh))
-        of, rows = self.pieces(new)
-        pieces = scipy.sparse.csr_matrix((np.ones(len(of), np.float32), (of, rows)), (len(new), len(self.rows)))
-        sums, counts = self.sums[at], self.counts[at]
-        sums[fresh], counts[fresh] = pieces @ self.rows, np.bincount(of, minlength=len(new))
+        fresh, sums, counts = at < 0, self.sums[at], self.counts[at]
+        sums[fresh] = counts[fresh] = 0
+        places = np.flatnonzero(fresh)
+        for of, rows in self.pieces(words.filter(pa.array(fresh))):
+            n_rows = np.bincount(of, minlength=len(places))
+            pieces = scipy.sparse.csr_matrix((np.ones(len(rows), np.float32), rows, np.cumsum([0, *n_rows])), (len(places), len(self.rows)))
+            sums[places] += pieces @ self.rows
+            counts[places] += n_rows
         keep = fresh & often
         self.known = pa.concat_arrays([self.known, words.filter(pa.array(keep))])
         self.sums, self.counts = np.concatenate([self.sums, sums[keep]]), np.concatenate([self.counts, counts[keep]])
         return sums, counts
 
-    def pieces(self, words: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-        """(word number, row) of each row of the model that belongs to one of the words: its own, and those of its n-grams."""
+    def pieces(self, words: pa.Array) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(word number, row) of each row of the model that belongs to one of the words, in some parts, by word number: its own, and its n-grams'."""
         own = pc.fill_null(pc.index_in(words, self.vocabulary), -1).to_numpy()
-        found = [(np.flatnonzero(own >= 0), own[own >= 0])]
+        yield np.flatnonzero(own >= 0), own[own >= 0]
         begin, end, nothing = (pa.scalar(mark, pa.large_string()) for mark in ("<", ">", ""))
         simple = pc.string_is_ascii(words)
         for chosen, ngrams in ((simple, self.ngrams_of_bytes), (pc.invert(simple), self.ngrams_of_characters)):
@@ -122,39 +125,33 @@ class Model:
             offsets, data = (np.frombuffer(buffer, dtype) for buffer, dtype in zip(spelled.buffers()[1:], (np.int64, np.uint8), strict=True))
             lengths = np.diff(offsets[: len(spelled) + 1])
             word_of = np.repeat(np.flatnonzero(chosen.to_numpy(zero_copy_only=False)), lengths)
-            for of, hashes in ngrams(data[: len(word_of)], word_of):
-                rows = self.pruned[hashes % np.uint32(self.n_buckets)]
-                found.append((of[rows >= 0], rows[rows >= 0] + self.n_words))
-        of, rows = zip(*found, strict=True)
-        return np.concatenate(of), np.concatenate(rows)
+            for first, last, hashes in ngrams(data[: len(word_of)], word_of):
+                rows = self.pruned[hashes - hashes // self.n_buckets * self.n_buckets]  # the remainder, which numpy finds more slowly
+                found = np.flatnonzero((rows >= 0) & (first == last))
+                yield first[found], rows[found] + self.n_words
 
-    def ngrams_of_bytes(self, data: np.ndarray, word_of: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(word number, hash) of each n-gram, where each character is a byte."""
+    def ngrams_of_bytes(self, data: np.ndarray, word_of: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """(word number of its first character, of its last, hash) of each n-gram, where each character is a byte."""
         hashes = np.full(len(data), FNV_START, np.uint32)
         for n in range(1, min(self.longest, len(data)) + 1):
             hashes = (hashes[: len(data) - n + 1] ^ data[n - 1 :]) * FNV_PRIME
             if n >= self.shortest:
-                whole = word_of[: len(hashes)] == word_of[n - 1 :]
-                yield word_of[: len(hashes)][whole], hashes[whole]
+                yield word_of[: len(hashes)], word_of[n - 1 :], hashes
 
-    def ngrams_of_characters(self, data: np.ndarray, word_of: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(word number, hash) of each n-gram, where a character is one to four bytes."""
+    def ngrams_of_characters(self, data: np.ndarray, word_of: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """The same where a character is one to four bytes."""
         begins = np.flatnonzero((data & 0xC0) != 0x80)
-        stops = np.append(begins[1:], len(data))
+        sizes = np.diff(begins, append=len(data))
         signed = data.astype(np.int8).astype(np.int32).view(np.uint32)  # fastText hashes signed bytes
-        hashes, place = np.full(len(begins), FNV_START, np.uint32), np.arange(len(begins))
-        for n in range(1, self.longest + 1):
-            place = place[place + n <= len(begins)]
-            place = place[word_of[begins[place + n - 1]] == word_of[begins[place]]]
-            last, found = place + n - 1, hashes[place]
-            for offset in range(4):  # bytes of the character that is added
-                more = np.flatnonzero(begins[last] + offset < stops[last])
-                if not len(more):
-                    break
-                found[more] = (found[more] ^ signed[begins[last[more]] + offset]) * FNV_PRIME
-            hashes[place] = found
+        hashes, of = np.full(len(begins), FNV_START, np.uint32), word_of[begins]
+        for n in range(1, min(self.longest, len(begins)) + 1):
+            hashes, last, wide = hashes[: len(begins) - n + 1], begins[n - 1 :], sizes[n - 1 :]
+            hashes = (hashes ^ signed[last]) * FNV_PRIME
+            for offset in range(1, 4):  # further bytes of the character that is added
+                more = np.flatnonzero(wide > offset)
+                hashes[more] = (hashes[more] ^ signed[last[more] + offset]) * FNV_PRIME
             if n >= self.shortest:
-                yield word_of[begins[place]], hashes[place]
+                yield of[: len(hashes)], of[n - 1 :], hashes
 
 
 def dequantized(take, array) -> np.ndarray:

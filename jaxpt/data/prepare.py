@@ -30,7 +30,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jaxpt import config, stage
-from jaxpt.data import benchmarks, decontaminate, dedup, engine, filters, sources
+from jaxpt.data import benchmarks, decontaminate, dedup, engine, filters, sources, tokenizer
 from jaxpt.spec import Manifest, UserError
 
 SAMPLES = 50  # dropped documents shown for each rule
@@ -40,7 +40,7 @@ BATCH_BYTES = 2**22  # of text judged at once, about, and
 BATCH_ROWS = 1024  # the documents in it, at most
 GROUP_BYTES = 2**25  # of text in a row group of a shard, about, and
 GROUP_ROWS = 10_000  # the documents in it, at most
-HERE_BYTES = 2**24  # of input up to which no other process is started: that takes longer
+HERE = {"read_piece": 2**27, "judge_rows": 2**24, "write_shard": 2**28}  # bytes up to which no other process is started: that takes longer
 TOKEN_BYTES = 4  # of text that make a token, about
 UNREAD_SHOWN = 20  # sentences about what cannot be read, of each source, at most
 NOT_TAKEN = -1  # in place of a rule, of a document that limit_mb left out
@@ -73,6 +73,8 @@ def run(settings: config.Config, workdir: pathlib.Path, replace: bool = False) -
     request = stage.plain(knobs)
     del request["engine"]  # it decides where the work is done, not what comes out
     request["rules"] = [rule.says for rule in rules]
+    words = None if settings.tokenizer.source == "train" else tokenizer.load(settings.tokenizer.source)
+    request |= {"tokenizer": words.fingerprint} if words else {}  # it estimates the funnel's tokens
     request["installed"] = {source.name: versions for source in found if (versions := source.installation())}
     inputs = {key: path for source in found for key, path in source.inputs().items()}
     inputs |= {f"benchmarks/{i}": stage.local_path(path) for i, path in enumerate(knobs.decontaminate)}
@@ -90,7 +92,7 @@ def run(settings: config.Config, workdir: pathlib.Path, replace: bool = False) -
         contaminated = {task: len({hit["id"] for hit in hits if hit["task"] == task}) for task in sorted({item.task for item in index.items})}
         if knobs.decontaminate:
             (partial / "contaminated.jsonl").write_text("".join(json.dumps(hit, ensure_ascii=False) + "\n" for hit in hits))
-        funnel = {**account(rows, rules, dropped_by), "unread": unread}
+        funnel = {**account(rows, rules, dropped_by, token_bytes(rows, words)), "unread": unread}
         (partial / "funnel.json").write_text(json.dumps(funnel, indent=1) + "\n")
         if not any(amounts["rows"] for amounts in funnel["train"].values()):
             raise UserError(
@@ -148,7 +150,7 @@ def finish(where: str, home: pathlib.Path, work: Callable[..., int], jobs: list[
     jobs = [{**job, "request": stage.fingerprint([job, program()])} for job in jobs]
     left = [job for job in jobs if told(job) is None]
     with stage.progress(f"prepare: {label}", total, unit) as advance:
-        if n_bytes <= HERE_BYTES or len(left) == 1:
+        if n_bytes <= HERE[work.__name__] or len(left) == 1:
             for job in left:
                 work(job, advance)
         else:
@@ -241,7 +243,7 @@ def pieces(source: sources.Source) -> Iterator[tuple[sources.Source, int]]:
             yield dataclasses.replace(source, files=tuple(files)), n_bytes
             files, n_bytes = [], 0
     if files or not source.files:
-        yield dataclasses.replace(source, files=tuple(files)), n_bytes or HERE_BYTES  # what has no files: as good as a job's worth
+        yield dataclasses.replace(source, files=tuple(files)), n_bytes or HERE[read_piece.__name__]  # what has no files: nobody knows
 
 
 def read_piece(job: dict, advance: Callable[[int], None] = lambda n: None) -> int:
@@ -640,7 +642,18 @@ def write_groups(file: pathlib.Path, tables: Iterator[pa.Table], groups: list[in
 # ---- the funnel
 
 
-def account(rows: Rows, rules: Sequence[filters.Rule], dropped_by: np.ndarray) -> dict[str, Any]:
+def token_bytes(rows: Rows, words: tokenizer.Tokenizer | None) -> dict[str, float]:
+    """Bytes that make a token of each source: TOKEN_BYTES, or what a sample makes under the tokenizer that the config names."""
+    found = dict.fromkeys(rows.names, float(TOKEN_BYTES))
+    for k, name in enumerate(rows.names if words else []):
+        file = next(file for file in rows.files if file.source == k)
+        texts = next(batches(file.path)).column("text").to_pylist()
+        n_tokens = sum(map(len, words.encode_batch(texts)))
+        found[name] = sum(len(text.encode()) for text in texts) / max(1, n_tokens)
+    return found
+
+
+def account(rows: Rows, rules: Sequence[filters.Rule], dropped_by: np.ndarray, token_bytes: dict[str, float]) -> dict[str, Any]:
     """The funnel: what was read, what was left after each rule and how often the rule edited it, and what went to each side, for each source."""
     n = len(rules)
     left = [{name: np.zeros(3, np.int64) for name in rows.names} for _ in range(n + 1)]
@@ -660,7 +673,8 @@ def account(rows: Rows, rules: Sequence[filters.Rule], dropped_by: np.ndarray) -
             sides[side][name] += [mask.sum(), chars[mask].sum(), size[mask].sum()]
 
     def amounts(found: dict[str, np.ndarray]) -> dict[str, dict[str, int]]:
-        return {name: {"rows": int(r), "chars": int(c), "bytes": int(b), "tokens": round(int(b) / TOKEN_BYTES)} for name, (r, c, b) in found.items()}
+        told = {name: dict(zip(("rows", "chars", "bytes"), map(int, each), strict=True)) for name, each in found.items()}
+        return {name: {**each, "tokens": round(each["bytes"] / token_bytes[name])} for name, each in told.items()}
 
     steps = [{"rule": "read", "kept": amounts(left[0])}]
     for k, rule in enumerate(rules):

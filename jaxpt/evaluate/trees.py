@@ -5,7 +5,7 @@ sees that path alone. With the columns of a tree in the order of a walk in depth
 one number a column, `ends`, says who sees it. Trees that share nothing stand side by side in a row as documents do in training.
 
 The seven answers to a question share the question, all questions share the examples in front of them: the 5,882 requests of truthfulqa_mc2 have
-1.5 million tokens and 0.1 million columns.
+1.24 million tokens and 68,362 columns.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def most_different(tokens: list[Token], models: list[str]) -> str:
         token = tokens[i]
         where = f'<span class="context"><bdi>{esc(before)}</bdi><i class="{token.shade}">{esc(seen(token.piece))}</i></span>'
         body.append([where, f"{token.parent:.2f}", f"{token.child:.2f}", signed(token.child - token.parent, 2)])
-    return grid(["token, behind what led to it", *models, "difference"], body, kind="listed")
+    return grid(["token, in its place", *models, "difference"], body, kind="listed")
 
 
 def seen(piece: str) -> str:
