@@ -8,7 +8,7 @@ join them, and 3,000 with repeats, bullets, ellipses and numbers planted in them
     pip install datatrove[processing]==0.10.1 spacy
 
 "same words" replaces datatrove's tokenizer by str.split, which is how words are cut here: what differs then is the rules. Its own
-tokenizer, spaCy, sees --n documents only, as it takes a hundred times as long.
+tokenizer, spaCy, sees --n documents only, as it takes many times as long.
 """
 
 from __future__ import annotations
