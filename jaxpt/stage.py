@@ -22,6 +22,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -114,6 +115,22 @@ def write_whole(path: pathlib.Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)
+
+
+def result_path(to: pathlib.Path | None, example: str) -> pathlib.Path | None:
+    """Where --to sends a result, tried before anything is computed; directories on the way are made. Raises UserError where no file can be written there."""
+    if to is None:
+        return None
+    to = local_path(to)
+    if to.is_dir():
+        raise UserError(f"--to {to}: is a directory. Name the file to write, such as {to / example}.")
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=to.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"--to {to}: cannot be written there ({error.strerror}). Name a file in a directory of your own.") from None
+    return to
 
 
 def answered(path: pathlib.Path | None, request: str) -> dict[str, Any] | None:
