@@ -171,8 +171,12 @@ def difference(manifest: Manifest, config: Mapping, inputs: Mapping[str, Mapping
     """The first way in which a finished stage was another one, in words."""
     config = plain(config)
     for key in sorted(set(config) | set(manifest.config)):
-        if config.get(key) != manifest.config.get(key):
-            return f"another config ({key}: {manifest.config.get(key)!r} there, {config.get(key)!r} asked)"
+        there, asked = manifest.config.get(key), config.get(key)
+        if there != asked:
+            if isinstance(there, list) and isinstance(asked, list) and len(there) == len(asked):
+                i = next(i for i, pair in enumerate(zip(there, asked, strict=True)) if pair[0] != pair[1])
+                key, there, asked = f"{key}[{i}]", there[i], asked[i]
+            return f"another config ({key}: {there!r} there, {asked!r} asked)"
     for key in sorted(set(inputs) | set(manifest.inputs)):
         there, asked = manifest.inputs.get(key), inputs.get(key)
         if there is None or asked is None or there["fingerprint"] != asked["fingerprint"]:

@@ -22,7 +22,7 @@ import pytest
 from conftest import ROOT
 
 from jaxpt.config import Config, Prepare, Tokenizer
-from jaxpt.data import benchmarks, decontaminate, dedup, prepare, sources, tokenizer
+from jaxpt.data import benchmarks, decontaminate, dedup, language, prepare, sources, tokenizer
 from jaxpt.spec import Manifest, UserError
 
 ENGLISH = """The old house stood at the end of a narrow lane, and nobody in the village remembered who had built it.
@@ -169,6 +169,32 @@ def amounts(texts) -> dict[str, int]:
     texts = list(texts)
     n_bytes = sum(len(text.encode()) for text in texts)
     return {"rows": len(texts), "chars": sum(map(len, texts)), "bytes": n_bytes, "tokens": round(n_bytes / 4)}
+
+
+def test_languages_of_many_texts_are_those_that_fasttext_says_of_each(documents):
+    odd = [
+        "",
+        " ",
+        "</s>",
+        "a </s> b",
+        "__label__de Haus",
+        "x\0y",
+        "Привет!",
+        "😀 ok",
+        "ÅÄÖ åäö",
+        "한국어 문장",
+        "a" * 5000,
+        "\x1c\x85\xa0",
+        "don't 3.14",
+    ]
+    texts = [text.replace("\n", "") for text in documents[:400]] + odd + [f"{a[:20]} {b[:20]}" for a in OTHERS for b in ENGLISH]
+    alone = [language.identify(text) for text in texts]
+    together = language.identify_all(texts, 0.4)
+    assert [code for code, _ in together] == [code for code, _ in alone] and len({code for code, _ in alone}) > 5
+    np.testing.assert_allclose([score for _, score in together], [min(score, 1) for _, score in alone], atol=1e-4)
+    assert [score > 0.4 for _, score in together] == [score > 0.4 for _, score in alone]
+    assert language.identify_all(texts[7:9], 0.4) == together[7:9], "whatever is asked with it"
+    assert language.identify_all([], 0.4) == []
 
 
 def test_presets_prose_and_code_keep_their_own_kind_and_drop_the_rest(tmp_path):
