@@ -4,7 +4,7 @@
 `tuned`    the general one on 900 tasks: asked in words, answered by a function; the asking is read but not trained on
 `python`   the general one, pretrained further on Python code
 
-docs/evaluate.md shows what the three write. On two CPU cores they take some ten, one and six minutes.
+docs/evaluate.md shows what the three write. On two CPU cores they take some fourteen, one and eight minutes.
 """
 
 from jaxpt.config import defaults

@@ -19,6 +19,8 @@ def tell(directory: str | pathlib.Path, verify: bool = False) -> str:
     Raises UserError where the directory is no finished stage, and, with verify, naming the first thing that does not hold.
     """
     directory = stage.local_path(directory).resolve()
+    if (directory / "config.json").is_file() and not (directory / "manifest.json").exists() and not (directory / "checkpoints").is_dir():
+        raise UserError(f"{directory}: has no manifest.json, so it was not exported by jaxpt, or not all of it was copied: its lineage is not known.")
     Manifest.load(directory)  # says what is missing
     notes: list[str] = []
     nodes = {node.key: node for node in lineage_of(directory, notes)}
@@ -183,7 +185,11 @@ def lineage_of(directory: pathlib.Path, notes: list[str]) -> list[Node]:
 def inputs_of(home: pathlib.Path, manifest: dict | None, notes: list[str]) -> list[tuple[str, str | None]]:
     """(path, fingerprint) of what a stage read. Of a run that still goes on, its config tells, or the stages in its directory do."""
     if manifest:
-        return [(found["path"], found.get("fingerprint")) for found in manifest["inputs"].values() if isinstance(found, dict) and found.get("path")]
+        return [
+            (found["path"], found.get("fingerprint"))
+            for found in manifest["inputs"].values()
+            if isinstance(found, dict) and isinstance(found.get("path"), str)
+        ]
     settings = read_json(home / "config.json", notes) or {}
     packed = (settings.get("mixture") or {}).get("packed") or [home / kind for kind in DATA if (home / kind / "manifest.json").is_file()]
     source = (settings.get("initialize") or {}).get("source", "random")

@@ -22,6 +22,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -116,6 +117,22 @@ def write_whole(path: pathlib.Path, text: str) -> None:
     temporary.rename(path)
 
 
+def result_path(to: pathlib.Path | None, example: str) -> pathlib.Path | None:
+    """Where --to sends a result, tried before anything is computed; directories on the way are made. Raises UserError where no file can be written there."""
+    if to is None:
+        return None
+    to = local_path(to)
+    if to.is_dir():
+        raise UserError(f"--to {to}: is a directory. Name the file to write, such as {to / example}.")
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=to.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"--to {to}: cannot be written there ({error.strerror}). Name a file in a directory of your own.") from None
+    return to
+
+
 def answered(path: pathlib.Path | None, request: str) -> dict[str, Any] | None:
     """What a result file holds, when it was written for this very request (its key "request"); else None."""
     try:
@@ -154,8 +171,12 @@ def difference(manifest: Manifest, config: Mapping, inputs: Mapping[str, Mapping
     """The first way in which a finished stage was another one, in words."""
     config = plain(config)
     for key in sorted(set(config) | set(manifest.config)):
-        if config.get(key) != manifest.config.get(key):
-            return f"another config ({key}: {manifest.config.get(key)!r} there, {config.get(key)!r} asked)"
+        there, asked = manifest.config.get(key), config.get(key)
+        if there != asked:
+            if isinstance(there, list) and isinstance(asked, list) and len(there) == len(asked):
+                i = next(i for i, pair in enumerate(zip(there, asked, strict=True)) if pair[0] != pair[1])
+                key, there, asked = f"{key}[{i}]", there[i], asked[i]
+            return f"another config ({key}: {there!r} there, {asked!r} asked)"
     for key in sorted(set(inputs) | set(manifest.inputs)):
         there, asked = manifest.inputs.get(key), inputs.get(key)
         if there is None or asked is None or there["fingerprint"] != asked["fingerprint"]:

@@ -50,11 +50,12 @@ def main():
 
     sampling = Sampling(arguments.repetition_penalty, arguments.temperature, arguments.top_k, arguments.top_p)
     models = [stage.local_path(model) for model in arguments.models]
+    to = stage.result_path(arguments.to, "differences.json" if arguments.differ else "samples.json")
     if arguments.differ:
-        compare.differences(models, arguments.differ, to=arguments.to)
+        compare.differences(models, arguments.differ, to=to)
         return
     prompts = compare.read_prompts(arguments.prompts)
-    compare.compare(models, prompts, max_new=arguments.max_new, sampling=sampling, seed=arguments.seed, texts=arguments.ppl, to=arguments.to)
+    compare.compare(models, prompts, max_new=arguments.max_new, sampling=sampling, seed=arguments.seed, texts=arguments.ppl, to=to)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def main():
 
     harness.evaluate(
         stage.local_path(arguments.model), arguments.tasks,
-        backend=arguments.backend, limit=arguments.limit, max_length=arguments.max_length, data_dir=arguments.data_dir, to=arguments.to,
+        backend=arguments.backend, limit=arguments.limit, max_length=arguments.max_length, data_dir=arguments.data_dir, to=stage.result_path(arguments.to, "results.json"),
     )  # fmt: skip
 
 

@@ -317,6 +317,20 @@ def test_items_that_stand_in_the_corpus_are_counted_and_the_score_is_told_withou
     assert contamination.corpora_of(export) == ([], [f"{corpus}: does not lie there any more."])
 
 
+def test_shards_looked_through_in_processes_give_what_they_give_in_turn(tmp_path, monkeypatch):
+    words = [f"w{i}" for i in range(60)]
+    items = [benchmarks.Item("task", str(i), " ".join(words[i * 7 : i * 7 + 15]), {}) for i in range(5)]
+    (tmp_path / "train").mkdir()
+    for shard, texts in enumerate((["nothing", items[3].text], [items[1].text, f"and {items[3].text}"], ["nothing again"])):
+        columns = {"id": [f"{shard}/{i}" for i in range(len(texts))], "text": texts}
+        pq.write_table(pa.table(columns), tmp_path / f"train/web-{shard:05d}.parquet")
+    in_turn = contamination.overlaps(items, [tmp_path])
+    shared = lambda i: " ".join(words[i * 7 : i * 7 + 13])  # noqa: E731
+    assert in_turn == ({("task", "3"): (shared(3), "0/1"), ("task", "1"): (shared(1), "1/0")}, {str(tmp_path): 5})
+    monkeypatch.setattr(contamination, "WORTH_PROCESSES", 0)
+    assert contamination.overlaps(items, [tmp_path]) == in_turn
+
+
 @pytest.mark.parametrize(
     "file", ["eval_truthfulqa/v0_mc_task.json", "eval_winogrande/winogrande.jsonl", "eval_lambada/lambada_openai.jsonl", "eval_gsm8k/test.jsonl"]
 )

@@ -52,6 +52,9 @@ def test_what_rules_find_out_joins_what_the_source_says():
     assert json.loads(made.meta) == {"url": "é", "n": 4} and made.text == "aa"
 
 
+REAL = {"judge": lambda text: "", "edit": lambda text: (text, 0), "mark": lambda text: b"x"}
+
+
 @pytest.mark.parametrize("form", ["judge", "edit", "mark"])
 def test_a_rule_that_fails_is_named_with_the_documents(form):
     def bad(texts):
@@ -60,6 +63,9 @@ def test_a_rule_that_fails_is_named_with_the_documents(form):
     rule = filters.Rule("mine:bad", **{form: bad})
     with pytest.raises(UserError, match=r"mine:bad raised KeyError \('key'\) on web/1, web/2, web/3 and 1 more"):
         filters.judge(documents(*"abcd"), [rule])
+    bad_one = filters.Rule("mine:one", **{form: lambda texts: [1 / len(text) and REAL[form](text) for text in texts]})
+    with pytest.raises(UserError, match=r"mine:one raised ZeroDivisionError \(division by zero\) on web/2\. Mend"):
+        filters.judge(documents("a", "", "c"), [bad_one])
     with pytest.raises(UserError, match=r"mine:bad gave 1 answers for 2 texts \(web/1, web/2\)"):
         filters.judge(documents("short", "b"), [rule])
 
@@ -311,7 +317,7 @@ def test_a_corpus_made_with_an_own_rule_is_another_when_the_rule_changes(tmp_pat
     steps = {step["rule"]: step for step in made.counts["steps"]}
     assert steps["cake"]["kept"]["web"]["rows"] == 2 and steps["pii_email"]["edits"] == {"web": 1}
     assert "pii_email made 1 edits in web" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"another config .rules: .*mine_run:cake"):
+    with pytest.raises(UserError, match=r"another config .rules\[0\]: .mine_run:cake.. of source \w+. there, .mine_run:cake"):
         prepare.run(asked(code.replace("'cake' in", "'plain' in")), tmp_path / "run")
     with pytest.raises(
         UserError, match=r"cake raised ZeroDivisionError \(division by zero\) on web/docs.jsonl:1, web/docs.jsonl:2, web/docs.jsonl:3"

@@ -8,10 +8,10 @@ import subprocess
 
 import pytest
 from conftest import ROOT
+from made_runs import write_runs
 
 from jaxpt.report import figures
 from jaxpt.report.page import write
-from runs import write_runs
 
 
 @pytest.fixture(scope="module")

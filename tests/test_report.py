@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
+from made_runs import HOSTILE, SPEC, Page, growth, write_json, write_manifest, write_runs
 
 from jaxpt import stage
 from jaxpt.report import figures, live, plan, summary, training
 from jaxpt.report.page import SECTIONS, render, write
 from jaxpt.report.read import MAX_DROPPED, MAX_EXCERPT, load_run, load_runs, n_params
 from jaxpt.spec import UserError
-from runs import HOSTILE, SPEC, Page, growth, write_json, write_manifest, write_runs
 
 
 @pytest.fixture

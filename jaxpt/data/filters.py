@@ -277,19 +277,31 @@ def answers(rule: Rule, step: Callable[[list[Text]], list], texts: list[Text], i
     """What a step of the rule says of the texts. Raises UserError, naming the rule and the documents, where it fails."""
     if not texts:
         return []
-    those = ", ".join(ids[:3]) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")
     try:
         said = list(step(texts))
     except UserError:
         raise
     except Exception as error:  # an own rule may raise anything
-        raise UserError(
-            f"prepare.rules: {rule.name} raised {type(error).__name__} ({first_line(error)}) on {those}. Mend the rule or leave it out."
-        ) from error
+        alone = [id for text, id in zip(texts, ids, strict=True) if fails(step, text)]
+        trouble = f"raised {type(error).__name__} ({first_line(error)}) on {some(alone or ids)}"
+        raise UserError(f"prepare.rules: {rule.name} {trouble}. Mend the rule or leave it out.") from error
     if len(said) != len(texts):
-        raise UserError(f"prepare.rules: {rule.name} gave {len(said)} answers for {len(texts)} texts ({those}), wanted one for each.")
+        raise UserError(f"prepare.rules: {rule.name} gave {len(said)} answers for {len(texts)} texts ({some(ids)}), wanted one for each.")
     for id, answer in zip(ids, said, strict=True):
         if not isinstance(answer, str if rule.judge else tuple if rule.edit else bytes):
             wanted = "the reason in words to drop it, or ''" if rule.judge else "(new text, number of edits)"
             raise UserError(f"prepare.rules: {rule.name} answered {answer!r} for {id}, wanted {wanted}.")
     return said
+
+
+def fails(step: Callable[[list[Text]], list], text: Text) -> bool:
+    """Whether the step fails on this text by itself."""
+    try:
+        step([text])
+    except Exception:
+        return True
+    return False
+
+
+def some(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:3]) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import pathlib
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
 from jaxpt import stage
-from jaxpt.data import benchmarks, decontaminate
+from jaxpt.data import benchmarks, decontaminate, engine
 from jaxpt.lineage import lineage_of
 
+WORTH_PROCESSES = 2**25  # bytes of shards from which processes of their own are started: that takes some seconds
 EXAMPLES = 3  # overlapping items of each task that the results quote
 
 
@@ -52,7 +55,7 @@ def measure(corpora: Corpora, samples: dict[str, list[dict]], configs: dict[str,
     for task, logged in samples.items():
         docs = {each["doc_id"]: each["doc"] for each in logged}
         items += [benchmarks.Item(task, str(number), benchmarks.text_of(doc), {}) for number, doc in docs.items()]
-    shared, n_documents = overlaps(decontaminate.Index(items), corpora.directories)
+    shared, n_documents = overlaps(items, corpora.directories)
     tasks = {}
     for task, logged in samples.items():
         own = [item for item in items if item.task == task]
@@ -67,20 +70,43 @@ def measure(corpora: Corpora, samples: dict[str, list[dict]], configs: dict[str,
     return {"ngram": decontaminate.NGRAM, "corpora": n_documents, "unknown": corpora.unknown, "tasks": tasks}
 
 
-def overlaps(index: decontaminate.Index, directories: list[pathlib.Path]) -> tuple[dict[tuple[str, str], tuple[str, str]], dict[str, int]]:
-    """({(task, item): (13 words that it shares, id of the first document that has them)}, {corpus: its training documents})."""
+def overlaps(items: list[benchmarks.Item], directories: list[pathlib.Path]) -> tuple[dict[tuple[str, str], tuple[str, str]], dict[str, int]]:
+    """({(task, item): (13 words that it shares, id of the first document that has them)}, {corpus: its training documents}).
+
+    A shard is a job; of several, each core does its own (20 MB a second and core).
+    """
+    asked = json.dumps([[item.task, item.id, item.text] for item in items])
+    shards = {directory: sorted((directory / "train").glob("*.parquet")) for directory in directories}
+    n_documents = {str(directory): sum(pq.read_metadata(file).num_rows for file in files) for directory, files in shards.items()}
+    jobs = [{"file": str(file), "items": asked} for files in shards.values() for file in files]
+    small = sum(pathlib.Path(job["file"]).stat().st_size for job in jobs) < WORTH_PROCESSES
+    found = {}
+    with stage.progress("contamination", sum(n_documents.values()), "documents") as advance:
+        for answer in map(of_shard, jobs) if small else engine.each("local", of_shard, jobs):
+            found[answer["file"]] = answer["shared"]
+            advance(answer["documents"])
     shared: dict[tuple[str, str], tuple[str, str]] = {}
-    n_documents = {}
-    for directory in directories:
-        shards = [pq.ParquetFile(file) for file in sorted((directory / "train").glob("*.parquet"))]
-        n_documents[str(directory)] = sum(shard.metadata.num_rows for shard in shards)
-        with stage.progress(f"contamination: {directory}", n_documents[str(directory)], "documents") as advance:
-            for batch in (batch for shard in shards for batch in shard.iter_batches(256, columns=["id", "text"])):
-                for document, text in zip(batch["id"].to_pylist(), batch["text"].to_pylist(), strict=True):
-                    for item, words in index.hits(text):
-                        shared.setdefault((item.task, item.id), (words, document))
-                advance(batch.num_rows)
+    for job in jobs:  # in the order of the corpora, however the jobs ended
+        for task, item, words, document in found[job["file"]]:
+            shared.setdefault((task, item), (words, document))
     return shared, n_documents
+
+
+def of_shard(job: dict[str, str]) -> dict[str, Any]:
+    """{"file", "documents": how many it holds, "shared": [[task, item, words, id of the first document], ...]} of a shard."""
+    index, shared, n = index_of(job["items"]), {}, 0
+    for batch in pq.ParquetFile(job["file"]).iter_batches(256, columns=["id", "text"]):
+        for document, text in zip(batch["id"].to_pylist(), batch["text"].to_pylist(), strict=True):
+            for item, words in index.hits(text):
+                shared.setdefault((item.task, item.id), (words, document))
+        n += batch.num_rows
+    return {"file": job["file"], "documents": n, "shared": [[*key, *value] for key, value in shared.items()]}
+
+
+@functools.lru_cache(maxsize=1)
+def index_of(items: str) -> decontaminate.Index:
+    """Of items as JSON; made once in each process."""
+    return decontaminate.Index([benchmarks.Item(task, id, text, {}) for task, id, text in json.loads(items)])
 
 
 def scores(logged: list[dict], settings: dict) -> dict[str, float]:

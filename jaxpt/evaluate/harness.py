@@ -172,8 +172,8 @@ def score_source(source: sources.Source, loaded: initialize.Loaded, encoder: tok
     """Bits per byte of a source's first `limit` documents, in the form of the harness's results."""
     name = OURS + source.name
     texts = [document.text for document in itertools.islice(source.documents(), limit)]
-    if not texts:
-        raise UserError(f"{name}: {source.where} holds no documents, so there is nothing to score. Check the path.")
+    if not any(texts):
+        raise UserError(f"{name}: {source.where} holds no text, so there is nothing to score. Check the path.")
     token_ids = encoder.encode_batch(texts)
     first = encoder.eos_id if encoder.bos_id is None else encoder.bos_id
     if hf_dir is None:

@@ -16,19 +16,15 @@ from jaxpt.report import data, differences, evaluation, growth, lineage, plan, s
 from jaxpt.report.figures import PLOT, scripts
 from jaxpt.report.markup import esc, small
 from jaxpt.report.read import RunData, load_runs
-from jaxpt.spec import UserError
 
 
 def write(directories: Iterable[str | pathlib.Path], to: str | pathlib.Path) -> list[RunData]:
     """Write the page of these run directories, shown in this order, to the file `to`. Returns what was read of each.
 
-    Raises UserError where a directory is not there or `to` is one.
+    Raises UserError where a directory is not there or `to` cannot be written.
     """
-    to = stage.local_path(to)
-    if to.is_dir():
-        raise UserError(f"--to {to}: is a directory. Name the file to write, such as {to / 'report.html'}.")
+    to = stage.result_path(pathlib.Path(to), "report.html")
     runs = load_runs(directories)
-    to.parent.mkdir(parents=True, exist_ok=True)
     stage.write_whole(to, render(runs))
     return runs
 

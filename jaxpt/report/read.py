@@ -104,24 +104,37 @@ def read_metrics(path: pathlib.Path, notes: list[str]) -> dict[str, list]:
     by_step, marks, broken = {"train": {}, "heldout": {}, "skipped": {}}, [], []
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
     for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            step = int(record["step"])
-        except (ValueError, TypeError, KeyError, OverflowError):
+        record = record_in(line)
+        if record is None:
             broken.append(number)
-            continue
-        if record.get("resumed"):
-            marks.append((step, "resumed"))
+        elif record.get("resumed"):
+            marks.append((record["step"], "resumed"))
         elif record.get("grown"):
-            marks.append((step, f"grown by {record['grown']}"))
+            marks.append((record["step"], f"grown by {record['grown']}"))
         else:
-            kind = next((kind for kind in ("heldout", "skipped") if isinstance(record.get(kind), dict)), "train")
-            by_step[kind][step] = record
+            kind = next((kind for kind in ("heldout", "skipped") if kind in record), "train")
+            by_step[kind][record["step"]] = record
     if broken == [len(lines)]:
         notes.append(f"{path}: the last line is half-written, as a running or killed run leaves it; left out.")
     elif broken:
         notes.append(f"{path}: {len(broken)} lines cannot be read, the first is line {broken[0]}; left out.")
+    if wild := [step for step, record in by_step["train"].items() if finite(record.get("loss")) is None]:
+        notes.append(
+            f"{path}: the loss is no finite number in {len(wild)} of {len(by_step['train'])} records, first at step {min(wild)}; no curve shows it."
+        )
     return {name: [found[step] for step in sorted(found)] for name, found in by_step.items()} | {"marks": list(dict.fromkeys(marks))}
+
+
+def record_in(line: str) -> dict | None:
+    """A record of metrics.jsonl; None where the line holds none."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    forms = {"step": int, "heldout": dict, "parent": dict, "skipped": dict, "epochs": dict}
+    if not isinstance(record, dict) or "step" not in record:
+        return None
+    return record if all(isinstance(record[key], form) for key, form in forms.items() if key in record) else None
 
 
 def read_dropped(directory: pathlib.Path, notes: list[str]) -> dict[str, list[dict]]:

@@ -49,7 +49,8 @@ def load(source: pathlib.Path | str, mesh, dtype: str = "float32") -> Loaded:
         raise UserError(f"{source}: no such directory. Wanted a run, a checkpoint or a Hugging Face model directory.")
     step_dir = checkpoint.find(source)
     if step_dir is None:
-        if not (source / "config.json").is_file() or (source / "checkpoints").is_dir():
+        is_run = (source / "checkpoints").is_dir() or (source / "spec.json").is_file()
+        if is_run or not (source / "config.json").is_file():
             raise UserError(f"{source}: holds no finished checkpoint and no Hugging Face model. Train it first, or check the path.")
         spec, params = huggingface.load(source, mesh, dtype)
         has_tokenizer = (source / "tokenizer.json").is_file()
