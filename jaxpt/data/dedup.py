@@ -3,7 +3,7 @@
 Near-duplicates: MinHash over word 5-grams of the normalised text (lower case, no punctuation, single spaces), 128
 hashes in 32 bands of 4. Two documents that agree in a band are compared by their whole signatures; from half of the
 hashes on (an estimated Jaccard similarity of 0.5) they are joined, and of each connected group the first is kept. A
-pair is found with probability 0.995 at a true similarity of 0.63 (one word in twenty changed), 0.51 at 0.5, 0.01 at 0.4.
+pair is found with probability 0.995 at a true similarity of 0.63 (one word in twenty changed), half of the time at 0.5, hardly ever at 0.4.
 
 Source: Broder (1997), "On the resemblance and containment of documents"; a shared band at similarity s has
 probability 1 - (1 - s^4)^32; the figures above hold the comparison too.
