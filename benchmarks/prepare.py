@@ -275,11 +275,7 @@ def main() -> None:
             case "near":
                 beside("near", asked.docs, home, asked.peer, asked.repeats, ["near_dedup=True", "heldout_frac=0.0"])
             case "gopher":
-                settings = [
-                    "preset=gopher",
-                    "rules=('-exact_dedup','gopher_alphabetic(marks=True)')",
-                    "heldout_frac=0.0",
-                ]  # as datatrove counts words
+                settings = ["preset=gopher", "rules=('-exact_dedup',)", "heldout_frac=0.0"]
                 beside("gopher", asked.docs, home, asked.peer, asked.repeats, settings)
             case "recall":
                 recall(asked.texts, home, asked.peer)

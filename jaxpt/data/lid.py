@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import scipy.sparse
 
 KEPT_WORDS = 2**18  # of which the sums are kept, about 20 MB with their names; then it begins again
+NONE = np.uint16(2**16 - 1)  # in place of the row of an n-gram that the model does not have
 END = "</s>"  # what fastText reads at the end of a line
 FNV_START, FNV_PRIME = np.uint32(2166136261), np.uint32(16777619)
 BATCH_CHARS = 2**21  # of text at once
@@ -48,12 +49,12 @@ class Model:
                 name += byte
             entries.append((name, *take("qb")))
         self.n_buckets = np.uint32(self.n_buckets)
-        self.pruned = np.full(self.n_buckets, -1, np.int32)
+        self.pruned = np.full(self.n_buckets, NONE, np.uint16)
         if n_pruned > 0:
             pairs = array("<i4", 2 * n_pruned).reshape(-1, 2)
             self.pruned[pairs[:, 0]] = pairs[:, 1]
         quantized = take("?")
-        if (magic, version, word_ngrams, loss, kind, quantized) != (793712314, 12, 1, 1, 3, True) or n_pruned < 0 or self.shortest < 2:
+        if (magic, version, word_ngrams, loss, kind, quantized) != (793712314, 12, 1, 1, 3, True) or not 0 <= n_pruned < NONE or self.shortest < 2:
             raise ValueError(f"{file}: not a quantized fastText 0.9 model of single words with hierarchical softmax")
         self.rows = dequantized(take, array)
         take("?")
@@ -82,14 +83,17 @@ class Model:
         return list(itertools.chain(*labels)), np.concatenate(scores), np.concatenate(leads)
 
     def batch(self, texts: Sequence[str]) -> tuple[list[str], np.ndarray, np.ndarray]:
-        split = pc.ascii_split_whitespace(pa.array([text.replace("\0", " ") + " " + END for text in texts], pa.large_string()))
+        lines = [f"{text} {END}".replace("\0", " ").encode() for text in texts]
+        ends = np.cumsum([0, *map(len, lines)])
+        split = pc.ascii_split_whitespace(pa.LargeStringArray.from_buffers(len(lines), pa.py_buffer(ends), pa.py_buffer(b"".join(lines))))
         words = split.flatten().dictionary_encode()
         where = words.indices.to_numpy()
         sums, counts = self.looked_up(words.dictionary, np.bincount(where, minlength=len(words.dictionary)) > 1)
         stand_in = scipy.sparse.csr_matrix((np.ones(len(where), np.float32), where, split.offsets.to_numpy()), (len(texts), len(sums)))
         hidden = stand_in @ sums / (stand_in @ counts)[:, None]
         # einsum and a sparse product: the threads of a BLAS would stand in each other's way, with a process on each core
-        right = 1 / (1 + np.exp(-np.einsum("td,nd->nt", hidden, self.nodes)))
+        with np.errstate(over="ignore"):  # of what is surely left
+            right = 1 / (1 + np.exp(-np.einsum("td,nd->nt", hidden, self.nodes)))
         turns = np.log(np.concatenate([1 - right, right]) + np.float32(1e-5))  # fastText's own guard against log(0)
         scores = np.minimum(np.exp(self.paths @ turns), 1).T
         best = scores.argmax(1)
@@ -102,13 +106,14 @@ class Model:
             self.forget()
         at = pc.fill_null(pc.index_in(words, self.known), -1).to_numpy()
         fresh, sums, counts = at < 0, self.sums[at], self.counts[at]
-        sums[fresh] = counts[fresh] = 0
-        places = np.flatnonzero(fresh)
+        n_new, n_rows = fresh.sum(), 0
+        new = np.zeros((n_new, self.rows.shape[1]), np.float32)
         for of, rows in self.pieces(words.filter(pa.array(fresh))):
-            n_rows = np.bincount(of, minlength=len(places))
-            pieces = scipy.sparse.csr_matrix((np.ones(len(rows), np.float32), rows, np.cumsum([0, *n_rows])), (len(places), len(self.rows)))
-            sums[places] += pieces @ self.rows
-            counts[places] += n_rows
+            starts = np.zeros(n_new + 1, np.int32)
+            np.cumsum(np.bincount(of, minlength=n_new), out=starts[1:])
+            new += scipy.sparse.csr_matrix((np.ones(len(rows), np.float32), rows, starts), (n_new, len(self.rows))) @ self.rows
+            n_rows += np.diff(starts)
+        sums[fresh], counts[fresh] = new, n_rows
         keep = fresh & often
         self.known = pa.concat_arrays([self.known, words.filter(pa.array(keep))])
         self.sums, self.counts = np.concatenate([self.sums, sums[keep]]), np.concatenate([self.counts, counts[keep]])
@@ -124,11 +129,11 @@ class Model:
             spelled = pc.binary_join_element_wise(begin, words.filter(chosen), end, nothing)
             offsets, data = (np.frombuffer(buffer, dtype) for buffer, dtype in zip(spelled.buffers()[1:], (np.int64, np.uint8), strict=True))
             lengths = np.diff(offsets[: len(spelled) + 1])
-            word_of = np.repeat(np.flatnonzero(chosen.to_numpy(zero_copy_only=False)), lengths)
+            word_of = np.repeat(np.flatnonzero(chosen.to_numpy(zero_copy_only=False)).astype(np.int32), lengths)
             for first, last, hashes in ngrams(data[: len(word_of)], word_of):
                 rows = self.pruned[hashes - hashes // self.n_buckets * self.n_buckets]  # the remainder, which numpy finds more slowly
-                found = np.flatnonzero((rows >= 0) & (first == last))
-                yield first[found], rows[found] + self.n_words
+                found = np.flatnonzero((rows != NONE) & (first == last))
+                yield first[found], rows[found].astype(np.int32) + self.n_words
 
     def ngrams_of_bytes(self, data: np.ndarray, word_of: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(word number of its first character, of its last, hash) of each n-gram, where each character is a byte."""
