@@ -12,13 +12,11 @@ name when it is whole, so a killed run goes on with the jobs that were not done.
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import heapq
 import itertools
 import json
-import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jaxpt import config, stage
-from jaxpt.data import benchmarks, decontaminate, dedup, engine, filters, sources, tokenizer
+from jaxpt.data import benchmarks, decontaminate, dedup, engine, filters, jobs, sources, tokenizer
 from jaxpt.spec import Manifest, UserError
 
 SAMPLES = 50  # dropped documents shown for each rule
@@ -84,7 +82,7 @@ def run(settings: config.Config, workdir: pathlib.Path, replace: bool = False) -
 
     def work(partial: pathlib.Path) -> dict[str, Any]:
         home = partial.resolve() / ".work"
-        do = functools.partial(finish, knobs.engine, home)
+        do = functools.partial(jobs.finish, knobs.engine, home)
         files, unread = read(do, found, knobs)
         rows = judge(do, files, found, asked, rules, home)
         dropped_by, twin = decide(rows, rules)
@@ -136,61 +134,6 @@ def place(rules: Sequence[filters.Rule], name: str) -> int | None:
     return next((k for k, rule in enumerate(rules) if rule.name == name), None)
 
 
-# ---- jobs
-
-
-def finish(where: str, home: pathlib.Path, work: Callable[..., int], jobs: list[dict], label: str, unit: str, total: int | None, n_bytes: int):
-    """What work has told of each of the jobs, in their order: of now, or of a killed run that was asked the very same.
-
-    A job is what JSON can say; the files that it writes begin with job["to"]. work gives how much of the unit it has done.
-    """
-    directory = home / work.__name__
-    directory.mkdir(parents=True, exist_ok=True)
-    jobs = [{**job, "to": str(directory / f"{i:06d}")} for i, job in enumerate(jobs)]
-    jobs = [{**job, "request": stage.fingerprint([job, program()])} for job in jobs]
-    left = [job for job in jobs if told(job) is None]
-    with stage.progress(f"prepare: {label}", total, unit) as advance:
-        if n_bytes <= HERE[work.__name__] or len(left) == 1:
-            for job in left:
-                work(job, advance)
-        else:
-            for n in engine.each(where, work, left):
-                advance(n)
-    return [told(job) for job in jobs]
-
-
-@functools.cache
-def program() -> str:
-    """Fingerprint of what does the jobs: this directory's code and the packages."""
-    code = sorted(pathlib.Path(__file__).parent.glob("*.py"))
-    return stage.fingerprint([stage.versions(), {file.name: stage.sha256(file) for file in code}])
-
-
-def told(job: dict) -> dict[str, Any] | None:
-    """What a finished job has told, if its files are there as it left them."""
-    answer = stage.answered(pathlib.Path(f"{job['to']}.json"), job["request"])
-    if answer and all(pathlib.Path(file).is_file() and pathlib.Path(file).stat().st_size == size for file, size in answer["files"].items()):
-        return answer
-    return None
-
-
-def tell(job: dict, files: Sequence[pathlib.Path], **answer) -> None:
-    """A job is done, its files have their names; this is what it found."""
-    sizes = {str(file): file.stat().st_size for file in files}
-    stage.write_whole(pathlib.Path(f"{job['to']}.json"), json.dumps({"request": job["request"], "files": sizes, **answer}))
-
-
-@contextlib.contextmanager
-def named_when_whole(path: pathlib.Path, directory: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A name to write under in a directory of the same disk; the file gets its own when it is whole.
-
-    The name is this process's: what a killed run started may still be finishing the same job.
-    """
-    temporary = directory / f".{path.name}.{os.getpid()}"
-    yield temporary
-    temporary.rename(path)
-
-
 # ---- first pass: every document becomes a numbered row
 
 
@@ -208,15 +151,15 @@ def read(do: Callable, found: Sequence[sources.Source], knobs: config.Prepare) -
 
     Also what was passed over of each source: how many records and files, by reason, and the first sentences about what cannot be read.
     """
-    jobs, n_bytes, limit = [], 0, int(knobs.limit_mb * 1e6)
+    todo, n_bytes, limit = [], 0, int(knobs.limit_mb * 1e6)
     for k, source in enumerate(found):
         for piece, size in pieces(source):
-            jobs.append({"source": k, "piece": stage.plain(piece), "limit": limit, "room": JOB_BYTES, "on_error": knobs.on_error})
+            todo.append({"source": k, "piece": stage.plain(piece), "limit": limit, "room": JOB_BYTES, "on_error": knobs.on_error})
             n_bytes += size
-    answers = do(read_piece, jobs, "reading", "B", None, n_bytes)
+    answers = do(read_piece, todo, "reading", "B", None, n_bytes > HERE["read_piece"])
     files, unread = [], {}
     for k, source in enumerate(found):
-        mine = [answer for job, answer in zip(jobs, answers, strict=True) if job["source"] == k]
+        mine = [answer for job, answer in zip(todo, answers, strict=True) if job["source"] == k]
         paths = [pathlib.Path(path) for answer in mine for path in answer["files"]]
         ceiling, n_taken = min(answer["ceiling"] for answer in mine), sum(sum(answer["rows"]) for answer in mine)
         if limit and paths:
@@ -246,7 +189,7 @@ def pieces(source: sources.Source) -> Iterator[tuple[sources.Source, int]]:
             yield dataclasses.replace(source, files=tuple(files)), n_bytes
             files, n_bytes = [], 0
     if files or not source.files:
-        yield dataclasses.replace(source, files=tuple(files)), n_bytes or HERE[read_piece.__name__]  # what has no files: nobody knows
+        yield dataclasses.replace(source, files=tuple(files)), n_bytes or HERE["read_piece"]  # what has no files: nobody knows
 
 
 def read_piece(job: dict, advance: Callable[[int], None] = lambda n: None) -> int:
@@ -264,7 +207,7 @@ def read_piece(job: dict, advance: Callable[[int], None] = lambda n: None) -> in
     for n in itertools.count():
         file = pathlib.Path(f"{job['to']}-{n:05d}.arrow")
         with (
-            named_when_whole(file, file.parent) as temporary,
+            jobs.named_when_whole(file, file.parent) as temporary,
             pa.OSFile(str(temporary), "wb") as sink,
             pa.ipc.new_file(sink, READ, options=COMPRESSED) as out,
         ):
@@ -282,7 +225,7 @@ def read_piece(job: dict, advance: Callable[[int], None] = lambda n: None) -> in
         files.append(file)
         rows.append(n_rows)
         total += n_bytes
-    tell(job, files, rows=rows, ceiling=taken.ceiling, unread=unread, first=first)
+    jobs.tell(job, files, rows=rows, ceiling=taken.ceiling, unread=unread, first=first)
     return total
 
 
@@ -380,8 +323,8 @@ def judge(do: Callable, files: list[Read], found: Sequence[sources.Source], aske
     if place(rules, EXACT) is not None:
         np.save(repeats, repeated(files, starts))
     same = {"asked": asked, "repeats": None if place(rules, EXACT) is None else str(repeats)}
-    jobs = [{**same, "file": str(file.path), "ceiling": file.ceiling, "start": int(start)} for file, start in zip(files, starts, strict=False)]
-    answers = do(judge_rows, jobs, "judging", "documents", int(starts[-1]), sum(file.path.stat().st_size for file in files))
+    todo = [{**same, "file": str(file.path), "ceiling": file.ceiling, "start": int(start)} for file, start in zip(files, starts, strict=False)]
+    answers = do(judge_rows, todo, "judging", "documents", int(starts[-1]), sum(file.path.stat().st_size for file in files) > HERE["judge_rows"])
     judged = [pathlib.Path(next(iter(answer["files"]))) for answer in answers]
     return Rows([source.name for source in found], files, judged, starts, int(json.loads(asked)["heldout_frac"] * 2**64))
 
@@ -421,7 +364,7 @@ def judge_rows(job: dict, advance: Callable[[int], None] = lambda n: None) -> in
     repeats = np.load(job["repeats"], mmap_mode="r") if job["repeats"] else None
     signatures, n = [], 0
     with (
-        named_when_whole(file, file.parent) as temporary,
+        jobs.named_when_whole(file, file.parent) as temporary,
         pa.OSFile(str(temporary), "wb") as sink,
         pa.ipc.new_file(sink, schema, options=COMPRESSED) as out,
     ):
@@ -435,7 +378,7 @@ def judge_rows(job: dict, advance: Callable[[int], None] = lambda n: None) -> in
             n += len(taken)
             advance(len(taken))
     kept = dedup.keep(pathlib.Path(job["to"]), signatures) if place(rules, NEAR) is not None else []
-    tell(job, [file, *kept])
+    jobs.tell(job, [file, *kept])
     return n
 
 
@@ -534,7 +477,7 @@ def write(
     shown = samples(rows.all("show"), dropped_by, len(rules))
     named = np.unique(twin[shown][twin[shown] >= 0])
     sizes, split, of_source = rows.all("new.bytes"), rows.all("split"), np.array([file.source for file in rows.files])
-    jobs = []
+    todo = []
     for (k, name), side in itertools.product(enumerate(rows.names), ("train", "heldout")):
         low, high = (int(rows.starts[i]) for i in np.searchsorted(of_source, [k, k + 1]))
         kept = stays(dropped_by[low:high], split[low:high], side, len(rules), rows.heldout)
@@ -545,14 +488,14 @@ def write(
             if file or side == "train":
                 i, j = np.searchsorted(rows.starts, first, "right") - 1, np.searchsorted(rows.starts, stop)
                 parts = [[str(rows.files[f].path), str(rows.judged[f]), int(rows.starts[f])] for f in range(i, j)]
-                jobs.append({"asked": asked, "name": name, "side": side, "file": file, "parts": parts, "first": int(first), "stop": int(stop)})
-                jobs[-1] |= {"dropped_by": str(decided), "heldout": rows.heldout, "shown": here[0], "named": here[1]}
+                todo.append({"asked": asked, "name": name, "side": side, "file": file, "parts": parts, "first": int(first), "stop": int(stop)})
+                todo[-1] |= {"dropped_by": str(decided), "heldout": rows.heldout, "shown": here[0], "named": here[1]}
     for side in ("train", "heldout"):
         (out / side).mkdir(exist_ok=True)
-        for file in set(map(str, (out / side).iterdir())) - {job["file"] for job in jobs}:  # of other jobs, before the code was changed
+        for file in set(map(str, (out / side).iterdir())) - {job["file"] for job in todo}:  # of other jobs, before the code was changed
             pathlib.Path(file).unlink()
-    total = int(rows.starts[-1]) + sum(job["stop"] - job["first"] for job in jobs if job["side"] == "heldout")
-    answers = do(write_shard, jobs, "writing", "documents", total, sum(file.path.stat().st_size for file in rows.files))
+    total = int(rows.starts[-1]) + sum(job["stop"] - job["first"] for job in todo if job["side"] == "heldout")
+    answers = do(write_shard, todo, "writing", "documents", total, sum(file.path.stat().st_size for file in rows.files) > HERE["write_shard"])
     ids = {int(row): id for answer in answers for row, id in answer["ids"].items()}
     found = {int(row): sample for answer in answers for row, sample in answer["samples"].items()}
     shutil.rmtree(out / "dropped", ignore_errors=True)
@@ -631,11 +574,11 @@ def write_shard(job: dict, advance: Callable[[int], None] = lambda n: None) -> i
                 ]
 
     if job["file"]:
-        with named_when_whole(pathlib.Path(job["file"]), pathlib.Path(job["to"]).parent) as temporary:
+        with jobs.named_when_whole(pathlib.Path(job["file"]), pathlib.Path(job["to"]).parent) as temporary:
             write_groups(temporary, tables(), groups)
     else:
         collections.deque(tables(), maxlen=0)
-    tell(job, [pathlib.Path(job["file"])] if job["file"] else [], **told)
+    jobs.tell(job, [pathlib.Path(job["file"])] if job["file"] else [], **told)
     return stop - first
 
 

@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 import unicodedata
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -94,27 +95,43 @@ def continuations(
     with bar as advance:
         for prompt, ids in zip(prompts, token_ids, strict=True):
             decode.generate(loaded.spec, loaded.params, [ids], watch=lambda *_: True, **settings)  # compiles, and stops at the first token
-            written = ""
-
-            def write(text: str) -> None:
-                nonlocal written
-                print(printable(text[len(written) :]), end="", flush=True)
-                written = text
-
-            def watch(row: int, new: list[int], ids=ids, write=write) -> None:
-                write(continuation(encoder, ids, new).rstrip("\N{REPLACEMENT CHARACTER}"))  # a character may take several tokens
-
             if live:
                 stage.say(f"\n{name} > {printable(prompt)}")
+            show = typing(encoder, ids) if live else counting(advance, max_new)
             start = time.monotonic()
-            (new,) = decode.generate(loaded.spec, loaded.params, [ids], watch=watch if live else None, watch_every=4, **settings)
+            (new,) = decode.generate(loaded.spec, loaded.params, [ids], watch=lambda row, new, show=show: show(new), watch_every=4, **settings)
             done.append({"text": continuation(encoder, ids, new), "tokens": len(new), "seconds": round(time.monotonic() - start, 3)})
-            if live:
-                write(done[-1]["text"] + "\n")
-            advance(max_new)
+            show(new, ended=True)
     n_tokens, seconds = (sum(each[key] for each in done) for key in ("tokens", "seconds"))
     stage.say(f"{name}: {n_tokens:,} tokens in {seconds:,.1f} s")
     return done
+
+
+def typing(encoder: tokenizer.Tokenizer, ids: list[int]) -> Callable[..., None]:
+    """show(new, ended=False) puts on the terminal what the new tokens have added to the text since it was called last."""
+    shown = ""
+
+    def show(new: list[int], ended: bool = False) -> None:
+        nonlocal shown
+        text = continuation(encoder, ids, new)
+        text = text if ended else text.rstrip("\N{REPLACEMENT CHARACTER}")  # a character may take several tokens
+        print(printable(text[len(shown) :]), end="\n" if ended else "", flush=True)
+        shown = text
+
+    return show
+
+
+def counting(advance: Callable[[int], None], most: int) -> Callable[..., None]:
+    """The same for a progress bar of `most` tokens a text; a text that ended counts whole."""
+    counted = 0
+
+    def show(new: list[int], ended: bool = False) -> None:
+        nonlocal counted
+        now = most if ended else len(new)
+        advance(now - counted)
+        counted = now
+
+    return show
 
 
 def continuation(encoder: tokenizer.Tokenizer, ids: list[int], new: list[int]) -> str:

@@ -208,9 +208,8 @@ def band_attend(q, k, v, q_segments, k_segments, places, window, sees):
     return jnp.moveaxis(jax.lax.map(one, (chunked(grouped), chunked(q_segments), places.reshape(n, QUERY_CHUNK))), 0, 1).reshape(q.shape)
 
 
-@functools.partial(
-    jax.checkpoint, static_argnums=(6, 7)
-)  # backward computes the scores again: they are the largest thing a layer would otherwise keep
+# backward computes the scores again: they are the largest thing a layer would otherwise keep
+@functools.partial(jax.checkpoint, static_argnums=(6, 7))
 def chunk_attend(q, k, v, q_segments, k_segments, places, window, sees):
     """One chunk of queries; query i stands at places[i] of the keys. q [B, T, K, G, H], k and v [B, S, K, H]."""
     S, H = k.shape[1], q.shape[-1]

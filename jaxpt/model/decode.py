@@ -89,12 +89,12 @@ def layer_by_layer(params: dict[str, Any]) -> dict[str, Any]:
 
     XLA's CPU compiler copies a layer out of a stack before it multiplies with it; for a product with one token that is most of the time.
     """
-    device, *others = jax.tree.leaves(params)[0].sharding.mesh.devices.flat
-    if device.platform != "cpu" or others:
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
         return params
     blocks = jax.tree.map(np.asarray, params["blocks"])  # views of the same memory
     n_layers = len(jax.tree.leaves(blocks)[0])
-    where = sharding(jax.tree.leaves(params)[0].sharding.mesh, ())
+    where = sharding(mesh, ())
     return params | {"blocks": tuple(jax.device_put(jax.tree.map(lambda x, i=i: x[i], blocks), where) for i in range(n_layers))}
 
 
