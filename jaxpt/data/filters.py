@@ -166,6 +166,8 @@ def made(one: Asked) -> Rule:
         raise UserError(f"prepare.rules: {one.name} needs a value for {needed[0]}: {one.name}({needed[0]}=...).")
     told = ", ".join(f"{key}={value!r}" for key, value in settings.items())
     says = f"{one.origin}:{one.name}({told}) of source {source}" if one.origin else f"{one.name}({told})"
+    if "path" in settings and not one.origin:
+        says += f" of list {fingerprint_of_list(one.name, settings['path'])}"
     if function in MARKS.values():
         return Rule(one.name, says=says, mark=functools.partial(function, **settings))
     if one.origin:
@@ -175,6 +177,14 @@ def made(one: Asked) -> Rule:
         batch = function in rules.BATCHES
         step, edits = functools.partial(function, **settings) if batch else functools.partial(each, function, settings), one.name in rules.EDITS
     return Rule(one.name, says=says, **{"edit" if edits else "judge": step})
+
+
+def fingerprint_of_list(name: str, path: Any) -> str:
+    try:
+        rules.lines_of(path)
+        return stage.sha256(pathlib.Path(path))[:16]
+    except (OSError, TypeError, UnicodeDecodeError) as error:
+        raise UserError(f"prepare.rules: {name}(path={path!r}): cannot be read as a list ({first_line(error)}). Name a UTF-8 file.") from None
 
 
 def each(rule: Callable[..., Any], settings: dict[str, Any], texts: list[Text]) -> list[Any]:
@@ -232,7 +242,7 @@ def judge(documents: Sequence[Document], rules: Sequence[Rule]) -> Judged:
     learn from drops the document. Raises UserError, naming rule and documents, where a rule fails or does not answer for each text.
     """
     n = len(documents)
-    texts = [Text(document.text) for document in documents]
+    texts = [Text(document.text, meta=document.meta) for document in documents]
     prompt_chars = [document.prompt_chars for document in documents]
     failed, reasons = [len(rules)] * n, [""] * n
     edits: dict[int, list] = {k: [None] * n for k, rule in enumerate(rules) if rule.edit}
@@ -262,7 +272,7 @@ def judge(documents: Sequence[Document], rules: Sequence[Rule]) -> Judged:
                 if not text.strip():
                     failed[i], reasons[i] = k, "nothing is left of it"
                 elif (prompt + text) != texts[i]:
-                    texts[i], prompt_chars[i] = Text(prompt + text, texts[i].notes), len(prompt)
+                    texts[i], prompt_chars[i] = Text(prompt + text, texts[i].notes, texts[i].meta), len(prompt)
                 edits[k][i] = (n_edits + n_more, len(texts[i]), len(texts[i].encode()))
         alive = [i for i in alive if failed[i] == len(rules)]
     made = [
