@@ -24,6 +24,8 @@ def start(where: str):
         raise UserError(f"prepare.engine: got {where!r}, wanted local, ray or ray://HOST:PORT.")
     # Both send usage data home at import, unless told before it; daft's own bars would write over ours
     os.environ.update(DO_NOT_TRACK="1", SCARF_NO_ANALYTICS="1", RAY_USAGE_STATS_ENABLED="0", DAFT_PROGRESS_BAR="0")
+    # large arrays come and go: what is freed stays for the next one, or a twentieth of the time goes into pages that the system clears anew
+    os.environ.update(MALLOC_MMAP_THRESHOLD_=str(2**25), MALLOC_TRIM_THRESHOLD_=str(2**28))
     # its processes must find this package, in a clone that was not installed too
     here = str(pathlib.Path(__file__).resolve().parents[2])
     if here not in os.environ.get("PYTHONPATH", "").split(os.pathsep):

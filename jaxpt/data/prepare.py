@@ -17,6 +17,7 @@ import functools
 import heapq
 import itertools
 import json
+import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -216,7 +217,7 @@ def read_piece(job: dict, advance: Callable[[int], None] = lambda n: None) -> in
             n_rows = n_bytes = 0
             while n_bytes < job["room"] and (batch := next_batch(stream, min(BATCH_BYTES, job["room"] - n_bytes))):
                 columns = zip(*batch, strict=True)
-                out.write_batch(pa.record_batch([pa.array(each, field.type) for each, field in zip(columns, READ, strict=True)], schema=READ))
+                out.write_batch(pa.record_batch([column_of(each, field) for each, field in zip(columns, READ, strict=True)], schema=READ))
                 n_rows += len(batch)
                 size = sum(row[-1] for row in batch)
                 n_bytes += size
@@ -229,6 +230,13 @@ def read_piece(job: dict, advance: Callable[[int], None] = lambda n: None) -> in
         total += n_bytes
     jobs.tell(job, files, rows=rows, ceiling=taken.ceiling, unread=unread, first=first)
     return total
+
+
+def column_of(values: Sequence, field: pa.Field) -> pa.Array:
+    """Of READ. Texts come encoded, so they need neither a look at each nor a check: a third of the time."""
+    if field.name != "text":
+        return pa.array(values, field.type)
+    return pa.StringArray.from_buffers(len(values), pa.py_buffer(np.cumsum([0, *map(len, values)], dtype=np.int32)), pa.py_buffer(b"".join(values)))
 
 
 def next_batch(stream: Iterator[tuple], room: int) -> list[tuple]:
@@ -521,7 +529,8 @@ def write(
         for file in set(map(str, (out / side).iterdir())) - {job["file"] for job in todo}:  # of other jobs, before the code was changed
             pathlib.Path(file).unlink()
     total = int(rows.starts[-1]) + sum(job["stop"] - job["first"] for job in todo if job["side"] == "heldout")
-    answers = do(write_shard, todo, "writing", "documents", total, sum(file.path.stat().st_size for file in rows.files) > HERE["write_shard"])
+    apart = sum(file.path.stat().st_size for file in rows.files) > HERE["write_shard"]
+    answers = do(write_shard, todo, "writing", "documents", total, apart, os.cpu_count())
     ids = {int(row): id for answer in answers for row, id in answer["ids"].items()}
     found = {int(row): sample for answer in answers for row, sample in answer["samples"].items()}
     shutil.rmtree(out / "dropped", ignore_errors=True)
