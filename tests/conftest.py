@@ -6,6 +6,9 @@ import pathlib
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+# Most of the suite's time is compiling, for programs that run a moment: LLVM optimises none of them, here and in the processes that tests
+# start. XLA's own passes, and with them memory and sharding, are untouched. XLA_FLAGS=--xla_backend_optimization_level=3 has the users' way.
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
 import pytest
@@ -27,13 +30,13 @@ def data_dir():
     return directory
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def spec():
     """L5 K2 N6 H8 D24 F40 V96: no two sizes that a wrong transpose could swap."""
     return ModelSpec(n_layers=5, d_model=24, d_ff=40, n_heads=6, n_kv_heads=2, d_head=8, vocab_size=96, max_positions=64)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def one():
     """The mesh of one device."""
     return sharding.make_mesh(config.Mesh(), jax.devices()[:1])
