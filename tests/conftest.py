@@ -6,14 +6,21 @@ import pathlib
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
-# Most of the suite's time is compiling, for programs that run a moment: LLVM optimises none of them, here and in the processes that tests
-# start. XLA's own passes, and with them memory and sharding, are untouched. XLA_FLAGS=--xla_backend_optimization_level=3 has the users' way.
-os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+given = os.environ.get("XLA_FLAGS")
+# Most of the suite's time is compiling, for programs that run a moment: here LLVM optimises none of them. XLA's own passes, and with them
+# memory and sharding, are as ever. XLA_FLAGS=--xla_backend_optimization_level=3 has what users have, as the processes that tests start do:
+# those train for longer.
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {given or ''}"
 
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.devices()  # XLA has read its flags
+if given is None:
+    del os.environ["XLA_FLAGS"]
+else:
+    os.environ["XLA_FLAGS"] = given
 
 from jaxpt import config, sharding
 from jaxpt.spec import ModelSpec
