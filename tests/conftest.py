@@ -12,6 +12,7 @@ given = os.environ.get("XLA_FLAGS")
 # those train for longer.
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {given or ''}"
 
+import doors
 import jax
 import pytest
 
@@ -47,3 +48,24 @@ def spec():
 def one():
     """The mesh of one device."""
     return sharding.make_mesh(config.Mesh(), jax.devices()[:1])
+
+
+SMALL = """
+from jaxpt.config import defaults
+def get_config():
+    c = defaults()
+    c.prepare.sources, c.prepare.limit_mb, c.prepare.heldout_frac = ("python:prose", "python:code"), 0.3, 0.2
+    c.tokenizer.vocab_size, c.pack.row_len = 500, 64
+    return c
+"""
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """A directory with base/corpus, base/tokenizer and base/packed: a little of this Python's own texts, through the doors."""
+    home = tmp_path_factory.mktemp("texts")
+    (home / "small.py").write_text(SMALL)
+    for name in ("prepare", "train_tokenizer", "pack"):
+        status, told = doors.opened(str(ROOT / f"scripts/{name}.py"), ["--config", "small.py", "--workdir", "base"], home)
+        assert status == 0, told
+    return home

@@ -62,13 +62,13 @@ def door(name, *arguments, cwd, ok=True):
 
 
 @pytest.fixture(scope="module")
-def road(tmp_path_factory):
+def road(texts, tmp_path_factory):
     """A directory in which the road was walked to its end."""
     cwd = tmp_path_factory.mktemp("road")
+    shutil.copytree(texts / "base", cwd / "base")
     (cwd / "toy.py").write_text(RECIPE)
     (cwd / "prompts.txt").write_text("I am an engineer. I love\ndef find_max(numbers):\n")
-    for stage in ("prepare", "train_tokenizer", "pack", "train"):
-        door(stage, "--config", "toy.py", "--workdir", "base", cwd=cwd)
+    door("train", "--config", "toy.py", "--workdir", "base", cwd=cwd)
     door("initialize", "--from", "base", "--grow", "depth_upscale(m=1)", "--to", "grown", cwd=cwd)
     door("train", "--config", "toy.py:child", "--workdir", "child", cwd=cwd)
     for model in ("base", "child"):
