@@ -66,7 +66,7 @@ def test_no_token_sees_the_future(spec, one):
 @pytest.fixture(scope="module")
 def by_remat():
     """For every policy: (temporary bytes, gradients) of a loss, in the loop over layers that accelerators run."""
-    spec = ModelSpec(n_layers=12, d_model=48, d_ff=160, n_heads=6, n_kv_heads=2, d_head=16, vocab_size=96)
+    spec = ModelSpec(n_layers=20, d_model=48, d_ff=160, n_heads=6, n_kv_heads=2, d_head=16, vocab_size=96)
     params = llama.init(spec, 0, sharding.make_mesh(config.Mesh(), jax.devices()[:1]))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 96, (4, 128)), jnp.int32)
 
@@ -84,15 +84,15 @@ def by_remat():
 def test_every_remat_policy_gives_the_same_gradients(by_remat):
     (_, wanted), *others = by_remat.values()
     for _, gradients in others:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradients, wanted)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max()), gradients, wanted)
 
 
 def test_remat_policies_are_ordered_by_what_they_keep(by_remat):
     """And what they keep is what the planner says, in its elements a token and layer."""
-    L, tokens = 12, 4 * 128
+    L, tokens = 20, 4 * 128
     temporary = {remat: size for remat, (size, _) in by_remat.items()}
     assert temporary["none"] > temporary["dots"] > temporary["minimal"] > temporary["full"]
-    D, F, mixed, qkv = 48, 160, 96, 160
+    D, F, mixed, qkv = 48, 160, 96 + 6, 160  # and the logarithm of a sum for each of the six heads
     kept = {"minimal": mixed, "dots": mixed + qkv + D + 2 * F}
     for remat, elements in kept.items():
         assert temporary[remat] - temporary["full"] == pytest.approx(L * tokens * elements * 4, rel=0.25), remat
