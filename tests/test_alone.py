@@ -46,10 +46,11 @@ TWO = {"n": 2, "devices": 4}
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(texts, tmp_path_factory):
     """Packed rows and an uncut run of STEPS steps."""
     home = tmp_path_factory.mktemp("alone")
-    faults.prepare(home)
+    (home / "small.py").write_text(faults.RECIPE)
+    shutil.copytree(texts / "base", home / "data")
     faults.Job(home, "uncut", STEPS).ends()
     return home
 

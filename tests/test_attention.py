@@ -91,7 +91,9 @@ def test_no_backend_lets_a_document_see_its_neighbour(backend):
         assert (seen <= (np.asarray(segments) == 2)).all() and seen.sum() > 300
 
 
-@pytest.mark.parametrize(("T", "window"), [(130, None), (1300, 200), (1300, None)])  # a short second band; bands of two chunks, a short last one
+@pytest.mark.parametrize(
+    ("T", "window"), [(20, None), (130, None), (1300, 200), (1300, None)]
+)  # within a chunk; a short second band; bands of two chunks, a short last one
 def test_bands_of_queries_equal_the_formula(T, window):
     args = inputs(lengths=((T // 3, T // 2),), B=1, T=T)
     ours, wanted = (jax.jit(attend, static_argnums=4)(*args, window) for attend in (attention.attend, plain))
