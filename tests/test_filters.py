@@ -259,6 +259,30 @@ def test_an_edit_made_twice_changes_nothing_more():
         assert n and edit(once) == (once, 0), name
 
 
+def test_a_users_own_lists_drop_by_words_and_by_addresses_and_a_change_of_them_is_noticed(tmp_path):
+    (tmp_path / "words.txt").write_text("# a remark\nDamn\n\nsal ami\nc++\n")
+    (tmp_path / "urls.txt").write_text("bad.example\nhttps://www.fine.example/private/\n")
+    asked = [f"bad_words(path='{tmp_path}/words.txt')", f"url_list(path='{tmp_path}/urls.txt')"]
+    texts = ["Oh, DAMN!", "damned goddamn", "a sal ami sandwich", "sal\nami, sal amis", "In C++, so", "c+ ++"]
+    judged = filters.judge(documents(*texts), filters.understand("none", asked[:1]))
+    assert judged.reasons == ["holds 'damn'", "", "holds 'sal ami'", "", "holds 'c++'", ""]
+    urls = [
+        "http://bad.example/x",
+        "https://a.www.BAD.example:80",
+        "http://notbad.example",
+        "http://fine.example/private",
+        "fine.example/private/2",
+        "",
+    ]
+    pages = [Document(f"web/{i}", "b text", 0, json.dumps({"url": url})) for i, url in enumerate(urls)] + documents("no url")
+    judged = filters.judge(pages, [BEES, *filters.understand("none", asked[1:])])
+    assert judged.reasons == ["bad.example is on the list"] * 2 + ["", "fine.example/private is on the list", "", "", ""]
+    before = [rule.says for rule in filters.understand("none", asked)]
+    (tmp_path / "urls.txt").write_text("bad.example\n")
+    after = [rule.says for rule in filters.understand("none", asked)]
+    assert before[0] == after[0] and before[1] != after[1] and re.search(r" of list [0-9a-f]{16}$", after[1])
+
+
 # ---- what a config changes in them
 
 
@@ -276,7 +300,10 @@ def test_a_config_drops_sets_adds_and_places_rules():
     for preset in filters.PRESETS:
         assert all(rule.says.startswith(rule.name) for rule in filters.understand(preset, ()))
     for rule in (*rules.DROPS.values(), *rules.EDITS.values()):
-        assert rule.__doc__ and rule.__name__ in (ROOT / "docs/prepare.md").read_text(), f"{rule.__name__}: says and documents what it does"
+        assert rule.__doc__, f"{rule.__name__}: says what it does"
+    assert all(
+        f"| `{name}" in (ROOT / "docs/prepare.md").read_text() or f"`, `{name}" in (ROOT / "docs/prepare.md").read_text() for name in filters.KNOWN
+    )
 
 
 def own_rules(directory, monkeypatch, name: str, code: str) -> None:
@@ -334,9 +361,11 @@ def test_a_corpus_made_with_an_own_rule_is_another_when_the_rule_changes(tmp_pat
         (["min_chars before exact_dedupe"], "the list has no rule 'exact_dedupe'; did you mean exact_dedup?"),
         (["language(leats=0.5)"], "language has no threshold 'leats'; did you mean least?"),
         (["language(least='high')"], "language(least='high'): wanted float"),
-        (["exact_dedup(n=1)"], "exact_dedup takes no threshold"),
+        (["exact_dedup(n=1)"], "exact_dedup has no threshold 'n'; it takes: none"),
         (["min_chars(50)"], "'min_chars(50)' is no rule"),
         (["min_chars(least=open('x'))"], "is no rule"),
+        (["bad_words"], "bad_words needs a value for path"),
+        (["url_list(path='missing.txt')"], "url_list(path='missing.txt'): cannot be read as a list"),
         (["mine_bad:missing"], "mine_bad:missing cannot be had (AttributeError"),
         (["mine_nowhere:rule"], "mine_nowhere:rule cannot be had (ModuleNotFoundError"),
         (["mine_bad:needs"], "needs needs a value for n: needs(n=...)"),

@@ -350,7 +350,7 @@ def test_jobs_done_in_several_processes_leave_the_bytes_that_one_leaves(where, t
         "near_dedup": True,
         "heldout_frac": 0.2,
     }
-    knobs |= {"rules": ("pii_email before exact_dedup",)}
+    knobs |= {"rules": ("pii_email before exact_dedup", "corpus_paragraphs(least=40)")}
     alone = prepare.run(asking(**knobs), tmp_path / "alone")
     subprocess.run(command(30_000, 0, tmp_path / "many", **knobs, engine=where), cwd=ROOT, check=True, capture_output=True)
     assert Manifest.load(tmp_path / "many/corpus").outputs == alone.outputs
@@ -390,6 +390,53 @@ def test_rules_compare_and_shards_hold_texts_as_they_were_edited(tmp_path):
     ]
     prepared(tmp_path / "same", edited, **knobs)
     assert sorted(texts_of(tmp_path / "same", "heldout")) == sorted(texts_of(tmp_path / "run", "heldout")) != [], "sides go by what is left of a text"
+
+
+def without_repeats(texts, least: int) -> list[tuple[str, int]]:
+    """Of each text (what is left of it, how many paragraphs went), the plain way: of equal paragraphs the first of all stays."""
+    seen, left = set(), []
+    for text in texts:
+        n_gone = 0
+        parts, kept = re.split(r"(\n{2,})", text), []
+        for gap, paragraph in zip(["", *parts[1::2]], parts[::2], strict=True):
+            plain = paragraph.strip()
+            if len(plain) >= least and plain in seen:
+                n_gone += 1
+                continue
+            seen.add(plain)
+            kept.append(gap + paragraph if kept else paragraph)
+        left.append(("".join(kept) if "".join(kept).strip() else "", n_gone))
+    return left
+
+
+def test_a_paragraph_that_stood_in_a_kept_document_before_goes_out_and_one_that_only_a_dropped_one_had_stays(tmp_path, monkeypatch):
+    rng = random.Random(2)
+    pool = [f"{line} é{i}" for line in ENGLISH for i in range(9)] + ["Menu", "***"]
+
+    def text():
+        parts = [rng.choice(pool) + rng.choice(["", " ", "\n"]) for _ in range(rng.randint(1, 5))]
+        return rng.choice(["", "", "\n\n"]) + "".join(part + rng.choice(["\n\n", "\n\n\n"]) for part in parts[:-1]) + parts[-1]
+
+    dropped = "\n\n".join(pool[:9]) + "\n\nlorem ipsum"
+    texts = [dropped, *(text() for _ in range(150))]
+    knobs = {"rules": ("corpus_paragraphs(least=40)", "c4_lorem_ipsum", "pii_email"), "heldout_frac": 0.0}
+    prepared(tmp_path / "run", texts, **knobs)
+    left = [text for text, _ in without_repeats(texts[1:], 40) if text]
+    assert texts_of(tmp_path / "run") == left and 20 < len(left) < 130
+    funnel = json.loads((tmp_path / "run/corpus/funnel.json").read_text())
+    step = funnel["steps"][-1]
+    assert step["rule"] == "corpus_paragraphs" and step["kept"]["web"] == amounts(left) == funnel["train"]["web"]
+    assert step["edits"]["web"] == sum(n_gone for text, n_gone in without_repeats(texts[1:], 40) if text) > 20
+    samples = pq.read_table(tmp_path / "run/corpus/dropped/corpus_paragraphs.parquet")["reason"].to_pylist()
+    assert len(samples) == min(50, 150 - len(left)) and all(re.fullmatch(r"repeats web/run\.jsonl:\d+", reason) for reason in samples)
+
+    monkeypatch.setattr(prepare, "JOB_BYTES", 3000)
+    (tmp_path / "cut").mkdir()
+    cut = prepared(tmp_path / "cut/run", texts, **knobs)
+    assert Manifest.load(cut / "corpus").outputs == Manifest.load(tmp_path / "run/corpus").outputs
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps({"q": f"{pool[0]}\n\n", "a": pool[1]}) + "\n" for _ in range(3)))
+    prepare.run(asking(sources=(f"jsonl:{tmp_path}/tasks.jsonl#q+a",), **knobs), tmp_path / "tasks")
+    assert texts_of(tmp_path / "tasks") == [f"{pool[0]}\n\n{pool[1]}"] * 3, "a prompt belongs to its completion"
 
 
 def test_tokens_are_a_quarter_of_the_bytes_or_counted_with_the_tokenizer_that_is_named(tmp_path, data_dir):

@@ -28,8 +28,8 @@ def digest(text: bytes) -> bytes:
 
 
 def exact(digests: np.ndarray) -> np.ndarray:
-    """digests [n, 2] uint64, in canonical order -> for each row the index of the first row with the same text, [n] int64."""
-    order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable: of equals the first row comes first
+    """digests [n, k] uint64, in canonical order -> for each row the index of the first row with the same text, [n] int64."""
+    order = np.lexsort(digests.T)  # stable: of equals the first row comes first
     fresh = np.ones(len(order), bool)
     fresh[1:] = (digests[order[1:]] != digests[order[:-1]]).any(1)
     first = np.empty(len(order), np.int64)

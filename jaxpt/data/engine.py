@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import os
@@ -23,6 +24,8 @@ def start(where: str):
         raise UserError(f"prepare.engine: got {where!r}, wanted local, ray or ray://HOST:PORT.")
     # Both send usage data home at import, unless told before it; daft's own bars would write over ours
     os.environ.update(DO_NOT_TRACK="1", SCARF_NO_ANALYTICS="1", RAY_USAGE_STATS_ENABLED="0", DAFT_PROGRESS_BAR="0")
+    # large arrays come and go: what is freed stays for the next one, or a twentieth of the time goes into pages that the system clears anew
+    os.environ.update(MALLOC_MMAP_THRESHOLD_=str(2**25), MALLOC_TRIM_THRESHOLD_=str(2**28))
     # its processes must find this package, in a clone that was not installed too
     here = str(pathlib.Path(__file__).resolve().parents[2])
     if here not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
@@ -59,6 +62,8 @@ def each(where: str, work: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterato
 
     @daft.func.batch(return_dtype=daft.DataType.string(), use_process=True, batch_size=1)
     def result(texts):
+        if where == "local":
+            atexit.register(os._exit, 0)  # a process has left all it had to: to take its modules apart would need another third of a second
         return [json.dumps(attempt(work, json.loads(text))) for text in texts.to_pylist()]
 
     frame = daft.from_pydict({"job": [json.dumps(job) for job in jobs]})

@@ -1,8 +1,8 @@
 """Which rules run, in which order and with which thresholds: presets, and what a config changes in them.
 
 A rule (rules.py) sees one text at a time, so what it makes of it depends on nothing else. The rules that compare documents
-(exact_dedup, near_dedup) only mark each text as it stands at their place in the order; dedup.py decides from the marks
-of the whole corpus.
+(exact_dedup, near_dedup, corpus_paragraphs) only mark each text as it stands at their place in the order; dedup.py and paragraphs.py
+decide from the marks of the whole corpus.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jaxpt import stage
-from jaxpt.data import dedup, rules
+from jaxpt.data import dedup, paragraphs, rules
 from jaxpt.data.rules import Text
 from jaxpt.data.sources import Document, first_line
 from jaxpt.spec import UserError
@@ -115,6 +115,7 @@ class Asked(NamedTuple):
 MARKS: dict[str, Callable[[list[Text]], list[bytes]]] = {
     "exact_dedup": lambda texts: [dedup.digest(text.encode()) for text in texts],
     "near_dedup": dedup.signatures,
+    "corpus_paragraphs": paragraphs.marks,
 }
 KNOWN = (*rules.DROPS, *rules.EDITS, *MARKS)
 
@@ -150,11 +151,7 @@ def listed(name: str, asked: dict[str, Asked], text: str) -> str:
 
 def made(one: Asked) -> Rule:
     """The rule that was asked for. Raises UserError for an unknown threshold, or an own rule that cannot be had."""
-    if one.name in MARKS and not one.origin:
-        if one.settings:
-            raise UserError(f"prepare.rules: {one.name} takes no threshold; got {', '.join(one.settings)}.")
-        return Rule(one.name, mark=MARKS[one.name], says=one.name)
-    function, source = own(one) if one.origin else (rules.DROPS.get(one.name) or rules.EDITS[one.name], "")
+    function, source = own(one) if one.origin else ({**rules.DROPS, **rules.EDITS, **MARKS}[one.name], "")
     takes = {key: each.default for key, each in list(inspect.signature(function).parameters.items())[1:]}
     for key in one.settings:
         if key not in takes:
@@ -169,6 +166,10 @@ def made(one: Asked) -> Rule:
         raise UserError(f"prepare.rules: {one.name} needs a value for {needed[0]}: {one.name}({needed[0]}=...).")
     told = ", ".join(f"{key}={value!r}" for key, value in settings.items())
     says = f"{one.origin}:{one.name}({told}) of source {source}" if one.origin else f"{one.name}({told})"
+    if "path" in settings and not one.origin:
+        says += f" of list {fingerprint_of_list(one.name, settings['path'])}"
+    if function in MARKS.values():
+        return Rule(one.name, says=says, mark=functools.partial(function, **settings))
     if one.origin:
         step = functools.partial(function, **one.settings)
         edits = "tuple" in str(inspect.signature(function).return_annotation)
@@ -176,6 +177,14 @@ def made(one: Asked) -> Rule:
         batch = function in rules.BATCHES
         step, edits = functools.partial(function, **settings) if batch else functools.partial(each, function, settings), one.name in rules.EDITS
     return Rule(one.name, says=says, **{"edit" if edits else "judge": step})
+
+
+def fingerprint_of_list(name: str, path: Any) -> str:
+    try:
+        rules.lines_of(path)
+        return stage.sha256(pathlib.Path(path))[:16]
+    except (OSError, TypeError, UnicodeDecodeError) as error:
+        raise UserError(f"prepare.rules: {name}(path={path!r}): cannot be read as a list ({first_line(error)}). Name a UTF-8 file.") from None
 
 
 def each(rule: Callable[..., Any], settings: dict[str, Any], texts: list[Text]) -> list[Any]:
@@ -233,7 +242,7 @@ def judge(documents: Sequence[Document], rules: Sequence[Rule]) -> Judged:
     learn from drops the document. Raises UserError, naming rule and documents, where a rule fails or does not answer for each text.
     """
     n = len(documents)
-    texts = [Text(document.text) for document in documents]
+    texts = [Text(document.text, meta=document.meta) for document in documents]
     prompt_chars = [document.prompt_chars for document in documents]
     failed, reasons = [len(rules)] * n, [""] * n
     edits: dict[int, list] = {k: [None] * n for k, rule in enumerate(rules) if rule.edit}
@@ -263,7 +272,7 @@ def judge(documents: Sequence[Document], rules: Sequence[Rule]) -> Judged:
                 if not text.strip():
                     failed[i], reasons[i] = k, "nothing is left of it"
                 elif (prompt + text) != texts[i]:
-                    texts[i], prompt_chars[i] = Text(prompt + text, texts[i].notes), len(prompt)
+                    texts[i], prompt_chars[i] = Text(prompt + text, texts[i].notes, texts[i].meta), len(prompt)
                 edits[k][i] = (n_edits + n_more, len(texts[i]), len(texts[i].encode()))
         alive = [i for i in alive if failed[i] == len(rules)]
     made = [

@@ -5,6 +5,8 @@ A file gets its name when it is whole, and a job says last which files it has le
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import contextlib
 import functools
 import json
@@ -17,12 +19,23 @@ from jaxpt import stage
 from jaxpt.data import engine
 
 
-def finish(where: str, home: pathlib.Path, work: Callable[..., int], jobs: list[dict], label: str, unit: str, total: int | None, apart: bool):
+def finish(
+    where: str,
+    home: pathlib.Path,
+    work: Callable[..., int],
+    jobs: list[dict],
+    label: str,
+    unit: str,
+    total: int | None,
+    apart: bool,
+    threads: int = 1,
+):
     """What work has told of each of the jobs, in their order: of now, or of a killed run that was asked the very same.
 
     A job is what JSON can say; the files that it writes begin with job["to"]. work gives how much of the unit it has done.
 
     where  the engine, see engine.start;  home: the directory that the jobs' files lie in;  apart: in processes of their own, where several are left
+    threads: of this process, else: for work that Arrow does
     """
     directory = home / work.__name__
     directory.mkdir(parents=True, exist_ok=True)
@@ -34,8 +47,8 @@ def finish(where: str, home: pathlib.Path, work: Callable[..., int], jobs: list[
             for n in engine.each(where, work, left):
                 advance(n)
         else:
-            for job in left:
-                work(job, advance)
+            with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+                collections.deque(pool.map(lambda job: work(job, advance), left), maxlen=0)
     return [told(job) for job in jobs]
 
 
@@ -64,8 +77,8 @@ def tell(job: dict, files: Sequence[pathlib.Path], **answer) -> None:
 def named_when_whole(path: pathlib.Path, directory: pathlib.Path) -> Iterator[pathlib.Path]:
     """A name to write under in a directory of the same disk; the file gets its own when it is whole.
 
-    The name is this process's: what a killed run started may still be finishing the same job.
+    The name is this process's: what a killed run started may still be finishing the same job. Both sides have files of equal names.
     """
-    temporary = directory / f".{path.name}.{os.getpid()}"
+    temporary = directory / f".{path.parent.name}-{path.name}.{os.getpid()}"
     yield temporary
     temporary.rename(path)

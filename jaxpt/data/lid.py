@@ -1,7 +1,7 @@
 """fastText's lid.176, computed a batch of texts at a time: the same label and score, to rounding, in a fraction of the time.
 
-fastText looks up each word's character n-grams anew wherever the word stands. Here a batch's words are counted by Arrow, each
-distinct word's vectors are summed once and kept, and the texts become one sparse product: [texts, words] x [words, 16].
+fastText looks up each word's character n-grams anew wherever the word stands. Here Arrow numbers the distinct words of a batch, the
+vectors of each are summed once, and the texts become one sparse product: [texts, words] x [words, 16]. Of words that come often the sums are kept.
 
 Source: Joulin et al., "Bag of Tricks for Efficient Text Classification" (1607.01759) and "FastText.zip" (1612.03651), for the method; the
 file format, the n-gram hash and the hierarchical softmax are those of fastText 0.9.2, whose numbers are matched.
@@ -22,7 +22,7 @@ import scipy.sparse
 
 KEPT_WORDS = 2**18  # of which the sums are kept, about 20 MB with their names; then it begins again
 NONE = np.uint16(2**16 - 1)  # in place of the row of an n-gram that the model does not have
-END = "</s>"  # what fastText reads at the end of a line
+END = "</s> "  # what fastText reads at the end of a line
 FNV_START, FNV_PRIME = np.uint32(2166136261), np.uint32(16777619)
 BATCH_CHARS = 2**21  # of text at once
 
@@ -49,10 +49,11 @@ class Model:
                 name += byte
             entries.append((name, *take("qb")))
         self.n_buckets = np.uint32(self.n_buckets)
-        self.pruned = np.full(self.n_buckets, NONE, np.uint16)
+        self.pruned = np.full(self.n_buckets, NONE)
         if n_pruned > 0:
             pairs = array("<i4", 2 * n_pruned).reshape(-1, 2)
             self.pruned[pairs[:, 0]] = pairs[:, 1]
+        self.there = np.packbits(self.pruned != NONE, bitorder="little")  # small enough to stay near the core
         quantized = take("?")
         if (magic, version, word_ngrams, loss, kind, quantized) != (793712314, 12, 1, 1, 3, True) or not 0 <= n_pruned < NONE or self.shortest < 2:
             raise ValueError(f"{file}: not a quantized fastText 0.9 model of single words with hierarchical softmax")
@@ -60,16 +61,19 @@ class Model:
         take("?")
         n_nodes, width = take("qq")
         self.nodes = array("<f4", n_nodes * width).reshape(n_nodes, width)[: n_labels - 1]
-        self.vocabulary = pa.array([name for name, _, _ in entries[: self.n_words]], pa.large_binary()).cast(pa.large_string())
+        self.vocabulary = pa.array([name + b" " for name, _, _ in entries[: self.n_words]], pa.large_binary()).cast(pa.large_string())
         self.labels = [name.decode().removeprefix("__label__") for name, _, _ in entries[self.n_words :]]
         self.paths = huffman([count for _, count, _ in entries[self.n_words :]])
         self.forget()
 
     def forget(self) -> None:
-        """Begin anew with nothing between two spaces, which is no word, and the end of the line, which is one without n-grams."""
-        self.known = pa.array(["", END], pa.large_string())
-        self.sums = np.stack([np.zeros_like(self.rows[0]), self.rows[self.vocabulary.index(END).as_py()]])
-        self.counts = np.array([0, 1], np.float32)
+        """Begin anew with the model's own words, the only ones that have a row besides those of their n-grams."""
+        self.known = pa.concat_arrays([self.vocabulary, pa.array([" "], pa.large_string())])  # between two spaces stands no word
+        self.sums, self.counts = np.zeros((len(self.known), self.rows.shape[1]), np.float32), np.zeros(len(self.known), np.float32)
+        sums, counts = self.summed(self.vocabulary)
+        self.sums[: self.n_words], self.counts[: self.n_words] = sums + self.rows[: self.n_words], counts + 1
+        end = self.vocabulary.index(END).as_py()
+        self.sums[end], self.counts[end] = self.rows[end], 1  # what fastText reads at the end of a line, without n-grams
 
     def predict(self, texts: Sequence[str]) -> tuple[list[str], np.ndarray, np.ndarray]:
         """(likeliest label, its score, its lead over the next) of each text as one line, [n] each. Line ends are spaces, a text's end is a word."""
@@ -83,14 +87,16 @@ class Model:
         return list(itertools.chain(*labels)), np.concatenate(scores), np.concatenate(leads)
 
     def batch(self, texts: Sequence[str]) -> tuple[list[str], np.ndarray, np.ndarray]:
-        lines = [f"{text} {END}".replace("\0", " ").encode() for text in texts]
-        ends = np.cumsum([0, *map(len, lines)])
-        split = pc.ascii_split_whitespace(pa.LargeStringArray.from_buffers(len(lines), pa.py_buffer(ends), pa.py_buffer(b"".join(lines))))
-        words = split.flatten().dictionary_encode()
-        where = words.indices.to_numpy()
-        sums, counts = self.looked_up(words.dictionary, np.bincount(where, minlength=len(words.dictionary)) > 1)
-        stand_in = scipy.sparse.csr_matrix((np.ones(len(where), np.float32), where, split.offsets.to_numpy()), (len(texts), len(sums)))
-        hidden = stand_in @ sums / (stand_in @ counts)[:, None]
+        lines = [f"{text} {END}".encode() for text in texts]
+        data = b"".join(lines)
+        for mark in b"\0\t\n\v\f\r":
+            data = data.replace(bytes([mark]), b" ")
+        ends = np.append(0, np.flatnonzero(np.frombuffer(data, np.uint8) == ord(" ")) + 1)
+        words = pa.LargeStringArray.from_buffers(len(ends) - 1, pa.py_buffer(ends), pa.py_buffer(data)).dictionary_encode()
+        where, starts = words.indices.to_numpy(), np.searchsorted(ends, np.cumsum([0, *map(len, lines)]))
+        at = self.looked_up(words.dictionary, np.bincount(where, minlength=len(words.dictionary)) > 1).take(where)
+        stand_in = scipy.sparse.csr_matrix((np.ones(len(at), np.float32), at, starts), (len(texts), len(self.sums)))
+        hidden = stand_in @ self.sums / (stand_in @ self.counts)[:, None]
         # einsum and a sparse product: the threads of a BLAS would stand in each other's way, with a process on each core
         with np.errstate(over="ignore"):  # of what is surely left
             right = 1 / (1 + np.exp(-np.einsum("td,nd->nt", hidden, self.nodes)))
@@ -100,61 +106,66 @@ class Model:
         second, first = np.partition(scores, -2, 1)[:, -2:].T
         return [self.labels[i] for i in best], first, first - second
 
-    def looked_up(self, words: pa.Array, often: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(sum of the rows of each distinct word [n, dim], how many they are [n]); those that come often are kept for later."""
+    def looked_up(self, words: pa.Array, often: np.ndarray) -> np.ndarray:
+        """[n] int32: where in self.sums and self.counts each of the distinct words is until the next call; those that come often are kept for longer."""
         if len(self.known) > KEPT_WORDS:
             self.forget()
-        at = pc.fill_null(pc.index_in(words, self.known), -1).to_numpy()
-        fresh, sums, counts = at < 0, self.sums[at], self.counts[at]
-        n_new, n_rows = fresh.sum(), 0
-        new = np.zeros((n_new, self.rows.shape[1]), np.float32)
-        for of, rows in self.pieces(words.filter(pa.array(fresh))):
-            starts = np.zeros(n_new + 1, np.int32)
-            np.cumsum(np.bincount(of, minlength=n_new), out=starts[1:])
-            new += scipy.sparse.csr_matrix((np.ones(len(rows), np.float32), rows, starts), (n_new, len(self.rows))) @ self.rows
-            n_rows += np.diff(starts)
-        sums[fresh], counts[fresh] = new, n_rows
-        keep = fresh & often
-        self.known = pa.concat_arrays([self.known, words.filter(pa.array(keep))])
-        self.sums, self.counts = np.concatenate([self.sums, sums[keep]]), np.concatenate([self.counts, counts[keep]])
-        return sums, counts
+        n_known = len(self.known)
+        at = pc.fill_null(pc.index_in(words, self.known), -1).to_numpy().copy()
+        new = np.flatnonzero(at < 0)
+        new = new[np.argsort(~often.take(new), kind="stable")]
+        at[new] = np.arange(n_known, n_known + len(new), dtype=np.int32)
+        fresh = words.take(pa.array(new))
+        sums, counts = self.summed(fresh)
+        self.sums, self.counts = np.concatenate([self.sums[:n_known], sums]), np.concatenate([self.counts[:n_known], counts])
+        self.known = pa.concat_arrays([self.known, fresh[: int(often.take(new).sum())]])
+        return at
 
-    def pieces(self, words: pa.Array) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(word number, row) of each row of the model that belongs to one of the words, in some parts, by word number: its own, and its n-grams'."""
-        own = pc.fill_null(pc.index_in(words, self.vocabulary), -1).to_numpy()
-        yield np.flatnonzero(own >= 0), own[own >= 0]
-        begin, end, nothing = (pa.scalar(mark, pa.large_string()) for mark in ("<", ">", ""))
+    def summed(self, words: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+        """(the sum of the rows of each word's n-grams [n, dim], how many they are [n])."""
+        sums, counts = np.empty((len(words), self.rows.shape[1]), np.float32), np.empty(len(words), np.float32)
+        begin, nothing = (pa.scalar(mark, pa.large_string()) for mark in ("<", ""))
         simple = pc.string_is_ascii(words)
         for chosen, ngrams in ((simple, self.ngrams_of_bytes), (pc.invert(simple), self.ngrams_of_characters)):
-            spelled = pc.binary_join_element_wise(begin, words.filter(chosen), end, nothing)
+            spelled = pc.binary_join_element_wise(begin, words.filter(chosen), nothing)
             offsets, data = (np.frombuffer(buffer, dtype) for buffer, dtype in zip(spelled.buffers()[1:], (np.int64, np.uint8), strict=True))
-            lengths = np.diff(offsets[: len(spelled) + 1])
-            word_of = np.repeat(np.flatnonzero(chosen.to_numpy(zero_copy_only=False)).astype(np.int32), lengths)
-            for first, last, hashes in ngrams(data[: len(word_of)], word_of):
-                rows = self.pruned[hashes - hashes // self.n_buckets * self.n_buckets]  # the remainder, which numpy finds more slowly
-                found = np.flatnonzero((rows != NONE) & (first == last))
-                yield first[found], rows[found].astype(np.int32) + self.n_words
+            n, shape = len(spelled), (len(spelled), len(self.rows))
+            word_of = np.repeat(np.arange(n, dtype=np.int32), np.diff(offsets[: n + 1]))
+            sum_here, count_here = np.zeros((n, self.rows.shape[1]), np.float32), np.zeros(n, np.float32)
+            data = np.where(data[: len(word_of)] == ord(" "), np.uint8(ord(">")), data[: len(word_of)])
+            for first, last, hashes in ngrams(data, word_of):
+                buckets = hashes // self.n_buckets  # to the remainder, which numpy finds more slowly
+                buckets *= self.n_buckets
+                np.subtract(hashes, buckets, out=buckets)
+                there = (self.there.take(buckets >> np.uint32(3)) >> (buckets & np.uint32(7)).astype(np.uint8)) & np.uint8(1)
+                found = np.flatnonzero(there.view(bool) & (first == last))
+                of, rows = first.take(found), self.pruned.take(buckets.take(found)).astype(np.int32) + self.n_words
+                sum_here += scipy.sparse.coo_matrix((np.ones(len(of), np.float32), (of, rows)), shape) @ self.rows
+                count_here += np.bincount(of, minlength=n)
+            mask = chosen.to_numpy(zero_copy_only=False)
+            sums[mask], counts[mask] = sum_here, count_here
+        return sums, counts
 
     def ngrams_of_bytes(self, data: np.ndarray, word_of: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(word number of its first character, of its last, hash) of each n-gram, where each character is a byte."""
         hashes = np.full(len(data), FNV_START, np.uint32)
         for n in range(1, min(self.longest, len(data)) + 1):
-            hashes = (hashes[: len(data) - n + 1] ^ data[n - 1 :]) * FNV_PRIME
+            hashes = hashes[: len(data) - n + 1] ^ data[n - 1 :]
+            hashes *= FNV_PRIME
             if n >= self.shortest:
                 yield word_of[: len(hashes)], word_of[n - 1 :], hashes
 
     def ngrams_of_characters(self, data: np.ndarray, word_of: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """The same where a character is one to four bytes."""
         begins = np.flatnonzero((data & 0xC0) != 0x80)
-        sizes = np.diff(begins, append=len(data))
-        signed = data.astype(np.int8).astype(np.int32).view(np.uint32)  # fastText hashes signed bytes
-        hashes, of = np.full(len(begins), FNV_START, np.uint32), word_of[begins]
+        sizes, of = np.diff(begins, append=len(data)), word_of.take(begins)
+        signed = np.append(data, [0] * 3).astype(np.int8).astype(np.uint32)  # fastText hashes signed bytes
+        spelled = [(signed.take(begins + k), sizes > k) for k in range(sizes.max(initial=0))]
+        hashes = np.full(len(begins), FNV_START, np.uint32)
         for n in range(1, min(self.longest, len(begins)) + 1):
-            hashes, last, wide = hashes[: len(begins) - n + 1], begins[n - 1 :], sizes[n - 1 :]
-            hashes = (hashes ^ signed[last]) * FNV_PRIME
-            for offset in range(1, 4):  # further bytes of the character that is added
-                more = np.flatnonzero(wide > offset)
-                hashes[more] = (hashes[more] ^ signed[last[more] + offset]) * FNV_PRIME
+            hashes = hashes[: len(begins) - n + 1].copy()
+            for byte, there in spelled:  # of the character that is added
+                np.copyto(hashes, (hashes ^ byte[n - 1 :]) * FNV_PRIME, where=there[n - 1 :])
             if n >= self.shortest:
                 yield of[: len(hashes)], of[n - 1 :], hashes
 
