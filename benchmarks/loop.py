@@ -1,9 +1,9 @@
 """What the loop adds to a bare step: logging, metrics, TensorBoard and checkpoints begun, on a model whose step takes tens of milliseconds.
 
-    python benchmarks/loop.py [--steps 300]
+    python benchmarks/loop.py [--steps 150] [--rounds 15]
 
-In one process, in turn, five rounds: the bare compiled step on one batch over and over, and the step with everything that loop.py does around
-it (rows from disk, a log line every 10 steps, a checkpoint every 100). Prints both medians and the overhead.
+In one process, in turn, the one first that was second before: the bare compiled step on one batch over and over, and the step with everything that
+loop.py does around it (rows from disk, a log line every 10 steps, a checkpoint every 100). Prints each round's times, and the median of the overheads.
 """
 
 import argparse
@@ -41,14 +41,16 @@ def get_config():
     c.model.n_heads, c.model.n_kv_heads, c.model.d_head, c.model.max_positions = 4, 2, 32, 128
     c.train.batch_rows, c.train.log_every, c.train.eval_every, c.train.eval_rows = 8, 10, 0, 8
     c.train.checkpoint_every = 100
+    c.optim.warmup_steps = 10
     return c
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300)
-    steps = parser.parse_args().steps
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--rounds", type=int, default=15)
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
         home = pathlib.Path(home)
         (home / "small.py").write_text(RECIPE)
@@ -59,26 +61,27 @@ def main() -> None:
         settings = dataclasses.replace(
             settings,
             mixture=dataclasses.replace(settings.mixture, packed=(str(home / "data/packed"),)),
-            train=dataclasses.replace(settings.train, steps=steps),
+            train=dataclasses.replace(settings.train, steps=arguments.steps),
         )
         bare, whole = [], []
-        for i in range(5):
-            bare.append(bare_step(settings, home, steps))
-            with contextlib.redirect_stdout(io.StringIO()):
-                start = time.perf_counter()
-                loop.run(settings, home / f"run{i}")
-                seconds = time.perf_counter() - start
-            records = [record for record in read_metrics(home / f"run{i}/metrics.jsonl") if "step_seconds" in record]
-            whole.append((records[-1]["seconds"] - records[0]["seconds"]) / (records[-1]["step"] - records[0]["step"]))
-            print(
-                f"round {i}: bare step {bare[-1] * 1e3:.2f} ms, in the loop {whole[-1] * 1e3:.2f} ms (start and end included {seconds:.1f} s)",
-                flush=True,
-            )
+        for i in range(arguments.rounds):
+            turns = [(bare, bare_step), (whole, step_in_the_loop)]
+            for seconds, turn in turns if i % 2 else reversed(turns):
+                seconds.append(turn(settings, home, f"run{i}"))
+            print(f"round {i}: bare step {bare[-1] * 1e3:.2f} ms, in the loop {whole[-1] * 1e3:.2f} ms", flush=True)
         ratios = [b / a - 1 for a, b in zip(bare, whole, strict=True)]
         print(f"overhead: median {statistics.median(ratios):.1%}, from {min(ratios):.1%} to {max(ratios):.1%}")
 
 
-def bare_step(settings: config.Config, home: pathlib.Path, steps: int) -> float:
+def step_in_the_loop(settings: config.Config, home: pathlib.Path, run: str) -> float:
+    """Seconds from the first line of a run to its last, by step."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        loop.run(settings, home / run)
+    records = [record for record in read_metrics(home / run / "metrics.jsonl") if "step_seconds" in record]
+    return (records[-1]["seconds"] - records[0]["seconds"]) / (records[-1]["step"] - records[0]["step"])
+
+
+def bare_step(settings: config.Config, home: pathlib.Path, run: str) -> float:
     """Seconds of the compiled step alone."""
     mesh = sharding.make_mesh(settings.mesh)
     rows = loader.open_rows([home / "data/packed"])
@@ -87,13 +90,13 @@ def bare_step(settings: config.Config, home: pathlib.Path, steps: int) -> float:
     model = {name: getattr(settings.model, name) for name in ("n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "d_head", "max_positions")}
     spec = ModelSpec(**model, vocab_size=-(-rows.n_pieces // 128) * 128)
     now = state.born(llama.init(spec, 0, mesh), spec, settings, mesh)
-    run = step.build(spec, settings, mesh)
-    now, _ = jax.block_until_ready(run(now, batch))
+    step_of = step.build(spec, settings, mesh)
+    now, _ = jax.block_until_ready(step_of(now, batch))
     start = time.perf_counter()
-    for _ in range(steps):
-        now, found = run(now, batch)
+    for _ in range(settings.train.steps):
+        now, found = step_of(now, batch)
     jax.block_until_ready(found)
-    return (time.perf_counter() - start) / steps
+    return (time.perf_counter() - start) / settings.train.steps
 
 
 if __name__ == "__main__":

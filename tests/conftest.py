@@ -6,11 +6,22 @@ import pathlib
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+given = os.environ.get("XLA_FLAGS")
+# Most of the suite's time is compiling, for programs that run a moment: here LLVM optimises none of them. XLA's own passes, and with them
+# memory and sharding, are as ever. XLA_FLAGS=--xla_backend_optimization_level=3 has what users have, as the processes that tests start do:
+# those train for longer.
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {given or ''}"
 
+import doors
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.devices()  # XLA has read its flags
+if given is None:
+    del os.environ["XLA_FLAGS"]
+else:
+    os.environ["XLA_FLAGS"] = given
 
 from jaxpt import config, sharding
 from jaxpt.spec import ModelSpec
@@ -27,13 +38,34 @@ def data_dir():
     return directory
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def spec():
     """L5 K2 N6 H8 D24 F40 V96: no two sizes that a wrong transpose could swap."""
     return ModelSpec(n_layers=5, d_model=24, d_ff=40, n_heads=6, n_kv_heads=2, d_head=8, vocab_size=96, max_positions=64)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def one():
     """The mesh of one device."""
     return sharding.make_mesh(config.Mesh(), jax.devices()[:1])
+
+
+SMALL = """
+from jaxpt.config import defaults
+def get_config():
+    c = defaults()
+    c.prepare.sources, c.prepare.limit_mb, c.prepare.heldout_frac = ("python:prose", "python:code"), 0.3, 0.2
+    c.tokenizer.vocab_size, c.pack.row_len = 500, 64
+    return c
+"""
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """A directory with base/corpus, base/tokenizer and base/packed: a little of this Python's own texts, through the doors."""
+    home = tmp_path_factory.mktemp("texts")
+    (home / "small.py").write_text(SMALL)
+    for name in ("prepare", "train_tokenizer", "pack"):
+        status, told = doors.opened(str(ROOT / f"scripts/{name}.py"), ["--config", "small.py", "--workdir", "base"], home)
+        assert status == 0, told
+    return home

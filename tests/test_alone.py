@@ -5,6 +5,7 @@ The slow ones guard promises too: .ci/run runs them."""
 import importlib.util
 import json
 import random
+import shutil
 import signal
 
 import numpy as np
@@ -21,15 +22,35 @@ found = importlib.util.spec_from_file_location("faults", ROOT / "benchmarks/faul
 faults = importlib.util.module_from_spec(found)
 found.loader.exec_module(faults)
 
+# train.py with a step that takes a fifth of a second longer
+SLOW = f"""
+import runpy, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from jaxpt.train import step
+class Slow:
+    def __init__(self, run):
+        self.run = run
+    def lower(self, *args):
+        return self
+    def compile(self):
+        return self
+    def __call__(self, *args):
+        time.sleep(0.2)
+        return self.run(*args)
+build = step.build
+step.build = lambda *args: Slow(build(*args))
+runpy.run_path({str(ROOT / "scripts/train.py")!r}, run_name="__main__")
+"""
 STEPS = 40
 TWO = {"n": 2, "devices": 4}
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(texts, tmp_path_factory):
     """Packed rows and an uncut run of STEPS steps."""
     home = tmp_path_factory.mktemp("alone")
-    faults.prepare(home)
+    (home / "small.py").write_text(faults.RECIPE)
+    shutil.copytree(texts / "base", home / "data")
     faults.Job(home, "uncut", STEPS).ends()
     return home
 
@@ -110,6 +131,15 @@ def test_a_second_start_finds_its_programs_compiled(home, monkeypatch):
     assert "not in the compile cache" in told[0] and f"kept in {home / 'compiled'}" in told[0]
     assert "from the compile cache" in told[1] and "of compiling saved" in told[1]
     equal(home, "warm", "cold", 12)
+
+
+def test_the_first_line_after_a_resume_tells_what_its_step_took(home):
+    shutil.copytree(home / "uncut", home / "slow")
+    (home / "slow/manifest.json").unlink()  # not finished, then
+    (home / "slow.py").write_text(SLOW)
+    faults.Job(home, "slow", STEPS + 1, "--config.train.log_every=1", script=str(home / "slow.py")).ends()
+    record = next(record for record in read_metrics(home / "slow/metrics.jsonl") if record.get("step") == STEPS + 1 and "loss" in record)
+    assert record["step_seconds"] > 0.2
 
 
 def test_checkpoints_at_round_steps_stay_and_a_profile_is_written(home):

@@ -1,5 +1,7 @@
 """Laws of attention: every backend gives the numbers of the plain formula, keeps documents apart, and is taken only where it can run."""
 
+import math
+import re
 import types
 
 import jax
@@ -89,11 +91,21 @@ def test_no_backend_lets_a_document_see_its_neighbour(backend):
         assert (seen <= (np.asarray(segments) == 2)).all() and seen.sum() > 300
 
 
-@pytest.mark.parametrize(("T", "window"), [(130, None), (1300, 200), (1300, None)])  # a short second band; bands of two chunks, a short last one
+@pytest.mark.parametrize(
+    ("T", "window"), [(20, None), (130, None), (1300, 200), (1300, None)]
+)  # within a chunk; a short second band; bands of two chunks, a short last one
 def test_bands_of_queries_equal_the_formula(T, window):
     args = inputs(lengths=((T // 3, T // 2),), B=1, T=T)
     ours, wanted = (jax.jit(attend, static_argnums=4)(*args, window) for attend in (attention.attend, plain))
     np.testing.assert_allclose(ours, wanted, atol=1e-5)
+
+
+def test_no_scores_are_transposed_on_the_way_back():
+    """It took a CPU as long as all the rest of attention."""
+    q, k, v, segments = inputs()
+    program = jax.jit(jax.grad(lambda *qkv: jnp.sum(attention.attend(*qkv, segments) ** 2), argnums=(0, 1, 2))).lower(q, k, v).compile().as_text()
+    shapes = re.findall(r"= f32\[([\d,]+)\]\S* (?:transpose|copy)\(", program)
+    assert max(math.prod(map(int, shape.split(","))) for shape in shapes) < B * N * attention.QUERY_CHUNK**2  # the first chunk's scores
 
 
 def test_rows_of_more_documents_than_cudnn_is_told_of_take_the_other_way(monkeypatch):

@@ -10,7 +10,7 @@ import torch
 import variants
 
 from jaxpt import config, sharding
-from jaxpt.model import attention, llama, loss
+from jaxpt.model import llama, loss
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.weights import huggingface
 
@@ -53,35 +53,20 @@ def test_a_document_cannot_see_its_row_neighbour(spec, one):
 
 def test_no_token_sees_the_future(spec, one):
     params = llama.init(spec, 0, one)
-    tokens = jnp.arange(20)[None]
-    segments, positions = jnp.ones_like(tokens), tokens
+    tokens = np.arange(20, dtype=np.int32)[None]
+    segments, positions = np.ones_like(tokens), tokens
 
     def of_embedding(embed):
         return llama.bind(spec, {**params, "embed": embed})(tokens, segments, positions)[0, 8].sum()
 
-    seen = np.abs(np.asarray(jax.grad(of_embedding)(params["embed"]))).sum(axis=1)
+    seen = np.abs(np.asarray(jax.jit(jax.grad(of_embedding))(params["embed"]))).sum(axis=1)
     assert (seen[:9] > 0).all() and (seen[9:] == 0).all()
-
-
-@pytest.mark.parametrize("window", [None, 37])
-@pytest.mark.parametrize("T", [20, 300])  # within one chunk of queries, and over three
-def test_chunked_attention_equals_plain_attention(T, window):
-    B, N, K, H = 4, 6, 2, 8
-    rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(size=(B, T, n, H)), jnp.float32) for n in (N, K, K))
-    segments = jnp.asarray(np.sort(rng.integers(1, 4, (B, T)), axis=1))
-    distance = jnp.arange(T)[:, None] - jnp.arange(T)[None]
-    seen = (distance >= 0) & (distance < (window or T)) & (segments[:, :, None] == segments[:, None])
-    wide = [jnp.repeat(x, N // K, axis=2) for x in (k, v)]
-    scores = jnp.where(seen[:, None], jnp.einsum("btnh,bsnh->bnts", q, wide[0]) / np.sqrt(H), -jnp.inf)
-    wanted = jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), wide[1])
-    np.testing.assert_allclose(attention.attend(q, k, v, segments, window), wanted, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
 def by_remat():
     """For every policy: (temporary bytes, gradients) of a loss, in the loop over layers that accelerators run."""
-    spec = ModelSpec(n_layers=12, d_model=48, d_ff=160, n_heads=6, n_kv_heads=2, d_head=16, vocab_size=96)
+    spec = ModelSpec(n_layers=20, d_model=48, d_ff=160, n_heads=6, n_kv_heads=2, d_head=16, vocab_size=96)
     params = llama.init(spec, 0, sharding.make_mesh(config.Mesh(), jax.devices()[:1]))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 96, (4, 128)), jnp.int32)
 
@@ -99,15 +84,15 @@ def by_remat():
 def test_every_remat_policy_gives_the_same_gradients(by_remat):
     (_, wanted), *others = by_remat.values()
     for _, gradients in others:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradients, wanted)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max()), gradients, wanted)
 
 
 def test_remat_policies_are_ordered_by_what_they_keep(by_remat):
     """And what they keep is what the planner says, in its elements a token and layer."""
-    L, tokens = 12, 4 * 128
+    L, tokens = 20, 4 * 128
     temporary = {remat: size for remat, (size, _) in by_remat.items()}
     assert temporary["none"] > temporary["dots"] > temporary["minimal"] > temporary["full"]
-    D, F, mixed, qkv = 48, 160, 96, 160
+    D, F, mixed, qkv = 48, 160, 96 + 6, 160  # and the logarithm of a sum for each of the six heads
     kept = {"minimal": mixed, "dots": mixed + qkv + D + 2 * F}
     for remat, elements in kept.items():
         assert temporary[remat] - temporary["full"] == pytest.approx(L * tokens * elements * 4, rel=0.25), remat
@@ -125,8 +110,10 @@ def test_chunked_loss_equals_plain_loss_and_its_gradients():
         nats = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return jnp.sum(weights * (nats + 0.01 * log_z**2)), jnp.sum(weights * nats)
 
-    ours = jax.value_and_grad(lambda h, w: loss.cross_entropy(h, w, targets, weights, 0.01), argnums=(0, 1), has_aux=True)(hidden, head)
-    wanted = jax.value_and_grad(plain, argnums=(0, 1), has_aux=True)(hidden, head)
+    def chunked(hidden, head):
+        return loss.cross_entropy(hidden, head, targets, weights, 0.01)
+
+    ours, wanted = (jax.jit(jax.value_and_grad(of, argnums=(0, 1), has_aux=True))(hidden, head) for of in (chunked, plain))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-4), ours, wanted)
 
 

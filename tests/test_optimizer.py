@@ -31,4 +31,6 @@ def test_adam_equals_optax_and_a_bad_step_leaves_it_as_it_was(spec, clip_norm):
         jax.tree.map(np.testing.assert_array_equal, update(broken, state, scale, False)[1], state)
         directions, state = update(sums, state, scale, True)
         wanted, wanted_state = plain.update(mean, wanted_state, params)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9), (directions, state[0]), (wanted, wanted_state[1]))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9), state[0], wanted_state[1])
+        # of order 1, and a difference of two such numbers here and there
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), directions, wanted)

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import doors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -387,27 +388,17 @@ def test_the_door_plans_several_targets_and_leaves_the_stated_json(tmp_path):
     recipe.write_text(
         f"import ml_collections\ndef get_config():\n    return ml_collections.ConfigDict({dataclasses.asdict(SMALL)!r}, convert_dict=True)\n"
     )
-    command = [
-        sys.executable,
-        str(ROOT / "scripts" / "plan.py"),
-        "--config",
-        str(recipe),
-        "--on",
-        "cpu:2",
-        "--on",
-        "cpu:4",
-        "--json",
-        str(tmp_path / "new" / "plan.json"),
-    ]
-    done = subprocess.run([*command, "--config.plan.tokens=1e9", "--config.plan.usd_per_hour=2"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    words = ["--config", str(recipe), "--on", "cpu:2", "--on", "cpu:4", "--json", str(tmp_path / "new" / "plan.json")]
+    plan = str(ROOT / "scripts/plan.py")
+    status, told = doors.opened(plan, [*words, "--config.plan.tokens=1e9", "--config.plan.usd_per_hour=2"], tmp_path)
+    assert status == 0, told
     targets = json.loads((tmp_path / "new" / "plan.json").read_text())["targets"]
     assert [each["on"] for each in targets] == ["cpu:2", "cpu:4"]
     for each in targets:
         assert each["method"] == "compiled" and each["fits"] is True and each["devices"] in (2, 4)
         assert all(each[key] > 0 for key in ("peak_bytes_per_device", "tokens_per_second", "hours", "usd"))
         assert each["usd"] == pytest.approx(each["hours"] * each["devices"] * 2)
-    assert "cpu:4" in done.stdout and "config.plan.usd_per_hour" in done.stdout
+    assert "cpu:4" in told and "config.plan.usd_per_hour" in told
 
 
 def test_the_page_shows_plan_search_ways_and_check(tmp_path):

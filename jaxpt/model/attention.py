@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +24,7 @@ from jaxpt.spec import ModelSpec, UserError
 # computed and a layer holds scores of size QUERY_CHUNK x S rather than T x S.
 QUERY_CHUNK = 128
 # A row is cut into so many bands, and each is a loop over its chunks. Chunks written out one by one compute 52 % of the square at
-# T = 4,096 where bands compute 56 %, but an accelerator's compiler takes longer over each (docs/performance.md). On a CPU they are
-# written out: 1.14 x faster at T = 4,096.
+# T = 4,096 where bands compute 56 %, but take three times as long to compile (docs/performance.md).
 BANDS = 8
 
 NAMES = ("xla", "splash", "cudnn")
@@ -131,29 +132,40 @@ def attend_along_paths(q: jax.Array, k: jax.Array, v: jax.Array, ends: jax.Array
     """Softmax attention of each query to the keys at or before it that are not closed yet: ends, int32 [B, T], says for each key the first place
     after it whose query does not see it. q, k, v as for `attend`; each place must see itself. For trees of texts, see evaluate/trees.py."""
     places = jnp.broadcast_to(jnp.arange(q.shape[1]), ends.shape)
-    return banded(q, k, v, places, ends, None, most_bands(q.shape[1]), sees=jnp.less)
+    return banded(q, k, v, places, ends, 0, Bands(sees=jnp.less))
 
 
 # ---- xla
+
+
+class Bands(NamedTuple):
+    """How a row's queries are cut, and whom they see: query i stands at place i * stride + offset of the keys, offset < stride, and sees
+    those of the keys at or before it, inside the window, of which sees(query's segment, key's segment) is true."""
+
+    window: int | None = None
+    stride: int = 1
+    sees: Callable = jnp.equal
+
+    def cuts(self, T: int) -> Iterator[tuple[int, slice, slice]]:
+        """(chunks, queries, keys) of each of at most BANDS bands of T queries: whole chunks, but for a short last band of one."""
+        band = QUERY_CHUNK * max(1, -(-T // (QUERY_CHUNK * BANDS)))
+        for start, stop in itertools.pairwise(sorted({*range(0, T, band), T // QUERY_CHUNK * QUERY_CHUNK, T})):
+            first = 0 if self.window is None else max(0, start * self.stride - self.window + 1)
+            yield max(1, (stop - start) // QUERY_CHUNK), slice(start, stop), slice(first, stop * self.stride)
 
 
 def xla(q, k, v, segments, window):
     """Bands of queries, each against the keys up to its own end."""
     mesh = jax.sharding.get_abstract_mesh()
     n = 1 if mesh.empty else n_shards(mesh, "position")
-    most = most_bands(q.shape[1])
+    bands = Bands(window)
     if n > 1 and q.shape[1] % n**2 == 0:
-        mixed = on_each_device(functools.partial(dealt, window=window, most=most))(q, k, v, segments)
-    else:  # where rows are cut into pieces that cannot be dealt evenly, XLA places the bands: right, but slower
-        mixed = banded(q, k, v, segments, segments, window, most)
-    return checkpoint_name(mixed, KEPT)
+        return on_each_device(functools.partial(dealt, bands=bands._replace(stride=n)))(q, k, v, segments)
+    # where rows are cut into pieces that cannot be dealt evenly, XLA places the bands: right, but slower
+    return banded(q, k, v, segments, segments, 0, bands)
 
 
-def most_bands(row_len: int) -> int:
-    return row_len if getattr(jax.sharding.get_abstract_mesh().abstract_device, "platform", None) == "cpu" else BANDS
-
-
-def dealt(q, k, v, segments, window, most):
+def dealt(q, k, v, segments, bands):
     """Attention of rows that the mesh cuts: every device gathers all keys, and has every n-th query instead of n-th part of the row.
 
     Were the queries left where they are, the device with a row's end would see n times what the one with its start sees, and all
@@ -171,57 +183,100 @@ def dealt(q, k, v, segments, window, most):
         return jax.lax.all_to_all(x[:, :, None], axis, split_axis=1, concat_axis=2, tiled=True).reshape(x.shape)
 
     k, v, all_segments = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (k, v, segments))
-    return undeal(banded(deal(q), k, v, deal(segments), all_segments, window, most, stride=n, offset=which))
+    return undeal(banded(deal(q), k, v, deal(segments), all_segments, which, bands))
 
 
-def banded(q, k, v, q_segments, k_segments, window, most, stride=1, offset=0, sees=jnp.equal):
-    """In `most` bands at most. Query i stands at place i * stride + offset of the keys, offset < stride. q [B, T, N, H], k and v [B, S, K, H].
-    sees(query's segment, key's segment) says which of the keys before it a query may see."""
-    T = q.shape[1]
-    band = QUERY_CHUNK * max(1, -(-T // (QUERY_CHUNK * most)))
-    cuts = sorted({*range(0, T, band), T // QUERY_CHUNK * QUERY_CHUNK, T})  # every band whole chunks, but for a short last one
-    bands = []
-    for start, stop in itertools.pairwise(cuts):
-        first = 0 if window is None else max(0, start * stride - window + 1)
-        seen = slice(first, stop * stride)
-        places = jnp.arange(start, stop) * stride + offset - first
-        bands.append(band_attend(q[:, start:stop], k[:, seen], v[:, seen], q_segments[:, start:stop], k_segments[:, seen], places, window, sees))
-    return jnp.concatenate(bands, axis=1)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def banded(q, k, v, q_segments, k_segments, offset, bands):
+    """Attention of q [B, T, N, H] to k and v [B, S, K, H], as `bands` says. Backward keeps the result and the logarithm of each query's sum, and
+    computes the scores again: they are the largest thing a layer would otherwise keep."""
+    return forward(q, k, v, q_segments, k_segments, offset, bands)[0]
 
 
-def band_attend(q, k, v, q_segments, k_segments, places, window, sees):
-    """One band of queries, chunk after chunk."""
-    B, T, N, H = q.shape
-    K = k.shape[2]
-    grouped = q.reshape(B, T, K, N // K, H)
-    n = T // QUERY_CHUNK
-    if n <= 1:
-        return chunk_attend(grouped, k, v, q_segments, k_segments, places, window, sees).reshape(q.shape)
+def forward(q, k, v, q_segments, k_segments, offset, bands):
+    T, K = q.shape[1], k.shape[2]
+    keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
 
-    def chunked(x):
-        return jnp.moveaxis(x.reshape(B, n, QUERY_CHUNK, *x.shape[2:]), 1, 0)
+    def one(seen, _, chunk):
+        scores = scores_of(*chunk, keys[:, :, seen], k_segments[:, seen], seen.start, bands)
+        top = jnp.max(scores, axis=-1, keepdims=True)  # every query sees itself, so it is finite
+        shares = jnp.exp(scores - top)
+        total = jnp.sum(shares, axis=-1, keepdims=True)
+        mixed = jnp.einsum("bkgts,bksh->bkgth", shares.astype(v.dtype), values[:, :, seen], preferred_element_type=jnp.float32) / total
+        return None, (mixed.astype(q.dtype), (top + jnp.log(total))[..., 0])
 
-    def one(chunk):
-        q, q_segments, places = chunk
-        return chunk_attend(q, k, v, q_segments, k_segments, places, window, sees)
+    asked = (heads_first(q, K), *asking(q_segments, offset, bands))
+    found = [jax.lax.scan(functools.partial(one, seen), None, cut(asked, n, at))[1] for n, at, seen in bands.cuts(T)]
+    mixed, logs = (jnp.concatenate([joined(x) for x in each], axis=3) for each in zip(*found, strict=True))
+    mixed, logs = checkpoint_name(jnp.moveaxis(mixed, 3, 1).reshape(q.shape), KEPT), checkpoint_name(logs, KEPT)
+    return mixed, (q, k, v, q_segments, k_segments, offset, mixed, logs)
 
-    return jnp.moveaxis(jax.lax.map(one, (chunked(grouped), chunked(q_segments), places.reshape(n, QUERY_CHUNK))), 0, 1).reshape(q.shape)
+
+def backward(bands, kept, g):
+    """Scores and their gradients lie heads first and keys last, as in forward, and each product is written so that none of them is transposed:
+    on a CPU that would take as long as all else here."""
+    q, k, v, q_segments, k_segments, offset, mixed, logs = kept
+    (B, T, _, H), (_, S, K, _) = q.shape, k.shape
+    keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    def one(seen, sums, chunk):
+        queries, g, logs, means, *asked = chunk
+        shares = jnp.exp(scores_of(queries, *asked, keys[:, :, seen], k_segments[:, seen], seen.start, bands) - logs[..., None])
+        by_share = product("bkgth,bksh->bkgts", g, values[:, :, seen])
+        by_score = (shares * (by_share - means[..., None]) * H**-0.5).astype(q.dtype)
+        by_key = product("bkgth,bkgts->bkhs", queries, by_score)
+        by_value = product("bkgth,bkgts->bkhs", g, shares.astype(g.dtype))
+        by_query = product("bkgts,bksh->bkgth", by_score, keys[:, :, seen]).astype(q.dtype)
+        return (sums[0] + by_key, sums[1] + by_value), by_query
+
+    means = jnp.sum(g.astype(jnp.float32) * mixed.astype(jnp.float32), axis=-1, keepdims=True)  # of each query's gradient by its shares
+    asked = (heads_first(q, K), heads_first(g, K), logs, heads_first(means, K)[..., 0], *asking(q_segments, offset, bands))
+    by_keys, by_values, by_queries = jnp.zeros((B, K, H, S)), jnp.zeros((B, K, H, S)), []
+    for n, at, seen in bands.cuts(T):
+        sums = by_keys[..., seen], by_values[..., seen]
+        sums, by_query = jax.lax.scan(functools.partial(one, seen), sums, cut(asked, n, at))
+        by_keys, by_values = by_keys.at[..., seen].set(sums[0]), by_values.at[..., seen].set(sums[1])
+        by_queries.append(joined(by_query))
+    by_queries = jnp.moveaxis(jnp.concatenate(by_queries, axis=3), 3, 1).reshape(q.shape)
+    return by_queries, *(jnp.moveaxis(x, 3, 1).astype(k.dtype) for x in (by_keys, by_values)), None, None, None
 
 
-# backward computes the scores again: they are the largest thing a layer would otherwise keep
-@functools.partial(jax.checkpoint, static_argnums=(6, 7))
-def chunk_attend(q, k, v, q_segments, k_segments, places, window, sees):
-    """One chunk of queries; query i stands at places[i] of the keys. q [B, T, K, G, H], k and v [B, S, K, H]."""
-    S, H = k.shape[1], q.shape[-1]
-    distance = places[:, None] - jnp.arange(S)[None, :]
-    seen = distance >= 0
-    if window is not None:
-        seen &= distance < window
-    seen = seen[None] & sees(q_segments[:, :, None], k_segments[:, None, :])
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * H**-0.5
-    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)  # every query sees itself, so no row is all -inf
-    shares = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", shares, v)
+banded.defvjp(forward, backward)
+
+
+def scores_of(queries, q_segments, places, keys, k_segments, first, bands):
+    """Float32 [B, K, G, C, S] of C queries to S keys from place `first` on; -inf where a query does not see a key."""
+    distance = places[..., None] - (first + jnp.arange(keys.shape[2]))
+    sees = (distance >= 0) & bands.sees(q_segments[..., None], k_segments[:, None, None, None])
+    if bands.window is not None:
+        sees &= distance < bands.window
+    scores = jnp.einsum("bkgth,bksh->bkgts", queries, keys, preferred_element_type=jnp.float32) * queries.shape[-1] ** -0.5
+    return jnp.where(sees, scores, -jnp.inf)
+
+
+# What belongs to queries lies as [B, K, G, T, ...], with 1 for an axis that it does not depend on; G query heads share a kv head.
+
+
+def heads_first(x, K):
+    B, T, N, H = x.shape
+    return jnp.moveaxis(x.reshape(B, T, K, N // K, H), 1, 3)
+
+
+def asking(q_segments, offset, bands):
+    """Segments and places of the queries."""
+    return q_segments[:, None, None], (jnp.arange(q_segments.shape[1]) * bands.stride + offset)[None, None, None]
+
+
+def cut(xs, n, at):
+    """The queries `at`, as n chunks: [n, B, K, G, T / n, ...]."""
+    return [jnp.moveaxis(x[:, :, :, at].reshape(*x.shape[:3], n, -1, *x.shape[4:]), 3, 0) for x in xs]
+
+
+def joined(chunks):
+    """[n, B, K, G, C, ...] -> [B, K, G, n C, ...]"""
+    n, *heads, C = chunks.shape[:5]
+    return jnp.moveaxis(chunks, 0, 3).reshape(*heads, n * C, *chunks.shape[5:])
 
 
 # ---- on each device: some of the rows, or of their positions, and some of the heads

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from jaxpt.model import llama
-from jaxpt.model.attention import attend, chunk_attend
+from jaxpt.model.attention import attend
 from jaxpt.sharding import constrain, n_shards, sharding
 from jaxpt.spec import ModelSpec, UserError
 
@@ -201,13 +201,9 @@ def extend(spec: ModelSpec, mesh, dtype, sampling: Sampling, params, state: Stat
             keys, values = (
                 jax.lax.dynamic_update_slice(old, new[None].astype(dtype), (layer, 0, column, 0, 0)) for old, new in zip(cache, (k, v), strict=True)
             )
-            B, T, N, H = q.shape
-            K = k.shape[2]
-            mixed = chunk_attend(
-                q.reshape(B, T, K, N // K, H), keys[layer], values[layer],
-                jnp.ones((B, 1), jnp.int32), state.segments, jnp.reshape(column, (1,)), spec.sliding_window, jnp.equal,
-            )  # fmt: skip
-            return mixed.reshape(B, T, N, H), (keys, values)
+            B, _, N, H = q.shape
+            mixed = attend_to_cache(q.reshape(B, k.shape[2], -1, H), keys[layer], values[layer], state.segments, column, spec.sliding_window)
+            return mixed.reshape(B, 1, N, H), (keys, values)
 
         logits, (keys, values) = through_layers(
             model, layers, token[:, None], state.lengths[:, None], (state.keys, state.values), attend_cache, dtype
@@ -223,6 +219,15 @@ def extend(spec: ModelSpec, mesh, dtype, sampling: Sampling, params, state: Stat
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return jax.lax.while_loop(lambda state: (state.column < stop) & jnp.any(state.room > 0), add_token, state)
+
+
+def attend_to_cache(q, keys, values, segments, column, window):
+    """One query a row, at `column`: q [B, K, G, H], keys and values [B, S, K, H] as the cache holds them. Sees the columns of segment 1."""
+    distance = column - jnp.arange(keys.shape[1])
+    sees = (distance >= 0) & (distance < (window or keys.shape[1])) & (segments == 1)
+    scores = jnp.einsum("bkgh,bskh->bkgs", q, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    shares = jax.nn.softmax(jnp.where(sees[:, None, None], scores, -jnp.inf)).astype(values.dtype)
+    return jnp.einsum("bkgs,bskh->bkgh", shares, values)
 
 
 def bind(spec: ModelSpec, params: dict[str, Any]) -> tuple[llama.Llama, tuple[dict, ...] | None]:

@@ -90,9 +90,9 @@ def state(spec: ModelSpec, at: Pieces, moments: int = 2) -> float:
 
 def kept(spec: ModelSpec, at: Pieces, remat: str) -> float:
     """Bytes that backward keeps of all layers: for each its input (remat full, and offload, whose rest lies with the host),
-    attention's result too (minimal), the results of products that backward reads too (dots), or about what each reads (none).
+    attention's result and its logarithms too (minimal), the results of products that backward reads too (dots), or about what each reads (none).
     """
-    D, F, qkv, mixed = spec.d_model, spec.d_ff, (spec.n_heads + 2 * spec.n_kv_heads) * spec.d_head, spec.n_heads * spec.d_head
+    D, F, qkv, mixed = spec.d_model, spec.d_ff, (spec.n_heads + 2 * spec.n_kv_heads) * spec.d_head, spec.n_heads * (spec.d_head + 2)
     elements = {
         "full": D,
         "offload": D,

@@ -151,10 +151,12 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
         batch = next(batches)
         metrics.profile(n_done + 1)
         if is_new:
-            with machine.enough_memory(settings), machine.compiling("train step"):
+            with machine.enough_memory(settings):
+                with machine.compiling("train step"):
+                    train_step = train_step.lower(now, batch).compile()
+                metrics.pause(n_done)  # compiling is no part of a step's time
                 now, found = jax.block_until_ready(train_step(now, batch))
             is_new = False
-            metrics.pause(n_done)
         else:
             now, found = train_step(now, batch)
         waiting.append(found)

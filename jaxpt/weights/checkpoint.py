@@ -236,13 +236,14 @@ def describe(source: pathlib.Path) -> Iterator[str]:
 def differences(a: pathlib.Path, b: pathlib.Path) -> list[str]:
     """Lines for what differs between two checkpoints; none when every array is equal bit by bit."""
     a, b = found(a), found(b)
-    left, right = stored(a), stored(b)
+    trees = described(a), described(b)
+    left, right = map(arrays, trees)
     lines = [f"{name}: only in {a if name in left else b}" for name in sorted(left.keys() ^ right.keys())]
     for name in sorted(left.keys() & right.keys()):
         if (left[name].shape, left[name].dtype) != (right[name].shape, right[name].dtype):
             lines.append(f"{name}: {left[name].dtype}{list(left[name].shape)} and {right[name].dtype}{list(right[name].shape)}")
             continue
-        x, y = read(a, name), read(b, name)
+        x, y = (read(directory, name, tree) for directory, tree in zip((a, b), trees, strict=True))
         if x.tobytes() != y.tobytes():
             n = int(np.sum(x != y))
             largest = np.max(np.abs(x.astype(np.float64) - y.astype(np.float64)))
@@ -259,14 +260,22 @@ def found(source: pathlib.Path) -> pathlib.Path:
 
 def stored(directory: pathlib.Path) -> dict[str, jax.ShapeDtypeStruct]:
     """ "params/blocks/q" -> shape and type, for every array."""
-    with opened() as checkpointer:
-        trees = {item: tree.tree for item, tree in checkpointer.metadata(directory.absolute()).item_metadata.items()}
+    return arrays(described(directory))
+
+
+def arrays(trees: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
     leaves = jax.tree_util.tree_leaves_with_path(trees)
     return {name_of(path): jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for path, leaf in leaves}
 
 
-def read(directory: pathlib.Path, name: str) -> np.ndarray:
-    """One array, by its name in `stored`."""
+def described(directory: pathlib.Path) -> dict[str, Any]:
+    """What Orbax knows of each tree's arrays."""
+    with opened() as checkpointer:
+        return {item: tree.tree for item, tree in checkpointer.metadata(directory.absolute()).item_metadata.items()}
+
+
+def read(directory: pathlib.Path, name: str, trees: dict[str, Any] | None = None) -> np.ndarray:
+    """One array, by its name in `stored`. Who reads many gives what `described` said, which takes longer than to read a small array."""
     import orbax.checkpoint as ocp
 
     item = name.split("/")[0]
@@ -275,10 +284,9 @@ def read(directory: pathlib.Path, name: str) -> np.ndarray:
     def choose(path, leaf):
         return jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype, sharding=here) if f"{item}/{name_of(path)}" == name else ocp.PLACEHOLDER
 
+    chosen = jax.tree_util.tree_map_with_path(choose, (trees or described(directory))[item])
+    asked = ocp.args.PyTreeRestore(item=chosen, restore_args=ocp.checkpoint_utils.construct_restore_args(chosen))
     with opened() as checkpointer:
-        tree = checkpointer.metadata(directory.absolute()).item_metadata[item].tree
-        chosen = jax.tree_util.tree_map_with_path(choose, tree)
-        asked = ocp.args.PyTreeRestore(item=chosen, restore_args=ocp.checkpoint_utils.construct_restore_args(chosen))
         restored = checkpointer.restore(directory.absolute(), args=ocp.args.Composite(**{item: asked}))[item]
     return next(np.asarray(leaf) for leaf in jax.tree.leaves(restored) if leaf is not ocp.PLACEHOLDER)
 
