@@ -10,8 +10,9 @@ A source is [NAME=]KIND:WHERE:
   jsonl:GLOB#field               a line is a document (.gz and .zst are unpacked)
   parquet:GLOB#column            a row is a document
   hf:NAME[/CONFIG]:SPLIT#field   a Hugging Face data set, streamed
-  python:prose, python:code      what this Python installation carries: English documentation, the standard library
-Presets of quality rules: none, course, prose, code. docs/prepare.md explains them.
+  warc:GLOB                      the main text of crawled pages
+  python:prose, code, tasks      what this Python installation carries: English documentation, the standard library, its functions as exercises
+Presets of rules: none, course, gopher, c4, fineweb, prose, code. docs/prepare.md explains them, and how a config changes them.
 """
 
 import pathlib

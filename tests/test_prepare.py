@@ -8,7 +8,6 @@ import json
 import pathlib
 import random
 import re
-import resource
 import subprocess
 import sys
 import sysconfig
@@ -361,11 +360,9 @@ def test_a_disk_that_fills_is_one_sentence_and_loses_nothing(tmp_path, documents
     knobs = {"sources": (f"jsonl:{tmp_path}/docs.jsonl",), "preset": "course", "heldout_frac": 0.0}
     before = prepare.run(asking(sources=(f"jsonl:{tmp_path}/docs.jsonl",)), tmp_path / "run")
 
-    def full():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # the jobs' files are smaller, a shard is larger
-
     asked = command(30_000, 0, tmp_path / "run", **knobs)
-    ended = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, preexec_fn=full)
+    limited = ["bash", "-c", 'ulimit -f 60; exec "$@"', "limited"]  # kB: the jobs' files are smaller, a shard is larger
+    ended = subprocess.run([*limited, *asked], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 1 and re.fullmatch(r"error: the disk is full \(.*make room and run the same command again\.\n", ended.stderr)
     assert Manifest.load(tmp_path / "run/corpus") == before and len(list((tmp_path / "run/corpus.partial/.work/judge_rows").glob("*.json"))) > 5
     subprocess.run(asked, cwd=ROOT, check=True, capture_output=True)
