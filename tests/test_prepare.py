@@ -314,6 +314,7 @@ def counting(monkeypatch, *names: str) -> dict[str, int]:
 def test_a_killed_run_goes_on_without_redoing_what_was_finished_and_ends_as_the_uncut_one(tmp_path, documents, monkeypatch):
     (tmp_path / "docs.jsonl").write_bytes(jsonl(documents))
     knobs = {"sources": (f"jsonl:{tmp_path}/docs.jsonl",), "preset": "course", "near_dedup": True, "heldout_frac": 0.2}
+    knobs["rules"] = ("corpus_paragraphs(least=20)",)
     uncut = prepare.run(asking(**knobs), tmp_path / "uncut")
     work = tmp_path / "killed/corpus.partial/.work"
     process = subprocess.Popen(command(20_000, 10**9, tmp_path / "killed", **knobs), cwd=ROOT, stdout=subprocess.PIPE)
