@@ -393,7 +393,7 @@ def plain_address(url: str) -> str:
 
 
 def lines_of(path: str) -> list[str]:
-    """The lines of a list but for empty ones and remarks behind a #."""
+    """The lines of a list but for empty ones and remarks, which begin with #."""
     lines = [line.strip() for line in pathlib.Path(path).read_text("utf-8").splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
 

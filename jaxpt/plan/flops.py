@@ -146,7 +146,7 @@ def traffic(spec: ModelSpec, at: Pieces, *, row_len: int, scores: bool) -> float
 
 
 def executed(spec: ModelSpec, row_len: int, remat: str) -> float:
-    """FLOPs that a step runs for one token, recomputation included; attention's scores are computed again in any case."""
+    """FLOPs that a step runs for one token, recomputation included; attention counts once more in any case: each backward computes its scores again, and cudnn its result too."""
     products = 2 * spec.n_layers * block_matrices(spec)
     scores = forward(spec, row_len) - 2 * matmul_params(spec)
     again = products if remat in ("full", "minimal") else 0
