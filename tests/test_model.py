@@ -63,6 +63,18 @@ def test_no_token_sees_the_future(spec, one):
     assert (seen[:9] > 0).all() and (seen[9:] == 0).all()
 
 
+@pytest.mark.parametrize("R, W", [(24, 88), (88, 24)])
+def test_a_weights_gradient_is_matmuls_and_turns_only_the_narrower_side(R, W):
+    B, T = 3, 40
+    rng = np.random.default_rng(0)
+    x, matrix = jnp.asarray(rng.normal(size=(B, T, R)), jnp.float32), jnp.asarray(rng.normal(size=(R, W)), jnp.float32)
+    gradients = lambda product: jax.jit(jax.grad(lambda x, matrix: jnp.sum(product(x, matrix) ** 2), argnums=(0, 1)))(x, matrix)  # noqa: E731
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradients(llama.product), gradients(jnp.matmul))
+    pull = jax.jit(lambda x, matrix, g: jax.vjp(llama.product, x, matrix)[1](g))
+    program = pull.lower(x, matrix, jnp.ones((B, T, W))).compile().as_text()
+    assert (f"[24,{B * T}]" in program, f"[88,{B * T}]" in program) == (True, False)
+
+
 @pytest.fixture(scope="module")
 def by_remat():
     """For every policy: (temporary bytes, gradients) of a loss, in the loop over layers that accelerators run."""
@@ -99,7 +111,7 @@ def test_remat_policies_are_ordered_by_what_they_keep(by_remat):
 
 
 def test_chunked_loss_equals_plain_loss_and_its_gradients():
-    B, T, D, V = 4, 192, 24, 96  # 768 tokens: three chunks and more
+    B, T, D, V = 4, 384, 24, 96  # 1,536 tokens: four chunks
     rng = np.random.default_rng(0)
     hidden, head = jnp.asarray(rng.normal(size=(B, T, D)), jnp.float32), jnp.asarray(rng.normal(size=(D, V)), jnp.float32)
     targets, weights = jnp.asarray(rng.integers(0, V, (B, T))), jnp.asarray(rng.integers(0, 2, (B, T)), jnp.float32)
@@ -118,7 +130,7 @@ def test_chunked_loss_equals_plain_loss_and_its_gradients():
 
 
 def test_the_logits_of_a_batch_never_exist_at_once():
-    B, T, D, V = 4, 512, 24, 1000
+    B, T, D, V = 4, 1024, 24, 1000
     args = [jax.ShapeDtypeStruct(s, d) for s, d in (((B, T, D), jnp.float32), ((D, V), jnp.float32), ((B, T), jnp.int32), ((B, T), jnp.float32))]
     compiled = jax.jit(jax.grad(lambda h, w, t, m: loss.cross_entropy(h, w, t, m)[0], argnums=(0, 1))).lower(*args).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < B * T * V * 4 / 2

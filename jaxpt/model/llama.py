@@ -105,21 +105,21 @@ class Block(nnx.Module):
         return x + self.feed_forward(rms_norm(x, self.mlp_norm[...], self.eps))
 
     def attention(self, x, rope, attend):
-        q = project("btd,dnh->btnh", x, self.q, getattr(self, "q_bias", None))
-        k = project("btd,dkh->btkh", x, self.k, getattr(self, "k_bias", None))
-        v = project("btd,dkh->btkh", x, self.v, getattr(self, "v_bias", None))
+        q = project(x, self.q, getattr(self, "q_bias", None))
+        k = project(x, self.k, getattr(self, "k_bias", None))
+        v = project(x, self.v, getattr(self, "v_bias", None))
         if hasattr(self, "q_norm"):
             q, k = rms_norm(q, self.q_norm[...], self.eps), rms_norm(k, self.k_norm[...], self.eps)
         mixed = attend(rotate(q, rope), rotate(k, rope), v)
-        return project("btnh,nhd->btd", mixed, self.o, getattr(self, "o_bias", None))
+        return project(mixed, self.o, getattr(self, "o_bias", None))
 
     def feed_forward(self, x):
-        return project("btf,fd->btd", self.neurons(x), self.down, getattr(self, "down_bias", None))
+        return project(self.neurons(x), self.down, getattr(self, "down_bias", None))
 
     def neurons(self, x):
         """What `down` reads, [B, T, F]."""
-        gate = project("btd,df->btf", x, self.gate, getattr(self, "gate_bias", None))
-        up = project("btd,df->btf", x, self.up, getattr(self, "up_bias", None))
+        gate = project(x, self.gate, getattr(self, "gate_bias", None))
+        up = project(x, self.up, getattr(self, "up_bias", None))
         return jax.nn.silu(gate) * up
 
 
@@ -147,9 +147,44 @@ def weight(rngs: nnx.Rngs, shape, axes, *, std: float = 0.0, ones: bool = False)
     return nnx.Param(value, out_sharding=axes, std=std, ones=ones)
 
 
-def project(letters: str, x, matrix, bias=None):
-    y = jnp.einsum(letters, x, matrix[...].astype(x.dtype))
+def project(x, matrix, bias=None):
+    y = product(x, matrix[...].astype(x.dtype))
     return y if bias is None else y + bias[...].astype(x.dtype)
+
+
+@jax.custom_vjp
+def product(x, matrix):
+    """x [B, T, ...reads] times matrix [...reads, ...writes]: [B, T, ...writes], with a backward of its own for the matrix.
+
+    A product that sums over tokens is fast on a CPU with tokens last on its left side and first on its right, so one side is turned. In JAX's
+    gradient it is the result's, which most matrices make the wider one; here it is the narrower one, which is the residual's and
+    turned once for all that read it. Whole steps are 1.17 to 1.3 x as fast (docs/performance.md); an accelerator does not mind.
+    """
+    return product_forward(x, matrix)[0]
+
+
+def product_forward(x, matrix):
+    B, T, *reads = x.shape
+    y = flat(x) @ matrix.reshape(math.prod(reads), -1)
+    return y.reshape(B, T, *matrix.shape[len(reads) :]), (x, matrix)
+
+
+def product_backward(kept, g):
+    x, matrix = kept
+    tokens, results, turned = flat(x), flat(g), lambda y: jnp.moveaxis(y, 2, 0)
+    if tokens.shape[2] <= results.shape[2]:
+        by_matrix = jnp.einsum("rbt,btw->rw", turned(tokens), results)
+    else:
+        by_matrix = jnp.einsum("wbt,btr->wr", turned(results), tokens).T
+    by_x = jnp.einsum("btw,rw->btr", results, matrix.reshape(by_matrix.shape))
+    return by_x.reshape(x.shape), by_matrix.reshape(matrix.shape)
+
+
+product.defvjp(product_forward, product_backward)
+
+
+def flat(x):
+    return x.reshape(*x.shape[:2], -1)
 
 
 def rms_norm(x, scale, eps: float):

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from jaxpt.sharding import constrain
 
-# Tokens whose logits exist on a device at one time. 256 x 32,000 float32 logits are 33 MB, which a core's caches still help with;
-# a whole row of 4,096 would be 0.5 GB and its gradient as much again. An accelerator reads the head and adds to its float32
-# gradient once a chunk, D x V each: with 1,024 tokens its products outweigh that traffic, with 256 they do not.
-ON_CPU, ON_ACCELERATOR = 256, 1024
+# Tokens whose logits exist on a device at one time. A whole row of 4,096 with a vocabulary of 32,000 would be 0.5 GB in float32 and its
+# gradient as much again. Each chunk reads the head and adds to its float32 gradient, D x V each, and a product sums over no more than
+# the chunk. A CPU gains by 512 over 256 (docs/performance.md) and nothing by 1,024; an accelerator's products outweigh that traffic with 1,024.
+ON_CPU, ON_ACCELERATOR = 512, 1024
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
