@@ -1,9 +1,10 @@
-"""What the loop adds to a bare step: logging, metrics, TensorBoard and checkpoints begun, on a model whose step takes tens of milliseconds.
+"""What the loop adds to a bare step: logging, metrics, TensorBoard and checkpoints begun.
 
-    python benchmarks/loop.py [--steps 150] [--rounds 15]
+    python benchmarks/loop.py --shape small --steps 150 --rounds 15
+    python benchmarks/loop.py --shape S --steps 45 --rounds 4
 
 In one process, in turn, the one first that was second before: the bare compiled step on one batch over and over, and the step with everything that
-loop.py does around it (rows from disk, a log line every 10 steps, a checkpoint every 100). Prints each round's times, and the median of the overheads.
+loop.py does around it (rows from disk, a log line every 10 steps, one checkpoint begun). Prints each round's times, and the median of the overheads.
 """
 
 import argparse
@@ -31,16 +32,16 @@ from jaxpt.spec import ModelSpec
 from jaxpt.train import loop, state, step
 from jaxpt.train.metrics import read as read_metrics
 
+SHAPES = {"small": {"L": 4, "D": 128, "F": 352, "N": 4, "K": 2, "T": 128}, "S": {"L": 8, "D": 256, "F": 704, "N": 8, "K": 4, "T": 512}}  # of 8 rows
 RECIPE = """
 from jaxpt.config import defaults
 def get_config():
     c = defaults()
     c.prepare.sources, c.prepare.limit_mb = ("python:prose",), 1.0
-    c.tokenizer.vocab_size, c.pack.row_len = 2000, 128
-    c.model.n_layers, c.model.d_model, c.model.d_ff = 4, 128, 352
-    c.model.n_heads, c.model.n_kv_heads, c.model.d_head, c.model.max_positions = 4, 2, 32, 128
+    c.tokenizer.vocab_size, c.pack.row_len = 2000, {T}
+    c.model.n_layers, c.model.d_model, c.model.d_ff = {L}, {D}, {F}
+    c.model.n_heads, c.model.n_kv_heads, c.model.d_head, c.model.max_positions = {N}, {K}, 32, {T}
     c.train.batch_rows, c.train.log_every, c.train.eval_every, c.train.eval_rows = 8, 10, 0, 8
-    c.train.checkpoint_every = 100
     c.optim.warmup_steps = 10
     return c
 """
@@ -48,12 +49,13 @@ def get_config():
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="small", choices=SHAPES)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
         home = pathlib.Path(home)
-        (home / "small.py").write_text(RECIPE)
+        (home / "small.py").write_text(RECIPE.format(**SHAPES[arguments.shape]))
         for door in ("prepare", "train_tokenizer", "pack"):
             command = [sys.executable, ROOT / f"scripts/{door}.py", "--config", "small.py", "--workdir", "data"]
             subprocess.run(command, cwd=home, check=True, capture_output=True)
@@ -61,7 +63,7 @@ def main() -> None:
         settings = dataclasses.replace(
             settings,
             mixture=dataclasses.replace(settings.mixture, packed=(str(home / "data/packed"),)),
-            train=dataclasses.replace(settings.train, steps=arguments.steps),
+            train=dataclasses.replace(settings.train, steps=arguments.steps, checkpoint_every=arguments.steps * 2 // 3),
         )
         bare, whole = [], []
         for i in range(arguments.rounds):

@@ -7,6 +7,7 @@ partial work again when it is started again with the same inputs and config.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -191,11 +192,13 @@ def sha256(path: pathlib.Path) -> str:
 
 def first_damaged(directory: pathlib.Path, manifest: Manifest) -> tuple[str, bool] | None:
     """(name, whether it is there) of the first file of a stage that is not what the manifest's checksum says; None when all are whole."""
-    for name, checksum in manifest.outputs.items():
-        there = (directory / name).is_file()
-        if not there or sha256(directory / name) != checksum:
-            return name, there
-    return None
+
+    def is_whole(name: str) -> bool:
+        return (directory / name).is_file() and sha256(directory / name) == manifest.outputs[name]
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing leaves the interpreter free
+        broken = [name for name, whole in zip(manifest.outputs, pool.map(is_whole, manifest.outputs), strict=True) if not whole]
+    return (broken[0], (directory / broken[0]).is_file()) if broken else None
 
 
 def plain(value: Any) -> Any:

@@ -158,7 +158,7 @@ def product(x, matrix):
 
     A product that sums over tokens is fast on a CPU with tokens last on its left side and first on its right, so one side is turned. In JAX's
     gradient it is the result's, which most matrices make the wider one; here it is the narrower one, which is the residual's and
-    turned once for all that read it. Whole steps are 1.17 to 1.3 x as fast (docs/performance.md); an accelerator does not mind.
+    turned once for all that read it. Whole steps are 1.08 to 1.2 x as fast (docs/performance.md); an accelerator does not mind.
     """
     return product_forward(x, matrix)[0]
 

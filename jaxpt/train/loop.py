@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -60,13 +61,11 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
     measuring_rows = newborn.measuring_rows(settings, packed, mesh)
     measured_with = {"heldout": heldout, "rows": measuring_rows, "flops_per_token": lambda spec: cost_of(spec).flops_per_token}
 
-    # The state: this run's newest whole checkpoint, or a birth.
+    # Where it begins: at this run's newest whole checkpoint, or with a birth.
     run_dir.mkdir(parents=True, exist_ok=True)
     resumed = checkpoint.newest(run_dir)
     if resumed:
         spec = ModelSpec.load(resumed / "spec.json")
-        goal = state.abstract_state(spec, settings, mesh)
-        now = state.restored(resumed, checkpoint.restore(resumed, "params", goal.params), goal)
         counts = Manifest.load(resumed).counts
         start.check_rows(Manifest.load(resumed), settings, rows, run_dir)
         stage.say(f"resumed from {resumed}: step {counts['step']:,}, {counts['rows']:,} rows read; {initialize.describe(spec)}")
@@ -105,30 +104,34 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
     mix = lambda past, n_done, n_read: Mixture(asked, rows.n_rows, settings.train.batch_rows, past, n_done, n_read, rows.fingerprint)  # noqa: E731
     mixture = mix([Stretch(*each) for each in counts["account"]], counts["step"], counts["rows"])
     mixture.check(n_rows, asked.max_epochs)
-    keep_account(run_dir, mixture)
-    keep_program(run_dir, settings, spec, packed, counts["step"])
 
-    # The step, and what is said about it.
-    train_step = step.build(spec, settings, mesh, young)
-    metrics = Metrics(run_dir, settings, tokens_per_step=settings.train.batch_rows * rows.row_len, resumed_at=counts["step"], cost=cost_of(spec))
+    # The step, and what is said about it. A checkpoint is read while the step is compiled, or read from the cache.
     shape = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "no cut"
     stage.say(
         f"{jax.device_count()} x {jax.devices()[0].device_kind} ({shape}); a step is "
         f"{settings.train.batch_rows} rows x {rows.row_len} tokens; {settings.train.steps:,} steps read {describe_epochs(mixture.epochs(n_rows))}"
     )
     say_paths(spec, settings, mesh)
+    with machine.enough_memory(settings), machine.compiling("train step"), concurrent.futures.ThreadPoolExecutor(1) as beside:
+        compiled = beside.submit(step.compiled, spec, settings, mesh, young)
+        if resumed:
+            goal = state.abstract_state(spec, settings, mesh)
+            now = state.restored(resumed, checkpoint.restore(resumed, "params", goal.params), goal)
+        train_step = compiled.result()
+        if not resumed:
+            now = step.rehearse(train_step, now, settings, mesh)
+    keep_account(run_dir, mixture)
+    keep_program(run_dir, settings, spec, packed, counts["step"])
+    metrics = Metrics(run_dir, settings, tokens_per_step=settings.train.batch_rows * rows.row_len, resumed_at=counts["step"], cost=cost_of(spec))
     if resumed:
         metrics.resumed(counts["step"])
-    else:
-        with machine.enough_memory(settings), machine.compiling("train step"):
-            now = step.rehearse(train_step, now, settings, mesh)
-        if settings.initialize.source != "random" or settings.initialize.grow:
-            if settings.initialize.source == "random" or settings.initialize.start != "continue":
-                losses = heldout.losses(spec, now.params)  # nobody's weights, or a run's own, on the rows that it was reading
-            else:
-                losses = gate.check_start(heldout, spec, now.params, record, grown)
-            parent = losses_of_parent(run_dir, settings) or losses
-            metrics.heldout(counts["step"], losses, parent)
+    elif settings.initialize.source != "random" or settings.initialize.grow:
+        if settings.initialize.source == "random" or settings.initialize.start != "continue":
+            losses = heldout.losses(spec, now.params)  # nobody's weights, or a run's own, on the rows that it was reading
+        else:
+            losses = gate.check_start(heldout, spec, now.params, record, grown)
+        parent = losses_of_parent(run_dir, settings) or losses
+        metrics.heldout(counts["step"], losses, parent)
 
     # The loop. Metrics stay on the devices until a line is due, so that the host never waits for a step.
     asked_to_stop = machine.catch_stop()
@@ -144,7 +147,8 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
             text = settings.train.grow[n_grown][1]
             now, spec, young = grow(run_dir, text, n_done, now, spec, settings, mesh, measured_with)
             sharding.check(mesh, spec, settings.train.batch_rows, settings.train.accumulate, rows.row_len)
-            train_step, is_new = step.build(spec, settings, mesh, young), True
+            with machine.enough_memory(settings), machine.compiling("train step"):
+                train_step, is_new = step.compiled(spec, settings, mesh, young), True
             n_grown += 1
             metrics.grown(n_done, text, spec, cost_of(spec))
         terminated = stopping = asked_to_stop(n_done)  # asked once a step, so that the step that leaves is the one that saves
@@ -152,9 +156,6 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
         metrics.profile(n_done + 1)
         if is_new:
             with machine.enough_memory(settings):
-                with machine.compiling("train step"):
-                    train_step = train_step.lower(now, batch).compile()
-                metrics.pause(n_done)  # compiling is no part of a step's time
                 now, found = jax.block_until_ready(train_step(now, batch))
             is_new = False
         else:

@@ -89,6 +89,11 @@ def build(spec: ModelSpec, settings: Config, mesh, young: optimizer.Young = opti
     return jax.jit(step, in_shardings=(goal, rows), out_shardings=(goal, replicated(mesh)), donate_argnums=0)
 
 
+def compiled(spec: ModelSpec, settings: Config, mesh, young: optimizer.Young = optimizer.Young()):  # noqa: B008  (frozen)
+    """`build`'s step, compiled for a run's state and batches before either is there."""
+    return build(spec, settings, mesh, young).lower(abstract_state(spec, settings, mesh), abstract_batch(settings, mesh)).compile()
+
+
 def rehearse(run, now: TrainState, settings: Config, mesh) -> TrainState:
     """One step `run` on a made-up batch of full shape, so that memory is asked for before any data is read. Returns the state as it was.
 
