@@ -122,7 +122,8 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
             now = step.rehearse(train_step, now, settings, mesh)
     keep_account(run_dir, mixture)
     keep_program(run_dir, settings, spec, packed, counts["step"])
-    metrics = Metrics(run_dir, settings, tokens_per_step=settings.train.batch_rows * rows.row_len, resumed_at=counts["step"], cost=cost_of(spec))
+    tokens_per_step = settings.train.batch_rows * rows.row_len
+    metrics = Metrics(run_dir, settings, tokens_per_step=tokens_per_step, resumed_at=counts["step"], started=started, cost=cost_of(spec))
     if resumed:
         metrics.resumed(counts["step"])
     elif settings.initialize.source != "random" or settings.initialize.grow:
@@ -155,7 +156,7 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
         batch = next(batches)
         metrics.profile(n_done + 1)
         if is_new:
-            with machine.enough_memory(settings):
+            with machine.enough_memory(settings):  # which no rehearsal has tried
                 now, found = jax.block_until_ready(train_step(now, batch))
             is_new = False
         else:

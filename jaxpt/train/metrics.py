@@ -33,18 +33,20 @@ class Cost(NamedTuple):
 class Metrics:
     """Writes RUN/metrics.jsonl so that it is continuous across resumes: records after `resumed_at` are dropped first, no step stands twice.
 
+    started  time.monotonic() from which on seconds and money are counted
+
     Every process makes one; the first one writes and speaks.
     """
 
-    def __init__(self, run: pathlib.Path, settings: Config, *, tokens_per_step: int, resumed_at: int, cost: Cost):
+    def __init__(self, run: pathlib.Path, settings: Config, *, tokens_per_step: int, resumed_at: int, started: float, cost: Cost):
         self.run, self.settings, self.steps, self.tokens_per_step, self.cost = run, settings, settings.train.steps, tokens_per_step, cost
         self.path = run / "metrics.jsonl"
         self.writes = jax.process_index() == 0
         earlier = [record for record in read(self.path) if record["step"] <= resumed_at]
         # seconds and money of a resumed run go on from its last record
         self.seconds_before = max((record.get("seconds", 0.0) for record in earlier), default=0.0)
-        self.start = self.last_time = time.monotonic()
-        self.last_step = resumed_at
+        self.start = started
+        self.pause(resumed_at)
         if not self.writes:
             return
         write_whole(self.path, "".join(json.dumps(record) + "\n" for record in earlier))

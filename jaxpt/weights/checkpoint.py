@@ -299,8 +299,8 @@ def opened():
 
 
 def handler():
-    """Orbax's, for both trees. Not compressed: that spares 8 % of the bytes of float32, and takes four times the processor's time to write
-    and three times as long to read (docs/reliability.md)."""
+    """Orbax's, for both trees. Compressing would spare 8 % of float32's bytes, for four times the processor's time to write and three times
+    as long to read (docs/performance.md)."""
     import orbax.checkpoint as ocp
 
     return ocp.CompositeCheckpointHandler(**{item: ocp.PyTreeCheckpointHandler(use_compression=False) for item in ("params", "rest")})
