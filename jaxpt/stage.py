@@ -171,18 +171,25 @@ def request_fingerprint(name: str, config: Mapping, inputs: Mapping[str, Mapping
 def difference(manifest: Manifest, config: Mapping, inputs: Mapping[str, Mapping], seed: int | None) -> str:
     """The first way in which a finished stage was another one, in words."""
     config = plain(config)
-    for key in sorted(set(config) | set(manifest.config)):
-        there, asked = manifest.config.get(key), config.get(key)
-        if there != asked:
-            if isinstance(there, list) and isinstance(asked, list) and len(there) == len(asked):
-                i = next(i for i, pair in enumerate(zip(there, asked, strict=True)) if pair[0] != pair[1])
-                key, there, asked = f"{key}[{i}]", there[i], asked[i]
-            return f"another config ({key}: {there!r} there, {asked!r} asked)"
+    if config != manifest.config:
+        key, there, asked = first_difference(manifest.config, config)
+        return f"another config ({key}: {there!r} there, {asked!r} asked)"
     for key in sorted(set(inputs) | set(manifest.inputs)):
         there, asked = manifest.inputs.get(key), inputs.get(key)
         if there is None or asked is None or there["fingerprint"] != asked["fingerprint"]:
             return f"another input ({key}: {(there or {}).get('path')} there, {(asked or {}).get('path')} asked, their contents differ)"
     return f"another stage or seed ({manifest.stage}, seed {manifest.seed} there; seed {seed} asked)"
+
+
+def first_difference(there: Any, asked: Any, at: str = "") -> tuple[str, Any, Any]:
+    """(where, value there, value asked) of the first place at which two that differ do; "train.steps", "rules[0]"."""
+    if isinstance(there, dict) and isinstance(asked, dict):
+        key = next(key for key in sorted(there | asked) if key not in there or key not in asked or there[key] != asked[key])
+        return first_difference(there.get(key), asked.get(key), f"{at}.{key}" if at else key)
+    if isinstance(there, list) and isinstance(asked, list) and len(there) == len(asked):
+        i = next(i for i, pair in enumerate(zip(there, asked, strict=True)) if pair[0] != pair[1])
+        return first_difference(there[i], asked[i], f"{at}[{i}]")
+    return at, there, asked
 
 
 def sha256(path: pathlib.Path) -> str:

@@ -32,12 +32,16 @@ def test_a_finished_stage_is_not_done_again(tmp_path):
 def test_another_request_is_refused_with_what_differs_and_nothing_is_lost(tmp_path, change):
     source = tmp_path / "in.txt"
     source.write_text("text")
-    stage.run("pack", tmp_path / "out", write([]), config={"row_len": 20}, inputs={"text": source}, seed=3)
+    stage.run("pack", tmp_path / "out", write([]), config={"pack": {"row_len": 20, "margin": 7}}, inputs={"text": source}, seed=3)
     if change == "input":
         source.write_text("other text")
-    asked = {"config": {"row_len": 24 if change == "config" else 20}, "inputs": {"text": source}, "seed": 5 if change == "seed" else 3}
+    asked = {
+        "config": {"pack": {"row_len": 24 if change == "config" else 20, "margin": 7}},
+        "inputs": {"text": source},
+        "seed": 5 if change == "seed" else 3,
+    }
     with pytest.raises(
-        UserError, match={"config": "row_len: 20 there, 24 asked", "input": "another input", "seed": "seed 3 there; seed 5 asked"}[change]
+        UserError, match={"config": r"\(pack.row_len: 20 there, 24 asked\)", "input": "another input", "seed": "seed 3 there; seed 5 asked"}[change]
     ):
         stage.run("pack", tmp_path / "out", write([]), **asked)
     assert (tmp_path / "out/rows.txt").exists()
