@@ -104,6 +104,11 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
     mix = lambda past, n_done, n_read: Mixture(asked, rows.n_rows, settings.train.batch_rows, past, n_done, n_read, rows.fingerprint)  # noqa: E731
     mixture = mix([Stretch(*each) for each in counts["account"]], counts["step"], counts["rows"])
     mixture.check(n_rows, asked.max_epochs)
+    if late := [at for at, _ in settings.train.grow[counts["n_grown"] :] if at < counts["step"]]:
+        raise UserError(
+            f"train.grow: {run_dir} stands at step {counts['step']:,} and did not grow after step {late[0]:,}, which will not come again. Name a later "
+            "step, or grow it into another --workdir by initialize.source and initialize.grow."
+        )
 
     # The step, and what is said about it. A checkpoint is read while the step is compiled, or read from the cache.
     shape = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "no cut"
