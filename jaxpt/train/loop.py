@@ -66,8 +66,9 @@ def run(settings: Config, workdir: pathlib.Path, cost_of: Callable[[ModelSpec], 
     resumed = checkpoint.newest(run_dir)
     if resumed:
         spec = ModelSpec.load(resumed / "spec.json")
-        counts = Manifest.load(resumed).counts
-        start.check_rows(Manifest.load(resumed), settings, rows, run_dir)
+        manifest = Manifest.load(resumed)
+        counts = manifest.counts
+        start.check_rows(manifest, settings, rows, run_dir)
         stage.say(f"resumed from {resumed}: step {counts['step']:,}, {counts['rows']:,} rows read; {initialize.describe(spec)}")
         for change in changed_settings(run_dir, config):
             stage.say(f"  with another {change}")
