@@ -20,39 +20,74 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from jaxpt import config
-from jaxpt.plan import compile, hardware, program
+from jaxpt.plan import compile, hardware, hlo
 
 # Llama 3.2's 1B and Llama 3's 8B. Rows are longer than the 8B is wide, so that an array of T x T is not taken for one of T x D.
-BILLION = {"n_layers": 16, "d_model": 2048, "d_ff": 8192, "n_heads": 32, "n_kv_heads": 8, "d_head": 64, "vocab_size": 128_256, "tied": True}
-EIGHT = {"n_layers": 32, "d_model": 4096, "d_ff": 14_336, "n_heads": 32, "n_kv_heads": 8, "d_head": 128, "vocab_size": 128_256}
-ONE_CARD, PODS = (BILLION, {"row_len": 4096}), (EIGHT, {"row_len": 8192})
+BILLION = {
+    "n_layers": 16,
+    "d_model": 2048,
+    "d_ff": 8192,
+    "n_heads": 32,
+    "n_kv_heads": 8,
+    "d_head": 64,
+    "vocab_size": 128_256,
+    "tie_embeddings": True,
+}
+EIGHT = {
+    "n_layers": 32,
+    "d_model": 4096,
+    "d_ff": 14_336,
+    "n_heads": 32,
+    "n_kv_heads": 8,
+    "d_head": 128,
+    "vocab_size": 128_256,
+}
+ONE_CARD, PODS = (BILLION, {"seq_len": 4096}), (EIGHT, {"seq_len": 8192})
 ROWS = {  # name: target, (model, pack), train, mesh
-    "h100 xla": ("h100:1", ONE_CARD, {"batch_rows": 8, "attention": "xla", "remat": "full"}, {}),
-    "h100 cudnn full": ("h100:1", ONE_CARD, {"batch_rows": 8, "remat": "full"}, {}),
-    "h100 cudnn minimal": ("h100:1", ONE_CARD, {"batch_rows": 8, "remat": "minimal"}, {}),
-    "h100 cudnn dots": ("h100:1", ONE_CARD, {"batch_rows": 8, "remat": "dots"}, {}),
-    "h100 cudnn none": ("h100:1", ONE_CARD, {"batch_rows": 8, "remat": "none"}, {}),
-    "h100 cudnn offload": ("h100:1", ONE_CARD, {"batch_rows": 8, "remat": "offload"}, {}),
-    "v5p 64 xla": ("v5p:4x4x4", PODS, {"batch_rows": 64, "attention": "xla", "remat": "full"}, {}),
-    "v5p 64 splash full": ("v5p:4x4x4", PODS, {"batch_rows": 64, "remat": "full"}, {}),
-    "v5p 64 splash minimal": ("v5p:4x4x4", PODS, {"batch_rows": 64, "remat": "minimal"}, {}),
-    "v5p 64 splash dots": ("v5p:4x4x4", PODS, {"batch_rows": 64, "remat": "dots"}, {}),
-    "v5p 64 splash offload": ("v5p:4x4x4", PODS, {"batch_rows": 64, "remat": "offload"}, {}),
-    "v5p 64 splash none": ("v5p:4x4x4", PODS, {"batch_rows": 64, "remat": "none"}, {}),
-    "v5p 64 splash tensor 4": ("v5p:4x4x4", PODS, {"batch_rows": 16, "remat": "full"}, {"tensor": 4}),
-    "v5p 64 xla context 4": ("v5p:4x4x4", PODS, {"batch_rows": 16, "remat": "full"}, {"context": 4}),
-    "v5p 4096 splash full": ("v5p:16x16x16", PODS, {"batch_rows": 4096, "remat": "full"}, {}),
+    "h100 xla": ("h100:1", ONE_CARD, {"batch_size": 8, "attention": "xla", "remat": "full"}, {}),
+    "h100 cudnn full": ("h100:1", ONE_CARD, {"batch_size": 8, "remat": "full"}, {}),
+    "h100 cudnn minimal": ("h100:1", ONE_CARD, {"batch_size": 8, "remat": "minimal"}, {}),
+    "h100 cudnn dots": ("h100:1", ONE_CARD, {"batch_size": 8, "remat": "dots"}, {}),
+    "h100 cudnn none": ("h100:1", ONE_CARD, {"batch_size": 8, "remat": "none"}, {}),
+    "h100 cudnn offload": ("h100:1", ONE_CARD, {"batch_size": 8, "remat": "offload"}, {}),
+    "v5p 64 xla": ("v5p:4x4x4", PODS, {"batch_size": 64, "attention": "xla", "remat": "full"}, {}),
+    "v5p 64 splash full": ("v5p:4x4x4", PODS, {"batch_size": 64, "remat": "full"}, {}),
+    "v5p 64 splash minimal": ("v5p:4x4x4", PODS, {"batch_size": 64, "remat": "minimal"}, {}),
+    "v5p 64 splash dots": ("v5p:4x4x4", PODS, {"batch_size": 64, "remat": "dots"}, {}),
+    "v5p 64 splash offload": ("v5p:4x4x4", PODS, {"batch_size": 64, "remat": "offload"}, {}),
+    "v5p 64 splash none": ("v5p:4x4x4", PODS, {"batch_size": 64, "remat": "none"}, {}),
+    "v5p 64 splash tensor 4": (
+        "v5p:4x4x4",
+        PODS,
+        {"batch_size": 16, "remat": "full"},
+        {"tensor": 4},
+    ),
+    "v5p 64 xla context 4": (
+        "v5p:4x4x4",
+        PODS,
+        {"batch_size": 16, "remat": "full"},
+        {"context": 4},
+    ),
+    "v5p 4096 splash full": ("v5p:16x16x16", PODS, {"batch_size": 4096, "remat": "full"}, {}),
 }
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
 
 def main(*names: str):
-    print("| program | attention | compile, s (CPU s) | peak, GiB | logits-sized | T x T | largest array | collectives a layer, forward; backward |")
+    print(
+        "| program | attention | compile, s (CPU s) | peak, GiB | logits-sized | T x T | largest array | collectives a layer, forward; backward |"
+    )
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for name in names or ROWS:
         command = [sys.executable, __file__, "--child", name]
-        done = subprocess.run(command, env={**os.environ, **compile.ENVIRONMENT}, capture_output=True, text=True)
-        answer = done.stdout.splitlines()[-1] if done.returncode == 0 else f"| {name} | failed: {done.stderr.strip().splitlines()[-1][:300]} |"
+        done = subprocess.run(
+            command, env={**os.environ, **compile.COMPILER_ENV}, capture_output=True, text=True
+        )
+        answer = (
+            done.stdout.splitlines()[-1]
+            if done.returncode == 0
+            else f"| {name} | failed: {done.stderr.strip().splitlines()[-1][:300]} |"
+        )
         print(answer, flush=True)
 
 
@@ -64,19 +99,26 @@ def child(name: str):
     from jaxpt.weights import initialize
 
     on, (model, pack), train, axes = ROWS[name]
-    target = hardware.target(on)
-    if missing := compile.missing_package(target):
+    target = hardware.parse_target(on)
+    if missing := compile.find_missing_package(target):
         sys.exit(f"needs {missing}")
-    values = config.overridden([])
-    for section, changes in (("model", model), ("pack", pack), ("train", {"compute_dtype": "bfloat16", **train}), ("mesh", axes)):
+    values = config.apply_overrides([])
+    for section, changes in (
+        ("model", model),
+        ("pack", pack),
+        ("train", {"compute_dtype": "bfloat16", **train}),
+        ("mesh", axes),
+    ):
         values[section] |= changes
-    settings = config.typed(values)
-    spec = initialize.random_spec(settings, settings.tokenizer.vocab_size)
-    mesh = sharding.make_mesh(settings.mesh, compile.devices(target, None))
-    backend, _ = attention.choose(spec, settings, mesh)
-    goal = state.abstract_state(spec, settings, mesh)
+    settings = config.build_config(values)
+    spec = initialize.make_random_spec(settings, settings.tokenizer.vocab_size)
+    mesh = sharding.make_mesh(settings.mesh, compile.make_target_devices(target, None))
+    backend, _ = attention.choose_backend(spec, settings, mesh)
+    goal = state.make_abstract_state(spec, settings, mesh)
     start, start_cpu = time.monotonic(), time.process_time()
-    lowered = step.build(spec, settings, mesh).lower(goal, step.abstract_batch(settings, mesh))
+    lowered = step.build_step(spec, settings, mesh).lower(
+        goal, step.make_abstract_batch(settings, mesh)
+    )
     options = {"xla_gpu_enable_triton_gemm": False} if target.chip.platform == "cuda" else None
     compiled = lowered.compile(options)
     seconds, cpu_seconds = time.monotonic() - start, time.process_time() - start_cpu
@@ -85,14 +127,26 @@ def child(name: str):
         pathlib.Path(directory, name.replace(" ", "_") + ".txt").write_text(text)
     peak = memory.peak_memory_in_bytes
     if target.chip.platform != "tpu":
-        peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    T, rows = settings.pack.row_len, settings.train.batch_rows // sharding.n_shards(mesh, "batch")
+        peak = (
+            memory.argument_size_in_bytes
+            + memory.temp_size_in_bytes
+            + memory.output_size_in_bytes
+            - memory.alias_size_in_bytes
+        )
+    T, rows = settings.pack.seq_len, settings.train.batch_size // sharding.n_shards(mesh, "batch")
     vocab = spec.vocab_size // sharding.n_shards(mesh, "vocab")
     logits = rows * T // sharding.n_shards(mesh, "position") * vocab
     arrays = arrays_of(text)
     largest = max(arrays, key=lambda array: math.prod(array[1]))
-    layers = [", ".join(f"{kind}: {each['n']:.0f}" for kind, each in found.items()) or "none" for found in program.layers(text, spec.n_layers)]
-    host = f" + {memory.host_temp_size_in_bytes / 2**30:.1f} on the host" if memory.host_temp_size_in_bytes else ""
+    layers = [
+        ", ".join(f"{kind}: {each['n']:.0f}" for kind, each in found.items()) or "none"
+        for found in hlo.count_layer_collectives(text, spec.n_layers)
+    ]
+    host = (
+        f" + {memory.host_temp_size_in_bytes / 2**30:.1f} on the host"
+        if memory.host_temp_size_in_bytes
+        else ""
+    )
     print(
         f"| {name} | {backend} | {seconds:.0f} ({cpu_seconds:.0f}) | {peak / 2**30:.1f}{host} | {sum(vocab in shape and spec.d_model not in shape and math.prod(shape) >= logits for _, shape in arrays)} "
         f"| {sum(shape.count(T) > 1 for _, shape in arrays)} | {largest[0]}{list(largest[1])} | {'; '.join(layers)} |"
@@ -101,7 +155,9 @@ def child(name: str):
 
 def arrays_of(text: str) -> set[tuple[str, tuple[int, ...]]]:
     """Every (type, shape) that stands in a program."""
-    lines = "\n".join(line for line in text.splitlines() if " bitcast(" not in line)  # another shape for the same bytes: no array
+    lines = "\n".join(
+        line for line in text.splitlines() if " bitcast(" not in line
+    )  # another shape for the same bytes: no array
     found = re.findall(r"\b(pred|bf16|f16|f32|f64|[su]\d+)\[([\d,]+)\]", lines)
     return {(kind, tuple(map(int, shape.split(",")))) for kind, shape in found}
 

@@ -31,11 +31,25 @@ def make(tokenizer_path: str, out: pathlib.Path) -> None:
     from jaxpt.spec import ModelSpec
     from jaxpt.weights import huggingface
 
-    spec = ModelSpec(n_layers=12, d_model=1024, d_ff=4096, n_heads=32, n_kv_heads=8, d_head=32, vocab_size=32_000, max_positions=2048)
-    encoder = tokenizer.load(pathlib.Path(tokenizer_path))
+    spec = ModelSpec(
+        n_layers=12,
+        d_model=1024,
+        d_ff=4096,
+        n_heads=32,
+        n_kv_heads=8,
+        d_head=32,
+        vocab_size=32_000,
+        max_seq_len=2048,
+    )
+    encoder = tokenizer.load_tokenizer(pathlib.Path(tokenizer_path))
     (out.parent / "tokenizer").mkdir(parents=True, exist_ok=True)
-    encoder.save(out.parent / "tokenizer")
-    huggingface.export(spec, llama.init(spec, 0, sharding.make_mesh(config.Mesh())), out, tokenizer_dir=out.parent / "tokenizer")
+    encoder.save_tokenizer(out.parent / "tokenizer")
+    huggingface.write_hf_model(
+        spec,
+        llama.init_params(spec, 0, sharding.make_mesh(config.MeshConfig())),
+        out,
+        tokenizer_dir=out.parent / "tokenizer",
+    )
 
 
 def prompts(n: int) -> list[list[int]]:
@@ -52,7 +66,9 @@ def jaxpt(model: pathlib.Path, n: int) -> tuple[float, list[list[int]]]:
     from jaxpt.model import decode
     from jaxpt.weights import huggingface
 
-    spec, params = huggingface.load(model, sharding.make_mesh(config.Mesh()), "float32")
+    spec, params = huggingface.load_hf_model(
+        model, sharding.make_mesh(config.MeshConfig()), "float32"
+    )
     spec = dataclasses.replace(spec, eos_id=None)
     decode.generate(spec, params, prompts(n), max_new=NEW)
     start = time.perf_counter()
@@ -67,7 +83,9 @@ def transformers(model: pathlib.Path, n: int) -> tuple[float, list[list[int]]]:
     judge = AutoModelForCausalLM.from_pretrained(model, dtype="float32").eval()
     longest = max(map(len, prompts(n)))
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts(n)])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts(n)])
+    mask = torch.tensor(
+        [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts(n)]
+    )
     asked = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
     with torch.no_grad():
         judge.generate(ids, attention_mask=mask, **asked)
@@ -79,15 +97,37 @@ def transformers(model: pathlib.Path, n: int) -> tuple[float, list[list[int]]]:
 WAYS = {"jaxpt": jaxpt, "transformers": transformers}
 
 
-def evaluation(model: pathlib.Path, backend: str, items: int, data_dir: str, to: pathlib.Path) -> dict:
+def evaluation(
+    model: pathlib.Path, backend: str, items: int, data_dir: str, to: pathlib.Path
+) -> dict:
     to.unlink(missing_ok=True)
-    command = [sys.executable, ROOT / "scripts/evaluate.py", "--model", model, "--tasks", *TASKS, "--backend", backend, "--data-dir", data_dir]
-    subprocess.run([*map(str, command), "--limit", str(items), "--to", str(to)], check=True, capture_output=True)
+    command = [
+        sys.executable,
+        ROOT / "scripts/evaluate.py",
+        "--model",
+        model,
+        "--tasks",
+        *TASKS,
+        "--backend",
+        backend,
+        "--data-dir",
+        data_dir,
+    ]
+    subprocess.run(
+        [*map(str, command), "--limit", str(items), "--to", str(to)],
+        check=True,
+        capture_output=True,
+    )
     return json.loads(to.read_text())
 
 
 def child(*arguments) -> dict:
-    told = subprocess.run([sys.executable, __file__, *map(str, arguments)], stdout=subprocess.PIPE, text=True, check=True).stdout
+    told = subprocess.run(
+        [sys.executable, __file__, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
     return json.loads(told.splitlines()[-1])
 
 
@@ -95,7 +135,9 @@ def main(tokenizer_path: str, data_dir: str, items: int, rounds: int, at: pathli
     model = at / "model"
     if not model.is_dir():
         make(tokenizer_path, model)
-    print(f"| {items} items of each task | " + " | ".join(TASKS) + " | seconds |\n|---|---|---|---|")
+    print(
+        f"| {items} items of each task | " + " | ".join(TASKS) + " | seconds |\n|---|---|---|---|"
+    )
     for _ in range(rounds):
         for backend in ("jax", "hf"):
             found = evaluation(model, backend, items, data_dir, at / f"{backend}.json")
@@ -105,23 +147,42 @@ def main(tokenizer_path: str, data_dir: str, items: int, rounds: int, at: pathli
     for n in (1, 8):
         for _ in range(rounds):
             told = {way: child("--turn", way, str(n), "--at", at) for way in WAYS}
-            same = "equal" if told["jaxpt"]["texts"] == told["transformers"]["texts"] else "DIFFERENT"
+            same = (
+                "equal" if told["jaxpt"]["texts"] == told["transformers"]["texts"] else "DIFFERENT"
+            )
             for way, each in told.items():
                 print(f"| {way} | {n} | {n * NEW / each['seconds']:.1f} | {same} |", flush=True)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("tokenizer", nargs="?")
     parser.add_argument("data_dir", nargs="?")
     parser.add_argument("--items", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--at", type=pathlib.Path, help="where the model is made and kept; by default a temporary folder")
-    parser.add_argument("--turn", nargs=2, metavar=("WAY", "PROMPTS"), help="one turn of decoding in this process; what the rounds start")
+    parser.add_argument(
+        "--at",
+        type=pathlib.Path,
+        help="where the model is made and kept; by default a temporary folder",
+    )
+    parser.add_argument(
+        "--turn",
+        nargs=2,
+        metavar=("WAY", "PROMPTS"),
+        help="one turn of decoding in this process; what the rounds start",
+    )
     arguments = parser.parse_args()
     if arguments.turn:
         seconds, texts = WAYS[arguments.turn[0]](arguments.at / "model", int(arguments.turn[1]))
         print(json.dumps({"seconds": seconds, "texts": texts}))
     else:
         with tempfile.TemporaryDirectory() as folder:
-            main(arguments.tokenizer, arguments.data_dir, arguments.items, arguments.rounds, arguments.at or pathlib.Path(folder))
+            main(
+                arguments.tokenizer,
+                arguments.data_dir,
+                arguments.items,
+                arguments.rounds,
+                arguments.at or pathlib.Path(folder),
+            )

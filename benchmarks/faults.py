@@ -24,20 +24,20 @@ from collections.abc import Callable, Iterator
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from jaxpt.train.metrics import read as read_metrics
+from jaxpt.train.metrics import read_metrics as read_metrics
 from jaxpt.weights import checkpoint
 
 RECIPE = """
 from jaxpt.config import defaults
 def get_config():
     c = defaults()
-    c.prepare.sources, c.prepare.limit_mb, c.prepare.heldout_frac = ("python:prose", "python:code"), 0.3, 0.2
-    c.tokenizer.vocab_size, c.pack.row_len = 500, 64
+    c.prepare.sources, c.prepare.max_mb, c.prepare.heldout_frac = ("python:prose", "python:code"), 0.3, 0.2
+    c.tokenizer.vocab_size, c.pack.seq_len = 500, 64
     c.model.n_layers, c.model.d_model, c.model.d_ff = 2, 24, 40
-    c.model.n_heads, c.model.n_kv_heads, c.model.d_head, c.model.max_positions = 6, 2, 8, 64
-    c.mixture.packed = ("data/packed",)
-    c.train.batch_rows, c.train.log_every, c.train.eval_every, c.train.eval_rows = 16, 5, 50, 16
-    c.train.checkpoint_every, c.train.keep = 10, 3
+    c.model.n_heads, c.model.n_kv_heads, c.model.d_head, c.model.max_seq_len = 6, 2, 8, 64
+    c.mixture.packed_paths = ("data/packed",)
+    c.train.batch_size, c.train.log_every, c.train.eval_every, c.train.eval_sequences = 16, 5, 50, 16
+    c.train.checkpoint_every, c.train.max_to_keep = 10, 3
     c.optim.peak_lr, c.optim.warmup_steps = 1e-2, 10
     return c
 """
@@ -48,13 +48,13 @@ from jaxpt.data import loader
 stream = loader.stream
 def poisoned(rows, mixture, sharding, batch_rows, first_row, document_mask):
     for i, batch in enumerate(stream(rows, mixture, sharding, batch_rows, first_row, document_mask)):
-        yield batch._replace(weights=batch.weights * float("nan")) if first_row // batch_rows + i + 1 in (13, 27) else batch
+        yield batch._replace(loss_mask=batch.weights * float("nan")) if first_row // batch_rows + i + 1 in (13, 27) else batch
 loader.stream = poisoned
 runpy.run_path(%r, run_name="__main__")
 """
 VARIES = {"tokens_per_second", "step_seconds", "mfu", "memory_bytes", "seconds", "usd"}
 FILE_LIMIT = 102_400  # the tokenizer fits, a checkpoint does not
-SILENCE = 60  # what jaxpt/train/machine.py waits for a host that says nothing
+SILENCE = 60  # what jaxpt/train/distributed.py waits for a host that says nothing
 
 
 def prepare(home: pathlib.Path) -> None:
@@ -62,7 +62,17 @@ def prepare(home: pathlib.Path) -> None:
     (home / "small.py").write_text(RECIPE)
     for door in ("prepare", "train_tokenizer", "pack"):
         subprocess.run(
-            [sys.executable, ROOT / f"scripts/{door}.py", "--config", "small.py", "--workdir", "data"], cwd=home, check=True, capture_output=True
+            [
+                sys.executable,
+                ROOT / f"scripts/{door}.py",
+                "--config",
+                "small.py",
+                "--workdir",
+                "data",
+            ],
+            cwd=home,
+            check=True,
+            capture_output=True,
         )
 
 
@@ -70,10 +80,20 @@ class Job:
     """One start of the run: a process, or several that are joined, with what they said."""
 
     def __init__(
-        self, home: pathlib.Path, run: str, steps: int, *more: str, n: int = 1, devices: int = 1, limit: int | None = None, script: str = ""
+        self,
+        home: pathlib.Path,
+        run: str,
+        steps: int,
+        *more: str,
+        n: int = 1,
+        devices: int = 1,
+        limit: int | None = None,
+        script: str = "",
     ):
         self.home, self.run, self.said = home, home / run, home / f"{run}.log"
-        limited = ["bash", "-c", f'ulimit -f {limit // 1024}; exec "$@"', "limited"] if limit else []  # of each file that it writes, in bytes
+        limited = (
+            ["bash", "-c", f'ulimit -f {limit // 1024}; exec "$@"', "limited"] if limit else []
+        )  # of each file that it writes, in bytes
         command = [
             *limited,
             sys.executable,
@@ -85,10 +105,22 @@ class Job:
             f"--config.train.steps={steps}",
             *more,
         ]
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
+        environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "PYTHONPATH": str(ROOT),
+        }
         with socket.socket() as free:
             free.bind(("localhost", 0))
-            joined = {"JAXPT_COORDINATOR": f"localhost:{free.getsockname()[1]}", "JAXPT_PROCESSES": str(n)} if n > 1 else {}
+            joined = (
+                {
+                    "JAXPT_COORDINATOR": f"localhost:{free.getsockname()[1]}",
+                    "JAXPT_PROCESSES": str(n),
+                }
+                if n > 1
+                else {}
+            )
         self.processes = [
             subprocess.Popen(
                 command, cwd=home, stdout=open(self.said, "w" if i == 0 else "a"), stderr=subprocess.STDOUT,  # noqa: SIM115
@@ -103,7 +135,9 @@ class Job:
     def ends(self) -> None:
         """To the end without a fault, or what it said as an error."""
         if any(self.wait()):
-            raise SystemExit(f"{self.run}: {self.processes} ended with\n{self.said.read_text()[-3000:]}")
+            raise SystemExit(
+                f"{self.run}: {self.processes} ended with\n{self.said.read_text()[-3000:]}"
+            )
 
     def step(self) -> int:
         """The last step that metrics.jsonl tells of."""
@@ -114,13 +148,18 @@ class Job:
         """Wait until the run has said that it passed this step."""
         while self.step() < step:
             if any(process.poll() is not None for process in self.processes):
-                raise SystemExit(f"{self.run}: ended before step {step}\n{self.said.read_text()[-3000:]}")
+                raise SystemExit(
+                    f"{self.run}: ended before step {step}\n{self.said.read_text()[-3000:]}"
+                )
             time.sleep(0.02)
 
     def end_others(self, patience: float) -> float:
         """Seconds until every process has ended by itself after one was lost; those that have not by `patience` are killed."""
         start = time.monotonic()
-        while any(process.poll() is None for process in self.processes) and time.monotonic() - start < patience:
+        while (
+            any(process.poll() is None for process in self.processes)
+            and time.monotonic() - start < patience
+        ):
             time.sleep(0.05)
         took = time.monotonic() - start
         for process in self.processes:
@@ -131,8 +170,12 @@ class Job:
 
 def differences(home: pathlib.Path, run: str, uncut: str, steps: int) -> list[str]:
     """What is not as in the uncut run: arrays, then metrics."""
-    found = checkpoint.differences(home / uncut / f"checkpoints/{steps}", home / run / f"checkpoints/{steps}")
-    here, there = (without_speed(read_metrics(home / name / "metrics.jsonl")) for name in (run, uncut))
+    found = checkpoint.diff_checkpoints(
+        home / uncut / f"checkpoints/{steps}", home / run / f"checkpoints/{steps}"
+    )
+    here, there = (
+        without_speed(read_metrics(home / name / "metrics.jsonl")) for name in (run, uncut)
+    )
     return (
         found
         + [f"metrics.jsonl: {a} and {b}" for a, b in zip(here, there, strict=False) if a != b]
@@ -141,7 +184,11 @@ def differences(home: pathlib.Path, run: str, uncut: str, steps: int) -> list[st
 
 
 def without_speed(records: list[dict]) -> list[dict]:
-    return [{name: value for name, value in record.items() if name not in VARIES} for record in records if "resumed" not in record]
+    return [
+        {name: value for name, value in record.items() if name not in VARIES}
+        for record in records
+        if "resumed" not in record
+    ]
 
 
 def copied(home: pathlib.Path, run: str, source: str) -> pathlib.Path:
@@ -154,7 +201,9 @@ def copied(home: pathlib.Path, run: str, source: str) -> pathlib.Path:
 # ---- the faults. Each yields a line for the table: (what, how often or what came of it) and leaves the run finished.
 
 
-def kills(home: pathlib.Path, run: str, steps: int, n_kills: int, rng: random.Random, **layout) -> str:
+def kills(
+    home: pathlib.Path, run: str, steps: int, n_kills: int, rng: random.Random, **layout
+) -> str:
     """SIGKILL of a random one of the processes, a third of them while the run starts, the others at random steps; what is left has
     to end by itself."""
     at, waited = [], 0.0
@@ -163,7 +212,9 @@ def kills(home: pathlib.Path, run: str, steps: int, n_kills: int, rng: random.Ra
         done = job.step()
         if rng.random() < 1 / 3:
             latest = time.monotonic() + rng.uniform(0, 4)
-            while time.monotonic() < latest and job.step() < steps - 10:  # a fast machine may be near the end by then
+            while (
+                time.monotonic() < latest and job.step() < steps - 10
+            ):  # a fast machine may be near the end by then
                 time.sleep(0.02)
         else:
             job.until(min(done + rng.randrange(1, max(2 * steps // n_kills - 1, 2)), steps - 10))
@@ -183,7 +234,7 @@ def sigterm(home: pathlib.Path, run: str, steps: int, **layout) -> str:
     job.until(steps // 3)
     job.processes[-1].send_signal(signal.SIGTERM)
     status = job.wait()
-    step = checkpoint.steps(home / run)[-1]
+    step = checkpoint.list_steps(home / run)[-1]
     Job(home, run, steps, **layout).ends()
     return f"saved step {step}, exit {status}"
 
@@ -214,8 +265,8 @@ def full_disk(home: pathlib.Path, run: str, steps: int) -> str:
 
 
 def full_disk_goes_on(home: pathlib.Path, run: str, steps: int) -> str:
-    """The same with train.on_failed_save = go on: every save is told, training goes on, and the last one, which has to be, ends it."""
-    job = Job(home, run, steps, "--config.train.on_failed_save=go on", limit=FILE_LIMIT)
+    """The same with train.on_save_error = go on: every save is told, training goes on, and the last one, which has to be, ends it."""
+    job = Job(home, run, steps, "--config.train.on_save_error=go on", limit=FILE_LIMIT)
     status, told = job.wait(), job.said.read_text()
     assert status == [1] and told.count("The run goes on") >= 3, told
     Job(home, run, steps).ends()
@@ -225,12 +276,14 @@ def full_disk_goes_on(home: pathlib.Path, run: str, steps: int) -> str:
 def small_disk(home: pathlib.Path, run: str, steps: int) -> str:
     """A real full disk: a tmpfs of 1 MB as the run directory (root only)."""
     (home / run).mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(home / run)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(home / run)], capture_output=True
+    ).returncode:
         (home / run).rmdir()
         return "not tried: mounting needs root"
     try:
         job = Job(home, run, steps)
-        status, told, whole = job.wait(), job.said.read_text(), checkpoint.steps(home / run)
+        status, told, whole = job.wait(), job.said.read_text(), checkpoint.list_steps(home / run)
         assert status == [1] and "could not be written" in told and "Traceback" not in told, told
         subprocess.run(["mount", "-o", "remount,size=64m", str(home / run)], check=True)
         Job(home, run, steps).ends()
@@ -253,7 +306,11 @@ def not_finite(home: pathlib.Path, run: str, steps: int, rng: random.Random) -> 
     job.wait()
     at = job.step()
     Job(home, run, steps, **poisoned).ends()
-    skipped = [record["n_skipped"] for record in read_metrics(home / run / "metrics.jsonl") if "n_skipped" in record][-1]
+    skipped = [
+        record["n_skipped"]
+        for record in read_metrics(home / run / "metrics.jsonl")
+        if "n_skipped" in record
+    ][-1]
     assert skipped == 2, skipped
     return f"{skipped} updates skipped, killed at step {at}"
 
@@ -265,20 +322,30 @@ def damages(directory: pathlib.Path) -> Iterator[tuple[str, Callable[[], None]]]
         yield f"{name} gone", file.unlink
         file.write_bytes(whole)
         if whole:
-            yield f"{name} cut", lambda file=file, whole=whole: file.write_bytes(whole[: len(whole) // 2])
+            yield (
+                f"{name} cut",
+                lambda file=file, whole=whole: file.write_bytes(whole[: len(whole) // 2]),
+            )
             middle = len(whole) // 2
-            yield f"{name} flipped", lambda file=file, whole=whole, m=middle: file.write_bytes(whole[:m] + bytes([whole[m] ^ 1]) + whole[m + 1 :])
+            yield (
+                f"{name} flipped",
+                lambda file=file, whole=whole, m=middle: file.write_bytes(
+                    whole[:m] + bytes([whole[m] ^ 1]) + whole[m + 1 :]
+                ),
+            )
             file.write_bytes(whole)
 
 
 def torn(home: pathlib.Path, run: str, source: str, steps: int, rng: random.Random) -> str:
     """The newest checkpoint damaged in every way: the one before is taken. One of the ways, chosen at random, is gone on from for real."""
     directory = copied(home, run, source)
-    (directory / "checkpoints" / "999999").mkdir()  # a stray numeric directory, which Orbax would take for the newest
+    (
+        directory / "checkpoints" / "999999"
+    ).mkdir()  # a stray numeric directory, which Orbax would take for the newest
     n = 0
     for name, damage in damages(directory / f"checkpoints/{steps}"):
         damage()
-        found = checkpoint.newest(directory)
+        found = checkpoint.find_newest(directory)
         assert found and found.name != str(steps), f"{name} went unnoticed: {found}"
         n += 1
     name, damage = rng.choice(list(damages(directory / f"checkpoints/{steps}")))
@@ -298,32 +365,58 @@ def campaign(home: pathlib.Path, n_kills: int, n_kills_of_two: int, seed: int) -
 
     def row(name: str, run: str, uncut: str, steps: int, work: Callable, *rest, **layout) -> None:
         nonlocal good
-        found = work(home, run, *rest, **layout) if work is torn else work(home, run, steps, *rest, **layout)
+        found = (
+            work(home, run, *rest, **layout)
+            if work is torn
+            else work(home, run, steps, *rest, **layout)
+        )
         wrong = differences(home, run, uncut, steps) if (home / run).exists() else []
         good &= not wrong
         print(f"| {name} | {found} | {'; '.join(wrong[:3]) or 'equal'} |", flush=True)
 
     row("SIGKILL, one process", "killed", "uncut", 400, kills, n_kills, rng)
-    row("SIGKILL of one of two processes", "killed2", "uncut2", 60, kills, n_kills_of_two, rng, **two)
+    row(
+        "SIGKILL of one of two processes",
+        "killed2",
+        "uncut2",
+        60,
+        kills,
+        n_kills_of_two,
+        rng,
+        **two,
+    )
     row("SIGTERM", "term", "uncut", 400, sigterm)
     row("SIGTERM to one of two", "term2", "uncut2", 60, sigterm, **two)
-    row("newest checkpoint torn, flipped, stray directory", "torn", "uncut", 400, torn, "uncut", 400, rng)
+    row(
+        "newest checkpoint torn, flipped, stray directory",
+        "torn",
+        "uncut",
+        400,
+        torn,
+        "uncut",
+        400,
+        rng,
+    )
     row("batches that are not finite", "nan", "nan_uncut", 400, not_finite, rng)
     row("disk full (no file above 100 kB)", "full", "uncut", 400, full_disk)
-    row("disk full, on_failed_save = go on", "full_on", "uncut", 400, full_disk_goes_on)
+    row("disk full, on_save_error = go on", "full_on", "uncut", 400, full_disk_goes_on)
     row("disk full (tmpfs of 1 MB)", "tmpfs", "uncut", 400, small_disk)
     row("a hung host of two", "hung2", "uncut2", 60, hung, **two)
     return good
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--kills-of-two", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
-        sys.exit(0 if campaign(pathlib.Path(home), asked.kills, asked.kills_of_two, asked.seed) else 1)
+        sys.exit(
+            0 if campaign(pathlib.Path(home), asked.kills, asked.kills_of_two, asked.seed) else 1
+        )
 
 
 if __name__ == "__main__":

@@ -23,20 +23,30 @@ import jax
 
 from jaxpt import config, sharding, stage
 from jaxpt.data import loader, pack, prepare, tokenizer
-from jaxpt.data.mixture import Mixture
+from jaxpt.data.mixture import MixtureSchedule
 from jaxpt.model import llama
 from jaxpt.plan import flops
 from jaxpt.spec import ModelSpec
-from jaxpt.train import gate, newborn, optimizer, state, step
+from jaxpt.train import gate, optimizer, state, step, verify
 from jaxpt.weights import growth
 
 BASE = config.Config(
-    prepare=config.Prepare(heldout_frac=0.05),
-    tokenizer=config.Tokenizer(vocab_size=2048, sample_mb=8),
-    pack=config.Pack(row_len=128),
-    model=config.Model(n_layers=6, d_model=96, d_ff=256, n_heads=4, n_kv_heads=2, d_head=24, vocab_size=2048, max_positions=128, tied=True),
-    train=config.Train(steps=100_000, batch_rows=8, eval_rows=64),
-    optim=config.Optim(peak_lr=3e-3, schedule="constant", warmup_steps=20),
+    prepare=config.PrepareConfig(heldout_frac=0.05),
+    tokenizer=config.TokenizerConfig(vocab_size=2048, sample_mb=8),
+    pack=config.PackConfig(seq_len=128),
+    model=config.ModelConfig(
+        n_layers=6,
+        d_model=96,
+        d_ff=256,
+        n_heads=4,
+        n_kv_heads=2,
+        d_head=24,
+        vocab_size=2048,
+        max_seq_len=128,
+        tie_embeddings=True,
+    ),
+    train=config.TrainConfig(steps=100_000, batch_size=8, eval_sequences=64),
+    optim=config.OptimConfig(peak_lr=3e-3, schedule="constant", warmup_steps=20),
 )
 BASE_STEPS = 1000  # of the base of `operators`
 AFTER = 200  # steps of every newborn
@@ -54,23 +64,47 @@ class Bench:
     """Rows of one text, and training on them."""
 
     def __init__(self, text: str, out: pathlib.Path):
-        self.settings = dataclasses.replace(BASE, prepare=dataclasses.replace(BASE.prepare, sources=(text,)))
-        for make in (prepare.run, tokenizer.train, pack.run):
+        self.settings = dataclasses.replace(
+            BASE, prepare=dataclasses.replace(BASE.prepare, sources=(text,))
+        )
+        for make in (prepare.prepare_corpus, tokenizer.train_tokenizer, pack.pack_corpus):
             make(self.settings, out)
         self.packed = [out / "packed"]
-        self.mesh = sharding.make_mesh(config.Mesh())
-        self.rows = loader.open_rows(self.packed)
-        self.heldout = gate.Heldout(self.settings, self.packed, self.mesh)
-        self.measuring = newborn.measuring_rows(self.settings, self.packed, self.mesh)
+        self.mesh = sharding.make_mesh(config.MeshConfig())
+        self.rows = loader.open_packed(self.packed)
+        self.heldout = gate.HeldoutData(self.settings, self.packed, self.mesh)
+        self.measuring = verify.make_measuring_batches(self.settings, self.packed, self.mesh)
 
     def loss(self, spec, params) -> float:
-        return statistics.mean(self.heldout.losses(spec, params).values())
+        return statistics.mean(self.heldout.measure_losses(spec, params).values())
 
-    def train(self, spec, now, n_steps: int, *, first_row: int, seed: int = 0, every: int = 0, until: float = 0.0, young=optimizer.Young()):  # noqa: B008
+    def train(
+        self,
+        spec,
+        now,
+        n_steps: int,
+        *,
+        first_row: int,
+        seed: int = 0,
+        every: int = 0,
+        until: float = 0.0,
+        young=optimizer.NewParams(),
+    ):
         """(state after n_steps, or after `until` is reached; [(steps, held-out loss)] every so many)"""
-        mixture = Mixture(dataclasses.replace(self.settings.mixture, seed=seed), self.rows.n_rows, self.settings.train.batch_rows)
-        batches = loader.stream(self.rows, mixture, sharding.batch_sharding(self.mesh), self.settings.train.batch_rows, first_row, True)
-        run, curve = step.build(spec, self.settings, self.mesh, young), []
+        mixture = MixtureSchedule(
+            dataclasses.replace(self.settings.mixture, seed=seed),
+            self.rows.n_rows,
+            self.settings.train.batch_size,
+        )
+        batches = loader.iterate_batches(
+            self.rows,
+            mixture,
+            sharding.make_batch_sharding(self.mesh),
+            self.settings.train.batch_size,
+            first_row,
+            True,
+        )
+        run, curve = step.build_step(spec, self.settings, self.mesh, young), []
         for done in range(1, n_steps + 1):
             now, _ = run(now, next(batches))
             if every and done % every == 0:
@@ -80,22 +114,24 @@ class Bench:
         return now, curve
 
     def born(self, spec, params):
-        return state.born(jax.tree.map(lambda x: x.copy(), params), spec, self.settings, self.mesh)
+        return state.init_state(
+            jax.tree.map(lambda x: x.copy(), params), spec, self.settings, self.mesh
+        )
 
     def random(self, n_layers: int, seed: int):
         shape = dataclasses.asdict(self.settings.model) | {"n_layers": n_layers}
         spec = ModelSpec(**shape)
-        return spec, llama.init(spec, seed, self.mesh)
+        return spec, llama.init_params(spec, seed, self.mesh)
 
     def flops_per_step(self, spec) -> float:
-        tokens = self.settings.train.batch_rows * self.settings.pack.row_len
-        return flops.training(spec, self.settings.pack.row_len) * tokens
+        tokens = self.settings.train.batch_size * self.settings.pack.seq_len
+        return flops.count_flops_per_token(spec, self.settings.pack.seq_len) * tokens
 
 
 def operators(bench: Bench) -> list[dict]:
     spec, params = bench.random(BASE.model.n_layers, 0)
     base, _ = bench.train(spec, bench.born(spec, params), BASE_STEPS, first_row=0)
-    params, first_row = base.params, BASE_STEPS * BASE.train.batch_rows
+    params, first_row = base.params, BASE_STEPS * BASE.train.batch_size
     table = []
 
     def measure(name, spec, params, exact):
@@ -103,7 +139,7 @@ def operators(bench: Bench) -> list[dict]:
         start = time.monotonic()
         now, _ = bench.train(spec, bench.born(spec, params), AFTER, first_row=first_row)
         table.append({
-            "operator": name, "layers": spec.n_layers, "width": spec.d_model, "n_params": llama.count(spec), "exact": exact, "at_birth": at_birth,
+            "operator": name, "layers": spec.n_layers, "width": spec.d_model, "n_params": llama.count_params(spec), "exact": exact, "at_birth": at_birth,
             "after": bench.loss(spec, now.params), "seconds": time.monotonic() - start,
         })  # fmt: skip
         print(row(table[-1]), flush=True)
@@ -114,8 +150,10 @@ def operators(bench: Bench) -> list[dict]:
     print("|---|---|---|---|---|---|---|")
     measure("(the base, trained on)", spec, params, True)
     for text in OPERATORS:
-        grew = growth.plan(text, growth.Parent(spec, params, bench.measuring))
-        measure(text, grew.child, growth.weights(grew, params, bench.mesh), grew.preserves_function)
+        grew = growth.plan_growth(text, growth.Parent(spec, params, bench.measuring))
+        measure(
+            text, grew.child, growth.grow_params(grew, params, bench.mesh), grew.preserves_function
+        )
     return table
 
 
@@ -131,29 +169,53 @@ def fair(bench: Bench, seeds: int) -> list[dict]:
     found = []
     for seed in range(seeds):
         spec, params = bench.random(DEEP, seed)
-        _, curve = bench.train(spec, bench.born(spec, params), FAIR_STEPS, first_row=0, seed=seed, every=EVERY)
+        _, curve = bench.train(
+            spec, bench.born(spec, params), FAIR_STEPS, first_row=0, seed=seed, every=EVERY
+        )
         steps, target = min(curve, key=lambda point: point[1])
         scratch = steps * bench.flops_per_step(spec)
         found.append(arm("scratch", seed, target, bench, spec, steps, 0, 0.0, scratch))
         for name, n_base, n_base_steps, text in (
             ("depth_upscale", 6, 200, "depth_upscale(m=2)"),
             ("stack", 4, 200, "stack(g=2)"),
-            ("deepen", 1, 280, f"deepen(L={DEEP})"),  # 70 % of the scratch arm's steps, then the jump
+            (
+                "deepen",
+                1,
+                280,
+                f"deepen(L={DEEP})",
+            ),  # 70 % of the scratch arm's steps, then the jump
             ("base trained on", 6, 200, None),
         ):
             base_spec, params = bench.random(n_base, seed)
-            now, _ = bench.train(base_spec, bench.born(base_spec, params), n_base_steps, first_row=0, seed=seed)
-            spec, young = base_spec, optimizer.Young()
+            now, _ = bench.train(
+                base_spec, bench.born(base_spec, params), n_base_steps, first_row=0, seed=seed
+            )
+            spec, young = base_spec, optimizer.NewParams()
             if text:
-                grew = growth.plan(text, growth.Parent(base_spec, now.params))
-                opt, guard, young = state.grown(now.opt, now.guard, grew, "reset_new", bench.mesh)
+                grew = growth.plan_growth(text, growth.Parent(base_spec, now.params))
+                opt, guard, young = state.grow_state(
+                    now.opt_state, now.skip_state, grew, "reset_new", bench.mesh
+                )
                 spec = grew.child
-                now = state.TrainState(now.step, growth.weights(grew, now.params, bench.mesh), opt, guard)
-            first_row = n_base_steps * BASE.train.batch_rows
-            _, curve = bench.train(spec, now, 2 * FAIR_STEPS, first_row=first_row, seed=seed, every=EVERY, until=target, young=young)
+                now = state.TrainState(
+                    now.step, growth.grow_params(grew, now.params, bench.mesh), opt, guard
+                )
+            first_row = n_base_steps * BASE.train.batch_size
+            _, curve = bench.train(
+                spec,
+                now,
+                2 * FAIR_STEPS,
+                first_row=first_row,
+                seed=seed,
+                every=EVERY,
+                until=target,
+                young=young,
+            )
             steps = crossing(curve, target)
             base_cost = n_base_steps * bench.flops_per_step(base_spec)
-            found.append(arm(name, seed, target, bench, spec, steps, n_base_steps, base_cost, scratch))
+            found.append(
+                arm(name, seed, target, bench, spec, steps, n_base_steps, base_cost, scratch)
+            )
     print(
         "\n| arm | reached | tokens, child alone | tokens, base counted | FLOPs saved, child alone | FLOPs saved, base counted |\n|---|---|---|---|---|---|"
     )
@@ -161,18 +223,34 @@ def fair(bench: Bench, seeds: int) -> list[dict]:
     for name in dict.fromkeys(each["arm"] for each in found):
         mine = [each for each in found if each["arm"] == name]
         done = [each for each in mine if each["steps"] is not None]
-        columns = (("tokens", "{:,.0f}"), ("all_tokens", "{:,.0f}"), ("saved_alone", "{:.0%}"), ("saved", "{:.0%}"))
+        columns = (
+            ("tokens", "{:,.0f}"),
+            ("all_tokens", "{:,.0f}"),
+            ("saved_alone", "{:.0%}"),
+            ("saved", "{:.0%}"),
+        )
         cells = [spread([each[key] for each in done], form) for key, form in columns]
         if len(done) == seeds:
-            best = {key: max(before, statistics.mean(each[key] for each in done)) for key, before in best.items()}
+            best = {
+                key: max(before, statistics.mean(each[key] for each in done))
+                for key, before in best.items()
+            }
         print(f"| {name} | {len(done)} of {len(mine)} | {' | '.join(cells)} |")
-    held = "held" if best["saved"] >= 0.7 else "held only with the base for nothing" if best["saved_alone"] >= 0.7 else "did not hold"
-    print(f"\n70 % fewer FLOPs {held}: the best arm saved {best['saved']:.0%} with the base's cost, {best['saved_alone']:.0%} without, on average.")
+    held = (
+        "held"
+        if best["saved"] >= 0.7
+        else "held only with the base for nothing"
+        if best["saved_alone"] >= 0.7
+        else "did not hold"
+    )
+    print(
+        f"\n70 % fewer FLOPs {held}: the best arm saved {best['saved']:.0%} with the base's cost, {best['saved_alone']:.0%} without, on average."
+    )
     return found
 
 
 def arm(name, seed, target, bench, spec, steps, n_base_steps, base_cost, scratch) -> dict:
-    tokens_per_step = bench.settings.train.batch_rows * bench.settings.pack.row_len
+    tokens_per_step = bench.settings.train.batch_size * bench.settings.pack.seq_len
     cost = None if steps is None else steps * bench.flops_per_step(spec)
     each = {
         "arm": name, "seed": seed, "target": target, "steps": steps, "tokens": None if steps is None else steps * tokens_per_step,
@@ -188,13 +266,21 @@ def crossing(curve: list[tuple[int, float]], target: float) -> float | None:
     before = None
     for steps, loss in curve:
         if loss <= target:
-            return float(steps) if before is None else before[0] + (steps - before[0]) * (before[1] - target) / (before[1] - loss)
+            return (
+                float(steps)
+                if before is None
+                else before[0] + (steps - before[0]) * (before[1] - target) / (before[1] - loss)
+            )
         before = steps, loss
     return None
 
 
 def spread(values: list[float], form: str) -> str:
-    return f"{form.format(statistics.mean(values))} ({form.format(min(values))} to {form.format(max(values))})" if values else "not reached"
+    return (
+        f"{form.format(statistics.mean(values))} ({form.format(min(values))} to {form.format(max(values))})"
+        if values
+        else "not reached"
+    )
 
 
 def pieces(pattern: str, out: pathlib.Path) -> pathlib.Path:
@@ -212,13 +298,23 @@ def pieces(pattern: str, out: pathlib.Path) -> pathlib.Path:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="+", choices=["operators", "fair"])
-    parser.add_argument("--text", default="python:prose", help="text files as a glob, or any source of config.prepare.sources")
+    parser.add_argument(
+        "--text",
+        default="python:prose",
+        help="text files as a glob, or any source of config.prepare.sources",
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--to", type=pathlib.Path, required=True)
     arguments = parser.parse_args()
-    text = arguments.text if ":" in arguments.text else f"books=jsonl:{pieces(arguments.text, arguments.to)}#text"
+    text = (
+        arguments.text
+        if ":" in arguments.text
+        else f"books=jsonl:{pieces(arguments.text, arguments.to)}#text"
+    )
     bench = Bench(text, arguments.to)
     for part in arguments.parts:
         found = operators(bench) if part == "operators" else fair(bench, arguments.seeds)
@@ -226,4 +322,4 @@ def main():
 
 
 if __name__ == "__main__":
-    stage.door(main)
+    stage.entry_point(main)

@@ -25,11 +25,11 @@ def jaxpt(source: pathlib.Path, out: pathlib.Path) -> list[float]:
     from jaxpt import config, sharding
     from jaxpt.weights import huggingface
 
-    mesh = sharding.make_mesh(config.Mesh())
+    mesh = sharding.make_mesh(config.MeshConfig())
     times = [time.perf_counter()]
-    spec, params = huggingface.load(source, mesh, "bfloat16")
+    spec, params = huggingface.load_hf_model(source, mesh, "bfloat16")
     times.append(time.perf_counter())
-    huggingface.export(spec, params, out)
+    huggingface.write_hf_model(spec, params, out)
     return [*times, time.perf_counter()]
 
 
@@ -45,19 +45,36 @@ def transformers(source: pathlib.Path, out: pathlib.Path, copied: bool = False) 
     return [*times, time.perf_counter()]
 
 
-WAYS = {"jaxpt": jaxpt, "transformers": transformers, "transformers, copied": lambda source, out: transformers(source, out, copied=True)}
+WAYS = {
+    "jaxpt": jaxpt,
+    "transformers": transformers,
+    "transformers, copied": lambda source, out: transformers(source, out, copied=True),
+}
 
 
 def make(source: pathlib.Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    shape = {"num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
-    AutoModelForCausalLM.from_config(LlamaConfig(**shape, vocab_size=32_000), dtype=torch.bfloat16).save_pretrained(source)
+    shape = {
+        "num_hidden_layers": 16,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    }
+    AutoModelForCausalLM.from_config(
+        LlamaConfig(**shape, vocab_size=32_000), dtype=torch.bfloat16
+    ).save_pretrained(source)
 
 
 def child(*arguments) -> list[float]:
-    told = subprocess.run([sys.executable, __file__, *map(str, arguments)], stdout=subprocess.PIPE, text=True, check=True).stdout
+    told = subprocess.run(
+        [sys.executable, __file__, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
     return [float(number) for number in told.partition("MEASURED")[2].split()]
 
 
@@ -66,13 +83,18 @@ def main(rounds: int = 2) -> None:
         source, out = pathlib.Path(folder, "source"), pathlib.Path(folder, "out")
         child("make", source)
         n_bytes = (source / "model.safetensors").stat().st_size
-        print("| | import s | export s | together s | MB above the weights |\n|---|---|---|---|---|")
+        print(
+            "| | import s | export s | together s | MB above the weights |\n|---|---|---|---|---|"
+        )
         for _ in range(rounds):
             for way in WAYS:
                 shutil.rmtree(out, ignore_errors=True)
                 os.sync()
                 start, middle, end, peak = child(way, source, out)
-                print(f"| {way} | {middle - start:.1f} | {end - middle:.1f} | {end - start:.1f} | {(peak - n_bytes) / 1e6:,.0f} |", flush=True)
+                print(
+                    f"| {way} | {middle - start:.1f} | {end - middle:.1f} | {end - start:.1f} | {(peak - n_bytes) / 1e6:,.0f} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":
@@ -81,7 +103,10 @@ if __name__ == "__main__":
             make(pathlib.Path(source))
         case [way, source, out]:
             times = WAYS[way](pathlib.Path(source), pathlib.Path(out))
-            peak = int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+            peak = (
+                int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+                * 1024
+            )
             print("MEASURED", *times, peak)
         case rounds:
             main(*map(int, rounds))

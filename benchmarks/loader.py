@@ -32,24 +32,24 @@ import numpy as np
 
 from jaxpt import config, sharding, stage
 from jaxpt.data import loader, pack, prepare, tokenizer
-from jaxpt.data.mixture import Mixture
+from jaxpt.data.mixture import MixtureSchedule
 from jaxpt.spec import Manifest
 
 BATCH_ROWS = 32
 
 
-def packed_set(home: pathlib.Path, row_len: int, gigabytes: float) -> None:
+def packed_set(home: pathlib.Path, seq_len: int, gigabytes: float) -> None:
     """home/small, packed prose; home/large, a set of so many gigabytes that says the same again and again."""
-    settings = config.load(ROOT / "configs/quickstart.py")
+    settings = config.load_config(ROOT / "configs/quickstart.py")
     settings = dataclasses.replace(
-        settings, prepare=config.Prepare(sources=("python:prose",)), pack=config.Pack(row_len=row_len),
+        settings, prepare=config.PrepareConfig(sources=("python:prose",)), pack=config.PackConfig(seq_len=seq_len),
         tokenizer=dataclasses.replace(settings.tokenizer, vocab_size=4096, sample_mb=4),
     )  # fmt: skip
-    prepare.run(settings, home)
-    tokenizer.train(settings, home)
-    manifest = pack.run(settings, home)
+    prepare.prepare_corpus(settings, home)
+    tokenizer.train_tokenizer(settings, home)
+    manifest = pack.pack_corpus(settings, home)
     source = home / "packed/train/prose"
-    counts, index = manifest.counts["train"]["prose"], np.load(source / pack.INDEX)
+    counts, index = manifest.counts["train"]["prose"], np.load(source / pack.INDEX_SCHEMA)
     n = max(1, round(gigabytes * 1e9 / sum(shard["bytes"] for shard in counts["shards"])))
     large = home / "large/train/prose"
     large.mkdir(parents=True)
@@ -59,22 +59,35 @@ def packed_set(home: pathlib.Path, row_len: int, gigabytes: float) -> None:
             os.link(source / shard["file"], large / f"data-{copy:05d}-{k}.arrow")
             shards.append({**shard, "file": f"data-{copy:05d}-{k}.arrow"})
     step = np.array([len(counts["shards"]), 0, 0, 0, 0])
-    np.save(large / pack.INDEX, np.concatenate([index + copy * step for copy in range(n)]))
-    counts = {**manifest.counts, "train": {"prose": {**counts, "rows": n * counts["rows"], "shards": shards}}, "heldout": {}}
-    outputs = {f"train/prose/{pack.INDEX}": stage.sha256(large / pack.INDEX)}
-    stage.write_manifest(dataclasses.replace(manifest, counts=counts, outputs=outputs), home / "large")
+    np.save(large / pack.INDEX_SCHEMA, np.concatenate([index + copy * step for copy in range(n)]))
+    counts = {
+        **manifest.counts,
+        "train": {"prose": {**counts, "rows": n * counts["rows"], "shards": shards}},
+        "heldout": {},
+    }
+    outputs = {f"train/prose/{pack.INDEX_SCHEMA}": stage.sha256_file(large / pack.INDEX_SCHEMA)}
+    stage.write_manifest(
+        dataclasses.replace(manifest, counts=counts, outputs=outputs), home / "large"
+    )
 
 
 def memory(kind: str) -> int:
     """Bytes of this process: VmRSS now, VmHWM at most so far."""
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(kind))
+    return next(
+        int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(kind)
+    )
 
 
 def stream(packed: pathlib.Path, first_row: int, batch_rows: int = BATCH_ROWS):
-    rows = loader.open_rows([packed])
-    mixture = Mixture(config.Mixture(), rows.n_rows, batch_rows)
-    return rows, loader.stream(
-        rows, mixture, sharding.batch_sharding(sharding.make_mesh(config.Mesh(), jax.devices()[:1])), batch_rows, first_row, True
+    rows = loader.open_packed([packed])
+    mixture = MixtureSchedule(config.MixtureConfig(), rows.n_rows, batch_rows)
+    return rows, loader.iterate_batches(
+        rows,
+        mixture,
+        sharding.make_batch_sharding(sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])),
+        batch_rows,
+        first_row,
+        True,
     )
 
 
@@ -85,11 +98,11 @@ def first_batch(home: pathlib.Path, _: int) -> dict:
     jax.block_until_ready(next(batches))
     seconds = time.perf_counter() - start
     batches.close()
-    mixture, micros = Mixture(config.Mixture(), rows.n_rows, BATCH_ROWS), {}
+    mixture, micros = MixtureSchedule(config.MixtureConfig(), rows.n_rows, BATCH_ROWS), {}
     for index in (0, 10**12):
         start = time.perf_counter()
         for i in range(index, index + 20_000):
-            mixture.row_at(i)
+            mixture.sequence_at(i)
         micros[str(index)] = (time.perf_counter() - start) / 20_000 * 1e6
     return {"seconds": seconds, "rows": sum(rows.n_rows.values()), "micros": micros}
 
@@ -116,12 +129,14 @@ def share_of_step(home: pathlib.Path, rounds: int) -> dict:
     from jaxpt.train import state, step
     from jaxpt.weights import initialize
 
-    settings = config.load(ROOT / "configs/quickstart.py")
-    rows, batches = stream(home / "quick/packed", 0, settings.train.batch_rows)
-    mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
-    spec = initialize.random_spec(settings, rows.n_pieces)
-    run = step.build(spec, settings, mesh)
-    now, _ = run(state.born(llama.init(spec, 0, mesh), spec, settings, mesh), next(batches))
+    settings = config.load_config(ROOT / "configs/quickstart.py")
+    rows, batches = stream(home / "quick/packed", 0, settings.train.batch_size)
+    mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
+    spec = initialize.make_random_spec(settings, rows.vocab_size)
+    run = step.build_step(spec, settings, mesh)
+    now, _ = run(
+        state.init_state(llama.init_params(spec, 0, mesh), spec, settings, mesh), next(batches)
+    )
     one, waits, fed, alone = next(batches), [], [], []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -134,14 +149,24 @@ def share_of_step(home: pathlib.Path, rounds: int) -> dict:
         now, found = run(now, one)
         jax.block_until_ready(found)
         alone.append(time.perf_counter() - start)
-    return {"wait": statistics.median(waits), "fed": statistics.median(fed), "alone": statistics.median(alone)}
+    return {
+        "wait": statistics.median(waits),
+        "fed": statistics.median(fed),
+        "alone": statistics.median(alone),
+    }
 
 
-PARTS = {"first_batch": first_batch, "rows_per_second": rows_per_second, "share_of_step": share_of_step}
+PARTS = {
+    "first_batch": first_batch,
+    "rows_per_second": rows_per_second,
+    "share_of_step": share_of_step,
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gb", type=float, default=10)
     parser.add_argument("--row-len", type=int, default=4096)
     parser.add_argument("--rows", type=int, default=40_000)
@@ -153,24 +178,43 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as home:
         home = pathlib.Path(home)
-        packed_set(home, arguments.row_len, arguments.gb)
-        quick = dataclasses.replace(config.load(ROOT / "configs/quickstart.py"), prepare=config.Prepare(sources=("python:prose",)))
+        packed_set(home, arguments.seq_len, arguments.gb)
+        quick = dataclasses.replace(
+            config.load_config(ROOT / "configs/quickstart.py"),
+            prepare=config.PrepareConfig(sources=("python:prose",)),
+        )
         (home / "quick").mkdir()
         for part in ("corpus", "tokenizer"):
             os.symlink(home / part, home / "quick" / part)
-        pack.run(quick, home / "quick")
+        pack.pack_corpus(quick, home / "quick")
         found = {}
-        for name, n in (("first_batch", 0), ("rows_per_second", arguments.rows), ("share_of_step", 60)):
+        for name, n in (
+            ("first_batch", 0),
+            ("rows_per_second", arguments.rows),
+            ("share_of_step", 60),
+        ):
             command = [sys.executable, __file__, "--part", name, home, str(n)]
-            told = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout
+            told = subprocess.run(
+                list(map(str, command)), check=True, capture_output=True, text=True
+            ).stdout
             found[name] = json.loads(told.partition("FOUND")[2])
-        size = sum(shard["bytes"] for shard in Manifest.load(home / "large").counts["train"]["prose"]["shards"])
+        size = sum(
+            shard["bytes"]
+            for shard in Manifest.load(home / "large").counts["train"]["prose"]["shards"]
+        )
     first, speed, share = found.values()
-    print(f"a set of {size / 1e9:.1f} GB, {first['rows']:,} rows of {arguments.row_len:,} tokens; {os.cpu_count()} cores, jax {jax.__version__}")
-    print(f"first batch at step 1,000,000: {first['seconds'] * 1000:.0f} ms")
-    print("which row stands at an index: " + ", ".join(f"{micros:.1f} us at {int(index):,}" for index, micros in first["micros"].items()))
     print(
-        f"{speed['rows_per_second']:,.0f} rows/s ({speed['rows_per_second'] * arguments.row_len / 1e6:.1f}M tokens/s) over the first "
+        f"a set of {size / 1e9:.1f} GB, {first['rows']:,} rows of {arguments.seq_len:,} tokens; {os.cpu_count()} cores, jax {jax.__version__}"
+    )
+    print(f"first batch at step 1,000,000: {first['seconds'] * 1000:.0f} ms")
+    print(
+        "which row stands at an index: "
+        + ", ".join(
+            f"{micros:.1f} us at {int(index):,}" for index, micros in first["micros"].items()
+        )
+    )
+    print(
+        f"{speed['rows_per_second']:,.0f} rows/s ({speed['rows_per_second'] * arguments.seq_len / 1e6:.1f}M tokens/s) over the first "
         f"{arguments.rows:,} rows, {speed['later']:,.0f} over their second half; {speed['checked']:.0%} of the record batches checked by then"
     )
     print(f"memory above the start: {speed['memory_mb']:,.0f} MB at most")

@@ -26,29 +26,34 @@ import jax
 
 from jaxpt import config, sharding
 from jaxpt.data import loader
-from jaxpt.data.mixture import Mixture
+from jaxpt.data.mixture import MixtureSchedule
 from jaxpt.model import llama
 from jaxpt.spec import ModelSpec
 from jaxpt.train import loop, state, step
-from jaxpt.train.metrics import read as read_metrics
+from jaxpt.train.metrics import read_metrics as read_metrics
 
-SHAPES = {"small": {"L": 4, "D": 128, "F": 352, "N": 4, "K": 2, "T": 128}, "S": {"L": 8, "D": 256, "F": 704, "N": 8, "K": 4, "T": 512}}  # of 8 rows
+SHAPES = {
+    "small": {"L": 4, "D": 128, "F": 352, "N": 4, "K": 2, "T": 128},
+    "S": {"L": 8, "D": 256, "F": 704, "N": 8, "K": 4, "T": 512},
+}  # of 8 rows
 RECIPE = """
 from jaxpt.config import defaults
 def get_config():
     c = defaults()
-    c.prepare.sources, c.prepare.limit_mb = ("python:prose",), 1.0
-    c.tokenizer.vocab_size, c.pack.row_len = 2000, {T}
+    c.prepare.sources, c.prepare.max_mb = ("python:prose",), 1.0
+    c.tokenizer.vocab_size, c.pack.seq_len = 2000, {T}
     c.model.n_layers, c.model.d_model, c.model.d_ff = {L}, {D}, {F}
-    c.model.n_heads, c.model.n_kv_heads, c.model.d_head, c.model.max_positions = {N}, {K}, 32, {T}
-    c.train.batch_rows, c.train.log_every, c.train.eval_every, c.train.eval_rows = 8, 10, 0, 8
+    c.model.n_heads, c.model.n_kv_heads, c.model.d_head, c.model.max_seq_len = {N}, {K}, 32, {T}
+    c.train.batch_size, c.train.log_every, c.train.eval_every, c.train.eval_sequences = 8, 10, 0, 8
     c.optim.warmup_steps = 10
     return c
 """
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", default="small", choices=SHAPES)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--rounds", type=int, default=15)
@@ -57,42 +62,75 @@ def main() -> None:
         home = pathlib.Path(home)
         (home / "small.py").write_text(RECIPE.format(**SHAPES[arguments.shape]))
         for door in ("prepare", "train_tokenizer", "pack"):
-            command = [sys.executable, ROOT / f"scripts/{door}.py", "--config", "small.py", "--workdir", "data"]
+            command = [
+                sys.executable,
+                ROOT / f"scripts/{door}.py",
+                "--config",
+                "small.py",
+                "--workdir",
+                "data",
+            ]
             subprocess.run(command, cwd=home, check=True, capture_output=True)
-        settings = config.load(home / "small.py")
+        settings = config.load_config(home / "small.py")
         settings = dataclasses.replace(
             settings,
             mixture=dataclasses.replace(settings.mixture, packed=(str(home / "data/packed"),)),
-            train=dataclasses.replace(settings.train, steps=arguments.steps, checkpoint_every=arguments.steps * 2 // 3),
+            train=dataclasses.replace(
+                settings.train, steps=arguments.steps, checkpoint_every=arguments.steps * 2 // 3
+            ),
         )
         bare, whole = [], []
         for i in range(arguments.rounds):
             turns = [(bare, bare_step), (whole, step_in_the_loop)]
             for seconds, turn in turns if i % 2 else reversed(turns):
                 seconds.append(turn(settings, home, f"run{i}"))
-            print(f"round {i}: bare step {bare[-1] * 1e3:.2f} ms, in the loop {whole[-1] * 1e3:.2f} ms", flush=True)
+            print(
+                f"round {i}: bare step {bare[-1] * 1e3:.2f} ms, in the loop {whole[-1] * 1e3:.2f} ms",
+                flush=True,
+            )
         ratios = [b / a - 1 for a, b in zip(bare, whole, strict=True)]
-        print(f"overhead: median {statistics.median(ratios):.1%}, from {min(ratios):.1%} to {max(ratios):.1%}")
+        print(
+            f"overhead: median {statistics.median(ratios):.1%}, from {min(ratios):.1%} to {max(ratios):.1%}"
+        )
 
 
 def step_in_the_loop(settings: config.Config, home: pathlib.Path, run: str) -> float:
     """Seconds from the first line of a run to its last, by step."""
     with contextlib.redirect_stdout(io.StringIO()):
-        loop.run(settings, home / run)
-    records = [record for record in read_metrics(home / run / "metrics.jsonl") if "step_seconds" in record]
-    return (records[-1]["seconds"] - records[0]["seconds"]) / (records[-1]["step"] - records[0]["step"])
+        loop.train_model(settings, home / run)
+    records = [
+        record for record in read_metrics(home / run / "metrics.jsonl") if "step_seconds" in record
+    ]
+    return (records[-1]["seconds"] - records[0]["seconds"]) / (
+        records[-1]["step"] - records[0]["step"]
+    )
 
 
 def bare_step(settings: config.Config, home: pathlib.Path, run: str) -> float:
     """Seconds of the compiled step alone."""
     mesh = sharding.make_mesh(settings.mesh)
-    rows = loader.open_rows([home / "data/packed"])
-    mixture = Mixture(settings.mixture, rows.n_rows, settings.train.batch_rows)
-    batch = next(loader.stream(rows, mixture, sharding.batch_sharding(mesh), settings.train.batch_rows, 0, True))
-    model = {name: getattr(settings.model, name) for name in ("n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "d_head", "max_positions")}
-    spec = ModelSpec(**model, vocab_size=-(-rows.n_pieces // 128) * 128)
-    now = state.born(llama.init(spec, 0, mesh), spec, settings, mesh)
-    step_of = step.build(spec, settings, mesh)
+    rows = loader.open_packed([home / "data/packed"])
+    mixture = MixtureSchedule(settings.mixture, rows.n_rows, settings.train.batch_size)
+    batch = next(
+        loader.iterate_batches(
+            rows, mixture, sharding.make_batch_sharding(mesh), settings.train.batch_size, 0, True
+        )
+    )
+    model = {
+        name: getattr(settings.model, name)
+        for name in (
+            "n_layers",
+            "d_model",
+            "d_ff",
+            "n_heads",
+            "n_kv_heads",
+            "d_head",
+            "max_seq_len",
+        )
+    }
+    spec = ModelSpec(**model, vocab_size=-(-rows.vocab_size // 128) * 128)
+    now = state.init_state(llama.init_params(spec, 0, mesh), spec, settings, mesh)
+    step_of = step.build_step(spec, settings, mesh)
     now, _ = jax.block_until_ready(step_of(now, batch))
     start = time.perf_counter()
     for _ in range(settings.train.steps):

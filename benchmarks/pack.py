@@ -41,7 +41,10 @@ BUFFER = 1000  # documents that nanochat looks at
 
 
 def documents_of(books: list[str]) -> dict[str, list[str]]:
-    paragraphs = [[paragraph for paragraph in re.split(r"\n\s*\n", book) if paragraph.strip()] for book in books]
+    paragraphs = [
+        [paragraph for paragraph in re.split(r"\n\s*\n", book) if paragraph.strip()]
+        for book in books
+    ]
     rng, pages = np.random.default_rng(0), []
     for book in paragraphs:
         page, wanted = "", rng.lognormal(np.log(3000), 1)
@@ -63,36 +66,42 @@ def documents_of(books: list[str]) -> dict[str, list[str]]:
 # ---- ways to pack: [documents' ids] -> rows, each an array of ids
 
 
-def best_fit(documents, row_len):
-    stretches = pack.windows(np.array([len(each) for each in documents]), row_len)
+def best_fit(documents, seq_len):
+    stretches = pack.split_windows(np.array([len(each) for each in documents]), seq_len)
     for first, last in stretches:
-        for row in pack.best_fit((pack.Piece(each, "") for each in documents[first:last]), row_len):
+        for row in pack.pack_best_fit(
+            (pack.Segment(each, "") for each in documents[first:last]), seq_len
+        ):
             yield np.concatenate([piece.ids for piece in row])
 
 
-def course(documents, row_len):
-    for row in pack.course((pack.Piece(each, "") for each in documents), row_len):
+def course(documents, seq_len):
+    for row in pack.pack_course((pack.Segment(each, "") for each in documents), seq_len):
         yield np.concatenate([piece.ids for piece in row])
 
 
-def nanochat(documents, row_len):
+def nanochat(documents, seq_len):
     waiting, buffer = iter(documents), []
     while True:
-        row, room = [], row_len
+        row, room = [], seq_len
         while room:
             buffer += itertools.islice(waiting, BUFFER - len(buffer))
             if not buffer:
                 return  # the last row does not fill up
             fitting = [i for i, each in enumerate(buffer) if len(each) <= room]
             longest = max(fitting, key=lambda i: len(buffer[i]), default=None)
-            chosen = min(range(len(buffer)), key=lambda i: len(buffer[i])) if longest is None else longest
+            chosen = (
+                min(range(len(buffer)), key=lambda i: len(buffer[i]))
+                if longest is None
+                else longest
+            )
             row.append(buffer.pop(chosen)[:room])
             room -= len(row[-1])
         yield np.concatenate(row)
 
 
 def trl(strategy):
-    def rows(documents, row_len):
+    def rows(documents, seq_len):
         import datasets
         from trl import pack_dataset
 
@@ -100,43 +109,53 @@ def trl(strategy):
         datasets.disable_caching()
         given = datasets.Dataset.from_dict({"input_ids": documents})
         start = time.perf_counter()
-        packed = pack_dataset(given, row_len, strategy)
+        packed = pack_dataset(given, seq_len, strategy)
         trl.seconds = time.perf_counter() - start
         yield from (np.array(ids) for ids in packed.with_format("numpy")["input_ids"])
 
     return rows
 
 
-def measure(way, lengths: list[int], row_len: int) -> dict[str, float]:
+def measure(way, lengths: list[int], seq_len: int) -> dict[str, float]:
     """Documents are numbered tokens here, so that every token can be found again."""
     starts = np.cumsum([0, *lengths])
     documents = [np.arange(a, b, dtype=np.int32) for a, b in itertools.pairwise(starts)]
     start = time.perf_counter()
-    rows = list(way(documents, row_len))
+    rows = list(way(documents, seq_len))
     seconds = getattr(trl, "seconds", None) or time.perf_counter() - start
     trl.seconds = None
     tokens = np.concatenate(rows)
     assert len(np.unique(tokens)) == len(tokens), "doubled"
     row_of = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
     of = np.searchsorted(starts, tokens, side="right") - 1
-    first, last, found = np.full(len(lengths), len(rows)), np.full(len(lengths), -1), np.bincount(of, minlength=len(lengths))
+    first, last, found = (
+        np.full(len(lengths), len(rows)),
+        np.full(len(lengths), -1),
+        np.bincount(of, minlength=len(lengths)),
+    )
     np.minimum.at(first, of, row_of)
     np.maximum.at(last, of, row_of)
-    fits = np.array(lengths) <= row_len
+    fits = np.array(lengths) <= seq_len
     cut = fits & ~((first == last) & (found == lengths))
     return {
-        "rows": len(rows), "padding": 1 - len(tokens) / (len(rows) * row_len), "lost": 1 - len(tokens) / starts[-1],
+        "rows": len(rows), "padding": 1 - len(tokens) / (len(rows) * seq_len), "lost": 1 - len(tokens) / starts[-1],
         "cut": int(cut.sum()), "cut_frac": cut.sum() / max(1, fits.sum()), "tokens_per_second": starts[-1] / seconds,
     }  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--texts", required=True, type=pathlib.Path)
     parser.add_argument("--tokenizer", default="train")
     parser.add_argument("--row-len", type=int, default=4096)
     arguments = parser.parse_args()
-    books = [file.read_text() for file in sorted(arguments.texts.rglob("*.txt")) if file.name != "SOURCE.txt"]
+    books = [
+        file.read_text()
+        for file in sorted(arguments.texts.rglob("*.txt"))
+        if file.name != "SOURCE.txt"
+    ]
     print(f"{len(books)} books, {sum(len(book.encode()) for book in books) / 1e6:.1f} MB")
     ways = {"best_fit": best_fit, "course": course, "nanochat": nanochat}
     try:
@@ -148,32 +167,42 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as home:
         home = pathlib.Path(home)
-        print(f"{'documents':<12}{'way':<16}{'rows':>8}{'padding':>9}{'lost':>9}{'cut':>9}{'':>8}{'tokens/s':>13}")
+        print(
+            f"{'documents':<12}{'way':<16}{'rows':>8}{'padding':>9}{'lost':>9}{'cut':>9}{'':>8}{'tokens/s':>13}"
+        )
         for name, documents in documents_of(books).items():
-            (home / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+            (home / f"{name}.jsonl").write_text(
+                "".join(json.dumps({"text": text}) + "\n" for text in documents)
+            )
             settings = dataclasses.replace(
-                config.Config(), prepare=config.Prepare(sources=(f"jsonl:{home}/{name}.jsonl",), heldout_frac=0.0),
-                tokenizer=config.Tokenizer(source=arguments.tokenizer, vocab_size=8000, sample_mb=16), pack=config.Pack(row_len=arguments.row_len),
+                config.Config(), prepare=config.PrepareConfig(sources=(f"jsonl:{home}/{name}.jsonl",), heldout_frac=0.0),
+                tokenizer=config.TokenizerConfig(source=arguments.tokenizer, vocab_size=8000, sample_mb=16), pack=config.PackConfig(seq_len=arguments.seq_len),
             )  # fmt: skip
             workdir = home / name
-            prepare.run(settings, workdir)
-            tokenizer.train(settings, workdir)
-            words = tokenizer.load(workdir / "tokenizer")
-            lengths = [len(ids) + (words.bos_id is not None) + 1 for ids in words.encode_batch(documents)]
-            told = f"{len(lengths):,} documents, {sum(lengths):,} tokens, {sum(n > arguments.row_len for n in lengths):,} longer than a row"
+            prepare.prepare_corpus(settings, workdir)
+            tokenizer.train_tokenizer(settings, workdir)
+            words = tokenizer.load_tokenizer(workdir / "tokenizer")
+            lengths = [
+                len(ids) + (words.bos_id is not None) + 1 for ids in words.encode_batch(documents)
+            ]
+            told = f"{len(lengths):,} documents, {sum(lengths):,} tokens, {sum(n > arguments.seq_len for n in lengths):,} longer than a row"
             lines = []
             for way, rows in ways.items():
-                found = measure(rows, lengths, arguments.row_len)
+                found = measure(rows, lengths, arguments.seq_len)
                 lines.append(
                     f"{name:<12}{way:<16}{found['rows']:8,}{found['padding']:9.2%}{found['lost']:9.2%}{found['cut']:9,}"
                     f"{found['cut_frac']:8.1%}{found['tokens_per_second']:13,.0f}"
                 )
             for method in ("best_fit", "course"):
-                asked = dataclasses.replace(settings, pack=config.Pack(row_len=arguments.row_len, method=method))
-                manifest = pack.run(asked, workdir, replace=True)
+                asked = dataclasses.replace(
+                    settings, pack=config.PackConfig(seq_len=arguments.seq_len, method=method)
+                )
+                manifest = pack.pack_corpus(asked, workdir, replace=True)
                 counts = manifest.counts["train"][name]
                 assert method == "course" or counts["tokens"] == sum(lengths)
-                lines.append(f"{name:<12}pack.py {method:<8} from text to shards{sum(lengths) / manifest.seconds:>37,.0f}")
+                lines.append(
+                    f"{name:<12}pack.py {method:<8} from text to shards{sum(lengths) / manifest.seconds:>37,.0f}"
+                )
             print(f"# {name}: {told}", *lines, sep="\n", flush=True)
 
 

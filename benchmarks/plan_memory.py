@@ -26,15 +26,20 @@ SHAPE = [
     "model.n_kv_heads=2",
     "model.d_head=32",
 ]
-SHAPE += ["model.tied=True", "pack.row_len=256", "train.batch_rows=8"]
+SHAPE += ["model.tie_embeddings=True", "pack.seq_len=256", "train.batch_size=8"]
 ROWS = {
     "the quickstart's base": [],
     "8 layers": ["model.n_layers=8"],
-    "twice as wide": ["model.d_model=384", "model.d_ff=1024", "model.n_heads=12", "model.n_kv_heads=4"],
-    "32 rows": ["train.batch_rows=32"],
-    "32 rows in 4 micro-batches": ["train.batch_rows=32", "train.accumulate=4"],
-    "32 rows, remat full": ["train.batch_rows=32", "train.remat=full"],
-    "rows of 2,048": ["pack.row_len=2048"],
+    "twice as wide": [
+        "model.d_model=384",
+        "model.d_ff=1024",
+        "model.n_heads=12",
+        "model.n_kv_heads=4",
+    ],
+    "32 rows": ["train.batch_size=32"],
+    "32 rows in 4 micro-batches": ["train.batch_size=32", "train.grad_accum_steps=4"],
+    "32 rows, remat full": ["train.batch_size=32", "train.remat=full"],
+    "rows of 2,048": ["pack.seq_len=2048"],
 }
 
 
@@ -42,8 +47,15 @@ def main():
     print("| | planned, MiB | measured, MiB | measured / planned |")
     print("|---|---|---|---|", flush=True)
     for name in ROWS:
-        done = subprocess.run([sys.executable, __file__, "--child", name], capture_output=True, text=True)
-        print(done.stdout.splitlines()[-1] if done.returncode == 0 else f"| {name} | failed: {done.stderr.strip().splitlines()[-1]} |", flush=True)
+        done = subprocess.run(
+            [sys.executable, __file__, "--child", name], capture_output=True, text=True
+        )
+        print(
+            done.stdout.splitlines()[-1]
+            if done.returncode == 0
+            else f"| {name} | failed: {done.stderr.strip().splitlines()[-1]} |",
+            flush=True,
+        )
 
 
 def child(name: str):
@@ -56,17 +68,31 @@ def child(name: str):
     from jaxpt.spec import Batch
     from jaxpt.train import state, step
 
-    settings = config.typed(config.overridden([f"--config.{each}" for each in (*SHAPE, *ROWS[name])]))
-    spec, _ = cost.model_of(settings)
-    planned = compile.measure(spec, settings, hardware.target("cpu:1"))["peak_bytes"]
+    settings = config.build_config(
+        config.apply_overrides([f"--config.{each}" for each in (*SHAPE, *ROWS[name])])
+    )
+    spec, _ = cost.resolve_model_spec(settings)
+    planned = compile.analyze_step(spec, settings, hardware.parse_target("cpu:1"))["peak_bytes"]
     mesh = sharding.make_mesh(settings.mesh)
-    like = step.abstract_batch(settings, mesh)
-    run = step.build(spec, settings, mesh).lower(state.abstract_state(spec, settings, mesh), like).compile()
+    like = step.make_abstract_batch(settings, mesh)
+    run = (
+        step.build_step(spec, settings, mesh)
+        .lower(state.make_abstract_state(spec, settings, mesh), like)
+        .compile()
+    )
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, spec.vocab_size, like.tokens.shape, np.int32)
-    ones, places = np.ones(tokens.shape, np.int32), np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    batch = jax.device_put(Batch(tokens, tokens, ones, places, ones.astype(np.float32)), sharding.batch_sharding(mesh))
-    now = jax.block_until_ready(state.born(llama.init(spec, 0, mesh), spec, settings, mesh))
+    ones, places = (
+        np.ones(tokens.shape, np.int32),
+        np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape),
+    )
+    batch = jax.device_put(
+        Batch(tokens, tokens, ones, places, ones.astype(np.float32)),
+        sharding.make_batch_sharding(mesh),
+    )
+    now = jax.block_until_ready(
+        state.init_state(llama.init_params(spec, 0, mesh), spec, settings, mesh)
+    )
     there = sum(leaf.nbytes for leaf in jax.tree.leaves((now, batch)))
     before = resident("VmRSS")
     pathlib.Path("/proc/self/clear_refs").write_text("5")
@@ -74,12 +100,18 @@ def child(name: str):
         now, found = run(now, batch)
         jax.block_until_ready(found)
     measured = resident("VmHWM") - before + there
-    print(f"| {name} | {planned / 2**20:,.0f} | {measured / 2**20:,.0f} | {measured / planned:.2f} |")
+    print(
+        f"| {name} | {planned / 2**20:,.0f} | {measured / 2**20:,.0f} | {measured / planned:.2f} |"
+    )
 
 
 def resident(mark: str) -> int:
     """Bytes, as the kernel says of this process."""
-    return 1024 * int(re.search(rf"{mark}:\s+(\d+) kB", pathlib.Path(f"/proc/{os.getpid()}/status").read_text())[1])
+    return 1024 * int(
+        re.search(rf"{mark}:\s+(\d+) kB", pathlib.Path(f"/proc/{os.getpid()}/status").read_text())[
+            1
+        ]
+    )
 
 
 if __name__ == "__main__":

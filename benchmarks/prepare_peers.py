@@ -14,7 +14,9 @@ def course(docs: str, out: str, model: str) -> None:
     datasets.disable_progress_bars()
     cache = f"{out}/cache"
     files = sorted(map(str, pathlib.Path(docs).glob("*.jsonl")))
-    found = datasets.load_dataset("json", data_files=files, split="train", cache_dir=cache).select_columns(["text"])
+    found = datasets.load_dataset(
+        "json", data_files=files, split="train", cache_dir=cache
+    ).select_columns(["text"])
     seen, languages, paragraph_end = set(), fasttext.load_model(model), re.compile(r"\n{2,}")
 
     def long_enough(example):
@@ -52,21 +54,62 @@ def run(docs: str, out: str, *steps, name: str, read: bool = True, tasks: int = 
     from datatrove.pipeline.readers import JsonlReader
 
     pipeline = [*([JsonlReader(docs, glob_pattern="*.jsonl", id_key="id")] if read else []), *steps]
-    LocalPipelineExecutor(pipeline, tasks=tasks, workers=min(tasks, 2), logging_dir=f"{out}/logs/{name}", skip_completed=False).run()
+    LocalPipelineExecutor(
+        pipeline,
+        tasks=tasks,
+        workers=min(tasks, 2),
+        logging_dir=f"{out}/logs/{name}",
+        skip_completed=False,
+    ).run()
 
 
 def near(docs: str, out: str) -> None:
     """datatrove's four steps of MinHash, with 32 buckets of 4 hashes of 5-grams."""
-    from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupFilter, MinhashDedupSignature
+    from datatrove.pipeline.dedup import (
+        MinhashDedupBuckets,
+        MinhashDedupCluster,
+        MinhashDedupFilter,
+        MinhashDedupSignature,
+    )
     from datatrove.pipeline.dedup.minhash import MinhashConfig
     from datatrove.pipeline.writers import JsonlWriter
     from datatrove.utils.hashing import HashConfig
 
-    config = MinhashConfig(n_grams=5, num_buckets=32, hashes_per_bucket=4, hash_config=HashConfig(hash_fc="xxhash", precision=32))
-    run(docs, out, MinhashDedupSignature(output_folder=f"{out}/signatures", config=config), name="signatures")
-    run(docs, out, MinhashDedupBuckets(f"{out}/signatures", f"{out}/buckets", config=config), name="buckets", read=False, tasks=32)
-    run(docs, out, MinhashDedupCluster(f"{out}/buckets", f"{out}/removed", config=config), name="cluster", read=False, tasks=1)
-    run(docs, out, MinhashDedupFilter(f"{out}/removed"), JsonlWriter(f"{out}/kept", compression=None), name="filter")
+    config = MinhashConfig(
+        n_grams=5,
+        num_buckets=32,
+        hashes_per_bucket=4,
+        hash_config=HashConfig(hash_fc="xxhash", precision=32),
+    )
+    run(
+        docs,
+        out,
+        MinhashDedupSignature(output_folder=f"{out}/signatures", config=config),
+        name="signatures",
+    )
+    run(
+        docs,
+        out,
+        MinhashDedupBuckets(f"{out}/signatures", f"{out}/buckets", config=config),
+        name="buckets",
+        read=False,
+        tasks=32,
+    )
+    run(
+        docs,
+        out,
+        MinhashDedupCluster(f"{out}/buckets", f"{out}/removed", config=config),
+        name="cluster",
+        read=False,
+        tasks=1,
+    )
+    run(
+        docs,
+        out,
+        MinhashDedupFilter(f"{out}/removed"),
+        JsonlWriter(f"{out}/kept", compression=None),
+        name="filter",
+    )
 
 
 def gopher(docs: str, out: str) -> None:
@@ -74,7 +117,14 @@ def gopher(docs: str, out: str) -> None:
     from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilter
     from datatrove.pipeline.writers import JsonlWriter
 
-    run(docs, out, GopherRepetitionFilter(), GopherQualityFilter(), JsonlWriter(f"{out}/kept", compression=None), name="gopher")
+    run(
+        docs,
+        out,
+        GopherRepetitionFilter(),
+        GopherQualityFilter(),
+        JsonlWriter(f"{out}/kept", compression=None),
+        name="gopher",
+    )
 
 
 if __name__ == "__main__":

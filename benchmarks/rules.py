@@ -47,8 +47,8 @@ def make(texts: pathlib.Path) -> list[str]:
 
     rng, made = random.Random(1), []
     for name in ("python:prose", "python:code"):
-        made += [document.text for document in sources.parse(name).documents()]
-    for document in sources.parse(f"text:{texts}/**/*.txt").documents():
+        made += [document.text for document in sources.parse_source(name).iterate_documents()]
+    for document in sources.parse_source(f"text:{texts}/**/*.txt").iterate_documents():
         paragraphs = re.split(r"\n\n+", document.text)
         while paragraphs:
             n = rng.choice([2, 5, 10, 20, 40, 100])
@@ -64,9 +64,13 @@ def planted(text: str, rng: random.Random) -> str:
     lines, words = text.split("\n"), text.split(" ")
     at, kind = rng.randrange(len(words)), rng.randrange(6)
     if kind == 0:
-        return "\n".join(lines + lines[(at := rng.randrange(len(lines))) : at + rng.randint(1, len(lines))])
+        return "\n".join(
+            lines + lines[(at := rng.randrange(len(lines))) : at + rng.randint(1, len(lines))]
+        )
     if kind == 1:
-        return " ".join(words[:at] + words[at : at + rng.randint(5, 60)] * rng.randint(1, 4) + words[at:])
+        return " ".join(
+            words[:at] + words[at : at + rng.randint(5, 60)] * rng.randint(1, 4) + words[at:]
+        )
     if kind == 2:
         return "\n".join(("- " if rng.random() < 0.92 else "") + line for line in lines)
     if kind == 3:
@@ -83,10 +87,15 @@ def ours(texts: list[str]) -> dict[str, tuple[list[str], float]]:
 
     found = {}
     for name, (rules, _, _) in SETS.items():
-        asked, start, failed = filters.understand("none", rules.split()), time.perf_counter(), []
+        asked, start, failed = filters.parse_rules("none", rules.split()), time.perf_counter(), []
         for i in range(0, len(texts), 64):
-            failed += filters.judge([sources.Document("", text) for text in texts[i : i + 64]], asked).failed
-        found[name] = ([asked[k].name if k < len(asked) else "" for k in failed], time.perf_counter() - start)
+            failed += filters.apply_rules(
+                [sources.Document("", text) for text in texts[i : i + 64]], asked
+            ).failed_rule
+        found[name] = (
+            [asked[k].name if k < len(asked) else "" for k in failed],
+            time.perf_counter() - start,
+        )
     return found
 
 
@@ -96,11 +105,19 @@ def theirs(texts: list[str], words: str) -> dict[str, tuple[list[str], float]]:
     from datatrove.pipeline import filters
 
     if words == "same":
-        for module in (filters.gopher_quality_filter, filters.gopher_repetition_filter, filters.fineweb_quality_filter):
+        for module in (
+            filters.gopher_quality_filter,
+            filters.gopher_repetition_filter,
+            filters.fineweb_quality_filter,
+        ):
             module.split_into_words = lambda text, language: text.split()
     found = {}
     for name, (_, classes, settings) in SETS.items():
-        steps, start, reasons = [getattr(filters, each)(**settings) for each in classes], time.perf_counter(), []
+        steps, start, reasons = (
+            [getattr(filters, each)(**settings) for each in classes],
+            time.perf_counter(),
+            [],
+        )
         for text in texts:
             document, reason = Document(text=text, id=""), ""
             for step in steps:
@@ -117,7 +134,9 @@ def theirs(texts: list[str], words: str) -> dict[str, tuple[list[str], float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--texts", type=pathlib.Path, help="directory with *.txt")
     parser.add_argument("--peer", help="Python of an environment that has datatrove")
     parser.add_argument("--n", type=int, default=1000, help="documents that spaCy cuts into words")
@@ -133,15 +152,28 @@ def main() -> None:
         mb = sum(len(text.encode()) for text in some) / 1e6
         with tempfile.TemporaryDirectory() as home:
             (file := pathlib.Path(home) / "texts.json").write_text(json.dumps(some))
-            done = subprocess.run([arguments.peer, __file__, "--as-peer", file, words], capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                [arguments.peer, __file__, "--as-peer", file, words],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
         here, there = ours(some), json.loads(done.stdout.splitlines()[-1])
-        print(f"{n:,} documents, {mb:.1f} MB, datatrove with {'the same words' if words == 'same' else 'its own tokenizer'}")
+        print(
+            f"{n:,} documents, {mb:.1f} MB, datatrove with {'the same words' if words == 'same' else 'its own tokenizer'}"
+        )
         for name in SETS:
             (mine, my_seconds), (other, other_seconds) = here[name], there[name]
-            alone = collections.Counter(f"{a or 'kept'} / {b or 'kept'}" for a, b in zip(mine, other, strict=True) if bool(a) != bool(b))
+            alone = collections.Counter(
+                f"{a or 'kept'} / {b or 'kept'}"
+                for a, b in zip(mine, other, strict=True)
+                if bool(a) != bool(b)
+            )
             speed = f"{mb / my_seconds:5.1f} and {mb / other_seconds:5.2f} MB/s, {other_seconds / my_seconds:4.1f} x"
             kept = f"kept {mine.count(''):,} and {other.count(''):,}, decided otherwise {alone.total():,}"
-            print(f"  {name:24} {kept:48} {speed}   {', '.join(f'{n} {what}' for what, n in alone.most_common(3))}")
+            print(
+                f"  {name:24} {kept:48} {speed}   {', '.join(f'{n} {what}' for what, n in alone.most_common(3))}"
+            )
 
 
 if __name__ == "__main__":

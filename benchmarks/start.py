@@ -24,29 +24,36 @@ RECIPE = """
 from jaxpt.config import defaults
 def get_config():
     c = defaults()
-    c.prepare.sources, c.prepare.limit_mb = ("python:prose",), 1.0
-    c.tokenizer.vocab_size, c.pack.row_len = 2000, {T}
+    c.prepare.sources, c.prepare.max_mb = ("python:prose",), 1.0
+    c.tokenizer.vocab_size, c.pack.seq_len = 2000, {T}
     c.model.n_layers, c.model.d_model, c.model.d_ff, c.model.n_heads, c.model.n_kv_heads = {L}, {D}, {F}, {N}, {K}
-    c.model.d_head, c.model.max_positions, c.train.batch_rows = {D} // {N}, {T}, {B}
-    c.train.log_every, c.train.checkpoint_every, c.train.eval_every, c.train.eval_rows, c.train.steps = 1, 2, 0, {B}, 200
+    c.model.d_head, c.model.max_seq_len, c.train.batch_size = {D} // {N}, {T}, {B}
+    c.train.log_every, c.train.checkpoint_every, c.train.eval_every, c.train.eval_sequences, c.train.steps = 1, 2, 0, {B}, 200
     return c
 """
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     for shape in arguments.shapes:
         found = [one_round(shape) for _ in range(arguments.rounds)]
-        print(f"\n| {shape} | ready, s | of the first | first step's line, s | of the first |\n|---|---|---|---|---|")
+        print(
+            f"\n| {shape} | ready, s | of the first | first step's line, s | of the first |\n|---|---|---|---|---|"
+        )
         for i, name in enumerate(("first start", "again", "going on after a kill")):
             cells = [name]
             for which in range(2):
                 seconds = [each[i][which] for each in found]
                 share = statistics.median(each[i][which] / each[0][which] for each in found)
-                cells += [f"{statistics.median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f})", f"{share:.2f}"]
+                cells += [
+                    f"{statistics.median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f})",
+                    f"{share:.2f}",
+                ]
             print("| " + " | ".join(cells) + " |", flush=True)
 
 
@@ -56,17 +63,39 @@ def one_round(shape: str) -> list[tuple[float, float]]:
         L, D, F, N, K, T, B = SHAPES[shape]
         (home / "recipe.py").write_text(RECIPE.format(L=L, D=D, F=F, N=N, K=K, T=T, B=B))
         for door in ("prepare", "train_tokenizer", "pack"):
-            command = [sys.executable, ROOT / f"scripts/{door}.py", "--config", "recipe.py", "--workdir", "data"]
+            command = [
+                sys.executable,
+                ROOT / f"scripts/{door}.py",
+                "--config",
+                "recipe.py",
+                "--workdir",
+                "data",
+            ]
             subprocess.run(command, cwd=home, check=True, capture_output=True)
         return [start(home, run) for run in ("first", "again", "first")]
 
 
 def start(home: pathlib.Path, run: str) -> tuple[float, float]:
     """Seconds to the compiled step and to the first step's line; the run is killed when it has saved a checkpoint."""
-    command = [sys.executable, ROOT / "scripts/train.py", "--config", "recipe.py", "--workdir", run, "--config.mixture.packed=('data/packed',)"]
+    command = [
+        sys.executable,
+        ROOT / "scripts/train.py",
+        "--config",
+        "recipe.py",
+        "--workdir",
+        run,
+        "--config.mixture.packed_paths=('data/packed',)",
+    ]
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(home / "compiled")}
     begun = time.perf_counter()
-    process = subprocess.Popen(command, cwd=home, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=home,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     ready = line_at = None
     said = []
     for line in process.stdout:

@@ -28,7 +28,17 @@ V = 32_000
 SHAPES = {
     "S": (8, 256, 704, 8, 4, 512, 8, 3, 2),
     "M": (12, 1024, 4096, 32, 8, 512, 1, 3, 2),
-    "course": (16, 1024, 4096, 32, 8, 32, 2, 6, 2),  # configs/course.py after its growth, with its recomputing
+    "course": (
+        16,
+        1024,
+        4096,
+        32,
+        8,
+        32,
+        2,
+        6,
+        2,
+    ),  # configs/course.py after its growth, with its recomputing
 }
 
 
@@ -59,18 +69,29 @@ def jaxpt(shape: str) -> float:
 
     L, D, F, N, K, T, B, *_ = SHAPES[shape]
     recipe = "configs/course.py" if shape == "course" else "configs/base.py"
-    settings = config.load(ROOT / recipe, [f"--config.pack.row_len={T}", f"--config.train.batch_rows={B}"])
-    mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
-    spec = ModelSpec(n_layers=L, d_model=D, d_ff=F, n_heads=N, n_kv_heads=K, d_head=D // N, vocab_size=V, max_positions=2048)
-    run = step.build(spec, settings, mesh)
-    now = state.born(llama.init(spec, 0, mesh), spec, settings, mesh)
+    settings = config.load_config(
+        ROOT / recipe, [f"--config.pack.seq_len={T}", f"--config.train.batch_size={B}"]
+    )
+    mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
+    spec = ModelSpec(
+        n_layers=L,
+        d_model=D,
+        d_ff=F,
+        n_heads=N,
+        n_kv_heads=K,
+        d_head=D // N,
+        vocab_size=V,
+        max_seq_len=2048,
+    )
+    run = step.build_step(spec, settings, mesh)
+    now = state.init_state(llama.init_params(spec, 0, mesh), spec, settings, mesh)
     ones = np.ones((B, T), np.int32)
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
     seconds = []
     for tokens in tokens_of(shape).astype(np.int32):
         start = time.perf_counter()
         batch = Batch(tokens, np.roll(tokens, -1, 1), ones, positions, ones.astype(np.float32))
-        now, metrics = run(now, jax.device_put(batch, sharding.batch_sharding(mesh)))
+        now, metrics = run(now, jax.device_put(batch, sharding.make_batch_sharding(mesh)))
         assert np.isfinite(float(metrics["loss"]))
         seconds.append(time.perf_counter() - start)
     return rate(shape, seconds)
@@ -95,7 +116,10 @@ def hf(shape: str, dtype: str = "float32") -> float:
 
     torch, model = torch_llama(shape, dtype)
     *_, B, timed, first = SHAPES[shape]
-    rows = [{"input_ids": row, "labels": row} for row in torch.from_numpy(tokens_of(shape)).flatten(0, 1)]
+    rows = [
+        {"input_ids": row, "labels": row}
+        for row in torch.from_numpy(tokens_of(shape)).flatten(0, 1)
+    ]
     ends = []
 
     class Clock(transformers.TrainerCallback):
@@ -118,7 +142,9 @@ def torch_compile(shape: str) -> float:
     """A bare loop around the compiled model, with fused AdamW."""
     torch, model = torch_llama(shape)
     model = torch.compile(model)
-    adamw = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    adamw = torch.optim.AdamW(
+        model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
     seconds = []
     for tokens in torch.from_numpy(tokens_of(shape)):
         start = time.perf_counter()
@@ -144,7 +170,13 @@ def levanter(shape: str) -> float:
 
     L, D, F, N, K, T, B, timed, first = SHAPES[shape]
     settings = LlamaConfig(
-        max_seq_len=T, hidden_dim=D, intermediate_dim=F, num_layers=L, num_heads=N, num_kv_heads=K, gradient_checkpointing=shape == "course"
+        max_seq_len=T,
+        hidden_dim=D,
+        intermediate_dim=F,
+        num_layers=L,
+        num_heads=N,
+        num_kv_heads=K,
+        gradient_checkpointing=shape == "course",
     )
     adam = AdamConfig(learning_rate=3e-4, weight_decay=0.1).build(timed + first)
     trainer = TrainerConfig(
@@ -157,11 +189,17 @@ def levanter(shape: str) -> float:
     Batch, Vocab = hax.Axis("batch", B), hax.Axis("vocab", V)
     seconds = []
     with Trainer(trainer, adam, loss, add_default_hooks=False) as trainer:
-        now = trainer.initial_state(jax.random.key(0), model_init=lambda: settings.build(Vocab, key=jax.random.key(1)))
+        now = trainer.initial_state(
+            jax.random.key(0), model_init=lambda: settings.build(Vocab, key=jax.random.key(1))
+        )
         for tokens in tokens_of(shape).astype("int32"):
             start = time.perf_counter()
             rows = [LmExample.causal(hax.named(row, settings.max_Pos)) for row in tokens]
-            example = jax.tree.map(lambda *each: hax.stack(Batch, each), *rows, is_leaf=lambda leaf: isinstance(leaf, hax.NamedArray))
+            example = jax.tree.map(
+                lambda *each: hax.stack(Batch, each),
+                *rows,
+                is_leaf=lambda leaf: isinstance(leaf, hax.NamedArray),
+            )
             info = trainer.train_step(now, example)
             now = info.state
             assert math.isfinite(float(info.loss))
@@ -169,16 +207,37 @@ def levanter(shape: str) -> float:
     return rate(shape, seconds)
 
 
-CONTENDERS = {"jaxpt": jaxpt, "hf": hf, "torch.compile": torch_compile, "levanter": levanter, "hf-bf16": lambda shape: hf(shape, "bfloat16")}
+CONTENDERS = {
+    "jaxpt": jaxpt,
+    "hf": hf,
+    "torch.compile": torch_compile,
+    "levanter": levanter,
+    "hf-bf16": lambda shape: hf(shape, "bfloat16"),
+}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", nargs="+", default=["S", "M"], choices=SHAPES)
-    parser.add_argument("--contenders", nargs="+", default=["jaxpt", "hf", "torch.compile"], choices=CONTENDERS)
+    parser.add_argument(
+        "--contenders", nargs="+", default=["jaxpt", "hf", "torch.compile"], choices=CONTENDERS
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--python", nargs="+", default=[], metavar="CONTENDER=PATH", help="the Python of a contender's own environment")
-    parser.add_argument("--turn", nargs=2, metavar=("CONTENDER", "SHAPE"), help="one turn in this process; what the rounds start")
+    parser.add_argument(
+        "--python",
+        nargs="+",
+        default=[],
+        metavar="CONTENDER=PATH",
+        help="the Python of a contender's own environment",
+    )
+    parser.add_argument(
+        "--turn",
+        nargs=2,
+        metavar=("CONTENDER", "SHAPE"),
+        help="one turn in this process; what the rounds start",
+    )
     arguments = parser.parse_args()
     if arguments.turn:
         contender, shape = arguments.turn
@@ -190,16 +249,32 @@ def main():
         speeds = {contender: [] for contender in arguments.contenders}
         for n in range(arguments.rounds):
             for contender, measured in speeds.items():
-                command = [pythons.get(contender, sys.executable), __file__, "--turn", contender, shape]
+                command = [
+                    pythons.get(contender, sys.executable),
+                    __file__,
+                    "--turn",
+                    contender,
+                    shape,
+                ]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
                     sys.exit(f"{contender} failed on {shape}:\n{done.stderr[-3000:]}")
                 measured.append(json.loads(done.stdout.splitlines()[-1]))
-                print(f"{shape} round {n + 1} {contender} {measured[-1]:.1f} tokens/s", file=sys.stderr, flush=True)
-        print(f"\n| {shape}, {os.cpu_count()} cores | tokens/s, median of {arguments.rounds} | jaxpt is so many times as fast |\n|---|---|---|")
+                print(
+                    f"{shape} round {n + 1} {contender} {measured[-1]:.1f} tokens/s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        print(
+            f"\n| {shape}, {os.cpu_count()} cores | tokens/s, median of {arguments.rounds} | jaxpt is so many times as fast |\n|---|---|---|"
+        )
         for contender, measured in speeds.items():
             ratios = [ours / theirs for ours, theirs in zip(speeds["jaxpt"], measured, strict=True)]
-            compared = "" if contender == "jaxpt" else f"{statistics.median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f})"
+            compared = (
+                ""
+                if contender == "jaxpt"
+                else f"{statistics.median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f})"
+            )
             print(f"| {contender} | {statistics.median(measured):,.1f} | {compared} |", flush=True)
 
 

@@ -19,14 +19,35 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-BILLION = {"n_layers": 16, "d_model": 2048, "d_ff": 8192, "n_heads": 32, "n_kv_heads": 8, "d_head": 64, "vocab_size": 128_256, "tied": True}
-TINY = {"n_layers": 2, "d_model": 48, "d_ff": 96, "n_heads": 6, "n_kv_heads": 2, "d_head": 8, "vocab_size": 384}
+BILLION = {
+    "n_layers": 16,
+    "d_model": 2048,
+    "d_ff": 8192,
+    "n_heads": 32,
+    "n_kv_heads": 8,
+    "d_head": 64,
+    "vocab_size": 128_256,
+    "tie_embeddings": True,
+}
+TINY = {
+    "n_layers": 2,
+    "d_model": 48,
+    "d_ff": 96,
+    "n_heads": 6,
+    "n_kv_heads": 2,
+    "d_head": 8,
+    "vocab_size": 384,
+}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=8, help="rows in a step, over all devices")
-    parser.add_argument("--steps", type=int, default=10, help="steps measured, after two that are not")
+    parser.add_argument(
+        "--steps", type=int, default=10, help="steps measured, after two that are not"
+    )
     parser.add_argument("--remat", default="minimal")
     parser.add_argument("--backends", nargs="+", default=["auto", "xla"])
     parser.add_argument("--tiny", action="store_true")
@@ -34,11 +55,16 @@ def main():
     args = parser.parse_args()
     if args.child:
         return measure(args)
-    print("| attention | MFU | step, s | tokens/s | peak memory, GiB | first loss | first gradient norm |\n|---|---|---|---|---|---|---|", flush=True)
+    print(
+        "| attention | MFU | step, s | tokens/s | peak memory, GiB | first loss | first gradient norm |\n|---|---|---|---|---|---|---|",
+        flush=True,
+    )
     for backend in args.backends:
         # a process of its own: a device's peak memory counts from the start of the process. All of the card may be taken.
         environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", **os.environ}
-        failed = subprocess.run([sys.executable, *sys.argv, "--child", backend], env=environment).returncode
+        failed = subprocess.run(
+            [sys.executable, *sys.argv, "--child", backend], env=environment
+        ).returncode
         if failed:
             print(f"| {backend} | failed, see above |", flush=True)
 
@@ -54,22 +80,37 @@ def measure(args):
     from jaxpt.weights import initialize
 
     platform = jax.devices()[0].platform
-    values = config.overridden([])
+    values = config.apply_overrides([])
     values["model"] |= TINY if args.tiny else BILLION
-    values["pack"]["row_len"] = 256 if args.tiny else 4096
+    values["pack"]["seq_len"] = 256 if args.tiny else 4096
     dtype = "float32" if platform == "cpu" else "bfloat16"
-    values["train"] |= {"batch_rows": args.rows, "attention": args.child, "remat": args.remat, "compute_dtype": dtype}
-    settings = config.typed(values)
+    values["train"] |= {
+        "batch_size": args.rows,
+        "attention": args.child,
+        "remat": args.remat,
+        "compute_dtype": dtype,
+    }
+    settings = config.build_config(values)
     mesh = sharding.make_mesh(settings.mesh)
-    spec = initialize.random_spec(settings, settings.tokenizer.vocab_size)
-    T = settings.pack.row_len
-    sharding.check(mesh, spec, args.rows, 1, T)
-    name, why = attention.choose(spec, settings, mesh)
-    print(f"attention: {name} ({why}); {llama.count(spec):,} parameters, {args.rows} rows of {T:,}", file=sys.stderr)
+    spec = initialize.make_random_spec(settings, settings.tokenizer.vocab_size)
+    T = settings.pack.seq_len
+    sharding.check_mesh_divides(mesh, spec, args.rows, 1, T)
+    name, why = attention.choose_backend(spec, settings, mesh)
+    print(
+        f"attention: {name} ({why}); {llama.count_params(spec):,} parameters, {args.rows} rows of {T:,}",
+        file=sys.stderr,
+    )
 
-    batch = jax.device_put(packed_rows(args.rows, T, spec.vocab_size), sharding.batch_sharding(mesh))
-    now = state.born(llama.init(spec, 0, mesh, jnp.dtype(settings.initialize.dtype)), spec, settings, mesh)
-    run = step.build(spec, settings, mesh)
+    batch = jax.device_put(
+        packed_rows(args.rows, T, spec.vocab_size), sharding.make_batch_sharding(mesh)
+    )
+    now = state.init_state(
+        llama.init_params(spec, 0, mesh, jnp.dtype(settings.initialize.param_dtype)),
+        spec,
+        settings,
+        mesh,
+    )
+    run = step.build_step(spec, settings, mesh)
     now, first = run(now, batch)
     now, metrics = run(now, batch)
     seconds = []
@@ -81,11 +122,17 @@ def measure(args):
         seconds.append(time.perf_counter() - start)
     took = statistics.median(seconds)
     tokens_per_second = args.rows * T / took
-    peak = hardware.peak_flops(jax.devices()[0].device_kind, dtype)
-    mfu = f"{tokens_per_second * flops.training(spec, T) / peak / jax.device_count():.1%}" if peak else "unknown"
+    peak = hardware.get_peak_flops(jax.devices()[0].device_kind, dtype)
+    mfu = (
+        f"{tokens_per_second * flops.count_flops_per_token(spec, T) / peak / jax.device_count():.1%}"
+        if peak
+        else "unknown"
+    )
     used = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     memory = f"{used / 2**30:.1f}" if used else "unknown"
-    print(f"| {name} | {mfu} | {took:.3f} | {tokens_per_second:,.0f} | {memory} | {first['loss']:.5f} | {first['grad_norm']:.4f} |")
+    print(
+        f"| {name} | {mfu} | {took:.3f} | {tokens_per_second:,.0f} | {memory} | {first['loss']:.5f} | {first['grad_norm']:.4f} |"
+    )
 
 
 def packed_rows(rows: int, T: int, vocab: int):
@@ -101,10 +148,19 @@ def packed_rows(rows: int, T: int, vocab: int):
         at, document, full = 0, 0, T - rng.integers(0, T // 64)
         while at < full:
             length, document = min(rng.integers(T // 64, T // 2), full - at), document + 1
-            segments[row, at : at + length], positions[row, at : at + length] = document, np.arange(length)
+            segments[row, at : at + length], positions[row, at : at + length] = (
+                document,
+                np.arange(length),
+            )
             at += length
     same = np.pad(segments[:, 1:] == segments[:, :-1], ((0, 0), (0, 1)))
-    return Batch(tokens, np.roll(tokens, -1, 1), segments, positions, (same & (segments > 0)).astype(np.float32))
+    return Batch(
+        tokens,
+        np.roll(tokens, -1, 1),
+        segments,
+        positions,
+        (same & (segments > 0)).astype(np.float32),
+    )
 
 
 if __name__ == "__main__":

@@ -24,21 +24,29 @@ from jaxpt.weights import initialize
 
 
 def main(rounds: int = 10):
-    settings = config.load(ROOT / "configs/quickstart.py")
-    mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
-    spec = initialize.random_spec(settings, settings.tokenizer.vocab_size)
-    B, T = settings.train.batch_rows, settings.pack.row_len
+    settings = config.load_config(ROOT / "configs/quickstart.py")
+    mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
+    spec = initialize.make_random_spec(settings, settings.tokenizer.vocab_size)
+    B, T = settings.train.batch_size, settings.pack.seq_len
     tokens = np.random.default_rng(0).integers(0, spec.vocab_size, (B, T)).astype(np.int32)
     ones = np.ones_like(tokens)
-    batch = Batch(tokens, np.roll(tokens, -1, 1), ones, np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)), ones.astype(np.float32))
-    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+    batch = Batch(
+        tokens,
+        np.roll(tokens, -1, 1),
+        ones,
+        np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)),
+        ones.astype(np.float32),
+    )
+    batch = jax.device_put(batch, sharding.make_batch_sharding(mesh))
 
     def make(unrolled: bool):
         original = jax.lax.scan
         if not unrolled:
             jax.lax.scan = lambda f, init, xs, unroll=1: original(f, init, xs)
-        run = step.build(spec, settings, mesh)
-        now, _ = run(state.born(llama.init(spec, 0, mesh), spec, settings, mesh), batch)  # compiled here
+        run = step.build_step(spec, settings, mesh)
+        now, _ = run(
+            state.init_state(llama.init_params(spec, 0, mesh), spec, settings, mesh), batch
+        )  # compiled here
         jax.lax.scan = original
         return run, now
 
@@ -53,8 +61,13 @@ def main(rounds: int = 10):
             seconds[name].append((time.perf_counter() - start) / 3)
             variants[name] = run, now
     for name, measured in seconds.items():
-        print(f"{name:<9} {B * T / statistics.median(measured):8,.0f} tokens/s  (median of {rounds})")
-    ratios = [rolled / unrolled for rolled, unrolled in zip(seconds["rolled"], seconds["unrolled"], strict=True)]
+        print(
+            f"{name:<9} {B * T / statistics.median(measured):8,.0f} tokens/s  (median of {rounds})"
+        )
+    ratios = [
+        rolled / unrolled
+        for rolled, unrolled in zip(seconds["rolled"], seconds["unrolled"], strict=True)
+    ]
     print(
         f"unrolled is {statistics.median(ratios):.2f} x rolled (from {min(ratios):.2f} to {max(ratios):.2f}), {jax.device_count()} x {jax.devices()[0].device_kind}"
     )

@@ -17,7 +17,7 @@ def get_config():
     c = defaults()
     c.prepare.preset = "course"
     c.tokenizer.vocab_size = 32_000  # SOLAR uses Mistral-7B-v0.1's tokenizer: set tokenizer.source to its tokenizer.model
-    c.pack.row_len = 32
+    c.pack.seq_len = 32
     c.pack.method = "course"
     c.mixture.document_mask = False  # the lesson lets a token see the whole row
 
@@ -28,15 +28,15 @@ def get_config():
     c.model.n_kv_heads = 8
     c.model.d_head = 32
     c.model.vocab_size = 32_000
-    c.model.max_positions = 2048
+    c.model.max_seq_len = 2048
     c.model.norm_eps = 1e-6
     c.initialize.grow = ("depth_upscale(m=4)",)  # layers 0-7, then 4-11
 
     c.train.steps = 30
-    c.train.batch_rows = 2
+    c.train.batch_size = 2
     c.train.log_every = 3
     c.train.eval_every = 0
-    c.train.eval_rows = 8
+    c.train.eval_sequences = 8
     c.train.checkpoint_every = 30
     c.train.remat = "full"  # the lesson's gradient checkpointing
     c.optim.peak_lr = 5e-5

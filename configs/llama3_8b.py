@@ -20,8 +20,10 @@ from jaxpt.config import defaults
 
 def get_config(on="pod"):
     c = defaults()
-    c.tokenizer.vocab_size = 128_256  # Llama 3's; a smaller one trained on your own text makes the head cheaper
-    c.pack.row_len = 4096
+    c.tokenizer.vocab_size = (
+        128_256  # Llama 3's; a smaller one trained on your own text makes the head cheaper
+    )
+    c.pack.seq_len = 4096
 
     c.model.n_layers = 32
     c.model.d_model = 4096
@@ -30,15 +32,15 @@ def get_config(on="pod"):
     c.model.n_kv_heads = 8
     c.model.d_head = 128
     c.model.vocab_size = 128_256
-    c.model.max_positions = 4096
+    c.model.max_seq_len = 4096
     c.model.rope_theta = 500_000.0
 
     c.train.steps = 38_000
-    c.train.batch_rows = 1024  # 4.2M tokens a step
+    c.train.batch_size = 1024  # 4.2M tokens a step
     c.train.compute_dtype = "bfloat16"
-    c.train.accumulate = 4
+    c.train.grad_accum_steps = 4
     c.train.remat = "dots"  # a fifth fewer products than full
-    c.train.z_loss = 1e-4
+    c.train.z_loss_weight = 1e-4
     c.train.spike_factor = 10.0
     c.train.eval_every = 1000
     c.train.checkpoint_every = 500
@@ -48,5 +50,5 @@ def get_config(on="pod"):
     # hidden behind the products. Larger slices: v5p:8x8x16 (1,024 chips) still has a row for each without micro-batches;
     # beyond that c.mesh.context = 2 cuts rows, c.mesh.tensor = 2 heads. Several slices: c.mesh.replica = number of slices.
     if on == "h100":
-        c.train.accumulate = 64  # 2 rows a card at a time
+        c.train.grad_accum_steps = 64  # 2 rows a card at a time
     return c

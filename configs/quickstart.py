@@ -14,11 +14,13 @@ from jaxpt.config import defaults
 def get_config(model="base"):
     c = defaults()
     c.prepare.sources = ("python:prose", "python:code")  # what every machine with Python has
-    c.prepare.limit_mb = 6.0  # of each: some 1.5M tokens, about what this trains on
+    c.prepare.max_mb = 6.0  # of each: some 1.5M tokens, about what this trains on
     c.prepare.heldout_frac = 0.05  # few documents: 2 % would be too few to measure on
-    c.tokenizer.vocab_size = 4096  # small text, small vocabulary: a larger one would be mostly unseen
+    c.tokenizer.vocab_size = (
+        4096  # small text, small vocabulary: a larger one would be mostly unseen
+    )
     c.tokenizer.sample_mb = 8
-    c.pack.row_len = 256
+    c.pack.seq_len = 256
 
     c.model.n_layers = 4
     c.model.d_model = 192
@@ -26,21 +28,23 @@ def get_config(model="base"):
     c.model.n_heads = 6
     c.model.n_kv_heads = 2
     c.model.d_head = 32
-    c.model.max_positions = 256
-    c.model.tied = True  # at this size the embedding is a third of the weights
+    c.model.max_seq_len = 256
+    c.model.tie_embeddings = True  # at this size the embedding is a third of the weights
 
     c.train.steps = 300
-    c.train.batch_rows = 8
+    c.train.batch_size = 8
     c.train.eval_every = 60
-    c.train.eval_rows = 64
+    c.train.eval_sequences = 64
     c.train.checkpoint_every = 60
     c.optim.peak_lr = 3e-3
     c.optim.warmup_steps = 20
     c.mixture.phases = ((0, {"prose": 1.0}),)
 
     if model == "child":
-        c.mixture.packed = ("runs/base/packed",)
-        c.mixture.phases = ((0, {"code": 0.75, "prose": 0.25}),)  # the replay keeps the prose it knows
+        c.mixture.packed_paths = ("runs/base/packed",)
+        c.mixture.phases = (
+            (0, {"code": 0.75, "prose": 0.25}),
+        )  # the replay keeps the prose it knows
         c.initialize.source = "runs/grown"
         c.optim.peak_lr = 2e-3  # below the base's peak: it has something to lose
     return c

@@ -16,7 +16,7 @@ def get_config(model="general"):
     c.prepare.heldout_frac = 0.05
     c.tokenizer.vocab_size = 8192
     c.tokenizer.sample_mb = 16
-    c.pack.row_len = 512
+    c.pack.seq_len = 512
 
     c.model.n_layers = 6
     c.model.d_model = 256
@@ -24,20 +24,20 @@ def get_config(model="general"):
     c.model.n_heads = 8
     c.model.n_kv_heads = 4
     c.model.d_head = 32
-    c.model.max_positions = 512
-    c.model.tied = True
+    c.model.max_seq_len = 512
+    c.model.tie_embeddings = True
 
     c.train.steps = 600
-    c.train.batch_rows = 8
+    c.train.batch_size = 8
     c.train.eval_every = 100
-    c.train.eval_rows = 32
+    c.train.eval_sequences = 32
     c.train.checkpoint_every = 100
     c.optim.peak_lr = 3e-3
     c.optim.warmup_steps = 30
     c.mixture.phases = ((0, {"prose": 0.9, "code": 0.1}),)
 
     if model != "general":
-        c.mixture.packed = ("runs/general/packed",)
+        c.mixture.packed_paths = ("runs/general/packed",)
         c.initialize.source = "runs/general"
     if model == "tuned":
         c.mixture.phases = ((0, {"tasks": 1.0}),)

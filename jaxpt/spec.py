@@ -1,7 +1,7 @@
-"""The nouns that cross rooms: ModelSpec, Batch, Manifest, UserError. Imports nothing of ours and no jax.
+"""Define what crosses packages: ModelSpec, Batch, Manifest, Record, UserError. Imports no jax.
 
-Axis letters, used in every file and every error:
-    B batch row      T query position   S key position    D model width    N query heads
+Axis letters, used in every file and every error message:
+    B batch          T query position   S key position    D model width    N query heads
     K kv heads       H head width       F ff width        V vocabulary     L layers
 """
 
@@ -10,40 +10,162 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from typing import Any, NamedTuple
+import types
+import typing
+from typing import Any, NamedTuple, Self
 
 
 class UserError(ValueError):
-    """A mistake that the person at the keyboard can mend: one sentence saying what, where, got, wanted, what to do.
+    """A mistake that the user can fix, in one sentence: where, expected, got, what to do.
 
-    Doors print it and exit with status 1 (`jaxpt.stage.door`); everything else that is raised is a bug of ours and keeps its traceback.
+    Commands print it and exit with status 1 (`jaxpt.stage.entry_point`). Any other exception is a
+    bug in jaxpt and keeps its traceback.
     """
 
 
+class Record:
+    """A frozen dataclass that is stored as one JSON object.
+
+    `to_json` and `from_json` follow the annotations of the fields through nested records, tuples,
+    lists, dicts and optionals, so that a record is no more than its fields.
+    """
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as plain values, nested records included."""
+        return {name: encode_json(getattr(self, name)) for name in field_names(type(self))}
+
+    @classmethod
+    def from_json(cls, fields: Any, where: str = "") -> Self:
+        """Build the record from `to_json`'s value.
+
+        Args:
+            fields: the JSON object.
+            where: the file, for the error message.
+
+        Raises:
+            UserError: a key is unknown or missing, or a value has another type.
+        """
+        name = f"{where}: {cls.__name__}" if where else cls.__name__
+        if not isinstance(fields, dict):
+            raise UserError(f"{name}: expected a JSON object, got {fields!r:.80}.")
+        hints = typing.get_type_hints(cls)
+        unknown = sorted(fields.keys() - set(field_names(cls)))
+        if unknown:
+            raise UserError(
+                f"{name}: unknown key {unknown[0]!r}. Was it written by another version?"
+            )
+        values = {
+            key: decode_json(value, hints[key], f"{name}.{key}") for key, value in fields.items()
+        }
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise UserError(f"{name}: a key is missing ({error}).") from None
+
+
+def field_names(cls: type) -> list[str]:
+    """Return the names of a dataclass's fields, in order."""
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def encode_json(value: Any) -> Any:
+    """Return the value with records as dicts and tuples as lists."""
+    if isinstance(value, Record):
+        return value.to_json()
+    if isinstance(value, dict):
+        return {key: encode_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [encode_json(item) for item in value]
+    return value
+
+
+def decode_json(value: Any, hint: Any, where: str) -> Any:
+    """Return a JSON value as its annotated type. Raise UserError if it is another."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return decode_union(value, inner, where)
+    if origin is typing.Literal and value in inner:
+        return value
+    if origin in (tuple, list) and isinstance(value, (list, tuple)):
+        return decode_sequence(value, hint, where)
+    if origin is dict and isinstance(value, dict):
+        key_type, item_type = inner
+        return {
+            key_type(key): decode_json(item, item_type, f"{where}[{key!r}]")
+            for key, item in value.items()
+        }
+    if isinstance(hint, type) and issubclass(hint, Record):
+        return hint.from_json(value, where)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    is_bool_for_number = isinstance(value, bool) and hint is not bool
+    if isinstance(hint, type) and isinstance(value, hint) and not is_bool_for_number:
+        return value
+    raise UserError(f"{where}: expected {hint}, got {value!r:.80}.")
+
+
+def decode_union(value: Any, options: tuple[Any, ...], where: str) -> Any:
+    """Return the value as the first of several types that it fits."""
+    if value is None and type(None) in options:
+        return None
+    candidates = [option for option in options if option is not type(None)]
+    for option in candidates[:-1]:
+        try:
+            return decode_json(value, option, where)
+        except UserError:
+            continue
+    return decode_json(value, candidates[-1], where)
+
+
+def decode_sequence(value: Any, hint: Any, where: str) -> Any:
+    """Return a JSON array as tuple[X, ...], tuple[X, Y] or list[X]."""
+    inner = typing.get_args(hint)
+    if typing.get_origin(hint) is list or inner[1:] == (Ellipsis,):
+        inner = (inner[0],) * len(value)
+    if len(inner) != len(value):
+        raise UserError(f"{where}: expected {len(inner)} items, got {len(value)}.")
+    items = [
+        decode_json(item, kind, f"{where}[{i}]")
+        for i, (item, kind) in enumerate(zip(value, inner, strict=True))
+    ]
+    return items if typing.get_origin(hint) is list else tuple(items)
+
+
 @dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How rotary angles are stretched beyond the context a model was first trained on.
+class RopeScaling(Record):
+    """How rotary angles are stretched beyond the context that a model was first trained on.
 
     Source: transformers' modeling_rope_utils (`linear`, `llama3`).
     """
 
-    kind: str  # "linear": every frequency / factor; "llama3": only the slow ones, with a smooth band between
+    rope_type: str  # "linear": every frequency / factor; "llama3": only the slow ones
     factor: float
-    low_freq_factor: float = 1.0  # llama3: wavelengths longer than original / low are divided by factor
-    high_freq_factor: float = 4.0  # llama3: wavelengths shorter than original / high are left alone
-    original_max_positions: int = 8192  # llama3: positions of the first training
+    # llama3: wavelengths longer than original / low are divided by factor, those shorter than
+    # original / high are kept, with a smooth band between
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_seq_len: int = 8192
 
     def __post_init__(self):
-        if self.kind not in ("linear", "llama3"):
-            raise UserError(f"model.rope_scaling: kind {self.kind!r} is not known. Use 'linear' or 'llama3'.")
+        """Raise UserError for an unknown type."""
+        if self.rope_type not in ("linear", "llama3"):
+            raise UserError(
+                f"model.rope_scaling: expected rope_type 'linear' or 'llama3', "
+                f"got {self.rope_type!r}."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelSpec:
-    """The one truth about a model's shape: saved beside every checkpoint as spec.json, turned into and made from
-    Hugging Face's config.json. There is no registry of model names; a 48-layer up-scaled Llama is the normal case.
+class ModelSpec(Record):
+    """The architecture of a model.
 
-    Raises UserError when the sizes cannot make a model.
+    It is saved as spec.json and converted from and to Hugging Face's config.json.
+    There is no registry of model names; a 48-layer up-scaled Llama is the normal case.
+
+    Raises:
+        UserError: the sizes cannot make a model.
     """
 
     n_layers: int
@@ -53,111 +175,141 @@ class ModelSpec:
     n_kv_heads: int
     d_head: int
     vocab_size: int
-    max_positions: int = 4096  # longest sequence the model claims to understand
+    max_seq_len: int = 4096  # longest sequence that the model supports, in tokens
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
-    tied: bool = False  # the output head is the embedding, transposed
+    tie_embeddings: bool = False  # the output head is the embedding, transposed
     family: str = "llama"  # Hugging Face's model_type for the export: llama, mistral, qwen2, qwen3
     qkv_bias: bool = False  # Qwen2; Llama's attention_bias sets both
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False  # Qwen3: RMSNorm over each head's q and k before rotation
-    sliding_window: int | None = None  # Mistral: a query sees this many positions, itself included
+    sliding_window: int | None = None  # Mistral: positions that a query sees, itself included
     bos_id: int | None = 1
     eos_id: int | None = 2
 
     def __post_init__(self):
-        for name in ("n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "d_head", "vocab_size", "max_positions"):
-            value = getattr(self, name)
-            least = 0 if name == "n_layers" else 1  # embedding, norm and head alone are what a late jump begins from (weights/growth.py, deepen)
-            if not isinstance(value, int) or value < least:
-                raise UserError(f"model.{name}: got {value!r}, wanted a whole number of at least {least}.")
+        """Raise UserError for sizes that cannot make a model."""
+        # embedding, norm and head alone (0 layers) are what a late jump in depth starts from
+        self.check_size("n_layers", 0)
+        for name in ("d_model", "d_ff", "n_heads", "n_kv_heads", "d_head"):
+            self.check_size(name, 1)
+        self.check_size("vocab_size", 1)
+        self.check_size("max_seq_len", 1)
         if self.n_heads % self.n_kv_heads:
             raise UserError(
-                f"model.n_kv_heads: {self.n_heads} query heads cannot share {self.n_kv_heads} kv heads evenly. Use a divisor of {self.n_heads}."
+                f"model.n_kv_heads: {self.n_heads} query heads cannot share {self.n_kv_heads} "
+                f"kv heads evenly. Use a divisor of {self.n_heads}."
             )
         if self.d_head % 2:
-            raise UserError(f"model.d_head: got {self.d_head}, wanted an even number: rotary angles turn pairs of channels.")
+            raise UserError(
+                f"model.d_head: expected an even number, got {self.d_head}: "
+                "rotary embedding rotates pairs of channels."
+            )
 
-    def replace(self, **changes) -> ModelSpec:
+    def check_size(self, name: str, minimum: int) -> None:
+        """Raise UserError unless the size is an integer of at least `minimum`."""
+        value = getattr(self, name)
+        if not isinstance(value, int) or value < minimum:
+            raise UserError(
+                f"model.{name}: expected an integer of at least {minimum}, got {value!r}."
+            )
+
+    def replace(self, **changes: Any) -> ModelSpec:
+        """Return the spec with some fields changed."""
         return dataclasses.replace(self, **changes)
 
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> ModelSpec:
-        scaling = fields.get("rope_scaling")
-        return cls(**{**fields, "rope_scaling": RopeScaling(**scaling) if scaling else None})
-
     def save(self, path: pathlib.Path) -> None:
-        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        """Write spec.json."""
+        path.write_text(json.dumps(self.to_json(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: pathlib.Path) -> ModelSpec:
+        """Read spec.json. Raise UserError if it is missing or not a spec."""
         try:
-            return cls.from_dict(json.loads(path.read_text()))
+            return cls.from_json(json.loads(path.read_text()))
         except FileNotFoundError:
-            raise UserError(f"{path}: not there. A run directory or checkpoint carries a spec.json; is {path.parent} one?") from None
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{path}: not a model spec ({error}). Restore it from another checkpoint of the same run.") from None
+            raise UserError(
+                f"{path}: not found. A run directory or checkpoint has a spec.json; "
+                f"is {path.parent} one?"
+            ) from None
+        except ValueError as error:
+            raise UserError(
+                f"{path}: not a model spec ({error}). "
+                "Restore it from another checkpoint of the same run."
+            ) from None
 
 
 class Batch(NamedTuple):
-    """Rows on their way into a model; every field has shape [B, T].
+    """Packed sequences on their way into a model. Every field has shape [B, T].
 
-    tokens     int32    ids; padding is 0 and stands only at the end of a row
-    targets    int32    the next id within the same document; 0 where weight is 0
-    segments   int32    1, 2, ... per document of the row; 0 is padding. A token attends only to its own segment
-    positions  int32    restart at 0 with each document
-    weights    float32  share of each target in the loss; 0 on a piece's last token and on padding
+    Attributes:
+        tokens: int32, token ids; padding is 0 and only at the end of a sequence.
+        targets: int32, the next id within the same document; 0 where loss_mask is 0.
+        segment_ids: int32, 1, 2, ... per document of the sequence; 0 is padding. A token attends
+            only to its own segment.
+        positions: int32, restart at 0 with each document.
+        loss_mask: float32, weight of each target in the loss; 0 on a segment's last token and on
+            padding.
     """
 
     tokens: Any
     targets: Any
-    segments: Any
+    segment_ids: Any
     positions: Any
-    weights: Any
+    loss_mask: Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Manifest:
-    """What a finished stage says of itself; its presence as manifest.json is what makes the stage finished.
+class Manifest(Record):
+    """The record of a finished stage. A stage is finished when its manifest.json exists.
 
-    fingerprint  of stage, config, inputs, seed and outputs; equal for equal work on any machine and at any time
-    inputs       name -> {"path": where it lay, "fingerprint": what it was}: following the paths gives the lineage of a model
-    counts       plain numbers and small tables that the report shows
+    Attributes:
+        stage: name of the stage.
+        fingerprint: hash of stage, config, inputs, seed and outputs; equal for equal work on any
+            machine at any time.
+        config: the settings that the result depends on.
+        inputs: name -> {"path", "fingerprint"}; following the paths gives a model's lineage.
+        outputs: file name -> sha256, for every file of the stage.
+        counts: plain numbers and small tables for the report.
+        tokenizer: the tokenizer's fingerprint, once there is one.
+        seed: seed of the stage's randomness, if any.
+        versions: package -> version.
+        created: ISO 8601, UTC.
+        seconds: wall time.
     """
 
     stage: str
     fingerprint: str
     config: dict[str, Any]
     inputs: dict[str, dict[str, str]]
-    outputs: dict[str, str]  # file name -> sha256, for every file of the stage
+    outputs: dict[str, str]
     counts: dict[str, Any]
-    tokenizer: str | None  # the tokenizer's fingerprint, once there is one
+    tokenizer: str | None
     seed: int | None
     versions: dict[str, str]
-    created: str  # ISO 8601, UTC
+    created: str
     seconds: float
-
-    def save(self, path: pathlib.Path) -> None:
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, directory: pathlib.Path) -> Manifest:
-        """The manifest of a finished stage. Raises UserError where there is none or it cannot be read."""
+        """Read the manifest of a finished stage. Raise UserError if it is missing or unreadable."""
         path = pathlib.Path(directory) / "manifest.json"
         try:
             return cls.parse(path.read_bytes(), path)
         except (FileNotFoundError, NotADirectoryError):
-            raise UserError(f"{directory}: no manifest.json there, so no stage has finished in it. Run the stage that writes it first.") from None
+            raise UserError(
+                f"{directory}: no manifest.json, so no stage has finished in this directory. "
+                "Run the stage that writes it first."
+            ) from None
 
     @classmethod
     def parse(cls, text: bytes, path: pathlib.Path | str) -> Manifest:
-        """The manifest that a file's bytes say. Raises UserError where they do not."""
+        """Return the manifest in a file's bytes. Raise UserError if they hold none."""
         try:
-            return cls(**json.loads(text))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read as a manifest ({error}). Delete its directory and run its stage again.") from None
+            return cls.from_json(json.loads(text))
+        except ValueError as error:
+            raise UserError(
+                f"{path}: not a manifest ({error}). Delete its directory and run its stage again."
+            ) from None

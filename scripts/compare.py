@@ -8,29 +8,69 @@ import argparse
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # run from a clone without installing
+sys.path.insert(
+    0, str(pathlib.Path(__file__).resolve().parent.parent)
+)  # run from a clone without installing
 
 from jaxpt import stage
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--models", required=True, nargs="+", action="extend", metavar="DIR", help="runs, checkpoint step directories or Hugging Face directories"
+        "--models",
+        required=True,
+        nargs="+",
+        action="extend",
+        metavar="DIR",
+        help="runs, checkpoint step directories or Hugging Face directories",
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompts", type=pathlib.Path, metavar="FILE", help="a prompt a line, or a .json file with a list of strings")
     what.add_argument(
-        "--differ", nargs="+", action="extend", metavar="NAME=KIND:WHERE", help="held-out documents: those on which two models differ most are told"
+        "--prompts",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="a prompt a line, or a .json file with a list of strings",
     )
-    parser.add_argument("--max-new", type=int, default=128, metavar="N", help="tokens added at most (default: 128)")
-    parser.add_argument(
-        "--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1, tokens that were there become less likely (default: 1)"
+    what.add_argument(
+        "--differ",
+        nargs="+",
+        action="extend",
+        metavar="NAME=KIND:WHERE",
+        help="held-out documents: those on which two models differ most are told",
     )
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="of sampling; 0 takes the likeliest token (default: 0)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="N", help="sample from the N likeliest tokens; 0 from all (default: 0)")
     parser.add_argument(
-        "--top-p", type=float, default=1.0, metavar="X", help="sample from the likeliest tokens of this probability together (default: 1)"
+        "--max-new", type=int, default=128, metavar="N", help="tokens added at most (default: 128)"
+    )
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="above 1, tokens that were there become less likely (default: 1)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="of sampling; 0 takes the likeliest token (default: 0)",
+    )
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        default=0,
+        metavar="N",
+        help="sample from the N likeliest tokens; 0 from all (default: 0)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="sample from the likeliest tokens of this probability together (default: 1)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
     parser.add_argument(
@@ -42,21 +82,38 @@ def main():
         metavar="FILE",
         help="text files to put each model's bits per byte of beside",
     )
-    parser.add_argument("--to", type=pathlib.Path, metavar="FILE.json", help="where the texts or documents go, for the report")
+    parser.add_argument(
+        "--to",
+        type=pathlib.Path,
+        metavar="FILE.json",
+        help="where the texts or documents go, for the report",
+    )
     arguments = parser.parse_args()
 
     from jaxpt.evaluate import compare
     from jaxpt.model.decode import Sampling
 
-    sampling = Sampling(arguments.repetition_penalty, arguments.temperature, arguments.top_k, arguments.top_p)
+    sampling = Sampling(
+        arguments.repetition_penalty, arguments.temperature, arguments.top_k, arguments.top_p
+    )
     models = [stage.local_path(model) for model in arguments.models]
-    to = stage.result_path(arguments.to, "differences.json" if arguments.differ else "samples.json")
+    to = stage.check_output_path(
+        arguments.to, "differences.json" if arguments.differ else "samples.json"
+    )
     if arguments.differ:
-        compare.differences(models, arguments.differ, to=to)
+        compare.compare_documents(models, arguments.differ, to=to)
         return
     prompts = compare.read_prompts(arguments.prompts)
-    compare.compare(models, prompts, max_new=arguments.max_new, sampling=sampling, seed=arguments.seed, texts=arguments.ppl, to=to)
+    compare.compare_samples(
+        models,
+        prompts,
+        max_new=arguments.max_new,
+        sampling=sampling,
+        seed=arguments.seed,
+        texts=arguments.ppl,
+        to=to,
+    )
 
 
 if __name__ == "__main__":
-    stage.door(main)
+    stage.entry_point(main)

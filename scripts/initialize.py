@@ -12,13 +12,17 @@ import dataclasses
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # run from a clone without installing
+sys.path.insert(
+    0, str(pathlib.Path(__file__).resolve().parent.parent)
+)  # run from a clone without installing
 
 from jaxpt import config, stage
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--from",
         dest="source",
@@ -26,7 +30,11 @@ def main():
         metavar="random|DIR|hf:NAME",
         help="random, a run or checkpoint directory, a Hugging Face model directory, or its name on the hub",
     )
-    parser.add_argument("--config", metavar="FILE", help="a recipe: its model section shapes a random model, its mixture.packed is measured on")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="a recipe: its model section shapes a random model, its mixture.packed_paths is measured on",
+    )
     parser.add_argument(
         "--grow",
         nargs="+",
@@ -42,21 +50,35 @@ def main():
         metavar="STEPS",
         help="train parent and newborn for so many steps and compare their held-out losses; 0: do not",
     )
-    parser.add_argument("--check", action="store_true", help="hold the imported model's logits against transformers' (needs torch and the memory)")
-    parser.add_argument("--to", required=True, type=pathlib.Path, metavar="DIR", help="the run directory to write")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="hold the imported model's logits against transformers' (needs torch and the memory)",
+    )
+    parser.add_argument(
+        "--to", required=True, type=pathlib.Path, metavar="DIR", help="the run directory to write"
+    )
     parser.add_argument("--replace", action="store_true", help="overwrite what --to holds")
     arguments, rest = parser.parse_known_args()
-    overrides = config.overrides_from(rest, parser)
-    settings = config.load(arguments.config, overrides) if arguments.config else config.typed(config.overridden(overrides))
-    asked = dataclasses.replace(settings.initialize, source=arguments.source, grow=(*settings.initialize.grow, *arguments.grow))
+    overrides = config.split_overrides(rest, parser)
+    settings = (
+        config.load_config(arguments.config, overrides)
+        if arguments.config
+        else config.build_config(config.apply_overrides(overrides))
+    )
+    asked = dataclasses.replace(
+        settings.initialize,
+        source=arguments.source,
+        grow=(*settings.initialize.grow, *arguments.grow),
+    )
     from jaxpt.plan import flops
-    from jaxpt.train import newborn
+    from jaxpt.train import verify
 
-    newborn.write(
+    verify.initialize_run(
         dataclasses.replace(settings, initialize=asked), arguments.to, probe_steps=arguments.probe, check=arguments.check,
-        flops_per_token=flops.training, replace=arguments.replace,
+        flops_per_token=flops.count_flops_per_token, replace=arguments.replace,
     )  # fmt: skip
 
 
 if __name__ == "__main__":
-    stage.door(main)
+    stage.entry_point(main)

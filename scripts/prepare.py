@@ -18,20 +18,26 @@ Presets of rules: none, course, gopher, c4, fineweb, prose, code. docs/prepare.m
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # run from a clone without installing
+sys.path.insert(
+    0, str(pathlib.Path(__file__).resolve().parent.parent)
+)  # run from a clone without installing
 
 from jaxpt import config, stage
 
 
 def main():
     def flags(parser):
-        parser.add_argument("--replace", action="store_true", help="overwrite the corpus of another config or other inputs in WORKDIR")
+        parser.add_argument(
+            "--replace",
+            action="store_true",
+            help="overwrite the corpus of another config or other inputs in WORKDIR",
+        )
 
-    arguments, settings = config.parse(__doc__, flags)
+    arguments, settings = config.parse_args(__doc__, flags)
     from jaxpt.data import prepare  # heavy imports after the flags were read: --help stays fast
 
-    prepare.run(settings, stage.local_path(arguments.workdir), arguments.replace)
+    prepare.prepare_corpus(settings, stage.local_path(arguments.workdir), arguments.replace)
 
 
 if __name__ == "__main__":
-    stage.door(main)
+    stage.entry_point(main)

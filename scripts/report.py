@@ -12,25 +12,44 @@ import argparse
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # run from a clone without installing
+sys.path.insert(
+    0, str(pathlib.Path(__file__).resolve().parent.parent)
+)  # run from a clone without installing
 
 from jaxpt import stage
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--workdir", nargs="+", action="extend", default=[], metavar="DIR", help="run directories, shown in this order; spaced or repeated"
+        "--workdir",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="DIR",
+        help="run directories, shown in this order; spaced or repeated",
     )
     parser.add_argument("--to", type=pathlib.Path, metavar="FILE.html", help="the page to write")
     parser.add_argument(
-        "--serve", type=int, nargs="?", const=8765, metavar="PORT", help="show the page on 127.0.0.1 while the runs go on (default port: 8765)"
+        "--serve",
+        type=int,
+        nargs="?",
+        const=8765,
+        metavar="PORT",
+        help="show the page on 127.0.0.1 while the runs go on (default port: 8765)",
     )
     parser.add_argument(
-        "--lineage", type=pathlib.Path, metavar="DIR", help="tell what this run, export or other stage was made from, and write no page"
+        "--lineage",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="tell what this run, export or other stage was made from, and write no page",
     )
     parser.add_argument(
-        "--verify", action="store_true", help="with --lineage: compute every checksum and fingerprint again; the first that does not hold is named"
+        "--verify",
+        action="store_true",
+        help="with --lineage: compute every checksum and fingerprint again; the first that does not hold is named",
     )
     arguments = parser.parse_args()
     n_asked = sum(each is not None for each in (arguments.to, arguments.serve, arguments.lineage))
@@ -40,14 +59,14 @@ def main():
     from jaxpt.report import live, page, summary  # after the flags were read: --help stays fast
 
     if arguments.lineage:
-        stage.say(lineage.tell(arguments.lineage, arguments.verify))
+        print(lineage.format_lineage(arguments.lineage, arguments.verify))
         return
     if arguments.serve is not None:
-        live.serve(arguments.workdir, arguments.serve)
+        live.serve_report(arguments.workdir, arguments.serve)
         return
-    runs = page.write(arguments.workdir, arguments.to)
-    stage.say(summary.table(runs, arguments.to))
+    runs = page.write_report(arguments.workdir, arguments.to)
+    print(summary.format_summary_table(runs, arguments.to))
 
 
 if __name__ == "__main__":
-    stage.door(main)
+    stage.entry_point(main)

@@ -9,31 +9,45 @@ directory (config.tokenizer.source). With --compare, only print how many bytes a
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # run from a clone without installing
+sys.path.insert(
+    0, str(pathlib.Path(__file__).resolve().parent.parent)
+)  # run from a clone without installing
 
 from jaxpt import config, stage
 
 
 def main():
     def flags(parser):
-        parser.add_argument("--replace", action="store_true", help="overwrite the tokenizer of another config or corpus in WORKDIR")
         parser.add_argument(
-            "--compare", nargs="+", metavar="PATH", type=pathlib.Path, help="tokenizers to compare on tokenizer.sample_mb of the corpus"
+            "--replace",
+            action="store_true",
+            help="overwrite the tokenizer of another config or corpus in WORKDIR",
+        )
+        parser.add_argument(
+            "--compare",
+            nargs="+",
+            metavar="PATH",
+            type=pathlib.Path,
+            help="tokenizers to compare on tokenizer.sample_mb of the corpus",
         )
 
-    arguments, settings = config.parse(__doc__, flags)
+    arguments, settings = config.parse_args(__doc__, flags)
     from jaxpt.data import tokenizer  # heavy imports after the flags were read: --help stays fast
 
     if not arguments.compare:
-        tokenizer.train(settings, arguments.workdir, arguments.replace)
+        tokenizer.train_tokenizer(settings, arguments.workdir, arguments.replace)
         return
-    table = tokenizer.compare(arguments.compare, stage.local_path(arguments.workdir) / "corpus", settings.tokenizer.sample_mb)
+    table = tokenizer.compare_tokenizers(
+        arguments.compare,
+        stage.local_path(arguments.workdir) / "corpus",
+        settings.tokenizer.sample_mb,
+    )
     sources = list(next(iter(table.values())))
     width = max(len(path) for path in table)
-    stage.say("bytes per token".ljust(width) + "".join(f"{source:>14}" for source in sources))
+    print("bytes per token".ljust(width) + "".join(f"{source:>14}" for source in sources))
     for path, found in table.items():
-        stage.say(path.ljust(width) + "".join(f"{found[source]:14.3f}" for source in sources))
+        print(path.ljust(width) + "".join(f"{found[source]:14.3f}" for source in sources))
 
 
 if __name__ == "__main__":
-    stage.door(main)
+    stage.entry_point(main)

@@ -12,7 +12,7 @@ given = os.environ.get("XLA_FLAGS")
 # those train for longer.
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {given or ''}"
 
-import doors
+import entry_points
 import jax
 import pytest
 
@@ -34,28 +34,39 @@ def data_dir():
     """Public texts, benchmark files and a trained model: JAXPT_TEST_DATA, else the shared folder beside the clone."""
     directory = pathlib.Path(os.environ.get("JAXPT_TEST_DATA", ROOT.parent / "shared" / "data"))
     if not directory.is_dir():
-        pytest.skip(f"no test data: set JAXPT_TEST_DATA to a folder with text_gutenberg, eval_truthfulqa, ... ({directory} is not there)")
+        pytest.skip(
+            f"no test data: set JAXPT_TEST_DATA to a folder with text_gutenberg, eval_truthfulqa, ... ({directory} is not there)"
+        )
     return directory
 
 
 @pytest.fixture(scope="session")
 def spec():
     """L5 K2 N6 H8 D24 F40 V96: no two sizes that a wrong transpose could swap."""
-    return ModelSpec(n_layers=5, d_model=24, d_ff=40, n_heads=6, n_kv_heads=2, d_head=8, vocab_size=96, max_positions=64)
+    return ModelSpec(
+        n_layers=5,
+        d_model=24,
+        d_ff=40,
+        n_heads=6,
+        n_kv_heads=2,
+        d_head=8,
+        vocab_size=96,
+        max_seq_len=64,
+    )
 
 
 @pytest.fixture(scope="session")
 def one():
     """The mesh of one device."""
-    return sharding.make_mesh(config.Mesh(), jax.devices()[:1])
+    return sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
 
 
 SMALL = """
 from jaxpt.config import defaults
 def get_config():
     c = defaults()
-    c.prepare.sources, c.prepare.limit_mb, c.prepare.heldout_frac = ("python:prose", "python:code"), 0.3, 0.2
-    c.tokenizer.vocab_size, c.pack.row_len = 500, 64
+    c.prepare.sources, c.prepare.max_mb, c.prepare.heldout_frac = ("python:prose", "python:code"), 0.3, 0.2
+    c.tokenizer.vocab_size, c.pack.seq_len = 500, 64
     return c
 """
 
@@ -66,6 +77,8 @@ def texts(tmp_path_factory):
     home = tmp_path_factory.mktemp("texts")
     (home / "small.py").write_text(SMALL)
     for name in ("prepare", "train_tokenizer", "pack"):
-        status, told = doors.opened(str(ROOT / f"scripts/{name}.py"), ["--config", "small.py", "--workdir", "base"], home)
+        status, told = entry_points.run_script(
+            str(ROOT / f"scripts/{name}.py"), ["--config", "small.py", "--workdir", "base"], home
+        )
         assert status == 0, told
     return home

@@ -8,8 +8,8 @@ import random
 from jaxpt import config, stage
 
 SPEC = {
-    "n_layers": 5, "d_model": 96, "d_ff": 256, "n_heads": 6, "n_kv_heads": 2, "d_head": 16, "vocab_size": 1024, "max_positions": 512, "norm_eps": 1e-5,
-    "rope_theta": 10000.0, "rope_scaling": None, "tied": True, "qkv_bias": False, "out_bias": False, "mlp_bias": False, "qk_norm": False,
+    "n_layers": 5, "d_model": 96, "d_ff": 256, "n_heads": 6, "n_kv_heads": 2, "d_head": 16, "vocab_size": 1024, "max_seq_len": 512, "norm_eps": 1e-5,
+    "rope_theta": 10000.0, "rope_scaling": None, "tie_embeddings": True, "qkv_bias": False, "out_bias": False, "mlp_bias": False, "qk_norm": False,
     "sliding_window": None, "bos_id": 1, "eos_id": 2,
 }  # fmt: skip
 HOSTILE = "<script>document.title = 'hostile'</script> & <img src=https://example.org/x.png onerror=alert(1)>"
@@ -19,7 +19,16 @@ def write_runs(root):
     """A base and the child grown from it, as their stages leave them: only JSON, of the size that a quickstart makes."""
     base, child = root / "base", root / "child"
     write_data(base)
-    write_run(base, SPEC, seed=1, steps=300, start=6.93, floor=3.72, initialize={"source": "random", "grow": []}, seconds=141.0)
+    write_run(
+        base,
+        SPEC,
+        seed=1,
+        steps=300,
+        start=6.93,
+        floor=3.72,
+        initialize={"source": "random", "grow": []},
+        seconds=141.0,
+    )
     grown = {**SPEC, "n_layers": 8}
     write_run(
         child,
@@ -105,9 +114,21 @@ def write_json(path, value):
 
 
 def write_manifest(out, name, inputs, counts, seconds):
-    given = {key: {"path": str(path), "fingerprint": stage.fingerprint_path(path)} for key, path in inputs.items()}
+    given = {
+        key: {"path": str(path), "fingerprint": stage.fingerprint_path(path)}
+        for key, path in inputs.items()
+    }
     out.mkdir(parents=True, exist_ok=True)
-    stage.write_manifest(stage.make_manifest(name, {"of": out.name}, given, outputs={}, counts=counts, tokenizer=None, seed=0, seconds=seconds), out)
+    stage.write_manifest(
+        stage.make_manifest(
+            stage.StageRequest(name, {"of": out.name}, given, 0),
+            outputs={},
+            counts=counts,
+            tokenizer=None,
+            seconds=seconds,
+        ),
+        out,
+    )
 
 
 def write_data(workdir):
@@ -116,12 +137,29 @@ def write_data(workdir):
         "code": [("read", 1_836, 31.9), ("line_length", 1_711, 31.8), ("paragraph_repetition", 1_702, 31.5), ("exact_dedup", 1_655, 30.3), ("language", 1_655, 30.3)],
     }  # fmt: skip
     kept = lambda rows, mb: {"rows": rows, "chars": int(mb * 0.98e6), "bytes": int(mb * 1e6)}  # noqa: E731
-    steps = [{"rule": amounts["prose"][i][0], "kept": {name: kept(*steps[i][1:]) for name, steps in amounts.items()}} for i in range(5)]
+    steps = [
+        {
+            "rule": amounts["prose"][i][0],
+            "kept": {name: kept(*steps[i][1:]) for name, steps in amounts.items()},
+        }
+        for i in range(5)
+    ]
     held = {"prose": kept(811, 2.8), "code": kept(33, 0.6)}
     train = {"prose": kept(39_663, 137.9), "code": kept(1_622, 29.7)}
-    write_manifest(workdir / "corpus", "prepare", {}, {"documents": 41_285, "bytes": 167_600_000}, 38.2)
-    write_json(workdir / "corpus" / "funnel.json", {"sources": ["prose", "code"], "steps": steps, "heldout": held, "train": train})
-    write_manifest(workdir / "tokenizer", "tokenizer", {"corpus": workdir / "corpus"}, {"n_pieces": 1024, "bos_id": 1, "eos_id": 2}, 21.7)
+    write_manifest(
+        workdir / "corpus", "prepare", {}, {"documents": 41_285, "bytes": 167_600_000}, 38.2
+    )
+    write_json(
+        workdir / "corpus" / "funnel.json",
+        {"sources": ["prose", "code"], "steps": steps, "heldout": held, "train": train},
+    )
+    write_manifest(
+        workdir / "tokenizer",
+        "tokenizer",
+        {"corpus": workdir / "corpus"},
+        {"vocab_size": 1024, "bos_id": 1, "eos_id": 2},
+        21.7,
+    )
 
     def part(rows, nats):
         bytes_, documents = 1300 * rows, 3 * rows
@@ -135,16 +173,27 @@ def write_data(workdir):
             "unigram_nats": nats,
         }
 
-    counts = {"row_len": 512, "method": "best_fit", "n_pieces": 1024, "train": {"prose": part(98_211, 5.61), "code": part(24_007, 5.32)}}
+    counts = {
+        "seq_len": 512,
+        "method": "best_fit",
+        "vocab_size": 1024,
+        "train": {"prose": part(98_211, 5.61), "code": part(24_007, 5.32)},
+    }
     counts["heldout"] = {"prose": part(2_003, 5.60), "code": part(491, 5.29)}
-    write_manifest(workdir / "packed", "pack", {"corpus": workdir / "corpus", "tokenizer": workdir / "tokenizer"}, counts, 47.5)
+    write_manifest(
+        workdir / "packed",
+        "pack",
+        {"corpus": workdir / "corpus", "tokenizer": workdir / "tokenizer"},
+        counts,
+        47.5,
+    )
 
 
 def write_run(run, spec, *, seed, steps, start, floor, initialize, seconds, base=None):
     data = base or run
     write_json(run / "spec.json", spec)
-    settings = stage.plain(config.Config())
-    settings["train"] |= {"steps": steps, "batch_rows": 16, "log_every": 2, "eval_every": 30}
+    settings = stage.to_jsonable(config.Config())
+    settings["train"] |= {"steps": steps, "batch_size": 16, "log_every": 2, "eval_every": 30}
     settings["optim"] |= {"peak_lr": 1e-3 if base is None else 4e-4, "warmup_steps": 20}
     settings["model"] |= {"n_layers": spec["n_layers"], "d_model": 96}
     settings["initialize"] |= initialize
@@ -158,7 +207,11 @@ def write_run(run, spec, *, seed, steps, start, floor, initialize, seconds, base
     if base:
         lines.append({"step": 0, "heldout": heldout(0)} | parent)
     for step in range(2, steps + 1, 2):
-        lr = settings["optim"]["peak_lr"] * min(1, step / 20) * min(1, max(0.1, 5 * (1 - step / steps)))
+        lr = (
+            settings["optim"]["peak_lr"]
+            * min(1, step / 20)
+            * min(1, max(0.1, 5 * (1 - step / steps)))
+        )
         done = step / steps
         lines.append({
             "step": step, "loss": curve(step) + noise.gauss(0, 0.035), "grad_norm": math.exp(noise.gauss(-0.4 - done, 0.16)) + 2 * math.exp(-step / 9), "lr": lr,
@@ -169,13 +222,37 @@ def write_run(run, spec, *, seed, steps, start, floor, initialize, seconds, base
         if step == 160:
             lines.append({"step": step, "resumed": True})
         if base and step == 92:
-            documents = ["code/lib/heapq.py", HOSTILE, "prose/moby.txt", *(f"prose/{i}.txt" for i in range(29))]
-            lines.append({"step": 91, "skipped": {"loss": 9.75, "grad_norm": None, "documents": documents, "n_documents": 41}})
+            documents = [
+                "code/lib/heapq.py",
+                HOSTILE,
+                "prose/moby.txt",
+                *(f"prose/{i}.txt" for i in range(29)),
+            ]
+            lines.append(
+                {
+                    "step": 91,
+                    "skipped": {
+                        "loss": 9.75,
+                        "grad_norm": None,
+                        "documents": documents,
+                        "n_documents": 41,
+                    },
+                }
+            )
         if step % 30 == 0:
             lines.append({"step": step, "heldout": heldout(step)} | parent)
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    inputs = {f"packed {data / 'packed'}": data / "packed", **({"initialize": base} if base else {})}
-    write_manifest(run, "train", inputs, {"steps": steps, "rows": steps * 16, "tokens": steps * 16 * 512}, seconds)
+    inputs = {
+        f"packed {data / 'packed'}": data / "packed",
+        **({"initialize": base} if base else {}),
+    }
+    write_manifest(
+        run,
+        "train",
+        inputs,
+        {"steps": steps, "rows": steps * 16, "tokens": steps * 16 * 512},
+        seconds,
+    )
 
 
 class Page(html.parser.HTMLParser):

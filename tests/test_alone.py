@@ -14,8 +14,8 @@ from conftest import ROOT
 
 from jaxpt.data import loader
 from jaxpt.spec import Manifest
-from jaxpt.train.metrics import MAX_DOCUMENTS
-from jaxpt.train.metrics import read as read_metrics
+from jaxpt.train.metrics import MAX_SKIPPED_DOCUMENTS
+from jaxpt.train.metrics import read_metrics as read_metrics
 from jaxpt.weights import checkpoint
 
 found = importlib.util.spec_from_file_location("faults", ROOT / "benchmarks/faults.py")
@@ -83,12 +83,21 @@ def test_batches_that_are_not_finite_are_skipped_killed_or_not(home, monkeypatch
     faults.not_finite(home, "nan", STEPS, random.Random(3))
     equal(home, "nan", "nan_uncut")
     monkeypatch.chdir(home)
-    told = {record["step"]: record["skipped"] for record in read_metrics(home / "nan/metrics.jsonl") if "skipped" in record}
+    told = {
+        record["step"]: record["skipped"]
+        for record in read_metrics(home / "nan/metrics.jsonl")
+        if "skipped" in record
+    }
     assert list(told) == [13, 27]
     for step, skipped in told.items():
         fingerprint = Manifest.load(home / "data/packed").tokenizer
-        read = dict.fromkeys(seen.document for seen in loader.trace(home / "nan", step, fingerprint))
-        assert (skipped["documents"], skipped["n_documents"]) == (list(read)[:MAX_DOCUMENTS], len(read)) and skipped["loss"] is None
+        read = dict.fromkeys(
+            seen.document for seen in loader.trace_step(home / "nan", step, fingerprint)
+        )
+        assert (skipped["documents"], skipped["n_documents"]) == (
+            list(read)[:MAX_SKIPPED_DOCUMENTS],
+            len(read),
+        ) and skipped["loss"] is None
 
 
 @pytest.mark.slow
@@ -108,17 +117,21 @@ def test_two_processes_train_as_one_and_leave_together(home):
     job.until(5)
     job.processes[1].send_signal(signal.SIGTERM)
     assert job.wait() == [143, 143]
-    (saved,) = checkpoint.steps(home / "term")
+    (saved,) = checkpoint.list_steps(home / "term")
     assert 5 <= saved < 20
     faults.Job(home, "term", 20, "--config.train.checkpoint_every=100", **TWO).ends()
     equal(home, "term", "two", 20)
 
 
 def test_out_of_memory_comes_before_any_row_is_read_with_what_would_help(home):
-    job = faults.Job(home, "large", STEPS, "--config.train.batch_rows=1000000")
+    job = faults.Job(home, "large", STEPS, "--config.train.batch_size=1000000")
     assert job.wait() == [1]
     told = job.said.read_text()
-    assert "out of memory: a step of 1000000 rows x 64 tokens" in told and "train.accumulate=2" in told and "Traceback" not in told
+    assert (
+        "out of memory: a step of 1000000 rows x 64 tokens" in told
+        and "train.grad_accum_steps=2" in told
+        and "Traceback" not in told
+    )
 
 
 def test_a_second_start_finds_its_programs_compiled(home, monkeypatch):
@@ -137,42 +150,81 @@ def test_the_first_line_after_a_resume_tells_what_its_step_took(home):
     shutil.copytree(home / "uncut", home / "slow")
     (home / "slow/manifest.json").unlink()  # not finished, then
     (home / "slow.py").write_text(SLOW)
-    faults.Job(home, "slow", STEPS + 1, "--config.train.log_every=1", script=str(home / "slow.py")).ends()
-    record = next(record for record in read_metrics(home / "slow/metrics.jsonl") if record.get("step") == STEPS + 1 and "loss" in record)
+    faults.Job(
+        home, "slow", STEPS + 1, "--config.train.log_every=1", script=str(home / "slow.py")
+    ).ends()
+    record = next(
+        record
+        for record in read_metrics(home / "slow/metrics.jsonl")
+        if record.get("step") == STEPS + 1 and "loss" in record
+    )
     assert record["step_seconds"] > 0.2
 
 
 def test_checkpoints_at_round_steps_stay_and_a_profile_is_written(home):
-    more = ["--config.train.keep=1", "--config.train.keep_every=20", "--config.train.profile=(3, 4)", "--config.train.checkpoint_minutes=0.0001"]
+    more = [
+        "--config.train.max_to_keep=1",
+        "--config.train.keep_every=20",
+        "--config.train.profile_steps=(3, 4)",
+        "--config.train.checkpoint_minutes=0.0001",
+    ]
     job = faults.Job(home, "kept", 35, *more)
     job.ends()
-    assert checkpoint.steps(home / "kept") == [20, 35]
-    assert any((home / "kept/tensorboard").rglob("*.xplane.pb")) and "profile of steps 3 to 4" in job.said.read_text()
+    assert checkpoint.list_steps(home / "kept") == [20, 35]
+    assert (
+        any((home / "kept/tensorboard").rglob("*.xplane.pb"))
+        and "profile of steps 3 to 4" in job.said.read_text()
+    )
     assert losses(home / "kept")[:6] == losses(home / "uncut")[:6]
 
 
 def test_the_run_directory_says_how_the_run_can_be_done_again(home):
     started = [json.loads(line) for line in (home / "killed/starts.jsonl").read_text().splitlines()]
-    assert len(started) > 1 and started[0]["step"] == 0 and "scripts/train.py --config small.py" in started[0]["command"]
-    assert started[0]["versions"]["jax"] and started[0]["devices"] == "1 x cpu" and (home / "killed/program.diff").is_file()
+    assert (
+        len(started) > 1
+        and started[0]["step"] == 0
+        and "scripts/train.py --config small.py" in started[0]["command"]
+    )
+    assert (
+        started[0]["versions"]["jax"]
+        and started[0]["devices"] == "1 x cpu"
+        and (home / "killed/program.diff").is_file()
+    )
 
 
 @pytest.mark.slow
 def test_what_a_child_forgets_stops_it_or_is_read_more_often(home):
     """The child reads code alone; what it forgets of the prose doubles the prose's share, in the same way when it is killed in between."""
-    child = ["--config.initialize.source=uncut", "--config.mixture.phases=((0, {'python-code': 1.0}),)", "--config.train.eval_every=10"]
+    child = [
+        "--config.initialize.source=uncut",
+        "--config.mixture.phases=((0, {'python-code': 1.0}),)",
+        "--config.train.eval_every=10",
+    ]
     sources = sorted(Manifest.load(home / "uncut").counts["heldout"])
-    prose, code = next(name for name in sources if "prose" in name), next(name for name in sources if "code" in name)
+    prose, code = (
+        next(name for name in sources if "prose" in name),
+        next(name for name in sources if "code" in name),
+    )
     child[1] = f"--config.mixture.phases=((0, {{'{code}': 1.0}}),)"
     limit = "--config.train.max_forgetting=1e-9"
     job = faults.Job(home, "stopped", 30, *child, limit)
     assert job.wait() == [1]
-    assert f"held-out loss is above the parent's: {prose}" in job.said.read_text() and checkpoint.steps(home / "stopped") == [10]
+    assert (
+        f"held-out loss is above the parent's: {prose}" in job.said.read_text()
+        and checkpoint.list_steps(home / "stopped") == [10]
+    )
 
     child += [limit, "--config.train.on_forgetting=replay"]
     faults.Job(home, "child", 30, *child).ends()
-    phases = [[each["step"], each["shares"]] for each in json.loads((home / "child/phases.json").read_text())]
-    assert phases[0] == [0, {code: 1.0}] and phases[1] == [10, {prose: 0.05, code: 0.95}] and phases[2][1][prose] in (0.05, 0.1)
+    phases = [
+        [each["step"], each["shares"]]
+        for each in json.loads((home / "child/phases.json").read_text())
+    ]
+    assert (
+        phases[0] == [0, {code: 1.0}]
+        and phases[1] == [10, {prose: 0.05, code: 0.95}]
+        and phases[2][1][prose] in (0.05, 0.1)
+    )
     again = faults.copied(home, "child_cut", "child")
     (again / "checkpoints/30/manifest.json").unlink()
     faults.Job(home, "child_cut", 30, *child).ends()
@@ -182,10 +234,34 @@ def test_what_a_child_forgets_stops_it_or_is_read_more_often(home):
 @pytest.mark.slow
 def test_resuming_needs_no_more_memory_than_running(home):
     """34 million parameters: 0.4 GB of state, which a second copy would show."""
-    sizes = {"d_model": 512, "d_ff": 2048, "n_layers": 8, "n_heads": 8, "n_kv_heads": 8, "d_head": 64}
-    more = [*(f"--config.model.{name}={size}" for name, size in sizes.items()), "--config.train.batch_rows=2", "--config.train.log_every=1"]
+    sizes = {
+        "d_model": 512,
+        "d_ff": 2048,
+        "n_layers": 8,
+        "n_heads": 8,
+        "n_kv_heads": 8,
+        "d_head": 64,
+    }
+    more = [
+        *(f"--config.model.{name}={size}" for name, size in sizes.items()),
+        "--config.train.batch_size=2",
+        "--config.train.log_every=1",
+    ]
     peaks = []
     for steps in (12, 16):
-        faults.Job(home, "large_state", steps, *more, "--config.train.checkpoint_every=4", "--config.train.eval_every=0").ends()
-        peaks.append([record["memory_bytes"] for record in read_metrics(home / "large_state/metrics.jsonl") if "memory_bytes" in record][-1])
+        faults.Job(
+            home,
+            "large_state",
+            steps,
+            *more,
+            "--config.train.checkpoint_every=4",
+            "--config.train.eval_every=0",
+        ).ends()
+        peaks.append(
+            [
+                record["memory_bytes"]
+                for record in read_metrics(home / "large_state/metrics.jsonl")
+                if "memory_bytes" in record
+            ][-1]
+        )
     assert peaks[1] < 1.02 * peaks[0]

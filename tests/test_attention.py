@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxpt import config, sharding
-from jaxpt.config import Config, Mesh, Pack, Train
+from jaxpt.config import Config, MeshConfig, PackConfig, TrainConfig
 from jaxpt.model import attention
 from jaxpt.spec import ModelSpec, UserError
 
@@ -21,24 +21,32 @@ def plain(q, k, v, segments, window=None):
     """The formula with all scores at once."""
     T = q.shape[1]
     distance = jnp.arange(T)[:, None] - jnp.arange(T)[None]
-    seen = (distance >= 0) & (distance < (window or T)) & (segments[:, :, None] == segments[:, None])
+    seen = (
+        (distance >= 0) & (distance < (window or T)) & (segments[:, :, None] == segments[:, None])
+    )
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
-    scores = jnp.where(seen[:, None], jnp.einsum("btnh,bsnh->bnts", q, k) * q.shape[-1] ** -0.5, -jnp.inf)
+    scores = jnp.where(
+        seen[:, None], jnp.einsum("btnh,bsnh->bnts", q, k) * q.shape[-1] ** -0.5, -jnp.inf
+    )
     return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), v)
 
 
 def splash(q, k, v, segments, window=None):
-    return attention.splash(q, k, v, segments, window, interpret=True)
+    return attention.splash_attention(q, k, v, segments, window, interpret=True)
 
 
-def as_cudnn_documents_it(q, k, v, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, mask_type, sliding_window_length):
+def as_cudnn_documents_it(
+    q, k, v, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, mask_type, sliding_window_length
+):
     """What JAX's cuDNN call says that it computes, by a loop over documents: there is no cuDNN without a card."""
     assert q.shape[2] == k.shape[2] == v.shape[2] and mask_type.name == "PADDING_CAUSAL"
     place = jnp.arange(q.shape[1])[None]
     owner = jnp.zeros(q.shape[:2], jnp.int32)  # 0: nothing is computed there
     for document in range(q_seqlen.shape[1]):
         start, length = q_offsets[:, document, None], q_seqlen[:, document, None]
-        owner = jnp.where((start >= 0) & (place >= start) & (place < start + length), document + 1, owner)
+        owner = jnp.where(
+            (start >= 0) & (place >= start) & (place < start + length), document + 1, owner
+        )
     mixed = plain(q * scale * q.shape[-1] ** 0.5, k, v, owner, sliding_window_length)
     return jnp.where((owner > 0)[..., None, None], mixed, jnp.nan)
 
@@ -50,7 +58,9 @@ def backend(request, monkeypatch):
     if request.param == "cudnn":
         from jax._src.cudnn import fused_attention_stablehlo
 
-        monkeypatch.setattr(fused_attention_stablehlo, "dot_product_attention", as_cudnn_documents_it)
+        monkeypatch.setattr(
+            fused_attention_stablehlo, "dot_product_attention", as_cudnn_documents_it
+        )
     return lambda *args: attention.attend(*args, backend=request.param)
 
 
@@ -70,12 +80,19 @@ def test_every_backend_gives_the_formulas_numbers_and_gradients(backend, window)
     trained = (segments > 0)[..., None, None]
 
     def of(attend):
-        return lambda q, k, v: jnp.sum(jnp.where(trained, attend(q, k, v, segments, window), 0) * jnp.cos(jnp.arange(H)))
+        return lambda q, k, v: jnp.sum(
+            jnp.where(trained, attend(q, k, v, segments, window), 0) * jnp.cos(jnp.arange(H))
+        )
 
-    ours, wanted = (jax.jit(jax.value_and_grad(of(attend), argnums=(0, 1, 2)))(q, k, v) for attend in (backend, plain))
+    ours, wanted = (
+        jax.jit(jax.value_and_grad(of(attend), argnums=(0, 1, 2)))(q, k, v)
+        for attend in (backend, plain)
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=5e-5), ours, wanted)
     mixed = jax.jit(backend, static_argnums=4)(q, k, v, segments, window)
-    assert np.isfinite(mixed).all()  # in the padding too: what is not finite there would reach the weights' gradients
+    assert np.isfinite(
+        mixed
+    ).all()  # in the padding too: what is not finite there would reach the weights' gradients
     np.testing.assert_allclose(mixed, plain(q, k, v, segments, window), atol=1e-5)
 
 
@@ -96,23 +113,42 @@ def test_no_backend_lets_a_document_see_its_neighbour(backend):
 )  # within a chunk; a short second band; bands of two chunks, a short last one
 def test_bands_of_queries_equal_the_formula(T, window):
     args = inputs(lengths=((T // 3, T // 2),), B=1, T=T)
-    ours, wanted = (jax.jit(attend, static_argnums=4)(*args, window) for attend in (attention.attend, plain))
+    ours, wanted = (
+        jax.jit(attend, static_argnums=4)(*args, window) for attend in (attention.attend, plain)
+    )
     np.testing.assert_allclose(ours, wanted, atol=1e-5)
 
 
 def test_no_scores_are_transposed_on_the_way_back():
     """It took a CPU as long as all the rest of attention."""
     q, k, v, segments = inputs()
-    program = jax.jit(jax.grad(lambda *qkv: jnp.sum(attention.attend(*qkv, segments) ** 2), argnums=(0, 1, 2))).lower(q, k, v).compile().as_text()
+    program = (
+        jax.jit(
+            jax.grad(lambda *qkv: jnp.sum(attention.attend(*qkv, segments) ** 2), argnums=(0, 1, 2))
+        )
+        .lower(q, k, v)
+        .compile()
+        .as_text()
+    )
     shapes = re.findall(r"= f32\[([\d,]+)\]\S* (?:transpose|copy)\(", program)
-    assert max(math.prod(map(int, shape.split(","))) for shape in shapes) < B * N * attention.QUERY_CHUNK**2  # the first chunk's scores
+    assert (
+        max(math.prod(map(int, shape.split(","))) for shape in shapes)
+        < B * N * attention.QUERY_CHUNK_SIZE**2
+    )  # the first chunk's scores
 
 
 def test_rows_of_more_documents_than_cudnn_is_told_of_take_the_other_way(monkeypatch):
     from jax._src.cudnn import fused_attention_stablehlo
 
-    monkeypatch.setattr(fused_attention_stablehlo, "dot_product_attention", lambda q, *a, **k: jnp.full_like(q, jnp.nan))
-    few, many = ((40,) * 7 + (104,), (384,), (384,)), ((40,) * 9, (384,), (384,))  # eight a row are told of; padding is one
+    monkeypatch.setattr(
+        fused_attention_stablehlo,
+        "dot_product_attention",
+        lambda q, *a, **k: jnp.full_like(q, jnp.nan),
+    )
+    few, many = (
+        ((40,) * 7 + (104,), (384,), (384,)),
+        ((40,) * 9, (384,), (384,)),
+    )  # eight a row are told of; padding is one
     for lengths, told in ((few, True), (many, False)):
         args = inputs(lengths)
         mixed = jax.jit(lambda *a: attention.attend(*a, backend="cudnn"))(*args)
@@ -123,22 +159,30 @@ def test_rows_of_more_documents_than_cudnn_is_told_of_take_the_other_way(monkeyp
 
 def test_kernels_under_a_mesh_give_what_one_device_gives(backend):
     q, k, v, segments = inputs(lengths=((100, 200, 60), (384,), (1, 129, 128), (7,)), B=4)
-    mesh = sharding.make_mesh(Mesh(replica=2, fsdp=2, tensor=2))
+    mesh = sharding.make_mesh(MeshConfig(replica=2, fsdp=2, tensor=2))
 
     def spread(q, k, v, segments):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return backend(q, k, v, segments, None)
 
-    goal = [sharding.sharding(mesh, ("batch", None, heads, None)) for heads in ("heads", "kv_heads", "kv_heads")]
-    placed = [*map(jax.device_put, (q, k, v), goal), jax.device_put(segments, sharding.batch_sharding(mesh))]
+    goal = [
+        sharding.make_logical_sharding(mesh, ("batch", None, heads, None))
+        for heads in ("heads", "kv_heads", "kv_heads")
+    ]
+    placed = [
+        *map(jax.device_put, (q, k, v), goal),
+        jax.device_put(segments, sharding.make_batch_sharding(mesh)),
+    ]
     np.testing.assert_allclose(jax.jit(spread)(*placed), plain(q, k, v, segments), atol=1e-5)
 
 
-@pytest.mark.parametrize(("n", "T"), [(2, 384), (4, 384), (8, 192)])  # 384 places in 2 and 4 parts are dealt out; 192 in 8 cannot be
+@pytest.mark.parametrize(
+    ("n", "T"), [(2, 384), (4, 384), (8, 192)]
+)  # 384 places in 2 and 4 parts are dealt out; 192 in 8 cannot be
 @pytest.mark.parametrize("window", [None, 37])
 def test_rows_cut_over_devices_attend_as_whole_rows_do(n, T, window):
     q, k, v, segments = inputs(lengths=((T // 3, T // 2), (T,), (1, T - 2)), B=3, T=T)
-    mesh = sharding.make_mesh(Mesh(context=n, fsdp=1), jax.devices()[:n])
+    mesh = sharding.make_mesh(MeshConfig(context=n, fsdp=1), jax.devices()[:n])
 
     def of(attend):
         return lambda *args: jnp.sum(attend(*args, segments, window) * jnp.cos(jnp.arange(H)))
@@ -147,8 +191,10 @@ def test_rows_cut_over_devices_attend_as_whole_rows_do(n, T, window):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return attention.attend(*args)
 
-    goal = sharding.sharding(mesh, ("batch", "position", "heads", None))
-    ours = jax.jit(jax.value_and_grad(of(spread), argnums=(0, 1, 2)))(*(jax.device_put(x, goal) for x in (q, k, v)))
+    goal = sharding.make_logical_sharding(mesh, ("batch", "position", "heads", None))
+    ours = jax.jit(jax.value_and_grad(of(spread), argnums=(0, 1, 2)))(
+        *(jax.device_put(x, goal) for x in (q, k, v))
+    )
     wanted = jax.jit(jax.value_and_grad(of(plain), argnums=(0, 1, 2)))(q, k, v)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=5e-5), ours, wanted)
 
@@ -161,16 +207,25 @@ SPEC = ModelSpec(n_layers=5, d_model=24, d_ff=40, n_heads=6, n_kv_heads=2, d_hea
 
 def on(platform, kind="", capability="9.0", position=1):
     """A stand-in for a mesh over such devices."""
-    device = types.SimpleNamespace(platform=platform, device_kind=kind, compute_capability=capability)
+    device = types.SimpleNamespace(
+        platform=platform, device_kind=kind, compute_capability=capability
+    )
     shape = {"replica": 1, "fsdp": 1, "tensor": 1, "context": position}
     return types.SimpleNamespace(devices=np.array([device]), shape=shape)
 
 
-TPU, H100, A100 = ("tpu", "TPU v5"), ("gpu", "NVIDIA H100 80GB HBM3"), ("gpu", "NVIDIA A100-SXM4-80GB", "8.0")
+TPU, H100, A100 = (
+    ("tpu", "TPU v5"),
+    ("gpu", "NVIDIA H100 80GB HBM3"),
+    ("gpu", "NVIDIA A100-SXM4-80GB", "8.0"),
+)
 
 
-def settings(attention="auto", row_len=256, **train):
-    return Config(pack=Pack(row_len=row_len), train=Train(attention=attention, **{"compute_dtype": "bfloat16", **train}))
+def settings(attention="auto", seq_len=256, **train):
+    return Config(
+        pack=PackConfig(seq_len=seq_len),
+        train=TrainConfig(attention=attention, **{"compute_dtype": "bfloat16", **train}),
+    )
 
 
 @pytest.mark.parametrize(
@@ -178,46 +233,64 @@ def settings(attention="auto", row_len=256, **train):
     [
         (on("cpu", "cpu"), settings(), "xla", "the way for cpu"),
         (on(*TPU), settings(), "splash", "the kernel for TPU v5"),
-        (on(*TPU), settings(row_len=200), "xla", "pack.row_len = 200 is no multiple of 128 (128 or 256)"),
+        (
+            on(*TPU),
+            settings(seq_len=200),
+            "xla",
+            "pack.seq_len = 200 is no multiple of 128 (128 or 256)",
+        ),
         (on(*TPU, position=2), settings(), "xla", "the mesh cuts them into 2"),
         (on(*H100), settings(), "cudnn", "the kernel for NVIDIA H100"),
-        (on(*H100), settings(compute_dtype="float32"), "xla", "train.compute_dtype = float32 (bfloat16)"),
-        (on(*H100), settings(row_len=2**20, batch_rows=64), "xla", "32-bit offsets"),
+        (
+            on(*H100),
+            settings(compute_dtype="float32"),
+            "xla",
+            "train.compute_dtype = float32 (bfloat16)",
+        ),
+        (on(*H100), settings(seq_len=2**20, batch_size=64), "xla", "32-bit offsets"),
         (on(*A100), settings(), "xla", "is 8.0"),
         (on("gpu", "AMD Instinct MI300X"), settings(), "xla", "not NVIDIA's"),
         (on(*TPU), settings("xla"), "xla", "train.attention = xla"),
     ],
 )
 def test_the_backend_follows_platform_and_shape_and_says_why(mesh, chosen, name, says):
-    got, why = attention.choose(SPEC, chosen, mesh)
+    got, why = attention.choose_backend(SPEC, chosen, mesh)
     assert got == name and says in why and "\n" not in why
 
 
 @pytest.mark.parametrize(
     ("mesh", "asked", "says"),
-    [(on("cpu", "cpu"), "splash", "splash runs on TPU"), (on(*TPU), "cudnn", "cudnn runs on NVIDIA GPU"), (on(*A100), "cudnn", "need Hopper")],
+    [
+        (on("cpu", "cpu"), "splash", "splash runs on TPU"),
+        (on(*TPU), "cudnn", "cudnn runs on NVIDIA GPU"),
+        (on(*A100), "cudnn", "need Hopper"),
+    ],
 )
 def test_a_backend_asked_for_by_name_is_never_replaced_in_silence(mesh, asked, says):
     with pytest.raises(UserError, match=says):
-        attention.choose(SPEC, settings(asked), mesh)
+        attention.choose_backend(SPEC, settings(asked), mesh)
 
 
 def test_a_kernel_that_fails_or_gives_other_numbers_is_not_relied_on(monkeypatch):
     device = jax.devices()[0]
 
     def judge(kernel):
-        attention.differs.cache_clear()
+        attention.check_against_reference.cache_clear()
         monkeypatch.setattr(attention, "splash", kernel)
-        return attention.differs("splash", SPEC, 256, "float32", device)
+        return attention.check_against_reference("splash", SPEC, 256, "float32", device)
 
     assert judge(plain) is None
-    assert "its result on cpu is" in judge(lambda q, k, v, segments, window: plain(q, k, v, segments * 0, window))  # blind to documents
-    assert "gradient of v" in judge(lambda q, k, v, segments, window: plain(q, k, jax.lax.stop_gradient(v), segments, window))
+    assert "its result on cpu is" in judge(
+        lambda q, k, v, segments, window: plain(q, k, v, segments * 0, window)
+    )  # blind to documents
+    assert "gradient of v" in judge(
+        lambda q, k, v, segments, window: plain(q, k, jax.lax.stop_gradient(v), segments, window)
+    )
     assert "is nan x" in judge(lambda q, *_: q * jnp.nan)
     assert "fails on cpu" in judge(lambda q, *_: q.reshape(7))
-    attention.differs.cache_clear()
+    attention.check_against_reference.cache_clear()
 
 
 def test_an_unknown_backend_is_refused_at_the_door():
     with pytest.raises(UserError, match="attention"):
-        config.typed(config.overridden(["--config.train.attention=flash"]))
+        config.build_config(config.apply_overrides(["--config.train.attention=flash"]))

@@ -18,9 +18,24 @@ from jaxpt.model import llama
 from jaxpt.spec import ModelSpec
 from jaxpt.weights import huggingface
 
-SPEC = ModelSpec(n_layers=1, d_model=24, d_ff=40, n_heads=6, n_kv_heads=2, d_head=8, vocab_size=320, max_positions=48)
-SCORE, CONTINUE = "evaluate --model hf --tasks bits_per_byte/sea=text:sea.txt", "compare --models hf --prompts prompts.txt"
-WINOGRANDE, TRUTHFULQA = "evaluate --model hf --tasks winogrande --data-dir data", "evaluate --model hf --tasks truthfulqa_mc2 --data-dir data"
+SPEC = ModelSpec(
+    n_layers=1,
+    d_model=24,
+    d_ff=40,
+    n_heads=6,
+    n_kv_heads=2,
+    d_head=8,
+    vocab_size=320,
+    max_seq_len=48,
+)
+SCORE, CONTINUE = (
+    "evaluate --model hf --tasks bits_per_byte/sea=text:sea.txt",
+    "compare --models hf --prompts prompts.txt",
+)
+WINOGRANDE, TRUTHFULQA = (
+    "evaluate --model hf --tasks winogrande --data-dir data",
+    "evaluate --model hf --tasks truthfulqa_mc2 --data-dir data",
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,16 +44,27 @@ def model(tmp_path_factory):
     import sentencepiece
 
     home, learnt = tmp_path_factory.mktemp("model"), io.BytesIO()
-    lines = [f"The ship number {i} sailed at dawn; nobody on the quay said a word." for i in range(40)]
+    lines = [
+        f"The ship number {i} sailed at dawn; nobody on the quay said a word." for i in range(40)
+    ]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=learnt, model_type="bpe", vocab_size=300, minloglevel=2, **tokenizer.SENTENCEPIECE
+        sentence_iterator=iter(lines),
+        model_writer=learnt,
+        model_type="bpe",
+        vocab_size=300,
+        minloglevel=2,
+        **tokenizer.SENTENCEPIECE_FILE,
     )
-    backend, settings_file, _ = tokenizer.from_sentencepiece(learnt.getvalue(), "test")
+    backend, settings_file, _ = tokenizer.convert_sentencepiece(learnt.getvalue(), "test")
     (home / "tokenizer").mkdir()
-    tokenizer.Tokenizer(backend, settings_file, home / "tokenizer").save(home / "tokenizer")
-    mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
+    tokenizer.Tokenizer(backend, settings_file, home / "tokenizer").save_tokenizer(
+        home / "tokenizer"
+    )
+    mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
     for name, spec in (("hf", SPEC), ("small", SPEC.replace(vocab_size=260))):
-        huggingface.export(spec, llama.init(spec, 0, mesh), home / name, tokenizer_dir=home / "tokenizer")
+        huggingface.write_hf_model(
+            spec, llama.init_params(spec, 0, mesh), home / name, tokenizer_dir=home / "tokenizer"
+        )
     return home
 
 
@@ -63,7 +89,7 @@ def ask(monkeypatch):
         monkeypatch.setattr(sys, "argv", [f"scripts/{door}.py", *flags])
         main = runpy.run_path(str(ROOT / f"scripts/{door}.py"))["main"]
         try:
-            stage.door(main)
+            stage.entry_point(main)
         except SystemExit as left:
             return str(left.code)
         return ""

@@ -15,12 +15,12 @@ RECIPES = sorted((ROOT / "configs").glob("*.py"))
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_opens_and_says_what_to_expect(path):
-    config.load(path)
+    config.load_config(path)
     assert path.read_text().startswith('"""')
 
 
 def test_the_list_of_knobs_is_the_defaults():
-    assert config.load(ROOT / "configs/base.py") == config.Config()
+    assert config.load_config(ROOT / "configs/base.py") == config.Config()
 
 
 def test_a_recipe_takes_an_argument_and_overrides_apply_last(tmp_path):
@@ -28,9 +28,9 @@ def test_a_recipe_takes_an_argument_and_overrides_apply_last(tmp_path):
     recipe.write_text(
         "from jaxpt.config import defaults\ndef get_config(size='small'):\n    c = defaults()\n    c.model.d_model = {'small': 24, 'large': 48}[size]\n    return c\n"
     )
-    assert config.load(recipe).model.d_model == 24
-    assert config.load(f"{recipe}:large").model.d_model == 48
-    assert config.load(f"{recipe}:large", ["--config.model.d_model=72"]).model.d_model == 72
+    assert config.load_config(recipe).model.d_model == 24
+    assert config.load_config(f"{recipe}:large").model.d_model == 48
+    assert config.load_config(f"{recipe}:large", ["--config.model.d_model=72"]).model.d_model == 72
 
 
 @pytest.mark.parametrize(
@@ -42,33 +42,42 @@ def test_a_recipe_takes_an_argument_and_overrides_apply_last(tmp_path):
         ("--config.train.steps=True", "wanted int"),
         ("--config.train.steps=0", "wanted at least 1"),
         ("--config.optim.schedule=wds", "did you mean 'wsd'?"),
-        ("--config.train.accumulate=5", "Use a divisor of 32"),
+        ("--config.train.grad_accum_steps=5", "Use a divisor of 32"),
         ("--config.prepare.heldout_frac=1.5", "wanted a share"),
         ("--config.mixture.phases=((5, {'a': 1}),)", "wanted 0 first"),
         ("--config.mixture.phases=((0, {'a': 0}),)", "at least one above 0"),
         ("--config.train.grow=((20, 'stack()'), (10, 'stack()'))", "wanted rising steps"),
         ("--config.train.grow=((1000, 'stack()'),)", "between 0 and train.steps = 1000"),
-        ("--config.optim.rates=(('old', -0.5),)", "0 freezes a group"),
-        ("--config.initialize.start=resume", "initialize.source is random"),
+        ("--config.optim.lr_multipliers=(('old', -0.5),)", "0 freezes a group"),
+        ("--config.initialize.mode=resume", "initialize.source is random"),
         ("--config.train", "wanted --config.SECTION.NAME=VALUE"),
     ],
 )
 def test_a_wrong_override_is_one_sentence(override, answer):
     with pytest.raises(UserError) as refused:
-        config.load(ROOT / "configs/base.py", [override])
+        config.load_config(ROOT / "configs/base.py", [override])
     assert answer in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
 def test_a_misspelt_knob_in_a_recipe_is_one_sentence(tmp_path):
     recipe = tmp_path / "recipe.py"
-    recipe.write_text("from jaxpt.config import defaults\ndef get_config():\n    c = defaults()\n    c.train.stpes = 5\n    return c\n")
+    recipe.write_text(
+        "from jaxpt.config import defaults\ndef get_config():\n    c = defaults()\n    c.train.stpes = 5\n    return c\n"
+    )
     with pytest.raises(UserError, match="steps"):
-        config.load(recipe)
+        config.load_config(recipe)
 
 
 def test_numbers_keep_their_kind():
-    settings = config.load(ROOT / "configs/base.py", ["--config.train.steps=1e3", "--config.optim.peak_lr=1", "--config.prepare.sources=text:a.txt"])
+    settings = config.load_config(
+        ROOT / "configs/base.py",
+        [
+            "--config.train.steps=1e3",
+            "--config.optim.peak_lr=1",
+            "--config.prepare.sources=text:a.txt",
+        ],
+    )
     assert settings.train.steps == 1000 and type(settings.train.steps) is int
     assert settings.optim.peak_lr == 1.0 and type(settings.optim.peak_lr) is float
     assert settings.prepare.sources == ("text:a.txt",)
@@ -85,4 +94,7 @@ def test_a_door_ends_in_one_sentence_and_status_1(tmp_path):
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert told.returncode == 1
-    assert told.stderr.strip() == "error: config: there is no knob train.stpes; did you mean train.steps?"
+    assert (
+        told.stderr.strip()
+        == "error: config: there is no knob train.stpes; did you mean train.steps?"
+    )

@@ -9,16 +9,31 @@ from jaxpt.model import decode, llama
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.weights import huggingface
 
-ONE = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
-SPEC = ModelSpec(n_layers=5, d_model=24, d_ff=40, n_heads=6, n_kv_heads=2, d_head=8, vocab_size=96, max_positions=160)
+ONE = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
+SPEC = ModelSpec(
+    n_layers=5,
+    d_model=24,
+    d_ff=40,
+    n_heads=6,
+    n_kv_heads=2,
+    d_head=8,
+    vocab_size=96,
+    max_seq_len=160,
+)
 LENGTHS = (5, 17, 70, 1)  # of prompts, one longer than decode.LENGTH_STEP
 
 
 def weights(spec):
     """Random, with an embedding large enough that the next token depends on the tokens before."""
     random = np.random.default_rng(0)
-    params = jax.tree.map(lambda row: np.float32(random.normal(row.ones, row.std or 0.1, row.shape)), llama.rows(spec), is_leaf=llama.is_row)
-    return jax.device_put(params | {"embed": params["embed"] * 50}, llama.shardings(spec, ONE))
+    params = jax.tree.map(
+        lambda row: np.float32(random.normal(row.ones, row.std or 0.1, row.shape)),
+        llama.param_specs(spec),
+        is_leaf=llama.is_param_spec,
+    )
+    return jax.device_put(
+        params | {"embed": params["embed"] * 50}, llama.make_param_shardings(spec, ONE)
+    )
 
 
 def prompts():
@@ -28,23 +43,40 @@ def prompts():
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"family": "qwen3", "qk_norm": True, "tied": True}, {"family": "mistral", "sliding_window": 7}],
+    [
+        {},
+        {"family": "qwen3", "qk_norm": True, "tie_embeddings": True},
+        {"family": "mistral", "sliding_window": 7},
+    ],
     ids=["llama", "qwen3, tied", "mistral, sliding window 7"],
 )
 def test_greedy_text_equals_transformers_token_for_token(changes, tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     spec = SPEC.replace(**changes)
     params = weights(spec)
-    huggingface.export(spec, params, tmp_path)
+    huggingface.write_hf_model(spec, params, tmp_path)
     judge = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
     for penalty in (1.0, 1.1):
-        ours = decode.generate(spec, params, prompts(), max_new=30, sampling=decode.Sampling(repetition_penalty=penalty))
+        ours = decode.generate(
+            spec,
+            params,
+            prompts(),
+            max_new=30,
+            sampling=decode.Sampling(repetition_penalty=penalty),
+        )
         for prompt, text in zip(prompts(), ours, strict=True):
             ids = torch.tensor([prompt])
             theirs = judge.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False, repetition_penalty=penalty, pad_token_id=0
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=30,
+                do_sample=False,
+                repetition_penalty=penalty,
+                pad_token_id=0,
             )
-            assert text == [token for token in theirs[0, len(prompt) :].tolist() if token != spec.eos_id]
+            assert text == [
+                token for token in theirs[0, len(prompt) :].tolist() if token != spec.eos_id
+            ]
 
 
 def test_logits_are_shaped_as_by_transformers_processors():
@@ -57,10 +89,16 @@ def test_logits_are_shaped_as_by_transformers_processors():
     np.put_along_axis(seen, tokens, True, axis=1)
     as_torch = torch.from_numpy(logits), torch.from_numpy(tokens)
     pairs = [
-        (decode.penalize(logits, seen, 1.3), processors.RepetitionPenaltyLogitsProcessor(1.3)),
-        (decode.keep_top_k(jax.numpy.asarray(logits), 7), processors.TopKLogitsWarper(7)),
-        (decode.keep_top_p(jax.numpy.asarray(logits), 0.8), processors.TopPLogitsWarper(0.8)),
-        (decode.keep_top_p(jax.numpy.asarray(logits), 1e-4), processors.TopPLogitsWarper(1e-4)),  # the likeliest stays
+        (
+            decode.penalize_repetition(logits, seen, 1.3),
+            processors.RepetitionPenaltyLogitsProcessor(1.3),
+        ),
+        (decode.mask_top_k(jax.numpy.asarray(logits), 7), processors.TopKLogitsWarper(7)),
+        (decode.mask_top_p(jax.numpy.asarray(logits), 0.8), processors.TopPLogitsWarper(0.8)),
+        (
+            decode.mask_top_p(jax.numpy.asarray(logits), 1e-4),
+            processors.TopPLogitsWarper(1e-4),
+        ),  # the likeliest stays
     ]
     for ours, theirs in pairs:
         np.testing.assert_allclose(ours, theirs(as_torch[1], as_torch[0]).numpy(), rtol=1e-6)
@@ -68,7 +106,11 @@ def test_logits_are_shaped_as_by_transformers_processors():
 
 def test_a_prompt_is_continued_in_a_batch_as_alone():
     params = weights(SPEC)
-    settings = {"max_new": 12, "sampling": decode.Sampling(temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1), "seed": 3}
+    settings = {
+        "max_new": 12,
+        "sampling": decode.Sampling(temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1),
+        "seed": 3,
+    }
     together = decode.generate(SPEC, params, prompts(), **settings)
     assert decode.generate(SPEC, params, prompts()[:1], **settings) == together[:1]
 
@@ -77,7 +119,10 @@ def test_seeds_and_places_in_the_list_draw_different_texts():
     params = weights(SPEC)
     twice = [prompts()[1]] * 2
     sampling = decode.Sampling(temperature=1.0)
-    texts = [decode.generate(SPEC, params, twice, max_new=12, sampling=sampling, seed=seed) for seed in (0, 0, 1)]
+    texts = [
+        decode.generate(SPEC, params, twice, max_new=12, sampling=sampling, seed=seed)
+        for seed in (0, 0, 1)
+    ]
     assert texts[0] == texts[1]
     assert len({tuple(text) for pair in (texts[0], texts[2]) for text in pair}) == 4
 
@@ -85,20 +130,32 @@ def test_seeds_and_places_in_the_list_draw_different_texts():
 def test_text_does_not_depend_on_the_mesh_or_on_watching():
     params = weights(SPEC)
     alone = decode.generate(SPEC, params, prompts(), max_new=12)
-    mesh = sharding.make_mesh(config.Mesh(fsdp=2, tensor=2), jax.devices()[:4])
-    moved = jax.device_put(params, llama.shardings(SPEC, mesh))
+    mesh = sharding.make_mesh(config.MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
+    moved = jax.device_put(params, llama.make_param_shardings(SPEC, mesh))
     heard: dict[int, list] = {}
-    assert decode.generate(SPEC, moved, prompts(), max_new=12, watch=lambda row, ids: heard.update({row: ids}), watch_every=5) == alone
+    assert (
+        decode.generate(
+            SPEC,
+            moved,
+            prompts(),
+            max_new=12,
+            watch=lambda row, ids: heard.update({row: ids}),
+            watch_every=5,
+        )
+        == alone
+    )
     assert [heard.get(row, []) for row in range(len(LENGTHS))] == alone
 
 
 def test_generation_ends_at_max_new_at_the_context_at_eos_and_when_told():
     params = weights(SPEC)
-    narrow = SPEC.replace(eos_id=None, max_positions=81)
+    narrow = SPEC.replace(eos_id=None, max_seq_len=81)
     free = decode.generate(narrow, params, prompts(), max_new=40)
     assert [len(text) for text in free] == [40, 40, 81 - 70, 40]
 
-    told = decode.generate(narrow, params, prompts(), max_new=40, watch=lambda row, ids: row == 2, watch_every=3)
+    told = decode.generate(
+        narrow, params, prompts(), max_new=40, watch=lambda row, ids: row == 2, watch_every=3
+    )
     assert told == [text[:3] if row == 2 else text for row, text in enumerate(free)]
 
     eos_id = free[1][6]
@@ -108,7 +165,12 @@ def test_generation_ends_at_max_new_at_the_context_at_eos_and_when_told():
 
 def test_a_request_that_cannot_be_met_is_one_sentence():
     params = weights(SPEC)
-    for bad, says in (([[]], "no tokens"), ([[5] * 160], "context is 160"), ([[5, 96]], "token id 96"), ([[-3]], "token id -3")):
+    for bad, says in (
+        ([[]], "no tokens"),
+        ([[5] * 160], "context is 160"),
+        ([[5, 96]], "token id 96"),
+        ([[-3]], "token id -3"),
+    ):
         with pytest.raises(UserError, match=says):
             decode.generate(SPEC, params, bad, max_new=4)
     with pytest.raises(UserError, match="at least 1"):
@@ -121,6 +183,6 @@ def test_a_request_that_cannot_be_met_is_one_sentence():
 def test_another_batch_of_like_size_compiles_nothing():
     params = weights(SPEC)
     decode.generate(SPEC, params, prompts()[:2], max_new=9)
-    sizes = decode.prefill._cache_size(), decode.extend._cache_size()
+    sizes = decode.prefill_cache._cache_size(), decode.decode_step._cache_size()
     decode.generate(SPEC, params, [[7, 8, 9], [4] * 60], max_new=25, seed=5)
-    assert (decode.prefill._cache_size(), decode.extend._cache_size()) == sizes
+    assert (decode.prefill_cache._cache_size(), decode.decode_step._cache_size()) == sizes

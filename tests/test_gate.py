@@ -10,7 +10,7 @@ import pytest
 from test_weights import stories260k
 
 from jaxpt import sharding, stage
-from jaxpt.config import Config, Mesh, Mixture, Optim, Pack, Train
+from jaxpt.config import Config, MeshConfig, MixtureConfig, OptimConfig, PackConfig, TrainConfig
 from jaxpt.data import loader, pack
 from jaxpt.evaluate import likelihood
 from jaxpt.model import decode, llama
@@ -18,10 +18,23 @@ from jaxpt.spec import ModelSpec, RopeScaling, UserError
 from jaxpt.train import gate, state, step
 from jaxpt.weights import huggingface, initialize
 
-SPEC = ModelSpec(n_layers=2, d_model=40, d_ff=56, n_heads=4, n_kv_heads=2, d_head=16, vocab_size=72, max_positions=200)
+SPEC = ModelSpec(
+    n_layers=2,
+    d_model=40,
+    d_ff=56,
+    n_heads=4,
+    n_kv_heads=2,
+    d_head=16,
+    vocab_size=72,
+    max_seq_len=200,
+)
 N_PIECES, ROW_LEN, PERIOD = 61, 97, 24  # 11 rows of the embedding lie beyond the tokenizer
-SETTINGS = Config(pack=Pack(row_len=ROW_LEN), train=Train(steps=180, batch_rows=8, eval_rows=40), optim=Optim(peak_lr=2e-2, warmup_steps=10))
-ONE = sharding.make_mesh(Mesh(), jax.devices()[:1])
+SETTINGS = Config(
+    pack=PackConfig(seq_len=ROW_LEN),
+    train=TrainConfig(steps=180, batch_size=8, eval_sequences=40),
+    optim=OptimConfig(peak_lr=2e-2, warmup_steps=10),
+)
+ONE = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
 
 
 def documents(seed: int, n: int) -> list[np.ndarray]:
@@ -33,38 +46,69 @@ def documents(seed: int, n: int) -> list[np.ndarray]:
     for t in range(ROW_LEN):
         shares = [0.2, 0.3, 0.5] if t > PERIOD else [0.5, 0.5, 0]
         kinds = random.choice(3, size=n, p=shares)
-        ids[:, t] = np.choose(kinds, [3 + random.zipf(1.5, n) % (N_PIECES - 3), follows[ids[:, t - 1]], ids[:, t - PERIOD]])
+        ids[:, t] = np.choose(
+            kinds,
+            [3 + random.zipf(1.5, n) % (N_PIECES - 3), follows[ids[:, t - 1]], ids[:, t - PERIOD]],
+        )
     ids[:, 0] = 1
     lengths = random.integers(80, ROW_LEN, n)
-    return [np.append(each[:length], 2).astype(np.int32) for each, length in zip(ids, lengths, strict=True)]
+    return [
+        np.append(each[:length], 2).astype(np.int32)
+        for each, length in zip(ids, lengths, strict=True)
+    ]
 
 
-def pack_rows(directory, sources: dict[str, list[np.ndarray]], row_len=ROW_LEN, n_pieces=N_PIECES, tokenizer="its own"):
+def pack_rows(
+    directory,
+    sources: dict[str, list[np.ndarray]],
+    seq_len=ROW_LEN,
+    vocab_size=N_PIECES,
+    tokenizer="its own",
+):
     """A directory as pack.py leaves it, the same rows for training and held out; a token is three bytes of text."""
-    counts = {"row_len": row_len, "method": "best_fit", "n_pieces": n_pieces}
+    counts = {"seq_len": seq_len, "method": "best_fit", "vocab_size": vocab_size}
     for split in ("train", "heldout"):
         counts[split] = {}
         for name, ids in sources.items():
-            rows = pack.best_fit([pack.Piece(each, f"{name}-{i}") for i, each in enumerate(ids)], row_len)
+            rows = pack.pack_best_fit(
+                [pack.Segment(each, f"{name}-{i}") for i, each in enumerate(ids)], seq_len
+            )
             n_bytes = 3 * sum(len(each) - 2 for each in ids)
             out = directory / split / name
-            shard = pack.write(rows, out / "data-00000.arrow", row_len, n_pieces)
+            shard = pack.write_sequences(rows, out / "data-00000.arrow", seq_len, vocab_size)
             text = {"documents": len(ids), "bytes": n_bytes}
-            counts[split][name] = pack.gather([text], [shard], out, row_len=row_len, method="best_fit", n_pieces=n_pieces)
-    outputs = {str(file.relative_to(directory)): stage.sha256(file) for file in directory.rglob("*.*")}
-    stage.write_manifest(stage.make_manifest("pack", {}, {}, outputs=outputs, counts=counts, tokenizer=tokenizer, seed=None, seconds=0), directory)
+            counts[split][name] = pack.gather_shards(
+                [text], [shard], out, seq_len=seq_len, method="best_fit", vocab_size=vocab_size
+            )
+    outputs = {
+        str(file.relative_to(directory)): stage.sha256_file(file) for file in directory.rglob("*.*")
+    }
+    stage.write_manifest(
+        stage.make_manifest(
+            stage.StageRequest("pack", {}, {}),
+            outputs=outputs,
+            counts=counts,
+            tokenizer=tokenizer,
+            seconds=0,
+        ),
+        directory,
+    )
     return directory
 
 
-def heldout_of(packed, *more, mesh=ONE, settings=SETTINGS) -> gate.Heldout:
-    return gate.Heldout(settings, [packed, *more], mesh)
+def heldout_of(packed, *more, mesh=ONE, settings=SETTINGS) -> gate.HeldoutData:
+    return gate.HeldoutData(settings, [packed, *more], mesh)
 
 
 def newborn():
     """Untrained weights."""
     random = np.random.default_rng(0)
-    drawn = jax.tree.map(lambda row: np.float32(random.normal(row.ones, row.std, row.shape)), llama.rows(SPEC), is_leaf=llama.is_row)
-    return jax.device_put(drawn, llama.shardings(SPEC, ONE))
+    drawn = jax.tree.map(
+        lambda row: np.float32(random.normal(row.ones, row.std, row.shape)),
+        llama.param_specs(SPEC),
+        is_leaf=llama.is_param_spec,
+    )
+    return jax.device_put(drawn, llama.make_param_shardings(SPEC, ONE))
 
 
 @pytest.fixture(scope="module")
@@ -80,57 +124,103 @@ def heldout(packed):
 @pytest.fixture(scope="module")
 def params(heldout, tmp_path_factory):
     """Trained for real; its final norm far from 1, as of a model trained for long."""
-    rows = loader.open_rows([pack_rows(tmp_path_factory.mktemp("training"), {"songs": documents(0, 8 * 180)})])
-    now = state.born(newborn(), SPEC, SETTINGS, ONE)
-    run = step.build(SPEC, SETTINGS, ONE)
+    rows = loader.open_packed(
+        [pack_rows(tmp_path_factory.mktemp("training"), {"songs": documents(0, 8 * 180)})]
+    )
+    now = state.init_state(newborn(), SPEC, SETTINGS, ONE)
+    run = step.build_step(SPEC, SETTINGS, ONE)
     for i in range(180):
-        batch = loader.make_batch([rows.row("songs", 8 * i + k) for k in range(8)], True)
-        now, _ = run(now, jax.device_put(batch, sharding.batch_sharding(ONE)))
-    scales = np.exp(np.random.default_rng(0).normal(0.7, 0.4, 40)).astype(np.float32)  # into the norm, out of the head: the same function
-    return {**now.params, "norm": now.params["norm"] * scales, "unembed": now.params["unembed"] / scales[:, None]}
+        batch = loader.make_batch([rows.read_sequence("songs", 8 * i + k) for k in range(8)], True)
+        now, _ = run(now, jax.device_put(batch, sharding.make_batch_sharding(ONE)))
+    scales = np.exp(np.random.default_rng(0).normal(0.7, 0.4, 40)).astype(
+        np.float32
+    )  # into the norm, out of the head: the same function
+    return {
+        **now.params,
+        "norm": now.params["norm"] * scales,
+        "unembed": now.params["unembed"] / scales[:, None],
+    }
 
 
 @pytest.fixture(scope="module")
 def record(heldout, params):
     """What the model's makers measured."""
-    return {"step": 180, "heldout": heldout.record(heldout.losses(SPEC, params)), "tokenizer": "its own"}
+    return {
+        "step": 180,
+        "heldout": heldout.record(heldout.losses(SPEC, params)),
+        "tokenizer": "its own",
+    }
 
 
 def foreign(directory, params, spec=SPEC):
     """(spec, params, record) of the model as somebody else's Hugging Face directory: nothing is known of it but its config.json."""
-    huggingface.export(spec, params, directory)
-    loaded = initialize.load(directory, ONE)
+    huggingface.write_hf_model(spec, params, directory)
+    loaded = initialize.load_model(directory, ONE)
     return loaded.spec, loaded.params, loaded.record
 
 
 def shifted(params, by):
-    return {**params, "embed": jnp.roll(params["embed"], by, 0), "unembed": jnp.roll(params["unembed"], by, 1)}
+    return {
+        **params,
+        "embed": jnp.roll(params["embed"], by, 0),
+        "unembed": jnp.roll(params["unembed"], by, 1),
+    }
 
 
 # ---- the first update
 
 
 def test_a_sound_model_passes_whatever_is_known_of_it(heldout, params, record, tmp_path, capsys):
-    losses = gate.check_start(heldout, SPEC, params, record, grown=False)
+    losses = gate.check_initial_loss(heldout, SPEC, params, record, grown=False)
     assert losses["songs"] < heldout.rows.unigram_nats["songs"] - 1
-    assert gate.check_start(heldout, *foreign(tmp_path, params), grown=False) == losses
+    assert gate.check_initial_loss(heldout, *foreign(tmp_path, params), grown=False) == losses
     assert "note" not in capsys.readouterr().out
 
 
 BROKEN = {
-    "rope theta": (lambda spec, params: (spec.replace(rope_theta=5e5), params), r"rope theta is 10,000, not 500,000; set it in config.json"),
-    "rope scaling": (lambda spec, params: (spec.replace(rope_scaling=RopeScaling("linear", 4.0)), params), "without the rope scaling"),
-    "norm eps": (lambda spec, params: (spec.replace(norm_eps=30.0), params), "norm eps is 1e-0[56], not 30"),
-    "a shifted vocabulary": (lambda spec, params: (spec, shifted(params, 1)), r"id i of the rows is row i\+1 of the model's embedding"),
-    "a vocabulary shifted far": (lambda spec, params: (spec, shifted(params, -3)), r"id i of the rows is row i-3 of the model's embedding"),
-    "an uncopied final norm": (lambda spec, params: (spec, {**params, "norm": jnp.ones(40)}), "the final norm was not copied"),
+    "rope theta": (
+        lambda spec, params: (spec.replace(rope_theta=5e5), params),
+        r"rope theta is 10,000, not 500,000; set it in config.json",
+    ),
+    "rope scaling": (
+        lambda spec, params: (spec.replace(rope_scaling=RopeScaling("linear", 4.0)), params),
+        "without the rope scaling",
+    ),
+    "norm eps": (
+        lambda spec, params: (spec.replace(norm_eps=30.0), params),
+        "norm eps is 1e-0[56], not 30",
+    ),
+    "a shifted vocabulary": (
+        lambda spec, params: (spec, shifted(params, 1)),
+        r"id i of the rows is row i\+1 of the model's embedding",
+    ),
+    "a vocabulary shifted far": (
+        lambda spec, params: (spec, shifted(params, -3)),
+        r"id i of the rows is row i-3 of the model's embedding",
+    ),
+    "an uncopied final norm": (
+        lambda spec, params: (spec, {**params, "norm": jnp.ones(40)}),
+        "the final norm was not copied",
+    ),
     "uncopied norms of blocks": (
-        lambda spec, params: (spec, {**params, "blocks": {**params["blocks"], "mlp_norm": 1 + 0 * params["blocks"]["mlp_norm"]}}),
+        lambda spec, params: (
+            spec,
+            {
+                **params,
+                "blocks": {**params["blocks"], "mlp_norm": 1 + 0 * params["blocks"]["mlp_norm"]},
+            },
+        ),
         "mlp_norm of all layers was not copied",
     ),
-    "weights that are not finite": (lambda spec, params: (spec, {**params, "norm": params["norm"].at[3].set(jnp.nan)}), "are not finite"),
+    "weights that are not finite": (
+        lambda spec, params: (spec, {**params, "norm": params["norm"].at[3].set(jnp.nan)}),
+        "are not finite",
+    ),
     "layers in another order": (
-        lambda spec, params: (spec, {**params, "blocks": jax.tree.map(lambda stacked: stacked[::-1], params["blocks"])}),
+        lambda spec, params: (
+            spec,
+            {**params, "blocks": jax.tree.map(lambda stacked: stacked[::-1], params["blocks"])},
+        ),
         "not of the same model",
     ),
 }
@@ -139,8 +229,12 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_is_broken_is_stopped_and_its_cause_named(name, heldout, params, record):
     breaks, cause = BROKEN[name]
-    with pytest.raises(UserError, match=r"held-out loss on songs is \S+ nats a token, where its makers measured \d\.\d\d on the same rows.*" + cause):
-        gate.check_start(heldout, *breaks(SPEC, params), record, grown=False)
+    with pytest.raises(
+        UserError,
+        match=r"held-out loss on songs is \S+ nats a token, where its makers measured \d\.\d\d on the same rows.*"
+        + cause,
+    ):
+        gate.check_initial_loss(heldout, *breaks(SPEC, params), record, grown=False)
 
 
 @pytest.mark.parametrize(
@@ -150,36 +244,76 @@ def test_what_is_broken_is_stopped_and_its_cause_named(name, heldout, params, re
             "rope theta",
             r"is \S+ nats a token, and the same weights can do better. Most likely the model's rope theta is 10,000, not 500,000",
         ),  # it still knows more than counts
-        ("a shifted vocabulary", r"counting tokens alone gives 3.\d\d, guessing 4.28. Most likely the vocabulary is shifted"),
-        ("an uncopied final norm", r"is \S+ nats a token, and the same weights can do better. Most likely the final norm was not copied"),
+        (
+            "a shifted vocabulary",
+            r"counting tokens alone gives 3.\d\d, guessing 4.28. Most likely the vocabulary is shifted",
+        ),
+        (
+            "an uncopied final norm",
+            r"is \S+ nats a token, and the same weights can do better. Most likely the final norm was not copied",
+        ),
     ],
 )
-def test_what_is_broken_in_a_foreign_model_is_stopped_too(breaks, answer, heldout, params, tmp_path):
+def test_what_is_broken_in_a_foreign_model_is_stopped_too(
+    breaks, answer, heldout, params, tmp_path
+):
     spec, changed = BROKEN[breaks][0](SPEC, params)
     with pytest.raises(UserError, match=answer):
-        gate.check_start(heldout, *foreign(tmp_path, jax.device_put(changed, llama.shardings(spec, ONE)), spec), grown=False)
+        gate.check_initial_loss(
+            heldout,
+            *foreign(
+                tmp_path, jax.device_put(changed, llama.make_param_shardings(spec, ONE)), spec
+            ),
+            grown=False,
+        )
 
 
 def test_rows_of_another_tokenizer_are_stopped(params, tmp_path):
     ids = np.concatenate([np.arange(3), 3 + np.random.default_rng(0).permutation(N_PIECES - 3)])
-    reworded = heldout_of(pack_rows(tmp_path / "ids", {"songs": [ids[each].astype(np.int32) for each in documents(1, 40)]}))
-    with pytest.raises(UserError, match="the rows were packed with another tokenizer; pack with the model's own"):
-        gate.check_start(reworded, SPEC, params, {}, grown=False)
-    with pytest.raises(UserError, match="packed with tokenizer its own, the model was trained with mine"):
-        gate.check_start(reworded, SPEC, params, {"tokenizer": "mine"}, grown=False)
-    beyond = heldout_of(pack_rows(tmp_path / "beyond", {"songs": [np.where(each > 50, each + 11, each) for each in documents(1, 40)]}, n_pieces=72))
-    with pytest.raises(UserError, match=r"token ids that the model never learnt \(\d+% of their tokens"):
-        gate.check_start(beyond, SPEC, params, {}, grown=False)
+    reworded = heldout_of(
+        pack_rows(
+            tmp_path / "ids", {"songs": [ids[each].astype(np.int32) for each in documents(1, 40)]}
+        )
+    )
+    with pytest.raises(
+        UserError, match="the rows were packed with another tokenizer; pack with the model's own"
+    ):
+        gate.check_initial_loss(reworded, SPEC, params, {}, grown=False)
+    with pytest.raises(
+        UserError, match="packed with tokenizer its own, the model was trained with mine"
+    ):
+        gate.check_initial_loss(reworded, SPEC, params, {"tokenizer": "mine"}, grown=False)
+    beyond = heldout_of(
+        pack_rows(
+            tmp_path / "beyond",
+            {"songs": [np.where(each > 50, each + 11, each) for each in documents(1, 40)]},
+            vocab_size=72,
+        )
+    )
+    with pytest.raises(
+        UserError, match=r"token ids that the model never learnt \(\d+% of their tokens"
+    ):
+        gate.check_initial_loss(beyond, SPEC, params, {}, grown=False)
 
 
-@pytest.mark.parametrize(("sizes", "dtype"), [({"fsdp": 1}, "bfloat16"), ({"fsdp": 4, "tensor": 2}, "float32")], ids=["bfloat16", "8 devices"])
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [({"fsdp": 1}, "bfloat16"), ({"fsdp": 4, "tensor": 2}, "float32")],
+    ids=["bfloat16", "8 devices"],
+)
 def test_meshes_and_number_types_stay_within_the_tolerance(sizes, dtype, packed, params, record):
-    mesh = sharding.make_mesh(Mesh(**sizes), jax.devices()[: np.prod(list(sizes.values()))])
-    settings = dataclasses.replace(SETTINGS, train=dataclasses.replace(SETTINGS.train, compute_dtype=dtype))
+    mesh = sharding.make_mesh(MeshConfig(**sizes), jax.devices()[: np.prod(list(sizes.values()))])
+    settings = dataclasses.replace(
+        SETTINGS, train=dataclasses.replace(SETTINGS.train, compute_dtype=dtype)
+    )
     here = heldout_of(packed, mesh=mesh, settings=settings)
-    rounded = jax.tree.map(lambda leaf, place: jax.device_put(leaf.astype(dtype), place), params, llama.shardings(SPEC, mesh))
-    losses = gate.check_start(here, SPEC, rounded, record, grown=False)
-    assert abs(losses["songs"] - record["heldout"]["losses"]["songs"]) < gate.TOLERANCE / 4
+    rounded = jax.tree.map(
+        lambda leaf, place: jax.device_put(leaf.astype(dtype), place),
+        params,
+        llama.make_param_shardings(SPEC, mesh),
+    )
+    losses = gate.check_initial_loss(here, SPEC, rounded, record, grown=False)
+    assert abs(losses["songs"] - record["heldout"]["losses"]["songs"]) < gate.LOSS_TOLERANCE / 4
 
 
 def test_a_record_is_held_against_the_same_rows_only(packed, heldout, params, record, tmp_path):
@@ -187,39 +321,64 @@ def test_a_record_is_held_against_the_same_rows_only(packed, heldout, params, re
         return {**record, "heldout": {**record["heldout"], "losses": {"songs": loss}}}
 
     more = pack_rows(tmp_path, {"more songs": documents(2, 30)})
-    beside = heldout_of(packed, more)  # the parent's domain and a new one: its part of the rows is the same
+    beside = heldout_of(
+        packed, more
+    )  # the parent's domain and a new one: its part of the rows is the same
     for where in (heldout, beside):
         with pytest.raises(UserError, match=r"its makers measured 2\.00 on the same rows"):
-            gate.check_start(where, SPEC, params, with_loss(2.0), grown=False)
+            gate.check_initial_loss(where, SPEC, params, with_loss(2.0), grown=False)
     for other in (
         heldout_of(more),
-        heldout_of(packed, settings=dataclasses.replace(SETTINGS, train=dataclasses.replace(SETTINGS.train, eval_rows=30))),
-        heldout_of(packed, settings=dataclasses.replace(SETTINGS, mixture=Mixture(document_mask=False))),
+        heldout_of(
+            packed,
+            settings=dataclasses.replace(
+                SETTINGS, train=dataclasses.replace(SETTINGS.train, eval_sequences=30)
+            ),
+        ),
+        heldout_of(
+            packed,
+            settings=dataclasses.replace(SETTINGS, mixture=MixtureConfig(document_mask=False)),
+        ),
     ):
-        assert not other.recorded(with_loss(2.0))
+        assert not other.matches_record(with_loss(2.0))
 
 
 def test_a_grown_newborn_and_an_untrained_one_are_only_noted(heldout, params, record, capsys):
-    gate.check_start(heldout, SPEC, shifted(params, 1), record, grown=True)
+    gate.check_initial_loss(heldout, SPEC, shifted(params, 1), record, grown=True)
     assert "The growth broke the model's function" in capsys.readouterr().out
-    gate.check_start(heldout, SPEC, newborn(), {"step": 0, "rows": 0}, grown=False)
+    gate.check_initial_loss(heldout, SPEC, newborn(), {"step": 0, "rows": 0}, grown=False)
     assert "never trained" in capsys.readouterr().out
     with pytest.raises(UserError, match="never trained, or no norm was copied"):
-        gate.check_start(heldout, SPEC, newborn(), {}, grown=False)
+        gate.check_initial_loss(heldout, SPEC, newborn(), {}, grown=False)
 
 
 def test_a_model_that_somebody_trained_passes_and_its_wrong_readings_do_not(data_dir, tmp_path):
     folder = data_dir / "ckpt_stories260K"
     stories260k(folder, tmp_path / "hf")
-    loaded = initialize.load(tmp_path / "hf", ONE)
-    texts = decode.generate(loaded.spec, loaded.params, [[1]] * 24, max_new=192, sampling=decode.Sampling(temperature=1.0))
-    rows = pack_rows(tmp_path / "rows", {"stories": [np.array([1, *ids], np.int32) for ids in texts]}, row_len=256, n_pieces=512)
+    loaded = initialize.load_model(tmp_path / "hf", ONE)
+    texts = decode.generate(
+        loaded.spec,
+        loaded.params,
+        [[1]] * 24,
+        max_new=192,
+        sampling=decode.Sampling(temperature=1.0),
+    )
+    rows = pack_rows(
+        tmp_path / "rows",
+        {"stories": [np.array([1, *ids], np.int32) for ids in texts]},
+        seq_len=256,
+        vocab_size=512,
+    )
     heldout = heldout_of(rows)
-    gate.check_start(heldout, loaded.spec, loaded.params, {}, grown=False)
+    gate.check_initial_loss(heldout, loaded.spec, loaded.params, {}, grown=False)
     with pytest.raises(UserError, match="rope theta is 10,000, not 500,000"):
-        gate.check_start(heldout, loaded.spec.replace(rope_theta=5e5), loaded.params, {}, grown=False)
+        gate.check_initial_loss(
+            heldout, loaded.spec.replace(rope_theta=5e5), loaded.params, {}, grown=False
+        )
     with pytest.raises(UserError, match="the final norm was not copied"):
-        gate.check_start(heldout, loaded.spec, {**loaded.params, "norm": jnp.ones(64)}, {}, grown=False)
+        gate.check_initial_loss(
+            heldout, loaded.spec, {**loaded.params, "norm": jnp.ones(64)}, {}, grown=False
+        )
 
 
 # ---- an import
@@ -229,26 +388,51 @@ def test_an_import_says_bits_per_byte_as_they_are_and_rows_of_no_use(params, tmp
     ids = documents(3, 12)
     few = heldout_of(pack_rows(tmp_path, {"songs": ids}))
     texts = ["abc" * (len(each) - 2) for each in ids]
-    wanted = likelihood.bits_per_byte(SPEC, params, texts, [each[1:-1].tolist() for each in ids], 1).bits_per_byte
-    damaged = {**params, "embed": params["embed"].at[7].set(0).at[jnp.array([9, 30])].multiply(0.01)}
-    gate.describe_import(SPEC, params, few, N_PIECES)
+    wanted = likelihood.measure_bits_per_byte(
+        SPEC, params, texts, [each[1:-1].tolist() for each in ids], 1
+    ).bits_per_byte
+    damaged = {
+        **params,
+        "embed": params["embed"].at[7].set(0).at[jnp.array([9, 30])].multiply(0.01),
+    }
+    gate.log_import_check(SPEC, params, few, N_PIECES)
     told = capsys.readouterr().out
     assert float(re.search(r"songs ([\d.]+)", told)[1]) == pytest.approx(wanted, abs=6e-4)
     assert re.search(r"11 rows more lie beyond the tokenizer's 61 pieces and look untrained", told)
-    gate.describe_import(SPEC, damaged, None, N_PIECES)
+    gate.log_import_check(SPEC, damaged, None, N_PIECES)
     told = capsys.readouterr().out
-    assert "no held-out rows" in told and "1 (rows 7) are dead" in told and re.search(r"2 \(rows 9, 30\) below 0.1 of the median", told)
-    gate.describe_import(SPEC, params, heldout_of(pack_rows(tmp_path / "more", {"songs": ids}, n_pieces=80)), None)
+    assert (
+        "no held-out rows" in told
+        and "1 (rows 7) are dead" in told
+        and re.search(r"2 \(rows 9, 30\) below 0.1 of the median", told)
+    )
+    gate.log_import_check(
+        SPEC, params, heldout_of(pack_rows(tmp_path / "more", {"songs": ids}, vocab_size=80)), None
+    )
     told = capsys.readouterr().out
     assert "the rows hold ids up to 79, the model knows 72" in told and "no tokenizer" in told
 
 
-def test_transformers_agrees_with_a_sound_reading_and_not_with_another(heldout, params, tmp_path, capsys):
-    huggingface.export(SPEC, params, tmp_path)
-    gate.check_against_transformers(tmp_path, SPEC, params, heldout, ONE)
+def test_transformers_agrees_with_a_sound_reading_and_not_with_another(
+    heldout, params, tmp_path, capsys
+):
+    huggingface.write_hf_model(SPEC, params, tmp_path)
+    gate.check_import_against_transformers(tmp_path, SPEC, params, heldout, ONE)
     assert "KL to transformers" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"wanted at most 1e-06. The model was read with rope theta 500,000, no rope scaling"):
-        gate.check_against_transformers(tmp_path, SPEC.replace(rope_theta=5e5), params, heldout, ONE)
-    gate.check_against_transformers(tmp_path, SPEC, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params), None, ONE)
-    with pytest.raises(UserError, match=r"takes [\d,.]+ GB of this host's memory in transformers and float32, but [\d,.]+ GB are free"):
-        gate.check_against_transformers(tmp_path, SPEC.replace(n_layers=10**9), params, None, ONE)
+    with pytest.raises(
+        UserError,
+        match=r"wanted at most 1e-06. The model was read with rope theta 500,000, no rope scaling",
+    ):
+        gate.check_import_against_transformers(
+            tmp_path, SPEC.replace(rope_theta=5e5), params, heldout, ONE
+        )
+    gate.check_import_against_transformers(
+        tmp_path, SPEC, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params), None, ONE
+    )
+    with pytest.raises(
+        UserError,
+        match=r"takes [\d,.]+ GB of this host's memory in transformers and float32, but [\d,.]+ GB are free",
+    ):
+        gate.check_import_against_transformers(
+            tmp_path, SPEC.replace(n_layers=10**9), params, None, ONE
+        )

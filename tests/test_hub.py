@@ -40,7 +40,9 @@ class Hub(http.server.ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Answers)
         self.address = f"http://127.0.0.1:{self.server_port}"
-        self.repos: dict[str, dict[str, dict[str, bytes]]] = {}  # name -> revision -> path -> content
+        self.repos: dict[
+            str, dict[str, dict[str, bytes]]
+        ] = {}  # name -> revision -> path -> content
         self.private: dict[str, bool] = {}
         self.gated: set[str] = set()
         self.uploaded: dict[str, bytes] = {}  # sha256 -> content
@@ -48,12 +50,20 @@ class Hub(http.server.ThreadingHTTPServer):
 
     def commit(self, name: str, files: dict[str, bytes]) -> str:
         """Make `files` the content of main; returns the commit's hash."""
-        sha = hashlib.sha1(json.dumps({path: hashlib.sha1(content).hexdigest() for path, content in files.items()}).encode()).hexdigest()
+        sha = hashlib.sha1(
+            json.dumps(
+                {path: hashlib.sha1(content).hexdigest() for path, content in files.items()}
+            ).encode()
+        ).hexdigest()
         self.repos.setdefault(name, {}).update({sha: files, "main": files})
         return sha
 
     def sha_of(self, name: str, revision: str) -> str:
-        return next(sha for sha in self.repos[name] if len(sha) == 40 and self.repos[name][sha] is self.repos[name][revision])
+        return next(
+            sha
+            for sha in self.repos[name]
+            if len(sha) == 40 and self.repos[name][sha] is self.repos[name][revision]
+        )
 
 
 class Answers(http.server.BaseHTTPRequestHandler):
@@ -85,10 +95,21 @@ class Answers(http.server.BaseHTTPRequestHandler):
         if file and name in self.server.gated:
             return self.reply(403, X_Error_Code="GatedRepo")
         if file:
-            return self.reply(body=files[file[3]], ETag=hashlib.sha1(files[file[3]]).hexdigest(), X_Repo_Commit=sha)
+            return self.reply(
+                body=files[file[3]],
+                ETag=hashlib.sha1(files[file[3]]).hexdigest(),
+                X_Repo_Commit=sha,
+            )
         if found[2] == "tree":
-            return self.reply(body=[{"type": "file", "path": p, "size": len(c), "oid": hashlib.sha1(c).hexdigest()} for p, c in files.items()])
-        return self.reply(body={"id": name, "sha": sha, "siblings": [{"rfilename": path} for path in files]})
+            return self.reply(
+                body=[
+                    {"type": "file", "path": p, "size": len(c), "oid": hashlib.sha1(c).hexdigest()}
+                    for p, c in files.items()
+                ]
+            )
+        return self.reply(
+            body={"id": name, "sha": sha, "siblings": [{"rfilename": path} for path in files]}
+        )
 
     do_HEAD = do_GET
 
@@ -103,18 +124,38 @@ class Answers(http.server.BaseHTTPRequestHandler):
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}"
             if name in repos:
-                return self.reply(409, body={"error": "You already created this model repo", "url": f"{self.server.address}/{name}"})
-            self.server.private[name] = asked.get("visibility") == "private" or asked.get("private") is True
+                return self.reply(
+                    409,
+                    body={
+                        "error": "You already created this model repo",
+                        "url": f"{self.server.address}/{name}",
+                    },
+                )
+            self.server.private[name] = (
+                asked.get("visibility") == "private" or asked.get("private") is True
+            )
             self.server.commit(name, {})
             return self.reply(body={"url": f"{self.server.address}/{name}"})
         if self.path.endswith("/info/lfs/objects/batch"):
             objects = json.loads(body)["objects"]
-            actions = [{**o, "actions": {"upload": {"href": f"{self.server.address}/lfs/{o['oid']}"}}} for o in objects]
-            return self.reply(body={"transfer": "basic", "objects": actions}, Content_Type="application/vnd.git-lfs+json")
-        name, what = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main", self.path.split("?")[0]).groups()
+            actions = [
+                {**o, "actions": {"upload": {"href": f"{self.server.address}/lfs/{o['oid']}"}}}
+                for o in objects
+            ]
+            return self.reply(
+                body={"transfer": "basic", "objects": actions},
+                Content_Type="application/vnd.git-lfs+json",
+            )
+        name, what = re.fullmatch(
+            r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main", self.path.split("?")[0]
+        ).groups()
         if what == "preupload":
             modes = [
-                {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular", "shouldIgnore": False}
+                {
+                    "path": f["path"],
+                    "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular",
+                    "shouldIgnore": False,
+                }
                 for f in json.loads(body)["files"]
             ]
             return self.reply(body={"files": modes})
@@ -128,10 +169,14 @@ class Answers(http.server.BaseHTTPRequestHandler):
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
         sha = self.server.commit(name, files)
-        return self.reply(body={"commitUrl": f"{self.server.address}/{name}/commit/{sha}", "commitOid": sha})
+        return self.reply(
+            body={"commitUrl": f"{self.server.address}/{name}/commit/{sha}", "commitOid": sha}
+        )
 
     def do_PUT(self):
-        self.server.uploaded[self.path.split("/")[-1]] = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.uploaded[self.path.split("/")[-1]] = self.rfile.read(
+            int(self.headers["Content-Length"])
+        )
         self.reply()
 
 
@@ -146,23 +191,42 @@ def server():
 
 def environment(home: pathlib.Path, **changes) -> dict[str, str]:
     """Of a machine whose hub cache and login are `home`; large files go by LFS, since the xet protocol needs a store of its own."""
-    ours = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    return {**ours, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **changes}
+    ours = {
+        name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))
+    }
+    return {
+        **ours,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        **changes,
+    }
 
 
 def ask(sources: list[str], **settings) -> list[str]:
     """What hub.local answers to each: "IS DIRECTORY" or "NO SENTENCE"."""
-    told = subprocess.run([sys.executable, "-c", ASK, *sources], env=environment(**settings), capture_output=True, text=True, check=True)
+    told = subprocess.run(
+        [sys.executable, "-c", ASK, *sources],
+        env=environment(**settings),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return told.stdout.splitlines()
 
 
 def a_model(directory, spec, one, seed=0) -> pathlib.Path:
-    huggingface.export(spec, llama.init(spec, seed, one, jnp.bfloat16), directory)
+    huggingface.write_hf_model(spec, llama.init_params(spec, seed, one, jnp.bfloat16), directory)
     return directory
 
 
 def contents(directory: pathlib.Path) -> dict[str, bytes]:
-    return {str(file.relative_to(directory)): file.read_bytes() for file in sorted(directory.rglob("*")) if file.is_file()}
+    return {
+        str(file.relative_to(directory)): file.read_bytes()
+        for file in sorted(directory.rglob("*"))
+        if file.is_file()
+    }
 
 
 def test_a_cached_model_is_a_source_offline_at_each_of_its_revisions(tmp_path, spec, one):
@@ -179,24 +243,49 @@ def test_a_cached_model_is_a_source_offline_at_each_of_its_revisions(tmp_path, s
     (pickled / "refs").mkdir()
     (pickled / "refs" / "main").write_text(shas[0])
     names = ["tiny", "tiny@better", f"tiny@{shas[1]}", "tiny@worse", "other", "pickled"]
-    told = ask([*(f"hf:org/{name}" for name in names), "hf:a/b/c", "org/tiny"], home=tmp_path, HF_HUB_OFFLINE="1")
+    told = ask(
+        [*(f"hf:org/{name}" for name in names), "hf:a/b/c", "org/tiny"],
+        home=tmp_path,
+        HF_HUB_OFFLINE="1",
+    )
     assert told[:3] == [f"IS {cache / 'snapshots' / sha}" for sha in (shas[0], shas[1], shas[1])]
     assert all("not whole in this machine's cache" in answer for answer in told[3:5])
     assert "has no safetensors" in told[5] and "cannot be the name" in told[6]
     assert told[7] == "IS org/tiny", "a path is its own"
-    assert hub.name_of(cache / "snapshots" / shas[0]) == f"org/tiny@{shas[0]}" and hub.name_of(tmp_path) is None
-    first, second = (huggingface.load(pathlib.Path(answer[3:]), one)[1]["embed"] for answer in told[:2])
+    assert (
+        hub.recorded_hub_name(cache / "snapshots" / shas[0]) == f"org/tiny@{shas[0]}"
+        and hub.recorded_hub_name(tmp_path) is None
+    )
+    first, second = (
+        huggingface.load_hf_model(pathlib.Path(answer[3:]), one)[1]["embed"] for answer in told[:2]
+    )
     assert not np.array_equal(first, second)
 
 
-def test_a_model_is_fetched_without_what_could_run_code_or_lies_there_twice(server, tmp_path, spec, one):
-    files = contents(a_model(tmp_path / "made", spec, one)) | {"tokenizer.json": b"{}", "jaxpt.json": b"{}"}
-    rest = ["pytorch_model.bin", "model.pt", "consolidated.safetensors", "original/tokenizer.model", "onnx/model.onnx", "modeling.py", "README.md"]
+def test_a_model_is_fetched_without_what_could_run_code_or_lies_there_twice(
+    server, tmp_path, spec, one
+):
+    files = contents(a_model(tmp_path / "made", spec, one)) | {
+        "tokenizer.json": b"{}",
+        "jaxpt.json": b"{}",
+    }
+    rest = [
+        "pytorch_model.bin",
+        "model.pt",
+        "consolidated.safetensors",
+        "original/tokenizer.model",
+        "onnx/model.onnx",
+        "modeling.py",
+        "README.md",
+    ]
     server.commit("org/tiny", files | dict.fromkeys(rest, b"x"))
     server.commit("org/closed", files)
     server.gated.add("org/closed")
     settings = {"home": tmp_path / "home", "HF_ENDPOINT": server.address}
-    told = ask(["hf:org/tiny", "hf:org/tiny@main", "hf:org/tiny@nowhere", "hf:org/none", "hf:org/closed"], **settings)
+    told = ask(
+        ["hf:org/tiny", "hf:org/tiny@main", "hf:org/tiny@nowhere", "hf:org/none", "hf:org/closed"],
+        **settings,
+    )
     assert contents(pathlib.Path(told[0].removeprefix("IS "))) == files and told[1] == told[0]
     assert "has no such revision" in told[2] and "the hub has no such model" in told[3]
     assert "Accept it on the model's page of the hub, then log in" in told[4]
@@ -205,7 +294,12 @@ def test_a_model_is_fetched_without_what_could_run_code_or_lies_there_twice(serv
 
 
 def door(*arguments, **settings):
-    told = subprocess.run([sys.executable, ROOT / "scripts/export_hf.py", *arguments], env=environment(**settings), capture_output=True, text=True)
+    told = subprocess.run(
+        [sys.executable, ROOT / "scripts/export_hf.py", *arguments],
+        env=environment(**settings),
+        capture_output=True,
+        text=True,
+    )
     return told.returncode, told.stdout + told.stderr
 
 
@@ -215,7 +309,9 @@ def test_a_pushed_export_comes_back_byte_for_byte(server, tmp_path, spec, one):
     settings = {"HF_ENDPOINT": server.address, "home": tmp_path / "home"}
 
     status, told = door(*push, **settings)
-    assert status == 1 and "no token" in told and len(told.splitlines()) == 1 and not out.exists(), "said before any work"
+    assert (
+        status == 1 and "no token" in told and len(told.splitlines()) == 1 and not out.exists()
+    ), "said before any work"
     status, told = door(*push, **settings, HF_TOKEN="hf_reads")
     assert status == 1 and "the hub did not do it" in told and "Traceback" not in told
 
@@ -223,14 +319,30 @@ def test_a_pushed_export_comes_back_byte_for_byte(server, tmp_path, spec, one):
     assert status == 0 and f"{server.address}/org/child" in told, told
     pushed = contents(out)
     assert server.repos["org/child"]["main"] == pushed and server.private["org/child"]
-    assert pushed["model.safetensors"] == (source / "model.safetensors").read_bytes(), "bfloat16 stays bfloat16"
-    assert {"manifest.json", "jaxpt.json", "README.md", "config.json", "model.safetensors"} <= pushed.keys()
+    assert pushed["model.safetensors"] == (source / "model.safetensors").read_bytes(), (
+        "bfloat16 stays bfloat16"
+    )
+    assert {
+        "manifest.json",
+        "jaxpt.json",
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    } <= pushed.keys()
     (fetched,) = ask(["hf:org/child"], **settings)
     fetched = contents(pathlib.Path(fetched.removeprefix("IS ")))
     assert fetched == {name: content for name, content in pushed.items() if name != "README.md"}
 
     # again, over an older export that was cut into more files; what is not ours stays
-    server.commit("org/child", {**pushed, "model-00001-of-00002.safetensors": b"x", "model.safetensors.index.json": b"{}", "notes.txt": b"x"})
+    server.commit(
+        "org/child",
+        {
+            **pushed,
+            "model-00001-of-00002.safetensors": b"x",
+            "model.safetensors.index.json": b"{}",
+            "notes.txt": b"x",
+        },
+    )
     status, told = door(*push, **settings, HF_TOKEN="hf_writes")
     assert status == 0 and "finished already" in told, told
     assert server.repos["org/child"]["main"] == pushed | {"notes.txt": b"x"}

@@ -16,9 +16,21 @@ from jaxpt.spec import UserError
 
 yaml = pytest.importorskip("yaml")
 # spaces, parentheses, both quotes, a dollar, a backslash: what shells eat
-AWKWARD = ["--config.prepare.sources=('a b=text:it\\'s $HOME/\"x\" *.txt',)", "--config.initialize.grow=('depth_upscale(m=4)',)"]
-TRAIN = launch.train_command(str(ROOT / "configs/quickstart.py") + ":child", "/shared/my runs/mine", AWKWARD)
-WANTED = ["scripts/train.py", "--config", "configs/quickstart.py:child", "--workdir", "/shared/my runs/mine", *AWKWARD]
+AWKWARD = [
+    "--config.prepare.sources=('a b=text:it\\'s $HOME/\"x\" *.txt',)",
+    "--config.initialize.grow=('depth_upscale(m=4)',)",
+]
+TRAIN = launch.train_command(
+    str(ROOT / "configs/quickstart.py") + ":child", "/shared/my runs/mine", AWKWARD
+)
+WANTED = [
+    "scripts/train.py",
+    "--config",
+    "configs/quickstart.py:child",
+    "--workdir",
+    "/shared/my runs/mine",
+    *AWKWARD,
+]
 
 # a Python that tells how it was called
 RECORDER = f"""#!{sys.executable}
@@ -40,7 +52,10 @@ def hosts(tmp_path, monkeypatch):
 
     def make(*names):
         for name in names:
-            program(tmp_path / name / "jaxpt/.venv/bin/python", RECORDER.replace("called.json", f"{tmp_path}/{name}.json"))
+            program(
+                tmp_path / name / "jaxpt/.venv/bin/python",
+                RECORDER.replace("called.json", f"{tmp_path}/{name}.json"),
+            )
             (tmp_path / name / "jaxpt/.venv/.installed").touch()
 
     return make
@@ -56,28 +71,40 @@ def called(path):
 
 def test_ssh_starts_the_given_command_on_every_host_word_for_word(tmp_path, hosts):
     hosts("one", "two")
-    program(tmp_path / "bin/ssh", f'#!/bin/bash\n[ "$1" = -n ] && shift\nhost=${{1#*@}}; shift; cd {tmp_path}/$host && exec bash -c "$*"\n')
-    launch.go(launch.ssh(["one", "me@two"], TRAIN))
+    program(
+        tmp_path / "bin/ssh",
+        f'#!/bin/bash\n[ "$1" = -n ] && shift\nhost=${{1#*@}}; shift; cd {tmp_path}/$host && exec bash -c "$*"\n',
+    )
+    launch.execute_launch(launch.plan_ssh(["one", "me@two"], TRAIN))
     for i, host in enumerate(("one", "two")):
         argv, environment = called(tmp_path / f"{host}.json")
         assert argv == WANTED
-        assert environment == {"JAXPT_COORDINATOR": f"one:{launch.PORT}", "JAXPT_PROCESSES": "2", "JAXPT_PROCESS": str(i)}
+        assert environment == {
+            "JAXPT_COORDINATOR": f"one:{launch.COORDINATOR_PORT}",
+            "JAXPT_PROCESSES": "2",
+            "JAXPT_PROCESS": str(i),
+        }
         assert (tmp_path / host / "jaxpt/scripts/train.py").is_file(), "the clone is there"
 
 
 def test_a_run_that_is_going_on_is_not_started_twice_and_can_be_stopped(tmp_path, hosts):
     hosts("one")
     program(tmp_path / "one/jaxpt/.venv/bin/python", "#!/bin/bash\nexec sleep 60\n")
-    program(tmp_path / "bin/ssh", f'#!/bin/bash\n[ "$1" = -n ] && shift\nshift; cd {tmp_path}/one && exec bash -c "$*"\n')
-    recipe = launch.ssh(["one"], TRAIN)
-    launch.go(recipe)
+    program(
+        tmp_path / "bin/ssh",
+        f'#!/bin/bash\n[ "$1" = -n ] && shift\nshift; cd {tmp_path}/one && exec bash -c "$*"\n',
+    )
+    recipe = launch.plan_ssh(["one"], TRAIN)
+    launch.execute_launch(recipe)
     pid = int((tmp_path / "one/jaxpt/train-0.pid").read_text())
     with pytest.raises(UserError, match="nothing after it was started"):
-        launch.go(recipe)
+        launch.execute_launch(recipe)
     os.kill(pid, 0)  # the first one lives
-    subprocess.run(["bash", "-c", recipe.after["stop"]], check=True)
+    subprocess.run(["bash", "-c", recipe.notes["stop"]], check=True)
     for _ in range(100):
-        if subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip() in ("", "Z"):
+        if subprocess.run(
+            ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True
+        ).stdout.strip() in ("", "Z"):
             return
         time.sleep(0.05)
     raise AssertionError("it was not stopped")
@@ -90,31 +117,45 @@ def test_a_tpu_slice_starts_the_given_command_on_every_worker(tmp_path, hosts):
         f"#!/bin/bash\nfor word; do case $word in --command=*) command=${{word#--command=}};; esac; done\n"
         f'for worker in w0 w1; do cd {tmp_path}/$worker; if [ "$4" = scp ]; then cp "$5" jaxpt.tgz; else bash -c "$command"; fi; done\n',
     )
-    launch.go(launch.tpu_vm("my-tpu", "us-east5-a", TRAIN))
+    launch.execute_launch(launch.plan_tpu_vm("my-tpu", "us-east5-a", TRAIN))
     for worker in ("w0", "w1"):
         assert called(tmp_path / f"{worker}.json") == [WANTED, {}]
 
 
-@pytest.mark.parametrize(("ends", "finished", "requeued"), [(0, True, False), (143, False, True), (1, False, False)])
-def test_a_slurm_job_is_queued_again_when_it_was_asked_to_stop_and_only_then(tmp_path, hosts, ends, finished, requeued):
+@pytest.mark.parametrize(
+    ("ends", "finished", "requeued"), [(0, True, False), (143, False, True), (1, False, False)]
+)
+def test_a_slurm_job_is_queued_again_when_it_was_asked_to_stop_and_only_then(
+    tmp_path, hosts, ends, finished, requeued
+):
     workdir = str(tmp_path / "my run")
-    recipe = launch.slurm(3, 4, workdir, TRAIN)
+    recipe = launch.plan_slurm(3, 4, workdir, TRAIN)
     [script] = recipe.files.values()
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-    assert {"#SBATCH --nodes=3", "#SBATCH --ntasks-per-node=1", "#SBATCH --gres=gpu:4", "#SBATCH --signal=TERM@120"} <= set(script.split("\n"))
+    assert {
+        "#SBATCH --nodes=3",
+        "#SBATCH --ntasks-per-node=1",
+        "#SBATCH --gres=gpu:4",
+        "#SBATCH --signal=TERM@120",
+    } <= set(script.split("\n"))
     (tmp_path / "my run").mkdir()
     if finished:
         (tmp_path / "my run/manifest.json").touch()
-    program(tmp_path / "bin/srun", RECORDER.replace("called.json", f"{tmp_path}/srun.json") + f"sys.exit({ends})\n")
+    program(
+        tmp_path / "bin/srun",
+        RECORDER.replace("called.json", f"{tmp_path}/srun.json") + f"sys.exit({ends})\n",
+    )
     program(tmp_path / "bin/scontrol", f'#!/bin/bash\necho "$@" >{tmp_path}/again\n')
     program(tmp_path / "bin/sbatch", '#!/bin/bash\nSLURM_JOB_ID=7 bash "${@: -1}"\n')
     try:
-        launch.go(recipe)
+        launch.execute_launch(recipe)
     except UserError:
         assert ends
     argv, environment = called(tmp_path / "srun.json")
     assert argv[argv.index(sys.executable) + 1 :] == WANTED
-    assert environment["JAX_LOCAL_DEVICE_IDS"] == "0,1,2,3", "JAX alone would give each task one GPU"
+    assert environment["JAX_LOCAL_DEVICE_IDS"] == "0,1,2,3", (
+        "JAX alone would give each task one GPU"
+    )
     assert (tmp_path / "again").exists() == requeued
 
 
@@ -126,49 +167,87 @@ def test_a_slurm_job_is_queued_again_when_it_was_asked_to_stop_and_only_then(tmp
             16,
             4,
             "google.com/tpu",
-            {"cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice", "cloud.google.com/gke-tpu-topology": "4x4x4"},
+            {
+                "cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",
+                "cloud.google.com/gke-tpu-topology": "4x4x4",
+            },
         ),
         (
             "v5e:2x4",
             1,
             8,
             "google.com/tpu",
-            {"cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice", "cloud.google.com/gke-tpu-topology": "2x4"},
+            {
+                "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
+                "cloud.google.com/gke-tpu-topology": "2x4",
+            },
         ),
-        ("v6e:1x1", 1, 1, "google.com/tpu", {"cloud.google.com/gke-tpu-accelerator": "tpu-v6e-slice", "cloud.google.com/gke-tpu-topology": "1x1"}),
-        ("h100:24", 3, 8, "nvidia.com/gpu", {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"}),
+        (
+            "v6e:1x1",
+            1,
+            1,
+            "google.com/tpu",
+            {
+                "cloud.google.com/gke-tpu-accelerator": "tpu-v6e-slice",
+                "cloud.google.com/gke-tpu-topology": "1x1",
+            },
+        ),
+        (
+            "h100:24",
+            3,
+            8,
+            "nvidia.com/gpu",
+            {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"},
+        ),
     ],
 )
 def test_a_jobset_asks_for_whole_hosts(on, n, each, resource, labels):
-    found = yaml.safe_load(launch.jobset("mine", on, "registry/image", "claim", "/runs/mine", TRAIN))
+    found = yaml.safe_load(
+        launch.render_jobset("mine", on, "registry/image", "claim", "/runs/mine", TRAIN)
+    )
     assert (found["apiVersion"], found["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     [replicated] = found["spec"]["replicatedJobs"]
     job = replicated["template"]["spec"]
     pod = job["template"]["spec"]
     [container] = pod["containers"]
-    assert (job["completions"], job["parallelism"], job["completionMode"], job["backoffLimit"]) == (n, n, "Indexed", 0)
+    assert (job["completions"], job["parallelism"], job["completionMode"], job["backoffLimit"]) == (
+        n,
+        n,
+        "Indexed",
+        0,
+    )
     assert pod["nodeSelector"] == labels and container["resources"]["limits"] == {resource: each}
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {
+        volume["name"] for volume in pod["volumes"]
+    }
     environment = {each["name"]: each.get("value") for each in container.get("env", [])}
     if resource == "nvidia.com/gpu":
-        assert environment == {"JAXPT_COORDINATOR": f"mine-hosts-0-0.mine:{launch.PORT}", "JAXPT_PROCESSES": str(n), "JAXPT_PROCESS": None}
+        assert environment == {
+            "JAXPT_COORDINATOR": f"mine-hosts-0-0.mine:{launch.COORDINATOR_PORT}",
+            "JAXPT_PROCESSES": str(n),
+            "JAXPT_PROCESS": None,
+        }
     else:
         assert not environment, "TPU hosts know each other"
 
 
 @pytest.mark.parametrize(("finished", "status"), [(True, 0), (False, 75)])
-def test_a_pod_hands_on_the_notice_to_stop_and_ends_well_only_when_the_run_is_finished(tmp_path, hosts, finished, status):
+def test_a_pod_hands_on_the_notice_to_stop_and_ends_well_only_when_the_run_is_finished(
+    tmp_path, hosts, finished, status
+):
     hosts()
     workdir = tmp_path / "my runs"
     workdir.mkdir()
     if finished:
         (workdir / "manifest.json").touch()
-    found = yaml.safe_load(launch.jobset("mine", "h100:8", "image", "claim", str(workdir), TRAIN))
-    command = found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]["command"]
-    command = [word.replace("$$", "$") for word in command]  # as Kubernetes does
-    waiting = (
-        "import signal, time\nsignal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), sys.exit(0)))\nopen('ready', 'w').close()\ntime.sleep(60)\n"
+    found = yaml.safe_load(
+        launch.render_jobset("mine", "h100:8", "image", "claim", str(workdir), TRAIN)
     )
+    command = found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"][
+        "containers"
+    ][0]["command"]
+    command = [word.replace("$$", "$") for word in command]  # as Kubernetes does
+    waiting = "import signal, time\nsignal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), sys.exit(0)))\nopen('ready', 'w').close()\ntime.sleep(60)\n"
     program(tmp_path / "bin/python", RECORDER + waiting)
     pod = subprocess.Popen(command, cwd=tmp_path)
     while not (tmp_path / "ready").exists():
@@ -181,15 +260,32 @@ def test_a_pod_hands_on_the_notice_to_stop_and_ends_well_only_when_the_run_is_fi
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (lambda: launch.train_command(str(ROOT / "configs/base.py"), "runs/x", []), "absolute path"),
-        (lambda: launch.train_command(str(ROOT / "configs/base.py"), "gs://bucket/x", []), "Mount it"),
+        (
+            lambda: launch.train_command(str(ROOT / "configs/base.py"), "runs/x", []),
+            "absolute path",
+        ),
+        (
+            lambda: launch.train_command(str(ROOT / "configs/base.py"), "gs://bucket/x", []),
+            "Mount it",
+        ),
         (lambda: launch.train_command("/etc/passwd", "/runs/x", []), "Put it into the clone"),
-        (lambda: launch.jobset("mine", "v5p:16", "i", "c", "/runs/x", TRAIN), "v5p:4x4x4"),
-        (lambda: launch.jobset("mine", "h100:12", "i", "c", "/runs/x", TRAIN), "no whole number of hosts of 8"),
-        (lambda: launch.jobset("My_Run", "h100:8", "i", "c", "/runs/x", TRAIN), "small letters"),
-        (lambda: launch.jobset("mine", "h100:8", "i", "c", "/x", TRAIN), "its parent"),
-        (lambda: launch.slurm(0, 8, "/runs/x", TRAIN), "at least one node"),
-        (lambda: launch.go(launch.Launch(("no-such-program",), {}, [["touch started"]], {})), "no-such-program: not on this machine's PATH"),
+        (lambda: launch.render_jobset("mine", "v5p:16", "i", "c", "/runs/x", TRAIN), "v5p:4x4x4"),
+        (
+            lambda: launch.render_jobset("mine", "h100:12", "i", "c", "/runs/x", TRAIN),
+            "no whole number of hosts of 8",
+        ),
+        (
+            lambda: launch.render_jobset("My_Run", "h100:8", "i", "c", "/runs/x", TRAIN),
+            "small letters",
+        ),
+        (lambda: launch.render_jobset("mine", "h100:8", "i", "c", "/x", TRAIN), "its parent"),
+        (lambda: launch.plan_slurm(0, 8, "/runs/x", TRAIN), "at least one node"),
+        (
+            lambda: launch.execute_launch(
+                launch.LaunchPlan(("no-such-program",), {}, [["touch started"]], {})
+            ),
+            "no-such-program: not on this machine's PATH",
+        ),
     ],
 )
 def test_what_cannot_be_launched_is_told_before_anything_starts(make, told):
@@ -199,9 +295,28 @@ def test_what_cannot_be_launched_is_told_before_anything_starts(make, told):
 
 def test_without_go_nothing_is_done_and_what_is_printed_does_it(tmp_path, hosts):
     hosts("one", "two")
-    program(tmp_path / "bin/ssh", f'#!/bin/bash\n[ "$1" = -n ] && shift\nhost=$1; shift; cd {tmp_path}/$host && exec bash -c "$*"\n')
-    words = ["ssh", "--hosts", "one", "two", "--config", "configs/quickstart.py:child", "--workdir", "/shared/my runs/mine", *AWKWARD]
-    told = subprocess.run([sys.executable, "scripts/launch.py", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    program(
+        tmp_path / "bin/ssh",
+        f'#!/bin/bash\n[ "$1" = -n ] && shift\nhost=$1; shift; cd {tmp_path}/$host && exec bash -c "$*"\n',
+    )
+    words = [
+        "ssh",
+        "--hosts",
+        "one",
+        "two",
+        "--config",
+        "configs/quickstart.py:child",
+        "--workdir",
+        "/shared/my runs/mine",
+        *AWKWARD,
+    ]
+    told = subprocess.run(
+        [sys.executable, "scripts/launch.py", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert not (tmp_path / "one.json").exists() and not (tmp_path / "one/jaxpt/scripts").exists()
     subprocess.run(["bash"], input=told, cwd=ROOT, text=True, check=True)
     assert called(tmp_path / "one.json")[0] == called(tmp_path / "two.json")[0] == WANTED

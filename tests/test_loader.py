@@ -18,38 +18,52 @@ from test_tokenizer import asking, write_corpus
 
 from jaxpt import config, sharding, stage
 from jaxpt.data import loader, pack, prepare, storage, tokenizer
-from jaxpt.data.mixture import Mixture
+from jaxpt.data.mixture import MixtureSchedule
 from jaxpt.model import llama
 from jaxpt.spec import UserError
 
 BATCH_ROWS = 16
-MESHES = [{"fsdp": 8}, {"replica": 2, "fsdp": 2, "context": 2}, {"fsdp": 2, "tensor": 2, "context": 2}, {"fsdp": 1, "context": 8}]
+MESHES = [
+    {"fsdp": 8},
+    {"replica": 2, "fsdp": 2, "context": 2},
+    {"fsdp": 2, "tensor": 2, "context": 2},
+    {"fsdp": 1, "context": 8},
+]
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     workdir = prepared(tmp_path_factory.mktemp("packed"))
-    pack.run(packing(), workdir)
+    pack.pack_corpus(packing(), workdir)
     return workdir
 
 
 @pytest.fixture(scope="module")
 def rows(workdir):
-    return loader.open_rows([workdir / "packed"])
+    return loader.open_packed([workdir / "packed"])
 
 
 @pytest.fixture(scope="module")
 def mixture(rows):
-    return Mixture(config.Mixture(phases=((0, {"english": 0.7, "code": 0.3}), (2, {"code": 1.0}))), rows.n_rows, BATCH_ROWS)
+    return MixtureSchedule(
+        config.MixtureConfig(phases=((0, {"english": 0.7, "code": 0.3}), (2, {"code": 1.0}))),
+        rows.n_rows,
+        BATCH_ROWS,
+    )
 
 
 def mesh_of(sizes: dict) -> jax.sharding.NamedSharding:
-    return sharding.batch_sharding(sharding.make_mesh(config.Mesh(**{"fsdp": 1, **sizes}), jax.devices()[: np.prod(list(sizes.values()))]))
+    return sharding.make_batch_sharding(
+        sharding.make_mesh(
+            config.MeshConfig(**{"fsdp": 1, **sizes}),
+            jax.devices()[: np.prod(list(sizes.values()))],
+        )
+    )
 
 
 def batches(n, *arguments, **keywords):
     """The first n batches of a stream as numpy."""
-    stream = loader.stream(*arguments, **keywords)
+    stream = loader.iterate_batches(*arguments, **keywords)
     try:
         return [jax.tree.map(np.asarray, next(stream)) for _ in range(n)]
     finally:
@@ -84,26 +98,30 @@ def test_rows_are_found_across_record_batches_and_shards(workdir, tmp_path, monk
     monkeypatch.setattr(pack, "BATCH_TOKENS", 7 * ROW_LEN)
     for part in ("corpus", "tokenizer"):
         shutil.copytree(workdir / part, tmp_path / part)
-    pack.run(packing(), tmp_path)
-    one, many = loader.open_rows([workdir / "packed"]), loader.open_rows([tmp_path / "packed"])
+    pack.pack_corpus(packing(), tmp_path)
+    one, many = loader.open_packed([workdir / "packed"]), loader.open_packed([tmp_path / "packed"])
     assert len(many.sources["english"].index) > 20
     for i in range(one.n_rows["english"]):
-        for a, b in zip(one.row("english", i), many.row("english", i), strict=True):
+        for a, b in zip(
+            one.read_sequence("english", i), many.read_sequence("english", i), strict=True
+        ):
             np.testing.assert_array_equal(a, b)
-        assert one.doc_ids("english", i) == many.doc_ids("english", i)
+        assert one.read_document_ids("english", i) == many.read_document_ids("english", i)
 
 
-def random_rows(rng, n=6, row_len=37) -> list[loader.Row]:
+def random_rows(rng, n=6, seq_len=37) -> list[loader.PackedSequence]:
     """Pieces of 1 token and more, rows full and not, one row empty, loss that starts late."""
     made = []
     for i in range(n):
         lengths = []
-        while i and sum(lengths) < row_len and rng.random() > 0.1:
-            lengths.append(int(rng.integers(1, min(14, row_len - sum(lengths)) + 1)))
-        tokens = np.zeros(row_len, np.int32)
+        while i and sum(lengths) < seq_len and rng.random() > 0.1:
+            lengths.append(int(rng.integers(1, min(14, seq_len - sum(lengths)) + 1)))
+        tokens = np.zeros(seq_len, np.int32)
         tokens[: sum(lengths)] = rng.integers(1, 99, sum(lengths))
-        loss_from = np.array([rng.choice([0, 0, rng.integers(0, n + 1)]) for n in lengths], np.int32)
-        made.append(loader.Row(tokens, np.array(lengths, np.int32), loss_from))
+        loss_from = np.array(
+            [rng.choice([0, 0, rng.integers(0, n + 1)]) for n in lengths], np.int32
+        )
+        made.append(loader.PackedSequence(tokens, np.array(lengths, np.int32), loss_from))
     return made
 
 
@@ -117,7 +135,9 @@ def test_a_batch_is_what_spec_says(document_mask):
         batch = loader.make_batch(rows, document_mask)
         assert [field.dtype for field in batch] == [np.int32] * 4 + [np.float32]
         for r, row in enumerate(rows):
-            where = [(piece, k) for piece, n in enumerate(row.doc_lens) for k in range(n)]  # (piece, place in it) of each token
+            where = [
+                (piece, k) for piece, n in enumerate(row.doc_lens) for k in range(n)
+            ]  # (piece, place in it) of each token
             for t in range(len(row.tokens)):
                 got = tuple(field[r, t] for field in batch)
                 if t >= len(where):
@@ -127,33 +147,55 @@ def test_a_batch_is_what_spec_says(document_mask):
                 there = t + 1 < len(where) and (not document_mask or where[t + 1][0] == piece)
                 trained = there and where[t + 1][1] >= row.loss_from[where[t + 1][0]]
                 target = row.tokens[t + 1] if trained else 0
-                wanted = (row.tokens[t], target, piece + 1 if document_mask else 1, k if document_mask else t, float(trained))
+                wanted = (
+                    row.tokens[t],
+                    target,
+                    piece + 1 if document_mask else 1,
+                    k if document_mask else t,
+                    float(trained),
+                )
                 assert got == wanted
 
 
 def test_from_disk_to_logits_a_document_reads_as_if_it_stood_alone(workdir, rows, spec, one):
     """Whatever its neighbours are and wherever in the row it begins; with document_mask off it does see them."""
-    spec = spec.replace(vocab_size=704, max_positions=ROW_LEN)
-    params = llama.init(spec, 0, one)
+    spec = spec.replace(vocab_size=704, max_seq_len=ROW_LEN)
+    params = llama.init_params(spec, 0, one)
 
     @jax.jit
     def logits(batch):
-        model = llama.bind(spec, params)
-        return model(batch.tokens, batch.segments, batch.positions) @ model.head()
+        model = llama.bind_params(spec, params)
+        return model(batch.tokens, batch.segments, batch.positions) @ model.lm_head()
 
-    name, i = next((n, i) for n in rows.names for i in range(rows.n_rows[n]) if len(rows.row(n, i).doc_lens) > 2)
+    name, i = next(
+        (n, i)
+        for n in rows.names
+        for i in range(rows.n_rows[n])
+        if len(rows.row(n, i).doc_lens) > 2
+    )
     row = rows.row(name, i)
     ends = np.cumsum([0, *row.doc_lens])
-    together, seen = (np.asarray(logits(loader.make_batch([row], mask)))[0] for mask in (True, False))
+    together, seen = (
+        np.asarray(logits(loader.make_batch([row], mask)))[0] for mask in (True, False)
+    )
     for k, length in enumerate(row.doc_lens):
         piece = np.zeros_like(row.tokens)
         piece[:length] = row.tokens[ends[k] : ends[k + 1]]
-        alone = loader.make_batch([loader.Row(piece, row.doc_lens[k : k + 1], row.loss_from[k : k + 1])], True)
-        np.testing.assert_allclose(together[ends[k] : ends[k + 1]], np.asarray(logits(alone))[0, :length], atol=2e-5)
-        assert k == 0 or np.abs(seen[ends[k] : ends[k + 1]] - together[ends[k] : ends[k + 1]]).max() > 1e-2
+        alone = loader.make_batch(
+            [loader.PackedSequence(piece, row.doc_lens[k : k + 1], row.loss_from[k : k + 1])], True
+        )
+        np.testing.assert_allclose(
+            together[ends[k] : ends[k + 1]], np.asarray(logits(alone))[0, :length], atol=2e-5
+        )
+        assert (
+            k == 0
+            or np.abs(seen[ends[k] : ends[k + 1]] - together[ends[k] : ends[k + 1]]).max() > 1e-2
+        )
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "-".join(f"{k}{v}" for k, v in sizes.items()))
+@pytest.mark.parametrize(
+    "sizes", MESHES, ids=lambda sizes: "-".join(f"{k}{v}" for k, v in sizes.items())
+)
 def test_any_mesh_gets_the_batch_of_one_device(sizes, rows, mixture):
     alone = batches(4, rows, mixture, mesh_of({"fsdp": 1}), BATCH_ROWS, 0, True)
     spread = batches(4, rows, mixture, mesh_of(sizes), BATCH_ROWS, 0, True)
@@ -167,8 +209,12 @@ def test_any_mesh_gets_the_batch_of_one_device(sizes, rows, mixture):
 def test_a_stream_resumed_at_any_row_is_the_uncut_stream(rows, mixture):
     """Also with another batch size from then on: no row is repeated or skipped."""
     one = mesh_of({"fsdp": 1})
-    tokens = np.concatenate([batch.tokens for batch in batches(6, rows, mixture, one, BATCH_ROWS, 0, True)])
-    random = np.random.default_rng().integers((0, 1), (95, 17), (4, 2)).tolist()  # other rows every time
+    tokens = np.concatenate(
+        [batch.tokens for batch in batches(6, rows, mixture, one, BATCH_ROWS, 0, True)]
+    )
+    random = (
+        np.random.default_rng().integers((0, 1), (95, 17), (4, 2)).tolist()
+    )  # other rows every time
     for first_row, batch_rows in ((48, 16), (7, 16), (32, 4), (95, 1), *random):
         resumed = batches(1, rows, mixture, one, batch_rows, first_row, True)[0]
         wanted = tokens[first_row : first_row + batch_rows]
@@ -217,8 +263,10 @@ jax.distributed.shutdown()
 
 def test_any_number_of_hosts_gets_the_same_batch_and_reads_only_its_own_rows(workdir, rows):
     """Real processes, joined by jax.distributed."""
-    mix = Mixture(config.Mixture(), rows.n_rows, BATCH_ROWS)
-    whole = loader.make_batch([rows.row(*mix.row_at(32 + slot)) for slot in range(BATCH_ROWS)], True).targets
+    mix = MixtureSchedule(config.MixtureConfig(), rows.n_rows, BATCH_ROWS)
+    whole = loader.make_batch(
+        [rows.row(*mix.sequence_at(32 + slot)) for slot in range(BATCH_ROWS)], True
+    ).targets
     for n_hosts in (2, 4):
         with socket.socket() as free:
             free.bind(("localhost", 0))
@@ -238,46 +286,55 @@ def test_any_number_of_hosts_gets_the_same_batch_and_reads_only_its_own_rows(wor
                 assert host[label]["shape"] == [BATCH_ROWS, ROW_LEN]
             np.testing.assert_array_equal(rebuilt, whole)
         assert [host["rows"]["n_read"] for host in found] == [BATCH_ROWS // n_hosts] * n_hosts
-        assert [host["positions"]["n_read"] for host in found] == [BATCH_ROWS // 2] * n_hosts, "4 devices share a row's positions"
+        assert [host["positions"]["n_read"] for host in found] == [BATCH_ROWS // 2] * n_hosts, (
+            "4 devices share a row's positions"
+        )
         assert [host["replicated"]["n_read"] for host in found] == [BATCH_ROWS] * n_hosts
 
 
 def test_heldout_batches_hold_each_row_once_and_empty_rows_count_nothing(workdir):
-    rows = loader.open_rows([workdir / "packed"], split="heldout")
+    rows = loader.open_packed([workdir / "packed"], split="heldout")
     assert rows.names == ["english"]
     n = rows.n_rows["english"]
     for sizes in ({"fsdp": 1}, {"fsdp": 4, "context": 2}):
-        found = list(loader.heldout_batches(rows, "english", mesh_of(sizes), 8, 10**9, True))
+        found = list(
+            loader.iterate_heldout_batches(rows, "english", mesh_of(sizes), 8, 10**9, True)
+        )
         assert [batch.tokens.shape for batch in found] == [(8, ROW_LEN)] * -(-n // 8)
-        whole = loader.make_batch([rows.row("english", i) for i in range(n)], True)
-        assert_equal(whole, type(whole)(*(np.concatenate(parts)[:n] for parts in zip(*found, strict=True))))
+        whole = loader.make_batch([rows.read_sequence("english", i) for i in range(n)], True)
+        assert_equal(
+            whole, type(whole)(*(np.concatenate(parts)[:n] for parts in zip(*found, strict=True)))
+        )
         assert not any(np.concatenate(parts)[n:].any() for parts in zip(*found, strict=True))
-    few = next(loader.heldout_batches(rows, "english", mesh_of({"fsdp": 1}), 8, 5, True))
-    chosen = [next(i for i in range(n) if np.array_equal(rows.row("english", i).tokens, tokens)) for tokens in few.tokens[:5]]
+    few = next(loader.iterate_heldout_batches(rows, "english", mesh_of({"fsdp": 1}), 8, 5, True))
+    chosen = [
+        next(i for i in range(n) if np.array_equal(rows.read_sequence("english", i).tokens, tokens))
+        for tokens in few.tokens[:5]
+    ]
     assert chosen == [k * n // 5 for k in range(5)], "evenly spread"
-    assert not few.weights[5:].any()
+    assert not few.loss_mask[5:].any()
 
 
-def other_packed(workdir, directory, name="other", vocab_size=700, row_len=ROW_LEN):
+def other_packed(workdir, directory, name="other", vocab_size=700, seq_len=ROW_LEN):
     """A packed directory with one more source."""
     write_corpus(directory, {name: split_documents()[0]["english"][:20]})
     if vocab_size == 700:
         shutil.copytree(workdir / "tokenizer", directory / "tokenizer")
     else:
-        tokenizer.train(asking(vocab_size=vocab_size), directory)
-    pack.run(packing(row_len=row_len), directory)
+        tokenizer.train_tokenizer(asking(vocab_size=vocab_size), directory)
+    pack.pack_corpus(packing(seq_len=seq_len), directory)
     return directory / "packed"
 
 
 def test_several_packed_directories_make_one_set_of_rows(workdir, rows, tmp_path):
     other = other_packed(workdir, tmp_path)
-    both = loader.open_rows([workdir / "packed", other])
+    both = loader.open_packed([workdir / "packed", other])
     assert both.names == ["code", "english", "other"]
-    assert both.n_rows == rows.n_rows | loader.open_rows([other]).n_rows
+    assert both.n_rows == rows.n_rows | loader.open_packed([other]).n_rows
     assert both.fingerprint != rows.fingerprint
-    assert both.fingerprint == loader.open_rows([other, workdir / "packed"]).fingerprint
-    assert both.tokenizer == tokenizer.load(workdir / "tokenizer").fingerprint
-    assert (both.row_len, both.n_pieces) == (ROW_LEN, 700)
+    assert both.fingerprint == loader.open_packed([other, workdir / "packed"]).fingerprint
+    assert both.tokenizer == tokenizer.load_tokenizer(workdir / "tokenizer").fingerprint
+    assert (both.seq_len, both.vocab_size) == (ROW_LEN, 700)
     assert set(both.unigram_nats) == set(both.names)
 
 
@@ -288,7 +345,11 @@ def damaged(workdir, directory, change, name="data-00000.arrow"):
     file.unlink()
     if change != "missing":
         middle = len(content) // 2
-        file.write_bytes(content[:middle] if change == "truncated" else content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        file.write_bytes(
+            content[:middle]
+            if change == "truncated"
+            else content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        )
     return [directory / "packed"]
 
 
@@ -299,47 +360,59 @@ def damaged(workdir, directory, change, name="data-00000.arrow"):
         (lambda w, d: [d / "nowhere"], "no manifest.json"),
         (lambda w, d: [w / "packed", w / "tokenizer"], "was made by tokenizer, wanted packed rows"),
         (lambda w, d: [w / "packed", w / "packed"], "source code was opened from another directory"),
-        (lambda w, d: [w / "packed", other_packed(w, d, row_len=64)], "its rows have 64 tokens"),
+        (lambda w, d: [w / "packed", other_packed(w, d, seq_len=64)], "its rows have 64 tokens"),
         (lambda w, d: [w / "packed", other_packed(w, d, vocab_size=650)], "Pack both with one tokenizer"),
         (lambda w, d: damaged(w, d, "missing"), "data-00000.arrow: missing"),
         (lambda w, d: damaged(w, d, "truncated"), "data-00000.arrow: .* bytes, wanted"),
         (lambda w, d: damaged(w, d, "one bit"), "data-00000.arrow: the checksum of bytes"),
-        (lambda w, d: damaged(w, d, "one bit", pack.INDEX), "batches.npy: its checksum"),
-        (lambda w, d: damaged(w, d, "missing", pack.INDEX), "batches.npy: missing"),
+        (lambda w, d: damaged(w, d, "one bit", pack.INDEX_SCHEMA), "batches.npy: its checksum"),
+        (lambda w, d: damaged(w, d, "missing", pack.INDEX_SCHEMA), "batches.npy: missing"),
     ],
     ids=["none", "missing", "not packed", "twice", "row length", "tokenizer", "shard gone", "shard cut", "shard damaged", "index damaged", "index gone"],
 )  # fmt: skip
 def test_rows_that_cannot_be_trusted_are_refused_in_one_sentence(paths, says, workdir, tmp_path):
     with pytest.raises(UserError, match=says) as error:
-        loader.open_rows(paths(workdir, tmp_path))
+        loader.open_packed(paths(workdir, tmp_path))
     assert "\n" not in str(error.value)
 
 
-def test_of_a_set_too_large_to_check_at_once_no_damaged_row_is_trained_on_and_the_damage_is_found_meanwhile(workdir, tmp_path, monkeypatch):
+def test_of_a_set_too_large_to_check_at_once_no_damaged_row_is_trained_on_and_the_damage_is_found_meanwhile(
+    workdir, tmp_path, monkeypatch
+):
     monkeypatch.setattr(pack, "BATCH_TOKENS", 40 * ROW_LEN)
     monkeypatch.setattr(loader, "VERIFY_BYTES", 0)
     monkeypatch.setattr(loader, "OPEN_BATCHES", 3)
     for part in ("corpus", "tokenizer"):
         shutil.copytree(workdir / part, tmp_path / part)
-    pack.run(packing(), tmp_path)
-    rows = loader.open_rows(damaged(tmp_path, tmp_path / "other", "one bit"))
+    pack.pack_corpus(packing(), tmp_path)
+    rows = loader.open_packed(damaged(tmp_path, tmp_path / "other", "one bit"))
     source = rows.sources["english"]
     n_bytes = (tmp_path / "packed/train/english/data-00000.arrow").stat().st_size
-    bad = next(k for k in range(len(source.index)) if source.range(k).start + source.range(k).n_bytes > n_bytes // 2)
-    sound = loader.open_rows([tmp_path / "packed"])
+    bad = next(
+        k
+        for k in range(len(source.index))
+        if source.byte_range(k).start + source.byte_range(k).n_bytes > n_bytes // 2
+    )
+    sound = loader.open_packed([tmp_path / "packed"])
     for k in range(len(source.index)):
         i = int(source.starts[k])
         if k == bad:
-            with pytest.raises(UserError, match=r"train/english/data-00000\.arrow: the checksum of bytes"):
-                rows.row("english", i)
+            with pytest.raises(
+                UserError, match=r"train/english/data-00000\.arrow: the checksum of bytes"
+            ):
+                rows.read_sequence("english", i)
         else:
-            np.testing.assert_array_equal(rows.row("english", i).tokens, sound.row("english", i).tokens)
-            assert rows.doc_ids("english", i) == sound.doc_ids("english", i)
+            np.testing.assert_array_equal(
+                rows.read_sequence("english", i).tokens, sound.read_sequence("english", i).tokens
+            )
+            assert rows.read_document_ids("english", i) == sound.read_document_ids("english", i)
     assert len(rows.open) == 3 and source.checked.sum() == len(source.checked) - 1
 
-    rows = loader.open_rows([tmp_path / "other" / "packed"])
-    mix = Mixture(config.Mixture(phases=((0, {"code": 1.0}),)), rows.n_rows, BATCH_ROWS)  # reads nothing of the damaged source
-    stream = loader.stream(rows, mix, mesh_of({"fsdp": 1}), BATCH_ROWS, 0, True)
+    rows = loader.open_packed([tmp_path / "other" / "packed"])
+    mix = MixtureSchedule(
+        config.MixtureConfig(phases=((0, {"code": 1.0}),)), rows.n_rows, BATCH_ROWS
+    )  # reads nothing of the damaged source
+    stream = loader.iterate_batches(rows, mix, mesh_of({"fsdp": 1}), BATCH_ROWS, 0, True)
     with pytest.raises(UserError, match=r"train/english/data-00000\.arrow: the checksum of bytes"):
         for _ in range(1000):
             next(stream)
@@ -349,9 +422,9 @@ def test_of_a_set_too_large_to_check_at_once_no_damaged_row_is_trained_on_and_th
 @pytest.fixture
 def bucket(workdir, tmp_path, monkeypatch):
     """The packed rows and their tokenizer in an S3 server on loopback; yields (address, client)."""
-    server = pytest.importorskip("moto.server", reason="needs moto[server], an S3 server").ThreadedMotoServer(
-        ip_address="127.0.0.1", port=0, verbose=False
-    )
+    server = pytest.importorskip(
+        "moto.server", reason="needs moto[server], an S3 server"
+    ).ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     import boto3
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -365,19 +438,21 @@ def bucket(workdir, tmp_path, monkeypatch):
     monkeypatch.setattr(pack, "BATCH_TOKENS", 40 * ROW_LEN)
     for part in ("corpus", "tokenizer"):
         shutil.copytree(workdir / part, tmp_path / part)
-    pack.run(packing(), tmp_path)
+    pack.pack_corpus(packing(), tmp_path)
     client = boto3.client("s3", endpoint_url=endpoint)
     client.create_bucket(Bucket="rows")
     for file in [*(tmp_path / "packed").rglob("*"), *(tmp_path / "tokenizer").rglob("*")]:
         if file.is_file():
-            client.put_object(Bucket="rows", Key=f"run/{file.relative_to(tmp_path)}", Body=file.read_bytes())
+            client.put_object(
+                Bucket="rows", Key=f"run/{file.relative_to(tmp_path)}", Body=file.read_bytes()
+            )
     yield "s3://rows/run/packed", client
     server.stop()
 
 
 def test_rows_in_an_object_store_are_those_on_disk_and_each_range_is_fetched_once(bucket, tmp_path):
     address, _ = bucket
-    here, there = loader.open_rows([tmp_path / "packed"]), loader.open_rows([address])
+    here, there = loader.open_packed([tmp_path / "packed"]), loader.open_packed([address])
     assert here.fingerprint == there.fingerprint and here.n_rows == there.n_rows
     place = there.sources["english"].place
     fetched, opened = [], place.opened
@@ -392,34 +467,52 @@ def test_rows_in_an_object_store_are_those_on_disk_and_each_range_is_fetched_onc
 
     for source in there.sources.values():
         source.place.opened = lambda name: Counted(opened(name))
-    there.row("english", 0)
-    assert fetched == [there.sources["english"].range(0).n_bytes], "a record batch, no more"
-    mix = Mixture(config.Mixture(), here.n_rows, BATCH_ROWS)
+    there.read_sequence("english", 0)
+    assert fetched == [there.sources["english"].byte_range(0).n_bytes], "a record batch, no more"
+    mix = MixtureSchedule(config.MixtureConfig(), here.n_rows, BATCH_ROWS)
     one = mesh_of({"fsdp": 2, "context": 2})
     n = sum(here.n_rows.values()) // BATCH_ROWS
-    for left, right in zip(batches(n, here, mix, one, BATCH_ROWS, 0, True), batches(n, there, mix, one, BATCH_ROWS, 0, True), strict=True):
+    for left, right in zip(
+        batches(n, here, mix, one, BATCH_ROWS, 0, True),
+        batches(n, there, mix, one, BATCH_ROWS, 0, True),
+        strict=True,
+    ):
         assert_equal(left, right)
-    assert [here.doc_ids("code", i) for i in range(9)] == [there.doc_ids("code", i) for i in range(9)]
+    assert [here.read_document_ids("code", i) for i in range(9)] == [
+        there.read_document_ids("code", i) for i in range(9)
+    ]
     every = sum(len(source.index) for source in there.sources.values())
     assert len(fetched) == every, "read ahead, by threads, and kept"
-    again = loader.open_rows([address])
-    again.sources["code"].place.opened = again.sources["english"].place.opened = None  # another start finds them on its disk
-    assert_equal(batches(1, again, mix, one, BATCH_ROWS, 0, True)[0], batches(1, here, mix, one, BATCH_ROWS, 0, True)[0])
-    assert place.copy_beside("tokenizer", tmp_path / "copy") and tokenizer.load(tmp_path / "copy").fingerprint == here.tokenizer
-    assert not place.copy_beside("nothing", tmp_path / "copy2")
+    again = loader.open_packed([address])
+    again.sources["code"].place.opened = again.sources["english"].place.opened = (
+        None  # another start finds them on its disk
+    )
+    assert_equal(
+        batches(1, again, mix, one, BATCH_ROWS, 0, True)[0],
+        batches(1, here, mix, one, BATCH_ROWS, 0, True)[0],
+    )
+    assert (
+        place.copy_to_local("tokenizer", tmp_path / "copy")
+        and tokenizer.load_tokenizer(tmp_path / "copy").fingerprint == here.tokenizer
+    )
+    assert not place.copy_to_local("nothing", tmp_path / "copy2")
 
 
-def test_the_cache_of_an_object_store_keeps_its_bounds_and_trusts_no_damaged_file(bucket, tmp_path, monkeypatch):
+def test_the_cache_of_an_object_store_keeps_its_bounds_and_trusts_no_damaged_file(
+    bucket, tmp_path, monkeypatch
+):
     address, _ = bucket
-    here = loader.open_rows([tmp_path / "packed"])
-    limit = 3.5 * here.sources["english"].range(0).n_bytes
+    here = loader.open_packed([tmp_path / "packed"])
+    limit = 3.5 * here.sources["english"].byte_range(0).n_bytes
     monkeypatch.setattr(storage, "CACHE_BYTES", limit)
     monkeypatch.setattr(loader, "OPEN_BATCHES", 1)
     (directory,) = [storage.cache_directory() / here.sources["code"].fingerprint]
     for _ in range(2):
-        there = loader.open_rows([address])
+        there = loader.open_packed([address])
         for i in range(0, here.n_rows["english"], 7):
-            np.testing.assert_array_equal(there.row("english", i).tokens, here.row("english", i).tokens)
+            np.testing.assert_array_equal(
+                there.read_sequence("english", i).tokens, here.read_sequence("english", i).tokens
+            )
             assert sum(file.stat().st_size for file in directory.iterdir()) <= limit
         kept = list(directory.iterdir())
         assert 2 <= len(kept) <= 4
@@ -429,7 +522,12 @@ def test_the_cache_of_an_object_store_keeps_its_bounds_and_trusts_no_damaged_fil
 
 @pytest.mark.parametrize(
     ("harm", "says"),
-    [("cut", "bytes, wanted"), ("gone", "data-00000.arrow: missing"), ("flipped", "the checksum of bytes"), ("no bucket", "cannot be opened")],
+    [
+        ("cut", "bytes, wanted"),
+        ("gone", "data-00000.arrow: missing"),
+        ("flipped", "the checksum of bytes"),
+        ("no bucket", "cannot be opened"),
+    ],
 )
 def test_a_broken_object_is_named(bucket, harm, says):
     address, client = bucket
@@ -438,38 +536,56 @@ def test_a_broken_object_is_named(bucket, harm, says):
     if harm == "gone":
         client.delete_object(Bucket="rows", Key=key)
     else:
-        client.put_object(Bucket="rows", Key=key, Body=whole[:-100] if harm == "cut" else whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:])
+        client.put_object(
+            Bucket="rows",
+            Key=key,
+            Body=whole[:-100]
+            if harm == "cut"
+            else whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:],
+        )
     with pytest.raises(UserError, match=says) as error:
-        loader.open_rows(["s3://nowhere/packed" if harm == "no bucket" else address]).row("english", 0)
+        loader.open_packed(
+            ["s3://nowhere/packed" if harm == "no bucket" else address]
+        ).read_sequence("english", 0)
     assert "\n" not in str(error.value)
 
 
 def test_several_hosts_look_for_damage_in_parts_that_make_the_whole(workdir):
-    rows = loader.open_rows([workdir / "packed"])
+    rows = loader.open_packed([workdir / "packed"])
     for source in rows.sources.values():
         source.checked[:] = False
         for part in range(3):
-            source.sweep(part, 3)
+            source.verify_all(part, 3)
         assert source.checked.all()
 
 
 def test_a_prompt_has_no_weight_from_file_to_batch(workdir, tmp_path):
     """jsonl with two fields -> corpus -> rows -> batch: what is trained is each completion and its end, and nothing else of a document."""
-    records = [{"question": f"What is {i} + {i}?\n", "answer": f"It is {2 * i}, I say 日本."} for i in range(90)]
+    records = [
+        {"question": f"What is {i} + {i}?\n", "answer": f"It is {2 * i}, I say 日本."}
+        for i in range(90)
+    ]
     (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    asked = config.Prepare(sources=(f"tasks=jsonl:{tmp_path}/tasks.jsonl#question+answer",), heldout_frac=0.0)
-    prepare.run(dataclasses.replace(config.Config(), prepare=asked), tmp_path)
+    asked = config.PrepareConfig(
+        sources=(f"tasks=jsonl:{tmp_path}/tasks.jsonl#question+answer",), heldout_frac=0.0
+    )
+    prepare.prepare_corpus(dataclasses.replace(config.Config(), prepare=asked), tmp_path)
     shutil.copytree(workdir / "tokenizer", tmp_path / "tokenizer")
-    counts = pack.run(packing(), tmp_path).counts["train"]["tasks"]
-    rows, words = loader.open_rows([tmp_path / "packed"]), tokenizer.load(tmp_path / "tokenizer")
+    counts = pack.pack_corpus(packing(), tmp_path).counts["train"]["tasks"]
+    rows, words = (
+        loader.open_packed([tmp_path / "packed"]),
+        tokenizer.load_tokenizer(tmp_path / "tokenizer"),
+    )
     trained, by_document = 0, {}
     for i in range(rows.n_rows["tasks"]):
-        row = rows.row("tasks", i)
+        row = rows.read_sequence("tasks", i)
         batch = loader.make_batch([row], True)
-        trained += int(batch.weights.sum())
-        for k, document in enumerate(rows.doc_ids("tasks", i)):
-            here = batch.segments[0] == k + 1
-            by_document.setdefault(document, []).append((batch.tokens[0][here], batch.targets[0][here & (batch.weights[0] > 0)]))
+        trained += int(batch.loss_mask.sum())
+        for k, document in enumerate(rows.read_document_ids("tasks", i)):
+            here = batch.segment_ids[0] == k + 1
+            by_document.setdefault(document, []).append(
+                (batch.tokens[0][here], batch.targets[0][here & (batch.loss_mask[0] > 0)])
+            )
     for n, record in enumerate(records, 1):
         (tokens, targets), *more = by_document[f"tasks/tasks.jsonl:{n}"]
         assert not more, "it fits into a row"
@@ -482,18 +598,20 @@ def test_a_prompt_has_no_weight_from_file_to_batch(workdir, tmp_path):
 def test_a_batch_that_the_mesh_cannot_cut_is_refused(rows, mixture):
     for sizes, batch_rows in (({"fsdp": 8}, 12), ({"fsdp": 1, "context": 5}, 16)):
         with pytest.raises(UserError, match="cannot be cut evenly"):
-            next(loader.stream(rows, mixture, mesh_of(sizes), batch_rows, 0, True))
+            next(loader.iterate_batches(rows, mixture, mesh_of(sizes), batch_rows, 0, True))
 
 
 def a_run(workdir, tmp_path, **changes):
     """A run directory as the loop leaves it."""
     settings = dataclasses.replace(
-        config.Config(), mixture=config.Mixture(packed=(str(workdir / "packed"),), phases=((0, {"english": 0.7, "code": 0.3}), (2, {"code": 1.0}))),
-        train=config.Train(batch_rows=BATCH_ROWS, steps=9),
+        config.Config(), mixture=config.MixtureConfig(packed_paths=(str(workdir / "packed"),), phases=((0, {"english": 0.7, "code": 0.3}), (2, {"code": 1.0}))),
+        train=config.TrainConfig(batch_size=BATCH_ROWS, steps=9),
     )  # fmt: skip
-    rows = loader.open_rows([workdir / "packed"])
-    stretches = Mixture(settings.mixture, rows.n_rows, BATCH_ROWS, packed=rows.fingerprint).stretches
-    (tmp_path / "config.json").write_text(json.dumps({**stage.plain(settings), **changes}))
+    rows = loader.open_packed([workdir / "packed"])
+    stretches = MixtureSchedule(
+        settings.mixture, rows.n_rows, BATCH_ROWS, packed_paths=rows.fingerprint
+    ).stretches
+    (tmp_path / "config.json").write_text(json.dumps({**stage.to_jsonable(settings), **changes}))
     (tmp_path / "phases.json").write_text(json.dumps([stretch._asdict() for stretch in stretches]))
     shutil.copytree(workdir / "tokenizer", tmp_path / "tokenizer")
     return tmp_path
@@ -503,17 +621,26 @@ def test_trace_names_the_documents_of_a_step(workdir, rows, mixture, tmp_path):
     run = a_run(workdir, tmp_path)
     step = 2
     batch = batches(step, rows, mixture, mesh_of({"fsdp": 1}), BATCH_ROWS, 0, True)[step - 1]
-    seen = list(loader.trace(run, step, rows.tokenizer))
-    rebuilt = [np.concatenate([each.tokens for each in seen if each.slot == slot]) for slot in range(BATCH_ROWS)]
+    seen = list(loader.trace_step(run, step, rows.tokenizer))
+    rebuilt = [
+        np.concatenate([each.tokens for each in seen if each.slot == slot])
+        for slot in range(BATCH_ROWS)
+    ]
     for tokens, row in zip(rebuilt, batch.tokens, strict=True):
         np.testing.assert_array_equal(tokens, row[: len(tokens)])
         assert not row[len(tokens) :].any()
-    texts, words = split_documents()[0], tokenizer.load(workdir / "tokenizer")
+    texts, words = split_documents()[0], tokenizer.load_tokenizer(workdir / "tokenizer")
     for each in seen:
-        assert words.decode(each.tokens.tolist()).strip() in texts[each.source][int(each.document.split("-")[1])]
+        assert (
+            words.decode(each.tokens.tolist()).strip()
+            in texts[each.source][int(each.document.split("-")[1])]
+        )
 
     told = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "trace.py", "--workdir", run, "--step", str(step)], capture_output=True, text=True, check=True
+        [sys.executable, ROOT / "scripts" / "trace.py", "--workdir", run, "--step", str(step)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert len(told.stdout.splitlines()) == len(seen)
     assert seen[0].document in told.stdout.splitlines()[0]
@@ -521,14 +648,16 @@ def test_trace_names_the_documents_of_a_step(workdir, rows, mixture, tmp_path):
 
 def test_trace_says_what_it_cannot_read(workdir, rows, tmp_path):
     with pytest.raises(UserError, match=r"no readable config\.json"):
-        next(loader.trace(tmp_path, 1, rows.tokenizer))
+        next(loader.trace_step(tmp_path, 1, rows.tokenizer))
     run = a_run(workdir, tmp_path)
     for step in (0, 10):
         with pytest.raises(UserError, match="steps are 1 to 9"):
-            next(loader.trace(run, step, rows.tokenizer))
+            next(loader.trace_step(run, step, rows.tokenizer))
     with pytest.raises(UserError, match="packed with"):
-        next(loader.trace(run, 1, "another"))
+        next(loader.trace_step(run, 1, "another"))
     stretches = json.loads((run / "phases.json").read_text())
-    (run / "phases.json").write_text(json.dumps([{**each, "packed": "others"} for each in stretches]))
+    (run / "phases.json").write_text(
+        json.dumps([{**each, "packed": "others"} for each in stretches])
+    )
     with pytest.raises(UserError, match="step 1 read other rows"):
-        next(loader.trace(run, 1, rows.tokenizer))
+        next(loader.trace_step(run, 1, rows.tokenizer))

@@ -10,41 +10,54 @@ from hypothesis import example, given, settings, strategies
 
 from jaxpt import config
 from jaxpt.data import mixture
-from jaxpt.data.mixture import Mixture
+from jaxpt.data.mixture import MixtureSchedule
 from jaxpt.spec import UserError
 
 N_ROWS = {"code": 101, "prose": 307, "wiki": 53}
 
 
-def mixing(*phases, n_rows=N_ROWS, batch_rows=7, seed=0) -> Mixture:
-    return Mixture(config.Mixture(phases=phases, seed=seed), n_rows, batch_rows)
+def mixing(*phases, n_rows=N_ROWS, batch_size=7, seed=0) -> MixtureSchedule:
+    return MixtureSchedule(config.MixtureConfig(phases=phases, seed=seed), n_rows, batch_rows)
 
 
 @settings(deadline=None, max_examples=15)
-@example(shares=[3, 1, 5, 1, 1, 5, 5, 5])  # always serving the source that is furthest behind breaks the law here
+@example(
+    shares=[3, 1, 5, 1, 1, 5, 5, 5]
+)  # always serving the source that is furthest behind breaks the law here
 @given(shares=strategies.lists(strategies.floats(0.01, 1.0), min_size=1, max_size=9))
 def test_after_any_number_of_rows_every_source_has_its_share_to_within_one_row(shares):
     names = [f"s{i}" for i in range(len(shares))]
     mix = mixing((0, dict(zip(names, shares, strict=True))), n_rows=dict.fromkeys(names, 1000))
     n = 1500
-    taken = np.array([[mix.row_at(i)[0] == name for name in names] for i in range(n)]).cumsum(0)
+    taken = np.array([[mix.sequence_at(i)[0] == name for name in names] for i in range(n)]).cumsum(
+        0
+    )
     slots = np.array(mix.phases[0].counts) / sum(mix.phases[0].counts)
     ideal = np.arange(1, n + 1)[:, None] * slots
     assert np.abs(taken - ideal).max() < 1
-    assert np.abs(slots / (np.array(shares) / sum(shares)) - 1).max() < 0.02, "a share here is at least 5 slots of 4,096"
-    assert [mix.uses(k) for k in (1, 17, n)] == [taken[k - 1].tolist() for k in (1, 17, n)]
+    assert np.abs(slots / (np.array(shares) / sum(shares)) - 1).max() < 0.02, (
+        "a share here is at least 5 slots of 4,096"
+    )
+    assert [mix.count_uses(k) for k in (1, 17, n)] == [taken[k - 1].tolist() for k in (1, 17, n)]
 
 
 @pytest.mark.parametrize(
-    ("shares", "counts"), [((0.75, 0.25), (3, 1)), ((0.9, 0.05, 0.05), (18, 1, 1)), ((1, 2), (1, 2)), ((5, 0), (1, 0)), ((0.7, 0.2, 0.1), (7, 2, 1))]
+    ("shares", "counts"),
+    [
+        ((0.75, 0.25), (3, 1)),
+        ((0.9, 0.05, 0.05), (18, 1, 1)),
+        ((1, 2), (1, 2)),
+        ((5, 0), (1, 0)),
+        ((0.7, 0.2, 0.1), (7, 2, 1)),
+    ],
 )
 def test_simple_fractions_are_exact(shares, counts):
-    assert tuple(mixture.slot_counts(shares)) == counts
+    assert tuple(mixture.count_slots(shares)) == counts
 
 
 def test_no_phases_mean_shares_in_proportion_to_the_rows():
     mix = mixing()
-    assert mix.epochs(sum(N_ROWS.values())) == pytest.approx(dict.fromkeys(N_ROWS, 1.0))
+    assert mix.compute_epochs(sum(N_ROWS.values())) == pytest.approx(dict.fromkeys(N_ROWS, 1.0))
     assert mix.phases[0].counts == [N_ROWS[name] for name in mix.names]
 
 
@@ -52,7 +65,7 @@ def test_every_epoch_reads_each_row_once_and_in_another_order():
     mix = mixing((0, {"code": 0.25, "prose": 0.75}))
     order = collections.defaultdict(list)
     for i in range(1700):
-        name, row = mix.row_at(i)
+        name, row = mix.sequence_at(i)
         order[name].append(row)
     for name, n in (("code", 101), ("prose", 307)):
         epochs = [order[name][k * n : (k + 1) * n] for k in range(len(order[name]) // n)]
@@ -65,15 +78,24 @@ def test_every_epoch_reads_each_row_once_and_in_another_order():
 def test_uses_go_on_counting_over_phases():
     """The k-th use of a source is the same row whatever the shares were, so that phases neither repeat nor skip."""
     plain = mixing((0, {"code": 1.0}))
-    order = [plain.row_at(i)[1] for i in range(400)]
-    mix = mixing((0, {"prose": 1.0}), (3, {"code": 0.3, "prose": 0.7}), (11, {"code": 1.0}), (20, {"prose": 0.5, "code": 0.1, "wiki": 0.4}))
-    seen = [mix.row_at(i) for i in range(60 * 7)]
-    assert [row for name, row in seen if name == "code"] == order[: sum(name == "code" for name, _ in seen)]
-    assert {name for name, _ in seen[: 3 * 7]} == {"prose"}, "phases start at steps, rows are steps x batch_rows"
+    order = [plain.sequence_at(i)[1] for i in range(400)]
+    mix = mixing(
+        (0, {"prose": 1.0}),
+        (3, {"code": 0.3, "prose": 0.7}),
+        (11, {"code": 1.0}),
+        (20, {"prose": 0.5, "code": 0.1, "wiki": 0.4}),
+    )
+    seen = [mix.sequence_at(i) for i in range(60 * 7)]
+    assert [row for name, row in seen if name == "code"] == order[
+        : sum(name == "code" for name, _ in seen)
+    ]
+    assert {name for name, _ in seen[: 3 * 7]} == {"prose"}, (
+        "phases start at steps, rows are steps x batch_rows"
+    )
     assert {name for name, _ in seen[11 * 7 : 20 * 7]} == {"code"}
     for n in (0, 1, 3 * 7, 3 * 7 + 5, 11 * 7, 60 * 7):
         taken = collections.Counter(name for name, _ in seen[:n])
-        assert mix.epochs(n) == {name: taken[name] / N_ROWS[name] for name in mix.names}
+        assert mix.compute_epochs(n) == {name: taken[name] / N_ROWS[name] for name in mix.names}
 
 
 def test_any_index_takes_the_same_work():
@@ -83,7 +105,7 @@ def test_any_index_takes_the_same_work():
         calls = []
         sys.setprofile(lambda frame, event, argument: calls.append(event))
         try:
-            mix.row_at(index)
+            mix.sequence_at(index)
         finally:
             sys.setprofile(None)
         return len(calls)
@@ -95,11 +117,15 @@ def test_any_index_takes_the_same_work():
 def test_the_order_is_a_pure_function_of_seed_and_index():
     one, again, other = mixing(), mixing(), mixing(seed=1)
     indices = [5, 10**12, 3, 0, 10**6, 3]
-    assert [one.row_at(i) for i in indices] == [again.row_at(i) for i in reversed(indices)][::-1]
-    assert [one.row_at(i)[0] for i in range(99)] == [other.row_at(i)[0] for i in range(99)]
-    assert [one.row_at(i) for i in range(99)] != [other.row_at(i) for i in range(99)]
+    assert [one.sequence_at(i) for i in indices] == [
+        again.sequence_at(i) for i in reversed(indices)
+    ][::-1]
+    assert [one.sequence_at(i)[0] for i in range(99)] == [
+        other.sequence_at(i)[0] for i in range(99)
+    ]
+    assert [one.sequence_at(i) for i in range(99)] != [other.sequence_at(i) for i in range(99)]
     # an order on disk, so that a new release of a dependency cannot change the data of a half-trained run in silence
-    assert [one.row_at(i) for i in (0, 1, 2, 10**12 + 1)] == GOLDEN
+    assert [one.sequence_at(i) for i in (0, 1, 2, 10**12 + 1)] == GOLDEN
 
 
 GOLDEN = [("prose", 212), ("prose", 296), ("code", 73), ("code", 60)]
@@ -109,23 +135,25 @@ def test_a_shuffle_has_no_order_left():
     """Neighbours in the file are not neighbours in the epoch: their distances are those of random numbers."""
     n = 10_007
     mix = mixing(n_rows={"only": n})
-    rows = np.array([mix.row_at(i)[1] for i in range(n)])
+    rows = np.array([mix.sequence_at(i)[1] for i in range(n)])
     assert abs(np.corrcoef(rows[1:], rows[:-1])[0, 1]) < 0.05
     assert np.mean(np.abs(np.diff(rows))) == pytest.approx(n / 3, rel=0.05)
-    second = np.array([mix.row_at(n + i)[1] for i in range(n)])
+    second = np.array([mix.sequence_at(n + i)[1] for i in range(n)])
     assert abs(np.corrcoef(rows, second)[0, 1]) < 0.05
 
 
 def test_what_runs_out_is_said_before_the_run():
     mix = mixing((0, {"code": 0.5, "prose": 0.5}))
-    mix.check(n_rows=202, max_epochs=(("all", 1),))
-    mix.check(n_rows=10**9, max_epochs=())
-    mix.check(n_rows=350, max_epochs=(("all", 1), ("code", 1.8)))
-    with pytest.raises(UserError, match=r"code is read 1\.73 times by step 50 \(it lasts until 28\), 1 allowed") as error:
-        mix.check(n_rows=350, max_epochs=(("all", 1),))
+    mix.check_max_epochs(n_rows=202, max_epochs=(("all", 1),))
+    mix.check_max_epochs(n_rows=10**9, max_epochs=())
+    mix.check_max_epochs(n_rows=350, max_epochs=(("all", 1), ("code", 1.8)))
+    with pytest.raises(
+        UserError, match=r"code is read 1\.73 times by step 50 \(it lasts until 28\), 1 allowed"
+    ) as error:
+        mix.check_max_epochs(n_rows=350, max_epochs=(("all", 1),))
     assert "prose" not in str(error.value)
     with pytest.raises(UserError, match="no packed source is called 'cod'"):
-        mix.check(n_rows=350, max_epochs=(("cod", 1),))
+        mix.check_max_epochs(n_rows=350, max_epochs=(("cod", 1),))
 
 
 @pytest.mark.parametrize(
@@ -151,16 +179,21 @@ def test_phases_that_cannot_be_run_are_refused_in_one_sentence(phases, says):
 
 def test_a_source_that_is_not_asked_for_is_not_read():
     mix = mixing((0, {"code": 1.0, "wiki": 0.0}))
-    assert {mix.row_at(i)[0] for i in range(50)} == {"code"}
+    assert {mix.sequence_at(i)[0] for i in range(50)} == {"code"}
 
 
-SHARES = strategies.fixed_dictionaries({name: strategies.integers(1, 9) for name in N_ROWS})  # small tables, quickly made
+SHARES = strategies.fixed_dictionaries(
+    {name: strategies.integers(1, 9) for name in N_ROWS}
+)  # small tables, quickly made
 
 
 @settings(deadline=None, max_examples=12)
 @given(
     first=SHARES,
-    changes=strategies.lists(strategies.tuples(strategies.integers(0, 40), strategies.integers(1, 13), SHARES), max_size=4),
+    changes=strategies.lists(
+        strategies.tuples(strategies.integers(0, 40), strategies.integers(1, 13), SHARES),
+        max_size=4,
+    ),
 )
 def test_other_shares_or_another_batch_in_mid_run_repeat_no_row_and_skip_none(first, changes):
     """A run goes on several times, each time with other settings, of which the account alone knows the former; what it has read of a source
@@ -168,40 +201,56 @@ def test_other_shares_or_another_batch_in_mid_run_repeat_no_row_and_skip_none(fi
     batch_rows, n_done, n_read, shares = 7, 0, 0, first
     mix, seen = mixing((0, first)), []
     for n_steps, *then in [*changes, (9, 5, first)]:
-        seen += [mix.row_at(i) for i in range(n_read, n_read + n_steps * batch_rows)]
+        seen += [mix.sequence_at(i) for i in range(n_read, n_read + n_steps * batch_rows)]
         n_done, n_read = n_done + n_steps, n_read + n_steps * batch_rows
         batch_rows, shares = then
-        account = [mixture.Stretch(*each) for each in json.loads(json.dumps(mix.account(n_read)))]
-        before = [mix.uses(n) for n in range(0, n_read + 1, 5)]
-        mix = Mixture(config.Mixture(phases=((0, shares),)), N_ROWS, batch_rows, account, n_done, n_read)
-        assert [mix.uses(n) for n in range(0, n_read + 1, 5)] == before
-        assert [mix.row_at(i) for i in range(n_read)] == seen
-        assert mix.stretches[-1].shares == shares and mix.stretches[-1].batch_rows == batch_rows
+        account = [
+            mixture.MixturePhase(*each) for each in json.loads(json.dumps(mix.data_history(n_read)))
+        ]
+        before = [mix.count_uses(n) for n in range(0, n_read + 1, 5)]
+        mix = MixtureSchedule(
+            config.MixtureConfig(phases=((0, shares),)), N_ROWS, batch_rows, account, n_done, n_read
+        )
+        assert [mix.count_uses(n) for n in range(0, n_read + 1, 5)] == before
+        assert [mix.sequence_at(i) for i in range(n_read)] == seen
+        assert mix.stretches[-1].shares == shares and mix.stretches[-1].batch_size == batch_rows
     for name in N_ROWS:
         alone = mixing((0, {name: 1.0}))
         taken = [row for source, row in seen if source == name]
-        assert taken == [alone.row_at(i)[1] for i in range(len(taken))]
+        assert taken == [alone.sequence_at(i)[1] for i in range(len(taken))]
 
 
 def test_an_asked_phase_begins_at_its_step_whatever_the_batch_was_before():
-    asked = config.Mixture(phases=((0, {"code": 1.0}), (10, {"prose": 1.0}), (20, {"wiki": 1.0})))
-    mix = Mixture(asked, N_ROWS, 7)
-    assert [(each.step, each.row) for each in mix.stretches] == [(0, 0), (10, 70), (20, 140)]
-    wider = Mixture(asked, N_ROWS, 100, mix.account(12 * 7), 12, 12 * 7)
-    assert [(each.step, each.row, each.batch_rows) for each in wider.stretches] == [(0, 0, 7), (10, 70, 7), (12, 84, 100), (20, 884, 100)]
-    assert [wider.row_at(i) for i in range(140)] == [mix.row_at(i) for i in range(140)], "only the batch is another: the same rows follow"
-    assert {wider.row_at(i)[0] for i in range(884, 900)} == {"wiki"}
-    again = mixture.recorded(wider.stretches, N_ROWS, 0)
-    assert again.stretches == wider.stretches and again.row_at(890) == wider.row_at(890)
-    assert wider.stretch_at(883).step_at(883) == 19
+    asked = config.MixtureConfig(
+        phases=((0, {"code": 1.0}), (10, {"prose": 1.0}), (20, {"wiki": 1.0}))
+    )
+    mix = MixtureSchedule(asked, N_ROWS, 7)
+    assert [(each.step, each.sequence) for each in mix.stretches] == [(0, 0), (10, 70), (20, 140)]
+    wider = MixtureSchedule(asked, N_ROWS, 100, mix.data_history(12 * 7), 12, 12 * 7)
+    assert [(each.step, each.sequence, each.batch_size) for each in wider.stretches] == [
+        (0, 0, 7),
+        (10, 70, 7),
+        (12, 84, 100),
+        (20, 884, 100),
+    ]
+    assert [wider.sequence_at(i) for i in range(140)] == [mix.sequence_at(i) for i in range(140)], (
+        "only the batch is another: the same rows follow"
+    )
+    assert {wider.sequence_at(i)[0] for i in range(884, 900)} == {"wiki"}
+    again = mixture.schedule_from_history(wider.stretches, N_ROWS, 0)
+    assert again.stretches == wider.stretches and again.sequence_at(890) == wider.sequence_at(890)
+    assert wider.phase_at(883).step_at(883) == 19
 
 
 def test_a_ramp_is_steps_of_constant_shares():
-    phases = config.ramp(100, 180, {"prose": 3}, {"prose": 1, "code": 1}, n=4)
+    phases = config.ramp_phases(100, 180, {"prose": 3}, {"prose": 1, "code": 1}, n=4)
     assert [step for step, _ in phases] == [100, 120, 140, 160, 180]
     assert [shares["code"] for _, shares in phases] == pytest.approx([0, 0.125, 0.25, 0.375, 0.5])
     assert all(sum(shares.values()) == pytest.approx(1) for _, shares in phases)
     mix = mixing((0, {"prose": 1.0}), *phases)
-    taken = [sum(mix.row_at(i)[0] == "code" for i in range(7 * a, 7 * (a + 20))) / 140 for a in (80, 100, 120, 140, 160, 180)]
+    taken = [
+        sum(mix.sequence_at(i)[0] == "code" for i in range(7 * a, 7 * (a + 20))) / 140
+        for a in (80, 100, 120, 140, 160, 180)
+    ]
     assert taken == pytest.approx([0, 0, 0.125, 0.25, 0.375, 0.5], abs=1 / 140)
-    assert len(config.ramp(5, 8, {"a": 1}, {"b": 1})) == 4, "no two phases at one step"
+    assert len(config.ramp_phases(5, 8, {"a": 1}, {"b": 1})) == 4, "no two phases at one step"

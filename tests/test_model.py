@@ -17,8 +17,8 @@ from jaxpt.weights import huggingface
 
 def logits_of(spec, params, tokens, segments, positions):
     def forward(params, tokens, segments, positions):
-        model = llama.bind(spec, params)
-        return model(tokens, segments, positions) @ model.head()
+        model = llama.bind_params(spec, params)
+        return model(tokens, segments, positions) @ model.lm_head()
 
     return np.asarray(jax.jit(forward)(params, tokens, segments, positions))
 
@@ -26,18 +26,20 @@ def logits_of(spec, params, tokens, segments, positions):
 @pytest.mark.parametrize("name", variants.CONFIGS)
 def test_logits_equal_transformers_at_long_positions(name, tmp_path, one):
     theirs = variants.make(name, tmp_path)
-    spec, params = huggingface.load(tmp_path, one)
-    assert llama.count(spec) == sum(p.numel() for p in theirs.parameters())
+    spec, params = huggingface.load_hf_model(tmp_path, one)
+    assert llama.count_params(spec) == sum(p.numel() for p in theirs.parameters())
     tokens = np.random.default_rng(0).integers(0, spec.vocab_size, (2, 48)).astype(np.int32)
     positions = np.arange(48, dtype=np.int32) + np.array([[0], [3000]], np.int32)
     with torch.no_grad():
-        wanted = theirs(input_ids=torch.tensor(tokens).long(), position_ids=torch.tensor(positions).long()).logits.numpy()
+        wanted = theirs(
+            input_ids=torch.tensor(tokens).long(), position_ids=torch.tensor(positions).long()
+        ).logits.numpy()
     ours = logits_of(spec, params, tokens, np.ones_like(tokens), positions)
     np.testing.assert_allclose(ours, wanted, atol=3e-5)
 
 
 def test_a_document_cannot_see_its_row_neighbour(spec, one):
-    params = llama.init(spec, 0, one)
+    params = llama.init_params(spec, 0, one)
     tokens = np.random.default_rng(0).integers(0, 96, (1, 20)).astype(np.int32)
     segments = np.array([[1] * 7 + [2] * 9 + [0] * 4], np.int32)
     positions = np.array([[*range(7), *range(9), *range(4)]], np.int32)
@@ -52,12 +54,14 @@ def test_a_document_cannot_see_its_row_neighbour(spec, one):
 
 
 def test_no_token_sees_the_future(spec, one):
-    params = llama.init(spec, 0, one)
+    params = llama.init_params(spec, 0, one)
     tokens = np.arange(20, dtype=np.int32)[None]
     segments, positions = np.ones_like(tokens), tokens
 
     def of_embedding(embed):
-        return llama.bind(spec, {**params, "embed": embed})(tokens, segments, positions)[0, 8].sum()
+        return llama.bind_params(spec, {**params, "embed": embed})(tokens, segments, positions)[
+            0, 8
+        ].sum()
 
     seen = np.abs(np.asarray(jax.jit(jax.grad(of_embedding))(params["embed"]))).sum(axis=1)
     assert (seen[:9] > 0).all() and (seen[9:] == 0).all()
@@ -67,10 +71,19 @@ def test_no_token_sees_the_future(spec, one):
 def test_a_weights_gradient_is_matmuls_and_turns_only_the_narrower_side(R, W):
     B, T = 3, 40
     rng = np.random.default_rng(0)
-    x, matrix = jnp.asarray(rng.normal(size=(B, T, R)), jnp.float32), jnp.asarray(rng.normal(size=(R, W)), jnp.float32)
-    gradients = lambda product: jax.jit(jax.grad(lambda x, matrix: jnp.sum(product(x, matrix) ** 2), argnums=(0, 1)))(x, matrix)  # noqa: E731
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradients(llama.product), gradients(jnp.matmul))
-    pull = jax.jit(lambda x, matrix, g: jax.vjp(llama.product, x, matrix)[1](g))
+    x, matrix = (
+        jnp.asarray(rng.normal(size=(B, T, R)), jnp.float32),
+        jnp.asarray(rng.normal(size=(R, W)), jnp.float32),
+    )
+    gradients = lambda product: jax.jit(
+        jax.grad(lambda x, matrix: jnp.sum(product(x, matrix) ** 2), argnums=(0, 1))
+    )(x, matrix)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+        gradients(llama.matmul),
+        gradients(jnp.matmul),
+    )
+    pull = jax.jit(lambda x, matrix, g: jax.vjp(llama.matmul, x, matrix)[1](g))
     program = pull.lower(x, matrix, jnp.ones((B, T, W))).compile().as_text()
     assert (f"[24,{B * T}]" in program, f"[88,{B * T}]" in program) == (True, False)
 
@@ -78,25 +91,36 @@ def test_a_weights_gradient_is_matmuls_and_turns_only_the_narrower_side(R, W):
 @pytest.fixture(scope="module")
 def by_remat():
     """For every policy: (temporary bytes, gradients) of a loss, in the loop over layers that accelerators run."""
-    spec = ModelSpec(n_layers=20, d_model=48, d_ff=160, n_heads=6, n_kv_heads=2, d_head=16, vocab_size=96)
-    params = llama.init(spec, 0, sharding.make_mesh(config.Mesh(), jax.devices()[:1]))
+    spec = ModelSpec(
+        n_layers=20, d_model=48, d_ff=160, n_heads=6, n_kv_heads=2, d_head=16, vocab_size=96
+    )
+    params = llama.init_params(spec, 0, sharding.make_mesh(config.MeshConfig(), jax.devices()[:1]))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 96, (4, 128)), jnp.int32)
 
     def of(remat):
         def total(params):
-            hidden = llama.bind(spec, params)(tokens, jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(128), (4, 128)), remat=remat)
+            hidden = llama.bind_params(spec, params)(
+                tokens,
+                jnp.ones_like(tokens),
+                jnp.broadcast_to(jnp.arange(128), (4, 128)),
+                remat=remat,
+            )
             return jnp.sum(hidden * jnp.cos(jnp.arange(48)))
 
         compiled = jax.jit(jax.grad(total)).lower(params).compile()
         return compiled.memory_analysis().temp_size_in_bytes, compiled(params)
 
-    return {remat: of(remat) for remat in llama.REMAT}
+    return {remat: of(remat) for remat in llama.CHECKPOINT_POLICIES}
 
 
 def test_every_remat_policy_gives_the_same_gradients(by_remat):
     (_, wanted), *others = by_remat.values()
     for _, gradients in others:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max()), gradients, wanted)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max()),
+            gradients,
+            wanted,
+        )
 
 
 def test_remat_policies_are_ordered_by_what_they_keep(by_remat):
@@ -107,14 +131,22 @@ def test_remat_policies_are_ordered_by_what_they_keep(by_remat):
     D, F, mixed, qkv = 48, 160, 96 + 6, 160  # and the logarithm of a sum for each of the six heads
     kept = {"minimal": mixed, "dots": mixed + qkv + D + 2 * F}
     for remat, elements in kept.items():
-        assert temporary[remat] - temporary["full"] == pytest.approx(L * tokens * elements * 4, rel=0.25), remat
+        assert temporary[remat] - temporary["full"] == pytest.approx(
+            L * tokens * elements * 4, rel=0.25
+        ), remat
 
 
 def test_chunked_loss_equals_plain_loss_and_its_gradients():
     B, T, D, V = 4, 384, 24, 96  # 1,536 tokens: four chunks
     rng = np.random.default_rng(0)
-    hidden, head = jnp.asarray(rng.normal(size=(B, T, D)), jnp.float32), jnp.asarray(rng.normal(size=(D, V)), jnp.float32)
-    targets, weights = jnp.asarray(rng.integers(0, V, (B, T))), jnp.asarray(rng.integers(0, 2, (B, T)), jnp.float32)
+    hidden, head = (
+        jnp.asarray(rng.normal(size=(B, T, D)), jnp.float32),
+        jnp.asarray(rng.normal(size=(D, V)), jnp.float32),
+    )
+    targets, weights = (
+        jnp.asarray(rng.integers(0, V, (B, T))),
+        jnp.asarray(rng.integers(0, 2, (B, T)), jnp.float32),
+    )
 
     def plain(hidden, head):
         logits = hidden @ head
@@ -125,26 +157,45 @@ def test_chunked_loss_equals_plain_loss_and_its_gradients():
     def chunked(hidden, head):
         return loss.cross_entropy(hidden, head, targets, weights, 0.01)
 
-    ours, wanted = (jax.jit(jax.value_and_grad(of, argnums=(0, 1), has_aux=True))(hidden, head) for of in (chunked, plain))
+    ours, wanted = (
+        jax.jit(jax.value_and_grad(of, argnums=(0, 1), has_aux=True))(hidden, head)
+        for of in (chunked, plain)
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-4), ours, wanted)
 
 
 def test_the_logits_of_a_batch_never_exist_at_once():
     B, T, D, V = 4, 1024, 24, 1000
-    args = [jax.ShapeDtypeStruct(s, d) for s, d in (((B, T, D), jnp.float32), ((D, V), jnp.float32), ((B, T), jnp.int32), ((B, T), jnp.float32))]
-    compiled = jax.jit(jax.grad(lambda h, w, t, m: loss.cross_entropy(h, w, t, m)[0], argnums=(0, 1))).lower(*args).compile()
+    args = [
+        jax.ShapeDtypeStruct(s, d)
+        for s, d in (
+            ((B, T, D), jnp.float32),
+            ((D, V), jnp.float32),
+            ((B, T), jnp.int32),
+            ((B, T), jnp.float32),
+        )
+    ]
+    compiled = (
+        jax.jit(jax.grad(lambda h, w, t, m: loss.cross_entropy(h, w, t, m)[0], argnums=(0, 1)))
+        .lower(*args)
+        .compile()
+    )
     assert compiled.memory_analysis().temp_size_in_bytes < B * T * V * 4 / 2
 
 
 def test_values_at_birth_are_the_same_on_every_mesh(spec, one):
-    alone = llama.init(spec, 7, one)
-    spread = llama.init(spec, 7, sharding.make_mesh(config.Mesh(replica=2, fsdp=2, tensor=2)))
+    alone = llama.init_params(spec, 7, one)
+    spread = llama.init_params(
+        spec, 7, sharding.make_mesh(config.MeshConfig(replica=2, fsdp=2, tensor=2))
+    )
     jax.tree.map(np.testing.assert_array_equal, alone, spread)
 
 
 def test_no_two_layers_are_born_equal_and_every_row_has_its_stated_std(one):
-    spec = ModelSpec(n_layers=5, d_model=192, d_ff=320, n_heads=12, n_kv_heads=4, d_head=16, vocab_size=384)
-    params, rows = llama.init(spec, 0, one), llama.rows(spec)
+    spec = ModelSpec(
+        n_layers=5, d_model=192, d_ff=320, n_heads=12, n_kv_heads=4, d_head=16, vocab_size=384
+    )
+    params, rows = llama.init_params(spec, 0, one), llama.param_specs(spec)
     for name, leaf in params["blocks"].items():
         row = rows["blocks"][name]
         if row.ones:
@@ -157,8 +208,14 @@ def test_no_two_layers_are_born_equal_and_every_row_has_its_stated_std(one):
 
 
 def test_the_course_shape_has_the_course_count():
-    shape = ModelSpec(n_layers=12, d_model=1024, d_ff=4096, n_heads=32, n_kv_heads=8, d_head=32, vocab_size=32_000)
-    assert [llama.count(shape.replace(n_layers=n)) for n in (12, 16, 10)] == [248_013_824, 308_839_424, 217_601_024]
+    shape = ModelSpec(
+        n_layers=12, d_model=1024, d_ff=4096, n_heads=32, n_kv_heads=8, d_head=32, vocab_size=32_000
+    )
+    assert [llama.count_params(shape.replace(n_layers=n)) for n in (12, 16, 10)] == [
+        248_013_824,
+        308_839_424,
+        217_601_024,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -182,16 +239,20 @@ def test_sizes_that_make_no_model_are_refused(spec, change, answer):
         ({"fsdp": 3}, {}, "does not make 8 devices"),
         ({"fsdp": -1, "tensor": -1}, {}, "at most one -1"),
         ({"fsdp": 2, "tensor": 4}, {}, "model.n_kv_heads = 2 cannot be cut into 4"),
-        ({"fsdp": 8}, {"batch_rows": 12}, "8 or 16"),
-        ({"fsdp": 1, "context": 8}, {"row_len": 20}, "pack.row_len = 20 cannot be cut into 8"),
+        ({"fsdp": 8}, {"batch_size": 12}, "8 or 16"),
+        ({"fsdp": 1, "context": 8}, {"seq_len": 20}, "pack.seq_len = 20 cannot be cut into 8"),
     ],
 )
-def test_what_a_mesh_cannot_cut_is_refused_with_the_numbers_that_would_do(spec, mesh, changes, answer):
+def test_what_a_mesh_cannot_cut_is_refused_with_the_numbers_that_would_do(
+    spec, mesh, changes, answer
+):
     with pytest.raises(UserError, match=answer):
-        made = sharding.make_mesh(config.Mesh(**mesh))
-        sharding.check(made, spec, **{"batch_rows": 16, "accumulate": 1, "row_len": 32, **changes})
+        made = sharding.make_mesh(config.MeshConfig(**mesh))
+        sharding.check_mesh_divides(
+            made, spec, **{"batch_size": 16, "grad_accum_steps": 1, "seq_len": 32, **changes}
+        )
 
 
 def test_an_unknown_logical_axis_fails_in_the_table():
     with pytest.raises(KeyError, match="embd"):
-        sharding.partition(("layers", "embd"))
+        sharding.logical_to_partition_spec(("layers", "embd"))

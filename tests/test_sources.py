@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jaxpt.config import Config, Prepare
+from jaxpt.config import Config, PrepareConfig
 from jaxpt.data import prepare, sources
 from jaxpt.spec import Manifest, UserError
 
@@ -28,8 +28,13 @@ def page(text: str, head: str = "") -> str:
     return f"<html><head>{head}<title>x</title></head><body><nav><ul>{menu}</ul></nav><article>{body}</article><footer>Imprint</footer></body></html>"
 
 
-def http(body: bytes, kind: str = "text/html; charset=utf-8", status: str = "200 OK", more: str = "") -> bytes:
-    return f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\n{more}Content-Length: {len(body)}\r\n\r\n".encode() + body
+def http(
+    body: bytes, kind: str = "text/html; charset=utf-8", status: str = "200 OK", more: str = ""
+) -> bytes:
+    return (
+        f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\n{more}Content-Length: {len(body)}\r\n\r\n".encode()
+        + body
+    )
 
 
 def record(block: bytes, n: int, kind: str = "response") -> bytes:
@@ -48,9 +53,18 @@ def crawl() -> list[bytes]:
     return [
         record(b"software: x\r\n", 1, "warcinfo"),
         record(http(page(STORY["ru"]).encode("cp1251"), "text/html; charset=windows-1251"), 2),
-        record(http(page(STORY["ja"], '<meta charset="shift_jis">').encode("shift_jis"), "text/html"), 3),
+        record(
+            http(page(STORY["ja"], '<meta charset="shift_jis">').encode("shift_jis"), "text/html"),
+            3,
+        ),
         record(http(gzip.compress(english), more="Content-Encoding: gzip\r\n"), 4),
-        record(http(chunked(english.replace(b"harbour", b"haven")), more="Transfer-Encoding: chunked\r\n"), 5),
+        record(
+            http(
+                chunked(english.replace(b"harbour", b"haven")),
+                more="Transfer-Encoding: chunked\r\n",
+            ),
+            5,
+        ),
         record(b"GET / HTTP/1.1\r\n\r\n", 6, "request"),
         record(http(b"\x89PNG", "image/png"), 7),
         record(http(page("Not here").encode(), status="404 Not Found"), 8),
@@ -66,17 +80,24 @@ def read(text: str, **how) -> tuple[list[sources.Document], collections.Counter,
         counts[why] += 1
         sentences.append(sentence)
 
-    return list(sources.parse(text).documents(passed, **how)), counts, sentences
+    return list(sources.parse_source(text).iterate_documents(passed, **how)), counts, sentences
 
 
 def test_a_page_is_its_main_text_in_its_own_letters_with_url_and_date(tmp_path):
     (tmp_path / "a.warc").write_bytes(b"".join(crawl()))
     found, counts, _ = read(f"web=warc:{tmp_path}/*.warc")
     said = [STORY["ru"], STORY["ja"], STORY["en"], STORY["en"].replace("harbour", "haven")]
-    assert [each.text for each in found] == ["\n".join(f"{text} {n}." for n in ("One", "Two", "Three")) for text in said]
+    assert [each.text for each in found] == [
+        "\n".join(f"{text} {n}." for n in ("One", "Two", "Three")) for text in said
+    ]
     assert [each.id for each in found] == [f"web/a.warc:{n}" for n in (2, 3, 4, 5)]
-    assert json.loads(found[1].meta) == {"url": "http://example.org/3", "date": "2026-11-03T04:02:06Z"}
-    assert counts == {"is image/png, not HTML": 1, "HTTP status 404": 1, "empty body": 1}, "the others are no responses"
+    assert json.loads(found[1].meta) == {
+        "url": "http://example.org/3",
+        "date": "2026-11-03T04:02:06Z",
+    }
+    assert counts == {"is image/png, not HTML": 1, "HTTP status 404": 1, "empty body": 1}, (
+        "the others are no responses"
+    )
 
 
 def test_a_charset_that_nobody_knows_gives_way_to_what_the_page_says_of_itself(tmp_path):
@@ -92,7 +113,9 @@ def test_a_crawl_with_damaged_bytes_is_read_or_named_and_never_a_traceback(tmp_p
         data = bytearray(whole)
         for _ in range(rng.choice([1, 3, 20])):
             at = rng.randrange(len(data))
-            data[at : at + rng.choice([0, 1, 1, 90])] = rng.choice([b"", rng.randbytes(1), rng.randbytes(30)])
+            data[at : at + rng.choice([0, 1, 1, 90])] = rng.choice(
+                [b"", rng.randbytes(1), rng.randbytes(30)]
+            )
         at = data.find(b"Content-Length: ", rng.randrange(len(data)))
         if at > 0 and rng.random() < 0.3:
             data[at + 16 : at + 17] = rng.choice([b"-", b"9", b"x", b"99999999999999999999"])
@@ -109,35 +132,61 @@ def test_a_crawl_with_damaged_bytes_is_read_or_named_and_never_a_traceback(tmp_p
 def test_a_crawl_reads_the_same_however_it_is_packed(tmp_path):
     records = crawl()
     (tmp_path / "a.warc").write_bytes(b"".join(records))
-    (tmp_path / "a.warc.gz").write_bytes(b"".join(map(gzip.compress, records)))  # a member a record, as crawlers write
+    (tmp_path / "a.warc.gz").write_bytes(
+        b"".join(map(gzip.compress, records))
+    )  # a member a record, as crawlers write
     (tmp_path / "one.warc.gz").write_bytes(gzip.compress(b"".join(records)))
-    (tmp_path / "a.warc.zst").write_bytes(b"".join(pa.compress(each, codec="zstd", asbytes=True) for each in records))
+    (tmp_path / "a.warc.zst").write_bytes(
+        b"".join(pa.compress(each, codec="zstd", asbytes=True) for each in records)
+    )
     plain, *packed = (
-        [each._replace(id="") for each in read(f"warc:{tmp_path}/{name}")[0]] for name in ("a.warc", "a.warc.gz", "one.warc.gz", "a.warc.zst")
+        [each._replace(id="") for each in read(f"warc:{tmp_path}/{name}")[0]]
+        for name in ("a.warc", "a.warc.gz", "one.warc.gz", "a.warc.zst")
     )
     assert len(plain) == 4 and packed == [plain] * 3
 
 
 @pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
-def test_of_a_crawl_cut_in_mid_record_the_whole_records_are_kept_and_the_cut_is_named(tmp_path, packing):
+def test_of_a_crawl_cut_in_mid_record_the_whole_records_are_kept_and_the_cut_is_named(
+    tmp_path, packing
+):
     whole = b"".join(crawl()[:5])
     cut = len(whole) - len(crawl()[4]) + 700
-    pack = {"": bytes, ".gz": gzip.compress, ".zst": lambda data: pa.compress(data, codec="zstd", asbytes=True)}[packing]
+    pack = {
+        "": bytes,
+        ".gz": gzip.compress,
+        ".zst": lambda data: pa.compress(data, codec="zstd", asbytes=True),
+    }[packing]
     data = b"".join(map(pack, crawl()[:5])) if packing else whole[:cut]
     (tmp_path / f"cut.warc{packing}").write_bytes(data[:-40] if packing else data)
     (tmp_path / "next.warc").write_bytes(crawl()[3])
-    with pytest.raises(UserError, match=rf"cut\.warc{packing}(:5)?: (the record ends after \d+ of \d+ bytes|cannot be read)"):
+    with pytest.raises(
+        UserError,
+        match=rf"cut\.warc{packing}(:5)?: (the record ends after \d+ of \d+ bytes|cannot be read)",
+    ):
         read(f"warc:{tmp_path}/*.warc*")
     found, counts, sentences = read(f"x=warc:{tmp_path}/*.warc*", on_error="skip")
-    whole = [] if packing == ".zst" else [f"x/cut.warc{packing}:{n}" for n in (2, 3, 4)]  # of Zstandard up to 8 kB before the cut are lost too
-    assert [each.id for each in found] == [*whole, "x/next.warc:1"] and counts["cannot be read"] == 1
+    whole = (
+        [] if packing == ".zst" else [f"x/cut.warc{packing}:{n}" for n in (2, 3, 4)]
+    )  # of Zstandard up to 8 kB before the cut are lost too
+    assert [each.id for each in found] == [*whole, "x/next.warc:1"] and counts[
+        "cannot be read"
+    ] == 1
     assert f"cut.warc{packing}" in sentences[-1] and "\n" not in sentences[-1]
 
 
 def test_real_crawls_are_read(data_dir):
     found, counts, _ = read(f"warc:{data_dir}/web_warcio/*.warc*")
-    assert [json.loads(each.meta)["url"] for each in found] == ["http://www.iana.org/", "http://example.com/", "http://example.com/"]
-    assert "illustrative examples in documents" in found[1].text and found[1].text == found[2].text and not counts
+    assert [json.loads(each.meta)["url"] for each in found] == [
+        "http://www.iana.org/",
+        "http://example.com/",
+        "http://example.com/",
+    ]
+    assert (
+        "illustrative examples in documents" in found[1].text
+        and found[1].text == found[2].text
+        and not counts
+    )
 
 
 # ---- what cannot be read
@@ -165,20 +214,26 @@ LONG = [f"A line that says {i} and then {i * i}, so that it packs badly." for i 
         ("bad.parquet", b"PAR1 and no more", [], 1, "bad.parquet: cannot be read as parquet"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_read_stops_or_is_counted_by_name_and_the_rest_is_kept(tmp_path, monkeypatch, name, data, kept, n_unread, sentence):
+def test_what_cannot_be_read_stops_or_is_counted_by_name_and_the_rest_is_kept(
+    tmp_path, monkeypatch, name, data, kept, n_unread, sentence
+):
     monkeypatch.setattr(sources, "LARGEST", 2500)
     (tmp_path / name).write_bytes(data)
     kind = {"txt": "text", "parquet": "parquet"}.get(name.split(".")[1], "jsonl")
     if kind == "parquet":
         pq.write_table(pa.table({"text": ["last"]}), tmp_path / "z.parquet")
     else:
-        (tmp_path / f"z.{name.split('.')[1]}").write_bytes(b"last" if kind == "text" else lines("last"))
+        (tmp_path / f"z.{name.split('.')[1]}").write_bytes(
+            b"last" if kind == "text" else lines("last")
+        )
     with pytest.raises(UserError) as caught:
         read(f"{kind}:{tmp_path}/*")
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
     found, counts, sentences = read(f"{kind}:{tmp_path}/*", on_error="skip")
     texts = [each.text for each in found]
-    assert texts[-1] == "last" and counts == {"cannot be read": n_unread} and sentence in sentences[0]
+    assert (
+        texts[-1] == "last" and counts == {"cannot be read": n_unread} and sentence in sentences[0]
+    )
     if kept is None:  # of a file cut short what came before the cut
         assert 0 < len(texts) < len(LONG) and texts[:-1] == LONG[: len(texts) - 1]
     else:
@@ -193,22 +248,41 @@ def test_a_column_that_one_file_lacks_is_told_for_that_file(tmp_path):
     assert "b.parquet: has no column 'text'; it has: body" in sentences[0]
 
 
-def test_what_was_passed_over_stands_in_the_funnel_the_manifest_and_on_the_terminal(tmp_path, capsys):
+def test_what_was_passed_over_stands_in_the_funnel_the_manifest_and_on_the_terminal(
+    tmp_path, capsys
+):
     (tmp_path / "web.warc").write_bytes(b"".join(crawl())[:-30])
     (tmp_path / "notes.jsonl").write_bytes(lines("first") + b"no JSON\n" + lines("third"))
-    asked = Prepare(sources=(f"warc:{tmp_path}/web.warc", f"jsonl:{tmp_path}/notes.jsonl"), on_error="skip", heldout_frac=0.0)
-    prepare.run(Config(prepare=asked), tmp_path / "run")
+    asked = PrepareConfig(
+        sources=(f"warc:{tmp_path}/web.warc", f"jsonl:{tmp_path}/notes.jsonl"),
+        on_error="skip",
+        heldout_frac=0.0,
+    )
+    prepare.prepare_corpus(Config(prepare=asked), tmp_path / "run")
     unread = Manifest.load(tmp_path / "run/corpus").counts["unread"]
     assert unread == json.loads((tmp_path / "run/corpus/funnel.json").read_text())["unread"]
-    assert unread["notes"]["counts"] == {"cannot be read": 1} and "notes.jsonl:2: not JSON" in unread["notes"]["first"][0]
-    assert unread["web"]["counts"] == {"cannot be read": 1, "HTTP status 404": 1, "is image/png, not HTML": 1}
+    assert (
+        unread["notes"]["counts"] == {"cannot be read": 1}
+        and "notes.jsonl:2: not JSON" in unread["notes"]["first"][0]
+    )
+    assert unread["web"]["counts"] == {
+        "cannot be read": 1,
+        "HTTP status 404": 1,
+        "is image/png, not HTML": 1,
+    }
     told = capsys.readouterr().out
-    assert "notes: 1 records or files passed over: cannot be read" in told and "notes.jsonl:2: not JSON" in told
+    assert (
+        "notes: 1 records or files passed over: cannot be read" in told
+        and "notes.jsonl:2: not JSON" in told
+    )
     rows = pq.read_table(tmp_path / "run/corpus/train/web-00000.parquet").to_pylist()
     assert [json.loads(row["meta"])["url"][-1] for row in rows] == ["2", "3", "4", "5"]
     (tmp_path / "notes.jsonl").write_bytes(b"no JSON\n")
-    with pytest.raises(UserError, match=r"no document in it, 1 times cannot be read \(.*notes\.jsonl:1: not JSON.*\), leave it out"):
-        prepare.run(Config(prepare=asked), tmp_path / "none")
+    with pytest.raises(
+        UserError,
+        match=r"no document in it, 1 times cannot be read \(.*notes\.jsonl:1: not JSON.*\), leave it out",
+    ):
+        prepare.prepare_corpus(Config(prepare=asked), tmp_path / "none")
 
 
 # ---- object stores
@@ -217,7 +291,9 @@ def test_what_was_passed_over_stands_in_the_funnel_the_manifest_and_on_the_termi
 @pytest.fixture
 def store(monkeypatch):
     """An S3 server on loopback; yields put(key, bytes) for the bucket `crawl`."""
-    server = pytest.importorskip("moto.server", reason="needs moto[server], an S3 server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server = pytest.importorskip(
+        "moto.server", reason="needs moto[server], an S3 server"
+    ).ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     import boto3
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -228,11 +304,11 @@ def store(monkeypatch):
         "no_proxy": "127.0.0.1",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    sources.store_of.cache_clear()
+    sources.open_filesystem.cache_clear()
     client = boto3.client("s3", endpoint_url=endpoint)
     client.create_bucket(Bucket="crawl")
     yield lambda key, data: client.put_object(Bucket="crawl", Key=key, Body=data)
-    sources.store_of.cache_clear()
+    sources.open_filesystem.cache_clear()
     server.stop()
 
 
@@ -246,20 +322,31 @@ def test_files_in_an_object_store_are_read_as_those_on_a_disk(tmp_path, store, m
         store(key, data)
         (tmp_path / key).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / key).write_bytes(data)
-    for source in ("text:{}/d/**/*.txt*", "jsonl:{}/d/*.jsonl*", "parquet:{}/d/p.parquet", "x=warc:{}/d/*.warc.gz"):
-        there, here = (list(sources.parse(source.format(root)).documents()) for root in ("s3://crawl", tmp_path))
+    for source in (
+        "text:{}/d/**/*.txt*",
+        "jsonl:{}/d/*.jsonl*",
+        "parquet:{}/d/p.parquet",
+        "x=warc:{}/d/*.warc.gz",
+    ):
+        there, here = (
+            list(sources.parse_source(source.format(root)).iterate_documents())
+            for root in ("s3://crawl", tmp_path)
+        )
         assert there == here != []
-    with pytest.raises(UserError, match=r"no file matches s3://crawl/none/\*\. Check the address and the credentials"):
-        sources.parse("text:s3://crawl/none/*")
+    with pytest.raises(
+        UserError,
+        match=r"no file matches s3://crawl/none/\*\. Check the address and the credentials",
+    ):
+        sources.parse_source("text:s3://crawl/none/*")
     with pytest.raises(UserError, match=r"s3://nowhere/\*|no file matches s3://nowhere"):
-        sources.parse("text:s3://nowhere/*")
+        sources.parse_source("text:s3://nowhere/*")
 
 
 def test_another_object_under_the_same_name_is_another_input(tmp_path, store):
     store("a.jsonl", lines("one"))
-    asked = Config(prepare=Prepare(sources=("jsonl:s3://crawl/*.jsonl",), heldout_frac=0.0))
-    made = prepare.run(asked, tmp_path / "run")
-    assert prepare.run(asked, tmp_path / "run") == made
+    asked = Config(prepare=PrepareConfig(sources=("jsonl:s3://crawl/*.jsonl",), heldout_frac=0.0))
+    made = prepare.prepare_corpus(asked, tmp_path / "run")
+    assert prepare.prepare_corpus(asked, tmp_path / "run") == made
     store("a.jsonl", lines("two"))  # as many bytes
     with pytest.raises(UserError, match=r"another config .*installed"):
-        prepare.run(asked, tmp_path / "run")
+        prepare.prepare_corpus(asked, tmp_path / "run")

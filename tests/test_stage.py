@@ -20,32 +20,58 @@ def write(counts):
 def test_a_finished_stage_is_not_done_again(tmp_path):
     runs, source = [], tmp_path / "in.txt"
     source.write_text("text")
-    first = stage.run("pack", tmp_path / "out", write(runs), config={"row_len": 20}, inputs={"text": source}, seed=3)
-    second = stage.run("pack", tmp_path / "out", write(runs), config={"row_len": 20}, inputs={"text": source}, seed=3)
+    first = stage.run_stage(
+        "pack",
+        tmp_path / "out",
+        write(runs),
+        config={"seq_len": 20},
+        inputs={"text": source},
+        seed=3,
+    )
+    second = stage.run_stage(
+        "pack",
+        tmp_path / "out",
+        write(runs),
+        config={"seq_len": 20},
+        inputs={"text": source},
+        seed=3,
+    )
     assert len(runs) == 1
     assert first == second == Manifest.load(tmp_path / "out")
     assert first.counts == {"rows": 2} and first.tokenizer == "f" * 16
-    assert first.outputs == {"rows.txt": stage.sha256(tmp_path / "out/rows.txt")}
+    assert first.outputs == {"rows.txt": stage.sha256_file(tmp_path / "out/rows.txt")}
 
 
 @pytest.mark.parametrize("change", ["config", "input", "seed"])
 def test_another_request_is_refused_with_what_differs_and_nothing_is_lost(tmp_path, change):
     source = tmp_path / "in.txt"
     source.write_text("text")
-    stage.run("pack", tmp_path / "out", write([]), config={"pack": {"row_len": 20, "margin": 7}}, inputs={"text": source}, seed=3)
+    stage.run_stage(
+        "pack",
+        tmp_path / "out",
+        write([]),
+        config={"pack": {"seq_len": 20, "margin": 7}},
+        inputs={"text": source},
+        seed=3,
+    )
     if change == "input":
         source.write_text("other text")
     asked = {
-        "config": {"pack": {"row_len": 24 if change == "config" else 20, "margin": 7}},
+        "config": {"pack": {"seq_len": 24 if change == "config" else 20, "margin": 7}},
         "inputs": {"text": source},
         "seed": 5 if change == "seed" else 3,
     }
     with pytest.raises(
-        UserError, match={"config": r"\(pack.row_len: 20 there, 24 asked\)", "input": "another input", "seed": "seed 3 there; seed 5 asked"}[change]
+        UserError,
+        match={
+            "config": r"\(pack.seq_len: 20 there, 24 asked\)",
+            "input": "another input",
+            "seed": "seed 3 there; seed 5 asked",
+        }[change],
     ):
-        stage.run("pack", tmp_path / "out", write([]), **asked)
+        stage.run_stage("pack", tmp_path / "out", write([]), **asked)
     assert (tmp_path / "out/rows.txt").exists()
-    stage.run("pack", tmp_path / "out", write([]), replace=True, **asked)
+    stage.run_stage("pack", tmp_path / "out", write([]), replace=True, **asked)
 
 
 def test_a_stage_that_died_never_looks_finished_and_finds_its_own_work(tmp_path):
@@ -54,10 +80,16 @@ def test_a_stage_that_died_never_looks_finished_and_finds_its_own_work(tmp_path)
         raise RuntimeError("power cut")
 
     with pytest.raises(RuntimeError):
-        stage.run("pack", tmp_path / "out", dies, config={"row_len": 20}, inputs={})
+        stage.run_stage("pack", tmp_path / "out", dies, config={"seq_len": 20}, inputs={})
     assert not (tmp_path / "out").exists()
     found = []
-    stage.run("pack", tmp_path / "out", lambda out: found.append((out / "half.txt").exists()) or {}, config={"row_len": 20}, inputs={})
+    stage.run_stage(
+        "pack",
+        tmp_path / "out",
+        lambda out: found.append((out / "half.txt").exists()) or {},
+        config={"seq_len": 20},
+        inputs={},
+    )
     assert found == [True]
 
 
@@ -67,9 +99,15 @@ def test_partial_work_of_another_request_is_thrown_away(tmp_path):
         raise RuntimeError("power cut")
 
     with pytest.raises(RuntimeError):
-        stage.run("pack", tmp_path / "out", dies, config={"row_len": 20}, inputs={})
+        stage.run_stage("pack", tmp_path / "out", dies, config={"seq_len": 20}, inputs={})
     found = []
-    stage.run("pack", tmp_path / "out", lambda out: found.append((out / "half.txt").exists()) or {}, config={"row_len": 24}, inputs={})
+    stage.run_stage(
+        "pack",
+        tmp_path / "out",
+        lambda out: found.append((out / "half.txt").exists()) or {},
+        config={"seq_len": 24},
+        inputs={},
+    )
     assert found == [False]
 
 
@@ -79,7 +117,15 @@ def test_equal_work_has_equal_fingerprints_in_any_place(tmp_path):
         (tmp_path / place).mkdir()
         source = tmp_path / place / f"{place}.txt"
         source.write_text("text")
-        prints.append(stage.run("pack", tmp_path / place / "out", write([]), config={"row_len": 20}, inputs={"text": source}).fingerprint)
+        prints.append(
+            stage.run_stage(
+                "pack",
+                tmp_path / place / "out",
+                write([]),
+                config={"seq_len": 20},
+                inputs={"text": source},
+            ).fingerprint
+        )
     assert prints[0] == prints[1]
 
 
@@ -87,7 +133,7 @@ def test_files_of_nobody_are_not_overwritten(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="no stage wrote"):
-        stage.run("pack", tmp_path / "out", write([]), config={}, inputs={})
+        stage.run_stage("pack", tmp_path / "out", write([]), config={}, inputs={})
     assert (tmp_path / "out/thesis.txt").read_text() == "mine"
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies
 
 from jaxpt import stage
-from jaxpt.config import Config, Tokenizer
+from jaxpt.config import Config, TokenizerConfig
 from jaxpt.data import tokenizer
 from jaxpt.spec import Manifest, UserError
 
@@ -32,7 +32,9 @@ TRICKY = [
 CONTROL = ["<s>", "</s>", "a<s>b", "<s></s> <s>", "end.</s><s>New"]
 
 
-def write_corpus(workdir: pathlib.Path, texts: dict[str, list[str]], heldout: dict[str, list[str]] | None = None) -> pathlib.Path:
+def write_corpus(
+    workdir: pathlib.Path, texts: dict[str, list[str]], heldout: dict[str, list[str]] | None = None
+) -> pathlib.Path:
     """A corpus as the stage prepare leaves it."""
 
     def work(out):
@@ -41,11 +43,25 @@ def write_corpus(workdir: pathlib.Path, texts: dict[str, list[str]], heldout: di
             for name, documents in sources.items():
                 ids = [f"{name}-{i}" for i in range(len(documents))]
                 prompts = pa.array([0] * len(documents), pa.int32())
-                table = pa.table({"id": ids, "source": [name] * len(documents), "text": documents, "prompt_chars": prompts})
+                table = pa.table(
+                    {
+                        "id": ids,
+                        "source": [name] * len(documents),
+                        "text": documents,
+                        "prompt_chars": prompts,
+                    }
+                )
                 pq.write_table(table, out / split / f"{name}-00000.parquet", compression="zstd")
         return {}
 
-    stage.run("prepare", workdir / "corpus", work, config={"texts": stage.fingerprint([texts, heldout])}, inputs={}, replace=True)
+    stage.run_stage(
+        "prepare",
+        workdir / "corpus",
+        work,
+        config={"texts": stage.fingerprint([texts, heldout])},
+        inputs={},
+        replace=True,
+    )
     return workdir
 
 
@@ -54,23 +70,28 @@ def english_and_code() -> dict[str, list[str]]:
     from pydoc_data import topics
 
     folder = pathlib.Path(json.__file__).parent
-    return {"english": sorted(topics.topics.values())[:60], "code": [file.read_text() for file in sorted(folder.glob("*.py"))]}
+    return {
+        "english": sorted(topics.topics.values())[:60],
+        "code": [file.read_text() for file in sorted(folder.glob("*.py"))],
+    }
 
 
 def asking(**knobs) -> Config:
-    return dataclasses.replace(Config(), tokenizer=Tokenizer(**knobs))
+    return dataclasses.replace(Config(), tokenizer=TokenizerConfig(**knobs))
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> pathlib.Path:
     workdir = write_corpus(tmp_path_factory.mktemp("trained"), english_and_code())
-    tokenizer.train(asking(vocab_size=900), workdir)
+    tokenizer.train_tokenizer(asking(vocab_size=900), workdir)
     return workdir / "tokenizer"
 
 
 @pytest.fixture
 def mistral(data_dir, tmp_path) -> pathlib.Path:
-    tokenizer.train(asking(source=str(data_dir / "tok_mistral_v1" / "tokenizer.model")), tmp_path)
+    tokenizer.train_tokenizer(
+        asking(source=str(data_dir / "tok_mistral_v1" / "tokenizer.model")), tmp_path
+    )
     return tmp_path / "tokenizer"
 
 
@@ -80,19 +101,27 @@ def every_form(directory: pathlib.Path):
     import transformers
 
     own = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
-    return tokenizer.load(directory), own, transformers.AutoTokenizer.from_pretrained(directory)
+    return (
+        tokenizer.load_tokenizer(directory),
+        own,
+        transformers.AutoTokenizer.from_pretrained(directory),
+    )
 
 
 def test_ids_are_equal_in_every_form_for_any_unicode(trained):
     ours, own, auto = every_form(trained)
 
     @settings(max_examples=300, deadline=None)
-    @given(strategies.text(max_size=60) | strategies.text(alphabet=" \n\tthe1,.<>sé日😀", max_size=60))
+    @given(
+        strategies.text(max_size=60) | strategies.text(alphabet=" \n\tthe1,.<>sé日😀", max_size=60)
+    )
     def law(text):
         ids = ours.encode_batch([text])[0]
         assert ids == own.encode(text)
         assert auto(text, split_special_tokens=True)["input_ids"] == [ours.bos_id, *ids]
-        assert ours.decode(ids) == text.replace("▁", " ")  # SentencePiece writes a space as ▁, so that the two are one to it
+        assert ours.decode(ids) == text.replace(
+            "▁", " "
+        )  # SentencePiece writes a space as ▁, so that the two are one to it
 
     law()
 
@@ -100,7 +129,7 @@ def test_ids_are_equal_in_every_form_for_any_unicode(trained):
 @pytest.fixture(scope="module")
 def unigram(tmp_path_factory) -> pathlib.Path:
     workdir = write_corpus(tmp_path_factory.mktemp("unigram"), english_and_code())
-    tokenizer.train(asking(vocab_size=900, model="unigram"), workdir)
+    tokenizer.train_tokenizer(asking(vocab_size=900, model="unigram"), workdir)
     return workdir / "tokenizer"
 
 
@@ -108,8 +137,15 @@ def test_a_unigram_tokenizer_is_saved_in_the_form_in_which_its_ids_are_one(unigr
     """No SentencePiece .model: its ids would part on long texts. What both read agrees with what SentencePiece means, where it can be exact."""
     import transformers
 
-    ours, auto = tokenizer.load(unigram), transformers.AutoTokenizer.from_pretrained(unigram)
-    assert not (unigram / "tokenizer.model").exists() and ours.n_pieces == 900 and (ours.bos_id, ours.eos_id) == (1, 2)
+    ours, auto = (
+        tokenizer.load_tokenizer(unigram),
+        transformers.AutoTokenizer.from_pretrained(unigram),
+    )
+    assert (
+        not (unigram / "tokenizer.model").exists()
+        and ours.vocab_size == 900
+        and (ours.bos_id, ours.eos_id) == (1, 2)
+    )
     texts = [*TRICKY, *english_and_code()["code"], *english_and_code()["english"]]
     ids = ours.encode_batch(texts)
     assert [[1, *row] for row in ids] == auto(texts, split_special_tokens=True)["input_ids"]
@@ -119,7 +155,9 @@ def test_a_unigram_tokenizer_is_saved_in_the_form_in_which_its_ids_are_one(unigr
         assert not {1, 2} & set(row) and ours.decode(row) == text
 
     @settings(max_examples=200, deadline=None)
-    @given(strategies.text(max_size=60) | strategies.text(alphabet=" \n\tthe1,.<>sé日😀", max_size=60))
+    @given(
+        strategies.text(max_size=60) | strategies.text(alphabet=" \n\tthe1,.<>sé日😀", max_size=60)
+    )
     def law(text):
         ids = ours.encode_batch([text])[0]
         assert auto(text, split_special_tokens=True)["input_ids"] == [1, *ids]
@@ -134,14 +172,19 @@ def test_unigram_pieces_are_sentencepieces_own_word_by_word(tmp_path):
 
     corpus = write_corpus(tmp_path, english_and_code()) / "corpus"
     proto = tokenizer.train_sentencepiece(asking(vocab_size=900, model="unigram").tokenizer, corpus)
-    backend, _, kept = tokenizer.from_sentencepiece(proto, "here", "unigram")
+    backend, _, kept = tokenizer.convert_sentencepiece(proto, "here", "unigram")
     assert kept is None
     own = sentencepiece.SentencePieceProcessor(model_proto=proto)
-    words = sorted({word for text in english_and_code()["english"] for word in text.split() if "<" not in word})
+    words = sorted(
+        {word for text in english_and_code()["english"] for word in text.split() if "<" not in word}
+    )
     theirs = own.encode(words)
     mine = [each.ids for each in backend.encode_batch(words, add_special_tokens=False)]
     score = lambda ids: sum(own.get_score(i) for i in ids)  # noqa: E731
-    assert all(a == b or score(a) == pytest.approx(score(b), rel=1e-5) for a, b in zip(mine, theirs, strict=True))
+    assert all(
+        a == b or score(a) == pytest.approx(score(b), rel=1e-5)
+        for a, b in zip(mine, theirs, strict=True)
+    )
     assert sum(a == b for a, b in zip(mine, theirs, strict=True)) > 0.99 * len(words)
 
 
@@ -150,14 +193,24 @@ def test_unigram_pieces_are_sentencepieces_own_word_by_word(tmp_path):
 def test_ids_are_equal_in_every_form_over_all_texts(which, request, data_dir):
     """Every text of the shared data as a whole, and every line of it."""
     ours, own, auto = every_form(request.getfixturevalue(which))
-    files = [file for file in sorted(data_dir.rglob("*")) if file.suffix in (".txt", ".md", ".csv", ".json", ".jsonl")]
+    files = [
+        file
+        for file in sorted(data_dir.rglob("*"))
+        if file.suffix in (".txt", ".md", ".csv", ".json", ".jsonl")
+    ]
     assert len(files) > 20
     for file in files:
         text = file.read_text()
-        texts = [text, *text.splitlines(keepends=True)] if len(text) < 1_000_000 else text.splitlines(keepends=True)
+        texts = (
+            [text, *text.splitlines(keepends=True)]
+            if len(text) < 1_000_000
+            else text.splitlines(keepends=True)
+        )
         ids = ours.encode_batch(texts)
         assert ids == own.encode(texts), file
-        assert [[ours.bos_id, *row] for row in ids] == auto(texts, split_special_tokens=True)["input_ids"], file
+        assert [[ours.bos_id, *row] for row in ids] == auto(texts, split_special_tokens=True)[
+            "input_ids"
+        ], file
         assert [ours.decode(row) for row in ids] == [text.replace("▁", " ") for text in texts], file
 
 
@@ -166,10 +219,19 @@ def test_ids_are_equal_in_every_form_on_real_text_and_text_comes_back(which, req
     ours, own, auto = every_form(request.getfixturevalue(which))
     japanese = (data_dir / "text_botchan" / "wagahaiwa_nekodearu.txt").read_text()[:100_000]
     book = (data_dir / "text_gutenberg" / "The-Adventures-of-Sherlock-Holmes_1661.txt").read_text()
-    texts = [japanese, book, *book.split("\n\n"), *english_and_code()["code"], *TRICKY, *(" " * n + "x" for n in range(70))]
+    texts = [
+        japanese,
+        book,
+        *book.split("\n\n"),
+        *english_and_code()["code"],
+        *TRICKY,
+        *(" " * n + "x" for n in range(70)),
+    ]
     ids = ours.encode_batch(texts)
     assert ids == own.encode(texts)
-    assert [[ours.bos_id, *row] for row in ids] == auto(texts, split_special_tokens=True)["input_ids"]
+    assert [[ours.bos_id, *row] for row in ids] == auto(texts, split_special_tokens=True)[
+        "input_ids"
+    ]
     assert [ours.decode(row) for row in ids] == texts
 
 
@@ -187,40 +249,74 @@ def test_an_exported_model_directory_reads_text_the_same(trained, tmp_path):
     import transformers
 
     shutil.copytree(trained, tmp_path / "export")
-    (tmp_path / "export" / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
-    auto, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "export"), tokenizer.load(tmp_path / "export")
-    assert auto(TRICKY, split_special_tokens=True)["input_ids"] == [[1, *ids] for ids in ours.encode_batch(TRICKY)]
+    (tmp_path / "export" / "config.json").write_text(
+        '{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}'
+    )
+    auto, ours = (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "export"),
+        tokenizer.load_tokenizer(tmp_path / "export"),
+    )
+    assert auto(TRICKY, split_special_tokens=True)["input_ids"] == [
+        [1, *ids] for ids in ours.encode_batch(TRICKY)
+    ]
     assert (auto.bos_token_id, auto.eos_token_id) == (ours.bos_id, ours.eos_id) == (1, 2)
     assert auto("a", "b")["input_ids"].count(1) == 2
 
 
 def test_training_twice_gives_the_same_tokenizer(trained, tmp_path):
-    again = tokenizer.train(asking(vocab_size=900), write_corpus(tmp_path, english_and_code()))
-    assert again.outputs == Manifest.load(trained).outputs
-    assert again.counts["n_pieces"] == 900
-    pieces = tokenizer.load(tmp_path / "tokenizer").backend.get_vocab()
-    assert not [piece for piece in pieces if len(piece) > 1 and any(mark.isdigit() for mark in piece) and not piece.startswith("<0x")], (
-        "digits stand alone"
+    again = tokenizer.train_tokenizer(
+        asking(vocab_size=900), write_corpus(tmp_path, english_and_code())
     )
-    assert any(set(piece) == {"▁"} and len(piece) > 1 for piece in pieces), "runs of spaces are pieces"
+    assert again.outputs == Manifest.load(trained).outputs
+    assert again.counts["vocab_size"] == 900
+    pieces = tokenizer.load_tokenizer(tmp_path / "tokenizer").backend.get_vocab()
+    assert not [
+        piece
+        for piece in pieces
+        if len(piece) > 1 and any(mark.isdigit() for mark in piece) and not piece.startswith("<0x")
+    ], "digits stand alone"
+    assert any(set(piece) == {"▁"} and len(piece) > 1 for piece in pieces), (
+        "runs of spaces are pieces"
+    )
 
 
 def test_the_fingerprint_is_of_the_content(trained, tmp_path):
     import transformers
 
-    ours = tokenizer.load(trained)
+    ours = tokenizer.load_tokenizer(trained)
     assert Manifest.load(trained).tokenizer == ours.fingerprint
     transformers.AutoTokenizer.from_pretrained(trained).save_pretrained(tmp_path / "resaved")
     form = json.loads((trained / "tokenizer.json").read_text())
     (tmp_path / "old").mkdir()
     shutil.copy(trained / "tokenizer_config.json", tmp_path / "old")
-    old = {**form, "model": {**form["model"], "merges": [" ".join(merge) for merge in form["model"]["merges"]]}}  # as earlier versions wrote it
+    old = {
+        **form,
+        "model": {
+            **form["model"],
+            "merges": [" ".join(merge) for merge in form["model"]["merges"]],
+        },
+    }  # as earlier versions wrote it
     (tmp_path / "old" / "tokenizer.json").write_text(json.dumps(old))
-    assert tokenizer.load(tmp_path / "resaved").fingerprint == tokenizer.load(tmp_path / "old").fingerprint == ours.fingerprint
+    assert (
+        tokenizer.load_tokenizer(tmp_path / "resaved").fingerprint
+        == tokenizer.load_tokenizer(tmp_path / "old").fingerprint
+        == ours.fingerprint
+    )
 
-    (tmp_path / "resaved" / "tokenizer.json").write_text(json.dumps({**form, "model": {**form["model"], "merges": form["model"]["merges"][:-1]}}))
+    (tmp_path / "resaved" / "tokenizer.json").write_text(
+        json.dumps({**form, "model": {**form["model"], "merges": form["model"]["merges"][:-1]}})
+    )
     (tmp_path / "old" / "tokenizer_config.json").write_text('{"eos_token": "<unk>"}')
-    assert len({ours.fingerprint, tokenizer.load(tmp_path / "resaved").fingerprint, tokenizer.load(tmp_path / "old").fingerprint}) == 3
+    assert (
+        len(
+            {
+                ours.fingerprint,
+                tokenizer.load_tokenizer(tmp_path / "resaved").fingerprint,
+                tokenizer.load_tokenizer(tmp_path / "old").fingerprint,
+            }
+        )
+        == 3
+    )
 
 
 def byte_level(directory: pathlib.Path, special: bool = True) -> pathlib.Path:
@@ -228,11 +324,21 @@ def byte_level(directory: pathlib.Path, special: bool = True) -> pathlib.Path:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    backend.train_from_iterator(
-        english_and_code()["english"], trainers.BpeTrainer(vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
     )
-    (backend.add_special_tokens if special else backend.add_tokens)([AddedToken("<|endoftext|>", special=special)])
+    backend.train_from_iterator(
+        english_and_code()["english"],
+        trainers.BpeTrainer(
+            vocab_size=500,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    (backend.add_special_tokens if special else backend.add_tokens)(
+        [AddedToken("<|endoftext|>", special=special)]
+    )
     backend.enable_truncation(7)
     backend.enable_padding(length=9)
     directory.mkdir()
@@ -247,8 +353,11 @@ def test_an_adopted_directory_keeps_its_ids_and_its_ways(tmp_path):
     import transformers
 
     source = byte_level(tmp_path / "source")
-    manifest = tokenizer.train(asking(source=str(source)), tmp_path)
-    ours, auto = tokenizer.load(tmp_path / "tokenizer"), transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    manifest = tokenizer.train_tokenizer(asking(source=str(source)), tmp_path)
+    ours, auto = (
+        tokenizer.load_tokenizer(tmp_path / "tokenizer"),
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer"),
+    )
     texts = [*TRICKY, *english_and_code()["code"]]
     ids = ours.encode_batch(texts)
     assert [ours.decode(row) for row in ids] == texts, "neither cut nor padded"
@@ -256,26 +365,36 @@ def test_an_adopted_directory_keeps_its_ids_and_its_ways(tmp_path):
     assert auto.chat_template == "{{ x }}"
     assert ours.bos_id is None, "it puts nothing before a text of its own accord"
     assert ours.decode([*ids[-1], ours.eos_id]) == texts[-1]
-    assert manifest.tokenizer == tokenizer.load(source).fingerprint
+    assert manifest.tokenizer == tokenizer.load_tokenizer(source).fingerprint
     assert ours.eos_id not in ours.encode_batch(["a<|endoftext|>b"])[0]
 
-    (source / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>", "add_bos_token": true}')
-    assert tokenizer.load(source).bos_id == ours.eos_id, "asked for, it is put there"
+    (source / "tokenizer_config.json").write_text(
+        '{"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>", "add_bos_token": true}'
+    )
+    assert tokenizer.load_tokenizer(source).bos_id == ours.eos_id, "asked for, it is put there"
 
 
 def test_adopting_the_same_files_from_another_place_is_the_same_work(tmp_path, capsys):
-    tokenizer.train(asking(source=str(byte_level(tmp_path / "here"))), tmp_path)
+    tokenizer.train_tokenizer(asking(source=str(byte_level(tmp_path / "here"))), tmp_path)
     shutil.copytree(tmp_path / "here", tmp_path / "there")
-    tokenizer.train(asking(source=str(tmp_path / "there"), vocab_size=77), tmp_path)
+    tokenizer.train_tokenizer(asking(source=str(tmp_path / "there"), vocab_size=77), tmp_path)
     assert "nothing to do" in capsys.readouterr().out
 
 
 def test_compare_counts_bytes_per_token(trained, tmp_path):
-    table = tokenizer.compare([trained, byte_level(tmp_path / "bytes")], trained.parent / "corpus", limit_mb=1e6)
-    texts, ours = english_and_code(), tokenizer.load(trained)
+    table = tokenizer.compare_tokenizers(
+        [trained, byte_level(tmp_path / "bytes")], trained.parent / "corpus", limit_mb=1e6
+    )
+    texts, ours = english_and_code(), tokenizer.load_tokenizer(trained)
     for name in texts:
-        spans = [text[i : i + tokenizer.SPAN] for text in texts[name] for i in range(0, len(text), tokenizer.SPAN)]
-        expected = sum(len(span.encode()) for span in spans) / sum(map(len, ours.encode_batch(spans)))
+        spans = [
+            text[i : i + tokenizer.MAX_SPAN_CHARS]
+            for text in texts[name]
+            for i in range(0, len(text), tokenizer.MAX_SPAN_CHARS)
+        ]
+        expected = sum(len(span.encode()) for span in spans) / sum(
+            map(len, ours.encode_batch(spans))
+        )
         assert table[str(trained)][name] == pytest.approx(expected)
         assert table[str(tmp_path / "bytes")][name] != pytest.approx(expected)
 
@@ -285,11 +404,17 @@ def test_the_sample_is_spread_evenly_over_the_documents(tmp_path):
     corpus = write_corpus(tmp_path, texts) / "corpus"
     for share in (0.1, 0.25, 0.5, 1.0):
         taken = {"long": 0, "short": 0}
-        for name, text in tokenizer.sample(
-            corpus, share * sum(tokenizer.text_bytes(f) for fs in tokenizer.corpus_files(corpus, "train").values() for f in fs)
+        for name, text in tokenizer.sample_corpus(
+            corpus,
+            share
+            * sum(
+                tokenizer.count_text_bytes(f)
+                for fs in tokenizer.list_corpus_files(corpus, "train").values()
+                for f in fs
+            ),
         ):
             taken[name] += len(text)
-        assert taken["long"] == pytest.approx(share * 120_000, abs=tokenizer.SPAN)
+        assert taken["long"] == pytest.approx(share * 120_000, abs=tokenizer.MAX_SPAN_CHARS)
         assert taken["short"] == pytest.approx(share * 120_000, abs=1000)
 
 
@@ -302,7 +427,11 @@ def broken_directory(directory: pathlib.Path, files: dict[str, str | bytes]) -> 
 
 def no_eos(directory: pathlib.Path, trained: pathlib.Path) -> str:
     return broken_directory(
-        directory, {"tokenizer.json": (trained / "tokenizer.json").read_bytes(), "tokenizer_config.json": '{"eos_token": "<end>"}'}
+        directory,
+        {
+            "tokenizer.json": (trained / "tokenizer.json").read_bytes(),
+            "tokenizer_config.json": '{"eos_token": "<end>"}',
+        },
     )
 
 
@@ -323,11 +452,13 @@ def no_eos(directory: pathlib.Path, trained: pathlib.Path) -> str:
 def test_what_cannot_be_a_tokenizer_is_refused_in_one_sentence(make, says, trained, tmp_path):
     workdir = write_corpus(tmp_path / "work", english_and_code())
     with pytest.raises(UserError, match=says) as error:
-        tokenizer.train(make(tmp_path, trained), workdir)
+        tokenizer.train_tokenizer(make(tmp_path, trained), workdir)
     assert "\n" not in str(error.value)
     assert not (workdir / "tokenizer").exists()
 
 
 def test_a_sentencepiece_model_without_an_exact_form_is_refused(data_dir, tmp_path):
     with pytest.raises(UserError, match="equal ids"):
-        tokenizer.train(asking(source=str(data_dir / "tok_spm_test" / "test_model.model")), tmp_path)
+        tokenizer.train_tokenizer(
+            asking(source=str(data_dir / "tok_spm_test" / "test_model.model")), tmp_path
+        )

@@ -9,15 +9,26 @@ import numpy as np
 import pytest
 
 from jaxpt import sharding
-from jaxpt.config import Config, Mesh, Mixture, Optim, Pack, Train
+from jaxpt.config import Config, MeshConfig, MixtureConfig, OptimConfig, PackConfig, TrainConfig
 from jaxpt.model import llama
 from jaxpt.spec import Batch, ModelSpec, UserError
-from jaxpt.train import forgetting, machine, optimizer, state, step
+from jaxpt.train import distributed, forgetting, optimizer, state, step
 
 # three layers: on a CPU the step is unrolled, and compiles by the layer
-SPEC = ModelSpec(n_layers=3, d_model=24, d_ff=40, n_heads=6, n_kv_heads=2, d_head=8, vocab_size=96, max_positions=64)
+SPEC = ModelSpec(
+    n_layers=3,
+    d_model=24,
+    d_ff=40,
+    n_heads=6,
+    n_kv_heads=2,
+    d_head=8,
+    vocab_size=96,
+    max_seq_len=64,
+)
 SETTINGS = Config(
-    pack=Pack(row_len=32), train=Train(steps=12, batch_rows=16, max_skips=3), optim=Optim(peak_lr=1e-2, warmup_steps=3, weight_decay=0.1)
+    pack=PackConfig(seq_len=32),
+    train=TrainConfig(steps=12, batch_size=16, max_consecutive_skips=3),
+    optim=OptimConfig(peak_lr=1e-2, warmup_steps=3, weight_decay=0.1),
 )
 MESHES = [
     {"replica": r, "fsdp": f, "tensor": t, "context": c}
@@ -34,7 +45,11 @@ def make_batch(seed=0, rows=16, T=32) -> Batch:
     """Two documents a row, ragged padding, so that micro-batches have unequal weights."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(1, 30, (rows, T)).astype(np.int32)
-    segments, positions, weights = np.zeros((rows, T), np.int32), np.zeros((rows, T), np.int32), np.zeros((rows, T), np.float32)
+    segments, positions, weights = (
+        np.zeros((rows, T), np.int32),
+        np.zeros((rows, T), np.int32),
+        np.zeros((rows, T), np.float32),
+    )
     for row in range(rows):
         first = rng.integers(3, 12)
         second = rng.integers(1, T - first)
@@ -42,29 +57,41 @@ def make_batch(seed=0, rows=16, T=32) -> Batch:
             segments[row, start:stop] = segment
             positions[row, start:stop] = np.arange(stop - start)
             weights[row, start : stop - 1] = 1
-    return Batch(tokens * (segments > 0), np.roll(tokens, -1, axis=1) * (weights > 0), segments, positions, weights)
+    return Batch(
+        tokens * (segments > 0),
+        np.roll(tokens, -1, axis=1) * (weights > 0),
+        segments,
+        positions,
+        weights,
+    )
 
 
 def put(batch, mesh):
-    return jax.device_put(batch, sharding.batch_sharding(mesh))
+    return jax.device_put(batch, sharding.make_batch_sharding(mesh))
 
 
 @functools.cache
 def newborn(spec):
     """A model's values at birth, which are the same on every mesh."""
-    return jax.device_get(llama.init(spec, 0, sharding.make_mesh(Mesh(), jax.devices()[:1])))
+    return jax.device_get(
+        llama.init_params(spec, 0, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+    )
 
 
 def born(mesh, settings=SETTINGS, spec=SPEC, **changes):
     """The state at step 0, or with such fields."""
-    now = state.born(jax.device_put(newborn(spec), llama.shardings(spec, mesh)), spec, settings, mesh)._replace(**changes)
-    return jax.device_put(now, state.shardings(state.abstract_state(spec, settings, mesh)))
+    now = state.init_state(
+        jax.device_put(newborn(spec), llama.make_param_shardings(spec, mesh)), spec, settings, mesh
+    )._replace(**changes)
+    return jax.device_put(
+        now, state.state_shardings(state.make_abstract_state(spec, settings, mesh))
+    )
 
 
 def train(mesh, settings=SETTINGS, n=6, spec=SPEC, run=None):
     """n steps; returns (losses, final state, the jitted step)."""
     now, losses = born(mesh, settings, spec), []
-    run = run or step.build(spec, settings, mesh)
+    run = run or step.build_step(spec, settings, mesh)
     for i in range(n):
         now, metrics = run(now, put(make_batch(i), mesh))
         losses.append(float(metrics["loss"]))
@@ -74,14 +101,14 @@ def train(mesh, settings=SETTINGS, n=6, spec=SPEC, run=None):
 @pytest.fixture(scope="module")
 def run(one):
     """The step of one device, compiled once for all laws that ask for no other."""
-    return step.build(SPEC, SETTINGS, one)
+    return step.build_step(SPEC, SETTINGS, one)
 
 
 @pytest.fixture(scope="module")
 def cut():
     """A mesh that cuts weights both ways, and its step."""
-    mesh = sharding.make_mesh(Mesh(fsdp=4, tensor=2))
-    return mesh, step.build(SPEC, SETTINGS, mesh)
+    mesh = sharding.make_mesh(MeshConfig(fsdp=4, tensor=2))
+    return mesh, step.build_step(SPEC, SETTINGS, mesh)
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +118,20 @@ def alone(one, run):
 
 
 @pytest.mark.parametrize(
-    "sizes", [pytest.param(mesh, id="-".join(map(str, mesh.values())), marks=[] if i in QUICK else pytest.mark.slow) for i, mesh in enumerate(MESHES)]
+    "sizes",
+    [
+        pytest.param(
+            mesh, id="-".join(map(str, mesh.values())), marks=[] if i in QUICK else pytest.mark.slow
+        )
+        for i, mesh in enumerate(MESHES)
+    ],
 )
 def test_any_mesh_gives_the_curve_of_one_device(one, alone, sizes):
     spec = SPEC
     if sizes["tensor"] > spec.n_kv_heads:  # one with heads enough for the cut
         spec = spec.replace(n_heads=8, n_kv_heads=8)
         alone, _, _ = train(one, spec=spec)
-    spread, now, _ = train(sharding.make_mesh(Mesh(**sizes)), spec=spec)
+    spread, now, _ = train(sharding.make_mesh(MeshConfig(**sizes)), spec=spec)
     assert alone[-1] < alone[0] - 0.5
     # float32 sums in another order; 6 updates at a high learning rate carry that along
     np.testing.assert_allclose(spread, alone, rtol=2e-5)
@@ -107,29 +140,42 @@ def test_any_mesh_gives_the_curve_of_one_device(one, alone, sizes):
 
 @pytest.mark.parametrize("k", [2, 8])
 def test_accumulation_equals_the_big_batch_whatever_the_padding(one, run, k):
-    settings = dataclasses.replace(SETTINGS, train=dataclasses.replace(SETTINGS.train, accumulate=k))
+    settings = dataclasses.replace(
+        SETTINGS, train=dataclasses.replace(SETTINGS.train, grad_accum_steps=k)
+    )
     (whole, first, _), (cut, second, _) = train(one, n=3, run=run), train(one, settings, n=3)
     np.testing.assert_allclose(cut, whole, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), first.params, second.params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), first.params, second.params
+    )
 
 
 def test_state_is_born_sharded_and_leaves_as_it_came_and_compiles_once(cut):
     mesh, run = cut
-    now = state.born(llama.init(SPEC, 0, mesh), SPEC, SETTINGS, mesh)
+    now = state.init_state(llama.init_params(SPEC, 0, mesh), SPEC, SETTINGS, mesh)
     for i in range(3):
         now, _ = run(now, put(make_batch(i), mesh))
     assert run._cache_size() == 1
-    wanted = state.abstract_state(SPEC, SETTINGS, mesh)
-    jax.tree.map(lambda leaf, goal: leaf.sharding.is_equivalent_to(goal.sharding, leaf.ndim) or pytest.fail(str(leaf.sharding)), now, wanted)
-    moments = [leaf for leaf in jax.tree.leaves(now.opt) if leaf.shape == (3, 24, 40)]
-    assert len(moments) == 4 and all(leaf.addressable_shards[0].data.shape == (3, 6, 20) for leaf in moments), "moments lie where their weights lie"
+    wanted = state.make_abstract_state(SPEC, SETTINGS, mesh)
+    jax.tree.map(
+        lambda leaf, goal: (
+            leaf.sharding.is_equivalent_to(goal.sharding, leaf.ndim)
+            or pytest.fail(str(leaf.sharding))
+        ),
+        now,
+        wanted,
+    )
+    moments = [leaf for leaf in jax.tree.leaves(now.opt_state) if leaf.shape == (3, 24, 40)]
+    assert len(moments) == 4 and all(
+        leaf.addressable_shards[0].data.shape == (3, 6, 20) for leaf in moments
+    ), "moments lie where their weights lie"
 
 
 def test_a_rehearsal_leaves_the_state_as_it_was_and_is_the_steps_one_compile(cut):
     mesh, run = cut
     now, _ = run(born(mesh), put(make_batch(0), mesh))
     before = jax.device_get(now)
-    now = step.rehearse(run, now, SETTINGS, mesh)
+    now = step.run_warmup_step(run, now, SETTINGS, mesh)
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(now))
     run(now, put(make_batch(1), mesh))
     assert run._cache_size() == 1
@@ -137,18 +183,30 @@ def test_a_rehearsal_leaves_the_state_as_it_was_and_is_the_steps_one_compile(cut
 
 @pytest.mark.parametrize("remat", ["dots", "minimal", "full"])
 def test_remat_changes_memory_not_numbers(one, alone, remat):
-    curve, _, _ = train(one, dataclasses.replace(SETTINGS, train=dataclasses.replace(SETTINGS.train, remat=remat)), n=3)
+    curve, _, _ = train(
+        one,
+        dataclasses.replace(SETTINGS, train=dataclasses.replace(SETTINGS.train, remat=remat)),
+        n=3,
+    )
     np.testing.assert_allclose(curve, alone[:3], rtol=1e-6)
 
 
 def test_offloading_to_the_memory_that_is_there_already_is_refused(one):
     with pytest.raises(UserError, match="a CPU has no other"):
-        step.build(SPEC, dataclasses.replace(SETTINGS, train=dataclasses.replace(SETTINGS.train, remat="offload")), one)
+        step.build_step(
+            SPEC,
+            dataclasses.replace(
+                SETTINGS, train=dataclasses.replace(SETTINGS.train, remat="offload")
+            ),
+            one,
+        )
 
 
 def test_an_update_that_is_not_finite_is_skipped_and_counted(one, run):
     good = make_batch(0)
-    bad = good._replace(weights=good.weights * np.where(np.arange(32) == 5, np.nan, 1).astype(np.float32))
+    bad = good._replace(
+        loss_mask=good.loss_mask * np.where(np.arange(32) == 5, np.nan, 1).astype(np.float32)
+    )
     now, seen = born(one), []
     for batch in (good, good, bad, bad, good):
         now, _ = run(now, put(batch, one))
@@ -156,17 +214,31 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(one, run):
     _, before, _, after, mended = seen
     jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
     jax.tree.map(np.testing.assert_array_equal, before.opt, after.opt)
-    assert int(after.guard["n_skipped"]) == int(after.guard["n_in_a_row"]) == 2 and int(after.step) == 4
-    assert int(mended.guard["n_in_a_row"]) == 0 and (mended.params["embed"] != after.params["embed"]).any()
+    assert (
+        int(after.guard["n_skipped"]) == int(after.guard["n_in_a_row"]) == 2
+        and int(after.step) == 4
+    )
+    assert (
+        int(mended.guard["n_in_a_row"]) == 0
+        and (mended.params["embed"] != after.params["embed"]).any()
+    )
 
 
 def test_a_spike_is_skipped_once_the_mean_is_trusted(one):
-    settings = dataclasses.replace(SETTINGS, train=dataclasses.replace(SETTINGS.train, spike_factor=2.0))
-    run = step.build(SPEC, settings, one)
+    settings = dataclasses.replace(
+        SETTINGS, train=dataclasses.replace(SETTINGS.train, spike_factor=2.0)
+    )
+    run = step.build_step(SPEC, settings, one)
     skipped = {}
-    for at, mean in ((3, 1e-6), (80, 1e-6), (81, 1e6)):  # the norm is far above, far above, far below the mean
+    for at, mean in (
+        (3, 1e-6),
+        (80, 1e-6),
+        (81, 1e6),
+    ):  # the norm is far above, far above, far below the mean
         guard = {"norm_mean": np.float32(mean), "n_skipped": np.int32(0), "n_in_a_row": np.int32(0)}
-        _, metrics = run(born(one, settings, step=np.int32(at), guard=guard), put(make_batch(0), one))
+        _, metrics = run(
+            born(one, settings, step=np.int32(at), guard=guard), put(make_batch(0), one)
+        )
         skipped[at] = int(metrics["n_skipped"])
     assert skipped == {3: 0, 80: 1, 81: 0}
 
@@ -181,31 +253,49 @@ def test_a_spike_is_skipped_once_the_mean_is_trusted(one):
     ],
 )
 def test_the_learning_rate_follows_its_schedule(schedule, wanted):
-    at = optimizer.learning_rate(Optim(peak_lr=2.0, warmup_steps=10, schedule=schedule, end_lr_frac=0.1, decay_frac=0.2), 100)
+    at = optimizer.make_lr_schedule(
+        OptimConfig(
+            peak_lr=2.0, warmup_steps=10, schedule=schedule, end_lr_frac=0.1, decay_frac=0.2
+        ),
+        100,
+    )
     for n, share in wanted.items():
         assert float(at(jnp.int32(n))) == pytest.approx(2.0 * share, abs=1e-6), n
 
 
 def test_a_schedule_without_room_is_refused():
     with pytest.raises(UserError, match="leave nothing of train"):
-        optimizer.learning_rate(Optim(warmup_steps=50), 50)
+        optimizer.make_lr_schedule(OptimConfig(warmup_steps=50), 50)
 
 
 def test_decay_is_by_name_never_on_norms_biases_or_embedding():
     spec = SPEC.replace(qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=True)
-    mask = optimizer.decayed(jax.tree.map(lambda row: 0, llama.rows(spec), is_leaf=llama.is_row))
-    assert {name for name, decays in {**mask, **mask["blocks"]}.items() if decays is True} == {"q", "k", "v", "o", "gate", "up", "down", "unembed"}
+    mask = optimizer.decay_mask(
+        jax.tree.map(lambda row: 0, llama.param_specs(spec), is_leaf=llama.is_param_spec)
+    )
+    assert {name for name, decays in {**mask, **mask["blocks"]}.items() if decays is True} == {
+        "q",
+        "k",
+        "v",
+        "o",
+        "gate",
+        "up",
+        "down",
+        "unembed",
+    }
 
 
 def test_zero_gradients_leave_what_does_not_decay(one, run):
     """Through the whole optimizer: with no trained token only decayed weights move."""
-    batch = make_batch(0)._replace(weights=np.zeros((16, 32), np.float32))
+    batch = make_batch(0)._replace(loss_mask=np.zeros((16, 32), np.float32))
     now = born(one, step=np.int32(5))
     before = jax.device_get(now.params)
     now, _ = run(now, put(batch, one))
     np.testing.assert_array_equal(now.params["embed"], before["embed"])
     np.testing.assert_array_equal(now.params["norm"], before["norm"])
-    np.testing.assert_allclose(now.params["blocks"]["q"], before["blocks"]["q"] * (1 - 1e-2 * 0.1), rtol=1e-5)
+    np.testing.assert_allclose(
+        now.params["blocks"]["q"], before["blocks"]["q"] * (1 - 1e-2 * 0.1), rtol=1e-5
+    )
 
 
 # ---- Muon
@@ -215,73 +305,129 @@ MUON = dataclasses.replace(SETTINGS, optim=dataclasses.replace(SETTINGS.optim, n
 
 def test_muon_gives_one_curve_on_any_mesh_and_keeps_half_of_adams_moments(one):
     alone, now, _ = train(one, MUON, n=4)
-    spread, _, run = train(sharding.make_mesh(Mesh(fsdp=4, tensor=2)), MUON, n=4)
+    spread, _, run = train(sharding.make_mesh(MeshConfig(fsdp=4, tensor=2)), MUON, n=4)
     np.testing.assert_allclose(spread, alone, rtol=2e-5)
     assert run._cache_size() == 1 and alone[-1] < alone[0] - 0.4
     adam = now.opt[0]
-    assert set(adam.nu["blocks"]) == {"attn_norm", "mlp_norm"} and set(adam.mu["blocks"]) == set(now.params["blocks"])
+    assert set(adam.nu["blocks"]) == {"attn_norm", "mlp_norm"} and set(adam.mu["blocks"]) == set(
+        now.params["blocks"]
+    )
     assert {"embed", "norm", "unembed"} <= set(adam.nu)
 
 
 def test_muon_treats_stacked_layers_as_matrices_each_by_itself():
     """Directions are orthogonal up to the size that brings them to Adam's, and a layer's do not depend on its neighbours."""
-    tx = optimizer.build(dataclasses.replace(MUON.optim, clip_norm=0, weight_decay=0), SPEC)
+    tx = optimizer.make_optimizer(
+        dataclasses.replace(MUON.optim, clip_norm=0, weight_decay=0), SPEC
+    )
     rng = np.random.default_rng(0)
-    grads = jax.tree.map(lambda row: rng.normal(size=row.shape).astype(np.float32), llama.rows(SPEC), is_leaf=llama.is_row)
-    update = jax.jit(lambda grads: tx.update(grads, tx.init(grads), grads, scale=0.5, good=True)[0]["blocks"])
+    grads = jax.tree.map(
+        lambda row: rng.normal(size=row.shape).astype(np.float32),
+        llama.param_specs(SPEC),
+        is_leaf=llama.is_param_spec,
+    )
+    update = jax.jit(
+        lambda grads: tx.update(grads, tx.init(grads), grads, scale=0.5, good=True)[0]["blocks"]
+    )
     directions = update(grads)
-    shapes = {"q": (24, 48), "k": (24, 16), "v": (24, 16), "o": (48, 24), "gate": (24, 40), "up": (24, 40), "down": (40, 24)}
+    shapes = {
+        "q": (24, 48),
+        "k": (24, 16),
+        "v": (24, 16),
+        "o": (48, 24),
+        "gate": (24, 40),
+        "up": (24, 40),
+        "down": (40, 24),
+    }
     for name, shape in shapes.items():
         for layer in np.asarray(directions[name]):
-            singular = np.linalg.svd(layer.reshape(shape), compute_uv=False) / (0.2 * max(shape) ** 0.5)
-            assert singular.min() > 0.6 and singular.max() < 1.3, name  # Newton-Schulz comes near to 1, not onto it
+            singular = np.linalg.svd(layer.reshape(shape), compute_uv=False) / (
+                0.2 * max(shape) ** 0.5
+            )
+            assert singular.min() > 0.6 and singular.max() < 1.3, (
+                name
+            )  # Newton-Schulz comes near to 1, not onto it
     for leaf in grads["blocks"].values():
         leaf[1], leaf[2] = 1.0, 7 * leaf[2]
     changed = update(grads)
     for name in shapes:
         np.testing.assert_allclose(changed[name][0], directions[name][0], rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(changed[name][2], directions[name][2], rtol=1e-3, atol=1e-4)  # its scale does not count
+        np.testing.assert_allclose(
+            changed[name][2], directions[name][2], rtol=1e-3, atol=1e-4
+        )  # its scale does not count
 
 
 # ---- forgetting, and what a run asks of its machine
 
 
 def test_replay_doubles_what_is_forgotten_up_to_half_and_in_later_phases_too():
-    more = lambda phases, names, step: forgetting.more_replay(Mixture(phases=phases), names, step, {"a": 30, "b": 10}).phases  # noqa: E731
+    more = lambda phases, names, step: (
+        forgetting.increase_replay(
+            MixtureConfig(phases=phases), names, step, {"a": 30, "b": 10}
+        ).phases
+    )
     assert more(((0, {"b": 1.0}),), ["a"], 8) == ((0, {"b": 1.0}), (8, {"a": 0.05, "b": 0.95}))
     assert more(((0, {"a": 1.0, "b": 3.0}),), ["a"], 8)[1] == (8, {"a": 0.5, "b": 0.5})
-    assert more(((0, {"a": 0.4, "b": 0.6}),), ["a"], 8)[1] == (8, {"a": 0.5, "b": 0.5}), "no more than half"
-    assert more(((0, {"a": 0.7, "b": 0.3}),), ["a"], 8)[1] == (8, {"a": 0.7, "b": 0.3}), "what has more keeps it"
-    assert more((), ["b"], 8)[1] == (8, {"b": 0.5, "a": 0.5}), "no phases: in proportion to the rows"
+    assert more(((0, {"a": 0.4, "b": 0.6}),), ["a"], 8)[1] == (8, {"a": 0.5, "b": 0.5}), (
+        "no more than half"
+    )
+    assert more(((0, {"a": 0.7, "b": 0.3}),), ["a"], 8)[1] == (8, {"a": 0.7, "b": 0.3}), (
+        "what has more keeps it"
+    )
+    assert more((), ["b"], 8)[1] == (8, {"b": 0.5, "a": 0.5}), (
+        "no phases: in proportion to the rows"
+    )
     later = more(((0, {"b": 1.0}), (8, {"a": 0.1, "b": 0.9}), (20, {"b": 1.0})), ["a"], 8)
     assert later == ((0, {"b": 1.0}), (8, {"a": 0.2, "b": 0.8}), (20, {"a": 0.05, "b": 0.95}))
 
 
 def test_forgetting_counts_only_beyond_its_limit():
-    settings = dataclasses.replace(SETTINGS, train=dataclasses.replace(SETTINGS.train, max_forgetting=0.1))
-    assert forgetting.beyond({"a": 2.2, "b": 2.05, "c": 9.0}, {"a": 2.0, "b": 2.0}, settings) == {"a": pytest.approx(0.2)}
-    assert forgetting.beyond({"a": 2.2}, {"a": 2.0}, SETTINGS) == {} == forgetting.beyond({"a": 2.2}, None, settings)
+    settings = dataclasses.replace(
+        SETTINGS, train=dataclasses.replace(SETTINGS.train, max_forgetting=0.1)
+    )
+    assert forgetting.find_forgotten(
+        {"a": 2.2, "b": 2.05, "c": 9.0}, {"a": 2.0, "b": 2.0}, settings
+    ) == {"a": pytest.approx(0.2)}
+    assert (
+        forgetting.find_forgotten({"a": 2.2}, {"a": 2.0}, SETTINGS)
+        == {}
+        == forgetting.find_forgotten({"a": 2.2}, None, settings)
+    )
 
 
 def test_processes_are_joined_only_when_all_of_it_is_said(monkeypatch):
-    machine.join()  # nothing said: nothing happens
+    distributed.join_processes(tmp_path)  # nothing said: nothing happens
     assert not jax.distributed.is_initialized()
     monkeypatch.setenv("JAXPT_COORDINATOR", "host:1234")
-    with pytest.raises(UserError, match="wanted all of JAXPT_COORDINATOR, JAXPT_PROCESSES, JAXPT_PROCESS"):
-        machine.join()
+    with pytest.raises(
+        UserError, match="wanted all of JAXPT_COORDINATOR, JAXPT_PROCESSES, JAXPT_PROCESS"
+    ):
+        distributed.join_processes(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("environment", "devices"),
     [
-        ({"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"}, list(range(8))),  # one task a node has all of its GPUs
-        ({"SLURM_NTASKS": "16", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"}, None),  # one a GPU, as JAX itself takes it
+        (
+            {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"},
+            list(range(8)),
+        ),  # one task a node has all of its GPUs
+        (
+            {"SLURM_NTASKS": "16", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"},
+            None,
+        ),  # one a GPU, as JAX itself takes it
     ],
 )
 def test_a_task_of_slurm_sees_every_gpu_of_its_node(monkeypatch, environment, devices):
     asked = {}
-    monkeypatch.setattr(machine.jax.distributed, "initialize", lambda *_, **more: asked.update(more))
-    for name, value in {**environment, "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_JOB_ID": "7"}.items():
+    monkeypatch.setattr(
+        distributed.jax.distributed, "initialize", lambda *_, **more: asked.update(more)
+    )
+    for name, value in {
+        **environment,
+        "SLURM_STEP_NODELIST": "n[1-2]",
+        "SLURM_JOB_ID": "7",
+    }.items():
         monkeypatch.setenv(name, value)
-    machine.join()
+    distributed.join_processes(tmp_path)
     assert asked["local_device_ids"] == devices

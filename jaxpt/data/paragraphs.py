@@ -15,30 +15,43 @@ import numpy as np
 
 from jaxpt.data import dedup
 
-GAP = re.compile(r"(\n{2,})")
+PARAGRAPH_GAP = re.compile(r"(\n{2,})")
 # A paragraph: its hash, its number in the text, its size, the characters of the gaps around it, and how many shorter ones the text has
-MARK = np.dtype([(name, "<u8" if name == "digest" else "<u4") for name in ("digest", "number", "chars", "bytes", "before", "after", "shorter")])
+MARK_SIZE = np.dtype(
+    [
+        (name, "<u8" if name == "digest" else "<u4")
+        for name in ("digest", "number", "chars", "bytes", "before", "after", "shorter")
+    ]
+)
 
 
-def marks(texts: Sequence[str], least: int = 100) -> list[bytes]:
+def hash_paragraphs(texts: Sequence[str], least: int = 100) -> list[bytes]:
     """What `repeats` asks of each text: a MARK for each paragraph of 100 characters or more."""
-    return [marks_of(text, least) for text in texts]
+    return [hash_text_paragraphs(text, least) for text in texts]
 
 
-def marks_of(text: str, least: int) -> bytes:
-    parts = GAP.split(text)  # paragraph, gap, paragraph, ...
+def hash_text_paragraphs(text: str, least: int) -> bytes:
+    parts = PARAGRAPH_GAP.split(text)  # paragraph, gap, paragraph, ...
     plain = [part.strip() for part in parts[::2]]
     gaps = [0, *map(len, parts[1::2]), 0]
     shorter = sum(0 < len(part) < least for part in plain)
     found = [
-        (int.from_bytes(hashlib.blake2b(each.encode(), digest_size=8).digest()), k, len(part), len(part.encode()), gaps[k], gaps[k + 1], shorter)
+        (
+            int.from_bytes(hashlib.blake2b(each.encode(), digest_size=8).digest()),
+            k,
+            len(part),
+            len(part.encode()),
+            gaps[k],
+            gaps[k + 1],
+            shorter,
+        )
         for k, (each, part) in enumerate(zip(plain, parts[::2], strict=True))
         if len(each) >= least
     ]
-    return np.array(found, MARK).tobytes()
+    return np.array(found, MARK_SIZE).tobytes()
 
 
-class Repeats(NamedTuple):
+class RepeatedParagraphs(NamedTuple):
     """What goes out of n documents.
 
     amounts  [n, 3] int64, of each document: paragraphs, and characters and bytes with the gaps that go with them
@@ -46,13 +59,15 @@ class Repeats(NamedTuple):
     empty    rows of which nothing stays;  twin  for each the row where its first paragraph stands
     """
 
-    amounts: np.ndarray
+    repeated_chars: np.ndarray
     cuts: np.ndarray
     empty: np.ndarray
     twin: np.ndarray
 
 
-def repeats(each: Callable[[], Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]], n: int) -> Repeats:
+def find_repeated_paragraphs(
+    each: Callable[[], Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]], n: int
+) -> RepeatedParagraphs:
     """Of n documents in canonical order what stood in one before, or before in the same.
 
     each  gives, in parts and every time anew, (rows [m], paragraphs of each [m], MARKs of them all): some 35 bytes a paragraph are held
@@ -61,14 +76,19 @@ def repeats(each: Callable[[], Iterator[tuple[np.ndarray, np.ndarray, np.ndarray
     for rows, counts, found in each():
         digests.append(found["digest"].copy())
         owners.append(np.repeat(rows, counts).astype(np.int32))
-    first, owners = dedup.exact(np.concatenate(digests)[:, None]), np.concatenate(owners)
+    first, owners = (
+        dedup.find_exact_duplicates(np.concatenate(digests)[:, None]),
+        np.concatenate(owners),
+    )
     amounts, at = np.zeros((n, 3), np.int64), 0
     cuts, empty, twin = [np.empty(0, [("row", "<i8"), ("number", "<u4"), ("leading", "?")])], [], []
     for rows, counts, found in each():
         of = np.flatnonzero(first[at : at + len(found)] != np.arange(at, at + len(found)))
         row, gone = np.repeat(rows, counts)[of], found[of]
         here = np.empty(len(of), cuts[0].dtype)
-        leading = gone["number"] == np.arange(len(of)) - np.searchsorted(row, row)  # all before it go too
+        leading = gone["number"] == np.arange(len(of)) - np.searchsorted(
+            row, row
+        )  # all before it go too
         here["row"], here["number"], here["leading"] = row, gone["number"], leading
         gap = np.where(leading, gone["after"], gone["before"])
         for k, size in enumerate((np.ones(len(of)), gone["chars"] + gap, gone["bytes"] + gap)):
@@ -80,12 +100,16 @@ def repeats(each: Callable[[], Iterator[tuple[np.ndarray, np.ndarray, np.ndarray
         twin.append(owners[first[at + starts[nothing]]])
         cuts.append(here[~np.isin(row, rows[nothing])])
         at += len(found)
-    return Repeats(amounts, np.concatenate(cuts), *(np.concatenate([np.empty(0, np.int64), *rows]) for rows in (empty, twin)))
+    return RepeatedParagraphs(
+        amounts,
+        np.concatenate(cuts),
+        *(np.concatenate([np.empty(0, np.int64), *rows]) for rows in (empty, twin)),
+    )
 
 
-def without(text: str, cuts: np.ndarray) -> str:
+def remove_spans(text: str, cuts: np.ndarray) -> str:
     """The text without the paragraphs that `cuts` tells of it."""
-    parts = GAP.split(text)
+    parts = PARAGRAPH_GAP.split(text)
     for number, leading in zip(cuts["number"].tolist(), cuts["leading"].tolist(), strict=True):
         parts[2 * number] = ""
         gap = 2 * number + (1 if leading else -1)

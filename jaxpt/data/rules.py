@@ -44,7 +44,7 @@ class Text(str):
     @functools.cached_property
     def symbols(self) -> list[str]:
         """The words without a letter or digit."""
-        return [word for word in self.words if not word.isalnum() and not SOLID.search(word)]
+        return [word for word in self.words if not word.isalnum() and not NON_SPACE.search(word)]
 
     @functools.cached_property
     def word_codes(self) -> np.ndarray:
@@ -59,18 +59,22 @@ class Text(str):
         if last > n:
             last, codes = 1, self.word_codes
         for longer in range(last + 1, n + 1):
-            codes = codes[:-1] * np.uint64(0x9E3779B97F4A7C15) + self.word_codes[longer - 1 :] if len(codes) else codes
+            codes = (
+                codes[:-1] * np.uint64(0x9E3779B97F4A7C15) + self.word_codes[longer - 1 :]
+                if len(codes)
+                else codes
+            )
         self.last_codes = n, codes
         return codes
 
 
-SOLID = re.compile(r"[^\W_]")
+NON_SPACE = re.compile(r"[^\W_]")
 
 
 # ---- the course "Pretraining LLMs", lesson 2
 
 
-def line_length(text: str, lines: int = 3, chars: int = 3) -> str:
+def max_line_length(text: str, lines: int = 3, chars: int = 3) -> str:
     """Fewer than 3 lines, or the third longest line has fewer than 3 characters.
 
     Both say the same thing: fewer than 3 lines have 3 characters or more.
@@ -88,15 +92,17 @@ def paragraph_repetition(text: str, most: float = 0.3, most_chars: float = 0.2) 
 
     Source: the course, lesson 2; the same as Gopher's two paragraph rules (2112.11446, table A1).
     """
-    return repeated(paragraphs_of(text), text, "paragraphs", most, most_chars)
+    return measure_repetition(split_paragraphs(text), text, "paragraphs", most, most_chars)
 
 
-def paragraphs_of(text: str) -> list[str]:
+def split_paragraphs(text: str) -> list[str]:
     """re.split(r"\\n{2,}", text.strip()), in a third of the time: that looks at each character by itself."""
     return [part for cut in text.strip().split("\n\n") if (part := cut.lstrip("\n"))] or [""]
 
 
-def repeated(parts: list[str], text: str, noun: str, most: float, most_chars: float) -> str:
+def measure_repetition(
+    parts: list[str], text: str, noun: str, most: float, most_chars: float
+) -> str:
     seen = set(parts)
     if len(seen) == len(parts):
         return ""
@@ -105,19 +111,31 @@ def repeated(parts: list[str], text: str, noun: str, most: float, most_chars: fl
     if n_repeated / len(parts) > most:
         return f"{n_repeated} of {len(parts)} {noun} are repeats, wanted at most {most}"
     if chars / len(text) > most_chars:
-        return f"{chars} of {len(text)} characters are in repeated {noun}, wanted at most {most_chars}"
+        return (
+            f"{chars} of {len(text)} characters are in repeated {noun}, wanted at most {most_chars}"
+        )
     return ""
 
 
-def language(texts: list[Text], code: str = "en", least: float = 0.65, newline: str = " ") -> list[str]:
+def language(
+    texts: list[Text], code: str = "en", least: float = 0.65, newline: str = " "
+) -> list[str]:
     """Not in the language `code` with a score above `least`, by fastText's lid.176. `newline` takes the place of each line end.
 
     Source: 0.65 is FineWeb's (2406.17557); the course takes 0.4 and glues lines together.
     """
     reasons = []
-    for text, (found, score) in zip(texts, identification.identify_all([text.replace("\n", newline) for text in texts], least), strict=True):
+    for text, (found, score) in zip(
+        texts,
+        identification.identify_languages([text.replace("\n", newline) for text in texts], least),
+        strict=True,
+    ):
         text.notes |= {"language": found, "language_score": round(score, 3)}
-        reasons.append("" if found == code and score > least else f"{found} {score:.2f}, wanted {code} above {least:.2f}")
+        reasons.append(
+            ""
+            if found == code and score > least
+            else f"{found} {score:.2f}, wanted {code} above {least:.2f}"
+        )
     return reasons
 
 
@@ -134,12 +152,19 @@ def gopher_word_length(text: Text, least: float = 3.0, most: float = 10.0) -> st
     """Words of fewer than 3 or more than 10 characters on average, those without a letter or digit not counted."""
     n = len(text.words) - len(text.symbols)
     mean = (int(text.word_chars.sum()) - sum(map(len, text.symbols))) / max(n, 1)
-    return "" if least <= mean <= most else f"words of {mean:.1f} characters on average, wanted {least:g} to {most:g}"
+    return (
+        ""
+        if least <= mean <= most
+        else f"words of {mean:.1f} characters on average, wanted {least:g} to {most:g}"
+    )
 
 
 def gopher_symbols(text: Text, most: float = 0.1) -> str:
     """More than one hash sign, or one ellipsis, to ten words."""
-    for name, n in (("hash signs", text.count("#")), ("ellipses", text.count("...") + text.count("…"))):
+    for name, n in (
+        ("hash signs", text.count("#")),
+        ("ellipses", text.count("...") + text.count("…")),
+    ):
         if n > most * len(text.words):
             return f"{n} {name} to {len(text.words)} words, wanted at most {most} to one"
     return ""
@@ -151,7 +176,11 @@ def gopher_bullets(text: str, most: float = 0.9) -> str:
         return ""
     lines = text.splitlines()
     n = sum(line.lstrip().startswith(("•", "-")) for line in lines)
-    return "" if n <= most * len(lines) else f"{n} of {len(lines)} lines are bullet points, wanted at most {most}"
+    return (
+        ""
+        if n <= most * len(lines)
+        else f"{n} of {len(lines)} lines are bullet points, wanted at most {most}"
+    )
 
 
 def gopher_ellipsis_lines(text: str, most: float = 0.3) -> str:
@@ -160,7 +189,11 @@ def gopher_ellipsis_lines(text: str, most: float = 0.3) -> str:
         return ""
     lines = text.splitlines()
     n = sum(line.rstrip().endswith(("...", "…")) for line in lines)
-    return "" if n <= most * len(lines) else f"{n} of {len(lines)} lines end with an ellipsis, wanted at most {most}"
+    return (
+        ""
+        if n <= most * len(lines)
+        else f"{n} of {len(lines)} lines end with an ellipsis, wanted at most {most}"
+    )
 
 
 def gopher_alphabetic(text: Text, least: float = 0.8, marks: bool = False) -> str:
@@ -168,17 +201,21 @@ def gopher_alphabetic(text: Text, least: float = 0.8, marks: bool = False) -> st
 
     marks=True counts each punctuation mark as a word, as the tokenizers of datatrove do, and with them FineWeb: much stricter.
     """
-    return with_letters(TOKEN.findall(text) if marks else text.words, least)
+    return count_words_with_letters(WORD_TOKEN.findall(text) if marks else text.words, least)
 
 
-TOKEN = re.compile(r"\w+(?:['’]\w+)*|\.{2,}|-{2,}|[^\w\s]")
+WORD_TOKEN = re.compile(r"\w+(?:['’]\w+)*|\.{2,}|-{2,}|[^\w\s]")
 
 
-def with_letters(words: list[str], least: float) -> str:
+def count_words_with_letters(words: list[str], least: float) -> str:
     n = sum(map(str.isalpha, words))  # of letters alone: quick, and in most texts enough
     if n < least * len(words):
         n += sum(not word.isalpha() and any(map(str.isalpha, word)) for word in words)
-    return "" if n >= least * len(words) else f"{n} of {len(words)} words hold a letter, wanted {least}"
+    return (
+        ""
+        if n >= least * len(words)
+        else f"{n} of {len(words)} words hold a letter, wanted {least}"
+    )
 
 
 def gopher_stop_words(text: Text, least: int = 2) -> str:
@@ -195,7 +232,7 @@ STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
 
 def duplicate_lines(text: str, most: float = 0.3, most_chars: float = 0.2) -> str:
     """More than 0.3 of the lines, or 0.2 of the text's characters, are lines seen earlier in the text."""
-    return repeated(re.split(r"\n+", text), text, "lines", most, most_chars)
+    return measure_repetition(re.split(r"\n+", text), text, "lines", most, most_chars)
 
 
 def top_ngrams(text: Text, two: float = 0.20, three: float = 0.18, four: float = 0.16) -> str:
@@ -219,7 +256,13 @@ def top_ngrams(text: Text, two: float = 0.20, three: float = 0.18, four: float =
 
 
 def duplicate_ngrams(
-    text: Text, five: float = 0.15, six: float = 0.14, seven: float = 0.13, eight: float = 0.12, nine: float = 0.11, ten: float = 0.10
+    text: Text,
+    five: float = 0.15,
+    six: float = 0.14,
+    seven: float = 0.13,
+    eight: float = 0.12,
+    nine: float = 0.11,
+    ten: float = 0.10,
 ) -> str:
     """More than 0.15 (0.14, ... 0.10) of the characters are in 5 (6, ... 10) words in a row that stood there before, none counted twice."""
     limits = (five, six, seven, eight, nine, ten)
@@ -229,19 +272,26 @@ def duplicate_ngrams(
         doubled = ordered[1:][ordered[1:] == ordered[:-1]]
         if not len(doubled):  # then no longer one repeats either
             break
-        at = np.flatnonzero(doubled[np.minimum(np.searchsorted(doubled, codes), len(doubled) - 1)] == codes)
+        at = np.flatnonzero(
+            doubled[np.minimum(np.searchsorted(doubled, codes), len(doubled) - 1)] == codes
+        )
         edges = np.zeros(len(text.words) + 1, np.int64)
         edges[at] += 1
         edges[at + n] -= 1
-        bound = int(text.word_chars[np.cumsum(edges)[:-1] > 0].sum())  # characters in whatever repeats: no less than in longer repeats
+        bound = int(
+            text.word_chars[np.cumsum(edges)[:-1] > 0].sum()
+        )  # characters in whatever repeats: no less than in longer repeats
         if bound <= min(limits[n - 5 :]) * len(text):
             break
-        if bound > most * len(text) and (chars := repeated_chars(text, codes, n)) / len(text) > most:
+        if (
+            bound > most * len(text)
+            and (chars := count_repeated_chars(text, codes, n)) / len(text) > most
+        ):
             return f"{chars} of {len(text)} characters are in {n} words in a row that stood there before, wanted at most {most}"
     return ""
 
 
-def repeated_chars(text: Text, codes: np.ndarray, n: int) -> int:
+def count_repeated_chars(text: Text, codes: np.ndarray, n: int) -> int:
     """Characters, spaces apart, of the n-grams that stood there before, read from the left: after a repeat comes the word behind it."""
     upto = np.concatenate([[0], np.cumsum(text.word_chars)]).tolist()
     seen, chars, i, found = set(), 0, 0, codes.tolist()
@@ -258,7 +308,9 @@ def repeated_chars(text: Text, codes: np.ndarray, n: int) -> int:
 # ---- C4 (Raffel et al. 2019, 1910.10683, section 2.2)
 
 
-def c4_lines(text: str, punctuation: bool = True, words: int = 3, longest: int = 1000) -> tuple[str, int]:
+def c4_lines(
+    text: str, punctuation: bool = True, words: int = 3, longest: int = 1000
+) -> tuple[str, int]:
     """Takes out the lines that do not end with . ! ? or a quotation mark, have fewer than 3 words or one above 1,000 characters, speak of
     JavaScript or of cookies and terms; and in those that stay the marks of citations, such as [3] or [citation needed].
 
@@ -272,7 +324,13 @@ def c4_lines(text: str, punctuation: bool = True, words: int = 3, longest: int =
         low = mended.lower()
         if (
             len(found) < words
-            or (punctuation and (not mended.endswith((".", "!", "?", '"', "'", "”", "’")) or mended.endswith("...")))
+            or (
+                punctuation
+                and (
+                    not mended.endswith((".", "!", "?", '"', "'", "”", "’"))
+                    or mended.endswith("...")
+                )
+            )
             or (len(line) > longest and max(map(len, found)) > longest)
             or "javascript" in low
             or any(phrase in low for phrase in POLICY)
@@ -285,7 +343,14 @@ def c4_lines(text: str, punctuation: bool = True, words: int = 3, longest: int =
 
 
 CITATION = re.compile(r"\[(?:\d*|edit|citation needed)\]")
-POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
+POLICY = (
+    "terms of use",
+    "privacy policy",
+    "cookie policy",
+    "uses cookies",
+    "use of cookies",
+    "use cookies",
+)
 
 
 def c4_lorem_ipsum(text: str) -> str:
@@ -300,11 +365,13 @@ def c4_curly_bracket(text: str) -> str:
 
 def c4_sentences(text: str, least: int = 5) -> str:
     """Fewer than five sentences: a line has one, and one more wherever . ! or ? ends a word and another word follows."""
-    n = sum(1 + len(SENTENCE_END.findall(line)) for line in text.splitlines() if line.strip())
+    n = sum(
+        1 + len(SENTENCE_END_PATTERN.findall(line)) for line in text.splitlines() if line.strip()
+    )
     return "" if n >= least else f"{n} sentences, wanted {least}"
 
 
-SENTENCE_END = re.compile(r"""[.!?]["'”’)\]]*\s+(?=\S)""")
+SENTENCE_END_PATTERN = re.compile(r"""[.!?]["'”’)\]]*\s+(?=\S)""")
 
 
 # ---- FineWeb (2406.17557, section 3.4; thresholds as datatrove 0.10.1 has them)
@@ -312,37 +379,53 @@ SENTENCE_END = re.compile(r"""[.!?]["'”’)\]]*\s+(?=\S)""")
 
 def fineweb_line_ends(text: str, least: float = 0.12) -> str:
     """Less than 0.12 of the lines end as a sentence does."""
-    lines = filled_lines(text)
-    n = sum(line.endswith(SENTENCE_ENDS) for line in lines)
-    return "" if n >= least * len(lines) else f"{n} of {len(lines)} lines end as a sentence does, wanted {least}"
+    lines = split_nonempty_lines(text)
+    n = sum(line.endswith(SENTENCE_END_CHARS) for line in lines)
+    return (
+        ""
+        if n >= least * len(lines)
+        else f"{n} of {len(lines)} lines end as a sentence does, wanted {least}"
+    )
 
 
 # What ends a sentence in the scripts with most text on the web
-SENTENCE_ENDS = tuple(".!?。！？．｡…‼⁇⁈⁉؟۔।॥။።፧։՜՞")
+SENTENCE_END_CHARS = tuple(".!?。！？．｡…‼⁇⁈⁉؟۔।॥။።፧։՜՞")
 
 
 def fineweb_short_lines(text: str, most: float = 0.67, chars: int = 30) -> str:
     """More than 0.67 of the lines have at most 30 characters."""
-    lines = filled_lines(text)
+    lines = split_nonempty_lines(text)
     n = sum(len(line) <= chars for line in lines)
-    return "" if n <= most * len(lines) else f"{n} of {len(lines)} lines have at most {chars} characters, wanted at most {most}"
+    return (
+        ""
+        if n <= most * len(lines)
+        else f"{n} of {len(lines)} lines have at most {chars} characters, wanted at most {most}"
+    )
 
 
 def fineweb_duplicate_characters(text: str, most: float = 0.01) -> str:
     """More than 0.01 of the characters are in lines seen earlier in the text. (0.01 in datatrove's recipe, 0.1 in the paper.)"""
-    lines = filled_lines(text)
+    lines = split_nonempty_lines(text)
     chars = sum(map(len, lines)) - sum(map(len, set(lines)))
     n = len(text) - text.count("\n")
-    return "" if chars <= most * n else f"{chars} of {n} characters are in repeated lines, wanted at most {most}"
+    return (
+        ""
+        if chars <= most * n
+        else f"{chars} of {n} characters are in repeated lines, wanted at most {most}"
+    )
 
 
 def fineweb_line_breaks(text: Text, most: float = 0.3) -> str:
     """More than 0.3 line breaks to a word: a list."""
     n = text.count("\n")
-    return "" if n <= most * len(text.words) else f"{n} line breaks to {len(text.words)} words, wanted at most {most} to one"
+    return (
+        ""
+        if n <= most * len(text.words)
+        else f"{n} line breaks to {len(text.words)} words, wanted at most {most} to one"
+    )
 
 
-def filled_lines(text: str) -> list[str]:
+def split_nonempty_lines(text: str) -> list[str]:
     return [line for line in text.split("\n") if line.strip()]
 
 
@@ -354,9 +437,13 @@ def bad_words(text: str, path: str) -> str:
 
     Source: C4 dropped pages with a word of such a list (1910.10683, section 2.2).
     """
-    low, (words, phrases) = text.lower(), listed_words(path)
+    low, (words, phrases) = text.lower(), load_word_list(path)
     found = words.intersection(WORD.findall(low))
-    found |= {each for each in phrases if each in low and re.search(rf"(?<!\w){re.escape(each)}(?!\w)", low)}
+    found |= {
+        each
+        for each in phrases
+        if each in low and re.search(rf"(?<!\w){re.escape(each)}(?!\w)", low)
+    }
     return f"holds {min(found)!r}" if found else ""
 
 
@@ -364,9 +451,9 @@ WORD = re.compile(r"\w+")
 
 
 @functools.cache
-def listed_words(path: str) -> tuple[frozenset[str], frozenset[str]]:
+def load_word_list(path: str) -> tuple[frozenset[str], frozenset[str]]:
     """(words of letters and digits alone, others)"""
-    found = {line.lower() for line in lines_of(path)}
+    found = {line.lower() for line in read_list_lines(path)}
     words = frozenset(filter(WORD.fullmatch, found))
     return words, frozenset(found - words)
 
@@ -376,23 +463,25 @@ def url_list(text: Text, path: str) -> str:
 
     Source: FineWeb (2406.17557, section 3.1) and RefinedWeb (2306.01116) drop pages by such lists first.
     """
-    address = plain_address(json.loads(text.meta).get("url") or "")
+    address = normalize_url(json.loads(text.meta).get("url") or "")
     labels = re.split(r"[/:?#]", address, maxsplit=1)[0].split(".")
-    listed = listed_addresses(path).intersection([address, *(".".join(labels[k:]) for k in range(len(labels)))])
+    listed = load_url_list(path).intersection(
+        [address, *(".".join(labels[k:]) for k in range(len(labels)))]
+    )
     return f"{min(listed)} is on the list" if address and listed else ""
 
 
 @functools.cache
-def listed_addresses(path: str) -> frozenset[str]:
-    return frozenset(map(plain_address, lines_of(path)))
+def load_url_list(path: str) -> frozenset[str]:
+    return frozenset(map(normalize_url, read_list_lines(path)))
 
 
-def plain_address(url: str) -> str:
+def normalize_url(url: str) -> str:
     """https://www.Example.org/ -> example.org"""
     return re.sub(r"^(?:\w+://)?(?:www\.)?", "", url.strip().lower()).rstrip("/")
 
 
-def lines_of(path: str) -> list[str]:
+def read_list_lines(path: str) -> list[str]:
     """The lines of a list but for empty ones and remarks, which begin with #."""
     lines = [line.strip() for line in pathlib.Path(path).read_text("utf-8").splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
@@ -407,25 +496,35 @@ def min_chars(text: str, least: int = 200) -> str:
     return "" if n >= least else f"{n} characters, wanted {least}"
 
 
-def few_words(text: Text, least: float = 0.7) -> str:
+def min_words(text: Text, least: float = 0.7) -> str:
     """Less than 0.7 of the words hold a letter: tables, dumps, markup. (Gopher's rule, at 0.8 there.)"""
-    return with_letters(text.words, least)
+    return count_words_with_letters(text.words, least)
 
 
-def many_symbols(text: str, most: float = 0.25) -> str:
+def max_symbol_ratio(text: str, most: float = 0.25) -> str:
     """More than 0.25 of the characters are neither letters, digits nor white space: markup, ruled tables, code."""
     n = sum(not (c.isalnum() or c.isspace()) for c in text)
-    return "" if n <= most * len(text) else f"{n} of {len(text)} characters are symbols, wanted at most {most}"
+    return (
+        ""
+        if n <= most * len(text)
+        else f"{n} of {len(text)} characters are symbols, wanted at most {most}"
+    )
 
 
 def line_repetition(text: str, most: float = 0.3) -> str:
     """More than 0.3 of the lines that hold a letter were seen earlier in the text. (Gopher's duplicate line fraction.)"""
     lines = [line.strip() for line in text.split("\n") if any(map(str.isalpha, line))]
     n = len(lines) - len(set(lines))
-    return "" if n <= most * len(lines) else f"{n} of {len(lines)} lines are repeats, wanted at most {most}"
+    return (
+        ""
+        if n <= most * len(lines)
+        else f"{n} of {len(lines)} lines are repeats, wanted at most {most}"
+    )
 
 
-def code_lines(text: str, longest: int = 1000, least_mean: float = 10.0, most_mean: float = 100.0) -> str:
+def code_lines(
+    text: str, longest: int = 1000, least_mean: float = 10.0, most_mean: float = 100.0
+) -> str:
     """A line above 1,000 characters, or a mean line outside 10 to 100: minified, packed data, or nearly empty.
 
     Source: Codex and StarCoder drop the long ones so (2107.03374, 2305.06161).
@@ -434,28 +533,46 @@ def code_lines(text: str, longest: int = 1000, least_mean: float = 10.0, most_me
     mean = sum(lengths) / len(lengths)
     if max(lengths) > longest:
         return f"a line of {max(lengths):,} characters, wanted at most {longest:,}"
-    return "" if least_mean <= mean <= most_mean else f"lines of {mean:.0f} characters on average, wanted {least_mean:g} to {most_mean:g}"
+    return (
+        ""
+        if least_mean <= mean <= most_mean
+        else f"lines of {mean:.0f} characters on average, wanted {least_mean:g} to {most_mean:g}"
+    )
 
 
-def few_alphanumeric(text: str, least: float = 0.25) -> str:
+def min_alphanumeric(text: str, least: float = 0.25) -> str:
     """Less than 0.25 of the characters are letters or digits. (StarCoder's threshold, 2305.06161.)"""
     n = sum(map(str.isalnum, text))
-    return "" if n >= least * len(text) else f"{n} of {len(text)} characters are letters or digits, wanted {least}"
+    return (
+        ""
+        if n >= least * len(text)
+        else f"{n} of {len(text)} characters are letters or digits, wanted {least}"
+    )
 
 
 def autogenerated(text: str, most: float = 0.5) -> str:
     """Says in its first ten lines that a program wrote it, or more than half of its lines are rows of a data table."""
     head = "\n".join(text.split("\n", 10)[:10])
-    if mark := re.search(r"auto-?generated|automatically generated|generated (?:by|from) |do not edit", head, re.IGNORECASE):
+    if mark := re.search(
+        r"auto-?generated|automatically generated|generated (?:by|from) |do not edit",
+        head,
+        re.IGNORECASE,
+    ):
         return f"says {mark.group()!r} in its first lines"
     lines = [line for line in text.splitlines() if line.strip()]
     n = sum(bool(DATA_ROW.fullmatch(line)) for line in lines)
-    return "" if n <= most * len(lines) else f"{n} of {len(lines)} lines are data rows, wanted at most {most}"
+    return (
+        ""
+        if n <= most * len(lines)
+        else f"{n} of {len(lines)} lines are data rows, wanted at most {most}"
+    )
 
 
 # A line that only lists: numbers and strings, with the commas, colons and brackets between them and a comment after.
 # Possessive repeats (++, *+): a long line that is no data row costs one pass in place of an exponential number.
-DATA_ROW = re.compile(r"""\s*+[\[({]*+(?:(?:[-+]?[\d.][\w.]*+|[rbu]*+"[^"]*"|[rbu]*+'[^']*')[\s,:\])}]*+)++(?:#.*)?""")
+DATA_ROW = re.compile(
+    r"""\s*+[\[({]*+(?:(?:[-+]?[\d.][\w.]*+|[rbu]*+"[^"]*"|[rbu]*+'[^']*')[\s,:\])}]*+)++(?:#.*)?"""
+)
 
 
 # ---- edits: personal data, paragraphs said twice
@@ -467,7 +584,9 @@ def pii_email(text: str, mark: str = "|||EMAIL_ADDRESS|||") -> tuple[str, int]:
 
 
 # local part, then labels and a top level of letters; it starts where no such character stands before, so that each is tried once
-EMAIL = re.compile(r"(?<![\w.+%-])[\w][\w.+%'-]{0,63}@(?:[\w](?:[\w-]{0,61}[\w])?\.){1,8}[^\W\d_]{2,24}(?![\w-])")
+EMAIL = re.compile(
+    r"(?<![\w.+%-])[\w][\w.+%'-]{0,63}@(?:[\w](?:[\w-]{0,61}[\w])?\.){1,8}[^\W\d_]{2,24}(?![\w-])"
+)
 
 
 def pii_ip(text: str, mark: str = "|||IP_ADDRESS|||") -> tuple[str, int]:
@@ -488,7 +607,10 @@ def pii_ip(text: str, mark: str = "|||IP_ADDRESS|||") -> tuple[str, int]:
 
 IP_HINT = re.compile(r"\d\.\d|[0-9a-fA-F]:[0-9a-fA-F:]")
 IPV4 = re.compile(r"(?<![\w.:])(?:\d{1,3}\.){3}\d{1,3}(?![\w:]|\.\d)", re.ASCII)
-IPV6 = re.compile(r"(?<![\w:.])[23][0-9a-f]{3}:(?:[0-9a-f]{0,4}:){1,6}[0-9a-f]{0,4}(?![\w:])", re.ASCII | re.IGNORECASE)  # 2000::/3, the public ones
+IPV6 = re.compile(
+    r"(?<![\w:.])[23][0-9a-f]{3}:(?:[0-9a-f]{0,4}:){1,6}[0-9a-f]{0,4}(?![\w:])",
+    re.ASCII | re.IGNORECASE,
+)  # 2000::/3, the public ones
 
 
 def pii_phone(text: str, mark: str = "|||PHONE_NUMBER|||") -> tuple[str, int]:
@@ -525,15 +647,17 @@ def repeated_paragraphs(text: str, least: int = 40) -> tuple[str, int]:
     return ("".join(kept), n_edits) if n_edits else (text, 0)
 
 
-DROPS = {
+DROP_RULES = {
     rule.__name__: rule
     for rule in (
-        line_length, paragraph_repetition, language,
+        max_line_length, paragraph_repetition, language,
         gopher_word_count, gopher_word_length, gopher_symbols, gopher_bullets, gopher_ellipsis_lines, gopher_alphabetic, gopher_stop_words,
         duplicate_lines, top_ngrams, duplicate_ngrams, c4_lorem_ipsum, c4_curly_bracket, c4_sentences,
         fineweb_line_ends, fineweb_short_lines, fineweb_duplicate_characters, fineweb_line_breaks, bad_words, url_list,
-        min_chars, few_words, many_symbols, line_repetition, code_lines, few_alphanumeric, autogenerated,
+        min_chars, min_words, max_symbol_ratio, line_repetition, code_lines, min_alphanumeric, autogenerated,
     )
 }  # fmt: skip
-BATCHES = {language}  # these take many texts at once
-EDITS = {rule.__name__: rule for rule in (c4_lines, pii_email, pii_ip, pii_phone, repeated_paragraphs)}
+BATCH_RULES = {language}  # these take many texts at once
+EDIT_RULES = {
+    rule.__name__: rule for rule in (c4_lines, pii_email, pii_ip, pii_phone, repeated_paragraphs)
+}

@@ -54,29 +54,35 @@ class Document(NamedTuple):
     meta: str = "{}"
 
 
-class Passed(NamedTuple):
+class Skipped(NamedTuple):
     """A record that is no document and no mistake either, such as a picture among web pages."""
 
-    why: str  # one of a few, so that they can be counted
-    place: str
+    reason: str  # one of a few, so that they can be counted
+    where: str
 
 
-UNREADABLE = "cannot be read"
+READ_ERRORS = "cannot be read"
 # bytes of a document, or of the record that holds it: what is larger is many documents in one, and would fill a process's memory
-LARGEST = 2**25
+MAX_DOCUMENT_BYTES = 2**25
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class TextSource:
     """A source whose string was understood and whose files were found; nothing of them is read yet."""
 
     name: str  # of its shards, and the `source` column
     kind: str
-    where: str  # glob, data set and split, or "prose" / "code"
+    pattern: str  # glob, data set and split, or "prose" / "code"
     field: str  # the field or column that holds the text, or two: prompt+completion
-    files: tuple[str, ...]  # paths or addresses in an object store, in canonical order; empty for hf: and python:
+    files: tuple[
+        str, ...
+    ]  # paths or addresses in an object store, in canonical order; empty for hf: and python:
 
-    def documents(self, passed: Callable[[str, str], None] = lambda why, sentence: None, on_error: str = "stop") -> Iterator[Document]:
+    def iterate_documents(
+        self,
+        passed: Callable[[str, str], None] = lambda why, sentence: None,
+        on_error: str = "stop",
+    ) -> Iterator[Document]:
         """In canonical order.
 
         What cannot be read is a UserError naming file and record. on_error="stop" raises it. "skip" tells passed(UNREADABLE, sentence)
@@ -93,56 +99,73 @@ class Source:
                     each = error
                 if isinstance(each, Document):
                     yield each._replace(id=f"{self.name}/{each.id}")
-                elif isinstance(each, Passed):
-                    passed(each.why, f"{each.place}: {each.why}")
+                elif isinstance(each, Skipped):
+                    passed(each.reason, f"{each.where}: {each.reason}")
                 elif on_error == "skip":
-                    passed(UNREADABLE, str(each))
+                    passed(READ_ERRORS, str(each))
                 else:
                     raise each
 
-    def inputs(self) -> dict[str, pathlib.Path]:
+    def fingerprint_inputs(self) -> dict[str, pathlib.Path]:
         """What a manifest fingerprints, by name."""
-        files = {f"{self.name}/{relative(self, file)}": pathlib.Path(file) for file in self.files if not is_remote(file)}
-        if self.kind == "hf" and (directory := pathlib.Path(hf_parts(self)[0])).is_dir():
+        files = {
+            f"{self.name}/{relative_name(self, file)}": pathlib.Path(file)
+            for file in self.files
+            if not is_remote(file)
+        }
+        if self.kind == "hf" and (directory := pathlib.Path(parse_hf_source(self)[0])).is_dir():
             files[self.name] = directory
         return files
 
-    def installation(self) -> dict[str, str]:
+    def describe_installation(self) -> dict[str, str]:
         """What stands for a content that is not fingerprinted: versions of an installation, size and tag of the objects of a store."""
         if self.kind == "warc":
-            return {"trafilatura": importlib.metadata.version("trafilatura")} | self.objects()
+            return {
+                "trafilatura": importlib.metadata.version("trafilatura")
+            } | self.list_object_tags()
         if self.kind != "python":
-            return self.objects()
+            return self.list_object_tags()
         versions = {"python": sys.version.split()[0]}
-        if self.where == "prose":
-            versions["packages"] = stage.fingerprint(sorted((name, metadata["Version"]) for name, metadata in installed().items()))
+        if self.pattern == "prose":
+            versions["packages"] = stage.fingerprint(
+                sorted((name, metadata["Version"]) for name, metadata in describe_python().items())
+            )
         return versions
 
-    def objects(self) -> dict[str, str]:
+    def list_object_tags(self) -> dict[str, str]:
         files = [file for file in self.files if is_remote(file)]
-        return {relative(self, file): tag for file, tag in zip(files, at_once(object_tag, files), strict=True)}
+        return {
+            relative_name(self, file): tag
+            for file, tag in zip(files, map_in_threads(get_object_tag, files), strict=True)
+        }
 
-    def sizes(self) -> list[int]:
+    def list_file_sizes(self) -> list[int]:
         """Bytes of each file as it lies there."""
-        return at_once(size_of, self.files)
+        return map_in_threads(get_file_size, self.files)
 
 
-def parse_all(texts: Iterable[str]) -> list[Source]:
+def parse_sources(texts: Iterable[str]) -> list[TextSource]:
     """The sources of a config, in its order. Raises UserError when there are none, or two of one name."""
-    sources = [parse(text) for text in texts]
+    sources = [parse_source(text) for text in texts]
     if not sources:
-        raise UserError("prepare.sources: empty, so there is nothing to read. Name at least one, such as ('python:prose',).")
+        raise UserError(
+            "prepare.sources: empty, so there is nothing to read. Name at least one, such as ('python:prose',)."
+        )
     for i, source in enumerate(sources):
         if source.name in [other.name for other in sources[:i]]:
-            raise UserError(f"prepare.sources: two sources are named {source.name!r}. Give one another name: NAME={source.kind}:{source.where}.")
+            raise UserError(
+                f"prepare.sources: two sources are named {source.name!r}. Give one another name: NAME={source.kind}:{source.pattern}."
+            )
     return sources
 
 
-def parse(text: str) -> Source:
+def parse_source(text: str) -> TextSource:
     """Understand one source string and find its files. Raises UserError for an unknown kind or an empty glob."""
     match = re.fullmatch(r"(?:([^=:#/]*)=)?(\w+):(.+)", text, re.DOTALL)
     if not match:
-        raise UserError(f"prepare.sources: {text!r} is not a source. Write [NAME=]KIND:WHERE, such as web=jsonl:crawl/*.jsonl#text.")
+        raise UserError(
+            f"prepare.sources: {text!r} is not a source. Write [NAME=]KIND:WHERE, such as web=jsonl:crawl/*.jsonl#text."
+        )
     name, kind, where = match.groups()
     if kind not in READERS:
         near = difflib.get_close_matches(kind, READERS, 1)
@@ -158,41 +181,63 @@ def parse(text: str) -> Source:
     files: tuple[str, ...] = ()
     if kind in ("text", "jsonl", "parquet", "warc"):
         where = where if is_remote(where) else str(stage.local_path(where))
-        files = tuple(sorted(matching(where)))
+        files = tuple(sorted(glob_files(where)))
         if not files:
             if pathlib.Path(where).is_dir():
-                raise UserError(f"prepare.sources: {text!r}: {where} is a directory. Name its files, such as {kind}:{where.rstrip('/')}/*.")
-            hint = "the address and the credentials" if is_remote(where) else f"the path; a relative one starts from {pathlib.Path.cwd()}"
+                raise UserError(
+                    f"prepare.sources: {text!r}: {where} is a directory. Name its files, such as {kind}:{where.rstrip('/')}/*."
+                )
+            hint = (
+                "the address and the credentials"
+                if is_remote(where)
+                else f"the path; a relative one starts from {pathlib.Path.cwd()}"
+            )
             raise UserError(f"prepare.sources: {text!r}: no file matches {where}. Check {hint}.")
-    elif kind == "python" and where not in PYTHON:
-        raise UserError(f"prepare.sources: {text!r}: wanted python:prose, python:code or python:tasks.")
+    elif kind == "python" and where not in PYTHON_READERS:
+        raise UserError(
+            f"prepare.sources: {text!r}: wanted python:prose, python:code or python:tasks."
+        )
     elif kind == "hf" and ":" not in where:
-        raise UserError(f"prepare.sources: {text!r}: the split is missing. Write hf:NAME[/CONFIG]:SPLIT#field, such as hf:{where}:train#text.")
-    name = readable_name(kind, where) if name is None else name
+        raise UserError(
+            f"prepare.sources: {text!r}: the split is missing. Write hf:NAME[/CONFIG]:SPLIT#field, such as hf:{where}:train#text."
+        )
+    name = default_source_name(kind, where) if name is None else name
     if not re.fullmatch(r"\w[\w.-]*", name):
-        raise UserError(f"prepare.sources: {text!r}: a source cannot be named {name!r}. Use letters, digits, '_', '-' and '.': NAME={kind}:...")
-    return Source(name, kind, where, field, files)
+        raise UserError(
+            f"prepare.sources: {text!r}: a source cannot be named {name!r}. Use letters, digits, '_', '-' and '.': NAME={kind}:..."
+        )
+    return TextSource(name, kind, where, field, files)
 
 
-def readable_name(kind: str, where: str) -> str:
+def default_source_name(kind: str, where: str) -> str:
     """python:prose -> prose; books/*.txt -> books; crawl/part.jsonl.gz -> part; HuggingFaceFW/fineweb/sample-10BT:train -> fineweb-sample-10BT"""
     if kind == "python":
         return where
     if kind == "hf":
         name = where.rpartition(":")[0].strip("/")
-        word = name.replace("/", "-") if name.count("/") == 0 else name.partition("/")[2].replace("/", "-")
-        word = pathlib.PurePath(name).name if pathlib.Path(where.rpartition(":")[0]).is_dir() else word
+        word = (
+            name.replace("/", "-")
+            if name.count("/") == 0
+            else name.partition("/")[2].replace("/", "-")
+        )
+        word = (
+            pathlib.PurePath(name).name if pathlib.Path(where.rpartition(":")[0]).is_dir() else word
+        )
     else:
-        parts = [part for part in pathlib.PurePath(where).parts if not glob.has_magic(part) and part != "/"]
+        parts = [
+            part
+            for part in pathlib.PurePath(where).parts
+            if not glob.has_magic(part) and part != "/"
+        ]
         word = parts[-1] if parts else "files"
         if not glob.has_magic(where):
             word = word.split(".")[0]
     return re.sub(r"[^\w.-]+", "_", word).strip("._-")
 
 
-def relative(source: Source, file: str) -> str:
+def relative_name(source: TextSource, file: str) -> str:
     """A file's name in ids: relative to the part of the glob that is no pattern, so that moving the data changes no id."""
-    parts = pathlib.PurePath(source.where).parts
+    parts = pathlib.PurePath(source.pattern).parts
     n_plain = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
     return pathlib.PurePath(file).relative_to(pathlib.PurePath(*parts[:n_plain])).as_posix()
 
@@ -204,22 +249,30 @@ def is_remote(file: str) -> bool:
     return "://" in file
 
 
-def matching(pattern: str) -> set[str]:
+def glob_files(pattern: str) -> set[str]:
     """The files that match. Raises UserError where an object store does not answer."""
     if not is_remote(pattern):
-        return {file for found in glob.glob(pattern, recursive=True) if (path := pathlib.Path(found)).is_file() and (file := path.as_posix())}
+        return {
+            file
+            for found in glob.glob(pattern, recursive=True)
+            if (path := pathlib.Path(found)).is_file() and (file := path.as_posix())
+        }
     from fsspec.implementations.arrow import ArrowFSWrapper
 
     scheme = pattern.partition("://")[0]
-    store, path = store_of(pattern)
+    store, path = open_filesystem(pattern)
     try:
-        return {f"{scheme}://{name}" for name, found in ArrowFSWrapper(store).glob(path, detail=True).items() if found["type"] == "file"}
+        return {
+            f"{scheme}://{name}"
+            for name, found in ArrowFSWrapper(store).glob(path, detail=True).items()
+            if found["type"] == "file"
+        }
     except OSError as error:
-        raise unreachable(pattern, error) from None
+        raise explain_unreachable(pattern, error) from None
 
 
 @functools.cache
-def store_of(address: str):
+def open_filesystem(address: str):
     """(the object store as pyarrow sees it, the path in it). Credentials, region and endpoint are the store's own, as in data/storage.py."""
     import pyarrow as pa
     import pyarrow.fs
@@ -228,91 +281,119 @@ def store_of(address: str):
     try:
         bucket = f"{scheme}://{path.split('/')[0]}"  # which is an address, as a pattern is not
         # Google's client tries for a quarter of an hour where there is no network or no credentials
-        return pyarrow.fs.FileSystem.from_uri(bucket + ("?retry_limit_seconds=30" if scheme in ("gs", "gcs") else ""))[0], path
+        return pyarrow.fs.FileSystem.from_uri(
+            bucket + ("?retry_limit_seconds=30" if scheme in ("gs", "gcs") else "")
+        )[0], path
     except (OSError, pa.ArrowException) as error:
-        raise unreachable(address, error) from None
+        raise explain_unreachable(address, error) from None
 
 
-def unreachable(address: str, error: BaseException) -> UserError:
-    return UserError(f"{address}: cannot be reached ({first_line(error)}). Check the address, the credentials and the endpoint.")
+def explain_unreachable(address: str, error: BaseException) -> UserError:
+    return UserError(
+        f"{address}: cannot be reached ({first_error_line(error)}). Check the address, the credentials and the endpoint."
+    )
 
 
-def at_once(ask: Callable[[str], Any], files: Iterable[str]) -> list[Any]:
-    """ask of each file, 16 at a time: an object store takes a while to answer."""
+def map_in_threads(ask: Callable[[str], Any], files: Iterable[str]) -> list[Any]:
+    """Ask of each file, 16 at a time: an object store takes a while to answer."""
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         return list(pool.map(ask, files))
 
 
-def size_of(file: str) -> int:
+def get_file_size(file: str) -> int:
     if not is_remote(file):
         return pathlib.Path(file).stat().st_size
-    store, path = store_of(file)
+    store, path = open_filesystem(file)
     return store.get_file_info(path).size
 
 
-def object_tag(file: str) -> str:
+def get_object_tag(file: str) -> str:
     """What an object store says that changes with an object's content."""
-    store, path = store_of(file)
+    store, path = open_filesystem(file)
     try:
         with store.open_input_file(path) as stream:
-            told = {key.lower(): value.decode() if isinstance(value, bytes) else value for key, value in (stream.metadata() or {}).items()}
+            told = {
+                key.lower(): value.decode() if isinstance(value, bytes) else value
+                for key, value in (stream.metadata() or {}).items()
+            }
             return f"{stream.size()} bytes, {told.get('etag') or store.get_file_info(path).mtime}"
     except OSError as error:
-        raise unreachable(file, error) from None
+        raise explain_unreachable(file, error) from None
 
 
 @contextlib.contextmanager
-def opened(file: str) -> Iterator[io.BufferedIOBase]:
+def open_text_file(file: str) -> Iterator[io.BufferedIOBase]:
     """The file's bytes, unpacked where its name ends in .gz or .zst. Raises UserError when they cannot be had."""
     try:
-        with raw(file) as found, unpacked(file, found) as stream:
+        with open_raw(file) as found, decompress(file, found) as stream:
             yield stream
-    except (EOFError, zlib.error, OSError) as error:  # gzip says EOFError for a cut file, the others OSError
-        raise UserError(f"{file}: cannot be read ({first_line(error)}). Copy it again or leave it out.") from None
+    except (
+        EOFError,
+        zlib.error,
+        OSError,
+    ) as error:  # gzip says EOFError for a cut file, the others OSError
+        raise UserError(
+            f"{file}: cannot be read ({first_error_line(error)}). Copy it again or leave it out."
+        ) from None
 
 
-def raw(file: str):
+def open_raw(file: str):
     if not is_remote(file):
         return open(file, "rb")
-    store, path = store_of(file)
+    store, path = open_filesystem(file)
     return store.open_input_file(path)
 
 
-def unpacked(file: str, found) -> io.BufferedIOBase:
+def decompress(file: str, found) -> io.BufferedIOBase:
     if file.endswith(".zst"):
         import pyarrow as pa
 
         return io.BufferedReader(pa.CompressedInputStream(found, "zstd"))
-    return gzip.open(found) if file.endswith(".gz") else io.BufferedReader(found) if is_remote(file) else found
+    return (
+        gzip.open(found)
+        if file.endswith(".gz")
+        else io.BufferedReader(found)
+        if is_remote(file)
+        else found
+    )
 
 
 # ---- the kinds: each gives of one file the documents, the records that are none, and the mistakes that end with a record
 
 
-def read_text(source: Source, file: str) -> Iterator[Document]:
-    with opened(file) as stream:
-        data = stream.read(LARGEST + 1)
-    if len(data) > LARGEST:
-        raise too_large(file)
+def read_text(source: TextSource, file: str) -> Iterator[Document]:
+    with open_text_file(file) as stream:
+        data = stream.read(MAX_DOCUMENT_BYTES + 1)
+    if len(data) > MAX_DOCUMENT_BYTES:
+        raise skip_too_large(file)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}: byte {error.start} is not UTF-8 ({error.reason}). Convert the file to UTF-8 or leave it out.") from None
-    yield Document(relative(source, file), text.replace("\r\n", "\n"))  # as Python and editors show it; a paragraph ends at "\n\n"
+        raise UserError(
+            f"{file}: byte {error.start} is not UTF-8 ({error.reason}). Convert the file to UTF-8 or leave it out."
+        ) from None
+    yield Document(
+        relative_name(source, file), text.replace("\r\n", "\n")
+    )  # as Python and editors show it; a paragraph ends at "\n\n"
 
 
-def read_jsonl(source: Source, file: str) -> Iterator[Document | UserError]:
-    name = relative(source, file)
-    with opened(file) as stream:
-        for n, line in enumerate(iter(lambda: stream.readline(LARGEST), b""), 1):
+def read_jsonl(source: TextSource, file: str) -> Iterator[Document | UserError]:
+    name = relative_name(source, file)
+    with open_text_file(file) as stream:
+        for n, line in enumerate(iter(lambda: stream.readline(MAX_DOCUMENT_BYTES), b""), 1):
             if not line.strip():
                 continue
             try:
-                if len(line) == LARGEST:
+                if len(line) == MAX_DOCUMENT_BYTES:
                     while line and not line.endswith(b"\n"):
-                        line = stream.readline(LARGEST)
-                    raise too_large(f"{file}:{n}")
-                yield document_of(f"{name}:{n}", parsed_line(line, source.field, f"{file}:{n}"), source.field, f"{file}:{n}")
+                        line = stream.readline(MAX_DOCUMENT_BYTES)
+                    raise skip_too_large(f"{file}:{n}")
+                yield make_document(
+                    f"{name}:{n}",
+                    parsed_line(line, source.field, f"{file}:{n}"),
+                    source.field,
+                    f"{file}:{n}",
+                )
             except UserError as error:
                 yield error
 
@@ -321,76 +402,97 @@ def parsed_line(line: bytes, field: str, place: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except UnicodeDecodeError as error:
-        raise UserError(f"{place}: byte {error.start} of the line is not UTF-8 ({error.reason}). Mend or remove the line.") from None
-    except (ValueError, RecursionError) as error:  # besides JSONDecodeError: numbers too long, brackets too deep
-        raise UserError(f"{place}: not JSON ({first_line(error)}). Mend or remove the line.") from None
+        raise UserError(
+            f"{place}: byte {error.start} of the line is not UTF-8 ({error.reason}). Mend or remove the line."
+        ) from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # besides JSONDecodeError: numbers too long, brackets too deep
+        raise UserError(
+            f"{place}: not JSON ({first_error_line(error)}). Mend or remove the line."
+        ) from None
     if not isinstance(record, dict):
-        raise UserError(f'{place}: got {type(record).__name__}, wanted an object such as {{"{field}": "..."}}.')
+        raise UserError(
+            f'{place}: got {type(record).__name__}, wanted an object such as {{"{field}": "..."}}.'
+        )
     return record
 
 
-def read_parquet(source: Source, file: str) -> Iterator[Document | UserError]:
+def read_parquet(source: TextSource, file: str) -> Iterator[Document | UserError]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    name = relative(source, file)
+    name = relative_name(source, file)
     try:
-        with raw(file) as found, pq.ParquetFile(found) as table:
+        with open_raw(file) as found, pq.ParquetFile(found) as table:
             names, fields = table.schema_arrow.names, source.field.split("+")
             if missing := [field for field in fields if field not in names]:
-                raise UserError(f"{file}: has no column {missing[0]!r}; it has: {', '.join(names)}. Write parquet:GLOB#column.")
+                raise UserError(
+                    f"{file}: has no column {missing[0]!r}; it has: {', '.join(names)}. Write parquet:GLOB#column."
+                )
             n = 0
             for batch in table.iter_batches(1024, columns=fields):
                 for record in batch.to_pylist():
                     n += 1
                     try:
-                        yield document_of(f"{name}:{n}", record, source.field, f"{file}:{n}")
+                        yield make_document(f"{name}:{n}", record, source.field, f"{file}:{n}")
                     except UserError as error:
                         yield error
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read as parquet ({first_line(error)}). Copy it again or leave it out.") from None
+        raise UserError(
+            f"{file}: cannot be read as parquet ({first_error_line(error)}). Copy it again or leave it out."
+        ) from None
 
 
-def read_warc(source: Source, file: str) -> Iterator[Document | Passed | UserError]:
+def read_warc(source: TextSource, file: str) -> Iterator[Document | Skipped | UserError]:
     """The main text of the HTML pages among the responses, as trafilatura finds it with precision before recall, like FineWeb (2406.17557)."""
     from fastwarc.warc import ArchiveIterator, WarcRecordType
 
-    name, n = relative(source, file), 0
-    with opened(file) as stream:
-        forward = Forward(stream)
+    name, n = relative_name(source, file), 0
+    with open_text_file(file) as stream:
+        forward = ForwardReader(stream)
         try:
             for n, record in enumerate(ArchiveIterator(forward, parse_http=False), 1):
                 place = f"{file}:{n}"
                 declared = record.headers.get("Content-Length") or ""
                 if not re.fullmatch(r"\d{1,18}", declared, re.ASCII):
-                    raise UserError(f"{place}: its header is damaged (Content-Length {declared[:40]!r}). Copy the file again or leave it out.")
+                    raise UserError(
+                        f"{place}: its header is damaged (Content-Length {declared[:40]!r}). Copy the file again or leave it out."
+                    )
                 n_bytes = int(declared)
-                if n_bytes > LARGEST:
-                    yield too_large(place)
+                if n_bytes > MAX_DOCUMENT_BYTES:
+                    yield skip_too_large(place)
                     continue
                 record.freeze()
                 if forward.error:
                     break
-                if record.content_length != n_bytes:  # of a file cut short the last record looks whole otherwise
+                if (
+                    record.content_length != n_bytes
+                ):  # of a file cut short the last record looks whole otherwise
                     raise UserError(
                         f"{place}: the record ends after {record.content_length} of {n_bytes} bytes. Copy the file again or leave it out."
                     )
                 if record.record_type != WarcRecordType.response:
                     continue
-                text, why = page_text(record)
+                text, why = extract_page_text(record)
                 if not text:
-                    yield Passed(why, place)
+                    yield Skipped(why, place)
                     continue
-                date = record.record_date.strftime("%Y-%m-%dT%H:%M:%SZ") if record.record_date else ""
+                date = (
+                    record.record_date.strftime("%Y-%m-%dT%H:%M:%SZ") if record.record_date else ""
+                )
                 meta = {"url": record.headers.get("WARC-Target-URI") or "", "date": date}
                 yield Document(f"{name}:{n}", text, 0, json.dumps(meta, ensure_ascii=False))
         except OSError as error:
-            raise UserError(f"{file}:{n + 1}: cannot be read as WARC ({first_line(error)}). Copy the file again or leave it out.") from None
+            raise UserError(
+                f"{file}:{n + 1}: cannot be read as WARC ({first_error_line(error)}). Copy the file again or leave it out."
+            ) from None
         if forward.error:
             raise forward.error
 
 
-class Forward:
+class ForwardReader:
     """A stream as fastwarc can take it: it asks for the place even where none can be told, and an error while it reads would end the process."""
 
     def __init__(self, stream: io.BufferedIOBase):
@@ -398,17 +500,19 @@ class Forward:
 
     def read(self, n: int) -> bytes:
         try:
-            data = self.stream.read1(n)  # no more than lies ready: an error must not take what was whole before it
+            data = self.stream.read1(
+                n
+            )  # no more than lies ready: an error must not take what was whole before it
         except (EOFError, zlib.error, OSError) as error:
             self.error, data = error, b""
         self.n_read += len(data)
         return data
 
-    def tell(self) -> int:
+    def position(self) -> int:
         return self.n_read
 
 
-def page_text(record) -> tuple[str, str]:
+def extract_page_text(record) -> tuple[str, str]:
     """A response's main text, or "" and why there is none."""
     import trafilatura
     from resiliparse.parse.encoding import bytes_to_str, detect_encoding
@@ -419,7 +523,10 @@ def page_text(record) -> tuple[str, str]:
         body = record.reader.read()
     except (OSError, ValueError, zlib.error):
         return "", "its HTTP message cannot be decoded"
-    status, kind = record.http_headers and record.http_headers.status_code, (record.http_content_type or "").lower()
+    status, kind = (
+        record.http_headers and record.http_headers.status_code,
+        (record.http_content_type or "").lower(),
+    )
     if status != 200:
         return "", f"HTTP status {status}"
     if "html" not in kind:
@@ -428,7 +535,9 @@ def page_text(record) -> tuple[str, str]:
         return "", "empty body"
     try:
         charset = codecs.lookup(record.http_charset or "").name
-    except LookupError:  # none was said, or one that nobody knows: then the page's own word, then its bytes
+    except (
+        LookupError
+    ):  # none was said, or one that nobody knows: then the page's own word, then its bytes
         charset = detect_encoding(body, from_html_meta=True)
     html = bytes_to_str(body, charset)
     try:
@@ -438,24 +547,28 @@ def page_text(record) -> tuple[str, str]:
     return (text, "") if text else ("", "no main text in its HTML")
 
 
-def too_large(place: str) -> UserError:
+def skip_too_large(place: str) -> UserError:
     return UserError(
-        f"{place}: one document of more than {LARGEST >> 20} MB. Cut it into documents, such as lines of a .jsonl file, or leave it out."
+        f"{place}: one document of more than {MAX_DOCUMENT_BYTES >> 20} MB. Cut it into documents, such as lines of a .jsonl file, or leave it out."
     )
 
 
-def document_of(id: str, record: dict[str, Any], fields: str, place: str) -> Document:
+def make_document(id: str, record: dict[str, Any], fields: str, place: str) -> Document:
     """The document that a record's field, or its prompt+completion, makes. Raises UserError naming the place."""
-    *prompt, text = (text_of(record, field, place) for field in fields.split("+"))
+    *prompt, text = (get_text_field(record, field, place) for field in fields.split("+"))
     if prompt and not text:
-        raise UserError(f"{place}: its completion is empty, so there is nothing to learn from it. Remove the record.")
+        raise UserError(
+            f"{place}: its completion is empty, so there is nothing to learn from it. Remove the record."
+        )
     return Document(id, "".join(prompt) + text, sum(map(len, prompt)))
 
 
-def text_of(record: dict[str, Any], field: str, place: str) -> str:
+def get_text_field(record: dict[str, Any], field: str, place: str) -> str:
     """record[field], which must be a text. Raises UserError naming the place."""
     if field not in record:
-        raise UserError(f"{place}: has no field {field!r}; it has: {', '.join(record)}. Name the field that holds the text after '#'.")
+        raise UserError(
+            f"{place}: has no field {field!r}; it has: {', '.join(record)}. Name the field that holds the text after '#'."
+        )
     if not isinstance(record[field], str):
         raise UserError(
             f"{place}: field {field!r} holds {type(record[field]).__name__}, wanted text. Name another field after '#', or mend the record."
@@ -463,52 +576,62 @@ def text_of(record: dict[str, Any], field: str, place: str) -> str:
     try:
         record[field].encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{place}: character {error.start + 1} is half of a surrogate pair, which is no text. Mend or remove the record.") from None
+        raise UserError(
+            f"{place}: character {error.start + 1} is half of a surrogate pair, which is no text. Mend or remove the record."
+        ) from None
     return record[field]
 
 
-def first_line(error: BaseException) -> str:
+def first_error_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
 # ---- Hugging Face
 
 
-def hf_parts(source: Source) -> tuple[str, str | None, str]:
-    """where -> (data set or local directory, config or None, split)"""
-    name, _, split = source.where.rpartition(":")
+def parse_hf_source(source: TextSource) -> tuple[str, str | None, str]:
+    """Where -> (data set or local directory, config or None, split)"""
+    name, _, split = source.pattern.rpartition(":")
     parts = name.split("/")
     if len(parts) > 2 and not pathlib.Path(name).is_dir():
         return "/".join(parts[:2]), "/".join(parts[2:]), split
     return name, None, split
 
 
-def read_hf(source: Source, _: str) -> Iterator[Document | UserError]:
+def read_hf(source: TextSource, _: str) -> Iterator[Document | UserError]:
     import datasets
 
-    name, config, split = hf_parts(source)
+    name, config, split = parse_hf_source(source)
     datasets.disable_progress_bars()
     try:
         rows = datasets.load_dataset(name, config, split=split, streaming=True)
         for n, record in enumerate(rows, 1):
             try:
-                yield document_of(f"{split}:{n}", record, source.field, f"hf:{source.where}:{n}")
+                yield make_document(
+                    f"{split}:{n}", record, source.field, f"hf:{source.pattern}:{n}"
+                )
             except UserError as error:
                 yield error
-    except Exception as error:  # datasets and the hub raise dozens of kinds; each means that the set cannot be had
-        raise UserError(f"hf:{source.where}: {type(error).__name__}: {first_line(error)} Check name, config, split and the network.") from error
+    except (
+        Exception
+    ) as error:  # datasets and the hub raise dozens of kinds; each means that the set cannot be had
+        raise UserError(
+            f"hf:{source.pattern}: {type(error).__name__}: {first_error_line(error)} Check name, config, split and the network."
+        ) from error
 
 
 # ---- what every Python installation carries
 
 
-def read_python(source: Source, _: str) -> Iterator[Document]:
-    return PYTHON[source.where]()
+def read_python(source: TextSource, _: str) -> Iterator[Document]:
+    return PYTHON_READERS[source.pattern]()
 
 
 def read_code() -> Iterator[Document]:
-    for file in library_files():
-        yield Document(file.relative_to(library()).as_posix(), file.read_bytes().decode("utf-8", "replace"))
+    for file in list_stdlib_files():
+        yield Document(
+            file.relative_to(stdlib_dir()).as_posix(), file.read_bytes().decode("utf-8", "replace")
+        )
 
 
 def read_prose() -> Iterator[Document]:
@@ -516,12 +639,16 @@ def read_prose() -> Iterator[Document]:
     import pydoc_data.topics
 
     packages = pathlib.Path(sysconfig.get_path("purelib"))
-    modules = {file.relative_to(library()).as_posix(): file for file in library_files()}
-    modules |= {file.relative_to(packages).as_posix(): file for name in PROSE_PACKAGES for file in source_files(packages / name)}
+    modules = {file.relative_to(stdlib_dir()).as_posix(): file for file in list_stdlib_files()}
+    modules |= {
+        file.relative_to(packages).as_posix(): file
+        for name in PROSE_PACKAGES
+        for file in list_source_files(packages / name)
+    }
     for name, file in sorted(modules.items()):
-        if docstrings := [text for text in docstrings_of(file) if is_prose(text)]:
+        if docstrings := [text for text in extract_docstrings(file) if is_prose(text)]:
             yield Document(f"docstrings/{name}", "\n\n".join(dict.fromkeys(docstrings)))
-    for name, metadata in sorted(installed().items()):
+    for name, metadata in sorted(describe_python().items()):
         if readme := (metadata.get_payload() or metadata.get("Description") or "").strip():
             yield Document(f"readme/{name}", readme.encode("utf-8", "replace").decode())
     for name, topic in sorted(pydoc_data.topics.topics.items()):
@@ -530,57 +657,94 @@ def read_prose() -> Iterator[Document]:
 
 def read_tasks() -> Iterator[Document]:
     """Short functions that say in a few words what they do. The words ask for it, the function without them answers."""
-    for file in library_files():
+    for file in list_stdlib_files():
         code = file.read_bytes().decode("utf-8", "replace")
         lines = code.splitlines(keepends=True)
-        for node in parsed(file).body:
-            if isinstance(node, ast.FunctionDef) and len(node.body) > 1 and (docstring := ast.get_docstring(node)):
+        for node in parse_module(file).body:
+            if (
+                isinstance(node, ast.FunctionDef)
+                and len(node.body) > 1
+                and (docstring := ast.get_docstring(node))
+            ):
                 says = node.body[0]
-                function = "".join(lines[node.lineno - 1 : says.lineno - 1] + lines[says.end_lineno : node.end_lineno])
+                function = "".join(
+                    lines[node.lineno - 1 : says.lineno - 1]
+                    + lines[says.end_lineno : node.end_lineno]
+                )
                 words = " ".join(docstring.partition("\n\n")[0].split())
                 if 20 <= len(words) <= 120 and len(function) <= 500:
                     prompt = f"Write a Python function. {words}\n\n"
-                    yield Document(f"{file.relative_to(library()).as_posix()}:{node.name}", prompt + function, len(prompt))
+                    yield Document(
+                        f"{file.relative_to(stdlib_dir()).as_posix()}:{node.name}",
+                        prompt + function,
+                        len(prompt),
+                    )
 
 
-def installed() -> dict[str, Any]:
+def describe_python() -> dict[str, Any]:
     """Metadata of the installed packages by name, but for the remains of an interrupted pip, which have no name."""
-    return {name.lower(): each.metadata for each in importlib.metadata.distributions() if each.metadata and (name := each.metadata["Name"])}
+    return {
+        name.lower(): each.metadata
+        for each in importlib.metadata.distributions()
+        if each.metadata and (name := each.metadata["Name"])
+    }
 
 
 # Packages that every installation of jaxpt has, with the most docstrings: they bring prose from 3 MB to 8 MB
 PROSE_PACKAGES = ("flax", "jax", "numpy", "optax")
 # Directories that hold tests, data tables, or a program of their own in place of library code
-NOT_LIBRARY = {"test", "tests", "testing", "idlelib", "lib2to3", "pydoc_data", "site-packages", "turtledemo"}
+NOT_LIBRARY = {
+    "test",
+    "tests",
+    "testing",
+    "idlelib",
+    "lib2to3",
+    "pydoc_data",
+    "site-packages",
+    "turtledemo",
+}
 
 
-def library() -> pathlib.Path:
+def stdlib_dir() -> pathlib.Path:
     return pathlib.Path(sysconfig.get_path("stdlib"))
 
 
 @functools.cache
-def library_files() -> list[pathlib.Path]:
-    return [file for file in source_files(library()) if not file.name.startswith("_sysconfigdata")]  # build settings of this machine
+def list_stdlib_files() -> list[pathlib.Path]:
+    return [
+        file
+        for file in list_source_files(stdlib_dir())
+        if not file.name.startswith("_sysconfigdata")
+    ]  # build settings of this machine
 
 
-def source_files(root: pathlib.Path) -> list[pathlib.Path]:
+def list_source_files(root: pathlib.Path) -> list[pathlib.Path]:
     """Python files below root, sorted, without tests."""
-    files = [file for file in root.rglob("*.py") if not NOT_LIBRARY & set(file.relative_to(root).parts[:-1])]
-    return sorted((file for file in files if not re.match(r"test_|.*_test\.py", file.name)), key=lambda file: file.as_posix())
+    files = [
+        file
+        for file in root.rglob("*.py")
+        if not NOT_LIBRARY & set(file.relative_to(root).parts[:-1])
+    ]
+    return sorted(
+        (file for file in files if not re.match(r"test_|.*_test\.py", file.name)),
+        key=lambda file: file.as_posix(),
+    )
 
 
-def docstrings_of(file: pathlib.Path) -> list[str]:
+def extract_docstrings(file: pathlib.Path) -> list[str]:
     """Docstrings of a file's module, classes and functions, outermost first, indentation removed."""
-    docstrings, nodes = [], [parsed(file)]
+    docstrings, nodes = [], [parse_module(file)]
     for node in nodes:  # grows while it is read: breadth first, through statements only, which is all that can hold a definition
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and (text := ast.get_docstring(node)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and (
+            text := ast.get_docstring(node)
+        ):
             docstrings.append(text)
         for block in ("body", "orelse", "handlers", "finalbody"):
             nodes += getattr(node, block, ())
     return docstrings
 
 
-def parsed(file: pathlib.Path) -> ast.Module:
+def parse_module(file: pathlib.Path) -> ast.Module:
     """A file's syntax tree; an empty one where the file was written for another Python."""
     import warnings
 
@@ -594,8 +758,17 @@ def parsed(file: pathlib.Path) -> ast.Module:
 
 def is_prose(docstring: str) -> bool:
     """Long enough to say something, and mostly words: at least 80 characters, three quarters of them letters or spaces."""
-    return len(docstring) >= 80 and sum(map(str.isalpha, docstring)) + docstring.count(" ") >= 0.75 * len(docstring)
+    return len(docstring) >= 80 and sum(map(str.isalpha, docstring)) + docstring.count(
+        " "
+    ) >= 0.75 * len(docstring)
 
 
-PYTHON = {"prose": read_prose, "code": read_code, "tasks": read_tasks}
-READERS = {"text": read_text, "jsonl": read_jsonl, "parquet": read_parquet, "warc": read_warc, "hf": read_hf, "python": read_python}
+PYTHON_READERS = {"prose": read_prose, "code": read_code, "tasks": read_tasks}
+READERS = {
+    "text": read_text,
+    "jsonl": read_jsonl,
+    "parquet": read_parquet,
+    "warc": read_warc,
+    "hf": read_hf,
+    "python": read_python,
+}

@@ -28,25 +28,27 @@ from jaxpt.sharding import make_mesh
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.weights import checkpoint, huggingface, initialize
 
+log = logging.getLogger(__name__)
 
-class Asked(NamedTuple):
+
+class BitsPerByteRequest(NamedTuple):
     """How a task is run: items read of it (None: all) and examples in front of each (None: as the task has it)."""
 
     items: int | None = None
     shots: int | None = None
 
 
-GROUPS: dict[str, dict[str, Asked]] = {
-    "course": {"truthfulqa_mc2": Asked(items=5)},
+GROUPS: dict[str, dict[str, BitsPerByteRequest]] = {
+    "course": {"truthfulqa_mc2": BitsPerByteRequest(items=5)},
     "h6": {  # the Open LLM Leaderboard of 2023, in whose average SOLAR's paper reports
-        "arc_challenge": Asked(shots=25), "hellaswag": Asked(shots=10), "mmlu": Asked(shots=5),
-        "truthfulqa_mc2": Asked(shots=0), "winogrande": Asked(shots=5), "gsm8k": Asked(shots=5),
+        "arc_challenge": BitsPerByteRequest(shots=25), "hellaswag": BitsPerByteRequest(shots=10), "mmlu": BitsPerByteRequest(shots=5),
+        "truthfulqa_mc2": BitsPerByteRequest(shots=0), "winogrande": BitsPerByteRequest(shots=5), "gsm8k": BitsPerByteRequest(shots=5),
     },
 }  # fmt: skip
-OURS = "bits_per_byte/"
+BITS_PER_BYTE = "bits_per_byte/"
 
 
-def evaluate(
+def evaluate_model(
     model: pathlib.Path, tasks: list[str], *, backend: str = "jax", limit: int | None = None,
     max_length: int | None = None, data_dir: pathlib.Path | None = None, to: pathlib.Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
@@ -66,124 +68,197 @@ def evaluate(
         raise UserError(f"--limit: got {limit}, wanted at least 1 item.")
     if max_length is not None and max_length < 2:
         raise UserError(f"--max-length: got {max_length}, wanted at least 2 tokens.")
-    texts, asked = understand(tasks, limit, data_dir)
-    local = {name: local_rows(name, data_dir) for name in asked} if data_dir else {}
-    read = {key: stage.fingerprint_path(path) for source in texts for key, path in source.inputs().items()}
-    model_print = stage.fingerprint_path(initialize.source_of(model))
-    request = stage.fingerprint([model_print, tasks, backend, limit, max_length, read, stage.fingerprint(local)])
-    if earlier := stage.answered(to, request):
-        stage.say(table(earlier))
-        stage.say(f"evaluate: {to} holds this already, nothing to do")
+    texts, asked = parse_tasks(tasks, limit, data_dir)
+    local = {name: load_local_items(name, data_dir) for name in asked} if data_dir else {}
+    read = {
+        key: stage.fingerprint_path(path)
+        for source in texts
+        for key, path in source.fingerprint_inputs().items()
+    }
+    model_print = stage.fingerprint_path(initialize.resolve_source(model))
+    request = stage.fingerprint(
+        [model_print, tasks, backend, limit, max_length, read, stage.fingerprint(local)]
+    )
+    if earlier := stage.read_cached_result(to, request):
+        log.info(format_results(earlier))
+        log.info(f"evaluate: {to} holds this already, nothing to do")
         return earlier
-    mesh = make_mesh(config.Mesh())
-    loaded = initialize.load(model, mesh)
+    mesh = make_mesh(config.MeshConfig())
+    loaded = initialize.load_model(model, mesh)
     if loaded.tokenizer_dir is None:
-        raise UserError(f"{model}: has no tokenizer beside it (tokenizer.json), so no text can be scored. Copy there the one it was trained with.")
-    encoder = tokenizer.load(loaded.tokenizer_dir)
-    if encoder.n_pieces > loaded.spec.vocab_size:
         raise UserError(
-            f"{loaded.tokenizer_dir}: the tokenizer gives ids up to {encoder.n_pieces - 1:,}, but the model knows ids 0 to "
+            f"{model}: has no tokenizer beside it (tokenizer.json), so no text can be scored. Copy there the one it was trained with."
+        )
+    encoder = tokenizer.load_tokenizer(loaded.tokenizer_dir)
+    if encoder.vocab_size > loaded.spec.vocab_size:
+        raise UserError(
+            f"{loaded.tokenizer_dir}: the tokenizer gives ids up to {encoder.vocab_size - 1:,}, but the model knows ids 0 to "
             f"{loaded.spec.vocab_size - 1:,}. Copy there the one it was trained with."
         )
-    stage.say(f"evaluate: {model}, {llama.count(loaded.spec):,} parameters, by {'our code' if backend == 'jax' else 'transformers'}")
+    log.info(
+        f"evaluate: {model}, {llama.count_params(loaded.spec):,} parameters, by {'our code' if backend == 'jax' else 'transformers'}"
+    )
 
-    kept = to.with_name(f".{to.stem}-{request}") if to else None  # answers, for another start of this very request
-    length = min(max_length or loaded.spec.max_positions, loaded.spec.max_positions)
+    kept = (
+        to.with_name(f".{to.stem}-{request}") if to else None
+    )  # answers, for another start of this very request
+    length = min(max_length or loaded.spec.max_seq_len, loaded.spec.max_seq_len)
     results: dict[str, Any] = {"results": {}, "versions": {}, "n-samples": {}}
     samples: dict[str, list[dict]] = {}
     with contextlib.ExitStack() as stack:
-        hf_dir = stack.enter_context(as_hugging_face(loaded)) if backend == "hf" else None
+        hf_dir = stack.enter_context(export_temporarily(loaded)) if backend == "hf" else None
         for source in texts:
-            merge(results, score_source(source, loaded, encoder, hf_dir, limit, length))
+            merge_results(
+                results, score_text_source(source, loaded, encoder, hf_dir, limit, length)
+            )
         if asked:
             if hf_dir is None:
-                judged = adapter(loaded.spec, loaded.params, loaded.tokenizer_dir, length)
+                judged = make_lm_adapter(loaded.spec, loaded.params, loaded.tokenizer_dir, length)
             else:
                 from jaxpt.evaluate import reference
 
-                judged = reference.harness_model(hf_dir, length)
-            for how in dict.fromkeys(asked.values()):  # the harness has one limit and one number of examples for all tasks of a call
-                found, logged = run_harness(judged, [name for name in asked if asked[name] == how], how, local, kept)
-                merge(results, found)
+                judged = reference.make_reference_harness_model(hf_dir, length)
+            for how in dict.fromkeys(
+                asked.values()
+            ):  # the harness has one limit and one number of examples for all tasks of a call
+                found, logged = run_harness(
+                    judged, [name for name in asked if asked[name] == how], how, local, kept
+                )
+                merge_results(results, found)
                 samples |= logged
-    corpora = contamination.corpora_of(model)
+    corpora = contamination.find_training_corpora(model)
     if samples and corpora.directories:
-        results["contamination"] = contamination.measure(corpora, samples, results["configs"])
-    results |= {"request": request, "model": str(model), "backend": backend, "max_length": length, "lineage": lineage(loaded, encoder)}
+        results["contamination"] = contamination.measure_contamination(
+            corpora, samples, results["configs"]
+        )
+    results |= {
+        "request": request,
+        "model": str(model),
+        "backend": backend,
+        "max_length": length,
+        "lineage": describe_evaluated_model(loaded, encoder),
+    }
     results["seconds"] = round(time.monotonic() - start, 2)
-    results = stage.plain(results)
-    stage.say(table(results))
+    results = stage.to_jsonable(results)
+    log.info(format_results(results))
     if to:
         to.parent.mkdir(parents=True, exist_ok=True)
-        stage.write_whole(to, json.dumps(results, indent=1) + "\n")
+        stage.write_atomic(to, json.dumps(results, indent=1) + "\n")
         for file in to.parent.glob(f"{kept.name}*"):
             file.unlink()
-        stage.say(f"evaluate: {len(results['results'])} results in {results['seconds']:,.1f} s, written to {to}")
+        log.info(
+            f"evaluate: {len(results['results'])} results in {results['seconds']:,.1f} s, written to {to}"
+        )
     return results
 
 
-def understand(tasks: list[str], limit: int | None, data_dir: pathlib.Path | None) -> tuple[list[sources.Source], dict[str, Asked]]:
+def parse_tasks(
+    tasks: list[str], limit: int | None, data_dir: pathlib.Path | None
+) -> tuple[list[sources.TextSource], dict[str, BitsPerByteRequest]]:
     """(sources to score, {harness task: how}). Raises UserError for a name that nobody knows."""
-    tasks = [name for word in tasks for name in ([word] if word.startswith(OURS) else word.split(",")) if name]
+    tasks = [
+        name
+        for word in tasks
+        for name in ([word] if word.startswith(BITS_PER_BYTE) else word.split(","))
+        if name
+    ]
     if not tasks:
-        raise UserError("--tasks: none given. Name at least one, such as course or bits_per_byte/prose=python:prose.")
-    texts = [sources.parse(task.removeprefix(OURS)) for task in tasks if task.startswith(OURS)]
+        raise UserError(
+            "--tasks: none given. Name at least one, such as course or bits_per_byte/prose=python:prose."
+        )
+    texts = [
+        sources.parse_source(task.removeprefix(BITS_PER_BYTE))
+        for task in tasks
+        if task.startswith(BITS_PER_BYTE)
+    ]
     names = [source.name for source in texts]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"--tasks: two tasks would be called {OURS}{name}. Give one another name: {OURS}NAME=KIND:WHERE.")
-    asked: dict[str, Asked] = {}
+            raise UserError(
+                f"--tasks: two tasks would be called {BITS_PER_BYTE}{name}. Give one another name: {BITS_PER_BYTE}NAME=KIND:WHERE."
+            )
+    asked: dict[str, BitsPerByteRequest] = {}
     for task in tasks:
         if task in GROUPS:
-            asked = {name: Asked(limit or how.items, how.shots) for name, how in GROUPS[task].items()} | asked
-        elif not task.startswith(OURS):
-            asked[task] = Asked(limit)
+            asked = {
+                name: BitsPerByteRequest(limit or how.items, how.shots)
+                for name, how in GROUPS[task].items()
+            } | asked
+        elif not task.startswith(BITS_PER_BYTE):
+            asked[task] = BitsPerByteRequest(limit)
     if asked:
-        from jaxpt.evaluate.reference import require
+        from jaxpt.evaluate.reference import require_torch
 
-        require("lm_eval")
-        known = list(LOCAL) if data_dir else task_manager().all_tasks
+        require_torch("lm_eval")
+        known = list(LOCAL_TASKS) if data_dir else make_task_manager().all_tasks
         for name in asked:
             if name not in known:
-                near = difflib.get_close_matches(name, [*known, *GROUPS, OURS + "NAME=KIND:WHERE"], 3, 0.4)
+                near = difflib.get_close_matches(
+                    name, [*known, *GROUPS, BITS_PER_BYTE + "NAME=KIND:WHERE"], 3, 0.4
+                )
                 raise UserError(
                     f"--tasks: there is no task {name!r}{f' that is read from {data_dir}' if data_dir else ''}; "
-                    + (f"the nearest are: {', '.join(near)}." if near else f"there are: {', '.join([*LOCAL, *GROUPS])}, and others of the harness.")
-                    + (" Without --data-dir the harness downloads its own files." if data_dir else "")
+                    + (
+                        f"the nearest are: {', '.join(near)}."
+                        if near
+                        else f"there are: {', '.join([*LOCAL_TASKS, *GROUPS])}, and others of the harness."
+                    )
+                    + (
+                        " Without --data-dir the harness downloads its own files."
+                        if data_dir
+                        else ""
+                    )
                 )
     return texts, asked
 
 
 @contextlib.contextmanager
-def as_hugging_face(loaded: initialize.Loaded) -> Iterator[pathlib.Path]:
+def export_temporarily(loaded: initialize.LoadedModel) -> Iterator[pathlib.Path]:
     """The model as a Hugging Face directory: itself where it is one, else an export that lasts as long as it is used."""
     if loaded.tokenizer_dir == loaded.source:
         yield loaded.source
         return
     with tempfile.TemporaryDirectory(prefix="jaxpt-") as directory:
-        huggingface.export(loaded.spec, loaded.params, pathlib.Path(directory), tokenizer_dir=loaded.tokenizer_dir)
+        huggingface.write_hf_model(
+            loaded.spec, loaded.params, pathlib.Path(directory), tokenizer_dir=loaded.tokenizer_dir
+        )
         yield pathlib.Path(directory)
 
 
 # ---- bits per byte
 
 
-def score_source(source: sources.Source, loaded: initialize.Loaded, encoder: tokenizer.Tokenizer, hf_dir, limit, max_length) -> dict[str, Any]:
+def score_text_source(
+    source: sources.TextSource,
+    loaded: initialize.LoadedModel,
+    encoder: tokenizer.Tokenizer,
+    hf_dir,
+    limit,
+    max_length,
+) -> dict[str, Any]:
     """Bits per byte of a source's first `limit` documents, in the form of the harness's results."""
-    name = OURS + source.name
-    texts = [document.text for document in itertools.islice(source.documents(), limit)]
+    name = BITS_PER_BYTE + source.name
+    texts = [document.text for document in itertools.islice(source.iterate_documents(), limit)]
     if not any(texts):
-        raise UserError(f"{name}: {source.where} holds no text, so there is nothing to score. Check the path.")
+        raise UserError(
+            f"{name}: {source.pattern} holds no text, so there is nothing to score. Check the path."
+        )
     token_ids = encoder.encode_batch(texts)
     first = encoder.eos_id if encoder.bos_id is None else encoder.bos_id
     if hf_dir is None:
-        sums = likelihood.bits_per_byte(loaded.spec, loaded.params, texts, token_ids, first, max_length=max_length, label=name)
+        sums = likelihood.measure_bits_per_byte(
+            loaded.spec, loaded.params, texts, token_ids, first, max_length=max_length, label=name
+        )
     else:
         from jaxpt.evaluate import reference
 
-        sums = reference.bits_per_byte(hf_dir, texts, token_ids, first, max_length)
+        sums = reference.measure_reference_bits_per_byte(
+            hf_dir, texts, token_ids, first, max_length
+        )
     return {
-        "results": {name: {"alias": name, "bits_per_byte,none": sums.bits_per_byte, **sums._asdict()}},
+        "results": {
+            name: {"alias": name, "bits_per_byte,none": sums.bits_per_byte, **sums._asdict()}
+        },
         "versions": {name: 1},
         "n-samples": {name: {"original": len(texts), "effective": len(texts)}},
     }
@@ -193,7 +268,11 @@ def score_source(source: sources.Source, loaded: initialize.Loaded, encoder: tok
 
 
 def run_harness(
-    judged, tasks: list[str], how: Asked, local: dict[str, dict[str, list[dict]]], kept: pathlib.Path | None
+    judged,
+    tasks: list[str],
+    how: BitsPerByteRequest,
+    local: dict[str, dict[str, list[dict]]],
+    kept: pathlib.Path | None,
 ) -> tuple[dict[str, Any], dict[str, list[dict]]]:
     """simple_evaluate over the tasks, those in `local` on these rows: its results, and {task: what it logged of each item}.
 
@@ -203,15 +282,19 @@ def run_harness(
     import lm_eval
     from lm_eval.tasks import _yaml_loader
 
-    os.environ["DISABLE_MULTIPROC"] = "1"  # it would fork to bootstrap standard errors, and a fork of a process that runs JAX may hang
-    manager = task_manager()
+    os.environ["DISABLE_MULTIPROC"] = (
+        "1"  # it would fork to bootstrap standard errors, and a fork of a process that runs JAX may hang
+    )
+    manager = make_task_manager()
 
     def with_local_rows(name: str):
         if name not in local:
             return name
         shipped = _yaml_loader.load_yaml(manager.task_index[name].yaml_path, resolve_func=True)
         rows = local[name]
-        if how.shots and rows.get("train") == rows.get("validation"):  # one file: an item must not be among its own examples
+        if how.shots and rows.get("train") == rows.get(
+            "validation"
+        ):  # one file: an item must not be among its own examples
             n = how.shots + 1  # the harness wants one to spare
             rows = {"train": rows["train"][:n], "validation": rows["validation"][n:]}
         splits = {split: datasets.Dataset.from_list(found) for split, found in rows.items()}
@@ -228,16 +311,29 @@ def run_harness(
             bootstrap_iters=1000,
             use_cache=str(kept) if kept else None,
         )
-    except (ConnectionError, FileNotFoundError) as error:  # what datasets raises for a hub that is out of reach, and for a data set that is not there
+    except (
+        ConnectionError,
+        FileNotFoundError,
+    ) as error:  # what datasets raises for a hub that is out of reach, and for a data set that is not there
         raise UserError(
             f"--tasks: the harness cannot get the files of {', '.join(tasks)} ({str(error).splitlines()[0]}). Go online, or give --data-dir."
         ) from None
-    kept = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "lm_eval_version")
+    kept = (
+        "results",
+        "groups",
+        "group_subtasks",
+        "configs",
+        "versions",
+        "n-shot",
+        "higher_is_better",
+        "n-samples",
+        "lm_eval_version",
+    )
     return {key: found[key] for key in kept if key in found}, found["samples"]
 
 
 @functools.cache  # reading its thousands of task files takes seconds
-def task_manager():
+def make_task_manager():
     """The harness's index of its tasks; its running commentary is left out."""
     from lm_eval.tasks import TaskManager
 
@@ -245,7 +341,9 @@ def task_manager():
     return TaskManager()
 
 
-def adapter(spec: ModelSpec, params: dict[str, Any], tokenizer_dir: pathlib.Path, longest: int):
+def make_lm_adapter(
+    spec: ModelSpec, params: dict[str, Any], tokenizer_dir: pathlib.Path, longest: int
+):
     """Our model as a model of the harness. Text becomes ids as in the harness's HFLM, by AutoTokenizer, so that the same
     requests reach the model in both.
 
@@ -253,10 +351,17 @@ def adapter(spec: ModelSpec, params: dict[str, Any], tokenizer_dir: pathlib.Path
     """
     import transformers
     from lm_eval.api.model import TemplateLM
-    from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
+    from lm_eval.models.utils import (
+        handle_stop_sequences,
+        has_bos_prefix,
+        normalize_gen_kwargs,
+        postprocess_generated_text,
+    )
 
     class Jaxpt(TemplateLM):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(tokenizer_dir), local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(tokenizer_dir), local_files_only=True
+        )
         max_length = longest
         max_gen_toks = 256
 
@@ -269,22 +374,47 @@ def adapter(spec: ModelSpec, params: dict[str, Any], tokenizer_dir: pathlib.Path
             bos_id = self.tokenizer.bos_token_id
             return self.eot_token_id if bos_id is None else bos_id
 
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-            if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
+        def tok_encode(
+            self, string: str, add_special_tokens: bool | None = None, **kwargs
+        ) -> list[int]:
+            if add_special_tokens is None and has_bos_prefix(
+                string, self.tokenizer.decode(self.prefix_token_id)
+            ):
                 add_special_tokens = False
-            return self.tokenizer.encode(string, **({} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}))
+            return self.tokenizer.encode(
+                string,
+                **(
+                    {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+                ),
+            )
 
         def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
-            texts, pairs = [text for text, *_ in requests], [(context, continuation) for _, context, continuation in requests]
+            texts, pairs = (
+                [text for text, *_ in requests],
+                [(context, continuation) for _, context, continuation in requests],
+            )
 
             def keep(place: int, answer: tuple[float, bool]) -> None:
                 self.cache_hook.add_partial("loglikelihood", texts[place], answer)
 
-            return likelihood.continuation_log_likelihoods(spec, params, pairs, max_length=longest, answered=keep)
+            return likelihood.compute_continuation_log_likelihoods(
+                spec, params, pairs, max_length=longest, answered=keep
+            )
 
         def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-            windows = [list(likelihood.rolling_windows(self.tok_encode(r.args[0]), self.prefix_token_id, self.max_length)) for r in requests]
-            owners, left, sums = [i for i, own in enumerate(windows) for _ in own], list(map(len, windows)), [0.0] * len(windows)
+            windows = [
+                list(
+                    likelihood.split_rolling_windows(
+                        self.tok_encode(r.args[0]), self.prefix_token_id, self.max_length
+                    )
+                )
+                for r in requests
+            ]
+            owners, left, sums = (
+                [i for i, own in enumerate(windows) for _ in own],
+                list(map(len, windows)),
+                [0.0] * len(windows),
+            )
 
             def keep(place: int, answer: tuple[float, bool]) -> None:
                 i = owners[place]
@@ -292,7 +422,9 @@ def adapter(spec: ModelSpec, params: dict[str, Any], tokenizer_dir: pathlib.Path
                 if not left[i]:
                     self.cache_hook.add_partial("loglikelihood_rolling", requests[i].args, sums[i])
 
-            likelihood.continuation_log_likelihoods(spec, params, list(itertools.chain(*windows)), max_length=longest, answered=keep)
+            likelihood.compute_continuation_log_likelihoods(
+                spec, params, list(itertools.chain(*windows)), max_length=longest, answered=keep
+            )
             return sums
 
         def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
@@ -300,33 +432,59 @@ def adapter(spec: ModelSpec, params: dict[str, Any], tokenizer_dir: pathlib.Path
             alike: dict[str, list[int]] = {}  # requests of equal settings are decoded together
             for i, request in enumerate(requests):
                 alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
-            with stage.progress("generating", len(requests), "requests") as advance:
+            with stage.progress_bar("generating", len(requests), "requests") as advance:
                 for group in alike.values():
                     self.generate_alike([requests[i].args for i in group], group, texts, advance)
             return texts
 
-        def generate_alike(self, requests: list[tuple[str, dict]], places: list[int], texts: list[str], advance: Callable) -> None:
+        def generate_alike(
+            self,
+            requests: list[tuple[str, dict]],
+            places: list[int],
+            texts: list[str],
+            advance: Callable,
+        ) -> None:
             asked = normalize_gen_kwargs(requests[0][1], self.max_gen_toks)
-            stops = handle_stop_sequences(asked["until"], eos=self.tokenizer.decode(self.eot_token_id))
+            stops = handle_stop_sequences(
+                asked["until"], eos=self.tokenizer.decode(self.eot_token_id)
+            )
             max_new = asked["max_gen_toks"]
             if max_new >= self.max_length:
                 raise UserError(
                     f"evaluate: a task asks for {max_new} new tokens, but the model's context is {self.max_length}. "
                     "Leave the task out, or use a model with a longer context."
                 )
-            prompts = [self.tok_encode(context)[-(self.max_length - max_new) :] for context, _ in requests]
-            chosen = {name: asked[name] for name in ("top_p", "top_k", "repetition_penalty") if name in asked}
-            sampling = decode.Sampling(temperature=asked["temperature"] if asked["do_sample"] else 0.0, **chosen)
+            prompts = [
+                self.tok_encode(context)[-(self.max_length - max_new) :] for context, _ in requests
+            ]
+            chosen = {
+                name: asked[name]
+                for name in ("top_p", "top_k", "repetition_penalty")
+                if name in asked
+            }
+            sampling = decode.Sampling(
+                temperature=asked["temperature"] if asked["do_sample"] else 0.0, **chosen
+            )
 
             def stopped(row: int, ids: list[int]) -> bool:
                 text = self.tokenizer.decode(ids, skip_special_tokens=True)
                 return any(stop in text for stop in stops)
 
-            for first in range(0, len(prompts), decode.ROWS_AT_A_TIME):
-                part = slice(first, first + decode.ROWS_AT_A_TIME)
-                outputs = decode.generate(spec, params, prompts[part], max_new=max_new, sampling=sampling, watch=stopped, watch_every=16)
+            for first in range(0, len(prompts), decode.MAX_DECODE_BATCH):
+                part = slice(first, first + decode.MAX_DECODE_BATCH)
+                outputs = decode.generate(
+                    spec,
+                    params,
+                    prompts[part],
+                    max_new=max_new,
+                    sampling=sampling,
+                    watch=stopped,
+                    watch_every=16,
+                )
                 for place, request, ids in zip(places[part], requests[part], outputs, strict=True):
-                    texts[place] = postprocess_generated_text(self.tokenizer.decode(ids, skip_special_tokens=True), stops, None)
+                    texts[place] = postprocess_generated_text(
+                        self.tokenizer.decode(ids, skip_special_tokens=True), stops, None
+                    )
                     self.cache_hook.add_partial("generate_until", request, texts[place])
                 advance(len(outputs))
 
@@ -336,27 +494,42 @@ def adapter(spec: ModelSpec, params: dict[str, Any], tokenizer_dir: pathlib.Path
 # ---- benchmark files on disk
 
 
-def local_rows(name: str, data_dir: pathlib.Path) -> dict[str, list[dict]]:
+def load_local_items(name: str, data_dir: pathlib.Path) -> dict[str, list[dict]]:
     """Split -> rows as the harness's task reads them, from DATA_DIR/FOLDER or DATA_DIR itself.
 
     Raises UserError when a file is not there or holds another benchmark.
     """
-    kind, folder, files = LOCAL[name]
-    directory = next((found for found in (data_dir / folder, data_dir) if all((found / file).is_file() for file in files.values())), None)
+    kind, folder, files = LOCAL_TASKS[name]
+    directory = next(
+        (
+            found
+            for found in (data_dir / folder, data_dir)
+            if all((found / file).is_file() for file in files.values())
+        ),
+        None,
+    )
     if directory is None:
         wanted = " and ".join(f"{folder}/{file}" for file in dict.fromkeys(files.values()))
-        raise UserError(f"--data-dir {data_dir}: {name} wants {wanted} there. Copy the benchmark's files, or leave the task out.")
-    items = {split: benchmarks.read(directory / file) for split, file in files.items()}
+        raise UserError(
+            f"--data-dir {data_dir}: {name} wants {wanted} there. Copy the benchmark's files, or leave the task out."
+        )
+    items = {split: benchmarks.read_benchmark(directory / file) for split, file in files.items()}
     for split, found in items.items():
         if not found or any(item.task != kind for item in found):
-            raise UserError(f"{directory / files[split]}: its records are not those of {name}. Restore the file from its origin.")
+            raise UserError(
+                f"{directory / files[split]}: its records are not those of {name}. Restore the file from its origin."
+            )
     return {split: [item.fields for item in found] for split, found in items.items()}
 
 
 # task -> kind of its items, folder, file of each split
-LOCAL = {
+LOCAL_TASKS = {
     "truthfulqa_mc2": ("truthfulqa", "eval_truthfulqa", {"validation": "v0_mc_task.json"}),
-    "winogrande": ("winogrande", "eval_winogrande", {"train": "winogrande.jsonl", "validation": "winogrande.jsonl"}),
+    "winogrande": (
+        "winogrande",
+        "eval_winogrande",
+        {"train": "winogrande.jsonl", "validation": "winogrande.jsonl"},
+    ),
     "lambada_openai": ("lambada", "eval_lambada", {"test": "lambada_openai.jsonl"}),
     "gsm8k": ("gsm8k", "eval_gsm8k", {"train": "train.jsonl", "test": "test.jsonl"}),
 }
@@ -365,7 +538,7 @@ LOCAL = {
 # ---- what is said of the results
 
 
-def merge(results: dict[str, Any], more: dict[str, Any]) -> None:
+def merge_results(results: dict[str, Any], more: dict[str, Any]) -> None:
     for key, value in more.items():
         if isinstance(value, dict):
             results.setdefault(key, {}).update(value)
@@ -373,21 +546,23 @@ def merge(results: dict[str, Any], more: dict[str, Any]) -> None:
             results[key] = value
 
 
-def lineage(loaded: initialize.Loaded, encoder: tokenizer.Tokenizer) -> dict[str, Any]:
+def describe_evaluated_model(
+    loaded: initialize.LoadedModel, encoder: tokenizer.Tokenizer
+) -> dict[str, Any]:
     """What was measured, by fingerprint, and what measured it."""
-    directory = checkpoint.find(loaded.source) or loaded.source
+    directory = checkpoint.find_checkpoint(loaded.source) or loaded.source
     return {
         "fingerprint": stage.fingerprint_path(directory),
         "step": loaded.step,
         "tokenizer": encoder.fingerprint,
-        "n_params": llama.count(loaded.spec),
-        "spec": loaded.spec.to_dict(),
+        "n_params": llama.count_params(loaded.spec),
+        "spec": loaded.spec.to_json(),
         "device": jax.devices()[0].device_kind,
-        "versions": stage.versions(),
+        "versions": stage.package_versions(),
     }
 
 
-def table(results: dict[str, Any]) -> str:
+def format_results(results: dict[str, Any]) -> str:
     """One line a metric: task, metric, value, standard error, items; then what of the items the model may have seen."""
     lines = [("task", "metric", "value", "+/-", "items")]
     for task, metrics in results["results"].items():
@@ -398,12 +573,23 @@ def table(results: dict[str, Any]) -> str:
                 continue
             error = metrics.get(f"{metric}_stderr,{kind}")
             shown = metric if kind == "none" else f"{metric} ({kind})"
-            lines.append((task, shown, f"{value:.4f}", f"{error:.4f}" if isinstance(error, float) else "", str(n_items)))
+            lines.append(
+                (
+                    task,
+                    shown,
+                    f"{value:.4f}",
+                    f"{error:.4f}" if isinstance(error, float) else "",
+                    str(n_items),
+                )
+            )
     widths = [max(len(line[column]) for line in lines) for column in range(5)]
     told = [
-        "  ".join(cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True)))
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
         for line in lines
     ]
     if "contamination" in results:
-        told += ["", contamination.tell(results["contamination"], results["results"])]
+        told += ["", contamination.log_contamination(results["contamination"], results["results"])]
     return "\n".join(told)

@@ -18,10 +18,12 @@ from flax import nnx
 
 from jaxpt.model import llama
 from jaxpt.model.attention import attend
-from jaxpt.sharding import constrain, n_shards, sharding
+from jaxpt.sharding import make_logical_sharding, n_shards, with_logical_constraint
 from jaxpt.spec import ModelSpec, UserError
 
-ROWS_AT_A_TIME = 32  # prompts decoded together: a step reads every weight once, however many rows share it
+MAX_DECODE_BATCH = (
+    32  # prompts decoded together: a step reads every weight once, however many rows share it
+)
 LENGTH_STEP = 64  # prompt and cache lengths are rounded up to multiples of it, so that few shapes are compiled
 
 
@@ -44,7 +46,12 @@ class Sampling:
 
     def __post_init__(self):
         for name, value, good, wanted in (
-            ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0 (1 changes nothing)"),
+            (
+                "repetition_penalty",
+                self.repetition_penalty,
+                self.repetition_penalty > 0,
+                "above 0 (1 changes nothing)",
+            ),
             ("temperature", self.temperature, self.temperature >= 0, "of at least 0 (0 is greedy)"),
             ("top_k", self.top_k, self.top_k >= 0, "of at least 0 (0 keeps all)"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, up to 1 (1 keeps all)"),
@@ -67,7 +74,7 @@ def generate(
 ) -> list[list[int]]:
     """Continuations of the prompts, without the prompts and without the end-of-sequence token that ended them.
 
-    A row ends with spec.eos_id, after max_new tokens, or when prompt and output fill spec.max_positions.
+    A row ends with spec.eos_id, after max_new tokens, or when prompt and output fill spec.max_seq_len.
     watch(row, ids so far) is called every `watch_every` tokens, for streaming; a true answer ends the row there.
     The same seed, prompt and place in the list give the same text in any batch. Params lie on the mesh of their shardings.
     Raises UserError for a prompt that is empty, leaves no room in the context, or has ids that the model does not know.
@@ -75,16 +82,28 @@ def generate(
     if max_new < 1:
         raise UserError(f"generate: asked for {max_new} new tokens, wanted at least 1.")
     check_prompts(spec, prompts)
-    params = layer_by_layer(params)
+    params = unstack_layers(params)
     outputs: list[list[int]] = [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    for start in range(0, len(prompts), ROWS_AT_A_TIME):
-        rows = by_length[start : start + ROWS_AT_A_TIME]
-        generate_batch(spec, params, prompts, rows, outputs, max_new, sampling, seed, jnp.dtype(dtype), watch, watch_every)
+    for start in range(0, len(prompts), MAX_DECODE_BATCH):
+        rows = by_length[start : start + MAX_DECODE_BATCH]
+        generate_batch(
+            spec,
+            params,
+            prompts,
+            rows,
+            outputs,
+            max_new,
+            sampling,
+            seed,
+            jnp.dtype(dtype),
+            watch,
+            watch_every,
+        )
     return outputs
 
 
-def layer_by_layer(params: dict[str, Any]) -> dict[str, Any]:
+def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
     """The parameters with one tree a layer in place of stacked blocks, where that helps: on a single CPU device. Nothing is copied.
 
     XLA's CPU compiler copies a layer out of a stack before it multiplies with it; for a product with one token that is most of the time.
@@ -94,18 +113,25 @@ def layer_by_layer(params: dict[str, Any]) -> dict[str, Any]:
         return params
     blocks = jax.tree.map(np.asarray, params["blocks"])  # views of the same memory
     n_layers = len(jax.tree.leaves(blocks)[0])
-    where = sharding(mesh, ())
-    return params | {"blocks": tuple(jax.device_put(jax.tree.map(lambda x, i=i: x[i], blocks), where) for i in range(n_layers))}
+    where = make_logical_sharding(mesh, ())
+    return params | {
+        "blocks": tuple(
+            jax.device_put(jax.tree.map(lambda x, i=i: x[i], blocks), where)
+            for i in range(n_layers)
+        )
+    }
 
 
 def check_prompts(spec: ModelSpec, prompts: list[list[int]]) -> None:
     for row, prompt in enumerate(prompts):
         if not prompt:
-            raise UserError(f"generate: prompt {row + 1} has no tokens. Begin it with the beginning-of-sequence token, or write something.")
-        if len(prompt) >= spec.max_positions:
             raise UserError(
-                f"generate: prompt {row + 1} has {len(prompt):,} tokens, but the model's context is {spec.max_positions:,}. "
-                f"Shorten it to at most {spec.max_positions - 1:,}."
+                f"generate: prompt {row + 1} has no tokens. Begin it with the beginning-of-sequence token, or write something."
+            )
+        if len(prompt) >= spec.max_seq_len:
+            raise UserError(
+                f"generate: prompt {row + 1} has {len(prompt):,} tokens, but the model's context is {spec.max_seq_len:,}. "
+                f"Shorten it to at most {spec.max_seq_len - 1:,}."
             )
         wrong = [token for token in prompt if not 0 <= token < spec.vocab_size]
         if wrong:
@@ -115,7 +141,7 @@ def check_prompts(spec: ModelSpec, prompts: list[list[int]]) -> None:
             )
 
 
-class State(NamedTuple):
+class DecodeState(NamedTuple):
     """What the loop carries. C: columns of the cache; the prompts end at the column where decoding starts."""
 
     keys: jax.Array  # [L, B, C, K, H], rotated
@@ -129,27 +155,46 @@ class State(NamedTuple):
     column: jax.Array  # int32: the next to be written
 
 
-def generate_batch(spec, params, prompts, rows, outputs, max_new, sampling, seed, dtype, watch, watch_every) -> None:
+def generate_batch(
+    spec, params, prompts, rows, outputs, max_new, sampling, seed, dtype, watch, watch_every
+) -> None:
     """Fill outputs[row] for a batch of rows."""
     mesh = jax.tree.leaves(params)[0].sharding.mesh
-    B = round_up(len(rows), n_shards(mesh, "batch"))
-    P = round_up(max(len(prompts[row]) for row in rows), LENGTH_STEP)
-    C = P + round_up(max_new, LENGTH_STEP)
+    B = round_up_length(len(rows), n_shards(mesh, "batch"))
+    P = round_up_length(max(len(prompts[row]) for row in rows), LENGTH_STEP)
+    C = P + round_up_length(max_new, LENGTH_STEP)
     tokens, lengths, room = np.zeros((B, P), np.int32), np.ones(B, np.int32), np.zeros(B, np.int32)
     for i, row in enumerate(rows):
         tokens[i, P - len(prompts[row]) :] = prompts[row]
         lengths[i] = len(prompts[row])
-        room[i] = min(max_new, spec.max_positions - len(prompts[row]))
-    draws = np.asarray([*rows, *[0] * (B - len(rows))], np.uint32)  # which stream of random numbers a row draws from
+        room[i] = min(max_new, spec.max_seq_len - len(prompts[row]))
+    draws = np.asarray(
+        [*rows, *[0] * (B - len(rows))], np.uint32
+    )  # which stream of random numbers a row draws from
 
-    where = sharding(mesh, ("batch",))
+    where = make_logical_sharding(mesh, ("batch",))
     lengths, room, draws = (jax.device_put(x, where) for x in (lengths, room, draws))
-    state = prefill(spec, mesh, dtype, C, params, jax.device_put(tokens, sharding(mesh, ("batch", None))), lengths, room)
+    state = prefill_cache(
+        spec,
+        mesh,
+        dtype,
+        C,
+        params,
+        jax.device_put(tokens, make_logical_sharding(mesh, ("batch", None))),
+        lengths,
+        room,
+    )
     stop = P
     while True:
         stop = stop + watch_every if watch else P + max_new
-        state = extend(spec, mesh, dtype, sampling, params, state, jax.random.key(seed), draws, stop)
-        output, ended_at, room = np.asarray(state.output), np.asarray(state.lengths), np.array(state.room)
+        state = decode_step(
+            spec, mesh, dtype, sampling, params, state, jax.random.key(seed), draws, stop
+        )
+        output, ended_at, room = (
+            np.asarray(state.output),
+            np.asarray(state.lengths),
+            np.array(state.room),
+        )
         for i, row in enumerate(rows):
             ids = output[i, P : P + ended_at[i] - len(prompts[row])].tolist()
             if ids and ids[-1] == spec.eos_id:
@@ -164,7 +209,9 @@ def generate_batch(spec, params, prompts, rows, outputs, max_new, sampling, seed
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def prefill(spec: ModelSpec, mesh, dtype, n_columns: int, params, tokens, lengths, room) -> State:
+def prefill_cache(
+    spec: ModelSpec, mesh, dtype, n_columns: int, params, tokens, lengths, room
+) -> DecodeState:
     """The state after reading the prompts, tokens int32 [B, P] padded on the left."""
     B, P = tokens.shape
     columns = jnp.arange(n_columns)[None]
@@ -173,42 +220,68 @@ def prefill(spec: ModelSpec, mesh, dtype, n_columns: int, params, tokens, length
 
     def attend_prompt(q, k, v, cache, layer):
         keys, values = (
-            jax.lax.dynamic_update_slice(old, new[None].astype(dtype), (layer, 0, 0, 0, 0)) for old, new in zip(cache, (k, v), strict=True)
+            jax.lax.dynamic_update_slice(old, new[None].astype(dtype), (layer, 0, 0, 0, 0))
+            for old, new in zip(cache, (k, v), strict=True)
         )
         return attend(q, k, v, segments[:, :P], spec.sliding_window), (keys, values)
 
-    model, layers = bind(spec, params)
+    model, layers = bind_for_decoding(spec, params)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        empty = constrain(jnp.zeros((spec.n_layers, B, n_columns, spec.n_kv_heads, spec.d_head), dtype), "layers", "batch", None, "kv_heads", None)
-        logits, (keys, values) = through_layers(model, layers, tokens, positions, (empty, empty), attend_prompt, dtype)
+        empty = with_logical_constraint(
+            jnp.zeros((spec.n_layers, B, n_columns, spec.n_kv_heads, spec.d_head), dtype),
+            "layers",
+            "batch",
+            None,
+            "kv_heads",
+            None,
+        )
+        logits, (keys, values) = run_layers_with_cache(
+            model, layers, tokens, positions, (empty, empty), attend_prompt, dtype
+        )
     rows = jnp.arange(B)[:, None]
     seen = jnp.zeros((B, spec.vocab_size), bool).at[rows, tokens].max(segments[:, :P] == 1)
     output = jnp.zeros((B, n_columns), jnp.int32)
-    return State(keys, values, segments, logits, seen, output, lengths, room, jnp.int32(P))
+    return DecodeState(keys, values, segments, logits, seen, output, lengths, room, jnp.int32(P))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)
-def extend(spec: ModelSpec, mesh, dtype, sampling: Sampling, params, state: State, key, draws, stop) -> State:
+def decode_step(
+    spec: ModelSpec, mesh, dtype, sampling: Sampling, params, state: DecodeState, key, draws, stop
+) -> DecodeState:
     """Add tokens until column `stop`, or until every row has ended."""
-    model, layers = bind(spec, params)
+    model, layers = bind_for_decoding(spec, params)
 
-    def add_token(state: State) -> State:
+    def add_token(state: DecodeState) -> DecodeState:
         going = state.room > 0
-        token = choose(sampling, state, key, draws)
+        token = sample_token(sampling, state, key, draws)
         column, rows = state.column, jnp.arange(len(token))
 
         def attend_cache(q, k, v, cache, layer):
             keys, values = (
-                jax.lax.dynamic_update_slice(old, new[None].astype(dtype), (layer, 0, column, 0, 0)) for old, new in zip(cache, (k, v), strict=True)
+                jax.lax.dynamic_update_slice(old, new[None].astype(dtype), (layer, 0, column, 0, 0))
+                for old, new in zip(cache, (k, v), strict=True)
             )
             B, _, N, H = q.shape
-            mixed = attend_to_cache(q.reshape(B, k.shape[2], -1, H), keys[layer], values[layer], state.segments, column, spec.sliding_window)
+            mixed = attend_to_cache(
+                q.reshape(B, k.shape[2], -1, H),
+                keys[layer],
+                values[layer],
+                state.segments,
+                column,
+                spec.sliding_window,
+            )
             return mixed.reshape(B, 1, N, H), (keys, values)
 
-        logits, (keys, values) = through_layers(
-            model, layers, token[:, None], state.lengths[:, None], (state.keys, state.values), attend_cache, dtype
+        logits, (keys, values) = run_layers_with_cache(
+            model,
+            layers,
+            token[:, None],
+            state.lengths[:, None],
+            (state.keys, state.values),
+            attend_cache,
+            dtype,
         )
-        return State(
+        return DecodeState(
             keys, values, state.segments, logits,
             seen=state.seen.at[rows, token].set(True),
             output=jax.lax.dynamic_update_slice(state.output, token[:, None], (0, column)),
@@ -218,37 +291,48 @@ def extend(spec: ModelSpec, mesh, dtype, sampling: Sampling, params, state: Stat
         )  # fmt: skip
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.lax.while_loop(lambda state: (state.column < stop) & jnp.any(state.room > 0), add_token, state)
+        return jax.lax.while_loop(
+            lambda state: (state.column < stop) & jnp.any(state.room > 0), add_token, state
+        )
 
 
 def attend_to_cache(q, keys, values, segments, column, window):
     """One query a row, at `column`: q [B, K, G, H], keys and values [B, S, K, H] as the cache holds them. Sees the columns of segment 1."""
     distance = column - jnp.arange(keys.shape[1])
     sees = (distance >= 0) & (distance < (window or keys.shape[1])) & (segments == 1)
-    scores = jnp.einsum("bkgh,bskh->bkgs", q, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores = (
+        jnp.einsum("bkgh,bskh->bkgs", q, keys, preferred_element_type=jnp.float32)
+        * q.shape[-1] ** -0.5
+    )
     shares = jax.nn.softmax(jnp.where(sees[:, None, None], scores, -jnp.inf)).astype(values.dtype)
     return jnp.einsum("bkgs,bskh->bkgh", shares, values)
 
 
-def bind(spec: ModelSpec, params: dict[str, Any]) -> tuple[llama.Llama, tuple[dict, ...] | None]:
+def bind_for_decoding(
+    spec: ModelSpec, params: dict[str, Any]
+) -> tuple[llama.Llama, tuple[dict, ...] | None]:
     """The model, and its layers one by one where they are not stacked in it."""
     layers = params["blocks"]
     if isinstance(layers, tuple):
-        return llama.bind(spec, params | {"blocks": layers[0]}), layers
-    return llama.bind(spec, params), None
+        return llama.bind_params(spec, params | {"blocks": layers[0]}), layers
+    return llama.bind_params(spec, params), None
 
 
-def through_layers(model: llama.Llama, layers, tokens, positions, cache, attend_layer, dtype):
+def run_layers_with_cache(
+    model: llama.Llama, layers, tokens, positions, cache, attend_layer, dtype
+):
     """Tokens [B, T] through the model beside its cache. attend_layer(q, k, v, cache, layer) -> (mixed, cache).
 
     Returns float32 logits [B, V] of the last column, and the cache.
     """
     spec = model.spec
-    rope = llama.rotation(spec, positions)
+    rope = llama.compute_rope(spec, positions)
     blocks, stacked = nnx.split(model.blocks)
 
     def run_layer(carry, one):
-        x, cache = carry  # the cache is carried, not scanned over: a step then writes one column in place, not all of it anew
+        x, cache = (
+            carry  # the cache is carried, not scanned over: a step then writes one column in place, not all of it anew
+        )
         layer, weights = one
 
         def attend_and_keep(q, k, v):
@@ -257,52 +341,60 @@ def through_layers(model: llama.Llama, layers, tokens, positions, cache, attend_
             return mixed
 
         x = nnx.merge(blocks, weights)(x, rope, attend_and_keep)
-        return (constrain(x, "batch", None, "act_embed"), cache), None
+        return (with_logical_constraint(x, "batch", None, "act_embed"), cache), None
 
-    x = constrain(model.embed[...].astype(dtype)[tokens], "batch", None, "act_embed")
+    x = with_logical_constraint(model.embed[...].astype(dtype)[tokens], "batch", None, "act_embed")
     if layers is None:
         (x, cache), _ = jax.lax.scan(run_layer, (x, cache), (jnp.arange(spec.n_layers), stacked))
     for layer, weights in enumerate(layers or ()):
         nnx.replace_by_pure_dict(stacked, weights)
         (x, cache), _ = run_layer((x, cache), (layer, stacked))
     last = llama.rms_norm(x[:, -1], model.norm[...], spec.norm_eps)
-    return jnp.einsum("bd,dv->bv", last, model.head(dtype), preferred_element_type=jnp.float32), cache
+    return jnp.einsum(
+        "bd,dv->bv", last, model.lm_head(dtype), preferred_element_type=jnp.float32
+    ), cache
 
 
-def choose(sampling: Sampling, state: State, key, draws) -> jax.Array:
+def sample_token(sampling: Sampling, state: DecodeState, key, draws) -> jax.Array:
     """The next token of each row, int32 [B]."""
-    logits = penalize(state.logits, state.seen, sampling.repetition_penalty)
+    logits = penalize_repetition(state.logits, state.seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / sampling.temperature
     if sampling.top_k:
-        logits = keep_top_k(logits, sampling.top_k)
+        logits = mask_top_k(logits, sampling.top_k)
     if sampling.top_p < 1:
-        logits = keep_top_p(logits, sampling.top_p)
+        logits = mask_top_p(logits, sampling.top_p)
 
     def draw(stream, length, logits):
-        return jax.random.categorical(jax.random.fold_in(jax.random.fold_in(key, stream), length), logits)
+        return jax.random.categorical(
+            jax.random.fold_in(jax.random.fold_in(key, stream), length), logits
+        )
 
     return jax.vmap(draw)(draws, state.lengths, logits).astype(jnp.int32)
 
 
-def penalize(logits, seen, penalty: float):
+def penalize_repetition(logits, seen, penalty: float):
     if penalty == 1:
         return logits
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def keep_top_k(logits, k: int):
+def mask_top_k(logits, k: int):
     least = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][:, -1:]
     return jnp.where(logits < least, -jnp.inf, logits)
 
 
-def keep_top_p(logits, p: float):
+def mask_top_p(logits, p: float):
     order = jnp.argsort(logits, axis=-1)
     mass = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1), axis=-1)
     dropped = (mass <= 1 - p).at[:, -1].set(False)  # the likeliest always stays
-    return jnp.where(jnp.zeros_like(dropped).at[jnp.arange(len(logits))[:, None], order].set(dropped), -jnp.inf, logits)
+    return jnp.where(
+        jnp.zeros_like(dropped).at[jnp.arange(len(logits))[:, None], order].set(dropped),
+        -jnp.inf,
+        logits,
+    )
 
 
-def round_up(n: int, step: int) -> int:
+def round_up_length(n: int, step: int) -> int:
     return -(-n // step) * step

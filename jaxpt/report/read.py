@@ -12,12 +12,12 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from jaxpt import stage
-from jaxpt.lineage import STAGES, Node, lineage_of, own_stages, read_json
+from jaxpt.lineage import STAGES, LineageNode, list_own_stages, read_json, read_lineage
 from jaxpt.plan import flops
-from jaxpt.report.words import clip, finite
+from jaxpt.report.format import clip_text, is_finite
 from jaxpt.spec import ModelSpec, UserError
 
-COMPARED = ("samples", "differences")  # files in eval/ that compare.py writes
+COMPARED_FIELDS = ("samples", "differences")  # files in eval/ that compare.py writes
 MAX_DROPPED = 3  # documents shown that a rule dropped, of each source
 MAX_EXCERPT = 600  # characters of each
 
@@ -49,8 +49,8 @@ class RunData:
     heldout: list[dict]
     skipped: list[dict]
     marks: list[tuple[int, str]]
-    nodes: list[Node]
-    exports: list[Node]
+    nodes: list[LineageNode]
+    exports: list[LineageNode]
     stages: dict[str, list[dict]]
     funnels: list[dict]
     phases: list[tuple[int, dict[str, float]]]
@@ -72,39 +72,54 @@ def load_run(directory: str | pathlib.Path) -> RunData:
     """Everything the page and the terminal table know of a run directory. Raises UserError where it is not there."""
     directory = stage.local_path(directory).resolve()
     if not directory.is_dir():
-        raise UserError(f"--workdir {directory}: no such directory. Give the run directory that train.py or initialize.py wrote.")
+        raise UserError(
+            f"--workdir {directory}: no such directory. Give the run directory that train.py or initialize.py wrote."
+        )
     notes: list[str] = []
     read = functools.partial(read_json, notes=notes)
-    nodes = lineage_of(directory, notes)
-    own = own_stages(nodes)
+    nodes = read_lineage(directory, notes)
+    own = list_own_stages(nodes)
     stages = {kind: [node.manifest for node in own if node.kind == kind] for kind in STAGES}
     settings = read(directory / "config.json")
     return RunData(
         name=directory.name,
         directory=directory,
-        **{name: read(directory / f"{name}.json") for name in ("manifest", "spec", "growth", "plan")},
+        **{
+            name: read(directory / f"{name}.json")
+            for name in ("manifest", "spec", "growth", "plan")
+        },
         config=settings,
-        **{name: read(directory / "eval" / f"{name}.json") for name in COMPARED},
-        evals={file.stem: found for file in sorted((directory / "eval").glob("*.json")) if file.stem not in COMPARED and (found := read(file))},
-        **read_metrics(directory / "metrics.jsonl", notes),
+        **{name: read(directory / "eval" / f"{name}.json") for name in COMPARED_FIELDS},
+        evals={
+            file.stem: found
+            for file in sorted((directory / "eval").glob("*.json"))
+            if file.stem not in COMPARED_FIELDS and (found := read(file))
+        },
+        **read_run_metrics(directory / "metrics.jsonl", notes),
         nodes=nodes,
         exports=[
-            lineage_of(place.parent, notes)[-1] for place in sorted(directory.glob("*/manifest.json")) if (read(place) or {}).get("stage") == "export"
+            read_lineage(place.parent, notes)[-1]
+            for place in sorted(directory.glob("*/manifest.json"))
+            if (read(place) or {}).get("stage") == "export"
         ],
         stages=stages,
-        funnels=[{**node.funnel, "dropped": read_dropped(node.path / "dropped", notes)} for node in own if node.funnel],
+        funnels=[
+            {**node.funnel, "dropped": read_dropped(node.path / "dropped", notes)}
+            for node in own
+            if node.funnel
+        ],
         phases=read_phases(directory, settings, stages["packed"], notes),
         devices=read_devices(directory / "starts.jsonl"),
         notes=notes,
     )
 
 
-def read_metrics(path: pathlib.Path, notes: list[str]) -> dict[str, list]:
+def read_run_metrics(path: pathlib.Path, notes: list[str]) -> dict[str, list]:
     """RunData's train, heldout, skipped and marks. A step written twice, before a kill and after it, counts as written last."""
     by_step, marks, broken = {"train": {}, "heldout": {}, "skipped": {}}, [], []
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
     for number, line in enumerate(lines, 1):
-        record = record_in(line)
+        record = parse_metric_line(line)
         if record is None:
             broken.append(number)
         elif record.get("resumed"):
@@ -115,17 +130,25 @@ def read_metrics(path: pathlib.Path, notes: list[str]) -> dict[str, list]:
             kind = next((kind for kind in ("heldout", "skipped") if kind in record), "train")
             by_step[kind][record["step"]] = record
     if broken == [len(lines)]:
-        notes.append(f"{path}: the last line is half-written, as a running or killed run leaves it; left out.")
+        notes.append(
+            f"{path}: the last line is half-written, as a running or killed run leaves it; left out."
+        )
     elif broken:
-        notes.append(f"{path}: {len(broken)} lines cannot be read, the first is line {broken[0]}; left out.")
-    if wild := [step for step, record in by_step["train"].items() if finite(record.get("loss")) is None]:
+        notes.append(
+            f"{path}: {len(broken)} lines cannot be read, the first is line {broken[0]}; left out."
+        )
+    if wild := [
+        step for step, record in by_step["train"].items() if is_finite(record.get("loss")) is None
+    ]:
         notes.append(
             f"{path}: the loss is no finite number in {len(wild)} of {len(by_step['train'])} records, first at step {min(wild)}; no curve shows it."
         )
-    return {name: [found[step] for step in sorted(found)] for name, found in by_step.items()} | {"marks": list(dict.fromkeys(marks))}
+    return {name: [found[step] for step in sorted(found)] for name, found in by_step.items()} | {
+        "marks": list(dict.fromkeys(marks))
+    }
 
 
-def record_in(line: str) -> dict | None:
+def parse_metric_line(line: str) -> dict | None:
     """A record of metrics.jsonl; None where the line holds none."""
     try:
         record = json.loads(line)
@@ -134,7 +157,11 @@ def record_in(line: str) -> dict | None:
     forms = {"step": int, "heldout": dict, "parent": dict, "skipped": dict, "epochs": dict}
     if not isinstance(record, dict) or "step" not in record:
         return None
-    return record if all(isinstance(record[key], form) for key, form in forms.items() if key in record) else None
+    return (
+        record
+        if all(isinstance(record[key], form) for key, form in forms.items() if key in record)
+        else None
+    )
 
 
 def read_dropped(directory: pathlib.Path, notes: list[str]) -> dict[str, list[dict]]:
@@ -148,24 +175,40 @@ def read_dropped(directory: pathlib.Path, notes: list[str]) -> dict[str, list[di
             continue
         by_source: dict[str, list[dict]] = {}
         for row in rows:
-            by_source.setdefault(str(row["source"]), []).append({**row, "text": clip(row["text"], MAX_EXCERPT)})
+            by_source.setdefault(str(row["source"]), []).append(
+                {**row, "text": clip_text(row["text"], MAX_EXCERPT)}
+            )
         found[file.stem] = [row for own in by_source.values() for row in own[:MAX_DROPPED]]
     return found
 
 
-def read_phases(directory: pathlib.Path, settings: dict | None, packed: list[dict], notes: list[str]) -> list[tuple[int, dict[str, float]]]:
+def read_phases(
+    directory: pathlib.Path, settings: dict | None, packed: list[dict], notes: list[str]
+) -> list[tuple[int, dict[str, float]]]:
     """The shares in force from each step on, together 1: by the run's own account, else by its config, else in proportion to the rows."""
     try:
         account = directory / "phases.json"
         if account.is_file():
             asked = [(each["step"], each["shares"]) for each in json.loads(account.read_text())]
         else:
-            rows = {name: part["rows"] for manifest in packed for name, part in manifest["counts"]["train"].items()}
+            rows = {
+                name: part["rows"]
+                for manifest in packed
+                for name, part in manifest["counts"]["train"].items()
+            }
             asked = (settings or {})["mixture"]["phases"] or ([(0, rows)] if rows else [])
-        return [(int(step), {name: share / sum(shares.values()) for name, share in shares.items() if share}) for step, shares in asked]
+        return [
+            (
+                int(step),
+                {name: share / sum(shares.values()) for name, share in shares.items() if share},
+            )
+            for step, shares in asked
+        ]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         if settings:
-            notes.append(f"{directory}: its mixture cannot be read from phases.json, config.json or packed/manifest.json ({error!r}); left out.")
+            notes.append(
+                f"{directory}: its mixture cannot be read from phases.json, config.json or packed/manifest.json ({error!r}); left out."
+            )
         return []
 
 
@@ -181,33 +224,47 @@ def read_devices(path: pathlib.Path) -> tuple[int, str] | None:
 # ---- what several sections ask of it
 
 
-def first(records: list[dict], key: str) -> float | None:
-    return next((value for record in records if (value := finite(record.get(key))) is not None), None)
+def first_value(records: list[dict], key: str) -> float | None:
+    return next(
+        (value for record in records if (value := is_finite(record.get(key))) is not None), None
+    )
 
 
-def last(records: list[dict], key: str) -> float | None:
-    return first(records[::-1], key)
+def last_value(records: list[dict], key: str) -> float | None:
+    return first_value(records[::-1], key)
 
 
-def points(records: list[dict], key: str, domain: str | None = None) -> list[tuple[float, float]]:
+def metric_points(
+    records: list[dict], key: str, domain: str | None = None
+) -> list[tuple[float, float]]:
     """(step, value) of each record that has one; of one domain where the records hold {domain: value}."""
-    found = [(record["step"], (record.get(key) or {}).get(domain) if domain else record.get(key)) for record in records]
-    return [(step, value) for step, value in found if finite(value) is not None]
+    found = [
+        (record["step"], (record.get(key) or {}).get(domain) if domain else record.get(key))
+        for record in records
+    ]
+    return [(step, value) for step, value in found if is_finite(value) is not None]
 
 
-def domains_of(runs: list[RunData]) -> list[str]:
+def list_sources(runs: list[RunData]) -> list[str]:
     """Names of the held-out domains, in one order for the whole page: as the corpora name their sources, then as they turn up."""
     sources = [name for run in runs for found in run.funnels for name in found["sources"]]
-    return list(dict.fromkeys([*sources, *(name for run in runs for record in run.heldout for name in record["heldout"])]))
+    return list(
+        dict.fromkeys(
+            [
+                *sources,
+                *(name for run in runs for record in run.heldout for name in record["heldout"]),
+            ]
+        )
+    )
 
 
-def in_order(order: list, keys: Iterable) -> list:
+def order_keys(order: list, keys: Iterable) -> list:
     """The keys, each once: those named in `order` first and as there, the others as they come."""
     keys = list(dict.fromkeys(keys))
     return [*(key for key in order if key in keys), *(key for key in keys if key not in order)]
 
 
-def distinct(runs: list[RunData], field: str) -> list[tuple[Any, list[str]]]:
+def distinct_values(runs: list[RunData], field: str) -> list[tuple[Any, list[str]]]:
     """Each different value of the field once, with the names of the runs that have it."""
     found: dict[str, tuple[Any, list[str]]] = {}
     for run in runs:
@@ -221,16 +278,16 @@ def n_params(run: RunData) -> int | None:
     if run.manifest and run.manifest["counts"].get("n_params"):
         return run.manifest["counts"]["n_params"]
     try:
-        return flops.n_params(ModelSpec.from_dict(run.spec)) if run.spec else None
+        return flops.count_matmul_params(ModelSpec.from_json(run.spec)) if run.spec else None
     except (TypeError, ValueError):  # a spec of another version
         return None
 
 
-def shape(run: RunData) -> str:
+def format_shape(run: RunData) -> str:
     return f"{run.spec['n_layers']} × {run.spec['d_model']}" if run.spec else ""
 
 
-def model_name(path: str) -> str:
+def short_model_name(path: str) -> str:
     """The run's name of runs/base, runs/base/hf and runs/base/checkpoints/300."""
     place = pathlib.PurePath(path)
     if place.name == "hf":
@@ -240,6 +297,6 @@ def model_name(path: str) -> str:
     return place.name or path
 
 
-def model_order(path: str, runs: list[RunData]) -> int:
+def model_sort_key(path: str, runs: list[RunData]) -> int:
     names = [run.directory.name for run in runs]
-    return names.index(model_name(path)) if model_name(path) in names else len(names)
+    return names.index(short_model_name(path)) if short_model_name(path) in names else len(names)

@@ -13,12 +13,25 @@ from jaxpt.spec import UserError
 from jaxpt.stage import local_path
 
 # No .bin and .pt, which are pickles and can run code; no folders, where repositories keep the same weights in other formats.
-FILES = ("config.json", "generation_config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
-TOKENIZER_FILES = ("tokenizer", "special_tokens", "vocab", "merges", "added_tokens", "chat_template")  # how their names begin
-LINEAGE = ("jaxpt.json", "manifest.json")  # of our own exports
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model-*.safetensors",
+    "model.safetensors.index.json",
+)
+TOKENIZER_FILES = (
+    "tokenizer",
+    "special_tokens",
+    "vocab",
+    "merges",
+    "added_tokens",
+    "chat_template",
+)  # how their names begin
+LINEAGE_FILES = ("jaxpt.json", "manifest.json")  # of our own exports
 
 
-def local(source: str | pathlib.Path) -> pathlib.Path:
+def download_model(source: str | pathlib.Path) -> pathlib.Path:
     """A directory on this machine for a source: hf:NAME or hf:NAME@REVISION is downloaded into the hub's cache, where it is
     not there already; any other path is its own.
 
@@ -29,9 +42,15 @@ def local(source: str | pathlib.Path) -> pathlib.Path:
         return local_path(source)
     from huggingface_hub import snapshot_download
 
-    with answers(str(source)):
+    with explain_hub_errors(str(source)):
         directory = snapshot_download(
-            name, revision=revision or None, allow_patterns=[*FILES, *(f"{prefix}*" for prefix in TOKENIZER_FILES), *LINEAGE]
+            name,
+            revision=revision or None,
+            allow_patterns=[
+                *MODEL_FILES,
+                *(f"{prefix}*" for prefix in TOKENIZER_FILES),
+                *LINEAGE_FILES,
+            ],
         )
     if not any(pathlib.Path(directory).glob("model*.safetensors")):
         raise UserError(
@@ -41,38 +60,43 @@ def local(source: str | pathlib.Path) -> pathlib.Path:
     return pathlib.Path(directory)
 
 
-def name_of(directory: str | pathlib.Path) -> str | None:
+def recorded_hub_name(directory: str | pathlib.Path) -> str | None:
     """NAME@REVISION for a directory of the hub's cache."""
     found = re.search(r"models--(.+)/snapshots/(\w+)$", str(directory))
     return f"{found[1].replace('--', '/')}@{found[2]}" if found else None
 
 
-def check_push(name: str) -> None:
+def check_push_allowed(name: str) -> None:
     """Raises UserError, before anything is computed, where the name cannot be one or nobody is logged in."""
     from huggingface_hub import get_token
     from huggingface_hub.utils import validate_repo_id
 
-    with answers(name):
+    with explain_hub_errors(name):
         validate_repo_id(name)
     if not get_token():
-        raise UserError(f"--push {name}: no token of the Hugging Face hub. Log in with `hf auth login`, or set HF_TOKEN to one that may write.")
+        raise UserError(
+            f"--push {name}: no token of the Hugging Face hub. Log in with `hf auth login`, or set HF_TOKEN to one that may write."
+        )
 
 
-def push(directory: pathlib.Path, name: str, private: bool) -> str:
+def push_to_hub(directory: pathlib.Path, name: str, private: bool) -> str:
     """Upload every file of an export to the repository `name`, made where it is missing. Returns its address."""
     from huggingface_hub import create_repo, upload_folder
 
-    with answers(name):
+    with explain_hub_errors(name):
         address = create_repo(name, private=private or None, exist_ok=True)
         # weights of an earlier export under other names would be read as this one's
         upload_folder(
-            repo_id=name, folder_path=directory, commit_message="Export by jaxpt", delete_patterns=[name for name in FILES if "model" in name]
+            repo_id=name,
+            folder_path=directory,
+            commit_message="Export by jaxpt",
+            delete_patterns=[name for name in MODEL_FILES if "model" in name],
         )
     return str(address)
 
 
 @contextlib.contextmanager
-def answers(name: str):
+def explain_hub_errors(name: str):
     """Every way in which the hub says no, as one sentence."""
     from huggingface_hub import errors
 
@@ -91,7 +115,9 @@ def answers(name: str):
             f"{name}: the hub has no such model, or none that your token may read. Check the name; log in with `hf auth login`."
         ) from None
     except errors.RevisionNotFoundError:
-        raise UserError(f"{name}: the model has no such revision. Give one of its branches, tags or commits.") from None
+        raise UserError(
+            f"{name}: the model has no such revision. Give one of its branches, tags or commits."
+        ) from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         raise UserError(
             f"{name}: not whole in this machine's cache, and the hub cannot be reached (is HF_HUB_OFFLINE set?). "

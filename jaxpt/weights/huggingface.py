@@ -26,77 +26,87 @@ import numpy as np
 
 from jaxpt import stage
 from jaxpt.model import llama
-from jaxpt.sharding import replicated, sharding
+from jaxpt.sharding import make_logical_sharding, make_replicated_sharding
 from jaxpt.spec import ModelSpec, RopeScaling, UserError
 from jaxpt.weights.hub import TOKENIZER_FILES
 
 
-class Row(NamedTuple):
+class TensorRule(NamedTuple):
     """Our path, their name ("{}" is the layer), and how many of our leading dimensions are inputs of a linear map.
 
     Theirs stores a linear map as [outputs, inputs]; ours as [inputs..., outputs...]. With n_in 0 the numbers lie alike.
     """
 
-    ours: str
-    theirs: str
+    path: str
+    hf_name: str
     n_in: int = 0
 
     @property
     def is_stacked_matrix(self) -> bool:
         """The others are norms, biases and the two tables of words."""
-        return self.n_in > 0 and "{}" in self.theirs
+        return self.n_in > 0 and "{}" in self.hf_name
 
 
-TABLE = (
-    Row("embed", "model.embed_tokens.weight"),
-    Row("blocks/attn_norm", "model.layers.{}.input_layernorm.weight"),
-    Row("blocks/q", "model.layers.{}.self_attn.q_proj.weight", n_in=1),
-    Row("blocks/k", "model.layers.{}.self_attn.k_proj.weight", n_in=1),
-    Row("blocks/v", "model.layers.{}.self_attn.v_proj.weight", n_in=1),
-    Row("blocks/o", "model.layers.{}.self_attn.o_proj.weight", n_in=2),
-    Row("blocks/q_bias", "model.layers.{}.self_attn.q_proj.bias"),
-    Row("blocks/k_bias", "model.layers.{}.self_attn.k_proj.bias"),
-    Row("blocks/v_bias", "model.layers.{}.self_attn.v_proj.bias"),
-    Row("blocks/o_bias", "model.layers.{}.self_attn.o_proj.bias"),
-    Row("blocks/q_norm", "model.layers.{}.self_attn.q_norm.weight"),
-    Row("blocks/k_norm", "model.layers.{}.self_attn.k_norm.weight"),
-    Row("blocks/mlp_norm", "model.layers.{}.post_attention_layernorm.weight"),
-    Row("blocks/gate", "model.layers.{}.mlp.gate_proj.weight", n_in=1),
-    Row("blocks/up", "model.layers.{}.mlp.up_proj.weight", n_in=1),
-    Row("blocks/down", "model.layers.{}.mlp.down_proj.weight", n_in=1),
-    Row("blocks/gate_bias", "model.layers.{}.mlp.gate_proj.bias"),
-    Row("blocks/up_bias", "model.layers.{}.mlp.up_proj.bias"),
-    Row("blocks/down_bias", "model.layers.{}.mlp.down_proj.bias"),
-    Row("norm", "model.norm.weight"),
-    Row("unembed", "lm_head.weight", n_in=1),
+TENSOR_RULES = (
+    TensorRule("embed", "model.embed_tokens.weight"),
+    TensorRule("blocks/attn_norm", "model.layers.{}.input_layernorm.weight"),
+    TensorRule("blocks/q", "model.layers.{}.self_attn.q_proj.weight", n_in=1),
+    TensorRule("blocks/k", "model.layers.{}.self_attn.k_proj.weight", n_in=1),
+    TensorRule("blocks/v", "model.layers.{}.self_attn.v_proj.weight", n_in=1),
+    TensorRule("blocks/o", "model.layers.{}.self_attn.o_proj.weight", n_in=2),
+    TensorRule("blocks/q_bias", "model.layers.{}.self_attn.q_proj.bias"),
+    TensorRule("blocks/k_bias", "model.layers.{}.self_attn.k_proj.bias"),
+    TensorRule("blocks/v_bias", "model.layers.{}.self_attn.v_proj.bias"),
+    TensorRule("blocks/o_bias", "model.layers.{}.self_attn.o_proj.bias"),
+    TensorRule("blocks/q_norm", "model.layers.{}.self_attn.q_norm.weight"),
+    TensorRule("blocks/k_norm", "model.layers.{}.self_attn.k_norm.weight"),
+    TensorRule("blocks/mlp_norm", "model.layers.{}.post_attention_layernorm.weight"),
+    TensorRule("blocks/gate", "model.layers.{}.mlp.gate_proj.weight", n_in=1),
+    TensorRule("blocks/up", "model.layers.{}.mlp.up_proj.weight", n_in=1),
+    TensorRule("blocks/down", "model.layers.{}.mlp.down_proj.weight", n_in=1),
+    TensorRule("blocks/gate_bias", "model.layers.{}.mlp.gate_proj.bias"),
+    TensorRule("blocks/up_bias", "model.layers.{}.mlp.up_proj.bias"),
+    TensorRule("blocks/down_bias", "model.layers.{}.mlp.down_proj.bias"),
+    TensorRule("norm", "model.norm.weight"),
+    TensorRule("unembed", "lm_head.weight", n_in=1),
 )
 
 SHARD_BYTES = 5 * 10**9  # of one file at most, Hugging Face's own default
-DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES = {
+    "F32": np.dtype("float32"),
+    "F16": np.dtype("float16"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
 
 
-def load(directory: pathlib.Path, mesh, dtype: str = "float32") -> tuple[ModelSpec, dict[str, Any]]:
+def load_hf_model(
+    directory: pathlib.Path, mesh, dtype: str = "float32"
+) -> tuple[ModelSpec, dict[str, Any]]:
     """(spec, parameters) of a Hugging Face directory, each device holding its own pieces, in dtype.
 
     Raises UserError for an architecture or switch that is not supported (before any weight is read), for a broken
     file, and for missing, unused, doubled or mis-shaped tensors, all listed at once.
     """
-    spec = read_spec(directory)
-    stored = open_tensors(directory)
-    account(spec, stored, directory)
+    spec = read_hf_spec(directory)
+    stored = open_safetensors(directory)
+    match_tensors(spec, stored, directory)
     params: dict[str, Any] = {}
-    number_type = jnp_dtype(dtype)
+    number_type = dtype_of_name(dtype)
     # the devices clear the memory of every stack while the host reads the first files
-    stacks = {row: jnp.zeros(ours.shape, number_type, device=sharding(mesh, ours.axes)) for row, ours, _ in table_of(spec) if row.is_stacked_matrix}
-    for row, ours, path in table_of(spec):
+    stacks = {
+        row: jnp.zeros(ours.shape, number_type, device=make_logical_sharding(mesh, ours.axes))
+        for row, ours, _ in list_tensor_rules(spec)
+        if row.is_stacked_matrix
+    }
+    for row, ours, path in list_tensor_rules(spec):
         inner = params
         for part in path[:-1]:
             inner = inner.setdefault(part, {})
-        inner[path[-1]] = read_leaf(stored, row, ours, mesh, number_type, stacks.pop(row, None))
+        inner[path[-1]] = read_param(stored, row, ours, mesh, number_type, stacks.pop(row, None))
     return spec, params
 
 
-def export(
+def write_hf_model(
     spec: ModelSpec,
     params: dict[str, Any],
     directory: pathlib.Path,
@@ -108,22 +118,36 @@ def export(
     """Write config.json, generation_config.json, safetensors (shards of at most 5 GB) and, where given, tokenizer files
     and README.md (`card`). dtype None keeps the parameters'. Every process calls this; the first one writes. Returns bytes of weights.
     """
-    stored_as = jnp_dtype(dtype) if dtype else params["embed"].dtype
-    tensors = list(tensors_of(spec))
+    stored_as = dtype_of_name(dtype) if dtype else params["embed"].dtype
+    tensors = list(list_hf_tensors(spec))
     writes = jax.process_index() == 0
     if writes:
         directory.mkdir(parents=True, exist_ok=True)
-    shards = cut_into_shards(tensors, stored_as.itemsize)
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))] if len(shards) > 1 else ["model.safetensors"]
+    shards = split_shards_by_size(tensors, stored_as.itemsize)
+    names = (
+        [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        if len(shards) > 1
+        else ["model.safetensors"]
+    )
     for name, shard in zip(names, shards, strict=True):
         write_shard(directory / name if writes else None, shard, stored_as, params)
     n_bytes = sum(math.prod(tensor.shape) for tensor in tensors) * stored_as.itemsize
     if writes:
         if len(shards) > 1:
-            weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-            write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": n_bytes}, "weight_map": weight_map})
-        write_json(directory / "config.json", config_of(spec, stored_as.name))
-        write_json(directory / "generation_config.json", {"bos_token_id": spec.bos_id, "eos_token_id": spec.eos_id, "_from_model_config": True})
+            weight_map = {
+                tensor.name: name
+                for name, shard in zip(names, shards, strict=True)
+                for tensor in shard
+            }
+            write_hf_json(
+                directory / "model.safetensors.index.json",
+                {"metadata": {"total_size": n_bytes}, "weight_map": weight_map},
+            )
+        write_hf_json(directory / "config.json", make_hf_config(spec, stored_as.name))
+        write_hf_json(
+            directory / "generation_config.json",
+            {"bos_token_id": spec.bos_id, "eos_token_id": spec.eos_id, "_from_model_config": True},
+        )
         if tokenizer_dir:
             copy_tokenizer(tokenizer_dir, directory)
         if card:
@@ -142,114 +166,171 @@ def copy_tokenizer(source: pathlib.Path, directory: pathlib.Path) -> None:
 # ---- the table applied to a spec
 
 
-def table_of(spec: ModelSpec) -> Iterator[tuple[Row, llama.Row, tuple[str, ...]]]:
+def list_tensor_rules(
+    spec: ModelSpec,
+) -> Iterator[tuple[TensorRule, llama.ParamSpec, tuple[str, ...]]]:
     """(row, our weight's row, our path) for every weight that a model of this spec has."""
-    ours = llama.rows(spec)
+    ours = llama.param_specs(spec)
     n_found = 0
-    for row in TABLE:
-        path = tuple(row.ours.split("/"))
+    for row in TENSOR_RULES:
+        path = tuple(row.path.split("/"))
         there = ours
         for part in path:
             there = there.get(part) if isinstance(there, dict) else None
         if there is not None:
             n_found += 1
             yield row, there, path
-    assert n_found == len(jax.tree.leaves(ours, is_leaf=llama.is_row)), "a weight of model/llama.py has no row in weights/huggingface.py"
+    assert n_found == len(jax.tree.leaves(ours, is_leaf=llama.is_param_spec)), (
+        "a weight of model/llama.py has no row in weights/huggingface.py"
+    )
 
 
-class Tensor(NamedTuple):
+class HfTensor(NamedTuple):
     """One tensor of a Hugging Face file: its name and shape, and where its numbers are with us."""
 
     name: str
     shape: tuple[int, ...]
-    row: Row
+    rule: TensorRule
     path: tuple[str, ...]
     layer: int | None
 
 
-def tensors_of(spec: ModelSpec) -> Iterator[Tensor]:
+def list_hf_tensors(spec: ModelSpec) -> Iterator[HfTensor]:
     """Every tensor of the export, in the order of the table, layer by layer."""
-    for row, ours, path in table_of(spec):
-        if "{}" in row.theirs:
+    for row, ours, path in list_tensor_rules(spec):
+        if "{}" in row.hf_name:
             for layer in range(spec.n_layers):
-                yield Tensor(row.theirs.format(layer), their_shape(row, ours.shape[1:]), row, path, layer)
+                yield HfTensor(
+                    row.hf_name.format(layer), hf_shape(row, ours.shape[1:]), row, path, layer
+                )
         else:
-            yield Tensor(row.theirs, their_shape(row, ours.shape), row, path, None)
+            yield HfTensor(row.hf_name, hf_shape(row, ours.shape), row, path, None)
 
 
-def their_shape(row: Row, ours: tuple[int, ...]) -> tuple[int, ...]:
+def hf_shape(row: TensorRule, ours: tuple[int, ...]) -> tuple[int, ...]:
     """Shape in the file of a weight that is `ours` here (without the layer axis)."""
     if row.n_in:
         return math.prod(ours[row.n_in :]), math.prod(ours[: row.n_in])
-    return ours if row.ours == "embed" else (math.prod(ours),)
+    return ours if row.path == "embed" else (math.prod(ours),)
 
 
-def account(spec: ModelSpec, stored: dict[str, Stored], directory: pathlib.Path) -> None:
+def match_tensors(
+    spec: ModelSpec, stored: dict[str, StoredTensor], directory: pathlib.Path
+) -> None:
     """Every key is accounted for, or one error lists what is not. Tied copies are compared, then dropped."""
-    wanted = {tensor.name: tensor.shape for tensor in tensors_of(spec)}
+    wanted = {tensor.name: tensor.shape for tensor in list_hf_tensors(spec)}
     wrong = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in stored]
     wrong += [
-        f"{name} has shape {stored[name].shape}, wanted {shape}" for name, shape in wanted.items() if name in stored and stored[name].shape != shape
+        f"{name} has shape {stored[name].shape}, wanted {shape}"
+        for name, shape in wanted.items()
+        if name in stored and stored[name].shape != shape
     ]
     for name in stored:
-        if name in wanted or name.endswith("rotary_emb.inv_freq"):  # old exports keep this table, which the config determines
+        if name in wanted or name.endswith(
+            "rotary_emb.inv_freq"
+        ):  # old exports keep this table, which the config determines
             continue
-        if name == "lm_head.weight" and spec.tied:
-            if not equal(stored[name], stored.get("model.embed_tokens.weight")):
-                wrong.append("lm_head.weight differs from the embedding although config.json ties them")
+        if name == "lm_head.weight" and spec.tie_embeddings:
+            if not tensors_equal(stored[name], stored.get("model.embed_tokens.weight")):
+                wrong.append(
+                    "lm_head.weight differs from the embedding although config.json ties them"
+                )
             continue
         wrong.append(f"unused {name} {stored[name].shape}")
     if wrong:
         shown = "; ".join(wrong[:12]) + (f"; and {len(wrong) - 12} more" if len(wrong) > 12 else "")
-        raise UserError(f"{directory}: its tensors are not those of its config.json: {shown}. Is the config.json of this very model?")
+        raise UserError(
+            f"{directory}: its tensors are not those of its config.json: {shown}. Is the config.json of this very model?"
+        )
 
 
-def equal(a: Stored, b: Stored | None) -> bool:
+def tensors_equal(a: StoredTensor, b: StoredTensor | None) -> bool:
     """Whether two matrices are the same bit by bit, compared piece by piece."""
     if b is None or len(a.shape) != 2 or (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
-    step = rows_in_piece(a.shape, a.dtype)
+    step = chunk_rows(a.shape, a.dtype)
     return all(
-        a.read(rows).tobytes() == b.read(rows).tobytes() for rows in (range(a.shape[0])[first : first + step] for first in range(0, a.shape[0], step))
+        a.read_bytes(rows).tobytes() == b.read_bytes(rows).tobytes()
+        for rows in (
+            range(a.shape[0])[first : first + step] for first in range(0, a.shape[0], step)
+        )
     )
 
 
 # ---- between files and devices
 
 
-def read_leaf(stored: dict[str, Stored], row: Row, ours: llama.Row, mesh, dtype: np.dtype, stack: jax.Array | None) -> jax.Array:
+def read_param(
+    stored: dict[str, StoredTensor],
+    row: TensorRule,
+    ours: llama.ParamSpec,
+    mesh,
+    dtype: np.dtype,
+    stack: jax.Array | None,
+) -> jax.Array:
     """One weight of ours on its devices, in dtype; of the files only the rows and columns asked for are touched.
 
     stack  what a stacked matrix is written into, layer by layer
     """
-    place = sharding(mesh, ours.axes)
-    if "{}" not in row.theirs:
-        return jax.make_array_from_callback(ours.shape, place, functools.partial(read, stored[row.theirs], row, ours.shape, dtype))
-    layers = [functools.partial(read, stored[row.theirs.format(layer)], row, ours.shape[1:], dtype) for layer in range(ours.shape[0])]
+    place = make_logical_sharding(mesh, ours.axes)
+    if "{}" not in row.hf_name:
+        return jax.make_array_from_callback(
+            ours.shape,
+            place,
+            functools.partial(read_tensor, stored[row.hf_name], row, ours.shape, dtype),
+        )
+    layers = [
+        functools.partial(
+            read_tensor, stored[row.hf_name.format(layer)], row, ours.shape[1:], dtype
+        )
+        for layer in range(ours.shape[0])
+    ]
     if stack is None:
-        return jax.make_array_from_callback(ours.shape, place, lambda index: np.stack([layer(index[1:]) for layer in layers[index[0]]]))
+        return jax.make_array_from_callback(
+            ours.shape,
+            place,
+            lambda index: np.stack([layer(index[1:]) for layer in layers[index[0]]]),
+        )
     for i, layer in enumerate(layers):
-        stack = put_layer(stack, jax.make_array_from_callback(ours.shape[1:], sharding(mesh, ours.axes[1:]), layer), np.int32(i))
+        stack = put_layer(
+            stack,
+            jax.make_array_from_callback(
+                ours.shape[1:], make_logical_sharding(mesh, ours.axes[1:]), layer
+            ),
+            np.int32(i),
+        )
         stack.block_until_ready()  # reading that runs ahead would heap layers up on the host
     return stack
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def put_layer(stack, one, layer):
-    """stack with its layer replaced, in place. As integers: XLA's CPU takes bfloat16 through float32, which is eight times slower."""
+    """Stack with its layer replaced, in place. As integers: XLA's CPU takes bfloat16 through float32, which is eight times slower."""
     bits = lambda x: jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))  # noqa: E731
-    return jax.lax.bitcast_convert_type(jax.lax.dynamic_update_index_in_dim(bits(stack), bits(one), layer, 0), stack.dtype)
+    return jax.lax.bitcast_convert_type(
+        jax.lax.dynamic_update_index_in_dim(bits(stack), bits(one), layer, 0), stack.dtype
+    )
 
 
-def read(tensor: Stored, row: Row, shape: tuple[int, ...], dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
+def read_tensor(
+    tensor: StoredTensor,
+    row: TensorRule,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    index: tuple[slice, ...],
+) -> np.ndarray:
     """Our array[index] of a tensor whose whole is of our `shape`."""
     bounds = [range(size)[part] for size, part in zip(shape, index, strict=True)]
-    out = empty(tuple(map(len, bounds)), dtype)
+    out = allocate_array(tuple(map(len, bounds)), dtype)
     if len(tensor.shape) == 1:
-        out[...] = tensor.read().reshape(shape)[index]
+        out[...] = tensor.read_bytes().reshape(shape)[index]
         return out
     # A group of dimensions (heads x head width) is one dimension of the file; only its first is ever cut between devices.
-    assert all(len(bound) == size for i, (bound, size) in enumerate(zip(bounds, shape, strict=True)) if i not in (0, max(row.n_in, 1)))
+    assert all(
+        len(bound) == size
+        for i, (bound, size) in enumerate(zip(bounds, shape, strict=True))
+        if i not in (0, max(row.n_in, 1))
+    )
 
     def span(first, last):
         inner = math.prod(shape[first + 1 : last])
@@ -257,31 +338,31 @@ def read(tensor: Stored, row: Row, shape: tuple[int, ...], dtype: np.dtype, inde
 
     rows, columns = (span(row.n_in, len(shape)), span(0, row.n_in)) if row.n_in else bounds
     flat = out.reshape(len(columns), len(rows)) if row.n_in else out
-    step = rows_in_piece(tensor.shape, tensor.dtype)
+    step = chunk_rows(tensor.shape, tensor.dtype)
 
     def read_piece(first: int) -> None:
-        piece = tensor.read(rows[first : first + step])[:, columns.start : columns.stop]
+        piece = tensor.read_bytes(rows[first : first + step])[:, columns.start : columns.stop]
         if row.n_in:
-            transpose(piece, flat[:, first : first + step])
+            transpose_into(piece, flat[:, first : first + step])
         else:
             flat[first : first + step] = piece
 
-    list(hands().map(read_piece, range(0, len(rows), step)))
+    list(n_copy_threads().map(read_piece, range(0, len(rows), step)))
     return out
 
 
 @functools.cache
-def hands() -> concurrent.futures.ThreadPoolExecutor:
+def n_copy_threads() -> concurrent.futures.ThreadPoolExecutor:
     """Threads that copy and transpose pieces: numpy holds no lock there, and one core alone does not fill the memory's bandwidth."""
     return concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8), "pieces")
 
 
-def rows_in_piece(shape: tuple[int, ...], dtype: np.dtype) -> int:
+def chunk_rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
     """Of a matrix, so that a piece of it takes 8 MB: a larger one would be new memory from the system each time."""
     return max(8 * 2**20 // (shape[1] * dtype.itemsize), 1)
 
 
-def transpose(matrix: np.ndarray, out: np.ndarray) -> None:
+def transpose_into(matrix: np.ndarray, out: np.ndarray) -> None:
     """out[...] = matrix.T
 
     128 rows at a time go through a buffer 64 bytes wider than they are: numpy alone walks down columns whose numbers compete
@@ -295,7 +376,7 @@ def transpose(matrix: np.ndarray, out: np.ndarray) -> None:
         out[:, first : first + 128] = band.T
 
 
-def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def allocate_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An array that begins at a multiple of 64 bytes, which JAX's CPU takes as it is; others it copies."""
     n_bytes = math.prod(shape) * dtype.itemsize
     room = np.empty(n_bytes + 64, np.uint8)
@@ -303,7 +384,9 @@ def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return room[start : start + n_bytes].view(dtype).reshape(shape)
 
 
-def write_shard(path: pathlib.Path | None, tensors: list[Tensor], dtype: np.dtype, params: dict[str, Any]) -> None:
+def write_shard(
+    path: pathlib.Path | None, tensors: list[HfTensor], dtype: np.dtype, params: dict[str, Any]
+) -> None:
     """One safetensors file, written tensor by tensor: 8 bytes of header length, a JSON header, then the numbers.
 
     Source: the format's description in huggingface/safetensors. path None: take part in fetching, write nothing.
@@ -312,18 +395,24 @@ def write_shard(path: pathlib.Path | None, tensors: list[Tensor], dtype: np.dtyp
     header, place = {"__metadata__": {"format": "pt"}}, 0
     for tensor in tensors:
         n_bytes = math.prod(tensor.shape) * dtype.itemsize
-        header[tensor.name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [place, place + n_bytes]}
+        header[tensor.name] = {
+            "dtype": code,
+            "shape": list(tensor.shape),
+            "data_offsets": [place, place + n_bytes],
+        }
         place += n_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open(path, "wb")) if path else None
         writer = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
-        advance = stack.enter_context(stage.progress("export", len(tensors), "tensors"))
-        written = writer.submit(file.write, len(text).to_bytes(8, "little") + text) if file else None
+        advance = stack.enter_context(stage.progress_bar("export", len(tensors), "tensors"))
+        written = (
+            writer.submit(file.write, len(text).to_bytes(8, "little") + text) if file else None
+        )
         for tensor in tensors:
-            numbers = gather(params, tensor)
-            for piece in in_file_order(numbers, tensor, dtype) if file else ():
+            numbers = gather_tensor(params, tensor)
+            for piece in order_as_in_file(numbers, tensor, dtype) if file else ():
                 written.result()  # one piece waits for the disk while the next is made
                 written = writer.submit(file.write, piece)
             advance(1)
@@ -331,41 +420,49 @@ def write_shard(path: pathlib.Path | None, tensors: list[Tensor], dtype: np.dtyp
             written.result()
 
 
-def gather(params: dict[str, Any], tensor: Tensor) -> np.ndarray:
+def gather_tensor(params: dict[str, Any], tensor: HfTensor) -> np.ndarray:
     """One tensor of ours on this host. It is gathered on the devices first: in a run of several hosts none of them holds it whole."""
     leaf = params
     for part in tensor.path:
         leaf = leaf[part]
     mesh = leaf.sharding.mesh
     if leaf.is_fully_replicated and mesh.devices.flat[0].platform == "cpu":
-        return np.asarray(leaf)[tensor.layer if tensor.layer is not None else ...]  # its memory is ours: a view, no copy
-    return np.asarray(gatherer(replicated(mesh), tensor.layer is not None)(leaf, np.int32(tensor.layer or 0)))
+        return np.asarray(leaf)[
+            tensor.layer if tensor.layer is not None else ...
+        ]  # its memory is ours: a view, no copy
+    return np.asarray(
+        make_gather(make_replicated_sharding(mesh), tensor.layer is not None)(
+            leaf, np.int32(tensor.layer or 0)
+        )
+    )
 
 
 @functools.cache
-def gatherer(place, of_layer: bool):
+def make_gather(place, of_layer: bool):
     """(leaf, layer) -> that layer, or the whole leaf, on every device. One compilation a shape, not one a tensor."""
     return jax.jit(lambda leaf, layer: leaf[layer] if of_layer else leaf, out_shardings=place)
 
 
-def in_file_order(numbers: np.ndarray, tensor: Tensor, dtype: np.dtype) -> Iterator[np.ndarray]:
+def order_as_in_file(
+    numbers: np.ndarray, tensor: HfTensor, dtype: np.dtype
+) -> Iterator[np.ndarray]:
     """The bytes of one tensor as the file holds them, in pieces."""
     if len(tensor.shape) == 1:
         yield numbers.reshape(-1).astype(dtype, copy=False).view(np.uint8)
         return
-    theirs = numbers.reshape(tensor.shape[::-1]).T if tensor.row.n_in else numbers
-    step = rows_in_piece(tensor.shape, dtype)
+    theirs = numbers.reshape(tensor.shape[::-1]).T if tensor.rule.n_in else numbers
+    step = chunk_rows(tensor.shape, dtype)
     for first in range(0, len(theirs), step):
         rows = theirs[first : first + step]
-        piece = empty(rows.shape, dtype)
-        if tensor.row.n_in:
-            transpose(rows.T, piece)
+        piece = allocate_array(rows.shape, dtype)
+        if tensor.rule.n_in:
+            transpose_into(rows.T, piece)
         else:
             piece[...] = rows
         yield piece.reshape(-1).view(np.uint8)
 
 
-def cut_into_shards(tensors: list[Tensor], itemsize: int) -> list[list[Tensor]]:
+def split_shards_by_size(tensors: list[HfTensor], itemsize: int) -> list[list[HfTensor]]:
     shards, room = [], 0
     for tensor in tensors:
         n_bytes = math.prod(tensor.shape) * itemsize
@@ -377,9 +474,10 @@ def cut_into_shards(tensors: list[Tensor], itemsize: int) -> list[list[Tensor]]:
     return shards
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """One tensor of a safetensors file. Its numbers are mapped when they are asked for and let go with the array: a map that
-    stays open for each tensor would take a file descriptor each (a Qwen2-72B has 963, and 1,024 is a common limit)."""
+    stays open for each tensor would take a file descriptor each (a Qwen2-72B has 963, and 1,024 is a common limit).
+    """
 
     file: pathlib.Path
     dtype: np.dtype
@@ -390,25 +488,35 @@ class Stored(NamedTuple):
     def n_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def read(self, rows: range | None = None) -> np.ndarray:
+    def read_bytes(self, rows: range | None = None) -> np.ndarray:
         """All of it, or the rows of a matrix."""
         if rows is None:
             return np.memmap(self.file, self.dtype, "r", self.start, self.shape)
         row_bytes = self.shape[1] * self.dtype.itemsize
-        return np.memmap(self.file, self.dtype, "r", self.start + rows.start * row_bytes, (len(rows), self.shape[1]))
+        return np.memmap(
+            self.file,
+            self.dtype,
+            "r",
+            self.start + rows.start * row_bytes,
+            (len(rows), self.shape[1]),
+        )
 
 
-def open_tensors(directory: pathlib.Path) -> dict[str, Stored]:
+def open_safetensors(directory: pathlib.Path) -> dict[str, StoredTensor]:
     """Every tensor of a directory's safetensors files, by name. No numbers are read yet."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()) or not weight_map:
+        weight_map = read_hf_json(index).get("weight_map")
+        if (
+            not isinstance(weight_map, dict)
+            or not all(isinstance(name, str) for name in weight_map.values())
+            or not weight_map
+        ):
             raise UserError(f"{index}: has no weight_map from tensors to files. Download it again.")
         files = sorted({directory / name for name in weight_map.values()})
     else:
         files = [directory / "model.safetensors"]
-    stored: dict[str, Stored] = {}
+    stored: dict[str, StoredTensor] = {}
     for file in files:
         if not file.is_file():
             found = ", ".join(sorted(path.name for path in directory.iterdir())[:8])
@@ -416,7 +524,7 @@ def open_tensors(directory: pathlib.Path) -> dict[str, Stored]:
                 f"{file}: not there (the directory holds: {found}). Weights are read from safetensors only, since pickled ones (.bin, .pt) can run "
                 "code; download the model whole, or save it again with transformers' save_pretrained."
             )
-        for name, tensor in open_file(file).items():
+        for name, tensor in open_safetensors_file(file).items():
             if name in stored:
                 raise UserError(
                     f"{file}: tensor {name} stands in another file of {directory} too. Remove the file that does not belong to this model."
@@ -425,48 +533,66 @@ def open_tensors(directory: pathlib.Path) -> dict[str, Stored]:
     return stored
 
 
-def open_file(file: pathlib.Path) -> dict[str, Stored]:
+def open_safetensors_file(file: pathlib.Path) -> dict[str, StoredTensor]:
     """Every tensor that the header of one file names. Raises UserError where the header is not that of a whole file."""
     size = file.stat().st_size
     with open(file, "rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
-        text = opened.read(length) if length <= min(size - 8, 100_000_000) else b""  # the format's own limit
+        text = (
+            opened.read(length) if length <= min(size - 8, 100_000_000) else b""
+        )  # the format's own limit
     try:
-        header = json.loads(text, object_pairs_hook=once)
+        header = json.loads(text, object_pairs_hook=refuse_duplicate_keys)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not a whole safetensors file ({size:,} bytes; its header: {error}). Download it again.") from None
+        raise UserError(
+            f"{file}: not a whole safetensors file ({size:,} bytes; its header: {error}). Download it again."
+        ) from None
     if not isinstance(header, dict):
-        raise UserError(f"{file}: not a safetensors file: its header is no list of tensors. Download it again.")
-    found: dict[str, Stored] = {}
+        raise UserError(
+            f"{file}: not a safetensors file: its header is no list of tensors. Download it again."
+        )
+    found: dict[str, StoredTensor] = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         try:
-            code, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            described = isinstance(code, str) and all(type(number) is int and number >= 0 for number in (*shape, start, stop))
+            code, shape, (start, stop) = (
+                entry["dtype"],
+                tuple(entry["shape"]),
+                entry["data_offsets"],
+            )
+            described = isinstance(code, str) and all(
+                type(number) is int and number >= 0 for number in (*shape, start, stop)
+            )
         except (KeyError, TypeError, ValueError):
             described = False
         if not described:
-            raise UserError(f"{file}: its header says {str(entry)[:200]} of {name}, wanted dtype, shape and data_offsets. Download it again.")
+            raise UserError(
+                f"{file}: its header says {str(entry)[:200]} of {name}, wanted dtype, shape and data_offsets. Download it again."
+            )
         if code not in DTYPES:
             raise UserError(
                 f"{file}: {name} is stored as {code}, wanted {', '.join(DTYPES)}. Quantized checkpoints cannot be trained; take the original."
             )
-        found[name] = Stored(file, DTYPES[code], shape, 8 + length + start)
+        found[name] = StoredTensor(file, DTYPES[code], shape, 8 + length + start)
         if stop - start != found[name].n_bytes:
             raise UserError(
                 f"{file}: {name} of shape {shape} in {code} takes {found[name].n_bytes:,} bytes, but the header gives it {stop - start:,}. Download it again."
             )
         if 8 + length + stop > size:
-            raise UserError(f"{file}: is cut short ({size:,} bytes, {name} ends at {8 + length + stop:,}). Download it again.")
+            raise UserError(
+                f"{file}: is cut short ({size:,} bytes, {name} ends at {8 + length + stop:,}). Download it again."
+            )
     in_order = sorted(found.items(), key=lambda item: item[1].start)
     for (name, tensor), (following, other) in itertools.pairwise(in_order):
         if other.start < tensor.start + tensor.n_bytes:
-            raise UserError(f"{file}: its header lays {name} and {following} over each other. Download it again.")
+            raise UserError(
+                f"{file}: its header lays {name} and {following} over each other. Download it again."
+            )
     return found
 
 
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object. Raises ValueError for a name that stands in it twice, of which json would keep the last."""
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -477,15 +603,19 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 # ---- config.json
 
 
-def read_spec(directory: pathlib.Path) -> ModelSpec:
+def read_hf_spec(directory: pathlib.Path) -> ModelSpec:
     """config.json, of old and new layout, as a ModelSpec. Raises UserError naming the field that is not supported."""
     path = directory / "config.json"
     if not path.is_file():
-        raise UserError(f"{directory}: no config.json there. Wanted a Hugging Face model directory, a run directory or a checkpoint.")
-    config = read_json(path)
+        raise UserError(
+            f"{directory}: no config.json there. Wanted a Hugging Face model directory, a run directory or a checkpoint."
+        )
+    config = read_hf_json(path)
 
     def refuse(field, wanted):
-        raise UserError(f"{path}: {field} is {config.get(field)!r}, supported: {wanted}. Convert the model to one of these, or take another.")
+        raise UserError(
+            f"{path}: {field} is {config.get(field)!r}, supported: {wanted}. Convert the model to one of these, or take another."
+        )
 
     family = config.get("model_type")
     if family not in ("llama", "mistral", "qwen2", "qwen3"):
@@ -498,23 +628,49 @@ def read_spec(directory: pathlib.Path) -> ModelSpec:
         refuse("use_sliding_window", "false")
     if config.get("partial_rotary_factor") not in (None, 1.0):
         refuse("partial_rotary_factor", "1.0")
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    sizes = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "vocab_size",
+    )
     missing = [key for key in sizes if key not in config]
     if missing:
-        raise UserError(f"{path}: has no {', '.join(missing)}. Is it the config of a language model?")
+        raise UserError(
+            f"{path}: has no {', '.join(missing)}. Is it the config of a language model?"
+        )
     whole = lambda value: type(value) is int and value > 0  # noqa: E731
     wanted = {
-        "whole numbers of at least 1": (whole, [*sizes, "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"]),
-        "numbers above 0": (lambda value: whole(value) or (type(value) is float and 0 < value < math.inf), ["rms_norm_eps"]),
-        "true or false": (lambda value: type(value) is bool, ["tie_word_embeddings", "attention_bias", "mlp_bias"]),
-        "a token id": (lambda value: type(value) is int and value >= 0, ["bos_token_id", "eos_token_id"]),
+        "whole numbers of at least 1": (
+            whole,
+            [
+                *sizes,
+                "num_key_value_heads",
+                "head_dim",
+                "max_position_embeddings",
+                "sliding_window",
+            ],
+        ),
+        "numbers above 0": (
+            lambda value: whole(value) or (type(value) is float and 0 < value < math.inf),
+            ["rms_norm_eps"],
+        ),
+        "true or false": (
+            lambda value: type(value) is bool,
+            ["tie_word_embeddings", "attention_bias", "mlp_bias"],
+        ),
+        "a token id": (
+            lambda value: type(value) is int and value >= 0,
+            ["bos_token_id", "eos_token_id"],
+        ),
     }
-    config |= {key: first_of(config.get(key)) for key in wanted["a token id"][1]}
+    config |= {key: first_token_id(config.get(key)) for key in wanted["a token id"][1]}
     for words, (fits, keys) in wanted.items():
         for key in keys:
             if not fits(config.get(key)) and (key in sizes or config.get(key) is not None):
                 refuse(key, words)
-    theta, scaling = read_rope(config, path)
+    theta, scaling = read_rope_scaling(config, path)
     n_heads = config["num_attention_heads"]
     attention_bias = family in ("llama", "qwen3") and (config.get("attention_bias") or False)
     try:
@@ -526,17 +682,19 @@ def read_spec(directory: pathlib.Path) -> ModelSpec:
             n_kv_heads=config.get("num_key_value_heads") or n_heads,
             d_head=config.get("head_dim") or config["hidden_size"] // n_heads,
             vocab_size=config["vocab_size"],
-            max_positions=config.get("max_position_embeddings") or 2048,
+            max_seq_len=config.get("max_position_embeddings") or 2048,
             norm_eps=config.get("rms_norm_eps") or 1e-6,
             rope_theta=theta,
             rope_scaling=scaling,
-            tied=config.get("tie_word_embeddings") or False,
+            tie_embeddings=config.get("tie_word_embeddings") or False,
             family=family,
             qkv_bias=family == "qwen2" or attention_bias,
             out_bias=attention_bias,
             mlp_bias=family == "llama" and (config.get("mlp_bias") or False),
             qk_norm=family == "qwen3",
-            sliding_window=config.get("sliding_window", 4096) if family == "mistral" else None,  # the class's default where it is not written
+            sliding_window=config.get("sliding_window", 4096)
+            if family == "mistral"
+            else None,  # the class's default where it is not written
             bos_id=config["bos_token_id"],
             eos_id=config["eos_token_id"],
         )
@@ -544,32 +702,45 @@ def read_spec(directory: pathlib.Path) -> ModelSpec:
         raise UserError(f"{path}: {error}") from None
 
 
-def read_rope(config: dict[str, Any], path: pathlib.Path) -> tuple[float, RopeScaling | None]:
+def read_rope_scaling(
+    config: dict[str, Any], path: pathlib.Path
+) -> tuple[float, RopeScaling | None]:
     """(theta, scaling) from rope_parameters (transformers 5) or rope_theta and rope_scaling (before)."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     try:
-        theta = number(rope, "rope_theta", config.get("rope_theta", 10_000.0))
+        theta = get_number(rope, "rope_theta", config.get("rope_theta", 10_000.0))
         kind = rope.get("rope_type") or rope.get("type") or "default"
         if kind == "default":
             return theta, None
         if kind == "linear":
-            return theta, RopeScaling("linear", number(rope, "factor"))
+            return theta, RopeScaling("linear", get_number(rope, "factor"))
         if kind == "llama3":
-            low, high, original = (number(rope, key) for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
-            return theta, RopeScaling("llama3", number(rope, "factor"), low, high, int(original))
+            low, high, original = (
+                get_number(rope, key)
+                for key in (
+                    "low_freq_factor",
+                    "high_freq_factor",
+                    "original_max_position_embeddings",
+                )
+            )
+            return theta, RopeScaling(
+                "llama3", get_number(rope, "factor"), low, high, int(original)
+            )
     except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: its rope parameters {rope} cannot be read ({error}). Is it the file of the model's makers?") from None
+        raise UserError(
+            f"{path}: its rope parameters {rope} cannot be read ({error}). Is it the file of the model's makers?"
+        ) from None
     raise UserError(f"{path}: rope type is {kind!r}, supported: default, linear, llama3.")
 
 
-def number(found: dict[str, Any], key: str, default: Any = None) -> float:
+def get_number(found: dict[str, Any], key: str, default: Any = None) -> float:
     value = float(found.get(key, default))
     if not 0 < value < math.inf:
         raise ValueError(f"{key} {value}")
     return value
 
 
-def config_of(spec: ModelSpec, dtype: str) -> dict[str, Any]:
+def make_hf_config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
     """config.json for a spec. Rope and dtype are written in both layouts: a reader of the old one would otherwise fall back to theta 10,000 in silence."""
     if spec.sliding_window and spec.family != "mistral":
         raise UserError(
@@ -577,15 +748,20 @@ def config_of(spec: ModelSpec, dtype: str) -> dict[str, Any]:
         )
     rope: dict[str, Any] = {"rope_type": "default"}
     if spec.rope_scaling:
-        rope = {"rope_type": spec.rope_scaling.kind, "factor": spec.rope_scaling.factor}
-        if spec.rope_scaling.kind == "llama3":
+        rope = {"rope_type": spec.rope_scaling.rope_type, "factor": spec.rope_scaling.factor}
+        if spec.rope_scaling.rope_type == "llama3":
             rope |= {
                 "low_freq_factor": spec.rope_scaling.low_freq_factor,
                 "high_freq_factor": spec.rope_scaling.high_freq_factor,
-                "original_max_position_embeddings": spec.rope_scaling.original_max_positions,
+                "original_max_position_embeddings": spec.rope_scaling.original_max_seq_len,
             }
     config: dict[str, Any] = {
-        "architectures": [{"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[spec.family] + "ForCausalLM"],
+        "architectures": [
+            {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[
+                spec.family
+            ]
+            + "ForCausalLM"
+        ],
         "model_type": spec.family,
         "hidden_size": spec.d_model,
         "intermediate_size": spec.d_ff,
@@ -594,10 +770,10 @@ def config_of(spec: ModelSpec, dtype: str) -> dict[str, Any]:
         "num_key_value_heads": spec.n_kv_heads,
         "head_dim": spec.d_head,
         "vocab_size": spec.vocab_size,
-        "max_position_embeddings": spec.max_positions,
+        "max_position_embeddings": spec.max_seq_len,
         "rms_norm_eps": spec.norm_eps,
         "hidden_act": "silu",
-        "tie_word_embeddings": spec.tied,
+        "tie_word_embeddings": spec.tie_embeddings,
         "rope_parameters": {"rope_theta": spec.rope_theta, **rope},
         "rope_theta": spec.rope_theta,
         "rope_scaling": rope if spec.rope_scaling else None,
@@ -617,24 +793,26 @@ def config_of(spec: ModelSpec, dtype: str) -> dict[str, Any]:
     return config
 
 
-def first_of(value):
+def first_token_id(value):
     """Some configs list several end tokens; the first is the document's."""
     return next(iter(value), None) if isinstance(value, list) else value
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_hf_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}). Download it again.") from None
     if not isinstance(found, dict):
-        raise UserError(f"{path}: holds a {type(found).__name__}, wanted a JSON object. Download it again.")
+        raise UserError(
+            f"{path}: holds a {type(found).__name__}, wanted a JSON object. Download it again."
+        )
     return found
 
 
-def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
+def write_hf_json(path: pathlib.Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def jnp_dtype(name: str) -> np.dtype:
+def dtype_of_name(name: str) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)

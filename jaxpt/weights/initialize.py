@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import logging
 import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -16,13 +17,14 @@ from jaxpt.config import Config
 from jaxpt.data import tokenizer
 from jaxpt.model import llama
 from jaxpt.spec import Batch, Manifest, ModelSpec, UserError
-from jaxpt.stage import say
 from jaxpt.weights import checkpoint, growth, hub, huggingface, vocabulary
 
-RECORD = "jaxpt.json"  # beside an export's config.json: what a later start wants to know and config.json has no place for
+log = logging.getLogger(__name__)
+
+IMPORT_RECORD = "jaxpt.json"  # beside an export's config.json: what a later start wants to know and config.json has no place for
 
 
-class Loaded(NamedTuple):
+class LoadedModel(NamedTuple):
     """A model in memory, and where it came from."""
 
     spec: ModelSpec
@@ -31,97 +33,165 @@ class Loaded(NamedTuple):
     source: pathlib.Path | None  # None: random
     step: int | None  # of the run that trained it, where known
     tokenizer: str | None  # fingerprint, where known
-    record: dict[str, Any]  # what its makers wrote of it: a checkpoint's counts or an export's jaxpt.json; empty where nothing is known
+    record: dict[
+        str, Any
+    ]  # what its makers wrote of it: a checkpoint's counts or an export's jaxpt.json; empty where nothing is known
 
 
-class Birth(NamedTuple):
+class InitResult(NamedTuple):
     """A newborn model, its parent when it was grown, and the growths between them."""
 
-    model: Loaded
-    parent: Loaded | None  # the weights before growth; None when nothing grew
+    model: LoadedModel
+    parent: LoadedModel | None  # the weights before growth; None when nothing grew
     growths: tuple[growth.Growth, ...]
 
 
-def load(source: pathlib.Path | str, mesh, dtype: str = "float32") -> Loaded:
+def load_model(source: pathlib.Path | str, mesh, dtype: str = "float32") -> LoadedModel:
     """The weights of a run directory (its newest whole checkpoint), a checkpoint step directory, a Hugging Face directory or hf:NAME of its hub."""
-    source = hub.local(source)
+    source = hub.download_model(source)
     if not source.is_dir():
-        raise UserError(f"{source}: no such directory. Wanted a run, a checkpoint or a Hugging Face model directory.")
-    step_dir = checkpoint.find(source)
+        raise UserError(
+            f"{source}: no such directory. Wanted a run, a checkpoint or a Hugging Face model directory."
+        )
+    step_dir = checkpoint.find_checkpoint(source)
     if step_dir is None:
         is_run = (source / "checkpoints").is_dir() or (source / "spec.json").is_file()
         if is_run or not (source / "config.json").is_file():
-            raise UserError(f"{source}: holds no finished checkpoint and no Hugging Face model. Train it first, or check the path.")
-        spec, params = huggingface.load(source, mesh, dtype)
+            raise UserError(
+                f"{source}: holds no finished checkpoint and no Hugging Face model. Train it first, or check the path."
+            )
+        spec, params = huggingface.load_hf_model(source, mesh, dtype)
         has_tokenizer = (source / "tokenizer.json").is_file()
-        record = huggingface.read_json(source / RECORD) if (source / RECORD).is_file() else {}
-        return Loaded(spec, params, source if has_tokenizer else None, source, record.get("step"), record.get("tokenizer"), record)
+        record = (
+            huggingface.read_hf_json(source / IMPORT_RECORD)
+            if (source / IMPORT_RECORD).is_file()
+            else {}
+        )
+        return LoadedModel(
+            spec,
+            params,
+            source if has_tokenizer else None,
+            source,
+            record.get("step"),
+            record.get("tokenizer"),
+            record,
+        )
     spec = ModelSpec.load(step_dir / "spec.json")
-    params = checkpoint.restore(step_dir, "params", llama.abstract_params(spec, mesh, huggingface.jnp_dtype(dtype)))
+    params = checkpoint.restore_tree(
+        step_dir, "params", llama.make_abstract_params(spec, mesh, huggingface.dtype_of_name(dtype))
+    )
     manifest = Manifest.load(step_dir)
     tokenizer_dir = step_dir.parent.parent / "tokenizer"
     has_tokenizer = tokenizer_dir.is_dir()
-    return Loaded(spec, params, tokenizer_dir if has_tokenizer else None, source, manifest.counts["step"], manifest.tokenizer, manifest.counts)
+    return LoadedModel(
+        spec,
+        params,
+        tokenizer_dir if has_tokenizer else None,
+        source,
+        manifest.counts["step"],
+        manifest.tokenizer,
+        manifest.counts,
+    )
 
 
-def source_of(source: pathlib.Path | str) -> pathlib.Path:
+def resolve_source(source: pathlib.Path | str) -> pathlib.Path:
     """What a manifest names as the input of a start from `source`: a finished stage's directory itself, of an unfinished run its newest checkpoint."""
-    source = hub.local(source)
-    return source if (source / "manifest.json").is_file() or not source.is_dir() else checkpoint.find(source) or source
+    source = hub.download_model(source)
+    return (
+        source
+        if (source / "manifest.json").is_file() or not source.is_dir()
+        else checkpoint.find_checkpoint(source) or source
+    )
 
 
-def birth(settings: Config, mesh, n_pieces: int | None, rows: Callable[[], Iterable[Batch]] | None = None) -> Birth:
+def init_model(
+    settings: Config,
+    mesh,
+    vocab_size: int | None,
+    sequences: Callable[[], Iterable[Batch]] | None = None,
+) -> InitResult:
     """Births 2 to 4 by config.initialize, then config.initialize.grow, each said on the terminal.
 
-    n_pieces  the tokenizer's, for a random model whose config.model.vocab_size is 0
+    vocab_size  the tokenizer's, for a random model whose config.model.vocab_size is 0
     rows      training rows, for operators that measure
     """
     asked = settings.initialize
     for text in asked.grow:
-        growth.parse(text)  # a misspelt operator is refused before weights are read
+        growth.parse_operator(text)  # a misspelt operator is refused before weights are read
     if asked.source == "random":
-        spec = random_spec(settings, n_pieces)
-        model = Loaded(spec, llama.init(spec, asked.seed, mesh, huggingface.jnp_dtype(asked.dtype)), None, None, None, None, {})
-        say(f"born at random (seed {asked.seed}): {describe(spec)}")
+        spec = make_random_spec(settings, vocab_size)
+        model = LoadedModel(
+            spec,
+            llama.init_params(spec, asked.seed, mesh, huggingface.dtype_of_name(asked.param_dtype)),
+            None,
+            None,
+            None,
+            None,
+            {},
+        )
+        log.info(f"born at random (seed {asked.seed}): {describe_model(spec)}")
     else:
-        model = load(asked.source, mesh, asked.dtype)
+        model = load_model(asked.source, mesh, asked.param_dtype)
         trained = f", trained for {model.step:,} steps" if model.step else ""
-        say(f"born from {asked.source}{trained}: {describe(model.spec)}")
+        log.info(f"born from {asked.source}{trained}: {describe_model(model.spec)}")
     parent, growths = model, []
     for text in asked.grow:
-        model, done = grow(model, text, mesh, rows)
+        model, done = grow_model(model, text, mesh, sequences)
         growths.append(done)
-    return Birth(model, parent if growths else None, tuple(growths))
+    return InitResult(model, parent if growths else None, tuple(growths))
 
 
-def grow(model: Loaded, text: str, mesh, rows: Callable[[], Iterable[Batch]] | None) -> tuple[Loaded, growth.Growth]:
+def grow_model(
+    model: LoadedModel, text: str, mesh, rows: Callable[[], Iterable[Batch]] | None
+) -> tuple[LoadedModel, growth.Growth]:
     """The child of a model by one operator, on the same mesh."""
-    done = growth.plan(text, growth.Parent(model.spec, model.params, rows, model.tokenizer_dir))
+    done = growth.plan_growth(
+        text, growth.Parent(model.spec, model.params, rows, model.tokenizer_dir)
+    )
     child = done.child
-    model = model._replace(spec=child, params=growth.weights(done, model.params, mesh))
-    if done.words:
-        directory = done.words.tokenizer_dir
-        model = model._replace(tokenizer_dir=directory, tokenizer=tokenizer.load(directory).fingerprint)
-    origins = f"; from layers {growth.tell(done.layer_map)}" if "layers" in done.sources else ""
-    say(f"grown by {text}: {describe(child)}{origins}")
+    model = model._replace(spec=child, params=growth.grow_params(done, model.params, mesh))
+    if done.token_mapping:
+        directory = done.token_mapping.tokenizer_dir
+        model = model._replace(
+            tokenizer_dir=directory, tokenizer=tokenizer.load_tokenizer(directory).fingerprint
+        )
+    origins = (
+        f"; from layers {growth.format_layer_map(done.layer_map)}"
+        if "layers" in done.sources
+        else ""
+    )
+    log.info(f"grown by {text}: {describe_model(child)}{origins}")
     return model, done
 
 
-def random_spec(settings: Config, n_pieces: int | None) -> ModelSpec:
+def make_random_spec(settings: Config, vocab_size: int | None) -> ModelSpec:
     """config.model as a ModelSpec."""
     shape = settings.model
-    vocab_size = shape.vocab_size or (vocabulary.round_up(n_pieces) if n_pieces else 0)
+    vocab_size = shape.vocab_size or (vocabulary.pad_vocab_size(vocab_size) if vocab_size else 0)
     if not vocab_size:
-        raise UserError("model.vocab_size: is 0 (take the tokenizer's), but there is no tokenizer. Run pack.py first, or set it.")
+        raise UserError(
+            "model.vocab_size: is 0 (take the tokenizer's), but there is no tokenizer. Run pack.py first, or set it."
+        )
     fields = {
         name: getattr(shape, name)
-        for name in ("n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "d_head", "max_positions", "norm_eps", "rope_theta", "tied")
+        for name in (
+            "n_layers",
+            "d_model",
+            "d_ff",
+            "n_heads",
+            "n_kv_heads",
+            "d_head",
+            "max_seq_len",
+            "norm_eps",
+            "rope_theta",
+            "tie_embeddings",
+        )
     }
     return ModelSpec(vocab_size=vocab_size, **fields)
 
 
-def describe(spec: ModelSpec) -> str:
+def describe_model(spec: ModelSpec) -> str:
     return (
-        f"{llama.count(spec):,} parameters, {spec.n_layers} layers, width {spec.d_model}, feed-forward {spec.d_ff}, "
-        f"{spec.n_heads} heads over {spec.n_kv_heads}, vocabulary {spec.vocab_size:,}{', tied' if spec.tied else ''}"
+        f"{llama.count_params(spec):,} parameters, {spec.n_layers} layers, width {spec.d_model}, feed-forward {spec.d_ff}, "
+        f"{spec.n_heads} heads over {spec.n_kv_heads}, vocabulary {spec.vocab_size:,}{', tied' if spec.tie_embeddings else ''}"
     )

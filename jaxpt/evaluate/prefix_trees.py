@@ -17,16 +17,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-SHORTEST_ROW, LONGEST_ROW = 256, 16_384  # columns; of trees. A piece alone may take more
-GROWTH = 4  # rows are SHORTEST_ROW, GROWTH x, GROWTH^2 x ... long, so that two or three lengths are all that is compiled
+MIN_SEQ_LEN, MAX_SEQ_LEN = 256, 16_384  # columns; of trees. A piece alone may take more
+SEQ_LEN_GROWTH = 4  # rows are SHORTEST_ROW, GROWTH x, GROWTH^2 x ... long, so that two or three lengths are all that is compiled
 # A tree takes a row of up to so many times what all its pieces share. Every row repeats that trunk, so short rows waste; but a token's
 # attention costs what its row is long, whatever it sees of it.
-ROW_PER_TRUNK = 8
-LEAST_SHARED = 16  # tokens: pieces that share fewer are apart, which packs better than it costs
-TOKENS_AT_A_TIME = 4096  # on each device in one step
+SEQ_LEN_PER_PREFIX = 8
+MIN_SHARED_TOKENS = (
+    16  # tokens: pieces that share fewer are apart, which packs better than it costs
+)
+MAX_BATCH_TOKENS = 4096  # on each device in one step
 
 
-class Rows(NamedTuple):
+class TreeArrays(NamedTuple):
     """What a model reads and is asked; every field int32 [B, T].
 
     tokens     ids
@@ -37,62 +39,80 @@ class Rows(NamedTuple):
     """
 
     tokens: Any
-    ends: Any
+    visible_until: Any
     positions: Any
     columns: Any
     targets: Any
 
 
-class Batch(NamedTuple):
-    rows: Rows  # numpy
-    n_asked: int  # the most questions of any row
-    places: list[tuple[int, int, int]]  # (piece, row, its first question); its questions follow one another
+class TreeBatch(NamedTuple):
+    arrays: TreeArrays  # numpy
+    n_scored: int  # the most questions of any row
+    places: list[
+        tuple[int, int, int]
+    ]  # (piece, row, its first question); its questions follow one another
 
 
-class Tree(NamedTuple):
+class PrefixTree(NamedTuple):
     members: list[tuple[int, int]]  # (piece, columns that it shares with the one before), sorted
     size: int  # columns, or questions where those are more
 
 
-class Piece(NamedTuple):
+class ScoredSequence(NamedTuple):
     ids: np.ndarray  # int32 [n + 1]: n columns, for the last is only predicted
-    n_asked: int  # of its ids, the last ones
+    n_scored: int  # of its ids, the last ones
 
     @property
     def n_columns(self) -> int:
         return len(self.ids) - 1
 
 
-def batches(pieces: Sequence[Piece], longest: int, n_shards: int, share: bool = True) -> Iterator[Batch]:
+def make_tree_batches(
+    pieces: Sequence[ScoredSequence], longest: int, n_shards: int, share: bool = True
+) -> Iterator[TreeBatch]:
     """Every piece's questions, each exactly once. Row counts are multiples of n_shards.
 
     longest  columns of the longest piece that the model takes: rows of single pieces are no longer than that, rounded up to SHORTEST_ROW
     share    False keeps pieces apart
     """
-    trees = grow(pieces, longest) if share else [Tree([(i, 0)], piece.n_columns) for i, piece in enumerate(pieces)]
-    for row_len, rows in pack([tree.size for tree in trees], longest).items():
-        per_batch = min(max(TOKENS_AT_A_TIME // row_len, 1), math.ceil(len(rows) / n_shards)) * n_shards
+    trees = (
+        build_trees(pieces, longest)
+        if share
+        else [PrefixTree([(i, 0)], piece.n_columns) for i, piece in enumerate(pieces)]
+    )
+    for seq_len, rows in pack_trees([tree.size for tree in trees], longest).items():
+        per_batch = (
+            min(max(MAX_BATCH_TOKENS // seq_len, 1), math.ceil(len(rows) / n_shards)) * n_shards
+        )
         for first in range(0, len(rows), per_batch):
-            yield lay_out(pieces, [[trees[i] for i in row] for row in rows[first : first + per_batch]], per_batch, row_len)
+            yield fill_tree_arrays(
+                pieces,
+                [[trees[i] for i in row] for row in rows[first : first + per_batch]],
+                per_batch,
+                seq_len,
+            )
 
 
-def grow(pieces: Sequence[Piece], longest: int) -> list[Tree]:
+def build_trees(pieces: Sequence[ScoredSequence], longest: int) -> list[PrefixTree]:
     """The pieces in trees, by the order of their ids: neighbours there share the most."""
     order = sorted(range(len(pieces)), key=lambda i: pieces[i].ids[:-1].astype(">i4").tobytes())
-    trees: list[Tree] = []
+    trees: list[PrefixTree] = []
     members: list[tuple[int, int]] = []
     n_columns = n_asked = trunk = 0
     before = np.empty(0, np.int32)
 
     def close() -> None:
         if members:
-            trees.append(Tree(list(members), max(n_columns, n_asked)))
+            trees.append(PrefixTree(list(members), max(n_columns, n_asked)))
 
     for i in order:
-        ids, asked = pieces[i].ids[:-1], pieces[i].n_asked
-        shared = n_shared(before, ids)
-        limit = row_length(min(ROW_PER_TRUNK * min(shared, trunk), LONGEST_ROW), longest)
-        if shared >= LEAST_SHARED and max(n_columns + len(ids) - shared, n_asked + asked) <= limit:
+        ids, asked = pieces[i].ids[:-1], pieces[i].n_scored
+        shared = count_shared_prefix(before, ids)
+        limit = round_seq_len(min(SEQ_LEN_PER_PREFIX * min(shared, trunk), MAX_SEQ_LEN), longest)
+        if (
+            shared >= MIN_SHARED_TOKENS
+            and max(n_columns + len(ids) - shared, n_asked + asked) <= limit
+        ):
             trunk = min(trunk, shared)
         else:
             close()
@@ -105,42 +125,45 @@ def grow(pieces: Sequence[Piece], longest: int) -> list[Tree]:
     return trees
 
 
-def n_shared(a: np.ndarray, b: np.ndarray) -> int:
+def count_shared_prefix(a: np.ndarray, b: np.ndarray) -> int:
     """How many ids two pieces have in common at their beginnings."""
     n = min(len(a), len(b))
     apart = np.flatnonzero(a[:n] != b[:n])
     return int(apart[0]) if len(apart) else n
 
 
-def pack(sizes: Sequence[int], longest: int) -> dict[int, list[list[int]]]:
+def pack_trees(sizes: Sequence[int], longest: int) -> dict[int, list[list[int]]]:
     """Row length -> rows, each a list of trees by number. Best fit, largest first: a tree goes to the fullest row that still holds it, or
-    opens a row of the shortest length that does."""
+    opens a row of the shortest length that does.
+    """
     rows: dict[int, list[list[int]]] = {}
     free: list[tuple[int, int, int]] = []  # (columns left, row length, row), sorted
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         found = bisect.bisect_left(free, (sizes[i], 0, 0))
         if found < len(free):
-            left, row_len, row = free.pop(found)
+            left, seq_len, row = free.pop(found)
         else:
-            left = row_len = row_length(sizes[i], longest)
-            row = len(rows.setdefault(row_len, []))
-            rows[row_len].append([])
-        rows[row_len][row].append(i)
-        bisect.insort(free, (left - sizes[i], row_len, row))
+            left = seq_len = round_seq_len(sizes[i], longest)
+            row = len(rows.setdefault(seq_len, []))
+            rows[seq_len].append([])
+        rows[seq_len][row].append(i)
+        bisect.insort(free, (left - sizes[i], seq_len, row))
     return rows
 
 
-def row_length(n: int, longest: int) -> int:
+def round_seq_len(n: int, longest: int) -> int:
     """The shortest row of n columns: SHORTEST_ROW, 4 x, 16 x, ..., or `longest` rounded up."""
-    row_len, whole = SHORTEST_ROW, -(-longest // SHORTEST_ROW) * SHORTEST_ROW
-    while row_len < n:
-        row_len *= GROWTH
-    return whole if n <= whole < row_len else row_len
+    seq_len, whole = MIN_SEQ_LEN, -(-longest // MIN_SEQ_LEN) * MIN_SEQ_LEN
+    while seq_len < n:
+        seq_len *= SEQ_LEN_GROWTH
+    return whole if n <= whole < seq_len else seq_len
 
 
-def lay_out(pieces: Sequence[Piece], rows: list[list[Tree]], n_rows: int, row_len: int) -> Batch:
-    arrays = Rows(*(np.zeros((n_rows, row_len), np.int32) for _ in Rows._fields))
-    arrays.ends[:] = np.arange(1, row_len + 1)
+def fill_tree_arrays(
+    pieces: Sequence[ScoredSequence], rows: list[list[PrefixTree]], n_rows: int, seq_len: int
+) -> TreeBatch:
+    arrays = TreeArrays(*(np.zeros((n_rows, seq_len), np.int32) for _ in TreeArrays._fields))
+    arrays.visible_until[:] = np.arange(1, seq_len + 1)
     places, most = [], 0
     for row, trees in enumerate(rows):
         column = asked = 0
@@ -148,14 +171,22 @@ def lay_out(pieces: Sequence[Piece], rows: list[list[Tree]], n_rows: int, row_le
             path = np.empty(0, np.int64)  # the columns of the piece before, from the root on
             for i, shared in tree.members:
                 ids, n_asked = pieces[i]
-                arrays.ends[row, path[shared:]] = column  # what the two do not share is closed to what follows
+                arrays.visible_until[row, path[shared:]] = (
+                    column  # what the two do not share is closed to what follows
+                )
                 new = np.arange(column, column + len(ids) - 1 - shared)
-                arrays.tokens[row, new], arrays.positions[row, new] = ids[shared:-1], np.arange(shared, len(ids) - 1)
+                arrays.tokens[row, new], arrays.positions[row, new] = (
+                    ids[shared:-1],
+                    np.arange(shared, len(ids) - 1),
+                )
                 path = np.concatenate([path[:shared], new])
                 questions = slice(asked, asked + n_asked)
-                arrays.columns[row, questions], arrays.targets[row, questions] = path[-n_asked:], ids[-n_asked:]
+                arrays.columns[row, questions], arrays.targets[row, questions] = (
+                    path[-n_asked:],
+                    ids[-n_asked:],
+                )
                 places.append((i, row, asked))
                 column, asked = column + len(new), asked + n_asked
-            arrays.ends[row, path] = column
+            arrays.visible_until[row, path] = column
         most = max(most, asked)
-    return Batch(arrays, most, places)
+    return TreeBatch(arrays, most, places)

@@ -14,22 +14,26 @@ from jaxpt.spec import UserError
 
 
 @functools.cache
-def start(where: str):
+def init_executor(where: str):
     """The daft module, ready to run plans at `where`: "local", "ray" (this machine, or the cluster it belongs to) or
     "ray://HOST:PORT". The cluster's machines need this package and a disk that all of them share.
 
     Raises UserError for another word, or where Ray is not installed or not reached.
     """
     if where not in ("local", "ray") and not where.startswith("ray://"):
-        raise UserError(f"prepare.engine: got {where!r}, wanted local, ray or ray://HOST:PORT.")
+        raise UserError(f"prepare.executor: got {where!r}, wanted local, ray or ray://HOST:PORT.")
     # Both send usage data home at import, unless told before it; daft's own bars would write over ours
-    os.environ.update(DO_NOT_TRACK="1", SCARF_NO_ANALYTICS="1", RAY_USAGE_STATS_ENABLED="0", DAFT_PROGRESS_BAR="0")
+    os.environ.update(
+        DO_NOT_TRACK="1", SCARF_NO_ANALYTICS="1", RAY_USAGE_STATS_ENABLED="0", DAFT_PROGRESS_BAR="0"
+    )
     # large arrays come and go: what is freed stays for the next one, or a twentieth of the time goes into pages that the system clears anew
     os.environ.update(MALLOC_MMAP_THRESHOLD_=str(2**25), MALLOC_TRIM_THRESHOLD_=str(2**28))
     # its processes must find this package, in a clone that was not installed too
     here = str(pathlib.Path(__file__).resolve().parents[2])
     if here not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+        os.environ["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [here, os.environ.get("PYTHONPATH")])
+        )
     import daft
 
     try:
@@ -39,32 +43,43 @@ def start(where: str):
         try:
             import ray
         except ImportError:
-            raise UserError(f"prepare.engine: {where!r} needs Ray, which is not installed. Run `pip install 'ray>=2.60'`, or use local.") from None
+            raise UserError(
+                f"prepare.executor: {where!r} needs Ray, which is not installed. Run `pip install 'ray>=2.60'`, or use local."
+            ) from None
         if where == "ray":
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
+            ray.init(
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                ignore_reinit_error=True,
+            )
             daft.set_runner_ray(noop_if_initialized=True)
         else:
             daft.set_runner_ray(address=where)
     except (ConnectionError, RuntimeError, daft.exceptions.DaftCoreException) as error:
         line = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"prepare.engine: {where!r} cannot be started ({line}). One process runs one engine; is the cluster up?") from None
+        raise UserError(
+            f"prepare.executor: {where!r} cannot be started ({line}). One process runs one engine; is the cluster up?"
+        ) from None
     return daft
 
 
-def each(where: str, work: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
+def map_jobs(where: str, work: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
     """What work(job) gives for each of the jobs, as they end: in a process for each core here, in a task for each job on the cluster.
 
     work is a function of a module; jobs and results are what JSON can say. Raises what start does, and the UserErrors of work.
     """
     if not jobs:
         return
-    daft = start(where)
+    daft = init_executor(where)
 
     @daft.func.batch(return_dtype=daft.DataType.string(), use_process=True, batch_size=1)
     def result(texts):
         if where == "local":
-            atexit.register(os._exit, 0)  # a process has left all it had to: to take its modules apart would need another third of a second
-        return [json.dumps(attempt(work, json.loads(text))) for text in texts.to_pylist()]
+            atexit.register(
+                os._exit, 0
+            )  # a process has left all it had to: to take its modules apart would need another third of a second
+        return [json.dumps(run_job(work, json.loads(text))) for text in texts.to_pylist()]
 
     frame = daft.from_pydict({"job": [json.dumps(job) for job in jobs]})
     if where != "local":
@@ -78,7 +93,7 @@ def each(where: str, work: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterato
             yield outcome["found"]
 
 
-def attempt(work: Callable[[Any], Any], job: Any) -> dict[str, Any]:
+def run_job(work: Callable[[Any], Any], job: Any) -> dict[str, Any]:
     """What work gives; its UserError, and an error of the disk, as text, or Daft would make a page of it."""
     try:
         return {"found": work(job)}

@@ -11,16 +11,16 @@ import subprocess
 import sys
 import time
 
-import doors
+import entry_points
 import numpy as np
 import pytest
 from conftest import ROOT
 
 from jaxpt.data import loader, tokenizer
-from jaxpt.evaluate import culprits
+from jaxpt.evaluate import attribution
 from jaxpt.spec import Manifest, ModelSpec, UserError
 from jaxpt.stage import fingerprint, request_fingerprint
-from jaxpt.train.metrics import read as read_metrics
+from jaxpt.train.metrics import read_metrics as read_metrics
 from jaxpt.weights import checkpoint
 
 RECIPE = """
@@ -28,19 +28,19 @@ from jaxpt.config import defaults
 def get_config(model="base"):
     c = defaults()
     c.prepare.sources = ("python:prose", "python:code")
-    c.prepare.limit_mb = 0.3
+    c.prepare.max_mb = 0.3
     c.prepare.heldout_frac = 0.2
     c.tokenizer.vocab_size = 500
-    c.pack.row_len = 64
+    c.pack.seq_len = 64
     c.model.n_layers, c.model.d_model, c.model.d_ff = 3, 24, 40
     c.model.n_heads, c.model.n_kv_heads, c.model.d_head = 6, 2, 8
-    c.model.max_positions, c.model.tied = 64, True
+    c.model.max_seq_len, c.model.tie_embeddings = 64, True
     c.mixture.phases = ((0, {"prose": 1.0}),)
-    c.train.steps, c.train.batch_rows, c.train.log_every, c.train.eval_every = 122, 24, 8, 61
-    c.train.checkpoint_every, c.train.eval_rows = 30, 16
+    c.train.steps, c.train.batch_size, c.train.log_every, c.train.eval_every = 122, 24, 8, 61
+    c.train.checkpoint_every, c.train.eval_sequences = 30, 16
     c.optim.peak_lr, c.optim.warmup_steps = 1e-2, 10
     if model == "child":
-        c.mixture.packed = ("base/packed",)
+        c.mixture.packed_paths = ("base/packed",)
         c.mixture.phases = ((0, {"code": 1.0}), (61, {"code": 0.5, "prose": 0.5}))
         c.initialize.source = "grown"
     return c
@@ -56,8 +56,14 @@ TRAINING = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context
 def door(name, *arguments, cwd, ok=True):
     """What a door says."""
     call = str(ROOT / f"scripts/{name}.py"), [str(word) for word in arguments], cwd
-    status, told = TRAINING.submit(doors.opened, *call).result() if name == "train" else doors.opened(*call)
-    assert (status == 0) == ok and "Traceback" not in told, f"{name} {arguments}: status {status}\n{told}"
+    status, told = (
+        TRAINING.submit(entry_points.run_script, *call).result()
+        if name == "train"
+        else entry_points.run_script(*call)
+    )
+    assert (status == 0) == ok and "Traceback" not in told, (
+        f"{name} {arguments}: status {status}\n{told}"
+    )
     return told
 
 
@@ -74,9 +80,35 @@ def road(texts, tmp_path_factory):
     for model in ("base", "child"):
         door("export_hf", "--from", model, "--to", f"{model}/hf", cwd=cwd)
         for backend in ("jax", "hf"):
-            tasks = [f"bits_per_byte/{name}=parquet:base/corpus/heldout/{name}-*.parquet#text" for name in ("prose", "code")]
-            door("evaluate", "--model", f"{model}/hf", "--tasks", *tasks, "--backend", backend, "--to", f"{model}/eval/{backend}.json", cwd=cwd)
-    door("compare", "--models", "base", "child", "--prompts", "prompts.txt", "--max-new", "8", "--to", "child/eval/samples.json", cwd=cwd)
+            tasks = [
+                f"bits_per_byte/{name}=parquet:base/corpus/heldout/{name}-*.parquet#text"
+                for name in ("prose", "code")
+            ]
+            door(
+                "evaluate",
+                "--model",
+                f"{model}/hf",
+                "--tasks",
+                *tasks,
+                "--backend",
+                backend,
+                "--to",
+                f"{model}/eval/{backend}.json",
+                cwd=cwd,
+            )
+    door(
+        "compare",
+        "--models",
+        "base",
+        "child",
+        "--prompts",
+        "prompts.txt",
+        "--max-new",
+        "8",
+        "--to",
+        "child/eval/samples.json",
+        cwd=cwd,
+    )
     door("report", "--workdir", "base", "child", "--to", "report.html", cwd=cwd)
     yield cwd
     TRAINING.shutdown()
@@ -84,11 +116,16 @@ def road(texts, tmp_path_factory):
 
 def scores(road, model, backend):
     results = json.loads((road / model / "eval" / f"{backend}.json").read_text())["results"]
-    return {name: results[f"bits_per_byte/{name}"]["bits_per_byte,none"] for name in ("prose", "code")}
+    return {
+        name: results[f"bits_per_byte/{name}"]["bits_per_byte,none"] for name in ("prose", "code")
+    }
 
 
 def test_both_models_learned_and_the_child_knows_more_code(road):
-    unigram = {name: found["unigram_nats"] for name, found in Manifest.load(road / "base/packed").counts["heldout"].items()}
+    unigram = {
+        name: found["unigram_nats"]
+        for name, found in Manifest.load(road / "base/packed").counts["heldout"].items()
+    }
     assert Manifest.load(road / "base").counts["heldout"]["prose"] < unigram["prose"]
     assert scores(road, "child", "jax")["code"] < scores(road, "base", "jax")["code"]
 
@@ -104,14 +141,26 @@ def test_the_child_is_grown_from_the_base_and_says_how(road):
     growth = json.loads((road / "child/growth.json").read_text())
     assert growth["layer_map"] == [0, 1, 1, 2] and growth["parent"].endswith("base")
     assert ModelSpec.load(road / "child/spec.json").n_layers == 4
-    start = next(record for record in read_metrics(road / "child/metrics.jsonl") if "heldout" in record)
-    assert start["step"] == 0 and start["heldout"] == pytest.approx(growth["heldout_loss"]["newborn"], rel=1e-5)
+    start = next(
+        record for record in read_metrics(road / "child/metrics.jsonl") if "heldout" in record
+    )
+    assert start["step"] == 0 and start["heldout"] == pytest.approx(
+        growth["heldout_loss"]["newborn"], rel=1e-5
+    )
     assert start["parent"] == growth["heldout_loss"]["parent"]
     assert Manifest.load(road / "child").counts["heldout"] != start["heldout"]
-    assert Manifest.load(road / "child/checkpoints/122").counts["young"]["new"] == {"layers": [4, [2, 3]]}  # rates by age know it
-    assert growth["probe"]["steps"] == 20 and growth["probe"]["newborn"]["prose"] < growth["heldout_loss"]["newborn"]["prose"] + 0.1
+    assert Manifest.load(road / "child/checkpoints/122").counts["young"]["new"] == {
+        "layers": [4, [2, 3]]
+    }  # rates by age know it
+    assert (
+        growth["probe"]["steps"] == 20
+        and growth["probe"]["newborn"]["prose"] < growth["heldout_loss"]["newborn"]["prose"] + 0.1
+    )
     assert len(growth["layers"]["newborn"]) == 4 and growth["twins"][0]["layers"] == [1, 2]
-    assert growth["verdict"].startswith("healthy") and growth["flops_per_token"]["child"] > growth["flops_per_token"]["parent"]
+    assert (
+        growth["verdict"].startswith("healthy")
+        and growth["flops_per_token"]["child"] > growth["flops_per_token"]["parent"]
+    )
 
 
 def test_every_stage_names_what_it_was_made_from(road):
@@ -120,9 +169,11 @@ def test_every_stage_names_what_it_was_made_from(road):
     while True:
         manifest = Manifest.load(path)
         seen.append(manifest.stage)
-        following = [found for name, found in manifest.inputs.items() if name != "tokenizer" and not name.startswith("packed")] or [
-            *manifest.inputs.values()
-        ]
+        following = [
+            found
+            for name, found in manifest.inputs.items()
+            if name != "tokenizer" and not name.startswith("packed")
+        ] or [*manifest.inputs.values()]
         if not following or not pathlib.Path(road / following[0]["path"]).is_dir():
             break
         path = road / following[0]["path"]
@@ -132,9 +183,20 @@ def test_every_stage_names_what_it_was_made_from(road):
 
 def test_an_export_tells_its_whole_lineage_and_all_of_it_holds(road):
     told = door("report", "--lineage", "child/hf", "--verify", cwd=road)
-    for place in ("child/hf", "child", "grown", "base", "base/packed", "base/corpus", "base/tokenizer"):
+    for place in (
+        "child/hf",
+        "child",
+        "grown",
+        "base",
+        "base/packed",
+        "base/corpus",
+        "base/tokenizer",
+    ):
         assert f"{road / place}  {Manifest.load(road / place).fingerprint}" in told, place
-    assert "grown by depth_upscale(m=1)" in told and "from python:prose, python:code; rules: none" in told
+    assert (
+        "grown by depth_upscale(m=1)" in told
+        and "from python:prose, python:code; rules: none" in told
+    )
     assert told.count("holds: ") == 7 and "not checked" not in told
 
 
@@ -143,11 +205,13 @@ def test_an_export_tells_its_whole_lineage_and_all_of_it_holds(road):
     [
         ("child/hf/config.json", lambda text: text.replace(b"64", b"65"), "hf/config.json: its checksum is not the manifest's"),
         ("base/corpus/funnel.json", lambda text: text + b" ", "funnel.json: its checksum is not the manifest's"),
-        ("base/packed/manifest.json", lambda text: text.replace(b'"row_len": 64', b'"row_len": 32', 1), "manifest.json: its fingerprint is not that of what it says"),
+        ("base/packed/manifest.json", lambda text: text.replace(b'"seq_len": 64', b'"seq_len": 32', 1), "manifest.json: its fingerprint is not that of what it says"),
         ("base/tokenizer/tokenizer.json", None, "tokenizer.json: gone, though the manifest names it"),
     ],
 )  # fmt: skip
-def test_the_first_stage_of_a_lineage_that_does_not_hold_is_named(road, tmp_path, file, harm, answer):
+def test_the_first_stage_of_a_lineage_that_does_not_hold_is_named(
+    road, tmp_path, file, harm, answer
+):
     for place in ("child", "grown", "base"):
         shutil.copytree(road / place, tmp_path / place)
     harmed = tmp_path / file
@@ -157,7 +221,9 @@ def test_the_first_stage_of_a_lineage_that_does_not_hold_is_named(road, tmp_path
         harmed.unlink()
     assert answer in door("report", "--lineage", "child/hf", "--verify", cwd=tmp_path, ok=False)
     for place in ("child", "grown", "base"):
-        shutil.rmtree(tmp_path / place)  # gigabytes otherwise lie where pytest keeps three runs' folders
+        shutil.rmtree(
+            tmp_path / place
+        )  # gigabytes otherwise lie where pytest keeps three runs' folders
 
 
 def test_a_checkpoint_tells_its_lineage_before_its_run_has_ended(road, tmp_path):
@@ -165,7 +231,9 @@ def test_a_checkpoint_tells_its_lineage_before_its_run_has_ended(road, tmp_path)
     (tmp_path / "base/manifest.json").unlink()
     door("export_hf", "--from", "base/checkpoints/120", "--to", "hf", cwd=tmp_path)
     told = door("report", "--lineage", "hf", "--verify", cwd=tmp_path)
-    assert "base/checkpoints/120" in told and "its run has not finished" in told and "prepare" in told
+    assert (
+        "base/checkpoints/120" in told and "its run has not finished" in told and "prepare" in told
+    )
 
 
 def test_the_export_opens_elsewhere(road):
@@ -193,12 +261,35 @@ def test_finished_stages_are_skipped(road):
     for stage in ("prepare", "train_tokenizer", "pack", "train"):
         assert "nothing to do" in door(stage, "--config", "toy.py", "--workdir", "base", cwd=road)
     assert "nothing to do" in door("export_hf", "--from", "base", "--to", "base/hf", cwd=road)
-    tasks = [f"bits_per_byte/{name}=parquet:base/corpus/heldout/{name}-*.parquet#text" for name in ("prose", "code")]
-    assert "nothing to do" in door("evaluate", "--model", "base/hf", "--tasks", *tasks, "--backend", "jax", "--to", "base/eval/jax.json", cwd=road)
+    tasks = [
+        f"bits_per_byte/{name}=parquet:base/corpus/heldout/{name}-*.parquet#text"
+        for name in ("prose", "code")
+    ]
+    assert "nothing to do" in door(
+        "evaluate",
+        "--model",
+        "base/hf",
+        "--tasks",
+        *tasks,
+        "--backend",
+        "jax",
+        "--to",
+        "base/eval/jax.json",
+        cwd=road,
+    )
     samples = ("--prompts", "prompts.txt", "--max-new", "8", "--to", "child/eval/samples.json")
     assert "nothing to do" in door("compare", "--models", "base", "child", *samples, cwd=road)
     assert before == {path: path.stat().st_mtime_ns for path in road.rglob("*.safetensors")}
-    told = door("train", "--config", "toy.py", "--workdir", "base", "--config.optim.peak_lr=0.5", cwd=road, ok=False)
+    told = door(
+        "train",
+        "--config",
+        "toy.py",
+        "--workdir",
+        "base",
+        "--config.optim.peak_lr=0.5",
+        cwd=road,
+        ok=False,
+    )
     assert "peak_lr" in told and "another --workdir" in told
 
 
@@ -208,13 +299,27 @@ def test_the_page_is_there_and_shows_both(road):
 
 
 def without_speed(records):
-    return [{key: value for key, value in record.items() if key not in VARIES} for record in records if "resumed" not in record]
+    return [
+        {key: value for key, value in record.items() if key not in VARIES}
+        for record in records
+        if "resumed" not in record
+    ]
 
 
 def killed_run(road, workdir, kill):
     """Train the base again in `workdir`, killed once by `kill(process, run)`, then to its end."""
-    command = [sys.executable, ROOT / "scripts/train.py", "--config", "toy.py", "--workdir", workdir, "--config.mixture.packed=base/packed"]
-    start = lambda: subprocess.Popen(command, cwd=road, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # noqa: E731
+    command = [
+        sys.executable,
+        ROOT / "scripts/train.py",
+        "--config",
+        "toy.py",
+        "--workdir",
+        workdir,
+        "--config.mixture.packed_paths=base/packed",
+    ]
+    start = lambda: subprocess.Popen(
+        command, cwd=road, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     process = start()
     kill(process, road / workdir)
     process.communicate()
@@ -230,7 +335,7 @@ def wait_for(path, process):
 
 
 GROWS = [
-    "--config", "toy.py", "--config.mixture.packed=base/packed", "--config.train.keep=9", "--config.train.steps=100", "--config.train.checkpoint_every=20",
+    "--config", "toy.py", "--config.mixture.packed_paths=base/packed", "--config.train.max_to_keep=9", "--config.train.steps=100", "--config.train.checkpoint_every=20",
     "--config.train.grow=((50, 'depth_upscale(m=1)'), (70, 'insert_identity(every=4)'))",
 ]  # fmt: skip
 
@@ -244,71 +349,160 @@ def grows(road):
 
 def test_a_run_that_grows_on_its_way_says_how(grows):
     assert ModelSpec.load(grows / "spec.json").n_layers == 5
-    assert {step: ModelSpec.load(grows / f"checkpoints/{step}/spec.json").n_layers for step in (40, 60, 100)} == {40: 3, 60: 4, 100: 5}
+    assert {
+        step: ModelSpec.load(grows / f"checkpoints/{step}/spec.json").n_layers
+        for step in (40, 60, 100)
+    } == {40: 3, 60: 4, 100: 5}
     growth = json.loads((grows / "growth.json").read_text())
-    assert growth["at_step"] == 70 and growth["moments"] == "reset_new" and growth["new_layers"] == [4]
+    assert (
+        growth["at_step"] == 70 and growth["moments"] == "reset_new" and growth["new_layers"] == [4]
+    )
 
 
-@pytest.mark.parametrize("newest", [pytest.param(40, marks=pytest.mark.slow), 60])  # 60 stands behind one growth and before the other
+@pytest.mark.parametrize(
+    "newest", [pytest.param(40, marks=pytest.mark.slow), 60]
+)  # 60 stands behind one growth and before the other
 def test_a_run_that_grows_on_its_way_survives_a_kill_on_either_side_of_it(road, grows, newest):
     run = road / f"grows_{newest}"  # a kill leaves the checkpoints up to its moment
-    shutil.copytree(grows, run, ignore=lambda place, names: {"manifest.json", "tensorboard"} & set(names) if pathlib.Path(place) == grows else set())
+    shutil.copytree(
+        grows,
+        run,
+        ignore=lambda place, names: (
+            {"manifest.json", "tensorboard"} & set(names) if pathlib.Path(place) == grows else set()
+        ),
+    )
     for step in range(newest + 20, 120, 20):
         shutil.rmtree(run / f"checkpoints/{step}")
     assert "resumed from" in door("train", *GROWS, "--workdir", run.name, cwd=road)
-    assert checkpoint.differences(grows / "checkpoints/100", run / "checkpoints/100") == []
-    assert without_speed(read_metrics(run / "metrics.jsonl")) == without_speed(read_metrics(grows / "metrics.jsonl"))
+    assert checkpoint.diff_checkpoints(grows / "checkpoints/100", run / "checkpoints/100") == []
+    assert without_speed(read_metrics(run / "metrics.jsonl")) == without_speed(
+        read_metrics(grows / "metrics.jsonl")
+    )
 
 
 def test_a_growth_that_a_run_has_passed_is_refused(road, grows):
     run = road / "passed"  # stands at step 60
-    shutil.copytree(grows, run, ignore=lambda place, names: {"manifest.json" if pathlib.Path(place) == grows else "80", "100"} & set(names))
+    shutil.copytree(
+        grows,
+        run,
+        ignore=lambda place, names: (
+            {"manifest.json" if pathlib.Path(place) == grows else "80", "100"} & set(names)
+        ),
+    )
     before = (run / "metrics.jsonl").read_bytes()
     late = "--config.train.grow=((50, 'depth_upscale(m=1)'), (55, 'insert_identity(every=4)'))"
-    assert "stands at step 60 and did not grow after step 55" in door("train", *GROWS, late, "--workdir", "passed", cwd=road, ok=False)
+    assert "stands at step 60 and did not grow after step 55" in door(
+        "train", *GROWS, late, "--workdir", "passed", cwd=road, ok=False
+    )
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_run_may_begin_without_layers(road):
     """Embedding, norm and head alone, then one late jump; cut between the two."""
-    flags = ["--config", "toy.py", "--config.mixture.packed=base/packed", "--config.model.n_layers=0", "--config.train.grow=((31, 'deepen(L=3)'),)"]
+    flags = [
+        "--config",
+        "toy.py",
+        "--config.mixture.packed_paths=base/packed",
+        "--config.model.n_layers=0",
+        "--config.train.grow=((31, 'deepen(L=3)'),)",
+    ]
     flags += ["--config.train.steps=40", "--config.train.checkpoint_every=20", "--workdir", "none"]
     assert "3 layers" in door("train", *flags, cwd=road)
     whole = road / "none_whole"
     (road / "none").rename(whole)
     shutil.copytree(whole, road / "none")
-    for gone in ("manifest.json", "checkpoints/40/manifest.json"):  # as a kill before the last checkpoint was whole leaves it
+    for gone in (
+        "manifest.json",
+        "checkpoints/40/manifest.json",
+    ):  # as a kill before the last checkpoint was whole leaves it
         (road / "none" / gone).unlink()
     assert "0 layers" in door("train", *flags, cwd=road)
-    assert checkpoint.differences(whole / "checkpoints/40", road / "none/checkpoints/40") == []
+    assert checkpoint.diff_checkpoints(whole / "checkpoints/40", road / "none/checkpoints/40") == []
 
 
 def test_another_run_that_goes_on_between_two_growths_makes_the_second_alone(road, grows):
-    more = ["--config.initialize.source=grows/checkpoints/60", "--config.initialize.start=resume"]
+    more = ["--config.initialize.source=grows/checkpoints/60", "--config.initialize.mode=resume"]
     door("train", *GROWS, *more, "--workdir", "grows_on", cwd=road)
-    assert checkpoint.differences(grows / "checkpoints/100", road / "grows_on/checkpoints/100") == []
+    assert (
+        checkpoint.diff_checkpoints(grows / "checkpoints/100", road / "grows_on/checkpoints/100")
+        == []
+    )
 
 
 def test_what_a_start_keeps_is_what_its_table_says(road):
     """From the base at step 120: resume is the base's own end; grow goes on at its step and rows; continue begins again."""
-    flags = ["--config", "toy.py", "--config.mixture.packed=base/packed", "--config.initialize.source=base/checkpoints/120"]
-    told = door("train", *flags, "--config.initialize.start=resume", "--workdir", "start_resume", cwd=road)
+    flags = [
+        "--config",
+        "toy.py",
+        "--config.mixture.packed_paths=base/packed",
+        "--config.initialize.source=base/checkpoints/120",
+    ]
+    told = door(
+        "train", *flags, "--config.initialize.mode=resume", "--workdir", "start_resume", cwd=road
+    )
     assert "step          kept: 120" in told and f"rows read     kept: {120 * 24:,}" in told
-    assert checkpoint.differences(road / "base/checkpoints/122", road / "start_resume/checkpoints/122") == []
+    assert (
+        checkpoint.diff_checkpoints(
+            road / "base/checkpoints/122", road / "start_resume/checkpoints/122"
+        )
+        == []
+    )
 
-    more = ["--config.train.steps=130", "--config.initialize.grow=('stack(g=2)',)", "--config.initialize.start=grow"]
-    told = door("train", *flags, *more, "--config.optim.rates=(('old', 0.0),)", "--workdir", "start_grow", cwd=road)
+    more = [
+        "--config.train.steps=130",
+        "--config.initialize.grow=('stack(g=2)',)",
+        "--config.initialize.mode=grow",
+    ]
+    told = door(
+        "train",
+        *flags,
+        *more,
+        "--config.optim.lr_multipliers=(('old', 0.0),)",
+        "--workdir",
+        "start_grow",
+        cwd=road,
+    )
     assert "moments       mapped: reset_new" in told
     counts = Manifest.load(road / "start_grow/checkpoints/130").counts
-    assert counts["rows"] == 130 * 24 and counts["young"]["updates"] == 120 and counts["young"]["new"] == {"layers": [6, [3, 6]]}
-    before, after = (checkpoint.read(road / name, "params/blocks/gate") for name in ("base/checkpoints/120", "start_grow/checkpoints/130"))
+    assert (
+        counts["rows"] == 130 * 24
+        and counts["young"]["updates"] == 120
+        and counts["young"]["new"] == {"layers": [6, [3, 6]]}
+    )
+    before, after = (
+        checkpoint.read_tree(road / name, "params/blocks/gate")
+        for name in ("base/checkpoints/120", "start_grow/checkpoints/130")
+    )
     np.testing.assert_array_equal(after[:3], before)  # frozen to the bit
     assert (after[3:] != before).any()
-    np.testing.assert_array_equal(*(checkpoint.read(road / name, "params/embed") for name in ("base/checkpoints/120", "start_grow/checkpoints/130")))
+    np.testing.assert_array_equal(
+        *(
+            checkpoint.read_tree(road / name, "params/embed")
+            for name in ("base/checkpoints/120", "start_grow/checkpoints/130")
+        )
+    )
 
-    told = door("train", *flags, "--config.initialize.start=resume", "--config.mixture.packed=child/packed", "--workdir", "x", cwd=road, ok=False)
+    told = door(
+        "train",
+        *flags,
+        "--config.initialize.mode=resume",
+        "--config.mixture.packed_paths=child/packed",
+        "--workdir",
+        "x",
+        cwd=road,
+        ok=False,
+    )
     assert "child/packed" in told
-    told = door("train", *flags, "--config.initialize.source=base/hf", "--config.initialize.start=resume", "--workdir", "x", cwd=road, ok=False)
+    told = door(
+        "train",
+        *flags,
+        "--config.initialize.source=base/hf",
+        "--config.initialize.mode=resume",
+        "--workdir",
+        "x",
+        cwd=road,
+        ok=False,
+    )
     assert "needs a run's checkpoint" in told
 
 
@@ -318,17 +512,34 @@ def test_a_child_with_another_tokenizer_starts_from_its_parents_words(road):
     shutil.copytree(road / "base/corpus", road / "words/corpus", dirs_exist_ok=True)
     for stage in ("train_tokenizer", "pack"):
         door(stage, "--config", "words.py", "--workdir", "words", cwd=road)
-    told = door("initialize", "--from", "base", "--grow", "new_tokenizer('words/tokenizer')", "--to", "reworded", cwd=road)
+    told = door(
+        "initialize",
+        "--from",
+        "base",
+        "--grow",
+        "new_tokenizer('words/tokenizer')",
+        "--to",
+        "reworded",
+        cwd=road,
+    )
     assert "not measured" in told
     assert ModelSpec.load(road / "reworded/spec.json").vocab_size == 768
     measured = json.loads((road / "reworded/growth.json").read_text())["measured"]
     assert measured["kept_pieces"] >= 490 and measured["averaged_pieces"] > 150
-    more = ["--config.mixture.packed=words/packed", "--config.initialize.source=reworded", "--config.train.steps=20"]
+    more = [
+        "--config.mixture.packed_paths=words/packed",
+        "--config.initialize.source=reworded",
+        "--config.train.steps=20",
+    ]
     told = door("train", "--config", "words.py", "--workdir", "words_run", *more, cwd=road)
-    start = next(record for record in read_metrics(road / "words_run/metrics.jsonl") if "heldout" in record)
+    start = next(
+        record for record in read_metrics(road / "words_run/metrics.jsonl") if "heldout" in record
+    )
     # it reads the new pieces before any training, though a third of them are means: about a nat below guessing, by the text that is installed
     assert start["step"] == 0 and start["heldout"]["prose"] < np.log(768) - 0.5
-    assert Manifest.load(road / "reworded").tokenizer == Manifest.load(road / "words/packed").tokenizer
+    assert (
+        Manifest.load(road / "reworded").tokenizer == Manifest.load(road / "words/packed").tokenizer
+    )
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
@@ -338,20 +549,27 @@ def test_a_killed_run_goes_on_and_ends_as_the_uncut_run(road, how):
         process.send_signal(how)
 
     killed_run(road, f"again_{how.name}", kill)
-    assert checkpoint.differences(road / "base/checkpoints/122", road / f"again_{how.name}/checkpoints/122") == []
-    assert without_speed(read_metrics(road / f"again_{how.name}/metrics.jsonl")) == without_speed(read_metrics(road / "base/metrics.jsonl"))
+    assert (
+        checkpoint.diff_checkpoints(
+            road / "base/checkpoints/122", road / f"again_{how.name}/checkpoints/122"
+        )
+        == []
+    )
+    assert without_speed(read_metrics(road / f"again_{how.name}/metrics.jsonl")) == without_speed(
+        read_metrics(road / "base/metrics.jsonl")
+    )
 
 
 def copy_of_base(road, run):
     """The base's run directory without its last word, as a kill between the last checkpoint and the manifest leaves it."""
     shutil.copytree(road / "base", run, ignore=shutil.ignore_patterns("corpus", "packed", "hf"))
     (run / "manifest.json").unlink()
-    return "--config", "toy.py", "--workdir", run, "--config.mixture.packed=base/packed"
+    return "--config", "toy.py", "--workdir", run, "--config.mixture.packed_paths=base/packed"
 
 
 def test_a_run_that_died_before_its_last_word_says_it(road, tmp_path):
     told = door("train", *copy_of_base(road, tmp_path / "run"), cwd=road)
-    assert "resumed from" in told and "mixture.packed: ['base/packed'], was []" in told
+    assert "resumed from" in told and "mixture.packed_paths: ['base/packed'], was []" in told
     assert Manifest.load(tmp_path / "run").counts == Manifest.load(road / "base").counts
 
 
@@ -361,17 +579,23 @@ def test_a_run_refuses_to_go_on_with_other_rows(road, tmp_path):
         manifest = json.loads(path.read_text())
         manifest["counts"]["packed"] = "0" * 16
         asked = request_fingerprint("checkpoint", manifest["counts"], {}, None)
-        manifest["fingerprint"] = fingerprint([asked, manifest["outputs"]])  # or the change itself would be seen
+        manifest["fingerprint"] = fingerprint(
+            [asked, manifest["outputs"]]
+        )  # or the change itself would be seen
         path.write_text(json.dumps(manifest))
     assert "has read other rows" in door("train", *flags, cwd=road, ok=False)
 
 
 @pytest.mark.parametrize("harm", ["flipped byte", "missing file", "no manifest", "stray directory"])
-def test_the_newest_whole_checkpoint_is_taken_and_the_broken_file_named(road, tmp_path, harm, capsys):
+def test_the_newest_whole_checkpoint_is_taken_and_the_broken_file_named(
+    road, tmp_path, harm, capsys
+):
     run = tmp_path / "run"
     shutil.copytree(road / "base", run, ignore=shutil.ignore_patterns("corpus", "packed", "hf"))
-    assert checkpoint.steps(run) == [120, 122]
-    victim = max((run / "checkpoints/122/params").rglob("d/*"), key=lambda path: path.stat().st_size)
+    assert checkpoint.list_steps(run) == [120, 122]
+    victim = max(
+        (run / "checkpoints/122/params").rglob("d/*"), key=lambda path: path.stat().st_size
+    )
     if harm == "flipped byte":
         content = bytearray(victim.read_bytes())
         content[len(content) // 2] ^= 1
@@ -382,16 +606,18 @@ def test_the_newest_whole_checkpoint_is_taken_and_the_broken_file_named(road, tm
         (run / "checkpoints/122/manifest.json").unlink()
     else:
         (run / "checkpoints/99").mkdir()
-    assert checkpoint.newest(run).name == ("122" if harm == "stray directory" else "120")
+    assert checkpoint.find_newest(run).name == ("122" if harm == "stray directory" else "120")
     told = capsys.readouterr().out
     assert harm in ("no manifest", "stray directory") or victim.name in told
     if harm == "flipped byte":
         with pytest.raises(UserError, match="checksum differs"):
-            checkpoint.find(run / "checkpoints/122")
+            checkpoint.find_checkpoint(run / "checkpoints/122")
 
 
 def test_two_checkpoints_are_compared_bit_by_bit(road):
-    told = door("checkpoint", "diff", "base/checkpoints/120", "base/checkpoints/122", cwd=road, ok=False)
+    told = door(
+        "checkpoint", "diff", "base/checkpoints/120", "base/checkpoints/122", cwd=road, ok=False
+    )
     assert "params/blocks/q:" in told and "differ" in told
     assert "equal" in door("checkpoint", "diff", "base", "base/checkpoints/122", cwd=road)
     assert "params/embed" in door("checkpoint", "inspect", "base", cwd=road)
@@ -402,93 +628,178 @@ def test_a_step_names_its_documents(road):
     assert "prose" in told and "code" in told
 
 
-def test_the_losses_of_a_steps_documents_make_its_loss_and_the_worst_comes_first(road, tmp_path, monkeypatch):
+def test_the_losses_of_a_steps_documents_make_its_loss_and_the_worst_comes_first(
+    road, tmp_path, monkeypatch
+):
     """At the step after a checkpoint they are what the step itself computed; a document of noise put into a row is named."""
     run = tmp_path / "run"
     shutil.copytree(road / "base", run, ignore=shutil.ignore_patterns("corpus", "packed", "hf"))
     shutil.copytree(road / "base/packed", tmp_path / "packed")
     settings = json.loads((run / "config.json").read_text())
-    settings["mixture"]["packed"] = [str(tmp_path / "packed")]
+    settings["mixture"]["packed_paths"] = [str(tmp_path / "packed")]
     settings["train"]["log_every"] = 1
     (run / "config.json").write_text(json.dumps(settings))
-    words = tokenizer.load(run / "tokenizer")
-    used, found = culprits.rank(run, 121, words.fingerprint)
+    words = tokenizer.load_tokenizer(run / "tokenizer")
+    used, found = attribution.rank_documents(run, 121, words.fingerprint)
     assert used.name == "120"
-    (record,) = [each for each in read_metrics(road / "base/metrics.jsonl") if each["step"] == 122 and "loss" in each]  # the mean of 121 and 122
-    _, last = culprits.rank(run, 122, words.fingerprint)
-    sums = [(sum(each.nats_sum for each in step), sum(each.n_trained for each in step)) for step in (found, last)]
-    assert sum(nats for nats, _ in sums) / sum(n for _, n in sums) == pytest.approx(record["loss"], abs=0.02), "one update apart at most"
-    assert [each.lift for each in found] == sorted((each.lift for each in found), reverse=True)
-    documents = list(loader.trace(run, 121, words.fingerprint))
-    assert {(each.seen.slot, each.seen.document) for each in found} <= {(each.slot, each.document) for each in documents}
+    (record,) = [
+        each
+        for each in read_metrics(road / "base/metrics.jsonl")
+        if each["step"] == 122 and "loss" in each
+    ]  # the mean of 121 and 122
+    _, last = attribution.rank_documents(run, 122, words.fingerprint)
+    sums = [
+        (sum(each.loss_sum for each in step), sum(each.n_trained for each in step))
+        for step in (found, last)
+    ]
+    assert sum(nats for nats, _ in sums) / sum(n for _, n in sums) == pytest.approx(
+        record["loss"], abs=0.02
+    ), "one update apart at most"
+    assert [each.delta for each in found] == sorted((each.delta for each in found), reverse=True)
+    documents = list(loader.trace_step(run, 121, words.fingerprint))
+    assert {(each.document.slot, each.document.document) for each in found} <= {
+        (each.slot, each.document) for each in documents
+    }
 
-    victim = next(each for each in reversed(found) if len(each.seen.tokens) > 30).seen
-    rows = loader.open_rows([tmp_path / "packed"])
+    victim = next(each for each in reversed(found) if len(each.document.tokens) > 30).document
+    rows = loader.open_packed([tmp_path / "packed"])
     noise = np.random.default_rng(0).integers(3, 500, len(victim.tokens)).astype(np.int32)
-    real = rows.row
+    real = rows.read_sequence
     monkeypatch.setattr(loader, "open_rows", lambda *_: rows)
 
     def noisy(name, i):
         row = real(name, i)
-        if (name, i) != (victim.source, victim.row):
+        if (name, i) != (victim.source, victim.sequence):
             return row
         start = bytes(row.tokens).find(bytes(victim.tokens)) // 4
-        return row._replace(tokens=np.concatenate([row.tokens[:start], noise, row.tokens[start + len(noise) :]]))
+        return row._replace(
+            tokens=np.concatenate([row.tokens[:start], noise, row.tokens[start + len(noise) :]])
+        )
 
     monkeypatch.setattr(rows, "row", noisy)
-    _, found = culprits.rank(run, 121, words.fingerprint)
+    _, found = attribution.rank_documents(run, 121, words.fingerprint)
     monkeypatch.undo()
-    assert (found[0].seen.slot, found[0].seen.document) == (victim.slot, victim.document)
+    assert (found[0].document.slot, found[0].document.document) == (victim.slot, victim.document)
     told = door("trace", "--workdir", run, "--step", "121", "--losses", cwd=road)
     assert "checkpoints/120: nats a token" in told and len(told.splitlines()) == len(found) + 1
 
 
-def test_other_shares_and_another_batch_in_mid_run_and_other_rows_when_accepted(road, tmp_path, monkeypatch):
+def test_other_shares_and_another_batch_in_mid_run_and_other_rows_when_accepted(
+    road, tmp_path, monkeypatch
+):
     """Through the loop: what was read stays in the account, a step's documents stay known, and an override says what it breaks."""
     flags = copy_of_base(road, tmp_path / "run")
     run = tmp_path / "run"
     monkeypatch.chdir(road)  # from where the recipe names its rows
-    before = [(each.slot, each.document) for each in loader.trace(road / "base", 100, tokenizer.load(run / "tokenizer").fingerprint)]
+    before = [
+        (each.slot, each.document)
+        for each in loader.trace_step(
+            road / "base", 100, tokenizer.load_tokenizer(run / "tokenizer").fingerprint
+        )
+    ]
     more = [
-        "--config.train.steps=126", "--config.train.batch_rows=12", "--config.mixture.phases=((0, {'code': 0.5, 'prose': 0.5}),)",
+        "--config.train.steps=126", "--config.train.batch_size=12", "--config.mixture.phases=((0, {'code': 0.5, 'prose': 0.5}),)",
         "--config.mixture.max_epochs=(('all', 999.0),)",
     ]  # fmt: skip
     told = door("train", *flags, *more, cwd=road)
-    assert "mixture.phases" in told and "train.batch_rows: 12, was 24" in told
+    assert "mixture.phases" in told and "train.batch_size: 12, was 24" in told
     account = Manifest.load(run / "checkpoints/126").counts["account"]
     assert [each[:3] for each in account] == [[0, 0, 24], [122, 122 * 24, 12]]
     assert account[0][3] == {"prose": 1.0} and account[1][3] == {"code": 0.5, "prose": 0.5}
     assert Manifest.load(run / "checkpoints/126").counts["rows"] == 122 * 24 + 4 * 12
-    words = tokenizer.load(run / "tokenizer").fingerprint
-    assert [(each.slot, each.document) for each in loader.trace(run, 100, words)] == before
-    assert {each.source for each in loader.trace(run, 124, words)} == {"code", "prose"}
+    words = tokenizer.load_tokenizer(run / "tokenizer").fingerprint
+    assert [(each.slot, each.document) for each in loader.trace_step(run, 100, words)] == before
+    assert {each.source for each in loader.trace_step(run, 124, words)} == {"code", "prose"}
 
     (run / "manifest.json").unlink()
-    assert "mixture.seed" in door("train", *flags, *more, "--config.mixture.seed=1", cwd=road, ok=False)
+    assert "mixture.seed" in door(
+        "train", *flags, *more, "--config.mixture.seed=1", cwd=road, ok=False
+    )
     shutil.copytree(road / "base/tokenizer", tmp_path / "other/tokenizer")
     shutil.copytree(road / "base/corpus", tmp_path / "other/corpus")
-    door("pack", "--config", "toy.py", "--workdir", tmp_path / "other", "--config.pack.method=course", cwd=road)
-    more = [*more, f"--config.mixture.packed={tmp_path}/other/packed", "--config.train.steps=128"]
+    door(
+        "pack",
+        "--config",
+        "toy.py",
+        "--workdir",
+        tmp_path / "other",
+        "--config.pack.method=course",
+        cwd=road,
+    )
+    more = [
+        *more,
+        f"--config.mixture.packed_paths={tmp_path}/other/packed",
+        "--config.train.steps=128",
+    ]
     told = door("train", *flags, *more, cwd=road, ok=False)
     assert "which breaks this: rows read in epochs that are under way may come again" in told
-    accept = told.partition("--config.mixture.accept=")[2][:16]
-    told = door("train", *flags, *more, f"--config.mixture.accept={accept}", cwd=road)
+    accept = told.partition("--config.mixture.allow_changed_data=")[2][:16]
+    told = door("train", *flags, *more, f"--config.mixture.allow_changed_data={accept}", cwd=road)
     assert "accepted" in told and "documents of steps up to 126 can no longer be traced" in told
     with pytest.raises(UserError, match="step 100 read other rows"):
-        next(loader.trace(run, 100, words))
-    assert list(loader.trace(run, 127, words))
+        next(loader.trace_step(run, 100, words))
+    assert list(loader.trace_step(run, 127, words))
 
 
 @pytest.mark.parametrize(
     ("arguments", "answer"),
     [
         (["train", "--config", "toy.py", "--workdir", "x"], "pack"),
-        (["train", "--config", "toy.py", "--workdir", "x", "--config.mixture.packed=base/packed", "--config.pack.row_len=32"], "have 64 tokens"),
-        (["train", "--config", "toy.py", "--workdir", "x", "--config.mixture.packed=base/packed", "--config.initialize.source=nowhere"], "nowhere"),
-        (["train", "--config", "toy.py", "--workdir", "x", "--config.mixture.packed=base/packed", "--config.model.max_positions=32"], "longer than"),
-        (["train", "--config", "toy.py", "--workdir", "grown", "--config.mixture.packed=base/packed"], "made by initialize"),
-        (["initialize", "--from", "base", "--grow", "depth_upscale(m=9)", "--to", "x"], "wanted 0 to 2"),
-        (["initialize", "--from", "base/packed", "--to", "x"], "no finished checkpoint and no Hugging Face model"),
+        (
+            [
+                "train",
+                "--config",
+                "toy.py",
+                "--workdir",
+                "x",
+                "--config.mixture.packed_paths=base/packed",
+                "--config.pack.seq_len=32",
+            ],
+            "have 64 tokens",
+        ),
+        (
+            [
+                "train",
+                "--config",
+                "toy.py",
+                "--workdir",
+                "x",
+                "--config.mixture.packed_paths=base/packed",
+                "--config.initialize.source=nowhere",
+            ],
+            "nowhere",
+        ),
+        (
+            [
+                "train",
+                "--config",
+                "toy.py",
+                "--workdir",
+                "x",
+                "--config.mixture.packed_paths=base/packed",
+                "--config.model.max_seq_len=32",
+            ],
+            "longer than",
+        ),
+        (
+            [
+                "train",
+                "--config",
+                "toy.py",
+                "--workdir",
+                "grown",
+                "--config.mixture.packed_paths=base/packed",
+            ],
+            "made by initialize",
+        ),
+        (
+            ["initialize", "--from", "base", "--grow", "depth_upscale(m=9)", "--to", "x"],
+            "wanted 0 to 2",
+        ),
+        (
+            ["initialize", "--from", "base/packed", "--to", "x"],
+            "no finished checkpoint and no Hugging Face model",
+        ),
         (["export_hf", "--from", "nowhere", "--to", "x"], "nowhere"),
         (["checkpoint", "inspect", "base/packed"], "no finished checkpoint"),
     ],
@@ -509,7 +820,14 @@ def test_a_model_that_does_not_fit_the_rows_is_stopped_before_the_first_update(r
     tensors[name] = np.ascontiguousarray(tensors[name][np.random.default_rng(0).permutation(512)])
     save_file(tensors, tmp_path / "hf/model.safetensors")
     source = f"--config.initialize.source={tmp_path / 'hf'}"
-    flags = ["--config", "toy.py", "--workdir", tmp_path / "run", "--config.mixture.packed=base/packed", source]
+    flags = [
+        "--config",
+        "toy.py",
+        "--workdir",
+        tmp_path / "run",
+        "--config.mixture.packed_paths=base/packed",
+        source,
+    ]
     assert "where its makers measured" in door("train", *flags, cwd=road, ok=False)
     (tmp_path / "hf/jaxpt.json").unlink()  # somebody else's model
     assert "counting tokens alone" in door("train", *flags, cwd=road, ok=False)

@@ -1,0 +1,62 @@
+"""Set up logging: progress on the terminal of rank 0, warnings of every rank in a file of its own.
+
+Modules log by `log = logging.getLogger(__name__)`. Results (tables, samples) are printed instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+import sys
+
+PACKAGE = "jaxpt"
+FORMAT = "%(asctime)s %(levelname).1s %(message)s"
+TIME = "%H:%M:%S"
+
+
+class TerminalHandler(logging.Handler):
+    """Writes to stderr, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
+        from tqdm import tqdm  # after --help was answered
+
+        tqdm.write(self.format(record), file=sys.stderr)
+        sys.stderr.flush()
+
+
+def set_up_logging() -> None:
+    """Send the package's messages, from INFO on, to this process's terminal."""
+    logger = logging.getLogger(PACKAGE)
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, TerminalHandler) for handler in logger.handlers):
+        add_handler(TerminalHandler(), FORMAT)
+
+
+def set_rank(rank: int, n_processes: int, directory: pathlib.Path) -> None:
+    """Let rank 0 alone speak on the terminal, and each rank write its warnings to a file.
+
+    Args:
+        rank: index of this process.
+        n_processes: how many processes take part; with one, nothing changes.
+        directory: the run directory; warnings go to `logs/rank-RANK.log` in it.
+    """
+    if n_processes == 1:
+        return
+    logger = logging.getLogger(PACKAGE)
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    with_rank = f"%(asctime)s %(levelname).1s [rank {rank}] %(message)s"
+    if rank == 0:
+        add_handler(TerminalHandler(), with_rank)
+    path = directory / "logs" / f"rank-{rank}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    to_file = logging.FileHandler(path)
+    to_file.setLevel(logging.WARNING)
+    add_handler(to_file, with_rank)
+
+
+def add_handler(handler: logging.Handler, layout: str) -> None:
+    """Attach a handler to the package's logger."""
+    handler.setFormatter(logging.Formatter(layout, TIME))
+    logging.getLogger(PACKAGE).addHandler(handler)

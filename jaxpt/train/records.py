@@ -1,0 +1,178 @@
+"""What a training run writes to metrics.jsonl, starts.jsonl, its checkpoints and its manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+
+# MixturePhase (one entry of phases.json): step, sequence, batch_size, shares, fingerprint
+from jaxpt.data.mixture import MixturePhase
+from jaxpt.spec import Record
+
+# ---- metrics.jsonl: one record per line, told apart by `kind`; steps count updates from 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainMetrics(Record):
+    """Metrics over the steps since the last record."""
+
+    step: int
+    loss: float  # mean nats per token, without z-loss
+    grad_norm: float  # of the last step, before clipping
+    lr: float  # peak group's, of the last step
+    n_tokens: int  # since step 0, padding included
+    epochs: dict[str, float]  # source -> times read
+    tokens_per_second: float  # over all devices
+    step_seconds: float  # mean
+    mfu: float | None  # model FLOPs utilization, 0 to 1; None: peak FLOP/s not known
+    memory_bytes: int  # peak of the first device; on CPU of the process
+    n_skipped: int  # updates skipped since step 0
+    seconds: float  # since step 0, resumes included
+    usd: float | None  # since step 0, over all devices; None: no price is known
+    kind: str = "train"
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldoutMetrics(Record):
+    """Held-out loss after a step."""
+
+    step: int
+    heldout_loss: dict[str, float]  # source -> nats per token
+    parent_loss: dict[str, float] | None = None  # the parent's on the same sequences
+    kind: str = "heldout"
+
+
+@dataclasses.dataclass(frozen=True)
+class SkippedUpdate(Record):
+    """An update that was skipped: not finite, or a spike of the gradient norm."""
+
+    step: int
+    loss: float | None  # nats per token; None: not finite
+    grad_norm: float | None  # None: not finite
+    documents: tuple[str, ...]  # ids of the first documents of the batch
+    n_documents: int  # of the whole batch
+    kind: str = "skipped"
+
+
+@dataclasses.dataclass(frozen=True)
+class GrowthEvent(Record):
+    """The model was grown after a step."""
+
+    step: int
+    operator: str  # as in train.grow
+    n_layers: int  # of the grown model, as n_params
+    n_params: int
+    kind: str = "growth"
+
+
+@dataclasses.dataclass(frozen=True)
+class ResumeEvent(Record):
+    """The run was resumed after a step."""
+
+    step: int
+    kind: str = "resume"
+
+
+MetricRecord = TrainMetrics | HeldoutMetrics | SkippedUpdate | GrowthEvent | ResumeEvent
+METRIC_RECORDS = {
+    record.kind: record
+    for record in (TrainMetrics, HeldoutMetrics, SkippedUpdate, GrowthEvent, ResumeEvent)
+}
+
+
+# ---- starts.jsonl: one record per start of the run
+
+
+@dataclasses.dataclass(frozen=True)
+class StartRecord(Record):
+    """What ran, where and from which step; program.diff holds the changes since `commit`."""
+
+    started: str  # ISO 8601, UTC
+    command: str
+    working_dir: str
+    host: str
+    versions: dict[str, str]  # package -> version
+    commit: str  # "": no git
+    step: int  # updates done before this start
+    n_processes: int
+    n_devices: int  # over all processes
+    device_kind: str  # JAX's name
+
+
+# ---- checkpoints
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainProgress(Record):
+    """Position of a run, from which it resumes bit by bit."""
+
+    step: int = 0  # updates done or skipped
+    n_sequences: int = 0  # read
+    interval_loss_sum: float = 0.0  # nats since the last TrainMetrics
+    interval_n_tokens: float = 0.0  # trained on since the last TrainMetrics
+    n_growths: int = 0  # of train.grow, done
+    data_history: tuple[MixturePhase, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisRanges(Record):
+    """The new indices of one logical axis."""
+
+    size: int  # of the axis
+    new: tuple[tuple[int, int], ...]  # [start, stop) of each range
+
+
+@dataclasses.dataclass(frozen=True)
+class NewParamsRecord(Record):
+    """What the last growth added, by logical axis."""
+
+    axes: dict[str, AxisRanges]  # logical axis -> its new indices
+    adam_count: int  # Adam's count when the model grew
+    rewarm: str  # parameters re-warmed from zero moments: "none", "new" or "all"
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldoutRecord(Record):
+    """Held-out losses and what they were measured on."""
+
+    losses: dict[str, float]  # source -> nats per token
+    fingerprint: str  # of the held-out sequences
+    n_sequences: int  # per source, at most
+    document_mask: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplayPhases(Record):
+    """mixture.phases as configured, and as train.on_forgetting=replay changed them."""
+
+    configured: tuple[tuple[int, dict[str, float]], ...]  # (from step, {source: share})
+    in_force: tuple[tuple[int, dict[str, float]], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointRecord(Record):
+    """Counts of a checkpoint's manifest; fields after `step` are None where unknown."""
+
+    step: int
+    progress: TrainProgress | None = None  # None: initialized, not trained by this run
+    data_fingerprint: str | None = None  # of the packed sequences
+    mixture_seed: int | None = None
+    optimizer: str | None = None  # optim.name
+    lr: float | None = None  # of the last step
+    new_params: NewParamsRecord | None = None
+    parent_loss: dict[str, float] | None = None  # source -> the parent's held-out nats per token
+    replay: ReplayPhases | None = None
+    heldout: HeldoutRecord | None = None  # None: not measured at this step
+
+
+# ---- manifest.json of a finished run
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainCounts(Record):
+    """Counts of the train stage's manifest."""
+
+    n_steps: int
+    n_sequences: int
+    n_tokens: int  # padding included
+    heldout_loss: dict[str, float]  # source -> nats per token, after the last step
+    n_params: int
