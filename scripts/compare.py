@@ -1,5 +1,7 @@
 r"""Compare models: continuations of the same prompts side by side, or documents they differ on.
 
+A model is a run, a checkpoint or a Hugging Face directory.
+
   python scripts/compare.py --models runs/base runs/python --prompts prompts.txt \
       --repetition-penalty 1.1
   python scripts/compare.py --models runs/base runs/python \

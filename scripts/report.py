@@ -49,7 +49,7 @@ def main():
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="with --lineage: recompute all checksums and fingerprints; name the first that differs",
+        help="with --lineage: recompute all fingerprints and name the first that differs",
     )
     arguments = parser.parse_args()
     outputs = (arguments.to, arguments.serve, arguments.lineage)

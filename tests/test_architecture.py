@@ -2,13 +2,13 @@
 
 import ast
 import dataclasses
-import io
 import os
 import re
+import runpy
 import subprocess
 import sys
-import tokenize
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -145,8 +145,9 @@ def test_every_knob_is_read_somewhere():
 
 
 def test_training_starts_light():
-    """What train.py imports before and while it runs is only what a machine that trains must have."""
-    code = "import sys; from jaxpt.train import loop, metrics; metrics.import_summary_writer(); print(*{name.split('.')[0] for name in sys.modules})"
+    """train.py imports only what a machine that trains must have."""
+    code = "import sys; from jaxpt.train import loop, metrics; metrics.import_summary_writer()\n"
+    code += "print(*{name.split('.')[0] for name in sys.modules})"
     loaded = set(
         subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
@@ -170,11 +171,17 @@ def test_training_starts_light():
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_every_command_answers_help_without_importing_jax(path):
-    code = f"import runpy, sys; sys.argv = [{str(path)!r}, '--help']\ntry: runpy.run_path({str(path)!r}, run_name='__main__')\nexcept SystemExit: pass\nprint('LOADED', *sys.modules)"
-    told = subprocess.run(
+    code = f"""import runpy, sys
+sys.argv = [{str(path)!r}, "--help"]
+try:
+    runpy.run_path({str(path)!r}, run_name="__main__")
+except SystemExit:
+    print("LOADED", *sys.modules)
+"""
+    output = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
-    usage, _, loaded = told.partition("LOADED")
+    usage, _, loaded = output.partition("LOADED")
     assert "usage" in usage and "python scripts/" in usage, "help shows an example"
     assert "jax" not in loaded.split(), (
         "--help must not import jax: it answers in well under two seconds"
@@ -182,18 +189,21 @@ def test_every_command_answers_help_without_importing_jax(path):
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
-    [("3.10", "expected Python 3.11 or newer, got Python 3.10"), (None, "got one that does not run")],
+    ("version", "message"),
+    [
+        ("3.10", "expected Python 3.11 or newer, got Python 3.10"),
+        (None, "got one that does not run"),
+    ],
 )
-def test_a_python_that_cannot_run_it_is_named(tmp_path, said, told):
+def test_a_python_that_cannot_run_it_is_named(tmp_path, version, message):
     python = tmp_path / "python"
-    python.write_text(f"#!/bin/sh\n{'echo ' + said if said else ''}\nexit 1\n")
+    python.write_text(f"#!/bin/sh\n{'echo ' + version if version else ''}\nexit 1\n")
     python.chmod(0o755)
     script = ["bash", ROOT / "scripts/quickstart.sh"]
     done = subprocess.run(
         script, env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True
     )
-    assert done.returncode == 1 and told in done.stderr and len(done.stderr.splitlines()) == 1
+    assert done.returncode == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_the_text_speaks_of_the_project_alone():
@@ -231,48 +241,14 @@ def test_no_private_word_is_left():
 
 # ---- density: one thought per line
 
-LAYOUT = {
-    tokenize.NL,
-    tokenize.NEWLINE,
-    tokenize.INDENT,
-    tokenize.DEDENT,
-    tokenize.COMMENT,
-    tokenize.ENDMARKER,
-}
-
-
-def docstring_lines(tree):
-    lines = set()
-    for node in ast.walk(tree):
-        has_docstring = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
-        if has_docstring and ast.get_docstring(node, clean=False) is not None:
-            lines |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    return lines
-
-
-def count_density(paths):
-    """Return tokens per code line and per logical line; docstrings and comments do not count."""
-    n_tokens = n_lines = n_statements = 0
-    for path in paths:
-        text = path.read_text()
-        skipped, lines = docstring_lines(ast.parse(text)), set()
-        for token in tokenize.generate_tokens(io.StringIO(text).readline):
-            if token.start[0] in skipped:
-                continue
-            n_statements += token.type == tokenize.NEWLINE
-            if token.type not in LAYOUT:
-                n_tokens += 1
-                lines.add(token.start[0])
-        n_lines += len(lines)
-    return n_tokens / n_lines, n_tokens / n_statements
-
 
 # an f-string is one token before Python 3.12 and many after
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="tokens are counted by Python 3.11")
 def test_a_line_holds_one_thought():
-    per_line, per_statement = count_density(FILES)
-    assert per_line <= 8.5, f"{per_line:.2f} tokens per code line"
-    assert per_statement <= 10, f"{per_statement:.2f} tokens per statement"
+    count_file = runpy.run_path(str(ROOT / "scripts/count_density.py"))["count_file"]
+    n_tokens, n_lines, n_statements = np.sum([count_file(path) for path in FILES], axis=0)
+    assert n_tokens / n_lines <= 8.5
+    assert n_tokens / n_statements <= 10
 
 
 def test_no_line_is_longer_than_100_characters():
