@@ -354,8 +354,8 @@ REQUIRED_KEYS: dict[str, dict[str, Any]] = {
     "manifest.json": {"fingerprint": str, "inputs": dict, "counts": dict},
     "spec.json": dict.fromkeys(SIZES, int),
     "growth.json": {
-        **{"parent": str, "operators": list, "at_step": int | None, "layer_map": list},
-        **{"n_params": dict, "spec": dict, "verdict": str},
+        "parent": str, "operators": list, "at_step": int | None, "layer_map": list,
+        "n_params": dict, "spec": dict, "verdict": str,
     },
     "funnel.json": {"sources": list, "steps": list},
     "samples.json": {"prompts": list},

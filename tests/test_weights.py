@@ -85,7 +85,9 @@ def test_each_type_comes_in_exactly_and_goes_out_as_it_came(dtype, tmp_path, one
 
 
 def test_config_json_tells_old_and_new_readers_the_same(spec, tmp_path, one):
-    """An old reader knows rope_theta, rope_scaling and torch_dtype; a new one rope_parameters and dtype. transformers takes either for the truth."""
+    """An old reader knows rope_theta, rope_scaling and torch_dtype; a new one rope_parameters and
+    dtype. transformers takes either for the truth.
+    """
 
     def logits(config):
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -113,7 +115,9 @@ def test_config_json_tells_old_and_new_readers_the_same(spec, tmp_path, one):
 
 
 def test_import_and_export_hold_a_few_tensors_on_the_host(tmp_path):
-    """numpy's and Python's memory, by tracemalloc; what the devices hold and the files' pages in the system's cache are not in it."""
+    """numpy's and Python's memory, by tracemalloc; what the devices hold and the files' pages in
+    the system's cache are not in it.
+    """
     spec = ModelSpec(
         n_layers=40, d_model=256, d_ff=512, n_heads=8, n_kv_heads=2, d_head=32, vocab_size=400
     )
@@ -121,7 +125,9 @@ def test_import_and_export_hold_a_few_tensors_on_the_host(tmp_path):
     mesh = sharding.make_mesh(config.MeshConfig(fsdp=4, tensor=2))
 
     def peak(work) -> int:
-        """Bytes above what stays: the embedding, which is read in one piece, becomes a CPU device's memory as it is."""
+        """Bytes above what stays: the embedding, which is read in one piece, becomes a CPU device's
+        memory as it is.
+        """
         work()  # compiled here
         tracemalloc.start()
         try:
@@ -230,10 +236,13 @@ def test_the_card_tells_what_the_model_was_made_from_and_how_it_grew(tmp_path, s
         assert (
             "# run\n" in card
             and f"Grown from org/tiny@{sha} by depth_upscale(m=2): " in card
-            and "began as the parent's layers 0 1 2 2 3 4." in card
+            and "were copied from the parent's layers 0 1 2 2 3 4." in card
         )
         found = Manifest.load(run)
-        step = f"checkpoint 0 {Manifest.load(run / 'checkpoints/0').fingerprint}; grown by depth_upscale(m=2)"
+        step = (
+            f"checkpoint 0 {Manifest.load(run / 'checkpoints/0').fingerprint}; "
+            "grown by depth_upscale(m=2)"
+        )
         assert (
             f"| initialize | {run} | {found.fingerprint} | {found.created} | with python " in card
             and step in card
@@ -290,7 +299,10 @@ BROKEN = {
         "model_type: expected llama, .*, got 'gpt2'",
     ),
     "quantized": (lambda d: edit_config(d, quantization_config={"bits": 4}), "quantization_config"),
-    "another activation": (lambda d: edit_config(d, hidden_act="gelu"), "hidden_act: expected silu, got 'gelu'"),
+    "another activation": (
+        lambda d: edit_config(d, hidden_act="gelu"),
+        "hidden_act: expected silu, got 'gelu'",
+    ),
     "rotation of a part": (
         lambda d: edit_config(d, partial_rotary_factor=0.5),
         "partial_rotary_factor: expected 1.0, got 0.5",
@@ -330,7 +342,10 @@ BROKEN = {
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors: not found"),
     "pickled weights": (
         pickled,
-        r"holds: config.json, .*pytorch_model.bin.* safetensors only, since pickled ones .* can run code",
+        (
+            r"holds: config.json, .*pytorch_model.bin.* safetensors only, since "
+            r"pickled ones .* can run code"
+        ),
     ),
     "weights cut short": (
         lambda d: (d / "model.safetensors").write_bytes(
@@ -484,7 +499,7 @@ def test_a_doubled_tensor_and_a_tied_copy_that_differs_are_named(tmp_path, one):
     (tmp_path / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"a": "again.safetensors", "b": "model.safetensors"}})
     )
-    with pytest.raises(UserError, match="stands in another file"):
+    with pytest.raises(UserError, match="is also in another file"):
         huggingface.load_hf_model(tmp_path, one)
 
 
@@ -492,7 +507,9 @@ def test_a_doubled_tensor_and_a_tied_copy_that_differs_are_named(tmp_path, one):
 
 
 def stories260k(folder: pathlib.Path, out: pathlib.Path) -> list[bytes]:
-    """Bring the llama2.c checkpoint to a Hugging Face directory, as a user of it would; returns its pieces."""
+    """Bring the llama2.c checkpoint to a Hugging Face directory, as a user of it would; returns its
+    pieces.
+    """
     from safetensors.numpy import save_file
 
     raw = (folder / "stories260K.bin").read_bytes()

@@ -723,7 +723,7 @@ def check_hf_config(config: dict[str, Any], path: pathlib.Path) -> None:
             "Convert the model, or take another."
         )
 
-    if config.get("model_type") not in FAMILIES:
+    if config.get("model_type") not in tuple(FAMILIES):
         refuse("model_type", ", ".join(FAMILIES))
     if config.get("quantization_config"):
         refuse("quantization_config", "none (train the original weights)")
