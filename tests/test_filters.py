@@ -115,7 +115,7 @@ def test_a_rule_that_fails_is_named_with_the_documents(form):
     ],
 )
 def test_borders_of_the_course_rules_belong_to_the_document(text, stays):
-    rule = rules.max_line_length if "\n\n" not in text.strip() else rules.paragraph_repetition
+    rule = rules.line_length if "\n\n" not in text.strip() else rules.paragraph_repetition
     assert (rule(text) == "") == stays
 
 

@@ -311,7 +311,7 @@ def test_the_final_norm_stands_for_a_tied_head(spec, one):
 def gradient(spec, params, batch):
     def nats(params):
         model = llama.bind_params(spec, params)
-        hidden = model(batch.tokens, batch.segments, batch.positions)
+        hidden = model(batch.tokens, batch.segment_ids, batch.positions)
         return loss.cross_entropy(hidden, model.lm_head(), batch.targets, batch.weights)[0]
 
     return jax.jit(jax.grad(nats))(params)
@@ -405,7 +405,7 @@ def trained(settings, spec, mesh, n_steps, now=None, young=optimizer.NewParams()
 def after_growth(settings, spec, mesh, text, policy, n_before=3):
     now, _ = trained(settings, spec, mesh, n_before)
     grew = growth.plan_growth(text, growth.Parent(spec))
-    opt, guard, young = state.grow_state(now.opt, now.guard, grew, policy, mesh)
+    opt, guard, young = state.grow_state(now.opt_state, now.skip_state, grew, policy, mesh)
     return (
         grew,
         state.TrainState(now.step, growth.grow_params(grew, now.params, mesh), opt, guard),

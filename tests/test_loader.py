@@ -87,7 +87,7 @@ def test_rows_on_disk_are_the_rows_that_datasets_reads(workdir, rows):
             assert row.tokens.tolist() == theirs[i]["input_ids"]
             assert row.doc_lens.tolist() == theirs[i]["doc_lens"]
             assert row.loss_from.tolist() == theirs[i]["loss_from"]
-            assert rows.doc_ids(name, i) == theirs[i]["doc_ids"]
+            assert rows.read_document_ids(name, i) == theirs[i]["doc_ids"]
             assert row.tokens.dtype == np.int32
         for i in (-1, len(theirs)):
             with pytest.raises(IndexError):
@@ -165,7 +165,7 @@ def test_from_disk_to_logits_a_document_reads_as_if_it_stood_alone(workdir, rows
     @jax.jit
     def logits(batch):
         model = llama.bind_params(spec, params)
-        return model(batch.tokens, batch.segments, batch.positions) @ model.lm_head()
+        return model(batch.tokens, batch.segment_ids, batch.positions) @ model.lm_head()
 
     name, i = next(
         (n, i)
@@ -201,7 +201,7 @@ def test_any_mesh_gets_the_batch_of_one_device(sizes, rows, mixture):
     spread = batches(4, rows, mixture, mesh_of(sizes), BATCH_ROWS, 0, True)
     for i, (left, right) in enumerate(zip(alone, spread, strict=True)):
         assert_equal(left, right)
-        places = [mixture.row_at(i * BATCH_ROWS + slot) for slot in range(BATCH_ROWS)]
+        places = [mixture.sequence_at(i * BATCH_ROWS + slot) for slot in range(BATCH_ROWS)]
         assert_equal(left, loader.make_batch([rows.row(*place) for place in places], True))
     assert {name for name, _ in places} == {"code"}, "the second phase has begun"
 
@@ -221,7 +221,7 @@ def test_a_stream_resumed_at_any_row_is_the_uncut_stream(rows, mixture):
         np.testing.assert_array_equal(resumed.tokens[: len(wanted)], wanted)
         assert len(resumed.tokens) == batch_rows, (first_row, batch_rows)
     far = batches(1, rows, mixture, one, BATCH_ROWS, 10**12, True)[0]
-    np.testing.assert_array_equal(far.tokens[0], rows.row(*mixture.row_at(10**12)).tokens)
+    np.testing.assert_array_equal(far.tokens[0], rows.row(*mixture.sequence_at(10**12)).tokens)
 
 
 HOST = """

@@ -373,7 +373,7 @@ def test_a_second_start_does_nothing_and_another_question_is_refused(tmp_path, c
 
 def test_the_manifest_holds_every_knob_but_where_the_work_was_done(tmp_path):
     prepared(tmp_path / "run", ENGLISH)
-    assert {knob.name for knob in dataclasses.fields(PrepareConfig)} - {"engine"} == set(
+    assert {knob.name for knob in dataclasses.fields(PrepareConfig)} - {"executor"} == set(
         Manifest.load(tmp_path / "run/corpus").config
     ) - {"installed"}
 

@@ -217,7 +217,7 @@ LONG = [f"A line that says {i} and then {i * i}, so that it packs badly." for i 
 def test_what_cannot_be_read_stops_or_is_counted_by_name_and_the_rest_is_kept(
     tmp_path, monkeypatch, name, data, kept, n_unread, sentence
 ):
-    monkeypatch.setattr(sources, "LARGEST", 2500)
+    monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 2500)
     (tmp_path / name).write_bytes(data)
     kind = {"txt": "text", "parquet": "parquet"}.get(name.split(".")[1], "jsonl")
     if kind == "parquet":

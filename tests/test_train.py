@@ -213,9 +213,9 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(one, run):
         seen.append(jax.device_get(now))
     _, before, _, after, mended = seen
     jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
-    jax.tree.map(np.testing.assert_array_equal, before.opt, after.opt)
+    jax.tree.map(np.testing.assert_array_equal, before.opt_state, after.opt_state)
     assert (
-        int(after.guard["n_skipped"]) == int(after.guard["n_in_a_row"]) == 2
+        int(after.skip_state["n_skipped"]) == int(after.skip_state["n_in_a_row"]) == 2
         and int(after.step) == 4
     )
     assert (
@@ -308,7 +308,7 @@ def test_muon_gives_one_curve_on_any_mesh_and_keeps_half_of_adams_moments(one):
     spread, _, run = train(sharding.make_mesh(MeshConfig(fsdp=4, tensor=2)), MUON, n=4)
     np.testing.assert_allclose(spread, alone, rtol=2e-5)
     assert run._cache_size() == 1 and alone[-1] < alone[0] - 0.4
-    adam = now.opt[0]
+    adam = now.opt_state[0]
     assert set(adam.nu["blocks"]) == {"attn_norm", "mlp_norm"} and set(adam.mu["blocks"]) == set(
         now.params["blocks"]
     )

@@ -207,7 +207,7 @@ def build_rule(one: RuleRequest) -> Rule:
             else functools.partial(apply_per_text, function, settings),
             one.name in rules.EDIT_RULES,
         )
-    return Rule(one.name, help=says, **{"edit" if edits else "judge": step})
+    return Rule(one.name, help=says, **{"edit" if edits else "drop": step})
 
 
 def fingerprint_list_file(name: str, path: Any) -> str:

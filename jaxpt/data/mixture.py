@@ -9,6 +9,7 @@ or another batch from some step on are one more stretch in the account of a run,
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import difflib
 import hashlib
 import itertools
@@ -20,12 +21,13 @@ import numpy as np
 from grain.experimental import index_shuffle
 
 from jaxpt import config
-from jaxpt.spec import UserError
+from jaxpt.spec import Record, UserError
 
 MAX_SLOTS = 4096  # of a phase; a share is a multiple of 1 / slots
 
 
-class MixturePhase(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class MixturePhase(Record):
     """Rows that a run reads under one setting; the list of them is the account of what a run has read and will read.
 
     step, row   steps done and global rows read before it

@@ -105,7 +105,7 @@ def prepare_corpus(
     executor.init_executor(knobs.executor)
 
     request = stage.to_jsonable(knobs)
-    del request["engine"]  # it decides where the work is done, not what comes out
+    del request["executor"]  # it decides where the work is done, not what comes out
     request["rules"] = [rule.help for rule in rules]
     words = (
         None
