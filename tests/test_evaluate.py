@@ -379,10 +379,10 @@ def test_an_interrupted_evaluation_asks_only_what_was_not_answered(
 
     to = tmp_path / "eval" / "truth.json"
     uncut = harness.evaluate_model(hf_dir, ["truthfulqa_mc2"], limit=4, data_dir=data_dir)
-    monkeypatch.setattr(likelihood, "continuation_log_likelihoods", cut_after(11))
+    monkeypatch.setattr(likelihood, "compute_continuation_log_likelihoods", cut_after(11))
     with pytest.raises(KeyboardInterrupt):
         harness.evaluate_model(hf_dir, ["truthfulqa_mc2"], limit=4, data_dir=data_dir, to=to)
-    monkeypatch.setattr(likelihood, "continuation_log_likelihoods", cut_after(10**6))
+    monkeypatch.setattr(likelihood, "compute_continuation_log_likelihoods", cut_after(10**6))
     went_on = harness.evaluate_model(hf_dir, ["truthfulqa_mc2"], limit=4, data_dir=data_dir, to=to)
     assert asked[0] - asked[1] == 11
     score_of = lambda found: found["results"]["truthfulqa_mc2"]["acc,none"]  # noqa: E731
@@ -480,7 +480,7 @@ def test_shards_looked_through_in_processes_give_what_they_give_in_turn(tmp_path
         {("task", "3"): (shared(3), "0/1"), ("task", "1"): (shared(1), "1/0")},
         {str(tmp_path): 5},
     )
-    monkeypatch.setattr(contamination, "WORTH_PROCESSES", 0)
+    monkeypatch.setattr(contamination, "MIN_BYTES_FOR_PROCESSES", 0)
     assert contamination.find_overlaps(items, [tmp_path]) == in_turn
 
 
@@ -527,7 +527,7 @@ def test_a_group_says_how_many_examples_and_none_of_them_is_an_item(
     score = likelihood.compute_continuation_log_likelihoods
     monkeypatch.setattr(
         likelihood,
-        "continuation_log_likelihoods",
+        "compute_continuation_log_likelihoods",
         lambda spec, params, pairs, **how: seen.extend(pairs) or score(spec, params, pairs, **how),
     )
     found = harness.evaluate_model(hf_dir, ["two"], data_dir=data_dir)

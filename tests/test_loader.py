@@ -215,11 +215,11 @@ def test_a_stream_resumed_at_any_row_is_the_uncut_stream(rows, mixture):
     random = (
         np.random.default_rng().integers((0, 1), (95, 17), (4, 2)).tolist()
     )  # other rows every time
-    for first_row, batch_rows in ((48, 16), (7, 16), (32, 4), (95, 1), *random):
-        resumed = batches(1, rows, mixture, one, batch_rows, first_row, True)[0]
-        wanted = tokens[first_row : first_row + batch_rows]
+    for first_row, batch_size in ((48, 16), (7, 16), (32, 4), (95, 1), *random):
+        resumed = batches(1, rows, mixture, one, batch_size, first_row, True)[0]
+        wanted = tokens[first_row : first_row + batch_size]
         np.testing.assert_array_equal(resumed.tokens[: len(wanted)], wanted)
-        assert len(resumed.tokens) == batch_rows, (first_row, batch_rows)
+        assert len(resumed.tokens) == batch_size, (first_row, batch_size)
     far = batches(1, rows, mixture, one, BATCH_ROWS, 10**12, True)[0]
     np.testing.assert_array_equal(far.tokens[0], rows.row(*mixture.sequence_at(10**12)).tokens)
 
@@ -380,8 +380,8 @@ def test_of_a_set_too_large_to_check_at_once_no_damaged_row_is_trained_on_and_th
     workdir, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(pack, "BATCH_TOKENS", 40 * ROW_LEN)
-    monkeypatch.setattr(loader, "VERIFY_BYTES", 0)
-    monkeypatch.setattr(loader, "OPEN_BATCHES", 3)
+    monkeypatch.setattr(loader, "MAX_BYTES_VERIFIED_AT_OPEN", 0)
+    monkeypatch.setattr(loader, "MAX_OPEN_BATCHES", 3)
     for part in ("corpus", "tokenizer"):
         shutil.copytree(workdir / part, tmp_path / part)
     pack.pack_corpus(packing(), tmp_path)
@@ -505,7 +505,7 @@ def test_the_cache_of_an_object_store_keeps_its_bounds_and_trusts_no_damaged_fil
     here = loader.open_packed([tmp_path / "packed"])
     limit = 3.5 * here.sources["english"].byte_range(0).n_bytes
     monkeypatch.setattr(storage, "CACHE_BYTES", limit)
-    monkeypatch.setattr(loader, "OPEN_BATCHES", 1)
+    monkeypatch.setattr(loader, "MAX_OPEN_BATCHES", 1)
     (directory,) = [storage.cache_directory() / here.sources["code"].fingerprint]
     for _ in range(2):
         there = loader.open_packed([address])
@@ -596,9 +596,9 @@ def test_a_prompt_has_no_weight_from_file_to_batch(workdir, tmp_path):
 
 
 def test_a_batch_that_the_mesh_cannot_cut_is_refused(rows, mixture):
-    for sizes, batch_rows in (({"fsdp": 8}, 12), ({"fsdp": 1, "context": 5}, 16)):
+    for sizes, batch_size in (({"fsdp": 8}, 12), ({"fsdp": 1, "context": 5}, 16)):
         with pytest.raises(UserError, match="cannot be cut evenly"):
-            next(loader.iterate_batches(rows, mixture, mesh_of(sizes), batch_rows, 0, True))
+            next(loader.iterate_batches(rows, mixture, mesh_of(sizes), batch_size, 0, True))
 
 
 def a_run(workdir, tmp_path, **changes):

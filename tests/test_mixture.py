@@ -17,7 +17,7 @@ N_ROWS = {"code": 101, "prose": 307, "wiki": 53}
 
 
 def mixing(*phases, n_rows=N_ROWS, batch_size=7, seed=0) -> MixtureSchedule:
-    return MixtureSchedule(config.MixtureConfig(phases=phases, seed=seed), n_rows, batch_rows)
+    return MixtureSchedule(config.MixtureConfig(phases=phases, seed=seed), n_rows, batch_size)
 
 
 @settings(deadline=None, max_examples=15)
@@ -90,7 +90,7 @@ def test_uses_go_on_counting_over_phases():
         : sum(name == "code" for name, _ in seen)
     ]
     assert {name for name, _ in seen[: 3 * 7]} == {"prose"}, (
-        "phases start at steps, rows are steps x batch_rows"
+        "phases start at steps, rows are steps x batch_size"
     )
     assert {name for name, _ in seen[11 * 7 : 20 * 7]} == {"code"}
     for n in (0, 1, 3 * 7, 3 * 7 + 5, 11 * 7, 60 * 7):
@@ -198,22 +198,22 @@ SHARES = strategies.fixed_dictionaries(
 def test_other_shares_or_another_batch_in_mid_run_repeat_no_row_and_skip_none(first, changes):
     """A run goes on several times, each time with other settings, of which the account alone knows the former; what it has read of a source
     is the beginning of that source's order, whatever was changed."""
-    batch_rows, n_done, n_read, shares = 7, 0, 0, first
+    batch_size, n_done, n_read, shares = 7, 0, 0, first
     mix, seen = mixing((0, first)), []
     for n_steps, *then in [*changes, (9, 5, first)]:
-        seen += [mix.sequence_at(i) for i in range(n_read, n_read + n_steps * batch_rows)]
-        n_done, n_read = n_done + n_steps, n_read + n_steps * batch_rows
-        batch_rows, shares = then
+        seen += [mix.sequence_at(i) for i in range(n_read, n_read + n_steps * batch_size)]
+        n_done, n_read = n_done + n_steps, n_read + n_steps * batch_size
+        batch_size, shares = then
         account = [
             mixture.MixturePhase(*each) for each in json.loads(json.dumps(mix.data_history(n_read)))
         ]
         before = [mix.count_uses(n) for n in range(0, n_read + 1, 5)]
         mix = MixtureSchedule(
-            config.MixtureConfig(phases=((0, shares),)), N_ROWS, batch_rows, account, n_done, n_read
+            config.MixtureConfig(phases=((0, shares),)), N_ROWS, batch_size, account, n_done, n_read
         )
         assert [mix.count_uses(n) for n in range(0, n_read + 1, 5)] == before
         assert [mix.sequence_at(i) for i in range(n_read)] == seen
-        assert mix.stretches[-1].shares == shares and mix.stretches[-1].batch_size == batch_rows
+        assert mix.stretches[-1].shares == shares and mix.stretches[-1].batch_size == batch_size
     for name in N_ROWS:
         alone = mixing((0, {name: 1.0}))
         taken = [row for source, row in seen if source == name]

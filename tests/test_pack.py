@@ -85,7 +85,7 @@ def test_best_fit_neither_loses_nor_doubles_a_token_and_cuts_only_what_is_too_lo
         for i, n in enumerate(lengths)
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pack, "WINDOW_PIECES", window)
+        patch.setattr(pack, "WINDOW_SEGMENTS", window)
         stretches = pack.split_windows(np.array(lengths, int), seq_len)
     rows = [
         row
@@ -236,7 +236,7 @@ def test_datasets_opens_the_rows_and_they_hold_the_corpus(method, workdir):
 def test_rows_depend_on_corpus_and_tokenizer_alone(workdir, monkeypatch):
     """Not on how many documents are encoded at once, nor on how many threads encode them."""
     once = pack.pack_corpus(packing(), workdir)
-    monkeypatch.setattr(pack, "ENCODE_CHARS", 1000)
+    monkeypatch.setattr(pack, "MAX_ENCODE_CHARS", 1000)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     (workdir / "packed").rename(workdir / "first")
     assert pack.pack_corpus(packing(), workdir).outputs == once.outputs
@@ -326,13 +326,13 @@ def test_a_killed_run_goes_on_and_comes_out_the_same(workdir, monkeypatch):
         return real(file, groups)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pack, "portions", killed)
+        patch.setattr(pack, "split_row_groups", killed)
         pack.pack_corpus(packing(), workdir)
     assert not (workdir / "packed").exists()
     read, written, write = [], [], pack.write_sequences
     monkeypatch.setattr(
         pack,
-        "portions",
+        "split_row_groups",
         lambda file, groups: read.append(file.parent.name + file.name) or real(file, groups),
     )
 
@@ -342,7 +342,7 @@ def test_a_killed_run_goes_on_and_comes_out_the_same(workdir, monkeypatch):
         return write(rows, file, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pack, "write", killed_later)
+        patch.setattr(pack, "write_sequences", killed_later)
         pack.pack_corpus(packing(), workdir)
     assert {name for name in read if "code" in name} == set(), (
         "what was tokenized is not tokenized again"
@@ -350,7 +350,7 @@ def test_a_killed_run_goes_on_and_comes_out_the_same(workdir, monkeypatch):
     read.clear()
     monkeypatch.setattr(
         pack,
-        "write",
+        "write_sequences",
         lambda rows, file, *rest: written.append(str(file)) or write(rows, file, *rest),
     )
     again = pack.pack_corpus(packing(), workdir)
@@ -422,7 +422,7 @@ def test_a_broken_corpus_is_named_and_nothing_is_published(workdir, harm, says):
 @pytest.mark.slow
 def test_a_mistake_that_another_process_finds_is_told_in_one_sentence(workdir, monkeypatch):
     damaged_shard(workdir)
-    monkeypatch.setattr(pack, "HERE_BYTES", 0)
+    monkeypatch.setattr(pack, "MAX_BYTES_IN_PROCESS", 0)
     with pytest.raises(UserError, match=r"english-00000\.parquet: its checksum") as error:
         pack.pack_corpus(packing(), workdir)
     assert "\n" not in str(error.value)

@@ -665,7 +665,7 @@ def test_the_losses_of_a_steps_documents_make_its_loss_and_the_worst_comes_first
     rows = loader.open_packed([tmp_path / "packed"])
     noise = np.random.default_rng(0).integers(3, 500, len(victim.tokens)).astype(np.int32)
     real = rows.read_sequence
-    monkeypatch.setattr(loader, "open_rows", lambda *_: rows)
+    monkeypatch.setattr(loader, "open_packed", lambda *_: rows)
 
     def noisy(name, i):
         row = real(name, i)

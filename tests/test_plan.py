@@ -774,8 +774,8 @@ def test_the_search_goes_down_from_the_fastest_until_one_fits(monkeypatch):
             "over_memory": 2 * each.analysis["peak_bytes"] > 1.5 * target.usable,
         }
 
-    monkeypatch.setattr(compile, "missing_package", lambda target: None)
-    monkeypatch.setattr(compile, "measure", measure)
+    monkeypatch.setattr(compile, "find_missing_package", lambda target: None)
+    monkeypatch.setattr(compile, "analyze_step", measure)
     best, n_compiled = search.find_fitting_layout(LLAMA3_8B, target, found)
     assert best.analysis["peak_bytes"] <= target.usable_bytes and n_compiled == len(asked) > 1
     tight = dataclasses.replace(target, chip=dataclasses.replace(target.chip, memory=10**6))

@@ -421,7 +421,7 @@ def test_processes_are_joined_only_when_all_of_it_is_said(monkeypatch):
 def test_a_task_of_slurm_sees_every_gpu_of_its_node(monkeypatch, environment, devices):
     asked = {}
     monkeypatch.setattr(
-        distributed.jax.distributed, "initialize", lambda *_, **more: asked.update(more)
+        distributed.jax.distributed, "initialize_distributed", lambda *_, **more: asked.update(more)
     )
     for name, value in {
         **environment,

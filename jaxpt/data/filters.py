@@ -98,7 +98,7 @@ def parse_rules(preset: str, changes: Sequence[str]) -> list[Rule]:
                 raise UserError(
                     f"prepare.rules: {text!r}: the list has a rule {one.name!r} already. Give your function another name."
                 )
-            one = one._replace(settings={**asked[one.name].thresholds, **one.thresholds})
+            one = one._replace(thresholds={**asked[one.name].thresholds, **one.thresholds})
         if place:
             asked.pop(one.name, None)
             before = list(asked).index(build_rule_list(place.strip(), asked, text))

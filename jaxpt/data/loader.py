@@ -355,7 +355,7 @@ def iterate_batches(
 ) -> Iterator[Batch]:
     """Batches without end, from global row first_row on; threads make the next ones while the current one trains.
 
-    Raises UserError when batch_rows or the row length cannot be cut as the sharding asks.
+    Raises UserError when batch_size or the row length cannot be cut as the sharding asks.
     """
     local = local_sequence_ids(sharding, batch_size, rows.seq_len)
     remote = [source.place for source in rows.sources.values() if source.place.is_remote]
@@ -409,30 +409,30 @@ def iterate_heldout_batches(
 
 
 def local_sequence_ids(
-    sharding: jax.sharding.NamedSharding, batch_rows: int, seq_len: int
+    sharding: jax.sharding.NamedSharding, batch_size: int, seq_len: int
 ) -> list[int]:
     """The slots of a global batch that this host's devices hold."""
     try:
-        shards = sharding.addressable_devices_indices_map((batch_rows, seq_len)).values()
+        shards = sharding.addressable_devices_indices_map((batch_size, seq_len)).values()
     except ValueError as error:
         raise UserError(
-            f"train.batch_size: {batch_rows} rows of {seq_len} tokens cannot be cut evenly over the mesh ({error}). Use multiples of its sizes."
+            f"train.batch_size: {batch_size} rows of {seq_len} tokens cannot be cut evenly over the mesh ({error}). Use multiples of its sizes."
         ) from None
-    return sorted({slot for shard in shards for slot in range(*shard[0].indices(batch_rows))})
+    return sorted({slot for shard in shards for slot in range(*shard[0].indices(batch_size))})
 
 
 def make_global_batch(
-    batch: Batch, local: list[int], sharding: jax.sharding.NamedSharding, batch_rows: int
+    batch: Batch, local: list[int], sharding: jax.sharding.NamedSharding, batch_size: int
 ) -> Batch:
-    """This host's rows of a batch as their part of the global arrays [batch_rows, T]."""
+    """This host's rows of a batch as their part of the global arrays [batch_size, T]."""
 
     def to_global(values: np.ndarray) -> jax.Array:
         def shard(index: tuple[slice, slice]) -> np.ndarray:
-            start, stop, _ = index[0].indices(batch_rows)
+            start, stop, _ = index[0].indices(batch_size)
             first = bisect.bisect_left(local, start)
             return values[first : first + stop - start, index[1]]
 
-        return jax.make_array_from_callback((batch_rows, values.shape[1]), sharding, shard)
+        return jax.make_array_from_callback((batch_size, values.shape[1]), sharding, shard)
 
     return Batch(*map(to_global, batch))
 

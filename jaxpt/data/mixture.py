@@ -31,7 +31,7 @@ class MixturePhase(Record):
     """Rows that a run reads under one setting; the list of them is the account of what a run has read and will read.
 
     step, row   steps done and global rows read before it
-    batch_rows  rows in each of its steps
+    batch_size  rows in each of its steps
     shares      {source: share}, of any sum
     packed      fingerprint of the rows
     """
@@ -69,7 +69,7 @@ class MixtureSchedule:
     asked       phases ((from step, {source: share}), ...) with shares of any sum, none for shares in proportion to the rows; and the
                 seed of the shuffles
     n_rows      rows in each source
-    batch_rows  rows in a step: turns the phases' steps into rows
+    batch_size  rows in a step: turns the phases' steps into rows
     past        what a run that goes on has read so far, of which `asked` changes nothing; it stands at `step`, `row`
     packed      fingerprint of the rows, for the account
 
@@ -77,14 +77,14 @@ class MixtureSchedule:
     """
 
     def __init__(
-        self, asked: config.MixtureConfig, n_rows: Mapping[str, int], batch_rows: int,
+        self, asked: config.MixtureConfig, n_rows: Mapping[str, int], batch_size: int,
         past: Sequence[MixturePhase] = (), step: int = 0, row: int = 0, packed: str = "",
     ):  # fmt: skip
         check_phase_sources(asked.phases, n_rows)
         self.stretches = [
             *past,
             *extend_history(
-                asked.phases or ((0, dict(n_rows)),), batch_rows, past, step, row, packed
+                asked.phases or ((0, dict(n_rows)),), batch_size, past, step, row, packed
             ),
         ]
         # a source that is no more keeps its place in the account
@@ -190,7 +190,7 @@ class MixtureSchedule:
 
 def extend_history(
     phases: Sequence,
-    batch_rows: int,
+    batch_size: int,
     past: Sequence[MixturePhase],
     step: int,
     row: int,
@@ -198,11 +198,11 @@ def extend_history(
 ) -> list[MixturePhase]:
     """The stretches that begin where a run stands, and later."""
     shares = [shares for start, shares in phases if start <= step][-1]
-    now = MixturePhase(step, row, batch_rows, dict(shares), packed)
+    now = MixturePhase(step, row, batch_size, dict(shares), packed)
     goes_on = past and past[-1]._replace(step=step, row=row) == now
     later = [
         MixturePhase(
-            start, row + (int(start) - step) * batch_rows, batch_rows, dict(shares), packed
+            start, row + (int(start) - step) * batch_size, batch_size, dict(shares), packed
         )
         for start, shares in phases
         if start > step
