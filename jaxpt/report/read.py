@@ -278,7 +278,7 @@ def n_params(run: RunData) -> int | None:
     if run.manifest and run.manifest["counts"].get("n_params"):
         return run.manifest["counts"]["n_params"]
     try:
-        return flops.count_matmul_params(ModelSpec.from_json(run.spec)) if run.spec else None
+        return flops.count_params(ModelSpec.from_json(run.spec)) if run.spec else None
     except (TypeError, ValueError):  # a spec of another version
         return None
 
