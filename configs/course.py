@@ -1,13 +1,16 @@
-"""The course "Pretraining LLMs" (DeepLearning.AI with Upstage), its numbers in one file.
+r"""The course "Pretraining LLMs" (DeepLearning.AI with Upstage), with its numbers.
 
-Lesson 2's rules on your own documents, lesson 3's rows of 32 tokens, lesson 4's 12-layer TinySolar shape grown to 16 layers
-(308,839,424 parameters), lesson 5's 30 steps. On two CPU cores the 30 steps take under a minute, at 60 to 75 tokens a second, and 6 GiB. A step reads 64
-tokens: the loss falls from 10.9 to about 9, which says that the road holds, not that a model was trained.
+Lesson 2's rules on your own documents, lesson 3's sequences of 32 tokens, lesson 4's 12-layer
+TinySolar architecture grown to 16 layers (308,839,424 parameters), lesson 5's 30 steps. On two CPU
+cores the 30 steps take under a minute, at 60 to 75 tokens per second, and 6 GiB. A step reads 64
+tokens: the loss falls from 10.9 to about 9, which shows that the pipeline works, not that a model
+was trained.
 
-    python scripts/prepare.py --config configs/course.py --workdir runs/course --config.prepare.sources="('jsonl:docs.jsonl#text',)"
-    python scripts/train_tokenizer.py --config configs/course.py --workdir runs/course --config.tokenizer.source=tokenizer.model
-    python scripts/pack.py --config configs/course.py --workdir runs/course
-    python scripts/train.py --config configs/course.py --workdir runs/course
+    run="--config configs/course.py --workdir runs/course"
+    python scripts/prepare.py $run --config.prepare.sources="('jsonl:docs.jsonl#text',)"
+    python scripts/train_tokenizer.py $run --config.tokenizer.source=tokenizer.model
+    python scripts/pack.py $run
+    python scripts/train.py $run
 """
 
 from jaxpt.config import defaults
@@ -16,10 +19,11 @@ from jaxpt.config import defaults
 def get_config():
     c = defaults()
     c.prepare.preset = "course"
-    c.tokenizer.vocab_size = 32_000  # SOLAR uses Mistral-7B-v0.1's tokenizer: set tokenizer.source to its tokenizer.model
+    # SOLAR uses Mistral-7B-v0.1's tokenizer: set tokenizer.source to its tokenizer.model
+    c.tokenizer.vocab_size = 32_000
     c.pack.seq_len = 32
     c.pack.method = "course"
-    c.mixture.document_mask = False  # the lesson lets a token see the whole row
+    c.mixture.document_mask = False  # the lesson attends to the whole sequence
 
     c.model.n_layers = 12
     c.model.d_model = 1024

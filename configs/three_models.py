@@ -1,10 +1,12 @@
-"""The course's first comparison in small: one general model, and what two ways of going on make of it.
+"""The course's first comparison in small: one general model, and two ways to continue from it.
 
-`general`  6 layers from random weights, on English prose with a tenth of Python code
-`tuned`    the general one on 900 tasks: asked in words, answered by a function; the asking is read but not trained on
+`general`  6 layers from scratch, on English prose with a tenth of Python code
+`tuned`    the general one fine-tuned on 900 tasks: a prompt in words, a function as the answer; the
+           loss is on answers only
 `python`   the general one, pretrained further on Python code
 
-docs/evaluate.md shows what the three write. On two CPU cores they take some fourteen, one and eight minutes.
+docs/evaluate.md shows what the three write. On two CPU cores they take some fourteen, one and eight
+minutes.
 """
 
 from jaxpt.config import defaults
@@ -41,7 +43,7 @@ def get_config(model="general"):
         c.initialize.source = "runs/general"
     if model == "tuned":
         c.mixture.phases = ((0, {"tasks": 1.0}),)
-        c.train.steps = 60  # three times over the tasks
+        c.train.steps = 60  # three epochs of the tasks
         c.train.eval_every = c.train.checkpoint_every = 20
         c.optim.peak_lr = 5e-4
         c.optim.warmup_steps = 5

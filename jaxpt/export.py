@@ -1,9 +1,10 @@
-"""The stage of export_hf.py: a checkpoint -> a Hugging Face directory with tokenizer and model card."""
+"""Export a checkpoint as a Hugging Face directory with tokenizer and model card."""
 
 from __future__ import annotations
 
 import logging
 import pathlib
+from typing import Any
 
 from jaxpt import config, lineage, sharding, stage
 from jaxpt.model import llama
@@ -11,6 +12,9 @@ from jaxpt.spec import Manifest
 from jaxpt.weights import checkpoint, growth, hub, huggingface, initialize
 
 log = logging.getLogger(__name__)
+
+# counts of a checkpoint that travel with the export
+RECORDED_COUNTS = ("step", "optimizer", "lr", "heldout")
 
 
 def export_model(
@@ -21,16 +25,21 @@ def export_model(
     push: str | None = None,
     private: bool = False,
 ) -> Manifest:
-    """Write `out`: safetensors, config.json, tokenizer files and README.md of a run, a checkpoint or a Hugging Face model; with
-    push, upload it to that repository of the hub, new ones private if asked.
+    """Write safetensors, config.json, tokenizer files and README.md.
 
-    dtype None keeps the type in which the source stores its weights.
+    Args:
+        source: a run, a checkpoint or a Hugging Face model.
+        out: the directory to write.
+        dtype: of the stored weights; None: as the source stores them.
+        replace: overwrite what `out` holds.
+        push: repository of the hub to upload to.
+        private: make a repository that push creates private.
     """
     if push:
         hub.check_push_allowed(push)
     source = initialize.resolve_source(source)
 
-    def work(directory: pathlib.Path):
+    def work(directory: pathlib.Path) -> dict[str, Any]:
         mesh = sharding.make_mesh(config.MeshConfig())
         model = initialize.load_model(source, mesh, find_stored_dtype(source))
         n_bytes = huggingface.write_hf_model(
@@ -41,80 +50,53 @@ def export_model(
             tokenizer_dir=model.tokenizer_dir,
             card=write_model_card(source, model),
         )
-        kept = {
-            name: model.record[name]
-            for name in ("step", "optimizer", "lr", "heldout")
-            if name in model.record
-        }
-        huggingface.write_hf_json(
-            directory / initialize.IMPORT_RECORD, {**kept, "tokenizer": model.tokenizer}
-        )
+        record = {key: model.record[key] for key in RECORDED_COUNTS if key in model.record}
+        record["tokenizer"] = model.tokenizer
+        huggingface.write_hf_json(directory / initialize.IMPORT_RECORD, record)
         if not model.tokenizer_dir:
-            log.info("no tokenizer: the source has none, so the export carries none")
-        return {
-            "n_params": llama.count_params(model.spec),
-            "bytes": n_bytes,
-            "tokenizer": model.tokenizer,
-        }
+            log.warning("the source has no tokenizer, so the export has none")
+        n_params = llama.count_params(model.spec)
+        return {"n_params": n_params, "bytes": n_bytes, "tokenizer": model.tokenizer}
 
     manifest = stage.run_stage(
         "export", out, work, config={"dtype": dtype}, inputs={"checkpoint": source}, replace=replace
     )
-    log.info(
-        f"export: {out}, {manifest.counts['n_params']:,} parameters, {manifest.counts['bytes'] / 1e6:,.1f} MB of weights"
-    )
+    n_params, n_bytes = manifest.counts["n_params"], manifest.counts["bytes"]
+    log.info(f"export: {out}: {n_params:,} parameters, {n_bytes / 1e6:,.1f} MB")
     if push:
         log.info(f"pushed: {hub.push_to_hub(out, push, private)}")
     return manifest
 
 
 def find_stored_dtype(source: pathlib.Path) -> str:
-    """The type of a source's weights; float32 for what is no source, which initialize.load refuses."""
-    step = checkpoint.find_checkpoint(source)
-    if step:
-        return checkpoint.read_array_metadata(step)["params/embed"].dtype.name
-    is_model = (source / "config.json").is_file() and not (source / "checkpoints").is_dir()
-    return (
-        next(
-            (tensor.dtype.name for tensor in huggingface.open_safetensors(source).values()),
-            "float32",
-        )
-        if is_model
-        else "float32"
-    )
+    """Return the dtype of a source's weights; float32 for what load_model will refuse."""
+    step_dir = checkpoint.find_checkpoint(source)
+    if step_dir:
+        return checkpoint.read_array_metadata(step_dir)["params/embed"].dtype.name
+    if (source / "config.json").is_file() and not (source / "checkpoints").is_dir():
+        for tensor in huggingface.open_safetensors(source).values():
+            return tensor.dtype.name
+    return "float32"
 
 
 def write_model_card(source: pathlib.Path, model: initialize.LoadedModel) -> str:
-    """README.md of the export: what it is, how it grew, and what it was made from."""
+    """Return README.md of the export: what it is, how it grew, what it was made from."""
     notes: list[str] = []
     nodes = lineage.read_lineage(source.resolve(), notes)[::-1]
-    bases = [name.partition("@")[0] for node in nodes if (name := hub.recorded_hub_name(node.path))]
     run = nodes[0].path
-    front = [
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [jaxpt]",
-        *(f"base_model: {base}" for base in bases[:1]),
-    ]
-    lines = [
-        "---",
-        *front,
-        "---",
-        "",
-        f"# {(hub.recorded_hub_name(run) or run.name).partition('@')[0]}",
-        "",
-    ]
+    hub_names = [hub.recorded_hub_name(node.path) for node in nodes]
+    bases = [name.partition("@")[0] for name in hub_names if name]
+    title = (hub.recorded_hub_name(run) or run.name).partition("@")[0]
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [jaxpt]"]
+    lines += [f"base_model: {base}" for base in bases[:1]]
+    lines += ["---", "", f"# {title}", ""]
     lines += [f"{initialize.describe_model(model.spec)}. Made with jaxpt.", ""]
     if (run / "growth.json").is_file():
         grown = huggingface.read_hf_json(run / "growth.json")
-        lines += [
-            "## Growth",
-            "",
-            f"Grown from {hub.recorded_hub_name(grown['parent']) or grown['parent']} by {', '.join(grown['operators'])}: {grown['verdict']}.",
-            "",
-        ]
-        lines += [
-            f"Its layers began as the parent's layers {growth.format_layer_map(grown['layer_map'])}.",
-            "",
-        ]
-    return "\n".join([*lines, "## Lineage", "", *lineage.format_lineage_table(nodes), *notes, ""])
+        parent = hub.recorded_hub_name(grown["parent"]) or grown["parent"]
+        operators = ", ".join(grown["operators"])
+        layers = growth.format_layer_map(grown["layer_map"])
+        lines += ["## Growth", "", f"Grown from {parent} by {operators}: {grown['verdict']}.", ""]
+        lines += [f"Its layers were copied from the parent's layers {layers}.", ""]
+    table = lineage.format_lineage_table(nodes)
+    return "\n".join([*lines, "## Lineage", "", *table, *notes, ""])

@@ -1,320 +1,361 @@
-"""What a model was made from: the stages behind a run or an export, followed from manifest to manifest, told and checked again."""
+"""Read what a model was made from: follow inputs from manifest to manifest, print, verify."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import pathlib
+from typing import Any
 
 from jaxpt import stage
 from jaxpt.spec import Manifest, UserError
 from jaxpt.weights import checkpoint, hub
 
+JsonObject = dict[str, Any]  # as read from a file, before its keys are known
 
-def format_lineage(directory: str | pathlib.Path, verify: bool = False) -> str:
-    """What a model was made from, as lines for a terminal: the newest first, what each was made from beneath it.
-
-    verify   check everything again that still lies where it was: bytes against checksums, and each stage's fingerprint
-
-    Raises UserError where the directory is no finished stage, and, with verify, naming the first thing that does not hold.
-    """
-    directory = stage.local_path(directory).resolve()
-    if (
-        (directory / "config.json").is_file()
-        and not (directory / "manifest.json").exists()
-        and not (directory / "checkpoints").is_dir()
-    ):
-        raise UserError(
-            f"{directory}: has no manifest.json, so it was not exported by jaxpt, or not all of it was copied: its lineage is not known."
-        )
-    Manifest.load(directory)  # says what is missing
-    notes: list[str] = []
-    nodes = {node.key: node for node in read_lineage(directory, notes)}
-    if notes:
-        raise UserError(" ".join(notes))
-    *_, newest = nodes
-    lines, told, versions = [], set(), {}
-
-    def visit(key: str, depth: int) -> None:
-        node, indent = nodes[key], "  " * depth
-        if key in told:
-            lines.append(f"{indent}{describe_node(node)}, as above")
-            return
-        told.add(key)
-        lines.append(f"{indent}{describe_node(node)}  {node.step or node.path}  {key}")
-        lines.extend(f"{indent}    {fact}" for fact in describe_node_facts(node, versions))
-        versions.update(node.manifest["versions"] if node.manifest else {})
-        if verify:
-            lines.append(f"{indent}    {verify_node(node)}")
-        for parent in node.parents:
-            visit(parent, depth + 1)
-
-    visit(newest, 0)
-    return "\n".join(lines)
-
-
-def format_lineage_table(nodes: list[LineageNode]) -> list[str]:
-    """The same as lines of Markdown, for a model's card; nodes in the order in which they are told."""
-    rows, versions = [], {}
-    for node in nodes:
-        made = (
-            node.manifest
-            or (read_json(node.step / "manifest.json", []) if node.step else None)
-            or {}
-        )
-        _, *told = describe_node_facts(node, versions) or [""]
-        versions.update(made.get("versions", {}))
-        place, key = (
-            node.step if node.step and not node.manifest else node.path,
-            "" if node.key == str(node.path) else node.key,
-        )
-        rows.append(
-            f"| {describe_node(node)} | {hub.recorded_hub_name(place) or shorten_path(place)} | {key} | {made.get('created', '')} | {'; '.join(told)} |"
-        )
-    return ["| what | where | fingerprint | made | of it |", "|---|---|---|---|---|", *rows]
-
-
-def shorten_path(place: pathlib.Path) -> pathlib.Path:
-    """Seen from here, where it lies below: a card is read elsewhere."""
-    return (
-        place.relative_to(pathlib.Path.cwd()) if place.is_relative_to(pathlib.Path.cwd()) else place
-    )
-
-
-def describe_node(node: LineageNode) -> str:
-    if node.manifest:
-        return node.manifest["stage"]
-    return "gone" if not node.path.exists() else "checkpoint" if node.step else "files"
-
-
-def describe_node_facts(node: LineageNode, versions: dict[str, str]) -> list[str]:
-    """What a person asks of a stage: when; then how much, from which sources by which rules, with which versions, unless told already."""
-    if not node.manifest:
-        return []
-    manifest = Manifest(**node.manifest)
-    counts, asked = manifest.counts, manifest.config
-    others = [
-        f"{package} {version}"
-        for package, version in manifest.versions.items()
-        if versions.get(package) != version
-    ]
-    found = [f"made {manifest.created}, tokenizer {manifest.tokenizer or 'none'}"]
-    if others:
-        found.append(f"with {', '.join(others)}")
-    ends = sorted(
-        {
-            pathlib.PurePath(name).parts[1]
-            for name in manifest.outputs
-            if name.startswith("checkpoints/")
-        }
-    )
-    if step := node.step or next((node.path / "checkpoints" / end for end in ends), None):
-        found.append(
-            " ".join(filter(None, [f"checkpoint {step.name}", fingerprint_of_place(step)]))
-        )
-    if manifest.stage == "prepare":
-        found.append(f"from {', '.join(asked['sources'])}; rules: {asked['preset']}")
-        found.append(
-            "; ".join(
-                f"{split} {sum(each['rows'] for each in counts[split].values()):,} documents"
-                for split in ("train", "heldout")
-            )
-        )
-    if manifest.stage == "pack":
-        found.append(
-            "; ".join(
-                f"{name} {each['rows']:,} rows of {counts['seq_len']:,}, {each['tokens']:,} tokens"
-                for name, each in counts["train"].items()
-            )
-        )
-    if manifest.stage == "train":
-        found.append(
-            f"{counts['steps']:,} steps, {counts['rows']:,} rows, {counts['tokens']:,} tokens"
-        )
-    if manifest.stage == "initialize":
-        found.append(
-            f"grown by {', '.join(asked['initialize']['grow'])}"
-            if asked["initialize"]["grow"]
-            else "taken as it is"
-        )
-    if node.has_changed:
-        found.append("made anew since it was read: something else lies there now")
-    return found
-
-
-def verify_node(node: LineageNode) -> str:
-    """Recompute what a stage says of itself and of what it read; a sentence that it holds. Raises UserError where it does not."""
-    if not node.path.exists():
-        return "not checked: it does not lie there any more"
-    if node.step and (wrong := checkpoint.find_damage(node.step)):
-        raise UserError(f"{node.step}: {wrong}. Get it again from where it came.")
-    if node.step and not node.manifest:
-        return "holds: the checkpoint; its run has not finished"
-    if not node.manifest:
-        if (found := stage.fingerprint_path(node.path)) != node.key:
-            raise UserError(
-                f"{node.path}: its files' fingerprint is {found}, and {node.key} when it was read. It is not what the model was made from."
-            )
-        return f"holds: {node.key}"
-    manifest = Manifest(**node.manifest)
-    if damaged := stage.find_damaged_file(node.path, manifest):
-        name, there = damaged
-        if not there:
-            raise UserError(
-                f"{node.path / name}: gone, though the manifest names it. Copy it from where the rest came from."
-            )
-        raise UserError(
-            f"{node.path / name}: its checksum is not the manifest's: changed since {manifest.created}. Get it again from where it came."
-        )
-    asked = stage.request_fingerprint(
-        manifest.stage, manifest.config, manifest.inputs, manifest.seed
-    )
-    if stage.fingerprint([asked, manifest.outputs]) != manifest.fingerprint:
-        raise UserError(
-            f"{node.path / 'manifest.json'}: its fingerprint is not that of what it says: edited by hand. Get it again from where it came."
-        )
-    if node.has_changed:
-        raise UserError(
-            f"{node.path}: was made anew since it was read; what the model was made from does not lie there any more."
-        )
-    raw = (
-        list(manifest.inputs.values()) if node.kind == "corpus" else []
-    )  # what others were made from has lines of its own
-    there = [given for given in raw if pathlib.Path(given["path"]).exists()]
-    for given in there:
-        if stage.fingerprint_path(given["path"]) != given["fingerprint"]:
-            raise UserError(
-                f"{given['path']}: is not what {node.path} was made from: changed since {manifest.created}."
-            )
-    inputs = (
-        f"; of {len(raw):,} files that it was made from, {len(there):,} are there and hold"
-        if raw
-        else ""
-    )
-    return f"holds: {len(manifest.outputs):,} files and the fingerprint{inputs}"
+DATA_STAGES = ("corpus", "tokenizer", "packed")  # stages known by the directory they are in
+STAGES = (*DATA_STAGES, "grown")  # what comes before training
 
 
 @dataclasses.dataclass
 class LineageNode:
-    """One stage in the making of a model. path: where it lies; key: its fingerprint or, for want of one, its path; parents: keys.
+    """One stage in the making of a model.
 
-    step: the checkpoint of it that was read, where one was named; changed: something else lies there now than what was read from there;
-    funnel: a corpus's.
+    Attributes:
+        key: its fingerprint, or its path if it has none.
+        path: its directory.
+        kind: "corpus", "tokenizer", "packed", "grown" or "run".
+        manifest: None for files that no stage wrote.
+        parents: keys.
+        step: the checkpoint of it that was read, if one was named.
+        has_changed: whether something else is there now than what was read.
+        funnel: a corpus's funnel.json.
     """
 
     key: str
     path: pathlib.Path
     kind: str
-    manifest: dict | None
+    manifest: JsonObject | None
     parents: list[str]
     step: pathlib.Path | None = None
     has_changed: bool = False
-    funnel: dict | None = None
+    funnel: JsonObject | None = None
+
+
+def format_lineage(directory: str | pathlib.Path, verify: bool = False) -> str:
+    """Return lines about what a model was made from, newest first, inputs indented below.
+
+    Args:
+        directory: of a finished stage.
+        verify: recompute checksums and fingerprints of everything that is still there.
+
+    Raises:
+        UserError: the directory is no finished stage; with verify, names the first difference.
+    """
+    directory = stage.local_path(directory).resolve()
+    is_model = (directory / "config.json").is_file()
+    is_run = (directory / "checkpoints").is_dir()
+    if is_model and not is_run and not (directory / "manifest.json").exists():
+        raise UserError(
+            f"{directory}: has no manifest.json, so it was not exported by jaxpt or not copied "
+            "completely: its lineage is not known."
+        )
+    Manifest.load(directory)  # raises if it is missing
+    notes: list[str] = []
+    nodes = {node.key: node for node in read_lineage(directory, notes)}
+    if notes:
+        raise UserError(" ".join(notes))
+    lines: list[str] = []
+    seen: set[str] = set()
+    versions: dict[str, str] = {}
+
+    def visit(key: str, depth: int) -> None:
+        node, indent = nodes[key], "  " * depth
+        if key in seen:
+            lines.append(f"{indent}{describe_node(node)}, as above")
+            return
+        seen.add(key)
+        lines.append(f"{indent}{describe_node(node)}  {node.step or node.path}  {key}")
+        lines.extend(f"{indent}    {fact}" for fact in describe_node_facts(node, versions))
+        if node.manifest:
+            versions.update(node.manifest["versions"])
+        if verify:
+            lines.append(f"{indent}    {verify_node(node)}")
+        for parent in node.parents:
+            visit(parent, depth + 1)
+
+    visit(list(nodes)[-1], 0)
+    return "\n".join(lines)
+
+
+def format_lineage_table(nodes: list[LineageNode]) -> list[str]:
+    """Return the lineage as lines of a Markdown table, for a model card."""
+    rows: list[str] = []
+    versions: dict[str, str] = {}
+    for node in nodes:
+        manifest = node.manifest
+        if not manifest and node.step:
+            manifest = read_json(node.step / "manifest.json", [])
+        manifest = manifest or {}
+        facts = describe_node_facts(node, versions)[1:]
+        versions.update(manifest.get("versions", {}))
+        place = node.step if node.step and not node.manifest else node.path
+        name = hub.recorded_hub_name(place) or shorten_path(place)
+        key = "" if node.key == str(node.path) else node.key
+        created = manifest.get("created", "")
+        cells = (describe_node(node), name, key, created, "; ".join(facts))
+        rows.append(f"| {' | '.join(map(str, cells))} |")
+    return [
+        "| stage | where | fingerprint | created | details |",
+        "|---|---|---|---|---|",
+        *rows,
+    ]
+
+
+def shorten_path(place: pathlib.Path) -> pathlib.Path:
+    """Return a path below the working directory as relative: a card is read elsewhere."""
+    here = pathlib.Path.cwd()
+    return place.relative_to(here) if place.is_relative_to(here) else place
+
+
+def describe_node(node: LineageNode) -> str:
+    """Return the name of a node's stage."""
+    if node.manifest:
+        return node.manifest["stage"]
+    if not node.path.exists():
+        return "gone"
+    return "checkpoint" if node.step else "files"
+
+
+def describe_node_facts(node: LineageNode, versions: dict[str, str]) -> list[str]:
+    """Return when a stage ran; then its versions (if not in `versions`), sources and counts."""
+    if not node.manifest:
+        return []
+    manifest = Manifest.from_json(node.manifest)
+    facts = [f"created {manifest.created}, tokenizer {manifest.tokenizer or 'none'}"]
+    changed = []
+    for package, version in manifest.versions.items():
+        if versions.get(package) != version:
+            changed.append(f"{package} {version}")
+    if changed:
+        facts.append(f"with {', '.join(changed)}")
+    step = node.step or find_output_checkpoint(node, manifest)
+    if step:
+        fingerprint = fingerprint_of_place(step)
+        facts.append(f"checkpoint {step.name} {fingerprint or ''}".strip())
+    facts += describe_counts(manifest)
+    if node.has_changed:
+        facts.append("made again since it was read: something else is there now")
+    return facts
+
+
+def find_output_checkpoint(node: LineageNode, manifest: Manifest) -> pathlib.Path | None:
+    """Return the checkpoint that a stage wrote, if it wrote one."""
+    for name in sorted(manifest.outputs):
+        if name.startswith("checkpoints/"):
+            return node.path / "checkpoints" / pathlib.PurePath(name).parts[1]
+    return None
+
+
+def describe_counts(manifest: Manifest) -> list[str]:
+    """Return how much a stage made, from what."""
+    counts, config = manifest.counts, manifest.config
+    if manifest.stage == "prepare":
+        sizes = []
+        for split in ("train", "heldout"):
+            n_documents = sum(source["rows"] for source in counts[split].values())
+            sizes.append(f"{split} {n_documents:,} documents")
+        sources = f"from {', '.join(config['sources'])}; rules: {config['preset']}"
+        return [sources, "; ".join(sizes)]
+    if manifest.stage == "pack":
+        sizes = []
+        for name, source in counts["train"].items():
+            sequences = f"{source['rows']:,} sequences of {counts['seq_len']:,}"
+            sizes.append(f"{name} {sequences}, {source['tokens']:,} tokens")
+        return ["; ".join(sizes)]
+    if manifest.stage == "train":
+        sequences = f"{counts['n_sequences']:,} sequences, {counts['n_tokens']:,} tokens"
+        return [f"{counts['n_steps']:,} steps, {sequences}"]
+    if manifest.stage == "initialize":
+        operators = config["initialize"]["grow"]
+        return [f"grown by {', '.join(operators)}" if operators else "not grown"]
+    return []
+
+
+def verify_node(node: LineageNode) -> str:
+    """Recompute a stage's checksums and fingerprints. Return a sentence that they match.
+
+    Raises:
+        UserError: something differs.
+    """
+    if not node.path.exists():
+        return "not verified: no longer there"
+    damage = checkpoint.find_damage(node.step) if node.step else None
+    if damage:
+        raise UserError(f"{node.step}: {damage}. Get it again from where it came.")
+    if not node.manifest and node.step:
+        return "verified: the checkpoint; its run has not finished"
+    if not node.manifest:
+        found = stage.fingerprint_path(node.path)
+        if found != node.key:
+            raise UserError(
+                f"{node.path}: expected fingerprint {node.key}, as when it was read, got {found}. "
+                "It is not what the model was made from."
+            )
+        return f"verified: {node.key}"
+    manifest = Manifest.from_json(node.manifest)
+    verify_files(node.path, manifest)
+    if node.has_changed:
+        raise UserError(
+            f"{node.path}: was made again since it was read; what the model was made from is no "
+            "longer there."
+        )
+    files = f"{len(manifest.outputs):,} files and the fingerprint"
+    if node.kind != "corpus":  # inputs of other stages have lines of their own
+        return f"verified: {files}"
+    raw = list(manifest.inputs.values())
+    remaining = [given for given in raw if pathlib.Path(given["path"]).exists()]
+    for given in remaining:
+        if stage.fingerprint_path(pathlib.Path(given["path"])) != given["fingerprint"]:
+            raise UserError(
+                f"{given['path']}: is not what {node.path} was made from: changed since "
+                f"{manifest.created}."
+            )
+    return f"verified: {files}; of {len(raw):,} source files {len(remaining):,} remain and match"
+
+
+def verify_files(directory: pathlib.Path, manifest: Manifest) -> None:
+    """Raise UserError unless every file of a stage and its manifest are as they were written."""
+    damaged = stage.find_damaged_file(directory, manifest)
+    if damaged and not damaged.exists:
+        raise UserError(
+            f"{directory / damaged.name}: missing, though the manifest names it. Copy it from "
+            "where the rest came from."
+        )
+    if damaged:
+        raise UserError(
+            f"{directory / damaged.name}: its checksum differs from the manifest's: changed since "
+            f"{manifest.created}. Get it again from where it came."
+        )
+    request = stage.request_fingerprint(
+        manifest.stage, manifest.config, manifest.inputs, manifest.seed
+    )
+    if stage.fingerprint([request, manifest.outputs]) != manifest.fingerprint:
+        raise UserError(
+            f"{directory / 'manifest.json'}: its fingerprint does not match its content: edited by "
+            "hand. Get it again from where it came."
+        )
 
 
 def read_lineage(directory: pathlib.Path, notes: list[str]) -> list[LineageNode]:
-    """The run and all it was made from, oldest first, by following the inputs that manifests name."""
+    """Return a run and all it was made from, oldest first, by following manifests' inputs.
+
+    `notes` receives a sentence for every file that cannot be used.
+    """
     nodes: dict[str, LineageNode] = {}
 
     def visit(home: pathlib.Path, fingerprint: str | None) -> str:
-        step = (
-            home if home.parent.name == "checkpoints" else None
-        )  # a checkpoint stands for its run
-        home = home.parent.parent if step else home
+        step = home if home.parent.name == "checkpoints" else None
+        if step:
+            home = home.parent.parent  # a checkpoint stands for its run
         manifest = read_json(home / "manifest.json", notes) or {}
         key = manifest.get("fingerprint") or fingerprint or str(home)
         if key in nodes:
             return key
-        kind = (
-            home.name
-            if home.name in DATA_STAGES
-            else "grown"
-            if manifest.get("stage") == "initialize"
-            else "run"
-        )
-        node = nodes[key] = LineageNode(key, home, kind, manifest or None, [], step)
-        if node.kind == "corpus":  # its inputs are raw text, which the data section tells of
+        node = LineageNode(key, home, find_kind(home, manifest), manifest or None, [], step)
+        nodes[key] = node
+        if node.kind == "corpus":  # its inputs are raw text, which the data section shows
             node.funnel = read_json(home / "funnel.json", notes)
             return key
         for path, recorded in read_input_nodes(home, node.manifest, notes):
             place = locate_input(path, recorded, home)
             parent = visit(place, recorded)
-            nodes[parent].has_changed |= recorded is not None and fingerprint_of_place(
-                place
-            ) not in (None, recorded)
+            if recorded is not None and fingerprint_of_place(place) not in (None, recorded):
+                nodes[parent].has_changed = True
             if parent not in node.parents and parent != key:
                 node.parents.append(parent)
-        nodes[key] = nodes.pop(key)  # behind its parents
+        nodes[key] = nodes.pop(key)  # after its parents
         return key
 
     visit(directory, fingerprint_of_place(directory))
     return list(nodes.values())
 
 
+def find_kind(home: pathlib.Path, manifest: JsonObject) -> str:
+    """Return a node's kind, by its directory and stage."""
+    if home.name in DATA_STAGES:
+        return home.name
+    return "grown" if manifest.get("stage") == "initialize" else "run"
+
+
 def read_input_nodes(
-    home: pathlib.Path, manifest: dict | None, notes: list[str]
+    home: pathlib.Path, manifest: JsonObject | None, notes: list[str]
 ) -> list[tuple[str, str | None]]:
-    """(path, fingerprint) of what a stage read. Of a run that still goes on, its config tells, or the stages in its directory do."""
+    """Return (path, fingerprint) of what a stage read.
+
+    An unfinished run has them in its config, or its data stages in its directory.
+    """
+    inputs: list[tuple[str, str | None]] = []
     if manifest:
-        return [
-            (found["path"], found.get("fingerprint"))
-            for found in manifest["inputs"].values()
-            if isinstance(found, dict) and isinstance(found.get("path"), str)
-        ]
+        for found in manifest["inputs"].values():
+            if isinstance(found, dict) and isinstance(found.get("path"), str):
+                inputs.append((found["path"], found.get("fingerprint")))
+        return inputs
     settings = read_json(home / "config.json", notes) or {}
-    packed = (settings.get("mixture") or {}).get("packed") or [
-        home / kind for kind in DATA_STAGES if (home / kind / "manifest.json").is_file()
-    ]
+    packed = (settings.get("mixture") or {}).get("packed_paths")
+    if not packed:
+        own = [home / kind for kind in DATA_STAGES]
+        packed = [path for path in own if (path / "manifest.json").is_file()]
     source = (settings.get("initialize") or {}).get("source", "random")
-    return [(str(path), None) for path in (*packed, *([] if source == "random" else [source]))]
+    sources = [] if source == "random" else [source]
+    return [(str(path), None) for path in (*packed, *sources)]
 
 
 def list_own_stages(nodes: list[LineageNode]) -> list[LineageNode]:
-    """The finished stages that the last node needed: those of its data and its own growth, none that lie behind another run."""
-    at = {node.key: node for node in nodes}
-    own, waiting = [], [nodes[-1].key]
-    for key in waiting:  # it grows while it is walked
-        node = at[key]
+    """Return the finished stages of the last node's data and growth, none behind another run."""
+    by_key = {node.key: node for node in nodes}
+    own: list[LineageNode] = []
+    queue = [nodes[-1].key]
+    for key in queue:  # grows while it is walked
+        node = by_key[key]
         if node.kind in STAGES and node.manifest and node not in own:
             own.append(node)
         if node.kind in DATA_STAGES or node is nodes[-1]:
-            waiting += node.parents
+            queue += node.parents
     return own
 
 
 def locate_input(path: str, fingerprint: str | None, home: pathlib.Path) -> pathlib.Path:
-    """Where an input lies now: as its path says or, when a whole tree was moved, at the end of its path from a directory above what it made."""
+    """Return where an input is now.
+
+    That is its path or, if a whole tree was moved, the end of its path below a directory above
+    what was made from it.
+    """
     named = pathlib.Path(path)
-    ends = [pathlib.Path(*named.parts[i:]) for i in range(1, len(named.parts))]
-    there = [
-        place
-        for place in (named, *(above / end for above in (home, *home.parents[:2]) for end in ends))
-        if place.exists()
-    ]
-    same = [place for place in there if fingerprint_of_place(place) == fingerprint]
-    return (same or there or [named])[0].resolve()
+    candidates = [named]
+    for above in (home, *home.parents[:2]):
+        for i in range(1, len(named.parts)):
+            candidates.append(above.joinpath(*named.parts[i:]))
+    existing = [place for place in candidates if place.exists()]
+    for place in existing:
+        if fingerprint_of_place(place) == fingerprint:
+            return place.resolve()
+    return (existing or [named])[0].resolve()
 
 
 def fingerprint_of_place(place: pathlib.Path) -> str | None:
-    """Of the finished stage there; None where there is none."""
+    """Return the fingerprint of the finished stage in a directory, if there is one."""
     return (read_json(place / "manifest.json", []) or {}).get("fingerprint")
 
 
-DATA_STAGES = ("corpus", "tokenizer", "packed")  # stages known by the directory they lie in
-STAGES = (*DATA_STAGES, "grown")  # what comes before training
-NODE_KINDS = {  # what a file must hold at least to be of use
+SIZES = ("n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "d_head", "vocab_size")
+# the keys that a file must have to be of use, and their types
+REQUIRED_KEYS: dict[str, dict[str, Any]] = {
     "manifest.json": {"fingerprint": str, "inputs": dict, "counts": dict},
-    "spec.json": dict.fromkeys(
-        ("n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "d_head", "vocab_size"), int
-    ),
+    "spec.json": dict.fromkeys(SIZES, int),
     "growth.json": {
-        "parent": str,
-        "operators": list,
-        "at_step": int | None,
-        "layer_map": list,
-        "n_params": dict,
-        "spec": dict,
-        "verdict": str,
+        "parent": str, "operators": list, "at_step": int | None, "layer_map": list,
+        "n_params": dict, "spec": dict, "verdict": str,
     },
     "funnel.json": {"sources": list, "steps": list},
     "samples.json": {"prompts": list},
@@ -322,10 +363,11 @@ NODE_KINDS = {  # what a file must hold at least to be of use
     "plan.json": {"targets": list},
     "config.json": {},
 }
+EVALUATION_KEYS = {"results": dict}  # of any other file
 
 
-def read_json(path: pathlib.Path, notes: list[str]) -> dict | None:
-    """The object in the file; None where there is no file, or where it is of no use, which is noted."""
+def read_json(path: pathlib.Path, notes: list[str]) -> JsonObject | None:
+    """Return the object in a file; None if there is no file or it is of no use, which is noted."""
     try:
         found = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
@@ -333,13 +375,15 @@ def read_json(path: pathlib.Path, notes: list[str]) -> dict | None:
     except (OSError, ValueError) as error:
         notes.append(f"{path}: cannot be read ({error}); left out.")
         return None
-    form = NODE_KINDS.get(path.name, {"results": dict})  # others are evaluations
-    wrong = (
-        ["an object"]
-        if not isinstance(found, dict)
-        else [repr(key) for key in form if not isinstance(found.get(key, ...), form[key])]
-    )
+    wrong = []
+    if not isinstance(found, dict):
+        wrong = ["an object"]
+        found = None
+    else:
+        for key, kind in REQUIRED_KEYS.get(path.name, EVALUATION_KEYS).items():
+            if not isinstance(found.get(key, ...), kind):
+                wrong.append(repr(key))
     if wrong:
-        notes.append(f"{path}: does not hold {', '.join(wrong)} as wanted; left out.")
+        notes.append(f"{path}: expected {', '.join(wrong)} in it; left out.")
         return None
     return found

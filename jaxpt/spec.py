@@ -23,8 +23,9 @@ class UserError(ValueError):
     """
 
 
+@dataclasses.dataclass(frozen=True)
 class Record:
-    """A frozen dataclass that is stored as one JSON object.
+    """The base of frozen dataclasses that are stored as one JSON object.
 
     `to_json` and `from_json` follow the annotations of the fields through nested records, tuples,
     lists, dicts and optionals, so that a record is no more than its fields.
@@ -49,18 +50,21 @@ class Record:
         if not isinstance(fields, dict):
             raise UserError(f"{name}: expected a JSON object, got {fields!r:.80}.")
         hints = typing.get_type_hints(cls)
-        unknown = sorted(fields.keys() - set(field_names(cls)))
+        unknown = sorted(fields.keys() - hints.keys())
         if unknown:
             raise UserError(
                 f"{name}: unknown key {unknown[0]!r}. Was it written by another version?"
             )
-        values = {
-            key: decode_json(value, hints[key], f"{name}.{key}") for key, value in fields.items()
-        }
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise UserError(f"{name}: a key is missing ({error}).") from None
+        for field in dataclasses.fields(cls):
+            no_default = field.default is field.default_factory is dataclasses.MISSING
+            if no_default and field.name not in fields:
+                raise UserError(f"{name}: the key {field.name!r} is missing.")
+        return cls(
+            **{
+                key: decode_json(value, hints[key], f"{name}.{key}")
+                for key, value in fields.items()
+            }
+        )
 
 
 def field_names(cls: type) -> list[str]:

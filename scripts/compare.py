@@ -1,24 +1,27 @@
-"""Let several models continue the same prompts and show the texts side by side, or find the documents on which two of them differ most.
+r"""Compare models: continuations of the same prompts side by side, or documents they differ on.
 
-python scripts/compare.py --models runs/base runs/python --prompts prompts.txt --repetition-penalty 1.1
-python scripts/compare.py --models runs/base runs/python --differ 'prose=parquet:runs/base/corpus/heldout/prose-*.parquet#text'
+A model is a run, a checkpoint or a Hugging Face directory.
+
+  python scripts/compare.py --models runs/base runs/python --prompts prompts.txt \
+      --repetition-penalty 1.1
+  python scripts/compare.py --models runs/base runs/python \
+      --differ 'prose=parquet:runs/base/corpus/heldout/prose-*.parquet#text'
 """
 
 import argparse
 import pathlib
 import sys
 
-sys.path.insert(
-    0, str(pathlib.Path(__file__).resolve().parent.parent)
-)  # run from a clone without installing
+# run from a clone without installing
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from jaxpt import stage
 
+RAW = argparse.RawDescriptionHelpFormatter
+
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=RAW)
     parser.add_argument(
         "--models",
         required=True,
@@ -32,31 +35,31 @@ def main():
         "--prompts",
         type=pathlib.Path,
         metavar="FILE",
-        help="a prompt a line, or a .json file with a list of strings",
+        help="one prompt per line, or a .json file with a list of strings",
     )
     what.add_argument(
         "--differ",
         nargs="+",
         action="extend",
         metavar="NAME=KIND:WHERE",
-        help="held-out documents: those on which two models differ most are told",
+        help="held-out documents; prints those on which two models differ most",
     )
     parser.add_argument(
-        "--max-new", type=int, default=128, metavar="N", help="tokens added at most (default: 128)"
+        "--max-new", type=int, default=128, metavar="N", help="new tokens at most (default: 128)"
     )
     parser.add_argument(
         "--repetition-penalty",
         type=float,
         default=1.0,
         metavar="X",
-        help="above 1, tokens that were there become less likely (default: 1)",
+        help="above 1, repeated tokens become less likely (default: 1)",
     )
     parser.add_argument(
         "--temperature",
         type=float,
         default=0.0,
         metavar="X",
-        help="of sampling; 0 takes the likeliest token (default: 0)",
+        help="temperature of sampling; 0 is greedy (default: 0)",
     )
     parser.add_argument(
         "--top-k",
@@ -70,9 +73,11 @@ def main():
         type=float,
         default=1.0,
         metavar="X",
-        help="sample from the likeliest tokens of this probability together (default: 1)",
+        help="sample from the likeliest tokens that sum to this probability (default: 1)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of sampling (default: 0)"
+    )
     parser.add_argument(
         "--ppl",
         type=pathlib.Path,
@@ -80,13 +85,13 @@ def main():
         action="extend",
         default=[],
         metavar="FILE",
-        help="text files to put each model's bits per byte of beside",
+        help="text files on which to also measure each model's bits per byte",
     )
     parser.add_argument(
         "--to",
         type=pathlib.Path,
         metavar="FILE.json",
-        help="where the texts or documents go, for the report",
+        help="file to write the result to, for the report",
     )
     arguments = parser.parse_args()
 

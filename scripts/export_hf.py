@@ -1,6 +1,7 @@
-"""Export a model to the Hugging Face format: safetensors, config.json, tokenizer and a model card with its lineage.
+"""Export a model to the Hugging Face format: safetensors, config.json, tokenizer, model card.
 
-The directory opens with transformers' AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained.
+The directory opens with AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained of
+transformers. The model card states the lineage.
 
     python scripts/export_hf.py --from runs/child --to runs/child/hf
     python scripts/export_hf.py --from runs/child --to runs/child/hf --push me/child --private
@@ -10,24 +11,23 @@ import argparse
 import pathlib
 import sys
 
-sys.path.insert(
-    0, str(pathlib.Path(__file__).resolve().parent.parent)
-)  # run from a clone without installing
+# run from a clone without installing
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from jaxpt import stage
 
+RAW = argparse.RawDescriptionHelpFormatter
+
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=RAW)
     parser.add_argument(
         "--from",
         dest="source",
         required=True,
         type=pathlib.Path,
         metavar="CHECKPOINT",
-        help="a run directory (its newest checkpoint), a checkpoint step directory, a Hugging Face directory or hf:NAME",
+        help="a run (its newest checkpoint), a checkpoint, a Hugging Face directory or hf:NAME",
     )
     parser.add_argument(
         "--to", required=True, type=pathlib.Path, metavar="HF_DIR", help="the directory to write"
@@ -35,18 +35,18 @@ def main():
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
-        help="of the stored weights; default: as the checkpoint stores them",
+        help="dtype of the weights (default: as in the checkpoint)",
     )
     parser.add_argument("--replace", action="store_true", help="overwrite what --to holds")
     parser.add_argument(
         "--push",
         metavar="NAME",
-        help="upload the export to this repository of the Hugging Face hub, which is made where it is missing",
+        help="upload to this repository of the Hugging Face hub, created if it does not exist",
     )
     parser.add_argument(
         "--private",
         action="store_true",
-        help="a repository that --push makes is seen by its owners only",
+        help="make a repository that --push creates private",
     )
     arguments = parser.parse_args()
     from jaxpt import export

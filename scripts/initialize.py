@@ -1,7 +1,8 @@
-"""Make a model without training it: at random, from a run or checkpoint, or from a Hugging Face directory; and grow it.
+"""Initialize a model: at random, from a run or checkpoint, or from Hugging Face; and grow it.
 
-Writes a run directory at step 0 (checkpoints/0, spec.json, tokenizer/, growth.json when it grew), from which train.py
-starts by --config.initialize.source=DIR and which export_hf.py and evaluate.py take like any other run.
+Writes a run directory at step 0 (checkpoints/0, spec.json, tokenizer/, growth.json when it grew),
+from which train.py starts with --config.initialize.source=DIR, and which export_hf.py and
+evaluate.py take like any other run.
 
     python scripts/initialize.py --from runs/base --grow 'depth_upscale(m=2)' --to runs/grown
     python scripts/initialize.py --from hf:meta-llama/Llama-3.2-1B --check --to runs/llama
@@ -12,28 +13,27 @@ import dataclasses
 import pathlib
 import sys
 
-sys.path.insert(
-    0, str(pathlib.Path(__file__).resolve().parent.parent)
-)  # run from a clone without installing
+# run from a clone without installing
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from jaxpt import config, stage
 
+RAW = argparse.RawDescriptionHelpFormatter
+
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=RAW)
     parser.add_argument(
         "--from",
         dest="source",
         required=True,
         metavar="random|DIR|hf:NAME",
-        help="random, a run or checkpoint directory, a Hugging Face model directory, or its name on the hub",
+        help="random, a run or checkpoint, a Hugging Face directory, or hf:NAME",
     )
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="a recipe: its model section shapes a random model, its mixture.packed_paths is measured on",
+        help="a recipe: section model for a random model, mixture.packed_paths to measure on",
     )
     parser.add_argument(
         "--grow",
@@ -48,12 +48,12 @@ def main():
         type=int,
         default=20,
         metavar="STEPS",
-        help="train parent and newborn for so many steps and compare their held-out losses; 0: do not",
+        help="train parent and grown model for this many steps and compare losses; 0: do not",
     )
     parser.add_argument(
         "--check",
         action="store_true",
-        help="hold the imported model's logits against transformers' (needs torch and the memory)",
+        help="compare the imported model's logits with transformers' (needs torch and memory)",
     )
     parser.add_argument(
         "--to", required=True, type=pathlib.Path, metavar="DIR", help="the run directory to write"
@@ -61,12 +61,11 @@ def main():
     parser.add_argument("--replace", action="store_true", help="overwrite what --to holds")
     arguments, rest = parser.parse_known_args()
     overrides = config.split_overrides(rest, parser)
-    settings = (
-        config.load_config(arguments.config, overrides)
-        if arguments.config
-        else config.build_config(config.apply_overrides(overrides))
-    )
-    asked = dataclasses.replace(
+    if arguments.config:
+        settings = config.load_config(arguments.config, overrides)
+    else:
+        settings = config.build_config(config.apply_overrides(overrides))
+    section = dataclasses.replace(
         settings.initialize,
         source=arguments.source,
         grow=(*settings.initialize.grow, *arguments.grow),
@@ -75,9 +74,13 @@ def main():
     from jaxpt.train import verify
 
     verify.initialize_run(
-        dataclasses.replace(settings, initialize=asked), arguments.to, probe_steps=arguments.probe, check=arguments.check,
-        flops_per_token=flops.count_flops_per_token, replace=arguments.replace,
-    )  # fmt: skip
+        dataclasses.replace(settings, initialize=section),
+        arguments.to,
+        probe_steps=arguments.probe,
+        check=arguments.check,
+        flops_per_token=flops.count_flops_per_token,
+        replace=arguments.replace,
+    )
 
 
 if __name__ == "__main__":

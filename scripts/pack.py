@@ -1,17 +1,18 @@
-"""Turn WORKDIR/corpus into rows of token ids by WORKDIR/tokenizer. Writes WORKDIR/packed: one directory a source, which
-`datasets.load_from_disk` opens too.
+r"""Pack WORKDIR/corpus into sequences of token ids with WORKDIR/tokenizer.
+
+Writes WORKDIR/packed: one directory per source, which `datasets.load_from_disk` opens too.
 
   python scripts/pack.py --config configs/quickstart.py --workdir runs/first
-  python scripts/pack.py --config configs/quickstart.py --workdir runs/first --config.pack.seq_len=4096
-  python scripts/pack.py --config configs/quickstart.py --workdir /shared/first --config.prepare.executor=ray
+  python scripts/pack.py --config configs/quickstart.py --workdir runs/4k --config.pack.seq_len=4096
+  python scripts/pack.py --config configs/quickstart.py --workdir /shared/first \
+      --config.prepare.executor=ray
 """
 
 import pathlib
 import sys
 
-sys.path.insert(
-    0, str(pathlib.Path(__file__).resolve().parent.parent)
-)  # run from a clone without installing
+# run from a clone without installing
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from jaxpt import config, stage
 
@@ -21,11 +22,11 @@ def main():
         parser.add_argument(
             "--replace",
             action="store_true",
-            help="overwrite the rows of another config, corpus or tokenizer in WORKDIR",
+            help="overwrite sequences of another config, corpus or tokenizer in WORKDIR",
         )
 
     arguments, settings = config.parse_args(__doc__, flags)
-    from jaxpt.data import pack  # heavy imports after the flags were read: --help stays fast
+    from jaxpt.data import pack  # not before --help was answered
 
     pack.pack_corpus(settings, arguments.workdir, arguments.replace)
 

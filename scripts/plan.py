@@ -1,13 +1,19 @@
-"""Before any device is paid for: does a run fit, how fast, how long, how much. Compiles the real train step for chips that are not here.
+"""Plan a run before paying for devices: does it fit, how fast, how long, how much.
 
-TPU slices need the package libtpu, NVIDIA cards jax-cuda13-plugin and jax-cuda13-pjrt; without them a target is
-estimated. Any number of targets, each CHIP:TOPOLOGY (v4, v5e, v5p, v6e, tpu7x) or CHIP:COUNT (a100, h100, h200, b200,
-l4, rtx4090, cpu).
+Compiles the real train step for chips that this machine does not have.
 
-    python scripts/plan.py --config configs/llama3_8b.py --on v5p:4x4x4 --on h100:8 --json runs/8b/plan.json
-    python scripts/plan.py --config configs/llama3_8b.py --on h100:8 --search           the best mesh, micro-batch and remat
-    python scripts/plan.py --check runs/base runs/child                                 plans beside what runs measured
-    python scripts/plan.py --config configs/llama3_8b.py --base runs/small --base-tokens 1e11     grow it, or start from scratch
+TPU slices need the package libtpu, NVIDIA GPUs jax-cuda13-plugin and jax-cuda13-pjrt; without them
+a target is estimated. A target is CHIP:TOPOLOGY (v4, v5e, v5p, v6e, tpu7x) or CHIP:COUNT (a100,
+h100, h200, b200, l4, rtx4090, cpu).
+
+    # two targets
+    python scripts/plan.py --config configs/llama3_8b.py --on v5p:4x4x4 h100:8 --json plan.json
+    # the best mesh, micro-batch and remat policy
+    python scripts/plan.py --config configs/llama3_8b.py --on h100:8 --search
+    # plans compared with what runs measured
+    python scripts/plan.py --check runs/base runs/child
+    # grow a base, or start from scratch?
+    python scripts/plan.py --config configs/llama3_8b.py --base runs/small --base-tokens 1e11
 """
 
 import argparse
@@ -15,9 +21,8 @@ import json
 import pathlib
 import sys
 
-sys.path.insert(
-    0, str(pathlib.Path(__file__).resolve().parent.parent)
-)  # run from a clone without installing
+# run from a clone without installing
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from jaxpt import config, stage
 from jaxpt.spec import UserError
@@ -25,9 +30,11 @@ from jaxpt.spec import UserError
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Any knob of the config can be overridden: --config.train.batch_size=64. configs/base.py lists them all.",
-    )  # fmt: skip
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Override any knob of the config: --config.train.batch_size=64. "
+        "configs/base.py lists them all.",
+    )
     add = parser.add_argument
     add("--config", metavar="FILE", help="a recipe, such as configs/llama3_8b.py")
     add(
@@ -36,12 +43,12 @@ def main():
         action="extend",
         default=[],
         metavar="TARGET",
-        help="hardware, such as v5p:4x4x4, h100:8 or cpu:8; several",
+        help="hardware, such as v5p:4x4x4, h100:8 or cpu:8; one or more",
     )
     add(
         "--search",
         action="store_true",
-        help="find mesh, train.grad_accum_steps and train.remat: the cheapest and the fastest that fit",
+        help="search mesh, grad_accum_steps and remat for the cheapest and the fastest fit",
     )
     add(
         "--check",
@@ -49,68 +56,76 @@ def main():
         action="extend",
         default=[],
         metavar="RUN_DIR",
-        help="hold the plan against what runs measured; the first calibrates",
+        help="compare the plan with what runs measured; the first one calibrates",
     )
-    add("--json", metavar="FILE", type=pathlib.Path, help="write the plan there too")
-    ways = parser.add_argument_group(
-        "grow or scratch", "any of these compares the ways to the config's model"
+    add("--json", metavar="FILE", type=pathlib.Path, help="also write the plan to this file")
+    strategies = parser.add_argument_group(
+        "grow or scratch", "any of these compares strategies to train the config's model"
     )
-    ways.add_argument(
+    strategies.add_argument(
         "--base",
         metavar="MODEL",
-        help="what could be grown: a run, a Hugging Face directory, or a recipe for its shape",
+        help="what could be grown: a run, a Hugging Face directory, or a recipe",
     )
-    ways.add_argument(
+    strategies.add_argument(
         "--base-tokens",
         type=float,
         default=0.0,
         metavar="N",
-        help="tokens that the base was trained for",
+        help="tokens that the base was trained on",
     )
-    ways.add_argument(
+    strategies.add_argument(
         "--base-usd",
         metavar="USD",
-        help="what the base cost, or free; left out: reckoned from its tokens",
+        help="cost of the base, or free (default: computed from its tokens)",
     )
-    ways.add_argument(
+    strategies.add_argument(
         "--target-loss",
         type=float,
         metavar="NATS",
-        help="loss to reach; left out: what scratch reaches with the config's tokens",
+        help="loss to reach (default: that of scratch with the config's tokens)",
     )
-    ways.add_argument(
+    strategies.add_argument(
         "--law",
         default="chinchilla",
         metavar="NAME",
-        help="law of scaling: chinchilla, chinchilla-refit or c4",
+        help="scaling law: chinchilla, chinchilla-refit or c4",
     )
-    ways.add_argument(
+    strategies.add_argument(
         "--fit",
         nargs="+",
         action="extend",
         default=[],
         metavar="RUN_DIR",
-        help="fit the law, and what growing saved, to one's own runs",
+        help="fit the law, and what growing saved, to your own runs",
     )
     arguments, rest = parser.parse_known_args()
-    asks_for_ways = arguments.base or arguments.target_loss is not None or arguments.fit
+    compares_strategies = arguments.base or arguments.target_loss is not None or arguments.fit
     if not arguments.config and not arguments.check:
-        raise UserError("plan: wanted --config FILE with --on TARGET, or --check RUN_DIR.")
-    if arguments.config and not (arguments.on or asks_for_ways):
-        raise UserError("plan: wanted --on TARGET, such as --on v5p:4x4x4 or --on h100:8.")
+        raise UserError("plan: expected --config FILE with --on TARGET, or --check RUN_DIR.")
+    if arguments.config and not (arguments.on or compares_strategies):
+        raise UserError("plan: expected --on TARGET, such as --on v5p:4x4x4 or --on h100:8.")
     overrides = config.split_overrides(rest, parser)
     if overrides and not arguments.config:
         raise UserError(
-            f"plan: {overrides[0]} overrides a config, and none was given: wanted --config FILE."
+            f"plan: {overrides[0]} overrides a config, but none was given. Add --config FILE."
         )
     settings = config.load_config(arguments.config, overrides) if arguments.config else None
 
     from jaxpt.plan import answer
 
     found = answer.run_plan(
-        settings, target_names=arguments.on, with_search=arguments.search, check_run_dirs=arguments.check, base=arguments.base, base_tokens=arguments.base_tokens,
-        base_usd=arguments.base_usd, target_loss=arguments.target_loss, law_name=arguments.law, fit_run_dirs=arguments.fit,
-    )  # fmt: skip
+        settings,
+        target_names=arguments.on,
+        with_search=arguments.search,
+        check_run_dirs=arguments.check,
+        base=arguments.base,
+        base_tokens=arguments.base_tokens,
+        base_usd=arguments.base_usd,
+        target_loss=arguments.target_loss,
+        law_name=arguments.law,
+        fit_run_dirs=arguments.fit,
+    )
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         stage.write_atomic(arguments.json, json.dumps(found, indent=1) + "\n")

@@ -1,35 +1,35 @@
-"""Write one HTML page about one run or several, from the JSON that the stages left, and print their numbers as a table.
+"""Write one HTML page about one or more runs, and print their numbers as a table.
 
     python scripts/report.py --workdir runs/base runs/child --to runs/report.html
     python scripts/report.py --workdir runs/base --serve
     python scripts/report.py --lineage runs/child/hf --verify
 
-The page opens from a file and asks no other host for anything. What is missing is named at its end. --serve shows it on this machine
-and follows runs that go on. --lineage tells what a model was made from, stage by stage, each with its fingerprint.
+The page is one file that loads nothing from the network; what is missing is listed at its end.
+--serve shows it on this machine and follows unfinished runs. --lineage prints what a model was made
+from, stage by stage, each with its fingerprint.
 """
 
 import argparse
 import pathlib
 import sys
 
-sys.path.insert(
-    0, str(pathlib.Path(__file__).resolve().parent.parent)
-)  # run from a clone without installing
+# run from a clone without installing
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from jaxpt import stage
 
+RAW = argparse.RawDescriptionHelpFormatter
+
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=RAW)
     parser.add_argument(
         "--workdir",
         nargs="+",
         action="extend",
         default=[],
         metavar="DIR",
-        help="run directories, shown in this order; spaced or repeated",
+        help="run directories, shown in this order",
     )
     parser.add_argument("--to", type=pathlib.Path, metavar="FILE.html", help="the page to write")
     parser.add_argument(
@@ -38,25 +38,26 @@ def main():
         nargs="?",
         const=8765,
         metavar="PORT",
-        help="show the page on 127.0.0.1 while the runs go on (default port: 8765)",
+        help="serve the page on 127.0.0.1 and follow the runs (default port: 8765)",
     )
     parser.add_argument(
         "--lineage",
         type=pathlib.Path,
         metavar="DIR",
-        help="tell what this run, export or other stage was made from, and write no page",
+        help="print what this run, export or other stage was made from; writes no page",
     )
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="with --lineage: compute every checksum and fingerprint again; the first that does not hold is named",
+        help="with --lineage: recompute all fingerprints and name the first that differs",
     )
     arguments = parser.parse_args()
-    n_asked = sum(each is not None for each in (arguments.to, arguments.serve, arguments.lineage))
-    if n_asked != 1 or bool(arguments.workdir) == bool(arguments.lineage):
+    outputs = (arguments.to, arguments.serve, arguments.lineage)
+    n_outputs = sum(output is not None for output in outputs)
+    if n_outputs != 1 or bool(arguments.workdir) == bool(arguments.lineage):
         parser.error("give --workdir DIR ... with --to FILE.html or --serve, or else --lineage DIR")
     from jaxpt import lineage
-    from jaxpt.report import live, page, summary  # after the flags were read: --help stays fast
+    from jaxpt.report import live, page, summary  # not before --help was answered
 
     if arguments.lineage:
         print(lineage.format_lineage(arguments.lineage, arguments.verify))

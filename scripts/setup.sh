@@ -1,19 +1,19 @@
-# Sourced by quickstart.sh and test.sh: makes .venv beside the scripts and installs the requirement files named as arguments.
-# Takes $PYTHON or else python3, which must be 3.11 or newer. What is installed already is not looked at again.
+# Sourced by the other scripts: creates .venv and installs the requirement files given as arguments,
+# with $PYTHON or else python3 (3.11 or newer). Does nothing if they are installed already.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
 if ! version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2]); sys.exit(sys.version_info < (3, 11))' 2>/dev/null); then
     found=${version:+Python $version}
-    echo "error: $python is ${found:-no Python that runs here}, wanted 3.11 or newer. Install one, or name it: PYTHON=/path/to/python3.12 bash $0" >&2
+    echo "error: $python: expected Python 3.11 or newer, got ${found:-one that does not run}. Install it, or name one: PYTHON=/path/to/python3.12 bash $0" >&2
     exit 1
 fi
-# a .venv that was cut off while it was made has no working pip, and is made again
-.venv/bin/python -m pip --version >/dev/null 2>&1 || { rm -rf .venv; echo "making .venv with Python $version"; "$python" -m venv .venv; }
+# a .venv whose creation was interrupted has no working pip and is created again
+.venv/bin/python -m pip --version >/dev/null 2>&1 || { rm -rf .venv; echo "creating .venv with Python $version"; "$python" -m venv .venv; }
 
-wanted=$(cat "$@" | cksum)
+requested=$(cat "$@" | cksum)
 stamp=.venv/.installed-$(echo "$*" | cksum | cut -d' ' -f1)
-if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+if [ "$(cat "$stamp" 2>/dev/null)" != "$requested" ]; then
     echo "installing $* into .venv (some 2.5 GB, a few minutes the first time)"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check $(printf -- '-r %s ' "$@") &
     pip=$!
@@ -21,6 +21,6 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     while kill -0 $pip 2>/dev/null; do sleep 5 & wait $! ; kill -0 $pip 2>/dev/null && echo "  installing, $((SECONDS)) s, $(du -sm .venv | cut -f1) MB so far"; done
     wait $pip
     trap - EXIT
-    echo "$wanted" >"$stamp"
+    echo "$requested" >"$stamp"
 fi
 export DO_NOT_TRACK=1 TOKENIZERS_PARALLELISM=true

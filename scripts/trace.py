@@ -1,63 +1,65 @@
-"""Name the documents that a step of a training run saw: row of the batch, source, row of the source, tokens, id, first words.
+"""List the documents in the batch of a training step.
+
+Prints position in the batch, source, sequence of the source, tokens, id and first words.
 
   python scripts/trace.py --workdir runs/first --step 1200
   python scripts/trace.py --workdir runs/first --step 1200 --losses
 
-Step N is the N-th update, as metrics.jsonl counts them. Reads WORKDIR/config.json, WORKDIR/phases.json, the packed rows that they name and
-WORKDIR/tokenizer. With --losses each document's loss is computed by the newest checkpoint before the step (or the first after it), and
-the documents come in the order of what they add to the step's loss.
+Step N is the N-th update, as metrics.jsonl counts them. Reads WORKDIR/config.json,
+WORKDIR/phases.json, the packed sequences that they name and WORKDIR/tokenizer. With --losses each
+document's loss is computed with the newest checkpoint before the step (or the first after it), and
+documents are sorted by what they add to the step's loss.
 """
 
 import argparse
 import pathlib
 import sys
 
-sys.path.insert(
-    0, str(pathlib.Path(__file__).resolve().parent.parent)
-)  # run from a clone without installing
+# run from a clone without installing
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from jaxpt import stage
 
+RAW = argparse.RawDescriptionHelpFormatter
+
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=RAW)
     parser.add_argument(
         "--workdir", required=True, metavar="DIR", type=pathlib.Path, help="the run directory"
     )
     parser.add_argument(
-        "--step", required=True, metavar="N", type=int, help="an update of the run, from 1"
+        "--step", required=True, metavar="N", type=int, help="step of the run, from 1"
     )
     parser.add_argument(
         "--losses",
         action="store_true",
-        help="compute each document's loss and rank them: who made this spike?",
+        help="compute and rank each document's loss: which one caused this spike?",
     )
     arguments = parser.parse_args()
     from jaxpt.data import loader, tokenizer
 
-    run = stage.local_path(arguments.workdir)
-    words = tokenizer.load_tokenizer(run / "tokenizer")
+    run_dir = stage.local_path(arguments.workdir)
+    encoder = tokenizer.load_tokenizer(run_dir / "tokenizer")
 
-    def tell(seen: loader.TracedDocument, loss: str = "") -> None:
-        text = " ".join(words.decode(seen.tokens[:40].tolist()).split())
-        print(
-            f"{loss}{seen.slot:5d}  {seen.source}/{seen.sequence}  {len(seen.tokens):6d} tokens  {seen.document}  {text[:80]}"
-        )
+    def print_document(document: loader.TracedDocument, losses: str = "") -> None:
+        text = " ".join(encoder.decode(document.tokens[:40].tolist()).split())
+        where = f"{document.slot:5d}  {document.source}/{document.sequence}"
+        size = f"{len(document.tokens):6d} tokens"
+        print(f"{losses}{where}  {size}  {document.document}  {text[:80]}")
 
     if not arguments.losses:
-        for seen in loader.trace_step(run, arguments.step, words.fingerprint):
-            tell(seen)
+        for document in loader.trace_step(run_dir, arguments.step, encoder.fingerprint):
+            print_document(document)
         return
     from jaxpt.evaluate import attribution
 
-    used, found = attribution.rank_documents(run, arguments.step, words.fingerprint)
-    print(
-        f"by {used}: nats a token, and what the document adds to the loss of step {arguments.step:,}"
-    )
-    for each in found:
-        tell(each.document, f"{each.loss_sum / each.n_trained:7.3f} {each.delta:+9.5f}  ")
+    step = arguments.step
+    used, ranked = attribution.rank_documents(run_dir, step, encoder.fingerprint)
+    print(f"by {used}: nats per token, and what the document adds to the loss of step {step:,}")
+    for found in ranked:
+        mean = found.loss_sum / found.n_trained
+        print_document(found.document, f"{mean:7.3f} {found.delta:+9.5f}  ")
 
 
 if __name__ == "__main__":

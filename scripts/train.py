@@ -1,8 +1,8 @@
-"""Train a model: from random weights, from another run's, or from a Hugging Face directory, to config.train.steps.
+"""Train a model to config.train.steps, from scratch, from another run or from Hugging Face.
 
-Reads packed rows (config.mixture.packed_paths, or WORKDIR/packed) and writes checkpoints, metrics.jsonl and tensorboard/ into
-WORKDIR. Killed and started again with the same command, it goes on from the newest whole checkpoint and ends with the
-same weights.
+Reads packed sequences (config.mixture.packed_paths, or WORKDIR/packed) and writes checkpoints,
+metrics.jsonl and tensorboard/ into WORKDIR. Killed and started again with the same command, it
+resumes from the newest complete checkpoint and ends with the same weights.
 
     python scripts/train.py --config configs/quickstart.py --workdir runs/base
 """
@@ -10,9 +10,8 @@ same weights.
 import pathlib
 import sys
 
-sys.path.insert(
-    0, str(pathlib.Path(__file__).resolve().parent.parent)
-)  # run from a clone without installing
+# run from a clone without installing
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from jaxpt import config, stage
 

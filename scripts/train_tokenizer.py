@@ -1,17 +1,21 @@
-"""Make WORKDIR/tokenizer: train one on WORKDIR/corpus, or adopt a SentencePiece .model, a tokenizer.json or a Hugging Face
-directory (config.tokenizer.source). With --compare, only print how many bytes a token holds, for each tokenizer and source.
+r"""Train or adopt a tokenizer: writes WORKDIR/tokenizer.
+
+Trains on WORKDIR/corpus, or adopts a SentencePiece .model, a tokenizer.json or a Hugging Face
+directory (config.tokenizer.source). With --compare, only prints bytes per token for each tokenizer
+and source.
 
   python scripts/train_tokenizer.py --config configs/quickstart.py --workdir runs/first
-  python scripts/train_tokenizer.py --config configs/quickstart.py --workdir runs/first --config.tokenizer.source=tokenizer.model
-  python scripts/train_tokenizer.py --config configs/quickstart.py --workdir runs/first --compare runs/first/tokenizer tokenizer.model
+  python scripts/train_tokenizer.py --config configs/quickstart.py --workdir runs/first \
+      --config.tokenizer.source=tokenizer.model
+  python scripts/train_tokenizer.py --config configs/quickstart.py --workdir runs/first \
+      --compare runs/first/tokenizer tokenizer.model
 """
 
 import pathlib
 import sys
 
-sys.path.insert(
-    0, str(pathlib.Path(__file__).resolve().parent.parent)
-)  # run from a clone without installing
+# run from a clone without installing
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from jaxpt import config, stage
 
@@ -32,7 +36,7 @@ def main():
         )
 
     arguments, settings = config.parse_args(__doc__, flags)
-    from jaxpt.data import tokenizer  # heavy imports after the flags were read: --help stays fast
+    from jaxpt.data import tokenizer  # not before --help was answered
 
     if not arguments.compare:
         tokenizer.train_tokenizer(settings, arguments.workdir, arguments.replace)

@@ -1,4 +1,4 @@
-"""The doors as a terminal opens them, but one after the other in a process that has everything imported."""
+"""Run a command as a terminal does, in a process that has everything imported."""
 
 import contextlib
 import io
@@ -6,17 +6,22 @@ import runpy
 import sys
 
 
-def opened(script: str, words: list[str], cwd: str) -> tuple[int, str]:
-    """(exit status, what it said) of a script called with these words."""
-    said = io.StringIO()
-    before, sys.argv = sys.argv, [script, *words]
-    with contextlib.chdir(cwd), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+def run_script(script: str, arguments: list[str], cwd: str) -> tuple[int, str]:
+    """Return the exit status and the output (stdout and stderr) of a script."""
+    output = io.StringIO()
+    before, sys.argv = sys.argv, [script, *arguments]
+    with (
+        contextlib.chdir(cwd),
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(output),
+    ):
         try:
             runpy.run_path(script, run_name="__main__")
             status = 0
-        except SystemExit as ended:
-            status = 1 if isinstance(ended.code, str) else ended.code or 0
-            said.write(f"{ended.code}\n" if isinstance(ended.code, str) else "")
+        except SystemExit as exit:
+            is_message = isinstance(exit.code, str)
+            status = 1 if is_message else exit.code or 0
+            output.write(f"{exit.code}\n" if is_message else "")
         finally:
             sys.argv = before
-    return status, said.getvalue()
+    return status, output.getvalue()

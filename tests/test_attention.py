@@ -231,7 +231,7 @@ def settings(attention="auto", seq_len=256, **train):
 @pytest.mark.parametrize(
     ("mesh", "chosen", "name", "says"),
     [
-        (on("cpu", "cpu"), settings(), "xla", "the way for cpu"),
+        (on("cpu", "cpu"), settings(), "xla", "the default on cpu"),
         (on(*TPU), settings(), "splash", "the kernel for TPU v5"),
         (
             on(*TPU),
@@ -239,7 +239,7 @@ def settings(attention="auto", seq_len=256, **train):
             "xla",
             "pack.seq_len = 200 is no multiple of 128 (128 or 256)",
         ),
-        (on(*TPU, position=2), settings(), "xla", "the mesh cuts them into 2"),
+        (on(*TPU, position=2), settings(), "xla", "the mesh shards them 2 ways"),
         (on(*H100), settings(), "cudnn", "the kernel for NVIDIA H100"),
         (
             on(*H100),
@@ -276,21 +276,21 @@ def test_a_kernel_that_fails_or_gives_other_numbers_is_not_relied_on(monkeypatch
 
     def judge(kernel):
         attention.check_against_reference.cache_clear()
-        monkeypatch.setattr(attention, "splash", kernel)
+        monkeypatch.setattr(attention, "splash_attention", kernel)
         return attention.check_against_reference("splash", SPEC, 256, "float32", device)
 
     assert judge(plain) is None
-    assert "its result on cpu is" in judge(
+    assert "its output on cpu differs" in judge(
         lambda q, k, v, segments, window: plain(q, k, v, segments * 0, window)
     )  # blind to documents
     assert "gradient of v" in judge(
         lambda q, k, v, segments, window: plain(q, k, jax.lax.stop_gradient(v), segments, window)
     )
-    assert "is nan x" in judge(lambda q, *_: q * jnp.nan)
+    assert "by nan x" in judge(lambda q, *_: q * jnp.nan)
     assert "fails on cpu" in judge(lambda q, *_: q.reshape(7))
     attention.check_against_reference.cache_clear()
 
 
-def test_an_unknown_backend_is_refused_at_the_door():
+def test_an_unknown_backend_is_refused_by_the_config():
     with pytest.raises(UserError, match="attention"):
         config.build_config(config.apply_overrides(["--config.train.attention=flash"]))

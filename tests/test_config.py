@@ -1,4 +1,4 @@
-"""The door for settings: what is misspelt, missing or of the wrong kind is refused with the nearest thing that works."""
+"""Configs: what is misspelt, missing or of the wrong type is refused with the nearest match."""
 
 import dataclasses
 import subprocess
@@ -38,19 +38,19 @@ def test_a_recipe_takes_an_argument_and_overrides_apply_last(tmp_path):
     [
         ("--config.train.stpes=5", "did you mean train.steps?"),
         ("--config.trian.steps=5", "did you mean train?"),
-        ("--config.train.steps=many", "train.steps is 'many', wanted int"),
-        ("--config.train.steps=True", "wanted int"),
-        ("--config.train.steps=0", "wanted at least 1"),
+        ("--config.train.steps=many", "train.steps: expected int, got 'many'"),
+        ("--config.train.steps=True", "expected int"),
+        ("--config.train.steps=0", "expected at least 1"),
         ("--config.optim.schedule=wds", "did you mean 'wsd'?"),
         ("--config.train.grad_accum_steps=5", "Use a divisor of 32"),
-        ("--config.prepare.heldout_frac=1.5", "wanted a share"),
-        ("--config.mixture.phases=((5, {'a': 1}),)", "wanted 0 first"),
+        ("--config.prepare.heldout_frac=1.5", "expected a fraction"),
+        ("--config.mixture.phases=((5, {'a': 1}),)", "start at 0 and rise"),
         ("--config.mixture.phases=((0, {'a': 0}),)", "at least one above 0"),
-        ("--config.train.grow=((20, 'stack()'), (10, 'stack()'))", "wanted rising steps"),
+        ("--config.train.grow=((20, 'stack()'), (10, 'stack()'))", "expected rising steps"),
         ("--config.train.grow=((1000, 'stack()'),)", "between 0 and train.steps = 1000"),
         ("--config.optim.lr_multipliers=(('old', -0.5),)", "0 freezes a group"),
         ("--config.initialize.mode=resume", "initialize.source is random"),
-        ("--config.train", "wanted --config.SECTION.NAME=VALUE"),
+        ("--config.train", "expected --config.SECTION.NAME=VALUE"),
     ],
 )
 def test_a_wrong_override_is_one_sentence(override, answer):
@@ -88,7 +88,7 @@ def test_sections_are_frozen():
         config.Config().train.steps = 5
 
 
-def test_a_door_ends_in_one_sentence_and_status_1(tmp_path):
+def test_a_command_fails_with_one_sentence_and_status_1(tmp_path):
     told = subprocess.run(
         [sys.executable, "scripts/train.py", "--config", "configs/quickstart.py", "--workdir", str(tmp_path), "--config.train.stpes=5"],
         cwd=ROOT, capture_output=True, text=True,

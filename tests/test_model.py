@@ -225,7 +225,7 @@ def test_the_course_shape_has_the_course_count():
         ({"d_head": 7}, "even number"),
         ({"n_layers": -1}, "at least 0"),
         ({"d_ff": 0}, "at least 1"),
-        ({"d_model": 2.5}, "whole number"),
+        ({"d_model": 2.5}, "an integer of at least"),
     ],
 )
 def test_sizes_that_make_no_model_are_refused(spec, change, answer):
@@ -236,11 +236,11 @@ def test_sizes_that_make_no_model_are_refused(spec, change, answer):
 @pytest.mark.parametrize(
     ("mesh", "changes", "answer"),
     [
-        ({"fsdp": 3}, {}, "does not make 8 devices"),
+        ({"fsdp": 3}, {}, "expected sizes that multiply to 8 devices"),
         ({"fsdp": -1, "tensor": -1}, {}, "at most one -1"),
-        ({"fsdp": 2, "tensor": 4}, {}, "model.n_kv_heads = 2 cannot be cut into 4"),
+        ({"fsdp": 2, "tensor": 4}, {}, "model.n_kv_heads = 2 cannot be sharded 4 ways"),
         ({"fsdp": 8}, {"batch_size": 12}, "8 or 16"),
-        ({"fsdp": 1, "context": 8}, {"seq_len": 20}, "pack.seq_len = 20 cannot be cut into 8"),
+        ({"fsdp": 1, "context": 8}, {"seq_len": 20}, "pack.seq_len = 20 cannot be sharded 8 ways"),
     ],
 )
 def test_what_a_mesh_cannot_cut_is_refused_with_the_numbers_that_would_do(

@@ -1,4 +1,6 @@
-"""A small transformers model of every supported architecture and switch, for laws that hold for all of them."""
+"""A small transformers model of every supported architecture and switch, for laws that hold for all
+of them.
+"""
 
 import torch
 import transformers
@@ -53,7 +55,9 @@ CONFIGS = {
 
 
 def make(name: str, directory=None):
-    """A model with every weight random, norms and biases too, so that none can be forgotten unseen; saved where a directory is given."""
+    """A model with every weight random, norms and biases too, so that none can be forgotten unseen;
+    saved where a directory is given.
+    """
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]()).float().eval()
     with torch.no_grad():

@@ -1,7 +1,8 @@
 """Causal attention within documents: one function, several backends.
 
-`xla` runs everywhere. `splash` is JAX's own TPU kernel; `cudnn` is NVIDIA's, by way of JAX. All three see the same keys and give
-the same numbers, which tests/test_attention.py holds them to. `choose` says which one a run takes and why.
+`xla` runs everywhere, `splash` is JAX's TPU kernel, `cudnn` is NVIDIA's, through JAX. All three
+attend to the same keys and give the same numbers (tests/test_attention.py). `choose_backend`
+returns which one a run takes, and why.
 """
 
 from __future__ import annotations
@@ -9,489 +10,577 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxpt.config import Config
 from jaxpt.sharding import LOGICAL_AXIS_RULES, logical_to_partition_spec, n_shards
 from jaxpt.spec import ModelSpec, UserError
 
-# Queries are taken this many at a time and see only the keys up to the end of their band, so that the upper triangle is hardly
-# computed and a layer holds scores of size QUERY_CHUNK x S rather than T x S.
+# Queries are processed this many at a time against the keys up to the end of their block, so that
+# the upper triangle is hardly computed and a layer holds scores of size QUERY_CHUNK_SIZE x S rather
+# than T x S.
 QUERY_CHUNK_SIZE = 128
-# A row is cut into so many bands, and each is a loop over its chunks. Chunks written out one by one compute 52 % of the square at
-# T = 4,096 where bands compute 56 %, but take three times as long to compile (docs/performance.md).
+# A sequence has this many query blocks, each a loop over its chunks. Chunks unrolled one by one
+# compute 52 % of the square at T = 4,096 where blocks compute 56 %, but take three times as long to
+# compile (docs/performance.md).
 N_QUERY_BLOCKS = 8
 
 BACKENDS = ("xla", "splash", "cudnn")
-ATTENTION_OUTPUT = "attended"  # the name that remat policies know attention's result by
+PLATFORM_KERNELS = {"tpu": "splash", "gpu": "cudnn"}
+ATTENTION_OUTPUT = "attention_output"  # the name by which remat policies know it
+MAX_RELATIVE_DIFFERENCE = 0.05  # bfloat16 stays below a tenth of it, a leak between documents above
 
 
 def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segment_ids: jax.Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array,
     window: int | None = None,
     backend: str = "xla",
-) -> jax.Array:
-    """Softmax attention of each query to the keys of its own document at or before it.
+) -> Array:
+    """Return softmax attention of each query to the keys of its document at or before it.
 
-    q         [B, T, N, H]   rotated
-    k, v      [B, T, K, H]   N is a multiple of K; query head n reads kv head n // (N / K)
-    segments  [B, T]         int32; a token sees only tokens of its own segment, whose places are neighbours
-    window    a query sees this many positions, itself included; None sees all
-    backend   one of NAMES, as `choose` answered
+    Args:
+        q: [B, T, N, H], rotated.
+        k: [B, T, K, H], rotated; N is a multiple of K, query head n reads kv head n // (N / K).
+        v: [B, T, K, H].
+        segment_ids: int32 [B, T]; a token attends to its own segment, whose tokens are adjacent.
+        window: positions that a query sees, itself included; None: all.
+        backend: one of BACKENDS, as `choose_backend` returned.
 
-    Returns [B, T, N, H] in q's dtype; the softmax is float32.
+    Returns:
+        [B, T, N, H] in q's dtype; the softmax is float32.
     """
-    return {"xla": xla_attention, "splash": splash_attention, "cudnn": cudnn_attention}[backend](
-        q, k, v, segment_ids, window
-    )
+    if backend == "splash":
+        return splash_attention(q, k, v, segment_ids, window)
+    if backend == "cudnn":
+        return cudnn_attention(q, k, v, segment_ids, window)
+    return xla_attention(q, k, v, segment_ids, window)
 
 
-def choose_backend(spec: ModelSpec, settings: Config, mesh) -> tuple[str, str]:
-    """(backend, reason): what train.attention comes to for a model on a mesh, and why, for the console.
+def choose_backend(spec: ModelSpec, config: Config, mesh: jax.sharding.Mesh) -> tuple[str, str]:
+    """Return (backend, reason) that train.attention resolves to for a model on a mesh.
 
-    Raises UserError when a backend that was asked for by name cannot do it.
+    Raises:
+        UserError: a backend requested by name does not support the run.
     """
-    asked, device = settings.train.attention, mesh.devices.flat[0]
-    kernel = {"tpu": "splash", "gpu": "cudnn"}.get(device.platform)
-    if asked == "xla":
+    requested, device = config.train.attention, mesh.devices.flat[0]
+    kernel = PLATFORM_KERNELS.get(device.platform)
+    if requested == "xla":
         return "xla", "train.attention = xla"
-    if asked not in ("auto", kernel):
+    if requested not in ("auto", kernel):
+        hardware = "TPU" if requested == "splash" else "NVIDIA GPU"
         raise UserError(
-            f"train.attention: {asked} runs on {'TPU' if asked == 'splash' else 'NVIDIA GPU'}, and this is {device.device_kind}. Use auto."
+            f"train.attention: {requested} runs on {hardware}, but this is {device.device_kind}. "
+            "Use auto."
         )
     if kernel is None:
-        return "xla", f"the way for {device.device_kind}"
-    hindrance = unsupported_reason(kernel, spec, settings, mesh)
-    if (
-        not hindrance and device in jax.devices()
-    ):  # a device that is only compiled for cannot be asked
-        hindrance = check_against_reference(
-            kernel, spec, settings.pack.seq_len, settings.train.compute_dtype, mesh.local_devices[0]
-        )
-    if hindrance and asked != "auto":
+        return "xla", f"the default on {device.device_kind}"
+    reason = unsupported_reason(kernel, spec, config, mesh)
+    if not reason and device in jax.devices():  # a device that is only compiled for cannot run
+        dtype, local = config.train.compute_dtype, mesh.local_devices[0]
+        reason = check_against_reference(kernel, spec, config.pack.seq_len, dtype, local)
+    if reason and requested != "auto":
         raise UserError(
-            f"train.attention: {asked} cannot do this run: {hindrance}. Set it to auto or xla, or change that."
+            f"train.attention: {requested} does not support this run: {reason}. Use auto or xla, "
+            "or change that."
         )
-    if hindrance:
-        return "xla", f"{kernel} cannot do this run: {hindrance}; slower, and more memory"
+    if reason:
+        return "xla", f"{kernel} does not support this run: {reason}; slower, and more memory"
     return kernel, f"the kernel for {device.device_kind}"
 
 
-def unsupported_reason(kernel: str, spec: ModelSpec, settings: Config, mesh) -> str | None:
-    """What keeps a kernel from doing this run, as half a sentence with what would help; None when nothing does."""
-    T, H, N, train = settings.pack.seq_len, spec.d_head, spec.n_heads, settings.train
-    device = mesh.devices.flat[0]
-    if n_shards(mesh, "position") > 1:
-        return f"it needs whole rows on a device, and the mesh cuts them into {n_shards(mesh, 'position')} (mesh.context = 1)"
+def unsupported_reason(
+    kernel: str, spec: ModelSpec, config: Config, mesh: jax.sharding.Mesh
+) -> str | None:
+    """Return why a kernel does not support a run, with what would help; None if it does."""
+    T, H, train = config.pack.seq_len, spec.d_head, config.train
+    n_context = n_shards(mesh, "position")
+    if n_context > 1:
+        return f"it needs whole sequences, the mesh shards them {n_context} ways (mesh.context = 1)"
     if T % 128:
-        return f"pack.seq_len = {T} is no multiple of 128 ({T // 128 * 128 or 128} or {(T // 128 + 1) * 128})"
-    if kernel == "cudnn":
-        if "NVIDIA" not in device.device_kind:
-            return f"{device.device_kind} is not NVIDIA's"
-        if float(device.compute_capability) < 9:
-            return f"packed documents need Hopper or newer (9.0), and {device.device_kind} is {device.compute_capability}"
-        if train.compute_dtype != "bfloat16":
-            return f"train.compute_dtype = {train.compute_dtype} (bfloat16)"
-        if H % 8 or H > 128:
-            return f"model.d_head = {H} is no multiple of 8 up to 128"
-        rows = train.batch_size // train.grad_accum_steps // n_shards(mesh, "batch")
-        if rows * T * N * H // n_shards(mesh, "heads") >= 2**31:
-            return f"{rows} rows a device are more than its 32-bit offsets count (train.grad_accum_steps = {train.grad_accum_steps} or more)"
+        below, above = T // 128 * 128 or 128, (T // 128 + 1) * 128
+        return f"pack.seq_len = {T} is no multiple of 128 ({below} or {above})"
+    if kernel != "cudnn":
+        return None
+    device = mesh.devices.flat[0]
+    kind = device.device_kind
+    if "NVIDIA" not in kind:
+        return f"{kind} is not NVIDIA's"
+    if float(device.compute_capability) < 9:
+        capability = device.compute_capability
+        return f"packed documents need Hopper or newer (9.0), and {kind} is {capability}"
+    if train.compute_dtype != "bfloat16":
+        return f"train.compute_dtype = {train.compute_dtype} (bfloat16)"
+    if H % 8 or H > 128:
+        return f"model.d_head = {H} is no multiple of 8 up to 128"
+    batch = train.batch_size // train.grad_accum_steps // n_shards(mesh, "batch")
+    if batch * T * spec.n_heads * H // n_shards(mesh, "heads") >= 2**31:
+        return (
+            f"{batch} sequences per device exceed its 32-bit offsets "
+            f"(train.grad_accum_steps above {train.grad_accum_steps})"
+        )
     return None
 
 
 @functools.lru_cache(maxsize=64)
 def check_against_reference(
-    kernel: str, spec: ModelSpec, seq_len: int, dtype: str, device
+    kernel: str, spec: ModelSpec, seq_len: int, dtype: str, device: Any
 ) -> str | None:
-    """How a kernel's results or gradients on a device are not those of xla, or how it fails; None when they agree.
+    """Return how a kernel's output or gradients differ from xla's; None if they agree.
 
-    Tried on two rows before a run relies on it, because the kernels belong to others and no test here can run them on their hardware.
+    Run on two sequences before a run relies on it: the kernels are others', and no test here can
+    run them on their hardware.
     """
-    shape = lambda heads: (2, seq_len, heads, spec.d_head)  # noqa: E731
     keys = jax.random.split(jax.random.key(0), 4)
-    q, k, v, g = (
-        jax.random.normal(key, shape(n), dtype)
-        for key, n in zip(
-            keys, (spec.n_heads, spec.n_kv_heads, spec.n_kv_heads, spec.n_heads), strict=True
-        )
+    heads = (spec.n_heads, spec.n_kv_heads, spec.n_kv_heads, spec.n_heads)
+    q, k, v, d_out = (
+        jax.random.normal(key, (2, seq_len, n, spec.d_head), dtype)
+        for key, n in zip(keys, heads, strict=True)
     )
+    # the last segment stands for padding
     ends = jnp.array([[seq_len // 5, seq_len // 2, seq_len - 7], [1, seq_len // 3, seq_len]])
-    segments = (jnp.sum(jnp.arange(seq_len) >= ends[..., None], axis=1) + 1).astype(
-        jnp.int32
-    )  # the last piece stands for padding
+    n_ended = jnp.sum(jnp.arange(seq_len) >= ends[..., None], axis=1)
+    segment_ids = (n_ended + 1).astype(jnp.int32)
 
-    def results(backend):
-        def both(q, k, v, segments, g):
-            mixed, pull = jax.vjp(
-                lambda q, k, v: attend(q, k, v, segments, spec.sliding_window, backend), q, k, v
-            )
-            return {"result": mixed, **dict(zip(("q", "k", "v"), pull(g), strict=True))}
+    def run(backend: str) -> dict[str, np.ndarray]:
+        def forward_and_backward(q: Array, k: Array, v: Array, ids: Array, d_out: Array) -> Any:
+            def forward(q: Array, k: Array, v: Array) -> Array:
+                return attend(q, k, v, ids, spec.sliding_window, backend)
 
-        return jax.device_get(jax.jit(both)(*jax.device_put((q, k, v, segments, g), device)))
+            out, pullback = jax.vjp(forward, q, k, v)
+            return {"output": out, **dict(zip(("q", "k", "v"), pullback(d_out), strict=True))}
+
+        inputs = jax.device_put((q, k, v, segment_ids, d_out), device)
+        return jax.device_get(jax.jit(forward_and_backward)(*inputs))
 
     try:
-        ours = results(kernel)
+        found = run(kernel)
     except Exception as error:
-        return f"it fails on {device.device_kind} ({str(error).strip().splitlines()[0][:200]})"
-    theirs = results("xla")
-    for name in ("result", "q", "k", "v"):
-        got, wanted = (np.asarray(each[name], np.float32) for each in (ours, theirs))
-        apart = (
-            np.abs(got - wanted).max() / np.abs(wanted).max()
-        )  # numpy's max: XLA's on a CPU passes over NaN
-        if (
-            not apart < 0.05
-        ):  # bfloat16's roundings stay below a tenth of that, a leak between documents is above it
-            what = "result" if name == "result" else f"gradient of {name}"
-            return f"its {what} on {device.device_kind} is {apart:.2g} x the largest entry away from xla's"
+        reason = str(error).strip().splitlines()[0][:200]
+        return f"it fails on {device.device_kind} ({reason})"
+    reference = run("xla")
+    for name in ("output", "q", "k", "v"):
+        got = np.asarray(found[name], np.float32)
+        expected = np.asarray(reference[name], np.float32)
+        # numpy's max: XLA's on a CPU ignores NaN
+        difference = np.abs(got - expected).max() / np.abs(expected).max()
+        if not difference < MAX_RELATIVE_DIFFERENCE:
+            what = name if name == "output" else f"gradient of {name}"
+            return (
+                f"its {what} on {device.device_kind} differs from xla's by {difference:.2g} x the "
+                "largest entry"
+            )
     return None
 
 
-def attend_prefix_tree(
-    q: jax.Array, k: jax.Array, v: jax.Array, visible_until: jax.Array
-) -> jax.Array:
-    """Softmax attention of each query to the keys at or before it that are not closed yet: ends, int32 [B, T], says for each key the first place
-    after it whose query does not see it. q, k, v as for `attend`; each place must see itself. For trees of texts, see evaluate/prefix_trees.py.
+def attend_prefix_tree(q: Array, k: Array, v: Array, visible_until: Array) -> Array:
+    """Return softmax attention of each query to the keys at or before it that are still visible.
+
+    For trees of texts, see evaluate/prefix_trees.py. q, k and v are as for `attend`.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        visible_until: int32 [B, T], for each key the first position after it whose query does not
+            see it; each position must see itself.
     """
-    places = jnp.broadcast_to(jnp.arange(q.shape[1]), visible_until.shape)
-    return blockwise_attention(q, k, v, places, visible_until, 0, QueryBlocks(is_visible=jnp.less))
+    positions = jnp.broadcast_to(jnp.arange(q.shape[1]), visible_until.shape)
+    blocks = QueryBlocks(is_visible=jnp.less)
+    return blockwise_attention(q, k, v, positions, visible_until, 0, blocks)
 
 
 # ---- xla
 
 
 class QueryBlocks(NamedTuple):
-    """How a row's queries are cut, and whom they see: query i stands at place i * stride + offset of the keys, offset < stride, and sees
-    those of the keys at or before it, inside the window, of which sees(query's segment, key's segment) is true.
+    """How queries are split, and which keys they see.
+
+    Query i is at position i * stride + offset of the keys, offset < stride. It sees the keys at or
+    before it, within the window, for which is_visible(query's id, key's id) is true.
     """
 
     window: int | None = None
     stride: int = 1
-    is_visible: Callable = jnp.equal
+    is_visible: Callable[[Array, Array], Array] = jnp.equal
 
     def iterate_blocks(self, T: int) -> Iterator[tuple[int, slice, slice]]:
-        """(chunks, queries, keys) of each of at most BANDS bands of T queries: whole chunks, but for a short last band of one."""
-        band = QUERY_CHUNK_SIZE * max(1, -(-T // (QUERY_CHUNK_SIZE * N_QUERY_BLOCKS)))
-        for start, stop in itertools.pairwise(
-            sorted({*range(0, T, band), T // QUERY_CHUNK_SIZE * QUERY_CHUNK_SIZE, T})
-        ):
-            first = 0 if self.window is None else max(0, start * self.stride - self.window + 1)
-            yield (
-                max(1, (stop - start) // QUERY_CHUNK_SIZE),
-                slice(start, stop),
-                slice(first, stop * self.stride),
-            )
+        """Yield (n chunks, queries, keys) of at most N_QUERY_BLOCKS blocks of T queries.
+
+        Blocks are whole chunks, but for a short last block of one.
+        """
+        block = QUERY_CHUNK_SIZE * max(1, -(-T // (QUERY_CHUNK_SIZE * N_QUERY_BLOCKS)))
+        bounds = {*range(0, T, block), T // QUERY_CHUNK_SIZE * QUERY_CHUNK_SIZE, T}
+        for start, stop in itertools.pairwise(sorted(bounds)):
+            first = 0
+            if self.window is not None:
+                first = max(0, start * self.stride - self.window + 1)
+            n_chunks = max(1, (stop - start) // QUERY_CHUNK_SIZE)
+            yield n_chunks, slice(start, stop), slice(first, stop * self.stride)
 
 
-def xla_attention(q, k, v, segments, window):
-    """Bands of queries, each against the keys up to its own end."""
+def xla_attention(q: Array, k: Array, v: Array, segment_ids: Array, window: int | None) -> Array:
+    """Return attention in query blocks, each against the keys up to its own end."""
     mesh = jax.sharding.get_abstract_mesh()
     n = 1 if mesh.empty else n_shards(mesh, "position")
-    bands = QueryBlocks(window)
+    blocks = QueryBlocks(window)
     if n > 1 and q.shape[1] % n**2 == 0:
-        return shard_map_attention(
-            functools.partial(striped_attention, query_blocks=bands._replace(stride=n))
-        )(q, k, v, segments)
-    # where rows are cut into pieces that cannot be dealt evenly, XLA places the bands: right, but slower
-    return blockwise_attention(q, k, v, segments, segments, 0, bands)
+        striped = functools.partial(striped_attention, query_blocks=blocks._replace(stride=n))
+        return shard_map_attention(striped)(q, k, v, segment_ids)
+    # where sequences cannot be striped evenly, XLA shards the blocks: right, but slower
+    return blockwise_attention(q, k, v, segment_ids, segment_ids, 0, blocks)
 
 
-def striped_attention(q, k, v, segments, query_blocks):
-    """Attention of rows that the mesh cuts: every device gathers all keys, and has every n-th query instead of n-th part of the row.
+def striped_attention(
+    q: Array, k: Array, v: Array, segment_ids: Array, query_blocks: QueryBlocks
+) -> Array:
+    """Return attention of sequences sharded over the mesh: striped context parallelism.
 
-    Were the queries left where they are, the device with a row's end would see n times what the one with its start sees, and all
-    would wait for it. Queries and results travel once each way, keys and values to all.
+    Every device gathers all keys, and takes every n-th query instead of the n-th part of the
+    sequence: otherwise the device with a sequence's end would see n times what the one with its
+    start sees, and all would wait for it. Queries and outputs travel once each way.
+
+    Source: 2311.09431.
     """
     axis = LOGICAL_AXIS_RULES["position"]
-    n, which = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
-    B, part = segments.shape
+    n, index = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+    B, part = segment_ids.shape
 
-    def deal(x):  # place r here is place r * n + which of the row
-        cut = x.reshape(B, part // n, n, *x.shape[2:])
-        return jax.lax.all_to_all(cut, axis, split_axis=2, concat_axis=1, tiled=True).reshape(
-            x.shape
-        )
+    def stripe(x: Array) -> Array:  # position r here is position r * n + index of the sequence
+        split = x.reshape(B, part // n, n, *x.shape[2:])
+        striped = jax.lax.all_to_all(split, axis, split_axis=2, concat_axis=1, tiled=True)
+        return striped.reshape(x.shape)
 
-    def undeal(x):
-        return jax.lax.all_to_all(
-            x[:, :, None], axis, split_axis=1, concat_axis=2, tiled=True
-        ).reshape(x.shape)
+    def unstripe(x: Array) -> Array:
+        whole = jax.lax.all_to_all(x[:, :, None], axis, split_axis=1, concat_axis=2, tiled=True)
+        return whole.reshape(x.shape)
 
-    k, v, all_segments = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (k, v, segments))
-    return undeal(
-        blockwise_attention(deal(q), k, v, deal(segments), all_segments, which, query_blocks)
-    )
+    k, v, all_ids = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (k, v, segment_ids))
+    out = blockwise_attention(stripe(q), k, v, stripe(segment_ids), all_ids, index, query_blocks)
+    return unstripe(out)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def blockwise_attention(q, k, v, q_segments, k_segments, offset, bands):
-    """Attention of q [B, T, N, H] to k and v [B, S, K, H], as `bands` says. Backward keeps the result and the logarithm of each query's sum, and
-    computes the scores again: they are the largest thing a layer would otherwise keep.
+def blockwise_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    q_ids: Array,
+    k_ids: Array,
+    offset: Array | int,
+    blocks: QueryBlocks,
+) -> Array:
+    """Return attention of q [B, T, N, H] to k and v [B, S, K, H], as `blocks` says.
+
+    Backward keeps the output and each query's logsumexp, and recomputes the scores: they are the
+    largest thing that a layer would otherwise keep.
     """
-    return blockwise_attention_fwd(q, k, v, q_segments, k_segments, offset, bands)[0]
+    return blockwise_attention_fwd(q, k, v, q_ids, k_ids, offset, blocks)[0]
 
 
-def blockwise_attention_fwd(q, k, v, q_segments, k_segments, offset, bands):
+def blockwise_attention_fwd(
+    q: Array,
+    k: Array,
+    v: Array,
+    q_ids: Array,
+    k_ids: Array,
+    offset: Array | int,
+    blocks: QueryBlocks,
+) -> tuple[Array, Any]:
+    """Return the output, and what backward needs."""
     T, K = q.shape[1], k.shape[2]
     keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
 
-    def one(seen, _, chunk):
-        scores = compute_scores(*chunk, keys[:, :, seen], k_segments[:, seen], seen.start, bands)
-        top = jnp.max(scores, axis=-1, keepdims=True)  # every query sees itself, so it is finite
-        shares = jnp.exp(scores - top)
-        total = jnp.sum(shares, axis=-1, keepdims=True)
-        mixed = (
-            jnp.einsum(
-                "bkgts,bksh->bkgth",
-                shares.astype(v.dtype),
-                values[:, :, seen],
-                preferred_element_type=jnp.float32,
-            )
-            / total
-        )
-        return None, (mixed.astype(q.dtype), (top + jnp.log(total))[..., 0])
+    def attend_chunk(seen: slice, _: None, chunk: Any) -> tuple[None, tuple[Array, Array]]:
+        scores = compute_scores(*chunk, keys[:, :, seen], k_ids[:, seen], seen.start, blocks)
+        # every query sees itself, so it is finite
+        row_max = jnp.max(scores, axis=-1, keepdims=True)
+        probs = jnp.exp(scores - row_max)
+        total = jnp.sum(probs, axis=-1, keepdims=True)
+        out = einsum_float32("bkgts,bksh->bkgth", probs.astype(v.dtype), values[:, :, seen])
+        out = (out / total).astype(q.dtype)
+        return None, (out, (row_max + jnp.log(total))[..., 0])
 
-    asked = (move_heads_first(q, K), *query_ids_and_positions(q_segments, offset, bands))
-    found = [
-        jax.lax.scan(functools.partial(one, seen), None, split_query_chunks(asked, n, at))[1]
-        for n, at, seen in bands.cuts(T)
-    ]
-    mixed, logs = (
-        jnp.concatenate([merge_query_chunks(x) for x in each], axis=3)
-        for each in zip(*found, strict=True)
-    )
-    mixed, logs = (
-        checkpoint_name(jnp.moveaxis(mixed, 3, 1).reshape(q.shape), ATTENTION_OUTPUT),
-        checkpoint_name(logs, ATTENTION_OUTPUT),
-    )
-    return mixed, (q, k, v, q_segments, k_segments, offset, mixed, logs)
+    queries = (move_heads_first(q, K), *query_ids_and_positions(q_ids, offset, blocks))
+    outs, logsumexps = [], []
+    for n, where, seen in blocks.iterate_blocks(T):
+        chunks = split_query_chunks(queries, n, where)
+        _, (out, logsumexp) = jax.lax.scan(functools.partial(attend_chunk, seen), None, chunks)
+        outs.append(merge_query_chunks(out))
+        logsumexps.append(merge_query_chunks(logsumexp))
+    out = jnp.moveaxis(jnp.concatenate(outs, axis=3), 3, 1).reshape(q.shape)
+    out = checkpoint_name(out, ATTENTION_OUTPUT)
+    logsumexp = checkpoint_name(jnp.concatenate(logsumexps, axis=3), ATTENTION_OUTPUT)
+    return out, (q, k, v, q_ids, k_ids, offset, out, logsumexp)
 
 
-def blockwise_attention_bwd(bands, kept, g):
-    """Scores and their gradients lie heads first and keys last, as in forward, and each product is written so that none of them is transposed:
-    on a CPU that would take as long as all else here.
+def blockwise_attention_bwd(blocks: QueryBlocks, residuals: Any, d_out: Array) -> tuple[Any, ...]:
+    """Return the gradients for q, k and v.
+
+    Scores and their gradients have heads first and keys last, as in forward, and each matmul is
+    written so that none of them is transposed: on a CPU that would take as long as all else here.
     """
-    q, k, v, q_segments, k_segments, offset, mixed, logs = kept
+    q, k, v, q_ids, k_ids, offset, out, logsumexp = residuals
     (B, T, _, H), (_, S, K, _) = q.shape, k.shape
     keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scale = H**-0.5
 
-    def one(seen, sums, chunk):
-        queries, g, logs, means, *asked = chunk
-        shares = jnp.exp(
-            compute_scores(
-                queries, *asked, keys[:, :, seen], k_segments[:, seen], seen.start, bands
-            )
-            - logs[..., None]
+    def chunk_gradients(seen: slice, sums: Any, chunk: Any) -> tuple[Any, Array]:
+        queries, d_out, logsumexp, d_mean, *ids_and_positions = chunk
+        seen_keys, seen_values, seen_ids = keys[:, :, seen], values[:, :, seen], k_ids[:, seen]
+        scores = compute_scores(
+            queries, *ids_and_positions, seen_keys, seen_ids, seen.start, blocks
         )
-        by_share = product("bkgth,bksh->bkgts", g, values[:, :, seen])
-        by_score = (shares * (by_share - means[..., None]) * H**-0.5).astype(q.dtype)
-        by_key = product("bkgth,bkgts->bkhs", queries, by_score)
-        by_value = product("bkgth,bkgts->bkhs", g, shares.astype(g.dtype))
-        by_query = product("bkgts,bksh->bkgth", by_score, keys[:, :, seen]).astype(q.dtype)
-        return (sums[0] + by_key, sums[1] + by_value), by_query
+        probs = jnp.exp(scores - logsumexp[..., None])
+        d_probs = einsum_float32("bkgth,bksh->bkgts", d_out, seen_values)
+        d_scores = (probs * (d_probs - d_mean[..., None]) * scale).astype(q.dtype)
+        d_keys = einsum_float32("bkgth,bkgts->bkhs", queries, d_scores)
+        d_values = einsum_float32("bkgth,bkgts->bkhs", d_out, probs.astype(d_out.dtype))
+        d_queries = einsum_float32("bkgts,bksh->bkgth", d_scores, seen_keys).astype(q.dtype)
+        return (sums[0] + d_keys, sums[1] + d_values), d_queries
 
-    means = jnp.sum(
-        g.astype(jnp.float32) * mixed.astype(jnp.float32), axis=-1, keepdims=True
-    )  # of each query's gradient by its shares
-    asked = (
+    # the mean of d_probs under probs, for each query
+    products = d_out.astype(jnp.float32) * out.astype(jnp.float32)
+    d_mean = jnp.sum(products, axis=-1, keepdims=True)
+    queries = (
         move_heads_first(q, K),
-        move_heads_first(g, K),
-        logs,
-        move_heads_first(means, K)[..., 0],
-        *query_ids_and_positions(q_segments, offset, bands),
+        move_heads_first(d_out, K),
+        logsumexp,
+        move_heads_first(d_mean, K)[..., 0],
+        *query_ids_and_positions(q_ids, offset, blocks),
     )
-    by_keys, by_values, by_queries = jnp.zeros((B, K, H, S)), jnp.zeros((B, K, H, S)), []
-    for n, at, seen in bands.cuts(T):
-        sums = by_keys[..., seen], by_values[..., seen]
-        sums, by_query = jax.lax.scan(
-            functools.partial(one, seen), sums, split_query_chunks(asked, n, at)
-        )
-        by_keys, by_values = (
-            by_keys.at[..., seen].set(sums[0]),
-            by_values.at[..., seen].set(sums[1]),
-        )
-        by_queries.append(merge_query_chunks(by_query))
-    by_queries = jnp.moveaxis(jnp.concatenate(by_queries, axis=3), 3, 1).reshape(q.shape)
-    return (
-        by_queries,
-        *(jnp.moveaxis(x, 3, 1).astype(k.dtype) for x in (by_keys, by_values)),
-        None,
-        None,
-        None,
-    )
+    d_keys, d_values = jnp.zeros((B, K, H, S)), jnp.zeros((B, K, H, S))
+    d_queries = []
+    for n, where, seen in blocks.iterate_blocks(T):
+        sums = d_keys[..., seen], d_values[..., seen]
+        chunks = split_query_chunks(queries, n, where)
+        sums, d_chunk = jax.lax.scan(functools.partial(chunk_gradients, seen), sums, chunks)
+        d_keys = d_keys.at[..., seen].set(sums[0])
+        d_values = d_values.at[..., seen].set(sums[1])
+        d_queries.append(merge_query_chunks(d_chunk))
+    d_q = jnp.moveaxis(jnp.concatenate(d_queries, axis=3), 3, 1).reshape(q.shape)
+    d_k = jnp.moveaxis(d_keys, 3, 1).astype(k.dtype)
+    d_v = jnp.moveaxis(d_values, 3, 1).astype(k.dtype)
+    return d_q, d_k, d_v, None, None, None
 
 
 blockwise_attention.defvjp(blockwise_attention_fwd, blockwise_attention_bwd)
 
 
-def compute_scores(queries, q_segments, places, keys, k_segments, first, bands):
-    """Float32 [B, K, G, C, S] of C queries to S keys from place `first` on; -inf where a query does not see a key."""
-    distance = places[..., None] - (first + jnp.arange(keys.shape[2]))
-    sees = (distance >= 0) & bands.sees(q_segments[..., None], k_segments[:, None, None, None])
-    if bands.window is not None:
-        sees &= distance < bands.window
-    scores = (
-        jnp.einsum("bkgth,bksh->bkgts", queries, keys, preferred_element_type=jnp.float32)
-        * queries.shape[-1] ** -0.5
-    )
-    return jnp.where(sees, scores, -jnp.inf)
+def einsum_float32(letters: str, a: Array, b: Array) -> Array:
+    """Return jnp.einsum, accumulated in float32."""
+    return jnp.einsum(letters, a, b, preferred_element_type=jnp.float32)
 
 
-# What belongs to queries lies as [B, K, G, T, ...], with 1 for an axis that it does not depend on; G query heads share a kv head.
+def compute_scores(
+    queries: Array,
+    q_ids: Array,
+    positions: Array,
+    keys: Array,
+    k_ids: Array,
+    first: int,
+    blocks: QueryBlocks,
+) -> Array:
+    """Return float32 scores [B, K, G, C, S] of C queries to S keys from position `first` on.
+
+    They are -inf where a query does not see a key.
+    """
+    distance = positions[..., None] - (first + jnp.arange(keys.shape[2]))
+    is_visible = blocks.is_visible(q_ids[..., None], k_ids[:, None, None, None])
+    is_visible &= distance >= 0
+    if blocks.window is not None:
+        is_visible &= distance < blocks.window
+    scores = einsum_float32("bkgth,bksh->bkgts", queries, keys) * queries.shape[-1] ** -0.5
+    return jnp.where(is_visible, scores, -jnp.inf)
 
 
-def move_heads_first(x, K):
+# Arrays of queries are [B, K, G, T, ...], with 1 for an axis that they do not depend on; G query
+# heads share a kv head.
+
+
+def move_heads_first(x: Array, K: int) -> Array:
+    """Return [B, T, N, H] as [B, K, G, T, H]."""
     B, T, N, H = x.shape
     return jnp.moveaxis(x.reshape(B, T, K, N // K, H), 1, 3)
 
 
-def query_ids_and_positions(q_segments, offset, bands):
-    """Segments and places of the queries."""
-    return q_segments[:, None, None], (jnp.arange(q_segments.shape[1]) * bands.stride + offset)[
-        None, None, None
-    ]
+def query_ids_and_positions(
+    q_ids: Array, offset: Array | int, blocks: QueryBlocks
+) -> tuple[Array, Array]:
+    """Return ids and positions of the queries."""
+    positions = jnp.arange(q_ids.shape[1]) * blocks.stride + offset
+    return q_ids[:, None, None], positions[None, None, None]
 
 
-def split_query_chunks(xs, n, at):
-    """The queries `at`, as n chunks: [n, B, K, G, T / n, ...]."""
-    return [
-        jnp.moveaxis(x[:, :, :, at].reshape(*x.shape[:3], n, -1, *x.shape[4:]), 3, 0) for x in xs
-    ]
+def split_query_chunks(arrays: tuple[Array, ...], n: int, where: slice) -> list[Array]:
+    """Return some of the queries as n chunks: [n, B, K, G, T / n, ...]."""
+    chunks = []
+    for x in arrays:
+        split = x[:, :, :, where].reshape(*x.shape[:3], n, -1, *x.shape[4:])
+        chunks.append(jnp.moveaxis(split, 3, 0))
+    return chunks
 
 
-def merge_query_chunks(chunks):
-    """[n, B, K, G, C, ...] -> [B, K, G, n C, ...]"""
+def merge_query_chunks(chunks: Array) -> Array:
+    """Return [n, B, K, G, C, ...] as [B, K, G, n C, ...]."""
     n, *heads, C = chunks.shape[:5]
     return jnp.moveaxis(chunks, 0, 3).reshape(*heads, n * C, *chunks.shape[5:])
 
 
-# ---- on each device: some of the rows, or of their positions, and some of the heads
+# ---- on each device: part of the batch or of the positions, and of the heads
 
 
-def shard_map_attention(local):
-    """local(q, k, v, segments) run by each device on its own part of the mesh in force; as it is where there is none."""
+def shard_map_attention(local: Callable[..., Array]) -> Callable[..., Array]:
+    """Return local(q, k, v, segment_ids) run by each device on its shard, if there is a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return local
-    queries, keys = (
-        logical_to_partition_spec(("batch", "position", heads, None))
-        for heads in ("heads", "kv_heads")
-    )
-    return jax.shard_map(
-        local,
-        in_specs=(queries, keys, keys, logical_to_partition_spec(("batch", "position"))),
-        out_specs=queries,
-        check_vma=False,
-    )
+    queries = logical_to_partition_spec(("batch", "position", "heads", None))
+    keys = logical_to_partition_spec(("batch", "position", "kv_heads", None))
+    ids = logical_to_partition_spec(("batch", "position"))
+    in_specs = (queries, keys, keys, ids)
+    return jax.shard_map(local, in_specs=in_specs, out_specs=queries, check_vma=False)
 
 
-def splash_attention(q, k, v, segments, window, interpret=False):
-    """JAX's Splash kernel (jax.experimental.pallas.ops.tpu.splash_attention): skips blocks that causality or the window hides, compares
-    segments inside the others, and holds no scores outside the chip's vector memory.
+def splash_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array,
+    window: int | None,
+    interpret: bool = False,
+) -> Array:
+    """Return attention by JAX's Splash kernel (jax.experimental.pallas.ops.tpu.splash_attention).
+
+    It skips blocks hidden by causality or the window, compares segments within the others, and
+    holds no scores outside the chip's vector memory.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    def local(q, k, v, segments):
+    def local(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
         T, N, H = q.shape[1:]
-        mask = (
-            masks.CausalMask((T, T))
-            if window is None
-            else masks.LocalMask((T, T), (window - 1, 0), 0)
-        )
+        mask = masks.CausalMask((T, T))
+        if window is not None:
+            mask = masks.LocalMask((T, T), (window - 1, 0), 0)
         block = next(size for size in (512, 256, 128) if T % size == 0)
-        sizes = kernel.BlockSizes(*[block] * 8)
         run = kernel.make_splash_mha(
             masks.MultiHeadMask([mask] * N),
-            block_sizes=sizes,
+            block_sizes=kernel.BlockSizes(*[block] * 8),
             head_shards=1,
             q_seq_shards=1,
             residual_checkpoint_name=ATTENTION_OUTPUT,
             interpret=interpret,
         )
-        heads_first = [jnp.swapaxes(x, 1, 2) for x in ((q * H**-0.5).astype(q.dtype), k, v)]
-        mixed = jax.vmap(
-            lambda q, k, v, ids: run(q, k, v, segment_ids=kernel.SegmentIds(ids, ids))
-        )(*heads_first, segments)
-        return jnp.swapaxes(mixed, 1, 2)
 
-    return shard_map_attention(local)(q, k, v, segments)
+        def run_one(q: Array, k: Array, v: Array, ids: Array) -> Array:
+            return run(q, k, v, segment_ids=kernel.SegmentIds(ids, ids))
+
+        scaled = (q * H**-0.5).astype(q.dtype)
+        heads_first = [jnp.swapaxes(x, 1, 2) for x in (scaled, k, v)]
+        return jnp.swapaxes(jax.vmap(run_one)(*heads_first, segment_ids), 1, 2)
+
+    return shard_map_attention(local)(q, k, v, segment_ids)
 
 
-def cudnn_attention(q, k, v, segments, window):
-    """CuDNN's flash attention over packed documents: it is given where each begins and how long it is, and never looks across.
+def cudnn_attention(q: Array, k: Array, v: Array, segment_ids: Array, window: int | None) -> Array:
+    """Return attention by cuDNN's flash attention over packed documents.
 
-    The list of documents has a fixed length, T / 128 a row and 8 at least. A step whose rows hold more (documents of under 128 tokens on average)
-    takes `xla` on the device that has such a row.
+    It is given where each document starts and its length. The list of documents has a fixed length,
+    T / 128 per sequence and at least 8; with more (documents of under 128 tokens on average), a
+    device that has such a sequence takes `xla` in that step.
     """
 
-    def local(q, k, v, segments):
-        fits = jnp.max(jnp.sum(find_document_starts(segments), axis=1)) <= max_documents(segments)
-        return either(fits, q, k, v, segments)
+    def packed(q: Array, k: Array, v: Array, ids: Array) -> Array:
+        return cudnn_packed_attention(q, k, v, ids, window)
 
-    def packed(q, k, v, segments):
-        return cudnn_packed_attention(q, k, v, segments, window)
+    def plain(q: Array, k: Array, v: Array, ids: Array) -> Array:
+        return xla_attention(q, k, v, ids, window)
 
-    def plain(q, k, v, segments):
-        return xla_attention(q, k, v, segments, window)
-
-    # cuDNN's statistics are [B x documents, N, T] float32, several times the layer's input, so they are made again in backward:
-    # one more forward of attention for keeping nothing but q, k and v. It also keeps lax.cond from storing for both ways.
+    # cuDNN's statistics are [B x documents, N, T] float32, several times the layer's input, so they
+    # are recomputed in backward: one more forward of attention for keeping only q, k and v. It also
+    # keeps lax.cond from storing for both branches.
     @jax.custom_vjp
-    def either(fits, q, k, v, segments):
-        return jax.lax.cond(fits, packed, plain, q, k, v, segments)
+    def either(fits: Array, q: Array, k: Array, v: Array, ids: Array) -> Array:
+        return jax.lax.cond(fits, packed, plain, q, k, v, ids)
 
-    def backward(kept, g):
-        fits, *inputs, segments = kept
-        way = lambda attend: (
-            lambda q, k, v, g: jax.vjp(lambda *x: attend(*x, segments), q, k, v)[1](g)
-        )
-        return (None, *jax.lax.cond(fits, way(packed), way(plain), *inputs, g), None)
+    def backward(residuals: Any, d_out: Array) -> tuple[Any, ...]:
+        fits, *inputs, ids = residuals
+
+        def gradients(branch: Callable[..., Array]) -> Callable[..., Any]:
+            def run(q: Array, k: Array, v: Array, d_out: Array) -> Any:
+                return jax.vjp(lambda *x: branch(*x, ids), q, k, v)[1](d_out)
+
+            return run
+
+        branches = gradients(packed), gradients(plain)
+        return (None, *jax.lax.cond(fits, *branches, *inputs, d_out), None)
 
     either.defvjp(lambda *inputs: (either(*inputs), inputs), backward)
-    return checkpoint_name(shard_map_attention(local)(q, k, v, segments), ATTENTION_OUTPUT)
+
+    def local(q: Array, k: Array, v: Array, ids: Array) -> Array:
+        n_documents = jnp.sum(find_document_starts(ids), axis=1)
+        return either(jnp.max(n_documents) <= max_documents(ids), q, k, v, ids)
+
+    return checkpoint_name(shard_map_attention(local)(q, k, v, segment_ids), ATTENTION_OUTPUT)
 
 
-def cudnn_packed_attention(q, k, v, segments, window):
-    from jax._src.cudnn import (
-        fused_attention_stablehlo as fused,
-    )  # jax.nn's own way in has no packed documents
+def cudnn_packed_attention(
+    q: Array, k: Array, v: Array, segment_ids: Array, window: int | None
+) -> Array:
+    """Return cuDNN's attention over packed documents."""
+    # jax.nn's own interface has no packed documents
+    from jax._src.cudnn import fused_attention_stablehlo as fused
 
     N, K, H = q.shape[2], k.shape[2], q.shape[3]
-    # JAX reckons the offsets of keys with the number of query heads, which is wrong for fewer kv heads: they are repeated
+    # JAX computes the offsets of keys with the number of query heads, which is wrong for fewer kv
+    # heads: they are repeated
     k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
-    starts, lengths = compute_document_offsets(segments)
+    starts, lengths = compute_document_offsets(segment_ids)
     starts = jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
     return fused.dot_product_attention(
-        q, k, v, q_seqlen=lengths, kv_seqlen=lengths, q_offsets=starts, kv_offsets=starts,
-        scale=H**-0.5, mask_type=fused.MaskType.PADDING_CAUSAL, sliding_window_length=window,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        q_seqlen=lengths,
+        kv_seqlen=lengths,
+        q_offsets=starts,
+        kv_offsets=starts,
+        scale=H**-0.5,
+        mask_type=fused.MaskType.PADDING_CAUSAL,
+        sliding_window_length=window,
+    )
 
 
-def find_document_starts(segments):
-    """Whether a document (or the padding) begins at a place, bool [B, T]."""
-    return jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+def find_document_starts(segment_ids: Array) -> Array:
+    """Return whether a document (or the padding) starts at a position, bool [B, T]."""
+    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True)
 
 
-def max_documents(segments) -> int:
-    return max(8, segments.shape[1] // 128)
+def max_documents(segment_ids: Array) -> int:
+    """Return how many documents per sequence cuDNN is given room for."""
+    return max(8, segment_ids.shape[1] // 128)
 
 
-def compute_document_offsets(segments):
-    """Where each document of a row begins and how many tokens it has, padding being one too; int32 [B, most_documents], -1 where there is none."""
-    M, T = max_documents(segments), segments.shape[1]
-    starts = jax.vmap(lambda row: jnp.nonzero(row, size=M, fill_value=T)[0])(
-        find_document_starts(segments)
-    ).astype(jnp.int32)
+def compute_document_offsets(segment_ids: Array) -> tuple[Array, Array]:
+    """Return start and length of each document, padding included; int32 [B, max_documents].
+
+    Both are -1 where there is no document.
+    """
+    size, T = max_documents(segment_ids), segment_ids.shape[1]
+
+    def find_starts(is_start: Array) -> Array:
+        return jnp.nonzero(is_start, size=size, fill_value=T)[0]
+
+    starts = jax.vmap(find_starts)(find_document_starts(segment_ids)).astype(jnp.int32)
     lengths = jnp.diff(starts, axis=1, append=T)
-    there = starts < T
-    return jnp.where(there, starts, -1), jnp.where(there, lengths, -1)
+    exists = starts < T
+    return jnp.where(exists, starts, -1), jnp.where(exists, lengths, -1)

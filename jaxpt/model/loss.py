@@ -1,121 +1,158 @@
-"""Cross-entropy without ever holding the logits of a whole batch. Returns sums: the one division is the caller's, at the end."""
+"""Cross-entropy without the logits of a whole batch. Returns sums; the caller divides once."""
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from jaxpt.sharding import with_logical_constraint
 
-# Tokens whose logits exist on a device at one time. A whole row of 4,096 with a vocabulary of 32,000 would be 0.5 GB in float32 and its
-# gradient as much again. Each chunk reads the head and adds to its float32 gradient, D x V each, and a product sums over no more than
-# the chunk. A CPU gains by 512 over 256 (docs/performance.md) and nothing by 1,024; an accelerator's products outweigh that traffic with 1,024.
+# Tokens whose logits exist on a device at one time. A whole sequence of 4,096 with a vocabulary of
+# 32,000 would be 0.5 GB in float32 and its gradient as much again. Each chunk reads the head and
+# adds to its float32 gradient, D x V each, and a matmul sums over no more than the chunk. A CPU
+# gains by 512 over 256 (docs/performance.md) and nothing by 1,024; an accelerator's matmuls
+# outweigh that traffic with 1,024.
 CPU_CHUNK_TOKENS, ACCELERATOR_CHUNK_TOKENS = 512, 1024
+
+Sums = tuple[Array, Array]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def cross_entropy(
-    hidden: jax.Array,
-    lm_head: jax.Array,
-    targets: jax.Array,
-    loss_mask: jax.Array,
-    z_loss_weight: float = 0.0,
-    chunk_tokens: int = CPU_CHUNK_TOKENS,
-) -> tuple[jax.Array, jax.Array]:
-    """Summed loss and its summed nats.
-
-    hidden   [B, T, D]   after the final norm
-    head     [D, V]
-    targets  [B, T]      int32
-    weights  [B, T]      float32
-    z_loss   weight of log(Z)^2, added to the first sum only (PaLM, 2204.02311, section 5)
-    at_a_time  tokens over all devices whose logits may exist at once
-
-    Returns (sum of weight x (nats + z_loss log(Z)^2), sum of weight x nats), float32 scalars. The first sum has gradients, by
-    hidden and by head; the second is for the log.
-    """
-
-    def add(sums, chunk):
-        hidden, targets, weights = chunk
-        losses, nats, _ = compute_chunk_losses(hidden, lm_head, targets, weights, z_loss_weight)
+def _cross_entropy(
+    hidden: Array,
+    lm_head: Array,
+    targets: Array,
+    loss_mask: Array,
+    z_loss_weight: float,
+    chunk_tokens: int,
+) -> Sums:
+    def add(sums: Sums, chunk: Any) -> tuple[Sums, None]:
+        hidden, targets, mask = chunk
+        losses, nats, _ = compute_chunk_losses(hidden, lm_head, targets, mask, z_loss_weight)
         return (sums[0] + jnp.sum(losses), sums[1] + jnp.sum(nats)), None
 
-    return jax.lax.scan(
-        add,
-        (jnp.float32(0), jnp.float32(0)),
-        split_token_chunks(chunk_tokens, hidden, targets, loss_mask),
-    )[0]
+    zeros = (jnp.float32(0), jnp.float32(0))
+    chunks = split_token_chunks(chunk_tokens, hidden, targets, loss_mask)
+    return jax.lax.scan(add, zeros, chunks)[0]
 
 
-def cross_entropy_fwd(hidden, head, targets, weights, z_loss, at_a_time):
-    """The sums, and the gradients by hidden and head, taken while a chunk's logits are there: three products, where
-    computing the logits again in the backward pass would take four.
+def cross_entropy(
+    hidden: Array,
+    lm_head: Array,
+    targets: Array,
+    loss_mask: Array,
+    z_loss_weight: float = 0.0,
+    chunk_tokens: int = CPU_CHUNK_TOKENS,
+) -> Sums:
+    """Return the summed loss and the summed nats.
+
+    Args:
+        hidden: [B, T, D], after the final norm.
+        lm_head: [D, V].
+        targets: int32 [B, T].
+        loss_mask: float32 [B, T], weight of each target.
+        z_loss_weight: of log(Z)^2, added to the first sum only (PaLM, 2204.02311, section 5).
+        chunk_tokens: tokens over all devices whose logits may exist at once.
+
+    Returns:
+        sum of mask x (nats + z_loss_weight log(Z)^2), and sum of mask x nats: float32 scalars. The
+        first has gradients for hidden and lm_head; the second is for the log.
     """
-    B, T, D = hidden.shape
-
-    def add(carry, chunk):
-        loss_sum, nats_sum, by_head = carry
-        hidden, targets, weights = chunk
-        losses, nats, by_logits = compute_chunk_losses(hidden, head, targets, weights, z_loss)
-        by_logits = by_logits.astype(hidden.dtype)
-        by_hidden = jnp.einsum("btv,dv->btd", by_logits, head)
-        by_head += jnp.einsum("btd,btv->dv", hidden, by_logits, preferred_element_type=jnp.float32)
-        return (loss_sum + jnp.sum(losses), nats_sum + jnp.sum(nats), by_head), by_hidden
-
-    zeros = (jnp.float32(0), jnp.float32(0), jnp.zeros(head.shape, jnp.float32))
-    (loss_sum, nats_sum, by_head), by_hidden = jax.lax.scan(
-        add, zeros, split_token_chunks(at_a_time, hidden, targets, weights)
-    )
-    return (loss_sum, nats_sum), (
-        jnp.moveaxis(by_hidden, 0, 2).reshape(B, T, D),
-        by_head.astype(head.dtype),
-    )
+    return _cross_entropy(hidden, lm_head, targets, loss_mask, z_loss_weight, chunk_tokens)
 
 
-def cross_entropy_bwd(z_loss, at_a_time, gradients, by_sums):
-    by_hidden, by_head = gradients
-    scale = by_sums[0]
-    return (
-        (scale * by_hidden).astype(by_hidden.dtype),
-        (scale * by_head).astype(by_head.dtype),
-        None,
-        None,
-    )
+def cross_entropy_fwd(
+    hidden: Array,
+    lm_head: Array,
+    targets: Array,
+    loss_mask: Array,
+    z_loss_weight: float,
+    chunk_tokens: int,
+) -> tuple[Sums, tuple[Array, Array]]:
+    """Return the sums, and the gradients, computed while a chunk's logits exist.
+
+    That takes three matmuls, where recomputing the logits in backward would take four.
+    """
+
+    def add(carry: Any, chunk: Any) -> tuple[Any, Array]:
+        loss_sum, nats_sum, d_head = carry
+        hidden, targets, mask = chunk
+        losses, nats, d_logits = compute_chunk_losses(hidden, lm_head, targets, mask, z_loss_weight)
+        d_logits = d_logits.astype(hidden.dtype)
+        d_hidden = jnp.einsum("btv,dv->btd", d_logits, lm_head)
+        float32 = jnp.float32
+        d_head += jnp.einsum("btd,btv->dv", hidden, d_logits, preferred_element_type=float32)
+        return (loss_sum + jnp.sum(losses), nats_sum + jnp.sum(nats), d_head), d_hidden
+
+    zeros = (jnp.float32(0), jnp.float32(0), jnp.zeros(lm_head.shape, jnp.float32))
+    chunks = split_token_chunks(chunk_tokens, hidden, targets, loss_mask)
+    (loss_sum, nats_sum, d_head), d_hidden = jax.lax.scan(add, zeros, chunks)
+    d_hidden = jnp.moveaxis(d_hidden, 0, 2).reshape(hidden.shape)
+    return (loss_sum, nats_sum), (d_hidden, d_head.astype(lm_head.dtype))
 
 
-cross_entropy.defvjp(cross_entropy_fwd, cross_entropy_bwd)
+def cross_entropy_bwd(
+    z_loss_weight: float,
+    chunk_tokens: int,
+    gradients: tuple[Array, Array],
+    d_sums: Sums,
+) -> tuple[Array, Array, None, None]:
+    """Scale the gradients by the first sum's."""
+    d_hidden, d_head = gradients
+    scale = d_sums[0]
+    d_hidden = (scale * d_hidden).astype(d_hidden.dtype)
+    d_head = (scale * d_head).astype(d_head.dtype)
+    return d_hidden, d_head, None, None
 
 
-def split_token_chunks(at_a_time, hidden, targets, weights):
-    """[B, T, ...] -> [n, B, T / n, ...], every n-th position of each row: a device keeps its own, whether the mesh cuts rows apart or across."""
+_cross_entropy.defvjp(cross_entropy_fwd, cross_entropy_bwd)
+
+
+def split_token_chunks(
+    chunk_tokens: int, hidden: Array, targets: Array, loss_mask: Array
+) -> tuple[Array, ...]:
+    """Return [B, T, ...] as [n, B, T / n, ...]: every n-th position of each sequence.
+
+    A device keeps its own tokens, whether the mesh shards the batch or the positions.
+    """
     B, T, _ = hidden.shape
     n = 1
-    while T % (2 * n) == 0 and B * T // n > at_a_time:
+    while T % (2 * n) == 0 and B * T // n > chunk_tokens:
         n *= 2
-    return tuple(
-        jnp.moveaxis(x.reshape(B, T // n, n, *x.shape[2:]), 2, 0)
-        for x in (hidden, targets, weights)
-    )
+    arrays = (hidden, targets, loss_mask)
+    return tuple(jnp.moveaxis(x.reshape(B, T // n, n, *x.shape[2:]), 2, 0) for x in arrays)
 
 
-def compute_chunk_losses(hidden, head, targets, weights, z_loss):
-    """Of one chunk: weighted losses and nats [B, T], and the gradient of the summed losses by the logits [B, T, V], float32."""
-    logits = jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
+def compute_chunk_losses(
+    hidden: Array,
+    lm_head: Array,
+    targets: Array,
+    loss_mask: Array,
+    z_loss_weight: float,
+) -> tuple[Array, Array, Array]:
+    """Return masked losses and nats [B, T], and the summed losses' d_logits [B, T, V], float32."""
+    logits = jnp.einsum("btd,dv->btv", hidden, lm_head, preferred_element_type=jnp.float32)
     logits = with_logical_constraint(logits, "batch", "position", "vocab")
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    nats = (log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]) * weights
-    hit = jnp.arange(logits.shape[-1]) == targets[..., None]
-    shares = jnp.exp(logits - log_z[..., None])
-    by_logits = ((1 + 2 * z_loss * log_z)[..., None] * shares - hit) * weights[..., None]
-    return nats + z_loss * log_z**2 * weights, nats, by_logits
+    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    nats = (log_z - target_logits) * loss_mask
+    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+    probs = jnp.exp(logits - log_z[..., None])
+    z_scale = 1 + 2 * z_loss_weight * log_z
+    d_logits = (z_scale[..., None] * probs - is_target) * loss_mask[..., None]
+    return nats + z_loss_weight * log_z**2 * loss_mask, nats, d_logits
 
 
-def compute_log_likelihoods(
-    hidden: jax.Array, lm_head: jax.Array, targets: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Per-token log-likelihood in nats and whether the target was the likeliest token; both [B, T]. All logits exist at once: give few tokens."""
+def compute_log_likelihoods(hidden: Array, lm_head: Array, targets: Array) -> Sums:
+    """Return log-likelihoods in nats, and whether the target was the likeliest token; both [B, T].
+
+    All logits exist at once: pass few tokens.
+    """
     logits = jnp.einsum("btd,dv->btv", hidden, lm_head, preferred_element_type=jnp.float32)
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return picked - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets
+    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    is_likeliest = jnp.argmax(logits, axis=-1) == targets
+    return target_logits - jax.nn.logsumexp(logits, axis=-1), is_likeliest

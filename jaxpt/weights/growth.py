@@ -532,7 +532,12 @@ def grow_moments(
                 else {}
             )
             grown = grow_leaf(
-                growth._replace(noise_std=0.0, zero_output_layers=()), name, row, leaf, scale, born=False
+                growth._replace(noise_std=0.0, zero_output_layers=()),
+                name,
+                row,
+                leaf,
+                scale,
+                born=False,
             )
             return grown if keep is None else grown * keep
 

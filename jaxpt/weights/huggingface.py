@@ -1,8 +1,8 @@
-"""Hugging Face checkpoints, both directions from one table; every key is accounted for.
+"""Import and export Hugging Face checkpoints from one table; every key is accounted for.
 
-A model comes in and goes out by rename, reshape and transpose only (rotary pairs are split-half here as there), so
-export(import(x)) is bit-equal. Weights travel layer by layer: of each file only the pages that this process's devices
-need are touched, and the host holds a few tensors, whatever the depth.
+Import and export only rename, reshape and transpose (both use split-half rotary pairs), so
+export(import(x)) is bit-equal. Weights are streamed layer by layer: of each file only the pages
+that this process's devices need are read, and the host holds a few tensors at any depth.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +30,18 @@ from jaxpt.sharding import make_logical_sharding, make_replicated_sharding
 from jaxpt.spec import ModelSpec, RopeScaling, UserError
 from jaxpt.weights.hub import TOKENIZER_FILES
 
+Params = dict[str, Any]  # nested dict of jax.Arrays
+
 
 class TensorRule(NamedTuple):
-    """Our path, their name ("{}" is the layer), and how many of our leading dimensions are inputs of a linear map.
+    """Where a parameter is in a Hugging Face file.
 
-    Theirs stores a linear map as [outputs, inputs]; ours as [inputs..., outputs...]. With n_in 0 the numbers lie alike.
+    Hugging Face stores a linear map as [outputs, inputs], jaxpt as [inputs..., outputs...].
+
+    Attributes:
+        path: of the parameter in jaxpt.
+        hf_name: of the tensor; "{}" is the layer.
+        n_in: leading dimensions that are inputs of a linear map; 0: same layout in both.
     """
 
     path: str
@@ -42,9 +49,14 @@ class TensorRule(NamedTuple):
     n_in: int = 0
 
     @property
+    def is_layered(self) -> bool:
+        """Whether each layer has a tensor of its own."""
+        return "{}" in self.hf_name
+
+    @property
     def is_stacked_matrix(self) -> bool:
-        """The others are norms, biases and the two tables of words."""
-        return self.n_in > 0 and "{}" in self.hf_name
+        """Whether this is a matrix of each layer, not a norm, bias or embedding."""
+        return self.n_in > 0 and self.is_layered
 
 
 TENSOR_RULES = (
@@ -71,7 +83,10 @@ TENSOR_RULES = (
     TensorRule("unembed", "lm_head.weight", n_in=1),
 )
 
-SHARD_BYTES = 5 * 10**9  # of one file at most, Hugging Face's own default
+SHARD_BYTES = 5 * 10**9  # per file at most, Hugging Face's own default
+CHUNK_BYTES = 8 * 2**20  # larger buffers would be new memory from the system each time
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_WRONG_SHOWN = 12
 DTYPES = {
     "F32": np.dtype("float32"),
     "F16": np.dtype("float16"),
@@ -80,83 +95,89 @@ DTYPES = {
 
 
 def load_hf_model(
-    directory: pathlib.Path, mesh, dtype: str = "float32"
-) -> tuple[ModelSpec, dict[str, Any]]:
-    """(spec, parameters) of a Hugging Face directory, each device holding its own pieces, in dtype.
+    directory: pathlib.Path, mesh: jax.sharding.Mesh, dtype: str = "float32"
+) -> tuple[ModelSpec, Params]:
+    """Return spec and sharded parameters of a Hugging Face directory, in dtype.
 
-    Raises UserError for an architecture or switch that is not supported (before any weight is read), for a broken
-    file, and for missing, unused, doubled or mis-shaped tensors, all listed at once.
+    Raises:
+        UserError: the architecture or a switch is not supported (before any weight is read), a file
+            is broken, or tensors are missing, unused or of another shape (all listed at once).
     """
     spec = read_hf_spec(directory)
     stored = open_safetensors(directory)
     match_tensors(spec, stored, directory)
-    params: dict[str, Any] = {}
-    number_type = dtype_of_name(dtype)
-    # the devices clear the memory of every stack while the host reads the first files
-    stacks = {
-        row: jnp.zeros(ours.shape, number_type, device=make_logical_sharding(mesh, ours.axes))
-        for row, ours, _ in list_tensor_rules(spec)
-        if row.is_stacked_matrix
-    }
-    for row, ours, path in list_tensor_rules(spec):
+    np_dtype = dtype_of_name(dtype)
+    stacks = {}  # devices zero the memory of every stack while the host reads the first files
+    for rule, param, _ in list_tensor_rules(spec):
+        if rule.is_stacked_matrix:
+            place = make_logical_sharding(mesh, param.axes)
+            stacks[rule] = jnp.zeros(param.shape, np_dtype, device=place)
+    params: Params = {}
+    for rule, param, path in list_tensor_rules(spec):
         inner = params
         for part in path[:-1]:
             inner = inner.setdefault(part, {})
-        inner[path[-1]] = read_param(stored, row, ours, mesh, number_type, stacks.pop(row, None))
+        inner[path[-1]] = read_param(stored, rule, param, mesh, np_dtype, stacks.pop(rule, None))
     return spec, params
 
 
 def write_hf_model(
     spec: ModelSpec,
-    params: dict[str, Any],
+    params: Params,
     directory: pathlib.Path,
     *,
     dtype: str | None = None,
     tokenizer_dir: pathlib.Path | None = None,
     card: str = "",
 ) -> int:
-    """Write config.json, generation_config.json, safetensors (shards of at most 5 GB) and, where given, tokenizer files
-    and README.md (`card`). dtype None keeps the parameters'. Every process calls this; the first one writes. Returns bytes of weights.
+    """Write config.json, generation_config.json, safetensors, tokenizer files and README.md.
+
+    Every process calls this; the first one writes.
+
+    Args:
+        spec: the architecture.
+        params: nested dict of jax.Arrays on any mesh.
+        directory: to write to.
+        dtype: of the stored weights; None: as the parameters.
+        tokenizer_dir: whose tokenizer files are copied.
+        card: the text of README.md.
+
+    Returns:
+        Bytes of weights.
     """
-    stored_as = dtype_of_name(dtype) if dtype else params["embed"].dtype
+    np_dtype = dtype_of_name(dtype) if dtype else params["embed"].dtype
     tensors = list(list_hf_tensors(spec))
-    writes = jax.process_index() == 0
-    if writes:
+    is_writer = jax.process_index() == 0
+    if is_writer:
         directory.mkdir(parents=True, exist_ok=True)
-    shards = split_shards_by_size(tensors, stored_as.itemsize)
-    names = (
-        [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        if len(shards) > 1
-        else ["model.safetensors"]
-    )
+    shards = split_shards_by_size(tensors, np_dtype.itemsize)
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        n = len(shards)
+        names = [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
     for name, shard in zip(names, shards, strict=True):
-        write_shard(directory / name if writes else None, shard, stored_as, params)
-    n_bytes = sum(math.prod(tensor.shape) for tensor in tensors) * stored_as.itemsize
-    if writes:
-        if len(shards) > 1:
-            weight_map = {
-                tensor.name: name
-                for name, shard in zip(names, shards, strict=True)
-                for tensor in shard
-            }
-            write_hf_json(
-                directory / "model.safetensors.index.json",
-                {"metadata": {"total_size": n_bytes}, "weight_map": weight_map},
-            )
-        write_hf_json(directory / "config.json", make_hf_config(spec, stored_as.name))
-        write_hf_json(
-            directory / "generation_config.json",
-            {"bos_token_id": spec.bos_id, "eos_token_id": spec.eos_id, "_from_model_config": True},
-        )
-        if tokenizer_dir:
-            copy_tokenizer(tokenizer_dir, directory)
-        if card:
-            (directory / "README.md").write_text(card)
+        write_shard(directory / name if is_writer else None, shard, np_dtype, params)
+    n_bytes = sum(tensor.n_bytes(np_dtype) for tensor in tensors)
+    if not is_writer:
+        return n_bytes
+    if len(shards) > 1:
+        weight_map = {}
+        for name, shard in zip(names, shards, strict=True):
+            weight_map |= {tensor.name: name for tensor in shard}
+        index = {"metadata": {"total_size": n_bytes}, "weight_map": weight_map}
+        write_hf_json(directory / "model.safetensors.index.json", index)
+    write_hf_json(directory / "config.json", make_hf_config(spec, np_dtype.name))
+    tokens = {"bos_token_id": spec.bos_id, "eos_token_id": spec.eos_id}
+    write_hf_json(directory / "generation_config.json", {**tokens, "_from_model_config": True})
+    if tokenizer_dir:
+        copy_tokenizer(tokenizer_dir, directory)
+    if card:
+        (directory / "README.md").write_text(card)
     return n_bytes
 
 
 def copy_tokenizer(source: pathlib.Path, directory: pathlib.Path) -> None:
-    """Every file by which a Hugging Face tokenizer is known."""
+    """Copy every file that belongs to a Hugging Face tokenizer."""
     directory.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
         if file.name.startswith(TOKENIZER_FILES):
@@ -169,24 +190,23 @@ def copy_tokenizer(source: pathlib.Path, directory: pathlib.Path) -> None:
 def list_tensor_rules(
     spec: ModelSpec,
 ) -> Iterator[tuple[TensorRule, llama.ParamSpec, tuple[str, ...]]]:
-    """(row, our weight's row, our path) for every weight that a model of this spec has."""
-    ours = llama.param_specs(spec)
+    """Yield (rule, our ParamSpec, our path) for every parameter of a spec."""
+    params = llama.param_specs(spec)
     n_found = 0
-    for row in TENSOR_RULES:
-        path = tuple(row.path.split("/"))
-        there = ours
+    for rule in TENSOR_RULES:
+        path = tuple(rule.path.split("/"))
+        param: Any = params
         for part in path:
-            there = there.get(part) if isinstance(there, dict) else None
-        if there is not None:
+            param = param.get(part) if isinstance(param, dict) else None
+        if param is not None:
             n_found += 1
-            yield row, there, path
-    assert n_found == len(jax.tree.leaves(ours, is_leaf=llama.is_param_spec)), (
-        "a weight of model/llama.py has no row in weights/huggingface.py"
-    )
+            yield rule, param, path
+    n_params = len(jax.tree.leaves(params, is_leaf=llama.is_param_spec))
+    assert n_found == n_params, "a parameter of model/llama.py has no rule in huggingface.py"
 
 
 class HfTensor(NamedTuple):
-    """One tensor of a Hugging Face file: its name and shape, and where its numbers are with us."""
+    """A tensor of a Hugging Face file, and the parameter that holds its numbers."""
 
     name: str
     shape: tuple[int, ...]
@@ -194,67 +214,70 @@ class HfTensor(NamedTuple):
     path: tuple[str, ...]
     layer: int | None
 
+    def n_bytes(self, dtype: np.dtype) -> int:
+        """Return its size in a file."""
+        return math.prod(self.shape) * dtype.itemsize
+
 
 def list_hf_tensors(spec: ModelSpec) -> Iterator[HfTensor]:
-    """Every tensor of the export, in the order of the table, layer by layer."""
-    for row, ours, path in list_tensor_rules(spec):
-        if "{}" in row.hf_name:
-            for layer in range(spec.n_layers):
-                yield HfTensor(
-                    row.hf_name.format(layer), hf_shape(row, ours.shape[1:]), row, path, layer
-                )
-        else:
-            yield HfTensor(row.hf_name, hf_shape(row, ours.shape), row, path, None)
+    """Yield every tensor of the export, in the order of the table, layer by layer."""
+    for rule, param, path in list_tensor_rules(spec):
+        if not rule.is_layered:
+            yield HfTensor(rule.hf_name, hf_shape(rule, param.shape), rule, path, None)
+            continue
+        shape = hf_shape(rule, param.shape[1:])
+        for layer in range(spec.n_layers):
+            yield HfTensor(rule.hf_name.format(layer), shape, rule, path, layer)
 
 
-def hf_shape(row: TensorRule, ours: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape in the file of a weight that is `ours` here (without the layer axis)."""
-    if row.n_in:
-        return math.prod(ours[row.n_in :]), math.prod(ours[: row.n_in])
-    return ours if row.path == "embed" else (math.prod(ours),)
+def hf_shape(rule: TensorRule, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a tensor's shape in the file, given ours without the layer axis."""
+    if rule.n_in:
+        return math.prod(shape[rule.n_in :]), math.prod(shape[: rule.n_in])
+    return shape if rule.path == "embed" else (math.prod(shape),)
 
 
 def match_tensors(
     spec: ModelSpec, stored: dict[str, StoredTensor], directory: pathlib.Path
 ) -> None:
-    """Every key is accounted for, or one error lists what is not. Tied copies are compared, then dropped."""
-    wanted = {tensor.name: tensor.shape for tensor in list_hf_tensors(spec)}
-    wrong = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in stored]
-    wrong += [
-        f"{name} has shape {stored[name].shape}, wanted {shape}"
-        for name, shape in wanted.items()
-        if name in stored and stored[name].shape != shape
-    ]
-    for name in stored:
-        if name in wanted or name.endswith(
-            "rotary_emb.inv_freq"
-        ):  # old exports keep this table, which the config determines
+    """Raise one UserError that lists missing, unused and mis-shaped tensors; compare tied copies."""
+    expected = {tensor.name: tensor.shape for tensor in list_hf_tensors(spec)}
+    wrong = []
+    for name, shape in expected.items():
+        if name not in stored:
+            wrong.append(f"missing {name} {shape}")
+    for name, shape in expected.items():
+        if name in stored and stored[name].shape != shape:
+            wrong.append(f"{name}: expected shape {shape}, got {stored[name].shape}")
+    for name, tensor in stored.items():
+        # old exports keep rotary_emb.inv_freq, which the config determines
+        if name in expected or name.endswith("rotary_emb.inv_freq"):
             continue
         if name == "lm_head.weight" and spec.tie_embeddings:
-            if not tensors_equal(stored[name], stored.get("model.embed_tokens.weight")):
-                wrong.append(
-                    "lm_head.weight differs from the embedding although config.json ties them"
-                )
+            if not tensors_equal(tensor, stored.get("model.embed_tokens.weight")):
+                wrong.append("lm_head.weight differs from the embedding that it is tied to")
             continue
-        wrong.append(f"unused {name} {stored[name].shape}")
+        wrong.append(f"unused {name} {tensor.shape}")
     if wrong:
-        shown = "; ".join(wrong[:12]) + (f"; and {len(wrong) - 12} more" if len(wrong) > 12 else "")
+        shown = "; ".join(wrong[:MAX_WRONG_SHOWN])
+        n_more = len(wrong) - MAX_WRONG_SHOWN
+        more = f"; and {n_more} more" if n_more > 0 else ""
         raise UserError(
-            f"{directory}: its tensors are not those of its config.json: {shown}. Is the config.json of this very model?"
+            f"{directory}: its tensors do not match its config.json: {shown}{more}. "
+            "Is the config.json that of this model?"
         )
 
 
 def tensors_equal(a: StoredTensor, b: StoredTensor | None) -> bool:
-    """Whether two matrices are the same bit by bit, compared piece by piece."""
+    """Return whether two matrices are equal bit by bit, compared in chunks."""
     if b is None or len(a.shape) != 2 or (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     step = chunk_rows(a.shape, a.dtype)
-    return all(
-        a.read_bytes(rows).tobytes() == b.read_bytes(rows).tobytes()
-        for rows in (
-            range(a.shape[0])[first : first + step] for first in range(0, a.shape[0], step)
-        )
-    )
+    for first in range(0, a.shape[0], step):
+        rows = range(a.shape[0])[first : first + step]
+        if a.read_bytes(rows).tobytes() != b.read_bytes(rows).tobytes():
+            return False
+    return True
 
 
 # ---- between files and devices
@@ -262,111 +285,110 @@ def tensors_equal(a: StoredTensor, b: StoredTensor | None) -> bool:
 
 def read_param(
     stored: dict[str, StoredTensor],
-    row: TensorRule,
-    ours: llama.ParamSpec,
-    mesh,
+    rule: TensorRule,
+    param: llama.ParamSpec,
+    mesh: jax.sharding.Mesh,
     dtype: np.dtype,
     stack: jax.Array | None,
 ) -> jax.Array:
-    """One weight of ours on its devices, in dtype; of the files only the rows and columns asked for are touched.
+    """Return one sharded parameter, in dtype; only the rows and columns needed are read.
 
-    stack  what a stacked matrix is written into, layer by layer
+    `stack` is what a stacked matrix is written into, layer by layer.
     """
-    place = make_logical_sharding(mesh, ours.axes)
-    if "{}" not in row.hf_name:
-        return jax.make_array_from_callback(
-            ours.shape,
-            place,
-            functools.partial(read_tensor, stored[row.hf_name], row, ours.shape, dtype),
-        )
-    layers = [
-        functools.partial(
-            read_tensor, stored[row.hf_name.format(layer)], row, ours.shape[1:], dtype
-        )
-        for layer in range(ours.shape[0])
-    ]
+    shape, place = param.shape, make_logical_sharding(mesh, param.axes)
+    if not rule.is_layered:
+        read_whole: Any = functools.partial(read_tensor, stored[rule.hf_name], rule, shape, dtype)
+        return jax.make_array_from_callback(shape, place, read_whole)
+    layers = []
+    for i in range(shape[0]):
+        tensor = stored[rule.hf_name.format(i)]
+        layers.append(functools.partial(read_tensor, tensor, rule, shape[1:], dtype))
     if stack is None:
-        return jax.make_array_from_callback(
-            ours.shape,
-            place,
-            lambda index: np.stack([layer(index[1:]) for layer in layers[index[0]]]),
-        )
-    for i, layer in enumerate(layers):
-        stack = put_layer(
-            stack,
-            jax.make_array_from_callback(
-                ours.shape[1:], make_logical_sharding(mesh, ours.axes[1:]), layer
-            ),
-            np.int32(i),
-        )
-        stack.block_until_ready()  # reading that runs ahead would heap layers up on the host
-    return stack
+
+        def read_layers(index: Any) -> np.ndarray:
+            return np.stack([read_layer(index[1:]) for read_layer in layers[index[0]]])
+
+        return jax.make_array_from_callback(shape, place, read_layers)
+    place = make_logical_sharding(mesh, param.axes[1:])
+
+    for i, read_layer in enumerate(layers):
+        layer = jax.make_array_from_callback(shape[1:], place, read_layer)
+        # reading ahead would pile layers up on the host
+        stack = put_layer(stack, layer, jnp.int32(i)).block_until_ready()
+    return jnp.asarray(stack)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def put_layer(stack, one, layer):
-    """Stack with its layer replaced, in place. As integers: XLA's CPU takes bfloat16 through float32, which is eight times slower."""
-    bits = lambda x: jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))  # noqa: E731
-    return jax.lax.bitcast_convert_type(
-        jax.lax.dynamic_update_index_in_dim(bits(stack), bits(one), layer, 0), stack.dtype
-    )
+def put_layer(stack: jax.Array, layer: jax.Array, i: jax.Array) -> jax.Array:
+    """Return the stack with layer i replaced, in place."""
+    # as integers: XLA's CPU takes bfloat16 through float32, which is eight times slower
+    bits = jnp.dtype(f"uint{8 * stack.dtype.itemsize}")
+    stack_bits = jax.lax.bitcast_convert_type(stack, bits)
+    layer_bits = jax.lax.bitcast_convert_type(layer, bits)
+    updated = jax.lax.dynamic_update_index_in_dim(stack_bits, layer_bits, i, 0)
+    return jax.lax.bitcast_convert_type(updated, stack.dtype)
 
 
 def read_tensor(
     tensor: StoredTensor,
-    row: TensorRule,
+    rule: TensorRule,
     shape: tuple[int, ...],
     dtype: np.dtype,
     index: tuple[slice, ...],
 ) -> np.ndarray:
-    """Our array[index] of a tensor whose whole is of our `shape`."""
+    """Return param[index] of a tensor that has `shape` in jaxpt."""
     bounds = [range(size)[part] for size, part in zip(shape, index, strict=True)]
     out = allocate_array(tuple(map(len, bounds)), dtype)
     if len(tensor.shape) == 1:
         out[...] = tensor.read_bytes().reshape(shape)[index]
         return out
-    # A group of dimensions (heads x head width) is one dimension of the file; only its first is ever cut between devices.
-    assert all(
-        len(bound) == size
-        for i, (bound, size) in enumerate(zip(bounds, shape, strict=True))
-        if i not in (0, max(row.n_in, 1))
-    )
+    # a group of dimensions (heads x head width) is one dimension of the file; only the first of a
+    # group is ever sharded
+    for i, (bound, size) in enumerate(zip(bounds, shape, strict=True)):
+        assert len(bound) == size or i in (0, max(rule.n_in, 1))
 
-    def span(first, last):
+    def flat_span(first: int, last: int) -> range:
         inner = math.prod(shape[first + 1 : last])
         return range(bounds[first].start * inner, bounds[first].stop * inner)
 
-    rows, columns = (span(row.n_in, len(shape)), span(0, row.n_in)) if row.n_in else bounds
-    flat = out.reshape(len(columns), len(rows)) if row.n_in else out
+    if rule.n_in:
+        rows, columns = flat_span(rule.n_in, len(shape)), flat_span(0, rule.n_in)
+        flat = out.reshape(len(columns), len(rows))
+    else:
+        (rows, columns), flat = bounds, out
     step = chunk_rows(tensor.shape, tensor.dtype)
 
-    def read_piece(first: int) -> None:
-        piece = tensor.read_bytes(rows[first : first + step])[:, columns.start : columns.stop]
-        if row.n_in:
-            transpose_into(piece, flat[:, first : first + step])
+    def read_chunk(first: int) -> None:
+        chunk = tensor.read_bytes(rows[first : first + step])[:, columns.start : columns.stop]
+        if rule.n_in:
+            transpose_into(chunk, flat[:, first : first + step])
         else:
-            flat[first : first + step] = piece
+            flat[first : first + step] = chunk
 
-    list(n_copy_threads().map(read_piece, range(0, len(rows), step)))
+    list(copy_threads().map(read_chunk, range(0, len(rows), step)))
     return out
 
 
 @functools.cache
-def n_copy_threads() -> concurrent.futures.ThreadPoolExecutor:
-    """Threads that copy and transpose pieces: numpy holds no lock there, and one core alone does not fill the memory's bandwidth."""
-    return concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8), "pieces")
+def copy_threads() -> concurrent.futures.ThreadPoolExecutor:
+    """Return threads that copy and transpose chunks.
+
+    numpy frees the GIL there, and one core does not saturate the memory's bandwidth.
+    """
+    return concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8), "chunks")
 
 
 def chunk_rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """Of a matrix, so that a piece of it takes 8 MB: a larger one would be new memory from the system each time."""
-    return max(8 * 2**20 // (shape[1] * dtype.itemsize), 1)
+    """Return how many rows of a matrix make a chunk of CHUNK_BYTES."""
+    return max(CHUNK_BYTES // (shape[1] * dtype.itemsize), 1)
 
 
 def transpose_into(matrix: np.ndarray, out: np.ndarray) -> None:
-    """out[...] = matrix.T
+    """Write matrix.T into out.
 
-    128 rows at a time go through a buffer 64 bytes wider than they are: numpy alone walks down columns whose numbers compete
-    for one set of the cache where widths are powers of two (0.2 GB/s for 8,192 x 2,048 in bfloat16; so 2 GB/s).
+    128 rows at a time go through a buffer that is 64 bytes wider than they are: numpy alone walks
+    down columns whose numbers compete for one set of the cache where widths are powers of two
+    (0.2 GB/s for 8,192 x 2,048 in bfloat16; 2 GB/s like this).
     """
     buffer = np.empty((128, matrix.shape[1] + 64 // out.itemsize), out.dtype)
     for first in range(0, len(matrix), 128):
@@ -377,7 +399,7 @@ def transpose_into(matrix: np.ndarray, out: np.ndarray) -> None:
 
 
 def allocate_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array that begins at a multiple of 64 bytes, which JAX's CPU takes as it is; others it copies."""
+    """Return an array aligned to 64 bytes, which JAX's CPU takes without a copy."""
     n_bytes = math.prod(shape) * dtype.itemsize
     room = np.empty(n_bytes + 64, np.uint8)
     start = -room.ctypes.data % 64
@@ -385,85 +407,86 @@ def allocate_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def write_shard(
-    path: pathlib.Path | None, tensors: list[HfTensor], dtype: np.dtype, params: dict[str, Any]
+    path: pathlib.Path | None, tensors: list[HfTensor], dtype: np.dtype, params: Params
 ) -> None:
-    """One safetensors file, written tensor by tensor: 8 bytes of header length, a JSON header, then the numbers.
+    """Write one safetensors file: 8 bytes of header length, a JSON header, then the numbers.
 
-    Source: the format's description in huggingface/safetensors. path None: take part in fetching, write nothing.
+    A path of None takes part in gathering and writes nothing.
+
+    Source: the format's description in huggingface/safetensors.
     """
     code = next(code for code, known in DTYPES.items() if known == dtype)
-    header, place = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
     for tensor in tensors:
-        n_bytes = math.prod(tensor.shape) * dtype.itemsize
-        header[tensor.name] = {
-            "dtype": code,
-            "shape": list(tensor.shape),
-            "data_offsets": [place, place + n_bytes],
-        }
-        place += n_bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
+        stop = start + tensor.n_bytes(dtype)
+        header[tensor.name] = {"dtype": code, "shape": tensor.shape, "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open(path, "wb")) if path else None
-        writer = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
-        advance = stack.enter_context(stage.progress_bar("export", len(tensors), "tensors"))
-        written = (
-            writer.submit(file.write, len(text).to_bytes(8, "little") + text) if file else None
+    with contextlib.ExitStack() as cleanup:
+        file = cleanup.enter_context(open(path, "wb")) if path else None
+        writer = cleanup.enter_context(concurrent.futures.ThreadPoolExecutor(1))
+        advance = cleanup.enter_context(
+            stage.progress_bar(path.name if path else "gather", len(tensors), "tensors")
         )
+        if file:
+            file.write(len(text).to_bytes(8, "little") + text)
+        written = None
         for tensor in tensors:
             numbers = gather_tensor(params, tensor)
-            for piece in order_as_in_file(numbers, tensor, dtype) if file else ():
-                written.result()  # one piece waits for the disk while the next is made
-                written = writer.submit(file.write, piece)
+            for chunk in order_as_in_file(numbers, tensor, dtype) if file else ():
+                if written:
+                    written.result()  # one chunk waits for the disk while the next is made
+                assert file
+                written = writer.submit(file.write, chunk.data)
             advance(1)
-        if file:
+        if written:
             written.result()
 
 
-def gather_tensor(params: dict[str, Any], tensor: HfTensor) -> np.ndarray:
-    """One tensor of ours on this host. It is gathered on the devices first: in a run of several hosts none of them holds it whole."""
-    leaf = params
+def gather_tensor(params: Params, tensor: HfTensor) -> np.ndarray:
+    """Return one tensor on this host, gathered on the devices first: no host holds it whole."""
+    leaf: Any = params
     for part in tensor.path:
         leaf = leaf[part]
     mesh = leaf.sharding.mesh
     if leaf.is_fully_replicated and mesh.devices.flat[0].platform == "cpu":
-        return np.asarray(leaf)[
-            tensor.layer if tensor.layer is not None else ...
-        ]  # its memory is ours: a view, no copy
-    return np.asarray(
-        make_gather(make_replicated_sharding(mesh), tensor.layer is not None)(
-            leaf, np.int32(tensor.layer or 0)
-        )
-    )
+        whole = np.asarray(leaf)  # the device's memory is the host's: a view, no copy
+        return whole if tensor.layer is None else whole[tensor.layer]
+    gather = make_gather(make_replicated_sharding(mesh), tensor.layer is not None)
+    return np.asarray(gather(leaf, np.int32(tensor.layer or 0)))
 
 
 @functools.cache
-def make_gather(place, of_layer: bool):
-    """(leaf, layer) -> that layer, or the whole leaf, on every device. One compilation a shape, not one a tensor."""
+def make_gather(place: jax.sharding.Sharding, of_layer: bool) -> Callable[..., jax.Array]:
+    """Return (leaf, layer) -> that layer, or the leaf, on every device; compiles once per shape."""
     return jax.jit(lambda leaf, layer: leaf[layer] if of_layer else leaf, out_shardings=place)
 
 
 def order_as_in_file(
     numbers: np.ndarray, tensor: HfTensor, dtype: np.dtype
 ) -> Iterator[np.ndarray]:
-    """The bytes of one tensor as the file holds them, in pieces."""
+    """Yield the bytes of one tensor as the file holds them, in chunks."""
     if len(tensor.shape) == 1:
         yield numbers.reshape(-1).astype(dtype, copy=False).view(np.uint8)
         return
-    theirs = numbers.reshape(tensor.shape[::-1]).T if tensor.rule.n_in else numbers
+    matrix = numbers.reshape(tensor.shape[::-1]).T if tensor.rule.n_in else numbers
     step = chunk_rows(tensor.shape, dtype)
-    for first in range(0, len(theirs), step):
-        rows = theirs[first : first + step]
-        piece = allocate_array(rows.shape, dtype)
+    for first in range(0, len(matrix), step):
+        rows = matrix[first : first + step]
+        chunk = allocate_array(rows.shape, dtype)
         if tensor.rule.n_in:
-            transpose_into(rows.T, piece)
+            transpose_into(rows.T, chunk)
         else:
-            piece[...] = rows
-        yield piece.reshape(-1).view(np.uint8)
+            chunk[...] = rows
+        yield chunk.reshape(-1).view(np.uint8)
 
 
 def split_shards_by_size(tensors: list[HfTensor], itemsize: int) -> list[list[HfTensor]]:
-    shards, room = [], 0
+    """Split tensors into files of at most SHARD_BYTES (or one tensor)."""
+    shards: list[list[HfTensor]] = []
+    room = 0
     for tensor in tensors:
         n_bytes = math.prod(tensor.shape) * itemsize
         if not shards or n_bytes > room:
@@ -475,204 +498,195 @@ def split_shards_by_size(tensors: list[HfTensor], itemsize: int) -> list[list[Hf
 
 
 class StoredTensor(NamedTuple):
-    """One tensor of a safetensors file. Its numbers are mapped when they are asked for and let go with the array: a map that
-    stays open for each tensor would take a file descriptor each (a Qwen2-72B has 963, and 1,024 is a common limit).
+    """One tensor of a safetensors file.
+
+    Its numbers are mapped on demand and unmapped with the array: an open map per tensor would take
+    a file descriptor each (a Qwen2-72B has 963, and 1,024 is a common limit).
     """
 
     file: pathlib.Path
     dtype: np.dtype
     shape: tuple[int, ...]
-    start: int  # bytes from the beginning of the file
+    start: int  # byte offset in the file
 
     @property
     def n_bytes(self) -> int:
+        """Bytes of its numbers."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read_bytes(self, rows: range | None = None) -> np.ndarray:
-        """All of it, or the rows of a matrix."""
+        """Return the whole tensor, or some rows of a matrix, as a memory map."""
         if rows is None:
             return np.memmap(self.file, self.dtype, "r", self.start, self.shape)
-        row_bytes = self.shape[1] * self.dtype.itemsize
-        return np.memmap(
-            self.file,
-            self.dtype,
-            "r",
-            self.start + rows.start * row_bytes,
-            (len(rows), self.shape[1]),
-        )
+        width = self.shape[1]
+        start = self.start + rows.start * width * self.dtype.itemsize
+        return np.memmap(self.file, self.dtype, "r", start, (len(rows), width))
 
 
 def open_safetensors(directory: pathlib.Path) -> dict[str, StoredTensor]:
-    """Every tensor of a directory's safetensors files, by name. No numbers are read yet."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_hf_json(index).get("weight_map")
-        if (
-            not isinstance(weight_map, dict)
-            or not all(isinstance(name, str) for name in weight_map.values())
-            or not weight_map
-        ):
-            raise UserError(f"{index}: has no weight_map from tensors to files. Download it again.")
-        files = sorted({directory / name for name in weight_map.values()})
-    else:
-        files = [directory / "model.safetensors"]
+    """Return every tensor of a directory's safetensors files by name, without reading numbers."""
     stored: dict[str, StoredTensor] = {}
-    for file in files:
+    for file in list_safetensors_files(directory):
         if not file.is_file():
-            found = ", ".join(sorted(path.name for path in directory.iterdir())[:8])
+            names = ", ".join(sorted(path.name for path in directory.iterdir())[:8])
             raise UserError(
-                f"{file}: not there (the directory holds: {found}). Weights are read from safetensors only, since pickled ones (.bin, .pt) can run "
-                "code; download the model whole, or save it again with transformers' save_pretrained."
+                f"{file}: not found (the directory holds: {names}). Weights are read from "
+                "safetensors only, since pickled ones (.bin, .pt) can run code; download the whole "
+                "model, or save it again with transformers' save_pretrained."
             )
         for name, tensor in open_safetensors_file(file).items():
             if name in stored:
                 raise UserError(
-                    f"{file}: tensor {name} stands in another file of {directory} too. Remove the file that does not belong to this model."
+                    f"{file}: tensor {name} is also in another file of {directory}. "
+                    "Remove the file that does not belong to this model."
                 )
             stored[name] = tensor
     return stored
 
 
+def list_safetensors_files(directory: pathlib.Path) -> list[pathlib.Path]:
+    """Return the files that a directory's index names, or model.safetensors."""
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        return [directory / "model.safetensors"]
+    weight_map = read_hf_json(index).get("weight_map")
+    names = weight_map.values() if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{index}: has no weight_map from tensors to files. Download it again.")
+    return sorted({directory / name for name in names})
+
+
 def open_safetensors_file(file: pathlib.Path) -> dict[str, StoredTensor]:
-    """Every tensor that the header of one file names. Raises UserError where the header is not that of a whole file."""
+    """Return every tensor in the header of one file. Raise UserError for a broken or cut file."""
     size = file.stat().st_size
     with open(file, "rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
-        text = (
-            opened.read(length) if length <= min(size - 8, 100_000_000) else b""
-        )  # the format's own limit
+        text = opened.read(length) if length <= min(size - 8, MAX_HEADER_BYTES) else b""
     try:
         header = json.loads(text, object_pairs_hook=refuse_duplicate_keys)
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{file}: not a whole safetensors file ({size:,} bytes; its header: {error}). Download it again."
+            f"{file}: not a complete safetensors file ({size:,} bytes; its header: {error}). "
+            "Download it again."
         ) from None
     if not isinstance(header, dict):
         raise UserError(
-            f"{file}: not a safetensors file: its header is no list of tensors. Download it again."
+            f"{file}: not a safetensors file: its header is no JSON object. Download it again."
         )
-    found: dict[str, StoredTensor] = {}
+    data_start = 8 + length
+    tensors: dict[str, StoredTensor] = {}
     for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            code, shape, (start, stop) = (
-                entry["dtype"],
-                tuple(entry["shape"]),
-                entry["data_offsets"],
-            )
-            described = isinstance(code, str) and all(
-                type(number) is int and number >= 0 for number in (*shape, start, stop)
-            )
-        except (KeyError, TypeError, ValueError):
-            described = False
-        if not described:
+        if name != "__metadata__":
+            tensors[name] = parse_header_entry(file, name, entry, data_start, size)
+    in_order = sorted(tensors.items(), key=lambda item: item[1].start)
+    for (name, tensor), (next_name, next_tensor) in itertools.pairwise(in_order):
+        if next_tensor.start < tensor.start + tensor.n_bytes:
             raise UserError(
-                f"{file}: its header says {str(entry)[:200]} of {name}, wanted dtype, shape and data_offsets. Download it again."
+                f"{file}: in its header {name} and {next_name} overlap. Download it again."
             )
-        if code not in DTYPES:
-            raise UserError(
-                f"{file}: {name} is stored as {code}, wanted {', '.join(DTYPES)}. Quantized checkpoints cannot be trained; take the original."
-            )
-        found[name] = StoredTensor(file, DTYPES[code], shape, 8 + length + start)
-        if stop - start != found[name].n_bytes:
-            raise UserError(
-                f"{file}: {name} of shape {shape} in {code} takes {found[name].n_bytes:,} bytes, but the header gives it {stop - start:,}. Download it again."
-            )
-        if 8 + length + stop > size:
-            raise UserError(
-                f"{file}: is cut short ({size:,} bytes, {name} ends at {8 + length + stop:,}). Download it again."
-            )
-    in_order = sorted(found.items(), key=lambda item: item[1].start)
-    for (name, tensor), (following, other) in itertools.pairwise(in_order):
-        if other.start < tensor.start + tensor.n_bytes:
-            raise UserError(
-                f"{file}: its header lays {name} and {following} over each other. Download it again."
-            )
-    return found
+    return tensors
+
+
+def parse_header_entry(
+    file: pathlib.Path, name: str, entry: Any, data_start: int, size: int
+) -> StoredTensor:
+    """Return the tensor that one entry of a header describes.
+
+    Args:
+        file: the safetensors file.
+        name: of the tensor.
+        entry: its dtype, shape and data_offsets.
+        data_start: where numbers begin in the file, in bytes.
+        size: of the file in bytes.
+    """
+    code, shape, start, stop = "", (), 0, 0
+    try:
+        code, shape = entry["dtype"], tuple(entry["shape"])
+        start, stop = entry["data_offsets"]
+        is_valid = isinstance(code, str) and all(map(is_count, (*shape, start, stop)))
+    except (KeyError, TypeError, ValueError):
+        is_valid = False
+    if not is_valid:
+        raise UserError(
+            f"{file}: {name}: expected dtype, shape and data_offsets in the header, got "
+            f"{str(entry)[:200]}. Download it again."
+        )
+    if code not in DTYPES:
+        raise UserError(
+            f"{file}: {name}: expected dtype {', '.join(DTYPES)}, got {code}. Quantized "
+            "checkpoints cannot be trained; take the original."
+        )
+    tensor = StoredTensor(file, DTYPES[code], shape, data_start + start)
+    if stop - start != tensor.n_bytes:
+        raise UserError(
+            f"{file}: {name} of shape {shape} in {code} takes {tensor.n_bytes:,} bytes, but the "
+            f"header gives it {stop - start:,}. Download it again."
+        )
+    if data_start + stop > size:
+        raise UserError(
+            f"{file}: is truncated ({size:,} bytes, {name} ends at {data_start + stop:,}). "
+            "Download it again."
+        )
+    return tensor
+
+
+def is_count(value: Any) -> bool:
+    """Return whether a JSON value is an integer of at least 0."""
+    return type(value) is int and value >= 0
 
 
 def refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Raises ValueError for a name that stands in it twice, of which json would keep the last."""
+    """Return a JSON object. Raise ValueError for a duplicate key, of which json keeps the last."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a name stands in it twice")
+        raise ValueError("a name occurs twice")
     return found
 
 
 # ---- config.json
 
 
+def is_size(value: Any) -> bool:
+    """Return whether a JSON value is an integer of at least 1."""
+    return type(value) is int and value > 0
+
+
+def is_positive(value: Any) -> bool:
+    """Return whether a JSON value is a finite number above 0."""
+    return is_size(value) or (type(value) is float and 0 < value < math.inf)
+
+
+FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+REQUIRED_SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "vocab_size"),
+)
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
+TOKEN_IDS = ("bos_token_id", "eos_token_id")
+SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+
+
 def read_hf_spec(directory: pathlib.Path) -> ModelSpec:
-    """config.json, of old and new layout, as a ModelSpec. Raises UserError naming the field that is not supported."""
+    """Return config.json, of old or new layout, as a ModelSpec.
+
+    Raises:
+        UserError: naming the field that is not supported.
+    """
     path = directory / "config.json"
     if not path.is_file():
         raise UserError(
-            f"{directory}: no config.json there. Wanted a Hugging Face model directory, a run directory or a checkpoint."
+            f"{directory}: no config.json. Expected a Hugging Face model directory, a run "
+            "directory or a checkpoint."
         )
     config = read_hf_json(path)
-
-    def refuse(field, wanted):
-        raise UserError(
-            f"{path}: {field} is {config.get(field)!r}, supported: {wanted}. Convert the model to one of these, or take another."
-        )
-
-    family = config.get("model_type")
-    if family not in ("llama", "mistral", "qwen2", "qwen3"):
-        refuse("model_type", "llama, mistral, qwen2, qwen3")
-    if config.get("quantization_config"):
-        refuse("quantization_config", "none (train the original weights)")
-    if config.get("hidden_act", "silu") != "silu":
-        refuse("hidden_act", "silu")
-    if config.get("use_sliding_window"):
-        refuse("use_sliding_window", "false")
-    if config.get("partial_rotary_factor") not in (None, 1.0):
-        refuse("partial_rotary_factor", "1.0")
-    sizes = (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "vocab_size",
-    )
-    missing = [key for key in sizes if key not in config]
-    if missing:
-        raise UserError(
-            f"{path}: has no {', '.join(missing)}. Is it the config of a language model?"
-        )
-    whole = lambda value: type(value) is int and value > 0  # noqa: E731
-    wanted = {
-        "whole numbers of at least 1": (
-            whole,
-            [
-                *sizes,
-                "num_key_value_heads",
-                "head_dim",
-                "max_position_embeddings",
-                "sliding_window",
-            ],
-        ),
-        "numbers above 0": (
-            lambda value: whole(value) or (type(value) is float and 0 < value < math.inf),
-            ["rms_norm_eps"],
-        ),
-        "true or false": (
-            lambda value: type(value) is bool,
-            ["tie_word_embeddings", "attention_bias", "mlp_bias"],
-        ),
-        "a token id": (
-            lambda value: type(value) is int and value >= 0,
-            ["bos_token_id", "eos_token_id"],
-        ),
-    }
-    config |= {key: first_token_id(config.get(key)) for key in wanted["a token id"][1]}
-    for words, (fits, keys) in wanted.items():
-        for key in keys:
-            if not fits(config.get(key)) and (key in sizes or config.get(key) is not None):
-                refuse(key, words)
+    check_hf_config(config, path)
+    family = config["model_type"]
     theta, scaling = read_rope_scaling(config, path)
     n_heads = config["num_attention_heads"]
     attention_bias = family in ("llama", "qwen3") and (config.get("attention_bias") or False)
+    window = None
+    if family == "mistral":
+        window = config.get("sliding_window", 4096)  # the class's default where it is not written
     try:
         return ModelSpec(
             n_layers=config["num_hidden_layers"],
@@ -692,76 +706,108 @@ def read_hf_spec(directory: pathlib.Path) -> ModelSpec:
             out_bias=attention_bias,
             mlp_bias=family == "llama" and (config.get("mlp_bias") or False),
             qk_norm=family == "qwen3",
-            sliding_window=config.get("sliding_window", 4096)
-            if family == "mistral"
-            else None,  # the class's default where it is not written
-            bos_id=config["bos_token_id"],
-            eos_id=config["eos_token_id"],
+            sliding_window=window,
+            bos_id=first_token_id(config.get("bos_token_id")),
+            eos_id=first_token_id(config.get("eos_token_id")),
         )
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
+def check_hf_config(config: dict[str, Any], path: pathlib.Path) -> None:
+    """Raise UserError for an architecture, switch or value that is not supported."""
+
+    def refuse(key: str, supported: str) -> NoReturn:
+        raise UserError(
+            f"{path}: {key}: expected {supported}, got {config.get(key)!r}. "
+            "Convert the model, or take another."
+        )
+
+    if config.get("model_type") not in tuple(FAMILIES):
+        refuse("model_type", ", ".join(FAMILIES))
+    if config.get("quantization_config"):
+        refuse("quantization_config", "none (train the original weights)")
+    if config.get("hidden_act", "silu") != "silu":
+        refuse("hidden_act", "silu")
+    if config.get("use_sliding_window"):
+        refuse("use_sliding_window", "false")
+    if config.get("partial_rotary_factor") not in (None, 1.0):
+        refuse("partial_rotary_factor", "1.0")
+    missing = [key for key in REQUIRED_SIZES if key not in config]
+    if missing:
+        raise UserError(
+            f"{path}: has no {', '.join(missing)}. Is it the config of a language model?"
+        )
+    for key in (*REQUIRED_SIZES, *OPTIONAL_SIZES):
+        is_absent = config.get(key) is None and key not in REQUIRED_SIZES
+        if not is_absent and not is_size(config[key]):
+            refuse(key, "an integer of at least 1")
+    if config.get("rms_norm_eps") is not None and not is_positive(config["rms_norm_eps"]):
+        refuse("rms_norm_eps", "a number above 0")
+    for key in SWITCHES:
+        if config.get(key) is not None and type(config[key]) is not bool:
+            refuse(key, "true or false")
+    for key in TOKEN_IDS:
+        token_id = first_token_id(config.get(key))
+        if token_id is not None and not is_count(token_id):
+            refuse(key, "a token id")
+
+
 def read_rope_scaling(
     config: dict[str, Any], path: pathlib.Path
 ) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling) from rope_parameters (transformers 5) or rope_theta and rope_scaling (before)."""
+    """Return (theta, scaling) from rope_parameters (transformers 5) or rope_scaling (before)."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     try:
         theta = get_number(rope, "rope_theta", config.get("rope_theta", 10_000.0))
-        kind = rope.get("rope_type") or rope.get("type") or "default"
-        if kind == "default":
+        rope_type = rope.get("rope_type") or rope.get("type") or "default"
+        if rope_type == "default":
             return theta, None
-        if kind == "linear":
+        if rope_type == "linear":
             return theta, RopeScaling("linear", get_number(rope, "factor"))
-        if kind == "llama3":
-            low, high, original = (
-                get_number(rope, key)
-                for key in (
-                    "low_freq_factor",
-                    "high_freq_factor",
-                    "original_max_position_embeddings",
-                )
-            )
-            return theta, RopeScaling(
-                "llama3", get_number(rope, "factor"), low, high, int(original)
-            )
+        if rope_type == "llama3":
+            factor = get_number(rope, "factor")
+            low = get_number(rope, "low_freq_factor")
+            high = get_number(rope, "high_freq_factor")
+            original = get_number(rope, "original_max_position_embeddings")
+            return theta, RopeScaling("llama3", factor, low, high, int(original))
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path}: its rope parameters {rope} cannot be read ({error}). Is it the file of the model's makers?"
+            f"{path}: cannot read its rope parameters {rope} ({error}). "
+            "Is it the file of the model's authors?"
         ) from None
-    raise UserError(f"{path}: rope type is {kind!r}, supported: default, linear, llama3.")
+    raise UserError(f"{path}: rope type: expected default, linear or llama3, got {rope_type!r}.")
 
 
-def get_number(found: dict[str, Any], key: str, default: Any = None) -> float:
-    value = float(found.get(key, default))
+def get_number(values: dict[str, Any], key: str, default: Any = None) -> float:
+    """Return a finite number above 0. Raise ValueError or TypeError for anything else."""
+    value = float(values.get(key, default))
     if not 0 < value < math.inf:
         raise ValueError(f"{key} {value}")
     return value
 
 
 def make_hf_config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
-    """config.json for a spec. Rope and dtype are written in both layouts: a reader of the old one would otherwise fall back to theta 10,000 in silence."""
+    """Return config.json for a spec.
+
+    Rope and dtype are written in both layouts: a reader of the old one would otherwise silently
+    fall back to theta 10,000.
+    """
     if spec.sliding_window and spec.family != "mistral":
         raise UserError(
-            f"export: a sliding window of {spec.sliding_window} cannot be told in a {spec.family} config.json. Set the spec's family to mistral."
+            f"export: a {spec.family} config.json cannot state a sliding window of "
+            f"{spec.sliding_window}. Set the spec's family to mistral."
         )
+    scaling = spec.rope_scaling
     rope: dict[str, Any] = {"rope_type": "default"}
-    if spec.rope_scaling:
-        rope = {"rope_type": spec.rope_scaling.rope_type, "factor": spec.rope_scaling.factor}
-        if spec.rope_scaling.rope_type == "llama3":
-            rope |= {
-                "low_freq_factor": spec.rope_scaling.low_freq_factor,
-                "high_freq_factor": spec.rope_scaling.high_freq_factor,
-                "original_max_position_embeddings": spec.rope_scaling.original_max_seq_len,
-            }
+    if scaling:
+        rope = {"rope_type": scaling.rope_type, "factor": scaling.factor}
+    if scaling and scaling.rope_type == "llama3":
+        rope["low_freq_factor"] = scaling.low_freq_factor
+        rope["high_freq_factor"] = scaling.high_freq_factor
+        rope["original_max_position_embeddings"] = scaling.original_max_seq_len
     config: dict[str, Any] = {
-        "architectures": [
-            {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[
-                spec.family
-            ]
-            + "ForCausalLM"
-        ],
+        "architectures": [FAMILIES[spec.family] + "ForCausalLM"],
         "model_type": spec.family,
         "hidden_size": spec.d_model,
         "intermediate_size": spec.d_ff,
@@ -776,7 +822,7 @@ def make_hf_config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
         "tie_word_embeddings": spec.tie_embeddings,
         "rope_parameters": {"rope_theta": spec.rope_theta, **rope},
         "rope_theta": spec.rope_theta,
-        "rope_scaling": rope if spec.rope_scaling else None,
+        "rope_scaling": rope if scaling else None,
         "bos_token_id": spec.bos_id,
         "eos_token_id": spec.eos_id,
         "dtype": dtype,
@@ -788,31 +834,34 @@ def make_hf_config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
         config["attention_bias"] = spec.qkv_bias
     if spec.family == "llama":
         config["mlp_bias"] = spec.mlp_bias
-    if spec.family != "llama":
+    else:
         config["sliding_window"] = spec.sliding_window
     return config
 
 
-def first_token_id(value):
-    """Some configs list several end tokens; the first is the document's."""
+def first_token_id(value: Any) -> Any:
+    """Return the first of several end tokens, which is the document's."""
     return next(iter(value), None) if isinstance(value, list) else value
 
 
 def read_hf_json(path: pathlib.Path) -> dict[str, Any]:
+    """Return the JSON object in a file. Raise UserError if it holds none."""
     try:
         found = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}). Download it again.") from None
     if not isinstance(found, dict):
         raise UserError(
-            f"{path}: holds a {type(found).__name__}, wanted a JSON object. Download it again."
+            f"{path}: expected a JSON object, got a {type(found).__name__}. Download it again."
         )
     return found
 
 
 def write_hf_json(path: pathlib.Path, value: dict[str, Any]) -> None:
+    """Write JSON as transformers does."""
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def dtype_of_name(name: str) -> np.dtype:
+    """Return a numpy dtype by name, bfloat16 included."""
     return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)

@@ -1,7 +1,8 @@
-"""Where first weights come from: numbered births, the first that applies wins; then growth.
+"""Make the initial model: the first source that applies, then growth.
 
-1. this run's own newest checkpoint, with its optimizer   (train/loop.py: a resumed run never comes here)
-2. a checkpoint of another run, weights only
+1. this run's own newest checkpoint, with its optimizer (train/loop.py: a resumed run never comes
+   here)
+2. a checkpoint of another run, parameters only
 3. a Hugging Face directory
 4. random
 """
@@ -13,6 +14,8 @@ import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import jax
+
 from jaxpt.config import Config
 from jaxpt.data import tokenizer
 from jaxpt.model import llama
@@ -21,72 +24,68 @@ from jaxpt.weights import checkpoint, growth, hub, huggingface, vocabulary
 
 log = logging.getLogger(__name__)
 
-IMPORT_RECORD = "jaxpt.json"  # beside an export's config.json: what a later start wants to know and config.json has no place for
+# beside an export's config.json: what a later start needs and config.json has no key for
+IMPORT_RECORD = "jaxpt.json"
+# knobs of section model that are fields of ModelSpec
+RANDOM_SPEC_FIELDS = "n_layers d_model d_ff n_heads n_kv_heads d_head max_seq_len"
+RANDOM_SPEC_FIELDS += " norm_eps rope_theta tie_embeddings"
+
+ReadBatches = Callable[[], Iterable[Batch]]
 
 
 class LoadedModel(NamedTuple):
-    """A model in memory, and where it came from."""
+    """A model in memory, and where it came from.
+
+    Attributes:
+        spec: the architecture.
+        params: nested dict of jax.Arrays.
+        tokenizer_dir: of its tokenizer, if it has one.
+        source: directory it was read from; None: random.
+        step: of the run that trained it, where known.
+        tokenizer: fingerprint, where known.
+        record: a checkpoint's counts or an export's jaxpt.json; empty where nothing is known.
+    """
 
     spec: ModelSpec
     params: dict[str, Any]
     tokenizer_dir: pathlib.Path | None
-    source: pathlib.Path | None  # None: random
-    step: int | None  # of the run that trained it, where known
-    tokenizer: str | None  # fingerprint, where known
-    record: dict[
-        str, Any
-    ]  # what its makers wrote of it: a checkpoint's counts or an export's jaxpt.json; empty where nothing is known
+    source: pathlib.Path | None
+    step: int | None
+    tokenizer: str | None
+    record: dict[str, Any]
 
 
 class InitResult(NamedTuple):
-    """A newborn model, its parent when it was grown, and the growths between them."""
+    """An initialized model, its parent (before growth, if it grew), and the growths between."""
 
     model: LoadedModel
-    parent: LoadedModel | None  # the weights before growth; None when nothing grew
+    parent: LoadedModel | None
     growths: tuple[growth.Growth, ...]
 
 
-def load_model(source: pathlib.Path | str, mesh, dtype: str = "float32") -> LoadedModel:
-    """The weights of a run directory (its newest whole checkpoint), a checkpoint step directory, a Hugging Face directory or hf:NAME of its hub."""
+def load_model(
+    source: pathlib.Path | str, mesh: jax.sharding.Mesh, dtype: str = "float32"
+) -> LoadedModel:
+    """Load the parameters of a run, a checkpoint, a Hugging Face directory or hf:NAME."""
     source = hub.download_model(source)
     if not source.is_dir():
         raise UserError(
-            f"{source}: no such directory. Wanted a run, a checkpoint or a Hugging Face model directory."
+            f"{source}: no such directory. Expected a run, a checkpoint or a Hugging Face model "
+            "directory."
         )
     step_dir = checkpoint.find_checkpoint(source)
     if step_dir is None:
-        is_run = (source / "checkpoints").is_dir() or (source / "spec.json").is_file()
-        if is_run or not (source / "config.json").is_file():
-            raise UserError(
-                f"{source}: holds no finished checkpoint and no Hugging Face model. Train it first, or check the path."
-            )
-        spec, params = huggingface.load_hf_model(source, mesh, dtype)
-        has_tokenizer = (source / "tokenizer.json").is_file()
-        record = (
-            huggingface.read_hf_json(source / IMPORT_RECORD)
-            if (source / IMPORT_RECORD).is_file()
-            else {}
-        )
-        return LoadedModel(
-            spec,
-            params,
-            source if has_tokenizer else None,
-            source,
-            record.get("step"),
-            record.get("tokenizer"),
-            record,
-        )
+        return load_hf_source(source, mesh, dtype)
     spec = ModelSpec.load(step_dir / "spec.json")
-    params = checkpoint.restore_tree(
-        step_dir, "params", llama.make_abstract_params(spec, mesh, huggingface.dtype_of_name(dtype))
-    )
+    np_dtype = huggingface.dtype_of_name(dtype)
+    abstract = llama.make_abstract_params(spec, mesh, np_dtype)
+    params = checkpoint.restore_tree(step_dir, checkpoint.PARAMS, abstract)
     manifest = Manifest.load(step_dir)
     tokenizer_dir = step_dir.parent.parent / "tokenizer"
-    has_tokenizer = tokenizer_dir.is_dir()
     return LoadedModel(
         spec,
         params,
-        tokenizer_dir if has_tokenizer else None,
+        tokenizer_dir if tokenizer_dir.is_dir() else None,
         source,
         manifest.counts["step"],
         manifest.tokenizer,
@@ -94,104 +93,106 @@ def load_model(source: pathlib.Path | str, mesh, dtype: str = "float32") -> Load
     )
 
 
+def load_hf_source(source: pathlib.Path, mesh: jax.sharding.Mesh, dtype: str) -> LoadedModel:
+    """Load a Hugging Face directory. Raise UserError if the directory is none."""
+    is_run = (source / "checkpoints").is_dir() or (source / "spec.json").is_file()
+    if is_run or not (source / "config.json").is_file():
+        raise UserError(
+            f"{source}: has no finished checkpoint and no Hugging Face model. Train it first, or "
+            "check the path."
+        )
+    spec, params = huggingface.load_hf_model(source, mesh, dtype)
+    record: dict[str, Any] = {}
+    if (source / IMPORT_RECORD).is_file():
+        record = huggingface.read_hf_json(source / IMPORT_RECORD)
+    tokenizer_dir = source if (source / "tokenizer.json").is_file() else None
+    step, fingerprint = record.get("step"), record.get("tokenizer")
+    return LoadedModel(spec, params, tokenizer_dir, source, step, fingerprint, record)
+
+
 def resolve_source(source: pathlib.Path | str) -> pathlib.Path:
-    """What a manifest names as the input of a start from `source`: a finished stage's directory itself, of an unfinished run its newest checkpoint."""
+    """Return what a manifest names as the input of a start from `source`.
+
+    That is a finished stage's directory itself, and the newest checkpoint of an unfinished run.
+    """
     source = hub.download_model(source)
-    return (
-        source
-        if (source / "manifest.json").is_file() or not source.is_dir()
-        else checkpoint.find_checkpoint(source) or source
-    )
+    if (source / "manifest.json").is_file() or not source.is_dir():
+        return source
+    return checkpoint.find_checkpoint(source) or source
 
 
 def init_model(
     settings: Config,
-    mesh,
+    mesh: jax.sharding.Mesh,
     vocab_size: int | None,
-    sequences: Callable[[], Iterable[Batch]] | None = None,
+    sequences: ReadBatches | None = None,
 ) -> InitResult:
-    """Births 2 to 4 by config.initialize, then config.initialize.grow, each said on the terminal.
+    """Initialize by sources 2 to 4 of config.initialize, then apply config.initialize.grow.
 
-    vocab_size  the tokenizer's, for a random model whose config.model.vocab_size is 0
-    rows      training rows, for operators that measure
+    Args:
+        settings: the config.
+        mesh: to place parameters on.
+        vocab_size: the tokenizer's, for a random model whose config.model.vocab_size is 0.
+        sequences: reads training batches, for operators that measure.
     """
-    asked = settings.initialize
-    for text in asked.grow:
-        growth.parse_operator(text)  # a misspelt operator is refused before weights are read
-    if asked.source == "random":
+    section = settings.initialize
+    for text in section.grow:
+        growth.parse_operator(text)  # refuse a misspelt operator before weights are read
+    if section.source == "random":
         spec = make_random_spec(settings, vocab_size)
-        model = LoadedModel(
-            spec,
-            llama.init_params(spec, asked.seed, mesh, huggingface.dtype_of_name(asked.param_dtype)),
-            None,
-            None,
-            None,
-            None,
-            {},
-        )
-        log.info(f"born at random (seed {asked.seed}): {describe_model(spec)}")
+        dtype = huggingface.dtype_of_name(section.param_dtype)
+        params = llama.init_params(spec, section.seed, mesh, dtype)
+        model = LoadedModel(spec, params, None, None, None, None, {})
+        log.info(f"initialized from scratch (seed {section.seed})")
     else:
-        model = load_model(asked.source, mesh, asked.param_dtype)
+        model = load_model(section.source, mesh, section.param_dtype)
         trained = f", trained for {model.step:,} steps" if model.step else ""
-        log.info(f"born from {asked.source}{trained}: {describe_model(model.spec)}")
+        log.info(f"initialized from {section.source}{trained}")
+    log.info(describe_model(model.spec))
     parent, growths = model, []
-    for text in asked.grow:
-        model, done = grow_model(model, text, mesh, sequences)
-        growths.append(done)
+    for text in section.grow:
+        model, applied = grow_model(model, text, mesh, sequences)
+        growths.append(applied)
     return InitResult(model, parent if growths else None, tuple(growths))
 
 
 def grow_model(
-    model: LoadedModel, text: str, mesh, rows: Callable[[], Iterable[Batch]] | None
+    model: LoadedModel, text: str, mesh: jax.sharding.Mesh, sequences: ReadBatches | None
 ) -> tuple[LoadedModel, growth.Growth]:
-    """The child of a model by one operator, on the same mesh."""
-    done = growth.plan_growth(
-        text, growth.Parent(model.spec, model.params, rows, model.tokenizer_dir)
-    )
-    child = done.child
-    model = model._replace(spec=child, params=growth.grow_params(done, model.params, mesh))
-    if done.token_mapping:
-        directory = done.token_mapping.tokenizer_dir
-        model = model._replace(
-            tokenizer_dir=directory, tokenizer=tokenizer.load_tokenizer(directory).fingerprint
-        )
-    origins = (
-        f"; from layers {growth.format_layer_map(done.layer_map)}"
-        if "layers" in done.sources
-        else ""
-    )
-    log.info(f"grown by {text}: {describe_model(child)}{origins}")
-    return model, done
+    """Return the model grown by one operator, on the same mesh, and the growth."""
+    parent = growth.Parent(model.spec, model.params, sequences, model.tokenizer_dir)
+    applied = growth.plan_growth(text, parent)
+    params = growth.grow_params(applied, model.params, mesh)
+    model = model._replace(spec=applied.child, params=params)
+    if applied.token_mapping:
+        directory = applied.token_mapping.tokenizer_dir
+        fingerprint = tokenizer.load_tokenizer(directory).fingerprint
+        model = model._replace(tokenizer_dir=directory, tokenizer=fingerprint)
+    log.info(f"grown by {text}: {describe_model(applied.child)}")
+    if "layers" in applied.sources:
+        log.info(f"from layers {growth.format_layer_map(applied.layer_map)}")
+    return model, applied
 
 
 def make_random_spec(settings: Config, vocab_size: int | None) -> ModelSpec:
-    """config.model as a ModelSpec."""
-    shape = settings.model
-    vocab_size = shape.vocab_size or (vocabulary.pad_vocab_size(vocab_size) if vocab_size else 0)
-    if not vocab_size:
+    """Return config.model as a ModelSpec."""
+    section = settings.model
+    n_tokens = section.vocab_size
+    if not n_tokens and vocab_size:
+        n_tokens = vocabulary.pad_vocab_size(vocab_size)
+    if not n_tokens:
         raise UserError(
-            "model.vocab_size: is 0 (take the tokenizer's), but there is no tokenizer. Run pack.py first, or set it."
+            "model.vocab_size: is 0 (the tokenizer's), but there is no tokenizer. Run pack.py "
+            "first, or set it."
         )
-    fields = {
-        name: getattr(shape, name)
-        for name in (
-            "n_layers",
-            "d_model",
-            "d_ff",
-            "n_heads",
-            "n_kv_heads",
-            "d_head",
-            "max_seq_len",
-            "norm_eps",
-            "rope_theta",
-            "tie_embeddings",
-        )
-    }
-    return ModelSpec(vocab_size=vocab_size, **fields)
+    fields = {name: getattr(section, name) for name in RANDOM_SPEC_FIELDS.split()}
+    return ModelSpec(vocab_size=n_tokens, **fields)
 
 
 def describe_model(spec: ModelSpec) -> str:
+    """Return a line with parameter count and sizes."""
+    tied = ", tied" if spec.tie_embeddings else ""
     return (
-        f"{llama.count_params(spec):,} parameters, {spec.n_layers} layers, width {spec.d_model}, feed-forward {spec.d_ff}, "
-        f"{spec.n_heads} heads over {spec.n_kv_heads}, vocabulary {spec.vocab_size:,}{', tied' if spec.tie_embeddings else ''}"
+        f"{llama.count_params(spec):,} parameters, {spec.n_layers} layers, D {spec.d_model}, "
+        f"F {spec.d_ff}, {spec.n_heads}/{spec.n_kv_heads} heads, V {spec.vocab_size:,}{tied}"
     )

@@ -1,52 +1,74 @@
-"""Rows of the embedding and head for another tokenizer: kept pieces are copied, new ones start as the mean of their old pieces."""
+"""Embedding and head rows for another tokenizer.
+
+Kept tokens are copied; new ones start as the mean of the old tokens that spell them.
+"""
 
 from __future__ import annotations
 
 import pathlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxpt.data import tokenizer
+from jaxpt.data.tokenizer import Tokenizer
 from jaxpt.spec import UserError
 
-ANCHOR_TEXT = "7"  # stands before a piece to see it within a line: few tokenizers let a digit grow together with what follows
+# put before a token to see it within a line: few tokenizers merge a digit with what follows
+ANCHOR_TEXT = "7"
 
 
 class TokenMapping(NamedTuple):
-    """A new vocabulary as old ids: row i is old_ids[i]'s row, their mean where there are several, the mean of all old rows
-    where there are none (the least surprising vector: its logit is the average one). Padding rows have none.
+    """A new vocabulary as old ids.
+
+    Attributes:
+        old_ids: row i is the row of old_ids[i], their mean if there are several, the mean of all
+            old rows if there are none (the least surprising vector: its logit is the average one).
+            Padding rows have none.
+        tokenizer_dir: of the new vocabulary.
     """
 
     old_ids: list[list[int]]
-    tokenizer_dir: pathlib.Path  # of the new vocabulary
+    tokenizer_dir: pathlib.Path
 
 
 def map_tokens(
     old_dir: pathlib.Path, new_dir: pathlib.Path, vocab_size: int
 ) -> tuple[TokenMapping, dict[str, int | None]]:
-    """(the new tokenizer's pieces as old ids, {bos_id, eos_id} of the new one), padded to a multiple of 128 rows.
+    """Map the new tokenizer's tokens to old ids, padded to a multiple of 128 rows.
 
-    vocab_size  the model's rows; the old tokenizer must stay below it, else UserError
+    Args:
+        old_dir: the model's tokenizer.
+        new_dir: the new tokenizer.
+        vocab_size: the model's embedding rows.
+
+    Returns:
+        The mapping, and bos_id and eos_id of the new tokenizer.
+
+    Raises:
+        UserError: the old tokenizer has more tokens than the model has rows.
     """
     old, new = tokenizer.load_tokenizer(old_dir), tokenizer.load_tokenizer(new_dir)
     if old.vocab_size > vocab_size:
         raise UserError(
-            f"new_tokenizer: {old_dir} has {old.vocab_size} pieces, the model only {vocab_size} rows. It is not the model's own tokenizer."
+            f"new_tokenizer: expected a tokenizer of at most {vocab_size} tokens, the model's "
+            f"embedding rows, got {old_dir} with {old.vocab_size}. It is not the model's tokenizer."
         )
-    known = old.backend.get_vocab(with_added_tokens=True)
-    pieces = {i: piece for piece, i in new.backend.get_vocab(with_added_tokens=True).items()}
-    twins = {new.bos_id: old.bos_id, new.eos_id: old.eos_id}
-    controls = {i for i, token in new.backend.get_added_tokens_decoder().items() if token.special}
+    old_vocab = old.backend.get_vocab(with_added_tokens=True)
+    new_vocab = new.backend.get_vocab(with_added_tokens=True)
+    special_ids = {new.bos_id: old.bos_id, new.eos_id: old.eos_id}
+    added = new.backend.get_added_tokens_decoder()
+    controls = {i for i, token in added.items() if token.special}
     old_ids: list[list[int]] = [[] for _ in range(pad_vocab_size(new.vocab_size))]
-    unknown: dict[int, str] = {}  # pieces that the old tokenizer has to spell
-    for i, piece in pieces.items():
-        if twins.get(i) is not None:
-            old_ids[i] = [twins[i]]
-        elif piece in known and is_same_kind(piece, known[piece], i, old, new):
-            old_ids[i] = [known[piece]]
+    unknown: dict[int, str] = {}  # tokens that the old tokenizer has to spell
+    for token, i in new_vocab.items():
+        special_id = special_ids.get(i)
+        if special_id is not None:
+            old_ids[i] = [special_id]
+        elif token in old_vocab and token_text(old, old_vocab[token]) == token_text(new, i):
+            old_ids[i] = [old_vocab[token]]  # the same text: the two may write a space differently
         elif i not in controls:
             unknown[i] = token_text(new, i)
     spelled = spell_tokens(old, list(unknown.values()))
@@ -55,54 +77,50 @@ def map_tokens(
     return TokenMapping(old_ids, new_dir), {"bos_id": new.bos_id, "eos_id": new.eos_id}
 
 
-def is_same_kind(
-    piece: str, old_id: int, new_id: int, old: tokenizer.Tokenizer, new: tokenizer.Tokenizer
-) -> bool:
-    """Whether a piece of the same name means the same text: the two may write a space in another way."""
-    return token_text(old, old_id) == token_text(new, new_id)
+def token_text(encoder: Tokenizer, i: int) -> str:
+    """Return the text that a token adds after another one, its leading space included.
+
+    Alone, many decoders strip that space.
+    """
+    (anchor,) = encoder.encode_batch([ANCHOR_TEXT])
+    return encoder.decode([*anchor, i])[len(encoder.decode(anchor)) :]
 
 
-def token_text(of: tokenizer.Tokenizer, i: int) -> str:
-    """The text that a piece adds behind another one, its leading space included (alone, many decoders strip that)."""
-    (anchor,) = of.encode_batch([ANCHOR_TEXT])
-    return of.decode([*anchor, i])[len(of.decode(anchor)) :]
-
-
-def spell_tokens(old: tokenizer.Tokenizer, texts: list[str]) -> list[list[int]]:
-    """Old ids of each text as it stands within a line; empty for a piece that is no text by itself (a part of a character)."""
-    (start,) = old.encode_batch([ANCHOR_TEXT])
-    behind = old.encode_batch([ANCHOR_TEXT + text for text in texts])
+def spell_tokens(old: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Return the old ids of each text within a line; empty for a part of a character."""
+    (anchor,) = old.encode_batch([ANCHOR_TEXT])
+    after_anchor = old.encode_batch([ANCHOR_TEXT + text for text in texts])
     alone = old.encode_batch([text.removeprefix(" ") for text in texts])
-    found = []
-    for text, ids, bare in zip(texts, behind, alone, strict=True):
+    spelled = []
+    for text, ids, bare in zip(texts, after_anchor, alone, strict=True):
         if not text or "\ufffd" in text:
-            found.append([])
-        elif (
-            ids[: len(start)] == start
-        ):  # the piece did not grow together with what stands before it
-            found.append(ids[len(start) :])
+            spelled.append([])
+        elif ids[: len(anchor)] == anchor:  # the text was not merged with the anchor
+            spelled.append(ids[len(anchor) :])
         else:
-            found.append(bare)
-    return found
+            spelled.append(bare)
+    return spelled
 
 
-def average_embeddings(leaf: jax.Array, words: TokenMapping, axis: int) -> jax.Array:
-    """[.., V, ..] -> [.., V', ..] along the axis: one gather and one segment sum."""
-    n_new = len(words.old_ids)
-    new_row = np.concatenate(
-        [np.full(len(ids), row, np.int32) for row, ids in enumerate(words.old_ids) if ids]
-    )
-    old_row = np.concatenate([np.asarray(ids, np.int32) for ids in words.old_ids if ids])
-    share = np.concatenate(
-        [np.full(len(ids), 1 / len(ids), np.float32) for ids in words.old_ids if ids]
-    )
-    empty = np.asarray([not ids for ids in words.old_ids])
+def average_embeddings(leaf: jax.Array, mapping: TokenMapping, axis: int) -> jax.Array:
+    """Return the new rows of an embedding or head: one gather and one segment sum.
+
+    Args:
+        leaf: [.., V, ..].
+        mapping: new vocabulary as old ids.
+        axis: of V.
+    """
+    counts = np.asarray([len(ids) for ids in mapping.old_ids])
+    n_new = len(counts)
+    new_row = np.repeat(np.arange(n_new, dtype=np.int32), counts)
+    old_row = np.asarray([i for ids in mapping.old_ids for i in ids], np.int32)
+    share = (1 / counts[new_row]).astype(np.float32)
     old = jnp.moveaxis(leaf, axis, 0).astype(jnp.float32)
-    mixed = jax.ops.segment_sum(old[old_row] * share[:, None], new_row, n_new)
-    rows: Any = jnp.where(empty[:, None], jnp.mean(old, axis=0), mixed)
+    averaged = jax.ops.segment_sum(old[old_row] * share[:, None], new_row, n_new)
+    rows = jnp.where((counts == 0)[:, None], jnp.mean(old, axis=0), averaged)
     return jnp.moveaxis(rows.astype(leaf.dtype), 0, axis)
 
 
 def pad_vocab_size(vocab_size: int) -> int:
-    """Rows for so many pieces: a multiple of 128, which tensor cores and meshes cut evenly."""
+    """Return the rows for a vocabulary: a multiple of 128, for tensor cores and meshes."""
     return -(-vocab_size // 128) * 128

@@ -18,6 +18,7 @@ LINK = re.compile(r"\[([^]]+)\]\(([^)#]+)(#[^)]*)?\)")
 
 
 def write_api_pages() -> None:
+    """Write one page per module, and the navigation."""
     nav = mkdocs_gen_files.Nav()
     for path in sorted((ROOT / "jaxpt").rglob("*.py")):
         if path.name == "__init__.py":
@@ -32,6 +33,7 @@ def write_api_pages() -> None:
 
 
 def write_root_pages() -> None:
+    """Write README, CONTRIBUTING and CHANGELOG with links that work in the site."""
     for name, page in PAGES.items():
         with mkdocs_gen_files.open(page, "w") as file:
             file.write(LINK.sub(rewrite_link, (ROOT / name).read_text()))
