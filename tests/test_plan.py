@@ -322,9 +322,7 @@ def test_what_is_impossible_is_refused_in_one_sentence_with_what_works(on, overr
         ({"base_usd": "cheap"}, "such as 100000, or free"),
     ],
 )
-def test_what_cannot_be_answered_is_refused_in_one_sentence(
-    request, message, tmp_path, monkeypatch
-):
+def test_what_cannot_be_answered_is_refused_in_one_sentence(fields, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as refused:
         answer.run_plan(fields.pop("settings", None), answer.PlanRequest([], **fields))

@@ -529,7 +529,7 @@ def explain_exclusion(grown: GrownRun, name: str | None, shares: dict[str, float
         return f"{grown.growth.operator} is no operator of a growth strategy"
     if own_shares != shares:
         return f"it read {own_shares}, the runs from scratch {shares}"
-    if run.settings.initialize.mode == "continue":
+    if run.settings.initialize.mode != "continue":
         return "it continues to count its parent's steps (initialize.mode)"
     if not points or points[-1].tokens <= grown.growth.at_step * run.tokens_per_step:
         return "it has no held-out loss after its growth"
