@@ -2,7 +2,7 @@
 
     python benchmarks/plan_memory.py
 
-Each row of the table has its own process: it compiles the step, makes the state, resets the kernel's
+Each row has its own process: it compiles the step, makes the state, resets the kernel's
 mark of the highest resident memory, and runs three steps. Measured is the mark, less what was
 resident before, plus the state. The plan is that of plan.py for one CPU device.
 """
