@@ -139,7 +139,7 @@ def child(name: str):
     arrays = arrays_of(text)
     largest = max(arrays, key=lambda array: math.prod(array[1]))
     layers = [
-        ", ".join(f"{kind}: {each['n']:.0f}" for kind, each in found.items()) or "none"
+        ", ".join(f"{kind}: {each.n_ops}" for kind, each in found.items()) or "none"
         for found in hlo.count_layer_collectives(text, spec.n_layers)
     ]
     host = (

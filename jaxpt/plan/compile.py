@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxpt import config
@@ -29,7 +30,6 @@ from jaxpt.plan.records import StepAnalysis
 from jaxpt.spec import ModelSpec, Record, UserError
 
 if TYPE_CHECKING:
-    import jax
     from jax.sharding import Mesh
 
 COMPILER_ENV = {
@@ -176,8 +176,8 @@ def trace_step(spec: ModelSpec, settings: Config, mesh: Mesh) -> Any:
     return step.build_step(spec, settings, mesh).trace(abstract_state, abstract_batch)
 
 
-def make_target_devices(target: Target, missing: str | None) -> list[jax.Device]:
-    """Return the target's devices, for compiling only; CPU devices as stand-ins if it is missing.
+def make_target_devices(target: Target, missing: str | None) -> Sequence[Any]:
+    """Return the target's jax.Devices, to compile for only; CPU stand-ins if it is missing.
 
     Args:
         target: hardware to compile for.

@@ -1,4 +1,4 @@
-"""Compare strategies to a model of a size, or to a loss: grow or scratch, in FLOPs, hours, money, loss.
+"""Compare growing with training from scratch: FLOPs, hours, money and expected loss.
 
 What is published about growing is a range of tokens saved to the same loss. It is stated how far a
 case lies outside of what was published; how the range shrinks there is this planner's assumption.
@@ -29,7 +29,6 @@ from jaxpt.plan.records import (
 from jaxpt.plan.runs import Growth, Run
 from jaxpt.plan.scaling import LossPoint, ScalingFit
 from jaxpt.spec import ModelSpec, UserError
-from jaxpt.train.records import HeldoutMetrics
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +79,7 @@ PRUNING = PublishedSavings(
 )
 
 # Published limits (2605.13405, 2510.06548): a factor of 2 is reliable, G_stack went to 4; gains are
-# best below 20 tokens per parameter; a base trained for longer saturates with the log of its tokens.
+# best below 20 tokens per parameter; a base trained longer saturates with the log of its tokens.
 RELIABLE_GROWTH_FACTOR = 2.0
 MAX_GROWTH_FACTOR = 4.0
 SATURATION_TOKENS_PER_PARAM = 20.0
@@ -530,7 +529,7 @@ def explain_exclusion(grown: GrownRun, name: str | None, shares: dict[str, float
         return f"{grown.growth.operator} is no operator of a growth strategy"
     if own_shares != shares:
         return f"it read {own_shares}, the runs from scratch {shares}"
-    if run.settings.initialize.mode == "continue":
+    if run.settings.initialize.mode != "continue":
         return "it continues to count its parent's steps (initialize.mode)"
     if not points or points[-1].tokens <= grown.growth.at_step * run.tokens_per_step:
         return "it has no held-out loss after its growth"
@@ -568,16 +567,15 @@ def read_heldout_losses(run: Run) -> list[LossPoint]:
     shares = get_source_shares(run)
     points = []
     for record in run.metrics:
-        is_heldout = isinstance(record, HeldoutMetrics)
-        if not is_heldout or record.step <= run.settings.optim.warmup_steps:
+        if record["step"] <= run.settings.optim.warmup_steps:
             continue
         loss_sum = share_sum = 0.0
-        for name, loss in record.heldout_loss.items():
+        for name, loss in record.get("heldout_loss", {}).items():
             share = shares.get(name, 0.0) if shares else 1.0
             loss_sum += share * loss
             share_sum += share
         if share_sum:
-            tokens = float(record.step * run.tokens_per_step)
+            tokens = float(record["step"] * run.tokens_per_step)
             points.append(LossPoint(n_params, tokens, loss_sum / share_sum))
     return points
 

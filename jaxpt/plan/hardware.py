@@ -211,7 +211,7 @@ def parse_target(name: str) -> Target:
     axes = size.split("x")
     if not all(axis.isdecimal() and int(axis) for axis in axes):
         raise UserError(f"--on {name}: expected a chip and how many of them, such as {example}.")
-    topology = tuple(int(axis) for axis in axes)
+    topology = tuple(map(int, axes))
     if is_tpu and topology not in list_slices(chip):
         near = suggest_slices(chip, topology)
         raise UserError(f"--on {name}: no such slice is offered. {near}")
@@ -220,7 +220,7 @@ def parse_target(name: str) -> Target:
             f"--on {name}: expected a count, such as {example}; {chip_name} has no topology."
         )
     if chip.platform == "cuda":
-        check_gpu_count(name, topology[0])
+        check_gpu_count(name, math.prod(topology))
     return Target(name, chip, topology)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from jaxpt import sharding
 from jaxpt.config import Config, MeshConfig
@@ -13,6 +13,9 @@ from jaxpt.plan import flops, hardware, roofline
 from jaxpt.plan.hardware import GIB, Target
 from jaxpt.plan.records import StepAnalysis
 from jaxpt.spec import ModelSpec, UserError
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 REMAT_POLICIES = ("none", "dots", "minimal", "full")
 # share of the memory to stay below by arithmetic alone: the compilers came within a few percent
@@ -83,7 +86,7 @@ def iterate_meshes(spec: ModelSpec, settings: Config, target: Target) -> Iterato
 def can_shard(shape: dict[str, int], spec: ModelSpec, settings: Config, accum_steps: int) -> bool:
     """Return whether a mesh divides the sizes of the model and its micro-batches."""
     batch_size, seq_len = settings.train.batch_size, settings.pack.seq_len
-    mesh = MeshShape(shape)
+    mesh = cast("Mesh", MeshShape(shape))  # all that the check reads
     try:
         sharding.check_mesh_divides(mesh, spec, batch_size, accum_steps, seq_len)
     except UserError:

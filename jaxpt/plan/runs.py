@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxpt import config, stage
 from jaxpt.config import Config
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.train.metrics import read_metrics
-from jaxpt.train.records import MetricRecord
 
 
 class Run(NamedTuple):
@@ -19,7 +18,7 @@ class Run(NamedTuple):
     path: pathlib.Path
     settings: Config
     spec: ModelSpec
-    metrics: list[MetricRecord]
+    metrics: list[dict[str, Any]]  # records of metrics.jsonl
 
     @property
     def tokens_per_step(self) -> int:

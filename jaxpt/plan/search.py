@@ -1,4 +1,4 @@
-"""Search mesh, micro-batch and remat: estimate all, then compile from the best down until one fits."""
+"""Search mesh, micro-batch and remat: estimate all, compile from the best down until one fits."""
 
 from __future__ import annotations
 
