@@ -75,10 +75,10 @@ def test_what_rules_find_out_joins_what_the_source_says():
     assert json.loads(made.meta) == {"url": "é", "n": 4} and made.text == "aa"
 
 
-REAL = {"judge": lambda text: "", "edit": lambda text: (text, 0), "mark": lambda text: b"x"}
+REAL = {"drop": lambda text: "", "edit": lambda text: (text, 0), "mark": lambda text: b"x"}
 
 
-@pytest.mark.parametrize("form", ["judge", "edit", "mark"])
+@pytest.mark.parametrize("form", ["drop", "edit", "mark"])
 def test_a_rule_that_fails_is_named_with_the_documents(form):
     def bad(texts):
         return [("x", 0)] if "short" in texts[0] else {}["key"]

@@ -232,30 +232,34 @@ jax.config.update("jax_num_cpu_devices", 8 // n_hosts)
 jax.distributed.initialize(f"localhost:{port}", n_hosts, rank)
 from jaxpt import config, sharding
 from jaxpt.data import loader
-from jaxpt.data.mixture import Mixture
+from jaxpt.data.mixture import MixtureSchedule
 
-rows = loader.open_rows([workdir + "/packed"])
-read, real = [], rows.row
+rows = loader.open_packed([workdir + "/packed"])
+read, real = [], rows.read_sequence
 
 def counted(name, i):
-    if threading.current_thread() is threading.main_thread():  # the stream's threads read ahead, and may still do so after its end
+    # the stream's threads read ahead, and may still do so after its end
+    if threading.current_thread() is threading.main_thread():
         read.append((name, i))
     return real(name, i)
 
-rows.row = counted
-mixture = Mixture(config.Mixture(), rows.n_rows, 16)
+rows.read_sequence = counted
+mixture = MixtureSchedule(config.MixtureConfig(), rows.n_rows, 16)
 found = {}
-for label, sizes in (("rows", dict(replica=2, fsdp=4)), ("positions", dict(fsdp=2, context=4)), ("replicated", dict(fsdp=1, tensor=8))):
-    place = sharding.batch_sharding(sharding.make_mesh(config.Mesh(**sizes)))
-    stream = loader.stream(rows, mixture, place, 16, 32, True)
+meshes = {"rows": dict(replica=2, fsdp=4), "positions": dict(fsdp=2, context=4)}
+meshes["replicated"] = dict(fsdp=1, tensor=8)
+for label, sizes in meshes.items():
+    place = sharding.make_batch_sharding(sharding.make_mesh(config.MeshConfig(**sizes)))
+    stream = loader.iterate_batches(rows, mixture, place, 16, 32, True)
     batch = next(stream)
     stream.close()
     parts = {}
     for shard in batch.targets.addressable_shards:
         parts[str([(s.start or 0) for s in shard.index])] = np.asarray(shard.data).tolist()
     read.clear()
-    heldout = next(loader.heldout_batches(rows, "code", place, 16, 16, True))
-    found[label] = {"parts": parts, "n_read": len(read), "shape": batch.tokens.shape, "n_heldout": len(heldout.tokens.addressable_shards)}
+    heldout = next(loader.iterate_heldout_batches(rows, "code", place, 16, 16, True))
+    found[label] = {"parts": parts, "n_read": len(read), "shape": batch.tokens.shape}
+    found[label]["n_heldout"] = len(heldout.tokens.addressable_shards)
 print("FOUND" + json.dumps(found), flush=True)
 jax.distributed.shutdown()
 """
@@ -265,7 +269,7 @@ def test_any_number_of_hosts_gets_the_same_batch_and_reads_only_its_own_rows(wor
     """Real processes, joined by jax.distributed."""
     mix = MixtureSchedule(config.MixtureConfig(), rows.n_rows, BATCH_ROWS)
     whole = loader.make_batch(
-        [rows.row(*mix.sequence_at(32 + slot)) for slot in range(BATCH_ROWS)], True
+        [rows.read_sequence(*mix.sequence_at(32 + slot)) for slot in range(BATCH_ROWS)], True
     ).targets
     for n_hosts in (2, 4):
         with socket.socket() as free:

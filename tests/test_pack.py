@@ -244,15 +244,16 @@ def test_rows_depend_on_corpus_and_tokenizer_alone(workdir, monkeypatch):
 
 RUN = """
 import dataclasses, sys
-sys.path.insert(0, sys.argv.pop(1))  # as the doors do it
-from jaxpt.config import Config, Pack, Prepare
+sys.path.insert(0, sys.argv.pop(1))  # as the scripts do
+from jaxpt.config import Config, PackConfig, PrepareConfig
 from jaxpt.data import executor, pack
 if __name__ == "__main__":
     where, seq_len, workdir = sys.argv[1:]
-    pack.HERE_BYTES, pack.JOB_BYTES = 0, 1
-    each, used = executor.each, []
-    executor.each = lambda *arguments: used.append(len(arguments[2])) or each(*arguments)
-    pack.run(dataclasses.replace(Config(), pack=Pack(seq_len=int(seq_len)), prepare=Prepare(engine=where)), workdir)
+    pack.MAX_BYTES_IN_PROCESS, pack.JOB_BYTES = 0, 1
+    map_jobs, used = executor.map_jobs, []
+    executor.map_jobs = lambda *call: used.append(len(call[2])) or map_jobs(*call)
+    sections = {"pack": PackConfig(seq_len=int(seq_len)), "prepare": PrepareConfig(executor=where)}
+    pack.pack_corpus(dataclasses.replace(Config(), **sections), workdir)
     print("JOBS", used)
 """
 

@@ -394,9 +394,13 @@ COMMAND = """
 import sys, json, pathlib
 from jaxpt import config, stage
 from jaxpt.data import prepare
-prepare.JOB_BYTES, prepare.HERE = int(sys.argv[1]), dict.fromkeys(prepare.HERE, int(sys.argv[2]))
-section = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(sys.argv[3]).items()}
-stage.door(lambda: prepare.run(config.dataclasses.replace(config.Config(), prepare=config.Prepare(**section)), pathlib.Path(sys.argv[4]), True))
+prepare.JOB_BYTES = int(sys.argv[1])
+prepare.MAX_INLINE_BYTES = dict.fromkeys(prepare.MAX_INLINE_BYTES, int(sys.argv[2]))
+section = json.loads(sys.argv[3])
+for key, value in section.items():
+    section[key] = tuple(value) if isinstance(value, list) else value
+settings = config.dataclasses.replace(config.Config(), prepare=config.PrepareConfig(**section))
+stage.entry_point(lambda: prepare.prepare_corpus(settings, pathlib.Path(sys.argv[4]), True))
 """
 
 

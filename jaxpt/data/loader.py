@@ -475,7 +475,9 @@ def list_step_sequences(
     """(a run's settings, its rows, the (source, row) in each slot of its step-th update). Raises UserError where the run cannot be read."""
     try:
         settings = config.build_config(json.loads((run / "config.json").read_text()))
-        stretches = [MixturePhase.from_json(each) for each in json.loads((run / "phases.json").read_text())]
+        stretches = [
+            MixturePhase.from_json(each) for each in json.loads((run / "phases.json").read_text())
+        ]
     except (FileNotFoundError, json.JSONDecodeError) as error:
         raise UserError(
             f"{run}: has no readable config.json and phases.json ({error}). Give the directory of a training run."

@@ -13,6 +13,7 @@ from jaxpt.plan import compile, cost, hardware, runs
 from jaxpt.plan.hardware import GIB, Target
 from jaxpt.plan.records import PlanCheck
 from jaxpt.spec import UserError
+from jaxpt.train.records import TrainMetrics
 
 log = logging.getLogger(__name__)
 
@@ -37,15 +38,15 @@ def compare_plan_to_run(run_dir: str | pathlib.Path, first: PlanCheck | None) ->
     """Return planned against measured of one run, calibrated by the first one (None: by itself)."""
     run = runs.read_run(run_dir, "--check")
     target = find_run_target(run.path, *runs.read_devices(run))
-    records = [record for record in run.metrics if "step_seconds" in record]
+    records = [record for record in run.metrics if isinstance(record, TrainMetrics)]
     if len(records) < MIN_RECORDS:
         raise UserError(
             f"--check {run.path}: expected at least {MIN_RECORDS} training records in "
             f"metrics.jsonl, got {len(records)}. Train on, or with a smaller train.log_every."
         )
     # the first record's steps include compilation
-    measured_seconds = statistics.median(record["step_seconds"] for record in records[1:])
-    measured_bytes = max(record["memory_bytes"] for record in records)
+    measured_seconds = statistics.median(record.step_seconds for record in records[1:])
+    measured_bytes = max(record.memory_bytes for record in records)
 
     log.info(f"check: {run.path}: compiling its step")
     analysis = compile.analyze_step(run.spec, run.settings, target)

@@ -29,6 +29,7 @@ from jaxpt.plan.records import (
 from jaxpt.plan.runs import Growth, Run
 from jaxpt.plan.scaling import LossPoint, ScalingFit
 from jaxpt.spec import ModelSpec, UserError
+from jaxpt.train.records import HeldoutMetrics
 
 log = logging.getLogger(__name__)
 
@@ -567,15 +568,16 @@ def read_heldout_losses(run: Run) -> list[LossPoint]:
     shares = get_source_shares(run)
     points = []
     for record in run.metrics:
-        if record["step"] <= run.settings.optim.warmup_steps:
+        is_heldout = isinstance(record, HeldoutMetrics)
+        if not is_heldout or record.step <= run.settings.optim.warmup_steps:
             continue
         loss_sum = share_sum = 0.0
-        for name, loss in record.get("heldout_loss", {}).items():
+        for name, loss in record.heldout_loss.items():
             share = shares.get(name, 0.0) if shares else 1.0
             loss_sum += share * loss
             share_sum += share
         if share_sum:
-            tokens = float(record["step"] * run.tokens_per_step)
+            tokens = float(record.step * run.tokens_per_step)
             points.append(LossPoint(n_params, tokens, loss_sum / share_sum))
     return points
 

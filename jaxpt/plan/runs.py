@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import pathlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxpt import config, stage
 from jaxpt.config import Config
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.train.metrics import read_metrics
+from jaxpt.train.records import MetricRecord
 
 
 class Run(NamedTuple):
@@ -18,7 +19,7 @@ class Run(NamedTuple):
     path: pathlib.Path
     settings: Config
     spec: ModelSpec
-    metrics: list[dict[str, Any]]  # records of metrics.jsonl
+    metrics: list[MetricRecord]
 
     @property
     def tokens_per_step(self) -> int:
