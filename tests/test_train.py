@@ -395,12 +395,12 @@ def test_forgetting_counts_only_beyond_its_limit():
     )
 
 
-def test_processes_are_joined_only_when_all_of_it_is_said(monkeypatch):
+def test_processes_are_joined_only_when_all_variables_are_set(monkeypatch, tmp_path):
     distributed.join_processes(tmp_path)  # nothing said: nothing happens
     assert not jax.distributed.is_initialized()
     monkeypatch.setenv("JAXPT_COORDINATOR", "host:1234")
     with pytest.raises(
-        UserError, match="wanted all of JAXPT_COORDINATOR, JAXPT_PROCESSES, JAXPT_PROCESS"
+        UserError, match="expected all of JAXPT_COORDINATOR, JAXPT_PROCESSES, JAXPT_PROCESS"
     ):
         distributed.join_processes(tmp_path)
 
@@ -418,10 +418,12 @@ def test_processes_are_joined_only_when_all_of_it_is_said(monkeypatch):
         ),  # one a GPU, as JAX itself takes it
     ],
 )
-def test_a_task_of_slurm_sees_every_gpu_of_its_node(monkeypatch, environment, devices):
+def test_a_task_of_slurm_sees_every_gpu_of_its_node(
+    monkeypatch, tmp_path, environment, devices
+):
     asked = {}
     monkeypatch.setattr(
-        distributed.jax.distributed, "initialize_distributed", lambda *_, **more: asked.update(more)
+        distributed.jax.distributed, "initialize", lambda *_, **more: asked.update(more)
     )
     for name, value in {
         **environment,

@@ -170,7 +170,7 @@ def compute_token_log_likelihoods(
     def collect(batch, scored):
         likelihoods, likeliest = (np.asarray(x) for x in scored)
         for piece, row, first in batch.places:
-            asked = slice(first, first + pieces[piece].n_asked)
+            asked = slice(first, first + pieces[piece].n_scored)
             yield piece, likelihoods[row, asked], likeliest[row, asked]
             advance(pieces[piece].n_columns)
 
