@@ -42,7 +42,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from jaxpt import stage
-from jaxpt.spec import UserError
+from jaxpt.spec import Record, UserError
 
 
 class Document(NamedTuple):
@@ -67,7 +67,7 @@ MAX_DOCUMENT_BYTES = 2**25
 
 
 @dataclasses.dataclass(frozen=True)
-class TextSource:
+class TextSource(Record):
     """A source whose string was understood and whose files were found; nothing of them is read yet."""
 
     name: str  # of its shards, and the `source` column
