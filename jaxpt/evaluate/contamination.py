@@ -133,7 +133,7 @@ def find_overlaps(
 
 
 def find_shard_overlaps(job: dict[str, str]) -> dict[str, Any]:
-    """Return a shard's "file", number of "documents" and "shared": [[task, item, words, id], ...]."""
+    """Return a shard's "file", "documents" (count) and "shared": [[task, item, words, id], ...]."""
     index, shared, n = build_item_index(job["items"]), {}, 0
     for batch in pq.ParquetFile(job["file"]).iter_batches(256, columns=["id", "text"]):
         for document, text in zip(batch["id"].to_pylist(), batch["text"].to_pylist(), strict=True):
