@@ -1092,7 +1092,7 @@ def write_bad_files(directory: pathlib.Path) -> None:
         ("jsonl:.", "is a directory"),
         ("../up=jsonl:good.jsonl", "is not a source"),
         ("-x=jsonl:good.jsonl", "cannot be named '-x'"),
-        ("python:rust", "wanted python:prose, python:code or python:tasks"),
+        ("python:rust", "expected python:prose, python:code or python:tasks"),
         ("hf:some/name", "the split is missing"),
         ("jsonl:good.jsonl good=jsonl:line.jsonl", "two sources are named 'good'"),
         ("jsonl:good.jsonl#body", "good.jsonl:1: has no field 'body'; it has: text"),

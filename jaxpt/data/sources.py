@@ -508,7 +508,7 @@ class ForwardReader:
         self.n_read += len(data)
         return data
 
-    def position(self) -> int:
+    def tell(self) -> int:  # the name that fastwarc calls
         return self.n_read
 
 
