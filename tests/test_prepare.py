@@ -373,7 +373,7 @@ def test_a_second_start_does_nothing_and_another_question_is_refused(tmp_path, c
 
 def test_the_manifest_holds_every_knob_but_where_the_work_was_done(tmp_path):
     prepared(tmp_path / "run", ENGLISH)
-    assert {knob.name for knob in dataclasses.fields(PrepareConfig)} - {"engine"} == set(
+    assert {knob.name for knob in dataclasses.fields(PrepareConfig)} - {"executor"} == set(
         Manifest.load(tmp_path / "run/corpus").config
     ) - {"installed"}
 
@@ -1097,7 +1097,7 @@ def write_bad_files(directory: pathlib.Path) -> None:
         ("jsonl:good.jsonl good=jsonl:line.jsonl", "two sources are named 'good'"),
         ("jsonl:good.jsonl#body", "good.jsonl:1: has no field 'body'; it has: text"),
         ("parquet:rows.parquet", "has no column 'text'; it has: body, n"),
-        ("parquet:rows.parquet#n", "rows.parquet:1: field 'n' holds int"),
+        ("parquet:rows.parquet#n", "rows.parquet:1: field 'n': expected text, got int"),
         ("parquet:no.parquet", "no.parquet: cannot be read as parquet"),
         ("parquet:latin.parquet", "latin.parquet: cannot be read as parquet"),
         ("jsonl:cut.jsonl.gz", "cut.jsonl.gz: cannot be read"),
@@ -1108,17 +1108,17 @@ def write_bad_files(directory: pathlib.Path) -> None:
         ("jsonl:line.jsonl", "line.jsonl:2: not JSON"),
         ("jsonl:deep.jsonl", "deep.jsonl:2: not JSON"),
         ("jsonl:digits.jsonl", "digits.jsonl:1: not JSON"),
-        ("jsonl:list.jsonl", "list.jsonl:2: got list"),
-        ("jsonl:number.jsonl", "number.jsonl:2: field 'text' holds int"),
+        ("jsonl:list.jsonl", "list.jsonl:2: expected an object"),
+        ("jsonl:number.jsonl", "number.jsonl:2: field 'text': expected text, got int"),
         ("jsonl:half.jsonl", "half.jsonl:2: character 1 is half of a surrogate pair"),
         ("jsonl:empty.jsonl", "no document in it"),
         ("max_mb=0.000001", "no document fits into prepare.max_mb"),
         ("max_mb=-1.0", "max_mb: expected"),
         ("shard_mb=0", "shard_mb"),
-        ("decontaminate_ngram=0", "decontaminate_ngram: got 0"),
+        ("decontaminate_ngram=0", "decontaminate_ngram: expected at least 1, got 0"),
         ("decontaminate=missing.jsonl", "no such benchmark file"),
         ("decontaminate=bench.jsonl", "bench.jsonl:1: not JSON"),
-        ("decontaminate=wrong.json", "wanted a JSON list"),
+        ("decontaminate=wrong.json", "expected a JSON list"),
         ("executor=spark", "expected local, ray"),
     ],
 )

@@ -217,7 +217,7 @@ LONG = [f"A line that says {i} and then {i * i}, so that it packs badly." for i 
 def test_what_cannot_be_read_stops_or_is_counted_by_name_and_the_rest_is_kept(
     tmp_path, monkeypatch, name, data, kept, n_unread, sentence
 ):
-    monkeypatch.setattr(sources, "LARGEST", 2500)
+    monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 2500)
     (tmp_path / name).write_bytes(data)
     kind = {"txt": "text", "parquet": "parquet"}.get(name.split(".")[1], "jsonl")
     if kind == "parquet":
@@ -272,7 +272,7 @@ def test_what_was_passed_over_stands_in_the_funnel_the_manifest_and_on_the_termi
     }
     told = capsys.readouterr().out
     assert (
-        "notes: 1 records or files passed over: cannot be read" in told
+        "notes: skipped 1 records or files: cannot be read" in told
         and "notes.jsonl:2: not JSON" in told
     )
     rows = pq.read_table(tmp_path / "run/corpus/train/web-00000.parquet").to_pylist()

@@ -571,7 +571,7 @@ def get_text_field(record: dict[str, Any], field: str, place: str) -> str:
         )
     if not isinstance(record[field], str):
         raise UserError(
-            f"{place}: field {field!r} expected text, got {type(record[field]).__name__}. Name another field or mend the record."
+            f"{place}: field {field!r}: expected text, got {type(record[field]).__name__}. Name another field or mend the record."
         )
     try:
         record[field].encode()
