@@ -452,13 +452,13 @@ def test_items_that_stand_in_the_corpus_are_counted_and_the_score_is_told_withou
         {key: value for key, value in alone.items() if key.startswith("acc")}
     )
     assert (
-        f"winogrande: 2 of 7 items share 13 words in a row with a training document; acc {with_all['results']['winogrande']['acc,none']:.4f}, without them {alone['acc,none']:.4f}"
+        f"winogrande: 2 of 7 items share 13 consecutive words with a training document; acc {with_all['results']['winogrande']['acc,none']:.4f}, without them {alone['acc,none']:.4f}"
         in capsys.readouterr().out
     )
     shutil.rmtree(corpus)
     assert contamination.find_training_corpora(export) == (
         [],
-        [f"{corpus}: does not lie there any more."],
+        [f"{corpus}: is not there."],
     )
 
 

@@ -397,8 +397,7 @@ from jaxpt.data import prepare
 prepare.JOB_BYTES = int(sys.argv[1])
 prepare.MAX_INLINE_BYTES = dict.fromkeys(prepare.MAX_INLINE_BYTES, int(sys.argv[2]))
 section = json.loads(sys.argv[3])
-for key, value in section.items():
-    section[key] = tuple(value) if isinstance(value, list) else value
+section = {key: tuple(value) if isinstance(value, list) else value for key, value in section.items()}
 settings = config.dataclasses.replace(config.Config(), prepare=config.PrepareConfig(**section))
 stage.entry_point(lambda: prepare.prepare_corpus(settings, pathlib.Path(sys.argv[4]), True))
 """
@@ -494,7 +493,7 @@ def test_jobs_done_in_several_processes_leave_the_bytes_that_one_leaves(
     knobs |= {"rules": ("pii_email before exact_dedup", "corpus_paragraphs(least=40)")}
     alone = prepare.prepare_corpus(asking(**knobs), tmp_path / "alone")
     subprocess.run(
-        command(30_000, 0, tmp_path / "many", **knobs, engine=where),
+        command(30_000, 0, tmp_path / "many", **knobs, executor=where),
         cwd=ROOT,
         check=True,
         capture_output=True,
@@ -678,11 +677,11 @@ def test_a_document_never_changes_sides_when_the_corpus_grows(tmp_path):
     assert 0.25 < len(grown) / len(texts) < 0.35 and 0.45 < len(more) / len(texts) < 0.55
 
 
-def test_limit_mb_takes_a_sample_that_a_larger_limit_holds_too(tmp_path):
+def test_max_mb_takes_a_sample_that_a_larger_limit_holds_too(tmp_path):
     texts = [f"{i} {line} " * 5 for i in range(60) for line in ENGLISH]
     largest, taken = max(map(len, texts)), []
     for limit in (0.02, 0.05):
-        prepared(tmp_path / str(limit), texts, limit_mb=limit)
+        prepared(tmp_path / str(limit), texts, max_mb=limit)
         found = texts_of(tmp_path / str(limit))
         assert found == sorted(found, key=texts.index), "canonical order"
         assert limit * 1e6 - largest < sum(map(len, found)) <= limit * 1e6
@@ -1093,12 +1092,12 @@ def write_bad_files(directory: pathlib.Path) -> None:
         ("jsonl:.", "is a directory"),
         ("../up=jsonl:good.jsonl", "is not a source"),
         ("-x=jsonl:good.jsonl", "cannot be named '-x'"),
-        ("python:rust", "wanted python:prose, python:code or python:tasks"),
+        ("python:rust", "expected python:prose, python:code or python:tasks"),
         ("hf:some/name", "the split is missing"),
         ("jsonl:good.jsonl good=jsonl:line.jsonl", "two sources are named 'good'"),
         ("jsonl:good.jsonl#body", "good.jsonl:1: has no field 'body'; it has: text"),
         ("parquet:rows.parquet", "has no column 'text'; it has: body, n"),
-        ("parquet:rows.parquet#n", "rows.parquet:1: field 'n' holds int"),
+        ("parquet:rows.parquet#n", "rows.parquet:1: field 'n': expected text, got int"),
         ("parquet:no.parquet", "no.parquet: cannot be read as parquet"),
         ("parquet:latin.parquet", "latin.parquet: cannot be read as parquet"),
         ("jsonl:cut.jsonl.gz", "cut.jsonl.gz: cannot be read"),
@@ -1109,18 +1108,18 @@ def write_bad_files(directory: pathlib.Path) -> None:
         ("jsonl:line.jsonl", "line.jsonl:2: not JSON"),
         ("jsonl:deep.jsonl", "deep.jsonl:2: not JSON"),
         ("jsonl:digits.jsonl", "digits.jsonl:1: not JSON"),
-        ("jsonl:list.jsonl", "list.jsonl:2: got list"),
-        ("jsonl:number.jsonl", "number.jsonl:2: field 'text' holds int"),
+        ("jsonl:list.jsonl", "list.jsonl:2: expected an object"),
+        ("jsonl:number.jsonl", "number.jsonl:2: field 'text': expected text, got int"),
         ("jsonl:half.jsonl", "half.jsonl:2: character 1 is half of a surrogate pair"),
         ("jsonl:empty.jsonl", "no document in it"),
-        ("limit_mb=0.000001", "no document fits into prepare.max_mb"),
-        ("limit_mb=-1.0", "limit_mb: got"),
+        ("max_mb=0.000001", "no document fits into prepare.max_mb"),
+        ("max_mb=-1.0", "max_mb: expected"),
         ("shard_mb=0", "shard_mb"),
-        ("decontaminate_ngram=0", "decontaminate_ngram: got 0"),
+        ("decontaminate_ngram=0", "decontaminate_ngram: expected at least 1, got 0"),
         ("decontaminate=missing.jsonl", "no such benchmark file"),
         ("decontaminate=bench.jsonl", "bench.jsonl:1: not JSON"),
-        ("decontaminate=wrong.json", "wanted a JSON list"),
-        ("engine=spark", "got 'spark', wanted local, ray"),
+        ("decontaminate=wrong.json", "expected a JSON list"),
+        ("executor=spark", "expected local, ray"),
     ],
 )
 def test_what_cannot_be_used_is_told_in_one_sentence(tmp_path, monkeypatch, asked, sentence):
@@ -1128,7 +1127,7 @@ def test_what_cannot_be_used_is_told_in_one_sentence(tmp_path, monkeypatch, aske
     monkeypatch.chdir(tmp_path)
     knobs = {"sources": ("jsonl:good.jsonl",)}
     if knob := re.fullmatch(
-        r"(sources|limit_mb|shard_mb|decontaminate|decontaminate_ngram|engine)=(.*)", asked
+        r"(sources|max_mb|shard_mb|decontaminate|decontaminate_ngram|executor)=(.*)", asked
     ):
         key, value = knob.groups()
         default = getattr(PrepareConfig(), key)
@@ -1147,7 +1146,7 @@ def test_ray_is_asked_for_where_it_is_missing(tmp_path):
     if importlib.util.find_spec("ray"):
         pytest.skip("Ray is installed here")
     with pytest.raises(UserError, match="needs Ray, which is not installed"):
-        prepared(tmp_path / "run", ENGLISH, engine="ray")
+        prepared(tmp_path / "run", ENGLISH, executor="ray")
 
 
 def test_the_door_ends_with_status_one_and_one_line(tmp_path):

@@ -272,7 +272,7 @@ def test_what_was_passed_over_stands_in_the_funnel_the_manifest_and_on_the_termi
     }
     told = capsys.readouterr().out
     assert (
-        "notes: 1 records or files passed over: cannot be read" in told
+        "notes: skipped 1 records or files: cannot be read" in told
         and "notes.jsonl:2: not JSON" in told
     )
     rows = pq.read_table(tmp_path / "run/corpus/train/web-00000.parquet").to_pylist()

@@ -42,7 +42,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from jaxpt import stage
-from jaxpt.spec import UserError
+from jaxpt.spec import Record, UserError
 
 
 class Document(NamedTuple):
@@ -67,7 +67,7 @@ MAX_DOCUMENT_BYTES = 2**25
 
 
 @dataclasses.dataclass(frozen=True)
-class TextSource:
+class TextSource(Record):
     """A source whose string was understood and whose files were found; nothing of them is read yet."""
 
     name: str  # of its shards, and the `source` column
@@ -128,7 +128,7 @@ class TextSource:
         versions = {"python": sys.version.split()[0]}
         if self.pattern == "prose":
             versions["packages"] = stage.fingerprint(
-                sorted((name, metadata["Version"]) for name, metadata in describe_python().items())
+                sorted((name, metadata["Version"]) for name, metadata in get_installed_packages().items())
             )
         return versions
 
@@ -195,7 +195,7 @@ def parse_source(text: str) -> TextSource:
             raise UserError(f"prepare.sources: {text!r}: no file matches {where}. Check {hint}.")
     elif kind == "python" and where not in PYTHON_READERS:
         raise UserError(
-            f"prepare.sources: {text!r}: wanted python:prose, python:code or python:tasks."
+            f"prepare.sources: {text!r}: expected python:prose, python:code or python:tasks."
         )
     elif kind == "hf" and ":" not in where:
         raise UserError(
@@ -365,7 +365,7 @@ def read_text(source: TextSource, file: str) -> Iterator[Document]:
     with open_text_file(file) as stream:
         data = stream.read(MAX_DOCUMENT_BYTES + 1)
     if len(data) > MAX_DOCUMENT_BYTES:
-        raise skip_too_large(file)
+        raise too_large_error(file)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -387,10 +387,10 @@ def read_jsonl(source: TextSource, file: str) -> Iterator[Document | UserError]:
                 if len(line) == MAX_DOCUMENT_BYTES:
                     while line and not line.endswith(b"\n"):
                         line = stream.readline(MAX_DOCUMENT_BYTES)
-                    raise skip_too_large(f"{file}:{n}")
+                    raise too_large_error(f"{file}:{n}")
                 yield make_document(
                     f"{name}:{n}",
-                    parsed_line(line, source.field, f"{file}:{n}"),
+                    parse_json_line(line, source.field, f"{file}:{n}"),
                     source.field,
                     f"{file}:{n}",
                 )
@@ -398,7 +398,7 @@ def read_jsonl(source: TextSource, file: str) -> Iterator[Document | UserError]:
                 yield error
 
 
-def parsed_line(line: bytes, field: str, place: str) -> dict[str, Any]:
+def parse_json_line(line: bytes, field: str, place: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except UnicodeDecodeError as error:
@@ -414,7 +414,7 @@ def parsed_line(line: bytes, field: str, place: str) -> dict[str, Any]:
         ) from None
     if not isinstance(record, dict):
         raise UserError(
-            f'{place}: got {type(record).__name__}, wanted an object such as {{"{field}": "..."}}.'
+            f'{place}: expected an object such as {{"{field}": "..."}}, got {type(record).__name__}.'
         )
     return record
 
@@ -462,7 +462,7 @@ def read_warc(source: TextSource, file: str) -> Iterator[Document | Skipped | Us
                     )
                 n_bytes = int(declared)
                 if n_bytes > MAX_DOCUMENT_BYTES:
-                    yield skip_too_large(place)
+                    yield too_large_error(place)
                     continue
                 record.freeze()
                 if forward.error:
@@ -508,7 +508,7 @@ class ForwardReader:
         self.n_read += len(data)
         return data
 
-    def position(self) -> int:
+    def tell(self) -> int:  # the name that fastwarc calls
         return self.n_read
 
 
@@ -547,7 +547,7 @@ def extract_page_text(record) -> tuple[str, str]:
     return (text, "") if text else ("", "no main text in its HTML")
 
 
-def skip_too_large(place: str) -> UserError:
+def too_large_error(place: str) -> UserError:
     return UserError(
         f"{place}: one document of more than {MAX_DOCUMENT_BYTES >> 20} MB. Cut it into documents, such as lines of a .jsonl file, or leave it out."
     )
@@ -571,7 +571,7 @@ def get_text_field(record: dict[str, Any], field: str, place: str) -> str:
         )
     if not isinstance(record[field], str):
         raise UserError(
-            f"{place}: field {field!r} holds {type(record[field]).__name__}, wanted text. Name another field after '#', or mend the record."
+            f"{place}: field {field!r}: expected text, got {type(record[field]).__name__}. Name another field or mend the record."
         )
     try:
         record[field].encode()
@@ -648,7 +648,7 @@ def read_prose() -> Iterator[Document]:
     for name, file in sorted(modules.items()):
         if docstrings := [text for text in extract_docstrings(file) if is_prose(text)]:
             yield Document(f"docstrings/{name}", "\n\n".join(dict.fromkeys(docstrings)))
-    for name, metadata in sorted(describe_python().items()):
+    for name, metadata in sorted(get_installed_packages().items()):
         if readme := (metadata.get_payload() or metadata.get("Description") or "").strip():
             yield Document(f"readme/{name}", readme.encode("utf-8", "replace").decode())
     for name, topic in sorted(pydoc_data.topics.topics.items()):
@@ -681,7 +681,7 @@ def read_tasks() -> Iterator[Document]:
                     )
 
 
-def describe_python() -> dict[str, Any]:
+def get_installed_packages() -> dict[str, Any]:
     """Metadata of the installed packages by name, but for the remains of an interrupted pip, which have no name."""
     return {
         name.lower(): each.metadata
