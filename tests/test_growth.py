@@ -16,6 +16,7 @@ from jaxpt.spec import ModelSpec, UserError
 from jaxpt.train import begin, optimizer, state, step
 from jaxpt.train.verify import judge_growth
 from jaxpt.weights import growth, initialize, vocabulary
+from jaxpt.weights.records_growth import GrowthReport
 
 COURSE = ModelSpec(
     n_layers=12,
@@ -312,7 +313,7 @@ def gradient(spec, params, batch):
     def nats(params):
         model = llama.bind_params(spec, params)
         hidden = model(batch.tokens, batch.segment_ids, batch.positions)
-        return loss.cross_entropy(hidden, model.lm_head(), batch.targets, batch.weights)[0]
+        return loss.cross_entropy(hidden, model.lm_head(), batch.targets, batch.loss_mask)[0]
 
     return jax.jit(jax.grad(nats))(params)
 
@@ -374,9 +375,11 @@ def test_new_is_what_has_no_source_or_stood_before():
         growth.plan_growth("stack(g=2)", growth.Parent(COURSE.replace(n_layers=16))), young
     )
     assert list(young["layers"].nonzero()[0]) == [8, 9, 10, 11, *range(16, 32)]
-    ranges = growth.flags_to_ranges(young)
-    assert ranges == {"layers": [32, [8, 12], [16, 32]]}
-    np.testing.assert_array_equal(growth.ranges_to_flags(ranges)["layers"], young["layers"])
+    record = optimizer.NewParams(young).to_record()
+    assert record.to_json()["axes"] == {"layers": {"size": 32, "new": [[8, 12], [16, 32]]}}
+    np.testing.assert_array_equal(
+        optimizer.NewParams.from_record(record).new["layers"], young["layers"]
+    )
     width = growth.find_new_params(growth.plan_growth("widen(d=2048, ff=6000)", of(12)))
     assert (
         width["embed"].tolist() == [False] * 1024 + [True] * 1024
@@ -486,7 +489,7 @@ def test_rates_by_age_name_and_layer_multiply_and_zero_freezes(one):
     for name, leaf in now.params["blocks"].items():
         np.testing.assert_array_equal(leaf[:3], kept["blocks"][name][:3])
         assert (np.asarray(leaf[3:]) != kept["blocks"][name][3:]).any(), name
-    for group, answer in (("young", "wanted old, new"), ("layers 4-6", "layers 0-5")):
+    for group, answer in (("young", "expected old, new"), ("layers 4-6", "layers 0-5")):
         with pytest.raises(UserError, match=answer):
             optimizer.lr_multiplier_tree(
                 config.OptimConfig(lr_multipliers=((group, 0.5),)), grew.child, young
@@ -554,13 +557,13 @@ def test_no_stack_of_layers_is_ever_whole_on_a_device(spec, text):
     ("text", "answer"),
     [
         ("depth_upscal(m=4)", "did you mean depth_upscale?"),
-        ("depth_upscale(m=12)", "wanted 0 to 11"),
+        ("depth_upscale(m=12)", "expected 0 to 11"),
         ("depth_upscale(k=4)", "takes m, noise, seed"),
-        ("depth_upscale", "wanted an operator with its settings"),
-        ("layers([0, 12])", "12 names no layer"),
+        ("depth_upscale", "expected an operator with its arguments"),
+        ("layers([0, 12])", "expected layers 0 to 11, got 12"),
         ("stack(g=0)", "at least 1"),
-        ("__import__('os').system('true')", "wanted an operator"),
-        ("stack_middle(m=13)", "wanted 1 to 12"),
+        ("__import__('os').system('true')", "expected an operator"),
+        ("stack_middle(m=13)", "expected 1 to 12"),
         ("deepen(L=12)", "has 12 layers already"),
         ("deepen(L=13, new='zero')", "'random' or 'copy'"),
         ("drop_layers(by='size')", "'influence' or a list"),
@@ -573,7 +576,7 @@ def test_no_stack_of_layers_is_ever_whole_on_a_device(spec, text):
         ("widen(ff=4096)", "sizes already"),
         ("widen(heads=34)", "a multiple of 4"),
         ("narrow(ff=5000)", "Give a smaller number"),
-        ("stack(g=2, noise=2)", "a share from 0 to 1"),
+        ("stack(g=2, noise=2)", "expected noise from 0 to 1"),
         ("drop_layers(by=[3], noise=0.1)", "no new weights"),
     ],
 )
@@ -592,7 +595,7 @@ def test_a_model_without_layers_is_only_deepened():
 
 def test_an_operator_that_measures_asks_for_rows(spec, one):
     for text in ("drop_layers(n=2)", "narrow(ff=20)"):
-        with pytest.raises(UserError, match="training rows"):
+        with pytest.raises(UserError, match="training sequences"):
             grown(spec, randomised(spec, one), text, one)
         assert (
             growth.plan_growth(text, growth.Parent(spec)).child != spec
@@ -633,20 +636,33 @@ def test_new_rows_are_the_mean_of_their_old_rows(spec, one):
 
 
 @pytest.mark.parametrize(
-    ("parent", "newborn", "said"),
+    ("parent", "child", "verdict"),
     [
         (4.0, 4.2, "healthy: it starts +0.20"),
-        (4.0, 5.5, "not healthy: it knows no more than how often each token occurs"),
+        (4.0, 5.5, "not healthy: no better than a unigram model"),
         (4.0, 9.0, "not healthy: worse than guessing"),
         (5.5, 5.6, "healthy: it starts +0.10"),  # a parent that had not learned yet either
         (4.0, math.nan, "not healthy: worse than guessing"),
     ],
 )
-def test_the_verdict_is_one_sentence_that_says_whether_the_newborn_is_healthy(
-    parent, newborn, said
-):
-    found = {
-        "heldout_loss": {"parent": {"prose": parent}, "newborn": {"prose": newborn}}, "probe": None, "preserves_function": False,
-        "spec": {"child": {"vocab_size": 512}},
-    }  # fmt: skip
-    assert judge_growth(found, {"prose": 5.0}).startswith(said)
+def test_the_verdict_is_one_sentence_on_whether_the_grown_model_is_healthy(parent, child, verdict):
+    spec = THREE.replace(vocab_size=512)
+    report = GrowthReport(
+        parent="base",
+        operators=("stack(g=2)",),
+        at_step=None,
+        layer_map=(0, 1, 2, 0, 1, 2),
+        new_layers=(3, 4, 5),
+        n_params={"parent": 1, "child": 2},
+        flops_per_token=None,
+        spec={"parent": spec, "child": spec.replace(n_layers=6)},
+        heldout_loss={"parent": {"prose": parent}, "child": {"prose": child}},
+        heldout_sequences=16,
+        preserves_function=False,
+        max_logit_difference=None,
+        layers=None,
+        copy_similarity=None,
+        measured={},
+        moments=None,
+    )
+    assert judge_growth(report, {"prose": 5.0}).startswith(verdict)
