@@ -95,16 +95,16 @@ def growth(**changes):
         "layer_map": [0, 1, 2, 3, 1, 2, 3, 4], "new_layers": [4, 5, 6],
         "n_params": {"parent": 590_880, "child": 886_368}, "flops_per_token": {"parent": 3_421_000.0, "child": 5_310_000.0},
         "spec": {"parent": SPEC, "child": {**SPEC, "n_layers": 8}},
-        "heldout_loss": {"parent": {"prose": 3.912, "code": 3.204}, "newborn": {"prose": 4.466, "code": 3.927}}, "heldout_rows": 64,
+        "heldout_loss": {"parent": {"prose": 3.912, "code": 3.204}, "child": {"prose": 4.466, "code": 3.927}}, "heldout_sequences": 64,
         "preserves_function": False, "max_logit_difference": None,
         "layers": {
             "parent": [layer(i, influence) for i, influence in enumerate((0.614, 0.181, 0.093, 0.102, 0.254))],
-            "newborn": [layer(i, influence) for i, influence in enumerate((0.614, 0.181, 0.093, 0.102, 0.041, 0.032, 0.055, 0.297))],
+            "child": [layer(i, influence) for i, influence in enumerate((0.614, 0.181, 0.093, 0.102, 0.041, 0.032, 0.055, 0.297))],
         },
-        "twins": [{"source": source, "layers": [source, source + 3], "cosine": cosine} for source, cosine in ((1, 0.713), (2, 0.587), (3, 0.821))],
-        "probe": {"steps": 20, "parent": {"prose": 3.874, "code": 3.151}, "newborn": {"prose": 3.899, "code": 3.118}},
+        "copy_similarity": [{"source": source, "layers": [source, source + 3], "cosine": cosine} for source, cosine in ((1, 0.713), (2, 0.587), (3, 0.821))],
+        "probe": {"steps": 20, "parent": {"prose": 3.874, "code": 3.151}, "child": {"prose": 3.899, "code": 3.118}},
         "measured": {}, "moments": "reset_new",
-        "verdict": "healthy: it starts +0.72 nats a token from its parent (held-out: prose 3.91 -> 4.47, code 3.20 -> 3.93); training has to win that back",
+        "verdict": "healthy: it starts +0.72 nats per token from its parent (held-out: prose 3.91 -> 4.47, code 3.20 -> 3.93); training has to win that back",
     } | changes  # fmt: skip
 
 

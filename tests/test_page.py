@@ -85,7 +85,7 @@ def test_the_page_opens_draws_and_answers_pointer_and_keys_without_a_word_on_its
       }
       keep("pointed", read()) }, 1500)""")  # fmt: skip
     assert console == []
-    assert kept(dom, "drawn") == page.count(figures.PLOT_CONFIG) > 5
+    assert kept(dom, "drawn") == page.count(figures.PLOT_ATTRIBUTE) > 5
     assert "<title>base and child</title>" in dom, "the script in a sample did not run"
     walked, end, pointed = (kept(dom, name) for name in ("ArrowRight", "End", "pointed"))
     assert re.match(r"base\s+step\s+4\s+loss\s+\d\.\d", walked), walked
