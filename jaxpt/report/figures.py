@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jaxpt.report.format import finite_or_none
@@ -238,7 +238,9 @@ def render_scripts(has_plots: bool) -> str:
         return page_script
     import vl_convert
 
-    bundle = vl_convert.javascript_bundle(None).replace("</script", "<\\/script")
+    # its stub requires a snippet, which is optional
+    make_bundle: Callable[..., str] = vl_convert.javascript_bundle
+    bundle = make_bundle().replace("</script", "<\\/script")
     license = "BSD-3-Clause, University of Washington Interactive Data Lab"
     credit = f"/* Vega, Vega-Lite, Vega-Embed: {license} */"
     return f"<script>{credit}{bundle}</script>{page_script}"

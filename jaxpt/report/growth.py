@@ -140,7 +140,7 @@ def render_growth_comparison(growth: Growth, order: list[str]) -> str:
     """Render a table of sizes and held-out losses of parent and child, and further facts."""
     body = list_sizes(growth)
     probe = growth.probe
-    n_steps = f"{format_whole(probe.steps)} steps" if probe else ""
+    n_steps = f"{format_whole(probe.n_steps)} steps" if probe else ""
     body += list_losses("loss before training", growth.heldout_loss, order)
     body += list_losses(f"loss after {n_steps}", probe, order)
     caption = "Held-out loss before training: not measured"

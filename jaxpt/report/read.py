@@ -347,7 +347,7 @@ def count_sequences(packed: list[PackedCounts]) -> list[Phase]:
     shares: dict[str, float] = {}
     for counts in packed:
         for name, source in counts.train.items():
-            shares[name] = source.sequences
+            shares[name] = source.n_sequences
     return [Phase(0, shares)] if shares else []
 
 

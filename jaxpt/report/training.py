@@ -143,8 +143,8 @@ def list_training_entropy(run: RunData) -> list[float]:
     for counts in run.packed:
         for source in counts.train.values():
             if finite_or_none(source.unigram_nats) is not None:
-                nats += (source.unigram_nats or 0) * source.tokens
-                n_tokens += source.tokens
+                nats += (source.unigram_nats or 0) * source.n_tokens
+                n_tokens += source.n_tokens
     return [nats / n_tokens] if n_tokens else []
 
 
