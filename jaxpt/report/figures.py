@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxpt.report.format import finite_or_none
 from jaxpt.report.html import escape, heading, series_color
-from jaxpt.report.read import RunData
+from jaxpt.report.read import Point, RunData
 
 PLOT_ATTRIBUTE = 'class="plot"'  # of what page.js draws
 PAGE_SCRIPT = pathlib.Path(__file__).with_name("page.js")
@@ -33,7 +33,6 @@ DRAG = "[pointerdown[event.pointerType === 'mouse'], window:pointerup] > window:
 PAN = {"type": "interval", "zoom": "wheel![event.shiftKey]", "translate": DRAG}
 
 Spec = dict[str, Any]  # of Vega-Lite
-Point = tuple[float, float]
 Series = tuple[str, Sequence[Point]]  # a name, and its points
 
 

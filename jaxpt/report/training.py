@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from jaxpt.report.figures import Point, plot_over_steps, render_figure, render_figure_grid
+from jaxpt.report.figures import plot_over_steps, render_figure, render_figure_grid
 from jaxpt.report.format import (
     finite_or_none,
     format_decimal,
@@ -15,6 +15,7 @@ from jaxpt.report.format import (
 )
 from jaxpt.report.html import collapsible, color_legend, escape, html_table, small_text
 from jaxpt.report.read import (
+    Point,
     RunData,
     get_heldout_points,
     get_parent_points,
