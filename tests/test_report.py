@@ -53,7 +53,8 @@ def test_the_page_shows_every_section_of_a_base_and_its_child(runs, tmp_path):
     assert (
         "svg",
         "aria-label",
-        "5 layers became 8; child layers come from parent layers 0, 1, 2, 3, 1, 2, 3, 4; new are child layers 4, 5, 6",
+        "5 layers became 8; child layers come from parent layers 0, 1, 2, 3, 1, 2, 3, 4; "
+        "new are child layers 4, 5, 6",
     ) in page.attributes
 
 
@@ -291,8 +292,8 @@ def test_what_the_run_took_is_listed_below_its_plan(runs, tmp_path):
     assert row[:3] == ["NVIDIA H100 80GB HBM3", "measured", "8"] and row[7:] == ["0.0328", "0.79"]
     hours = 118 / 3600 * 3e9 / (180 * 16 * 512)
     assert (
-        f"planned on h100:8 were 34.1 hours and 818 USD for 3 B tokens; at the measured pace it is {hours:.3g} hours"
-        in page.text
+        "planned on h100:8 were 34.1 hours and 818 USD for 3 B tokens; "
+        f"at the measured pace it is {hours:.3g} hours" in page.text
     )
     assert load_run(runs[0]).devices is None and "measured pace" not in plan.render_plan(
         load_runs([runs[0]])
@@ -375,7 +376,8 @@ def test_a_layer_without_a_source_is_new_and_a_parent_layer_without_a_copy_is_le
     assert (
         "svg",
         "aria-label",
-        "5 layers became 4; child layers come from parent layers 0, none, 2, 4; new are child layers 1",
+        "5 layers became 4; child layers come from parent layers 0, none, 2, 4; "
+        "new are child layers 1",
     ) in page.attributes
     drawn = [value for tag, name, value in page.attributes if (tag, name) == ("rect", "class")]
     assert (
@@ -568,7 +570,8 @@ def test_the_page_of_an_empty_directory_names_all_that_is_missing(tmp_path):
         '{"half',
         "[1, 2]",
         "{}",
-        '{"results": 3, "prompts": null, "models": {}, "better": 1, "targets": {}, "layer_map": "x", "inputs": [1], "counts": 7}',
+        '{"results": 3, "prompts": null, "models": {}, "better": 1, "targets": {}, '
+        '"layer_map": "x", "inputs": [1], "counts": 7}',
     ],
 )
 def test_broken_json_is_a_sentence_and_not_a_traceback(runs, tmp_path, name, content):
@@ -597,7 +600,8 @@ def test_a_half_written_last_line_of_the_metrics_is_left_out_and_named(runs, tmp
 def test_a_page_with_losses_that_are_not_finite_is_valid_json(runs, tmp_path):
     base, _ = runs
     (base / "metrics.jsonl").write_text(
-        '{"step": 1, "loss": NaN, "grad_norm": Infinity, "lr": 0.1}\n{"step": 2, "loss": 3.5, "grad_norm": 0.0, "lr": 0.1}\n'
+        '{"step": 1, "loss": NaN, "grad_norm": Infinity, "lr": 0.1}\n'
+        '{"step": 2, "loss": 3.5, "grad_norm": 0.0, "lr": 0.1}\n'
     )
     write_report([base], tmp_path / "page.html")
     for data in Page(tmp_path / "page.html").plots:
@@ -606,7 +610,8 @@ def test_a_page_with_losses_that_are_not_finite_is_valid_json(runs, tmp_path):
 
 def test_a_step_written_again_after_a_kill_counts_once(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 1, "loss": 5}\n{"step": 2, "loss": 4}\n{"step": 1, "resumed": true}\n{"step": 2, "loss": 3}\n'
+        '{"step": 1, "loss": 5}\n{"step": 2, "loss": 4}\n'
+        '{"step": 1, "resumed": true}\n{"step": 2, "loss": 3}\n'
     )
     run = load_run(tmp_path)
     assert [(record.step, record.loss) for record in run.metrics.train] == [(1, 5), (2, 3)]
@@ -699,7 +704,8 @@ def test_a_score_is_shown_with_the_score_without_items_seen_in_training(runs, tm
     )
     assert (
         "At most 17 items" in page.text
-        and f"truthfulqa_mc2, item 41, in web/8812: if you crack your knuckles a lot you may {HOSTILE}"
+        and "truthfulqa_mc2, item 41, in web/8812: "
+        f"if you crack your knuckles a lot you may {HOSTILE}"
         in page.found["li"]
     )
 
@@ -721,9 +727,14 @@ def test_a_served_page_follows_its_run(runs, capfd):
     base, _ = runs
     with live.make_server([base], 0) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
-        read = lambda path: (
-            urllib.request.urlopen(f"http://127.0.0.1:{running.server_port}/{path}").read().decode()
-        )
+
+        def read(path):
+            return (
+                urllib.request.urlopen(f"http://127.0.0.1:{running.server_port}/{path}")
+                .read()
+                .decode()
+            )
+
         before, page = read("stamp"), read("")
         assert page.replace(live.FOLLOW_SCRIPT, "", 1) == render_page(
             load_runs([base])
@@ -784,10 +795,13 @@ def test_the_script_prints_a_table_of_at_most_100_columns_and_the_path_of_the_pa
         assert expected in done.stdout, expected
 
 
-@pytest.mark.parametrize("flags, said", [
-    (["--workdir", "no/such/run", "--to", "x.html"], "no such directory"),
-    (["--workdir", "tests", "--to", "tests"], "is a directory"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--workdir", "no/such/run", "--to", "x.html"], "no such directory"),
+        (["--workdir", "tests", "--to", "tests"], "is a directory"),
+    ],
+)
 def test_bad_input_is_one_sentence(flags, said):
     done = run_script(*flags)
     assert (
