@@ -39,7 +39,7 @@ def test_the_page_shows_every_section_of_a_base_and_its_child(runs, tmp_path):
         "× 1.55",
         "Healthy: it starts +0.72",
         "loss after 20 steps",
-        "The loss before training does not rank operators.",
+        "The loss right after growth does not rank operators.",
         "60,009",
         "43,598",
         "2.113",

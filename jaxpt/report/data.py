@@ -44,7 +44,9 @@ def render_data(runs: list[RunData]) -> str:
 
 def render_funnel_table(funnel: Funnel, source: str) -> str:
     """Render what was read, left after each rule, and split into training and held-out text."""
-    labels, amounts, edits = [], [], []
+    labels = []
+    amounts = []
+    edits = []
     for step in funnel.steps:
         labels.append(escape(step.rule.replace("_", " ")))
         amounts.append(step.kept.get(source, TextAmount()))
@@ -110,7 +112,8 @@ def render_mixture(runs: list[RunData]) -> str:
     for run in runs:
         for phase in run.phases:
             names = order_keys(names, [*names, *phase.shares])
-    figures, body = [], []
+    figures = []
+    body = []
     for run in runs:
         if len(run.phases) > 1:
             figures.append(plot_mixture(run, names, run.name if len(runs) > 1 else "Shares"))

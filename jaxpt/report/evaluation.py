@@ -146,7 +146,9 @@ def index_scores(scores: Iterable[TaskScore]) -> dict[MetricKey, TaskScore]:
 
 def render_contamination(runs: list[RunData], columns: list[EvalColumn]) -> str:
     """Render which benchmark items were seen in training, and the scores without them."""
-    body, examples, unchecked = [], [], []
+    body = []
+    examples = []
+    unchecked = []
     n_short = 0
     for run in runs:
         for result in run.evaluations.values():
@@ -230,7 +232,8 @@ def render_benchmark_figure(columns: list[EvalColumn]) -> str:
         labels = {"column": column.label, "model": column.model, "backend": column.backend}
         for (task, metric), score in column.scores.items():
             if score.stderr is not None:
-                low, high = score.score - score.stderr, score.score + score.stderr
+                low = score.score - score.stderr
+                high = score.score + score.stderr
                 ends = {"score": score.score, "low": low, "high": high}
                 values.append({"task": f"{task} {metric}", **labels, **ends})
     models = list(dict.fromkeys(column.model for column in columns))

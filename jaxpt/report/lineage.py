@@ -33,7 +33,9 @@ def render_lineage(runs: list[RunData]) -> str:
             longest = max(longest, index[node.key] - index[parent] - 1)
     margin = min(64, 16 * longest)
     x = 8 + margin
-    lines, dots, items = "", "", ""
+    lines = ""
+    dots = ""
+    items = ""
     for i, node in enumerate(nodes):
         y = i * NODE_HEIGHT + 22
         for parent in node.parents:

@@ -157,7 +157,8 @@ def describe_run(run: RunData) -> str:
         parts.append(escape(f"{start} by {', '.join(run.growth.operators)}"))
     train = run.metrics.train
     if train:
-        n_tokens, seconds = last_value(train, "n_tokens"), last_value(train, "seconds")
+        n_tokens = last_value(train, "n_tokens")
+        seconds = last_value(train, "seconds")
         trained = f"trained {format_whole(train[-1].step)} steps"
         trained += f" on {format_count(n_tokens)} tokens" if n_tokens else ""
         trained += f" in {format_seconds(seconds)}" if seconds else ""

@@ -100,7 +100,9 @@ def render_training_loss(runs: list[RunData]) -> str:
 
 def render_heldout_loss(runs: list[RunData], source: str) -> str:
     """Draw the held-out loss of one source, and the parents' on the same sequences."""
-    series, parents, entropies = [], [], []
+    series = []
+    parents = []
+    entropies = []
     for run in runs:
         series.append((run.name, get_heldout_points(run, source)))
         parents.append((run.name, get_parent_points(run, source)))
@@ -140,7 +142,8 @@ def list_training_entropy(run: RunData) -> list[float]:
 
     In nats per token, the mean over its sources weighted by tokens.
     """
-    nats, n_tokens = 0.0, 0
+    nats = 0.0
+    n_tokens = 0
     for counts in run.packed:
         for source in counts.train.values():
             if finite_or_none(source.unigram_nats) is not None:
@@ -159,7 +162,8 @@ def get_heldout_entropy(run: RunData, source: str) -> float | None:
 
 def render_forgetting(runs: list[RunData]) -> str:
     """Render how far each source's held-out loss is above the parent's."""
-    figures, body = "", []
+    figures = ""
+    body = []
     sources = []
     for name in list_sources(runs):
         if any(name in (point.parent_loss or {}) for run in runs for point in run.metrics.heldout):
@@ -252,7 +256,9 @@ def list_training(run: RunData, order: list[str]) -> list[str]:
 
 def render_skips(runs: list[RunData]) -> str:
     """Render the skipped updates: what they measured, and the documents of their batch."""
-    body, notes, commands = [], "", ""
+    body = []
+    notes = ""
+    commands = ""
     for run in runs:
         skipped = run.metrics.skipped
         for point in skipped[:MAX_SKIPS]:
