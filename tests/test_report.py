@@ -408,10 +408,10 @@ def test_each_layer_of_parent_and_child_is_drawn_and_listed_in_a_table(tmp_path)
 
 
 def test_of_many_copies_the_twelve_pairs_that_differ_most_are_shown(tmp_path):
-    twins = [
+    pairs = [
         {"source": i, "layers": [i, i + 30], "cosine": (7 * i % 30) / 30 - 0.1} for i in range(30)
     ]
-    page = shown_growth(tmp_path, copy_similarity=twins)
+    page = shown_growth(tmp_path, copy_similarity=pairs)
     cosines = [float(row[2]) for row in page.rows if len(row) == 3]
     assert (
         cosines == pytest.approx([i / 30 - 0.1 for i in range(12)], abs=6e-4)
@@ -534,14 +534,14 @@ def test_a_missing_file_is_named(runs, tmp_path, gone):
     shutil.rmtree(child / gone) if (child / gone).is_dir() else (child / gone).unlink()
     write_report([child], tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
-    said = {
+    expected = {
         "metrics.jsonl": "no metrics.jsonl",
         "growth.json": "no growth.json",
         "eval": "no eval/NAME.json",
         "plan.json": "no plan.json",
         "config.json": "no config.json",
     }
-    assert said.get(gone, "") in page.text and "Summary" in page.found["h2"]
+    assert expected.get(gone, "") in page.text and "Summary" in page.found["h2"]
 
 
 def test_the_page_of_an_empty_directory_names_all_that_is_missing(tmp_path):
@@ -630,8 +630,8 @@ def test_runs_are_shown_in_the_order_given(runs, tmp_path):
 def test_runs_of_one_name_get_different_names(runs, tmp_path):
     _, child = runs
     (tmp_path / "again").mkdir()
-    twin = shutil.copytree(child, tmp_path / "again" / "child")
-    assert [run.name for run in load_runs([child, twin])] == [
+    copy = shutil.copytree(child, tmp_path / "again" / "child")
+    assert [run.name for run in load_runs([child, copy])] == [
         f"{tmp_path.name}/child",
         "again/child",
     ]
@@ -647,7 +647,7 @@ def test_lineage_goes_from_the_corpus_to_the_child_even_after_a_move(runs, tmp_p
     assert [node.path.name for node in found.lineage_nodes] == names and all(
         node.manifest for node in found.lineage_nodes
     )
-    (moved[1] / "manifest.json").unlink()  # the run still goes on
+    (moved[1] / "manifest.json").unlink()  # the run is still running
     assert [node.path.name for node in load_run(moved[1]).lineage_nodes] == names
 
 
@@ -796,18 +796,18 @@ def test_the_script_prints_a_table_of_at_most_100_columns_and_the_path_of_the_pa
 
 
 @pytest.mark.parametrize(
-    "flags, said",
+    "flags, expected",
     [
         (["--workdir", "no/such/run", "--to", "x.html"], "no such directory"),
         (["--workdir", "tests", "--to", "tests"], "is a directory"),
     ],
 )
-def test_bad_input_is_one_sentence(flags, said):
+def test_bad_input_is_one_sentence(flags, expected):
     done = run_script(*flags)
     assert (
         done.returncode == 1
         and done.stderr.startswith("error: ")
-        and said in done.stderr
+        and expected in done.stderr
         and done.stderr.count("\n") == 1
     )
 

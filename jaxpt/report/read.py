@@ -289,7 +289,7 @@ def read_metrics(path: pathlib.Path, warnings: list[str]) -> Metrics:
             events.append(record)
     if broken == [len(lines)]:
         warnings.append(
-            f"{path}: the last line is half-written (the run goes on, or was killed); left out."
+            f"{path}: the last line is half-written, as by a running or killed run; left out."
         )
     elif broken:
         warnings.append(
