@@ -17,7 +17,7 @@ from jaxpt.report.html import (
     small_text,
 )
 from jaxpt.report.read import RunData, group_distinct_values, list_sources, order_keys
-from jaxpt.report.records import Amount, Funnel
+from jaxpt.report.records import Funnel, TextAmount
 
 DATA_CAPTION = (
     "Documents and text left after each rule, in the order applied. "
@@ -44,13 +44,15 @@ def render_data(runs: list[RunData]) -> str:
 
 def render_funnel_table(funnel: Funnel, source: str) -> str:
     """Render what was read, left after each rule, and split into training and held-out text."""
-    labels, amounts, edits = [], [], []
+    labels = []
+    amounts = []
+    edits = []
     for step in funnel.steps:
         labels.append(escape(step.rule.replace("_", " ")))
-        amounts.append(step.kept.get(source, Amount()))
-        edits.append(format_whole(step.edits.get(source) or None))
-    documents = [amount.documents for amount in amounts]
-    n_read_bytes = amounts[0].bytes if amounts else 0
+        amounts.append(step.kept.get(source, TextAmount()))
+        edits.append(format_whole((step.n_edits or {}).get(source) or None))
+    documents = [amount.n_documents for amount in amounts]
+    n_read_bytes = amounts[0].n_bytes if amounts else 0
     dropped = [""]
     for before, after in itertools.pairwise(documents):
         dropped.append(format_whole(before - after))
@@ -58,14 +60,14 @@ def render_funnel_table(funnel: Funnel, source: str) -> str:
         if source in split:
             labels.append(label)
             amounts.append(split[source])
-    fracs = [amount.bytes / n_read_bytes if n_read_bytes else 0 for amount in amounts]
+    fracs = [amount.n_bytes / n_read_bytes if n_read_bytes else 0 for amount in amounts]
     columns = {
         "rule": labels,
-        "documents": [format_whole(amount.documents) for amount in amounts],
+        "documents": [format_whole(amount.n_documents) for amount in amounts],
         "dropped": dropped,
         "edits": edits,
-        "MB": [format_decimal(amount.bytes / 1e6, 2) for amount in amounts],
-        "tokens": [format_count(amount.tokens) for amount in amounts],
+        "MB": [format_decimal(amount.n_bytes / 1e6, 2) for amount in amounts],
+        "tokens": [format_count(amount.n_tokens) for amount in amounts],
         "share": [share_bar(frac) for frac in fracs],
     }
     # what no rule did, or nobody counted, has no column
@@ -81,7 +83,7 @@ def render_unreadable(funnel: Funnel, source: str) -> str:
         return ""
     reasons = [f"{format_whole(n)} times {reason}" for reason, n in skipped.counts.items()]
     text = f"Skipped while reading: {', '.join(reasons)}." if reasons else ""
-    messages = "".join(map(small_text, skipped.examples))
+    messages = "".join(map(small_text, skipped.messages))
     return small_text(text) + collapsible("What could not be read", messages)
 
 
@@ -110,7 +112,8 @@ def render_mixture(runs: list[RunData]) -> str:
     for run in runs:
         for phase in run.phases:
             names = order_keys(names, [*names, *phase.shares])
-    figures, body = [], []
+    figures = []
+    body = []
     for run in runs:
         if len(run.phases) > 1:
             figures.append(plot_mixture(run, names, run.name if len(runs) > 1 else "Shares"))

@@ -58,7 +58,7 @@ def render_differences(runs: list[RunData]) -> str:
                 html += render_document(document, models, max_tokens, is_open=i == 0)
         html += small_text(
             f"Of {format_whole(found.n_documents)} documents, each read up to "
-            f"{format_whole(found.max_tokens)} tokens, those whose mean loss differs most, and of "
+            f"{format_whole(found.max_length)} tokens, those whose mean loss differs most, and of "
             f"each the {max_tokens} tokens that differ most. Losses in nats."
         )
     return LEGEND + html if html else ""
@@ -68,7 +68,7 @@ def render_document(
     document: DocumentDifference, models: list[str], max_tokens: int, is_open: bool
 ) -> str:
     """Render a document's colored text, its most different tokens, and, folded, every token."""
-    losses = zip(document.token_texts, *document.losses, strict=True)
+    losses = zip(document.token_texts, *document.token_losses, strict=True)
     tokens = [TokenLosses(*values) for values in losses][:max_tokens]
     text, cells = "", ""
     for token in tokens:
@@ -78,11 +78,11 @@ def render_document(
         visible = escape(show_whitespace(token.text))
         cells += f'<span class="{token.css_class}">{visible}<small>{change}</small></span>'
     title = (
-        f"{document.source}, {document.id}: {format_change(*document.mean_losses)} "
+        f"{document.source}, {document.document_id}: {format_change(*document.mean_losses)} "
         f"nats per token over {format_whole(document.n_tokens)} tokens"
     )
-    if document.first_token:
-        title += f", from token {format_whole(document.first_token)}"
+    if document.window_start:
+        title += f", from token {format_whole(document.window_start)}"
     body = f'<div class="tokens"><pre>{text}</pre></div>'
     body += render_most_different_tokens(tokens, models)
     body += collapsible("Each token's loss", f'<div class="cells">{cells}</div>')

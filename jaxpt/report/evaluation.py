@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import pathlib
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
 
 from jaxpt.report.figures import (
     Spec,
@@ -28,7 +28,7 @@ from jaxpt.report.read import (
     list_sources,
     short_model_name,
 )
-from jaxpt.report.records import Evaluation
+from jaxpt.report.records import Evaluation, TaskScore, parse_scores
 
 MetricKey = tuple[str, str]  # (task, metric)
 OVERLAP_CAPTION = (
@@ -40,14 +40,6 @@ BENCHMARK_CAPTION = (
 )
 
 
-class Score(NamedTuple):
-    """A score with its standard error and number of items, where they are known."""
-
-    value: float
-    error: float | None
-    n_items: int | None
-
-
 @dataclasses.dataclass
 class EvalColumn:
     """Scores of one model by one backend, from one or several files with different tasks."""
@@ -55,7 +47,7 @@ class EvalColumn:
     model: str
     step: int | None
     backend: str  # "jax" or "hf"
-    scores: dict[MetricKey, Score]
+    scores: dict[MetricKey, TaskScore]
     # as which it was measured: a run, its last checkpoint and its export are one model
     model_paths: list[str] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
@@ -77,7 +69,7 @@ def render_evaluation(runs: list[RunData]) -> str:
     ]
     for column in columns:
         keys += [key for key in column.scores if key not in keys]
-        errors += [score.error for score in column.scores.values()]
+        errors += [score.stderr for score in column.scores.values()]
     body = []
     for key in keys:
         scores = [column.scores.get(key) for column in columns]
@@ -115,11 +107,8 @@ def make_eval_columns(runs: list[RunData]) -> list[EvalColumn]:
 
 def add_result(columns: list[EvalColumn], result: Evaluation, path: str) -> None:
     """Add scores to the column of the same model and backend, or to a new one."""
-    scores: dict[MetricKey, Score] = {}
-    for task, metrics in result.results.items():
-        for metric, score in parse_scores(result, task, metrics).items():
-            scores[task, metric] = score
-    step = result.lineage.step if result.lineage else None
+    scores = index_scores(result.scores)
+    step = result.evaluated.step if result.evaluated else None
     new = EvalColumn(short_model_name(path), step, result.backend, {})
     for column in columns:
         is_same = (column.label, column.step) == (new.label, step)
@@ -138,7 +127,7 @@ def sort_key(column: EvalColumn, runs: list[RunData]) -> tuple[int, int, bool]:
     return get_run_index(column.model, runs), column.step or 0, column.backend == "hf"
 
 
-def label_apart(columns: list[EvalColumn], rename: Any) -> None:
+def label_apart(columns: list[EvalColumn], rename: Callable[[EvalColumn], str]) -> None:
     """Rename the models of columns that have one label."""
     labels = [column.label for column in columns]
     for column, label in zip(columns, labels, strict=True):
@@ -146,51 +135,47 @@ def label_apart(columns: list[EvalColumn], rename: Any) -> None:
             column.model = rename(column)
 
 
-def parse_scores(result: Evaluation, task: str, metrics: dict[str, Any]) -> dict[str, Score]:
-    """Return the scores that lm-eval reports as "metric,filter", by metric."""
-    n_items = (result.n_samples or {}).get(task)
-    if isinstance(n_items, dict):
-        n_items = n_items.get("effective")
-    scores = {}
-    for name, value in metrics.items():
-        metric, _, rule = name.partition(",")
-        if not rule or metric.endswith("_stderr") or finite_or_none(value) is None:
-            continue
-        error = finite_or_none(metrics.get(f"{metric}_stderr,{rule}"))
-        label = metric if rule == "none" else f"{metric}, {rule}"
-        scores[label] = Score(value, error, n_items)
-    return scores
+def index_scores(scores: Iterable[TaskScore]) -> dict[MetricKey, TaskScore]:
+    """Return the scores by task and metric; a filter other than "none" is part of the metric."""
+    by_key = {}
+    for score in scores:
+        suffix = "" if score.filter == "none" else f", {score.filter}"
+        by_key[score.task, score.metric + suffix] = score
+    return by_key
 
 
 def render_contamination(runs: list[RunData], columns: list[EvalColumn]) -> str:
     """Render which benchmark items were seen in training, and the scores without them."""
-    body, examples, unknown = [], [], []
+    body = []
+    examples = []
+    unchecked = []
     n_short = 0
     for run in runs:
         for result in run.evaluations.values():
             if not result.contamination:
                 continue
             label = find_label(result, columns)
-            unknown += result.contamination.unknown
+            unchecked += result.contamination.unchecked
             for task, overlap in result.contamination.tasks.items():
                 n_short = max(n_short, overlap.n_short)
                 for example in overlap.examples:
-                    place = f"{task}, item {example.item}, in {example.document}"
-                    examples.append(f"{place}: {clip_text(example.shared, 200)}")
+                    place = f"{task}, item {example.item_id}, in {example.document_id}"
+                    examples.append(f"{place}: {clip_text(example.shared_words, 200)}")
                 share = f"{format_whole(overlap.n_overlapping)} of {format_whole(overlap.n_items)}"
-                without = parse_scores(result, task, overlap.without)
-                if not overlap.n_overlapping:
-                    without = {}
-                for metric, score in parse_scores(result, task, result.results[task]).items():
-                    head = [format_metric(task, metric), escape(label), share]
-                    body.append([*head, format_score(score), format_score(without.get(metric))])
+                clean = {}
+                if overlap.n_overlapping:
+                    clean = index_scores(parse_scores(task, overlap.clean_scores))
+                scores = [score for score in result.scores if score.task == task]
+                for key, score in index_scores(scores).items():
+                    head = [format_metric(*key), escape(label), share]
+                    body.append([*head, format_score(score), format_score(clean.get(key))])
     if not body:
         return ""
     caption = OVERLAP_CAPTION
     if n_short:
         n = format_whole(n_short)
         caption += f" At most {n} items of a task have fewer words, so no overlap can be found."
-    for reason in dict.fromkeys(unknown):
+    for reason in dict.fromkeys(unchecked):
         caption += f" Not searched: {reason}"
     heads = ["", "model", "overlap", "score", "without them"]
     html = "<h3>Seen in training</h3>" + html_table(heads, body, caption, n_text_columns=2)
@@ -216,7 +201,7 @@ def describe_backend_difference(columns: list[EvalColumn]) -> str:
         is_same = (ours.model, ours.step) == (theirs.model, theirs.step)
         if is_same and (ours.backend, theirs.backend) == ("jax", "hf"):
             for key in ours.scores.keys() & theirs.scores.keys():
-                differences.append(abs(ours.scores[key].value - theirs.scores[key].value))
+                differences.append(abs(ours.scores[key].score - theirs.scores[key].score))
     if not any(differences):
         return " They are equal." if differences else ""
     return f" They differ by {max(differences):.0e} at most."
@@ -230,14 +215,14 @@ def format_metric(task: str, metric: str, n_items: int | None = None) -> str:
     return f"{escape(task.removeprefix('bits_per_byte/'))} <small>{escape(details)}</small>"
 
 
-def format_score(score: Score | None) -> str:
+def format_score(score: TaskScore | None) -> str:
     """Return the score ± its standard error."""
     if score is None:
         return ""
-    text = format_decimal(score.value)
-    if score.error is None:
+    text = format_decimal(score.score)
+    if score.stderr is None:
         return text
-    return f"{text} <small>± {format_decimal(score.error)}</small>"
+    return f"{text} <small>± {format_decimal(score.stderr)}</small>"
 
 
 def render_benchmark_figure(columns: list[EvalColumn]) -> str:
@@ -245,9 +230,11 @@ def render_benchmark_figure(columns: list[EvalColumn]) -> str:
     values = []
     for column in columns:
         labels = {"column": column.label, "model": column.model, "backend": column.backend}
-        for (task, metric), (score, error, _) in column.scores.items():
-            if error is not None:
-                ends = {"score": score, "low": score - error, "high": score + error}
+        for (task, metric), score in column.scores.items():
+            if score.stderr is not None:
+                low = score.score - score.stderr
+                high = score.score + score.stderr
+                ends = {"score": score.score, "low": low, "high": high}
                 values.append({"task": f"{task} {metric}", **labels, **ends})
     models = list(dict.fromkeys(column.model for column in columns))
     by_model = {**nominal("model"), "legend": None, "scale": make_color_scale(models)}
@@ -258,8 +245,7 @@ def render_benchmark_figure(columns: list[EvalColumn]) -> str:
     task = {**nominal("task"), "title": None, "sort": None, "axis": {"labelLimit": 130}}
     offset = {"field": "column", "sort": [column.label for column in columns]}
     axis = {"title": "score", "scale": {"zero": False}}
-    low = quantitative("low", **axis)
-    bar = {"x": low, "x2": {"field": "high"}, "color": by_model}
+    bar = {"x": quantitative("low", **axis), "x2": {"field": "high"}, "color": by_model}
     point = {
         "x": quantitative("score", **axis),
         "fill": {"condition": hollow, **by_model},

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jaxpt.report.format import finite_or_none
 from jaxpt.report.html import escape, heading, series_color
-from jaxpt.report.read import RunData
+from jaxpt.report.read import Point, RunData
 
 PLOT_ATTRIBUTE = 'class="plot"'  # of what page.js draws
 PAGE_SCRIPT = pathlib.Path(__file__).with_name("page.js")
@@ -33,7 +33,6 @@ DRAG = "[pointerdown[event.pointerType === 'mouse'], window:pointerup] > window:
 PAN = {"type": "interval", "zoom": "wheel![event.shiftKey]", "translate": DRAG}
 
 Spec = dict[str, Any]  # of Vega-Lite
-Point = tuple[float, float]
 Series = tuple[str, Sequence[Point]]  # a name, and its points
 
 
@@ -99,7 +98,8 @@ def plot_curves(
         height: in pixels.
         x_name: title of the horizontal axis, and key of its values.
         unit: stands above the vertical axis.
-        levels: y of dashed lines, labeled with `level_name`.
+        levels: y of dashed lines.
+        level_name: stands on them.
         thin_series: drawn as thin lines.
         dots: drawn as points.
         scale: of y: "linear", "log" or "share" (0 to 1).
@@ -237,7 +237,9 @@ def render_scripts(has_plots: bool) -> str:
         return page_script
     import vl_convert
 
-    bundle = vl_convert.javascript_bundle().replace("</script", "<\\/script")
+    # its stub requires a snippet, which is optional
+    make_bundle: Callable[..., str] = vl_convert.javascript_bundle
+    bundle = make_bundle().replace("</script", "<\\/script")
     license = "BSD-3-Clause, University of Washington Interactive Data Lab"
     credit = f"/* Vega, Vega-Lite, Vega-Embed: {license} */"
     return f"<script>{credit}{bundle}</script>{page_script}"

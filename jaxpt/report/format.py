@@ -39,7 +39,7 @@ def format_change(before: Any, after: Any, digits: int = 3) -> str:
 
 
 def format_decimal(value: Any, digits: int = 3) -> str:
-    """Return the number with so many digits after the point."""
+    """Return the number with `digits` digits after the point."""
     return "" if finite_or_none(value) is None else f"{value:,.{digits}f}"
 
 

@@ -85,8 +85,10 @@ def render_verdict(verdict: str) -> str:
 
 def render_layer_map(growth: Growth) -> str:
     """Draw a line from each parent layer to its copies; "" if every layer stayed in place."""
-    sources, new_layers = growth.layer_map, growth.new_layers
-    n_parent, n_child = growth.spec.parent.n_layers, len(sources)
+    sources = growth.layer_map
+    new_layers = growth.new_layers
+    n_parent = growth.spec.parent.n_layers
+    n_child = len(sources)
     if sources == tuple(range(n_parent)):
         return ""
     n_lines = max(n_parent, n_child)
@@ -117,7 +119,7 @@ def render_layer_map(growth: Growth) -> str:
             curve = f"C{middle} {start} {middle} {end} {CHILD_X} {end}"
             lines += f'<path class="{css_class}" d="M{CELL_WIDTH + 2} {start} {curve}"/>'
     heads = f'<text x="0" y="12">parent</text><text x="{CHILD_X}" y="12">child</text>'
-    caption = "Layer 0 is next to the embedding."
+    caption = "Layer 0 reads the embedding."
     caption += " Colored: new layers." if new_layers else ""
     caption += " Dashed: left out." if set(range(n_parent)) - set(sources) else ""
     label = escape(describe_layer_map(growth))
@@ -140,15 +142,15 @@ def render_growth_comparison(growth: Growth, order: list[str]) -> str:
     """Render a table of sizes and held-out losses of parent and child, and further facts."""
     body = list_sizes(growth)
     probe = growth.probe
-    n_steps = f"{format_whole(probe.steps)} steps" if probe else ""
-    body += list_losses("loss before training", growth.heldout_loss, order)
+    n_steps = f"{format_whole(probe.n_steps)} steps" if probe else ""
+    body += list_losses("loss right after growth", growth.heldout_loss, order)
     body += list_losses(f"loss after {n_steps}", probe, order)
-    caption = "Held-out loss before training: not measured"
+    caption = "Held-out loss right after growth: not measured"
     if growth.heldout_loss:
         n_sequences = format_whole(growth.heldout_sequences)
-        caption = f"Held-out loss, nats per token, on {n_sequences} sequences, before training"
+        caption = f"Held-out loss, nats per token, on {n_sequences} sequences, right after growth"
     caption += f"; then after a probe, the same {n_steps} of training for both." if probe else "."
-    caption += " The loss before training does not rank operators."
+    caption += " The loss right after growth does not rank operators."
     facts = "The operators preserve the function."
     if not growth.preserves_function:
         facts = "The operators do not preserve the function."
@@ -165,7 +167,8 @@ def render_growth_comparison(growth: Growth, order: list[str]) -> str:
 
 def list_sizes(growth: Growth) -> list[list[str]]:
     """Return table rows of the sizes that changed, and of parameters and layers."""
-    parent, child = growth.spec.parent, growth.spec.child
+    parent = growth.spec.parent
+    child = growth.spec.child
     counts = growth.n_params
     body = [["parameters", format_count(counts.parent), format_count(counts.child)]]
     body[0].append(format_ratio(counts.parent, counts.child))
@@ -174,7 +177,8 @@ def list_sizes(growth: Growth) -> list[list[str]]:
         row = ["FLOPs per token", format_count(flops.parent), format_count(flops.child)]
         body.append([*row, format_ratio(flops.parent, flops.child)])
     for field, label in SIZE_LABELS.items():
-        before, after = getattr(parent, field), getattr(child, field)
+        before = getattr(parent, field)
+        after = getattr(child, field)
         if before != after or field == "n_layers":
             row = [label, format_whole(before), format_whole(after)]
             body.append([*row, format_ratio(before, after)])
@@ -192,7 +196,8 @@ def list_losses(label: str, losses: LossPair | None, order: list[str]) -> list[l
         return []
     body = [[label, "", "", ""]]
     for name in order_keys(order, losses.parent):
-        before, after = losses.parent[name], losses.child[name]
+        before = losses.parent[name]
+        after = losses.child[name]
         values = [f"{before:.3f}", f"{after:.3f}", format_signed(after - before)]
         body.append([row_header("  " + name), *values])
     return body
@@ -200,7 +205,8 @@ def list_losses(label: str, losses: LossPair | None, order: list[str]) -> list[l
 
 def render_layer_plots(growth: Growth) -> str:
     """Render what each layer does to the residual stream, the parent's beside the child's."""
-    layers, names = growth.layers, ["parent", "child"]
+    layers = growth.layers
+    names = ["parent", "child"]
     if not layers:
         return ""
     figures = []

@@ -33,7 +33,9 @@ def render_lineage(runs: list[RunData]) -> str:
             longest = max(longest, index[node.key] - index[parent] - 1)
     margin = min(64, 16 * longest)
     x = 8 + margin
-    lines, dots, items = "", "", ""
+    lines = ""
+    dots = ""
+    items = ""
     for i, node in enumerate(nodes):
         y = i * NODE_HEIGHT + 22
         for parent in node.parents:
@@ -83,14 +85,14 @@ def describe_stage_size(node: LineageNode) -> str:
     counts = manifest.counts if manifest else {}
     if node.funnel:
         kept = Funnel.from_json(encode_json(node.funnel)).train.values()
-        n_documents = sum(amount.documents for amount in kept)
-        n_bytes = sum(amount.bytes for amount in kept)
+        n_documents = sum(amount.n_documents for amount in kept)
+        n_bytes = sum(amount.n_bytes for amount in kept)
         return f"{format_whole(n_documents)} documents, {format_brief(n_bytes / 1e6)} MB"
     if node.kind == "tokenizer":
         return f"{format_whole(counts.get('vocab_size'))} tokens"
     if node.kind == "packed" and counts:
         packed = PackedCounts.from_json(counts)
-        n_tokens = sum(source.tokens for source in packed.train.values())
+        n_tokens = sum(source.n_tokens for source in packed.train.values())
         seq_len = format_whole(packed.seq_len)
         return f"{format_count(n_tokens)} tokens, sequences of {seq_len}"
     text = f"{format_count(counts['n_params'])} parameters" if "n_params" in counts else ""

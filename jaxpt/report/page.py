@@ -84,9 +84,10 @@ def write_report(
     Raises:
         UserError: a directory does not exist, or the page cannot be written.
     """
-    output_path = stage.check_output_path(pathlib.Path(output_path), "report.html")
+    path = stage.local_path(output_path)
+    stage.check_output_path(path, "report.html")
     runs = load_runs(directories)
-    stage.write_atomic(output_path, render_page(runs))
+    stage.write_atomic(path, render_page(runs))
     return runs
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Callable, Iterable
 
@@ -20,6 +21,9 @@ from jaxpt.report.read import RunData, get_points, group_distinct_values, last_v
 from jaxpt.report.records import Check, Comparison, Ends, Plan, Target
 
 Formatter = Callable[[float], str]
+# field of Projection -> its format
+RANGES: dict[str, Formatter] = {"mfu": format_percent, "tokens_per_second": format_count}
+RANGES |= {"hours": format_brief, "usd": format_brief}
 PLAN_CAPTION = (
     "Compiled: the real step, compiled for that machine; estimated: from the shape alone. "
     "Ranges: the ends of the assumed efficiency."
@@ -70,17 +74,12 @@ def render_targets(plan: Plan, measured: list[RunData]) -> str:
 
 def list_target(target: Target) -> list[str]:
     """Return a target's row of the table."""
-    return [
-        escape(target.target),
-        escape(target.method),
-        format_whole(target.n_devices),
-        "yes" if target.fits else "no",
-        format_gigabytes(target.peak_bytes),
-        format_range(target, "mfu", format_percent),
-        format_range(target, "tokens_per_second", format_count),
-        format_range(target, "hours", format_brief),
-        format_range(target, "usd", format_brief),
-    ]
+    row = [escape(target.target), escape(target.method), format_whole(target.n_devices)]
+    row.append("yes" if target.fits else "no")
+    row.append(format_gigabytes(target.peak_bytes))
+    for field, format_number in RANGES.items():
+        row.append(format_range(target, field, format_number))
+    return row
 
 
 def list_measured(run: RunData) -> list[str]:
@@ -159,14 +158,11 @@ def render_comparison(comparison: Comparison) -> str:
     """Render growing against training from scratch, as plan.py --base compared them."""
     body = []
     for strategy in comparison.strategies:
-        row = [
-            escape(strategy.name),
-            format_ends(strategy.tokens, format_count),
-            format_ends(strategy.saved_frac, format_percent),
-            format_ends(strategy.saved_with_base_frac, format_percent),
-            format_ends(strategy.hours, format_brief),
-            format_ends(strategy.usd, format_brief),
-        ]
+        row = [escape(strategy.name), format_ends(strategy.tokens, format_count)]
+        for frac in (strategy.saved_frac, strategy.saved_with_base_frac):
+            row.append(format_ends(frac, format_percent))
+        for cost in (strategy.hours, strategy.usd):
+            row.append(format_ends(cost, format_brief))
         body.append(row)
     caption = (
         f"Strategies to reach {comparison.target_loss:.3f} nats per token. Shares of FLOPs saved "
@@ -185,16 +181,8 @@ def render_checks(checks: tuple[Check, ...]) -> str:
     """Render planned against measured, as plan.py --check compared them."""
     body = []
     for check in checks:
-        row = [
-            escape(check.run_dir),
-            format_brief(check.planned_step_seconds),
-            format_brief(check.measured_step_seconds),
-            format_brief(check.time_ratio),
-            format_brief(check.calibrated_time_ratio),
-            format_brief(check.memory_ratio),
-            format_brief(check.calibrated_memory_ratio),
-        ]
-        body.append(row)
+        _, *numbers = dataclasses.astuple(check)
+        body.append([escape(check.run_dir), *map(format_brief, numbers)])
     heads = ["run", "planned s", "measured s", "ratio", "calibrated", "memory ratio", "calibrated"]
     return html_table(heads, body, CHECK_CAPTION)
 

@@ -40,6 +40,7 @@ from jaxpt.spec import ModelSpec, UserError, encode_json
 COMPARISONS = ("samples", "differences")  # files in eval/ that compare.py writes
 MAX_DROPPED = 3  # documents shown that a rule dropped, per source
 MAX_EXCERPT = 600  # characters shown of each
+Point = tuple[float, float]  # (step, value)
 T = TypeVar("T")
 V = TypeVar("V", bound=View)
 
@@ -288,7 +289,7 @@ def read_metrics(path: pathlib.Path, warnings: list[str]) -> Metrics:
             events.append(record)
     if broken == [len(lines)]:
         warnings.append(
-            f"{path}: the last line is half-written (the run goes on, or was killed); left out."
+            f"{path}: the last line is half-written, as by a running or killed run; left out."
         )
     elif broken:
         warnings.append(
@@ -347,7 +348,7 @@ def count_sequences(packed: list[PackedCounts]) -> list[Phase]:
     shares: dict[str, float] = {}
     for counts in packed:
         for name, source in counts.train.items():
-            shares[name] = source.sequences
+            shares[name] = source.n_sequences
     return [Phase(0, shares)] if shares else []
 
 
@@ -389,34 +390,32 @@ def last_value(records: Sequence[TrainPoint], field: str) -> float | None:
     return first_value(records[::-1], field)
 
 
-def get_points(records: Sequence[TrainPoint], field: str) -> list[tuple[int, float]]:
+def get_points(records: Sequence[TrainPoint], field: str) -> list[Point]:
     """Return (step, value) wherever a metric is finite."""
-    points = []
-    for record in records:
-        value = finite_or_none(getattr(record, field))
-        if value is not None:
-            points.append((record.step, value))
-    return points
+    return keep_finite((record.step, getattr(record, field)) for record in records)
 
 
-def get_heldout_points(run: RunData, source: str) -> list[tuple[int, float]]:
+def get_heldout_points(run: RunData, source: str) -> list[Point]:
     """Return (step, held-out loss) of one source wherever it is finite."""
-    points = []
-    for record in run.metrics.heldout:
-        value = finite_or_none(record.heldout_loss.get(source))
-        if value is not None:
-            points.append((record.step, value))
-    return points
+    records = run.metrics.heldout
+    return keep_finite((record.step, record.heldout_loss.get(source)) for record in records)
 
 
-def get_parent_points(run: RunData, source: str) -> list[tuple[int, float]]:
+def get_parent_points(run: RunData, source: str) -> list[Point]:
     """Return (step, the parent's held-out loss) of one source wherever it is finite."""
-    points = []
-    for record in run.metrics.heldout:
-        value = finite_or_none((record.parent_loss or {}).get(source))
-        if value is not None:
-            points.append((record.step, value))
-    return points
+    records = run.metrics.heldout
+    losses = ((record.step, record.parent_loss or {}) for record in records)
+    return keep_finite((step, loss.get(source)) for step, loss in losses)
+
+
+def keep_finite(points: Iterable[tuple[int, float | None]]) -> list[Point]:
+    """Return the points whose value is a finite number."""
+    kept = []
+    for step, value in points:
+        number = finite_or_none(value)
+        if number is not None:
+            kept.append((step, number))
+    return kept
 
 
 def list_sources(runs: list[RunData]) -> list[str]:

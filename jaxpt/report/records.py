@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar, Self
 
-from jaxpt.spec import Record, field_names
+from jaxpt.report.format import finite_or_none
+from jaxpt.spec import Record, UserError, field_names
 
 
 class View(Record):
@@ -28,7 +29,6 @@ class View(Record):
         """Build the view. Raise UserError if a key is missing or a value has another type."""
         if isinstance(fields, dict):
             names = field_names(cls)
-            fields = {key.replace("-", "_"): value for key, value in fields.items()}
             renamed = {cls.keys.get(key, key): value for key, value in fields.items()}
             fields = {key: value for key, value in renamed.items() if key in names}
         return super().from_json(fields, where)
@@ -49,11 +49,11 @@ class StageSummary(View):
 
 
 @dataclasses.dataclass(frozen=True)
-class PackedSource(View, rows="sequences", n_sequences="sequences", n_tokens="tokens"):
+class PackedSource(View, rows="n_sequences", tokens="n_tokens"):
     """Packed sequences of one source."""
 
-    sequences: int
-    tokens: int
+    n_sequences: int
+    n_tokens: int
     unigram_nats: float | None = None  # entropy of the tokens' frequencies, nats per token
 
 
@@ -178,29 +178,29 @@ class Phase(View):
 
 
 @dataclasses.dataclass(frozen=True)
-class Amount(View, rows="documents", n_documents="documents", n_bytes="bytes"):
+class TextAmount(View, rows="n_documents", bytes="n_bytes", tokens="n_tokens"):
     """Text of one source."""
 
-    documents: int = 0
-    bytes: int = 0
-    tokens: float | None = None  # estimated from the bytes
+    n_documents: int = 0
+    n_bytes: int = 0
+    n_tokens: float | None = None  # estimated from the bytes
 
 
 @dataclasses.dataclass(frozen=True)
-class FunnelStep(View):
+class FunnelStep(View, edits="n_edits"):
     """What one rule kept, by source."""
 
     rule: str
-    kept: dict[str, Amount]
-    edits: dict[str, int] = dataclasses.field(default_factory=dict)
+    kept: dict[str, TextAmount]
+    n_edits: dict[str, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class SkippedInput(View, first="examples"):
+class SkippedRecords(View, first="messages"):
     """Inputs of one source that could not be read."""
 
     counts: dict[str, int]  # reason -> times
-    examples: tuple[str, ...]
+    messages: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,9 +219,9 @@ class Funnel(View, unread="skipped"):
 
     sources: tuple[str, ...]
     steps: tuple[FunnelStep, ...]
-    train: dict[str, Amount] = dataclasses.field(default_factory=dict)
-    heldout: dict[str, Amount] = dataclasses.field(default_factory=dict)
-    skipped: dict[str, SkippedInput] = dataclasses.field(default_factory=dict)
+    train: dict[str, TextAmount] = dataclasses.field(default_factory=dict)
+    heldout: dict[str, TextAmount] = dataclasses.field(default_factory=dict)
+    skipped: dict[str, SkippedRecords] = dataclasses.field(default_factory=dict)
     dropped: dict[str, tuple[DroppedDocument, ...]] = dataclasses.field(default_factory=dict)
 
 
@@ -245,12 +245,12 @@ class SizePair(View):
 
 
 @dataclasses.dataclass(frozen=True)
-class LossPair(View, newborn="child", n_steps="steps"):
+class LossPair(View, newborn="child", steps="n_steps"):
     """Held-out losses of parent and child, nats per token by source."""
 
     parent: dict[str, float]
     child: dict[str, float]
-    steps: int = 0  # of training before they were measured
+    n_steps: int = 0  # of training before they were measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,57 +304,106 @@ class Growth(View, twins="copy_similarity", heldout_rows="heldout_sequences"):
 
 # ---- eval/*.json
 
+OVERLAP_KEYS = {"items": "n_items", "overlapping": "n_overlapping", "short": "n_short"}
+OVERLAP_KEYS |= {"without": "clean_scores"}
+DIFFERENCE_KEYS = {"id": "document_id", "first_token": "window_start", "pieces": "token_texts"}
+DIFFERENCE_KEYS |= {"losses": "token_losses", "tokens": "n_tokens", "nats": "mean_losses"}
+
 
 @dataclasses.dataclass(frozen=True)
-class OverlapExample(View):
+class OverlapExample(View, item="item_id", document="document_id", shared="shared_words"):
     """Words that a benchmark item shares with a training document."""
 
-    item: str
-    document: str
-    shared: str
+    item_id: str
+    document_id: str
+    shared_words: str
 
 
 @dataclasses.dataclass(frozen=True)
-class TaskOverlap(View, items="n_items", overlapping="n_overlapping", short="n_short"):
+class TaskContamination(View, **OVERLAP_KEYS):
     """Benchmark items of a task that were seen in training."""
 
     n_items: int
     n_overlapping: int
     n_short: int  # too short to be compared
     examples: tuple[OverlapExample, ...]
-    without: dict[str, Any]  # lm-eval's metrics without these items
+    clean_scores: dict[str, Any]  # lm-eval's metrics without these items
 
 
 @dataclasses.dataclass(frozen=True)
-class Contamination(View):
+class Contamination(View, unknown="unchecked"):
     """Overlap of benchmarks with the text that a model was trained on."""
 
-    unknown: tuple[str, ...]
-    tasks: dict[str, TaskOverlap]
+    unchecked: tuple[str, ...]
+    tasks: dict[str, TaskContamination]
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointStep(View):
-    """Step of the checkpoint that was evaluated."""
+class EvaluatedModel(View):
+    """The model that was evaluated."""
 
     step: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation(View):
-    """Results of one evaluation, in lm-eval's form."""
+class TaskScore(View):
+    """One metric of one task."""
 
-    results: dict[str, dict[str, Any]]  # task -> "metric,filter" -> score
-    model: str | None = None  # path; None: the run's own
-    backend: str = ""  # "jax" or "hf"
-    seconds: float | None = None
-    lineage: CheckpointStep | None = None
-    n_samples: dict[str, Any] | None = None
-    contamination: Contamination | None = None
+    task: str
+    metric: str
+    filter: str  # lm-eval's filter of answers; "none": unfiltered
+    score: float
+    stderr: float | None = None  # None: not estimated
+    n_items: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Output(View, tokens="n_tokens"):
+class Evaluation(View, lineage="evaluated"):
+    """Scores of one model by one backend."""
+
+    scores: tuple[TaskScore, ...]
+    model: str | None = None  # path; None: the run's own
+    backend: str = ""  # "jax" or "hf"
+    seconds: float | None = None
+    evaluated: EvaluatedModel | None = None
+    contamination: Contamination | None = None
+
+    @classmethod
+    def from_json(cls, fields: Any, where: str = "") -> Self:
+        """Build the view, also from lm-eval's own form."""
+        if isinstance(fields, dict) and "scores" not in fields:
+            scores = []
+            n_samples = fields.get("n-samples") or {}
+            for task, metrics in expect_dict(fields.get("results"), "results").items():
+                scores += parse_scores(task, metrics, n_samples.get(task))
+            fields = {**fields, "scores": [score.to_json() for score in scores]}
+        return super().from_json(fields, where)
+
+
+def expect_dict(value: Any, where: str) -> dict[str, Any]:
+    """Return a JSON object. Raise UserError if it is none."""
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected a JSON object, got {value!r:.80}.")
+    return value
+
+
+def parse_scores(task: str, metrics: Any, n_items: Any = None) -> list[TaskScore]:
+    """Return the scores that lm-eval reports as "metric,filter" and "metric_stderr,filter"."""
+    if isinstance(n_items, dict):
+        n_items = n_items.get("effective")
+    scores = []
+    metrics = expect_dict(metrics, task)
+    for name, value in metrics.items():
+        metric, _, rule = name.partition(",")
+        if not rule or metric.endswith("_stderr") or finite_or_none(value) is None:
+            continue
+        error = finite_or_none(metrics.get(f"{metric}_stderr,{rule}"))
+        scores.append(TaskScore(task, metric, rule, value, error, n_items))
+    return scores
+
+
+@dataclasses.dataclass(frozen=True)
+class Continuation(View, tokens="n_tokens"):
     """A model's continuation of a prompt."""
 
     model: str
@@ -364,11 +413,11 @@ class Output(View, tokens="n_tokens"):
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt(View):
+class Prompt(View, outputs="continuations"):
     """A prompt and its continuations."""
 
     prompt: str
-    outputs: tuple[Output, ...]
+    continuations: tuple[Continuation, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -381,25 +430,25 @@ class Samples(View):
 
 
 @dataclasses.dataclass(frozen=True)
-class DocumentDifference(View, pieces="token_texts", tokens="n_tokens", nats="mean_losses"):
+class DocumentDifference(View, **DIFFERENCE_KEYS):
     """One document's losses by two models, nats per token."""
 
     source: str
-    id: str
-    first_token: int
+    document_id: str
+    window_start: int  # index of the first of these tokens
     n_tokens: int
     token_texts: tuple[str, ...]
-    losses: tuple[tuple[float, ...], tuple[float, ...]]
+    token_losses: tuple[tuple[float, ...], tuple[float, ...]]
     mean_losses: tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True)
-class Differences(View, documents="n_documents", max_length="max_tokens"):
+class Differences(View, documents="n_documents"):
     """differences.json."""
 
     models: tuple[str, str]
     n_documents: int
-    max_tokens: int  # read of each document
+    max_length: int  # tokens read of each document
     better: tuple[DocumentDifference, ...]
     worse: tuple[DocumentDifference, ...]
 

@@ -11,7 +11,7 @@ from jaxpt.report.format import (
 )
 from jaxpt.report.html import code_text, color_swatch, escape, html_table, small_text
 from jaxpt.report.read import RunData, get_run_index, group_distinct_values, short_model_name
-from jaxpt.report.records import Output, Samples
+from jaxpt.report.records import Continuation, Samples
 
 MAX_PROMPTS = 24  # shown of all files together
 
@@ -23,7 +23,7 @@ def render_samples(runs: list[RunData]) -> str:
     for samples, _ in files:
         max_prompts = max(1, MAX_PROMPTS // len(files))
         for prompt in samples.prompts[:max_prompts]:
-            outputs = "".join(render_output(output, runs) for output in prompt.outputs)
+            outputs = "".join(render_output(output, runs) for output in prompt.continuations)
             text = f"<pre>{escape(clip_text(prompt.prompt, MAX_TEXT))}</pre>"
             html += f'<div class="prompt">{text}<div class="outputs">{outputs}</div></div>'
         html += render_bits_per_byte(samples)
@@ -58,7 +58,7 @@ def describe_samples(samples: Samples, n_left_out: int) -> str:
     return text
 
 
-def render_output(output: Output, runs: list[RunData]) -> str:
+def render_output(output: Continuation, runs: list[RunData]) -> str:
     """Render one model's continuation of a prompt."""
     name = short_model_name(output.model)
     i = get_run_index(name, runs)

@@ -114,10 +114,9 @@ def get_bits_per_byte(run: RunData) -> dict[str, float]:
     found: dict[str, float] = {}
     evaluations = sorted(run.evaluations.values(), key=lambda result: result.backend != "jax")
     for result in evaluations:
-        for task, scores in result.results.items():
-            _, is_ours, source = task.partition("bits_per_byte/")
-            if is_ours:
-                found.setdefault(source, scores.get("bits_per_byte,none", float("nan")))
+        for score in result.scores:
+            if score.task.startswith("bits_per_byte/") and score.metric == "bits_per_byte":
+                found.setdefault(score.task.removeprefix("bits_per_byte/"), score.score)
     return found
 
 
@@ -158,7 +157,8 @@ def describe_run(run: RunData) -> str:
         parts.append(escape(f"{start} by {', '.join(run.growth.operators)}"))
     train = run.metrics.train
     if train:
-        n_tokens, seconds = last_value(train, "n_tokens"), last_value(train, "seconds")
+        n_tokens = last_value(train, "n_tokens")
+        seconds = last_value(train, "seconds")
         trained = f"trained {format_whole(train[-1].step)} steps"
         trained += f" on {format_count(n_tokens)} tokens" if n_tokens else ""
         trained += f" in {format_seconds(seconds)}" if seconds else ""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 
-from jaxpt.report.figures import Point, plot_over_steps, render_figure, render_figure_grid
+from jaxpt.report.figures import plot_over_steps, render_figure, render_figure_grid
 from jaxpt.report.format import (
     finite_or_none,
     format_decimal,
@@ -14,6 +15,7 @@ from jaxpt.report.format import (
 )
 from jaxpt.report.html import collapsible, color_legend, escape, html_table, small_text
 from jaxpt.report.read import (
+    Point,
     RunData,
     get_heldout_points,
     get_parent_points,
@@ -75,7 +77,9 @@ def render_losses(runs: list[RunData]) -> str:
 
 def render_training_loss(runs: list[RunData]) -> str:
     """Draw the training loss of all runs."""
-    entropies = [entropy for run in runs for entropy in list_training_entropy(run)]
+    entropies = []
+    for run in runs:
+        entropies += list_training_entropy(run)
     caption = "Training loss, nats per token, at each logged step."
     if entropies:
         caption += " Dashed: unigram baseline, guessing each token by its frequency alone."
@@ -96,7 +100,9 @@ def render_training_loss(runs: list[RunData]) -> str:
 
 def render_heldout_loss(runs: list[RunData], source: str) -> str:
     """Draw the held-out loss of one source, and the parents' on the same sequences."""
-    series, parents, entropies = [], [], []
+    series = []
+    parents = []
+    entropies = []
     for run in runs:
         series.append((run.name, get_heldout_points(run, source)))
         parents.append((run.name, get_parent_points(run, source)))
@@ -115,7 +121,7 @@ def render_loss_table(runs: list[RunData], sources: list[str]) -> str:
     """Render each run's first and last loss, in training and of each held-out source."""
     body = []
 
-    def add(run: RunData, text: str, points: list[Point], *others: float | None) -> None:
+    def add(run: RunData, text: str, points: Sequence[Point], *others: float | None) -> None:
         if points:
             values = [points[0][1], points[-1][1], *others]
             body.append([escape(run.name), escape(text), *map(format_decimal, values)])
@@ -136,12 +142,13 @@ def list_training_entropy(run: RunData) -> list[float]:
 
     In nats per token, the mean over its sources weighted by tokens.
     """
-    nats, n_tokens = 0.0, 0
+    nats = 0.0
+    n_tokens = 0
     for counts in run.packed:
         for source in counts.train.values():
             if finite_or_none(source.unigram_nats) is not None:
-                nats += (source.unigram_nats or 0) * source.tokens
-                n_tokens += source.tokens
+                nats += (source.unigram_nats or 0) * source.n_tokens
+                n_tokens += source.n_tokens
     return [nats / n_tokens] if n_tokens else []
 
 
@@ -155,7 +162,8 @@ def get_heldout_entropy(run: RunData, source: str) -> float | None:
 
 def render_forgetting(runs: list[RunData]) -> str:
     """Render how far each source's held-out loss is above the parent's."""
-    figures, body = "", []
+    figures = ""
+    body = []
     sources = []
     for name in list_sources(runs):
         if any(name in (point.parent_loss or {}) for run in runs for point in run.metrics.heldout):
@@ -248,7 +256,9 @@ def list_training(run: RunData, order: list[str]) -> list[str]:
 
 def render_skips(runs: list[RunData]) -> str:
     """Render the skipped updates: what they measured, and the documents of their batch."""
-    body, notes, commands = [], "", ""
+    body = []
+    notes = ""
+    commands = ""
     for run in runs:
         skipped = run.metrics.skipped
         for point in skipped[:MAX_SKIPS]:
