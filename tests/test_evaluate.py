@@ -1,4 +1,6 @@
-"""Evaluation: our numbers are those of transformers and of lm-evaluation-harness, whatever is packed beside what, on any mesh."""
+"""Evaluation: our numbers are those of transformers and of lm-evaluation-harness, whatever is
+packed beside what, on any mesh.
+"""
 
 import dataclasses
 import io
@@ -65,9 +67,13 @@ def hf_dir(params, tmp_path_factory):
 
     learnt = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([line for text in TEXTS for line in text.split("\n") if line]), model_writer=learnt, model_type="bpe",
-        vocab_size=345, minloglevel=2, **tokenizer.SENTENCEPIECE_FILE,
-    )  # fmt: skip
+        sentence_iterator=iter([line for text in TEXTS for line in text.split("\n") if line]),
+        model_writer=learnt,
+        model_type="bpe",
+        vocab_size=345,
+        minloglevel=2,
+        **tokenizer.SENTENCEPIECE_FILE,
+    )
     backend, settings_file, _ = tokenizer.convert_sentencepiece(learnt.getvalue(), "test")
     directory = tmp_path_factory.mktemp("model")
     made = directory / "tokenizer"
@@ -118,7 +124,9 @@ def test_every_token_is_predicted_once_and_after_what_stood_before_it():
 
 
 def answered(batch, piece):
-    """What a batch's row says of a piece: the ids on the path to each of its questions, those visible from it, and the target."""
+    """What a batch's row says of a piece: the ids on the path to each of its questions, those
+    visible from it, and the target.
+    """
     ((_, row, first),) = [place for place in batch.places if place[0] == piece]
     tokens, ends, positions, columns, targets = (each[row] for each in batch.rows)
     for question in itertools.count(first):
@@ -393,7 +401,9 @@ def test_an_interrupted_evaluation_asks_only_what_was_not_answered(
 def test_items_that_stand_in_the_corpus_are_counted_and_the_score_is_told_without_them(
     params, hf_dir, data_dir, tmp_path, capsys
 ):
-    """A corpus in which two of seven items stand, and a model whose export was made from a run on it."""
+    """A corpus in which two of seven items stand, and a model whose export was made from a run on
+    it.
+    """
     pytest.importorskip("lm_eval")
     items = benchmarks.read_benchmark(data_dir / "eval_winogrande" / "winogrande.jsonl")[:7]
     corpus, run, export = (
@@ -452,9 +462,10 @@ def test_items_that_stand_in_the_corpus_are_counted_and_the_score_is_told_withou
         {key: value for key, value in alone.items() if key.startswith("acc")}
     )
     assert (
-        f"winogrande: 2 of 7 items share 13 consecutive words with a training document; acc {with_all['results']['winogrande']['acc,none']:.4f}, without them {alone['acc,none']:.4f}"
-        in capsys.readouterr().out
-    )
+        "winogrande: 2 of 7 items share 13 consecutive words with a training "
+        f"document; acc {with_all['results']['winogrande']['acc,none']:.4f}, "
+        f"without them {alone['acc,none']:.4f}"
+    ) in capsys.readouterr().out
     shutil.rmtree(corpus)
     assert contamination.find_training_corpora(export) == (
         [],
@@ -517,8 +528,13 @@ def test_a_group_says_how_many_examples_and_none_of_them_is_an_item(
     pytest.importorskip("lm_eval")
     _, h6 = harness.parse_tasks(["h6", "winogrande"], 7, None)
     assert {name: how.shots for name, how in h6.items()} == {
-        "arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "truthfulqa_mc2": 0, "winogrande": None, "gsm8k": 5,
-    }, "a task that is named beside its group is run as it was named"  # fmt: skip
+        "arc_challenge": 25,
+        "hellaswag": 10,
+        "mmlu": 5,
+        "truthfulqa_mc2": 0,
+        "winogrande": None,
+        "gsm8k": 5,
+    }, "a task that is named beside its group is run as it was named"
     assert {how.items for how in h6.values()} == {7}
     seen = []
     monkeypatch.setattr(
@@ -605,7 +621,11 @@ def test_a_tokenizer_and_a_prompt_that_do_not_fit_the_model_are_refused(hf_dir, 
 
 
 def test_bits_per_byte_alone_needs_neither_harness_nor_torch():
-    code = "import sys; from jaxpt.evaluate import harness, compare, reference; print({'lm_eval', 'torch', 'transformers', 'datasets'} & set(sys.modules))"
+    code = (
+        "import sys; from jaxpt.evaluate import harness, compare, reference; "
+        "print({'lm_eval', 'torch', 'transformers', 'datasets'} & "
+        "set(sys.modules))"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
@@ -749,7 +769,7 @@ def test_models_that_cannot_be_set_side_by_side_are_refused(params, hf_dir, tmp_
     words["model"]["merges"] = words["model"]["merges"][:-40]
     (other / "tokenizer.json").write_text(json.dumps(words))
     for models, file, says in (
-        ([hf_dir], "held", "got 1 models, wanted two"),
+        ([hf_dir], "held", "got 1 models, expected two"),
         ([hf_dir, other], "held", "different tokenizers"),
         ([hf_dir, hf_dir], "short", "none of 1 documents has 32 tokens"),
     ):

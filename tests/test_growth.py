@@ -1,4 +1,6 @@
-"""Laws of growth: layer maps as published, functions kept where that is promised, moments that are the child's own, the same newborn on every mesh."""
+"""Laws of growth: layer maps as published, functions kept where that is promised, moments that are
+the child's own, the same newborn on every mesh.
+"""
 
 import dataclasses
 import math
@@ -82,7 +84,7 @@ def test_solar_is_grown_exactly():
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted"),
+    ("text", "expected"),
     [
         ("depth_upscale(m=2)", [0, 1, 2, 2, 3, 4]),
         ("stack(g=2)", [0, 1, 2, 3, 4] * 2),
@@ -93,14 +95,14 @@ def test_solar_is_grown_exactly():
         ("layers([4, 0])", [4, 0]),
     ],
 )
-def test_a_grown_layer_is_its_source_and_all_else_is_the_parents(spec, text, wanted):
+def test_a_grown_layer_is_its_source_and_all_else_is_the_parents(spec, text, expected):
     mesh = sharding.make_mesh(config.MeshConfig(fsdp=4, tensor=2))
     parent = randomised(spec, mesh)
     child_spec, child, done = grown(spec, parent, text, mesh)
-    assert done.layer_map == wanted and child_spec.n_layers == len(wanted)
+    assert done.layer_map == expected and child_spec.n_layers == len(expected)
     for name, leaf in child["blocks"].items():
         np.testing.assert_array_equal(
-            leaf, np.asarray(parent["blocks"][name])[wanted], err_msg=name
+            leaf, np.asarray(parent["blocks"][name])[expected], err_msg=name
         )
         assert leaf.sharding == llama.make_param_shardings(child_spec, mesh)["blocks"][name]
     for name in ("embed", "norm", "unembed"):  # the final norm too, which the course's code forgot
@@ -147,7 +149,9 @@ def rows_on(mesh):
 
 
 def test_narrow_leaves_out_what_does_nothing(spec, one):
-    """Neurons and kv groups that are silent, other ones in each layer: without them the model computes what it did."""
+    """Neurons and kv groups that are silent, other ones in each layer: without them the model
+    computes what it did.
+    """
     parent = jax.tree.map(np.array, randomised(spec, one))
     blocks = parent["blocks"]
     for layer in range(5):
@@ -226,7 +230,9 @@ FAMILIES = {
 
 
 def crossed(single):
-    """Every family with every text; by default all widths at once for each family, and one width at a time only with --slow."""
+    """Every family with every text; by default all widths at once for each family, and one width at
+    a time only with --slow.
+    """
     whole = [(family, "widen(d=48, ff=90, heads=12)") for family in FAMILIES]
     return whole + [
         pytest.param(family, text, marks=pytest.mark.slow) for family in FAMILIES for text in single
@@ -436,7 +442,9 @@ def test_a_growth_adds_one_compilation_and_leaves_the_state_sharded_as_born(text
 
 
 def test_new_parts_learn_as_if_freshly_born_and_old_ones_go_on(one):
-    """Adam on one weight by hand: own count for the bias of new moments, own warm-up; the old part as if nothing had grown."""
+    """Adam on one weight by hand: own count for the bias of new moments, own warm-up; the old part
+    as if nothing had grown.
+    """
     settings = dataclasses.replace(
         SETTINGS,
         optim=dataclasses.replace(SETTINGS.optim, clip_norm=0.0, weight_decay=0.0, eps=1e-12),
@@ -456,15 +464,15 @@ def test_new_parts_learn_as_if_freshly_born_and_old_ones_go_on(one):
         optim.b1 * mean + (1 - optim.b1) * grad,
         optim.b2 * square + (1 - optim.b2) * grad**2,
     )
-    wanted = before.copy()
+    expected = before.copy()
     for part, count, share in ((slice(0, 3), 4, 1.0), (slice(3, 6), 1, 1 / 4)):
-        wanted[part] -= (
+        expected[part] -= (
             lr
             * share
             * (mean[part] / (1 - optim.b1**count))
             / np.sqrt(square[part] / (1 - optim.b2**count))
         )
-    np.testing.assert_allclose(np.asarray(after.params["blocks"]["gate"]), wanted, atol=2e-6)
+    np.testing.assert_allclose(np.asarray(after.params["blocks"]["gate"]), expected, atol=2e-6)
 
 
 def test_rates_by_age_name_and_layer_multiply_and_zero_freezes(one):
@@ -516,9 +524,19 @@ def test_another_optimizer_and_a_rewarmed_rate_are_warned_of(spec, one):
 
 
 EXACT = [
-    "deepen(L=8)", "stack(g=2, noise=0.1)", "widen(d=48, ff=80, heads=12, noise=0.2)",
-    *(pytest.param(text, marks=pytest.mark.slow) for text in ("depth_upscale(m=2)", "insert_identity(every=2)", "widen(d=48)", "widen_rms(d=48, ff=60)")),
-]  # fmt: skip
+    "deepen(L=8)",
+    "stack(g=2, noise=0.1)",
+    "widen(d=48, ff=80, heads=12, noise=0.2)",
+    *(
+        pytest.param(text, marks=pytest.mark.slow)
+        for text in (
+            "depth_upscale(m=2)",
+            "insert_identity(every=2)",
+            "widen(d=48)",
+            "widen_rms(d=48, ff=60)",
+        )
+    ),
+]
 
 
 @pytest.mark.parametrize("text", EXACT)

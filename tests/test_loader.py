@@ -1,4 +1,6 @@
-"""Laws of the loader: targets stay in their document, the same batch on any mesh and host count, resumed as if never cut, damage is named."""
+"""Laws of the loader: targets stay in their document, the same batch on any mesh and host count,
+resumed as if never cut, damage is named.
+"""
 
 import dataclasses
 import json
@@ -127,7 +129,8 @@ def random_rows(rng, n=6, seq_len=37) -> list[loader.PackedSequence]:
 
 @pytest.mark.parametrize("document_mask", [True, False])
 def test_a_batch_is_what_spec_says(document_mask):
-    """Against the definition, token by token: a target is the next token of the same document (of the row, without document_mask) and
+    """Against the definition, token by token: a target is the next token of the same document (of
+    the row, without document_mask) and
     counts if it is trained."""
     rng = np.random.default_rng(3)
     for _ in range(20):
@@ -147,18 +150,20 @@ def test_a_batch_is_what_spec_says(document_mask):
                 there = t + 1 < len(where) and (not document_mask or where[t + 1][0] == piece)
                 trained = there and where[t + 1][1] >= row.loss_from[where[t + 1][0]]
                 target = row.tokens[t + 1] if trained else 0
-                wanted = (
+                expected = (
                     row.tokens[t],
                     target,
                     piece + 1 if document_mask else 1,
                     k if document_mask else t,
                     float(trained),
                 )
-                assert got == wanted
+                assert got == expected
 
 
 def test_from_disk_to_logits_a_document_reads_as_if_it_stood_alone(workdir, rows, spec, one):
-    """Whatever its neighbours are and wherever in the row it begins; with document_mask off it does see them."""
+    """Whatever its neighbours are and wherever in the row it begins; with document_mask off it does
+    see them.
+    """
     spec = spec.replace(vocab_size=704, max_seq_len=ROW_LEN)
     params = llama.init_params(spec, 0, one)
 
@@ -217,8 +222,8 @@ def test_a_stream_resumed_at_any_row_is_the_uncut_stream(rows, mixture):
     )  # other rows every time
     for first_row, batch_size in ((48, 16), (7, 16), (32, 4), (95, 1), *random):
         resumed = batches(1, rows, mixture, one, batch_size, first_row, True)[0]
-        wanted = tokens[first_row : first_row + batch_size]
-        np.testing.assert_array_equal(resumed.tokens[: len(wanted)], wanted)
+        expected = tokens[first_row : first_row + batch_size]
+        np.testing.assert_array_equal(resumed.tokens[: len(expected)], expected)
         assert len(resumed.tokens) == batch_size, (first_row, batch_size)
     far = batches(1, rows, mixture, one, BATCH_ROWS, 10**12, True)[0]
     np.testing.assert_array_equal(far.tokens[0], rows.row(*mixture.sequence_at(10**12)).tokens)
@@ -277,9 +282,14 @@ def test_any_number_of_hosts_gets_the_same_batch_and_reads_only_its_own_rows(wor
             port = free.getsockname()[1]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
         hosts = [
-            subprocess.Popen([sys.executable, "-c", HOST, str(rank), str(n_hosts), str(port), str(workdir)], env=environment, stdout=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                [sys.executable, "-c", HOST, str(rank), str(n_hosts), str(port), str(workdir)],
+                env=environment,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
             for rank in range(n_hosts)
-        ]  # fmt: skip
+        ]
         found = [json.loads(host.communicate(timeout=120)[0].split("FOUND")[1]) for host in hosts]
         for label in ("rows", "positions", "replicated"):
             rebuilt = np.full_like(whole, -1)
@@ -362,18 +372,39 @@ def damaged(workdir, directory, change, name="data-00000.arrow"):
     [
         (lambda w, d: [], "no packed directory"),
         (lambda w, d: [d / "nowhere"], "no manifest.json"),
-        (lambda w, d: [w / "packed", w / "tokenizer"], "was made by tokenizer, wanted packed rows"),
-        (lambda w, d: [w / "packed", w / "packed"], "source code was opened from another directory"),
+        (
+            lambda w, d: [w / "packed", w / "tokenizer"],
+            "was made by tokenizer, expected packed rows",
+        ),
+        (
+            lambda w, d: [w / "packed", w / "packed"],
+            "source code was opened from another directory",
+        ),
         (lambda w, d: [w / "packed", other_packed(w, d, seq_len=64)], "its rows have 64 tokens"),
-        (lambda w, d: [w / "packed", other_packed(w, d, vocab_size=650)], "Pack both with one tokenizer"),
+        (
+            lambda w, d: [w / "packed", other_packed(w, d, vocab_size=650)],
+            "Pack both with one tokenizer",
+        ),
         (lambda w, d: damaged(w, d, "missing"), "data-00000.arrow: missing"),
-        (lambda w, d: damaged(w, d, "truncated"), "data-00000.arrow: .* bytes, wanted"),
+        (lambda w, d: damaged(w, d, "truncated"), "data-00000.arrow: .* bytes, expected"),
         (lambda w, d: damaged(w, d, "one bit"), "data-00000.arrow: the checksum of bytes"),
         (lambda w, d: damaged(w, d, "one bit", pack.INDEX_SCHEMA), "batches.npy: its checksum"),
         (lambda w, d: damaged(w, d, "missing", pack.INDEX_SCHEMA), "batches.npy: missing"),
     ],
-    ids=["none", "missing", "not packed", "twice", "row length", "tokenizer", "shard gone", "shard cut", "shard damaged", "index damaged", "index gone"],
-)  # fmt: skip
+    ids=[
+        "none",
+        "missing",
+        "not packed",
+        "twice",
+        "row length",
+        "tokenizer",
+        "shard gone",
+        "shard cut",
+        "shard damaged",
+        "index damaged",
+        "index gone",
+    ],
+)
 def test_rows_that_cannot_be_trusted_are_refused_in_one_sentence(paths, says, workdir, tmp_path):
     with pytest.raises(UserError, match=says) as error:
         loader.open_packed(paths(workdir, tmp_path))
@@ -435,9 +466,13 @@ def bucket(workdir, tmp_path, monkeypatch):
     server.start()
     endpoint = "http://{}:{}".format(*server.get_host_and_port())
     for name, value in {
-        "AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "none", "AWS_DEFAULT_REGION": "us-east-1",
-        "XDG_CACHE_HOME": str(tmp_path / "cache"), "no_proxy": "127.0.0.1",
-    }.items():  # fmt: skip
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "nobody",
+        "AWS_SECRET_ACCESS_KEY": "none",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "no_proxy": "127.0.0.1",
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(pack, "BATCH_TOKENS", 40 * ROW_LEN)
     for part in ("corpus", "tokenizer"):
@@ -527,7 +562,7 @@ def test_the_cache_of_an_object_store_keeps_its_bounds_and_trusts_no_damaged_fil
 @pytest.mark.parametrize(
     ("harm", "says"),
     [
-        ("cut", "bytes, wanted"),
+        ("cut", "bytes, expected"),
         ("gone", "data-00000.arrow: missing"),
         ("flipped", "the checksum of bytes"),
         ("no bucket", "cannot be opened"),
@@ -564,7 +599,9 @@ def test_several_hosts_look_for_damage_in_parts_that_make_the_whole(workdir):
 
 
 def test_a_prompt_has_no_weight_from_file_to_batch(workdir, tmp_path):
-    """jsonl with two fields -> corpus -> rows -> batch: what is trained is each completion and its end, and nothing else of a document."""
+    """jsonl with two fields -> corpus -> rows -> batch: what is trained is each completion and its
+    end, and nothing else of a document.
+    """
     records = [
         {"question": f"What is {i} + {i}?\n", "answer": f"It is {2 * i}, I say 日本."}
         for i in range(90)
@@ -608,9 +645,13 @@ def test_a_batch_that_the_mesh_cannot_cut_is_refused(rows, mixture):
 def a_run(workdir, tmp_path, **changes):
     """A run directory as the loop leaves it."""
     settings = dataclasses.replace(
-        config.Config(), mixture=config.MixtureConfig(packed_paths=(str(workdir / "packed"),), phases=((0, {"english": 0.7, "code": 0.3}), (2, {"code": 1.0}))),
+        config.Config(),
+        mixture=config.MixtureConfig(
+            packed_paths=(str(workdir / "packed"),),
+            phases=((0, {"english": 0.7, "code": 0.3}), (2, {"code": 1.0})),
+        ),
         train=config.TrainConfig(batch_size=BATCH_ROWS, steps=9),
-    )  # fmt: skip
+    )
     rows = loader.open_packed([workdir / "packed"])
     stretches = MixtureSchedule(
         settings.mixture, rows.n_rows, BATCH_ROWS, packed_paths=rows.fingerprint

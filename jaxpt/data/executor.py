@@ -16,7 +16,7 @@ from typing import Any
 
 from jaxpt.spec import UserError
 
-# Both libraries send usage data home at import, unless told before it; Daft's own progress bars
+# Both libraries send usage data home at import, unless disabled before it; Daft's own progress bars
 # would write over ours.
 QUIET = {"DO_NOT_TRACK": "1", "SCARF_NO_ANALYTICS": "1"}
 QUIET |= {"RAY_USAGE_STATS_ENABLED": "0", "DAFT_PROGRESS_BAR": "0"}

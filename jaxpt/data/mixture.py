@@ -1,9 +1,14 @@
-"""Which row of which source stands at global row index i: a pure function of seed, phases and i, in constant time.
+"""Which row of which source stands at global row index i: a pure function of seed, phases and i, in
+constant time.
 
-A phase gives every source a whole number of slots in a table of at most 4,096, laid out so that the realised share after any n rows
-is within one row of the ideal. The k-th use of a source is row k of its order; every epoch is another shuffle of all its rows. The
-uses go on counting over phases, so that no row comes twice in an epoch. There is no state: resuming is knowing one integer. Other shares
-or another batch from some step on are one more stretch in the account of a run, which settings of today do not change.
+A phase gives every source a whole number of slots in a table of at most 4,096, laid out so that the
+realised share after any n rows
+is within one row of the ideal. The k-th use of a source is row k of its order; every epoch is
+another shuffle of all its rows. The
+uses go on counting over phases, so that no row comes twice in an epoch. There is no state: resuming
+is knowing one integer. Other shares
+or another batch from some step on are one more stretch in the account of a run, which settings of
+today do not change.
 """
 
 from __future__ import annotations
@@ -28,7 +33,8 @@ MAX_SLOTS = 4096  # of a phase; a share is a multiple of 1 / slots
 
 @dataclasses.dataclass(frozen=True)
 class MixturePhase(Record):
-    """Rows that a run reads under one setting; the list of them is the account of what a run has read and will read.
+    """Rows that a run reads under one setting; the list of them is the account of what a run has
+    read and will read.
 
     step, row   steps done and global rows read before it
     batch_size  rows in each of its steps
@@ -66,11 +72,13 @@ class PhasePlan(NamedTuple):
 class MixtureSchedule:
     """The order of all rows of a run.
 
-    asked       phases ((from step, {source: share}), ...) with shares of any sum, none for shares in proportion to the rows; and the
+    asked       phases ((from step, {source: share}), ...) with shares of any sum, none for shares
+    in proportion to the rows; and the
                 seed of the shuffles
     n_rows      rows in each source
     batch_size  rows in a step: turns the phases' steps into rows
-    past        what a run that goes on has read so far, of which `asked` changes nothing; it stands at `step`, `row`
+    past        what a run that goes on has read so far, of which `asked` changes nothing; it stands
+    at `step`, `row`
     packed      fingerprint of the rows, for the account
 
     Raises UserError for phases that cannot be run.
@@ -118,14 +126,18 @@ class MixtureSchedule:
         )
 
     def shuffle_index(self, source: int, use: int) -> int:
-        """The row that the use-th reading of a source takes: a permutation of its rows in each epoch."""
+        """The row that the use-th reading of a source takes: a permutation of its rows in each
+        epoch.
+        """
         name = self.names[source]
         epoch, position = divmod(use, self.n_rows[name])
         digest = hashlib.blake2b(f"{self.seed}/{name}/{epoch}".encode(), digest_size=4).digest()
         return index_shuffle(position, self.n_rows[name] - 1, int.from_bytes(digest), 4)
 
     def locate_slot(self, index: int) -> tuple[PhasePlan, int, int]:
-        """The phase that a row index falls into, the whole tables before it in that phase, and its slot."""
+        """The phase that a row index falls into, the whole tables before it in that phase, and its
+        slot.
+        """
         if index < 0:
             raise IndexError(f"row index {index}: rows are counted from 0")
         phase = self.phases[bisect.bisect_right(self.starts, index) - 1]
@@ -160,13 +172,15 @@ class MixtureSchedule:
         ]
 
     def check_max_epochs(self, n_rows: int, max_epochs: Sequence[tuple[str, float]]) -> None:
-        """Before a run of n_rows rows: raises UserError naming every source that it would read more often than max_epochs allows it, or
+        """Before a run of n_rows rows: raises UserError naming every source that it would read more
+        often than max_epochs allows it, or
         allows "all" that are not named.
         """
         most_of = dict(max_epochs)
         if unknown := [name for name in most_of if name not in self.names and name != "all"]:
             raise UserError(
-                f"mixture.max_epochs: no packed source is called {unknown[0]!r}; there are: {', '.join(self.names)}, and all."
+                "mixture.max_epochs: no packed source is called "
+                f"{unknown[0]!r}; there are: {', '.join(self.names)}, and all."
             )
         too_often = []
         for name, epochs in self.compute_epochs(n_rows).items():
@@ -180,11 +194,13 @@ class MixtureSchedule:
                 )
                 by, until = (self.phase_at(row).step_at(row) for row in (n_rows, lasts))
                 too_often.append(
-                    f"{name} is read {epochs:.3g} times by step {by:,} (it lasts until {until:,}), {most:g} allowed"
+                    f"{name} is read {epochs:.3g} times by step {by:,} (it "
+                    f"lasts until {until:,}), {most:g} allowed"
                 )
         if too_often:
             raise UserError(
-                f"mixture.max_epochs: {'; '.join(too_often)}. Lower its share or train.steps, pack more, or raise max_epochs."
+                f"mixture.max_epochs: {'; '.join(too_often)}. Lower its share "
+                "or train.steps, pack more, or raise max_epochs."
             )
 
 
@@ -227,12 +243,16 @@ def schedule_from_history(
 
 
 def check_phase_sources(phases: Sequence, n_rows: Mapping[str, int]) -> None:
-    """Raises UserError for phases that are out of order, name unknown sources or give no meaningful shares."""
+    """Raises UserError for phases that are out of order, name unknown sources or give no meaningful
+    shares.
+    """
     steps = [step for step, _ in phases]
     if steps[:1] not in ([], [0]) or any(
         later <= step for step, later in itertools.pairwise(steps)
     ):
-        raise UserError(f"mixture.phases: start at steps {steps}, wanted 0 first and then rising.")
+        raise UserError(
+            f"mixture.phases: start at steps {steps}, expected 0 first and then rising."
+        )
     for step, shares in phases:
         for name, share in shares.items():
             if name not in n_rows:
@@ -243,30 +263,37 @@ def check_phase_sources(phases: Sequence, n_rows: Mapping[str, int]) -> None:
                     else f"there are: {', '.join(sorted(n_rows))}."
                 )
                 raise UserError(
-                    f"mixture.phases: no packed source is called {name!r} (from step {step}); {hint}"
+                    f"mixture.phases: no packed source is called {name!r} "
+                    f"(from step {step}); {hint}"
                 )
             if not isinstance(share, (int, float)) or not math.isfinite(share) or share < 0:
                 raise UserError(
-                    f"mixture.phases: the share of {name} from step {step} is {share!r}, wanted a number of at least 0."
+                    f"mixture.phases: the share of {name} from step {step} is "
+                    f"{share!r}, expected a number of at least 0."
                 )
             if share and not n_rows[name]:
                 raise UserError(
-                    f"mixture.phases: {name} has no rows to take from step {step}. Leave it out, or pack more of it."
+                    f"mixture.phases: {name} has no rows to take from step "
+                    f"{step}. Leave it out, or pack more of it."
                 )
         total = sum(shares.values())
         if total <= 0:
             raise UserError(
-                f"mixture.phases: the shares from step {step} sum to nothing ({dict(shares)}). Give at least one source a share above 0."
+                f"mixture.phases: the shares from step {step} sum to nothing "
+                f"({dict(shares)}). Give at least one source a share above 0."
             )
         for name, share in shares.items():
             if 0 < share / total < 1 / MAX_SLOTS:
                 raise UserError(
-                    f"mixture.phases: {name} has {share / total:.2g} of the rows from step {step}, wanted 0 or at least 1/{MAX_SLOTS:,}."
+                    f"mixture.phases: {name} has {share / total:.2g} of the "
+                    f"rows from step {step}, expected 0 or at least "
+                    f"1/{MAX_SLOTS:,}."
                 )
 
 
 def count_slots(shares: Sequence[float]) -> np.ndarray:
-    """Whole numbers in the proportion of the shares, together MAX_SLOTS at most: those whose largest relative error is smallest, the
+    """Whole numbers in the proportion of the shares, together MAX_SLOTS at most: those whose
+    largest relative error is smallest, the
     smallest of equals. Every share above 0 gets a slot.
     """
     ideal = np.asarray(shares, np.float64) / np.sum(shares)
@@ -274,15 +301,18 @@ def count_slots(shares: Sequence[float]) -> np.ndarray:
         np.rint(np.arange(1, MAX_SLOTS + 1)[:, None] * ideal), ideal > 0
     ).astype(np.int64)
     candidates = candidates[candidates.sum(1) <= MAX_SLOTS]
-    real, wanted = candidates[:, ideal > 0] / candidates.sum(1, keepdims=True), ideal[ideal > 0]
-    return candidates[np.argmin(np.abs(real / wanted - 1).max(1).round(9))]
+    real, expected = candidates[:, ideal > 0] / candidates.sum(1, keepdims=True), ideal[ideal > 0]
+    return candidates[np.argmin(np.abs(real / expected - 1).max(1).round(9))]
 
 
 def order_slots(counts: np.ndarray) -> np.ndarray:
-    """A source for each slot, so that after any number of slots every source has had its share to within one slot.
+    """A source for each slot, so that after any number of slots every source has had its share to
+    within one slot.
 
-    Among the sources that are behind by enough, the one that would be first to fall behind by one goes next.
-    Source: Tijdeman 1980, "The chairman assignment problem"; the deviation stays within 1 - 1 / (2 sources - 2).
+    Among the sources that are behind by enough, the one that would be first to fall behind by one
+    goes next.
+    Source: Tijdeman 1980, "The chairman assignment problem"; the deviation stays within 1 - 1 / (2
+    sources - 2).
     """
     present = np.flatnonzero(counts)
     counts, n_slots, margin = counts[present], counts.sum(), max(1, 2 * len(present) - 2)

@@ -1,7 +1,10 @@
-"""Paragraphs that stood in the corpus before: marked in each text alone, decided over all of them, taken out when the shards are written.
+"""Paragraphs that stood in the corpus before: marked in each text alone, decided over all of them,
+taken out when the shards are written.
 
-A paragraph is what stands between empty lines, without the white space around it; of equal ones the first in canonical order stays. 64 bits of
-a hash stand for it: among ten million, two unlike ones are taken for equal with a chance of 3 in a million.
+A paragraph is what stands between empty lines, without the white space around it; of equal ones the
+first in canonical order stays. 64 bits of
+a hash stand for it: among ten million, two unlike ones are taken for equal with a chance of 3 in a
+million.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ import numpy as np
 from jaxpt.data import dedup
 
 PARAGRAPH_GAP = re.compile(r"(\n{2,})")
-# A paragraph: its hash, its number in the text, its size, the characters of the gaps around it, and how many shorter ones the text has
+# A paragraph: its hash, its number in the text, its size, the characters of the gaps around it, and
+# how many shorter ones the text has
 MARK_SIZE = np.dtype(
     [
         (name, "<u8" if name == "digest" else "<u4")
@@ -54,15 +58,18 @@ def hash_text_paragraphs(text: str, least: int) -> bytes:
 class RepeatedParagraphs(NamedTuple):
     """What goes out of n documents.
 
-    amounts  [n, 3] int64, of each document: paragraphs, and characters and bytes with the gaps that go with them
-    cuts     (row, number, leading) of each paragraph, by row: one with nothing left before it takes the gap behind it along, another the one before
-    empty    rows of which nothing stays;  twin  for each the row where its first paragraph stands
+    amounts  [n, 3] int64, of each document: paragraphs, and characters and bytes with the gaps that
+    go with them
+    cuts     (row, number, leading) of each paragraph, by row: one with nothing left before it takes
+    the gap behind it along, another the one before
+    empty    rows of which nothing stays;  original  for each the row where its first paragraph
+    stands
     """
 
     repeated_chars: np.ndarray
     cuts: np.ndarray
     empty: np.ndarray
-    twin: np.ndarray
+    original: np.ndarray
 
 
 def find_repeated_paragraphs(
@@ -70,7 +77,8 @@ def find_repeated_paragraphs(
 ) -> RepeatedParagraphs:
     """Of n documents in canonical order what stood in one before, or before in the same.
 
-    each  gives, in parts and every time anew, (rows [m], paragraphs of each [m], MARKs of them all): some 35 bytes a paragraph are held
+    each  gives, in parts and every time anew, (rows [m], paragraphs of each [m], MARKs of them
+    all): some 35 bytes a paragraph are held
     """
     digests, owners = [np.empty(0, np.uint64)], [np.empty(0, np.int32)]
     for rows, counts, found in each():
@@ -81,7 +89,11 @@ def find_repeated_paragraphs(
         np.concatenate(owners),
     )
     amounts, at = np.zeros((n, 3), np.int64), 0
-    cuts, empty, twin = [np.empty(0, [("row", "<i8"), ("number", "<u4"), ("leading", "?")])], [], []
+    cuts, empty, original = (
+        [np.empty(0, [("row", "<i8"), ("number", "<u4"), ("leading", "?")])],
+        [],
+        [],
+    )
     for rows, counts, found in each():
         of = np.flatnonzero(first[at : at + len(found)] != np.arange(at, at + len(found)))
         row, gone = np.repeat(rows, counts)[of], found[of]
@@ -97,13 +109,13 @@ def find_repeated_paragraphs(
         starts = np.cumsum([0, *counts])[:-1]
         nothing[nothing] = found["shorter"][starts[nothing]] == 0
         empty.append(rows[nothing])
-        twin.append(owners[first[at + starts[nothing]]])
+        original.append(owners[first[at + starts[nothing]]])
         cuts.append(here[~np.isin(row, rows[nothing])])
         at += len(found)
     return RepeatedParagraphs(
         amounts,
         np.concatenate(cuts),
-        *(np.concatenate([np.empty(0, np.int64), *rows]) for rows in (empty, twin)),
+        *(np.concatenate([np.empty(0, np.int64), *rows]) for rows in (empty, original)),
     )
 
 

@@ -782,7 +782,7 @@ def decide_drops(table: DocumentTable, rules: Sequence[filters.Rule]) -> Drops:
         if rule.name == PARAGRAPHS:
             read_marks = functools.partial(read_paragraph_marks, table, k, is_alive)
             repeated = paragraphs.find_repeated_paragraphs(read_marks, len(failed))
-            dropped_by[repeated.empty], original[repeated.empty] = k, repeated.twin
+            dropped_by[repeated.empty], original[repeated.empty] = k, repeated.original
         elif rule.mark:
             if rule.name == NEAR:
                 paths = [judged.with_suffix("") for judged in table.judged]

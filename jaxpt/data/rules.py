@@ -1,9 +1,13 @@
-"""What the rules are: each a function of one text and its thresholds, named as in a config, with its source.
+"""What the rules are: each a function of one text and its thresholds, named as in a config, with
+its source.
 
-A rule that drops gives the reason in words, or "" to keep the text; a rule that edits gives the text that takes its place
-and the number of edits. Which rules run, in which order and with which thresholds, is said in filters.py.
+A rule that drops gives the reason in words, or "" to keep the text; a rule that edits gives the
+text that takes its place
+and the number of edits. Which rules run, in which order and with which thresholds, is said in
+filters.py.
 
-Words are what stands between white space, lines what stands between line ends, paragraphs what stands between empty lines.
+Words are what stands between white space, lines what stands between line ends, paragraphs what
+stands between empty lines.
 """
 
 from __future__ import annotations
@@ -51,7 +55,8 @@ class Text(str):
         return np.fromiter(map(hash, self.words), np.int64, len(self.words)).view(np.uint64)
 
     def ngram_codes(self, n: int) -> np.ndarray:
-        """[max(0, n_words - n + 1)] uint64: equal for equal n words in a row, and for others with a chance of 2^-64.
+        """[max(0, n_words - n + 1)] uint64: equal for equal n words in a row, and for others with a
+        chance of 2^-64.
 
         The last ones are kept, as longer ones are made of them: ask for n in rising order.
         """
@@ -84,11 +89,12 @@ def line_length(text: str, lines: int = 3, chars: int = 3) -> str:
         n_long += len(line) >= chars
         if n_long == lines:
             return ""
-    return f"{n_long} lines of {chars} characters or more, wanted {lines}"
+    return f"{n_long} lines of {chars} characters or more, expected {lines}"
 
 
 def paragraph_repetition(text: str, most: float = 0.3, most_chars: float = 0.2) -> str:
-    """More than 0.3 of the paragraphs, or 0.2 of the text's characters, are paragraphs seen earlier in the text.
+    """More than 0.3 of the paragraphs, or 0.2 of the text's characters, are paragraphs seen earlier
+    in the text.
 
     Source: the course, lesson 2; the same as Gopher's two paragraph rules (2112.11446, table A1).
     """
@@ -96,7 +102,9 @@ def paragraph_repetition(text: str, most: float = 0.3, most_chars: float = 0.2) 
 
 
 def split_paragraphs(text: str) -> list[str]:
-    """re.split(r"\\n{2,}", text.strip()), in a third of the time: that looks at each character by itself."""
+    """re.split(r"\\n{2,}", text.strip()), in a third of the time: that looks at each character by
+    itself.
+    """
     return [part for cut in text.strip().split("\n\n") if (part := cut.lstrip("\n"))] or [""]
 
 
@@ -109,10 +117,11 @@ def measure_repetition(
     n_repeated = len(parts) - len(seen)
     chars = sum(map(len, parts)) - sum(map(len, seen))
     if n_repeated / len(parts) > most:
-        return f"{n_repeated} of {len(parts)} {noun} are repeats, wanted at most {most}"
+        return f"{n_repeated} of {len(parts)} {noun} are repeats, expected at most {most}"
     if chars / len(text) > most_chars:
         return (
-            f"{chars} of {len(text)} characters are in repeated {noun}, wanted at most {most_chars}"
+            f"{chars} of {len(text)} characters are in repeated {noun}, "
+            f"expected at most {most_chars}"
         )
     return ""
 
@@ -120,7 +129,8 @@ def measure_repetition(
 def language(
     texts: list[Text], code: str = "en", least: float = 0.65, newline: str = " "
 ) -> list[str]:
-    """Not in the language `code` with a score above `least`, by fastText's lid.176. `newline` takes the place of each line end.
+    """Not in the language `code` with a score above `least`, by fastText's lid.176. `newline` takes
+    the place of each line end.
 
     Source: 0.65 is FineWeb's (2406.17557); the course takes 0.4 and glues lines together.
     """
@@ -134,7 +144,7 @@ def language(
         reasons.append(
             ""
             if found == code and score > least
-            else f"{found} {score:.2f}, wanted {code} above {least:.2f}"
+            else f"{found} {score:.2f}, expected {code} above {least:.2f}"
         )
     return reasons
 
@@ -145,17 +155,19 @@ def language(
 def gopher_word_count(text: Text, least: int = 50, most: int = 100_000) -> str:
     """Fewer than 50 words or more than 100,000, those without a letter or digit not counted."""
     n = len(text.words) - len(text.symbols)
-    return "" if least <= n <= most else f"{n:,} words, wanted {least:,} to {most:,}"
+    return "" if least <= n <= most else f"{n:,} words, expected {least:,} to {most:,}"
 
 
 def gopher_word_length(text: Text, least: float = 3.0, most: float = 10.0) -> str:
-    """Words of fewer than 3 or more than 10 characters on average, those without a letter or digit not counted."""
+    """Words of fewer than 3 or more than 10 characters on average, those without a letter or digit
+    not counted.
+    """
     n = len(text.words) - len(text.symbols)
     mean = (int(text.word_chars.sum()) - sum(map(len, text.symbols))) / max(n, 1)
     return (
         ""
         if least <= mean <= most
-        else f"words of {mean:.1f} characters on average, wanted {least:g} to {most:g}"
+        else f"words of {mean:.1f} characters on average, expected {least:g} to {most:g}"
     )
 
 
@@ -166,7 +178,7 @@ def gopher_symbols(text: Text, most: float = 0.1) -> str:
         ("ellipses", text.count("...") + text.count("…")),
     ):
         if n > most * len(text.words):
-            return f"{n} {name} to {len(text.words)} words, wanted at most {most} to one"
+            return f"{n} {name} to {len(text.words)} words, expected at most {most} to one"
     return ""
 
 
@@ -179,7 +191,7 @@ def gopher_bullets(text: str, most: float = 0.9) -> str:
     return (
         ""
         if n <= most * len(lines)
-        else f"{n} of {len(lines)} lines are bullet points, wanted at most {most}"
+        else f"{n} of {len(lines)} lines are bullet points, expected at most {most}"
     )
 
 
@@ -192,14 +204,15 @@ def gopher_ellipsis_lines(text: str, most: float = 0.3) -> str:
     return (
         ""
         if n <= most * len(lines)
-        else f"{n} of {len(lines)} lines end with an ellipsis, wanted at most {most}"
+        else f"{n} of {len(lines)} lines end with an ellipsis, expected at most {most}"
     )
 
 
 def gopher_alphabetic(text: Text, least: float = 0.8, marks: bool = False) -> str:
     """Less than 0.8 of the words hold a letter.
 
-    marks=True counts each punctuation mark as a word, as the tokenizers of datatrove do, and with them FineWeb: much stricter.
+    marks=True counts each punctuation mark as a word, as the tokenizers of datatrove do, and with
+    them FineWeb: much stricter.
     """
     return count_words_with_letters(WORD_TOKEN.findall(text) if marks else text.words, least)
 
@@ -214,14 +227,16 @@ def count_words_with_letters(words: list[str], least: float) -> str:
     return (
         ""
         if n >= least * len(words)
-        else f"{n} of {len(words)} words hold a letter, wanted {least}"
+        else f"{n} of {len(words)} words hold a letter, expected {least}"
     )
 
 
 def gopher_stop_words(text: Text, least: int = 2) -> str:
     """Fewer than two of: the, be, to, of, and, that, have, with. Asks for English."""
     n = len(STOP_WORDS.intersection(text.words))
-    return "" if n >= least else f"{n} of the words {', '.join(sorted(STOP_WORDS))}, wanted {least}"
+    return (
+        "" if n >= least else f"{n} of the words {', '.join(sorted(STOP_WORDS))}, expected {least}"
+    )
 
 
 STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
@@ -231,12 +246,16 @@ STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
 
 
 def duplicate_lines(text: str, most: float = 0.3, most_chars: float = 0.2) -> str:
-    """More than 0.3 of the lines, or 0.2 of the text's characters, are lines seen earlier in the text."""
+    """More than 0.3 of the lines, or 0.2 of the text's characters, are lines seen earlier in the
+    text.
+    """
     return measure_repetition(re.split(r"\n+", text), text, "lines", most, most_chars)
 
 
 def top_ngrams(text: Text, two: float = 0.20, three: float = 0.18, four: float = 0.16) -> str:
-    """The most frequent 2, 3 or 4 words in a row make more than 0.20, 0.18 or 0.16 of the characters. Of equals the first in the text counts."""
+    """The most frequent 2, 3 or 4 words in a row make more than 0.20, 0.18 or 0.16 of the
+    characters. Of equals the first in the text counts.
+    """
     longest = int(text.word_chars.max(initial=0))
     for n, most in ((2, two), (3, three), (4, four)):
         codes = text.ngram_codes(n)
@@ -251,7 +270,10 @@ def top_ngrams(text: Text, two: float = 0.20, three: float = 0.18, four: float =
         at = int(np.flatnonzero(np.isin(codes, ordered[ends[counts == times]]))[0])
         gram = " ".join(text.words[at : at + n])
         if times * len(gram) / len(text) > most:
-            return f"{gram[:80]!r} stands there {times} times: {times * len(gram)} of {len(text)} characters, wanted at most {most}"
+            return (
+                f"{gram[:80]!r} stands there {times} times: {times * len(gram)} "
+                f"of {len(text)} characters, expected at most {most}"
+            )
     return ""
 
 
@@ -264,7 +286,9 @@ def duplicate_ngrams(
     nine: float = 0.11,
     ten: float = 0.10,
 ) -> str:
-    """More than 0.15 (0.14, ... 0.10) of the characters are in 5 (6, ... 10) words in a row that stood there before, none counted twice."""
+    """More than 0.15 (0.14, ... 0.10) of the characters are in 5 (6, ... 10) words in a row that
+    stood there before, none counted twice.
+    """
     limits = (five, six, seven, eight, nine, ten)
     for n, most in enumerate(limits, 5):
         codes = text.ngram_codes(n)
@@ -287,12 +311,17 @@ def duplicate_ngrams(
             bound > most * len(text)
             and (chars := count_repeated_chars(text, codes, n)) / len(text) > most
         ):
-            return f"{chars} of {len(text)} characters are in {n} words in a row that stood there before, wanted at most {most}"
+            return (
+                f"{chars} of {len(text)} characters are in {n} words in a row "
+                f"that stood there before, expected at most {most}"
+            )
     return ""
 
 
 def count_repeated_chars(text: Text, codes: np.ndarray, n: int) -> int:
-    """Characters, spaces apart, of the n-grams that stood there before, read from the left: after a repeat comes the word behind it."""
+    """Characters, spaces apart, of the n-grams that stood there before, read from the left: after a
+    repeat comes the word behind it.
+    """
     upto = np.concatenate([[0], np.cumsum(text.word_chars)]).tolist()
     seen, chars, i, found = set(), 0, 0, codes.tolist()
     while i < len(found):
@@ -311,8 +340,10 @@ def count_repeated_chars(text: Text, codes: np.ndarray, n: int) -> int:
 def c4_lines(
     text: str, punctuation: bool = True, words: int = 3, longest: int = 1000
 ) -> tuple[str, int]:
-    """Takes out the lines that do not end with . ! ? or a quotation mark, have fewer than 3 words or one above 1,000 characters, speak of
-    JavaScript or of cookies and terms; and in those that stay the marks of citations, such as [3] or [citation needed].
+    """Takes out the lines that do not end with . ! ? or a quotation mark, have fewer than 3 words
+    or one above 1,000 characters, speak of
+    JavaScript or of cookies and terms; and in those that stay the marks of citations, such as [3]
+    or [citation needed].
 
     punctuation=False keeps lines whatever their end, as FineWeb does.
     """
@@ -364,11 +395,13 @@ def c4_curly_bracket(text: str) -> str:
 
 
 def c4_sentences(text: str, least: int = 5) -> str:
-    """Fewer than five sentences: a line has one, and one more wherever . ! or ? ends a word and another word follows."""
+    """Fewer than five sentences: a line has one, and one more wherever . ! or ? ends a word and
+    another word follows.
+    """
     n = sum(
         1 + len(SENTENCE_END_PATTERN.findall(line)) for line in text.splitlines() if line.strip()
     )
-    return "" if n >= least else f"{n} sentences, wanted {least}"
+    return "" if n >= least else f"{n} sentences, expected {least}"
 
 
 SENTENCE_END_PATTERN = re.compile(r"""[.!?]["'”’)\]]*\s+(?=\S)""")
@@ -384,7 +417,7 @@ def fineweb_line_ends(text: str, least: float = 0.12) -> str:
     return (
         ""
         if n >= least * len(lines)
-        else f"{n} of {len(lines)} lines end as a sentence does, wanted {least}"
+        else f"{n} of {len(lines)} lines end as a sentence does, expected {least}"
     )
 
 
@@ -399,19 +432,21 @@ def fineweb_short_lines(text: str, most: float = 0.67, chars: int = 30) -> str:
     return (
         ""
         if n <= most * len(lines)
-        else f"{n} of {len(lines)} lines have at most {chars} characters, wanted at most {most}"
+        else f"{n} of {len(lines)} lines have at most {chars} characters, expected at most {most}"
     )
 
 
 def fineweb_duplicate_characters(text: str, most: float = 0.01) -> str:
-    """More than 0.01 of the characters are in lines seen earlier in the text. (0.01 in datatrove's recipe, 0.1 in the paper.)"""
+    """More than 0.01 of the characters are in lines seen earlier in the text. (0.01 in datatrove's
+    recipe, 0.1 in the paper.)
+    """
     lines = split_nonempty_lines(text)
     chars = sum(map(len, lines)) - sum(map(len, set(lines)))
     n = len(text) - text.count("\n")
     return (
         ""
         if chars <= most * n
-        else f"{chars} of {n} characters are in repeated lines, wanted at most {most}"
+        else f"{chars} of {n} characters are in repeated lines, expected at most {most}"
     )
 
 
@@ -421,7 +456,7 @@ def fineweb_line_breaks(text: Text, most: float = 0.3) -> str:
     return (
         ""
         if n <= most * len(text.words)
-        else f"{n} line breaks to {len(text.words)} words, wanted at most {most} to one"
+        else f"{n} line breaks to {len(text.words)} words, expected at most {most} to one"
     )
 
 
@@ -459,9 +494,11 @@ def load_word_list(path: str) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def url_list(text: Text, path: str) -> str:
-    """The `url` in its meta is in the list of the file `path`: an address, or a domain with all below it. What has no url stays.
+    """The `url` in its meta is in the list of the file `path`: an address, or a domain with all
+    below it. What has no url stays.
 
-    Source: FineWeb (2406.17557, section 3.1) and RefinedWeb (2306.01116) drop pages by such lists first.
+    Source: FineWeb (2406.17557, section 3.1) and RefinedWeb (2306.01116) drop pages by such lists
+    first.
     """
     address = normalize_url(json.loads(text.meta).get("url") or "")
     labels = re.split(r"[/:?#]", address, maxsplit=1)[0].split(".")
@@ -493,65 +530,76 @@ def read_list_lines(path: str) -> list[str]:
 def min_chars(text: str, least: int = 200) -> str:
     """Too short to teach anything but its own end."""
     n = len(text.strip())
-    return "" if n >= least else f"{n} characters, wanted {least}"
+    return "" if n >= least else f"{n} characters, expected {least}"
 
 
 def few_words(text: Text, least: float = 0.7) -> str:
-    """Less than 0.7 of the words hold a letter: tables, dumps, markup. (Gopher's rule, at 0.8 there.)"""
+    """Less than 0.7 of the words hold a letter: tables, dumps, markup. (Gopher's rule, at 0.8
+    there.)
+    """
     return count_words_with_letters(text.words, least)
 
 
 def many_symbols(text: str, most: float = 0.25) -> str:
-    """More than 0.25 of the characters are neither letters, digits nor white space: markup, ruled tables, code."""
+    """More than 0.25 of the characters are neither letters, digits nor white space: markup, ruled
+    tables, code.
+    """
     n = sum(not (c.isalnum() or c.isspace()) for c in text)
     return (
         ""
         if n <= most * len(text)
-        else f"{n} of {len(text)} characters are symbols, wanted at most {most}"
+        else f"{n} of {len(text)} characters are symbols, expected at most {most}"
     )
 
 
 def line_repetition(text: str, most: float = 0.3) -> str:
-    """More than 0.3 of the lines that hold a letter were seen earlier in the text. (Gopher's duplicate line fraction.)"""
+    """More than 0.3 of the lines that hold a letter were seen earlier in the text. (Gopher's
+    duplicate line fraction.)
+    """
     lines = [line.strip() for line in text.split("\n") if any(map(str.isalpha, line))]
     n = len(lines) - len(set(lines))
     return (
         ""
         if n <= most * len(lines)
-        else f"{n} of {len(lines)} lines are repeats, wanted at most {most}"
+        else f"{n} of {len(lines)} lines are repeats, expected at most {most}"
     )
 
 
 def code_lines(
     text: str, longest: int = 1000, least_mean: float = 10.0, most_mean: float = 100.0
 ) -> str:
-    """A line above 1,000 characters, or a mean line outside 10 to 100: minified, packed data, or nearly empty.
+    """A line above 1,000 characters, or a mean line outside 10 to 100: minified, packed data, or
+    nearly empty.
 
     Source: Codex and StarCoder drop the long ones so (2107.03374, 2305.06161).
     """
     lengths = [len(line) for line in text.splitlines() if line.strip()] or [0]
     mean = sum(lengths) / len(lengths)
     if max(lengths) > longest:
-        return f"a line of {max(lengths):,} characters, wanted at most {longest:,}"
+        return f"a line of {max(lengths):,} characters, expected at most {longest:,}"
     return (
         ""
         if least_mean <= mean <= most_mean
-        else f"lines of {mean:.0f} characters on average, wanted {least_mean:g} to {most_mean:g}"
+        else f"lines of {mean:.0f} characters on average, expected {least_mean:g} to {most_mean:g}"
     )
 
 
 def few_alphanumeric(text: str, least: float = 0.25) -> str:
-    """Less than 0.25 of the characters are letters or digits. (StarCoder's threshold, 2305.06161.)"""
+    """Less than 0.25 of the characters are letters or digits. (StarCoder's threshold,
+    2305.06161.)
+    """
     n = sum(map(str.isalnum, text))
     return (
         ""
         if n >= least * len(text)
-        else f"{n} of {len(text)} characters are letters or digits, wanted {least}"
+        else f"{n} of {len(text)} characters are letters or digits, expected {least}"
     )
 
 
 def autogenerated(text: str, most: float = 0.5) -> str:
-    """Says in its first ten lines that a program wrote it, or more than half of its lines are rows of a data table."""
+    """Says in its first ten lines that a program wrote it, or more than half of its lines are rows
+    of a data table.
+    """
     head = "\n".join(text.split("\n", 10)[:10])
     if mark := re.search(
         r"auto-?generated|automatically generated|generated (?:by|from) |do not edit",
@@ -564,12 +612,14 @@ def autogenerated(text: str, most: float = 0.5) -> str:
     return (
         ""
         if n <= most * len(lines)
-        else f"{n} of {len(lines)} lines are data rows, wanted at most {most}"
+        else f"{n} of {len(lines)} lines are data rows, expected at most {most}"
     )
 
 
-# A line that only lists: numbers and strings, with the commas, colons and brackets between them and a comment after.
-# Possessive repeats (++, *+): a long line that is no data row costs one pass in place of an exponential number.
+# A line that only lists: numbers and strings, with the commas, colons and brackets between them and
+# a comment after.
+# Possessive repeats (++, *+): a long line that is no data row costs one pass in place of an
+# exponential number.
 DATA_ROW = re.compile(
     r"""\s*+[\[({]*+(?:(?:[-+]?[\d.][\w.]*+|[rbu]*+"[^"]*"|[rbu]*+'[^']*')[\s,:\])}]*+)++(?:#.*)?"""
 )
@@ -583,14 +633,17 @@ def pii_email(text: str, mark: str = "|||EMAIL_ADDRESS|||") -> tuple[str, int]:
     return EMAIL.subn(lambda _: mark, text) if "@" in text else (text, 0)
 
 
-# local part, then labels and a top level of letters; it starts where no such character stands before, so that each is tried once
+# local part, then labels and a top level of letters; it starts where no such character stands
+# before, so that each is tried once
 EMAIL = re.compile(
     r"(?<![\w.+%-])[\w][\w.+%'-]{0,63}@(?:[\w](?:[\w-]{0,61}[\w])?\.){1,8}[^\W\d_]{2,24}(?![\w-])"
 )
 
 
 def pii_ip(text: str, mark: str = "|||IP_ADDRESS|||") -> tuple[str, int]:
-    """Puts a mark in place of each public IPv4 or IPv6 address. Private, loopback and documentation addresses, which name nobody, stay."""
+    """Puts a mark in place of each public IPv4 or IPv6 address. Private, loopback and documentation
+    addresses, which name nobody, stay.
+    """
     n = 0
 
     def replaced(match: re.Match) -> str:
@@ -614,7 +667,9 @@ IPV6 = re.compile(
 
 
 def pii_phone(text: str, mark: str = "|||PHONE_NUMBER|||") -> tuple[str, int]:
-    """Puts a mark in place of each phone number: +COUNTRY and 8 to 15 digits in groups, or North American as (212) 555-0123 or 212-555-0123."""
+    """Puts a mark in place of each phone number: +COUNTRY and 8 to 15 digits in groups, or North
+    American as (212) 555-0123 or 212-555-0123.
+    """
     n = 0
 
     def replaced(match: re.Match) -> str:
@@ -634,7 +689,9 @@ PHONE = re.compile(
 
 
 def repeated_paragraphs(text: str, least: int = 40) -> tuple[str, int]:
-    """Takes out each paragraph of 40 characters or more that stood in the text before; shorter ones (rules of asterisks, refrains) stay."""
+    """Takes out each paragraph of 40 characters or more that stood in the text before; shorter ones
+    (rules of asterisks, refrains) stay.
+    """
     parts = re.split(r"(\n{2,})", text)  # paragraph, gap, paragraph, ...
     seen, kept, n_edits = set(), [], 0
     for gap, paragraph in zip(["", *parts[1::2]], parts[::2], strict=True):

@@ -1,21 +1,31 @@
-"""Where text comes from: one short string names a source, `[NAME=]KIND:WHERE`, and every source yields Documents.
+"""Where text comes from: one short string names a source, `[NAME=]KIND:WHERE`, and every source
+yields Documents.
 
     text:GLOB              a file is a document                       text:books/*.txt
-    jsonl:GLOB#field       a line is a document, text in `field`      web=jsonl:crawl/*.jsonl.zst#content
+    jsonl:GLOB#field       a line is a document, text in `field`
+    web=jsonl:crawl/*.jsonl.zst#content
     parquet:GLOB#column    a row is a document, text in `column`      parquet:shards/*.parquet#text
-    warc:GLOB              a crawled web page is a document: its main text, url and date in `meta`   warc:crawl/*.warc.gz
-    hf:NAME[/CONFIG]:SPLIT#field   Hugging Face data set, streamed    hf:HuggingFaceFW/fineweb/sample-10BT:train#text
+    warc:GLOB              a crawled web page is a document: its main text, url and date in `meta`
+    warc:crawl/*.warc.gz
+    hf:NAME[/CONFIG]:SPLIT#field   Hugging Face data set, streamed
+    hf:HuggingFaceFW/fineweb/sample-10BT:train#text
     python:prose           documentation that this Python installation carries, in English
     python:code            the standard library's source files
-    python:tasks           a prompt and its completion: what a function of the standard library says that it does, and the function
+    python:tasks           a prompt and its completion: what a function of the standard library says
+    that it does, and the function
 
-Two fields joined by "+", as in jsonl:tasks.jsonl#question+answer, make a document of a prompt and its completion: one text, whose prompt
-is read but not trained on. A GLOB may be on a disk or in an object store: s3://BUCKET/PATH, gs://BUCKET/PATH.
+Two fields joined by "+", as in jsonl:tasks.jsonl#question+answer, make a document of a prompt and
+its completion: one text, whose prompt
+is read but not trained on. A GLOB may be on a disk or in an object store: s3://BUCKET/PATH,
+gs://BUCKET/PATH.
 
-Order is canonical: sources as listed, then file names, then record numbers; "first" means first in this order
-everywhere. Ids are NAME/file, or NAME/file:record with records counted from 1, and files relative to the glob.
+Order is canonical: sources as listed, then file names, then record numbers; "first" means first in
+this order
+everywhere. Ids are NAME/file, or NAME/file:record with records counted from 1, and files relative
+to the glob.
 
-What cannot be read stops the reading with one sentence that names file and record, or is counted and passed over: see Source.documents.
+What cannot be read stops the reading with one sentence that names file and record, or is counted
+and passed over: see Source.documents.
 """
 
 from __future__ import annotations
@@ -46,7 +56,9 @@ from jaxpt.spec import Record, UserError
 
 
 class Document(NamedTuple):
-    """A text, the first prompt_chars characters of which are a prompt, and what its source says about it: a JSON object, such as url and date."""
+    """A text, the first prompt_chars characters of which are a prompt, and what its source says
+    about it: a JSON object, such as url and date.
+    """
 
     id: str
     text: str
@@ -62,13 +74,16 @@ class Skipped(NamedTuple):
 
 
 READ_ERRORS = "cannot be read"
-# bytes of a document, or of the record that holds it: what is larger is many documents in one, and would fill a process's memory
+# bytes of a document, or of the record that holds it: what is larger is many documents in one, and
+# would fill a process's memory
 MAX_DOCUMENT_BYTES = 2**25
 
 
 @dataclasses.dataclass(frozen=True)
 class TextSource(Record):
-    """A source whose string was understood and whose files were found; nothing of them is read yet."""
+    """A source whose string was understood and whose files were found; nothing of them is read
+    yet.
+    """
 
     name: str  # of its shards, and the `source` column
     kind: str
@@ -85,8 +100,10 @@ class TextSource(Record):
     ) -> Iterator[Document]:
         """In canonical order.
 
-        What cannot be read is a UserError naming file and record. on_error="stop" raises it. "skip" tells passed(UNREADABLE, sentence)
-        and goes on: behind the record where that is at fault, else with the next file. Records that are no documents are told in either case.
+        What cannot be read is a UserError naming file and record. on_error="stop" raises it. "skip"
+        tells passed(UNREADABLE, sentence)
+        and goes on: behind the record where that is at fault, else with the next file. Records that
+        are no documents are reported in either case.
         """
         for file in self.files or ("",):
             found = READERS[self.kind](self, file)
@@ -118,7 +135,9 @@ class TextSource(Record):
         return files
 
     def describe_installation(self) -> dict[str, str]:
-        """What stands for a content that is not fingerprinted: versions of an installation, size and tag of the objects of a store."""
+        """What stands for a content that is not fingerprinted: versions of an installation, size
+        and tag of the objects of a store.
+        """
         if self.kind == "warc":
             return {
                 "trafilatura": importlib.metadata.version("trafilatura")
@@ -128,7 +147,10 @@ class TextSource(Record):
         versions = {"python": sys.version.split()[0]}
         if self.pattern == "prose":
             versions["packages"] = stage.fingerprint(
-                sorted((name, metadata["Version"]) for name, metadata in get_installed_packages().items())
+                sorted(
+                    (name, metadata["Version"])
+                    for name, metadata in get_installed_packages().items()
+                )
             )
         return versions
 
@@ -145,26 +167,33 @@ class TextSource(Record):
 
 
 def parse_sources(texts: Iterable[str]) -> list[TextSource]:
-    """The sources of a config, in its order. Raises UserError when there are none, or two of one name."""
+    """The sources of a config, in its order. Raises UserError when there are none, or two of one
+    name.
+    """
     sources = [parse_source(text) for text in texts]
     if not sources:
         raise UserError(
-            "prepare.sources: empty, so there is nothing to read. Name at least one, such as ('python:prose',)."
+            "prepare.sources: empty, so there is nothing to read. Name at "
+            "least one, such as ('python:prose',)."
         )
     for i, source in enumerate(sources):
         if source.name in [other.name for other in sources[:i]]:
             raise UserError(
-                f"prepare.sources: two sources are named {source.name!r}. Give one another name: NAME={source.kind}:{source.pattern}."
+                f"prepare.sources: two sources are named {source.name!r}. "
+                f"Give one another name: NAME={source.kind}:{source.pattern}."
             )
     return sources
 
 
 def parse_source(text: str) -> TextSource:
-    """Understand one source string and find its files. Raises UserError for an unknown kind or an empty glob."""
+    """Understand one source string and find its files. Raises UserError for an unknown kind or an
+    empty glob.
+    """
     match = re.fullmatch(r"(?:([^=:#/]*)=)?(\w+):(.+)", text, re.DOTALL)
     if not match:
         raise UserError(
-            f"prepare.sources: {text!r} is not a source. Write [NAME=]KIND:WHERE, such as web=jsonl:crawl/*.jsonl#text."
+            f"prepare.sources: {text!r} is not a source. Write "
+            "[NAME=]KIND:WHERE, such as web=jsonl:crawl/*.jsonl#text."
         )
     name, kind, where = match.groups()
     if kind not in READERS:
@@ -176,7 +205,8 @@ def parse_source(text: str) -> TextSource:
         where, _, field = where.partition("#") if "#" in where else (where, "", "text")
         if field.count("+") > 1 or not all(field.split("+")):
             raise UserError(
-                f"prepare.sources: {text!r}: {field!r} is neither a field nor two, prompt+completion. Write {kind}:GLOB#prompt+completion."
+                f"prepare.sources: {text!r}: {field!r} is neither a field nor "
+                f"two, prompt+completion. Write {kind}:GLOB#prompt+completion."
             )
     files: tuple[str, ...] = ()
     if kind in ("text", "jsonl", "parquet", "warc"):
@@ -185,7 +215,8 @@ def parse_source(text: str) -> TextSource:
         if not files:
             if pathlib.Path(where).is_dir():
                 raise UserError(
-                    f"prepare.sources: {text!r}: {where} is a directory. Name its files, such as {kind}:{where.rstrip('/')}/*."
+                    f"prepare.sources: {text!r}: {where} is a directory. Name "
+                    f"its files, such as {kind}:{where.rstrip('/')}/*."
                 )
             hint = (
                 "the address and the credentials"
@@ -199,18 +230,22 @@ def parse_source(text: str) -> TextSource:
         )
     elif kind == "hf" and ":" not in where:
         raise UserError(
-            f"prepare.sources: {text!r}: the split is missing. Write hf:NAME[/CONFIG]:SPLIT#field, such as hf:{where}:train#text."
+            f"prepare.sources: {text!r}: the split is missing. Write "
+            f"hf:NAME[/CONFIG]:SPLIT#field, such as hf:{where}:train#text."
         )
     name = default_source_name(kind, where) if name is None else name
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise UserError(
-            f"prepare.sources: {text!r}: a source cannot be named {name!r}. Use letters, digits, '_', '-' and '.': NAME={kind}:..."
+            f"prepare.sources: {text!r}: a source cannot be named {name!r}. "
+            f"Use letters, digits, '_', '-' and '.': NAME={kind}:..."
         )
     return TextSource(name, kind, where, field, files)
 
 
 def default_source_name(kind: str, where: str) -> str:
-    """python:prose -> prose; books/*.txt -> books; crawl/part.jsonl.gz -> part; HuggingFaceFW/fineweb/sample-10BT:train -> fineweb-sample-10BT"""
+    """python:prose -> prose; books/*.txt -> books; crawl/part.jsonl.gz -> part;
+    HuggingFaceFW/fineweb/sample-10BT:train -> fineweb-sample-10BT
+    """
     if kind == "python":
         return where
     if kind == "hf":
@@ -236,7 +271,9 @@ def default_source_name(kind: str, where: str) -> str:
 
 
 def relative_name(source: TextSource, file: str) -> str:
-    """A file's name in ids: relative to the part of the glob that is no pattern, so that moving the data changes no id."""
+    """A file's name in ids: relative to the part of the glob that is no pattern, so that moving the
+    data changes no id.
+    """
     parts = pathlib.PurePath(source.pattern).parts
     n_plain = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
     return pathlib.PurePath(file).relative_to(pathlib.PurePath(*parts[:n_plain])).as_posix()
@@ -273,7 +310,9 @@ def glob_files(pattern: str) -> set[str]:
 
 @functools.cache
 def open_filesystem(address: str):
-    """(the object store as pyarrow sees it, the path in it). Credentials, region and endpoint are the store's own, as in data/storage.py."""
+    """(the object store as pyarrow sees it, the path in it). Credentials, region and endpoint are
+    the store's own, as in data/storage.py.
+    """
     import pyarrow as pa
     import pyarrow.fs
 
@@ -290,7 +329,8 @@ def open_filesystem(address: str):
 
 def explain_unreachable(address: str, error: BaseException) -> UserError:
     return UserError(
-        f"{address}: cannot be reached ({first_error_line(error)}). Check the address, the credentials and the endpoint."
+        f"{address}: cannot be reached ({first_error_line(error)}). Check the "
+        "address, the credentials and the endpoint."
     )
 
 
@@ -312,18 +352,22 @@ def get_object_tag(file: str) -> str:
     store, path = open_filesystem(file)
     try:
         with store.open_input_file(path) as stream:
-            told = {
+            headers = {
                 key.lower(): value.decode() if isinstance(value, bytes) else value
                 for key, value in (stream.metadata() or {}).items()
             }
-            return f"{stream.size()} bytes, {told.get('etag') or store.get_file_info(path).mtime}"
+            return (
+                f"{stream.size()} bytes, {headers.get('etag') or store.get_file_info(path).mtime}"
+            )
     except OSError as error:
         raise explain_unreachable(file, error) from None
 
 
 @contextlib.contextmanager
 def open_text_file(file: str) -> Iterator[io.BufferedIOBase]:
-    """The file's bytes, unpacked where its name ends in .gz or .zst. Raises UserError when they cannot be had."""
+    """The file's bytes, unpacked where its name ends in .gz or .zst. Raises UserError when they
+    cannot be had.
+    """
     try:
         with open_raw(file) as found, decompress(file, found) as stream:
             yield stream
@@ -358,7 +402,8 @@ def decompress(file: str, found) -> io.BufferedIOBase:
     )
 
 
-# ---- the kinds: each gives of one file the documents, the records that are none, and the mistakes that end with a record
+# ---- the kinds: each gives of one file the documents, the records that are none, and the mistakes
+# that end with a record
 
 
 def read_text(source: TextSource, file: str) -> Iterator[Document]:
@@ -370,7 +415,8 @@ def read_text(source: TextSource, file: str) -> Iterator[Document]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{file}: byte {error.start} is not UTF-8 ({error.reason}). Convert the file to UTF-8 or leave it out."
+            f"{file}: byte {error.start} is not UTF-8 ({error.reason}). "
+            "Convert the file to UTF-8 or leave it out."
         ) from None
     yield Document(
         relative_name(source, file), text.replace("\r\n", "\n")
@@ -403,7 +449,8 @@ def parse_json_line(line: bytes, field: str, place: str) -> dict[str, Any]:
         record = json.loads(line)
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{place}: byte {error.start} of the line is not UTF-8 ({error.reason}). Mend or remove the line."
+            f"{place}: byte {error.start} of the line is not UTF-8 "
+            f"({error.reason}). Mend or remove the line."
         ) from None
     except (
         ValueError,
@@ -414,7 +461,8 @@ def parse_json_line(line: bytes, field: str, place: str) -> dict[str, Any]:
         ) from None
     if not isinstance(record, dict):
         raise UserError(
-            f'{place}: expected an object such as {{"{field}": "..."}}, got {type(record).__name__}.'
+            f'{place}: expected an object such as {{"{field}": "..."}}, got '
+            f"{type(record).__name__}."
         )
     return record
 
@@ -429,7 +477,8 @@ def read_parquet(source: TextSource, file: str) -> Iterator[Document | UserError
             names, fields = table.schema_arrow.names, source.field.split("+")
             if missing := [field for field in fields if field not in names]:
                 raise UserError(
-                    f"{file}: has no column {missing[0]!r}; it has: {', '.join(names)}. Write parquet:GLOB#column."
+                    f"{file}: has no column {missing[0]!r}; it has: "
+                    f"{', '.join(names)}. Write parquet:GLOB#column."
                 )
             n = 0
             for batch in table.iter_batches(1024, columns=fields):
@@ -441,12 +490,15 @@ def read_parquet(source: TextSource, file: str) -> Iterator[Document | UserError
                         yield error
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{file}: cannot be read as parquet ({first_error_line(error)}). Copy it again or leave it out."
+            f"{file}: cannot be read as parquet ({first_error_line(error)}). "
+            "Copy it again or leave it out."
         ) from None
 
 
 def read_warc(source: TextSource, file: str) -> Iterator[Document | Skipped | UserError]:
-    """The main text of the HTML pages among the responses, as trafilatura finds it with precision before recall, like FineWeb (2406.17557)."""
+    """The main text of the HTML pages among the responses, as trafilatura finds it with precision
+    before recall, like FineWeb (2406.17557).
+    """
     from fastwarc.warc import ArchiveIterator, WarcRecordType
 
     name, n = relative_name(source, file), 0
@@ -458,7 +510,9 @@ def read_warc(source: TextSource, file: str) -> Iterator[Document | Skipped | Us
                 declared = record.headers.get("Content-Length") or ""
                 if not re.fullmatch(r"\d{1,18}", declared, re.ASCII):
                     raise UserError(
-                        f"{place}: its header is damaged (Content-Length {declared[:40]!r}). Copy the file again or leave it out."
+                        f"{place}: its header is damaged (Content-Length "
+                        f"{declared[:40]!r}). Copy the file again or leave it "
+                        "out."
                     )
                 n_bytes = int(declared)
                 if n_bytes > MAX_DOCUMENT_BYTES:
@@ -471,7 +525,9 @@ def read_warc(source: TextSource, file: str) -> Iterator[Document | Skipped | Us
                     record.content_length != n_bytes
                 ):  # of a file cut short the last record looks whole otherwise
                     raise UserError(
-                        f"{place}: the record ends after {record.content_length} of {n_bytes} bytes. Copy the file again or leave it out."
+                        f"{place}: the record ends after "
+                        f"{record.content_length} of {n_bytes} bytes. Copy "
+                        "the file again or leave it out."
                     )
                 if record.record_type != WarcRecordType.response:
                     continue
@@ -486,14 +542,18 @@ def read_warc(source: TextSource, file: str) -> Iterator[Document | Skipped | Us
                 yield Document(f"{name}:{n}", text, 0, json.dumps(meta, ensure_ascii=False))
         except OSError as error:
             raise UserError(
-                f"{file}:{n + 1}: cannot be read as WARC ({first_error_line(error)}). Copy the file again or leave it out."
+                f"{file}:{n + 1}: cannot be read as WARC "
+                f"({first_error_line(error)}). Copy the file again or leave "
+                "it out."
             ) from None
         if forward.error:
             raise forward.error
 
 
 class ForwardReader:
-    """A stream as fastwarc can take it: it asks for the place even where none can be told, and an error while it reads would end the process."""
+    """A stream as fastwarc can take it: it asks for the position even where there is none, and an
+    error while it reads would end the process.
+    """
 
     def __init__(self, stream: io.BufferedIOBase):
         self.stream, self.n_read, self.error = stream, 0, None
@@ -549,16 +609,21 @@ def extract_page_text(record) -> tuple[str, str]:
 
 def too_large_error(place: str) -> UserError:
     return UserError(
-        f"{place}: one document of more than {MAX_DOCUMENT_BYTES >> 20} MB. Cut it into documents, such as lines of a .jsonl file, or leave it out."
+        f"{place}: one document of more than {MAX_DOCUMENT_BYTES >> 20} MB. "
+        "Cut it into documents, such as lines of a .jsonl file, or leave it "
+        "out."
     )
 
 
 def make_document(id: str, record: dict[str, Any], fields: str, place: str) -> Document:
-    """The document that a record's field, or its prompt+completion, makes. Raises UserError naming the place."""
+    """The document that a record's field, or its prompt+completion, makes. Raises UserError naming
+    the place.
+    """
     *prompt, text = (get_text_field(record, field, place) for field in fields.split("+"))
     if prompt and not text:
         raise UserError(
-            f"{place}: its completion is empty, so there is nothing to learn from it. Remove the record."
+            f"{place}: its completion is empty, so there is nothing to learn "
+            "from it. Remove the record."
         )
     return Document(id, "".join(prompt) + text, sum(map(len, prompt)))
 
@@ -567,17 +632,21 @@ def get_text_field(record: dict[str, Any], field: str, place: str) -> str:
     """record[field], which must be a text. Raises UserError naming the place."""
     if field not in record:
         raise UserError(
-            f"{place}: has no field {field!r}; it has: {', '.join(record)}. Name the field that holds the text after '#'."
+            f"{place}: has no field {field!r}; it has: {', '.join(record)}. "
+            "Name the field that holds the text after '#'."
         )
     if not isinstance(record[field], str):
         raise UserError(
-            f"{place}: field {field!r}: expected text, got {type(record[field]).__name__}. Name another field or mend the record."
+            f"{place}: field {field!r}: expected text, got "
+            f"{type(record[field]).__name__}. Name another field or mend the "
+            "record."
         )
     try:
         record[field].encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{place}: character {error.start + 1} is half of a surrogate pair, which is no text. Mend or remove the record."
+            f"{place}: character {error.start + 1} is half of a surrogate "
+            "pair, which is no text. Mend or remove the record."
         ) from None
     return record[field]
 
@@ -616,7 +685,9 @@ def read_hf(source: TextSource, _: str) -> Iterator[Document | UserError]:
         Exception
     ) as error:  # datasets and the hub raise dozens of kinds; each means that the set cannot be had
         raise UserError(
-            f"hf:{source.pattern}: {type(error).__name__}: {first_error_line(error)} Check name, config, split and the network."
+            f"hf:{source.pattern}: {type(error).__name__}: "
+            f"{first_error_line(error)} Check name, config, split and the "
+            "network."
         ) from error
 
 
@@ -635,7 +706,9 @@ def read_code() -> Iterator[Document]:
 
 
 def read_prose() -> Iterator[Document]:
-    """Docstrings, a document a module; the installed packages' README texts; the language reference's topics."""
+    """Docstrings, a document a module; the installed packages' README texts; the language
+    reference's topics.
+    """
     import pydoc_data.topics
 
     packages = pathlib.Path(sysconfig.get_path("purelib"))
@@ -656,7 +729,9 @@ def read_prose() -> Iterator[Document]:
 
 
 def read_tasks() -> Iterator[Document]:
-    """Short functions that say in a few words what they do. The words ask for it, the function without them answers."""
+    """Short functions that say in a few words what they do. The words ask for it, the function
+    without them answers.
+    """
     for file in list_stdlib_files():
         code = file.read_bytes().decode("utf-8", "replace")
         lines = code.splitlines(keepends=True)
@@ -682,7 +757,9 @@ def read_tasks() -> Iterator[Document]:
 
 
 def get_installed_packages() -> dict[str, Any]:
-    """Metadata of the installed packages by name, but for the remains of an interrupted pip, which have no name."""
+    """Metadata of the installed packages by name, but for the remains of an interrupted pip, which
+    have no name.
+    """
     return {
         name.lower(): each.metadata
         for each in importlib.metadata.distributions()
@@ -690,7 +767,8 @@ def get_installed_packages() -> dict[str, Any]:
     }
 
 
-# Packages that every installation of jaxpt has, with the most docstrings: they bring prose from 3 MB to 8 MB
+# Packages that every installation of jaxpt has, with the most docstrings: they bring prose from 3
+# MB to 8 MB
 PROSE_PACKAGES = ("flax", "jax", "numpy", "optax")
 # Directories that hold tests, data tables, or a program of their own in place of library code
 NOT_LIBRARY = {
@@ -732,9 +810,13 @@ def list_source_files(root: pathlib.Path) -> list[pathlib.Path]:
 
 
 def extract_docstrings(file: pathlib.Path) -> list[str]:
-    """Docstrings of a file's module, classes and functions, outermost first, indentation removed."""
+    """Docstrings of a file's module, classes and functions, outermost first, indentation
+    removed.
+    """
     docstrings, nodes = [], [parse_module(file)]
-    for node in nodes:  # grows while it is read: breadth first, through statements only, which is all that can hold a definition
+    # grows while it is read: breadth first, through statements only, which is all that can hold a
+    # definition
+    for node in nodes:
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and (
             text := ast.get_docstring(node)
         ):
@@ -757,7 +839,9 @@ def parse_module(file: pathlib.Path) -> ast.Module:
 
 
 def is_prose(docstring: str) -> bool:
-    """Long enough to say something, and mostly words: at least 80 characters, three quarters of them letters or spaces."""
+    """Long enough to say something, and mostly words: at least 80 characters, three quarters of
+    them letters or spaces.
+    """
     return len(docstring) >= 80 and sum(map(str.isalpha, docstring)) + docstring.count(
         " "
     ) >= 0.75 * len(docstring)

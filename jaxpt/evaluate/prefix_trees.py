@@ -1,10 +1,14 @@
 """Texts that begin alike, laid out in rows so that what they share is computed once.
 
-The pieces of text, sorted, form trees: a column of a row holds a token whose whole past is the path to it from its tree's root, and a token
-sees that path alone. With the columns of a tree in the order of a walk in depth, a token's descendants are the columns after it up to an end, so
-one number a column, `ends`, says who sees it. Trees that share nothing stand side by side in a row as documents do in training.
+The pieces of text, sorted, form trees: a column of a row holds a token whose whole past is the path
+to it from its tree's root, and a token
+sees that path alone. With the columns of a tree in the order of a walk in depth, a token's
+descendants are the columns after it up to an end, so
+one number a column, `ends`, says who sees it. Trees that share nothing stand side by side in a row
+as documents do in training.
 
-The seven answers to a question share the question, all questions share the examples in front of them: the 5,882 requests of truthfulqa_mc2 have
+The seven answers to a question share the question, all questions share the examples in front of
+them: the 5,882 requests of truthfulqa_mc2 have
 1.24 million tokens and 68,362 columns.
 """
 
@@ -18,8 +22,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 MIN_SEQ_LEN, MAX_SEQ_LEN = 256, 16_384  # columns; of trees. A piece alone may take more
-SEQ_LEN_GROWTH = 4  # rows are SHORTEST_ROW, GROWTH x, GROWTH^2 x ... long, so that two or three lengths are all that is compiled
-# A tree takes a row of up to so many times what all its pieces share. Every row repeats that trunk, so short rows waste; but a token's
+# rows are SHORTEST_ROW, GROWTH x, GROWTH^2 x ... long, so that two or three lengths are all that is
+# compiled
+SEQ_LEN_GROWTH = 4
+# A tree takes a row of up to so many times what all its pieces share. Every row repeats that trunk,
+# so short rows waste; but a token's
 # attention costs what its row is long, whatever it sees of it.
 SEQ_LEN_PER_PREFIX = 8
 MIN_SHARED_TOKENS = (
@@ -32,9 +39,11 @@ class TreeArrays(NamedTuple):
     """What a model reads and is asked; every field int32 [B, T].
 
     tokens     ids
-    ends       a column is seen by those from itself on up to this one, exclusive; unused columns see themselves
+    ends       a column is seen by those from itself on up to this one, exclusive; unused columns
+    see themselves
     positions  in the piece of text: the depth in the tree
-    columns    of the questions: which column's prediction is asked for; each row's questions stand at its beginning
+    columns    of the questions: which column's prediction is asked for; each row's questions stand
+    at its beginning
     targets    of the questions: how likely which id is
     """
 
@@ -72,7 +81,8 @@ def make_tree_batches(
 ) -> Iterator[TreeBatch]:
     """Every piece's questions, each exactly once. Row counts are multiples of n_shards.
 
-    longest  columns of the longest piece that the model takes: rows of single pieces are no longer than that, rounded up to SHORTEST_ROW
+    longest  columns of the longest piece that the model takes: rows of single pieces are no longer
+    than that, rounded up to SHORTEST_ROW
     share    False keeps pieces apart
     """
     trees = (
@@ -133,7 +143,8 @@ def count_shared_prefix(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def pack_trees(sizes: Sequence[int], longest: int) -> dict[int, list[list[int]]]:
-    """Row length -> rows, each a list of trees by number. Best fit, largest first: a tree goes to the fullest row that still holds it, or
+    """Row length -> rows, each a list of trees by number. Best fit, largest first: a tree goes to
+    the fullest row that still holds it, or
     opens a row of the shortest length that does.
     """
     rows: dict[int, list[list[int]]] = {}

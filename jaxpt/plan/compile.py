@@ -234,7 +234,7 @@ def count_bytes_per_device(tree: Any) -> int:
 
 
 def analyze_compiled_step(analysis: StepAnalysis, lowered: Any, platform: str) -> StepAnalysis:
-    """Return the analysis with what the compiler reports, or what it wanted if it gave up.
+    """Return the analysis with what the compiler reports, or what it expected if it gave up.
 
     Args:
         analysis: by arithmetic and tracing.
@@ -270,7 +270,9 @@ def analyze_compiled_step(analysis: StepAnalysis, lowered: Any, platform: str) -
 
 
 def parse_refused_bytes(message: str) -> int | None:
-    """Return the bytes that a compiler wanted when it ran out of memory; None for other errors."""
+    """Return the bytes that a compiler expected when it ran out of memory; None for other
+    errors.
+    """
     amount = re.search(r"(?:temporaries \(|Used )([\d.]+)([KMGT]?)", message)
     if "RESOURCE_EXHAUSTED" not in message or not amount:
         return None

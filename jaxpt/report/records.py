@@ -245,7 +245,7 @@ class SizePair(View):
 
 
 @dataclasses.dataclass(frozen=True)
-class LossPair(View, newborn="child", steps="n_steps"):
+class LossPair(View, steps="n_steps"):
     """Held-out losses of parent and child, nats per token by source."""
 
     parent: dict[str, float]
@@ -262,7 +262,7 @@ class LayerStats(View):
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerPair(View, newborn="child"):
+class LayerPair(View):
     """Layers of parent and child."""
 
     parent: tuple[LayerStats, ...]
@@ -279,7 +279,7 @@ class CopySimilarity(View):
 
 
 @dataclasses.dataclass(frozen=True)
-class Growth(View, twins="copy_similarity", heldout_rows="heldout_sequences"):
+class Growth(View):
     """growth.json."""
 
     parent: str
