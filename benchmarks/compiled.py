@@ -154,7 +154,7 @@ def child(name: str):
         else ""
     )
     print(
-        f"| {name} | {backend} | {seconds:.0f} ({cpu_seconds:.0f}) | {peak / 2**30:.1f}{host} | {sum(vocab in shape and spec.d_model not in shape and math.prod(shape) >= logits for _, shape in arrays)} "(
+        f"| {name} | {backend} | {seconds:.0f} ({cpu_seconds:.0f}) | {peak / 2**30:.1f}{host} | {sum(vocab in shape and spec.d_model not in shape and math.prod(shape) >= logits for _, shape in arrays)} "
             f"| {sum(shape.count(T) > 1 for _, shape in arrays)} | "
             f"{largest[0]}{list(largest[1])} | {'; '.join(layers)} |"
         )

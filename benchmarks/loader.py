@@ -229,25 +229,19 @@ def main() -> None:
         )
     )
     print(
-        (
-            f"{speed['rows_per_second']:,.0f} rows/s "
-            f"({speed['rows_per_second'] * arguments.seq_len / 1e6:.1f}M "
-            "tokens/s) over the first "
-        )(
-            f"{arguments.rows:,} rows, {speed['later']:,.0f} over their second "
-            f"half; {speed['checked']:.0%} of the record batches checked by then"
-        )
+        f"{speed['rows_per_second']:,.0f} rows/s "
+        f"({speed['rows_per_second'] * arguments.seq_len / 1e6:.1f}M "
+        "tokens/s) over the first "
+        f"{arguments.rows:,} rows, {speed['later']:,.0f} over their second "
+        f"half; {speed['checked']:.0%} of the record batches checked by then"
     )
     print(f"memory above the start: {speed['memory_mb']:,.0f} MB at most")
     print(
-        (
-            f"quickstart's step: waits {share['wait'] * 1e6:.0f} us for its "
-            f"batch, {share['wait'] / share['fed']:.2%} of "
-            f"{share['fed'] * 1000:.1f} ms; "
-        )(
-            f"with one batch over and over {share['alone'] * 1000:.1f} ms "
-            f"({share['fed'] / share['alone']:.3f} x)"
-        )
+        f"quickstart's step: waits {share['wait'] * 1e6:.0f} us for its "
+        f"batch, {share['wait'] / share['fed']:.2%} of "
+        f"{share['fed'] * 1000:.1f} ms; "
+        f"with one batch over and over {share['alone'] * 1000:.1f} ms "
+        f"({share['fed'] / share['alone']:.3f} x)"
     )
 
 

@@ -1,5 +1,6 @@
-"""The same train command on many hosts: what is written and what is run, for a Cloud TPU slice,
-Kubernetes, SLURM and plain ssh.
+"""The same train command on many hosts.
+
+What is written and what is run, for a Cloud TPU slice, Kubernetes, SLURM and plain ssh.
 
 A recipe is a Launch: files, then phases of shell lines; the lines of a phase run at the same time.
 `show` prints one so that it
@@ -58,10 +59,9 @@ SETUP_COMMANDS = (
     "set -e; mkdir -p jaxpt; cd jaxpt; exec 9>.lock; flock 9; tar -xz "
     "{archive}; test -e .venv/.installed || "
     "{{ rm -rf .venv .uv; python3 -m venv .uv; "
-    ".uv/bin/python -m pip install -q uv; .uv/bin/uv venv -q --python 3.12 .venv; "(
-        ".uv/bin/uv pip install -q --python .venv/bin/python -r {requirements}; "
-        "touch .venv/.installed; }}"
-    )
+    ".uv/bin/python -m pip install -q uv; .uv/bin/uv venv -q --python 3.12 .venv; "
+    ".uv/bin/uv pip install -q --python .venv/bin/python -r {requirements}; "
+    "touch .venv/.installed; }}"
 )
 
 
@@ -73,8 +73,9 @@ class LaunchPlan(NamedTuple):
 
 
 def plan_tpu_vm(name: str, zone: str, train: list[str]) -> LaunchPlan:
-    """Every host of a Cloud TPU slice that is there. The processes find each other through the
-    slice's metadata.
+    """Every host of a Cloud TPU slice that is there.
+
+    The processes find each other through the slice's metadata.
     """
     gcloud = ["gcloud", "compute", "tpus", "tpu-vm"]
 
@@ -109,8 +110,9 @@ def plan_tpu_vm(name: str, zone: str, train: list[str]) -> LaunchPlan:
 
 
 def plan_ssh(hosts: list[str], train: list[str]) -> LaunchPlan:
-    """Hosts that ssh reaches without a password; the first is the coordinator, by the name given
-    here.
+    """Hosts that ssh reaches without a password.
+
+    The first is the coordinator, by the name given here.
     """
     coordinator = f"{hosts[0].rpartition('@')[2]}:{COORDINATOR_PORT}"
 
@@ -150,7 +152,6 @@ def detached_command(train: list[str], environment: str = "", suffix: str = "") 
         f"cd jaxpt && if kill -0 $(cat {pid}) 2>/dev/null; then echo "
         f'"$(hostname): a run is going on, process $(cat {pid}); stop it '
         'first" >&2; exit 1; fi; '
-    )(
         f"{environment}nohup .venv/bin/python {shlex.join(train)} >>{log} "
         f"2>&1 </dev/null & echo $! >{pid}"
     )
@@ -162,8 +163,9 @@ def stop_command(suffix: str = "") -> str:
 
 
 def plan_slurm(nodes: int, gpus: int, workdir: str, train: list[str]) -> LaunchPlan:
-    """A batch script for the cluster whose shared disk holds this clone; sbatch's own environment
-    (SBATCH_PARTITION, ...) says the rest.
+    """A batch script for the cluster whose shared disk holds this clone.
+
+    Sbatch's own environment (SBATCH_PARTITION, ...) says the rest.
     """
     if nodes < 1 or gpus < 0:
         raise UserError(
@@ -211,8 +213,9 @@ exit $status
 def plan_gke(
     name: str, target: str, image: str, claim: str, workdir: str, train: list[str]
 ) -> LaunchPlan:
-    """A JobSet on a cluster that has the JobSet controller; `claim`, a volume that many pods may
-    write, is mounted on workdir's parent.
+    """A JobSet on a cluster that has the JobSet controller.
+
+    `claim`, a volume that many pods may write, is mounted on workdir's parent.
     """
     file = f"runs/launch/{name}.yaml"
     requirements = (
@@ -358,8 +361,9 @@ def find_node_pool(on: str) -> tuple[int, int, dict[str, str], str]:
 
 
 def train_command(config: str, workdir: str, overrides: list[str]) -> list[str]:
-    """Words after `python`, from the clone's root. Raises UserError where hosts would not find what
-    the command names.
+    """Words after `python`, from the clone's root.
+
+    Raises UserError where hosts would not find what the command names.
     """
     name, colon, argument = config.partition(":")
     file = pathlib.Path(name).resolve()
@@ -401,8 +405,9 @@ def print_launch(launch: LaunchPlan) -> str:
 
 
 def execute_launch(launch: LaunchPlan) -> None:
-    """Write the files and run the phases. Raises UserError for a program that is not here and for a
-    command that failed.
+    """Write the files and run the phases.
+
+    Raises UserError for a program that is not here and for a command that failed.
     """
     for program in launch.required_commands:
         if not shutil.which(program):

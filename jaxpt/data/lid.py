@@ -1,5 +1,6 @@
-"""fastText's lid.176, computed a batch of texts at a time: the same label and score, to rounding,
-in a fraction of the time.
+"""fastText's lid.176, computed a batch of texts at a time.
+
+The same label and score, to rounding, in a fraction of the time.
 
 fastText looks up each word's character n-grams anew wherever the word stands. Here Arrow numbers
 the distinct words of a batch, the
@@ -128,6 +129,7 @@ class LidModel:
 
     def predict_languages(self, texts: Sequence[str]) -> tuple[list[str], np.ndarray, np.ndarray]:
         """(likeliest label, its score, its lead over the next) of each text as one line, [n] each.
+
         Line ends are spaces, a text's end is a word.
         """
         found, first, n_chars = [([], np.empty(0), np.empty(0))], 0, 0

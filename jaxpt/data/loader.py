@@ -1,5 +1,6 @@
-"""Packed rows on disk to sharded global Batches: step i holds the same rows in the same slots on
-any mesh and any number of hosts.
+"""Packed rows on disk to sharded global Batches.
+
+Step i holds the same rows in the same slots on any mesh and any number of hosts.
 
 Each host reads only the rows that its devices' shards hold, asked of the sharding. The position in
 the data is one integer, the
@@ -162,8 +163,9 @@ class PackedDataset:
         return batch.whole.column("doc_ids")[k].as_py()
 
     def open_record_batch(self, name: str, i: int) -> tuple[RecordBatchView, int]:
-        """The record batch that holds row i of a source, and the row's place in it. The last
-        OPEN_BATCHES of them stay open.
+        """The record batch that holds row i of a source, and the row's place in it.
+
+        The last OPEN_BATCHES of them stay open.
         """
         source = self.sources[name]
         number, k = source.locate_sequence(i)
@@ -189,8 +191,9 @@ class PackedDataset:
                 source.place.prefetch(source.byte_range(number))
 
     def verify_all(self, part: int, n_parts: int) -> None:
-        """Check, meanwhile, the checksums of a part of every set on disk; `damage` will hold what
-        is found.
+        """Check, meanwhile, the checksums of a part of every set on disk.
+
+        `damage` will hold what is found.
         """
 
         def check():
@@ -279,8 +282,9 @@ class PackedSource:
         return storage.ByteRange(self.files[shard], start, n_bytes, crc)
 
     def read_record_batch(self, number: int) -> RecordBatchView:
-        """Open a record batch. Raises UserError where its bytes are not those that pack.py
-        wrote.
+        """Open a record batch.
+
+        Raises UserError where its bytes are not those that pack.py wrote.
         """
         expected = self.byte_range(number)
         found = self.place.read_range(expected)
@@ -316,8 +320,9 @@ class PackedSource:
         self.place.close(self.byte_range(number))
 
     def verify_all(self, part: int = 0, n_parts: int = 1) -> None:
-        """Check the part-th of n_parts of the record batches, on disk. Raises UserError naming a
-        damaged shard.
+        """Check the part-th of n_parts of the record batches, on disk.
+
+        Raises UserError naming a damaged shard.
         """
         if not self.place.is_remote:
             for number in range(
@@ -387,8 +392,9 @@ def iterate_batches(
     first_sequence: int,
     document_mask: bool,
 ) -> Iterator[Batch]:
-    """Batches without end, from global row first_row on; threads make the next ones while the
-    current one trains.
+    """Batches without end, from global row first_row on.
+
+    Threads make the next ones while the current one trains.
 
     Raises UserError when batch_size or the row length cannot be cut as the sharding asks.
     """
@@ -428,8 +434,9 @@ def iterate_heldout_batches(
     n_sequences: int,
     document_mask: bool,
 ) -> Iterator[Batch]:
-    """At most n_rows rows of a source, evenly spread over it and always the same; the last batch is
-    filled with empty rows of weight 0.
+    """At most n_rows rows of a source, evenly spread over it and always the same.
+
+    The last batch is filled with empty rows of weight 0.
     """
     local = local_sequence_ids(sharding, batch_size, rows.seq_len)
     available = rows.n_rows[name]
@@ -514,8 +521,9 @@ def trace_step(run: pathlib.Path, step: int, tokenizer: str) -> Iterator[TracedD
 def list_step_sequences(
     run: pathlib.Path, step: int
 ) -> tuple[config.Config, PackedDataset, list[tuple[str, int]]]:
-    """(a run's settings, its rows, the (source, row) in each slot of its step-th update). Raises
-    UserError where the run cannot be read.
+    """(a run's settings, its rows, the (source, row) in each slot of its step-th update).
+
+    Raises UserError where the run cannot be read.
     """
     try:
         settings = config.build_config(json.loads((run / "config.json").read_text()))

@@ -1,5 +1,6 @@
-"""Which row of which source stands at global row index i: a pure function of seed, phases and i, in
-constant time.
+"""Which row of which source stands at global row index i.
+
+A pure function of seed, phases and i, in constant time.
 
 A phase gives every source a whole number of slots in a table of at most 4,096, laid out so that the
 realised share after any n rows
@@ -33,8 +34,9 @@ MAX_SLOTS = 4096  # of a phase; a share is a multiple of 1 / slots
 
 @dataclasses.dataclass(frozen=True)
 class MixturePhase(Record):
-    """Rows that a run reads under one setting; the list of them is the account of what a run has
-    read and will read.
+    """Rows that a run reads under one setting.
+
+    The list of them is the account of what a run has read and will read.
 
     step, row   steps done and global rows read before it
     batch_size  rows in each of its steps
@@ -126,8 +128,9 @@ class MixtureSchedule:
         )
 
     def shuffle_index(self, source: int, use: int) -> int:
-        """The row that the use-th reading of a source takes: a permutation of its rows in each
-        epoch.
+        """The row that the use-th reading of a source takes.
+
+        A permutation of its rows in each epoch.
         """
         name = self.names[source]
         epoch, position = divmod(use, self.n_rows[name])
@@ -172,9 +175,10 @@ class MixtureSchedule:
         ]
 
     def check_max_epochs(self, n_rows: int, max_epochs: Sequence[tuple[str, float]]) -> None:
-        """Before a run of n_rows rows: raises UserError naming every source that it would read more
-        often than max_epochs allows it, or
-        allows "all" that are not named.
+        """Before a run of n_rows rows.
+
+        Raises UserError naming every source that it would read more often than max_epochs allows
+        it, or allows "all" that are not named.
         """
         most_of = dict(max_epochs)
         if unknown := [name for name in most_of if name not in self.names and name != "all"]:
@@ -292,9 +296,10 @@ def check_phase_sources(phases: Sequence, n_rows: Mapping[str, int]) -> None:
 
 
 def count_slots(shares: Sequence[float]) -> np.ndarray:
-    """Whole numbers in the proportion of the shares, together MAX_SLOTS at most: those whose
-    largest relative error is smallest, the
-    smallest of equals. Every share above 0 gets a slot.
+    """Whole numbers in the proportion of the shares, together MAX_SLOTS at most.
+
+    Those whose largest relative error is smallest, the smallest of equals. Every share above 0 gets
+    a slot.
     """
     ideal = np.asarray(shares, np.float64) / np.sum(shares)
     candidates = np.maximum(

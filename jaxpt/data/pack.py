@@ -1,5 +1,6 @@
-"""Documents to rows of token ids: every row exactly seq_len long, every token of the corpus in one
-row.
+"""Documents to rows of token ids.
+
+Every row exactly seq_len long, every token of the corpus in one row.
 
     best_fit   bos + ids + eos per document. A document of up to seq_len tokens is never cut; a
     longer one becomes full rows and one
@@ -75,8 +76,9 @@ def packed_schema(seq_len: int) -> pa.Schema:
 
 
 def pack_corpus(settings: config.Config, workdir: pathlib.Path, replace: bool = False) -> Manifest:
-    """Make WORKDIR/packed from WORKDIR/corpus and WORKDIR/tokenizer. The rows and their order
-    depend on nothing else.
+    """Make WORKDIR/packed from WORKDIR/corpus and WORKDIR/tokenizer.
+
+    The rows and their order depend on nothing else.
 
     Raises UserError where a source has less text than one row.
     """
@@ -156,14 +158,11 @@ def pack_corpus(settings: config.Config, workdir: pathlib.Path, replace: bool = 
     for split in ("train", "heldout"):
         for name, found in manifest.counts[split].items():
             log.info(
-                (
-                    f"pack: {split}/{name}: {found['rows']:,} rows of "
-                    f"{asked['seq_len']:,}, {found['tokens']:,} tokens, "
-                )(
-                    f"{found['padding_frac']:.2%} padding, "
-                    f"{found['cut_documents']:,} of {found['documents']:,} "
-                    "documents cut"
-                )
+                f"pack: {split}/{name}: {found['rows']:,} rows of "
+                f"{asked['seq_len']:,}, {found['tokens']:,} tokens, "
+                f"{found['padding_frac']:.2%} padding, "
+                f"{found['cut_documents']:,} of {found['documents']:,} "
+                "documents cut"
             )
     return manifest
 
@@ -171,8 +170,9 @@ def pack_corpus(settings: config.Config, workdir: pathlib.Path, replace: bool = 
 def run_pack_jobs(
     where: str, work: Callable[[dict], dict], jobs: list[dict], label: str, unit: str
 ) -> None:
-    """Do the jobs that no earlier, killed run has done: the file job["done"] holds what a job has
-    counted.
+    """Do the jobs that no earlier, killed run has done.
+
+    The file job["done"] holds what a job has counted.
     """
     left = [job for job in jobs if not pathlib.Path(job["done"]).exists()]
     # a process a core: the tokenizers library's own threads would only get in each other's way
@@ -209,8 +209,9 @@ def tokenize_corpus(
     opened: pathlib.Path,
     jobs: pathlib.Path,
 ) -> list[dict]:
-    """Jobs for `tokenize`: row groups of the files of one source, about JOB_BYTES each, in the
-    corpus's order.
+    """Jobs for `tokenize`.
+
+    Row groups of the files of one source, about JOB_BYTES each, in the corpus's order.
     """
     found: list[dict] = []
     for file in files:
@@ -320,8 +321,9 @@ def fill_sequences(
     method: str,
     vocab_size: int,
 ) -> list[dict]:
-    """Jobs for `fill_shard`, one a shard, in the order of their rows: windows of documents, or
-    stretches of the course's stream.
+    """Jobs for `fill_shard`, one a shard, in the order of their rows.
+
+    Windows of documents, or stretches of the course's stream.
     """
     lengths = [read_lengths(job["to"]) for job in tokens]
     starts = np.cumsum([0, *map(len, lengths)])  # the first document of each file
@@ -377,8 +379,9 @@ def read_lengths(tokens: str) -> np.ndarray:
 
 
 def split_windows(lengths: np.ndarray, seq_len: int) -> list[tuple[int, int]]:
-    """Stretches of documents that best-fit sees at once: of WINDOW_PIECES pieces or WINDOW_TOKENS
-    tokens, or somewhat more.
+    """Stretches of documents that best-fit sees at once.
+
+    Of WINDOW_PIECES pieces or WINDOW_TOKENS tokens, or somewhat more.
     """
     pieces, tokens = np.cumsum(-(-lengths // seq_len)), np.cumsum(lengths)
     found, first = [], 0
@@ -425,9 +428,10 @@ def read_documents(tokens: str, first: int, last: int) -> Iterator[Segment]:
 
 
 def pack_best_fit(documents: Iterable[Segment], seq_len: int) -> Iterator[list[Segment]]:
-    """Rows of whole documents, best-fit-decreasing: each piece, longest first, goes into the
-    fullest row that still has room for it.
-    Documents longer than a row are cut into full rows and one rest.
+    """Rows of whole documents, best-fit-decreasing.
+
+    Each piece, longest first, goes into the fullest row that still has room for it. Documents
+    longer than a row are cut into full rows and one rest.
 
     Rows come out in the order of their first pieces in the corpus, so that no stretch of them is
     all long or all short documents.
@@ -465,8 +469,9 @@ def pack_best_fit(documents: Iterable[Segment], seq_len: int) -> Iterator[list[S
 def pack_course(
     documents: Iterable[Segment], seq_len: int, position: int = 0, first_row: int = 0
 ) -> Iterator[list[Segment]]:
-    """Rows as the course packs them, from first_row on: one stream of tokens, cut; `position` is
-    the first document's place in it.
+    """Rows as the course packs them, from first_row on.
+
+    One stream of tokens, cut; `position` is the first document's place in it.
 
     Source: "Pretraining LLMs", lesson 3.
     """
@@ -581,8 +586,9 @@ def gather_shards(
 
 
 def write_course_sequences(out: pathlib.Path, shards: list[dict], seq_len: int) -> None:
-    """The rows again as the one parquet file that the course's lesson 3 writes and lesson 5 reads:
-    a column input_ids.
+    """The rows again as the one parquet file that the course's lesson 3 writes and lesson 5 reads.
+
+    A column input_ids.
     """
     lesson = pa.schema({"input_ids": pa.list_(pa.int32())})
     with pq.ParquetWriter(out / "packaged_pretrain_dataset.parquet", lesson) as writer:
@@ -596,8 +602,9 @@ def write_course_sequences(out: pathlib.Path, shards: list[dict], seq_len: int) 
 
 
 def describe_packed(out: pathlib.Path, seq_len: int, files: list[str]) -> None:
-    """The two JSON files without which `datasets.load_from_disk` opens nothing; it needs every key
-    of them.
+    """The two JSON files without which `datasets.load_from_disk` opens nothing.
+
+    It needs every key of them.
     """
     integer, string = ({"dtype": dtype, "_type": "Value"} for dtype in ("int32", "string"))
     lists = {"doc_lens": integer, "doc_ids": string, "loss_from": integer}

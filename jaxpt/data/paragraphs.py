@@ -1,5 +1,6 @@
-"""Paragraphs that stood in the corpus before: marked in each text alone, decided over all of them,
-taken out when the shards are written.
+"""Paragraphs that stood in the corpus before.
+
+Marked in each text alone, decided over all of them, taken out when the shards are written.
 
 A paragraph is what stands between empty lines, without the white space around it; of equal ones the
 first in canonical order stays. 64 bits of

@@ -1,5 +1,6 @@
-"""What the rules are: each a function of one text and its thresholds, named as in a config, with
-its source.
+"""What the rules are.
+
+Each a function of one text and its thresholds, named as in a config, with its source.
 
 A rule that drops gives the reason in words, or "" to keep the text; a rule that edits gives the
 text that takes its place
@@ -55,8 +56,9 @@ class Text(str):
         return np.fromiter(map(hash, self.words), np.int64, len(self.words)).view(np.uint64)
 
     def ngram_codes(self, n: int) -> np.ndarray:
-        """[max(0, n_words - n + 1)] uint64: equal for equal n words in a row, and for others with a
-        chance of 2^-64.
+        """[max(0, n_words - n + 1)] uint64.
+
+        Equal for equal n words in a row, and for others with a chance of 2^-64.
 
         The last ones are kept, as longer ones are made of them: ask for n in rising order.
         """
@@ -129,8 +131,9 @@ def measure_repetition(
 def language(
     texts: list[Text], code: str = "en", least: float = 0.65, newline: str = " "
 ) -> list[str]:
-    """Not in the language `code` with a score above `least`, by fastText's lid.176. `newline` takes
-    the place of each line end.
+    """Not in the language `code` with a score above `least`, by fastText's lid.176.
+
+    `newline` takes the place of each line end.
 
     Source: 0.65 is FineWeb's (2406.17557); the course takes 0.4 and glues lines together.
     """
@@ -319,8 +322,9 @@ def duplicate_ngrams(
 
 
 def count_repeated_chars(text: Text, codes: np.ndarray, n: int) -> int:
-    """Characters, spaces apart, of the n-grams that stood there before, read from the left: after a
-    repeat comes the word behind it.
+    """Characters, spaces apart, of the n-grams that stood there before, read from the left.
+
+    After a repeat comes the word behind it.
     """
     upto = np.concatenate([[0], np.cumsum(text.word_chars)]).tolist()
     seen, chars, i, found = set(), 0, 0, codes.tolist()
@@ -395,8 +399,9 @@ def c4_curly_bracket(text: str) -> str:
 
 
 def c4_sentences(text: str, least: int = 5) -> str:
-    """Fewer than five sentences: a line has one, and one more wherever . ! or ? ends a word and
-    another word follows.
+    """Fewer than five sentences.
+
+    A line has one, and one more wherever . ! or ? ends a word and another word follows.
     """
     n = sum(
         1 + len(SENTENCE_END_PATTERN.findall(line)) for line in text.splitlines() if line.strip()
@@ -437,8 +442,9 @@ def fineweb_short_lines(text: str, most: float = 0.67, chars: int = 30) -> str:
 
 
 def fineweb_duplicate_characters(text: str, most: float = 0.01) -> str:
-    """More than 0.01 of the characters are in lines seen earlier in the text. (0.01 in datatrove's
-    recipe, 0.1 in the paper.)
+    """More than 0.01 of the characters are in lines seen earlier in the text.
+
+    (0.01 in datatrove's recipe, 0.1 in the paper.)
     """
     lines = split_nonempty_lines(text)
     chars = sum(map(len, lines)) - sum(map(len, set(lines)))
@@ -487,15 +493,16 @@ WORD = re.compile(r"\w+")
 
 @functools.cache
 def load_word_list(path: str) -> tuple[frozenset[str], frozenset[str]]:
-    """(words of letters and digits alone, others)"""
+    """(words of letters and digits alone, others)."""
     found = {line.lower() for line in read_list_lines(path)}
     words = frozenset(filter(WORD.fullmatch, found))
     return words, frozenset(found - words)
 
 
 def url_list(text: Text, path: str) -> str:
-    """The `url` in its meta is in the list of the file `path`: an address, or a domain with all
-    below it. What has no url stays.
+    """The `url` in its meta is in the list of the file `path`.
+
+    An address, or a domain with all below it. What has no url stays.
 
     Source: FineWeb (2406.17557, section 3.1) and RefinedWeb (2306.01116) drop pages by such lists
     first.
@@ -514,7 +521,7 @@ def load_url_list(path: str) -> frozenset[str]:
 
 
 def normalize_url(url: str) -> str:
-    """https://www.Example.org/ -> example.org"""
+    """https://www.Example.org/ -> example.org."""
     return re.sub(r"^(?:\w+://)?(?:www\.)?", "", url.strip().lower()).rstrip("/")
 
 
@@ -534,15 +541,17 @@ def min_chars(text: str, least: int = 200) -> str:
 
 
 def few_words(text: Text, least: float = 0.7) -> str:
-    """Less than 0.7 of the words hold a letter: tables, dumps, markup. (Gopher's rule, at 0.8
-    there.)
+    """Less than 0.7 of the words hold a letter.
+
+    Tables, dumps, markup. (Gopher's rule, at 0.8 there.)
     """
     return count_words_with_letters(text.words, least)
 
 
 def many_symbols(text: str, most: float = 0.25) -> str:
-    """More than 0.25 of the characters are neither letters, digits nor white space: markup, ruled
-    tables, code.
+    """More than 0.25 of the characters are neither letters, digits nor white space.
+
+    Markup, ruled tables, code.
     """
     n = sum(not (c.isalnum() or c.isspace()) for c in text)
     return (
@@ -553,8 +562,9 @@ def many_symbols(text: str, most: float = 0.25) -> str:
 
 
 def line_repetition(text: str, most: float = 0.3) -> str:
-    """More than 0.3 of the lines that hold a letter were seen earlier in the text. (Gopher's
-    duplicate line fraction.)
+    """More than 0.3 of the lines that hold a letter were seen earlier in the text.
+
+    (Gopher's duplicate line fraction.)
     """
     lines = [line.strip() for line in text.split("\n") if any(map(str.isalpha, line))]
     n = len(lines) - len(set(lines))
@@ -568,8 +578,9 @@ def line_repetition(text: str, most: float = 0.3) -> str:
 def code_lines(
     text: str, longest: int = 1000, least_mean: float = 10.0, most_mean: float = 100.0
 ) -> str:
-    """A line above 1,000 characters, or a mean line outside 10 to 100: minified, packed data, or
-    nearly empty.
+    """A line above 1,000 characters, or a mean line outside 10 to 100.
+
+    Minified, packed data, or nearly empty.
 
     Source: Codex and StarCoder drop the long ones so (2107.03374, 2305.06161).
     """
@@ -585,8 +596,9 @@ def code_lines(
 
 
 def few_alphanumeric(text: str, least: float = 0.25) -> str:
-    """Less than 0.25 of the characters are letters or digits. (StarCoder's threshold,
-    2305.06161.)
+    """Less than 0.25 of the characters are letters or digits.
+
+    (StarCoder's threshold, 2305.06161.)
     """
     n = sum(map(str.isalnum, text))
     return (
@@ -629,7 +641,10 @@ DATA_ROW = re.compile(
 
 
 def pii_email(text: str, mark: str = "|||EMAIL_ADDRESS|||") -> tuple[str, int]:
-    """Puts a mark in place of each e-mail address. (The marks are Dolma's, 2402.00159.)"""
+    """Puts a mark in place of each e-mail address.
+
+    (The marks are Dolma's, 2402.00159.)
+    """
     return EMAIL.subn(lambda _: mark, text) if "@" in text else (text, 0)
 
 
@@ -641,8 +656,9 @@ EMAIL = re.compile(
 
 
 def pii_ip(text: str, mark: str = "|||IP_ADDRESS|||") -> tuple[str, int]:
-    """Puts a mark in place of each public IPv4 or IPv6 address. Private, loopback and documentation
-    addresses, which name nobody, stay.
+    """Puts a mark in place of each public IPv4 or IPv6 address.
+
+    Private, loopback and documentation addresses, which name nobody, stay.
     """
     n = 0
 
@@ -689,8 +705,9 @@ PHONE = re.compile(
 
 
 def repeated_paragraphs(text: str, least: int = 40) -> tuple[str, int]:
-    """Takes out each paragraph of 40 characters or more that stood in the text before; shorter ones
-    (rules of asterisks, refrains) stay.
+    """Takes out each paragraph of 40 characters or more that stood in the text before.
+
+    Shorter ones (rules of asterisks, refrains) stay.
     """
     parts = re.split(r"(\n{2,})", text)  # paragraph, gap, paragraph, ...
     seen, kept, n_edits = set(), [], 0

@@ -1,5 +1,6 @@
-"""Where text comes from: one short string names a source, `[NAME=]KIND:WHERE`, and every source
-yields Documents.
+"""Where text comes from.
+
+One short string names a source, `[NAME=]KIND:WHERE`, and every source yields Documents.
 
     text:GLOB              a file is a document                       text:books/*.txt
     jsonl:GLOB#field       a line is a document, text in `field`
@@ -81,8 +82,9 @@ MAX_DOCUMENT_BYTES = 2**25
 
 @dataclasses.dataclass(frozen=True)
 class TextSource(Record):
-    """A source whose string was understood and whose files were found; nothing of them is read
-    yet.
+    """A source whose string was understood and whose files were found.
+
+    Nothing of them is read yet.
     """
 
     name: str  # of its shards, and the `source` column
@@ -135,8 +137,9 @@ class TextSource(Record):
         return files
 
     def describe_installation(self) -> dict[str, str]:
-        """What stands for a content that is not fingerprinted: versions of an installation, size
-        and tag of the objects of a store.
+        """What stands for a content that is not fingerprinted.
+
+        Versions of an installation, size and tag of the objects of a store.
         """
         if self.kind == "warc":
             return {
@@ -167,8 +170,9 @@ class TextSource(Record):
 
 
 def parse_sources(texts: Iterable[str]) -> list[TextSource]:
-    """The sources of a config, in its order. Raises UserError when there are none, or two of one
-    name.
+    """The sources of a config, in its order.
+
+    Raises UserError when there are none, or two of one name.
     """
     sources = [parse_source(text) for text in texts]
     if not sources:
@@ -186,8 +190,9 @@ def parse_sources(texts: Iterable[str]) -> list[TextSource]:
 
 
 def parse_source(text: str) -> TextSource:
-    """Understand one source string and find its files. Raises UserError for an unknown kind or an
-    empty glob.
+    """Understand one source string and find its files.
+
+    Raises UserError for an unknown kind or an empty glob.
     """
     match = re.fullmatch(r"(?:([^=:#/]*)=)?(\w+):(.+)", text, re.DOTALL)
     if not match:
@@ -243,8 +248,10 @@ def parse_source(text: str) -> TextSource:
 
 
 def default_source_name(kind: str, where: str) -> str:
-    """python:prose -> prose; books/*.txt -> books; crawl/part.jsonl.gz -> part;
-    HuggingFaceFW/fineweb/sample-10BT:train -> fineweb-sample-10BT
+    """python:prose -> prose.
+
+    Books/*.txt -> books; crawl/part.jsonl.gz -> part; HuggingFaceFW/fineweb/sample-10BT:train ->
+    fineweb-sample-10BT
     """
     if kind == "python":
         return where
@@ -271,8 +278,9 @@ def default_source_name(kind: str, where: str) -> str:
 
 
 def relative_name(source: TextSource, file: str) -> str:
-    """A file's name in ids: relative to the part of the glob that is no pattern, so that moving the
-    data changes no id.
+    """A file's name in ids.
+
+    Relative to the part of the glob that is no pattern, so that moving the data changes no id.
     """
     parts = pathlib.PurePath(source.pattern).parts
     n_plain = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
@@ -310,8 +318,9 @@ def glob_files(pattern: str) -> set[str]:
 
 @functools.cache
 def open_filesystem(address: str):
-    """(the object store as pyarrow sees it, the path in it). Credentials, region and endpoint are
-    the store's own, as in data/storage.py.
+    """(the object store as pyarrow sees it, the path in it).
+
+    Credentials, region and endpoint are the store's own, as in data/storage.py.
     """
     import pyarrow as pa
     import pyarrow.fs
@@ -365,8 +374,9 @@ def get_object_tag(file: str) -> str:
 
 @contextlib.contextmanager
 def open_text_file(file: str) -> Iterator[io.BufferedIOBase]:
-    """The file's bytes, unpacked where its name ends in .gz or .zst. Raises UserError when they
-    cannot be had.
+    """The file's bytes, unpacked where its name ends in .gz or .zst.
+
+    Raises UserError when they cannot be had.
     """
     try:
         with open_raw(file) as found, decompress(file, found) as stream:
@@ -551,8 +561,10 @@ def read_warc(source: TextSource, file: str) -> Iterator[Document | Skipped | Us
 
 
 class ForwardReader:
-    """A stream as fastwarc can take it: it asks for the position even where there is none, and an
-    error while it reads would end the process.
+    """A stream as fastwarc can take it.
+
+    It asks for the position even where there is none, and an error while it reads would end the
+    process.
     """
 
     def __init__(self, stream: io.BufferedIOBase):
@@ -616,8 +628,9 @@ def too_large_error(place: str) -> UserError:
 
 
 def make_document(id: str, record: dict[str, Any], fields: str, place: str) -> Document:
-    """The document that a record's field, or its prompt+completion, makes. Raises UserError naming
-    the place.
+    """The document that a record's field, or its prompt+completion, makes.
+
+    Raises UserError naming the place.
     """
     *prompt, text = (get_text_field(record, field, place) for field in fields.split("+"))
     if prompt and not text:
@@ -659,7 +672,7 @@ def first_error_line(error: BaseException) -> str:
 
 
 def parse_hf_source(source: TextSource) -> tuple[str, str | None, str]:
-    """Where -> (data set or local directory, config or None, split)"""
+    """Where -> (data set or local directory, config or None, split)."""
     name, _, split = source.pattern.rpartition(":")
     parts = name.split("/")
     if len(parts) > 2 and not pathlib.Path(name).is_dir():
@@ -706,8 +719,9 @@ def read_code() -> Iterator[Document]:
 
 
 def read_prose() -> Iterator[Document]:
-    """Docstrings, a document a module; the installed packages' README texts; the language
-    reference's topics.
+    """Docstrings, a document a module.
+
+    The installed packages' README texts; the language reference's topics.
     """
     import pydoc_data.topics
 
@@ -729,8 +743,9 @@ def read_prose() -> Iterator[Document]:
 
 
 def read_tasks() -> Iterator[Document]:
-    """Short functions that say in a few words what they do. The words ask for it, the function
-    without them answers.
+    """Short functions that say in a few words what they do.
+
+    The words ask for it, the function without them answers.
     """
     for file in list_stdlib_files():
         code = file.read_bytes().decode("utf-8", "replace")
@@ -839,8 +854,9 @@ def parse_module(file: pathlib.Path) -> ast.Module:
 
 
 def is_prose(docstring: str) -> bool:
-    """Long enough to say something, and mostly words: at least 80 characters, three quarters of
-    them letters or spaces.
+    """Long enough to say something, and mostly words.
+
+    At least 80 characters, three quarters of them letters or spaces.
     """
     return len(docstring) >= 80 and sum(map(str.isalpha, docstring)) + docstring.count(
         " "

@@ -1,5 +1,6 @@
-"""The tokenizer of a run: trained on its corpus or adopted, saved in Hugging Face form, the same
-ids wherever it is opened.
+"""The tokenizer of a run.
+
+Trained on its corpus or adopted, saved in Hugging Face form, the same ids wherever it is opened.
 
 Every stage encodes through the `tokenizers` library with `Tokenizer` below. A SentencePiece model
 is turned into that form so
@@ -58,8 +59,9 @@ EOS_NAMES = (
 def train_tokenizer(
     settings: config.Config, workdir: pathlib.Path, replace: bool = False
 ) -> Manifest:
-    """Make WORKDIR/tokenizer: trained on WORKDIR/corpus/train, or adopted from
-    settings.tokenizer.source.
+    """Make WORKDIR/tokenizer.
+
+    Trained on WORKDIR/corpus/train, or adopted from settings.tokenizer.source.
 
     Deterministic: the same corpus and settings give the same vocabulary. Raises UserError for what
     cannot be trained or adopted exactly.
@@ -255,8 +257,9 @@ def fingerprint_tokenizer(form: dict, bos_id: int | None, eos_id: int) -> str:
 
 
 def get_token_text(value):
-    """A special token of a tokenizer_config.json by its name; older files describe it in a dict.
-    Other values pass.
+    """A special token of a tokenizer_config.json by its name.
+
+    Older files describe it in a dict. Other values pass.
     """
     return value["content"] if isinstance(value, dict) and "content" in value else value
 
@@ -286,8 +289,9 @@ def read_tokenizer_source(path: pathlib.Path) -> tuple[tokenizers.Tokenizer, dic
 
 
 def find_tokenizer_files(path: pathlib.Path) -> list[pathlib.Path]:
-    """The files that a tokenizer consists of: a .model, or a tokenizer.json and the
-    tokenizer_config.json beside it.
+    """The files that a tokenizer consists of.
+
+    A .model, or a tokenizer.json and the tokenizer_config.json beside it.
     """
     if not path.exists():
         raise UserError(
@@ -310,8 +314,9 @@ def find_tokenizer_files(path: pathlib.Path) -> list[pathlib.Path]:
 def convert_sentencepiece(
     proto: bytes, where: str, kind: str = "bpe"
 ) -> tuple[tokenizers.Tokenizer, dict, bytes | None]:
-    """A SentencePiece model in the tokenizers library's form, with equal ids for every text: BPE
-    models alone.
+    """A SentencePiece model in the tokenizers library's form, with equal ids for every text.
+
+    BPE models alone.
 
     kind "unigram" takes the pieces and scores of a unigram model just trained, and gives no
     SentencePiece bytes back: SentencePiece sums
@@ -463,8 +468,9 @@ def explain_training_error(error: str, n_bytes: int) -> str:
 def compare_tokenizers(
     paths: Sequence[pathlib.Path], corpus: pathlib.Path, limit_mb: float
 ) -> dict[str, dict[str, float]]:
-    """Bytes per token of several tokenizers: {path: {source: bytes per token}}, over the same
-    evenly spread sample of the corpus.
+    """Bytes per token of several tokenizers: {path: {source.
+
+    Bytes per token}}, over the same evenly spread sample of the corpus.
     """
     opened = {str(path): load_tokenizer(path) for path in paths}
     texts: dict[str, list[str]] = {}
@@ -482,6 +488,7 @@ def compare_tokenizers(
 
 def sample_corpus(corpus: pathlib.Path, limit_bytes: float) -> Iterator[tuple[str, str]]:
     """(source, span of text) spread evenly over the training documents, about limit_bytes together.
+
     No randomness: every k-th span.
     """
     files = [
@@ -510,8 +517,9 @@ def count_text_bytes(file: pathlib.Path, group: int | None = None) -> int:
 
 
 def list_corpus_files(corpus: pathlib.Path, split: str) -> dict[str, list[pathlib.Path]]:
-    """The parquet shards of each source of a corpus, in order. Raises UserError where the corpus
-    has none to train on.
+    """The parquet shards of each source of a corpus, in order.
+
+    Raises UserError where the corpus has none to train on.
     """
     found: dict[str, list[pathlib.Path]] = {}
     for file in sorted((corpus / split).glob("*.parquet")):

@@ -1,5 +1,6 @@
-"""Attribute the loss of one step to its documents: each one's loss, and what it adds to the
-step's.
+"""Attribute the loss of one step to its documents.
+
+Each one's loss, and what it adds to the step's.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Several models, the same prompts, side by side; and the documents on which two of them differ
-most.
+"""Several models, the same prompts, side by side.
+
+And the documents on which two of them differ most.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ def compare_samples(
     models: list[pathlib.Path], prompts: list[str], *, max_new: int = 128, sampling: decode.Sampling = decode.Sampling(),  # noqa: B008 (frozen)
     seed: int = 0, texts: list[pathlib.Path] = [], to: pathlib.Path | None = None,  # noqa: B006 (never changed)
 ) -> dict[str, Any]:  # fmt: skip
-    """Continue each prompt by each model, show the texts in columns, and write them to `to`. On a
-    terminal each text is seen as it is written.
+    """Continue each prompt by each model, show the texts in columns, and write them to `to`.
+
+    On a terminal each text is seen as it is written.
 
     A prompt begins with the model's beginning-of-sequence token where its tokenizer puts one.
     Seconds are those of reading
@@ -221,8 +223,9 @@ def name_models(models: list[pathlib.Path]) -> list[str]:
 
 
 def read_text_file(file: pathlib.Path) -> str:
-    """A text whose bits per byte are asked for. Raises UserError where it cannot be read or is
-    empty.
+    """A text whose bits per byte are asked for.
+
+    Raises UserError where it cannot be read or is empty.
     """
     try:
         text = file.read_text()
@@ -236,8 +239,9 @@ def read_text_file(file: pathlib.Path) -> str:
 
 
 def read_prompts(file: pathlib.Path) -> list[str]:
-    """A JSON list of strings in a .json file, else a prompt a line; blank ones are skipped. Raises
-    UserError when none is left.
+    """A JSON list of strings in a .json file, else a prompt a line.
+
+    Blank ones are skipped. Raises UserError when none is left.
     """
     try:
         text = file.read_text()
@@ -360,8 +364,9 @@ def select_window(values: np.ndarray, n: int) -> int:
 
 
 def split_token_texts(encoder: tokenizer.Tokenizer, ids: list[int]) -> list[str]:
-    """What each token adds to the text, together the text of all; a character of several tokens
-    stands with its last.
+    """What each token adds to the text, together the text of all.
+
+    A character of several tokens stands with its last.
     """
     pieces, before = [], ""
     for n in range(1, len(ids) + 1):
@@ -376,8 +381,9 @@ def split_token_texts(encoder: tokenizer.Tokenizer, ids: list[int]) -> list[str]
 
 
 def find_most_different_tokens(found: dict[str, Any]) -> str:
-    """A line for each document: how far apart the models are on it, and how it goes where they
-    differ.
+    """A line for each document.
+
+    How far apart the models are on it, and how it goes where they differ.
     """
     parent, child = found["models"]
     lines = [f"{found['documents']:,} documents by {parent} and {child}, nats per token"]
@@ -427,8 +433,9 @@ def format_columns(samples: dict[str, Any], width: int) -> str:
 
 
 def wrap_text(text: str, width: int) -> list[str]:
-    """Lines of at most `width` terminal columns, broken at spaces where there are any; indentation
-    and blank lines stay.
+    """Lines of at most `width` terminal columns, broken at spaces where there are any.
+
+    Indentation and blank lines stay.
     """
     lines = []
     for line in escape_controls(text).split("\n"):

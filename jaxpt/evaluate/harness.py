@@ -34,8 +34,9 @@ log = logging.getLogger(__name__)
 
 
 class BitsPerByteRequest(NamedTuple):
-    """How a task is run: items read of it (None: all) and examples in front of each (None: as the
-    task has it).
+    """How a task is run.
+
+    Items read of it (None: all) and examples in front of each (None: as the task has it).
     """
 
     items: int | None = None
@@ -231,8 +232,9 @@ def parse_tasks(
 
 @contextlib.contextmanager
 def export_temporarily(loaded: initialize.LoadedModel) -> Iterator[pathlib.Path]:
-    """The model as a Hugging Face directory: itself where it is one, else an export that lasts as
-    long as it is used.
+    """The model as a Hugging Face directory.
+
+    Itself where it is one, else an export that lasts as long as it is used.
     """
     if loaded.tokenizer_dir == loaded.source:
         yield loaded.source
@@ -293,8 +295,9 @@ def run_harness(
     local: dict[str, dict[str, list[dict]]],
     kept: pathlib.Path | None,
 ) -> tuple[dict[str, Any], dict[str, list[dict]]]:
-    """simple_evaluate over the tasks, those in `local` on these rows: its results, and {task: what
-    it logged of each item}.
+    """simple_evaluate over the tasks, those in `local` on these rows.
+
+    Its results, and {task: what it logged of each item}.
 
     kept  where the harness keeps each answer as it comes, and looks before it asks
     """
@@ -367,9 +370,10 @@ def make_task_manager():
 def make_lm_adapter(
     spec: ModelSpec, params: dict[str, Any], tokenizer_dir: pathlib.Path, longest: int
 ):
-    """Our model as a model of the harness. Text becomes ids as in the harness's HFLM, by
-    AutoTokenizer, so that the same
-    requests reach the model in both.
+    """Our model as a model of the harness.
+
+    Text becomes ids as in the harness's HFLM, by AutoTokenizer, so that the same requests reach the
+    model in both.
 
     Source: lm-evaluation-harness 0.4.13, lm_eval/models/huggingface.py.
     """
@@ -590,8 +594,9 @@ def describe_evaluated_model(
 
 
 def format_results(results: dict[str, Any]) -> str:
-    """One line a metric: task, metric, value, standard error, items; then what of the items the
-    model may have seen.
+    """One line a metric.
+
+    Task, metric, value, standard error, items; then what of the items the model may have seen.
     """
     lines = [("task", "metric", "value", "+/-", "items")]
     for task, metrics in results["results"].items():

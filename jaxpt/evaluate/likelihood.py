@@ -1,5 +1,6 @@
-"""How likely a model finds text: held-out loss of packed rows, bits per byte of raw text,
-log-likelihood of continuations.
+"""How likely a model finds text.
+
+Held-out loss of packed rows, bits per byte of raw text, log-likelihood of continuations.
 
 Pieces of text to be scored are laid several to a row, in trees that compute once what several begin
 with (prefix_trees.py): their scores are those they
@@ -55,8 +56,9 @@ def make_loss_step(spec: ModelSpec, mesh, dtype="float32"):
 
 
 def measure_heldout_loss(step, params, batches: Iterable[Batch]) -> float:
-    """Nats per trained token over all batches; `step` is nats_step's. NaN when no token has
-    weight.
+    """Nats per trained token over all batches.
+
+    `step` is nats_step's. NaN when no token has weight.
     """
     nats_sum = weights_sum = 0.0
     for batch in batches:
@@ -82,8 +84,9 @@ def measure_bits_per_byte(
     spec: ModelSpec, params: dict[str, Any], texts: list[str], token_ids: list[list[int]], bos_id: int, *,
     max_length: int | None = None, dtype="float32", label: str = "bits per byte",
 ) -> BitsPerByte:  # fmt: skip
-    """Score raw texts, each token of each exactly once, the first given `bos_id`; no
-    end-of-sequence token is counted.
+    """Score raw texts, each token of each exactly once, the first given `bos_id`.
+
+    No end-of-sequence token is counted.
 
     token_ids   of each text, without beginning- or end-of-sequence tokens
     max_length  tokens that the model sees at once; None is its own longest. Long texts are cut by
@@ -107,9 +110,10 @@ def measure_bits_per_byte(
 def split_rolling_windows(
     ids: list[int], prefix_id: int, max_length: int
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """(context, predicted) pairs that predict each id once. A window begins with the last token of
-    the one before it; only
-    the last window reaches back further, so that it too reads max_length tokens.
+    """(context, predicted) pairs that predict each id once.
+
+    A window begins with the last token of the one before it; only the last window reaches back
+    further, so that it too reads max_length tokens.
 
     Source: lm-evaluation-harness, get_rolling_token_windows with context_len=1, made disjoint.
     """
@@ -124,9 +128,10 @@ def compute_continuation_log_likelihoods(
     spec: ModelSpec, params: dict[str, Any], pairs: list[tuple[list[int], list[int]]], *,
     max_length: int | None = None, dtype="float32", label: str = "log-likelihoods", answered: Callable[[int, tuple[float, bool]], None] | None = None,
 ) -> list[tuple[float, bool]]:  # fmt: skip
-    """For each (context ids, continuation ids): the continuation's log-likelihood in nats, and
-    whether each of its tokens
-    was the likeliest. `token_log_likelihoods` says the rest.
+    """For each (context ids, continuation ids).
+
+    The continuation's log-likelihood in nats, and whether each of its tokens was the likeliest.
+    `token_log_likelihoods` says the rest.
 
     answered  is called with the place in `pairs` and the result of each as soon as it is known
     """
@@ -144,11 +149,10 @@ def compute_token_log_likelihoods(
     spec: ModelSpec, params: dict[str, Any], pairs: list[tuple[list[int], list[int]]], *,
     max_length: int | None = None, dtype="float32", label: str = "log-likelihoods",
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:  # fmt: skip
-    """For each (context ids, continuation ids), in the order in which they are done: its place in
-    `pairs`, and of the
-    continuation's tokens the log-likelihood in nats, float32 [n], and whether each was the
-    likeliest, bool [n]. Too long a
-    context loses tokens on its left.
+    """For each (context ids, continuation ids), in the order in which they are done.
+
+    Its place in `pairs`, and of the continuation's tokens the log-likelihood in nats, float32 [n],
+    and whether each was the likeliest, bool [n]. Too long a context loses tokens on its left.
 
     Raises UserError for an empty context or continuation, one that is longer than the context
     length, or an unknown id.

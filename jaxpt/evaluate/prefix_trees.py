@@ -143,9 +143,10 @@ def count_shared_prefix(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def pack_trees(sizes: Sequence[int], longest: int) -> dict[int, list[list[int]]]:
-    """Row length -> rows, each a list of trees by number. Best fit, largest first: a tree goes to
-    the fullest row that still holds it, or
-    opens a row of the shortest length that does.
+    """Row length -> rows, each a list of trees by number.
+
+    Best fit, largest first: a tree goes to the fullest row that still holds it, or opens a row of
+    the shortest length that does.
     """
     rows: dict[int, list[list[int]]] = {}
     free: list[tuple[int, int, int]] = []  # (columns left, row length, row), sorted

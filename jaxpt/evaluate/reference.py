@@ -1,5 +1,6 @@
-"""The same measurements by torch and transformers, the judge of ours: bits per byte, the harness's
-own model, logits, KL.
+"""The same measurements by torch and transformers, the judge of ours.
+
+Bits per byte, the harness's own model, logits, KL.
 
 The only file of jaxpt that runs transformers' models. Everything here computes in float32 on the
 CPU.
@@ -18,8 +19,9 @@ from jaxpt.spec import UserError
 
 
 def load_reference_model(hf_dir: pathlib.Path):
-    """The directory's model, in float32, ready to be read. Raises UserError when torch is not
-    installed or the directory cannot be opened.
+    """The directory's model, in float32, ready to be read.
+
+    Raises UserError when torch is not installed or the directory cannot be opened.
     """
     require_torch("torch", "transformers")
     import transformers

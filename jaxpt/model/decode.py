@@ -1,5 +1,6 @@
-"""Text from a model: one pass over the prompts fills a key-value cache, then one compiled loop adds
-a token at a time.
+"""Text from a model.
+
+One pass over the prompts fills a key-value cache, then one compiled loop adds a token at a time.
 
 Prompts of a batch are padded on the left, so that all rows write to the same column of the cache. A
 row's padding has
@@ -33,8 +34,9 @@ LENGTH_STEP = 64
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen from the logits; each setting as transformers' generate defines
-    it, in its order.
+    """How the next token is chosen from the logits.
+
+    Each setting as transformers' generate defines it, in its order.
 
     repetition_penalty  logits of tokens already in prompt or output are divided by it where
     positive, else multiplied
@@ -117,8 +119,9 @@ def generate(
 
 
 def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters with one tree a layer in place of stacked blocks, where that helps: on a
-    single CPU device. Nothing is copied.
+    """The parameters with one tree a layer in place of stacked blocks, where that helps.
+
+    On a single CPU device. Nothing is copied.
 
     XLA's CPU compiler copies a layer out of a stack before it multiplies with it; for a product
     with one token that is most of the time.
@@ -160,8 +163,9 @@ def check_prompts(spec: ModelSpec, prompts: list[list[int]]) -> None:
 
 
 class DecodeState(NamedTuple):
-    """What the loop carries. C: columns of the cache; the prompts end at the column where decoding
-    starts.
+    """What the loop carries.
+
+    C: columns of the cache; the prompts end at the column where decoding starts.
     """
 
     keys: jax.Array  # [L, B, C, K, H], rotated
@@ -317,8 +321,10 @@ def decode_step(
 
 
 def attend_to_cache(q, keys, values, segments, column, window):
-    """One query a row, at `column`: q [B, K, G, H], keys and values [B, S, K, H] as the cache holds
-    them. Sees the columns of segment 1.
+    """One query a row, at `column`.
+
+    Q [B, K, G, H], keys and values [B, S, K, H] as the cache holds them. Sees the columns of
+    segment 1.
     """
     distance = column - jnp.arange(keys.shape[1])
     sees = (distance >= 0) & (distance < (window or keys.shape[1])) & (segments == 1)
@@ -343,8 +349,9 @@ def bind_for_decoding(
 def run_layers_with_cache(
     model: llama.Llama, layers, tokens, positions, cache, attend_layer, dtype
 ):
-    """Tokens [B, T] through the model beside its cache. attend_layer(q, k, v, cache, layer) ->
-    (mixed, cache).
+    """Tokens [B, T] through the model beside its cache.
+
+    Attend_layer(q, k, v, cache, layer) -> (mixed, cache).
 
     Returns float32 logits [B, V] of the last column, and the cache.
     """

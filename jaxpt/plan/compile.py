@@ -270,8 +270,9 @@ def analyze_compiled_step(analysis: StepAnalysis, lowered: Any, platform: str) -
 
 
 def parse_refused_bytes(message: str) -> int | None:
-    """Return the bytes that a compiler expected when it ran out of memory; None for other
-    errors.
+    """Return the bytes that a compiler expected when it ran out of memory.
+
+    None for other errors.
     """
     amount = re.search(r"(?:temporaries \(|Used )([\d.]+)([KMGT]?)", message)
     if "RESOURCE_EXHAUSTED" not in message or not amount:

@@ -131,8 +131,9 @@ def interleave(parent: Parent, g: int = 2) -> Growth:
 
 
 def stack_middle(parent: Parent, m: int) -> Growth:
-    """Repeat the middle block of m layers, where depth is used best. MIDAS, 2409.19044;
-    2512.08819.
+    """Repeat the middle block of m layers, where depth is used best.
+
+    MIDAS, 2409.19044; 2512.08819.
     """
     n = parent.spec.n_layers
     if not 1 <= m <= n:
