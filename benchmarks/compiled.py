@@ -153,11 +153,14 @@ def child(name: str):
         if memory.host_temp_size_in_bytes
         else ""
     )
+    n_logits = n_square = 0
+    for _, shape in arrays:
+        is_logits = vocab in shape and spec.d_model not in shape
+        n_logits += is_logits and math.prod(shape) >= logits
+        n_square += shape.count(T) > 1
     print(
-        f"| {name} | {backend} | {seconds:.0f} ({cpu_seconds:.0f}) | {peak / 2**30:.1f}{host} | {sum(vocab in shape and spec.d_model not in shape and math.prod(shape) >= logits for _, shape in arrays)} "
-            f"| {sum(shape.count(T) > 1 for _, shape in arrays)} | "
-            f"{largest[0]}{list(largest[1])} | {'; '.join(layers)} |"
-        )
+        f"| {name} | {backend} | {seconds:.0f} ({cpu_seconds:.0f}) | {peak / 2**30:.1f}{host} | "
+        f"{n_logits} | {n_square} | {largest[0]}{list(largest[1])} | {'; '.join(layers)} |"
     )
 
 

@@ -50,8 +50,8 @@ import runpy
 from jaxpt.data import loader
 stream = loader.stream
 def poisoned(rows, mixture, sharding, batch_rows, first_row, document_mask):
-    for i, batch in enumerate(stream(rows, mixture, sharding, batch_rows, first_row, document_mask)):
-        yield batch._replace(loss_mask=batch.weights * float("nan")) if first_row // batch_rows + i + 1 in (13, 27) else batch
+    for i, batch in enumerate(stream(rows, mixture, sharding, batch_size, first_row, document_mask)):
+        yield batch._replace(loss_mask=batch.loss_mask * float("nan")) if first_row // batch_size + i + 1 in (13, 27) else batch
 loader.stream = poisoned
 runpy.run_path(%r, run_name="__main__")
 """
@@ -129,7 +129,7 @@ class Job:
                 command,
                 cwd=home,
                 stdout=open(self.said, "w" if i == 0 else "a"),
-                stderr=subprocess.STDOUT,  # noqa: SIM115
+                stderr=subprocess.STDOUT,
                 env={**environment, **joined, **({"JAXPT_PROCESS": str(i)} if n > 1 else {})},
             )
             for i in range(n)

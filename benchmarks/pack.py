@@ -168,7 +168,7 @@ def main() -> None:
     print(f"{len(books)} books, {sum(len(book.encode()) for book in books) / 1e6:.1f} MB")
     ways = {"best_fit": best_fit, "course": course, "nanochat": nanochat}
     try:
-        import trl as _  # noqa: F401
+        import trl as _
 
         ways |= {f"trl {strategy}": trl(strategy) for strategy in ("bfd", "bfd_split", "wrapped")}
     except ImportError:

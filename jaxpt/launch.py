@@ -66,6 +66,8 @@ SETUP_COMMANDS = (
 
 
 class LaunchPlan(NamedTuple):
+    """Files to write and commands to run."""
+
     required_commands: tuple[str, ...]  # programs
     files: dict[str, str]
     phases: list[list[str]]
@@ -179,8 +181,9 @@ def plan_slurm(nodes: int, gpus: int, workdir: str, train: list[str]) -> LaunchP
         f"#SBATCH --gres=gpu:{gpus}\n"
         "# JAX takes a task for one GPU, its local id; this one has all of its node\n"
         f"export JAX_LOCAL_DEVICE_IDS={','.join(map(str, range(gpus)))}\n"
-        if gpus else ""
-    )  # fmt: skip
+        if gpus
+        else ""
+    )
     script = f"""#!/bin/bash
 #SBATCH --nodes={nodes}
 #SBATCH --ntasks-per-node=1
@@ -201,13 +204,17 @@ exit $status
     return LaunchPlan(
         required_commands=("sbatch",),
         files={file: script},
-        phases=[[shlex.join(["sbatch", f"--job-name={name}", f"--output={workdir}/train-%j.log", file])]],
+        phases=[
+            [shlex.join(["sbatch", f"--job-name={name}", f"--output={workdir}/train-%j.log", file])]
+        ],
         notes={
             "see": f"tail -n 40 -F {shlex.quote(workdir)}/train-*.log",
             # asked first, it has saved by the time that it is ended
-            "stop": shlex.join(["scancel", "--signal=TERM", f"--name={name}"]) + "; sleep 60; " + shlex.join(["scancel", f"--name={name}"]),
+            "stop": shlex.join(["scancel", "--signal=TERM", f"--name={name}"])
+            + "; sleep 60; "
+            + shlex.join(["scancel", f"--name={name}"]),
         },
-    )  # fmt: skip
+    )
 
 
 def plan_gke(

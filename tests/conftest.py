@@ -72,7 +72,8 @@ SMALL = """
 from jaxpt.config import defaults
 def get_config():
     c = defaults()
-    c.prepare.sources, c.prepare.max_mb, c.prepare.heldout_frac = ("python:prose", "python:code"), 0.3, 0.2
+    c.prepare.sources = ("python:prose", "python:code")
+    c.prepare.max_mb, c.prepare.heldout_frac = 0.3, 0.2
     c.tokenizer.vocab_size, c.pack.seq_len = 500, 64
     return c
 """

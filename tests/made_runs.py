@@ -269,7 +269,7 @@ def write_runs(root):
 
 def growth(**changes):
     """growth.json of a stack of 5 layers that became 8, everything measured."""
-    layer = lambda i, influence: {"rms": 0.05 * 1.9**i, "influence": influence}  # noqa: E731
+    layer = lambda i, influence: {"rms": 0.05 * 1.9**i, "influence": influence}
     return {
         "parent": "runs/base",
         "operators": ["depth_upscale(m=1)"],
@@ -355,7 +355,7 @@ def write_data(workdir):
             ("language", 1_655, 30.3),
         ],
     }
-    kept = lambda rows, mb: {"rows": rows, "chars": int(mb * 0.98e6), "bytes": int(mb * 1e6)}  # noqa: E731
+    kept = lambda rows, mb: {"rows": rows, "chars": int(mb * 0.98e6), "bytes": int(mb * 1e6)}
     steps = [
         {
             "rule": amounts["prose"][i][0],
@@ -419,9 +419,9 @@ def write_run(run, spec, *, seed, steps, start, floor, initialize, seconds, base
     settings["mixture"] |= {"packed": [str(data / "packed")] if base else []}
     write_json(run / "config.json", settings)
     noise = random.Random(seed)
-    curve = lambda step: floor + (start - floor) * math.exp(-4.2 * (step / steps) ** 0.6)  # noqa: E731
+    curve = lambda step: floor + (start - floor) * math.exp(-4.2 * (step / steps) ** 0.6)
     lines = []
-    heldout = lambda step: {"prose": curve(step) + 0.09, "code": curve(step) - 0.55}  # noqa: E731
+    heldout = lambda step: {"prose": curve(step) + 0.09, "code": curve(step) - 0.55}
     parent = {"parent": {"prose": 3.912, "code": 3.204}} if base else {}
     if base:
         lines.append({"step": 0, "heldout": heldout(0)} | parent)

@@ -371,7 +371,8 @@ SHOWN = {  # what is wrong: (how it comes about, what the page says of it)
     "metrics that are no numbers": (
         lambda: write(
             "base/metrics.jsonl",
-            '{"step": 7, "loss": NaN, "grad_norm": Infinity, "lr": NaN, "seconds": NaN}\n{"step": 8, "heldout": {"prose": NaN}}',
+            '{"step": 7, "loss": NaN, "grad_norm": Infinity, "lr": NaN, "seconds": NaN}\n'
+            '{"step": 8, "heldout": {"prose": NaN}}',
         ),
         "the loss is no finite number in 1 of 1 records, first at step 7",
     ),

@@ -91,7 +91,7 @@ def encoder(hf_dir):
 def some_pairs():
     """Thirty of any length, and three times four that share long contexts."""
     random = np.random.default_rng(1)
-    draw = lambda n: random.integers(3, 448, n).tolist()  # noqa: E731
+    draw = lambda n: random.integers(3, 448, n).tolist()
     lengths = zip(random.integers(1, 260, 30), random.integers(1, 30, 30), strict=True)
     trunk = draw(100)
     return [(draw(n), draw(m)) for n, m in lengths] + [
@@ -136,7 +136,7 @@ def answered(batch, piece):
         yield tokens[seen].tolist(), int(targets[question])
 
 
-def test_a_row_of_trees_asks_each_token_after_what_stood_before_it_and_holds_shared_beginnings_once():
+def test_a_sequence_of_trees_scores_each_token_after_its_prefix_and_holds_prefixes_once():
     random = np.random.default_rng(0)
     trunk, stems = (
         random.integers(3, 9, 90).tolist(),
@@ -393,7 +393,7 @@ def test_an_interrupted_evaluation_asks_only_what_was_not_answered(
     monkeypatch.setattr(likelihood, "compute_continuation_log_likelihoods", cut_after(10**6))
     went_on = harness.evaluate_model(hf_dir, ["truthfulqa_mc2"], limit=4, data_dir=data_dir, to=to)
     assert asked[0] - asked[1] == 11
-    score_of = lambda found: found["results"]["truthfulqa_mc2"]["acc,none"]  # noqa: E731
+    score_of = lambda found: found["results"]["truthfulqa_mc2"]["acc,none"]
     assert score_of(went_on) == pytest.approx(score_of(uncut), rel=1e-6)
     assert [file.name for file in to.parent.iterdir()] == ["truth.json"]
 
@@ -486,7 +486,7 @@ def test_shards_looked_through_in_processes_give_what_they_give_in_turn(tmp_path
         columns = {"id": [f"{shard}/{i}" for i in range(len(texts))], "text": texts}
         pq.write_table(pa.table(columns), tmp_path / f"train/web-{shard:05d}.parquet")
     in_turn = contamination.find_overlaps(items, [tmp_path])
-    shared = lambda i: " ".join(words[i * 7 : i * 7 + 13])  # noqa: E731
+    shared = lambda i: " ".join(words[i * 7 : i * 7 + 13])
     assert in_turn == (
         {("task", "3"): (shared(3), "0/1"), ("task", "1"): (shared(1), "1/0")},
         {str(tmp_path): 5},
@@ -538,7 +538,7 @@ def test_a_group_says_how_many_examples_and_none_of_them_is_an_item(
     assert {how.items for how in h6.values()} == {7}
     seen = []
     monkeypatch.setattr(
-        harness, "GROUPS", {"two": {"winogrande": harness.BitsPerByteRequest(items=3, shots=2)}}
+        harness, "GROUPS", {"two": {"winogrande": harness.TaskRequest(items=3, shots=2)}}
     )
     score = likelihood.compute_continuation_log_likelihoods
     monkeypatch.setattr(

@@ -402,7 +402,7 @@ SETTINGS = config.Config(
 )
 
 
-def trained(settings, spec, mesh, n_steps, now=None, young=optimizer.NewParams()):  # noqa: B008  (frozen)
+def trained(settings, spec, mesh, n_steps, now=None, young=optimizer.NewParams()):
     """(state after n_steps, the step)"""
     now = now or born(mesh, settings, spec)
     run = step.build_step(spec, settings, mesh, young)

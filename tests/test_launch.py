@@ -37,7 +37,8 @@ WANTED = [
 # a Python that tells how it was called
 RECORDER = f"""#!{sys.executable}
 import json, os, sys
-json.dump([sys.argv[1:], {{k: v for k, v in os.environ.items() if k.startswith("JAX")}}], open("called.json", "w"))
+found = {{k: v for k, v in os.environ.items() if k.startswith("JAX")}}
+json.dump([sys.argv[1:], found], open("called.json", "w"))
 """
 
 

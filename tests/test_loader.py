@@ -411,7 +411,7 @@ def test_rows_that_cannot_be_trusted_are_refused_in_one_sentence(paths, says, wo
     assert "\n" not in str(error.value)
 
 
-def test_of_a_set_too_large_to_check_at_once_no_damaged_row_is_trained_on_and_the_damage_is_found_meanwhile(
+def test_of_a_set_too_large_to_check_at_once_no_damaged_sequence_is_trained_on(
     workdir, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(pack, "BATCH_TOKENS", 40 * ROW_LEN)

@@ -723,7 +723,7 @@ def test_the_choice_is_the_fastest_unless_a_simpler_or_smaller_one_is_about_as_f
         for each in found
         if each.analysis.mesh["tensor"] == 2 and each.analysis.mesh["context"] == 1
     )
-    made = lambda like, seconds, n_bytes: like._replace(  # noqa: E731
+    made = lambda like, seconds, n_bytes: like._replace(
         step_seconds=seconds, analysis=dataclasses.replace(like.analysis, peak_bytes=n_bytes)
     )
     slow, fast = made(one, 1.03, 9 * 10**10), made(cut, 1.0, 9 * 10**10)
@@ -1141,7 +1141,7 @@ def test_seventy_percent_is_the_hopeful_end_of_width_and_late_jumps_with_the_bas
 
 
 def test_a_larger_base_is_pruned_and_a_smaller_one_grown():
-    names = lambda n: set(  # noqa: E731
+    names = lambda n: set(
         by_name(
             grow_or_scratch.compare_strategies(
                 LLAMA3_8B, 4096, 1.6e11, base=grow_or_scratch.BaseModel(with_layers(n), 1e11, None)

@@ -187,7 +187,7 @@ def test_unigram_pieces_are_sentencepieces_own_word_by_word(tmp_path):
     )
     theirs = own.encode(words)
     mine = [each.ids for each in backend.encode_batch(words, add_special_tokens=False)]
-    score = lambda ids: sum(own.get_score(i) for i in ids)  # noqa: E731
+    score = lambda ids: sum(own.get_score(i) for i in ids)
     assert all(
         a == b or score(a) == pytest.approx(score(b), rel=1e-5)
         for a, b in zip(mine, theirs, strict=True)
@@ -355,7 +355,8 @@ def byte_level(directory: pathlib.Path, special: bool = True) -> pathlib.Path:
     directory.mkdir()
     backend.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(
-        '{"tokenizer_class": "GPT2Tokenizer", "eos_token": {"content": "<|endoftext|>"}, "chat_template": "{{ x }}"}'
+        '{"tokenizer_class": "GPT2Tokenizer", "eos_token": {"content": "<|endoftext|>"}, '
+        '"chat_template": "{{ x }}"}'
     )
     return directory
 

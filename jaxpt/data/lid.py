@@ -142,6 +142,7 @@ class LidModel:
         return list(itertools.chain(*labels)), np.concatenate(scores), np.concatenate(leads)
 
     def predict_batch(self, texts: Sequence[str]) -> tuple[list[str], np.ndarray, np.ndarray]:
+        """Identify a batch of texts."""
         lines = [f"{text} {END_OF_SENTENCE}".encode() for text in texts]
         data = b"".join(lines)
         for mark in b"\0\t\n\v\f\r":

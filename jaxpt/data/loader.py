@@ -153,6 +153,7 @@ class PackedDataset:
         self.sweeper, self.damage = None, None
 
     def read_sequence(self, name: str, i: int) -> PackedSequence:
+        """Return one sequence of a source."""
         batch, k = self.open_record_batch(name, i)
         pieces = slice(batch.offsets[k], batch.offsets[k + 1])
         return PackedSequence(batch.ids[k], batch.doc_lens[pieces], batch.loss_from[pieces])
@@ -265,6 +266,7 @@ class PackedSource:
         self.checked = np.zeros(len(self.index), bool)
 
     def describe_damage(self, file: str, how: str) -> UserError:
+        """Return the error for a damaged file."""
         return UserError(
             f"{self.place.where}/{self.directory}/{file}: {how}: damaged "
             "bytes. Copy it again, or run pack.py with --replace."
@@ -278,6 +280,7 @@ class PackedSource:
         return batch, i - int(self.starts[batch])
 
     def byte_range(self, number: int) -> storage.ByteRange:
+        """Return the bytes of a record batch."""
         shard, start, n_bytes, _, crc = self.index[number].tolist()
         return storage.ByteRange(self.files[shard], start, n_bytes, crc)
 
@@ -306,6 +309,7 @@ class PackedSource:
         )
 
     def check_range(self, expected: storage.ByteRange, is_whole: bool) -> None:
+        """Raise UserError if the bytes of a range differ from its checksum."""
         if not is_whole:
             file = expected.name.removeprefix(f"{self.directory}/")
             raise self.describe_damage(
@@ -317,6 +321,7 @@ class PackedSource:
             )
 
     def close_files(self, number: int) -> None:
+        """Close the files of a record batch."""
         self.place.close(self.byte_range(number))
 
     def verify_all(self, part: int = 0, n_parts: int = 1) -> None:

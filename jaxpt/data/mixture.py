@@ -51,6 +51,7 @@ class MixturePhase(Record):
     fingerprint: str = ""
 
     def step_at(self, row: int) -> int:
+        """Return the step that reads a global sequence."""
         return self.step + (row - self.sequence) // self.batch_size
 
 
@@ -87,9 +88,15 @@ class MixtureSchedule:
     """
 
     def __init__(
-        self, asked: config.MixtureConfig, n_rows: Mapping[str, int], batch_size: int,
-        past: Sequence[MixturePhase] = (), step: int = 0, row: int = 0, packed: str = "",
-    ):  # fmt: skip
+        self,
+        asked: config.MixtureConfig,
+        n_rows: Mapping[str, int],
+        batch_size: int,
+        past: Sequence[MixturePhase] = (),
+        step: int = 0,
+        row: int = 0,
+        packed: str = "",
+    ):
         check_phase_sources(asked.phases, n_rows)
         self.stretches = [
             *past,

@@ -112,9 +112,12 @@ def pack_corpus(settings: config.Config, workdir: pathlib.Path, replace: bool = 
             for name, value in Manifest.load(inputs["corpus"]).outputs.items()
         }
         parts = {
-            (split, name): tokenize_corpus(files, checksums, inputs["tokenizer"].resolve(), jobs / split / name)
-            for split, sources in found.items() for name, files in sources.items()
-        }  # fmt: skip
+            (split, name): tokenize_corpus(
+                files, checksums, inputs["tokenizer"].resolve(), jobs / split / name
+            )
+            for split, sources in found.items()
+            for name, files in sources.items()
+        }
         run_pack_jobs(
             where,
             tokenize_shard,
@@ -184,6 +187,7 @@ def run_pack_jobs(
 
 
 def read_pack_counts(job: dict) -> dict[str, Any]:
+    """Return the counts that a job wrote."""
     return json.loads(pathlib.Path(job["done"]).read_text())
 
 
@@ -199,6 +203,7 @@ class Segment(NamedTuple):
     loss_from: int = 0  # its first trained token; those before it are a prompt's
 
     def split(self, start: int, stop: int, part: int) -> Segment:
+        """Return a part of the segment."""
         ids = self.ids[start:stop]
         return Segment(ids, self.document, part, min(max(self.loss_from - start, 0), len(ids)))
 
@@ -272,6 +277,7 @@ load_tokenizer = functools.lru_cache(maxsize=1)(tokenizer.load_tokenizer)  # a w
 
 
 def finish_job(job: dict, counts: dict) -> dict:
+    """Write the counts of a job."""
     stage.write_atomic(pathlib.Path(job["done"]), json.dumps(counts))
     return counts
 
@@ -299,6 +305,7 @@ def split_row_groups(
 
 @contextlib.contextmanager
 def open_corpus_file(file: pathlib.Path) -> Iterator[None]:
+    """Raise errors of a corpus file as UserError."""
     try:
         yield
     except (pa.ArrowException, OSError, KeyError) as error:
@@ -360,10 +367,17 @@ def fill_sequences(
             (tokens[i]["to"], max(first - int(starts[i]), 0), last - int(starts[i])) for i in files
         ]
         to = out / f"data-{k:05d}.arrow"
-        found.append({
-            "documents": parts, "to": str(to), "done": str(jobs / f"{to.name}.json"), "seq_len": seq_len, "method": method, "vocab_size": vocab_size,
-            **stretch,
-        })  # fmt: skip
+        found.append(
+            {
+                "documents": parts,
+                "to": str(to),
+                "done": str(jobs / f"{to.name}.json"),
+                "seq_len": seq_len,
+                "method": method,
+                "vocab_size": vocab_size,
+                **stretch,
+            }
+        )
     return found
 
 
@@ -525,12 +539,18 @@ def write_sequences(
         sink.write(DOCUMENT_END)
     seen = np.flatnonzero(frequencies)
     return {
-        "file": file.name, "rows": n_rows, "bytes": file.stat().st_size, "tokens": n_tokens, "cut_documents": n_cut, "batches": batches,
+        "file": file.name,
+        "rows": n_rows,
+        "bytes": file.stat().st_size,
+        "tokens": n_tokens,
+        "cut_documents": n_cut,
+        "batches": batches,
         "frequencies": dict(zip(seen.tolist(), frequencies[seen].tolist(), strict=True)),
-    }  # fmt: skip
+    }
 
 
 def make_record_batch(rows: list[list[Segment]], seq_len: int) -> pa.RecordBatch:
+    """Return sequences as an Arrow record batch."""
     ids = np.zeros((len(rows), seq_len), np.int32)  # padding is 0 and stands at the end
     for filled, row in zip(ids, rows, strict=True):
         np.concatenate(
@@ -578,11 +598,16 @@ def gather_shards(
     n_rows, n_tokens = (sum(shard[name] for shard in shards) for name in ("rows", "tokens"))
     shares = frequencies[frequencies > 0] / max(1, frequencies.sum())
     return {
-        "documents": sum(each["documents"] for each in texts), "rows": n_rows, "tokens": n_tokens, "trained_tokens": int(frequencies.sum()),
-        "cut_documents": sum(shard["cut_documents"] for shard in shards), "padding_frac": 1 - n_tokens / (n_rows * seq_len),
-        "unigram_nats": float(-(shares * np.log(shares)).sum()), "bytes": sum(each["bytes"] for each in texts),
+        "documents": sum(each["documents"] for each in texts),
+        "rows": n_rows,
+        "tokens": n_tokens,
+        "trained_tokens": int(frequencies.sum()),
+        "cut_documents": sum(shard["cut_documents"] for shard in shards),
+        "padding_frac": 1 - n_tokens / (n_rows * seq_len),
+        "unigram_nats": float(-(shares * np.log(shares)).sum()),
+        "bytes": sum(each["bytes"] for each in texts),
         "shards": [{name: shard[name] for name in ("file", "rows", "bytes")} for shard in shards],
-    }  # fmt: skip
+    }
 
 
 def write_course_sequences(out: pathlib.Path, shards: list[dict], seq_len: int) -> None:
@@ -611,8 +636,13 @@ def describe_packed(out: pathlib.Path, seq_len: int, files: list[str]) -> None:
     features = {"input_ids": {"feature": integer, "length": seq_len, "_type": "List"}}
     features |= {name: {"feature": of, "_type": "List"} for name, of in lists.items()}
     state = {
-        "_data_files": [{"filename": file} for file in files], "_fingerprint": stage.fingerprint([out.name, files]), "_format_columns": None,
-        "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False, "_split": None,
-    }  # fmt: skip
+        "_data_files": [{"filename": file} for file in files],
+        "_fingerprint": stage.fingerprint([out.name, files]),
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
     (out / "dataset_info.json").write_text(json.dumps({"features": features}, indent=1) + "\n")
     (out / "state.json").write_text(json.dumps(state, indent=1) + "\n")

@@ -36,6 +36,7 @@ def hash_paragraphs(texts: Sequence[str], least: int = 100) -> list[bytes]:
 
 
 def hash_text_paragraphs(text: str, least: int) -> bytes:
+    """Return the hashes of one text's paragraphs."""
     parts = PARAGRAPH_GAP.split(text)  # paragraph, gap, paragraph, ...
     plain = [part.strip() for part in parts[::2]]
     gaps = [0, *map(len, parts[1::2]), 0]

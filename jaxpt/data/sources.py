@@ -158,6 +158,7 @@ class TextSource(Record):
         return versions
 
     def list_object_tags(self) -> dict[str, str]:
+        """Return the version tags of objects in a store."""
         files = [file for file in self.files if is_remote(file)]
         return {
             relative_name(self, file): tag
@@ -291,6 +292,7 @@ def relative_name(source: TextSource, file: str) -> str:
 
 
 def is_remote(file: str) -> bool:
+    """Return whether a file is in an object store."""
     return "://" in file
 
 
@@ -337,6 +339,7 @@ def open_filesystem(address: str):
 
 
 def explain_unreachable(address: str, error: BaseException) -> UserError:
+    """Return the error for a store that cannot be reached."""
     return UserError(
         f"{address}: cannot be reached ({first_error_line(error)}). Check the "
         "address, the credentials and the endpoint."
@@ -350,6 +353,7 @@ def map_in_threads(ask: Callable[[str], Any], files: Iterable[str]) -> list[Any]
 
 
 def get_file_size(file: str) -> int:
+    """Return the size of a file in bytes."""
     if not is_remote(file):
         return pathlib.Path(file).stat().st_size
     store, path = open_filesystem(file)
@@ -392,6 +396,7 @@ def open_text_file(file: str) -> Iterator[io.BufferedIOBase]:
 
 
 def open_raw(file: str):
+    """Open a file's bytes."""
     if not is_remote(file):
         return open(file, "rb")
     store, path = open_filesystem(file)
@@ -399,6 +404,7 @@ def open_raw(file: str):
 
 
 def decompress(file: str, found) -> io.BufferedIOBase:
+    """Return a stream of decompressed bytes."""
     if file.endswith(".zst"):
         import pyarrow as pa
 
@@ -417,6 +423,7 @@ def decompress(file: str, found) -> io.BufferedIOBase:
 
 
 def read_text(source: TextSource, file: str) -> Iterator[Document]:
+    """Yield one document per file."""
     with open_text_file(file) as stream:
         data = stream.read(MAX_DOCUMENT_BYTES + 1)
     if len(data) > MAX_DOCUMENT_BYTES:
@@ -434,6 +441,7 @@ def read_text(source: TextSource, file: str) -> Iterator[Document]:
 
 
 def read_jsonl(source: TextSource, file: str) -> Iterator[Document | UserError]:
+    """Yield one document per line."""
     name = relative_name(source, file)
     with open_text_file(file) as stream:
         for n, line in enumerate(iter(lambda: stream.readline(MAX_DOCUMENT_BYTES), b""), 1):
@@ -455,6 +463,7 @@ def read_jsonl(source: TextSource, file: str) -> Iterator[Document | UserError]:
 
 
 def parse_json_line(line: bytes, field: str, place: str) -> dict[str, Any]:
+    """Return the JSON object of a line."""
     try:
         record = json.loads(line)
     except UnicodeDecodeError as error:
@@ -478,6 +487,7 @@ def parse_json_line(line: bytes, field: str, place: str) -> dict[str, Any]:
 
 
 def read_parquet(source: TextSource, file: str) -> Iterator[Document | UserError]:
+    """Yield one document per row."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -571,6 +581,7 @@ class ForwardReader:
         self.stream, self.n_read, self.error = stream, 0, None
 
     def read(self, n: int) -> bytes:
+        """Read from the stream."""
         try:
             data = self.stream.read1(
                 n
@@ -581,6 +592,7 @@ class ForwardReader:
         return data
 
     def tell(self) -> int:  # the name that fastwarc calls
+        """Return the position."""
         return self.n_read
 
 
@@ -620,6 +632,7 @@ def extract_page_text(record) -> tuple[str, str]:
 
 
 def too_large_error(place: str) -> UserError:
+    """Return the error for a document that is too large."""
     return UserError(
         f"{place}: one document of more than {MAX_DOCUMENT_BYTES >> 20} MB. "
         "Cut it into documents, such as lines of a .jsonl file, or leave it "
@@ -665,6 +678,7 @@ def get_text_field(record: dict[str, Any], field: str, place: str) -> str:
 
 
 def first_error_line(error: BaseException) -> str:
+    """Return the first line of an error."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
@@ -681,6 +695,7 @@ def parse_hf_source(source: TextSource) -> tuple[str, str | None, str]:
 
 
 def read_hf(source: TextSource, _: str) -> Iterator[Document | UserError]:
+    """Yield the documents of a Hugging Face data set."""
     import datasets
 
     name, config, split = parse_hf_source(source)
@@ -708,10 +723,12 @@ def read_hf(source: TextSource, _: str) -> Iterator[Document | UserError]:
 
 
 def read_python(source: TextSource, _: str) -> Iterator[Document]:
+    """Yield text of this Python installation."""
     return PYTHON_READERS[source.pattern]()
 
 
 def read_code() -> Iterator[Document]:
+    """Yield the files of the standard library."""
     for file in list_stdlib_files():
         yield Document(
             file.relative_to(stdlib_dir()).as_posix(), file.read_bytes().decode("utf-8", "replace")
@@ -799,11 +816,13 @@ NOT_LIBRARY = {
 
 
 def stdlib_dir() -> pathlib.Path:
+    """Return the directory of the standard library."""
     return pathlib.Path(sysconfig.get_path("stdlib"))
 
 
 @functools.cache
 def list_stdlib_files() -> list[pathlib.Path]:
+    """Return the files of the standard library."""
     return [
         file
         for file in list_source_files(stdlib_dir())

@@ -33,9 +33,17 @@ if TYPE_CHECKING:
 # numbers of equal length look alike; bytes for what has no piece; runs of spaces as pieces, for
 # code.
 SENTENCEPIECE_FILE = {
-    "byte_fallback": True, "split_digits": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False,
-    "allow_whitespace_only_pieces": True, "character_coverage": 0.999, "unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1,
-}  # fmt: skip
+    "byte_fallback": True,
+    "split_digits": True,
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "allow_whitespace_only_pieces": True,
+    "character_coverage": 0.999,
+    "unk_id": 0,
+    "bos_id": 1,
+    "eos_id": 2,
+    "pad_id": -1,
+}
 # characters: the training sample is drawn in spans of this length, so that a long book counts by
 # its length
 MAX_SPAN_CHARS = 4_000
@@ -342,13 +350,18 @@ def convert_sentencepiece(
     piece_kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
     rules = model.normalizer_spec
     hindrance = (
-        f"it is not a {kind} model" if model.trainer_spec.model_type != {"bpe": kinds.BPE, "unigram": kinds.UNIGRAM}[kind]
-        else f"it rewrites text ({rules.name})" if rules.precompiled_charsmap
-        else "it removes spaces" if rules.remove_extra_whitespaces
-        else "it treats spaces in another way" if model.trainer_spec.treat_whitespace_as_suffix or not rules.escape_whitespaces
-        else "it has user-defined or unused pieces" if any(p.type in (piece_kinds.USER_DEFINED, piece_kinds.UNUSED) for p in model.pieces)
+        f"it is not a {kind} model"
+        if model.trainer_spec.model_type != {"bpe": kinds.BPE, "unigram": kinds.UNIGRAM}[kind]
+        else f"it rewrites text ({rules.name})"
+        if rules.precompiled_charsmap
+        else "it removes spaces"
+        if rules.remove_extra_whitespaces
+        else "it treats spaces in another way"
+        if model.trainer_spec.treat_whitespace_as_suffix or not rules.escape_whitespaces
+        else "it has user-defined or unused pieces"
+        if any(p.type in (piece_kinds.USER_DEFINED, piece_kinds.UNUSED) for p in model.pieces)
         else None
-    )  # fmt: skip
+    )
     if hindrance:
         raise UserError(
             f"{where}: no Hugging Face tokenizer would give equal ids, since "
@@ -445,9 +458,14 @@ def train_sentencepiece(asked: config.TokenizerConfig, corpus: pathlib.Path) -> 
     made = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for text in texts for line in text.split("\n") if line), model_writer=made, model_type=asked.model,
-            vocab_size=asked.vocab_size, max_sentence_length=4 * MAX_SPAN_CHARS, minloglevel=2, **SENTENCEPIECE_FILE,
-        )  # fmt: skip
+            sentence_iterator=(line for text in texts for line in text.split("\n") if line),
+            model_writer=made,
+            model_type=asked.model,
+            vocab_size=asked.vocab_size,
+            max_sentence_length=4 * MAX_SPAN_CHARS,
+            minloglevel=2,
+            **SENTENCEPIECE_FILE,
+        )
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(
             f"tokenizer.vocab_size: cannot learn {asked.vocab_size} pieces "

@@ -40,9 +40,15 @@ MAX_TOKENS_SHOWN = 256  # of each: the stretch that differs most
 
 
 def compare_samples(
-    models: list[pathlib.Path], prompts: list[str], *, max_new: int = 128, sampling: decode.Sampling = decode.Sampling(),  # noqa: B008 (frozen)
-    seed: int = 0, texts: list[pathlib.Path] = [], to: pathlib.Path | None = None,  # noqa: B006 (never changed)
-) -> dict[str, Any]:  # fmt: skip
+    models: list[pathlib.Path],
+    prompts: list[str],
+    *,
+    max_new: int = 128,
+    sampling: decode.Sampling = decode.Sampling(),
+    seed: int = 0,
+    texts: list[pathlib.Path] = [],
+    to: pathlib.Path | None = None,
+) -> dict[str, Any]:
     """Continue each prompt by each model, show the texts in columns, and write them to `to`.
 
     On a terminal each text is seen as it is written.
@@ -340,15 +346,24 @@ def compare_documents(
         start = select_window((both[1] - both[0]) * np.sign(change[i]), MAX_TOKENS_SHOWN)
         span = slice(start, start + MAX_TOKENS_SHOWN)
         return {
-            "source": source, "id": id, "tokens": len(cut[i]), "nats": [float(each.mean(dtype=np.float64)) for each in both], "first_token": start,
-            "pieces": split_token_texts(encoder, cut[i][span]), "losses": [[round(float(loss), 3) for loss in each[span]] for each in both],
-        }  # fmt: skip
+            "source": source,
+            "id": id,
+            "tokens": len(cut[i]),
+            "nats": [float(each.mean(dtype=np.float64)) for each in both],
+            "first_token": start,
+            "pieces": split_token_texts(encoder, cut[i][span]),
+            "losses": [[round(float(loss), 3) for loss in each[span]] for each in both],
+        }
 
     order = sorted(chosen, key=change.__getitem__)
     result = {
-        "request": request, "models": names, "documents": len(chosen), "max_length": max_length,
-        "better": [describe(i) for i in order[:N_MOST_DIFFERENT] if change[i] < 0], "worse": [describe(i) for i in order[::-1][:N_MOST_DIFFERENT] if change[i] > 0],
-    }  # fmt: skip
+        "request": request,
+        "models": names,
+        "documents": len(chosen),
+        "max_length": max_length,
+        "better": [describe(i) for i in order[:N_MOST_DIFFERENT] if change[i] < 0],
+        "worse": [describe(i) for i in order[::-1][:N_MOST_DIFFERENT] if change[i] > 0],
+    }
     log.info(find_most_different_tokens(result))
     if to:
         to.parent.mkdir(parents=True, exist_ok=True)

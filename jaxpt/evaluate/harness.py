@@ -33,7 +33,7 @@ from jaxpt.weights import checkpoint, huggingface, initialize
 log = logging.getLogger(__name__)
 
 
-class BitsPerByteRequest(NamedTuple):
+class TaskRequest(NamedTuple):
     """How a task is run.
 
     Items read of it (None: all) and examples in front of each (None: as the task has it).
@@ -43,20 +43,30 @@ class BitsPerByteRequest(NamedTuple):
     shots: int | None = None
 
 
-GROUPS: dict[str, dict[str, BitsPerByteRequest]] = {
-    "course": {"truthfulqa_mc2": BitsPerByteRequest(items=5)},
+GROUPS: dict[str, dict[str, TaskRequest]] = {
+    "course": {"truthfulqa_mc2": TaskRequest(items=5)},
     "h6": {  # the Open LLM Leaderboard of 2023, in whose average SOLAR's paper reports
-        "arc_challenge": BitsPerByteRequest(shots=25), "hellaswag": BitsPerByteRequest(shots=10), "mmlu": BitsPerByteRequest(shots=5),
-        "truthfulqa_mc2": BitsPerByteRequest(shots=0), "winogrande": BitsPerByteRequest(shots=5), "gsm8k": BitsPerByteRequest(shots=5),
+        "arc_challenge": TaskRequest(shots=25),
+        "hellaswag": TaskRequest(shots=10),
+        "mmlu": TaskRequest(shots=5),
+        "truthfulqa_mc2": TaskRequest(shots=0),
+        "winogrande": TaskRequest(shots=5),
+        "gsm8k": TaskRequest(shots=5),
     },
-}  # fmt: skip
+}
 BITS_PER_BYTE = "bits_per_byte/"
 
 
 def evaluate_model(
-    model: pathlib.Path, tasks: list[str], *, backend: str = "jax", limit: int | None = None,
-    max_length: int | None = None, data_dir: pathlib.Path | None = None, to: pathlib.Path | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    model: pathlib.Path,
+    tasks: list[str],
+    *,
+    backend: str = "jax",
+    limit: int | None = None,
+    max_length: int | None = None,
+    data_dir: pathlib.Path | None = None,
+    to: pathlib.Path | None = None,
+) -> dict[str, Any]:
     """Measure a model and say so in a table; write the results to `to`.
 
     model     a run directory, a checkpoint step directory or a Hugging Face directory
@@ -167,7 +177,7 @@ def evaluate_model(
 
 def parse_tasks(
     tasks: list[str], limit: int | None, data_dir: pathlib.Path | None
-) -> tuple[list[sources.TextSource], dict[str, BitsPerByteRequest]]:
+) -> tuple[list[sources.TextSource], dict[str, TaskRequest]]:
     """(sources to score, {harness task: how}). Raises UserError for a name that nobody knows."""
     tasks = [
         name
@@ -192,15 +202,15 @@ def parse_tasks(
                 f"--tasks: two tasks would be called {BITS_PER_BYTE}{name}. "
                 f"Give one another name: {BITS_PER_BYTE}NAME=KIND:WHERE."
             )
-    asked: dict[str, BitsPerByteRequest] = {}
+    asked: dict[str, TaskRequest] = {}
     for task in tasks:
         if task in GROUPS:
             asked = {
-                name: BitsPerByteRequest(limit or how.items, how.shots)
+                name: TaskRequest(limit or how.items, how.shots)
                 for name, how in GROUPS[task].items()
             } | asked
         elif not task.startswith(BITS_PER_BYTE):
-            asked[task] = BitsPerByteRequest(limit)
+            asked[task] = TaskRequest(limit)
     if asked:
         from jaxpt.evaluate.reference import require_torch
 
@@ -211,8 +221,9 @@ def parse_tasks(
                 near = difflib.get_close_matches(
                     name, [*known, *GROUPS, BITS_PER_BYTE + "NAME=KIND:WHERE"], 3, 0.4
                 )
+                where = f" that is read from {data_dir}" if data_dir else ""
                 raise UserError(
-                    f"--tasks: there is no task {name!r}{f' that is read from {data_dir}' if data_dir else ''}; "
+                    f"--tasks: there is no task {name!r}{where}; "
                     + (
                         f"the nearest are: {', '.join(near)}."
                         if near
@@ -291,7 +302,7 @@ def score_text_source(
 def run_harness(
     judged,
     tasks: list[str],
-    how: BitsPerByteRequest,
+    how: TaskRequest,
     local: dict[str, dict[str, list[dict]]],
     kept: pathlib.Path | None,
 ) -> tuple[dict[str, Any], dict[str, list[dict]]]:
@@ -570,6 +581,7 @@ LOCAL_TASKS = {
 
 
 def merge_results(results: dict[str, Any], more: dict[str, Any]) -> None:
+    """Add results to others."""
     for key, value in more.items():
         if isinstance(value, dict):
             results.setdefault(key, {}).update(value)

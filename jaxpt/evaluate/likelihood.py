@@ -77,13 +77,21 @@ class BitsPerByte(NamedTuple):
 
     @property
     def bits_per_byte(self) -> float:
+        """Bits per UTF-8 byte."""
         return self.loss_sum / math.log(2) / self.n_bytes if self.n_bytes else float("nan")
 
 
 def measure_bits_per_byte(
-    spec: ModelSpec, params: dict[str, Any], texts: list[str], token_ids: list[list[int]], bos_id: int, *,
-    max_length: int | None = None, dtype="float32", label: str = "bits per byte",
-) -> BitsPerByte:  # fmt: skip
+    spec: ModelSpec,
+    params: dict[str, Any],
+    texts: list[str],
+    token_ids: list[list[int]],
+    bos_id: int,
+    *,
+    max_length: int | None = None,
+    dtype="float32",
+    label: str = "bits per byte",
+) -> BitsPerByte:
     """Score raw texts, each token of each exactly once, the first given `bos_id`.
 
     No end-of-sequence token is counted.
@@ -125,9 +133,15 @@ def split_rolling_windows(
 
 
 def compute_continuation_log_likelihoods(
-    spec: ModelSpec, params: dict[str, Any], pairs: list[tuple[list[int], list[int]]], *,
-    max_length: int | None = None, dtype="float32", label: str = "log-likelihoods", answered: Callable[[int, tuple[float, bool]], None] | None = None,
-) -> list[tuple[float, bool]]:  # fmt: skip
+    spec: ModelSpec,
+    params: dict[str, Any],
+    pairs: list[tuple[list[int], list[int]]],
+    *,
+    max_length: int | None = None,
+    dtype="float32",
+    label: str = "log-likelihoods",
+    answered: Callable[[int, tuple[float, bool]], None] | None = None,
+) -> list[tuple[float, bool]]:
     """For each (context ids, continuation ids).
 
     The continuation's log-likelihood in nats, and whether each of its tokens was the likeliest.
@@ -146,9 +160,14 @@ def compute_continuation_log_likelihoods(
 
 
 def compute_token_log_likelihoods(
-    spec: ModelSpec, params: dict[str, Any], pairs: list[tuple[list[int], list[int]]], *,
-    max_length: int | None = None, dtype="float32", label: str = "log-likelihoods",
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:  # fmt: skip
+    spec: ModelSpec,
+    params: dict[str, Any],
+    pairs: list[tuple[list[int], list[int]]],
+    *,
+    max_length: int | None = None,
+    dtype="float32",
+    label: str = "log-likelihoods",
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """For each (context ids, continuation ids), in the order in which they are done.
 
     Its place in `pairs`, and of the continuation's tokens the log-likelihood in nats, float32 [n],
@@ -274,4 +293,5 @@ def make_token_step(spec: ModelSpec, mesh, dtype):
 
 
 def floor_power_of_two(n: int) -> int:
+    """Return the largest power of two up to n."""
     return 1 << (n.bit_length() - 1)

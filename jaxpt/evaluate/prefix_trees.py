@@ -55,6 +55,8 @@ class TreeArrays(NamedTuple):
 
 
 class TreeBatch(NamedTuple):
+    """Trees of one shape, and where their scores belong."""
+
     arrays: TreeArrays  # numpy
     n_scored: int  # the most questions of any row
     places: list[
@@ -63,16 +65,21 @@ class TreeBatch(NamedTuple):
 
 
 class PrefixTree(NamedTuple):
+    """Sequences that share a prefix."""
+
     members: list[tuple[int, int]]  # (piece, columns that it shares with the one before), sorted
     size: int  # columns, or questions where those are more
 
 
 class ScoredSequence(NamedTuple):
+    """Token ids, and how many of the last ones are scored."""
+
     ids: np.ndarray  # int32 [n + 1]: n columns, for the last is only predicted
     n_scored: int  # of its ids, the last ones
 
     @property
     def n_columns(self) -> int:
+        """Columns that the sequence takes alone."""
         return len(self.ids) - 1
 
 
@@ -174,6 +181,7 @@ def round_seq_len(n: int, longest: int) -> int:
 def fill_tree_arrays(
     pieces: Sequence[ScoredSequence], rows: list[list[PrefixTree]], n_rows: int, seq_len: int
 ) -> TreeBatch:
+    """Fill the arrays of one batch."""
     arrays = TreeArrays(*(np.zeros((n_rows, seq_len), np.int32) for _ in TreeArrays._fields))
     arrays.visible_until[:] = np.arange(1, seq_len + 1)
     places, most = [], 0

@@ -122,5 +122,6 @@ def measure_logit_distance(
 
 
 def log_softmax_numpy(x: np.ndarray) -> np.ndarray:
+    """Return log-softmax over the last axis, float64."""
     x = x - x.max(axis=-1, keepdims=True)
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))

@@ -141,6 +141,7 @@ def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_prompts(spec: ModelSpec, prompts: list[list[int]]) -> None:
+    """Raise UserError for prompts that the model cannot continue."""
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise UserError(
@@ -306,13 +307,20 @@ def decode_step(
             dtype,
         )
         return DecodeState(
-            keys, values, state.segments, logits,
+            keys,
+            values,
+            state.segments,
+            logits,
             seen=state.seen.at[rows, token].set(True),
             output=jax.lax.dynamic_update_slice(state.output, token[:, None], (0, column)),
             lengths=state.lengths + going,
-            room=jnp.where(token == (-1 if spec.eos_id is None else spec.eos_id), 0, jnp.maximum(state.room - 1, 0)),
+            room=jnp.where(
+                token == (-1 if spec.eos_id is None else spec.eos_id),
+                0,
+                jnp.maximum(state.room - 1, 0),
+            ),
             column=column + 1,
-        )  # fmt: skip
+        )
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return jax.lax.while_loop(
@@ -407,17 +415,20 @@ def sample_token(sampling: Sampling, state: DecodeState, key, draws) -> jax.Arra
 
 
 def penalize_repetition(logits, seen, penalty: float):
+    """Return logits with seen tokens penalized."""
     if penalty == 1:
         return logits
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def mask_top_k(logits, k: int):
+    """Return logits with all but the k largest at -inf."""
     least = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][:, -1:]
     return jnp.where(logits < least, -jnp.inf, logits)
 
 
 def mask_top_p(logits, p: float):
+    """Return logits without the tail beyond probability p."""
     order = jnp.argsort(logits, axis=-1)
     mass = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1), axis=-1)
     dropped = (mass <= 1 - p).at[:, -1].set(False)  # the likeliest always stays
@@ -429,4 +440,5 @@ def mask_top_p(logits, p: float):
 
 
 def round_up_length(n: int, step: int) -> int:
+    """Return n rounded up to a multiple of step."""
     return -(-n // step) * step

@@ -16,18 +16,36 @@ from jaxpt.spec import UserError
 
 SCALING_LAWS = {
     "chinchilla": ScalingLaw(
-        1.69, 406.4, 0.34, 410.7, 0.28,
-        "Hoffmann et al., 2203.15556, approach 3: MassiveText, 70M to 16B", (70e6, 16e9), 5e11,
+        1.69,
+        406.4,
+        0.34,
+        410.7,
+        0.28,
+        "Hoffmann et al., 2203.15556, approach 3: MassiveText, 70M to 16B",
+        (70e6, 16e9),
+        5e11,
     ),
     "chinchilla-refit": ScalingLaw(
-        1.8172, 482.01, 0.3478, 2085.43, 0.3658,
-        "Besiroglu et al., 2404.10102: the same runs fitted again", (70e6, 16e9), 5e11,
+        1.8172,
+        482.01,
+        0.3478,
+        2085.43,
+        0.3658,
+        "Besiroglu et al., 2404.10102: the same runs fitted again",
+        (70e6, 16e9),
+        5e11,
     ),
     "c4": ScalingLaw(
-        1.87, 521.0, 0.353, 1488.0, 0.353,
-        "Muennighoff et al., 2305.16264: C4, up to 8.7B, first epoch", (7e6, 8.7e9), 1.8e11,
+        1.87,
+        521.0,
+        0.353,
+        1488.0,
+        0.353,
+        "Muennighoff et al., 2305.16264: C4, up to 8.7B, first epoch",
+        (7e6, 8.7e9),
+        1.8e11,
     ),
-}  # fmt: skip
+}
 
 
 class LossPoint(NamedTuple):

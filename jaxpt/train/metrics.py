@@ -87,7 +87,7 @@ class MetricsLogger:
             return
         lines = [json.dumps(record.to_json()) + "\n" for record in earlier]
         write_atomic(self.path, "".join(lines))
-        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115  (closed by close)
+        self.file = open(self.path, "a", buffering=1)
         purge_step = resumed_at + 1 if resumed_at else None
         self.tensorboard = import_summary_writer()(
             str(run_dir / "tensorboard"), purge_step=purge_step

@@ -48,7 +48,7 @@ class NewParams(NamedTuple):
             warm up over optim.warmup_steps: "none", "new" or "all".
     """
 
-    new: growth.AxisFlags = {}  # noqa: RUF012  (never changed)
+    new: growth.AxisFlags = {}
     adam_count: int = 0
     rewarm: str = "none"
 
@@ -86,7 +86,7 @@ def ranges_to_flags(ranges: AxisRanges) -> np.ndarray:
 def make_optimizer(
     optim: OptimConfig,
     spec: ModelSpec,
-    new_params: NewParams = NewParams(),  # noqa: B008  (immutable)
+    new_params: NewParams = NewParams(),
 ) -> Transformation:
     """Return the map from gradients to update directions.
 

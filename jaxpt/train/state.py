@@ -127,7 +127,7 @@ def grow_state(
     grown: growth.Growth,
     policy: str,
     mesh: Mesh,
-    before: NewParams = NewParams(),  # noqa: B008  (immutable)
+    before: NewParams = NewParams(),
 ) -> GrownState:
     """Return the child's optimizer state under a schedule that continues.
 

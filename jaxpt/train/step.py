@@ -57,7 +57,7 @@ def build_step(
     spec: ModelSpec,
     settings: Config,
     mesh: Mesh,
-    new_params: NewParams = NewParams(),  # noqa: B008  (immutable)
+    new_params: NewParams = NewParams(),
 ) -> Any:
     """Return the jitted step(state, batch) -> (state, StepMetrics).
 
@@ -186,7 +186,7 @@ def compile_step(
     spec: ModelSpec,
     settings: Config,
     mesh: Mesh,
-    new_params: NewParams = NewParams(),  # noqa: B008  (immutable)
+    new_params: NewParams = NewParams(),
 ) -> Any:
     """Return `build_step`'s step, compiled before the state or any batch exists."""
     step = build_step(spec, settings, mesh, new_params)

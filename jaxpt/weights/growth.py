@@ -84,7 +84,7 @@ class Growth(NamedTuple):
     noise_std: float = 0.0
     seed: int = 0
     moments: str | None = None
-    measured: dict[str, Measured] = {}  # noqa: RUF012  (never changed)
+    measured: dict[str, Measured] = {}
 
     @property
     def layer_map(self) -> list[int | None]:
@@ -151,7 +151,7 @@ def deepen(parent: Parent, L: int, new: str = "random") -> Growth:
     if new not in ("random", "copy"):
         raise UserError(f"deepen(new={new!r}): expected 'random' or 'copy', got {new!r}.")
     check_minimum("deepen", "L", L, 1)
-    if L <= n:
+    if n >= L:
         raise UserError(f"deepen(L={L}): the model has {n} layers already. Give a larger L.")
     if new == "random":
         return make_depth_growth(parent, [*range(n)] + [NO_SOURCE] * (L - n))
