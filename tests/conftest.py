@@ -92,3 +92,15 @@ def texts(tmp_path_factory):
         )
         assert status == 0, told
     return home
+
+
+@pytest.fixture
+def output(capsys, caplog):
+    """Return a function: what was printed and logged since its last call."""
+
+    def read() -> str:
+        text = capsys.readouterr().out + caplog.text
+        caplog.clear()
+        return text
+
+    return read

@@ -471,10 +471,10 @@ SHOWN = {  # what is wrong: (how it comes about, what the page says of it)
 
 
 @pytest.mark.parametrize("name", SHOWN)
-def test_what_cannot_be_shown_is_said_on_the_page(name, home, ask, capsys):
+def test_what_cannot_be_shown_is_said_on_the_page(name, home, ask, output):
     harm, says = SHOWN[name]
     harm()
     assert ask("report --workdir base child --to page.html") == ""
     page = Page(pathlib.Path("page.html"))
     assert "Summary" in page.found["h2"] and says in page.text, page.found.get("li")
-    assert "page.html  (" in capsys.readouterr().out, "the terminal has its table"
+    assert "page.html  (" in output(), "the terminal has its table"

@@ -399,7 +399,7 @@ def test_an_interrupted_evaluation_asks_only_what_was_not_answered(
 
 
 def test_items_that_stand_in_the_corpus_are_counted_and_the_score_is_told_without_them(
-    params, hf_dir, data_dir, tmp_path, capsys
+    params, hf_dir, data_dir, tmp_path, output
 ):
     """A corpus in which two of seven items stand, and a model whose export was made from a run on
     it.
@@ -465,7 +465,7 @@ def test_items_that_stand_in_the_corpus_are_counted_and_the_score_is_told_withou
         "winogrande: 2 of 7 items share 13 consecutive words with a training "
         f"document; acc {with_all['results']['winogrande']['acc,none']:.4f}, "
         f"without them {alone['acc,none']:.4f}"
-    ) in capsys.readouterr().out
+    ) in output()
     shutil.rmtree(corpus)
     assert contamination.find_training_corpora(export) == (
         [],
@@ -637,7 +637,7 @@ def test_bits_per_byte_alone_needs_neither_harness_nor_torch():
 # ---- comparisons
 
 
-def test_models_are_compared_on_the_same_prompts(params, hf_dir, encoder, tmp_path, capsys):
+def test_models_are_compared_on_the_same_prompts(params, hf_dir, encoder, tmp_path, output):
     prompts = ["The ship", "def area(r):"]
     (tmp_path / "sea.txt").write_text(TEXTS[0])
     samples = compare.compare_samples(
@@ -666,13 +666,13 @@ def test_models_are_compared_on_the_same_prompts(params, hf_dir, encoder, tmp_pa
             == (second["text"], second["tokens"])
             == (first["text"], len(new))
         )
-    told = capsys.readouterr().out
+    told = output()
     assert "> def area(r):" in told and f"sea.txt: {hf_dir} {alone:.4f}" in told
     with pytest.raises(UserError, match=r"--ppl .*nothing.txt: cannot be read"):
         compare.compare_samples([hf_dir], prompts, texts=[tmp_path / "nothing.txt"])
 
 
-def test_on_a_terminal_a_text_is_seen_as_it_is_written_and_is_inert(hf_dir, capsys, monkeypatch):
+def test_on_a_terminal_a_text_is_seen_as_it_is_written_and_is_inert(hf_dir, output, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     seen = []
     generate = decode.generate
@@ -680,7 +680,7 @@ def test_on_a_terminal_a_text_is_seen_as_it_is_written_and_is_inert(hf_dir, caps
     def watched(*args, watch, **settings):
         def watch_and_note(row, ids):
             answer = watch(row, ids)
-            seen.append(capsys.readouterr().out)
+            seen.append(output())
             return answer
 
         return generate(*args, watch=watch_and_note, **settings)
@@ -690,7 +690,7 @@ def test_on_a_terminal_a_text_is_seen_as_it_is_written_and_is_inert(hf_dir, caps
     (output,) = samples["prompts"][0]["outputs"]
     parts = seen[1:]  # the first was to compile
     assert parts[0].startswith(f"\n{hf_dir.name} > The \N{REPLACEMENT CHARACTER}[31mship\n")
-    streamed = "".join(parts).partition("ship\n")[2] + capsys.readouterr().out.partition("\n")[0]
+    streamed = "".join(parts).partition("ship\n")[2] + output().partition("\n")[0]
     assert (
         len(parts) == 3
         and output["text"]
@@ -699,7 +699,7 @@ def test_on_a_terminal_a_text_is_seen_as_it_is_written_and_is_inert(hf_dir, caps
 
 
 def test_the_documents_on_which_two_models_differ_most_are_found_in_both_directions(
-    params, hf_dir, encoder, tmp_path, capsys
+    params, hf_dir, encoder, tmp_path, output
 ):
     child = tmp_path / "child"
     random = np.random.default_rng(1)
@@ -753,10 +753,10 @@ def test_the_documents_on_which_two_models_differ_most_are_found_in_both_directi
                 assert [np.mean(losses) for losses in each["losses"]] == pytest.approx(
                     each["nats"], abs=1e-3
                 )
-    told = capsys.readouterr().out
+    told = output()
     assert "child is better on\n" in told and "child is worse on\n" in told
     compare.compare_documents([hf_dir, child], [f"held=jsonl:{tmp_path}/held.jsonl"], to=to)
-    assert "holds this already" in capsys.readouterr().out
+    assert "holds this already" in output()
     values = np.float32([0, 3, -9, 2, 2, -1, 5, 0])
     assert [compare.select_window(values, n) for n in (1, 2, 3, 8, 99)] == [6, 6, 4, 0, 0]
 

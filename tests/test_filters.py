@@ -490,13 +490,13 @@ def shorter(texts) -> list[tuple[str, int]]:
 
 
 def test_a_corpus_made_with_an_own_rule_is_another_when_the_rule_changes(
-    tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, output
 ):
     def asked(code):
         own_rules(tmp_path, monkeypatch, "mine_run", code)
         monkeypatch.delitem(sys.modules, "mine_run", raising=False)
         filters.load_custom_function.cache_clear()
-        prepare.open_sources.cache_clear()
+        prepare.open_rules.cache_clear()
         return Config(
             prepare=PrepareConfig(
                 sources=("web=jsonl:docs.jsonl",),
@@ -516,7 +516,7 @@ def test_a_corpus_made_with_an_own_rule_is_another_when_the_rule_changes(
     ][1].startswith("pii_email(mark=")
     steps = {step["rule"]: step for step in made.counts["steps"]}
     assert steps["cake"]["kept"]["web"]["rows"] == 2 and steps["pii_email"]["edits"] == {"web": 1}
-    assert "pii_email made 1 edits in web" in capsys.readouterr().out
+    assert "pii_email made 1 edits in web" in output()
     with pytest.raises(
         UserError,
         match=r"another config .rules\[0\]: .mine_run:cake.. of source \w+. there, .mine_run:cake",

@@ -85,7 +85,7 @@ def test_rows_on_disk_are_the_rows_that_datasets_reads(workdir, rows):
         theirs = datasets.load_from_disk(str(workdir / "packed" / "train" / name))
         assert rows.n_rows[name] == len(theirs)
         for i in (0, 1, len(theirs) // 2, len(theirs) - 1):
-            row = rows.row(name, i)
+            row = rows.read_sequence(name, i)
             assert row.tokens.tolist() == theirs[i]["input_ids"]
             assert row.doc_lens.tolist() == theirs[i]["doc_lens"]
             assert row.loss_from.tolist() == theirs[i]["loss_from"]
@@ -93,7 +93,7 @@ def test_rows_on_disk_are_the_rows_that_datasets_reads(workdir, rows):
             assert row.tokens.dtype == np.int32
         for i in (-1, len(theirs)):
             with pytest.raises(IndexError):
-                rows.row(name, i)
+                rows.read_sequence(name, i)
 
 
 def test_rows_are_found_across_record_batches_and_shards(workdir, tmp_path, monkeypatch):
@@ -176,9 +176,9 @@ def test_from_disk_to_logits_a_document_reads_as_if_it_stood_alone(workdir, rows
         (n, i)
         for n in rows.names
         for i in range(rows.n_rows[n])
-        if len(rows.row(n, i).doc_lens) > 2
+        if len(rows.read_sequence(n, i).doc_lens) > 2
     )
-    row = rows.row(name, i)
+    row = rows.read_sequence(name, i)
     ends = np.cumsum([0, *row.doc_lens])
     together, seen = (
         np.asarray(logits(loader.make_batch([row], mask)))[0] for mask in (True, False)
@@ -207,7 +207,7 @@ def test_any_mesh_gets_the_batch_of_one_device(sizes, rows, mixture):
     for i, (left, right) in enumerate(zip(alone, spread, strict=True)):
         assert_equal(left, right)
         places = [mixture.sequence_at(i * BATCH_ROWS + slot) for slot in range(BATCH_ROWS)]
-        assert_equal(left, loader.make_batch([rows.row(*place) for place in places], True))
+        assert_equal(left, loader.make_batch([rows.read_sequence(*place) for place in places], True))
     assert {name for name, _ in places} == {"code"}, "the second phase has begun"
 
 
@@ -226,7 +226,7 @@ def test_a_stream_resumed_at_any_row_is_the_uncut_stream(rows, mixture):
         np.testing.assert_array_equal(resumed.tokens[: len(expected)], expected)
         assert len(resumed.tokens) == batch_size, (first_row, batch_size)
     far = batches(1, rows, mixture, one, BATCH_ROWS, 10**12, True)[0]
-    np.testing.assert_array_equal(far.tokens[0], rows.row(*mixture.sequence_at(10**12)).tokens)
+    np.testing.assert_array_equal(far.tokens[0], rows.read_sequence(*mixture.sequence_at(10**12)).tokens)
 
 
 HOST = """
@@ -654,10 +654,10 @@ def a_run(workdir, tmp_path, **changes):
     )
     rows = loader.open_packed([workdir / "packed"])
     stretches = MixtureSchedule(
-        settings.mixture, rows.n_rows, BATCH_ROWS, packed_paths=rows.fingerprint
+        settings.mixture, rows.n_rows, BATCH_ROWS, packed=rows.fingerprint
     ).stretches
     (tmp_path / "config.json").write_text(json.dumps({**stage.to_jsonable(settings), **changes}))
-    (tmp_path / "phases.json").write_text(json.dumps([stretch._asdict() for stretch in stretches]))
+    (tmp_path / "phases.json").write_text(json.dumps([stretch.to_json() for stretch in stretches]))
     shutil.copytree(workdir / "tokenizer", tmp_path / "tokenizer")
     return tmp_path
 

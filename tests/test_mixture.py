@@ -213,7 +213,8 @@ def test_other_shares_or_another_batch_in_mid_run_repeat_no_row_and_skip_none(fi
         n_done, n_read = n_done + n_steps, n_read + n_steps * batch_size
         batch_size, shares = then
         account = [
-            mixture.MixturePhase(*each) for each in json.loads(json.dumps(mix.data_history(n_read)))
+            mixture.MixturePhase.from_json(json.loads(json.dumps(phase.to_json())))
+            for phase in mix.data_history(n_read)
         ]
         before = [mix.count_uses(n) for n in range(0, n_read + 1, 5)]
         mix = MixtureSchedule(

@@ -617,7 +617,7 @@ def test_a_run_refuses_to_go_on_with_other_rows(road, tmp_path):
 
 @pytest.mark.parametrize("harm", ["flipped byte", "missing file", "no manifest", "stray directory"])
 def test_the_newest_whole_checkpoint_is_taken_and_the_broken_file_named(
-    road, tmp_path, harm, capsys
+    road, tmp_path, harm, output
 ):
     run = tmp_path / "run"
     shutil.copytree(road / "base", run, ignore=shutil.ignore_patterns("corpus", "packed", "hf"))
@@ -636,7 +636,7 @@ def test_the_newest_whole_checkpoint_is_taken_and_the_broken_file_named(
     else:
         (run / "checkpoints/99").mkdir()
     assert checkpoint.find_newest(run).name == ("122" if harm == "stray directory" else "120")
-    told = capsys.readouterr().out
+    told = output()
     assert harm in ("no manifest", "stray directory") or victim.name in told
     if harm == "flipped byte":
         with pytest.raises(UserError, match="checksum differs"):

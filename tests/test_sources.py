@@ -299,7 +299,7 @@ def test_a_column_that_one_file_lacks_is_told_for_that_file(tmp_path):
 
 
 def test_what_was_passed_over_stands_in_the_funnel_the_manifest_and_on_the_terminal(
-    tmp_path, capsys
+    tmp_path, output
 ):
     (tmp_path / "web.warc").write_bytes(b"".join(crawl())[:-30])
     (tmp_path / "notes.jsonl").write_bytes(lines("first") + b"no JSON\n" + lines("third"))
@@ -320,7 +320,7 @@ def test_what_was_passed_over_stands_in_the_funnel_the_manifest_and_on_the_termi
         "HTTP status 404": 1,
         "is image/png, not HTML": 1,
     }
-    told = capsys.readouterr().out
+    told = output()
     assert (
         "notes: skipped 1 records or files: cannot be read" in told
         and "notes.jsonl:2: not JSON" in told
@@ -332,7 +332,7 @@ def test_what_was_passed_over_stands_in_the_funnel_the_manifest_and_on_the_termi
         UserError,
         match=(
             r"no document in it, 1 times cannot be read \(.*notes\.jsonl:1: not "
-            r"JSON.*\), leave it out"
+            r"JSON.*\). Leave it out"
         ),
     ):
         prepare.prepare_corpus(Config(prepare=asked), tmp_path / "none")

@@ -386,11 +386,11 @@ def test_an_adopted_directory_keeps_its_ids_and_its_ways(tmp_path):
     assert tokenizer.load_tokenizer(source).bos_id == ours.eos_id, "asked for, it is put there"
 
 
-def test_adopting_the_same_files_from_another_place_is_the_same_work(tmp_path, capsys):
+def test_adopting_the_same_files_from_another_place_is_the_same_work(tmp_path, output):
     tokenizer.train_tokenizer(asking(source=str(byte_level(tmp_path / "here"))), tmp_path)
     shutil.copytree(tmp_path / "here", tmp_path / "there")
     tokenizer.train_tokenizer(asking(source=str(tmp_path / "there"), vocab_size=77), tmp_path)
-    assert "nothing to do" in capsys.readouterr().out
+    assert "nothing to do" in output()
 
 
 def test_compare_counts_bytes_per_token(trained, tmp_path):

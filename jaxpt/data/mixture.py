@@ -226,7 +226,7 @@ def extend_history(
     """The stretches that begin where a run stands, and later."""
     shares = [shares for start, shares in phases if start <= step][-1]
     now = MixturePhase(step, row, batch_size, dict(shares), packed)
-    goes_on = past and past[-1]._replace(step=step, row=row) == now
+    goes_on = past and dataclasses.replace(past[-1], step=step, sequence=row) == now
     later = [
         MixturePhase(
             start, row + (int(start) - step) * batch_size, batch_size, dict(shares), packed

@@ -43,11 +43,11 @@ N_SAMPLES = 50  # dropped documents kept per rule
 SAMPLE_CHARS = 10_000  # of each at most: enough to judge a rule by
 JOB_BYTES = 2**23  # of text per judging job, about
 BATCH_BYTES = 2**22  # of text judged at once, about
-BATCH_ROWS = 1024  # documents judged at once, at most
+BATCH_DOCUMENTS = 1024  # documents judged at once, at most
 GROUP_BYTES = 2**25  # of text per row group of a shard, about
 GROUP_ROWS = 10_000  # documents per row group, at most
 # Up to these bytes no other process is started: that would take longer.
-MAX_INLINE_BYTES = {"read_piece": 2**27, "judge_rows": 2**24, "write_shard": 2**28}
+MAX_INLINE_BYTES = {"read_part": 2**27, "judge_file": 2**24, "write_corpus_shard": 2**28}
 TOKEN_BYTES = 4  # bytes per token, about
 MAX_UNREADABLE_SHOWN = 20  # messages per source about what cannot be read
 NOT_SAMPLED = -1  # in place of a rule: prepare.max_mb left the document out
@@ -274,7 +274,7 @@ def read_sources(
             )
             todo.append(job)
             n_bytes += size
-    in_processes = n_bytes > MAX_INLINE_BYTES["read_piece"]
+    in_processes = n_bytes > MAX_INLINE_BYTES["read_part"]
     results = runner.run(read_part, todo, ("reading", "B", None), in_processes)
     files, unread = [], {}
     for k, source in enumerate(text_sources):
@@ -342,7 +342,7 @@ def split_source(source: sources.TextSource) -> Iterator[tuple[sources.TextSourc
             files, n_bytes = [], 0
     if files or not source.files:
         # the size of a source without files is unknown
-        n_bytes = n_bytes or MAX_INLINE_BYTES["read_piece"]
+        n_bytes = n_bytes or MAX_INLINE_BYTES["read_part"]
         yield dataclasses.replace(source, files=tuple(files)), n_bytes
 
 
@@ -411,9 +411,9 @@ def extract_column(values: Sequence[Any], field: pa.Field) -> pa.Array:
 
 
 def take_batch(stream: Iterator[tuple], max_bytes: int) -> list[tuple]:
-    """Return the next rows: BATCH_ROWS or max_bytes of text, whichever comes first."""
+    """Return the next rows: BATCH_DOCUMENTS or max_bytes of text, whichever comes first."""
     batch = []
-    for row in itertools.islice(stream, BATCH_ROWS):
+    for row in itertools.islice(stream, BATCH_DOCUMENTS):
         batch.append(row)
         max_bytes -= row[-1]
         if max_bytes <= 0:
@@ -573,7 +573,7 @@ def judge_documents(
         )
         todo.append(job)
     n_bytes = sum(file.path.stat().st_size for file in files)
-    in_processes = n_bytes > MAX_INLINE_BYTES["judge_rows"]
+    in_processes = n_bytes > MAX_INLINE_BYTES["judge_file"]
     progress = "judging", "documents", int(starts[-1])
     results = runner.run(judge_file, todo, progress, in_processes)
     judged = [pathlib.Path(next(iter(result["files"]))) for result in results]
@@ -861,7 +861,7 @@ def write_corpus(
             pathlib.Path(file).unlink()
     total = sum(job.stop - job.first for job in todo)
     n_bytes = sum(file.path.stat().st_size for file in table.files)
-    in_processes = n_bytes > MAX_INLINE_BYTES["write_shard"]
+    in_processes = n_bytes > MAX_INLINE_BYTES["write_corpus_shard"]
     progress = "writing", "documents", total
     n_threads = os.cpu_count() or 1
     results = runner.run(write_corpus_shard, todo, progress, in_processes, n_threads)
