@@ -128,7 +128,7 @@ def answered(batch, piece):
     visible from it, and the target.
     """
     ((_, row, first),) = [place for place in batch.places if place[0] == piece]
-    tokens, ends, positions, columns, targets = (each[row] for each in batch.rows)
+    tokens, ends, positions, columns, targets = (each[row] for each in batch.arrays)
     for question in itertools.count(first):
         column = columns[question]
         seen = [c for c in range(column + 1) if ends[c] > column]

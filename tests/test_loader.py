@@ -207,7 +207,9 @@ def test_any_mesh_gets_the_batch_of_one_device(sizes, rows, mixture):
     for i, (left, right) in enumerate(zip(alone, spread, strict=True)):
         assert_equal(left, right)
         places = [mixture.sequence_at(i * BATCH_ROWS + slot) for slot in range(BATCH_ROWS)]
-        assert_equal(left, loader.make_batch([rows.read_sequence(*place) for place in places], True))
+        assert_equal(
+            left, loader.make_batch([rows.read_sequence(*place) for place in places], True)
+        )
     assert {name for name, _ in places} == {"code"}, "the second phase has begun"
 
 
@@ -226,7 +228,9 @@ def test_a_stream_resumed_at_any_row_is_the_uncut_stream(rows, mixture):
         np.testing.assert_array_equal(resumed.tokens[: len(expected)], expected)
         assert len(resumed.tokens) == batch_size, (first_row, batch_size)
     far = batches(1, rows, mixture, one, BATCH_ROWS, 10**12, True)[0]
-    np.testing.assert_array_equal(far.tokens[0], rows.read_sequence(*mixture.sequence_at(10**12)).tokens)
+    np.testing.assert_array_equal(
+        far.tokens[0], rows.read_sequence(*mixture.sequence_at(10**12)).tokens
+    )
 
 
 HOST = """

@@ -22,7 +22,8 @@ from jaxpt.data import loader, tokenizer
 from jaxpt.evaluate import attribution
 from jaxpt.spec import Manifest, ModelSpec, UserError
 from jaxpt.stage import fingerprint, request_fingerprint
-from jaxpt.train.metrics import read_metrics as read_metrics
+from jaxpt.train.metrics import read_metrics
+from jaxpt.train.records import HeldoutMetrics, ResumeEvent, TrainMetrics
 from jaxpt.weights import checkpoint
 
 RECIPE = """
@@ -129,7 +130,7 @@ def test_both_models_learned_and_the_child_knows_more_code(road):
         name: found["unigram_nats"]
         for name, found in Manifest.load(road / "base/packed").counts["heldout"].items()
     }
-    assert Manifest.load(road / "base").counts["heldout"]["prose"] < unigram["prose"]
+    assert Manifest.load(road / "base").counts["heldout_loss"]["prose"] < unigram["prose"]
     assert scores(road, "child", "jax")["code"] < scores(road, "base", "jax")["code"]
 
 
@@ -145,19 +146,21 @@ def test_the_child_is_grown_from_the_base_and_says_how(road):
     assert growth["layer_map"] == [0, 1, 1, 2] and growth["parent"].endswith("base")
     assert ModelSpec.load(road / "child/spec.json").n_layers == 4
     start = next(
-        record for record in read_metrics(road / "child/metrics.jsonl") if "heldout" in record
+        record
+        for record in read_metrics(road / "child/metrics.jsonl")
+        if isinstance(record, HeldoutMetrics)
     )
-    assert start["step"] == 0 and start["heldout"] == pytest.approx(
-        growth["heldout_loss"]["newborn"], rel=1e-5
+    assert start.step == 0 and start.heldout_loss == pytest.approx(
+        growth["heldout_loss"]["child"], rel=1e-5
     )
-    assert start["parent"] == growth["heldout_loss"]["parent"]
-    assert Manifest.load(road / "child").counts["heldout"] != start["heldout"]
-    assert Manifest.load(road / "child/checkpoints/122").counts["young"]["new"] == {
-        "layers": [4, [2, 3]]
-    }  # rates by age know it
+    assert start.parent_loss == growth["heldout_loss"]["parent"]
+    assert Manifest.load(road / "child").counts["heldout_loss"] != start.heldout_loss
+    assert Manifest.load(road / "child/checkpoints/122").counts["new_params"]["axes"] == {
+        "layers": {"size": 4, "new": [[2, 3]]}
+    }
     assert (
-        growth["probe"]["steps"] == 20
-        and growth["probe"]["newborn"]["prose"] < growth["heldout_loss"]["newborn"]["prose"] + 0.1
+        growth["probe"]["n_steps"] == 20
+        and growth["probe"]["child"]["prose"] < growth["heldout_loss"]["child"]["prose"] + 0.1
     )
     assert len(growth["layers"]["newborn"]) == 4 and growth["twins"][0]["layers"] == [1, 2]
     assert (
@@ -200,7 +203,7 @@ def test_an_export_tells_its_whole_lineage_and_all_of_it_holds(road):
         "grown by depth_upscale(m=1)" in told
         and "from python:prose, python:code; rules: none" in told
     )
-    assert told.count("holds: ") == 7 and "not checked" not in told
+    assert told.count("verified: ") == 7 and "not verified" not in told
 
 
 @pytest.mark.parametrize(
@@ -209,22 +212,22 @@ def test_an_export_tells_its_whole_lineage_and_all_of_it_holds(road):
         (
             "child/hf/config.json",
             lambda text: text.replace(b"64", b"65"),
-            "hf/config.json: its checksum is not the manifest's",
+            "hf/config.json: its checksum differs from the manifest's",
         ),
         (
             "base/corpus/funnel.json",
             lambda text: text + b" ",
-            "funnel.json: its checksum is not the manifest's",
+            "funnel.json: its checksum differs from the manifest's",
         ),
         (
             "base/packed/manifest.json",
             lambda text: text.replace(b'"seq_len": 64', b'"seq_len": 32', 1),
-            "manifest.json: its fingerprint is not that of what it says",
+            "manifest.json: its fingerprint does not match its content",
         ),
         (
             "base/tokenizer/tokenizer.json",
             None,
-            "tokenizer.json: gone, though the manifest names it",
+            "tokenizer.json: missing, though the manifest names it",
         ),
     ],
 )
@@ -319,9 +322,9 @@ def test_the_page_is_there_and_shows_both(road):
 
 def without_speed(records):
     return [
-        {key: value for key, value in record.items() if key not in VARIES}
+        {key: value for key, value in record.to_json().items() if key not in VARIES}
         for record in records
-        if "resumed" not in record
+        if not isinstance(record, ResumeEvent)
     ]
 
 
@@ -415,7 +418,7 @@ def test_a_growth_that_a_run_has_passed_is_refused(road, grows):
     )
     before = (run / "metrics.jsonl").read_bytes()
     late = "--config.train.grow=((50, 'depth_upscale(m=1)'), (55, 'insert_identity(every=4)'))"
-    assert "stands at step 60 and did not grow after step 55" in door(
+    assert "is at step 60 and did not grow after step 55" in door(
         "train", *GROWS, late, "--workdir", "passed", cwd=road, ok=False
     )
     assert (run / "metrics.jsonl").read_bytes() == before
@@ -466,7 +469,7 @@ def test_what_a_start_keeps_is_what_its_table_says(road):
     told = door(
         "train", *flags, "--config.initialize.mode=resume", "--workdir", "start_resume", cwd=road
     )
-    assert "step          kept: 120" in told and f"rows read     kept: {120 * 24:,}" in told
+    assert "step          kept: 120" in told and f"sequences     kept: {120 * 24:,}" in told
     assert (
         checkpoint.diff_checkpoints(
             road / "base/checkpoints/122", road / "start_resume/checkpoints/122"
@@ -551,7 +554,7 @@ def test_a_child_with_another_tokenizer_starts_from_its_parents_words(road):
     assert "not measured" in told
     assert ModelSpec.load(road / "reworded/spec.json").vocab_size == 768
     measured = json.loads((road / "reworded/growth.json").read_text())["measured"]
-    assert measured["kept_pieces"] >= 490 and measured["averaged_pieces"] > 150
+    assert measured["kept_tokens"] >= 490 and measured["averaged_tokens"] > 150
     more = [
         "--config.mixture.packed_paths=words/packed",
         "--config.initialize.source=reworded",
@@ -559,11 +562,13 @@ def test_a_child_with_another_tokenizer_starts_from_its_parents_words(road):
     ]
     told = door("train", "--config", "words.py", "--workdir", "words_run", *more, cwd=road)
     start = next(
-        record for record in read_metrics(road / "words_run/metrics.jsonl") if "heldout" in record
+        record
+        for record in read_metrics(road / "words_run/metrics.jsonl")
+        if isinstance(record, HeldoutMetrics)
     )
     # it reads the new pieces before any training, though a third of them are means: about a nat
     # below guessing, by the text that is installed
-    assert start["step"] == 0 and start["heldout"]["prose"] < np.log(768) - 0.5
+    assert start.step == 0 and start.heldout_loss["prose"] < np.log(768) - 0.5
     assert (
         Manifest.load(road / "reworded").tokenizer == Manifest.load(road / "words/packed").tokenizer
     )
@@ -606,13 +611,13 @@ def test_a_run_refuses_to_go_on_with_other_rows(road, tmp_path):
     flags = copy_of_base(road, tmp_path / "run")
     for path in (tmp_path / "run/checkpoints").glob("*/manifest.json"):
         manifest = json.loads(path.read_text())
-        manifest["counts"]["packed"] = "0" * 16
+        manifest["counts"]["data_fingerprint"] = "0" * 16
         asked = request_fingerprint("checkpoint", manifest["counts"], {}, None)
         manifest["fingerprint"] = fingerprint(
             [asked, manifest["outputs"]]
         )  # or the change itself would be seen
         path.write_text(json.dumps(manifest))
-    assert "has read other rows" in door("train", *flags, cwd=road, ok=False)
+    assert "has changed since it was read" in door("train", *flags, cwd=road, ok=False)
 
 
 @pytest.mark.parametrize("harm", ["flipped byte", "missing file", "no manifest", "stray directory"])
@@ -676,7 +681,7 @@ def test_the_losses_of_a_steps_documents_make_its_loss_and_the_worst_comes_first
     (record,) = [
         each
         for each in read_metrics(road / "base/metrics.jsonl")
-        if each["step"] == 122 and "loss" in each
+        if each.step == 122 and isinstance(each, TrainMetrics)
     ]  # the mean of 121 and 122
     _, last = attribution.rank_documents(run, 122, words.fingerprint)
     sums = [
@@ -684,7 +689,7 @@ def test_the_losses_of_a_steps_documents_make_its_loss_and_the_worst_comes_first
         for step in (found, last)
     ]
     assert sum(nats for nats, _ in sums) / sum(n for _, n in sums) == pytest.approx(
-        record["loss"], abs=0.02
+        record.loss, abs=0.02
     ), "one update apart at most"
     assert [each.delta for each in found] == sorted((each.delta for each in found), reverse=True)
     documents = list(loader.trace_step(run, 121, words.fingerprint))
@@ -738,7 +743,7 @@ def test_other_shares_and_another_batch_in_mid_run_and_other_rows_when_accepted(
     ]
     told = door("train", *flags, *more, cwd=road)
     assert "mixture.phases" in told and "train.batch_size: 12, was 24" in told
-    account = Manifest.load(run / "checkpoints/126").counts["account"]
+    account = Manifest.load(run / "checkpoints/126").counts["progress"]["data_history"]
     assert [each[:3] for each in account] == [[0, 0, 24], [122, 122 * 24, 12]]
     assert account[0][3] == {"prose": 1.0} and account[1][3] == {"code": 0.5, "prose": 0.5}
     assert Manifest.load(run / "checkpoints/126").counts["rows"] == 122 * 24 + 4 * 12
@@ -790,7 +795,7 @@ def test_other_shares_and_another_batch_in_mid_run_and_other_rows_when_accepted(
                 "--config.mixture.packed_paths=base/packed",
                 "--config.pack.seq_len=32",
             ],
-            "have 64 tokens",
+            "expected 64, as the packed sequences have",
         ),
         (
             [
@@ -814,7 +819,7 @@ def test_other_shares_and_another_batch_in_mid_run_and_other_rows_when_accepted(
                 "--config.mixture.packed_paths=base/packed",
                 "--config.model.max_seq_len=32",
             ],
-            "longer than",
+            "got sequences of 64 tokens",
         ),
         (
             [
@@ -825,7 +830,7 @@ def test_other_shares_and_another_batch_in_mid_run_and_other_rows_when_accepted(
                 "grown",
                 "--config.mixture.packed_paths=base/packed",
             ],
-            "made by initialize",
+            "was written by initialize",
         ),
         (
             ["initialize", "--from", "base", "--grow", "depth_upscale(m=9)", "--to", "x"],
@@ -863,6 +868,6 @@ def test_a_model_that_does_not_fit_the_rows_is_stopped_before_the_first_update(r
         "--config.mixture.packed_paths=base/packed",
         source,
     ]
-    assert "where its makers measured" in door("train", *flags, cwd=road, ok=False)
+    assert "was recorded for the same sequences" in door("train", *flags, cwd=road, ok=False)
     (tmp_path / "hf/jaxpt.json").unlink()  # somebody else's model
-    assert "counting tokens alone" in door("train", *flags, cwd=road, ok=False)
+    assert "a unigram model has" in door("train", *flags, cwd=road, ok=False)

@@ -44,6 +44,7 @@ from jaxpt.plan.records import ScalingLaw, TrainingPlan
 from jaxpt.report.page import write_report
 from jaxpt.spec import ModelSpec, UserError, encode_json
 from jaxpt.train import state, step
+from jaxpt.train.records import TrainMetrics
 from jaxpt.weights import huggingface
 
 TINY_SOLAR = ModelSpec(
@@ -838,11 +839,21 @@ def run_directory(path, settings, step_seconds, memory_bytes):
     cost.resolve_model_spec(settings)[0].save(path / "spec.json")
     (path / "starts.jsonl").write_text(json.dumps({"n_devices": 1, "device_kind": "cpu"}) + "\n")
     lines = [
-        {
-            "step": 10 * i,
-            "step_seconds": step_seconds * (5 if i == 1 else 1),
-            "memory_bytes": memory_bytes,
-        }
+        TrainMetrics(
+            step=10 * i,
+            loss=3.0,
+            grad_norm=1.0,
+            lr=1e-3,
+            n_tokens=1000 * i,
+            epochs={},
+            tokens_per_second=100.0,
+            step_seconds=step_seconds * (5 if i == 1 else 1),
+            mfu=None,
+            memory_bytes=int(memory_bytes),
+            n_skipped=0,
+            seconds=1.0 * i,
+            usd=None,
+        ).to_json()
         for i in range(1, 6)
     ]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -1198,6 +1209,7 @@ def test_ones_own_runs_replace_law_and_gain(tmp_path):
             loss = law.predict_loss(n, at * tokens_per_step / (gain or 1))
             lines.append(
                 {
+                    "kind": "heldout",
                     "step": at,
                     "heldout_loss": {"prose": loss + 0.1, "code": loss - 0.3, "unread": 9.0},
                 }

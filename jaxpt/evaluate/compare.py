@@ -72,7 +72,7 @@ def compare_samples(
         ]
     )
     if earlier := stage.read_cached_result(to, request):
-        log.info(format_columns(earlier, shutil.get_terminal_size((120, 40)).columns))
+        print(format_columns(earlier, shutil.get_terminal_size((120, 40)).columns))
         log.info(f"compare: {to} holds this already, nothing to do")
         return earlier
     outputs: list[list[dict]] = [[] for _ in prompts]
@@ -103,7 +103,7 @@ def compare_samples(
         ],
         "bits_per_byte": scores,
     }
-    log.info(format_columns(samples, shutil.get_terminal_size((120, 40)).columns))
+    print(format_columns(samples, shutil.get_terminal_size((120, 40)).columns))
     if to:
         to.parent.mkdir(parents=True, exist_ok=True)
         stage.write_atomic(to, json.dumps(samples, indent=1, ensure_ascii=False) + "\n")
@@ -152,7 +152,7 @@ def generate_continuations(
                 loaded.spec, loaded.params, [ids], watch=lambda *_: True, **settings
             )  # compiles, and stops at the first token
             if live:
-                log.info(f"\n{name} > {escape_controls(prompt)}")
+                print(f"\n{name} > {escape_controls(prompt)}")
             show = stream_text(encoder, ids) if live else count_progress(advance, max_new)
             start = time.monotonic()
             (new,) = decode.generate(
@@ -307,7 +307,7 @@ def compare_documents(
         ]
     )
     if earlier := stage.read_cached_result(to, request):
-        log.info(find_most_different_tokens(earlier))
+        print(find_most_different_tokens(earlier))
         log.info(f"compare: {to} holds this already, nothing to do")
         return earlier
     documents = [
@@ -364,7 +364,7 @@ def compare_documents(
         "better": [describe(i) for i in order[:N_MOST_DIFFERENT] if change[i] < 0],
         "worse": [describe(i) for i in order[::-1][:N_MOST_DIFFERENT] if change[i] > 0],
     }
-    log.info(find_most_different_tokens(result))
+    print(find_most_different_tokens(result))
     if to:
         to.parent.mkdir(parents=True, exist_ok=True)
         stage.write_atomic(to, json.dumps(result, ensure_ascii=False) + "\n")

@@ -99,7 +99,7 @@ def evaluate_model(
         [model_print, tasks, backend, limit, max_length, read, stage.fingerprint(local)]
     )
     if earlier := stage.read_cached_result(to, request):
-        log.info(format_results(earlier))
+        print(format_results(earlier))
         log.info(f"evaluate: {to} holds this already, nothing to do")
         return earlier
     mesh = make_mesh(config.MeshConfig())
@@ -162,7 +162,7 @@ def evaluate_model(
     }
     results["seconds"] = round(time.monotonic() - start, 2)
     results = stage.to_jsonable(results)
-    log.info(format_results(results))
+    print(format_results(results))
     if to:
         to.parent.mkdir(parents=True, exist_ok=True)
         stage.write_atomic(to, json.dumps(results, indent=1) + "\n")

@@ -372,7 +372,7 @@ def get_n_params(path: pathlib.Path, manifest: StageSummary | None) -> int | Non
     if manifest and manifest.counts.get("n_params"):
         return manifest.counts["n_params"]
     try:
-        return flops.count_matmul_params(ModelSpec.from_json(json.loads(path.read_text())))
+        return flops.count_params(ModelSpec.from_json(json.loads(path.read_text())))
     except (OSError, TypeError, ValueError):  # missing, or of another version
         return None
 

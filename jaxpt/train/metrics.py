@@ -294,7 +294,10 @@ def read_metrics(path: pathlib.Path) -> list[MetricRecord]:
             fields = json.loads(line)
         except json.JSONDecodeError:
             break
-        records.append(METRIC_RECORDS[fields["kind"]].from_json(fields, str(path)))
+        kind = fields.get("kind")
+        if kind not in METRIC_RECORDS:
+            raise UserError(f"{path}: expected records with a kind, got {line[:80]!r}.")
+        records.append(METRIC_RECORDS[kind].from_json(fields, str(path)))
     return records
 
 
