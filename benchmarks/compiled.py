@@ -1,14 +1,13 @@
-"""The train step compiled for hardware that is not here, and what its optimized program holds, as a
-markdown table.
+"""Compile the train step for hardware that is not here, and list what the optimized program
+contains, as a markdown table.
 
     pip install libtpu jax-cuda13-plugin jax-cuda13-pjrt   (see docs/plan.md for the versions)
     python benchmarks/compiled.py [NAME ...]
 
-Each row is compiled by a process of its own; nothing runs on a TPU or GPU. Read off the program's
-text: whether an array as large
-as all logits (rows x T x V of a device) or with two axes of T stands in it, the largest array, and
-the collectives of one layer
-(those in the bodies of the loops over layers, forward and backward).
+Each program is compiled by a process of its own; nothing runs on a TPU or GPU. From the program's
+text: whether it contains an array as large as all logits (sequences x T x V of a device) or with
+two axes of T, the largest array, and the collectives of one layer (those in the bodies of the loops
+over layers, forward and backward).
 """
 
 import math
@@ -25,8 +24,8 @@ sys.path.insert(0, str(ROOT))
 from jaxpt import config
 from jaxpt.plan import compile, hardware, hlo
 
-# Llama 3.2's 1B and Llama 3's 8B. Rows are longer than the 8B is wide, so that an array of T x T is
-# not taken for one of T x D.
+# Llama 3.2's 1B and Llama 3's 8B. Sequences are longer than the 8B is wide, so that an array of
+# T x T is not taken for one of T x D.
 BILLION = {
     "n_layers": 16,
     "d_model": 2048,
@@ -80,7 +79,7 @@ COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "coll
 def main(*names: str):
     print(
         "| program | attention | compile, s (CPU s) | peak, GiB | "
-        "logits-sized | T x T | largest array | collectives a layer, "
+        "logits-sized | T x T | largest array | collectives per layer, "
         "forward; backward |"
     )
     print("|---|---|---|---|---|---|---|---|", flush=True)
@@ -165,7 +164,7 @@ def child(name: str):
 
 
 def arrays_of(text: str) -> set[tuple[str, tuple[int, ...]]]:
-    """Every (type, shape) that stands in a program."""
+    """Return every (type, shape) in a program."""
     lines = "\n".join(
         line for line in text.splitlines() if " bitcast(" not in line
     )  # another shape for the same bytes: no array

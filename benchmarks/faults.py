@@ -1,12 +1,11 @@
-"""The fault campaign: a small training is killed, stopped, starved and damaged in every way below,
-and has to end as if nothing had been.
+"""Fault injection: kill, stop, starve and damage a small run in every way below, and compare its
+end with that of an uninterrupted run.
 
     python benchmarks/faults.py [--kills 20] [--kills-of-two 10] [--seed 0]
 
-Each fault is followed by the same command again, and the end is compared with an uncut run:
-checkpoints bit by bit, metrics.jsonl
-in every field but time, speed, memory and money. Prints a table; exits 1 when anything differs.
-About 20 minutes on two cores.
+After each fault the same command is run again. Checkpoints are compared bit by bit, metrics.jsonl
+in every field but time, speed, memory and cost. Prints a table; exits 1 if anything differs. About
+20 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -27,19 +26,23 @@ from collections.abc import Callable, Iterator
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from jaxpt.train.metrics import read_metrics as read_metrics
+from jaxpt.train.metrics import read_metrics
+from jaxpt.train.records import MetricRecord, ResumeEvent, TrainMetrics
 from jaxpt.weights import checkpoint
 
 RECIPE = """
 from jaxpt.config import defaults
 def get_config():
     c = defaults()
-    c.prepare.sources, c.prepare.max_mb, c.prepare.heldout_frac = ("python:prose", "python:code"), 0.3, 0.2
+    c.prepare.sources = ("python:prose", "python:code")
+    c.prepare.max_mb, c.prepare.heldout_frac = 0.3, 0.2
     c.tokenizer.vocab_size, c.pack.seq_len = 500, 64
     c.model.n_layers, c.model.d_model, c.model.d_ff = 2, 24, 40
-    c.model.n_heads, c.model.n_kv_heads, c.model.d_head, c.model.max_seq_len = 6, 2, 8, 64
+    c.model.n_heads, c.model.n_kv_heads, c.model.d_head = 6, 2, 8
+    c.model.max_seq_len = 64
     c.mixture.packed_paths = ("data/packed",)
-    c.train.batch_size, c.train.log_every, c.train.eval_every, c.train.eval_sequences = 16, 5, 50, 16
+    c.train.batch_size, c.train.log_every = 16, 5
+    c.train.eval_every, c.train.eval_sequences = 50, 16
     c.train.checkpoint_every, c.train.max_to_keep = 10, 3
     c.optim.peak_lr, c.optim.warmup_steps = 1e-2, 10
     return c
@@ -48,39 +51,32 @@ def get_config():
 POISONED = """
 import runpy
 from jaxpt.data import loader
-stream = loader.stream
-def poisoned(rows, mixture, sharding, batch_rows, first_row, document_mask):
-    for i, batch in enumerate(stream(rows, mixture, sharding, batch_size, first_row, document_mask)):
-        yield batch._replace(loss_mask=batch.loss_mask * float("nan")) if first_row // batch_size + i + 1 in (13, 27) else batch
-loader.stream = poisoned
+iterate_batches = loader.iterate_batches
+def poisoned(dataset, schedule, sharding, batch_size, first, document_mask):
+    batches = iterate_batches(dataset, schedule, sharding, batch_size, first, document_mask)
+    for step, batch in enumerate(batches, first // batch_size + 1):
+        if step in (13, 27):
+            batch = batch._replace(loss_mask=batch.loss_mask * float("nan"))
+        yield batch
+loader.iterate_batches = poisoned
 runpy.run_path(%r, run_name="__main__")
 """
 VARIES = {"tokens_per_second", "step_seconds", "mfu", "memory_bytes", "seconds", "usd"}
 FILE_LIMIT = 102_400  # the tokenizer fits, a checkpoint does not
-SILENCE = 60  # what jaxpt/train/distributed.py waits for a host that says nothing
+HEARTBEAT_TIMEOUT = 60  # seconds, as in jaxpt/train/distributed.py
 
 
 def prepare(home: pathlib.Path) -> None:
-    """Recipe, corpus, tokenizer and packed rows of the campaign."""
+    """Write the recipe, corpus, tokenizer and packed sequences."""
     (home / "small.py").write_text(RECIPE)
-    for door in ("prepare", "train_tokenizer", "pack"):
-        subprocess.run(
-            [
-                sys.executable,
-                ROOT / f"scripts/{door}.py",
-                "--config",
-                "small.py",
-                "--workdir",
-                "data",
-            ],
-            cwd=home,
-            check=True,
-            capture_output=True,
-        )
+    for name in ("prepare", "train_tokenizer", "pack"):
+        command = [sys.executable, str(ROOT / f"scripts/{name}.py")]
+        command += ["--config", "small.py", "--workdir", "data"]
+        subprocess.run(command, cwd=home, check=True, capture_output=True)
 
 
 class Job:
-    """One start of the run: a process, or several that are joined, with what they said."""
+    """One start of the run: a process, or several joined ones, and their output."""
 
     def __init__(
         self,
@@ -93,10 +89,11 @@ class Job:
         limit: int | None = None,
         script: str = "",
     ):
-        self.home, self.run, self.said = home, home / run, home / f"{run}.log"
-        limited = (
-            ["bash", "-c", f'ulimit -f {limit // 1024}; exec "$@"', "limited"] if limit else []
-        )  # of each file that it writes, in bytes
+        self.home, self.run, self.log = home, home / run, home / f"{run}.log"
+        # limit: of each file that it writes, in bytes
+        limited = []
+        if limit:
+            limited = ["bash", "-c", f'ulimit -f {limit // 1024}; exec "$@"', "limited"]
         command = [
             *limited,
             sys.executable,
@@ -128,7 +125,7 @@ class Job:
             subprocess.Popen(
                 command,
                 cwd=home,
-                stdout=open(self.said, "w" if i == 0 else "a"),
+                stdout=open(self.log, "w" if i == 0 else "a"),  # noqa: SIM115  (the process keeps it)
                 stderr=subprocess.STDOUT,
                 env={**environment, **joined, **({"JAXPT_PROCESS": str(i)} if n > 1 else {})},
             )
@@ -139,29 +136,30 @@ class Job:
         return [process.wait(timeout) for process in self.processes]
 
     def ends(self) -> None:
-        """To the end without a fault, or what it said as an error."""
+        """Wait for the end; exit with the log if the run failed."""
         if any(self.wait()):
             raise SystemExit(
-                f"{self.run}: {self.processes} ended with\n{self.said.read_text()[-3000:]}"
+                f"{self.run}: {self.processes} exited with\n{self.log.read_text()[-3000:]}"
             )
 
     def step(self) -> int:
-        """The last step that metrics.jsonl tells of."""
+        """Return the last step in metrics.jsonl."""
         records = read_metrics(self.run / "metrics.jsonl")
-        return records[-1]["step"] if records else 0
+        return records[-1].step if records else 0
 
     def until(self, step: int) -> None:
-        """Wait until the run has said that it passed this step."""
+        """Wait until the run has logged this step."""
         while self.step() < step:
             if any(process.poll() is not None for process in self.processes):
                 raise SystemExit(
-                    f"{self.run}: ended before step {step}\n{self.said.read_text()[-3000:]}"
+                    f"{self.run}: ended before step {step}\n{self.log.read_text()[-3000:]}"
                 )
             time.sleep(0.02)
 
     def end_others(self, patience: float) -> float:
-        """Seconds until every process has ended by itself after one was lost; those that have not
-        by `patience` are killed.
+        """Return the seconds until the processes exited by themselves after one was lost.
+
+        Those that have not after `patience` seconds are killed.
         """
         start = time.monotonic()
         while (
@@ -177,7 +175,7 @@ class Job:
 
 
 def differences(home: pathlib.Path, run: str, uncut: str, steps: int) -> list[str]:
-    """What is not as in the uncut run: arrays, then metrics."""
+    """Return how a run differs from the uninterrupted one: arrays, then metrics."""
     found = checkpoint.diff_checkpoints(
         home / uncut / f"checkpoints/{steps}", home / run / f"checkpoints/{steps}"
     )
@@ -191,31 +189,33 @@ def differences(home: pathlib.Path, run: str, uncut: str, steps: int) -> list[st
     )
 
 
-def without_speed(records: list[dict]) -> list[dict]:
-    return [
-        {name: value for name, value in record.items() if name not in VARIES}
-        for record in records
-        if "resumed" not in record
-    ]
+def without_speed(records: list[MetricRecord]) -> list[dict]:
+    """Return the records' reproducible fields, without resumes."""
+    found = []
+    for record in records:
+        if not isinstance(record, ResumeEvent):
+            fields = record.to_json()
+            found.append({name: fields[name] for name in fields if name not in VARIES})
+    return found
 
 
 def copied(home: pathlib.Path, run: str, source: str) -> pathlib.Path:
-    """A run as a kill after its last checkpoint leaves it, ready to be damaged."""
+    """Copy a run as a kill after its last checkpoint leaves it, ready to be damaged."""
     shutil.copytree(home / source, home / run)
     (home / run / "manifest.json").unlink()
     return home / run
 
 
-# ---- the faults. Each yields a line for the table: (what, how often or what came of it) and leaves
-# the run finished.
+# ---- the faults. Each leaves the run finished and returns its outcome for the table.
 
 
 def kills(
     home: pathlib.Path, run: str, steps: int, n_kills: int, rng: random.Random, **layout
 ) -> str:
-    """SIGKILL of a random one of the processes, a third of them while the run starts, the others at
-    random steps; what is left has
-    to end by itself."""
+    """SIGKILL a random process; the others must exit by themselves.
+
+    A third of the kills come while the run starts, the others at random steps.
+    """
     at, waited = [], 0.0
     for _ in range(n_kills):
         job = Job(home, run, steps, **layout)
@@ -230,16 +230,16 @@ def kills(
             job.until(min(done + rng.randrange(1, max(2 * steps // n_kills - 1, 2)), steps - 10))
             time.sleep(rng.uniform(0, 0.1))
         rng.choice(job.processes).kill()
-        waited = max(waited, job.end_others(3 * SILENCE))
+        waited = max(waited, job.end_others(3 * HEARTBEAT_TIMEOUT))
         at.append(job.step())
-    assert not (home / run / "manifest.json").exists(), "the run ended before its kills did"
+    assert not (home / run / "manifest.json").exists(), "the run finished before all kills"
     Job(home, run, steps, **layout).ends()
-    others = f"; the other process ended within {waited:.0f} s" if len(job.processes) > 1 else ""
+    others = f"; the other process exited within {waited:.0f} s" if len(job.processes) > 1 else ""
     return f"{len(at)} kills, at steps {', '.join(map(str, at))}{others}"
 
 
 def sigterm(home: pathlib.Path, run: str, steps: int, **layout) -> str:
-    """SIGTERM to one process: every one saves at the same step and ends with 143."""
+    """SIGTERM one process: all save at the same step and exit with 143."""
     job = Job(home, run, steps, **layout)
     job.until(steps // 3)
     job.processes[-1].send_signal(signal.SIGTERM)
@@ -250,15 +250,13 @@ def sigterm(home: pathlib.Path, run: str, steps: int, **layout) -> str:
 
 
 def hung(home: pathlib.Path, run: str, steps: int, **layout) -> str:
-    """One host stops answering (SIGSTOP): the others give it up and end, and the next start goes
-    on.
-    """
+    """SIGSTOP one host: the others give it up and exit, and the next start resumes."""
     job = Job(home, run, steps, **layout)
     job.until(steps // 3)
     stopped = job.processes[-1]
     stopped.send_signal(signal.SIGSTOP)
     start = time.monotonic()
-    while job.processes[0].poll() is None and time.monotonic() - start < 5 * SILENCE:
+    while job.processes[0].poll() is None and time.monotonic() - start < 5 * HEARTBEAT_TIMEOUT:
         time.sleep(0.1)
     took = time.monotonic() - start
     job.end_others(0)
@@ -267,30 +265,33 @@ def hung(home: pathlib.Path, run: str, steps: int, **layout) -> str:
 
 
 def full_disk(home: pathlib.Path, run: str, steps: int) -> str:
-    """No file may grow beyond FILE_LIMIT (RLIMIT_FSIZE), as a checkpoint's do: one sentence, what
-    was whole stays, the next start goes on.
+    """Let no file grow beyond FILE_LIMIT (RLIMIT_FSIZE), as a checkpoint's do.
+
+    The run stops with one message, complete checkpoints stay, and the next start resumes.
     """
     job = Job(home, run, steps, limit=FILE_LIMIT)
     status = job.wait()
-    told = job.said.read_text()
-    assert status == [1] and "could not be written" in told and "Traceback" not in told, told
+    output = job.log.read_text()
+    assert status == [1] and "could not be written" in output and "Traceback" not in output, output
     Job(home, run, steps).ends()
-    return "exit 1: " + told.strip().splitlines()[-1][:160] + "..."
+    return "exit 1: " + output.strip().splitlines()[-1][:160] + "..."
 
 
-def full_disk_goes_on(home: pathlib.Path, run: str, steps: int) -> str:
-    """The same with train.on_save_error = go on: every save is told, training goes on, and the last
-    one, which has to be, ends it.
+def full_disk_continue(home: pathlib.Path, run: str, steps: int) -> str:
+    """The same with train.on_save_error=continue: failed saves are logged, training continues.
+
+    The last save must succeed, so it stops the run.
     """
-    job = Job(home, run, steps, "--config.train.on_save_error=go on", limit=FILE_LIMIT)
-    status, told = job.wait(), job.said.read_text()
-    assert status == [1] and told.count("The run goes on") >= 3, told
+    job = Job(home, run, steps, "--config.train.on_save_error=continue", limit=FILE_LIMIT)
+    status, output = job.wait(), job.log.read_text()
+    n_failed = output.count("The run continues")
+    assert status == [1] and n_failed >= 3, output
     Job(home, run, steps).ends()
-    return f"{told.count('The run goes on')} saves told"
+    return f"{n_failed} failed saves logged"
 
 
 def small_disk(home: pathlib.Path, run: str, steps: int) -> str:
-    """A real full disk: a tmpfs of 1 MB as the run directory (root only)."""
+    """Fill a real disk: a tmpfs of 1 MB as the run directory (root only)."""
     (home / run).mkdir()
     if subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(home / run)], capture_output=True
@@ -299,8 +300,10 @@ def small_disk(home: pathlib.Path, run: str, steps: int) -> str:
         return "not tried: mounting needs root"
     try:
         job = Job(home, run, steps)
-        status, told, whole = job.wait(), job.said.read_text(), checkpoint.list_steps(home / run)
-        assert status == [1] and "could not be written" in told and "Traceback" not in told, told
+        status, output, whole = job.wait(), job.log.read_text(), checkpoint.list_steps(home / run)
+        assert status == [1] and "could not be written" in output and "Traceback" not in output, (
+            output
+        )
         subprocess.run(["mount", "-o", "remount,size=64m", str(home / run)], check=True)
         Job(home, run, steps).ends()
         shutil.copytree(home / run, home / f"{run}.out")
@@ -308,13 +311,11 @@ def small_disk(home: pathlib.Path, run: str, steps: int) -> str:
         subprocess.run(["umount", str(home / run)], check=True)
     (home / run).rmdir()
     (home / f"{run}.out").rename(home / run)
-    return f"steps {whole} were whole; with more room it went on"
+    return f"steps {whole} were complete; resumed with more space"
 
 
 def not_finite(home: pathlib.Path, run: str, steps: int, rng: random.Random) -> str:
-    """Two batches whose loss is NaN: their updates are skipped and counted, the run goes on; killed
-    once, it does all of that again.
-    """
+    """Make the loss of two batches NaN: their updates are skipped and counted, killed or not."""
     (home / "poisoned.py").write_text(POISONED % str(ROOT / "scripts/train.py"))
     poisoned = {"script": str(home / "poisoned.py")}
     Job(home, f"{run}_uncut", steps, **poisoned).ends()
@@ -324,17 +325,14 @@ def not_finite(home: pathlib.Path, run: str, steps: int, rng: random.Random) -> 
     job.wait()
     at = job.step()
     Job(home, run, steps, **poisoned).ends()
-    skipped = [
-        record["n_skipped"]
-        for record in read_metrics(home / run / "metrics.jsonl")
-        if "n_skipped" in record
-    ][-1]
-    assert skipped == 2, skipped
-    return f"{skipped} updates skipped, killed at step {at}"
+    records = read_metrics(home / run / "metrics.jsonl")
+    n_skipped = [record.n_skipped for record in records if isinstance(record, TrainMetrics)][-1]
+    assert n_skipped == 2, n_skipped
+    return f"{n_skipped} updates skipped, killed at step {at}"
 
 
 def damages(directory: pathlib.Path) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Every file of a checkpoint gone, cut in half, and with one bit turned."""
+    """Remove each file of a checkpoint, cut it in half, flip one bit of it."""
     for file in sorted(path for path in directory.rglob("*") if path.is_file()):
         whole, name = file.read_bytes(), str(file.relative_to(directory))
         yield f"{name} gone", file.unlink
@@ -355,13 +353,13 @@ def damages(directory: pathlib.Path) -> Iterator[tuple[str, Callable[[], None]]]
 
 
 def torn(home: pathlib.Path, run: str, source: str, steps: int, rng: random.Random) -> str:
-    """The newest checkpoint damaged in every way: the one before is taken. One of the ways, chosen
-    at random, is gone on from for real.
+    """Damage the newest checkpoint in every way: the one before is taken.
+
+    From one of them, chosen at random, the run is resumed.
     """
     directory = copied(home, run, source)
-    (
-        directory / "checkpoints" / "999999"
-    ).mkdir()  # a stray numeric directory, which Orbax would take for the newest
+    # a stray numeric directory, which Orbax would take for the newest
+    (directory / "checkpoints" / "999999").mkdir()
     n = 0
     for name, damage in damages(directory / f"checkpoints/{steps}"):
         damage()
@@ -371,14 +369,14 @@ def torn(home: pathlib.Path, run: str, source: str, steps: int, rng: random.Rand
     name, damage = rng.choice(list(damages(directory / f"checkpoints/{steps}")))
     damage()
     Job(home, run, steps).ends()
-    return f"{n} damages seen; went on from {name}"
+    return f"{n} damages detected; resumed with {name}"
 
 
 def campaign(home: pathlib.Path, n_kills: int, n_kills_of_two: int, seed: int) -> bool:
-    """The whole table; True when every end was the uncut run's."""
+    """Print the table; return whether every end equals the uninterrupted run's."""
     rng, good = random.Random(seed), True
     prepare(home)
-    print("| fault | what came of it | end |\n|---|---|---|", flush=True)
+    print("| fault | outcome | end |\n|---|---|---|", flush=True)
     two = {"n": 2, "devices": 2}
     Job(home, "uncut", 400).ends()
     Job(home, "uncut2", 60, **two).ends()
@@ -419,7 +417,7 @@ def campaign(home: pathlib.Path, n_kills: int, n_kills_of_two: int, seed: int) -
     )
     row("batches that are not finite", "nan", "nan_uncut", 400, not_finite, rng)
     row("disk full (no file above 100 kB)", "full", "uncut", 400, full_disk)
-    row("disk full, on_save_error = go on", "full_on", "uncut", 400, full_disk_goes_on)
+    row("disk full, on_save_error = continue", "full_on", "uncut", 400, full_disk_continue)
     row("disk full (tmpfs of 1 MB)", "tmpfs", "uncut", 400, small_disk)
     row("a hung host of two", "hung2", "uncut2", 60, hung, **two)
     return good

@@ -1,12 +1,11 @@
-"""What the loop adds to a bare step: logging, metrics, TensorBoard and checkpoints begun.
+"""What the loop adds to a bare step: logging, metrics, TensorBoard and started checkpoints.
 
     python benchmarks/loop.py --shape small --steps 150 --rounds 15
     python benchmarks/loop.py --shape S --steps 45 --rounds 4
 
-In one process, in turn, the one first that was second before: the bare compiled step on one batch
-over and over, and the step with everything that
-loop.py does around it (rows from disk, a log line every 10 steps, one checkpoint begun). Prints
-each round's times, and the median of the overheads.
+In one process, in alternating order: the bare compiled step on one batch over and over, and the
+step with everything that loop.py does around it (data from disk, a log line every 10 steps, one
+checkpoint started). Prints each round's times, and the median of the overheads.
 """
 
 import argparse
@@ -32,12 +31,13 @@ from jaxpt.data.mixture import MixtureSchedule
 from jaxpt.model import llama
 from jaxpt.spec import ModelSpec
 from jaxpt.train import loop, state, step
-from jaxpt.train.metrics import read_metrics as read_metrics
+from jaxpt.train.metrics import read_metrics
+from jaxpt.train.records import TrainMetrics
 
 SHAPES = {
     "small": {"L": 4, "D": 128, "F": 352, "N": 4, "K": 2, "T": 128},
     "S": {"L": 8, "D": 256, "F": 704, "N": 8, "K": 4, "T": 512},
-}  # of 8 rows
+}  # of 8 sequences
 RECIPE = """
 from jaxpt.config import defaults
 def get_config():
@@ -63,10 +63,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as home:
         home = pathlib.Path(home)
         (home / "small.py").write_text(RECIPE.format(**SHAPES[arguments.shape]))
-        for door in ("prepare", "train_tokenizer", "pack"):
+        for name in ("prepare", "train_tokenizer", "pack"):
             command = [
                 sys.executable,
-                ROOT / f"scripts/{door}.py",
+                ROOT / f"scripts/{name}.py",
                 "--config",
                 "small.py",
                 "--workdir",
@@ -76,7 +76,9 @@ def main() -> None:
         settings = config.load_config(home / "small.py")
         settings = dataclasses.replace(
             settings,
-            mixture=dataclasses.replace(settings.mixture, packed=(str(home / "data/packed"),)),
+            mixture=dataclasses.replace(
+                settings.mixture, packed_paths=(str(home / "data/packed"),)
+            ),
             train=dataclasses.replace(
                 settings.train, steps=arguments.steps, checkpoint_every=arguments.steps * 2 // 3
             ),
@@ -101,19 +103,16 @@ def main() -> None:
 
 
 def step_in_the_loop(settings: config.Config, home: pathlib.Path, run: str) -> float:
-    """Seconds from the first line of a run to its last, by step."""
+    """Return the seconds per step between the first and last line of a run."""
     with contextlib.redirect_stdout(io.StringIO()):
         loop.train_model(settings, home / run)
-    records = [
-        record for record in read_metrics(home / run / "metrics.jsonl") if "step_seconds" in record
-    ]
-    return (records[-1]["seconds"] - records[0]["seconds"]) / (
-        records[-1]["step"] - records[0]["step"]
-    )
+    records = read_metrics(home / run / "metrics.jsonl")
+    first, *_, last = [record for record in records if isinstance(record, TrainMetrics)]
+    return (last.seconds - first.seconds) / (last.step - first.step)
 
 
 def bare_step(settings: config.Config, home: pathlib.Path, run: str) -> float:
-    """Seconds of the compiled step alone."""
+    """Return the seconds per step of the compiled step alone."""
     mesh = sharding.make_mesh(settings.mesh)
     rows = loader.open_packed([home / "data/packed"])
     mixture = MixtureSchedule(settings.mixture, rows.n_rows, settings.train.batch_size)

@@ -1,11 +1,10 @@
 """Seconds from the command to a run's first step: with an empty compile cache, again in another run
-directory, and going on after a kill.
+directory, and resuming after a kill.
 
     python benchmarks/start.py [--shapes S M] [--rounds 3]
 
-scripts/train.py is started as a user starts it, on rows packed here. A start's time ends when the
-console says that the step is compiled or read
-(first and again: after the rehearsal), and when the first line of a step is there.
+scripts/train.py is started as a user starts it, on data packed here. A start's time ends when the
+log reports that the step is compiled or read from the cache, and at the first step's line.
 """
 
 import argparse
@@ -19,7 +18,7 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-# L, D, F, heads, kv heads, row, rows
+# L, D, F, heads, kv heads, seq_len, batch_size
 SHAPES = {"S": (8, 256, 704, 8, 4, 512, 8), "M": (12, 1024, 4096, 32, 8, 512, 1)}
 
 RECIPE = """
@@ -28,9 +27,11 @@ def get_config():
     c = defaults()
     c.prepare.sources, c.prepare.max_mb = ("python:prose",), 1.0
     c.tokenizer.vocab_size, c.pack.seq_len = 2000, {T}
-    c.model.n_layers, c.model.d_model, c.model.d_ff, c.model.n_heads, c.model.n_kv_heads = {L}, {D}, {F}, {N}, {K}
-    c.model.d_head, c.model.max_seq_len, c.train.batch_size = {D} // {N}, {T}, {B}
-    c.train.log_every, c.train.checkpoint_every, c.train.eval_every, c.train.eval_sequences, c.train.steps = 1, 2, 0, {B}, 200
+    c.model.n_layers, c.model.d_model, c.model.d_ff = {L}, {D}, {F}
+    c.model.n_heads, c.model.n_kv_heads, c.model.d_head = {N}, {K}, {D} // {N}
+    c.model.max_seq_len, c.train.batch_size, c.train.eval_sequences = {T}, {B}, {B}
+    c.train.log_every, c.train.checkpoint_every = 1, 2
+    c.train.eval_every, c.train.steps = 0, 200
     return c
 """
 
@@ -48,7 +49,7 @@ def main() -> None:
             f"\n| {shape} | ready, s | of the first | first step's line, s | "
             "of the first |\n|---|---|---|---|---|"
         )
-        for i, name in enumerate(("first start", "again", "going on after a kill")):
+        for i, name in enumerate(("first start", "again", "resumed after a kill")):
             cells = [name]
             for which in range(2):
                 seconds = [each[i][which] for each in found]
@@ -65,10 +66,10 @@ def one_round(shape: str) -> list[tuple[float, float]]:
         home = pathlib.Path(home)
         L, D, F, N, K, T, B = SHAPES[shape]
         (home / "recipe.py").write_text(RECIPE.format(L=L, D=D, F=F, N=N, K=K, T=T, B=B))
-        for door in ("prepare", "train_tokenizer", "pack"):
+        for name in ("prepare", "train_tokenizer", "pack"):
             command = [
                 sys.executable,
-                ROOT / f"scripts/{door}.py",
+                ROOT / f"scripts/{name}.py",
                 "--config",
                 "recipe.py",
                 "--workdir",
@@ -79,8 +80,9 @@ def one_round(shape: str) -> list[tuple[float, float]]:
 
 
 def start(home: pathlib.Path, run: str) -> tuple[float, float]:
-    """Seconds to the compiled step and to the first step's line; the run is killed when it has
-    saved a checkpoint.
+    """Return the seconds to the compiled step and to the first step's line.
+
+    The run is killed once it has saved a checkpoint.
     """
     command = [
         sys.executable,
@@ -102,19 +104,19 @@ def start(home: pathlib.Path, run: str) -> tuple[float, float]:
         text=True,
     )
     ready = line_at = None
-    said = []
+    lines = []
     for line in process.stdout:
-        said.append(line)
-        if line.startswith("train step:") and ready is None:
+        lines.append(line)
+        if "train step: ready" in line and ready is None:
             ready = time.perf_counter() - begun
-        if re.match(r"step +\d+/", line) and line_at is None:
+        if re.search(r" step +\d+/\d+  loss ", line) and line_at is None:
             line_at = time.perf_counter() - begun
         if line_at and any((home / run / "checkpoints").glob("[0-9]*")):
             break
     process.kill()
     process.wait()
     if line_at is None:
-        sys.exit("".join(said))
+        sys.exit("".join(lines))
     return ready, line_at
 
 

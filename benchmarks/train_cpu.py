@@ -1,17 +1,15 @@
-"""Tokens a second of training on CPU: jaxpt's step, Hugging Face's Trainer, a torch.compile loop
+"""Tokens per second of training on CPU: jaxpt's step, Hugging Face's Trainer, a torch.compile loop
 and Levanter, in turn.
 
     python benchmarks/train_cpu.py --shapes S M --rounds 5
     python benchmarks/train_cpu.py --shapes course --contenders jaxpt hf hf-bf16
-    python benchmarks/train_cpu.py --contenders jaxpt levanter --python
-    levanter=PATH/TO/ITS/bin/python
+    python benchmarks/train_cpu.py --contenders jaxpt levanter \\
+        --python levanter=PATH/TO/ITS/bin/python
 
-Every turn is a process of its own that warms up, times whole steps and prints tokens/s; a round is
-one turn of each, so that
-a machine whose speed drifts still compares fairly: read the ratios. All train float32 weights with
-AdamW (decay 0.1, clip 1) on
-random tokens, without recomputing, on all cores. Peers need torch and transformers: sdpa attention,
-AdamW fused.
+Every turn is a process of its own that warms up, times whole steps and prints tokens/s. A round is
+one turn of each, so that a machine whose speed drifts still compares fairly: read the ratios. All
+train float32 weights with AdamW (decay 0.1, clip 1) on random tokens, without recomputation, on all
+cores. Peers need torch and transformers: sdpa attention, fused AdamW.
 """
 
 import argparse
@@ -33,17 +31,8 @@ V = 32_000
 SHAPES = {
     "S": (8, 256, 704, 8, 4, 512, 8, 3, 2),
     "M": (12, 1024, 4096, 32, 8, 512, 1, 3, 2),
-    "course": (
-        16,
-        1024,
-        4096,
-        32,
-        8,
-        32,
-        2,
-        6,
-        2,
-    ),  # configs/course.py after its growth, with its recomputing
+    # configs/course.py after its growth, with its recomputation
+    "course": (16, 1024, 4096, 32, 8, 32, 2, 6, 2),
 }
 
 
@@ -97,7 +86,7 @@ def jaxpt(shape: str) -> float:
         start = time.perf_counter()
         batch = Batch(tokens, np.roll(tokens, -1, 1), ones, positions, ones.astype(np.float32))
         now, metrics = run(now, jax.device_put(batch, sharding.make_batch_sharding(mesh)))
-        assert np.isfinite(float(metrics["loss"]))
+        assert np.isfinite(float(metrics.loss))
         seconds.append(time.perf_counter() - start)
     return rate(shape, seconds)
 
@@ -182,7 +171,7 @@ def torch_compile(shape: str) -> float:
 
 
 def levanter(shape: str) -> float:
-    """Its Trainer's train_step, without recomputing (its default recomputes)."""
+    """Its Trainer's train_step, without recomputation (its default recomputes)."""
     import haliax as hax
     import jax
     from levanter.models.llama import LlamaConfig
@@ -296,7 +285,7 @@ def main():
                 )
         print(
             f"\n| {shape}, {os.cpu_count()} cores | tokens/s, median of "
-            f"{arguments.rounds} | jaxpt is so many times as fast "
+            f"{arguments.rounds} | jaxpt is faster by a factor of "
             "|\n|---|---|---|"
         )
         for contender, measured in speeds.items():

@@ -1,14 +1,13 @@
-"""Speed and memory of the train step on the accelerator that is here: 1B parameters, rows of 4,096
-with several documents each, bf16.
+"""Speed and memory of the train step on the accelerator that is here: 1B parameters, sequences of
+4,096 tokens with several documents each, bf16.
 
-    python benchmarks/train_gpu.py [--rows 8] [--steps 10] [--remat minimal] [--backends auto xla]
+    python benchmarks/train_gpu.py [--batch-size 8] [--remat minimal] [--backends auto xla]
     python benchmarks/train_gpu.py --tiny      (a small shape, to see that it works: on a CPU too)
 
 Prints, for each attention backend in a process of its own: MFU, step seconds (median), tokens per
-second, peak memory, and loss and
-gradient norm of the first step, which must agree between backends to bf16's rounding. MFU counts
-attention over the whole row, as
-everywhere (docs/plan.md), though documents are shorter.
+second, peak memory, and loss and gradient norm of the first step, which must agree between backends
+to bf16's rounding. MFU counts attention over the whole sequence, as everywhere (docs/plan.md),
+though documents are shorter.
 """
 
 import argparse
@@ -47,7 +46,9 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", type=int, default=8, help="rows in a step, over all devices")
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="sequences per step, over all devices"
+    )
     parser.add_argument(
         "--steps", type=int, default=10, help="steps measured, after two that are not"
     )
@@ -92,7 +93,7 @@ def measure(args):
     values["pack"]["seq_len"] = 256 if args.tiny else 4096
     dtype = "float32" if platform == "cpu" else "bfloat16"
     values["train"] |= {
-        "batch_size": args.rows,
+        "batch_size": args.batch_size,
         "attention": args.child,
         "remat": args.remat,
         "compute_dtype": dtype,
@@ -101,18 +102,18 @@ def measure(args):
     mesh = sharding.make_mesh(settings.mesh)
     spec = initialize.make_random_spec(settings, settings.tokenizer.vocab_size)
     T = settings.pack.seq_len
-    sharding.check_mesh_divides(mesh, spec, args.rows, 1, T)
+    sharding.check_mesh_divides(mesh, spec, args.batch_size, 1, T)
     name, why = attention.choose_backend(spec, settings, mesh)
     print(
         (
             f"attention: {name} ({why}); {llama.count_params(spec):,} parameters, "
-            f"{args.rows} rows of {T:,}"
+            f"{args.batch_size} sequences of {T:,}"
         ),
         file=sys.stderr,
     )
 
     batch = jax.device_put(
-        packed_rows(args.rows, T, spec.vocab_size), sharding.make_batch_sharding(mesh)
+        make_packed_batch(args.batch_size, T, spec.vocab_size), sharding.make_batch_sharding(mesh)
     )
     now = state.init_state(
         llama.init_params(spec, 0, mesh, jnp.dtype(settings.initialize.param_dtype)),
@@ -131,33 +132,33 @@ def measure(args):
         jax.block_until_ready(metrics)
         seconds.append(time.perf_counter() - start)
     took = statistics.median(seconds)
-    tokens_per_second = args.rows * T / took
+    tokens_per_second = args.batch_size * T / took
     peak = hardware.get_peak_flops(jax.devices()[0].device_kind, dtype)
-    mfu = (
-        f"{tokens_per_second * flops.count_flops_per_token(spec, T) / peak / jax.device_count():.1%}"
-        if peak
-        else "unknown"
-    )
+    mfu = "unknown"
+    if peak:
+        model_flops = tokens_per_second * flops.count_flops_per_token(spec, T)
+        mfu = f"{model_flops / peak / jax.device_count():.1%}"
     used = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     memory = f"{used / 2**30:.1f}" if used else "unknown"
     print(
         f"| {name} | {mfu} | {took:.3f} | {tokens_per_second:,.0f} | {memory} "
-        f"| {first['loss']:.5f} | {first['grad_norm']:.4f} |"
+        f"| {first.loss:.5f} | {first.grad_norm:.4f} |"
     )
 
 
-def packed_rows(rows: int, T: int, vocab: int):
-    """A Batch of random tokens in documents of T/64 to T/2 tokens, with up to T/64 of padding at a
-    row's end.
+def make_packed_batch(batch_size: int, T: int, vocab_size: int):
+    """Return a Batch of random tokens in documents of T/64 to T/2 tokens.
+
+    A sequence ends in up to T/64 of padding.
     """
     import numpy as np
 
     from jaxpt.spec import Batch
 
     rng = np.random.default_rng(0)
-    tokens = rng.integers(1, vocab, (rows, T)).astype(np.int32)
-    segments, positions = np.zeros((rows, T), np.int32), np.zeros((rows, T), np.int32)
-    for row in range(rows):
+    tokens = rng.integers(1, vocab_size, (batch_size, T)).astype(np.int32)
+    segments, positions = np.zeros((batch_size, T), np.int32), np.zeros((batch_size, T), np.int32)
+    for row in range(batch_size):
         at, document, full = 0, 0, T - rng.integers(0, T // 64)
         while at < full:
             length, document = min(rng.integers(T // 64, T // 2), full - at), document + 1

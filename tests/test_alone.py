@@ -1,5 +1,5 @@
-"""Laws of a run that is left alone: whatever happens to it, the same command goes on and ends as
-the uncut run. benchmarks/faults.py is the long form.
+"""Laws of fault tolerance: whatever happens to a run, the same command resumes it, and it ends like
+an uninterrupted one. benchmarks/faults.py is the long form.
 
 The slow ones guard promises too: .ci/run runs them."""
 
@@ -15,8 +15,8 @@ from conftest import ROOT
 
 from jaxpt.data import loader
 from jaxpt.spec import Manifest
-from jaxpt.train.metrics import MAX_SKIPPED_DOCUMENTS
-from jaxpt.train.metrics import read_metrics as read_metrics
+from jaxpt.train.metrics import MAX_SKIPPED_DOCUMENTS, read_metrics
+from jaxpt.train.records import SkippedUpdate, StartRecord, TrainMetrics
 from jaxpt.weights import checkpoint
 
 found = importlib.util.spec_from_file_location("faults", ROOT / "benchmarks/faults.py")
@@ -38,8 +38,8 @@ class Slow:
     def __call__(self, *args):
         time.sleep(0.2)
         return self.run(*args)
-build = step.build
-step.build = lambda *args: Slow(build(*args))
+build_step = step.build_step
+step.build_step = lambda *args: Slow(build_step(*args))
 runpy.run_path({str(ROOT / "scripts/train.py")!r}, run_name="__main__")
 """
 STEPS = 40
@@ -48,7 +48,7 @@ TWO = {"n": 2, "devices": 4}
 
 @pytest.fixture(scope="module")
 def home(texts, tmp_path_factory):
-    """Packed rows and an uncut run of STEPS steps."""
+    """Packed sequences and an uninterrupted run of STEPS steps."""
     home = tmp_path_factory.mktemp("alone")
     (home / "small.py").write_text(faults.RECIPE)
     shutil.copytree(texts / "base", home / "data")
@@ -60,21 +60,26 @@ def equal(home, run, uncut="uncut", steps=STEPS):
     assert faults.differences(home, run, uncut, steps) == []
 
 
+def read_train_metrics(run):
+    records = read_metrics(run / "metrics.jsonl")
+    return [record for record in records if isinstance(record, TrainMetrics)]
+
+
 def losses(run):
-    return [record["loss"] for record in read_metrics(run / "metrics.jsonl") if "loss" in record]
+    return [record.loss for record in read_train_metrics(run)]
 
 
-def test_killed_at_random_moments_it_ends_as_the_uncut_run(home):
+def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one(home):
     faults.kills(home, "killed", STEPS, 3, random.Random(1))
     equal(home, "killed")
 
 
-def test_whatever_is_wrong_with_the_newest_checkpoint_the_one_before_is_taken(home):
+def test_with_a_damaged_newest_checkpoint_the_one_before_is_taken(home):
     faults.torn(home, "torn", "uncut", STEPS, random.Random(2))
     equal(home, "torn")
 
 
-def test_a_disk_that_fills_up_is_one_sentence_and_loses_nothing(home):
+def test_a_full_disk_gives_one_message_and_loses_nothing(home):
     faults.full_disk(home, "full", STEPS)
     equal(home, "full")
 
@@ -84,34 +89,26 @@ def test_batches_that_are_not_finite_are_skipped_killed_or_not(home, monkeypatch
     faults.not_finite(home, "nan", STEPS, random.Random(3))
     equal(home, "nan", "nan_uncut")
     monkeypatch.chdir(home)
-    told = {
-        record["step"]: record["skipped"]
-        for record in read_metrics(home / "nan/metrics.jsonl")
-        if "skipped" in record
-    }
-    assert list(told) == [13, 27]
-    for step, skipped in told.items():
-        fingerprint = Manifest.load(home / "data/packed").tokenizer
-        read = dict.fromkeys(
-            seen.document for seen in loader.trace_step(home / "nan", step, fingerprint)
-        )
-        assert (skipped["documents"], skipped["n_documents"]) == (
-            list(read)[:MAX_SKIPPED_DOCUMENTS],
-            len(read),
-        ) and skipped["loss"] is None
+    records = read_metrics(home / "nan/metrics.jsonl")
+    skipped = [record for record in records if isinstance(record, SkippedUpdate)]
+    assert [record.step for record in skipped] == [13, 27]
+    tokenizer = Manifest.load(home / "data/packed").tokenizer
+    for record in skipped:
+        traced = loader.trace_step(home / "nan", record.step, tokenizer)
+        documents = list(dict.fromkeys(seen.document for seen in traced))
+        assert list(record.documents) == documents[:MAX_SKIPPED_DOCUMENTS]
+        assert record.n_documents == len(documents) and record.loss is None
 
 
 @pytest.mark.slow
-def test_a_run_may_go_on_without_its_checkpoints(home):
-    faults.full_disk_goes_on(home, "full_on", STEPS)
+def test_a_run_may_continue_after_a_failed_save(home):
+    faults.full_disk_continue(home, "full_on", STEPS)
     equal(home, "full_on")
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_leave_together(home):
-    """2 x 4 devices against 1 x 8; SIGTERM to the second process, which both obey at the same
-    step.
-    """
+    """2 x 4 devices against 1 x 8; after SIGTERM to the second process both stop at one step."""
     faults.Job(home, "eight", 20, devices=8).ends()
     faults.Job(home, "two", 20, **TWO).ends()
     np.testing.assert_allclose(losses(home / "two"), losses(home / "eight"), rtol=2e-5)
@@ -126,42 +123,38 @@ def test_two_processes_train_as_one_and_leave_together(home):
     equal(home, "term", "two", 20)
 
 
-def test_out_of_memory_comes_before_any_row_is_read_with_what_would_help(home):
+def test_out_of_memory_comes_before_any_data_is_read_with_what_would_help(home):
     job = faults.Job(home, "large", STEPS, "--config.train.batch_size=1000000")
     assert job.wait() == [1]
-    told = job.said.read_text()
+    output = job.log.read_text()
     assert (
-        "out of memory: a step of 1000000 rows x 64 tokens" in told
-        and "train.grad_accum_steps=2" in told
-        and "Traceback" not in told
+        "out of memory: a step of 1000000 sequences x 64 tokens" in output
+        and "train.grad_accum_steps=2" in output
+        and "Traceback" not in output
     )
 
 
 def test_a_second_start_finds_its_programs_compiled(home, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(home / "compiled"))
-    told = []
+    output = []
     for run in ("cold", "warm"):
         job = faults.Job(home, run, 12)
         job.ends()
-        told.append(job.said.read_text())
-    assert "not in the compile cache" in told[0] and f"kept in {home / 'compiled'}" in told[0]
-    assert "from the compile cache" in told[1] and "of compiling saved" in told[1]
+        output.append(job.log.read_text())
+    assert "from the compile cache" not in output[0] and "s, compiled in" in output[0]
+    assert "from the compile cache" in output[1] and "s saved)" in output[1]
     equal(home, "warm", "cold", 12)
 
 
-def test_the_first_line_after_a_resume_tells_what_its_step_took(home):
+def test_the_first_line_after_a_resume_has_the_time_of_its_step(home):
     shutil.copytree(home / "uncut", home / "slow")
     (home / "slow/manifest.json").unlink()  # not finished, then
     (home / "slow.py").write_text(SLOW)
     faults.Job(
         home, "slow", STEPS + 1, "--config.train.log_every=1", script=str(home / "slow.py")
     ).ends()
-    record = next(
-        record
-        for record in read_metrics(home / "slow/metrics.jsonl")
-        if record.get("step") == STEPS + 1 and "loss" in record
-    )
-    assert record["step_seconds"] > 0.2
+    (record,) = [each for each in read_train_metrics(home / "slow") if each.step == STEPS + 1]
+    assert record.step_seconds > 0.2
 
 
 def test_checkpoints_at_round_steps_stay_and_a_profile_is_written(home):
@@ -176,36 +169,28 @@ def test_checkpoints_at_round_steps_stay_and_a_profile_is_written(home):
     assert checkpoint.list_steps(home / "kept") == [20, 35]
     assert (
         any((home / "kept/tensorboard").rglob("*.xplane.pb"))
-        and "profile of steps 3 to 4" in job.said.read_text()
+        and "profile of steps 3 to 4" in job.log.read_text()
     )
     assert losses(home / "kept")[:6] == losses(home / "uncut")[:6]
 
 
-def test_the_run_directory_says_how_the_run_can_be_done_again(home):
-    started = [json.loads(line) for line in (home / "killed/starts.jsonl").read_text().splitlines()]
-    assert (
-        len(started) > 1
-        and started[0]["step"] == 0
-        and "scripts/train.py --config small.py" in started[0]["command"]
-    )
-    assert (
-        started[0]["versions"]["jax"]
-        and started[0]["devices"] == "1 x cpu"
-        and (home / "killed/program.diff").is_file()
-    )
+def test_the_run_directory_records_how_to_repeat_the_run(home):
+    lines = (home / "killed/starts.jsonl").read_text().splitlines()
+    first, *later = [StartRecord.from_json(json.loads(line)) for line in lines]
+    assert later and first.step == 0 and "scripts/train.py --config small.py" in first.command
+    assert first.versions["jax"] and (first.n_devices, first.device_kind) == (1, "cpu")
+    assert (home / "killed/program.diff").is_file()
 
 
 @pytest.mark.slow
 def test_what_a_child_forgets_stops_it_or_is_read_more_often(home):
-    """The child reads code alone; what it forgets of the prose doubles the prose's share, in the
-    same way when it is killed in between.
-    """
+    """The child reads code only; forgetting prose doubles prose's share, also after a kill."""
     child = [
         "--config.initialize.source=uncut",
         "--config.mixture.phases=((0, {'python-code': 1.0}),)",
         "--config.train.eval_every=10",
     ]
-    sources = sorted(Manifest.load(home / "uncut").counts["heldout"])
+    sources = sorted(Manifest.load(home / "uncut").counts["heldout_loss"])
     prose, code = (
         next(name for name in sources if "prose" in name),
         next(name for name in sources if "code" in name),
@@ -215,7 +200,7 @@ def test_what_a_child_forgets_stops_it_or_is_read_more_often(home):
     job = faults.Job(home, "stopped", 30, *child, limit)
     assert job.wait() == [1]
     assert (
-        f"held-out loss is above the parent's: {prose}" in job.said.read_text()
+        f"nats per token above the parent: {prose}" in job.log.read_text()
         and checkpoint.list_steps(home / "stopped") == [10]
     )
 
@@ -262,11 +247,5 @@ def test_resuming_needs_no_more_memory_than_running(home):
             "--config.train.checkpoint_every=4",
             "--config.train.eval_every=0",
         ).ends()
-        peaks.append(
-            [
-                record["memory_bytes"]
-                for record in read_metrics(home / "large_state/metrics.jsonl")
-                if "memory_bytes" in record
-            ][-1]
-        )
+        peaks.append(read_train_metrics(home / "large_state")[-1].memory_bytes)
     assert peaks[1] < 1.02 * peaks[0]

@@ -40,9 +40,7 @@ def splash(q, k, v, segments, window=None):
 def as_cudnn_documents_it(
     q, k, v, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, mask_type, sliding_window_length
 ):
-    """What JAX's cuDNN call says that it computes, by a loop over documents: there is no cuDNN
-    without a card.
-    """
+    """What JAX documents for its cuDNN call, by a loop over documents: no cuDNN without a card."""
     assert q.shape[2] == k.shape[2] == v.shape[2] and mask_type.name == "PADDING_CAUSAL"
     place = jnp.arange(q.shape[1])[None]
     owner = jnp.zeros(q.shape[:2], jnp.int32)  # 0: nothing is computed there
@@ -69,7 +67,7 @@ def backend(request, monkeypatch):
 
 
 def inputs(lengths=((100, 200, 60), (384,), (1, 129, 128)), B=B, T=T):
-    """q, k, v and segments whose documents have these lengths; what is left of a row is padding."""
+    """q, k, v and segment ids of documents of these lengths; the rest of a sequence is padding."""
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(B, T, n, H)), jnp.float32) for n in (N, K, K))
     segments = np.zeros((B, T), np.int32)
@@ -96,13 +94,12 @@ def test_every_backend_gives_the_formulas_numbers_and_gradients(backend, window)
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=5e-5), ours, expected
     )
     mixed = jax.jit(backend, static_argnums=4)(q, k, v, segments, window)
-    assert np.isfinite(
-        mixed
-    ).all()  # in the padding too: what is not finite there would reach the weights' gradients
+    # in the padding too: what is not finite there would reach the weights' gradients
+    assert np.isfinite(mixed).all()
     np.testing.assert_allclose(mixed, plain(q, k, v, segments, window), atol=1e-5)
 
 
-def test_no_backend_lets_a_document_see_its_neighbour(backend):
+def test_no_backend_lets_a_document_see_its_neighbor(backend):
     q, k, v, segments = inputs()
     inside = (segments == 2)[..., None, None]
 
@@ -114,10 +111,9 @@ def test_no_backend_lets_a_document_see_its_neighbour(backend):
         assert (seen <= (np.asarray(segments) == 2)).all() and seen.sum() > 300
 
 
-@pytest.mark.parametrize(
-    ("T", "window"), [(20, None), (130, None), (1300, 200), (1300, None)]
-)  # within a chunk; a short second band; bands of two chunks, a short last one
-def test_bands_of_queries_equal_the_formula(T, window):
+# within a chunk; a short second block; blocks of two chunks, a short last one
+@pytest.mark.parametrize(("T", "window"), [(20, None), (130, None), (1300, 200), (1300, None)])
+def test_query_blocks_equal_the_formula(T, window):
     args = inputs(lengths=((T // 3, T // 2),), B=1, T=T)
     ours, expected = (
         jax.jit(attend, static_argnums=4)(*args, window) for attend in (attention.attend, plain)
@@ -125,7 +121,7 @@ def test_bands_of_queries_equal_the_formula(T, window):
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
-def test_no_scores_are_transposed_on_the_way_back():
+def test_backward_transposes_no_scores():
     """It took a CPU as long as all the rest of attention."""
     q, k, v, segments = inputs()
     program = (
@@ -137,13 +133,11 @@ def test_no_scores_are_transposed_on_the_way_back():
         .as_text()
     )
     shapes = re.findall(r"= f32\[([\d,]+)\]\S* (?:transpose|copy)\(", program)
-    assert (
-        max(math.prod(map(int, shape.split(","))) for shape in shapes)
-        < B * N * attention.QUERY_CHUNK_SIZE**2
-    )  # the first chunk's scores
+    sizes = [math.prod(map(int, shape.split(","))) for shape in shapes]
+    assert max(sizes) < B * N * attention.QUERY_CHUNK_SIZE**2  # the first chunk's scores
 
 
-def test_rows_of_more_documents_than_cudnn_is_told_of_take_the_other_way(monkeypatch):
+def test_sequences_with_too_many_documents_for_cudnn_take_xla(monkeypatch):
     from jax._src.cudnn import fused_attention_stablehlo
 
     monkeypatch.setattr(
@@ -151,19 +145,18 @@ def test_rows_of_more_documents_than_cudnn_is_told_of_take_the_other_way(monkeyp
         "dot_product_attention",
         lambda q, *a, **k: jnp.full_like(q, jnp.nan),
     )
-    few, many = (
-        ((40,) * 7 + (104,), (384,), (384,)),
-        ((40,) * 9, (384,), (384,)),
-    )  # eight a row are told of; padding is one
-    for lengths, told in ((few, True), (many, False)):
+    # cuDNN is given eight per sequence; padding is one
+    few = ((40,) * 7 + (104,), (384,), (384,))
+    many = ((40,) * 9, (384,), (384,))
+    for lengths, is_packed in ((few, True), (many, False)):
         args = inputs(lengths)
         mixed = jax.jit(lambda *a: attention.attend(*a, backend="cudnn"))(*args)
-        assert np.isnan(mixed).all() == told
-        if not told:
+        assert np.isnan(mixed).all() == is_packed
+        if not is_packed:
             np.testing.assert_allclose(mixed, plain(*args), atol=1e-5)
 
 
-def test_kernels_under_a_mesh_give_what_one_device_gives(backend):
+def test_kernels_on_a_mesh_equal_one_device(backend):
     q, k, v, segments = inputs(lengths=((100, 200, 60), (384,), (1, 129, 128), (7,)), B=4)
     mesh = sharding.make_mesh(MeshConfig(replica=2, fsdp=2, tensor=2))
 
@@ -184,9 +177,9 @@ def test_kernels_under_a_mesh_give_what_one_device_gives(backend):
 
 @pytest.mark.parametrize(
     ("n", "T"), [(2, 384), (4, 384), (8, 192)]
-)  # 384 places in 2 and 4 parts are dealt out; 192 in 8 cannot be
+)  # 384 positions over 2 and 4 devices are striped; 192 over 8 cannot be
 @pytest.mark.parametrize("window", [None, 37])
-def test_rows_cut_over_devices_attend_as_whole_rows_do(n, T, window):
+def test_sharded_sequences_attend_as_whole_ones(n, T, window):
     q, k, v, segments = inputs(lengths=((T // 3, T // 2), (T,), (1, T - 2)), B=3, T=T)
     mesh = sharding.make_mesh(MeshConfig(context=n, fsdp=1), jax.devices()[:n])
 
@@ -207,7 +200,7 @@ def test_rows_cut_over_devices_attend_as_whole_rows_do(n, T, window):
     )
 
 
-# ---- which one
+# ---- choosing a backend
 
 
 SPEC = ModelSpec(n_layers=5, d_model=24, d_ff=40, n_heads=6, n_kv_heads=2, d_head=8, vocab_size=96)
@@ -237,7 +230,7 @@ def settings(attention="auto", seq_len=256, **train):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "chosen", "name", "says"),
+    ("mesh", "chosen", "name", "reason"),
     [
         (on("cpu", "cpu"), settings(), "xla", "the default on cpu"),
         (on(*TPU), settings(), "splash", "the kernel for TPU v5"),
@@ -261,25 +254,25 @@ def settings(attention="auto", seq_len=256, **train):
         (on(*TPU), settings("xla"), "xla", "train.attention = xla"),
     ],
 )
-def test_the_backend_follows_platform_and_shape_and_says_why(mesh, chosen, name, says):
+def test_the_backend_follows_platform_and_shape_and_gives_its_reason(mesh, chosen, name, reason):
     got, why = attention.choose_backend(SPEC, chosen, mesh)
-    assert got == name and says in why and "\n" not in why
+    assert got == name and reason in why and "\n" not in why
 
 
 @pytest.mark.parametrize(
-    ("mesh", "asked", "says"),
+    ("mesh", "requested", "message"),
     [
         (on("cpu", "cpu"), "splash", "splash runs on TPU"),
         (on(*TPU), "cudnn", "cudnn runs on NVIDIA GPU"),
         (on(*A100), "cudnn", "need Hopper"),
     ],
 )
-def test_a_backend_asked_for_by_name_is_never_replaced_in_silence(mesh, asked, says):
-    with pytest.raises(UserError, match=says):
-        attention.choose_backend(SPEC, settings(asked), mesh)
+def test_a_backend_requested_by_name_is_never_replaced_silently(mesh, requested, message):
+    with pytest.raises(UserError, match=message):
+        attention.choose_backend(SPEC, settings(requested), mesh)
 
 
-def test_a_kernel_that_fails_or_gives_other_numbers_is_not_relied_on(monkeypatch):
+def test_a_kernel_that_fails_or_gives_other_numbers_is_not_used(monkeypatch):
     device = jax.devices()[0]
 
     def judge(kernel):

@@ -1,5 +1,5 @@
-"""Laws of the forward pass: equal to transformers, blind to neighbours and to the future, chunked
-without a trace.
+"""Laws of the forward pass: equal to transformers, blind to neighbors and to the future; the
+chunked loss equals the plain one.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ def test_logits_equal_transformers_at_long_positions(name, tmp_path, one):
     np.testing.assert_allclose(ours, expected, atol=3e-5)
 
 
-def test_a_document_cannot_see_its_row_neighbour(spec, one):
+def test_a_document_does_not_attend_to_its_neighbor_in_the_sequence(spec, one):
     params = llama.init_params(spec, 0, one)
     tokens = np.random.default_rng(0).integers(0, 96, (1, 20)).astype(np.int32)
     segments = np.array([[1] * 7 + [2] * 9 + [0] * 4], np.int32)
@@ -70,16 +70,20 @@ def test_no_token_sees_the_future(spec, one):
 
 
 @pytest.mark.parametrize("R, W", [(24, 88), (88, 24)])
-def test_a_weights_gradient_is_matmuls_and_turns_only_the_narrower_side(R, W):
+def test_a_weights_gradient_transposes_only_the_narrower_side_of_its_matmul(R, W):
     B, T = 3, 40
     rng = np.random.default_rng(0)
     x, matrix = (
         jnp.asarray(rng.normal(size=(B, T, R)), jnp.float32),
         jnp.asarray(rng.normal(size=(R, W)), jnp.float32),
     )
-    gradients = lambda product: jax.jit(
-        jax.grad(lambda x, matrix: jnp.sum(product(x, matrix) ** 2), argnums=(0, 1))
-    )(x, matrix)
+
+    def gradients(product):
+        def loss(x, matrix):
+            return jnp.sum(product(x, matrix) ** 2)
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))(x, matrix)
+
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
         gradients(llama.matmul),
@@ -92,9 +96,7 @@ def test_a_weights_gradient_is_matmuls_and_turns_only_the_narrower_side(R, W):
 
 @pytest.fixture(scope="module")
 def by_remat():
-    """For every policy: (temporary bytes, gradients) of a loss, in the loop over layers that
-    accelerators run.
-    """
+    """Temporary bytes and gradients of a loss per policy, with the scan that accelerators run."""
     spec = ModelSpec(
         n_layers=20, d_model=48, d_ff=160, n_heads=6, n_kv_heads=2, d_head=16, vocab_size=96
     )
@@ -128,11 +130,11 @@ def test_every_remat_policy_gives_the_same_gradients(by_remat):
 
 
 def test_remat_policies_are_ordered_by_what_they_keep(by_remat):
-    """And what they keep is what the planner says, in its elements a token and layer."""
+    """And what they keep is what the planner computes, in elements per token and layer."""
     L, tokens = 20, 4 * 128
     temporary = {remat: size for remat, (size, _) in by_remat.items()}
     assert temporary["none"] > temporary["dots"] > temporary["minimal"] > temporary["full"]
-    D, F, mixed, qkv = 48, 160, 96 + 6, 160  # and the logarithm of a sum for each of the six heads
+    D, F, mixed, qkv = 48, 160, 96 + 6, 160  # and a logsumexp for each of the six heads
     kept = {"minimal": mixed, "dots": mixed + qkv + D + 2 * F}
     for remat, elements in kept.items():
         assert temporary[remat] - temporary["full"] == pytest.approx(
@@ -189,7 +191,7 @@ def test_the_logits_of_a_batch_never_exist_at_once():
     assert compiled.memory_analysis().temp_size_in_bytes < B * T * V * 4 / 2
 
 
-def test_values_at_birth_are_the_same_on_every_mesh(spec, one):
+def test_initial_values_are_the_same_on_every_mesh(spec, one):
     alone = llama.init_params(spec, 7, one)
     spread = llama.init_params(
         spec, 7, sharding.make_mesh(config.MeshConfig(replica=2, fsdp=2, tensor=2))
@@ -197,19 +199,19 @@ def test_values_at_birth_are_the_same_on_every_mesh(spec, one):
     jax.tree.map(np.testing.assert_array_equal, alone, spread)
 
 
-def test_no_two_layers_are_born_equal_and_every_row_has_its_stated_std(one):
+def test_layers_are_initialized_differently_and_every_parameter_has_its_stated_std(one):
     spec = ModelSpec(
         n_layers=5, d_model=192, d_ff=320, n_heads=12, n_kv_heads=4, d_head=16, vocab_size=384
     )
-    params, rows = llama.init_params(spec, 0, one), llama.param_specs(spec)
+    params, specs = llama.init_params(spec, 0, one), llama.param_specs(spec)
     for name, leaf in params["blocks"].items():
-        row = rows["blocks"][name]
-        if row.ones:
+        param = specs["blocks"][name]
+        if param.ones:
             assert (leaf == 1).all()
             continue
         assert len({layer.tobytes() for layer in np.asarray(leaf)}) == 5, name
         for layer in np.asarray(leaf):
-            assert abs(layer.std() / row.std - 1) < 0.05, name
+            assert abs(layer.std() / param.std - 1) < 0.05, name
     assert abs(float(params["embed"].std()) / 0.02 - 1) < 0.05
 
 
@@ -234,7 +236,7 @@ def test_the_course_shape_has_the_course_count():
         ({"d_model": 2.5}, "an integer of at least"),
     ],
 )
-def test_sizes_that_make_no_model_are_refused(spec, change, answer):
+def test_sizes_that_cannot_make_a_model_are_refused(spec, change, answer):
     with pytest.raises(UserError, match=answer):
         dataclasses.replace(spec, **change)
 
@@ -249,7 +251,7 @@ def test_sizes_that_make_no_model_are_refused(spec, change, answer):
         ({"fsdp": 1, "context": 8}, {"seq_len": 20}, "pack.seq_len = 20 cannot be sharded 8 ways"),
     ],
 )
-def test_what_a_mesh_cannot_cut_is_refused_with_the_numbers_that_would_do(
+def test_sizes_that_a_mesh_cannot_shard_are_refused_with_the_nearest_that_work(
     spec, mesh, changes, answer
 ):
     with pytest.raises(UserError, match=answer):
@@ -259,6 +261,6 @@ def test_what_a_mesh_cannot_cut_is_refused_with_the_numbers_that_would_do(
         )
 
 
-def test_an_unknown_logical_axis_fails_in_the_table():
+def test_an_unknown_logical_axis_fails_in_the_rules():
     with pytest.raises(KeyError, match="embd"):
         sharding.logical_to_partition_spec(("layers", "embd"))

@@ -1,5 +1,5 @@
-"""Laws of the step and its state: any mesh the same curve, accumulation exact, one compile, guards
-that keep what was whole.
+"""Laws of the step and its state: the same curve on any mesh, exact accumulation, one compilation,
+skipped updates that change nothing.
 """
 
 import dataclasses
@@ -47,16 +47,16 @@ QUICK = [
 ]
 
 
-def make_batch(seed=0, rows=16, T=32) -> Batch:
-    """Two documents a row, ragged padding, so that micro-batches have unequal weights."""
+def make_batch(seed=0, batch_size=16, T=32) -> Batch:
+    """Two documents per sequence and ragged padding, so that micro-batches differ in targets."""
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(1, 30, (rows, T)).astype(np.int32)
+    tokens = rng.integers(1, 30, (batch_size, T)).astype(np.int32)
     segments, positions, weights = (
-        np.zeros((rows, T), np.int32),
-        np.zeros((rows, T), np.int32),
-        np.zeros((rows, T), np.float32),
+        np.zeros((batch_size, T), np.int32),
+        np.zeros((batch_size, T), np.int32),
+        np.zeros((batch_size, T), np.float32),
     )
-    for row in range(rows):
+    for row in range(batch_size):
         first = rng.integers(3, 12)
         second = rng.integers(1, T - first)
         for segment, (start, stop) in enumerate([(0, first), (first, first + second)], 1):
@@ -77,17 +77,20 @@ def put(batch, mesh):
 
 
 @functools.cache
-def newborn(spec):
-    """A model's values at birth, which are the same on every mesh."""
+def initial_params(spec):
+    """A model's initial values, which are the same on every mesh."""
     return jax.device_get(
         llama.init_params(spec, 0, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
     )
 
 
-def born(mesh, settings=SETTINGS, spec=SPEC, **changes):
-    """The state at step 0, or with such fields."""
+def make_state(mesh, settings=SETTINGS, spec=SPEC, **changes):
+    """The state at step 0, with some fields changed."""
     now = state.init_state(
-        jax.device_put(newborn(spec), llama.make_param_shardings(spec, mesh)), spec, settings, mesh
+        jax.device_put(initial_params(spec), llama.make_param_shardings(spec, mesh)),
+        spec,
+        settings,
+        mesh,
     )._replace(**changes)
     return jax.device_put(
         now, state.state_shardings(state.make_abstract_state(spec, settings, mesh))
@@ -96,7 +99,7 @@ def born(mesh, settings=SETTINGS, spec=SPEC, **changes):
 
 def train(mesh, settings=SETTINGS, n=6, spec=SPEC, run=None):
     """n steps; returns (losses, final state, the jitted step)."""
-    now, losses = born(mesh, settings, spec), []
+    now, losses = make_state(mesh, settings, spec), []
     run = run or step.build_step(spec, settings, mesh)
     for i in range(n):
         now, metrics = run(now, put(make_batch(i), mesh))
@@ -106,13 +109,13 @@ def train(mesh, settings=SETTINGS, n=6, spec=SPEC, run=None):
 
 @pytest.fixture(scope="module")
 def run(one):
-    """The step of one device, compiled once for all laws that ask for no other."""
+    """The step of one device, compiled once for all tests that need no other."""
     return step.build_step(SPEC, SETTINGS, one)
 
 
 @pytest.fixture(scope="module")
-def cut():
-    """A mesh that cuts weights both ways, and its step."""
+def sharded():
+    """A mesh that shards weights both ways, and its step."""
     mesh = sharding.make_mesh(MeshConfig(fsdp=4, tensor=2))
     return mesh, step.build_step(SPEC, SETTINGS, mesh)
 
@@ -134,7 +137,7 @@ def alone(one, run):
 )
 def test_any_mesh_gives_the_curve_of_one_device(one, alone, sizes):
     spec = SPEC
-    if sizes["tensor"] > spec.n_kv_heads:  # one with heads enough for the cut
+    if sizes["tensor"] > spec.n_kv_heads:  # with enough heads to shard
         spec = spec.replace(n_heads=8, n_kv_heads=8)
         alone, _, _ = train(one, spec=spec)
     spread, now, _ = train(sharding.make_mesh(MeshConfig(**sizes)), spec=spec)
@@ -145,19 +148,19 @@ def test_any_mesh_gives_the_curve_of_one_device(one, alone, sizes):
 
 
 @pytest.mark.parametrize("k", [2, 8])
-def test_accumulation_equals_the_big_batch_whatever_the_padding(one, run, k):
+def test_accumulation_equals_one_large_batch_whatever_the_padding(one, run, k):
     settings = dataclasses.replace(
         SETTINGS, train=dataclasses.replace(SETTINGS.train, grad_accum_steps=k)
     )
-    (whole, first, _), (cut, second, _) = train(one, n=3, run=run), train(one, settings, n=3)
-    np.testing.assert_allclose(cut, whole, rtol=1e-5)
+    (whole, first, _), (split, second, _) = train(one, n=3, run=run), train(one, settings, n=3)
+    np.testing.assert_allclose(split, whole, rtol=1e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), first.params, second.params
     )
 
 
-def test_state_is_born_sharded_and_leaves_as_it_came_and_compiles_once(cut):
-    mesh, run = cut
+def test_state_is_initialized_sharded_keeps_its_shardings_and_compiles_once(sharded):
+    mesh, run = sharded
     now = state.init_state(llama.init_params(SPEC, 0, mesh), SPEC, SETTINGS, mesh)
     for i in range(3):
         now, _ = run(now, put(make_batch(i), mesh))
@@ -174,12 +177,12 @@ def test_state_is_born_sharded_and_leaves_as_it_came_and_compiles_once(cut):
     moments = [leaf for leaf in jax.tree.leaves(now.opt_state) if leaf.shape == (3, 24, 40)]
     assert len(moments) == 4 and all(
         leaf.addressable_shards[0].data.shape == (3, 6, 20) for leaf in moments
-    ), "moments lie where their weights lie"
+    ), "a moment is sharded as its weight"
 
 
-def test_a_rehearsal_leaves_the_state_as_it_was_and_is_the_steps_one_compile(cut):
-    mesh, run = cut
-    now, _ = run(born(mesh), put(make_batch(0), mesh))
+def test_a_warmup_step_keeps_the_state_and_is_the_steps_one_compile(sharded):
+    mesh, run = sharded
+    now, _ = run(make_state(mesh), put(make_batch(0), mesh))
     before = jax.device_get(now)
     now = step.run_warmup_step(run, now, SETTINGS, mesh)
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(now))
@@ -197,7 +200,7 @@ def test_remat_changes_memory_not_numbers(one, alone, remat):
     np.testing.assert_allclose(curve, alone[:3], rtol=1e-6)
 
 
-def test_offloading_to_the_memory_that_is_there_already_is_refused(one):
+def test_offloading_on_a_cpu_is_refused(one):
     with pytest.raises(UserError, match="a CPU has no other"):
         step.build_step(
             SPEC,
@@ -213,7 +216,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(one, run):
     bad = good._replace(
         loss_mask=good.loss_mask * np.where(np.arange(32) == 5, np.nan, 1).astype(np.float32)
     )
-    now, seen = born(one), []
+    now, seen = make_state(one), []
     for batch in (good, good, bad, bad, good):
         now, _ = run(now, put(batch, one))
         seen.append(jax.device_get(now))
@@ -243,14 +246,14 @@ def test_a_spike_is_skipped_once_the_mean_is_trusted(one):
     ):  # the norm is far above, far above, far below the mean
         skips = state.SkipState(np.float32(mean), np.int32(0), np.int32(0))
         _, metrics = run(
-            born(one, settings, step=np.int32(at), skip_state=skips), put(make_batch(0), one)
+            make_state(one, settings, step=np.int32(at), skip_state=skips), put(make_batch(0), one)
         )
         skipped[at] = int(metrics.n_skipped)
     assert skipped == {3: 0, 80: 1, 81: 0}
 
 
 @pytest.mark.parametrize(
-    ("schedule", "expected"),
+    ("name", "expected"),
     [
         ("wsd", {0: 0, 5: 0.5, 10: 1, 79: 1, 90: 0.55, 100: 0.1}),
         ("linear", {5: 0.5, 10: 1, 55: 0.55, 100: 0.1}),
@@ -258,18 +261,16 @@ def test_a_spike_is_skipped_once_the_mean_is_trusted(one):
         ("constant", {10: 1, 100: 1}),
     ],
 )
-def test_the_learning_rate_follows_its_schedule(schedule, expected):
-    at = optimizer.make_lr_schedule(
-        OptimConfig(
-            peak_lr=2.0, warmup_steps=10, schedule=schedule, end_lr_frac=0.1, decay_frac=0.2
-        ),
+def test_the_learning_rate_follows_its_schedule(name, expected):
+    schedule = optimizer.make_lr_schedule(
+        OptimConfig(peak_lr=2.0, warmup_steps=10, schedule=name, end_lr_frac=0.1, decay_frac=0.2),
         100,
     )
-    for n, share in expected.items():
-        assert float(at(jnp.int32(n))) == pytest.approx(2.0 * share, abs=1e-6), n
+    for n, fraction in expected.items():
+        assert float(schedule(jnp.int32(n))) == pytest.approx(2.0 * fraction, abs=1e-6), n
 
 
-def test_a_schedule_without_room_is_refused():
+def test_a_warmup_as_long_as_the_run_is_refused():
     with pytest.raises(UserError, match="expected fewer than train"):
         optimizer.make_lr_schedule(OptimConfig(warmup_steps=50), 50)
 
@@ -292,9 +293,9 @@ def test_decay_is_by_name_never_on_norms_biases_or_embedding():
 
 
 def test_zero_gradients_leave_what_does_not_decay(one, run):
-    """Through the whole optimizer: with no trained token only decayed weights move."""
+    """Through the whole optimizer: without targets only decayed weights change."""
     batch = make_batch(0)._replace(loss_mask=np.zeros((16, 32), np.float32))
-    now = born(one, step=np.int32(5))
+    now = make_state(one, step=np.int32(5))
     before = jax.device_get(now.params)
     now, _ = run(now, put(batch, one))
     np.testing.assert_array_equal(now.params["embed"], before["embed"])
@@ -321,10 +322,8 @@ def test_muon_gives_one_curve_on_any_mesh_and_keeps_half_of_adams_moments(one):
     assert {"embed", "norm", "unembed"} <= set(adam.nu)
 
 
-def test_muon_treats_stacked_layers_as_matrices_each_by_itself():
-    """Directions are orthogonal up to the size that brings them to Adam's, and a layer's do not
-    depend on its neighbours.
-    """
+def test_muon_treats_each_stacked_layer_as_a_matrix_of_its_own():
+    """Updates are orthogonal up to Adam's scale; a layer's do not depend on its neighbors."""
     tx = optimizer.make_optimizer(
         dataclasses.replace(MUON.optim, clip_norm=0, weight_decay=0), SPEC
     )
@@ -365,15 +364,15 @@ def test_muon_treats_stacked_layers_as_matrices_each_by_itself():
         )  # its scale does not count
 
 
-# ---- forgetting, and what a run asks of its machine
+# ---- forgetting, and joining processes
 
 
 def test_replay_doubles_what_is_forgotten_up_to_half_and_in_later_phases_too():
-    more = lambda phases, names, step: (
-        forgetting.increase_replay(
-            MixtureConfig(phases=phases), names, step, {"a": 30, "b": 10}
-        ).phases
-    )
+
+    def more(phases, names, step):
+        mixture = MixtureConfig(phases=phases)
+        return forgetting.increase_replay(mixture, names, step, {"a": 30, "b": 10}).phases
+
     assert more(((0, {"b": 1.0}),), ["a"], 8) == ((0, {"b": 1.0}), (8, {"a": 0.05, "b": 0.95}))
     assert more(((0, {"a": 1.0, "b": 3.0}),), ["a"], 8)[1] == (8, {"a": 0.5, "b": 0.5})
     assert more(((0, {"a": 0.4, "b": 0.6}),), ["a"], 8)[1] == (8, {"a": 0.5, "b": 0.5}), (
@@ -383,7 +382,7 @@ def test_replay_doubles_what_is_forgotten_up_to_half_and_in_later_phases_too():
         "what has more keeps it"
     )
     assert more((), ["b"], 8)[1] == (8, {"b": 0.5, "a": 0.5}), (
-        "no phases: in proportion to the rows"
+        "no phases: in proportion to the sequences"
     )
     later = more(((0, {"b": 1.0}), (8, {"a": 0.1, "b": 0.9}), (20, {"b": 1.0})), ["a"], 8)
     assert later == ((0, {"b": 1.0}), (8, {"a": 0.2, "b": 0.8}), (20, {"a": 0.05, "b": 0.95}))
@@ -404,7 +403,7 @@ def test_forgetting_counts_only_beyond_its_limit():
 
 
 def test_processes_are_joined_only_when_all_variables_are_set(monkeypatch, tmp_path):
-    distributed.join_processes(tmp_path)  # nothing said: nothing happens
+    distributed.join_processes(tmp_path)  # nothing set: nothing happens
     assert not jax.distributed.is_initialized()
     monkeypatch.setenv("JAXPT_COORDINATOR", "host:1234")
     with pytest.raises(
@@ -419,17 +418,17 @@ def test_processes_are_joined_only_when_all_variables_are_set(monkeypatch, tmp_p
         (
             {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"},
             list(range(8)),
-        ),  # one task a node has all of its GPUs
+        ),  # one task per node has all of its GPUs
         (
             {"SLURM_NTASKS": "16", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"},
             None,
-        ),  # one a GPU, as JAX itself takes it
+        ),  # one per GPU, as JAX itself assigns it
     ],
 )
 def test_a_task_of_slurm_sees_every_gpu_of_its_node(monkeypatch, tmp_path, environment, devices):
-    asked = {}
+    passed = {}
     monkeypatch.setattr(
-        distributed.jax.distributed, "initialize", lambda *_, **more: asked.update(more)
+        distributed.jax.distributed, "initialize", lambda *_, **more: passed.update(more)
     )
     for name, value in {
         **environment,
@@ -438,4 +437,4 @@ def test_a_task_of_slurm_sees_every_gpu_of_its_node(monkeypatch, tmp_path, envir
     }.items():
         monkeypatch.setenv(name, value)
     distributed.join_processes(tmp_path)
-    assert asked["local_device_ids"] == devices
+    assert passed["local_device_ids"] == devices

@@ -139,46 +139,52 @@ def check_against_reference(
     Run on two sequences before a run relies on it: the kernels are others', and no test here can
     run them on their hardware.
     """
-    keys = jax.random.split(jax.random.key(0), 4)
-    heads = (spec.n_heads, spec.n_kv_heads, spec.n_kv_heads, spec.n_heads)
-    q, k, v, d_out = (
-        jax.random.normal(key, (2, seq_len, n, spec.d_head), dtype)
-        for key, n in zip(keys, heads, strict=True)
-    )
-    # the last segment stands for padding
-    ends = jnp.array([[seq_len // 5, seq_len // 2, seq_len - 7], [1, seq_len // 3, seq_len]])
-    n_ended = jnp.sum(jnp.arange(seq_len) >= ends[..., None], axis=1)
-    segment_ids = (n_ended + 1).astype(jnp.int32)
-
-    def run(backend: str) -> dict[str, np.ndarray]:
-        def forward_and_backward(q: Array, k: Array, v: Array, ids: Array, d_out: Array) -> Any:
-            def forward(q: Array, k: Array, v: Array) -> Array:
-                return attend(q, k, v, ids, spec.sliding_window, backend)
-
-            out, pullback = jax.vjp(forward, q, k, v)
-            return {"output": out, **dict(zip(("q", "k", "v"), pullback(d_out), strict=True))}
-
-        inputs = jax.device_put((q, k, v, segment_ids, d_out), device)
-        return jax.device_get(jax.jit(forward_and_backward)(*inputs))
-
+    kind = device.device_kind
+    inputs = jax.device_put(make_check_inputs(spec, seq_len, dtype), device)
     try:
-        found = run(kernel)
+        found = run_forward_and_backward(kernel, spec.sliding_window, inputs)
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:200]
-        return f"it fails on {device.device_kind} ({reason})"
-    reference = run("xla")
-    for name in ("output", "q", "k", "v"):
-        got = np.asarray(found[name], np.float32)
-        expected = np.asarray(reference[name], np.float32)
+        return f"it fails on {kind} ({reason})"
+    reference = run_forward_and_backward("xla", spec.sliding_window, inputs)
+    names = ("output", "gradient of q", "gradient of k", "gradient of v")
+    for name, got, expected in zip(names, found, reference, strict=True):
         # numpy's max: XLA's on a CPU ignores NaN
         difference = np.abs(got - expected).max() / np.abs(expected).max()
         if not difference < MAX_RELATIVE_DIFFERENCE:
-            what = name if name == "output" else f"gradient of {name}"
-            return (
-                f"its {what} on {device.device_kind} differs from xla's by {difference:.2g} x the "
-                "largest entry"
-            )
+            size = f"{difference:.2g} x the largest entry"
+            return f"its {name} on {kind} differs from xla's by {size}"
     return None
+
+
+def make_check_inputs(spec: ModelSpec, seq_len: int, dtype: str) -> tuple[Array, ...]:
+    """Return random q, k, v, segment ids and output gradient of two sequences."""
+    arrays = []
+    heads = (spec.n_heads, spec.n_kv_heads, spec.n_kv_heads, spec.n_heads)
+    keys = jax.random.split(jax.random.key(0), 4)
+    for key, n in zip(keys, heads, strict=True):
+        arrays.append(jax.random.normal(key, (2, seq_len, n, spec.d_head), dtype))
+    q, k, v, d_out = arrays
+    # the last segment stands for padding
+    ends = jnp.array([[seq_len // 5, seq_len // 2, seq_len - 7], [1, seq_len // 3, seq_len]])
+    n_ended = jnp.sum(jnp.arange(seq_len) >= ends[..., None], axis=1)
+    return q, k, v, (n_ended + 1).astype(jnp.int32), d_out
+
+
+def run_forward_and_backward(
+    backend: str, window: int | None, inputs: tuple[Array, ...]
+) -> list[np.ndarray]:
+    """Return output and gradients for q, k and v, float32 on the host."""
+
+    @jax.jit
+    def run(q: Array, k: Array, v: Array, ids: Array, d_out: Array) -> tuple[Array, ...]:
+        def forward(q: Array, k: Array, v: Array) -> Array:
+            return attend(q, k, v, ids, window, backend)
+
+        out, pullback = jax.vjp(forward, q, k, v)
+        return out, *pullback(d_out)
+
+    return [np.asarray(x, np.float32) for x in jax.device_get(run(*inputs))]
 
 
 def attend_prefix_tree(q: Array, k: Array, v: Array, visible_until: Array) -> Array:
@@ -194,11 +200,39 @@ def attend_prefix_tree(q: Array, k: Array, v: Array, visible_until: Array) -> Ar
             see it; each position must see itself.
     """
     positions = jnp.broadcast_to(jnp.arange(q.shape[1]), visible_until.shape)
-    blocks = QueryBlocks(is_visible=jnp.less)
-    return blockwise_attention(q, k, v, positions, visible_until, 0, blocks)
+    inputs = Inputs(q, k, v, positions, visible_until)
+    return blockwise_attention(inputs, QueryBlocks(is_visible=jnp.less))
 
 
 # ---- xla
+
+
+class Inputs(NamedTuple):
+    """What `blockwise_attention` reads.
+
+    Attributes:
+        q: [B, T, N, H].
+        k: [B, S, K, H].
+        v: [B, S, K, H].
+        q_ids: int32 [B, T].
+        k_ids: int32 [B, S].
+        offset: position of the first query, less than the stride.
+    """
+
+    q: Array
+    k: Array
+    v: Array
+    q_ids: Array
+    k_ids: Array
+    offset: Array | int = 0
+
+
+class Block(NamedTuple):
+    """Adjacent queries, in whole chunks, and the keys that they may see."""
+
+    n_chunks: int
+    queries: slice
+    keys: slice
 
 
 class QueryBlocks(NamedTuple):
@@ -212,35 +246,58 @@ class QueryBlocks(NamedTuple):
     stride: int = 1
     is_visible: Callable[[Array, Array], Array] = jnp.equal
 
-    def iterate_blocks(self, T: int) -> Iterator[tuple[int, slice, slice]]:
-        """Yield (n chunks, queries, keys) of at most N_QUERY_BLOCKS blocks of T queries.
-
-        Blocks are whole chunks, but for a short last block of one.
-        """
-        block = QUERY_CHUNK_SIZE * max(1, -(-T // (QUERY_CHUNK_SIZE * N_QUERY_BLOCKS)))
-        bounds = {*range(0, T, block), T // QUERY_CHUNK_SIZE * QUERY_CHUNK_SIZE, T}
+    def iterate_blocks(self, T: int) -> Iterator[Block]:
+        """Yield at most N_QUERY_BLOCKS blocks of T queries, and a short one of what is left."""
+        n_whole = T // QUERY_CHUNK_SIZE * QUERY_CHUNK_SIZE
+        size = QUERY_CHUNK_SIZE * max(1, -(-T // (QUERY_CHUNK_SIZE * N_QUERY_BLOCKS)))
+        bounds = {*range(0, T, size), n_whole, T}
         for start, stop in itertools.pairwise(sorted(bounds)):
             first = 0
             if self.window is not None:
                 first = max(0, start * self.stride - self.window + 1)
             n_chunks = max(1, (stop - start) // QUERY_CHUNK_SIZE)
-            yield n_chunks, slice(start, stop), slice(first, stop * self.stride)
+            yield Block(n_chunks, slice(start, stop), slice(first, stop * self.stride))
+
+
+class Queries(NamedTuple):
+    """Queries grouped by kv head: [B, K, G, T, ...], 1 for an axis that a field has not.
+
+    G query heads share a kv head.
+    """
+
+    q: Array
+    ids: Array
+    positions: Array
+
+
+class Keys(NamedTuple):
+    """Keys [B, K, S, H], values and ids [B, S], from position `first` on."""
+
+    k: Array
+    v: Array
+    ids: Array
+    first: int = 0
+
+    def select(self, where: slice) -> Keys:
+        """Return some of the keys."""
+        k, v, ids, _ = self
+        return Keys(k[:, :, where], v[:, :, where], ids[:, where], where.start)
 
 
 def xla_attention(q: Array, k: Array, v: Array, segment_ids: Array, window: int | None) -> Array:
     """Return attention in query blocks, each against the keys up to its own end."""
     mesh = jax.sharding.get_abstract_mesh()
     n = 1 if mesh.empty else n_shards(mesh, "position")
-    blocks = QueryBlocks(window)
     if n > 1 and q.shape[1] % n**2 == 0:
-        striped = functools.partial(striped_attention, query_blocks=blocks._replace(stride=n))
+        striped = functools.partial(striped_attention, blocks=QueryBlocks(window, stride=n))
         return shard_map_attention(striped)(q, k, v, segment_ids)
     # where sequences cannot be striped evenly, XLA shards the blocks: right, but slower
-    return blockwise_attention(q, k, v, segment_ids, segment_ids, 0, blocks)
+    inputs = Inputs(q, k, v, segment_ids, segment_ids)
+    return blockwise_attention(inputs, QueryBlocks(window))
 
 
 def striped_attention(
-    q: Array, k: Array, v: Array, segment_ids: Array, query_blocks: QueryBlocks
+    q: Array, k: Array, v: Array, segment_ids: Array, blocks: QueryBlocks
 ) -> Array:
     """Return attention of sequences sharded over the mesh: striped context parallelism.
 
@@ -254,124 +311,106 @@ def striped_attention(
     n, index = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
     B, part = segment_ids.shape
 
+    def exchange(x: Array, split_axis: int, concat_axis: int) -> Array:
+        return jax.lax.all_to_all(x, axis, split_axis, concat_axis, tiled=True)
+
     def stripe(x: Array) -> Array:  # position r here is position r * n + index of the sequence
         split = x.reshape(B, part // n, n, *x.shape[2:])
-        striped = jax.lax.all_to_all(split, axis, split_axis=2, concat_axis=1, tiled=True)
-        return striped.reshape(x.shape)
+        return exchange(split, 2, 1).reshape(x.shape)
 
     def unstripe(x: Array) -> Array:
-        whole = jax.lax.all_to_all(x[:, :, None], axis, split_axis=1, concat_axis=2, tiled=True)
-        return whole.reshape(x.shape)
+        return exchange(x[:, :, None], 1, 2).reshape(x.shape)
 
-    k, v, all_ids = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (k, v, segment_ids))
-    out = blockwise_attention(stripe(q), k, v, stripe(segment_ids), all_ids, index, query_blocks)
-    return unstripe(out)
+    def gather(x: Array) -> Array:
+        return jax.lax.all_gather(x, axis, axis=1, tiled=True)
+
+    k, v, k_ids = gather(k), gather(v), gather(segment_ids)
+    inputs = Inputs(stripe(q), k, v, stripe(segment_ids), k_ids, index)
+    return unstripe(blockwise_attention(inputs, blocks))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def blockwise_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    q_ids: Array,
-    k_ids: Array,
-    offset: Array | int,
-    blocks: QueryBlocks,
-) -> Array:
-    """Return attention of q [B, T, N, H] to k and v [B, S, K, H], as `blocks` says.
+def attend_blockwise(inputs: Inputs, blocks: QueryBlocks) -> Array:
+    """Return attention [B, T, N, H] in q's dtype.
 
     Backward keeps the output and each query's logsumexp, and recomputes the scores: they are the
     largest thing that a layer would otherwise keep.
     """
-    return blockwise_attention_fwd(q, k, v, q_ids, k_ids, offset, blocks)[0]
+    return blockwise_attention_fwd(inputs, blocks)[0]
 
 
-def blockwise_attention_fwd(
-    q: Array,
-    k: Array,
-    v: Array,
-    q_ids: Array,
-    k_ids: Array,
-    offset: Array | int,
-    blocks: QueryBlocks,
-) -> tuple[Array, Any]:
+def blockwise_attention_fwd(inputs: Inputs, blocks: QueryBlocks) -> tuple[Array, Any]:
     """Return the output, and what backward needs."""
-    T, K = q.shape[1], k.shape[2]
-    keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    q = inputs.q
+    queries, keys = group_queries(inputs, blocks), group_keys(inputs)
 
-    def attend_chunk(seen: slice, _: None, chunk: Any) -> tuple[None, tuple[Array, Array]]:
-        scores = compute_scores(*chunk, keys[:, :, seen], k_ids[:, seen], seen.start, blocks)
+    def attend_chunk(seen: Keys, chunk: Queries) -> tuple[Array, Array]:
+        scores = compute_scores(chunk, seen, blocks)
         # every query sees itself, so it is finite
         row_max = jnp.max(scores, axis=-1, keepdims=True)
         probs = jnp.exp(scores - row_max)
         total = jnp.sum(probs, axis=-1, keepdims=True)
-        out = einsum_float32("bkgts,bksh->bkgth", probs.astype(v.dtype), values[:, :, seen])
+        out = einsum_float32("bkgts,bksh->bkgth", probs.astype(seen.v.dtype), seen.v)
         out = (out / total).astype(q.dtype)
-        return None, (out, (row_max + jnp.log(total))[..., 0])
+        return out, (row_max + jnp.log(total))[..., 0]
 
-    queries = (move_heads_first(q, K), *query_ids_and_positions(q_ids, offset, blocks))
-    outs, logsumexps = [], []
-    for n, where, seen in blocks.iterate_blocks(T):
-        chunks = split_query_chunks(queries, n, where)
-        _, (out, logsumexp) = jax.lax.scan(functools.partial(attend_chunk, seen), None, chunks)
-        outs.append(merge_query_chunks(out))
-        logsumexps.append(merge_query_chunks(logsumexp))
-    out = jnp.moveaxis(jnp.concatenate(outs, axis=3), 3, 1).reshape(q.shape)
-    out = checkpoint_name(out, ATTENTION_OUTPUT)
-    logsumexp = checkpoint_name(jnp.concatenate(logsumexps, axis=3), ATTENTION_OUTPUT)
-    return out, (q, k, v, q_ids, k_ids, offset, out, logsumexp)
+    found = []
+    for block in blocks.iterate_blocks(q.shape[1]):
+        attend_keys = functools.partial(attend_chunk, keys.select(block.keys))
+        results = jax.lax.map(attend_keys, split_query_chunks(queries, block))
+        found.append(merge_query_chunks(results))
+    out, logsumexp = concatenate_blocks(found)
+    out = checkpoint_name(ungroup_queries(out, q), ATTENTION_OUTPUT)
+    logsumexp = checkpoint_name(logsumexp, ATTENTION_OUTPUT)
+    return out, (inputs, out, logsumexp)
 
 
-def blockwise_attention_bwd(blocks: QueryBlocks, residuals: Any, d_out: Array) -> tuple[Any, ...]:
+def blockwise_attention_bwd(blocks: QueryBlocks, residuals: Any, d_out: Array) -> tuple[Inputs]:
     """Return the gradients for q, k and v.
 
     Scores and their gradients have heads first and keys last, as in forward, and each matmul is
     written so that none of them is transposed: on a CPU that would take as long as all else here.
     """
-    q, k, v, q_ids, k_ids, offset, out, logsumexp = residuals
-    (B, T, _, H), (_, S, K, _) = q.shape, k.shape
-    keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    inputs, out, logsumexp = residuals
+    q, k = inputs.q, inputs.k
+    B, S, K, H = k.shape
+    queries, keys = group_queries(inputs, blocks), group_keys(inputs)
     scale = H**-0.5
 
-    def chunk_gradients(seen: slice, sums: Any, chunk: Any) -> tuple[Any, Array]:
-        queries, d_out, logsumexp, d_mean, *ids_and_positions = chunk
-        seen_keys, seen_values, seen_ids = keys[:, :, seen], values[:, :, seen], k_ids[:, seen]
-        scores = compute_scores(
-            queries, *ids_and_positions, seen_keys, seen_ids, seen.start, blocks
-        )
-        probs = jnp.exp(scores - logsumexp[..., None])
-        d_probs = einsum_float32("bkgth,bksh->bkgts", d_out, seen_values)
+    def chunk_gradients(seen: Keys, sums: Any, chunk: Any) -> tuple[Any, Array]:
+        queries, d_out, logsumexp, d_mean = chunk
+        d_keys, d_values = sums
+        probs = jnp.exp(compute_scores(queries, seen, blocks) - logsumexp[..., None])
+        d_probs = einsum_float32("bkgth,bksh->bkgts", d_out, seen.v)
         d_scores = (probs * (d_probs - d_mean[..., None]) * scale).astype(q.dtype)
-        d_keys = einsum_float32("bkgth,bkgts->bkhs", queries, d_scores)
-        d_values = einsum_float32("bkgth,bkgts->bkhs", d_out, probs.astype(d_out.dtype))
-        d_queries = einsum_float32("bkgts,bksh->bkgth", d_scores, seen_keys).astype(q.dtype)
-        return (sums[0] + d_keys, sums[1] + d_values), d_queries
+        probs = probs.astype(d_out.dtype)
+        d_keys += einsum_float32("bkgth,bkgts->bkhs", queries.q, d_scores)
+        d_values += einsum_float32("bkgth,bkgts->bkhs", d_out, probs)
+        d_queries = einsum_float32("bkgts,bksh->bkgth", d_scores, seen.k)
+        return (d_keys, d_values), d_queries.astype(q.dtype)
 
     # the mean of d_probs under probs, for each query
     products = d_out.astype(jnp.float32) * out.astype(jnp.float32)
     d_mean = jnp.sum(products, axis=-1, keepdims=True)
-    queries = (
-        move_heads_first(q, K),
-        move_heads_first(d_out, K),
-        logsumexp,
-        move_heads_first(d_mean, K)[..., 0],
-        *query_ids_and_positions(q_ids, offset, blocks),
-    )
+    d_mean = move_heads_first(d_mean, K)[..., 0]
+    rows = (queries, move_heads_first(d_out, K), logsumexp, d_mean)
     d_keys, d_values = jnp.zeros((B, K, H, S)), jnp.zeros((B, K, H, S))
     d_queries = []
-    for n, where, seen in blocks.iterate_blocks(T):
-        sums = d_keys[..., seen], d_values[..., seen]
-        chunks = split_query_chunks(queries, n, where)
-        sums, d_chunk = jax.lax.scan(functools.partial(chunk_gradients, seen), sums, chunks)
-        d_keys = d_keys.at[..., seen].set(sums[0])
-        d_values = d_values.at[..., seen].set(sums[1])
-        d_queries.append(merge_query_chunks(d_chunk))
-    d_q = jnp.moveaxis(jnp.concatenate(d_queries, axis=3), 3, 1).reshape(q.shape)
+    for block in blocks.iterate_blocks(q.shape[1]):
+        add_chunk = functools.partial(chunk_gradients, keys.select(block.keys))
+        where = (..., block.keys)
+        sums = d_keys[where], d_values[where]
+        sums, d_chunks = jax.lax.scan(add_chunk, sums, split_query_chunks(rows, block))
+        d_keys = d_keys.at[where].set(sums[0])
+        d_values = d_values.at[where].set(sums[1])
+        d_queries.append(merge_query_chunks(d_chunks))
+    d_q = ungroup_queries(concatenate_blocks(d_queries), q)
     d_k = jnp.moveaxis(d_keys, 3, 1).astype(k.dtype)
     d_v = jnp.moveaxis(d_values, 3, 1).astype(k.dtype)
-    return d_q, d_k, d_v, None, None, None
+    no_gradient: Any = None
+    return (Inputs(d_q, d_k, d_v, no_gradient, no_gradient, no_gradient),)
 
 
+blockwise_attention = jax.custom_vjp(attend_blockwise, nondiff_argnums=(1,))
 blockwise_attention.defvjp(blockwise_attention_fwd, blockwise_attention_bwd)
 
 
@@ -380,30 +419,30 @@ def einsum_float32(letters: str, a: Array, b: Array) -> Array:
     return jnp.einsum(letters, a, b, preferred_element_type=jnp.float32)
 
 
-def compute_scores(
-    queries: Array,
-    q_ids: Array,
-    positions: Array,
-    keys: Array,
-    k_ids: Array,
-    first: int,
-    blocks: QueryBlocks,
-) -> Array:
-    """Return float32 scores [B, K, G, C, S] of C queries to S keys from position `first` on.
-
-    They are -inf where a query does not see a key.
-    """
-    distance = positions[..., None] - (first + jnp.arange(keys.shape[2]))
-    is_visible = blocks.is_visible(q_ids[..., None], k_ids[:, None, None, None])
+def compute_scores(queries: Queries, keys: Keys, blocks: QueryBlocks) -> Array:
+    """Return float32 scores [B, K, G, C, S] of C queries; -inf where one does not see a key."""
+    key_positions = keys.first + jnp.arange(keys.k.shape[2])
+    distance = queries.positions[..., None] - key_positions
+    k_ids = keys.ids[:, None, None, None]
+    is_visible = blocks.is_visible(queries.ids[..., None], k_ids)
     is_visible &= distance >= 0
     if blocks.window is not None:
         is_visible &= distance < blocks.window
-    scores = einsum_float32("bkgth,bksh->bkgts", queries, keys) * queries.shape[-1] ** -0.5
-    return jnp.where(is_visible, scores, -jnp.inf)
+    scores = einsum_float32("bkgth,bksh->bkgts", queries.q, keys.k)
+    return jnp.where(is_visible, scores * queries.q.shape[-1] ** -0.5, -jnp.inf)
 
 
-# Arrays of queries are [B, K, G, T, ...], with 1 for an axis that they do not depend on; G query
-# heads share a kv head.
+def group_queries(inputs: Inputs, blocks: QueryBlocks) -> Queries:
+    """Return queries grouped by kv head, with ids and positions."""
+    q = move_heads_first(inputs.q, inputs.k.shape[2])
+    positions = jnp.arange(inputs.q.shape[1]) * blocks.stride + inputs.offset
+    return Queries(q, inputs.q_ids[:, None, None], positions[None, None, None])
+
+
+def group_keys(inputs: Inputs) -> Keys:
+    """Return keys and values with heads first."""
+    k, v = jnp.swapaxes(inputs.k, 1, 2), jnp.swapaxes(inputs.v, 1, 2)
+    return Keys(k, v, inputs.k_ids)
 
 
 def move_heads_first(x: Array, K: int) -> Array:
@@ -412,27 +451,35 @@ def move_heads_first(x: Array, K: int) -> Array:
     return jnp.moveaxis(x.reshape(B, T, K, N // K, H), 1, 3)
 
 
-def query_ids_and_positions(
-    q_ids: Array, offset: Array | int, blocks: QueryBlocks
-) -> tuple[Array, Array]:
-    """Return ids and positions of the queries."""
-    positions = jnp.arange(q_ids.shape[1]) * blocks.stride + offset
-    return q_ids[:, None, None], positions[None, None, None]
+def ungroup_queries(x: Array, like: Array) -> Array:
+    """Return [B, K, G, T, H] as [B, T, N, H], the shape of `like`."""
+    return jnp.moveaxis(x, 3, 1).reshape(like.shape)
 
 
-def split_query_chunks(arrays: tuple[Array, ...], n: int, where: slice) -> list[Array]:
-    """Return some of the queries as n chunks: [n, B, K, G, T / n, ...]."""
-    chunks = []
-    for x in arrays:
-        split = x[:, :, :, where].reshape(*x.shape[:3], n, -1, *x.shape[4:])
-        chunks.append(jnp.moveaxis(split, 3, 0))
-    return chunks
+def split_query_chunks(rows: Any, block: Block) -> Any:
+    """Return a block of the arrays [B, K, G, T, ...] as chunks: [n, B, K, G, C, ...]."""
+
+    def split(x: Array) -> Array:
+        chunks = x[:, :, :, block.queries]
+        chunks = chunks.reshape(*x.shape[:3], block.n_chunks, -1, *x.shape[4:])
+        return jnp.moveaxis(chunks, 3, 0)
+
+    return jax.tree.map(split, rows)
 
 
-def merge_query_chunks(chunks: Array) -> Array:
-    """Return [n, B, K, G, C, ...] as [B, K, G, n C, ...]."""
-    n, *heads, C = chunks.shape[:5]
-    return jnp.moveaxis(chunks, 0, 3).reshape(*heads, n * C, *chunks.shape[5:])
+def merge_query_chunks(chunks: Any) -> Any:
+    """Return arrays [n, B, K, G, C, ...] as [B, K, G, n C, ...]."""
+
+    def merge(x: Array) -> Array:
+        n, *heads, C = x.shape[:5]
+        return jnp.moveaxis(x, 0, 3).reshape(*heads, n * C, *x.shape[5:])
+
+    return jax.tree.map(merge, chunks)
+
+
+def concatenate_blocks(blocks: list[Any]) -> Any:
+    """Return the blocks' arrays [B, K, G, C, ...] as [B, K, G, T, ...]."""
+    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays, axis=3), *blocks)
 
 
 # ---- on each device: part of the batch or of the positions, and of the heads
@@ -471,21 +518,23 @@ def splash_attention(
         if window is not None:
             mask = masks.LocalMask((T, T), (window - 1, 0), 0)
         block = next(size for size in (512, 256, 128) if T % size == 0)
+        sizes = kernel.BlockSizes(block, block, block, block, block, block, block, block)
         run = kernel.make_splash_mha(
             masks.MultiHeadMask([mask] * N),
-            block_sizes=kernel.BlockSizes(*[block] * 8),
+            block_sizes=sizes,
             head_shards=1,
             q_seq_shards=1,
             residual_checkpoint_name=ATTENTION_OUTPUT,
             interpret=interpret,
         )
 
-        def run_one(q: Array, k: Array, v: Array, ids: Array) -> Array:
+        def run_one(q: Array, k: Array, v: Array, ids: Array) -> Any:  # Array, by its options
             return run(q, k, v, segment_ids=kernel.SegmentIds(ids, ids))
 
         scaled = (q * H**-0.5).astype(q.dtype)
-        heads_first = [jnp.swapaxes(x, 1, 2) for x in (scaled, k, v)]
-        return jnp.swapaxes(jax.vmap(run_one)(*heads_first, segment_ids), 1, 2)
+        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (scaled, k, v))
+        out = jax.vmap(run_one)(q, k, v, segment_ids)
+        return jnp.swapaxes(out, 1, 2)
 
     return shard_map_attention(local)(q, k, v, segment_ids)
 
@@ -497,39 +546,37 @@ def cudnn_attention(q: Array, k: Array, v: Array, segment_ids: Array, window: in
     T / 128 per sequence and at least 8; with more (documents of under 128 tokens on average), a
     device that has such a sequence takes `xla` in that step.
     """
+    packed = functools.partial(cudnn_packed_attention, window=window)
+    plain = functools.partial(xla_attention, window=window)
 
-    def packed(q: Array, k: Array, v: Array, ids: Array) -> Array:
-        return cudnn_packed_attention(q, k, v, ids, window)
+    def attend_either(is_short: Array, *inputs: Array) -> Array:
+        return jax.lax.cond(is_short, packed, plain, *inputs)
 
-    def plain(q: Array, k: Array, v: Array, ids: Array) -> Array:
-        return xla_attention(q, k, v, ids, window)
+    def forward(*inputs: Array) -> tuple[Array, Any]:
+        return attend_either(*inputs), inputs
+
+    def backward(residuals: Any, d_out: Array) -> tuple[Any, ...]:
+        is_short, *qkv, ids = residuals
+
+        def gradients(branch: Callable[..., Array], *qkv: Array) -> Any:
+            return jax.vjp(lambda *x: branch(*x, ids), *qkv)[1](d_out)
+
+        branches = [functools.partial(gradients, branch) for branch in (packed, plain)]
+        return None, *jax.lax.cond(is_short, *branches, *qkv), None
 
     # cuDNN's statistics are [B x documents, N, T] float32, several times the layer's input, so they
     # are recomputed in backward: one more forward of attention for keeping only q, k and v. It also
     # keeps lax.cond from storing for both branches.
-    @jax.custom_vjp
-    def either(fits: Array, q: Array, k: Array, v: Array, ids: Array) -> Array:
-        return jax.lax.cond(fits, packed, plain, q, k, v, ids)
-
-    def backward(residuals: Any, d_out: Array) -> tuple[Any, ...]:
-        fits, *inputs, ids = residuals
-
-        def gradients(branch: Callable[..., Array]) -> Callable[..., Any]:
-            def run(q: Array, k: Array, v: Array, d_out: Array) -> Any:
-                return jax.vjp(lambda *x: branch(*x, ids), q, k, v)[1](d_out)
-
-            return run
-
-        branches = gradients(packed), gradients(plain)
-        return (None, *jax.lax.cond(fits, *branches, *inputs, d_out), None)
-
-    either.defvjp(lambda *inputs: (either(*inputs), inputs), backward)
+    either = jax.custom_vjp(attend_either)
+    either.defvjp(forward, backward)
 
     def local(q: Array, k: Array, v: Array, ids: Array) -> Array:
         n_documents = jnp.sum(find_document_starts(ids), axis=1)
-        return either(jnp.max(n_documents) <= max_documents(ids), q, k, v, ids)
+        is_short = jnp.max(n_documents) <= max_documents(ids)
+        return either(is_short, q, k, v, ids)
 
-    return checkpoint_name(shard_map_attention(local)(q, k, v, segment_ids), ATTENTION_OUTPUT)
+    out = shard_map_attention(local)(q, k, v, segment_ids)
+    return checkpoint_name(out, ATTENTION_OUTPUT)
 
 
 def cudnn_packed_attention(
@@ -545,7 +592,7 @@ def cudnn_packed_attention(
     k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
     starts, lengths = compute_document_offsets(segment_ids)
     starts = jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
-    return fused.dot_product_attention(
+    out = fused.dot_product_attention(
         q,
         k,
         v,
@@ -557,6 +604,8 @@ def cudnn_packed_attention(
         mask_type=fused.MaskType.PADDING_CAUSAL,
         sliding_window_length=window,
     )
+    assert isinstance(out, Array)  # a tuple only where statistics are asked for
+    return out
 
 
 def find_document_starts(segment_ids: Array) -> Array:
