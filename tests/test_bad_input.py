@@ -151,7 +151,7 @@ REFUSED = {  # what is wrong: (how it comes about, what is asked, what is said)
     "a config of another vocabulary": (
         lambda: edit("hf/config.json", vocab_size=200),
         SCORE,
-        "has shape (320, 24), expected (200, 24)",
+        "expected shape (200, 24), got (320, 24)",
     ),
     "a half-written config": (
         lambda: write("hf/config.json", '{"vocab'),
@@ -161,29 +161,29 @@ REFUSED = {  # what is wrong: (how it comes about, what is asked, what is said)
     "a config that says nothing": (
         lambda: write("hf/config.json", "{}"),
         CONTINUE,
-        "model_type is None, supported: llama",
+        "model_type: expected llama",
     ),
     "no weights": (
         lambda: remove("hf/model.safetensors"),
         CONTINUE,
-        "hf/model.safetensors: not there",
+        "hf/model.safetensors: not found",
     ),
     "weights cut short": (
         lambda: cut("hf/model.safetensors"),
         SCORE,
-        "hf/model.safetensors: is cut short",
+        "hf/model.safetensors: is truncated",
     ),
-    "no model": (None, SCORE.replace("hf", "none"), "none: not there"),
+    "no model": (None, SCORE.replace("hf", "none"), "none: not found"),
     "a file for a model": (None, SCORE.replace("hf", "sea.txt"), "sea.txt: no such directory"),
     "a folder for a model": (
         None,
         CONTINUE.replace("hf", "data"),
-        "data: holds no finished checkpoint and no Hugging Face model",
+        "data: has no finished checkpoint and no Hugging Face model",
     ),
     "a run without a checkpoint": (
         None,
         SCORE.replace("hf", "base"),
-        "base: holds no finished checkpoint and no Hugging Face model",
+        "base: has no finished checkpoint and no Hugging Face model",
     ),
     "an unknown task": (
         None,
@@ -208,7 +208,7 @@ REFUSED = {  # what is wrong: (how it comes about, what is asked, what is said)
     "a task file of lists": (
         lambda: write("data/winogrande.jsonl", "[1, 2]"),
         WINOGRANDE,
-        "record 1 is list, expected an object",
+        "record 1: expected an object",
     ),
     "a half-written task file": (
         lambda: write("data/winogrande.jsonl", '{"context_options": ["a"'),
@@ -250,7 +250,7 @@ REFUSED = {  # what is wrong: (how it comes about, what is asked, what is said)
     "scores under a file": (
         None,
         f"{SCORE} --to sea.txt/x.json",
-        "--to sea.txt/x.json: cannot be written there",
+        "--to sea.txt/x.json: cannot be written",
     ),
     "an empty prompt": (
         lambda: write("prompts.txt", "\n  \n"),
@@ -324,14 +324,14 @@ REFUSED = {  # what is wrong: (how it comes about, what is asked, what is said)
     "a page under a file": (
         None,
         "report --workdir base --to sea.txt/x.html",
-        "--to sea.txt/x.html: cannot be written there",
+        "--to sea.txt/x.html: cannot be written",
     ),
     "a port that is none": (
         None,
         "report --workdir base --serve 70000",
         "--serve 70000: cannot listen there",
     ),
-    "the lineage of no stage": (None, "report --lineage data", "data: no manifest.json there"),
+    "the lineage of no stage": (None, "report --lineage data", "data: no manifest.json"),
     "the lineage of a model of others": (
         None,
         "report --lineage hf",
@@ -340,7 +340,7 @@ REFUSED = {  # what is wrong: (how it comes about, what is asked, what is said)
     "the lineage of a half-written manifest": (
         lambda: write("base/manifest.json", "{"),
         "report --lineage base",
-        "cannot be read as a manifest",
+        "not a manifest",
     ),
     "a lineage with a half-written manifest": (
         lambda: write("base/manifest.json", "{"),
@@ -350,7 +350,7 @@ REFUSED = {  # what is wrong: (how it comes about, what is asked, what is said)
     "a lineage with a manifest of another form": (
         lambda: write("base/manifest.json", '{"fingerprint": 3}'),
         "report --lineage child",
-        "does not hold 'fingerprint', 'inputs'",
+        "expected 'fingerprint', 'inputs'",
     ),
 }
 
@@ -374,7 +374,7 @@ SHOWN = {  # what is wrong: (how it comes about, what the page says of it)
             '{"step": 7, "loss": NaN, "grad_norm": Infinity, "lr": NaN, "seconds": NaN}\n'
             '{"step": 8, "heldout": {"prose": NaN}}',
         ),
-        "the loss is no finite number in 1 of 1 records, first at step 7",
+        "the loss is not finite in 1 of 1 records, first at step 7",
     ),
     "half-written metrics": (
         lambda: write("base/metrics.jsonl", HEAD + '{"step": 2, "lo'),
@@ -392,7 +392,7 @@ SHOWN = {  # what is wrong: (how it comes about, what the page says of it)
             "base/metrics.jsonl",
             '{"step": 1, "loss": "high", "lr": [], "n_skipped": "x", "usd": {}}',
         ),
-        "the loss is no finite number in 1 of 1",
+        "metrics.jsonl: the last line is half-written",
     ),
     "bytes for metrics": (
         lambda: write("base/metrics.jsonl", b"\x00\xff\xfe" * 99),
@@ -417,27 +417,27 @@ SHOWN = {  # what is wrong: (how it comes about, what the page says of it)
     ),
     "an evaluation of another form": (
         lambda: write("base/eval/jax.json", '{"results": {"a": 3}, "lineage": [], "model": 3}'),
-        "Evaluation: cannot be shown, eval/NAME.json is of another form",
+        "eval/jax.json: has an unexpected form",
     ),
     "samples of another form": (
         lambda: write(
             "child/eval/samples.json", '{"prompts": [{"prompt": 3, "outputs": [{"model": "x"}]}]}'
         ),
-        "Samples: cannot be shown",
+        "samples.json: has an unexpected form",
     ),
     "differences of another form": (
         lambda: write(
             "child/eval/differences.json", '{"models": ["a"], "better": [{}], "worse": []}'
         ),
-        "Differences: cannot be shown",
+        "differences.json: has an unexpected form",
     ),
     "a shape in words": (
         lambda: edit("base/spec.json", n_layers="many"),
-        "base/spec.json: does not hold 'n_layers' as expected",
+        "base/spec.json: has an unexpected form",
     ),
     "a config of another form": (
         lambda: write("base/config.json", '{"mixture": {"phases": 3}, "train": 4}'),
-        "Settings: cannot be shown",
+        "config.json: has an unexpected form",
     ),
     "a manifest that was read from nothing": (
         lambda: edit("base/manifest.json", inputs={"a": 3, "b": {"path": 3}}),
@@ -445,15 +445,15 @@ SHOWN = {  # what is wrong: (how it comes about, what the page says of it)
     ),
     "a manifest of other counts": (
         lambda: edit("base/packed/manifest.json", counts={"train": 3}),
-        "Lineage: cannot be shown",
+        "packed/manifest.json: has an unexpected form",
     ),
     "a funnel of another form": (
         lambda: write("base/corpus/funnel.json", '{"sources": ["prose"], "steps": [{"rule": 3}]}'),
-        "Data: cannot be shown",
+        "funnel.json: has an unexpected form",
     ),
     "a plan of another form": (
         lambda: write("child/plan.json", '{"targets": [3]}'),
-        "Plan: cannot be shown",
+        "plan.json: has an unexpected form",
     ),
     "phases of another form": (
         lambda: write("base/phases.json", '[{"step": "x"}]'),

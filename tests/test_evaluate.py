@@ -672,7 +672,7 @@ def test_models_are_compared_on_the_same_prompts(params, hf_dir, encoder, tmp_pa
         compare.compare_samples([hf_dir], prompts, texts=[tmp_path / "nothing.txt"])
 
 
-def test_on_a_terminal_a_text_is_seen_as_it_is_written_and_is_inert(hf_dir, output, monkeypatch):
+def test_on_a_terminal_a_text_is_seen_as_it_is_written_and_is_inert(hf_dir, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     seen = []
     generate = decode.generate
@@ -680,7 +680,7 @@ def test_on_a_terminal_a_text_is_seen_as_it_is_written_and_is_inert(hf_dir, outp
     def watched(*args, watch, **settings):
         def watch_and_note(row, ids):
             answer = watch(row, ids)
-            seen.append(output())
+            seen.append(capsys.readouterr().out)
             return answer
 
         return generate(*args, watch=watch_and_note, **settings)
@@ -690,7 +690,7 @@ def test_on_a_terminal_a_text_is_seen_as_it_is_written_and_is_inert(hf_dir, outp
     (output,) = samples["prompts"][0]["outputs"]
     parts = seen[1:]  # the first was to compile
     assert parts[0].startswith(f"\n{hf_dir.name} > The \N{REPLACEMENT CHARACTER}[31mship\n")
-    streamed = "".join(parts).partition("ship\n")[2] + output().partition("\n")[0]
+    streamed = "".join(parts).partition("ship\n")[2] + capsys.readouterr().out.partition("\n")[0]
     assert (
         len(parts) == 3
         and output["text"]

@@ -162,7 +162,7 @@ def test_the_child_is_grown_from_the_base_and_says_how(road):
         growth["probe"]["n_steps"] == 20
         and growth["probe"]["child"]["prose"] < growth["heldout_loss"]["child"]["prose"] + 0.1
     )
-    assert len(growth["layers"]["newborn"]) == 4 and growth["twins"][0]["layers"] == [1, 2]
+    assert len(growth["layers"]["child"]) == 4 and growth["copy_similarity"][0]["layers"] == [1, 2]
     assert (
         growth["verdict"].startswith("healthy")
         and growth["flops_per_token"]["child"] > growth["flops_per_token"]["parent"]
@@ -494,19 +494,19 @@ def test_what_a_start_keeps_is_what_its_table_says(road):
     assert "moments       mapped: reset_new" in told
     counts = Manifest.load(road / "start_grow/checkpoints/130").counts
     assert (
-        counts["rows"] == 130 * 24
-        and counts["young"]["updates"] == 120
-        and counts["young"]["new"] == {"layers": [6, [3, 6]]}
+        counts["progress"]["n_sequences"] == 130 * 24
+        and counts["new_params"]["adam_count"] == 120
+        and counts["new_params"]["axes"] == {"layers": {"size": 6, "new": [[3, 6]]}}
     )
     before, after = (
-        checkpoint.read_tree(road / name, "params/blocks/gate")
+        checkpoint.read_array(road / name, "params/blocks/gate")
         for name in ("base/checkpoints/120", "start_grow/checkpoints/130")
     )
     np.testing.assert_array_equal(after[:3], before)  # frozen to the bit
     assert (after[3:] != before).any()
     np.testing.assert_array_equal(
         *(
-            checkpoint.read_tree(road / name, "params/embed")
+            checkpoint.read_array(road / name, "params/embed")
             for name in ("base/checkpoints/120", "start_grow/checkpoints/130")
         )
     )
@@ -712,7 +712,7 @@ def test_the_losses_of_a_steps_documents_make_its_loss_and_the_worst_comes_first
             tokens=np.concatenate([row.tokens[:start], noise, row.tokens[start + len(noise) :]])
         )
 
-    monkeypatch.setattr(rows, "row", noisy)
+    monkeypatch.setattr(rows, "read_sequence", noisy)
     _, found = attribution.rank_documents(run, 121, words.fingerprint)
     monkeypatch.undo()
     assert (found[0].document.slot, found[0].document.document) == (victim.slot, victim.document)
@@ -744,9 +744,9 @@ def test_other_shares_and_another_batch_in_mid_run_and_other_rows_when_accepted(
     told = door("train", *flags, *more, cwd=road)
     assert "mixture.phases" in told and "train.batch_size: 12, was 24" in told
     account = Manifest.load(run / "checkpoints/126").counts["progress"]["data_history"]
-    assert [each[:3] for each in account] == [[0, 0, 24], [122, 122 * 24, 12]]
-    assert account[0][3] == {"prose": 1.0} and account[1][3] == {"code": 0.5, "prose": 0.5}
-    assert Manifest.load(run / "checkpoints/126").counts["rows"] == 122 * 24 + 4 * 12
+    assert [(each["step"], each["sequence"], each["batch_size"]) for each in account] == [(0, 0, 24), (122, 122 * 24, 12)]
+    assert account[0]["shares"] == {"prose": 1.0} and account[1]["shares"] == {"code": 0.5, "prose": 0.5}
+    assert Manifest.load(run / "checkpoints/126").counts["progress"]["n_sequences"] == 122 * 24 + 4 * 12
     words = tokenizer.load_tokenizer(run / "tokenizer").fingerprint
     assert [(each.slot, each.document) for each in loader.trace_step(run, 100, words)] == before
     assert {each.source for each in loader.trace_step(run, 124, words)} == {"code", "prose"}
