@@ -709,11 +709,11 @@ def count_reasons(
     for here, _, prompts, marks in rows.iterate_files("new.prompt_chars", f"{k}.mark"):
         asked = alive[here] & (prompts == 0)
         marks = marks.filter(pa.array(asked))
-        counts = pc.binary_length(marks).to_numpy() // paragraphs.MARK_SIZE.itemsize
+        counts = pc.binary_length(marks).to_numpy() // paragraphs.MARK_DTYPE.itemsize
         yield (
             here.start + np.flatnonzero(asked),
             counts,
-            np.frombuffer(b"".join(marks.to_pylist()), paragraphs.MARK_SIZE),
+            np.frombuffer(b"".join(marks.to_pylist()), paragraphs.MARK_DTYPE),
         )
 
 
