@@ -1,10 +1,13 @@
-"""The train step compiled for hardware that is not here, and what its optimized program holds, as a markdown table.
+"""The train step compiled for hardware that is not here, and what its optimized program holds, as a
+markdown table.
 
     pip install libtpu jax-cuda13-plugin jax-cuda13-pjrt   (see docs/plan.md for the versions)
     python benchmarks/compiled.py [NAME ...]
 
-Each row is compiled by a process of its own; nothing runs on a TPU or GPU. Read off the program's text: whether an array as large
-as all logits (rows x T x V of a device) or with two axes of T stands in it, the largest array, and the collectives of one layer
+Each row is compiled by a process of its own; nothing runs on a TPU or GPU. Read off the program's
+text: whether an array as large
+as all logits (rows x T x V of a device) or with two axes of T stands in it, the largest array, and
+the collectives of one layer
 (those in the bodies of the loops over layers, forward and backward).
 """
 
@@ -22,7 +25,8 @@ sys.path.insert(0, str(ROOT))
 from jaxpt import config
 from jaxpt.plan import compile, hardware, hlo
 
-# Llama 3.2's 1B and Llama 3's 8B. Rows are longer than the 8B is wide, so that an array of T x T is not taken for one of T x D.
+# Llama 3.2's 1B and Llama 3's 8B. Rows are longer than the 8B is wide, so that an array of T x T is
+# not taken for one of T x D.
 BILLION = {
     "n_layers": 16,
     "d_model": 2048,
@@ -75,7 +79,9 @@ COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "coll
 
 def main(*names: str):
     print(
-        "| program | attention | compile, s (CPU s) | peak, GiB | logits-sized | T x T | largest array | collectives a layer, forward; backward |"
+        "| program | attention | compile, s (CPU s) | peak, GiB | "
+        "logits-sized | T x T | largest array | collectives a layer, "
+        "forward; backward |"
     )
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for name in names or ROWS:
@@ -139,7 +145,7 @@ def child(name: str):
     arrays = arrays_of(text)
     largest = max(arrays, key=lambda array: math.prod(array[1]))
     layers = [
-        ", ".join(f"{kind}: {each['n']:.0f}" for kind, each in found.items()) or "none"
+        ", ".join(f"{kind}: {each.n_ops}" for kind, each in found.items()) or "none"
         for found in hlo.count_layer_collectives(text, spec.n_layers)
     ]
     host = (
@@ -147,9 +153,14 @@ def child(name: str):
         if memory.host_temp_size_in_bytes
         else ""
     )
+    n_logits = n_square = 0
+    for _, shape in arrays:
+        is_logits = vocab in shape and spec.d_model not in shape
+        n_logits += is_logits and math.prod(shape) >= logits
+        n_square += shape.count(T) > 1
     print(
-        f"| {name} | {backend} | {seconds:.0f} ({cpu_seconds:.0f}) | {peak / 2**30:.1f}{host} | {sum(vocab in shape and spec.d_model not in shape and math.prod(shape) >= logits for _, shape in arrays)} "
-        f"| {sum(shape.count(T) > 1 for _, shape in arrays)} | {largest[0]}{list(largest[1])} | {'; '.join(layers)} |"
+        f"| {name} | {backend} | {seconds:.0f} ({cpu_seconds:.0f}) | {peak / 2**30:.1f}{host} | "
+        f"{n_logits} | {n_square} | {largest[0]}{list(largest[1])} | {'; '.join(layers)} |"
     )
 
 

@@ -1,11 +1,16 @@
-"""Both backends of evaluate.py on the same requests, and decoding beside transformers' generate, on a random model of the course's 248M shape.
+"""Both backends of evaluate.py on the same requests, and decoding beside transformers' generate, on
+a random model of the course's 248M shape.
 
     python benchmarks/evaluate.py TOKENIZER DATA_DIR [--items 40] [--rounds 2] [--at FOLDER]
 
-TOKENIZER is a SentencePiece .model or a Hugging Face directory of at most 32,000 pieces, DATA_DIR holds the files of truthfulqa and winogrande
-(docs/evaluate.md). Every turn is a process of its own, in turn: evaluate.py as a user starts it on the first --items of both tasks, then 64 greedy tokens
-after one prompt and after eight of different lengths (left-padded in one batch). Seconds of an evaluation are those that its results file says, from the start of its
-work to its end, loading and compiling included; those of decoding are without loading and without a first call.
+TOKENIZER is a SentencePiece .model or a Hugging Face directory of at most 32,000 pieces, DATA_DIR
+holds the files of truthfulqa and winogrande
+(docs/evaluate.md). Every turn is a process of its own, in turn: evaluate.py as a user starts it on
+the first --items of both tasks, then 64 greedy tokens
+after one prompt and after eight of different lengths (left-padded in one batch). Seconds of an
+evaluation are those that its results file says, from the start of its
+work to its end, loading and compiling included; those of decoding are without loading and without a
+first call.
 """
 
 import argparse

@@ -1,9 +1,12 @@
-"""The fault campaign: a small training is killed, stopped, starved and damaged in every way below, and has to end as if nothing had been.
+"""The fault campaign: a small training is killed, stopped, starved and damaged in every way below,
+and has to end as if nothing had been.
 
     python benchmarks/faults.py [--kills 20] [--kills-of-two 10] [--seed 0]
 
-Each fault is followed by the same command again, and the end is compared with an uncut run: checkpoints bit by bit, metrics.jsonl
-in every field but time, speed, memory and money. Prints a table; exits 1 when anything differs. About 20 minutes on two cores.
+Each fault is followed by the same command again, and the end is compared with an uncut run:
+checkpoints bit by bit, metrics.jsonl
+in every field but time, speed, memory and money. Prints a table; exits 1 when anything differs.
+About 20 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -47,8 +50,8 @@ import runpy
 from jaxpt.data import loader
 stream = loader.stream
 def poisoned(rows, mixture, sharding, batch_rows, first_row, document_mask):
-    for i, batch in enumerate(stream(rows, mixture, sharding, batch_rows, first_row, document_mask)):
-        yield batch._replace(loss_mask=batch.weights * float("nan")) if first_row // batch_rows + i + 1 in (13, 27) else batch
+    for i, batch in enumerate(stream(rows, mixture, sharding, batch_size, first_row, document_mask)):
+        yield batch._replace(loss_mask=batch.loss_mask * float("nan")) if first_row // batch_size + i + 1 in (13, 27) else batch
 loader.stream = poisoned
 runpy.run_path(%r, run_name="__main__")
 """
@@ -123,11 +126,14 @@ class Job:
             )
         self.processes = [
             subprocess.Popen(
-                command, cwd=home, stdout=open(self.said, "w" if i == 0 else "a"), stderr=subprocess.STDOUT,  # noqa: SIM115
+                command,
+                cwd=home,
+                stdout=open(self.said, "w" if i == 0 else "a"),
+                stderr=subprocess.STDOUT,
                 env={**environment, **joined, **({"JAXPT_PROCESS": str(i)} if n > 1 else {})},
             )
             for i in range(n)
-        ]  # fmt: skip
+        ]
 
     def wait(self, timeout: float = 600) -> list[int]:
         return [process.wait(timeout) for process in self.processes]
@@ -154,7 +160,9 @@ class Job:
             time.sleep(0.02)
 
     def end_others(self, patience: float) -> float:
-        """Seconds until every process has ended by itself after one was lost; those that have not by `patience` are killed."""
+        """Seconds until every process has ended by itself after one was lost; those that have not
+        by `patience` are killed.
+        """
         start = time.monotonic()
         while (
             any(process.poll() is None for process in self.processes)
@@ -198,13 +206,15 @@ def copied(home: pathlib.Path, run: str, source: str) -> pathlib.Path:
     return home / run
 
 
-# ---- the faults. Each yields a line for the table: (what, how often or what came of it) and leaves the run finished.
+# ---- the faults. Each yields a line for the table: (what, how often or what came of it) and leaves
+# the run finished.
 
 
 def kills(
     home: pathlib.Path, run: str, steps: int, n_kills: int, rng: random.Random, **layout
 ) -> str:
-    """SIGKILL of a random one of the processes, a third of them while the run starts, the others at random steps; what is left has
+    """SIGKILL of a random one of the processes, a third of them while the run starts, the others at
+    random steps; what is left has
     to end by itself."""
     at, waited = [], 0.0
     for _ in range(n_kills):
@@ -240,7 +250,9 @@ def sigterm(home: pathlib.Path, run: str, steps: int, **layout) -> str:
 
 
 def hung(home: pathlib.Path, run: str, steps: int, **layout) -> str:
-    """One host stops answering (SIGSTOP): the others give it up and end, and the next start goes on."""
+    """One host stops answering (SIGSTOP): the others give it up and end, and the next start goes
+    on.
+    """
     job = Job(home, run, steps, **layout)
     job.until(steps // 3)
     stopped = job.processes[-1]
@@ -255,7 +267,9 @@ def hung(home: pathlib.Path, run: str, steps: int, **layout) -> str:
 
 
 def full_disk(home: pathlib.Path, run: str, steps: int) -> str:
-    """No file may grow beyond FILE_LIMIT (RLIMIT_FSIZE), as a checkpoint's do: one sentence, what was whole stays, the next start goes on."""
+    """No file may grow beyond FILE_LIMIT (RLIMIT_FSIZE), as a checkpoint's do: one sentence, what
+    was whole stays, the next start goes on.
+    """
     job = Job(home, run, steps, limit=FILE_LIMIT)
     status = job.wait()
     told = job.said.read_text()
@@ -265,7 +279,9 @@ def full_disk(home: pathlib.Path, run: str, steps: int) -> str:
 
 
 def full_disk_goes_on(home: pathlib.Path, run: str, steps: int) -> str:
-    """The same with train.on_save_error = go on: every save is told, training goes on, and the last one, which has to be, ends it."""
+    """The same with train.on_save_error = go on: every save is told, training goes on, and the last
+    one, which has to be, ends it.
+    """
     job = Job(home, run, steps, "--config.train.on_save_error=go on", limit=FILE_LIMIT)
     status, told = job.wait(), job.said.read_text()
     assert status == [1] and told.count("The run goes on") >= 3, told
@@ -296,7 +312,9 @@ def small_disk(home: pathlib.Path, run: str, steps: int) -> str:
 
 
 def not_finite(home: pathlib.Path, run: str, steps: int, rng: random.Random) -> str:
-    """Two batches whose loss is NaN: their updates are skipped and counted, the run goes on; killed once, it does all of that again."""
+    """Two batches whose loss is NaN: their updates are skipped and counted, the run goes on; killed
+    once, it does all of that again.
+    """
     (home / "poisoned.py").write_text(POISONED % str(ROOT / "scripts/train.py"))
     poisoned = {"script": str(home / "poisoned.py")}
     Job(home, f"{run}_uncut", steps, **poisoned).ends()
@@ -337,7 +355,9 @@ def damages(directory: pathlib.Path) -> Iterator[tuple[str, Callable[[], None]]]
 
 
 def torn(home: pathlib.Path, run: str, source: str, steps: int, rng: random.Random) -> str:
-    """The newest checkpoint damaged in every way: the one before is taken. One of the ways, chosen at random, is gone on from for real."""
+    """The newest checkpoint damaged in every way: the one before is taken. One of the ways, chosen
+    at random, is gone on from for real.
+    """
     directory = copied(home, run, source)
     (
         directory / "checkpoints" / "999999"

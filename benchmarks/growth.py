@@ -1,7 +1,10 @@
-"""What growing is worth, measured: every operator after the same few hundred steps, and the fair test of up-scaling.
+"""What growing is worth, measured: every operator after the same few hundred steps, and the fair
+test of up-scaling.
 
-`operators`  one base, trained; each operator's newborn: held-out loss at birth and after the same steps on the same rows
-`fair`       FLOPs and tokens to one held-out loss: from scratch, depth_upscale, stack, deepen (inside the run) and the base
+`operators`  one base, trained; each operator's newborn: held-out loss at birth and after the same
+steps on the same rows
+`fair`       FLOPs and tokens to one held-out loss: from scratch, depth_upscale, stack, deepen
+(inside the run) and the base
              simply trained on; several seeds; with and without the base's own cost
 
     python benchmarks/growth.py operators fair --text 'gutenberg/*.txt' --to runs/growth
@@ -51,10 +54,24 @@ BASE = config.Config(
 BASE_STEPS = 1000  # of the base of `operators`
 AFTER = 200  # steps of every newborn
 OPERATORS = [
-    "depth_upscale(m=2)", "stack(g=2)", "interleave(g=2)", "stack_middle(m=2)", "deepen(L=8)", "deepen(L=8, new='copy')", "insert_identity(every=3)",
-    "predict_layers(m=2)", "widen(d=192)", "widen(ff=512, heads=8)", "widen(d=192, ff=512, heads=8)", "widen(d=192, ff=512, heads=8, noise=0.2)",
-    "widen_rms(d=144, ff=384)", "drop_layers(n=1)", "layers([0, 1, 2, 4, 5])", "narrow(ff=192)", "narrow(d=72, ff=192, heads=2)",
-]  # fmt: skip
+    "depth_upscale(m=2)",
+    "stack(g=2)",
+    "interleave(g=2)",
+    "stack_middle(m=2)",
+    "deepen(L=8)",
+    "deepen(L=8, new='copy')",
+    "insert_identity(every=3)",
+    "predict_layers(m=2)",
+    "widen(d=192)",
+    "widen(ff=512, heads=8)",
+    "widen(d=192, ff=512, heads=8)",
+    "widen(d=192, ff=512, heads=8, noise=0.2)",
+    "widen_rms(d=144, ff=384)",
+    "drop_layers(n=1)",
+    "layers([0, 1, 2, 4, 5])",
+    "narrow(ff=192)",
+    "narrow(d=72, ff=192, heads=2)",
+]
 DEEP = 8  # layers of every grown model in the fair test
 FAIR_STEPS = 400  # of the scratch arm, whose last loss is the one to reach
 EVERY = 20  # steps between measurements
@@ -90,7 +107,9 @@ class Bench:
         until: float = 0.0,
         young=optimizer.NewParams(),
     ):
-        """(state after n_steps, or after `until` is reached; [(steps, held-out loss)] every so many)"""
+        """(state after n_steps, or after `until` is reached; [(steps, held-out loss)] every so
+        many)
+        """
         mixture = MixtureSchedule(
             dataclasses.replace(self.settings.mixture, seed=seed),
             self.rows.n_rows,
@@ -138,14 +157,24 @@ def operators(bench: Bench) -> list[dict]:
         at_birth = bench.loss(spec, params)
         start = time.monotonic()
         now, _ = bench.train(spec, bench.born(spec, params), AFTER, first_row=first_row)
-        table.append({
-            "operator": name, "layers": spec.n_layers, "width": spec.d_model, "n_params": llama.count_params(spec), "exact": exact, "at_birth": at_birth,
-            "after": bench.loss(spec, now.params), "seconds": time.monotonic() - start,
-        })  # fmt: skip
+        table.append(
+            {
+                "operator": name,
+                "layers": spec.n_layers,
+                "width": spec.d_model,
+                "n_params": llama.count_params(spec),
+                "exact": exact,
+                "at_birth": at_birth,
+                "after": bench.loss(spec, now.params),
+                "seconds": time.monotonic() - start,
+            }
+        )
         print(row(table[-1]), flush=True)
 
     print(
-        f"\nbase: {BASE_STEPS} steps\n\n| operator | layers x width | parameters | keeps the function | loss at birth | after {AFTER} steps | seconds |"
+        f"\nbase: {BASE_STEPS} steps\n\n| operator | layers x width | "
+        f"parameters | keeps the function | loss at birth | after {AFTER} "
+        "steps | seconds |"
     )
     print("|---|---|---|---|---|---|---|")
     measure("(the base, trained on)", spec, params, True)
@@ -159,13 +188,17 @@ def operators(bench: Bench) -> list[dict]:
 
 def row(each: dict) -> str:
     return (
-        f"| `{each['operator']}` | {each['layers']} x {each['width']} | {each['n_params'] / 1e3:,.0f} k | {'yes' if each['exact'] else 'no'} "
+        f"| `{each['operator']}` | {each['layers']} x {each['width']} | "
+        f"{each['n_params'] / 1e3:,.0f} k | "
+        f"{'yes' if each['exact'] else 'no'} "
         f"| {each['at_birth']:.3f} | {each['after']:.3f} | {each['seconds']:.0f} |"
     )
 
 
 def fair(bench: Bench, seeds: int) -> list[dict]:
-    """For every seed: the scratch arm's best loss is the target; each other arm's steps until it gets there, at most twice as many."""
+    """For every seed: the scratch arm's best loss is the target; each other arm's steps until it
+    gets there, at most twice as many.
+    """
     found = []
     for seed in range(seeds):
         spec, params = bench.random(DEEP, seed)
@@ -217,7 +250,9 @@ def fair(bench: Bench, seeds: int) -> list[dict]:
                 arm(name, seed, target, bench, spec, steps, n_base_steps, base_cost, scratch)
             )
     print(
-        "\n| arm | reached | tokens, child alone | tokens, base counted | FLOPs saved, child alone | FLOPs saved, base counted |\n|---|---|---|---|---|---|"
+        "\n| arm | reached | tokens, child alone | tokens, base counted | "
+        "FLOPs saved, child alone | FLOPs saved, base counted "
+        "|\n|---|---|---|---|---|---|"
     )
     best = {"saved": 0.0, "saved_alone": 0.0}
     for name in dict.fromkeys(each["arm"] for each in found):
@@ -244,7 +279,8 @@ def fair(bench: Bench, seeds: int) -> list[dict]:
         else "did not hold"
     )
     print(
-        f"\n70 % fewer FLOPs {held}: the best arm saved {best['saved']:.0%} with the base's cost, {best['saved_alone']:.0%} without, on average."
+        f"\n70 % fewer FLOPs {held}: the best arm saved {best['saved']:.0%} "
+        f"with the base's cost, {best['saved_alone']:.0%} without, on average."
     )
     return found
 
@@ -253,10 +289,17 @@ def arm(name, seed, target, bench, spec, steps, n_base_steps, base_cost, scratch
     tokens_per_step = bench.settings.train.batch_size * bench.settings.pack.seq_len
     cost = None if steps is None else steps * bench.flops_per_step(spec)
     each = {
-        "arm": name, "seed": seed, "target": target, "steps": steps, "tokens": None if steps is None else steps * tokens_per_step,
-        "all_tokens": None if steps is None else (steps + n_base_steps) * tokens_per_step, "flops": cost, "base_flops": base_cost,
-        "saved_alone": None if cost is None else 1 - cost / scratch, "saved": None if cost is None else 1 - (cost + base_cost) / scratch,
-    }  # fmt: skip
+        "arm": name,
+        "seed": seed,
+        "target": target,
+        "steps": steps,
+        "tokens": None if steps is None else steps * tokens_per_step,
+        "all_tokens": None if steps is None else (steps + n_base_steps) * tokens_per_step,
+        "flops": cost,
+        "base_flops": base_cost,
+        "saved_alone": None if cost is None else 1 - cost / scratch,
+        "saved": None if cost is None else 1 - (cost + base_cost) / scratch,
+    }
     print(json.dumps(each), flush=True)
     return each
 
@@ -277,14 +320,19 @@ def crossing(curve: list[tuple[int, float]], target: float) -> float | None:
 
 def spread(values: list[float], form: str) -> str:
     return (
-        f"{form.format(statistics.mean(values))} ({form.format(min(values))} to {form.format(max(values))})"
+        (
+            f"{form.format(statistics.mean(values))} ({form.format(min(values))} "
+            f"to {form.format(max(values))})"
+        )
         if values
         else "not reached"
     )
 
 
 def pieces(pattern: str, out: pathlib.Path) -> pathlib.Path:
-    """Whole books as a file of documents of about 4,000 characters, cut between paragraphs: a few books leave none to hold out."""
+    """Whole books as a file of documents of about 4,000 characters, cut between paragraphs: a few
+    books leave none to hold out.
+    """
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "pieces.jsonl", "w") as file:
         for book in sorted(glob.glob(pattern)):

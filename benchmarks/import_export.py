@@ -1,10 +1,14 @@
-"""Import then export of a random Llama of 1.1 billion parameters in bfloat16, beside transformers' from_pretrained and save_pretrained.
+"""Import then export of a random Llama of 1.1 billion parameters in bfloat16, beside transformers'
+from_pretrained and save_pretrained.
 
     python benchmarks/import_export.py [rounds]
 
-Each in a process of its own, on the CPU, in turn. transformers maps the file and holds no weights of its own until something
-writes to them; "copied" makes it hold them, as training does. Seconds are those of the calls, without the start of Python
-and packages. Memory is the process's largest resident size less the weights' 2.2 GB: packages, mapped files, buffers.
+Each in a process of its own, on the CPU, in turn. transformers maps the file and holds no weights
+of its own until something
+writes to them; "copied" makes it hold them, as training does. Seconds are those of the calls,
+without the start of Python
+and packages. Memory is the process's largest resident size less the weights' 2.2 GB: packages,
+mapped files, buffers.
 """
 
 import os
@@ -34,7 +38,7 @@ def jaxpt(source: pathlib.Path, out: pathlib.Path) -> list[float]:
 
 
 def transformers(source: pathlib.Path, out: pathlib.Path, copied: bool = False) -> list[float]:
-    from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401  its code is loaded before the clock starts
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
     times = [time.perf_counter()]
     model = AutoModelForCausalLM.from_pretrained(source, dtype="bfloat16")
@@ -92,7 +96,10 @@ def main(rounds: int = 2) -> None:
                 os.sync()
                 start, middle, end, peak = child(way, source, out)
                 print(
-                    f"| {way} | {middle - start:.1f} | {end - middle:.1f} | {end - start:.1f} | {(peak - n_bytes) / 1e6:,.0f} |",
+                    (
+                        f"| {way} | {middle - start:.1f} | {end - middle:.1f} | "
+                        f"{end - start:.1f} | {(peak - n_bytes) / 1e6:,.0f} |"
+                    ),
                     flush=True,
                 )
 

@@ -1,16 +1,23 @@
-"""The loader: rows a second, its share of a training step, memory over a 10-GB packed set, and the first batch after a resume.
+"""The loader: rows a second, its share of a training step, memory over a 10-GB packed set, and the
+first batch after a resume.
 
     python benchmarks/loader.py [--gb 10] [--row-len 4096] [--rows 40000]
 
-Packs this Python's own prose, and makes a set of the asked size of it: its shard again and again under other names (hard links), with an
-index to match, so that the set is as large as asked to whoever reads it. Each figure is taken in a process of its own.
+Packs this Python's own prose, and makes a set of the asked size of it: its shard again and again
+under other names (hard links), with an
+index to match, so that the set is as large as asked to whoever reads it. Each figure is taken in a
+process of its own.
 
-    first batch   from open_rows to the first batch on the device, resumed at step 1,000,000 with 32 rows a step
+    first batch   from open_rows to the first batch on the device, resumed at step 1,000,000 with 32
+    rows a step
     which row     the mixture's answer at index 0 and at index 10^12
-    rows/s        batches of 32 rows to the device and nothing else, in the shuffled order over the whole set, every record batch checked
+    rows/s        batches of 32 rows to the device and nothing else, in the shuffled order over the
+    whole set, every record batch checked
                   against its checksum when it is first read
-    memory        the most that stood in memory meanwhile above what stood there before opening, mapped pages of the set included
-    step          the quickstart's training step fed by the loader: how long it waits for a batch, and the step with one batch over and over
+    memory        the most that stood in memory meanwhile above what stood there before opening,
+    mapped pages of the set included
+    step          the quickstart's training step fed by the loader: how long it waits for a batch,
+    and the step with one batch over and over
 """
 
 import argparse
@@ -39,12 +46,16 @@ BATCH_ROWS = 32
 
 
 def packed_set(home: pathlib.Path, seq_len: int, gigabytes: float) -> None:
-    """home/small, packed prose; home/large, a set of so many gigabytes that says the same again and again."""
+    """home/small, packed prose; home/large, a set of so many gigabytes that says the same again and
+    again.
+    """
     settings = config.load_config(ROOT / "configs/quickstart.py")
     settings = dataclasses.replace(
-        settings, prepare=config.PrepareConfig(sources=("python:prose",)), pack=config.PackConfig(seq_len=seq_len),
+        settings,
+        prepare=config.PrepareConfig(sources=("python:prose",)),
+        pack=config.PackConfig(seq_len=seq_len),
         tokenizer=dataclasses.replace(settings.tokenizer, vocab_size=4096, sample_mb=4),
-    )  # fmt: skip
+    )
     prepare.prepare_corpus(settings, home)
     tokenizer.train_tokenizer(settings, home)
     manifest = pack.pack_corpus(settings, home)
@@ -119,9 +130,11 @@ def rows_per_second(home: pathlib.Path, n_rows: int) -> dict:
     half = len(seen) // 2
     checked = np.concatenate([source.checked for source in rows.sources.values()]).mean()
     return {
-        "rows_per_second": BATCH_ROWS * len(seen) / (seen[-1] - start), "later": BATCH_ROWS * half / (seen[-1] - seen[-1 - half]),
-        "memory_mb": (most - before) / 1e6, "checked": checked,
-    }  # fmt: skip
+        "rows_per_second": BATCH_ROWS * len(seen) / (seen[-1] - start),
+        "later": BATCH_ROWS * half / (seen[-1] - seen[-1 - half]),
+        "memory_mb": (most - before) / 1e6,
+        "checked": checked,
+    }
 
 
 def share_of_step(home: pathlib.Path, rounds: int) -> dict:
@@ -204,7 +217,9 @@ def main() -> None:
         )
     first, speed, share = found.values()
     print(
-        f"a set of {size / 1e9:.1f} GB, {first['rows']:,} rows of {arguments.seq_len:,} tokens; {os.cpu_count()} cores, jax {jax.__version__}"
+        f"a set of {size / 1e9:.1f} GB, {first['rows']:,} rows of "
+        f"{arguments.seq_len:,} tokens; {os.cpu_count()} cores, jax "
+        f"{jax.__version__}"
     )
     print(f"first batch at step 1,000,000: {first['seconds'] * 1000:.0f} ms")
     print(
@@ -214,13 +229,19 @@ def main() -> None:
         )
     )
     print(
-        f"{speed['rows_per_second']:,.0f} rows/s ({speed['rows_per_second'] * arguments.seq_len / 1e6:.1f}M tokens/s) over the first "
-        f"{arguments.rows:,} rows, {speed['later']:,.0f} over their second half; {speed['checked']:.0%} of the record batches checked by then"
+        f"{speed['rows_per_second']:,.0f} rows/s "
+        f"({speed['rows_per_second'] * arguments.seq_len / 1e6:.1f}M "
+        "tokens/s) over the first "
+        f"{arguments.rows:,} rows, {speed['later']:,.0f} over their second "
+        f"half; {speed['checked']:.0%} of the record batches checked by then"
     )
     print(f"memory above the start: {speed['memory_mb']:,.0f} MB at most")
     print(
-        f"quickstart's step: waits {share['wait'] * 1e6:.0f} us for its batch, {share['wait'] / share['fed']:.2%} of {share['fed'] * 1000:.1f} ms; "
-        f"with one batch over and over {share['alone'] * 1000:.1f} ms ({share['fed'] / share['alone']:.3f} x)"
+        f"quickstart's step: waits {share['wait'] * 1e6:.0f} us for its "
+        f"batch, {share['wait'] / share['fed']:.2%} of "
+        f"{share['fed'] * 1000:.1f} ms; "
+        f"with one batch over and over {share['alone'] * 1000:.1f} ms "
+        f"({share['fed'] / share['alone']:.3f} x)"
     )
 
 

@@ -3,8 +3,10 @@
     python benchmarks/loop.py --shape small --steps 150 --rounds 15
     python benchmarks/loop.py --shape S --steps 45 --rounds 4
 
-In one process, in turn, the one first that was second before: the bare compiled step on one batch over and over, and the step with everything that
-loop.py does around it (rows from disk, a log line every 10 steps, one checkpoint begun). Prints each round's times, and the median of the overheads.
+In one process, in turn, the one first that was second before: the bare compiled step on one batch
+over and over, and the step with everything that
+loop.py does around it (rows from disk, a log line every 10 steps, one checkpoint begun). Prints
+each round's times, and the median of the overheads.
 """
 
 import argparse
@@ -85,12 +87,16 @@ def main() -> None:
             for seconds, turn in turns if i % 2 else reversed(turns):
                 seconds.append(turn(settings, home, f"run{i}"))
             print(
-                f"round {i}: bare step {bare[-1] * 1e3:.2f} ms, in the loop {whole[-1] * 1e3:.2f} ms",
+                (
+                    f"round {i}: bare step {bare[-1] * 1e3:.2f} ms, in the loop "
+                    f"{whole[-1] * 1e3:.2f} ms"
+                ),
                 flush=True,
             )
         ratios = [b / a - 1 for a, b in zip(bare, whole, strict=True)]
         print(
-            f"overhead: median {statistics.median(ratios):.1%}, from {min(ratios):.1%} to {max(ratios):.1%}"
+            f"overhead: median {statistics.median(ratios):.1%}, from "
+            f"{min(ratios):.1%} to {max(ratios):.1%}"
         )
 
 

@@ -1,18 +1,23 @@
-"""Packing of real prose at 4,096 tokens: padding, cut documents, lost tokens and speed, beside the ways of others on the same documents.
+"""Packing of real prose at 4,096 tokens: padding, cut documents, lost tokens and speed, beside the
+ways of others on the same documents.
 
     python benchmarks/pack.py --texts DIR [--tokenizer tokenizer.model] [--row-len 4096]
 
-DIR is searched for *.txt (Project Gutenberg books, Tiny Shakespeare, botchan). The same prose is cut into documents in four ways: paragraphs;
-pages, paragraphs joined to lengths drawn as those of web pages (log-normal, median 3,000 characters, sigma 1); chapters; whole books.
+DIR is searched for *.txt (Project Gutenberg books, Tiny Shakespeare, botchan). The same prose is
+cut into documents in four ways: paragraphs;
+pages, paragraphs joined to lengths drawn as those of web pages (log-normal, median 3,000
+characters, sigma 1); chapters; whole books.
 Without --tokenizer one of 8,000 pieces is trained. Of each way to pack:
 
     padding   share of the rows' tokens
     lost      share of the documents' tokens that stand in no row
-    cut       documents that would fit into a row and do not stand in one as a whole, and their share
+    cut       documents that would fit into a row and do not stand in one as a whole, and their
+    share
     tokens/s  packing alone, from ids in memory to rows in memory, on one core
 
     best_fit, course  this project's
-    nanochat          best-fit-crop as its author describes it: of a buffer of 1,000 documents the longest that fits; where none does, the
+    nanochat          best-fit-crop as its author describes it: of a buffer of 1,000 documents the
+    longest that fits; where none does, the
                       shortest is cropped to fill the row and its rest thrown away; no padding
     trl bfd, bfd_split, wrapped   trl.pack_dataset, where TRL is installed
 
@@ -47,12 +52,12 @@ def documents_of(books: list[str]) -> dict[str, list[str]]:
     ]
     rng, pages = np.random.default_rng(0), []
     for book in paragraphs:
-        page, wanted = "", rng.lognormal(np.log(3000), 1)
+        page, expected = "", rng.lognormal(np.log(3000), 1)
         for paragraph in book:
             page += paragraph + "\n\n"
-            if len(page) >= wanted:
+            if len(page) >= expected:
                 pages.append(page)
-                page, wanted = "", rng.lognormal(np.log(3000), 1)
+                page, expected = "", rng.lognormal(np.log(3000), 1)
         pages += [page] if page else []
     chapter = re.compile(r"\n(?=[ _]*(?:CHAPTER|Chapter|LETTER|ACT|SCENE|第)\b)")
     return {
@@ -138,9 +143,13 @@ def measure(way, lengths: list[int], seq_len: int) -> dict[str, float]:
     fits = np.array(lengths) <= seq_len
     cut = fits & ~((first == last) & (found == lengths))
     return {
-        "rows": len(rows), "padding": 1 - len(tokens) / (len(rows) * seq_len), "lost": 1 - len(tokens) / starts[-1],
-        "cut": int(cut.sum()), "cut_frac": cut.sum() / max(1, fits.sum()), "tokens_per_second": starts[-1] / seconds,
-    }  # fmt: skip
+        "rows": len(rows),
+        "padding": 1 - len(tokens) / (len(rows) * seq_len),
+        "lost": 1 - len(tokens) / starts[-1],
+        "cut": int(cut.sum()),
+        "cut_frac": cut.sum() / max(1, fits.sum()),
+        "tokens_per_second": starts[-1] / seconds,
+    }
 
 
 def main() -> None:
@@ -159,7 +168,7 @@ def main() -> None:
     print(f"{len(books)} books, {sum(len(book.encode()) for book in books) / 1e6:.1f} MB")
     ways = {"best_fit": best_fit, "course": course, "nanochat": nanochat}
     try:
-        import trl as _  # noqa: F401
+        import trl as _
 
         ways |= {f"trl {strategy}": trl(strategy) for strategy in ("bfd", "bfd_split", "wrapped")}
     except ImportError:
@@ -175,9 +184,15 @@ def main() -> None:
                 "".join(json.dumps({"text": text}) + "\n" for text in documents)
             )
             settings = dataclasses.replace(
-                config.Config(), prepare=config.PrepareConfig(sources=(f"jsonl:{home}/{name}.jsonl",), heldout_frac=0.0),
-                tokenizer=config.TokenizerConfig(source=arguments.tokenizer, vocab_size=8000, sample_mb=16), pack=config.PackConfig(seq_len=arguments.seq_len),
-            )  # fmt: skip
+                config.Config(),
+                prepare=config.PrepareConfig(
+                    sources=(f"jsonl:{home}/{name}.jsonl",), heldout_frac=0.0
+                ),
+                tokenizer=config.TokenizerConfig(
+                    source=arguments.tokenizer, vocab_size=8000, sample_mb=16
+                ),
+                pack=config.PackConfig(seq_len=arguments.seq_len),
+            )
             workdir = home / name
             prepare.prepare_corpus(settings, workdir)
             tokenizer.train_tokenizer(settings, workdir)
@@ -185,7 +200,11 @@ def main() -> None:
             lengths = [
                 len(ids) + (words.bos_id is not None) + 1 for ids in words.encode_batch(documents)
             ]
-            told = f"{len(lengths):,} documents, {sum(lengths):,} tokens, {sum(n > arguments.seq_len for n in lengths):,} longer than a row"
+            told = (
+                f"{len(lengths):,} documents, {sum(lengths):,} tokens, "
+                f"{sum(n > arguments.seq_len for n in lengths):,} longer than a "
+                "row"
+            )
             lines = []
             for way, rows in ways.items():
                 found = measure(rows, lengths, arguments.seq_len)
@@ -201,7 +220,8 @@ def main() -> None:
                 counts = manifest.counts["train"][name]
                 assert method == "course" or counts["tokens"] == sum(lengths)
                 lines.append(
-                    f"{name:<12}pack.py {method:<8} from text to shards{sum(lengths) / manifest.seconds:>37,.0f}"
+                    f"{name:<12}pack.py {method:<8} from text to "
+                    f"shards{sum(lengths) / manifest.seconds:>37,.0f}"
                 )
             print(f"# {name}: {told}", *lines, sep="\n", flush=True)
 

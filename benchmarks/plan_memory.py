@@ -1,9 +1,10 @@
-"""Peak memory of a train step that runs on this CPU, beside what the plan says of it, as a markdown table. Linux only.
+"""Measure the peak memory of a train step on this CPU beside the planned one. Linux only.
 
     python benchmarks/plan_memory.py
 
-Each row is a process of its own: it compiles the step, makes the state, resets the kernel's mark of the highest resident memory,
-and runs three steps. Measured is the mark, less what lay there before, plus the state. The plan is that of plan.py for one CPU device.
+Each row has its own process: it compiles the step, makes the state, resets the kernel's
+mark of the highest resident memory, and runs three steps. Measured is the mark, less what was
+resident before, plus the state. The plan is that of plan.py for one CPU device.
 """
 
 import os
@@ -27,7 +28,7 @@ SHAPE = [
     "model.d_head=32",
 ]
 SHAPE += ["model.tie_embeddings=True", "pack.seq_len=256", "train.batch_size=8"]
-ROWS = {
+VARIANTS = {
     "the quickstart's base": [],
     "8 layers": ["model.n_layers=8"],
     "twice as wide": [
@@ -36,17 +37,17 @@ ROWS = {
         "model.n_heads=12",
         "model.n_kv_heads=4",
     ],
-    "32 rows": ["train.batch_size=32"],
-    "32 rows in 4 micro-batches": ["train.batch_size=32", "train.grad_accum_steps=4"],
-    "32 rows, remat full": ["train.batch_size=32", "train.remat=full"],
-    "rows of 2,048": ["pack.seq_len=2048"],
+    "32 sequences": ["train.batch_size=32"],
+    "32 sequences in 4 micro-batches": ["train.batch_size=32", "train.grad_accum_steps=4"],
+    "32 sequences, remat full": ["train.batch_size=32", "train.remat=full"],
+    "sequences of 2,048": ["pack.seq_len=2048"],
 }
 
 
 def main():
     print("| | planned, MiB | measured, MiB | measured / planned |")
     print("|---|---|---|---|", flush=True)
-    for name in ROWS:
+    for name in VARIANTS:
         done = subprocess.run(
             [sys.executable, __file__, "--child", name], capture_output=True, text=True
         )
@@ -69,19 +70,19 @@ def child(name: str):
     from jaxpt.train import state, step
 
     settings = config.build_config(
-        config.apply_overrides([f"--config.{each}" for each in (*SHAPE, *ROWS[name])])
+        config.apply_overrides([f"--config.{each}" for each in (*SHAPE, *VARIANTS[name])])
     )
     spec, _ = cost.resolve_model_spec(settings)
-    planned = compile.analyze_step(spec, settings, hardware.parse_target("cpu:1"))["peak_bytes"]
+    planned = compile.analyze_step(spec, settings, hardware.parse_target("cpu:1")).peak_bytes
     mesh = sharding.make_mesh(settings.mesh)
-    like = step.make_abstract_batch(settings, mesh)
+    abstract_batch = step.make_abstract_batch(settings, mesh)
     run = (
         step.build_step(spec, settings, mesh)
-        .lower(state.make_abstract_state(spec, settings, mesh), like)
+        .lower(state.make_abstract_state(spec, settings, mesh), abstract_batch)
         .compile()
     )
     rng = np.random.default_rng(0)
-    tokens = rng.integers(1, spec.vocab_size, like.tokens.shape, np.int32)
+    tokens = rng.integers(1, spec.vocab_size, abstract_batch.tokens.shape, np.int32)
     ones, places = (
         np.ones(tokens.shape, np.int32),
         np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape),
@@ -106,7 +107,7 @@ def child(name: str):
 
 
 def resident(mark: str) -> int:
-    """Bytes, as the kernel says of this process."""
+    """Return bytes of this process as the kernel counts them."""
     return 1024 * int(
         re.search(rf"{mark}:\s+(\d+) kB", pathlib.Path(f"/proc/{os.getpid()}/status").read_text())[
             1

@@ -1,23 +1,35 @@
-"""prepare.py beside the ways of others on the same documents: seconds, peak memory, and which documents stay.
+"""prepare.py beside the ways of others on the same documents: seconds, peak memory, and which
+documents stay.
 
     python benchmarks/prepare.py make   --texts DIR --mb 100 --to DOCS
-    python benchmarks/prepare.py cost   --docs DOCS [SETTING ...]                    one run of ours, such as `cost --docs DOCS near_dedup=True`
-    python benchmarks/prepare.py course --docs DOCS --peer VENV/bin/python           the lesson's way, Hugging Face datasets
-    python benchmarks/prepare.py near   --docs DOCS --peer VENV/bin/python           datatrove's MinHash, equal parameters
-    python benchmarks/prepare.py gopher --docs DOCS --peer VENV/bin/python           datatrove's Gopher filters
-    python benchmarks/prepare.py recall --texts DIR --peer VENV/bin/python           near-duplicates of both against brute-force Jaccard
+    python benchmarks/prepare.py cost   --docs DOCS [SETTING ...]                    one run of
+    ours, such as `cost --docs DOCS near_dedup=True`
+    python benchmarks/prepare.py course --docs DOCS --peer VENV/bin/python           the lesson's
+    way, Hugging Face datasets
+    python benchmarks/prepare.py near   --docs DOCS --peer VENV/bin/python           datatrove's
+    MinHash, equal parameters
+    python benchmarks/prepare.py gopher --docs DOCS --peer VENV/bin/python           datatrove's
+    Gopher filters
+    python benchmarks/prepare.py recall --texts DIR --peer VENV/bin/python           near-duplicates
+    of both against brute-force Jaccard
 
-DIR is searched for *.txt (Project Gutenberg books). `make` recombines their sentences and those of the Python installation's
-prose into documents, so that the corpus is no corpus of copies, in four files: lengths are drawn as those of web pages (log-normal,
-median 2,000 characters, sigma 1), and 13 % are lists of short lines, 15 % repeat an earlier document, 1 % repeat it with one word in
-twenty changed, 1 % repeat their own paragraphs, 7 % are Japanese: about the shares that the course's rules dropped of its web text.
+DIR is searched for *.txt (Project Gutenberg books). `make` recombines their sentences and those of
+the Python installation's
+prose into documents, so that the corpus is no corpus of copies, in four files: lengths are drawn as
+those of web pages (log-normal,
+median 2,000 characters, sigma 1), and 13 % are lists of short lines, 15 % repeat an earlier
+document, 1 % repeat it with one word in
+twenty changed, 1 % repeat their own paragraphs, 7 % are Japanese: about the shares that the
+course's rules dropped of its web text.
 
 The peers live in a virtual environment of their own:
 
     pip install datasets==5.2.0 fasttext-numpy2-wheel==0.9.2 datatrove[processing,io]==0.10.1 spacy
 
-Ours and the peer run in turns, --repeats times each, every run a process of its own that starts, reads the files, and ends with parquet or
-JSON lines on disk. Memory is the largest sum of the proportional set sizes (PSS) of a process and all its children.
+Ours and the peer run in turns, --repeats times each, every run a process of its own that starts,
+reads the files, and ends with parquet or
+JSON lines on disk. Memory is the largest sum of the proportional set sizes (PSS) of a process and
+all its children.
 """
 
 from __future__ import annotations
@@ -58,7 +70,7 @@ def make(texts: pathlib.Path, mb: float, to: pathlib.Path) -> None:
         written = 0
         with open(to / f"{k}.jsonl", "w") as out:
             for n in itertools.count():
-                draw, wanted = rng.random(), rng.lognormal(np.log(2000), 1)
+                draw, expected = rng.random(), rng.lognormal(np.log(2000), 1)
                 if draw < 0.16 and kept:
                     text = kept[rng.integers(len(kept))]
                     text = changed(text, 0.05, rng) if draw >= 0.15 else text
@@ -71,7 +83,7 @@ def make(texts: pathlib.Path, mb: float, to: pathlib.Path) -> None:
                     picked = [
                         of[i]
                         for i in rng.integers(
-                            len(of), size=1 + int(wanted / (75 if of is foreign else 95))
+                            len(of), size=1 + int(expected / (75 if of is foreign else 95))
                         )
                     ]
                     size, mark = rng.integers(3, 8), "\n" if draw > 0.7 else " "
@@ -198,7 +210,10 @@ def cost(docs: pathlib.Path, home: pathlib.Path, settings: list[str]) -> None:
     seconds, peak, said = ours(docs, home / "ours", *settings)
     size = sum(file.stat().st_size for file in docs.iterdir()) / 1e6
     print(
-        f"{said}{size:.0f} MB {' '.join(settings)}: {seconds:.1f} s, {seconds_of_stage(home / 'ours'):.1f} s the stage, {peak:.2f} GB",
+        (
+            f"{said}{size:.0f} MB {' '.join(settings)}: {seconds:.1f} s, "
+            f"{seconds_of_stage(home / 'ours'):.1f} s the stage, {peak:.2f} GB"
+        ),
         flush=True,
     )
 
@@ -222,7 +237,9 @@ def beside(
         stages.append(seconds_of_stage(home / "ours"))
     print(mine[-1][2])
     print(
-        f"{what}, {sum(file.stat().st_size for file in docs.iterdir()) / 1e6:.0f} MB in {FILES} files"
+        f"{what}, "
+        f"{sum(file.stat().st_size for file in docs.iterdir()) / 1e6:.0f} MB "
+        f"in {FILES} files"
     )
     for name, runs in (("peer", theirs), ("ours", mine)):
         print(f"{name:<6}{spread([run[0] for run in runs])}, {max(run[1] for run in runs):.2f} GB")
@@ -231,7 +248,8 @@ def beside(
     kept, same = texts_left(home / "ours"), texts_left(home / "peer")
     both = sum((collections.Counter(kept) & collections.Counter(same)).values())
     print(
-        f"kept: {len(kept):,} by ours, {len(same):,} by the peer, {both:,} by both; equal in order too: {kept == same}"
+        f"kept: {len(kept):,} by ours, {len(same):,} by the peer, {both:,} by "
+        f"both; equal in order too: {kept == same}"
     )
 
 
@@ -257,7 +275,9 @@ def texts_left(home: pathlib.Path) -> list[str]:
 
 
 def recall(texts: pathlib.Path, home: pathlib.Path, peer: str) -> None:
-    """2,000 documents and a copy of each with 0.01 to 0.25 of its words changed: what is found of the pairs, by their true similarity."""
+    """2,000 documents and a copy of each with 0.01 to 0.25 of its words changed: what is found of
+    the pairs, by their true similarity.
+    """
     import numpy as np
 
     from jaxpt.data import dedup
@@ -318,7 +338,9 @@ def recall(texts: pathlib.Path, home: pathlib.Path, peer: str) -> None:
                 {b for (a, b), s in similarity.items() if s >= least and (a in told or b in told)}
             ) / len({b for (_, b), s in similarity.items() if s >= least})
             print(
-                f"at {least}: {name} recall {within:.4f}, precision {len(told & true) / max(1, len(told)):.4f} ({len(told):,} dropped)"
+                f"at {least}: {name} recall {within:.4f}, precision "
+                f"{len(told & true) / max(1, len(told)):.4f} ({len(told):,} "
+                "dropped)"
             )
 
 

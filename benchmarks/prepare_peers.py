@@ -1,4 +1,6 @@
-"""What benchmarks/prepare.py runs of others, in the environment that has them: python benchmarks/prepare_peers.py WAY DOCS OUT [MODEL]."""
+"""What benchmarks/prepare.py runs of others, in the environment that has them: python
+benchmarks/prepare_peers.py WAY DOCS OUT [MODEL].
+"""
 
 import heapq
 import pathlib
@@ -7,7 +9,9 @@ import sys
 
 
 def course(docs: str, out: str, model: str) -> None:
-    """The lesson's way: datasets, a filter a rule over single examples, one after the other, then one parquet."""
+    """The lesson's way: datasets, a filter a rule over single examples, one after the other, then
+    one parquet.
+    """
     import datasets
     import fasttext
 

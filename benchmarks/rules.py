@@ -1,13 +1,17 @@
-"""Rules beside datatrove's filters of the same names, on the same documents: which are kept by one alone, and MB/s of one process.
+"""Rules beside datatrove's filters of the same names, on the same documents: which are kept by one
+alone, and MB/s of one process.
 
     python benchmarks/rules.py --texts DIR --peer VENV/bin/python        about three minutes
 
-DIR is searched for *.txt (Project Gutenberg books), which are cut at paragraphs into documents; the Python installation's prose and code
-join them, and 3,000 with repeats, bullets, ellipses and numbers planted in them. The peer is a virtual environment with
+DIR is searched for *.txt (Project Gutenberg books), which are cut at paragraphs into documents; the
+Python installation's prose and code
+join them, and 3,000 with repeats, bullets, ellipses and numbers planted in them. The peer is a
+virtual environment with
 
     pip install datatrove[processing]==0.10.1 spacy
 
-"same words" replaces datatrove's tokenizer by str.split, which is how words are cut here: what differs then is the rules. Its own
+"same words" replaces datatrove's tokenizer by str.split, which is how words are cut here: what
+differs then is the rules. Its own
 tokenizer, spaCy, sees --n documents only, as it takes many times as long.
 """
 
@@ -28,17 +32,32 @@ GOPHER = ("GopherQualityFilter", "GopherRepetitionFilter")
 C4 = ("C4QualityFilter",)
 SETS = {  # name -> (ours, theirs, their settings)
     "gopher": (
-        "gopher_word_count gopher_word_length gopher_symbols gopher_bullets gopher_ellipsis_lines gopher_alphabetic gopher_stop_words"
-        " paragraph_repetition duplicate_lines top_ngrams duplicate_ngrams", GOPHER, {},
+        "gopher_word_count gopher_word_length gopher_symbols gopher_bullets "
+        "gopher_ellipsis_lines gopher_alphabetic gopher_stop_words"
+        " paragraph_repetition duplicate_lines top_ngrams duplicate_ngrams",
+        GOPHER,
+        {},
     ),
     "gopher, marks are words": (
-        "gopher_word_count gopher_word_length gopher_symbols gopher_bullets gopher_ellipsis_lines gopher_alphabetic(marks=True) gopher_stop_words"
-        " paragraph_repetition duplicate_lines top_ngrams duplicate_ngrams", GOPHER, {},
+        "gopher_word_count gopher_word_length gopher_symbols gopher_bullets "
+        "gopher_ellipsis_lines gopher_alphabetic(marks=True) "
+        "gopher_stop_words"
+        " paragraph_repetition duplicate_lines top_ngrams duplicate_ngrams",
+        GOPHER,
+        {},
     ),
     "c4": ("c4_lines c4_lorem_ipsum c4_curly_bracket c4_sentences", C4, {}),
-    "c4 of fineweb": ("c4_lines(punctuation=False) c4_lorem_ipsum c4_curly_bracket c4_sentences", C4, {"filter_no_terminal_punct": False}),
-    "fineweb": ("fineweb_line_ends fineweb_short_lines fineweb_duplicate_characters fineweb_line_breaks", ("FineWebQualityFilter",), {}),
-}  # fmt: skip
+    "c4 of fineweb": (
+        "c4_lines(punctuation=False) c4_lorem_ipsum c4_curly_bracket c4_sentences",
+        C4,
+        {"filter_no_terminal_punct": False},
+    ),
+    "fineweb": (
+        ("fineweb_line_ends fineweb_short_lines fineweb_duplicate_characters fineweb_line_breaks"),
+        ("FineWebQualityFilter",),
+        {},
+    ),
+}
 
 
 def make(texts: pathlib.Path) -> list[str]:
@@ -160,7 +179,8 @@ def main() -> None:
             )
         here, there = ours(some), json.loads(done.stdout.splitlines()[-1])
         print(
-            f"{n:,} documents, {mb:.1f} MB, datatrove with {'the same words' if words == 'same' else 'its own tokenizer'}"
+            f"{n:,} documents, {mb:.1f} MB, datatrove with "
+            f"{'the same words' if words == 'same' else 'its own tokenizer'}"
         )
         for name in SETS:
             (mine, my_seconds), (other, other_seconds) = here[name], there[name]
@@ -169,8 +189,14 @@ def main() -> None:
                 for a, b in zip(mine, other, strict=True)
                 if bool(a) != bool(b)
             )
-            speed = f"{mb / my_seconds:5.1f} and {mb / other_seconds:5.2f} MB/s, {other_seconds / my_seconds:4.1f} x"
-            kept = f"kept {mine.count(''):,} and {other.count(''):,}, decided otherwise {alone.total():,}"
+            speed = (
+                f"{mb / my_seconds:5.1f} and {mb / other_seconds:5.2f} MB/s, "
+                f"{other_seconds / my_seconds:4.1f} x"
+            )
+            kept = (
+                f"kept {mine.count(''):,} and {other.count(''):,}, decided "
+                f"otherwise {alone.total():,}"
+            )
             print(
                 f"  {name:24} {kept:48} {speed}   {', '.join(f'{n} {what}' for what, n in alone.most_common(3))}"
             )

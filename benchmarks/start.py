@@ -1,8 +1,10 @@
-"""Seconds from the command to a run's first step: with an empty compile cache, again in another run directory, and going on after a kill.
+"""Seconds from the command to a run's first step: with an empty compile cache, again in another run
+directory, and going on after a kill.
 
     python benchmarks/start.py [--shapes S M] [--rounds 3]
 
-scripts/train.py is started as a user starts it, on rows packed here. A start's time ends when the console says that the step is compiled or read
+scripts/train.py is started as a user starts it, on rows packed here. A start's time ends when the
+console says that the step is compiled or read
 (first and again: after the rehearsal), and when the first line of a step is there.
 """
 
@@ -43,7 +45,8 @@ def main() -> None:
     for shape in arguments.shapes:
         found = [one_round(shape) for _ in range(arguments.rounds)]
         print(
-            f"\n| {shape} | ready, s | of the first | first step's line, s | of the first |\n|---|---|---|---|---|"
+            f"\n| {shape} | ready, s | of the first | first step's line, s | "
+            "of the first |\n|---|---|---|---|---|"
         )
         for i, name in enumerate(("first start", "again", "going on after a kill")):
             cells = [name]
@@ -76,7 +79,9 @@ def one_round(shape: str) -> list[tuple[float, float]]:
 
 
 def start(home: pathlib.Path, run: str) -> tuple[float, float]:
-    """Seconds to the compiled step and to the first step's line; the run is killed when it has saved a checkpoint."""
+    """Seconds to the compiled step and to the first step's line; the run is killed when it has
+    saved a checkpoint.
+    """
     command = [
         sys.executable,
         ROOT / "scripts/train.py",

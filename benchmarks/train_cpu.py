@@ -1,12 +1,17 @@
-"""Tokens a second of training on CPU: jaxpt's step, Hugging Face's Trainer, a torch.compile loop and Levanter, in turn.
+"""Tokens a second of training on CPU: jaxpt's step, Hugging Face's Trainer, a torch.compile loop
+and Levanter, in turn.
 
     python benchmarks/train_cpu.py --shapes S M --rounds 5
     python benchmarks/train_cpu.py --shapes course --contenders jaxpt hf hf-bf16
-    python benchmarks/train_cpu.py --contenders jaxpt levanter --python levanter=PATH/TO/ITS/bin/python
+    python benchmarks/train_cpu.py --contenders jaxpt levanter --python
+    levanter=PATH/TO/ITS/bin/python
 
-Every turn is a process of its own that warms up, times whole steps and prints tokens/s; a round is one turn of each, so that
-a machine whose speed drifts still compares fairly: read the ratios. All train float32 weights with AdamW (decay 0.1, clip 1) on
-random tokens, without recomputing, on all cores. Peers need torch and transformers: sdpa attention, AdamW fused.
+Every turn is a process of its own that warms up, times whole steps and prints tokens/s; a round is
+one turn of each, so that
+a machine whose speed drifts still compares fairly: read the ratios. All train float32 weights with
+AdamW (decay 0.1, clip 1) on
+random tokens, without recomputing, on all cores. Peers need torch and transformers: sdpa attention,
+AdamW fused.
 """
 
 import argparse
@@ -104,9 +109,18 @@ def torch_llama(shape: str, dtype: str = "float32"):
     torch.set_num_threads(os.cpu_count())
     L, D, F, N, K, *_ = SHAPES[shape]
     settings = LlamaConfig(
-        vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=L, num_attention_heads=N, num_key_value_heads=K,
-        max_position_embeddings=2048, tie_word_embeddings=False, use_cache=False, attn_implementation="sdpa", dtype=dtype,
-    )  # fmt: skip
+        vocab_size=V,
+        hidden_size=D,
+        intermediate_size=F,
+        num_hidden_layers=L,
+        num_attention_heads=N,
+        num_key_value_heads=K,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        use_cache=False,
+        attn_implementation="sdpa",
+        dtype=dtype,
+    )
     return torch, LlamaForCausalLM(settings).to(getattr(torch, dtype))
 
 
@@ -130,10 +144,19 @@ def hf(shape: str, dtype: str = "float32") -> float:
             ends.append(time.perf_counter())
 
     arguments = transformers.TrainingArguments(
-        "/tmp/jaxpt-benchmark", per_device_train_batch_size=B, max_steps=timed + first, optim="adamw_torch_fused", weight_decay=0.1,
-        gradient_checkpointing=shape == "course", bf16=dtype == "bfloat16", use_cpu=True, save_strategy="no", logging_strategy="no",
-        report_to="none", disable_tqdm=True,
-    )  # fmt: skip
+        "/tmp/jaxpt-benchmark",
+        per_device_train_batch_size=B,
+        max_steps=timed + first,
+        optim="adamw_torch_fused",
+        weight_decay=0.1,
+        gradient_checkpointing=shape == "course",
+        bf16=dtype == "bfloat16",
+        use_cpu=True,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
     transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[Clock()]).train()
     return rate(shape, [end - begin for begin, end in itertools.pairwise(ends)])
 
@@ -180,8 +203,14 @@ def levanter(shape: str) -> float:
     )
     adam = AdamConfig(learning_rate=3e-4, weight_decay=0.1).build(timed + first)
     trainer = TrainerConfig(
-        id="benchmark", tracker=NoopConfig(), train_batch_size=B, num_train_steps=timed + first, require_accelerator=False, log_jaxprs=False, log_xla_hlo=False,
-    )  # fmt: skip
+        id="benchmark",
+        tracker=NoopConfig(),
+        train_batch_size=B,
+        num_train_steps=timed + first,
+        require_accelerator=False,
+        log_jaxprs=False,
+        log_xla_hlo=False,
+    )
 
     def loss(model, example, *, key=None):
         return model.compute_next_token_loss(example, key=key)
@@ -266,7 +295,9 @@ def main():
                     flush=True,
                 )
         print(
-            f"\n| {shape}, {os.cpu_count()} cores | tokens/s, median of {arguments.rounds} | jaxpt is so many times as fast |\n|---|---|---|"
+            f"\n| {shape}, {os.cpu_count()} cores | tokens/s, median of "
+            f"{arguments.rounds} | jaxpt is so many times as fast "
+            "|\n|---|---|---|"
         )
         for contender, measured in speeds.items():
             ratios = [ours / theirs for ours, theirs in zip(speeds["jaxpt"], measured, strict=True)]

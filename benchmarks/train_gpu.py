@@ -1,10 +1,13 @@
-"""Speed and memory of the train step on the accelerator that is here: 1B parameters, rows of 4,096 with several documents each, bf16.
+"""Speed and memory of the train step on the accelerator that is here: 1B parameters, rows of 4,096
+with several documents each, bf16.
 
     python benchmarks/train_gpu.py [--rows 8] [--steps 10] [--remat minimal] [--backends auto xla]
     python benchmarks/train_gpu.py --tiny      (a small shape, to see that it works: on a CPU too)
 
-Prints, for each attention backend in a process of its own: MFU, step seconds (median), tokens a second, peak memory, and loss and
-gradient norm of the first step, which must agree between backends to bf16's rounding. MFU counts attention over the whole row, as
+Prints, for each attention backend in a process of its own: MFU, step seconds (median), tokens per
+second, peak memory, and loss and
+gradient norm of the first step, which must agree between backends to bf16's rounding. MFU counts
+attention over the whole row, as
 everywhere (docs/plan.md), though documents are shorter.
 """
 
@@ -56,11 +59,15 @@ def main():
     if args.child:
         return measure(args)
     print(
-        "| attention | MFU | step, s | tokens/s | peak memory, GiB | first loss | first gradient norm |\n|---|---|---|---|---|---|---|",
+        (
+            "| attention | MFU | step, s | tokens/s | peak memory, GiB | first "
+            "loss | first gradient norm |\n|---|---|---|---|---|---|---|"
+        ),
         flush=True,
     )
     for backend in args.backends:
-        # a process of its own: a device's peak memory counts from the start of the process. All of the card may be taken.
+        # a process of its own: a device's peak memory counts from the start of the process. All of
+        # the card may be taken.
         environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", **os.environ}
         failed = subprocess.run(
             [sys.executable, *sys.argv, "--child", backend], env=environment
@@ -97,7 +104,10 @@ def measure(args):
     sharding.check_mesh_divides(mesh, spec, args.rows, 1, T)
     name, why = attention.choose_backend(spec, settings, mesh)
     print(
-        f"attention: {name} ({why}); {llama.count_params(spec):,} parameters, {args.rows} rows of {T:,}",
+        (
+            f"attention: {name} ({why}); {llama.count_params(spec):,} parameters, "
+            f"{args.rows} rows of {T:,}"
+        ),
         file=sys.stderr,
     )
 
@@ -131,12 +141,15 @@ def measure(args):
     used = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     memory = f"{used / 2**30:.1f}" if used else "unknown"
     print(
-        f"| {name} | {mfu} | {took:.3f} | {tokens_per_second:,.0f} | {memory} | {first['loss']:.5f} | {first['grad_norm']:.4f} |"
+        f"| {name} | {mfu} | {took:.3f} | {tokens_per_second:,.0f} | {memory} "
+        f"| {first['loss']:.5f} | {first['grad_norm']:.4f} |"
     )
 
 
 def packed_rows(rows: int, T: int, vocab: int):
-    """A Batch of random tokens in documents of T/64 to T/2 tokens, with up to T/64 of padding at a row's end."""
+    """A Batch of random tokens in documents of T/64 to T/2 tokens, with up to T/64 of padding at a
+    row's end.
+    """
     import numpy as np
 
     from jaxpt.spec import Batch

@@ -1,8 +1,10 @@
-"""Tokens per second of the quickstart's training step on this machine, with the scan over layers unrolled and not, in turn.
+"""Tokens per second of the quickstart's training step on this machine, with the scan over layers
+unrolled and not, in turn.
 
     python benchmarks/train_step.py [rounds]
 
-Prints the median of each and of their ratio, round by round, so that a machine whose speed drifts still compares fairly.
+Prints the median of each and of their ratio, round by round, so that a machine whose speed drifts
+still compares fairly.
 """
 
 import pathlib
@@ -69,7 +71,9 @@ def main(rounds: int = 10):
         for rolled, unrolled in zip(seconds["rolled"], seconds["unrolled"], strict=True)
     ]
     print(
-        f"unrolled is {statistics.median(ratios):.2f} x rolled (from {min(ratios):.2f} to {max(ratios):.2f}), {jax.device_count()} x {jax.devices()[0].device_kind}"
+        f"unrolled is {statistics.median(ratios):.2f} x rolled (from "
+        f"{min(ratios):.2f} to {max(ratios):.2f}), {jax.device_count()} x "
+        f"{jax.devices()[0].device_kind}"
     )
 
 

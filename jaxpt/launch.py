@@ -1,7 +1,11 @@
-"""The same train command on many hosts: what is written and what is run, for a Cloud TPU slice, Kubernetes, SLURM and plain ssh.
+"""The same train command on many hosts.
 
-A recipe is a Launch: files, then phases of shell lines; the lines of a phase run at the same time. `show` prints one so that it
-can be pasted into a terminal, `go` does it. train.py joins the processes: see jaxpt/train/distributed.py for what it looks at.
+What is written and what is run, for a Cloud TPU slice, Kubernetes, SLURM and plain ssh.
+
+A recipe is a Launch: files, then phases of shell lines; the lines of a phase run at the same time.
+`show` prints one so that it
+can be pasted into a terminal, `go` does it. train.py joins the processes: see
+jaxpt/train/distributed.py for what it looks at.
 """
 
 from __future__ import annotations
@@ -24,7 +28,9 @@ log = logging.getLogger(__name__)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COORDINATOR_PORT = 8476  # where the first process waits for the others
-GRACE_SECONDS = 600  # seconds between the notice that a pod must go and its end: a checkpoint of a large model takes minutes
+# seconds between the notice that a pod must go and its end: a checkpoint of a large model takes
+# minutes
+GRACE_SECONDS = 600
 MAX_RESTARTS = 20  # of a whole JobSet: each goes on from the newest checkpoint
 
 # chip: (value of GKE's node label, devices that a host of several holds)
@@ -47,15 +53,21 @@ GPU_NODES = {
 
 # Everything that git would see, committed or not: the recipe that was just written belongs to it.
 PACK_CLONE = "git ls-files -coz --exclude-standard | tar -cz --null -T -"
-# Under a lock, for hosts that share a home. uv brings a Python of its own where the image's is older than 3.11, as that of many TPU images is.
+# Under a lock, for hosts that share a home. uv brings a Python of its own where the image's is
+# older than 3.11, as that of many TPU images is.
 SETUP_COMMANDS = (
-    "set -e; mkdir -p jaxpt; cd jaxpt; exec 9>.lock; flock 9; tar -xz {archive}; test -e .venv/.installed || {{ rm -rf .venv .uv; python3 -m venv .uv; "
+    "set -e; mkdir -p jaxpt; cd jaxpt; exec 9>.lock; flock 9; tar -xz "
+    "{archive}; test -e .venv/.installed || "
+    "{{ rm -rf .venv .uv; python3 -m venv .uv; "
     ".uv/bin/python -m pip install -q uv; .uv/bin/uv venv -q --python 3.12 .venv; "
-    ".uv/bin/uv pip install -q --python .venv/bin/python -r {requirements}; touch .venv/.installed; }}"
+    ".uv/bin/uv pip install -q --python .venv/bin/python -r {requirements}; "
+    "touch .venv/.installed; }}"
 )
 
 
 class LaunchPlan(NamedTuple):
+    """Files to write and commands to run."""
+
     required_commands: tuple[str, ...]  # programs
     files: dict[str, str]
     phases: list[list[str]]
@@ -63,7 +75,10 @@ class LaunchPlan(NamedTuple):
 
 
 def plan_tpu_vm(name: str, zone: str, train: list[str]) -> LaunchPlan:
-    """Every host of a Cloud TPU slice that is there. The processes find each other through the slice's metadata."""
+    """Every host of a Cloud TPU slice that is there.
+
+    The processes find each other through the slice's metadata.
+    """
     gcloud = ["gcloud", "compute", "tpus", "tpu-vm"]
 
     def everywhere(command: str, worker: str = "all") -> str:
@@ -97,7 +112,10 @@ def plan_tpu_vm(name: str, zone: str, train: list[str]) -> LaunchPlan:
 
 
 def plan_ssh(hosts: list[str], train: list[str]) -> LaunchPlan:
-    """Hosts that ssh reaches without a password; the first is the coordinator, by the name given here."""
+    """Hosts that ssh reaches without a password.
+
+    The first is the coordinator, by the name given here.
+    """
     coordinator = f"{hosts[0].rpartition('@')[2]}:{COORDINATOR_PORT}"
 
     def on(host: str, command: str, *flags: str) -> str:
@@ -128,24 +146,33 @@ def plan_ssh(hosts: list[str], train: list[str]) -> LaunchPlan:
 
 
 def detached_command(train: list[str], environment: str = "", suffix: str = "") -> str:
-    """A shell line that starts training in ~/jaxpt so that it outlives its connection, unless a run is going on there."""
+    """A shell line that starts training in ~/jaxpt so that it outlives its connection, unless a run
+    is going on there.
+    """
     pid, log = f"train{suffix}.pid", f"train{suffix}.log"
     return (
-        f'cd jaxpt && if kill -0 $(cat {pid}) 2>/dev/null; then echo "$(hostname): a run is going on, process $(cat {pid}); stop it first" >&2; exit 1; fi; '
-        f"{environment}nohup .venv/bin/python {shlex.join(train)} >>{log} 2>&1 </dev/null & echo $! >{pid}"
+        f"cd jaxpt && if kill -0 $(cat {pid}) 2>/dev/null; then echo "
+        f'"$(hostname): a run is going on, process $(cat {pid}); stop it '
+        'first" >&2; exit 1; fi; '
+        f"{environment}nohup .venv/bin/python {shlex.join(train)} >>{log} "
+        f"2>&1 </dev/null & echo $! >{pid}"
     )
 
 
 def stop_command(suffix: str = "") -> str:
-    """SIGTERM: the run saves a checkpoint and ends, on all hosts once one is told."""
+    """Return a command that sends SIGTERM: the run saves a checkpoint and ends, on all hosts."""
     return f"kill $(cat jaxpt/train{suffix}.pid)"
 
 
 def plan_slurm(nodes: int, gpus: int, workdir: str, train: list[str]) -> LaunchPlan:
-    """A batch script for the cluster whose shared disk holds this clone; sbatch's own environment (SBATCH_PARTITION, ...) says the rest."""
+    """A batch script for the cluster whose shared disk holds this clone.
+
+    Sbatch's own environment (SBATCH_PARTITION, ...) says the rest.
+    """
     if nodes < 1 or gpus < 0:
         raise UserError(
-            f"--nodes {nodes} --gpus {gpus}: wanted at least one node, and 0 or more GPUs on each."
+            f"--nodes {nodes} --gpus {gpus}: expected at least one node, and "
+            "0 or more GPUs on each."
         )
     name = pathlib.Path(workdir).name
     file = f"{workdir}/train.sbatch"
@@ -154,8 +181,9 @@ def plan_slurm(nodes: int, gpus: int, workdir: str, train: list[str]) -> LaunchP
         f"#SBATCH --gres=gpu:{gpus}\n"
         "# JAX takes a task for one GPU, its local id; this one has all of its node\n"
         f"export JAX_LOCAL_DEVICE_IDS={','.join(map(str, range(gpus)))}\n"
-        if gpus else ""
-    )  # fmt: skip
+        if gpus
+        else ""
+    )
     script = f"""#!/bin/bash
 #SBATCH --nodes={nodes}
 #SBATCH --ntasks-per-node=1
@@ -176,19 +204,26 @@ exit $status
     return LaunchPlan(
         required_commands=("sbatch",),
         files={file: script},
-        phases=[[shlex.join(["sbatch", f"--job-name={name}", f"--output={workdir}/train-%j.log", file])]],
+        phases=[
+            [shlex.join(["sbatch", f"--job-name={name}", f"--output={workdir}/train-%j.log", file])]
+        ],
         notes={
             "see": f"tail -n 40 -F {shlex.quote(workdir)}/train-*.log",
             # asked first, it has saved by the time that it is ended
-            "stop": shlex.join(["scancel", "--signal=TERM", f"--name={name}"]) + "; sleep 60; " + shlex.join(["scancel", f"--name={name}"]),
+            "stop": shlex.join(["scancel", "--signal=TERM", f"--name={name}"])
+            + "; sleep 60; "
+            + shlex.join(["scancel", f"--name={name}"]),
         },
-    )  # fmt: skip
+    )
 
 
 def plan_gke(
     name: str, target: str, image: str, claim: str, workdir: str, train: list[str]
 ) -> LaunchPlan:
-    """A JobSet on a cluster that has the JobSet controller; `claim`, a volume that many pods may write, is mounted on workdir's parent."""
+    """A JobSet on a cluster that has the JobSet controller.
+
+    `claim`, a volume that many pods may write, is mounted on workdir's parent.
+    """
     file = f"runs/launch/{name}.yaml"
     requirements = (
         "requirements-gpu.txt" if target.partition(":")[0] in GPU_NODES else "requirements-tpu.txt"
@@ -225,18 +260,22 @@ def render_jobset(
     """The YAML. Strings that a person chose are written as JSON, which YAML reads as it is."""
     if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", name):
         raise UserError(
-            f"--name {name}: Kubernetes wants at most 40 small letters, digits and dashes, beginning with a letter."
+            f"--name {name}: Kubernetes wants at most 40 small letters, "
+            "digits and dashes, beginning with a letter."
         )
     parent = str(pathlib.PurePosixPath(workdir).parent)
     if parent == "/":
         raise UserError(
-            f"--workdir {workdir}: its parent is where the volume is mounted, and / cannot be. Use one such as /runs{workdir}."
+            f"--workdir {workdir}: its parent is where the volume is mounted, "
+            f"and / cannot be. Use one such as /runs{workdir}."
         )
     hosts, devices, selector, resource = find_node_pool(on)
-    # A shell is the pod's first process, so the notice to stop is handed on. Ended well and yet not finished (it was asked to stop) is
+    # A shell is the pod's first process, so the notice to stop is handed on. Ended well and yet not
+    # finished (it was asked to stop) is
     # a failure here: a pod that ends with 0 counts as done, and the set would not start it again.
     command = (
-        f"python {shlex.join(train)} & child=$!; trap 'kill -TERM $child' TERM; wait $child || wait $child "
+        f"python {shlex.join(train)} & child=$!; trap 'kill -TERM $child' "
+        "TERM; wait $child || wait $child "
         f"&& {{ test -e {shlex.quote(workdir + '/manifest.json')} || exit 75; }}"
     )
     command = json.dumps(
@@ -293,7 +332,9 @@ EXCLUSIVE_TOPOLOGY = (
 
 
 def find_node_pool(on: str) -> tuple[int, int, dict[str, str], str]:
-    """ "v5p:4x4x4" or "h100:16" -> hosts, devices of each, node labels, and the resource that they are asked as."""
+    """ "v5p:4x4x4" or "h100:16" -> hosts, devices of each, node labels, and the resource that they
+    are asked as.
+    """
     chip, _, size = on.partition(":")
     if chip in TPU_NODES and re.fullmatch(r"\d+x\d+(x\d+)?", size):
         label, each = TPU_NODES[chip]
@@ -314,7 +355,9 @@ def find_node_pool(on: str) -> tuple[int, int, dict[str, str], str]:
         )
     else:
         raise UserError(
-            f"--on {on}: wanted CHIP:TOPOLOGY ({', '.join(TPU_NODES)}), such as v5p:4x4x4, or CHIP:COUNT ({', '.join(GPU_NODES)}), such as h100:16."
+            f"--on {on}: expected CHIP:TOPOLOGY ({', '.join(TPU_NODES)}), "
+            f"such as v5p:4x4x4, or CHIP:COUNT ({', '.join(GPU_NODES)}), such "
+            "as h100:16."
         )
     if n > each and n % each:
         raise UserError(f"--on {on}: {n} devices are no whole number of hosts of {each}.")
@@ -325,17 +368,22 @@ def find_node_pool(on: str) -> tuple[int, int, dict[str, str], str]:
 
 
 def train_command(config: str, workdir: str, overrides: list[str]) -> list[str]:
-    """Words after `python`, from the clone's root. Raises UserError where hosts would not find what the command names."""
+    """Words after `python`, from the clone's root.
+
+    Raises UserError where hosts would not find what the command names.
+    """
     name, colon, argument = config.partition(":")
     file = pathlib.Path(name).resolve()
     if not file.is_relative_to(ROOT):
         raise UserError(
-            f"--config {config}: lies outside {ROOT}, so the other hosts would not have it. Put it into the clone."
+            f"--config {config}: lies outside {ROOT}, so the other hosts "
+            "would not have it. Put it into the clone."
         )
     stage.local_path(workdir)
     if not pathlib.PurePosixPath(workdir).is_absolute():
         raise UserError(
-            f"--workdir {workdir}: wanted an absolute path, a disk or mount that every host sees under this name."
+            f"--workdir {workdir}: expected an absolute path, a disk or mount "
+            "that every host sees under this name."
         )
     return [
         "scripts/train.py",
@@ -364,11 +412,15 @@ def print_launch(launch: LaunchPlan) -> str:
 
 
 def execute_launch(launch: LaunchPlan) -> None:
-    """Write the files and run the phases. Raises UserError for a program that is not here and for a command that failed."""
+    """Write the files and run the phases.
+
+    Raises UserError for a program that is not here and for a command that failed.
+    """
     for program in launch.required_commands:
         if not shutil.which(program):
             raise UserError(
-                f"{program}: not on this machine's PATH. Install it, or leave out --go and take what is printed to a machine that has it."
+                f"{program}: not on this machine's PATH. Install it, or leave "
+                "out --go and take what is printed to a machine that has it."
             )
     for path, text in launch.files.items():
         (ROOT / path).parent.mkdir(parents=True, exist_ok=True)

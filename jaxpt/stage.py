@@ -484,7 +484,7 @@ def is_disk_full(error: OSError) -> bool:
 
 
 def use_large_pages() -> None:
-    """Start this program again with glibc told to use pages of 2 MB. Call it first in a main.
+    """Start this program again with glibc set to use pages of 2 MB. Call it first in a main.
 
     A training step on a CPU takes gigabytes of fresh memory each time; in pages of 4 kB that alone
     is a tenth of it (1.12 x the tokens per second at 13 and 248 million parameters,

@@ -17,7 +17,6 @@ h100, h200, b200, l4, rtx4090, cpu).
 """
 
 import argparse
-import json
 import pathlib
 import sys
 
@@ -114,8 +113,7 @@ def main():
 
     from jaxpt.plan import answer
 
-    found = answer.run_plan(
-        settings,
+    request = answer.PlanRequest(
         target_names=arguments.on,
         with_search=arguments.search,
         check_run_dirs=arguments.check,
@@ -126,10 +124,11 @@ def main():
         law_name=arguments.law,
         fit_run_dirs=arguments.fit,
     )
+    plan = answer.run_plan(settings, request)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        stage.write_atomic(arguments.json, json.dumps(found, indent=1) + "\n")
-        print(f"\nplan: wrote {len(found['targets'])} targets to {arguments.json}")
+        stage.write_json_atomic(arguments.json, plan)
+        print(f"\nplan: wrote {len(plan.targets)} targets to {arguments.json}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""What the laws share: eight CPU devices, sizes that cannot coincide, and real text where the machine has some."""
+"""What the laws share: eight CPU devices, sizes that cannot coincide, and real text where the
+machine has some.
+"""
 
 import os
 import pathlib
@@ -7,8 +9,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 given = os.environ.get("XLA_FLAGS")
-# Most of the suite's time is compiling, for programs that run a moment: here LLVM optimises none of them. XLA's own passes, and with them
-# memory and sharding, are as ever. XLA_FLAGS=--xla_backend_optimization_level=3 has what users have, as the processes that tests start do:
+# Most of the suite's time is compiling, for programs that run a moment: here LLVM optimises none of
+# them. XLA's own passes, and with them
+# memory and sharding, are as ever. XLA_FLAGS=--xla_backend_optimization_level=3 has what users
+# have, as the processes that tests start do:
 # those train for longer.
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {given or ''}"
 
@@ -31,11 +35,14 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def data_dir():
-    """Public texts, benchmark files and a trained model: JAXPT_TEST_DATA, else the shared folder beside the clone."""
+    """Public texts, benchmark files and a trained model: JAXPT_TEST_DATA, else the shared folder
+    beside the clone.
+    """
     directory = pathlib.Path(os.environ.get("JAXPT_TEST_DATA", ROOT.parent / "shared" / "data"))
     if not directory.is_dir():
         pytest.skip(
-            f"no test data: set JAXPT_TEST_DATA to a folder with text_gutenberg, eval_truthfulqa, ... ({directory} is not there)"
+            "no test data: set JAXPT_TEST_DATA to a folder with "
+            f"text_gutenberg, eval_truthfulqa, ... ({directory} is not there)"
         )
     return directory
 
@@ -65,7 +72,8 @@ SMALL = """
 from jaxpt.config import defaults
 def get_config():
     c = defaults()
-    c.prepare.sources, c.prepare.max_mb, c.prepare.heldout_frac = ("python:prose", "python:code"), 0.3, 0.2
+    c.prepare.sources = ("python:prose", "python:code")
+    c.prepare.max_mb, c.prepare.heldout_frac = 0.3, 0.2
     c.tokenizer.vocab_size, c.pack.seq_len = 500, 64
     return c
 """
@@ -73,7 +81,9 @@ def get_config():
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory):
-    """A directory with base/corpus, base/tokenizer and base/packed: a little of this Python's own texts, through the doors."""
+    """A directory with base/corpus, base/tokenizer and base/packed: a little of this Python's own
+    texts, through the doors.
+    """
     home = tmp_path_factory.mktemp("texts")
     (home / "small.py").write_text(SMALL)
     for name in ("prepare", "train_tokenizer", "pack"):
@@ -82,3 +92,15 @@ def texts(tmp_path_factory):
         )
         assert status == 0, told
     return home
+
+
+@pytest.fixture
+def output(capsys, caplog):
+    """Return a function: what was printed and logged since its last call."""
+
+    def read() -> str:
+        text = capsys.readouterr().out + caplog.text
+        caplog.clear()
+        return text
+
+    return read

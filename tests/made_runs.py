@@ -1,4 +1,4 @@
-"""Runs as their stages leave them, made without training: what the report and its doors are tried on; and a page taken apart."""
+"""Make run directories without training, for tests of the report; parse its page."""
 
 import html.parser
 import json
@@ -8,15 +8,34 @@ import random
 from jaxpt import config, stage
 
 SPEC = {
-    "n_layers": 5, "d_model": 96, "d_ff": 256, "n_heads": 6, "n_kv_heads": 2, "d_head": 16, "vocab_size": 1024, "max_seq_len": 512, "norm_eps": 1e-5,
-    "rope_theta": 10000.0, "rope_scaling": None, "tie_embeddings": True, "qkv_bias": False, "out_bias": False, "mlp_bias": False, "qk_norm": False,
-    "sliding_window": None, "bos_id": 1, "eos_id": 2,
-}  # fmt: skip
-HOSTILE = "<script>document.title = 'hostile'</script> & <img src=https://example.org/x.png onerror=alert(1)>"
+    "n_layers": 5,
+    "d_model": 96,
+    "d_ff": 256,
+    "n_heads": 6,
+    "n_kv_heads": 2,
+    "d_head": 16,
+    "vocab_size": 1024,
+    "max_seq_len": 512,
+    "norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "tie_embeddings": True,
+    "qkv_bias": False,
+    "out_bias": False,
+    "mlp_bias": False,
+    "qk_norm": False,
+    "sliding_window": None,
+    "bos_id": 1,
+    "eos_id": 2,
+}
+HOSTILE = (
+    "<script>document.title = 'hostile'</script> & "
+    "<img src=https://example.org/x.png onerror=alert(1)>"
+)
 
 
 def write_runs(root):
-    """A base and the child grown from it, as their stages leave them: only JSON, of the size that a quickstart makes."""
+    """Write a base and the child grown from it: only JSON, of the size of a quickstart."""
     base, child = root / "base", root / "child"
     write_data(base)
     write_run(
@@ -44,68 +63,256 @@ def write_runs(root):
     write_json(child / "growth.json", growth(parent=str(base / "checkpoints" / "300")))
     for run, offset in ((base, 0.0), (child, -0.07)):
         for backend, seconds in (("jax", 11.4), ("hf", 37.9)):
-            write_json(run / "eval" / f"{backend}.json", {
-                "results": {
-                    "bits_per_byte/prose": {"bits_per_byte,none": 2.113 + offset, "nats_sum": 8.1e5, "bytes_sum": 5.5e5, "tokens_sum": 2.1e5},
-                    "bits_per_byte/code": {"bits_per_byte,none": 1.702 + offset / 2},
-                    "truthfulqa_mc2": {"alias": "truthfulqa_mc2", "acc,none": 0.461 - offset, "acc_stderr,none": 0.048},
-                    "winogrande": {"alias": "winogrande", "acc,none": 0.512 - offset / 3, "acc_stderr,none": 0.035},
+            write_json(
+                run / "eval" / f"{backend}.json",
+                {
+                    "results": {
+                        "bits_per_byte/prose": {
+                            "bits_per_byte,none": 2.113 + offset,
+                            "nats_sum": 8.1e5,
+                            "bytes_sum": 5.5e5,
+                            "tokens_sum": 2.1e5,
+                        },
+                        "bits_per_byte/code": {"bits_per_byte,none": 1.702 + offset / 2},
+                        "truthfulqa_mc2": {
+                            "alias": "truthfulqa_mc2",
+                            "acc,none": 0.461 - offset,
+                            "acc_stderr,none": 0.048,
+                        },
+                        "winogrande": {
+                            "alias": "winogrande",
+                            "acc,none": 0.512 - offset / 3,
+                            "acc_stderr,none": 0.035,
+                        },
+                    },
+                    "contamination": {
+                        "ngram": 13,
+                        "corpora": {str(base / "corpus"): 41_285},
+                        "unknown": [],
+                        "tasks": {
+                            "truthfulqa_mc2": {
+                                "items": 100,
+                                "overlapping": 3,
+                                "short": 0,
+                                "without": {"acc,none": 0.447 - offset, "acc_stderr,none": 0.052},
+                                "examples": [
+                                    {
+                                        "item": "41",
+                                        "shared": "if you crack your knuckles a lot you may "
+                                        + HOSTILE,
+                                        "document": "web/8812",
+                                    }
+                                ],
+                            },
+                            "winogrande": {
+                                "items": 200,
+                                "overlapping": 0,
+                                "short": 17,
+                                "examples": [],
+                                "without": {
+                                    "acc,none": 0.512 - offset / 3,
+                                    "acc_stderr,none": 0.035,
+                                },
+                            },
+                        },
+                    },
+                    "n-samples": {
+                        "truthfulqa_mc2": {"original": 817, "effective": 100},
+                        "winogrande": {"original": 1267, "effective": 200},
+                    },
+                    "model": str(run / "hf" if backend == "hf" else run / "checkpoints" / "300"),
+                    "backend": backend,
+                    "seconds": seconds,
                 },
-                "contamination": {"ngram": 13, "corpora": {str(base / "corpus"): 41_285}, "unknown": [], "tasks": {
-                    "truthfulqa_mc2": {"items": 100, "overlapping": 3, "short": 0, "without": {"acc,none": 0.447 - offset, "acc_stderr,none": 0.052},
-                        "examples": [{"item": "41", "shared": "if you crack your knuckles a lot you may " + HOSTILE, "document": "web/8812"}]},
-                    "winogrande": {"items": 200, "overlapping": 0, "short": 17, "examples": [], "without": {"acc,none": 0.512 - offset / 3, "acc_stderr,none": 0.035}},
-                }},
-                "n-samples": {"truthfulqa_mc2": {"original": 817, "effective": 100}, "winogrande": {"original": 1267, "effective": 200}},
-                "model": str(run / "hf" if backend == "hf" else run / "checkpoints" / "300"), "backend": backend, "seconds": seconds,
-            })  # fmt: skip
-    write_json(child / "eval" / "samples.json", {
-        "models": ["base", "child"], "settings": {"temperature": 0.0, "max_new_tokens": 48, "repetition_penalty": 1.1},
-        "prompts": [
-            {"prompt": "I am an engineer. I love", "outputs": [
-                {"model": "base", "text": " the first of the house, and the old man had been a great many of the people, and that he was not to be seen", "tokens": 48, "seconds": 0.61},
-                {"model": "child", "text": " my mother, and I have not seen a better house in all the country, said the old man; but there is no more to do with it.", "tokens": 48, "seconds": 0.88}]},
-            {"prompt": "def find_max(numbers):", "outputs": [
-                {"model": "base", "text": '\n    """Return the number of the value."""\n    if self.name is None:\n        return self._value\n    return self', "tokens": 48, "seconds": 0.6},
-                {"model": "child", "text": "\n    " + HOSTILE + "\n    for number in numbers:\n        if number > result:\n            result = number\n    return result", "tokens": 48, "seconds": 0.9}]},
-        ],
-    })  # fmt: skip
-    write_json(child / "eval" / "differences.json", {
-        "models": ["base", "child"], "documents": 53, "max_length": 512,
-        "better": [{"source": "code", "id": "lib/heapq.py", "tokens": 498, "nats": [3.301, 2.618], "first_token": 40,
-            "pieces": ["def", " heap", "push", "(", HOSTILE, ", item):"], "losses": [[4.1, 3.9, 2.2, 0.5, 6.0, 3.0], [1.2, 3.8, 1.4, 0.5, 4.5, 3.1]]}],
-        "worse": [{"source": "prose", "id": "moby.txt:18", "tokens": 512, "nats": [3.61, 3.88], "first_token": 0,
-            "pieces": ["Call", " me", " Ishmael"], "losses": [[5.0, 2.0, 7.0], [5.8, 2.2, 9.9]]}],
-    })  # fmt: skip
-    write_json(child / "plan.json", {"targets": [
-        {"on": "h100:1", "method": "compiled", "devices": 1, "fits": True, "peak_bytes_per_device": 61.2e9, "tokens_per_second": 41_300, "hours": 262.0, "usd": 786.0},
-        {"on": "h100:8", "method": "compiled", "devices": 8, "fits": True, "peak_bytes_per_device": 22.9e9, "tokens_per_second": 318_000, "hours": 34.1, "usd": 818.0},
-        {"on": "v5e:4x4", "method": "compiled", "devices": 16, "fits": True, "peak_bytes_per_device": 11.7e9, "tokens_per_second": 201_000, "hours": 53.9, "usd": 1035.0},
-        {"on": "v5p:2x2x2", "method": "estimated", "devices": 8, "fits": True, "peak_bytes_per_device": 25.1e9, "tokens_per_second": 272_000, "hours": 39.8, "usd": 1337.0},
-        {"on": "l4:8", "method": "estimated", "devices": 8, "fits": False, "peak_bytes_per_device": 31.0e9, "tokens_per_second": 42_000, "hours": 258.0, "usd": 1445.0},
-    ]})  # fmt: skip
+            )
+    write_json(
+        child / "eval" / "samples.json",
+        {
+            "models": ["base", "child"],
+            "settings": {"temperature": 0.0, "max_new_tokens": 48, "repetition_penalty": 1.1},
+            "prompts": [
+                {
+                    "prompt": "I am an engineer. I love",
+                    "outputs": [
+                        {
+                            "model": "base",
+                            "text": " the first of the house, and the old man had been "
+                            "a great many of the people, "
+                            "and that he was not to be seen",
+                            "tokens": 48,
+                            "seconds": 0.61,
+                        },
+                        {
+                            "model": "child",
+                            "text": " my mother, and I have not seen a better house in "
+                            "all the country, "
+                            "said the old man; but there is no more to do with it.",
+                            "tokens": 48,
+                            "seconds": 0.88,
+                        },
+                    ],
+                },
+                {
+                    "prompt": "def find_max(numbers):",
+                    "outputs": [
+                        {
+                            "model": "base",
+                            "text": '\n    """Return the number of the value."""\n    '
+                            "if self.name is None:"
+                            "\n        return self._value\n    return self",
+                            "tokens": 48,
+                            "seconds": 0.6,
+                        },
+                        {
+                            "model": "child",
+                            "text": "\n    "
+                            + HOSTILE
+                            + "\n    for number in numbers:\n        if number > result:\n"
+                            + "            result = number\n    return result",
+                            "tokens": 48,
+                            "seconds": 0.9,
+                        },
+                    ],
+                },
+            ],
+        },
+    )
+    write_json(
+        child / "eval" / "differences.json",
+        {
+            "models": ["base", "child"],
+            "documents": 53,
+            "max_length": 512,
+            "better": [
+                {
+                    "source": "code",
+                    "id": "lib/heapq.py",
+                    "tokens": 498,
+                    "nats": [3.301, 2.618],
+                    "first_token": 40,
+                    "pieces": ["def", " heap", "push", "(", HOSTILE, ", item):"],
+                    "losses": [[4.1, 3.9, 2.2, 0.5, 6.0, 3.0], [1.2, 3.8, 1.4, 0.5, 4.5, 3.1]],
+                }
+            ],
+            "worse": [
+                {
+                    "source": "prose",
+                    "id": "moby.txt:18",
+                    "tokens": 512,
+                    "nats": [3.61, 3.88],
+                    "first_token": 0,
+                    "pieces": ["Call", " me", " Ishmael"],
+                    "losses": [[5.0, 2.0, 7.0], [5.8, 2.2, 9.9]],
+                }
+            ],
+        },
+    )
+    write_json(
+        child / "plan.json",
+        {
+            "targets": [
+                {
+                    "on": "h100:1",
+                    "method": "compiled",
+                    "devices": 1,
+                    "fits": True,
+                    "peak_bytes_per_device": 61.2e9,
+                    "tokens_per_second": 41_300,
+                    "hours": 262.0,
+                    "usd": 786.0,
+                },
+                {
+                    "on": "h100:8",
+                    "method": "compiled",
+                    "devices": 8,
+                    "fits": True,
+                    "peak_bytes_per_device": 22.9e9,
+                    "tokens_per_second": 318_000,
+                    "hours": 34.1,
+                    "usd": 818.0,
+                },
+                {
+                    "on": "v5e:4x4",
+                    "method": "compiled",
+                    "devices": 16,
+                    "fits": True,
+                    "peak_bytes_per_device": 11.7e9,
+                    "tokens_per_second": 201_000,
+                    "hours": 53.9,
+                    "usd": 1035.0,
+                },
+                {
+                    "on": "v5p:2x2x2",
+                    "method": "estimated",
+                    "devices": 8,
+                    "fits": True,
+                    "peak_bytes_per_device": 25.1e9,
+                    "tokens_per_second": 272_000,
+                    "hours": 39.8,
+                    "usd": 1337.0,
+                },
+                {
+                    "on": "l4:8",
+                    "method": "estimated",
+                    "devices": 8,
+                    "fits": False,
+                    "peak_bytes_per_device": 31.0e9,
+                    "tokens_per_second": 42_000,
+                    "hours": 258.0,
+                    "usd": 1445.0,
+                },
+            ]
+        },
+    )
     return base, child
 
 
 def growth(**changes):
     """growth.json of a stack of 5 layers that became 8, everything measured."""
-    layer = lambda i, influence: {"rms": 0.05 * 1.9**i, "influence": influence}  # noqa: E731
+    layer = lambda i, influence: {"rms": 0.05 * 1.9**i, "influence": influence}
     return {
-        "parent": "runs/base", "operators": ["depth_upscale(m=1)"], "at_step": None,
-        "layer_map": [0, 1, 2, 3, 1, 2, 3, 4], "new_layers": [4, 5, 6],
-        "n_params": {"parent": 590_880, "child": 886_368}, "flops_per_token": {"parent": 3_421_000.0, "child": 5_310_000.0},
+        "parent": "runs/base",
+        "operators": ["depth_upscale(m=1)"],
+        "at_step": None,
+        "layer_map": [0, 1, 2, 3, 1, 2, 3, 4],
+        "new_layers": [4, 5, 6],
+        "n_params": {"parent": 590_880, "child": 886_368},
+        "flops_per_token": {"parent": 3_421_000.0, "child": 5_310_000.0},
         "spec": {"parent": SPEC, "child": {**SPEC, "n_layers": 8}},
-        "heldout_loss": {"parent": {"prose": 3.912, "code": 3.204}, "newborn": {"prose": 4.466, "code": 3.927}}, "heldout_rows": 64,
-        "preserves_function": False, "max_logit_difference": None,
-        "layers": {
-            "parent": [layer(i, influence) for i, influence in enumerate((0.614, 0.181, 0.093, 0.102, 0.254))],
-            "newborn": [layer(i, influence) for i, influence in enumerate((0.614, 0.181, 0.093, 0.102, 0.041, 0.032, 0.055, 0.297))],
+        "heldout_loss": {
+            "parent": {"prose": 3.912, "code": 3.204},
+            "child": {"prose": 4.466, "code": 3.927},
         },
-        "twins": [{"source": source, "layers": [source, source + 3], "cosine": cosine} for source, cosine in ((1, 0.713), (2, 0.587), (3, 0.821))],
-        "probe": {"steps": 20, "parent": {"prose": 3.874, "code": 3.151}, "newborn": {"prose": 3.899, "code": 3.118}},
-        "measured": {}, "moments": "reset_new",
-        "verdict": "healthy: it starts +0.72 nats a token from its parent (held-out: prose 3.91 -> 4.47, code 3.20 -> 3.93); training has to win that back",
-    } | changes  # fmt: skip
+        "heldout_sequences": 64,
+        "preserves_function": False,
+        "max_logit_difference": None,
+        "layers": {
+            "parent": [
+                layer(i, influence)
+                for i, influence in enumerate((0.614, 0.181, 0.093, 0.102, 0.254))
+            ],
+            "child": [
+                layer(i, influence)
+                for i, influence in enumerate(
+                    (0.614, 0.181, 0.093, 0.102, 0.041, 0.032, 0.055, 0.297)
+                )
+            ],
+        },
+        "copy_similarity": [
+            {"source": source, "layers": [source, source + 3], "cosine": cosine}
+            for source, cosine in ((1, 0.713), (2, 0.587), (3, 0.821))
+        ],
+        "probe": {
+            "steps": 20,
+            "parent": {"prose": 3.874, "code": 3.151},
+            "child": {"prose": 3.899, "code": 3.118},
+        },
+        "measured": {},
+        "moments": "reset_new",
+        "verdict": "healthy: it starts +0.72 nats per token from its parent (held-out: "
+        "prose 3.91 -> "
+        "4.47, code 3.20 -> 3.93); training has to win that back",
+    } | changes
 
 
 def write_json(path, value):
@@ -133,10 +340,22 @@ def write_manifest(out, name, inputs, counts, seconds):
 
 def write_data(workdir):
     amounts = {
-        "prose": [("read", 60_009, 191.4), ("line_length", 52_357, 188.2), ("paragraph_repetition", 52_327, 187.6), ("exact_dedup", 43_598, 151.0), ("language", 40_474, 140.7)],
-        "code": [("read", 1_836, 31.9), ("line_length", 1_711, 31.8), ("paragraph_repetition", 1_702, 31.5), ("exact_dedup", 1_655, 30.3), ("language", 1_655, 30.3)],
-    }  # fmt: skip
-    kept = lambda rows, mb: {"rows": rows, "chars": int(mb * 0.98e6), "bytes": int(mb * 1e6)}  # noqa: E731
+        "prose": [
+            ("read", 60_009, 191.4),
+            ("line_length", 52_357, 188.2),
+            ("paragraph_repetition", 52_327, 187.6),
+            ("exact_dedup", 43_598, 151.0),
+            ("language", 40_474, 140.7),
+        ],
+        "code": [
+            ("read", 1_836, 31.9),
+            ("line_length", 1_711, 31.8),
+            ("paragraph_repetition", 1_702, 31.5),
+            ("exact_dedup", 1_655, 30.3),
+            ("language", 1_655, 30.3),
+        ],
+    }
+    kept = lambda rows, mb: {"rows": rows, "chars": int(mb * 0.98e6), "bytes": int(mb * 1e6)}
     steps = [
         {
             "rule": amounts["prose"][i][0],
@@ -200,9 +419,9 @@ def write_run(run, spec, *, seed, steps, start, floor, initialize, seconds, base
     settings["mixture"] |= {"packed": [str(data / "packed")] if base else []}
     write_json(run / "config.json", settings)
     noise = random.Random(seed)
-    curve = lambda step: floor + (start - floor) * math.exp(-4.2 * (step / steps) ** 0.6)  # noqa: E731
+    curve = lambda step: floor + (start - floor) * math.exp(-4.2 * (step / steps) ** 0.6)
     lines = []
-    heldout = lambda step: {"prose": curve(step) + 0.09, "code": curve(step) - 0.55}  # noqa: E731
+    heldout = lambda step: {"prose": curve(step) + 0.09, "code": curve(step) - 0.55}
     parent = {"parent": {"prose": 3.912, "code": 3.204}} if base else {}
     if base:
         lines.append({"step": 0, "heldout": heldout(0)} | parent)
@@ -213,12 +432,23 @@ def write_run(run, spec, *, seed, steps, start, floor, initialize, seconds, base
             * min(1, max(0.1, 5 * (1 - step / steps)))
         )
         done = step / steps
-        lines.append({
-            "step": step, "loss": curve(step) + noise.gauss(0, 0.035), "grad_norm": math.exp(noise.gauss(-0.4 - done, 0.16)) + 2 * math.exp(-step / 9), "lr": lr,
-            "tokens": step * 16 * 512, "epochs": {"prose": 0.049 * done, "code": 0.2 * done}, "tokens_per_second": 17_400 * spec["n_layers"] ** -0.2 + noise.gauss(0, 320),
-            "step_seconds": seconds / steps, "mfu": None, "memory_bytes": 1_310_000_000 + 9_000_000 * spec["n_layers"], "n_skipped": 1 if base and step > 90 else 0,
-            "seconds": seconds * done, "usd": None,
-        })  # fmt: skip
+        lines.append(
+            {
+                "step": step,
+                "loss": curve(step) + noise.gauss(0, 0.035),
+                "grad_norm": math.exp(noise.gauss(-0.4 - done, 0.16)) + 2 * math.exp(-step / 9),
+                "lr": lr,
+                "tokens": step * 16 * 512,
+                "epochs": {"prose": 0.049 * done, "code": 0.2 * done},
+                "tokens_per_second": 17_400 * spec["n_layers"] ** -0.2 + noise.gauss(0, 320),
+                "step_seconds": seconds / steps,
+                "mfu": None,
+                "memory_bytes": 1_310_000_000 + 9_000_000 * spec["n_layers"],
+                "n_skipped": 1 if base and step > 90 else 0,
+                "seconds": seconds * done,
+                "usd": None,
+            }
+        )
         if step == 160:
             lines.append({"step": step, "resumed": True})
         if base and step == 92:
@@ -256,7 +486,7 @@ def write_run(run, spec, *, seed, steps, start, floor, initialize, seconds, base
 
 
 class Page(html.parser.HTMLParser):
-    """A page as a browser takes it apart: headings, heads and rows of tables, attributes, data of figures, and all text but scripts and styles."""
+    """A parsed page: text by tag, rows of tables, attributes, figures, and all visible text."""
 
     def __init__(self, path):
         super().__init__()

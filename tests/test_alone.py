@@ -1,4 +1,5 @@
-"""Laws of a run that is left alone: whatever happens to it, the same command goes on and ends as the uncut run. benchmarks/faults.py is the long form.
+"""Laws of a run that is left alone: whatever happens to it, the same command goes on and ends as
+the uncut run. benchmarks/faults.py is the long form.
 
 The slow ones guard promises too: .ci/run runs them."""
 
@@ -108,7 +109,9 @@ def test_a_run_may_go_on_without_its_checkpoints(home):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_leave_together(home):
-    """2 x 4 devices against 1 x 8; SIGTERM to the second process, which both obey at the same step."""
+    """2 x 4 devices against 1 x 8; SIGTERM to the second process, which both obey at the same
+    step.
+    """
     faults.Job(home, "eight", 20, devices=8).ends()
     faults.Job(home, "two", 20, **TWO).ends()
     np.testing.assert_allclose(losses(home / "two"), losses(home / "eight"), rtol=2e-5)
@@ -194,7 +197,9 @@ def test_the_run_directory_says_how_the_run_can_be_done_again(home):
 
 @pytest.mark.slow
 def test_what_a_child_forgets_stops_it_or_is_read_more_often(home):
-    """The child reads code alone; what it forgets of the prose doubles the prose's share, in the same way when it is killed in between."""
+    """The child reads code alone; what it forgets of the prose doubles the prose's share, in the
+    same way when it is killed in between.
+    """
     child = [
         "--config.initialize.source=uncut",
         "--config.mixture.phases=((0, {'python-code': 1.0}),)",

@@ -4,11 +4,9 @@ import ast
 import dataclasses
 import os
 import re
-import runpy
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -239,19 +237,12 @@ def test_no_private_word_is_left():
     assert not found, "\n".join(found)
 
 
-# ---- density: one thought per line
-
-
-# an f-string is one token before Python 3.12 and many after
-@pytest.mark.skipif(sys.version_info >= (3, 12), reason="tokens are counted by Python 3.11")
-def test_a_line_holds_one_thought():
-    count_file = runpy.run_path(str(ROOT / "scripts/count_density.py"))["count_file"]
-    n_tokens, n_lines, n_statements = np.sum([count_file(path) for path in FILES], axis=0)
-    assert n_tokens / n_lines <= 8.5
-    assert n_tokens / n_statements <= 10
-
-
-def test_no_line_is_longer_than_100_characters():
+def test_no_line_of_code_is_longer_than_100_characters():
     for path in [*FILES, *SCRIPTS, *(ROOT / "tests").glob("*.py")]:
-        for i, line in enumerate(path.read_text().splitlines(), 1):
-            assert len(line) <= 100, f"{path}:{i}: {len(line)} characters"
+        text = path.read_text()
+        in_strings = set()  # text, shell and YAML
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Constant | ast.JoinedStr):
+                in_strings |= set(range(node.lineno, (node.end_lineno or 0) + 1))
+        for i, line in enumerate(text.splitlines(), 1):
+            assert len(line) <= 100 or i in in_strings, f"{path}:{i}: {len(line)} characters"

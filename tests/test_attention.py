@@ -1,4 +1,6 @@
-"""Laws of attention: every backend gives the numbers of the plain formula, keeps documents apart, and is taken only where it can run."""
+"""Laws of attention: every backend gives the numbers of the plain formula, keeps documents apart,
+and is taken only where it can run.
+"""
 
 import math
 import re
@@ -38,7 +40,9 @@ def splash(q, k, v, segments, window=None):
 def as_cudnn_documents_it(
     q, k, v, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, mask_type, sliding_window_length
 ):
-    """What JAX's cuDNN call says that it computes, by a loop over documents: there is no cuDNN without a card."""
+    """What JAX's cuDNN call says that it computes, by a loop over documents: there is no cuDNN
+    without a card.
+    """
     assert q.shape[2] == k.shape[2] == v.shape[2] and mask_type.name == "PADDING_CAUSAL"
     place = jnp.arange(q.shape[1])[None]
     owner = jnp.zeros(q.shape[:2], jnp.int32)  # 0: nothing is computed there
@@ -84,11 +88,13 @@ def test_every_backend_gives_the_formulas_numbers_and_gradients(backend, window)
             jnp.where(trained, attend(q, k, v, segments, window), 0) * jnp.cos(jnp.arange(H))
         )
 
-    ours, wanted = (
+    ours, expected = (
         jax.jit(jax.value_and_grad(of(attend), argnums=(0, 1, 2)))(q, k, v)
         for attend in (backend, plain)
     )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=5e-5), ours, wanted)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=5e-5), ours, expected
+    )
     mixed = jax.jit(backend, static_argnums=4)(q, k, v, segments, window)
     assert np.isfinite(
         mixed
@@ -113,10 +119,10 @@ def test_no_backend_lets_a_document_see_its_neighbour(backend):
 )  # within a chunk; a short second band; bands of two chunks, a short last one
 def test_bands_of_queries_equal_the_formula(T, window):
     args = inputs(lengths=((T // 3, T // 2),), B=1, T=T)
-    ours, wanted = (
+    ours, expected = (
         jax.jit(attend, static_argnums=4)(*args, window) for attend in (attention.attend, plain)
     )
-    np.testing.assert_allclose(ours, wanted, atol=1e-5)
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
 def test_no_scores_are_transposed_on_the_way_back():
@@ -195,8 +201,10 @@ def test_rows_cut_over_devices_attend_as_whole_rows_do(n, T, window):
     ours = jax.jit(jax.value_and_grad(of(spread), argnums=(0, 1, 2)))(
         *(jax.device_put(x, goal) for x in (q, k, v))
     )
-    wanted = jax.jit(jax.value_and_grad(of(plain), argnums=(0, 1, 2)))(q, k, v)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=5e-5), ours, wanted)
+    expected = jax.jit(jax.value_and_grad(of(plain), argnums=(0, 1, 2)))(q, k, v)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=5e-5), ours, expected
+    )
 
 
 # ---- which one

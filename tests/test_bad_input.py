@@ -1,4 +1,6 @@
-"""Whatever is wrong with what report.py, evaluate.py and compare.py are given: a sentence, or a page that says what is missing, and never a traceback."""
+"""Whatever is wrong with what report.py, evaluate.py and compare.py are given: a sentence, or a
+page that says what is missing, and never a traceback.
+"""
 
 import io
 import json
@@ -40,7 +42,9 @@ WINOGRANDE, TRUTHFULQA = (
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """hf/: a Hugging Face directory of random weights with a tokenizer of 300 pieces; small/: the same for a model of 260."""
+    """hf/: a Hugging Face directory of random weights with a tokenizer of 300 pieces; small/: the
+    same for a model of 260.
+    """
     import sentencepiece
 
     home, learnt = tmp_path_factory.mktemp("model"), io.BytesIO()
@@ -70,7 +74,9 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def home(model, tmp_path, monkeypatch):
-    """The working directory of the doors: models, a prompt, a text, a folder of benchmark files, and two runs without checkpoints."""
+    """The working directory of the doors: models, a prompt, a text, a folder of benchmark files,
+    and two runs without checkpoints.
+    """
     monkeypatch.chdir(tmp_path)
     for name in ("hf", "small"):
         shutil.copytree(model / name, name)
@@ -117,60 +123,236 @@ def remove(path):
 
 
 REFUSED = {  # what is wrong: (how it comes about, what is asked, what is said)
-    "no tokenizer, texts": (lambda: remove("hf/tokenizer.json"), SCORE, "hf: has no tokenizer beside it"),
-    "no tokenizer, prompts": (lambda: remove("hf/tokenizer.json"), CONTINUE, "hf: has no tokenizer beside it"),
-    "a broken tokenizer": (lambda: write("hf/tokenizer.json", "{"), CONTINUE, "hf: cannot be read as a tokenizer"),
-    "a tokenizer of more pieces than the model has rows, texts": (None, SCORE.replace("hf", "small"), "the model knows ids 0 to 259"),
-    "a tokenizer of more pieces than the model has rows, prompts": (None, CONTINUE.replace("hf", "small"), "the model knows ids 0 to 259"),
-    "a config of another vocabulary": (lambda: edit("hf/config.json", vocab_size=200), SCORE, "has shape (320, 24), wanted (200, 24)"),
-    "a half-written config": (lambda: write("hf/config.json", '{"vocab'), SCORE, "hf/config.json: not valid JSON"),
-    "a config that says nothing": (lambda: write("hf/config.json", "{}"), CONTINUE, "model_type is None, supported: llama"),
-    "no weights": (lambda: remove("hf/model.safetensors"), CONTINUE, "hf/model.safetensors: not there"),
-    "weights cut short": (lambda: cut("hf/model.safetensors"), SCORE, "hf/model.safetensors: is cut short"),
+    "no tokenizer, texts": (
+        lambda: remove("hf/tokenizer.json"),
+        SCORE,
+        "hf: has no tokenizer beside it",
+    ),
+    "no tokenizer, prompts": (
+        lambda: remove("hf/tokenizer.json"),
+        CONTINUE,
+        "hf: has no tokenizer beside it",
+    ),
+    "a broken tokenizer": (
+        lambda: write("hf/tokenizer.json", "{"),
+        CONTINUE,
+        "hf: cannot be read as a tokenizer",
+    ),
+    "a tokenizer of more pieces than the model has rows, texts": (
+        None,
+        SCORE.replace("hf", "small"),
+        "the model knows ids 0 to 259",
+    ),
+    "a tokenizer of more pieces than the model has rows, prompts": (
+        None,
+        CONTINUE.replace("hf", "small"),
+        "the model knows ids 0 to 259",
+    ),
+    "a config of another vocabulary": (
+        lambda: edit("hf/config.json", vocab_size=200),
+        SCORE,
+        "has shape (320, 24), expected (200, 24)",
+    ),
+    "a half-written config": (
+        lambda: write("hf/config.json", '{"vocab'),
+        SCORE,
+        "hf/config.json: not valid JSON",
+    ),
+    "a config that says nothing": (
+        lambda: write("hf/config.json", "{}"),
+        CONTINUE,
+        "model_type is None, supported: llama",
+    ),
+    "no weights": (
+        lambda: remove("hf/model.safetensors"),
+        CONTINUE,
+        "hf/model.safetensors: not there",
+    ),
+    "weights cut short": (
+        lambda: cut("hf/model.safetensors"),
+        SCORE,
+        "hf/model.safetensors: is cut short",
+    ),
     "no model": (None, SCORE.replace("hf", "none"), "none: not there"),
     "a file for a model": (None, SCORE.replace("hf", "sea.txt"), "sea.txt: no such directory"),
-    "a folder for a model": (None, CONTINUE.replace("hf", "data"), "data: holds no finished checkpoint and no Hugging Face model"),
-    "a run without a checkpoint": (None, SCORE.replace("hf", "base"), "base: holds no finished checkpoint and no Hugging Face model"),
-    "an unknown task": (None, "evaluate --model hf --tasks course,winogrand", "there is no task 'winogrand'; the nearest are: winogrande"),
-    "no benchmark files": (None, WINOGRANDE, "winogrande wants eval_winogrande/winogrande.jsonl there"),
-    "a task file of another task": (lambda: write("data/winogrande.jsonl", '{"question": "1 + 1?", "answer": "2"}'), WINOGRANDE, "not those of winogrande"),
-    "a task file of another schema": (lambda: write("data/winogrande.jsonl", '{"context_options": ["a"], "continuation": 3}'), WINOGRANDE, "record 1 cannot be read"),
-    "a task file of lists": (lambda: write("data/winogrande.jsonl", "[1, 2]"), WINOGRANDE, "record 1 is list, wanted an object"),
-    "a half-written task file": (lambda: write("data/winogrande.jsonl", '{"context_options": ["a"'), WINOGRANDE, "winogrande.jsonl:1: not JSON"),
-    "an empty task file": (lambda: write("data/winogrande.jsonl", ""), WINOGRANDE, "its records are not those of winogrande"),
-    "a task file that is one object": (lambda: write("data/v0_mc_task.json", '{"a": 1}'), TRUTHFULQA, "wanted a JSON list of questions"),
-    "a text that is not there": (None, SCORE.replace("sea.txt", "none.txt"), "no file matches none.txt"),
+    "a folder for a model": (
+        None,
+        CONTINUE.replace("hf", "data"),
+        "data: holds no finished checkpoint and no Hugging Face model",
+    ),
+    "a run without a checkpoint": (
+        None,
+        SCORE.replace("hf", "base"),
+        "base: holds no finished checkpoint and no Hugging Face model",
+    ),
+    "an unknown task": (
+        None,
+        "evaluate --model hf --tasks course,winogrand",
+        "there is no task 'winogrand'; the nearest are: winogrande",
+    ),
+    "no benchmark files": (
+        None,
+        WINOGRANDE,
+        "winogrande wants eval_winogrande/winogrande.jsonl there",
+    ),
+    "a task file of another task": (
+        lambda: write("data/winogrande.jsonl", '{"question": "1 + 1?", "answer": "2"}'),
+        WINOGRANDE,
+        "not those of winogrande",
+    ),
+    "a task file of another schema": (
+        lambda: write("data/winogrande.jsonl", '{"context_options": ["a"], "continuation": 3}'),
+        WINOGRANDE,
+        "record 1 cannot be read",
+    ),
+    "a task file of lists": (
+        lambda: write("data/winogrande.jsonl", "[1, 2]"),
+        WINOGRANDE,
+        "record 1 is list, expected an object",
+    ),
+    "a half-written task file": (
+        lambda: write("data/winogrande.jsonl", '{"context_options": ["a"'),
+        WINOGRANDE,
+        "winogrande.jsonl:1: not JSON",
+    ),
+    "an empty task file": (
+        lambda: write("data/winogrande.jsonl", ""),
+        WINOGRANDE,
+        "its records are not those of winogrande",
+    ),
+    "a task file that is one object": (
+        lambda: write("data/v0_mc_task.json", '{"a": 1}'),
+        TRUTHFULQA,
+        "expected a JSON list of questions",
+    ),
+    "a text that is not there": (
+        None,
+        SCORE.replace("sea.txt", "none.txt"),
+        "no file matches none.txt",
+    ),
     "an empty text": (lambda: write("sea.txt", ""), SCORE, "holds no text"),
-    "bytes for a text": (lambda: write("sea.txt", b"\xff\xfe\x00"), SCORE, "sea.txt: byte 0 is not UTF-8"),
-    "no items": (None, f"{SCORE} --limit 0", "--limit: got 0, wanted at least 1"),
-    "a context of one token": (None, f"{SCORE} --max-length 1", "--max-length: got 1, wanted at least 2"),
-    "scores into a directory": (None, f"{SCORE} --to data", "--to data: is a directory. Name the file to write, such as data/results.json"),
-    "scores under a file": (None, f"{SCORE} --to sea.txt/x.json", "--to sea.txt/x.json: cannot be written there"),
-    "an empty prompt": (lambda: write("prompts.txt", "\n  \n"), CONTINUE, "prompts.txt: holds no prompt"),
-    "no prompts": (lambda: remove("prompts.txt"), CONTINUE, "--prompts prompts.txt: cannot be read"),
-    "bytes for prompts": (lambda: write("prompts.txt", b"\xff\xfe\x00"), CONTINUE, "--prompts prompts.txt: cannot be read"),
-    "prompts of another form": (lambda: write("p.json", '{"a": 1}'), CONTINUE.replace("prompts.txt", "p.json"), "wanted a list of strings"),
-    "half-written prompts": (lambda: write("p.json", '["half'), CONTINUE.replace("prompts.txt", "p.json"), "p.json: cannot be read"),
-    "a prompt beyond the context": (lambda: write("prompts.txt", "word " * 99), CONTINUE, "but the model's context is 48. Shorten it to at most 47"),
+    "bytes for a text": (
+        lambda: write("sea.txt", b"\xff\xfe\x00"),
+        SCORE,
+        "sea.txt: byte 0 is not UTF-8",
+    ),
+    "no items": (None, f"{SCORE} --limit 0", "--limit: got 0, expected at least 1"),
+    "a context of one token": (
+        None,
+        f"{SCORE} --max-length 1",
+        "--max-length: got 1, expected at least 2",
+    ),
+    "scores into a directory": (
+        None,
+        f"{SCORE} --to data",
+        ("--to data: is a directory. Name the file to write, such as data/results.json"),
+    ),
+    "scores under a file": (
+        None,
+        f"{SCORE} --to sea.txt/x.json",
+        "--to sea.txt/x.json: cannot be written there",
+    ),
+    "an empty prompt": (
+        lambda: write("prompts.txt", "\n  \n"),
+        CONTINUE,
+        "prompts.txt: holds no prompt",
+    ),
+    "no prompts": (
+        lambda: remove("prompts.txt"),
+        CONTINUE,
+        "--prompts prompts.txt: cannot be read",
+    ),
+    "bytes for prompts": (
+        lambda: write("prompts.txt", b"\xff\xfe\x00"),
+        CONTINUE,
+        "--prompts prompts.txt: cannot be read",
+    ),
+    "prompts of another form": (
+        lambda: write("p.json", '{"a": 1}'),
+        CONTINUE.replace("prompts.txt", "p.json"),
+        "expected a list of strings",
+    ),
+    "half-written prompts": (
+        lambda: write("p.json", '["half'),
+        CONTINUE.replace("prompts.txt", "p.json"),
+        "p.json: cannot be read",
+    ),
+    "a prompt beyond the context": (
+        lambda: write("prompts.txt", "word " * 99),
+        CONTINUE,
+        "but the model's context is 48. Shorten it to at most 47",
+    ),
     "nothing to add": (None, f"{CONTINUE} --max-new 0", "asked for 0 new tokens"),
     "a temperature below zero": (None, f"{CONTINUE} --temperature -1", "temperature is -1.0"),
     "a penalty of zero": (None, f"{CONTINUE} --repetition-penalty 0", "repetition_penalty is 0.0"),
-    "no text to score beside": (None, f"{CONTINUE} --ppl none.txt", "--ppl none.txt: cannot be read"),
-    "an empty text to score beside": (lambda: write("sea.txt", ""), f"{CONTINUE} --ppl sea.txt", "--ppl sea.txt: is empty"),
-    "samples into a directory": (None, f"{CONTINUE} --to data", "--to data: is a directory. Name the file to write, such as data/samples.json"),
-    "one model to differ": (None, "compare --models hf --differ a=text:sea.txt", "got 1 models, wanted two"),
-    "documents too short to differ on": (lambda: write("sea.txt", "x"), "compare --models hf hf --differ a=text:sea.txt", "none of 1 documents has 32 tokens"),
+    "no text to score beside": (
+        None,
+        f"{CONTINUE} --ppl none.txt",
+        "--ppl none.txt: cannot be read",
+    ),
+    "an empty text to score beside": (
+        lambda: write("sea.txt", ""),
+        f"{CONTINUE} --ppl sea.txt",
+        "--ppl sea.txt: is empty",
+    ),
+    "samples into a directory": (
+        None,
+        f"{CONTINUE} --to data",
+        ("--to data: is a directory. Name the file to write, such as data/samples.json"),
+    ),
+    "one model to differ": (
+        None,
+        "compare --models hf --differ a=text:sea.txt",
+        "got 1 models, expected two",
+    ),
+    "documents too short to differ on": (
+        lambda: write("sea.txt", "x"),
+        "compare --models hf hf --differ a=text:sea.txt",
+        "none of 1 documents has 32 tokens",
+    ),
     "no run": (None, "report --workdir none --to x.html", "none: no such directory"),
-    "a file for a run": (None, "report --workdir sea.txt --to x.html", "sea.txt: no such directory"),
-    "a page into a directory": (None, "report --workdir base --to data", "--to data: is a directory. Name the file to write, such as data/report.html"),
-    "a page under a file": (None, "report --workdir base --to sea.txt/x.html", "--to sea.txt/x.html: cannot be written there"),
-    "a port that is none": (None, "report --workdir base --serve 70000", "--serve 70000: cannot listen there"),
+    "a file for a run": (
+        None,
+        "report --workdir sea.txt --to x.html",
+        "sea.txt: no such directory",
+    ),
+    "a page into a directory": (
+        None,
+        "report --workdir base --to data",
+        ("--to data: is a directory. Name the file to write, such as data/report.html"),
+    ),
+    "a page under a file": (
+        None,
+        "report --workdir base --to sea.txt/x.html",
+        "--to sea.txt/x.html: cannot be written there",
+    ),
+    "a port that is none": (
+        None,
+        "report --workdir base --serve 70000",
+        "--serve 70000: cannot listen there",
+    ),
     "the lineage of no stage": (None, "report --lineage data", "data: no manifest.json there"),
-    "the lineage of a model of others": (None, "report --lineage hf", "hf: has no manifest.json, so it was not exported by jaxpt"),
-    "the lineage of a half-written manifest": (lambda: write("base/manifest.json", "{"), "report --lineage base", "cannot be read as a manifest"),
-    "a lineage with a half-written manifest": (lambda: write("base/manifest.json", "{"), "report --lineage child --verify", "base/manifest.json: cannot be read"),
-    "a lineage with a manifest of another form": (lambda: write("base/manifest.json", '{"fingerprint": 3}'), "report --lineage child", "does not hold 'fingerprint', 'inputs'"),
-}  # fmt: skip
+    "the lineage of a model of others": (
+        None,
+        "report --lineage hf",
+        "hf: has no manifest.json, so it was not exported by jaxpt",
+    ),
+    "the lineage of a half-written manifest": (
+        lambda: write("base/manifest.json", "{"),
+        "report --lineage base",
+        "cannot be read as a manifest",
+    ),
+    "a lineage with a half-written manifest": (
+        lambda: write("base/manifest.json", "{"),
+        "report --lineage child --verify",
+        "base/manifest.json: cannot be read",
+    ),
+    "a lineage with a manifest of another form": (
+        lambda: write("base/manifest.json", '{"fingerprint": 3}'),
+        "report --lineage child",
+        "does not hold 'fingerprint', 'inputs'",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -187,36 +369,112 @@ def test_what_cannot_be_done_is_one_sentence(name, home, ask):
 HEAD = '{"step": 1, "loss": 2.0}\n'
 SHOWN = {  # what is wrong: (how it comes about, what the page says of it)
     "metrics that are no numbers": (
-        lambda: write("base/metrics.jsonl", '{"step": 7, "loss": NaN, "grad_norm": Infinity, "lr": NaN, "seconds": NaN}\n{"step": 8, "heldout": {"prose": NaN}}'),
+        lambda: write(
+            "base/metrics.jsonl",
+            '{"step": 7, "loss": NaN, "grad_norm": Infinity, "lr": NaN, "seconds": NaN}\n'
+            '{"step": 8, "heldout": {"prose": NaN}}',
+        ),
         "the loss is no finite number in 1 of 1 records, first at step 7",
     ),
-    "half-written metrics": (lambda: write("base/metrics.jsonl", HEAD + '{"step": 2, "lo'), "the last line is half-written"),
-    "metrics of another form": (lambda: write("base/metrics.jsonl", '[1]\n3\n{"loss": 3}\n{"step": "3"}\n{"step": 4, "heldout": 3}\n' + HEAD), "5 lines cannot be read, the first is line 1"),
-    "metrics in words": (lambda: write("base/metrics.jsonl", '{"step": 1, "loss": "high", "lr": [], "n_skipped": "x", "usd": {}}'), "the loss is no finite number in 1 of 1"),
-    "bytes for metrics": (lambda: write("base/metrics.jsonl", b"\x00\xff\xfe" * 99), "metrics.jsonl: the last line is half-written"),
-    "a run without evaluations": (lambda: [remove("base/eval"), remove("child/eval")], "Evaluation: no eval/NAME.json, written by evaluate.py."),
-    "a run of nothing": (lambda: [remove("base"), remove("child"), pathlib.Path("base").mkdir(), pathlib.Path("child").mkdir()], "Loss: no metrics.jsonl, written by train.py."),
-    "a half-written evaluation": (lambda: write("base/eval/jax.json", '{"resu'), "base/eval/jax.json: cannot be read"),
-    "an evaluation of another form": (lambda: write("base/eval/jax.json", '{"results": {"a": 3}, "lineage": [], "model": 3}'), "Evaluation: cannot be shown, eval/NAME.json is of another form"),
-    "samples of another form": (lambda: write("child/eval/samples.json", '{"prompts": [{"prompt": 3, "outputs": [{"model": "x"}]}]}'), "Samples: cannot be shown"),
-    "differences of another form": (lambda: write("child/eval/differences.json", '{"models": ["a"], "better": [{}], "worse": []}'), "Differences: cannot be shown"),
-    "a shape in words": (lambda: edit("base/spec.json", n_layers="many"), "base/spec.json: does not hold 'n_layers' as wanted"),
-    "a config of another form": (lambda: write("base/config.json", '{"mixture": {"phases": 3}, "train": 4}'), "Settings: cannot be shown"),
-    "a manifest that was read from nothing": (lambda: edit("base/manifest.json", inputs={"a": 3, "b": {"path": 3}}), ""),
-    "a manifest of other counts": (lambda: edit("base/packed/manifest.json", counts={"train": 3}), "Lineage: cannot be shown"),
-    "a funnel of another form": (lambda: write("base/corpus/funnel.json", '{"sources": ["prose"], "steps": [{"rule": 3}]}'), "Data: cannot be shown"),
-    "a plan of another form": (lambda: write("child/plan.json", '{"targets": [3]}'), "Plan: cannot be shown"),
-    "phases of another form": (lambda: write("base/phases.json", '[{"step": "x"}]'), "its mixture cannot be read from phases.json"),
-    "a file for a directory": (lambda: [remove("child/eval"), write("child/eval", "x")], "Samples: no eval/samples.json"),
-    "a directory for a file": (lambda: [remove("base/spec.json"), pathlib.Path("base/spec.json").mkdir()], "base/spec.json: cannot be read"),
-}  # fmt: skip
+    "half-written metrics": (
+        lambda: write("base/metrics.jsonl", HEAD + '{"step": 2, "lo'),
+        "the last line is half-written",
+    ),
+    "metrics of another form": (
+        lambda: write(
+            "base/metrics.jsonl",
+            '[1]\n3\n{"loss": 3}\n{"step": "3"}\n{"step": 4, "heldout": 3}\n' + HEAD,
+        ),
+        "5 lines cannot be read, the first is line 1",
+    ),
+    "metrics in words": (
+        lambda: write(
+            "base/metrics.jsonl",
+            '{"step": 1, "loss": "high", "lr": [], "n_skipped": "x", "usd": {}}',
+        ),
+        "the loss is no finite number in 1 of 1",
+    ),
+    "bytes for metrics": (
+        lambda: write("base/metrics.jsonl", b"\x00\xff\xfe" * 99),
+        "metrics.jsonl: the last line is half-written",
+    ),
+    "a run without evaluations": (
+        lambda: [remove("base/eval"), remove("child/eval")],
+        "Evaluation: no eval/NAME.json, written by evaluate.py.",
+    ),
+    "a run of nothing": (
+        lambda: [
+            remove("base"),
+            remove("child"),
+            pathlib.Path("base").mkdir(),
+            pathlib.Path("child").mkdir(),
+        ],
+        "Loss: no metrics.jsonl, written by train.py.",
+    ),
+    "a half-written evaluation": (
+        lambda: write("base/eval/jax.json", '{"resu'),
+        "base/eval/jax.json: cannot be read",
+    ),
+    "an evaluation of another form": (
+        lambda: write("base/eval/jax.json", '{"results": {"a": 3}, "lineage": [], "model": 3}'),
+        "Evaluation: cannot be shown, eval/NAME.json is of another form",
+    ),
+    "samples of another form": (
+        lambda: write(
+            "child/eval/samples.json", '{"prompts": [{"prompt": 3, "outputs": [{"model": "x"}]}]}'
+        ),
+        "Samples: cannot be shown",
+    ),
+    "differences of another form": (
+        lambda: write(
+            "child/eval/differences.json", '{"models": ["a"], "better": [{}], "worse": []}'
+        ),
+        "Differences: cannot be shown",
+    ),
+    "a shape in words": (
+        lambda: edit("base/spec.json", n_layers="many"),
+        "base/spec.json: does not hold 'n_layers' as expected",
+    ),
+    "a config of another form": (
+        lambda: write("base/config.json", '{"mixture": {"phases": 3}, "train": 4}'),
+        "Settings: cannot be shown",
+    ),
+    "a manifest that was read from nothing": (
+        lambda: edit("base/manifest.json", inputs={"a": 3, "b": {"path": 3}}),
+        "",
+    ),
+    "a manifest of other counts": (
+        lambda: edit("base/packed/manifest.json", counts={"train": 3}),
+        "Lineage: cannot be shown",
+    ),
+    "a funnel of another form": (
+        lambda: write("base/corpus/funnel.json", '{"sources": ["prose"], "steps": [{"rule": 3}]}'),
+        "Data: cannot be shown",
+    ),
+    "a plan of another form": (
+        lambda: write("child/plan.json", '{"targets": [3]}'),
+        "Plan: cannot be shown",
+    ),
+    "phases of another form": (
+        lambda: write("base/phases.json", '[{"step": "x"}]'),
+        "its mixture cannot be read from phases.json",
+    ),
+    "a file for a directory": (
+        lambda: [remove("child/eval"), write("child/eval", "x")],
+        "Samples: no eval/samples.json",
+    ),
+    "a directory for a file": (
+        lambda: [remove("base/spec.json"), pathlib.Path("base/spec.json").mkdir()],
+        "base/spec.json: cannot be read",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", SHOWN)
-def test_what_cannot_be_shown_is_said_on_the_page(name, home, ask, capsys):
+def test_what_cannot_be_shown_is_said_on_the_page(name, home, ask, output):
     harm, says = SHOWN[name]
     harm()
     assert ask("report --workdir base child --to page.html") == ""
     page = Page(pathlib.Path("page.html"))
     assert "Summary" in page.found["h2"] and says in page.text, page.found.get("li")
-    assert "page.html  (" in capsys.readouterr().out, "the terminal has its table"
+    assert "page.html  (" in output(), "the terminal has its table"

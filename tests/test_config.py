@@ -26,7 +26,9 @@ def test_the_list_of_knobs_is_the_defaults():
 def test_a_recipe_takes_an_argument_and_overrides_apply_last(tmp_path):
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
-        "from jaxpt.config import defaults\ndef get_config(size='small'):\n    c = defaults()\n    c.model.d_model = {'small': 24, 'large': 48}[size]\n    return c\n"
+        "from jaxpt.config import defaults\ndef get_config(size='small'):\n  "
+        "  c = defaults()\n    c.model.d_model = "
+        "{'small': 24, 'large': 48}[size]\n    return c\n"
     )
     assert config.load_config(recipe).model.d_model == 24
     assert config.load_config(f"{recipe}:large").model.d_model == 48
@@ -63,7 +65,8 @@ def test_a_wrong_override_is_one_sentence(override, answer):
 def test_a_misspelt_knob_in_a_recipe_is_one_sentence(tmp_path):
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
-        "from jaxpt.config import defaults\ndef get_config():\n    c = defaults()\n    c.train.stpes = 5\n    return c\n"
+        "from jaxpt.config import defaults\ndef get_config():\n    c = "
+        "defaults()\n    c.train.stpes = 5\n    return c\n"
     )
     with pytest.raises(UserError, match="steps"):
         config.load_config(recipe)
@@ -90,9 +93,19 @@ def test_sections_are_frozen():
 
 def test_a_command_fails_with_one_sentence_and_status_1(tmp_path):
     told = subprocess.run(
-        [sys.executable, "scripts/train.py", "--config", "configs/quickstart.py", "--workdir", str(tmp_path), "--config.train.stpes=5"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "scripts/train.py",
+            "--config",
+            "configs/quickstart.py",
+            "--workdir",
+            str(tmp_path),
+            "--config.train.stpes=5",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert told.returncode == 1
     assert (
         told.stderr.strip()

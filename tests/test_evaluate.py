@@ -1,4 +1,6 @@
-"""Evaluation: our numbers are those of transformers and of lm-evaluation-harness, whatever is packed beside what, on any mesh."""
+"""Evaluation: our numbers are those of transformers and of lm-evaluation-harness, whatever is
+packed beside what, on any mesh.
+"""
 
 import dataclasses
 import io
@@ -65,9 +67,13 @@ def hf_dir(params, tmp_path_factory):
 
     learnt = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([line for text in TEXTS for line in text.split("\n") if line]), model_writer=learnt, model_type="bpe",
-        vocab_size=345, minloglevel=2, **tokenizer.SENTENCEPIECE_FILE,
-    )  # fmt: skip
+        sentence_iterator=iter([line for text in TEXTS for line in text.split("\n") if line]),
+        model_writer=learnt,
+        model_type="bpe",
+        vocab_size=345,
+        minloglevel=2,
+        **tokenizer.SENTENCEPIECE_FILE,
+    )
     backend, settings_file, _ = tokenizer.convert_sentencepiece(learnt.getvalue(), "test")
     directory = tmp_path_factory.mktemp("model")
     made = directory / "tokenizer"
@@ -85,7 +91,7 @@ def encoder(hf_dir):
 def some_pairs():
     """Thirty of any length, and three times four that share long contexts."""
     random = np.random.default_rng(1)
-    draw = lambda n: random.integers(3, 448, n).tolist()  # noqa: E731
+    draw = lambda n: random.integers(3, 448, n).tolist()
     lengths = zip(random.integers(1, 260, 30), random.integers(1, 30, 30), strict=True)
     trunk = draw(100)
     return [(draw(n), draw(m)) for n, m in lengths] + [
@@ -118,7 +124,9 @@ def test_every_token_is_predicted_once_and_after_what_stood_before_it():
 
 
 def answered(batch, piece):
-    """What a batch's row says of a piece: the ids on the path to each of its questions, those visible from it, and the target."""
+    """What a batch's row says of a piece: the ids on the path to each of its questions, those
+    visible from it, and the target.
+    """
     ((_, row, first),) = [place for place in batch.places if place[0] == piece]
     tokens, ends, positions, columns, targets = (each[row] for each in batch.rows)
     for question in itertools.count(first):
@@ -128,7 +136,7 @@ def answered(batch, piece):
         yield tokens[seen].tolist(), int(targets[question])
 
 
-def test_a_row_of_trees_asks_each_token_after_what_stood_before_it_and_holds_shared_beginnings_once():
+def test_a_sequence_of_trees_scores_each_token_after_its_prefix_and_holds_prefixes_once():
     random = np.random.default_rng(0)
     trunk, stems = (
         random.integers(3, 9, 90).tolist(),
@@ -379,21 +387,23 @@ def test_an_interrupted_evaluation_asks_only_what_was_not_answered(
 
     to = tmp_path / "eval" / "truth.json"
     uncut = harness.evaluate_model(hf_dir, ["truthfulqa_mc2"], limit=4, data_dir=data_dir)
-    monkeypatch.setattr(likelihood, "continuation_log_likelihoods", cut_after(11))
+    monkeypatch.setattr(likelihood, "compute_continuation_log_likelihoods", cut_after(11))
     with pytest.raises(KeyboardInterrupt):
         harness.evaluate_model(hf_dir, ["truthfulqa_mc2"], limit=4, data_dir=data_dir, to=to)
-    monkeypatch.setattr(likelihood, "continuation_log_likelihoods", cut_after(10**6))
+    monkeypatch.setattr(likelihood, "compute_continuation_log_likelihoods", cut_after(10**6))
     went_on = harness.evaluate_model(hf_dir, ["truthfulqa_mc2"], limit=4, data_dir=data_dir, to=to)
     assert asked[0] - asked[1] == 11
-    score_of = lambda found: found["results"]["truthfulqa_mc2"]["acc,none"]  # noqa: E731
+    score_of = lambda found: found["results"]["truthfulqa_mc2"]["acc,none"]
     assert score_of(went_on) == pytest.approx(score_of(uncut), rel=1e-6)
     assert [file.name for file in to.parent.iterdir()] == ["truth.json"]
 
 
 def test_items_that_stand_in_the_corpus_are_counted_and_the_score_is_told_without_them(
-    params, hf_dir, data_dir, tmp_path, capsys
+    params, hf_dir, data_dir, tmp_path, output
 ):
-    """A corpus in which two of seven items stand, and a model whose export was made from a run on it."""
+    """A corpus in which two of seven items stand, and a model whose export was made from a run on
+    it.
+    """
     pytest.importorskip("lm_eval")
     items = benchmarks.read_benchmark(data_dir / "eval_winogrande" / "winogrande.jsonl")[:7]
     corpus, run, export = (
@@ -452,13 +462,14 @@ def test_items_that_stand_in_the_corpus_are_counted_and_the_score_is_told_withou
         {key: value for key, value in alone.items() if key.startswith("acc")}
     )
     assert (
-        f"winogrande: 2 of 7 items share 13 words in a row with a training document; acc {with_all['results']['winogrande']['acc,none']:.4f}, without them {alone['acc,none']:.4f}"
-        in capsys.readouterr().out
-    )
+        "winogrande: 2 of 7 items share 13 consecutive words with a training "
+        f"document; acc {with_all['results']['winogrande']['acc,none']:.4f}, "
+        f"without them {alone['acc,none']:.4f}"
+    ) in output()
     shutil.rmtree(corpus)
     assert contamination.find_training_corpora(export) == (
         [],
-        [f"{corpus}: does not lie there any more."],
+        [f"{corpus}: is not there."],
     )
 
 
@@ -475,12 +486,12 @@ def test_shards_looked_through_in_processes_give_what_they_give_in_turn(tmp_path
         columns = {"id": [f"{shard}/{i}" for i in range(len(texts))], "text": texts}
         pq.write_table(pa.table(columns), tmp_path / f"train/web-{shard:05d}.parquet")
     in_turn = contamination.find_overlaps(items, [tmp_path])
-    shared = lambda i: " ".join(words[i * 7 : i * 7 + 13])  # noqa: E731
+    shared = lambda i: " ".join(words[i * 7 : i * 7 + 13])
     assert in_turn == (
         {("task", "3"): (shared(3), "0/1"), ("task", "1"): (shared(1), "1/0")},
         {str(tmp_path): 5},
     )
-    monkeypatch.setattr(contamination, "WORTH_PROCESSES", 0)
+    monkeypatch.setattr(contamination, "MIN_BYTES_FOR_PROCESSES", 0)
     assert contamination.find_overlaps(items, [tmp_path]) == in_turn
 
 
@@ -517,17 +528,22 @@ def test_a_group_says_how_many_examples_and_none_of_them_is_an_item(
     pytest.importorskip("lm_eval")
     _, h6 = harness.parse_tasks(["h6", "winogrande"], 7, None)
     assert {name: how.shots for name, how in h6.items()} == {
-        "arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "truthfulqa_mc2": 0, "winogrande": None, "gsm8k": 5,
-    }, "a task that is named beside its group is run as it was named"  # fmt: skip
+        "arc_challenge": 25,
+        "hellaswag": 10,
+        "mmlu": 5,
+        "truthfulqa_mc2": 0,
+        "winogrande": None,
+        "gsm8k": 5,
+    }, "a task that is named beside its group is run as it was named"
     assert {how.items for how in h6.values()} == {7}
     seen = []
     monkeypatch.setattr(
-        harness, "GROUPS", {"two": {"winogrande": harness.BitsPerByteRequest(items=3, shots=2)}}
+        harness, "GROUPS", {"two": {"winogrande": harness.TaskRequest(items=3, shots=2)}}
     )
     score = likelihood.compute_continuation_log_likelihoods
     monkeypatch.setattr(
         likelihood,
-        "continuation_log_likelihoods",
+        "compute_continuation_log_likelihoods",
         lambda spec, params, pairs, **how: seen.extend(pairs) or score(spec, params, pairs, **how),
     )
     found = harness.evaluate_model(hf_dir, ["two"], data_dir=data_dir)
@@ -605,7 +621,11 @@ def test_a_tokenizer_and_a_prompt_that_do_not_fit_the_model_are_refused(hf_dir, 
 
 
 def test_bits_per_byte_alone_needs_neither_harness_nor_torch():
-    code = "import sys; from jaxpt.evaluate import harness, compare, reference; print({'lm_eval', 'torch', 'transformers', 'datasets'} & set(sys.modules))"
+    code = (
+        "import sys; from jaxpt.evaluate import harness, compare, reference; "
+        "print({'lm_eval', 'torch', 'transformers', 'datasets'} & "
+        "set(sys.modules))"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
@@ -617,7 +637,7 @@ def test_bits_per_byte_alone_needs_neither_harness_nor_torch():
 # ---- comparisons
 
 
-def test_models_are_compared_on_the_same_prompts(params, hf_dir, encoder, tmp_path, capsys):
+def test_models_are_compared_on_the_same_prompts(params, hf_dir, encoder, tmp_path, output):
     prompts = ["The ship", "def area(r):"]
     (tmp_path / "sea.txt").write_text(TEXTS[0])
     samples = compare.compare_samples(
@@ -646,13 +666,13 @@ def test_models_are_compared_on_the_same_prompts(params, hf_dir, encoder, tmp_pa
             == (second["text"], second["tokens"])
             == (first["text"], len(new))
         )
-    told = capsys.readouterr().out
+    told = output()
     assert "> def area(r):" in told and f"sea.txt: {hf_dir} {alone:.4f}" in told
     with pytest.raises(UserError, match=r"--ppl .*nothing.txt: cannot be read"):
         compare.compare_samples([hf_dir], prompts, texts=[tmp_path / "nothing.txt"])
 
 
-def test_on_a_terminal_a_text_is_seen_as_it_is_written_and_is_inert(hf_dir, capsys, monkeypatch):
+def test_on_a_terminal_a_text_is_seen_as_it_is_written_and_is_inert(hf_dir, output, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     seen = []
     generate = decode.generate
@@ -660,7 +680,7 @@ def test_on_a_terminal_a_text_is_seen_as_it_is_written_and_is_inert(hf_dir, caps
     def watched(*args, watch, **settings):
         def watch_and_note(row, ids):
             answer = watch(row, ids)
-            seen.append(capsys.readouterr().out)
+            seen.append(output())
             return answer
 
         return generate(*args, watch=watch_and_note, **settings)
@@ -670,7 +690,7 @@ def test_on_a_terminal_a_text_is_seen_as_it_is_written_and_is_inert(hf_dir, caps
     (output,) = samples["prompts"][0]["outputs"]
     parts = seen[1:]  # the first was to compile
     assert parts[0].startswith(f"\n{hf_dir.name} > The \N{REPLACEMENT CHARACTER}[31mship\n")
-    streamed = "".join(parts).partition("ship\n")[2] + capsys.readouterr().out.partition("\n")[0]
+    streamed = "".join(parts).partition("ship\n")[2] + output().partition("\n")[0]
     assert (
         len(parts) == 3
         and output["text"]
@@ -679,7 +699,7 @@ def test_on_a_terminal_a_text_is_seen_as_it_is_written_and_is_inert(hf_dir, caps
 
 
 def test_the_documents_on_which_two_models_differ_most_are_found_in_both_directions(
-    params, hf_dir, encoder, tmp_path, capsys
+    params, hf_dir, encoder, tmp_path, output
 ):
     child = tmp_path / "child"
     random = np.random.default_rng(1)
@@ -733,10 +753,10 @@ def test_the_documents_on_which_two_models_differ_most_are_found_in_both_directi
                 assert [np.mean(losses) for losses in each["losses"]] == pytest.approx(
                     each["nats"], abs=1e-3
                 )
-    told = capsys.readouterr().out
+    told = output()
     assert "child is better on\n" in told and "child is worse on\n" in told
     compare.compare_documents([hf_dir, child], [f"held=jsonl:{tmp_path}/held.jsonl"], to=to)
-    assert "holds this already" in capsys.readouterr().out
+    assert "holds this already" in output()
     values = np.float32([0, 3, -9, 2, 2, -1, 5, 0])
     assert [compare.select_window(values, n) for n in (1, 2, 3, 8, 99)] == [6, 6, 4, 0, 0]
 
@@ -749,7 +769,7 @@ def test_models_that_cannot_be_set_side_by_side_are_refused(params, hf_dir, tmp_
     words["model"]["merges"] = words["model"]["merges"][:-40]
     (other / "tokenizer.json").write_text(json.dumps(words))
     for models, file, says in (
-        ([hf_dir], "held", "got 1 models, wanted two"),
+        ([hf_dir], "held", "got 1 models, expected two"),
         ([hf_dir, other], "held", "different tokenizers"),
         ([hf_dir, hf_dir], "short", "none of 1 documents has 32 tokens"),
     ):

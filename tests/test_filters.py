@@ -1,4 +1,6 @@
-"""Laws of the rules: a drop has its reason, an edit is counted, and a failing rule is named with the documents it failed on."""
+"""Laws of the rules: a drop has its reason, an edit is counted, and a failing rule is named with
+the documents it failed on.
+"""
 
 import json
 import random
@@ -40,8 +42,10 @@ def test_rules_see_a_text_as_the_edits_before_them_left_it():
     assert judged.edits == {2: [None, (2, 2, 2), (3, 3, 3), (1, 4, 5), (0, 5, 5)]}, (
         "edits, characters, bytes"
     )
-    before, after = ([b"" if text is None else dedup.hash_text(text.encode()) for text in texts]
-                     for texts in ((None, "abba", "bbb", "abcé!", "quiet"), (None, "aa", None, "acé!", "quiet")))  # fmt: skip
+    before, after = (
+        [b"" if text is None else dedup.hash_text(text.encode()) for text in texts]
+        for texts in ((None, "abba", "bbb", "abcé!", "quiet"), (None, "aa", None, "acé!", "quiet"))
+    )
     assert judged.marks == {1: before, 3: after}
 
 
@@ -75,10 +79,10 @@ def test_what_rules_find_out_joins_what_the_source_says():
     assert json.loads(made.meta) == {"url": "é", "n": 4} and made.text == "aa"
 
 
-REAL = {"judge": lambda text: "", "edit": lambda text: (text, 0), "mark": lambda text: b"x"}
+REAL = {"drop": lambda text: "", "edit": lambda text: (text, 0), "mark": lambda text: b"x"}
 
 
-@pytest.mark.parametrize("form", ["judge", "edit", "mark"])
+@pytest.mark.parametrize("form", ["drop", "edit", "mark"])
 def test_a_rule_that_fails_is_named_with_the_documents(form):
     def bad(texts):
         return [("x", 0)] if "short" in texts[0] else {}["key"]
@@ -115,7 +119,7 @@ def test_a_rule_that_fails_is_named_with_the_documents(form):
     ],
 )
 def test_borders_of_the_course_rules_belong_to_the_document(text, stays):
-    rule = rules.max_line_length if "\n\n" not in text.strip() else rules.paragraph_repetition
+    rule = rules.line_length if "\n\n" not in text.strip() else rules.paragraph_repetition
     assert (rule(text) == "") == stays
 
 
@@ -134,7 +138,9 @@ He wrote a long letter to his brother about the harvest, the weather and the pri
 
 
 def gopher(text: str) -> str:
-    """The first of Gopher's rules that drops a text, written from the paper's tables the plain way; "" where none does."""
+    """The first of Gopher's rules that drops a text, written from the paper's tables the plain way;
+    "" where none does.
+    """
     words, lines = text.split(), text.splitlines()
     solid = [word for word in words if any(map(str.isalnum, word))]
 
@@ -247,32 +253,42 @@ def around_gopher(n: int) -> list[str]:
 
 def test_the_preset_gopher_drops_what_the_tables_of_the_paper_drop():
     texts = around_gopher(1500)
-    wanted = [gopher(text) for text in texts]
+    expected = [gopher(text) for text in texts]
     asked = [rule for rule in filters.parse_rules("gopher", ()) if rule.name != "exact_dedup"]
     judged = filters.apply_rules(documents(*texts), asked)
-    assert [asked[k].name if k < len(asked) else "" for k in judged.failed_rule] == wanted
-    assert all(wanted.count(rule.name) >= 8 for rule in asked) and wanted.count("") > 200, (
+    assert [asked[k].name if k < len(asked) else "" for k in judged.failed_rule] == expected
+    assert all(expected.count(rule.name) >= 8 for rule in asked) and expected.count("") > 200, (
         "every rule has something to drop"
     )
-    assert all(reason for reason, name in zip(judged.reasons, wanted, strict=True) if name)
+    assert all(reason for reason, name in zip(judged.reasons, expected, strict=True) if name)
 
 
 @pytest.mark.parametrize(
     ("rule", "keeps", "drops"),
     [
         ("gopher_alphabetic(marks=True)", "a b, c d", "a b, c."),
-        ("c4_sentences", "One. Two! Three?\nFour (so) it is.) Five", "One. Two! Three?\nFour (so) it is."),
+        (
+            "c4_sentences",
+            "One. Two! Three?\nFour (so) it is.) Five",
+            "One. Two! Three?\nFour (so) it is.",
+        ),
         ("c4_lorem_ipsum", "lorem, ipsum", "Lorem ipsum dolor"),
         ("c4_curly_bracket", "[]", "if (x) {"),
-        ("fineweb_line_ends", "a.\n\nb\nc\nd\ne\nf\ng\nh", "a.\nb\nc\nd\ne\nf\ng\nh\ni"),  # 1 of 8, 1 of 9
-        ("fineweb_short_lines", "\n".join([*"ab", "c" * 31, "d" * 31]), "\n".join([*"abc", "d" * 30, "e" * 31])),
-        ("fineweb_duplicate_characters", "ab\n" + "c" * 196 + "\nab", "ab\n" + "c" * 195 + "\nab"),  # 2 of 200, 2 of 199
+        # 1 of 8, 1 of 9
+        ("fineweb_line_ends", "a.\n\nb\nc\nd\ne\nf\ng\nh", "a.\nb\nc\nd\ne\nf\ng\nh\ni"),
+        (
+            "fineweb_short_lines",
+            "\n".join([*"ab", "c" * 31, "d" * 31]),
+            "\n".join([*"abc", "d" * 30, "e" * 31]),
+        ),
+        # 2 of 200, 2 of 199
+        ("fineweb_duplicate_characters", "ab\n" + "c" * 196 + "\nab", "ab\n" + "c" * 195 + "\nab"),
         ("fineweb_line_breaks", "a b c d\n\n\ne f g h i j", "a b c d\n\n\ne f g h i"),
         ("language(code='de')", "Das alte Haus stand am Ende einer schmalen Gasse.", PROSE[0]),
         ("min_chars(least=3)", " abc ", " ab "),
         ("code_lines(longest=40)", "x" * 40, "x" * 41),
     ],
-)  # fmt: skip
+)
 def test_a_border_belongs_to_the_document(rule, keeps, drops):
     kept, dropped = filters.apply_rules(
         documents(keeps, drops), filters.parse_rules("none", [rule])
@@ -317,13 +333,39 @@ def test_lines_of_c4_go_one_by_one_and_pages_as_a_whole():
         ("pii_email", "Ask jo.doe+x@mail.example.org, or ÄNNE@müller.de.", "Ask M, or M.", 2),
         ("pii_email", "@home a@b user@localhost x@y.z1 def f(self): @property", None, 0),
         ("pii_ip", "8.8.8.8, (2600:1f18:0:0::5e) 2001:4860:4860::8888.", "M, (M) M.", 3),
-        ("pii_ip", "127.0.0.1 192.168.3.4 256.8.8.8 1.2.3 1.2.3.4.5 v8.8.8.8 12:30:45 std::dead::beef ::1 fe80::1 2001:db8::1", None, 0),
-        ("pii_phone", "+49 30 901820, +1-202-555-0143; (212) 555-0123 or 212.555.0123. 1-800-555-0199", "M, M; M or M. M", 5),
-        ("pii_phone", "1914-1918, 123-45-6789, 3.14159265, 2,125,550, a+1 23, ISBN 978-0-262-03384-8, 112-555-0123", None, 0),
-        ("repeated_paragraphs", f"{PROSE[0]}\n\n***\n\n{PROSE[1]}\n\n\n{PROSE[0]} \n\n***\n\nend", f"{PROSE[0]}\n\n***\n\n{PROSE[1]}\n\n***\n\nend", 1),
+        (
+            "pii_ip",
+            (
+                "127.0.0.1 192.168.3.4 256.8.8.8 1.2.3 1.2.3.4.5 v8.8.8.8 12:30:45 "
+                "std::dead::beef ::1 fe80::1 2001:db8::1"
+            ),
+            None,
+            0,
+        ),
+        (
+            "pii_phone",
+            ("+49 30 901820, +1-202-555-0143; (212) 555-0123 or 212.555.0123. 1-800-555-0199"),
+            "M, M; M or M. M",
+            5,
+        ),
+        (
+            "pii_phone",
+            (
+                "1914-1918, 123-45-6789, 3.14159265, 2,125,550, a+1 23, ISBN "
+                "978-0-262-03384-8, 112-555-0123"
+            ),
+            None,
+            0,
+        ),
+        (
+            "repeated_paragraphs",
+            f"{PROSE[0]}\n\n***\n\n{PROSE[1]}\n\n\n{PROSE[0]} \n\n***\n\nend",
+            f"{PROSE[0]}\n\n***\n\n{PROSE[1]}\n\n***\n\nend",
+            1,
+        ),
         ("repeated_paragraphs", f"{PROSE[0]}\n{PROSE[0]}\n\nx\n\nx", None, 0),
     ],
-)  # fmt: skip
+)
 def test_personal_data_gives_way_to_a_mark_and_repeats_go(rule, text, made, n):
     settings = {} if rule == "repeated_paragraphs" else {"mark": "M"}
     assert rules.EDIT_RULES[rule](text, **settings) == (text if made is None else made, n)
@@ -448,13 +490,13 @@ def shorter(texts) -> list[tuple[str, int]]:
 
 
 def test_a_corpus_made_with_an_own_rule_is_another_when_the_rule_changes(
-    tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, output
 ):
     def asked(code):
         own_rules(tmp_path, monkeypatch, "mine_run", code)
         monkeypatch.delitem(sys.modules, "mine_run", raising=False)
         filters.load_custom_function.cache_clear()
-        prepare.open_sources.cache_clear()
+        prepare.open_rules.cache_clear()
         return Config(
             prepare=PrepareConfig(
                 sources=("web=jsonl:docs.jsonl",),
@@ -474,7 +516,7 @@ def test_a_corpus_made_with_an_own_rule_is_another_when_the_rule_changes(
     ][1].startswith("pii_email(mark=")
     steps = {step["rule"]: step for step in made.counts["steps"]}
     assert steps["cake"]["kept"]["web"]["rows"] == 2 and steps["pii_email"]["edits"] == {"web": 1}
-    assert "pii_email made 1 edits in web" in capsys.readouterr().out
+    assert "pii_email made 1 edits in web" in output()
     with pytest.raises(
         UserError,
         match=r"another config .rules\[0\]: .mine_run:cake.. of source \w+. there, .mine_run:cake",
@@ -482,7 +524,10 @@ def test_a_corpus_made_with_an_own_rule_is_another_when_the_rule_changes(
         prepare.prepare_corpus(asked(code.replace("'cake' in", "'plain' in")), tmp_path / "run")
     with pytest.raises(
         UserError,
-        match=r"cake raised ZeroDivisionError \(division by zero\) on web/docs.jsonl:1, web/docs.jsonl:2, web/docs.jsonl:3",
+        match=(
+            r"cake raised ZeroDivisionError \(division by zero\) on "
+            r"web/docs.jsonl:1, web/docs.jsonl:2, web/docs.jsonl:3"
+        ),
     ):
         prepare.prepare_corpus(asked("def cake(texts): 1 / 0\n"), tmp_path / "other")
 
@@ -498,7 +543,7 @@ def test_a_corpus_made_with_an_own_rule_is_another_when_the_rule_changes(
             "the list has no rule 'exact_dedupe'; did you mean exact_dedup?",
         ),
         (["language(leats=0.5)"], "language has no threshold 'leats'; did you mean least?"),
-        (["language(least='high')"], "language(least='high'): wanted float"),
+        (["language(least='high')"], "language(least='high'): expected float"),
         (["exact_dedup(n=1)"], "exact_dedup has no threshold 'n'; it takes: none"),
         (["min_chars(50)"], "'min_chars(50)' is no rule"),
         (["min_chars(least=open('x'))"], "is no rule"),
@@ -523,11 +568,13 @@ def test_a_rule_that_cannot_be_is_told_in_one_sentence(tmp_path, monkeypatch, ch
 
 
 def test_an_answer_that_is_none_is_named_with_its_document():
-    with pytest.raises(UserError, match=r"yes answered True for web/1, wanted the reason in words"):
+    with pytest.raises(
+        UserError, match=r"yes answered True for web/1, expected the reason in words"
+    ):
         filters.apply_rules(
             documents("a"), [filters.Rule("yes", drop=lambda texts: [True for _ in texts])]
         )
     with pytest.raises(
-        UserError, match=r"half answered 'a' for web/1, wanted \(new text, number of edits\)"
+        UserError, match=r"half answered 'a' for web/1, expected \(new text, number of edits\)"
     ):
         filters.apply_rules(documents("a"), [filters.Rule("half", edit=lambda texts: texts)])

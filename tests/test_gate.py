@@ -406,7 +406,7 @@ def test_an_import_says_bits_per_byte_as_they_are_and_rows_of_no_use(params, tmp
     ids = documents(3, 12)
     few = heldout_of(pack_documents(tmp_path, {"songs": ids}))
     texts = ["abc" * (len(each) - 2) for each in ids]
-    wanted = likelihood.measure_bits_per_byte(
+    expected = likelihood.measure_bits_per_byte(
         SPEC, params, texts, [each[1:-1].tolist() for each in ids], 1
     ).bits_per_byte
     damaged = {
@@ -415,7 +415,7 @@ def test_an_import_says_bits_per_byte_as_they_are_and_rows_of_no_use(params, tmp
     }
     gate.log_import_check(SPEC, params, few, VOCAB_SIZE)
     message = caplog.text
-    assert float(re.search(r"songs: ([\d.]+)", message)[1]) == pytest.approx(wanted, abs=6e-4)
+    assert float(re.search(r"songs: ([\d.]+)", message)[1]) == pytest.approx(expected, abs=6e-4)
     assert re.search(r"11 rows beyond the tokenizer's 61 tokens look untrained", message)
     gate.log_import_check(SPEC, damaged, None, VOCAB_SIZE)
     message = caplog.text

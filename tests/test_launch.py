@@ -1,4 +1,6 @@
-"""Launch recipes: the command that arrives on a host is the one that was given, word for word, and nothing is done without --go."""
+"""Launch recipes: the command that arrives on a host is the one that was given, word for word, and
+nothing is done without --go.
+"""
 
 import json
 import os
@@ -35,7 +37,8 @@ WANTED = [
 # a Python that tells how it was called
 RECORDER = f"""#!{sys.executable}
 import json, os, sys
-json.dump([sys.argv[1:], {{k: v for k, v in os.environ.items() if k.startswith("JAX")}}], open("called.json", "w"))
+found = {{k: v for k, v in os.environ.items() if k.startswith("JAX")}}
+json.dump([sys.argv[1:], found], open("called.json", "w"))
 """
 
 
@@ -73,7 +76,10 @@ def test_ssh_starts_the_given_command_on_every_host_word_for_word(tmp_path, host
     hosts("one", "two")
     program(
         tmp_path / "bin/ssh",
-        f'#!/bin/bash\n[ "$1" = -n ] && shift\nhost=${{1#*@}}; shift; cd {tmp_path}/$host && exec bash -c "$*"\n',
+        (
+            f'#!/bin/bash\n[ "$1" = -n ] && shift\nhost=${{1#*@}}; shift; cd '
+            f'{tmp_path}/$host && exec bash -c "$*"\n'
+        ),
     )
     launch.execute_launch(launch.plan_ssh(["one", "me@two"], TRAIN))
     for i, host in enumerate(("one", "two")):
@@ -114,8 +120,12 @@ def test_a_tpu_slice_starts_the_given_command_on_every_worker(tmp_path, hosts):
     hosts("w0", "w1")
     program(
         tmp_path / "bin/gcloud",
-        f"#!/bin/bash\nfor word; do case $word in --command=*) command=${{word#--command=}};; esac; done\n"
-        f'for worker in w0 w1; do cd {tmp_path}/$worker; if [ "$4" = scp ]; then cp "$5" jaxpt.tgz; else bash -c "$command"; fi; done\n',
+        (
+            "#!/bin/bash\nfor word; do case $word in --command=*) "
+            "command=${word#--command=};; esac; done\n"
+            f'for worker in w0 w1; do cd {tmp_path}/$worker; if [ "$4" = scp ]; '
+            'then cp "$5" jaxpt.tgz; else bash -c "$command"; fi; done\n'
+        ),
     )
     launch.execute_launch(launch.plan_tpu_vm("my-tpu", "us-east5-a", TRAIN))
     for worker in ("w0", "w1"):
@@ -247,7 +257,11 @@ def test_a_pod_hands_on_the_notice_to_stop_and_ends_well_only_when_the_run_is_fi
         "containers"
     ][0]["command"]
     command = [word.replace("$$", "$") for word in command]  # as Kubernetes does
-    waiting = "import signal, time\nsignal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), sys.exit(0)))\nopen('ready', 'w').close()\ntime.sleep(60)\n"
+    waiting = (
+        "import signal, time\nsignal.signal(signal.SIGTERM, lambda *_: "
+        "(time.sleep(0.3), sys.exit(0)))\nopen('ready', "
+        "'w').close()\ntime.sleep(60)\n"
+    )
     program(tmp_path / "bin/python", RECORDER + waiting)
     pod = subprocess.Popen(command, cwd=tmp_path)
     while not (tmp_path / "ready").exists():
@@ -297,7 +311,10 @@ def test_without_go_nothing_is_done_and_what_is_printed_does_it(tmp_path, hosts)
     hosts("one", "two")
     program(
         tmp_path / "bin/ssh",
-        f'#!/bin/bash\n[ "$1" = -n ] && shift\nhost=$1; shift; cd {tmp_path}/$host && exec bash -c "$*"\n',
+        (
+            '#!/bin/bash\n[ "$1" = -n ] && shift\nhost=$1; shift; cd '
+            f'{tmp_path}/$host && exec bash -c "$*"\n'
+        ),
     )
     words = [
         "ssh",

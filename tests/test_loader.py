@@ -1,4 +1,6 @@
-"""Laws of the loader: targets stay in their document, the same batch on any mesh and host count, resumed as if never cut, damage is named."""
+"""Laws of the loader: targets stay in their document, the same batch on any mesh and host count,
+resumed as if never cut, damage is named.
+"""
 
 import dataclasses
 import json
@@ -83,15 +85,15 @@ def test_rows_on_disk_are_the_rows_that_datasets_reads(workdir, rows):
         theirs = datasets.load_from_disk(str(workdir / "packed" / "train" / name))
         assert rows.n_rows[name] == len(theirs)
         for i in (0, 1, len(theirs) // 2, len(theirs) - 1):
-            row = rows.row(name, i)
+            row = rows.read_sequence(name, i)
             assert row.tokens.tolist() == theirs[i]["input_ids"]
             assert row.doc_lens.tolist() == theirs[i]["doc_lens"]
             assert row.loss_from.tolist() == theirs[i]["loss_from"]
-            assert rows.doc_ids(name, i) == theirs[i]["doc_ids"]
+            assert rows.read_document_ids(name, i) == theirs[i]["doc_ids"]
             assert row.tokens.dtype == np.int32
         for i in (-1, len(theirs)):
             with pytest.raises(IndexError):
-                rows.row(name, i)
+                rows.read_sequence(name, i)
 
 
 def test_rows_are_found_across_record_batches_and_shards(workdir, tmp_path, monkeypatch):
@@ -127,7 +129,8 @@ def random_rows(rng, n=6, seq_len=37) -> list[loader.PackedSequence]:
 
 @pytest.mark.parametrize("document_mask", [True, False])
 def test_a_batch_is_what_spec_says(document_mask):
-    """Against the definition, token by token: a target is the next token of the same document (of the row, without document_mask) and
+    """Against the definition, token by token: a target is the next token of the same document (of
+    the row, without document_mask) and
     counts if it is trained."""
     rng = np.random.default_rng(3)
     for _ in range(20):
@@ -147,33 +150,35 @@ def test_a_batch_is_what_spec_says(document_mask):
                 there = t + 1 < len(where) and (not document_mask or where[t + 1][0] == piece)
                 trained = there and where[t + 1][1] >= row.loss_from[where[t + 1][0]]
                 target = row.tokens[t + 1] if trained else 0
-                wanted = (
+                expected = (
                     row.tokens[t],
                     target,
                     piece + 1 if document_mask else 1,
                     k if document_mask else t,
                     float(trained),
                 )
-                assert got == wanted
+                assert got == expected
 
 
 def test_from_disk_to_logits_a_document_reads_as_if_it_stood_alone(workdir, rows, spec, one):
-    """Whatever its neighbours are and wherever in the row it begins; with document_mask off it does see them."""
+    """Whatever its neighbours are and wherever in the row it begins; with document_mask off it does
+    see them.
+    """
     spec = spec.replace(vocab_size=704, max_seq_len=ROW_LEN)
     params = llama.init_params(spec, 0, one)
 
     @jax.jit
     def logits(batch):
         model = llama.bind_params(spec, params)
-        return model(batch.tokens, batch.segments, batch.positions) @ model.lm_head()
+        return model(batch.tokens, batch.segment_ids, batch.positions) @ model.lm_head()
 
     name, i = next(
         (n, i)
         for n in rows.names
         for i in range(rows.n_rows[n])
-        if len(rows.row(n, i).doc_lens) > 2
+        if len(rows.read_sequence(n, i).doc_lens) > 2
     )
-    row = rows.row(name, i)
+    row = rows.read_sequence(name, i)
     ends = np.cumsum([0, *row.doc_lens])
     together, seen = (
         np.asarray(logits(loader.make_batch([row], mask)))[0] for mask in (True, False)
@@ -201,8 +206,8 @@ def test_any_mesh_gets_the_batch_of_one_device(sizes, rows, mixture):
     spread = batches(4, rows, mixture, mesh_of(sizes), BATCH_ROWS, 0, True)
     for i, (left, right) in enumerate(zip(alone, spread, strict=True)):
         assert_equal(left, right)
-        places = [mixture.row_at(i * BATCH_ROWS + slot) for slot in range(BATCH_ROWS)]
-        assert_equal(left, loader.make_batch([rows.row(*place) for place in places], True))
+        places = [mixture.sequence_at(i * BATCH_ROWS + slot) for slot in range(BATCH_ROWS)]
+        assert_equal(left, loader.make_batch([rows.read_sequence(*place) for place in places], True))
     assert {name for name, _ in places} == {"code"}, "the second phase has begun"
 
 
@@ -215,13 +220,13 @@ def test_a_stream_resumed_at_any_row_is_the_uncut_stream(rows, mixture):
     random = (
         np.random.default_rng().integers((0, 1), (95, 17), (4, 2)).tolist()
     )  # other rows every time
-    for first_row, batch_rows in ((48, 16), (7, 16), (32, 4), (95, 1), *random):
-        resumed = batches(1, rows, mixture, one, batch_rows, first_row, True)[0]
-        wanted = tokens[first_row : first_row + batch_rows]
-        np.testing.assert_array_equal(resumed.tokens[: len(wanted)], wanted)
-        assert len(resumed.tokens) == batch_rows, (first_row, batch_rows)
+    for first_row, batch_size in ((48, 16), (7, 16), (32, 4), (95, 1), *random):
+        resumed = batches(1, rows, mixture, one, batch_size, first_row, True)[0]
+        expected = tokens[first_row : first_row + batch_size]
+        np.testing.assert_array_equal(resumed.tokens[: len(expected)], expected)
+        assert len(resumed.tokens) == batch_size, (first_row, batch_size)
     far = batches(1, rows, mixture, one, BATCH_ROWS, 10**12, True)[0]
-    np.testing.assert_array_equal(far.tokens[0], rows.row(*mixture.row_at(10**12)).tokens)
+    np.testing.assert_array_equal(far.tokens[0], rows.read_sequence(*mixture.sequence_at(10**12)).tokens)
 
 
 HOST = """
@@ -232,30 +237,34 @@ jax.config.update("jax_num_cpu_devices", 8 // n_hosts)
 jax.distributed.initialize(f"localhost:{port}", n_hosts, rank)
 from jaxpt import config, sharding
 from jaxpt.data import loader
-from jaxpt.data.mixture import Mixture
+from jaxpt.data.mixture import MixtureSchedule
 
-rows = loader.open_rows([workdir + "/packed"])
-read, real = [], rows.row
+rows = loader.open_packed([workdir + "/packed"])
+read, real = [], rows.read_sequence
 
 def counted(name, i):
-    if threading.current_thread() is threading.main_thread():  # the stream's threads read ahead, and may still do so after its end
+    # the stream's threads read ahead, and may still do so after its end
+    if threading.current_thread() is threading.main_thread():
         read.append((name, i))
     return real(name, i)
 
-rows.row = counted
-mixture = Mixture(config.Mixture(), rows.n_rows, 16)
+rows.read_sequence = counted
+mixture = MixtureSchedule(config.MixtureConfig(), rows.n_rows, 16)
 found = {}
-for label, sizes in (("rows", dict(replica=2, fsdp=4)), ("positions", dict(fsdp=2, context=4)), ("replicated", dict(fsdp=1, tensor=8))):
-    place = sharding.batch_sharding(sharding.make_mesh(config.Mesh(**sizes)))
-    stream = loader.stream(rows, mixture, place, 16, 32, True)
+meshes = {"rows": dict(replica=2, fsdp=4), "positions": dict(fsdp=2, context=4)}
+meshes["replicated"] = dict(fsdp=1, tensor=8)
+for label, sizes in meshes.items():
+    place = sharding.make_batch_sharding(sharding.make_mesh(config.MeshConfig(**sizes)))
+    stream = loader.iterate_batches(rows, mixture, place, 16, 32, True)
     batch = next(stream)
     stream.close()
     parts = {}
     for shard in batch.targets.addressable_shards:
         parts[str([(s.start or 0) for s in shard.index])] = np.asarray(shard.data).tolist()
     read.clear()
-    heldout = next(loader.heldout_batches(rows, "code", place, 16, 16, True))
-    found[label] = {"parts": parts, "n_read": len(read), "shape": batch.tokens.shape, "n_heldout": len(heldout.tokens.addressable_shards)}
+    heldout = next(loader.iterate_heldout_batches(rows, "code", place, 16, 16, True))
+    found[label] = {"parts": parts, "n_read": len(read), "shape": batch.tokens.shape}
+    found[label]["n_heldout"] = len(heldout.tokens.addressable_shards)
 print("FOUND" + json.dumps(found), flush=True)
 jax.distributed.shutdown()
 """
@@ -265,7 +274,7 @@ def test_any_number_of_hosts_gets_the_same_batch_and_reads_only_its_own_rows(wor
     """Real processes, joined by jax.distributed."""
     mix = MixtureSchedule(config.MixtureConfig(), rows.n_rows, BATCH_ROWS)
     whole = loader.make_batch(
-        [rows.row(*mix.sequence_at(32 + slot)) for slot in range(BATCH_ROWS)], True
+        [rows.read_sequence(*mix.sequence_at(32 + slot)) for slot in range(BATCH_ROWS)], True
     ).targets
     for n_hosts in (2, 4):
         with socket.socket() as free:
@@ -273,9 +282,14 @@ def test_any_number_of_hosts_gets_the_same_batch_and_reads_only_its_own_rows(wor
             port = free.getsockname()[1]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
         hosts = [
-            subprocess.Popen([sys.executable, "-c", HOST, str(rank), str(n_hosts), str(port), str(workdir)], env=environment, stdout=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                [sys.executable, "-c", HOST, str(rank), str(n_hosts), str(port), str(workdir)],
+                env=environment,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
             for rank in range(n_hosts)
-        ]  # fmt: skip
+        ]
         found = [json.loads(host.communicate(timeout=120)[0].split("FOUND")[1]) for host in hosts]
         for label in ("rows", "positions", "replicated"):
             rebuilt = np.full_like(whole, -1)
@@ -358,30 +372,51 @@ def damaged(workdir, directory, change, name="data-00000.arrow"):
     [
         (lambda w, d: [], "no packed directory"),
         (lambda w, d: [d / "nowhere"], "no manifest.json"),
-        (lambda w, d: [w / "packed", w / "tokenizer"], "was made by tokenizer, wanted packed rows"),
-        (lambda w, d: [w / "packed", w / "packed"], "source code was opened from another directory"),
+        (
+            lambda w, d: [w / "packed", w / "tokenizer"],
+            "was made by tokenizer, expected packed rows",
+        ),
+        (
+            lambda w, d: [w / "packed", w / "packed"],
+            "source code was opened from another directory",
+        ),
         (lambda w, d: [w / "packed", other_packed(w, d, seq_len=64)], "its rows have 64 tokens"),
-        (lambda w, d: [w / "packed", other_packed(w, d, vocab_size=650)], "Pack both with one tokenizer"),
+        (
+            lambda w, d: [w / "packed", other_packed(w, d, vocab_size=650)],
+            "Pack both with one tokenizer",
+        ),
         (lambda w, d: damaged(w, d, "missing"), "data-00000.arrow: missing"),
-        (lambda w, d: damaged(w, d, "truncated"), "data-00000.arrow: .* bytes, wanted"),
+        (lambda w, d: damaged(w, d, "truncated"), "data-00000.arrow: .* bytes, expected"),
         (lambda w, d: damaged(w, d, "one bit"), "data-00000.arrow: the checksum of bytes"),
         (lambda w, d: damaged(w, d, "one bit", pack.INDEX_SCHEMA), "batches.npy: its checksum"),
         (lambda w, d: damaged(w, d, "missing", pack.INDEX_SCHEMA), "batches.npy: missing"),
     ],
-    ids=["none", "missing", "not packed", "twice", "row length", "tokenizer", "shard gone", "shard cut", "shard damaged", "index damaged", "index gone"],
-)  # fmt: skip
+    ids=[
+        "none",
+        "missing",
+        "not packed",
+        "twice",
+        "row length",
+        "tokenizer",
+        "shard gone",
+        "shard cut",
+        "shard damaged",
+        "index damaged",
+        "index gone",
+    ],
+)
 def test_rows_that_cannot_be_trusted_are_refused_in_one_sentence(paths, says, workdir, tmp_path):
     with pytest.raises(UserError, match=says) as error:
         loader.open_packed(paths(workdir, tmp_path))
     assert "\n" not in str(error.value)
 
 
-def test_of_a_set_too_large_to_check_at_once_no_damaged_row_is_trained_on_and_the_damage_is_found_meanwhile(
+def test_of_a_set_too_large_to_check_at_once_no_damaged_sequence_is_trained_on(
     workdir, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(pack, "BATCH_TOKENS", 40 * ROW_LEN)
-    monkeypatch.setattr(loader, "VERIFY_BYTES", 0)
-    monkeypatch.setattr(loader, "OPEN_BATCHES", 3)
+    monkeypatch.setattr(loader, "MAX_BYTES_VERIFIED_AT_OPEN", 0)
+    monkeypatch.setattr(loader, "MAX_OPEN_BATCHES", 3)
     for part in ("corpus", "tokenizer"):
         shutil.copytree(workdir / part, tmp_path / part)
     pack.pack_corpus(packing(), tmp_path)
@@ -431,9 +466,13 @@ def bucket(workdir, tmp_path, monkeypatch):
     server.start()
     endpoint = "http://{}:{}".format(*server.get_host_and_port())
     for name, value in {
-        "AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "none", "AWS_DEFAULT_REGION": "us-east-1",
-        "XDG_CACHE_HOME": str(tmp_path / "cache"), "no_proxy": "127.0.0.1",
-    }.items():  # fmt: skip
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "nobody",
+        "AWS_SECRET_ACCESS_KEY": "none",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "no_proxy": "127.0.0.1",
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(pack, "BATCH_TOKENS", 40 * ROW_LEN)
     for part in ("corpus", "tokenizer"):
@@ -505,7 +544,7 @@ def test_the_cache_of_an_object_store_keeps_its_bounds_and_trusts_no_damaged_fil
     here = loader.open_packed([tmp_path / "packed"])
     limit = 3.5 * here.sources["english"].byte_range(0).n_bytes
     monkeypatch.setattr(storage, "CACHE_BYTES", limit)
-    monkeypatch.setattr(loader, "OPEN_BATCHES", 1)
+    monkeypatch.setattr(loader, "MAX_OPEN_BATCHES", 1)
     (directory,) = [storage.cache_directory() / here.sources["code"].fingerprint]
     for _ in range(2):
         there = loader.open_packed([address])
@@ -523,7 +562,7 @@ def test_the_cache_of_an_object_store_keeps_its_bounds_and_trusts_no_damaged_fil
 @pytest.mark.parametrize(
     ("harm", "says"),
     [
-        ("cut", "bytes, wanted"),
+        ("cut", "bytes, expected"),
         ("gone", "data-00000.arrow: missing"),
         ("flipped", "the checksum of bytes"),
         ("no bucket", "cannot be opened"),
@@ -560,7 +599,9 @@ def test_several_hosts_look_for_damage_in_parts_that_make_the_whole(workdir):
 
 
 def test_a_prompt_has_no_weight_from_file_to_batch(workdir, tmp_path):
-    """jsonl with two fields -> corpus -> rows -> batch: what is trained is each completion and its end, and nothing else of a document."""
+    """jsonl with two fields -> corpus -> rows -> batch: what is trained is each completion and its
+    end, and nothing else of a document.
+    """
     records = [
         {"question": f"What is {i} + {i}?\n", "answer": f"It is {2 * i}, I say 日本."}
         for i in range(90)
@@ -596,23 +637,27 @@ def test_a_prompt_has_no_weight_from_file_to_batch(workdir, tmp_path):
 
 
 def test_a_batch_that_the_mesh_cannot_cut_is_refused(rows, mixture):
-    for sizes, batch_rows in (({"fsdp": 8}, 12), ({"fsdp": 1, "context": 5}, 16)):
+    for sizes, batch_size in (({"fsdp": 8}, 12), ({"fsdp": 1, "context": 5}, 16)):
         with pytest.raises(UserError, match="cannot be cut evenly"):
-            next(loader.iterate_batches(rows, mixture, mesh_of(sizes), batch_rows, 0, True))
+            next(loader.iterate_batches(rows, mixture, mesh_of(sizes), batch_size, 0, True))
 
 
 def a_run(workdir, tmp_path, **changes):
     """A run directory as the loop leaves it."""
     settings = dataclasses.replace(
-        config.Config(), mixture=config.MixtureConfig(packed_paths=(str(workdir / "packed"),), phases=((0, {"english": 0.7, "code": 0.3}), (2, {"code": 1.0}))),
+        config.Config(),
+        mixture=config.MixtureConfig(
+            packed_paths=(str(workdir / "packed"),),
+            phases=((0, {"english": 0.7, "code": 0.3}), (2, {"code": 1.0})),
+        ),
         train=config.TrainConfig(batch_size=BATCH_ROWS, steps=9),
-    )  # fmt: skip
+    )
     rows = loader.open_packed([workdir / "packed"])
     stretches = MixtureSchedule(
-        settings.mixture, rows.n_rows, BATCH_ROWS, packed_paths=rows.fingerprint
+        settings.mixture, rows.n_rows, BATCH_ROWS, packed=rows.fingerprint
     ).stretches
     (tmp_path / "config.json").write_text(json.dumps({**stage.to_jsonable(settings), **changes}))
-    (tmp_path / "phases.json").write_text(json.dumps([stretch._asdict() for stretch in stretches]))
+    (tmp_path / "phases.json").write_text(json.dumps([stretch.to_json() for stretch in stretches]))
     shutil.copytree(workdir / "tokenizer", tmp_path / "tokenizer")
     return tmp_path
 

@@ -1,4 +1,6 @@
-"""Laws of what is measured on layers, heads, neurons and channels, and of predicted layers: the same on every mesh."""
+"""Laws of what is measured on layers, heads, neurons and channels, and of predicted layers: the
+same on every mesh.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +28,9 @@ def randomised(spec, mesh):
 
 
 def batch(mesh, padding_id=0, empty_from=8, rows=slice(0, 8)):
-    """Rows of two documents and padding, of several lengths; the whole is [8, 20]. Rows from `empty_from` on are padding alone."""
+    """Rows of two documents and padding, of several lengths; the whole is [8, 20]. Rows from
+    `empty_from` on are padding alone.
+    """
     draw = np.random.default_rng(5)
     tokens, border, length = (
         draw.integers(1, 96, (8, 20)),
@@ -51,10 +55,10 @@ def figures(spec, params, batches):
     """Everything that is measured, by name."""
     return {
         **measure.measure_layers(spec, params, batches)._asdict(),
-        **measure.measure_importance(spec, params, batches),
+        **measure.measure_importance(spec, params, batches)._asdict(),
         "twins": np.asarray(
             [
-                pair["cosine"]
+                pair.cosine
                 for pair in measure.measure_copy_similarity(
                     spec, params, [0, 1, 1, 0, None], batches
                 )
@@ -132,14 +136,12 @@ def test_equal_copies_at_the_same_input_write_alike(spec, one):
     strangers, copies = measure.measure_copy_similarity(
         spec, params, [5, 7, 5, None, 7], [batch(one)]
     )
-    assert (strangers["source"], strangers["layers"]) == (5, [0, 2]) and abs(
-        strangers["cosine"]
-    ) < 0.5
-    assert (copies["source"], copies["layers"]) == (7, [1, 4]) and copies["cosine"] > 0.999
+    assert (strangers.source, strangers.layers) == (5, (0, 2)) and abs(strangers.cosine) < 0.5
+    assert (copies.source, copies.layers) == (7, (1, 4)) and copies.cosine > 0.999
     for name in ("o", "down"):
         params = with_leaf(params, name, lambda leaf: leaf.at[4].set(0))
     assert (
-        measure.measure_copy_similarity(spec, params, [5, 7, 5, None, 7], [batch(one)])[1]["cosine"]
+        measure.measure_copy_similarity(spec, params, [5, 7, 5, None, 7], [batch(one)])[1].cosine
         == 0
     )  # layer 4 writes nothing
     assert measure.measure_copy_similarity(spec, params, [0, 1, 2, 3, None], [batch(one)]) == []
@@ -149,7 +151,7 @@ def test_twins_are_neighbouring_copies(spec, one):
     pairs = measure.measure_copy_similarity(
         spec, randomised(spec, one), [2, 2, None, 0, 2], [batch(one)]
     )
-    assert [(pair["source"], pair["layers"]) for pair in pairs] == [(2, [0, 1]), (2, [1, 4])]
+    assert [(pair.source, pair.layers) for pair in pairs] == [(2, (0, 1)), (2, (1, 4))]
 
 
 def test_importance_finds_what_was_made_loud_and_what_was_silenced(spec, one):
@@ -178,22 +180,22 @@ def test_importance_finds_what_was_made_loud_and_what_was_silenced(spec, one):
         params = with_leaf(params, name, loud(1, 12, 0))
     params = {**params, "norm": params["norm"].at[12].set(0)}
     found = measure.measure_importance(spec, params, [batch(one)])
-    heads, kv = measure.select_heads(found["heads"], 6, 2, 3)
-    assert {name: value.shape for name, value in found.items()} == {
+    heads, kv = measure.select_heads(found.heads, 6, 2, 3)
+    assert {name: value.shape for name, value in found._asdict().items()} == {
         "heads": (5, 6),
         "mlp": (5, 40),
         "embed": (24,),
     }
     assert kv[:, 0].tolist() == [1, 0, 1, 0, 1] and heads[:2].tolist() == [[3, 4, 5], [0, 1, 2]]
-    assert measure.select_important(found["mlp"], 1)[:, 0].tolist() == [
+    assert measure.select_important(found.mlp, 1)[:, 0].tolist() == [
         0,
         7,
         14,
         21,
         28,
-    ] and measure.select_important(found["embed"], 1) == [11]
-    assert found["heads"].reshape(5, 2, 3).min(-1).argmin(-1).tolist() == [0, 1, 0, 1, 0]
-    silent = found["heads"][0, :3], found["mlp"][range(5), [1, 8, 15, 22, 29]], found["embed"][12]
+    ] and measure.select_important(found.embed, 1) == [11]
+    assert found.heads.reshape(5, 2, 3).min(-1).argmin(-1).tolist() == [0, 1, 0, 1, 0]
+    silent = found.heads[0, :3], found.mlp[range(5), [1, 8, 15, 22, 29]], found.embed[12]
     assert not any(np.any(each) for each in silent)
 
 
@@ -238,7 +240,9 @@ def test_a_layer_between_equal_ones_equals_them(spec, one):
 
 
 def test_what_layers_share_is_predicted_and_the_rest_is_made_smaller(spec, one):
-    """Half of the channels are read alike by all layers, the others, more softly, by each in its own way."""
+    """Half of the channels are read alike by all layers, the others, more softly, by each in its
+    own way.
+    """
     q = np.array(randomised(spec, one)["blocks"]["q"])
     q[:, :12] = q[0, :12]
     q[:, 12:] *= 0.1
@@ -268,12 +272,14 @@ def test_predicted_layers_keep_dtypes_and_silence_and_average_norms_and_biases(s
 
 
 def test_layers_are_predicted_from_three_on(spec, one):
-    with pytest.raises(UserError, match="a model of 2 layers"):
+    with pytest.raises(UserError, match="at least 3 layers, got 2"):
         predict.predict_layer_params(randomised(spec.replace(n_layers=2), one)["blocks"], [0])
 
 
 def test_any_mesh_predicts_alike(spec, one, mesh):
-    """Within 1e-4 of each leaf's norm: directions of near equal strength turn into each other, and the fit hardly differs between them."""
+    """Within 1e-4 of each leaf's norm: directions of near equal strength turn into each other, and
+    the fit hardly differs between them.
+    """
     a, b = (
         predicted(randomised(spec, where)["blocks"], np.asarray([1, 3])) for where in (one, mesh)
     )

@@ -1,4 +1,6 @@
-"""Laws of the mixture: a pure function of the index, exact shares, every row once an epoch, nothing lost over phases."""
+"""Laws of the mixture: a pure function of the index, exact shares, every row once an epoch, nothing
+lost over phases.
+"""
 
 import collections
 import json
@@ -17,7 +19,7 @@ N_ROWS = {"code": 101, "prose": 307, "wiki": 53}
 
 
 def mixing(*phases, n_rows=N_ROWS, batch_size=7, seed=0) -> MixtureSchedule:
-    return MixtureSchedule(config.MixtureConfig(phases=phases, seed=seed), n_rows, batch_rows)
+    return MixtureSchedule(config.MixtureConfig(phases=phases, seed=seed), n_rows, batch_size)
 
 
 @settings(deadline=None, max_examples=15)
@@ -76,7 +78,9 @@ def test_every_epoch_reads_each_row_once_and_in_another_order():
 
 
 def test_uses_go_on_counting_over_phases():
-    """The k-th use of a source is the same row whatever the shares were, so that phases neither repeat nor skip."""
+    """The k-th use of a source is the same row whatever the shares were, so that phases neither
+    repeat nor skip.
+    """
     plain = mixing((0, {"code": 1.0}))
     order = [plain.sequence_at(i)[1] for i in range(400)]
     mix = mixing(
@@ -90,7 +94,7 @@ def test_uses_go_on_counting_over_phases():
         : sum(name == "code" for name, _ in seen)
     ]
     assert {name for name, _ in seen[: 3 * 7]} == {"prose"}, (
-        "phases start at steps, rows are steps x batch_rows"
+        "phases start at steps, rows are steps x batch_size"
     )
     assert {name for name, _ in seen[11 * 7 : 20 * 7]} == {"code"}
     for n in (0, 1, 3 * 7, 3 * 7 + 5, 11 * 7, 60 * 7):
@@ -124,7 +128,8 @@ def test_the_order_is_a_pure_function_of_seed_and_index():
         other.sequence_at(i)[0] for i in range(99)
     ]
     assert [one.sequence_at(i) for i in range(99)] != [other.sequence_at(i) for i in range(99)]
-    # an order on disk, so that a new release of a dependency cannot change the data of a half-trained run in silence
+    # an order on disk, so that a new release of a dependency cannot change the data of a
+    # half-trained run in silence
     assert [one.sequence_at(i) for i in (0, 1, 2, 10**12 + 1)] == GOLDEN
 
 
@@ -132,7 +137,9 @@ GOLDEN = [("prose", 212), ("prose", 296), ("code", 73), ("code", 60)]
 
 
 def test_a_shuffle_has_no_order_left():
-    """Neighbours in the file are not neighbours in the epoch: their distances are those of random numbers."""
+    """Neighbours in the file are not neighbours in the epoch: their distances are those of random
+    numbers.
+    """
     n = 10_007
     mix = mixing(n_rows={"only": n})
     rows = np.array([mix.sequence_at(i)[1] for i in range(n)])
@@ -160,17 +167,17 @@ def test_what_runs_out_is_said_before_the_run():
     ("phases", "says"),
     [
         (((0, {"cod": 1.0}),), "did you mean code"),
-        (((0, {"code": -0.5, "prose": 1.0}),), "wanted a number of at least 0"),
-        (((0, {"code": float("nan")}),), "wanted a number of at least 0"),
-        (((0, {"code": "much"}),), "wanted a number of at least 0"),
+        (((0, {"code": -0.5, "prose": 1.0}),), "expected a number of at least 0"),
+        (((0, {"code": float("nan")}),), "expected a number of at least 0"),
+        (((0, {"code": "much"}),), "expected a number of at least 0"),
         (((0, {"code": 0.0}),), "sum to nothing"),
         (((0, {}),), "sum to nothing"),
-        (((5, {"code": 1.0}),), "wanted 0 first"),
+        (((5, {"code": 1.0}),), "expected 0 first"),
         (((0, {"code": 1.0}), (9, {"prose": 1.0}), (9, {"code": 1.0})), "then rising"),
         (((0, {"code": 1.0, "empty": 1.0}),), "empty has no rows"),
         (((0, {"code": 1.0, "prose": 1e-5}),), "at least 1/4,096"),
     ],
-)  # fmt: skip
+)
 def test_phases_that_cannot_be_run_are_refused_in_one_sentence(phases, says):
     with pytest.raises(UserError, match=says) as error:
         mixing(*phases, n_rows={**N_ROWS, "empty": 0})
@@ -196,24 +203,26 @@ SHARES = strategies.fixed_dictionaries(
     ),
 )
 def test_other_shares_or_another_batch_in_mid_run_repeat_no_row_and_skip_none(first, changes):
-    """A run goes on several times, each time with other settings, of which the account alone knows the former; what it has read of a source
+    """A run goes on several times, each time with other settings, of which the account alone knows
+    the former; what it has read of a source
     is the beginning of that source's order, whatever was changed."""
-    batch_rows, n_done, n_read, shares = 7, 0, 0, first
+    batch_size, n_done, n_read, shares = 7, 0, 0, first
     mix, seen = mixing((0, first)), []
     for n_steps, *then in [*changes, (9, 5, first)]:
-        seen += [mix.sequence_at(i) for i in range(n_read, n_read + n_steps * batch_rows)]
-        n_done, n_read = n_done + n_steps, n_read + n_steps * batch_rows
-        batch_rows, shares = then
+        seen += [mix.sequence_at(i) for i in range(n_read, n_read + n_steps * batch_size)]
+        n_done, n_read = n_done + n_steps, n_read + n_steps * batch_size
+        batch_size, shares = then
         account = [
-            mixture.MixturePhase(*each) for each in json.loads(json.dumps(mix.data_history(n_read)))
+            mixture.MixturePhase.from_json(json.loads(json.dumps(phase.to_json())))
+            for phase in mix.data_history(n_read)
         ]
         before = [mix.count_uses(n) for n in range(0, n_read + 1, 5)]
         mix = MixtureSchedule(
-            config.MixtureConfig(phases=((0, shares),)), N_ROWS, batch_rows, account, n_done, n_read
+            config.MixtureConfig(phases=((0, shares),)), N_ROWS, batch_size, account, n_done, n_read
         )
         assert [mix.count_uses(n) for n in range(0, n_read + 1, 5)] == before
         assert [mix.sequence_at(i) for i in range(n_read)] == seen
-        assert mix.stretches[-1].shares == shares and mix.stretches[-1].batch_size == batch_rows
+        assert mix.stretches[-1].shares == shares and mix.stretches[-1].batch_size == batch_size
     for name in N_ROWS:
         alone = mixing((0, {name: 1.0}))
         taken = [row for source, row in seen if source == name]

@@ -1,4 +1,6 @@
-"""Laws of the forward pass: equal to transformers, blind to neighbours and to the future, chunked without a trace."""
+"""Laws of the forward pass: equal to transformers, blind to neighbours and to the future, chunked
+without a trace.
+"""
 
 import dataclasses
 
@@ -31,11 +33,11 @@ def test_logits_equal_transformers_at_long_positions(name, tmp_path, one):
     tokens = np.random.default_rng(0).integers(0, spec.vocab_size, (2, 48)).astype(np.int32)
     positions = np.arange(48, dtype=np.int32) + np.array([[0], [3000]], np.int32)
     with torch.no_grad():
-        wanted = theirs(
+        expected = theirs(
             input_ids=torch.tensor(tokens).long(), position_ids=torch.tensor(positions).long()
         ).logits.numpy()
     ours = logits_of(spec, params, tokens, np.ones_like(tokens), positions)
-    np.testing.assert_allclose(ours, wanted, atol=3e-5)
+    np.testing.assert_allclose(ours, expected, atol=3e-5)
 
 
 def test_a_document_cannot_see_its_row_neighbour(spec, one):
@@ -90,7 +92,9 @@ def test_a_weights_gradient_is_matmuls_and_turns_only_the_narrower_side(R, W):
 
 @pytest.fixture(scope="module")
 def by_remat():
-    """For every policy: (temporary bytes, gradients) of a loss, in the loop over layers that accelerators run."""
+    """For every policy: (temporary bytes, gradients) of a loss, in the loop over layers that
+    accelerators run.
+    """
     spec = ModelSpec(
         n_layers=20, d_model=48, d_ff=160, n_heads=6, n_kv_heads=2, d_head=16, vocab_size=96
     )
@@ -114,12 +118,12 @@ def by_remat():
 
 
 def test_every_remat_policy_gives_the_same_gradients(by_remat):
-    (_, wanted), *others = by_remat.values()
+    (_, expected), *others = by_remat.values()
     for _, gradients in others:
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max()),
             gradients,
-            wanted,
+            expected,
         )
 
 
@@ -157,11 +161,13 @@ def test_chunked_loss_equals_plain_loss_and_its_gradients():
     def chunked(hidden, head):
         return loss.cross_entropy(hidden, head, targets, weights, 0.01)
 
-    ours, wanted = (
+    ours, expected = (
         jax.jit(jax.value_and_grad(of, argnums=(0, 1), has_aux=True))(hidden, head)
         for of in (chunked, plain)
     )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-4), ours, wanted)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-4), ours, expected
+    )
 
 
 def test_the_logits_of_a_batch_never_exist_at_once():

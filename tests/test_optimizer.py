@@ -14,9 +14,10 @@ from jaxpt.train import optimizer
 def test_adam_equals_optax_and_a_bad_step_leaves_it_as_it_was(spec, clip_norm):
     optim = OptimConfig(clip_norm=clip_norm, weight_decay=0.1)
     plain = optax.chain(
-        optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(), optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
+        optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
+        optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
         optax.add_decayed_weights(0.1, mask=optimizer.decay_mask),
-    )  # fmt: skip
+    )
     ours = optimizer.make_optimizer(optim, spec)
     rng = np.random.default_rng(0)
     draw = lambda: {
@@ -37,7 +38,7 @@ def test_adam_equals_optax_and_a_bad_step_leaves_it_as_it_was(spec, clip_norm):
         broken = jax.tree.map(lambda g: g * jnp.nan, sums)
         jax.tree.map(np.testing.assert_array_equal, update(broken, state, scale, False)[1], state)
         directions, state = update(sums, state, scale, True)
-        wanted, wanted_state = plain.update(mean, wanted_state, params)
+        expected, wanted_state = plain.update(mean, wanted_state, params)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9),
             state[0],
@@ -45,5 +46,7 @@ def test_adam_equals_optax_and_a_bad_step_leaves_it_as_it_was(spec, clip_norm):
         )
         # of order 1, and a difference of two such numbers here and there
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), directions, wanted
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+            directions,
+            expected,
         )

@@ -1,4 +1,6 @@
-"""Laws of packing: no token lost or doubled, short documents whole, the course's way exactly, rows that Hugging Face datasets opens."""
+"""Laws of packing: no token lost or doubled, short documents whole, the course's way exactly, rows
+that Hugging Face datasets opens.
+"""
 
 import collections
 import dataclasses
@@ -85,7 +87,7 @@ def test_best_fit_neither_loses_nor_doubles_a_token_and_cuts_only_what_is_too_lo
         for i, n in enumerate(lengths)
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pack, "WINDOW_PIECES", window)
+        patch.setattr(pack, "WINDOW_SEGMENTS", window)
         stretches = pack.split_windows(np.array(lengths, int), seq_len)
     rows = [
         row
@@ -148,9 +150,14 @@ def test_course_is_one_stream_of_tokens_cut_into_rows(lengths, seq_len, first_ro
 
 @settings(deadline=None)
 @given(
-    documents=strategies.lists(strategies.tuples(strategies.integers(1, 70), strategies.integers(0, 70)), min_size=1, max_size=40),
-    seq_len=strategies.integers(8, 31), method=strategies.sampled_from([pack.pack_best_fit, pack.pack_course]),
-)  # fmt: skip
+    documents=strategies.lists(
+        strategies.tuples(strategies.integers(1, 70), strategies.integers(0, 70)),
+        min_size=1,
+        max_size=40,
+    ),
+    seq_len=strategies.integers(8, 31),
+    method=strategies.sampled_from([pack.pack_best_fit, pack.pack_course]),
+)
 def test_every_token_is_a_prompts_or_not_wherever_its_document_was_cut(documents, seq_len, method):
     documents = [(n, min(prompt, n)) for n, prompt in documents]
     numbers = iter(range(sum(n for n, _ in documents)))
@@ -175,10 +182,14 @@ def test_datasets_opens_the_rows_and_they_hold_the_corpus(method, workdir):
     texts, _ = split_documents()
     for name in texts:
         rows = datasets.load_from_disk(str(workdir / "packed" / "train" / name))
-        assert rows.features == datasets.Features({
-            "input_ids": datasets.List(datasets.Value("int32"), length=ROW_LEN), "doc_lens": datasets.List(datasets.Value("int32")),
-            "doc_ids": datasets.List(datasets.Value("string")), "loss_from": datasets.List(datasets.Value("int32")),
-        })  # fmt: skip
+        assert rows.features == datasets.Features(
+            {
+                "input_ids": datasets.List(datasets.Value("int32"), length=ROW_LEN),
+                "doc_lens": datasets.List(datasets.Value("int32")),
+                "doc_ids": datasets.List(datasets.Value("string")),
+                "loss_from": datasets.List(datasets.Value("int32")),
+            }
+        )
         whole = encoded(workdir, texts[name])
         pieces = []
         for row in rows:
@@ -199,8 +210,8 @@ def test_datasets_opens_the_rows_and_they_hold_the_corpus(method, workdir):
         else:
             for i, ids in enumerate(whole):
                 parts = [part for document, part in pieces if document == f"{name}-{i}"]
-                wanted = [ids[start : start + ROW_LEN] for start in range(0, len(ids), ROW_LEN)]
-                assert sorted(parts) == sorted(wanted)
+                expected = [ids[start : start + ROW_LEN] for start in range(0, len(ids), ROW_LEN)]
+                assert sorted(parts) == sorted(expected)
 
         counts = manifest.counts["train"][name]
         n_tokens = sum(len(ids) for _, ids in pieces)
@@ -236,7 +247,7 @@ def test_datasets_opens_the_rows_and_they_hold_the_corpus(method, workdir):
 def test_rows_depend_on_corpus_and_tokenizer_alone(workdir, monkeypatch):
     """Not on how many documents are encoded at once, nor on how many threads encode them."""
     once = pack.pack_corpus(packing(), workdir)
-    monkeypatch.setattr(pack, "ENCODE_CHARS", 1000)
+    monkeypatch.setattr(pack, "MAX_ENCODE_CHARS", 1000)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     (workdir / "packed").rename(workdir / "first")
     assert pack.pack_corpus(packing(), workdir).outputs == once.outputs
@@ -244,21 +255,24 @@ def test_rows_depend_on_corpus_and_tokenizer_alone(workdir, monkeypatch):
 
 RUN = """
 import dataclasses, sys
-sys.path.insert(0, sys.argv.pop(1))  # as the doors do it
-from jaxpt.config import Config, Pack, Prepare
+sys.path.insert(0, sys.argv.pop(1))  # as the scripts do
+from jaxpt.config import Config, PackConfig, PrepareConfig
 from jaxpt.data import executor, pack
 if __name__ == "__main__":
     where, seq_len, workdir = sys.argv[1:]
-    pack.HERE_BYTES, pack.JOB_BYTES = 0, 1
-    each, used = executor.each, []
-    executor.each = lambda *arguments: used.append(len(arguments[2])) or each(*arguments)
-    pack.run(dataclasses.replace(Config(), pack=Pack(seq_len=int(seq_len)), prepare=Prepare(engine=where)), workdir)
+    pack.MAX_BYTES_IN_PROCESS, pack.JOB_BYTES = 0, 1
+    map_jobs, used = executor.map_jobs, []
+    executor.map_jobs = lambda *call: used.append(len(call[2])) or map_jobs(*call)
+    sections = {"pack": PackConfig(seq_len=int(seq_len)), "prepare": PrepareConfig(executor=where)}
+    pack.pack_corpus(dataclasses.replace(Config(), **sections), workdir)
     print("JOBS", used)
 """
 
 
 def packing_process(where: str, workdir: pathlib.Path) -> subprocess.Popen:
-    """pack.py's work in processes, each job by itself; in a process of its own, since one process runs one engine."""
+    """pack.py's work in processes, each job by itself; in a process of its own, since one process
+    runs one engine.
+    """
     (workdir / "run.py").write_text(RUN)
     command = [sys.executable, workdir / "run.py", ROOT, where, str(ROW_LEN), workdir]
     return subprocess.Popen(
@@ -326,13 +340,13 @@ def test_a_killed_run_goes_on_and_comes_out_the_same(workdir, monkeypatch):
         return real(file, groups)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pack, "portions", killed)
+        patch.setattr(pack, "split_row_groups", killed)
         pack.pack_corpus(packing(), workdir)
     assert not (workdir / "packed").exists()
     read, written, write = [], [], pack.write_sequences
     monkeypatch.setattr(
         pack,
-        "portions",
+        "split_row_groups",
         lambda file, groups: read.append(file.parent.name + file.name) or real(file, groups),
     )
 
@@ -342,7 +356,7 @@ def test_a_killed_run_goes_on_and_comes_out_the_same(workdir, monkeypatch):
         return write(rows, file, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pack, "write", killed_later)
+        patch.setattr(pack, "write_sequences", killed_later)
         pack.pack_corpus(packing(), workdir)
     assert {name for name in read if "code" in name} == set(), (
         "what was tokenized is not tokenized again"
@@ -350,7 +364,7 @@ def test_a_killed_run_goes_on_and_comes_out_the_same(workdir, monkeypatch):
     read.clear()
     monkeypatch.setattr(
         pack,
-        "write",
+        "write_sequences",
         lambda rows, file, *rest: written.append(str(file)) or write(rows, file, *rest),
     )
     again = pack.pack_corpus(packing(), workdir)
@@ -422,7 +436,7 @@ def test_a_broken_corpus_is_named_and_nothing_is_published(workdir, harm, says):
 @pytest.mark.slow
 def test_a_mistake_that_another_process_finds_is_told_in_one_sentence(workdir, monkeypatch):
     damaged_shard(workdir)
-    monkeypatch.setattr(pack, "HERE_BYTES", 0)
+    monkeypatch.setattr(pack, "MAX_BYTES_IN_PROCESS", 0)
     with pytest.raises(UserError, match=r"english-00000\.parquet: its checksum") as error:
         pack.pack_corpus(packing(), workdir)
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""The page in a browser: it opens and draws without a word on its console, answers pointer and keys, and can be read by everybody."""
+"""The page in a browser: it draws without errors, answers pointer and keys, is accessible."""
 
 import html
 import json
@@ -24,7 +24,7 @@ def page(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def see(tmp_path_factory):
-    """A function from a page and a script that runs once its figures are drawn to (its DOM afterwards, the console's lines)."""
+    """Return a function that runs a script in a page and returns (DOM, console lines)."""
     program = (
         shutil.which("chromium")
         or shutil.which("chromium-browser")
@@ -64,13 +64,18 @@ def kept(dom, name):
     return json.loads(html.unescape(re.findall(rf'<template id="{name}" title="([^"]*)"', dom)[-1]))
 
 
-KEEP = 'const keep = (id, found) => document.body.append(Object.assign(document.createElement("template"), {id, title: JSON.stringify(found)}));'
+KEEP = """const keep = (id, found) => document.body.append(
+  Object.assign(document.createElement("template"), {id, title: JSON.stringify(found)}));"""
 
 
-def test_the_page_opens_draws_and_answers_pointer_and_keys_without_a_word_on_its_console(page, see):
-    dom, console = see(page, KEEP + """setTimeout(() => {
+def test_the_page_draws_and_answers_pointer_and_keys_without_console_messages(page, see):
+    dom, console = see(
+        page,
+        KEEP
+        + """setTimeout(() => {
       keep("drawn", document.querySelectorAll(".plot .marks").length);
-      const plot = document.querySelector("#loss .plot"), read = () => document.querySelector("#vg-tooltip-element").innerText;
+      const plot = document.querySelector("#loss .plot");
+      const read = () => document.querySelector("#vg-tooltip-element").innerText;
       for (const key of ["ArrowRight", "ArrowRight", "End"]) {
         plot.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
         keep(key, read());
@@ -78,14 +83,17 @@ def test_the_page_opens_draws_and_answers_pointer_and_keys_without_a_word_on_its
       document.querySelectorAll("section:not(#loss), header, nav").forEach(each => each.remove());
       const box = document.querySelector("#loss svg").getBoundingClientRect();
       for (const x of [60, 80]) {
-        const at = {clientX: box.left + x, clientY: box.top + 100, bubbles: true, view: window, pointerType: "mouse"};
+        const at = {clientX: box.left + x, clientY: box.top + 100, bubbles: true,
+          view: window, pointerType: "mouse"};
         const mark = document.elementFromPoint(at.clientX, at.clientY);
-        for (const name of ["pointerover", "pointermove"]) mark.dispatchEvent(new PointerEvent(name, at));
+        for (const name of ["pointerover", "pointermove"])
+          mark.dispatchEvent(new PointerEvent(name, at));
         mark.dispatchEvent(new MouseEvent("mousemove", at));
       }
-      keep("pointed", read()) }, 1500)""")  # fmt: skip
+      keep("pointed", read()) }, 1500)""",
+    )
     assert console == []
-    assert kept(dom, "drawn") == page.count(figures.PLOT_CONFIG) > 5
+    assert kept(dom, "drawn") == page.count(figures.PLOT_ATTRIBUTE) > 5
     assert "<title>base and child</title>" in dom, "the script in a sample did not run"
     walked, end, pointed = (kept(dom, name) for name in ("ArrowRight", "End", "pointed"))
     assert re.match(r"base\s+step\s+4\s+loss\s+\d\.\d", walked), walked
@@ -100,9 +108,16 @@ def test_axe_finds_no_serious_issue_in_light_or_dark(page, see):
     look = """setTimeout(async () => {
       document.querySelectorAll("details").forEach(each => each.open = true);
       for (const scheme of ["light", "dark"]) {
-        if (scheme === "dark") { const style = document.querySelector("style"); style.textContent = style.textContent.replace("and (prefers-color-scheme: dark)", "") }
+        if (scheme === "dark") {
+          const style = document.querySelector("style");
+          const query = "and (prefers-color-scheme: dark)";
+          style.textContent = style.textContent.replace(query, "");
+        }
         const found = await axe.run(document);
-        keep(scheme, {passes: found.passes.length, ground: getComputedStyle(document.body).backgroundColor, issues: found.violations.map(each => `${each.impact}: ${each.help}: ${each.nodes[0].html}`)});
+        const issues = found.violations.map(
+          each => `${each.impact}: ${each.help}: ${each.nodes[0].html}`);
+        const ground = getComputedStyle(document.body).backgroundColor;
+        keep(scheme, {passes: found.passes.length, ground, issues});
       } }, 1500)"""
     dom, _ = see(page, axe.read_text().replace("</script", "<\\/script") + ";" + KEEP + look)
     found = [kept(dom, scheme) for scheme in ("light", "dark")]

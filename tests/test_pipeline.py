@@ -1,4 +1,6 @@
-"""The whole road at toy size, through its doors: raw text to an evaluated, grown and specialised model, killed and resumed on the way."""
+"""The whole road at toy size, through its doors: raw text to an evaluated, grown and specialised
+model, killed and resumed on the way.
+"""
 
 import concurrent.futures
 import json
@@ -48,7 +50,8 @@ def get_config(model="base"):
 VARIES = {"tokens_per_second", "step_seconds", "mfu", "memory_bytes", "seconds", "usd"}
 
 
-# Trainings run here, one after the other: with one device, unlike the other doors, and without a start's imports. Runs that are
+# Trainings run here, one after the other: with one device, unlike the other doors, and without a
+# start's imports. Runs that are
 # killed, and their next starts, have processes of their own.
 TRAINING = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
 
@@ -203,12 +206,28 @@ def test_an_export_tells_its_whole_lineage_and_all_of_it_holds(road):
 @pytest.mark.parametrize(
     ("file", "harm", "answer"),
     [
-        ("child/hf/config.json", lambda text: text.replace(b"64", b"65"), "hf/config.json: its checksum is not the manifest's"),
-        ("base/corpus/funnel.json", lambda text: text + b" ", "funnel.json: its checksum is not the manifest's"),
-        ("base/packed/manifest.json", lambda text: text.replace(b'"seq_len": 64', b'"seq_len": 32', 1), "manifest.json: its fingerprint is not that of what it says"),
-        ("base/tokenizer/tokenizer.json", None, "tokenizer.json: gone, though the manifest names it"),
+        (
+            "child/hf/config.json",
+            lambda text: text.replace(b"64", b"65"),
+            "hf/config.json: its checksum is not the manifest's",
+        ),
+        (
+            "base/corpus/funnel.json",
+            lambda text: text + b" ",
+            "funnel.json: its checksum is not the manifest's",
+        ),
+        (
+            "base/packed/manifest.json",
+            lambda text: text.replace(b'"seq_len": 64', b'"seq_len": 32', 1),
+            "manifest.json: its fingerprint is not that of what it says",
+        ),
+        (
+            "base/tokenizer/tokenizer.json",
+            None,
+            "tokenizer.json: gone, though the manifest names it",
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_first_stage_of_a_lineage_that_does_not_hold_is_named(
     road, tmp_path, file, harm, answer
 ):
@@ -335,9 +354,14 @@ def wait_for(path, process):
 
 
 GROWS = [
-    "--config", "toy.py", "--config.mixture.packed_paths=base/packed", "--config.train.max_to_keep=9", "--config.train.steps=100", "--config.train.checkpoint_every=20",
+    "--config",
+    "toy.py",
+    "--config.mixture.packed_paths=base/packed",
+    "--config.train.max_to_keep=9",
+    "--config.train.steps=100",
+    "--config.train.checkpoint_every=20",
     "--config.train.grow=((50, 'depth_upscale(m=1)'), (70, 'insert_identity(every=4)'))",
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -430,7 +454,9 @@ def test_another_run_that_goes_on_between_two_growths_makes_the_second_alone(roa
 
 
 def test_what_a_start_keeps_is_what_its_table_says(road):
-    """From the base at step 120: resume is the base's own end; grow goes on at its step and rows; continue begins again."""
+    """From the base at step 120: resume is the base's own end; grow goes on at its step and rows;
+    continue begins again.
+    """
     flags = [
         "--config",
         "toy.py",
@@ -535,7 +561,8 @@ def test_a_child_with_another_tokenizer_starts_from_its_parents_words(road):
     start = next(
         record for record in read_metrics(road / "words_run/metrics.jsonl") if "heldout" in record
     )
-    # it reads the new pieces before any training, though a third of them are means: about a nat below guessing, by the text that is installed
+    # it reads the new pieces before any training, though a third of them are means: about a nat
+    # below guessing, by the text that is installed
     assert start["step"] == 0 and start["heldout"]["prose"] < np.log(768) - 0.5
     assert (
         Manifest.load(road / "reworded").tokenizer == Manifest.load(road / "words/packed").tokenizer
@@ -561,7 +588,9 @@ def test_a_killed_run_goes_on_and_ends_as_the_uncut_run(road, how):
 
 
 def copy_of_base(road, run):
-    """The base's run directory without its last word, as a kill between the last checkpoint and the manifest leaves it."""
+    """The base's run directory without its last word, as a kill between the last checkpoint and the
+    manifest leaves it.
+    """
     shutil.copytree(road / "base", run, ignore=shutil.ignore_patterns("corpus", "packed", "hf"))
     (run / "manifest.json").unlink()
     return "--config", "toy.py", "--workdir", run, "--config.mixture.packed_paths=base/packed"
@@ -588,7 +617,7 @@ def test_a_run_refuses_to_go_on_with_other_rows(road, tmp_path):
 
 @pytest.mark.parametrize("harm", ["flipped byte", "missing file", "no manifest", "stray directory"])
 def test_the_newest_whole_checkpoint_is_taken_and_the_broken_file_named(
-    road, tmp_path, harm, capsys
+    road, tmp_path, harm, output
 ):
     run = tmp_path / "run"
     shutil.copytree(road / "base", run, ignore=shutil.ignore_patterns("corpus", "packed", "hf"))
@@ -607,7 +636,7 @@ def test_the_newest_whole_checkpoint_is_taken_and_the_broken_file_named(
     else:
         (run / "checkpoints/99").mkdir()
     assert checkpoint.find_newest(run).name == ("122" if harm == "stray directory" else "120")
-    told = capsys.readouterr().out
+    told = output()
     assert harm in ("no manifest", "stray directory") or victim.name in told
     if harm == "flipped byte":
         with pytest.raises(UserError, match="checksum differs"):
@@ -631,7 +660,9 @@ def test_a_step_names_its_documents(road):
 def test_the_losses_of_a_steps_documents_make_its_loss_and_the_worst_comes_first(
     road, tmp_path, monkeypatch
 ):
-    """At the step after a checkpoint they are what the step itself computed; a document of noise put into a row is named."""
+    """At the step after a checkpoint they are what the step itself computed; a document of noise
+    put into a row is named.
+    """
     run = tmp_path / "run"
     shutil.copytree(road / "base", run, ignore=shutil.ignore_patterns("corpus", "packed", "hf"))
     shutil.copytree(road / "base/packed", tmp_path / "packed")
@@ -665,7 +696,7 @@ def test_the_losses_of_a_steps_documents_make_its_loss_and_the_worst_comes_first
     rows = loader.open_packed([tmp_path / "packed"])
     noise = np.random.default_rng(0).integers(3, 500, len(victim.tokens)).astype(np.int32)
     real = rows.read_sequence
-    monkeypatch.setattr(loader, "open_rows", lambda *_: rows)
+    monkeypatch.setattr(loader, "open_packed", lambda *_: rows)
 
     def noisy(name, i):
         row = real(name, i)
@@ -681,13 +712,15 @@ def test_the_losses_of_a_steps_documents_make_its_loss_and_the_worst_comes_first
     monkeypatch.undo()
     assert (found[0].document.slot, found[0].document.document) == (victim.slot, victim.document)
     told = door("trace", "--workdir", run, "--step", "121", "--losses", cwd=road)
-    assert "checkpoints/120: nats a token" in told and len(told.splitlines()) == len(found) + 1
+    assert "checkpoints/120: nats per token" in told and len(told.splitlines()) == len(found) + 1
 
 
 def test_other_shares_and_another_batch_in_mid_run_and_other_rows_when_accepted(
     road, tmp_path, monkeypatch
 ):
-    """Through the loop: what was read stays in the account, a step's documents stay known, and an override says what it breaks."""
+    """Through the loop: what was read stays in the account, a step's documents stay known, and an
+    override says what it breaks.
+    """
     flags = copy_of_base(road, tmp_path / "run")
     run = tmp_path / "run"
     monkeypatch.chdir(road)  # from where the recipe names its rows
@@ -698,9 +731,11 @@ def test_other_shares_and_another_batch_in_mid_run_and_other_rows_when_accepted(
         )
     ]
     more = [
-        "--config.train.steps=126", "--config.train.batch_size=12", "--config.mixture.phases=((0, {'code': 0.5, 'prose': 0.5}),)",
+        "--config.train.steps=126",
+        "--config.train.batch_size=12",
+        "--config.mixture.phases=((0, {'code': 0.5, 'prose': 0.5}),)",
         "--config.mixture.max_epochs=(('all', 999.0),)",
-    ]  # fmt: skip
+    ]
     told = door("train", *flags, *more, cwd=road)
     assert "mixture.phases" in told and "train.batch_size: 12, was 24" in told
     account = Manifest.load(run / "checkpoints/126").counts["account"]
@@ -794,7 +829,7 @@ def test_other_shares_and_another_batch_in_mid_run_and_other_rows_when_accepted(
         ),
         (
             ["initialize", "--from", "base", "--grow", "depth_upscale(m=9)", "--to", "x"],
-            "wanted 0 to 2",
+            "expected 0 to 2",
         ),
         (
             ["initialize", "--from", "base/packed", "--to", "x"],

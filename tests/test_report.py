@@ -18,7 +18,8 @@ from made_runs import HOSTILE, SPEC, Page, growth, write_json, write_manifest, w
 from jaxpt import stage
 from jaxpt.report import figures, live, plan, summary, training
 from jaxpt.report.page import SECTIONS, render_page, write_report
-from jaxpt.report.read import MAX_DROPPED, MAX_EXCERPT, load_run, load_runs, n_params
+from jaxpt.report.read import MAX_DROPPED, MAX_EXCERPT, load_run, load_runs
+from jaxpt.report.records import Phase, RunEvent
 from jaxpt.spec import UserError
 
 
@@ -31,14 +32,14 @@ def test_the_page_shows_every_section_of_a_base_and_its_child(runs, tmp_path):
     write_report(runs, tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
     assert page.found["h2"] == [section.title for section in SECTIONS]
-    for said in (
+    for expected in (
         "591 k",
         "886 k",
         "depth_upscale(m=1)",
         "× 1.55",
         "Healthy: it starts +0.72",
         "loss after 20 steps",
-        "The loss at birth does not rank operators.",
+        "The loss right after growth does not rank operators.",
         "60,009",
         "43,598",
         "2.113",
@@ -48,15 +49,16 @@ def test_the_page_shows_every_section_of_a_base_and_its_child(runs, tmp_path):
         "optim.peak_lr",
         "0.0004",
     ):
-        assert said in page.text, said
+        assert expected in page.text, expected
     assert (
         "svg",
         "aria-label",
-        "5 layers became 8; child layers come from parent layers 0, 1, 2, 3, 1, 2, 3, 4; new are child layers 4, 5, 6",
+        "5 layers became 8; child layers come from parent layers 0, 1, 2, 3, 1, 2, 3, 4; "
+        "new are child layers 4, 5, 6",
     ) in page.attributes
 
 
-def test_the_page_asks_no_other_host_and_stays_small(runs, tmp_path):
+def test_the_page_loads_nothing_from_other_hosts_and_stays_small(runs, tmp_path):
     write_report(runs, tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
     for tag, name, value in page.attributes:
@@ -91,9 +93,9 @@ def test_many_long_runs_still_make_a_page_below_two_megabytes(runs, tmp_path):
     assert (tmp_path / "page.html").stat().st_size < 2_000_000
 
 
-def test_a_thinned_curve_keeps_its_spikes():
+def test_a_downsampled_curve_keeps_its_spikes():
     points = [(step, 99.0 if step == 5_417 else 1.0) for step in range(10_001)]
-    kept = figures.thin_points(points, 200)
+    kept = figures.downsample_points(points, 200)
     assert (
         (5_417, 99.0) in kept
         and kept[-1] == points[-1]
@@ -136,7 +138,7 @@ def test_text_from_data_is_inert(runs, tmp_path):
     assert any(json.loads(data)["data"] for data in page.plots)
 
 
-def test_edits_and_what_could_not_be_read_stand_under_their_source_and_are_inert(runs, tmp_path):
+def test_edits_and_unreadable_inputs_are_listed_under_their_source_and_inert(runs, tmp_path):
     base, _ = runs
     funnel = json.loads((base / "corpus" / "funnel.json").read_text())
     funnel["steps"][2]["edits"] = {"prose": 1_234, "code": 0}
@@ -151,12 +153,10 @@ def test_edits_and_what_could_not_be_read_stand_under_their_source_and_are_inert
     page = Page(tmp_path / "page.html")
     (row,) = [row for row in page.rows if row[:1] == ["paragraph repetition"] and len(row) == 6]
     assert row[:5] == ["paragraph repetition", "52,327", "30", "1,234", "187.60"], (
-        "of code, of which nothing was edited, no column tells"
+        "code had no edits, so it has no column"
     )
     text = page.text
-    passed = text.index(
-        "Passed over while reading: 3 times cannot be read, 17 times HTTP status 404."
-    )
+    passed = text.index("Skipped while reading: 3 times cannot be read, 17 times HTTP status 404.")
     assert passed < text.index("What could not be read") < text.index(f"a.jsonl:7: {HOSTILE}")
 
 
@@ -185,12 +185,12 @@ def test_samples_of_what_each_rule_dropped_are_folded_under_their_source_and_ine
     assert (
         page.text.count("web/2: 2 lines") == 2
         and page.text.count("web/3: 2 lines") == 0
-        and "code/1: no reason kept" in page.text
+        and "code/1: no reason recorded" in page.text
     )
     assert "language.parquet: cannot be read" in page.text
 
 
-def test_the_mixture_is_told_by_the_step_it_holds_from(runs, tmp_path):
+def test_the_mixture_is_listed_from_the_step_where_it_starts(runs, tmp_path):
     base, child = runs
     settings = json.loads((base / "config.json").read_text())
     settings["mixture"]["phases"] = [[0, {"prose": 3.0, "code": 1.0}], [120, {"prose": 1.0}]]
@@ -217,12 +217,14 @@ def test_the_mixture_is_told_by_the_step_it_holds_from(runs, tmp_path):
         (300, 1.0),
     ]
     (child / "phases.json").write_text('[{"step": 0, "shares": {"prose": "much"}}]')
-    assert load_run(child).phases == [] and "its mixture cannot be read" in load_run(child).notes[0]
+    assert (
+        load_run(child).phases == [] and "its mixture cannot be read" in load_run(child).warnings[0]
+    )
     settings["mixture"]["phases"] = []
     write_json(base / "config.json", settings)
-    assert load_run(base).phases == [(0, {"prose": 98_211 / 122_218, "code": 24_007 / 122_218})], (
-        "in proportion to the rows"
-    )
+    assert load_run(base).phases == [
+        Phase(0, {"prose": 98_211 / 122_218, "code": 24_007 / 122_218})
+    ], "in proportion to the sequences"
 
 
 def test_forgetting_is_the_childs_loss_above_its_parents(runs, tmp_path):
@@ -252,8 +254,8 @@ def test_forgetting_is_the_childs_loss_above_its_parents(runs, tmp_path):
     assert {"value": 0.25} in [
         value for layer in plot["layer"] for value in layer.get("data", {}).get("values", [])
     ]
-    assert not training.forgetting_section(load_runs([runs[0]])), (
-        "a run from random weights has nothing to forget"
+    assert not training.render_forgetting(load_runs([runs[0]])), (
+        "a run from scratch has nothing to forget"
     )
 
 
@@ -271,7 +273,7 @@ def test_a_skipped_update_is_shown_with_what_it_measured_and_read(runs, tmp_path
     )
 
 
-def test_what_the_run_took_stands_below_its_plan(runs, tmp_path):
+def test_what_the_run_took_is_listed_below_its_plan(runs, tmp_path):
     _, child = runs
     planned = json.loads((child / "plan.json").read_text())
     write_json(child / "plan.json", {**planned, "tokens": 3e9})
@@ -279,26 +281,26 @@ def test_what_the_run_took_stands_below_its_plan(runs, tmp_path):
         '{"devices": "1 x cpu"}\n{"devices": "8 x NVIDIA H100 80GB HBM3"}\n'
     )
     found = load_run(child)
-    for record in found.train:
-        record |= {"usd": 0.79 * record["step"] / 180}
-    (child / "metrics.jsonl").write_text(
-        "".join(json.dumps(record) + "\n" for record in found.train)
-    )
+    lines = []
+    for point in found.metrics.train:
+        record = point.to_json() | {"usd": 0.79 * point.step / 180}
+        lines.append(json.dumps(record) + "\n")
+    (child / "metrics.jsonl").write_text("".join(lines))
     write_report([child], tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
     (row,) = [row for row in page.rows if row[1:2] == ["measured"]]
     assert row[:3] == ["NVIDIA H100 80GB HBM3", "measured", "8"] and row[7:] == ["0.0328", "0.79"]
     hours = 118 / 3600 * 3e9 / (180 * 16 * 512)
     assert (
-        f"planned on h100:8 were 34.1 hours and 818 USD for 3 B tokens; at the measured pace it is {hours:.3g} hours"
-        in page.text
+        "planned on h100:8 were 34.1 hours and 818 USD for 3 B tokens; "
+        f"at the measured pace it is {hours:.3g} hours" in page.text
     )
-    assert load_run(runs[0]).devices is None and "measured pace" not in plan.plan_section(
+    assert load_run(runs[0]).devices is None and "measured pace" not in plan.render_plan(
         load_runs([runs[0]])
     )
 
 
-def test_documents_on_which_two_models_differ_are_told_by_token_in_colours_and_in_numbers(
+def test_documents_on_which_two_models_differ_are_shown_by_token_in_colors_and_in_numbers(
     runs, tmp_path
 ):
     write_report(runs, tmp_path / "page.html")
@@ -308,8 +310,8 @@ def test_documents_on_which_two_models_differ_are_told_by_token_in_colours_and_i
     cells = re.findall(
         r'<i class="([bw]\d)">(.*?)</i>', "".join(re.findall("<pre>.*?</pre>", section, flags=re.S))
     )
-    told = [(kind, html.unescape(piece)) for kind, piece in cells]
-    assert told == [
+    shown = [(kind, html.unescape(piece)) for kind, piece in cells]
+    assert shown == [
         ("b3", "def"),
         ("b1", "push"),
         ("b2", HOSTILE),
@@ -317,12 +319,13 @@ def test_documents_on_which_two_models_differ_are_told_by_token_in_colours_and_i
         ("w3", " Ishmael"),
     ]
     assert (
-        "What child finds likelier than base" in page.text
+        "What child finds more likely than base" in page.text
         and "def heappush(" + HOSTILE + ", item):" in page.text
         and "Call me Ishmael" in page.text
     )
     assert (
-        "code, lib/heapq.py: 3.301 → 2.618 nats a token over 498 tokens, from token 40" in page.text
+        "code, lib/heapq.py: 3.301 → 2.618 nats per token over 498 tokens, from token 40"
+        in page.text
         and "img" not in page.found
     )
     listed = [
@@ -337,7 +340,7 @@ def test_documents_on_which_two_models_differ_are_told_by_token_in_colours_and_i
         ["Call·me·Ishmael", "7.00", "9.90", "+2.90"],
     ]
     assert "·Ishmael7.00 → 9.90" in page.text and "·me2.00 → 2.20" in page.text, (
-        "each token's loss, of those without a colour too"
+        "each token's loss, of those without a color too"
     )
     assert [name for tag, name, _ in page.attributes if tag == "details"].count("open") == 2, (
         "the first of each direction stands open"
@@ -359,7 +362,7 @@ def test_a_growth_in_width_shows_sizes_and_no_map(tmp_path):
         layer_map=[0, 1, 2, 3, 4],
         new_layers=[],
         spec=spec,
-        twins=None,
+        copy_similarity=None,
     )
     rows = [row for row in page.rows if row and row[0] in ("width", "heads", "key-value heads")]
     assert rows == [["width", "96", "192", "× 2.00"], ["key-value heads", "2", "4", "× 2.00"]], (
@@ -369,11 +372,12 @@ def test_a_growth_in_width_shows_sizes_and_no_map(tmp_path):
 
 
 def test_a_layer_without_a_source_is_new_and_a_parent_layer_without_a_copy_is_left_out(tmp_path):
-    page = shown_growth(tmp_path, layer_map=[0, None, 2, 4], new_layers=[1], twins=[])
+    page = shown_growth(tmp_path, layer_map=[0, None, 2, 4], new_layers=[1], copy_similarity=[])
     assert (
         "svg",
         "aria-label",
-        "5 layers became 4; child layers come from parent layers 0, none, 2, 4; new are child layers 1",
+        "5 layers became 4; child layers come from parent layers 0, none, 2, 4; "
+        "new are child layers 1",
     ) in page.attributes
     drawn = [value for tag, name, value in page.attributes if (tag, name) == ("rect", "class")]
     assert (
@@ -383,7 +387,7 @@ def test_a_layer_without_a_source_is_new_and_a_parent_layer_without_a_copy_is_le
     assert "Dashed: left out." in page.text
 
 
-def test_each_layer_of_parent_and_newborn_is_drawn_and_stands_in_a_table(tmp_path):
+def test_each_layer_of_parent_and_child_is_drawn_and_listed_in_a_table(tmp_path):
     page = shown_growth(tmp_path)
     for plot, key in zip(page.plots, ("rms", "influence"), strict=True):
         for name, layers in growth()["layers"].items():
@@ -403,11 +407,11 @@ def test_each_layer_of_parent_and_newborn_is_drawn_and_stands_in_a_table(tmp_pat
     ] in page.rows
 
 
-def test_of_many_twins_the_twelve_that_differ_most_are_shown(tmp_path):
-    twins = [
+def test_of_many_copies_the_twelve_pairs_that_differ_most_are_shown(tmp_path):
+    pairs = [
         {"source": i, "layers": [i, i + 30], "cosine": (7 * i % 30) / 30 - 0.1} for i in range(30)
     ]
-    page = shown_growth(tmp_path, twins=twins)
+    page = shown_growth(tmp_path, copy_similarity=pairs)
     cosines = [float(row[2]) for row in page.rows if len(row) == 3]
     assert (
         cosines == pytest.approx([i / 30 - 0.1 for i in range(12)], abs=6e-4)
@@ -415,13 +419,13 @@ def test_of_many_twins_the_twelve_that_differ_most_are_shown(tmp_path):
     )
 
 
-def test_what_the_operators_measured_is_told(tmp_path):
+def test_what_the_operators_measured_is_shown(tmp_path):
     page = shown_growth(
         tmp_path, measured={"influence": [0.614, 0.18123], "dropped": [2, 3], "kept": {"heads": 4}}
     )
     assert all(
-        said in page.found["p"]
-        for said in (
+        expected in page.found["p"]
+        for expected in (
             "Measured influence: 0.614, 0.181",
             "Measured dropped: 2, 3",
             "Measured kept: heads 4",
@@ -429,16 +433,16 @@ def test_what_the_operators_measured_is_told(tmp_path):
     )
 
 
-def test_what_was_not_measured_leaves_no_gap(tmp_path):
+def test_what_was_not_measured_is_left_out(tmp_path):
     page = shown_growth(
         tmp_path,
         **dict.fromkeys(
             (
                 "flops_per_token",
                 "heldout_loss",
-                "heldout_rows",
+                "heldout_sequences",
                 "layers",
-                "twins",
+                "copy_similarity",
                 "probe",
                 "moments",
             )
@@ -448,14 +452,14 @@ def test_what_was_not_measured_leaves_no_gap(tmp_path):
     assert "None" not in page.text and "FLOPs" not in page.text and "moments" not in page.text
 
 
-def test_a_newborn_whose_loss_is_no_number_is_shown_as_such(tmp_path):
-    loss = {"parent": {"prose": 3.9}, "newborn": {"prose": math.nan}}
+def test_a_child_whose_loss_is_not_finite_is_shown_as_such(tmp_path):
+    loss = {"parent": {"prose": 3.9}, "child": {"prose": math.nan}}
     page = shown_growth(
         tmp_path,
         heldout_loss=loss,
         layers={
             "parent": [{"rms": 1.0, "influence": 0.5}],
-            "newborn": [{"rms": math.inf, "influence": math.nan}] * 8,
+            "child": [{"rms": math.inf, "influence": math.nan}] * 8,
         },
     )
     assert ["prose", "3.900", "nan", "+nan"] in page.rows
@@ -465,7 +469,7 @@ def test_a_newborn_whose_loss_is_no_number_is_shown_as_such(tmp_path):
     "changes",
     [
         {"verdict": 3},
-        {"twins": 7},
+        {"copy_similarity": 7},
         {"layers": {"parent": []}},
         {"new_layers": [99]},
         {"probe": {"steps": 3}},
@@ -473,7 +477,7 @@ def test_a_newborn_whose_loss_is_no_number_is_shown_as_such(tmp_path):
         {"operators": [1]},
     ],
 )
-def test_a_growth_of_another_form_is_one_sentence(tmp_path, changes):
+def test_a_malformed_growth_is_one_sentence(tmp_path, changes):
     page = shown_growth(tmp_path, **changes)
     assert "Growth" not in page.found["h2"] and "Summary" in page.found["h2"]
     assert (
@@ -482,14 +486,14 @@ def test_a_growth_of_another_form_is_one_sentence(tmp_path, changes):
                 line
                 for line in page.found["li"]
                 if "growth.json" in line
-                and ("is of another form" in line or "does not hold" in line)
+                and ("has an unexpected form" in line or "does not hold" in line)
             ]
         )
         == 1
     )
 
 
-def test_growth_inside_a_run_is_a_rule_in_its_loss_and_no_point_of_it(runs, tmp_path):
+def test_growth_inside_a_run_is_an_upright_line_in_its_loss_and_no_point_of_it(runs, tmp_path):
     base, _ = runs
     whole = load_run(base)
     record = json.dumps({"step": 90, "grown": "stack(g=2)", "n_layers": 10, "n_params": 1_111_111})
@@ -501,7 +505,8 @@ def test_growth_inside_a_run_is_a_rule_in_its_loss_and_no_point_of_it(runs, tmp_
         growth(parent=str(base / "checkpoints" / "90"), operators=["stack(g=2)"], at_step=90),
     )
     grown, _ = write_report(runs, tmp_path / "page.html")
-    assert grown.train == whole.train and grown.heldout == whole.heldout
+    assert grown.metrics.train == whole.metrics.train
+    assert grown.metrics.heldout == whole.metrics.heldout
     page = Page(tmp_path / "page.html")
     assert (
         "stack(g=2), at step 90 of the run" in page.text
@@ -524,22 +529,22 @@ def test_growth_inside_a_run_is_a_rule_in_its_loss_and_no_point_of_it(runs, tmp_
         "plan.json",
     ],
 )
-def test_a_missing_piece_is_said(runs, tmp_path, gone):
+def test_a_missing_file_is_named(runs, tmp_path, gone):
     _, child = runs
     shutil.rmtree(child / gone) if (child / gone).is_dir() else (child / gone).unlink()
     write_report([child], tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
-    said = {
+    expected = {
         "metrics.jsonl": "no metrics.jsonl",
         "growth.json": "no growth.json",
         "eval": "no eval/NAME.json",
         "plan.json": "no plan.json",
         "config.json": "no config.json",
     }
-    assert said.get(gone, "") in page.text and "Summary" in page.found["h2"]
+    assert expected.get(gone, "") in page.text and "Summary" in page.found["h2"]
 
 
-def test_an_empty_directory_makes_a_page_that_says_all_that_is_missing(tmp_path):
+def test_the_page_of_an_empty_directory_names_all_that_is_missing(tmp_path):
     (tmp_path / "empty").mkdir()
     write_report([tmp_path / "empty"], tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
@@ -565,7 +570,8 @@ def test_an_empty_directory_makes_a_page_that_says_all_that_is_missing(tmp_path)
         '{"half',
         "[1, 2]",
         "{}",
-        '{"results": 3, "prompts": null, "models": {}, "better": 1, "targets": {}, "layer_map": "x", "inputs": [1], "counts": 7}',
+        '{"results": 3, "prompts": null, "models": {}, "better": 1, "targets": {}, '
+        '"layer_map": "x", "inputs": [1], "counts": 7}',
     ],
 )
 def test_broken_json_is_a_sentence_and_not_a_traceback(runs, tmp_path, name, content):
@@ -577,24 +583,25 @@ def test_broken_json_is_a_sentence_and_not_a_traceback(runs, tmp_path, name, con
         assert f"{child / name}: " in html.unescape((tmp_path / "page.html").read_text())
 
 
-def test_a_half_written_last_line_of_the_metrics_is_left_out_and_said(runs, tmp_path):
+def test_a_half_written_last_line_of_the_metrics_is_left_out_and_named(runs, tmp_path):
     base, _ = runs
     path = base / "metrics.jsonl"
     whole = load_run(base)
     path.write_text(path.read_text() + '{"step": 302, "loss": 3.')
     run = load_run(base)
     assert (
-        run.train == whole.train
-        and run.heldout == whole.heldout
-        and run.marks == [(160, "resumed")]
+        run.metrics.train == whole.metrics.train
+        and run.metrics.heldout == whole.metrics.heldout
+        and run.metrics.events == [RunEvent(160)]
     )
-    assert "half-written" in run.notes[0]
+    assert "half-written" in run.warnings[0]
 
 
-def test_losses_that_are_no_number_leave_a_page_that_opens(runs, tmp_path):
+def test_a_page_with_losses_that_are_not_finite_is_valid_json(runs, tmp_path):
     base, _ = runs
     (base / "metrics.jsonl").write_text(
-        '{"step": 1, "loss": NaN, "grad_norm": Infinity, "lr": 0.1}\n{"step": 2, "loss": 3.5, "grad_norm": 0.0, "lr": 0.1}\n'
+        '{"step": 1, "loss": NaN, "grad_norm": Infinity, "lr": 0.1}\n'
+        '{"step": 2, "loss": 3.5, "grad_norm": 0.0, "lr": 0.1}\n'
     )
     write_report([base], tmp_path / "page.html")
     for data in Page(tmp_path / "page.html").plots:
@@ -603,10 +610,11 @@ def test_losses_that_are_no_number_leave_a_page_that_opens(runs, tmp_path):
 
 def test_a_step_written_again_after_a_kill_counts_once(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 1, "loss": 5}\n{"step": 2, "loss": 4}\n{"step": 1, "resumed": true}\n{"step": 2, "loss": 3}\n'
+        '{"step": 1, "loss": 5}\n{"step": 2, "loss": 4}\n'
+        '{"step": 1, "resumed": true}\n{"step": 2, "loss": 3}\n'
     )
     run = load_run(tmp_path)
-    assert [(record["step"], record["loss"]) for record in run.train] == [(1, 5), (2, 3)]
+    assert [(record.step, record.loss) for record in run.metrics.train] == [(1, 5), (2, 3)]
 
 
 def test_runs_are_shown_in_the_order_given(runs, tmp_path):
@@ -619,11 +627,11 @@ def test_runs_are_shown_in_the_order_given(runs, tmp_path):
         ]
 
 
-def test_runs_of_one_name_are_told_apart(runs, tmp_path):
+def test_runs_of_one_name_get_different_names(runs, tmp_path):
     _, child = runs
     (tmp_path / "again").mkdir()
-    twin = shutil.copytree(child, tmp_path / "again" / "child")
-    assert [run.name for run in load_runs([child, twin])] == [
+    copy = shutil.copytree(child, tmp_path / "again" / "child")
+    assert [run.name for run in load_runs([child, copy])] == [
         f"{tmp_path.name}/child",
         "again/child",
     ]
@@ -632,18 +640,18 @@ def test_runs_of_one_name_are_told_apart(runs, tmp_path):
 def test_lineage_goes_from_the_corpus_to_the_child_even_after_a_move(runs, tmp_path):
     base, child = runs
     names = ["corpus", "tokenizer", "packed", "base", "child"]
-    assert [node.path.name for node in load_run(child).nodes] == names
+    assert [node.path.name for node in load_run(child).lineage_nodes] == names
     (tmp_path / "elsewhere").mkdir()
     moved = [run.rename(tmp_path / "elsewhere" / run.name) for run in (base, child)]
     found = load_run(moved[1])
-    assert [node.path.name for node in found.nodes] == names and all(
-        node.manifest for node in found.nodes
+    assert [node.path.name for node in found.lineage_nodes] == names and all(
+        node.manifest for node in found.lineage_nodes
     )
-    (moved[1] / "manifest.json").unlink()  # the run still goes on
-    assert [node.path.name for node in load_run(moved[1]).nodes] == names
+    (moved[1] / "manifest.json").unlink()  # the run is still running
+    assert [node.path.name for node in load_run(moved[1]).lineage_nodes] == names
 
 
-def test_a_model_grown_in_its_own_directory_stands_between_parent_and_child(runs, tmp_path):
+def test_a_model_grown_in_its_own_directory_is_between_parent_and_child(runs, tmp_path):
     base, child = runs
     grown = tmp_path / "grown"
     given = {"initialize": {"path": str(base), "fingerprint": stage.fingerprint_path(base)}}
@@ -660,7 +668,7 @@ def test_a_model_grown_in_its_own_directory_stands_between_parent_and_child(runs
         child, "train", {"packed": base / "packed", "initialize": grown}, {"steps": 180}, 118.0
     )
     run = load_run(child)
-    assert [node.path.name for node in run.nodes] == [
+    assert [node.path.name for node in run.lineage_nodes] == [
         "corpus",
         "tokenizer",
         "packed",
@@ -668,7 +676,7 @@ def test_a_model_grown_in_its_own_directory_stands_between_parent_and_child(runs
         "grown",
         "child",
     ]
-    assert summary.seconds_by_stage(run) == {
+    assert summary.sum_seconds_by_stage(run) == {
         "corpus": 38.2,
         "tokenizer": 21.7,
         "packed": 47.5,
@@ -676,12 +684,12 @@ def test_a_model_grown_in_its_own_directory_stands_between_parent_and_child(runs
         "train": 118.0,
         "eval": 49.3,
     }
-    assert summary.seconds_by_stage(load_run(base)).get("grown", 0) == 0, (
+    assert summary.sum_seconds_by_stage(load_run(base)).get("grown", 0) == 0, (
         "a parent did not need its child's growth"
     )
 
 
-def test_a_score_stands_beside_the_score_without_items_that_were_seen_in_training(runs, tmp_path):
+def test_a_score_is_shown_with_the_score_without_items_seen_in_training(runs, tmp_path):
     write_report(runs, tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
     assert [
@@ -696,12 +704,13 @@ def test_a_score_stands_beside_the_score_without_items_that_were_seen_in_trainin
     )
     assert (
         "At most 17 items" in page.text
-        and f"truthfulqa_mc2, item 41, in web/8812: if you crack your knuckles a lot you may {HOSTILE}"
+        and "truthfulqa_mc2, item 41, in web/8812: "
+        f"if you crack your knuckles a lot you may {HOSTILE}"
         in page.found["li"]
     )
 
 
-def test_the_distance_of_our_numbers_from_the_references_is_said(runs, tmp_path):
+def test_the_difference_between_jax_and_hf_is_stated(runs, tmp_path):
     _, child = runs
     for backend, score in (("jax", 2.0), ("hf", 2.03125)):
         result = {
@@ -718,9 +727,14 @@ def test_a_served_page_follows_its_run(runs, capfd):
     base, _ = runs
     with live.make_server([base], 0) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
-        read = lambda path: (
-            urllib.request.urlopen(f"http://127.0.0.1:{running.server_port}/{path}").read().decode()
-        )
+
+        def read(path):
+            return (
+                urllib.request.urlopen(f"http://127.0.0.1:{running.server_port}/{path}")
+                .read()
+                .decode()
+            )
+
         before, page = read("stamp"), read("")
         assert page.replace(live.FOLLOW_SCRIPT, "", 1) == render_page(
             load_runs([base])
@@ -742,8 +756,8 @@ def test_a_served_page_follows_its_run(runs, capfd):
         running.shutdown()
 
 
-def test_domains_stand_in_one_order_on_the_whole_page(runs):
-    labels = [label.strip() for label, _, _ in summary.summarize_run(load_runs(runs))]
+def test_sources_have_one_order_on_the_whole_page(runs):
+    labels = [label.strip() for label, _, _ in summary.summarize_runs(load_runs(runs))]
     assert [label for label in labels if label in ("prose", "code")] == ["prose", "code"] * 2
 
 
@@ -758,17 +772,17 @@ def test_parameters_counted_from_the_shape_are_the_models_own(tmp_path):
     ):
         spec = {**SPEC, **changes}
         write_json(tmp_path / "spec.json", spec)
-        assert n_params(load_run(tmp_path)) == llama.count_params(ModelSpec.from_json(spec))
+        assert load_run(tmp_path).n_params == llama.count_params(ModelSpec.from_json(spec))
 
 
-def test_the_door_prints_a_table_of_at_most_100_columns_and_the_pages_path(runs, tmp_path):
+def test_the_script_prints_a_table_of_at_most_100_columns_and_the_path_of_the_page(runs, tmp_path):
     base, child = runs
     to = tmp_path / "out" / "page.html"
-    done = door("--workdir", base, "--workdir", child, "--to", to)
+    done = run_script("--workdir", base, "--workdir", child, "--to", to)
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines()[:-1])) <= 100
     assert str(to) in done.stdout.splitlines()[-1]
-    for said in (
+    for expected in (
         "parameters",
         "591 k",
         "886 k",
@@ -778,24 +792,27 @@ def test_the_door_prints_a_table_of_at_most_100_columns_and_the_pages_path(runs,
         "packed",
         "47.5 s",
     ):
-        assert said in done.stdout, said
+        assert expected in done.stdout, expected
 
 
-@pytest.mark.parametrize("flags, said", [
-    (["--workdir", "no/such/run", "--to", "x.html"], "no such directory"),
-    (["--workdir", "tests", "--to", "tests"], "is a directory"),
-])  # fmt: skip
-def test_bad_input_is_one_sentence(flags, said):
-    done = door(*flags)
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["--workdir", "no/such/run", "--to", "x.html"], "no such directory"),
+        (["--workdir", "tests", "--to", "tests"], "is a directory"),
+    ],
+)
+def test_bad_input_is_one_sentence(flags, expected):
+    done = run_script(*flags)
     assert (
         done.returncode == 1
         and done.stderr.startswith("error: ")
-        and said in done.stderr
+        and expected in done.stderr
         and done.stderr.count("\n") == 1
     )
 
 
-def door(*flags):
+def run_script(*flags):
     return subprocess.run(
         [sys.executable, "scripts/report.py", *map(str, flags)],
         cwd=ROOT,
@@ -804,6 +821,6 @@ def door(*flags):
     )
 
 
-def test_a_file_name_is_wanted_and_not_a_directory(tmp_path):
+def test_the_output_is_a_file_and_not_a_directory(tmp_path):
     with pytest.raises(UserError, match="is a directory"):
         write_report([tmp_path], tmp_path)

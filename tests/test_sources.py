@@ -1,4 +1,6 @@
-"""Laws of sources: a page's main text in its own letters, the same documents from any packing and place, and nothing lost or passed over in silence."""
+"""Laws of sources: a page's main text in its own letters, the same documents from any packing and
+place, and nothing lost or passed over in silence.
+"""
 
 import collections
 import gzip
@@ -15,8 +17,14 @@ from jaxpt.data import prepare, sources
 from jaxpt.spec import Manifest, UserError
 
 STORY = {
-    "en": "The harbour lay still when Ms Ørsted walked down to the quay, as she had on every morning of that long and windy summer.",
-    "ru": "Старый дом стоял в конце узкого переулка, и никто в деревне не помнил, кто и когда его построил.",
+    "en": (
+        "The harbour lay still when Ms Ørsted walked down to the quay, as she "
+        "had on every morning of that long and windy summer."
+    ),
+    "ru": (
+        "Старый дом стоял в конце узкого переулка, и никто в деревне не помнил, "
+        "кто и когда его построил."
+    ),
     "ja": "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。何でも薄暗いじめじめした所で泣いていた。",
 }
 
@@ -32,14 +40,20 @@ def http(
     body: bytes, kind: str = "text/html; charset=utf-8", status: str = "200 OK", more: str = ""
 ) -> bytes:
     return (
-        f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\n{more}Content-Length: {len(body)}\r\n\r\n".encode()
-        + body
-    )
+        f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\n{more}Content-Length: {len(body)}\r\n\r\n"
+    ).encode() + body
 
 
 def record(block: bytes, n: int, kind: str = "response") -> bytes:
-    head = f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Target-URI: http://example.org/{n}\r\nWARC-Date: 2026-11-0{n}T04:02:06Z\r\n"
-    head += f"WARC-Record-ID: <urn:uuid:00000000-0000-0000-0000-00000000000{n}>\r\nContent-Type: application/http; msgtype={kind}\r\n"
+    head = (
+        f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Target-URI: "
+        f"http://example.org/{n}\r\nWARC-Date: 2026-11-0{n}T04:02:06Z\r\n"
+    )
+    head += (
+        "WARC-Record-ID: "
+        f"<urn:uuid:00000000-0000-0000-0000-00000000000{n}>\r\nContent-Type: "
+        f"application/http; msgtype={kind}\r\n"
+    )
     return f"{head}Content-Length: {len(block)}\r\n\r\n".encode() + block + b"\r\n\r\n"
 
 
@@ -202,22 +216,58 @@ LONG = [f"A line that says {i} and then {i * i}, so that it packs badly." for i 
 @pytest.mark.parametrize(
     ("name", "data", "kept", "n_unread", "sentence"),
     [
-        ("latin.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n{"text": "c"}\n', ["a", "c"], 1, "latin.jsonl:2: byte 10 of the line is not UTF-8"),
+        (
+            "latin.jsonl",
+            b'{"text": "a"}\n{"text": "\xe9"}\n{"text": "c"}\n',
+            ["a", "c"],
+            1,
+            "latin.jsonl:2: byte 10 of the line is not UTF-8",
+        ),
         ("cut.jsonl", b'{"text": "a"}\n{"text": "b', ["a"], 1, "cut.jsonl:2: not JSON"),
-        ("other.jsonl", b'{"text": "a"}\n{"body": "b"}\n[1]\n{"text": "\\ud800"}\n{"text": 3}\n', ["a"], 4, "other.jsonl:2: has no field 'text'"),
-        ("large.jsonl", lines("a", "x" * 3000, "c", "y" * 5000), ["a", "c"], 2, "large.jsonl:2: one document of more than 0 MB"),
+        (
+            "other.jsonl",
+            b'{"text": "a"}\n{"body": "b"}\n[1]\n{"text": "\\ud800"}\n{"text": 3}\n',
+            ["a"],
+            4,
+            "other.jsonl:2: has no field 'text'",
+        ),
+        (
+            "large.jsonl",
+            lines("a", "x" * 3000, "c", "y" * 5000),
+            ["a", "c"],
+            2,
+            "large.jsonl:2: one document of more than 0 MB",
+        ),
         ("latin.txt", b"caf\xe9", [], 1, "latin.txt: byte 3 is not UTF-8"),
         ("large.txt", b"x" * 3000, [], 1, "large.txt: one document of more than 0 MB"),
-        ("cut.jsonl.gz", gzip.compress(lines(*LONG))[:-3000], None, 1, "cut.jsonl.gz: cannot be read"),
-        ("flipped.jsonl.gz", gzip.compress(lines("a")) + gzip.compress(lines("b"))[:12] + b"\0" * 40, ["a"], 1, "flipped.jsonl.gz: cannot be read"),
-        ("cut.jsonl.zst", pa.compress(lines(*LONG), codec="zstd", asbytes=True)[:-3000], None, 1, "cut.jsonl.zst: cannot be read"),
+        (
+            "cut.jsonl.gz",
+            gzip.compress(lines(*LONG))[:-3000],
+            None,
+            1,
+            "cut.jsonl.gz: cannot be read",
+        ),
+        (
+            "flipped.jsonl.gz",
+            gzip.compress(lines("a")) + gzip.compress(lines("b"))[:12] + b"\0" * 40,
+            ["a"],
+            1,
+            "flipped.jsonl.gz: cannot be read",
+        ),
+        (
+            "cut.jsonl.zst",
+            pa.compress(lines(*LONG), codec="zstd", asbytes=True)[:-3000],
+            None,
+            1,
+            "cut.jsonl.zst: cannot be read",
+        ),
         ("bad.parquet", b"PAR1 and no more", [], 1, "bad.parquet: cannot be read as parquet"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_read_stops_or_is_counted_by_name_and_the_rest_is_kept(
     tmp_path, monkeypatch, name, data, kept, n_unread, sentence
 ):
-    monkeypatch.setattr(sources, "LARGEST", 2500)
+    monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 2500)
     (tmp_path / name).write_bytes(data)
     kind = {"txt": "text", "parquet": "parquet"}.get(name.split(".")[1], "jsonl")
     if kind == "parquet":
@@ -249,7 +299,7 @@ def test_a_column_that_one_file_lacks_is_told_for_that_file(tmp_path):
 
 
 def test_what_was_passed_over_stands_in_the_funnel_the_manifest_and_on_the_terminal(
-    tmp_path, capsys
+    tmp_path, output
 ):
     (tmp_path / "web.warc").write_bytes(b"".join(crawl())[:-30])
     (tmp_path / "notes.jsonl").write_bytes(lines("first") + b"no JSON\n" + lines("third"))
@@ -270,9 +320,9 @@ def test_what_was_passed_over_stands_in_the_funnel_the_manifest_and_on_the_termi
         "HTTP status 404": 1,
         "is image/png, not HTML": 1,
     }
-    told = capsys.readouterr().out
+    told = output()
     assert (
-        "notes: 1 records or files passed over: cannot be read" in told
+        "notes: skipped 1 records or files: cannot be read" in told
         and "notes.jsonl:2: not JSON" in told
     )
     rows = pq.read_table(tmp_path / "run/corpus/train/web-00000.parquet").to_pylist()
@@ -280,7 +330,10 @@ def test_what_was_passed_over_stands_in_the_funnel_the_manifest_and_on_the_termi
     (tmp_path / "notes.jsonl").write_bytes(b"no JSON\n")
     with pytest.raises(
         UserError,
-        match=r"no document in it, 1 times cannot be read \(.*notes\.jsonl:1: not JSON.*\), leave it out",
+        match=(
+            r"no document in it, 1 times cannot be read \(.*notes\.jsonl:1: not "
+            r"JSON.*\). Leave it out"
+        ),
     ):
         prepare.prepare_corpus(Config(prepare=asked), tmp_path / "none")
 
@@ -300,9 +353,12 @@ def store(monkeypatch):
     server.start()
     endpoint = "http://{}:{}".format(*server.get_host_and_port())
     for name, value in {
-        "AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "none", "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "nobody",
+        "AWS_SECRET_ACCESS_KEY": "none",
+        "AWS_DEFAULT_REGION": "us-east-1",
         "no_proxy": "127.0.0.1",
-    }.items():  # fmt: skip
+    }.items():
         monkeypatch.setenv(name, value)
     sources.open_filesystem.cache_clear()
     client = boto3.client("s3", endpoint_url=endpoint)
@@ -315,9 +371,13 @@ def store(monkeypatch):
 def test_files_in_an_object_store_are_read_as_those_on_a_disk(tmp_path, store, monkeypatch):
     pq.write_table(pa.table({"text": ["parquet one", "parquet two"]}), tmp_path / "p.parquet")
     files = {
-        "d/a.txt": b"text", "d/deep/b.txt.gz": gzip.compress(b"packed text"), "d/j.jsonl": lines("one", "two"), "d/w.warc.gz": b"".join(map(gzip.compress, crawl())),
-        "d/z.jsonl.zst": pa.compress(lines("zst"), codec="zstd", asbytes=True), "d/p.parquet": (tmp_path / "p.parquet").read_bytes(),
-    }  # fmt: skip
+        "d/a.txt": b"text",
+        "d/deep/b.txt.gz": gzip.compress(b"packed text"),
+        "d/j.jsonl": lines("one", "two"),
+        "d/w.warc.gz": b"".join(map(gzip.compress, crawl())),
+        "d/z.jsonl.zst": pa.compress(lines("zst"), codec="zstd", asbytes=True),
+        "d/p.parquet": (tmp_path / "p.parquet").read_bytes(),
+    }
     for key, data in files.items():
         store(key, data)
         (tmp_path / key).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,6 @@
-"""Laws of the tokenizer: the same ids in every form, text comes back, control tokens are never read from text."""
+"""Laws of the tokenizer: the same ids in every form, text comes back, control tokens are never read
+from text.
+"""
 
 import dataclasses
 import json
@@ -15,7 +17,8 @@ from jaxpt.config import Config, TokenizerConfig
 from jaxpt.data import tokenizer
 from jaxpt.spec import Manifest, UserError
 
-# what once came out differently somewhere: runs of spaces, tabs, digits, bytes without pieces, text that looks like pieces
+# what once came out differently somewhere: runs of spaces, tabs, digits, bytes without pieces, text
+# that looks like pieces
 TRICKY = [
     "",
     " ",
@@ -134,7 +137,9 @@ def unigram(tmp_path_factory) -> pathlib.Path:
 
 
 def test_a_unigram_tokenizer_is_saved_in_the_form_in_which_its_ids_are_one(unigram):
-    """No SentencePiece .model: its ids would part on long texts. What both read agrees with what SentencePiece means, where it can be exact."""
+    """No SentencePiece .model: its ids would part on long texts. What both read agrees with what
+    SentencePiece means, where it can be exact.
+    """
     import transformers
 
     ours, auto = (
@@ -167,7 +172,9 @@ def test_a_unigram_tokenizer_is_saved_in_the_form_in_which_its_ids_are_one(unigr
 
 
 def test_unigram_pieces_are_sentencepieces_own_word_by_word(tmp_path):
-    """The same pieces and scores read by SentencePiece give the same segmentation of each word, but for pieces of equal merit."""
+    """The same pieces and scores read by SentencePiece give the same segmentation of each word, but
+    for pieces of equal merit.
+    """
     import sentencepiece
 
     corpus = write_corpus(tmp_path, english_and_code()) / "corpus"
@@ -180,7 +187,7 @@ def test_unigram_pieces_are_sentencepieces_own_word_by_word(tmp_path):
     )
     theirs = own.encode(words)
     mine = [each.ids for each in backend.encode_batch(words, add_special_tokens=False)]
-    score = lambda ids: sum(own.get_score(i) for i in ids)  # noqa: E731
+    score = lambda ids: sum(own.get_score(i) for i in ids)
     assert all(
         a == b or score(a) == pytest.approx(score(b), rel=1e-5)
         for a, b in zip(mine, theirs, strict=True)
@@ -245,7 +252,9 @@ def test_a_literal_control_token_is_text(which, request):
 
 
 def test_an_exported_model_directory_reads_text_the_same(trained, tmp_path):
-    """With the config.json of a Llama beside it AutoTokenizer must not fall back to LlamaTokenizer's own rules, and must put one <s> first."""
+    """With the config.json of a Llama beside it AutoTokenizer must not fall back to
+    LlamaTokenizer's own rules, and must put one <s> first.
+    """
     import transformers
 
     shutil.copytree(trained, tmp_path / "export")
@@ -320,7 +329,9 @@ def test_the_fingerprint_is_of_the_content(trained, tmp_path):
 
 
 def byte_level(directory: pathlib.Path, special: bool = True) -> pathlib.Path:
-    """A tokenizer in the manner of GPT-2: no token before a text, one after; cut and padded, as sentence encoders are."""
+    """A tokenizer in the manner of GPT-2: no token before a text, one after; cut and padded, as
+    sentence encoders are.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     backend = Tokenizer(models.BPE())
@@ -344,7 +355,8 @@ def byte_level(directory: pathlib.Path, special: bool = True) -> pathlib.Path:
     directory.mkdir()
     backend.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(
-        '{"tokenizer_class": "GPT2Tokenizer", "eos_token": {"content": "<|endoftext|>"}, "chat_template": "{{ x }}"}'
+        '{"tokenizer_class": "GPT2Tokenizer", "eos_token": {"content": "<|endoftext|>"}, '
+        '"chat_template": "{{ x }}"}'
     )
     return directory
 
@@ -374,11 +386,11 @@ def test_an_adopted_directory_keeps_its_ids_and_its_ways(tmp_path):
     assert tokenizer.load_tokenizer(source).bos_id == ours.eos_id, "asked for, it is put there"
 
 
-def test_adopting_the_same_files_from_another_place_is_the_same_work(tmp_path, capsys):
+def test_adopting_the_same_files_from_another_place_is_the_same_work(tmp_path, output):
     tokenizer.train_tokenizer(asking(source=str(byte_level(tmp_path / "here"))), tmp_path)
     shutil.copytree(tmp_path / "here", tmp_path / "there")
     tokenizer.train_tokenizer(asking(source=str(tmp_path / "there"), vocab_size=77), tmp_path)
-    assert "nothing to do" in capsys.readouterr().out
+    assert "nothing to do" in output()
 
 
 def test_compare_counts_bytes_per_token(trained, tmp_path):
@@ -439,16 +451,36 @@ def no_eos(directory: pathlib.Path, trained: pathlib.Path) -> str:
     ("make", "says"),
     [
         (lambda d, t: asking(source=str(d / "nowhere")), "not there"),
-        (lambda d, t: asking(source=broken_directory(d / "x", {"config.json": "{}"})), "no tokenizer.json and no SentencePiece .model"),
-        (lambda d, t: asking(source=broken_directory(d / "x", {"tokenizer.json": "{not json"})), "cannot be read as a tokenizer"),
-        (lambda d, t: asking(source=broken_directory(d / "x", {"tokenizer.model": b"\xff\xfe\xfd"})), "not a SentencePiece model"),
+        (
+            lambda d, t: asking(source=broken_directory(d / "x", {"config.json": "{}"})),
+            "no tokenizer.json and no SentencePiece .model",
+        ),
+        (
+            lambda d, t: asking(source=broken_directory(d / "x", {"tokenizer.json": "{not json"})),
+            "cannot be read as a tokenizer",
+        ),
+        (
+            lambda d, t: asking(
+                source=broken_directory(d / "x", {"tokenizer.model": b"\xff\xfe\xfd"})
+            ),
+            "not a SentencePiece model",
+        ),
         (lambda d, t: asking(source=no_eos(d / "x", t)), "no end-of-document token"),
         (lambda d, t: asking(source=str(byte_level(d / "x", special=False))), '"special": true'),
         (lambda d, t: asking(vocab_size=1_000_000), "give at most"),
         (lambda d, t: asking(vocab_size=200), "Raise it"),
     ],
-    ids=["missing", "no tokenizer in it", "broken json", "broken model", "no eos", "eos is text", "too many pieces", "too few pieces"],
-)  # fmt: skip
+    ids=[
+        "missing",
+        "no tokenizer in it",
+        "broken json",
+        "broken model",
+        "no eos",
+        "eos is text",
+        "too many pieces",
+        "too few pieces",
+    ],
+)
 def test_what_cannot_be_a_tokenizer_is_refused_in_one_sentence(make, says, trained, tmp_path):
     workdir = write_corpus(tmp_path / "work", english_and_code())
     with pytest.raises(UserError, match=says) as error:

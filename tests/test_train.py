@@ -1,4 +1,6 @@
-"""Laws of the step and its state: any mesh the same curve, accumulation exact, one compile, guards that keep what was whole."""
+"""Laws of the step and its state: any mesh the same curve, accumulation exact, one compile, guards
+that keep what was whole.
+"""
 
 import dataclasses
 import functools
@@ -32,8 +34,12 @@ SETTINGS = Config(
 )
 MESHES = [
     {"replica": r, "fsdp": f, "tensor": t, "context": c}
-    for r in (1, 2, 4, 8) for f in (1, 2, 4, 8) for t in (1, 2, 4, 8) for c in (1, 2, 4, 8) if r * f * t * c == 8
-]  # fmt: skip
+    for r in (1, 2, 4, 8)
+    for f in (1, 2, 4, 8)
+    for t in (1, 2, 4, 8)
+    for c in (1, 2, 4, 8)
+    if r * f * t * c == 8
+]
 QUICK = [
     MESHES.index({"replica": 1, "fsdp": 8, "tensor": 1, "context": 1}),
     MESHES.index({"replica": 1, "fsdp": 2, "tensor": 2, "context": 2}),
@@ -94,7 +100,7 @@ def train(mesh, settings=SETTINGS, n=6, spec=SPEC, run=None):
     run = run or step.build_step(spec, settings, mesh)
     for i in range(n):
         now, metrics = run(now, put(make_batch(i), mesh))
-        losses.append(float(metrics["loss"]))
+        losses.append(float(metrics.loss))
     return np.array(losses), now, run
 
 
@@ -156,14 +162,14 @@ def test_state_is_born_sharded_and_leaves_as_it_came_and_compiles_once(cut):
     for i in range(3):
         now, _ = run(now, put(make_batch(i), mesh))
     assert run._cache_size() == 1
-    wanted = state.make_abstract_state(SPEC, SETTINGS, mesh)
+    expected = state.make_abstract_state(SPEC, SETTINGS, mesh)
     jax.tree.map(
         lambda leaf, goal: (
             leaf.sharding.is_equivalent_to(goal.sharding, leaf.ndim)
             or pytest.fail(str(leaf.sharding))
         ),
         now,
-        wanted,
+        expected,
     )
     moments = [leaf for leaf in jax.tree.leaves(now.opt_state) if leaf.shape == (3, 24, 40)]
     assert len(moments) == 4 and all(
@@ -213,13 +219,13 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(one, run):
         seen.append(jax.device_get(now))
     _, before, _, after, mended = seen
     jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
-    jax.tree.map(np.testing.assert_array_equal, before.opt, after.opt)
+    jax.tree.map(np.testing.assert_array_equal, before.opt_state, after.opt_state)
     assert (
-        int(after.guard["n_skipped"]) == int(after.guard["n_in_a_row"]) == 2
+        int(after.skip_state.n_skipped) == int(after.skip_state.consecutive_skips) == 2
         and int(after.step) == 4
     )
     assert (
-        int(mended.guard["n_in_a_row"]) == 0
+        int(mended.skip_state.consecutive_skips) == 0
         and (mended.params["embed"] != after.params["embed"]).any()
     )
 
@@ -235,16 +241,16 @@ def test_a_spike_is_skipped_once_the_mean_is_trusted(one):
         (80, 1e-6),
         (81, 1e6),
     ):  # the norm is far above, far above, far below the mean
-        guard = {"norm_mean": np.float32(mean), "n_skipped": np.int32(0), "n_in_a_row": np.int32(0)}
+        skips = state.SkipState(np.float32(mean), np.int32(0), np.int32(0))
         _, metrics = run(
-            born(one, settings, step=np.int32(at), guard=guard), put(make_batch(0), one)
+            born(one, settings, step=np.int32(at), skip_state=skips), put(make_batch(0), one)
         )
-        skipped[at] = int(metrics["n_skipped"])
+        skipped[at] = int(metrics.n_skipped)
     assert skipped == {3: 0, 80: 1, 81: 0}
 
 
 @pytest.mark.parametrize(
-    ("schedule", "wanted"),
+    ("schedule", "expected"),
     [
         ("wsd", {0: 0, 5: 0.5, 10: 1, 79: 1, 90: 0.55, 100: 0.1}),
         ("linear", {5: 0.5, 10: 1, 55: 0.55, 100: 0.1}),
@@ -252,19 +258,19 @@ def test_a_spike_is_skipped_once_the_mean_is_trusted(one):
         ("constant", {10: 1, 100: 1}),
     ],
 )
-def test_the_learning_rate_follows_its_schedule(schedule, wanted):
+def test_the_learning_rate_follows_its_schedule(schedule, expected):
     at = optimizer.make_lr_schedule(
         OptimConfig(
             peak_lr=2.0, warmup_steps=10, schedule=schedule, end_lr_frac=0.1, decay_frac=0.2
         ),
         100,
     )
-    for n, share in wanted.items():
+    for n, share in expected.items():
         assert float(at(jnp.int32(n))) == pytest.approx(2.0 * share, abs=1e-6), n
 
 
 def test_a_schedule_without_room_is_refused():
-    with pytest.raises(UserError, match="leave nothing of train"):
+    with pytest.raises(UserError, match="expected fewer than train"):
         optimizer.make_lr_schedule(OptimConfig(warmup_steps=50), 50)
 
 
@@ -308,7 +314,7 @@ def test_muon_gives_one_curve_on_any_mesh_and_keeps_half_of_adams_moments(one):
     spread, _, run = train(sharding.make_mesh(MeshConfig(fsdp=4, tensor=2)), MUON, n=4)
     np.testing.assert_allclose(spread, alone, rtol=2e-5)
     assert run._cache_size() == 1 and alone[-1] < alone[0] - 0.4
-    adam = now.opt[0]
+    adam = now.opt_state[0]
     assert set(adam.nu["blocks"]) == {"attn_norm", "mlp_norm"} and set(adam.mu["blocks"]) == set(
         now.params["blocks"]
     )
@@ -316,7 +322,9 @@ def test_muon_gives_one_curve_on_any_mesh_and_keeps_half_of_adams_moments(one):
 
 
 def test_muon_treats_stacked_layers_as_matrices_each_by_itself():
-    """Directions are orthogonal up to the size that brings them to Adam's, and a layer's do not depend on its neighbours."""
+    """Directions are orthogonal up to the size that brings them to Adam's, and a layer's do not
+    depend on its neighbours.
+    """
     tx = optimizer.make_optimizer(
         dataclasses.replace(MUON.optim, clip_norm=0, weight_decay=0), SPEC
     )
@@ -395,12 +403,12 @@ def test_forgetting_counts_only_beyond_its_limit():
     )
 
 
-def test_processes_are_joined_only_when_all_of_it_is_said(monkeypatch):
+def test_processes_are_joined_only_when_all_variables_are_set(monkeypatch, tmp_path):
     distributed.join_processes(tmp_path)  # nothing said: nothing happens
     assert not jax.distributed.is_initialized()
     monkeypatch.setenv("JAXPT_COORDINATOR", "host:1234")
     with pytest.raises(
-        UserError, match="wanted all of JAXPT_COORDINATOR, JAXPT_PROCESSES, JAXPT_PROCESS"
+        UserError, match="expected all of JAXPT_COORDINATOR, JAXPT_PROCESSES, JAXPT_PROCESS"
     ):
         distributed.join_processes(tmp_path)
 
@@ -418,7 +426,7 @@ def test_processes_are_joined_only_when_all_of_it_is_said(monkeypatch):
         ),  # one a GPU, as JAX itself takes it
     ],
 )
-def test_a_task_of_slurm_sees_every_gpu_of_its_node(monkeypatch, environment, devices):
+def test_a_task_of_slurm_sees_every_gpu_of_its_node(monkeypatch, tmp_path, environment, devices):
     asked = {}
     monkeypatch.setattr(
         distributed.jax.distributed, "initialize", lambda *_, **more: asked.update(more)

@@ -46,10 +46,10 @@ def test_export_of_import_is_bit_equal(name, tmp_path):
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     tokens = torch.arange(40)[None]
     with torch.no_grad():
-        wanted = transformers.AutoModelForCausalLM.from_pretrained(
+        expected = transformers.AutoModelForCausalLM.from_pretrained(
             tmp_path / "in", dtype=torch.float32
         )(tokens).logits
-        assert torch.equal(again(tokens).logits, wanted)
+        assert torch.equal(again(tokens).logits, expected)
 
 
 def test_a_model_in_several_files_and_bfloat16_comes_back_bit_equal(
@@ -528,9 +528,16 @@ def stories260k(folder: pathlib.Path, out: pathlib.Path) -> list[bytes]:
 
     tensors = {"model.embed_tokens.weight": take(vocab, d)}
     names = [
-        ("input_layernorm", (d,)), ("self_attn.q_proj", (d, d)), ("self_attn.k_proj", (k * d // n, d)), ("self_attn.v_proj", (k * d // n, d)),
-        ("self_attn.o_proj", (d, d)), ("post_attention_layernorm", (d,)), ("mlp.gate_proj", (f, d)), ("mlp.down_proj", (d, f)), ("mlp.up_proj", (f, d)),
-    ]  # fmt: skip
+        ("input_layernorm", (d,)),
+        ("self_attn.q_proj", (d, d)),
+        ("self_attn.k_proj", (k * d // n, d)),
+        ("self_attn.v_proj", (k * d // n, d)),
+        ("self_attn.o_proj", (d, d)),
+        ("post_attention_layernorm", (d,)),
+        ("mlp.gate_proj", (f, d)),
+        ("mlp.down_proj", (d, f)),
+        ("mlp.up_proj", (f, d)),
+    ]
     for name, shape in names:
         stacked = take(n_layers, *shape)
         for layer in range(n_layers):

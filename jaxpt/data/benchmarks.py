@@ -1,7 +1,8 @@
-"""Evaluation sets on disk -> items, one form for all: what decontaminate.py looks for and what an evaluation harness asks.
+"""Read evaluation sets from disk as items of one form, for decontamination and evaluation.
 
-Known by their fields, whatever the file is called: TruthfulQA (the JSON of multiple-choice targets, or the CSV), GSM8K,
-LAMBADA and WinoGrande in its schema form, as JSON lines. Other JSON lines are taken as they are, under the file's name.
+They are recognized by their fields, whatever the file is called: TruthfulQA (the JSON of
+multiple-choice targets, or the CSV), GSM8K, LAMBADA and WinoGrande in its schema form, as JSON
+lines. Other JSON lines are taken as they are, under the file's name.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from jaxpt.spec import UserError
 class BenchmarkItem:
     """One question of a benchmark.
 
-    task    "truthfulqa", "gsm8k", "lambada", "winogrande", or the file's name without its ending
-    id      FILE:NUMBER, counted from 1
-    text    all that a document must not contain: question, context, answers, a line each
-    fields  the record as lm-evaluation-harness's task of that name reads it
+    Attributes:
+        task: "truthfulqa", "gsm8k", "lambada", "winogrande", or the file's name without its suffix.
+        id: FILE:NUMBER, counted from 1.
+        text: all that a document must not contain: question, context, answers, one per line.
+        fields: the record as lm-evaluation-harness's task of that name reads it.
     """
 
     task: str
@@ -34,9 +36,10 @@ class BenchmarkItem:
 
 
 def read_benchmark(path: str | pathlib.Path) -> list[BenchmarkItem]:
-    """Items of a benchmark file (.jsonl, .json, .csv), in its order, or of all such files in a directory.
+    """Return the items of a benchmark file (.jsonl, .json, .csv), or of all such in a directory.
 
-    Raises UserError when there is none, or a record is not what its kind of file holds.
+    Raises:
+        UserError: there is none, or a record is not what its kind of file holds.
     """
     path = stage.local_path(path)
     if path.is_dir():
@@ -45,7 +48,8 @@ def read_benchmark(path: str | pathlib.Path) -> list[BenchmarkItem]:
         )
         if not files:
             raise UserError(
-                f"{path}: no benchmark file (.jsonl, .json or .csv) there. Name the file, or the directory that holds it."
+                f"{path}: no benchmark file (.jsonl, .json or .csv) there. "
+                "Name the file, or the directory that holds it."
             )
         return [item for file in files for item in read_benchmark(file)]
     if not path.is_file():
@@ -54,24 +58,28 @@ def read_benchmark(path: str | pathlib.Path) -> list[BenchmarkItem]:
     for n, record in enumerate(read_benchmark_records(path), 1):
         if not isinstance(record, dict):
             raise UserError(
-                f"{path}: record {n} is {type(record).__name__}, wanted an object with the fields of a question."
+                f"{path}: record {n}: expected an object with the fields of a question, "
+                f"got {type(record).__name__}."
             )
         try:
             task, text, fields = parse_benchmark_record(record, path.stem)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"{path}: record {n} cannot be read ({type(error).__name__}: {error}). Restore the file from its origin."
+                f"{path}: record {n} cannot be read ({type(error).__name__}: {error}). "
+                "Restore the file from its origin."
             ) from None
         items.append(BenchmarkItem(task, f"{path.stem}:{n}", text, fields))
     return items
 
 
 def read_benchmark_records(path: pathlib.Path) -> list:
+    """Return the records of a file. Raise UserError if it is not JSON or CSV in UTF-8."""
     try:
         text = path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path}: byte {error.start} is not UTF-8 ({error.reason}). Restore the file from its origin."
+            f"{path}: byte {error.start} is not UTF-8 ({error.reason}). "
+            "Restore the file from its origin."
         ) from None
     if path.suffix == ".csv":
         return list(csv.DictReader(text.splitlines(keepends=True)))
@@ -82,17 +90,19 @@ def read_benchmark_records(path: pathlib.Path) -> list:
             found += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as error:
             raise UserError(
-                f"{path}:{error.lineno if len(lines) == 1 else n}: not JSON ({error.msg}). Restore the file from its origin."
+                f"{path}:{error.lineno if len(lines) == 1 else n}: not JSON ({error.msg}). "
+                "Restore the file from its origin."
             ) from None
     if path.suffix == ".json" and not (found and isinstance(found[0], list)):
         raise UserError(
-            f"{path}: wanted a JSON list of questions. Name a .jsonl file if it holds one object a line."
+            f"{path}: expected a JSON list of questions. "
+            "Name the file .jsonl if it has one object per line."
         )
     return found[0] if path.suffix == ".json" else found
 
 
 def parse_benchmark_record(record: dict[str, Any], name: str) -> tuple[str, str, dict[str, Any]]:
-    """(task, text, fields) of a record. `name` is the task of a record of unknown kind."""
+    """Return task, text and fields of a record. `name` is the task of an unknown kind."""
     if "mc2_targets" in record:
         targets = {key: record[key] for key in ("mc1_targets", "mc2_targets")}
         fields = {"question": record["question"]}
@@ -100,9 +110,7 @@ def parse_benchmark_record(record: dict[str, Any], name: str) -> tuple[str, str,
             fields[key] = {"choices": list(choices), "labels": list(choices.values())}
         return (
             "truthfulqa",
-            read_benchmark_lines(
-                record["question"], *targets["mc1_targets"], *targets["mc2_targets"]
-            ),
+            join_unique_lines(record["question"], *targets["mc1_targets"], *targets["mc2_targets"]),
             fields,
         )
     if "Correct Answers" in record:
@@ -117,9 +125,10 @@ def parse_benchmark_record(record: dict[str, Any], name: str) -> tuple[str, str,
             "correct_answers": right,
             "incorrect_answers": wrong,
         }
-        return "truthfulqa", read_benchmark_lines(record["Question"], best, *right, *wrong), fields
+        return "truthfulqa", join_unique_lines(record["Question"], best, *right, *wrong), fields
     if "context_options" in record:
-        # Partial evaluation reads a sentence with one "_" and two fillings: the contexts' common start is cut at a word
+        # Partial evaluation reads a sentence with one "_" and two fillings: the contexts' common
+        # start is cut at a word.
         one, two = record["context_options"]
         n_same = next(
             (i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b),
@@ -134,34 +143,32 @@ def parse_benchmark_record(record: dict[str, Any], name: str) -> tuple[str, str,
         }
         return (
             "winogrande",
-            read_benchmark_lines(
-                *(f"{context} {record['continuation']}" for context in (one, two))
-            ),
+            join_unique_lines(*(f"{context} {record['continuation']}" for context in (one, two))),
             fields,
         )
     if {"context", "continuation"} <= record.keys():
         text = f"{record['context']} {record['continuation']}"
         return "lambada", text, {"text": text}
     if record.keys() == {"question", "answer"}:
-        return "gsm8k", read_benchmark_lines(record["question"], record["answer"]), dict(record)
+        return "gsm8k", join_unique_lines(record["question"], record["answer"]), dict(record)
     return (
         name,
-        read_benchmark_lines(*(value for value in record.values() if isinstance(value, str))),
+        join_unique_lines(*(value for value in record.values() if isinstance(value, str))),
         record,
     )
 
 
 def join_item_text(fields: dict[str, Any]) -> str:
-    """All that a document must not contain, of a record in the form that lm-evaluation-harness's tasks read: Item.text of Item.fields."""
+    """Return BenchmarkItem.text of BenchmarkItem.fields."""
     if {"sentence", "option1", "option2"} <= fields.keys():
-        return read_benchmark_lines(
+        return join_unique_lines(
             *(fields["sentence"].replace("_", fields[option]) for option in ("option1", "option2"))
         )
-    return read_benchmark_lines(*collect_strings(fields))
+    return join_unique_lines(*collect_strings(fields))
 
 
 def collect_strings(value: Any) -> Iterator[str]:
-    """All strings in a tree of lists and dictionaries, in their order."""
+    """Yield all strings in a tree of lists and dictionaries, in order."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, (list, dict)):
@@ -169,10 +176,11 @@ def collect_strings(value: Any) -> Iterator[str]:
             yield from collect_strings(each)
 
 
-def read_benchmark_lines(*texts: str) -> str:
-    """Texts a line each, repeats left out."""
+def join_unique_lines(*texts: str) -> str:
+    """Return the texts, one per line, without repeats."""
     return "\n".join(dict.fromkeys(texts))
 
 
 def split_answers(answers: str) -> list[str]:
+    """Return the answers that ";" separates."""
     return [answer.strip() for answer in answers.split(";") if answer.strip()]

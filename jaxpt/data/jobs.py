@@ -1,13 +1,13 @@
-"""Work that is cut into jobs, each of which leaves files: done here or by the engine, in any order, and not again after a kill.
+"""Run work that is split into jobs, in any order, and never repeat a finished job after a kill.
 
-A file gets its name when it is whole, and a job says last which files it has left.
+A job leaves files. A file gets its name when it is complete, and a job lists its files last.
 """
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -17,75 +17,129 @@ from typing import Any
 
 from jaxpt import stage
 from jaxpt.data import executor
+from jaxpt.spec import Record
+
+Advance = Callable[[int], Any]  # how many units of the progress bar are done
 
 
-def run_jobs(
-    where: str,
-    state_dir: pathlib.Path,
-    work: Callable[..., int],
-    jobs: list[dict],
-    label: str,
-    unit: str,
-    total: int | None,
-    in_processes: bool,
-    threads: int = 1,
-):
-    """What work has told of each of the jobs, in their order: of now, or of a killed run that was asked the very same.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job(Record):
+    """A part of a stage's work; the base of each kind of job.
 
-    A job is what JSON can say; the files that it writes begin with job["to"]. work gives how much of the unit it has done.
-
-    where  the engine, see executor.start;  home: the directory that the jobs' files lie in;  apart: in processes of their own, where several are left
-    threads: of this process, else: for work that Arrow does
+    Attributes:
+        output_prefix: how the paths of its files begin; set by `JobRunner`.
+        request: fingerprint of job, code and packages; set by `JobRunner`.
     """
-    directory = state_dir / work.__name__
-    directory.mkdir(parents=True, exist_ok=True)
-    jobs = [{**job, "to": str(directory / f"{i:06d}")} for i, job in enumerate(jobs)]
-    jobs = [{**job, "request": stage.fingerprint([job, fingerprint_program()])} for job in jobs]
-    left = [job for job in jobs if read_job_result(job) is None]
-    with stage.progress_bar(f"prepare: {label}", total, unit) as advance:
-        if in_processes and len(left) > 1:
-            for n in executor.map_jobs(where, work, left):
-                advance(n)
-        else:
-            with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-                collections.deque(pool.map(lambda job: work(job, advance), left), maxlen=0)
-    return [read_job_result(job) for job in jobs]
+
+    output_prefix: str = ""
+    request: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class JobRunner:
+    """Where the jobs of a stage run, and where their files lie.
+
+    Attributes:
+        executor: see `executor.init_executor`.
+        state_dir: directory of the jobs' files.
+    """
+
+    executor: str
+    state_dir: pathlib.Path
+
+    def run(
+        self,
+        work: Callable[..., int],
+        jobs: Sequence[Job],
+        progress: tuple[str, str, int | None],
+        in_processes: bool,
+        n_threads: int = 1,
+    ) -> list[dict[str, Any]]:
+        """Return the result of each job, in their order, of now or of a killed run.
+
+        Args:
+            work: does a job and returns how much of the progress unit it has done. The files that
+                it writes begin with the job's output_prefix.
+            jobs: `work` gets them as JSON.
+            progress: label, unit and total of the progress bar.
+            in_processes: use processes, if several jobs are left.
+            n_threads: of this process otherwise, for work that Arrow does.
+        """
+        directory = self.state_dir / work.__name__
+        directory.mkdir(parents=True, exist_ok=True)
+        requests = [add_request(job, directory / f"{i:06d}") for i, job in enumerate(jobs)]
+        left = [job for job in requests if read_job_result(job) is None]
+        label, unit, total = progress
+        with stage.progress_bar(f"prepare: {label}", total, unit) as advance:
+            if in_processes and len(left) > 1:
+                fields = [job.to_json() for job in left]
+                for n_done in executor.map_jobs(self.executor, work, fields):
+                    advance(n_done)
+            else:
+                run_in_threads(lambda job: work(job.to_json(), advance), left, n_threads)
+        return [load_job_result(job) for job in requests]
+
+
+def run_in_threads(work: Callable[[Job], Any], jobs: Sequence[Job], n_threads: int) -> None:
+    """Do the jobs in threads of this process. Raise the first error."""
+    with concurrent.futures.ThreadPoolExecutor(n_threads) as pool:
+        for _ in pool.map(work, jobs):
+            pass
+
+
+def add_request(job: Job, prefix: pathlib.Path) -> Job:
+    """Return the job with its output prefix and its request's fingerprint."""
+    job = dataclasses.replace(job, output_prefix=str(prefix))
+    request = stage.fingerprint([job.to_json(), fingerprint_program()])
+    return dataclasses.replace(job, request=request)
 
 
 @functools.cache
 def fingerprint_program() -> str:
-    """Fingerprint of what does the jobs: this directory's code and the packages."""
-    code = sorted(pathlib.Path(__file__).parent.glob("*.py"))
-    return stage.fingerprint(
-        [stage.package_versions(), {file.name: stage.sha256_file(file) for file in code}]
-    )
+    """Return the fingerprint of what does the jobs: this directory's code and the packages."""
+    files = sorted(pathlib.Path(__file__).parent.glob("*.py"))
+    code = {file.name: stage.sha256_file(file) for file in files}
+    return stage.fingerprint([stage.package_versions(), code])
 
 
-def read_job_result(job: dict) -> dict[str, Any] | None:
-    """What a finished job has told, if its files are there as it left them."""
-    answer = stage.read_cached_result(pathlib.Path(f"{job['to']}.json"), job["request"])
-    if answer and all(
-        pathlib.Path(file).is_file() and pathlib.Path(file).stat().st_size == size
-        for file, size in answer["files"].items()
-    ):
-        return answer
-    return None
+def read_job_result(job: Job) -> dict[str, Any] | None:
+    """Return a finished job's result, if its files are there as it left them."""
+    path = pathlib.Path(f"{job.output_prefix}.json")
+    result = stage.read_cached_result(path, job.request)
+    if not result:
+        return None
+    for file, size in result["files"].items():
+        path = pathlib.Path(file)
+        if not path.is_file() or path.stat().st_size != size:
+            return None
+    return result
 
 
-def write_job_result(job: dict, files: Sequence[pathlib.Path], **answer) -> None:
-    """A job is done, its files have their names; this is what it found."""
+def load_job_result(job: Job) -> dict[str, Any]:
+    """Return the result of a job that has just ended. Raise RuntimeError if it left none."""
+    result = read_job_result(job)
+    if result is None:
+        raise RuntimeError(f"{job.output_prefix}: the job ended without a result.")
+    return result
+
+
+def write_job_result(job: Job, files: Sequence[pathlib.Path], **result: Any) -> None:
+    """Record that a job is done: its files, which have their names, and its result."""
     sizes = {str(file): file.stat().st_size for file in files}
-    stage.write_atomic(
-        pathlib.Path(f"{job['to']}.json"),
-        json.dumps({"request": job["request"], "files": sizes, **answer}),
-    )
+    record = {"request": job.request, "files": sizes, **result}
+    stage.write_atomic(pathlib.Path(f"{job.output_prefix}.json"), json.dumps(record))
 
 
 @contextlib.contextmanager
 def open_atomic(path: pathlib.Path, directory: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A name to write under in a directory of the same disk; the file gets its own when it is whole.
+    """Yield a path to write to; the file gets its own name when it is complete.
 
-    The name is this process's: what a killed run started may still be finishing the same job. Both sides have files of equal names.
+    The temporary name has this process's id: a process that a killed run started may still be
+    finishing the same job. It has the parent's name, since both splits have files of equal names.
+
+    Args:
+        path: the file.
+        directory: where to write it at first, on the same disk.
     """
     temporary = directory / f".{path.parent.name}-{path.name}.{os.getpid()}"
     yield temporary

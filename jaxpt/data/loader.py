@@ -1,6 +1,9 @@
-"""Packed rows on disk to sharded global Batches: step i holds the same rows in the same slots on any mesh and any number of hosts.
+"""Packed rows on disk to sharded global Batches.
 
-Each host reads only the rows that its devices' shards hold, asked of the sharding. The position in the data is one integer, the
+Step i holds the same rows in the same slots on any mesh and any number of hosts.
+
+Each host reads only the rows that its devices' shards hold, asked of the sharding. The position in
+the data is one integer, the
 number of global rows consumed; the rest is `jaxpt.data.mixture`, a pure function of it.
 """
 
@@ -28,22 +31,27 @@ from jaxpt.data import pack, storage
 from jaxpt.data.mixture import MixturePhase, MixtureSchedule, schedule_from_history
 from jaxpt.spec import Batch, UserError
 
-MAX_BYTES_VERIFIED_AT_OPEN = 500e6  # of a set on disk: below, opening compares all checksums, which takes well under a second
+# of a set on disk: below, opening compares all checksums, which takes well under a second
+MAX_BYTES_VERIFIED_AT_OPEN = 500e6
 MAX_OPEN_BATCHES = 256  # record batches that are kept open, of about 1 MB each
 PREFETCH_STEPS = 8  # whose rows are asked of an object store before they are needed
 METRICS_NAME = 2**40  # a stream has no end of its own
 
 if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()  # grain reads absl flags, and refuses under a program that never parsed any
+    # grain reads absl flags, and refuses under a program that never parsed any
+    flags.FLAGS.mark_as_parsed()
 
 
 def open_packed(packed_paths: Sequence[pathlib.Path | str], split: str = "train") -> PackedDataset:
-    """Open the sets of one split in directories that pack.py wrote, on disk or in an object store (s3://BUCKET/PATH).
+    """Open the sets of one split in directories that pack.py wrote, on disk or in an object store
+    (s3://BUCKET/PATH).
 
-    Opening checks that every shard has its size, and the bytes of a set on disk up to VERIFY_BYTES. Beyond that a record batch is checked
+    Opening checks that every shard has its size, and the bytes of a set on disk up to VERIFY_BYTES.
+    Beyond that a record batch is checked
     before its first row is given out, and `stream` goes over the rest meanwhile.
 
-    Raises UserError when directories differ in row length or tokenizer, name a source twice, or hold a missing or damaged shard.
+    Raises UserError when directories differ in row length or tokenizer, name a source twice, or
+    hold a missing or damaged shard.
     """
     if not packed_paths:
         raise UserError(
@@ -55,15 +63,22 @@ def open_packed(packed_paths: Sequence[pathlib.Path | str], split: str = "train"
         manifest = place.manifest
         if manifest.stage != "pack":
             raise UserError(
-                f"{place.where}: was made by {manifest.stage}, wanted packed rows. Name the directory that pack.py wrote."
+                f"{place.where}: was made by {manifest.stage}, expected "
+                "packed rows. Name the directory that pack.py wrote."
             )
         if manifest.counts["seq_len"] != first.manifest.counts["seq_len"]:
-            lengths = f"{manifest.counts['seq_len']} tokens, {first.where} has {first.manifest.counts['seq_len']}"
+            lengths = (
+                f"{manifest.counts['seq_len']} tokens, {first.where} has "
+                f"{first.manifest.counts['seq_len']}"
+            )
             raise UserError(
                 f"{place.where}: its rows have {lengths}. Pack both with one pack.seq_len."
             )
         if manifest.tokenizer != first.manifest.tokenizer:
-            theirs = f"packed with tokenizer {manifest.tokenizer}, {first.where} with {first.manifest.tokenizer}"
+            theirs = (
+                f"packed with tokenizer {manifest.tokenizer}, {first.where} with "
+                f"{first.manifest.tokenizer}"
+            )
             raise UserError(f"{place.where}: {theirs}. Pack both with one tokenizer.")
 
     sources: dict[str, PackedSource] = {}
@@ -71,7 +86,9 @@ def open_packed(packed_paths: Sequence[pathlib.Path | str], split: str = "train"
         for name in place.manifest.counts[split]:
             if name in sources:
                 raise UserError(
-                    f"{place.where}: source {name} was opened from another directory already. Prepare one of them under another name."
+                    f"{place.where}: source {name} was opened from another "
+                    "directory already. Prepare one of them under another "
+                    "name."
                 )
             sources[name] = PackedSource(place, split, name)
     if split == "train" and not sources:
@@ -102,7 +119,7 @@ class PackedDataset:
 
     names, n_rows   the sources, and {source: rows}
     counts          {source: what pack.py counted}
-    unigram_nats    {source: nats a token that counting tokens alone gives}
+    unigram_nats    {source: nats per token that counting tokens alone gives}
     seq_len         tokens in a row
     vocab_size        of the tokenizer; ids are below it
     tokenizer       its fingerprint
@@ -136,6 +153,7 @@ class PackedDataset:
         self.sweeper, self.damage = None, None
 
     def read_sequence(self, name: str, i: int) -> PackedSequence:
+        """Return one sequence of a source."""
         batch, k = self.open_record_batch(name, i)
         pieces = slice(batch.offsets[k], batch.offsets[k + 1])
         return PackedSequence(batch.ids[k], batch.doc_lens[pieces], batch.loss_from[pieces])
@@ -146,7 +164,10 @@ class PackedDataset:
         return batch.whole.column("doc_ids")[k].as_py()
 
     def open_record_batch(self, name: str, i: int) -> tuple[RecordBatchView, int]:
-        """The record batch that holds row i of a source, and the row's place in it. The last OPEN_BATCHES of them stay open."""
+        """The record batch that holds row i of a source, and the row's place in it.
+
+        The last OPEN_BATCHES of them stay open.
+        """
         source = self.sources[name]
         number, k = source.locate_sequence(i)
         with self.lock:
@@ -171,7 +192,10 @@ class PackedDataset:
                 source.place.prefetch(source.byte_range(number))
 
     def verify_all(self, part: int, n_parts: int) -> None:
-        """Check, meanwhile, the checksums of a part of every set on disk; `damage` will hold what is found."""
+        """Check, meanwhile, the checksums of a part of every set on disk.
+
+        `damage` will hold what is found.
+        """
 
         def check():
             try:
@@ -220,11 +244,15 @@ class PackedSource:
             size = place.size(file)
             if size is None:
                 raise UserError(
-                    f"{place.where}/{file}: missing, though the manifest names it. Copy it from where the rest came from, or run pack.py with --replace."
+                    f"{place.where}/{file}: missing, though the manifest "
+                    "names it. Copy it from where the rest came from, or run "
+                    "pack.py with --replace."
                 )
             if shard and size != shard["bytes"]:
                 raise UserError(
-                    f"{place.where}/{file}: {size:,} bytes, wanted {shard['bytes']:,}: a broken copy. Copy it again, or run pack.py with --replace."
+                    f"{place.where}/{file}: {size:,} bytes, expected "
+                    f"{shard['bytes']:,}: a broken copy. Copy it again, or "
+                    "run pack.py with --replace."
                 )
         index = place.read_file_bytes(f"{self.directory}/{pack.INDEX_SCHEMA}")
         if (
@@ -238,8 +266,10 @@ class PackedSource:
         self.checked = np.zeros(len(self.index), bool)
 
     def describe_damage(self, file: str, how: str) -> UserError:
+        """Return the error for a damaged file."""
         return UserError(
-            f"{self.place.where}/{self.directory}/{file}: {how}: damaged bytes. Copy it again, or run pack.py with --replace."
+            f"{self.place.where}/{self.directory}/{file}: {how}: damaged "
+            "bytes. Copy it again, or run pack.py with --replace."
         )
 
     def locate_sequence(self, i: int) -> tuple[int, int]:
@@ -250,15 +280,19 @@ class PackedSource:
         return batch, i - int(self.starts[batch])
 
     def byte_range(self, number: int) -> storage.ByteRange:
+        """Return the bytes of a record batch."""
         shard, start, n_bytes, _, crc = self.index[number].tolist()
         return storage.ByteRange(self.files[shard], start, n_bytes, crc)
 
     def read_record_batch(self, number: int) -> RecordBatchView:
-        """Open a record batch. Raises UserError where its bytes are not those that pack.py wrote."""
-        wanted = self.byte_range(number)
-        found = self.place.read_range(wanted)
+        """Open a record batch.
+
+        Raises UserError where its bytes are not those that pack.py wrote.
+        """
+        expected = self.byte_range(number)
+        found = self.place.read_range(expected)
         if not self.checked[number]:
-            self.check_range(wanted, zlib.crc32(found) == wanted.crc)
+            self.check_range(expected, zlib.crc32(found) == expected.crc)
             self.checked[
                 number
             ] = not self.place.is_remote  # what is fetched again is checked again
@@ -274,19 +308,27 @@ class PackedSource:
             loss_from.values.to_numpy(),
         )
 
-    def check_range(self, wanted: storage.ByteRange, is_whole: bool) -> None:
+    def check_range(self, expected: storage.ByteRange, is_whole: bool) -> None:
+        """Raise UserError if the bytes of a range differ from its checksum."""
         if not is_whole:
-            file = wanted.name.removeprefix(f"{self.directory}/")
+            file = expected.name.removeprefix(f"{self.directory}/")
             raise self.describe_damage(
                 file,
-                f"the checksum of bytes {wanted.start:,} to {wanted.start + wanted.n_bytes - 1:,} is not the index's",
+                (
+                    f"the checksum of bytes {expected.start:,} to "
+                    f"{expected.start + expected.n_bytes - 1:,} is not the index's"
+                ),
             )
 
     def close_files(self, number: int) -> None:
+        """Close the files of a record batch."""
         self.place.close(self.byte_range(number))
 
     def verify_all(self, part: int = 0, n_parts: int = 1) -> None:
-        """Check the part-th of n_parts of the record batches, on disk. Raises UserError naming a damaged shard."""
+        """Check the part-th of n_parts of the record batches, on disk.
+
+        Raises UserError naming a damaged shard.
+        """
         if not self.place.is_remote:
             for number in range(
                 part * len(self.index) // n_parts, (part + 1) * len(self.index) // n_parts
@@ -304,12 +346,14 @@ class PackedSource:
 def make_batch(rows: Sequence[PackedSequence], document_mask: bool) -> Batch:
     """Rows as a Batch of numpy arrays [B, T].
 
-    document_mask off makes each row one segment: positions run through, and a document's last token is trained to foresee the next
+    document_mask off makes each row one segment: positions run through, and a document's last token
+    is trained to foresee the next
     document's first.
     """
     n_rows, seq_len = len(rows), len(rows[0].tokens)
     tokens = np.stack([row.tokens for row in rows])
-    # every row's pieces, and after them its padding as one more, so that the lengths of all tile the whole batch
+    # every row's pieces, and after them its padding as one more, so that the lengths of all tile
+    # the whole batch
     padding = [np.array([seq_len - row.doc_lens.sum()], np.int32) for row in rows]
     lengths = np.concatenate(
         [part for row, rest in zip(rows, padding, strict=True) for part in (row.doc_lens, rest)]
@@ -353,9 +397,11 @@ def iterate_batches(
     first_sequence: int,
     document_mask: bool,
 ) -> Iterator[Batch]:
-    """Batches without end, from global row first_row on; threads make the next ones while the current one trains.
+    """Batches without end, from global row first_row on.
 
-    Raises UserError when batch_rows or the row length cannot be cut as the sharding asks.
+    Threads make the next ones while the current one trains.
+
+    Raises UserError when batch_size or the row length cannot be cut as the sharding asks.
     """
     local = local_sequence_ids(sharding, batch_size, rows.seq_len)
     remote = [source.place for source in rows.sources.values() if source.place.is_remote]
@@ -393,7 +439,10 @@ def iterate_heldout_batches(
     n_sequences: int,
     document_mask: bool,
 ) -> Iterator[Batch]:
-    """At most n_rows rows of a source, evenly spread over it and always the same; the last batch is filled with empty rows of weight 0."""
+    """At most n_rows rows of a source, evenly spread over it and always the same.
+
+    The last batch is filled with empty rows of weight 0.
+    """
     local = local_sequence_ids(sharding, batch_size, rows.seq_len)
     available = rows.n_rows[name]
     n_sequences = min(n_sequences, available)
@@ -409,30 +458,32 @@ def iterate_heldout_batches(
 
 
 def local_sequence_ids(
-    sharding: jax.sharding.NamedSharding, batch_rows: int, seq_len: int
+    sharding: jax.sharding.NamedSharding, batch_size: int, seq_len: int
 ) -> list[int]:
     """The slots of a global batch that this host's devices hold."""
     try:
-        shards = sharding.addressable_devices_indices_map((batch_rows, seq_len)).values()
+        shards = sharding.addressable_devices_indices_map((batch_size, seq_len)).values()
     except ValueError as error:
         raise UserError(
-            f"train.batch_size: {batch_rows} rows of {seq_len} tokens cannot be cut evenly over the mesh ({error}). Use multiples of its sizes."
+            f"train.batch_size: {batch_size} rows of {seq_len} tokens cannot "
+            f"be cut evenly over the mesh ({error}). Use multiples of its "
+            "sizes."
         ) from None
-    return sorted({slot for shard in shards for slot in range(*shard[0].indices(batch_rows))})
+    return sorted({slot for shard in shards for slot in range(*shard[0].indices(batch_size))})
 
 
 def make_global_batch(
-    batch: Batch, local: list[int], sharding: jax.sharding.NamedSharding, batch_rows: int
+    batch: Batch, local: list[int], sharding: jax.sharding.NamedSharding, batch_size: int
 ) -> Batch:
-    """This host's rows of a batch as their part of the global arrays [batch_rows, T]."""
+    """This host's rows of a batch as their part of the global arrays [batch_size, T]."""
 
     def to_global(values: np.ndarray) -> jax.Array:
         def shard(index: tuple[slice, slice]) -> np.ndarray:
-            start, stop, _ = index[0].indices(batch_rows)
+            start, stop, _ = index[0].indices(batch_size)
             first = bisect.bisect_left(local, start)
             return values[first : first + stop - start, index[1]]
 
-        return jax.make_array_from_callback((batch_rows, values.shape[1]), sharding, shard)
+        return jax.make_array_from_callback((batch_size, values.shape[1]), sharding, shard)
 
     return Batch(*map(to_global, batch))
 
@@ -451,14 +502,17 @@ class TracedDocument(NamedTuple):
 
 
 def trace_step(run: pathlib.Path, step: int, tokenizer: str) -> Iterator[TracedDocument]:
-    """The documents of the step-th update of a run, counted from 1 as in metrics.jsonl, in the order of the batch.
+    """The documents of the step-th update of a run, counted from 1 as in metrics.jsonl, in the
+    order of the batch.
 
-    tokenizer is the fingerprint of the one that will read the tokens. Raises UserError where the run cannot be read.
+    tokenizer is the fingerprint of the one that will read the tokens. Raises UserError where the
+    run cannot be read.
     """
     _, rows, places = list_step_sequences(run, step)
     if rows.tokenizer != tokenizer:
         raise UserError(
-            f"{run}: its tokenizer is {tokenizer}, but the rows were packed with {rows.tokenizer}. They were packed anew since."
+            f"{run}: its tokenizer is {tokenizer}, but the rows were packed "
+            f"with {rows.tokenizer}. They were packed anew since."
         )
     for slot, (name, i) in enumerate(places):
         row, start = rows.read_sequence(name, i), 0
@@ -472,13 +526,19 @@ def trace_step(run: pathlib.Path, step: int, tokenizer: str) -> Iterator[TracedD
 def list_step_sequences(
     run: pathlib.Path, step: int
 ) -> tuple[config.Config, PackedDataset, list[tuple[str, int]]]:
-    """(a run's settings, its rows, the (source, row) in each slot of its step-th update). Raises UserError where the run cannot be read."""
+    """(a run's settings, its rows, the (source, row) in each slot of its step-th update).
+
+    Raises UserError where the run cannot be read.
+    """
     try:
         settings = config.build_config(json.loads((run / "config.json").read_text()))
-        stretches = [MixturePhase(**each) for each in json.loads((run / "phases.json").read_text())]
+        stretches = [
+            MixturePhase.from_json(each) for each in json.loads((run / "phases.json").read_text())
+        ]
     except (FileNotFoundError, json.JSONDecodeError) as error:
         raise UserError(
-            f"{run}: has no readable config.json and phases.json ({error}). Give the directory of a training run."
+            f"{run}: has no readable config.json and phases.json ({error}). "
+            "Give the directory of a training run."
         ) from None
     if not 1 <= step <= settings.train.steps:
         raise UserError(f"--step {step}: the run's steps are 1 to {settings.train.steps:,}.")
@@ -486,7 +546,9 @@ def list_step_sequences(
     stretch = next(each for each in reversed(stretches) if each.step < step)
     if stretch.fingerprint != rows.fingerprint:
         raise UserError(
-            f"{run}: step {step} read other rows than {', '.join(settings.mixture.packed_paths) or run / 'packed'} holds now. Put those back."
+            f"{run}: step {step} read other rows than "
+            f"{', '.join(settings.mixture.packed_paths) or run / 'packed'} "
+            "holds now. Put those back."
         )
     mixture, first = (
         schedule_from_history(stretches, rows.n_rows, settings.mixture.seed),

@@ -1,12 +1,20 @@
-"""Documents to rows of token ids: every row exactly seq_len long, every token of the corpus in one row.
+"""Documents to rows of token ids.
 
-    best_fit   bos + ids + eos per document. A document of up to seq_len tokens is never cut; a longer one becomes full rows and one
-               rest. Whole documents and rests fill rows by best-fit-decreasing within a window of the corpus; what stays open is padding.
-    course     bos + ids + eos of all documents of a source, concatenated, cut every seq_len tokens; the last partial row is dropped.
+Every row exactly seq_len long, every token of the corpus in one row.
 
-Two passes, each cut into jobs: tokenize a stretch of the corpus; fill the rows of one Arrow shard. What a job does depends on the corpus
-and the tokenizer alone, so that any number of workers, here or on a cluster, gives the same rows, and a killed run goes on with the jobs
-that were not done. `datasets.load_from_disk` opens the shards; `jaxpt.data.loader` maps them into memory.
+    best_fit   bos + ids + eos per document. A document of up to seq_len tokens is never cut; a
+    longer one becomes full rows and one
+               rest. Whole documents and rests fill rows by best-fit-decreasing within a window of
+               the corpus; what stays open is padding.
+    course     bos + ids + eos of all documents of a source, concatenated, cut every seq_len tokens;
+    the last partial row is dropped.
+
+Two passes, each cut into jobs: tokenize a stretch of the corpus; fill the rows of one Arrow shard.
+What a job does depends on the corpus
+and the tokenizer alone, so that any number of workers, here or on a cluster, gives the same rows,
+and a killed run goes on with the jobs
+that were not done. `datasets.load_from_disk` opens the shards; `jaxpt.data.loader` maps them into
+memory.
 """
 
 from __future__ import annotations
@@ -38,14 +46,16 @@ WINDOW_SEGMENTS = 2**16  # that best-fit sees at once, and
 WINDOW_TOKENS = 2**25  # the tokens in them: 128 MB of ids
 MAX_ENCODE_CHARS = (
     2**23
-)  # encoded at once; the tokenizers library holds about 100 bytes a token meanwhile
+)  # encoded at once; the tokenizers library holds about 100 bytes per token meanwhile
 JOB_BYTES = 2**25  # of text that a job tokenizes, about
 MAX_BYTES_IN_PROCESS = 2**24  # of text up to which no other process is started: that takes longer
 SHARD_BYTES = (
     2**28
 )  # of ids in a shard of the course's stream; best-fit makes a shard of each window
 BATCH_TOKENS = 2**18  # in an Arrow record batch
-INDEX_SCHEMA = "batches.npy"  # beside the shards: [record batches, 5] int64 of shard, first byte, bytes, rows, CRC-32 of the bytes
+# beside the shards: [record batches, 5] int64 of shard, first byte, bytes, rows, CRC-32 of the
+# bytes
+INDEX_SCHEMA = "batches.npy"
 DOCUMENT_END = b"\xff\xff\xff\xff" + bytes(
     4
 )  # of a stream of Arrow messages, the form that datasets wants
@@ -66,7 +76,9 @@ def packed_schema(seq_len: int) -> pa.Schema:
 
 
 def pack_corpus(settings: config.Config, workdir: pathlib.Path, replace: bool = False) -> Manifest:
-    """Make WORKDIR/packed from WORKDIR/corpus and WORKDIR/tokenizer. The rows and their order depend on nothing else.
+    """Make WORKDIR/packed from WORKDIR/corpus and WORKDIR/tokenizer.
+
+    The rows and their order depend on nothing else.
 
     Raises UserError where a source has less text than one row.
     """
@@ -100,9 +112,12 @@ def pack_corpus(settings: config.Config, workdir: pathlib.Path, replace: bool = 
             for name, value in Manifest.load(inputs["corpus"]).outputs.items()
         }
         parts = {
-            (split, name): tokenize_corpus(files, checksums, inputs["tokenizer"].resolve(), jobs / split / name)
-            for split, sources in found.items() for name, files in sources.items()
-        }  # fmt: skip
+            (split, name): tokenize_corpus(
+                files, checksums, inputs["tokenizer"].resolve(), jobs / split / name
+            )
+            for split, sources in found.items()
+            for name, files in sources.items()
+        }
         run_pack_jobs(
             where,
             tokenize_shard,
@@ -127,7 +142,9 @@ def pack_corpus(settings: config.Config, workdir: pathlib.Path, replace: bool = 
                 )
             elif split == "train":
                 raise UserError(
-                    f"pack: source {name} has less than one row of {asked['seq_len']} tokens. Lower pack.seq_len, or prepare more text."
+                    f"pack: source {name} has less than one row of "
+                    f"{asked['seq_len']} tokens. Lower pack.seq_len, or "
+                    "prepare more text."
                 )
         shutil.rmtree(jobs)
         return counts
@@ -144,8 +161,11 @@ def pack_corpus(settings: config.Config, workdir: pathlib.Path, replace: bool = 
     for split in ("train", "heldout"):
         for name, found in manifest.counts[split].items():
             log.info(
-                f"pack: {split}/{name}: {found['rows']:,} rows of {asked['seq_len']:,}, {found['tokens']:,} tokens, "
-                f"{found['padding_frac']:.2%} padding, {found['cut_documents']:,} of {found['documents']:,} documents cut"
+                f"pack: {split}/{name}: {found['rows']:,} rows of "
+                f"{asked['seq_len']:,}, {found['tokens']:,} tokens, "
+                f"{found['padding_frac']:.2%} padding, "
+                f"{found['cut_documents']:,} of {found['documents']:,} "
+                "documents cut"
             )
     return manifest
 
@@ -153,7 +173,10 @@ def pack_corpus(settings: config.Config, workdir: pathlib.Path, replace: bool = 
 def run_pack_jobs(
     where: str, work: Callable[[dict], dict], jobs: list[dict], label: str, unit: str
 ) -> None:
-    """Do the jobs that no earlier, killed run has done: the file job["done"] holds what a job has counted."""
+    """Do the jobs that no earlier, killed run has done.
+
+    The file job["done"] holds what a job has counted.
+    """
     left = [job for job in jobs if not pathlib.Path(job["done"]).exists()]
     # a process a core: the tokenizers library's own threads would only get in each other's way
     threads = "false" if where != "here" and len(left) >= (os.cpu_count() or 1) else "true"
@@ -164,6 +187,7 @@ def run_pack_jobs(
 
 
 def read_pack_counts(job: dict) -> dict[str, Any]:
+    """Return the counts that a job wrote."""
     return json.loads(pathlib.Path(job["done"]).read_text())
 
 
@@ -179,6 +203,7 @@ class Segment(NamedTuple):
     loss_from: int = 0  # its first trained token; those before it are a prompt's
 
     def split(self, start: int, stop: int, part: int) -> Segment:
+        """Return a part of the segment."""
         ids = self.ids[start:stop]
         return Segment(ids, self.document, part, min(max(self.loss_from - start, 0), len(ids)))
 
@@ -189,7 +214,10 @@ def tokenize_corpus(
     opened: pathlib.Path,
     jobs: pathlib.Path,
 ) -> list[dict]:
-    """Jobs for `tokenize`: row groups of the files of one source, about JOB_BYTES each, in the corpus's order."""
+    """Jobs for `tokenize`.
+
+    Row groups of the files of one source, about JOB_BYTES each, in the corpus's order.
+    """
     found: list[dict] = []
     for file in files:
         footer, room = pq.ParquetFile(file).metadata, 0
@@ -224,7 +252,8 @@ def tokenize_shard(job: dict) -> dict[str, int]:
     )
     if job["sha256"] and stage.sha256_file(file) != job["sha256"]:
         raise UserError(
-            f"{file}: its checksum is not the manifest's: it was changed or damaged. Run prepare.py again with --replace."
+            f"{file}: its checksum is not the manifest's: it was changed or "
+            "damaged. Run prepare.py again with --replace."
         )
     to.parent.mkdir(parents=True, exist_ok=True)
     n_documents = n_bytes = 0
@@ -248,6 +277,7 @@ load_tokenizer = functools.lru_cache(maxsize=1)(tokenizer.load_tokenizer)  # a w
 
 
 def finish_job(job: dict, counts: dict) -> dict:
+    """Write the counts of a job."""
     stage.write_atomic(pathlib.Path(job["done"]), json.dumps(counts))
     return counts
 
@@ -255,7 +285,9 @@ def finish_job(job: dict, counts: dict) -> dict:
 def split_row_groups(
     file: pathlib.Path, groups: list[int]
 ) -> Iterator[tuple[list[str], list[str], list[int]]]:
-    """Ids, texts and prompt lengths of row groups of a parquet file, about ENCODE_CHARS characters at a time. Raises UserError naming it."""
+    """Ids, texts and prompt lengths of row groups of a parquet file, about ENCODE_CHARS characters
+    at a time. Raises UserError naming it.
+    """
     held, n_chars, columns = [], 0, ["id", "text", "prompt_chars"]
     with open_corpus_file(file):
         for batch in pq.ParquetFile(file).iter_batches(
@@ -273,12 +305,14 @@ def split_row_groups(
 
 @contextlib.contextmanager
 def open_corpus_file(file: pathlib.Path) -> Iterator[None]:
+    """Raise errors of a corpus file as UserError."""
     try:
         yield
     except (pa.ArrowException, OSError, KeyError) as error:
         line = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{file}: cannot be read as a shard of a corpus ({line}). Run prepare.py again with --replace."
+            f"{file}: cannot be read as a shard of a corpus ({line}). Run "
+            "prepare.py again with --replace."
         ) from None
 
 
@@ -294,7 +328,10 @@ def fill_sequences(
     method: str,
     vocab_size: int,
 ) -> list[dict]:
-    """Jobs for `fill_shard`, one a shard, in the order of their rows: windows of documents, or stretches of the course's stream."""
+    """Jobs for `fill_shard`, one a shard, in the order of their rows.
+
+    Windows of documents, or stretches of the course's stream.
+    """
     lengths = [read_lengths(job["to"]) for job in tokens]
     starts = np.cumsum([0, *map(len, lengths)])  # the first document of each file
     lengths = np.concatenate(lengths)
@@ -330,10 +367,17 @@ def fill_sequences(
             (tokens[i]["to"], max(first - int(starts[i]), 0), last - int(starts[i])) for i in files
         ]
         to = out / f"data-{k:05d}.arrow"
-        found.append({
-            "documents": parts, "to": str(to), "done": str(jobs / f"{to.name}.json"), "seq_len": seq_len, "method": method, "vocab_size": vocab_size,
-            **stretch,
-        })  # fmt: skip
+        found.append(
+            {
+                "documents": parts,
+                "to": str(to),
+                "done": str(jobs / f"{to.name}.json"),
+                "seq_len": seq_len,
+                "method": method,
+                "vocab_size": vocab_size,
+                **stretch,
+            }
+        )
     return found
 
 
@@ -349,7 +393,10 @@ def read_lengths(tokens: str) -> np.ndarray:
 
 
 def split_windows(lengths: np.ndarray, seq_len: int) -> list[tuple[int, int]]:
-    """Stretches of documents that best-fit sees at once: of WINDOW_PIECES pieces or WINDOW_TOKENS tokens, or somewhat more."""
+    """Stretches of documents that best-fit sees at once.
+
+    Of WINDOW_PIECES pieces or WINDOW_TOKENS tokens, or somewhat more.
+    """
     pieces, tokens = np.cumsum(-(-lengths // seq_len)), np.cumsum(lengths)
     found, first = [], 0
     while first < len(lengths):
@@ -395,10 +442,13 @@ def read_documents(tokens: str, first: int, last: int) -> Iterator[Segment]:
 
 
 def pack_best_fit(documents: Iterable[Segment], seq_len: int) -> Iterator[list[Segment]]:
-    """Rows of whole documents, best-fit-decreasing: each piece, longest first, goes into the fullest row that still has room for it.
-    Documents longer than a row are cut into full rows and one rest.
+    """Rows of whole documents, best-fit-decreasing.
 
-    Rows come out in the order of their first pieces in the corpus, so that no stretch of them is all long or all short documents.
+    Each piece, longest first, goes into the fullest row that still has room for it. Documents
+    longer than a row are cut into full rows and one rest.
+
+    Rows come out in the order of their first pieces in the corpus, so that no stretch of them is
+    all long or all short documents.
     """
     pieces = [
         document.split(start, start + seq_len, part)
@@ -433,7 +483,9 @@ def pack_best_fit(documents: Iterable[Segment], seq_len: int) -> Iterator[list[S
 def pack_course(
     documents: Iterable[Segment], seq_len: int, position: int = 0, first_row: int = 0
 ) -> Iterator[list[Segment]]:
-    """Rows as the course packs them, from first_row on: one stream of tokens, cut; `position` is the first document's place in it.
+    """Rows as the course packs them, from first_row on.
+
+    One stream of tokens, cut; `position` is the first document's place in it.
 
     Source: "Pretraining LLMs", lesson 3.
     """
@@ -465,14 +517,14 @@ def write_sequences(
     frequencies  of the trained tokens, {id: times}: all but the first of each piece and the prompts
     batches      [first byte, bytes, rows, CRC-32] of each record batch in the file
     """
-    rows, batch_rows = iter(rows), max(1, BATCH_TOKENS // seq_len)
+    rows, batch_size = iter(rows), max(1, BATCH_TOKENS // seq_len)
     n_tokens = n_cut = n_rows = 0
     frequencies = np.zeros(vocab_size, np.int64)
     batches: list[list[int]] = []
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "wb") as sink:
         sink.write(packed_schema(seq_len).serialize())
-        while group := list(itertools.islice(rows, batch_rows)):
+        while group := list(itertools.islice(rows, batch_size)):
             message = make_record_batch(group, seq_len).serialize()
             batches.append([sink.tell(), len(message), len(group), zlib.crc32(message)])
             sink.write(message)
@@ -487,12 +539,18 @@ def write_sequences(
         sink.write(DOCUMENT_END)
     seen = np.flatnonzero(frequencies)
     return {
-        "file": file.name, "rows": n_rows, "bytes": file.stat().st_size, "tokens": n_tokens, "cut_documents": n_cut, "batches": batches,
+        "file": file.name,
+        "rows": n_rows,
+        "bytes": file.stat().st_size,
+        "tokens": n_tokens,
+        "cut_documents": n_cut,
+        "batches": batches,
         "frequencies": dict(zip(seen.tolist(), frequencies[seen].tolist(), strict=True)),
-    }  # fmt: skip
+    }
 
 
 def make_record_batch(rows: list[list[Segment]], seq_len: int) -> pa.RecordBatch:
+    """Return sequences as an Arrow record batch."""
     ids = np.zeros((len(rows), seq_len), np.int32)  # padding is 0 and stands at the end
     for filled, row in zip(ids, rows, strict=True):
         np.concatenate(
@@ -518,10 +576,12 @@ def gather_shards(
     method: str,
     vocab_size: int,
 ) -> dict[str, Any]:
-    """Make the shards of a source one directory for `datasets.load_from_disk`, with an index of its record batches, and add up its counts:
+    """Make the shards of a source one directory for `datasets.load_from_disk`, with an index of its
+    record batches, and add up its counts:
     what `tokenize` and `write` found.
 
-    unigram_nats is the entropy of the trained tokens' own frequencies: the loss of a model that has learnt these and nothing else.
+    unigram_nats is the entropy of the trained tokens' own frequencies: the loss of a model that has
+    learnt these and nothing else.
     """
     frequencies = np.zeros(vocab_size, np.int64)
     for shard in shards:
@@ -538,15 +598,23 @@ def gather_shards(
     n_rows, n_tokens = (sum(shard[name] for shard in shards) for name in ("rows", "tokens"))
     shares = frequencies[frequencies > 0] / max(1, frequencies.sum())
     return {
-        "documents": sum(each["documents"] for each in texts), "rows": n_rows, "tokens": n_tokens, "trained_tokens": int(frequencies.sum()),
-        "cut_documents": sum(shard["cut_documents"] for shard in shards), "padding_frac": 1 - n_tokens / (n_rows * seq_len),
-        "unigram_nats": float(-(shares * np.log(shares)).sum()), "bytes": sum(each["bytes"] for each in texts),
+        "documents": sum(each["documents"] for each in texts),
+        "rows": n_rows,
+        "tokens": n_tokens,
+        "trained_tokens": int(frequencies.sum()),
+        "cut_documents": sum(shard["cut_documents"] for shard in shards),
+        "padding_frac": 1 - n_tokens / (n_rows * seq_len),
+        "unigram_nats": float(-(shares * np.log(shares)).sum()),
+        "bytes": sum(each["bytes"] for each in texts),
         "shards": [{name: shard[name] for name in ("file", "rows", "bytes")} for shard in shards],
-    }  # fmt: skip
+    }
 
 
 def write_course_sequences(out: pathlib.Path, shards: list[dict], seq_len: int) -> None:
-    """The rows again as the one parquet file that the course's lesson 3 writes and lesson 5 reads: a column input_ids."""
+    """The rows again as the one parquet file that the course's lesson 3 writes and lesson 5 reads.
+
+    A column input_ids.
+    """
     lesson = pa.schema({"input_ids": pa.list_(pa.int32())})
     with pq.ParquetWriter(out / "packaged_pretrain_dataset.parquet", lesson) as writer:
         for shard in shards:
@@ -559,14 +627,22 @@ def write_course_sequences(out: pathlib.Path, shards: list[dict], seq_len: int) 
 
 
 def describe_packed(out: pathlib.Path, seq_len: int, files: list[str]) -> None:
-    """The two JSON files without which `datasets.load_from_disk` opens nothing; it needs every key of them."""
+    """The two JSON files without which `datasets.load_from_disk` opens nothing.
+
+    It needs every key of them.
+    """
     integer, string = ({"dtype": dtype, "_type": "Value"} for dtype in ("int32", "string"))
     lists = {"doc_lens": integer, "doc_ids": string, "loss_from": integer}
     features = {"input_ids": {"feature": integer, "length": seq_len, "_type": "List"}}
     features |= {name: {"feature": of, "_type": "List"} for name, of in lists.items()}
     state = {
-        "_data_files": [{"filename": file} for file in files], "_fingerprint": stage.fingerprint([out.name, files]), "_format_columns": None,
-        "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False, "_split": None,
-    }  # fmt: skip
+        "_data_files": [{"filename": file} for file in files],
+        "_fingerprint": stage.fingerprint([out.name, files]),
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
     (out / "dataset_info.json").write_text(json.dumps({"features": features}, indent=1) + "\n")
     (out / "state.json").write_text(json.dumps(state, indent=1) + "\n")

@@ -1,12 +1,14 @@
-"""The stage prepare: sources -> rules -> duplicates -> train and held-out parquet shards, with an account of what went.
+"""Prepare a corpus: sources -> rules -> deduplication -> train and held-out parquet shards.
 
-Every rule but those that compare documents looks at one text alone, and those that compare look at small marks. So the texts
-are passed over three times, whatever the number of rules: read (into numbered rows on disk), judge (each text alone), write.
-Between judging and writing a table of numbers decides, in canonical order, what each document fell to.
+Every rule but those that compare documents looks at one text alone, and those that compare look at
+small marks. So there are three passes over the texts, whatever the number of rules: read (into
+numbered rows on disk), judge (each text alone), write. Between judging and writing, a table of
+numbers decides in canonical order which rule drops each document.
 
-Each pass is cut into jobs, done in processes here or on a cluster, in any order. What a job writes depends on the texts and
-the config alone, and so does the corpus, whatever the workers and the files that the input was cut into. A file gets its
-name when it is whole, so a killed run goes on with the jobs that were not done.
+Each pass is split into jobs, done in processes here or on a cluster, in any order. What a job
+writes depends on the texts and the config alone, and so does the corpus, whatever the workers and
+the files of the input. A file gets its name when it is complete, so a killed run continues with the
+jobs that were not done.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import logging
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,177 +32,202 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jaxpt import config, stage
-from jaxpt.data import (
-    benchmarks,
-    decontaminate,
-    dedup,
-    executor,
-    filters,
-    jobs,
-    paragraphs,
-    sources,
-    tokenizer,
-)
+from jaxpt.data import benchmarks, decontaminate, dedup, executor, filters, paragraphs, sources
+from jaxpt.data import tokenizer as tokenizers
+from jaxpt.data.jobs import Advance, Job, JobRunner, open_atomic, write_job_result
 from jaxpt.spec import Manifest, UserError
 
 log = logging.getLogger(__name__)
 
-N_SAMPLES = 50  # dropped documents shown for each rule
-SAMPLE_CHARS = 10_000  # of each, at most: enough to judge a rule by
-JOB_BYTES = 2**23  # of text that a job judges, about
-BATCH_BYTES = 2**22  # of text judged at once, about, and
-BATCH_ROWS = 1024  # the documents in it, at most
-GROUP_BYTES = 2**25  # of text in a row group of a shard, about, and
-GROUP_ROWS = 10_000  # the documents in it, at most
-MAX_INLINE_BYTES = {
-    "read_piece": 2**27,
-    "judge_rows": 2**24,
-    "write_shard": 2**28,
-}  # bytes up to which no other process is started: that takes longer
-TOKEN_BYTES = 4  # of text that make a token, about
-MAX_UNREADABLE_SHOWN = 20  # sentences about what cannot be read, of each source, at most
-NOT_SAMPLED = -1  # in place of a rule, of a document that limit_mb left out
+N_SAMPLES = 50  # dropped documents kept per rule
+SAMPLE_CHARS = 10_000  # of each at most: enough to judge a rule by
+JOB_BYTES = 2**23  # of text per judging job, about
+BATCH_BYTES = 2**22  # of text judged at once, about
+BATCH_DOCUMENTS = 1024  # documents judged at once, at most
+GROUP_BYTES = 2**25  # of text per row group of a shard, about
+GROUP_ROWS = 10_000  # documents per row group, at most
+# Up to these bytes no other process is started: that would take longer.
+MAX_INLINE_BYTES = {"read_part": 2**27, "judge_file": 2**24, "write_corpus_shard": 2**28}
+TOKEN_BYTES = 4  # bytes per token, about
+MAX_UNREADABLE_SHOWN = 20  # messages per source about what cannot be read
+NOT_SAMPLED = -1  # in place of a rule: prepare.max_mb left the document out
 
-CORPUS_SCHEMA = pa.schema(
-    {
-        "id": pa.string(),
-        "source": pa.string(),
-        "text": pa.string(),
-        "prompt_chars": pa.int32(),
-        "meta": pa.string(),
-    }
-)  # of the shards
-READ_SCHEMA = pa.schema({
-    "id": pa.string(), "text": pa.string(), "prompt_chars": pa.int32(), "meta": pa.string(), "digest": pa.binary(32),
-    "chars": pa.int64(), "bytes": pa.int64(),
-})  # fmt: skip
+CORPUS_FIELDS = {"id": pa.string(), "source": pa.string(), "text": pa.string()}
+CORPUS_FIELDS |= {"prompt_chars": pa.int32(), "meta": pa.string()}
+CORPUS_SCHEMA = pa.schema(CORPUS_FIELDS)  # of the shards
+READ_FIELDS = {"id": pa.string(), "text": pa.string(), "prompt_chars": pa.int32()}
+READ_FIELDS |= {"meta": pa.string(), "digest": pa.binary(32)}
+READ_FIELDS |= {"chars": pa.int64(), "bytes": pa.int64()}
+READ_SCHEMA = pa.schema(READ_FIELDS)
 SAMPLE_SCHEMA = CORPUS_SCHEMA.append(pa.field("reason", pa.string()))
 COMPRESSION = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
-EXACT, NEAR, PARAGRAPHS = (
-    "exact_dedup",
-    "near_dedup",
-    "corpus_paragraphs",
-)  # the rules that compare documents
+# the rules that compare documents
+EXACT, NEAR, PARAGRAPHS = "exact_dedup", "near_dedup", "corpus_paragraphs"
+SPLITS = ("train", "heldout")
+NO_CUTS = np.empty(0, [("row", np.int64)])
+
+Funnel = dict[str, Any]
 
 
 def prepare_corpus(
     settings: config.Config, workdir: pathlib.Path, replace: bool = False
 ) -> Manifest:
-    """Prepare WORKDIR/corpus as the section `prepare` says, or find it finished.
+    """Prepare WORKDIR/corpus as the section `prepare` asks, or find it finished.
 
-    Raises UserError for a source, rule, benchmark, engine or record that cannot be used, and when every document is dropped.
+    Raises:
+        UserError: a source, rule, benchmark, executor or record cannot be used, or every document
+            is dropped.
     """
-    knobs = settings.prepare
-    if knobs.shard_mb < 1 or knobs.max_mb < 0:
-        raise UserError(
-            f"prepare.shard_mb and limit_mb: got {knobs.shard_mb} and {knobs.max_mb}, wanted at least 1 and at least 0."
-        )
-    if knobs.decontaminate_ngram < 1:
-        raise UserError(
-            f"prepare.decontaminate_ngram: got {knobs.decontaminate_ngram}, wanted at least 1."
-        )
-    found = sources.parse_sources(knobs.sources)
-    asked = json.dumps(stage.to_jsonable(knobs))
-    rules, index = open_sources(asked)
-    executor.init_executor(knobs.executor)
-
-    request = stage.to_jsonable(knobs)
-    del request["engine"]  # it decides where the work is done, not what comes out
-    request["rules"] = [rule.help for rule in rules]
-    words = (
-        None
-        if settings.tokenizer.source == "train"
-        else tokenizer.load_tokenizer(settings.tokenizer.source)
-    )
-    request |= {"tokenizer": words.fingerprint} if words else {}  # it estimates the funnel's tokens
-    request["installed"] = {
-        source.name: versions for source in found if (versions := source.describe_installation())
-    }
-    inputs = {key: path for source in found for key, path in source.fingerprint_inputs().items()}
-    inputs |= {
-        f"benchmarks/{i}": stage.local_path(path) for i, path in enumerate(knobs.decontaminate)
-    }
+    section = settings.prepare
+    check_section(section)
+    text_sources = sources.parse_sources(section.sources)
+    section_json = json.dumps(stage.to_jsonable(section))
+    rules, index = open_rules(section_json)
+    executor.init_executor(section.executor)
+    tokenizer = None
+    if settings.tokenizer.source != "train":
+        tokenizer = tokenizers.load_tokenizer(settings.tokenizer.source)
     if index.n_short:
-        short = f"{index.n_short:,} of {len(index.items):,} benchmark items have fewer than {index.n} words"
-        log.info(f"prepare: {short}: no document can be matched with them")
-
-    def work(partial: pathlib.Path) -> dict[str, Any]:
-        home = partial.resolve() / ".work"
-        do = functools.partial(jobs.run_jobs, knobs.executor, home)
-        files, unread = read_sources(do, found, knobs)
-        rows = judge_documents(do, files, found, asked, rules, home)
-        dropped_by, twin, repeats = decide_drops(rows, rules)
-        hits = write_corpus(do, rows, rules, dropped_by, twin, repeats, asked, partial.resolve())
-        contaminated = {
-            task: len({hit["id"] for hit in hits if hit["task"] == task})
-            for task in sorted({item.task for item in index.items})
-        }
-        if knobs.decontaminate:
-            (partial / "contaminated.jsonl").write_text(
-                "".join(json.dumps(hit, ensure_ascii=False) + "\n" for hit in hits)
-            )
-        funnel = {
-            **build_funnel(rows, rules, dropped_by, repeats, estimate_token_bytes(rows, words)),
-            "unread": unread,
-        }
-        (partial / "funnel.json").write_text(json.dumps(funnel, indent=1) + "\n")
-        if not any(amounts["rows"] for amounts in funnel["train"].values()):
-            raise UserError(
-                f"prepare: no document of {len(dropped_by):,} is left to train on.\n{format_funnel(funnel)}\nSamples of what each rule dropped lie in "
-                f"{partial / 'dropped'}; choose another prepare.preset or source, or lower prepare.heldout_frac."
-            )
-        shutil.rmtree(home)
-        return {**funnel, "contaminated": contaminated}
-
-    manifest = stage.run_stage(
-        "prepare", workdir / "corpus", work, config=request, inputs=inputs, replace=replace
-    )
-    log.info(format_funnel(manifest.counts))
-    for step in manifest.counts["steps"]:
-        for name, n in step.get("edits", {}).items():
-            if n:
-                log.info(f"prepare: {step['rule']} made {n:,} edits in {name}")
-    for name, one in manifest.counts["unread"].items():
-        for why, n in one["counts"].items():
-            log.info(f"prepare: {name}: {n:,} records or files passed over: {why}")
-        for sentence in one["first"]:
-            log.info(f"prepare: passed over: {sentence}")
-    for task, n in manifest.counts["contaminated"].items():
         log.info(
-            f"prepare: {n:,} documents dropped for what they share with {task}; {workdir / 'corpus/contaminated.jsonl'} lists them"
+            f"prepare: {index.n_short:,} of {len(index.items):,} benchmark items have fewer than "
+            f"{index.n} words: no document can be matched with them"
         )
-    sums = [
-        sum(amounts[key] for amounts in manifest.counts[side].values())
-        for side in ("train", "heldout")
-        for key in ("rows", "bytes")
-    ]
-    made = f"{sums[0]:,} documents ({sums[1] / 1e6:.1f} MB) to train on, {sums[2]:,} ({sums[3] / 1e6:.1f} MB) held out"
-    log.info(f"prepare: {workdir / 'corpus'}: {made}")
+    inputs = {}
+    for source in text_sources:
+        inputs |= source.fingerprint_inputs()
+    for i, path in enumerate(section.decontaminate):
+        inputs[f"benchmarks/{i}"] = stage.local_path(path)
+    work = CorpusWork(section, section_json, text_sources, rules, index, tokenizer)
+    manifest = stage.run_stage(
+        "prepare",
+        workdir / "corpus",
+        work.run,
+        config=work.describe_request(),
+        inputs=inputs,
+        replace=replace,
+    )
+    log_counts(manifest.counts, workdir / "corpus")
     return manifest
 
 
+def check_section(section: config.PrepareConfig) -> None:
+    """Raise UserError for sizes out of range."""
+    if section.shard_mb < 1:
+        raise UserError(f"prepare.shard_mb: expected at least 1, got {section.shard_mb}.")
+    if section.max_mb < 0:
+        raise UserError(f"prepare.max_mb: expected at least 0, got {section.max_mb}.")
+    if section.decontaminate_ngram < 1:
+        raise UserError(
+            f"prepare.decontaminate_ngram: expected at least 1, got {section.decontaminate_ngram}."
+        )
+
+
 @functools.lru_cache(maxsize=1)
-def open_sources(asked: str) -> tuple[list[filters.Rule], decontaminate.NgramIndex]:
-    """(the rules in order, the benchmarks' 13-grams) that a section `prepare`, as JSON, asks for: opened once in each process."""
-    knobs = json.loads(asked)
-    index = decontaminate.NgramIndex(
-        [item for path in knobs["decontaminate"] for item in benchmarks.read_benchmark(path)],
-        knobs["decontaminate_ngram"],
-    )
-    near = [NEAR] if knobs["near_dedup"] and NEAR not in filters.PRESETS[knobs["preset"]] else []
-    rules = filters.parse_rules(knobs["preset"], [*knobs["rules"], *near])
-    rules += (
-        [filters.Rule("decontaminate", drop=index.find_contaminated, help="decontaminate")]
-        if knobs["decontaminate"]
-        else []
-    )
-    # what the other rules drop must not take a paragraph along that stays elsewhere
+def open_rules(section_json: str) -> tuple[list[filters.Rule], decontaminate.NgramIndex]:
+    """Return the rules in order and the benchmarks' n-grams, once per process.
+
+    Args:
+        section_json: the section `prepare`.
+    """
+    section = json.loads(section_json)
+    items = []
+    for path in section["decontaminate"]:
+        items += benchmarks.read_benchmark(path)
+    index = decontaminate.NgramIndex(items, section["decontaminate_ngram"])
+    changes = list(section["rules"])
+    if section["near_dedup"] and NEAR not in filters.PRESETS[section["preset"]]:
+        changes.append(NEAR)
+    rules = filters.parse_rules(section["preset"], changes)
+    if section["decontaminate"]:
+        name = "decontaminate"
+        rules.append(filters.Rule(name, drop=index.find_contaminated, help=name))
+    # what the other rules drop must not take along a paragraph that stays elsewhere
     return sorted(rules, key=lambda rule: rule.name == PARAGRAPHS), index
 
 
-def order_rules(rules: Sequence[filters.Rule], name: str) -> int | None:
-    """Where the rule of this name stands."""
+def find_rule(rules: Sequence[filters.Rule], name: str) -> int | None:
+    """Return the index of the rule of this name."""
     return next((k for k, rule in enumerate(rules) if rule.name == name), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusWork:
+    """The work of one stage `prepare`."""
+
+    section: config.PrepareConfig
+    section_json: str
+    sources: list[sources.TextSource]
+    rules: list[filters.Rule]
+    index: decontaminate.NgramIndex
+    tokenizer: tokenizers.Tokenizer | None  # it estimates the funnel's tokens
+
+    def describe_request(self) -> dict[str, Any]:
+        """Return the settings that the corpus depends on."""
+        request = stage.to_jsonable(self.section)
+        del request["executor"]  # it decides where the work is done, not what comes out
+        request["rules"] = [rule.help for rule in self.rules]
+        if self.tokenizer:
+            request["tokenizer"] = self.tokenizer.fingerprint
+        installed = {source.name: source.describe_installation() for source in self.sources}
+        request["installed"] = {name: versions for name, versions in installed.items() if versions}
+        return request
+
+    def run(self, partial: pathlib.Path) -> dict[str, Any]:
+        """Write the corpus and return the counts of the manifest."""
+        partial = partial.resolve()
+        state_dir = partial / ".work"
+        runner = JobRunner(self.section.executor, state_dir)
+        files, unread = read_sources(runner, self.sources, self.section)
+        names = [source.name for source in self.sources]
+        table = judge_documents(runner, files, names, self.section_json, self.rules)
+        drops = decide_drops(table, self.rules)
+        matches = write_corpus(runner, table, self.rules, drops, self.section_json, partial)
+        if self.section.decontaminate:
+            lines = [json.dumps(match, ensure_ascii=False) + "\n" for match in matches]
+            (partial / "contaminated.jsonl").write_text("".join(lines))
+        token_bytes = estimate_token_bytes(table, self.tokenizer)
+        funnel = build_funnel(table, self.rules, drops, token_bytes)
+        funnel["unread"] = unread
+        (partial / "funnel.json").write_text(json.dumps(funnel, indent=1) + "\n")
+        if not any(amounts["rows"] for amounts in funnel["train"].values()):
+            raise UserError(
+                f"prepare: none of {len(drops.dropped_by):,} documents is left to train on.\n"
+                f"{format_funnel(funnel)}\nSamples of what each rule dropped are in "
+                f"{partial / 'dropped'}. Choose another prepare.preset or source, or lower "
+                "prepare.heldout_frac."
+            )
+        shutil.rmtree(state_dir)
+        return {**funnel, "contaminated": self.count_contaminated(matches)}
+
+    def count_contaminated(self, matches: list[dict[str, str]]) -> dict[str, int]:
+        """Return how many documents matched each benchmark task."""
+        documents = {task: set() for task in sorted({item.task for item in self.index.items})}
+        for match in matches:
+            documents[match["task"]].add(match["id"])
+        return {task: len(ids) for task, ids in documents.items()}
+
+
+def log_counts(counts: dict[str, Any], corpus: pathlib.Path) -> None:
+    """Log the funnel, edits, skipped records and contaminated documents."""
+    log.info(format_funnel(counts))
+    for step in counts["steps"]:
+        for name, n in step.get("edits", {}).items():
+            if n:
+                log.info(f"prepare: {step['rule']} made {n:,} edits in {name}")
+    for name, unread in counts["unread"].items():
+        for reason, n in unread["counts"].items():
+            log.warning(f"prepare: {name}: skipped {n:,} records or files: {reason}")
+        for message in unread["first"]:
+            log.warning(f"prepare: skipped: {message}")
+    for task, n in counts["contaminated"].items():
+        log.info(
+            f"prepare: dropped {n:,} documents that overlap {task}; see {corpus}/contaminated.jsonl"
+        )
+    for split in SPLITS:
+        n = sum(amounts["rows"] for amounts in counts[split].values())
+        n_bytes = sum(amounts["bytes"] for amounts in counts[split].values())
+        log.info(f"prepare: {split}: {n:,} documents ({n_bytes / 1e6:.1f} MB)")
+    log.info(f"prepare: wrote {corpus}")
 
 
 # ---- first pass: every document becomes a numbered row
@@ -212,72 +239,100 @@ class ReadFile(NamedTuple):
     path: pathlib.Path
     source: int
     n: int
-    hash_threshold: int  # of the sampling number: documents from it on are not taken
+    hash_threshold: int  # of the sampling number: documents from it on are left out
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReadJob(Job):
+    """Read a part of a source into files of about max_bytes of text each."""
+
+    source_index: int
+    source: sources.TextSource
+    limit: int
+    max_bytes: int
+    on_error: str
 
 
 def read_sources(
-    do: Callable, found: Sequence[sources.TextSource], knobs: config.PrepareConfig
+    runner: JobRunner, text_sources: Sequence[sources.TextSource], section: config.PrepareConfig
 ) -> tuple[list[ReadFile], dict[str, dict]]:
-    """Put the documents of all sources on disk: all of them, or those of which limit_mb are taken and some more.
+    """Write the documents of all sources to disk: all, or at least those that max_mb keeps.
 
-    Also what was passed over of each source: how many records and files, by reason, and the first sentences about what cannot be read.
+    Returns:
+        The files, and per source what was skipped: records and files by reason, and the first
+        messages about what cannot be read.
     """
-    todo, n_bytes, limit = [], 0, int(knobs.max_mb * 1e6)
-    for k, source in enumerate(found):
-        for piece, size in split_source(source):
-            todo.append(
-                {
-                    "source": k,
-                    "piece": stage.to_jsonable(piece),
-                    "limit": limit,
-                    "room": JOB_BYTES,
-                    "on_error": knobs.on_error,
-                }
+    todo, n_bytes, limit = [], 0, int(section.max_mb * 1e6)
+    for k, source in enumerate(text_sources):
+        for part, size in split_source(source):
+            job = ReadJob(
+                source_index=k,
+                source=part,
+                limit=limit,
+                max_bytes=JOB_BYTES,
+                on_error=section.on_error,
             )
+            todo.append(job)
             n_bytes += size
-    answers = do(read_part, todo, "reading", "B", None, n_bytes > MAX_INLINE_BYTES["read_piece"])
+    in_processes = n_bytes > MAX_INLINE_BYTES["read_part"]
+    results = runner.run(read_part, todo, ("reading", "B", None), in_processes)
     files, unread = [], {}
-    for k, source in enumerate(found):
-        mine = [answer for job, answer in zip(todo, answers, strict=True) if job["source"] == k]
-        paths = [pathlib.Path(path) for answer in mine for path in answer["files"]]
-        ceiling, n_taken = (
-            min(answer["ceiling"] for answer in mine),
-            sum(sum(answer["rows"]) for answer in mine),
-        )
-        if limit and paths:
-            places = np.concatenate([read_column(path, "digest")[:, 3] for path in paths])
-            ceiling = min(
-                ceiling,
-                find_hash_threshold(
-                    places, np.concatenate([read_column(path, "bytes") for path in paths]), limit
-                ),
-            )
-            n_taken = (places < ceiling).sum()
-        counts = sum(
-            (collections.Counter(answer["unread"]) for answer in mine), collections.Counter()
-        )
-        first = [sentence for answer in mine for sentence in answer["first"]][:MAX_UNREADABLE_SHOWN]
-        if counts:
-            unread[source.name] = {"counts": dict(sorted(counts.items())), "first": first}
+    for k, source in enumerate(text_sources):
+        pairs = zip(todo, results, strict=True)
+        own = [result for job, result in pairs if job.source_index == k]
+        source_files, n_taken = collect_read_files(own, k, limit)
+        skipped = collect_skipped(own)
+        if skipped["counts"]:
+            unread[source.name] = skipped
         if not n_taken:
-            passed = "".join(f", {n:,} times {why}" for why, n in counts.most_common(3)) + (
-                f" ({first[0]})" if first else ""
-            )
-            why = (
-                f"no document fits into prepare.max_mb={knobs.max_mb:g}, raise it"
-                if limit
-                else f"no document in it{passed}, leave it out"
-            )
-            raise UserError(
-                f"prepare.sources: {source.name} ({source.kind}:{source.pattern}): {why}."
-            )
-        rows = [n for answer in mine for n in answer["rows"]]
-        files += [ReadFile(path, k, n, ceiling) for path, n in zip(paths, rows, strict=True)]
+            raise explain_empty_source(source, skipped, section.max_mb)
+        files += source_files
     return files, unread
 
 
+def collect_read_files(
+    results: list[dict[str, Any]], source: int, limit: int
+) -> tuple[list[ReadFile], int]:
+    """Return the files of a source and how many documents are taken from them."""
+    paths = [pathlib.Path(path) for result in results for path in result["files"]]
+    rows = [n for result in results for n in result["rows"]]
+    threshold = min(result["threshold"] for result in results)
+    n_taken = sum(rows)
+    if limit and paths:
+        numbers = np.concatenate([read_column(path, "digest")[:, 3] for path in paths])
+        sizes = np.concatenate([read_column(path, "bytes") for path in paths])
+        threshold = min(threshold, find_hash_threshold(numbers, sizes, limit))
+        n_taken = int((numbers < threshold).sum())
+    files = [ReadFile(path, source, n, threshold) for path, n in zip(paths, rows, strict=True)]
+    return files, n_taken
+
+
+def collect_skipped(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what was skipped of a source: "counts" by reason, and the "first" messages."""
+    counts, first = collections.Counter(), []
+    for result in results:
+        counts.update(result["unread"])
+        first += result["first"]
+    return {"counts": dict(sorted(counts.items())), "first": first[:MAX_UNREADABLE_SHOWN]}
+
+
+def explain_empty_source(
+    source: sources.TextSource, skipped: dict[str, Any], max_mb: float
+) -> UserError:
+    """Return the error for a source without documents."""
+    where = f"prepare.sources: {source.name} ({source.kind}:{source.pattern})"
+    if max_mb:
+        return UserError(
+            f"{where}: no document fits into prepare.max_mb={max_mb:g}. Raise prepare.max_mb."
+        )
+    counts = collections.Counter(skipped["counts"]).most_common(3)
+    reasons = "".join(f", {n:,} times {reason}" for reason, n in counts)
+    message = f" ({skipped['first'][0]})" if skipped["first"] else ""
+    return UserError(f"{where}: no document in it{reasons}{message}. Leave it out.")
+
+
 def split_source(source: sources.TextSource) -> Iterator[tuple[sources.TextSource, int]]:
-    """The source cut between files into parts of about JOB_BYTES on disk, each with its bytes."""
+    """Yield parts of about JOB_BYTES on disk, split between files, and their bytes."""
     files, n_bytes = [], 0
     for file, size in zip(source.files, source.list_file_sizes(), strict=True):
         files.append(file)
@@ -286,122 +341,127 @@ def split_source(source: sources.TextSource) -> Iterator[tuple[sources.TextSourc
             yield dataclasses.replace(source, files=tuple(files)), n_bytes
             files, n_bytes = [], 0
     if files or not source.files:
-        yield (
-            dataclasses.replace(source, files=tuple(files)),
-            n_bytes or MAX_INLINE_BYTES["read_piece"],
-        )  # what has no files: nobody knows
+        # the size of a source without files is unknown
+        n_bytes = n_bytes or MAX_INLINE_BYTES["read_part"]
+        yield dataclasses.replace(source, files=tuple(files)), n_bytes
 
 
-def read_part(job: dict, advance: Callable[[int], None] = lambda n: None) -> int:
-    """A part of a source to files of rows, with about job["room"] bytes of text each. Returns the bytes of their texts."""
-    source = sources.TextSource(**{**job["piece"], "files": tuple(job["piece"]["files"])})
-    taken, files, rows, total = ByteLimitSampler(job["limit"], source.kind == "hf"), [], [], 0
+def read_part(fields: dict[str, Any], advance: Advance = lambda n: None) -> int:
+    """Do a ReadJob and return the bytes of its texts."""
+    job = ReadJob.from_json(fields)
+    sampler = ByteLimitSampler(job.limit, job.source.kind == "hf")
     unread, first = collections.Counter(), []
 
-    def passed(why: str, sentence: str) -> None:
-        unread[why] += 1
-        if why == sources.READ_ERRORS and len(first) < MAX_UNREADABLE_SHOWN:
-            first.append(sentence)
+    def skip(reason: str, message: str) -> None:
+        unread[reason] += 1
+        if reason == sources.READ_ERRORS and len(first) < MAX_UNREADABLE_SHOWN:
+            first.append(message)
 
-    stream = taken.keep_below(source.iterate_documents(passed, job["on_error"]))
-    for n in itertools.count():
-        file = pathlib.Path(f"{job['to']}-{n:05d}.arrow")
-        with (
-            jobs.open_atomic(file, file.parent) as temporary,
-            pa.OSFile(str(temporary), "wb") as sink,
-            pa.ipc.new_file(sink, READ_SCHEMA, options=COMPRESSION) as out,
-        ):
-            n_rows = n_bytes = 0
-            while n_bytes < job["room"] and (
-                batch := take_batch(stream, min(BATCH_BYTES, job["room"] - n_bytes))
-            ):
-                columns = zip(*batch, strict=True)
-                out.write_batch(
-                    pa.record_batch(
-                        [
-                            extract_column(each, field)
-                            for each, field in zip(columns, READ_SCHEMA, strict=True)
-                        ],
-                        schema=READ_SCHEMA,
-                    )
-                )
-                n_rows += len(batch)
-                size = sum(row[-1] for row in batch)
-                n_bytes += size
-                advance(size)
+    stream = sampler.keep_below(job.source.iterate_documents(skip, job.on_error))
+    files, rows, total = [], [], 0
+    for i in itertools.count():
+        file = pathlib.Path(f"{job.output_prefix}-{i:05d}.arrow")
+        n_rows, n_bytes = write_read_file(file, stream, job.max_bytes, advance)
         if not n_rows:
             file.unlink()
             break
         files.append(file)
         rows.append(n_rows)
         total += n_bytes
-    jobs.write_job_result(job, files, rows=rows, ceiling=taken.ceiling, unread=unread, first=first)
+    result = {"rows": rows, "threshold": sampler.threshold, "unread": unread, "first": first}
+    write_job_result(job, files, **result)
     return total
 
 
-def extract_column(values: Sequence, field: pa.Field) -> pa.Array:
-    """Of READ. Texts come encoded, so they need neither a look at each nor a check: a third of the time."""
+def write_read_file(
+    file: pathlib.Path, stream: Iterator[tuple], max_bytes: int, advance: Advance
+) -> tuple[int, int]:
+    """Write the next rows of about max_bytes of text. Return their number and bytes."""
+    n_rows = n_bytes = 0
+    with (
+        open_atomic(file, file.parent) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, READ_SCHEMA, options=COMPRESSION) as out,
+    ):
+        while n_bytes < max_bytes:
+            batch = take_batch(stream, min(BATCH_BYTES, max_bytes - n_bytes))
+            if not batch:
+                break
+            columns = zip(zip(*batch, strict=True), READ_SCHEMA, strict=True)
+            arrays = [extract_column(values, field) for values, field in columns]
+            out.write_batch(pa.record_batch(arrays, schema=READ_SCHEMA))
+            size = sum(row[-1] for row in batch)
+            n_rows += len(batch)
+            n_bytes += size
+            advance(size)
+    return n_rows, n_bytes
+
+
+def extract_column(values: Sequence[Any], field: pa.Field) -> pa.Array:
+    """Return a column of READ_SCHEMA.
+
+    Texts come encoded, so they need no conversion and no check, which would take a third of the
+    time.
+    """
     if field.name != "text":
         return pa.array(values, field.type)
-    return pa.StringArray.from_buffers(
-        len(values),
-        pa.py_buffer(np.cumsum([0, *map(len, values)], dtype=np.int32)),
-        pa.py_buffer(b"".join(values)),
-    )
+    offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
+    data = pa.py_buffer(b"".join(values))
+    return pa.StringArray.from_buffers(len(values), pa.py_buffer(offsets), data)
 
 
-def take_batch(stream: Iterator[tuple], room: int) -> list[tuple]:
-    """The next rows, BATCH_ROWS of them or `room` bytes of text, whichever is reached first; none at the end."""
+def take_batch(stream: Iterator[tuple], max_bytes: int) -> list[tuple]:
+    """Return the next rows: BATCH_DOCUMENTS or max_bytes of text, whichever comes first."""
     batch = []
-    for row in itertools.islice(stream, BATCH_ROWS):
+    for row in itertools.islice(stream, BATCH_DOCUMENTS):
         batch.append(row)
-        room -= row[-1]
-        if room <= 0:
+        max_bytes -= row[-1]
+        if max_bytes <= 0:
             break
     return batch
 
 
 class ByteLimitSampler:
-    """Rows of READ for the documents that may be taken: all, or those with the smallest sampling numbers that make `limit` bytes.
+    """Keeps all documents, or those with the smallest sampling numbers that make `limit` bytes.
 
-    A document is passed on before later ones may push it out again: those from the final `ceiling` on are not taken. Equal
-    texts have equal numbers and stay or go together. A streamed set may have no end: of it the first `limit` bytes are taken.
+    A document is yielded before later ones may push it out again: those from the final `threshold`
+    on are not taken. Equal texts have equal numbers and stay or go together. A streamed data set
+    may have no end: its first `limit` bytes are taken.
     """
 
-    def __init__(self, limit: int, streamed: bool):
-        self.limit, self.streamed, self.ceiling = limit, streamed, 2**64
+    def __init__(self, limit: int, is_streamed: bool):
+        """Start with nothing taken."""
+        self.limit, self.is_streamed, self.threshold = limit, is_streamed, 2**64
+        self.total = 0
+        self.kept: list[tuple[int, int]] = []  # heap of (-sampling number, bytes)
 
     def keep_below(self, documents: Iterator[sources.Document]) -> Iterator[tuple]:
-        kept: list[tuple[int, int]] = []  # heap of (-sampling number, bytes)
-        total = 0
-        for found in documents:
-            data = found.text.encode()
+        """Yield rows of READ_SCHEMA, with the text as bytes: Arrow takes them faster."""
+        for document in documents:
+            data = document.text.encode()
             digest = dedup.hash_text(data)
             number = int.from_bytes(digest[24:])
-            if self.limit and number < self.ceiling:
-                total += len(data)
-                if self.streamed and total > self.limit:
+            if self.limit and number < self.threshold:
+                self.total += len(data)
+                if self.is_streamed and self.total > self.limit:
                     return
-                if not self.streamed:
-                    heapq.heappush(kept, (-number, len(data)))
-                while kept and (total > self.limit or -kept[0][0] >= self.ceiling):
-                    number_out, size = heapq.heappop(kept)
-                    self.ceiling = min(self.ceiling, -number_out)
-                    total -= size
-            if number < self.ceiling:
-                yield (
-                    found.id,
-                    data,
-                    found.prompt_chars,
-                    found.meta,
-                    digest,
-                    len(found.text),
-                    len(data),
-                )  # text as bytes: Arrow takes them faster
+                self.lower_threshold(number, len(data))
+            if number < self.threshold:
+                sizes = len(document.text), len(data)
+                yield document.id, data, document.prompt_chars, document.meta, digest, *sizes
+
+    def lower_threshold(self, number: int, size: int) -> None:
+        """Count a document in and push out those with the largest numbers."""
+        if not self.is_streamed:
+            heapq.heappush(self.kept, (-number, size))
+        while self.kept and (self.total > self.limit or -self.kept[0][0] >= self.threshold):
+            negative, removed = heapq.heappop(self.kept)
+            self.threshold = min(self.threshold, -negative)
+            self.total -= removed
 
 
 def find_hash_threshold(numbers: np.ndarray, sizes: np.ndarray, limit: int) -> int:
-    """The smallest sampling number of which the documents do not fit any more."""
+    """Return the smallest sampling number whose document does not fit any more."""
     order = np.argsort(numbers)
     n_fitting = np.searchsorted(np.cumsum(sizes[order]), limit, "right")
     return int(numbers[order[n_fitting]]) if n_fitting < len(order) else 2**64
@@ -412,126 +472,141 @@ def find_hash_threshold(numbers: np.ndarray, sizes: np.ndarray, limit: int) -> i
 
 @dataclasses.dataclass(frozen=True)
 class DocumentTable:
-    """n documents in canonical order: what was read and what was judged of them lies in files, row beside row."""
+    """n documents in canonical order, in files: as read and as judged, row beside row."""
 
     names: list[str]  # of the sources
     files: list[ReadFile]
     judged: list[pathlib.Path]
     starts: np.ndarray  # [files + 1] the first row of each file, and n
-    heldout: int  # of the split number: documents below it are held out
+    heldout: int  # documents whose split number is below it are held out
 
-    def iterate_files(self, *wanted: str) -> Iterator[tuple]:
-        """Of each file (the slice of its rows, its source, the wanted columns)."""
+    @property
+    def n(self) -> int:
+        """Number of documents."""
+        return int(self.starts[-1])
+
+    def iterate_files(self, *columns: str) -> Iterator[tuple]:
+        """Yield for each file the slice of its rows, its source and the columns."""
         for file, judged, start in zip(self.files, self.judged, self.starts, strict=False):
-            yield (
-                slice(start, start + file.n),
-                file.source,
-                *(
-                    read_column(file.path if name in READ_SCHEMA.names else judged, name)
-                    for name in wanted
-                ),
-            )
+            values = []
+            for name in columns:
+                path = file.path if name in READ_SCHEMA.names else judged
+                values.append(read_column(path, name))
+            yield slice(start, start + file.n), file.source, *values
 
-    def read_all(self, wanted: str) -> np.ndarray:
-        """[n] a column."""
-        return np.concatenate([found for _, _, found in self.iterate_files(wanted)])
+    def read_all(self, column: str) -> np.ndarray:
+        """Return a column, [n]."""
+        return np.concatenate([values for _, _, values in self.iterate_files(column)])
+
+    def locate(self, first: int, stop: int) -> list[FilePart]:
+        """Return the files that hold rows from `first` up to `stop`."""
+        i = np.searchsorted(self.starts, first, "right") - 1
+        j = np.searchsorted(self.starts, stop)
+        parts = []
+        for k in range(i, j):
+            paths = str(self.files[k].path), str(self.judged[k])
+            parts.append((*paths, int(self.starts[k])))
+        return parts
 
 
-def read_column(path: pathlib.Path, name: str) -> np.ndarray:
-    """A column of numbers, of digests as [n, bytes / 8] uint64, or of bytes as Arrow has them, of a file; nothing else of the file is read."""
+FilePart = tuple[str, str, int]  # file as read, file as judged, first row
+
+
+def read_column(path: pathlib.Path, name: str) -> Any:
+    """Return a column of a file; nothing else of the file is read.
+
+    Returns:
+        Numbers as an array, digests as [n, bytes / 8] uint64, bytes as Arrow has them.
+    """
     with pa.OSFile(str(path)) as file:
-        schema = pa.ipc.open_file(file).schema
-        reader = pa.ipc.open_file(
-            file,
-            options=pa.ipc.IpcReadOptions(
-                included_fields=[schema.get_field_index(name)], use_threads=False
-            ),
-        )
-        found = reader.read_all().column(0).combine_chunks()
-    if pa.types.is_binary(found.type):
-        return found
-    return number_texts(found) if pa.types.is_fixed_size_binary(found.type) else found.to_numpy()
+        index = pa.ipc.open_file(file).schema.get_field_index(name)
+        options = pa.ipc.IpcReadOptions(included_fields=[index], use_threads=False)
+        reader = pa.ipc.open_file(file, options=options)
+        column = reader.read_all().column(0).combine_chunks()
+    if pa.types.is_binary(column.type):
+        return column
+    if pa.types.is_fixed_size_binary(column.type):
+        return number_texts(column)
+    return column.to_numpy()
 
 
-def number_texts(found: pa.FixedSizeBinaryArray) -> np.ndarray:
-    """[n] digests -> [n, bytes / 8] uint64"""
-    width = found.type.byte_width // 8
-    return (
-        np.frombuffer(found.buffers()[1], ">u8", len(found) * width, found.offset * width * 8)
-        .reshape(-1, width)
-        .astype(np.uint64)
-    )
+def number_texts(digests: pa.FixedSizeBinaryArray) -> np.ndarray:
+    """Return n digests as [n, bytes / 8] uint64."""
+    width = digests.type.byte_width // 8
+    buffer, start = digests.buffers()[1], digests.offset * width * 8
+    numbers = np.frombuffer(buffer, ">u8", len(digests) * width, start)
+    return numbers.reshape(-1, width).astype(np.uint64)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JudgeJob(Job):
+    """Judge the documents of a file."""
+
+    section: str  # JSON
+    repeats: str | None  # file of which documents repeat an earlier one, [n] bool
+    file: str
+    threshold: int
+    start: int  # first row of the file
 
 
 def judge_documents(
-    do: Callable,
+    runner: JobRunner,
     files: list[ReadFile],
-    found: Sequence[sources.TextSource],
-    asked: str,
+    names: list[str],
+    section: str,
     rules: Sequence[filters.Rule],
-    home: pathlib.Path,
 ) -> DocumentTable:
-    """Run the rules over the texts, wherever the engine runs and in whatever order it answers."""
+    """Run the rules over the texts, wherever the executor runs and in any order."""
     starts = np.cumsum([0, *(file.n for file in files)])
-    repeats = home / "repeats.npy"
-    if order_rules(rules, EXACT) is not None:
+    repeats = None
+    if find_rule(rules, EXACT) is not None:
+        repeats = str(runner.state_dir / "repeats.npy")
         np.save(repeats, find_repeated(files, starts))
-    same = {"asked": asked, "repeats": None if order_rules(rules, EXACT) is None else str(repeats)}
-    todo = [
-        {**same, "file": str(file.path), "ceiling": file.hash_threshold, "start": int(start)}
-        for file, start in zip(files, starts, strict=False)
-    ]
-    answers = do(
-        judge_file,
-        todo,
-        "judging",
-        "documents",
-        int(starts[-1]),
-        sum(file.path.stat().st_size for file in files) > MAX_INLINE_BYTES["judge_rows"],
-    )
-    judged = [pathlib.Path(next(iter(answer["files"]))) for answer in answers]
-    return DocumentTable(
-        [source.name for source in found],
-        files,
-        judged,
-        starts,
-        int(json.loads(asked)["heldout_frac"] * 2**64),
-    )
+    todo = []
+    for file, start in zip(files, starts, strict=False):
+        job = JudgeJob(
+            section=section,
+            repeats=repeats,
+            file=str(file.path),
+            threshold=file.hash_threshold,
+            start=int(start),
+        )
+        todo.append(job)
+    n_bytes = sum(file.path.stat().st_size for file in files)
+    in_processes = n_bytes > MAX_INLINE_BYTES["judge_file"]
+    progress = "judging", "documents", int(starts[-1])
+    results = runner.run(judge_file, todo, progress, in_processes)
+    judged = [pathlib.Path(next(iter(result["files"]))) for result in results]
+    heldout = int(json.loads(section)["heldout_frac"] * 2**64)
+    return DocumentTable(names, files, judged, starts, heldout)
 
 
 def find_repeated(files: list[ReadFile], starts: np.ndarray) -> np.ndarray:
-    """Which documents say, to the letter, what an earlier one does, [n] bool."""
+    """Return which documents equal an earlier one to the letter, [n] bool."""
     known = np.empty((starts[-1], 2), np.uint64)
     for file, start in zip(files, starts, strict=False):
         # the same letters with another prompt may be edited in another way
         prompts = read_column(file.path, "prompt_chars").astype(np.uint64)
-        known[start : start + file.n] = read_column(file.path, "digest")[:, :2] + np.stack(
-            [np.zeros_like(prompts), prompts], 1
-        )
+        digests = read_column(file.path, "digest")[:, :2]
+        digests[:, 1] += prompts
+        known[start : start + file.n] = digests
     return dedup.find_exact_duplicates(known) != np.arange(starts[-1])
 
 
 def make_judged_schema(rules: Sequence[filters.Rule]) -> pa.Schema:
-    """What is known of each document after the rules.
+    """Return what is known of each document after the rules.
 
-    failed, reason          the first rule that drops it, by itself, or the number of rules where none does
-    new.text, new.meta      as they stand in the end; null where they are what was read;  new.chars, new.bytes, new.prompt_chars  of that text
-    split, show             the numbers that decide on its side, and on samples
-    K.edits, K.chars, K.bytes  of the editing rule K: edits, and the text after it;  K.mark  of a comparing rule K but near_dedup
+    failed, reason: the first rule that drops it by itself, or the number of rules.
+    new.text, new.meta: as they are in the end; null where they are what was read.
+    new.chars, new.bytes, new.prompt_chars: of that text.
+    split, show: the numbers that decide on its split, and on samples.
+    K.edits, K.chars, K.bytes: of the editing rule K, its edits and the text after it.
+    K.mark: of a comparing rule K but near_dedup.
     """
-    fields = {
-        "failed": pa.int16(),
-        "reason": pa.string(),
-        "new.text": pa.string(),
-        "new.meta": pa.string(),
-    }
-    fields |= {
-        "new.prompt_chars": pa.int32(),
-        "new.chars": pa.int64(),
-        "new.bytes": pa.int64(),
-        "split": pa.uint64(),
-        "show": pa.uint64(),
-    }
+    fields = {"failed": pa.int16(), "reason": pa.string()}
+    fields |= {"new.text": pa.string(), "new.meta": pa.string(), "new.prompt_chars": pa.int32()}
+    fields |= {"new.chars": pa.int64(), "new.bytes": pa.int64()}
+    fields |= {"split": pa.uint64(), "show": pa.uint64()}
     for k, rule in enumerate(rules):
         if rule.edit:
             fields |= {f"{k}.{name}": pa.int64() for name in ("edits", "chars", "bytes")}
@@ -540,518 +615,603 @@ def make_judged_schema(rules: Sequence[filters.Rule]) -> pa.Schema:
     return pa.schema(fields)
 
 
-def judge_file(job: dict, advance: Callable[[int], None] = lambda n: None) -> int:
-    """What the rules say of each document of a file by itself, in a file beside it. Returns the number of documents."""
-    rules, _ = open_sources(job["asked"])
-    schema, file = make_judged_schema(rules), pathlib.Path(f"{job['to']}.arrow")
-    repeats = np.load(job["repeats"], mmap_mode="r") if job["repeats"] else None
+def judge_file(fields: dict[str, Any], advance: Advance = lambda n: None) -> int:
+    """Do a JudgeJob: write the verdicts beside the file. Return the number of documents."""
+    job = JudgeJob.from_json(fields)
+    rules, _ = open_rules(job.section)
+    schema, file = make_judged_schema(rules), pathlib.Path(f"{job.output_prefix}.arrow")
+    repeats = np.load(job.repeats, mmap_mode="r") if job.repeats else None
     signatures, n = [], 0
     with (
-        jobs.open_atomic(file, file.parent) as temporary,
+        open_atomic(file, file.parent) as temporary,
         pa.OSFile(str(temporary), "wb") as sink,
         pa.ipc.new_file(sink, schema, options=COMPRESSION) as out,
     ):
-        for batch in iterate_batches_of_file(job["file"]):
-            taken = number_texts(batch.column("digest"))[:, 3] < job["ceiling"]
-            start = job["start"] + n
-            again = (
-                np.zeros_like(taken)
-                if repeats is None
-                else repeats[start : start + len(taken)] & taken
-            )
-            columns, found = make_judged_columns(batch, rules, taken & ~again, again)
-            out.write_batch(
-                pa.record_batch(
-                    [pa.array(columns[field.name], field.type) for field in schema], schema=schema
-                )
-            )
-            signatures += found
-            n += len(taken)
-            advance(len(taken))
-    kept = (
-        dedup.write_signatures(pathlib.Path(job["to"]), signatures)
-        if order_rules(rules, NEAR) is not None
-        else []
-    )
-    jobs.write_job_result(job, [file, *kept])
+        for batch in iterate_batches_of_file(job.file):
+            is_taken = number_texts(batch.column("digest"))[:, 3] < job.threshold
+            is_repeat = np.zeros_like(is_taken)
+            if repeats is not None:
+                start = job.start + n
+                is_repeat = repeats[start : start + len(is_taken)] & is_taken
+            verdicts = Verdicts(batch, rules)
+            verdicts.judge(is_taken & ~is_repeat, rules)
+            if is_repeat.any():
+                # exact_dedup drops a repeat at the latest, for the earlier text comes as far as it
+                # does: the rules after that are spared
+                n_rules = (find_rule(rules, EXACT) or 0) + 1
+                verdicts.judge(is_repeat, rules[:n_rules])
+            out.write_batch(verdicts.build_batch())
+            signatures += verdicts.list_signatures()
+            n += len(is_taken)
+            advance(len(is_taken))
+    files = [file]
+    if find_rule(rules, NEAR) is not None:
+        files += dedup.write_signatures(pathlib.Path(job.output_prefix), signatures)
+    write_job_result(job, files)
     return n
 
 
-def make_judged_columns(
-    batch: pa.RecordBatch, rules: list[filters.Rule], fresh: np.ndarray, again: np.ndarray
-) -> tuple[dict[str, Any], list[bytes]]:
-    """(columns of judged_schema, signatures of those that came so far) of documents that are judged as new or known to be `again` repeats.
+class Verdicts:
+    """Columns of `make_judged_schema` for a batch of documents."""
 
-    A repeat is dropped by exact_dedup at the latest, for the earlier text comes as far as it does: the rules after that are spared.
-    """
-    documents = [
-        sources.Document(*row)
-        for row in zip(
-            *(batch.column(name).to_pylist() for name in sources.Document._fields), strict=True
-        )
-    ]
-    blank = {pa.string(): None, pa.binary(16): bytes(16), pa.binary(): b""}
-    columns: dict[str, Any] = {
-        field.name: [blank[field.type]] * len(documents)
-        if field.type in blank
-        else np.zeros(len(documents), str(field.type))
-        for field in make_judged_schema(rules)
-    }
-    columns["failed"][:] = NOT_SAMPLED
-    columns["split"], columns["show"] = number_texts(batch.column("digest"))[:, 2:].T.copy()
-    for name in ("prompt_chars", "chars", "bytes"):
-        columns[f"new.{name}"][:] = batch.column(name)
-    signatures = {}
-    for chosen, some in (
-        (fresh, rules),
-        (again, rules[: order_rules(rules, EXACT) + 1] if again.any() else []),
-    ):
-        places = np.flatnonzero(chosen).tolist()
-        judged = filters.apply_rules([documents[i] for i in places], some)
-        columns["failed"][places] = judged.failed_rule
-        for i, reason, made in zip(places, judged.reasons, judged.documents, strict=True):
-            columns["reason"][i] = reason or None
-            columns["new.meta"][i] = made.meta if made.meta != documents[i].meta else None
-            if made.text != documents[i].text:
-                columns["new.text"][i], columns["new.prompt_chars"][i] = (
-                    made.text,
-                    made.prompt_chars,
-                )
-                columns["split"][i], columns["show"][i] = np.frombuffer(
-                    dedup.hash_text(made.text.encode())[16:], ">u8"
-                )
+    def __init__(self, batch: pa.RecordBatch, rules: list[filters.Rule]):
+        """Start with no document judged."""
+        names = sources.Document._fields
+        columns = [batch.column(name).to_pylist() for name in names]
+        self.documents = [sources.Document(*row) for row in zip(*columns, strict=True)]
+        self.rules, self.schema = rules, make_judged_schema(rules)
+        self.signatures: dict[int, bytes] = {}
+        self.columns: dict[str, Any] = {}
+        blank = {pa.string(): None, pa.binary(16): bytes(16), pa.binary(): b""}
+        for field in self.schema:
+            if field.type in blank:
+                self.columns[field.name] = [blank[field.type]] * len(self.documents)
+            else:
+                self.columns[field.name] = np.zeros(len(self.documents), str(field.type))
+        self.columns["failed"][:] = NOT_SAMPLED
+        digests = number_texts(batch.column("digest"))
+        self.columns["split"], self.columns["show"] = digests[:, 2:].T.copy()
+        for name in ("prompt_chars", "chars", "bytes"):
+            self.columns[f"new.{name}"][:] = batch.column(name)
+
+    def judge(self, mask: np.ndarray, rules: list[filters.Rule]) -> None:
+        """Apply rules to some documents."""
+        places = np.flatnonzero(mask).tolist()
+        judged = filters.apply_rules([self.documents[i] for i in places], rules)
+        self.columns["failed"][places] = judged.failed_rule
+        for i, reason, document in zip(places, judged.reasons, judged.documents, strict=True):
+            self.columns["reason"][i] = reason or None
+            self.set_document(i, document)
         for k, edits in judged.edits.items():
-            for i, edited in zip(places, edits, strict=True):
-                if edited:
-                    columns[f"{k}.edits"][i], columns[f"{k}.chars"][i], columns[f"{k}.bytes"][i] = (
-                        edited
-                    )
-                    columns["new.chars"][i], columns["new.bytes"][i] = edited[1:]
+            for i, edit in zip(places, edits, strict=True):
+                if edit:
+                    self.set_edit(i, k, edit)
         for k, marks in judged.marks.items():
             for i, mark in zip(places, marks, strict=True):
-                if mark and rules[k].name == NEAR:
-                    signatures[i] = mark
-                elif mark:
-                    columns[f"{k}.mark"][i] = mark[:16] if rules[k].name == EXACT else mark
-    return columns, [signatures[i] for i in sorted(signatures)]
+                if mark:
+                    self.set_mark(i, k, mark)
+
+    def set_document(self, i: int, document: sources.Document) -> None:
+        """Set what document i has become."""
+        if document.meta != self.documents[i].meta:
+            self.columns["new.meta"][i] = document.meta
+        if document.text == self.documents[i].text:
+            return
+        self.columns["new.text"][i] = document.text
+        self.columns["new.prompt_chars"][i] = document.prompt_chars
+        numbers = np.frombuffer(dedup.hash_text(document.text.encode())[16:], ">u8")
+        self.columns["split"][i], self.columns["show"][i] = numbers
+
+    def set_edit(self, i: int, k: int, edit: tuple[int, int, int]) -> None:
+        """Set the edits that rule k made in document i, and the size of the text after it."""
+        for name, value in zip(("edits", "chars", "bytes"), edit, strict=True):
+            self.columns[f"{k}.{name}"][i] = value
+        self.columns["new.chars"][i], self.columns["new.bytes"][i] = edit[1:]
+
+    def set_mark(self, i: int, k: int, mark: bytes) -> None:
+        """Set the mark of the comparing rule k."""
+        name = self.rules[k].name
+        if name == NEAR:
+            self.signatures[i] = mark
+        else:
+            self.columns[f"{k}.mark"][i] = mark[:16] if name == EXACT else mark
+
+    def build_batch(self) -> pa.RecordBatch:
+        """Return the columns as Arrow has them."""
+        arrays = [pa.array(self.columns[field.name], field.type) for field in self.schema]
+        return pa.record_batch(arrays, schema=self.schema)
+
+    def list_signatures(self) -> list[bytes]:
+        """Return the signatures of the documents that came as far as near_dedup."""
+        return [self.signatures[i] for i in sorted(self.signatures)]
 
 
 def count_batch_rows(path: str | pathlib.Path) -> list[int]:
-    """The rows of each batch of a file; its smallest column is read for it."""
+    """Return the rows of each batch of a file, from its smallest column."""
     with pa.OSFile(str(path)) as file:
         schema = pa.ipc.open_file(file).schema
         smallest = next(i for i, field in enumerate(schema) if pa.types.is_integer(field.type))
-        reader = pa.ipc.open_file(
-            file, options=pa.ipc.IpcReadOptions(included_fields=[smallest], use_threads=False)
-        )
+        options = pa.ipc.IpcReadOptions(included_fields=[smallest], use_threads=False)
+        reader = pa.ipc.open_file(file, options=options)
         return [reader.get_batch(i).num_rows for i in range(reader.num_record_batches)]
 
 
 def iterate_batches_of_file(
     path: str | pathlib.Path, first: int = 0, stop: int | None = None
 ) -> Iterator[pa.RecordBatch]:
-    """The rows of a file from `first` up to `stop`, a few at a time."""
+    """Yield the rows of a file from `first` up to `stop`, a few at a time."""
     with pa.OSFile(str(path)) as file:
         reader = pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(use_threads=False))
-        ends = np.cumsum(count_batch_rows(path))
-        for i in range(reader.num_record_batches):
-            start = ends[i - 1] if i else 0
-            if ends[i] > first and (stop is None or start < stop):
-                low, high = (
-                    max(first - start, 0),
-                    (ends[i] if stop is None else min(stop, ends[i])) - start,
-                )
+        start = 0
+        for i, n_rows in enumerate(count_batch_rows(path)):
+            end = start + n_rows
+            if end > first and (stop is None or start < stop):
+                low = max(first - start, 0)
+                high = (end if stop is None else min(stop, end)) - start
                 yield reader.get_batch(i).slice(low, high - low)
+            start = end
 
 
-# ---- between judging and writing: what each document fell to
+# ---- between judging and writing: which rule drops each document
 
 
-def decide_drops(
-    rows: DocumentTable, rules: Sequence[filters.Rule]
-) -> tuple[np.ndarray, np.ndarray, paragraphs.RepeatedParagraphs | None]:
-    """What each document fell to: (index of the rule, or len(rules) for those kept; the row that it repeats, or -1), both [n]; what goes out of others.
+class Drops(NamedTuple):
+    """Which documents are dropped.
 
-    A rule that compares documents sees those that all rules before it kept; the first of equals stays.
+    Attributes:
+        dropped_by: [n] index of the rule, or the number of rules for those kept.
+        original: [n] the row that a duplicate repeats, or -1.
+        repeated: the paragraphs that go out of others.
     """
-    failed = rows.read_all("failed")
-    dropped_by, twin, repeated = failed.copy(), np.full(len(failed), -1), None
+
+    dropped_by: np.ndarray
+    original: np.ndarray
+    repeated: paragraphs.RepeatedParagraphs | None
+
+
+def decide_drops(table: DocumentTable, rules: Sequence[filters.Rule]) -> Drops:
+    """Decide which rule drops each document.
+
+    A rule that compares documents sees those that all rules before it kept; the first of equals
+    stays.
+    """
+    failed = table.read_all("failed")
+    dropped_by, original, repeated = failed.copy(), np.full(len(failed), -1), None
     for k, rule in enumerate(rules):
+        is_alive = dropped_by > k
         if rule.name == PARAGRAPHS:
-            repeated = paragraphs.find_repeated_paragraphs(
-                functools.partial(count_reasons, rows, k, dropped_by > k), len(failed)
-            )
-            dropped_by[repeated.empty], twin[repeated.empty] = k, repeated.twin
+            read_marks = functools.partial(read_paragraph_marks, table, k, is_alive)
+            repeated = paragraphs.find_repeated_paragraphs(read_marks, len(failed))
+            dropped_by[repeated.empty], original[repeated.empty] = k, repeated.original
         elif rule.mark:
-            alive = np.flatnonzero(dropped_by > k)
             if rule.name == NEAR:
-                first = dedup.find_near_duplicates(
-                    [judged.with_suffix("") for judged in rows.judged], dropped_by[failed > k] > k
-                )
+                paths = [judged.with_suffix("") for judged in table.judged]
+                first = dedup.find_near_duplicates(paths, dropped_by[failed > k] > k)
             else:
-                first = dedup.find_exact_duplicates(
-                    np.concatenate(
-                        [
-                            mark[dropped_by[here] > k]
-                            for here, _, mark in rows.iterate_files(f"{k}.mark")
-                        ]
-                    )
-                )
-            repeats = alive[first != np.arange(len(alive))]
-            dropped_by[repeats], twin[repeats] = k, alive[first[first != np.arange(len(alive))]]
-    return dropped_by, twin, repeated
+                parts = table.iterate_files(f"{k}.mark")
+                marks = [mark[is_alive[rows]] for rows, _, mark in parts]
+                first = dedup.find_exact_duplicates(np.concatenate(marks))
+            alive = np.flatnonzero(is_alive)
+            is_repeat = first != np.arange(len(alive))
+            repeats = alive[is_repeat]
+            dropped_by[repeats], original[repeats] = k, alive[first[is_repeat]]
+    return Drops(dropped_by, original, repeated)
 
 
-def count_reasons(
-    rows: DocumentTable, k: int, alive: np.ndarray
+def read_paragraph_marks(
+    table: DocumentTable, k: int, is_alive: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """What paragraphs.repeats asks for, of the rule k and the rows that came so far; what has a prompt is left as it is."""
-    for here, _, prompts, marks in rows.iterate_files("new.prompt_chars", f"{k}.mark"):
-        asked = alive[here] & (prompts == 0)
-        marks = marks.filter(pa.array(asked))
-        counts = pc.binary_length(marks).to_numpy() // paragraphs.MARK_DTYPE.itemsize
-        yield (
-            here.start + np.flatnonzero(asked),
-            counts,
-            np.frombuffer(b"".join(marks.to_pylist()), paragraphs.MARK_DTYPE),
+    """Yield what `paragraphs.find_repeated_paragraphs` reads, of rule k and the rows so far.
+
+    What has a prompt is left as it is.
+    """
+    for rows, _, prompts, marks in table.iterate_files("new.prompt_chars", f"{k}.mark"):
+        mask = is_alive[rows] & (prompts == 0)
+        marks = marks.filter(pa.array(mask))
+        counts = (
+            pc.call_function("binary_length", [marks]).to_numpy() // paragraphs.MARK_DTYPE.itemsize
         )
+        values = np.frombuffer(b"".join(marks.to_pylist()), paragraphs.MARK_DTYPE)
+        yield rows.start + np.flatnonzero(mask), counts, values
 
 
-# ---- third pass: what stays goes to its side, and of what goes a sample is kept
+# ---- third pass: what stays goes to its split, and a sample of what is dropped is kept
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WriteJob(Job):
+    """Write a shard of one split, and look up single documents on the way."""
+
+    section: str  # JSON
+    name: str  # of the source
+    split: str
+    file: str | None  # None: no document of these rows is in the split
+    out: str  # the corpus
+    parts: tuple[FilePart, ...]
+    first: int  # rows from first up to stop
+    stop: int
+    dropped_by: str
+    heldout: int
+    sampled: tuple[int, ...]  # rows whose documents are shown as samples
+    originals: tuple[int, ...]  # rows whose ids are named
+    cuts: str | None  # file of the paragraphs to remove
 
 
 def write_corpus(
-    do: Callable,
-    rows: DocumentTable,
+    runner: JobRunner,
+    table: DocumentTable,
     rules: list[filters.Rule],
-    dropped_by: np.ndarray,
-    twin: np.ndarray,
-    repeated: paragraphs.RepeatedParagraphs | None,
-    asked: str,
+    drops: Drops,
+    section: str,
     out: pathlib.Path,
 ) -> list[dict[str, str]]:
-    """Write the shards and the samples. Returns what documents were dropped for by decontaminate: each with each item, and the words that they share."""
-    decided, shard_bytes = out / ".work/dropped_by.npy", json.loads(asked)["shard_mb"] * 1_000_000
-    np.save(decided, dropped_by)
-    if repeated:
-        np.save(out / ".work/cuts.npy", repeated.cuts)
-    shown = pick_samples(rows.read_all("show"), dropped_by, len(rules))
-    named = np.unique(twin[shown][twin[shown] >= 0])
-    sizes, split, of_source = (
-        rows.read_all("new.bytes"),
-        rows.read_all("split"),
-        np.array([file.source for file in rows.files]),
-    )
-    todo = []
-    for (k, name), side in itertools.product(enumerate(rows.names), ("train", "heldout")):
-        low, high = (int(rows.starts[i]) for i in np.searchsorted(of_source, [k, k + 1]))
-        kept = is_kept(dropped_by[low:high], split[low:high], side, len(rules), rows.heldout)
-        for n, (first, stop) in enumerate(
-            itertools.pairwise(split_shards(np.where(kept, sizes[low:high], 0), shard_bytes) + low)
-        ):
-            # the shards of the training side, empty or not, pass over all rows: they fetch what is told of single ones
-            here = [
-                each[(each >= first) & (each < stop)].tolist() if side == "train" else []
-                for each in (shown, named)
-            ]
-            file = (
-                str(out / side / f"{name}-{n:05d}.parquet")
-                if kept[first - low : stop - low].any()
-                else None
-            )
-            if file or side == "train":
-                i, j = (
-                    np.searchsorted(rows.starts, first, "right") - 1,
-                    np.searchsorted(rows.starts, stop),
-                )
-                parts = [
-                    [str(rows.files[f].path), str(rows.judged[f]), int(rows.starts[f])]
-                    for f in range(i, j)
-                ]
-                todo.append(
-                    {
-                        "asked": asked,
-                        "name": name,
-                        "side": side,
-                        "file": file,
-                        "parts": parts,
-                        "first": int(first),
-                        "stop": int(stop),
-                    }
-                )
-                todo[-1] |= {
-                    "dropped_by": str(decided),
-                    "heldout": rows.heldout,
-                    "shown": here[0],
-                    "named": here[1],
-                }
-                todo[-1] |= {"cuts": str(out / ".work/cuts.npy")} if repeated else {}
-    for side in ("train", "heldout"):
-        (out / side).mkdir(exist_ok=True)
-        for file in set(map(str, (out / side).iterdir())) - {
-            job["file"] for job in todo
-        }:  # of other jobs, before the code was changed
+    """Write the shards and the samples.
+
+    Returns:
+        What `decontaminate` dropped: each document with each item and the words that they share.
+    """
+    sampled = pick_samples(table.read_all("show"), drops.dropped_by, len(rules))
+    originals = drops.original[sampled]
+    originals = np.unique(originals[originals >= 0])
+    todo = plan_shards(runner.state_dir, table, drops, section, out, (sampled, originals))
+    for split in SPLITS:
+        (out / split).mkdir(exist_ok=True)
+        # those of other jobs were written before the code was changed
+        for file in set(map(str, (out / split).iterdir())) - {job.file for job in todo}:
             pathlib.Path(file).unlink()
-    total = int(rows.starts[-1]) + sum(
-        job["stop"] - job["first"] for job in todo if job["side"] == "heldout"
-    )
-    apart = sum(file.path.stat().st_size for file in rows.files) > MAX_INLINE_BYTES["write_shard"]
-    answers = do(write_corpus_shard, todo, "writing", "documents", total, apart, os.cpu_count())
-    ids = {int(row): id for answer in answers for row, id in answer["ids"].items()}
-    found = {int(row): sample for answer in answers for row, sample in answer["samples"].items()}
-    shutil.rmtree(out / "dropped", ignore_errors=True)
-    (out / "dropped").mkdir()
-    for row, sample in found.items():
-        if twin[row] >= 0:
-            sample["reason"] = f"repeats {ids[int(twin[row])]}"
-    for k, rule in enumerate(rules):
-        if told := [found[row] for row in sorted(found) if dropped_by[row] == k]:
-            pq.write_table(
-                pa.Table.from_pylist(told, SAMPLE_SCHEMA),
-                out / "dropped" / f"{rule.name}.parquet",
-                compression="zstd",
+    total = sum(job.stop - job.first for job in todo)
+    n_bytes = sum(file.path.stat().st_size for file in table.files)
+    in_processes = n_bytes > MAX_INLINE_BYTES["write_corpus_shard"]
+    progress = "writing", "documents", total
+    n_threads = os.cpu_count() or 1
+    results = runner.run(write_corpus_shard, todo, progress, in_processes, n_threads)
+    write_samples(results, rules, drops, out / "dropped")
+    return [match for result in results for match in result["contaminated"]]
+
+
+def plan_shards(
+    state_dir: pathlib.Path,
+    table: DocumentTable,
+    drops: Drops,
+    section: str,
+    out: pathlib.Path,
+    lookups: tuple[np.ndarray, np.ndarray],
+) -> list[WriteJob]:
+    """Return a job per shard. The training jobs cover all rows: they look up single documents."""
+    decided, cuts = state_dir / "dropped_by.npy", None
+    np.save(decided, drops.dropped_by)
+    if drops.repeated:
+        cuts = str(state_dir / "cuts.npy")
+        np.save(cuts, drops.repeated.cuts)
+    n_rules = len(open_rules(section)[0])
+    shard_bytes = json.loads(section)["shard_mb"] * 1_000_000
+    sizes, numbers = table.read_all("new.bytes"), table.read_all("split")
+    of_source = np.array([file.source for file in table.files])
+    todo = []
+    for (k, name), split in itertools.product(enumerate(table.names), SPLITS):
+        low, high = (int(table.starts[i]) for i in np.searchsorted(of_source, [k, k + 1]))
+        rows = slice(low, high)
+        kept = is_kept(drops.dropped_by[rows], numbers[rows], split, n_rules, table.heldout)
+        bounds = split_shards(np.where(kept, sizes[rows], 0), shard_bytes) + low
+        for n, (first, stop) in enumerate(itertools.pairwise(bounds.tolist())):
+            file = None
+            if kept[first - low : stop - low].any():
+                file = str(out / split / f"{name}-{n:05d}.parquet")
+            if not file and split != "train":
+                continue
+            here = [tuple(part[(part >= first) & (part < stop)].tolist()) for part in lookups]
+            job = WriteJob(
+                section=section,
+                name=name,
+                split=split,
+                file=file,
+                out=str(out),
+                parts=tuple(table.locate(first, stop)),
+                first=first,
+                stop=stop,
+                dropped_by=str(decided),
+                heldout=table.heldout,
+                sampled=here[0] if split == "train" else (),
+                originals=here[1] if split == "train" else (),
+                cuts=cuts,
             )
-    return [hit for answer in answers for hit in answer["contaminated"]]
+            todo.append(job)
+    return todo
+
+
+def write_samples(
+    results: list[dict[str, Any]],
+    rules: list[filters.Rule],
+    drops: Drops,
+    directory: pathlib.Path,
+) -> None:
+    """Write DIRECTORY/RULE.parquet for each rule that dropped documents."""
+    ids, samples = {}, {}
+    for result in results:
+        ids |= {int(row): id for row, id in result["ids"].items()}
+        samples |= {int(row): sample for row, sample in result["samples"].items()}
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    for row, sample in samples.items():
+        if drops.original[row] >= 0:
+            sample["reason"] = f"repeats {ids[int(drops.original[row])]}"
+    for k, rule in enumerate(rules):
+        own = [samples[row] for row in sorted(samples) if drops.dropped_by[row] == k]
+        if own:
+            table = pa.Table.from_pylist(own, SAMPLE_SCHEMA)
+            pq.write_table(table, directory / f"{rule.name}.parquet", compression="zstd")
 
 
 def is_kept(
-    dropped_by: np.ndarray, split: np.ndarray, side: str, n_rules: int, heldout: int
+    dropped_by: np.ndarray, numbers: np.ndarray, split: str, n_rules: int, heldout: int
 ) -> np.ndarray:
-    """Which documents go to a side, [n] bool: by the text alone, so that none changes sides as a corpus grows."""
-    return (dropped_by == n_rules) & ((split < heldout) == (side == "heldout"))
+    """Return which documents go to a split, [n] bool.
+
+    The text alone decides, so that none changes its split as a corpus grows.
+    """
+    is_heldout = numbers < heldout
+    return (dropped_by == n_rules) & (is_heldout == (split == "heldout"))
 
 
 def pick_samples(show: np.ndarray, dropped_by: np.ndarray, n_rules: int) -> np.ndarray:
-    """Up to SAMPLES rows that each rule dropped, as good as at random and the same every time; in order."""
-    found = [np.empty(0, np.int64)]
+    """Return up to N_SAMPLES rows that each rule dropped, in order: random but the same always."""
+    chosen = [np.empty(0, np.int64)]
     for k in range(n_rules):
         dropped = np.flatnonzero(dropped_by == k)
-        found.append(dropped[np.argsort(show[dropped], kind="stable")[:N_SAMPLES]])
-    return np.sort(np.concatenate(found))
+        order = np.argsort(show[dropped], kind="stable")
+        chosen.append(dropped[order[:N_SAMPLES]])
+    return np.sort(np.concatenate(chosen))
 
 
-def split_shards(sizes: np.ndarray, most: int, most_rows: int | None = None) -> np.ndarray:
-    """Where to cut rows of these sizes so that each stretch but the last just reaches `most`, or has most_rows: its first rows, and the end."""
-    total, found = np.cumsum(sizes), [0]
+def split_shards(sizes: np.ndarray, max_bytes: int, max_rows: int | None = None) -> np.ndarray:
+    """Return the first row of each shard, and the end.
+
+    Each shard but the last just reaches max_bytes, or has max_rows.
+    """
+    total, bounds = np.cumsum(sizes), [0]
     while True:
-        end = int(np.searchsorted(total, most + (total[found[-1] - 1] if found[-1] else 0))) + 1
-        end = min(end, found[-1] + most_rows) if most_rows else end
+        first = bounds[-1]
+        before = total[first - 1] if first else 0
+        end = int(np.searchsorted(total, max_bytes + before)) + 1
+        if max_rows:
+            end = min(end, first + max_rows)
         if end >= len(sizes) or total[end - 1] == total[-1]:
-            return np.array([*found, len(sizes)])
-        found.append(end)
+            return np.array([*bounds, len(sizes)])
+        bounds.append(end)
 
 
-def write_corpus_shard(job: dict, advance: Callable[[int], None] = lambda n: None) -> int:
-    """A shard of one side and what is asked of single documents on the way. Returns the rows passed."""
-    rules, index = open_sources(job["asked"])
-    first, stop = job["first"], job["stop"]
-    decided = np.load(job["dropped_by"], mmap_mode="r")[first:stop]
-    cut = np.load(job["cuts"], mmap_mode="r") if "cuts" in job else np.empty(0, [("row", np.int64)])
-    told: dict[str, Any] = {"samples": {}, "ids": {}, "contaminated": []}
-    spans = [(max(first - start, 0), stop - start) for _, _, start in job["parts"]]
-    kept, sizes = [], []
-    for (_, judged, _), span in zip(job["parts"], spans, strict=True):
-        kept.append(read_column(pathlib.Path(judged), "split")[slice(*span)])
-        sizes.append(read_column(pathlib.Path(judged), "new.bytes")[slice(*span)])
-    kept = is_kept(decided, np.concatenate(kept), job["side"], len(rules), job["heldout"])
-    groups = (
-        np.diff(split_shards(np.concatenate(sizes)[kept], GROUP_BYTES, GROUP_ROWS)).tolist()
-        if job["file"]
-        else []
-    )
-
-    def tables() -> Iterator[pa.Table]:
-        at = 0
-        for (path, judged, _), span in zip(job["parts"], spans, strict=True):
-            for read, verdict in zip(
-                iterate_batches_of_file(path, *span),
-                iterate_batches_of_file(judged, *span),
-                strict=True,
-            ):
-                here, at = slice(at, at + len(read)), at + len(read)
-                text, meta = (
-                    pc.coalesce(verdict.column(f"new.{name}"), read.column(name))
-                    for name in ("text", "meta")
-                )
-                if len(
-                    cuts_here := cut[
-                        slice(*np.searchsorted(cut["row"], [first + here.start, first + here.stop]))
-                    ]
-                ):
-                    text = remove_repeats(text, cuts_here, first + here.start)
-                name = pa.DictionaryArray.from_arrays(
-                    pa.array(np.zeros(len(read), np.int32)), pa.array([job["name"]])
-                ).cast(pa.string())
-                table = pa.table(
-                    [read.column("id"), name, text, verdict.column("new.prompt_chars"), meta],
-                    CORPUS_SCHEMA,
-                )
-                tell_of(table, verdict.column("reason"), decided[here], first + here.start)
-                advance(len(read))
-                yield table.filter(pa.array(kept[here]))
-
-    def tell_of(table: pa.Table, reasons: pa.Array, fell_to: np.ndarray, start: int) -> None:
-        stop = start + len(table)
-        told["ids"] |= {
-            row: table["id"][row - start].as_py() for row in job["named"] if start <= row < stop
-        }
-        for row in (row for row in job["shown"] if start <= row < stop):
-            [sample] = table.slice(row - start, 1).to_pylist()
-            told["samples"][row] = {
-                **sample,
-                "text": sample["text"][:SAMPLE_CHARS],
-                "reason": reasons[row - start].as_py(),
-            }
-        for k in (
-            k
-            for k, rule in enumerate(rules)
-            if rule.name == "decontaminate" and job["side"] == "train"
-        ):
-            for i in np.flatnonzero(fell_to == k).tolist():
-                id, source, text = (table[name][i].as_py() for name in ("id", "source", "text"))
-                told["contaminated"] += [
-                    {"id": id, "source": source, "task": item.task, "item": item.id, "words": words}
-                    for item, words in index.find_matches(text)
-                ]
-
-    if job["file"]:
-        with jobs.open_atomic(
-            pathlib.Path(job["file"]), pathlib.Path(job["to"]).parent
-        ) as temporary:
-            write_row_groups(temporary, tables(), groups)
+def write_corpus_shard(fields: dict[str, Any], advance: Advance = lambda n: None) -> int:
+    """Do a WriteJob and return the rows that it passed."""
+    job = WriteJob.from_json(fields)
+    writer = ShardWriter(job)
+    if job.file:
+        with open_atomic(pathlib.Path(job.file), pathlib.Path(job.output_prefix).parent) as path:
+            write_row_groups(path, writer.iterate_tables(advance), writer.split_groups())
+        files = [pathlib.Path(job.file)]
     else:
-        collections.deque(tables(), maxlen=0)
-    jobs.write_job_result(job, [pathlib.Path(job["file"])] if job["file"] else [], **told)
-    return stop - first
+        for _ in writer.iterate_tables(advance):
+            pass
+        files = []
+    result = {"samples": writer.samples, "ids": writer.ids, "contaminated": writer.contaminated}
+    write_job_result(job, files, **result)
+    return job.stop - job.first
+
+
+class ShardWriter:
+    """Reads the rows of a WriteJob and collects what it looks up."""
+
+    def __init__(self, job: WriteJob):
+        """Read what was decided of the rows."""
+        self.job = job
+        self.rules, self.index = open_rules(job.section)
+        self.dropped_by = np.load(job.dropped_by, mmap_mode="r")[job.first : job.stop]
+        self.cuts = np.load(job.cuts, mmap_mode="r") if job.cuts else NO_CUTS
+        # of each file's rows
+        self.spans = [(max(job.first - row, 0), job.stop - row) for _, _, row in job.parts]
+        numbers = self.read_judged("split")
+        self.kept = is_kept(self.dropped_by, numbers, job.split, len(self.rules), job.heldout)
+        self.samples: dict[int, dict[str, Any]] = {}
+        self.ids: dict[int, str] = {}
+        self.contaminated: list[dict[str, str]] = []
+
+    def read_judged(self, name: str) -> np.ndarray:
+        """Return a judged column of the job's rows."""
+        parts = zip(self.job.parts, self.spans, strict=True)
+        columns = [
+            read_column(pathlib.Path(judged), name)[slice(*span)] for (_, judged, _), span in parts
+        ]
+        return np.concatenate(columns)
+
+    def split_groups(self) -> list[int]:
+        """Return the rows of each row group."""
+        sizes = self.read_judged("new.bytes")[self.kept]
+        return np.diff(split_shards(sizes, GROUP_BYTES, GROUP_ROWS)).tolist()
+
+    def iterate_tables(self, advance: Advance) -> Iterator[pa.Table]:
+        """Yield the kept documents in tables of CORPUS_SCHEMA."""
+        start = 0
+        for (path, judged_path, _), span in zip(self.job.parts, self.spans, strict=True):
+            read_batches = iterate_batches_of_file(path, *span)
+            judged_batches = iterate_batches_of_file(judged_path, *span)
+            for read, judged in zip(read_batches, judged_batches, strict=True):
+                table = self.build_table(read, judged, start)
+                self.look_up(table, judged.column("reason"), start)
+                advance(len(read))
+                mask = self.kept[start : start + len(read)]
+                start += len(read)
+                yield table.filter(pa.array(mask))
+
+    def build_table(self, read: pa.RecordBatch, judged: pa.RecordBatch, start: int) -> pa.Table:
+        """Return a batch of documents as they are after the rules."""
+        text = coalesce(judged.column("new.text"), read.column("text"))
+        meta = coalesce(judged.column("new.meta"), read.column("meta"))
+        first = self.job.first + start
+        bounds = np.searchsorted(self.cuts["row"], [first, first + len(read)])
+        cuts = self.cuts[slice(*bounds)]
+        if len(cuts):
+            text = remove_repeats(text, cuts, first)
+        zeros = pa.array(np.zeros(len(read), np.int32))
+        name = pa.DictionaryArray.from_arrays(zeros, pa.array([self.job.name])).cast(pa.string())
+        prompt_chars = judged.column("new.prompt_chars")
+        return pa.table([read.column("id"), name, text, prompt_chars, meta], CORPUS_SCHEMA)
+
+    def look_up(self, table: pa.Table, reasons: pa.Array, start: int) -> None:
+        """Collect samples, ids and contaminated documents of a table."""
+        first = self.job.first + start
+        stop = first + len(table)
+        for row in self.job.originals:
+            if first <= row < stop:
+                self.ids[row] = table["id"][row - first].as_py()
+        for row in self.job.sampled:
+            if first <= row < stop:
+                [sample] = table.slice(row - first, 1).to_pylist()
+                sample["text"] = sample["text"][:SAMPLE_CHARS]
+                sample["reason"] = reasons[row - first].as_py()
+                self.samples[row] = sample
+        k = find_rule(self.rules, "decontaminate")
+        if k is None or self.job.split != "train":
+            return
+        dropped_by = self.dropped_by[start : start + len(table)]
+        for i in np.flatnonzero(dropped_by == k).tolist():
+            id, source = table["id"][i].as_py(), table["source"][i].as_py()
+            for item, words in self.index.find_matches(table["text"][i].as_py()):
+                match = {"id": id, "source": source, "task": item.task}
+                self.contaminated.append({**match, "item": item.id, "words": words})
+
+
+def coalesce(new: pa.Array, old: pa.Array) -> pa.Array:
+    """Return the new values, and the old ones where the new are null."""
+    return pc.call_function("coalesce", [new, old])
 
 
 def remove_repeats(texts: pa.Array, cuts: np.ndarray, start: int) -> pa.Array:
-    """The texts of the rows from `start` on without the paragraphs that are cut."""
-    found = texts.to_pylist()
-    for here in np.split(cuts, np.flatnonzero(np.diff(cuts["row"])) + 1):
-        i = int(here["row"][0]) - start
-        found[i] = paragraphs.remove_spans(found[i], here)
-    return pa.array(found, pa.string())
+    """Return the texts of the rows from `start` on without the paragraphs that are cut."""
+    values = texts.to_pylist()
+    bounds = np.flatnonzero(np.diff(cuts["row"])) + 1
+    for part in np.split(cuts, bounds):
+        i = int(part["row"][0]) - start
+        values[i] = paragraphs.remove_spans(values[i], part)
+    return pa.array(values, pa.string())
 
 
 def write_row_groups(file: pathlib.Path, tables: Iterator[pa.Table], groups: list[int]) -> None:
-    """A parquet shard with row groups of so many rows. Each is one piece in memory, or its bytes would depend on how it came."""
-    with pq.ParquetWriter(
-        file, CORPUS_SCHEMA, compression="zstd", use_dictionary=["source", "meta"]
-    ) as out:
+    """Write a parquet shard with row groups of these sizes.
+
+    Each group is contiguous in memory, or its bytes would depend on how its rows came.
+    """
+    encoded = ["source", "meta"]
+    with pq.ParquetWriter(file, CORPUS_SCHEMA, compression="zstd", use_dictionary=encoded) as out:
         waiting = CORPUS_SCHEMA.empty_table()
         for n in groups:
             while len(waiting) < n:
                 waiting = pa.concat_tables([waiting, next(tables)])
             out.write_table(waiting.slice(0, n).combine_chunks(), row_group_size=n)
             waiting = waiting.slice(n)
-        collections.deque(
-            tables, maxlen=0
-        )  # the rest has rows of the other side, but may hold what is told of single ones
+        # the rest has rows of the other split, but documents may be looked up in it
+        for _ in tables:
+            pass
 
 
 # ---- the funnel
 
 
 def estimate_token_bytes(
-    rows: DocumentTable, words: tokenizer.Tokenizer | None
+    table: DocumentTable, tokenizer: tokenizers.Tokenizer | None
 ) -> dict[str, float]:
-    """Bytes that make a token of each source: TOKEN_BYTES, or what a sample makes under the tokenizer that the config names."""
-    found = dict.fromkeys(rows.names, float(TOKEN_BYTES))
-    for k, name in enumerate(rows.names if words else []):
-        file = next(file for file in rows.files if file.source == k)
+    """Return the bytes per token of each source.
+
+    It is TOKEN_BYTES, or measured on a sample with the tokenizer that the config names.
+    """
+    token_bytes = dict.fromkeys(table.names, float(TOKEN_BYTES))
+    if tokenizer is None:
+        return token_bytes
+    for k, name in enumerate(table.names):
+        file = next(file for file in table.files if file.source == k)
         texts = next(iterate_batches_of_file(file.path)).column("text").to_pylist()
-        n_tokens = sum(map(len, words.encode_batch(texts)))
-        found[name] = sum(len(text.encode()) for text in texts) / max(1, n_tokens)
-    return found
+        n_tokens = sum(map(len, tokenizer.encode_batch(texts)))
+        n_bytes = sum(len(text.encode()) for text in texts)
+        token_bytes[name] = n_bytes / max(1, n_tokens)
+    return token_bytes
 
 
 def build_funnel(
-    rows: DocumentTable,
+    table: DocumentTable,
     rules: Sequence[filters.Rule],
-    dropped_by: np.ndarray,
-    repeated: paragraphs.RepeatedParagraphs | None,
+    drops: Drops,
     token_bytes: dict[str, float],
-) -> dict[str, Any]:
-    """The funnel: what was read, what was left after each rule and how often the rule edited it, and what went to each side, for each source."""
-    n = len(rules)
-    left = [{name: np.zeros(3, np.int64) for name in rows.names} for _ in range(n + 1)]
-    edits = [dict.fromkeys(rows.names, 0) for _ in rules]
-    sides = {
-        side: {name: np.zeros(3, np.int64) for name in rows.names} for side in ("heldout", "train")
-    }
-    edited = [
-        f"{k}.{what}"
-        for k, rule in enumerate(rules)
-        if rule.edit
-        for what in ("edits", "chars", "bytes")
-    ]
-    for here, source, chars, size, split, *after in rows.iterate_files(
-        "chars", "bytes", "split", *edited
-    ):
-        after, name, fell_to = (
-            dict(zip(edited, after, strict=True)),
-            rows.names[source],
-            dropped_by[here],
-        )
-        for k in range(n + 1):
-            mask = fell_to >= k
-            if k and rules[k - 1].edit:
-                edits[k - 1][name] += int(after[f"{k - 1}.edits"][mask].sum())
-                chars, size = after[f"{k - 1}.chars"], after[f"{k - 1}.bytes"]
-            elif k and rules[k - 1].name == PARAGRAPHS:
-                n_cut, *gone = repeated.repeated_chars[here].T
-                edits[k - 1][name] += int(n_cut[mask].sum())
-                chars, size = chars - gone[0], size - gone[1]
-            left[k][name] += [mask.sum(), chars[mask].sum(), size[mask].sum()]
-        for side in sides:
-            mask = is_kept(fell_to, split, side, n, rows.heldout)
-            sides[side][name] += [mask.sum(), chars[mask].sum(), size[mask].sum()]
-
-    def amounts(found: dict[str, np.ndarray]) -> dict[str, dict[str, int]]:
-        told = {
-            name: dict(zip(("rows", "chars", "bytes"), map(int, each), strict=True))
-            for name, each in found.items()
-        }
-        return {
-            name: {**each, "tokens": round(each["bytes"] / token_bytes[name])}
-            for name, each in told.items()
-        }
-
-    steps = [{"rule": "read", "kept": amounts(left[0])}]
+) -> Funnel:
+    """Return what was read, what each rule left and edited, and what each split has, per source."""
+    left = [make_amounts(table.names) for _ in range(len(rules) + 1)]
+    edits = [dict.fromkeys(table.names, 0) for _ in rules]
+    splits = {split: make_amounts(table.names) for split in SPLITS}
+    columns = ["chars", "bytes", "split"]
     for k, rule in enumerate(rules):
-        steps.append(
-            {
-                "rule": rule.name,
-                "kept": amounts(left[k + 1]),
-                **({"edits": edits[k]} if rule.edit or rule.name == PARAGRAPHS else {}),
-            }
-        )
-    return {
-        "sources": rows.names,
-        "steps": steps,
-        **{side: amounts(found) for side, found in sides.items()},
-    }
+        if rule.edit:
+            columns += [f"{k}.edits", f"{k}.chars", f"{k}.bytes"]
+    for rows, source, *values in table.iterate_files(*columns):
+        after = dict(zip(columns, values, strict=True))
+        name, dropped_by = table.names[source], drops.dropped_by[rows]
+        chars, size = after["chars"], after["bytes"]
+        left[0][name] += sum_amounts(dropped_by >= 0, chars, size)
+        for k, rule in enumerate(rules):
+            mask = dropped_by > k
+            if rule.edit:
+                edits[k][name] += int(after[f"{k}.edits"][mask].sum())
+                chars, size = after[f"{k}.chars"], after[f"{k}.bytes"]
+            elif rule.name == PARAGRAPHS and drops.repeated:
+                n_cut, cut_chars, cut_bytes = drops.repeated.repeated_chars[rows].T
+                edits[k][name] += int(n_cut[mask].sum())
+                chars, size = chars - cut_chars, size - cut_bytes
+            left[k + 1][name] += sum_amounts(mask, chars, size)
+        for split, amounts in splits.items():
+            mask = is_kept(dropped_by, after["split"], split, len(rules), table.heldout)
+            amounts[name] += sum_amounts(mask, chars, size)
+    steps: list[dict[str, Any]] = [{"rule": "read", "kept": name_amounts(left[0], token_bytes)}]
+    for k, rule in enumerate(rules):
+        step = {"rule": rule.name, "kept": name_amounts(left[k + 1], token_bytes)}
+        if rule.edit or rule.name == PARAGRAPHS:
+            step["edits"] = edits[k]
+        steps.append(step)
+    funnel = {"sources": table.names, "steps": steps}
+    for split in reversed(SPLITS):
+        funnel[split] = name_amounts(splits[split], token_bytes)
+    return funnel
 
 
-def format_funnel(funnel: dict[str, Any]) -> str:
-    """The funnel as a small table: documents and MB left after each rule, a column a source."""
-    lines = [(step["rule"], step["kept"]) for step in funnel["steps"]] + [
-        (side, funnel[side]) for side in ("train", "heldout")
-    ]
+def make_amounts(names: list[str]) -> dict[str, np.ndarray]:
+    """Return zero documents, characters and bytes of each source."""
+    return {name: np.zeros(3, np.int64) for name in names}
+
+
+def sum_amounts(mask: np.ndarray, chars: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """Return the documents, characters and bytes where the mask is true, [3]."""
+    return np.array([mask.sum(), chars[mask].sum(), size[mask].sum()], np.int64)
+
+
+def name_amounts(
+    amounts: dict[str, np.ndarray], token_bytes: dict[str, float]
+) -> dict[str, dict[str, int]]:
+    """Return the amounts of each source by name, with the estimated tokens."""
+    named = {}
+    for name, values in amounts.items():
+        rows, chars, size = values.tolist()
+        tokens = round(size / token_bytes[name])
+        named[name] = {"rows": rows, "chars": chars, "bytes": size, "tokens": tokens}
+    return named
+
+
+def format_funnel(funnel: Funnel) -> str:
+    """Return the documents and MB left after each rule as a table, one column per source."""
+    lines = [(step["rule"], step["kept"]) for step in funnel["steps"]]
+    lines += [(split, funnel[split]) for split in SPLITS]
     cells = [["left after", *funnel["sources"]]]
-    cells += [
-        [
-            rule,
-            *(
-                f"{kept[name]['rows']:,} docs {kept[name]['bytes'] / 1e6:8.2f} MB"
-                for name in funnel["sources"]
-            ),
-        ]
-        for rule, kept in lines
-    ]
+    for label, kept in lines:
+        amounts = [kept[name] for name in funnel["sources"]]
+        row = [f"{each['rows']:,} docs {each['bytes'] / 1e6:8.2f} MB" for each in amounts]
+        cells.append([label, *row])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  " + "   ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-        for row in cells
-    )
+    formatted = []
+    for label, *row in cells:
+        padded = map(str.rjust, row, widths[1:])
+        formatted.append("  " + "   ".join([label.ljust(widths[0]), *padded]))
+    return "\n".join(formatted)

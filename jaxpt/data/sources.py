@@ -1,21 +1,32 @@
-"""Where text comes from: one short string names a source, `[NAME=]KIND:WHERE`, and every source yields Documents.
+"""Where text comes from.
+
+One short string names a source, `[NAME=]KIND:WHERE`, and every source yields Documents.
 
     text:GLOB              a file is a document                       text:books/*.txt
-    jsonl:GLOB#field       a line is a document, text in `field`      web=jsonl:crawl/*.jsonl.zst#content
+    jsonl:GLOB#field       a line is a document, text in `field`
+    web=jsonl:crawl/*.jsonl.zst#content
     parquet:GLOB#column    a row is a document, text in `column`      parquet:shards/*.parquet#text
-    warc:GLOB              a crawled web page is a document: its main text, url and date in `meta`   warc:crawl/*.warc.gz
-    hf:NAME[/CONFIG]:SPLIT#field   Hugging Face data set, streamed    hf:HuggingFaceFW/fineweb/sample-10BT:train#text
+    warc:GLOB              a crawled web page is a document: its main text, url and date in `meta`
+    warc:crawl/*.warc.gz
+    hf:NAME[/CONFIG]:SPLIT#field   Hugging Face data set, streamed
+    hf:HuggingFaceFW/fineweb/sample-10BT:train#text
     python:prose           documentation that this Python installation carries, in English
     python:code            the standard library's source files
-    python:tasks           a prompt and its completion: what a function of the standard library says that it does, and the function
+    python:tasks           a prompt and its completion: what a function of the standard library says
+    that it does, and the function
 
-Two fields joined by "+", as in jsonl:tasks.jsonl#question+answer, make a document of a prompt and its completion: one text, whose prompt
-is read but not trained on. A GLOB may be on a disk or in an object store: s3://BUCKET/PATH, gs://BUCKET/PATH.
+Two fields joined by "+", as in jsonl:tasks.jsonl#question+answer, make a document of a prompt and
+its completion: one text, whose prompt
+is read but not trained on. A GLOB may be on a disk or in an object store: s3://BUCKET/PATH,
+gs://BUCKET/PATH.
 
-Order is canonical: sources as listed, then file names, then record numbers; "first" means first in this order
-everywhere. Ids are NAME/file, or NAME/file:record with records counted from 1, and files relative to the glob.
+Order is canonical: sources as listed, then file names, then record numbers; "first" means first in
+this order
+everywhere. Ids are NAME/file, or NAME/file:record with records counted from 1, and files relative
+to the glob.
 
-What cannot be read stops the reading with one sentence that names file and record, or is counted and passed over: see Source.documents.
+What cannot be read stops the reading with one sentence that names file and record, or is counted
+and passed over: see Source.documents.
 """
 
 from __future__ import annotations
@@ -42,11 +53,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from jaxpt import stage
-from jaxpt.spec import UserError
+from jaxpt.spec import Record, UserError
 
 
 class Document(NamedTuple):
-    """A text, the first prompt_chars characters of which are a prompt, and what its source says about it: a JSON object, such as url and date."""
+    """A text, the first prompt_chars characters of which are a prompt, and what its source says
+    about it: a JSON object, such as url and date.
+    """
 
     id: str
     text: str
@@ -62,13 +75,17 @@ class Skipped(NamedTuple):
 
 
 READ_ERRORS = "cannot be read"
-# bytes of a document, or of the record that holds it: what is larger is many documents in one, and would fill a process's memory
+# bytes of a document, or of the record that holds it: what is larger is many documents in one, and
+# would fill a process's memory
 MAX_DOCUMENT_BYTES = 2**25
 
 
 @dataclasses.dataclass(frozen=True)
-class TextSource:
-    """A source whose string was understood and whose files were found; nothing of them is read yet."""
+class TextSource(Record):
+    """A source whose string was understood and whose files were found.
+
+    Nothing of them is read yet.
+    """
 
     name: str  # of its shards, and the `source` column
     kind: str
@@ -85,8 +102,10 @@ class TextSource:
     ) -> Iterator[Document]:
         """In canonical order.
 
-        What cannot be read is a UserError naming file and record. on_error="stop" raises it. "skip" tells passed(UNREADABLE, sentence)
-        and goes on: behind the record where that is at fault, else with the next file. Records that are no documents are told in either case.
+        What cannot be read is a UserError naming file and record. on_error="stop" raises it. "skip"
+        tells passed(UNREADABLE, sentence)
+        and goes on: behind the record where that is at fault, else with the next file. Records that
+        are no documents are reported in either case.
         """
         for file in self.files or ("",):
             found = READERS[self.kind](self, file)
@@ -118,7 +137,10 @@ class TextSource:
         return files
 
     def describe_installation(self) -> dict[str, str]:
-        """What stands for a content that is not fingerprinted: versions of an installation, size and tag of the objects of a store."""
+        """What stands for a content that is not fingerprinted.
+
+        Versions of an installation, size and tag of the objects of a store.
+        """
         if self.kind == "warc":
             return {
                 "trafilatura": importlib.metadata.version("trafilatura")
@@ -128,11 +150,15 @@ class TextSource:
         versions = {"python": sys.version.split()[0]}
         if self.pattern == "prose":
             versions["packages"] = stage.fingerprint(
-                sorted((name, metadata["Version"]) for name, metadata in describe_python().items())
+                sorted(
+                    (name, metadata["Version"])
+                    for name, metadata in get_installed_packages().items()
+                )
             )
         return versions
 
     def list_object_tags(self) -> dict[str, str]:
+        """Return the version tags of objects in a store."""
         files = [file for file in self.files if is_remote(file)]
         return {
             relative_name(self, file): tag
@@ -145,26 +171,35 @@ class TextSource:
 
 
 def parse_sources(texts: Iterable[str]) -> list[TextSource]:
-    """The sources of a config, in its order. Raises UserError when there are none, or two of one name."""
+    """The sources of a config, in its order.
+
+    Raises UserError when there are none, or two of one name.
+    """
     sources = [parse_source(text) for text in texts]
     if not sources:
         raise UserError(
-            "prepare.sources: empty, so there is nothing to read. Name at least one, such as ('python:prose',)."
+            "prepare.sources: empty, so there is nothing to read. Name at "
+            "least one, such as ('python:prose',)."
         )
     for i, source in enumerate(sources):
         if source.name in [other.name for other in sources[:i]]:
             raise UserError(
-                f"prepare.sources: two sources are named {source.name!r}. Give one another name: NAME={source.kind}:{source.pattern}."
+                f"prepare.sources: two sources are named {source.name!r}. "
+                f"Give one another name: NAME={source.kind}:{source.pattern}."
             )
     return sources
 
 
 def parse_source(text: str) -> TextSource:
-    """Understand one source string and find its files. Raises UserError for an unknown kind or an empty glob."""
+    """Understand one source string and find its files.
+
+    Raises UserError for an unknown kind or an empty glob.
+    """
     match = re.fullmatch(r"(?:([^=:#/]*)=)?(\w+):(.+)", text, re.DOTALL)
     if not match:
         raise UserError(
-            f"prepare.sources: {text!r} is not a source. Write [NAME=]KIND:WHERE, such as web=jsonl:crawl/*.jsonl#text."
+            f"prepare.sources: {text!r} is not a source. Write "
+            "[NAME=]KIND:WHERE, such as web=jsonl:crawl/*.jsonl#text."
         )
     name, kind, where = match.groups()
     if kind not in READERS:
@@ -176,7 +211,8 @@ def parse_source(text: str) -> TextSource:
         where, _, field = where.partition("#") if "#" in where else (where, "", "text")
         if field.count("+") > 1 or not all(field.split("+")):
             raise UserError(
-                f"prepare.sources: {text!r}: {field!r} is neither a field nor two, prompt+completion. Write {kind}:GLOB#prompt+completion."
+                f"prepare.sources: {text!r}: {field!r} is neither a field nor "
+                f"two, prompt+completion. Write {kind}:GLOB#prompt+completion."
             )
     files: tuple[str, ...] = ()
     if kind in ("text", "jsonl", "parquet", "warc"):
@@ -185,7 +221,8 @@ def parse_source(text: str) -> TextSource:
         if not files:
             if pathlib.Path(where).is_dir():
                 raise UserError(
-                    f"prepare.sources: {text!r}: {where} is a directory. Name its files, such as {kind}:{where.rstrip('/')}/*."
+                    f"prepare.sources: {text!r}: {where} is a directory. Name "
+                    f"its files, such as {kind}:{where.rstrip('/')}/*."
                 )
             hint = (
                 "the address and the credentials"
@@ -195,22 +232,28 @@ def parse_source(text: str) -> TextSource:
             raise UserError(f"prepare.sources: {text!r}: no file matches {where}. Check {hint}.")
     elif kind == "python" and where not in PYTHON_READERS:
         raise UserError(
-            f"prepare.sources: {text!r}: wanted python:prose, python:code or python:tasks."
+            f"prepare.sources: {text!r}: expected python:prose, python:code or python:tasks."
         )
     elif kind == "hf" and ":" not in where:
         raise UserError(
-            f"prepare.sources: {text!r}: the split is missing. Write hf:NAME[/CONFIG]:SPLIT#field, such as hf:{where}:train#text."
+            f"prepare.sources: {text!r}: the split is missing. Write "
+            f"hf:NAME[/CONFIG]:SPLIT#field, such as hf:{where}:train#text."
         )
     name = default_source_name(kind, where) if name is None else name
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise UserError(
-            f"prepare.sources: {text!r}: a source cannot be named {name!r}. Use letters, digits, '_', '-' and '.': NAME={kind}:..."
+            f"prepare.sources: {text!r}: a source cannot be named {name!r}. "
+            f"Use letters, digits, '_', '-' and '.': NAME={kind}:..."
         )
     return TextSource(name, kind, where, field, files)
 
 
 def default_source_name(kind: str, where: str) -> str:
-    """python:prose -> prose; books/*.txt -> books; crawl/part.jsonl.gz -> part; HuggingFaceFW/fineweb/sample-10BT:train -> fineweb-sample-10BT"""
+    """python:prose -> prose.
+
+    Books/*.txt -> books; crawl/part.jsonl.gz -> part; HuggingFaceFW/fineweb/sample-10BT:train ->
+    fineweb-sample-10BT
+    """
     if kind == "python":
         return where
     if kind == "hf":
@@ -236,7 +279,10 @@ def default_source_name(kind: str, where: str) -> str:
 
 
 def relative_name(source: TextSource, file: str) -> str:
-    """A file's name in ids: relative to the part of the glob that is no pattern, so that moving the data changes no id."""
+    """A file's name in ids.
+
+    Relative to the part of the glob that is no pattern, so that moving the data changes no id.
+    """
     parts = pathlib.PurePath(source.pattern).parts
     n_plain = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
     return pathlib.PurePath(file).relative_to(pathlib.PurePath(*parts[:n_plain])).as_posix()
@@ -246,6 +292,7 @@ def relative_name(source: TextSource, file: str) -> str:
 
 
 def is_remote(file: str) -> bool:
+    """Return whether a file is in an object store."""
     return "://" in file
 
 
@@ -273,7 +320,10 @@ def glob_files(pattern: str) -> set[str]:
 
 @functools.cache
 def open_filesystem(address: str):
-    """(the object store as pyarrow sees it, the path in it). Credentials, region and endpoint are the store's own, as in data/storage.py."""
+    """(the object store as pyarrow sees it, the path in it).
+
+    Credentials, region and endpoint are the store's own, as in data/storage.py.
+    """
     import pyarrow as pa
     import pyarrow.fs
 
@@ -289,8 +339,10 @@ def open_filesystem(address: str):
 
 
 def explain_unreachable(address: str, error: BaseException) -> UserError:
+    """Return the error for a store that cannot be reached."""
     return UserError(
-        f"{address}: cannot be reached ({first_error_line(error)}). Check the address, the credentials and the endpoint."
+        f"{address}: cannot be reached ({first_error_line(error)}). Check the "
+        "address, the credentials and the endpoint."
     )
 
 
@@ -301,6 +353,7 @@ def map_in_threads(ask: Callable[[str], Any], files: Iterable[str]) -> list[Any]
 
 
 def get_file_size(file: str) -> int:
+    """Return the size of a file in bytes."""
     if not is_remote(file):
         return pathlib.Path(file).stat().st_size
     store, path = open_filesystem(file)
@@ -312,18 +365,23 @@ def get_object_tag(file: str) -> str:
     store, path = open_filesystem(file)
     try:
         with store.open_input_file(path) as stream:
-            told = {
+            headers = {
                 key.lower(): value.decode() if isinstance(value, bytes) else value
                 for key, value in (stream.metadata() or {}).items()
             }
-            return f"{stream.size()} bytes, {told.get('etag') or store.get_file_info(path).mtime}"
+            return (
+                f"{stream.size()} bytes, {headers.get('etag') or store.get_file_info(path).mtime}"
+            )
     except OSError as error:
         raise explain_unreachable(file, error) from None
 
 
 @contextlib.contextmanager
 def open_text_file(file: str) -> Iterator[io.BufferedIOBase]:
-    """The file's bytes, unpacked where its name ends in .gz or .zst. Raises UserError when they cannot be had."""
+    """The file's bytes, unpacked where its name ends in .gz or .zst.
+
+    Raises UserError when they cannot be had.
+    """
     try:
         with open_raw(file) as found, decompress(file, found) as stream:
             yield stream
@@ -338,6 +396,7 @@ def open_text_file(file: str) -> Iterator[io.BufferedIOBase]:
 
 
 def open_raw(file: str):
+    """Open a file's bytes."""
     if not is_remote(file):
         return open(file, "rb")
     store, path = open_filesystem(file)
@@ -345,6 +404,7 @@ def open_raw(file: str):
 
 
 def decompress(file: str, found) -> io.BufferedIOBase:
+    """Return a stream of decompressed bytes."""
     if file.endswith(".zst"):
         import pyarrow as pa
 
@@ -358,19 +418,22 @@ def decompress(file: str, found) -> io.BufferedIOBase:
     )
 
 
-# ---- the kinds: each gives of one file the documents, the records that are none, and the mistakes that end with a record
+# ---- the kinds: each gives of one file the documents, the records that are none, and the mistakes
+# that end with a record
 
 
 def read_text(source: TextSource, file: str) -> Iterator[Document]:
+    """Yield one document per file."""
     with open_text_file(file) as stream:
         data = stream.read(MAX_DOCUMENT_BYTES + 1)
     if len(data) > MAX_DOCUMENT_BYTES:
-        raise skip_too_large(file)
+        raise too_large_error(file)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{file}: byte {error.start} is not UTF-8 ({error.reason}). Convert the file to UTF-8 or leave it out."
+            f"{file}: byte {error.start} is not UTF-8 ({error.reason}). "
+            "Convert the file to UTF-8 or leave it out."
         ) from None
     yield Document(
         relative_name(source, file), text.replace("\r\n", "\n")
@@ -378,6 +441,7 @@ def read_text(source: TextSource, file: str) -> Iterator[Document]:
 
 
 def read_jsonl(source: TextSource, file: str) -> Iterator[Document | UserError]:
+    """Yield one document per line."""
     name = relative_name(source, file)
     with open_text_file(file) as stream:
         for n, line in enumerate(iter(lambda: stream.readline(MAX_DOCUMENT_BYTES), b""), 1):
@@ -387,10 +451,10 @@ def read_jsonl(source: TextSource, file: str) -> Iterator[Document | UserError]:
                 if len(line) == MAX_DOCUMENT_BYTES:
                     while line and not line.endswith(b"\n"):
                         line = stream.readline(MAX_DOCUMENT_BYTES)
-                    raise skip_too_large(f"{file}:{n}")
+                    raise too_large_error(f"{file}:{n}")
                 yield make_document(
                     f"{name}:{n}",
-                    parsed_line(line, source.field, f"{file}:{n}"),
+                    parse_json_line(line, source.field, f"{file}:{n}"),
                     source.field,
                     f"{file}:{n}",
                 )
@@ -398,12 +462,14 @@ def read_jsonl(source: TextSource, file: str) -> Iterator[Document | UserError]:
                 yield error
 
 
-def parsed_line(line: bytes, field: str, place: str) -> dict[str, Any]:
+def parse_json_line(line: bytes, field: str, place: str) -> dict[str, Any]:
+    """Return the JSON object of a line."""
     try:
         record = json.loads(line)
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{place}: byte {error.start} of the line is not UTF-8 ({error.reason}). Mend or remove the line."
+            f"{place}: byte {error.start} of the line is not UTF-8 "
+            f"({error.reason}). Mend or remove the line."
         ) from None
     except (
         ValueError,
@@ -414,12 +480,14 @@ def parsed_line(line: bytes, field: str, place: str) -> dict[str, Any]:
         ) from None
     if not isinstance(record, dict):
         raise UserError(
-            f'{place}: got {type(record).__name__}, wanted an object such as {{"{field}": "..."}}.'
+            f'{place}: expected an object such as {{"{field}": "..."}}, got '
+            f"{type(record).__name__}."
         )
     return record
 
 
 def read_parquet(source: TextSource, file: str) -> Iterator[Document | UserError]:
+    """Yield one document per row."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -429,7 +497,8 @@ def read_parquet(source: TextSource, file: str) -> Iterator[Document | UserError
             names, fields = table.schema_arrow.names, source.field.split("+")
             if missing := [field for field in fields if field not in names]:
                 raise UserError(
-                    f"{file}: has no column {missing[0]!r}; it has: {', '.join(names)}. Write parquet:GLOB#column."
+                    f"{file}: has no column {missing[0]!r}; it has: "
+                    f"{', '.join(names)}. Write parquet:GLOB#column."
                 )
             n = 0
             for batch in table.iter_batches(1024, columns=fields):
@@ -441,12 +510,15 @@ def read_parquet(source: TextSource, file: str) -> Iterator[Document | UserError
                         yield error
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{file}: cannot be read as parquet ({first_error_line(error)}). Copy it again or leave it out."
+            f"{file}: cannot be read as parquet ({first_error_line(error)}). "
+            "Copy it again or leave it out."
         ) from None
 
 
 def read_warc(source: TextSource, file: str) -> Iterator[Document | Skipped | UserError]:
-    """The main text of the HTML pages among the responses, as trafilatura finds it with precision before recall, like FineWeb (2406.17557)."""
+    """The main text of the HTML pages among the responses, as trafilatura finds it with precision
+    before recall, like FineWeb (2406.17557).
+    """
     from fastwarc.warc import ArchiveIterator, WarcRecordType
 
     name, n = relative_name(source, file), 0
@@ -458,11 +530,13 @@ def read_warc(source: TextSource, file: str) -> Iterator[Document | Skipped | Us
                 declared = record.headers.get("Content-Length") or ""
                 if not re.fullmatch(r"\d{1,18}", declared, re.ASCII):
                     raise UserError(
-                        f"{place}: its header is damaged (Content-Length {declared[:40]!r}). Copy the file again or leave it out."
+                        f"{place}: its header is damaged (Content-Length "
+                        f"{declared[:40]!r}). Copy the file again or leave it "
+                        "out."
                     )
                 n_bytes = int(declared)
                 if n_bytes > MAX_DOCUMENT_BYTES:
-                    yield skip_too_large(place)
+                    yield too_large_error(place)
                     continue
                 record.freeze()
                 if forward.error:
@@ -471,7 +545,9 @@ def read_warc(source: TextSource, file: str) -> Iterator[Document | Skipped | Us
                     record.content_length != n_bytes
                 ):  # of a file cut short the last record looks whole otherwise
                     raise UserError(
-                        f"{place}: the record ends after {record.content_length} of {n_bytes} bytes. Copy the file again or leave it out."
+                        f"{place}: the record ends after "
+                        f"{record.content_length} of {n_bytes} bytes. Copy "
+                        "the file again or leave it out."
                     )
                 if record.record_type != WarcRecordType.response:
                     continue
@@ -486,19 +562,26 @@ def read_warc(source: TextSource, file: str) -> Iterator[Document | Skipped | Us
                 yield Document(f"{name}:{n}", text, 0, json.dumps(meta, ensure_ascii=False))
         except OSError as error:
             raise UserError(
-                f"{file}:{n + 1}: cannot be read as WARC ({first_error_line(error)}). Copy the file again or leave it out."
+                f"{file}:{n + 1}: cannot be read as WARC "
+                f"({first_error_line(error)}). Copy the file again or leave "
+                "it out."
             ) from None
         if forward.error:
             raise forward.error
 
 
 class ForwardReader:
-    """A stream as fastwarc can take it: it asks for the place even where none can be told, and an error while it reads would end the process."""
+    """A stream as fastwarc can take it.
+
+    It asks for the position even where there is none, and an error while it reads would end the
+    process.
+    """
 
     def __init__(self, stream: io.BufferedIOBase):
         self.stream, self.n_read, self.error = stream, 0, None
 
     def read(self, n: int) -> bytes:
+        """Read from the stream."""
         try:
             data = self.stream.read1(
                 n
@@ -508,7 +591,8 @@ class ForwardReader:
         self.n_read += len(data)
         return data
 
-    def position(self) -> int:
+    def tell(self) -> int:  # the name that fastwarc calls
+        """Return the position."""
         return self.n_read
 
 
@@ -547,18 +631,25 @@ def extract_page_text(record) -> tuple[str, str]:
     return (text, "") if text else ("", "no main text in its HTML")
 
 
-def skip_too_large(place: str) -> UserError:
+def too_large_error(place: str) -> UserError:
+    """Return the error for a document that is too large."""
     return UserError(
-        f"{place}: one document of more than {MAX_DOCUMENT_BYTES >> 20} MB. Cut it into documents, such as lines of a .jsonl file, or leave it out."
+        f"{place}: one document of more than {MAX_DOCUMENT_BYTES >> 20} MB. "
+        "Cut it into documents, such as lines of a .jsonl file, or leave it "
+        "out."
     )
 
 
 def make_document(id: str, record: dict[str, Any], fields: str, place: str) -> Document:
-    """The document that a record's field, or its prompt+completion, makes. Raises UserError naming the place."""
+    """The document that a record's field, or its prompt+completion, makes.
+
+    Raises UserError naming the place.
+    """
     *prompt, text = (get_text_field(record, field, place) for field in fields.split("+"))
     if prompt and not text:
         raise UserError(
-            f"{place}: its completion is empty, so there is nothing to learn from it. Remove the record."
+            f"{place}: its completion is empty, so there is nothing to learn "
+            "from it. Remove the record."
         )
     return Document(id, "".join(prompt) + text, sum(map(len, prompt)))
 
@@ -567,22 +658,27 @@ def get_text_field(record: dict[str, Any], field: str, place: str) -> str:
     """record[field], which must be a text. Raises UserError naming the place."""
     if field not in record:
         raise UserError(
-            f"{place}: has no field {field!r}; it has: {', '.join(record)}. Name the field that holds the text after '#'."
+            f"{place}: has no field {field!r}; it has: {', '.join(record)}. "
+            "Name the field that holds the text after '#'."
         )
     if not isinstance(record[field], str):
         raise UserError(
-            f"{place}: field {field!r} holds {type(record[field]).__name__}, wanted text. Name another field after '#', or mend the record."
+            f"{place}: field {field!r}: expected text, got "
+            f"{type(record[field]).__name__}. Name another field or mend the "
+            "record."
         )
     try:
         record[field].encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{place}: character {error.start + 1} is half of a surrogate pair, which is no text. Mend or remove the record."
+            f"{place}: character {error.start + 1} is half of a surrogate "
+            "pair, which is no text. Mend or remove the record."
         ) from None
     return record[field]
 
 
 def first_error_line(error: BaseException) -> str:
+    """Return the first line of an error."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
@@ -590,7 +686,7 @@ def first_error_line(error: BaseException) -> str:
 
 
 def parse_hf_source(source: TextSource) -> tuple[str, str | None, str]:
-    """Where -> (data set or local directory, config or None, split)"""
+    """Where -> (data set or local directory, config or None, split)."""
     name, _, split = source.pattern.rpartition(":")
     parts = name.split("/")
     if len(parts) > 2 and not pathlib.Path(name).is_dir():
@@ -599,6 +695,7 @@ def parse_hf_source(source: TextSource) -> tuple[str, str | None, str]:
 
 
 def read_hf(source: TextSource, _: str) -> Iterator[Document | UserError]:
+    """Yield the documents of a Hugging Face data set."""
     import datasets
 
     name, config, split = parse_hf_source(source)
@@ -616,7 +713,9 @@ def read_hf(source: TextSource, _: str) -> Iterator[Document | UserError]:
         Exception
     ) as error:  # datasets and the hub raise dozens of kinds; each means that the set cannot be had
         raise UserError(
-            f"hf:{source.pattern}: {type(error).__name__}: {first_error_line(error)} Check name, config, split and the network."
+            f"hf:{source.pattern}: {type(error).__name__}: "
+            f"{first_error_line(error)} Check name, config, split and the "
+            "network."
         ) from error
 
 
@@ -624,10 +723,12 @@ def read_hf(source: TextSource, _: str) -> Iterator[Document | UserError]:
 
 
 def read_python(source: TextSource, _: str) -> Iterator[Document]:
+    """Yield text of this Python installation."""
     return PYTHON_READERS[source.pattern]()
 
 
 def read_code() -> Iterator[Document]:
+    """Yield the files of the standard library."""
     for file in list_stdlib_files():
         yield Document(
             file.relative_to(stdlib_dir()).as_posix(), file.read_bytes().decode("utf-8", "replace")
@@ -635,7 +736,10 @@ def read_code() -> Iterator[Document]:
 
 
 def read_prose() -> Iterator[Document]:
-    """Docstrings, a document a module; the installed packages' README texts; the language reference's topics."""
+    """Docstrings, a document a module.
+
+    The installed packages' README texts; the language reference's topics.
+    """
     import pydoc_data.topics
 
     packages = pathlib.Path(sysconfig.get_path("purelib"))
@@ -648,7 +752,7 @@ def read_prose() -> Iterator[Document]:
     for name, file in sorted(modules.items()):
         if docstrings := [text for text in extract_docstrings(file) if is_prose(text)]:
             yield Document(f"docstrings/{name}", "\n\n".join(dict.fromkeys(docstrings)))
-    for name, metadata in sorted(describe_python().items()):
+    for name, metadata in sorted(get_installed_packages().items()):
         if readme := (metadata.get_payload() or metadata.get("Description") or "").strip():
             yield Document(f"readme/{name}", readme.encode("utf-8", "replace").decode())
     for name, topic in sorted(pydoc_data.topics.topics.items()):
@@ -656,7 +760,10 @@ def read_prose() -> Iterator[Document]:
 
 
 def read_tasks() -> Iterator[Document]:
-    """Short functions that say in a few words what they do. The words ask for it, the function without them answers."""
+    """Short functions that say in a few words what they do.
+
+    The words ask for it, the function without them answers.
+    """
     for file in list_stdlib_files():
         code = file.read_bytes().decode("utf-8", "replace")
         lines = code.splitlines(keepends=True)
@@ -681,8 +788,10 @@ def read_tasks() -> Iterator[Document]:
                     )
 
 
-def describe_python() -> dict[str, Any]:
-    """Metadata of the installed packages by name, but for the remains of an interrupted pip, which have no name."""
+def get_installed_packages() -> dict[str, Any]:
+    """Metadata of the installed packages by name, but for the remains of an interrupted pip, which
+    have no name.
+    """
     return {
         name.lower(): each.metadata
         for each in importlib.metadata.distributions()
@@ -690,7 +799,8 @@ def describe_python() -> dict[str, Any]:
     }
 
 
-# Packages that every installation of jaxpt has, with the most docstrings: they bring prose from 3 MB to 8 MB
+# Packages that every installation of jaxpt has, with the most docstrings: they bring prose from 3
+# MB to 8 MB
 PROSE_PACKAGES = ("flax", "jax", "numpy", "optax")
 # Directories that hold tests, data tables, or a program of their own in place of library code
 NOT_LIBRARY = {
@@ -706,11 +816,13 @@ NOT_LIBRARY = {
 
 
 def stdlib_dir() -> pathlib.Path:
+    """Return the directory of the standard library."""
     return pathlib.Path(sysconfig.get_path("stdlib"))
 
 
 @functools.cache
 def list_stdlib_files() -> list[pathlib.Path]:
+    """Return the files of the standard library."""
     return [
         file
         for file in list_source_files(stdlib_dir())
@@ -732,9 +844,13 @@ def list_source_files(root: pathlib.Path) -> list[pathlib.Path]:
 
 
 def extract_docstrings(file: pathlib.Path) -> list[str]:
-    """Docstrings of a file's module, classes and functions, outermost first, indentation removed."""
+    """Docstrings of a file's module, classes and functions, outermost first, indentation
+    removed.
+    """
     docstrings, nodes = [], [parse_module(file)]
-    for node in nodes:  # grows while it is read: breadth first, through statements only, which is all that can hold a definition
+    # grows while it is read: breadth first, through statements only, which is all that can hold a
+    # definition
+    for node in nodes:
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and (
             text := ast.get_docstring(node)
         ):
@@ -757,7 +873,10 @@ def parse_module(file: pathlib.Path) -> ast.Module:
 
 
 def is_prose(docstring: str) -> bool:
-    """Long enough to say something, and mostly words: at least 80 characters, three quarters of them letters or spaces."""
+    """Long enough to say something, and mostly words.
+
+    At least 80 characters, three quarters of them letters or spaces.
+    """
     return len(docstring) >= 80 and sum(map(str.isalpha, docstring)) + docstring.count(
         " "
     ) >= 0.75 * len(docstring)

@@ -1,7 +1,11 @@
-"""The tokenizer of a run: trained on its corpus or adopted, saved in Hugging Face form, the same ids wherever it is opened.
+"""The tokenizer of a run.
 
-Every stage encodes through the `tokenizers` library with `Tokenizer` below. A SentencePiece model is turned into that form so
-that ids are equal to SentencePiece's own and to those of `AutoTokenizer`; what cannot be turned exactly is refused.
+Trained on its corpus or adopted, saved in Hugging Face form, the same ids wherever it is opened.
+
+Every stage encodes through the `tokenizers` library with `Tokenizer` below. A SentencePiece model
+is turned into that form so
+that ids are equal to SentencePiece's own and to those of `AutoTokenizer`; what cannot be turned
+exactly is refused.
 """
 
 from __future__ import annotations
@@ -24,13 +28,25 @@ log = logging.getLogger(__name__)
 if TYPE_CHECKING:
     import tokenizers
 
-# What SentencePiece learns in: text as it is (identity, no spaces removed), so that decode(encode(x)) == x; digits alone, so that
-# numbers of equal length look alike; bytes for what has no piece; runs of spaces as pieces, for code.
+# What SentencePiece learns in: text as it is (identity, no spaces removed), so that
+# decode(encode(x)) == x; digits alone, so that
+# numbers of equal length look alike; bytes for what has no piece; runs of spaces as pieces, for
+# code.
 SENTENCEPIECE_FILE = {
-    "byte_fallback": True, "split_digits": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False,
-    "allow_whitespace_only_pieces": True, "character_coverage": 0.999, "unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1,
-}  # fmt: skip
-MAX_SPAN_CHARS = 4_000  # characters: the training sample is drawn in spans of this length, so that a long book counts by its length
+    "byte_fallback": True,
+    "split_digits": True,
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "allow_whitespace_only_pieces": True,
+    "character_coverage": 0.999,
+    "unk_id": 0,
+    "bos_id": 1,
+    "eos_id": 2,
+    "pad_id": -1,
+}
+# characters: the training sample is drawn in spans of this length, so that a long book counts by
+# its length
+MAX_SPAN_CHARS = 4_000
 MAX_CACHED_TOKENIZERS = (
     "bos_token",
     "eos_token",
@@ -51,15 +67,18 @@ EOS_NAMES = (
 def train_tokenizer(
     settings: config.Config, workdir: pathlib.Path, replace: bool = False
 ) -> Manifest:
-    """Make WORKDIR/tokenizer: trained on WORKDIR/corpus/train, or adopted from settings.tokenizer.source.
+    """Make WORKDIR/tokenizer.
 
-    Deterministic: the same corpus and settings give the same vocabulary. Raises UserError for what cannot be trained or adopted exactly.
+    Trained on WORKDIR/corpus/train, or adopted from settings.tokenizer.source.
+
+    Deterministic: the same corpus and settings give the same vocabulary. Raises UserError for what
+    cannot be trained or adopted exactly.
     """
     asked = settings.tokenizer
     if asked.source == "train":
-        wanted, inputs = asked, {"corpus": stage.local_path(workdir) / "corpus"}
+        expected, inputs = asked, {"corpus": stage.local_path(workdir) / "corpus"}
     else:
-        wanted, inputs = (
+        expected, inputs = (
             {"source": "adopted"},
             {file.name: file for file in find_tokenizer_files(stage.local_path(asked.source))},
         )
@@ -84,16 +103,18 @@ def train_tokenizer(
 
     out = stage.local_path(workdir) / "tokenizer"
     manifest = stage.run_stage(
-        "tokenizer", out, work, config=stage.to_jsonable(wanted), inputs=inputs, replace=replace
+        "tokenizer", out, work, config=stage.to_jsonable(expected), inputs=inputs, replace=replace
     )
     log.info(
-        f"tokenizer: {manifest.counts['vocab_size']:,} pieces, fingerprint {manifest.tokenizer}, in {out}"
+        f"tokenizer: {manifest.counts['vocab_size']:,} pieces, fingerprint "
+        f"{manifest.tokenizer}, in {out}"
     )
     return manifest
 
 
 def load_tokenizer(directory: pathlib.Path | str) -> Tokenizer:
-    """Open a tokenizer directory, an exported Hugging Face directory, a tokenizer.json or a SentencePiece .model.
+    """Open a tokenizer directory, an exported Hugging Face directory, a tokenizer.json or a
+    SentencePiece .model.
 
     Raises UserError when there is none, or when it names no end-of-document token.
     """
@@ -104,10 +125,12 @@ def load_tokenizer(directory: pathlib.Path | str) -> Tokenizer:
 class Tokenizer:
     """Text to ids and back.
 
-    bos_id       what the tokenizer itself puts before a text (Llama), or None where it puts nothing (GPT-2, Qwen)
+    bos_id       what the tokenizer itself puts before a text (Llama), or None where it puts nothing
+    (GPT-2, Qwen)
     eos_id       ends a document
     vocab_size     the largest id + 1
-    fingerprint  of the vocabulary, merges, normalization and document tokens; equal in every saved copy of the tokenizer
+    fingerprint  of the vocabulary, merges, normalization and document tokens; equal in every saved
+    copy of the tokenizer
     """
 
     def __init__(
@@ -116,14 +139,17 @@ class Tokenizer:
         self.backend, self.settings_file = backend, settings_file
         backend.no_truncation()
         backend.no_padding()
-        backend.encode_special_tokens = True  # a literal "<s>" in a document is text: nobody writes control tokens into a corpus
+        # a literal "<s>" in a document is text: nobody writes control tokens into a corpus
+        backend.encode_special_tokens = True
         vocabulary = backend.get_vocab(with_added_tokens=True)
         eos = get_token_text(settings_file.get("eos_token")) or next(
             (name for name in EOS_NAMES if name in vocabulary), None
         )
         if eos not in vocabulary:
             raise UserError(
-                f"{where}: no end-of-document token (eos_token is {eos!r}). Name one of its tokens as eos_token in tokenizer_config.json."
+                f"{where}: no end-of-document token (eos_token is {eos!r}). "
+                "Name one of its tokens as eos_token in "
+                "tokenizer_config.json."
             )
         self.eos_id = vocabulary[eos]
         self.bos_id = find_prefix_id(backend)
@@ -138,7 +164,9 @@ class Tokenizer:
         for control in {self.bos_id, self.eos_id} - {None}:
             if control in self.encode_batch([backend.id_to_token(control)])[0]:
                 raise UserError(
-                    f"{where}: the text {backend.id_to_token(control)!r} in a document would become token {control}, which marks a document's "
+                    f"{where}: the text {backend.id_to_token(control)!r} in a "
+                    f"document would become token {control}, which marks a "
+                    "document's "
                     'border. Give that token "special": true in tokenizer.json.'
                 )
 
@@ -152,9 +180,11 @@ class Tokenizer:
     def encode_documents(
         self, texts: Sequence[str], prompt_chars: Sequence[int]
     ) -> tuple[list[list[int]], list[int]]:
-        """(bos + ids + eos of each text, its first trained token): 0, or the first that reaches beyond its first prompt_chars characters.
+        """(bos + ids + eos of each text, its first trained token): 0, or the first that reaches
+        beyond its first prompt_chars characters.
 
-        A prompt and its completion are encoded as the one text that they are, so that a token may begin in the prompt; it is trained.
+        A prompt and its completion are encoded as the one text that they are, so that a token may
+        begin in the prompt; it is trained.
         """
         bos = [] if self.bos_id is None else [self.bos_id]
         ids = [[*bos, *found, self.eos_id] for found in self.encode_batch(texts)]
@@ -174,7 +204,9 @@ class Tokenizer:
         return self.backend.decode(ids, skip_special_tokens=True)
 
     def save_tokenizer(self, directory: pathlib.Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, which `AutoTokenizer` and `load` open with equal ids."""
+        """Write tokenizer.json and tokenizer_config.json, which `AutoTokenizer` and `load` open
+        with equal ids.
+        """
         self.backend.save(str(directory / "tokenizer.json"))
         kept = {
             key: get_token_text(self.settings_file[key])
@@ -184,7 +216,8 @@ class Tokenizer:
         kept.setdefault("eos_token", self.backend.id_to_token(self.eos_id))
         if self.bos_id is not None:
             kept.setdefault("bos_token", self.backend.id_to_token(self.bos_id))
-        # this class reads tokenizer.json as it is, in transformers 4 and 5; LlamaTokenizerFast rebuilds it and gets some ids wrong
+        # this class reads tokenizer.json as it is, in transformers 4 and 5; LlamaTokenizerFast
+        # rebuilds it and gets some ids wrong
         kept |= {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
@@ -232,7 +265,10 @@ def fingerprint_tokenizer(form: dict, bos_id: int | None, eos_id: int) -> str:
 
 
 def get_token_text(value):
-    """A special token of a tokenizer_config.json by its name; older files describe it in a dict. Other values pass."""
+    """A special token of a tokenizer_config.json by its name.
+
+    Older files describe it in a dict. Other values pass.
+    """
     return value["content"] if isinstance(value, dict) and "content" in value else value
 
 
@@ -240,7 +276,9 @@ def get_token_text(value):
 
 
 def read_tokenizer_source(path: pathlib.Path) -> tuple[tokenizers.Tokenizer, dict, bytes | None]:
-    """A tokenizer on disk as (the tokenizers library's form, its tokenizer_config.json, its SentencePiece bytes where that is what it is)."""
+    """A tokenizer on disk as (the tokenizers library's form, its tokenizer_config.json, its
+    SentencePiece bytes where that is what it is).
+    """
     from tokenizers import Tokenizer as Backend
 
     first, *rest = find_tokenizer_files(path)
@@ -253,15 +291,20 @@ def read_tokenizer_source(path: pathlib.Path) -> tuple[tokenizers.Tokenizer, dic
         return Backend.from_str(first.read_text()), settings_file, None
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(
-            f"{path}: cannot be read as a tokenizer ({error}). Get the files again from where they came."
+            f"{path}: cannot be read as a tokenizer ({error}). Get the files "
+            "again from where they came."
         ) from None
 
 
 def find_tokenizer_files(path: pathlib.Path) -> list[pathlib.Path]:
-    """The files that a tokenizer consists of: a .model, or a tokenizer.json and the tokenizer_config.json beside it."""
+    """The files that a tokenizer consists of.
+
+    A .model, or a tokenizer.json and the tokenizer_config.json beside it.
+    """
     if not path.exists():
         raise UserError(
-            f"tokenizer {path}: not there. Give a SentencePiece .model, a tokenizer.json or a Hugging Face directory."
+            f"tokenizer {path}: not there. Give a SentencePiece .model, a "
+            "tokenizer.json or a Hugging Face directory."
         )
     candidates = [path / "tokenizer.json", path / "tokenizer.model"] if path.is_dir() else [path]
     first = next(
@@ -269,7 +312,8 @@ def find_tokenizer_files(path: pathlib.Path) -> list[pathlib.Path]:
     )
     if first is None:
         raise UserError(
-            f"tokenizer {path}: no tokenizer.json and no SentencePiece .model. Give one, or a Hugging Face directory that has one."
+            f"tokenizer {path}: no tokenizer.json and no SentencePiece "
+            ".model. Give one, or a Hugging Face directory that has one."
         )
     beside = first.with_name("tokenizer_config.json")
     return [first, beside] if first.suffix == ".json" and beside.is_file() else [first]
@@ -278,10 +322,14 @@ def find_tokenizer_files(path: pathlib.Path) -> list[pathlib.Path]:
 def convert_sentencepiece(
     proto: bytes, where: str, kind: str = "bpe"
 ) -> tuple[tokenizers.Tokenizer, dict, bytes | None]:
-    """A SentencePiece model in the tokenizers library's form, with equal ids for every text: BPE models alone.
+    """A SentencePiece model in the tokenizers library's form, with equal ids for every text.
 
-    kind "unigram" takes the pieces and scores of a unigram model just trained, and gives no SentencePiece bytes back: SentencePiece sums
-    scores in float32 over a whole document, so that its ids part from exact ones after some thousand tokens. Here a word is segmented by
+    BPE models alone.
+
+    kind "unigram" takes the pieces and scores of a unigram model just trained, and gives no
+    SentencePiece bytes back: SentencePiece sums
+    scores in float32 over a whole document, so that its ids part from exact ones after some
+    thousand tokens. Here a word is segmented by
     itself, which no rounding reaches.
 
     Raises UserError for models for which no equal form is known.
@@ -302,16 +350,22 @@ def convert_sentencepiece(
     piece_kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
     rules = model.normalizer_spec
     hindrance = (
-        f"it is not a {kind} model" if model.trainer_spec.model_type != {"bpe": kinds.BPE, "unigram": kinds.UNIGRAM}[kind]
-        else f"it rewrites text ({rules.name})" if rules.precompiled_charsmap
-        else "it removes spaces" if rules.remove_extra_whitespaces
-        else "it treats spaces in another way" if model.trainer_spec.treat_whitespace_as_suffix or not rules.escape_whitespaces
-        else "it has user-defined or unused pieces" if any(p.type in (piece_kinds.USER_DEFINED, piece_kinds.UNUSED) for p in model.pieces)
+        f"it is not a {kind} model"
+        if model.trainer_spec.model_type != {"bpe": kinds.BPE, "unigram": kinds.UNIGRAM}[kind]
+        else f"it rewrites text ({rules.name})"
+        if rules.precompiled_charsmap
+        else "it removes spaces"
+        if rules.remove_extra_whitespaces
+        else "it treats spaces in another way"
+        if model.trainer_spec.treat_whitespace_as_suffix or not rules.escape_whitespaces
+        else "it has user-defined or unused pieces"
+        if any(p.type in (piece_kinds.USER_DEFINED, piece_kinds.UNUSED) for p in model.pieces)
         else None
-    )  # fmt: skip
+    )
     if hindrance:
         raise UserError(
-            f"{where}: no Hugging Face tokenizer would give equal ids, since {hindrance}. Give its tokenizer.json, or train one."
+            f"{where}: no Hugging Face tokenizer would give equal ids, since "
+            f"{hindrance}. Give its tokenizer.json, or train one."
         )
 
     names = {
@@ -404,12 +458,18 @@ def train_sentencepiece(asked: config.TokenizerConfig, corpus: pathlib.Path) -> 
     made = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for text in texts for line in text.split("\n") if line), model_writer=made, model_type=asked.model,
-            vocab_size=asked.vocab_size, max_sentence_length=4 * MAX_SPAN_CHARS, minloglevel=2, **SENTENCEPIECE_FILE,
-        )  # fmt: skip
+            sentence_iterator=(line for text in texts for line in text.split("\n") if line),
+            model_writer=made,
+            model_type=asked.model,
+            vocab_size=asked.vocab_size,
+            max_sentence_length=4 * MAX_SPAN_CHARS,
+            minloglevel=2,
+            **SENTENCEPIECE_FILE,
+        )
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(
-            f"tokenizer.vocab_size: cannot learn {asked.vocab_size} pieces from this corpus. {explain_training_error(str(error), n_bytes)}"
+            f"tokenizer.vocab_size: cannot learn {asked.vocab_size} pieces "
+            f"from this corpus. {explain_training_error(str(error), n_bytes)}"
         ) from None
     return made.getvalue()
 
@@ -426,7 +486,10 @@ def explain_training_error(error: str, n_bytes: int) -> str:
 def compare_tokenizers(
     paths: Sequence[pathlib.Path], corpus: pathlib.Path, limit_mb: float
 ) -> dict[str, dict[str, float]]:
-    """Bytes per token of several tokenizers: {path: {source: bytes per token}}, over the same evenly spread sample of the corpus."""
+    """Bytes per token of several tokenizers: {path: {source.
+
+    Bytes per token}}, over the same evenly spread sample of the corpus.
+    """
     opened = {str(path): load_tokenizer(path) for path in paths}
     texts: dict[str, list[str]] = {}
     for name, text in sample_corpus(corpus, limit_mb * 1e6):
@@ -442,7 +505,10 @@ def compare_tokenizers(
 
 
 def sample_corpus(corpus: pathlib.Path, limit_bytes: float) -> Iterator[tuple[str, str]]:
-    """(source, span of text) spread evenly over the training documents, about limit_bytes together. No randomness: every k-th span."""
+    """(source, span of text) spread evenly over the training documents, about limit_bytes together.
+
+    No randomness: every k-th span.
+    """
     files = [
         (name, file) for name, files in list_corpus_files(corpus, "train").items() for file in files
     ]
@@ -469,7 +535,10 @@ def count_text_bytes(file: pathlib.Path, group: int | None = None) -> int:
 
 
 def list_corpus_files(corpus: pathlib.Path, split: str) -> dict[str, list[pathlib.Path]]:
-    """The parquet shards of each source of a corpus, in order. Raises UserError where the corpus has none to train on."""
+    """The parquet shards of each source of a corpus, in order.
+
+    Raises UserError where the corpus has none to train on.
+    """
     found: dict[str, list[pathlib.Path]] = {}
     for file in sorted((corpus / split).glob("*.parquet")):
         found.setdefault(re.sub(r"-\d+$", "", file.stem), []).append(file)

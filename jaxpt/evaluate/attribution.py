@@ -1,4 +1,7 @@
-"""What a model makes of the documents of one step, so that a spike has a culprit: each document's loss, and what it adds to the step's."""
+"""Attribute the loss of one step to its documents.
+
+Each one's loss, and what it adds to the step's.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ class DocumentLoss(NamedTuple):
     """A document, or the part of one in a row.
 
     nats_sum   of its n_trained trained tokens
-    lift       nats a token by which the step's loss would be lower without it
+    lift       nats per token by which the step's loss would be lower without it
     """
 
     document: loader.TracedDocument
@@ -31,16 +34,19 @@ class DocumentLoss(NamedTuple):
 def rank_documents(
     run: pathlib.Path, step: int, tokenizer: str
 ) -> tuple[pathlib.Path, list[DocumentLoss]]:
-    """(the checkpoint used, the trained documents of a run's step-th update, those that lift its loss most first).
+    """(the checkpoint used, the trained documents of a run's step-th update, those that lift its
+    loss most first).
 
-    The checkpoint is the newest one before that update, else the first after it. tokenizer: see `loader.trace`.
+    The checkpoint is the newest one before that update, else the first after it. tokenizer: see
+    `loader.trace`.
     Raises UserError where the run cannot be read or has no checkpoint.
     """
     documents = list(loader.trace_step(run, step, tokenizer))
     known = checkpoint.list_steps(run)
     if not known:
         raise UserError(
-            f"{run}: has no checkpoint, so no loss can be computed. Leave --losses out to see the documents alone."
+            f"{run}: has no checkpoint, so no loss can be computed. Leave "
+            "--losses out to see the documents alone."
         )
     nearest = max((each for each in known if each < step), default=known[0])
     mesh = sharding.make_mesh(config.MeshConfig())

@@ -1,4 +1,7 @@
-"""Several models, the same prompts, side by side; and the documents on which two of them differ most."""
+"""Several models, the same prompts, side by side.
+
+And the documents on which two of them differ most.
+"""
 
 from __future__ import annotations
 
@@ -32,18 +35,29 @@ MIN_COLUMN_WIDTH = (
 COLUMN_GAP = "  "
 MAX_DOCUMENTS_COMPARED = 256  # read of each source, from its beginning
 MIN_DOCUMENT_TOKENS = 32  # of a document: the mean of fewer is mostly chance
-N_MOST_DIFFERENT = 4  # documents told in each direction
+N_MOST_DIFFERENT = 4  # documents listed in each direction
 MAX_TOKENS_SHOWN = 256  # of each: the stretch that differs most
 
 
 def compare_samples(
-    models: list[pathlib.Path], prompts: list[str], *, max_new: int = 128, sampling: decode.Sampling = decode.Sampling(),  # noqa: B008 (frozen)
-    seed: int = 0, texts: list[pathlib.Path] = [], to: pathlib.Path | None = None,  # noqa: B006 (never changed)
-) -> dict[str, Any]:  # fmt: skip
-    """Continue each prompt by each model, show the texts in columns, and write them to `to`. On a terminal each text is seen as it is written.
+    models: list[pathlib.Path],
+    prompts: list[str],
+    *,
+    max_new: int = 128,
+    sampling: decode.Sampling = decode.Sampling(),
+    seed: int = 0,
+    texts: list[pathlib.Path] = [],
+    to: pathlib.Path | None = None,
+) -> dict[str, Any]:
+    """Continue each prompt by each model, show the texts in columns, and write them to `to`.
 
-    A prompt begins with the model's beginning-of-sequence token where its tokenizer puts one. Seconds are those of reading
-    the prompt and writing the tokens, compilation not counted. texts: files whose bits per byte by each model are put beside. Raises UserError for a model without tokenizer and a prompt that does not fit.
+    On a terminal each text is seen as it is written.
+
+    A prompt begins with the model's beginning-of-sequence token where its tokenizer puts one.
+    Seconds are those of reading
+    the prompt and writing the tokens, compilation not counted. texts: files whose bits per byte by
+    each model are put beside. Raises UserError for a model without tokenizer and a prompt that does
+    not fit.
     """
     names = name_models(models)
     read = {str(file): read_text_file(file) for file in texts}
@@ -102,7 +116,9 @@ def load_compared_models(model: pathlib.Path) -> tuple[initialize.LoadedModel, t
     loaded = initialize.load_model(model, make_mesh(config.MeshConfig()))
     if loaded.tokenizer_dir is None:
         raise UserError(
-            f"{model}: has no tokenizer beside it (tokenizer.json), so it cannot read a prompt. Copy the one that it was trained with there."
+            f"{model}: has no tokenizer beside it (tokenizer.json), so it "
+            "cannot read a prompt. Copy the one that it was trained with "
+            "there."
         )
     return loaded, tokenizer.load_tokenizer(loaded.tokenizer_dir)
 
@@ -161,7 +177,9 @@ def generate_continuations(
 
 
 def stream_text(encoder: tokenizer.Tokenizer, ids: list[int]) -> Callable[..., None]:
-    """show(new, ended=False) puts on the terminal what the new tokens have added to the text since it was called last."""
+    """show(new, ended=False) puts on the terminal what the new tokens have added to the text since
+    it was called last.
+    """
     shown = ""
 
     def show(new: list[int], ended: bool = False) -> None:
@@ -191,7 +209,8 @@ def count_progress(advance: Callable[[int], None], most: int) -> Callable[..., N
 
 def decode_continuation(encoder: tokenizer.Tokenizer, ids: list[int], new: list[int]) -> str:
     """The text that new tokens add to a prompt's."""
-    # decoded together, so that a space between prompt and continuation is not taken for one at a text's beginning
+    # decoded together, so that a space between prompt and continuation is not taken for one at a
+    # text's beginning
     before, whole = encoder.decode(ids), encoder.decode(ids + new)
     return whole.removeprefix(before) if whole.startswith(before) else encoder.decode(new)
 
@@ -210,12 +229,15 @@ def name_models(models: list[pathlib.Path]) -> list[str]:
 
 
 def read_text_file(file: pathlib.Path) -> str:
-    """A text whose bits per byte are asked for. Raises UserError where it cannot be read or is empty."""
+    """A text whose bits per byte are asked for.
+
+    Raises UserError where it cannot be read or is empty.
+    """
     try:
         text = file.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"--ppl {file}: cannot be read ({error}). Wanted a text file in UTF-8."
+            f"--ppl {file}: cannot be read ({error}). Expected a text file in UTF-8."
         ) from None
     if not text:
         raise UserError(f"--ppl {file}: is empty, so there is nothing to score.")
@@ -223,16 +245,20 @@ def read_text_file(file: pathlib.Path) -> str:
 
 
 def read_prompts(file: pathlib.Path) -> list[str]:
-    """A JSON list of strings in a .json file, else a prompt a line; blank ones are skipped. Raises UserError when none is left."""
+    """A JSON list of strings in a .json file, else a prompt a line.
+
+    Blank ones are skipped. Raises UserError when none is left.
+    """
     try:
         text = file.read_text()
         prompts = json.loads(text) if file.suffix == ".json" else text.splitlines()
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(
-            f"--prompts {file}: cannot be read ({error}). Wanted a text file with a prompt a line, or a JSON list of strings."
+            f"--prompts {file}: cannot be read ({error}). Expected a text "
+            "file with a prompt a line, or a JSON list of strings."
         ) from None
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise UserError(f"--prompts {file}: got JSON of another form, wanted a list of strings.")
+        raise UserError(f"--prompts {file}: got JSON of another form, expected a list of strings.")
     prompts = [prompt for prompt in prompts if prompt.strip()]
     if not prompts:
         raise UserError(f"--prompts {file}: holds no prompt. Write one a line.")
@@ -245,21 +271,27 @@ def read_prompts(file: pathlib.Path) -> list[str]:
 def compare_documents(
     models: list[pathlib.Path], texts: list[str], *, to: pathlib.Path | None = None
 ) -> dict[str, Any]:
-    """The documents on which the second model is furthest below and furthest above the first, by mean nats per token; told, and written to `to`.
+    """The documents on which the second model is furthest below and furthest above the first, by
+    mean nats per token; printed, and written to `to`.
 
-    Each document is read up to the shorter context of the two, after the beginning-of-sequence token. Both models are in memory together.
+    Each document is read up to the shorter context of the two, after the beginning-of-sequence
+    token. Both models are in memory together.
 
     models  parent and child, which share a tokenizer
-    texts   sources of documents, [NAME=]KIND:WHERE as prepare.py reads them: held-out ones, for a model knows those it was trained on
+    texts   sources of documents, [NAME=]KIND:WHERE as prepare.py reads them: held-out ones, for a
+    model knows those it was trained on
 
-    Returns {"models", "documents", "max_length", "better": [...], "worse": [...]}, most different first, each document with its "source", "id",
-    "tokens", the models' mean "nats", and of the stretch of TOKENS_SHOWN tokens that differs most: "first_token", "pieces" of text and each
+    Returns {"models", "documents", "max_length", "better": [...], "worse": [...]}, most different
+    first, each document with its "source", "id",
+    "tokens", the models' mean "nats", and of the stretch of TOKENS_SHOWN tokens that differs most:
+    "first_token", "pieces" of text and each
     model's "losses" of them.
 
-    Raises UserError for other than two models, different tokenizers, and sources without a document that is long enough.
+    Raises UserError for other than two models, different tokenizers, and sources without a document
+    that is long enough.
     """
     if len(models) != 2:
-        raise UserError(f"--differ: got {len(models)} models, wanted two: parent and child.")
+        raise UserError(f"--differ: got {len(models)} models, expected two: parent and child.")
     names, found = name_models(models), [sources.parse_source(text) for text in texts]
     read = {
         key: stage.fingerprint_path(path)
@@ -287,14 +319,16 @@ def compare_documents(
     encoder = encoders[0]
     if encoder.fingerprint != encoders[1].fingerprint:
         raise UserError(
-            f"--differ: {names[0]} and {names[1]} have different tokenizers, so their tokens cannot be set side by side. Use --ppl."
+            f"--differ: {names[0]} and {names[1]} have different tokenizers, "
+            "so their tokens cannot be set side by side. Use --ppl."
         )
     max_length = min(each.spec.max_seq_len for each in loaded)
     cut = [ids[:max_length] for ids in encoder.encode_batch([text for *_, text in documents])]
     chosen = [i for i, ids in enumerate(cut) if len(ids) >= MIN_DOCUMENT_TOKENS]
     if not chosen:
         raise UserError(
-            f"--differ: none of {len(documents):,} documents has {MIN_DOCUMENT_TOKENS} tokens. Name a source with longer ones."
+            f"--differ: none of {len(documents):,} documents has "
+            f"{MIN_DOCUMENT_TOKENS} tokens. Name a source with longer ones."
         )
     first = encoder.eos_id if encoder.bos_id is None else encoder.bos_id
     pairs = [([first], cut[i]) for i in chosen]
@@ -306,21 +340,30 @@ def compare_documents(
         losses.append({chosen[place]: -nats for place, nats, _ in scored})
     change = {i: float((losses[1][i] - losses[0][i]).mean(dtype=np.float64)) for i in chosen}
 
-    def told(i: int) -> dict[str, Any]:
+    def describe(i: int) -> dict[str, Any]:
         source, id, _ = documents[i]
         both = [each[i] for each in losses]
         start = select_window((both[1] - both[0]) * np.sign(change[i]), MAX_TOKENS_SHOWN)
         span = slice(start, start + MAX_TOKENS_SHOWN)
         return {
-            "source": source, "id": id, "tokens": len(cut[i]), "nats": [float(each.mean(dtype=np.float64)) for each in both], "first_token": start,
-            "pieces": split_token_texts(encoder, cut[i][span]), "losses": [[round(float(loss), 3) for loss in each[span]] for each in both],
-        }  # fmt: skip
+            "source": source,
+            "id": id,
+            "tokens": len(cut[i]),
+            "nats": [float(each.mean(dtype=np.float64)) for each in both],
+            "first_token": start,
+            "pieces": split_token_texts(encoder, cut[i][span]),
+            "losses": [[round(float(loss), 3) for loss in each[span]] for each in both],
+        }
 
     order = sorted(chosen, key=change.__getitem__)
     result = {
-        "request": request, "models": names, "documents": len(chosen), "max_length": max_length,
-        "better": [told(i) for i in order[:N_MOST_DIFFERENT] if change[i] < 0], "worse": [told(i) for i in order[::-1][:N_MOST_DIFFERENT] if change[i] > 0],
-    }  # fmt: skip
+        "request": request,
+        "models": names,
+        "documents": len(chosen),
+        "max_length": max_length,
+        "better": [describe(i) for i in order[:N_MOST_DIFFERENT] if change[i] < 0],
+        "worse": [describe(i) for i in order[::-1][:N_MOST_DIFFERENT] if change[i] > 0],
+    }
     log.info(find_most_different_tokens(result))
     if to:
         to.parent.mkdir(parents=True, exist_ok=True)
@@ -336,7 +379,10 @@ def select_window(values: np.ndarray, n: int) -> int:
 
 
 def split_token_texts(encoder: tokenizer.Tokenizer, ids: list[int]) -> list[str]:
-    """What each token adds to the text, together the text of all; a character of several tokens stands with its last."""
+    """What each token adds to the text, together the text of all.
+
+    A character of several tokens stands with its last.
+    """
     pieces, before = [], ""
     for n in range(1, len(ids) + 1):
         text = encoder.decode(ids[:n])
@@ -350,7 +396,10 @@ def split_token_texts(encoder: tokenizer.Tokenizer, ids: list[int]) -> list[str]
 
 
 def find_most_different_tokens(found: dict[str, Any]) -> str:
-    """A line for each document: how far apart the models are on it, and how it goes where they differ."""
+    """A line for each document.
+
+    How far apart the models are on it, and how it goes where they differ.
+    """
     parent, child = found["models"]
     lines = [f"{found['documents']:,} documents by {parent} and {child}, nats per token"]
     for side in ("better", "worse"):
@@ -358,7 +407,8 @@ def find_most_different_tokens(found: dict[str, Any]) -> str:
         for each in found[side]:
             text = wrap_text(" ".join("".join(each["pieces"]).split())[:60], 60)[0]
             lines.append(
-                f"  {each['nats'][0]:.3f} -> {each['nats'][1]:.3f}  {each['source']} {each['id']}: {text}"
+                f"  {each['nats'][0]:.3f} -> {each['nats'][1]:.3f}  "
+                f"{each['source']} {each['id']}: {text}"
             )
     return "\n".join(lines)
 
@@ -398,7 +448,10 @@ def format_columns(samples: dict[str, Any], width: int) -> str:
 
 
 def wrap_text(text: str, width: int) -> list[str]:
-    """Lines of at most `width` terminal columns, broken at spaces where there are any; indentation and blank lines stay."""
+    """Lines of at most `width` terminal columns, broken at spaces where there are any.
+
+    Indentation and blank lines stay.
+    """
     lines = []
     for line in escape_controls(text).split("\n"):
         while display_width(line) > width:

@@ -1,4 +1,4 @@
-"""Benchmark items that the model may have seen: which of them share 13 words in a row with a document it was trained on, and its score without them."""
+"""Find benchmark items that share 13 words with a training document, and score without them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from jaxpt import stage
 from jaxpt.data import benchmarks, decontaminate, executor
 from jaxpt.lineage import read_lineage
 
-MIN_BYTES_FOR_PROCESSES = (
-    2**25
-)  # bytes of shards from which processes of their own are started: that takes some seconds
+# bytes of shards from which processes are started: that takes some seconds
+MIN_BYTES_FOR_PROCESSES = 2**25
 MAX_EXAMPLES = 3  # overlapping items of each task that the results quote
 
 
 class TrainingCorpora(NamedTuple):
-    """What a model's lineage says of the text it was trained on.
+    """The text that a model was trained on, by its lineage.
 
-    directories  prepared corpora that still lie where they were read
-    unknown      a sentence for each origin whose text cannot be looked at
+    Attributes:
+        directories: prepared corpora that are still where they were read.
+        unknown_sources: a message for each origin whose text cannot be checked.
     """
 
     directories: list[pathlib.Path]
@@ -31,31 +31,34 @@ class TrainingCorpora(NamedTuple):
 
 
 def find_training_corpora(model: pathlib.Path) -> TrainingCorpora:
-    """The corpora behind a run, a checkpoint or an export, its parents' too, by following the manifests."""
+    """Return the corpora behind a run, checkpoint or export and its parents, by their manifests."""
     found, unknown = [], []
     nodes = read_lineage(model.resolve(), unknown)
     for node in nodes:
         if node.kind == "corpus" and (node.path / "train").is_dir() and not node.has_changed:
             found.append(node.path)
         elif node.kind == "corpus":
-            unknown.append(
-                f"{node.path}: {'was made anew since it was read' if node.has_changed else 'does not lie there any more'}."
-            )
+            reason = "was written again since it was read" if node.has_changed else "is not there"
+            unknown.append(f"{node.path}: {reason}.")
         elif not node.manifest and node is not nodes[-1]:
-            unknown.append(f"{node.path}: made elsewhere, so what text went into it is not known.")
+            unknown.append(f"{node.path}: made elsewhere, so its training text is unknown.")
     return TrainingCorpora(found, unknown)
 
 
 def measure_contamination(
     corpora: TrainingCorpora, samples: dict[str, list[dict]], configs: dict[str, dict]
 ) -> dict[str, Any]:
-    """What of the benchmarks' items stands in the training documents, and each task's scores without those items.
+    """Return which items overlap training documents, and each task's scores without them.
 
-    samples  of each task, what the harness logged of its items: doc_id, doc, filter, and each metric's value
-    configs  of each task, as the harness reports it: how a metric's values become a score
+    Args:
+        corpora: what to look through.
+        samples: per task, what the harness logged of its items: doc_id, doc, filter, metrics.
+        configs: per task, as the harness reports it: how a metric's values become a score.
 
-    Returns {"ngram", "corpora": {path: documents}, "unknown", "tasks": {task: {"items", "overlapping", "short", "examples", "without"}}}; short
-    items have fewer than 13 words, so nothing can be found of them.
+    Returns:
+        {"ngram", "corpora": {path: documents}, "unknown", "tasks": {task: {"items", "overlapping",
+        "short", "examples", "without"}}}. Short items have fewer than 13 words, so no overlap can
+        be found for them.
     """
     items = []
     for task, logged in samples.items():
@@ -96,9 +99,12 @@ def measure_contamination(
 def find_overlaps(
     items: list[benchmarks.BenchmarkItem], directories: list[pathlib.Path]
 ) -> tuple[dict[tuple[str, str], tuple[str, str]], dict[str, int]]:
-    """({(task, item): (13 words that it shares, id of the first document that has them)}, {corpus: its training documents}).
+    """Find the first training document that each item overlaps.
 
-    A shard is a job; of several, each core does its own (20 MB a second and core).
+    A shard is a job; several run on all cores (20 MB/s per core).
+
+    Returns:
+        {(task, item): (shared words, document id)} and {corpus: number of training documents}.
     """
     asked = json.dumps([[item.task, item.id, item.text] for item in items])
     shards = {
@@ -127,7 +133,7 @@ def find_overlaps(
 
 
 def find_shard_overlaps(job: dict[str, str]) -> dict[str, Any]:
-    """{"file", "documents": how many it holds, "shared": [[task, item, words, id of the first document], ...]} of a shard."""
+    """Return a shard's "file", "documents" (count) and "shared": [[task, item, words, id], ...]."""
     index, shared, n = build_item_index(job["items"]), {}, 0
     for batch in pq.ParquetFile(job["file"]).iter_batches(256, columns=["id", "text"]):
         for document, text in zip(batch["id"].to_pylist(), batch["text"].to_pylist(), strict=True):
@@ -143,16 +149,17 @@ def find_shard_overlaps(job: dict[str, str]) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1)
 def build_item_index(items: str) -> decontaminate.NgramIndex:
-    """Of items as JSON; made once in each process."""
+    """Return the index of items given as JSON, once per process."""
     return decontaminate.NgramIndex(
         [benchmarks.BenchmarkItem(task, id, text, {}) for task, id, text in json.loads(items)]
     )
 
 
 def split_scores(logged: list[dict], settings: dict) -> dict[str, float]:
-    """The harness's score and standard error of each metric over these items, {} of none.
+    """Return the harness's score and standard error of each metric over these items.
 
-    A metric is aggregated as its task says, by mean where it does not say: the harness's own default for those that it logs by item.
+    A metric is aggregated as its task defines, else by the mean, the harness's own default for
+    those that it logs by item.
     """
     from lm_eval.api import metrics, registry
 
@@ -172,11 +179,12 @@ def split_scores(logged: list[dict], settings: dict) -> dict[str, float]:
 
 
 def log_contamination(found: dict[str, Any], results: dict[str, dict]) -> str:
-    """A line for each task: items that overlap, and each score beside the score without them."""
+    """Return a line per task: items that overlap, and each score with and without them."""
     lines = []
     for task, each in found["tasks"].items():
-        line = f"{task}: {each['overlapping']:,} of {each['items']:,} items share {found['ngram']} words in a row with a training document"
-        line += f" ({each['short']:,} are too short to tell)" if each["short"] else ""
+        line = f"{task}: {each['overlapping']:,} of {each['items']:,} items share "
+        line += f"{found['ngram']} consecutive words with a training document"
+        line += f" ({each['short']:,} are too short to check)" if each["short"] else ""
         beside = [
             f"{metric.removesuffix(',none')} {results[task][metric]:.4f}, without them {score:.4f}"
             for metric, score in each["without"].items()
@@ -187,7 +195,7 @@ def log_contamination(found: dict[str, Any], results: dict[str, dict]) -> str:
     return "\n".join(
         [
             *lines,
-            f"looked through: {looked or 'nothing'}",
-            *(f"not looked at: {why}" for why in found["unknown"]),
+            f"checked: {looked or 'nothing'}",
+            *(f"not checked: {why}" for why in found["unknown"]),
         ]
     )

@@ -1,6 +1,8 @@
-"""Benchmarks of lm-evaluation-harness and bits per byte, for one model, by our code or by transformers.
+"""Benchmarks of lm-evaluation-harness and bits per byte, for one model, by our code or by
+transformers.
 
-`evaluate` is the whole of it: tasks in, results in the harness's own format out, with where the model came from.
+`evaluate` is the whole of it: tasks in, results in the harness's own format out, with where the
+model came from.
 """
 
 from __future__ import annotations
@@ -31,43 +33,60 @@ from jaxpt.weights import checkpoint, huggingface, initialize
 log = logging.getLogger(__name__)
 
 
-class BitsPerByteRequest(NamedTuple):
-    """How a task is run: items read of it (None: all) and examples in front of each (None: as the task has it)."""
+class TaskRequest(NamedTuple):
+    """How a task is run.
+
+    Items read of it (None: all) and examples in front of each (None: as the task has it).
+    """
 
     items: int | None = None
     shots: int | None = None
 
 
-GROUPS: dict[str, dict[str, BitsPerByteRequest]] = {
-    "course": {"truthfulqa_mc2": BitsPerByteRequest(items=5)},
+GROUPS: dict[str, dict[str, TaskRequest]] = {
+    "course": {"truthfulqa_mc2": TaskRequest(items=5)},
     "h6": {  # the Open LLM Leaderboard of 2023, in whose average SOLAR's paper reports
-        "arc_challenge": BitsPerByteRequest(shots=25), "hellaswag": BitsPerByteRequest(shots=10), "mmlu": BitsPerByteRequest(shots=5),
-        "truthfulqa_mc2": BitsPerByteRequest(shots=0), "winogrande": BitsPerByteRequest(shots=5), "gsm8k": BitsPerByteRequest(shots=5),
+        "arc_challenge": TaskRequest(shots=25),
+        "hellaswag": TaskRequest(shots=10),
+        "mmlu": TaskRequest(shots=5),
+        "truthfulqa_mc2": TaskRequest(shots=0),
+        "winogrande": TaskRequest(shots=5),
+        "gsm8k": TaskRequest(shots=5),
     },
-}  # fmt: skip
+}
 BITS_PER_BYTE = "bits_per_byte/"
 
 
 def evaluate_model(
-    model: pathlib.Path, tasks: list[str], *, backend: str = "jax", limit: int | None = None,
-    max_length: int | None = None, data_dir: pathlib.Path | None = None, to: pathlib.Path | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    model: pathlib.Path,
+    tasks: list[str],
+    *,
+    backend: str = "jax",
+    limit: int | None = None,
+    max_length: int | None = None,
+    data_dir: pathlib.Path | None = None,
+    to: pathlib.Path | None = None,
+) -> dict[str, Any]:
     """Measure a model and say so in a table; write the results to `to`.
 
     model     a run directory, a checkpoint step directory or a Hugging Face directory
-    tasks     the harness's task names, `course`, `h6`, or bits_per_byte/[NAME=]KIND:WHERE (a source, see docs/prepare.md)
-    backend   "jax": our code; "hf": transformers and torch, on an export made for the purpose where the model is no Hugging Face directory
+    tasks     the harness's task names, `course`, `h6`, or bits_per_byte/[NAME=]KIND:WHERE (a
+    source, see docs/prepare.md)
+    backend   "jax": our code; "hf": transformers and torch, on an export made for the purpose where
+    the model is no Hugging Face directory
     limit     items (of a benchmark) or documents (of a source) read of each task
-    max_length  tokens that the model sees at once; None is its own longest, which may exceed the rows it was trained on
+    max_length  tokens that the model sees at once; None is its own longest, which may exceed the
+    rows it was trained on
     data_dir  where benchmark files lie; None lets the harness download its own
 
-    Raises UserError for an unknown task, a missing tokenizer or benchmark file, or packages that are not installed.
+    Raises UserError for an unknown task, a missing tokenizer or benchmark file, or packages that
+    are not installed.
     """
     start = time.monotonic()
     if limit is not None and limit < 1:
-        raise UserError(f"--limit: got {limit}, wanted at least 1 item.")
+        raise UserError(f"--limit: got {limit}, expected at least 1 item.")
     if max_length is not None and max_length < 2:
-        raise UserError(f"--max-length: got {max_length}, wanted at least 2 tokens.")
+        raise UserError(f"--max-length: got {max_length}, expected at least 2 tokens.")
     texts, asked = parse_tasks(tasks, limit, data_dir)
     local = {name: load_local_items(name, data_dir) for name in asked} if data_dir else {}
     read = {
@@ -87,16 +106,19 @@ def evaluate_model(
     loaded = initialize.load_model(model, mesh)
     if loaded.tokenizer_dir is None:
         raise UserError(
-            f"{model}: has no tokenizer beside it (tokenizer.json), so no text can be scored. Copy there the one it was trained with."
+            f"{model}: has no tokenizer beside it (tokenizer.json), so no "
+            "text can be scored. Copy there the one it was trained with."
         )
     encoder = tokenizer.load_tokenizer(loaded.tokenizer_dir)
     if encoder.vocab_size > loaded.spec.vocab_size:
         raise UserError(
-            f"{loaded.tokenizer_dir}: the tokenizer gives ids up to {encoder.vocab_size - 1:,}, but the model knows ids 0 to "
+            f"{loaded.tokenizer_dir}: the tokenizer gives ids up to "
+            f"{encoder.vocab_size - 1:,}, but the model knows ids 0 to "
             f"{loaded.spec.vocab_size - 1:,}. Copy there the one it was trained with."
         )
     log.info(
-        f"evaluate: {model}, {llama.count_params(loaded.spec):,} parameters, by {'our code' if backend == 'jax' else 'transformers'}"
+        f"evaluate: {model}, {llama.count_params(loaded.spec):,} parameters, "
+        f"by {'our code' if backend == 'jax' else 'transformers'}"
     )
 
     kept = (
@@ -147,14 +169,15 @@ def evaluate_model(
         for file in to.parent.glob(f"{kept.name}*"):
             file.unlink()
         log.info(
-            f"evaluate: {len(results['results'])} results in {results['seconds']:,.1f} s, written to {to}"
+            f"evaluate: {len(results['results'])} results in "
+            f"{results['seconds']:,.1f} s, written to {to}"
         )
     return results
 
 
 def parse_tasks(
     tasks: list[str], limit: int | None, data_dir: pathlib.Path | None
-) -> tuple[list[sources.TextSource], dict[str, BitsPerByteRequest]]:
+) -> tuple[list[sources.TextSource], dict[str, TaskRequest]]:
     """(sources to score, {harness task: how}). Raises UserError for a name that nobody knows."""
     tasks = [
         name
@@ -164,7 +187,8 @@ def parse_tasks(
     ]
     if not tasks:
         raise UserError(
-            "--tasks: none given. Name at least one, such as course or bits_per_byte/prose=python:prose."
+            "--tasks: none given. Name at least one, such as course or "
+            "bits_per_byte/prose=python:prose."
         )
     texts = [
         sources.parse_source(task.removeprefix(BITS_PER_BYTE))
@@ -175,17 +199,18 @@ def parse_tasks(
     for name in names:
         if names.count(name) > 1:
             raise UserError(
-                f"--tasks: two tasks would be called {BITS_PER_BYTE}{name}. Give one another name: {BITS_PER_BYTE}NAME=KIND:WHERE."
+                f"--tasks: two tasks would be called {BITS_PER_BYTE}{name}. "
+                f"Give one another name: {BITS_PER_BYTE}NAME=KIND:WHERE."
             )
-    asked: dict[str, BitsPerByteRequest] = {}
+    asked: dict[str, TaskRequest] = {}
     for task in tasks:
         if task in GROUPS:
             asked = {
-                name: BitsPerByteRequest(limit or how.items, how.shots)
+                name: TaskRequest(limit or how.items, how.shots)
                 for name, how in GROUPS[task].items()
             } | asked
         elif not task.startswith(BITS_PER_BYTE):
-            asked[task] = BitsPerByteRequest(limit)
+            asked[task] = TaskRequest(limit)
     if asked:
         from jaxpt.evaluate.reference import require_torch
 
@@ -196,12 +221,16 @@ def parse_tasks(
                 near = difflib.get_close_matches(
                     name, [*known, *GROUPS, BITS_PER_BYTE + "NAME=KIND:WHERE"], 3, 0.4
                 )
+                where = f" that is read from {data_dir}" if data_dir else ""
                 raise UserError(
-                    f"--tasks: there is no task {name!r}{f' that is read from {data_dir}' if data_dir else ''}; "
+                    f"--tasks: there is no task {name!r}{where}; "
                     + (
                         f"the nearest are: {', '.join(near)}."
                         if near
-                        else f"there are: {', '.join([*LOCAL_TASKS, *GROUPS])}, and others of the harness."
+                        else (
+                            f"there are: {', '.join([*LOCAL_TASKS, *GROUPS])}, "
+                            "and others of the harness."
+                        )
                     )
                     + (
                         " Without --data-dir the harness downloads its own files."
@@ -214,7 +243,10 @@ def parse_tasks(
 
 @contextlib.contextmanager
 def export_temporarily(loaded: initialize.LoadedModel) -> Iterator[pathlib.Path]:
-    """The model as a Hugging Face directory: itself where it is one, else an export that lasts as long as it is used."""
+    """The model as a Hugging Face directory.
+
+    Itself where it is one, else an export that lasts as long as it is used.
+    """
     if loaded.tokenizer_dir == loaded.source:
         yield loaded.source
         return
@@ -270,11 +302,13 @@ def score_text_source(
 def run_harness(
     judged,
     tasks: list[str],
-    how: BitsPerByteRequest,
+    how: TaskRequest,
     local: dict[str, dict[str, list[dict]]],
     kept: pathlib.Path | None,
 ) -> tuple[dict[str, Any], dict[str, list[dict]]]:
-    """simple_evaluate over the tasks, those in `local` on these rows: its results, and {task: what it logged of each item}.
+    """simple_evaluate over the tasks, those in `local` on these rows.
+
+    Its results, and {task: what it logged of each item}.
 
     kept  where the harness keeps each answer as it comes, and looks before it asks
     """
@@ -283,7 +317,8 @@ def run_harness(
     from lm_eval.tasks import _yaml_loader
 
     os.environ["DISABLE_MULTIPROC"] = (
-        "1"  # it would fork to bootstrap standard errors, and a fork of a process that runs JAX may hang
+        # it would fork to bootstrap standard errors, and a fork of a process that runs JAX may hang
+        "1"
     )
     manager = make_task_manager()
 
@@ -314,9 +349,11 @@ def run_harness(
     except (
         ConnectionError,
         FileNotFoundError,
-    ) as error:  # what datasets raises for a hub that is out of reach, and for a data set that is not there
+        # what datasets raises for a hub that is out of reach, and for a data set that is not there
+    ) as error:
         raise UserError(
-            f"--tasks: the harness cannot get the files of {', '.join(tasks)} ({str(error).splitlines()[0]}). Go online, or give --data-dir."
+            f"--tasks: the harness cannot get the files of {', '.join(tasks)} "
+            f"({str(error).splitlines()[0]}). Go online, or give --data-dir."
         ) from None
     kept = (
         "results",
@@ -344,8 +381,10 @@ def make_task_manager():
 def make_lm_adapter(
     spec: ModelSpec, params: dict[str, Any], tokenizer_dir: pathlib.Path, longest: int
 ):
-    """Our model as a model of the harness. Text becomes ids as in the harness's HFLM, by AutoTokenizer, so that the same
-    requests reach the model in both.
+    """Our model as a model of the harness.
+
+    Text becomes ids as in the harness's HFLM, by AutoTokenizer, so that the same requests reach the
+    model in both.
 
     Source: lm-evaluation-harness 0.4.13, lm_eval/models/huggingface.py.
     """
@@ -451,7 +490,8 @@ def make_lm_adapter(
             max_new = asked["max_gen_toks"]
             if max_new >= self.max_length:
                 raise UserError(
-                    f"evaluate: a task asks for {max_new} new tokens, but the model's context is {self.max_length}. "
+                    f"evaluate: a task asks for {max_new} new tokens, but the "
+                    f"model's context is {self.max_length}. "
                     "Leave the task out, or use a model with a longer context."
                 )
             prompts = [
@@ -509,15 +549,17 @@ def load_local_items(name: str, data_dir: pathlib.Path) -> dict[str, list[dict]]
         None,
     )
     if directory is None:
-        wanted = " and ".join(f"{folder}/{file}" for file in dict.fromkeys(files.values()))
+        expected = " and ".join(f"{folder}/{file}" for file in dict.fromkeys(files.values()))
         raise UserError(
-            f"--data-dir {data_dir}: {name} wants {wanted} there. Copy the benchmark's files, or leave the task out."
+            f"--data-dir {data_dir}: {name} wants {expected} there. Copy the "
+            "benchmark's files, or leave the task out."
         )
     items = {split: benchmarks.read_benchmark(directory / file) for split, file in files.items()}
     for split, found in items.items():
         if not found or any(item.task != kind for item in found):
             raise UserError(
-                f"{directory / files[split]}: its records are not those of {name}. Restore the file from its origin."
+                f"{directory / files[split]}: its records are not those of "
+                f"{name}. Restore the file from its origin."
             )
     return {split: [item.fields for item in found] for split, found in items.items()}
 
@@ -539,6 +581,7 @@ LOCAL_TASKS = {
 
 
 def merge_results(results: dict[str, Any], more: dict[str, Any]) -> None:
+    """Add results to others."""
     for key, value in more.items():
         if isinstance(value, dict):
             results.setdefault(key, {}).update(value)
@@ -563,7 +606,10 @@ def describe_evaluated_model(
 
 
 def format_results(results: dict[str, Any]) -> str:
-    """One line a metric: task, metric, value, standard error, items; then what of the items the model may have seen."""
+    """One line a metric.
+
+    Task, metric, value, standard error, items; then what of the items the model may have seen.
+    """
     lines = [("task", "metric", "value", "+/-", "items")]
     for task, metrics in results["results"].items():
         n_items = results["n-samples"].get(task, {}).get("effective", "")
@@ -583,7 +629,7 @@ def format_results(results: dict[str, Any]) -> str:
                 )
             )
     widths = [max(len(line[column]) for line in lines) for column in range(5)]
-    told = [
+    lines = [
         "  ".join(
             cell.ljust(width) if i < 2 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
@@ -591,5 +637,5 @@ def format_results(results: dict[str, Any]) -> str:
         for line in lines
     ]
     if "contamination" in results:
-        told += ["", contamination.log_contamination(results["contamination"], results["results"])]
-    return "\n".join(told)
+        lines += ["", contamination.log_contamination(results["contamination"], results["results"])]
+    return "\n".join(lines)

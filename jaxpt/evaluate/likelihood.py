@@ -1,7 +1,11 @@
-"""How likely a model finds text: held-out loss of packed rows, bits per byte of raw text, log-likelihood of continuations.
+"""How likely a model finds text.
 
-Pieces of text to be scored are laid several to a row, in trees that compute once what several begin with (prefix_trees.py): their scores are those they
-would have alone, little is computed for padding, and two or three row lengths are all that is compiled.
+Held-out loss of packed rows, bits per byte of raw text, log-likelihood of continuations.
+
+Pieces of text to be scored are laid several to a row, in trees that compute once what several begin
+with (prefix_trees.py): their scores are those they
+would have alone, little is computed for padding, and two or three row lengths are all that is
+compiled.
 """
 
 from __future__ import annotations
@@ -30,7 +34,9 @@ MAX_LOGITS_BYTES = 256  # tokens whose logits exist on a device at one time
 
 
 def make_loss_step(spec: ModelSpec, mesh, dtype="float32"):
-    """The jitted step(params, batch) -> (sum of weight x nats, sum of weights), float32 scalars on every device."""
+    """The jitted step(params, batch) -> (sum of weight x nats, sum of weights), float32 scalars on
+    every device.
+    """
     dtype = jnp.dtype(dtype)
 
     def step(params, batch: Batch):
@@ -50,7 +56,10 @@ def make_loss_step(spec: ModelSpec, mesh, dtype="float32"):
 
 
 def measure_heldout_loss(step, params, batches: Iterable[Batch]) -> float:
-    """Nats per trained token over all batches; `step` is nats_step's. NaN when no token has weight."""
+    """Nats per trained token over all batches.
+
+    `step` is nats_step's. NaN when no token has weight.
+    """
     nats_sum = weights_sum = 0.0
     for batch in batches:
         nats, weights = step(params, batch)
@@ -68,17 +77,28 @@ class BitsPerByte(NamedTuple):
 
     @property
     def bits_per_byte(self) -> float:
+        """Bits per UTF-8 byte."""
         return self.loss_sum / math.log(2) / self.n_bytes if self.n_bytes else float("nan")
 
 
 def measure_bits_per_byte(
-    spec: ModelSpec, params: dict[str, Any], texts: list[str], token_ids: list[list[int]], bos_id: int, *,
-    max_length: int | None = None, dtype="float32", label: str = "bits per byte",
-) -> BitsPerByte:  # fmt: skip
-    """Score raw texts, each token of each exactly once, the first given `bos_id`; no end-of-sequence token is counted.
+    spec: ModelSpec,
+    params: dict[str, Any],
+    texts: list[str],
+    token_ids: list[list[int]],
+    bos_id: int,
+    *,
+    max_length: int | None = None,
+    dtype="float32",
+    label: str = "bits per byte",
+) -> BitsPerByte:
+    """Score raw texts, each token of each exactly once, the first given `bos_id`.
+
+    No end-of-sequence token is counted.
 
     token_ids   of each text, without beginning- or end-of-sequence tokens
-    max_length  tokens that the model sees at once; None is its own longest. Long texts are cut by `rolling_windows`
+    max_length  tokens that the model sees at once; None is its own longest. Long texts are cut by
+    `rolling_windows`
     """
     windows = [
         window
@@ -98,8 +118,10 @@ def measure_bits_per_byte(
 def split_rolling_windows(
     ids: list[int], prefix_id: int, max_length: int
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """(context, predicted) pairs that predict each id once. A window begins with the last token of the one before it; only
-    the last window reaches back further, so that it too reads max_length tokens.
+    """(context, predicted) pairs that predict each id once.
+
+    A window begins with the last token of the one before it; only the last window reaches back
+    further, so that it too reads max_length tokens.
 
     Source: lm-evaluation-harness, get_rolling_token_windows with context_len=1, made disjoint.
     """
@@ -111,13 +133,21 @@ def split_rolling_windows(
 
 
 def compute_continuation_log_likelihoods(
-    spec: ModelSpec, params: dict[str, Any], pairs: list[tuple[list[int], list[int]]], *,
-    max_length: int | None = None, dtype="float32", label: str = "log-likelihoods", answered: Callable[[int, tuple[float, bool]], None] | None = None,
-) -> list[tuple[float, bool]]:  # fmt: skip
-    """For each (context ids, continuation ids): the continuation's log-likelihood in nats, and whether each of its tokens
-    was the likeliest. `token_log_likelihoods` says the rest.
+    spec: ModelSpec,
+    params: dict[str, Any],
+    pairs: list[tuple[list[int], list[int]]],
+    *,
+    max_length: int | None = None,
+    dtype="float32",
+    label: str = "log-likelihoods",
+    answered: Callable[[int, tuple[float, bool]], None] | None = None,
+) -> list[tuple[float, bool]]:
+    """For each (context ids, continuation ids).
 
-    answered  is told the place in `pairs` and the result of each as soon as it is known
+    The continuation's log-likelihood in nats, and whether each of its tokens was the likeliest.
+    `token_log_likelihoods` says the rest.
+
+    answered  is called with the place in `pairs` and the result of each as soon as it is known
     """
     results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
     for place, likelihoods, likeliest in compute_token_log_likelihoods(
@@ -130,14 +160,21 @@ def compute_continuation_log_likelihoods(
 
 
 def compute_token_log_likelihoods(
-    spec: ModelSpec, params: dict[str, Any], pairs: list[tuple[list[int], list[int]]], *,
-    max_length: int | None = None, dtype="float32", label: str = "log-likelihoods",
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:  # fmt: skip
-    """For each (context ids, continuation ids), in the order in which they are done: its place in `pairs`, and of the
-    continuation's tokens the log-likelihood in nats, float32 [n], and whether each was the likeliest, bool [n]. Too long a
-    context loses tokens on its left.
+    spec: ModelSpec,
+    params: dict[str, Any],
+    pairs: list[tuple[list[int], list[int]]],
+    *,
+    max_length: int | None = None,
+    dtype="float32",
+    label: str = "log-likelihoods",
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """For each (context ids, continuation ids), in the order in which they are done.
 
-    Raises UserError for an empty context or continuation, one that is longer than the context length, or an unknown id.
+    Its place in `pairs`, and of the continuation's tokens the log-likelihood in nats, float32 [n],
+    and whether each was the likeliest, bool [n]. Too long a context loses tokens on its left.
+
+    Raises UserError for an empty context or continuation, one that is longer than the context
+    length, or an unknown id.
     """
     max_length = max_length or spec.max_seq_len
     pieces = [
@@ -149,16 +186,21 @@ def compute_token_log_likelihoods(
     for (context, continuation), (ids, _) in zip(pairs, pieces, strict=True):
         if not context or not continuation:
             raise UserError(
-                f"{label}: an empty {'continuation' if context else 'context'} cannot be scored. Give at least one token."
+                f"{label}: an empty "
+                f"{'continuation' if context else 'context'} cannot be "
+                "scored. Give at least one token."
             )
         if len(continuation) > max_length:
             raise UserError(
-                f"{label}: a continuation of {len(continuation):,} tokens does not fit the model's context of {max_length:,}. Shorten it."
+                f"{label}: a continuation of {len(continuation):,} tokens "
+                f"does not fit the model's context of {max_length:,}. Shorten "
+                "it."
             )
         wrong = ids[(ids < 0) | (ids >= spec.vocab_size)]
         if wrong.size:
             raise UserError(
-                f"{label}: the text has token id {wrong[0]}, but the model knows ids 0 to {spec.vocab_size - 1}. "
+                f"{label}: the text has token id {wrong[0]}, but the model "
+                f"knows ids 0 to {spec.vocab_size - 1}. "
                 "Use the tokenizer that the model was trained with."
             )
     mesh = jax.tree.leaves(params)[0].sharding.mesh
@@ -170,7 +212,7 @@ def compute_token_log_likelihoods(
     def collect(batch, scored):
         likelihoods, likeliest = (np.asarray(x) for x in scored)
         for piece, row, first in batch.places:
-            asked = slice(first, first + pieces[piece].n_asked)
+            asked = slice(first, first + pieces[piece].n_scored)
             yield piece, likelihoods[row, asked], likeliest[row, asked]
             advance(pieces[piece].n_columns)
 
@@ -193,7 +235,8 @@ def compute_token_log_likelihoods(
 
 @functools.lru_cache(maxsize=8)
 def make_token_step(spec: ModelSpec, mesh, dtype):
-    """The jitted step(params, prefix_trees.Rows, n_asked) -> (log-likelihood of each target in nats, whether it was the likeliest), both [B, T].
+    """The jitted step(params, prefix_trees.Rows, n_asked) -> (log-likelihood of each target in
+    nats, whether it was the likeliest), both [B, T].
 
     Only each row's first n_asked questions are answered, rounded up to whole blocks of logits.
     """
@@ -215,8 +258,11 @@ def make_token_step(spec: ModelSpec, mesh, dtype):
             head = model.lm_head(dtype)
 
             def answer(
-                block, found
-            ):  # some columns of all rows at a time, so that each device has logits of its own rows only
+                block,
+                found,
+                # some columns of all rows at a time, so that each device has logits of its own rows
+                # only
+            ):
                 part = functools.partial(
                     jax.lax.dynamic_slice_in_dim,
                     start_index=block * width,
@@ -247,4 +293,5 @@ def make_token_step(spec: ModelSpec, mesh, dtype):
 
 
 def floor_power_of_two(n: int) -> int:
+    """Return the largest power of two up to n."""
     return 1 << (n.bit_length() - 1)

@@ -1,10 +1,14 @@
 """Texts that begin alike, laid out in rows so that what they share is computed once.
 
-The pieces of text, sorted, form trees: a column of a row holds a token whose whole past is the path to it from its tree's root, and a token
-sees that path alone. With the columns of a tree in the order of a walk in depth, a token's descendants are the columns after it up to an end, so
-one number a column, `ends`, says who sees it. Trees that share nothing stand side by side in a row as documents do in training.
+The pieces of text, sorted, form trees: a column of a row holds a token whose whole past is the path
+to it from its tree's root, and a token
+sees that path alone. With the columns of a tree in the order of a walk in depth, a token's
+descendants are the columns after it up to an end, so
+one number a column, `ends`, says who sees it. Trees that share nothing stand side by side in a row
+as documents do in training.
 
-The seven answers to a question share the question, all questions share the examples in front of them: the 5,882 requests of truthfulqa_mc2 have
+The seven answers to a question share the question, all questions share the examples in front of
+them: the 5,882 requests of truthfulqa_mc2 have
 1.24 million tokens and 68,362 columns.
 """
 
@@ -18,8 +22,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 MIN_SEQ_LEN, MAX_SEQ_LEN = 256, 16_384  # columns; of trees. A piece alone may take more
-SEQ_LEN_GROWTH = 4  # rows are SHORTEST_ROW, GROWTH x, GROWTH^2 x ... long, so that two or three lengths are all that is compiled
-# A tree takes a row of up to so many times what all its pieces share. Every row repeats that trunk, so short rows waste; but a token's
+# rows are SHORTEST_ROW, GROWTH x, GROWTH^2 x ... long, so that two or three lengths are all that is
+# compiled
+SEQ_LEN_GROWTH = 4
+# A tree takes a row of up to so many times what all its pieces share. Every row repeats that trunk,
+# so short rows waste; but a token's
 # attention costs what its row is long, whatever it sees of it.
 SEQ_LEN_PER_PREFIX = 8
 MIN_SHARED_TOKENS = (
@@ -32,9 +39,11 @@ class TreeArrays(NamedTuple):
     """What a model reads and is asked; every field int32 [B, T].
 
     tokens     ids
-    ends       a column is seen by those from itself on up to this one, exclusive; unused columns see themselves
+    ends       a column is seen by those from itself on up to this one, exclusive; unused columns
+    see themselves
     positions  in the piece of text: the depth in the tree
-    columns    of the questions: which column's prediction is asked for; each row's questions stand at its beginning
+    columns    of the questions: which column's prediction is asked for; each row's questions stand
+    at its beginning
     targets    of the questions: how likely which id is
     """
 
@@ -46,6 +55,8 @@ class TreeArrays(NamedTuple):
 
 
 class TreeBatch(NamedTuple):
+    """Trees of one shape, and where their scores belong."""
+
     arrays: TreeArrays  # numpy
     n_scored: int  # the most questions of any row
     places: list[
@@ -54,16 +65,21 @@ class TreeBatch(NamedTuple):
 
 
 class PrefixTree(NamedTuple):
+    """Sequences that share a prefix."""
+
     members: list[tuple[int, int]]  # (piece, columns that it shares with the one before), sorted
     size: int  # columns, or questions where those are more
 
 
 class ScoredSequence(NamedTuple):
+    """Token ids, and how many of the last ones are scored."""
+
     ids: np.ndarray  # int32 [n + 1]: n columns, for the last is only predicted
     n_scored: int  # of its ids, the last ones
 
     @property
     def n_columns(self) -> int:
+        """Columns that the sequence takes alone."""
         return len(self.ids) - 1
 
 
@@ -72,7 +88,8 @@ def make_tree_batches(
 ) -> Iterator[TreeBatch]:
     """Every piece's questions, each exactly once. Row counts are multiples of n_shards.
 
-    longest  columns of the longest piece that the model takes: rows of single pieces are no longer than that, rounded up to SHORTEST_ROW
+    longest  columns of the longest piece that the model takes: rows of single pieces are no longer
+    than that, rounded up to SHORTEST_ROW
     share    False keeps pieces apart
     """
     trees = (
@@ -133,8 +150,10 @@ def count_shared_prefix(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def pack_trees(sizes: Sequence[int], longest: int) -> dict[int, list[list[int]]]:
-    """Row length -> rows, each a list of trees by number. Best fit, largest first: a tree goes to the fullest row that still holds it, or
-    opens a row of the shortest length that does.
+    """Row length -> rows, each a list of trees by number.
+
+    Best fit, largest first: a tree goes to the fullest row that still holds it, or opens a row of
+    the shortest length that does.
     """
     rows: dict[int, list[list[int]]] = {}
     free: list[tuple[int, int, int]] = []  # (columns left, row length, row), sorted
@@ -162,6 +181,7 @@ def round_seq_len(n: int, longest: int) -> int:
 def fill_tree_arrays(
     pieces: Sequence[ScoredSequence], rows: list[list[PrefixTree]], n_rows: int, seq_len: int
 ) -> TreeBatch:
+    """Fill the arrays of one batch."""
     arrays = TreeArrays(*(np.zeros((n_rows, seq_len), np.int32) for _ in TreeArrays._fields))
     arrays.visible_until[:] = np.arange(1, seq_len + 1)
     places, most = [], 0

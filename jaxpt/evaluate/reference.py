@@ -1,6 +1,9 @@
-"""The same measurements by torch and transformers, the judge of ours: bits per byte, the harness's own model, logits, KL.
+"""The same measurements by torch and transformers, the judge of ours.
 
-The only file of jaxpt that runs transformers' models. Everything here computes in float32 on the CPU.
+Bits per byte, the harness's own model, logits, KL.
+
+The only file of jaxpt that runs transformers' models. Everything here computes in float32 on the
+CPU.
 """
 
 from __future__ import annotations
@@ -16,7 +19,10 @@ from jaxpt.spec import UserError
 
 
 def load_reference_model(hf_dir: pathlib.Path):
-    """The directory's model, in float32, ready to be read. Raises UserError when torch is not installed or the directory cannot be opened."""
+    """The directory's model, in float32, ready to be read.
+
+    Raises UserError when torch is not installed or the directory cannot be opened.
+    """
     require_torch("torch", "transformers")
     import transformers
 
@@ -27,7 +33,9 @@ def load_reference_model(hf_dir: pathlib.Path):
         ).eval()
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{hf_dir}: transformers cannot open it ({str(error).splitlines()[0]}). Wanted a directory that export_hf.py wrote."
+            f"{hf_dir}: transformers cannot open it "
+            f"({str(error).splitlines()[0]}). Expected a directory that "
+            "export_hf.py wrote."
         ) from None
 
 
@@ -38,7 +46,8 @@ def require_torch(*packages: str) -> None:
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise UserError(
-            f"evaluate: {' and '.join(missing)} not installed. Run: pip install -r requirements-eval.txt"
+            f"evaluate: {' and '.join(missing)} not installed. Run: pip "
+            "install -r requirements-eval.txt"
         )
 
 
@@ -113,5 +122,6 @@ def measure_logit_distance(
 
 
 def log_softmax_numpy(x: np.ndarray) -> np.ndarray:
+    """Return log-softmax over the last axis, float64."""
     x = x - x.max(axis=-1, keepdims=True)
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))

@@ -1,7 +1,11 @@
-"""Text from a model: one pass over the prompts fills a key-value cache, then one compiled loop adds a token at a time.
+"""Text from a model.
 
-Prompts of a batch are padded on the left, so that all rows write to the same column of the cache. A row's padding has
-segment 0, which its tokens do not see, and its positions count from its first token: a row comes out as it would alone.
+One pass over the prompts fills a key-value cache, then one compiled loop adds a token at a time.
+
+Prompts of a batch are padded on the left, so that all rows write to the same column of the cache. A
+row's padding has
+segment 0, which its tokens do not see, and its positions count from its first token: a row comes
+out as it would alone.
 """
 
 from __future__ import annotations
@@ -24,19 +28,25 @@ from jaxpt.spec import ModelSpec, UserError
 MAX_DECODE_BATCH = (
     32  # prompts decoded together: a step reads every weight once, however many rows share it
 )
-LENGTH_STEP = 64  # prompt and cache lengths are rounded up to multiples of it, so that few shapes are compiled
+# prompt and cache lengths are rounded up to multiples of it, so that few shapes are compiled
+LENGTH_STEP = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen from the logits; each setting as transformers' generate defines it, in its order.
+    """How the next token is chosen from the logits.
 
-    repetition_penalty  logits of tokens already in prompt or output are divided by it where positive, else multiplied
-    temperature         logits are divided by it; 0 takes the likeliest token, whatever top_k and top_p say
+    Each setting as transformers' generate defines it, in its order.
+
+    repetition_penalty  logits of tokens already in prompt or output are divided by it where
+    positive, else multiplied
+    temperature         logits are divided by it; 0 takes the likeliest token, whatever top_k and
+    top_p say
     top_k               only the k likeliest; 0 keeps all
     top_p               only the fewest likeliest that together have this probability; 1 keeps all
 
-    Source: transformers' RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper.
+    Source: transformers' RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper,
+    TopKLogitsWarper, TopPLogitsWarper.
     """
 
     repetition_penalty: float = 1.0
@@ -45,7 +55,7 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        for name, value, good, wanted in (
+        for name, value, good, expected in (
             (
                 "repetition_penalty",
                 self.repetition_penalty,
@@ -57,7 +67,7 @@ class Sampling:
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, up to 1 (1 keeps all)"),
         ):
             if not good:
-                raise UserError(f"sampling: {name} is {value}, wanted a number {wanted}.")
+                raise UserError(f"sampling: {name} is {value}, expected a number {expected}.")
 
 
 def generate(
@@ -72,15 +82,20 @@ def generate(
     watch: Callable[[int, list[int]], bool | None] | None = None,
     watch_every: int = 1,
 ) -> list[list[int]]:
-    """Continuations of the prompts, without the prompts and without the end-of-sequence token that ended them.
+    """Continuations of the prompts, without the prompts and without the end-of-sequence token that
+    ended them.
 
-    A row ends with spec.eos_id, after max_new tokens, or when prompt and output fill spec.max_seq_len.
-    watch(row, ids so far) is called every `watch_every` tokens, for streaming; a true answer ends the row there.
-    The same seed, prompt and place in the list give the same text in any batch. Params lie on the mesh of their shardings.
-    Raises UserError for a prompt that is empty, leaves no room in the context, or has ids that the model does not know.
+    A row ends with spec.eos_id, after max_new tokens, or when prompt and output fill
+    spec.max_seq_len.
+    watch(row, ids so far) is called every `watch_every` tokens, for streaming; a true answer ends
+    the row there.
+    The same seed, prompt and place in the list give the same text in any batch. Params lie on the
+    mesh of their shardings.
+    Raises UserError for a prompt that is empty, leaves no room in the context, or has ids that the
+    model does not know.
     """
     if max_new < 1:
-        raise UserError(f"generate: asked for {max_new} new tokens, wanted at least 1.")
+        raise UserError(f"generate: asked for {max_new} new tokens, expected at least 1.")
     check_prompts(spec, prompts)
     params = unstack_layers(params)
     outputs: list[list[int]] = [[] for _ in prompts]
@@ -104,9 +119,12 @@ def generate(
 
 
 def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters with one tree a layer in place of stacked blocks, where that helps: on a single CPU device. Nothing is copied.
+    """The parameters with one tree a layer in place of stacked blocks, where that helps.
 
-    XLA's CPU compiler copies a layer out of a stack before it multiplies with it; for a product with one token that is most of the time.
+    On a single CPU device. Nothing is copied.
+
+    XLA's CPU compiler copies a layer out of a stack before it multiplies with it; for a product
+    with one token that is most of the time.
     """
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
@@ -123,26 +141,33 @@ def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_prompts(spec: ModelSpec, prompts: list[list[int]]) -> None:
+    """Raise UserError for prompts that the model cannot continue."""
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise UserError(
-                f"generate: prompt {row + 1} has no tokens. Begin it with the beginning-of-sequence token, or write something."
+                f"generate: prompt {row + 1} has no tokens. Begin it with the "
+                "beginning-of-sequence token, or write something."
             )
         if len(prompt) >= spec.max_seq_len:
             raise UserError(
-                f"generate: prompt {row + 1} has {len(prompt):,} tokens, but the model's context is {spec.max_seq_len:,}. "
+                f"generate: prompt {row + 1} has {len(prompt):,} tokens, but "
+                f"the model's context is {spec.max_seq_len:,}. "
                 f"Shorten it to at most {spec.max_seq_len - 1:,}."
             )
         wrong = [token for token in prompt if not 0 <= token < spec.vocab_size]
         if wrong:
             raise UserError(
-                f"generate: prompt {row + 1} has token id {wrong[0]}, but the model knows ids 0 to {spec.vocab_size - 1}. "
+                f"generate: prompt {row + 1} has token id {wrong[0]}, but the "
+                f"model knows ids 0 to {spec.vocab_size - 1}. "
                 "Use the tokenizer that the model was trained with."
             )
 
 
 class DecodeState(NamedTuple):
-    """What the loop carries. C: columns of the cache; the prompts end at the column where decoding starts."""
+    """What the loop carries.
+
+    C: columns of the cache; the prompts end at the column where decoding starts.
+    """
 
     keys: jax.Array  # [L, B, C, K, H], rotated
     values: jax.Array  # [L, B, C, K, H]
@@ -282,13 +307,20 @@ def decode_step(
             dtype,
         )
         return DecodeState(
-            keys, values, state.segments, logits,
+            keys,
+            values,
+            state.segments,
+            logits,
             seen=state.seen.at[rows, token].set(True),
             output=jax.lax.dynamic_update_slice(state.output, token[:, None], (0, column)),
             lengths=state.lengths + going,
-            room=jnp.where(token == (-1 if spec.eos_id is None else spec.eos_id), 0, jnp.maximum(state.room - 1, 0)),
+            room=jnp.where(
+                token == (-1 if spec.eos_id is None else spec.eos_id),
+                0,
+                jnp.maximum(state.room - 1, 0),
+            ),
             column=column + 1,
-        )  # fmt: skip
+        )
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return jax.lax.while_loop(
@@ -297,7 +329,11 @@ def decode_step(
 
 
 def attend_to_cache(q, keys, values, segments, column, window):
-    """One query a row, at `column`: q [B, K, G, H], keys and values [B, S, K, H] as the cache holds them. Sees the columns of segment 1."""
+    """One query a row, at `column`.
+
+    Q [B, K, G, H], keys and values [B, S, K, H] as the cache holds them. Sees the columns of
+    segment 1.
+    """
     distance = column - jnp.arange(keys.shape[1])
     sees = (distance >= 0) & (distance < (window or keys.shape[1])) & (segments == 1)
     scores = (
@@ -321,7 +357,9 @@ def bind_for_decoding(
 def run_layers_with_cache(
     model: llama.Llama, layers, tokens, positions, cache, attend_layer, dtype
 ):
-    """Tokens [B, T] through the model beside its cache. attend_layer(q, k, v, cache, layer) -> (mixed, cache).
+    """Tokens [B, T] through the model beside its cache.
+
+    Attend_layer(q, k, v, cache, layer) -> (mixed, cache).
 
     Returns float32 logits [B, V] of the last column, and the cache.
     """
@@ -331,7 +369,9 @@ def run_layers_with_cache(
 
     def run_layer(carry, one):
         x, cache = (
-            carry  # the cache is carried, not scanned over: a step then writes one column in place, not all of it anew
+            # the cache is carried, not scanned over: a step then writes one column in place, not
+            # all of it anew
+            carry
         )
         layer, weights = one
 
@@ -375,17 +415,20 @@ def sample_token(sampling: Sampling, state: DecodeState, key, draws) -> jax.Arra
 
 
 def penalize_repetition(logits, seen, penalty: float):
+    """Return logits with seen tokens penalized."""
     if penalty == 1:
         return logits
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def mask_top_k(logits, k: int):
+    """Return logits with all but the k largest at -inf."""
     least = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][:, -1:]
     return jnp.where(logits < least, -jnp.inf, logits)
 
 
 def mask_top_p(logits, p: float):
+    """Return logits without the tail beyond probability p."""
     order = jnp.argsort(logits, axis=-1)
     mass = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1), axis=-1)
     dropped = (mass <= 1 - p).at[:, -1].set(False)  # the likeliest always stays
@@ -397,4 +440,5 @@ def mask_top_p(logits, p: float):
 
 
 def round_up_length(n: int, step: int) -> int:
+    """Return n rounded up to a multiple of step."""
     return -(-n // step) * step

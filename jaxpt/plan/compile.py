@@ -1,8 +1,9 @@
-"""The real train step compiled for hardware that is not here: the code that trains, over a state of shapes without arrays.
+"""Compile the real train step for hardware that is not here, over a state of shapes without arrays.
 
-TPU slices come from libtpu, NVIDIA hosts from a description of the card that the CUDA plugin of JAX compiles for, CPU
-devices are made up on this machine. Each target has its own process, because what JAX can compile for is settled when it
-is first used. Where a package is missing the bytes of the state are still exact, and the rest is arithmetic.
+TPU slices come from libtpu, NVIDIA hosts from a description of the card that JAX's CUDA plugin
+compiles for, CPU devices are simulated on this machine. Each target has its own process, because
+what JAX can compile for is settled when it is first used. Where a package is missing, the bytes of
+the state are still exact, and the rest is arithmetic.
 """
 
 from __future__ import annotations
@@ -18,151 +19,170 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxpt import config
 from jaxpt.config import Config
 from jaxpt.plan import flops, hardware, hlo
-from jaxpt.plan.hardware import GPUS_PER_HOST, Target
-from jaxpt.spec import ModelSpec, UserError
+from jaxpt.plan.hardware import GPUS_PER_HOST, Chip, Target
+from jaxpt.plan.records import StepAnalysis
+from jaxpt.spec import ModelSpec, Record, UserError
 
-
-def analyze_step(spec: ModelSpec, settings: Config, target: Target) -> dict[str, Any]:
-    """What the train step takes on a target, asked of a process of its own.
-
-    Returns method ("compiled" or "estimated"), missing (the package that would have compiled it, or None), mesh {axis: size},
-    params_bytes, opt_bytes, peak_bytes, restore_bytes and export_bytes of one device, over_memory (whether the compiler gave
-    up; the peak is then a lower bound), kept_bytes (what backward keeps, by rule of thumb), attention (its backend),
-    executed_flops (of a whole step, recomputation included), once_flops (of a device, a loop's body counted once) and beside it
-    compiler_flops (the compiler's own count, which is like that; None where it has none), layers (collectives of one layer in
-    the compiled program, see hlo.layers), moved_bytes and traffic_bytes (that a device receives for the cut weights, and
-    reads and writes, in a step, by arithmetic) and seconds.
-    Raises UserError where the config's sizes cannot be laid out on the target.
-    """
-    missing = find_missing_package(target)
-    request = {
-        "spec": spec.to_json(),
-        "settings": dataclasses.asdict(settings),
-        "on": target.name,
-        "missing": missing,
-    }
-    with tempfile.TemporaryDirectory() as directory:
-        asked, answer = (
-            pathlib.Path(directory) / "request.json",
-            pathlib.Path(directory) / "answer.json",
-        )
-        asked.write_text(json.dumps(request))
-        # -P: the directory it is called from may hold another jaxpt
-        command = [sys.executable, "-P", "-m", "jaxpt.plan.compile", str(asked), str(answer)]
-        house = str(pathlib.Path(__file__).resolve().parents[2])
-        path = os.pathsep.join([house, *filter(None, [os.environ.get("PYTHONPATH")])])
-        done = subprocess.run(
-            command,
-            env={**os.environ, **COMPILER_ENV, "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-        )
-        if not answer.exists():
-            raise RuntimeError(
-                f"plan: the process for {target.name} ended with status {done.returncode}.\n{done.stderr[-5000:]}"
-            )
-        result = json.loads(answer.read_text())
-    if "user_error" in result:
-        raise UserError(f"--on {target.name}: {result['user_error']}")
-    return result
-
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 COMPILER_ENV = {
-    "JAX_PLATFORMS": "cpu",  # the compilers run on this machine; nothing is asked of a chip
-    "TPU_SKIP_MDS_QUERY": "1",  # libtpu would ask Google Cloud's metadata server which TPU this is
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # libtpu's lock file would keep two plans from running side by side
+    "JAX_PLATFORMS": "cpu",  # the compilers run on this machine and need no chip
+    "TPU_SKIP_MDS_QUERY": "1",  # libtpu would ask Google Cloud's metadata server for its TPU
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # libtpu's lock file would serialize two plans
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # the CUDA plugin without CUDA's own libraries
 }
 CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
 
+@dataclasses.dataclass(frozen=True)
+class AnalysisRequest(Record):
+    """What the target's process reads."""
+
+    spec: ModelSpec
+    settings: dict[str, dict[str, Any]]
+    target: str
+    missing_package: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class AnalysisResponse(Record):
+    """What the target's process writes: one of both."""
+
+    analysis: StepAnalysis | None = None
+    user_error: str | None = None
+
+
+def analyze_step(spec: ModelSpec, settings: Config, target: Target) -> StepAnalysis:
+    """Return memory, FLOPs and traffic of the train step on a target, from its own process.
+
+    Raises:
+        UserError: the config's sizes cannot be sharded over the target.
+    """
+    values = dataclasses.asdict(settings)
+    request = AnalysisRequest(spec, values, target.name, find_missing_package(target))
+    with tempfile.TemporaryDirectory() as directory:
+        request_path = pathlib.Path(directory) / "request.json"
+        response_path = pathlib.Path(directory) / "response.json"
+        request_path.write_text(json.dumps(request.to_json()))
+        # -P: the working directory may hold another jaxpt
+        command = [sys.executable, "-P", "-m", __name__, str(request_path), str(response_path)]
+        environment = os.environ | COMPILER_ENV | {"PYTHONPATH": make_python_path()}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if not response_path.exists():
+            raise RuntimeError(
+                f"plan: the process for {target.name} ended with status {done.returncode}.\n"
+                f"{done.stderr[-5000:]}"
+            )
+        response = AnalysisResponse.from_json(json.loads(response_path.read_text()))
+    if response.analysis is None:
+        raise UserError(f"--on {target.name}: {response.user_error}")
+    return response.analysis
+
+
+def make_python_path() -> str:
+    """Return PYTHONPATH with this clone first."""
+    paths = [str(pathlib.Path(__file__).resolve().parents[2])]
+    if "PYTHONPATH" in os.environ:
+        paths.append(os.environ["PYTHONPATH"])
+    return os.pathsep.join(paths)
+
+
 def find_missing_package(target: Target) -> str | None:
-    """The package to install before this target can be compiled here; None when all is here."""
-    here = importlib.util.find_spec
-    if target.chip.platform == "tpu":
-        return None if here("libtpu") else "libtpu"
-    if target.chip.platform == "cuda":
-        return None if any(map(here, CUDA_PLUGINS)) else "jax-cuda13-plugin and jax-cuda13-pjrt"
+    """Return the package to install before compiling for this target; None if all is here."""
+    find_spec = importlib.util.find_spec
+    if target.chip.platform == "tpu" and not find_spec("libtpu"):
+        return "libtpu"
+    if target.chip.platform == "cuda" and not any(map(find_spec, CUDA_PLUGINS)):
+        return "jax-cuda13-plugin and jax-cuda13-pjrt"
     return None
 
 
 # ---- in the target's own process
 
 
-def main(asked: str, answer: str) -> None:
-    request = json.loads(pathlib.Path(asked).read_text())
-    spec, settings = ModelSpec.from_json(request["spec"]), config.build_config(request["settings"])
+def main(request_path: str, response_path: str) -> None:
+    """Answer one request."""
+    request = AnalysisRequest.from_json(json.loads(pathlib.Path(request_path).read_text()))
     try:
-        result = analyze_step_in_process(
-            spec, settings, hardware.parse_target(request["on"]), request["missing"]
-        )
+        response = AnalysisResponse(analysis=analyze_step_in_process(request))
     except UserError as error:
-        result = {"user_error": str(error)}
-    pathlib.Path(answer).write_text(json.dumps(result))
+        response = AnalysisResponse(user_error=str(error))
+    pathlib.Path(response_path).write_text(json.dumps(response.to_json()))
 
 
-def analyze_step_in_process(
-    spec: ModelSpec, settings: Config, target: Target, missing: str | None
-) -> dict[str, Any]:
+def analyze_step_in_process(request: AnalysisRequest) -> StepAnalysis:
+    """Return the analysis of a step for devices that this process alone sees."""
     from jaxpt import sharding
     from jaxpt.model import attention
-    from jaxpt.train import state, step
+    from jaxpt.train import state
 
     start = time.monotonic()
-    mesh = sharding.make_mesh(settings.mesh, make_target_devices(target, missing))
+    spec, missing = request.spec, request.missing_package
+    settings = config.build_config(request.settings)
+    target = hardware.parse_target(request.target)
     train = settings.train
+    mesh = sharding.make_mesh(settings.mesh, make_target_devices(target, missing))
     sharding.check_mesh_divides(
         mesh, spec, train.batch_size, train.grad_accum_steps, settings.pack.seq_len
     )
-    goal = state.make_abstract_state(spec, settings, mesh)
-    params_bytes, opt_bytes = (
-        count_bytes_per_device(goal.params),
-        count_bytes_per_device(goal.opt_state),
-    )
-
-    def trace(**changes):
-        changed = dataclasses.replace(settings, train=dataclasses.replace(train, **changes))
-        return step.build_step(spec, changed, mesh).trace(
-            goal, step.make_abstract_batch(settings, mesh)
-        )
-
-    # A kernel's products are out of sight; xla's bands compute the same blocks. On stand-ins nothing else can be traced.
-    plain = trace(
-        attention="xla", remat="dots" if missing and train.remat == "offload" else train.remat
-    )
-    backend = (
-        hardware.predict_attention_backend(settings, target)
-        if missing
-        else attention.choose_backend(spec, settings, mesh)[0]
-    )
-    found = flops.estimate_step(spec, settings, dict(mesh.shape), backend)
-    found |= {
-        "method": "estimated",
-        "missing": missing,
-        "mesh": dict(mesh.shape),
-        "params_bytes": params_bytes,
-        "opt_bytes": opt_bytes,
-        "restore_bytes": params_bytes + opt_bytes,
-        "peak_bytes": found["peak_bytes"] - found["restore_bytes"] + params_bytes + opt_bytes,
-        "export_bytes": found["export_bytes"] - found["params_bytes"] + params_bytes,
-        "executed_flops": count_matmul_flops(plain.jaxpr),
-        "once_flops": count_matmul_flops(plain.jaxpr, multiply_loops=False) / target.n_devices,
-    }
+    backend = hardware.predict_attention_backend(settings, target)
     if not missing:
-        found |= {
-            "method": "compiled",
-            **analyze_compiled_step(trace().lower(), target.chip.platform, spec.n_layers),
-        }
-    return {**found, "seconds": round(time.monotonic() - start, 1)}
+        backend, _ = attention.choose_backend(spec, settings, mesh)
+
+    # A kernel's matmuls cannot be seen; xla's query blocks compute the same. Stand-in devices can
+    # trace nothing else.
+    remat = "dots" if missing and train.remat == "offload" else train.remat
+    visible_train = dataclasses.replace(train, attention="xla", remat=remat)
+    visible = dataclasses.replace(settings, train=visible_train)
+    program = trace_step(spec, visible, mesh).jaxpr
+    loop_body_flops = count_matmul_flops(program, multiply_loops=False) / target.n_devices
+
+    estimate = flops.estimate_step(spec, settings, dict(mesh.shape), backend)
+    abstract_state = state.make_abstract_state(spec, settings, mesh)
+    params_bytes = count_bytes_per_device(abstract_state.params)
+    opt_state_bytes = count_bytes_per_device(abstract_state.opt_state)
+    state_bytes = params_bytes + opt_state_bytes
+    analysis = dataclasses.replace(
+        estimate,
+        missing_package=missing,
+        params_bytes=params_bytes,
+        opt_state_bytes=opt_state_bytes,
+        restore_bytes=state_bytes,
+        peak_bytes=estimate.peak_bytes - estimate.restore_bytes + state_bytes,
+        export_bytes=estimate.export_bytes - estimate.params_bytes + params_bytes,
+        executed_flops=count_matmul_flops(program),
+        loop_body_flops=loop_body_flops,
+    )
+    if not missing:
+        lowered = trace_step(spec, settings, mesh).lower()
+        analysis = analyze_compiled_step(analysis, lowered, target.chip.platform)
+    seconds = round(time.monotonic() - start, 1)
+    return dataclasses.replace(analysis, analysis_seconds=seconds)
 
 
-def make_target_devices(target: Target, missing: str | None) -> list:
-    """The target's devices, which can be compiled for and no more; or as many CPU devices, when they only stand in for a layout."""
+def trace_step(spec: ModelSpec, settings: Config, mesh: Mesh) -> Any:
+    """Return the traced train step (jax.stages.Traced)."""
+    from jaxpt.train import state, step
+
+    abstract_state = state.make_abstract_state(spec, settings, mesh)
+    abstract_batch = step.make_abstract_batch(settings, mesh)
+    return step.build_step(spec, settings, mesh).trace(abstract_state, abstract_batch)
+
+
+def make_target_devices(target: Target, missing: str | None) -> Sequence[Any]:
+    """Return the target's jax.Devices, to compile for only; CPU stand-ins if it is missing.
+
+    Args:
+        target: hardware to compile for.
+        missing: the package that is not installed, or None.
+    """
     import jax
     from jax.experimental import topologies
 
@@ -171,151 +191,194 @@ def make_target_devices(target: Target, missing: str | None) -> list:
         jax.config.update("jax_num_cpu_devices", target.n_devices)
         return jax.devices("cpu")
     if platform == "tpu":
-        options = {}
+        options: dict[str, Any] = {}
         if target.chip.name == "v4":
             options["chip_config_name"] = "megacore"  # a v4 chip's two cores are one device
         if math.prod(shape) == 1:
             options["chips_per_host_bounds"] = (1, 1, 1)
         name = f"{target.chip.name}:{hardware.format_topology(shape)}"
-        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
-    hosts, each = divmod(shape[0], GPUS_PER_HOST)
-    topology = (
-        f"1x{hosts}x{GPUS_PER_HOST}" if hosts else f"1x1x{each}"
-    )  # slices x hosts x devices of a host
+        return topologies.get_topology_desc(name, "tpu", **options).devices
+    n_hosts, n_devices = divmod(shape[0], GPUS_PER_HOST)
+    # slices x hosts x devices per host
+    topology = f"1x{n_hosts}x{GPUS_PER_HOST}" if n_hosts else f"1x1x{n_devices}"
     patch_cudnn_checks(target.chip)
+    target_config = format_gpu_target_config(target.chip)
     return topologies.get_topology_desc(
-        platform="cuda", target_config=format_gpu_target_config(target.chip), topology=topology
+        platform="cuda", target_config=target_config, topology=topology
     ).devices
 
 
-def patch_cudnn_checks(chip: hardware.Chip) -> None:
-    """JAX asks the card of this machine whether it can run a cuDNN attention, and here is none: the target's answers are given."""
+def patch_cudnn_checks(chip: Chip) -> None:
+    """Answer for the target where JAX asks this machine's card whether it runs cuDNN attention."""
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
-    capability = GPU_SPECS[chip.name][1]
-    read = lambda text: tuple(map(int, text.split(".")))  # noqa: E731
+    capability = GPU_SPECS[chip.name].capability
+
+    def parse_capability(text: str) -> tuple[int, ...]:
+        return tuple(map(int, text.split(".")))
+
     fused.check_cudnn_version = lambda: 91000
-    fused.check_compute_capability = lambda wanted: capability >= read(wanted)
-    fused.is_cuda_compute_capability_equal = lambda wanted: capability == read(wanted)
+    fused.check_compute_capability = lambda text: capability >= parse_capability(text)
+    fused.is_cuda_compute_capability_equal = lambda text: capability == parse_capability(text)
 
 
-def count_bytes_per_device(tree) -> int:
-    """Of abstract arrays with shardings, the part that one device holds."""
+def count_bytes_per_device(tree: Any) -> int:
+    """Return the bytes that one device holds of a pytree of abstract arrays with shardings."""
     import jax
 
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shard_shape = leaf.sharding.shard_shape(leaf.shape)
+        total += math.prod(shard_shape) * leaf.dtype.itemsize
+    return total
+
+
+def analyze_compiled_step(analysis: StepAnalysis, lowered: Any, platform: str) -> StepAnalysis:
+    """Return the analysis with what the compiler reports, or what it expected if it gave up.
+
+    Args:
+        analysis: by arithmetic and tracing.
+        lowered: the lowered train step (jax.stages.Lowered).
+        platform: "tpu", "cuda" or "cpu".
+    """
+    import jax
+
+    # XLA tries its Triton kernels for matmuls on the card and passes over those whose tiling does
+    # not exist. With no card it stops there (at 60 x 24, say). Plain matmuls compile in every shape
+    # and take more memory: the 8B shape on 8 H100 30.5 GiB against 26.9.
+    options = {"xla_gpu_enable_triton_gemm": False} if platform == "cuda" else None
+    try:
+        compiled = lowered.compile(options)
+    except jax.errors.JaxRuntimeError as error:
+        peak_bytes = parse_refused_bytes(str(error))
+        if peak_bytes is None:
+            raise
+        return dataclasses.replace(
+            analysis, method="compiled", exceeds_memory=True, peak_bytes=peak_bytes
+        )
+    layer_collectives = ()
+    if platform != "cpu":  # a CPU's step has its layers unrolled
+        layer_collectives = hlo.count_layer_collectives(compiled.as_text(), analysis.n_layers)
+    costs = compiled.cost_analysis() or {}
+    return dataclasses.replace(
+        analysis,
+        method="compiled",
+        peak_bytes=read_peak_bytes(compiled, platform),
+        layer_collectives=layer_collectives,
+        compiler_flops=costs.get("flops"),
     )
 
 
-def analyze_compiled_step(lowered, platform: str, n_layers: int) -> dict[str, Any]:
-    """What the compiler's own analyses and the text of its program say; where it refuses for want of memory, what it wanted."""
-    import jax
+def parse_refused_bytes(message: str) -> int | None:
+    """Return the bytes that a compiler expected when it ran out of memory.
 
-    # XLA tries its Triton kernels for products on the card and passes over those whose tiling does not exist. With no card to
-    # try on it stops there (at 60 x 24, say). Plain products compile in every shape and take more memory: the 8B shape on 8
-    # H100 30.5 GiB against 26.9.
-    options = {"xla_gpu_enable_triton_gemm": False} if platform == "cuda" else None
-    try:
-        made = lowered.compile(options)
-    except jax.errors.JaxRuntimeError as error:
-        wanted = re.search(r"(?:temporaries \(|Used )([\d.]+)([KMGT]?)", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or not wanted:
-            raise
-        peak = round(float(wanted[1]) * 1024 ** " KMGT".index(wanted[2] or " "))
-        return {"over_memory": True, "peak_bytes": peak, "layers": [], "compiler_flops": None}
-    memory = made.memory_analysis()
+    None for other errors.
+    """
+    amount = re.search(r"(?:temporaries \(|Used )([\d.]+)([KMGT]?)", message)
+    if "RESOURCE_EXHAUSTED" not in message or not amount:
+        return None
+    exponent = " KMGT".index(amount[2] or " ")
+    return round(float(amount[1]) * 1024**exponent)
+
+
+def read_peak_bytes(compiled: Any, platform: str) -> int:
+    """Return the peak memory per device of a compiled program (jax.stages.Compiled)."""
+    memory = compiled.memory_analysis()
+    code = memory.generated_code_size_in_bytes
     if platform == "tpu":
-        # libtpu's size of the temporaries counts buffers that never live together (it accepted 17.0 GiB by that count on
-        # 15.75 GiB); its peak does not. The other compilers' peak leaves temporaries out on CPU, and their sum is right.
-        peak = memory.peak_memory_in_bytes
-    else:
-        peak = (
-            memory.argument_size_in_bytes
-            + memory.temp_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-        )
-    return {
-        "over_memory": False,
-        "peak_bytes": peak + memory.generated_code_size_in_bytes,
-        "layers": []
-        if platform == "cpu"
-        else hlo.count_layer_collectives(
-            made.as_text(), n_layers
-        ),  # a CPU's step has its layers written out
-        "compiler_flops": (made.cost_analysis() or {}).get("flops"),
-    }
+        # libtpu's size of the temporaries counts buffers that never live together (it accepted
+        # 17.0 GiB by that count on 15.75 GiB); its peak does not
+        return memory.peak_memory_in_bytes + code
+    # the peak of the other compilers leaves temporaries out on CPU; the sum is right
+    arguments = memory.argument_size_in_bytes - memory.alias_size_in_bytes
+    return arguments + memory.temp_size_in_bytes + memory.output_size_in_bytes + code
 
 
-def count_matmul_flops(jaxpr, multiply_loops: bool = True) -> float:
-    """FLOPs of all matrix products of a traced program, over all devices, loops multiplied out.
+def count_matmul_flops(jaxpr: Any, multiply_loops: bool = True) -> float:
+    """Return the FLOPs of all matmuls of a traced program, over all devices.
 
-    Without `loops` each body counts once, which is how the compilers count: of L layers they see one.
+    Args:
+        jaxpr: the program (jax.extend.core.Jaxpr or ClosedJaxpr).
+        multiply_loops: False counts each loop body once, as the compilers do: of L layers they
+            see one.
     """
     from jax.extend import core
 
     total = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            summed = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * summed
-        repeats = 1
-        if (
-            equation.primitive.name == "scan"
-        ):  # one that is unrolled into as many turns as it has is no loop any more
-            length, unroll = equation.params["length"], int(equation.params["unroll"])
-            repeats = length if multiply_loops else min(length, unroll)
-        total += repeats * sum(
-            count_matmul_flops(inner, multiply_loops)
-            for inner in core.jaxprs_in_params(equation.params)
-        )
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            left_shape = equation.invars[0].aval.shape
+            n_summed = math.prod(left_shape[axis] for axis in contracted)
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * n_summed
+        n_repeats = 1
+        if name == "scan":
+            # unrolled by its whole length, it is no loop any more
+            n_repeats = params["length"]
+            if not multiply_loops:
+                n_repeats = min(n_repeats, int(params["unroll"]))
+        for inner in core.jaxprs_in_params(params):
+            total += n_repeats * count_matmul_flops(inner, multiply_loops)
     return total
 
 
-# ---- descriptions of NVIDIA cards: hardware facts in the text form that XLA's GPU compiler reads
+# ---- descriptions of NVIDIA cards, in the text form that XLA's GPU compiler reads
 
-GPU_SPECS = {  # JAX's name, compute capability, multiprocessors, units and shared bytes (all, one block's) and threads of each, L2 bytes, GHz
-    "a100": ("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 167_936, 166_912, 2048, 41_943_040, 1.41),
-    "h100": ("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 233_472, 232_448, 2048, 52_428_800, 1.98),
-    "h200": ("NVIDIA H200", (9, 0), 132, 128, 233_472, 232_448, 2048, 52_428_800, 1.98),
-    "b200": ("NVIDIA B200", (10, 0), 148, 128, 233_472, 232_448, 2048, 132_644_864, 1.965),
-    "l4": ("NVIDIA L4", (8, 9), 58, 128, 102_400, 101_376, 1536, 50_331_648, 2.04),
-    "rtx4090": (
-        "NVIDIA GeForce RTX 4090",
-        (8, 9),
-        128,
-        128,
-        102_400,
-        101_376,
-        1536,
-        75_497_472,
-        2.52,
+
+class GpuSpec(NamedTuple):
+    """A card's hardware facts."""
+
+    jax_name: str
+    capability: tuple[int, int]
+    n_multiprocessors: int
+    units: int  # floating-point units per multiprocessor, as the next three
+    shared_bytes: int
+    shared_bytes_per_block: int
+    max_threads: int
+    l2_bytes: int
+    ghz: float
+
+
+GPU_SPECS = {
+    "a100": GpuSpec(
+        "NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 167_936, 166_912, 2048, 41_943_040, 1.41
+    ),
+    "h100": GpuSpec(
+        "NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 233_472, 232_448, 2048, 52_428_800, 1.98
+    ),
+    "h200": GpuSpec("NVIDIA H200", (9, 0), 132, 128, 233_472, 232_448, 2048, 52_428_800, 1.98),
+    "b200": GpuSpec("NVIDIA B200", (10, 0), 148, 128, 233_472, 232_448, 2048, 132_644_864, 1.965),
+    "l4": GpuSpec("NVIDIA L4", (8, 9), 58, 128, 102_400, 101_376, 1536, 50_331_648, 2.04),
+    "rtx4090": GpuSpec(
+        "NVIDIA GeForce RTX 4090", (8, 9), 128, 128, 102_400, 101_376, 1536, 75_497_472, 2.52
     ),
 }
 
 
-def format_gpu_target_config(chip: hardware.Chip) -> str:
-    """A GpuTargetConfigProto of the card, for CUDA 13 and cuDNN 9.10."""
-    name, (major, minor), cores, units, shared, shared_block, threads, l2, ghz = GPU_SPECS[
-        chip.name
-    ]
+def format_gpu_target_config(chip: Chip) -> str:
+    """Return the card's GpuTargetConfigProto as text, for CUDA 13 and cuDNN 9.10."""
+    gpu = GPU_SPECS[chip.name]
+    major, minor = gpu.capability
     feature = "feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
     return f"""
 gpu_device_info {{
-  name: "{name}" cuda_compute_capability {{ major: {major} minor: {minor} {feature} }}
-  core_count: {cores} fpus_per_core: {units} clock_rate_ghz: {ghz} l2_cache_size: {l2}
-  device_memory_size: {chip.memory_bytes} memory_bandwidth: {round(chip.memory_bandwidth)}
-  shared_memory_per_core: {shared} shared_memory_per_block: 49152 shared_memory_per_block_optin: {shared_block}
-  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: {threads}
+  name: "{gpu.jax_name}"
+  cuda_compute_capability {{ major: {major} minor: {minor} {feature} }}
+  core_count: {gpu.n_multiprocessors} fpus_per_core: {gpu.units} clock_rate_ghz: {gpu.ghz}
+  l2_cache_size: {gpu.l2_bytes} device_memory_size: {chip.memory_bytes}
+  memory_bandwidth: {round(chip.memory_bandwidth)} shared_memory_per_core: {gpu.shared_bytes}
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: {gpu.shared_bytes_per_block}
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: {gpu.max_threads}
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
   thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  runtime_version: "13.0.0" driver_version: "13.0.0" compile_time_toolkit_version: "13.0.0" dnn_version: "9.10.0"
+  runtime_version: "13.0.0" driver_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
+  dnn_version: "9.10.0"
 }}
-platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "{name}"
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }}
+device_description_str: "{gpu.jax_name}"
 """
 
 

@@ -1,7 +1,8 @@
-"""What a model costs by arithmetic: parameters, floating-point operations and bytes from a ModelSpec. Axis letters as in jaxpt/spec.py.
+"""Count what a model costs by arithmetic: parameters, FLOPs and bytes from a ModelSpec.
 
-A multiply and an add count as two. Backward costs twice forward, so training is three forwards; what remat computes
-again is not counted, because it is no progress (model FLOPs, as in PaLM, 2204.02311, appendix B).
+A multiply and an add count as two FLOPs. Backward costs twice forward, so training costs three
+forwards. What remat recomputes is not counted, because it is no progress (model FLOPs, as in PaLM,
+2204.02311, appendix B). Axis letters as in jaxpt/spec.py.
 """
 
 from __future__ import annotations
@@ -10,224 +11,241 @@ from typing import NamedTuple
 
 from jaxpt import sharding
 from jaxpt.config import Config
+from jaxpt.plan.records import StepAnalysis
 from jaxpt.spec import ModelSpec
 
 
 def count_flops_per_token(spec: ModelSpec, seq_len: int) -> float:
-    """FLOPs to train on one token of a row of seq_len."""
+    """Return the FLOPs to train on one token of a sequence of seq_len."""
     return 3 * count_forward_flops_per_token(spec, seq_len)
 
 
 def count_forward_flops_per_token(spec: ModelSpec, seq_len: int) -> float:
-    """FLOPs of one token's forward pass: 2 for each parameter that multiplies it, and the two products of attention.
+    """Return the FLOPs of one token's forward pass: 2 per matmul parameter, and attention.
 
-    Each layer's scores and mixing take 4 N H for every position seen. Causal attention sees half the row on average, so
-    training takes 6 a parameter plus 12 L N H T / 2. Documents shorter than the row make it less; that is left out.
+    Each layer's scores and mixing take 4 N H per position seen. Causal attention sees half the
+    sequence on average, so training takes 6 per parameter plus 12 L N H T / 2. Documents shorter
+    than the sequence make it less; that is left out.
     """
-    return 2 * count_matmul_params(
-        spec
-    ) + 4 * spec.n_layers * spec.n_heads * spec.d_head * compute_mean_context(spec, seq_len)
+    return 2 * count_matmul_params(spec) + count_attention_flops(spec, seq_len)
+
+
+def count_attention_flops(spec: ModelSpec, seq_len: int) -> float:
+    """Return the forward FLOPs per token of scores and mixing in all layers."""
+    per_position = 4 * spec.n_heads * spec.d_head
+    return spec.n_layers * per_position * compute_mean_context(spec, seq_len)
 
 
 def compute_mean_context(spec: ModelSpec, seq_len: int) -> float:
-    """Positions that a query sees, averaged over a row that is one document."""
+    """Return the mean number of positions that a query sees in a sequence of one document."""
     window = min(spec.sliding_window or seq_len, seq_len)
     return window - window**2 / (2 * seq_len)
 
 
 def count_matmul_params(spec: ModelSpec) -> int:
-    """Parameters that take part in a matrix product: the blocks' matrices and the output head, but no embedding lookup."""
-    return spec.n_layers * count_block_matmul_params(spec) + spec.vocab_size * spec.d_model
+    """Return the number of matmul parameters: layers and output head, no embedding lookup."""
+    return spec.n_layers * count_layer_matmul_params(spec) + spec.vocab_size * spec.d_model
 
 
-def count_block_matmul_params(spec: ModelSpec) -> int:
-    D, F, N, K, H = spec.d_model, spec.d_ff, spec.n_heads, spec.n_kv_heads, spec.d_head
-    return D * N * H + 2 * D * K * H + N * H * D + 3 * D * F
+def count_layer_matmul_params(spec: ModelSpec) -> int:
+    """Return the number of parameters of one layer's matrices."""
+    D, F, H = spec.d_model, spec.d_ff, spec.d_head
+    attention = (2 * spec.n_heads + 2 * spec.n_kv_heads) * D * H  # q and out, k and v
+    return attention + 3 * D * F
 
 
-def count_matmul_params(spec: ModelSpec) -> int:
-    """All parameters. Equal to the model's own weight rows, which a test holds it to."""
-    D, F, N, K, H = spec.d_model, spec.d_ff, spec.n_heads, spec.n_kv_heads, spec.d_head
+def count_params(spec: ModelSpec) -> int:
+    """Return the number of all parameters. A test compares it with the model's own table."""
+    D, F, H = spec.d_model, spec.d_ff, spec.d_head
     vectors = 2 * D  # the two norms
-    vectors += (
-        (N + 2 * K) * H * spec.qkv_bias
-        + D * spec.out_bias
-        + (2 * F + D) * spec.mlp_bias
-        + 2 * H * spec.qk_norm
-    )
-    embeddings = spec.vocab_size * D * (1 if spec.tie_embeddings else 2)
-    return embeddings + spec.n_layers * (count_block_matmul_params(spec) + vectors) + D
+    if spec.qkv_bias:
+        vectors += (spec.n_heads + 2 * spec.n_kv_heads) * H
+    if spec.out_bias:
+        vectors += D
+    if spec.mlp_bias:
+        vectors += 2 * F + D
+    if spec.qk_norm:
+        vectors += 2 * H
+    layers = spec.n_layers * (count_layer_matmul_params(spec) + vectors)
+    n_embeddings = 1 if spec.tie_embeddings else 2
+    return n_embeddings * spec.vocab_size * D + layers + D
 
 
-# ---- bytes of one device, by rule of thumb; sizes and cuts in one noun
+# ---- one device, by rule of thumb
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 class DeviceShare(NamedTuple):
-    """What one device has of a step."""
+    """One device's share of a step."""
 
-    microbatch_tokens: int  # of a micro-batch
-    grad_accum_steps: int  # micro-batches
-    n_fsdp: int  # pieces that the weights are cut into along the batch's devices
-    n_tensor: int  # and along heads, feed-forward and vocabulary
-    n_context: int  # pieces of a row
-    param_bytes: int  # of a stored weight
-    compute_bytes: int  # of a number in a product
+    microbatch_tokens: int
+    grad_accum_steps: int
+    n_fsdp: int  # shards of the weights over the batch's devices
+    n_tensor: int  # shards of heads, feed-forward and vocabulary
+    n_context: int  # shards of a sequence
+    param_bytes: int  # per stored parameter
+    compute_bytes: int  # per number in a matmul
 
     @classmethod
-    def from_config(cls, spec: ModelSpec, settings: Config, mesh: dict[str, int]) -> DeviceShare:
+    def from_config(cls, settings: Config, mesh: dict[str, int]) -> DeviceShare:
+        """Return the share on a mesh (axis -> devices)."""
         train = settings.train
-        cut = lambda axis: sharding.n_shards_of_shape(mesh, axis)  # noqa: E731
-        rows = train.batch_size // train.grad_accum_steps
-        width = {"float32": 4, "bfloat16": 2}
-        return cls(
-            tokens=rows * settings.pack.seq_len // (cut("batch") * cut("position")),
-            grad_accum_steps=train.grad_accum_steps,
-            n_shards=cut("embed"),
-            n_tensor=cut("mlp"),
-            n_context=cut("position"),
-            param_bytes=width[settings.initialize.param_dtype],
-            compute_bytes=width[train.compute_dtype],
-        )
+        n_fsdp = sharding.n_shards_of_shape(mesh, "embed")
+        n_tensor = sharding.n_shards_of_shape(mesh, "mlp")
+        n_context = sharding.n_shards_of_shape(mesh, "position")
+        n_sequence_shards = sharding.n_shards_of_shape(mesh, "batch") * n_context
+        n_sequences = train.batch_size // train.grad_accum_steps
+        tokens = n_sequences * settings.pack.seq_len // n_sequence_shards
+        param_bytes = DTYPE_BYTES[settings.initialize.param_dtype]
+        compute_bytes = DTYPE_BYTES[train.compute_dtype]
+        sizes = (n_fsdp, n_tensor, n_context, param_bytes, compute_bytes)
+        return cls(tokens, train.grad_accum_steps, *sizes)
+
+    @property
+    def n_weight_shards(self) -> int:
+        """Devices that one copy of the weights is sharded over."""
+        return self.n_fsdp * self.n_tensor
 
 
-def estimate_state_bytes(spec: ModelSpec, at: DeviceShare, n_moments: int = 2) -> float:
-    """Bytes of parameters and moments."""
-    return (1 + n_moments) * count_matmul_params(spec) * at.param_bytes / (at.n_fsdp * at.n_tensor)
+def estimate_state_bytes(spec: ModelSpec, share: DeviceShare, n_moments: int) -> float:
+    """Return the bytes of parameters and moments."""
+    return (1 + n_moments) * count_params(spec) * share.param_bytes / share.n_weight_shards
 
 
-def estimate_saved_activation_bytes(spec: ModelSpec, at: DeviceShare, remat: str) -> float:
-    """Bytes that backward keeps of all layers: for each its input (remat full, and offload, whose rest lies with the host),
-    attention's result and its logarithms too (minimal), the results of products that backward reads too (dots), or about what each reads (none).
+def estimate_saved_activation_bytes(spec: ModelSpec, share: DeviceShare, remat: str) -> float:
+    """Return the bytes that all layers keep for backward under a remat policy.
+
+    full: each layer's input; offload: the same, the rest lies with the host; minimal: attention's
+    result and logsumexp too; dots: the matmul results that backward reads too; none: about all
+    that backward reads.
     """
-    D, F, qkv, mixed = (
-        spec.d_model,
-        spec.d_ff,
-        (spec.n_heads + 2 * spec.n_kv_heads) * spec.d_head,
-        spec.n_heads * (spec.d_head + 2),
-    )
-    elements = {
+    D, qkv = spec.d_model, count_qkv_width(spec)
+    mixed = spec.n_heads * (spec.d_head + 2)
+    n_tensor = share.n_tensor
+    widths = {
         "full": D,
         "offload": D,
-        "minimal": D + mixed / at.n_tensor,
-        "dots": 2 * D + (mixed + qkv + 2 * F) / at.n_tensor,
-        "none": 6 * D + (2 * qkv + 4 * F) / at.n_tensor,
+        "minimal": D + mixed / n_tensor,
+        "dots": 2 * D + (mixed + qkv + 2 * spec.d_ff) / n_tensor,
+        "none": 6 * D + (2 * qkv + 4 * spec.d_ff) / n_tensor,
     }
-    return spec.n_layers * at.microbatch_tokens * elements[remat] * at.compute_bytes
+    return spec.n_layers * share.microbatch_tokens * widths[remat] * share.compute_bytes
 
 
-def estimate_temporary_bytes(spec: ModelSpec, at: DeviceShare, remat: str) -> float:
-    """Bytes a device needs beside its state.
+def count_qkv_width(spec: ModelSpec) -> int:
+    """Return the channels of q, k and v together."""
+    return (spec.n_heads + 2 * spec.n_kv_heads) * spec.d_head
 
-    What backward keeps; gradients like the parameters, twice where micro-batches are summed; one layer at work; the output head
-    gathered, with its float32 gradient. Within 25 % of what the compilers said of the 8B shape on v5p, v6e and H100.
+
+def estimate_temporary_bytes(spec: ModelSpec, share: DeviceShare, remat: str) -> float:
+    """Return the bytes that a device needs beside its state.
+
+    Saved activations; gradients like the parameters, twice if micro-batches are summed; one layer
+    at work; the gathered output head with its float32 gradient. Within 25 % of what the compilers
+    reported for the 8B shape on v5p, v6e and H100.
     """
-    gradients = (
-        count_matmul_params(spec)
-        * at.param_bytes
-        / (at.n_fsdp * at.n_tensor)
-        * (2 if at.grad_accum_steps > 1 else 1)
-    )
-    at_work = (
-        at.microbatch_tokens * (8 * spec.d_model + 5 * spec.d_ff / at.n_tensor) * at.compute_bytes
-    )
-    head = spec.d_model * spec.vocab_size * (at.compute_bytes + 4) / at.n_tensor
-    return gradients + estimate_saved_activation_bytes(spec, at, remat) + at_work + head
+    gradients = estimate_state_bytes(spec, share, n_moments=0)
+    if share.grad_accum_steps > 1:
+        gradients *= 2
+    layer_width = 8 * spec.d_model + 5 * spec.d_ff / share.n_tensor
+    layer = share.microbatch_tokens * layer_width * share.compute_bytes
+    head = spec.d_model * spec.vocab_size * (share.compute_bytes + 4) / share.n_tensor
+    return gradients + estimate_saved_activation_bytes(spec, share, remat) + layer + head
 
 
-def estimate_comm_bytes(spec: ModelSpec, at: DeviceShare) -> float:
-    """Bytes that a device receives in a step, at least.
+def estimate_comm_bytes(spec: ModelSpec, share: DeviceShare) -> float:
+    """Return the least bytes that a device receives per step.
 
-    Weights cut along the batch's devices are gathered for each micro-batch, for forward and for backward, and float32 gradients
-    are summed on the way back. Cut heads and feed-forward: each layer's two results are summed, in forward, backward and
-    recomputing. Cut rows: each layer's keys and values are gathered, as often.
+    fsdp: weights are gathered per micro-batch for forward and backward, and float32 gradients are
+    summed on the way back. tensor: each layer's two results are summed in forward, backward and
+    recomputation. context: each layer's keys and values are gathered, as often.
     """
-    c = at.compute_bytes
-    weights = (2 * c + 4) * count_matmul_params(spec) / at.n_tensor * (1 - 1 / at.n_fsdp)
-    sums = 6 * 2 * at.microbatch_tokens * spec.d_model * c * (1 - 1 / at.n_tensor)
-    rows = (
-        3
-        * at.microbatch_tokens
-        * (at.n_context - 1)
-        * 2
-        * spec.n_kv_heads
-        * spec.d_head
-        / at.n_tensor
-        * c
-    )
-    return at.grad_accum_steps * (weights + spec.n_layers * (sums + rows))
+    n_bytes, tokens = share.compute_bytes, share.microbatch_tokens
+    fsdp_params = count_params(spec) / share.n_tensor * (1 - 1 / share.n_fsdp)
+    fsdp = (2 * n_bytes + 4) * fsdp_params
+    tensor = 6 * 2 * tokens * spec.d_model * n_bytes * (1 - 1 / share.n_tensor)
+    kv_width = 2 * spec.n_kv_heads * spec.d_head / share.n_tensor
+    context = 3 * tokens * (share.n_context - 1) * kv_width * n_bytes
+    return share.grad_accum_steps * (fsdp + spec.n_layers * (tensor + context))
 
 
 def estimate_memory_traffic_bytes(
-    spec: ModelSpec, at: DeviceShare, *, seq_len: int, materializes_scores: bool
+    spec: ModelSpec, share: DeviceShare, seq_len: int, materializes_scores: bool
 ) -> float:
-    """Bytes that a device reads from and writes to its memory in a step, by rule of thumb.
+    """Return the bytes that a device reads and writes in its memory per step, by rule of thumb.
 
-    The update passes over parameters, gradients and both moments, 8 times in all. A micro-batch casts the weights, reads them in
-    forward, backward and recomputing, and adds to float32 gradients. Each layer's activations (as many as remat none keeps) are
-    written and read in forward, and twice more in backward; with `scores` those of attention too, float32. Logits: float32, three times.
+    The update passes over parameters, gradients and both moments, 8 times in all. A micro-batch
+    casts the weights, reads them in forward, backward and recomputation, and adds to float32
+    gradients. Each layer's activations (as many as remat none keeps) are written and read in
+    forward, and twice more in backward; so are float32 attention scores if they are materialized.
+    Logits: float32, three times.
     """
-    D, F, qkv = spec.d_model, spec.d_ff, (spec.n_heads + 2 * spec.n_kv_heads) * spec.d_head
-    update = 8 * count_matmul_params(spec) * 4 / (at.n_fsdp * at.n_tensor)
-    weights = (
-        at.grad_accum_steps * count_matmul_params(spec) / at.n_tensor * (5 * at.compute_bytes + 8)
-    )
-    elements = 6 * D + (2 * qkv + 4 * F) / at.n_tensor
-    layer = 6 * elements * at.compute_bytes + (
-        6 * 4 * spec.n_heads / at.n_tensor * compute_mean_context(spec, seq_len)
-        if materializes_scores
-        else 0
-    )
-    logits = 3 * 4 * spec.vocab_size / at.n_tensor
-    return (
-        update
-        + weights
-        + at.grad_accum_steps * at.microbatch_tokens * (spec.n_layers * layer + logits)
-    )
+    n_tensor = share.n_tensor
+    n_params = count_params(spec)
+    update = 8 * n_params * 4 / share.n_weight_shards
+    weights = n_params / n_tensor * (5 * share.compute_bytes + 8)
+    width = 6 * spec.d_model + (2 * count_qkv_width(spec) + 4 * spec.d_ff) / n_tensor
+    layer = 6 * width * share.compute_bytes
+    if materializes_scores:
+        layer += 6 * 4 * spec.n_heads / n_tensor * compute_mean_context(spec, seq_len)
+    logits = 3 * 4 * spec.vocab_size / n_tensor
+    per_token = spec.n_layers * layer + logits
+    return update + share.grad_accum_steps * (weights + share.microbatch_tokens * per_token)
 
 
 def estimate_executed_flops_per_token(spec: ModelSpec, seq_len: int, remat: str) -> float:
-    """FLOPs that a step runs for one token, recomputation included; attention counts once more in any case: each backward computes its scores again, and cudnn its result too."""
-    products = 2 * spec.n_layers * count_block_matmul_params(spec)
-    scores = count_forward_flops_per_token(spec, seq_len) - 2 * count_matmul_params(spec)
-    again = products if remat in ("full", "minimal") else 0
-    return count_flops_per_token(spec, seq_len) + again + scores
+    """Return the FLOPs that a step runs per token, recomputation included.
+
+    Attention counts once more under any policy: each backward recomputes its scores, and cuDNN its
+    result too.
+    """
+    flops = count_flops_per_token(spec, seq_len) + count_attention_flops(spec, seq_len)
+    if remat in ("full", "minimal"):
+        flops += 2 * spec.n_layers * count_layer_matmul_params(spec)
+    return flops
 
 
 def estimate_step(
     spec: ModelSpec, settings: Config, mesh: dict[str, int], attention: str
-) -> dict[str, float]:
-    """What is known of a step without tracing or compiling it, under the names that compile.measure answers with."""
-    at, train = DeviceShare.from_config(spec, settings, mesh), settings.train
-    params_bytes = round(estimate_state_bytes(spec, at, n_moments=0))
-    held = round(
-        estimate_state_bytes(spec, at, n_moments=2 if settings.optim.name == "adamw" else 1)
+) -> StepAnalysis:
+    """Return what is known of a step without tracing or compiling it.
+
+    Args:
+        spec: the model.
+        settings: the run's config.
+        mesh: axis -> devices.
+        attention: backend, such as "xla".
+    """
+    train, seq_len = settings.train, settings.pack.seq_len
+    share = DeviceShare.from_config(settings, mesh)
+    n_moments = 2 if settings.optim.name == "adamw" else 1
+    params_bytes = round(estimate_state_bytes(spec, share, n_moments=0))
+    state_bytes = round(estimate_state_bytes(spec, share, n_moments))
+    temporary_bytes = round(estimate_temporary_bytes(spec, share, train.remat))
+    widest = max(spec.vocab_size, spec.d_ff, spec.n_heads * spec.d_head)
+    largest_tensor = spec.d_model * widest
+    per_token = estimate_executed_flops_per_token(spec, seq_len, train.remat)
+    traffic = estimate_memory_traffic_bytes(spec, share, seq_len, attention == "xla")
+    return StepAnalysis(
+        method="estimated",
+        missing_package=None,
+        mesh=mesh,
+        n_layers=spec.n_layers,
+        attention=attention,
+        params_bytes=params_bytes,
+        opt_state_bytes=state_bytes - params_bytes,
+        saved_activation_bytes=round(estimate_saved_activation_bytes(spec, share, train.remat)),
+        restore_bytes=state_bytes,  # a restored state is made in place
+        # tensors are gathered one after the other, each whole on every device
+        export_bytes=params_bytes + largest_tensor * share.param_bytes,
+        peak_bytes=state_bytes + temporary_bytes,
+        exceeds_memory=False,
+        comm_bytes=round(estimate_comm_bytes(spec, share)),
+        memory_traffic_bytes=round(traffic),
+        executed_flops=train.batch_size * seq_len * per_token,
+        loop_body_flops=None,
+        compiler_flops=None,
+        layer_collectives=(),
+        analysis_seconds=0.0,
     )
-    largest = max(
-        spec.vocab_size * spec.d_model,
-        spec.d_model * spec.d_ff,
-        spec.d_model * spec.n_heads * spec.d_head,
-    )
-    return {
-        "n_layers": spec.n_layers,
-        "attention": attention,
-        "params_bytes": params_bytes,
-        "opt_bytes": held - params_bytes,
-        "restore_bytes": held,  # a restored state is made in place
-        "export_bytes": params_bytes
-        + largest * at.param_bytes,  # gathered one after the other, each whole on every device
-        "peak_bytes": held + round(estimate_temporary_bytes(spec, at, train.remat)),
-        "over_memory": False,
-        "kept_bytes": round(estimate_saved_activation_bytes(spec, at, train.remat)),
-        "moved_bytes": round(estimate_comm_bytes(spec, at)),
-        "traffic_bytes": round(
-            estimate_memory_traffic_bytes(
-                spec, at, seq_len=settings.pack.seq_len, materializes_scores=attention == "xla"
-            )
-        ),
-        "executed_flops": train.batch_size
-        * settings.pack.seq_len
-        * estimate_executed_flops_per_token(spec, settings.pack.seq_len, train.remat),
-        "once_flops": None,
-        "compiler_flops": None,
-        "layers": [],
-    }

@@ -1,45 +1,58 @@
-"""Grow or scratch: the ways to a model of a size, or to a loss, held against each other by FLOPs, hours, money and expected loss.
+"""Compare growing with training from scratch: FLOPs, hours, money and expected loss.
 
-What is published of growing is a range of tokens saved to the same loss. How far a case lies outside of what was published is said,
-and how the range shrinks there is this planner's assumption. One's own runs (`--fit`) replace both law and range.
+What is published about growing is a range of tokens saved to the same loss. It is stated how far a
+case lies outside of what was published; how the range shrinks there is this planner's assumption.
+One's own runs (`--fit`) replace both law and range.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import logging
 import math
 import pathlib
-import textwrap
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from jaxpt import config, stage
-from jaxpt.config import Config
-from jaxpt.plan import cost, flops, scaling
-from jaxpt.plan.scaling import LossPoint, ScalingFit, ScalingLaw
+from jaxpt import config
+from jaxpt.plan import cost, flops, runs, scaling
+from jaxpt.plan.format import abbreviate_count, align_columns, format_significant, wrap_notes
+from jaxpt.plan.records import (
+    BaseModelSummary,
+    ScalingLaw,
+    StrategyComparison,
+    StrategyCost,
+    TargetPlan,
+)
+from jaxpt.plan.runs import Growth, Run
+from jaxpt.plan.scaling import LossPoint, ScalingFit
 from jaxpt.spec import ModelSpec, UserError
-from jaxpt.train.metrics import read_metrics
+from jaxpt.train.records import HeldoutMetrics
 
 log = logging.getLogger(__name__)
 
+Range = tuple[float, float]
+Ends = tuple[float | None, float | None]  # None: never
+
 
 class PublishedSavings(NamedTuple):
-    """What is known of one way to grow."""
+    """What is known of one growth strategy."""
 
     name: str
     operators: tuple[str, ...]  # of weights/growth.py
-    saved_frac: tuple[
-        float, float
-    ]  # share of the tokens that the same size needs from scratch to the same loss, the base apart
+    # share of the tokens that the same size needs from scratch to the same loss, without the base's
+    saved_frac: Range
     source: str
 
 
 DEPTH_UPSCALING = PublishedSavings(
-    "depth up-scaling", ("depth_upscale", "stack_middle", "insert_identity", "predict_layers"), (0.0, 0.546),
+    "depth up-scaling",
+    ("depth_upscale", "stack_middle", "insert_identity", "predict_layers"),
+    (0.0, 0.546),
     "SOLAR, 2312.15166, has no comparison with scratch; at best what stacking saved",
-)  # fmt: skip
+)
 STACKING = PublishedSavings(
     "stacking",
     ("stack", "interleave"),
@@ -66,22 +79,84 @@ PRUNING = PublishedSavings(
     "Minitron, 2407.14679: up to 40 times fewer tokens, distilled",
 )
 
-# The limits that are published (2605.13405, 2510.06548): a factor of 2 is reliable, G_stack went to 4; gains are best below 20 tokens
-# a parameter; a base trained for longer than that saturates, with the log of its tokens.
-RELIABLE_GROWTH_FACTOR, MAX_GROWTH_FACTOR, SATURATION_TOKENS_PER_PARAM = 2.0, 4.0, 20.0
-MAX_SAVED_FRAC = 0.99  # a grown run below what its size reaches from scratch, by a fitted law, would save everything
+# Published limits (2605.13405, 2510.06548): a factor of 2 is reliable, G_stack went to 4; gains are
+# best below 20 tokens per parameter; a base trained longer saturates with the log of its tokens.
+RELIABLE_GROWTH_FACTOR = 2.0
+MAX_GROWTH_FACTOR = 4.0
+SATURATION_TOKENS_PER_PARAM = 20.0
+ROUNDING_TOLERANCE = 1.05  # layers come in whole numbers
+# a grown run below what its size reaches from scratch, by a fitted law, would save everything
+MAX_SAVED_FRAC = 0.99
 
 
 class BaseModel(NamedTuple):
-    """What exists."""
+    """A model that exists."""
 
     spec: ModelSpec
-    tokens: float  # that it was trained for
-    usd: float | None  # what it cost; 0 is free, None is reckoned from its tokens
+    tokens: float  # trained on
+    usd: float | None  # what it cost; 0: free; None: computed from its tokens
 
     @property
     def n_params(self) -> int:
-        return flops.count_matmul_params(self.spec)
+        """Number of all parameters."""
+        return flops.count_params(self.spec)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """The model to reach, and what is given: what all strategies share."""
+
+    child: ModelSpec
+    seq_len: int
+    token_budget: float
+    target_loss: float  # nats per token
+    law: ScalingLaw
+    base: BaseModel | None
+    target_plan: TargetPlan | None  # for hours and money
+    measured_savings: dict[str, Range]
+
+    @property
+    def n_params(self) -> int:
+        """Parameters of the child."""
+        return flops.count_params(self.child)
+
+    @property
+    def flops_per_token(self) -> float:
+        """FLOPs to train the child on one token."""
+        return flops.count_flops_per_token(self.child, self.seq_len)
+
+    @property
+    def scratch_tokens(self) -> float:
+        """Tokens to the target loss from scratch; infinite if the child cannot reach it."""
+        return self.law.compute_tokens_to_loss(self.n_params, self.target_loss)
+
+    @property
+    def scratch_flops(self) -> float:
+        """FLOPs to the target loss from scratch."""
+        return self.flops_per_token * self.scratch_tokens
+
+    @property
+    def base_flops(self) -> float:
+        """FLOPs that the base was trained with."""
+        if self.base is None:
+            return 0.0
+        return flops.count_flops_per_token(self.base.spec, self.seq_len) * self.base.tokens
+
+    def predict_loss(self, tokens: float) -> float:
+        """Return the child's loss from scratch."""
+        return self.law.predict_loss(self.n_params, tokens)
+
+
+class Outcome(NamedTuple):
+    """What a strategy takes and reaches, as (best case, worst case)."""
+
+    name: str
+    tokens: Range  # to the target loss
+    flops: Range
+    loss: Range  # after the whole token budget
+    source: str
+    needs_base: bool = True
+    notes: tuple[str, ...] = ()
 
 
 def compare_strategies(
@@ -93,456 +168,503 @@ def compare_strategies(
     target_loss: float | None = None,
     law: ScalingLaw = scaling.SCALING_LAWS["chinchilla"],
     scaling_fit: ScalingFit | None = None,
-    measured_savings: dict[str, tuple[float, float]] | None = None,
-    target_plan: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Every way to the child's size, and continuing the base: {"target_loss", "ways": [...], "notes", "verdict"}, plain numbers.
+    measured_savings: dict[str, Range] | None = None,
+    target_plan: TargetPlan | None = None,
+) -> StrategyComparison:
+    """Return every strategy to the child's size, and continuing the base.
 
-    budget       tokens that one may spend; without target_loss the target is what scratch reaches with them
-    base         None: there is nothing to grow
-    fitted       takes the place of the law
-    gains        {way: (low, high) share of tokens saved} that one's own runs showed, in place of the published
-    record       a target of the plan (cost.record), for hours and money
-
-    A way: name, tokens and flops [few, many] to the target loss (None: never), loss [low, high] with the whole budget, saved and
-    saved_with_base [least, most] share of scratch's FLOPs, hours and usd and usd_with_base where a record is given, and notes.
+    Args:
+        child: the model to reach.
+        seq_len: tokens per sequence.
+        token_budget: tokens that may be spent.
+        base: None: there is nothing to grow.
+        target_loss: None: what scratch reaches with the token budget.
+        law: scaling law.
+        scaling_fit: replaces the law.
+        measured_savings: strategy -> (least, most) share of tokens that one's own runs saved;
+            replaces the published range.
+        target_plan: for hours and money.
     """
-    law = scaling_fit.law if scaling_fit else law
-    n = flops.count_matmul_params(child)
-    goal = law.predict_loss(n, token_budget) if target_loss is None else target_loss
-    per_token = flops.count_flops_per_token(child, seq_len)
-    from_scratch = law.compute_tokens_to_loss(n, goal)
-    base_flops = flops.count_flops_per_token(base.spec, seq_len) * base.tokens if base else 0.0
-    scratch_flops = per_token * from_scratch
-    spent = base.usd if base else 0.0
-
-    def way(
-        name: str,
-        saved: tuple[float, float],
-        each_token: float,
-        source: str,
-        *,
-        needs_base: bool,
-        notes=(),
-    ):
-        """A way that saves a share of scratch's tokens, most first."""
-        left = [1 - share for share in sorted(saved, reverse=True)]
-        tokens = [from_scratch * x for x in left]
-        return finished(
-            name,
-            tokens,
-            [each_token * t for t in tokens],
-            source,
-            needs_base,
-            [law.predict_loss(n, token_budget / x) for x in left],
-            notes,
-        )
-
-    def finished(name, tokens, work, source, needs_base, loss, notes):
-        with_base = [w + base_flops * needs_base for w in work]
-        answer = {
-            "name": name,
-            "tokens": replace_infinite(tokens),
-            "flops": replace_infinite(work),
-            "flops_with_base": replace_infinite(with_base),
-            "saved": replace_infinite([1 - w / scratch_flops for w in reversed(work)])
-            if math.isfinite(scratch_flops)
-            else None,
-            "saved_with_base": replace_infinite(
-                [1 - w / scratch_flops for w in reversed(with_base)]
-            )
-            if math.isfinite(scratch_flops)
-            else None,
-            "loss": replace_infinite(loss),
-            "source": source,
-            "notes": list(notes),
-        }
-        if target_plan:
-            speed = (
-                target_plan["tokens_per_second"] * target_plan["flops_per_token"]
-            )  # of the model's own FLOPs
-            usd = target_plan["usd_per_hour"]
-            price = None if usd is None else target_plan["devices"] * usd / 3600 / speed
-            dearer = (
-                None
-                if price is None
-                else (base_flops * price if spent is None else spent) * needs_base
-            )
-            answer |= {
-                "hours": replace_infinite([w / speed / 3600 for w in work]),
-                "usd": None if price is None else replace_infinite([w * price for w in work]),
-                "usd_with_base": None
-                if price is None
-                else replace_infinite([w * price + dearer for w in work]),
-            }
-        return answer
-
-    ways = [way("scratch", (0.0, 0.0), per_token, law.source, needs_base=False)]
-    # all of scratch's tokens, most of them by a model of one layer: within 0.5 % of scratch's loss
-    work = [
-        scratch_flops * (1 - share)
-        for share in reversed(
-            (measured_savings or {}).get(LATE_DEEPENING.name, LATE_DEEPENING.saved_frac)
-        )
-    ]
-    ways.append(
-        finished(
-            LATE_DEEPENING.name,
-            [from_scratch] * 2,
-            work,
-            LATE_DEEPENING.source,
-            False,
-            [law.predict_loss(n, token_budget), 1.005 * law.predict_loss(n, token_budget)],
-            [],
-        )
-    )
-    if base and base.n_params < n:
-        for known in GROWTH_STRATEGIES:
-            measured = (measured_savings or {}).get(known.name)
-            saved, notes = (
-                (measured, []) if measured else limit_savings(known, n, token_budget, base)
-            )
-            ways.append(
-                way(
-                    known.name,
-                    saved,
-                    per_token,
-                    "the runs of --fit" if measured else known.source,
-                    needs_base=True,
-                    notes=notes,
-                )
-            )
-    if base and base.n_params > n:
-        distilling = per_token + flops.count_forward_flops_per_token(
-            base.spec, seq_len
-        )  # the larger one answers every token
-        ways.append(
-            way(
-                PRUNING.name,
-                (measured_savings or {}).get(PRUNING.name, PRUNING.saved_frac),
-                distilling,
-                PRUNING.source,
-                needs_base=True,
-            )
-        )
+    if scaling_fit:
+        law = scaling_fit.law
+    n_params = flops.count_params(child)
+    goal = target_loss
+    if goal is None:
+        goal = law.predict_loss(n_params, token_budget)
+    savings = measured_savings or {}
+    case = Case(child, seq_len, token_budget, goal, law, base, target_plan, savings)
+    outcomes = [estimate_scratch(case), estimate_late_deepening(case)]
     if base:
-        more = law.compute_tokens_to_loss(base.n_params, goal) - base.tokens
-        ways.append(
-            finished(
-                "continuing the base", [max(more, 0.0)] * 2, [max(more, 0.0) * flops.count_flops_per_token(base.spec, seq_len)] * 2, law.source, True,
-                [law.predict_loss(base.n_params, base.tokens + token_budget)] * 2, [] if math.isfinite(more) else ["its size alone keeps it above that loss"],
-            )
-        )  # fmt: skip
-    return {
-        "n_params": n,
-        "budget": token_budget,
-        "target_loss": goal,
-        "target_given": target_loss is not None,
-        "law": law._asdict(),
-        "base": None
-        if base is None
-        else {
-            "n_params": base.n_params,
-            "tokens": base.tokens,
-            "usd": base.usd,
-            "tokens_per_param": base.tokens / base.n_params,
-        },
-        "ways": ways,
-        "stack_at": compute_stack_tokens(n, per_token * token_budget),
-        "notes": describe_comparison_basis(
-            n, token_budget, base, law, scaling_fit, measured_savings
-        ),
-        "verdict": format_verdict(ways),
-    }
+        if base.n_params < n_params:
+            outcomes += [estimate_growth(case, base, known) for known in GROWTH_STRATEGIES]
+        if base.n_params > n_params:
+            outcomes.append(estimate_pruning(case, base))
+        outcomes.append(estimate_continuation(case, base))
+    strategies = tuple(price_outcome(case, outcome) for outcome in outcomes)
+    return StrategyComparison(
+        n_params=n_params,
+        token_budget=token_budget,
+        target_loss=goal,
+        target_loss_given=target_loss is not None,
+        law=law,
+        base=summarize_base(base) if base else None,
+        strategies=strategies,
+        stack_tokens=compute_stack_tokens(n_params, case.flops_per_token * token_budget),
+        notes=tuple(describe_comparison_basis(case, scaling_fit)),
+        verdict=format_verdict(strategies),
+    )
+
+
+def summarize_base(base: BaseModel) -> BaseModelSummary:
+    """Return the base's record."""
+    return BaseModelSummary(base.n_params, base.tokens, base.tokens / base.n_params, base.usd)
+
+
+def estimate_scratch(case: Case) -> Outcome:
+    """Return the cost of training the child from scratch."""
+    scratch = PublishedSavings("scratch", (), (0.0, 0.0), case.law.source)
+    outcome = estimate_saving(case, scratch, scratch.saved_frac, case.flops_per_token)
+    return outcome._replace(needs_base=False)
+
+
+def estimate_late_deepening(case: Case) -> Outcome:
+    """Return the cost of all of scratch's tokens, most of them by a model of one layer."""
+    least, most = case.measured_savings.get(LATE_DEEPENING.name, LATE_DEEPENING.saved_frac)
+    tokens, total = case.scratch_tokens, case.scratch_flops
+    loss = case.predict_loss(case.token_budget)
+    return Outcome(
+        LATE_DEEPENING.name,
+        tokens=(tokens, tokens),
+        flops=(total * (1 - most), total * (1 - least)),
+        loss=(loss, 1.005 * loss),  # within 0.5 % of scratch's
+        source=LATE_DEEPENING.source,
+        needs_base=False,
+    )
+
+
+def estimate_growth(case: Case, base: BaseModel, known: PublishedSavings) -> Outcome:
+    """Return the cost of growing the base by one strategy."""
+    measured = case.measured_savings.get(known.name)
+    if measured:
+        known = known._replace(source="the runs of --fit")
+        return estimate_saving(case, known, measured, case.flops_per_token)
+    saved, notes = limit_savings(known, case, base)
+    outcome = estimate_saving(case, known, saved, case.flops_per_token)
+    return outcome._replace(notes=notes)
+
+
+def estimate_pruning(case: Case, base: BaseModel) -> Outcome:
+    """Return the cost of pruning the base, which then answers every token (distillation)."""
+    saved = case.measured_savings.get(PRUNING.name, PRUNING.saved_frac)
+    teacher = flops.count_forward_flops_per_token(base.spec, case.seq_len)
+    return estimate_saving(case, PRUNING, saved, case.flops_per_token + teacher)
+
+
+def estimate_continuation(case: Case, base: BaseModel) -> Outcome:
+    """Return the cost of training the base on."""
+    law = case.law
+    total_tokens = law.compute_tokens_to_loss(base.n_params, case.target_loss)
+    tokens = max(total_tokens - base.tokens, 0.0)
+    continued_flops = tokens * flops.count_flops_per_token(base.spec, case.seq_len)
+    loss = law.predict_loss(base.n_params, base.tokens + case.token_budget)
+    notes = () if math.isfinite(tokens) else ("its size alone keeps it above that loss",)
+    return Outcome(
+        "continuing the base",
+        tokens=(tokens, tokens),
+        flops=(continued_flops, continued_flops),
+        loss=(loss, loss),
+        source=law.source,
+        notes=notes,
+    )
+
+
+def estimate_saving(
+    case: Case, known: PublishedSavings, saved: Range, flops_per_token: float
+) -> Outcome:
+    """Return the cost of a strategy that saves a share (least, most) of scratch's tokens."""
+    least, most = saved
+    few = case.scratch_tokens * (1 - most)
+    many = case.scratch_tokens * (1 - least)
+    low_loss = case.predict_loss(case.token_budget / (1 - most))
+    high_loss = case.predict_loss(case.token_budget / (1 - least))
+    return Outcome(
+        known.name,
+        tokens=(few, many),
+        flops=(flops_per_token * few, flops_per_token * many),
+        loss=(low_loss, high_loss),
+        source=known.source,
+    )
 
 
 def limit_savings(
-    known: PublishedSavings, n: int, budget: float, base: BaseModel
-) -> tuple[tuple[float, float], list[str]]:
-    """(least, most) share of tokens saved in this case, and why it is less than what is published."""
+    known: PublishedSavings, case: Case, base: BaseModel
+) -> tuple[Range, tuple[str, ...]]:
+    """Return the share of tokens saved in this case, and why it is less than published."""
     low, high = known.saved_frac
     notes = []
-    factor, per_param, theirs = n / base.n_params, budget / n, base.tokens / base.n_params
-    if factor > RELIABLE_GROWTH_FACTOR * 1.05:  # layers come in whole numbers
+    factor = case.n_params / base.n_params
+    tokens_per_param = case.token_budget / case.n_params
+    base_tokens_per_param = base.tokens / base.n_params
+    if factor > RELIABLE_GROWTH_FACTOR * ROUNDING_TOLERANCE:
         low = 0.0
         notes.append(
-            f"{factor:.2g} times the base: beyond 2, which is reliable (2605.13405), it may save nothing"
+            f"{factor:.2g} times the base: beyond 2, which is reliable (2605.13405), "
+            "it may save nothing"
         )
-    if factor > MAX_GROWTH_FACTOR * 1.05:
+    if factor > MAX_GROWTH_FACTOR * ROUNDING_TOLERANCE:
         high = 0.0
         notes.append("and beyond 4 nothing is published: counted as scratch")
-    if per_param > SATURATION_TOKENS_PER_PARAM:
-        low, high = (share * SATURATION_TOKENS_PER_PARAM / per_param for share in (low, high))
+    if tokens_per_param > SATURATION_TOKENS_PER_PARAM:
+        shrinkage = SATURATION_TOKENS_PER_PARAM / tokens_per_param
+        low, high = low * shrinkage, high * shrinkage
         notes.append(
-            f"{per_param:.3g} tokens a parameter: gains shrink beyond 20 (2605.13405); here in proportion, an assumption"
+            f"{tokens_per_param:.3g} tokens per parameter: gains shrink beyond 20 (2605.13405); "
+            "here in proportion, an assumption"
         )
-    if theirs > SATURATION_TOKENS_PER_PARAM:
-        low, high = 0.0, high / (1 + math.log10(theirs / SATURATION_TOKENS_PER_PARAM))
+    if base_tokens_per_param > SATURATION_TOKENS_PER_PARAM:
+        low = 0.0
+        high /= 1 + math.log10(base_tokens_per_param / SATURATION_TOKENS_PER_PARAM)
         notes.append(
-            f"a base of {theirs:.3g} tokens a parameter saturates (2510.06548); here with the log, an assumption"
+            f"a base of {base_tokens_per_param:.3g} tokens per parameter saturates (2510.06548); "
+            "here with the log, an assumption"
         )
-    return (low, high), notes
+    return (low, high), tuple(notes)
+
+
+def price_outcome(case: Case, outcome: Outcome) -> StrategyCost:
+    """Return a strategy's cost with shares of scratch, and hours and money if a target is given."""
+    best, worst = outcome.flops
+    base_flops = case.base_flops if outcome.needs_base else 0.0
+    with_base = (best + base_flops, worst + base_flops)
+    priced = StrategyCost(
+        name=outcome.name,
+        tokens=replace_infinite(outcome.tokens),
+        flops=replace_infinite(outcome.flops),
+        flops_with_base=replace_infinite(with_base),
+        saved_frac=compute_saved_frac(case, outcome.flops),
+        saved_with_base_frac=compute_saved_frac(case, with_base),
+        loss=replace_infinite(outcome.loss),
+        source=outcome.source,
+        notes=outcome.notes,
+    )
+    plan = case.target_plan
+    if plan is None:
+        return priced
+    model_flops_per_second = plan.expected.tokens_per_second * plan.flops_per_token
+    seconds = (best / model_flops_per_second, worst / model_flops_per_second)
+    hours = (seconds[0] / 3600, seconds[1] / 3600)
+    priced = dataclasses.replace(priced, hours=replace_infinite(hours))
+    if plan.usd_per_hour is None:
+        return priced
+    usd_per_flop = plan.n_devices * plan.usd_per_hour / 3600 / model_flops_per_second
+    base_usd = base_flops * usd_per_flop
+    if outcome.needs_base and case.base and case.base.usd is not None:
+        base_usd = case.base.usd
+    usd = (best * usd_per_flop, worst * usd_per_flop)
+    usd_with_base = (usd[0] + base_usd, usd[1] + base_usd)
+    return dataclasses.replace(
+        priced, usd=replace_infinite(usd), usd_with_base=replace_infinite(usd_with_base)
+    )
+
+
+def compute_saved_frac(case: Case, strategy_flops: Range) -> Ends | None:
+    """Return the (least, most) share of scratch's FLOPs saved; None if scratch never gets there."""
+    scratch_flops = case.scratch_flops
+    if not math.isfinite(scratch_flops):
+        return None
+    best, worst = strategy_flops
+    return replace_infinite((1 - worst / scratch_flops, 1 - best / scratch_flops))
+
+
+def replace_infinite(values: Range) -> Ends:
+    """Return both values, None for infinite ones."""
+    low, high = values
+    return low if math.isfinite(low) else None, high if math.isfinite(high) else None
 
 
 def compute_stack_tokens(n_params: float, budget_flops: float) -> float:
-    """Tokens after which to stack on the way to n_params, by G_stack's fit. 2405.15319: log10 d = 0.88 log10 N + 163.27 / log10 C - 5.74."""
+    """Return the tokens after which to stack on the way to n_params, by G_stack's fit.
+
+    Source: 2405.15319, log10 d = 0.88 log10 N + 163.27 / log10 C - 5.74.
+    """
     return 10 ** (0.88 * math.log10(n_params) + 163.27 / math.log10(budget_flops) - 5.74)
 
 
-def format_verdict(ways: list[dict[str, Any]]) -> str:
-    """One sentence: which way needs the fewest FLOPs to the target, cautiously and hopefully, with the base for nothing and paid for."""
+def format_verdict(strategies: Sequence[StrategyCost]) -> str:
+    """Return which strategy needs the fewest FLOPs, with the base for free and paid for."""
 
-    def best(key: str, end: int) -> str:
-        reaching = [each for each in ways if each[key][end] is not None]
-        return min(reaching, key=lambda each: each[key][end])["name"] if reaching else "none"
+    def choose(get_flops: Callable[[StrategyCost], Ends]) -> str:
+        best_case, worst_case = (
+            find_cheapest(strategies, [get_flops(strategy)[i] for strategy in strategies])
+            for i in (0, 1)
+        )
+        if best_case == worst_case:
+            return best_case
+        return (
+            f"{worst_case} if little of what is published holds here, {best_case} if all of it does"
+        )
 
-    free, paid = ([best(key, end) for end in (1, 0)] for key in ("flops", "flops_with_base"))
-    told = lambda pair: (
-        pair[0]
-        if pair[0] == pair[1]
-        else f"{pair[0]} if little of what is published holds here, {pair[1]} if all of it does"
-    )
-    return f"Fewest FLOPs with the base for nothing: {told(free)}. With the base paid for: {told(paid)}."
+    free = choose(lambda strategy: strategy.flops)
+    paid = choose(lambda strategy: strategy.flops_with_base)
+    return f"Fewest FLOPs with the base for free: {free}. With the base paid for: {paid}."
 
 
-def describe_comparison_basis(
-    n: int,
-    budget: float,
-    base: BaseModel | None,
-    law: ScalingLaw,
-    fitted: ScalingFit | None,
-    gains: dict | None,
-) -> list[str]:
+def find_cheapest(strategies: Sequence[StrategyCost], costs: list[float | None]) -> str:
+    """Return the name of the strategy with the least cost; None costs never reach the target."""
+    cheapest, least = "none", math.inf
+    for strategy, flops_needed in zip(strategies, costs, strict=True):
+        if flops_needed is not None and flops_needed < least:
+            cheapest, least = strategy.name, flops_needed
+    return cheapest
+
+
+def describe_comparison_basis(case: Case, scaling_fit: ScalingFit | None) -> list[str]:
+    """Return what the comparison rests on."""
+    law, base, budget = case.law, case.base, case.token_budget
     notes = []
-    if fitted:
-        notes += scaling.describe_scaling_fit(fitted)
-        low, middle, high = fitted.predict_loss_interval(n, budget)
+    if scaling_fit:
+        notes += scaling.describe_scaling_fit(scaling_fit)
+        low, loss, high = scaling_fit.predict_loss_interval(case.n_params, budget)
         notes.append(
-            f"Scratch with the whole budget: {middle:.3f} nats a token (90 % {low:.3f} to {high:.3f})."
+            f"Scratch with the whole budget: {loss:.3f} nats per token "
+            f"(90 % {low:.3f} to {high:.3f})."
         )
     else:
         notes.append(
-            "The law is published for other text and another tokenizer: differences of losses carry over better than losses. Fit your own runs with --fit."
+            "The law is published for other text and another tokenizer: differences between "
+            "losses carry over better than losses. Fit your own runs with --fit."
         )
-    if far := law.describe_extrapolation(n, budget):
-        notes.append(f"The law is extrapolated: {' and '.join(far)}.")
-    if base and (far := law.describe_extrapolation(base.n_params, base.tokens + budget)):
-        notes.append(f"It is extrapolated for continuing the base: {' and '.join(far)}.")
-    measured = sorted(gains or {})
+    extrapolation = law.describe_extrapolation(case.n_params, budget)
+    if extrapolation:
+        notes.append(f"The law is extrapolated: {' and '.join(extrapolation)}.")
+    if base:
+        extrapolation = law.describe_extrapolation(base.n_params, base.tokens + budget)
+        if extrapolation:
+            far = " and ".join(extrapolation)
+            notes.append(f"It is extrapolated for continuing the base: {far}.")
+    measured = ", ".join(sorted(case.measured_savings))
+    exception = f", but for {measured}" if measured else ""
     notes.append(
-        f"Shares of tokens saved are published ranges, not fitted here{', but for ' + ', '.join(measured) if measured else ''}; "
-        "their low end is what the most cautious reading leaves."
+        f"Shares of tokens saved are published ranges, not fitted here{exception}; "
+        "their low end is the most cautious reading."
     )
     if base and base.tokens == 0:
         notes.append(
-            "The base's tokens are not known (--base-tokens): counted as 0, so that it has learned nothing and cost nothing."
+            "The base's tokens are not known (--base-tokens): counted as 0, so that it has "
+            "learned nothing and cost nothing."
         )
     return notes
 
 
-# ---- what one's own runs say
+# ---- one's own runs
+
+
+class GrownRun(NamedTuple):
+    """A run whose model was grown, and its losses."""
+
+    run: Run
+    growth: Growth
+    points: list[LossPoint]
 
 
 def fit_runs(
-    run_dirs: list[pathlib.Path], prior: ScalingLaw
-) -> tuple[ScalingFit, dict[str, tuple[float, float]]]:
-    """A law fitted to the runs from random weights, and for each way that the grown ones show: the share of tokens saved, 90 % interval.
+    run_dirs: Iterable[str | pathlib.Path], prior: ScalingLaw
+) -> tuple[ScalingFit, dict[str, Range]]:
+    """Return a law fitted to the runs from scratch, and what the grown ones saved.
 
-    A grown run's last held-out loss is held against the tokens that its size needs from scratch by the fitted law, over all draws.
-    Raises UserError where there is too little to fit.
+    A grown run's last held-out loss is compared with the tokens that its size needs from scratch,
+    by every bootstrap law of the fit: strategy -> 90 % interval of the share of tokens saved.
+
+    Raises:
+        UserError: there is too little to fit, or the runs read different mixtures.
     """
-    points, grown, read_by = [], [], {}
-    for run_dir in map(stage.local_path, run_dirs):
-        settings, shares, found = read_heldout_losses(run_dir)
-        if (run_dir / "growth.json").is_file():
-            grown.append(
-                (
-                    run_dir,
-                    settings,
-                    shares,
-                    json.loads((run_dir / "growth.json").read_text()),
-                    found,
-                )
-            )
+    points: list[LossPoint] = []
+    scratch_runs: list[Run] = []
+    grown_runs: list[GrownRun] = []
+    for run_dir in run_dirs:
+        run = runs.read_run(run_dir, "--fit")
+        growth, losses = runs.read_growth(run), read_heldout_losses(run)
+        if growth:
+            grown_runs.append(GrownRun(run, growth, losses))
         else:
-            points += found
-            read_by[run_dir] = shares
+            scratch_runs.append(run)
+            points += losses
     if not points:
         raise UserError(
-            "--fit: none of the runs began at random and measured held-out losses, and a law needs at least one that did."
+            "--fit: expected at least one run from scratch with held-out losses, got none."
         )
-    shares = next(iter(read_by.values()))
-    if other := next((run_dir for run_dir, theirs in read_by.items() if theirs != shares), None):
-        raise UserError(
-            f"--fit {other}: trained on {read_by[other]}, the runs before it on {shares}; one law holds for one mixture. Fit them apart."
-        )
-    fitted = scaling.fit_scaling_law(points, prior)
-    gains: dict[str, tuple[float, float]] = {}
-    for run_dir, settings, theirs, story, found in grown:
-        operator = story["operators"][-1].partition("(")[0]
-        name = next(
-            (way.name for way in (*GROWTH_STRATEGIES, PRUNING) if operator in way.operators), None
-        )
-        before = (
-            (story["at_step"] or 0) * settings.train.batch_size * settings.pack.seq_len
-        )  # tokens that the parent took, inside a run
-        reasons = {
-            f"{operator} is none of the ways that a base is grown": name is None,
-            f"it read {theirs}, the runs from scratch {shares}": theirs != shares,
-            "it goes on counting its parent's steps (initialize.mode)": settings.initialize.mode
-            != "continue",
-            "it has no held-out loss after its growth": not found or found[-1].tokens <= before,
-        }
-        if reason := next((text for text, applies in reasons.items() if applies), None):
-            log.info(f"fit: {run_dir}: what growing saved is left out: {reason}.")
-            continue
-        last = found[-1]
-        saved = [
-            1 - (last.tokens - before) / law.compute_tokens_to_loss(last.n_params, last.loss)
-            for law in fitted.bootstrap_laws
-        ]
-        low, high = np.clip(np.percentile(saved, (5, 95)), -1, MAX_SAVED_FRAC)
-        asked = fitted.law.compute_tokens_to_loss(last.n_params, last.loss)
-        far = fitted.law.describe_extrapolation(last.n_params, asked)
-        log.info(
-            f"fit: {run_dir}: {name} saved {low:.0%} to {high:.0%} of the {cost.abbreviate_count(asked)} tokens that its size needs from scratch to "
-            f"{last.loss:.3f} nats{', which is extrapolated: ' + far[0] if far else ''}."
-        )
-        before_it = gains.get(name, (low, high))
-        gains[name] = (float(min(low, before_it[0])), float(max(high, before_it[1])))
-    return fitted, gains
-
-
-def read_heldout_losses(run_dir: pathlib.Path) -> tuple[Config, dict[str, float], list[LossPoint]]:
-    """(settings, shares of the sources that a run trained on, empty for all in proportion; its held-out losses after its warm-up,
-    weighted by them).
-    """
-    try:
-        settings = config.build_config(json.loads((run_dir / "config.json").read_text()))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"--fit {run_dir}: no config.json there. Give run directories that train.py wrote."
-        ) from None
-    n = flops.count_matmul_params(ModelSpec.load(run_dir / "spec.json"))
-    shares = settings.mixture.phases[-1][1] if settings.mixture.phases else {}
-    points = []
-    for record in read_metrics(run_dir / "metrics.jsonl"):
-        losses = {
-            name: loss
-            for name, loss in record.get("heldout", {}).items()
-            if not shares or shares.get(name)
-        }
-        if losses and record["step"] > settings.optim.warmup_steps:
-            weights = [shares.get(name, 1.0) for name in losses]
-            loss = sum(w * x for w, x in zip(weights, losses.values(), strict=True)) / sum(weights)
-            points.append(
-                LossPoint(
-                    n,
-                    float(record["step"] * settings.train.batch_size * settings.pack.seq_len),
-                    loss,
-                )
+    shares = get_source_shares(scratch_runs[0])
+    for run in scratch_runs:
+        if get_source_shares(run) != shares:
+            raise UserError(
+                f"--fit {run.path}: trained on {get_source_shares(run)}, the runs before it on "
+                f"{shares}; one law holds for one mixture. Fit them apart."
             )
-    return settings, shares, points
+    fit = scaling.fit_scaling_law(points, prior)
+    savings: dict[str, Range] = {}
+    for grown in grown_runs:
+        name = find_strategy_name(grown.growth)
+        reason = explain_exclusion(grown, name, shares)
+        if reason or name is None:
+            log.warning(f"fit: {grown.run.path}: what growing saved is left out: {reason}.")
+            continue
+        low, high = measure_saved_frac(fit, grown, name)
+        before_low, before_high = savings.get(name, (low, high))
+        savings[name] = (min(low, before_low), max(high, before_high))
+    return fit, savings
+
+
+def find_strategy_name(growth: Growth) -> str | None:
+    """Return the name of the strategy that an operator belongs to."""
+    for known in (*GROWTH_STRATEGIES, PRUNING):
+        if growth.operator in known.operators:
+            return known.name
+    return None
+
+
+def explain_exclusion(grown: GrownRun, name: str | None, shares: dict[str, float]) -> str | None:
+    """Return why a grown run cannot be compared with the runs from scratch; None if it can."""
+    run, points = grown.run, grown.points
+    own_shares = get_source_shares(run)
+    if name is None:
+        return f"{grown.growth.operator} is no operator of a growth strategy"
+    if own_shares != shares:
+        return f"it read {own_shares}, the runs from scratch {shares}"
+    if run.settings.initialize.mode != "continue":
+        return "it continues to count its parent's steps (initialize.mode)"
+    if not points or points[-1].tokens <= grown.growth.at_step * run.tokens_per_step:
+        return "it has no held-out loss after its growth"
+    return None
+
+
+def measure_saved_frac(fit: ScalingFit, grown: GrownRun, name: str) -> Range:
+    """Return the 90 % interval of the share of scratch's tokens that a grown run saved."""
+    last = grown.points[-1]
+    parent_tokens = grown.growth.at_step * grown.run.tokens_per_step  # inside the same run
+    child_tokens = last.tokens - parent_tokens
+    shares = []
+    for law in fit.bootstrap_laws:
+        scratch_tokens = law.compute_tokens_to_loss(last.n_params, last.loss)
+        shares.append(1 - child_tokens / scratch_tokens)
+    low, high = np.clip(np.percentile(shares, (5, 95)), -1, MAX_SAVED_FRAC)
+    scratch_tokens = fit.law.compute_tokens_to_loss(last.n_params, last.loss)
+    log.info(f"fit: {grown.run.path}: {name} saved {low:.0%} to {high:.0%}")
+    log.info(f"  of {abbreviate_count(scratch_tokens)} tokens from scratch to {last.loss:.3f} nats")
+    extrapolation = fit.law.describe_extrapolation(last.n_params, scratch_tokens)
+    if extrapolation:
+        log.info(f"  which is extrapolated: {extrapolation[0]}")
+    return float(low), float(high)
+
+
+def get_source_shares(run: Run) -> dict[str, float]:
+    """Return the last phase's shares of the sources; empty: all in proportion to their size."""
+    phases = run.settings.mixture.phases
+    return phases[-1][1] if phases else {}
+
+
+def read_heldout_losses(run: Run) -> list[LossPoint]:
+    """Return a run's held-out losses after its warm-up, weighted by the shares of the sources."""
+    n_params = flops.count_params(run.spec)
+    shares = get_source_shares(run)
+    points = []
+    for record in run.metrics:
+        is_heldout = isinstance(record, HeldoutMetrics)
+        if not is_heldout or record.step <= run.settings.optim.warmup_steps:
+            continue
+        loss_sum = share_sum = 0.0
+        for name, loss in record.heldout_loss.items():
+            share = shares.get(name, 0.0) if shares else 1.0
+            loss_sum += share * loss
+            share_sum += share
+        if share_sum:
+            tokens = float(record.step * run.tokens_per_step)
+            points.append(LossPoint(n_params, tokens, loss_sum / share_sum))
+    return points
 
 
 def load_base_model(source: str, tokens: float, usd: float | None) -> BaseModel:
-    """A base by a recipe (its model), a run, a checkpoint or a Hugging Face directory."""
-    if source.partition(":")[0].endswith(".py"):
-        return BaseModel(cost.resolve_model_spec(config.load_config(source))[0], tokens, usd)
-    return BaseModel(cost.read_source_spec(source), tokens, usd)
+    """Return the base of a recipe (its model), a run, a checkpoint or a Hugging Face directory."""
+    recipe_path, _, _ = source.partition(":")
+    if recipe_path.endswith(".py"):
+        spec, _ = cost.resolve_model_spec(config.load_config(source))
+    else:
+        spec = cost.read_source_spec(source)
+    return BaseModel(spec, tokens, usd)
 
 
 # ---- on the terminal
 
 
-def format_strategies(found: dict[str, Any]) -> str:
-    base = found["base"]
-    lines = [
-        f"to {found['target_loss']:.3f} nats a token with {cost.abbreviate_count(found['n_params'])} parameters"
-        + (
-            ""
-            if found["target_given"]
-            else f", which scratch reaches with {cost.abbreviate_count(found['budget'])} tokens"
-        )
-    ]
-    if base:
-        cost_of_it = (
-            "reckoned from its tokens"
-            if base["usd"] is None
-            else "free"
-            if not base["usd"]
-            else f"{base['usd']:,.0f} usd"
-        )
-        lines.append(
-            f"base: {cost.abbreviate_count(base['n_params'])} parameters, {cost.abbreviate_count(base['tokens'])} tokens ({base['tokens_per_param']:.3g} a parameter), {cost_of_it}"
-        )
-    columns = [
-        ("", lambda each: each["name"]),
-        ("tokens", lambda each: format_low_high(each["tokens"], cost.abbreviate_count)),
-        ("FLOPs", lambda each: format_low_high(each["flops"], "{:.2g}".format)),
-        ("saved", lambda each: format_low_high(each["saved"], format_saved_frac)),
-        ("with the base", lambda each: format_low_high(each["saved_with_base"], format_saved_frac)),
-        ("loss at the budget", lambda each: format_low_high(each["loss"], "{:.3f}".format)),
-    ]
-    if "hours" in found["ways"][0]:
-        columns += [
-            ("hours", lambda each: format_low_high(each["hours"], cost.format_significant)),
-            ("usd", lambda each: format_low_high(each["usd"], cost.format_significant)),
-            (
-                "usd with the base",
-                lambda each: format_low_high(each["usd_with_base"], cost.format_significant),
-            ),
-        ]
-    cells = [
-        [label for label, _ in columns],
-        *[[show(each) for _, show in columns] for each in found["ways"]],
-    ]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    lines += [
-        "",
-        *(
-            "  ".join(
-                f"{cell:<{w}}" if not i else f"{cell:>{w}}"
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in cells
-        ),
-        "",
-    ]
-    notes = [
-        f"{each['name']}: {'; '.join([each['source'], *each['notes']])}." for each in found["ways"]
-    ]
-    if found["stack_at"] < found["budget"]:
+def format_strategies(comparison: StrategyComparison) -> str:
+    """Return the comparison as text: a table, its sources and notes, and the verdict."""
+    n_params = abbreviate_count(comparison.n_params)
+    budget = abbreviate_count(comparison.token_budget)
+    lines = [f"to {comparison.target_loss:.3f} nats per token with {n_params} parameters"]
+    if not comparison.target_loss_given:
+        lines[0] += f", as scratch with {budget} tokens"
+    if comparison.base:
+        lines.append(describe_base(comparison.base))
+    columns = [make_column(strategy) for strategy in comparison.strategies]
+    rows = [["", *columns[0]]]
+    for strategy, column in zip(comparison.strategies, columns, strict=True):
+        rows.append([strategy.name, *column.values()])
+    lines += ["", *align_columns(rows), ""]
+    notes = []
+    for strategy in comparison.strategies:
+        sources = "; ".join([strategy.source, *strategy.notes])
+        notes.append(f"{strategy.name}: {sources}.")
+    if comparison.stack_tokens < comparison.token_budget:
+        stack_tokens = abbreviate_count(comparison.stack_tokens)
         notes.append(
-            f"G_stack's fit would stack after {cost.abbreviate_count(found['stack_at'])} tokens of the smaller model (2405.15319)."
+            f"G_stack's fit would stack after {stack_tokens} tokens of the smaller model "
+            "(2405.15319)."
         )
     else:
         notes.append(
-            "G_stack's fit of when to stack (2405.15319) does not reach down to this budget: it asks for more tokens than there are."
+            "G_stack's fit of when to stack (2405.15319) does not reach down to this budget: "
+            "it takes more tokens than there are."
         )
-    return "\n".join(
-        [
-            *lines,
-            *(
-                textwrap.fill(note, 120, initial_indent="- ", subsequent_indent="  ")
-                for note in [*notes, *found["notes"]]
-            ),
-            "",
-            found["verdict"],
-        ]
+    lines += wrap_notes([*notes, *comparison.notes])
+    return "\n".join([*lines, "", comparison.verdict])
+
+
+def describe_base(base: BaseModelSummary) -> str:
+    """Return the base's size, tokens and cost in words."""
+    usd = "free"
+    if base.usd is None:
+        usd = "cost computed from its tokens"
+    elif base.usd:
+        usd = f"{base.usd:,.0f} usd"
+    return (
+        f"base: {abbreviate_count(base.n_params)} parameters, {abbreviate_count(base.tokens)} "
+        f"tokens ({base.tokens_per_param:.3g} per parameter), {usd}"
     )
 
 
-def format_saved_frac(value: float) -> str:
-    return f"{round(value, 2) + 0.0:.0%}"  # adding 0 turns -0 into 0
+def make_column(strategy: StrategyCost) -> dict[str, str]:
+    """Return heading -> cell of one strategy."""
+    cells = {
+        "tokens": format_ends(strategy.tokens, abbreviate_count),
+        "FLOPs": format_ends(strategy.flops, "{:.2g}".format),
+        "saved": format_ends(strategy.saved_frac, format_saved_frac),
+        "with the base": format_ends(strategy.saved_with_base_frac, format_saved_frac),
+        "loss at the budget": format_ends(strategy.loss, "{:.3f}".format),
+    }
+    if strategy.hours:
+        cells["hours"] = format_ends(strategy.hours, format_significant)
+        cells["usd"] = format_ends(strategy.usd, format_significant)
+        cells["usd with the base"] = format_ends(strategy.usd_with_base, format_significant)
+    return cells
 
 
-def format_low_high(pair: list[float | None] | None, show) -> str:
-    if pair is None:
+def format_ends(ends: Ends | None, format_value: Callable[[float], str]) -> str:
+    """Return both ends of a range, one if they read the same."""
+    if ends is None:
         return "unknown"
-    texts = ["never" if value is None else show(value) for value in pair]
-    return texts[0] if texts[0] == texts[1] else " to ".join(texts)
+    low, high = ("never" if end is None else format_value(end) for end in ends)
+    return low if low == high else f"{low} to {high}"
 
 
-def replace_infinite(values: list[float]) -> list[float | None]:
-    return [value if math.isfinite(value) else None for value in values]
+def format_saved_frac(value: float) -> str:
+    """Return a share in percent; -0.4 % is 0%."""
+    return f"{round(value, 2) + 0.0:.0%}"  # adding 0 turns -0 into 0

@@ -1,128 +1,145 @@
-"""What an optimized program says of itself: the collectives that one layer runs, and how many bytes they move.
+"""Read the collectives of one layer, and the bytes they move, from a compiled program's text.
 
-Read off the program's text, because no compiler of JAX's answers it otherwise. A layer is one turn of a loop over the stacked weights.
+None of JAX's compilers reports them otherwise. A layer is one turn of a loop over stacked weights.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from typing import Any
+
+from jaxpt.plan.records import CollectiveCount, LayerCollectives
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-DTYPE_BITS = {
-    "pred": 8,
-    "bf16": 16,
-    "f16": 16,
-    "f32": 32,
-    "f64": 64,
-    "s8": 8,
-    "u8": 8,
-    "s16": 16,
-    "u16": 16,
-    "s32": 32,
-    "u32": 32,
-    "s64": 64,
-    "u64": 64,
+DTYPE_BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "bf16": 2,
+    "f16": 2,
+    "s16": 2,
+    "u16": 2,
+    "f32": 4,
+    "s32": 4,
+    "u32": 4,
+    "f64": 8,
+    "s64": 8,
+    "u64": 8,
 }
+ARRAY = re.compile(rf"\b({'|'.join(DTYPE_BYTES)})\[([\d,]+)\]")
+MIN_STACKED_ARRAYS = 8  # a loop over layers carries the stacked weights: a dozen arrays
 
 
-def count_layer_collectives(text: str, n_layers: int) -> list[dict[str, dict[str, float]]]:
-    """For each loop over the layers, forward first, what one turn runs: {collective: {"n": how many, "bytes": of the whole arrays}}.
+def count_layer_collectives(text: str, n_layers: int) -> tuple[LayerCollectives, ...]:
+    """Return what one turn of each loop over layers runs, forward first.
 
-    None where the program has no such loop, as on a CPU, where layers are written out.
+    It is empty if the program has no such loop, as on a CPU, where layers are unrolled.
     """
-    bodies = split_computations(text)
-
-    def count(name: str) -> dict[str, dict[str, float]]:
-        total: dict[str, dict[str, float]] = {}
-
-        def add(kind: str, n: float, n_bytes: float) -> None:
-            before = total.setdefault(kind, {"n": 0, "bytes": 0})
-            before["n"], before["bytes"] = before["n"] + n, before["bytes"] + n_bytes
-
-        for line in bodies.get(name, []):
-            operation = re.search(r" ([a-z\-]+)\(", line)
-            kind = operation[1].removesuffix("-start") if operation else ""
-            if kind in COLLECTIVES:
-                add(kind, 1, count_collective_bytes(line, operation[1]))
+    computations = split_computations(text)
+    counts = []
+    for lines in computations.values():
+        for line in lines:
+            if not loops_over_layers(line, n_layers):
                 continue
-            turns = re.search(r'known_trip_count":\{"n":"(\d+)"', line) if kind == "while" else None
-            for called in re.findall(r"(?:calls|to_apply|body)=%?([\w.\-]+)", line):
-                for inner, found in count(called).items():
-                    add(
-                        inner,
-                        *(
-                            int(turns[1]) * found[key] if turns else found[key]
-                            for key in ("n", "bytes")
-                        ),
-                    )
-        return total
-
-    def over_layers(line: str) -> bool:
-        """Whether a loop carries the stacked weights, cast or not: a dozen arrays whose first axis is the layers'."""
-        carried, found, _ = line.partition(" while(")
-        return bool(found) and len(re.findall(rf"\[{n_layers},", carried)) >= 8
-
-    loops = [
-        re.search(r"body=%?([\w.\-]+)", line)[1]
-        for lines in bodies.values()
-        for line in lines
-        if over_layers(line)
-    ]
-    # the loop over micro-batches carries the weights too, and stands for those within it
-    return [count(body) for body in loops if not any(map(over_layers, bodies[body]))]
+            body = re.findall(r"body=%?([\w.\-]+)", line)[0]
+            # a loop over micro-batches carries the weights too; the loops inside of it are counted
+            if any(loops_over_layers(inner, n_layers) for inner in computations[body]):
+                continue
+            counts.append(count_collectives(computations, body))
+    return tuple(counts)
 
 
 def split_computations(text: str) -> dict[str, list[str]]:
-    """Name -> lines of every computation of a program's text."""
-    bodies: dict[str, list[str]] = {}
-    name = None
+    """Return name -> lines of every computation of a program's text."""
+    computations: dict[str, list[str]] = {}
+    lines: list[str] = []  # what stands before the first computation is dropped
     for line in text.splitlines():
-        opened = re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line)
-        if opened and not line.startswith(" "):
-            name = opened[1]
-            bodies[name] = []
-        elif name:
-            bodies[name].append(line)
-    return bodies
+        header = re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line)
+        if header and not line.startswith(" "):
+            lines = computations[header[1]] = []
+        else:
+            lines.append(line)
+    return computations
+
+
+def loops_over_layers(line: str, n_layers: int) -> bool:
+    """Return whether a line is a loop that carries the stacked weights, cast or not."""
+    carried, is_loop, _ = line.partition(" while(")
+    stacked_arrays = re.findall(rf"\[{n_layers},", carried)
+    return bool(is_loop) and len(stacked_arrays) >= MIN_STACKED_ARRAYS
+
+
+def count_collectives(computations: dict[str, list[str]], name: str) -> LayerCollectives:
+    """Return the collectives of a computation and of all that it calls, inner loops multiplied."""
+    total: LayerCollectives = {}
+
+    def add(kind: str, n_ops: int, n_bytes: float) -> None:
+        before = total.get(kind, CollectiveCount(0, 0))
+        total[kind] = CollectiveCount(before.n_ops + n_ops, before.n_bytes + n_bytes)
+
+    for line in computations.get(name, []):
+        match = re.search(r" ([a-z\-]+)\(", line)
+        operation = match[1] if match else ""
+        kind = operation.removesuffix("-start")
+        if kind in COLLECTIVES:
+            add(kind, 1, count_collective_bytes(line, operation))
+            continue
+        trip_count = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+        n_turns = int(trip_count[1]) if trip_count and kind == "while" else 1
+        for called in re.findall(r"(?:calls|to_apply|body)=%?([\w.\-]+)", line):
+            inner = count_collectives(computations, called)
+            for inner_kind, count in inner.items():
+                add(inner_kind, n_turns * count.n_ops, n_turns * count.n_bytes)
+    return total
 
 
 def count_collective_bytes(line: str, operation: str) -> float:
-    """Bytes of the array that a collective brings together or takes apart, whichever side is the larger; several are summed."""
-    found = re.findall(
-        rf"\b({'|'.join(DTYPE_BITS)})\[([\d,]+)\]", line.partition(f" {operation}(")[0]
-    )
-    sizes = [math.prod(map(int, shape.split(","))) * DTYPE_BITS[kind] / 8 for kind, shape in found]
+    """Return the bytes of the whole array that a collective gathers or scatters, summed if several.
+
+    Args:
+        line: of the program's text.
+        operation: the operation's name as in the line, such as "all-gather-start".
+    """
+    result, _, _ = line.partition(f" {operation}(")
+    sizes = []
+    for dtype, shape in ARRAY.findall(result):
+        n_elements = math.prod(map(int, shape.split(",")))
+        sizes.append(n_elements * DTYPE_BYTES[dtype])
     if operation in ("all-gather-start", "collective-permute-start"):
-        sizes = sizes[
-            len(sizes) // 2 :
-        ]  # of what is only begun, the operands stand before the results
-    group = 1
-    if operation.startswith("reduce-scatter"):  # its result is one of the pieces
-        listed, counted = (
-            re.search(r"replica_groups=\{\{([\d,]+)\}", line),
-            re.search(r"replica_groups=\[\d+,(\d+)\]", line),
-        )
-        group = len(listed[1].split(",")) if listed else int(counted[1]) if counted else 1
-    return sum(sizes) * group
+        # of a started operation, the operands stand before the results
+        sizes = sizes[len(sizes) // 2 :]
+    if operation.startswith("reduce-scatter"):  # the result is one shard of the array
+        return sum(sizes) * count_group_devices(line)
+    return sum(sizes)
 
 
-def count_received_bytes(collectives: dict[str, dict[str, float]]) -> float:
-    """Bytes a device receives for them, at least: an all-reduce brings each number twice, once to be added and once as the sum."""
-    return sum(
-        found["bytes"] * (2 if kind == "all-reduce" else 1) for kind, found in collectives.items()
-    )
+def count_group_devices(line: str) -> int:
+    """Return how many devices take part in one group of a collective."""
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+    if listed:
+        return len(listed[1].split(","))
+    counted = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
+    return int(counted[1]) if counted else 1
 
 
-def format_collectives(found: list[dict[str, Any]]) -> str:
-    """ "4 all-gather 436 MB; 9 reduce-scatter 1,308 MB" """
-    parts = [
-        ", ".join(
-            f"{each['n']:.0f} {kind} {each['bytes'] / 1e6:,.0f} MB"
-            for kind, each in sorted(loop.items())
-        )
-        or "none"
-        for loop in found
-    ]
-    return "; ".join(parts)
+def count_received_bytes(collectives: LayerCollectives) -> float:
+    """Return the least bytes that a device receives for them.
+
+    An all-reduce brings each number twice: once to be added and once as the sum.
+    """
+    total = 0.0
+    for kind, count in collectives.items():
+        n_times = 2 if kind == "all-reduce" else 1
+        total += n_times * count.n_bytes
+    return total
+
+
+def format_collectives(layers: tuple[LayerCollectives, ...]) -> str:
+    """Return, such as, "4 all-gather 436 MB; 9 reduce-scatter 1,308 MB"."""
+    texts = []
+    for counts in layers:
+        parts = []
+        for kind, count in sorted(counts.items()):
+            parts.append(f"{count.n_ops} {kind} {count.n_bytes / 1e6:,.0f} MB")
+        texts.append(", ".join(parts) or "none")
+    return "; ".join(texts)

@@ -1,174 +1,207 @@
-"""The ways to lay a step out on a target: meshes, micro-batches and what backward keeps, each by arithmetic alone."""
+"""Enumerate the layouts of a step on a target: meshes, micro-batches, remat, each by arithmetic."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
-from jaxpt import config, sharding
-from jaxpt.config import Config
+from jaxpt import sharding
+from jaxpt.config import Config, MeshConfig
 from jaxpt.plan import flops, hardware, roofline
+from jaxpt.plan.hardware import GIB, Target
+from jaxpt.plan.records import StepAnalysis
 from jaxpt.spec import ModelSpec, UserError
 
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
 REMAT_POLICIES = ("none", "dots", "minimal", "full")
-SAFE_MEMORY_FRAC = 0.95  # share of the memory that arithmetic alone had better stay below: the compilers came within a few percent of it
+# share of the memory to stay below by arithmetic alone: the compilers came within a few percent
+SAFE_MEMORY_FRAC = 0.95
 
 
 class Layout(NamedTuple):
-    """Settings, what flops.of_step knows of them, and the seconds expected of a step."""
+    """Settings with a mesh, micro-batch and remat, and what is known of their step."""
 
-    config: Config
-    analysis: dict[str, Any]
-    step_seconds: float
+    settings: Config
+    analysis: StepAnalysis
+    step_seconds: float  # expected
 
     @property
-    def required_bytes(self) -> float:
-        """Bytes of one device."""
-        return max(self.analysis["peak_bytes"], self.analysis["export_bytes"])
+    def required_bytes(self) -> int:
+        """Memory that one device needs."""
+        return max(self.analysis.peak_bytes, self.analysis.export_bytes)
 
-
-def list_layouts(spec: ModelSpec, settings: Config, target: hardware.Target) -> list[Layout]:
-    """Every setting that the target's devices can be cut for. Rows and tokens of a step stay what the config says."""
-    found = []
-    open_axes = {
-        axis: -1 for axis, size in dataclasses.asdict(settings.mesh).items() if size == -1
-    }  # stay open: one recipe for any number
-    for mesh in iterate_meshes(spec, settings, target):
-        sizes = dataclasses.asdict(mesh)
-        mesh = dataclasses.replace(mesh, **open_axes)
-        for accumulate in list_divisors(settings.train.batch_size):
-            try:
-                sharding.check_mesh_divides(
-                    MeshShape(sizes),
-                    spec,
-                    settings.train.batch_size,
-                    accumulate,
-                    settings.pack.seq_len,
-                )
-            except UserError:
-                continue
-            for remat in REMAT_POLICIES:
-                asked = dataclasses.replace(
-                    settings,
-                    mesh=mesh,
-                    train=dataclasses.replace(settings.train, grad_accum_steps=accumulate, remat=remat),
-                )
-                measured = flops.estimate_step(
-                    spec, asked, sizes, hardware.predict_attention_backend(asked, target)
-                )
-                measured |= {"method": "estimated", "missing": None, "mesh": sizes, "seconds": 0.0}
-                found.append(
-                    Layout(
-                        asked,
-                        measured,
-                        roofline.compute_roofline(measured, target, asked).expected_seconds,
-                    )
-                )
-    return found
+    @property
+    def n_sharded_axes(self) -> int:
+        """Axes of the mesh with more than one device."""
+        return sum(size > 1 for size in self.analysis.mesh.values())
 
 
 class MeshShape(NamedTuple):
-    """What sharding.check reads of a mesh."""
+    """What sharding.check_mesh_divides reads of a mesh."""
 
     shape: dict[str, int]
 
 
-def iterate_meshes(
-    spec: ModelSpec, settings: Config, target: hardware.Target
-) -> Iterator[config.MeshConfig]:
-    """Data parallel over what tensor and context leave, one copy of the model or one for each host of GPUs."""
-    n, hosts = (
-        target.n_devices,
-        max(target.n_devices // hardware.GPUS_PER_HOST, 1) if target.chip.platform == "cuda" else 1,
-    )
-    cuts = itertools.product(sorted({1, hosts}), list_divisors(spec.n_kv_heads), (1, 2, 4, 8))
-    for copies, tensor, context in cuts:
-        if n % (copies * tensor * context) == 0 and settings.pack.seq_len % context**2 == 0:
-            yield config.MeshConfig(copies, n // (copies * tensor * context), tensor, context)
+def list_layouts(spec: ModelSpec, settings: Config, target: Target) -> list[Layout]:
+    """Return every layout that the target's devices can be sharded for.
 
-
-def choose_layout(found: list[Layout]) -> Layout:
-    """The fastest, but for two things: a mesh with fewer cuts goes before one that is less than 5 % faster, and of two that differ by
-    less than 2 % the one that needs less memory; arithmetic knows no better.
+    Sequences and tokens per step stay as in the config.
     """
-    fastest = min(each.step_seconds for each in found)
-    near = [each for each in found if each.step_seconds <= 1.05 * fastest]
-    n_cuts = lambda each: sum(n > 1 for n in each.measured["mesh"].values())  # noqa: E731
-    simple = [each for each in near if n_cuts(each) == min(map(n_cuts, near))]
-    fastest = min(each.step_seconds for each in simple)
-    return min(
-        (each for each in simple if each.step_seconds <= 1.02 * fastest),
-        key=lambda each: each.required_bytes,
-    )
-
-
-def suggest_layout(spec: ModelSpec, settings: Config, target: hardware.Target) -> str:
-    """A sentence for what does not fit, by arithmetic: the overrides with which this target does, else the smallest of its chip that does."""
-    for on in (target.name, *hardware.list_target_names(target.chip)):
-        other = hardware.parse_target(on)
-        found = list_layouts(spec, settings, other)
-        fitting = next(
-            (
-                some
-                for room in (SAFE_MEMORY_FRAC, 1)
-                if (
-                    some := [
-                        each for each in found if each.required_bytes <= room * other.usable_bytes
-                    ]
+    sizes = dataclasses.asdict(settings.mesh)
+    # axes that the config leaves open stay open: one recipe for any number of devices
+    open_axes = {axis: -1 for axis, size in sizes.items() if size == -1}
+    layouts = []
+    for mesh in iterate_meshes(spec, settings, target):
+        shape = dataclasses.asdict(mesh)
+        mesh = dataclasses.replace(mesh, **open_axes)
+        for grad_accum_steps in list_divisors(settings.train.batch_size):
+            if not can_shard(shape, spec, settings, grad_accum_steps):
+                continue
+            for remat in REMAT_POLICIES:
+                train = dataclasses.replace(
+                    settings.train, grad_accum_steps=grad_accum_steps, remat=remat
                 )
-            ),
-            None,
-        )
-        if fitting:
-            best = choose_layout(fitting)
-            changes = " ".join(list_overrides(settings, best.config))
-            what = (
-                f"{on} fits it"
-                if on == target.name
-                else f"the smallest {target.chip.name} that fits is {on}"
-            )
-            room = f"{best.required_bytes / hardware.GIB:.1f} of {other.usable_bytes / hardware.GIB:.1f} GiB a device"
-            return f"By arithmetic {what}, with {room}{': ' + changes if changes else ''}."
-    none = f"By arithmetic no number of {target.chip.name} fits a step of {settings.train.batch_size:,} rows of {settings.pack.seq_len:,} tokens"
+                changed = dataclasses.replace(settings, mesh=mesh, train=train)
+                layouts.append(estimate_layout(spec, changed, target, shape))
+    return layouts
+
+
+def iterate_meshes(spec: ModelSpec, settings: Config, target: Target) -> Iterator[MeshConfig]:
+    """Yield meshes: fsdp over what tensor and context leave, one replica or one per GPU host."""
+    n_hosts = 1
+    if target.chip.platform == "cuda":
+        n_hosts = max(target.n_devices // hardware.GPUS_PER_HOST, 1)
+    n_replicas = sorted({1, n_hosts})
+    tensor_sizes = list_divisors(spec.n_kv_heads)
+    for replica, tensor, context in itertools.product(n_replicas, tensor_sizes, (1, 2, 4, 8)):
+        fsdp, rest = divmod(target.n_devices, replica * tensor * context)
+        if rest == 0 and settings.pack.seq_len % context**2 == 0:
+            yield MeshConfig(replica, fsdp, tensor, context)
+
+
+def can_shard(shape: dict[str, int], spec: ModelSpec, settings: Config, accum_steps: int) -> bool:
+    """Return whether a mesh divides the sizes of the model and its micro-batches."""
+    batch_size, seq_len = settings.train.batch_size, settings.pack.seq_len
+    mesh = cast("Mesh", MeshShape(shape))  # all that the check reads
+    try:
+        sharding.check_mesh_divides(mesh, spec, batch_size, accum_steps, seq_len)
+    except UserError:
+        return False
+    return True
+
+
+def estimate_layout(
+    spec: ModelSpec, settings: Config, target: Target, shape: dict[str, int]
+) -> Layout:
+    """Return a layout with its estimated memory and step time."""
+    attention = hardware.predict_attention_backend(settings, target)
+    analysis = flops.estimate_step(spec, settings, shape, attention)
+    roof = roofline.compute_roofline(analysis, target, settings)
+    return Layout(settings, analysis, roof.expected_seconds)
+
+
+def choose_layout(layouts: list[Layout]) -> Layout:
+    """Return the fastest layout, but for differences that arithmetic cannot resolve.
+
+    A mesh with fewer sharded axes goes before one that is less than 5 % faster; of layouts within
+    2 %, the one that needs the least memory is taken.
+    """
+    near = select_fast(layouts, 1.05)
+    fewest_axes = min(layout.n_sharded_axes for layout in near)
+    simple = [layout for layout in near if layout.n_sharded_axes == fewest_axes]
+    return min(select_fast(simple, 1.02), key=lambda layout: layout.required_bytes)
+
+
+def select_fast(layouts: list[Layout], factor: float) -> list[Layout]:
+    """Return the layouts that take at most `factor` times the fastest one's time."""
+    limit = factor * min(layout.step_seconds for layout in layouts)
+    return [layout for layout in layouts if layout.step_seconds <= limit]
+
+
+def select_fitting(layouts: list[Layout], n_bytes: float) -> list[Layout]:
+    """Return the layouts that need at most `n_bytes` per device."""
+    return [layout for layout in layouts if layout.required_bytes <= n_bytes]
+
+
+def suggest_layout(spec: ModelSpec, settings: Config, target: Target) -> str:
+    """Return a sentence for a step that does not fit, by arithmetic.
+
+    It names the overrides with which this target fits it, else the smallest target of the chip
+    that does, else the longest sequences that one does.
+    """
+    chip = target.chip
+    candidates = hardware.list_target_names(chip)
+    for name in (target.name, *candidates):
+        candidate = hardware.parse_target(name)
+        layouts = list_layouts(spec, settings, candidate)
+        usable_bytes = candidate.usable_bytes
+        fitting = select_fitting(layouts, SAFE_MEMORY_FRAC * usable_bytes)
+        fitting = fitting or select_fitting(layouts, usable_bytes)
+        if not fitting:
+            continue
+        best = choose_layout(fitting)
+        overrides = " ".join(list_overrides(settings, best.settings))
+        fits = f"{name} fits it"
+        if name != target.name:
+            fits = f"the smallest {chip.name} that fits is {name}"
+        memory = f"{best.required_bytes / GIB:.1f} of {usable_bytes / GIB:.1f} GiB per device"
+        ending = f": {overrides}" if overrides else ""
+        return f"By arithmetic {fits}, with {memory}{ending}."
+    none_fits = (
+        f"By arithmetic no number of {chip.name} fits a step of {settings.train.batch_size:,} "
+        f"sequences of {settings.pack.seq_len:,} tokens"
+    )
     shorter = settings
     while shorter.pack.seq_len % 2 == 0 and shorter.pack.seq_len > 8:
-        shorter = dataclasses.replace(
-            shorter,
-            pack=dataclasses.replace(shorter.pack, seq_len=shorter.pack.seq_len // 2),
-            train=dataclasses.replace(shorter.train, batch_size=2 * shorter.train.batch_size),
-        )
-        fitting = [
-            on
-            for on in map(hardware.parse_target, hardware.list_target_names(target.chip))
-            if any(
-                each.required_bytes <= on.usable_bytes for each in list_layouts(spec, shorter, on)
-            )
-        ]
-        if fitting:
-            return f"{none}; the same tokens in rows of {shorter.pack.seq_len:,} fit {fitting[0].name}: {' '.join(list_overrides(settings, shorter))}."
-    return f"{none}; a smaller model does."
+        shorter = halve_sequences(shorter)
+        for name in candidates:
+            candidate = hardware.parse_target(name)
+            layouts = list_layouts(spec, shorter, candidate)
+            if select_fitting(layouts, candidate.usable_bytes):
+                overrides = " ".join(list_overrides(settings, shorter))
+                return (
+                    f"{none_fits}; the same tokens in sequences of {shorter.pack.seq_len:,} "
+                    f"fit {name}: {overrides}."
+                )
+    return f"{none_fits}; a smaller model does."
+
+
+def halve_sequences(settings: Config) -> Config:
+    """Return the settings with sequences of half the length, and twice as many of them."""
+    pack = dataclasses.replace(settings.pack, seq_len=settings.pack.seq_len // 2)
+    train = dataclasses.replace(settings.train, batch_size=2 * settings.train.batch_size)
+    return dataclasses.replace(settings, pack=pack, train=train)
 
 
 def list_overrides(before: Config, after: Config) -> list[str]:
-    """What to paste behind a command to get from one to the other."""
-    return [
-        f"--config.{section}.{knob.name}={getattr(getattr(after, section), knob.name)}"
-        for section in ("pack", "mesh", "train")
-        for knob in dataclasses.fields(getattr(after, section))
-        if getattr(getattr(after, section), knob.name)
-        != getattr(getattr(before, section), knob.name)
-    ]
+    """Return the command-line overrides that turn one config into the other."""
+    overrides = []
+    for name in ("pack", "mesh", "train"):
+        old, new = getattr(before, name), getattr(after, name)
+        for knob in dataclasses.fields(new):
+            value = getattr(new, knob.name)
+            if value != getattr(old, knob.name):
+                overrides.append(f"--config.{name}.{knob.name}={value}")
+    return overrides
 
 
 def format_layout(layout: Layout) -> str:
-    sizes = (
-        " x ".join(f"{axis} {n}" for axis, n in layout.analysis["mesh"].items() if n > 1)
-        or "one device"
-    )
-    return f"{sizes}, accumulate {layout.config.train.grad_accum_steps}, remat {layout.config.train.remat}"
+    """Return the mesh and the searched knobs in words."""
+    train = layout.settings.train
+    mesh = format_mesh(layout.analysis.mesh)
+    return f"{mesh}, grad_accum_steps {train.grad_accum_steps}, remat {train.remat}"
+
+
+def format_mesh(mesh: dict[str, int]) -> str:
+    """Return the axes with more than one device, such as "fsdp 16 x tensor 4"."""
+    axes = [f"{axis} {size}" for axis, size in mesh.items() if size > 1]
+    return " x ".join(axes) or "one device"
 
 
 def list_divisors(n: int) -> list[int]:
+    """Return the divisors of n, smallest first."""
     return [d for d in range(1, n + 1) if n % d == 0]

@@ -18,6 +18,9 @@ class CollectiveCount(Record):
     n_bytes: float  # of the whole arrays, summed over the operations
 
 
+LayerCollectives = dict[str, CollectiveCount]  # collective, such as "all-gather" -> count
+
+
 @dataclasses.dataclass(frozen=True)
 class StepAnalysis(Record):
     """Memory, FLOPs and traffic of one train step on a target, compiled or estimated."""
@@ -39,8 +42,8 @@ class StepAnalysis(Record):
     executed_flops: float  # per step over all devices, recomputation included
     loop_body_flops: float | None  # per device, each loop body counted once, as compilers count
     compiler_flops: float | None  # per device, the compiler's own count; None: it has none
-    # forward loop over layers first, then backward; collective -> count; empty: unknown
-    layer_collectives: tuple[dict[str, CollectiveCount], ...]
+    # of one turn of each loop over layers, forward first; empty: unknown
+    layer_collectives: tuple[LayerCollectives, ...]
     analysis_seconds: float
 
 
@@ -87,7 +90,7 @@ class TargetPlan(Record):
     executed_flops_per_token: float  # recomputation included
     loop_body_flops: float | None
     compiler_flops: float | None
-    layer_collectives: tuple[dict[str, CollectiveCount], ...]
+    layer_collectives: tuple[LayerCollectives, ...]
     comm_bytes_per_layer: float  # received per device per step
     compute_seconds: float  # per step, matmuls alone at peak speed
     memory_seconds: float  # per step, memory traffic alone

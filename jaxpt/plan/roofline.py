@@ -1,50 +1,52 @@
-"""How long a step takes: what products, memory and links would take alone at full speed, and what is expected of them together."""
+"""Estimate a step's time from what matmuls, memory and links would each take at full speed."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxpt.config import Config
-from jaxpt.plan import hardware, hlo
+from jaxpt.plan import hlo
+from jaxpt.plan.hardware import Target
+from jaxpt.plan.records import StepAnalysis
 
 
 class Roofline(NamedTuple):
-    """Seconds of a step: what each part would take alone at full speed, and the ends of what is expected."""
+    """Seconds per step: of each part alone at full speed, and the range that is expected."""
 
     compute_seconds: float
     memory_seconds: float
     network_seconds: float
-    fast_seconds: (
-        float  # products at the high efficiency, the rest hidden behind them where it is less
-    )
-    slow_seconds: float  # products at the low one, and no transfer hidden behind them
+    fast_seconds: float  # matmuls at high efficiency, transfers overlapped with them
+    slow_seconds: float  # matmuls at low efficiency, no transfer overlapped
 
     @property
     def expected_seconds(self) -> float:
+        """The middle of the range."""
         return (self.fast_seconds + self.slow_seconds) / 2
 
 
-def compute_roofline(
-    measured: dict[str, Any], target: hardware.Target, settings: Config
-) -> Roofline:
-    """Compute from the products that are executed, memory and network from the bytes that move. The fast end moves the cut weights
-    only; the slow end what the compiled program's layers move, where that is known to be more.
+def compute_roofline(analysis: StepAnalysis, target: Target, settings: Config) -> Roofline:
+    """Return the time of a step from its executed matmuls and the bytes that it moves.
+
+    The fast end moves the sharded weights, activations and sequences only; the slow end moves what
+    the compiled program's layers move, where that is known to be more.
     """
-    chip, n = target.chip, target.n_devices
-    (low, high), _ = chip.efficiency
-    compute = measured["executed_flops"] / (n * getattr(chip, settings.train.compute_dtype))
-    memory = measured["traffic_bytes"] / chip.memory_bandwidth
-    network = measured["moved_bytes"] / target.receive_bandwidth
-    in_layers = (
-        sum(map(hlo.count_received_bytes, measured["layers"]))
-        * measured["n_layers"]
-        * settings.train.grad_accum_steps
-    )
-    found = max(network, in_layers / target.receive_bandwidth)
+    chip = target.chip
+    peak_flops = target.n_devices * chip.peak_flops(settings.train.compute_dtype)
+    compute = analysis.executed_flops / peak_flops
+    memory = analysis.memory_traffic_bytes / chip.memory_bandwidth
+    network = analysis.comm_bytes / target.receive_bandwidth
+
+    layer_bytes = sum(map(hlo.count_received_bytes, analysis.layer_collectives))
+    n_turns = analysis.n_layers * settings.train.grad_accum_steps
+    compiled_network = layer_bytes * n_turns / target.receive_bandwidth
+
+    slow_compute = compute / chip.efficiency.low
+    fast_compute = compute / chip.efficiency.high
     return Roofline(
         compute,
         memory,
         network,
-        fast_seconds=max(compute / high, memory, network),
-        slow_seconds=max(compute / low, memory) + found,
+        fast_seconds=max(fast_compute, memory, network),
+        slow_seconds=max(slow_compute, memory) + max(network, compiled_network),
     )

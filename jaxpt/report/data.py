@@ -1,140 +1,143 @@
-"""Sections: what the rules kept and dropped of the raw text, and what the steps read of it."""
+"""Render the sections Data (what the rules kept and dropped) and Mixture (what the steps read)."""
 
 from __future__ import annotations
 
 import itertools
-import math
 
-from jaxpt.report.figures import plot_curves, render_figure, render_figure_pairs
+from jaxpt.report.figures import plot_curves, render_figure, render_figure_grid
 from jaxpt.report.format import format_count, format_decimal, format_whole
 from jaxpt.report.html import (
     collapsible,
     color_legend,
     escape,
+    heading,
     html_table,
-    per_run,
+    name_owners,
     share_bar,
     small_text,
 )
-from jaxpt.report.read import RunData, distinct_values, list_sources, order_keys
+from jaxpt.report.read import RunData, group_distinct_values, list_sources, order_keys
+from jaxpt.report.records import Funnel, TextAmount
+
+DATA_CAPTION = (
+    "Documents and text left after each rule, in the order applied. "
+    "Tokens: estimated from the bytes. Share: of the text read, by bytes."
+)
+MIXTURE_CAPTION = (
+    "Share of the sequences of each step, from the given step on. "
+    "The table under Training has the epochs of each source."
+)
 
 
-def data_section(runs: list[RunData]) -> str:
-    parts = []
-    for funnels, names in distinct_values(runs, "funnels"):
-        for found in funnels:
-            for source in found["sources"]:
-                parts.append(
-                    f"<h3>{escape(source)}{per_run(names, runs)}</h3>{render_funnel(found, source)}{render_unreadable(found, source)}{render_dropped(found, source)}"
-                )
-    if not parts:
-        return ""
-    return "".join(parts) + small_text(
-        "Documents and text left after each rule, in the order applied. Tokens: estimated from the bytes. Share: of the text read, by bytes."
-    )
+def render_data(runs: list[RunData]) -> str:
+    """Render each source's funnel, what could not be read, and samples of what was dropped."""
+    html = ""
+    for funnels, names in group_distinct_values(runs, lambda run: run.funnels):
+        for funnel in funnels:
+            for source in funnel.sources:
+                html += heading(source + name_owners(names, runs))
+                html += render_funnel_table(funnel, source)
+                html += render_unreadable(funnel, source)
+                html += render_dropped_samples(funnel, source)
+    return html + small_text(DATA_CAPTION) if html else ""
 
 
-def render_funnel(found: dict, source: str) -> str:
-    """Read, left after each rule, and parted into training and held-out text. What no rule did, and what was not counted, has no column."""
-    steps = [
-        (step["rule"].replace("_", " "), step["kept"].get(source, {})) for step in found["steps"]
-    ]
-    labels = {"train": "kept for training", "heldout": "held out"}
-    parts = [
-        (label, found[part][source])
-        for part, label in labels.items()
-        if source in found.get(part, {})
-    ]
-    rows = [kept.get("rows", 0) for _, kept in steps]
-    read = steps[0][1].get("bytes") if steps else None
-    each = [kept for _, kept in (*steps, *parts)]
+def render_funnel_table(funnel: Funnel, source: str) -> str:
+    """Render what was read, left after each rule, and split into training and held-out text."""
+    labels = []
+    amounts = []
+    edits = []
+    for step in funnel.steps:
+        labels.append(escape(step.rule.replace("_", " ")))
+        amounts.append(step.kept.get(source, TextAmount()))
+        edits.append(format_whole((step.n_edits or {}).get(source) or None))
+    documents = [amount.n_documents for amount in amounts]
+    n_read_bytes = amounts[0].n_bytes if amounts else 0
+    dropped = [""]
+    for before, after in itertools.pairwise(documents):
+        dropped.append(format_whole(before - after))
+    for label, split in (("kept for training", funnel.train), ("held out", funnel.heldout)):
+        if source in split:
+            labels.append(label)
+            amounts.append(split[source])
+    fracs = [amount.n_bytes / n_read_bytes if n_read_bytes else 0 for amount in amounts]
     columns = {
-        "rule": [escape(label) for label, _ in (*steps, *parts)],
-        "documents": [format_whole(kept.get("rows")) for kept in each],
-        "dropped": [
-            "",
-            *(format_whole(before - after) for before, after in itertools.pairwise(rows)),
-        ]
-        if len(steps) > 1
-        else [],
-        "edits": [
-            format_whole(step.get("edits", {}).get(source) or None) for step in found["steps"]
-        ],
-        "MB": [format_decimal(kept.get("bytes", math.nan) / 1e6, 2) for kept in each],
-        "tokens": [format_count(kept.get("tokens")) for kept in each],
-        "share": [share_bar(kept.get("bytes", 0) / read if read else 0) for kept in each],
+        "rule": labels,
+        "documents": [format_whole(amount.n_documents) for amount in amounts],
+        "dropped": dropped,
+        "edits": edits,
+        "MB": [format_decimal(amount.n_bytes / 1e6, 2) for amount in amounts],
+        "tokens": [format_count(amount.n_tokens) for amount in amounts],
+        "share": [share_bar(frac) for frac in fracs],
     }
+    # what no rule did, or nobody counted, has no column
     columns = {head: cells for head, cells in columns.items() if any(cells)}
-    body = [list(row) for row in itertools.zip_longest(*columns.values(), fillvalue="")]
-    return html_table(list(columns), body, kind="funnel")
+    body = list(itertools.zip_longest(*columns.values(), fillvalue=""))
+    return html_table(list(columns), body, css_class="funnel")
 
 
-def render_unreadable(found: dict, source: str) -> str:
-    """What was passed over while the source was read, and the sentences about what cannot be read, folded."""
-    unread = found.get("unread", {}).get(source, {"counts": {}, "first": []})
-    passed = ", ".join(f"{format_whole(n)} times {why}" for why, n in unread["counts"].items())
-    sentences = "".join(small_text(sentence) for sentence in unread["first"])
-    return small_text(f"Passed over while reading: {passed}." if passed else "") + (
-        collapsible("What could not be read", sentences) if sentences else ""
-    )
-
-
-def render_dropped(found: dict, source: str) -> str:
-    """Samples of what each rule dropped, folded, in the order of the rules."""
-    parts = []
-    for rule in order_keys([step["rule"] for step in found["steps"]], found["dropped"]):
-        rows = [row for row in found["dropped"][rule] if row["source"] == source]
-        parts += [f"<h3>{escape(rule.replace('_', ' '))}</h3>"] if rows else []
-        for row in rows:
-            why = small_text(f"{row['id']}: {row['reason'] or 'no reason kept'}")
-            parts.append(f'<div class="dropped">{why}<pre>{escape(row["text"])}</pre></div>')
-    return collapsible("Samples of what each rule dropped", "".join(parts)) if parts else ""
-
-
-def mixture_section(runs: list[RunData]) -> str:
-    names = order_keys(
-        list_sources(runs), (name for run in runs for _, shares in run.phases for name in shares)
-    )
-    known = [run for run in runs if run.phases and run.train]
-    figures, body = [], []
-    for run in known:
-        ends = [
-            *(step for step, _ in run.phases[1:]),
-            max(run.phases[-1][0], run.train[-1]["step"]),
-        ]
-        stretches = [
-            (start, end, shares) for (start, shares), end in zip(run.phases, ends, strict=True)
-        ]
-        series = [
-            (
-                name,
-                [
-                    (step, shares.get(name, 0.0))
-                    for start, end, shares in stretches
-                    for step in (start, end)
-                ],
-            )
-            for name in names
-        ]
-        if len(stretches) > 1:
-            figures.append(
-                render_figure(
-                    plot_curves(names, series, "share", 180, unit="of the rows", shares=True),
-                    "Share of the rows of each step.",
-                    run.name if len(runs) > 1 else "Shares",
-                )
-            )
-        for start, _, shares in stretches:
-            body.append(
-                [
-                    escape(run.name),
-                    format_whole(start),
-                    *(f"{100 * shares[name]:.3g} %" if name in shares else "" for name in names),
-                ]
-            )
-    if not body:
+def render_unreadable(funnel: Funnel, source: str) -> str:
+    """Render how many inputs were skipped, and the first messages, folded."""
+    skipped = funnel.skipped.get(source)
+    if not skipped:
         return ""
-    caption = "Share of the rows of each step, from the step named on; how often each source was read stands under Training."
-    return (color_legend(names) + render_figure_pairs(figures) if figures else "") + html_table(
-        ["run", "from step", *map(escape, names)], body, caption
-    )
+    reasons = [f"{format_whole(n)} times {reason}" for reason, n in skipped.counts.items()]
+    text = f"Skipped while reading: {', '.join(reasons)}." if reasons else ""
+    messages = "".join(map(small_text, skipped.messages))
+    return small_text(text) + collapsible("What could not be read", messages)
+
+
+def render_dropped_samples(funnel: Funnel, source: str) -> str:
+    """Render samples of what each rule dropped, folded, in the order of the rules."""
+    html = ""
+    order = [step.rule for step in funnel.steps]
+    for rule in order_keys(order, funnel.dropped):
+        documents = funnel.dropped.get(rule, ())
+        documents = [document for document in documents if document.source == source]
+        if documents:
+            html += heading(rule.replace("_", " "))
+        for document in documents:
+            reason = small_text(f"{document.id}: {document.reason or 'no reason recorded'}")
+            text = escape(document.text)
+            html += f'<div class="dropped">{reason}<pre>{text}</pre></div>'
+    return collapsible("Samples of what each rule dropped", html)
+
+
+def render_mixture(runs: list[RunData]) -> str:
+    """Render the share of each source by step: a table, and a figure where it changes."""
+    runs = [run for run in runs if run.phases and run.metrics.train]
+    if not runs:
+        return ""
+    names = list_sources(runs)
+    for run in runs:
+        for phase in run.phases:
+            names = order_keys(names, [*names, *phase.shares])
+    figures = []
+    body = []
+    for run in runs:
+        if len(run.phases) > 1:
+            figures.append(plot_mixture(run, names, run.name if len(runs) > 1 else "Shares"))
+        for phase in run.phases:
+            row = [escape(run.name), format_whole(phase.step)]
+            for name in names:
+                share = phase.shares.get(name)
+                row.append("" if share is None else f"{100 * share:.3g} %")
+            body.append(row)
+    html = color_legend(names) + render_figure_grid(figures) if figures else ""
+    heads = ["run", "from step", *map(escape, names)]
+    return html + html_table(heads, body, MIXTURE_CAPTION)
+
+
+def plot_mixture(run: RunData, names: list[str], title: str) -> str:
+    """Draw each source's share as steps of a stair."""
+    last_step = max(run.phases[-1].step, run.metrics.train[-1].step)
+    ends = [*(phase.step for phase in run.phases[1:]), last_step]
+    series = []
+    for name in names:
+        points = []
+        for phase, end in zip(run.phases, ends, strict=True):
+            share = phase.shares.get(name, 0.0)
+            points += [(phase.step, share), (end, share)]
+        series.append((name, points))
+    plot = plot_curves(names, series, "share", 180, unit="of the sequences", scale="share")
+    return render_figure(plot, "Share of the sequences of each step.", title)

@@ -1,270 +1,268 @@
-"""Section: benchmarks and bits per byte, by model and backend."""
+"""Render the section Evaluation: benchmarks and bits per byte, by model and backend."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-from jaxpt.report.figures import assign_colors, render_figure
-from jaxpt.report.format import clip_text, format_decimal, format_seconds, format_whole, is_finite
+from jaxpt.report.figures import (
+    Spec,
+    make_color_scale,
+    nominal,
+    quantitative,
+    render_figure,
+)
+from jaxpt.report.format import (
+    clip_text,
+    finite_or_none,
+    format_decimal,
+    format_seconds,
+    format_whole,
+)
 from jaxpt.report.html import collapsible, color_legend, escape, html_table
-from jaxpt.report.read import RunData, list_sources, model_sort_key, order_keys, short_model_name
+from jaxpt.report.read import (
+    RunData,
+    get_run_index,
+    list_sources,
+    short_model_name,
+)
+from jaxpt.report.records import Evaluation, TaskScore, parse_scores
+
+MetricKey = tuple[str, str]  # (task, metric)
+OVERLAP_CAPTION = (
+    "Items that share 13 consecutive words with a document the model was trained on, "
+    "found by following its lineage to the corpora."
+)
+BENCHMARK_CAPTION = (
+    "One standard error to either side; where bars overlap, the difference may be chance."
+)
 
 
 @dataclasses.dataclass
 class EvalColumn:
-    """Scores of one model by one backend, from one results file or from several that measured different tasks.
+    """Scores of one model by one backend, from one or several files with different tasks."""
 
-    paths   as which it was measured: a run, its last checkpoint and its export are one model
-    scores  (task, metric) -> (score, standard error or None, number of items)
-    """
-
-    name: str
+    model: str
     step: int | None
-    backend: str
-    paths: list[str]
-    scores: dict[tuple[str, str], tuple]
-    seconds: float
+    backend: str  # "jax" or "hf"
+    scores: dict[MetricKey, TaskScore]
+    # as which it was measured: a run, its last checkpoint and its export are one model
+    model_paths: list[str] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
 
     @property
     def label(self) -> str:
-        return f"{self.name} {self.backend}"
+        """Model and backend."""
+        return f"{self.model} {self.backend}"
 
 
-def evaluation_section(runs: list[RunData]) -> str:
-    columns = collect_columns(runs)
+def render_evaluation(runs: list[RunData]) -> str:
+    """Render the scores as a table, benchmarks as a figure too, and their contamination."""
+    columns = make_eval_columns(runs)
     if not columns:
         return ""
-    domains = [(f"bits_per_byte/{name}", "bits_per_byte") for name in list_sources(runs)]
-    keys = order_keys(domains, (key for column in columns for key in column.scores))
-    has_error = any(
-        error is not None for column in columns for _, error, _ in column.scores.values()
-    )
+    errors = []
+    keys: list[MetricKey] = [
+        (f"bits_per_byte/{name}", "bits_per_byte") for name in list_sources(runs)
+    ]
+    for column in columns:
+        keys += [key for key in column.scores if key not in keys]
+        errors += [score.stderr for score in column.scores.values()]
     body = []
-    for task, metric in keys:
-        found = [column.scores.get((task, metric)) for column in columns]
-        n = next((each[2] for each in found if each and each[2]), None)
-        label = f"{escape(task.removeprefix('bits_per_byte/'))} <small>{escape(metric.replace('_', ' '))}{f', {format_whole(n)} items' if n else ''}</small>"
-        body.append([label, *(format_score(*each) if each else "" for each in found)])
+    for key in keys:
+        scores = [column.scores.get(key) for column in columns]
+        if any(scores):
+            n_items = [score.n_items for score in scores if score and score.n_items]
+            label = format_metric(*key, n_items[0] if n_items else None)
+            body.append([label, *map(format_score, scores)])
     body.append(["time", *(format_seconds(column.seconds or None) for column in columns)])
-    caption = "Bits per byte: lower is better." + (
-        " Benchmarks: higher is better, ± one standard error." if has_error else ""
-    )
-    caption += (
-        " jax: our code; hf: the exported model in transformers."
-        + render_backend_differences(columns)
-    )
-    heads = [f"{escape(column.name)}<br>{escape(column.backend)}" for column in columns]
-    return (
-        html_table(["", *heads], body, caption)
-        + (render_benchmarks(columns) if has_error else "")
-        + render_contamination(runs, columns)
-    )
+    has_error = any(error is not None for error in errors)
+    caption = "Bits per byte: lower is better."
+    if has_error:
+        caption += " Benchmarks: higher is better, ± one standard error."
+    caption += " jax: our code; hf: the exported model in transformers."
+    caption += describe_backend_difference(columns)
+    heads = [f"{escape(column.model)}<br>{escape(column.backend)}" for column in columns]
+    html = html_table(["", *heads], body, caption)
+    if has_error:
+        html += render_benchmark_figure(columns)
+    return html + render_contamination(runs, columns)
 
 
-def collect_columns(runs: list[RunData]) -> list[EvalColumn]:
-    """Models in the order of the runs, transformers' numbers behind ours; no two of one label."""
+def make_eval_columns(runs: list[RunData]) -> list[EvalColumn]:
+    """Return one column per model and backend, in the order of the runs, hf last."""
     columns: list[EvalColumn] = []
     for run in runs:
-        for result in run.evals.values():
-            path, backend, step = (
-                str(result.get("model", run.name)),
-                str(result.get("backend", "")),
-                (result.get("lineage") or {}).get("step"),
-            )
-            scores = {
-                (task, metric): value
-                for task, metrics in result["results"].items()
-                for metric, value in list_scores(result, task, metrics)
-            }
-            key = (short_model_name(path), step, backend)
-            same = (
-                each
-                for each in columns
-                if (each.name, each.step, each.backend) == key
-                and (path in each.paths or not each.scores.keys() & scores.keys())
-            )
-            if not (column := next(same, None)):
-                columns.append(column := EvalColumn(*key, [], {}, 0.0))
-            column.paths.append(path)
-            column.scores |= scores
-            column.seconds += is_finite(result.get("seconds")) or 0
-    columns.sort(
-        key=lambda column: (
-            model_sort_key(column.name, runs),
-            column.step or 0,
-            column.backend == "hf",
-        )
+        for result in run.evaluations.values():
+            add_result(columns, result, result.model or run.name)
+    columns.sort(key=lambda column: sort_key(column, runs))
+    label_apart(columns, lambda column: f"{column.model}, step {column.step}")
+    label_apart(
+        columns, lambda column: "/".join(pathlib.PurePath(column.model_paths[0]).parts[-3:])
     )
-    for names in (
-        lambda column: f"{column.name}, step {column.step}",
-        lambda column: "/".join(pathlib.PurePath(column.paths[0]).parts[-3:]),
-    ):
-        labels = [column.label for column in columns]
-        for column in [each for each in columns if labels.count(each.label) > 1]:
-            column.name = names(column)
     return columns
 
 
+def add_result(columns: list[EvalColumn], result: Evaluation, path: str) -> None:
+    """Add scores to the column of the same model and backend, or to a new one."""
+    scores = index_scores(result.scores)
+    step = result.evaluated.step if result.evaluated else None
+    new = EvalColumn(short_model_name(path), step, result.backend, {})
+    for column in columns:
+        is_same = (column.label, column.step) == (new.label, step)
+        if is_same and (path in column.model_paths or not column.scores.keys() & scores.keys()):
+            break
+    else:
+        column = new
+        columns.append(column)
+    column.model_paths.append(path)
+    column.scores |= scores
+    column.seconds += finite_or_none(result.seconds) or 0
+
+
+def sort_key(column: EvalColumn, runs: list[RunData]) -> tuple[int, int, bool]:
+    """Return where a column stands."""
+    return get_run_index(column.model, runs), column.step or 0, column.backend == "hf"
+
+
+def label_apart(columns: list[EvalColumn], rename: Callable[[EvalColumn], str]) -> None:
+    """Rename the models of columns that have one label."""
+    labels = [column.label for column in columns]
+    for column, label in zip(columns, labels, strict=True):
+        if labels.count(label) > 1:
+            column.model = rename(column)
+
+
+def index_scores(scores: Iterable[TaskScore]) -> dict[MetricKey, TaskScore]:
+    """Return the scores by task and metric; a filter other than "none" is part of the metric."""
+    by_key = {}
+    for score in scores:
+        suffix = "" if score.filter == "none" else f", {score.filter}"
+        by_key[score.task, score.metric + suffix] = score
+    return by_key
+
+
 def render_contamination(runs: list[RunData], columns: list[EvalColumn]) -> str:
-    """Benchmark items that stand in the text a model was trained on, and its scores without them."""
-    body, short, unknown, quotes = [], 0, [], []
-    for result in (
-        result for run in runs for result in run.evals.values() if result.get("contamination")
-    ):
-        found, path = result["contamination"], str(result["model"])
-        name = next(
-            column.label
-            for column in columns
-            if path in column.paths and column.backend == result["backend"]
-        )
-        unknown += found["unknown"]
-        for task, each in found["tasks"].items():
-            short = max(short, each["short"])
-            quotes += [
-                f"{task}, item {quote['item']}, in {quote['document']}: {clip_text(quote['shared'], 200)}"
-                for quote in each["examples"]
-            ]
-            ours = dict(list_scores(result, task, result["results"][task]))
-            without = dict(list_scores(result, task, each["without"]))
-            for metric, (score, error, _) in ours.items():
-                shown = (
-                    format_score(*without[metric])
-                    if metric in without and each["overlapping"]
-                    else ""
-                )
-                label = f"{escape(task)} <small>{escape(metric.replace('_', ' '))}</small>"
-                body.append(
-                    [
-                        label,
-                        escape(name),
-                        f"{format_whole(each['overlapping'])} of {format_whole(each['items'])}",
-                        format_score(score, error, 0),
-                        shown,
-                    ]
-                )
+    """Render which benchmark items were seen in training, and the scores without them."""
+    body = []
+    examples = []
+    unchecked = []
+    n_short = 0
+    for run in runs:
+        for result in run.evaluations.values():
+            if not result.contamination:
+                continue
+            label = find_label(result, columns)
+            unchecked += result.contamination.unchecked
+            for task, overlap in result.contamination.tasks.items():
+                n_short = max(n_short, overlap.n_short)
+                for example in overlap.examples:
+                    place = f"{task}, item {example.item_id}, in {example.document_id}"
+                    examples.append(f"{place}: {clip_text(example.shared_words, 200)}")
+                share = f"{format_whole(overlap.n_overlapping)} of {format_whole(overlap.n_items)}"
+                clean = {}
+                if overlap.n_overlapping:
+                    clean = index_scores(parse_scores(task, overlap.clean_scores))
+                scores = [score for score in result.scores if score.task == task]
+                for key, score in index_scores(scores).items():
+                    head = [format_metric(*key), escape(label), share]
+                    body.append([*head, format_score(score), format_score(clean.get(key))])
     if not body:
         return ""
-    caption = "Items that share 13 words in a row with a document the model was trained on, found by following its lineage to the corpora."
-    caption += (
-        f" At most {format_whole(short)} items of a task have fewer words, so nothing can be found of them."
-        if short
-        else ""
-    )
-    caption += "".join(f" Not looked at: {why}" for why in dict.fromkeys(unknown))
-    table = html_table(["", "model", "overlap", "score", "without them"], body, caption, texts=2)
-    listed = "".join(f"<li>{escape(quote)}</li>" for quote in dict.fromkeys(quotes))
-    return f"<h3>Seen in training</h3>{table}" + (
-        collapsible("What they share", f'<ul class="small">{listed}</ul>') if quotes else ""
-    )
+    caption = OVERLAP_CAPTION
+    if n_short:
+        n = format_whole(n_short)
+        caption += f" At most {n} items of a task have fewer words, so no overlap can be found."
+    for reason in dict.fromkeys(unchecked):
+        caption += f" Not searched: {reason}"
+    heads = ["", "model", "overlap", "score", "without them"]
+    html = "<h3>Seen in training</h3>" + html_table(heads, body, caption, n_text_columns=2)
+    items = [f"<li>{escape(example)}</li>" for example in dict.fromkeys(examples)]
+    if items:
+        shared = f'<ul class="small">{"".join(items)}</ul>'
+        html += collapsible("What they share", shared)
+    return html
 
 
-def render_backend_differences(columns: list[EvalColumn]) -> str:
-    """How far our numbers are from the reference's, where a model was scored by both."""
+def find_label(result: Evaluation, columns: list[EvalColumn]) -> str:
+    """Return the label of the column that a result is part of."""
+    for column in columns:
+        if result.model in column.model_paths and column.backend == result.backend:
+            return column.label
+    return f"{result.model} {result.backend}"
+
+
+def describe_backend_difference(columns: list[EvalColumn]) -> str:
+    """Describe how far jax and hf are apart, where a model was scored by both."""
     differences = []
     for ours, theirs in itertools.permutations(columns, 2):
-        if (ours.name, ours.step, ours.backend, theirs.backend) == (
-            theirs.name,
-            theirs.step,
-            "jax",
-            "hf",
-        ):
-            differences += [
-                abs(ours.scores[key][0] - theirs.scores[key][0])
-                for key in ours.scores.keys() & theirs.scores.keys()
-            ]
+        is_same = (ours.model, ours.step) == (theirs.model, theirs.step)
+        if is_same and (ours.backend, theirs.backend) == ("jax", "hf"):
+            for key in ours.scores.keys() & theirs.scores.keys():
+                differences.append(abs(ours.scores[key].score - theirs.scores[key].score))
     if not any(differences):
         return " They are equal." if differences else ""
     return f" They differ by {max(differences):.0e} at most."
 
 
-def format_score(score: float, error: float | None, n: int) -> str:
-    return format_decimal(score) + (
-        f" <small>± {format_decimal(error)}</small>" if error is not None else ""
-    )
+def format_metric(task: str, metric: str, n_items: int | None = None) -> str:
+    """Return the HTML of a row's first cell."""
+    details = metric.replace("_", " ")
+    if n_items:
+        details += f", {format_whole(n_items)} items"
+    return f"{escape(task.removeprefix('bits_per_byte/'))} <small>{escape(details)}</small>"
 
 
-def list_scores(result: dict, task: str, metrics: dict) -> Iterable[tuple[str, tuple]]:
-    """("acc", (score, standard error or None, number of items)) for each metric that the harness reports of a task."""
-    n = (result.get("n-samples") or {}).get(task) or {}
-    for name, value in metrics.items():
-        metric, _, rule = name.partition(",")
-        if rule and not metric.endswith("_stderr") and is_finite(value) is not None:
-            error = is_finite(metrics.get(f"{metric}_stderr,{rule}"))
-            yield (
-                metric if rule == "none" else f"{metric}, {rule}",
-                (value, error, n.get("effective") if isinstance(n, dict) else n),
-            )
+def format_score(score: TaskScore | None) -> str:
+    """Return the score ± its standard error."""
+    if score is None:
+        return ""
+    text = format_decimal(score.score)
+    if score.stderr is None:
+        return text
+    return f"{text} <small>± {format_decimal(score.stderr)}</small>"
 
 
-def render_benchmarks(columns: list[EvalColumn]) -> str:
-    """Scores with their standard error, drawn: a colour for each model, hollow where transformers computed them."""
+def render_benchmark_figure(columns: list[EvalColumn]) -> str:
+    """Draw scores with their standard error: a color per model, hollow for hf."""
     values = []
     for column in columns:
-        for (task, metric), (score, error, _) in column.scores.items():
-            if error is not None:
-                where = {
-                    "task": f"{task} {metric}",
-                    "column": column.label,
-                    "model": column.name,
-                    "backend": column.backend,
-                }
-                values.append(
-                    {**where, "score": score, "low": score - error, "high": score + error}
-                )
-    models = list(dict.fromkeys(column.name for column in columns))
-    by_model = {"field": "model", "type": "nominal", "legend": None, "scale": assign_colors(models)}
+        labels = {"column": column.label, "model": column.model, "backend": column.backend}
+        for (task, metric), score in column.scores.items():
+            if score.stderr is not None:
+                low = score.score - score.stderr
+                high = score.score + score.stderr
+                ends = {"score": score.score, "low": low, "high": high}
+                values.append({"task": f"{task} {metric}", **labels, **ends})
+    models = list(dict.fromkeys(column.model for column in columns))
+    by_model = {**nominal("model"), "legend": None, "scale": make_color_scale(models)}
     hollow = {"test": "datum.backend === 'hf'", "value": "var(--bg)"}
-    axis = {"type": "quantitative", "title": "score", "scale": {"zero": False}}
-    tooltip = [{"field": field, "type": "nominal"} for field in ("task", "column")]
-    tooltip += [
-        {"field": field, "type": "quantitative", "format": ".3f"}
-        for field in ("score", "low", "high")
-    ]
+    tooltip = [nominal("task"), nominal("column")]
+    for field in ("score", "low", "high"):
+        tooltip.append(quantitative(field, format=".3f"))
+    task = {**nominal("task"), "title": None, "sort": None, "axis": {"labelLimit": 130}}
+    offset = {"field": "column", "sort": [column.label for column in columns]}
+    axis = {"title": "score", "scale": {"zero": False}}
+    bar = {"x": quantitative("low", **axis), "x2": {"field": "high"}, "color": by_model}
     point = {
-        "x": {"field": "score", **axis},
+        "x": quantitative("score", **axis),
         "fill": {"condition": hollow, **by_model},
         "stroke": by_model,
         "tooltip": tooltip,
     }
-    spec = {
-        "height": 45 + 14 * len(values) + 20 * len({value["task"] for value in values}),
+    dot = {"type": "point", "filled": True, "size": 60, "opacity": 1, "strokeWidth": 1.5}
+    n_tasks = len({value["task"] for value in values})
+    spec: Spec = {
+        "height": 45 + 14 * len(values) + 20 * n_tasks,
         "data": {"values": values},
-        "encoding": {
-            "y": {
-                "field": "task",
-                "type": "nominal",
-                "title": None,
-                "sort": None,
-                "axis": {"labelLimit": 130},
-            },
-            "yOffset": {"field": "column", "sort": [column.label for column in columns]},
-        },
+        "encoding": {"y": task, "yOffset": offset},
         "layer": [
-            {
-                "mark": {"type": "rule", "strokeWidth": 1.5},
-                "encoding": {
-                    "x": {"field": "low", **axis},
-                    "x2": {"field": "high"},
-                    "color": by_model,
-                },
-            },
-            {
-                "mark": {
-                    "type": "point",
-                    "filled": True,
-                    "size": 60,
-                    "opacity": 1,
-                    "strokeWidth": 1.5,
-                },
-                "encoding": point,
-            },
+            {"mark": {"type": "rule", "strokeWidth": 1.5}, "encoding": bar},
+            {"mark": dot, "encoding": point},
         ],
     }
-    caption = "One standard error to either side; where bars overlap, the difference may be chance."
-    return color_legend(models) + render_figure(
-        spec,
-        caption + (" Hollow: hf." if any(value["backend"] == "hf" for value in values) else ""),
-    )
+    has_hollow = any(value["backend"] == "hf" for value in values)
+    caption = BENCHMARK_CAPTION + (" Hollow: hf." if has_hollow else "")
+    return color_legend(models) + render_figure(spec, caption)

@@ -1,219 +1,245 @@
-"""The plots: Vega-Lite, drawn by page.js from JSON in the page."""
+"""Plots: Vega-Lite specs as JSON in the page, drawn by page.js."""
 
 from __future__ import annotations
 
 import json
 import math
 import pathlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
-from jaxpt.report.format import is_finite
-from jaxpt.report.html import escape, series_color
-from jaxpt.report.read import RunData
+from jaxpt.report.format import finite_or_none
+from jaxpt.report.html import escape, heading, series_color
+from jaxpt.report.read import Point, RunData
 
-PLOT_CONFIG = 'class="plot"'  # what page.js draws
-DRAW_SCRIPT = pathlib.Path(__file__).with_name("page.js")
-MAX_POINTS = 2_400  # of a figure's curves together; more cannot be told apart on a screen and would make the page heavy
-ROUND_DIGITS = [
-    digit * 10.0**power for power in range(-6, 8) for digit in (1, 1.5, 2, 3, 5, 7)
-]  # marks of a log scale
-EDGE_POINTS = {
-    "padding": 5,
-    "nice": False,
-}  # pixels: the edge of the plot would cut a line or a dot in half
+PLOT_ATTRIBUTE = 'class="plot"'  # of what page.js draws
+PAGE_SCRIPT = pathlib.Path(__file__).with_name("page.js")
+# of a figure's curves together: a screen cannot show more, and the page would grow heavy
+MAX_POINTS_PER_FIGURE = 2_400
+LOG_TICKS = [digit * 10.0**power for power in range(-6, 8) for digit in (1, 1.5, 2, 3, 5, 7)]
+# in pixels, so that the edge of the plot does not cut a line or a dot in half
+PADDED = {"padding": 5, "nice": False}
+LOG_AXIS = {"values": LOG_TICKS, "format": ",.4~r"}
+SHARE_AXIS = {"values": [0, 0.25, 0.5, 0.75, 1], "format": ".0%"}
+LINE = {"type": "line", "clip": True}
+THIN_LINE = {**LINE, "strokeWidth": 1, "opacity": 0.7}
+RULE = {"type": "rule", "clip": True}
+DOT = {"type": "point", "clip": True, "filled": True}
+LEVEL_LABEL = {"type": "text", "clip": True, "x": "width", "align": "right", "dy": 10}
+LEVEL_LABEL |= {"fill": "var(--muted)", "fontSize": 11}
+NEAREST = {"type": "point", "on": "pointerover", "nearest": True, "clear": "pointerout"}
+# a finger scrolls the page, and the wheel does unless shift is held
+DRAG = "[pointerdown[event.pointerType === 'mouse'], window:pointerup] > window:pointermove!"
+PAN = {"type": "interval", "zoom": "wheel![event.shiftKey]", "translate": DRAG}
+
+Spec = dict[str, Any]  # of Vega-Lite
+Series = tuple[str, Sequence[Point]]  # a name, and its points
 
 
-def render_figure(spec: dict, caption: str, title: str = "") -> str:
-    data = json.dumps(spec, separators=(",", ":"), allow_nan=False).replace(
-        "<", "\\u003c"
-    )  # no text in it can end the script element
-    head = f"<h3>{escape(title)}</h3>" if title else ""
+def render_figure(spec: Spec, caption: str, title: str = "") -> str:
+    """Render a Vega-Lite figure with its caption."""
+    data = json.dumps(spec, separators=(",", ":"), allow_nan=False)
+    data = data.replace("<", "\\u003c")  # no text in it can end the script element
+    label = escape(f"{title}. {caption}" if title else caption)
+    style = f"min-height:{spec['height']}px"
     return (
-        f'<figure>{head}<div {PLOT_CONFIG} role="img" tabindex="0" aria-label="{escape(f"{title}. {caption}" if title else caption)}" style="min-height:{spec["height"]}px">'
-        f'<div aria-hidden="true"></div><script type="application/json">{data}</script></div><figcaption>{escape(caption)}</figcaption></figure>'
+        f"<figure>{heading(title) if title else ''}"
+        f'<div {PLOT_ATTRIBUTE} role="img" tabindex="0" aria-label="{label}" style="{style}">'
+        f'<div aria-hidden="true"></div><script type="application/json">{data}</script></div>'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
 
-def render_figure_pairs(figures: list[str]) -> str:
-    """Figures two in a row where there is room."""
+def render_figure_grid(figures: list[str]) -> str:
+    """Render figures, two in a line where there is room."""
     return f'<div class="pairs">{"".join(figures)}</div>'
 
 
 def plot_over_steps(
-    runs: list[RunData], series, title: str, height: int, names=None, **more
-) -> dict:
-    """`curves` over the runs' steps, coloured by run unless by `names`, with a rule where one was resumed or grown."""
-    marks = [
-        {"name": run.name, "step": step, "what": what} for run in runs for step, what in run.marks
-    ]
-    return plot_curves(
-        names or [run.name for run in runs], series, title, height, marks=marks, **more
-    )
+    runs: list[RunData],
+    series: Sequence[Series],
+    title: str,
+    height: int,
+    names: list[str] | None = None,
+    **options: Any,
+) -> Spec:
+    """Plot curves over steps, colored by run unless by `names`, with the runs' events."""
+    events = []
+    for run in runs:
+        for event in run.metrics.events:
+            events.append({"name": run.name, "step": event.step, "what": event.label})
+    names = names or [run.name for run in runs]
+    spec = plot_curves(names, series, title, height, **options)
+    if events:
+        spec["layer"].append(draw_events(events, names))
+    return spec
 
 
 def plot_curves(
-    names, series, title: str, height: int, *,
-    x="step", unit="", levels=(), level_name="unigram", thin_series=(), dots=(), marks=(), scale="linear", shares=False,
-) -> dict:  # fmt: skip
-    """A Vega-Lite figure of series (name, [(x, y)]), coloured by name.
+    names: list[str],
+    series: Sequence[Series],
+    title: str,
+    height: int,
+    *,
+    x_name: str = "step",
+    unit: str = "",
+    levels: Iterable[float] = (),
+    level_name: str = "unigram",
+    thin_series: Sequence[Series] = (),
+    dots: Sequence[Series] = (),
+    scale: str = "linear",
+) -> Spec:
+    """Return a Vega-Lite figure of curves.
 
-    unit: stands above the vertical axis; levels: y drawn dashed, with their name on them; thin_series: drawn thin; dots: drawn as points; marks: {"name", x, "what"} drawn upright; shares: y goes from 0 to 1.
+    Args:
+        names: of the series, in the order of their colors.
+        series: drawn as lines.
+        title: what the vertical axis shows, for the tooltip.
+        height: in pixels.
+        x_name: title of the horizontal axis, and key of its values.
+        unit: stands above the vertical axis.
+        levels: y of dashed lines.
+        level_name: stands on them.
+        thin_series: drawn as thin lines.
+        dots: drawn as points.
+        scale: of y: "linear", "log" or "share" (0 to 1).
     """
-    n_points = max(40, MAX_POINTS // max(1, len(names)))
-    colors = {"field": "name", "type": "nominal", "legend": None, "scale": assign_colors(names)}
-    across = {
-        "field": x,
-        "type": "quantitative",
-        "title": x,
-        "axis": {"tickMinStep": 1},
-        "scale": EDGE_POINTS if dots else {},
-    }
-    y = {
-        "field": "value",
-        "type": "quantitative",
-        "title": unit or None,
-        "scale": {"zero": bool(dots), **EDGE_POINTS},
-    }
-    if shares:
-        y |= {
-            "scale": {"domain": [0, 1.03], "nice": False},
-            "axis": {"values": [0, 0.25, 0.5, 0.75, 1], "format": ".0%"},
-        }
-    if scale == "log":
-        y |= {
-            "scale": {"type": "log", **EDGE_POINTS},
-            "axis": {"values": ROUND_DIGITS, "format": ",.4~r"},
-        }
-    tooltip = [
-        {
-            "field": "name",
-            "type": "nominal",
-            "title": "title",
-            "formatType": "word",
-            "format": "-",
-        },  # the tooltip's own title
-        {"field": x, "type": "quantitative"},
-        {"field": "value", "type": "quantitative", "title": title, "format": ".4~g"},
-    ]
+    max_points = max(40, MAX_POINTS_PER_FIGURE // max(1, len(names)))
 
-    def values(chosen):
-        found = []
-        for name, line in chosen:
-            shown = [
-                (at, value)
-                for at, value in line
-                if is_finite(value) is not None and (scale != "log" or value > 0)
-            ]
-            found += [
-                {"name": name, x: at, "value": float(f"{value:.5g}")}
-                for at, value in thin_points(shown, n_points)
-            ]
-        return found
+    def values(chosen: Sequence[Series]) -> list[Spec]:
+        return list_values(chosen, x_name, max_points, scale == "log")
 
-    at = {"x": across, "y": y, "color": colors}
-    line = {"type": "line", "clip": True}
-    dot = {"type": "point", "clip": True, "filled": True}
-    nearest = {"type": "point", "on": "pointerover", "nearest": True, "clear": "pointerout"}
+    x = make_x_axis(x_name, is_padded=bool(dots))
+    y = make_y_axis(unit, scale, starts_at_zero=bool(dots))
+    # the tooltip's own title
+    name_format = {"title": "title", "formatType": "word", "format": "-"}
+    tooltip = [{**nominal("name"), **name_format}, quantitative(x_name)]
+    tooltip.append(quantitative("value", title=title, format=".4~g"))
+    color = {**nominal("name"), "legend": None, "scale": make_color_scale(names)}
+    at = {"x": x, "y": y, "color": color}
     opacity = {"condition": {"param": "near", "empty": False, "value": 1}, "value": 0}
-    # a finger scrolls the page, and the wheel does unless shift is held
-    drag = "[pointerdown[event.pointerType === 'mouse'], window:pointerup] > window:pointermove!"
-    pan = {"type": "interval", "zoom": "wheel![event.shiftKey]", "translate": drag}
+    pan = {"name": "pan", "bind": "scales", "select": PAN}
+    near = {"name": "near", "select": NEAREST}
+    on_point = {**at, "tooltip": tooltip, "opacity": opacity}
     layers = [
-        {
-            "mark": line,
-            "encoding": at,
-            "params": [{"name": "pan", "bind": "scales", "select": pan}],
-        },
-        {
-            "mark": {**dot, "size": 50},
-            "encoding": {**at, "tooltip": tooltip, "opacity": opacity},
-            "params": [{"name": "near", "select": nearest}],
-        },
+        {"mark": LINE, "encoding": at, "params": [pan]},
+        {"mark": {**DOT, "size": 50}, "encoding": on_point, "params": [near]},
     ]
-    if dotted := values(
-        [*dots, *(one for one in series if len(one[1]) == 1)]
-    ):  # one point makes no line
-        layers.append(
-            {"data": {"values": dotted}, "mark": {**dot, "size": 30, "opacity": 1}, "encoding": at}
-        )
-    if thin_values := values(thin_series):
-        layers.append(
-            {
-                "data": {"values": thin_values},
-                "mark": {**line, "strokeWidth": 1, "opacity": 0.7},
-                "encoding": at,
-            }
-        )
-    if level_values := [
-        {"value": value} for value in dict.fromkeys(round(level, 4) for level in levels)
-    ]:
-        rule = {"type": "rule", "clip": True, "strokeDash": [5, 4]}
-        label = {
-            "type": "text",
-            "clip": True,
-            "text": level_name,
-            "x": "width",
-            "align": "right",
-            "dy": 10,
-            "fill": "var(--muted)",
-            "fontSize": 11,
-        }
-        halo = {
-            **label,
-            "stroke": "var(--bg)",
-            "strokeWidth": 4,
-        }  # so that a curve behind the words does not cross them
-        layers += [
-            {"data": {"values": level_values}, "mark": mark, "encoding": {"y": y}}
-            for mark in (rule, *((halo, label) if level_name else ()))
-        ]
-    if marks:
-        dash = {"condition": {"test": "datum.what === 'resumed'", "value": [1, 3]}, "value": [1, 0]}
-        own = (
-            colors if {mark["name"] for mark in marks} <= set(names) else {"value": "var(--muted)"}
-        )  # in a plot of domains a run has no colour
-        upright = {
-            "x": across,
-            "color": own,
-            "strokeDash": dash,
-            "tooltip": {"field": "what", "type": "nominal"},
-        }
-        layers.append(
-            {
-                "data": {"values": marks},
-                "mark": {"type": "rule", "clip": True, "strokeWidth": 1.5},
-                "encoding": upright,
-            }
-        )
+    single_points = [line for line in series if len(line[1]) == 1]  # one point makes no line
+    dot_values = values([*dots, *single_points])
+    if dot_values:
+        layers.append(layer(dot_values, {**DOT, "size": 30, "opacity": 1}, at))
+    thin_values = values(thin_series)
+    if thin_values:
+        layers.append(layer(thin_values, THIN_LINE, at))
+    layers += draw_levels(levels, level_name, y)
     return {"height": height, "data": {"values": values(series)}, "layer": layers}
 
 
-def thin_points(points: list[tuple[float, float]], n: int) -> list[tuple[float, float]]:
-    """At most about n points, of which each stretch keeps its lowest and its highest, so that no spike is lost."""
-    if len(points) <= n:
+def nominal(field: str) -> Spec:
+    """Return the encoding of a name."""
+    return {"field": field, "type": "nominal"}
+
+
+def quantitative(field: str, **more: Any) -> Spec:
+    """Return the encoding of a number."""
+    return {"field": field, "type": "quantitative", **more}
+
+
+def layer(values: list[Spec], mark: Spec, encoding: Spec) -> Spec:
+    """Return a layer with data of its own."""
+    return {"data": {"values": values}, "mark": mark, "encoding": encoding}
+
+
+def make_x_axis(name: str, is_padded: bool) -> Spec:
+    """Return the encoding of the horizontal axis."""
+    scale = PADDED if is_padded else {}
+    return quantitative(name, title=name, axis={"tickMinStep": 1}, scale=scale)
+
+
+def make_y_axis(unit: str, scale: str, starts_at_zero: bool) -> Spec:
+    """Return the encoding of the vertical axis."""
+    y = quantitative("value", title=unit or None)
+    if scale == "share":
+        return y | {"scale": {"domain": [0, 1.03], "nice": False}, "axis": SHARE_AXIS}
+    if scale == "log":
+        return y | {"scale": {"type": "log", **PADDED}, "axis": LOG_AXIS}
+    return y | {"scale": {"zero": starts_at_zero, **PADDED}}
+
+
+def list_values(series: Sequence[Series], x_name: str, max_points: int, is_log: bool) -> list[Spec]:
+    """Return the points of some series as Vega-Lite's data."""
+    values = []
+    for name, points in series:
+        shown = []
+        for x, y in points:
+            if finite_or_none(y) is not None and (y > 0 or not is_log):
+                shown.append((x, y))
+        for x, y in downsample_points(shown, max_points):
+            values.append({"name": name, x_name: x, "value": float(f"{y:.5g}")})
+    return values
+
+
+def draw_levels(levels: Iterable[float], name: str, y: Spec) -> list[Spec]:
+    """Return layers with dashed lines at some levels, and their name on them."""
+    rounded = dict.fromkeys(round(level, 4) for level in levels)
+    values = [{"value": level} for level in rounded]
+    if not values:
+        return []
+    label = {**LEVEL_LABEL, "text": name}
+    # so that a curve behind the words does not cross them
+    halo = {**label, "stroke": "var(--bg)", "strokeWidth": 4}
+    marks = [{**RULE, "strokeDash": [5, 4]}]
+    marks += [halo, label] if name else []
+    return [layer(values, mark, {"y": y}) for mark in marks]
+
+
+def draw_events(events: list[Spec], names: list[str]) -> Spec:
+    """Return a layer with upright lines, dotted where a run was resumed."""
+    is_resumed = {"test": "datum.what === 'resumed'", "value": [1, 3]}
+    color: Spec = {**nominal("name"), "legend": None, "scale": make_color_scale(names)}
+    if not {event["name"] for event in events} <= set(names):
+        color = {"value": "var(--muted)"}  # in a plot of sources a run has no color
+    encoding = {
+        "x": make_x_axis("step", is_padded=False),
+        "color": color,
+        "strokeDash": {"condition": is_resumed, "value": [1, 0]},
+        "tooltip": nominal("what"),
+    }
+    return layer(events, {**RULE, "strokeWidth": 1.5}, encoding)
+
+
+def downsample_points(points: list[Point], max_points: int) -> list[Point]:
+    """Return about `max_points`; each stretch keeps its lowest and highest, so no spike is lost."""
+    if len(points) <= max_points:
         return points
-    stretch = math.ceil(2 * len(points) / n)
+    stretch = math.ceil(2 * len(points) / max_points)
     kept = []
     for start in range(0, len(points), stretch):
         part = points[start : start + stretch]
-        kept += sorted(
-            {min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])}
-        )
-    return [*kept, *([points[-1]] if kept[-1] != points[-1] else [])]
+        lowest = min(part, key=lambda point: point[1])
+        highest = max(part, key=lambda point: point[1])
+        kept += sorted({lowest, highest})
+    if kept[-1] != points[-1]:
+        kept.append(points[-1])
+    return kept
 
 
-def assign_colors(names: list[str]) -> dict:
-    """A Vega-Lite scale from names to the page's colours."""
+def make_color_scale(names: list[str]) -> Spec:
+    """Return a Vega-Lite scale from names to the page's colors."""
     return {"domain": names, "range": [series_color(i) for i in range(len(names))]}
 
 
-def plot_scripts(with_plots: bool) -> str:
-    """What moves on the page, after Vega-Embed, which brings Vega and Vega-Lite, where something is to be drawn."""
-    if not with_plots:
-        return f"<script>{DRAW_SCRIPT.read_text()}</script>"
+def render_scripts(has_plots: bool) -> str:
+    """Return the page's script, after Vega, Vega-Lite and Vega-Embed if there are plots."""
+    page_script = f"<script>{PAGE_SCRIPT.read_text()}</script>"
+    if not has_plots:
+        return page_script
     import vl_convert
 
-    bundle = vl_convert.javascript_bundle().replace("</script", "<\\/script")
-    return (
-        f"<script>/* Vega, Vega-Lite, Vega-Embed: BSD-3-Clause, University of Washington Interactive Data Lab */{bundle}</script>"
-        + plot_scripts(False)
-    )
+    # its stub requires a snippet, which is optional
+    make_bundle: Callable[..., str] = vl_convert.javascript_bundle
+    bundle = make_bundle().replace("</script", "<\\/script")
+    license = "BSD-3-Clause, University of Washington Interactive Data Lab"
+    credit = f"/* Vega, Vega-Lite, Vega-Embed: {license} */"
+    return f"<script>{credit}{bundle}</script>{page_script}"

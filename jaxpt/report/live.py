@@ -1,4 +1,4 @@
-"""The report of runs that still go on, as a page on this machine's loopback that follows them."""
+"""Serve the report of running runs on this machine's loopback, as a page that follows them."""
 
 from __future__ import annotations
 
@@ -12,54 +12,64 @@ from jaxpt.report import page, read
 from jaxpt.spec import UserError
 
 log = logging.getLogger(__name__)
+RUN_FILES = ("*.json", "metrics.jsonl", "eval/*.json")
 
-# The page asks every few seconds whether the runs have written something, and loads itself again then; a browser keeps its place.
+# The page asks every few seconds whether the runs have written something, and reloads then;
+# a browser keeps its place.
 FOLLOW_SCRIPT = """<script>
-let seen; setInterval(async () => { const now = await fetch("stamp").then(r => r.text()).catch(() => seen);
-  if (seen !== undefined && now !== seen) location.reload(); seen = now }, 5000)
+let seen;
+setInterval(async () => {
+  const now = await fetch("stamp").then(r => r.text()).catch(() => seen);
+  if (seen !== undefined && now !== seen) location.reload();
+  seen = now;
+}, 5000)
 </script>"""
 
 
 def make_server(
     directories: Iterable[str | pathlib.Path], port: int
 ) -> http.server.ThreadingHTTPServer:
-    """A server of the page of these run directories on 127.0.0.1; port 0 takes a free one. The caller runs and closes it.
+    """Return a server of the page on 127.0.0.1. The caller runs and closes it.
 
-    Each request reads the runs anew. Raises UserError where a directory is not there, or the port is taken.
+    Args:
+        directories: run directories, read again on each request.
+        port: 0 takes a free one.
+
+    Raises:
+        UserError: a directory does not exist, or the port is taken.
     """
     directories = list(directories)
     read.load_runs(directories)
 
     class Handler(http.server.BaseHTTPRequestHandler):
+        """Answers with the page, or with a stamp of the runs' files."""
+
         def do_GET(self):
+            """Answer a request."""
             try:
                 if self.path == "/stamp":
                     self.answer(hash_run_files(directories), "text/plain")
                 elif self.path == "/":
-                    whole, end, rest = page.render_page(read.load_runs(directories)).rpartition(
-                        "</body>"
-                    )  # the plot library's code holds another
-                    self.answer(whole + FOLLOW_SCRIPT + end + rest, "text/html")
+                    self.answer(render_live_page(directories), "text/html")
                 else:
                     self.send_error(404)
             except UserError as error:  # a run was moved away meanwhile
                 self.answer(str(error), "text/plain", 404)
-            except (
-                OSError
-            ):  # the reader has gone, or a file while it was looked at: the page asks again
+            except OSError:  # the reader has gone, or a file vanished: the page asks again
                 self.close_connection = True
 
-        def answer(self, text: str, kind: str, status: int = 200) -> None:
+        def answer(self, text: str, content_type: str, status: int = 200) -> None:
+            """Send a text."""
             content = text.encode()
             self.send_response(status)
-            self.send_header("Content-Type", f"{kind}; charset=utf-8")
+            self.send_header("Content-Type", f"{content_type}; charset=utf-8")
             self.send_header("Content-Length", str(len(content)))
             self.send_header("Cache-Control", "no-store")
             self.end_headers()
             self.wfile.write(content)
 
         def log_message(self, *_):
-            """A line a request would bury what the terminal is for."""
+            """Log nothing: a line per request would bury the others."""
 
     try:
         return http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
@@ -69,26 +79,29 @@ def make_server(
         ) from None
 
 
+def render_live_page(directories: list[str | pathlib.Path]) -> str:
+    """Return the page with the script that follows the runs."""
+    html = page.render_page(read.load_runs(directories))
+    head, end, rest = html.rpartition("</body>")  # the plot library's code holds another
+    return head + FOLLOW_SCRIPT + end + rest
+
+
 def hash_run_files(directories: Iterable[str | pathlib.Path]) -> str:
-    """Changes when a file that the page is made from does."""
-    files = (
-        file
-        for directory in directories
-        for pattern in ("*.json", "metrics.jsonl", "eval/*.json")
-        for file in pathlib.Path(directory).glob(pattern)
-    )
-    return stage.fingerprint(
-        [[str(file), file.stat().st_mtime_ns, file.stat().st_size] for file in sorted(files)]
-    )
+    """Return a stamp that changes when a file that the page is made from does."""
+    stamps = []
+    for directory in directories:
+        for pattern in RUN_FILES:
+            for file in pathlib.Path(directory).glob(pattern):
+                stat = file.stat()
+                stamps.append([str(file), stat.st_mtime_ns, stat.st_size])
+    return stage.fingerprint(sorted(stamps))
 
 
 def serve_report(directories: Iterable[str | pathlib.Path], port: int) -> None:
-    """Serve until interrupted."""
-    with make_server(directories, port) as running:
-        log.info(
-            f"http://127.0.0.1:{running.server_port}/ follows {', '.join(map(str, directories))}; Ctrl-C ends it"
-        )
+    """Serve the page until Ctrl-C."""
+    with make_server(directories, port) as server:
+        log.info(f"http://127.0.0.1:{server.server_port}/ (Ctrl-C to stop)")
         try:
-            running.serve_forever()
+            server.serve_forever()
         except KeyboardInterrupt:
-            log.info("")
+            log.info("stopped")

@@ -1,20 +1,20 @@
 const word = value => value;  // Vega-Lite 6.4 shows a name in the tooltip of a nearest point as "undefined" unless it passes through a format
-const quiet = {grid: true, gridColor: "var(--line)", domainColor: "var(--line)", tickColor: "var(--line)", labelColor: "var(--muted)", titleColor: "var(--muted)",
+const mutedAxis = {grid: true, gridColor: "var(--line)", domainColor: "var(--line)", tickColor: "var(--line)", labelColor: "var(--muted)", titleColor: "var(--muted)",
   titleFontWeight: 400, labelFontSize: 12, titleFontSize: 12, tickCount: 5, labelFlush: false};
-const above = {titleAngle: 0, titleAlign: "left", titleAnchor: "end", titleX: -30, titleY: -10, titleBaseline: "bottom"};  // a unit reads level, over its axis
-const config = {aria: false, customFormatTypes: true, background: null, font: "system-ui, sans-serif", view: {stroke: null}, axis: quiet,
-  axisX: {grid: false}, axisY: {domain: false, ticks: false, minExtent: 30, ...above}, axisBand: {grid: false},
+const aboveAxis = {titleAngle: 0, titleAlign: "left", titleAnchor: "end", titleX: -30, titleY: -10, titleBaseline: "bottom"};  // a unit is horizontal, above its axis
+const config = {aria: false, customFormatTypes: true, background: null, font: "system-ui, sans-serif", view: {stroke: null}, axis: mutedAxis,
+  axisX: {grid: false}, axisY: {domain: false, ticks: false, minExtent: 30, ...aboveAxis}, axisBand: {grid: false},
   line: {strokeWidth: 1.75, strokeJoin: "round"}, rule: {color: "var(--muted)"}, text: {fill: "var(--text)", fontSize: 12},
   legend: {labelColor: "var(--text)", labelFontSize: 12}};
 
 for (const plot of document.querySelectorAll(".plot")) {
   const spec = {width: "container", autosize: {type: "fit", contains: "padding"}, ...JSON.parse(plot.querySelector("script").textContent)};
   vegaEmbed(plot.querySelector("div"), spec, {mode: "vega-lite", renderer: "svg", actions: false, config, expressionFunctions: {word}, tooltip: {disableDefaultStyle: true}})
-    .then(() => plot.addEventListener("keydown", event => walk(plot, event)));
+    .then(() => plot.addEventListener("keydown", event => stepToPoint(plot, event)));
 }
 
-// The arrow keys go from point to point of a plot, as the pointer would: the nearest answers with its name and value.
-function walk(plot, event) {
+// The arrow keys go from point to point of a plot as the pointer would; the tooltip shows name and value.
+function stepToPoint(plot, event) {
   const by = {ArrowRight: 1, ArrowLeft: -1, Home: -Infinity, End: Infinity}[event.key];
   const points = [...plot.querySelectorAll(".mark-symbol path")];
   if (!by || !points.length) return;
@@ -26,12 +26,12 @@ function walk(plot, event) {
   document.querySelector("#vg-tooltip-element")?.setAttribute("role", "status");  // read out
 }
 
-// The section being read is marked in the list of sections.
+// Mark the visible section in the list of sections.
 const links = new Map([...document.querySelectorAll("nav a")].map(link => [link.hash.slice(1), link]));
-const look = new IntersectionObserver(seen => {
-  for (const {target, isIntersecting} of seen) {
+const observer = new IntersectionObserver(entries => {
+  for (const {target, isIntersecting} of entries) {
     const link = links.get(target.id);
     isIntersecting ? link.setAttribute("aria-current", "true") : link.removeAttribute("aria-current");
   }
 }, {rootMargin: "-20% 0px -79% 0px"});
-document.querySelectorAll("section").forEach(section => look.observe(section));
+document.querySelectorAll("section").forEach(section => observer.observe(section));

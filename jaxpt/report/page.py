@@ -1,7 +1,9 @@
-"""One HTML page of one or several runs, made only from the JSON that stages leave in their directories, and prepare.py's samples of what it dropped.
+"""Render one HTML page of one or several runs.
 
-The page asks no other host for anything, opens from a file, and stays under 2 MB. It is a list of sections (SECTIONS, below): a room that
-wants to be seen leaves its JSON, and adds what `read.load_run` reads of it and one function from runs to HTML, "" where no run has that JSON.
+It is made from the JSON that stages leave in their directories, and prepare.py's samples of what it
+dropped. The page asks no other host for anything, opens from a file, and stays under 2 MB. It is a
+list of sections (SECTIONS): a package that wants to be shown leaves its JSON, and adds to
+`read.load_run` and one function from runs to HTML, "" where no run has that JSON.
 """
 
 from __future__ import annotations
@@ -24,107 +26,118 @@ from jaxpt.report import (
     summary,
     training,
 )
-from jaxpt.report.figures import PLOT_CONFIG, plot_scripts
+from jaxpt.report.figures import PLOT_ATTRIBUTE, render_scripts
 from jaxpt.report.html import escape, small_text
 from jaxpt.report.read import RunData, load_runs
-
-
-def write_report(
-    directories: Iterable[str | pathlib.Path], to: str | pathlib.Path
-) -> list[RunData]:
-    """Write the page of these run directories, shown in this order, to the file `to`. Returns what was read of each.
-
-    Raises UserError where a directory is not there or `to` cannot be written.
-    """
-    to = stage.check_output_path(pathlib.Path(to), "report.html")
-    runs = load_runs(directories)
-    stage.write_atomic(to, render_page(runs))
-    return runs
-
 
 STYLESHEET = pathlib.Path(__file__).with_name("page.css")
 
 
 class ReportSection(NamedTuple):
+    """A section of the page."""
+
     title: str
-    html: Callable[[list[RunData]], str]
-    required_files: str  # the JSON it shows and what writes it: said where no run has it
+    render: Callable[[list[RunData]], str]
+    source_file: str  # the JSON that it shows
+    writer: str  # what writes the file
 
 
 SECTIONS = (
-    ReportSection("Summary", summary.summary_section, "a run directory"),
+    ReportSection("Summary", summary.render_summary, "a run directory", ""),
     ReportSection(
-        "Lineage", lineage.lineage_section, "manifest.json, written by every stage that finished"
+        "Lineage", lineage.render_lineage, "manifest.json", "every stage that has finished"
     ),
-    ReportSection("Data", data.data_section, "corpus/funnel.json, written by prepare.py"),
-    ReportSection(
-        "Mixture", data.mixture_section, "metrics.jsonl beside config.json, written by train.py"
-    ),
-    ReportSection("Loss", training.losses_section, "metrics.jsonl, written by train.py"),
+    ReportSection("Data", data.render_data, "corpus/funnel.json", "prepare.py"),
+    ReportSection("Mixture", data.render_mixture, "metrics.jsonl beside config.json", "train.py"),
+    ReportSection("Loss", training.render_losses, "metrics.jsonl", "train.py"),
     ReportSection(
         "Forgetting",
-        training.forgetting_section,
-        "held-out loss beside a parent's in metrics.jsonl, written by train.py of a run that started from a model",
+        training.render_forgetting,
+        "parent's held-out loss in metrics.jsonl",
+        "train.py of a run that started from a model",
     ),
-    ReportSection("Training", training.training_section, "metrics.jsonl, written by train.py"),
-    ReportSection("Growth", growth.growth_section, "growth.json, written by initialize.py --grow"),
-    ReportSection(
-        "Evaluation", evaluation.evaluation_section, "eval/NAME.json, written by evaluate.py"
-    ),
-    ReportSection("Samples", samples.samples_section, "eval/samples.json, written by compare.py"),
+    ReportSection("Training", training.render_training, "metrics.jsonl", "train.py"),
+    ReportSection("Growth", growth.render_growth, "growth.json", "initialize.py --grow"),
+    ReportSection("Evaluation", evaluation.render_evaluation, "eval/NAME.json", "evaluate.py"),
+    ReportSection("Samples", samples.render_samples, "eval/samples.json", "compare.py"),
     ReportSection(
         "Differences",
-        differences.differences_section,
-        "eval/differences.json, written by compare.py --differ",
+        differences.render_differences,
+        "eval/differences.json",
+        "compare.py --differ",
     ),
-    ReportSection("Plan", plan.plan_section, "plan.json, written by plan.py --json"),
-    ReportSection("Settings", settings.settings_section, "config.json, written by train.py"),
+    ReportSection("Plan", plan.render_plan, "plan.json", "plan.py --json"),
+    ReportSection("Settings", settings.render_settings, "config.json", "train.py"),
 )
+# what a section raises on JSON that has not the form in which our stages write it
+FORM_ERRORS = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError)
+
+
+def write_report(
+    directories: Iterable[str | pathlib.Path], output_path: str | pathlib.Path
+) -> list[RunData]:
+    """Write the page of these run directories, shown in this order.
+
+    Returns:
+        What was read of each run.
+
+    Raises:
+        UserError: a directory does not exist, or the page cannot be written.
+    """
+    path = stage.local_path(output_path)
+    stage.check_output_path(path, "report.html")
+    runs = load_runs(directories)
+    stage.write_atomic(path, render_page(runs))
+    return runs
 
 
 def render_page(runs: list[RunData]) -> str:
-    """The whole HTML. A section whose JSON is missing or of another form becomes a sentence at the end."""
+    """Return the whole HTML. A section without its JSON becomes a sentence at the end."""
     shown, missing = [], []
     for section in SECTIONS:
-        try:
-            body, problem = section.html(runs), f"no {section.required_files}"
-        except (
-            KeyError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            IndexError,
-            ArithmeticError,
-        ) as error:  # JSON, but not as our stages write it
-            body, problem = (
-                "",
-                f"cannot be shown, {section.required_files.split(',')[0]} is of another form ({type(error).__name__}: {error})",
-            )
+        body, problem = render_section(section, runs)
         if body:
             shown.append((section.title, body))
         else:
             missing.append(f"{section.title}: {problem}.")
-    missing += dict.fromkeys(note for run in runs for note in run.notes)
+    for run in runs:
+        missing += run.warnings
     if missing:
-        shown.append(
-            (
-                "Not shown",
-                "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in missing) + "</ul>",
-            )
-        )
-    names = [run.name for run in runs]
-    title = escape(" and ".join(filter(None, [", ".join(names[:-1]), names[-1]])))
-    links = "".join(f'<a href="#{anchor_id(name)}">{name}</a>' for name, _ in shown)
-    body = "".join(
-        f'<section id="{anchor_id(name)}"><h2>{name}</h2>{text}</section>' for name, text in shown
-    )
-    made_on = small_text(f"jaxpt report, {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC")
+        items = [f"<li>{escape(line)}</li>" for line in dict.fromkeys(missing)]
+        shown.append(("Not shown", f"<ul>{''.join(items)}</ul>"))
+    links, main = "", ""
+    for name, body in shown:
+        anchor = name.lower().replace(" ", "-")
+        links += f'<a href="#{anchor}">{name}</a>'
+        main += f'<section id="{anchor}"><h2>{name}</h2>{body}</section>'
+    *first, last = [run.name for run in runs]
+    title = escape(f"{', '.join(first)} and {last}" if first else last)
+    now = datetime.datetime.now(datetime.UTC)
+    made_on = small_text(f"jaxpt report, {now:%Y-%m-%d %H:%M} UTC")
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta name="color-scheme" content="light dark"><title>{title}</title><link rel="icon" href="data:,"><style>{STYLESHEET.read_text()}</style></head><body>'
-        f'<header><h1>{title}</h1>{made_on}</header><nav aria-label="Sections">{links}</nav><main>{body}</main>{plot_scripts(PLOT_CONFIG in body)}</body></html>\n'
+        f'<!doctype html><html lang="en"><head>{render_head(title)}</head><body>'
+        f"<header><h1>{title}</h1>{made_on}</header>"
+        f'<nav aria-label="Sections">{links}</nav><main>{main}</main>'
+        f"{render_scripts(PLOT_ATTRIBUTE in main)}</body></html>\n"
     )
 
 
-def anchor_id(name: str) -> str:
-    return name.lower().replace(" ", "-")
+def render_section(section: ReportSection, runs: list[RunData]) -> tuple[str, str]:
+    """Return a section's HTML, or "" and why it is not shown."""
+    try:
+        writer = f", written by {section.writer}" if section.writer else ""
+        return section.render(runs), f"no {section.source_file}{writer}"
+    except FORM_ERRORS as error:
+        reason = f"{type(error).__name__}: {error}"
+        return "", f"{section.source_file} has an unexpected form ({reason})"
+
+
+def render_head(title: str) -> str:
+    """Return the content of the page's head."""
+    return (
+        '<meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f'<title>{title}</title><link rel="icon" href="data:,">'
+        f"<style>{STYLESHEET.read_text()}</style>"
+    )

@@ -1,223 +1,220 @@
-"""Section: hours and money, planned and taken."""
+"""Render the section Plan: hours and money, planned and measured."""
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from jaxpt.plan import hardware
-from jaxpt.report.figures import ROUND_DIGITS, render_figure
-from jaxpt.report.format import format_brief, format_count, format_percent, format_whole, is_finite
-from jaxpt.report.html import collapsible, escape, html_table, series_color, small_text
-from jaxpt.report.read import RunData, distinct_values, last_value, metric_points
+from jaxpt.report.figures import LOG_AXIS, Spec, nominal, quantitative, render_figure
+from jaxpt.report.format import (
+    finite_or_none,
+    format_brief,
+    format_count,
+    format_gigabytes,
+    format_percent,
+    format_whole,
+)
+from jaxpt.report.html import collapsible, escape, heading, html_table, series_color, small_text
+from jaxpt.report.read import RunData, get_points, group_distinct_values, last_value
+from jaxpt.report.records import Check, Comparison, Ends, Plan, Target
+
+Formatter = Callable[[float], str]
+# field of Projection -> its format
+RANGES: dict[str, Formatter] = {"mfu": format_percent, "tokens_per_second": format_count}
+RANGES |= {"hours": format_brief, "usd": format_brief}
+PLAN_CAPTION = (
+    "Compiled: the real step, compiled for that machine; estimated: from the shape alone. "
+    "Ranges: the ends of the assumed efficiency."
+)
+CHECK_CAPTION = (
+    "The plan compared with runs: seconds per step and peak memory, measured / planned; "
+    "the first run calibrates."
+)
+CHART_CAPTION = (
+    "Money against hours for the whole run, both on a log scale. Hollow: it does not fit there."
+)
 
 
-def plan_section(runs: list[RunData]) -> str:
-    parts = []
-    for found, names in distinct_values(runs, "plan"):
-        body = []
-        for target in found["targets"]:
-            peak = is_finite(target.get("peak_bytes_per_device"))
-            body.append([
-                escape(target.get("on", "")), escape(target.get("method", "")), format_whole(target.get("devices")), "yes" if target.get("fits") else "no",
-                f"{peak / 1e9:,.1f}" if peak is not None else "", *(escape(format_span(target, key, as_text)) for key, as_text in (("mfu", format_percent), ("tokens_per_second", format_count), ("hours", format_brief), ("usd", format_brief))),
-            ])  # fmt: skip
-        took = [
-            run for run in runs if run.name in names and is_finite(last_value(run.train, "seconds"))
-        ]
-        body += [measure_spent(run) for run in took]
-        priced = [
-            target
-            for target in found["targets"]
-            if is_finite(target.get("hours")) and is_finite(target.get("usd"))
-        ]
-        parts.append(f"<h3>{escape(', '.join(names))}</h3>" if len(runs) > 1 else "")
-        if len(priced) > 1:
-            parts.append(
-                render_figure(
-                    plan_chart(priced),
-                    "Money against hours for the whole run, both on a log scale. Hollow: it does not fit there.",
-                )
-            )
-        caption = "Compiled: the real step, compiled for that machine; estimated: from the shape alone. Ranges: the ends of the assumed efficiency."
-        caption += (
-            " Measured: what the run has taken so far."
-            + "".join(render_against_plan(run, found) for run in took)
-            if took
-            else ""
-        )
-        head = [
-            "on",
-            "how known",
-            "devices",
-            "fits",
-            "GB a device",
-            "MFU",
-            "tokens/s",
-            "hours",
-            "USD",
-        ]
-        parts.append(html_table(head, body, caption, texts=2, kind="many") if body else "")
-        parts += [
-            small_text(
-                f"{what.capitalize()} that fits, by plan.py --search: {find_best_target(found, what)}"
-            )
-            for what in ("cheapest", "fastest")
-            if find_best_target(found, what)
-        ]
-        parts.append(
-            render_strategies(found["ways"]) if isinstance(found.get("ways"), dict) else ""
-        )
-        parts.append(
-            render_plan_checks(found["check"]) if isinstance(found.get("check"), list) else ""
-        )
-        notes = "".join(small_text(note) for note in found.get("notes", []))
-        parts.append(collapsible("What this assumes, and prices", notes) if notes else "")
-    return "".join(parts)
+def render_plan(runs: list[RunData]) -> str:
+    """Render each plan beside what its runs took."""
+    html = ""
+    for plan, names in group_distinct_values(runs, lambda run: run.plan):
+        html += heading(", ".join(names)) if len(runs) > 1 else ""
+        measured = []
+        for run in runs:
+            if run.name in names and last_value(run.metrics.train, "seconds"):
+                measured.append(run)
+        html += render_chart(plan)
+        html += render_targets(plan, measured)
+        html += render_search(plan)
+        html += render_comparison(plan.comparison) if plan.comparison else ""
+        html += render_checks(plan.checks) if plan.checks else ""
+        notes = "".join(map(small_text, plan.notes))
+        html += collapsible("Assumptions and prices", notes)
+    return html
 
 
-def find_best_target(found: dict, what: str) -> str:
-    best = (found.get("search") or {}).get(what) or {}
-    return f"{best['on']} {' '.join(best.get('overrides') or [])}" if best.get("on") else ""
-
-
-def render_strategies(found: dict) -> str:
-    """Grow or scratch, as plan.py --base compared them."""
-    pair = lambda way, key, as_text: (
-        "\u2013".join(
-            dict.fromkeys(
-                escape("never" if end is None else as_text(end)) for end in way.get(key) or []
-            )
-        )
-        or ""
-    )
-    body = [
-        [escape(way.get("name", "")), pair(way, "tokens", format_count), pair(way, "saved", format_percent), pair(way, "saved_with_base", format_percent), pair(way, "hours", format_brief), pair(way, "usd", format_brief)]
-        for way in found.get("ways", [])
-    ]  # fmt: skip
-    caption = f"Ways to {found.get('target_loss', 0):.3f} nats a token. Shares of FLOPs saved against scratch, from published ranges unless runs were fitted. {found.get('verdict', '')}"
-    return html_table(
-        ["way", "tokens", "saved", "saved, base paid", "hours", "USD"], body, caption, texts=1
-    )
-
-
-def render_plan_checks(found: list[dict]) -> str:
-    """Plan beside run, as plan.py --check held them."""
-    body = [
-        [escape(each.get("run", "")), *(format_brief(each.get(key)) for key in ("planned_step_seconds", "measured_step_seconds", "time_ratio", "calibrated_time_ratio", "memory_ratio", "calibrated_memory_ratio"))]
-        for each in found
-    ]  # fmt: skip
-    head = ["run", "planned s", "measured s", "ratio", "calibrated", "memory ratio", "calibrated"]
-    return html_table(
-        head,
-        body,
-        "The plan held against runs: seconds of a step and peak memory, measured over planned; the first run calibrates.",
-        texts=1,
-    )
-
-
-def measure_spent(run: RunData) -> list[str]:
-    """What a run took, as a row of the plan's table."""
-    number, kind = run.devices or (None, "")
-    speed, memory = (
-        [value for _, value in metric_points(run.train, "tokens_per_second")],
-        last_value(run.train, "memory_bytes"),
-    )
-    mfu = is_finite(last_value(run.train, "mfu"))
-    cells = [
-        format_whole(number),
-        "",
-        f"{memory / 1e9:,.1f}" if memory else "",
-        format_percent(mfu) if mfu else "",
-        format_count(statistics.median(speed)) if speed else "",
-    ]
-    return [
-        escape(kind or run.name),
-        "measured",
-        *cells,
-        format_brief(last_value(run.train, "seconds") / 3600),
-        format_brief(last_value(run.train, "usd")),
-    ]
-
-
-def render_against_plan(run: RunData, found: dict) -> str:
-    """The run's pace beside what was planned for the machine that it ran on; "" where no such machine was planned for."""
-    chip = hardware.find_chip(run.devices[1]) if run.devices else None
-    trained, asked = last_value(run.train, "tokens"), is_finite(found.get("tokens"))
-    if not (chip and trained and asked):
+def render_targets(plan: Plan, measured: list[RunData]) -> str:
+    """Render one row per target, and one per run that was measured."""
+    body = [list_target(target) for target in plan.targets]
+    body += [list_measured(run) for run in measured]
+    if not body:
         return ""
-    pace = last_value(run.train, "seconds") / 3600 * asked / trained
-    for target in found["targets"]:
-        if (
-            target["on"].partition(":")[0] == chip.name
-            and target.get("devices") == run.devices[0]
-            and is_finite(target.get("hours"))
-        ):
-            planned = f"planned on {target['on']} were {format_span(target, 'hours', format_brief)} hours and {format_span(target, 'usd', format_brief) or 'no'} USD"
-            price = (
-                f" and {format_brief(pace * run.devices[0] * chip.usd_per_hour)} USD"
-                if chip.usd_per_hour
-                else ""
+    caption = PLAN_CAPTION
+    if measured:
+        caption += " Measured: what the run has taken so far."
+    for run in measured:
+        caption += describe_pace(run, plan)
+    heads = ["target", "method", "devices", "fits", "GB per device"]
+    heads += ["MFU", "tokens/s", "hours", "USD"]
+    return html_table(heads, body, caption, n_text_columns=2, css_class="many")
+
+
+def list_target(target: Target) -> list[str]:
+    """Return a target's row of the table."""
+    row = [escape(target.target), escape(target.method), format_whole(target.n_devices)]
+    row.append("yes" if target.fits else "no")
+    row.append(format_gigabytes(target.peak_bytes))
+    for field, format_number in RANGES.items():
+        row.append(format_range(target, field, format_number))
+    return row
+
+
+def list_measured(run: RunData) -> list[str]:
+    """Return what a run took as a row of the table."""
+    train = run.metrics.train
+    speeds = [speed for _, speed in get_points(train, "tokens_per_second")]
+    seconds = last_value(train, "seconds") or 0
+    return [
+        escape(run.devices.device_kind if run.devices else run.name),
+        "measured",
+        format_whole(run.devices.n_devices if run.devices else None),
+        "",
+        format_gigabytes(last_value(train, "memory_bytes") or None),
+        format_percent(last_value(train, "mfu") or None),
+        format_count(statistics.median(speeds)) if speeds else "",
+        format_brief(seconds / 3600),
+        format_brief(last_value(train, "usd")),
+    ]
+
+
+def describe_pace(run: RunData, plan: Plan) -> str:
+    """Compare the run's pace with the plan for its machine; "" if there is none."""
+    trained = last_value(run.metrics.train, "n_tokens")
+    if not (run.devices and trained and plan.tokens):
+        return ""
+    chip = hardware.find_chip(run.devices.device_kind)
+    if not chip:
+        return ""
+    n_devices = run.devices.n_devices
+    hours = (last_value(run.metrics.train, "seconds") or 0) / 3600 * plan.tokens / trained
+    pace = f"at the measured pace it is {format_brief(hours)} hours"
+    if chip.usd_per_hour:
+        pace += f" and {format_brief(hours * n_devices * chip.usd_per_hour)} USD"
+    for target in plan.targets:
+        is_same = (target.target.partition(":")[0], target.n_devices) == (chip.name, n_devices)
+        if is_same and finite_or_none(target.expected.hours):
+            planned_hours = format_range(target, "hours", format_brief)
+            planned_usd = format_range(target, "usd", format_brief) or "no"
+            return (
+                f" {run.name}: planned on {target.target} were {planned_hours} hours and "
+                f"{planned_usd} USD for {format_count(plan.tokens)} tokens; {pace}."
             )
-            return f" {run.name}: {planned} for {format_count(asked)} tokens; at the measured pace it is {format_brief(pace)} hours{price}."
     return ""
 
 
-def format_span(target: dict, key: str, as_text: Callable) -> str:
-    """145–208, or the one number where no range was given."""
-    ends = sorted(
-        value
-        for end in ("low", "high")
-        if (value := is_finite((target.get(end) or {}).get(key))) is not None
+def format_range(target: Target, field: str, format_number: Formatter) -> str:
+    """Return slow–fast, lowest first, or the expected number if no range was planned."""
+    ends = []
+    for projection in (target.slow, target.fast):
+        value = finite_or_none(getattr(projection, field, None))
+        if value is not None:
+            ends.append(value)
+    if len(ends) < 2:
+        ends = [getattr(target.expected, field)]
+    return join_ends(map(format_number, sorted(ends)))
+
+
+def join_ends(texts: Iterable[str]) -> str:
+    """Return low–high, or one text where both are equal."""
+    return "\u2013".join(dict.fromkeys(texts))
+
+
+def render_search(plan: Plan) -> str:
+    """Render the best layouts that plan.py --search found."""
+    if not plan.search:
+        return ""
+    html = ""
+    for label, best in (("Cheapest", plan.search.cheapest), ("Fastest", plan.search.fastest)):
+        if best:
+            layout = " ".join([best.target, *(best.overrides or ())])
+            html += small_text(f"{label} that fits, by plan.py --search: {layout}")
+    return html
+
+
+def render_comparison(comparison: Comparison) -> str:
+    """Render growing against training from scratch, as plan.py --base compared them."""
+    body = []
+    for strategy in comparison.strategies:
+        row = [escape(strategy.name), format_ends(strategy.tokens, format_count)]
+        for frac in (strategy.saved_frac, strategy.saved_with_base_frac):
+            row.append(format_ends(frac, format_percent))
+        for cost in (strategy.hours, strategy.usd):
+            row.append(format_ends(cost, format_brief))
+        body.append(row)
+    caption = (
+        f"Strategies to reach {comparison.target_loss:.3f} nats per token. Shares of FLOPs saved "
+        "against scratch, from published ranges unless runs were fitted. " + comparison.verdict
     )
-    texts = dict.fromkeys(map(as_text, ends if len(ends) == 2 else [target.get(key)]))
-    return "\u2013".join(texts)
+    heads = ["strategy", "tokens", "saved", "saved, base paid", "hours", "USD"]
+    return html_table(heads, body, caption)
 
 
-def plan_chart(targets: list[dict]) -> dict:
-    values = [
-        {
-            "on": str(each.get("on")),
-            "hours": each["hours"],
-            "usd": each["usd"],
-            "fits": bool(each.get("fits")),
-        }
-        for each in targets
-    ]
-    axis = {
-        "type": "quantitative",
-        "scale": {"type": "log", "padding": 40, "nice": False},
-        "axis": {"values": ROUND_DIGITS, "format": ",.4~r"},
-    }
-    fill = {"condition": {"test": "datum.fits", "value": series_color(0)}, "value": "var(--bg)"}
-    tooltip = [
-        {"field": "on", "type": "nominal"},
-        *(
-            {"field": field, "type": "quantitative", "format": ",.3~r"}
-            for field in ("hours", "usd")
-        ),
-    ]
-    return {
+def format_ends(ends: Ends | None, format_number: Formatter) -> str:
+    """Return best–worst case, "never" for None."""
+    return join_ends("never" if end is None else format_number(end) for end in ends or ())
+
+
+def render_checks(checks: tuple[Check, ...]) -> str:
+    """Render planned against measured, as plan.py --check compared them."""
+    body = []
+    for check in checks:
+        _, *numbers = dataclasses.astuple(check)
+        body.append([escape(check.run_dir), *map(format_brief, numbers)])
+    heads = ["run", "planned s", "measured s", "ratio", "calibrated", "memory ratio", "calibrated"]
+    return html_table(heads, body, CHECK_CAPTION)
+
+
+def render_chart(plan: Plan) -> str:
+    """Draw money against hours if two targets have both."""
+    values = []
+    for target in plan.targets:
+        hours = finite_or_none(target.expected.hours)
+        usd = finite_or_none(target.expected.usd)
+        if hours and usd:
+            point = {"target": target.target, "hours": hours, "usd": usd}
+            values.append({**point, "fits": target.fits})
+    if len(values) < 2:
+        return ""
+    axis = {"scale": {"type": "log", "padding": 40, "nice": False}, "axis": LOG_AXIS}
+    hours = quantitative("hours", title="hours", **axis)
+    usd = quantitative("usd", title="USD", **axis)
+    color = series_color(0)
+    fill = {"condition": {"test": "datum.fits", "value": color}, "value": "var(--bg)"}
+    tooltip = [nominal("target")]
+    for field in ("hours", "usd"):
+        tooltip.append(quantitative(field, format=",.3~r"))
+    dot = {"type": "point", "filled": True, "size": 70, "opacity": 1, "stroke": color}
+    label = {"type": "text", "align": "left", "dx": 9}
+    spec: Spec = {
         "height": 290,
         "data": {"values": values},
-        "encoding": {
-            "x": {"field": "hours", "title": "hours", **axis},
-            "y": {"field": "usd", "title": "USD", **axis},
-        },
+        "encoding": {"x": hours, "y": usd},
         "layer": [
-            {
-                "mark": {
-                    "type": "point",
-                    "filled": True,
-                    "size": 70,
-                    "opacity": 1,
-                    "stroke": series_color(0),
-                },
-                "encoding": {"fill": fill, "tooltip": tooltip},
-            },
-            {
-                "mark": {"type": "text", "align": "left", "dx": 9},
-                "encoding": {"text": {"field": "on", "type": "nominal"}},
-            },
+            {"mark": dot, "encoding": {"fill": fill, "tooltip": tooltip}},
+            {"mark": label, "encoding": {"text": nominal("target")}},
         ],
     }
+    return render_figure(spec, CHART_CAPTION)

@@ -1,65 +1,92 @@
-"""What a run directory holds, read from the JSON that stages leave, and what several sections of the page ask of it."""
+"""Read what a run directory holds, and what several sections of the page need of it."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import functools
 import json
 import pathlib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import pyarrow.parquet as pq
 
 from jaxpt import stage
-from jaxpt.lineage import STAGES, LineageNode, list_own_stages, read_json, read_lineage
+from jaxpt.lineage import STAGES, LineageNode, list_own_stages, read_lineage
 from jaxpt.plan import flops
-from jaxpt.report.format import clip_text, is_finite
-from jaxpt.spec import ModelSpec, UserError
+from jaxpt.report.format import clip_text, finite_or_none
+from jaxpt.report.records import (
+    Devices,
+    Differences,
+    DroppedDocument,
+    Evaluation,
+    Funnel,
+    Growth,
+    HeldoutPoint,
+    PackedCounts,
+    Phase,
+    Plan,
+    RunEvent,
+    Samples,
+    Sizes,
+    SkippedPoint,
+    StageSummary,
+    TrainPoint,
+    View,
+    parse_metric,
+)
+from jaxpt.spec import ModelSpec, UserError, encode_json
 
-COMPARED_FIELDS = ("samples", "differences")  # files in eval/ that compare.py writes
-MAX_DROPPED = 3  # documents shown that a rule dropped, of each source
-MAX_EXCERPT = 600  # characters of each
+COMPARISONS = ("samples", "differences")  # files in eval/ that compare.py writes
+MAX_DROPPED = 3  # documents shown that a rule dropped, per source
+MAX_EXCERPT = 600  # characters shown of each
+Point = tuple[float, float]  # (step, value)
+T = TypeVar("T")
+V = TypeVar("V", bound=View)
+
+
+@dataclasses.dataclass
+class Metrics:
+    """Records of metrics.jsonl in order of steps."""
+
+    train: list[TrainPoint]
+    heldout: list[HeldoutPoint]
+    skipped: list[SkippedPoint]
+    events: list[RunEvent]
 
 
 @dataclasses.dataclass
 class RunData:
-    """What a run directory's JSON says; None or empty where a file is missing, with a sentence in `notes` where one cannot be read.
+    """Everything that the page shows of a run directory.
 
-    nodes    the lineage, oldest first; the last is the run itself
-    stages   each of STAGES -> the manifests of this run's own, not of its parent's;  funnels: of its corpora
-    exports  the Hugging Face directories in it, as nodes of its lineage
-    train    metrics.jsonl's training records by step;  heldout, skipped: its others;  marks: (step, "resumed" or "grown by ...")
-    evals    eval/*.json by file stem, without samples.json and differences.json
-    phases   (from step, {source: share}) of its mixture, [] where it is not known;  devices: of its last start, (number, kind)
-    funnels hold "dropped" too: {rule: [{"id", "source", "text", "reason"}, ...]}
+    A file that is missing leaves None or an empty value; one that cannot be read leaves a sentence
+    in `warnings` too.
     """
 
     name: str
     directory: pathlib.Path
-    manifest: dict | None
-    config: dict | None
-    spec: dict | None
-    growth: dict | None
-    plan: dict | None
-    samples: dict | None
-    differences: dict | None
-    evals: dict[str, dict]
-    train: list[dict]
-    heldout: list[dict]
-    skipped: list[dict]
-    marks: list[tuple[int, str]]
-    nodes: list[LineageNode]
-    exports: list[LineageNode]
-    stages: dict[str, list[dict]]
-    funnels: list[dict]
-    phases: list[tuple[int, dict[str, float]]]
-    devices: tuple[int, str] | None
-    notes: list[str]
+    manifest: StageSummary | None
+    settings: dict[str, Any]  # "section.knob" -> value, from config.json
+    sizes: Sizes | None
+    n_params: int | None
+    growth: Growth | None
+    plan: Plan | None
+    samples: Samples | None
+    differences: Differences | None
+    evaluations: dict[str, Evaluation]  # file stem -> results
+    metrics: Metrics
+    lineage_nodes: list[LineageNode]  # oldest first; the last is the run itself
+    export_nodes: list[LineageNode]  # Hugging Face directories inside it
+    stages: dict[str, list[StageSummary]]  # of each of STAGES, the run's own, not its parent's
+    packed: list[PackedCounts]
+    funnels: list[Funnel]
+    phases: list[Phase]  # shares sum to 1; empty: unknown
+    devices: Devices | None  # of the last start
+    warnings: list[str]
 
 
 def load_runs(directories: Iterable[str | pathlib.Path]) -> list[RunData]:
-    """The runs in the order given; those with one name are told apart by the directory above."""
+    """Load runs in the order given. Runs of one name are named with the directory above."""
     runs = [load_run(directory) for directory in dict.fromkeys(map(str, directories))]
     names = [run.name for run in runs]
     for run in runs:
@@ -69,226 +96,368 @@ def load_runs(directories: Iterable[str | pathlib.Path]) -> list[RunData]:
 
 
 def load_run(directory: str | pathlib.Path) -> RunData:
-    """Everything the page and the terminal table know of a run directory. Raises UserError where it is not there."""
+    """Load a run directory. Raise UserError if it does not exist."""
     directory = stage.local_path(directory).resolve()
     if not directory.is_dir():
         raise UserError(
-            f"--workdir {directory}: no such directory. Give the run directory that train.py or initialize.py wrote."
+            f"--workdir {directory}: no such directory. "
+            "Give the run directory that train.py or initialize.py wrote."
         )
-    notes: list[str] = []
-    read = functools.partial(read_json, notes=notes)
-    nodes = read_lineage(directory, notes)
-    own = list_own_stages(nodes)
-    stages = {kind: [node.manifest for node in own if node.kind == kind] for kind in STAGES}
-    settings = read(directory / "config.json")
+    warnings: list[str] = []
+    nodes = read_lineage(directory, warnings)
+    own_nodes = list_own_stages(nodes)
+    stages: dict[str, list[StageSummary]] = {kind: [] for kind in STAGES}
+    for node in own_nodes:
+        summary = summarize_stage(node)
+        if summary and node.kind in stages:
+            stages[node.kind].append(summary)
+    packed = []
+    for summary in stages["packed"]:
+        counts = parse_packed(summary, warnings)
+        if counts:
+            packed.append(counts)
+    manifest = read_view(StageSummary, directory / "manifest.json", warnings)
+    sizes = read_view(Sizes, directory / "spec.json", warnings)
+    settings = read_settings(directory / "config.json", warnings)
+    evaluations = directory / "eval"
     return RunData(
         name=directory.name,
         directory=directory,
-        **{
-            name: read(directory / f"{name}.json")
-            for name in ("manifest", "spec", "growth", "plan")
-        },
-        config=settings,
-        **{name: read(directory / "eval" / f"{name}.json") for name in COMPARED_FIELDS},
-        evals={
-            file.stem: found
-            for file in sorted((directory / "eval").glob("*.json"))
-            if file.stem not in COMPARED_FIELDS and (found := read(file))
-        },
-        **read_run_metrics(directory / "metrics.jsonl", notes),
-        nodes=nodes,
-        exports=[
-            read_lineage(place.parent, notes)[-1]
-            for place in sorted(directory.glob("*/manifest.json"))
-            if (read(place) or {}).get("stage") == "export"
-        ],
+        manifest=manifest,
+        settings=settings,
+        sizes=sizes,
+        n_params=get_n_params(directory / "spec.json", manifest),
+        growth=read_view(Growth, directory / "growth.json", warnings),
+        plan=read_view(Plan, directory / "plan.json", warnings),
+        samples=read_view(Samples, evaluations / "samples.json", warnings),
+        differences=read_view(Differences, evaluations / "differences.json", warnings),
+        evaluations=read_evaluations(evaluations, warnings),
+        metrics=read_metrics(directory / "metrics.jsonl", warnings),
+        lineage_nodes=nodes,
+        export_nodes=read_exports(directory, warnings),
         stages=stages,
-        funnels=[
-            {**node.funnel, "dropped": read_dropped(node.path / "dropped", notes)}
-            for node in own
-            if node.funnel
-        ],
-        phases=read_phases(directory, settings, stages["packed"], notes),
+        packed=packed,
+        funnels=read_funnels(own_nodes, warnings),
+        phases=read_phases(directory, settings, packed, warnings),
         devices=read_devices(directory / "starts.jsonl"),
-        notes=notes,
+        warnings=list(dict.fromkeys(warnings)),
     )
 
 
-def read_run_metrics(path: pathlib.Path, notes: list[str]) -> dict[str, list]:
-    """RunData's train, heldout, skipped and marks. A step written twice, before a kill and after it, counts as written last."""
-    by_step, marks, broken = {"train": {}, "heldout": {}, "skipped": {}}, [], []
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    for number, line in enumerate(lines, 1):
-        record = parse_metric_line(line)
-        if record is None:
-            broken.append(number)
-        elif record.get("resumed"):
-            marks.append((record["step"], "resumed"))
-        elif record.get("grown"):
-            marks.append((record["step"], f"grown by {record['grown']}"))
-        else:
-            kind = next((kind for kind in ("heldout", "skipped") if kind in record), "train")
-            by_step[kind][record["step"]] = record
-    if broken == [len(lines)]:
-        notes.append(
-            f"{path}: the last line is half-written, as a running or killed run leaves it; left out."
-        )
-    elif broken:
-        notes.append(
-            f"{path}: {len(broken)} lines cannot be read, the first is line {broken[0]}; left out."
-        )
-    if wild := [
-        step for step, record in by_step["train"].items() if is_finite(record.get("loss")) is None
-    ]:
-        notes.append(
-            f"{path}: the loss is no finite number in {len(wild)} of {len(by_step['train'])} records, first at step {min(wild)}; no curve shows it."
-        )
-    return {name: [found[step] for step in sorted(found)] for name, found in by_step.items()} | {
-        "marks": list(dict.fromkeys(marks))
-    }
-
-
-def parse_metric_line(line: str) -> dict | None:
-    """A record of metrics.jsonl; None where the line holds none."""
+def read_object(path: pathlib.Path, warnings: list[str]) -> dict[str, Any] | None:
+    """Return the JSON object in a file; None if there is none, or it is unreadable."""
     try:
-        record = json.loads(line)
-    except ValueError:
+        fields = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    forms = {"step": int, "heldout": dict, "parent": dict, "skipped": dict, "epochs": dict}
-    if not isinstance(record, dict) or "step" not in record:
+    except (OSError, ValueError) as error:
+        warnings.append(f"{path}: cannot be read ({error}); left out.")
         return None
-    return (
-        record
-        if all(isinstance(record[key], form) for key, form in forms.items() if key in record)
-        else None
-    )
+    if not isinstance(fields, dict):
+        warnings.append(f"{path}: expected a JSON object; left out.")
+        return None
+    return fields
 
 
-def read_dropped(directory: pathlib.Path, notes: list[str]) -> dict[str, list[dict]]:
-    """{rule: samples of what it dropped}, MAX_DROPPED of each source, their texts cut at MAX_EXCERPT characters."""
-    found = {}
+def read_view(view: type[V], path: pathlib.Path, warnings: list[str]) -> V | None:
+    """Return a file as a record; None if it is missing, or has another form."""
+    fields = read_object(path, warnings)
+    if fields is None:
+        return None
+    try:
+        return view.from_json(fields)
+    except UserError as error:
+        warnings.append(f"{path}: has an unexpected form ({error}); left out.")
+        return None
+
+
+def read_settings(path: pathlib.Path, warnings: list[str]) -> dict[str, Any]:
+    """Return config.json as "section.knob" -> value."""
+    sections = read_object(path, warnings) or {}
+    if not all(isinstance(section, dict) for section in sections.values()):
+        warnings.append(f"{path}: has an unexpected form (a section is no object); left out.")
+        return {}
+    return flatten_settings(sections)
+
+
+def flatten_settings(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return {"train": {"steps": 3}} as {"train.steps": 3}."""
+    settings = {}
+    for section, knobs in sections.items():
+        for knob, value in knobs.items():
+            settings[f"{section}.{knob}"] = value
+    return settings
+
+
+def summarize_stage(node: LineageNode) -> StageSummary | None:
+    """Return the manifest of a stage; None if it has not finished, or is malformed."""
+    try:
+        return StageSummary.from_json(encode_json(node.manifest))
+    except UserError:
+        return None
+
+
+def parse_packed(manifest: StageSummary, warnings: list[str]) -> PackedCounts | None:
+    """Return the counts of packed sequences; None if they have an unexpected form."""
+    try:
+        return PackedCounts.from_json(manifest.counts)
+    except UserError as error:
+        warnings.append(f"packed/manifest.json: has an unexpected form ({error}); left out.")
+        return None
+
+
+def read_evaluations(directory: pathlib.Path, warnings: list[str]) -> dict[str, Evaluation]:
+    """Return eval/*.json by file stem, without the files that compare.py writes."""
+    evaluations = {}
+    for file in sorted(directory.glob("*.json")):
+        if file.stem in COMPARISONS:
+            continue
+        evaluation = read_view(Evaluation, file, warnings)
+        if evaluation:
+            evaluations[file.stem] = evaluation
+    return evaluations
+
+
+def read_exports(directory: pathlib.Path, warnings: list[str]) -> list[LineageNode]:
+    """Return the Hugging Face directories inside a run as lineage nodes."""
+    exports = []
+    for path in sorted(directory.glob("*/manifest.json")):
+        manifest = read_view(StageSummary, path, warnings)
+        if manifest and manifest.stage == "export":
+            exports.append(read_lineage(path.parent, warnings)[-1])
+    return exports
+
+
+def read_funnels(nodes: list[LineageNode], warnings: list[str]) -> list[Funnel]:
+    """Return the funnels of a run's corpora, with samples of what their rules dropped."""
+    funnels = []
+    for node in nodes:
+        if node.kind != "corpus":
+            continue
+        funnel = read_view(Funnel, node.path / "funnel.json", warnings)
+        if funnel:
+            dropped = read_dropped(node.path / "dropped", warnings)
+            funnels.append(dataclasses.replace(funnel, dropped=dropped))
+    return funnels
+
+
+def read_dropped(
+    directory: pathlib.Path, warnings: list[str]
+) -> dict[str, tuple[DroppedDocument, ...]]:
+    """Return rule -> samples of what it dropped, MAX_DROPPED per source."""
+    dropped = {}
     for file in sorted(directory.glob("*.parquet")):
         try:
-            rows = pq.read_table(file, columns=["id", "source", "text", "reason"]).to_pylist()
-        except (OSError, ValueError) as error:  # pyarrow's errors are of both kinds
-            notes.append(f"{file}: cannot be read ({str(error).splitlines()[0]}); left out.")
+            table = pq.read_table(file, columns=["id", "source", "text", "reason"])
+            documents = [DroppedDocument.from_json(fields) for fields in table.to_pylist()]
+        except (OSError, ValueError) as error:  # pyarrow raises both
+            reason = str(error).splitlines()[0]
+            warnings.append(f"{file}: cannot be read ({reason}); left out.")
             continue
-        by_source: dict[str, list[dict]] = {}
-        for row in rows:
-            by_source.setdefault(str(row["source"]), []).append(
-                {**row, "text": clip_text(row["text"], MAX_EXCERPT)}
-            )
-        found[file.stem] = [row for own in by_source.values() for row in own[:MAX_DROPPED]]
-    return found
+        shown = []
+        n_shown = collections.Counter()
+        for document in documents:
+            if n_shown[document.source] < MAX_DROPPED:
+                text = clip_text(document.text, MAX_EXCERPT)
+                shown.append(dataclasses.replace(document, text=text))
+                n_shown[document.source] += 1
+        dropped[file.stem] = tuple(shown)
+    return dropped
+
+
+def read_metrics(path: pathlib.Path, warnings: list[str]) -> Metrics:
+    """Read metrics.jsonl. A step that was repeated after a crash counts as written last."""
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    train: dict[int, TrainPoint] = {}
+    heldout: dict[int, HeldoutPoint] = {}
+    skipped: dict[int, SkippedPoint] = {}
+    events: list[RunEvent] = []
+    broken = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = parse_metric(json.loads(line))
+        except (ValueError, AttributeError, TypeError):
+            broken.append(number)
+            continue
+        if isinstance(record, TrainPoint):
+            train[record.step] = record
+        elif isinstance(record, HeldoutPoint):
+            heldout[record.step] = record
+        elif isinstance(record, SkippedPoint):
+            skipped[record.step] = record
+        else:
+            events.append(record)
+    if broken == [len(lines)]:
+        warnings.append(
+            f"{path}: the last line is half-written, as by a running or killed run; left out."
+        )
+    elif broken:
+        warnings.append(
+            f"{path}: {len(broken)} lines cannot be read, the first is line {broken[0]}; left out."
+        )
+    not_finite = [step for step, point in train.items() if finite_or_none(point.loss) is None]
+    if not_finite:
+        warnings.append(
+            f"{path}: the loss is not finite in {len(not_finite)} of {len(train)} records, "
+            f"first at step {min(not_finite)}; the curves leave them out."
+        )
+    return Metrics(
+        train=sort_by_step(train),
+        heldout=sort_by_step(heldout),
+        skipped=sort_by_step(skipped),
+        events=list(dict.fromkeys(events)),
+    )
+
+
+def sort_by_step(records: dict[int, T]) -> list[T]:
+    """Return the records in order of steps."""
+    return [records[step] for step in sorted(records)]
 
 
 def read_phases(
-    directory: pathlib.Path, settings: dict | None, packed: list[dict], notes: list[str]
-) -> list[tuple[int, dict[str, float]]]:
-    """The shares in force from each step on, together 1: by the run's own account, else by its config, else in proportion to the rows."""
+    directory: pathlib.Path,
+    settings: dict[str, Any],
+    packed: list[PackedCounts],
+    warnings: list[str],
+) -> list[Phase]:
+    """Return the mixture from each step on, with shares that sum to 1.
+
+    What the run recorded in phases.json counts, else its config, else the number of sequences.
+    """
+    path = directory / "phases.json"
     try:
-        account = directory / "phases.json"
-        if account.is_file():
-            asked = [(each["step"], each["shares"]) for each in json.loads(account.read_text())]
+        if path.is_file():
+            phases = [Phase.from_json(fields) for fields in json.loads(path.read_text())]
         else:
-            rows = {
-                name: part["rows"]
-                for manifest in packed
-                for name, part in manifest["counts"]["train"].items()
-            }
-            asked = (settings or {})["mixture"]["phases"] or ([(0, rows)] if rows else [])
-        return [
-            (
-                int(step),
-                {name: share / sum(shares.values()) for name, share in shares.items() if share},
-            )
-            for step, shares in asked
-        ]
+            configured = settings["mixture.phases"]
+            phases = [Phase(int(step), shares) for step, shares in configured]
+        if not phases and not path.is_file():
+            phases = count_sequences(packed)
+        return [normalize_shares(phase) for phase in phases]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         if settings:
-            notes.append(
-                f"{directory}: its mixture cannot be read from phases.json, config.json or packed/manifest.json ({error!r}); left out."
+            warnings.append(
+                f"{directory}: its mixture cannot be read from phases.json, config.json or "
+                f"packed/manifest.json ({error!r}); left out."
             )
         return []
 
 
-def read_devices(path: pathlib.Path) -> tuple[int, str] | None:
-    """(number, JAX's name of their kind), of the last start that the file tells of."""
+def count_sequences(packed: list[PackedCounts]) -> list[Phase]:
+    """Return one phase in proportion to the number of sequences; none if nothing is packed."""
+    shares: dict[str, float] = {}
+    for counts in packed:
+        for name, source in counts.train.items():
+            shares[name] = source.n_sequences
+    return [Phase(0, shares)] if shares else []
+
+
+def normalize_shares(phase: Phase) -> Phase:
+    """Return the phase with positive shares that sum to 1."""
+    total = sum(phase.shares.values())
+    shares = {name: share / total for name, share in phase.shares.items() if share}
+    return Phase(phase.step, shares)
+
+
+def read_devices(path: pathlib.Path) -> Devices | None:
+    """Return the devices of the last start in starts.jsonl."""
     try:
-        number, _, kind = json.loads(path.read_text().splitlines()[-1])["devices"].partition(" x ")
-        return int(number), kind
-    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return Devices.from_json(json.loads(path.read_text().splitlines()[-1]))
+    except (OSError, ValueError, TypeError, IndexError, AttributeError):
         return None
 
 
-# ---- what several sections ask of it
+def get_n_params(path: pathlib.Path, manifest: StageSummary | None) -> int | None:
+    """Return the number of parameters that the manifest counted, else that of spec.json."""
+    if manifest and manifest.counts.get("n_params"):
+        return manifest.counts["n_params"]
+    try:
+        return flops.count_matmul_params(ModelSpec.from_json(json.loads(path.read_text())))
+    except (OSError, TypeError, ValueError):  # missing, or of another version
+        return None
 
 
-def first_value(records: list[dict], key: str) -> float | None:
-    return next(
-        (value for record in records if (value := is_finite(record.get(key))) is not None), None
-    )
+# ---- what several sections need
 
 
-def last_value(records: list[dict], key: str) -> float | None:
-    return first_value(records[::-1], key)
+def first_value(records: Sequence[TrainPoint], field: str) -> float | None:
+    """Return the first finite value of a metric."""
+    return next((value for _, value in get_points(records, field)), None)
 
 
-def metric_points(
-    records: list[dict], key: str, domain: str | None = None
-) -> list[tuple[float, float]]:
-    """(step, value) of each record that has one; of one domain where the records hold {domain: value}."""
-    found = [
-        (record["step"], (record.get(key) or {}).get(domain) if domain else record.get(key))
-        for record in records
-    ]
-    return [(step, value) for step, value in found if is_finite(value) is not None]
+def last_value(records: Sequence[TrainPoint], field: str) -> float | None:
+    """Return the last finite value of a metric."""
+    return first_value(records[::-1], field)
+
+
+def get_points(records: Sequence[TrainPoint], field: str) -> list[Point]:
+    """Return (step, value) wherever a metric is finite."""
+    return keep_finite((record.step, getattr(record, field)) for record in records)
+
+
+def get_heldout_points(run: RunData, source: str) -> list[Point]:
+    """Return (step, held-out loss) of one source wherever it is finite."""
+    records = run.metrics.heldout
+    return keep_finite((record.step, record.heldout_loss.get(source)) for record in records)
+
+
+def get_parent_points(run: RunData, source: str) -> list[Point]:
+    """Return (step, the parent's held-out loss) of one source wherever it is finite."""
+    records = run.metrics.heldout
+    losses = ((record.step, record.parent_loss or {}) for record in records)
+    return keep_finite((step, loss.get(source)) for step, loss in losses)
+
+
+def keep_finite(points: Iterable[tuple[int, float | None]]) -> list[Point]:
+    """Return the points whose value is a finite number."""
+    kept = []
+    for step, value in points:
+        number = finite_or_none(value)
+        if number is not None:
+            kept.append((step, number))
+    return kept
 
 
 def list_sources(runs: list[RunData]) -> list[str]:
-    """Names of the held-out domains, in one order for the whole page: as the corpora name their sources, then as they turn up."""
-    sources = [name for run in runs for found in run.funnels for name in found["sources"]]
-    return list(
-        dict.fromkeys(
-            [
-                *sources,
-                *(name for run in runs for record in run.heldout for name in record["heldout"]),
-            ]
-        )
-    )
-
-
-def order_keys(order: list, keys: Iterable) -> list:
-    """The keys, each once: those named in `order` first and as there, the others as they come."""
-    keys = list(dict.fromkeys(keys))
-    return [*(key for key in order if key in keys), *(key for key in keys if key not in order)]
-
-
-def distinct_values(runs: list[RunData], field: str) -> list[tuple[Any, list[str]]]:
-    """Each different value of the field once, with the names of the runs that have it."""
-    found: dict[str, tuple[Any, list[str]]] = {}
+    """Return the sources in one order for the whole page: the corpora's, then as they turn up."""
+    names: list[str] = []
     for run in runs:
-        if value := getattr(run, field):
-            found.setdefault(json.dumps(value, sort_keys=True), (value, []))[1].append(run.name)
-    return list(found.values())
+        for funnel in run.funnels:
+            names += funnel.sources
+    for run in runs:
+        for record in run.metrics.heldout:
+            names += record.heldout_loss
+    return list(dict.fromkeys(names))
 
 
-def n_params(run: RunData) -> int | None:
-    """As the manifest counted them, else from the shape."""
-    if run.manifest and run.manifest["counts"].get("n_params"):
-        return run.manifest["counts"]["n_params"]
-    try:
-        return flops.count_matmul_params(ModelSpec.from_json(run.spec)) if run.spec else None
-    except (TypeError, ValueError):  # a spec of another version
-        return None
+def order_keys(order: Iterable[T], keys: Iterable[T]) -> list[T]:
+    """Return each key once: those in `order` first, the others as they come."""
+    keys = list(dict.fromkeys(keys))
+    ordered = [key for key in order if key in keys]
+    return list(dict.fromkeys([*ordered, *keys]))
+
+
+def group_distinct_values(
+    runs: list[RunData], get: Callable[[RunData], T | None]
+) -> list[tuple[T, list[str]]]:
+    """Return each different value once, with the names of the runs that have it."""
+    groups: dict[str, tuple[T, list[str]]] = {}
+    for run in runs:
+        value = get(run)
+        if value:
+            key = json.dumps(encode_json(value), sort_keys=True)
+            _, names = groups.setdefault(key, (value, []))
+            names.append(run.name)
+    return list(groups.values())
 
 
 def format_shape(run: RunData) -> str:
-    return f"{run.spec['n_layers']} × {run.spec['d_model']}" if run.spec else ""
+    """Return layers x width."""
+    return f"{run.sizes.n_layers} × {run.sizes.d_model}" if run.sizes else ""
 
 
 def short_model_name(path: str) -> str:
-    """The run's name of runs/base, runs/base/hf and runs/base/checkpoints/300."""
+    """Return the run's name in runs/base, runs/base/hf and runs/base/checkpoints/300."""
     place = pathlib.PurePath(path)
     if place.name == "hf":
         place = place.parent
@@ -297,6 +466,8 @@ def short_model_name(path: str) -> str:
     return place.name or path
 
 
-def model_sort_key(path: str, runs: list[RunData]) -> int:
+def get_run_index(path: str, runs: list[RunData]) -> int:
+    """Return which run a model path belongs to; the number of runs if none."""
     names = [run.directory.name for run in runs]
-    return names.index(short_model_name(path)) if short_model_name(path) in names else len(names)
+    name = short_model_name(path)
+    return names.index(name) if name in names else len(names)

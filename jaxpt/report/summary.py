@@ -1,8 +1,10 @@
-"""The numbers that matter, for the head of the page and for the terminal."""
+"""Summarize runs in the numbers that matter, for the head of the page and for the terminal."""
 
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from jaxpt.lineage import STAGES
 from jaxpt.report.format import (
@@ -12,7 +14,6 @@ from jaxpt.report.format import (
     format_decimal,
     format_seconds,
     format_whole,
-    is_finite,
 )
 from jaxpt.report.html import color_swatch, escape, html_table, row_header
 from jaxpt.report.read import (
@@ -21,136 +22,146 @@ from jaxpt.report.read import (
     format_shape,
     last_value,
     list_sources,
-    n_params,
     order_keys,
     short_model_name,
 )
 
+LABEL_WIDTH = 24  # columns of the terminal, as all widths
+TABLE_WIDTH = 76  # of all columns but the labels
+MAX_RUNS_PER_TABLE = 4
+SUMMARY_CAPTION = (
+    "Held-out: text kept out of training, mean over its tokens. "
+    "Bits per byte: independent of the tokenizer, lower is better."
+)
 
-def summarize_run(runs: list[RunData]) -> list[tuple[str, str, list[str]]]:
-    """Rows of (label, unit, one text for each run). A label that starts with two spaces belongs to the group above it."""
-    rows = [
-        ("parameters", "", [format_count(n_params(run)) for run in runs]),
-        ("layers × width", "", [format_shape(run) for run in runs]),
-        ("steps", "", [format_whole(last_value(run.train, "step")) for run in runs]),
-        ("tokens", "", [format_count(last_value(run.train, "tokens")) for run in runs]),
-        (
-            "loss",
-            "nats/token",
-            [
-                format_change(first_value(run.train, "loss"), last_value(run.train, "loss"))
-                for run in runs
-            ],
-        ),
-    ]
-    groups = {
-        "held-out": (
-            "nats/token",
-            [run.heldout[-1]["heldout"] if run.heldout else {} for run in runs],
-            format_decimal,
-        ),
-        "bits per byte": ("", [run_bits_per_byte(run) for run in runs], format_decimal),
-        "time": ("", [seconds_by_stage(run) for run in runs], format_seconds),
-    }
-    order = [*list_sources(runs), *STAGES]
-    for label, (unit, values, as_text) in groups.items():
-        keys = order_keys(order, (key for each in values for key in each))
+
+class SummaryRow(NamedTuple):
+    """A row of the summary. Two leading spaces put a label into the group above it."""
+
+    label: str
+    unit: str
+    texts: list[str]  # one per run
+
+
+def summarize_runs(runs: list[RunData]) -> list[SummaryRow]:
+    """Return the rows of which some run has a value."""
+    rows = []
+
+    def add(label: str, unit: str, get: Callable[[RunData], str]) -> None:
+        texts = [get(run) for run in runs]
+        if any(texts):
+            rows.append(SummaryRow(label, unit, texts))
+
+    def add_group(
+        label: str, unit: str, values: list[dict[str, Any]], format_number: Callable[[Any], str]
+    ) -> None:
+        keys = []
+        for value in values:
+            keys += value
+        keys = order_keys([*list_sources(runs), *STAGES], keys)
         if keys:
-            rows.append((label, unit, ["" for _ in runs]))
-        rows += [("  " + key, "", [as_text(each.get(key)) for each in values]) for key in keys]
-    rows.append(("cost", "USD", [format_decimal(last_value(run.train, "usd"), 2) for run in runs]))
-    return [row for row in rows if any(row[2]) or row[0] in groups]
+            rows.append(SummaryRow(label, unit, ["" for _ in runs]))
+        for key in keys:
+            texts = [format_number(value.get(key)) for value in values]
+            if any(texts):
+                rows.append(SummaryRow(f"  {key}", "", texts))
+
+    add("parameters", "", lambda run: format_count(run.n_params))
+    add("layers × width", "", format_shape)
+    add("steps", "", lambda run: format_whole(last_value(run.metrics.train, "step")))
+    add("tokens", "", lambda run: format_count(last_value(run.metrics.train, "n_tokens")))
+    add("loss", "nats/token", format_loss_change)
+    heldout = []
+    for run in runs:
+        heldout.append(run.metrics.heldout[-1].heldout_loss if run.metrics.heldout else {})
+    add_group("held-out", "nats/token", heldout, format_decimal)
+    add_group("bits per byte", "", [get_bits_per_byte(run) for run in runs], format_decimal)
+    add_group("time", "", [sum_seconds_by_stage(run) for run in runs], format_seconds)
+    add("cost", "USD", lambda run: format_decimal(last_value(run.metrics.train, "usd"), 2))
+    return rows
 
 
-def format_summary_table(runs: list[RunData], to: pathlib.Path) -> str:
-    """The summary as text at most 100 columns wide, ending in the page's path."""
+def format_loss_change(run: RunData) -> str:
+    """Return first → last training loss."""
+    train = run.metrics.train
+    return format_change(first_value(train, "loss"), last_value(train, "loss"))
+
+
+def format_summary_table(runs: list[RunData], page_path: pathlib.Path) -> str:
+    """Return the summary as text at most 100 columns wide that ends in the page's path."""
     lines = []
-    for start in range(0, len(runs), 4):
-        part = runs[start : start + 4]
-        width = max(16, *(len(run.name) + 3 for run in part)) if len(part) < 4 else 18
-        width = min(width, 76 // len(part))
-        lines += [
-            " " * 24 + "".join(f"{clip_text(run.name, width - 2):>{width}}" for run in part),
-            "\u2500" * (24 + width * len(part)),
-        ]
-        lines += [
-            f"{f'{label}, {unit}' if unit else label:24.24}"
-            + "".join(f"{value:>{width}}" for value in values)
-            for label, unit, values in summarize_run(part)
-        ]
+    for start in range(0, len(runs), MAX_RUNS_PER_TABLE):
+        part = runs[start : start + MAX_RUNS_PER_TABLE]
+        width = 18
+        if len(part) < MAX_RUNS_PER_TABLE:
+            width = max(16, *(len(run.name) + 3 for run in part))
+        width = min(width, TABLE_WIDTH // len(part))
+        names = [f"{clip_text(run.name, width - 2):>{width}}" for run in part]
+        lines.append(" " * LABEL_WIDTH + "".join(names))
+        lines.append("\u2500" * (LABEL_WIDTH + width * len(part)))
+        for label, unit, texts in summarize_runs(part):
+            label = f"{label}, {unit}" if unit else label
+            values = "".join(f"{text:>{width}}" for text in texts)
+            lines.append(f"{label:{LABEL_WIDTH}.{LABEL_WIDTH}}{values}")
         lines.append("")
-    return "\n".join(
-        line.rstrip()
-        for line in [*lines, f"{to}  ({to.stat().st_size / 1e6:.2f} MB, opens in any browser)"]
-    )
+    megabytes = page_path.stat().st_size / 1e6
+    lines.append(f"{page_path}  ({megabytes:.2f} MB, opens in any browser)")
+    return "\n".join(line.rstrip() for line in lines)
 
 
-def run_bits_per_byte(run: RunData) -> dict[str, float]:
-    """By domain, of the run's own evaluations; ours (jax) before the reference's (hf)."""
-    found = {}
-    for result in sorted(run.evals.values(), key=lambda result: result.get("backend") != "jax"):
-        for task, scores in result.get("results", {}).items():
-            if task.startswith("bits_per_byte/") and isinstance(scores, dict):
-                found.setdefault(task.partition("/")[2], scores.get("bits_per_byte,none"))
+def get_bits_per_byte(run: RunData) -> dict[str, float]:
+    """Return bits per byte by source, of jax rather than of hf."""
+    found: dict[str, float] = {}
+    evaluations = sorted(run.evaluations.values(), key=lambda result: result.backend != "jax")
+    for result in evaluations:
+        for score in result.scores:
+            if score.task.startswith("bits_per_byte/") and score.metric == "bits_per_byte":
+                found.setdefault(score.task.removeprefix("bits_per_byte/"), score.score)
     return found
 
 
-def seconds_by_stage(run: RunData) -> dict[str, float]:
-    found = {
-        kind: sum(is_finite(manifest.get("seconds")) or 0 for manifest in manifests)
-        for kind, manifests in run.stages.items()
-    }
-    found["train"] = (
-        (run.manifest or {}).get("seconds")
-        if run.train and run.manifest
-        else last_value(run.train, "seconds")
-    )
-    found["eval"] = sum(is_finite(result.get("seconds")) or 0 for result in run.evals.values())
-    return {name: seconds for name, seconds in found.items() if is_finite(seconds)}
+def sum_seconds_by_stage(run: RunData) -> dict[str, float]:
+    """Return the wall time of each stage of the run's own, its training and evaluations."""
+    seconds: dict[str, float | None] = {}
+    for kind, manifests in run.stages.items():
+        seconds[kind] = sum(manifest.seconds or 0 for manifest in manifests)
+    seconds["train"] = last_value(run.metrics.train, "seconds")
+    if run.metrics.train and run.manifest:
+        seconds["train"] = run.manifest.seconds
+    seconds["eval"] = sum(result.seconds or 0 for result in run.evaluations.values())
+    return {kind: value for kind, value in seconds.items() if value}
 
 
-def summary_section(runs: list[RunData]) -> str:
-    lines = "".join(
-        f'<p class="made">{color_swatch(i)}<span>{describe_start(run)}</span></p>'
-        for i, run in enumerate(runs)
-    )
-    body = [
-        [row_header(label, unit), *map(escape, values)]
-        for label, unit, values in summarize_run(runs)
-    ]
-    caption = "Held-out: text kept out of training, mean over its tokens. Bits per byte: without the tokenizer's part in it, lower is better."
-    return lines + html_table(["", *(escape(run.name) for run in runs)], body, caption)
+def render_summary(runs: list[RunData]) -> str:
+    """Render a sentence per run and the summary's table."""
+    html = ""
+    for i, run in enumerate(runs):
+        html += f'<p class="made">{color_swatch(i)}<span>{describe_run(run)}</span></p>'
+    body = []
+    for label, unit, texts in summarize_runs(runs):
+        body.append([row_header(label, unit), *map(escape, texts)])
+    heads = ["", *(escape(run.name) for run in runs)]
+    return html + html_table(heads, body, SUMMARY_CAPTION)
 
 
-def describe_start(run: RunData) -> str:
-    """One sentence on what a run made and from what."""
-    what = (
-        f"{format_count(n_params(run))} parameters"
-        if n_params(run)
-        else "a model of unknown size (no spec.json)"
-    )
-    parts = [f"<strong>{escape(run.name)}</strong>: {escape(what)}"]
+def describe_run(run: RunData) -> str:
+    """Describe in a sentence of HTML what a run made and from what."""
+    size = "a model of unknown size (no spec.json)"
+    if run.n_params:
+        size = f"{format_count(run.n_params)} parameters"
+    parts = [f"<strong>{escape(run.name)}</strong>: {size}"]
     if run.growth:
-        step, operators = run.growth["at_step"], ", ".join(map(str, run.growth["operators"]))
-        parts.append(
-            escape(
-                (
-                    f"grown from {short_model_name(run.growth['parent'])}"
-                    if step is None
-                    else f"grown at step {format_whole(step)}"
-                )
-                + f" by {operators}"
-            )
-        )
-    if run.train:
-        tokens, seconds = last_value(run.train, "tokens"), last_value(run.train, "seconds")
-        trained = f"trained {format_whole(run.train[-1]['step'])} steps"
-        trained += f" on {format_count(tokens)} tokens" if tokens else ""
-        parts.append(escape(trained + (f" in {format_seconds(seconds)}" if seconds else "")))
-        parts.append(
-            "loss "
-            + format_change(first_value(run.train, "loss"), last_value(run.train, "loss")).replace(
-                " ", "&nbsp;"
-            )
-        )
+        start = f"grown from {short_model_name(run.growth.parent)}"
+        if run.growth.at_step is not None:
+            start = f"grown at step {format_whole(run.growth.at_step)}"
+        parts.append(escape(f"{start} by {', '.join(run.growth.operators)}"))
+    train = run.metrics.train
+    if train:
+        n_tokens = last_value(train, "n_tokens")
+        seconds = last_value(train, "seconds")
+        trained = f"trained {format_whole(train[-1].step)} steps"
+        trained += f" on {format_count(n_tokens)} tokens" if n_tokens else ""
+        trained += f" in {format_seconds(seconds)}" if seconds else ""
+        parts.append(trained)
+        parts.append("loss " + format_loss_change(run).replace(" ", "&nbsp;"))
     return ", ".join(parts) + "."

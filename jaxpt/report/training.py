@@ -1,303 +1,292 @@
-"""Sections of a training run: losses, forgetting, and how the training went."""
+"""Render the sections of a training run: losses, forgetting, and how the training went."""
 
 from __future__ import annotations
 
-from jaxpt.report.figures import plot_over_steps, render_figure, render_figure_pairs
-from jaxpt.report.format import format_decimal, format_signed, format_whole, is_finite
+import statistics
+from collections.abc import Sequence
+
+from jaxpt.report.figures import plot_over_steps, render_figure, render_figure_grid
+from jaxpt.report.format import (
+    finite_or_none,
+    format_decimal,
+    format_gigabytes,
+    format_signed,
+    format_whole,
+)
 from jaxpt.report.html import collapsible, color_legend, escape, html_table, small_text
-from jaxpt.report.read import RunData, last_value, list_sources, metric_points, order_keys
+from jaxpt.report.read import (
+    Point,
+    RunData,
+    get_heldout_points,
+    get_parent_points,
+    get_points,
+    last_value,
+    list_sources,
+    order_keys,
+)
+from jaxpt.report.records import SkippedPoint
 
-MAX_SKIPS = 12  # shown of a run
-MAX_DOCUMENTS = 3  # named of each at once, the others folded
+MAX_SKIPS = 12  # shown per run
+MAX_DOCUMENTS = 3  # of a skipped update named at once, the others folded
+UNIT = "nats/token"
+HINT = (
+    '<p class="small hint">Drag moves a plot, shift and wheel zoom it, '
+    "a double click resets it.</p>"
+)
+SKIP_CAPTION = (
+    "The loss or the gradient was not finite, or its norm a spike: parameters and moments stayed "
+    "as they were. To find the document:"
+)
+TRAIN_METRICS = (
+    # field of TrainPoint, title, unit, caption, scale
+    ("lr", "Learning rate", "", "Of the update at each logged step.", "linear"),
+    (
+        "grad_norm",
+        "Gradient norm",
+        "",
+        "Of the whole gradient, before clipping. Log scale.",
+        "log",
+    ),
+    ("tokens_per_second", "Speed", "tokens/s", "All devices together.", "linear"),
+    (
+        "mfu",
+        "Model FLOP/s utilization",
+        "of the peak",
+        "The model's own arithmetic as a share of the devices' peak.",
+        "linear",
+    ),
+)
 
 
-def losses_section(runs: list[RunData]) -> str:
-    if not any(run.train or run.heldout for run in runs):
+def render_losses(runs: list[RunData]) -> str:
+    """Render training and held-out losses as figures, and their first and last in a table."""
+    metrics = [run.metrics for run in runs]
+    if not any(metric.train or metric.heldout for metric in metrics):
         return ""
-    figures = []
-    if any(run.train for run in runs):
-        entropy = [value for run in runs if (value := unigram_entropy(run)) is not None]
-        caption = "Training loss, nats per token, at each logged step."
-        caption += (
-            " Dashed: guessing each token by its frequency alone (unigram entropy of the packed set)."
-            if entropy
-            else ""
-        )
-        caption += (
-            " Dotted upright: the run was taken up again there."
-            if any(what == "resumed" for run in runs for _, what in run.marks)
-            else ""
-        )
-        grown = [
-            f" Upright: {run.name} was {what} at step {format_whole(step)}."
-            for run in runs
-            for step, what in run.marks
-            if what != "resumed"
-        ]
-        series = [(run.name, metric_points(run.train, "loss")) for run in runs]
-        figures.append(
-            render_figure(
-                plot_over_steps(runs, series, "loss", 330, unit="nats/token", levels=entropy),
-                caption + "".join(grown),
-            )
-        )
-    domains = [
-        name
-        for name in list_sources(runs)
-        if any(name in record["heldout"] for run in runs for record in run.heldout)
-    ]
-    small_ones = []
-    for domain in domains:
-        series, parent = (
-            [(run.name, metric_points(run.heldout, kind, domain)) for run in runs]
-            for kind in ("heldout", "parent")
-        )
-        entropy = [value for run in runs if (value := unigram_entropy(run, domain)) is not None]
-        caption = "Nats per token." + (
-            " Thin: its parent on the same rows." if any(found for _, found in parent) else ""
-        )
-        small_ones.append(
-            render_figure(
-                plot_over_steps(
-                    runs, series, domain, 220, unit="nats/token", levels=entropy, thin_series=parent
-                ),
-                caption,
-                f"Held out: {domain}",
-            )
-        )
-    hint = '<p class="small hint">Drag moves a plot, shift and wheel zoom it, a double click brings the whole back.</p>'
-    return (
-        color_legend([run.name for run in runs])
-        + "".join(figures)
-        + render_figure_pairs(small_ones)
-        + hint
-        + collapsible("The numbers", render_loss_table(runs, domains))
-    )
+    html = color_legend([run.name for run in runs])
+    if any(metric.train for metric in metrics):
+        html += render_training_loss(runs)
+    sources = []
+    for name in list_sources(runs):
+        if any(get_heldout_points(run, name) for run in runs):
+            sources.append(name)
+    figures = [render_heldout_loss(runs, name) for name in sources]
+    html += render_figure_grid(figures) + HINT
+    return html + collapsible("The numbers", render_loss_table(runs, sources))
 
 
-def render_loss_table(runs: list[RunData], domains: list[str]) -> str:
+def render_training_loss(runs: list[RunData]) -> str:
+    """Draw the training loss of all runs."""
+    entropies = []
+    for run in runs:
+        entropies += list_training_entropy(run)
+    caption = "Training loss, nats per token, at each logged step."
+    if entropies:
+        caption += " Dashed: unigram baseline, guessing each token by its frequency alone."
+    is_resumed = False
+    growths = ""
+    for run in runs:
+        for event in run.metrics.events:
+            is_resumed |= not event.grown
+            if event.grown:
+                step = format_whole(event.step)
+                growths += f" Upright: {run.name} was {event.label} at step {step}."
+    if is_resumed:
+        caption += " Dotted upright: the run was resumed there."
+    series = [(run.name, get_points(run.metrics.train, "loss")) for run in runs]
+    plot = plot_over_steps(runs, series, "loss", 330, unit=UNIT, levels=entropies)
+    return render_figure(plot, caption + growths)
+
+
+def render_heldout_loss(runs: list[RunData], source: str) -> str:
+    """Draw the held-out loss of one source, and the parents' on the same sequences."""
+    series = []
+    parents = []
+    entropies = []
+    for run in runs:
+        series.append((run.name, get_heldout_points(run, source)))
+        parents.append((run.name, get_parent_points(run, source)))
+        entropy = get_heldout_entropy(run, source)
+        if entropy is not None:
+            entropies.append(entropy)
+    caption = "Nats per token."
+    if any(points for _, points in parents):
+        caption += " Thin: its parent on the same sequences."
+    options = {"unit": UNIT, "levels": entropies, "thin_series": parents}
+    plot = plot_over_steps(runs, series, source, 220, **options)
+    return render_figure(plot, caption, f"Held out: {source}")
+
+
+def render_loss_table(runs: list[RunData], sources: list[str]) -> str:
+    """Render each run's first and last loss, in training and of each held-out source."""
     body = []
+
+    def add(run: RunData, text: str, points: Sequence[Point], *others: float | None) -> None:
+        if points:
+            values = [points[0][1], points[-1][1], *others]
+            body.append([escape(run.name), escape(text), *map(format_decimal, values)])
+
     for run in runs:
-        for text in (None, *domains):
-            found = (
-                metric_points(run.heldout, "heldout", text)
-                if text
-                else metric_points(run.train, "loss")
-            )
-            parent = metric_points(run.heldout, "parent", text)[-1:] or [(0, None)]
-            if found:
-                values = [found[0][1], found[-1][1], unigram_entropy(run, text), parent[0][1]]
-                body.append(
-                    [escape(run.name), escape(text or "training"), *map(format_decimal, values)]
-                )
-    return html_table(
-        ["run", "text", "first", "last", "unigram", "parent"], body, "Nats per token.", texts=2
-    )
+        entropy = [*list_training_entropy(run), None][0]
+        add(run, "training", get_points(run.metrics.train, "loss"), entropy, None)
+        for name in sources:
+            parent = [None, *(loss for _, loss in get_parent_points(run, name))][-1]
+            entropy = get_heldout_entropy(run, name)
+            add(run, name, get_heldout_points(run, name), entropy, parent)
+    heads = ["run", "text", "first", "last", "unigram", "parent"]
+    return html_table(heads, body, "Nats per token.", n_text_columns=2)
 
 
-def unigram_entropy(run: RunData, heldout: str | None = None) -> float | None:
-    """Nats per token of the packed training set (mean over its sources, weighted by tokens), or of one held-out source."""
-    sets = [
-        manifest["counts"]["heldout" if heldout else "train"] for manifest in run.stages["packed"]
-    ]
-    if heldout:
-        return next(
-            (is_finite(each[heldout]["unigram_nats"]) for each in sets if heldout in each), None
-        )
-    parts = [
-        part
-        for each in sets
-        for part in each.values()
-        if is_finite(part.get("unigram_nats")) is not None
-    ]
-    tokens = sum(part["tokens"] for part in parts)
-    return sum(part["unigram_nats"] * part["tokens"] for part in parts) / tokens if tokens else None
+def list_training_entropy(run: RunData) -> list[float]:
+    """Return the unigram entropy of the packed training set in a list; none if unknown.
+
+    In nats per token, the mean over its sources weighted by tokens.
+    """
+    nats = 0.0
+    n_tokens = 0
+    for counts in run.packed:
+        for source in counts.train.values():
+            if finite_or_none(source.unigram_nats) is not None:
+                nats += (source.unigram_nats or 0) * source.n_tokens
+                n_tokens += source.n_tokens
+    return [nats / n_tokens] if n_tokens else []
 
 
-def forgetting_section(runs: list[RunData]) -> str:
-    """How far each domain's held-out loss is from the parent's on the same rows."""
-    figures, body = [], []
-    domains = [
-        name
-        for name in list_sources(runs)
-        if any(name in (record.get("parent") or {}) for run in runs for record in run.heldout)
-    ]
+def get_heldout_entropy(run: RunData, source: str) -> float | None:
+    """Return the unigram entropy of a held-out source, in nats per token."""
+    for counts in run.packed:
+        if source in counts.heldout:
+            return finite_or_none(counts.heldout[source].unigram_nats)
+    return None
+
+
+def render_forgetting(runs: list[RunData]) -> str:
+    """Render how far each source's held-out loss is above the parent's."""
+    figures = ""
+    body = []
+    sources = []
+    for name in list_sources(runs):
+        if any(name in (point.parent_loss or {}) for run in runs for point in run.metrics.heldout):
+            sources.append(name)
     for run in runs:
-        rise = {
-            name: [(record["step"], child - parent) for record in run.heldout
-                   if (child := is_finite(record["heldout"].get(name))) is not None and (parent := is_finite((record.get("parent") or {}).get(name))) is not None]
-            for name in domains
-        }  # fmt: skip
-        if not any(rise.values()):
+        series = [(name, subtract_parent(run, name)) for name in sources]
+        if not any(points for _, points in series):
             continue
-        limit = is_finite(((run.config or {}).get("train") or {}).get("max_forgetting")) or None
-        levels = [0.0] if limit is None else [0.0, limit]
-        plot = plot_over_steps(
-            [run],
-            list(rise.items()),
-            "above the parent",
-            220,
-            unit="nats/token",
-            levels=levels,
-            level_name="",
-            names=domains,
-        )
-        caption = "Held-out loss above the parent's on the same rows, nats per token; below the dashed line it is better than its parent."
-        figures.append(
-            render_figure(
-                plot,
-                caption
-                + (
-                    f" Upper dashed line: {limit:g}, what train.max_forgetting allows."
-                    if limit
-                    else ""
-                ),
-                run.name,
-            )
-        )
-        for name, found in rise.items():
-            if found:
-                worst = max(found, key=lambda point: point[1])
-                ends = [
-                    format_signed(found[0][1]),
-                    f"{format_signed(worst[1])} <small>step {format_whole(worst[0])}</small>",
-                    format_signed(found[-1][1]),
-                ]
-                body.append([escape(run.name), escape(name), *ends])
+        figures += plot_forgetting(run, series, sources)
+        for name, points in series:
+            if points:
+                body.append([escape(run.name), escape(name), *list_forgetting(points)])
     if not body:
         return ""
     heads = ["run", "text", "first", "worst", "last"]
-    return (
-        color_legend(domains)
-        + "".join(figures)
-        + html_table(
-            heads,
-            body,
-            "Nats per token above the parent; above 0, the child has forgotten.",
-            texts=2,
-        )
+    caption = "Nats per token above the parent; above 0, the child has forgotten."
+    table = html_table(heads, body, caption, n_text_columns=2)
+    return color_legend(sources) + figures + table
+
+
+def subtract_parent(run: RunData, source: str) -> list[Point]:
+    """Return (step, child's - parent's held-out loss) wherever both are finite."""
+    parent = dict(get_parent_points(run, source))
+    points = []
+    for step, loss in get_heldout_points(run, source):
+        if step in parent:
+            points.append((step, loss - parent[step]))
+    return points
+
+
+def plot_forgetting(run: RunData, series: list[tuple[str, list[Point]]], sources: list[str]) -> str:
+    """Draw one run's rise of the held-out losses, and what the run allows."""
+    caption = (
+        "Held-out loss above the parent's on the same sequences, nats per token; "
+        "below the dashed line it is better than its parent."
     )
+    levels = [0.0]
+    limit = finite_or_none(run.settings.get("train.max_forgetting"))
+    if limit:
+        levels.append(limit)
+        caption += f" Upper dashed line: {limit:g}, what train.max_forgetting allows."
+    options = {"unit": UNIT, "levels": levels, "level_name": "", "names": sources}
+    plot = plot_over_steps([run], series, "above the parent", 220, **options)
+    return render_figure(plot, caption, run.name)
 
 
-def training_section(runs: list[RunData]) -> str:
-    if not any(run.train for run in runs):
+def list_forgetting(points: list[Point]) -> list[str]:
+    """Return the first, worst and last rise."""
+    step, worst = max(points, key=lambda point: point[1])
+    worst_cell = f"{format_signed(worst)} <small>step {format_whole(step)}</small>"
+    return [format_signed(points[0][1]), worst_cell, format_signed(points[-1][1])]
+
+
+def render_training(runs: list[RunData]) -> str:
+    """Render learning rate, gradient norm, speed, memory, epochs and skipped updates."""
+    if not any(run.metrics.train for run in runs):
         return ""
     figures = []
-    for key, title, unit, says, scale in (
-        ("lr", "Learning rate", "", "Of the update at each logged step.", "linear"),
-        (
-            "grad_norm",
-            "Gradient norm",
-            "",
-            "Of the whole gradient, before clipping. Log scale.",
-            "log",
-        ),
-        ("tokens_per_second", "Speed", "tokens/s", "All devices together.", "linear"),
-        (
-            "mfu",
-            "Model FLOP/s utilisation",
-            "of the peak",
-            "The model's own arithmetic as a share of what the devices can do.",
-            "linear",
-        ),
-    ):
-        series = [(run.name, metric_points(run.train, key)) for run in runs]
-        if any(value for _, found in series for _, value in found):
-            figures.append(
-                render_figure(
-                    plot_over_steps(runs, series, title.lower(), 200, unit=unit, scale=scale),
-                    says,
-                    title,
-                )
-            )
-    body = []
-    for run in runs:
-        epochs = next(
-            (
-                record["epochs"]
-                for record in run.train[::-1]
-                if isinstance(record.get("epochs"), dict)
-            ),
-            {},
-        )
-        speeds = sorted(
-            value
-            for record in run.train
-            if (value := is_finite(record.get("tokens_per_second"))) is not None
-        )
-        memory = max(
-            (is_finite(record.get("memory_bytes")) or 0 for record in run.train), default=0
-        )
-        body.append([
-            escape(run.name), format_whole(speeds[len(speeds) // 2]) if speeds else "", f"{memory / 1e9:.2f}" if memory else "",
-            format_whole(last_value(run.train, "n_skipped")), escape(", ".join(f"{name} {format_decimal(epochs[name], 2)}" for name in order_keys(list_sources(runs), epochs) if epochs[name])),
-        ])  # fmt: skip
-    heads = [
-        "run",
-        "tokens/s, median",
-        "peak memory, GB",
-        "steps skipped",
-        "times each source was read",
+    for field, title, unit, caption, scale in TRAIN_METRICS:
+        series = [(run.name, get_points(run.metrics.train, field)) for run in runs]
+        if any(value for _, points in series for _, value in points):
+            plot = plot_over_steps(runs, series, title.lower(), 200, unit=unit, scale=scale)
+            figures.append(render_figure(plot, caption, title))
+    body = [list_training(run, list_sources(runs)) for run in runs]
+    heads = ["run", "tokens/s, median", "peak memory, GB", "steps skipped", "epochs"]
+    html = color_legend([run.name for run in runs]) + render_figure_grid(figures)
+    return html + html_table(heads, body) + render_skips(runs)
+
+
+def list_training(run: RunData, order: list[str]) -> list[str]:
+    """Return a run's row of the table."""
+    train = run.metrics.train
+    speeds = [speed for _, speed in get_points(train, "tokens_per_second")]
+    memory = [n_bytes for _, n_bytes in get_points(train, "memory_bytes") if n_bytes]
+    epochs: dict[str, float] = {}
+    for point in train:
+        epochs = epochs if point.epochs is None else point.epochs
+    texts = []
+    for name in order_keys(order, epochs):
+        if epochs.get(name):
+            texts.append(f"{name} {format_decimal(epochs[name], 2)}")
+    return [
+        escape(run.name),
+        format_whole(statistics.median_high(speeds)) if speeds else "",
+        format_gigabytes(max(memory, default=None), 2),
+        format_whole(last_value(train, "n_skipped")),
+        escape(", ".join(texts)),
     ]
-    return (
-        color_legend([run.name for run in runs])
-        + render_figure_pairs(figures)
-        + html_table(heads, body)
-        + render_skips(runs)
-    )
 
 
 def render_skips(runs: list[RunData]) -> str:
-    """The steps whose updates were skipped, with what they measured and the documents that they read."""
+    """Render the skipped updates: what they measured, and the documents of their batch."""
     body = []
+    notes = ""
+    commands = ""
     for run in runs:
-        for record in run.skipped[:MAX_SKIPS]:
-            found = record["skipped"]
-            measured = [
-                format_decimal(found.get(key), 2) or "not finite" for key in ("loss", "grad_norm")
-            ]
-            body.append(
-                [
-                    escape(run.name),
-                    format_whole(record["step"]),
-                    *measured,
-                    list_skipped_documents(found),
-                ]
-            )
+        skipped = run.metrics.skipped
+        for point in skipped[:MAX_SKIPS]:
+            loss = format_decimal(point.loss, 2) or "not finite"
+            grad_norm = format_decimal(point.grad_norm, 2) or "not finite"
+            documents = render_skipped_documents(point)
+            row = [escape(run.name), format_whole(point.step), loss, grad_norm, documents]
+            body.append(row)
+        if len(skipped) > MAX_SKIPS:
+            n_more = len(skipped) - MAX_SKIPS
+            notes += f"{run.name}: {n_more} more are in its metrics.jsonl. "
+        if skipped:
+            arguments = f"--workdir {run.directory} --step {skipped[0].step} --losses"
+            commands += f" <code>{escape(f'python scripts/trace.py {arguments}')}</code>"
     if not body:
         return ""
-    more = [
-        f"{run.name}: {len(run.skipped) - MAX_SKIPS} more are in its metrics.jsonl."
-        for run in runs
-        if len(run.skipped) > MAX_SKIPS
-    ]
-    asks = [
-        f"python scripts/trace.py --workdir {run.directory} --step {run.skipped[0]['step']} --losses"
-        for run in runs
-        if run.skipped
-    ]
-    why = "The loss or the gradient was not finite, or its norm a spike: weights and moments stayed as they were. Which document it was:"
-    heads = ["run", "step", "loss", "gradient norm", "documents read"]
-    commands = " ".join(f"<code>{escape(ask)}</code>" for ask in asks)
-    return f'<h3>Skipped updates</h3>{html_table(heads, body, kind="skips")}<p class="small">{escape(" ".join([*more, why]))} {commands}</p>'
+    heads = ["run", "step", "loss", "gradient norm", "documents"]
+    table = html_table(heads, body, css_class="skips")
+    caption = f'<p class="small">{escape(notes + SKIP_CAPTION)}{commands}</p>'
+    return f"<h3>Skipped updates</h3>{table}{caption}"
 
 
-def list_skipped_documents(found: dict) -> str:
-    """The first few by name, the others that the run named folded behind them."""
-    names, n = [str(name) for name in found["documents"]], found["n_documents"]
-    shown, folded = ", ".join(names[:MAX_DOCUMENTS]), ", ".join(names[MAX_DOCUMENTS:])
-    return escape(shown) + (
-        collapsible(
-            f"{format_whole(n - MAX_DOCUMENTS)} more",
-            small_text(
-                folded
-                + (
-                    f" and {format_whole(n - len(names))} that trace.py names"
-                    if n > len(names)
-                    else ""
-                )
-            ),
-        )
-        if folded
-        else ""
-    )
+def render_skipped_documents(point: SkippedPoint) -> str:
+    """Render the first few documents, the others folded behind them."""
+    html = escape(", ".join(point.documents[:MAX_DOCUMENTS]))
+    folded = ", ".join(point.documents[MAX_DOCUMENTS:])
+    n_unnamed = point.n_documents - len(point.documents)
+    if folded and n_unnamed > 0:
+        folded += f" and {format_whole(n_unnamed)} that trace.py names"
+    title = f"{format_whole(point.n_documents - MAX_DOCUMENTS)} more"
+    return html + collapsible(title, small_text(folded))

@@ -1,8 +1,12 @@
-"""What a start from weights keeps: nothing but the weights, or all of the run that it goes on with."""
+"""Start a run from weights: keep only them, or continue the whole run that they come from."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from typing import Any, NamedTuple
+
+import jax
 
 from jaxpt.config import Config
 from jaxpt.data import loader
@@ -11,151 +15,197 @@ from jaxpt.spec import Manifest, UserError
 from jaxpt.stage import local_path
 from jaxpt.train import state
 from jaxpt.train.optimizer import NewParams
+from jaxpt.train.records import CheckpointRecord, NewParamsRecord, TrainProgress
 from jaxpt.train.state import TrainState
 from jaxpt.weights import checkpoint, growth
 from jaxpt.weights.initialize import InitResult
 
 log = logging.getLogger(__name__)
 
-INITIAL_PROGRESS = {"step": 0, "rows": 0, "interval": [0.0, 0.0], "n_grown": 0, "account": []}
+
+class RunStart(NamedTuple):
+    """The first state of a run."""
+
+    state: TrainState
+    progress: TrainProgress
+    new_params: NewParams
 
 
 def init_train_state(
-    settings: Config, birth: InitResult, rows: loader.PackedDataset, mesh
-) -> tuple[TrainState, dict, NewParams]:
-    """(state, counts, what is new in the model) of a run's first step, by initialize.mode; the table of it is said.
+    config: Config, init: InitResult, dataset: loader.PackedDataset, mesh: jax.sharding.Mesh
+) -> RunStart:
+    """Return a run's first state by initialize.mode; log what it keeps.
 
-    counts  step and rows that are done, as a checkpoint's manifest has them
+    Args:
+        config: the recipe.
+        init: the initialized, perhaps grown, model.
+        dataset: the packed sequences.
+        mesh: the devices.
     """
-    asked = settings.initialize
-    if asked.mode == "continue":
-        log_init_plan(settings, birth)
-        # what initialize.py grew is known to rates by age too
-        told = birth.model.record.get("young", {}).get("new", {})
-        new = (
-            growth.find_new_params_through(birth.growths)
-            if birth.growths
-            else growth.ranges_to_flags(told)
-        )
-        return (
-            state.init_state(birth.model.params, birth.model.spec, settings, mesh),
-            INITIAL_PROGRESS,
-            NewParams(new),
-        )
-
-    source = checkpoint.find_checkpoint(local_path(asked.source))
-    if source is None or not (source / "rest").is_dir():
+    section, model = config.initialize, init.model
+    if section.mode == "continue":
+        log_init_plan(config, init)
+        first = state.init_state(model.params, model.spec, config, mesh)
+        return RunStart(first, TrainProgress(), find_new_params(init))
+    source = checkpoint.find_checkpoint(local_path(section.source))
+    if source is None or not (source / checkpoint.TRAIN_STATE).is_dir():
         raise UserError(
-            f"initialize.mode: {asked.mode} needs a run's checkpoint, {asked.source} is none. Use continue, which needs only weights."
+            f"initialize.mode: {section.mode} needs a run's checkpoint, but {section.source} is "
+            "none. Use continue, which needs only weights."
         )
     manifest = Manifest.load(source)
-    counts = manifest.counts
-    check_resumed_data(manifest, settings, rows, asked.source)
-    if counts["step"] >= settings.train.steps:
+    record = CheckpointRecord.from_json(manifest.counts, str(source))
+    check_resumed_data(manifest, config, dataset, section.source)
+    if record.step >= config.train.steps:
         raise UserError(
-            f"initialize.mode: {asked.source} stands at step {counts['step']} and train.steps is {settings.train.steps}. Set more."
+            f"initialize.mode: {section.source} is at step {record.step}, but train.steps is "
+            f"{config.train.steps}. Set more."
         )
-    log_init_plan(settings, birth)
-    spec = birth.growths[0].spec if birth.growths else birth.model.spec
-    now, young = (
-        state.restore_state(
-            source, birth.model.params, state.make_abstract_state(spec, settings, mesh)
-        ),
-        NewParams.from_json(counts["young"]),
-    )
-    opt, guard = now.opt_state, now.skip_state
-    for i, grew in enumerate(birth.growths):
-        opt, guard, young = state.grow_state(
-            opt, guard, grew, asked.moments, mesh, young if i else NewParams()
+    log_init_plan(config, init)
+    return RunStart(*continue_state(config, init, source, record, mesh))
+
+
+def continue_state(
+    config: Config,
+    init: InitResult,
+    source: Any,
+    record: CheckpointRecord,
+    mesh: jax.sharding.Mesh,
+) -> tuple[TrainState, TrainProgress, NewParams]:
+    """Return the state of a source run around the model, with grown moments if it grew."""
+    assert record.progress
+    spec = init.growths[0].spec if init.growths else init.model.spec
+    abstract = state.make_abstract_state(spec, config, mesh)
+    restored = state.restore_state(source, init.model.params, abstract)
+    new_params = NewParams.from_record(record.new_params or NewParamsRecord({}, 0, "none"))
+    opt_state, skip_state = restored.opt_state, restored.skip_state
+    for i, grown in enumerate(init.growths):
+        before = new_params if i else NewParams()
+        opt_state, skip_state, new_params = state.grow_state(
+            opt_state, skip_state, grown, config.initialize.moments, mesh, before
         )
-    # growths of train.grow that lie behind this step: the source's own at this very step only if it had grown there
-    n_grown = sum(
-        at < counts["step"] or (at == counts["step"] and i < counts["n_grown"])
-        for i, (at, _) in enumerate(settings.train.grow)
-    )
-    kept = {name: counts[name] for name in ("step", "rows", "account")} | {
-        "interval": [0.0, 0.0] if birth.growths else counts["interval"]
-    }
-    return now._replace(opt_state=opt, skip_state=guard), {**kept, "n_grown": n_grown}, young
+    # growths of train.grow before this step; at this very step only if the source had grown there
+    n_growths = 0
+    for i, (at, _) in enumerate(config.train.grow):
+        is_done = at == record.step and i < record.progress.n_growths
+        n_growths += at < record.step or is_done
+    progress = dataclasses.replace(record.progress, n_growths=n_growths)
+    if init.growths:
+        progress = dataclasses.replace(progress, interval_loss_sum=0.0, interval_n_tokens=0.0)
+    state_now = restored._replace(opt_state=opt_state, skip_state=skip_state)
+    return state_now, progress, new_params
+
+
+def find_new_params(init: InitResult) -> NewParams:
+    """Return what the last growth added, also of a model that initialize.py grew."""
+    if init.growths:
+        return NewParams(growth.find_new_params_through(init.growths))
+    recorded = init.model.record.get("new_params")
+    if not recorded:
+        return NewParams()
+    return NewParams(NewParams.from_record(NewParamsRecord.from_json(recorded)).new)
 
 
 def check_resumed_data(
-    manifest: Manifest, settings: Config, rows: loader.PackedDataset, run: object
+    manifest: Manifest, config: Config, dataset: loader.PackedDataset, run: object
 ) -> None:
-    """A run that goes on must find the rows that it was reading. Raises UserError saying what other rows break, unless mixture.allow_changed_data
-    names these very rows; then that is said.
+    """Raise UserError unless a resumed run finds the sequences that it was reading.
 
-    manifest  of the checkpoint
+    With mixture.allow_changed_data naming the changed data, what is no longer reproducible is
+    logged instead.
+
+    Args:
+        manifest: of the checkpoint.
+        config: the recipe.
+        dataset: the packed sequences.
+        run: for messages.
     """
-    counts = manifest.counts
-    if counts.get("seed", settings.mixture.seed) != settings.mixture.seed:
+    record = CheckpointRecord.from_json(manifest.counts, str(run))
+    seed = config.mixture.seed
+    if record.mixture_seed not in (None, seed):
         raise UserError(
-            f"mixture.seed: {run} reads in the order of seed {counts['seed']}, another begins in the middle of its epochs. Set it back, or start anew."
+            f"mixture.seed: expected {record.mixture_seed}, the order that {run} reads in, got "
+            f"{seed}, which would start in the middle of its epochs. Set it back, or start over."
         )
-    if counts.get("packed") == rows.fingerprint:
+    if record.data_fingerprint == dataset.fingerprint:
         return
-    where = ", ".join(sorted({source.place.where for source in rows.sources.values()}))
-    if manifest.tokenizer != rows.tokenizer:
+    where = ", ".join(sorted({source.place.where for source in dataset.sources.values()}))
+    if manifest.tokenizer != dataset.tokenizer:
         raise UserError(
-            f"{run}: has read rows of tokenizer {manifest.tokenizer}, {where} was packed with {rows.tokenizer}. Pack with its own, or start anew."
+            f"{run}: has read data of tokenizer {manifest.tokenizer}, but {where} was packed with "
+            f"{dataset.tokenizer}. Pack with the run's tokenizer, or start over."
         )
-    account = [MixturePhase(*each) for each in counts["account"]]
-    n_rows = {
-        **dict.fromkeys((name for stretch in account for name in stretch.shares), 1),
-        **rows.n_rows,
-    }  # some may be there no more
-    epochs = schedule_from_history(account, n_rows, settings.mixture.seed).compute_epochs(
-        counts["rows"]
-    )
-    begun = [f"{name} ({n % 1:.0%} of an epoch)" for name, n in epochs.items() if n % 1]
-    breaks = (
-        f"rows read in epochs that are under way may come again and others not: {', '.join(begun) or 'none'}; "
-        f"the documents of steps up to {counts['step']:,} can no longer be traced; the run cannot be repeated from one set"
-    )
-    if settings.mixture.allow_changed_data != rows.fingerprint:
+    breaks = describe_broken_data(record, config, dataset)
+    if config.mixture.allow_changed_data != dataset.fingerprint:
         raise UserError(
-            f"{run}: has read other rows than {where} holds now. Give it those again, or another --workdir, or go on with "
-            f"--config.mixture.allow_changed_data={rows.fingerprint}, which breaks this: {breaks}."
+            f"{run}: the data in {where} has changed since it was read. Restore it, or use another "
+            f"--workdir, or continue with --config.mixture.allow_changed_data={dataset.fingerprint}"
+            f", after which: {breaks}."
         )
-    log.info(f"accepted: {run} goes on with other rows, which breaks this: {breaks}")
+    log.warning(f"{run} continues on changed data: {breaks}")
 
 
-def log_init_plan(settings: Config, birth: InitResult) -> None:
-    if settings.initialize.source != "random":
-        for line in format_init_plan(settings, birth):
+def describe_broken_data(
+    record: CheckpointRecord, config: Config, dataset: loader.PackedDataset
+) -> str:
+    """Return what is no longer reproducible when a run continues on changed data."""
+    progress = record.progress or TrainProgress()
+    history: list[MixturePhase] = list(progress.data_history)
+    n_sequences = {name: 1 for phase in history for name in phase.shares}  # some may be gone
+    schedule = schedule_from_history(
+        history, {**n_sequences, **dataset.n_rows}, config.mixture.seed
+    )
+    started = []
+    for name, n in schedule.compute_epochs(progress.n_sequences).items():
+        if n % 1:
+            started.append(f"{name} ({n % 1:.0%} of an epoch)")
+    return (
+        "sequences read in the current epochs may be read again and others not: "
+        f"{', '.join(started) or 'none'}; the documents of steps up to {record.step:,} can no "
+        "longer be traced; the run cannot be repeated from one data set"
+    )
+
+
+def log_init_plan(config: Config, init: InitResult) -> None:
+    """Log what a start from weights keeps."""
+    if config.initialize.source != "random":
+        for line in format_init_plan(config, init):
             log.info(line)
 
 
-def format_init_plan(settings: Config, birth: InitResult) -> list[str]:
-    """Lines: each part of a run, and what becomes of it."""
-    asked, optim = settings.initialize, settings.optim
-    known = birth.model.record
-    goes_on = asked.mode != "continue"
-    policies = [grew.moments or asked.moments for grew in birth.growths]
-    rows = [
-        ("weights", "grown" if birth.growths else "kept"),
-        ("step", f"kept: {known['step']:,}" if goes_on else "0"),
-        (
-            "schedule",
-            "goes on"
-            if goes_on
-            else f"begins again: {optim.warmup_steps} steps up to {optim.peak_lr:g}, then {optim.schedule}",
-        ),
-        (
-            "moments",
-            ("kept" if not policies else f"mapped: {', '.join(policies)}") if goes_on else "0",
-        ),
-        ("rows read", f"kept: {known['rows']:,}" if goes_on else "0"),
-        ("random state", "none: every draw comes from a seed and a position"),
-    ]
-    lines = [f"start: {asked.mode}", *(f"  {part:<13} {fate}" for part, fate in rows)]
-    theirs = known.get("optimizer", "adamw")
-    if theirs != optim.name:  # 2605.06654: a base trained by one optimizer degrades under another
+def format_init_plan(config: Config, init: InitResult) -> list[str]:
+    """Return lines: each part of a run, and what becomes of it."""
+    section, optim = config.initialize, config.optim
+    record = init.model.record
+    policies = [grown.moments or section.moments for grown in init.growths]
+    warmup = f"{optim.warmup_steps} steps up to {optim.peak_lr:g}, then {optim.schedule}"
+    step, schedule, moments, sequences = "0", f"restarts: {warmup}", "0", "0"
+    if section.mode != "continue":
+        progress = record.get("progress") or {}
+        step, schedule = f"kept: {record['step']:,}", "continues"
+        moments = f"mapped: {', '.join(policies)}" if policies else "kept"
+        sequences = f"kept: {progress.get('n_sequences', 0):,}"
+    parts = {
+        "weights": "grown" if init.growths else "kept",
+        "step": step,
+        "schedule": schedule,
+        "moments": moments,
+        "sequences": sequences,
+        "random state": "none: every draw comes from a seed and a position",
+    }
+    lines = [f"initialize.mode: {section.mode}"]
+    lines += [f"  {part:<13} {fate}" for part, fate in parts.items()]
+    trained_with = record.get("optimizer") or "adamw"
+    # 2605.06654: a base trained with one optimizer degrades under another
+    if trained_with != optim.name:
         lines.append(
-            f"warning: {asked.source} was trained with {theirs}, this run uses {optim.name}; such a change costs quality. Compare with a short run"
+            f"warning: {section.source} was trained with {trained_with}, this run uses "
+            f"{optim.name}; such a change costs quality. Compare with a short run"
         )
-    if not goes_on and (lr := known.get("lr")) and optim.peak_lr > lr:
+    lr = record.get("lr")
+    if section.mode == "continue" and lr and optim.peak_lr > lr:
         lines.append(
-            f"  its last learning rate was {lr:.2e}; {optim.peak_lr:.2e} re-warms it, which forgets some before it learns (2403.08763)"
+            f"  its last learning rate was {lr:.2e}; {optim.peak_lr:.2e} re-warms it, which "
+            "forgets some before it learns (2403.08763)"
         )
     return lines

@@ -1,4 +1,4 @@
-"""What a run asks of its machine: its processes joined, compiled programs kept from start to start, a stop that all agree on."""
+"""Set up processes, the compilation cache, preemption, and messages about memory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pathlib
 import signal
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 
@@ -19,121 +20,125 @@ from jaxpt.spec import UserError
 log = logging.getLogger(__name__)
 
 DISTRIBUTED_ENV_VARS = ("JAXPT_COORDINATOR", "JAXPT_PROCESSES", "JAXPT_PROCESS")
-# Seconds without a sign of life after which the other processes give a host up and end, so that whatever started them can start all again.
+# after this time without a heartbeat the other processes give a host up and exit, so that whatever
+# started them can start all again
 HEARTBEAT_TIMEOUT_SECONDS = 60
+# CPU devices would send independent messages in any order, and mix up those of two processes
+ORDERED_MESSAGES = " --xla_cpu_enable_concurrency_optimized_scheduler=false"
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+CACHE_EVENT = "/jax/compilation_cache/compile_time_saved_sec"
 
 
 def join_processes(run_dir: pathlib.Path) -> None:
-    """Make one run of the processes that were started together; call it before anything asks JAX for a device.
+    """Join the processes that were started together; call it before JAX is asked for a device.
 
-    Known are: JAXPT_COORDINATOR=HOST:PORT with JAXPT_PROCESSES and JAXPT_PROCESS (0 for the first), the tasks of one srun,
-    and the hosts of a Cloud TPU slice. Elsewhere, or joined already, nothing happens. Only the first process speaks from here on.
+    It knows JAXPT_COORDINATOR=HOST:PORT with JAXPT_PROCESSES and JAXPT_PROCESS (0 for the first),
+    the tasks of one srun, and the hosts of a Cloud TPU slice. Elsewhere, or if they have joined
+    already, it does nothing. From here on only rank 0 logs to the terminal.
     """
     if jax.distributed.is_initialized():
         return
-    given = {name: os.environ[name] for name in DISTRIBUTED_ENV_VARS if os.environ.get(name)}
-    if given:
-        if len(given) < len(DISTRIBUTED_ENV_VARS) or not (
-            given["JAXPT_PROCESSES"].isdigit() and given["JAXPT_PROCESS"].isdigit()
-        ):
-            raise UserError(
-                f"environment: found {given}, wanted all of {', '.join(DISTRIBUTED_ENV_VARS)}: HOST:PORT, how many processes, and which one this is."
-            )
-        # said outright, or JAX would take this process for one task of SLURM's, with one GPU, where it runs in such a job
-        n_gpus = len(list(pathlib.Path("/dev").glob("nvidia[0-9]*")))
-        mine = (
-            list(range(n_gpus))
-            if n_gpus and "SLURM_LOCALID" in os.environ and "JAX_LOCAL_DEVICE_IDS" not in os.environ
-            else None
-        )
-        initialize_distributed(
-            given["JAXPT_COORDINATOR"],
-            int(given["JAXPT_PROCESSES"]),
-            int(given["JAXPT_PROCESS"]),
-            local_device_ids=mine,
-        )
-    elif int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in os.environ:
-        # JAX takes a task for one GPU (its local id); where a node runs a single task, that task has all of the node's
-        one_a_node = os.environ.get("SLURM_NTASKS_PER_NODE") == "1" or os.environ[
-            "SLURM_NTASKS"
-        ] == os.environ.get("SLURM_STEP_NUM_NODES")
-        n_gpus = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
-        initialize_distributed(
-            local_device_ids=list(range(n_gpus)) if one_a_node and n_gpus else None
-        )
+    env = os.environ
+    values = {name: env[name] for name in DISTRIBUTED_ENV_VARS if env.get(name)}
+    is_slurm = int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in env
+    if values:
+        join_by_environment(values)
+    elif is_slurm:
+        # JAX assigns a task one GPU (its local id); a single task on a node has all of its GPUs
+        n_nodes = env.get("SLURM_STEP_NUM_NODES")
+        one_per_node = env.get("SLURM_NTASKS_PER_NODE") == "1" or env["SLURM_NTASKS"] == n_nodes
+        n_gpus = int(env.get("SLURM_GPUS_ON_NODE") or 0)
+        device_ids = list(range(n_gpus)) if one_per_node and n_gpus else None
+        initialize_distributed(local_device_ids=device_ids)
     elif is_on_tpu_pod():
         initialize_distributed()
-    if jax.process_count() > 1:
-        log.info(f"{jax.process_count()} processes with {jax.local_device_count()} devices each")
-        logs.set_rank(jax.process_index(), jax.process_count(), run_dir)
+    n_processes = jax.process_count()
+    if n_processes > 1:
+        log.info(f"{n_processes} processes with {jax.local_device_count()} devices each")
+        logs.set_rank(jax.process_index(), n_processes, run_dir)
+
+
+def join_by_environment(values: dict[str, str]) -> None:
+    """Join by the variables DISTRIBUTED_ENV_VARS. Raise UserError if some are missing."""
+    is_complete = len(values) == len(DISTRIBUTED_ENV_VARS)
+    numbers = [values.get(name, "") for name in DISTRIBUTED_ENV_VARS[1:]]
+    if not is_complete or not all(number.isdigit() for number in numbers):
+        raise UserError(
+            f"environment: expected all of {', '.join(DISTRIBUTED_ENV_VARS)} (HOST:PORT, number of "
+            f"processes, index of this one), got {values}."
+        )
+    # explicitly, or JAX would take this process for one task of SLURM's, with one GPU
+    n_gpus = len(list(pathlib.Path("/dev").glob("nvidia[0-9]*")))
+    is_in_slurm = "SLURM_LOCALID" in os.environ and "JAX_LOCAL_DEVICE_IDS" not in os.environ
+    device_ids = list(range(n_gpus)) if n_gpus and is_in_slurm else None
+    n_processes, index = map(int, numbers)
+    initialize_distributed(values["JAXPT_COORDINATOR"], n_processes, index, device_ids)
 
 
 def initialize_distributed(
     coordinator: str | None = None,
     n_processes: int | None = None,
     process_index: int | None = None,
-    **more,
+    local_device_ids: list[int] | None = None,
 ) -> None:
-    # CPU devices would send what does not depend on each other in any order, and mix up the messages of two processes
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
-    )
+    """Call jax.distributed.initialize. Raise UserError if the coordinator cannot be reached."""
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + ORDERED_MESSAGES
     try:
         jax.distributed.initialize(
             coordinator,
             n_processes,
             process_index,
+            local_device_ids=local_device_ids,
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
-            **more,
         )
     except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0][:200]
         raise UserError(
-            f"jax.distributed: process {process_index} of {n_processes} could not join {coordinator} ({str(error).splitlines()[0][:200]}). "
-            "Is the first process running, and can this host reach its port?"
+            f"jax.distributed: process {process_index} of {n_processes} could not join "
+            f"{coordinator} ({reason}). Is the first process running, and can this host reach its "
+            "port?"
         ) from error
 
 
 def is_on_tpu_pod() -> bool:
-    """True on a host of a TPU slice that has others: on GKE the environment names them, on a TPU VM the metadata server knows."""
-    if "," in (
-        os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES") or ""
-    ):
+    """Return whether this is a host of a TPU slice with others.
+
+    On GKE the environment lists them, on a TPU VM the metadata server knows.
+    """
+    env = os.environ
+    hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES") or ""
+    if "," in hosts:
         return True
-    chips = any(pathlib.Path("/dev").glob("accel[0-9]*")) or any(
-        pathlib.Path("/dev/vfio").glob("[0-9]*")
-    )
-    return (
-        chips
-        and not os.environ.get("TPU_SKIP_MDS_QUERY")
-        and "tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu")
-    )
+    has_chips = any(pathlib.Path("/dev").glob("accel[0-9]*"))
+    has_chips = has_chips or any(pathlib.Path("/dev/vfio").glob("[0-9]*"))
+    may_ask = not env.get("TPU_SKIP_MDS_QUERY")
+    return has_chips and may_ask and "tpu" in (env.get("JAX_PLATFORMS") or "tpu")
 
 
 # ---- compiled programs
 
 
 def enable_compilation_cache() -> None:
-    """Compiled programs are kept on disk and found again by the next start, in JAX_COMPILATION_CACHE_DIR or ~/.cache/jaxpt/compiled."""
-    if not jax.config.jax_compilation_cache_dir:
+    """Keep compiled programs for the next start.
+
+    They are in JAX_COMPILATION_CACHE_DIR or ~/.cache/jaxpt/compiled.
+    """
+    jax_config: Any = jax.config
+    if not jax_config.jax_compilation_cache_dir:
         home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "jaxpt" / "compiled"))
-    jax.config.update(
-        "jax_persistent_cache_min_compile_time_secs", 0.2
-    )  # a start compiles dozens of small programs besides the step
+        jax_config.update("jax_compilation_cache_dir", str(home / "jaxpt" / "compiled"))
+    # a start compiles dozens of small programs besides the step
+    jax_config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 @contextlib.contextmanager
 def log_compile_time(what: str) -> Iterator[None]:
-    """Say how long the programs that the body asks for took to compile, or which part came from the cache and what that saved."""
-    spent = {"compiled": 0.0, "saved": 0.0}
-    names = {
-        "/jax/core/compile/backend_compile_duration": "compiled",
-        "/jax/compilation_cache/compile_time_saved_sec": "saved",
-    }
+    """Log how long the body's programs took to compile, or what the cache saved."""
+    spent = {COMPILE_EVENT: 0.0, CACHE_EVENT: 0.0}
 
-    def listen(event: str, seconds: float, **_) -> None:
-        if event in names:
-            spent[names[event]] += seconds
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if event in spent:
+            spent[event] += duration_secs
 
     start = time.monotonic()
     jax.monitoring.register_event_duration_secs_listener(listen)
@@ -142,48 +147,37 @@ def log_compile_time(what: str) -> Iterator[None]:
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     seconds = time.monotonic() - start
-    if spent["saved"] > 0:
-        log.info(
-            f"{what}: from the compile cache, ready in {seconds:.1f} s; {spent['saved']:.1f} s of compiling saved"
-        )
+    saved, compiled = spent[CACHE_EVENT], spent[COMPILE_EVENT]
+    if saved > 0:
+        log.info(f"{what}: ready in {seconds:.1f} s, from the compile cache ({saved:.1f} s saved)")
     else:
-        kept = (
-            f"kept in {jax.config.jax_compilation_cache_dir}"
-            if jax.config.jax_enable_compilation_cache
-            else "not kept"
-        )
-        log.info(
-            f"{what}: not in the compile cache, ready in {seconds:.1f} s, {spent['compiled']:.1f} s of them compiling; {kept}"
-        )
+        log.info(f"{what}: ready in {seconds:.1f} s, compiled in {compiled:.1f} s")
 
 
 # ---- memory
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(settings: Config) -> Iterator[None]:
-    """An allocation that fails becomes a sentence with the settings that would help."""
+def explain_out_of_memory(config: Config) -> Iterator[None]:
+    """Raise a failed allocation as a UserError with the settings that would help."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
             raise
-        train = settings.train
-        ways = (
-            [
-                f"train.grad_accum_steps={2 * train.grad_accum_steps} (same result, half the activations)"
-            ]
-            if train.batch_size > train.grad_accum_steps
-            else []
-        )
-        ways += ["train.remat=full (keeps least of each layer)"] if train.remat != "full" else []
-        ways += [
-            "more devices along mesh.fsdp",
-            "initialize.param_dtype=bfloat16 (half the state, some precision lost)",
-        ]
+        train, reason = config.train, str(error).splitlines()[0][:200]
+        options = []
+        if train.batch_size > train.grad_accum_steps:
+            n = 2 * train.grad_accum_steps
+            options.append(f"train.grad_accum_steps={n} (same result, half the activations)")
+        if train.remat != "full":
+            options.append("train.remat=full (keeps least of each layer)")
+        options.append("more devices along mesh.fsdp")
+        options.append("initialize.param_dtype=bfloat16 (half the state, some precision lost)")
         raise UserError(
-            f"out of memory: a step of {train.batch_size} rows x {settings.pack.seq_len} tokens does not fit "
-            f"({str(error).splitlines()[0][:200]}). Ways to make room: {'; '.join(ways)}. scripts/plan.py says what fits before a start."
+            f"out of memory: a step of {train.batch_size} sequences x {config.pack.seq_len} tokens "
+            f"does not fit ({reason}). Options: {'; '.join(options)}. scripts/plan.py shows what "
+            "fits before a start."
         ) from error
 
 
@@ -191,21 +185,23 @@ def explain_out_of_memory(settings: Config) -> Iterator[None]:
 
 
 def watch_for_preemption() -> Callable[[int], bool]:
-    """A function of the step that says whether the machine asked the run to stop: asked once a step, true on every process at the same step.
+    """Return a function of the step that says whether the run was asked to stop.
 
-    SIGTERM asks, which schedulers send before they take a machine away; with several processes JAX's preemption service tells the others.
+    Call it once per step; it is true on every process at the same step. SIGTERM asks, which
+    schedulers send before they take a machine away; with several processes JAX's preemption service
+    informs the others.
     """
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
         return multihost_utils.reached_preemption_sync_point
-    asked: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
-    return lambda step: bool(asked)
+    received: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    return lambda step: bool(received)
 
 
 def broadcast_from_first(value: bool) -> bool:
-    """What the first process found, on every process (clocks differ)."""
+    """Return the first process's value on every process (clocks differ)."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils

@@ -1,78 +1,94 @@
-"""What a grown or continued model may forget of what its parent knew, and what happens when it forgets more."""
+"""Limit what a grown or continued model forgets of its parent's knowledge."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from typing import Any
 
-from jaxpt.config import Config
-from jaxpt.config import MixtureConfig as Asked
+from jaxpt.config import Config, MixtureConfig
+from jaxpt.stage import to_jsonable
+from jaxpt.train.records import ReplayPhases
 
-MAX_REPLAY_SHARE = 0.5  # of the tokens, for all sources that are replayed more: beyond it the run would no longer be about what is new
-FIRST_REPLAY_SHARE = (
-    0.05  # share of a source that had none: enough against a weak shift (2403.08763)
-)
+# Of the tokens, for all replayed sources together: beyond it the run is no longer about new data.
+MAX_REPLAY_SHARE = 0.5
+# Share of a source that had none: enough against a weak shift (2403.08763).
+FIRST_REPLAY_SHARE = 0.05
 
 
 def find_forgotten(
-    measured: dict[str, float], parent: dict[str, float] | None, settings: Config
+    losses: dict[str, float], parent: dict[str, float] | None, settings: Config
 ) -> dict[str, float]:
-    """{source: nats a token above the parent} of the sources that are worse than train.max_forgetting allows."""
+    """Return source -> nats per token above the parent, where train.max_forgetting is exceeded."""
     limit = settings.train.max_forgetting
-    if not (parent and limit):
+    if not parent or not limit:
         return {}
-    return {
-        name: measured[name] - parent[name]
-        for name in measured
-        if name in parent and measured[name] - parent[name] > limit
-    }
+    common = losses.keys() & parent.keys()
+    rises = {name: losses[name] - parent[name] for name in losses if name in common}
+    return {name: rise for name, rise in rises.items() if rise > limit}
 
 
-def increase_replay(asked: Asked, names: list[str], step: int, n_rows: dict[str, int]) -> Asked:
-    """The mixture with twice the share of `names` from `step` on, in every phase that is still to come; the others share the rest as before."""
+def increase_replay(
+    mixture: MixtureConfig, names: list[str], step: int, n_sequences: dict[str, int]
+) -> MixtureConfig:
+    """Return the mixture with doubled shares of the forgotten sources from a step on.
 
-    def raised(shares: dict[str, float]) -> dict[str, float]:
-        whole = sum(shares.values())
-        shares = {name: share / whole for name, share in shares.items() if share}
-        more = {name: 2 * shares[name] if name in shares else FIRST_REPLAY_SHARE for name in names}
-        others = {name: share for name, share in shares.items() if name not in more}
-        if not others:
-            return shares
-        most = max(
-            MAX_REPLAY_SHARE, sum(shares.get(name, 0) for name in names)
-        )  # what has more already keeps it
-        scale = min(1, most / sum(more.values()))
-        left = (1 - scale * sum(more.values())) / sum(others.values())
-        return {
-            name: round(share, 4)
-            for name, share in (
-                {n: scale * s for n, s in more.items()} | {n: left * s for n, s in others.items()}
-            ).items()
-        }
+    Every phase still to come is changed; the other sources divide the rest in their proportions.
 
-    phases = asked.phases or ((0, {name: float(n) for name, n in n_rows.items()}),)
-    past = [phase for phase in phases if phase[0] < step]
-    now = [(step, raised(past[-1][1]))] if not any(at == step for at, _ in phases) else []
-    return dataclasses.replace(
-        asked, phases=(*past, *now, *((at, raised(shares)) for at, shares in phases if at >= step))
-    )
+    Args:
+        mixture: the mixture in force.
+        names: the forgotten sources.
+        step: updates done.
+        n_sequences: source -> size, the shares of a mixture without phases.
+    """
+    sizes = {name: float(n) for name, n in n_sequences.items()}
+    phases = mixture.phases or ((0, sizes),)
+    changed = [phase for phase in phases if phase[0] < step]
+    if all(start != step for start, _ in phases):
+        changed.append((step, raise_shares(changed[-1][1], names)))
+    for start, shares in phases:
+        if start >= step:
+            changed.append((start, raise_shares(shares, names)))
+    return dataclasses.replace(mixture, phases=tuple(changed))
 
 
-def describe_forgetting(found: dict[str, float], settings: Config) -> str:
-    worse = ", ".join(f"{name} by {rise:.3f}" for name, rise in found.items())
-    return f"forgetting: held-out loss is above the parent's: {worse} nats a token ({settings.train.max_forgetting:g} allowed)"
+def raise_shares(shares: dict[str, float], names: list[str]) -> dict[str, float]:
+    """Return one phase's shares with those of `names` doubled, within MAX_REPLAY_SHARE."""
+    total = sum(shares.values())
+    shares = {name: share / total for name, share in shares.items() if share}
+    others = {name: share for name, share in shares.items() if name not in names}
+    if not others:
+        return shares
+    raised = {}
+    for name in names:
+        raised[name] = 2 * shares[name] if name in shares else FIRST_REPLAY_SHARE
+    # a source that has more than the maximum already keeps it
+    before = sum(shares.get(name, 0) for name in names)
+    limit = max(MAX_REPLAY_SHARE, before)
+    scale = min(1, limit / sum(raised.values()))
+    rest = (1 - scale * sum(raised.values())) / sum(others.values())
+    result = {name: round(scale * share, 4) for name, share in raised.items()}
+    for name, share in others.items():
+        result[name] = round(rest * share, 4)
+    return result
 
 
-def replay_to_json(asked: Asked, in_force: Asked) -> dict[str, Any] | None:
-    """For a checkpoint: the phases that replay has made of those asked for, where it has."""
-    return None if in_force is asked else {"asked": asked.phases, "in_force": in_force.phases}
+def describe_forgetting(rises: dict[str, float], settings: Config) -> str:
+    """Return a sentence about the sources that `find_forgotten` returned."""
+    worse = ", ".join(f"{name} +{rise:.3f}" for name, rise in rises.items())
+    limit = settings.train.max_forgetting
+    return f"forgetting: nats per token above the parent: {worse} (limit {limit:g})"
 
 
-def replay_from_json(asked: Asked, found: dict[str, Any] | None) -> Asked:
-    """The mixture with the phases that a checkpoint's `to_json` holds, unless others are asked for by now."""
-    if not found or json.dumps(found["asked"]) != json.dumps(asked.phases):
-        return asked
-    return dataclasses.replace(
-        asked, phases=tuple((step, shares) for step, shares in found["in_force"])
-    )
+def record_replay(configured: MixtureConfig, in_force: MixtureConfig) -> ReplayPhases | None:
+    """Return the phases for a checkpoint, None where replay has not changed them."""
+    if in_force is configured:
+        return None
+    return ReplayPhases(configured.phases, in_force.phases)
+
+
+def restore_replay(configured: MixtureConfig, replay: ReplayPhases | None) -> MixtureConfig:
+    """Return the mixture with a checkpoint's phases, unless the config has changed since."""
+    if replay is None:
+        return configured
+    if to_jsonable(replay.configured) != to_jsonable(configured.phases):
+        return configured
+    return dataclasses.replace(configured, phases=replay.in_force)

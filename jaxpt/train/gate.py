@@ -246,7 +246,7 @@ def log_import_check(
     log.info(f"import: embedding: of {len(used):,} rows {dead} are zero,")
     log.info(f"import: {small} below {diagnosis.TINY_STD:g} of the median norm {median:.3g}")
     if vocab_size is None:
-        log.info("import: no tokenizer, so padding rows cannot be told apart")
+        log.info("import: no tokenizer, so padding rows cannot be distinguished")
         return
     padding = norms[vocab_size:]
     if not len(padding):

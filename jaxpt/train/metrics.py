@@ -1,4 +1,4 @@
-"""What a run says of itself: console lines, metrics.jsonl, TensorBoard. Rates, MFU, memory, time left, money."""
+"""Log a run: console lines, metrics.jsonl, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -19,62 +19,80 @@ from jaxpt.config import Config
 from jaxpt.model import llama
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.stage import fingerprint, write_atomic
+from jaxpt.train.records import (
+    METRIC_RECORDS,
+    GrowthEvent,
+    HeldoutMetrics,
+    MetricRecord,
+    ResumeEvent,
+    SkippedUpdate,
+    TrainMetrics,
+)
+from jaxpt.train.step import StepMetrics
 
 log = logging.getLogger(__name__)
 
-MAX_SKIPPED_DOCUMENTS = 32  # named of a skipped step; trace.py names them all
+MAX_SKIPPED_DOCUMENTS = 32  # listed per skipped step; trace.py lists all
 
 
 class DeviceCost(NamedTuple):
     """What turns speed into MFU and money; None where the hardware is not in the table."""
 
     flops_per_token: float | None = None  # forward and backward, by plan/flops.py
-    peak_flops: float | None = None  # of one device, in FLOP/s at the compute dtype
+    peak_flops: float | None = None  # of one device, FLOP/s at the compute dtype
     usd_per_hour: float | None = None  # of one device
 
 
 class MetricsLogger:
-    """Writes RUN/metrics.jsonl so that it is continuous across resumes: records after `resumed_at` are dropped first, no step stands twice.
+    """Writes RUN/metrics.jsonl so that it is continuous across resumes.
 
-    started  time.monotonic() from which on seconds and money are counted
-
-    Every process makes one; the first one writes and speaks.
+    Records after `resumed_at` are dropped first, so no step is there twice. Every process makes a
+    logger; the first one writes.
     """
 
     def __init__(
         self,
-        run: pathlib.Path,
-        settings: Config,
+        run_dir: pathlib.Path,
+        config: Config,
         *,
         tokens_per_step: int,
         resumed_at: int,
         started: float,
         cost: DeviceCost,
     ):
-        self.run_dir, self.config, self.steps, self.tokens_per_step, self.cost = (
-            run,
-            settings,
-            settings.train.steps,
-            tokens_per_step,
-            cost,
-        )
-        self.path = run / "metrics.jsonl"
-        self.writes = jax.process_index() == 0
-        earlier = [record for record in read_metrics(self.path) if record["step"] <= resumed_at]
-        # seconds and money of a resumed run go on from its last record
-        self.seconds_before_resume = max(
-            (record.get("seconds", 0.0) for record in earlier), default=0.0
-        )
+        """Open the files.
+
+        Args:
+            run_dir: the run directory.
+            config: the recipe.
+            tokens_per_step: over all devices.
+            resumed_at: updates done before this start.
+            started: time.monotonic() from which seconds and money are counted.
+            cost: of the model on one device.
+        """
+        self.run_dir = run_dir
+        self.config = config
+        self.steps = config.train.steps
+        self.tokens_per_step = tokens_per_step
+        self.cost = cost
+        self.path = run_dir / "metrics.jsonl"
+        self.is_writer = jax.process_index() == 0
+        earlier = [record for record in read_metrics(self.path) if record.step <= resumed_at]
+        # seconds and money of a resumed run continue from its last record
+        seconds = [record.seconds for record in earlier if isinstance(record, TrainMetrics)]
+        self.seconds_before_resume = max(seconds, default=0.0)
         self.start = started
         self.restart_timer(resumed_at)
-        if not self.writes:
+        if not self.is_writer:
             return
-        write_atomic(self.path, "".join(json.dumps(record) + "\n" for record in earlier))
-        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115  (closed by close)
+        lines = [json.dumps(record.to_json()) + "\n" for record in earlier]
+        write_atomic(self.path, "".join(lines))
+        self.file = open(self.path, "a", buffering=1)
+        purge_step = resumed_at + 1 if resumed_at else None
         self.tensorboard = import_summary_writer()(
-            str(run / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None
+            str(run_dir / "tensorboard"), purge_step=purge_step
         )
-        self.wandb = init_wandb(run, settings) if settings.train.wandb_project else None
+        self.wandb = init_wandb(run_dir, config) if config.train.wandb_project else None
         self.progress_bar = tqdm(
             total=self.steps,
             initial=resumed_at,
@@ -85,109 +103,136 @@ class MetricsLogger:
         )
 
     def log_train(
-        self,
-        step: int,
-        *,
-        loss: float,
-        grad_norm: float,
-        lr: float,
-        n_skipped: int,
-        epochs: dict[str, float],
+        self, step: int, last: StepMetrics, *, loss: float, epochs: dict[str, float]
     ) -> None:
-        """One record and one console line for the steps since the last one."""
+        """Write a record and a console line for the steps since the last one.
+
+        Args:
+            step: updates done.
+            last: of the last step, on the host.
+            loss: mean over those steps, nats per token.
+            epochs: source -> times read.
+        """
         now = time.monotonic()
         step_seconds = (now - self.last_time) / max(step - self.last_step, 1)
         self.last_step, self.last_time = step, now
         tokens_per_second = self.tokens_per_step / step_seconds
         seconds = self.seconds_before_resume + now - self.start
-        n = jax.device_count()
+        n_devices = jax.device_count()
         mfu = usd = None
         if self.cost.peak_flops and self.cost.flops_per_token:
-            mfu = tokens_per_second * self.cost.flops_per_token / (n * self.cost.peak_flops)
+            model_flops = tokens_per_second * self.cost.flops_per_token
+            mfu = model_flops / (n_devices * self.cost.peak_flops)
         if self.cost.usd_per_hour:
-            usd = seconds / 3600 * n * self.cost.usd_per_hour
-        self.write_record(
-            {
-                "step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": step * self.tokens_per_step, "epochs": epochs,
-                "tokens_per_second": tokens_per_second, "step_seconds": step_seconds, "mfu": mfu, "memory_bytes": measure_peak_memory(),
-                "n_skipped": n_skipped, "seconds": seconds, "usd": usd,
-            }
-        )  # fmt: skip
-        line = f"step {step:>{len(str(self.steps))}}/{self.steps}  loss {loss:.4f}  norm {grad_norm:.2f}  lr {lr:.2e}  {tokens_per_second:,.0f} tok/s"
-        line += f"  MFU {mfu:.1%}" if mfu else ""
-        line += f"  {measure_peak_memory() / 2**30:.1f} GiB  {format_duration(seconds)} so far, {format_duration((self.steps - step) * step_seconds)} left"
-        line += f"  ${usd:,.2f}" if usd else ""
-        line += f"  {n_skipped} skipped" if n_skipped else ""
-        log.info(line)
-        if self.writes:
+            usd = seconds / 3600 * n_devices * self.cost.usd_per_hour
+        record = TrainMetrics(
+            step=step,
+            loss=loss,
+            grad_norm=float(last.grad_norm),
+            lr=float(last.lr),
+            n_tokens=step * self.tokens_per_step,
+            epochs=epochs,
+            tokens_per_second=tokens_per_second,
+            step_seconds=step_seconds,
+            mfu=mfu,
+            memory_bytes=measure_peak_memory(),
+            n_skipped=int(last.n_skipped),
+            seconds=seconds,
+            usd=usd,
+        )
+        self.write_record(record)
+        for line in self.format_train(record):
+            log.info(line)
+        if self.is_writer:
             self.progress_bar.update(step - self.progress_bar.n)
+
+    def format_train(self, record: TrainMetrics) -> list[str]:
+        """Return a line of at most 69 columns, and a second one for what is not always there."""
+        left = format_duration((self.steps - record.step) * record.step_seconds)
+        rate = f"{record.tokens_per_second:,.0f} tok/s"
+        first = f"{self.format_step(record.step)}  loss {record.loss:.4f}  "
+        first += f"norm {record.grad_norm:.2f}  lr {record.lr:.1e}  {rate}  {left} left"
+        more = []
+        if record.mfu:
+            more.append(f"MFU {record.mfu:.1%}")
+        if record.usd:
+            more.append(f"${record.usd:,.2f}")
+        if record.n_skipped:
+            more.append(f"{record.n_skipped} skipped")
+        if not more:
+            return [first]
+        more.append(f"{record.memory_bytes / 2**30:.1f} GiB")
+        more.append(f"{format_duration(record.seconds)} so far")
+        return [first, "  " + "  ".join(more)]
+
+    def format_step(self, step: int) -> str:
+        """Return "step  10/300"."""
+        return f"step {step:>{len(str(self.steps))}}/{self.steps}"
 
     def log_heldout(
         self, step: int, losses: dict[str, float], parent: dict[str, float] | None
     ) -> None:
-        """Held-out nats per token by source; beside the parent's on the same rows, where there is one."""
-        self.write_record(
-            {"step": step, "heldout": losses} | ({"parent": parent} if parent else {})
-        )
-        beside = lambda name: f" (parent {parent[name]:.4f})" if parent and name in parent else ""  # noqa: E731
-        log.info(
-            f"step {step:>{len(str(self.steps))}}/{self.steps}  held-out "
-            + "  ".join(f"{name} {loss:.4f}{beside(name)}" for name, loss in losses.items())
-        )
+        """Write held-out nats per token by source, and the parent's on the same sequences."""
+        self.write_record(HeldoutMetrics(step, losses, parent or None))
+        parts = []
+        for name, loss in losses.items():
+            part = f"{name} {loss:.4f}"
+            if parent and name in parent:
+                part += f" (parent {parent[name]:.4f})"
+            parts.append(part)
+        log.info(f"{self.format_step(step)}  held-out loss  {'  '.join(parts)}")
         self.restart_timer(step)
 
-    def log_skipped_update(
-        self, step: int, *, loss: float, grad_norm: float, documents: list[str]
-    ) -> None:
-        """This step's update was skipped: its loss and norm, null where they are no numbers, and the first of the documents that it read."""
-        loss, grad_norm = (value if math.isfinite(value) else None for value in (loss, grad_norm))
-        first = {"documents": documents[:MAX_SKIPPED_DOCUMENTS], "n_documents": len(documents)}
-        self.write_record(
-            {"step": step, "skipped": {"loss": loss, "grad_norm": grad_norm, **first}}
-        )
+    def log_skipped_update(self, step: int, metrics: StepMetrics, documents: list[str]) -> None:
+        """Write that an update was skipped, with the first documents of its batch."""
+        loss, norm = finite_or_none(metrics.loss), finite_or_none(metrics.grad_norm)
+        first = tuple(documents[:MAX_SKIPPED_DOCUMENTS])
+        self.write_record(SkippedUpdate(step, loss, norm, first, len(documents)))
 
     def log_growth(self, step: int, operator: str, spec: ModelSpec, cost: DeviceCost) -> None:
-        """The model is another from here on."""
+        """Write that the model was grown."""
         self.cost = cost
-        self.write_record(
-            {
-                "step": step,
-                "grown": operator,
-                "n_layers": spec.n_layers,
-                "n_params": llama.count_params(spec),
-            }
-        )
+        n_params = llama.count_params(spec)
+        self.write_record(GrowthEvent(step, operator, spec.n_layers, n_params))
         self.restart_timer(step)
 
     def log_resume(self, step: int) -> None:
-        self.write_record({"step": step, "resumed": True})
+        """Write that the run was resumed."""
+        self.write_record(ResumeEvent(step))
 
     def restart_timer(self, step: int) -> None:
-        """What happened at this step (a measurement, a checkpoint, a compilation) is no part of the next steps' time."""
+        """Leave out of the next steps' time what happened at this one (evaluation, checkpoint)."""
         self.last_step, self.last_time = step, time.monotonic()
 
-    def profile_step(self, step: int, found: Any = None) -> None:
-        """Before each step, and after it with what it found: the JAX profiler records train.profile_steps's first to last step into RUN/tensorboard."""
-        first, last = self.config.train.profile_steps or (0, 0)
-        if step == first and found is None:
-            jax.profiler.start_trace(str(self.run_dir / "tensorboard"))
-        if step == last and found is not None:
-            jax.block_until_ready(found)
-            jax.profiler.stop_trace()
-            log.info(
-                f"profile of steps {first} to {last}: tensorboard --logdir {self.run_dir / 'tensorboard'}"
-            )
+    def profile_step(self, step: int, metrics: Any = None) -> None:
+        """Record the steps of train.profile_steps with the JAX profiler into RUN/tensorboard.
 
-    def write_record(self, record: dict[str, Any]) -> None:
-        if self.writes:
-            self.file.write(json.dumps(record) + "\n")
-            for name, value in flatten_metrics(record).items():
-                self.tensorboard.add_scalar(name, value, record["step"])
-            if self.wandb:
-                self.wandb.log(flatten_metrics(record), step=record["step"])
+        Call it before each step, and after it with the step's metrics.
+        """
+        first, last = self.config.train.profile_steps or (0, 0)
+        directory = self.run_dir / "tensorboard"
+        if step == first and metrics is None:
+            jax.profiler.start_trace(str(directory))
+        if step == last and metrics is not None:
+            jax.block_until_ready(metrics)
+            jax.profiler.stop_trace()
+            log.info(f"profile of steps {first} to {last}: tensorboard --logdir {directory}")
+
+    def write_record(self, record: MetricRecord) -> None:
+        """Write a record everywhere."""
+        if not self.is_writer:
+            return
+        fields = record.to_json()
+        self.file.write(json.dumps(fields) + "\n")
+        scalars = flatten_metrics(fields)
+        for name, value in scalars.items():
+            self.tensorboard.add_scalar(name, value, record.step)
+        if self.wandb:
+            self.wandb.log(scalars, step=record.step)
 
     def close(self) -> None:
-        if self.writes:
+        """Close the files."""
+        if self.is_writer:
             self.progress_bar.close()
             self.file.close()
             self.tensorboard.close()
@@ -195,73 +240,85 @@ class MetricsLogger:
                 self.wandb.finish()
 
 
-def import_summary_writer() -> type:
-    """TensorboardX's SummaryWriter. Where torch is installed its import would take a second of every start, for a type that we never give it."""
-    hidden = {} if "torch" in sys.modules else {"torch": None}
-    sys.modules.update(hidden)
+def finite_or_none(value: Any) -> float | None:
+    """Return a scalar as a float; None if it is not finite."""
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def import_summary_writer() -> Any:
+    """Return tensorboardX's SummaryWriter, without importing torch.
+
+    Where torch is installed, its import would take a second of every start, for a type that is
+    never used.
+    """
+    modules: dict[str, Any] = sys.modules
+    is_hidden = "torch" not in modules
+    if is_hidden:
+        modules["torch"] = None
     try:
         from tensorboardX import SummaryWriter
     finally:
-        for name in hidden:
-            del sys.modules[name]
+        if is_hidden:
+            del modules["torch"]
     return SummaryWriter
 
 
-def init_wandb(run: pathlib.Path, settings: Config):
-    """A run of Weights & Biases that goes on when this run goes on."""
+def init_wandb(run_dir: pathlib.Path, config: Config) -> Any:
+    """Return a run of Weights & Biases that is resumed when this run is resumed."""
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]  (optional)
     except ImportError:
         raise UserError(
-            "train.wandb_project: the package wandb is not installed. pip install wandb, or leave train.wandb_project empty."
+            "train.wandb_project: the package wandb is not installed. pip install wandb, or leave "
+            "train.wandb_project empty."
         ) from None
-    name = run.absolute()
+    name = run_dir.absolute()
     return wandb.init(
-        project=settings.train.wandb_project,
+        project=config.train.wandb_project,
         id=fingerprint(str(name)),
         name=name.name,
-        dir=str(run),
+        dir=str(run_dir),
         resume="allow",
-        config=dataclasses.asdict(settings),
+        config=dataclasses.asdict(config),
     )
 
 
-def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line cut short by a kill is left out."""
+def read_metrics(path: pathlib.Path) -> list[MetricRecord]:
+    """Return the records of a metrics.jsonl, without a last line cut by a kill."""
     if not path.exists():
         return []
     records = []
     for line in path.read_text().splitlines():
         try:
-            records.append(json.loads(line))
+            fields = json.loads(line)
         except json.JSONDecodeError:
             break
+        records.append(METRIC_RECORDS[fields["kind"]].from_json(fields, str(path)))
     return records
 
 
 def flatten_metrics(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """{"heldout": {"code": 3.1}} -> {"heldout/code": 3.1}; numbers only."""
-    found = {}
+    """Return numbers only, {"heldout_loss": {"code": 3.1}} as {"heldout_loss/code": 3.1}."""
+    flat: dict[str, float] = {}
     for name, value in record.items():
         if isinstance(value, dict):
-            found |= flatten_metrics(value, f"{prefix}{name}/")
+            flat |= flatten_metrics(value, f"{prefix}{name}/")
         elif isinstance(value, (int, float)) and not isinstance(value, bool) and name != "step":
-            found[prefix + name] = value
-    return found
+            flat[prefix + name] = value
+    return flat
 
 
 def measure_peak_memory() -> int:
-    """Peak on the first device; where devices do not count (CPU), peak of this process."""
+    """Return the peak bytes of the first device; of this process where devices do not count."""
     stats = jax.local_devices()[0].memory_stats()
-    return (
-        stats["peak_bytes_in_use"]
-        if stats
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
+    if stats:
+        return stats["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def format_duration(seconds: float) -> str:
-    """75 -> "1m15s"; 90,000 -> "25h00m"."""
+    """Return 75 as "1m15s", 90,000 as "25h00m"."""
     seconds = round(seconds)
     if seconds < 3600:
         return f"{seconds // 60}m{seconds % 60:02d}s"

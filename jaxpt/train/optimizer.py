@@ -1,4 +1,4 @@
-"""The optimizer: AdamW or Muon as an optax chain, decay by name, rates by group and age, and the learning rate as a function of the step."""
+"""AdamW or Muon as an optax chain, weight decay by name, and learning rates by group and step."""
 
 from __future__ import annotations
 
@@ -11,274 +11,347 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from optax import GradientTransformationExtraArgs as Transformation
 from optax.contrib import MuonDimensionNumbers
 
 from jaxpt.config import OptimConfig
 from jaxpt.model import llama
+from jaxpt.model.llama import ParamSpec
 from jaxpt.spec import ModelSpec, UserError
+from jaxpt.train.records import AxisRanges, NewParamsRecord
 from jaxpt.weights import growth
+from jaxpt.weights.measure import Params
+
+PathEntries = tuple[Any, ...]
 
 # By name: "decay what has two dimensions" would decay stacked norm scales, which are [L, D].
 DECAYED_PARAMS = frozenset({"q", "k", "v", "o", "gate", "up", "down", "unembed"})
-# What Muon orthogonalizes, layer by layer, and which axes of a stacked weight are inputs and outputs of its matrix. Embedding, head,
-# norms and biases stay with Adam (kellerjordan.github.io/posts/muon).
+# What Muon orthogonalizes, layer by layer, and the input and output axes of a stacked weight.
+# Embedding, head, norms and biases stay with Adam (kellerjordan.github.io/posts/muon).
+QKV_DIMS = MuonDimensionNumbers(1, (2, 3))
+MLP_DIMS = MuonDimensionNumbers(1, 2)
 MATRIX_DIMS = {
-    **dict.fromkeys(("q", "k", "v"), MuonDimensionNumbers(1, (2, 3))),
+    **dict.fromkeys(("q", "k", "v"), QKV_DIMS),
     "o": MuonDimensionNumbers((1, 2), 3),
-    **dict.fromkeys(("gate", "up", "down"), MuonDimensionNumbers(1, 2)),
+    **dict.fromkeys(("gate", "up", "down"), MLP_DIMS),
 }
+MUON_RMS = 0.2  # of an update: Adam's (Moonlight, 2502.16982)
 
 
 class NewParams(NamedTuple):
-    """What the last growth made new, and how it learns.
+    """What the last growth added, and how it learns.
 
-    new      {logical axis: True where an index is new}, see growth.young
-    updates  Adam's count when the model grew
-    rewarm   what starts from zero moments under a schedule that goes on, and rises over optim.warmup_steps: none, new, all
+    Attributes:
+        new: logical axis -> bool array, True where an index is new; see `growth.find_new_params`.
+        adam_count: Adam's count when the model grew.
+        rewarm: parameters that started from zero moments under a schedule that continues, and
+            warm up over optim.warmup_steps: "none", "new" or "all".
     """
 
-    new: dict[str, np.ndarray] = {}  # noqa: RUF012  (never changed)
+    new: growth.AxisFlags = {}
     adam_count: int = 0
     rewarm: str = "none"
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "new": growth.flags_to_ranges(self.new),
-            "updates": self.adam_count,
-            "rewarm": self.rewarm,
-        }
+    def to_record(self) -> NewParamsRecord:
+        """Return the record for a checkpoint."""
+        axes = {axis: flags_to_ranges(flags) for axis, flags in self.new.items()}
+        return NewParamsRecord(axes, self.adam_count, self.rewarm)
 
     @classmethod
-    def from_json(cls, found: dict[str, Any]) -> NewParams:
-        return cls(growth.ranges_to_flags(found["new"]), found["updates"], found["rewarm"])
+    def from_record(cls, record: NewParamsRecord) -> NewParams:
+        """Return what `to_record` recorded."""
+        new = {axis: ranges_to_flags(ranges) for axis, ranges in record.axes.items()}
+        return cls(new, record.adam_count, record.rewarm)
+
+
+def flags_to_ranges(flags: np.ndarray) -> AxisRanges:
+    """Return the ranges of True in a bool array."""
+    padded = np.concatenate([[False], flags, [False]]).astype(np.int8)
+    edges = np.flatnonzero(np.diff(padded)).reshape(-1, 2)
+    ranges = tuple((int(start), int(stop)) for start, stop in edges)
+    return AxisRanges(len(flags), ranges)
+
+
+def ranges_to_flags(ranges: AxisRanges) -> np.ndarray:
+    """Return the bool array that `flags_to_ranges` encoded."""
+    flags = np.zeros(ranges.size, bool)
+    for start, stop in ranges.new:
+        flags[start:stop] = True
+    return flags
+
+
+# ---- updates
 
 
 def make_optimizer(
-    optim: OptimConfig, spec: ModelSpec, young: NewParams = NewParams()
-) -> optax.GradientTransformation:
-    """Gradients -> update directions; the step multiplies them by -learning_rate(step) and the group's rate.
+    optim: OptimConfig,
+    spec: ModelSpec,
+    new_params: NewParams = NewParams(),
+) -> Transformation:
+    """Return the map from gradients to update directions.
 
-    The learning rate stays outside so that it follows the run's step even when an update is skipped.
+    The train step multiplies them by -learning_rate(step) and the group's multiplier. The learning
+    rate stays outside so that it follows the run's step even when an update is skipped.
     """
-    adam = scale_by_adam(optim)
-    core = split_muon_adam(adam) if optim.name == "muon" else adam
-    return optax.chain(
-        core if young.rewarm == "none" else rewarm_new_params(core, optim, spec, young),
-        optax.add_decayed_weights(optim.weight_decay, mask=decay_mask)
-        if optim.weight_decay
-        else optax.identity(),
-    )
+    core = scale_by_adam(optim)
+    if optim.name == "muon":
+        core = split_muon_adam(core)
+    if new_params.rewarm != "none":
+        core = rewarm_new_params(core, optim, spec, new_params)
+    decay = optax.identity()
+    if optim.weight_decay:
+        decay = optax.add_decayed_weights(optim.weight_decay, mask=decay_mask)
+    return optax.chain(core, decay)
 
 
-def scale_by_adam(optim: OptimConfig) -> optax.GradientTransformationExtraArgs:
-    """optax's, with gradients that are taken `scale` times, and moments that stay where a step is not `good`.
+def scale_by_adam(optim: OptimConfig) -> Transformation:
+    """Return optax's scale_by_adam with gradients times `scale`, and a no-op unless `good`.
 
-    Bound by memory where a step has few tokens: each moment is read by one loop that writes it in place, and directions are
-    read from the new ones (the barrier). optax's form makes XLA copy both moments first, as three loops read the old ones.
+    It is bound by memory where a step has few tokens: each moment is read by one loop that writes
+    it in place, and directions are read from the new ones (the barrier). Optax's form makes XLA
+    copy both moments first, as three loops read the old ones.
     """
     b1, b2, eps = optim.b1, optim.b2, optim.eps
 
     def update(grads, state, params=None, *, scale, good):
+        def update_mu(g, mu):
+            new = (1 - b1) * (scale * g) + b1 * mu
+            return jnp.where(good, new, mu).astype(mu.dtype)
+
+        def update_nu(g, nu):
+            new = (1 - b2) * (scale * g) ** 2 + b2 * nu
+            return jnp.where(good, new, nu).astype(nu.dtype)
+
         count = state.count + good
-        mu = jax.tree.map(
-            lambda g, m: jnp.where(good, (1 - b1) * (scale * g) + b1 * m, m).astype(m.dtype),
-            grads,
-            state.mu,
-        )
-        nu = jax.tree.map(
-            lambda g, n: jnp.where(good, (1 - b2) * (scale * g) ** 2 + b2 * n, n).astype(n.dtype),
-            grads,
-            state.nu,
-        )
+        mu = jax.tree.map(update_mu, grads, state.mu)
+        nu = jax.tree.map(update_nu, grads, state.nu)
         mu, nu = jax.lax.optimization_barrier((mu, nu))
-        by = [(1 / (1 - b**count)).astype(jnp.float32) for b in (b1, b2)]
-        directions = jax.tree.map(lambda m, n: (by[0] * m) / (jnp.sqrt(by[1] * n) + eps), mu, nu)
-        return directions, optax.ScaleByAdamState(count, mu, nu)
+        mu_scale = (1 / (1 - b1**count)).astype(jnp.float32)
+        nu_scale = (1 / (1 - b2**count)).astype(jnp.float32)
 
-    return optax.GradientTransformationExtraArgs(optax.scale_by_adam().init, update)
+        def direction(mu, nu):
+            return (mu_scale * mu) / (jnp.sqrt(nu_scale * nu) + eps)
+
+        updates = jax.tree.map(direction, mu, nu)
+        return updates, optax.ScaleByAdamState(count, mu, nu)
+
+    return Transformation(optax.scale_by_adam().init, update)
 
 
-def split_muon_adam(
-    adam: optax.GradientTransformationExtraArgs,
-) -> optax.GradientTransformationExtraArgs:
-    """Muon on the MATRICES of each layer, adam on the rest; the state is Adam's, whose nu holds the rest alone.
+def split_muon_adam(adam: Transformation) -> Transformation:
+    """Return Muon on the matrices of each layer (MATRIX_DIMS) and Adam on the rest.
 
-    Directions are brought to the size of Adam's (RMS 0.2), so that learning rate and decay mean what they mean there.
-    Source: optax.contrib; Moonlight, 2502.16982, for the size.
+    The state is Adam's; its nu holds the rest alone. Updates are scaled to the size of Adam's, so
+    that learning rate and decay keep their meaning. Source: optax.contrib.
     """
 
-    def of(path) -> bool:
+    def is_matrix(path: PathEntries) -> bool:
         return path[-1].key in MATRIX_DIMS
 
-    def sizes(tree):
-        return jax.tree_util.tree_map_with_path(lambda path, _: MATRIX_DIMS[path[-1].key], tree)
+    def dimension_numbers(tree: Params) -> Params:
+        def one(path: PathEntries, _: Any) -> MuonDimensionNumbers:
+            return MATRIX_DIMS[path[-1].key]
 
-    muon = optax.contrib.scale_by_muon(weight_dimension_numbers=sizes)
+        return jax.tree_util.tree_map_with_path(one, tree)
 
-    def as_large_as_adams(path, direction):
-        fans = (
-            [direction.shape[i] for i in np.atleast_1d(axes)] for axes in MATRIX_DIMS[path[-1].key]
+    def scale_like_adam(path: PathEntries, update: jax.Array) -> jax.Array:
+        dims = MATRIX_DIMS[path[-1].key]
+        fan_in, fan_out = (
+            math.prod(update.shape[axis] for axis in np.atleast_1d(axes)) for axes in dims
         )
-        return 0.2 * max(map(math.prod, fans)) ** 0.5 * direction
+        return MUON_RMS * max(fan_in, fan_out) ** 0.5 * update
+
+    muon = optax.contrib.scale_by_muon(weight_dimension_numbers=dimension_numbers)
 
     def init(params):
-        _, rest = split_tree(params, of)
-        state = adam.init(params)
-        return state._replace(nu=adam.init(rest).nu)
+        _, rest = split_tree(params, is_matrix)
+        return adam.init(params)._replace(nu=adam.init(rest).nu)
 
     def update(grads, state, params=None, *, scale, good):
-        (matrices, rest), (momenta, means) = split_tree(grads, of), split_tree(state.mu, of)
-        ours = muon.init(momenta)._replace(count=state.count, mu=momenta)
-        orthogonal, ours = muon.update(jax.tree.map(lambda g: scale * g, matrices), ours)
-        momenta = jax.tree.map(lambda new, old: jnp.where(good, new, old), ours.mu, momenta)
-        orthogonal = jax.tree_util.tree_map_with_path(as_large_as_adams, orthogonal)
-        directions, theirs = adam.update(rest, state._replace(mu=means), scale=scale, good=good)
-        return merge_trees(orthogonal, directions), theirs._replace(
-            mu=merge_trees(momenta, theirs.mu)
-        )
+        matrices, rest = split_tree(grads, is_matrix)
+        momenta, mu = split_tree(state.mu, is_matrix)
+        muon_state = muon.init(momenta)._replace(count=state.count, mu=momenta)
+        scaled = jax.tree.map(lambda g: scale * g, matrices)
+        orthogonal, muon_state = muon.update(scaled, muon_state)
+        momenta = jax.tree.map(lambda new, old: jnp.where(good, new, old), muon_state.mu, momenta)
+        orthogonal = jax.tree_util.tree_map_with_path(scale_like_adam, orthogonal)
+        adam_state = state._replace(mu=mu)
+        updates, adam_state = adam.update(rest, adam_state, scale=scale, good=good)
+        mu = merge_trees(momenta, adam_state.mu)
+        return merge_trees(orthogonal, updates), adam_state._replace(mu=mu)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return Transformation(init, update)
 
 
-def split_tree(
-    tree: dict[str, Any], chosen: Callable[[tuple], bool]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(leaves whose path is chosen, the others), each a nested dict that holds only those."""
-    parts: tuple[dict, dict] = {}, {}
+def split_tree(tree: Params, is_chosen: Callable[[PathEntries], bool]) -> tuple[Params, Params]:
+    """Return (leaves whose path is chosen, the others) as nested dicts without empty branches."""
+    chosen: Params = {}
+    others: Params = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        inner = parts[0 if chosen(path) else 1]
+        inner = chosen if is_chosen(path) else others
         for part in path[:-1]:
             inner = inner.setdefault(part.key, {})
         inner[path[-1].key] = leaf
-    return parts
+    return chosen, others
 
 
-def merge_trees(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    """What `parted` took apart."""
-    both = {name: merge_trees(a[name], b[name]) for name in a.keys() & b.keys()}
-    return {name: both.get(name, a.get(name, b.get(name))) for name in sorted(a.keys() | b.keys())}
+def merge_trees(a: Params, b: Params) -> Params:
+    """Return the tree that `split_tree` split."""
+    merged = {**a, **b}
+    for name in a.keys() & b.keys():
+        merged[name] = merge_trees(a[name], b[name])
+    return {name: merged[name] for name in sorted(merged)}
 
 
 def rewarm_new_params(
-    adam: optax.GradientTransformationExtraArgs,
-    optim: OptimConfig,
-    spec: ModelSpec,
-    young: NewParams,
-) -> optax.GradientTransformationExtraArgs:
-    """Adam whose new parts count their own updates: their moments began at 0 when the model grew, so the bias is corrected
-    by their own count, and their directions rise over optim.warmup_steps. eps is that of the old count (it matters below 1e-8).
+    adam: Transformation, optim: OptimConfig, spec: ModelSpec, new_params: NewParams
+) -> Transformation:
+    """Return Adam whose new parameters count their own updates.
+
+    Their moments were 0 when the model grew, so their bias is corrected by their own count, and
+    their updates warm up over optim.warmup_steps. eps is that of the old count, which matters
+    below 1e-8.
     """
 
-    def update(grads, state, params=None, **how):
-        directions, state = adam.update(grads, state, params, **how)
-        count, own = (x.astype(jnp.float32) for x in (state.count, state.count - young.adam_count))
-        share = (
-            jnp.sqrt((1 - optim.b2**own) / (1 - optim.b2**count))
-            * (1 - optim.b1**count)
-            / (1 - optim.b1**own)
-        )
-        rise = jnp.minimum(own / max(optim.warmup_steps, 1), 1)
+    def update(grads, state, params=None, **extra):
+        updates, state = adam.update(grads, state, params, **extra)
+        count = state.count.astype(jnp.float32)
+        own = (state.count - new_params.adam_count).astype(jnp.float32)
+        nu_factor = jnp.sqrt((1 - optim.b2**own) / (1 - optim.b2**count))
+        bias_factor = nu_factor * (1 - optim.b1**count) / (1 - optim.b1**own)
+        warmup = jnp.minimum(own / max(optim.warmup_steps, 1), 1)
 
-        def one(path, row, direction):
-            new = True if young.rewarm == "all" else growth.new_param_mask(row, young.new)
-            # an orthogonalized direction has one size whatever its momentum's: there is no bias to correct
-            factor = rise if optim.name == "muon" and path[-1].key in MATRIX_DIMS else share * rise
-            return (
-                direction
-                if new is None
-                else jnp.where(new, factor.astype(direction.dtype) * direction, direction)
-            )
+        def rewarm(path: PathEntries, param: ParamSpec, update: jax.Array) -> jax.Array:
+            is_new: Any = True
+            if new_params.rewarm == "new":
+                is_new = growth.new_param_mask(param, new_params.new)
+            if is_new is None:
+                return update
+            # an orthogonalized update has one size whatever its momentum's: no bias to correct
+            is_muon = optim.name == "muon" and path[-1].key in MATRIX_DIMS
+            factor = warmup if is_muon else bias_factor * warmup
+            return jnp.where(is_new, factor.astype(update.dtype) * update, update)
 
-        return jax.tree_util.tree_map_with_path(
-            one, llama.param_specs(spec), directions, is_leaf=llama.is_param_spec
-        ), state
+        return map_param_specs(rewarm, spec, updates), state
 
-    return optax.GradientTransformationExtraArgs(adam.init, update)
+    return Transformation(adam.init, update)
 
 
-def lr_multiplier_tree(
-    optim: OptimConfig, spec: ModelSpec, young: NewParams
-) -> dict[str, Any] | None:
-    """Each weight's factor of the learning rate by optim.lr_multipliers, broadcastable to it; None where every factor is 1.
+def map_param_specs(function: Callable, spec: ModelSpec, *trees: Params) -> Params:
+    """Return function(path, ParamSpec, leaves...) for every weight."""
+    specs = llama.param_specs(spec)
+    return jax.tree_util.tree_map_with_path(function, specs, *trees, is_leaf=llama.is_param_spec)
 
-    For use under jit. Raises UserError for a group that this model does not have.
+
+def decay_mask(params: Params) -> Params:
+    """Return True for each weight that decays."""
+
+    def decays(path: PathEntries, _: Any) -> bool:
+        return path[-1].key in DECAYED_PARAMS
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+# ---- learning rates
+
+
+def lr_multiplier_tree(optim: OptimConfig, spec: ModelSpec, new_params: NewParams) -> Params | None:
+    """Return each weight's multiplier of the learning rate, broadcastable to it. Use under jit.
+
+    Returns:
+        None without optim.lr_multipliers.
+
+    Raises:
+        UserError: this model has no such group.
     """
     if not optim.lr_multipliers:
         return None
-    names = {
-        path[-1].key
-        for path, _ in jax.tree_util.tree_leaves_with_path(
-            llama.param_specs(spec), is_leaf=llama.is_param_spec
-        )
-    }
-
-    def one(path, row):
-        factor = jnp.float32(1)
-        for group, rate in optim.lr_multipliers:
-            if group in ("old", "new"):
-                new = growth.new_param_mask(row, young.new)
-                new = jnp.bool_(False) if new is None else new
-                factor *= jnp.where(new if group == "new" else ~new, rate, 1)
-            elif group in names:
-                factor *= rate if path[-1].key == group else 1
-            elif row.axes[0] == "layers":
-                first, last = parse_layer_group(group, spec)
-                within = np.isin(np.arange(spec.n_layers), np.arange(first, last + 1))
-                factor *= jnp.where(within.reshape(-1, *[1] * (len(row.shape) - 1)), rate, 1)
-        return factor
-
-    for group, _ in optim.lr_multipliers:
-        if group in ("old", "new") and not any(flags.any() for flags in young.new.values()):
-            raise UserError(
-                f"optim.lr_multipliers: names the group {group}, but nothing in this model is new: it was not grown. Leave it out, or grow first."
-            )
-        if group not in names | {"old", "new"}:
-            parse_layer_group(group, spec)
-    return jax.tree_util.tree_map_with_path(
-        one, llama.param_specs(spec), is_leaf=llama.is_param_spec
+    paths = jax.tree_util.tree_leaves_with_path(
+        llama.param_specs(spec), is_leaf=llama.is_param_spec
     )
+    names = {path[-1].key for path, _ in paths}
+    has_new = any(flags.any() for flags in new_params.new.values())
+    for group, _ in optim.lr_multipliers:
+        if group in ("old", "new"):
+            check_has_new(group, has_new)
+        elif group not in names:
+            parse_layer_group(group, spec)
+
+    def multiply(path: PathEntries, param: ParamSpec) -> jax.Array:
+        result = jnp.float32(1)
+        for group, multiplier in optim.lr_multipliers:
+            if group in ("old", "new"):
+                is_new = growth.new_param_mask(param, new_params.new)
+                is_new = jnp.bool_(False) if is_new is None else is_new
+                is_member = is_new if group == "new" else ~is_new
+                result *= jnp.where(is_member, multiplier, 1)
+            elif group in names:
+                result *= multiplier if path[-1].key == group else 1
+            elif param.axes[0] == "layers":
+                is_member = layer_group_mask(group, spec, len(param.shape))
+                result *= jnp.where(is_member, multiplier, 1)
+        return result
+
+    return map_param_specs(multiply, spec)
+
+
+def check_has_new(group: str, has_new: bool) -> None:
+    """Raise UserError if old and new are named but the model was not grown."""
+    if not has_new:
+        raise UserError(
+            f"optim.lr_multipliers: expected a grown model for the group {group}, got one that "
+            "was not grown. Leave it out, or grow first."
+        )
 
 
 def parse_layer_group(group: str, spec: ModelSpec) -> tuple[int, int]:
-    """ "layers 4-7" -> (4, 7)"""
-    found = re.fullmatch(r"layers (\d+)-(\d+)", group)
-    first, last = map(int, found.groups()) if found else (1, 0)
-    if not first <= last < spec.n_layers:
-        raise UserError(
-            f"optim.lr_multipliers: there is no group {group!r}; wanted old, new, a weight's name such as embed or gate, or 'layers 0-{spec.n_layers - 1}'."
-        )
-    return first, last
+    """Return 'layers 4-7' as (4, 7). Raise UserError for anything else."""
+    match = re.fullmatch(r"layers (\d+)-(\d+)", group)
+    if match:
+        first, last = int(match[1]), int(match[2])
+        if first <= last < spec.n_layers:
+            return first, last
+    raise UserError(
+        f"optim.lr_multipliers: expected old, new, a weight's name such as embed or gate, or "
+        f"'layers 0-{spec.n_layers - 1}', got {group!r}."
+    )
 
 
-def decay_mask(params):
-    """True where a weight is a matrix that decays."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED_PARAMS, params)
+def layer_group_mask(group: str, spec: ModelSpec, n_dims: int) -> np.ndarray:
+    """Return True for the group's layers, shape [L, 1, ...] of n_dims dimensions."""
+    first, last = parse_layer_group(group, spec)
+    layers = np.arange(spec.n_layers).reshape(-1, *[1] * (n_dims - 1))
+    return (first <= layers) & (layers <= last)
 
 
 def make_lr_schedule(optim: OptimConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
-    """Learning rate of update number `step` (0 for the first).
+    """Return the learning rate as a function of the update's number, 0 for the first.
 
-    Warm-up rises linearly to peak_lr, which the update after it has. Then wsd stays and falls linearly over the last
-    decay_frac of the steps (2405.18392), cosine and linear fall all the way, to peak_lr x end_lr_frac at the last step.
-    Raises UserError when there is no room for the schedule.
+    Warm-up rises linearly to peak_lr, which the update after it has. Then wsd stays and falls
+    linearly over the last decay_frac of the steps (2405.18392), cosine and linear fall all the
+    way, to peak_lr x end_lr_frac at the last step.
+
+    Raises:
+        UserError: the warm-up leaves no step.
     """
     warmup, end = optim.warmup_steps, optim.end_lr_frac
     if warmup >= steps:
         raise UserError(
-            f"optim.warmup_steps: {warmup} steps of warm-up leave nothing of train.steps = {steps}. Use fewer, such as {max(steps // 20, 1)}."
+            f"optim.warmup_steps: expected fewer than train.steps = {steps}, got {warmup}. "
+            f"Use {max(steps // 20, 1)}, for example."
         )
-    first = {
-        "wsd": steps - max(round(steps * optim.decay_frac), 1),
-        "cosine": warmup,
-        "linear": warmup,
-        "constant": steps,
-    }[optim.schedule]
-    first = max(first, warmup)
+    decay_start = warmup
+    if optim.schedule == "wsd":
+        decay_start = max(steps - max(round(steps * optim.decay_frac), 1), warmup)
+    elif optim.schedule == "constant":
+        decay_start = steps
 
-    def at(step):
+    def lr_at(step: jax.Array) -> jax.Array:
         rise = jnp.minimum(step / max(warmup, 1), 1.0) if warmup else 1.0
-        passed = jnp.clip((step - first) / max(steps - first, 1), 0.0, 1.0)
-        fall = (1 + jnp.cos(jnp.pi * passed)) / 2 if optim.schedule == "cosine" else 1 - passed
+        progress = jnp.clip((step - decay_start) / max(steps - decay_start, 1), 0.0, 1.0)
+        fall = 1 - progress
+        if optim.schedule == "cosine":
+            fall = (1 + jnp.cos(jnp.pi * progress)) / 2
         return optim.peak_lr * rise * (end + (1 - end) * fall)
 
-    return at
+    return lr_at

@@ -8,7 +8,7 @@ import dataclasses
 from jaxpt.data.mixture import MixturePhase
 from jaxpt.spec import Record
 
-# ---- metrics.jsonl: one record per line, told apart by `kind`; steps count updates from 1
+# ---- metrics.jsonl: one record per line, distinguished by `kind`; steps count updates from 1
 
 
 @dataclasses.dataclass(frozen=True)

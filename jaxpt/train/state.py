@@ -1,4 +1,4 @@
-"""TrainState: everything that a step changes, as plain pytrees; described first, then born sharded."""
+"""Everything that a train step changes, as plain pytrees: described first, then made sharded."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from jaxpt.config import Config
 from jaxpt.model import llama
@@ -16,96 +17,143 @@ from jaxpt.spec import ModelSpec
 from jaxpt.train import optimizer
 from jaxpt.train.optimizer import NewParams
 from jaxpt.weights import checkpoint, growth
+from jaxpt.weights.measure import Params
+
+PathEntries = tuple[Any, ...]
+
+
+class SkipState(NamedTuple):
+    """What decides whether an update is skipped. Scalars.
+
+    Attributes:
+        norm_mean: float32, running mean of gradient norms; 0 before the first update.
+        n_skipped: int32, since step 0.
+        consecutive_skips: int32, up to the last step.
+    """
+
+    norm_mean: Any
+    n_skipped: Any
+    consecutive_skips: Any
 
 
 class TrainState(NamedTuple):
-    step: Any  # int32 scalar: updates done or skipped
-    params: Any  # nested dict of weights, see model/llama.py
-    opt_state: Any  # the optax chain's state
-    skip_state: Any  # {"norm_mean": running mean of gradient norms, "n_skipped": in all, "n_in_a_row": lately}
+    """The argument and result of a train step.
+
+    Attributes:
+        step: int32 scalar, updates done or skipped.
+        params: nested dict of weights, see model/llama.py.
+        opt_state: the optax chain's state.
+        skip_state: SkipState.
+    """
+
+    step: Any
+    params: Any
+    opt_state: Any
+    skip_state: Any
 
 
-def make_abstract_state(spec: ModelSpec, settings: Config, mesh) -> TrainState:
-    """The state as ShapeDtypeStructs with shardings: nothing is allocated. Moments lie where their weights lie."""
-    params = llama.make_abstract_params(spec, mesh, jnp.dtype(settings.initialize.param_dtype))
-    whole = make_replicated_sharding(mesh)
-    stored = {
-        jax.tree_util.keystr(path): leaf.sharding
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+def make_abstract_state(spec: ModelSpec, settings: Config, mesh: Mesh) -> TrainState:
+    """Return the state as ShapeDtypeStructs with shardings. A moment is sharded as its weight."""
+    dtype = jnp.dtype(settings.initialize.param_dtype)
+    params = llama.make_abstract_params(spec, mesh, dtype)
+    replicated = make_replicated_sharding(mesh)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    shardings = {jax.tree_util.keystr(path): leaf.sharding for path, leaf in leaves}
 
-    def placed(path, leaf):
-        """A moment's path ends in that of its weight, by names; what has none (a count) is whole everywhere."""
-        names = jax.tree_util.keystr(
-            tuple(part for part in path if isinstance(part, jax.tree_util.DictKey))
-        )
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=stored.get(names, whole))
+    def with_sharding(path: PathEntries, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # a moment's path ends in its weight's names; what has none (a count) is replicated
+        names = tuple(part for part in path if isinstance(part, jax.tree_util.DictKey))
+        sharding = shardings.get(jax.tree_util.keystr(names), replicated)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    opt = jax.tree_util.tree_map_with_path(
-        placed, jax.eval_shape(optimizer.make_optimizer(settings.optim, spec).init, params)
-    )
-    scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=whole)  # noqa: E731
-    guard = {
-        "norm_mean": scalar(jnp.float32),
-        "n_skipped": scalar(jnp.int32),
-        "n_in_a_row": scalar(jnp.int32),
-    }
-    return TrainState(scalar(jnp.int32), params, opt, guard)
+    tx = optimizer.make_optimizer(settings.optim, spec)
+    opt_state = jax.eval_shape(tx.init, params)
+    opt_state = jax.tree_util.tree_map_with_path(with_sharding, opt_state)
+    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    norm = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
+    return TrainState(count, params, opt_state, SkipState(norm, count, count))
 
 
 def state_shardings(state: TrainState) -> TrainState:
-    """Of an abstract or living state."""
+    """Return the shardings of an abstract or concrete state."""
     return jax.tree.map(lambda leaf: leaf.sharding, state)
 
 
-def init_state(params, spec: ModelSpec, settings: Config, mesh) -> TrainState:
-    """A fresh state around given parameters: step 0, zero moments. The parameters are taken over, not copied."""
-    goal = state_shardings(make_abstract_state(spec, settings, mesh))
+def init_state(params: Params, spec: ModelSpec, settings: Config, mesh: Mesh) -> TrainState:
+    """Return a state at step 0 with zero moments. The parameters are taken over, not copied."""
+    target = state_shardings(make_abstract_state(spec, settings, mesh))
+    tx = optimizer.make_optimizer(settings.optim, spec)
 
-    def rest(params):
-        guard = {"norm_mean": jnp.float32(0), "n_skipped": jnp.int32(0), "n_in_a_row": jnp.int32(0)}
-        return jnp.int32(0), optimizer.make_optimizer(settings.optim, spec).init(params), guard
+    def make_rest(params: Params) -> tuple[Any, Any, SkipState]:
+        zero = jnp.int32(0)
+        return zero, tx.init(params), SkipState(jnp.float32(0), zero, zero)
 
-    step, opt, guard = jax.jit(rest, out_shardings=(goal.step, goal.opt_state, goal.skip_state))(
-        params
-    )
-    return TrainState(step, params, opt, guard)
+    shardings = (target.step, target.opt_state, target.skip_state)
+    make = jax.jit(make_rest, out_shardings=shardings)
+    step, opt_state, skip_state = make(params)
+    return TrainState(step, params, opt_state, skip_state)
 
 
-def restore_state(directory: pathlib.Path, params, goal: TrainState) -> TrainState:
-    """The state of a checkpoint around its parameters, which are there already (grown ones, perhaps); `goal`: abstract_state of what is stored."""
-    rest = checkpoint.restore_tree(
-        directory, "rest", {"step": goal.step, "opt": goal.opt_state, "guard": goal.skip_state}
-    )
-    return TrainState(rest["step"], params, rest["opt"], rest["guard"])
+def rest_of_state(state: TrainState) -> dict[str, Any]:
+    """Return what a checkpoint stores beside the parameters."""
+    rest = state._asdict()
+    del rest["params"]
+    return rest
+
+
+def restore_state(directory: pathlib.Path, params: Params, abstract: TrainState) -> TrainState:
+    """Return a checkpoint's state around parameters that are already loaded, and perhaps grown.
+
+    Args:
+        directory: the checkpoint.
+        params: the parameters.
+        abstract: `make_abstract_state` of what is stored.
+    """
+    rest = checkpoint.restore_tree(directory, checkpoint.TRAIN_STATE, rest_of_state(abstract))
+    return TrainState(params=params, **rest)
+
+
+class GrownState(NamedTuple):
+    """The parts of a grown state beside step and parameters."""
+
+    opt_state: Any
+    skip_state: SkipState
+    new_params: NewParams
 
 
 def grow_state(
-    opt: Any, guard: Any, grew: growth.Growth, policy: str, mesh, before: NewParams = NewParams()
-) -> tuple[Any, Any, NewParams]:
-    """(opt, guard, what is new) of the child under a schedule that goes on: Adam's moments by `policy` (see growth.moments),
-    or by the operator's own.
+    opt_state: Any,
+    skip_state: SkipState,
+    grown: growth.Growth,
+    policy: str,
+    mesh: Mesh,
+    before: NewParams = NewParams(),
+) -> GrownState:
+    """Return the child's optimizer state under a schedule that continues.
 
-    The count goes on, but for fresh, where it begins again. The running gradient norm is forgotten: a larger model's is another.
-    before  what earlier operators of the same growth made new
+    Adam's count continues as well, except under "fresh". The running mean of gradient norms is
+    reset: a larger model has other norms.
+
+    Args:
+        opt_state: the parent's.
+        skip_state: the parent's.
+        grown: the growth.
+        policy: for Adam's moments, see `growth.grow_moments`; the operator's own one wins.
+        mesh: of both.
+        before: what earlier operators of the same growth added.
     """
-    policy = grew.moments or policy
-    count = next(int(part.count) for part in opt if isinstance(part, optax.ScaleByAdamState))
-
-    def carried(part):
-        if not isinstance(part, optax.ScaleByAdamState):
-            return part
-        mean, square = (
-            growth.grow_moments(grew, moment, policy, power, mesh)
-            for power, moment in ((1, part.mu), (2, part.nu))
-        )
-        return optax.ScaleByAdamState(
-            part.count * 0 if policy == "fresh" else part.count, mean, square
-        )
-
+    policy = grown.moments or policy
+    is_fresh = policy == "fresh"
+    adam = next(part for part in opt_state if isinstance(part, optax.ScaleByAdamState))
+    count = 0 if is_fresh else int(adam.count)
+    mu = growth.grow_moments(grown, adam.mu, policy, 1, mesh)
+    nu = growth.grow_moments(grown, adam.nu, policy, 2, mesh)
+    adam_count = adam.count * 0 if is_fresh else adam.count
+    grown_adam = optax.ScaleByAdamState(adam_count, mu, nu)
+    opt_state = tuple(grown_adam if part is adam else part for part in opt_state)
     rewarm = {"fresh": "all", "reset_new": "new"}.get(policy, "none")
-    young = NewParams(
-        growth.find_new_params(grew, before.new), 0 if policy == "fresh" else count, rewarm
+    flags = growth.find_new_params(grown, before.new)
+    skip_state = skip_state._replace(
+        norm_mean=skip_state.norm_mean * 0, consecutive_skips=skip_state.consecutive_skips * 0
     )
-    guard = {**guard, "norm_mean": guard["norm_mean"] * 0, "n_in_a_row": guard["n_in_a_row"] * 0}
-    return tuple(carried(part) for part in opt), guard, young
+    return GrownState(opt_state, skip_state, NewParams(flags, count, rewarm))

@@ -1,10 +1,17 @@
-"""One compiled step: forward, backward, accumulation, guards, update. The same code trains, and is planned for chips that are not here."""
+"""The compiled train step: forward, backward, gradient accumulation, skip check, update.
+
+The same code trains, and is compiled by the planner for chips that are not here.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from jaxpt.config import Config
 from jaxpt.model import attention, llama, loss
@@ -16,176 +23,226 @@ from jaxpt.sharding import (
 )
 from jaxpt.spec import Batch, ModelSpec, UserError
 from jaxpt.train import optimizer
-from jaxpt.train.state import TrainState, make_abstract_state, state_shardings
+from jaxpt.train.optimizer import NewParams
+from jaxpt.train.state import SkipState, TrainState, make_abstract_state, state_shardings
+from jaxpt.weights.measure import Params
 
-SPIKE_WARMUP = 50  # updates before the running mean of gradient norms is trusted: early norms fall by themselves
+# Updates before the running mean of gradient norms is trusted: early norms fall by themselves.
+SPIKE_WARMUP = 50
+
+
+class StepMetrics(NamedTuple):
+    """What a step reports. Scalars, float32 but for the last two, which are int32.
+
+    Attributes:
+        loss_sum: nats, over the batch, without z-loss.
+        n_targets: the sum of the loss mask.
+        loss: nats per target.
+        grad_norm: of the mean gradient, before clipping.
+        lr: learning rate of the update.
+        n_skipped: updates skipped since step 0.
+        consecutive_skips: updates skipped in a row, this one included.
+    """
+
+    loss_sum: Any
+    n_targets: Any
+    loss: Any
+    grad_norm: Any
+    lr: Any
+    n_skipped: Any
+    consecutive_skips: Any
 
 
 def build_step(
-    spec: ModelSpec, settings: Config, mesh, young: optimizer.NewParams = optimizer.NewParams()
-):
-    """The jitted step(state, batch) -> (state, metrics). State is donated, and leaves with the shardings it came with.
+    spec: ModelSpec,
+    settings: Config,
+    mesh: Mesh,
+    new_params: NewParams = NewParams(),
+) -> Any:
+    """Return the jitted step(state, batch) -> (state, StepMetrics).
 
-    young    what the last growth made new, for rates by age and for its warm-up
+    The state is donated, and returned with the shardings that it came with.
 
-    metrics: float32 scalars nats_sum, weights_sum, loss (nats per trained token), grad_norm, lr, n_skipped, n_in_a_row.
+    Args:
+        spec: the architecture.
+        settings: the recipe.
+        mesh: the devices.
+        new_params: what the last growth added, for multipliers of old and new and re-warmup.
+
+    Raises:
+        UserError: the settings do not work on this mesh.
     """
-    train, optim = settings.train, settings.optim
+    optim = settings.optim
+    sum_gradients = make_gradient_function(spec, settings, mesh)
+    tx = optimizer.make_optimizer(optim, spec, new_params)
+    lr_schedule = optimizer.make_lr_schedule(optim, settings.train.steps)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            grads, loss_sum = sum_gradients(state.params, batch)
+        n_targets = jnp.sum(batch.loss_mask)
+        multipliers = optimizer.lr_multiplier_tree(optim, spec, new_params)
+        if multipliers:  # frozen weights are left out of the gradient norm too
+            grads = jax.tree.map(lambda g, m: jnp.where(m > 0, g, 0), grads, multipliers)
+        per_token = 1 / jnp.maximum(n_targets, 1)
+        grad_norm = per_token * optax.tree.norm(grads)
+        is_finite = jnp.isfinite(loss_sum) & jnp.isfinite(grad_norm)
+        good = is_finite & ~is_spike(state, grad_norm, settings.train.spike_factor)
+
+        clip = jnp.minimum(optim.clip_norm / grad_norm, 1) if optim.clip_norm else 1
+        scale = clip * per_token
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, scale=scale, good=good)
+        lr = lr_schedule(state.step)
+        if multipliers:
+            updates = jax.tree.map(lambda u, m: m * u, updates, multipliers)
+
+        def apply(param: jax.Array, update: jax.Array) -> jax.Array:
+            return jnp.where(good, (param - lr * update).astype(param.dtype), param)
+
+        params = jax.tree.map(apply, state.params, updates)
+        skips = update_skip_state(state.skip_state, grad_norm, good)
+        mean_loss = loss_sum / jnp.maximum(n_targets, 1)
+        counts = skips.n_skipped, skips.consecutive_skips
+        metrics = StepMetrics(loss_sum, n_targets, mean_loss, grad_norm, lr, *counts)
+        return TrainState(state.step + 1, params, opt_state, skips), metrics
+
+    in_state = state_shardings(make_abstract_state(spec, settings, mesh))
+    in_batch = jax.tree.map(lambda _: make_batch_sharding(mesh), Batch(*Batch._fields))
+    out = (in_state, make_replicated_sharding(mesh))
+    return jax.jit(step, in_shardings=(in_state, in_batch), out_shardings=out, donate_argnums=0)
+
+
+def make_gradient_function(
+    spec: ModelSpec, settings: Config, mesh: Mesh
+) -> Callable[[Params, Batch], tuple[Params, jax.Array]]:
+    """Return a function of (params, batch) -> (gradients of the summed loss, loss sum in nats)."""
+    train = settings.train
     dtype = jnp.dtype(train.compute_dtype)
-    # unrolled, a CPU overlaps what a loop's turns would do one after the other: 1.06 x on two cores (benchmarks/train_step.py)
+    # Unrolled, a CPU overlaps what a loop would run one after the other: 1.06 x on two cores
+    # (benchmarks/train_step.py).
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     unroll = min(max(spec.n_layers, 1), 16) if on_cpu else 1
     if train.remat == "offload" and on_cpu:
         raise UserError(
-            "train.remat: offload moves what dots keeps to the host's memory, and a CPU has no other. Use dots, minimal or full."
+            "train.remat: offload moves activations to the host's memory, and a CPU has no other. "
+            "Use dots, minimal or full."
         )
-    at_a_time = (
-        (loss.CPU_CHUNK_TOKENS if on_cpu else loss.ACCELERATOR_CHUNK_TOKENS)
-        * n_shards(mesh, "batch")
-        * n_shards(mesh, "position")
-    )
+    chunk_tokens = loss.CPU_CHUNK_TOKENS if on_cpu else loss.ACCELERATOR_CHUNK_TOKENS
+    chunk_tokens *= n_shards(mesh, "batch") * n_shards(mesh, "position")
     backend, _ = attention.choose_backend(spec, settings, mesh)
-    tx, lr_at = (
-        optimizer.make_optimizer(optim, spec, young),
-        optimizer.make_lr_schedule(optim, train.steps),
-    )
 
-    def loss_sums(params, batch: Batch):
+    def sum_losses(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         model = llama.bind_params(spec, params)
-        hidden = model(
-            batch.tokens, batch.segment_ids, batch.positions, dtype, train.remat, unroll, backend
-        )
-        return loss.cross_entropy(
-            hidden,
-            model.lm_head(dtype),
-            batch.targets,
-            batch.loss_mask,
-            train.z_loss_weight,
-            at_a_time,
-        )
+        inputs = batch.tokens, batch.segment_ids, batch.positions
+        hidden = model(*inputs, dtype, train.remat, unroll, backend)
+        head = model.lm_head(dtype)
+        targets = batch.targets, batch.loss_mask
+        return loss.cross_entropy(hidden, head, *targets, train.z_loss_weight, chunk_tokens)
 
-    def gradient_sums(params, batch: Batch):
-        """Gradients of the summed loss, and the summed nats."""
-        differentiate = jax.value_and_grad(loss_sums, has_aux=True)
-        if train.grad_accum_steps == 1:
-            (_, nats_sum), grads = differentiate(params, batch)
-            return grads, nats_sum
+    differentiate = jax.value_and_grad(sum_losses, has_aux=True)
 
-        def add(sums, micro):
-            (_, nats_sum), grads = differentiate(params, micro)
-            return jax.tree.map(jnp.add, sums, (grads, nats_sum)), None
+    def sum_gradients(params: Params, batch: Batch) -> tuple[Params, jax.Array]:
+        (_, loss_sum), grads = differentiate(params, batch)
+        return grads, loss_sum
 
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), params), jnp.float32(0)
-        return jax.lax.scan(add, zeros, split_micro_batches(batch, train.grad_accum_steps))[0]
+    def accumulate_gradients(params: Params, batch: Batch) -> tuple[Params, jax.Array]:
+        def add(sums: Any, micro_batch: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, sums, sum_gradients(params, micro_batch)), None
 
-    def step(state: TrainState, batch: Batch):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            grads, nats_sum = gradient_sums(state.params, batch)
-        weights_sum = jnp.sum(batch.loss_mask)
-        rates = optimizer.lr_multiplier_tree(optim, spec, young)
-        if rates:  # what is frozen has no part in the norm either
-            grads = jax.tree.map(lambda g, rate: jnp.where(rate > 0, g, 0), grads, rates)
-        per_token = 1 / jnp.maximum(weights_sum, 1)
-        grad_norm = per_token * optax.tree.norm(grads)
-        good = jnp.isfinite(nats_sum) & jnp.isfinite(grad_norm)
-        if train.spike_factor:
-            trusted = (state.step - state.skip_state["n_skipped"] >= SPIKE_WARMUP) & (
-                state.skip_state["norm_mean"] > 0
-            )  # 0: just grown
-            good &= ~trusted | (grad_norm <= train.spike_factor * state.skip_state["norm_mean"])
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), params)
+        micro_batches = split_micro_batches(batch, train.grad_accum_steps)
+        sums, _ = jax.lax.scan(add, (zeros, jnp.float32(0)), micro_batches)
+        return sums
 
-        clip = jnp.minimum(optim.clip_norm / grad_norm, 1) if optim.clip_norm else 1
-        directions, opt = tx.update(
-            grads, state.opt_state, state.params, scale=clip * per_token, good=good
-        )
-        lr = lr_at(state.step)
-        if rates:
-            directions = jax.tree.map(lambda d, rate: rate * d, directions, rates)
-        params = jax.tree.map(
-            lambda p, d: jnp.where(good, (p - lr * d).astype(p.dtype), p), state.params, directions
-        )
-        guard = {
-            "norm_mean": jnp.where(
-                good,
-                update_running_mean(state.skip_state["norm_mean"], grad_norm),
-                state.skip_state["norm_mean"],
-            ),
-            "n_skipped": state.skip_state["n_skipped"] + ~good,
-            "n_in_a_row": jnp.where(good, 0, state.skip_state["n_in_a_row"] + 1),
-        }
-        metrics = {
-            "nats_sum": nats_sum, "weights_sum": weights_sum, "loss": nats_sum / jnp.maximum(weights_sum, 1),
-            "grad_norm": grad_norm, "lr": lr, "n_skipped": guard["n_skipped"], "n_in_a_row": guard["n_in_a_row"],
-        }  # fmt: skip
-        return TrainState(state.step + 1, params, opt, guard), metrics
+    return sum_gradients if train.grad_accum_steps == 1 else accumulate_gradients
 
-    goal = state_shardings(make_abstract_state(spec, settings, mesh))
-    rows = jax.tree.map(lambda _: make_batch_sharding(mesh), Batch(*Batch._fields))
-    return jax.jit(
-        step,
-        in_shardings=(goal, rows),
-        out_shardings=(goal, make_replicated_sharding(mesh)),
-        donate_argnums=0,
+
+def is_spike(state: TrainState, grad_norm: jax.Array, spike_factor: float) -> Any:
+    """Return whether the gradient norm is far above its running mean. A factor of 0: never."""
+    if not spike_factor:
+        return jnp.bool_(False)
+    mean = state.skip_state.norm_mean
+    n_updates = state.step - state.skip_state.n_skipped
+    trusted = (n_updates >= SPIKE_WARMUP) & (mean > 0)  # 0: just grown
+    return trusted & ~(grad_norm <= spike_factor * mean)
+
+
+def update_skip_state(skips: SkipState, grad_norm: jax.Array, good: jax.Array) -> SkipState:
+    """Return the skip state after a step."""
+    mean = update_running_mean(skips.norm_mean, grad_norm)
+    return SkipState(
+        norm_mean=jnp.where(good, mean, skips.norm_mean),
+        n_skipped=skips.n_skipped + ~good,
+        consecutive_skips=jnp.where(good, 0, skips.consecutive_skips + 1),
     )
 
 
-def compile_step(
-    spec: ModelSpec, settings: Config, mesh, young: optimizer.NewParams = optimizer.NewParams()
-):
-    """`build`'s step, compiled for a run's state and batches before either is there."""
-    return (
-        build_step(spec, settings, mesh, young)
-        .lower(make_abstract_state(spec, settings, mesh), make_abstract_batch(settings, mesh))
-        .compile()
-    )
-
-
-def run_warmup_step(run, now: TrainState, settings: Config, mesh) -> TrainState:
-    """One step `run` on a made-up batch of full shape, so that memory is asked for before any data is read. Returns the state as it was.
-
-    The batch's weights are NaN: the guard skips the update, which leaves parameters and moments as they are, bit by bit.
-    """
-    like = make_abstract_batch(settings, mesh)
-
-    def make():
-        B, T = like.tokens.shape
-        each = lambda row, dtype: jnp.broadcast_to(jnp.asarray(row, dtype), (B, T))  # noqa: E731
-        return Batch(
-            each(0, "int32"),
-            each(0, "int32"),
-            each(1, "int32"),
-            each(jnp.arange(T), "int32"),
-            each(jnp.nan, "float32"),
-        )
-
-    batch = jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))()
-    step, guard = jax.tree.map(jnp.copy, (now.step, now.skip_state))  # the others are donated
-    after, _ = run(now, batch)
-    return jax.block_until_ready(TrainState(step, after.params, after.opt, guard))
-
-
-def split_micro_batches(batch: Batch, k: int) -> Batch:
-    """[B, T] -> [k, B/k, T], micro-batch j holding rows j, j + k, ...: each device keeps the rows it has."""
-
-    def cut(x):
-        B, T = x.shape
-        return with_logical_constraint(
-            jnp.moveaxis(x.reshape(B // k, k, T), 1, 0), None, "batch", "position"
-        )
-
-    return jax.tree.map(cut, batch)
-
-
-def update_running_mean(mean, value):
-    """Over about 100 updates; starts at the first value."""
+def update_running_mean(mean: jax.Array, value: jax.Array) -> jax.Array:
+    """Return the mean over about the last 100 updates. It starts at the first value."""
     return jnp.where(mean == 0, value, 0.99 * mean + 0.01 * value)
 
 
-def make_abstract_batch(settings: Config, mesh) -> Batch:
-    """A batch as ShapeDtypeStructs with shardings, for compiling without data."""
+def compile_step(
+    spec: ModelSpec,
+    settings: Config,
+    mesh: Mesh,
+    new_params: NewParams = NewParams(),
+) -> Any:
+    """Return `build_step`'s step, compiled before the state or any batch exists."""
+    step = build_step(spec, settings, mesh, new_params)
+    state = make_abstract_state(spec, settings, mesh)
+    batch = make_abstract_batch(settings, mesh)
+    return step.lower(state, batch).compile()
+
+
+def run_warmup_step(step: Any, state: TrainState, settings: Config, mesh: Mesh) -> TrainState:
+    """Run one step on a made-up batch of full shape, so that out-of-memory comes before data.
+
+    The batch's loss mask is NaN, so the update is skipped: parameters and moments keep their bits.
+
+    Args:
+        step: the compiled step.
+        state: donated.
+        settings: the recipe.
+        mesh: the devices.
+
+    Returns:
+        The state as it was.
+    """
+    abstract = make_abstract_batch(settings, mesh)
+    shape = abstract.tokens.shape
+
+    def make_batch() -> Batch:
+        zeros = jnp.zeros(shape, jnp.int32)
+        positions = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+        mask = jnp.full(shape, jnp.nan, jnp.float32)
+        return Batch(zeros, zeros, jnp.ones(shape, jnp.int32), positions, mask)
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    batch = jax.jit(make_batch, out_shardings=shardings)()
+    kept = jax.tree.map(jnp.copy, (state.step, state.skip_state))  # the rest is donated
+    after, _ = step(state, batch)
+    return jax.block_until_ready(after._replace(step=kept[0], skip_state=kept[1]))
+
+
+def split_micro_batches(batch: Batch, k: int) -> Batch:
+    """Return [B, T] as [k, B/k, T]. Each device keeps the sequences that it has.
+
+    Micro-batch j holds sequences j, j + k, ...
+    """
+
+    def split(x: jax.Array) -> jax.Array:
+        B, T = x.shape
+        x = jnp.moveaxis(x.reshape(B // k, k, T), 1, 0)
+        return with_logical_constraint(x, None, "batch", "position")
+
+    return jax.tree.map(split, batch)
+
+
+def make_abstract_batch(settings: Config, mesh: Mesh) -> Batch:
+    """Return a batch as ShapeDtypeStructs with shardings, for compiling without data."""
     shape = (settings.train.batch_size, settings.pack.seq_len)
-    int32, float32 = (
-        jax.ShapeDtypeStruct(shape, dtype, sharding=make_batch_sharding(mesh))
-        for dtype in (jnp.int32, jnp.float32)
-    )
-    return Batch(tokens=int32, targets=int32, segment_ids=int32, positions=int32, loss_mask=float32)
+    sharding = make_batch_sharding(mesh)
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+    mask = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+    return Batch(ids, ids, ids, ids, mask)

@@ -1,4 +1,4 @@
-"""A newborn held against its parent: what growth did, in numbers; and the stage that writes a newborn as a run at step 0."""
+"""Compare a grown model with its parent, and write a model as a run directory at step 0."""
 
 from __future__ import annotations
 
@@ -20,18 +20,32 @@ from jaxpt.data.mixture import MixtureSchedule
 from jaxpt.model import llama
 from jaxpt.sharding import make_batch_sharding, make_mesh, n_shards
 from jaxpt.spec import Batch, ModelSpec, UserError
-from jaxpt.stage import local_path, write_atomic
-from jaxpt.stage import run_stage as run_stage
-from jaxpt.train import gate, optimizer, state, step
+from jaxpt.stage import local_path, run_stage, write_json_atomic
+from jaxpt.train import gate, state, step
 from jaxpt.train.gate import HeldoutData
+from jaxpt.train.optimizer import NewParams
+from jaxpt.train.records import CheckpointRecord
 from jaxpt.weights import checkpoint, growth, hub, huggingface, initialize, measure
 from jaxpt.weights.initialize import LoadedModel
+from jaxpt.weights.records_growth import (
+    GrowthReport,
+    LayerRecord,
+    ProbeRecord,
+)
 
 log = logging.getLogger(__name__)
 
-N_MEASURED_SEQUENCES = 64  # of each source: what operators measure on, and the report's statistics
-# Sums in another order: a widened model adds each product in halves. Share of the largest logit, in float32.
+N_MEASURED_SEQUENCES = 64  # per source: what operators measure on, and the report's statistics
+# sums in another order: a widened model adds each product in halves. Fraction of the largest
+# logit, in float32
 ROUNDING_TOLERANCE = 1e-5
+
+ReadBatches = Callable[[], Iterable[Batch]]
+
+
+def unknown_flops(spec: ModelSpec) -> float | None:
+    """Return None: FLOPs per token are not known."""
+    return None
 
 
 def verify_growth(
@@ -39,191 +53,221 @@ def verify_growth(
     child: LoadedModel,
     operators: Sequence[str],
     growths: Sequence[growth.Growth],
-    mesh,
+    mesh: jax.sharding.Mesh,
     *,
     heldout: HeldoutData | None,
-    rows: Callable[[], Iterable[Batch]] | None,
-    flops_per_token: Callable[[ModelSpec], float | None] = lambda spec: None,
+    batches: ReadBatches | None,
+    flops_per_token: Callable[[ModelSpec], float | None] = unknown_flops,
     at_step: int | None = None,
     moments: str | None = None,
-) -> dict[str, Any]:
-    """growth.json: what became of what, sizes, held-out loss of parent and newborn on the same rows, what the layers do, and
-    what an operator that promises to keep the function did to the logits.
+) -> GrowthReport:
+    """Return the growth report: layer map, sizes, held-out losses, layer statistics, verdict.
 
-    Raises UserError when such a promise is broken.
+    Args:
+        parent: before growth.
+        child: after growth.
+        operators: as text.
+        growths: what they did.
+        mesh: the devices.
+        heldout: to measure losses on, if there is any.
+        batches: training batches for layer statistics, if there are any.
+        flops_per_token: of a model.
+        at_step: of the run, if it grew during training.
+        moments: policy for the optimizer's moments.
+
+    Raises:
+        UserError: an operator that promises to preserve the function did not.
     """
     layer_map: list[int | None] = list(range(parent.spec.n_layers))
-    for grew in growths:
-        layer_map = [None if layer is None else layer_map[layer] for layer in grew.layer_map]
+    for grown in growths:
+        layer_map = [None if i is None else layer_map[i] for i in grown.layer_map]
     new_layers = growth.find_new_params_through(growths).get("layers", np.zeros(0))
-    exact = all(grew.preserves_function for grew in growths)
-    difference = None
-    if exact:
-        difference, largest = measure_logit_difference(parent, child, mesh)
-        if not difference <= (
-            ROUNDING_TOLERANCE * largest if any(grew.changes_width for grew in growths) else 0
-        ):
-            raise UserError(
-                f"growth {', '.join(operators)}: promises to keep the function, but logits of up to {largest:.3g} differ by {difference:.3g}. "
-                "This is a defect of the operator; please report it, and take another one."
-            )
-    same_words = (
-        parent.tokenizer == child.tokenizer
-    )  # else the rows are not the parent's own, or not the child's
-    losses = None
-    if heldout and same_words:
+    preserves = all(grown.preserves_function for grown in growths)
+    difference = check_logits(parent, child, operators, growths, mesh) if preserves else None
+    # else the data is not the parent's, or not the child's
+    same_tokens = parent.tokenizer == child.tokenizer
+    models = {"parent": parent, "child": child}
+    losses = layers = similarity = None
+    if heldout and same_tokens:
         losses = {
-            "parent": heldout.measure_losses(parent.spec, parent.params),
-            "newborn": heldout.measure_losses(child.spec, child.params),
+            name: heldout.measure_losses(model.spec, model.params) for name, model in models.items()
         }
-    layers = twins = None
-    if rows and same_words:
+    if batches and same_tokens:
         layers = {
-            who: measure_model_statistics(model, rows())
-            for who, model in (("parent", parent), ("newborn", child))
+            name: measure_model_statistics(model, batches()) for name, model in models.items()
         }
-        twins = measure.measure_copy_similarity(child.spec, child.params, layer_map, rows())
-    flops = {
-        who: flops_per_token(model.spec) for who, model in (("parent", parent), ("child", child))
-    }
-    found = {
-        "parent": str(parent.source) if parent.source else "random weights",
-        "operators": list(operators),
-        "at_step": at_step,
-        "layer_map": layer_map,
-        "new_layers": [int(layer) for layer in new_layers.nonzero()[0]],
-        "n_params": {
-            "parent": llama.count_params(parent.spec),
-            "child": llama.count_params(child.spec),
-        },
-        "flops_per_token": flops if all(flops.values()) else None,
-        "spec": {"parent": parent.spec.to_json(), "child": child.spec.to_json()},
-        "heldout_loss": losses,
-        "heldout_rows": heldout.settings.train.eval_sequences if losses else None,
-        "preserves_function": exact,
-        "max_logit_difference": difference,
-        "layers": layers,
-        "twins": twins,
-        "probe": None,
-        "measured": {name: value for grew in growths for name, value in grew.measured.items()},
-        "moments": moments,
-    }
-    found["verdict"] = judge_growth(found, heldout.rows.unigram_nats if losses else {})
-    return found
-
-
-def measure_model_statistics(model: LoadedModel, rows: Iterable[Batch]) -> list[dict[str, float]]:
-    found = measure.measure_layers(model.spec, model.params, rows)
-    return [
-        {"rms": float(rms), "influence": float(influence)}
-        for rms, influence in zip(found.rms, found.influence, strict=True)
-    ]
-
-
-def judge_growth(found: dict[str, Any], unigram_nats: dict[str, float]) -> str:
-    """One sentence: is the newborn healthy?"""
-    losses, probe = found["heldout_loss"], found["probe"]
-    after = ""
-    if probe:
-        told = ", ".join(
-            f"{name} {loss:.2f} (parent {probe['parent'][name]:.2f})"
-            for name, loss in probe["newborn"].items()
+        similarity = tuple(
+            measure.measure_copy_similarity(child.spec, child.params, layer_map, batches())
         )
-        after = f"; after {probe['steps']} steps of both: {told}"
-    if found["preserves_function"]:
-        return f"healthy: it computes the parent's function (largest difference of a logit: {found['max_logit_difference']:.2g}){after}"
+    flops: dict[str, float] = {}
+    measured: dict[str, Any] = {}
+    for name, model in models.items():
+        flops |= {name: flops_per_token(model.spec) or 0.0}
+    for grown in growths:
+        measured |= grown.measured
+    report = GrowthReport(
+        parent=str(parent.source) if parent.source else "random weights",
+        operators=tuple(operators),
+        at_step=at_step,
+        layer_map=tuple(layer_map),
+        new_layers=tuple(int(layer) for layer in new_layers.nonzero()[0]),
+        n_params={name: llama.count_params(model.spec) for name, model in models.items()},
+        flops_per_token=flops if all(flops.values()) else None,
+        spec={name: model.spec for name, model in models.items()},
+        heldout_loss=losses,
+        heldout_sequences=heldout.settings.train.eval_sequences if heldout and losses else None,
+        preserves_function=preserves,
+        max_logit_difference=difference,
+        layers=layers,
+        copy_similarity=similarity,
+        measured=measured,
+        moments=moments,
+    )
+    unigram = heldout.dataset.unigram_nats if heldout and losses else {}
+    return dataclasses.replace(report, verdict=judge_growth(report, unigram))
+
+
+def check_logits(
+    parent: LoadedModel,
+    child: LoadedModel,
+    operators: Sequence[str],
+    growths: Sequence[growth.Growth],
+    mesh: jax.sharding.Mesh,
+) -> float:
+    """Return the largest difference of a logit. Raise UserError if it is more than rounding."""
+    difference, largest = measure_logit_difference(parent, child, mesh)
+    changes_width = any(grown.changes_width for grown in growths)
+    allowed = ROUNDING_TOLERANCE * largest if changes_width else 0
+    if not difference <= allowed:
+        raise UserError(
+            f"growth {', '.join(operators)}: promises to preserve the function, but logits of up "
+            f"to {largest:.3g} differ by {difference:.3g}. This is a bug of the operator; please "
+            "report it, and use another one."
+        )
+    return difference
+
+
+def measure_model_statistics(
+    model: LoadedModel, batches: Iterable[Batch]
+) -> tuple[LayerRecord, ...]:
+    """Return the statistics of every layer."""
+    found = measure.measure_layers(model.spec, model.params, batches)
+    pairs = zip(found.rms, found.influence, strict=True)
+    return tuple(LayerRecord(float(rms), float(influence)) for rms, influence in pairs)
+
+
+def judge_growth(report: GrowthReport, unigram_nats: dict[str, float]) -> str:
+    """Return one sentence: is the grown model healthy?"""
+    losses, after = report.heldout_loss, ""
+    if report.probe:
+        probe = report.probe
+        parts = []
+        for name, loss in probe.child.items():
+            parts.append(f"{name} {loss:.2f} (parent {probe.parent[name]:.2f})")
+        after = f"; after {probe.n_steps} steps of both: {', '.join(parts)}"
+    if report.preserves_function:
+        difference = report.max_logit_difference
+        return (
+            "healthy: it computes the parent's function (largest difference of a logit: "
+            f"{difference:.2g}){after}"
+        )
     if not losses:
-        return "not measured: there are no held-out rows that parent and newborn both read"
-    changes = {name: losses["newborn"][name] - loss for name, loss in losses["parent"].items()}
-    told = ", ".join(
-        f"{name} {losses['parent'][name]:.2f} -> {losses['newborn'][name]:.2f}" for name in changes
+        return "not measured: there is no held-out data that both models read"
+    before, now = losses["parent"], losses["child"]
+    changes = ", ".join(f"{name} {before[name]:.2f} -> {now[name]:.2f}" for name in before)
+    guessing = math.log(report.spec["child"].vocab_size)
+    if not all(now[name] <= guessing for name in before):
+        return (
+            f"not healthy: worse than guessing (held-out nats per token: {changes}; guessing: "
+            f"{guessing:.2f}){after}"
+        )
+    if beats_unigram(before, unigram_nats) and not beats_unigram(now, unigram_nats):
+        return (
+            f"not healthy: no better than a unigram model (held-out nats per token: {changes}); "
+            f"training has to start over{after}"
+        )
+    rise = max(now[name] - before[name] for name in before)
+    return (
+        f"healthy: it starts {rise:+.2f} nats per token from its parent (held-out: {changes}); "
+        f"training has to recover that{after}"
     )
-    guessing = math.log(found["spec"]["child"]["vocab_size"])
-    if not all(losses["newborn"][name] <= guessing for name in changes):
-        return f"not healthy: worse than guessing (held-out nats a token: {told}; guessing: {guessing:.2f}){after}"
-    knows = {
-        who: any(loss < unigram_nats.get(name, 0) for name, loss in losses[who].items())
-        for who in losses
-    }
-    if knows["parent"] and not knows["newborn"]:
-        return f"not healthy: it knows no more than how often each token occurs (held-out nats a token: {told}); training has to begin again{after}"
-    return f"healthy: it starts {max(changes.values()):+.2f} nats a token from its parent (held-out: {told}); training has to win that back{after}"
 
 
-def measure_logit_difference(parent: LoadedModel, child: LoadedModel, mesh) -> tuple[float, float]:
-    """(largest difference, largest size) of logits over one row of token ids spread over the vocabulary."""
+def beats_unigram(losses: dict[str, float], unigram_nats: dict[str, float]) -> bool:
+    """Return whether a model is better than a unigram model on some source."""
+    return any(loss < unigram_nats.get(name, 0) for name, loss in losses.items())
+
+
+def measure_logit_difference(
+    parent: LoadedModel, child: LoadedModel, mesh: jax.sharding.Mesh
+) -> tuple[float, float]:
+    """Return (largest difference, largest size) of logits over one sequence of spread token ids."""
     tokens = gate.make_test_tokens(parent.spec, 128)
-    before, after = (
-        gate.compute_logits(model.spec, model.params, tokens, mesh) for model in (parent, child)
-    )
+    before = gate.compute_logits(parent.spec, parent.params, tokens, mesh)
+    after = gate.compute_logits(child.spec, child.params, tokens, mesh)
     return float(np.max(np.abs(before - after))), float(np.max(np.abs(before)))
 
 
 def make_measuring_batches(
-    settings: Config, packed: list[pathlib.Path], mesh
+    config: Config, packed: Sequence[str | pathlib.Path], mesh: jax.sharding.Mesh
 ) -> Callable[[], Iterator[Batch]]:
-    """Training rows for operators that measure and for the report: the same ones each time it is called."""
+    """Return a function that reads training batches to measure on: the same at every call."""
 
-    def rows() -> Iterator[Batch]:
-        opened = loader.open_packed(packed)
-        pieces = n_shards(mesh, "batch")
-        batch_rows = -(-min(settings.train.batch_size, 32) // pieces) * pieces
-        for name in opened.names:
+    def read_batches() -> Iterator[Batch]:
+        dataset = loader.open_packed(packed)
+        shards = n_shards(mesh, "batch")
+        batch_size = -(-min(config.train.batch_size, 32) // shards) * shards
+        for name in dataset.names:
             yield from loader.iterate_heldout_batches(
-                opened,
+                dataset,
                 name,
                 make_batch_sharding(mesh),
-                batch_rows,
+                batch_size,
                 N_MEASURED_SEQUENCES,
-                settings.mixture.document_mask,
+                config.mixture.document_mask,
             )
 
-    return rows
+    return read_batches
 
 
 def run_probe(
     model: LoadedModel,
-    settings: Config,
-    packed: list[pathlib.Path],
+    config: Config,
+    packed: Sequence[str | pathlib.Path],
     heldout: HeldoutData,
-    mesh,
+    mesh: jax.sharding.Mesh,
     n_steps: int,
 ) -> dict[str, float]:
-    """Held-out losses after n_steps of training from fresh moments at the recipe's peak rate: what the loss at birth does not tell (2604.04281)."""
-    asked = dataclasses.replace(
-        settings,
-        train=dataclasses.replace(settings.train, steps=n_steps, grow=()),
-        optim=dataclasses.replace(
-            settings.optim, schedule="constant", warmup_steps=n_steps // 4, lr_multipliers=()
-        ),
+    """Return held-out losses after a short training with fresh moments at the peak rate.
+
+    It shows what the initial loss does not (2604.04281).
+    """
+    train = dataclasses.replace(config.train, steps=n_steps, grow=())
+    optim = dataclasses.replace(
+        config.optim, schedule="constant", warmup_steps=n_steps // 4, lr_multipliers=()
     )
-    rows = loader.open_packed(packed)
-    mixture = MixtureSchedule(asked.mixture, rows.n_rows, asked.train.batch_size)
-    batches = loader.iterate_batches(
-        rows,
-        mixture,
-        make_batch_sharding(mesh),
-        asked.train.batch_size,
-        0,
-        asked.mixture.document_mask,
-    )
-    now = state.init_state(
-        jax.tree.map(jnp.copy, model.params), model.spec, asked, mesh
-    )  # the step takes its state over
-    train_step = step.build_step(model.spec, asked, mesh)
+    probe = dataclasses.replace(config, train=train, optim=optim)
+    dataset = loader.open_packed(packed)
+    schedule = MixtureSchedule(probe.mixture, dataset.n_rows, train.batch_size)
+    place, mask = make_batch_sharding(mesh), probe.mixture.document_mask
+    batches = loader.iterate_batches(dataset, schedule, place, train.batch_size, 0, mask)
+    params = jax.tree.map(jnp.copy, model.params)  # the step takes its state over
+    now = state.init_state(params, model.spec, probe, mesh)
+    train_step = step.build_step(model.spec, probe, mesh)
     for _ in range(n_steps):
         now, _ = train_step(now, next(batches))
     return heldout.measure_losses(model.spec, now.params)
 
 
-def write_growth(found: dict[str, Any], run: pathlib.Path) -> None:
-    log.info(f"growth: {found['verdict']}")
+def write_growth(report: GrowthReport, run: pathlib.Path) -> None:
+    """Log the verdict and write growth.json."""
+    log.info(f"growth: {report.verdict}")
     if jax.process_index() == 0:
-        write_atomic(run / "growth.json", json.dumps(found, indent=1) + "\n")
+        write_json_atomic(run / "growth.json", report)
 
 
 def initialize_run(
-    settings: Config,
+    config: Config,
     out: pathlib.Path,
     *,
     probe_steps: int = 0,
@@ -231,115 +275,129 @@ def initialize_run(
     flops_per_token: Callable[[ModelSpec, int], float] = lambda spec, seq_len: 0.0,
     replace: bool = False,
 ) -> None:
-    """The stage of initialize.py: a run directory at step 0, born and grown as config.initialize says; with its growth.json
-    when it grew, measured on the rows of its parent's run where that has some.
+    """Write a run directory at step 0, initialized and grown as config.initialize says.
 
-    probe_steps  training steps that parent and newborn each take, to compare what comes of them; 0 takes none
-    check        compare an imported model's logits with transformers'
+    Args:
+        config: the recipe.
+        out: the directory.
+        probe_steps: training steps of parent and grown model, to compare them; 0: none.
+        check: compare an imported model's logits with transformers'.
+        flops_per_token: of a model at a sequence length.
+        replace: overwrite what `out` holds.
     """
-    source = (
-        None
-        if settings.initialize.source == "random"
-        else hub.download_model(settings.initialize.source)
-    )
-    settings, packed = open_measuring_data(settings, source)
+    source = None
+    if config.initialize.source != "random":
+        source = hub.download_model(config.initialize.source)
+    config, packed = find_measuring_data(config, source)
+    is_import = source is not None and checkpoint.find_checkpoint(source) is None
+    if check and not is_import:
+        raise UserError(
+            "--check: compares an imported model with transformers; expected a Hugging Face "
+            f"directory, got {config.initialize.source}."
+        )
 
     def work(run: pathlib.Path) -> dict[str, Any]:
-        mesh = make_mesh(settings.mesh)
-        heldout = HeldoutData(settings, packed, mesh) if packed else None
-        rows = make_measuring_batches(settings, packed, mesh) if packed else None
-        birth = initialize.init_model(
-            settings, mesh, heldout.rows.vocab_size if heldout else None, rows
-        )
-        model = birth.model
-        if source and checkpoint.find_checkpoint(source) is None:
-            imported = birth.parent or model
-            own = (
-                imported.tokenizer_dir
-                and tokenizer.load_tokenizer(imported.tokenizer_dir).vocab_size
+        mesh = make_mesh(config.mesh)
+        heldout = HeldoutData(config, [str(path) for path in packed], mesh) if packed else None
+        batches = make_measuring_batches(config, packed, mesh) if packed else None
+        vocab_size = heldout.dataset.vocab_size if heldout else None
+        init = initialize.init_model(config, mesh, vocab_size, batches)
+        if source and is_import:
+            check_import(source, init.parent or init.model, heldout, mesh, check)
+        if init.parent:
+            report = verify_growth(
+                init.parent,
+                init.model,
+                config.initialize.grow,
+                init.growths,
+                mesh,
+                heldout=heldout,
+                batches=batches,
+                flops_per_token=lambda spec: flops_per_token(spec, config.pack.seq_len),
             )
-            gate.log_import_check(
-                imported.spec, imported.params, heldout, heldout.rows.vocab_size if heldout else own
-            )
-            if check:
-                gate.check_import_against_transformers(
-                    source, imported.spec, imported.params, heldout, mesh
-                )
-        if birth.parent:
-            found = verify_growth(
-                birth.parent, model, settings.initialize.grow, birth.growths, mesh, heldout=heldout, rows=rows,
-                flops_per_token=lambda spec: flops_per_token(spec, settings.pack.seq_len),
-            )  # fmt: skip
-            if probe_steps and found["heldout_loss"]:
-                taken = {
-                    who: run_probe(each, settings, packed, heldout, mesh, probe_steps)
-                    for who, each in (("parent", birth.parent), ("newborn", model))
-                }
-                found["probe"] = {"steps": probe_steps, **taken}
-                found["verdict"] = judge_growth(found, heldout.rows.unigram_nats)
-            write_growth(found, run)
-        model.spec.save(run / "spec.json")
-        if model.tokenizer_dir:
-            huggingface.copy_tokenizer(model.tokenizer_dir, run / "tokenizer")
-        else:
-            log.info(
-                "no tokenizer: the source has none, so neither this run nor its export carries one"
-            )
-        known = (
-            ("optimizer", "lr") if birth.growths else ("optimizer", "lr", "heldout")
-        )  # a grown model's loss is another
-        kept = {name: model.record[name] for name in known if name in model.record}
-        counts = {
-            "rows": 0,
-            "young": optimizer.NewParams(growth.find_new_params_through(birth.growths)).to_json(),
-            **kept,
-        }
-        checkpoint.save_checkpoint(
-            run,
-            0,
-            model.params,
-            {"step": jnp.int32(0)},
-            model.spec,
-            counts=counts,
-            tokenizer=model.tokenizer,
-        )
+            if probe_steps and heldout and report.heldout_loss:
+                before = run_probe(init.parent, config, packed, heldout, mesh, probe_steps)
+                after = run_probe(init.model, config, packed, heldout, mesh, probe_steps)
+                probe = ProbeRecord(probe_steps, before, after)
+                report = dataclasses.replace(report, probe=probe)
+                verdict = judge_growth(report, heldout.dataset.unigram_nats)
+                report = dataclasses.replace(report, verdict=verdict)
+            write_growth(report, run)
+        save_initial_model(run, init)
+        model = init.model
         return {"n_params": llama.count_params(model.spec), "tokenizer": model.tokenizer}
 
-    if check and (source is None or checkpoint.find_checkpoint(source) is not None):
-        raise UserError(
-            f"--check: compares an imported model with transformers; {settings.initialize.source} is no Hugging Face directory."
-        )
     inputs = {"initialize": initialize.resolve_source(source)} if source else {}
     inputs |= {f"packed {path}": path for path in packed}
-    asked = {"initialize": dataclasses.asdict(settings.initialize), "probe_steps": probe_steps}
-    asked |= {} if source else {"model": dataclasses.asdict(settings.model)}
-    run_stage(
-        "initialize",
-        out,
-        work,
-        config=asked,
-        inputs=inputs,
-        seed=settings.initialize.seed,
-        replace=replace,
-    )
+    section = dataclasses.asdict(config.initialize)
+    request: dict[str, Any] = {"initialize": section, "probe_steps": probe_steps}
+    if not source:
+        request["model"] = dataclasses.asdict(config.model)
+    seed = config.initialize.seed
+    run_stage("initialize", out, work, config=request, inputs=inputs, seed=seed, replace=replace)
     log.info(f"initialize: {out} is ready; train it with --config.initialize.source={out}")
 
 
-def open_measuring_data(
-    settings: Config, source: pathlib.Path | None
+def check_import(
+    source: pathlib.Path,
+    model: LoadedModel,
+    heldout: HeldoutData | None,
+    mesh: jax.sharding.Mesh,
+    check: bool,
+) -> None:
+    """Log the checks of an imported model; with check, compare it with transformers."""
+    vocab_size = None
+    if heldout:
+        vocab_size = heldout.dataset.vocab_size
+    elif model.tokenizer_dir:
+        vocab_size = tokenizer.load_tokenizer(model.tokenizer_dir).vocab_size
+    gate.log_import_check(model.spec, model.params, heldout, vocab_size)
+    if check:
+        gate.check_import_against_transformers(source, model.spec, model.params, heldout, mesh)
+
+
+def save_initial_model(run: pathlib.Path, init: initialize.InitResult) -> None:
+    """Write spec, tokenizer and checkpoint 0."""
+    model = init.model
+    model.spec.save(run / "spec.json")
+    if model.tokenizer_dir:
+        huggingface.copy_tokenizer(model.tokenizer_dir, run / "tokenizer")
+    else:
+        log.warning("the source has no tokenizer, so this run and its export have none")
+    new_params = NewParams(growth.find_new_params_through(init.growths)).to_record()
+    counts = CheckpointRecord(step=0, new_params=new_params).to_json()
+    # a grown model has another loss
+    known = ("optimizer", "lr") if init.growths else ("optimizer", "lr", "heldout")
+    counts |= {name: model.record[name] for name in known if name in model.record}
+    train_state = {"step": jnp.int32(0)}
+    checkpoint.save_checkpoint(
+        run,
+        0,
+        model.params,
+        train_state,
+        model.spec,
+        counts=counts,
+        tokenizer=model.tokenizer,
+    )
+
+
+def find_measuring_data(
+    config: Config, source: pathlib.Path | None
 ) -> tuple[Config, list[pathlib.Path]]:
-    """(settings, packed rows) to measure a newborn with: the config's, where it names rows, else as the source's run measures itself."""
-    if settings.mixture.packed_paths:
-        return settings, [local_path(path) for path in settings.mixture.packed_paths]
-    if source and (source / "config.json").is_file() and (source / "checkpoints").is_dir():
-        theirs = build_config(json.loads((source / "config.json").read_text()))
-        found = [local_path(path) for path in theirs.mixture.packed_paths] or [source / "packed"]
-        if all((path / "manifest.json").is_file() for path in found):
-            return dataclasses.replace(
-                settings,
-                mixture=theirs.mixture,
-                train=theirs.train,
-                optim=theirs.optim,
-                pack=theirs.pack,
-            ), found
-    return settings, []
+    """Return (config, packed data) to measure a model on.
+
+    That is the config's data if it names some, else what the source's run measures itself on.
+    """
+    if config.mixture.packed_paths:
+        return config, [local_path(path) for path in config.mixture.packed_paths]
+    is_run = source is not None and (source / "checkpoints").is_dir()
+    if not source or not is_run or not (source / "config.json").is_file():
+        return config, []
+    theirs = build_config(json.loads((source / "config.json").read_text()))
+    packed = [local_path(path) for path in theirs.mixture.packed_paths] or [source / "packed"]
+    if not all((path / "manifest.json").is_file() for path in packed):
+        return config, []
+    measured_as = dataclasses.replace(
+        config, mixture=theirs.mixture, train=theirs.train, optim=theirs.optim, pack=theirs.pack
+    )
+    return measured_as, packed

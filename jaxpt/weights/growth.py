@@ -1,9 +1,10 @@
-"""Growth: an operator says where each layer, head, neuron and channel of the child comes from; one function makes it so.
+"""Grow a model: an operator says which parent layer, head or channel each of the child's copies.
 
-An operator is written as text, 'depth_upscale(m=4)', so that it fits a command line, a config and a manifest. Its answer is
-a `Growth`: for each logical axis that changes, the parent's index of every index of the child. Weights and Adam's moments
-are then the same gathers, run under jit onto the child's shardings, layer by layer where a width changes: no device ever
-holds more than one layer's matrix whole.
+An operator is written as text, 'depth_upscale(m=4)', so that it fits a command line, a config and a
+manifest. It returns a `Growth`: for each logical axis that changes, the parent's index of every
+index of the child. Weights and Adam's moments are then the same gathers, jitted onto the child's
+shardings, layer by layer where a width changes: no device ever holds more than one whole layer's
+matrix.
 """
 
 from __future__ import annotations
@@ -13,50 +14,68 @@ import difflib
 import inspect
 import pathlib
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxpt.data import tokenizer
 from jaxpt.model import llama
+from jaxpt.model.llama import ParamSpec
 from jaxpt.sharding import with_logical_constraint
 from jaxpt.spec import Batch, ModelSpec, UserError
 from jaxpt.weights import measure, predict, vocabulary
+from jaxpt.weights.measure import Params
+from jaxpt.weights.records_growth import Measured
 
-NO_SOURCE = -1  # the source of what has no source: a layer born at random, or predicted
+AxisSources = dict[str, np.ndarray]  # logical axis -> the parent's index of each of the child's
+AxisScales = dict[str, np.ndarray]  # logical axis -> factor of each of the child's indices
+AxisFlags = dict[str, np.ndarray]  # logical axis -> True where the child's index is new
+Path = tuple[Any, ...]
+
+NO_SOURCE = -1  # in AxisSources: randomly initialized, or predicted
 
 
 class Parent(NamedTuple):
-    """What an operator may look at. Most look at the spec alone; without parameters those that measure answer with the sizes only."""
+    """What an operator may look at. Most look at the spec alone.
+
+    Without parameters, operators that measure return a Growth that has the right sizes only.
+    """
 
     spec: ModelSpec
-    params: dict[str, Any] | None = None
-    batches: Callable[[], Iterable[Batch]] | None = (
-        None  # training rows for the operators that measure
-    )
+    params: Params | None = None
+    batches: Callable[[], Iterable[Batch]] | None = None  # training data, for those that measure
     tokenizer_dir: pathlib.Path | None = None
 
 
 class Growth(NamedTuple):
     """What an operator makes of a parent.
 
-    sources   {logical axis: the parent's index of each of the child's}, for the axes that change; NONE where there is no
-              source. [n], or [L, n] where every layer has its own ("heads", "kv_heads" and "mlp" of `narrow`)
-    silent    the child's layers whose writes into the residual are zeroed: they begin as identity
-    divided   inputs that stand several times are divided by their number of copies: sums stay what they were
-    gaps      i for each predicted layer that stands between the parent's i and i + 1, in the order of the NONEs of "layers"
-    words     the new vocabulary as old ids, see vocabulary.mixed_rows
-    noise     standard deviation of what is added to new weights, as a share of the one they would be born with
-    moments   the policy for Adam's moments that belongs to the operator, whatever the run's own is
-    measured  what the operator saw, for the report
+    Attributes:
+        spec: the parent's.
+        child: the child's.
+        sources: for the axes that change, NO_SOURCE where there is none. [n], or [L, n] where
+            every layer has its own ("heads", "kv_heads" and "mlp" of `narrow`).
+        zero_output_layers: the child's layers that write zeros into the residual: they start as
+            identity.
+        divide_copies: copied inputs are divided by their number of copies, so that sums keep
+            their value.
+        preserves_function: the child computes the same logits.
+        predicted_gaps: i for each predicted layer that stands between the parent's i and i + 1,
+            in the order of NO_SOURCE in sources["layers"].
+        token_mapping: the new vocabulary as old ids.
+        noise_std: standard deviation of the noise on new weights, in those of their initialization.
+        seed: of noise and of randomly initialized layers.
+        moments: the policy for Adam's moments that the operator needs, whatever the run's is.
+        measured: what the operator measured, for the report.
     """
 
     spec: ModelSpec
     child: ModelSpec
-    sources: dict[str, np.ndarray]
+    sources: AxisSources
     zero_output_layers: tuple[int, ...] = ()
     divide_copies: bool = False
     preserves_function: bool = False
@@ -65,23 +84,22 @@ class Growth(NamedTuple):
     noise_std: float = 0.0
     seed: int = 0
     moments: str | None = None
-    measured: dict[str, Any] = {}  # noqa: RUF012  (never changed)
+    measured: dict[str, Measured] = {}
 
     @property
     def layer_map(self) -> list[int | None]:
-        """The parent's layer that each of the child's began as; None for one without."""
-        return [
-            None if layer == NO_SOURCE else int(layer)
-            for layer in self.sources.get("layers", range(self.spec.n_layers))
-        ]
+        """The parent's layer of each of the child's; None: no source."""
+        sources = self.sources.get("layers", range(self.spec.n_layers))
+        return [None if source == NO_SOURCE else int(source) for source in sources]
 
     @property
     def changes_width(self) -> bool:
+        """Whether an axis other than the layers changes."""
         return bool(self.sources.keys() - {"layers"})
 
 
 def format_layer_map(layer_map: Iterable[int | None]) -> str:
-    """The sources of layers in words: "0 1 new 2"."""
+    """Return the sources of layers as text: "0 1 new 2"."""
     return " ".join("new" if layer is None else str(layer) for layer in layer_map)
 
 
@@ -89,696 +107,736 @@ def format_layer_map(layer_map: Iterable[int | None]) -> str:
 
 
 def depth_upscale(parent: Parent, m: int) -> Growth:
-    """Layers 0..n-m-1, then m..n-1: 2 (n - m) layers. SOLAR, 2312.15166: n 32, m 8 -> 48."""
+    """Stack layers 0..n-m-1 and m..n-1: 2 (n - m) layers. SOLAR, 2312.15166: n 32, m 8 -> 48."""
     n = parent.spec.n_layers
     if not 0 <= m < n:
         raise UserError(
-            f"depth_upscale(m={m}): m is the number of layers left out of each copy of {n}, wanted 0 to {n - 1}."
+            f"depth_upscale(m={m}): expected 0 to {n - 1}, got {m}: "
+            f"m is the number of layers left out of each copy of {n}."
         )
     return make_depth_growth(parent, [*range(n - m), *range(m, n)])
 
 
 def stack(parent: Parent, g: int = 2) -> Growth:
-    """The whole stack g times. G_stack, 2405.15319."""
-    return make_depth_growth(
-        parent, [*range(parent.spec.n_layers)] * check_minimum("stack", 1, g=g)
-    )
+    """Repeat the whole stack g times. G_stack, 2405.15319."""
+    check_minimum("stack", "g", g, 1)
+    return make_depth_growth(parent, [*range(parent.spec.n_layers)] * g)
 
 
 def interleave(parent: Parent, g: int = 2) -> Growth:
-    """Each layer g times in place. Collapses without training (iDUS: 29.5 on H6); for comparison."""
-    check_minimum("interleave", 1, g=g)
-    return make_depth_growth(
-        parent, [layer for layer in range(parent.spec.n_layers) for _ in range(g)]
-    )
+    """Repeat each layer g times in place. Collapses untrained (iDUS: 29.5 on H6); a baseline."""
+    check_minimum("interleave", "g", g, 1)
+    layer_map = np.repeat(np.arange(parent.spec.n_layers), g)
+    return make_depth_growth(parent, layer_map.tolist())
 
 
 def stack_middle(parent: Parent, m: int) -> Growth:
-    """The middle block of m layers twice: the added depth stands where it is used best. MIDAS, 2409.19044; 2512.08819."""
+    """Repeat the middle block of m layers, where depth is used best.
+
+    MIDAS, 2409.19044; 2512.08819.
+    """
     n = parent.spec.n_layers
     if not 1 <= m <= n:
         raise UserError(
-            f"stack_middle(m={m}): m is the size of the middle block, wanted 1 to {n}, the number of layers."
+            f"stack_middle(m={m}): expected 1 to {n}, the number of layers, got {m}: "
+            "m is the size of the middle block."
         )
     first = (n - m) // 2
     return make_depth_growth(parent, [*range(first + m), *range(first, n)])
 
 
 def deepen(parent: Parent, L: int, new: str = "random") -> Growth:
-    """Up to L layers in one late jump, from 0 if need be; the new ones at random (as at birth) or copies of the stack in order. 2511.04981."""
+    """Jump to L layers, even from 0; new ones are random or copies in order. 2511.04981."""
     n = parent.spec.n_layers
     if new not in ("random", "copy"):
-        raise UserError(f"deepen(new={new!r}): wanted 'random' or 'copy'.")
-    if check_minimum("deepen", 1, L=L) <= n:
+        raise UserError(f"deepen(new={new!r}): expected 'random' or 'copy', got {new!r}.")
+    check_minimum("deepen", "L", L, 1)
+    if n >= L:
         raise UserError(f"deepen(L={L}): the model has {n} layers already. Give a larger L.")
-    if new == "copy" and not n:
+    if new == "random":
+        return make_depth_growth(parent, [*range(n)] + [NO_SOURCE] * (L - n))
+    if not n:
         raise UserError(
             f"deepen(L={L}, new='copy'): the model has no layers to copy. Use new='random'."
         )
-    return make_depth_growth(
-        parent, [layer % n if new == "copy" or layer < n else NO_SOURCE for layer in range(L)]
-    )
+    return make_depth_growth(parent, [layer % n for layer in range(L)])
 
 
 def insert_identity(parent: Parent, every: int = 1) -> Growth:
-    """After each group of `every` layers a copy of its last one that writes nothing yet: exact. LLaMA Pro, 2401.02415."""
-    check_minimum("insert_identity", 1, every=every)
+    """Insert after each `every` layers a copy with zero output: exact. LLaMA Pro, 2401.02415."""
+    check_minimum("insert_identity", "every", every, 1)
     layer_map: list[int] = []
-    silent: list[int] = []
+    inserted: list[int] = []
     for layer in range(parent.spec.n_layers):
         layer_map.append(layer)
         if (layer + 1) % every == 0:
-            silent.append(len(layer_map))
+            inserted.append(len(layer_map))
             layer_map.append(layer)
-    return make_depth_growth(parent, layer_map)._replace(
-        zero_output_layers=tuple(silent), preserves_function=True
-    )
+    growth = make_depth_growth(parent, layer_map)
+    return growth._replace(zero_output_layers=tuple(inserted), preserves_function=True)
 
 
 def layers(parent: Parent, sources: list[int]) -> Growth:
-    """Any explicit list of source layers: the course's down-scaling is layers([0, 1, 2, 3, 4, 7, 8, 9, 10, 11])."""
+    """Take any list of source layers, such as the course's [0, 1, 2, 3, 4, 7, 8, 9, 10, 11]."""
     check_layer_list(f"layers({sources})", sources, parent.spec.n_layers)
     return make_depth_growth(parent, sources)
 
 
 def drop_layers(parent: Parent, n: int | None = None, by: str | list[int] = "influence") -> Growth:
-    """Without the n layers that change the residual least on the run's rows, or without those listed. ShortGPT, 2403.03853."""
-    n_layers, measured = parent.spec.n_layers, {}
+    """Drop the n layers that change the residual least, or a list of them. ShortGPT, 2403.03853."""
+    n_layers = parent.spec.n_layers
+    measured: dict[str, Measured] = {}
     if isinstance(by, str):
-        if by != "influence":
-            raise UserError(f"drop_layers(by={by!r}): wanted 'influence' or a list of layers.")
-        if not isinstance(n, int) or not 1 <= n < n_layers:
-            raise UserError(
-                f"drop_layers(n={n}): wanted the number of layers to drop, 1 to {n_layers - 1}."
-            )
-        influence = np.zeros(n_layers)
-        if parent.params is not None:
-            influence = measure.measure_layers(
-                parent.spec, parent.params, require_batches("drop_layers", parent)
-            ).influence
-        by = sorted(int(layer) for layer in np.argsort(influence, kind="stable")[:n])
-        measured = {"influence": [float(x) for x in influence], "dropped": by}
+        influence = measure_influence(parent, n, by)
+        by = sorted(np.argsort(influence, kind="stable")[:n].tolist())
+        measured = {"influence": influence.tolist(), "dropped": by}
+    call = f"drop_layers(n={n}, by={by})"
     check_layer_list(f"drop_layers(by={by})", by, n_layers)
     if n not in (None, len(by)) or len(set(by)) == n_layers:
         raise UserError(
-            f"drop_layers(n={n}, by={by}): wanted a list of n different layers, and at least one of the {n_layers} left."
+            f"{call}: expected a list of n different layers that leaves at least one of "
+            f"{n_layers}, got {by}."
         )
-    return make_depth_growth(
-        parent, [layer for layer in range(n_layers) if layer not in by]
-    )._replace(measured=measured)
+    kept = [layer for layer in range(n_layers) if layer not in by]
+    return make_depth_growth(parent, kept)._replace(measured=measured)
+
+
+def measure_influence(parent: Parent, n: int | None, by: str) -> np.ndarray:
+    """Return the influence of each layer for `drop_layers`, zeros without parameters."""
+    n_layers = parent.spec.n_layers
+    if by != "influence":
+        raise UserError(
+            f"drop_layers(by={by!r}): expected 'influence' or a list of layers, got {by!r}."
+        )
+    if not isinstance(n, int) or not 1 <= n < n_layers:
+        raise UserError(
+            f"drop_layers(n={n}): expected 1 to {n_layers - 1}, the number of layers to drop, "
+            f"got {n}."
+        )
+    if parent.params is None:
+        return np.zeros(n_layers)
+    batches = require_batches("drop_layers", parent)
+    return measure.measure_layers(parent.spec, parent.params, batches).influence
 
 
 def predict_layers(parent: Parent, m: int) -> Growth:
-    """M new layers in the upper half, each predicted from its two neighbours in a common SVD basis. LESA, 2502.13794."""
+    """Add m layers in the upper half, each predicted from its neighbors. LESA, 2502.13794."""
     n = parent.spec.n_layers
-    if not 1 <= m < n or n < 3:
+    if n < 3 or not 1 <= m < n:
         raise UserError(
-            f"predict_layers(m={m}): a layer is predicted between two neighbours; a model of {n} has room for 1 to {n - 1} from 3 layers on."
+            f"predict_layers(m={m}): a layer is predicted between two neighbors. "
+            f"A model of {n} layers has room for 1 to {n - 1}, and needs at least 3."
         )
-    gaps = tuple(
-        range(n - 1 - m, n - 1)
-    )  # the last ones: the paper leaves the first half of the model alone
-    layer_map = [
-        source
-        for layer in range(n)
-        for source in ([layer, NO_SOURCE] if layer in gaps else [layer])
-    ]
+    # the last gaps: the paper leaves the first half of the model alone
+    gaps = tuple(range(n - 1 - m, n - 1))
+    layer_map = []
+    for layer in range(n):
+        layer_map.append(layer)
+        if layer in gaps:
+            layer_map.append(NO_SOURCE)
     return make_depth_growth(parent, layer_map)._replace(predicted_gaps=gaps)
 
 
+def make_depth_growth(parent: Parent, layer_map: list[int]) -> Growth:
+    """Return the growth that takes these layers of the parent."""
+    n_layers = parent.spec.n_layers
+    child = parent.spec.replace(n_layers=len(layer_map))
+    is_same = layer_map == [*range(n_layers)]
+    sources = {"layers": np.asarray(layer_map)}
+    return Growth(parent.spec, child, sources, preserves_function=is_same)
+
+
 # ---- width: the channels of every layer
+
+WIDTH_AXES = {"embed": "d_model", "mlp": "d_ff", "heads": "n_heads", "kv_heads": "n_kv_heads"}
+SIZE_ARGUMENTS = {"d": "d_model", "ff": "d_ff", "heads": "n_heads"}
+
+
+class Sizes(NamedTuple):
+    """The arguments of a width operator; None: unchanged."""
+
+    d: int | None
+    ff: int | None
+    heads: int | None
 
 
 def widen(
     parent: Parent, d: int | None = None, ff: int | None = None, heads: int | None = None
 ) -> Growth:
-    """Wider by exact copies: an input that stands c times counts 1/c. d a multiple of the old; heads in whole groups. HyperCloning, 2409.12903."""
-    spec = parent.spec
-    if d is not None and (not isinstance(d, int) or d % spec.d_model):
+    """Widen by exact copies, each of c divided by c; d a multiple. HyperCloning, 2409.12903."""
+    width = parent.spec.d_model
+    if d is not None and (not isinstance(d, int) or d % width):
         raise UserError(
-            f"widen(d={d}): RMSNorm keeps its size only when every channel is copied equally often, wanted a multiple of {spec.d_model}. "
-            "widen_rms takes any width."
+            f"widen(d={d}): expected a multiple of {width}, got {d}: RMSNorm keeps its size only "
+            "when every channel is copied equally often. widen_rms takes any width."
         )
-    return make_width_growth("widen", parent, d, ff, heads)._replace(preserves_function=True)
+    growth = make_width_growth("widen", parent, Sizes(d, ff, heads))
+    return growth._replace(preserves_function=True)
 
 
 def widen_rms(
     parent: Parent, d: int | None = None, ff: int | None = None, heads: int | None = None
 ) -> Growth:
-    """Copies to any width, RMS kept in the mean; moments of the new part alone are reset and it re-warms, which tells copies apart. 2602.02472."""
-    grown = make_width_growth("widen_rms", parent, d, ff, heads)
-    return grown._replace(
-        preserves_function=grown.child.d_model % parent.spec.d_model == 0, moments="reset_new"
-    )
-
-
-def make_width_growth(
-    name: str, parent: Parent, d: int | None, ff: int | None, heads: int | None
-) -> Growth:
-    child = resize_spec(name, parent.spec, d, ff, heads)
-    for what, before, after in format_sizes(parent.spec, child):
-        if after < before:
-            raise UserError(
-                f"{name}({what}={after}): the model has {before} already. Give a larger number, or use narrow."
-            )
-    if child == parent.spec:
-        raise UserError(f"{name}: these are the model's sizes already. Give larger ones.")
-    # the whole width again and again, [[W/2, W/2], [W/2, W/2]] in the paper; heads go with their kv groups
-    sources = {
-        axis: np.arange(axis_size(child, axis)) % axis_size(parent.spec, axis)
-        for axis in WIDTH_AXES
-    }
-    return Growth(
-        parent.spec, child, find_changed_axes(parent.spec, child, sources), divide_copies=True
-    )
+    """Widen to any width, RMS kept on average; new moments are reset and re-warm. 2602.02472."""
+    # the reset and re-warmup of the new part tells the copies apart
+    growth = make_width_growth("widen_rms", parent, Sizes(d, ff, heads))
+    is_exact = growth.child.d_model % parent.spec.d_model == 0
+    return growth._replace(preserves_function=is_exact, moments="reset_new")
 
 
 def narrow(
     parent: Parent, ff: int | None = None, heads: int | None = None, d: int | None = None
 ) -> Growth:
-    """Keeps the channels, neurons and kv groups that are most active on the run's rows. Minitron, 2407.14679."""
-    child = resize_spec("narrow", parent.spec, d, ff, heads)
-    for what, before, after in format_sizes(parent.spec, child):
+    """Keep the most active channels, MLP activations and kv groups. Minitron, 2407.14679."""
+    spec = parent.spec
+    child = resize_spec("narrow", spec, Sizes(d, ff, heads))
+    for argument, field in SIZE_ARGUMENTS.items():
+        before, after = getattr(spec, field), getattr(child, field)
         if after > before:
             raise UserError(
-                f"narrow({what}={after}): the model has {before} only. Give a smaller number, or use widen."
+                f"narrow({argument}={after}): the model has only {before}. "
+                "Give a smaller number, or use widen."
             )
     if parent.params is None:
-        return Growth(parent.spec, child, {})
-    scores = measure.measure_importance(
-        parent.spec, parent.params, require_batches("narrow", parent)
+        return Growth(spec, child, {})
+    batches = require_batches("narrow", parent)
+    scores = measure.measure_importance(spec, parent.params, batches)
+    heads_kept, kv_heads_kept = measure.select_heads(
+        scores.heads, spec.n_heads, spec.n_kv_heads, child.n_heads
     )
-    kept_heads, kept_groups = measure.select_heads(
-        scores["heads"], parent.spec.n_heads, parent.spec.n_kv_heads, child.n_heads
-    )
+    channels = measure.select_important(scores.embed, child.d_model)
     sources = {
-        "embed": measure.select_important(scores["embed"], child.d_model),
-        "mlp": measure.select_important(scores["mlp"], child.d_ff),
-        "heads": kept_heads,
-        "kv_heads": kept_groups,
+        "embed": channels,
+        "mlp": measure.select_important(scores.mlp, child.d_ff),
+        "heads": heads_kept,
+        "kv_heads": kv_heads_kept,
     }
-    measured = {"kept_channels": [int(i) for i in sources["embed"]]} if d else {}
-    return Growth(
-        parent.spec, child, find_changed_axes(parent.spec, child, sources), measured=measured
-    )
+    sources = keep_changed_axes(spec, child, sources)
+    measured: dict[str, Measured] = {"kept_channels": channels.tolist()} if d else {}
+    return Growth(spec, child, sources, measured=measured)
 
 
-WIDTH_AXES = {"embed": "d_model", "mlp": "d_ff", "heads": "n_heads", "kv_heads": "n_kv_heads"}
+def make_width_growth(name: str, parent: Parent, sizes: Sizes) -> Growth:
+    """Return the growth that repeats the whole width until the child's is full."""
+    spec = parent.spec
+    child = resize_spec(name, spec, sizes)
+    for argument, field in SIZE_ARGUMENTS.items():
+        before, after = getattr(spec, field), getattr(child, field)
+        if after < before:
+            raise UserError(
+                f"{name}({argument}={after}): the model has {before} already. "
+                "Give a larger number, or use narrow."
+            )
+    if child == spec:
+        raise UserError(f"{name}: these are the model's sizes already. Give larger ones.")
+    # [[W/2, W/2], [W/2, W/2]] in the paper; heads go with their kv groups
+    sources = {}
+    for axis in WIDTH_AXES:
+        sources[axis] = np.arange(axis_size(child, axis)) % axis_size(spec, axis)
+    sources = keep_changed_axes(spec, child, sources)
+    return Growth(spec, child, sources, divide_copies=True)
 
 
 def axis_size(spec: ModelSpec, axis: str) -> int:
+    """Return the size of a logical axis of a width."""
     return getattr(spec, WIDTH_AXES[axis])
 
 
-def format_sizes(before: ModelSpec, after: ModelSpec) -> list[tuple[str, int, int]]:
-    """(setting, before, after) of the widths that an operator can set."""
-    return [
-        (what, getattr(before, field), getattr(after, field))
-        for what, field in (("d", "d_model"), ("ff", "d_ff"), ("heads", "n_heads"))
-    ]
-
-
-def find_changed_axes(
-    before: ModelSpec, after: ModelSpec, sources: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
+def keep_changed_axes(spec: ModelSpec, child: ModelSpec, sources: AxisSources) -> AxisSources:
+    """Return the sources of the axes whose size changes."""
     return {
         axis: source
         for axis, source in sources.items()
-        if axis_size(before, axis) != axis_size(after, axis)
+        if axis_size(spec, axis) != axis_size(child, axis)
     }
 
 
-def resize_spec(
-    name: str, spec: ModelSpec, d: int | None, ff: int | None, heads: int | None
-) -> ModelSpec:
-    """The spec with other widths; kv heads change with the query heads, so that a group keeps its size."""
-    if d is ff is heads is None:
+def resize_spec(name: str, spec: ModelSpec, sizes: Sizes) -> ModelSpec:
+    """Return the spec with other widths.
+
+    kv heads change with the query heads, so that a group keeps its size.
+    """
+    given = {key: value for key, value in sizes._asdict().items() if value is not None}
+    if not given:
         raise UserError(
-            f"{name}(): nothing to change. Give d (width, now {spec.d_model}), ff ({spec.d_ff}) or heads ({spec.n_heads})."
+            f"{name}(): nothing to change. Give d (width, now {spec.d_model}), "
+            f"ff ({spec.d_ff}) or heads ({spec.n_heads})."
         )
-    for key, value in (("d", d), ("ff", ff), ("heads", heads)):
-        if value is not None:
-            check_minimum(name, 1, **{key: value})
+    for key, value in given.items():
+        check_minimum(name, key, value, 1)
+    n_heads = sizes.heads or spec.n_heads
     group = spec.n_heads // spec.n_kv_heads
-    if heads is not None and heads % group:
+    if n_heads % group:
         raise UserError(
-            f"{name}(heads={heads}): {group} query heads share one kv head, wanted a multiple of {group}."
+            f"{name}(heads={n_heads}): expected a multiple of {group}, got {n_heads}: "
+            f"{group} query heads share one kv head."
         )
-    n_heads = heads or spec.n_heads
-    return spec.replace(
-        d_model=d or spec.d_model,
-        d_ff=ff or spec.d_ff,
-        n_heads=n_heads,
-        n_kv_heads=n_heads // group,
-    )
+    d_model, d_ff = sizes.d or spec.d_model, sizes.ff or spec.d_ff
+    n_kv_heads = n_heads // group
+    return spec.replace(d_model=d_model, d_ff=d_ff, n_heads=n_heads, n_kv_heads=n_kv_heads)
 
 
 # ---- the vocabulary
 
 
 def new_tokenizer(parent: Parent, directory: str) -> Growth:
-    """The embedding and head of another tokenizer: kept pieces are copied, new ones start as the mean of their old pieces."""
+    """Switch the tokenizer: shared tokens are copied, new ones are the mean of their old tokens."""
+    spec = parent.spec
     if parent.params is None:
-        return Growth(
-            parent.spec,
-            parent.spec.replace(
-                vocab_size=vocabulary.pad_vocab_size(tokenizer.load_tokenizer(directory).vocab_size)
-            ),
-            {},
-        )
+        n_tokens = tokenizer.load_tokenizer(directory).vocab_size
+        child = spec.replace(vocab_size=vocabulary.pad_vocab_size(n_tokens))
+        return Growth(spec, child, {})
     if parent.tokenizer_dir is None:
         raise UserError(
-            "new_tokenizer: the parent's tokenizer is not known, so no piece can be traced to it. Start from a model that carries its own."
+            "new_tokenizer: the parent's tokenizer is not known, so no token can be traced to it. "
+            "Start from a model that has its own tokenizer."
         )
-    words, document_ids = vocabulary.map_tokens(
-        parent.tokenizer_dir, pathlib.Path(directory), parent.spec.vocab_size
+    mapping, special_ids = vocabulary.map_tokens(
+        parent.tokenizer_dir, pathlib.Path(directory), spec.vocab_size
     )
-    kept = [ids[0] if len(ids) == 1 else NO_SOURCE for ids in words.old_ids]
-    measured = {
-        "kept_pieces": len(kept) - kept.count(NO_SOURCE),
-        "averaged_pieces": sum(len(ids) > 1 for ids in words.old_ids),
+    kept = [ids[0] if len(ids) == 1 else NO_SOURCE for ids in mapping.old_ids]
+    measured: dict[str, Measured] = {
+        "kept_tokens": len(kept) - kept.count(NO_SOURCE),
+        "averaged_tokens": sum(len(ids) > 1 for ids in mapping.old_ids),
     }
-    child = parent.spec.replace(vocab_size=len(kept), **document_ids)
-    return Growth(
-        parent.spec, child, {"vocab": np.asarray(kept)}, token_mapping=words, measured=measured
-    )
+    child = spec.replace(vocab_size=len(kept), **special_ids)
+    sources = {"vocab": np.asarray(kept)}
+    return Growth(spec, child, sources, token_mapping=mapping, measured=measured)
 
 
+DEPTH_OPERATORS = (depth_upscale, stack, interleave, stack_middle, deepen, insert_identity)
+LAYER_OPERATORS = (layers, drop_layers, predict_layers)
+OTHER_OPERATORS = (widen, widen_rms, narrow, new_tokenizer)
 OPERATORS: dict[str, Callable[..., Growth]] = {
-    operator.__name__: operator
-    for operator in (
-        depth_upscale, stack, interleave, stack_middle, deepen, insert_identity, layers, drop_layers, predict_layers, widen, widen_rms, narrow,
-        new_tokenizer,
-    )
-}  # fmt: skip
+    operator.__name__: operator for operator in DEPTH_OPERATORS + LAYER_OPERATORS + OTHER_OPERATORS
+}
 
 
-def make_depth_growth(parent: Parent, layer_map: list[int]) -> Growth:
-    child = parent.spec.replace(n_layers=len(layer_map))
-    return Growth(
-        parent.spec,
-        child,
-        {"layers": np.asarray(layer_map)},
-        preserves_function=layer_map == [*range(parent.spec.n_layers)],
-    )
+# ---- checks of an operator's arguments
 
 
 def require_batches(name: str, parent: Parent) -> Iterable[Batch]:
+    """Return training batches. Raise UserError if there are none."""
     if parent.batches is None:
         raise UserError(
-            f"{name}: measures the model on training rows, but there are none. Give a --config whose mixture.packed_paths names some."
+            f"{name}: measures the model on training sequences, but there are none. "
+            "Give a --config whose mixture.packed_paths names some."
         )
     return parent.batches()
 
 
-def check_layer_list(call: str, listed: list[int], n: int) -> None:
-    wrong = (
-        [layer for layer in listed if not isinstance(layer, int) or not 0 <= layer < n]
-        if isinstance(listed, (list, tuple))
-        else [listed]
-    )
-    if wrong or not listed:
+def check_layer_list(call: str, listed: Sequence[int], n_layers: int) -> None:
+    """Raise UserError unless `listed` is a list of one or more layers of the model."""
+    wrong: str | None = None
+    if not isinstance(listed, (list, tuple)):
+        wrong = repr(listed)
+    elif not listed:
+        wrong = "an empty list"
+    else:
+        for layer in listed:
+            if not isinstance(layer, int) or not 0 <= layer < n_layers:
+                wrong = wrong or repr(layer)
+    if wrong:
+        raise UserError(f"{call}: expected layers 0 to {n_layers - 1}, got {wrong}.")
+
+
+def check_minimum(name: str, argument: str, value: Any, minimum: int) -> None:
+    """Raise UserError unless an operator's argument is an integer of at least `minimum`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise UserError(
-            f"{call}: {wrong[0] if wrong else 'an empty list'} names no layer of a model of {n}. Use 0 to {n - 1}."
+            f"{name}({argument}={value!r}): expected an integer of at least {minimum}, "
+            f"got {value!r}."
         )
 
 
-def check_minimum(name: str, least: int, **setting: Any) -> int:
-    ((key, value),) = setting.items()
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"{name}({key}={value!r}): wanted a whole number of at least {least}.")
-    return value
+# ---- from text to a growth
 
 
-# ---- using them
+class OperatorCall(NamedTuple):
+    """An operator with its arguments."""
+
+    operator: Callable[..., Growth]
+    positional: list[Any]
+    named: dict[str, Any]  # without noise and seed, which every operator takes
+    noise: Any
+    seed: Any
 
 
-def parse_operator(text: str) -> tuple[Callable[..., Growth], list[Any], dict[str, Any]]:
-    """'depth_upscale(m=4)' as (operator, its settings by place, by name); nothing but literals is read.
+def parse_operator(text: str) -> OperatorCall:
+    """Parse 'depth_upscale(m=4)'. Nothing but literals is evaluated.
 
-    Raises UserError for an operator or setting that does not exist.
+    Raises:
+        UserError: the operator or an argument does not exist.
     """
     try:
         call = ast.parse(text.strip(), mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+            raise ValueError("not a call")
         name = call.func.id
         positional = [ast.literal_eval(argument) for argument in call.args]
-        named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, AttributeError, ValueError):
+        named = {}
+        for keyword in call.keywords:
+            named[keyword.arg or ""] = ast.literal_eval(keyword.value)
+    except (SyntaxError, ValueError):
         raise UserError(
-            f"grow {text!r}: wanted an operator with its settings, such as 'depth_upscale(m=4)'. There are: {', '.join(OPERATORS)}."
+            f"grow {text!r}: expected an operator with its arguments, such as "
+            f"'depth_upscale(m=4)'. Operators: {', '.join(OPERATORS)}."
         ) from None
     if name not in OPERATORS:
         near = difflib.get_close_matches(name, OPERATORS, 1)
-        raise UserError(
-            f"grow {text!r}: no such operator; "
-            + (f"did you mean {near[0]}?" if near else f"there are: {', '.join(OPERATORS)}.")
-        )
+        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(OPERATORS)}."
+        raise UserError(f"grow {text!r}: no such operator; {hint}")
     operator = OPERATORS[name]
-    settings = {key: value for key, value in named.items() if key not in ("noise", "seed")}
+    noise, seed = named.pop("noise", 0.0), named.pop("seed", 0)
+    signature = inspect.signature(operator)
     try:
-        inspect.signature(operator).bind(None, *positional, **settings)
+        signature.bind(None, *positional, **named)
     except TypeError:
-        takes = [*inspect.signature(operator).parameters][1:]
+        arguments = ", ".join([*list(signature.parameters)[1:], "noise", "seed"])
         raise UserError(
-            f"grow {text!r}: {name} takes {', '.join([*takes, 'noise', 'seed'])}. {operator.__doc__}"
+            f"grow {text!r}: {name} takes {arguments}. {inspect.getdoc(operator)}"
         ) from None
-    return operator, positional, named
+    return OperatorCall(operator, positional, named, noise, seed)
 
 
 def plan_growth(text: str, parent: Parent) -> Growth:
-    """What the operator makes of this parent. Raises UserError where it does not fit."""
-    operator, positional, named = parse_operator(text)
+    """Return what the operator makes of this parent. Raise UserError where it does not apply."""
+    operator, positional, named, noise, seed = parse_operator(text)
     if not parent.spec.n_layers and operator not in (deepen, new_tokenizer):
         raise UserError(
-            f"grow {text!r}: the model has no layers yet, which only deepen(L=...) can give it."
+            f"grow {text!r}: the model has no layers yet; only deepen(L=...) can add some."
         )
-    noise, seed = named.pop("noise", 0.0), named.pop("seed", 0)
     growth = operator(parent, *positional, **named)
     if not isinstance(noise, (int, float)) or not 0 <= noise <= 1:
         raise UserError(
-            f"grow {text!r}: noise is {noise!r}, wanted a share from 0 to 1 of the spread that a weight is born with."
+            f"grow {text!r}: expected noise from 0 to 1, in standard deviations of a weight's "
+            f"initialization, got {noise!r}."
         )
-    if (
-        noise
-        and not growth.divide_copies
-        and not any(flags.any() for flags in find_new_params(growth).values())
-    ):
+    has_new = any(flags.any() for flags in find_new_params(growth).values())
+    if noise and not growth.divide_copies and not has_new:
         raise UserError(
             f"grow {text!r}: makes no new weights that noise could be added to. Leave noise out."
         )
     return growth._replace(noise_std=float(noise), seed=seed)
 
 
-def grow_params(growth: Growth, params: dict[str, Any], mesh) -> dict[str, Any]:
-    """The child's parameters, on its shardings. Every weight that the operator does not touch is the parent's, the final norm included."""
+# ---- parameters and moments of the child
+
+
+def grow_params(growth: Growth, params: Params, mesh: Mesh) -> Params:
+    """Return the child's parameters, on its shardings.
+
+    Every weight that the operator does not touch is the parent's, the final norm included.
+    """
     return compile_growth(growth, mesh)(params)
 
 
-def compile_growth(growth: Growth, mesh):
-    """The jitted map from the parent's parameters to the child's."""
+def compile_growth(growth: Growth, mesh: Mesh) -> Any:
+    """Return the jitted map from the parent's parameters to the child's."""
 
-    def make(params):
-        predicted = (
-            predict.predict_layer_params(params["blocks"], list(growth.predicted_gaps))
-            if growth.predicted_gaps
-            else {}
-        )
+    def make(params: Params) -> Params:
+        predicted: Params = {}
+        if growth.predicted_gaps:
+            predicted = predict.predict_layer_params(params["blocks"], growth.predicted_gaps)
 
-        def one(path, row, leaf):
+        def grow(path: Path, param: ParamSpec, leaf: jax.Array) -> jax.Array:
             name = path[-1].key
-            if growth.token_mapping and "vocab" in row.axes:
-                return vocabulary.average_embeddings(
-                    leaf, growth.token_mapping, row.axes.index("vocab")
-                )
+            mapping = growth.token_mapping
+            if mapping and "vocab" in param.axes:
+                axis = param.axes.index("vocab")
+                return vocabulary.average_embeddings(leaf, mapping, axis)
             if name in predicted:
                 leaf = jnp.concatenate([leaf, predicted[name]])
-            return grow_leaf(growth, name, row, leaf, input_scale(growth, name))
+            return LeafGrowth(growth, name, param).grow(leaf, input_scales(growth, name))
 
-        return map_param_specs(growth.child, one, params)
+        return map_param_specs(growth.child, grow, params)
 
-    return jit_growth(growth, make, mesh)
+    return jit_growth(growth, make, mesh, llama.make_param_shardings(growth.child, mesh))
 
 
-def grow_moments(
-    growth: Growth, tree: dict[str, Any], policy: str, power: int, mesh
-) -> dict[str, Any]:
-    """Adam's mean (power 1; Muon's momentum too) or mean square (power 2) of the child's gradients, from the parent's, by policy:
+def grow_moments(growth: Growth, tree: Params, policy: str, power: int, mesh: Mesh) -> Params:
+    """Return Adam's moments of the child's gradients, from the parent's.
 
-    copy         as they lie
-    copy_scaled  as the gradient of a widened model truly is: the loss reaches an output that stands c times through c copies
-                 of 1/c each, so its gradient is 1/c of the parent's (power 2: 1/c^2). Depth has no such law: each copy of a
-                 layer sees its own input, and is copied as it lies
-    reset_new    as they lie, 0 for whatever is new
-    fresh        0
+    What has no source (a random or predicted layer, an averaged embedding) starts at 0 under every
+    policy.
 
-    What has no source (a random, a predicted layer, an averaged row of the embedding) starts at 0 under every policy.
+    Args:
+        growth: what became of the parent.
+        tree: Adam's mean or mean square, or Muon's momentum; may hold some of the weights only.
+        policy: what becomes of a moment:
+            copy: it is copied.
+            copy_scaled: it becomes what the gradient of a widened model truly is. The loss reaches
+                an output that is copied c times through c copies of 1/c each, so its gradient is
+                1/c of the parent's (power 2: 1/c^2). Depth has no such law: each copy of a layer
+                sees its own input, and its moments are copied.
+            reset_new: copied, 0 for whatever is new.
+            fresh: 0.
+        power: 1 for means, 2 for mean squares.
+        mesh: of the tree.
     """
+    is_scaled = policy == "copy_scaled" and growth.divide_copies
+    flags = find_new_params(growth)
 
-    def make(tree):
-        def one(path, row, leaf):
-            name = path[-1].key
-            if policy == "fresh":
-                return jnp.zeros(row.shape, leaf.dtype)
-            if (
-                policy == "reset_new"
-                and (new := new_param_mask(row, find_new_params(growth))) is not None
-            ):
-                keep = jnp.where(new, 0, 1).astype(leaf.dtype)
-            else:
-                keep = None
-            scale = (
-                output_scale(growth, name, row, power)
-                if policy == "copy_scaled" and growth.divide_copies
-                else {}
-            )
-            grown = grow_leaf(
-                growth._replace(noise_std=0.0, zero_output_layers=()),
-                name,
-                row,
-                leaf,
-                scale,
-                born=False,
-            )
-            return grown if keep is None else grown * keep
+    def grow(path: Path, param: ParamSpec, leaf: jax.Array) -> jax.Array:
+        if policy == "fresh":
+            return jnp.zeros(param.shape, leaf.dtype)
+        name = path[-1].key
+        scales = output_scales(growth, name, param, power) if is_scaled else {}
+        grown = LeafGrowth(growth, name, param, is_moment=True).grow(leaf, scales)
+        is_new = new_param_mask(param, flags) if policy == "reset_new" else None
+        if is_new is None:
+            return grown
+        return grown * jnp.where(is_new, 0, 1).astype(leaf.dtype)
 
-        return map_param_specs(growth.child, one, tree)
+    def make(tree: Params) -> Params:
+        return map_param_specs(growth.child, grow, tree)
 
-    return jit_growth(growth, make, mesh, of=tree)(tree)
+    shardings = llama.make_param_shardings(growth.child, mesh)
+    return jit_growth(growth, make, mesh, subtree_like(tree, shardings))(tree)
 
 
-def jit_growth(growth: Growth, make: Callable, mesh, of: dict[str, Any] | None = None):
-    """of: a tree that holds some of the weights (a moment that not every weight has); None for all of them."""
-    llama.make_abstract_model(
-        growth.child
-    )  # traced before a mesh is in force, which its eager initialisers would ask for
+def jit_growth(growth: Growth, make: Callable, mesh: Mesh, shardings: Params) -> Any:
+    """Return `make` jitted onto the child's shardings."""
+    # traced before a mesh is in force, which its eager initializers would ask for
+    llama.make_abstract_model(growth.child)
 
-    def placed(tree):
+    def make_on_mesh(tree: Params) -> Params:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return make(tree)
 
-    shardings = llama.make_param_shardings(growth.child, mesh)
-    return jax.jit(placed, out_shardings=shardings if of is None else get_subtree(of, shardings))
+    return jax.jit(make_on_mesh, out_shardings=shardings)
 
 
-def map_param_specs(child: ModelSpec, one: Callable, tree: dict[str, Any]) -> dict[str, Any]:
-    return jax.tree_util.tree_map_with_path(
-        one, get_subtree(tree, llama.param_specs(child)), tree, is_leaf=llama.is_param_spec
-    )
+def map_param_specs(child: ModelSpec, function: Callable, tree: Params) -> Params:
+    """Return function(path, ParamSpec, leaf) for every weight that the tree has."""
+    specs = subtree_like(tree, llama.param_specs(child))
+    return jax.tree_util.tree_map_with_path(function, specs, tree, is_leaf=llama.is_param_spec)
 
 
-def get_subtree(tree: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
-    """Of a nested dict over all weights the part that `tree` has too."""
-    return {
-        name: get_subtree(inner, whole[name]) if isinstance(inner, dict) else whole[name]
-        for name, inner in tree.items()
-    }
+def subtree_like(tree: Params, whole: Params) -> Params:
+    """Return the part of a nested dict over all weights that `tree` has too."""
+    part = {}
+    for name, inner in tree.items():
+        part[name] = subtree_like(inner, whole[name]) if isinstance(inner, dict) else whole[name]
+    return part
 
 
-# The axis that a weight sums over. What stands several times there counts less; along its other axes it is copied as it is.
-INPUT_AXES = {
-    "q": "embed",
-    "k": "embed",
-    "v": "embed",
-    "gate": "embed",
-    "up": "embed",
-    "unembed": "embed",
-    "o": "heads",
-    "down": "mlp",
-}
-
-
-def input_axis(growth: Growth, name: str) -> str | None:
-    """The final norm stands for the head where that is the embedding itself, which has to stay whole as an input."""
-    return "embed" if name == "norm" and growth.spec.tie_embeddings else INPUT_AXES.get(name)
-
-
-def input_scale(growth: Growth, name: str) -> dict[str, np.ndarray]:
-    axis = input_axis(growth, name)
-    return (
-        {axis: 1 / count_copies(growth.sources[axis])}
-        if growth.divide_copies and axis in growth.sources
-        else {}
-    )
-
-
-def output_scale(
-    growth: Growth, name: str, row: llama.ParamSpec, power: int
-) -> dict[str, np.ndarray]:
-    axes = {parent_axis(axis) for axis in row.axes} & growth.sources.keys() - {
-        "layers",
-        "vocab",
-        input_axis(growth, name),
-    }
-    return {axis: count_copies(growth.sources[axis]) ** -float(power) for axis in axes}
-
-
-def count_copies(source: np.ndarray) -> np.ndarray:
-    """How often each index's source stands, float32 like the source."""
-    return np.bincount(source)[source].astype(np.float32)
-
-
-def parent_axis(axis: str) -> str:
-    return "embed" if axis == "norm" else axis
-
-
-def grow_leaf(
-    growth: Growth,
-    name: str,
-    row: llama.ParamSpec,
-    leaf,
-    scale: dict[str, np.ndarray],
-    born: bool = True,
-):
-    """One weight (or moment) of the child from the parent's: gathered along every axis that changes and scaled there.
-
-    born   what has no source is drawn as at birth (and silenced, and noise added); else it is 0
-    """
-    stacked = row.axes[0] == "layers"
-    axes = row.axes[1:] if stacked else row.axes
-    n_layers = row.shape[0] if stacked else 1
-    if stacked and not len(
-        leaf
-    ):  # of a parent without layers: every layer is drawn, yet a gather needs one to point at
-        leaf = jnp.zeros((1, *leaf.shape[1:]), leaf.dtype)
-    layer_map = growth.sources.get("layers", np.arange(n_layers))
-    if growth.predicted_gaps and born:  # the predicted layers stand behind the parent's
-        layer_map = np.where(
-            layer_map == NO_SOURCE,
-            growth.spec.n_layers + np.cumsum(layer_map == NO_SOURCE) - 1,
-            layer_map,
-        )
-    wide = [
-        (i, parent_axis(axis))
-        for i, axis in enumerate(axes)
-        if parent_axis(axis) in growth.sources.keys() - {"layers"}
-    ]
-    new = new_param_mask(row, find_new_params(growth))
-    noisy = (
-        born and growth.noise_std > 0 and row.std > 0 and (new is not None or growth.divide_copies)
-    )
-    missing = stacked and (layer_map == NO_SOURCE).any()
-    if not (wide or noisy or missing or (growth.zero_output_layers and name in OUTPUT_PARAMS)):
-        return jnp.take(leaf, layer_map, axis=0) if stacked and "layers" in growth.sources else leaf
-    key = jax.random.fold_in(jax.random.key(growth.seed), zlib.crc32(name.encode()))
-
-    def one(layer):
-        source = jnp.asarray(layer_map)[layer]
-        x = leaf[jnp.maximum(source, 0)] if stacked else leaf
-        for i, axis in wide:
-            index = jnp.asarray(growth.sources[axis])
-            x = jnp.take(x, jnp.maximum(index[source] if index.ndim == 2 else index, 0), axis=i)
-            factor = scale.get(axis, np.float32(1)) * (growth.sources[axis] != NO_SOURCE)
-            if index.ndim == 1 and (factor != 1).any():
-                x = x * factor.reshape(-1, *[1] * (x.ndim - i - 1)).astype(x.dtype)
-        own = jax.random.fold_in(key, layer)
-        if missing:
-            first = (
-                jnp.ones(x.shape, x.dtype)
-                if row.ones
-                else (jax.random.normal(own, x.shape) * row.std).astype(x.dtype)
-            )
-            x = jnp.where(source == NO_SOURCE, first if born else jnp.zeros_like(x), x)
-        if noisy:
-            added = (
-                growth.noise_std * row.std * jax.random.normal(jax.random.fold_in(own, 1), x.shape)
-            )
-            if growth.divide_copies:
-                added = cancel_noise(added, growth, input_axis(growth, name), wide)
-            else:
-                added = jnp.where(
-                    new[layer if new.shape[0] > 1 else 0] if stacked else new, added, 0
-                )
-            x = (x + added).astype(x.dtype)
-        if growth.zero_output_layers and name in OUTPUT_PARAMS:
-            x = (
-                x
-                * jnp.asarray(~np.isin(np.arange(n_layers), growth.zero_output_layers)).astype(
-                    x.dtype
-                )[layer]
-            )
-        return with_logical_constraint(x, *axes)
-
-    return jax.lax.map(one, jnp.arange(n_layers)) if stacked else one(0)
-
-
+# The axis that a weight sums over. Copies along it are divided by their number; along the other
+# axes a weight is copied as it is.
+QKV_AND_MLP_INPUTS = dict.fromkeys(("q", "k", "v", "gate", "up"), "embed")
+INPUT_AXES = {**QKV_AND_MLP_INPUTS, "unembed": "embed", "o": "heads", "down": "mlp"}
 OUTPUT_PARAMS = frozenset({"o", "down", "o_bias", "down_bias"})  # what writes into the residual
 
 
-def cancel_noise(added, growth: Growth, axis: str | None, wide: list[tuple[int, str]]):
-    """Noise whose sum over the copies of each input is 0: it tells the copies apart and keeps the function. 0 where no input is copied.
+def input_axis(growth: Growth, name: str) -> str | None:
+    """Return the logical axis that a weight sums over."""
+    # the final norm is scaled for a tied head: the embedding has to stay whole as an input
+    if name == "norm" and growth.spec.tie_embeddings:
+        return "embed"
+    return INPUT_AXES.get(name)
 
-    Each copy takes its own draw less the next copy's; only gathers, so that every mesh gives the same bits.
+
+def input_scales(growth: Growth, name: str) -> AxisScales:
+    """Return the factors that keep sums over copied inputs."""
+    axis = input_axis(growth, name)
+    if not growth.divide_copies or axis not in growth.sources:
+        return {}
+    return {axis: 1 / count_copies(growth.sources[axis])}
+
+
+def output_scales(growth: Growth, name: str, param: ParamSpec, power: int) -> AxisScales:
+    """Return the factors of a gradient along copied outputs."""
+    excluded = {"layers", "vocab", input_axis(growth, name)}
+    scales = {}
+    for axis in map(source_axis, param.axes):
+        if axis in growth.sources and axis not in excluded:
+            scales[axis] = count_copies(growth.sources[axis]) ** -float(power)
+    return scales
+
+
+def count_copies(source: np.ndarray) -> np.ndarray:
+    """Return how often each index's source occurs; float32, of the source's shape."""
+    return np.bincount(source)[source].astype(np.float32)
+
+
+def source_axis(axis: str) -> str:
+    """Return the axis whose sources a weight's axis follows: a norm's are the embedding's."""
+    return "embed" if axis == "norm" else axis
+
+
+class LeafGrowth:
+    """Grow one weight, or a moment of it: gather along every axis that changes, and scale.
+
+    Args:
+        growth: what becomes of the model.
+        name: of the weight.
+        param: the child's.
+        is_moment: what has no source is 0; else it is randomly initialized, noise is added and
+            output layers are zeroed.
     """
-    place = next((i for i, known in wide if known == axis), None)
-    if place is None:
-        return jnp.zeros_like(added)
-    source = growth.sources[axis]
-    following = np.empty_like(source)
-    for index in range(source.max() + 1):
-        own = np.flatnonzero(source == index)
-        following[own] = np.roll(own, -1)
-    return (added - jnp.take(added, following, axis=place)) * np.float32(0.5**0.5)
+
+    def __init__(self, growth: Growth, name: str, param: ParamSpec, is_moment: bool = False):
+        """Plan the gathers."""
+        self.growth, self.name, self.param = growth, name, param
+        self.is_moment = is_moment
+        self.is_stacked = param.axes[0] == "layers"
+        self.axes = param.axes[1:] if self.is_stacked else param.axes
+        self.n_layers = param.shape[0] if self.is_stacked else 1
+        layer_map = growth.sources.get("layers", np.arange(self.n_layers))
+        is_missing = layer_map == NO_SOURCE
+        if growth.predicted_gaps and not is_moment:
+            # the predicted layers were appended to the parent's
+            appended = growth.spec.n_layers + np.cumsum(is_missing) - 1
+            layer_map = np.where(is_missing, appended, layer_map)
+        self.layer_map = layer_map
+        self.has_missing = self.is_stacked and (layer_map == NO_SOURCE).any()
+        widths = growth.sources.keys() - {"layers"}
+        parent_axes = [source_axis(axis) for axis in self.axes]
+        self.wide_axes = [(i, axis) for i, axis in enumerate(parent_axes) if axis in widths]
+        self.is_new = new_param_mask(param, find_new_params(growth))
+        has_new = self.is_new is not None or growth.divide_copies
+        is_random = growth.noise_std > 0 and param.std > 0
+        self.has_noise = not is_moment and is_random and has_new
+        has_zeros = bool(growth.zero_output_layers) and name in OUTPUT_PARAMS
+        self.zeroes_output = not is_moment and has_zeros
+        name_seed = zlib.crc32(name.encode())
+        self.key = jax.random.fold_in(jax.random.key(growth.seed), name_seed)
+
+    def grow(self, leaf: jax.Array, scales: AxisScales) -> jax.Array:
+        """Return the child's weight. Layers are made one at a time."""
+        if self.is_stacked and not len(leaf):
+            # a parent without layers: every layer is random, yet a gather needs one to point at
+            leaf = jnp.zeros((1, *leaf.shape[1:]), leaf.dtype)
+        changes = self.has_missing or self.has_noise or self.zeroes_output
+        if not changes and not self.wide_axes:
+            is_deeper = self.is_stacked and "layers" in self.growth.sources
+            return jnp.take(leaf, self.layer_map, axis=0) if is_deeper else leaf
+
+        def grow_layer(layer: Any) -> jax.Array:
+            return self.grow_layer(leaf, layer, scales)
+
+        if not self.is_stacked:
+            return grow_layer(0)
+        return jax.lax.map(grow_layer, jnp.arange(self.n_layers))
+
+    def grow_layer(self, leaf: jax.Array, layer: Any, scales: AxisScales) -> jax.Array:
+        """Return one layer of the child's weight."""
+        source = jnp.asarray(self.layer_map)[layer]
+        x = leaf[jnp.maximum(source, 0)] if self.is_stacked else leaf
+        for i, axis in self.wide_axes:
+            x = self.gather(x, i, axis, source, scales)
+        key = jax.random.fold_in(self.key, layer)
+        if self.has_missing:
+            x = jnp.where(source == NO_SOURCE, self.make_new(key, x), x)
+        if self.has_noise:
+            noise = self.make_noise(jax.random.fold_in(key, 1), x.shape, layer)
+            x = (x + noise).astype(x.dtype)
+        if self.zeroes_output:
+            zeroed = np.isin(np.arange(self.n_layers), self.growth.zero_output_layers)
+            x = x * jnp.asarray(~zeroed).astype(x.dtype)[layer]
+        return with_logical_constraint(x, *self.axes)
+
+    def gather(self, x: jax.Array, i: int, axis: str, layer: Any, scales: AxisScales) -> jax.Array:
+        """Return x with its dimension i taken from the axis's sources, and scaled there."""
+        sources = self.growth.sources[axis]
+        index = jnp.asarray(sources)
+        if sources.ndim == 2:  # per layer: chosen, never copied
+            return jnp.take(x, jnp.maximum(index[layer], 0), axis=i)
+        x = jnp.take(x, jnp.maximum(index, 0), axis=i)
+        factor = scales.get(axis, np.float32(1)) * (sources != NO_SOURCE)
+        if (factor == 1).all():
+            return x
+        factor = factor.reshape(-1, *[1] * (x.ndim - i - 1))
+        return x * factor.astype(x.dtype)
+
+    def make_new(self, key: jax.Array, like: jax.Array) -> jax.Array:
+        """Return what stands where there is no source: initial values, 0 for a moment."""
+        if self.is_moment:
+            return jnp.zeros_like(like)
+        if self.param.ones:
+            return jnp.ones(like.shape, like.dtype)
+        return (jax.random.normal(key, like.shape) * self.param.std).astype(like.dtype)
+
+    def make_noise(self, key: jax.Array, shape: tuple[int, ...], layer: Any) -> jax.Array:
+        """Return noise on what is new, or noise that cancels over copies."""
+        growth = self.growth
+        noise = growth.noise_std * self.param.std * jax.random.normal(key, shape)
+        if growth.divide_copies:
+            return self.cancel_noise(noise)
+        is_new = self.is_new
+        assert is_new is not None  # has_noise
+        if self.is_stacked:
+            is_new = is_new[layer if len(is_new) > 1 else 0]
+        return jnp.where(is_new, noise, 0)
+
+    def cancel_noise(self, noise: jax.Array) -> jax.Array:
+        """Return noise whose sum over the copies of each input is 0; all 0 if no input is copied.
+
+        It tells the copies apart and keeps the function. Each copy takes its own draw less the
+        next copy's; only gathers, so that every mesh gives the same bits.
+        """
+        axis = input_axis(self.growth, self.name)
+        dims = [i for i, wide_axis in self.wide_axes if wide_axis == axis]
+        if axis is None or not dims:
+            return jnp.zeros_like(noise)
+        sources = self.growth.sources[axis]
+        next_copy = np.empty_like(sources)
+        for index in range(sources.max() + 1):
+            copies = np.flatnonzero(sources == index)
+            next_copy[copies] = np.roll(copies, -1)
+        difference = noise - jnp.take(noise, next_copy, axis=dims[0])
+        return difference * np.float32(0.5**0.5)
 
 
-# ---- ages: which parts of the child are new
+# ---- which parts of the child are new
 
 
-def find_new_params(
-    growth: Growth, before: dict[str, np.ndarray] | None = None
-) -> dict[str, np.ndarray]:
-    """{logical axis: True where the child's index is new}: it has no source, or its source stood before it. An index made
-    from one that was new before (of an earlier operator of the same growth) is new as well.
+def find_new_params(growth: Growth, before: AxisFlags | None = None) -> AxisFlags:
+    """Return flags of the child's indices that have no source, or whose source occurred before.
+
+    Args:
+        growth: what became of the parent.
+        before: flags of the parent, from an earlier operator of the same growth. An index made
+            from a new one is new as well.
     """
-    flags = {}
-    for axis in growth.sources.keys() | (before or {}).keys():
-        source = growth.sources.get(axis)
-        if source is None:
-            flags[axis] = before[axis]
-            continue
+    before = before or {}
+    flags = {axis: old for axis, old in before.items() if axis not in growth.sources}
+    for axis, source in growth.sources.items():
         if source.ndim == 2:  # chosen, not copied
             continue
-        first = np.zeros(len(source), bool)
-        first[np.unique(source, return_index=True)[1]] = True
-        flags[axis] = ~first | (source == NO_SOURCE)
-        if axis in (before or {}):
-            flags[axis] |= np.where(source == NO_SOURCE, True, before[axis][np.maximum(source, 0)])
+        is_first = np.zeros(len(source), bool)
+        is_first[np.unique(source, return_index=True)[1]] = True
+        is_missing = source == NO_SOURCE
+        is_new = ~is_first | is_missing
+        if axis in before:
+            is_new |= is_missing | before[axis][np.maximum(source, 0)]
+        flags[axis] = is_new
     return flags
 
 
-def find_new_params_through(growths: Iterable[Growth]) -> dict[str, np.ndarray]:
-    """What several operators in a row made new."""
-    flags: dict[str, np.ndarray] = {}
+def find_new_params_through(growths: Iterable[Growth]) -> AxisFlags:
+    """Return flags of what several operators in a row added."""
+    flags: AxisFlags = {}
     for growth in growths:
         flags = find_new_params(growth, flags)
     return flags
 
 
-def new_param_mask(row: llama.ParamSpec, flags: dict[str, np.ndarray]) -> jax.Array | None:
-    """True where an element of the weight is new along any of its axes: of the weight's rank, 1 along axes without new parts.
-    None where nothing of it is. For use under jit, where the whole mask never exists.
+def new_param_mask(param: ParamSpec, flags: AxisFlags) -> jax.Array | None:
+    """Return True where an element is new along any axis; None if the weight has nothing new.
+
+    Use it under jit, where the whole mask never exists.
+
+    Returns:
+        bool, of the weight's rank, 1 along axes without new parts.
     """
-    found = None
-    for i, axis in enumerate(row.axes):
-        along = flags.get(parent_axis(axis))
-        if along is not None and along.any():
-            along = jnp.asarray(along.reshape([-1 if j == i else 1 for j in range(len(row.axes))]))
-            found = along if found is None else found | along
-    return found
-
-
-def flags_to_ranges(flags: dict[str, np.ndarray]) -> dict[str, list]:
-    """For JSON: {axis: [length, [start, stop], ...]}."""
-    ranges = {}
-    for axis, along in flags.items():
-        edges = np.flatnonzero(np.diff(np.concatenate([[False], along, [False]]).astype(np.int8)))
-        ranges[axis] = [len(along), *([int(a), int(b)] for a, b in edges.reshape(-1, 2))]
-    return ranges
-
-
-def ranges_to_flags(ranges: dict[str, list]) -> dict[str, np.ndarray]:
-    flags = {}
-    for axis, (length, *spans) in ranges.items():
-        flags[axis] = np.zeros(length, bool)
-        for start, stop in spans:
-            flags[axis][start:stop] = True
-    return flags
+    mask = None
+    for i, axis in enumerate(param.axes):
+        is_new = flags.get(source_axis(axis))
+        if is_new is None or not is_new.any():
+            continue
+        shape = [1] * len(param.axes)
+        shape[i] = -1
+        along_axis = jnp.asarray(is_new.reshape(shape))
+        mask = along_axis if mask is None else mask | along_axis
+    return mask

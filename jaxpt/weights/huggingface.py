@@ -240,7 +240,10 @@ def hf_shape(rule: TensorRule, shape: tuple[int, ...]) -> tuple[int, ...]:
 def match_tensors(
     spec: ModelSpec, stored: dict[str, StoredTensor], directory: pathlib.Path
 ) -> None:
-    """Raise one UserError that lists missing, unused and mis-shaped tensors; compare tied copies."""
+    """Raise one UserError that lists missing, unused and mis-shaped tensors.
+
+    Compare tied copies.
+    """
     expected = {tensor.name: tensor.shape for tensor in list_hf_tensors(spec)}
     wrong = []
     for name, shape in expected.items():

@@ -1,4 +1,4 @@
-"""What the layers, heads, neurons and channels of a model do to given rows: figures that growth reports, and that pruning chooses by."""
+"""Measure what layers, heads, MLP activations and channels do, for growth reports and pruning."""
 
 from __future__ import annotations
 
@@ -11,259 +11,298 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxpt.model import llama
 from jaxpt.model.attention import attend
 from jaxpt.sharding import make_batch_sharding, make_replicated_sharding, with_logical_constraint
 from jaxpt.spec import Batch, ModelSpec, UserError
+from jaxpt.weights.records_growth import CopySimilarity
+
+Params = dict[str, Any]  # nested dict of arrays, see model/llama.py
+Sums = dict[str, jax.Array]  # of one batch
+RESIDUAL_AXES = ("batch", "position", "act_embed")
 
 
 class LayerStatistics(NamedTuple):
-    """Of each layer, over all real tokens; float64 [L].
+    """Statistics of each layer over all real tokens; float64 [L].
 
-    rms        root mean square of the residual stream behind the layer
-    influence  1 - mean cosine between the residual before and behind it: 0 for a layer that does nothing
-               (ShortGPT, 2403.03853, section 2.2)
+    Attributes:
+        rms: root mean square of the residual stream after the layer.
+        influence: 1 - mean cosine between the residual before and after it: 0 for a layer that
+            does nothing (ShortGPT, 2403.03853, section 2.2).
     """
 
     rms: np.ndarray
     influence: np.ndarray
 
 
-def measure_layers(
-    spec: ModelSpec, params: dict[str, Any], batches: Iterable[Batch]
-) -> LayerStatistics:
-    """Of a model with params as in model/llama.py, over batches on their mesh; float32 throughout.
+def measure_layers(spec: ModelSpec, params: Params, batches: Iterable[Batch]) -> LayerStatistics:
+    """Measure every layer, in float32.
 
-    Raises UserError when the batches hold no token.
+    Args:
+        spec: the architecture.
+        params: as in model/llama.py.
+        batches: on the mesh of params.
+
+    Raises:
+        UserError: the batches hold no token.
     """
     sums = sum_over_batches(spec, params, batches, sum_layer_statistics)
-    return LayerStatistics(
-        np.sqrt(sums["squares"] / sums["tokens"]), 1 - sums["cosine"] / sums["tokens"]
-    )
+    n_tokens = sums["tokens"]
+    return LayerStatistics(np.sqrt(sums["squares"] / n_tokens), 1 - sums["cosine"] / n_tokens)
 
 
 def measure_copy_similarity(
-    spec: ModelSpec,
-    params: dict[str, Any],
-    layer_map: Sequence[int | None],
-    batches: Iterable[Batch],
-) -> list[dict[str, Any]]:
-    """How alike neighbouring copies of one source still are: for each pair {"source", "layers": [i, j], "cosine"}, the mean
-    over tokens of the cosine between what layers i and j add to the residual; 0 where one of them adds nothing.
+    spec: ModelSpec, params: Params, layer_map: Sequence[int | None], batches: Iterable[Batch]
+) -> list[CopySimilarity]:
+    """Measure how alike neighboring copies of one layer still are.
 
-    layer_map[i]  the source of layer i; None: it has none
+    The cosine is the mean over tokens between what the two layers add to the residual; 0 where one
+    of them adds nothing.
 
-    Raises UserError when the batches hold no token.
+    Args:
+        spec: the architecture.
+        params: as in model/llama.py.
+        layer_map: the source of each layer; None: it has none.
+        batches: on the mesh of params.
+
+    Raises:
+        UserError: the batches hold no token.
     """
     copies: dict[int, list[int]] = {}
     for layer, source in enumerate(layer_map):
         if source is not None:
             copies.setdefault(source, []).append(layer)
-    pairs = sorted((i, j) for layers in copies.values() for i, j in itertools.pairwise(layers))
-    if not pairs:
+    copied = [source for source, layers in copies.items() if len(layers) > 1]
+    if not copied:
         return []
-    slot_of = {
-        source: slot
-        for slot, source in enumerate(
-            source for source, layers in copies.items() if len(layers) > 1
-        )
-    }
-    slots = tuple(slot_of.get(source, len(slot_of)) for source in layer_map)
+    slot_of = {source: slot for slot, source in enumerate(copied)}
+    slots = tuple(slot_of.get(source, len(copied)) for source in layer_map)
     sums = sum_over_batches(spec, params, batches, sum_copy_similarity, slots)
-    return [
-        {
-            "source": layer_map[i],
-            "layers": [i, j],
-            "cosine": float(sums["cosine"][j] / sums["tokens"]),
-        }
-        for i, j in pairs
-    ]
+    pairs = []
+    for source in copied:
+        for i, j in itertools.pairwise(copies[source]):
+            cosine = float(sums["cosine"][j] / sums["tokens"])
+            pairs.append(CopySimilarity(source, (i, j), cosine))
+    return sorted(pairs, key=lambda pair: pair.layers)
 
 
-def measure_importance(
-    spec: ModelSpec, params: dict[str, Any], batches: Iterable[Batch]
-) -> dict[str, np.ndarray]:
-    """How much each part of a width says, as means over all real tokens; float64.
+class Importance(NamedTuple):
+    """How active each part of a width is, as means over all real tokens; float64.
 
-    heads  [L, N]  L2 norm of the head's output, before `o`
-    mlp    [L, F]  |silu(gate) x up| of the neuron
-    embed  [D]     |channel| behind every norm, the final one included, summed
+    Attributes:
+        heads: [L, N], L2 norm of the head's output, before `o`.
+        mlp: [L, F], |silu(gate) x up|.
+        embed: [D], |channel| after every norm, the final one included, summed.
+    """
 
-    Source: Minitron (2407.14679), section 2.2. Raises UserError when the batches hold no token.
+    heads: np.ndarray
+    mlp: np.ndarray
+    embed: np.ndarray
+
+
+def measure_importance(spec: ModelSpec, params: Params, batches: Iterable[Batch]) -> Importance:
+    """Measure every head, MLP activation and channel.
+
+    Raises:
+        UserError: the batches hold no token.
+
+    Source: Minitron (2407.14679), section 2.2.
     """
     sums = sum_over_batches(spec, params, batches, sum_importance)
-    return {name: sums[name] / sums["tokens"] for name in ("heads", "mlp", "embed")}
+    return Importance(*(sums[name] / sums["tokens"] for name in Importance._fields))
 
 
 def select_important(scores: np.ndarray, n: int) -> np.ndarray:
-    """Indices [..., n] of the n highest scores along the last axis, in rising order; of equal ones those of lower index."""
-    return np.sort(np.argsort(-np.asarray(scores), axis=-1, kind="stable")[..., :n], axis=-1)
+    """Return the indices [..., n] of the n highest scores along the last axis, in rising order.
+
+    Of equal scores those of lower index win.
+    """
+    order = np.argsort(-np.asarray(scores), axis=-1, kind="stable")
+    return np.sort(order[..., :n], axis=-1)
 
 
 def select_heads(
     scores: np.ndarray, n_heads: int, n_kv_heads: int, new_heads: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(query heads [L, new_heads], kv heads [L, new_heads / group]) to keep, by scores [L, N]: whole groups, a kv head with all
-    query heads that read it, whose heads' scores sum highest.
+    """Return (query heads [L, new_heads], kv heads [L, new_heads / group]) to keep.
 
-    Raises UserError when new_heads is not so many whole groups.
+    Whole groups are kept, a kv head with all query heads that read it: those of the highest sums.
+
+    Args:
+        scores: [L, N].
+        n_heads: query heads.
+        n_kv_heads: kv heads.
+        new_heads: query heads to keep.
+
+    Raises:
+        UserError: new_heads is not a whole number of groups.
     """
     group = n_heads // n_kv_heads
     if new_heads % group or not group <= new_heads <= n_heads:
         raise UserError(
-            f"heads={new_heads}: the {n_heads} query heads share kv heads by {group}. Use a multiple of {group} from {group} to {n_heads}."
+            f"heads={new_heads}: {group} of the {n_heads} query heads share one kv head. "
+            f"Use a multiple of {group} from {group} to {n_heads}."
         )
     L = len(scores)
-    kv = select_important(np.reshape(scores, (L, n_kv_heads, group)).sum(-1), new_heads // group)
-    return (kv[:, :, None] * group + np.arange(group)).reshape(L, new_heads), kv
+    group_scores = np.reshape(scores, (L, n_kv_heads, group)).sum(-1)
+    kv_heads = select_important(group_scores, new_heads // group)
+    heads = kv_heads[:, :, None] * group + np.arange(group)
+    return heads.reshape(L, new_heads), kv_heads
 
 
-# ---- sums of one batch, traced: every array over real tokens
+# ---- sums over one batch, traced; every array is summed over real tokens
 
 
-def sum_layer_statistics(spec: ModelSpec, params, batch: Batch) -> dict[str, jax.Array]:
-    def visit(block, x, rope, attend, _):
+def sum_layer_statistics(spec: ModelSpec, params: Params, batch: Batch) -> Sums:
+    """Return the sums behind LayerStatistics."""
+
+    def visit(block, x, rope, attend, carry):
         y = block(x, rope, attend)
-        return (
-            y,
-            None,
-            {
-                "squares": sum_over_tokens(batch, jnp.mean(y * y, axis=-1)),
-                "cosine": sum_over_tokens(batch, cosine_similarity(x, y)),
-            },
-        )
+        squares = sum_over_tokens(batch, jnp.mean(y * y, axis=-1))
+        cosine = sum_over_tokens(batch, cosine_similarity(x, y))
+        return y, carry, {"squares": squares, "cosine": cosine}
 
     return visit_layers(spec, params, batch, visit)[1]
 
 
 def sum_copy_similarity(
-    spec: ModelSpec, params, batch: Batch, slots: tuple[int, ...]
-) -> dict[str, jax.Array]:
-    """slots[i]: where layer i's source keeps its last copy's write; the highest slot is for layers that have no twin."""
+    spec: ModelSpec, params: Params, batch: Batch, slots: tuple[int, ...]
+) -> Sums:
+    """Return the sums behind CopySimilarity.
+
+    Args:
+        spec: the architecture.
+        params: as in model/llama.py.
+        batch: the tokens.
+        slots: for each layer the slot that keeps the output of its source's last copy; the highest
+            one is for layers without copies. A whole stack of outputs would be as large as
+            training's.
+    """
 
     def visit(block, x, rope, attend, carry):
-        writes, layer = (
-            carry  # only sources that have twins are held: a whole stack of writes would be as large as training's
-        )
+        outputs, layer = carry
         y = block(x, rope, attend)
         slot = jnp.asarray(slots)[layer]
-        found = sum_over_tokens(batch, cosine_similarity(y - x, writes[slot]))
-        writes = with_logical_constraint(
-            writes.at[slot].set(y - x), None, "batch", "position", "act_embed"
-        )
-        return y, (writes, layer + 1), {"cosine": found}
+        cosine = sum_over_tokens(batch, cosine_similarity(y - x, outputs[slot]))
+        outputs = outputs.at[slot].set(y - x)
+        outputs = with_logical_constraint(outputs, None, *RESIDUAL_AXES)
+        return y, (outputs, layer + 1), {"cosine": cosine}
 
     empty = jnp.zeros((max(slots) + 1, *batch.tokens.shape, spec.d_model))
-    return visit_layers(
-        spec,
-        params,
-        batch,
-        visit,
-        (with_logical_constraint(empty, None, "batch", "position", "act_embed"), jnp.int32(0)),
-    )[1]
+    empty = with_logical_constraint(empty, None, *RESIDUAL_AXES)
+    return visit_layers(spec, params, batch, visit, (empty, jnp.int32(0)))[1]
 
 
-def sum_importance(spec: ModelSpec, params, batch: Batch) -> dict[str, jax.Array]:
-    def visit(block, x, rope, attend, _):
-        mixed = None
+def sum_importance(spec: ModelSpec, params: Params, batch: Batch) -> Sums:
+    """Return the sums behind Importance."""
+
+    def visit(block, x, rope, attend, carry):
+        attended = []
 
         def attend_and_keep(q, k, v):
-            nonlocal mixed
-            mixed = attend(q, k, v)
-            return mixed
+            attended.append(attend(q, k, v))
+            return attended[-1]
 
-        before_attention = llama.rms_norm(x, block.attn_norm[...], block.eps)
-        x = x + block.attention(before_attention, rope, attend_and_keep)
-        before_mlp = llama.rms_norm(x, block.mlp_norm[...], block.eps)
+        attention_input = llama.rms_norm(x, block.attn_norm[...], block.eps)
+        x = x + block.attention(attention_input, rope, attend_and_keep)
+        mlp_input = llama.rms_norm(x, block.mlp_norm[...], block.eps)
+        head_norms = jnp.linalg.norm(attended[-1], axis=-1)
+        activations = jnp.abs(block.compute_mlp_activations(mlp_input))
+        channels = jnp.abs(attention_input) + jnp.abs(mlp_input)
         sums = {
-            "heads": sum_over_tokens(batch, jnp.linalg.norm(mixed, axis=-1)),
-            "mlp": sum_over_tokens(batch, jnp.abs(block.neurons(before_mlp))),
-            "embed": sum_over_tokens(batch, jnp.abs(before_attention) + jnp.abs(before_mlp)),
+            "heads": sum_over_tokens(batch, head_norms),
+            "mlp": sum_over_tokens(batch, activations),
+            "embed": sum_over_tokens(batch, channels),
         }
-        return x + block.feed_forward(before_mlp), None, sums
+        return x + block.mlp(mlp_input), carry, sums
 
     x, sums = visit_layers(spec, params, batch, visit)
     final = jnp.abs(llama.rms_norm(x, params["norm"], spec.norm_eps))
-    return {**sums, "embed": jnp.sum(sums["embed"], axis=0) + sum_over_tokens(batch, final)}
+    embed = jnp.sum(sums["embed"], axis=0) + sum_over_tokens(batch, final)
+    return {**sums, "embed": embed}
 
 
 def visit_layers(
-    spec: ModelSpec, params, batch: Batch, visit: Callable, carry=None
-) -> tuple[jax.Array, Any]:
-    """A batch through the layers. visit(block, x, rope, attend, carry) -> (the block's output, carry, found).
+    spec: ModelSpec, params: Params, batch: Batch, visit: Callable, carry: Any = None
+) -> tuple[jax.Array, Sums]:
+    """Run a batch through the layers, as Llama.__call__ does.
 
-    Returns the residual stream behind the last layer, float32 [B, T, D], and what was found, stacked [L, ...].
+    Args:
+        spec: the architecture.
+        params: as in model/llama.py.
+        batch: the tokens.
+        visit: (block, x, rope, attend, carry) -> (the block's output, carry, sums).
+        carry: the first layer's carry.
+
+    Returns:
+        The residual stream after the last layer, float32 [B, T, D], and the sums, [L, ...].
     """
     model = llama.bind_params(spec, params)
-    table = with_logical_constraint(
-        model.embed[...], "vocab", None
-    )  # gathered along its width first, as in Llama.__call__
-    x = with_logical_constraint(
-        table[batch.tokens].astype(jnp.float32), "batch", "position", "act_embed"
-    )
+    # gathered along its width first, as in Llama.__call__
+    table = with_logical_constraint(model.embed[...], "vocab", None)
+    x = table[batch.tokens].astype(jnp.float32)
+    x = with_logical_constraint(x, *RESIDUAL_AXES)
     rope = llama.compute_rope(spec, batch.positions)
     blocks, stacked = nnx.split(model.blocks)
+    attend_within = functools.partial(
+        attend, segment_ids=batch.segment_ids, window=spec.sliding_window
+    )
 
-    def layer(state, one):
+    def run_layer(state: Any, layer: Any) -> tuple[Any, Sums]:
         x, carry = state
-        within = functools.partial(
-            attend, segment_ids=batch.segment_ids, window=spec.sliding_window
-        )
-        x, carry, found = visit(nnx.merge(blocks, one), x, rope, within, carry)
-        return (with_logical_constraint(x, "batch", "position", "act_embed"), carry), found
+        block = nnx.merge(blocks, layer)
+        x, carry, sums = visit(block, x, rope, attend_within, carry)
+        return (with_logical_constraint(x, *RESIDUAL_AXES), carry), sums
 
-    (x, _), found = jax.lax.scan(layer, (x, carry), stacked)
-    return x, found
+    (x, _), sums = jax.lax.scan(run_layer, (x, carry), stacked)
+    return x, sums
 
 
 def sum_over_tokens(batch: Batch, x: jax.Array) -> jax.Array:
-    """[B, T, ...] -> [...], summed over the tokens that are no padding."""
-    real = (batch.segment_ids > 0).reshape(*batch.segment_ids.shape, *[1] * (x.ndim - 2))
-    return jnp.sum(jnp.where(real, x, 0), axis=(0, 1))
+    """Return [B, T, ...] as [...], summed over the tokens that are not padding."""
+    is_real = batch.segment_ids > 0
+    is_real = is_real.reshape(*is_real.shape, *[1] * (x.ndim - 2))
+    return jnp.sum(jnp.where(is_real, x, 0), axis=(0, 1))
 
 
 def cosine_similarity(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Along the last axis; 0 where one of them is 0."""
+    """Return the cosine along the last axis; 0 where one of them is 0."""
     norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
-    return jnp.sum(x * y, axis=-1) / jnp.maximum(norms, jnp.finfo(x.dtype).tiny)
+    tiny = jnp.finfo(x.dtype).tiny
+    return jnp.sum(x * y, axis=-1) / jnp.maximum(norms, tiny)
 
 
 # ---- running them
 
 
 def sum_over_batches(
-    spec: ModelSpec, params, batches: Iterable[Batch], sums: Callable, *settings
+    spec: ModelSpec, params: Params, batches: Iterable[Batch], sums: Callable, *extra: Any
 ) -> dict[str, np.ndarray]:
-    """Sums over all batches, float64, and "tokens", the number of real ones. The divisions are the caller's."""
-    step = jit_sums(spec, jax.tree.leaves(params)[0].sharding.mesh, sums, *settings)
-    total: dict[str, np.ndarray] = {"tokens": np.float64(0)}
+    """Return float64 sums over all batches, and "tokens", the number of real ones."""
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    step = jit_sums(spec, mesh, sums, *extra)
+    totals: dict[str, Any] = {"tokens": np.float64(0)}
     for batch in batches:
-        total = {
-            name: total.get(name, 0) + np.asarray(value, np.float64)
-            for name, value in step(params, batch).items()
-        }
-    if not total["tokens"]:
+        for name, value in step(params, batch).items():
+            totals[name] = totals.get(name, 0) + np.asarray(value, np.float64)
+    if not totals["tokens"]:
         raise UserError(
-            "measuring layers: the rows hold no token. Give held-out rows of text that the model knows."
+            "measuring layers: the sequences hold no token. "
+            "Give held-out sequences of text that the model knows."
         )
-    return total
+    return totals
 
 
 @functools.lru_cache(maxsize=8)
-def jit_sums(spec: ModelSpec, mesh, sums: Callable, *settings):
-    """The jitted step(params, batch) -> sums(spec, params, batch, *settings) and "tokens", on every device."""
-    shardings = llama.make_param_shardings(spec, mesh)
+def jit_sums(spec: ModelSpec, mesh: Mesh, sums: Callable, *extra: Any) -> Any:
+    """Return the jitted step(params, batch) -> sums(spec, params, batch, *extra) and "tokens"."""
 
-    def step(params, batch: Batch):
+    def step(params: Params, batch: Batch) -> Sums:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return {
-                **sums(spec, params, batch, *settings),
-                "tokens": jnp.sum(batch.segment_ids > 0),
-            }
+            n_tokens = jnp.sum(batch.segment_ids > 0)
+            return {**sums(spec, params, batch, *extra), "tokens": n_tokens}
 
-    return jax.jit(
-        step,
-        in_shardings=(shardings, make_batch_sharding(mesh)),
-        out_shardings=make_replicated_sharding(mesh),
-    )
+    shardings = (llama.make_param_shardings(spec, mesh), make_batch_sharding(mesh))
+    return jax.jit(step, in_shardings=shardings, out_shardings=make_replicated_sharding(mesh))

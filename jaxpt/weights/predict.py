@@ -1,4 +1,11 @@
-"""Layers that never were, predicted from their neighbours to be: LESA (2502.13794) with a closed-form fit."""
+"""Predict layers between two others from their neighbors: LESA (2502.13794), fitted in closed form.
+
+LESA trains a network of two hidden layers for each kind of matrix, with a loss that keeps the norm.
+Here the fit is linear, so that it is the same on every mesh and takes a second. It is regularized
+towards the neighbors' mean, which remains where there is nothing to learn; and what cannot be
+predicted is made smaller instead of rescaled to the norm: a layer of full norm in meaningless
+directions does harm that training has to undo.
+"""
 
 from __future__ import annotations
 
@@ -9,87 +16,102 @@ import jax
 import jax.numpy as jnp
 
 from jaxpt.spec import UserError
+from jaxpt.weights.measure import Params
 
-# Times the energy of both neighbours. Where all layers are alike each neighbour gives 1/2 at any strength; where they have
-# nothing in common, as in every small model measured, each gives 1/3 at this one. Weaker ones leave layers of nearly nothing.
+# Times the energy of both neighbors. Where all layers are alike each neighbor gives 1/2 at any
+# strength; where they have nothing in common, as in every small model measured, each gives 1/3 at
+# this one. Weaker ones leave layers of nearly nothing.
 RIDGE_LAMBDA = 1.0
+WRITING_PARAMS = ("o", "down")  # the residual stream is their last axis, the others' first
 
 
-def predict_layer_params(blocks: dict[str, Any], gaps: Sequence[int]) -> dict[str, Any]:
-    """New layers to stand between layers i and i + 1, for each i of gaps: every leaf of blocks [L, ...] as [len(gaps), ...].
+def predict_layer_params(blocks: Params, gaps: Sequence[int]) -> Params:
+    """Return new layers to insert between layers i and i + 1, for each i of `gaps`.
 
-    A matrix is taken apart in the directions of the residual stream that all layers' matrices of its kind share (their SVD
-    side by side). In each direction two shares are fitted over all triples of neighbours in the model, which make a layer of
-    the one before and the one behind it; the new layer is made so of layers i and i + 1. Norms and biases are the
-    neighbours' mean.
+    A matrix is written in the directions of the residual stream that all layers' matrices of its
+    kind share (their SVD side by side). In each direction two coefficients, fitted over all triples
+    of neighbors in the model, give a layer from the one before and the one after it; they are
+    applied to layers i and i + 1. Norms and biases are the neighbors' mean.
 
-    LESA trains a network of two hidden layers for each kind of matrix, with a loss that keeps the norm. Here the fit is
-    linear, so that it is the same on every mesh and in a second; it is drawn towards the neighbours' mean, which is what is
-    left where there is nothing to learn; and what cannot be predicted is made smaller instead of brought back to the norm:
-    a layer of full norm in directions that mean nothing does harm that training has to undo.
+    Args:
+        blocks: name -> [L, ...]. Works traced and not.
+        gaps: layers with a new one after them.
 
-    Works traced and not; computed in float32. Raises UserError below 3 layers.
+    Returns:
+        name -> [len(gaps), ...], computed in float32.
+
+    Raises:
+        UserError: fewer than 3 layers.
     """
     n_layers = len(blocks["q"])
     if n_layers < 3:
         raise UserError(
-            f"predict_layers: a model of {n_layers} layers has none between two others to learn from. Wanted at least 3."
+            f"predict_layers: expected a model of at least 3 layers, got {n_layers}: "
+            "it learns from layers between two others."
         )
+    indices = jnp.asarray(gaps)
     with jax.default_matmul_precision("float32"):
-        return {
-            name: predict_between(name, leaf, jnp.asarray(gaps)) for name, leaf in blocks.items()
-        }
+        return {name: predict_between(name, leaf, indices) for name, leaf in blocks.items()}
 
 
 def predict_between(name: str, leaf: jax.Array, gaps: jax.Array) -> jax.Array:
-    """The new layers of one leaf; one layer at a time, so that a device gathers no more than one."""
+    """Return one weight's new layers, one at a time: a device gathers no more than one layer."""
     if name.endswith(("norm", "bias")):
-        return jnp.mean(jnp.stack([leaf[gaps], leaf[gaps + 1]]).astype(jnp.float32), axis=0).astype(
-            leaf.dtype
-        )
-    from_residual = name not in (
-        "o",
-        "down",
-    )  # these two have the residual stream as their last axis, the others as their first
+        neighbors = jnp.stack([leaf[gaps], leaf[gaps + 1]]).astype(jnp.float32)
+        return jnp.mean(neighbors, axis=0).astype(leaf.dtype)
+    writes = name in WRITING_PARAMS
 
-    def matrix(i):  # [D, columns]
-        one = leaf[i].astype(jnp.float32)
-        return one.reshape(len(one), -1) if from_residual else one.reshape(-1, one.shape[-1]).T
+    def matrix(i: Any) -> jax.Array:
+        layer = leaf[i].astype(jnp.float32)
+        if writes:
+            return layer.reshape(-1, layer.shape[-1]).T
+        return layer.reshape(len(layer), -1)
 
-    basis, shares = fit_layer_regression(matrix, len(leaf))
+    basis, coefficients = fit_layer_regression(matrix, len(leaf))
 
-    def new(i):
-        one = basis @ (shares[0] * (basis.T @ matrix(i)) + shares[1] * (basis.T @ matrix(i + 1)))
-        return (one if from_residual else one.T).reshape(leaf.shape[1:]).astype(leaf.dtype)
+    def predict(i: jax.Array) -> jax.Array:
+        before = coefficients[0] * (basis.T @ matrix(i))
+        after = coefficients[1] * (basis.T @ matrix(i + 1))
+        new = basis @ (before + after)
+        new = new.T if writes else new
+        return new.reshape(leaf.shape[1:]).astype(leaf.dtype)
 
-    return jax.lax.map(new, gaps)
+    return jax.lax.map(predict, gaps)
 
 
 def fit_layer_regression(
     matrix: Callable[[Any], jax.Array], n_layers: int
 ) -> tuple[jax.Array, jax.Array]:
-    """(orthonormal directions [D, D], shares of the layer before and of the layer behind [2, D, 1]) of layers matrix(i), [D, columns]."""
+    """Fit each layer's matrix from the two beside it.
 
-    def add(gram, i):
+    Args:
+        matrix: layer -> [D, columns].
+        n_layers: how many layers there are.
+
+    Returns:
+        Orthonormal directions [D, D], and the coefficients of the layer before and of the layer
+        after, [2, D, 1].
+    """
+
+    def add_gram(gram: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
         return gram + matrix(i) @ matrix(i).T, None
 
     D = jax.eval_shape(matrix, 0).shape[0]
-    # the Gram matrix has the singular directions of all layers side by side, and the size of one layer
-    gram, _ = jax.lax.scan(add, jnp.zeros((D, D)), jnp.arange(n_layers))
+    # the Gram matrix has the singular directions of all layers, and the size of one layer
+    gram, _ = jax.lax.scan(add_gram, jnp.zeros((D, D)), jnp.arange(n_layers))
     basis = jnp.linalg.eigh(gram)[1]
 
-    def products(i):
+    def multiply_triple(i: jax.Array) -> jax.Array:
         a, middle, b = (basis.T @ matrix(j) for j in (i - 1, i, i + 1))
         rest = middle - (a + b) / 2
-        return jnp.stack(
-            [jnp.sum(x * y, axis=1) for x, y in ((a, a), (b, b), (a, b), (a, rest), (b, rest))]
-        )
+        pairs = ((a, a), (b, b), (a, b), (a, rest), (b, rest))
+        return jnp.stack([jnp.sum(x * y, axis=1) for x, y in pairs])
 
-    aa, bb, ab, a_rest, b_rest = jnp.sum(jax.lax.map(products, jnp.arange(1, n_layers - 1)), axis=0)
+    products = jax.lax.map(multiply_triple, jnp.arange(1, n_layers - 1))
+    aa, bb, ab, a_rest, b_rest = jnp.sum(products, axis=0)
     ridge = RIDGE_LAMBDA * (aa + bb)
     aa, bb = aa + ridge, bb + ridge
-    determinant = jnp.maximum(
-        aa * bb - ab * ab, jnp.finfo(jnp.float32).tiny
-    )  # 0 in a direction that no layer uses
-    change = jnp.stack([bb * a_rest - ab * b_rest, aa * b_rest - ab * a_rest]) / determinant
-    return basis, (0.5 + change)[..., None]
+    tiny = jnp.finfo(jnp.float32).tiny  # the determinant is 0 in a direction that no layer uses
+    determinant = jnp.maximum(aa * bb - ab * ab, tiny)
+    numerators = jnp.stack([bb * a_rest - ab * b_rest, aa * b_rest - ab * a_rest])
+    return basis, (0.5 + numerators / determinant)[..., None]
