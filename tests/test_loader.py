@@ -207,7 +207,9 @@ def test_any_mesh_gets_the_batch_of_one_device(sizes, rows, mixture):
     for i, (left, right) in enumerate(zip(alone, spread, strict=True)):
         assert_equal(left, right)
         places = [mixture.sequence_at(i * BATCH_ROWS + slot) for slot in range(BATCH_ROWS)]
-        assert_equal(left, loader.make_batch([rows.read_sequence(*place) for place in places], True))
+        assert_equal(
+            left, loader.make_batch([rows.read_sequence(*place) for place in places], True)
+        )
     assert {name for name, _ in places} == {"code"}, "the second phase has begun"
 
 
@@ -226,7 +228,9 @@ def test_a_stream_resumed_at_any_row_is_the_uncut_stream(rows, mixture):
         np.testing.assert_array_equal(resumed.tokens[: len(expected)], expected)
         assert len(resumed.tokens) == batch_size, (first_row, batch_size)
     far = batches(1, rows, mixture, one, BATCH_ROWS, 10**12, True)[0]
-    np.testing.assert_array_equal(far.tokens[0], rows.read_sequence(*mixture.sequence_at(10**12)).tokens)
+    np.testing.assert_array_equal(
+        far.tokens[0], rows.read_sequence(*mixture.sequence_at(10**12)).tokens
+    )
 
 
 HOST = """
@@ -654,8 +658,8 @@ def a_run(workdir, tmp_path, **changes):
     )
     rows = loader.open_packed([workdir / "packed"])
     stretches = MixtureSchedule(
-        settings.mixture, rows.n_rows, BATCH_ROWS, packed=rows.fingerprint
-    ).stretches
+        settings.mixture, rows.n_rows, BATCH_ROWS, fingerprint=rows.fingerprint
+    ).phases
     (tmp_path / "config.json").write_text(json.dumps({**stage.to_jsonable(settings), **changes}))
     (tmp_path / "phases.json").write_text(json.dumps([stretch.to_json() for stretch in stretches]))
     shutil.copytree(workdir / "tokenizer", tmp_path / "tokenizer")
