@@ -392,8 +392,8 @@ def damaged(workdir, directory, change, name="data-00000.arrow"):
         (lambda w, d: damaged(w, d, "missing"), "data-00000.arrow: missing"),
         (lambda w, d: damaged(w, d, "truncated"), "data-00000.arrow: .* bytes, expected"),
         (lambda w, d: damaged(w, d, "one bit"), "data-00000.arrow: the checksum of bytes"),
-        (lambda w, d: damaged(w, d, "one bit", pack.INDEX_SCHEMA), "batches.npy: its checksum"),
-        (lambda w, d: damaged(w, d, "missing", pack.INDEX_SCHEMA), "batches.npy: missing"),
+        (lambda w, d: damaged(w, d, "one bit", pack.INDEX_FILE), "batches.npy: its checksum"),
+        (lambda w, d: damaged(w, d, "missing", pack.INDEX_FILE), "batches.npy: missing"),
     ],
     ids=[
         "none",
@@ -637,7 +637,7 @@ def test_a_prompt_has_no_weight_from_file_to_batch(workdir, tmp_path):
         assert words.decode(tokens.tolist()) == record["question"] + record["answer"]
         assert targets[-1] == words.eos_id
         assert words.decode(targets.tolist()).strip() == record["answer"]
-    assert trained == counts["trained_tokens"] < counts["tokens"] / 1.5
+    assert trained == counts["n_trained_tokens"] < counts["n_tokens"] / 1.5
 
 
 def test_a_batch_that_the_mesh_cannot_cut_is_refused(rows, mixture):
