@@ -465,9 +465,9 @@ def test_a_mistake_that_another_process_finds_is_reported_on_one_line(workdir, m
 
 
 def test_packing_needs_a_corpus_and_a_tokenizer(tmp_path):
-    with pytest.raises(UserError, match="not there"):
+    with pytest.raises(UserError, match="not found"):
         pack.pack_corpus(packing(), tmp_path)
     write_corpus(tmp_path, {"english": ["text"]})
-    with pytest.raises(UserError, match="not there"):
+    with pytest.raises(UserError, match="not found"):
         pack.pack_corpus(packing(), tmp_path)
     assert Manifest.load(tmp_path / "corpus").stage == "prepare"

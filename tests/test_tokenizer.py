@@ -171,7 +171,7 @@ def test_a_unigram_tokenizer_is_saved_in_the_form_in_which_its_ids_are_one(unigr
     law()
 
 
-def test_unigram_pieces_are_sentencepieces_own_word_by_word(tmp_path):
+def test_unigram_tokens_are_sentencepieces_own_word_by_word(tmp_path):
     """The same pieces and scores read by SentencePiece give the same segmentation of each word, but
     for pieces of equal merit.
     """
@@ -361,7 +361,7 @@ def byte_level(directory: pathlib.Path, special: bool = True) -> pathlib.Path:
     return directory
 
 
-def test_an_adopted_directory_keeps_its_ids_and_its_ways(tmp_path):
+def test_an_adopted_directory_keeps_its_ids_and_settings(tmp_path):
     import transformers
 
     source = byte_level(tmp_path / "source")
@@ -395,7 +395,7 @@ def test_adopting_the_same_files_from_another_place_is_the_same_work(tmp_path, o
 
 def test_compare_counts_bytes_per_token(trained, tmp_path):
     table = tokenizer.compare_tokenizers(
-        [trained, byte_level(tmp_path / "bytes")], trained.parent / "corpus", limit_mb=1e6
+        [trained, byte_level(tmp_path / "bytes")], trained.parent / "corpus", sample_mb=1e6
     )
     texts, ours = english_and_code(), tokenizer.load_tokenizer(trained)
     for name in texts:
@@ -448,9 +448,9 @@ def no_eos(directory: pathlib.Path, trained: pathlib.Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "message"),
     [
-        (lambda d, t: asking(source=str(d / "nowhere")), "not there"),
+        (lambda d, t: asking(source=str(d / "nowhere")), "not found"),
         (
             lambda d, t: asking(source=broken_directory(d / "x", {"config.json": "{}"})),
             "no tokenizer.json and no SentencePiece .model",
@@ -481,9 +481,9 @@ def no_eos(directory: pathlib.Path, trained: pathlib.Path) -> str:
         "too few pieces",
     ],
 )
-def test_what_cannot_be_a_tokenizer_is_refused_in_one_sentence(make, says, trained, tmp_path):
+def test_what_cannot_be_a_tokenizer_is_refused_on_one_line(make, message, trained, tmp_path):
     workdir = write_corpus(tmp_path / "work", english_and_code())
-    with pytest.raises(UserError, match=says) as error:
+    with pytest.raises(UserError, match=message) as error:
         tokenizer.train_tokenizer(make(tmp_path, trained), workdir)
     assert "\n" not in str(error.value)
     assert not (workdir / "tokenizer").exists()
