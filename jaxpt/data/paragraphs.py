@@ -71,13 +71,13 @@ class RepeatedParagraphs(NamedTuple):
             the gaps that go with them.
         cuts: CUT_DTYPE of each paragraph, by row, without those of empty documents.
         empty: rows of which nothing stays.
-        twin: for each of `empty`, the row that has its first paragraph.
+        original: for each of `empty`, the row that has its first paragraph.
     """
 
     repeated_chars: np.ndarray
     cuts: np.ndarray
     empty: np.ndarray
-    twin: np.ndarray
+    original: np.ndarray
 
 
 def find_repeated_paragraphs(
@@ -101,7 +101,7 @@ def find_repeated_paragraphs(
     amounts, start = np.zeros((n, 3), np.int64), 0
     cuts = [np.empty(0, CUT_DTYPE)]
     empty: list[np.ndarray] = [np.empty(0, np.int64)]
-    twins: list[np.ndarray] = [np.empty(0, np.int64)]
+    originals: list[np.ndarray] = [np.empty(0, np.int64)]
     for part in read_marks():
         documents = MarkedDocuments(*part)
         stop = start + len(documents.marks)
@@ -111,11 +111,11 @@ def find_repeated_paragraphs(
         emptied = documents.rows[is_empty]
         first_marks = np.cumsum([0, *documents.counts])[:-1]
         empty.append(emptied)
-        twins.append(owner[here[first_marks[is_empty]]])
+        originals.append(owner[here[first_marks[is_empty]]])
         cuts.append(cut[~np.isin(cut["row"], emptied)])
         start = stop
     return RepeatedParagraphs(
-        amounts, np.concatenate(cuts), np.concatenate(empty), np.concatenate(twins)
+        amounts, np.concatenate(cuts), np.concatenate(empty), np.concatenate(originals)
     )
 
 
