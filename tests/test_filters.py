@@ -210,9 +210,9 @@ def around_gopher(n: int) -> list[str]:
             )
         )
 
-    def spread(text, piece, share):
+    def spread(text, insertion, share):
         return " ".join(
-            word + (f" {piece}" if rng.random() < share else "") for word in text.split()
+            word + (f" {insertion}" if rng.random() < share else "") for word in text.split()
         )
 
     def prose():
@@ -256,12 +256,17 @@ def around_gopher(n: int) -> list[str]:
 def test_the_preset_gopher_drops_what_the_tables_of_the_paper_drop():
     texts = around_gopher(1500)
     expected = [gopher(text) for text in texts]
-    asked = [rule for rule in filters.parse_rules("gopher", ()) if rule.name != "exact_dedup"]
-    judged = filters.apply_rules(documents(*texts), asked)
-    assert [asked[k].name if k < len(asked) else "" for k in judged.failed_rule] == expected
-    assert all(expected.count(rule.name) >= 8 for rule in asked) and expected.count("") > 200, (
-        "every rule has something to drop"
-    )
+    rules_under_test = [
+        rule for rule in filters.parse_rules("gopher", ()) if rule.name != "exact_dedup"
+    ]
+    judged = filters.apply_rules(documents(*texts), rules_under_test)
+    assert [
+        rules_under_test[k].name if k < len(rules_under_test) else "" for k in judged.failed_rule
+    ] == expected
+    assert (
+        all(expected.count(rule.name) >= 8 for rule in rules_under_test)
+        and expected.count("") > 200
+    ), "every rule has something to drop"
     assert all(reason for reason, name in zip(judged.reasons, expected, strict=True) if name)
 
 
@@ -383,7 +388,10 @@ def test_an_edit_applied_twice_changes_nothing_more():
 def test_a_users_own_lists_drop_by_words_and_by_addresses_and_a_change_of_them_is_noticed(tmp_path):
     (tmp_path / "words.txt").write_text("# a remark\nDamn\n\nsal ami\nc++\n")
     (tmp_path / "urls.txt").write_text("bad.example\nhttps://www.fine.example/private/\n")
-    asked = [f"bad_words(path='{tmp_path}/words.txt')", f"url_list(path='{tmp_path}/urls.txt')"]
+    rules_under_test = [
+        f"bad_words(path='{tmp_path}/words.txt')",
+        f"url_list(path='{tmp_path}/urls.txt')",
+    ]
     texts = [
         "Oh, DAMN!",
         "damned goddamn",
@@ -392,7 +400,9 @@ def test_a_users_own_lists_drop_by_words_and_by_addresses_and_a_change_of_them_i
         "In C++, so",
         "c+ ++",
     ]
-    judged = filters.apply_rules(documents(*texts), filters.parse_rules("none", asked[:1]))
+    judged = filters.apply_rules(
+        documents(*texts), filters.parse_rules("none", rules_under_test[:1])
+    )
     assert judged.reasons == ["contains 'damn'", "", "contains 'sal ami'", "", "contains 'c++'", ""]
     urls = [
         "http://bad.example/x",
@@ -405,7 +415,7 @@ def test_a_users_own_lists_drop_by_words_and_by_addresses_and_a_change_of_them_i
     pages = [
         Document(f"web/{i}", "b text", 0, json.dumps({"url": url})) for i, url in enumerate(urls)
     ] + documents("no url")
-    judged = filters.apply_rules(pages, [BEES, *filters.parse_rules("none", asked[1:])])
+    judged = filters.apply_rules(pages, [BEES, *filters.parse_rules("none", rules_under_test[1:])])
     assert judged.reasons == ["bad.example is on the list"] * 2 + [
         "",
         "fine.example/private is on the list",
@@ -413,9 +423,9 @@ def test_a_users_own_lists_drop_by_words_and_by_addresses_and_a_change_of_them_i
         "",
         "",
     ]
-    before = [rule.help for rule in filters.parse_rules("none", asked)]
+    before = [rule.help for rule in filters.parse_rules("none", rules_under_test)]
     (tmp_path / "urls.txt").write_text("bad.example\n")
-    after = [rule.help for rule in filters.parse_rules("none", asked)]
+    after = [rule.help for rule in filters.parse_rules("none", rules_under_test)]
     assert (
         before[0] == after[0]
         and before[1] != after[1]
@@ -453,7 +463,7 @@ def test_a_config_drops_sets_adds_and_places_rules():
     for preset in filters.PRESETS:
         assert all(rule.help.startswith(rule.name) for rule in filters.parse_rules(preset, ()))
     for rule in (*rules.DROP_RULES.values(), *rules.EDIT_RULES.values()):
-        assert rule.__doc__, f"{rule.__name__}: says what it does"
+        assert rule.__doc__, f"{rule.__name__}: has no docstring"
     assert all(
         f"| `{name}" in (ROOT / "docs/prepare.md").read_text()
         or f"`, `{name}" in (ROOT / "docs/prepare.md").read_text()
@@ -479,22 +489,23 @@ def shorter(texts) -> list[tuple[str, int]]:
     return [(text[:-1], 1) for text in texts]
 """
     own_rules(tmp_path, monkeypatch, "mine_kept", code)
-    asked = filters.parse_rules(
+    rules_under_test = filters.parse_rules(
         "none", ["mine_kept:shorter", "mine_kept:no_recipes(least=1) before shorter"]
     )
-    judged = filters.apply_rules(documents("flour", "sugar"), asked)
+    judged = filters.apply_rules(documents("flour", "sugar"), rules_under_test)
     assert (judged.failed_rule, judged.reasons) == ([0, 2], ["1 x flour", ""]) and judged.documents[
         1
     ].text == "suga"
     assert re.fullmatch(
-        r"mine_kept:no_recipes\(word='flour', least=1\) of source [0-9a-f]{16}", asked[0].help
+        r"mine_kept:no_recipes\(word='flour', least=1\) of source [0-9a-f]{16}",
+        rules_under_test[0].help,
     )
 
 
 def test_a_corpus_made_with_a_custom_rule_is_another_when_the_rule_changes(
     tmp_path, monkeypatch, output
 ):
-    def asked(code):
+    def make_config(code):
         own_rules(tmp_path, monkeypatch, "mine_run", code)
         monkeypatch.delitem(sys.modules, "mine_run", raising=False)
         filters.import_rule_module.cache_clear()
@@ -511,8 +522,8 @@ def test_a_corpus_made_with_a_custom_rule_is_another_when_the_rule_changes(
         "".join(json.dumps({"text": text}) + "\n" for text in ("a cake", "jo@example.org", "plain"))
     )
     code = "def cake(texts): return ['is cake' if 'cake' in text else '' for text in texts]\n"
-    made = prepare.prepare_corpus(asked(code), tmp_path / "run")
-    assert prepare.prepare_corpus(asked(code), tmp_path / "run") == made
+    made = prepare.prepare_corpus(make_config(code), tmp_path / "run")
+    assert prepare.prepare_corpus(make_config(code), tmp_path / "run") == made
     assert made.config["rules"][0].startswith("mine_run:cake() of source ") and made.config[
         "rules"
     ][1].startswith("pii_email(mark=")
@@ -523,7 +534,9 @@ def test_a_corpus_made_with_a_custom_rule_is_another_when_the_rule_changes(
         UserError,
         match=r"another config .rules\[0\]: .mine_run:cake.. of source \w+. there, .mine_run:cake",
     ):
-        prepare.prepare_corpus(asked(code.replace("'cake' in", "'plain' in")), tmp_path / "run")
+        prepare.prepare_corpus(
+            make_config(code.replace("'cake' in", "'plain' in")), tmp_path / "run"
+        )
     with pytest.raises(
         UserError,
         match=(
@@ -531,7 +544,7 @@ def test_a_corpus_made_with_a_custom_rule_is_another_when_the_rule_changes(
             r"web/docs.jsonl:1, web/docs.jsonl:2, web/docs.jsonl:3"
         ),
     ):
-        prepare.prepare_corpus(asked("def cake(texts): 1 / 0\n"), tmp_path / "other")
+        prepare.prepare_corpus(make_config("def cake(texts): 1 / 0\n"), tmp_path / "other")
 
 
 @pytest.mark.parametrize(

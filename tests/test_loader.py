@@ -706,7 +706,7 @@ def test_trace_says_what_it_cannot_read(workdir, rows, tmp_path):
         next(loader.trace_step(run, 1, "another"))
     stretches = json.loads((run / "phases.json").read_text())
     (run / "phases.json").write_text(
-        json.dumps([{**each, "packed": "others"} for each in stretches])
+        json.dumps([{**each, "fingerprint": "others"} for each in stretches])
     )
     with pytest.raises(UserError, match="step 1 read other rows"):
         next(loader.trace_step(run, 1, rows.tokenizer))

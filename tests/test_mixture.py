@@ -69,8 +69,8 @@ def test_every_epoch_reads_each_sequence_once_and_in_another_order():
     mix = mixing((0, {"code": 0.25, "prose": 0.75}))
     order = collections.defaultdict(list)
     for i in range(1700):
-        name, row = mix.sequence_at(i)
-        order[name].append(row)
+        name, index = mix.sequence_at(i)
+        order[name].append(index)
     for name, n in (("code", 101), ("prose", 307)):
         epochs = [order[name][k * n : (k + 1) * n] for k in range(len(order[name]) // n)]
         assert len(epochs) >= 4
@@ -92,7 +92,7 @@ def test_uses_are_counted_across_phases():
         (20, {"prose": 0.5, "code": 0.1, "wiki": 0.4}),
     )
     seen = [mix.sequence_at(i) for i in range(60 * 7)]
-    assert [row for name, row in seen if name == "code"] == order[
+    assert [index for name, index in seen if name == "code"] == order[
         : sum(name == "code" for name, _ in seen)
     ]
     assert {name for name, _ in seen[: 3 * 7]} == {"prose"}, (
@@ -146,11 +146,11 @@ def test_a_shuffle_has_no_order_left():
     """
     n = 10_007
     mix = mixing(n_sequences={"only": n})
-    rows = np.array([mix.sequence_at(i)[1] for i in range(n)])
-    assert abs(np.corrcoef(rows[1:], rows[:-1])[0, 1]) < 0.05
-    assert np.mean(np.abs(np.diff(rows))) == pytest.approx(n / 3, rel=0.05)
+    indices = np.array([mix.sequence_at(i)[1] for i in range(n)])
+    assert abs(np.corrcoef(indices[1:], indices[:-1])[0, 1]) < 0.05
+    assert np.mean(np.abs(np.diff(indices))) == pytest.approx(n / 3, rel=0.05)
     second = np.array([mix.sequence_at(n + i)[1] for i in range(n)])
-    assert abs(np.corrcoef(rows, second)[0, 1]) < 0.05
+    assert abs(np.corrcoef(indices, second)[0, 1]) < 0.05
 
 
 def test_a_source_that_runs_out_is_named_before_the_run():
@@ -207,7 +207,7 @@ SHARES = strategies.fixed_dictionaries(
     ),
 )
 def test_other_shares_or_another_batch_in_mid_run_repeat_no_sequence_and_skip_none(first, changes):
-    """A run goes on several times, each time with other settings, of which the history alone knows
+    """A run is resumed several times, with other settings each time; the data history alone knows
     the former; what it has read of a source
     is the beginning of that source's order, whatever was changed."""
     batch_size, n_done, n_read, shares = 7, 0, 0, first
@@ -234,17 +234,19 @@ def test_other_shares_or_another_batch_in_mid_run_repeat_no_sequence_and_skip_no
         assert mix.phases[-1].shares == shares and mix.phases[-1].batch_size == batch_size
     for name in N_SEQUENCES:
         alone = mixing((0, {name: 1.0}))
-        taken = [row for source, row in seen if source == name]
+        taken = [index for source, index in seen if source == name]
         assert taken == [alone.sequence_at(i)[1] for i in range(len(taken))]
 
 
 def test_a_configured_phase_begins_at_its_step_whatever_the_batch_was_before():
-    asked = config.MixtureConfig(
+    settings_of_phases = config.MixtureConfig(
         phases=((0, {"code": 1.0}), (10, {"prose": 1.0}), (20, {"wiki": 1.0}))
     )
-    mix = MixtureSchedule(asked, N_SEQUENCES, 7)
+    mix = MixtureSchedule(settings_of_phases, N_SEQUENCES, 7)
     assert [(each.step, each.sequence) for each in mix.phases] == [(0, 0), (10, 70), (20, 140)]
-    wider = MixtureSchedule(asked, N_SEQUENCES, 100, mix.data_history(12 * 7), 12, 12 * 7)
+    wider = MixtureSchedule(
+        settings_of_phases, N_SEQUENCES, 100, mix.data_history(12 * 7), 12, 12 * 7
+    )
     assert [(each.step, each.sequence, each.batch_size) for each in wider.phases] == [
         (0, 0, 7),
         (10, 70, 7),

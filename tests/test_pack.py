@@ -88,10 +88,10 @@ def test_best_fit_neither_loses_nor_doubles_a_token_and_splits_only_what_is_too_
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pack, "WINDOW_SEGMENTS", window)
-        stretches = pack.split_windows(np.array(lengths, int), seq_len)
+        windows = pack.split_windows(np.array(lengths, int), seq_len)
     sequences = [
         sequence
-        for first, last in stretches
+        for first, last in windows
         for sequence in pack.pack_best_fit(documents[first:last], seq_len)
     ]
     assert documents_of(sequences) == {d.document: d.ids.tolist() for d in documents}
@@ -145,7 +145,7 @@ def test_course_is_one_stream_of_tokens_split_into_sequences(lengths, seq_len, f
         assert segment.part == segment.ids[0] // seq_len - document[0] // seq_len
     if first_sequence < len(
         sequences
-    ):  # a stretch of the stream, begun at the document that its first sequence begins in
+    ):  # part of the stream, from the document in which its first sequence begins
         begins = next(
             i
             for i, document in enumerate(documents)
@@ -214,7 +214,7 @@ def test_datasets_opens_the_sequences_and_they_hold_the_corpus(method, workdir):
                 len(sequence["doc_lens"]) == len(sequence["doc_ids"]) == len(sequence["loss_from"])
             )
             assert sequence["input_ids"][n:] == [0] * (SEQ_LEN - n), (
-                "padding is 0 and stands at the end"
+                "padding is 0 and is at the end"
             )
             assert not any(sequence["loss_from"])
             borders = itertools.pairwise(np.cumsum([0, *sequence["doc_lens"]]))
