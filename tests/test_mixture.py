@@ -207,9 +207,9 @@ SHARES = strategies.fixed_dictionaries(
     ),
 )
 def test_other_shares_or_another_batch_in_mid_run_repeat_no_sequence_and_skip_none(first, changes):
-    """A run is resumed several times, with other settings each time; the data history alone knows
-    the former; what it has read of a source
-    is the beginning of that source's order, whatever was changed."""
+    """A run is resumed several times, each time with other settings; only the data history knows
+    the former ones; what it has read of a source is the beginning of that source's order.
+    """
     batch_size, n_done, n_read, shares = 7, 0, 0, first
     mix, seen = mixing((0, first)), []
     for n_steps, *then in [*changes, (9, 5, first)]:

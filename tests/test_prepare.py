@@ -836,7 +836,9 @@ def test_a_bucket_of_unlike_documents_hides_no_pair(tmp_path):
 
 
 def test_when_the_rules_leave_nothing_the_error_shows_the_funnel(tmp_path):
-    with pytest.raises(UserError, match=r"none of 5 documents is left to train on(.|\n)*line_length"):
+    with pytest.raises(
+        UserError, match=r"none of 5 documents is left to train on(.|\n)*line_length"
+    ):
         prepared(tmp_path / "run", OTHERS, preset="course", near_dedup=True)
     assert (
         not (tmp_path / "run/corpus").exists()

@@ -17,7 +17,7 @@ import itertools
 import pathlib
 import struct
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +34,21 @@ SPACES = b"\0\t\n\v\f\r"  # end a word, like " "
 
 # (word of the first character, word of the last one, hash) of n-grams of one length
 Ngrams = Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
+class Predictions(NamedTuple):
+    """The likeliest label of each text, its score, and its lead over the next label."""
+
+    labels: list[str]
+    scores: np.ndarray
+    leads: np.ndarray
+
+
+class NgramSums(NamedTuple):
+    """The sum of the rows of each word's n-grams, [n, dim] float32, and their number, [n]."""
+
+    sums: np.ndarray
+    counts: np.ndarray
 
 
 class ModelReader:
@@ -161,29 +176,28 @@ class LidModel:
         counts += 1
         end = self.vocabulary.index(END_OF_SENTENCE).as_py()
         sums[end], counts[end] = self.rows[end], 1  # it has no n-grams
-        self.sums = np.concatenate([sums, np.zeros((1, sums.shape[1]), np.float32)])
-        self.counts = np.concatenate([counts, np.zeros(1, np.float32)])
+        padding = self.make_sums(1)
+        self.sums = np.concatenate([sums, padding.sums])
+        self.counts = np.concatenate([counts, padding.counts])
 
-    def predict_languages(self, texts: Sequence[str]) -> tuple[list[str], np.ndarray, np.ndarray]:
-        """Return likeliest label, its score and its lead over the next label, [n] each.
+    def predict_languages(self, texts: Sequence[str]) -> Predictions:
+        """Return the likeliest label of each text.
 
         A text is one line: line ends are spaces, and the end of the text is a word.
         """
-        labels: list[str] = []
-        scores: list[np.ndarray] = [np.empty(0)]
-        leads: list[np.ndarray] = [np.empty(0)]
+        batches = [Predictions([], np.empty(0), np.empty(0))]
         first = n_chars = 0
         for i, text in enumerate(texts):
             n_chars += len(text)
             if n_chars >= BATCH_CHARS or i + 1 == len(texts):
-                batch_labels, batch_scores, batch_leads = self.predict_batch(texts[first : i + 1])
-                labels += batch_labels
-                scores.append(batch_scores)
-                leads.append(batch_leads)
+                batches.append(self.predict_batch(texts[first : i + 1]))
                 first, n_chars = i + 1, 0
-        return labels, np.concatenate(scores), np.concatenate(leads)
+        labels = itertools.chain.from_iterable(batch.labels for batch in batches)
+        scores = np.concatenate([batch.scores for batch in batches])
+        leads = np.concatenate([batch.leads for batch in batches])
+        return Predictions(list(labels), scores, leads)
 
-    def predict_batch(self, texts: Sequence[str]) -> tuple[list[str], np.ndarray, np.ndarray]:
+    def predict_batch(self, texts: Sequence[str]) -> Predictions:
         """Return the same for texts that are computed together."""
         in_text = self.count_words(texts)
         hidden = in_text @ self.sums / (in_text @ self.counts)[:, None]
@@ -194,9 +208,10 @@ class LidModel:
         turns = np.concatenate([1 - right, right])
         turns = np.log(turns + np.float32(1e-5))  # fastText's own guard against log(0)
         scores = np.minimum(np.exp(self.paths @ turns), 1).T
-        best = scores.argmax(1)
-        second, first = np.partition(scores, -2, 1)[:, -2:].T
-        return [self.labels[i] for i in best], first, first - second
+        labels = [self.labels[i] for i in scores.argmax(1)]
+        best_two = np.partition(scores, -2, 1)[:, -2:]
+        second, first = best_two.T
+        return Predictions(labels, first, first - second)
 
     def count_words(self, texts: Sequence[str]) -> scipy.sparse.csr_matrix:
         """Return the occurrences of each word in each text, [texts, len(self.sums)]."""
@@ -204,17 +219,20 @@ class LidModel:
         data = b"".join(lines)
         for space in SPACES:
             data = data.replace(bytes([space]), b" ")
-        spaces = np.flatnonzero(np.frombuffer(data, np.uint8) == ord(" "))
+        is_space = np.frombuffer(data, np.uint8) == ord(" ")
+        spaces = np.flatnonzero(is_space)
         ends = np.append(0, spaces + 1)
         buffers = (pa.py_buffer(ends), pa.py_buffer(data))
-        words = pa.LargeStringArray.from_buffers(len(ends) - 1, *buffers).dictionary_encode()
+        words = pa.LargeStringArray.from_buffers(len(ends) - 1, *buffers)
+        words = words.dictionary_encode()
         word = words.indices.to_numpy()
         n_times = np.bincount(word, minlength=len(words.dictionary))
         columns = self.lookup_words(words.dictionary, n_times > 1).take(word)
         line_ends = np.cumsum([0, *map(len, lines)])
         starts = np.searchsorted(ends, line_ends)
         ones = np.ones(len(columns), np.float32)
-        return scipy.sparse.csr_matrix((ones, columns, starts), (len(texts), len(self.sums)))
+        shape = (len(texts), len(self.sums))
+        return scipy.sparse.csr_matrix((ones, columns, starts), shape)
 
     def lookup_words(self, words: pa.Array, is_frequent: np.ndarray) -> np.ndarray:
         """Return where in self.sums and self.counts each word is, valid until the next call.
@@ -234,7 +252,7 @@ class LidModel:
         places = pc.fill_null(places, -1).to_numpy().copy()
         new = np.flatnonzero(places < 0)
         new = new[np.argsort(~is_frequent.take(new), kind="stable")]
-        places[new] = np.arange(n_known, n_known + len(new), dtype=np.int32)
+        places[new] = n_known + np.arange(len(new), dtype=np.int32)
         new_words = words.take(pa.array(new))
         sums, counts = self.sum_ngrams(new_words)
         self.sums = np.concatenate([self.sums[:n_known], sums])
@@ -243,28 +261,29 @@ class LidModel:
         self.known = pa.concat_arrays([self.known, new_words[:n_kept]])
         return places
 
-    def sum_ngrams(self, words: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-        """Return the sum of the rows of each word's n-grams, [n, dim], and their number, [n]."""
-        sums = np.empty((len(words), self.rows.shape[1]), np.float32)
-        counts = np.empty(len(words), np.float32)
+    def make_sums(self, n: int) -> NgramSums:
+        """Return zeros for n words."""
+        width = self.rows.shape[1]
+        return NgramSums(np.zeros((n, width), np.float32), np.zeros(n, np.float32))
+
+    def sum_ngrams(self, words: pa.Array) -> NgramSums:
+        """Sum the rows of each word's n-grams."""
+        total = self.make_sums(len(words))
         is_ascii = pc.call_function("string_is_ascii", [words])
         is_other = pc.call_function("invert", [is_ascii])
-        for chosen, hash_ngrams in (
-            (is_ascii, self.hash_byte_ngrams),
-            (is_other, self.hash_char_ngrams),
-        ):
+        kinds = [(is_ascii, self.hash_byte_ngrams), (is_other, self.hash_char_ngrams)]
+        for chosen, hash_ngrams in kinds:
             mask = chosen.to_numpy(zero_copy_only=False)
             data, word = spell_words(words.filter(chosen))
-            n = int(mask.sum())
-            part = self.sum_rows(hash_ngrams(data, word), n)
-            sums[mask], counts[mask] = part
-        return sums, counts
+            part = self.sum_rows(hash_ngrams(data, word), int(mask.sum()))
+            total.sums[mask] = part.sums
+            total.counts[mask] = part.counts
+        return total
 
-    def sum_rows(self, ngrams: Ngrams, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the sum and number of the rows of n-grams that lie in one of n words."""
+    def sum_rows(self, ngrams: Ngrams, n: int) -> NgramSums:
+        """Sum the rows of those n-grams that lie in one of n words."""
+        sums, counts = self.make_sums(n)
         shape = (n, len(self.rows))
-        sums = np.zeros((n, self.rows.shape[1]), np.float32)
-        counts = np.zeros(n, np.float32)
         for first, last, hashes in ngrams:
             # the remainder by hand, which numpy finds more slowly
             buckets = hashes // self.n_buckets
@@ -273,13 +292,15 @@ class LidModel:
             bits = self.has_ngram.take(buckets >> np.uint32(3))
             bits >>= (buckets & np.uint32(7)).astype(np.uint8)
             bits &= np.uint8(1)
-            found = np.flatnonzero(bits.view(bool) & (first == last))
-            word = first.take(found)
-            rows = self.ngram_rows.take(buckets.take(found)).astype(np.int32) + self.n_words
+            is_known = bits.view(bool) & (first == last)
+            known = np.flatnonzero(is_known)
+            word = first.take(known)
+            rows = self.ngram_rows.take(buckets.take(known))
+            rows = rows.astype(np.int32) + self.n_words
             ones = np.ones(len(word), np.float32)
             sums += scipy.sparse.coo_matrix((ones, (word, rows)), shape) @ self.rows
             counts += np.bincount(word, minlength=n)
-        return sums, counts
+        return NgramSums(sums, counts)
 
     def hash_byte_ngrams(self, data: np.ndarray, word: np.ndarray) -> Ngrams:
         """Yield the n-grams of words in which each character is a byte."""
@@ -297,7 +318,8 @@ class LidModel:
         word = word.take(starts)
         padded = np.append(data, [0] * 3)
         signed = padded.astype(np.int8).astype(np.uint32)  # fastText hashes signed bytes
-        char_bytes = [(signed.take(starts + k), sizes > k) for k in range(sizes.max(initial=0))]
+        longest = sizes.max(initial=0)
+        char_bytes = [(signed.take(starts + k), sizes > k) for k in range(longest)]
         hashes = np.full(len(starts), FNV_OFFSET, np.uint32)
         for n in range(1, min(self.longest, len(starts)) + 1):
             hashes = hashes[: len(starts) - n + 1].copy()
@@ -310,13 +332,17 @@ class LidModel:
 
 def spell_words(words: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     """Return the bytes of words between < and >, and the number of the word of each byte."""
-    begin, nothing = pa.scalar("<", pa.large_string()), pa.scalar("", pa.large_string())
+    text = pa.large_string()
+    begin, nothing = pa.scalar("<", text), pa.scalar("", text)
     spelled = pc.call_function("binary_join_element_wise", [begin, words, nothing])
     _, offset_buffer, data_buffer = spelled.buffers()
-    offsets = np.frombuffer(offset_buffer, np.int64)[: len(words) + 1]
-    word = np.repeat(np.arange(len(words), dtype=np.int32), np.diff(offsets))
+    offsets = np.frombuffer(offset_buffer, np.int64)
+    sizes = np.diff(offsets[: len(words) + 1])
+    numbers = np.arange(len(words), dtype=np.int32)
+    word = np.repeat(numbers, sizes)
     data = np.frombuffer(data_buffer, np.uint8)[: len(word)]
-    return np.where(data == ord(" "), np.uint8(ord(">")), data), word
+    end = np.uint8(ord(">"))
+    return np.where(data == ord(" "), end, data), word
 
 
 def build_huffman_paths(counts: Sequence[int]) -> scipy.sparse.csr_matrix:

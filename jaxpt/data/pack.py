@@ -228,39 +228,38 @@ def pack_splits(
         where: the executor, for more than MAX_BYTES_IN_PROCESS of text.
     """
     jobs_dir = out / ".jobs"
-    files = {
-        (split, name): paths
-        for split in SPLITS
-        for name, paths in tokenizer.list_corpus_files(corpus, split).items()
-    }
+    files: dict[tuple[str, str], list[pathlib.Path]] = {}
+    for split in SPLITS:
+        for name, paths in tokenizer.list_corpus_files(corpus, split).items():
+            files[split, name] = paths
     if estimate_bytes(itertools.chain(*files.values())) <= MAX_BYTES_IN_PROCESS:
         where = "here"
     outputs = Manifest.load(corpus).outputs
     checksums = {str(corpus / name): checksum for name, checksum in outputs.items()}
-    tokenize_jobs = {
-        key: plan_tokenize_jobs(paths, checksums, tokenizer_path, jobs_dir.joinpath(*key))
-        for key, paths in files.items()
-    }
+    tokenize_jobs = {}
+    for key, paths in files.items():
+        directory = jobs_dir.joinpath(*key)
+        tokenize_jobs[key] = plan_tokenize_jobs(paths, checksums, tokenizer_path, directory)
     run_pack_jobs(where, run_tokenize_job, tokenize_jobs.values(), ("tokenizing", "documents"))
-    pack_jobs = {
-        key: plan_pack_jobs(jobs, out.joinpath(*key), jobs_dir.joinpath(*key), layout)
-        for key, jobs in tokenize_jobs.items()
-    }
+    pack_jobs = {}
+    for key, jobs in tokenize_jobs.items():
+        directory = jobs_dir.joinpath(*key)
+        pack_jobs[key] = plan_pack_jobs(jobs, out.joinpath(*key), directory, layout)
     run_pack_jobs(where, run_pack_job, pack_jobs.values(), ("packing", "sequences"))
-    sources: dict[str, dict[str, PackedSource]] = {split: {} for split in SPLITS}
-    for key, jobs in pack_jobs.items():
-        split, name = key
+    counts = PackCounts(layout.seq_len, layout.method, layout.vocab_size, {}, {})
+    for (split, name), jobs in pack_jobs.items():
         if jobs:
-            texts = [load_result(TokenizeResult, job.result_path) for job in tokenize_jobs[key]]
-            shards = [load_result(PackResult, job.result_path) for job in jobs]
-            sources[split][name] = gather_shards(texts, shards, out / split / name, layout)
+            texts = load_results(TokenizeResult, tokenize_jobs[split, name])
+            shards = load_results(PackResult, jobs)
+            source = gather_shards(texts, shards, out / split / name, layout)
+            getattr(counts, split)[name] = source
         elif split == "train":
             raise UserError(
                 f"pack: source {name} has less than one sequence of {layout.seq_len} tokens. "
                 "Lower pack.seq_len, or prepare more text."
             )
     shutil.rmtree(jobs_dir)
-    return PackCounts(layout.seq_len, layout.method, layout.vocab_size, **sources)
+    return counts
 
 
 def estimate_bytes(files: Iterable[pathlib.Path]) -> int:
@@ -277,12 +276,12 @@ def log_counts(counts: PackCounts) -> None:
     for split in SPLITS:
         for name, source in getattr(counts, split).items():
             log.info(
-                f"pack: {split}/{name}: {source.n_sequences:,} sequences of {counts.seq_len:,}, "
-                f"{source.n_tokens:,} tokens,"
+                f"pack: {split}/{name}: {source.n_tokens:,} tokens in "
+                f"{source.n_sequences:,} sequences"
             )
             log.info(
-                f"  {source.padding_frac:.2%} padding, {source.n_split_documents:,} of "
-                f"{source.n_documents:,} documents split"
+                f"  of {counts.seq_len:,}: {source.padding_frac:.2%} padding, "
+                f"{source.n_split_documents:,} of {source.n_documents:,} documents split"
             )
 
 
@@ -300,12 +299,14 @@ def run_pack_jobs(
         groups: of jobs.
         progress: label and unit of the progress bar.
     """
-    jobs = [job for job in itertools.chain(*groups) if not pathlib.Path(job.result_path).exists()]
+    jobs = list(itertools.chain(*groups))
+    jobs = [job for job in jobs if not pathlib.Path(job.result_path).exists()]
     # with a process per core, the tokenizers library's own threads would only compete
     has_processes = where != "here" and len(jobs) >= (os.cpu_count() or 1)
     default = "false" if has_processes else "true"
     parallelism = os.environ.get("TOKENIZERS_PARALLELISM", default)
-    left = [dataclasses.replace(job, parallelism=parallelism).to_json() for job in jobs]
+    jobs = [dataclasses.replace(job, parallelism=parallelism) for job in jobs]
+    left = [job.to_json() for job in jobs]
     label, unit = progress
     with stage.progress_bar(label, None, unit) as advance:
         if where == "here":
@@ -316,9 +317,13 @@ def run_pack_jobs(
                 advance(n_done)
 
 
-def load_result(kind: type[R], path: str) -> R:
-    """Return the result of a finished job."""
-    return kind.from_json(json.loads(pathlib.Path(path).read_text()), path)
+def load_results(kind: type[R], jobs: Sequence[PackingJob]) -> list[R]:
+    """Return the results of finished jobs."""
+    results = []
+    for job in jobs:
+        text = pathlib.Path(job.result_path).read_text()
+        results.append(kind.from_json(json.loads(text), job.result_path))
+    return results
 
 
 # ---- first pass: tokens
@@ -561,7 +566,8 @@ def read_tokenized_documents(documents: DocumentRange) -> Iterator[Segment]:
     """Yield documents of a file that a TokenizeJob wrote."""
     first, stop, start = documents.first, documents.stop, 0
     for batch in pa.ipc.open_stream(pa.memory_map(documents.tokens_path)):
-        part = batch.slice(max(first - start, 0), max(stop - max(first, start), 0))
+        skipped = max(first - start, 0)
+        part = batch.slice(skipped, max(stop - start - skipped, 0))
         start += len(batch)
         column = part.column("ids")
         offsets, ids = column.offsets.to_numpy(), column.values.to_numpy()
@@ -679,11 +685,10 @@ def make_record_batch(sequences: list[list[Segment]], seq_len: int) -> pa.Record
         row[: len(tokens)] = tokens
     offsets = pa.array(np.cumsum([0, *map(len, sequences)]), pa.int32())
     segments = list(itertools.chain.from_iterable(sequences))
-    columns = [
-        pa.array([len(segment.ids) for segment in segments], pa.int32()),
-        pa.array([segment.document for segment in segments], pa.string()),
-        pa.array([segment.loss_from for segment in segments], pa.int32()),
-    ]
+    lengths = [len(segment.ids) for segment in segments]
+    names = [segment.document for segment in segments]
+    loss_from = [segment.loss_from for segment in segments]
+    columns = [pa.array(lengths, pa.int32()), pa.array(names), pa.array(loss_from, pa.int32())]
     lists = [pa.ListArray.from_arrays(offsets, column) for column in columns]
     input_ids = pa.FixedSizeListArray.from_arrays(pa.array(ids.reshape(-1)), seq_len)
     return pa.record_batch([input_ids, *lists], schema=packed_schema(seq_len))

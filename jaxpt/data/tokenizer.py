@@ -105,9 +105,9 @@ def train_tokenizer(
     manifest = stage.run_stage(
         "tokenizer", out, work, config=request, inputs=inputs, replace=replace
     )
-    log.info(
-        f"tokenizer: {manifest.counts['vocab_size']:,} tokens, fingerprint {manifest.tokenizer}"
-    )
+    n_tokens = manifest.counts["vocab_size"]
+    log.info(f"tokenizer: {n_tokens:,} tokens, fingerprint {manifest.tokenizer},")
+    log.info(f"  in {out}")
     return manifest
 
 
@@ -453,7 +453,7 @@ def build_bpe_model(model: Any, unknown: str) -> tokenizers.models.BPE:
     for piece in sorted(pieces, key=lambda piece: -piece.score):
         text = piece.piece
         pairs = [(text[:k], text[k:]) for k in range(1, len(text))]
-        known = [pair for pair in pairs if pair[0] in vocabulary and pair[1] in vocabulary]
+        known = [pair for pair in pairs if vocabulary.keys() >= set(pair)]
         merges += sorted(known, key=token_ids)
     byte_fallback = model.trainer_spec.byte_fallback
     return models.BPE(
