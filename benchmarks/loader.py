@@ -60,8 +60,8 @@ def packed_set(home: pathlib.Path, seq_len: int, gigabytes: float) -> None:
     tokenizer.train_tokenizer(settings, home)
     manifest = pack.pack_corpus(settings, home)
     source = home / "packed/train/prose"
-    counts, index = manifest.counts["train"]["prose"], np.load(source / pack.INDEX_SCHEMA)
-    n = max(1, round(gigabytes * 1e9 / sum(shard["bytes"] for shard in counts["shards"])))
+    counts, index = manifest.counts["train"]["prose"], np.load(source / pack.INDEX_FILE)
+    n = max(1, round(gigabytes * 1e9 / sum(shard["n_bytes"] for shard in counts["shards"])))
     large = home / "large/train/prose"
     large.mkdir(parents=True)
     shards = []
@@ -70,13 +70,13 @@ def packed_set(home: pathlib.Path, seq_len: int, gigabytes: float) -> None:
             os.link(source / shard["file"], large / f"data-{copy:05d}-{k}.arrow")
             shards.append({**shard, "file": f"data-{copy:05d}-{k}.arrow"})
     step = np.array([len(counts["shards"]), 0, 0, 0, 0])
-    np.save(large / pack.INDEX_SCHEMA, np.concatenate([index + copy * step for copy in range(n)]))
+    np.save(large / pack.INDEX_FILE, np.concatenate([index + copy * step for copy in range(n)]))
     counts = {
         **manifest.counts,
-        "train": {"prose": {**counts, "rows": n * counts["rows"], "shards": shards}},
+        "train": {"prose": {**counts, "n_sequences": n * counts["n_sequences"], "shards": shards}},
         "heldout": {},
     }
-    outputs = {f"train/prose/{pack.INDEX_SCHEMA}": stage.sha256_file(large / pack.INDEX_SCHEMA)}
+    outputs = {f"train/prose/{pack.INDEX_FILE}": stage.sha256_file(large / pack.INDEX_FILE)}
     stage.write_manifest(
         dataclasses.replace(manifest, counts=counts, outputs=outputs), home / "large"
     )
@@ -212,7 +212,7 @@ def main() -> None:
             ).stdout
             found[name] = json.loads(told.partition("FOUND")[2])
         size = sum(
-            shard["bytes"]
+            shard["n_bytes"]
             for shard in Manifest.load(home / "large").counts["train"]["prose"]["shards"]
         )
     first, speed, share = found.values()

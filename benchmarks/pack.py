@@ -1,25 +1,22 @@
-"""Packing of real prose at 4,096 tokens: padding, cut documents, lost tokens and speed, beside the
-ways of others on the same documents.
+"""Pack real prose at 4,096 tokens: padding, split documents, lost tokens and speed, beside others.
 
-    python benchmarks/pack.py --texts DIR [--tokenizer tokenizer.model] [--row-len 4096]
+    python benchmarks/pack.py --texts DIR [--tokenizer tokenizer.model] [--seq-len 4096]
 
 DIR is searched for *.txt (Project Gutenberg books, Tiny Shakespeare, botchan). The same prose is
-cut into documents in four ways: paragraphs;
-pages, paragraphs joined to lengths drawn as those of web pages (log-normal, median 3,000
-characters, sigma 1); chapters; whole books.
-Without --tokenizer one of 8,000 pieces is trained. Of each way to pack:
+split into documents in four ways: paragraphs; pages, which are paragraphs joined to lengths drawn
+like those of web pages (log-normal, median 3,000 characters, sigma 1); chapters; whole books.
+Without --tokenizer one of 8,000 tokens is trained. For each method:
 
-    padding   share of the rows' tokens
-    lost      share of the documents' tokens that stand in no row
-    cut       documents that would fit into a row and do not stand in one as a whole, and their
-    share
-    tokens/s  packing alone, from ids in memory to rows in memory, on one core
+    padding   fraction of the sequences' tokens
+    lost      fraction of the documents' tokens that are in no sequence
+    split     documents that would fit into a sequence and are not whole in one, and their fraction
+    tokens/s  packing alone, from ids in memory to sequences in memory, on one core
 
     best_fit, course  this project's
     nanochat          best-fit-crop as its author describes it: of a buffer of 1,000 documents the
-    longest that fits; where none does, the
-                      shortest is cropped to fill the row and its rest thrown away; no padding
-    trl bfd, bfd_split, wrapped   trl.pack_dataset, where TRL is installed
+                      longest that fits; if none does, the shortest is cropped to fill the sequence
+                      and its rest dropped; no padding
+    trl bfd, bfd_split, wrapped   trl.pack_dataset, if TRL is installed
 
 Last, pack.py itself from a corpus on disk to shards on disk, tokenizing included, on all cores.
 """
@@ -68,86 +65,86 @@ def documents_of(books: list[str]) -> dict[str, list[str]]:
     }
 
 
-# ---- ways to pack: [documents' ids] -> rows, each an array of ids
+# ---- methods: [documents' ids] -> sequences, each an array of ids
 
 
 def best_fit(documents, seq_len):
-    stretches = pack.split_windows(np.array([len(each) for each in documents]), seq_len)
-    for first, last in stretches:
-        for row in pack.pack_best_fit(
+    windows = pack.split_windows(np.array([len(each) for each in documents]), seq_len)
+    for first, last in windows:
+        for sequence in pack.pack_best_fit(
             (pack.Segment(each, "") for each in documents[first:last]), seq_len
         ):
-            yield np.concatenate([piece.ids for piece in row])
+            yield np.concatenate([segment.ids for segment in sequence])
 
 
 def course(documents, seq_len):
-    for row in pack.pack_course((pack.Segment(each, "") for each in documents), seq_len):
-        yield np.concatenate([piece.ids for piece in row])
+    for sequence in pack.pack_course((pack.Segment(each, "") for each in documents), seq_len):
+        yield np.concatenate([segment.ids for segment in sequence])
 
 
 def nanochat(documents, seq_len):
     waiting, buffer = iter(documents), []
     while True:
-        row, room = [], seq_len
-        while room:
+        sequence, free = [], seq_len
+        while free:
             buffer += itertools.islice(waiting, BUFFER - len(buffer))
             if not buffer:
-                return  # the last row does not fill up
-            fitting = [i for i, each in enumerate(buffer) if len(each) <= room]
+                return  # the last sequence does not fill up
+            fitting = [i for i, each in enumerate(buffer) if len(each) <= free]
             longest = max(fitting, key=lambda i: len(buffer[i]), default=None)
             chosen = (
                 min(range(len(buffer)), key=lambda i: len(buffer[i]))
                 if longest is None
                 else longest
             )
-            row.append(buffer.pop(chosen)[:room])
-            room -= len(row[-1])
-        yield np.concatenate(row)
+            sequence.append(buffer.pop(chosen)[:free])
+            free -= len(sequence[-1])
+        yield np.concatenate(sequence)
 
 
 def trl(strategy):
-    def rows(documents, seq_len):
+    def sequences(documents, seq_len):
         import datasets
         from trl import pack_dataset
 
         datasets.disable_progress_bars()
         datasets.disable_caching()
-        given = datasets.Dataset.from_dict({"input_ids": documents})
+        dataset = datasets.Dataset.from_dict({"input_ids": documents})
         start = time.perf_counter()
-        packed = pack_dataset(given, seq_len, strategy)
+        packed = pack_dataset(dataset, seq_len, strategy)
         trl.seconds = time.perf_counter() - start
         yield from (np.array(ids) for ids in packed.with_format("numpy")["input_ids"])
 
-    return rows
+    return sequences
 
 
-def measure(way, lengths: list[int], seq_len: int) -> dict[str, float]:
+def measure(pack_ids, lengths: list[int], seq_len: int) -> dict[str, float]:
     """Documents are numbered tokens here, so that every token can be found again."""
     starts = np.cumsum([0, *lengths])
     documents = [np.arange(a, b, dtype=np.int32) for a, b in itertools.pairwise(starts)]
     start = time.perf_counter()
-    rows = list(way(documents, seq_len))
+    sequences = list(pack_ids(documents, seq_len))
     seconds = getattr(trl, "seconds", None) or time.perf_counter() - start
     trl.seconds = None
-    tokens = np.concatenate(rows)
+    tokens = np.concatenate(sequences)
     assert len(np.unique(tokens)) == len(tokens), "doubled"
-    row_of = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    sequence_of = np.repeat(np.arange(len(sequences)), [len(sequence) for sequence in sequences])
     of = np.searchsorted(starts, tokens, side="right") - 1
     first, last, found = (
-        np.full(len(lengths), len(rows)),
+        np.full(len(lengths), len(sequences)),
         np.full(len(lengths), -1),
         np.bincount(of, minlength=len(lengths)),
     )
-    np.minimum.at(first, of, row_of)
-    np.maximum.at(last, of, row_of)
-    fits = np.array(lengths) <= seq_len
-    cut = fits & ~((first == last) & (found == lengths))
+    np.minimum.at(first, of, sequence_of)
+    np.maximum.at(last, of, sequence_of)
+    is_short = np.array(lengths) <= seq_len
+    is_split = is_short & ~((first == last) & (found == lengths))
     return {
-        "rows": len(rows),
-        "padding": 1 - len(tokens) / (len(rows) * seq_len),
+        "n_sequences": len(sequences),
+        "padding": 1 - len(tokens) / (len(sequences) * seq_len),
         "lost": 1 - len(tokens) / starts[-1],
-        "cut": int(cut.sum()),
-        "cut_frac": cut.sum() / max(1, fits.sum()),
+        "n_split": int(is_split.sum()),
+        "split_frac": is_split.sum() / max(1, is_short.sum()),
         "tokens_per_second": starts[-1] / seconds,
     }
 
@@ -158,7 +155,7 @@ def main() -> None:
     )
     parser.add_argument("--texts", required=True, type=pathlib.Path)
     parser.add_argument("--tokenizer", default="train")
-    parser.add_argument("--row-len", type=int, default=4096)
+    parser.add_argument("--seq-len", type=int, default=4096)
     arguments = parser.parse_args()
     books = [
         file.read_text()
@@ -166,18 +163,21 @@ def main() -> None:
         if file.name != "SOURCE.txt"
     ]
     print(f"{len(books)} books, {sum(len(book.encode()) for book in books) / 1e6:.1f} MB")
-    ways = {"best_fit": best_fit, "course": course, "nanochat": nanochat}
+    methods = {"best_fit": best_fit, "course": course, "nanochat": nanochat}
     try:
         import trl as _
 
-        ways |= {f"trl {strategy}": trl(strategy) for strategy in ("bfd", "bfd_split", "wrapped")}
+        methods |= {
+            f"trl {strategy}": trl(strategy) for strategy in ("bfd", "bfd_split", "wrapped")
+        }
     except ImportError:
         print("TRL is not installed here: left out")
 
     with tempfile.TemporaryDirectory() as home:
         home = pathlib.Path(home)
         print(
-            f"{'documents':<12}{'way':<16}{'rows':>8}{'padding':>9}{'lost':>9}{'cut':>9}{'':>8}{'tokens/s':>13}"
+            f"{'documents':<12}{'method':<16}{'sequences':>10}{'padding':>9}{'lost':>9}"
+            f"{'split':>9}{'':>8}{'tokens/s':>13}"
         )
         for name, documents in documents_of(books).items():
             (home / f"{name}.jsonl").write_text(
@@ -200,30 +200,30 @@ def main() -> None:
             lengths = [
                 len(ids) + (words.bos_id is not None) + 1 for ids in words.encode_batch(documents)
             ]
-            told = (
+            summary = (
                 f"{len(lengths):,} documents, {sum(lengths):,} tokens, "
-                f"{sum(n > arguments.seq_len for n in lengths):,} longer than a "
-                "row"
+                f"{sum(n > arguments.seq_len for n in lengths):,} longer than a sequence"
             )
             lines = []
-            for way, rows in ways.items():
-                found = measure(rows, lengths, arguments.seq_len)
+            for method, pack_ids in methods.items():
+                found = measure(pack_ids, lengths, arguments.seq_len)
                 lines.append(
-                    f"{name:<12}{way:<16}{found['rows']:8,}{found['padding']:9.2%}{found['lost']:9.2%}{found['cut']:9,}"
-                    f"{found['cut_frac']:8.1%}{found['tokens_per_second']:13,.0f}"
+                    f"{name:<12}{method:<16}{found['n_sequences']:10,}{found['padding']:9.2%}"
+                    f"{found['lost']:9.2%}{found['n_split']:9,}{found['split_frac']:8.1%}"
+                    f"{found['tokens_per_second']:13,.0f}"
                 )
             for method in ("best_fit", "course"):
-                asked = dataclasses.replace(
+                with_method = dataclasses.replace(
                     settings, pack=config.PackConfig(seq_len=arguments.seq_len, method=method)
                 )
-                manifest = pack.pack_corpus(asked, workdir, replace=True)
+                manifest = pack.pack_corpus(with_method, workdir, replace=True)
                 counts = manifest.counts["train"][name]
-                assert method == "course" or counts["tokens"] == sum(lengths)
+                assert method == "course" or counts["n_tokens"] == sum(lengths)
                 lines.append(
                     f"{name:<12}pack.py {method:<8} from text to "
                     f"shards{sum(lengths) / manifest.seconds:>37,.0f}"
                 )
-            print(f"# {name}: {told}", *lines, sep="\n", flush=True)
+            print(f"# {name}: {summary}", *lines, sep="\n", flush=True)
 
 
 if __name__ == "__main__":

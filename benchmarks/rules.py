@@ -1,18 +1,16 @@
-"""Rules beside datatrove's filters of the same names, on the same documents: which are kept by one
-alone, and MB/s of one process.
+"""Compare rules with datatrove's filters of the same names: what only one keeps, and MB/s per core.
 
     python benchmarks/rules.py --texts DIR --peer VENV/bin/python        about three minutes
 
-DIR is searched for *.txt (Project Gutenberg books), which are cut at paragraphs into documents; the
-Python installation's prose and code
-join them, and 3,000 with repeats, bullets, ellipses and numbers planted in them. The peer is a
-virtual environment with
+DIR is searched for *.txt (Project Gutenberg books), which are split at paragraphs into documents.
+The Python installation's prose and code are added, and 3,000 documents with repeats, bullets,
+ellipses and numbers inserted. The peer is a virtual environment with
 
     pip install datatrove[processing]==0.10.1 spacy
 
-"same words" replaces datatrove's tokenizer by str.split, which is how words are cut here: what
-differs then is the rules. Its own
-tokenizer, spaCy, sees --n documents only, as it takes many times as long.
+"same words" replaces datatrove's tokenizer by str.split, by which words are split here: what
+differs then is the rules. Its own tokenizer, spaCy, sees --n documents only, as it is many times
+slower.
 """
 
 from __future__ import annotations
@@ -74,12 +72,12 @@ def make(texts: pathlib.Path) -> list[str]:
             made.append("\n\n".join(paragraphs[:n]))
             del paragraphs[:n]
     plain = [text for text in made if 500 < len(text) < 20_000]
-    made += [planted(rng.choice(plain), rng) for _ in range(3000)]
+    made += [insert_repeats(rng.choice(plain), rng) for _ in range(3000)]
     rng.shuffle(made)
     return made
 
 
-def planted(text: str, rng: random.Random) -> str:
+def insert_repeats(text: str, rng: random.Random) -> str:
     lines, words = text.split("\n"), text.split(" ")
     at, kind = rng.randrange(len(words)), rng.randrange(6)
     if kind == 0:
@@ -101,25 +99,29 @@ def planted(text: str, rng: random.Random) -> str:
 
 
 def ours(texts: list[str]) -> dict[str, tuple[list[str], float]]:
-    """Of each set (the rule that drops each text or "", seconds)."""
+    """Return per set the rule that drops each text, or "", and seconds."""
     from jaxpt.data import filters, sources
 
     found = {}
     for name, (rules, _, _) in SETS.items():
-        asked, start, failed = filters.parse_rules("none", rules.split()), time.perf_counter(), []
+        requested, start, failed = (
+            filters.parse_rules("none", rules.split()),
+            time.perf_counter(),
+            [],
+        )
         for i in range(0, len(texts), 64):
             failed += filters.apply_rules(
-                [sources.Document("", text) for text in texts[i : i + 64]], asked
+                [sources.Document("", text) for text in texts[i : i + 64]], requested
             ).failed_rule
         found[name] = (
-            [asked[k].name if k < len(asked) else "" for k in failed],
+            [requested[k].name if k < len(requested) else "" for k in failed],
             time.perf_counter() - start,
         )
     return found
 
 
 def theirs(texts: list[str], words: str) -> dict[str, tuple[list[str], float]]:
-    """The same by datatrove; run by its Python."""
+    """Return the same by datatrove; run by its Python."""
     from datatrove.data import Document
     from datatrove.pipeline import filters
 
@@ -158,7 +160,9 @@ def main() -> None:
     )
     parser.add_argument("--texts", type=pathlib.Path, help="directory with *.txt")
     parser.add_argument("--peer", help="Python of an environment that has datatrove")
-    parser.add_argument("--n", type=int, default=1000, help="documents that spaCy cuts into words")
+    parser.add_argument(
+        "--n", type=int, default=1000, help="documents that spaCy splits into words"
+    )
     parser.add_argument("--as-peer", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.as_peer:
@@ -197,9 +201,8 @@ def main() -> None:
                 f"kept {mine.count(''):,} and {other.count(''):,}, decided "
                 f"otherwise {alone.total():,}"
             )
-            print(
-                f"  {name:24} {kept:48} {speed}   {', '.join(f'{n} {what}' for what, n in alone.most_common(3))}"
-            )
+            most = ", ".join(f"{n} {pair}" for pair, n in alone.most_common(3))
+            print(f"  {name:24} {kept:48} {speed}   {most}")
 
 
 if __name__ == "__main__":

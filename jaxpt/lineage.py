@@ -170,8 +170,8 @@ def describe_counts(manifest: Manifest) -> list[str]:
     if manifest.stage == "pack":
         sizes = []
         for name, source in counts["train"].items():
-            sequences = f"{source['rows']:,} sequences of {counts['seq_len']:,}"
-            sizes.append(f"{name} {sequences}, {source['tokens']:,} tokens")
+            sequences = f"{source['n_sequences']:,} sequences of {counts['seq_len']:,}"
+            sizes.append(f"{name} {sequences}, {source['n_tokens']:,} tokens")
         return ["; ".join(sizes)]
     if manifest.stage == "train":
         sequences = f"{counts['n_sequences']:,} sequences, {counts['n_tokens']:,} tokens"

@@ -383,11 +383,11 @@ def write_data(workdir):
     def part(rows, nats):
         bytes_, documents = 1300 * rows, 3 * rows
         return {
-            "rows": rows,
-            "tokens": 509 * rows,
-            "documents": documents,
-            "cut_documents": 7,
-            "bytes": bytes_,
+            "n_sequences": rows,
+            "n_tokens": 509 * rows,
+            "n_documents": documents,
+            "n_split_documents": 7,
+            "n_text_bytes": bytes_,
             "padding_frac": 0.006,
             "unigram_nats": nats,
         }

@@ -67,7 +67,7 @@ def test_prompt_and_completion_are_edited_apart():
     )
 
 
-def test_what_rules_find_out_joins_what_the_source_says():
+def test_what_rules_find_out_is_added_to_the_meta_of_the_source():
     def noted(texts):
         for text in texts:
             text.notes["n"] = len(text)
@@ -96,10 +96,12 @@ def test_a_rule_that_fails_is_named_with_the_documents(form):
         "mine:one", **{form: lambda texts: [1 / len(text) and REAL[form](text) for text in texts]}
     )
     with pytest.raises(
-        UserError, match=r"mine:one raised ZeroDivisionError \(division by zero\) on web/2\. Mend"
+        UserError, match=r"mine:one raised ZeroDivisionError \(division by zero\) on web/2\. Fix"
     ):
         filters.apply_rules(documents("a", "", "c"), [bad_one])
-    with pytest.raises(UserError, match=r"mine:bad gave 1 answers for 2 texts \(web/1, web/2\)"):
+    with pytest.raises(
+        UserError, match=r"mine:bad: expected an answer for each of 2 texts, got 1 \(web/1, web/2\)"
+    ):
         filters.apply_rules(documents("short", "b"), [rule])
 
 
@@ -118,7 +120,7 @@ def test_a_rule_that_fails_is_named_with_the_documents(form):
         ("a\n\n" * 4 + "\n\n".join("bcdef"), False),  # 3 of 9
     ],
 )
-def test_borders_of_the_course_rules_belong_to_the_document(text, stays):
+def test_thresholds_of_the_course_rules_keep_the_document(text, stays):
     rule = rules.line_length if "\n\n" not in text.strip() else rules.paragraph_repetition
     assert (rule(text) == "") == stays
 
@@ -208,9 +210,9 @@ def around_gopher(n: int) -> list[str]:
             )
         )
 
-    def spread(text, piece, share):
+    def spread(text, insertion, share):
         return " ".join(
-            word + (f" {piece}" if rng.random() < share else "") for word in text.split()
+            word + (f" {insertion}" if rng.random() < share else "") for word in text.split()
         )
 
     def prose():
@@ -254,12 +256,17 @@ def around_gopher(n: int) -> list[str]:
 def test_the_preset_gopher_drops_what_the_tables_of_the_paper_drop():
     texts = around_gopher(1500)
     expected = [gopher(text) for text in texts]
-    asked = [rule for rule in filters.parse_rules("gopher", ()) if rule.name != "exact_dedup"]
-    judged = filters.apply_rules(documents(*texts), asked)
-    assert [asked[k].name if k < len(asked) else "" for k in judged.failed_rule] == expected
-    assert all(expected.count(rule.name) >= 8 for rule in asked) and expected.count("") > 200, (
-        "every rule has something to drop"
-    )
+    rules_under_test = [
+        rule for rule in filters.parse_rules("gopher", ()) if rule.name != "exact_dedup"
+    ]
+    judged = filters.apply_rules(documents(*texts), rules_under_test)
+    assert [
+        rules_under_test[k].name if k < len(rules_under_test) else "" for k in judged.failed_rule
+    ] == expected
+    assert (
+        all(expected.count(rule.name) >= 8 for rule in rules_under_test)
+        and expected.count("") > 200
+    ), "every rule has something to drop"
     assert all(reason for reason, name in zip(judged.reasons, expected, strict=True) if name)
 
 
@@ -289,7 +296,7 @@ def test_the_preset_gopher_drops_what_the_tables_of_the_paper_drop():
         ("code_lines(longest=40)", "x" * 40, "x" * 41),
     ],
 )
-def test_a_border_belongs_to_the_document(rule, keeps, drops):
+def test_a_text_at_the_threshold_is_kept(rule, keeps, drops):
     kept, dropped = filters.apply_rules(
         documents(keeps, drops), filters.parse_rules("none", [rule])
     ).reasons
@@ -322,7 +329,7 @@ def test_lines_of_c4_go_one_by_one_and_pages_as_a_whole():
     [fine, short, code] = filters.apply_rules(
         documents(page, "\n".join([*PROSE[:4], "menu"]), page + "\nfunction() { return 1."),
         filters.parse_rules("c4", ()),
-    )[0]
+    ).failed_rule
     names = [rule.name for rule in filters.parse_rules("c4", ())]
     assert [fine, names[short], names[code]] == [len(names), "c4_sentences", "c4_curly_bracket"]
 
@@ -366,12 +373,12 @@ def test_lines_of_c4_go_one_by_one_and_pages_as_a_whole():
         ("repeated_paragraphs", f"{PROSE[0]}\n{PROSE[0]}\n\nx\n\nx", None, 0),
     ],
 )
-def test_personal_data_gives_way_to_a_mark_and_repeats_go(rule, text, made, n):
+def test_personal_data_becomes_a_mark_and_repeats_are_removed(rule, text, made, n):
     settings = {} if rule == "repeated_paragraphs" else {"mark": "M"}
     assert rules.EDIT_RULES[rule](text, **settings) == (text if made is None else made, n)
 
 
-def test_an_edit_made_twice_changes_nothing_more():
+def test_an_edit_applied_twice_changes_nothing_more():
     text = "\n\n".join([*PROSE, "jo@example.org 8.8.8.8 +49 30 901820", PROSE[0]])
     for name, edit in rules.EDIT_RULES.items():
         once, n = edit(text)
@@ -381,7 +388,10 @@ def test_an_edit_made_twice_changes_nothing_more():
 def test_a_users_own_lists_drop_by_words_and_by_addresses_and_a_change_of_them_is_noticed(tmp_path):
     (tmp_path / "words.txt").write_text("# a remark\nDamn\n\nsal ami\nc++\n")
     (tmp_path / "urls.txt").write_text("bad.example\nhttps://www.fine.example/private/\n")
-    asked = [f"bad_words(path='{tmp_path}/words.txt')", f"url_list(path='{tmp_path}/urls.txt')"]
+    rules_under_test = [
+        f"bad_words(path='{tmp_path}/words.txt')",
+        f"url_list(path='{tmp_path}/urls.txt')",
+    ]
     texts = [
         "Oh, DAMN!",
         "damned goddamn",
@@ -390,8 +400,10 @@ def test_a_users_own_lists_drop_by_words_and_by_addresses_and_a_change_of_them_i
         "In C++, so",
         "c+ ++",
     ]
-    judged = filters.apply_rules(documents(*texts), filters.parse_rules("none", asked[:1]))
-    assert judged.reasons == ["holds 'damn'", "", "holds 'sal ami'", "", "holds 'c++'", ""]
+    judged = filters.apply_rules(
+        documents(*texts), filters.parse_rules("none", rules_under_test[:1])
+    )
+    assert judged.reasons == ["contains 'damn'", "", "contains 'sal ami'", "", "contains 'c++'", ""]
     urls = [
         "http://bad.example/x",
         "https://a.www.BAD.example:80",
@@ -403,7 +415,7 @@ def test_a_users_own_lists_drop_by_words_and_by_addresses_and_a_change_of_them_i
     pages = [
         Document(f"web/{i}", "b text", 0, json.dumps({"url": url})) for i, url in enumerate(urls)
     ] + documents("no url")
-    judged = filters.apply_rules(pages, [BEES, *filters.parse_rules("none", asked[1:])])
+    judged = filters.apply_rules(pages, [BEES, *filters.parse_rules("none", rules_under_test[1:])])
     assert judged.reasons == ["bad.example is on the list"] * 2 + [
         "",
         "fine.example/private is on the list",
@@ -411,9 +423,9 @@ def test_a_users_own_lists_drop_by_words_and_by_addresses_and_a_change_of_them_i
         "",
         "",
     ]
-    before = [rule.help for rule in filters.parse_rules("none", asked)]
+    before = [rule.help for rule in filters.parse_rules("none", rules_under_test)]
     (tmp_path / "urls.txt").write_text("bad.example\n")
-    after = [rule.help for rule in filters.parse_rules("none", asked)]
+    after = [rule.help for rule in filters.parse_rules("none", rules_under_test)]
     assert (
         before[0] == after[0]
         and before[1] != after[1]
@@ -441,21 +453,21 @@ def test_a_config_drops_sets_adds_and_places_rules():
         *course[:3],
         "min_chars",
     ]
-    said = [
+    helps = [
         rule.help
         for rule in filters.parse_rules("course", ["language(least=0.9)", "min_chars(least=7)"])
     ]
-    assert said[3:] == ["language(code='en', least=0.9, newline='')", "min_chars(least=7)"], (
+    assert helps[3:] == ["language(code='en', least=0.9, newline='')", "min_chars(least=7)"], (
         "what is not named stays as in the preset"
     )
     for preset in filters.PRESETS:
         assert all(rule.help.startswith(rule.name) for rule in filters.parse_rules(preset, ()))
     for rule in (*rules.DROP_RULES.values(), *rules.EDIT_RULES.values()):
-        assert rule.__doc__, f"{rule.__name__}: says what it does"
+        assert rule.__doc__, f"{rule.__name__}: has no docstring"
     assert all(
         f"| `{name}" in (ROOT / "docs/prepare.md").read_text()
         or f"`, `{name}" in (ROOT / "docs/prepare.md").read_text()
-        for name in filters.KNOWN_RULES
+        for name in filters.RULES
     )
 
 
@@ -466,7 +478,7 @@ def own_rules(directory, monkeypatch, name: str, code: str) -> None:
     monkeypatch.setenv("PYTHONPATH", "")
 
 
-def test_an_own_rule_stands_beside_the_others_and_a_change_of_its_file_is_noticed(
+def test_a_custom_rule_stands_beside_the_others_and_a_change_of_its_file_is_noticed(
     tmp_path, monkeypatch
 ):
     code = """
@@ -477,25 +489,26 @@ def shorter(texts) -> list[tuple[str, int]]:
     return [(text[:-1], 1) for text in texts]
 """
     own_rules(tmp_path, monkeypatch, "mine_kept", code)
-    asked = filters.parse_rules(
+    rules_under_test = filters.parse_rules(
         "none", ["mine_kept:shorter", "mine_kept:no_recipes(least=1) before shorter"]
     )
-    judged = filters.apply_rules(documents("flour", "sugar"), asked)
+    judged = filters.apply_rules(documents("flour", "sugar"), rules_under_test)
     assert (judged.failed_rule, judged.reasons) == ([0, 2], ["1 x flour", ""]) and judged.documents[
         1
     ].text == "suga"
     assert re.fullmatch(
-        r"mine_kept:no_recipes\(word='flour', least=1\) of source [0-9a-f]{16}", asked[0].help
+        r"mine_kept:no_recipes\(word='flour', least=1\) of source [0-9a-f]{16}",
+        rules_under_test[0].help,
     )
 
 
-def test_a_corpus_made_with_an_own_rule_is_another_when_the_rule_changes(
+def test_a_corpus_made_with_a_custom_rule_is_another_when_the_rule_changes(
     tmp_path, monkeypatch, output
 ):
-    def asked(code):
+    def make_config(code):
         own_rules(tmp_path, monkeypatch, "mine_run", code)
         monkeypatch.delitem(sys.modules, "mine_run", raising=False)
-        filters.load_custom_function.cache_clear()
+        filters.import_rule_module.cache_clear()
         prepare.open_rules.cache_clear()
         return Config(
             prepare=PrepareConfig(
@@ -509,8 +522,8 @@ def test_a_corpus_made_with_an_own_rule_is_another_when_the_rule_changes(
         "".join(json.dumps({"text": text}) + "\n" for text in ("a cake", "jo@example.org", "plain"))
     )
     code = "def cake(texts): return ['is cake' if 'cake' in text else '' for text in texts]\n"
-    made = prepare.prepare_corpus(asked(code), tmp_path / "run")
-    assert prepare.prepare_corpus(asked(code), tmp_path / "run") == made
+    made = prepare.prepare_corpus(make_config(code), tmp_path / "run")
+    assert prepare.prepare_corpus(make_config(code), tmp_path / "run") == made
     assert made.config["rules"][0].startswith("mine_run:cake() of source ") and made.config[
         "rules"
     ][1].startswith("pii_email(mark=")
@@ -521,7 +534,9 @@ def test_a_corpus_made_with_an_own_rule_is_another_when_the_rule_changes(
         UserError,
         match=r"another config .rules\[0\]: .mine_run:cake.. of source \w+. there, .mine_run:cake",
     ):
-        prepare.prepare_corpus(asked(code.replace("'cake' in", "'plain' in")), tmp_path / "run")
+        prepare.prepare_corpus(
+            make_config(code.replace("'cake' in", "'plain' in")), tmp_path / "run"
+        )
     with pytest.raises(
         UserError,
         match=(
@@ -529,7 +544,7 @@ def test_a_corpus_made_with_an_own_rule_is_another_when_the_rule_changes(
             r"web/docs.jsonl:1, web/docs.jsonl:2, web/docs.jsonl:3"
         ),
     ):
-        prepare.prepare_corpus(asked("def cake(texts): 1 / 0\n"), tmp_path / "other")
+        prepare.prepare_corpus(make_config("def cake(texts): 1 / 0\n"), tmp_path / "other")
 
 
 @pytest.mark.parametrize(
@@ -545,20 +560,22 @@ def test_a_corpus_made_with_an_own_rule_is_another_when_the_rule_changes(
         (["language(leats=0.5)"], "language has no threshold 'leats'; did you mean least?"),
         (["language(least='high')"], "language(least='high'): expected float"),
         (["exact_dedup(n=1)"], "exact_dedup has no threshold 'n'; it takes: none"),
-        (["min_chars(50)"], "'min_chars(50)' is no rule"),
-        (["min_chars(least=open('x'))"], "is no rule"),
+        (["min_chars(50)"], "'min_chars(50)' is not a rule"),
+        (["min_chars(least=open('x'))"], "is not a rule"),
         (["bad_words"], "bad_words needs a value for path"),
         (
             ["url_list(path='missing.txt')"],
             "url_list(path='missing.txt'): cannot be read as a list",
         ),
-        (["mine_bad:missing"], "mine_bad:missing cannot be had (AttributeError"),
-        (["mine_nowhere:rule"], "mine_nowhere:rule cannot be had (ModuleNotFoundError"),
+        (["mine_bad:missing"], "mine_bad:missing cannot be imported (AttributeError"),
+        (["mine_nowhere:rule"], "mine_nowhere:rule cannot be imported (ModuleNotFoundError"),
         (["mine_bad:needs"], "needs needs a value for n: needs(n=...)"),
         (["mine_bad:language"], "the list has a rule 'language' already"),
     ],
 )
-def test_a_rule_that_cannot_be_is_told_in_one_sentence(tmp_path, monkeypatch, changes, sentence):
+def test_a_rule_that_cannot_be_built_is_refused_on_one_line(
+    tmp_path, monkeypatch, changes, sentence
+):
     own_rules(
         tmp_path, monkeypatch, "mine_bad", "def needs(texts, n): ...\ndef language(texts): ...\n"
     )
@@ -567,14 +584,14 @@ def test_a_rule_that_cannot_be_is_told_in_one_sentence(tmp_path, monkeypatch, ch
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_an_answer_that_is_none_is_named_with_its_document():
+def test_a_wrong_answer_is_named_with_its_document():
     with pytest.raises(
-        UserError, match=r"yes answered True for web/1, expected the reason in words"
+        UserError, match=r"yes on web/1: expected the reason to drop it, or '', got True"
     ):
         filters.apply_rules(
             documents("a"), [filters.Rule("yes", drop=lambda texts: [True for _ in texts])]
         )
     with pytest.raises(
-        UserError, match=r"half answered 'a' for web/1, expected \(new text, number of edits\)"
+        UserError, match=r"half on web/1: expected \(new text, number of edits\), got 'a'"
     ):
         filters.apply_rules(documents("a"), [filters.Rule("half", edit=lambda texts: texts)])

@@ -73,7 +73,8 @@ def pack_documents(
     """A directory as pack.py leaves it, the same rows for training and held out; a token is three
     bytes of text.
     """
-    counts = {"seq_len": seq_len, "method": "best_fit", "vocab_size": vocab_size}
+    layout = pack.PackLayout(seq_len, "best_fit", vocab_size)
+    counts = layout.to_json()
     for split in ("train", "heldout"):
         counts[split] = {}
         for name, ids in sources.items():
@@ -82,11 +83,9 @@ def pack_documents(
             )
             n_bytes = 3 * sum(len(each) - 2 for each in ids)
             out = directory / split / name
-            shard = pack.write_sequences(rows, out / "data-00000.arrow", seq_len, vocab_size)
-            text = {"documents": len(ids), "bytes": n_bytes}
-            counts[split][name] = pack.gather_shards(
-                [text], [shard], out, seq_len=seq_len, method="best_fit", vocab_size=vocab_size
-            )
+            shard = pack.write_sequences(rows, out / "data-00000.arrow", layout)
+            text = pack.TokenizeResult(len(ids), n_bytes)
+            counts[split][name] = pack.gather_shards([text], [shard], out, layout).to_json()
     outputs = {
         str(file.relative_to(directory)): stage.sha256_file(file) for file in directory.rglob("*.*")
     }

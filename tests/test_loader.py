@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_pack import ROW_LEN, packing, prepared, split_documents
+from test_pack import SEQ_LEN, packing, prepared, split_documents
 from test_tokenizer import asking, write_corpus
 
 from jaxpt import config, sharding, stage
@@ -97,7 +97,7 @@ def test_rows_on_disk_are_the_rows_that_datasets_reads(workdir, rows):
 
 
 def test_rows_are_found_across_record_batches_and_shards(workdir, tmp_path, monkeypatch):
-    monkeypatch.setattr(pack, "BATCH_TOKENS", 7 * ROW_LEN)
+    monkeypatch.setattr(pack, "BATCH_TOKENS", 7 * SEQ_LEN)
     for part in ("corpus", "tokenizer"):
         shutil.copytree(workdir / part, tmp_path / part)
     pack.pack_corpus(packing(), tmp_path)
@@ -164,7 +164,7 @@ def test_from_disk_to_logits_a_document_reads_as_if_it_stood_alone(workdir, rows
     """Whatever its neighbours are and wherever in the row it begins; with document_mask off it does
     see them.
     """
-    spec = spec.replace(vocab_size=704, max_seq_len=ROW_LEN)
+    spec = spec.replace(vocab_size=704, max_seq_len=SEQ_LEN)
     params = llama.init_params(spec, 0, one)
 
     @jax.jit
@@ -301,7 +301,7 @@ def test_any_number_of_hosts_gets_the_same_batch_and_reads_only_its_own_rows(wor
                 for start, values in host[label]["parts"].items():
                     (r, t), values = json.loads(start), np.array(values)
                     rebuilt[r : r + len(values), t : t + values.shape[1]] = values
-                assert host[label]["shape"] == [BATCH_ROWS, ROW_LEN]
+                assert host[label]["shape"] == [BATCH_ROWS, SEQ_LEN]
             np.testing.assert_array_equal(rebuilt, whole)
         assert [host["rows"]["n_read"] for host in found] == [BATCH_ROWS // n_hosts] * n_hosts
         assert [host["positions"]["n_read"] for host in found] == [BATCH_ROWS // 2] * n_hosts, (
@@ -318,7 +318,7 @@ def test_heldout_batches_hold_each_row_once_and_empty_rows_count_nothing(workdir
         found = list(
             loader.iterate_heldout_batches(rows, "english", mesh_of(sizes), 8, 10**9, True)
         )
-        assert [batch.tokens.shape for batch in found] == [(8, ROW_LEN)] * -(-n // 8)
+        assert [batch.tokens.shape for batch in found] == [(8, SEQ_LEN)] * -(-n // 8)
         whole = loader.make_batch([rows.read_sequence("english", i) for i in range(n)], True)
         assert_equal(
             whole, type(whole)(*(np.concatenate(parts)[:n] for parts in zip(*found, strict=True)))
@@ -333,7 +333,7 @@ def test_heldout_batches_hold_each_row_once_and_empty_rows_count_nothing(workdir
     assert not few.loss_mask[5:].any()
 
 
-def other_packed(workdir, directory, name="other", vocab_size=700, seq_len=ROW_LEN):
+def other_packed(workdir, directory, name="other", vocab_size=700, seq_len=SEQ_LEN):
     """A packed directory with one more source."""
     write_corpus(directory, {name: split_documents()[0]["english"][:20]})
     if vocab_size == 700:
@@ -352,7 +352,7 @@ def test_several_packed_directories_make_one_set_of_rows(workdir, rows, tmp_path
     assert both.fingerprint != rows.fingerprint
     assert both.fingerprint == loader.open_packed([other, workdir / "packed"]).fingerprint
     assert both.tokenizer == tokenizer.load_tokenizer(workdir / "tokenizer").fingerprint
-    assert (both.seq_len, both.vocab_size) == (ROW_LEN, 700)
+    assert (both.seq_len, both.vocab_size) == (SEQ_LEN, 700)
     assert set(both.unigram_nats) == set(both.names)
 
 
@@ -392,8 +392,8 @@ def damaged(workdir, directory, change, name="data-00000.arrow"):
         (lambda w, d: damaged(w, d, "missing"), "data-00000.arrow: missing"),
         (lambda w, d: damaged(w, d, "truncated"), "data-00000.arrow: .* bytes, expected"),
         (lambda w, d: damaged(w, d, "one bit"), "data-00000.arrow: the checksum of bytes"),
-        (lambda w, d: damaged(w, d, "one bit", pack.INDEX_SCHEMA), "batches.npy: its checksum"),
-        (lambda w, d: damaged(w, d, "missing", pack.INDEX_SCHEMA), "batches.npy: missing"),
+        (lambda w, d: damaged(w, d, "one bit", pack.INDEX_FILE), "batches.npy: its checksum"),
+        (lambda w, d: damaged(w, d, "missing", pack.INDEX_FILE), "batches.npy: missing"),
     ],
     ids=[
         "none",
@@ -418,7 +418,7 @@ def test_rows_that_cannot_be_trusted_are_refused_in_one_sentence(paths, says, wo
 def test_of_a_set_too_large_to_check_at_once_no_damaged_sequence_is_trained_on(
     workdir, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(pack, "BATCH_TOKENS", 40 * ROW_LEN)
+    monkeypatch.setattr(pack, "BATCH_TOKENS", 40 * SEQ_LEN)
     monkeypatch.setattr(loader, "MAX_BYTES_VERIFIED_AT_OPEN", 0)
     monkeypatch.setattr(loader, "MAX_OPEN_BATCHES", 3)
     for part in ("corpus", "tokenizer"):
@@ -478,7 +478,7 @@ def bucket(workdir, tmp_path, monkeypatch):
         "no_proxy": "127.0.0.1",
     }.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(pack, "BATCH_TOKENS", 40 * ROW_LEN)
+    monkeypatch.setattr(pack, "BATCH_TOKENS", 40 * SEQ_LEN)
     for part in ("corpus", "tokenizer"):
         shutil.copytree(workdir / part, tmp_path / part)
     pack.pack_corpus(packing(), tmp_path)
@@ -637,7 +637,7 @@ def test_a_prompt_has_no_weight_from_file_to_batch(workdir, tmp_path):
         assert words.decode(tokens.tolist()) == record["question"] + record["answer"]
         assert targets[-1] == words.eos_id
         assert words.decode(targets.tolist()).strip() == record["answer"]
-    assert trained == counts["trained_tokens"] < counts["tokens"] / 1.5
+    assert trained == counts["n_trained_tokens"] < counts["n_tokens"] / 1.5
 
 
 def test_a_batch_that_the_mesh_cannot_cut_is_refused(rows, mixture):
@@ -658,8 +658,8 @@ def a_run(workdir, tmp_path, **changes):
     )
     rows = loader.open_packed([workdir / "packed"])
     stretches = MixtureSchedule(
-        settings.mixture, rows.n_rows, BATCH_ROWS, packed=rows.fingerprint
-    ).stretches
+        settings.mixture, rows.n_rows, BATCH_ROWS, fingerprint=rows.fingerprint
+    ).phases
     (tmp_path / "config.json").write_text(json.dumps({**stage.to_jsonable(settings), **changes}))
     (tmp_path / "phases.json").write_text(json.dumps([stretch.to_json() for stretch in stretches]))
     shutil.copytree(workdir / "tokenizer", tmp_path / "tokenizer")
@@ -706,7 +706,7 @@ def test_trace_says_what_it_cannot_read(workdir, rows, tmp_path):
         next(loader.trace_step(run, 1, "another"))
     stretches = json.loads((run / "phases.json").read_text())
     (run / "phases.json").write_text(
-        json.dumps([{**each, "packed": "others"} for each in stretches])
+        json.dumps([{**each, "fingerprint": "others"} for each in stretches])
     )
     with pytest.raises(UserError, match="step 1 read other rows"):
         next(loader.trace_step(run, 1, rows.tokenizer))

@@ -1,5 +1,5 @@
-"""Laws of the mixture: a pure function of the index, exact shares, every row once an epoch, nothing
-lost over phases.
+"""Laws of the mixture: a pure function of the index, exact shares, each sequence once per
+epoch, also across phases.
 """
 
 import collections
@@ -15,11 +15,11 @@ from jaxpt.data import mixture
 from jaxpt.data.mixture import MixtureSchedule
 from jaxpt.spec import UserError
 
-N_ROWS = {"code": 101, "prose": 307, "wiki": 53}
+N_SEQUENCES = {"code": 101, "prose": 307, "wiki": 53}
 
 
-def mixing(*phases, n_rows=N_ROWS, batch_size=7, seed=0) -> MixtureSchedule:
-    return MixtureSchedule(config.MixtureConfig(phases=phases, seed=seed), n_rows, batch_size)
+def mixing(*phases, n_sequences=N_SEQUENCES, batch_size=7, seed=0) -> MixtureSchedule:
+    return MixtureSchedule(config.MixtureConfig(phases=phases, seed=seed), n_sequences, batch_size)
 
 
 @settings(deadline=None, max_examples=15)
@@ -27,14 +27,14 @@ def mixing(*phases, n_rows=N_ROWS, batch_size=7, seed=0) -> MixtureSchedule:
     shares=[3, 1, 5, 1, 1, 5, 5, 5]
 )  # always serving the source that is furthest behind breaks the law here
 @given(shares=strategies.lists(strategies.floats(0.01, 1.0), min_size=1, max_size=9))
-def test_after_any_number_of_rows_every_source_has_its_share_to_within_one_row(shares):
+def test_after_any_number_of_sequences_every_source_has_its_share_to_within_one_sequence(shares):
     names = [f"s{i}" for i in range(len(shares))]
-    mix = mixing((0, dict(zip(names, shares, strict=True))), n_rows=dict.fromkeys(names, 1000))
+    mix = mixing((0, dict(zip(names, shares, strict=True))), n_sequences=dict.fromkeys(names, 1000))
     n = 1500
     taken = np.array([[mix.sequence_at(i)[0] == name for name in names] for i in range(n)]).cumsum(
         0
     )
-    slots = np.array(mix.phases[0].counts) / sum(mix.phases[0].counts)
+    slots = np.array(mix.tables[0].counts) / sum(mix.tables[0].counts)
     ideal = np.arange(1, n + 1)[:, None] * slots
     assert np.abs(taken - ideal).max() < 1
     assert np.abs(slots / (np.array(shares) / sum(shares)) - 1).max() < 0.02, (
@@ -57,18 +57,20 @@ def test_simple_fractions_are_exact(shares, counts):
     assert tuple(mixture.count_slots(shares)) == counts
 
 
-def test_no_phases_mean_shares_in_proportion_to_the_rows():
+def test_no_phases_mean_shares_in_proportion_to_the_sequences():
     mix = mixing()
-    assert mix.compute_epochs(sum(N_ROWS.values())) == pytest.approx(dict.fromkeys(N_ROWS, 1.0))
-    assert mix.phases[0].counts == [N_ROWS[name] for name in mix.names]
+    assert mix.compute_epochs(sum(N_SEQUENCES.values())) == pytest.approx(
+        dict.fromkeys(N_SEQUENCES, 1.0)
+    )
+    assert mix.tables[0].counts == [N_SEQUENCES[name] for name in mix.names]
 
 
-def test_every_epoch_reads_each_row_once_and_in_another_order():
+def test_every_epoch_reads_each_sequence_once_and_in_another_order():
     mix = mixing((0, {"code": 0.25, "prose": 0.75}))
     order = collections.defaultdict(list)
     for i in range(1700):
-        name, row = mix.sequence_at(i)
-        order[name].append(row)
+        name, index = mix.sequence_at(i)
+        order[name].append(index)
     for name, n in (("code", 101), ("prose", 307)):
         epochs = [order[name][k * n : (k + 1) * n] for k in range(len(order[name]) // n)]
         assert len(epochs) >= 4
@@ -77,9 +79,9 @@ def test_every_epoch_reads_each_row_once_and_in_another_order():
         assert epochs[0] != list(range(n))
 
 
-def test_uses_go_on_counting_over_phases():
-    """The k-th use of a source is the same row whatever the shares were, so that phases neither
-    repeat nor skip.
+def test_uses_are_counted_across_phases():
+    """The k-th use of a source is the same sequence whatever the shares were, so that phases
+    neither repeat nor skip.
     """
     plain = mixing((0, {"code": 1.0}))
     order = [plain.sequence_at(i)[1] for i in range(400)]
@@ -90,16 +92,18 @@ def test_uses_go_on_counting_over_phases():
         (20, {"prose": 0.5, "code": 0.1, "wiki": 0.4}),
     )
     seen = [mix.sequence_at(i) for i in range(60 * 7)]
-    assert [row for name, row in seen if name == "code"] == order[
+    assert [index for name, index in seen if name == "code"] == order[
         : sum(name == "code" for name, _ in seen)
     ]
     assert {name for name, _ in seen[: 3 * 7]} == {"prose"}, (
-        "phases start at steps, rows are steps x batch_size"
+        "phases start at steps; sequences are steps x batch_size"
     )
     assert {name for name, _ in seen[11 * 7 : 20 * 7]} == {"code"}
     for n in (0, 1, 3 * 7, 3 * 7 + 5, 11 * 7, 60 * 7):
         taken = collections.Counter(name for name, _ in seen[:n])
-        assert mix.compute_epochs(n) == {name: taken[name] / N_ROWS[name] for name in mix.names}
+        assert mix.compute_epochs(n) == {
+            name: taken[name] / N_SEQUENCES[name] for name in mix.names
+        }
 
 
 def test_any_index_takes_the_same_work():
@@ -141,56 +145,56 @@ def test_a_shuffle_has_no_order_left():
     numbers.
     """
     n = 10_007
-    mix = mixing(n_rows={"only": n})
-    rows = np.array([mix.sequence_at(i)[1] for i in range(n)])
-    assert abs(np.corrcoef(rows[1:], rows[:-1])[0, 1]) < 0.05
-    assert np.mean(np.abs(np.diff(rows))) == pytest.approx(n / 3, rel=0.05)
+    mix = mixing(n_sequences={"only": n})
+    indices = np.array([mix.sequence_at(i)[1] for i in range(n)])
+    assert abs(np.corrcoef(indices[1:], indices[:-1])[0, 1]) < 0.05
+    assert np.mean(np.abs(np.diff(indices))) == pytest.approx(n / 3, rel=0.05)
     second = np.array([mix.sequence_at(n + i)[1] for i in range(n)])
-    assert abs(np.corrcoef(rows, second)[0, 1]) < 0.05
+    assert abs(np.corrcoef(indices, second)[0, 1]) < 0.05
 
 
-def test_what_runs_out_is_said_before_the_run():
+def test_a_source_that_runs_out_is_named_before_the_run():
     mix = mixing((0, {"code": 0.5, "prose": 0.5}))
-    mix.check_max_epochs(n_rows=202, max_epochs=(("all", 1),))
-    mix.check_max_epochs(n_rows=10**9, max_epochs=())
-    mix.check_max_epochs(n_rows=350, max_epochs=(("all", 1), ("code", 1.8)))
+    mix.check_max_epochs(n_sequences=202, max_epochs=(("all", 1),))
+    mix.check_max_epochs(n_sequences=10**9, max_epochs=())
+    mix.check_max_epochs(n_sequences=350, max_epochs=(("all", 1), ("code", 1.8)))
     with pytest.raises(
         UserError, match=r"code is read 1\.73 times by step 50 \(it lasts until 28\), 1 allowed"
     ) as error:
-        mix.check_max_epochs(n_rows=350, max_epochs=(("all", 1),))
+        mix.check_max_epochs(n_sequences=350, max_epochs=(("all", 1),))
     assert "prose" not in str(error.value)
     with pytest.raises(UserError, match="no packed source is called 'cod'"):
-        mix.check_max_epochs(n_rows=350, max_epochs=(("cod", 1),))
+        mix.check_max_epochs(n_sequences=350, max_epochs=(("cod", 1),))
 
 
 @pytest.mark.parametrize(
-    ("phases", "says"),
+    ("phases", "message"),
     [
         (((0, {"cod": 1.0}),), "did you mean code"),
-        (((0, {"code": -0.5, "prose": 1.0}),), "expected a number of at least 0"),
-        (((0, {"code": float("nan")}),), "expected a number of at least 0"),
-        (((0, {"code": "much"}),), "expected a number of at least 0"),
+        (((0, {"code": -0.5, "prose": 1.0}),), "expected a share of at least 0"),
+        (((0, {"code": float("nan")}),), "expected a share of at least 0"),
+        (((0, {"code": "much"}),), "expected a share of at least 0"),
         (((0, {"code": 0.0}),), "sum to nothing"),
         (((0, {}),), "sum to nothing"),
-        (((5, {"code": 1.0}),), "expected 0 first"),
-        (((0, {"code": 1.0}), (9, {"prose": 1.0}), (9, {"code": 1.0})), "then rising"),
-        (((0, {"code": 1.0, "empty": 1.0}),), "empty has no rows"),
+        (((5, {"code": 1.0}),), "start at 0 and rise"),
+        (((0, {"code": 1.0}), (9, {"prose": 1.0}), (9, {"code": 1.0})), "start at 0 and rise"),
+        (((0, {"code": 1.0, "empty": 1.0}),), "empty has no sequences"),
         (((0, {"code": 1.0, "prose": 1e-5}),), "at least 1/4,096"),
     ],
 )
-def test_phases_that_cannot_be_run_are_refused_in_one_sentence(phases, says):
-    with pytest.raises(UserError, match=says) as error:
-        mixing(*phases, n_rows={**N_ROWS, "empty": 0})
+def test_phases_that_cannot_be_run_are_refused_on_one_line(phases, message):
+    with pytest.raises(UserError, match=message) as error:
+        mixing(*phases, n_sequences={**N_SEQUENCES, "empty": 0})
     assert "\n" not in str(error.value)
 
 
-def test_a_source_that_is_not_asked_for_is_not_read():
+def test_a_source_without_a_share_is_not_read():
     mix = mixing((0, {"code": 1.0, "wiki": 0.0}))
     assert {mix.sequence_at(i)[0] for i in range(50)} == {"code"}
 
 
 SHARES = strategies.fixed_dictionaries(
-    {name: strategies.integers(1, 9) for name in N_ROWS}
+    {name: strategies.integers(1, 9) for name in N_SEQUENCES}
 )  # small tables, quickly made
 
 
@@ -202,52 +206,59 @@ SHARES = strategies.fixed_dictionaries(
         max_size=4,
     ),
 )
-def test_other_shares_or_another_batch_in_mid_run_repeat_no_row_and_skip_none(first, changes):
-    """A run goes on several times, each time with other settings, of which the account alone knows
-    the former; what it has read of a source
-    is the beginning of that source's order, whatever was changed."""
+def test_other_shares_or_another_batch_in_mid_run_repeat_no_sequence_and_skip_none(first, changes):
+    """A run is resumed several times, each time with other settings; only the data history knows
+    the former ones; what it has read of a source is the beginning of that source's order.
+    """
     batch_size, n_done, n_read, shares = 7, 0, 0, first
     mix, seen = mixing((0, first)), []
     for n_steps, *then in [*changes, (9, 5, first)]:
         seen += [mix.sequence_at(i) for i in range(n_read, n_read + n_steps * batch_size)]
         n_done, n_read = n_done + n_steps, n_read + n_steps * batch_size
         batch_size, shares = then
-        account = [
+        history = [
             mixture.MixturePhase.from_json(json.loads(json.dumps(phase.to_json())))
             for phase in mix.data_history(n_read)
         ]
         before = [mix.count_uses(n) for n in range(0, n_read + 1, 5)]
         mix = MixtureSchedule(
-            config.MixtureConfig(phases=((0, shares),)), N_ROWS, batch_size, account, n_done, n_read
+            config.MixtureConfig(phases=((0, shares),)),
+            N_SEQUENCES,
+            batch_size,
+            history,
+            n_done,
+            n_read,
         )
         assert [mix.count_uses(n) for n in range(0, n_read + 1, 5)] == before
         assert [mix.sequence_at(i) for i in range(n_read)] == seen
-        assert mix.stretches[-1].shares == shares and mix.stretches[-1].batch_size == batch_size
-    for name in N_ROWS:
+        assert mix.phases[-1].shares == shares and mix.phases[-1].batch_size == batch_size
+    for name in N_SEQUENCES:
         alone = mixing((0, {name: 1.0}))
-        taken = [row for source, row in seen if source == name]
+        taken = [index for source, index in seen if source == name]
         assert taken == [alone.sequence_at(i)[1] for i in range(len(taken))]
 
 
-def test_an_asked_phase_begins_at_its_step_whatever_the_batch_was_before():
-    asked = config.MixtureConfig(
+def test_a_configured_phase_begins_at_its_step_whatever_the_batch_was_before():
+    settings_of_phases = config.MixtureConfig(
         phases=((0, {"code": 1.0}), (10, {"prose": 1.0}), (20, {"wiki": 1.0}))
     )
-    mix = MixtureSchedule(asked, N_ROWS, 7)
-    assert [(each.step, each.sequence) for each in mix.stretches] == [(0, 0), (10, 70), (20, 140)]
-    wider = MixtureSchedule(asked, N_ROWS, 100, mix.data_history(12 * 7), 12, 12 * 7)
-    assert [(each.step, each.sequence, each.batch_size) for each in wider.stretches] == [
+    mix = MixtureSchedule(settings_of_phases, N_SEQUENCES, 7)
+    assert [(each.step, each.sequence) for each in mix.phases] == [(0, 0), (10, 70), (20, 140)]
+    wider = MixtureSchedule(
+        settings_of_phases, N_SEQUENCES, 100, mix.data_history(12 * 7), 12, 12 * 7
+    )
+    assert [(each.step, each.sequence, each.batch_size) for each in wider.phases] == [
         (0, 0, 7),
         (10, 70, 7),
         (12, 84, 100),
         (20, 884, 100),
     ]
     assert [wider.sequence_at(i) for i in range(140)] == [mix.sequence_at(i) for i in range(140)], (
-        "only the batch is another: the same rows follow"
+        "only the batch size differs: the same sequences follow"
     )
     assert {wider.sequence_at(i)[0] for i in range(884, 900)} == {"wiki"}
-    again = mixture.schedule_from_history(wider.stretches, N_ROWS, 0)
-    assert again.stretches == wider.stretches and again.sequence_at(890) == wider.sequence_at(890)
+    again = mixture.schedule_from_history(wider.phases, N_SEQUENCES, 0)
+    assert again.phases == wider.phases and again.sequence_at(890) == wider.sequence_at(890)
     assert wider.phase_at(883).step_at(883) == 19
 
 

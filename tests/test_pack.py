@@ -1,5 +1,5 @@
-"""Laws of packing: no token lost or doubled, short documents whole, the course's way exactly, rows
-that Hugging Face datasets opens.
+"""Laws of packing: no token lost or doubled, short documents whole, the course's method exactly,
+shards that Hugging Face datasets opens.
 """
 
 import collections
@@ -27,7 +27,7 @@ from jaxpt.config import Config, PackConfig
 from jaxpt.data import pack, tokenizer
 from jaxpt.spec import Manifest, UserError
 
-ROW_LEN = 96
+SEQ_LEN = 96
 
 
 def split_documents() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
@@ -45,7 +45,7 @@ def prepared(workdir: pathlib.Path) -> pathlib.Path:
     return workdir
 
 
-def packing(method: str = "best_fit", seq_len: int = ROW_LEN) -> Config:
+def packing(method: str = "best_fit", seq_len: int = SEQ_LEN) -> Config:
     return dataclasses.replace(Config(), pack=PackConfig(seq_len=seq_len, method=method))
 
 
@@ -60,16 +60,16 @@ def encoded(workdir: pathlib.Path, texts: list[str]) -> list[list[int]]:
     return [[ours.bos_id, *ours.encode_batch([text])[0], ours.eos_id] for text in texts]
 
 
-def documents_of(rows: list[list[pack.Segment]]) -> dict[str, list[int]]:
-    """Documents put together again from the pieces of all rows."""
-    pieces = collections.defaultdict(dict)
-    for row in rows:
-        for piece in row:
-            assert piece.part not in pieces[piece.document], "doubled"
-            pieces[piece.document][piece.part] = piece.ids.tolist()
+def documents_of(sequences: list[list[pack.Segment]]) -> dict[str, list[int]]:
+    """Documents put together again from the segments of all sequences."""
+    segments = collections.defaultdict(dict)
+    for sequence in sequences:
+        for segment in sequence:
+            assert segment.part not in segments[segment.document], "doubled"
+            segments[segment.document][segment.part] = segment.ids.tolist()
     return {
         document: [token for part in sorted(parts) for token in parts[part]]
-        for document, parts in pieces.items()
+        for document, parts in segments.items()
     }
 
 
@@ -78,7 +78,7 @@ LENGTHS = strategies.lists(strategies.integers(1, 70), max_size=60)
 
 @settings(deadline=None)
 @given(lengths=LENGTHS, seq_len=strategies.integers(8, 31), window=strategies.integers(1, 50))
-def test_best_fit_neither_loses_nor_doubles_a_token_and_cuts_only_what_is_too_long(
+def test_best_fit_neither_loses_nor_doubles_a_token_and_splits_only_what_is_too_long(
     lengths, seq_len, window
 ):
     numbers = iter(range(sum(lengths)))
@@ -88,17 +88,22 @@ def test_best_fit_neither_loses_nor_doubles_a_token_and_cuts_only_what_is_too_lo
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pack, "WINDOW_SEGMENTS", window)
-        stretches = pack.split_windows(np.array(lengths, int), seq_len)
-    rows = [
-        row
-        for first, last in stretches
-        for row in pack.pack_best_fit(documents[first:last], seq_len)
+        windows = pack.split_windows(np.array(lengths, int), seq_len)
+    sequences = [
+        sequence
+        for first, last in windows
+        for sequence in pack.pack_best_fit(documents[first:last], seq_len)
     ]
-    assert documents_of(rows) == {d.document: d.ids.tolist() for d in documents}
-    assert all(0 < sum(len(piece.ids) for piece in row) <= seq_len for row in rows)
+    assert documents_of(sequences) == {d.document: d.ids.tolist() for d in documents}
+    assert all(
+        0 < sum(len(segment.ids) for segment in sequence) <= seq_len for sequence in sequences
+    )
     sizes = collections.defaultdict(list)
-    for piece in sorted((piece for row in rows for piece in row), key=lambda piece: piece.part):
-        sizes[piece.document].append(len(piece.ids))
+    for segment in sorted(
+        (segment for sequence in sequences for segment in sequence),
+        key=lambda segment: segment.part,
+    ):
+        sizes[segment.document].append(len(segment.ids))
     for document in documents:
         n_full, rest = divmod(len(document.ids), seq_len)
         assert sizes[document.document] == [seq_len] * n_full + [rest] * (rest > 0)
@@ -106,46 +111,57 @@ def test_best_fit_neither_loses_nor_doubles_a_token_and_cuts_only_what_is_too_lo
 
 @settings(deadline=None)
 @given(lengths=LENGTHS, seq_len=strategies.integers(8, 31))
-def test_best_fit_leaves_no_two_rows_that_would_fit_in_one(lengths, seq_len):
-    rows = list(
+def test_best_fit_leaves_no_two_sequences_that_would_fit_in_one(lengths, seq_len):
+    sequences = list(
         pack.pack_best_fit(
             (pack.Segment(np.zeros(n, np.int32), f"d{i}") for i, n in enumerate(lengths)), seq_len
         )
     )
-    filled = sorted(sum(len(piece.ids) for piece in row) for row in rows)
+    filled = sorted(sum(len(segment.ids) for segment in sequence) for sequence in sequences)
     assert len(filled) < 2 or filled[0] + filled[1] > seq_len
 
 
 @settings(deadline=None)
-@given(lengths=LENGTHS, seq_len=strategies.integers(8, 31), first_row=strategies.integers(0, 9))
-def test_course_is_one_stream_of_tokens_cut_into_rows(lengths, seq_len, first_row):
+@given(
+    lengths=LENGTHS, seq_len=strategies.integers(8, 31), first_sequence=strategies.integers(0, 9)
+)
+def test_course_is_one_stream_of_tokens_split_into_sequences(lengths, seq_len, first_sequence):
     stream = list(range(sum(lengths)))
     ends = np.cumsum([0, *lengths])
     documents = [
         pack.Segment(np.array(stream[a:b], np.int32), f"d{i}")
         for i, (a, b) in enumerate(itertools.pairwise(ends))
     ]
-    rows = list(pack.pack_course(iter(documents), seq_len))
+    sequences = list(pack.pack_course(iter(documents), seq_len))
     expected = [
         stream[start : start + seq_len] for start in range(0, len(stream) - seq_len + 1, seq_len)
     ]
-    assert [[token for piece in row for token in piece.ids.tolist()] for row in rows] == expected
-    for piece in (piece for row in rows for piece in row):
-        document = documents[int(piece.document[1:])].ids.tolist()
-        assert set(piece.ids.tolist()) <= set(document)
-        assert piece.part == piece.ids[0] // seq_len - document[0] // seq_len
-    if first_row < len(
-        rows
-    ):  # a stretch of the stream, begun at the document that its first row begins in
+    assert [
+        [token for segment in sequence for token in segment.ids.tolist()] for sequence in sequences
+    ] == expected
+    for segment in (segment for sequence in sequences for segment in sequence):
+        document = documents[int(segment.document[1:])].ids.tolist()
+        assert set(segment.ids.tolist()) <= set(document)
+        assert segment.part == segment.ids[0] // seq_len - document[0] // seq_len
+    if first_sequence < len(
+        sequences
+    ):  # part of the stream, from the document in which its first sequence begins
         begins = next(
-            i for i, document in enumerate(documents) if document.ids[-1] >= first_row * seq_len
+            i
+            for i, document in enumerate(documents)
+            if document.ids[-1] >= first_sequence * seq_len
         )
-        later = list(pack.pack_course(documents[begins:], seq_len, int(ends[begins]), first_row))
-        told = [
-            [[(piece.ids.tolist(), piece.document, piece.part) for piece in row] for row in each]
-            for each in (later, rows[first_row:])
+        later = list(
+            pack.pack_course(documents[begins:], seq_len, int(ends[begins]), first_sequence)
+        )
+        output = [
+            [
+                [(segment.ids.tolist(), segment.document, segment.part) for segment in sequence]
+                for sequence in each
+            ]
+            for each in (later, sequences[first_sequence:])
         ]
-        assert told[0] == told[1]
+        assert output[0] == output[1]
 
 
 @settings(deadline=None)
@@ -158,75 +174,79 @@ def test_course_is_one_stream_of_tokens_cut_into_rows(lengths, seq_len, first_ro
     seq_len=strategies.integers(8, 31),
     method=strategies.sampled_from([pack.pack_best_fit, pack.pack_course]),
 )
-def test_every_token_is_a_prompts_or_not_wherever_its_document_was_cut(documents, seq_len, method):
+def test_a_prompt_token_stays_one_wherever_its_document_is_split(documents, seq_len, method):
     documents = [(n, min(prompt, n)) for n, prompt in documents]
     numbers = iter(range(sum(n for n, _ in documents)))
-    pieces = [
+    segments = [
         pack.Segment(np.array([next(numbers) for _ in range(n)], np.int32), f"d{i}", 0, prompt)
         for i, (n, prompt) in enumerate(documents)
     ]
-    trained = {token for piece in pieces for token in piece.ids[piece.loss_from :].tolist()}
-    rows = [piece for row in method(pieces, seq_len) for piece in row]
-    seen = {token for piece in rows for token in piece.ids.tolist()}
+    trained = {token for segment in segments for token in segment.ids[segment.loss_from :].tolist()}
+    sequences = [segment for sequence in method(segments, seq_len) for segment in sequence]
+    seen = {token for segment in sequences for token in segment.ids.tolist()}
     assert {
-        token for piece in rows for token in piece.ids[piece.loss_from :].tolist()
+        token for segment in sequences for token in segment.ids[segment.loss_from :].tolist()
     } == trained & seen
-    assert all(0 <= piece.loss_from <= len(piece.ids) for piece in rows)
+    assert all(0 <= segment.loss_from <= len(segment.ids) for segment in sequences)
 
 
 @pytest.mark.parametrize("method", ["best_fit", "course"])
-def test_datasets_opens_the_rows_and_they_hold_the_corpus(method, workdir):
+def test_datasets_opens_the_sequences_and_they_hold_the_corpus(method, workdir):
     import datasets
 
     manifest = pack.pack_corpus(packing(method), workdir)
     texts, _ = split_documents()
     for name in texts:
-        rows = datasets.load_from_disk(str(workdir / "packed" / "train" / name))
-        assert rows.features == datasets.Features(
+        sequences = datasets.load_from_disk(str(workdir / "packed" / "train" / name))
+        assert sequences.features == datasets.Features(
             {
-                "input_ids": datasets.List(datasets.Value("int32"), length=ROW_LEN),
+                "input_ids": datasets.List(datasets.Value("int32"), length=SEQ_LEN),
                 "doc_lens": datasets.List(datasets.Value("int32")),
                 "doc_ids": datasets.List(datasets.Value("string")),
                 "loss_from": datasets.List(datasets.Value("int32")),
             }
         )
         whole = encoded(workdir, texts[name])
-        pieces = []
-        for row in rows:
-            n = sum(row["doc_lens"])
-            assert len(row["doc_lens"]) == len(row["doc_ids"]) == len(row["loss_from"])
-            assert row["input_ids"][n:] == [0] * (ROW_LEN - n), "padding is 0 and stands at the end"
-            assert not any(row["loss_from"])
-            borders = itertools.pairwise(np.cumsum([0, *row["doc_lens"]]))
-            pieces += [
-                (document, row["input_ids"][a:b])
-                for document, (a, b) in zip(row["doc_ids"], borders, strict=True)
+        segments = []
+        for sequence in sequences:
+            n = sum(sequence["doc_lens"])
+            assert (
+                len(sequence["doc_lens"]) == len(sequence["doc_ids"]) == len(sequence["loss_from"])
+            )
+            assert sequence["input_ids"][n:] == [0] * (SEQ_LEN - n), (
+                "padding is 0 and is at the end"
+            )
+            assert not any(sequence["loss_from"])
+            borders = itertools.pairwise(np.cumsum([0, *sequence["doc_lens"]]))
+            segments += [
+                (document, sequence["input_ids"][a:b])
+                for document, (a, b) in zip(sequence["doc_ids"], borders, strict=True)
             ]
         if method == "course":
             stream = [token for ids in whole for token in ids]
-            assert [token for row in rows for token in row["input_ids"]] == stream[
-                : len(stream) // ROW_LEN * ROW_LEN
+            assert [token for sequence in sequences for token in sequence["input_ids"]] == stream[
+                : len(stream) // SEQ_LEN * SEQ_LEN
             ]
         else:
             for i, ids in enumerate(whole):
-                parts = [part for document, part in pieces if document == f"{name}-{i}"]
-                expected = [ids[start : start + ROW_LEN] for start in range(0, len(ids), ROW_LEN)]
+                parts = [part for document, part in segments if document == f"{name}-{i}"]
+                expected = [ids[start : start + SEQ_LEN] for start in range(0, len(ids), SEQ_LEN)]
                 assert sorted(parts) == sorted(expected)
 
         counts = manifest.counts["train"][name]
-        n_tokens = sum(len(ids) for _, ids in pieces)
-        trained = collections.Counter(token for _, ids in pieces for token in ids[1:])
+        n_tokens = sum(len(ids) for _, ids in segments)
+        trained = collections.Counter(token for _, ids in segments for token in ids[1:])
         entropy = -sum(
             n / trained.total() * math.log(n / trained.total()) for n in trained.values()
         )
         assert counts["unigram_nats"] == pytest.approx(entropy)
-        assert counts["padding_frac"] == pytest.approx(1 - n_tokens / (len(rows) * ROW_LEN))
-        assert (counts["rows"], counts["tokens"], counts["documents"]) == (
-            len(rows),
+        assert counts["padding_frac"] == pytest.approx(1 - n_tokens / (len(sequences) * SEQ_LEN))
+        assert (counts["n_sequences"], counts["n_tokens"], counts["n_documents"]) == (
+            len(sequences),
             n_tokens,
             len(texts[name]),
         )
-        assert counts["bytes"] == sum(len(text.encode()) for text in texts[name])
+        assert counts["n_text_bytes"] == sum(len(text.encode()) for text in texts[name])
         lesson = workdir / "packed" / "train" / name / "packaged_pretrain_dataset.parquet"
         if method == "course":
             theirs = datasets.load_dataset(
@@ -235,16 +255,16 @@ def test_datasets_opens_the_rows_and_they_hold_the_corpus(method, workdir):
             assert theirs.features == datasets.Features(
                 {"input_ids": datasets.List(datasets.Value("int32"))}
             )
-            assert theirs["input_ids"][:] == rows["input_ids"][:]
+            assert theirs["input_ids"][:] == sequences["input_ids"][:]
         assert lesson.exists() == (method == "course")
         if method == "best_fit":
-            assert counts["cut_documents"] == sum(len(ids) > ROW_LEN for ids in whole)
+            assert counts["n_split_documents"] == sum(len(ids) > SEQ_LEN for ids in whole)
     assert set(manifest.counts["heldout"]) == {"english"}
     assert manifest.tokenizer == tokenizer.load_tokenizer(workdir / "tokenizer").fingerprint
     assert manifest.counts["vocab_size"] == 700
 
 
-def test_rows_depend_on_corpus_and_tokenizer_alone(workdir, monkeypatch):
+def test_sequences_depend_on_corpus_and_tokenizer_alone(workdir, monkeypatch):
     """Not on how many documents are encoded at once, nor on how many threads encode them."""
     once = pack.pack_corpus(packing(), workdir)
     monkeypatch.setattr(pack, "MAX_ENCODE_CHARS", 1000)
@@ -271,10 +291,10 @@ if __name__ == "__main__":
 
 def packing_process(where: str, workdir: pathlib.Path) -> subprocess.Popen:
     """pack.py's work in processes, each job by itself; in a process of its own, since one process
-    runs one engine.
+    runs one executor.
     """
     (workdir / "run.py").write_text(RUN)
-    command = [sys.executable, workdir / "run.py", ROOT, where, str(ROW_LEN), workdir]
+    command = [sys.executable, workdir / "run.py", ROOT, where, str(SEQ_LEN), workdir]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -282,19 +302,21 @@ def packing_process(where: str, workdir: pathlib.Path) -> subprocess.Popen:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["local", "ray"])
-def test_rows_are_the_same_from_several_processes_and_on_ray(where, workdir, tmp_path):
+def test_sequences_are_the_same_from_several_processes_and_on_ray(where, workdir, tmp_path):
     if where == "ray":
         pytest.importorskip("ray")
     once = pack.pack_corpus(packing(), workdir)
     for part in ("corpus", "tokenizer"):
         shutil.copytree(workdir / part, tmp_path / "other" / part)
-    told = packing_process(where, tmp_path / "other").communicate()[0]
-    assert "JOBS [3, 3]" in told, told
+    output = packing_process(where, tmp_path / "other").communicate()[0]
+    assert "JOBS [3, 3]" in output, output
     assert Manifest.load(tmp_path / "other/packed").outputs == once.outputs
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_with_its_processes_it_goes_on_to_the_same_rows(workdir, tmp_path):
+def test_killed_at_any_moment_with_its_processes_it_continues_to_the_same_sequences(
+    workdir, tmp_path
+):
     once = pack.pack_corpus(packing(), workdir)
     for part in ("corpus", "tokenizer"):
         shutil.copytree(workdir / part, tmp_path / "other" / part)
@@ -304,35 +326,35 @@ def test_killed_at_any_moment_with_its_processes_it_goes_on_to_the_same_rows(wor
         while moment and process.poll() is None and not list((tmp_path / "other").rglob(moment)):
             time.sleep(0.002)
         if moment is None:
-            told = process.communicate()[0]
+            output = process.communicate()[0]
             break
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    jobs_left = told.partition("JOBS ")[2].strip()
+    jobs_left = output.partition("JOBS ")[2].strip()
     assert jobs_left != "[3, 3]", "what was finished is not done again"
     assert Manifest.load(tmp_path / "other/packed").outputs == once.outputs
 
 
-def test_large_sets_are_cut_into_shards_with_the_same_rows(workdir, monkeypatch):
+def test_large_sets_are_split_into_shards_with_the_same_sequences(workdir, monkeypatch):
     import datasets
 
     pack.pack_corpus(packing("course"), workdir)
     one = datasets.load_from_disk(str(workdir / "packed" / "train" / "english"))[:]
-    monkeypatch.setattr(pack, "BATCH_TOKENS", 5 * ROW_LEN)
-    monkeypatch.setattr(pack, "SHARD_BYTES", 4 * 10 * ROW_LEN)
+    monkeypatch.setattr(pack, "BATCH_TOKENS", 5 * SEQ_LEN)
+    monkeypatch.setattr(pack, "SHARD_BYTES", 4 * 10 * SEQ_LEN)
     (workdir / "packed").rename(workdir / "first")
     shards = pack.pack_corpus(packing("course"), workdir).counts["train"]["english"]["shards"]
     many = datasets.load_from_disk(str(workdir / "packed" / "train" / "english"))
     assert len(shards) > 10
-    assert all(shard["rows"] == 10 for shard in shards[:-1])
+    assert all(shard["n_sequences"] == 10 for shard in shards[:-1])
     assert many[:] == one
 
 
-def test_a_killed_run_goes_on_and_comes_out_the_same(workdir, monkeypatch):
+def test_a_killed_run_continues_to_the_same_result(workdir, monkeypatch):
     whole = pack.pack_corpus(packing(), workdir)
     (workdir / "packed").rename(workdir / "first")
-    real = pack.split_row_groups
+    real = pack.iter_text_batches
 
     def killed(file, groups):
         if "english" in file.name:
@@ -340,20 +362,20 @@ def test_a_killed_run_goes_on_and_comes_out_the_same(workdir, monkeypatch):
         return real(file, groups)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pack, "split_row_groups", killed)
+        patch.setattr(pack, "iter_text_batches", killed)
         pack.pack_corpus(packing(), workdir)
     assert not (workdir / "packed").exists()
     read, written, write = [], [], pack.write_sequences
     monkeypatch.setattr(
         pack,
-        "split_row_groups",
+        "iter_text_batches",
         lambda file, groups: read.append(file.parent.name + file.name) or real(file, groups),
     )
 
-    def killed_later(rows, file, *rest):
+    def killed_later(sequences, file, *rest):
         if "english" in str(file):
             raise KeyboardInterrupt
-        return write(rows, file, *rest)
+        return write(sequences, file, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(pack, "write_sequences", killed_later)
@@ -365,11 +387,11 @@ def test_a_killed_run_goes_on_and_comes_out_the_same(workdir, monkeypatch):
     monkeypatch.setattr(
         pack,
         "write_sequences",
-        lambda rows, file, *rest: written.append(str(file)) or write(rows, file, *rest),
+        lambda sequences, file, *rest: written.append(str(file)) or write(sequences, file, *rest),
     )
     again = pack.pack_corpus(packing(), workdir)
     assert not read and len(written) == 2 and all("english" in file for file in written), (
-        "nor are rows filled again"
+        "nor are sequences packed again"
     )
     assert again.outputs == whole.outputs
     assert again.counts == whole.counts
@@ -387,12 +409,12 @@ def test_padding_stays_under_half_a_percent_on_real_prose(data_dir, tmp_path):
     assert counts["padding_frac"] < 0.005
 
 
-def test_less_text_than_a_row_is_refused_for_training_and_left_out_of_heldout(tmp_path):
+def test_less_text_than_a_sequence_is_refused_for_training_and_left_out_of_heldout(tmp_path):
     write_corpus(tmp_path, {"much": english_and_code()["english"]}, {"much": ["tiny"]})
     tokenizer.train_tokenizer(asking(vocab_size=700), tmp_path)
     assert pack.pack_corpus(packing("course"), tmp_path).counts["heldout"] == {}
     write_corpus(tmp_path, {"little": ["tiny"]})
-    with pytest.raises(UserError, match="source little has less than one row of 96 tokens"):
+    with pytest.raises(UserError, match="source little has less than one sequence of 96 tokens"):
         pack.pack_corpus(packing("course"), tmp_path, replace=True)
 
 
@@ -419,22 +441,22 @@ def shard_without_prompts(workdir):
 
 
 @pytest.mark.parametrize(
-    ("harm", "says"),
+    ("harm", "message"),
     [
         (cut_shard, "cannot be read as a shard"),
         (damaged_shard, "its checksum"),
         (shard_without_prompts, "cannot be read as a shard"),
     ],
 )
-def test_a_broken_corpus_is_named_and_nothing_is_published(workdir, harm, says):
+def test_a_broken_corpus_is_named_and_nothing_is_published(workdir, harm, message):
     harm(workdir)
-    with pytest.raises(UserError, match=rf"english-00000\.parquet: {says}") as error:
+    with pytest.raises(UserError, match=rf"english-00000\.parquet: {message}") as error:
         pack.pack_corpus(packing(), workdir)
     assert "\n" not in str(error.value) and not (workdir / "packed").exists()
 
 
 @pytest.mark.slow
-def test_a_mistake_that_another_process_finds_is_told_in_one_sentence(workdir, monkeypatch):
+def test_a_mistake_that_another_process_finds_is_reported_on_one_line(workdir, monkeypatch):
     damaged_shard(workdir)
     monkeypatch.setattr(pack, "MAX_BYTES_IN_PROCESS", 0)
     with pytest.raises(UserError, match=r"english-00000\.parquet: its checksum") as error:
@@ -443,9 +465,9 @@ def test_a_mistake_that_another_process_finds_is_told_in_one_sentence(workdir, m
 
 
 def test_packing_needs_a_corpus_and_a_tokenizer(tmp_path):
-    with pytest.raises(UserError, match="not there"):
+    with pytest.raises(UserError, match="not found"):
         pack.pack_corpus(packing(), tmp_path)
     write_corpus(tmp_path, {"english": ["text"]})
-    with pytest.raises(UserError, match="not there"):
+    with pytest.raises(UserError, match="not found"):
         pack.pack_corpus(packing(), tmp_path)
     assert Manifest.load(tmp_path / "corpus").stage == "prepare"

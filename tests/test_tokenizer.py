@@ -17,8 +17,8 @@ from jaxpt.config import Config, TokenizerConfig
 from jaxpt.data import tokenizer
 from jaxpt.spec import Manifest, UserError
 
-# what once came out differently somewhere: runs of spaces, tabs, digits, bytes without pieces, text
-# that looks like pieces
+# what once came out differently somewhere: runs of spaces, tabs, digits, bytes without tokens, text
+# that looks like tokens
 TRICKY = [
     "",
     " ",
@@ -153,11 +153,13 @@ def test_a_unigram_tokenizer_is_saved_in_the_form_in_which_its_ids_are_one(unigr
     )
     texts = [*TRICKY, *english_and_code()["code"], *english_and_code()["english"]]
     ids = ours.encode_batch(texts)
-    assert [[1, *row] for row in ids] == auto(texts, split_special_tokens=True)["input_ids"]
-    assert [ours.decode(row) for row in ids] == texts
-    assert sum(map(len, ids)) < 0.6 * sum(len(text.encode()) for text in texts), "words have pieces"
-    for text, row in zip(CONTROL, ours.encode_batch(CONTROL), strict=True):
-        assert not {1, 2} & set(row) and ours.decode(row) == text
+    assert [[1, *token_ids] for token_ids in ids] == auto(texts, split_special_tokens=True)[
+        "input_ids"
+    ]
+    assert [ours.decode(token_ids) for token_ids in ids] == texts
+    assert sum(map(len, ids)) < 0.6 * sum(len(text.encode()) for text in texts), "words have tokens"
+    for text, token_ids in zip(CONTROL, ours.encode_batch(CONTROL), strict=True):
+        assert not {1, 2} & set(token_ids) and ours.decode(token_ids) == text
 
     @settings(max_examples=200, deadline=None)
     @given(
@@ -171,9 +173,9 @@ def test_a_unigram_tokenizer_is_saved_in_the_form_in_which_its_ids_are_one(unigr
     law()
 
 
-def test_unigram_pieces_are_sentencepieces_own_word_by_word(tmp_path):
-    """The same pieces and scores read by SentencePiece give the same segmentation of each word, but
-    for pieces of equal merit.
+def test_unigram_tokens_are_sentencepieces_own_word_by_word(tmp_path):
+    """The same tokens and scores read by SentencePiece give the same segmentation of each word, but
+    for tokens of equal merit.
     """
     import sentencepiece
 
@@ -215,10 +217,12 @@ def test_ids_are_equal_in_every_form_over_all_texts(which, request, data_dir):
         )
         ids = ours.encode_batch(texts)
         assert ids == own.encode(texts), file
-        assert [[ours.bos_id, *row] for row in ids] == auto(texts, split_special_tokens=True)[
-            "input_ids"
+        assert [[ours.bos_id, *token_ids] for token_ids in ids] == auto(
+            texts, split_special_tokens=True
+        )["input_ids"], file
+        assert [ours.decode(token_ids) for token_ids in ids] == [
+            text.replace("▁", " ") for text in texts
         ], file
-        assert [ours.decode(row) for row in ids] == [text.replace("▁", " ") for text in texts], file
 
 
 @pytest.mark.parametrize("which", ["trained", "mistral"])
@@ -236,10 +240,10 @@ def test_ids_are_equal_in_every_form_on_real_text_and_text_comes_back(which, req
     ]
     ids = ours.encode_batch(texts)
     assert ids == own.encode(texts)
-    assert [[ours.bos_id, *row] for row in ids] == auto(texts, split_special_tokens=True)[
-        "input_ids"
-    ]
-    assert [ours.decode(row) for row in ids] == texts
+    assert [[ours.bos_id, *token_ids] for token_ids in ids] == auto(
+        texts, split_special_tokens=True
+    )["input_ids"]
+    assert [ours.decode(token_ids) for token_ids in ids] == texts
 
 
 @pytest.mark.parametrize("which", ["trained", "mistral"])
@@ -278,14 +282,14 @@ def test_training_twice_gives_the_same_tokenizer(trained, tmp_path):
     )
     assert again.outputs == Manifest.load(trained).outputs
     assert again.counts["vocab_size"] == 900
-    pieces = tokenizer.load_tokenizer(tmp_path / "tokenizer").backend.get_vocab()
+    tokens = tokenizer.load_tokenizer(tmp_path / "tokenizer").backend.get_vocab()
     assert not [
-        piece
-        for piece in pieces
-        if len(piece) > 1 and any(mark.isdigit() for mark in piece) and not piece.startswith("<0x")
-    ], "digits stand alone"
-    assert any(set(piece) == {"▁"} and len(piece) > 1 for piece in pieces), (
-        "runs of spaces are pieces"
+        token
+        for token in tokens
+        if len(token) > 1 and any(mark.isdigit() for mark in token) and not token.startswith("<0x")
+    ], "digits are single"
+    assert any(set(token) == {"▁"} and len(token) > 1 for token in tokens), (
+        "runs of spaces are tokens"
     )
 
 
@@ -361,7 +365,7 @@ def byte_level(directory: pathlib.Path, special: bool = True) -> pathlib.Path:
     return directory
 
 
-def test_an_adopted_directory_keeps_its_ids_and_its_ways(tmp_path):
+def test_an_adopted_directory_keeps_its_ids_and_settings(tmp_path):
     import transformers
 
     source = byte_level(tmp_path / "source")
@@ -372,7 +376,7 @@ def test_an_adopted_directory_keeps_its_ids_and_its_ways(tmp_path):
     )
     texts = [*TRICKY, *english_and_code()["code"]]
     ids = ours.encode_batch(texts)
-    assert [ours.decode(row) for row in ids] == texts, "neither cut nor padded"
+    assert [ours.decode(token_ids) for token_ids in ids] == texts, "neither truncated nor padded"
     assert auto(texts)["input_ids"] == ids
     assert auto.chat_template == "{{ x }}"
     assert ours.bos_id is None, "it puts nothing before a text of its own accord"
@@ -383,7 +387,7 @@ def test_an_adopted_directory_keeps_its_ids_and_its_ways(tmp_path):
     (source / "tokenizer_config.json").write_text(
         '{"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>", "add_bos_token": true}'
     )
-    assert tokenizer.load_tokenizer(source).bos_id == ours.eos_id, "asked for, it is put there"
+    assert tokenizer.load_tokenizer(source).bos_id == ours.eos_id, "requested, it is added"
 
 
 def test_adopting_the_same_files_from_another_place_is_the_same_work(tmp_path, output):
@@ -395,7 +399,7 @@ def test_adopting_the_same_files_from_another_place_is_the_same_work(tmp_path, o
 
 def test_compare_counts_bytes_per_token(trained, tmp_path):
     table = tokenizer.compare_tokenizers(
-        [trained, byte_level(tmp_path / "bytes")], trained.parent / "corpus", limit_mb=1e6
+        [trained, byte_level(tmp_path / "bytes")], trained.parent / "corpus", sample_mb=1e6
     )
     texts, ours = english_and_code(), tokenizer.load_tokenizer(trained)
     for name in texts:
@@ -448,9 +452,9 @@ def no_eos(directory: pathlib.Path, trained: pathlib.Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "message"),
     [
-        (lambda d, t: asking(source=str(d / "nowhere")), "not there"),
+        (lambda d, t: asking(source=str(d / "nowhere")), "not found"),
         (
             lambda d, t: asking(source=broken_directory(d / "x", {"config.json": "{}"})),
             "no tokenizer.json and no SentencePiece .model",
@@ -477,13 +481,13 @@ def no_eos(directory: pathlib.Path, trained: pathlib.Path) -> str:
         "broken model",
         "no eos",
         "eos is text",
-        "too many pieces",
-        "too few pieces",
+        "too many tokens",
+        "too few tokens",
     ],
 )
-def test_what_cannot_be_a_tokenizer_is_refused_in_one_sentence(make, says, trained, tmp_path):
+def test_what_cannot_be_a_tokenizer_is_refused_on_one_line(make, message, trained, tmp_path):
     workdir = write_corpus(tmp_path / "work", english_and_code())
-    with pytest.raises(UserError, match=says) as error:
+    with pytest.raises(UserError, match=message) as error:
         tokenizer.train_tokenizer(make(tmp_path, trained), workdir)
     assert "\n" not in str(error.value)
     assert not (workdir / "tokenizer").exists()

@@ -234,10 +234,10 @@ class PackedSource:
         )
         self.files = [f"{self.directory}/{shard['file']}" for shard in self.counts["shards"]]
         self.n_bytes = (
-            0 if place.is_remote else sum(shard["bytes"] for shard in self.counts["shards"])
+            0 if place.is_remote else sum(shard["n_bytes"] for shard in self.counts["shards"])
         )  # that opening could check
         for file, shard in zip(
-            [*self.files, f"{self.directory}/{pack.INDEX_SCHEMA}"],
+            [*self.files, f"{self.directory}/{pack.INDEX_FILE}"],
             [*self.counts["shards"], None],
             strict=True,
         ):
@@ -248,18 +248,18 @@ class PackedSource:
                     "names it. Copy it from where the rest came from, or run "
                     "pack.py with --replace."
                 )
-            if shard and size != shard["bytes"]:
+            if shard and size != shard["n_bytes"]:
                 raise UserError(
                     f"{place.where}/{file}: {size:,} bytes, expected "
-                    f"{shard['bytes']:,}: a broken copy. Copy it again, or "
+                    f"{shard['n_bytes']:,}: a broken copy. Copy it again, or "
                     "run pack.py with --replace."
                 )
-        index = place.read_file_bytes(f"{self.directory}/{pack.INDEX_SCHEMA}")
+        index = place.read_file_bytes(f"{self.directory}/{pack.INDEX_FILE}")
         if (
             hashlib.sha256(index).hexdigest()
-            != place.manifest.outputs[f"{self.directory}/{pack.INDEX_SCHEMA}"]
+            != place.manifest.outputs[f"{self.directory}/{pack.INDEX_FILE}"]
         ):
-            raise self.describe_damage(pack.INDEX_SCHEMA, "its checksum is not the manifest's")
+            raise self.describe_damage(pack.INDEX_FILE, "its checksum is not the manifest's")
         self.index = np.load(io.BytesIO(index))
         self.starts = np.cumsum([0, *self.index[:, 3]])  # the first row of each record batch
         self.n_rows = int(self.starts[-1])

@@ -1,15 +1,11 @@
-"""Which row of which source stands at global row index i.
+"""Decide which sequence of which source a run reads at each global index, in constant time.
 
-A pure function of seed, phases and i, in constant time.
-
-A phase gives every source a whole number of slots in a table of at most 4,096, laid out so that the
-realised share after any n rows
-is within one row of the ideal. The k-th use of a source is row k of its order; every epoch is
-another shuffle of all its rows. The
-uses go on counting over phases, so that no row comes twice in an epoch. There is no state: resuming
-is knowing one integer. Other shares
-or another batch from some step on are one more stretch in the account of a run, which settings of
-today do not change.
+The order is a pure function of the seed, the phases and the index, so that resuming needs one
+integer. A phase gives each source a whole number of slots in a table of at most 4,096, laid out so
+that the share after any number of sequences is within one sequence of the ideal. Use k of a source
+is sequence k of its shuffled order, and every epoch is another shuffle. Uses are counted across
+phases, so no sequence comes twice in an epoch. Changing the shares or the batch size from some step
+on adds a phase to a run's data history, which later settings do not change.
 """
 
 from __future__ import annotations
@@ -21,7 +17,6 @@ import hashlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from grain.experimental import index_shuffle
@@ -29,19 +24,19 @@ from grain.experimental import index_shuffle
 from jaxpt import config
 from jaxpt.spec import Record, UserError
 
-MAX_SLOTS = 4096  # of a phase; a share is a multiple of 1 / slots
+MAX_SLOTS = 4096  # per phase; a share is a multiple of 1 / slots
 
 
 @dataclasses.dataclass(frozen=True)
 class MixturePhase(Record):
-    """Rows that a run reads under one setting.
+    """Consecutive sequences that a run reads with one mixture, batch size and data set.
 
-    The list of them is the account of what a run has read and will read.
-
-    step, row   steps done and global rows read before it
-    batch_size  rows in each of its steps
-    shares      {source: share}, of any sum
-    packed      fingerprint of the rows
+    Attributes:
+        step: steps done before it.
+        sequence: sequences read before it, over all sources.
+        batch_size: global, in sequences.
+        shares: source -> share, of any sum.
+        fingerprint: of the packed sequences.
     """
 
     step: int
@@ -50,19 +45,21 @@ class MixturePhase(Record):
     shares: dict[str, float]
     fingerprint: str = ""
 
-    def step_at(self, row: int) -> int:
-        """Return the step that reads a global sequence."""
-        return self.step + (row - self.sequence) // self.batch_size
+    def step_at(self, sequence: int) -> int:
+        """Return the steps done before the one that reads a global sequence index."""
+        return self.step + (sequence - self.sequence) // self.batch_size
 
 
-class PhasePlan(NamedTuple):
-    """Global rows with constant shares.
+@dataclasses.dataclass(frozen=True)
+class SlotTable:
+    """The repeating order of sources while the shares stay the same.
 
-    start    its first global row
-    used     rows taken from each source in earlier phases
-    counts   slots of each source in the table
-    sources  of each slot, the source
-    ranks    of each slot, how many slots before it have the same source
+    Attributes:
+        start: its first global sequence index.
+        n_used: sequences read before it, per source.
+        counts: slots per source.
+        sources: index of the source, per slot.
+        ranks: number of earlier slots with the same source, per slot.
     """
 
     start: int
@@ -73,267 +70,274 @@ class PhasePlan(NamedTuple):
 
 
 class MixtureSchedule:
-    """The order of all rows of a run.
-
-    asked       phases ((from step, {source: share}), ...) with shares of any sum, none for shares
-    in proportion to the rows; and the
-                seed of the shuffles
-    n_rows      rows in each source
-    batch_size  rows in a step: turns the phases' steps into rows
-    past        what a run that goes on has read so far, of which `asked` changes nothing; it stands
-    at `step`, `row`
-    packed      fingerprint of the rows, for the account
-
-    Raises UserError for phases that cannot be run.
-    """
+    """The order of all sequences of a run."""
 
     def __init__(
         self,
-        asked: config.MixtureConfig,
-        n_rows: Mapping[str, int],
+        mixture: config.MixtureConfig,
+        n_sequences: Mapping[str, int],
         batch_size: int,
         past: Sequence[MixturePhase] = (),
         step: int = 0,
-        row: int = 0,
-        packed: str = "",
+        sequence: int = 0,
+        fingerprint: str = "",
     ):
-        check_phase_sources(asked.phases, n_rows)
-        self.stretches = [
-            *past,
-            *extend_history(
-                asked.phases or ((0, dict(n_rows)),), batch_size, past, step, row, packed
-            ),
-        ]
-        # a source that is no more keeps its place in the account
-        self.names = sorted({*n_rows, *(name for stretch in past for name in stretch.shares)})
-        self.n_rows = {name: n_rows.get(name, 0) for name in self.names}
-        self.seed = asked.seed
-        self.phases: list[PhasePlan] = []
+        """Build the slot tables.
+
+        Args:
+            mixture: phases and seed; without phases the shares are in proportion to the sequences.
+            n_sequences: sequences per source.
+            batch_size: global, in sequences; turns steps into sequences.
+            past: data history of a resumed run, which `mixture` does not change.
+            step: steps done so far.
+            sequence: sequences read so far.
+            fingerprint: of the packed sequences, for the data history.
+
+        Raises:
+            UserError: phases that cannot be run.
+        """
+        check_phase_sources(mixture.phases, n_sequences)
+        requested = mixture.phases or ((0, dict(n_sequences)),)
+        now = MixturePhase(step, sequence, batch_size, {}, fingerprint)
+        self.phases = [*past, *plan_phases(requested, past, now)]
+        # a source that no longer exists keeps its place in the history
+        names = set(n_sequences)
+        for phase in past:
+            names.update(phase.shares)
+        self.names = sorted(names)
+        self.n_sequences = {name: n_sequences.get(name, 0) for name in self.names}
+        self.seed = mixture.seed
+        self.tables: list[SlotTable] = []
         self.starts: list[int] = []
         shares = None
-        for stretch in self.stretches:
-            if stretch.shares == shares:  # only the batch is another: the table goes on
-                continue
-            shares = stretch.shares
-            used = self.count_uses(stretch.sequence)
-            counts = count_slots([shares.get(name, 0.0) for name in self.names])
-            sources = order_slots(counts)
-            ranks = np.empty_like(sources)
-            for source, count in enumerate(counts):
-                ranks[sources == source] = np.arange(count)
-            self.phases.append(
-                PhasePlan(stretch.sequence, used, counts.tolist(), sources.tolist(), ranks.tolist())
-            )
-            self.starts.append(stretch.sequence)
+        for phase in self.phases:
+            if phase.shares != shares:  # else only the batch size differs: the table continues
+                shares = phase.shares
+                self.add_table(phase)
+
+    def add_table(self, phase: MixturePhase) -> None:
+        """Add the slot table of a phase that changes the shares."""
+        n_used = self.count_uses(phase.sequence)
+        counts = count_slots([phase.shares.get(name, 0.0) for name in self.names])
+        sources = order_slots(counts)
+        ranks = np.empty_like(sources)
+        for source, count in enumerate(counts):
+            ranks[sources == source] = np.arange(count)
+        columns = (counts.tolist(), sources.tolist(), ranks.tolist())
+        self.tables.append(SlotTable(phase.sequence, n_used, *columns))
+        self.starts.append(phase.sequence)
 
     def sequence_at(self, index: int) -> tuple[str, int]:
-        """(source, row of it) at a global row index, 0 or more."""
-        phase, block, slot = self.locate_slot(index)
-        source = phase.sources[slot]
-        return self.names[source], self.shuffle_index(
-            source, phase.n_used[source] + block * phase.counts[source] + phase.ranks[slot]
-        )
+        """Return (source, index within the source) of a global sequence index."""
+        table, n_rounds, slot = self.locate_slot(index)
+        source = table.sources[slot]
+        use = table.n_used[source] + n_rounds * table.counts[source] + table.ranks[slot]
+        return self.names[source], self.shuffle_index(source, use)
 
     def shuffle_index(self, source: int, use: int) -> int:
-        """The row that the use-th reading of a source takes.
-
-        A permutation of its rows in each epoch.
-        """
+        """Return the sequence that a use of a source reads: a permutation in every epoch."""
         name = self.names[source]
-        epoch, position = divmod(use, self.n_rows[name])
+        n = self.n_sequences[name]
+        epoch, position = divmod(use, n)
         digest = hashlib.blake2b(f"{self.seed}/{name}/{epoch}".encode(), digest_size=4).digest()
-        return index_shuffle(position, self.n_rows[name] - 1, int.from_bytes(digest), 4)
+        return index_shuffle(position, n - 1, int.from_bytes(digest), 4)
 
-    def locate_slot(self, index: int) -> tuple[PhasePlan, int, int]:
-        """The phase that a row index falls into, the whole tables before it in that phase, and its
-        slot.
-        """
+    def locate_slot(self, index: int) -> tuple[SlotTable, int, int]:
+        """Return the table of an index, the whole rounds of it before the index, and the slot."""
         if index < 0:
-            raise IndexError(f"row index {index}: rows are counted from 0")
-        phase = self.phases[bisect.bisect_right(self.starts, index) - 1]
-        return phase, *divmod(index - phase.start, len(phase.sources))
+            raise IndexError(f"sequence index: expected 0 or more, got {index}.")
+        table = self.tables[bisect.bisect_right(self.starts, index) - 1]
+        n_rounds, slot = divmod(index - table.start, len(table.sources))
+        return table, n_rounds, slot
 
-    def count_uses(self, n_rows: int) -> list[int]:
-        """Rows taken from each source by the first n_rows rows of the run."""
-        if n_rows == 0:
+    def count_uses(self, n_sequences: int) -> list[int]:
+        """Return how many of the run's first sequences each source gives."""
+        if n_sequences == 0:
             return [0] * len(self.names)
-        phase, block, slot = self.locate_slot(n_rows - 1)
-        begun = np.bincount(phase.sources[: slot + 1], minlength=len(self.names)).tolist()
-        return [
-            used + block * count + part
-            for used, count, part in zip(phase.n_used, phase.counts, begun, strict=True)
-        ]
+        table, n_rounds, slot = self.locate_slot(n_sequences - 1)
+        started = np.bincount(table.sources[: slot + 1], minlength=len(self.names))
+        whole = np.array(table.n_used) + n_rounds * np.array(table.counts)
+        return (whole + started).tolist()
 
-    def compute_epochs(self, n_rows: int) -> dict[str, float]:
-        """How often each source was read through by the first n_rows rows of the run."""
-        return {
-            name: uses / max(1, self.n_rows[name])
-            for name, uses in zip(self.names, self.count_uses(n_rows), strict=True)
-        }
+    def compute_epochs(self, n_sequences: int) -> dict[str, float]:
+        """Return how many times the run's first sequences read each source."""
+        uses = zip(self.names, self.count_uses(n_sequences), strict=True)
+        return {name: n_used / max(1, self.n_sequences[name]) for name, n_used in uses}
 
-    def data_history(self, n_rows: int) -> list[MixturePhase]:
-        """The stretches that the first n_rows rows of the run were read in."""
-        return [stretch for stretch in self.stretches if stretch.sequence < n_rows]
+    def data_history(self, n_sequences: int) -> list[MixturePhase]:
+        """Return the phases in which the run's first sequences are read."""
+        return [phase for phase in self.phases if phase.sequence < n_sequences]
 
-    def phase_at(self, row: int) -> MixturePhase:
-        """The stretch that a global row is read in."""
-        return self.stretches[
-            max(0, bisect.bisect_right([stretch.sequence for stretch in self.stretches], row) - 1)
-        ]
+    def phase_at(self, sequence: int) -> MixturePhase:
+        """Return the phase that reads a global sequence index."""
+        starts = [phase.sequence for phase in self.phases]
+        return self.phases[max(0, bisect.bisect_right(starts, sequence) - 1)]
 
-    def check_max_epochs(self, n_rows: int, max_epochs: Sequence[tuple[str, float]]) -> None:
-        """Before a run of n_rows rows.
+    def check_max_epochs(self, n_sequences: int, max_epochs: Sequence[tuple[str, float]]) -> None:
+        """Check before a run that no source is read too often.
 
-        Raises UserError naming every source that it would read more often than max_epochs allows
-        it, or allows "all" that are not named.
+        Args:
+            n_sequences: that the run reads in total.
+            max_epochs: (source, epochs); "all" is for the sources that are not named.
+
+        Raises:
+            UserError: names every source that is read too often, and the step until which it lasts.
         """
-        most_of = dict(max_epochs)
-        if unknown := [name for name in most_of if name not in self.names and name != "all"]:
+        limits = dict(max_epochs)
+        unknown = sorted(limits.keys() - {*self.names, "all"})
+        if unknown:
             raise UserError(
-                "mixture.max_epochs: no packed source is called "
-                f"{unknown[0]!r}; there are: {', '.join(self.names)}, and all."
+                f"mixture.max_epochs: no packed source is called {unknown[0]!r}; "
+                f"there are: {', '.join(self.names)}, and all."
             )
-        too_often = []
-        for name, epochs in self.compute_epochs(n_rows).items():
-            most = most_of.get(name, most_of.get("all", math.inf))
-            if epochs > most:
-                lasts = (
-                    bisect.bisect_right(
-                        range(n_rows + 1), most, key=lambda n: self.compute_epochs(n)[name]
-                    )
-                    - 1
+        excesses = []
+        for name, epochs in self.compute_epochs(n_sequences).items():
+            limit = limits.get(name, limits.get("all", math.inf))
+            if epochs > limit:
+                last_step = self.step_of(self.find_exhausted(name, limit, n_sequences))
+                excesses.append(
+                    f"{name} is read {epochs:.3g} times by step {self.step_of(n_sequences):,} "
+                    f"(it lasts until {last_step:,}), {limit:g} allowed"
                 )
-                by, until = (self.phase_at(row).step_at(row) for row in (n_rows, lasts))
-                too_often.append(
-                    f"{name} is read {epochs:.3g} times by step {by:,} (it "
-                    f"lasts until {until:,}), {most:g} allowed"
-                )
-        if too_often:
+        if excesses:
             raise UserError(
-                f"mixture.max_epochs: {'; '.join(too_often)}. Lower its share "
-                "or train.steps, pack more, or raise max_epochs."
+                f"mixture.max_epochs: {'; '.join(excesses)}. "
+                "Lower its share or train.steps, pack more, or raise max_epochs."
             )
 
+    def step_of(self, sequence: int) -> int:
+        """Return the steps done before a global sequence index."""
+        return self.phase_at(sequence).step_at(sequence)
 
-def extend_history(
-    phases: Sequence,
-    batch_size: int,
-    past: Sequence[MixturePhase],
-    step: int,
-    row: int,
-    packed: str,
+    def find_exhausted(self, name: str, limit: float, n_sequences: int) -> int:
+        """Return the most sequences that a run can read without exceeding a source's limit."""
+
+        def count_epochs(n: int) -> float:
+            return self.compute_epochs(n)[name]
+
+        return bisect.bisect_right(range(n_sequences + 1), limit, key=count_epochs) - 1
+
+
+def plan_phases(
+    requested: config.Phases, past: Sequence[MixturePhase], now: MixturePhase
 ) -> list[MixturePhase]:
-    """The stretches that begin where a run stands, and later."""
-    shares = [shares for start, shares in phases if start <= step][-1]
-    now = MixturePhase(step, row, batch_size, dict(shares), packed)
-    goes_on = past and dataclasses.replace(past[-1], step=step, sequence=row) == now
-    later = [
-        MixturePhase(
-            start, row + (int(start) - step) * batch_size, batch_size, dict(shares), packed
-        )
-        for start, shares in phases
-        if start > step
-    ]
-    return [*([] if goes_on else [now]), *later]
+    """Return the phases that begin at a run's position or later.
+
+    Args:
+        requested: (first step, shares), as configured.
+        past: the run's data history.
+        now: the run's position, batch size and data set; its shares are not read.
+    """
+    current: dict[str, float] = {}
+    later = []
+    for start, shares in requested:
+        if start <= now.step:
+            current = dict(shares)
+            continue
+        first = now.sequence + (int(start) - now.step) * now.batch_size
+        later.append(MixturePhase(start, first, now.batch_size, dict(shares), now.fingerprint))
+    now = dataclasses.replace(now, shares=current)
+    if past:
+        continued = dataclasses.replace(past[-1], step=now.step, sequence=now.sequence)
+        if continued == now:
+            return later
+    return [now, *later]
 
 
 def schedule_from_history(
-    stretches: Sequence[MixturePhase], n_rows: Mapping[str, int], seed: int
+    phases: Sequence[MixturePhase], n_sequences: Mapping[str, int], seed: int
 ) -> MixtureSchedule:
-    """The mixture of a run that has kept its account."""
-    *_, last = stretches
-    return MixtureSchedule(
-        config.MixtureConfig(phases=((0, last.shares),), seed=seed),
-        n_rows,
-        last.batch_size,
-        stretches,
-        last.step,
-        last.sequence,
-        last.fingerprint,
-    )
+    """Return the schedule of a run from its data history."""
+    last = phases[-1]
+    mixture = config.MixtureConfig(phases=((0, last.shares),), seed=seed)
+    position = (last.step, last.sequence, last.fingerprint)
+    return MixtureSchedule(mixture, n_sequences, last.batch_size, phases, *position)
 
 
-def check_phase_sources(phases: Sequence, n_rows: Mapping[str, int]) -> None:
-    """Raises UserError for phases that are out of order, name unknown sources or give no meaningful
-    shares.
-    """
-    steps = [step for step, _ in phases]
-    if steps[:1] not in ([], [0]) or any(
-        later <= step for step, later in itertools.pairwise(steps)
-    ):
-        raise UserError(
-            f"mixture.phases: start at steps {steps}, expected 0 first and then rising."
-        )
+# ---- checks
+
+
+def check_phase_sources(phases: config.Phases, n_sequences: Mapping[str, int]) -> None:
+    """Raise UserError for phases out of order, unknown sources or meaningless shares."""
+    starts = [step for step, _ in phases]
+    is_rising = all(first < second for first, second in itertools.pairwise(starts))
+    if starts[:1] not in ([], [0]) or not is_rising:
+        raise UserError(f"mixture.phases: expected steps that start at 0 and rise, got {starts}.")
     for step, shares in phases:
         for name, share in shares.items():
-            if name not in n_rows:
-                near = difflib.get_close_matches(name, n_rows, 1)
-                hint = (
-                    f"did you mean {near[0]}?"
-                    if near
-                    else f"there are: {', '.join(sorted(n_rows))}."
-                )
-                raise UserError(
-                    f"mixture.phases: no packed source is called {name!r} "
-                    f"(from step {step}); {hint}"
-                )
-            if not isinstance(share, (int, float)) or not math.isfinite(share) or share < 0:
-                raise UserError(
-                    f"mixture.phases: the share of {name} from step {step} is "
-                    f"{share!r}, expected a number of at least 0."
-                )
-            if share and not n_rows[name]:
-                raise UserError(
-                    f"mixture.phases: {name} has no rows to take from step "
-                    f"{step}. Leave it out, or pack more of it."
-                )
+            check_share(step, name, share, n_sequences)
         total = sum(shares.values())
         if total <= 0:
             raise UserError(
-                f"mixture.phases: the shares from step {step} sum to nothing "
-                f"({dict(shares)}). Give at least one source a share above 0."
+                f"mixture.phases: the shares from step {step} sum to nothing ({dict(shares)}). "
+                "Give at least one source a share above 0."
             )
         for name, share in shares.items():
             if 0 < share / total < 1 / MAX_SLOTS:
                 raise UserError(
-                    f"mixture.phases: {name} has {share / total:.2g} of the "
-                    f"rows from step {step}, expected 0 or at least "
-                    f"1/{MAX_SLOTS:,}."
+                    f"mixture.phases: {name} from step {step}: expected a share of 0 or at least "
+                    f"1/{MAX_SLOTS:,} of the sequences, got {share / total:.2g}."
                 )
 
 
-def count_slots(shares: Sequence[float]) -> np.ndarray:
-    """Whole numbers in the proportion of the shares, together MAX_SLOTS at most.
+def check_share(step: int, name: str, share: float, n_sequences: Mapping[str, int]) -> None:
+    """Raise UserError for an unknown source, a share that is no number, or an empty source."""
+    if name not in n_sequences:
+        near = difflib.get_close_matches(name, n_sequences, 1)
+        known = ", ".join(sorted(n_sequences))
+        hint = f"did you mean {near[0]}?" if near else f"there are: {known}."
+        raise UserError(
+            f"mixture.phases: no packed source is called {name!r} (from step {step}); {hint}"
+        )
+    if not isinstance(share, (int, float)) or not math.isfinite(share) or share < 0:
+        raise UserError(
+            f"mixture.phases: {name} from step {step}: expected a share of at least 0, "
+            f"got {share!r}."
+        )
+    if share and not n_sequences[name]:
+        raise UserError(
+            f"mixture.phases: {name} has no sequences to read from step {step}. "
+            "Leave it out, or pack more of it."
+        )
 
-    Those whose largest relative error is smallest, the smallest of equals. Every share above 0 gets
-    a slot.
+
+# ---- slot tables
+
+
+def count_slots(shares: Sequence[float]) -> np.ndarray:
+    """Return whole numbers in proportion to the shares, at most MAX_SLOTS together.
+
+    Of all such numbers those whose largest relative error is smallest, and of equals the smallest.
+    Every share above 0 gets a slot.
     """
     ideal = np.asarray(shares, np.float64) / np.sum(shares)
-    candidates = np.maximum(
-        np.rint(np.arange(1, MAX_SLOTS + 1)[:, None] * ideal), ideal > 0
-    ).astype(np.int64)
+    scaled = np.rint(np.arange(1, MAX_SLOTS + 1)[:, None] * ideal)
+    candidates = np.maximum(scaled, ideal > 0).astype(np.int64)
     candidates = candidates[candidates.sum(1) <= MAX_SLOTS]
-    real, expected = candidates[:, ideal > 0] / candidates.sum(1, keepdims=True), ideal[ideal > 0]
-    return candidates[np.argmin(np.abs(real / expected - 1).max(1).round(9))]
+    realized = candidates[:, ideal > 0] / candidates.sum(1, keepdims=True)
+    errors = np.abs(realized / ideal[ideal > 0] - 1).max(1)
+    return candidates[np.argmin(errors.round(9))]
 
 
 def order_slots(counts: np.ndarray) -> np.ndarray:
-    """A source for each slot, so that after any number of slots every source has had its share to
-    within one slot.
+    """Return a source per slot, so that after any slot each source is within one of its share.
 
-    Among the sources that are behind by enough, the one that would be first to fall behind by one
-    goes next.
-    Source: Tijdeman 1980, "The chairman assignment problem"; the deviation stays within 1 - 1 / (2
-    sources - 2).
+    Of the sources that are behind by enough, the one that would first fall behind by one is next.
+
+    Source: Tijdeman 1980, "The chairman assignment problem"; the deviation stays within
+    1 - 1 / (2 sources - 2).
     """
     present = np.flatnonzero(counts)
-    counts, n_slots, margin = counts[present], counts.sum(), max(1, 2 * len(present) - 2)
-    taken, order = np.zeros_like(counts), np.empty(n_slots, np.int64)
+    counts = counts[present]
+    n_slots = counts.sum()
+    margin = max(1, 2 * len(present) - 2)
+    taken = np.zeros_like(counts)
+    order = np.empty(n_slots, np.int64)
     for slot in range(n_slots):
-        behind = margin * (
-            (slot + 1) * counts - n_slots * taken
-        )  # in units of 1 / (margin x n_slots)
-        slack = np.where(behind >= n_slots, (n_slots * (margin - 1) - behind) / counts, np.inf)
-        order[slot] = np.argmin(slack)
-        taken[order[slot]] += 1
+        # in units of 1 / (margin x n_slots)
+        behind = margin * ((slot + 1) * counts - n_slots * taken)
+        slack = (n_slots * (margin - 1) - behind) / counts
+        chosen = np.argmin(np.where(behind >= n_slots, slack, np.inf))
+        order[slot] = chosen
+        taken[chosen] += 1
     return present[order]

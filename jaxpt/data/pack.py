@@ -1,26 +1,22 @@
-"""Documents to rows of token ids.
+"""Pack documents into sequences of token ids, all exactly seq_len long, with no token lost.
 
-Every row exactly seq_len long, every token of the corpus in one row.
+    best_fit   bos + ids + eos per document. A document of up to seq_len tokens is never split; a
+               longer one becomes full sequences and one rest. Whole documents and rests fill
+               sequences by best-fit-decreasing within a window of the corpus; the rest is padding.
+    course     bos + ids + eos of all documents of a source, concatenated and split every seq_len
+               tokens; the last partial sequence is dropped.
 
-    best_fit   bos + ids + eos per document. A document of up to seq_len tokens is never cut; a
-    longer one becomes full rows and one
-               rest. Whole documents and rests fill rows by best-fit-decreasing within a window of
-               the corpus; what stays open is padding.
-    course     bos + ids + eos of all documents of a source, concatenated, cut every seq_len tokens;
-    the last partial row is dropped.
-
-Two passes, each cut into jobs: tokenize a stretch of the corpus; fill the rows of one Arrow shard.
-What a job does depends on the corpus
-and the tokenizer alone, so that any number of workers, here or on a cluster, gives the same rows,
-and a killed run goes on with the jobs
-that were not done. `datasets.load_from_disk` opens the shards; `jaxpt.data.loader` maps them into
-memory.
+There are two passes, each split into jobs: tokenize a part of the corpus; fill the sequences of one
+Arrow shard. A job depends on corpus and tokenizer alone, so that any number of workers, here or on
+a cluster, gives the same sequences, and a killed run continues with the jobs that are left.
+`datasets.load_from_disk` opens the shards; `jaxpt.data.loader` maps them into memory.
 """
 
 from __future__ import annotations
 
 import bisect
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -29,8 +25,8 @@ import os
 import pathlib
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -38,116 +34,169 @@ import pyarrow.parquet as pq
 
 from jaxpt import config, stage
 from jaxpt.data import executor, tokenizer
-from jaxpt.spec import Manifest, UserError
+from jaxpt.spec import Manifest, Record, UserError
 
 log = logging.getLogger(__name__)
 
+R = TypeVar("R", bound=Record)
+
 WINDOW_SEGMENTS = 2**16  # that best-fit sees at once, and
 WINDOW_TOKENS = 2**25  # the tokens in them: 128 MB of ids
-MAX_ENCODE_CHARS = (
-    2**23
-)  # encoded at once; the tokenizers library holds about 100 bytes per token meanwhile
+# encoded at once; the tokenizers library holds about 100 bytes per token meanwhile
+MAX_ENCODE_CHARS = 2**23
 JOB_BYTES = 2**25  # of text that a job tokenizes, about
-MAX_BYTES_IN_PROCESS = 2**24  # of text up to which no other process is started: that takes longer
-SHARD_BYTES = (
-    2**28
-)  # of ids in a shard of the course's stream; best-fit makes a shard of each window
+MAX_BYTES_IN_PROCESS = 2**24  # of text; up to this, starting processes takes longer than the work
+# of ids in a shard of the course's stream; best-fit makes a shard of each window
+SHARD_BYTES = 2**28
 BATCH_TOKENS = 2**18  # in an Arrow record batch
-# beside the shards: [record batches, 5] int64 of shard, first byte, bytes, rows, CRC-32 of the
-# bytes
-INDEX_SCHEMA = "batches.npy"
-DOCUMENT_END = b"\xff\xff\xff\xff" + bytes(
-    4
-)  # of a stream of Arrow messages, the form that datasets wants
-TOKEN_SCHEMA = pa.schema({"id": pa.string(), "ids": pa.list_(pa.int32()), "loss_from": pa.int32()})
+# beside the shards: [record batches, 5] int64 of shard, first byte, bytes, sequences, CRC-32
+INDEX_FILE = "batches.npy"
+END_OF_STREAM = b"\xff\xff\xff\xff" + bytes(4)  # of Arrow messages, the format datasets reads
+LESSON_FILE = "packaged_pretrain_dataset.parquet"  # of the course's lesson 3
+INT_LIST = pa.list_(pa.int32())
+STRING_LIST = pa.list_(pa.string())
+TOKEN_SCHEMA = pa.schema({"id": pa.string(), "ids": INT_LIST, "loss_from": pa.int32()})
+SPLITS = ("train", "heldout")
 
 
 def packed_schema(seq_len: int) -> pa.Schema:
-    """Of the shards."""
-    integers = pa.list_(pa.int32())
-    return pa.schema(
-        {
-            "input_ids": pa.list_(pa.int32(), seq_len),
-            "doc_lens": integers,
-            "doc_ids": pa.list_(pa.string()),
-            "loss_from": integers,
-        }
-    )
+    """Return the schema of the shards."""
+    ids = pa.list_(pa.int32(), seq_len)
+    documents = {"doc_lens": INT_LIST, "doc_ids": STRING_LIST, "loss_from": INT_LIST}
+    return pa.schema({"input_ids": ids, **documents})
+
+
+# ---- records: the manifest's counts, and jobs
+
+
+@dataclasses.dataclass(frozen=True)
+class PackLayout(Record):
+    """What decides the form of the sequences."""
+
+    seq_len: int  # tokens per sequence
+    method: str  # "best_fit" or "course"
+    vocab_size: int  # largest token id + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedShard(Record):
+    """One Arrow shard."""
+
+    file: str  # name, beside dataset_info.json
+    n_sequences: int
+    n_bytes: int  # of the file
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedSource(Record):
+    """Counts of one source and split."""
+
+    n_documents: int
+    n_split_documents: int  # longer than seq_len (best_fit), or across a boundary (course)
+    n_sequences: int
+    n_tokens: int  # bos and eos included, padding not
+    n_trained_tokens: int  # targets of the loss: no first token of a segment, no prompt
+    n_text_bytes: int  # of UTF-8
+    padding_frac: float  # of n_sequences * seq_len
+    # entropy of the trained tokens' frequencies, per token: the loss of a model that has learnt
+    # these and nothing else
+    unigram_nats: float
+    shards: tuple[PackedShard, ...]  # in the order of their sequences
+
+
+@dataclasses.dataclass(frozen=True)
+class PackCounts(PackLayout):
+    """Manifest.counts of the stage: source name -> counts, per split."""
+
+    train: dict[str, PackedSource]
+    heldout: dict[str, PackedSource]
+
+
+@dataclasses.dataclass(frozen=True)
+class PackingJob(Record):
+    """A part of the work; it is done when its result exists."""
+
+    output_path: str
+    result_path: str
+    parallelism: str = dataclasses.field(default="true", kw_only=True)  # TOKENIZERS_PARALLELISM
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizeJob(PackingJob):
+    """Row groups of one corpus file, to be written as an Arrow stream of TOKEN_SCHEMA."""
+
+    corpus_path: str
+    sha256: str | None  # to check the file by; None: the file's first job does
+    row_groups: tuple[int, ...]
+    tokenizer_path: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizeResult(Record):
+    """Counts of a finished TokenizeJob."""
+
+    n_documents: int
+    n_text_bytes: int  # of UTF-8
+
+
+@dataclasses.dataclass(frozen=True)
+class DocumentRange(Record):
+    """Consecutive documents of a file that a TokenizeJob wrote."""
+
+    tokens_path: str
+    first: int
+    stop: int  # exclusive
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamRange(Record):
+    """Consecutive sequences of a source's stream of tokens (course)."""
+
+    position: int  # of the first document's first token in the stream
+    first_sequence: int
+    n_sequences: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PackJob(PackingJob):
+    """Documents to be packed into one Arrow shard."""
+
+    documents: tuple[DocumentRange, ...]
+    layout: PackLayout
+    stream: StreamRange | None  # course only
+
+
+@dataclasses.dataclass(frozen=True)
+class PackResult(Record):
+    """Counts of a finished PackJob."""
+
+    shard: PackedShard
+    n_tokens: int  # without padding
+    n_split_documents: int  # that have their second segment here
+    token_counts: dict[int, int]  # token id -> times trained on
+    batches: tuple[tuple[int, int, int, int], ...]  # first byte, bytes, sequences, CRC-32
+
+
+# ---- the stage
 
 
 def pack_corpus(settings: config.Config, workdir: pathlib.Path, replace: bool = False) -> Manifest:
     """Make WORKDIR/packed from WORKDIR/corpus and WORKDIR/tokenizer.
 
-    The rows and their order depend on nothing else.
+    The sequences and their order depend on nothing else.
 
-    Raises UserError where a source has less text than one row.
+    Raises:
+        UserError: a source has less text than one sequence.
     """
     workdir = stage.local_path(workdir)
     inputs = {"corpus": workdir / "corpus", "tokenizer": workdir / "tokenizer"}
-    opened = tokenizer.load_tokenizer(inputs["tokenizer"])
-    asked = {
-        "seq_len": settings.pack.seq_len,
-        "method": settings.pack.method,
-        "vocab_size": opened.vocab_size,
-    }
+    encoder = tokenizer.load_tokenizer(inputs["tokenizer"])
+    layout = PackLayout(settings.pack.seq_len, settings.pack.method, encoder.vocab_size)
 
     def work(out: pathlib.Path) -> dict[str, Any]:
-        out, found = (
-            out.resolve(),
-            {
-                split: tokenizer.list_corpus_files(inputs["corpus"].resolve(), split)
-                for split in ("train", "heldout")
-            },
-        )
-        n_bytes = 0
-        for file in (
-            file for sources in found.values() for files in sources.values() for file in files
-        ):
-            with open_corpus_file(file):
-                n_bytes += tokenizer.count_text_bytes(file)
-        where = settings.prepare.executor if n_bytes > MAX_BYTES_IN_PROCESS else "here"
-        jobs = out / ".jobs"
-        checksums = {
-            str(inputs["corpus"].resolve() / name): value
-            for name, value in Manifest.load(inputs["corpus"]).outputs.items()
-        }
-        parts = {
-            (split, name): tokenize_corpus(
-                files, checksums, inputs["tokenizer"].resolve(), jobs / split / name
-            )
-            for split, sources in found.items()
-            for name, files in sources.items()
-        }
-        run_pack_jobs(
-            where,
-            tokenize_shard,
-            [job for each in parts.values() for job in each],
-            "tokenizing",
-            "documents",
-        )
-        shards = {
-            key: fill_sequences(each, out.joinpath(*key), jobs.joinpath(*key), **asked)
-            for key, each in parts.items()
-        }
-        run_pack_jobs(
-            where, fill_shard, [job for each in shards.values() for job in each], "packing", "rows"
-        )
-        counts = {**asked, "train": {}, "heldout": {}}
-        for split, name in parts:
-            if shards[split, name]:
-                counts[split][name] = gather_shards(
-                    *(list(map(read_pack_counts, each[split, name])) for each in (parts, shards)),
-                    out / split / name,
-                    **asked,
-                )
-            elif split == "train":
-                raise UserError(
-                    f"pack: source {name} has less than one row of "
-                    f"{asked['seq_len']} tokens. Lower pack.seq_len, or "
-                    "prepare more text."
-                )
-        shutil.rmtree(jobs)
-        return counts
+        corpus, tokenizer_path = (path.resolve() for path in inputs.values())
+        where = settings.prepare.executor
+        return pack_splits(corpus, tokenizer_path, out.resolve(), layout, where).to_json()
 
     manifest = stage.run_stage(
         "pack",
@@ -155,486 +204,560 @@ def pack_corpus(settings: config.Config, workdir: pathlib.Path, replace: bool = 
         work,
         config=stage.to_jsonable(settings.pack),
         inputs=inputs,
-        tokenizer=opened.fingerprint,
+        tokenizer=encoder.fingerprint,
         replace=replace,
     )
-    for split in ("train", "heldout"):
-        for name, found in manifest.counts[split].items():
-            log.info(
-                f"pack: {split}/{name}: {found['rows']:,} rows of "
-                f"{asked['seq_len']:,}, {found['tokens']:,} tokens, "
-                f"{found['padding_frac']:.2%} padding, "
-                f"{found['cut_documents']:,} of {found['documents']:,} "
-                "documents cut"
-            )
+    log_counts(PackCounts.from_json(manifest.counts))
     return manifest
 
 
-def run_pack_jobs(
-    where: str, work: Callable[[dict], dict], jobs: list[dict], label: str, unit: str
-) -> None:
-    """Do the jobs that no earlier, killed run has done.
+def pack_splits(
+    corpus: pathlib.Path,
+    tokenizer_path: pathlib.Path,
+    out: pathlib.Path,
+    layout: PackLayout,
+    where: str,
+) -> PackCounts:
+    """Run both passes over both splits.
 
-    The file job["done"] holds what a job has counted.
+    Args:
+        corpus: what prepare.py wrote.
+        tokenizer_path: the tokenizer's directory.
+        out: the stage's directory.
+        layout: of the sequences.
+        where: the executor, for more than MAX_BYTES_IN_PROCESS of text.
     """
-    left = [job for job in jobs if not pathlib.Path(job["done"]).exists()]
-    # a process a core: the tokenizers library's own threads would only get in each other's way
-    threads = "false" if where != "here" and len(left) >= (os.cpu_count() or 1) else "true"
-    left = [{**job, "threads": os.environ.get("TOKENIZERS_PARALLELISM", threads)} for job in left]
+    jobs_dir = out / ".jobs"
+    files: dict[tuple[str, str], list[pathlib.Path]] = {}
+    for split in SPLITS:
+        for name, paths in tokenizer.list_corpus_files(corpus, split).items():
+            files[split, name] = paths
+    if estimate_bytes(itertools.chain(*files.values())) <= MAX_BYTES_IN_PROCESS:
+        where = "here"
+    outputs = Manifest.load(corpus).outputs
+    checksums = {str(corpus / name): checksum for name, checksum in outputs.items()}
+    tokenize_jobs = {}
+    for key, paths in files.items():
+        directory = jobs_dir.joinpath(*key)
+        tokenize_jobs[key] = plan_tokenize_jobs(paths, checksums, tokenizer_path, directory)
+    run_pack_jobs(where, run_tokenize_job, tokenize_jobs.values(), ("tokenizing", "documents"))
+    pack_jobs = {}
+    for key, jobs in tokenize_jobs.items():
+        directory = jobs_dir.joinpath(*key)
+        pack_jobs[key] = plan_pack_jobs(jobs, out.joinpath(*key), directory, layout)
+    run_pack_jobs(where, run_pack_job, pack_jobs.values(), ("packing", "sequences"))
+    counts = PackCounts(layout.seq_len, layout.method, layout.vocab_size, {}, {})
+    for (split, name), jobs in pack_jobs.items():
+        if jobs:
+            texts = load_results(TokenizeResult, tokenize_jobs[split, name])
+            shards = load_results(PackResult, jobs)
+            source = gather_shards(texts, shards, out / split / name, layout)
+            getattr(counts, split)[name] = source
+        elif split == "train":
+            raise UserError(
+                f"pack: source {name} has less than one sequence of {layout.seq_len} tokens. "
+                "Lower pack.seq_len, or prepare more text."
+            )
+    shutil.rmtree(jobs_dir)
+    return counts
+
+
+def estimate_bytes(files: Iterable[pathlib.Path]) -> int:
+    """Return about how much text the files have. Raise UserError for one that cannot be read."""
+    n_bytes = 0
+    for file in files:
+        with corpus_read_errors(file):
+            n_bytes += tokenizer.count_text_bytes(file)
+    return n_bytes
+
+
+def log_counts(counts: PackCounts) -> None:
+    """Log two lines per source and split."""
+    for split in SPLITS:
+        for name, source in getattr(counts, split).items():
+            log.info(
+                f"pack: {split}/{name}: {source.n_tokens:,} tokens in "
+                f"{source.n_sequences:,} sequences"
+            )
+            log.info(
+                f"  of {counts.seq_len:,}: {source.padding_frac:.2%} padding, "
+                f"{source.n_split_documents:,} of {source.n_documents:,} documents split"
+            )
+
+
+def run_pack_jobs(
+    where: str,
+    run_job: Callable[[dict[str, Any]], int],
+    groups: Iterable[Sequence[PackingJob]],
+    progress: tuple[str, str],
+) -> None:
+    """Run the jobs that no earlier, killed run has finished.
+
+    Args:
+        where: "here", or an executor.
+        run_job: takes a job as JSON and returns how much of the progress unit it has done.
+        groups: of jobs.
+        progress: label and unit of the progress bar.
+    """
+    jobs = list(itertools.chain(*groups))
+    jobs = [job for job in jobs if not pathlib.Path(job.result_path).exists()]
+    # with a process per core, the tokenizers library's own threads would only compete
+    has_processes = where != "here" and len(jobs) >= (os.cpu_count() or 1)
+    default = "false" if has_processes else "true"
+    parallelism = os.environ.get("TOKENIZERS_PARALLELISM", default)
+    jobs = [dataclasses.replace(job, parallelism=parallelism) for job in jobs]
+    left = [job.to_json() for job in jobs]
+    label, unit = progress
     with stage.progress_bar(label, None, unit) as advance:
-        for counts in map(work, left) if where == "here" else executor.map_jobs(where, work, left):
-            advance(counts[unit])
+        if where == "here":
+            for fields in left:
+                advance(run_job(fields))
+        else:
+            for n_done in executor.map_jobs(where, run_job, left):
+                advance(n_done)
 
 
-def read_pack_counts(job: dict) -> dict[str, Any]:
-    """Return the counts that a job wrote."""
-    return json.loads(pathlib.Path(job["done"]).read_text())
+def load_results(kind: type[R], jobs: Sequence[PackingJob]) -> list[R]:
+    """Return the results of finished jobs."""
+    results = []
+    for job in jobs:
+        text = pathlib.Path(job.result_path).read_text()
+        results.append(kind.from_json(json.loads(text), job.result_path))
+    return results
 
 
 # ---- first pass: tokens
 
 
 class Segment(NamedTuple):
-    """A document or a part of one, as it stands in a row."""
+    """A document or a part of one, within a sequence."""
 
     ids: np.ndarray  # int32
-    document: str
+    document: str  # its id
     part: int = 0  # 0, 1, ... of its document
-    loss_from: int = 0  # its first trained token; those before it are a prompt's
+    loss_from: int = 0  # the first trained token; those before it belong to a prompt
 
     def split(self, start: int, stop: int, part: int) -> Segment:
-        """Return a part of the segment."""
+        """Return the tokens from start to stop as a segment."""
         ids = self.ids[start:stop]
-        return Segment(ids, self.document, part, min(max(self.loss_from - start, 0), len(ids)))
+        loss_from = min(max(self.loss_from - start, 0), len(ids))
+        return Segment(ids, self.document, part, loss_from)
 
 
-def tokenize_corpus(
+def plan_tokenize_jobs(
     files: Sequence[pathlib.Path],
-    checksums: dict[str, str],
-    opened: pathlib.Path,
-    jobs: pathlib.Path,
-) -> list[dict]:
-    """Jobs for `tokenize`.
+    checksums: Mapping[str, str],
+    tokenizer_path: pathlib.Path,
+    jobs_dir: pathlib.Path,
+) -> list[TokenizeJob]:
+    """Return jobs of about JOB_BYTES of text each, in the order of the corpus.
 
-    Row groups of the files of one source, about JOB_BYTES each, in the corpus's order.
+    Args:
+        files: of one source.
+        checksums: path -> sha256.
+        tokenizer_path: the tokenizer's directory.
+        jobs_dir: where the jobs write.
     """
-    found: list[dict] = []
+    jobs: list[TokenizeJob] = []
     for file in files:
-        footer, room = pq.ParquetFile(file).metadata, 0
-        for group in range(footer.num_row_groups):
-            if room <= 0:
-                room, to = JOB_BYTES, jobs / f"tokens-{len(found):06d}.arrow"
-                whole = (
-                    None if group else checksums.get(str(file))
-                )  # the first job of a file looks whether it is whole
-                found.append(
-                    {
-                        "file": str(file),
-                        "sha256": whole,
-                        "groups": [],
-                        "tokenizer": str(opened),
-                        "to": str(to),
-                        "done": f"{to}.json",
-                    }
-                )
-            found[-1]["groups"].append(group)
-            room -= tokenizer.count_text_bytes(file, group)
-    return found
+        n_groups = pq.ParquetFile(file).metadata.num_row_groups
+        sizes = [tokenizer.count_text_bytes(file, group) for group in range(n_groups)]
+        for groups in split_row_groups(sizes):
+            output = jobs_dir / f"tokens-{len(jobs):06d}.arrow"
+            # the first job of a file checks that it is whole
+            sha256 = None if groups[0] else checksums.get(str(file))
+            paths = (str(output), f"{output}.json", str(file))
+            jobs.append(TokenizeJob(*paths, sha256, groups, str(tokenizer_path)))
+    return jobs
 
 
-def tokenize_shard(job: dict) -> dict[str, int]:
-    """A stretch of the corpus to an Arrow stream of its documents' ids, each bos + ids + eos."""
-    os.environ["TOKENIZERS_PARALLELISM"] = job["threads"]
-    opened, file, to = (
-        load_tokenizer(job["tokenizer"]),
-        pathlib.Path(job["file"]),
-        pathlib.Path(job["to"]),
-    )
-    if job["sha256"] and stage.sha256_file(file) != job["sha256"]:
+def split_row_groups(sizes: Sequence[int]) -> list[tuple[int, ...]]:
+    """Return consecutive row groups of JOB_BYTES or somewhat more each."""
+    parts: list[tuple[int, ...]] = []
+    left = 0
+    for group, size in enumerate(sizes):
+        if left <= 0:
+            parts.append(())
+            left = JOB_BYTES
+        parts[-1] += (group,)
+        left -= size
+    return parts
+
+
+def run_tokenize_job(fields: dict[str, Any]) -> int:
+    """Write the ids of each document, bos + ids + eos. Return the number of documents."""
+    job = TokenizeJob.from_json(fields)
+    os.environ["TOKENIZERS_PARALLELISM"] = job.parallelism
+    encoder = load_cached_tokenizer(job.tokenizer_path)
+    file, output = pathlib.Path(job.corpus_path), pathlib.Path(job.output_path)
+    if job.sha256 and stage.sha256_file(file) != job.sha256:
         raise UserError(
-            f"{file}: its checksum is not the manifest's: it was changed or "
-            "damaged. Run prepare.py again with --replace."
+            f"{file}: its checksum is not the manifest's: it was changed or damaged. "
+            "Run prepare.py again with --replace."
         )
-    to.parent.mkdir(parents=True, exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
     n_documents = n_bytes = 0
-    with pa.OSFile(str(to), "wb") as sink, pa.ipc.new_stream(sink, TOKEN_SCHEMA) as stream:
-        for names, texts, prompt_chars in split_row_groups(file, job["groups"]):
-            ids, n_prompt = opened.encode_documents(texts, prompt_chars)
-            lengths = np.cumsum([0, *map(len, ids)])
-            flat = np.fromiter(itertools.chain.from_iterable(ids), np.int32, lengths[-1])
-            columns = [
-                pa.array(names, pa.string()),
-                pa.ListArray.from_arrays(pa.array(lengths, pa.int32()), flat),
-                pa.array(n_prompt, pa.int32()),
-            ]
+    with pa.OSFile(str(output), "wb") as sink, pa.ipc.new_stream(sink, TOKEN_SCHEMA) as stream:
+        for batch in iter_text_batches(file, job.row_groups):
+            ids, loss_from = encoder.encode_documents(batch.texts, batch.prompt_chars)
+            offsets = np.cumsum([0, *map(len, ids)])
+            flat = np.fromiter(itertools.chain.from_iterable(ids), np.int32, offsets[-1])
+            lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat)
+            columns = [pa.array(batch.ids), lists, pa.array(loss_from, pa.int32())]
             stream.write_batch(pa.record_batch(columns, schema=TOKEN_SCHEMA))
-            n_documents += len(texts)
-            n_bytes += sum(len(text.encode()) for text in texts)
-    return finish_job(job, {"documents": n_documents, "bytes": n_bytes})
+            n_documents += len(batch.texts)
+            n_bytes += sum(len(text.encode()) for text in batch.texts)
+    result = TokenizeResult(n_documents, n_bytes)
+    stage.write_json_atomic(pathlib.Path(job.result_path), result)
+    return n_documents
 
 
-load_tokenizer = functools.lru_cache(maxsize=1)(tokenizer.load_tokenizer)  # a worker does many jobs
+# a worker does many jobs
+load_cached_tokenizer = functools.lru_cache(maxsize=1)(tokenizer.load_tokenizer)
 
 
-def finish_job(job: dict, counts: dict) -> dict:
-    """Write the counts of a job."""
-    stage.write_atomic(pathlib.Path(job["done"]), json.dumps(counts))
-    return counts
+class TextBatch(NamedTuple):
+    """Documents that are encoded at once."""
+
+    ids: list[str]
+    texts: list[str]
+    prompt_chars: list[int]
 
 
-def split_row_groups(
-    file: pathlib.Path, groups: list[int]
-) -> Iterator[tuple[list[str], list[str], list[int]]]:
-    """Ids, texts and prompt lengths of row groups of a parquet file, about ENCODE_CHARS characters
-    at a time. Raises UserError naming it.
+def iter_text_batches(file: pathlib.Path, groups: Sequence[int]) -> Iterator[TextBatch]:
+    """Yield the documents of row groups, about MAX_ENCODE_CHARS characters at a time.
+
+    Raises:
+        UserError: the file cannot be read.
     """
-    held, n_chars, columns = [], 0, ["id", "text", "prompt_chars"]
-    with open_corpus_file(file):
-        for batch in pq.ParquetFile(file).iter_batches(
-            batch_size=256, row_groups=groups, columns=columns
-        ):
-            for document in zip(*(batch.column(name).to_pylist() for name in columns), strict=True):
-                held.append(document)
-                n_chars += len(document[1])
+    columns = ["id", "text", "prompt_chars"]
+    batch, n_chars = TextBatch([], [], []), 0
+    with corpus_read_errors(file):
+        reader = pq.ParquetFile(file)
+        for rows in reader.iter_batches(256, row_groups=list(groups), columns=columns):
+            values = [rows.column(name).to_pylist() for name in columns]
+            for document in zip(*values, strict=True):
+                for column, value in zip(batch, document, strict=True):
+                    column.append(value)
+                n_chars += len(batch.texts[-1])
                 if n_chars >= MAX_ENCODE_CHARS:
-                    yield tuple(map(list, zip(*held, strict=True)))
-                    held, n_chars = [], 0
-    if held:
-        yield tuple(map(list, zip(*held, strict=True)))
+                    yield batch
+                    batch, n_chars = TextBatch([], [], []), 0
+    if batch.ids:
+        yield batch
 
 
 @contextlib.contextmanager
-def open_corpus_file(file: pathlib.Path) -> Iterator[None]:
-    """Raise errors of a corpus file as UserError."""
+def corpus_read_errors(file: pathlib.Path) -> Iterator[None]:
+    """Turn what reading a corpus file raises into a UserError that names it."""
     try:
         yield
     except (pa.ArrowException, OSError, KeyError) as error:
         line = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{file}: cannot be read as a shard of a corpus ({line}). Run "
-            "prepare.py again with --replace."
+            f"{file}: cannot be read as a shard of a corpus ({line}). "
+            "Run prepare.py again with --replace."
         ) from None
 
 
-# ---- second pass: rows
+# ---- second pass: sequences
 
 
-def fill_sequences(
-    tokens: list[dict],
+def plan_pack_jobs(
+    tokenize_jobs: Sequence[TokenizeJob],
     out: pathlib.Path,
-    jobs: pathlib.Path,
-    *,
-    seq_len: int,
-    method: str,
-    vocab_size: int,
-) -> list[dict]:
-    """Jobs for `fill_shard`, one a shard, in the order of their rows.
+    jobs_dir: pathlib.Path,
+    layout: PackLayout,
+) -> list[PackJob]:
+    """Return a job per shard of a source, in the order of their sequences.
 
-    Windows of documents, or stretches of the course's stream.
+    A shard has a window of documents (best_fit) or a range of the stream (course).
+
+    Args:
+        tokenize_jobs: the source's.
+        out: directory of the shards.
+        jobs_dir: directory of the results.
+        layout: of the sequences.
     """
-    lengths = [read_lengths(job["to"]) for job in tokens]
-    starts = np.cumsum([0, *map(len, lengths)])  # the first document of each file
-    lengths = np.concatenate(lengths)
-    ends = np.cumsum(lengths)  # in the stream of all tokens
-    if method == "best_fit":
-        stretches = [(first, last, {}) for first, last in split_windows(lengths, seq_len)]
+    paths = [job.output_path for job in tokenize_jobs]
+    lengths = [read_document_lengths(path) for path in paths]
+    starts = np.cumsum([0, *map(len, lengths)]).tolist()  # the first document of each file
+    all_lengths = np.concatenate(lengths)
+    if layout.method == "best_fit":
+        ranges = split_windows(all_lengths, layout.seq_len)
+        streams = [None] * len(ranges)
     else:
-        n_rows, at_once = (
-            (int(ends[-1]) if len(ends) else 0) // seq_len,
-            max(1, SHARD_BYTES // (4 * seq_len)),
-        )
-        stretches = []
-        for row in range(0, n_rows, at_once):
-            rows = min(at_once, n_rows - row)
-            first, last = np.searchsorted(
-                ends, [row * seq_len, (row + rows) * seq_len - 1], side="right"
-            ).tolist()
-            stretches.append(
-                (
-                    first,
-                    last + 1,
-                    {
-                        "position": int(ends[first] - lengths[first]),
-                        "first_row": row,
-                        "n_rows": rows,
-                    },
-                )
-            )
-    found = []
-    for k, (first, last, stretch) in enumerate(stretches):
-        files = range(bisect.bisect_right(starts, first) - 1, bisect.bisect_left(starts, last))
-        parts = [
-            (tokens[i]["to"], max(first - int(starts[i]), 0), last - int(starts[i])) for i in files
-        ]
-        to = out / f"data-{k:05d}.arrow"
-        found.append(
-            {
-                "documents": parts,
-                "to": str(to),
-                "done": str(jobs / f"{to.name}.json"),
-                "seq_len": seq_len,
-                "method": method,
-                "vocab_size": vocab_size,
-                **stretch,
-            }
-        )
-    return found
+        ranges, streams = split_stream(all_lengths, layout.seq_len)
+    jobs = []
+    for k, (first, stop) in enumerate(ranges):
+        first_file = bisect.bisect_right(starts, first) - 1
+        documents = []
+        for i in range(first_file, bisect.bisect_left(starts, stop)):
+            start = max(first - starts[i], 0)
+            documents.append(DocumentRange(paths[i], start, stop - starts[i]))
+        output = out / f"data-{k:05d}.arrow"
+        result_path = str(jobs_dir / f"{output.name}.json")
+        jobs.append(PackJob(str(output), result_path, tuple(documents), layout, streams[k]))
+    return jobs
 
 
-def read_lengths(tokens: str) -> np.ndarray:
-    """Tokens of each document of a file that `tokenize` wrote."""
-    batches = pa.ipc.open_stream(pa.memory_map(tokens))
-    return np.concatenate(
-        [
-            np.zeros(0, np.int64),
-            *(np.diff(batch.column("ids").offsets.to_numpy()) for batch in batches),
-        ]
-    )
+def read_document_lengths(tokens_path: str) -> np.ndarray:
+    """Return the tokens of each document of a file that a TokenizeJob wrote."""
+    lengths = [np.zeros(0, np.int64)]
+    for batch in pa.ipc.open_stream(pa.memory_map(tokens_path)):
+        lengths.append(np.diff(batch.column("ids").offsets.to_numpy()))
+    return np.concatenate(lengths)
 
 
 def split_windows(lengths: np.ndarray, seq_len: int) -> list[tuple[int, int]]:
-    """Stretches of documents that best-fit sees at once.
+    """Return the ranges of documents that best-fit sees at once, (first, stop).
 
-    Of WINDOW_PIECES pieces or WINDOW_TOKENS tokens, or somewhat more.
+    A window has WINDOW_SEGMENTS segments or WINDOW_TOKENS tokens, or somewhat more.
     """
-    pieces, tokens = np.cumsum(-(-lengths // seq_len)), np.cumsum(lengths)
-    found, first = [], 0
+    n_segments = np.cumsum(-(-lengths // seq_len))
+    n_tokens = np.cumsum(lengths)
+    windows, first = [], 0
+    segments_before = tokens_before = 0
     while first < len(lengths):
-        before = (pieces[first - 1], tokens[first - 1]) if first else (0, 0)
-        full = min(
-            np.searchsorted(pieces, before[0] + WINDOW_SEGMENTS),
-            np.searchsorted(tokens, before[1] + WINDOW_TOKENS),
-        )
-        last = min(int(full) + 1, len(lengths))
-        found.append((first, last))
-        first = last
-    return found
+        last_by_segments = np.searchsorted(n_segments, segments_before + WINDOW_SEGMENTS)
+        last_by_tokens = np.searchsorted(n_tokens, tokens_before + WINDOW_TOKENS)
+        stop = min(int(min(last_by_segments, last_by_tokens)) + 1, len(lengths))
+        windows.append((first, stop))
+        segments_before, tokens_before = n_segments[stop - 1], n_tokens[stop - 1]
+        first = stop
+    return windows
 
 
-def fill_shard(job: dict) -> dict[str, Any]:
-    """Put documents into rows, and the rows into one Arrow shard."""
-    documents = (piece for part in job["documents"] for piece in read_documents(*part))
-    if job["method"] == "best_fit":
-        rows = pack_best_fit(documents, job["seq_len"])
+def split_stream(
+    lengths: np.ndarray, seq_len: int
+) -> tuple[list[tuple[int, int]], list[StreamRange]]:
+    """Return the range of documents and of the stream for each shard of method course."""
+    ends = np.cumsum(lengths)
+    n_sequences = (int(ends[-1]) if len(ends) else 0) // seq_len
+    per_shard = max(1, SHARD_BYTES // (4 * seq_len))
+    ranges, streams = [], []
+    for start in range(0, n_sequences, per_shard):
+        n = min(per_shard, n_sequences - start)
+        first_token, last_token = start * seq_len, (start + n) * seq_len - 1
+        first, last = np.searchsorted(ends, [first_token, last_token], side="right").tolist()
+        position = int(ends[first] - lengths[first])
+        ranges.append((first, last + 1))
+        streams.append(StreamRange(position, start, n))
+    return ranges, streams
+
+
+def run_pack_job(fields: dict[str, Any]) -> int:
+    """Pack documents into one Arrow shard. Return the number of sequences."""
+    job = PackJob.from_json(fields)
+    seq_len, stream = job.layout.seq_len, job.stream
+    parts = (read_tokenized_documents(part) for part in job.documents)
+    documents = itertools.chain.from_iterable(parts)
+    if stream is None:
+        sequences = pack_best_fit(documents, seq_len)
     else:
-        rows = itertools.islice(
-            pack_course(documents, job["seq_len"], job["position"], job["first_row"]), job["n_rows"]
-        )
-    return finish_job(
-        job, write_sequences(rows, pathlib.Path(job["to"]), job["seq_len"], job["vocab_size"])
-    )
+        sequences = pack_course(documents, seq_len, stream.position, stream.first_sequence)
+        sequences = itertools.islice(sequences, stream.n_sequences)
+    result = write_sequences(sequences, pathlib.Path(job.output_path), job.layout)
+    stage.write_json_atomic(pathlib.Path(job.result_path), result)
+    return result.shard.n_sequences
 
 
-def read_documents(tokens: str, first: int, last: int) -> Iterator[Segment]:
-    """Documents `first` up to `last` of a file that `tokenize` wrote."""
-    start = 0
-    for batch in pa.ipc.open_stream(pa.memory_map(tokens)):
-        part = batch.slice(max(first - start, 0), max(last - max(first, start), 0))
+def read_tokenized_documents(documents: DocumentRange) -> Iterator[Segment]:
+    """Yield documents of a file that a TokenizeJob wrote."""
+    first, stop, start = documents.first, documents.stop, 0
+    for batch in pa.ipc.open_stream(pa.memory_map(documents.tokens_path)):
+        skipped = max(first - start, 0)
+        part = batch.slice(skipped, max(stop - start - skipped, 0))
         start += len(batch)
-        offsets, flat = part.column("ids").offsets.to_numpy(), part.column("ids").values.to_numpy()
-        for i, (document, loss_from) in enumerate(
-            zip(part.column("id").to_pylist(), part.column("loss_from").to_pylist(), strict=True)
-        ):
-            yield Segment(flat[offsets[i] : offsets[i + 1]], document, 0, loss_from)
+        column = part.column("ids")
+        offsets, ids = column.offsets.to_numpy(), column.values.to_numpy()
+        names = part.column("id").to_pylist()
+        for i, loss_from in enumerate(part.column("loss_from").to_pylist()):
+            yield Segment(ids[offsets[i] : offsets[i + 1]], names[i], 0, loss_from)
 
 
-# ---- which pieces share a row
+# ---- which segments share a sequence
 
 
 def pack_best_fit(documents: Iterable[Segment], seq_len: int) -> Iterator[list[Segment]]:
-    """Rows of whole documents, best-fit-decreasing.
+    """Yield sequences of whole documents, packed by best-fit-decreasing.
 
-    Each piece, longest first, goes into the fullest row that still has room for it. Documents
-    longer than a row are cut into full rows and one rest.
-
-    Rows come out in the order of their first pieces in the corpus, so that no stretch of them is
-    all long or all short documents.
+    Each segment, longest first, goes into the fullest sequence that still has space for it.
+    Documents longer than seq_len are split into full sequences and one rest. Sequences come in the
+    order of their first segments in the corpus, so that no range of them is all long or all short
+    documents.
     """
-    pieces = [
-        document.split(start, start + seq_len, part)
-        for document in documents
-        for part, start in enumerate(range(0, len(document.ids), seq_len))
-    ]
-    rows: list[list[int]] = []
-    open_rows: dict[int, list[int]] = {}  # room -> rows with that room
-    rooms: list[int] = []  # the keys of open_rows, sorted
-    lengths = np.array([len(piece.ids) for piece in pieces])
+    segments = []
+    for document in documents:
+        for part, start in enumerate(range(0, len(document.ids), seq_len)):
+            segments.append(document.split(start, start + seq_len, part))
+    sequences: list[list[int]] = []
+    not_full: dict[int, list[int]] = {}  # free tokens -> sequences with as many
+    free_sizes: list[int] = []  # the keys of not_full, sorted
+    lengths = np.array([len(segment.ids) for segment in segments])
     for i in np.argsort(-lengths, kind="stable").tolist():
-        length = len(pieces[i].ids)
-        k = bisect.bisect_left(rooms, length)
-        if k == len(rooms):
-            row, room = len(rows), seq_len
-            rows.append([])
+        length = len(segments[i].ids)
+        k = bisect.bisect_left(free_sizes, length)
+        if k == len(free_sizes):
+            chosen, free = len(sequences), seq_len
+            sequences.append([])
         else:
-            room = rooms[k]
-            row = open_rows[room].pop()
-            if not open_rows[room]:
-                del open_rows[room], rooms[k]
-        rows[row].append(i)
-        if room := room - length:
-            if room not in open_rows:
-                bisect.insort(rooms, room)
-                open_rows[room] = []
-            open_rows[room].append(row)
-    for row in sorted(sorted(row) for row in rows):
-        yield [pieces[i] for i in row]
+            free = free_sizes[k]
+            chosen = not_full[free].pop()
+            if not not_full[free]:
+                del not_full[free], free_sizes[k]
+        sequences[chosen].append(i)
+        free -= length
+        if free and free not in not_full:
+            bisect.insort(free_sizes, free)
+            not_full[free] = []
+        if free:
+            not_full[free].append(chosen)
+    for sequence in sorted(map(sorted, sequences)):
+        yield [segments[i] for i in sequence]
 
 
 def pack_course(
-    documents: Iterable[Segment], seq_len: int, position: int = 0, first_row: int = 0
+    documents: Iterable[Segment], seq_len: int, position: int = 0, first_sequence: int = 0
 ) -> Iterator[list[Segment]]:
-    """Rows as the course packs them, from first_row on.
-
-    One stream of tokens, cut; `position` is the first document's place in it.
+    """Yield sequences as the course packs them: one stream of tokens, split every seq_len.
 
     Source: "Pretraining LLMs", lesson 3.
+
+    Args:
+        documents: consecutive documents of a source.
+        seq_len: tokens per sequence.
+        position: of the first document in the stream.
+        first_sequence: index of the first sequence to yield.
     """
-    row: list[Segment] = []
+    sequence: list[Segment] = []
     for document in documents:
         start, stop = position, position + len(document.ids)
         while position < stop:
-            border = (position // seq_len + 1) * seq_len
-            if position >= first_row * seq_len:
-                row.append(
-                    document.split(
-                        position - start, border - start, position // seq_len - start // seq_len
-                    )
-                )
-            position = min(border, stop)
-            if position == border and row:
-                yield row
-                row = []
+            index = position // seq_len
+            boundary = (index + 1) * seq_len
+            if index >= first_sequence:
+                part = index - start // seq_len
+                sequence.append(document.split(position - start, boundary - start, part))
+            position = min(boundary, stop)
+            if position == boundary and sequence:
+                yield sequence
+                sequence = []
 
 
-# ---- rows on disk
+# ---- sequences on disk
 
 
 def write_sequences(
-    rows: Iterable[list[Segment]], file: pathlib.Path, seq_len: int, vocab_size: int
-) -> dict[str, Any]:
-    """Write rows as one shard and count them.
-
-    frequencies  of the trained tokens, {id: times}: all but the first of each piece and the prompts
-    batches      [first byte, bytes, rows, CRC-32] of each record batch in the file
-    """
-    rows, batch_size = iter(rows), max(1, BATCH_TOKENS // seq_len)
-    n_tokens = n_cut = n_rows = 0
-    frequencies = np.zeros(vocab_size, np.int64)
-    batches: list[list[int]] = []
+    sequences: Iterable[list[Segment]], file: pathlib.Path, layout: PackLayout
+) -> PackResult:
+    """Write sequences as one shard and count them."""
+    sequences = iter(sequences)
+    per_batch = max(1, BATCH_TOKENS // layout.seq_len)
+    n_sequences = n_tokens = n_split = 0
+    token_counts = np.zeros(layout.vocab_size, np.int64)
+    batches = []
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "wb") as sink:
-        sink.write(packed_schema(seq_len).serialize())
-        while group := list(itertools.islice(rows, batch_size)):
-            message = make_record_batch(group, seq_len).serialize()
-            batches.append([sink.tell(), len(message), len(group), zlib.crc32(message)])
+        sink.write(packed_schema(layout.seq_len).serialize())
+        while group := list(itertools.islice(sequences, per_batch)):
+            message = make_record_batch(group, layout.seq_len).serialize()
+            batches.append((sink.tell(), len(message), len(group), zlib.crc32(message)))
             sink.write(message)
-            pieces = [piece for row in group for piece in row]
-            n_rows += len(group)
-            n_tokens += sum(len(piece.ids) for piece in pieces)
-            n_cut += sum(piece.part == 1 for piece in pieces)
-            frequencies += np.bincount(
-                np.concatenate([piece.ids[max(1, piece.loss_from) :] for piece in pieces]),
-                minlength=vocab_size,
-            )
-        sink.write(DOCUMENT_END)
-    seen = np.flatnonzero(frequencies)
-    return {
-        "file": file.name,
-        "rows": n_rows,
-        "bytes": file.stat().st_size,
-        "tokens": n_tokens,
-        "cut_documents": n_cut,
-        "batches": batches,
-        "frequencies": dict(zip(seen.tolist(), frequencies[seen].tolist(), strict=True)),
-    }
+            segments = list(itertools.chain.from_iterable(group))
+            n_sequences += len(group)
+            n_tokens += sum(len(segment.ids) for segment in segments)
+            n_split += sum(segment.part == 1 for segment in segments)
+            trained = [segment.ids[max(1, segment.loss_from) :] for segment in segments]
+            token_counts += np.bincount(np.concatenate(trained), minlength=layout.vocab_size)
+        sink.write(END_OF_STREAM)
+    shard = PackedShard(file.name, n_sequences, file.stat().st_size)
+    seen = np.flatnonzero(token_counts)
+    counts = dict(zip(seen.tolist(), token_counts[seen].tolist(), strict=True))
+    return PackResult(shard, n_tokens, n_split, counts, tuple(batches))
 
 
-def make_record_batch(rows: list[list[Segment]], seq_len: int) -> pa.RecordBatch:
-    """Return sequences as an Arrow record batch."""
-    ids = np.zeros((len(rows), seq_len), np.int32)  # padding is 0 and stands at the end
-    for filled, row in zip(ids, rows, strict=True):
-        np.concatenate(
-            [piece.ids for piece in row], out=filled[: sum(len(piece.ids) for piece in row)]
-        )
-    offsets = pa.array(np.cumsum([0, *(len(row) for row in rows)]), pa.int32())
-    lengths = pa.array([len(piece.ids) for row in rows for piece in row], pa.int32())
-    names = pa.array([piece.document for row in rows for piece in row], pa.string())
-    loss_from = pa.array([piece.loss_from for row in rows for piece in row], pa.int32())
-    lists = (pa.ListArray.from_arrays(offsets, values) for values in (lengths, names, loss_from))
-    return pa.record_batch(
-        [pa.FixedSizeListArray.from_arrays(pa.array(ids.reshape(-1)), seq_len), *lists],
-        schema=packed_schema(seq_len),
-    )
+def make_record_batch(sequences: list[list[Segment]], seq_len: int) -> pa.RecordBatch:
+    """Return sequences as an Arrow record batch of `packed_schema`."""
+    ids = np.zeros((len(sequences), seq_len), np.int32)  # padding is 0 and at the end
+    for row, sequence in zip(ids, sequences, strict=True):
+        tokens = np.concatenate([segment.ids for segment in sequence])
+        row[: len(tokens)] = tokens
+    offsets = pa.array(np.cumsum([0, *map(len, sequences)]), pa.int32())
+    segments = list(itertools.chain.from_iterable(sequences))
+    lengths = [len(segment.ids) for segment in segments]
+    names = [segment.document for segment in segments]
+    loss_from = [segment.loss_from for segment in segments]
+    columns = [pa.array(lengths, pa.int32()), pa.array(names), pa.array(loss_from, pa.int32())]
+    lists = [pa.ListArray.from_arrays(offsets, column) for column in columns]
+    input_ids = pa.FixedSizeListArray.from_arrays(pa.array(ids.reshape(-1)), seq_len)
+    return pa.record_batch([input_ids, *lists], schema=packed_schema(seq_len))
 
 
 def gather_shards(
-    texts: list[dict],
-    shards: list[dict],
+    texts: Sequence[TokenizeResult],
+    results: Sequence[PackResult],
     out: pathlib.Path,
-    *,
-    seq_len: int,
-    method: str,
-    vocab_size: int,
-) -> dict[str, Any]:
-    """Make the shards of a source one directory for `datasets.load_from_disk`, with an index of its
-    record batches, and add up its counts:
-    what `tokenize` and `write` found.
+    layout: PackLayout,
+) -> PackedSource:
+    """Make a source's shards one directory for `datasets.load_from_disk`, with an index.
 
-    unigram_nats is the entropy of the trained tokens' own frequencies: the loss of a model that has
-    learnt these and nothing else.
+    Args:
+        texts: of its first pass.
+        results: of its second pass.
+        out: directory of the shards.
+        layout: of the sequences.
+
+    Returns:
+        The counts added up.
     """
-    frequencies = np.zeros(vocab_size, np.int64)
-    for shard in shards:
-        frequencies[list(map(int, shard["frequencies"]))] += list(shard["frequencies"].values())
-    np.save(
-        out / INDEX_SCHEMA,
-        np.array(
-            [[k, *batch] for k, shard in enumerate(shards) for batch in shard["batches"]], np.int64
-        ),
+    token_counts = np.zeros(layout.vocab_size, np.int64)
+    index = []
+    for k, result in enumerate(results):
+        token_counts[list(result.token_counts)] += list(result.token_counts.values())
+        index += [(k, *batch) for batch in result.batches]
+    np.save(out / INDEX_FILE, np.array(index, np.int64))
+    shards = tuple(result.shard for result in results)
+    write_datasets_metadata(out, layout.seq_len, [shard.file for shard in shards])
+    if layout.method == "course":
+        write_course_parquet(out, shards)
+    n_sequences = sum(shard.n_sequences for shard in shards)
+    n_tokens = sum(result.n_tokens for result in results)
+    n_trained = int(token_counts.sum())
+    frequencies = token_counts[token_counts > 0] / max(1, n_trained)
+    entropy = -(frequencies * np.log(frequencies)).sum()
+    return PackedSource(
+        n_documents=sum(text.n_documents for text in texts),
+        n_split_documents=sum(result.n_split_documents for result in results),
+        n_sequences=n_sequences,
+        n_tokens=n_tokens,
+        n_trained_tokens=n_trained,
+        n_text_bytes=sum(text.n_text_bytes for text in texts),
+        padding_frac=1 - n_tokens / (n_sequences * layout.seq_len),
+        unigram_nats=float(entropy),
+        shards=shards,
     )
-    describe_packed(out, seq_len, [shard["file"] for shard in shards])
-    if method == "course":
-        write_course_sequences(out, shards, seq_len)
-    n_rows, n_tokens = (sum(shard[name] for shard in shards) for name in ("rows", "tokens"))
-    shares = frequencies[frequencies > 0] / max(1, frequencies.sum())
-    return {
-        "documents": sum(each["documents"] for each in texts),
-        "rows": n_rows,
-        "tokens": n_tokens,
-        "trained_tokens": int(frequencies.sum()),
-        "cut_documents": sum(shard["cut_documents"] for shard in shards),
-        "padding_frac": 1 - n_tokens / (n_rows * seq_len),
-        "unigram_nats": float(-(shares * np.log(shares)).sum()),
-        "bytes": sum(each["bytes"] for each in texts),
-        "shards": [{name: shard[name] for name in ("file", "rows", "bytes")} for shard in shards],
-    }
 
 
-def write_course_sequences(out: pathlib.Path, shards: list[dict], seq_len: int) -> None:
-    """The rows again as the one parquet file that the course's lesson 3 writes and lesson 5 reads.
-
-    A column input_ids.
-    """
-    lesson = pa.schema({"input_ids": pa.list_(pa.int32())})
-    with pq.ParquetWriter(out / "packaged_pretrain_dataset.parquet", lesson) as writer:
+def write_course_parquet(out: pathlib.Path, shards: Sequence[PackedShard]) -> None:
+    """Write the sequences as LESSON_FILE, which lesson 5 of the course reads."""
+    schema = pa.schema({"input_ids": INT_LIST})
+    with pq.ParquetWriter(out / LESSON_FILE, schema) as writer:
         for shard in shards:
-            for batch in pa.ipc.open_stream(pa.memory_map(str(out / shard["file"]))):
-                writer.write_batch(
-                    pa.record_batch(
-                        [batch.column("input_ids").cast(lesson.field(0).type)], schema=lesson
-                    )
-                )
+            for batch in pa.ipc.open_stream(pa.memory_map(str(out / shard.file))):
+                ids = batch.column("input_ids").cast(INT_LIST)
+                writer.write_batch(pa.record_batch([ids], schema=schema))
 
 
-def describe_packed(out: pathlib.Path, seq_len: int, files: list[str]) -> None:
-    """The two JSON files without which `datasets.load_from_disk` opens nothing.
-
-    It needs every key of them.
-    """
-    integer, string = ({"dtype": dtype, "_type": "Value"} for dtype in ("int32", "string"))
-    lists = {"doc_lens": integer, "doc_ids": string, "loss_from": integer}
-    features = {"input_ids": {"feature": integer, "length": seq_len, "_type": "List"}}
-    features |= {name: {"feature": of, "_type": "List"} for name, of in lists.items()}
+def write_datasets_metadata(out: pathlib.Path, seq_len: int, files: list[str]) -> None:
+    """Write the two JSON files that `datasets.load_from_disk` needs, with every key."""
+    integer = {"dtype": "int32", "_type": "Value"}
+    string = {"dtype": "string", "_type": "Value"}
+    features: dict[str, Any] = {
+        "input_ids": {"feature": integer, "length": seq_len, "_type": "List"}
+    }
+    for name, value in (("doc_lens", integer), ("doc_ids", string), ("loss_from", integer)):
+        features[name] = {"feature": value, "_type": "List"}
     state = {
         "_data_files": [{"filename": file} for file in files],
         "_fingerprint": stage.fingerprint([out.name, files]),
@@ -644,5 +767,5 @@ def describe_packed(out: pathlib.Path, seq_len: int, files: list[str]) -> None:
         "_output_all_columns": False,
         "_split": None,
     }
-    (out / "dataset_info.json").write_text(json.dumps({"features": features}, indent=1) + "\n")
-    (out / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+    for name, value in (("dataset_info.json", {"features": features}), ("state.json", state)):
+        (out / name).write_text(json.dumps(value, indent=1) + "\n")

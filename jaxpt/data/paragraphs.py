@@ -1,11 +1,9 @@
-"""Paragraphs that stood in the corpus before.
+"""Find paragraphs that occurred in the corpus before, and remove them.
 
-Marked in each text alone, decided over all of them, taken out when the shards are written.
-
-A paragraph is what stands between empty lines, without the white space around it; of equal ones the
-first in canonical order stays. 64 bits of
-a hash stand for it: among ten million, two unlike ones are taken for equal with a chance of 3 in a
-million.
+Each text is marked by itself, repeats are decided over all marks, and paragraphs are removed when
+the shards are written. A paragraph is what is between empty lines, without surrounding white space;
+of equal ones the first in canonical order stays. A 64-bit hash represents it: among ten million
+paragraphs, two different ones count as equal with a chance of 3 in a million.
 """
 
 from __future__ import annotations
@@ -20,52 +18,60 @@ import numpy as np
 from jaxpt.data import dedup
 
 PARAGRAPH_GAP = re.compile(r"(\n{2,})")
-# A paragraph: its hash, its number in the text, its size, the characters of the gaps around it, and
-# how many shorter ones the text has
-MARK_SIZE = np.dtype(
-    [
-        (name, "<u8" if name == "digest" else "<u4")
-        for name in ("digest", "number", "chars", "bytes", "before", "after", "shorter")
-    ]
-)
+# a paragraph: its hash, its number in the text, its size, the characters of the gaps around it, and
+# how many shorter paragraphs the text has
+SIZE_FIELDS = ("number", "chars", "bytes", "before", "after", "shorter")
+MARK_DTYPE = np.dtype([("digest", "<u8"), *((name, "<u4") for name in SIZE_FIELDS)])
+# a paragraph to remove, with the gap before it; leading: nothing is left before it, so that the gap
+# after it goes instead
+CUT_DTYPE = np.dtype([("row", "<i8"), ("number", "<u4"), ("leading", "?")])
 
 
-def hash_paragraphs(texts: Sequence[str], least: int = 100) -> list[bytes]:
-    """What `repeats` asks of each text: a MARK for each paragraph of 100 characters or more."""
-    return [hash_text_paragraphs(text, least) for text in texts]
+def mark_paragraphs(texts: Sequence[str], least: int = 100) -> list[bytes]:
+    """Return for each text a MARK_DTYPE for each paragraph of 100 characters or more."""
+    return [mark_text(text, least) for text in texts]
 
 
-def hash_text_paragraphs(text: str, least: int) -> bytes:
-    """Return the hashes of one text's paragraphs."""
+def mark_text(text: str, least: int) -> bytes:
+    """Return the marks of one text."""
     parts = PARAGRAPH_GAP.split(text)  # paragraph, gap, paragraph, ...
-    plain = [part.strip() for part in parts[::2]]
+    raw = parts[::2]
     gaps = [0, *map(len, parts[1::2]), 0]
-    shorter = sum(0 < len(part) < least for part in plain)
-    found = [
-        (
-            int.from_bytes(hashlib.blake2b(each.encode(), digest_size=8).digest()),
-            k,
-            len(part),
-            len(part.encode()),
-            gaps[k],
-            gaps[k + 1],
-            shorter,
-        )
-        for k, (each, part) in enumerate(zip(plain, parts[::2], strict=True))
-        if len(each) >= least
-    ]
-    return np.array(found, MARK_SIZE).tobytes()
+    stripped = [part.strip() for part in raw]
+    n_shorter = sum(0 < len(part) < least for part in stripped)
+    marks = []
+    for k, part in enumerate(stripped):
+        if len(part) < least:
+            continue
+        digest = int.from_bytes(hashlib.blake2b(part.encode(), digest_size=8).digest())
+        sizes = (len(raw[k]), len(raw[k].encode()), gaps[k], gaps[k + 1])
+        marks.append((digest, k, *sizes, n_shorter))
+    return np.array(marks, MARK_DTYPE).tobytes()
+
+
+class MarkedDocuments(NamedTuple):
+    """The marks of some documents of the corpus.
+
+    Attributes:
+        rows: [m] indices of documents, in canonical order.
+        counts: [m] marks per document.
+        marks: [sum of counts] MARK_DTYPE.
+    """
+
+    rows: np.ndarray
+    counts: np.ndarray
+    marks: np.ndarray
 
 
 class RepeatedParagraphs(NamedTuple):
-    """What goes out of n documents.
+    """What must be removed from n documents.
 
-    amounts  [n, 3] int64, of each document: paragraphs, and characters and bytes with the gaps that
-    go with them
-    cuts     (row, number, leading) of each paragraph, by row: one with nothing left before it takes
-    the gap behind it along, another the one before
-    empty    rows of which nothing stays;  original  for each the row where its first paragraph
-    stands
+    Attributes:
+        repeated_chars: [n, 3] int64, per document: paragraphs, and their characters and bytes with
+            the gaps that go with them.
+        cuts: CUT_DTYPE of each paragraph, by row, without those of empty documents.
+        empty: rows of which nothing stays.
+        original: for each of `empty`, the row that has its first paragraph.
     """
 
     repeated_chars: np.ndarray
@@ -75,56 +81,75 @@ class RepeatedParagraphs(NamedTuple):
 
 
 def find_repeated_paragraphs(
-    each: Callable[[], Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]], n: int
+    read_marks: Callable[[], Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]], n: int
 ) -> RepeatedParagraphs:
-    """Of n documents in canonical order what stood in one before, or before in the same.
+    """Find paragraphs that occurred in an earlier document, or earlier in the same.
 
-    each  gives, in parts and every time anew, (rows [m], paragraphs of each [m], MARKs of them
-    all): some 35 bytes a paragraph are held
+    Memory is about 35 bytes per paragraph.
+
+    Args:
+        read_marks: yields MarkedDocuments in parts, from the start at each call.
+        n: number of documents, in canonical order.
     """
-    digests, owners = [np.empty(0, np.uint64)], [np.empty(0, np.int32)]
-    for rows, counts, found in each():
-        digests.append(found["digest"].copy())
+    digests: list[np.ndarray] = [np.empty(0, np.uint64)]
+    owners: list[np.ndarray] = [np.empty(0, np.int32)]
+    for rows, counts, marks in read_marks():
+        digests.append(marks["digest"].copy())
         owners.append(np.repeat(rows, counts).astype(np.int32))
-    first, owners = (
-        dedup.find_exact_duplicates(np.concatenate(digests)[:, None]),
-        np.concatenate(owners),
-    )
-    amounts, at = np.zeros((n, 3), np.int64), 0
-    cuts, empty, original = (
-        [np.empty(0, [("row", "<i8"), ("number", "<u4"), ("leading", "?")])],
-        [],
-        [],
-    )
-    for rows, counts, found in each():
-        of = np.flatnonzero(first[at : at + len(found)] != np.arange(at, at + len(found)))
-        row, gone = np.repeat(rows, counts)[of], found[of]
-        here = np.empty(len(of), cuts[0].dtype)
-        leading = gone["number"] == np.arange(len(of)) - np.searchsorted(
-            row, row
-        )  # all before it go too
-        here["row"], here["number"], here["leading"] = row, gone["number"], leading
-        gap = np.where(leading, gone["after"], gone["before"])
-        for k, size in enumerate((np.ones(len(of)), gone["chars"] + gap, gone["bytes"] + gap)):
-            amounts[:, k] += np.bincount(row, size, n).astype(np.int64)
-        nothing = (counts > 0) & (amounts[rows, 0] == counts)
-        starts = np.cumsum([0, *counts])[:-1]
-        nothing[nothing] = found["shorter"][starts[nothing]] == 0
-        empty.append(rows[nothing])
-        original.append(owners[first[at + starts[nothing]]])
-        cuts.append(here[~np.isin(row, rows[nothing])])
-        at += len(found)
+    first = dedup.find_exact_duplicates(np.concatenate(digests)[:, None])
+    owner = np.concatenate(owners)
+    amounts, start = np.zeros((n, 3), np.int64), 0
+    cuts = [np.empty(0, CUT_DTYPE)]
+    empty: list[np.ndarray] = [np.empty(0, np.int64)]
+    originals: list[np.ndarray] = [np.empty(0, np.int64)]
+    for part in read_marks():
+        documents = MarkedDocuments(*part)
+        stop = start + len(documents.marks)
+        here = first[start:stop]
+        cut = cut_repeats(documents, here != np.arange(start, stop), amounts)
+        is_empty = find_emptied(documents, amounts)
+        emptied = documents.rows[is_empty]
+        first_marks = np.cumsum([0, *documents.counts])[:-1]
+        empty.append(emptied)
+        originals.append(owner[here[first_marks[is_empty]]])
+        cuts.append(cut[~np.isin(cut["row"], emptied)])
+        start = stop
     return RepeatedParagraphs(
-        amounts,
-        np.concatenate(cuts),
-        *(np.concatenate([np.empty(0, np.int64), *rows]) for rows in (empty, original)),
+        amounts, np.concatenate(cuts), np.concatenate(empty), np.concatenate(originals)
     )
+
+
+def cut_repeats(
+    documents: MarkedDocuments, is_repeat: np.ndarray, amounts: np.ndarray
+) -> np.ndarray:
+    """Return the cuts of repeated paragraphs, and add them to the amounts."""
+    repeats = np.flatnonzero(is_repeat)
+    row = np.repeat(documents.rows, documents.counts)[repeats]
+    marks = documents.marks[repeats]
+    cuts = np.empty(len(repeats), CUT_DTYPE)
+    n_before = np.arange(len(repeats)) - np.searchsorted(row, row)  # cut in the same document
+    cuts["row"], cuts["number"] = row, marks["number"]
+    cuts["leading"] = marks["number"] == n_before
+    gap = np.where(cuts["leading"], marks["after"], marks["before"])
+    sizes = (np.ones(len(repeats)), marks["chars"] + gap, marks["bytes"] + gap)
+    for k, size in enumerate(sizes):
+        amounts[:, k] += np.bincount(row, size, len(amounts)).astype(np.int64)
+    return cuts
+
+
+def find_emptied(documents: MarkedDocuments, amounts: np.ndarray) -> np.ndarray:
+    """Return [m] whether every paragraph of a document is cut, and it has no shorter ones."""
+    rows, counts, marks = documents
+    is_empty = (counts > 0) & (amounts[rows, 0] == counts)
+    starts = np.cumsum([0, *counts])[:-1]
+    is_empty[is_empty] = marks["shorter"][starts[is_empty]] == 0
+    return is_empty
 
 
 def remove_spans(text: str, cuts: np.ndarray) -> str:
-    """The text without the paragraphs that `cuts` tells of it."""
+    """Return the text without the paragraphs of its cuts."""
     parts = PARAGRAPH_GAP.split(text)
-    for number, leading in zip(cuts["number"].tolist(), cuts["leading"].tolist(), strict=True):
+    for _, number, leading in cuts.tolist():
         parts[2 * number] = ""
         gap = 2 * number + (1 if leading else -1)
         if gap < len(parts):

@@ -809,9 +809,9 @@ def read_paragraph_marks(
         mask = is_alive[rows] & (prompts == 0)
         marks = marks.filter(pa.array(mask))
         counts = (
-            pc.call_function("binary_length", [marks]).to_numpy() // paragraphs.MARK_SIZE.itemsize
+            pc.call_function("binary_length", [marks]).to_numpy() // paragraphs.MARK_DTYPE.itemsize
         )
-        values = np.frombuffer(b"".join(marks.to_pylist()), paragraphs.MARK_SIZE)
+        values = np.frombuffer(b"".join(marks.to_pylist()), paragraphs.MARK_DTYPE)
         yield rows.start + np.flatnonzero(mask), counts, values
 
 

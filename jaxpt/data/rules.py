@@ -1,14 +1,9 @@
-"""What the rules are.
+"""Define the rules: functions of a text and thresholds, named as in `prepare.rules`, with sources.
 
-Each a function of one text and its thresholds, named as in a config, with its source.
+A rule that drops returns the reason, or "" to keep the text. A rule that edits returns the new text
+and the number of edits. filters.py decides which rules run, in which order, with which thresholds.
 
-A rule that drops gives the reason in words, or "" to keep the text; a rule that edits gives the
-text that takes its place
-and the number of edits. Which rules run, in which order and with which thresholds, is said in
-filters.py.
-
-Words are what stands between white space, lines what stands between line ends, paragraphs what
-stands between empty lines.
+Words are separated by white space, lines by line ends, paragraphs by empty lines.
 """
 
 from __future__ import annotations
@@ -18,114 +13,120 @@ import ipaddress
 import json
 import pathlib
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxpt.data import language as identification
 
+ALPHANUMERIC = re.compile(r"[^\W_]")
+
 
 class Text(str):
-    """A text on its way through the rules, with what several of them look at, found once.
+    """A text that passes through the rules, with what several of them need, computed once.
 
-    notes  what rules found out about it; it goes into the document's meta
-    meta   what its source says about it, a JSON object
+    Attributes:
+        notes: what rules found out about the text; it is added to the document's meta.
+        meta: what the source knows about the text, a JSON object.
     """
 
+    notes: dict[str, Any]
+    meta: str
+    last_ngrams: tuple[int, np.ndarray] | None
+
     def __new__(cls, text: str, notes: dict[str, Any] | None = None, meta: str = "{}"):
+        """Make a text without notes."""
         self = super().__new__(cls, text)
-        self.notes, self.meta = {} if notes is None else notes, meta
+        self.notes = {} if notes is None else notes
+        self.meta = meta
+        self.last_ngrams = None
         return self
 
     @functools.cached_property
     def words(self) -> list[str]:
-        """Words of the text."""
+        """The words in order."""
         return self.split()
 
     @functools.cached_property
     def word_chars(self) -> np.ndarray:
-        """[n_words] int64, characters of each word."""
+        """[n_words] int64, characters per word."""
         return np.fromiter(map(len, self.words), np.int64, len(self.words))
 
     @functools.cached_property
-    def symbols(self) -> list[str]:
+    def symbol_words(self) -> list[str]:
         """The words without a letter or digit."""
-        return [word for word in self.words if not word.isalnum() and not NON_SPACE.search(word)]
+        odd = [word for word in self.words if not word.isalnum()]
+        return [word for word in odd if not ALPHANUMERIC.search(word)]
 
     @functools.cached_property
-    def word_codes(self) -> np.ndarray:
-        """A number per distinct word, for each word."""
-        return np.fromiter(map(hash, self.words), np.int64, len(self.words)).view(np.uint64)
+    def word_hashes(self) -> np.ndarray:
+        """[n_words] uint64, a hash per word."""
+        hashes = np.fromiter(map(hash, self.words), np.int64, len(self.words))
+        return hashes.view(np.uint64)
 
-    def ngram_codes(self, n: int) -> np.ndarray:
-        """[max(0, n_words - n + 1)] uint64.
+    def ngram_hashes(self, n: int) -> np.ndarray:
+        """Return the hash of each n consecutive words, [max(0, n_words - n + 1)] uint64.
 
-        Equal for equal n words in a row, and for others with a chance of 2^-64.
-
-        The last ones are kept, as longer ones are made of them: ask for n in rising order.
+        Unequal n-grams have equal hashes with a chance of 2^-64. The last hashes are kept because
+        longer ones are made of them: call it with rising n.
         """
-        last, codes = self.__dict__.get("last_codes", (1, self.word_codes))
+        last, hashes = self.last_ngrams or (1, self.word_hashes)
         if last > n:
-            last, codes = 1, self.word_codes
+            last, hashes = 1, self.word_hashes
         for longer in range(last + 1, n + 1):
-            codes = (
-                codes[:-1] * np.uint64(0x9E3779B97F4A7C15) + self.word_codes[longer - 1 :]
-                if len(codes)
-                else codes
-            )
-        self.last_codes = n, codes
-        return codes
-
-
-NON_SPACE = re.compile(r"[^\W_]")
+            if len(hashes):
+                hashes = hashes[:-1] * np.uint64(0x9E3779B97F4A7C15)
+                hashes += self.word_hashes[longer - 1 :]
+        self.last_ngrams = n, hashes
+        return hashes
 
 
 # ---- the course "Pretraining LLMs", lesson 2
 
 
 def line_length(text: str, lines: int = 3, chars: int = 3) -> str:
-    """Fewer than 3 lines, or the third longest line has fewer than 3 characters.
+    """Drop texts in which fewer than 3 lines have 3 characters or more.
 
-    Both say the same thing: fewer than 3 lines have 3 characters or more.
+    This is the course's pair of rules: fewer than 3 lines, or a third longest line of fewer than 3
+    characters.
     """
     n_long = 0
     for line in text.split("\n"):
         n_long += len(line) >= chars
         if n_long == lines:
             return ""
-    return f"{n_long} lines of {chars} characters or more, expected {lines}"
+    return f"expected {lines} lines of {chars} characters or more, got {n_long}"
 
 
 def paragraph_repetition(text: str, most: float = 0.3, most_chars: float = 0.2) -> str:
-    """More than 0.3 of the paragraphs, or 0.2 of the text's characters, are paragraphs seen earlier
-    in the text.
+    """Drop if repeated paragraphs are over 0.3 of the paragraphs or 0.2 of the characters.
 
-    Source: the course, lesson 2; the same as Gopher's two paragraph rules (2112.11446, table A1).
+    Source: the course, lesson 2; equal to Gopher's two paragraph rules (2112.11446, table A1).
     """
-    return measure_repetition(split_paragraphs(text), text, "paragraphs", most, most_chars)
+    return describe_repetition(split_paragraphs(text), text, "paragraphs", most, most_chars)
 
 
 def split_paragraphs(text: str) -> list[str]:
-    """re.split(r"\\n{2,}", text.strip()), in a third of the time: that looks at each character by
-    itself.
-    """
-    return [part for cut in text.strip().split("\n\n") if (part := cut.lstrip("\n"))] or [""]
+    r"""Return re.split(r"\n{2,}", text.strip()), in a third of the time."""
+    parts = [part.lstrip("\n") for part in text.strip().split("\n\n")]
+    return [part for part in parts if part] or [""]
 
 
-def measure_repetition(
+def describe_repetition(
     parts: list[str], text: str, noun: str, most: float, most_chars: float
 ) -> str:
-    """Return why repeated parts drop a text, or ""."""
-    seen = set(parts)
-    if len(seen) == len(parts):
+    """Return why repeated parts are too many or too long, or ""."""
+    unique = set(parts)
+    n_repeated = len(parts) - len(unique)
+    if not n_repeated:
         return ""
-    n_repeated = len(parts) - len(seen)
-    chars = sum(map(len, parts)) - sum(map(len, seen))
     if n_repeated / len(parts) > most:
         return f"{n_repeated} of {len(parts)} {noun} are repeats, expected at most {most}"
-    if chars / len(text) > most_chars:
+    n_chars = sum(map(len, parts)) - sum(map(len, unique))
+    if n_chars / len(text) > most_chars:
         return (
-            f"{chars} of {len(text)} characters are in repeated {noun}, "
+            f"{n_chars} of {len(text)} characters are in repeated {noun}, "
             f"expected at most {most_chars}"
         )
     return ""
@@ -134,24 +135,26 @@ def measure_repetition(
 def language(
     texts: list[Text], code: str = "en", least: float = 0.65, newline: str = " "
 ) -> list[str]:
-    """Not in the language `code` with a score above `least`, by fastText's lid.176.
+    """Drop texts that are not in a language with a score above `least`, by fastText's lid.176.
 
-    `newline` takes the place of each line end.
+    Source: 0.65 is FineWeb's (2406.17557); the course takes 0.4 and joins lines without a space.
 
-    Source: 0.65 is FineWeb's (2406.17557); the course takes 0.4 and glues lines together.
+    Args:
+        texts: a batch.
+        code: ISO code of the language.
+        least: score from 0 to 1.
+        newline: replaces each line end.
     """
+    lines = [text.replace("\n", newline) for text in texts]
+    guesses = identification.identify_languages(lines, least)
     reasons = []
-    for text, (found, score) in zip(
-        texts,
-        identification.identify_languages([text.replace("\n", newline) for text in texts], least),
-        strict=True,
-    ):
-        text.notes |= {"language": found, "language_score": round(score, 3)}
-        reasons.append(
-            ""
-            if found == code and score > least
-            else f"{found} {score:.2f}, expected {code} above {least:.2f}"
-        )
+    for text, (guess, score) in zip(texts, guesses, strict=True):
+        text.notes["language"] = guess
+        text.notes["language_score"] = round(score, 3)
+        if guess == code and score > least:
+            reasons.append("")
+        else:
+            reasons.append(f"{guess} {score:.2f}, expected {code} above {least:.2f}")
     return reasons
 
 
@@ -159,127 +162,132 @@ def language(
 
 
 def gopher_word_count(text: Text, least: int = 50, most: int = 100_000) -> str:
-    """Fewer than 50 words or more than 100,000, those without a letter or digit not counted."""
-    n = len(text.words) - len(text.symbols)
-    return "" if least <= n <= most else f"{n:,} words, expected {least:,} to {most:,}"
+    """Drop if outside 50 to 100,000 words, without counting words that lack a letter or digit."""
+    n = len(text.words) - len(text.symbol_words)
+    if least <= n <= most:
+        return ""
+    return f"{n:,} words, expected {least:,} to {most:,}"
 
 
 def gopher_word_length(text: Text, least: float = 3.0, most: float = 10.0) -> str:
-    """Words of fewer than 3 or more than 10 characters on average, those without a letter or digit
-    not counted.
-    """
-    n = len(text.words) - len(text.symbols)
-    mean = (int(text.word_chars.sum()) - sum(map(len, text.symbols))) / max(n, 1)
-    return (
-        ""
-        if least <= mean <= most
-        else f"words of {mean:.1f} characters on average, expected {least:g} to {most:g}"
-    )
+    """Drop if the mean word is outside 3 to 10 characters, counting words as gopher_word_count."""
+    n = len(text.words) - len(text.symbol_words)
+    n_chars = int(text.word_chars.sum()) - sum(map(len, text.symbol_words))
+    mean = n_chars / max(n, 1)
+    if least <= mean <= most:
+        return ""
+    return f"words of {mean:.1f} characters on average, expected {least:g} to {most:g}"
 
 
 def gopher_symbols(text: Text, most: float = 0.1) -> str:
-    """More than one hash sign, or one ellipsis, to ten words."""
-    for name, n in (
-        ("hash signs", text.count("#")),
-        ("ellipses", text.count("...") + text.count("…")),
-    ):
-        if n > most * len(text.words):
-            return f"{n} {name} to {len(text.words)} words, expected at most {most} to one"
+    """Drop texts with over one hash sign, or one ellipsis, per ten words."""
+    counts = {"hash signs": text.count("#"), "ellipses": count_ellipses(text)}
+    n_words = len(text.words)
+    for name, n in counts.items():
+        if n > most * n_words:
+            return f"{n} {name} in {n_words} words, expected at most {most} per word"
     return ""
 
 
+def count_ellipses(text: str) -> int:
+    """Return the number of ellipses, as three dots or as one character."""
+    return text.count("...") + text.count("…")
+
+
 def gopher_bullets(text: str, most: float = 0.9) -> str:
-    """More than 0.9 of the lines start with a bullet point or a dash."""
-    if text.count("•") + text.count("-") <= most * text.count("\n"):  # too few, wherever they stand
+    """Drop texts in which over 0.9 of the lines start with a bullet or dash."""
+    # quick: too few anywhere in the text
+    if text.count("•") + text.count("-") <= most * text.count("\n"):
         return ""
     lines = text.splitlines()
     n = sum(line.lstrip().startswith(("•", "-")) for line in lines)
-    return (
-        ""
-        if n <= most * len(lines)
-        else f"{n} of {len(lines)} lines are bullet points, expected at most {most}"
-    )
+    if n <= most * len(lines):
+        return ""
+    return f"{n} of {len(lines)} lines are bullet points, expected at most {most}"
 
 
 def gopher_ellipsis_lines(text: str, most: float = 0.3) -> str:
-    """More than 0.3 of the lines end with an ellipsis."""
-    if text.count("...") + text.count("…") <= most * text.count("\n"):
+    """Drop texts in which over 0.3 of the lines end with an ellipsis."""
+    if count_ellipses(text) <= most * text.count("\n"):
         return ""
     lines = text.splitlines()
     n = sum(line.rstrip().endswith(("...", "…")) for line in lines)
-    return (
-        ""
-        if n <= most * len(lines)
-        else f"{n} of {len(lines)} lines end with an ellipsis, expected at most {most}"
-    )
-
-
-def gopher_alphabetic(text: Text, least: float = 0.8, marks: bool = False) -> str:
-    """Less than 0.8 of the words hold a letter.
-
-    marks=True counts each punctuation mark as a word, as the tokenizers of datatrove do, and with
-    them FineWeb: much stricter.
-    """
-    return count_words_with_letters(WORD_TOKEN.findall(text) if marks else text.words, least)
+    if n <= most * len(lines):
+        return ""
+    return f"{n} of {len(lines)} lines end with an ellipsis, expected at most {most}"
 
 
 WORD_TOKEN = re.compile(r"\w+(?:['’]\w+)*|\.{2,}|-{2,}|[^\w\s]")
 
 
-def count_words_with_letters(words: list[str], least: float) -> str:
-    """Return why too few words with letters drop a text, or ""."""
+def gopher_alphabetic(text: Text, least: float = 0.8, marks: bool = False) -> str:
+    """Drop texts in which less than 0.8 of the words have a letter.
+
+    Args:
+        text: the text.
+        least: fraction of the words.
+        marks: count each punctuation mark as a word, as datatrove's tokenizers and so FineWeb do;
+            much stricter.
+    """
+    words = WORD_TOKEN.findall(text) if marks else text.words
+    return check_alphabetic_words(words, least)
+
+
+def check_alphabetic_words(words: Sequence[str], least: float) -> str:
+    """Return why too few words have a letter, or ""."""
     n = sum(map(str.isalpha, words))  # of letters alone: quick, and in most texts enough
     if n < least * len(words):
-        n += sum(not word.isalpha() and any(map(str.isalpha, word)) for word in words)
-    return (
-        ""
-        if n >= least * len(words)
-        else f"{n} of {len(words)} words hold a letter, expected {least}"
-    )
-
-
-def gopher_stop_words(text: Text, least: int = 2) -> str:
-    """Fewer than two of: the, be, to, of, and, that, have, with. Asks for English."""
-    n = len(STOP_WORDS.intersection(text.words))
-    return (
-        "" if n >= least else f"{n} of the words {', '.join(sorted(STOP_WORDS))}, expected {least}"
-    )
+        mixed = [word for word in words if not word.isalpha()]
+        n += sum(any(map(str.isalpha, word)) for word in mixed)
+    if n >= least * len(words):
+        return ""
+    return f"{n} of {len(words)} words have a letter, expected at least {least}"
 
 
 STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
 
 
-# ---- Gopher: repetition (2112.11446, table A1; what counts as a repeat as in datatrove 0.10.1)
+def gopher_stop_words(text: Text, least: int = 2) -> str:
+    """Drop texts with fewer than two of: the, be, to, of, and, that, have, with. English only."""
+    n = len(STOP_WORDS.intersection(text.words))
+    if n >= least:
+        return ""
+    return f"{n} of the words {', '.join(sorted(STOP_WORDS))}, expected at least {least}"
+
+
+# ---- Gopher: repetition (2112.11446, table A1; repeats are counted as in datatrove 0.10.1)
 
 
 def duplicate_lines(text: str, most: float = 0.3, most_chars: float = 0.2) -> str:
-    """More than 0.3 of the lines, or 0.2 of the text's characters, are lines seen earlier in the
-    text.
-    """
-    return measure_repetition(re.split(r"\n+", text), text, "lines", most, most_chars)
+    """Drop if repeated lines are over 0.3 of the lines or 0.2 of the characters."""
+    return describe_repetition(re.split(r"\n+", text), text, "lines", most, most_chars)
 
 
 def top_ngrams(text: Text, two: float = 0.20, three: float = 0.18, four: float = 0.16) -> str:
-    """The most frequent 2, 3 or 4 words in a row make more than 0.20, 0.18 or 0.16 of the
-    characters. Of equals the first in the text counts.
+    """Drop if the most frequent 2, 3 or 4 words are over 0.20, 0.18 or 0.16 of the characters.
+
+    Of equally frequent ones the first in the text counts.
     """
     longest = int(text.word_chars.max(initial=0))
     for n, most in ((2, two), (3, three), (4, four)):
-        codes = text.ngram_codes(n)
-        if not len(codes):
+        hashes = text.ngram_hashes(n)
+        if not len(hashes):
             break
-        ordered = np.sort(codes)
+        ordered = np.sort(hashes)
         ends = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))
         counts = np.diff(ends, prepend=-1)
-        times = int(counts.max())
-        if times * (n * longest + n - 1) <= most * len(text):  # whichever it is
+        n_times = int(counts.max())
+        max_chars = n * longest + n - 1
+        if n_times * max_chars <= most * len(text):  # whichever it is
             continue
-        at = int(np.flatnonzero(np.isin(codes, ordered[ends[counts == times]]))[0])
-        gram = " ".join(text.words[at : at + n])
-        if times * len(gram) / len(text) > most:
+        frequent = ordered[ends[counts == n_times]]
+        first = int(np.flatnonzero(np.isin(hashes, frequent))[0])
+        ngram = " ".join(text.words[first : first + n])
+        n_chars = n_times * len(ngram)
+        if n_chars / len(text) > most:
             return (
-                f"{gram[:80]!r} stands there {times} times: {times * len(gram)} "
-                f"of {len(text)} characters, expected at most {most}"
+                f"{ngram[:80]!r} occurs {n_times} times: {n_chars} of {len(text)} characters, "
+                f"expected at most {most}"
             )
     return ""
 
@@ -293,247 +301,255 @@ def duplicate_ngrams(
     nine: float = 0.11,
     ten: float = 0.10,
 ) -> str:
-    """More than 0.15 (0.14, ... 0.10) of the characters are in 5 (6, ... 10) words in a row that
-    stood there before, none counted twice.
+    """Drop if repeats of 5 (6, ... 10) words are over 0.15 (0.14, ... 0.10) of the characters.
+
+    No character is counted twice.
     """
     limits = (five, six, seven, eight, nine, ten)
     for n, most in enumerate(limits, 5):
-        codes = text.ngram_codes(n)
-        ordered = np.sort(codes)
-        doubled = ordered[1:][ordered[1:] == ordered[:-1]]
-        if not len(doubled):  # then no longer one repeats either
-            break
-        at = np.flatnonzero(
-            doubled[np.minimum(np.searchsorted(doubled, codes), len(doubled) - 1)] == codes
-        )
-        edges = np.zeros(len(text.words) + 1, np.int64)
-        edges[at] += 1
-        edges[at + n] -= 1
-        bound = int(
-            text.word_chars[np.cumsum(edges)[:-1] > 0].sum()
-        )  # characters in whatever repeats: no less than in longer repeats
+        hashes = text.ngram_hashes(n)
+        bound = bound_repeated_chars(text, hashes, n)
         if bound <= min(limits[n - 5 :]) * len(text):
             break
-        if (
-            bound > most * len(text)
-            and (chars := count_repeated_chars(text, codes, n)) / len(text) > most
-        ):
+        if bound <= most * len(text):
+            continue
+        n_chars = count_repeated_chars(text, hashes, n)
+        if n_chars / len(text) > most:
             return (
-                f"{chars} of {len(text)} characters are in {n} words in a row "
-                f"that stood there before, expected at most {most}"
+                f"{n_chars} of {len(text)} characters are in repeats of {n} words, "
+                f"expected at most {most}"
             )
     return ""
 
 
-def count_repeated_chars(text: Text, codes: np.ndarray, n: int) -> int:
-    """Characters, spaces apart, of the n-grams that stood there before, read from the left.
+def bound_repeated_chars(text: Text, hashes: np.ndarray, n: int) -> int:
+    """Return the characters of all n-grams that occur twice: no fewer than in longer repeats.
 
-    After a repeat comes the word behind it.
+    Args:
+        text: the text.
+        hashes: of its n-grams.
+        n: words per n-gram.
     """
-    upto = np.concatenate([[0], np.cumsum(text.word_chars)]).tolist()
-    seen, chars, i, found = set(), 0, 0, codes.tolist()
-    while i < len(found):
-        if found[i] in seen:
-            chars += upto[i + n] - upto[i]
+    ordered = np.sort(hashes)
+    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+    if not len(repeated):  # then no longer n-gram occurs twice either
+        return 0
+    nearest = np.searchsorted(repeated, hashes)
+    nearest = np.minimum(nearest, len(repeated) - 1)
+    starts = np.flatnonzero(repeated[nearest] == hashes)
+    edges = np.zeros(len(text.words) + 1, np.int64)
+    edges[starts] += 1
+    edges[starts + n] -= 1
+    is_repeated = np.cumsum(edges)[:-1] > 0
+    return int(text.word_chars[is_repeated].sum())
+
+
+def count_repeated_chars(text: Text, hashes: np.ndarray, n: int) -> int:
+    """Return the characters, without spaces, of n-grams that occurred before.
+
+    N-grams are read from the left; after a repeat follows the word behind it.
+    """
+    ends = np.cumsum(text.word_chars)
+    offsets = np.concatenate([[0], ends]).tolist()
+    values = hashes.tolist()
+    seen = set()
+    n_chars = i = 0
+    while i < len(values):
+        if values[i] in seen:
+            n_chars += offsets[i + n] - offsets[i]
             i += n
         else:
-            seen.add(found[i])
+            seen.add(values[i])
             i += 1
-    return chars
+    return n_chars
 
 
 # ---- C4 (Raffel et al. 2019, 1910.10683, section 2.2)
+
+CITATION = re.compile(r"\[(?:\d*|edit|citation needed)\]")
+TERMINAL_MARKS = (".", "!", "?", '"', "'", "”", "’")
+POLICY_PHRASES = (
+    *("terms of use", "privacy policy", "cookie policy"),
+    *("uses cookies", "use of cookies", "use cookies"),
+)
 
 
 def c4_lines(
     text: str, punctuation: bool = True, words: int = 3, longest: int = 1000
 ) -> tuple[str, int]:
-    """Takes out the lines that do not end with . ! ? or a quotation mark, have fewer than 3 words
-    or one above 1,000 characters, speak of
-    JavaScript or of cookies and terms; and in those that stay the marks of citations, such as [3]
-    or [citation needed].
+    """Remove lines that are no sentences of a text, and citation marks in those that stay.
 
-    punctuation=False keeps lines whatever their end, as FineWeb does.
+    Removed are lines that do not end with . ! ? or a quotation mark, have fewer than 3 words or one
+    above 1,000 characters, or mention JavaScript, cookies or terms of use. Citation marks are such
+    as [3] or [citation needed].
+
+    Args:
+        text: the text.
+        punctuation: require a mark at the end of a line; FineWeb does not.
+        words: the least words per line.
+        longest: the most characters per word.
     """
     kept, n_edits = [], 0
     for line in text.splitlines():
-        found = line.split()
-        mended, n_cited = CITATION.subn("", line.strip())
-        mended = mended.rstrip()
-        low = mended.lower()
-        if (
-            len(found) < words
-            or (
-                punctuation
-                and (
-                    not mended.endswith((".", "!", "?", '"', "'", "”", "’"))
-                    or mended.endswith("...")
-                )
-            )
-            or (len(line) > longest and max(map(len, found)) > longest)
-            or "javascript" in low
-            or any(phrase in low for phrase in POLICY)
-        ):
-            n_edits += bool(found)
-            continue
-        n_edits += n_cited
-        kept.append(mended)
+        line_words = line.split()
+        edited, n_citations = CITATION.subn("", line.strip())
+        edited = edited.rstrip()
+        # the line first: it is quicker than its words
+        is_too_long = len(line) > longest and max(map(len, line_words), default=0) > longest
+        is_sentence = ends_sentence(edited) if punctuation else True
+        if len(line_words) < words or is_too_long or not is_sentence or is_boilerplate(edited):
+            n_edits += bool(line_words)
+        else:
+            n_edits += n_citations
+            kept.append(edited)
     return "\n".join(kept), n_edits
 
 
-CITATION = re.compile(r"\[(?:\d*|edit|citation needed)\]")
-POLICY = (
-    "terms of use",
-    "privacy policy",
-    "cookie policy",
-    "uses cookies",
-    "use of cookies",
-    "use cookies",
-)
+def ends_sentence(line: str) -> bool:
+    """Return whether a line ends with a terminal mark that is no ellipsis."""
+    return line.endswith(TERMINAL_MARKS) and not line.endswith("...")
+
+
+def is_boilerplate(line: str) -> bool:
+    """Return whether a line mentions JavaScript, cookies or terms of use."""
+    lower = line.lower()
+    return "javascript" in lower or any(phrase in lower for phrase in POLICY_PHRASES)
 
 
 def c4_lorem_ipsum(text: str) -> str:
-    """Holds the filler text "lorem ipsum"."""
-    return "holds 'lorem ipsum'" if "lorem ipsum" in text.lower() else ""
+    """Drop texts with the filler text "lorem ipsum"."""
+    return "contains 'lorem ipsum'" if "lorem ipsum" in text.lower() else ""
 
 
 def c4_curly_bracket(text: str) -> str:
-    """Holds a curly bracket: a page with code."""
-    return "holds a curly bracket" if "{" in text else ""
-
-
-def c4_sentences(text: str, least: int = 5) -> str:
-    """Fewer than five sentences.
-
-    A line has one, and one more wherever . ! or ? ends a word and another word follows.
-    """
-    n = sum(
-        1 + len(SENTENCE_END_PATTERN.findall(line)) for line in text.splitlines() if line.strip()
-    )
-    return "" if n >= least else f"{n} sentences, expected {least}"
+    """Drop texts with a curly bracket: pages with code."""
+    return "contains a curly bracket" if "{" in text else ""
 
 
 SENTENCE_END_PATTERN = re.compile(r"""[.!?]["'”’)\]]*\s+(?=\S)""")
 
 
-# ---- FineWeb (2406.17557, section 3.4; thresholds as datatrove 0.10.1 has them)
+def c4_sentences(text: str, least: int = 5) -> str:
+    """Drop texts of fewer than five sentences.
+
+    A line has one, and one more wherever . ! or ? ends a word and another word follows.
+    """
+    n = 0
+    for line in text.splitlines():
+        if line.strip():
+            n += 1 + len(SENTENCE_END_PATTERN.findall(line))
+    return "" if n >= least else f"{n} sentences, expected at least {least}"
 
 
-def fineweb_line_ends(text: str, least: float = 0.12) -> str:
-    """Less than 0.12 of the lines end as a sentence does."""
-    lines = split_nonempty_lines(text)
-    n = sum(line.endswith(SENTENCE_END_CHARS) for line in lines)
-    return (
-        ""
-        if n >= least * len(lines)
-        else f"{n} of {len(lines)} lines end as a sentence does, expected {least}"
-    )
+# ---- FineWeb (2406.17557, section 3.4; thresholds of datatrove 0.10.1)
 
-
-# What ends a sentence in the scripts with most text on the web
+# what ends a sentence in the scripts with most text on the web
 SENTENCE_END_CHARS = tuple(".!?。！？．｡…‼⁇⁈⁉؟۔।॥။።፧։՜՞")
 
 
+def fineweb_line_ends(text: str, least: float = 0.12) -> str:
+    """Drop texts in which less than 0.12 of the lines end like a sentence."""
+    lines = split_nonempty_lines(text)
+    n = sum(line.endswith(SENTENCE_END_CHARS) for line in lines)
+    if n >= least * len(lines):
+        return ""
+    return f"{n} of {len(lines)} lines end like a sentence, expected at least {least}"
+
+
 def fineweb_short_lines(text: str, most: float = 0.67, chars: int = 30) -> str:
-    """More than 0.67 of the lines have at most 30 characters."""
+    """Drop texts in which over 0.67 of the lines have at most 30 characters."""
     lines = split_nonempty_lines(text)
     n = sum(len(line) <= chars for line in lines)
-    return (
-        ""
-        if n <= most * len(lines)
-        else f"{n} of {len(lines)} lines have at most {chars} characters, expected at most {most}"
-    )
+    if n <= most * len(lines):
+        return ""
+    return f"{n} of {len(lines)} lines have at most {chars} characters, expected at most {most}"
 
 
 def fineweb_duplicate_characters(text: str, most: float = 0.01) -> str:
-    """More than 0.01 of the characters are in lines seen earlier in the text.
+    """Drop texts with over 0.01 of the characters in repeated lines.
 
-    (0.01 in datatrove's recipe, 0.1 in the paper.)
+    0.01 is datatrove's recipe, 0.1 the paper's.
     """
     lines = split_nonempty_lines(text)
-    chars = sum(map(len, lines)) - sum(map(len, set(lines)))
+    n_repeated = sum(map(len, lines)) - sum(map(len, set(lines)))
     n = len(text) - text.count("\n")
-    return (
-        ""
-        if chars <= most * n
-        else f"{chars} of {n} characters are in repeated lines, expected at most {most}"
-    )
+    if n_repeated <= most * n:
+        return ""
+    return f"{n_repeated} of {n} characters are in repeated lines, expected at most {most}"
 
 
 def fineweb_line_breaks(text: Text, most: float = 0.3) -> str:
-    """More than 0.3 line breaks to a word: a list."""
-    n = text.count("\n")
-    return (
-        ""
-        if n <= most * len(text.words)
-        else f"{n} line breaks to {len(text.words)} words, expected at most {most} to one"
-    )
+    """Drop texts with over 0.3 line breaks per word: lists."""
+    n, n_words = text.count("\n"), len(text.words)
+    if n <= most * n_words:
+        return ""
+    return f"{n} line breaks in {n_words} words, expected at most {most} per word"
 
 
 def split_nonempty_lines(text: str) -> list[str]:
-    """Return the lines that are not blank."""
+    """Return the lines that are more than white space."""
     return [line for line in text.split("\n") if line.strip()]
 
 
-# ---- lists that a user has: a file of words, or of domains and addresses, one a line
-
-
-def bad_words(text: str, path: str) -> str:
-    """Holds a word, or words in a row, of the list in the file `path`, whatever the case.
-
-    Source: C4 dropped pages with a word of such a list (1910.10683, section 2.2).
-    """
-    low, (words, phrases) = text.lower(), load_word_list(path)
-    found = words.intersection(WORD.findall(low))
-    found |= {
-        each
-        for each in phrases
-        if each in low and re.search(rf"(?<!\w){re.escape(each)}(?!\w)", low)
-    }
-    return f"holds {min(found)!r}" if found else ""
-
+# ---- a user's lists: a file of words, or of domains and addresses, one per line
 
 WORD = re.compile(r"\w+")
 
 
+def bad_words(text: str, path: str) -> str:
+    """Drop texts with a word, or consecutive words, of the list in `path`, whatever the case.
+
+    Source: C4 dropped pages with a word of such a list (1910.10683, section 2.2).
+    """
+    lower = text.lower()
+    words, phrases = load_word_list(path)
+    matches = words.intersection(WORD.findall(lower))
+    for phrase in phrases:
+        if phrase in lower and re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", lower):
+            matches |= {phrase}
+    return f"contains {min(matches)!r}" if matches else ""
+
+
 @functools.cache
 def load_word_list(path: str) -> tuple[frozenset[str], frozenset[str]]:
-    """(words of letters and digits alone, others)."""
-    found = {line.lower() for line in read_list_lines(path)}
-    words = frozenset(filter(WORD.fullmatch, found))
-    return words, frozenset(found - words)
+    """Return the words of letters and digits, and the other lines, in lower case."""
+    lines = {line.lower() for line in read_list_lines(path)}
+    words = frozenset(filter(WORD.fullmatch, lines))
+    return words, frozenset(lines - words)
 
 
 def url_list(text: Text, path: str) -> str:
-    """The `url` in its meta is in the list of the file `path`.
+    """Drop texts whose `url` in meta is in the list of `path`; texts without a url stay.
 
-    An address, or a domain with all below it. What has no url stays.
+    A line of the list is an address, or a domain with all subdomains and pages.
 
     Source: FineWeb (2406.17557, section 3.1) and RefinedWeb (2306.01116) drop pages by such lists
     first.
     """
     address = normalize_url(json.loads(text.meta).get("url") or "")
+    if not address:
+        return ""
     labels = re.split(r"[/:?#]", address, maxsplit=1)[0].split(".")
-    listed = load_url_list(path).intersection(
-        [address, *(".".join(labels[k:]) for k in range(len(labels)))]
-    )
-    return f"{min(listed)} is on the list" if address and listed else ""
+    domains = [".".join(labels[k:]) for k in range(len(labels))]
+    matches = load_url_list(path).intersection([address, *domains])
+    return f"{min(matches)} is on the list" if matches else ""
 
 
 @functools.cache
 def load_url_list(path: str) -> frozenset[str]:
-    """Return the addresses of a list file."""
+    """Return the addresses and domains of a list, normalized."""
     return frozenset(map(normalize_url, read_list_lines(path)))
 
 
 def normalize_url(url: str) -> str:
-    """https://www.Example.org/ -> example.org."""
+    """Return https://www.Example.org/ as example.org."""
     return re.sub(r"^(?:\w+://)?(?:www\.)?", "", url.strip().lower()).rstrip("/")
 
 
 def read_list_lines(path: str) -> list[str]:
-    """The lines of a list but for empty ones and remarks, which begin with #."""
-    lines = [line.strip() for line in pathlib.Path(path).read_text("utf-8").splitlines()]
+    """Return the lines of a list, without empty ones and comments, which begin with #."""
+    text = pathlib.Path(path).read_text("utf-8")
+    lines = [line.strip() for line in text.splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
 
 
@@ -541,168 +557,102 @@ def read_list_lines(path: str) -> list[str]:
 
 
 def min_chars(text: str, least: int = 200) -> str:
-    """Too short to teach anything but its own end."""
+    """Drop texts of fewer than 200 characters: too short to teach anything but their own end."""
     n = len(text.strip())
-    return "" if n >= least else f"{n} characters, expected {least}"
+    return "" if n >= least else f"{n} characters, expected at least {least}"
 
 
 def few_words(text: Text, least: float = 0.7) -> str:
-    """Less than 0.7 of the words hold a letter.
-
-    Tables, dumps, markup. (Gopher's rule, at 0.8 there.)
-    """
-    return count_words_with_letters(text.words, least)
+    """Drop if less than 0.7 of the words have a letter: tables, dumps, markup. Gopher's is 0.8."""
+    return check_alphabetic_words(text.words, least)
 
 
 def many_symbols(text: str, most: float = 0.25) -> str:
-    """More than 0.25 of the characters are neither letters, digits nor white space.
+    """Drop if over 0.25 of the characters are symbols: markup, ruled tables, code.
 
-    Markup, ruled tables, code.
+    Symbols are neither letters, digits nor white space.
     """
-    n = sum(not (c.isalnum() or c.isspace()) for c in text)
-    return (
-        ""
-        if n <= most * len(text)
-        else f"{n} of {len(text)} characters are symbols, expected at most {most}"
-    )
+    n = sum(not (char.isalnum() or char.isspace()) for char in text)
+    if n <= most * len(text):
+        return ""
+    return f"{n} of {len(text)} characters are symbols, expected at most {most}"
 
 
 def line_repetition(text: str, most: float = 0.3) -> str:
-    """More than 0.3 of the lines that hold a letter were seen earlier in the text.
-
-    (Gopher's duplicate line fraction.)
-    """
+    """Drop if over 0.3 of the lines with a letter are repeats: Gopher's duplicate line fraction."""
     lines = [line.strip() for line in text.split("\n") if any(map(str.isalpha, line))]
     n = len(lines) - len(set(lines))
-    return (
-        ""
-        if n <= most * len(lines)
-        else f"{n} of {len(lines)} lines are repeats, expected at most {most}"
-    )
+    if n <= most * len(lines):
+        return ""
+    return f"{n} of {len(lines)} lines are repeats, expected at most {most}"
 
 
 def code_lines(
     text: str, longest: int = 1000, least_mean: float = 10.0, most_mean: float = 100.0
 ) -> str:
-    """A line above 1,000 characters, or a mean line outside 10 to 100.
+    """Drop texts with a line above 1,000 characters, or a mean line outside 10 to 100.
 
-    Minified, packed data, or nearly empty.
+    They are minified, packed data, or nearly empty.
 
-    Source: Codex and StarCoder drop the long ones so (2107.03374, 2305.06161).
+    Source: Codex and StarCoder drop long lines so (2107.03374, 2305.06161).
     """
     lengths = [len(line) for line in text.splitlines() if line.strip()] or [0]
-    mean = sum(lengths) / len(lengths)
     if max(lengths) > longest:
         return f"a line of {max(lengths):,} characters, expected at most {longest:,}"
-    return (
-        ""
-        if least_mean <= mean <= most_mean
-        else f"lines of {mean:.0f} characters on average, expected {least_mean:g} to {most_mean:g}"
-    )
+    mean = sum(lengths) / len(lengths)
+    if least_mean <= mean <= most_mean:
+        return ""
+    return f"lines of {mean:.0f} characters on average, expected {least_mean:g} to {most_mean:g}"
 
 
 def few_alphanumeric(text: str, least: float = 0.25) -> str:
-    """Less than 0.25 of the characters are letters or digits.
-
-    (StarCoder's threshold, 2305.06161.)
-    """
+    """Drop if less than 0.25 of the characters are letters or digits: StarCoder's (2305.06161)."""
     n = sum(map(str.isalnum, text))
-    return (
-        ""
-        if n >= least * len(text)
-        else f"{n} of {len(text)} characters are letters or digits, expected {least}"
-    )
+    if n >= least * len(text):
+        return ""
+    return f"{n} of {len(text)} characters are letters or digits, expected at least {least}"
 
 
-def autogenerated(text: str, most: float = 0.5) -> str:
-    """Says in its first ten lines that a program wrote it, or more than half of its lines are rows
-    of a data table.
-    """
-    head = "\n".join(text.split("\n", 10)[:10])
-    if mark := re.search(
-        r"auto-?generated|automatically generated|generated (?:by|from) |do not edit",
-        head,
-        re.IGNORECASE,
-    ):
-        return f"says {mark.group()!r} in its first lines"
-    lines = [line for line in text.splitlines() if line.strip()]
-    n = sum(bool(DATA_ROW.fullmatch(line)) for line in lines)
-    return (
-        ""
-        if n <= most * len(lines)
-        else f"{n} of {len(lines)} lines are data rows, expected at most {most}"
-    )
-
-
+GENERATED = re.compile(
+    r"auto-?generated|automatically generated|generated (?:by|from) |do not edit", re.IGNORECASE
+)
 # A line that only lists: numbers and strings, with the commas, colons and brackets between them and
-# a comment after.
-# Possessive repeats (++, *+): a long line that is no data row costs one pass in place of an
-# exponential number.
+# a comment after. Possessive repeats (++, *+): a long line that is no data row costs one pass
+# instead of an exponential number.
 DATA_ROW = re.compile(
     r"""\s*+[\[({]*+(?:(?:[-+]?[\d.][\w.]*+|[rbu]*+"[^"]*"|[rbu]*+'[^']*')[\s,:\])}]*+)++(?:#.*)?"""
 )
 
 
-# ---- edits: personal data, paragraphs said twice
+def autogenerated(text: str, most: float = 0.5) -> str:
+    """Drop texts that claim to be generated in their first ten lines, or that are mostly data.
 
-
-def pii_email(text: str, mark: str = "|||EMAIL_ADDRESS|||") -> tuple[str, int]:
-    """Puts a mark in place of each e-mail address.
-
-    (The marks are Dolma's, 2402.00159.)
+    Mostly data: more than half of the lines are rows of a table.
     """
-    return EMAIL.subn(lambda _: mark, text) if "@" in text else (text, 0)
+    head = "\n".join(text.split("\n", 10)[:10])
+    claim = GENERATED.search(head)
+    if claim:
+        return f"{claim.group()!r} in its first lines"
+    lines = [line for line in text.splitlines() if line.strip()]
+    n = sum(bool(DATA_ROW.fullmatch(line)) for line in lines)
+    if n <= most * len(lines):
+        return ""
+    return f"{n} of {len(lines)} lines are data rows, expected at most {most}"
 
+
+# ---- edits: personal data, repeated paragraphs
 
 # local part, then labels and a top level of letters; it starts where no such character stands
 # before, so that each is tried once
 EMAIL = re.compile(
     r"(?<![\w.+%-])[\w][\w.+%'-]{0,63}@(?:[\w](?:[\w-]{0,61}[\w])?\.){1,8}[^\W\d_]{2,24}(?![\w-])"
 )
-
-
-def pii_ip(text: str, mark: str = "|||IP_ADDRESS|||") -> tuple[str, int]:
-    """Puts a mark in place of each public IPv4 or IPv6 address.
-
-    Private, loopback and documentation addresses, which name nobody, stay.
-    """
-    n = 0
-
-    def replaced(match: re.Match) -> str:
-        nonlocal n
-        try:
-            is_public = ipaddress.ip_address(match.group()).is_global
-        except ValueError:
-            is_public = False
-        n += is_public
-        return mark if is_public else match.group()
-
-    return (IPV6.sub(replaced, IPV4.sub(replaced, text)) if IP_HINT.search(text) else text), n
-
-
 IP_HINT = re.compile(r"\d\.\d|[0-9a-fA-F]:[0-9a-fA-F:]")
 IPV4 = re.compile(r"(?<![\w.:])(?:\d{1,3}\.){3}\d{1,3}(?![\w:]|\.\d)", re.ASCII)
-IPV6 = re.compile(
+IPV6 = re.compile(  # 2000::/3, the public ones
     r"(?<![\w:.])[23][0-9a-f]{3}:(?:[0-9a-f]{0,4}:){1,6}[0-9a-f]{0,4}(?![\w:])",
     re.ASCII | re.IGNORECASE,
-)  # 2000::/3, the public ones
-
-
-def pii_phone(text: str, mark: str = "|||PHONE_NUMBER|||") -> tuple[str, int]:
-    """Puts a mark in place of each phone number: +COUNTRY and 8 to 15 digits in groups, or North
-    American as (212) 555-0123 or 212-555-0123.
-    """
-    n = 0
-
-    def replaced(match: re.Match) -> str:
-        nonlocal n
-        is_number = 8 <= sum(map(str.isdigit, match.group())) <= 15
-        n += is_number
-        return mark if is_number else match.group()
-
-    return PHONE.sub(replaced, text), n
-
-
+)
 PHONE = re.compile(
     r"(?<![\w+])\+[1-9]\d{0,2}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,14}(?:[ .-]\d{2,8}){0,5}(?![\w])"
     r"|(?<![\w.+-])(?:1[ .-])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[ .-])[2-9]\d\d[ .-]\d{4}(?![\w-]|\.\d)",
@@ -710,58 +660,93 @@ PHONE = re.compile(
 )
 
 
-def repeated_paragraphs(text: str, least: int = 40) -> tuple[str, int]:
-    """Takes out each paragraph of 40 characters or more that stood in the text before.
+def pii_email(text: str, mark: str = "|||EMAIL_ADDRESS|||") -> tuple[str, int]:
+    """Replace each e-mail address by a mark. The marks are Dolma's (2402.00159)."""
+    return EMAIL.subn(lambda _: mark, text) if "@" in text else (text, 0)
 
-    Shorter ones (rules of asterisks, refrains) stay.
+
+def pii_ip(text: str, mark: str = "|||IP_ADDRESS|||") -> tuple[str, int]:
+    """Replace each public IPv4 or IPv6 address by a mark.
+
+    Private, loopback and documentation addresses stay: they identify nobody.
+    """
+    if not IP_HINT.search(text):
+        return text, 0
+    text, n_v4 = replace_matches(IPV4, text, mark, is_public_address)
+    text, n_v6 = replace_matches(IPV6, text, mark, is_public_address)
+    return text, n_v4 + n_v6
+
+
+def pii_phone(text: str, mark: str = "|||PHONE_NUMBER|||") -> tuple[str, int]:
+    """Replace each phone number by a mark.
+
+    Phone numbers are +COUNTRY and 8 to 15 digits in groups, or North American such as
+    (212) 555-0123 or 212-555-0123.
+    """
+    return replace_matches(PHONE, text, mark, has_phone_digits)
+
+
+def is_public_address(address: str) -> bool:
+    """Return whether an IP address is valid and reachable from the whole internet."""
+    try:
+        return ipaddress.ip_address(address).is_global
+    except ValueError:
+        return False
+
+
+def has_phone_digits(number: str) -> bool:
+    """Return whether a phone number has 8 to 15 digits."""
+    return 8 <= sum(map(str.isdigit, number)) <= 15
+
+
+def replace_matches(
+    pattern: re.Pattern[str], text: str, mark: str, is_personal: Callable[[str], bool]
+) -> tuple[str, int]:
+    """Replace the matches that are personal data. Return the text and the number of edits."""
+    n = 0
+
+    def replace(match: re.Match[str]) -> str:
+        nonlocal n
+        if not is_personal(match.group()):
+            return match.group()
+        n += 1
+        return mark
+
+    return pattern.sub(replace, text), n
+
+
+def repeated_paragraphs(text: str, least: int = 40) -> tuple[str, int]:
+    """Remove each paragraph of 40 characters or more that occurred earlier in the text.
+
+    Shorter ones, such as rules of asterisks and refrains, stay.
     """
     parts = re.split(r"(\n{2,})", text)  # paragraph, gap, paragraph, ...
-    seen, kept, n_edits = set(), [], 0
-    for gap, paragraph in zip(["", *parts[1::2]], parts[::2], strict=True):
-        plain = paragraph.strip()
-        if len(plain) >= least and plain in seen:
+    gaps = ["", *parts[1::2]]
+    seen: set[str] = set()
+    kept, n_edits = [], 0
+    for gap, paragraph in zip(gaps, parts[::2], strict=True):
+        stripped = paragraph.strip()
+        if len(stripped) >= least and stripped in seen:
             n_edits += 1
             continue
-        seen.add(plain)
+        seen.add(stripped)
         kept += [gap, paragraph]
     return ("".join(kept), n_edits) if n_edits else (text, 0)
 
 
-DROP_RULES = {
-    rule.__name__: rule
-    for rule in (
-        line_length,
-        paragraph_repetition,
-        language,
-        gopher_word_count,
-        gopher_word_length,
-        gopher_symbols,
-        gopher_bullets,
-        gopher_ellipsis_lines,
-        gopher_alphabetic,
-        gopher_stop_words,
-        duplicate_lines,
-        top_ngrams,
-        duplicate_ngrams,
-        c4_lorem_ipsum,
-        c4_curly_bracket,
-        c4_sentences,
-        fineweb_line_ends,
-        fineweb_short_lines,
-        fineweb_duplicate_characters,
-        fineweb_line_breaks,
-        bad_words,
-        url_list,
-        min_chars,
-        few_words,
-        many_symbols,
-        line_repetition,
-        code_lines,
-        few_alphanumeric,
-        autogenerated,
-    )
-}
-BATCH_RULES = {language}  # these take many texts at once
-EDIT_RULES = {
-    rule.__name__: rule for rule in (c4_lines, pii_email, pii_ip, pii_phone, repeated_paragraphs)
-}
+def by_name(*functions: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """Return name -> function: a rule is called in a config as its function is here."""
+    return {function.__name__: function for function in functions}
+
+
+DROP_RULES = by_name(
+    line_length, paragraph_repetition, language,
+    gopher_word_count, gopher_word_length, gopher_symbols, gopher_bullets, gopher_ellipsis_lines,
+    gopher_alphabetic, gopher_stop_words,
+    duplicate_lines, top_ngrams, duplicate_ngrams, c4_lorem_ipsum, c4_curly_bracket, c4_sentences,
+    fineweb_line_ends, fineweb_short_lines, fineweb_duplicate_characters, fineweb_line_breaks,
+    bad_words, url_list, min_chars, few_words, many_symbols, line_repetition, code_lines,
+    few_alphanumeric, autogenerated,
+)  # fmt: skip
+BATCH_RULES = {language}  # take a batch of texts
+EDIT_RULES = by_name(c4_lines, pii_email, pii_ip, pii_phone, repeated_paragraphs)

@@ -1,38 +1,35 @@
-"""The tokenizer of a run.
+"""Train or adopt a tokenizer, and save it in Hugging Face form with the same ids wherever it opens.
 
-Trained on its corpus or adopted, saved in Hugging Face form, the same ids wherever it is opened.
-
-Every stage encodes through the `tokenizers` library with `Tokenizer` below. A SentencePiece model
-is turned into that form so
-that ids are equal to SentencePiece's own and to those of `AutoTokenizer`; what cannot be turned
-exactly is refused.
+Every stage encodes through the `tokenizers` library by `Tokenizer` below. A SentencePiece model is
+converted so that ids equal SentencePiece's own and those of `AutoTokenizer`; what cannot be
+converted exactly is refused.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import logging
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow.parquet as pq
 
 from jaxpt import config, stage
-from jaxpt.spec import Manifest, UserError
+from jaxpt.spec import Manifest, Record, UserError
 
 log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     import tokenizers
 
-# What SentencePiece learns in: text as it is (identity, no spaces removed), so that
-# decode(encode(x)) == x; digits alone, so that
-# numbers of equal length look alike; bytes for what has no piece; runs of spaces as pieces, for
-# code.
-SENTENCEPIECE_FILE = {
+# Text as it is (identity, no spaces removed), so that decode(encode(x)) == x; single digits, so
+# that numbers of equal length look alike; bytes for what has no token; runs of spaces as tokens,
+# for code.
+SENTENCEPIECE_OPTIONS = {
     "byte_fallback": True,
     "split_digits": True,
     "normalization_rule_name": "identity",
@@ -44,192 +41,213 @@ SENTENCEPIECE_FILE = {
     "eos_id": 2,
     "pad_id": -1,
 }
-# characters: the training sample is drawn in spans of this length, so that a long book counts by
-# its length
+# the training sample is drawn in spans of this length, so that a long book counts by its length
 MAX_SPAN_CHARS = 4_000
-MAX_CACHED_TOKENIZERS = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "pad_token",
-    "model_max_length",
-    "padding_side",
-    "chat_template",
-)  # of a tokenizer_config.json
-EOS_NAMES = (
-    "</s>",
-    "<|end_of_text|>",
-    "<|endoftext|>",
-    "<eos>",
-)  # tried where no tokenizer_config.json names it
+# keys of a tokenizer_config.json that are kept
+SAVED_CONFIG_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token")
+SAVED_CONFIG_KEYS += ("model_max_length", "padding_side", "chat_template")
+# tried if no tokenizer_config.json names the end of a document
+EOS_NAMES = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerCounts(Record):
+    """Manifest.counts of the stage; the fingerprint is Manifest.tokenizer."""
+
+    vocab_size: int  # largest id + 1
+    bos_id: int | None  # put before each document; None: the tokenizer has none
+    eos_id: int  # ends each document
+
+
+class TokenizerSource(NamedTuple):
+    """A tokenizer as it is read from disk or trained."""
+
+    backend: tokenizers.Tokenizer
+    config: dict[str, Any]  # tokenizer_config.json
+    sentencepiece_model: bytes | None = None  # None: it is none, or its ids would differ
 
 
 def train_tokenizer(
     settings: config.Config, workdir: pathlib.Path, replace: bool = False
 ) -> Manifest:
-    """Make WORKDIR/tokenizer.
+    """Make WORKDIR/tokenizer: trained on WORKDIR/corpus/train, or adopted from tokenizer.source.
 
-    Trained on WORKDIR/corpus/train, or adopted from settings.tokenizer.source.
+    Deterministic: the same corpus and settings give the same vocabulary.
 
-    Deterministic: the same corpus and settings give the same vocabulary. Raises UserError for what
-    cannot be trained or adopted exactly.
+    Raises:
+        UserError: it cannot be trained, or not be adopted exactly.
     """
-    asked = settings.tokenizer
-    if asked.source == "train":
-        expected, inputs = asked, {"corpus": stage.local_path(workdir) / "corpus"}
+    workdir = stage.local_path(workdir)
+    section = settings.tokenizer
+    is_trained = section.source == "train"
+    if is_trained:
+        inputs = {"corpus": workdir / "corpus"}
+        request = stage.to_jsonable(section)
     else:
-        expected, inputs = (
-            {"source": "adopted"},
-            {file.name: file for file in find_tokenizer_files(stage.local_path(asked.source))},
-        )
+        files = find_tokenizer_files(stage.local_path(section.source))
+        inputs = {file.name: file for file in files}
+        request = {"source": "adopted"}
 
-    def work(out: pathlib.Path) -> dict:
-        if asked.source == "train":
-            backend, settings_file, proto = convert_sentencepiece(
-                train_sentencepiece(asked, inputs["corpus"]), "the trained tokenizer", asked.model
-            )
+    def work(out: pathlib.Path) -> dict[str, Any]:
+        if is_trained:
+            model = train_sentencepiece(section, inputs["corpus"])
+            source = convert_sentencepiece(model, "the trained tokenizer", section.model)
         else:
-            backend, settings_file, proto = read_tokenizer_source(stage.local_path(asked.source))
-        made = Tokenizer(backend, settings_file, asked.source)
-        made.save_tokenizer(out)
-        if proto:
-            (out / "tokenizer.model").write_bytes(proto)
-        return {
-            "vocab_size": made.vocab_size,
-            "bos_id": made.bos_id,
-            "eos_id": made.eos_id,
-            "tokenizer": made.fingerprint,
-        }
+            source = read_tokenizer_source(stage.local_path(section.source))
+        tokenizer = Tokenizer(source.backend, source.config, section.source)
+        tokenizer.save_tokenizer(out)
+        if source.sentencepiece_model:
+            (out / "tokenizer.model").write_bytes(source.sentencepiece_model)
+        counts = TokenizerCounts(tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id)
+        return {**counts.to_json(), "tokenizer": tokenizer.fingerprint}
 
-    out = stage.local_path(workdir) / "tokenizer"
+    out = workdir / "tokenizer"
     manifest = stage.run_stage(
-        "tokenizer", out, work, config=stage.to_jsonable(expected), inputs=inputs, replace=replace
+        "tokenizer", out, work, config=request, inputs=inputs, replace=replace
     )
-    log.info(
-        f"tokenizer: {manifest.counts['vocab_size']:,} pieces, fingerprint "
-        f"{manifest.tokenizer}, in {out}"
-    )
+    n_tokens = manifest.counts["vocab_size"]
+    log.info(f"tokenizer: {n_tokens:,} tokens, fingerprint {manifest.tokenizer},")
+    log.info(f"  in {out}")
     return manifest
 
 
 def load_tokenizer(directory: pathlib.Path | str) -> Tokenizer:
-    """Open a tokenizer directory, an exported Hugging Face directory, a tokenizer.json or a
-    SentencePiece .model.
+    """Open a tokenizer or Hugging Face directory, a tokenizer.json or a SentencePiece .model.
 
-    Raises UserError when there is none, or when it names no end-of-document token.
+    Raises:
+        UserError: there is none, or it has no end-of-document token.
     """
-    backend, settings_file, _ = read_tokenizer_source(stage.local_path(directory))
-    return Tokenizer(backend, settings_file, directory)
+    source = read_tokenizer_source(stage.local_path(directory))
+    return Tokenizer(source.backend, source.config, directory)
 
 
 class Tokenizer:
     """Text to ids and back.
 
-    bos_id       what the tokenizer itself puts before a text (Llama), or None where it puts nothing
-    (GPT-2, Qwen)
-    eos_id       ends a document
-    vocab_size     the largest id + 1
-    fingerprint  of the vocabulary, merges, normalization and document tokens; equal in every saved
-    copy of the tokenizer
+    Attributes:
+        bos_id: what the tokenizer itself puts before a text (Llama); None if nothing (GPT-2, Qwen).
+        eos_id: ends a document.
+        vocab_size: largest id + 1.
+        fingerprint: of vocabulary, merges, normalization and document tokens; equal in every saved
+            copy.
     """
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, settings_file: dict, where: pathlib.Path | str
+        self,
+        backend: tokenizers.Tokenizer,
+        tokenizer_config: dict[str, Any],
+        where: pathlib.Path | str,
     ):
-        self.backend, self.settings_file = backend, settings_file
+        """Find the document tokens.
+
+        Args:
+            backend: the tokenizers library's form.
+            tokenizer_config: tokenizer_config.json.
+            where: what to name in errors.
+
+        Raises:
+            UserError: it has no end-of-document token, or reads a document token from text.
+        """
+        self.backend = backend
+        self.tokenizer_config = tokenizer_config
         backend.no_truncation()
         backend.no_padding()
         # a literal "<s>" in a document is text: nobody writes control tokens into a corpus
         backend.encode_special_tokens = True
         vocabulary = backend.get_vocab(with_added_tokens=True)
-        eos = get_token_text(settings_file.get("eos_token")) or next(
-            (name for name in EOS_NAMES if name in vocabulary), None
-        )
+        self.eos_id = self.find_eos_id(vocabulary, where)
+        self.bos_id = find_prefix_id(backend)
+        bos = get_token_text(tokenizer_config.get("bos_token"))
+        has_bos = tokenizer_config.get("add_bos_token") and bos in vocabulary
+        if self.bos_id is None and has_bos:
+            self.bos_id = vocabulary[bos]
+            prepend_token(backend, bos, self.bos_id)
+        self.vocab_size = max(vocabulary.values()) + 1
+        form = json.loads(backend.to_str())
+        self.fingerprint = fingerprint_tokenizer(form, self.bos_id, self.eos_id)
+        for token_id in {self.bos_id, self.eos_id} - {None}:
+            text = str(backend.id_to_token(token_id))
+            if token_id in self.encode_batch([text])[0]:
+                raise UserError(
+                    f"{where}: the text {text!r} in a document would become token {token_id}, "
+                    'which separates documents. Give that token "special": true in tokenizer.json.'
+                )
+
+    def find_eos_id(self, vocabulary: dict[str, int], where: pathlib.Path | str) -> int:
+        """Return the end-of-document token, as configured or by a usual name."""
+        eos = get_token_text(self.tokenizer_config.get("eos_token"))
+        if not eos:
+            eos = next((name for name in EOS_NAMES if name in vocabulary), None)
         if eos not in vocabulary:
             raise UserError(
                 f"{where}: no end-of-document token (eos_token is {eos!r}). "
-                "Name one of its tokens as eos_token in "
-                "tokenizer_config.json."
+                "Name one of its tokens as eos_token in tokenizer_config.json."
             )
-        self.eos_id = vocabulary[eos]
-        self.bos_id = find_prefix_id(backend)
-        bos = get_token_text(settings_file.get("bos_token"))
-        if self.bos_id is None and settings_file.get("add_bos_token") and bos in vocabulary:
-            prepend_token(backend, bos, vocabulary[bos])
-            self.bos_id = vocabulary[bos]
-        self.vocab_size = max(vocabulary.values()) + 1
-        self.fingerprint = fingerprint_tokenizer(
-            json.loads(backend.to_str()), self.bos_id, self.eos_id
-        )
-        for control in {self.bos_id, self.eos_id} - {None}:
-            if control in self.encode_batch([backend.id_to_token(control)])[0]:
-                raise UserError(
-                    f"{where}: the text {backend.id_to_token(control)!r} in a "
-                    f"document would become token {control}, which marks a "
-                    "document's "
-                    'border. Give that token "special": true in tokenizer.json.'
-                )
+        return vocabulary[eos]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, on all cores, without bos and eos."""
-        return [
-            encoded.ids
-            for encoded in self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        ]
+        """Return the ids of each text, without bos and eos. Uses all cores."""
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def encode_documents(
         self, texts: Sequence[str], prompt_chars: Sequence[int]
     ) -> tuple[list[list[int]], list[int]]:
-        """(bos + ids + eos of each text, its first trained token): 0, or the first that reaches
-        beyond its first prompt_chars characters.
+        """Encode documents that may begin with a prompt.
 
-        A prompt and its completion are encoded as the one text that they are, so that a token may
-        begin in the prompt; it is trained.
+        Prompt and completion are encoded as one text, so that a token may begin in the prompt; it
+        is trained on.
+
+        Args:
+            texts: the documents.
+            prompt_chars: leading characters of each that are a prompt.
+
+        Returns:
+            bos + ids + eos of each, and the index of its first trained token: 0, or the first that
+            reaches beyond the prompt.
         """
         bos = [] if self.bos_id is None else [self.bos_id]
-        ids = [[*bos, *found, self.eos_id] for found in self.encode_batch(texts)]
+        ids = [[*bos, *text_ids, self.eos_id] for text_ids in self.encode_batch(texts)]
         loss_from = [0] * len(texts)
         prompted = [i for i, n in enumerate(prompt_chars) if n]
-        for i, found in zip(
-            prompted,
-            self.backend.encode_batch([texts[i] for i in prompted], add_special_tokens=False),
-            strict=True,
-        ):
-            beyond = (k for k, (_, end) in enumerate(found.offsets) if end > prompt_chars[i])
-            loss_from[i] = len(bos) + next(beyond, len(found.ids))
+        prompted_texts = [texts[i] for i in prompted]
+        encodings = self.backend.encode_batch(prompted_texts, add_special_tokens=False)
+        for i, encoding in zip(prompted, encodings, strict=True):
+            ends = (end for _, end in encoding.offsets)
+            beyond = (k for k, end in enumerate(ends) if end > prompt_chars[i])
+            loss_from[i] = len(bos) + next(beyond, len(encoding.ids))
         return ids, loss_from
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text; bos, eos and other control tokens leave no trace."""
+        """Return the text, without bos, eos and other control tokens."""
         return self.backend.decode(ids, skip_special_tokens=True)
 
     def save_tokenizer(self, directory: pathlib.Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, which `AutoTokenizer` and `load` open
-        with equal ids.
+        """Write tokenizer.json and tokenizer_config.json.
+
+        `AutoTokenizer` and `load_tokenizer` open them with equal ids.
         """
         self.backend.save(str(directory / "tokenizer.json"))
-        kept = {
-            key: get_token_text(self.settings_file[key])
-            for key in MAX_CACHED_TOKENIZERS
-            if self.settings_file.get(key) is not None
-        }
-        kept.setdefault("eos_token", self.backend.id_to_token(self.eos_id))
+        saved = {}
+        for key in SAVED_CONFIG_KEYS:
+            value = self.tokenizer_config.get(key)
+            if value is not None:
+                saved[key] = get_token_text(value)
+        saved.setdefault("eos_token", self.backend.id_to_token(self.eos_id))
         if self.bos_id is not None:
-            kept.setdefault("bos_token", self.backend.id_to_token(self.bos_id))
+            saved.setdefault("bos_token", self.backend.id_to_token(self.bos_id))
         # this class reads tokenizer.json as it is, in transformers 4 and 5; LlamaTokenizerFast
         # rebuilds it and gets some ids wrong
-        kept |= {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-        }
-        (directory / "tokenizer_config.json").write_text(
-            json.dumps(kept, indent=1, ensure_ascii=False) + "\n"
-        )
+        saved["tokenizer_class"] = "PreTrainedTokenizerFast"
+        saved["clean_up_tokenization_spaces"] = False
+        text = json.dumps(saved, indent=1, ensure_ascii=False)
+        (directory / "tokenizer_config.json").write_text(text + "\n")
 
 
 def find_prefix_id(backend: tokenizers.Tokenizer) -> int | None:
-    """The token that the tokenizer puts before a text of its own accord."""
-    bare, full = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+    """Return the token that the tokenizer itself puts before a text, if any."""
+    bare = backend.encode("a", add_special_tokens=False).ids
+    full = backend.encode("a", add_special_tokens=True).ids
     return full[0] if full[: len(bare)] != bare else None
 
 
@@ -237,311 +255,319 @@ def prepend_token(backend: tokenizers.Tokenizer, token: str, token_id: int) -> N
     """Let the tokenizer put a token before every text, as Llama's does."""
     from tokenizers import processors
 
-    template = processors.TemplateProcessing(
-        single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, token_id)]
-    )
-    backend.post_processor = (
-        template
-        if backend.post_processor is None
-        else processors.Sequence([backend.post_processor, template])
-    )
+    single, pair = f"{token} $A", f"{token} $A {token} $B"
+    special = [(token, token_id)]
+    template = processors.TemplateProcessing(single=single, pair=pair, special_tokens=special)
+    if backend.post_processor is not None:
+        template = processors.Sequence([backend.post_processor, template])
+    backend.post_processor = template
 
 
-def fingerprint_tokenizer(form: dict, bos_id: int | None, eos_id: int) -> str:
-    """Of what decides the ids, whatever the version of the library that wrote it."""
-    model = {
-        key: value for key, value in form["model"].items() if value not in (None, False, "")
-    }  # newer versions write out more defaults
+def fingerprint_tokenizer(tokenizer_json: dict[str, Any], bos_id: int | None, eos_id: int) -> str:
+    """Return the hash of what decides the ids, whatever the version of the library."""
+    model = {}
+    for key, value in tokenizer_json["model"].items():
+        if value not in (None, False, ""):  # newer versions write more defaults
+            model[key] = value
     if "merges" in model:
-        model["merges"] = [
-            merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]
-        ]
-    added = sorted(
-        (token["id"], token["content"], token["special"]) for token in form["added_tokens"]
-    )
-    return stage.fingerprint(
-        [model, form["normalizer"], form["pre_tokenizer"], added, bos_id, eos_id]
-    )
+        model["merges"] = [split_merge(merge) for merge in model["merges"]]
+    tokens = tokenizer_json["added_tokens"]
+    added = sorted((token["id"], token["content"], token["special"]) for token in tokens)
+    steps = (tokenizer_json["normalizer"], tokenizer_json["pre_tokenizer"])
+    return stage.fingerprint([model, *steps, added, bos_id, eos_id])
 
 
-def get_token_text(value):
-    """A special token of a tokenizer_config.json by its name.
+def split_merge(merge: str | list[str]) -> list[str]:
+    """Return a BPE merge as a pair; older versions write it as one string."""
+    return merge.split(" ", 1) if isinstance(merge, str) else merge
 
-    Older files describe it in a dict. Other values pass.
-    """
+
+def get_token_text(value: Any) -> Any:
+    """Return a special token's text, which older files describe in a dict. Other values pass."""
     return value["content"] if isinstance(value, dict) and "content" in value else value
 
 
-# ---- reading what others made
+# ---- tokenizers of others
 
 
-def read_tokenizer_source(path: pathlib.Path) -> tuple[tokenizers.Tokenizer, dict, bytes | None]:
-    """A tokenizer on disk as (the tokenizers library's form, its tokenizer_config.json, its
-    SentencePiece bytes where that is what it is).
-    """
+def read_tokenizer_source(path: pathlib.Path) -> TokenizerSource:
+    """Read a tokenizer from disk. Raise UserError if there is none."""
     from tokenizers import Tokenizer as Backend
 
     first, *rest = find_tokenizer_files(path)
     if first.suffix == ".model":
         return convert_sentencepiece(first.read_bytes(), str(first))
     try:
-        settings_file = json.loads(rest[0].read_text()) if rest else {}
-        if (template := first.with_name("chat_template.jinja")).is_file():
-            settings_file["chat_template"] = template.read_text()
-        return Backend.from_str(first.read_text()), settings_file, None
+        tokenizer_config = json.loads(rest[0].read_text()) if rest else {}
+        template = first.with_name("chat_template.jinja")
+        if template.is_file():
+            tokenizer_config["chat_template"] = template.read_text()
+        return TokenizerSource(Backend.from_str(first.read_text()), tokenizer_config)
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(
-            f"{path}: cannot be read as a tokenizer ({error}). Get the files "
-            "again from where they came."
+            f"{path}: cannot be read as a tokenizer ({error}). "
+            "Get the files again from where they came."
         ) from None
 
 
 def find_tokenizer_files(path: pathlib.Path) -> list[pathlib.Path]:
-    """The files that a tokenizer consists of.
-
-    A .model, or a tokenizer.json and the tokenizer_config.json beside it.
-    """
+    """Return a tokenizer's files: a .model, or tokenizer.json and its tokenizer_config.json."""
     if not path.exists():
         raise UserError(
-            f"tokenizer {path}: not there. Give a SentencePiece .model, a "
-            "tokenizer.json or a Hugging Face directory."
+            f"tokenizer {path}: not found. Give a SentencePiece .model, a tokenizer.json or a "
+            "Hugging Face directory."
         )
-    candidates = [path / "tokenizer.json", path / "tokenizer.model"] if path.is_dir() else [path]
-    first = next(
-        (file for file in candidates if file.is_file() and file.suffix in (".json", ".model")), None
+    candidates = [path]
+    if path.is_dir():
+        candidates = [path / "tokenizer.json", path / "tokenizer.model"]
+    for file in candidates:
+        if file.is_file() and file.suffix == ".model":
+            return [file]
+        if file.is_file() and file.suffix == ".json":
+            beside = file.with_name("tokenizer_config.json")
+            return [file, beside] if beside.is_file() else [file]
+    raise UserError(
+        f"tokenizer {path}: no tokenizer.json and no SentencePiece .model. "
+        "Give one, or a Hugging Face directory that has one."
     )
-    if first is None:
-        raise UserError(
-            f"tokenizer {path}: no tokenizer.json and no SentencePiece "
-            ".model. Give one, or a Hugging Face directory that has one."
-        )
-    beside = first.with_name("tokenizer_config.json")
-    return [first, beside] if first.suffix == ".json" and beside.is_file() else [first]
 
 
-def convert_sentencepiece(
-    proto: bytes, where: str, kind: str = "bpe"
-) -> tuple[tokenizers.Tokenizer, dict, bytes | None]:
-    """A SentencePiece model in the tokenizers library's form, with equal ids for every text.
+def convert_sentencepiece(proto: bytes, where: str, model_type: str = "bpe") -> TokenizerSource:
+    """Convert a SentencePiece model, with equal ids for every text: BPE models only.
 
-    BPE models alone.
-
-    kind "unigram" takes the pieces and scores of a unigram model just trained, and gives no
-    SentencePiece bytes back: SentencePiece sums
+    A unigram model just trained is converted too, but not to be read by SentencePiece: that sums
     scores in float32 over a whole document, so that its ids part from exact ones after some
-    thousand tokens. Here a word is segmented by
-    itself, which no rounding reaches.
+    thousand tokens. Here each word is segmented by itself, where no rounding matters.
 
-    Raises UserError for models for which no equal form is known.
+    Args:
+        proto: the bytes of a .model.
+        where: what to name in errors.
+        model_type: "bpe" or "unigram".
+
+    Raises:
+        UserError: no equal form is known for the model.
     """
+    model = parse_sentencepiece(proto, where)
+    reason = unsupported_reason(model, model_type)
+    if reason:
+        raise UserError(
+            f"{where}: no Hugging Face tokenizer would give equal ids, since {reason}. "
+            "Give its tokenizer.json, or train one."
+        )
+    from tokenizers import AddedToken
+
+    kinds = model.SentencePiece
+    unknown = next(piece.piece for piece in model.pieces if piece.type == kinds.UNKNOWN)
+    controls = [piece.piece for piece in model.pieces if piece.type == kinds.CONTROL]
+    backend = build_backend(model, model_type, unknown)
+    special = [AddedToken(name, special=True, normalized=False) for name in [unknown, *controls]]
+    backend.add_special_tokens(special)
+    tokenizer_config = {"unk_token": unknown}
+    bos_id, eos_id = model.trainer_spec.bos_id, model.trainer_spec.eos_id
+    if bos_id >= 0:
+        tokenizer_config["bos_token"] = model.pieces[bos_id].piece
+        prepend_token(backend, tokenizer_config["bos_token"], bos_id)
+    if eos_id >= 0:
+        tokenizer_config["eos_token"] = model.pieces[eos_id].piece
+    return TokenizerSource(backend, tokenizer_config, proto if model_type == "bpe" else None)
+
+
+def parse_sentencepiece(proto: bytes, where: str) -> Any:
+    """Return the ModelProto in a .model's bytes. Raise UserError if they hold none."""
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
-    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
-    from tokenizers import Tokenizer as Backend
 
-    model = sentencepiece_model_pb2.ModelProto()
+    messages: Any = sentencepiece_model_pb2  # generated when it is imported
+    model = messages.ModelProto()
     try:
         model.ParseFromString(proto)
     except DecodeError as error:
         raise UserError(
             f"{where}: not a SentencePiece model ({error}). Get the file again from where it came."
         ) from None
-    kinds = type(model.trainer_spec)
-    piece_kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
-    rules = model.normalizer_spec
-    hindrance = (
-        f"it is not a {kind} model"
-        if model.trainer_spec.model_type != {"bpe": kinds.BPE, "unigram": kinds.UNIGRAM}[kind]
-        else f"it rewrites text ({rules.name})"
-        if rules.precompiled_charsmap
-        else "it removes spaces"
-        if rules.remove_extra_whitespaces
-        else "it treats spaces in another way"
-        if model.trainer_spec.treat_whitespace_as_suffix or not rules.escape_whitespaces
-        else "it has user-defined or unused pieces"
-        if any(p.type in (piece_kinds.USER_DEFINED, piece_kinds.UNUSED) for p in model.pieces)
-        else None
-    )
-    if hindrance:
-        raise UserError(
-            f"{where}: no Hugging Face tokenizer would give equal ids, since "
-            f"{hindrance}. Give its tokenizer.json, or train one."
-        )
+    return model
 
-    names = {
-        kind: [p.piece for p in model.pieces if p.type == kind]
-        for kind in (piece_kinds.UNKNOWN, piece_kinds.CONTROL)
-    }
-    unknown = names[piece_kinds.UNKNOWN][0]
-    if kind == "bpe":
-        backend = Backend(convert_bpe(model, piece_kinds.NORMAL, unknown))
+
+def unsupported_reason(model: Any, model_type: str) -> str | None:
+    """Return why a ModelProto has no equal form in the tokenizers library, or None."""
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    types = {"bpe": trainer.BPE, "unigram": trainer.UNIGRAM}
+    if trainer.model_type != types[model_type]:
+        return f"it is not a {model_type} model"
+    if normalizer.precompiled_charsmap:
+        return f"it rewrites text ({normalizer.name})"
+    if normalizer.remove_extra_whitespaces:
+        return "it removes spaces"
+    if trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces:
+        return "it treats spaces in another way"
+    kinds = model.SentencePiece
+    if any(piece.type in (kinds.USER_DEFINED, kinds.UNUSED) for piece in model.pieces):
+        return "it has user-defined or unused pieces"
+    return None
+
+
+def build_backend(model: Any, model_type: str, unknown: str) -> tokenizers.Tokenizer:
+    """Return the tokenizers library's form of a ModelProto, without special tokens."""
+    from tokenizers import Regex, decoders, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    if model_type == "bpe":
+        backend = Backend(build_bpe_model(model, unknown))
     else:
-        scores = [(piece.piece, piece.score) for piece in model.pieces]
-        backend = Backend(
-            models.Unigram(
-                scores,
-                unk_id=model.trainer_spec.unk_id,
-                byte_fallback=model.trainer_spec.byte_fallback,
-            )
-        )
-        # a "<" ends a word, so that no text is read as "<s>" or "<0x0A>", which are pieces here
-        backend.pre_tokenizer = pre_tokenizers.Split(Regex("▁*<|▁*[^▁<]+|▁+"), behavior="isolated")
-    prefix = rules.add_dummy_prefix
-    backend.normalizer = normalizers.Sequence(
-        [*([normalizers.Prepend("▁")] if prefix else []), normalizers.Replace(" ", "▁")]
-    )
-    backend.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            *([decoders.Strip(" ", 1, 0)] if prefix else []),
-        ]
-    )
-    backend.add_special_tokens(
-        [
-            AddedToken(name, special=True, normalized=False)
-            for name in [unknown, *names[piece_kinds.CONTROL]]
-        ]
-    )
-    bos_id, eos_id = model.trainer_spec.bos_id, model.trainer_spec.eos_id
-    settings_file = {"unk_token": unknown}
-    if bos_id >= 0:
-        settings_file["bos_token"] = model.pieces[bos_id].piece
-        prepend_token(backend, settings_file["bos_token"], bos_id)
-    if eos_id >= 0:
-        settings_file["eos_token"] = model.pieces[eos_id].piece
-    return backend, settings_file, proto if kind == "bpe" else None
+        backend = Backend(build_unigram_model(model))
+        # a "<" ends a word, so that no text is read as "<s>" or "<0x0A>", which are tokens here
+        words = Regex("▁*<|▁*[^▁<]+|▁+")
+        backend.pre_tokenizer = pre_tokenizers.Split(words, behavior="isolated")
+    normalize: list[Any] = [normalizers.Replace(" ", "▁")]
+    decode: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if model.normalizer_spec.add_dummy_prefix:
+        normalize.insert(0, normalizers.Prepend("▁"))
+        decode.append(decoders.Strip(" ", 1, 0))
+    backend.normalizer = normalizers.Sequence(normalize)
+    backend.decoder = decoders.Sequence(decode)
+    return backend
 
 
-def convert_bpe(model, normal: int, unknown: str) -> tokenizers.models.BPE:
-    """The merges that SentencePiece does by score, as a list."""
+def build_unigram_model(model: Any) -> tokenizers.models.Unigram:
+    """Return the pieces and scores of a unigram model."""
+    from tokenizers import models
+
+    trainer = model.trainer_spec
+    scores = [(piece.piece, piece.score) for piece in model.pieces]
+    return models.Unigram(scores, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
+
+
+def build_bpe_model(model: Any, unknown: str) -> tokenizers.models.BPE:
+    """Return a BPE model with a list of the merges that SentencePiece makes by score."""
     from tokenizers import models
 
     vocabulary = {piece.piece: i for i, piece in enumerate(model.pieces)}
-    merges = []  # (minus score, left, right): SentencePiece merges the best score first
-    for piece in model.pieces:
-        if piece.type == normal:
-            cuts = [(piece.piece[:k], piece.piece[k:]) for k in range(1, len(piece.piece))]
-            pairs = [
-                (left, right) for left, right in cuts if left in vocabulary and right in vocabulary
-            ]
-            merges += [
-                (-piece.score, *pair)
-                for pair in sorted(
-                    pairs, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]])
-                )
-            ]
-    merges.sort(key=lambda merge: merge[0])  # stable: pieces of equal score keep their order
-    merges = [merge[1:] for merge in merges]
+
+    def token_ids(pair: tuple[str, str]) -> tuple[int, int]:
+        left, right = pair
+        return vocabulary[left], vocabulary[right]
+
+    # SentencePiece merges the best score first; stable: pieces of equal score keep their order
+    pieces = [piece for piece in model.pieces if piece.type == model.SentencePiece.NORMAL]
+    merges = []
+    for piece in sorted(pieces, key=lambda piece: -piece.score):
+        text = piece.piece
+        pairs = [(text[:k], text[k:]) for k in range(1, len(text))]
+        known = [pair for pair in pairs if vocabulary.keys() >= set(pair)]
+        merges += sorted(known, key=token_ids)
+    byte_fallback = model.trainer_spec.byte_fallback
     return models.BPE(
-        vocab=vocabulary,
-        merges=merges,
-        unk_token=unknown,
-        fuse_unk=True,
-        byte_fallback=model.trainer_spec.byte_fallback,
+        vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=byte_fallback
     )
 
 
 # ---- training
 
 
-def train_sentencepiece(asked: config.TokenizerConfig, corpus: pathlib.Path) -> bytes:
-    """The bytes of a SentencePiece model learnt from a sample of the corpus."""
+def train_sentencepiece(section: config.TokenizerConfig, corpus: pathlib.Path) -> bytes:
+    """Return a SentencePiece model trained on a sample of the corpus."""
     import sentencepiece
 
-    texts = [text for _, text in sample_corpus(corpus, asked.sample_mb * 1_000_000)]
+    texts = [text for _, text in sample_corpus(corpus, section.sample_mb * 1_000_000)]
     n_bytes = sum(len(text.encode()) for text in texts)
     log.info(
-        f"tokenizer: learning {asked.vocab_size:,} pieces from {n_bytes / 1e6:,.1f} MB of text"
+        f"tokenizer: training {section.vocab_size:,} tokens on {n_bytes / 1e6:,.1f} MB of text"
     )
-    made = io.BytesIO()
+    lines = (line for text in texts for line in text.split("\n") if line)
+    model = io.BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for text in texts for line in text.split("\n") if line),
-            model_writer=made,
-            model_type=asked.model,
-            vocab_size=asked.vocab_size,
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=lines,
+            model_writer=model,
+            model_type=section.model,
+            vocab_size=section.vocab_size,
             max_sentence_length=4 * MAX_SPAN_CHARS,
             minloglevel=2,
-            **SENTENCEPIECE_FILE,
+            **SENTENCEPIECE_OPTIONS,
         )
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(
-            f"tokenizer.vocab_size: cannot learn {asked.vocab_size} pieces "
-            f"from this corpus. {explain_training_error(str(error), n_bytes)}"
+            f"tokenizer.vocab_size: cannot train {section.vocab_size} tokens on this corpus. "
+            f"{explain_training_error(str(error), n_bytes)}"
         ) from None
-    return made.getvalue()
+    return model.getvalue()
 
 
 def explain_training_error(error: str, n_bytes: int) -> str:
-    """SentencePiece's own words for a vocabulary of impossible size, in ours."""
-    if most := re.search(r"set it to a value <= (\d+)", error):
-        return f"{n_bytes:,} bytes of text give at most {most[1]}. Lower it, or prepare more text."
-    if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
-        return f"Its characters, bytes and control pieces alone are {least[1]}. Raise it."
-    return f"SentencePiece says: {error.strip()}"
+    """Return what to do about SentencePiece's error for a vocabulary of impossible size."""
+    maximum = re.search(r"set it to a value <= (\d+)", error)
+    if maximum:
+        return (
+            f"{n_bytes:,} bytes of text give at most {maximum[1]}. Lower it, or prepare more text."
+        )
+    minimum = re.search(r"smaller than required_chars\. \d+ vs (\d+)", error)
+    if minimum:
+        return f"Its characters, bytes and control tokens alone are {minimum[1]}. Raise it."
+    return f"SentencePiece reports: {error.strip()}"
 
 
 def compare_tokenizers(
-    paths: Sequence[pathlib.Path], corpus: pathlib.Path, limit_mb: float
+    paths: Sequence[pathlib.Path], corpus: pathlib.Path, sample_mb: float
 ) -> dict[str, dict[str, float]]:
-    """Bytes per token of several tokenizers: {path: {source.
-
-    Bytes per token}}, over the same evenly spread sample of the corpus.
-    """
+    """Return path -> source -> bytes per token, over the same evenly spread sample of a corpus."""
     opened = {str(path): load_tokenizer(path) for path in paths}
     texts: dict[str, list[str]] = {}
-    for name, text in sample_corpus(corpus, limit_mb * 1e6):
+    for name, text in sample_corpus(corpus, sample_mb * 1e6):
         texts.setdefault(name, []).append(text)
-    table = {path: {} for path in opened}
-    for path, tokenizer in stage.track_progress(
-        opened.items(), "comparing", len(opened), "tokenizers"
-    ):
+    table: dict[str, dict[str, float]] = {path: {} for path in opened}
+    progress = stage.track_progress(opened.items(), "comparing", len(opened), "tokenizers")
+    for path, tokenizer in progress:
         for name, spans in texts.items():
-            n_tokens = sum(len(ids) for ids in tokenizer.encode_batch(spans))
-            table[path][name] = sum(len(span.encode()) for span in spans) / n_tokens
+            n_tokens = sum(map(len, tokenizer.encode_batch(spans)))
+            n_bytes = sum(len(span.encode()) for span in spans)
+            table[path][name] = n_bytes / n_tokens
     return table
 
 
-def sample_corpus(corpus: pathlib.Path, limit_bytes: float) -> Iterator[tuple[str, str]]:
-    """(source, span of text) spread evenly over the training documents, about limit_bytes together.
+def sample_corpus(corpus: pathlib.Path, max_bytes: float) -> Iterator[tuple[str, str]]:
+    """Yield (source, span of text), spread evenly over the training documents.
 
-    No randomness: every k-th span.
+    Not random: every k-th span, about max_bytes together.
     """
-    files = [
-        (name, file) for name, files in list_corpus_files(corpus, "train").items() for file in files
-    ]
-    size = sum(count_text_bytes(file) for _, file in files)
-    frac = min(1.0, limit_bytes / max(size, 1))
+    files = []
+    for name, paths in list_corpus_files(corpus, "train").items():
+        files += [(name, path) for path in paths]
+    n_bytes = sum(count_text_bytes(file) for _, file in files)
+    frac = min(1.0, max_bytes / max(n_bytes, 1))
     n_spans = 0
     for name, file in stage.track_progress(files, "reading the sample", len(files), "shards"):
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=256, columns=["text"]):
-            for text in batch.column(0).to_pylist():
-                for start in range(0, len(text), MAX_SPAN_CHARS):
-                    n_spans += 1
-                    if int(n_spans * frac) > int((n_spans - 1) * frac):
-                        yield name, text[start : start + MAX_SPAN_CHARS]
+        for text in iter_texts(file):
+            for start in range(0, len(text), MAX_SPAN_CHARS):
+                n_spans += 1
+                if int(n_spans * frac) > int((n_spans - 1) * frac):
+                    yield name, text[start : start + MAX_SPAN_CHARS]
 
 
-def count_text_bytes(file: pathlib.Path, group: int | None = None) -> int:
-    """Of the text column of a parquet file, or of one row group of it, about, from its footer."""
+def iter_texts(file: pathlib.Path) -> Iterator[str]:
+    """Yield the texts of a corpus shard."""
+    for batch in pq.ParquetFile(file).iter_batches(batch_size=256, columns=["text"]):
+        yield from batch.column(0).to_pylist()
+
+
+def count_text_bytes(file: pathlib.Path, row_group: int | None = None) -> int:
+    """Return about how many bytes of text a parquet file or row group has, from its footer."""
     footer = pq.ParquetFile(file).metadata
-    column, groups = (
-        footer.schema.names.index("text"),
-        range(footer.num_row_groups) if group is None else [group],
-    )
-    return sum(footer.row_group(each).column(column).total_uncompressed_size for each in groups)
+    column = footer.schema.names.index("text")
+    groups = range(footer.num_row_groups) if row_group is None else [row_group]
+    chunks = [footer.row_group(group).column(column) for group in groups]
+    return sum(chunk.total_uncompressed_size for chunk in chunks)
 
 
 def list_corpus_files(corpus: pathlib.Path, split: str) -> dict[str, list[pathlib.Path]]:
-    """The parquet shards of each source of a corpus, in order.
+    """Return the parquet shards of each source, in order.
 
-    Raises UserError where the corpus has none to train on.
+    Raises:
+        UserError: the corpus has none to train on.
     """
-    found: dict[str, list[pathlib.Path]] = {}
+    files: dict[str, list[pathlib.Path]] = {}
     for file in sorted((corpus / split).glob("*.parquet")):
-        found.setdefault(re.sub(r"-\d+$", "", file.stem), []).append(file)
-    if split == "train" and not found:
-        raise UserError(f"{corpus / split}: no parquet shards there. Run prepare.py first.")
-    return found
+        name = re.sub(r"-\d+$", "", file.stem)
+        files.setdefault(name, []).append(file)
+    if split == "train" and not files:
+        raise UserError(f"{corpus / split}: no parquet shards. Run prepare.py first.")
+    return files

@@ -275,8 +275,8 @@ def estimate_bits_per_byte(
     batch, counts = heldout.read_small_batch(name), heldout.dataset.counts[name]
     text_only = batch._replace(loss_mask=batch.loss_mask * (batch.targets != spec.eos_id))
     first_token = heldout.dataset.read_sequence(name, 0).tokens[0]
-    n_special = counts["documents"] * (1 + int(first_token == spec.bos_id))
-    tokens_per_byte = (counts["tokens"] - n_special) / counts["bytes"]
+    n_special = counts["n_documents"] * (1 + int(first_token == spec.bos_id))
+    tokens_per_byte = (counts["n_tokens"] - n_special) / counts["n_text_bytes"]
     dtype = heldout.settings.train.compute_dtype
     nats = diagnosis.measure_nats_per_token(spec, params, text_only, dtype)
     return nats / math.log(2) * tokens_per_byte

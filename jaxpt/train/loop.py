@@ -630,7 +630,7 @@ def list_changed_settings(run_dir: pathlib.Path, config: Config) -> list[str]:
 def write_mixture_phases(run_dir: pathlib.Path, schedule: MixtureSchedule) -> None:
     """Write RUN/phases.json: what the run has read and will read, for tracing."""
     if jax.process_index() == 0:
-        stage.write_json_atomic(run_dir / "phases.json", schedule.stretches)
+        stage.write_json_atomic(run_dir / "phases.json", schedule.phases)
 
 
 def write_run_provenance(
