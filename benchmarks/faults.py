@@ -125,7 +125,7 @@ class Job:
             subprocess.Popen(
                 command,
                 cwd=home,
-                stdout=open(self.log, "w" if i == 0 else "a"),  # noqa: SIM115  (the process keeps it)
+                stdout=open(self.log, "w" if i == 0 else "a"),
                 stderr=subprocess.STDOUT,
                 env={**environment, **joined, **({"JAXPT_PROCESS": str(i)} if n > 1 else {})},
             )

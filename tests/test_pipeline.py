@@ -744,9 +744,18 @@ def test_other_shares_and_another_batch_in_mid_run_and_other_rows_when_accepted(
     told = door("train", *flags, *more, cwd=road)
     assert "mixture.phases" in told and "train.batch_size: 12, was 24" in told
     account = Manifest.load(run / "checkpoints/126").counts["progress"]["data_history"]
-    assert [(each["step"], each["sequence"], each["batch_size"]) for each in account] == [(0, 0, 24), (122, 122 * 24, 12)]
-    assert account[0]["shares"] == {"prose": 1.0} and account[1]["shares"] == {"code": 0.5, "prose": 0.5}
-    assert Manifest.load(run / "checkpoints/126").counts["progress"]["n_sequences"] == 122 * 24 + 4 * 12
+    assert [(each["step"], each["sequence"], each["batch_size"]) for each in account] == [
+        (0, 0, 24),
+        (122, 122 * 24, 12),
+    ]
+    assert account[0]["shares"] == {"prose": 1.0} and account[1]["shares"] == {
+        "code": 0.5,
+        "prose": 0.5,
+    }
+    assert (
+        Manifest.load(run / "checkpoints/126").counts["progress"]["n_sequences"]
+        == 122 * 24 + 4 * 12
+    )
     words = tokenizer.load_tokenizer(run / "tokenizer").fingerprint
     assert [(each.slot, each.document) for each in loader.trace_step(run, 100, words)] == before
     assert {each.source for each in loader.trace_step(run, 124, words)} == {"code", "prose"}
@@ -772,10 +781,13 @@ def test_other_shares_and_another_batch_in_mid_run_and_other_rows_when_accepted(
         "--config.train.steps=128",
     ]
     told = door("train", *flags, *more, cwd=road, ok=False)
-    assert "which breaks this: rows read in epochs that are under way may come again" in told
+    assert "after which: sequences read in the current epochs may be read again" in told
     accept = told.partition("--config.mixture.allow_changed_data=")[2][:16]
     told = door("train", *flags, *more, f"--config.mixture.allow_changed_data={accept}", cwd=road)
-    assert "accepted" in told and "documents of steps up to 126 can no longer be traced" in told
+    assert (
+        "continues on changed data" in told
+        and "documents of steps up to 126 can no longer be traced" in told
+    )
     with pytest.raises(UserError, match="step 100 read other rows"):
         next(loader.trace_step(run, 100, words))
     assert list(loader.trace_step(run, 127, words))

@@ -267,7 +267,8 @@ def read_dropped(
 
 def read_metrics(path: pathlib.Path, warnings: list[str]) -> Metrics:
     """Read metrics.jsonl. A step that was repeated after a crash counts as written last."""
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    lines = text.splitlines()
     train: dict[int, TrainPoint] = {}
     heldout: dict[int, HeldoutPoint] = {}
     skipped: dict[int, SkippedPoint] = {}
@@ -287,7 +288,7 @@ def read_metrics(path: pathlib.Path, warnings: list[str]) -> Metrics:
             skipped[record.step] = record
         else:
             events.append(record)
-    if broken == [len(lines)]:
+    if broken == [len(lines)] and not text.endswith("\n"):
         warnings.append(
             f"{path}: the last line is half-written, as by a running or killed run; left out."
         )
