@@ -1,5 +1,5 @@
 """Laws of growth: layer maps as published, functions kept where that is promised, moments that are
-the child's own, the same newborn on every mesh.
+the child's own, the same new parameters on every mesh.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_model import logits_of
 from test_train import SPEC as THREE
-from test_train import born, make_batch
+from test_train import make_batch, make_state
 
 from jaxpt import config, sharding
 from jaxpt.model import llama, loss
@@ -110,7 +110,7 @@ def test_a_grown_layer_is_its_source_and_all_else_is_the_parents(spec, text, exp
 
 
 @pytest.mark.parametrize("n_layers", [0, 1])
-def test_random_layers_are_born_as_at_birth_and_no_two_alike(spec, one, n_layers):
+def test_random_layers_are_drawn_as_at_init_and_no_two_alike(spec, one, n_layers):
     parent = randomised(spec.replace(n_layers=n_layers), one)
     child_spec, child, done = grown(spec.replace(n_layers=n_layers), parent, "deepen(L=40)", one)
     assert done.layer_map == [0, *[None] * 39] if n_layers else [None] * 40
@@ -199,11 +199,11 @@ def test_what_measures_chooses_the_same_on_every_mesh(spec, one, text):
     mesh = sharding.make_mesh(config.MeshConfig(fsdp=4, tensor=2))
     spec = spec.replace(n_kv_heads=6)  # so that the narrow one can still be cut
     text = text.replace("heads=3", "heads=4")
-    born = [
+    trees = [
         grown(spec, randomised(spec, where), text, where, rows_on(where))[1]
         for where in (one, mesh)
     ]
-    jax.tree.map(np.testing.assert_array_equal, *born)
+    jax.tree.map(np.testing.assert_array_equal, *trees)
 
 
 # ---- what promises to keep the function keeps it
@@ -330,7 +330,7 @@ def gradient(spec, params, batch):
 def test_scaled_moments_are_those_of_the_widened_models_own_gradients(spec, one, family, text):
     """The law behind copy_scaled: the child's gradient is the parent's, mapped."""
     spec = spec.replace(**FAMILIES[family])
-    parent, batch = randomised(spec, one), make_batch(rows=4)
+    parent, batch = randomised(spec, one), make_batch(batch_size=4)
     child_spec, child, done = grown(spec, parent, text, one)
     own, theirs = jax.device_get(
         (gradient(child_spec, child, batch), gradient(spec, parent, batch))
@@ -404,7 +404,7 @@ SETTINGS = config.Config(
 
 def trained(settings, spec, mesh, n_steps, now=None, young=optimizer.NewParams()):
     """(state after n_steps, the step)"""
-    now = now or born(mesh, settings, spec)
+    now = now or make_state(mesh, settings, spec)
     run = step.build_step(spec, settings, mesh, young)
     for i in range(n_steps):
         now, _ = run(now, jax.device_put(make_batch(seed=i), sharding.make_batch_sharding(mesh)))
@@ -425,7 +425,7 @@ def after_growth(settings, spec, mesh, text, policy, n_before=3):
 @pytest.mark.parametrize(
     ("text", "name"), [("depth_upscale(m=1)", "muon"), ("widen(d=48, heads=12)", "adamw")]
 )
-def test_a_growth_adds_one_compilation_and_leaves_the_state_sharded_as_born(text, name):
+def test_a_growth_adds_one_compilation_and_leaves_the_state_sharded_as_at_init(text, name):
     mesh = sharding.make_mesh(config.MeshConfig(fsdp=4, tensor=2))
     settings = dataclasses.replace(SETTINGS, optim=dataclasses.replace(SETTINGS.optim, name=name))
     grew, now, young = after_growth(settings, THREE, mesh, text, "reset_new")
@@ -441,7 +441,7 @@ def test_a_growth_adds_one_compilation_and_leaves_the_state_sharded_as_born(text
     assert run._cache_size() == 1 and int(now.step) == 5
 
 
-def test_new_parts_learn_as_if_freshly_born_and_old_ones_go_on(one):
+def test_new_parts_learn_as_in_a_fresh_run_and_old_ones_go_on(one):
     """Adam on one weight by hand: own count for the bias of new moments, own warm-up; the old part
     as if nothing had grown.
     """
@@ -540,11 +540,11 @@ EXACT = [
 
 
 @pytest.mark.parametrize("text", EXACT)
-def test_the_same_newborn_on_every_mesh_bit_by_bit(spec, one, text):
+def test_the_same_new_layers_on_every_mesh_bit_by_bit(spec, one, text):
     mesh = sharding.make_mesh(config.MeshConfig(fsdp=4, tensor=2))
     spec = spec.replace(tie_embeddings=True)
-    born = [grown(spec, randomised(spec, where), text, where)[1] for where in (one, mesh)]
-    jax.tree.map(np.testing.assert_array_equal, *born)
+    trees = [grown(spec, randomised(spec, where), text, where)[1] for where in (one, mesh)]
+    jax.tree.map(np.testing.assert_array_equal, *trees)
     grew = growth.plan_growth(text, growth.Parent(spec))
     moved = [
         growth.grow_moments(grew, randomised(spec, where), "copy_scaled", 2, where)

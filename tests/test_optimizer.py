@@ -25,7 +25,7 @@ def test_adam_equals_optax_and_a_bad_step_leaves_it_as_it_was(spec, clip_norm):
         "norm": jnp.asarray(rng.normal(size=24), jnp.float32),
     }
     params = draw()
-    state, wanted_state = ours.init(params), plain.init(params)
+    state, expected_state = ours.init(params), plain.init(params)
     for tokens in (7, 96, 40):
         sums = draw()  # of gradients over so many tokens
         mean = jax.tree.map(lambda g, n=tokens: g / n, sums)
@@ -38,11 +38,11 @@ def test_adam_equals_optax_and_a_bad_step_leaves_it_as_it_was(spec, clip_norm):
         broken = jax.tree.map(lambda g: g * jnp.nan, sums)
         jax.tree.map(np.testing.assert_array_equal, update(broken, state, scale, False)[1], state)
         directions, state = update(sums, state, scale, True)
-        expected, wanted_state = plain.update(mean, wanted_state, params)
+        expected, expected_state = plain.update(mean, expected_state, params)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9),
             state[0],
-            wanted_state[1],
+            optimizer.AdamState(*expected_state[1]),
         )
         # of order 1, and a difference of two such numbers here and there
         jax.tree.map(

@@ -65,11 +65,12 @@ def compute_minhash(column: Any) -> Any:
 def compute_signatures(texts: Sequence[str]) -> list[bytes]:
     """Return the MinHash signature of each text, N_HASHES uint32."""
     from daft import col
+    from daft.expressions import ExpressionsProjection
     from daft.recordbatch import MicroPartition
 
     table = MicroPartition.from_pydict({"text": [str(text) for text in texts]})
-    expression = compute_minhash(col("text")).alias("signature")
-    column = table.eval_expression_list([expression]).to_arrow()["signature"]
+    signature = compute_minhash(col("text")).alias("signature")
+    column = table.eval_expression_list(ExpressionsProjection([signature])).to_arrow()["signature"]
     values = column.combine_chunks().flatten().to_numpy()
     return [row.tobytes() for row in values.reshape(-1, N_HASHES)]
 

@@ -42,10 +42,11 @@ def init_executor(where: str) -> types.ModuleType:
     os.environ.update(KEEP_MEMORY)
     add_package_to_path()
     import daft
+    from daft.exceptions import DaftCoreException
 
     try:
         start_runner(daft, where)
-    except (ConnectionError, RuntimeError, daft.exceptions.DaftCoreException) as error:
+    except (ConnectionError, RuntimeError, DaftCoreException) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"prepare.executor: {where!r} cannot be started ({reason}). "
@@ -69,7 +70,7 @@ def start_runner(daft: types.ModuleType, where: str) -> None:
         daft.set_runner_native()
         return
     try:
-        import ray
+        import ray  # type: ignore[reportMissingImports]  # optional
     except ImportError:
         raise UserError(
             f"prepare.executor: {where!r} needs Ray, which is not installed. "

@@ -1099,7 +1099,7 @@ def write_row_groups(file: pathlib.Path, tables: Iterator[pa.Table], groups: lis
 
     Each group is contiguous in memory, or its bytes would depend on how its rows came.
     """
-    encoded = ["source", "meta"]
+    encoded: Any = ["source", "meta"]  # the stub knows bool alone
     with pq.ParquetWriter(file, CORPUS_SCHEMA, compression="zstd", use_dictionary=encoded) as out:
         waiting = CORPUS_SCHEMA.empty_table()
         for n in groups:

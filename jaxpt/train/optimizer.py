@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from optax import GradientTransformationExtraArgs as Transformation
-from optax.contrib import MuonDimensionNumbers
+from optax.contrib import MuonDimensionNumbers, MuonState
 
 from jaxpt.config import OptimConfig
 from jaxpt.model import llama
@@ -83,11 +82,26 @@ def ranges_to_flags(ranges: AxisRanges) -> np.ndarray:
 # ---- updates
 
 
+class AdamState(NamedTuple):
+    """Adam's moments, and the updates that they have seen."""
+
+    count: jax.Array  # int32
+    mu: Params  # running mean of gradients
+    nu: Params  # running mean of their squares
+
+
+class AdamTransform(NamedTuple):
+    """An optax transformation whose state is Adam's; see `scale_by_adam` for its arguments."""
+
+    init: Callable[..., AdamState]
+    update: Callable[..., tuple[Params, AdamState]]
+
+
 def make_optimizer(
     optim: OptimConfig,
     spec: ModelSpec,
     new_params: NewParams = NewParams(),
-) -> Transformation:
+) -> optax.GradientTransformationExtraArgs:
     """Return the map from gradients to update directions.
 
     The train step multiplies them by -learning_rate(step) and the group's multiplier. The learning
@@ -101,10 +115,10 @@ def make_optimizer(
     decay = optax.identity()
     if optim.weight_decay:
         decay = optax.add_decayed_weights(optim.weight_decay, mask=decay_mask)
-    return optax.chain(core, decay)
+    return optax.chain(optax.GradientTransformationExtraArgs(*core), decay)
 
 
-def scale_by_adam(optim: OptimConfig) -> Transformation:
+def scale_by_adam(optim: OptimConfig) -> AdamTransform:
     """Return optax's scale_by_adam with gradients times `scale`, and a no-op unless `good`.
 
     It is bound by memory where a step has few tokens: each moment is read by one loop that writes
@@ -113,7 +127,12 @@ def scale_by_adam(optim: OptimConfig) -> Transformation:
     """
     b1, b2, eps = optim.b1, optim.b2, optim.eps
 
-    def update(grads, state, params=None, *, scale, good):
+    def init(params: Params) -> AdamState:
+        mu = jax.tree.map(jnp.zeros_like, params)
+        nu = jax.tree.map(jnp.zeros_like, params)
+        return AdamState(jnp.zeros([], jnp.int32), mu, nu)
+
+    def update(grads: Params, state: AdamState, params=None, *, scale, good):
         def update_mu(g, mu):
             new = (1 - b1) * (scale * g) + b1 * mu
             return jnp.where(good, new, mu).astype(mu.dtype)
@@ -133,12 +152,12 @@ def scale_by_adam(optim: OptimConfig) -> Transformation:
             return (mu_scale * mu) / (jnp.sqrt(nu_scale * nu) + eps)
 
         updates = jax.tree.map(direction, mu, nu)
-        return updates, optax.ScaleByAdamState(count, mu, nu)
+        return updates, AdamState(count, mu, nu)
 
-    return Transformation(optax.scale_by_adam().init, update)
+    return AdamTransform(init, update)
 
 
-def split_muon_adam(adam: Transformation) -> Transformation:
+def split_muon_adam(adam: AdamTransform) -> AdamTransform:
     """Return Muon on the matrices of each layer (MATRIX_DIMS) and Adam on the rest.
 
     The state is Adam's; its nu holds the rest alone. Updates are scaled to the size of Adam's, so
@@ -161,26 +180,28 @@ def split_muon_adam(adam: Transformation) -> Transformation:
         )
         return MUON_RMS * max(fan_in, fan_out) ** 0.5 * update
 
-    muon = optax.contrib.scale_by_muon(weight_dimension_numbers=dimension_numbers)
+    muon = optax.contrib.scale_by_muon(weight_dimension_numbers=cast(Any, dimension_numbers))
 
-    def init(params):
+    def init(params: Params) -> AdamState:
         _, rest = split_tree(params, is_matrix)
         return adam.init(params)._replace(nu=adam.init(rest).nu)
 
-    def update(grads, state, params=None, *, scale, good):
+    def update(grads: Params, state: AdamState, params=None, *, scale, good):
         matrices, rest = split_tree(grads, is_matrix)
         momenta, mu = split_tree(state.mu, is_matrix)
-        muon_state = muon.init(momenta)._replace(count=state.count, mu=momenta)
+        muon_state = cast(MuonState, muon.init(momenta))
+        muon_state = muon_state._replace(count=state.count, mu=momenta)
         scaled = jax.tree.map(lambda g: scale * g, matrices)
-        orthogonal, muon_state = muon.update(scaled, muon_state)
-        momenta = jax.tree.map(lambda new, old: jnp.where(good, new, old), muon_state.mu, momenta)
+        orthogonal, new_state = muon.update(scaled, muon_state)
+        new_momenta = cast(MuonState, new_state).mu
+        momenta = jax.tree.map(lambda new, old: jnp.where(good, new, old), new_momenta, momenta)
         orthogonal = jax.tree_util.tree_map_with_path(scale_like_adam, orthogonal)
         adam_state = state._replace(mu=mu)
         updates, adam_state = adam.update(rest, adam_state, scale=scale, good=good)
         mu = merge_trees(momenta, adam_state.mu)
         return merge_trees(orthogonal, updates), adam_state._replace(mu=mu)
 
-    return Transformation(init, update)
+    return AdamTransform(init, update)
 
 
 def split_tree(tree: Params, is_chosen: Callable[[PathEntries], bool]) -> tuple[Params, Params]:
@@ -204,8 +225,8 @@ def merge_trees(a: Params, b: Params) -> Params:
 
 
 def rewarm_new_params(
-    adam: Transformation, optim: OptimConfig, spec: ModelSpec, new_params: NewParams
-) -> Transformation:
+    adam: AdamTransform, optim: OptimConfig, spec: ModelSpec, new_params: NewParams
+) -> AdamTransform:
     """Return Adam whose new parameters count their own updates.
 
     Their moments were 0 when the model grew, so their bias is corrected by their own count, and
@@ -213,7 +234,7 @@ def rewarm_new_params(
     below 1e-8.
     """
 
-    def update(grads, state, params=None, **extra):
+    def update(grads: Params, state: AdamState, params=None, **extra):
         updates, state = adam.update(grads, state, params, **extra)
         count = state.count.astype(jnp.float32)
         own = (state.count - new_params.adam_count).astype(jnp.float32)
@@ -234,7 +255,7 @@ def rewarm_new_params(
 
         return map_param_specs(rewarm, spec, updates), state
 
-    return Transformation(adam.init, update)
+    return AdamTransform(adam.init, update)
 
 
 def map_param_specs(function: Callable, spec: ModelSpec, *trees: Params) -> Params:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 from jaxpt.config import Config
@@ -15,7 +14,7 @@ from jaxpt.model import llama
 from jaxpt.sharding import make_replicated_sharding
 from jaxpt.spec import ModelSpec
 from jaxpt.train import optimizer
-from jaxpt.train.optimizer import NewParams
+from jaxpt.train.optimizer import AdamState, NewParams
 from jaxpt.weights import checkpoint, growth
 from jaxpt.weights.measure import Params
 
@@ -144,12 +143,12 @@ def grow_state(
     """
     policy = grown.moments or policy
     is_fresh = policy == "fresh"
-    adam = next(part for part in opt_state if isinstance(part, optax.ScaleByAdamState))
+    adam = next(part for part in opt_state if isinstance(part, AdamState))
     count = 0 if is_fresh else int(adam.count)
     mu = growth.grow_moments(grown, adam.mu, policy, 1, mesh)
     nu = growth.grow_moments(grown, adam.nu, policy, 2, mesh)
     adam_count = adam.count * 0 if is_fresh else adam.count
-    grown_adam = optax.ScaleByAdamState(adam_count, mu, nu)
+    grown_adam = AdamState(adam_count, mu, nu)
     opt_state = tuple(grown_adam if part is adam else part for part in opt_state)
     rewarm = {"fresh": "all", "reset_new": "new"}.get(policy, "none")
     flags = growth.find_new_params(grown, before.new)

@@ -78,7 +78,8 @@ def measure_copy_similarity(
     if not copied:
         return []
     slot_of = {source: slot for slot, source in enumerate(copied)}
-    slots = tuple(slot_of.get(source, len(copied)) for source in layer_map)
+    other = len(copied)
+    slots = tuple(other if s is None else slot_of.get(s, other) for s in layer_map)
     sums = sum_over_batches(spec, params, batches, sum_copy_similarity, slots)
     pairs = []
     for source in copied:
