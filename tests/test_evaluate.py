@@ -72,7 +72,7 @@ def hf_dir(params, tmp_path_factory):
         model_type="bpe",
         vocab_size=345,
         minloglevel=2,
-        **tokenizer.SENTENCEPIECE_FILE,
+        **tokenizer.SENTENCEPIECE_OPTIONS,
     )
     backend, settings_file, _ = tokenizer.convert_sentencepiece(learnt.getvalue(), "test")
     directory = tmp_path_factory.mktemp("model")
