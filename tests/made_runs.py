@@ -69,9 +69,9 @@ def write_runs(root):
                     "results": {
                         "bits_per_byte/prose": {
                             "bits_per_byte,none": 2.113 + offset,
-                            "nats_sum": 8.1e5,
-                            "bytes_sum": 5.5e5,
-                            "tokens_sum": 2.1e5,
+                            "loss_sum": 8.1e5,
+                            "n_bytes": 5.5e5,
+                            "n_tokens": 2.1e5,
                         },
                         "bits_per_byte/code": {"bits_per_byte,none": 1.702 + offset / 2},
                         "truthfulqa_mc2": {

@@ -348,7 +348,7 @@ def test_both_backends_measure_a_run_and_write_the_harness_format(
     assert (ours["backend"], theirs["backend"], ours["lineage"]["step"]) == ("jax", "hf", 7)
     assert ours["n-samples"]["truthfulqa_mc2"] == {"original": 817, "effective": 3}
     assert {"acc,none", "acc_stderr,none"} <= ours["results"]["truthfulqa_mc2"].keys()
-    assert {"bits_per_byte,none", "nats_sum", "bytes_sum", "tokens_sum"} <= ours["results"][
+    assert {"bits_per_byte,none", "loss_sum", "n_bytes", "n_tokens"} <= ours["results"][
         "bits_per_byte/mine"
     ].keys()
     assert (
