@@ -91,7 +91,7 @@ def memory(kind: str) -> int:
 
 def stream(packed: pathlib.Path, first_row: int, batch_rows: int = BATCH_ROWS):
     rows = loader.open_packed([packed])
-    mixture = MixtureSchedule(config.MixtureConfig(), rows.n_rows, batch_rows)
+    mixture = MixtureSchedule(config.MixtureConfig(), rows.n_sequences, batch_rows)
     return rows, loader.iterate_batches(
         rows,
         mixture,
@@ -109,13 +109,13 @@ def first_batch(home: pathlib.Path, _: int) -> dict:
     jax.block_until_ready(next(batches))
     seconds = time.perf_counter() - start
     batches.close()
-    mixture, micros = MixtureSchedule(config.MixtureConfig(), rows.n_rows, BATCH_ROWS), {}
+    mixture, micros = MixtureSchedule(config.MixtureConfig(), rows.n_sequences, BATCH_ROWS), {}
     for index in (0, 10**12):
         start = time.perf_counter()
         for i in range(index, index + 20_000):
             mixture.sequence_at(i)
         micros[str(index)] = (time.perf_counter() - start) / 20_000 * 1e6
-    return {"seconds": seconds, "rows": sum(rows.n_rows.values()), "micros": micros}
+    return {"seconds": seconds, "rows": sum(rows.n_sequences.values()), "micros": micros}
 
 
 def rows_per_second(home: pathlib.Path, n_rows: int) -> dict:
@@ -128,7 +128,7 @@ def rows_per_second(home: pathlib.Path, n_rows: int) -> dict:
         most = max(most, memory("VmRSS"))
         seen.append(time.perf_counter())
     half = len(seen) // 2
-    checked = np.concatenate([source.checked for source in rows.sources.values()]).mean()
+    checked = np.concatenate([source.is_verified for source in rows.sources.values()]).mean()
     return {
         "rows_per_second": BATCH_ROWS * len(seen) / (seen[-1] - start),
         "later": BATCH_ROWS * half / (seen[-1] - seen[-1 - half]),

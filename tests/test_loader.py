@@ -49,7 +49,7 @@ def rows(workdir):
 def mixture(rows):
     return MixtureSchedule(
         config.MixtureConfig(phases=((0, {"english": 0.7, "code": 0.3}), (2, {"code": 1.0}))),
-        rows.n_rows,
+        rows.n_sequences,
         BATCH_ROWS,
     )
 
@@ -83,7 +83,7 @@ def test_rows_on_disk_are_the_rows_that_datasets_reads(workdir, rows):
     assert rows.names == ["code", "english"]
     for name in rows.names:
         theirs = datasets.load_from_disk(str(workdir / "packed" / "train" / name))
-        assert rows.n_rows[name] == len(theirs)
+        assert rows.n_sequences[name] == len(theirs)
         for i in (0, 1, len(theirs) // 2, len(theirs) - 1):
             row = rows.read_sequence(name, i)
             assert row.tokens.tolist() == theirs[i]["input_ids"]
@@ -103,7 +103,7 @@ def test_rows_are_found_across_record_batches_and_shards(workdir, tmp_path, monk
     pack.pack_corpus(packing(), tmp_path)
     one, many = loader.open_packed([workdir / "packed"]), loader.open_packed([tmp_path / "packed"])
     assert len(many.sources["english"].index) > 20
-    for i in range(one.n_rows["english"]):
+    for i in range(one.n_sequences["english"]):
         for a, b in zip(
             one.read_sequence("english", i), many.read_sequence("english", i), strict=True
         ):
@@ -175,7 +175,7 @@ def test_from_disk_to_logits_a_document_reads_as_if_it_stood_alone(workdir, rows
     name, i = next(
         (n, i)
         for n in rows.names
-        for i in range(rows.n_rows[n])
+        for i in range(rows.n_sequences[n])
         if len(rows.read_sequence(n, i).doc_lens) > 2
     )
     row = rows.read_sequence(name, i)
@@ -253,7 +253,7 @@ def counted(name, i):
     return real(name, i)
 
 rows.read_sequence = counted
-mixture = MixtureSchedule(config.MixtureConfig(), rows.n_rows, 16)
+mixture = MixtureSchedule(config.MixtureConfig(), rows.n_sequences, 16)
 found = {}
 meshes = {"rows": dict(replica=2, fsdp=4), "positions": dict(fsdp=2, context=4)}
 meshes["replicated"] = dict(fsdp=1, tensor=8)
@@ -276,7 +276,7 @@ jax.distributed.shutdown()
 
 def test_any_number_of_hosts_gets_the_same_batch_and_reads_only_its_own_rows(workdir, rows):
     """Real processes, joined by jax.distributed."""
-    mix = MixtureSchedule(config.MixtureConfig(), rows.n_rows, BATCH_ROWS)
+    mix = MixtureSchedule(config.MixtureConfig(), rows.n_sequences, BATCH_ROWS)
     whole = loader.make_batch(
         [rows.read_sequence(*mix.sequence_at(32 + slot)) for slot in range(BATCH_ROWS)], True
     ).targets
@@ -313,7 +313,7 @@ def test_any_number_of_hosts_gets_the_same_batch_and_reads_only_its_own_rows(wor
 def test_heldout_batches_hold_each_row_once_and_empty_rows_count_nothing(workdir):
     rows = loader.open_packed([workdir / "packed"], split="heldout")
     assert rows.names == ["english"]
-    n = rows.n_rows["english"]
+    n = rows.n_sequences["english"]
     for sizes in ({"fsdp": 1}, {"fsdp": 4, "context": 2}):
         found = list(
             loader.iterate_heldout_batches(rows, "english", mesh_of(sizes), 8, 10**9, True)
@@ -348,7 +348,7 @@ def test_several_packed_directories_make_one_set_of_rows(workdir, rows, tmp_path
     other = other_packed(workdir, tmp_path)
     both = loader.open_packed([workdir / "packed", other])
     assert both.names == ["code", "english", "other"]
-    assert both.n_rows == rows.n_rows | loader.open_packed([other]).n_rows
+    assert both.n_rows == rows.n_sequences | loader.open_packed([other]).n_sequences
     assert both.fingerprint != rows.fingerprint
     assert both.fingerprint == loader.open_packed([other, workdir / "packed"]).fingerprint
     assert both.tokenizer == tokenizer.load_tokenizer(workdir / "tokenizer").fingerprint
@@ -378,13 +378,16 @@ def damaged(workdir, directory, change, name="data-00000.arrow"):
         (lambda w, d: [d / "nowhere"], "no manifest.json"),
         (
             lambda w, d: [w / "packed", w / "tokenizer"],
-            "was made by tokenizer, expected packed rows",
+            "was made by tokenizer, expected packed sequences",
         ),
         (
             lambda w, d: [w / "packed", w / "packed"],
             "source code was opened from another directory",
         ),
-        (lambda w, d: [w / "packed", other_packed(w, d, seq_len=64)], "its rows have 64 tokens"),
+        (
+            lambda w, d: [w / "packed", other_packed(w, d, seq_len=64)],
+            "its sequences have 64 tokens",
+        ),
         (
             lambda w, d: [w / "packed", other_packed(w, d, vocab_size=650)],
             "Pack both with one tokenizer",
@@ -430,11 +433,11 @@ def test_of_a_set_too_large_to_check_at_once_no_damaged_sequence_is_trained_on(
     bad = next(
         k
         for k in range(len(source.index))
-        if source.byte_range(k).start + source.byte_range(k).n_bytes > n_bytes // 2
+        if source.get_byte_range(k).start + source.get_byte_range(k).n_bytes > n_bytes // 2
     )
     sound = loader.open_packed([tmp_path / "packed"])
     for k in range(len(source.index)):
-        i = int(source.starts[k])
+        i = int(source.first_sequences[k])
         if k == bad:
             with pytest.raises(
                 UserError, match=r"train/english/data-00000\.arrow: the checksum of bytes"
@@ -445,17 +448,17 @@ def test_of_a_set_too_large_to_check_at_once_no_damaged_sequence_is_trained_on(
                 rows.read_sequence("english", i).tokens, sound.read_sequence("english", i).tokens
             )
             assert rows.read_document_ids("english", i) == sound.read_document_ids("english", i)
-    assert len(rows.open) == 3 and source.checked.sum() == len(source.checked) - 1
+    assert len(rows.open_batches) == 3 and source.is_verified.sum() == len(source.is_verified) - 1
 
     rows = loader.open_packed([tmp_path / "other" / "packed"])
     mix = MixtureSchedule(
-        config.MixtureConfig(phases=((0, {"code": 1.0}),)), rows.n_rows, BATCH_ROWS
+        config.MixtureConfig(phases=((0, {"code": 1.0}),)), rows.n_sequences, BATCH_ROWS
     )  # reads nothing of the damaged source
     stream = loader.iterate_batches(rows, mix, mesh_of({"fsdp": 1}), BATCH_ROWS, 0, True)
     with pytest.raises(UserError, match=r"train/english/data-00000\.arrow: the checksum of bytes"):
         for _ in range(1000):
             next(stream)
-            rows.sweeper.join()
+            rows.verification.join()
 
 
 @pytest.fixture
@@ -496,8 +499,8 @@ def bucket(workdir, tmp_path, monkeypatch):
 def test_rows_in_an_object_store_are_those_on_disk_and_each_range_is_fetched_once(bucket, tmp_path):
     address, _ = bucket
     here, there = loader.open_packed([tmp_path / "packed"]), loader.open_packed([address])
-    assert here.fingerprint == there.fingerprint and here.n_rows == there.n_rows
-    place = there.sources["english"].place
+    assert here.fingerprint == there.fingerprint and here.n_sequences == there.n_sequences
+    place = there.sources["english"].storage
     fetched, opened = [], place.opened
 
     class Counted:
@@ -509,12 +512,14 @@ def test_rows_in_an_object_store_are_those_on_disk_and_each_range_is_fetched_onc
             return self.file.read_at(n_bytes, start)
 
     for source in there.sources.values():
-        source.place.opened = lambda name: Counted(opened(name))
+        source.storage.opened = lambda name: Counted(opened(name))
     there.read_sequence("english", 0)
-    assert fetched == [there.sources["english"].byte_range(0).n_bytes], "a record batch, no more"
-    mix = MixtureSchedule(config.MixtureConfig(), here.n_rows, BATCH_ROWS)
+    assert fetched == [there.sources["english"].get_byte_range(0).n_bytes], (
+        "a record batch, no more"
+    )
+    mix = MixtureSchedule(config.MixtureConfig(), here.n_sequences, BATCH_ROWS)
     one = mesh_of({"fsdp": 2, "context": 2})
-    n = sum(here.n_rows.values()) // BATCH_ROWS
+    n = sum(here.n_sequences.values()) // BATCH_ROWS
     for left, right in zip(
         batches(n, here, mix, one, BATCH_ROWS, 0, True),
         batches(n, there, mix, one, BATCH_ROWS, 0, True),
@@ -527,7 +532,7 @@ def test_rows_in_an_object_store_are_those_on_disk_and_each_range_is_fetched_onc
     every = sum(len(source.index) for source in there.sources.values())
     assert len(fetched) == every, "read ahead, by threads, and kept"
     again = loader.open_packed([address])
-    again.sources["code"].place.opened = again.sources["english"].place.opened = (
+    again.sources["code"].storage.opened = again.sources["english"].storage.opened = (
         None  # another start finds them on its disk
     )
     assert_equal(
@@ -546,13 +551,13 @@ def test_the_cache_of_an_object_store_keeps_its_bounds_and_trusts_no_damaged_fil
 ):
     address, _ = bucket
     here = loader.open_packed([tmp_path / "packed"])
-    limit = 3.5 * here.sources["english"].byte_range(0).n_bytes
+    limit = 3.5 * here.sources["english"].get_byte_range(0).n_bytes
     monkeypatch.setattr(storage, "CACHE_BYTES", limit)
     monkeypatch.setattr(loader, "MAX_OPEN_BATCHES", 1)
     (directory,) = [storage.cache_directory() / here.sources["code"].fingerprint]
     for _ in range(2):
         there = loader.open_packed([address])
-        for i in range(0, here.n_rows["english"], 7):
+        for i in range(0, here.n_sequences["english"], 7):
             np.testing.assert_array_equal(
                 there.read_sequence("english", i).tokens, here.read_sequence("english", i).tokens
             )
@@ -596,10 +601,10 @@ def test_a_broken_object_is_named(bucket, harm, says):
 def test_several_hosts_look_for_damage_in_parts_that_make_the_whole(workdir):
     rows = loader.open_packed([workdir / "packed"])
     for source in rows.sources.values():
-        source.checked[:] = False
+        source.is_verified[:] = False
         for part in range(3):
-            source.verify_all(part, 3)
-        assert source.checked.all()
+            source.verify(part, 3)
+        assert source.is_verified.all()
 
 
 def test_a_prompt_has_no_weight_from_file_to_batch(workdir, tmp_path):
@@ -622,7 +627,7 @@ def test_a_prompt_has_no_weight_from_file_to_batch(workdir, tmp_path):
         tokenizer.load_tokenizer(tmp_path / "tokenizer"),
     )
     trained, by_document = 0, {}
-    for i in range(rows.n_rows["tasks"]):
+    for i in range(rows.n_sequences["tasks"]):
         row = rows.read_sequence("tasks", i)
         batch = loader.make_batch([row], True)
         trained += int(batch.loss_mask.sum())
@@ -642,7 +647,7 @@ def test_a_prompt_has_no_weight_from_file_to_batch(workdir, tmp_path):
 
 def test_a_batch_that_the_mesh_cannot_cut_is_refused(rows, mixture):
     for sizes, batch_size in (({"fsdp": 8}, 12), ({"fsdp": 1, "context": 5}, 16)):
-        with pytest.raises(UserError, match="cannot be cut evenly"):
+        with pytest.raises(UserError, match="cannot be sharded evenly"):
             next(loader.iterate_batches(rows, mixture, mesh_of(sizes), batch_size, 0, True))
 
 
@@ -658,7 +663,7 @@ def a_run(workdir, tmp_path, **changes):
     )
     rows = loader.open_packed([workdir / "packed"])
     stretches = MixtureSchedule(
-        settings.mixture, rows.n_rows, BATCH_ROWS, fingerprint=rows.fingerprint
+        settings.mixture, rows.n_sequences, BATCH_ROWS, fingerprint=rows.fingerprint
     ).phases
     (tmp_path / "config.json").write_text(json.dumps({**stage.to_jsonable(settings), **changes}))
     (tmp_path / "phases.json").write_text(json.dumps([stretch.to_json() for stretch in stretches]))
@@ -700,7 +705,7 @@ def test_trace_says_what_it_cannot_read(workdir, rows, tmp_path):
         next(loader.trace_step(tmp_path, 1, rows.tokenizer))
     run = a_run(workdir, tmp_path)
     for step in (0, 10):
-        with pytest.raises(UserError, match="steps are 1 to 9"):
+        with pytest.raises(UserError, match="a step of the run, 1 to 9"):
             next(loader.trace_step(run, step, rows.tokenizer))
     with pytest.raises(UserError, match="packed with"):
         next(loader.trace_step(run, 1, "another"))
@@ -708,5 +713,5 @@ def test_trace_says_what_it_cannot_read(workdir, rows, tmp_path):
     (run / "phases.json").write_text(
         json.dumps([{**each, "fingerprint": "others"} for each in stretches])
     )
-    with pytest.raises(UserError, match="step 1 read other rows"):
+    with pytest.raises(UserError, match="step 1 read other sequences"):
         next(loader.trace_step(run, 1, rows.tokenizer))
