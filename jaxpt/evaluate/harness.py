@@ -152,7 +152,7 @@ def evaluate_model(
     if samples and corpora.directories:
         results["contamination"] = contamination.measure_contamination(
             corpora, samples, results["configs"]
-        )
+        ).to_json()
     results |= {
         "request": request,
         "model": str(model),
@@ -637,5 +637,6 @@ def format_results(results: dict[str, Any]) -> str:
         for line in lines
     ]
     if "contamination" in results:
-        lines += ["", contamination.log_contamination(results["contamination"], results["results"])]
+        found = contamination.ContaminationReport.from_json(results["contamination"])
+        lines += ["", contamination.format_contamination(found, results["results"])]
     return "\n".join(lines)
