@@ -348,7 +348,7 @@ def test_several_packed_directories_make_one_set_of_rows(workdir, rows, tmp_path
     other = other_packed(workdir, tmp_path)
     both = loader.open_packed([workdir / "packed", other])
     assert both.names == ["code", "english", "other"]
-    assert both.n_rows == rows.n_sequences | loader.open_packed([other]).n_sequences
+    assert both.n_sequences == rows.n_sequences | loader.open_packed([other]).n_sequences
     assert both.fingerprint != rows.fingerprint
     assert both.fingerprint == loader.open_packed([other, workdir / "packed"]).fingerprint
     assert both.tokenizer == tokenizer.load_tokenizer(workdir / "tokenizer").fingerprint
