@@ -286,7 +286,7 @@ def test_a_pod_hands_on_the_notice_to_stop_and_ends_well_only_when_the_run_is_fi
         (lambda: launch.render_jobset("mine", "v5p:16", "i", "c", "/runs/x", TRAIN), "v5p:4x4x4"),
         (
             lambda: launch.render_jobset("mine", "h100:12", "i", "c", "/runs/x", TRAIN),
-            "no whole number of hosts of 8",
+            "expected whole hosts of 8 devices",
         ),
         (
             lambda: launch.render_jobset("My_Run", "h100:8", "i", "c", "/runs/x", TRAIN),
