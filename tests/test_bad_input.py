@@ -57,7 +57,7 @@ def model(tmp_path_factory):
         model_type="bpe",
         vocab_size=300,
         minloglevel=2,
-        **tokenizer.SENTENCEPIECE_FILE,
+        **tokenizer.SENTENCEPIECE_OPTIONS,
     )
     backend, settings_file, _ = tokenizer.convert_sentencepiece(learnt.getvalue(), "test")
     (home / "tokenizer").mkdir()

@@ -289,7 +289,7 @@ def score_text_source(
         )
     return {
         "results": {
-            name: {"alias": name, "bits_per_byte,none": sums.bits_per_byte, **sums._asdict()}
+            name: {"alias": name, "bits_per_byte,none": sums.bits_per_byte, **sums.to_json()}
         },
         "versions": {name: 1},
         "n-samples": {name: {"original": len(texts), "effective": len(texts)}},
