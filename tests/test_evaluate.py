@@ -72,7 +72,7 @@ def hf_dir(params, tmp_path_factory):
         model_type="bpe",
         vocab_size=345,
         minloglevel=2,
-        **tokenizer.SENTENCEPIECE_FILE,
+        **tokenizer.SENTENCEPIECE_OPTIONS,
     )
     backend, settings_file, _ = tokenizer.convert_sentencepiece(learnt.getvalue(), "test")
     directory = tmp_path_factory.mktemp("model")
@@ -348,7 +348,7 @@ def test_both_backends_measure_a_run_and_write_the_harness_format(
     assert (ours["backend"], theirs["backend"], ours["lineage"]["step"]) == ("jax", "hf", 7)
     assert ours["n-samples"]["truthfulqa_mc2"] == {"original": 817, "effective": 3}
     assert {"acc,none", "acc_stderr,none"} <= ours["results"]["truthfulqa_mc2"].keys()
-    assert {"bits_per_byte,none", "nats_sum", "bytes_sum", "tokens_sum"} <= ours["results"][
+    assert {"bits_per_byte,none", "loss_sum", "n_bytes", "n_tokens"} <= ours["results"][
         "bits_per_byte/mine"
     ].keys()
     assert (
@@ -646,7 +646,7 @@ def test_models_are_compared_on_the_same_prompts(params, hf_dir, encoder, tmp_pa
         max_new=9,
         texts=[tmp_path / "sea.txt"],
         to=tmp_path / "eval" / "samples.json",
-    )
+    ).to_json()
     alone = likelihood.measure_bits_per_byte(
         SPEC, params, [TEXTS[0]], encoder.encode_batch([TEXTS[0]]), encoder.bos_id
     ).bits_per_byte
@@ -687,14 +687,14 @@ def test_on_a_terminal_a_text_is_seen_as_it_is_written_and_is_inert(hf_dir, caps
 
     monkeypatch.setattr(decode, "generate", watched)
     samples = compare.compare_samples([hf_dir], ["The \x1b[31mship"], max_new=11)
-    (output,) = samples["prompts"][0]["outputs"]
+    (output,) = samples.prompts[0].outputs
     parts = seen[1:]  # the first was to compile
     assert parts[0].startswith(f"\n{hf_dir.name} > The \N{REPLACEMENT CHARACTER}[31mship\n")
     streamed = "".join(parts).partition("ship\n")[2] + capsys.readouterr().out.partition("\n")[0]
     assert (
         len(parts) == 3
-        and output["text"]
-        and streamed == compare.escape_controls(output["text"]).partition("\n")[0]
+        and output.text
+        and streamed == compare.escape_controls(output.text).partition("\n")[0]
     )
 
 
@@ -720,7 +720,8 @@ def test_the_documents_on_which_two_models_differ_most_are_found_in_both_directi
         "".join(json.dumps({"id": f"d{i}", "text": text}) + "\n" for i, text in enumerate(texts))
     )
     to = tmp_path / "eval" / "differences.json"
-    found = compare.compare_documents([hf_dir, child], [f"held=jsonl:{tmp_path}/held.jsonl"], to=to)
+    held = f"held=jsonl:{tmp_path}/held.jsonl"
+    found = compare.compare_documents([hf_dir, child], [held], to=to).to_json()
     assert json.loads(to.read_text()) == found and found["documents"] == 12, "x is too short"
     ids = [each[:300] for each in encoder.encode_batch(texts)]
     means = [[], []]
@@ -783,13 +784,14 @@ def test_columns_hold_their_width_and_text_stays_inert():
         + "m" * 50
         + "\n吾輩は猫である。名前はまだ無い。どこで生れたか\x1b[31mred"
     )
-    samples = {
-        "models": ["a", "bb"],
-        "prompts": [
-            {"prompt": "p", "outputs": [{"model": name, "text": text} for name in ("a", "bb")]}
-        ],
-        "bits_per_byte": {},
-    }
+    outputs = tuple(compare.Continuation(name, text, 9, 0.1) for name in ("a", "bb"))
+    samples = compare.SampleComparison(
+        request="",
+        models=("a", "bb"),
+        settings=compare.GenerationSettings(9, 1.0, 0.0, 0, 1.0, seed=0),
+        prompts=(compare.PromptSamples("p", outputs),),
+        bits_per_byte={},
+    )
     shown = compare.format_columns(samples, 62)
     assert all(compare.display_width(line) <= 62 for line in shown.split("\n"))
     assert "\x1b" not in shown
