@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -90,7 +90,7 @@ def read_memory(kind: str) -> int:
 
 def open_stream(
     packed: pathlib.Path, first_sequence: int, batch_size: int = BATCH_SIZE
-) -> tuple[loader.PackedDataset, Iterator[Batch]]:
+) -> tuple[loader.PackedDataset, Generator[Batch, None, None]]:
     """Return a dataset and its batches on one device."""
     dataset = loader.open_packed([packed])
     schedule = MixtureSchedule(config.MixtureConfig(), dataset.n_sequences, batch_size)

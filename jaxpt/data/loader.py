@@ -16,7 +16,7 @@ import json
 import pathlib
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import grain
@@ -424,7 +424,7 @@ def iterate_batches(
     batch_size: int,
     first_sequence: int,
     document_mask: bool,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yield batches without end, from global sequence first_sequence on.
 
     Threads make the next ones while the current one trains.
