@@ -1,16 +1,15 @@
-"""Both backends of evaluate.py on the same requests, and decoding beside transformers' generate, on
-a random model of the course's 248M shape.
+"""Compare both backends of evaluate.py, and decoding with transformers' generate.
+
+The model is random, of the course's 248M architecture.
 
     python benchmarks/evaluate.py TOKENIZER DATA_DIR [--items 40] [--rounds 2] [--at FOLDER]
 
-TOKENIZER is a SentencePiece .model or a Hugging Face directory of at most 32,000 pieces, DATA_DIR
-holds the files of truthfulqa and winogrande
-(docs/evaluate.md). Every turn is a process of its own, in turn: evaluate.py as a user starts it on
-the first --items of both tasks, then 64 greedy tokens
-after one prompt and after eight of different lengths (left-padded in one batch). Seconds of an
-evaluation are those that its results file says, from the start of its
-work to its end, loading and compiling included; those of decoding are without loading and without a
-first call.
+TOKENIZER is a SentencePiece .model or a Hugging Face directory with at most 32,000 tokens, DATA_DIR
+holds the files of truthfulqa and winogrande (docs/evaluate.md). Each measurement is a process of
+its own, alternating: evaluate.py as a user starts it on the first --items of both tasks, then 64
+greedy tokens after one prompt and after eight of different lengths (left-padded in one batch).
+Seconds of an evaluation are those of its results file, loading and compiling included; those of
+decoding are without loading and without a first call.
 """
 
 import argparse
@@ -26,10 +25,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["JAX_PLATFORMS"] = "cpu"
 TASKS = ["truthfulqa_mc2", "winogrande"]
-NEW = 64
+MAX_NEW = 64
 
 
-def make(tokenizer_path: str, out: pathlib.Path) -> None:
+def make_model(tokenizer_path: str, out: pathlib.Path) -> None:
+    """Write a random model in Hugging Face format."""
     from jaxpt import config, sharding
     from jaxpt.data import tokenizer
     from jaxpt.model import llama
@@ -57,14 +57,16 @@ def make(tokenizer_path: str, out: pathlib.Path) -> None:
     )
 
 
-def prompts(n: int) -> list[list[int]]:
+def make_prompts(n: int) -> list[list[int]]:
+    """Return n random prompts of different lengths."""
     import numpy as np
 
     random = np.random.default_rng(n)
     return [[1, *random.integers(10, 30_000, 25 + 7 * i).tolist()] for i in range(n)]
 
 
-def jaxpt(model: pathlib.Path, n: int) -> tuple[float, list[list[int]]]:
+def decode_by_jaxpt(model: pathlib.Path, n: int) -> tuple[float, list[list[int]]]:
+    """Return seconds and the texts."""
     import dataclasses
 
     from jaxpt import config, sharding
@@ -75,34 +77,40 @@ def jaxpt(model: pathlib.Path, n: int) -> tuple[float, list[list[int]]]:
         model, sharding.make_mesh(config.MeshConfig()), "float32"
     )
     spec = dataclasses.replace(spec, eos_id=None)
-    decode.generate(spec, params, prompts(n), max_new=NEW)
+    decode.generate(spec, params, make_prompts(n), max_new=MAX_NEW)
     start = time.perf_counter()
-    texts = decode.generate(spec, params, prompts(n), max_new=NEW)
+    texts = decode.generate(spec, params, make_prompts(n), max_new=MAX_NEW)
     return time.perf_counter() - start, texts
 
 
-def transformers(model: pathlib.Path, n: int) -> tuple[float, list[list[int]]]:
+def decode_by_transformers(model: pathlib.Path, n: int) -> tuple[float, list[list[int]]]:
+    """Return seconds and the texts."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    judge = AutoModelForCausalLM.from_pretrained(model, dtype="float32").eval()
-    longest = max(map(len, prompts(n)))
-    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts(n)])
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype="float32").eval()
+    longest = max(map(len, make_prompts(n)))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in make_prompts(n)])
     mask = torch.tensor(
-        [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts(n)]
+        [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in make_prompts(n)]
     )
-    asked = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    options = {
+        "max_new_tokens": MAX_NEW,
+        "min_new_tokens": MAX_NEW,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
     with torch.no_grad():
-        judge.generate(ids, attention_mask=mask, **asked)
+        reference.generate(ids, attention_mask=mask, **options)
         start = time.perf_counter()
-        texts = judge.generate(ids, attention_mask=mask, **asked)
+        texts = reference.generate(ids, attention_mask=mask, **options)
     return time.perf_counter() - start, texts[:, longest:].tolist()
 
 
-WAYS = {"jaxpt": jaxpt, "transformers": transformers}
+DECODERS = {"jaxpt": decode_by_jaxpt, "transformers": decode_by_transformers}
 
 
-def evaluation(
+def run_evaluation(
     model: pathlib.Path, backend: str, items: int, data_dir: str, to: pathlib.Path
 ) -> dict:
     to.unlink(missing_ok=True)
@@ -126,37 +134,42 @@ def evaluation(
     return json.loads(to.read_text())
 
 
-def child(*arguments) -> dict:
-    told = subprocess.run(
+def run_child(*arguments) -> dict:
+    """Return what this script prints as JSON in a process of its own."""
+    output = subprocess.run(
         [sys.executable, __file__, *map(str, arguments)],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     ).stdout
-    return json.loads(told.splitlines()[-1])
+    return json.loads(output.splitlines()[-1])
 
 
 def main(tokenizer_path: str, data_dir: str, items: int, rounds: int, at: pathlib.Path) -> None:
     model = at / "model"
     if not model.is_dir():
-        make(tokenizer_path, model)
+        make_model(tokenizer_path, model)
     print(
         f"| {items} items of each task | " + " | ".join(TASKS) + " | seconds |\n|---|---|---|---|"
     )
     for _ in range(rounds):
         for backend in ("jax", "hf"):
-            found = evaluation(model, backend, items, data_dir, at / f"{backend}.json")
+            found = run_evaluation(model, backend, items, data_dir, at / f"{backend}.json")
             scores = " | ".join(f"{found['results'][task]['acc,none']:.4f}" for task in TASKS)
             print(f"| {backend} | {scores} | {found['seconds']:.1f} |", flush=True)
     print("\n| decoding | prompts at once | tokens/s | text |\n|---|---|---|---|")
     for n in (1, 8):
         for _ in range(rounds):
-            told = {way: child("--turn", way, str(n), "--at", at) for way in WAYS}
+            results = {name: run_child("--turn", name, str(n), "--at", at) for name in DECODERS}
             same = (
-                "equal" if told["jaxpt"]["texts"] == told["transformers"]["texts"] else "DIFFERENT"
+                "equal"
+                if results["jaxpt"]["texts"] == results["transformers"]["texts"]
+                else "DIFFERENT"
             )
-            for way, each in told.items():
-                print(f"| {way} | {n} | {n * NEW / each['seconds']:.1f} | {same} |", flush=True)
+            for name, each in results.items():
+                print(
+                    f"| {name} | {n} | {n * MAX_NEW / each['seconds']:.1f} | {same} |", flush=True
+                )
 
 
 if __name__ == "__main__":
@@ -170,17 +183,17 @@ if __name__ == "__main__":
     parser.add_argument(
         "--at",
         type=pathlib.Path,
-        help="where the model is made and kept; by default a temporary folder",
+        help="where the model is written and kept; default: a temporary folder",
     )
     parser.add_argument(
         "--turn",
         nargs=2,
-        metavar=("WAY", "PROMPTS"),
-        help="one turn of decoding in this process; what the rounds start",
+        metavar=("DECODER", "PROMPTS"),
+        help="decode once in this process; what the rounds start",
     )
     arguments = parser.parse_args()
     if arguments.turn:
-        seconds, texts = WAYS[arguments.turn[0]](arguments.at / "model", int(arguments.turn[1]))
+        seconds, texts = DECODERS[arguments.turn[0]](arguments.at / "model", int(arguments.turn[1]))
         print(json.dumps({"seconds": seconds, "texts": texts}))
     else:
         with tempfile.TemporaryDirectory() as folder:

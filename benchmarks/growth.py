@@ -112,7 +112,7 @@ class Bench:
         """
         mixture = MixtureSchedule(
             dataclasses.replace(self.settings.mixture, seed=seed),
-            self.rows.n_rows,
+            self.rows.n_sequences,
             self.settings.train.batch_size,
         )
         batches = loader.iterate_batches(

@@ -115,7 +115,7 @@ def bare_step(settings: config.Config, home: pathlib.Path, run: str) -> float:
     """Return the seconds per step of the compiled step alone."""
     mesh = sharding.make_mesh(settings.mesh)
     rows = loader.open_packed([home / "data/packed"])
-    mixture = MixtureSchedule(settings.mixture, rows.n_rows, settings.train.batch_size)
+    mixture = MixtureSchedule(settings.mixture, rows.n_sequences, settings.train.batch_size)
     batch = next(
         loader.iterate_batches(
             rows, mixture, sharding.make_batch_sharding(mesh), settings.train.batch_size, 0, True

@@ -1,11 +1,8 @@
-"""The same train command on many hosts.
+"""Start one train command on many hosts: a Cloud TPU slice, Kubernetes, SLURM or plain ssh.
 
-What is written and what is run, for a Cloud TPU slice, Kubernetes, SLURM and plain ssh.
-
-A recipe is a Launch: files, then phases of shell lines; the lines of a phase run at the same time.
-`show` prints one so that it
-can be pasted into a terminal, `go` does it. train.py joins the processes: see
-jaxpt/train/distributed.py for what it looks at.
+A LaunchPlan is files, then phases of shell lines; the lines of a phase run at the same time.
+`print_launch` writes one for pasting into a terminal, `execute_launch` runs it. train.py joins the
+processes: jaxpt/train/distributed.py.
 """
 
 from __future__ import annotations
@@ -28,30 +25,36 @@ log = logging.getLogger(__name__)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COORDINATOR_PORT = 8476  # where the first process waits for the others
-# seconds between the notice that a pod must go and its end: a checkpoint of a large model takes
-# minutes
+# seconds from a pod's notice to its end: a checkpoint of a large model takes minutes
 GRACE_SECONDS = 600
-MAX_RESTARTS = 20  # of a whole JobSet: each goes on from the newest checkpoint
+MAX_RESTARTS = 20  # of a whole JobSet: each continues from the newest checkpoint
 
-# chip: (value of GKE's node label, devices that a host of several holds)
+
+class NodeKind(NamedTuple):
+    """Hosts with one kind of accelerator."""
+
+    label: str  # value of GKE's node label
+    n_devices: int  # of a host, where there are several hosts
+
+
 TPU_NODES = {
-    "v4": ("tpu-v4-podslice", 4),
-    "v5e": ("tpu-v5-lite-podslice", 4),
-    "v5p": ("tpu-v5p-slice", 4),
-    "v6e": ("tpu-v6e-slice", 4),
-    "tpu7x": ("tpu7x", 4),
+    "v4": NodeKind("tpu-v4-podslice", 4),
+    "v5e": NodeKind("tpu-v5-lite-podslice", 4),
+    "v5p": NodeKind("tpu-v5p-slice", 4),
+    "v6e": NodeKind("tpu-v6e-slice", 4),
+    "tpu7x": NodeKind("tpu7x", 4),
 }
 GPU_NODES = {
-    "a100": ("nvidia-tesla-a100", 8),
-    "a100-80gb": ("nvidia-a100-80gb", 8),
-    "h100": ("nvidia-h100-80gb", 8),
-    "h100-mega": ("nvidia-h100-mega-80gb", 8),
-    "h200": ("nvidia-h200-141gb", 8),
-    "b200": ("nvidia-b200", 8),
-    "l4": ("nvidia-l4", 8),
+    "a100": NodeKind("nvidia-tesla-a100", 8),
+    "a100-80gb": NodeKind("nvidia-a100-80gb", 8),
+    "h100": NodeKind("nvidia-h100-80gb", 8),
+    "h100-mega": NodeKind("nvidia-h100-mega-80gb", 8),
+    "h200": NodeKind("nvidia-h200-141gb", 8),
+    "b200": NodeKind("nvidia-b200", 8),
+    "l4": NodeKind("nvidia-l4", 8),
 }
 
-# Everything that git would see, committed or not: the recipe that was just written belongs to it.
+# what git sees, committed or not: the recipe that was just written belongs to it
 PACK_CLONE = "git ls-files -coz --exclude-standard | tar -cz --null -T -"
 # Under a lock, for hosts that share a home. uv brings a Python of its own where the image's is
 # older than 3.11, as that of many TPU images is.
@@ -66,95 +69,91 @@ SETUP_COMMANDS = (
 
 
 class LaunchPlan(NamedTuple):
-    """Files to write and commands to run."""
+    """Files to write and commands to run.
 
-    required_commands: tuple[str, ...]  # programs
+    Attributes:
+        required_commands: programs that must be on the PATH.
+        files: path below the clone, or absolute -> content.
+        phases: shell lines; those of a phase run at the same time.
+        notes: what a user may want to do next ("see", "stop") -> command.
+    """
+
+    required_commands: tuple[str, ...]
     files: dict[str, str]
     phases: list[list[str]]
-    notes: dict[str, str]  # what a person may want next: the command
+    notes: dict[str, str]
 
 
 def plan_tpu_vm(name: str, zone: str, train: list[str]) -> LaunchPlan:
-    """Every host of a Cloud TPU slice that is there.
+    """Return a plan for all hosts of an existing Cloud TPU slice.
 
     The processes find each other through the slice's metadata.
     """
     gcloud = ["gcloud", "compute", "tpus", "tpu-vm"]
 
-    def everywhere(command: str, worker: str = "all") -> str:
-        return shlex.join(
-            [*gcloud, "ssh", name, f"--zone={zone}", f"--worker={worker}", f"--command={command}"]
-        )
+    def on_workers(command: str, worker: str = "all") -> str:
+        flags = [f"--zone={zone}", f"--worker={worker}", f"--command={command}"]
+        return shlex.join([*gcloud, "ssh", name, *flags])
 
-    copy = shlex.join(
-        [*gcloud, "scp", "/tmp/jaxpt.tgz", f"{name}:jaxpt.tgz", f"--zone={zone}", "--worker=all"]
-    )
-    return LaunchPlan(
-        required_commands=("gcloud", "git", "tar"),
-        files={},
-        phases=[
-            [f"{PACK_CLONE} -f /tmp/jaxpt.tgz"],
-            [copy],
-            [
-                everywhere(
-                    SETUP_COMMANDS.format(
-                        archive="-f ../jaxpt.tgz", requirements="requirements-tpu.txt"
-                    )
-                )
-            ],
-            [everywhere(detached_command(train))],
-        ],
-        notes={
-            "see": everywhere("tail -n 40 -F jaxpt/train.log", "0"),
-            "stop": everywhere(stop_command()),
-        },
-    )
+    archive = "/tmp/jaxpt.tgz"
+    copy = [*gcloud, "scp", archive, f"{name}:jaxpt.tgz", f"--zone={zone}", "--worker=all"]
+    setup = format_setup("requirements-tpu.txt", "-f ../jaxpt.tgz")
+    phases = [
+        [f"{PACK_CLONE} -f {archive}"],
+        [shlex.join(copy)],
+        [on_workers(setup)],
+        [on_workers(detached_command(train))],
+    ]
+    notes = {
+        "see": on_workers("tail -n 40 -F jaxpt/train.log", "0"),
+        "stop": on_workers(stop_command()),
+    }
+    return LaunchPlan(("gcloud", "git", "tar"), {}, phases, notes)
 
 
 def plan_ssh(hosts: list[str], train: list[str]) -> LaunchPlan:
-    """Hosts that ssh reaches without a password.
+    """Return a plan for hosts that ssh reaches without a password.
 
-    The first is the coordinator, by the name given here.
+    The first is the coordinator, which the others reach by the name given here.
     """
     coordinator = f"{hosts[0].rpartition('@')[2]}:{COORDINATOR_PORT}"
+    processes = f"JAXPT_COORDINATOR={coordinator} JAXPT_PROCESSES={len(hosts)}"
 
-    def on(host: str, command: str, *flags: str) -> str:
+    def on_host(host: str, command: str, *flags: str) -> str:
         return shlex.join(["ssh", *flags, host, command])
 
-    def environment(i: int) -> str:
-        return f"JAXPT_COORDINATOR={coordinator} JAXPT_PROCESSES={len(hosts)} JAXPT_PROCESS={i} "
+    setup = format_setup("requirements-gpu.txt")
+    copies, starts, stops = [], [], []
+    for i, host in enumerate(hosts):
+        start = detached_command(train, f"{processes} JAXPT_PROCESS={i} ", f"-{i}")
+        copies.append(f"{PACK_CLONE} | {on_host(host, setup)}")
+        starts.append(on_host(host, start, "-n"))
+        stops.append(on_host(host, stop_command(f"-{i}")))
+    see = on_host(hosts[0], "tail -n 40 -F jaxpt/train-0.log")
+    notes = {"see": see, "stop": "; ".join(stops)}
+    return LaunchPlan(("ssh", "git", "tar"), {}, [copies, starts], notes)
 
-    return LaunchPlan(
-        required_commands=("ssh", "git", "tar"),
-        files={},
-        phases=[
-            [
-                f"{PACK_CLONE} | "
-                + on(host, SETUP_COMMANDS.format(archive="", requirements="requirements-gpu.txt"))
-                for host in hosts
-            ],
-            [
-                on(host, detached_command(train, environment(i), f"-{i}"), "-n")
-                for i, host in enumerate(hosts)
-            ],
-        ],
-        notes={
-            "see": on(hosts[0], "tail -n 40 -F jaxpt/train-0.log"),
-            "stop": "; ".join(on(host, stop_command(f"-{i}")) for i, host in enumerate(hosts)),
-        },
-    )
+
+def format_setup(requirements: str, archive: str = "") -> str:
+    """Return the shell line that unpacks the clone in ~/jaxpt and installs its requirements.
+
+    Args:
+        requirements: the file of requirements.
+        archive: tar's flags for the packed clone; "": it comes on stdin.
+    """
+    return SETUP_COMMANDS.format(archive=archive, requirements=requirements)
 
 
 def detached_command(train: list[str], environment: str = "", suffix: str = "") -> str:
-    """A shell line that starts training in ~/jaxpt so that it outlives its connection, unless a run
-    is going on there.
+    """Return a shell line that starts training in ~/jaxpt, unless a run is active there.
+
+    The run outlives the connection.
     """
-    pid, log = f"train{suffix}.pid", f"train{suffix}.log"
+    pid, log_file = f"train{suffix}.pid", f"train{suffix}.log"
     return (
         f"cd jaxpt && if kill -0 $(cat {pid}) 2>/dev/null; then echo "
-        f'"$(hostname): a run is going on, process $(cat {pid}); stop it '
-        'first" >&2; exit 1; fi; '
-        f"{environment}nohup .venv/bin/python {shlex.join(train)} >>{log} "
+        f'"$(hostname): a run is active, process $(cat {pid}); stop it first" >&2; exit 1; fi; '
+        f"{environment}nohup .venv/bin/python {shlex.join(train)} >>{log_file} "
         f"2>&1 </dev/null & echo $! >{pid}"
     )
 
@@ -165,25 +164,26 @@ def stop_command(suffix: str = "") -> str:
 
 
 def plan_slurm(nodes: int, gpus: int, workdir: str, train: list[str]) -> LaunchPlan:
-    """A batch script for the cluster whose shared disk holds this clone.
+    """Return a batch script for the cluster whose shared disk holds this clone.
 
-    Sbatch's own environment (SBATCH_PARTITION, ...) says the rest.
+    Partition, account and the like come from sbatch's own environment (SBATCH_PARTITION, ...).
     """
     if nodes < 1 or gpus < 0:
         raise UserError(
-            f"--nodes {nodes} --gpus {gpus}: expected at least one node, and "
-            "0 or more GPUs on each."
+            f"--nodes {nodes} --gpus {gpus}: expected at least one node, and 0 or more GPUs on "
+            "each."
         )
-    name = pathlib.Path(workdir).name
-    file = f"{workdir}/train.sbatch"
-    python = shlex.quote(sys.executable)
-    gpu_lines = (
-        f"#SBATCH --gres=gpu:{gpus}\n"
-        "# JAX takes a task for one GPU, its local id; this one has all of its node\n"
-        f"export JAX_LOCAL_DEVICE_IDS={','.join(map(str, range(gpus)))}\n"
-        if gpus
-        else ""
-    )
+    gpu_lines = ""
+    if gpus:
+        ids = ",".join(map(str, range(gpus)))
+        gpu_lines = (
+            f"#SBATCH --gres=gpu:{gpus}\n"
+            "# JAX takes a task for one GPU, its local id; this one has all of its node\n"
+            f"export JAX_LOCAL_DEVICE_IDS={ids}\n"
+        )
+    python = f"{shlex.quote(sys.executable)} {shlex.join(train)}"
+    was_stopped = "[ $status = 143 ] || [ $status = 0 ]"
+    is_unfinished = f"[ ! -e {shlex.quote(workdir + '/manifest.json')} ]"
     script = f"""#!/bin/bash
 #SBATCH --nodes={nodes}
 #SBATCH --ntasks-per-node=1
@@ -195,107 +195,90 @@ def plan_slurm(nodes: int, gpus: int, workdir: str, train: list[str]) -> LaunchP
 #SBATCH --signal=TERM@120
 {gpu_lines}
 cd {shlex.quote(str(ROOT))}
-srun --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 {python} {shlex.join(train)}
+srun --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 {python}
 status=$?
-# 143 (or a shell's 0) and yet not finished: it was asked to stop, has saved, and goes on in the next turn
-if {{ [ $status = 143 ] || [ $status = 0 ]; }} && [ ! -e {shlex.quote(workdir + "/manifest.json")} ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+# 143 (or a shell's 0) and yet not finished: it was asked to stop, has saved, and continues when
+# it is scheduled again
+if {{ {was_stopped}; }} && {is_unfinished}; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit $status
 """
-    return LaunchPlan(
-        required_commands=("sbatch",),
-        files={file: script},
-        phases=[
-            [shlex.join(["sbatch", f"--job-name={name}", f"--output={workdir}/train-%j.log", file])]
-        ],
-        notes={
-            "see": f"tail -n 40 -F {shlex.quote(workdir)}/train-*.log",
-            # asked first, it has saved by the time that it is ended
-            "stop": shlex.join(["scancel", "--signal=TERM", f"--name={name}"])
-            + "; sleep 60; "
-            + shlex.join(["scancel", f"--name={name}"]),
-        },
-    )
+    name = pathlib.Path(workdir).name
+    file = f"{workdir}/train.sbatch"
+    submit = ["sbatch", f"--job-name={name}", f"--output={workdir}/train-%j.log", file]
+    # asked first, it has saved by the time that it is ended
+    ask = shlex.join(["scancel", "--signal=TERM", f"--name={name}"])
+    end = shlex.join(["scancel", f"--name={name}"])
+    notes = {
+        "see": f"tail -n 40 -F {shlex.quote(workdir)}/train-*.log",
+        "stop": f"{ask}; sleep 60; {end}",
+    }
+    return LaunchPlan(("sbatch",), {file: script}, [[shlex.join(submit)]], notes)
 
 
 def plan_gke(
     name: str, target: str, image: str, claim: str, workdir: str, train: list[str]
 ) -> LaunchPlan:
-    """A JobSet on a cluster that has the JobSet controller.
+    """Return a JobSet for a cluster that has the JobSet controller.
 
-    `claim`, a volume that many pods may write, is mounted on workdir's parent.
+    Args:
+        name: of the JobSet.
+        target: hardware, see `find_node_pool`.
+        image: name of the image, built and pushed first.
+        claim: volume that many pods may write, mounted on workdir's parent.
+        workdir: the run directory.
+        train: from `train_command`.
     """
     file = f"runs/launch/{name}.yaml"
-    requirements = (
-        "requirements-gpu.txt" if target.partition(":")[0] in GPU_NODES else "requirements-tpu.txt"
-    )
-    build = [
-        "docker",
-        "build",
-        "-t",
-        image,
-        "--build-arg",
-        f"REQUIREMENTS={requirements}",
-        "-f",
-        "scripts/Dockerfile",
-        "-",
+    is_gpu = target.partition(":")[0] in GPU_NODES
+    requirements = "requirements-gpu.txt" if is_gpu else "requirements-tpu.txt"
+    build = ["docker", "build", "-t", image, "--build-arg", f"REQUIREMENTS={requirements}"]
+    build += ["-f", "scripts/Dockerfile", "-"]
+    phases = [
+        [f"{PACK_CLONE} | {shlex.join(build)}"],
+        [f"docker push {shlex.quote(image)}"],
+        [f"kubectl apply -f {file}"],
     ]
-    return LaunchPlan(
-        required_commands=("docker", "kubectl", "git", "tar"),
-        files={file: render_jobset(name, target, image, claim, workdir, train)},
-        phases=[
-            [f"{PACK_CLONE} | {shlex.join(build)}"],
-            [f"docker push {shlex.quote(image)}"],
-            [f"kubectl apply -f {file}"],
-        ],
-        notes={
-            "see": f"kubectl logs -f -l jobset.sigs.k8s.io/jobset-name={name},batch.kubernetes.io/job-completion-index=0",
-            "stop": f"kubectl delete jobset {name}",
-        },
-    )
+    labels = f"jobset.sigs.k8s.io/jobset-name={name},batch.kubernetes.io/job-completion-index=0"
+    notes = {
+        "see": f"kubectl logs -f -l {labels}",
+        "stop": f"kubectl delete jobset {name}",
+    }
+    files = {file: render_jobset(name, target, image, claim, workdir, train)}
+    return LaunchPlan(("docker", "kubectl", "git", "tar"), files, phases, notes)
 
 
 def render_jobset(
-    name: str, on: str, image: str, claim: str, workdir: str, train: list[str]
+    name: str, target: str, image: str, claim: str, workdir: str, train: list[str]
 ) -> str:
-    """The YAML. Strings that a person chose are written as JSON, which YAML reads as it is."""
+    """Return the YAML. A user's strings are written as JSON, which YAML reads as it is."""
     if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", name):
         raise UserError(
-            f"--name {name}: Kubernetes wants at most 40 small letters, "
-            "digits and dashes, beginning with a letter."
+            f"--name {name}: expected at most 40 small letters, digits and dashes, beginning with "
+            "a letter, as Kubernetes requires."
         )
     parent = str(pathlib.PurePosixPath(workdir).parent)
     if parent == "/":
         raise UserError(
-            f"--workdir {workdir}: its parent is where the volume is mounted, "
-            f"and / cannot be. Use one such as /runs{workdir}."
+            f"--workdir {workdir}: its parent is where the volume is mounted, and / cannot be. "
+            f"Use one such as /runs{workdir}."
         )
-    hosts, devices, selector, resource = find_node_pool(on)
-    # A shell is the pod's first process, so the notice to stop is handed on. Ended well and yet not
-    # finished (it was asked to stop) is
-    # a failure here: a pod that ends with 0 counts as done, and the set would not start it again.
-    command = (
-        f"python {shlex.join(train)} & child=$!; trap 'kill -TERM $child' "
-        "TERM; wait $child || wait $child "
-        f"&& {{ test -e {shlex.quote(workdir + '/manifest.json')} || exit 75; }}"
-    )
-    command = json.dumps(
-        command.replace("$", "$$"), ensure_ascii=False
-    )  # Kubernetes reads $(NAME) itself, and $$ as a dollar
-    gpu = resource == "nvidia.com/gpu"
-    joined = f"""
-                  env:
-                    - {{name: JAXPT_COORDINATOR, value: "{name}-hosts-0-0.{name}:{COORDINATOR_PORT}"}}
-                    - {{name: JAXPT_PROCESSES, value: "{hosts}"}}
-                    - name: JAXPT_PROCESS
-                      valueFrom: {{fieldRef: {{fieldPath: "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}}}"""
-    shared_memory = (
-        "\n                    - {name: memory, mountPath: /dev/shm}",
-        "\n                - {name: memory, emptyDir: {medium: Memory}}",
-    )
+    pool = find_node_pool(target)
+    # a slice is one node pool, and belongs to one job alone
+    annotation = "alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool"
+    exclusive = f"\n  annotations: {{{annotation}}}"
+    environment = mount = volume = ""
+    if pool.is_gpu:
+        exclusive = ""
+        mount = "\n                    - {name: memory, mountPath: /dev/shm}"
+        volume = "\n                - {name: memory, emptyDir: {medium: Memory}}"
+        if pool.n_hosts > 1:
+            environment = render_environment(name, pool.n_hosts)
+    claim_source = f"persistentVolumeClaim: {{claimName: {json.dumps(claim)}}}"
+    command = render_pod_command(workdir, train)
     return f"""apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:
-  name: {name}{"" if gpu else EXCLUSIVE_TOPOLOGY}
+  name: {name}{exclusive}
 spec:
   failurePolicy:
     maxRestarts: {MAX_RESTARTS}
@@ -305,135 +288,161 @@ spec:
       template:
         spec:
           completionMode: Indexed
-          completions: {hosts}
-          parallelism: {hosts}
+          completions: {pool.n_hosts}
+          parallelism: {pool.n_hosts}
           backoffLimit: 0  # one host down: the set restarts all of them
           template:
             spec:
               restartPolicy: Never
               terminationGracePeriodSeconds: {GRACE_SECONDS}
-              nodeSelector: {json.dumps(selector)}
+              nodeSelector: {json.dumps(pool.selector)}
               containers:
                 - name: train
                   image: {json.dumps(image)}
                   command: ["bash", "-c", {command}]
-                  resources: {{limits: {{{resource}: {devices}}}}}{joined if gpu and hosts > 1 else ""}
+                  resources: {{limits: {{{pool.resource}: {pool.n_devices}}}}}{environment}
                   volumeMounts:
-                    - {{name: runs, mountPath: {json.dumps(parent)}}}{shared_memory[0] if gpu else ""}
+                    - {{name: runs, mountPath: {json.dumps(parent)}}}{mount}
               volumes:
-                - {{name: runs, persistentVolumeClaim: {{claimName: {json.dumps(claim)}}}}}{shared_memory[1] if gpu else ""}
+                - {{name: runs, {claim_source}}}{volume}
 """
 
 
-# a slice is one node pool, and belongs to one job alone
-EXCLUSIVE_TOPOLOGY = (
-    "\n  annotations: {alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool}"
-)
+def render_pod_command(workdir: str, train: list[str]) -> str:
+    """Return a pod's shell line as JSON.
 
-
-def find_node_pool(on: str) -> tuple[int, int, dict[str, str], str]:
-    """ "v5p:4x4x4" or "h100:16" -> hosts, devices of each, node labels, and the resource that they
-    are asked as.
+    A shell is the pod's first process, so it passes the notice to stop on. A run that ended well
+    and yet is not finished (it was asked to stop) is a failure here: a pod that ends with 0 counts
+    as done, and the set would not start it again.
     """
-    chip, _, size = on.partition(":")
+    manifest = shlex.quote(workdir + "/manifest.json")
+    command = (
+        f"python {shlex.join(train)} & child=$!; trap 'kill -TERM $child' TERM; "
+        f"wait $child || wait $child && {{ test -e {manifest} || exit 75; }}"
+    )
+    # Kubernetes reads $(NAME) itself, and $$ as a dollar
+    return json.dumps(command.replace("$", "$$"), ensure_ascii=False)
+
+
+def render_environment(name: str, n_hosts: int) -> str:
+    """Return the variables by which the processes of GPU pods find each other."""
+    coordinator = f"{name}-hosts-0-0.{name}:{COORDINATOR_PORT}"
+    index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+    return f"""
+                  env:
+                    - {{name: JAXPT_COORDINATOR, value: "{coordinator}"}}
+                    - {{name: JAXPT_PROCESSES, value: "{n_hosts}"}}
+                    - name: JAXPT_PROCESS
+                      valueFrom: {{fieldRef: {{fieldPath: "{index}"}}}}"""
+
+
+class NodePool(NamedTuple):
+    """The hosts of a JobSet."""
+
+    n_hosts: int
+    n_devices: int  # per host
+    selector: dict[str, str]  # node labels
+    resource: str  # Kubernetes' name of the devices
+
+    @property
+    def is_gpu(self) -> bool:
+        """Return whether the devices are GPUs."""
+        return self.resource == "nvidia.com/gpu"
+
+
+def find_node_pool(target: str) -> NodePool:
+    """Return the hosts for a target such as "v5p:4x4x4" or "h100:16"."""
+    chip, _, size = target.partition(":")
     if chip in TPU_NODES and re.fullmatch(r"\d+x\d+(x\d+)?", size):
-        label, each = TPU_NODES[chip]
-        n = math.prod(map(int, size.split("x")))
-        if chip in ("v5e", "v6e") and n == 8:
-            each = 8  # the one machine type that holds a slice of eight
-        selector = {
-            "cloud.google.com/gke-tpu-accelerator": label,
-            "cloud.google.com/gke-tpu-topology": size,
-        }
+        label, per_host = TPU_NODES[chip]
+        n_devices = math.prod(map(int, size.split("x")))
+        if chip in ("v5e", "v6e") and n_devices == 8:
+            per_host = 8  # the one machine type that holds a slice of eight
+        selector = {"cloud.google.com/gke-tpu-accelerator": label}
+        selector["cloud.google.com/gke-tpu-topology"] = size
         resource = "google.com/tpu"
     elif chip in GPU_NODES and size.isdigit() and int(size):
-        label, each = GPU_NODES[chip]
-        n, selector, resource = (
-            int(size),
-            {"cloud.google.com/gke-accelerator": label},
-            "nvidia.com/gpu",
-        )
+        label, per_host = GPU_NODES[chip]
+        n_devices = int(size)
+        selector = {"cloud.google.com/gke-accelerator": label}
+        resource = "nvidia.com/gpu"
     else:
         raise UserError(
-            f"--on {on}: expected CHIP:TOPOLOGY ({', '.join(TPU_NODES)}), "
-            f"such as v5p:4x4x4, or CHIP:COUNT ({', '.join(GPU_NODES)}), such "
-            "as h100:16."
+            f"--on {target}: expected CHIP:TOPOLOGY ({', '.join(TPU_NODES)}), such as v5p:4x4x4, "
+            f"or CHIP:COUNT ({', '.join(GPU_NODES)}), such as h100:16."
         )
-    if n > each and n % each:
-        raise UserError(f"--on {on}: {n} devices are no whole number of hosts of {each}.")
-    return max(n // each, 1), min(n, each), selector, resource
-
-
-# ---- what every recipe asks of the train command
+    if n_devices > per_host and n_devices % per_host:
+        raise UserError(
+            f"--on {target}: expected whole hosts of {per_host} devices, got {n_devices} devices."
+        )
+    n_hosts = max(n_devices // per_host, 1)
+    return NodePool(n_hosts, min(n_devices, per_host), selector, resource)
 
 
 def train_command(config: str, workdir: str, overrides: list[str]) -> list[str]:
-    """Words after `python`, from the clone's root.
+    """Return the words after `python`, to be run in the clone's root.
 
-    Raises UserError where hosts would not find what the command names.
+    Raises:
+        UserError: other hosts would not find what the command names.
     """
     name, colon, argument = config.partition(":")
     file = pathlib.Path(name).resolve()
     if not file.is_relative_to(ROOT):
         raise UserError(
-            f"--config {config}: lies outside {ROOT}, so the other hosts "
-            "would not have it. Put it into the clone."
+            f"--config {config}: lies outside {ROOT}, so the other hosts would not have it. "
+            "Put it into the clone."
         )
     stage.local_path(workdir)
     if not pathlib.PurePosixPath(workdir).is_absolute():
         raise UserError(
-            f"--workdir {workdir}: expected an absolute path, a disk or mount "
-            "that every host sees under this name."
+            f"--workdir {workdir}: expected an absolute path, a disk or mount that every host sees "
+            "under this name."
         )
-    return [
-        "scripts/train.py",
-        "--config",
-        f"{file.relative_to(ROOT)}{colon}{argument}",
-        "--workdir",
-        workdir,
-        *overrides,
-    ]
+    recipe = f"{file.relative_to(ROOT)}{colon}{argument}"
+    return ["scripts/train.py", "--config", recipe, "--workdir", workdir, *overrides]
 
 
-# ---- doing it
+# ---- carrying a plan out
 
 
 def print_launch(launch: LaunchPlan) -> str:
-    """As text for a terminal in the clone's root."""
+    """Return the plan as text for a terminal in the clone's root."""
     lines = []
     for path, text in launch.files.items():
         folder = shlex.quote(str(pathlib.PurePosixPath(path).parent))
-        lines.append(
-            f"mkdir -p {folder} && cat >{shlex.quote(path)} <<'END_OF_FILE'\n{text}END_OF_FILE"
-        )
+        write = f"cat >{shlex.quote(path)} <<'END_OF_FILE'\n{text}END_OF_FILE"
+        lines.append(f"mkdir -p {folder} && {write}")
     for phase in launch.phases:
-        lines += [f"{command} &" for command in phase] + ["wait"] if len(phase) > 1 else phase
+        if len(phase) > 1:
+            lines += [f"{command} &" for command in phase]
+            lines.append("wait")
+        else:
+            lines += phase
     return "\n".join(lines)
 
 
 def execute_launch(launch: LaunchPlan) -> None:
     """Write the files and run the phases.
 
-    Raises UserError for a program that is not here and for a command that failed.
+    Raises:
+        UserError: a program is not installed, or a command failed.
     """
     for program in launch.required_commands:
         if not shutil.which(program):
             raise UserError(
-                f"{program}: not on this machine's PATH. Install it, or leave "
-                "out --go and take what is printed to a machine that has it."
+                f"{program}: not on this machine's PATH. Install it, or leave out --go and run "
+                "what is printed on a machine that has it."
             )
     for path, text in launch.files.items():
         (ROOT / path).parent.mkdir(parents=True, exist_ok=True)
         stage.write_atomic(ROOT / path, text)
     for phase in launch.phases:
+        processes = []
         for command in phase:
             log.info(command)
-        running = [
-            subprocess.Popen(["bash", "-o", "pipefail", "-c", command], cwd=ROOT)
-            for command in phase
-        ]
-        failed = [
-            command for command, process in zip(phase, running, strict=True) if process.wait()
-        ]
-        if failed:
-            raise UserError(f"failed, and nothing after it was started: {failed[0]}")
+            shell = ["bash", "-o", "pipefail", "-c", command]
+            processes.append(subprocess.Popen(shell, cwd=ROOT))
+        statuses = [process.wait() for process in processes]
+        for command, status in zip(phase, statuses, strict=True):
+            if status:
+                raise UserError(f"failed, and nothing after it was started: {command}")

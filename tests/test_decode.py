@@ -1,4 +1,4 @@
-"""Decoding: what transformers' generate would write, alone or in a batch, greedy or sampled."""
+"""Decoding equals transformers' generate, alone or in a batch, greedy or sampled."""
 
 import jax
 import numpy as np
@@ -23,8 +23,8 @@ SPEC = ModelSpec(
 LENGTHS = (5, 17, 70, 1)  # of prompts, one longer than decode.LENGTH_STEP
 
 
-def weights(spec):
-    """Random, with an embedding large enough that the next token depends on the tokens before."""
+def make_params(spec):
+    """Return random ones; a large embedding lets the next token depend on the tokens before."""
     random = np.random.default_rng(0)
     params = jax.tree.map(
         lambda row: np.float32(random.normal(row.ones, row.std or 0.1, row.shape)),
@@ -53,9 +53,9 @@ def prompts():
 def test_greedy_text_equals_transformers_token_for_token(changes, tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     spec = SPEC.replace(**changes)
-    params = weights(spec)
+    params = make_params(spec)
     huggingface.write_hf_model(spec, params, tmp_path)
-    judge = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
     for penalty in (1.0, 1.1):
         ours = decode.generate(
             spec,
@@ -66,7 +66,7 @@ def test_greedy_text_equals_transformers_token_for_token(changes, tmp_path):
         )
         for prompt, text in zip(prompts(), ours, strict=True):
             ids = torch.tensor([prompt])
-            theirs = judge.generate(
+            theirs = reference.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=30,
@@ -105,7 +105,7 @@ def test_logits_are_shaped_as_by_transformers_processors():
 
 
 def test_a_prompt_is_continued_in_a_batch_as_alone():
-    params = weights(SPEC)
+    params = make_params(SPEC)
     settings = {
         "max_new": 12,
         "sampling": decode.Sampling(temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1),
@@ -115,8 +115,8 @@ def test_a_prompt_is_continued_in_a_batch_as_alone():
     assert decode.generate(SPEC, params, prompts()[:1], **settings) == together[:1]
 
 
-def test_seeds_and_places_in_the_list_draw_different_texts():
-    params = weights(SPEC)
+def test_seeds_and_indices_in_the_list_draw_different_texts():
+    params = make_params(SPEC)
     twice = [prompts()[1]] * 2
     sampling = decode.Sampling(temperature=1.0)
     texts = [
@@ -128,50 +128,50 @@ def test_seeds_and_places_in_the_list_draw_different_texts():
 
 
 def test_text_does_not_depend_on_the_mesh_or_on_watching():
-    params = weights(SPEC)
+    params = make_params(SPEC)
     alone = decode.generate(SPEC, params, prompts(), max_new=12)
     mesh = sharding.make_mesh(config.MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
     moved = jax.device_put(params, llama.make_param_shardings(SPEC, mesh))
-    heard: dict[int, list] = {}
+    watched: dict[int, list] = {}
     assert (
         decode.generate(
             SPEC,
             moved,
             prompts(),
             max_new=12,
-            watch=lambda row, ids: heard.update({row: ids}),
+            watch=lambda row, ids: watched.update({row: ids}),
             watch_every=5,
         )
         == alone
     )
-    assert [heard.get(row, []) for row in range(len(LENGTHS))] == alone
+    assert [watched.get(row, []) for row in range(len(LENGTHS))] == alone
 
 
-def test_generation_ends_at_max_new_at_the_context_at_eos_and_when_told():
-    params = weights(SPEC)
+def test_generation_ends_at_max_new_at_the_context_at_eos_and_when_watch_stops_it():
+    params = make_params(SPEC)
     narrow = SPEC.replace(eos_id=None, max_seq_len=81)
     free = decode.generate(narrow, params, prompts(), max_new=40)
     assert [len(text) for text in free] == [40, 40, 81 - 70, 40]
 
-    told = decode.generate(
+    stopped = decode.generate(
         narrow, params, prompts(), max_new=40, watch=lambda row, ids: row == 2, watch_every=3
     )
-    assert told == [text[:3] if row == 2 else text for row, text in enumerate(free)]
+    assert stopped == [text[:3] if row == 2 else text for row, text in enumerate(free)]
 
     eos_id = free[1][6]
     ended = decode.generate(narrow.replace(eos_id=eos_id), params, prompts(), max_new=40)
     assert ended == [text[: text.index(eos_id)] if eos_id in text else text for text in free]
 
 
-def test_a_request_that_cannot_be_met_is_one_sentence():
-    params = weights(SPEC)
-    for bad, says in (
+def test_an_invalid_request_is_refused_in_one_sentence():
+    params = make_params(SPEC)
+    for bad, message in (
         ([[]], "no tokens"),
         ([[5] * 160], "context is 160"),
         ([[5, 96]], "token id 96"),
         ([[-3]], "token id -3"),
     ):
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=message):
             decode.generate(SPEC, params, bad, max_new=4)
     with pytest.raises(UserError, match="at least 1"):
         decode.generate(SPEC, params, [[5]], max_new=0)
@@ -181,7 +181,7 @@ def test_a_request_that_cannot_be_met_is_one_sentence():
 
 
 def test_another_batch_of_like_size_compiles_nothing():
-    params = weights(SPEC)
+    params = make_params(SPEC)
     decode.generate(SPEC, params, prompts()[:2], max_new=9)
     sizes = decode.prefill_cache._cache_size(), decode.decode_step._cache_size()
     decode.generate(SPEC, params, [[7, 8, 9], [4] * 60], max_new=25, seed=5)

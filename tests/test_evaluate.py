@@ -243,11 +243,9 @@ def test_bits_per_byte_equal_transformers(params, hf_dir, encoder):
             hf_dir, TEXTS, ids, encoder.bos_id, max_length
         )
         assert ours.bits_per_byte == pytest.approx(theirs.bits_per_byte, rel=1e-4)
-        assert (
-            ours[1:]
-            == theirs[1:]
-            == (sum(len(text.encode()) for text in TEXTS), sum(map(len, ids)))
-        )
+        n_bytes = sum(len(text.encode()) for text in TEXTS)
+        assert ours.n_bytes == theirs.n_bytes == n_bytes
+        assert ours.n_tokens == theirs.n_tokens == sum(map(len, ids))
     assert ours.bits_per_byte == ours.loss_sum / math.log(2) / ours.n_bytes
 
 
@@ -646,7 +644,7 @@ def test_models_are_compared_on_the_same_prompts(params, hf_dir, encoder, tmp_pa
         max_new=9,
         texts=[tmp_path / "sea.txt"],
         to=tmp_path / "eval" / "samples.json",
-    )
+    ).to_json()
     alone = likelihood.measure_bits_per_byte(
         SPEC, params, [TEXTS[0]], encoder.encode_batch([TEXTS[0]]), encoder.bos_id
     ).bits_per_byte
@@ -687,14 +685,14 @@ def test_on_a_terminal_a_text_is_seen_as_it_is_written_and_is_inert(hf_dir, caps
 
     monkeypatch.setattr(decode, "generate", watched)
     samples = compare.compare_samples([hf_dir], ["The \x1b[31mship"], max_new=11)
-    (output,) = samples["prompts"][0]["outputs"]
+    (output,) = samples.prompts[0].outputs
     parts = seen[1:]  # the first was to compile
     assert parts[0].startswith(f"\n{hf_dir.name} > The \N{REPLACEMENT CHARACTER}[31mship\n")
     streamed = "".join(parts).partition("ship\n")[2] + capsys.readouterr().out.partition("\n")[0]
     assert (
         len(parts) == 3
-        and output["text"]
-        and streamed == compare.escape_controls(output["text"]).partition("\n")[0]
+        and output.text
+        and streamed == compare.escape_controls(output.text).partition("\n")[0]
     )
 
 
@@ -720,7 +718,8 @@ def test_the_documents_on_which_two_models_differ_most_are_found_in_both_directi
         "".join(json.dumps({"id": f"d{i}", "text": text}) + "\n" for i, text in enumerate(texts))
     )
     to = tmp_path / "eval" / "differences.json"
-    found = compare.compare_documents([hf_dir, child], [f"held=jsonl:{tmp_path}/held.jsonl"], to=to)
+    held = f"held=jsonl:{tmp_path}/held.jsonl"
+    found = compare.compare_documents([hf_dir, child], [held], to=to).to_json()
     assert json.loads(to.read_text()) == found and found["documents"] == 12, "x is too short"
     ids = [each[:300] for each in encoder.encode_batch(texts)]
     means = [[], []]
@@ -783,13 +782,14 @@ def test_columns_hold_their_width_and_text_stays_inert():
         + "m" * 50
         + "\n吾輩は猫である。名前はまだ無い。どこで生れたか\x1b[31mred"
     )
-    samples = {
-        "models": ["a", "bb"],
-        "prompts": [
-            {"prompt": "p", "outputs": [{"model": name, "text": text} for name in ("a", "bb")]}
-        ],
-        "bits_per_byte": {},
-    }
+    outputs = tuple(compare.Continuation(name, text, 9, 0.1) for name in ("a", "bb"))
+    samples = compare.SampleComparison(
+        request="",
+        models=("a", "bb"),
+        settings=compare.GenerationSettings(9, 1.0, 0.0, 0, 1.0, seed=0),
+        prompts=(compare.PromptSamples("p", outputs),),
+        bits_per_byte={},
+    )
     shown = compare.format_columns(samples, 62)
     assert all(compare.display_width(line) <= 62 for line in shown.split("\n"))
     assert "\x1b" not in shown

@@ -25,7 +25,7 @@ AWKWARD = [
 TRAIN = launch.train_command(
     str(ROOT / "configs/quickstart.py") + ":child", "/shared/my runs/mine", AWKWARD
 )
-WANTED = [
+EXPECTED = [
     "scripts/train.py",
     "--config",
     "configs/quickstart.py:child",
@@ -34,7 +34,7 @@ WANTED = [
     *AWKWARD,
 ]
 
-# a Python that tells how it was called
+# a Python that records how it was called
 RECORDER = f"""#!{sys.executable}
 import json, os, sys
 found = {{k: v for k, v in os.environ.items() if k.startswith("JAX")}}
@@ -84,7 +84,7 @@ def test_ssh_starts_the_given_command_on_every_host_word_for_word(tmp_path, host
     launch.execute_launch(launch.plan_ssh(["one", "me@two"], TRAIN))
     for i, host in enumerate(("one", "two")):
         argv, environment = called(tmp_path / f"{host}.json")
-        assert argv == WANTED
+        assert argv == EXPECTED
         assert environment == {
             "JAXPT_COORDINATOR": f"one:{launch.COORDINATOR_PORT}",
             "JAXPT_PROCESSES": "2",
@@ -93,7 +93,7 @@ def test_ssh_starts_the_given_command_on_every_host_word_for_word(tmp_path, host
         assert (tmp_path / host / "jaxpt/scripts/train.py").is_file(), "the clone is there"
 
 
-def test_a_run_that_is_going_on_is_not_started_twice_and_can_be_stopped(tmp_path, hosts):
+def test_an_active_run_is_not_started_twice_and_can_be_stopped(tmp_path, hosts):
     hosts("one")
     program(tmp_path / "one/jaxpt/.venv/bin/python", "#!/bin/bash\nexec sleep 60\n")
     program(
@@ -129,7 +129,7 @@ def test_a_tpu_slice_starts_the_given_command_on_every_worker(tmp_path, hosts):
     )
     launch.execute_launch(launch.plan_tpu_vm("my-tpu", "us-east5-a", TRAIN))
     for worker in ("w0", "w1"):
-        assert called(tmp_path / f"{worker}.json") == [WANTED, {}]
+        assert called(tmp_path / f"{worker}.json") == [EXPECTED, {}]
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_a_slurm_job_is_queued_again_when_it_was_asked_to_stop_and_only_then(
     except UserError:
         assert ends
     argv, environment = called(tmp_path / "srun.json")
-    assert argv[argv.index(sys.executable) + 1 :] == WANTED
+    assert argv[argv.index(sys.executable) + 1 :] == EXPECTED
     assert environment["JAX_LOCAL_DEVICE_IDS"] == "0,1,2,3", (
         "JAX alone would give each task one GPU"
     )
@@ -242,7 +242,7 @@ def test_a_jobset_asks_for_whole_hosts(on, n, each, resource, labels):
 
 
 @pytest.mark.parametrize(("finished", "status"), [(True, 0), (False, 75)])
-def test_a_pod_hands_on_the_notice_to_stop_and_ends_well_only_when_the_run_is_finished(
+def test_a_pod_passes_on_the_notice_to_stop_and_succeeds_only_when_the_run_is_finished(
     tmp_path, hosts, finished, status
 ):
     hosts()
@@ -268,11 +268,11 @@ def test_a_pod_hands_on_the_notice_to_stop_and_ends_well_only_when_the_run_is_fi
         time.sleep(0.05)
     pod.send_signal(signal.SIGTERM)
     assert pod.wait(20) == status
-    assert called(tmp_path / "called.json")[0] == WANTED
+    assert called(tmp_path / "called.json")[0] == EXPECTED
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "message"),
     [
         (
             lambda: launch.train_command(str(ROOT / "configs/base.py"), "runs/x", []),
@@ -286,7 +286,7 @@ def test_a_pod_hands_on_the_notice_to_stop_and_ends_well_only_when_the_run_is_fi
         (lambda: launch.render_jobset("mine", "v5p:16", "i", "c", "/runs/x", TRAIN), "v5p:4x4x4"),
         (
             lambda: launch.render_jobset("mine", "h100:12", "i", "c", "/runs/x", TRAIN),
-            "no whole number of hosts of 8",
+            "expected whole hosts of 8 devices",
         ),
         (
             lambda: launch.render_jobset("My_Run", "h100:8", "i", "c", "/runs/x", TRAIN),
@@ -302,8 +302,8 @@ def test_a_pod_hands_on_the_notice_to_stop_and_ends_well_only_when_the_run_is_fi
         ),
     ],
 )
-def test_what_cannot_be_launched_is_told_before_anything_starts(make, told):
-    with pytest.raises(UserError, match=told):
+def test_what_cannot_be_launched_is_refused_before_anything_starts(make, message):
+    with pytest.raises(UserError, match=message):
         make()
 
 
@@ -327,7 +327,7 @@ def test_without_go_nothing_is_done_and_what_is_printed_does_it(tmp_path, hosts)
         "/shared/my runs/mine",
         *AWKWARD,
     ]
-    told = subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "scripts/launch.py", *words],
         cwd=ROOT,
         capture_output=True,
@@ -335,5 +335,5 @@ def test_without_go_nothing_is_done_and_what_is_printed_does_it(tmp_path, hosts)
         check=True,
     ).stdout
     assert not (tmp_path / "one.json").exists() and not (tmp_path / "one/jaxpt/scripts").exists()
-    subprocess.run(["bash"], input=told, cwd=ROOT, text=True, check=True)
-    assert called(tmp_path / "one.json")[0] == called(tmp_path / "two.json")[0] == WANTED
+    subprocess.run(["bash"], input=printed, cwd=ROOT, text=True, check=True)
+    assert called(tmp_path / "one.json")[0] == called(tmp_path / "two.json")[0] == EXPECTED

@@ -24,7 +24,7 @@ from jaxpt.data.mixture import MixtureSchedule
 from jaxpt.model import llama
 from jaxpt.spec import UserError
 
-BATCH_ROWS = 16
+BATCH_SIZE = 16
 MESHES = [
     {"fsdp": 8},
     {"replica": 2, "fsdp": 2, "context": 2},
@@ -41,16 +41,16 @@ def workdir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def rows(workdir):
+def dataset(workdir):
     return loader.open_packed([workdir / "packed"])
 
 
 @pytest.fixture(scope="module")
-def mixture(rows):
+def mixture(dataset):
     return MixtureSchedule(
         config.MixtureConfig(phases=((0, {"english": 0.7, "code": 0.3}), (2, {"code": 1.0}))),
-        rows.n_rows,
-        BATCH_ROWS,
+        dataset.n_sequences,
+        BATCH_SIZE,
     )
 
 
@@ -77,33 +77,33 @@ def assert_equal(left, right):
         np.testing.assert_array_equal(a, b, err_msg=name)
 
 
-def test_rows_on_disk_are_the_rows_that_datasets_reads(workdir, rows):
+def test_sequences_on_disk_equal_those_that_datasets_reads(workdir, dataset):
     import datasets
 
-    assert rows.names == ["code", "english"]
-    for name in rows.names:
+    assert dataset.names == ["code", "english"]
+    for name in dataset.names:
         theirs = datasets.load_from_disk(str(workdir / "packed" / "train" / name))
-        assert rows.n_rows[name] == len(theirs)
+        assert dataset.n_sequences[name] == len(theirs)
         for i in (0, 1, len(theirs) // 2, len(theirs) - 1):
-            row = rows.read_sequence(name, i)
+            row = dataset.read_sequence(name, i)
             assert row.tokens.tolist() == theirs[i]["input_ids"]
             assert row.doc_lens.tolist() == theirs[i]["doc_lens"]
             assert row.loss_from.tolist() == theirs[i]["loss_from"]
-            assert rows.read_document_ids(name, i) == theirs[i]["doc_ids"]
+            assert dataset.read_document_ids(name, i) == theirs[i]["doc_ids"]
             assert row.tokens.dtype == np.int32
         for i in (-1, len(theirs)):
             with pytest.raises(IndexError):
-                rows.read_sequence(name, i)
+                dataset.read_sequence(name, i)
 
 
-def test_rows_are_found_across_record_batches_and_shards(workdir, tmp_path, monkeypatch):
+def test_sequences_are_found_across_record_batches_and_shards(workdir, tmp_path, monkeypatch):
     monkeypatch.setattr(pack, "BATCH_TOKENS", 7 * SEQ_LEN)
     for part in ("corpus", "tokenizer"):
         shutil.copytree(workdir / part, tmp_path / part)
     pack.pack_corpus(packing(), tmp_path)
     one, many = loader.open_packed([workdir / "packed"]), loader.open_packed([tmp_path / "packed"])
     assert len(many.sources["english"].index) > 20
-    for i in range(one.n_rows["english"]):
+    for i in range(one.n_sequences["english"]):
         for a, b in zip(
             one.read_sequence("english", i), many.read_sequence("english", i), strict=True
         ):
@@ -111,8 +111,8 @@ def test_rows_are_found_across_record_batches_and_shards(workdir, tmp_path, monk
         assert one.read_document_ids("english", i) == many.read_document_ids("english", i)
 
 
-def random_rows(rng, n=6, seq_len=37) -> list[loader.PackedSequence]:
-    """Pieces of 1 token and more, rows full and not, one row empty, loss that starts late."""
+def random_sequences(rng, n=6, seq_len=37) -> list[loader.PackedSequence]:
+    """Segments of 1 token and more, sequences full, not full and empty, loss that starts late."""
     made = []
     for i in range(n):
         lengths = []
@@ -128,42 +128,42 @@ def random_rows(rng, n=6, seq_len=37) -> list[loader.PackedSequence]:
 
 
 @pytest.mark.parametrize("document_mask", [True, False])
-def test_a_batch_is_what_spec_says(document_mask):
-    """Against the definition, token by token: a target is the next token of the same document (of
-    the row, without document_mask) and
-    counts if it is trained."""
+def test_a_batch_follows_its_definition_token_by_token(document_mask):
+    """A target is the next token of the same document (without document_mask, of the sequence), and
+    counts if it is trained.
+    """
     rng = np.random.default_rng(3)
     for _ in range(20):
-        rows = random_rows(rng)
-        batch = loader.make_batch(rows, document_mask)
+        sequences = random_sequences(rng)
+        batch = loader.make_batch(sequences, document_mask)
         assert [field.dtype for field in batch] == [np.int32] * 4 + [np.float32]
-        for r, row in enumerate(rows):
+        for b, sequence in enumerate(sequences):
             where = [
-                (piece, k) for piece, n in enumerate(row.doc_lens) for k in range(n)
-            ]  # (piece, place in it) of each token
-            for t in range(len(row.tokens)):
-                got = tuple(field[r, t] for field in batch)
+                (segment, k) for segment, n in enumerate(sequence.doc_lens) for k in range(n)
+            ]  # (segment, place in it) of each token
+            for t in range(len(sequence.tokens)):
+                got = tuple(field[b, t] for field in batch)
                 if t >= len(where):
                     assert got == (0, 0, 0, 0, 0.0)
                     continue
-                piece, k = where[t]
-                there = t + 1 < len(where) and (not document_mask or where[t + 1][0] == piece)
-                trained = there and where[t + 1][1] >= row.loss_from[where[t + 1][0]]
-                target = row.tokens[t + 1] if trained else 0
+                segment, k = where[t]
+                there = t + 1 < len(where) and (not document_mask or where[t + 1][0] == segment)
+                trained = there and where[t + 1][1] >= sequence.loss_from[where[t + 1][0]]
+                target = sequence.tokens[t + 1] if trained else 0
                 expected = (
-                    row.tokens[t],
+                    sequence.tokens[t],
                     target,
-                    piece + 1 if document_mask else 1,
+                    segment + 1 if document_mask else 1,
                     k if document_mask else t,
                     float(trained),
                 )
                 assert got == expected
 
 
-def test_from_disk_to_logits_a_document_reads_as_if_it_stood_alone(workdir, rows, spec, one):
-    """Whatever its neighbours are and wherever in the row it begins; with document_mask off it does
-    see them.
-    """
+def test_from_disk_to_logits_a_document_does_not_attend_to_its_neighbors(
+    workdir, dataset, spec, one
+):
+    """Whatever its neighbors are and wherever it begins; without document_mask it sees them."""
     spec = spec.replace(vocab_size=704, max_seq_len=SEQ_LEN)
     params = llama.init_params(spec, 0, one)
 
@@ -174,11 +174,11 @@ def test_from_disk_to_logits_a_document_reads_as_if_it_stood_alone(workdir, rows
 
     name, i = next(
         (n, i)
-        for n in rows.names
-        for i in range(rows.n_rows[n])
-        if len(rows.read_sequence(n, i).doc_lens) > 2
+        for n in dataset.names
+        for i in range(dataset.n_sequences[n])
+        if len(dataset.read_sequence(n, i).doc_lens) > 2
     )
-    row = rows.read_sequence(name, i)
+    row = dataset.read_sequence(name, i)
     ends = np.cumsum([0, *row.doc_lens])
     together, seen = (
         np.asarray(logits(loader.make_batch([row], mask)))[0] for mask in (True, False)
@@ -201,35 +201,35 @@ def test_from_disk_to_logits_a_document_reads_as_if_it_stood_alone(workdir, rows
 @pytest.mark.parametrize(
     "sizes", MESHES, ids=lambda sizes: "-".join(f"{k}{v}" for k, v in sizes.items())
 )
-def test_any_mesh_gets_the_batch_of_one_device(sizes, rows, mixture):
-    alone = batches(4, rows, mixture, mesh_of({"fsdp": 1}), BATCH_ROWS, 0, True)
-    spread = batches(4, rows, mixture, mesh_of(sizes), BATCH_ROWS, 0, True)
+def test_any_mesh_gets_the_batch_of_one_device(sizes, dataset, mixture):
+    alone = batches(4, dataset, mixture, mesh_of({"fsdp": 1}), BATCH_SIZE, 0, True)
+    spread = batches(4, dataset, mixture, mesh_of(sizes), BATCH_SIZE, 0, True)
     for i, (left, right) in enumerate(zip(alone, spread, strict=True)):
         assert_equal(left, right)
-        places = [mixture.sequence_at(i * BATCH_ROWS + slot) for slot in range(BATCH_ROWS)]
+        places = [mixture.sequence_at(i * BATCH_SIZE + slot) for slot in range(BATCH_SIZE)]
         assert_equal(
-            left, loader.make_batch([rows.read_sequence(*place) for place in places], True)
+            left, loader.make_batch([dataset.read_sequence(*place) for place in places], True)
         )
     assert {name for name, _ in places} == {"code"}, "the second phase has begun"
 
 
-def test_a_stream_resumed_at_any_row_is_the_uncut_stream(rows, mixture):
-    """Also with another batch size from then on: no row is repeated or skipped."""
+def test_a_stream_resumed_at_any_sequence_equals_the_uninterrupted_stream(dataset, mixture):
+    """Also with another batch size from then on: no sequence is repeated or skipped."""
     one = mesh_of({"fsdp": 1})
     tokens = np.concatenate(
-        [batch.tokens for batch in batches(6, rows, mixture, one, BATCH_ROWS, 0, True)]
+        [batch.tokens for batch in batches(6, dataset, mixture, one, BATCH_SIZE, 0, True)]
     )
     random = (
         np.random.default_rng().integers((0, 1), (95, 17), (4, 2)).tolist()
-    )  # other rows every time
-    for first_row, batch_size in ((48, 16), (7, 16), (32, 4), (95, 1), *random):
-        resumed = batches(1, rows, mixture, one, batch_size, first_row, True)[0]
-        expected = tokens[first_row : first_row + batch_size]
+    )  # other sequences every time
+    for first_sequence, batch_size in ((48, 16), (7, 16), (32, 4), (95, 1), *random):
+        resumed = batches(1, dataset, mixture, one, batch_size, first_sequence, True)[0]
+        expected = tokens[first_sequence : first_sequence + batch_size]
         np.testing.assert_array_equal(resumed.tokens[: len(expected)], expected)
-        assert len(resumed.tokens) == batch_size, (first_row, batch_size)
-    far = batches(1, rows, mixture, one, BATCH_ROWS, 10**12, True)[0]
+        assert len(resumed.tokens) == batch_size, (first_sequence, batch_size)
+    far = batches(1, dataset, mixture, one, BATCH_SIZE, 10**12, True)[0]
     np.testing.assert_array_equal(
-        far.tokens[0], rows.read_sequence(*mixture.sequence_at(10**12)).tokens
+        far.tokens[0], dataset.read_sequence(*mixture.sequence_at(10**12)).tokens
     )
 
 
@@ -243,8 +243,8 @@ from jaxpt import config, sharding
 from jaxpt.data import loader
 from jaxpt.data.mixture import MixtureSchedule
 
-rows = loader.open_packed([workdir + "/packed"])
-read, real = [], rows.read_sequence
+dataset = loader.open_packed([workdir + "/packed"])
+read, real = [], dataset.read_sequence
 
 def counted(name, i):
     # the stream's threads read ahead, and may still do so after its end
@@ -252,21 +252,21 @@ def counted(name, i):
         read.append((name, i))
     return real(name, i)
 
-rows.read_sequence = counted
-mixture = MixtureSchedule(config.MixtureConfig(), rows.n_rows, 16)
+dataset.read_sequence = counted
+mixture = MixtureSchedule(config.MixtureConfig(), dataset.n_sequences, 16)
 found = {}
-meshes = {"rows": dict(replica=2, fsdp=4), "positions": dict(fsdp=2, context=4)}
+meshes = {"sequences": dict(replica=2, fsdp=4), "positions": dict(fsdp=2, context=4)}
 meshes["replicated"] = dict(fsdp=1, tensor=8)
 for label, sizes in meshes.items():
     place = sharding.make_batch_sharding(sharding.make_mesh(config.MeshConfig(**sizes)))
-    stream = loader.iterate_batches(rows, mixture, place, 16, 32, True)
+    stream = loader.iterate_batches(dataset, mixture, place, 16, 32, True)
     batch = next(stream)
     stream.close()
     parts = {}
     for shard in batch.targets.addressable_shards:
         parts[str([(s.start or 0) for s in shard.index])] = np.asarray(shard.data).tolist()
     read.clear()
-    heldout = next(loader.iterate_heldout_batches(rows, "code", place, 16, 16, True))
+    heldout = next(loader.iterate_heldout_batches(dataset, "code", place, 16, 16, True))
     found[label] = {"parts": parts, "n_read": len(read), "shape": batch.tokens.shape}
     found[label]["n_heldout"] = len(heldout.tokens.addressable_shards)
 print("FOUND" + json.dumps(found), flush=True)
@@ -274,11 +274,11 @@ jax.distributed.shutdown()
 """
 
 
-def test_any_number_of_hosts_gets_the_same_batch_and_reads_only_its_own_rows(workdir, rows):
+def test_hosts_get_the_same_batch_and_read_only_their_own_sequences(workdir, dataset):
     """Real processes, joined by jax.distributed."""
-    mix = MixtureSchedule(config.MixtureConfig(), rows.n_rows, BATCH_ROWS)
+    mix = MixtureSchedule(config.MixtureConfig(), dataset.n_sequences, BATCH_SIZE)
     whole = loader.make_batch(
-        [rows.read_sequence(*mix.sequence_at(32 + slot)) for slot in range(BATCH_ROWS)], True
+        [dataset.read_sequence(*mix.sequence_at(32 + slot)) for slot in range(BATCH_SIZE)], True
     ).targets
     for n_hosts in (2, 4):
         with socket.socket() as free:
@@ -295,38 +295,42 @@ def test_any_number_of_hosts_gets_the_same_batch_and_reads_only_its_own_rows(wor
             for rank in range(n_hosts)
         ]
         found = [json.loads(host.communicate(timeout=120)[0].split("FOUND")[1]) for host in hosts]
-        for label in ("rows", "positions", "replicated"):
+        for label in ("sequences", "positions", "replicated"):
             rebuilt = np.full_like(whole, -1)
             for host in found:
                 for start, values in host[label]["parts"].items():
                     (r, t), values = json.loads(start), np.array(values)
                     rebuilt[r : r + len(values), t : t + values.shape[1]] = values
-                assert host[label]["shape"] == [BATCH_ROWS, SEQ_LEN]
+                assert host[label]["shape"] == [BATCH_SIZE, SEQ_LEN]
             np.testing.assert_array_equal(rebuilt, whole)
-        assert [host["rows"]["n_read"] for host in found] == [BATCH_ROWS // n_hosts] * n_hosts
-        assert [host["positions"]["n_read"] for host in found] == [BATCH_ROWS // 2] * n_hosts, (
+        assert [host["sequences"]["n_read"] for host in found] == [BATCH_SIZE // n_hosts] * n_hosts
+        assert [host["positions"]["n_read"] for host in found] == [BATCH_SIZE // 2] * n_hosts, (
             "4 devices share a row's positions"
         )
-        assert [host["replicated"]["n_read"] for host in found] == [BATCH_ROWS] * n_hosts
+        assert [host["replicated"]["n_read"] for host in found] == [BATCH_SIZE] * n_hosts
 
 
-def test_heldout_batches_hold_each_row_once_and_empty_rows_count_nothing(workdir):
-    rows = loader.open_packed([workdir / "packed"], split="heldout")
-    assert rows.names == ["english"]
-    n = rows.n_rows["english"]
+def test_heldout_batches_hold_each_sequence_once_and_mask_empty_ones(workdir):
+    dataset = loader.open_packed([workdir / "packed"], split="heldout")
+    assert dataset.names == ["english"]
+    n = dataset.n_sequences["english"]
     for sizes in ({"fsdp": 1}, {"fsdp": 4, "context": 2}):
         found = list(
-            loader.iterate_heldout_batches(rows, "english", mesh_of(sizes), 8, 10**9, True)
+            loader.iterate_heldout_batches(dataset, "english", mesh_of(sizes), 8, 10**9, True)
         )
         assert [batch.tokens.shape for batch in found] == [(8, SEQ_LEN)] * -(-n // 8)
-        whole = loader.make_batch([rows.read_sequence("english", i) for i in range(n)], True)
+        whole = loader.make_batch([dataset.read_sequence("english", i) for i in range(n)], True)
         assert_equal(
             whole, type(whole)(*(np.concatenate(parts)[:n] for parts in zip(*found, strict=True)))
         )
         assert not any(np.concatenate(parts)[n:].any() for parts in zip(*found, strict=True))
-    few = next(loader.iterate_heldout_batches(rows, "english", mesh_of({"fsdp": 1}), 8, 5, True))
+    few = next(loader.iterate_heldout_batches(dataset, "english", mesh_of({"fsdp": 1}), 8, 5, True))
     chosen = [
-        next(i for i in range(n) if np.array_equal(rows.read_sequence("english", i).tokens, tokens))
+        next(
+            i
+            for i in range(n)
+            if np.array_equal(dataset.read_sequence("english", i).tokens, tokens)
+        )
         for tokens in few.tokens[:5]
     ]
     assert chosen == [k * n // 5 for k in range(5)], "evenly spread"
@@ -344,12 +348,12 @@ def other_packed(workdir, directory, name="other", vocab_size=700, seq_len=SEQ_L
     return directory / "packed"
 
 
-def test_several_packed_directories_make_one_set_of_rows(workdir, rows, tmp_path):
+def test_several_packed_directories_make_one_dataset(workdir, dataset, tmp_path):
     other = other_packed(workdir, tmp_path)
     both = loader.open_packed([workdir / "packed", other])
     assert both.names == ["code", "english", "other"]
-    assert both.n_rows == rows.n_rows | loader.open_packed([other]).n_rows
-    assert both.fingerprint != rows.fingerprint
+    assert both.n_sequences == dataset.n_sequences | loader.open_packed([other]).n_sequences
+    assert both.fingerprint != dataset.fingerprint
     assert both.fingerprint == loader.open_packed([other, workdir / "packed"]).fingerprint
     assert both.tokenizer == tokenizer.load_tokenizer(workdir / "tokenizer").fingerprint
     assert (both.seq_len, both.vocab_size) == (SEQ_LEN, 700)
@@ -372,19 +376,22 @@ def damaged(workdir, directory, change, name="data-00000.arrow"):
 
 
 @pytest.mark.parametrize(
-    ("paths", "says"),
+    ("paths", "message"),
     [
         (lambda w, d: [], "no packed directory"),
         (lambda w, d: [d / "nowhere"], "no manifest.json"),
         (
             lambda w, d: [w / "packed", w / "tokenizer"],
-            "was made by tokenizer, expected packed rows",
+            "was made by tokenizer, expected packed sequences",
         ),
         (
             lambda w, d: [w / "packed", w / "packed"],
             "source code was opened from another directory",
         ),
-        (lambda w, d: [w / "packed", other_packed(w, d, seq_len=64)], "its rows have 64 tokens"),
+        (
+            lambda w, d: [w / "packed", other_packed(w, d, seq_len=64)],
+            "its sequences have 64 tokens",
+        ),
         (
             lambda w, d: [w / "packed", other_packed(w, d, vocab_size=650)],
             "Pack both with one tokenizer",
@@ -400,7 +407,7 @@ def damaged(workdir, directory, change, name="data-00000.arrow"):
         "missing",
         "not packed",
         "twice",
-        "row length",
+        "seq_len",
         "tokenizer",
         "shard gone",
         "shard cut",
@@ -409,8 +416,10 @@ def damaged(workdir, directory, change, name="data-00000.arrow"):
         "index gone",
     ],
 )
-def test_rows_that_cannot_be_trusted_are_refused_in_one_sentence(paths, says, workdir, tmp_path):
-    with pytest.raises(UserError, match=says) as error:
+def test_packed_data_that_cannot_be_trusted_is_refused_in_one_sentence(
+    paths, message, workdir, tmp_path
+):
+    with pytest.raises(UserError, match=message) as error:
         loader.open_packed(paths(workdir, tmp_path))
     assert "\n" not in str(error.value)
 
@@ -424,43 +433,45 @@ def test_of_a_set_too_large_to_check_at_once_no_damaged_sequence_is_trained_on(
     for part in ("corpus", "tokenizer"):
         shutil.copytree(workdir / part, tmp_path / part)
     pack.pack_corpus(packing(), tmp_path)
-    rows = loader.open_packed(damaged(tmp_path, tmp_path / "other", "one bit"))
-    source = rows.sources["english"]
+    dataset = loader.open_packed(damaged(tmp_path, tmp_path / "other", "one bit"))
+    source = dataset.sources["english"]
     n_bytes = (tmp_path / "packed/train/english/data-00000.arrow").stat().st_size
     bad = next(
         k
         for k in range(len(source.index))
-        if source.byte_range(k).start + source.byte_range(k).n_bytes > n_bytes // 2
+        if source.get_byte_range(k).start + source.get_byte_range(k).n_bytes > n_bytes // 2
     )
     sound = loader.open_packed([tmp_path / "packed"])
     for k in range(len(source.index)):
-        i = int(source.starts[k])
+        i = int(source.first_sequences[k])
         if k == bad:
             with pytest.raises(
                 UserError, match=r"train/english/data-00000\.arrow: the checksum of bytes"
             ):
-                rows.read_sequence("english", i)
+                dataset.read_sequence("english", i)
         else:
             np.testing.assert_array_equal(
-                rows.read_sequence("english", i).tokens, sound.read_sequence("english", i).tokens
+                dataset.read_sequence("english", i).tokens, sound.read_sequence("english", i).tokens
             )
-            assert rows.read_document_ids("english", i) == sound.read_document_ids("english", i)
-    assert len(rows.open) == 3 and source.checked.sum() == len(source.checked) - 1
+            assert dataset.read_document_ids("english", i) == sound.read_document_ids("english", i)
+    assert (
+        len(dataset.open_batches) == 3 and source.is_verified.sum() == len(source.is_verified) - 1
+    )
 
-    rows = loader.open_packed([tmp_path / "other" / "packed"])
+    dataset = loader.open_packed([tmp_path / "other" / "packed"])
     mix = MixtureSchedule(
-        config.MixtureConfig(phases=((0, {"code": 1.0}),)), rows.n_rows, BATCH_ROWS
+        config.MixtureConfig(phases=((0, {"code": 1.0}),)), dataset.n_sequences, BATCH_SIZE
     )  # reads nothing of the damaged source
-    stream = loader.iterate_batches(rows, mix, mesh_of({"fsdp": 1}), BATCH_ROWS, 0, True)
+    stream = loader.iterate_batches(dataset, mix, mesh_of({"fsdp": 1}), BATCH_SIZE, 0, True)
     with pytest.raises(UserError, match=r"train/english/data-00000\.arrow: the checksum of bytes"):
         for _ in range(1000):
             next(stream)
-            rows.sweeper.join()
+            dataset.verification.join()
 
 
 @pytest.fixture
 def bucket(workdir, tmp_path, monkeypatch):
-    """The packed rows and their tokenizer in an S3 server on loopback; yields (address, client)."""
+    """Packed data and its tokenizer in an S3 server on loopback; yields (address, client)."""
     server = pytest.importorskip(
         "moto.server", reason="needs moto[server], an S3 server"
     ).ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -483,21 +494,21 @@ def bucket(workdir, tmp_path, monkeypatch):
         shutil.copytree(workdir / part, tmp_path / part)
     pack.pack_corpus(packing(), tmp_path)
     client = boto3.client("s3", endpoint_url=endpoint)
-    client.create_bucket(Bucket="rows")
+    client.create_bucket(Bucket="packed")
     for file in [*(tmp_path / "packed").rglob("*"), *(tmp_path / "tokenizer").rglob("*")]:
         if file.is_file():
             client.put_object(
-                Bucket="rows", Key=f"run/{file.relative_to(tmp_path)}", Body=file.read_bytes()
+                Bucket="packed", Key=f"run/{file.relative_to(tmp_path)}", Body=file.read_bytes()
             )
-    yield "s3://rows/run/packed", client
+    yield "s3://packed/run/packed", client
     server.stop()
 
 
-def test_rows_in_an_object_store_are_those_on_disk_and_each_range_is_fetched_once(bucket, tmp_path):
+def test_an_object_store_gives_what_is_on_disk_and_each_range_is_fetched_once(bucket, tmp_path):
     address, _ = bucket
     here, there = loader.open_packed([tmp_path / "packed"]), loader.open_packed([address])
-    assert here.fingerprint == there.fingerprint and here.n_rows == there.n_rows
-    place = there.sources["english"].place
+    assert here.fingerprint == there.fingerprint and here.n_sequences == there.n_sequences
+    place = there.sources["english"].storage
     fetched, opened = [], place.opened
 
     class Counted:
@@ -509,15 +520,17 @@ def test_rows_in_an_object_store_are_those_on_disk_and_each_range_is_fetched_onc
             return self.file.read_at(n_bytes, start)
 
     for source in there.sources.values():
-        source.place.opened = lambda name: Counted(opened(name))
+        source.storage.opened = lambda name: Counted(opened(name))
     there.read_sequence("english", 0)
-    assert fetched == [there.sources["english"].byte_range(0).n_bytes], "a record batch, no more"
-    mix = MixtureSchedule(config.MixtureConfig(), here.n_rows, BATCH_ROWS)
+    assert fetched == [there.sources["english"].get_byte_range(0).n_bytes], (
+        "a record batch, no more"
+    )
+    mix = MixtureSchedule(config.MixtureConfig(), here.n_sequences, BATCH_SIZE)
     one = mesh_of({"fsdp": 2, "context": 2})
-    n = sum(here.n_rows.values()) // BATCH_ROWS
+    n = sum(here.n_sequences.values()) // BATCH_SIZE
     for left, right in zip(
-        batches(n, here, mix, one, BATCH_ROWS, 0, True),
-        batches(n, there, mix, one, BATCH_ROWS, 0, True),
+        batches(n, here, mix, one, BATCH_SIZE, 0, True),
+        batches(n, there, mix, one, BATCH_SIZE, 0, True),
         strict=True,
     ):
         assert_equal(left, right)
@@ -527,12 +540,12 @@ def test_rows_in_an_object_store_are_those_on_disk_and_each_range_is_fetched_onc
     every = sum(len(source.index) for source in there.sources.values())
     assert len(fetched) == every, "read ahead, by threads, and kept"
     again = loader.open_packed([address])
-    again.sources["code"].place.opened = again.sources["english"].place.opened = (
+    again.sources["code"].storage.opened = again.sources["english"].storage.opened = (
         None  # another start finds them on its disk
     )
     assert_equal(
-        batches(1, again, mix, one, BATCH_ROWS, 0, True)[0],
-        batches(1, here, mix, one, BATCH_ROWS, 0, True)[0],
+        batches(1, again, mix, one, BATCH_SIZE, 0, True)[0],
+        batches(1, here, mix, one, BATCH_SIZE, 0, True)[0],
     )
     assert (
         place.copy_to_local("tokenizer", tmp_path / "copy")
@@ -546,13 +559,13 @@ def test_the_cache_of_an_object_store_keeps_its_bounds_and_trusts_no_damaged_fil
 ):
     address, _ = bucket
     here = loader.open_packed([tmp_path / "packed"])
-    limit = 3.5 * here.sources["english"].byte_range(0).n_bytes
+    limit = 3.5 * here.sources["english"].get_byte_range(0).n_bytes
     monkeypatch.setattr(storage, "CACHE_BYTES", limit)
     monkeypatch.setattr(loader, "MAX_OPEN_BATCHES", 1)
     (directory,) = [storage.cache_directory() / here.sources["code"].fingerprint]
     for _ in range(2):
         there = loader.open_packed([address])
-        for i in range(0, here.n_rows["english"], 7):
+        for i in range(0, here.n_sequences["english"], 7):
             np.testing.assert_array_equal(
                 there.read_sequence("english", i).tokens, here.read_sequence("english", i).tokens
             )
@@ -564,7 +577,7 @@ def test_the_cache_of_an_object_store_keeps_its_bounds_and_trusts_no_damaged_fil
 
 
 @pytest.mark.parametrize(
-    ("harm", "says"),
+    ("harm", "message"),
     [
         ("cut", "bytes, expected"),
         ("gone", "data-00000.arrow: missing"),
@@ -572,39 +585,39 @@ def test_the_cache_of_an_object_store_keeps_its_bounds_and_trusts_no_damaged_fil
         ("no bucket", "cannot be opened"),
     ],
 )
-def test_a_broken_object_is_named(bucket, harm, says):
+def test_a_broken_object_is_named(bucket, harm, message):
     address, client = bucket
     key = "run/packed/train/english/data-00000.arrow"
-    whole = client.get_object(Bucket="rows", Key=key)["Body"].read()
+    whole = client.get_object(Bucket="packed", Key=key)["Body"].read()
     if harm == "gone":
-        client.delete_object(Bucket="rows", Key=key)
+        client.delete_object(Bucket="packed", Key=key)
     else:
         client.put_object(
-            Bucket="rows",
+            Bucket="packed",
             Key=key,
             Body=whole[:-100]
             if harm == "cut"
             else whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:],
         )
-    with pytest.raises(UserError, match=says) as error:
+    with pytest.raises(UserError, match=message) as error:
         loader.open_packed(
             ["s3://nowhere/packed" if harm == "no bucket" else address]
         ).read_sequence("english", 0)
     assert "\n" not in str(error.value)
 
 
-def test_several_hosts_look_for_damage_in_parts_that_make_the_whole(workdir):
-    rows = loader.open_packed([workdir / "packed"])
-    for source in rows.sources.values():
-        source.checked[:] = False
+def test_hosts_verify_parts_that_together_are_everything(workdir):
+    dataset = loader.open_packed([workdir / "packed"])
+    for source in dataset.sources.values():
+        source.is_verified[:] = False
         for part in range(3):
-            source.verify_all(part, 3)
-        assert source.checked.all()
+            source.verify(part, 3)
+        assert source.is_verified.all()
 
 
-def test_a_prompt_has_no_weight_from_file_to_batch(workdir, tmp_path):
-    """jsonl with two fields -> corpus -> rows -> batch: what is trained is each completion and its
-    end, and nothing else of a document.
+def test_a_prompt_is_masked_from_file_to_batch(workdir, tmp_path):
+    """jsonl with two fields -> corpus -> sequences -> batch: each completion and its end are
+    trained, and nothing else of a document.
     """
     records = [
         {"question": f"What is {i} + {i}?\n", "answer": f"It is {2 * i}, I say 日本."}
@@ -617,16 +630,16 @@ def test_a_prompt_has_no_weight_from_file_to_batch(workdir, tmp_path):
     prepare.prepare_corpus(dataclasses.replace(config.Config(), prepare=asked), tmp_path)
     shutil.copytree(workdir / "tokenizer", tmp_path / "tokenizer")
     counts = pack.pack_corpus(packing(), tmp_path).counts["train"]["tasks"]
-    rows, words = (
+    dataset, words = (
         loader.open_packed([tmp_path / "packed"]),
         tokenizer.load_tokenizer(tmp_path / "tokenizer"),
     )
     trained, by_document = 0, {}
-    for i in range(rows.n_rows["tasks"]):
-        row = rows.read_sequence("tasks", i)
+    for i in range(dataset.n_sequences["tasks"]):
+        row = dataset.read_sequence("tasks", i)
         batch = loader.make_batch([row], True)
         trained += int(batch.loss_mask.sum())
-        for k, document in enumerate(rows.read_document_ids("tasks", i)):
+        for k, document in enumerate(dataset.read_document_ids("tasks", i)):
             here = batch.segment_ids[0] == k + 1
             by_document.setdefault(document, []).append(
                 (batch.tokens[0][here], batch.targets[0][here & (batch.loss_mask[0] > 0)])
@@ -640,10 +653,10 @@ def test_a_prompt_has_no_weight_from_file_to_batch(workdir, tmp_path):
     assert trained == counts["n_trained_tokens"] < counts["n_tokens"] / 1.5
 
 
-def test_a_batch_that_the_mesh_cannot_cut_is_refused(rows, mixture):
+def test_a_batch_that_the_mesh_cannot_shard_is_refused(dataset, mixture):
     for sizes, batch_size in (({"fsdp": 8}, 12), ({"fsdp": 1, "context": 5}, 16)):
-        with pytest.raises(UserError, match="cannot be cut evenly"):
-            next(loader.iterate_batches(rows, mixture, mesh_of(sizes), batch_size, 0, True))
+        with pytest.raises(UserError, match="cannot be sharded evenly"):
+            next(loader.iterate_batches(dataset, mixture, mesh_of(sizes), batch_size, 0, True))
 
 
 def a_run(workdir, tmp_path, **changes):
@@ -654,26 +667,26 @@ def a_run(workdir, tmp_path, **changes):
             packed_paths=(str(workdir / "packed"),),
             phases=((0, {"english": 0.7, "code": 0.3}), (2, {"code": 1.0})),
         ),
-        train=config.TrainConfig(batch_size=BATCH_ROWS, steps=9),
+        train=config.TrainConfig(batch_size=BATCH_SIZE, steps=9),
     )
-    rows = loader.open_packed([workdir / "packed"])
-    stretches = MixtureSchedule(
-        settings.mixture, rows.n_rows, BATCH_ROWS, fingerprint=rows.fingerprint
+    dataset = loader.open_packed([workdir / "packed"])
+    phases = MixtureSchedule(
+        settings.mixture, dataset.n_sequences, BATCH_SIZE, fingerprint=dataset.fingerprint
     ).phases
     (tmp_path / "config.json").write_text(json.dumps({**stage.to_jsonable(settings), **changes}))
-    (tmp_path / "phases.json").write_text(json.dumps([stretch.to_json() for stretch in stretches]))
+    (tmp_path / "phases.json").write_text(json.dumps([phase.to_json() for phase in phases]))
     shutil.copytree(workdir / "tokenizer", tmp_path / "tokenizer")
     return tmp_path
 
 
-def test_trace_names_the_documents_of_a_step(workdir, rows, mixture, tmp_path):
+def test_trace_names_the_documents_of_a_step(workdir, dataset, mixture, tmp_path):
     run = a_run(workdir, tmp_path)
     step = 2
-    batch = batches(step, rows, mixture, mesh_of({"fsdp": 1}), BATCH_ROWS, 0, True)[step - 1]
-    seen = list(loader.trace_step(run, step, rows.tokenizer))
+    batch = batches(step, dataset, mixture, mesh_of({"fsdp": 1}), BATCH_SIZE, 0, True)[step - 1]
+    seen = list(loader.trace_step(run, step, dataset.tokenizer))
     rebuilt = [
         np.concatenate([each.tokens for each in seen if each.slot == slot])
-        for slot in range(BATCH_ROWS)
+        for slot in range(BATCH_SIZE)
     ]
     for tokens, row in zip(rebuilt, batch.tokens, strict=True):
         np.testing.assert_array_equal(tokens, row[: len(tokens)])
@@ -685,28 +698,28 @@ def test_trace_names_the_documents_of_a_step(workdir, rows, mixture, tmp_path):
             in texts[each.source][int(each.document.split("-")[1])]
         )
 
-    told = subprocess.run(
+    result = subprocess.run(
         [sys.executable, ROOT / "scripts" / "trace.py", "--workdir", run, "--step", str(step)],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert len(told.stdout.splitlines()) == len(seen)
-    assert seen[0].document in told.stdout.splitlines()[0]
+    assert len(result.stdout.splitlines()) == len(seen)
+    assert seen[0].document in result.stdout.splitlines()[0]
 
 
-def test_trace_says_what_it_cannot_read(workdir, rows, tmp_path):
+def test_trace_refuses_what_it_cannot_read(workdir, dataset, tmp_path):
     with pytest.raises(UserError, match=r"no readable config\.json"):
-        next(loader.trace_step(tmp_path, 1, rows.tokenizer))
+        next(loader.trace_step(tmp_path, 1, dataset.tokenizer))
     run = a_run(workdir, tmp_path)
     for step in (0, 10):
-        with pytest.raises(UserError, match="steps are 1 to 9"):
-            next(loader.trace_step(run, step, rows.tokenizer))
+        with pytest.raises(UserError, match="a step of the run, 1 to 9"):
+            next(loader.trace_step(run, step, dataset.tokenizer))
     with pytest.raises(UserError, match="packed with"):
         next(loader.trace_step(run, 1, "another"))
-    stretches = json.loads((run / "phases.json").read_text())
+    phases = json.loads((run / "phases.json").read_text())
     (run / "phases.json").write_text(
-        json.dumps([{**each, "fingerprint": "others"} for each in stretches])
+        json.dumps([{**each, "fingerprint": "others"} for each in phases])
     )
-    with pytest.raises(UserError, match="step 1 read other rows"):
-        next(loader.trace_step(run, 1, rows.tokenizer))
+    with pytest.raises(UserError, match="step 1 read other sequences"):
+        next(loader.trace_step(run, 1, dataset.tokenizer))

@@ -1,10 +1,9 @@
-"""Packed rows on disk to sharded global Batches.
+"""Read packed sequences from disks and object stores, and make them sharded global Batches.
 
-Step i holds the same rows in the same slots on any mesh and any number of hosts.
-
-Each host reads only the rows that its devices' shards hold, asked of the sharding. The position in
-the data is one integer, the
-number of global rows consumed; the rest is `jaxpt.data.mixture`, a pure function of it.
+Step i holds the same sequences in the same slots on any mesh and any number of hosts. Each host
+reads only the sequences that its devices' shards hold, which the sharding tells. The position in
+the data is one integer, the number of global sequences read; the rest is `jaxpt.data.mixture`, a
+pure function of it.
 """
 
 from __future__ import annotations
@@ -17,96 +16,121 @@ import json
 import pathlib
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import grain
 import jax
 import numpy as np
 import pyarrow as pa
 from absl import flags
+from jax.sharding import NamedSharding
 
-from jaxpt import config, stage
-from jaxpt.data import pack, storage
+from jaxpt import stage
+from jaxpt.config import Config, build_config
+from jaxpt.data import pack
 from jaxpt.data.mixture import MixturePhase, MixtureSchedule, schedule_from_history
-from jaxpt.spec import Batch, UserError
+from jaxpt.data.storage import BucketStorage, ByteRange, LocalStorage, open_storage
+from jaxpt.spec import Batch, Manifest, UserError
 
 # of a set on disk: below, opening compares all checksums, which takes well under a second
 MAX_BYTES_VERIFIED_AT_OPEN = 500e6
 MAX_OPEN_BATCHES = 256  # record batches that are kept open, of about 1 MB each
-PREFETCH_STEPS = 8  # whose rows are asked of an object store before they are needed
-METRICS_NAME = 2**40  # a stream has no end of its own
+PREFETCH_STEPS = 8  # steps ahead whose sequences are requested from an object store
+N_ENDLESS_STEPS = 2**40  # grain needs a length; a stream has no end of its own
+
+Split = Literal["train", "heldout"]
+Place = tuple[str, int]  # source name, index of a sequence in it
+ZERO = np.zeros(1, np.int32)
 
 if not flags.FLAGS.is_parsed():
     # grain reads absl flags, and refuses under a program that never parsed any
     flags.FLAGS.mark_as_parsed()
 
 
-def open_packed(packed_paths: Sequence[pathlib.Path | str], split: str = "train") -> PackedDataset:
-    """Open the sets of one split in directories that pack.py wrote, on disk or in an object store
-    (s3://BUCKET/PATH).
+def open_packed(
+    packed_paths: Sequence[pathlib.Path | str], split: Split = "train"
+) -> PackedDataset:
+    """Open one split of directories that pack.py wrote.
 
-    Opening checks that every shard has its size, and the bytes of a set on disk up to VERIFY_BYTES.
-    Beyond that a record batch is checked
-    before its first row is given out, and `stream` goes over the rest meanwhile.
+    Every shard must have its size. The checksums of sets on disk are compared at once up to
+    MAX_BYTES_VERIFIED_AT_OPEN bytes; beyond that a record batch is checked before its first
+    sequence is returned, and `iterate_batches` checks the rest in the background.
 
-    Raises UserError when directories differ in row length or tokenizer, name a source twice, or
-    hold a missing or damaged shard.
+    Args:
+        packed_paths: directories, or addresses in an object store (s3://BUCKET/PATH).
+        split: which of their splits.
+
+    Raises:
+        UserError: directories differ in seq_len or tokenizer, name a source twice, or lack a shard
+            or hold a damaged one.
     """
     if not packed_paths:
         raise UserError(
             "mixture.packed_paths: no packed directory given. Name at least one that pack.py wrote."
         )
-    opened = [storage.open_storage(path) for path in packed_paths]
-    first = opened[0]
-    for place in opened:
-        manifest = place.manifest
-        if manifest.stage != "pack":
-            raise UserError(
-                f"{place.where}: was made by {manifest.stage}, expected "
-                "packed rows. Name the directory that pack.py wrote."
-            )
-        if manifest.counts["seq_len"] != first.manifest.counts["seq_len"]:
-            lengths = (
-                f"{manifest.counts['seq_len']} tokens, {first.where} has "
-                f"{first.manifest.counts['seq_len']}"
-            )
-            raise UserError(
-                f"{place.where}: its rows have {lengths}. Pack both with one pack.seq_len."
-            )
-        if manifest.tokenizer != first.manifest.tokenizer:
-            theirs = (
-                f"packed with tokenizer {manifest.tokenizer}, {first.where} with "
-                f"{first.manifest.tokenizer}"
-            )
-            raise UserError(f"{place.where}: {theirs}. Pack both with one tokenizer.")
-
-    sources: dict[str, PackedSource] = {}
-    for place in opened:
-        for name in place.manifest.counts[split]:
-            if name in sources:
+    stores = [open_storage(path) for path in packed_paths]
+    counts = [parse_counts(store) for store in stores]
+    readers: dict[str, PackedSourceReader] = {}
+    for store, own in zip(stores, counts, strict=True):
+        require_same_packing(store, own, stores[0], counts[0])
+        for name, source in getattr(own, split).items():
+            if name in readers:
                 raise UserError(
-                    f"{place.where}: source {name} was opened from another "
-                    "directory already. Prepare one of them under another "
-                    "name."
+                    f"{store.where}: source {name} was opened from another directory already. "
+                    "Prepare one of them under another name."
                 )
-            sources[name] = PackedSource(place, split, name)
-    if split == "train" and not sources:
+            directory = f"{split}/{name}"
+            readers[name] = PackedSourceReader(store, directory, source, own.seq_len)
+    if split == "train" and not readers:
         raise UserError(
-            f"{first.where}: holds no packed source. Prepare and pack a corpus that has text."
+            f"{stores[0].where}: holds no packed source. Prepare and pack a corpus that has text."
         )
-    if sum(source.n_bytes for source in sources.values()) < MAX_BYTES_VERIFIED_AT_OPEN:
-        for source in sources.values():
-            source.verify_all()
-    return PackedDataset(sources, split, first.manifest.counts, first.manifest.tokenizer)
+    n_bytes = sum(reader.n_local_bytes for reader in readers.values())
+    if n_bytes < MAX_BYTES_VERIFIED_AT_OPEN:
+        for reader in readers.values():
+            reader.verify()
+    return PackedDataset(readers, split, counts[0], stores[0].manifest)
+
+
+def parse_counts(store: LocalStorage | BucketStorage) -> pack.PackCounts:
+    """Return what pack.py counted. Raise UserError if another stage wrote the directory."""
+    manifest = store.manifest
+    if manifest.stage != "pack":
+        raise UserError(
+            f"{store.where}: was made by {manifest.stage}, expected packed sequences. "
+            "Name the directory that pack.py wrote."
+        )
+    return pack.PackCounts.from_json(manifest.counts, str(store.where))
+
+
+def require_same_packing(
+    store: LocalStorage | BucketStorage,
+    counts: pack.PackCounts,
+    first: LocalStorage | BucketStorage,
+    first_counts: pack.PackCounts,
+) -> None:
+    """Raise UserError if a directory differs from the first in seq_len or tokenizer."""
+    if counts.seq_len != first_counts.seq_len:
+        raise UserError(
+            f"{store.where}: its sequences have {counts.seq_len} tokens, those of {first.where} "
+            f"have {first_counts.seq_len}. Pack both with one pack.seq_len."
+        )
+    tokenizer, first_tokenizer = store.manifest.tokenizer, first.manifest.tokenizer
+    if tokenizer != first_tokenizer:
+        raise UserError(
+            f"{store.where}: packed with tokenizer {tokenizer}, {first.where} with "
+            f"{first_tokenizer}. Pack both with one tokenizer."
+        )
 
 
 class PackedSequence(NamedTuple):
-    """One packed row, as views of the mapped file.
+    """One packed sequence, as views of the mapped file.
 
-    tokens     [T] int32, padding 0 at the end
-    doc_lens   [pieces] int32, tokens of each document or part of one
-    loss_from  [pieces] int32, first trained token of each
+    Attributes:
+        tokens: int32 [T], padding 0 at the end.
+        doc_lens: int32 [segments], tokens of each document or part of one.
+        loss_from: int32 [segments], index of the first trained token of each.
     """
 
     tokens: np.ndarray
@@ -115,443 +139,461 @@ class PackedSequence(NamedTuple):
 
 
 class PackedDataset:
-    """Every row of some packed sources, at random access.
+    """Random access to all sequences of some packed sources.
 
-    names, n_rows   the sources, and {source: rows}
-    counts          {source: what pack.py counted}
-    unigram_nats    {source: nats per token that counting tokens alone gives}
-    seq_len         tokens in a row
-    vocab_size        of the tokenizer; ids are below it
-    tokenizer       its fingerprint
-    fingerprint     of all the rows
+    Attributes:
+        names: the sources.
+        n_sequences: source -> number of sequences.
+        counts: source -> what pack.py counted.
+        unigram_nats: source -> loss of the unigram baseline, nats per token.
+        seq_len: tokens per sequence.
+        vocab_size: of the tokenizer; token ids are below it.
+        tokenizer: its fingerprint.
+        fingerprint: of all sequences.
+        damage: the error that the verification in the background found.
     """
 
     def __init__(
         self,
-        sources: Mapping[str, PackedSource],
-        split: str,
-        counts: Mapping[str, Any],
-        tokenizer: str | None,
+        sources: Mapping[str, PackedSourceReader],
+        split: Split,
+        counts: pack.PackCounts,
+        manifest: Manifest,
     ):
+        """Gather the sources' counts."""
         self.sources = dict(sources)
         self.names = sorted(sources)
         self.counts = {name: sources[name].counts for name in self.names}
-        self.n_rows = {name: sources[name].n_rows for name in self.names}
-        self.unigram_nats = {name: self.counts[name]["unigram_nats"] for name in self.names}
-        self.seq_len, self.vocab_size, self.tokenizer = (
-            counts["seq_len"],
-            counts["vocab_size"],
-            tokenizer,
-        )
-        self.fingerprint = stage.fingerprint(
-            [split, {name: sources[name].fingerprint for name in self.names}]
-        )
-        self.open: collections.OrderedDict[tuple[str, int], RecordBatchView] = (
+        self.n_sequences = {name: sources[name].n_sequences for name in self.names}
+        self.unigram_nats = {name: self.counts[name].unigram_nats for name in self.names}
+        self.seq_len = counts.seq_len
+        self.vocab_size = counts.vocab_size
+        self.tokenizer = manifest.tokenizer
+        fingerprints = {name: sources[name].fingerprint for name in self.names}
+        self.fingerprint = stage.fingerprint([split, fingerprints])
+        self.open_batches: collections.OrderedDict[Place, RecordBatchView] = (
             collections.OrderedDict()
         )
         self.lock = threading.Lock()
-        self.sweeper, self.damage = None, None
+        self.verification: threading.Thread | None = None
+        self.damage: UserError | None = None
 
     def read_sequence(self, name: str, i: int) -> PackedSequence:
         """Return one sequence of a source."""
         batch, k = self.open_record_batch(name, i)
-        pieces = slice(batch.offsets[k], batch.offsets[k + 1])
-        return PackedSequence(batch.ids[k], batch.doc_lens[pieces], batch.loss_from[pieces])
+        segments = slice(batch.offsets[k], batch.offsets[k + 1])
+        return PackedSequence(
+            batch.input_ids[k], batch.doc_lens[segments], batch.loss_from[segments]
+        )
 
     def read_document_ids(self, name: str, i: int) -> list[str]:
-        """The document that each piece of a row comes from."""
+        """Return the document that each segment of a sequence comes from."""
         batch, k = self.open_record_batch(name, i)
-        return batch.whole.column("doc_ids")[k].as_py()
+        return batch.record_batch.column("doc_ids")[k].as_py()
 
     def open_record_batch(self, name: str, i: int) -> tuple[RecordBatchView, int]:
-        """The record batch that holds row i of a source, and the row's place in it.
+        """Return the record batch that holds a source's i-th sequence, and the index in it.
 
-        The last OPEN_BATCHES of them stay open.
+        The MAX_OPEN_BATCHES that were used last stay open.
         """
         source = self.sources[name]
         number, k = source.locate_sequence(i)
+        key = name, number
         with self.lock:
-            found = self.open.get((name, number))
-            if found is not None:
-                self.open.move_to_end((name, number))
-                return found, k
-        found = source.read_record_batch(number)
+            cached = self.open_batches.get(key)
+            if cached is not None:
+                self.open_batches.move_to_end(key)
+                return cached, k
+        batch = source.read_record_batch(number)
+        evicted = None
         with self.lock:
-            self.open[name, number] = found
-            out = self.open.popitem(last=False)[0] if len(self.open) > MAX_OPEN_BATCHES else None
-        if out:
-            self.sources[out[0]].close_files(out[1])
-        return found, k
+            self.open_batches[key] = batch
+            if len(self.open_batches) > MAX_OPEN_BATCHES:
+                evicted, _ = self.open_batches.popitem(last=False)
+        if evicted:
+            old_name, old_number = evicted
+            self.sources[old_name].release_record_batch(old_number)
+        return batch, k
 
-    def prefetch(self, places: Sequence[tuple[str, int]]) -> None:
-        """Begin to fetch what lies in an object store of these (source, row)."""
+    def prefetch_sequences(self, places: Sequence[Place]) -> None:
+        """Begin to fetch those of the sequences that lie in an object store."""
         for name, i in places:
             source = self.sources[name]
             number, _ = source.locate_sequence(i)
-            if source.place.is_remote and (name, number) not in self.open:
-                source.place.prefetch(source.byte_range(number))
+            if (
+                isinstance(source.storage, BucketStorage)
+                and (name, number) not in self.open_batches
+            ):
+                source.storage.prefetch(source.get_byte_range(number))
 
-    def verify_all(self, part: int, n_parts: int) -> None:
-        """Check, meanwhile, the checksums of a part of every set on disk.
+    def start_verification(self, part: int, n_parts: int) -> None:
+        """Compare the checksums of a part of every set on disk, in a thread; sets `damage`."""
 
-        `damage` will hold what is found.
-        """
-
-        def check():
+        def verify() -> None:
             try:
                 for source in self.sources.values():
-                    source.verify_all(part, n_parts)
+                    source.verify(part, n_parts)
             except UserError as error:
                 self.damage = error
 
-        if self.sweeper is None:
-            self.sweeper = threading.Thread(target=check, daemon=True, name="checksums")
-            self.sweeper.start()
+        if self.verification is None:
+            self.verification = threading.Thread(target=verify, daemon=True, name="checksums")
+            self.verification.start()
 
 
 class RecordBatchView(NamedTuple):
     """A record batch and views of its columns."""
 
-    whole: pa.RecordBatch
-    ids: np.ndarray  # [rows, T] int32
-    offsets: np.ndarray  # [rows + 1] int32: the pieces of each row
-    doc_lens: np.ndarray  # [pieces] int32
-    loss_from: np.ndarray  # [pieces] int32
+    record_batch: pa.RecordBatch
+    input_ids: np.ndarray  # int32 [sequences, T]
+    offsets: np.ndarray  # int32 [sequences + 1], where the segments of each sequence begin
+    doc_lens: np.ndarray  # int32 [segments]
+    loss_from: np.ndarray  # int32 [segments]
 
 
-class PackedSource:
-    """One packed source: where its record batches lie."""
+class PackedSourceReader:
+    """Reads one packed source, a record batch at a time.
 
-    def __init__(self, place: storage.LocalStorage | storage.BucketStorage, split: str, name: str):
-        self.place, self.directory, self.counts = (
-            place,
-            f"{split}/{name}",
-            place.manifest.counts[split][name],
-        )
-        self.fingerprint, self.seq_len = (
-            place.manifest.fingerprint,
-            place.manifest.counts["seq_len"],
-        )
-        self.files = [f"{self.directory}/{shard['file']}" for shard in self.counts["shards"]]
-        self.n_bytes = (
-            0 if place.is_remote else sum(shard["n_bytes"] for shard in self.counts["shards"])
-        )  # that opening could check
-        for file, shard in zip(
-            [*self.files, f"{self.directory}/{pack.INDEX_FILE}"],
-            [*self.counts["shards"], None],
-            strict=True,
-        ):
-            size = place.size(file)
-            if size is None:
-                raise UserError(
-                    f"{place.where}/{file}: missing, though the manifest "
-                    "names it. Copy it from where the rest came from, or run "
-                    "pack.py with --replace."
-                )
-            if shard and size != shard["n_bytes"]:
-                raise UserError(
-                    f"{place.where}/{file}: {size:,} bytes, expected "
-                    f"{shard['n_bytes']:,}: a broken copy. Copy it again, or "
-                    "run pack.py with --replace."
-                )
-        index = place.read_file_bytes(f"{self.directory}/{pack.INDEX_FILE}")
-        if (
-            hashlib.sha256(index).hexdigest()
-            != place.manifest.outputs[f"{self.directory}/{pack.INDEX_FILE}"]
-        ):
-            raise self.describe_damage(pack.INDEX_FILE, "its checksum is not the manifest's")
+    Attributes:
+        n_sequences: of the source.
+        n_local_bytes: bytes of its shards on disk; 0 in an object store.
+        index: int [record batches, 5]: shard, first byte, bytes, sequences, CRC-32.
+        is_verified: bool [record batches], whether the checksum was compared.
+    """
+
+    def __init__(
+        self,
+        storage: LocalStorage | BucketStorage,
+        directory: str,
+        counts: pack.PackedSource,
+        seq_len: int,
+    ):
+        """Read the index. Raise UserError if a file is missing, cut short or damaged."""
+        self.storage = storage
+        self.directory = directory
+        self.counts = counts
+        self.seq_len = seq_len
+        self.fingerprint = storage.manifest.fingerprint
+        self.shard_paths = [f"{directory}/{shard.file}" for shard in counts.shards]
+        for path, shard in zip(self.shard_paths, counts.shards, strict=True):
+            self.require_size(path, shard.n_bytes)
+        is_local = isinstance(storage, LocalStorage)
+        self.n_local_bytes = sum(shard.n_bytes for shard in counts.shards) if is_local else 0
+        index_path = f"{directory}/{pack.INDEX_FILE}"
+        self.require_size(index_path, None)
+        index = storage.read_file_bytes(index_path)
+        if hashlib.sha256(index).hexdigest() != storage.manifest.outputs[index_path]:
+            raise self.make_damage_error(pack.INDEX_FILE, "its checksum is not the manifest's")
         self.index = np.load(io.BytesIO(index))
-        self.starts = np.cumsum([0, *self.index[:, 3]])  # the first row of each record batch
-        self.n_rows = int(self.starts[-1])
-        self.checked = np.zeros(len(self.index), bool)
+        # the first sequence of each record batch
+        self.first_sequences = np.cumsum([0, *self.index[:, 3]])
+        self.n_sequences = int(self.first_sequences[-1])
+        self.is_verified = np.zeros(len(self.index), bool)
 
-    def describe_damage(self, file: str, how: str) -> UserError:
+    def require_size(self, path: str, n_bytes: int | None) -> None:
+        """Raise UserError if a file is missing, or has another size than n_bytes, if given."""
+        where = f"{self.storage.where}/{path}"
+        size = self.storage.size(path)
+        if size is None:
+            raise UserError(
+                f"{where}: missing, though the manifest names it. Copy it from where the rest came "
+                "from, or run pack.py with --replace."
+            )
+        if n_bytes is not None and size != n_bytes:
+            raise UserError(
+                f"{where}: {size:,} bytes, expected {n_bytes:,}: a broken copy. Copy it again, or "
+                "run pack.py with --replace."
+            )
+
+    def make_damage_error(self, file: str, reason: str) -> UserError:
         """Return the error for a damaged file."""
         return UserError(
-            f"{self.place.where}/{self.directory}/{file}: {how}: damaged "
-            "bytes. Copy it again, or run pack.py with --replace."
+            f"{self.storage.where}/{self.directory}/{file}: {reason}: damaged bytes. "
+            "Copy it again, or run pack.py with --replace."
         )
 
     def locate_sequence(self, i: int) -> tuple[int, int]:
-        """The record batch that holds row i, and the row's place in it."""
-        if not 0 <= i < self.n_rows:
-            raise IndexError(f"row {i} of {self.n_rows}")
-        batch = int(np.searchsorted(self.starts, i, side="right")) - 1
-        return batch, i - int(self.starts[batch])
+        """Return the number of the record batch that holds sequence i, and the index in it."""
+        if not 0 <= i < self.n_sequences:
+            raise IndexError(f"sequence {i} of {self.n_sequences}")
+        number = int(np.searchsorted(self.first_sequences, i, side="right")) - 1
+        return number, i - int(self.first_sequences[number])
 
-    def byte_range(self, number: int) -> storage.ByteRange:
-        """Return the bytes of a record batch."""
+    def get_byte_range(self, number: int) -> ByteRange:
+        """Return where a record batch lies."""
         shard, start, n_bytes, _, crc = self.index[number].tolist()
-        return storage.ByteRange(self.files[shard], start, n_bytes, crc)
+        return ByteRange(self.shard_paths[shard], start, n_bytes, crc)
 
     def read_record_batch(self, number: int) -> RecordBatchView:
-        """Open a record batch.
-
-        Raises UserError where its bytes are not those that pack.py wrote.
-        """
-        expected = self.byte_range(number)
-        found = self.place.read_range(expected)
-        if not self.checked[number]:
-            self.check_range(expected, zlib.crc32(found) == expected.crc)
-            self.checked[
-                number
-            ] = not self.place.is_remote  # what is fetched again is checked again
-        whole = pa.ipc.read_record_batch(pa.py_buffer(found), pack.packed_schema(self.seq_len))
-        ids, doc_lens, loss_from = (
-            whole.column(name) for name in ("input_ids", "doc_lens", "loss_from")
-        )
+        """Open a record batch. Raise UserError if its bytes are not those that pack.py wrote."""
+        byte_range = self.get_byte_range(number)
+        data = self.storage.read_range(byte_range)
+        if not self.is_verified[number]:
+            self.require_intact(byte_range, zlib.crc32(data) == byte_range.crc)
+            # what is fetched again is checked again
+            self.is_verified[number] = isinstance(self.storage, LocalStorage)
+        schema = pack.packed_schema(self.seq_len)
+        batch = pa.ipc.read_record_batch(pa.py_buffer(data), schema)
+        input_ids = batch.column("input_ids").values.to_numpy()
+        doc_lens = batch.column("doc_lens")
+        loss_from = batch.column("loss_from").values.to_numpy()
         return RecordBatchView(
-            whole,
-            ids.values.to_numpy().reshape(-1, self.seq_len),
+            batch,
+            input_ids.reshape(-1, self.seq_len),
             doc_lens.offsets.to_numpy(),
             doc_lens.values.to_numpy(),
-            loss_from.values.to_numpy(),
+            loss_from,
         )
 
-    def check_range(self, expected: storage.ByteRange, is_whole: bool) -> None:
-        """Raise UserError if the bytes of a range differ from its checksum."""
-        if not is_whole:
-            file = expected.name.removeprefix(f"{self.directory}/")
-            raise self.describe_damage(
-                file,
-                (
-                    f"the checksum of bytes {expected.start:,} to "
-                    f"{expected.start + expected.n_bytes - 1:,} is not the index's"
-                ),
-            )
+    def require_intact(self, byte_range: ByteRange, is_intact: bool) -> None:
+        """Raise UserError for a range that is not intact."""
+        if not is_intact:
+            file = byte_range.name.removeprefix(f"{self.directory}/")
+            last = byte_range.start + byte_range.n_bytes - 1
+            span = f"bytes {byte_range.start:,} to {last:,}"
+            raise self.make_damage_error(file, f"the checksum of {span} is not the index's")
 
-    def close_files(self, number: int) -> None:
-        """Close the files of a record batch."""
-        self.place.close(self.byte_range(number))
+    def release_record_batch(self, number: int) -> None:
+        """Free the memory of a record batch."""
+        self.storage.close(self.get_byte_range(number))
 
-    def verify_all(self, part: int = 0, n_parts: int = 1) -> None:
-        """Check the part-th of n_parts of the record batches, on disk.
+    def verify(self, part: int = 0, n_parts: int = 1) -> None:
+        """Compare the checksums of the part-th of n_parts of the record batches, if on disk.
 
-        Raises UserError naming a damaged shard.
+        Raises:
+            UserError: a shard is damaged.
         """
-        if not self.place.is_remote:
-            for number in range(
-                part * len(self.index) // n_parts, (part + 1) * len(self.index) // n_parts
-            ):
-                if not self.checked[number]:
-                    self.check_range(
-                        self.byte_range(number), self.place.is_whole(self.byte_range(number))
-                    )
-                    self.checked[number] = True
+        if not isinstance(self.storage, LocalStorage):
+            return
+        n = len(self.index)
+        for number in range(part * n // n_parts, (part + 1) * n // n_parts):
+            if not self.is_verified[number]:
+                byte_range = self.get_byte_range(number)
+                self.require_intact(byte_range, self.storage.is_whole(byte_range))
+                self.is_verified[number] = True
 
 
-# ---- rows to batches
+# ---- sequences to batches
 
 
-def make_batch(rows: Sequence[PackedSequence], document_mask: bool) -> Batch:
-    """Rows as a Batch of numpy arrays [B, T].
+def make_batch(sequences: Sequence[PackedSequence], document_mask: bool) -> Batch:
+    """Make a Batch of numpy arrays [B, T].
 
-    document_mask off makes each row one segment: positions run through, and a document's last token
-    is trained to foresee the next
-    document's first.
+    Args:
+        sequences: B packed sequences.
+        document_mask: False makes each sequence one segment: positions count on, and a document's
+            last token is trained to predict the next document's first.
     """
-    n_rows, seq_len = len(rows), len(rows[0].tokens)
-    tokens = np.stack([row.tokens for row in rows])
-    # every row's pieces, and after them its padding as one more, so that the lengths of all tile
-    # the whole batch
-    padding = [np.array([seq_len - row.doc_lens.sum()], np.int32) for row in rows]
-    lengths = np.concatenate(
-        [part for row, rest in zip(rows, padding, strict=True) for part in (row.doc_lens, rest)]
-    )
-    zero = np.zeros(1, np.int32)
-    numbers = np.concatenate(
-        [
-            part
-            for row in rows
-            for part in (np.arange(1, len(row.doc_lens) + 1, dtype=np.int32), zero)
-        ]
-    )
-    loss_from = np.concatenate([part for row in rows for part in (row.loss_from, zero)])
+    shape = len(sequences), len(sequences[0].tokens)
+    tokens = np.stack([sequence.tokens for sequence in sequences])
+    # the padding of a sequence is one more segment, so that all lengths together tile the batch
+    lengths, numbers, loss_from = [], [], []
+    for sequence in sequences:
+        n_padding = shape[1] - sequence.doc_lens.sum()
+        lengths += [sequence.doc_lens, np.array([n_padding], np.int32)]
+        numbers += [np.arange(1, len(sequence.doc_lens) + 1, dtype=np.int32), ZERO]
+        loss_from += [sequence.loss_from, ZERO]
+    lengths = np.concatenate(lengths)
 
     def spread(values: np.ndarray) -> np.ndarray:
-        return np.repeat(values, lengths).reshape(n_rows, seq_len)
+        """Repeat one value per segment over its tokens."""
+        return np.repeat(values, lengths).reshape(shape)
 
-    segments = spread(numbers)
-    in_piece = np.arange(n_rows * seq_len, dtype=np.int32).reshape(n_rows, seq_len) - spread(
-        (np.cumsum(lengths) - lengths).astype(np.int32)
-    )
-    trained = in_piece >= spread(loss_from)
-    if document_mask:
-        positions = in_piece
-    else:
-        segments = (segments > 0).astype(np.int32)
-        positions = np.broadcast_to(np.arange(seq_len, dtype=np.int32), segments.shape) * segments
-    weights = np.zeros((n_rows, seq_len), np.float32)
-    weights[:, :-1] = trained[:, 1:] & (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    segment_ids = spread(np.concatenate(numbers))
+    starts = (np.cumsum(lengths) - lengths).astype(np.int32)
+    index = np.arange(tokens.size, dtype=np.int32).reshape(shape)
+    positions = index - spread(starts)
+    is_trained = positions >= spread(np.concatenate(loss_from))
+    if not document_mask:
+        segment_ids = (segment_ids > 0).astype(np.int32)
+        positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    is_text = segment_ids > 0
+    is_continued = segment_ids[:, 1:] == segment_ids[:, :-1]
+    loss_mask = np.zeros(shape, np.float32)
+    loss_mask[:, :-1] = is_trained[:, 1:] & is_continued & is_text[:, 1:]
     targets = np.zeros_like(tokens)
     targets[:, :-1] = tokens[:, 1:]
-    targets *= weights > 0
-    return Batch(tokens, targets, segments, positions * (segments > 0), weights)
+    targets *= loss_mask > 0
+    return Batch(tokens, targets, segment_ids, positions * is_text, loss_mask)
 
 
 def iterate_batches(
-    rows: PackedDataset,
-    mixture: MixtureSchedule,
-    sharding: jax.sharding.NamedSharding,
+    dataset: PackedDataset,
+    schedule: MixtureSchedule,
+    sharding: NamedSharding,
     batch_size: int,
     first_sequence: int,
     document_mask: bool,
-) -> Iterator[Batch]:
-    """Batches without end, from global row first_row on.
+) -> Generator[Batch, None, None]:
+    """Yield batches without end, from global sequence first_sequence on.
 
     Threads make the next ones while the current one trains.
 
-    Raises UserError when batch_size or the row length cannot be cut as the sharding asks.
+    Raises:
+        UserError: the sharding does not divide batch_size or seq_len, or a shard is damaged.
     """
-    local = local_sequence_ids(sharding, batch_size, rows.seq_len)
-    remote = [source.place for source in rows.sources.values() if source.place.is_remote]
-    for each in remote:
-        each.start_fetch()
-    rows.verify_all(jax.process_index(), jax.process_count())
+    slots = list_local_slots(sharding, batch_size, dataset.seq_len)
+    is_remote = False
+    for source in dataset.sources.values():
+        if isinstance(source.storage, BucketStorage):
+            source.storage.start_fetch()
+            is_remote = True
+    dataset.start_verification(jax.process_index(), jax.process_count())
 
-    def places(step: int) -> list[tuple[str, int]]:
-        return [mixture.sequence_at(first_sequence + step * batch_size + slot) for slot in local]
+    def list_places(step: int) -> list[Place]:
+        first = first_sequence + step * batch_size
+        return [schedule.sequence_at(first + slot) for slot in slots]
 
     def load(step: int) -> Batch:
-        if rows.damage:
-            raise rows.damage
-        if remote:
+        if dataset.damage:
+            raise dataset.damage
+        if is_remote:
             for later in range(step, step + PREFETCH_STEPS):
-                rows.prefetch(places(later))
-        return make_batch([rows.read_sequence(name, i) for name, i in places(step)], document_mask)
+                dataset.prefetch_sequences(list_places(later))
+        sequences = [dataset.read_sequence(name, i) for name, i in list_places(step)]
+        return make_batch(sequences, document_mask)
 
-    dataset = grain.MapDataset.range(METRICS_NAME).map(load)
-    iterator = iter(
-        dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
-    )
+    steps = grain.MapDataset.range(N_ENDLESS_STEPS).map(load)
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    iterator = iter(steps.to_iter_dataset(options))
     try:
         for batch in iterator:
-            yield make_global_batch(batch, local, sharding, batch_size)
+            yield make_global_batch(batch, slots, sharding, batch_size)
     finally:
         iterator.close()
 
 
 def iterate_heldout_batches(
-    rows: PackedDataset,
+    dataset: PackedDataset,
     name: str,
-    sharding: jax.sharding.NamedSharding,
+    sharding: NamedSharding,
     batch_size: int,
     n_sequences: int,
     document_mask: bool,
 ) -> Iterator[Batch]:
-    """At most n_rows rows of a source, evenly spread over it and always the same.
+    """Yield at most n_sequences sequences of a source, evenly spread and always the same.
 
-    The last batch is filled with empty rows of weight 0.
+    The last batch is filled up with empty sequences, whose loss mask is 0.
     """
-    local = local_sequence_ids(sharding, batch_size, rows.seq_len)
-    available = rows.n_rows[name]
+    slots = list_local_slots(sharding, batch_size, dataset.seq_len)
+    available = dataset.n_sequences[name]
     n_sequences = min(n_sequences, available)
-    empty = PackedSequence(
-        np.zeros(rows.seq_len, np.int32), np.zeros(0, np.int32), np.zeros(0, np.int32)
-    )
+    nothing = np.zeros(0, np.int32)
+    empty = PackedSequence(np.zeros(dataset.seq_len, np.int32), nothing, nothing)
     for start in range(0, n_sequences, batch_size):
-        chosen = [
-            rows.read_sequence(name, k * available // n_sequences) if k < n_sequences else empty
-            for k in (start + slot for slot in local)
-        ]
-        yield make_global_batch(make_batch(chosen, document_mask), local, sharding, batch_size)
+        sequences = []
+        for slot in slots:
+            k = start + slot
+            i = k * available // n_sequences
+            sequences.append(dataset.read_sequence(name, i) if k < n_sequences else empty)
+        batch = make_batch(sequences, document_mask)
+        yield make_global_batch(batch, slots, sharding, batch_size)
 
 
-def local_sequence_ids(
-    sharding: jax.sharding.NamedSharding, batch_size: int, seq_len: int
-) -> list[int]:
-    """The slots of a global batch that this host's devices hold."""
+def list_local_slots(sharding: NamedSharding, batch_size: int, seq_len: int) -> list[int]:
+    """Return the slots of a global batch that this host's devices hold, sorted."""
     try:
-        shards = sharding.addressable_devices_indices_map((batch_size, seq_len)).values()
+        shards = sharding.addressable_devices_indices_map((batch_size, seq_len))
     except ValueError as error:
         raise UserError(
-            f"train.batch_size: {batch_size} rows of {seq_len} tokens cannot "
-            f"be cut evenly over the mesh ({error}). Use multiples of its "
-            "sizes."
+            f"train.batch_size: {batch_size} sequences of {seq_len} tokens cannot be sharded "
+            f"evenly over the mesh ({error}). Use multiples of its sizes."
         ) from None
-    return sorted({slot for shard in shards for slot in range(*shard[0].indices(batch_size))})
+    slots: set[int] = set()
+    for index in shards.values():
+        assert index is not None
+        slots.update(range(*index[0].indices(batch_size)))
+    return sorted(slots)
 
 
 def make_global_batch(
-    batch: Batch, local: list[int], sharding: jax.sharding.NamedSharding, batch_size: int
+    batch: Batch, slots: list[int], sharding: NamedSharding, batch_size: int
 ) -> Batch:
-    """This host's rows of a batch as their part of the global arrays [batch_size, T]."""
+    """Return global arrays [batch_size, T], of which this host holds the sequences of its slots."""
 
-    def to_global(values: np.ndarray) -> jax.Array:
-        def shard(index: tuple[slice, slice]) -> np.ndarray:
+    def make_global(values: np.ndarray) -> jax.Array:
+        def get_shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             start, stop, _ = index[0].indices(batch_size)
-            first = bisect.bisect_left(local, start)
+            first = bisect.bisect_left(slots, start)
             return values[first : first + stop - start, index[1]]
 
-        return jax.make_array_from_callback((batch_size, values.shape[1]), sharding, shard)
+        shape = batch_size, values.shape[1]
+        return jax.make_array_from_callback(shape, sharding, get_shard)
 
-    return Batch(*map(to_global, batch))
+    return Batch(*map(make_global, batch))
 
 
-# ---- which documents a step saw
+# ---- which documents a step read
 
 
 class TracedDocument(NamedTuple):
-    """A document, or a part of one, in a step."""
+    """A document, or a part of one, that a step read."""
 
-    slot: int  # row of the batch
+    slot: int  # of the batch
     source: str
-    sequence: int  # of the source
+    sequence: int  # index in the source
     document: str  # its id in the corpus
     tokens: np.ndarray  # int32
 
 
-def trace_step(run: pathlib.Path, step: int, tokenizer: str) -> Iterator[TracedDocument]:
-    """The documents of the step-th update of a run, counted from 1 as in metrics.jsonl, in the
-    order of the batch.
+class StepSequences(NamedTuple):
+    """What a step of a run read."""
 
-    tokenizer is the fingerprint of the one that will read the tokens. Raises UserError where the
-    run cannot be read.
+    config: Config  # of the run
+    dataset: PackedDataset
+    places: list[Place]  # of each slot
+
+
+def trace_step(run: pathlib.Path, step: int, tokenizer: str) -> Iterator[TracedDocument]:
+    """Yield the documents of one step of a run, in the order of the batch.
+
+    Args:
+        run: the run directory.
+        step: counted from 1, as in metrics.jsonl.
+        tokenizer: fingerprint of the one that will decode the tokens.
+
+    Raises:
+        UserError: the run cannot be read.
     """
-    _, rows, places = list_step_sequences(run, step)
-    if rows.tokenizer != tokenizer:
+    _, dataset, places = list_step_sequences(run, step)
+    if dataset.tokenizer != tokenizer:
         raise UserError(
-            f"{run}: its tokenizer is {tokenizer}, but the rows were packed "
-            f"with {rows.tokenizer}. They were packed anew since."
+            f"{run}: its tokenizer is {tokenizer}, but the sequences were packed with "
+            f"{dataset.tokenizer}. They were packed again since."
         )
     for slot, (name, i) in enumerate(places):
-        row, start = rows.read_sequence(name, i), 0
-        for document, length in zip(
-            rows.read_document_ids(name, i), row.doc_lens.tolist(), strict=True
-        ):
-            yield TracedDocument(slot, name, i, document, row.tokens[start : start + length])
+        sequence = dataset.read_sequence(name, i)
+        ids = dataset.read_document_ids(name, i)
+        start = 0
+        for document, length in zip(ids, sequence.doc_lens.tolist(), strict=True):
+            tokens = sequence.tokens[start : start + length]
+            yield TracedDocument(slot, name, i, document, tokens)
             start += length
 
 
-def list_step_sequences(
-    run: pathlib.Path, step: int
-) -> tuple[config.Config, PackedDataset, list[tuple[str, int]]]:
-    """(a run's settings, its rows, the (source, row) in each slot of its step-th update).
-
-    Raises UserError where the run cannot be read.
-    """
+def list_step_sequences(run: pathlib.Path, step: int) -> StepSequences:
+    """Return what a step of a run read. Raise UserError if the run cannot be read."""
     try:
-        settings = config.build_config(json.loads((run / "config.json").read_text()))
-        stretches = [
-            MixturePhase.from_json(each) for each in json.loads((run / "phases.json").read_text())
-        ]
+        config = build_config(json.loads((run / "config.json").read_text()))
+        history = json.loads((run / "phases.json").read_text())
     except (FileNotFoundError, json.JSONDecodeError) as error:
         raise UserError(
             f"{run}: has no readable config.json and phases.json ({error}). "
             "Give the directory of a training run."
         ) from None
-    if not 1 <= step <= settings.train.steps:
-        raise UserError(f"--step {step}: the run's steps are 1 to {settings.train.steps:,}.")
-    rows = open_packed(settings.mixture.packed_paths or [run / "packed"])
-    stretch = next(each for each in reversed(stretches) if each.step < step)
-    if stretch.fingerprint != rows.fingerprint:
+    phases = [MixturePhase.from_json(fields) for fields in history]
+    if not 1 <= step <= config.train.steps:
+        raise UserError(f"--step {step}: expected a step of the run, 1 to {config.train.steps:,}.")
+    packed_paths = config.mixture.packed_paths or (run / "packed",)
+    dataset = open_packed(packed_paths)
+    phase = next(phase for phase in reversed(phases) if phase.step < step)
+    if phase.fingerprint != dataset.fingerprint:
         raise UserError(
-            f"{run}: step {step} read other rows than "
-            f"{', '.join(settings.mixture.packed_paths) or run / 'packed'} "
-            "holds now. Put those back."
+            f"{run}: step {step} read other sequences than {', '.join(map(str, packed_paths))} "
+            "holds now. Restore the original ones."
         )
-    mixture, first = (
-        schedule_from_history(stretches, rows.n_rows, settings.mixture.seed),
-        stretch.sequence + (step - 1 - stretch.step) * stretch.batch_size,
-    )
-    return settings, rows, [mixture.sequence_at(first + slot) for slot in range(stretch.batch_size)]
+    schedule = schedule_from_history(phases, dataset.n_sequences, config.mixture.seed)
+    first = phase.sequence + (step - 1 - phase.step) * phase.batch_size
+    places = [schedule.sequence_at(first + slot) for slot in range(phase.batch_size)]
+    return StepSequences(config, dataset, places)

@@ -1,11 +1,8 @@
-"""Attribute the loss of one step to its documents.
-
-Each one's loss, and what it adds to the step's.
-"""
+"""Attribute the loss of one training step to its documents."""
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 import pathlib
 from typing import NamedTuple
 
@@ -14,15 +11,19 @@ import numpy as np
 from jaxpt import config, sharding
 from jaxpt.data import loader
 from jaxpt.evaluate import likelihood
-from jaxpt.spec import UserError
+from jaxpt.spec import Batch, UserError
 from jaxpt.weights import checkpoint, initialize
 
 
-class DocumentLoss(NamedTuple):
-    """A document, or the part of one in a row.
+@dataclasses.dataclass(frozen=True)
+class DocumentLoss:
+    """The loss of a document, or of the part of one in a sequence.
 
-    nats_sum   of its n_trained trained tokens
-    lift       nats per token by which the step's loss would be lower without it
+    Attributes:
+        document: the document and its tokens.
+        loss_sum: nats, over the trained tokens.
+        n_trained: trained tokens.
+        delta: nats per token by which the step's loss would be lower without this document.
     """
 
     document: loader.TracedDocument
@@ -31,61 +32,105 @@ class DocumentLoss(NamedTuple):
     delta: float
 
 
+class Segment(NamedTuple):
+    """Columns [start, stop) of a sequence whose tokens attend to each other."""
+
+    row: int
+    start: int
+    stop: int
+
+
 def rank_documents(
     run: pathlib.Path, step: int, tokenizer: str
 ) -> tuple[pathlib.Path, list[DocumentLoss]]:
-    """(the checkpoint used, the trained documents of a run's step-th update, those that lift its
-    loss most first).
+    """Rank the trained documents of a step by what they add to its loss.
 
-    The checkpoint is the newest one before that update, else the first after it. tokenizer: see
-    `loader.trace`.
-    Raises UserError where the run cannot be read or has no checkpoint.
+    The losses are computed with the newest checkpoint before that step, else the first after it.
+
+    Args:
+        run: a run directory.
+        step: counted from 1.
+        tokenizer: fingerprint of the run's tokenizer, see `loader.trace_step`.
+
+    Returns:
+        The checkpoint directory used, and the documents, largest delta first.
+
+    Raises:
+        UserError: the run cannot be read or has no checkpoint.
     """
     documents = list(loader.trace_step(run, step, tokenizer))
-    known = checkpoint.list_steps(run)
-    if not known:
+    saved = checkpoint.list_steps(run)
+    if not saved:
         raise UserError(
-            f"{run}: has no checkpoint, so no loss can be computed. Leave "
-            "--losses out to see the documents alone."
+            f"{run}: has no checkpoint, so no loss can be computed. Omit --losses to list the "
+            "documents alone."
         )
-    nearest = max((each for each in known if each < step), default=known[0])
+    nearest = max((saved_step for saved_step in saved if saved_step < step), default=saved[0])
+    checkpoint_dir = run / "checkpoints" / str(nearest)
     mesh = sharding.make_mesh(config.MeshConfig())
-    model = initialize.load_model(run / "checkpoints" / str(nearest), mesh)
+    model = initialize.load_model(checkpoint_dir, mesh)
 
-    settings, rows, places = loader.list_step_sequences(run, step)
-    batch = loader.make_batch(
-        [rows.read_sequence(name, i) for name, i in places], settings.mixture.document_mask
+    settings, dataset, places = loader.list_step_sequences(run, step)
+    sequences = [dataset.read_sequence(name, i) for name, i in places]
+    batch = loader.make_batch(sequences, settings.mixture.document_mask)
+    losses = compute_batch_losses(model, batch, dataset.seq_len)
+    ranked = sum_document_losses(documents, losses, batch.loss_mask)
+    ranked.sort(key=lambda found: -found.delta)
+    return checkpoint_dir, ranked
+
+
+def compute_batch_losses(
+    model: initialize.LoadedModel, batch: Batch, max_length: int
+) -> np.ndarray:
+    """Return the loss of each target of a batch in nats, float32 [B, T]; 0 where not trained."""
+    losses = np.zeros(batch.tokens.shape, np.float32)
+    segments = find_segments(batch.segment_ids)
+    pairs = []
+    for row, start, stop in segments:
+        ids = batch.tokens[row, start:stop].tolist()
+        pairs.append((ids[:1], ids[1:]))
+    scored = likelihood.compute_token_log_likelihoods(
+        model.spec, model.params, pairs, max_length=max_length, label="losses"
     )
-    nats = np.zeros(batch.tokens.shape, np.float32)
-    spans = []  # of each text that a row's tokens see as one: (row, its columns)
-    for row, segments in enumerate(batch.segment_ids):
-        cuts = [0, *np.flatnonzero(np.diff(segments)) + 1, len(segments)]
-        spans += [
-            (row, slice(a, b)) for a, b in itertools.pairwise(cuts) if segments[a] and b - a > 1
-        ]
-    pairs = [
-        (batch.tokens[row, span][:1].tolist(), batch.tokens[row, span][1:].tolist())
-        for row, span in spans
-    ]
-    for place, likelihoods, _ in likelihood.compute_token_log_likelihoods(
-        model.spec, model.params, pairs, max_length=rows.seq_len, label="losses"
-    ):
-        row, span = spans[place]
-        nats[row, span.start : span.stop - 1] = -likelihoods
-    nats *= batch.loss_mask
+    for place, log_likelihoods, _ in scored:
+        row, start, stop = segments[place]
+        losses[row, start : stop - 1] = -log_likelihoods
+    losses *= batch.loss_mask
+    return losses
 
-    total, n_total = float(nats.sum(dtype=np.float64)), int(batch.loss_mask.sum())
-    found, ends = [], dict.fromkeys(range(len(places)), 0)
-    for seen in documents:
-        start, ends[seen.slot] = ends[seen.slot], ends[seen.slot] + len(seen.tokens)
-        span = slice(
-            max(start - 1, 0), ends[seen.slot] - 1
-        )  # a token's loss stands where the one before it is read
-        nats_sum, n_trained = (
-            float(nats[seen.slot][span].sum()),
-            int(batch.loss_mask[seen.slot][span].sum()),
-        )
-        if n_trained:
-            without = (total - nats_sum) / (n_total - n_trained) if n_total > n_trained else 0.0
-            found.append(DocumentLoss(seen, nats_sum, n_trained, total / n_total - without))
-    return run / "checkpoints" / str(nearest), sorted(found, key=lambda each: -each.delta)
+
+def find_segments(segment_ids: np.ndarray) -> list[Segment]:
+    """Return the segments of at least two tokens in segment_ids [B, T], without padding."""
+    segments = []
+    for row, ids in enumerate(segment_ids):
+        changes = np.flatnonzero(np.diff(ids)) + 1
+        starts = [0, *changes.tolist()]
+        stops = [*changes.tolist(), len(ids)]
+        for start, stop in zip(starts, stops, strict=True):
+            if ids[start] and stop - start > 1:
+                segments.append(Segment(row, start, stop))
+    return segments
+
+
+def sum_document_losses(
+    documents: list[loader.TracedDocument], losses: np.ndarray, loss_mask: np.ndarray
+) -> list[DocumentLoss]:
+    """Sum losses [B, T] over each document that has trained tokens, in the order of the batch."""
+    total = float(losses.sum(dtype=np.float64))
+    n_total = int(loss_mask.sum())
+    stops = dict.fromkeys(range(len(losses)), 0)
+    found = []
+    for document in documents:
+        start = stops[document.slot]
+        stop = stops[document.slot] = start + len(document.tokens)
+        # the loss of a token is stored where the token before it is read
+        columns = slice(max(start - 1, 0), stop - 1)
+        loss_sum = float(losses[document.slot][columns].sum())
+        n_trained = int(loss_mask[document.slot][columns].sum())
+        if not n_trained:
+            continue
+        n_others = n_total - n_trained
+        mean_of_others = (total - loss_sum) / n_others if n_others else 0.0
+        delta = total / n_total - mean_of_others
+        found.append(DocumentLoss(document, loss_sum, n_trained, delta))
+    return found

@@ -1,11 +1,9 @@
-"""Several models, the same prompts, side by side.
-
-And the documents on which two of them differ most.
-"""
+"""Compare models: their continuations of the same prompts, and the documents they differ on."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import logging
@@ -15,7 +13,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
@@ -24,19 +22,90 @@ from jaxpt.data import sources, tokenizer
 from jaxpt.evaluate import likelihood
 from jaxpt.model import decode
 from jaxpt.sharding import make_mesh
-from jaxpt.spec import UserError
+from jaxpt.spec import Record, UserError
 from jaxpt.weights import initialize
 
 log = logging.getLogger(__name__)
 
-MIN_COLUMN_WIDTH = (
-    24  # characters of a column; where models would get less, they stand one below the other
-)
+# characters of a column; where models would get less, their texts are printed below each other
+MIN_COLUMN_WIDTH = 24
 COLUMN_GAP = "  "
 MAX_DOCUMENTS_COMPARED = 256  # read of each source, from its beginning
-MIN_DOCUMENT_TOKENS = 32  # of a document: the mean of fewer is mostly chance
+MIN_DOCUMENT_TOKENS = 32  # the mean over fewer is mostly chance
 N_MOST_DIFFERENT = 4  # documents listed in each direction
-MAX_TOKENS_SHOWN = 256  # of each: the stretch that differs most
+MAX_TOKENS_SHOWN = 256  # of each: the window that differs most
+STREAM_EVERY = 4  # tokens between two updates of the terminal
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationSettings(Record):
+    """How the continuations are decoded; see decode.Sampling."""
+
+    max_new: int  # tokens
+    repetition_penalty: float
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+
+    @property
+    def sampling(self) -> decode.Sampling:
+        """Return the settings of sampling."""
+        return decode.Sampling(self.repetition_penalty, self.temperature, self.top_k, self.top_p)
+
+
+@dataclasses.dataclass(frozen=True)
+class Continuation(Record):
+    """A model's continuation of a prompt."""
+
+    model: str  # name
+    text: str  # without the prompt
+    tokens: int
+    seconds: float  # to read the prompt and write the tokens, without compilation
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptSamples(Record):
+    """The continuations of one prompt, in the order of the models."""
+
+    prompt: str
+    outputs: tuple[Continuation, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleComparison(Record):
+    """Continuations of the same prompts by several models: samples.json."""
+
+    request: str  # fingerprint of models, prompts, settings and texts
+    models: tuple[str, ...]  # names
+    settings: GenerationSettings
+    prompts: tuple[PromptSamples, ...]
+    bits_per_byte: dict[str, dict[str, float]]  # text file -> model -> score
+
+
+@dataclasses.dataclass(frozen=True)
+class DocumentDifference(Record):
+    """The losses of a document by parent and child, and the window that differs most."""
+
+    source: str  # name
+    id: str
+    tokens: int  # scored
+    nats: tuple[float, float]  # mean per token
+    first_token: int  # of the window
+    pieces: tuple[str, ...]  # what each token of the window adds to the text
+    losses: tuple[tuple[float, ...], tuple[float, ...]]  # nats, of each token of the window
+
+
+@dataclasses.dataclass(frozen=True)
+class DocumentComparison(Record):
+    """The documents on which parent and child differ most, largest first: differences.json."""
+
+    request: str  # fingerprint of models and sources
+    models: tuple[str, ...]  # names of parent and child
+    documents: int  # compared
+    max_length: int  # tokens read of each document
+    better: tuple[DocumentDifference, ...]  # the child's mean loss is lower
+    worse: tuple[DocumentDifference, ...]  # the child's mean loss is higher
 
 
 def compare_samples(
@@ -48,79 +117,96 @@ def compare_samples(
     seed: int = 0,
     texts: list[pathlib.Path] = [],
     to: pathlib.Path | None = None,
-) -> dict[str, Any]:
-    """Continue each prompt by each model, show the texts in columns, and write them to `to`.
+) -> SampleComparison:
+    """Continue each prompt by each model and print the texts in columns.
 
-    On a terminal each text is seen as it is written.
+    On a terminal each text is printed as it is written. A prompt begins with the model's
+    beginning-of-sequence token if its tokenizer has one.
 
-    A prompt begins with the model's beginning-of-sequence token where its tokenizer puts one.
-    Seconds are those of reading
-    the prompt and writing the tokens, compilation not counted. texts: files whose bits per byte by
-    each model are put beside. Raises UserError for a model without tokenizer and a prompt that does
-    not fit.
+    Args:
+        models: runs, checkpoints or Hugging Face directories.
+        prompts: texts to continue.
+        max_new: most tokens of a continuation.
+        sampling: how tokens are chosen.
+        seed: of the sampling.
+        texts: files on which to also measure each model's bits per byte.
+        to: file to write the result to.
+
+    Raises:
+        UserError: a model has no tokenizer, or a prompt does not fit.
     """
     names = name_models(models)
-    read = {str(file): read_text_file(file) for file in texts}
-    asked = {"max_new": max_new, **stage.to_jsonable(sampling), "seed": seed}
+    contents = {str(file): read_text_file(file) for file in texts}
+    settings = GenerationSettings(max_new, **dataclasses.asdict(sampling), seed=seed)
     request = stage.fingerprint(
-        [
-            names,
-            [stage.fingerprint_path(initialize.resolve_source(model)) for model in models],
-            prompts,
-            asked,
-            read,
-        ]
+        [names, fingerprint_models(models), prompts, settings.to_json(), contents]
     )
-    if earlier := stage.read_cached_result(to, request):
-        print(format_columns(earlier, shutil.get_terminal_size((120, 40)).columns))
+    earlier = stage.read_cached_result(to, request)
+    if earlier:
+        found = SampleComparison.from_json(earlier, str(to))
+        print(format_columns(found, shutil.get_terminal_size((120, 40)).columns))
         log.info(f"compare: {to} holds this already, nothing to do")
-        return earlier
-    outputs: list[list[dict]] = [[] for _ in prompts]
-    scores: dict[str, dict[str, float]] = {file: {} for file in read}
+        return found
+    outputs: list[list[Continuation]] = [[] for _ in prompts]
+    scores: dict[str, dict[str, float]] = {file: {} for file in contents}
     for name, model in zip(names, models, strict=True):
         loaded, encoder = load_compared_models(model)
-        for row, output in enumerate(
-            generate_continuations(loaded, encoder, name, prompts, max_new, sampling, seed)
-        ):
-            outputs[row].append({"model": name, **output})
-        first = encoder.eos_id if encoder.bos_id is None else encoder.bos_id
-        for file, text in read.items():
+        written = generate_continuations(loaded, encoder, name, prompts, settings)
+        for of_prompt, continuation in zip(outputs, written, strict=True):
+            of_prompt.append(continuation)
+        for file, text in contents.items():
             found = likelihood.measure_bits_per_byte(
                 loaded.spec,
                 loaded.params,
                 [text],
                 encoder.encode_batch([text]),
-                first,
+                first_token_id(encoder),
                 label=f"{name}: {file}",
             )
             scores[file][name] = found.bits_per_byte
-    samples = {
-        "request": request,
-        "models": names,
-        "settings": asked,
-        "prompts": [
-            {"prompt": prompt, "outputs": row} for prompt, row in zip(prompts, outputs, strict=True)
-        ],
-        "bits_per_byte": scores,
-    }
+    by_prompt = zip(prompts, outputs, strict=True)
+    samples = SampleComparison(
+        request=request,
+        models=tuple(names),
+        settings=settings,
+        prompts=tuple(PromptSamples(prompt, tuple(written)) for prompt, written in by_prompt),
+        bits_per_byte=scores,
+    )
     print(format_columns(samples, shutil.get_terminal_size((120, 40)).columns))
     if to:
+        text = json.dumps(samples.to_json(), indent=1, ensure_ascii=False)
         to.parent.mkdir(parents=True, exist_ok=True)
-        stage.write_atomic(to, json.dumps(samples, indent=1, ensure_ascii=False) + "\n")
+        stage.write_atomic(to, text + "\n")
         log.info(f"compare: {len(prompts)} prompts by {len(models)} models, written to {to}")
     return samples
 
 
+def fingerprint_models(models: list[pathlib.Path]) -> list[str]:
+    """Return the fingerprint of each model's files."""
+    return [stage.fingerprint_path(initialize.resolve_source(model)) for model in models]
+
+
+def first_token_id(encoder: tokenizer.Tokenizer) -> int:
+    """Return the token in front of a document: the beginning of a sequence, else the end of one."""
+    return encoder.eos_id if encoder.bos_id is None else encoder.bos_id
+
+
 def load_compared_models(model: pathlib.Path) -> tuple[initialize.LoadedModel, tokenizer.Tokenizer]:
-    """A model and its tokenizer. Raises UserError where there is none."""
+    """Load a model and its tokenizer. Raise UserError if it has none."""
     loaded = initialize.load_model(model, make_mesh(config.MeshConfig()))
     if loaded.tokenizer_dir is None:
         raise UserError(
-            f"{model}: has no tokenizer beside it (tokenizer.json), so it "
-            "cannot read a prompt. Copy the one that it was trained with "
-            "there."
+            f"{model}: has no tokenizer beside it (tokenizer.json), so it cannot read a prompt. "
+            "Copy the one that it was trained with there."
         )
     return loaded, tokenizer.load_tokenizer(loaded.tokenizer_dir)
+
+
+class ShowProgress(Protocol):
+    """What shows a continuation while it is written."""
+
+    def __call__(self, new: list[int], ended: bool = False) -> None:
+        """Show all new tokens so far; `ended` on the last call."""
 
 
 def generate_continuations(
@@ -128,111 +214,102 @@ def generate_continuations(
     encoder: tokenizer.Tokenizer,
     name: str,
     prompts: list[str],
-    max_new: int,
-    sampling: decode.Sampling,
-    seed: int,
-) -> list[dict[str, Any]]:
-    """One model's {"text", "tokens", "seconds"} for each prompt."""
+    settings: GenerationSettings,
+) -> list[Continuation]:
+    """Return one model's continuation of each prompt."""
     start_ids = [] if encoder.bos_id is None else [encoder.bos_id]
     token_ids = [start_ids + ids for ids in encoder.encode_batch(prompts)]
     decode.check_prompts(loaded.spec, token_ids)
-    done, settings, live = (
-        [],
-        {"max_new": max_new, "sampling": sampling, "seed": seed},
-        sys.stdout.isatty(),
-    )
-    bar = (
-        contextlib.nullcontext(lambda n: None)
-        if live
-        else stage.progress_bar(name, max_new * len(prompts), "tokens")
-    )
+
+    def generate(
+        ids: list[int], watch: Callable[[int, list[int]], bool | None], every: int = 1
+    ) -> list[int]:
+        (new,) = decode.generate(
+            loaded.spec,
+            loaded.params,
+            [ids],
+            max_new=settings.max_new,
+            sampling=settings.sampling,
+            seed=settings.seed,
+            watch=watch,
+            watch_every=every,
+        )
+        return new
+
+    is_terminal = sys.stdout.isatty()
+    if is_terminal:
+        bar = contextlib.nullcontext(lambda n: None)
+    else:
+        bar = stage.progress_bar(name, settings.max_new * len(prompts), "tokens")
+    done = []
     with bar as advance:
         for prompt, ids in zip(prompts, token_ids, strict=True):
-            decode.generate(
-                loaded.spec, loaded.params, [ids], watch=lambda *_: True, **settings
-            )  # compiles, and stops at the first token
-            if live:
+            generate(ids, lambda *_: True)  # compiles, and stops at the first token
+            if is_terminal:
                 print(f"\n{name} > {escape_controls(prompt)}")
-            show = stream_text(encoder, ids) if live else count_progress(advance, max_new)
+                show = stream_text(encoder, ids)
+            else:
+                show = count_progress(advance, settings.max_new)
             start = time.monotonic()
-            (new,) = decode.generate(
-                loaded.spec,
-                loaded.params,
-                [ids],
-                watch=lambda row, new, show=show: show(new),
-                watch_every=4,
-                **settings,
-            )
-            done.append(
-                {
-                    "text": decode_continuation(encoder, ids, new),
-                    "tokens": len(new),
-                    "seconds": round(time.monotonic() - start, 3),
-                }
-            )
+            new = generate(ids, lambda _, new, show=show: show(new), STREAM_EVERY)
+            seconds = round(time.monotonic() - start, 3)
+            text = decode_continuation(encoder, ids, new)
+            done.append(Continuation(name, text, len(new), seconds))
             show(new, ended=True)
-    n_tokens, seconds = (sum(each[key] for each in done) for key in ("tokens", "seconds"))
+    n_tokens = sum(continuation.tokens for continuation in done)
+    seconds = sum(continuation.seconds for continuation in done)
     log.info(f"{name}: {n_tokens:,} tokens in {seconds:,.1f} s")
     return done
 
 
-def stream_text(encoder: tokenizer.Tokenizer, ids: list[int]) -> Callable[..., None]:
-    """show(new, ended=False) puts on the terminal what the new tokens have added to the text since
-    it was called last.
-    """
+def stream_text(encoder: tokenizer.Tokenizer, ids: list[int]) -> ShowProgress:
+    """Return a function that prints what the tokens add to the text since its last call."""
     shown = ""
 
     def show(new: list[int], ended: bool = False) -> None:
         nonlocal shown
         text = decode_continuation(encoder, ids, new)
-        text = (
-            text if ended else text.rstrip("\N{REPLACEMENT CHARACTER}")
-        )  # a character may take several tokens
+        if not ended:
+            text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # a character of several tokens
         print(escape_controls(text[len(shown) :]), end="\n" if ended else "", flush=True)
         shown = text
 
     return show
 
 
-def count_progress(advance: Callable[[int], None], most: int) -> Callable[..., None]:
-    """The same for a progress bar of `most` tokens a text; a text that ended counts whole."""
+def count_progress(advance: Callable[[int], None], max_new: int) -> ShowProgress:
+    """Return a function that advances a progress bar; a text that ended counts as max_new."""
     counted = 0
 
     def show(new: list[int], ended: bool = False) -> None:
         nonlocal counted
-        now = most if ended else len(new)
-        advance(now - counted)
-        counted = now
+        n_done = max_new if ended else len(new)
+        advance(n_done - counted)
+        counted = n_done
 
     return show
 
 
 def decode_continuation(encoder: tokenizer.Tokenizer, ids: list[int], new: list[int]) -> str:
-    """The text that new tokens add to a prompt's."""
-    # decoded together, so that a space between prompt and continuation is not taken for one at a
-    # text's beginning
+    """Return the text that new tokens add to a prompt."""
+    # decoded together: a space at the beginning of the continuation would be lost otherwise
     before, whole = encoder.decode(ids), encoder.decode(ids + new)
     return whole.removeprefix(before) if whole.startswith(before) else encoder.decode(new)
 
 
 def name_models(models: list[pathlib.Path]) -> list[str]:
-    """A model's name is its run's directory where that is unique, else its path."""
-    runs = [
-        model.resolve().parent.parent.name
-        if model.resolve().parent.name == "checkpoints"
-        else model.resolve().name
-        for model in models
-    ]
-    return [
-        run if runs.count(run) == 1 else str(model) for run, model in zip(runs, models, strict=True)
-    ]
+    """Name each model by its run's directory if that is unique, else by its path."""
+    runs = []
+    for model in models:
+        path = model.resolve()
+        is_checkpoint = path.parent.name == "checkpoints"
+        runs.append(path.parent.parent.name if is_checkpoint else path.name)
+    names = zip(runs, models, strict=True)
+    return [run if runs.count(run) == 1 else str(model) for run, model in names]
 
 
 def read_text_file(file: pathlib.Path) -> str:
-    """A text whose bits per byte are asked for.
-
-    Raises UserError where it cannot be read or is empty.
-    """
+    """Return the text of a file of --ppl. Raise UserError if it cannot be read or is empty."""
     try:
         text = file.read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -245,143 +322,155 @@ def read_text_file(file: pathlib.Path) -> str:
 
 
 def read_prompts(file: pathlib.Path) -> list[str]:
-    """A JSON list of strings in a .json file, else a prompt a line.
+    """Return the strings of a JSON list in a .json file, else the lines, without blank ones.
 
-    Blank ones are skipped. Raises UserError when none is left.
+    Raises:
+        UserError: the file cannot be read, or no prompt is left.
     """
     try:
         text = file.read_text()
         prompts = json.loads(text) if file.suffix == ".json" else text.splitlines()
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(
-            f"--prompts {file}: cannot be read ({error}). Expected a text "
-            "file with a prompt a line, or a JSON list of strings."
+            f"--prompts {file}: cannot be read ({error}). Expected a text file with a "
+            "prompt per line, or a JSON list of strings."
         ) from None
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise UserError(f"--prompts {file}: got JSON of another form, expected a list of strings.")
+        raise UserError(f"--prompts {file}: expected a list of strings, got other JSON.")
     prompts = [prompt for prompt in prompts if prompt.strip()]
     if not prompts:
-        raise UserError(f"--prompts {file}: holds no prompt. Write one a line.")
+        raise UserError(f"--prompts {file}: holds no prompt. Write one per line.")
     return prompts
 
 
-# ---- what one learnt and the other forgot
+# ---- what the child has learned and what it has forgotten
 
 
 def compare_documents(
     models: list[pathlib.Path], texts: list[str], *, to: pathlib.Path | None = None
-) -> dict[str, Any]:
-    """The documents on which the second model is furthest below and furthest above the first, by
-    mean nats per token; printed, and written to `to`.
+) -> DocumentComparison:
+    """Find the documents on which the second model is most above and below the first.
 
-    Each document is read up to the shorter context of the two, after the beginning-of-sequence
-    token. Both models are in memory together.
+    They are compared by mean nats per token. Each document is read up to the shorter context of the
+    two, after the beginning-of-sequence token. Both models are in memory together.
 
-    models  parent and child, which share a tokenizer
-    texts   sources of documents, [NAME=]KIND:WHERE as prepare.py reads them: held-out ones, for a
-    model knows those it was trained on
+    Args:
+        models: parent and child, which share a tokenizer.
+        texts: sources, [NAME=]KIND:WHERE as prepare.py reads them. Use held-out ones: a model has
+            learned those it was trained on.
+        to: file to write the result to.
 
-    Returns {"models", "documents", "max_length", "better": [...], "worse": [...]}, most different
-    first, each document with its "source", "id",
-    "tokens", the models' mean "nats", and of the stretch of TOKENS_SHOWN tokens that differs most:
-    "first_token", "pieces" of text and each
-    model's "losses" of them.
-
-    Raises UserError for other than two models, different tokenizers, and sources without a document
-    that is long enough.
+    Raises:
+        UserError: there are not two models, their tokenizers differ, or no document is long enough.
     """
     if len(models) != 2:
         raise UserError(f"--differ: got {len(models)} models, expected two: parent and child.")
-    names, found = name_models(models), [sources.parse_source(text) for text in texts]
-    read = {
-        key: stage.fingerprint_path(path)
-        for source in found
-        for key, path in source.fingerprint_inputs().items()
-    }
-    request = stage.fingerprint(
-        [
-            names,
-            [stage.fingerprint_path(initialize.resolve_source(model)) for model in models],
-            texts,
-            read,
-        ]
-    )
-    if earlier := stage.read_cached_result(to, request):
-        print(find_most_different_tokens(earlier))
+    names = name_models(models)
+    found = [sources.parse_source(text) for text in texts]
+    inputs = {}
+    for source in found:
+        for key, path in source.fingerprint_inputs().items():
+            inputs[key] = stage.fingerprint_path(path)
+    request = stage.fingerprint([names, fingerprint_models(models), texts, inputs])
+    earlier = stage.read_cached_result(to, request)
+    if earlier:
+        result = DocumentComparison.from_json(earlier, str(to))
+        print(format_differences(result))
         log.info(f"compare: {to} holds this already, nothing to do")
-        return earlier
-    documents = [
-        (source.name, each.id, each.text)
-        for source in found
-        for each in itertools.islice(source.iterate_documents(), MAX_DOCUMENTS_COMPARED)
-    ]
-    loaded, encoders = zip(*map(load_compared_models, models), strict=True)
-    encoder = encoders[0]
-    if encoder.fingerprint != encoders[1].fingerprint:
+        return result
+    documents = []
+    for source in found:
+        for document in itertools.islice(source.iterate_documents(), MAX_DOCUMENTS_COMPARED):
+            documents.append((source.name, document))
+    parent, encoder = load_compared_models(models[0])
+    child, other_encoder = load_compared_models(models[1])
+    if encoder.fingerprint != other_encoder.fingerprint:
         raise UserError(
-            f"--differ: {names[0]} and {names[1]} have different tokenizers, "
-            "so their tokens cannot be set side by side. Use --ppl."
+            f"--differ: {names[0]} and {names[1]} have different tokenizers, so their tokens "
+            "cannot be compared. Use --ppl."
         )
-    max_length = min(each.spec.max_seq_len for each in loaded)
-    cut = [ids[:max_length] for ids in encoder.encode_batch([text for *_, text in documents])]
-    chosen = [i for i, ids in enumerate(cut) if len(ids) >= MIN_DOCUMENT_TOKENS]
+    max_length = min(parent.spec.max_seq_len, child.spec.max_seq_len)
+    token_ids = encoder.encode_batch([document.text for _, document in documents])
+    token_ids = [ids[:max_length] for ids in token_ids]
+    chosen = [i for i, ids in enumerate(token_ids) if len(ids) >= MIN_DOCUMENT_TOKENS]
     if not chosen:
         raise UserError(
-            f"--differ: none of {len(documents):,} documents has "
-            f"{MIN_DOCUMENT_TOKENS} tokens. Name a source with longer ones."
+            f"--differ: none of {len(documents):,} documents has {MIN_DOCUMENT_TOKENS} tokens. "
+            "Name a source with longer ones."
         )
-    first = encoder.eos_id if encoder.bos_id is None else encoder.bos_id
-    pairs = [([first], cut[i]) for i in chosen]
-    losses = []
-    for name, each in zip(names, loaded, strict=True):
-        scored = likelihood.compute_token_log_likelihoods(
-            each.spec, each.params, pairs, max_length=max_length, label=name
+    pairs = [([first_token_id(encoder)], token_ids[i]) for i in chosen]
+    parent_losses = compute_token_losses(parent, pairs, max_length, names[0])
+    child_losses = compute_token_losses(child, pairs, max_length, names[1])
+    differences, changes = [], []
+    for n, i in enumerate(chosen):
+        source, document = documents[i]
+        both = parent_losses[n], child_losses[n]
+        change = float((both[1] - both[0]).mean(dtype=np.float64))
+        start = select_window((both[1] - both[0]) * np.sign(change), MAX_TOKENS_SHOWN)
+        window = slice(start, start + MAX_TOKENS_SHOWN)
+        parent_window, child_window = (tuple(map(round_loss, x[window])) for x in both)
+        parent_mean, child_mean = (float(x.mean(dtype=np.float64)) for x in both)
+        changes.append(change)
+        differences.append(
+            DocumentDifference(
+                source=source,
+                id=document.id,
+                tokens=len(token_ids[i]),
+                nats=(parent_mean, child_mean),
+                first_token=start,
+                pieces=tuple(split_token_texts(encoder, token_ids[i][window])),
+                losses=(parent_window, child_window),
+            )
         )
-        losses.append({chosen[place]: -nats for place, nats, _ in scored})
-    change = {i: float((losses[1][i] - losses[0][i]).mean(dtype=np.float64)) for i in chosen}
-
-    def describe(i: int) -> dict[str, Any]:
-        source, id, _ = documents[i]
-        both = [each[i] for each in losses]
-        start = select_window((both[1] - both[0]) * np.sign(change[i]), MAX_TOKENS_SHOWN)
-        span = slice(start, start + MAX_TOKENS_SHOWN)
-        return {
-            "source": source,
-            "id": id,
-            "tokens": len(cut[i]),
-            "nats": [float(each.mean(dtype=np.float64)) for each in both],
-            "first_token": start,
-            "pieces": split_token_texts(encoder, cut[i][span]),
-            "losses": [[round(float(loss), 3) for loss in each[span]] for each in both],
-        }
-
-    order = sorted(chosen, key=change.__getitem__)
-    result = {
-        "request": request,
-        "models": names,
-        "documents": len(chosen),
-        "max_length": max_length,
-        "better": [describe(i) for i in order[:N_MOST_DIFFERENT] if change[i] < 0],
-        "worse": [describe(i) for i in order[::-1][:N_MOST_DIFFERENT] if change[i] > 0],
-    }
-    print(find_most_different_tokens(result))
+    order = sorted(range(len(chosen)), key=changes.__getitem__)
+    lowest, highest = order[:N_MOST_DIFFERENT], order[::-1][:N_MOST_DIFFERENT]
+    result = DocumentComparison(
+        request=request,
+        models=tuple(names),
+        documents=len(chosen),
+        max_length=max_length,
+        better=tuple(differences[n] for n in lowest if changes[n] < 0),
+        worse=tuple(differences[n] for n in highest if changes[n] > 0),
+    )
+    print(format_differences(result))
     if to:
         to.parent.mkdir(parents=True, exist_ok=True)
-        stage.write_atomic(to, json.dumps(result, ensure_ascii=False) + "\n")
+        stage.write_atomic(to, json.dumps(result.to_json(), ensure_ascii=False) + "\n")
         log.info(f"compare: written to {to}")
     return result
 
 
+def compute_token_losses(
+    loaded: initialize.LoadedModel,
+    pairs: list[tuple[list[int], list[int]]],
+    max_length: int,
+    label: str,
+) -> list[np.ndarray]:
+    """Return the loss of each token of the continuations in nats, float32 [n] per pair."""
+    losses = [np.empty(0, np.float32)] * len(pairs)
+    scored = likelihood.compute_token_log_likelihoods(
+        loaded.spec, loaded.params, pairs, max_length=max_length, label=label
+    )
+    for place, log_likelihoods, _ in scored:
+        losses[place] = -log_likelihoods
+    return losses
+
+
+def round_loss(loss: float) -> float:
+    """Return a loss with the digits that are written."""
+    return round(float(loss), 3)
+
+
 def select_window(values: np.ndarray, n: int) -> int:
-    """Where the n values in a row begin whose sum is largest."""
+    """Return where the n consecutive values begin whose sum is largest."""
     sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
     return int(np.argmax(sums[n:] - sums[:-n])) if len(values) > n else 0
 
 
 def split_token_texts(encoder: tokenizer.Tokenizer, ids: list[int]) -> list[str]:
-    """What each token adds to the text, together the text of all.
+    """Return what each token adds to the text; joined they are the text of all.
 
-    A character of several tokens stands with its last.
+    A character of several tokens belongs to the last of them.
     """
     pieces, before = [], ""
     for n in range(1, len(ids) + 1):
@@ -395,60 +484,58 @@ def split_token_texts(encoder: tokenizer.Tokenizer, ids: list[int]) -> list[str]
 # ---- on the terminal
 
 
-def find_most_different_tokens(found: dict[str, Any]) -> str:
-    """A line for each document.
-
-    How far apart the models are on it, and how it goes where they differ.
-    """
-    parent, child = found["models"]
-    lines = [f"{found['documents']:,} documents by {parent} and {child}, nats per token"]
-    for side in ("better", "worse"):
-        lines.append(f"{child} is {side} on" + ("" if found[side] else " none"))
-        for each in found[side]:
-            text = wrap_text(" ".join("".join(each["pieces"]).split())[:60], 60)[0]
-            lines.append(
-                f"  {each['nats'][0]:.3f} -> {each['nats'][1]:.3f}  "
-                f"{each['source']} {each['id']}: {text}"
-            )
+def format_differences(found: DocumentComparison) -> str:
+    """Return a line per document: both models' losses, and the text where they differ."""
+    parent, child = found.models
+    lines = [f"{found.documents:,} documents by {parent} and {child}, nats per token"]
+    for side, differences in (("better", found.better), ("worse", found.worse)):
+        lines.append(f"{child} is {side} on" + ("" if differences else " none"))
+        for difference in differences:
+            words = "".join(difference.pieces).split()
+            text = wrap_text(" ".join(words)[:60], 60)[0]
+            before, after = difference.nats
+            place = f"{difference.source} {difference.id}"
+            lines.append(f"  {before:.3f} -> {after:.3f}  {place}: {text}")
     return "\n".join(lines)
 
 
-def format_columns(samples: dict[str, Any], width: int) -> str:
-    """The samples as text: under each prompt the models' continuations in columns."""
-    names = samples["models"]
+def format_columns(samples: SampleComparison, width: int) -> str:
+    """Return the samples as text: under each prompt the continuations in columns."""
+    names = samples.models
     column = (width - len(COLUMN_GAP) * (len(names) - 1)) // len(names)
+    rule_width = max(column, MIN_COLUMN_WIDTH)
     lines = []
-    for prompt in samples["prompts"]:
-        lines += ["", *(f"> {line}" for line in wrap_text(prompt["prompt"], width - 2)), ""]
-        cells = [
-            [
-                output["model"],
-                "-" * min(display_width(output["model"]), max(column, MIN_COLUMN_WIDTH)),
-                output["text"],
-            ]
-            for output in prompt["outputs"]
-        ]
-        if column < MIN_COLUMN_WIDTH:
-            lines += [
-                line for cell in cells for text in (*cell, "") for line in wrap_text(text, width)
-            ]
+    for prompt in samples.prompts:
+        lines += ["", *(f"> {line}" for line in wrap_text(prompt.prompt, width - 2)), ""]
+        cells = []
+        for output in prompt.outputs:
+            rule = "-" * min(display_width(output.model), rule_width)
+            cells.append([output.model, rule, output.text])
+        if column >= MIN_COLUMN_WIDTH:
+            lines += format_side_by_side(cells, column)
             continue
-        wrapped = [[line for text in cell for line in wrap_text(text, column)] for cell in cells]
-        for row in range(max(map(len, wrapped))):
-            line = [cell[row] if row < len(cell) else "" for cell in wrapped]
-            lines.append(
-                COLUMN_GAP.join(
-                    text + " " * (column - display_width(text)) for text in line
-                ).rstrip()
-            )
-    for n, (file, found) in enumerate(samples["bits_per_byte"].items()):
-        lines += [] if n else ["", "bits per byte", ""]
-        lines.append(f"{file}: " + ", ".join(f"{name} {found[name]:.4f}" for name in names))
+        for cell in cells:
+            for text in (*cell, ""):
+                lines += wrap_text(text, width)
+    if samples.bits_per_byte:
+        lines += ["", "bits per byte", ""]
+    for file, scores in samples.bits_per_byte.items():
+        lines.append(f"{file}: " + ", ".join(f"{name} {scores[name]:.4f}" for name in names))
     return "\n".join(lines)
+
+
+def format_side_by_side(cells: list[list[str]], column: int) -> list[str]:
+    """Return the lines of cells, each a list of texts, in columns of one width."""
+    wrapped = [[line for text in cell for line in wrap_text(text, column)] for cell in cells]
+    lines = []
+    for row in itertools.zip_longest(*wrapped, fillvalue=""):
+        padded = [text + " " * (column - display_width(text)) for text in row]
+        lines.append(COLUMN_GAP.join(padded).rstrip())
+    return lines
 
 
 def wrap_text(text: str, width: int) -> list[str]:
-    """Lines of at most `width` terminal columns, broken at spaces where there are any.
+    """Return lines of at most `width` terminal columns, broken at spaces where there are any.
 
     Indentation and blank lines stay.
     """
@@ -465,7 +552,7 @@ def wrap_text(text: str, width: int) -> list[str]:
 
 
 def escape_controls(text: str) -> str:
-    """An escape sequence shows, it does not act."""
+    """Return the text without control characters, so that escape sequences have no effect."""
     return "".join(
         c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}"
         for c in text.expandtabs(4)
@@ -473,8 +560,10 @@ def escape_controls(text: str) -> str:
 
 
 def display_width(text: str) -> int:
-    """Terminal columns: East Asian wide characters take two, combining marks none."""
-    return sum(
-        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
-        for c in text
-    )
+    """Return the terminal columns of a text: East Asian wide characters take two."""
+    width = 0
+    for char in text:
+        if unicodedata.combining(char):
+            continue
+        width += 2 if unicodedata.east_asian_width(char) in "WF" else 1
+    return width

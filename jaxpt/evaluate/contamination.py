@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import pathlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
@@ -12,10 +14,15 @@ import pyarrow.parquet as pq
 from jaxpt import stage
 from jaxpt.data import benchmarks, decontaminate, executor
 from jaxpt.lineage import read_lineage
+from jaxpt.spec import Record
 
 # bytes of shards from which processes are started: that takes some seconds
 MIN_BYTES_FOR_PROCESSES = 2**25
 MAX_EXAMPLES = 3  # overlapping items of each task that the results quote
+BOOTSTRAP_SAMPLES = 1000  # for standard errors, as in harness.run_harness
+
+ItemKey = tuple[str, str]  # task and item id
+Match = tuple[str, str]  # shared words and document id
 
 
 class TrainingCorpora(NamedTuple):
@@ -28,6 +35,53 @@ class TrainingCorpora(NamedTuple):
 
     directories: list[pathlib.Path]
     unknown_sources: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class OverlapExample(Record):
+    """Words that a benchmark item shares with a training document."""
+
+    item: str  # id
+    shared: str  # the words
+    document: str  # id
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskContamination(Record):
+    """Benchmark items of one task that overlap the training text."""
+
+    items: int
+    overlapping: int
+    short: int  # items of fewer than `ngram` words, for which no overlap can be found
+    examples: tuple[OverlapExample, ...]
+    without: dict[str, float]  # "METRIC,FILTER" -> score without the overlapping items
+
+
+@dataclasses.dataclass(frozen=True)
+class ContaminationReport(Record):
+    """Overlap of benchmarks with the text that a model was trained on."""
+
+    ngram: int  # consecutive words that make an overlap
+    corpora: dict[str, int]  # path -> training documents
+    unknown: tuple[str, ...]  # messages, see TrainingCorpora
+    tasks: dict[str, TaskContamination]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardJob(Record):
+    """A parquet file to look through."""
+
+    file: str
+    items: str  # JSON: [[task, id, text], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardOverlaps(Record):
+    """What a ShardJob found."""
+
+    file: str
+    n_documents: int
+    matches: tuple[tuple[str, str, str, str], ...]  # task, item id, shared words, document id
 
 
 def find_training_corpora(model: pathlib.Path) -> TrainingCorpora:
@@ -47,155 +101,170 @@ def find_training_corpora(model: pathlib.Path) -> TrainingCorpora:
 
 def measure_contamination(
     corpora: TrainingCorpora, samples: dict[str, list[dict]], configs: dict[str, dict]
-) -> dict[str, Any]:
-    """Return which items overlap training documents, and each task's scores without them.
+) -> ContaminationReport:
+    """Find the items that overlap training documents, and score each task without them.
 
     Args:
         corpora: what to look through.
         samples: per task, what the harness logged of its items: doc_id, doc, filter, metrics.
         configs: per task, as the harness reports it: how a metric's values become a score.
-
-    Returns:
-        {"ngram", "corpora": {path: documents}, "unknown", "tasks": {task: {"items", "overlapping",
-        "short", "examples", "without"}}}. Short items have fewer than 13 words, so no overlap can
-        be found for them.
     """
-    items = []
-    for task, logged in samples.items():
-        docs = {each["doc_id"]: each["doc"] for each in logged}
-        items += [
-            benchmarks.BenchmarkItem(task, str(number), benchmarks.join_item_text(doc), {})
-            for number, doc in docs.items()
-        ]
-    shared, n_documents = find_overlaps(items, corpora.directories)
+    items_by_task = {task: list_task_items(task, logged) for task, logged in samples.items()}
+    items = [item for own in items_by_task.values() for item in own]
+    matches, n_documents = find_overlaps(items, corpora.directories)
     tasks = {}
     for task, logged in samples.items():
-        own = [item for item in items if item.task == task]
-        caught = {item.id: shared[task, item.id] for item in own if (task, item.id) in shared}
-        tasks[task] = {
-            "items": len(own),
-            "overlapping": len(caught),
-            "short": sum(
-                len(decontaminate.normalize_words(item.text)) < decontaminate.DEFAULT_NGRAM
-                for item in own
-            ),
-            "examples": [
-                {"item": item, "shared": words, "document": document}
-                for item, (words, document) in list(caught.items())[:MAX_EXAMPLES]
-            ],
-            "without": split_scores(
-                [each for each in logged if str(each["doc_id"]) not in caught],
-                configs.get(task, {}),
-            ),
-        }
-    return {
-        "ngram": decontaminate.DEFAULT_NGRAM,
-        "corpora": n_documents,
-        "unknown": corpora.unknown_sources,
-        "tasks": tasks,
-    }
+        own = items_by_task[task]
+        n_words = [len(decontaminate.normalize_words(item.text)) for item in own]
+        caught = {item.id: matches[task, item.id] for item in own if (task, item.id) in matches}
+        examples = [
+            OverlapExample(item, words, document) for item, (words, document) in caught.items()
+        ]
+        clean = [sample for sample in logged if str(sample["doc_id"]) not in caught]
+        tasks[task] = TaskContamination(
+            items=len(own),
+            overlapping=len(caught),
+            short=sum(n < decontaminate.DEFAULT_NGRAM for n in n_words),
+            examples=tuple(examples[:MAX_EXAMPLES]),
+            without=compute_scores(clean, configs.get(task, {})),
+        )
+    return ContaminationReport(
+        decontaminate.DEFAULT_NGRAM, n_documents, tuple(corpora.unknown_sources), tasks
+    )
+
+
+def list_task_items(task: str, logged: list[dict]) -> list[benchmarks.BenchmarkItem]:
+    """Return the items of a task that the harness logged, each once."""
+    docs = {sample["doc_id"]: sample["doc"] for sample in logged}
+    return [
+        benchmarks.BenchmarkItem(task, str(number), benchmarks.join_item_text(doc), {})
+        for number, doc in docs.items()
+    ]
 
 
 def find_overlaps(
     items: list[benchmarks.BenchmarkItem], directories: list[pathlib.Path]
-) -> tuple[dict[tuple[str, str], tuple[str, str]], dict[str, int]]:
+) -> tuple[dict[ItemKey, Match], dict[str, int]]:
     """Find the first training document that each item overlaps.
 
     A shard is a job; several run on all cores (20 MB/s per core).
 
     Returns:
-        {(task, item): (shared words, document id)} and {corpus: number of training documents}.
+        The match of each item that has one, and corpus -> number of training documents.
     """
-    asked = json.dumps([[item.task, item.id, item.text] for item in items])
-    shards = {
-        directory: sorted((directory / "train").glob("*.parquet")) for directory in directories
-    }
-    n_documents = {
-        str(directory): sum(pq.read_metadata(file).num_rows for file in files)
-        for directory, files in shards.items()
-    }
-    jobs = [{"file": str(file), "items": asked} for files in shards.values() for file in files]
-    small = sum(pathlib.Path(job["file"]).stat().st_size for job in jobs) < MIN_BYTES_FOR_PROCESSES
+    packed_items = json.dumps([[item.task, item.id, item.text] for item in items])
+    n_documents, jobs, n_bytes = {}, [], 0
+    for directory in directories:
+        files = sorted((directory / "train").glob("*.parquet"))
+        n_documents[str(directory)] = sum(pq.read_metadata(file).num_rows for file in files)
+        n_bytes += sum(file.stat().st_size for file in files)
+        jobs += [ShardJob(str(file), packed_items) for file in files]
     found = {}
-    with stage.progress_bar("contamination", sum(n_documents.values()), "documents") as advance:
-        for answer in (
-            map(find_shard_overlaps, jobs)
-            if small
-            else executor.map_jobs("local", find_shard_overlaps, jobs)
-        ):
-            found[answer["file"]] = answer["shared"]
-            advance(answer["documents"])
-    shared: dict[tuple[str, str], tuple[str, str]] = {}
-    for job in jobs:  # in the order of the corpora, however the jobs ended
-        for task, item, words, document in found[job["file"]]:
-            shared.setdefault((task, item), (words, document))
-    return shared, n_documents
+    total = sum(n_documents.values())
+    with stage.progress_bar("contamination", total, "documents") as advance:
+        for overlaps in map_shards(jobs, in_processes=n_bytes >= MIN_BYTES_FOR_PROCESSES):
+            found[overlaps.file] = overlaps.matches
+            advance(overlaps.n_documents)
+    first: dict[ItemKey, Match] = {}
+    for job in jobs:  # in the order of the corpora, in whatever order the jobs ended
+        for task, item, words, document in found[job.file]:
+            first.setdefault((task, item), (words, document))
+    return first, n_documents
 
 
-def find_shard_overlaps(job: dict[str, str]) -> dict[str, Any]:
-    """Return a shard's "file", "documents" (count) and "shared": [[task, item, words, id], ...]."""
-    index, shared, n = build_item_index(job["items"]), {}, 0
-    for batch in pq.ParquetFile(job["file"]).iter_batches(256, columns=["id", "text"]):
-        for document, text in zip(batch["id"].to_pylist(), batch["text"].to_pylist(), strict=True):
+def map_shards(jobs: list[ShardJob], in_processes: bool) -> Iterator[ShardOverlaps]:
+    """Yield the overlaps of each shard as the jobs end."""
+    fields = [job.to_json() for job in jobs]
+    if in_processes:
+        answers = executor.map_jobs("local", find_shard_overlaps, fields)
+    else:
+        answers = map(find_shard_overlaps, fields)
+    for answer in answers:
+        yield ShardOverlaps.from_json(answer)
+
+
+def find_shard_overlaps(fields: dict[str, str]) -> dict[str, Any]:
+    """Look through one shard: ShardJob to ShardOverlaps, both as JSON."""
+    job = ShardJob.from_json(fields)
+    index = build_item_index(job.items)
+    found: dict[ItemKey, Match] = {}
+    n_documents = 0
+    for batch in pq.ParquetFile(job.file).iter_batches(256, columns=["id", "text"]):
+        ids, texts = batch["id"].to_pylist(), batch["text"].to_pylist()
+        for document, text in zip(ids, texts, strict=True):
             for item, words in index.find_matches(text):
-                shared.setdefault((item.task, item.id), (words, document))
-        n += batch.num_rows
-    return {
-        "file": job["file"],
-        "documents": n,
-        "shared": [[*key, *value] for key, value in shared.items()],
-    }
+                found.setdefault((item.task, item.id), (words, document))
+        n_documents += batch.num_rows
+    matches = tuple((*key, *match) for key, match in found.items())
+    return ShardOverlaps(job.file, n_documents, matches).to_json()
 
 
 @functools.lru_cache(maxsize=1)
 def build_item_index(items: str) -> decontaminate.NgramIndex:
-    """Return the index of items given as JSON, once per process."""
+    """Return the index of ShardJob.items, once per process."""
     return decontaminate.NgramIndex(
         [benchmarks.BenchmarkItem(task, id, text, {}) for task, id, text in json.loads(items)]
     )
 
 
-def split_scores(logged: list[dict], settings: dict) -> dict[str, float]:
+def compute_scores(logged: list[dict], task_config: dict) -> dict[str, float]:
     """Return the harness's score and standard error of each metric over these items.
 
     A metric is aggregated as its task defines, else by the mean, the harness's own default for
-    those that it logs by item.
+    those that it logs per item.
+
+    Args:
+        logged: what the harness logged of the items.
+        task_config: of the task, as the harness reports it.
+
+    Returns:
+        "METRIC,FILTER" -> score, and "METRIC_stderr,FILTER" -> standard error.
     """
-    from lm_eval.api import metrics, registry
+    from lm_eval.api import metrics
 
-    how = {each["metric"]: each.get("aggregation") for each in settings.get("metric_list") or []}
-    found = {}
-    for rule in dict.fromkeys(each["filter"] for each in logged):
-        kept = [each for each in logged if each["filter"] == rule]
+    metric_list = task_config.get("metric_list") or []
+    aggregations = {entry["metric"]: entry.get("aggregation") for entry in metric_list}
+    scores = {}
+    for rule in dict.fromkeys(sample["filter"] for sample in logged):
+        kept = [sample for sample in logged if sample["filter"] == rule]
         for metric in kept[0]["metrics"]:
-            named = how.get(metric) or "mean"
-            aggregate = named if callable(named) else registry.get_aggregation(named)
-            values = [each[metric] for each in kept]
-            found[f"{metric},{rule}"] = float(aggregate(values))
-            error = metrics.stderr_for_metric(aggregate, 1000) if len(values) > 1 else None
-            if error:
-                found[f"{metric}_stderr,{rule}"] = float(error(values))
-    return found
+            aggregate = find_aggregation(aggregations.get(metric) or "mean")
+            values = [sample[metric] for sample in kept]
+            scores[f"{metric},{rule}"] = float(aggregate(values))
+            if len(values) < 2:
+                continue
+            estimate_stderr = metrics.stderr_for_metric(aggregate, BOOTSTRAP_SAMPLES)
+            if estimate_stderr:
+                scores[f"{metric}_stderr,{rule}"] = float(estimate_stderr(values))
+    return scores
 
 
-def log_contamination(found: dict[str, Any], results: dict[str, dict]) -> str:
+def find_aggregation(named: Any) -> Callable[[Sequence[Any]], float]:
+    """Return the function that makes one score of the values of a metric, given it or its name."""
+    from lm_eval.api import registry
+
+    aggregate: Callable[..., Any] | None = (
+        named if callable(named) else registry.get_aggregation(named)
+    )
+    assert aggregate is not None
+    return aggregate
+
+
+def format_contamination(found: ContaminationReport, results: dict[str, dict]) -> str:
     """Return a line per task: items that overlap, and each score with and without them."""
     lines = []
-    for task, each in found["tasks"].items():
-        line = f"{task}: {each['overlapping']:,} of {each['items']:,} items share "
-        line += f"{found['ngram']} consecutive words with a training document"
-        line += f" ({each['short']:,} are too short to check)" if each["short"] else ""
-        beside = [
-            f"{metric.removesuffix(',none')} {results[task][metric]:.4f}, without them {score:.4f}"
-            for metric, score in each["without"].items()
-            if "_stderr," not in metric and each["overlapping"]
-        ]
-        lines.append("; ".join([line, *beside]))
-    looked = ", ".join(f"{path} ({n:,} documents)" for path, n in found["corpora"].items())
-    return "\n".join(
-        [
-            *lines,
-            f"checked: {looked or 'nothing'}",
-            *(f"not checked: {why}" for why in found["unknown"]),
-        ]
-    )
+    for task, counts in found.tasks.items():
+        line = f"{task}: {counts.overlapping:,} of {counts.items:,} items share "
+        line += f"{found.ngram} consecutive words with a training document"
+        if counts.short:
+            line += f" ({counts.short:,} are too short to check)"
+        for metric, score in counts.without.items():
+            if "_stderr," in metric or not counts.overlapping:
+                continue
+            name, before = metric.removesuffix(",none"), results[task][metric]
+            line += f"; {name} {before:.4f}, without them {score:.4f}"
+        lines.append(line)
+    checked = [f"{path} ({n:,} documents)" for path, n in found.corpora.items()]
+    lines.append(f"checked: {', '.join(checked) or 'nothing'}")
+    lines += [f"not checked: {reason}" for reason in found.unknown]
+    return "\n".join(lines)

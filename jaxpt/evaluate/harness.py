@@ -1,8 +1,7 @@
-"""Benchmarks of lm-evaluation-harness and bits per byte, for one model, by our code or by
-transformers.
+"""Evaluate a model on tasks of lm-evaluation-harness and by bits per byte.
 
-`evaluate` is the whole of it: tasks in, results in the harness's own format out, with where the
-model came from.
+`evaluate_model` computes with jaxpt or with transformers, and returns results in the harness's own
+format, with the origin of the model.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import pathlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 
@@ -36,7 +35,9 @@ log = logging.getLogger(__name__)
 class TaskRequest(NamedTuple):
     """How a task is run.
 
-    Items read of it (None: all) and examples in front of each (None: as the task has it).
+    Attributes:
+        items: read of it; None: all.
+        shots: examples in front of each item; None: as the task defines it.
     """
 
     items: int | None = None
@@ -67,20 +68,25 @@ def evaluate_model(
     data_dir: pathlib.Path | None = None,
     to: pathlib.Path | None = None,
 ) -> dict[str, Any]:
-    """Measure a model and say so in a table; write the results to `to`.
+    """Evaluate a model, print a table, and write the results to `to`.
 
-    model     a run directory, a checkpoint step directory or a Hugging Face directory
-    tasks     the harness's task names, `course`, `h6`, or bits_per_byte/[NAME=]KIND:WHERE (a
-    source, see docs/prepare.md)
-    backend   "jax": our code; "hf": transformers and torch, on an export made for the purpose where
-    the model is no Hugging Face directory
-    limit     items (of a benchmark) or documents (of a source) read of each task
-    max_length  tokens that the model sees at once; None is its own longest, which may exceed the
-    rows it was trained on
-    data_dir  where benchmark files lie; None lets the harness download its own
+    Args:
+        model: a run, a checkpoint step directory or a Hugging Face directory.
+        tasks: the harness's task names, `course`, `h6`, or bits_per_byte/[NAME=]KIND:WHERE (a
+            source, see docs/prepare.md).
+        backend: "jax": jaxpt; "hf": transformers and torch, on a temporary export if the model is
+            no Hugging Face directory.
+        limit: items (of a benchmark) or documents (of a source) read of each task; None: all.
+        max_length: tokens that the model sees at once; None: its own context.
+        data_dir: where benchmark files are; None: the harness downloads its own.
+        to: the file to write.
 
-    Raises UserError for an unknown task, a missing tokenizer or benchmark file, or packages that
-    are not installed.
+    Returns:
+        The results as JSON, in the harness's format.
+
+    Raises:
+        UserError: a task is unknown, the tokenizer or a benchmark file is missing, or packages are
+            not installed.
     """
     start = time.monotonic()
     if limit is not None and limit < 1:
@@ -121,9 +127,8 @@ def evaluate_model(
         f"by {'our code' if backend == 'jax' else 'transformers'}"
     )
 
-    kept = (
-        to.with_name(f".{to.stem}-{request}") if to else None
-    )  # answers, for another start of this very request
+    # answers so far, from which an interrupted evaluation of this request continues
+    kept = to.with_name(f".{to.stem}-{request}") if to else None
     length = min(max_length or loaded.spec.max_seq_len, loaded.spec.max_seq_len)
     results: dict[str, Any] = {"results": {}, "versions": {}, "n-samples": {}}
     samples: dict[str, list[dict]] = {}
@@ -140,19 +145,17 @@ def evaluate_model(
                 from jaxpt.evaluate import reference
 
                 judged = reference.make_reference_harness_model(hf_dir, length)
-            for how in dict.fromkeys(
-                asked.values()
-            ):  # the harness has one limit and one number of examples for all tasks of a call
-                found, logged = run_harness(
-                    judged, [name for name in asked if asked[name] == how], how, local, kept
-                )
+            # the harness has one limit and one number of examples for all tasks of a call
+            for how in dict.fromkeys(asked.values()):
+                names = [name for name in asked if asked[name] == how]
+                found, logged = run_harness(judged, names, how, local, kept)
                 merge_results(results, found)
                 samples |= logged
     corpora = contamination.find_training_corpora(model)
     if samples and corpora.directories:
         results["contamination"] = contamination.measure_contamination(
             corpora, samples, results["configs"]
-        )
+        ).to_json()
     results |= {
         "request": request,
         "model": str(model),
@@ -163,7 +166,7 @@ def evaluate_model(
     results["seconds"] = round(time.monotonic() - start, 2)
     results = stage.to_jsonable(results)
     print(format_results(results))
-    if to:
+    if to and kept:
         to.parent.mkdir(parents=True, exist_ok=True)
         stage.write_atomic(to, json.dumps(results, indent=1) + "\n")
         for file in to.parent.glob(f"{kept.name}*"):
@@ -178,7 +181,7 @@ def evaluate_model(
 def parse_tasks(
     tasks: list[str], limit: int | None, data_dir: pathlib.Path | None
 ) -> tuple[list[sources.TextSource], dict[str, TaskRequest]]:
-    """(sources to score, {harness task: how}). Raises UserError for a name that nobody knows."""
+    """Return the sources to score, and harness task -> how. Raise UserError for unknown names."""
     tasks = [
         name
         for word in tasks
@@ -243,11 +246,8 @@ def parse_tasks(
 
 @contextlib.contextmanager
 def export_temporarily(loaded: initialize.LoadedModel) -> Iterator[pathlib.Path]:
-    """The model as a Hugging Face directory.
-
-    Itself where it is one, else an export that lasts as long as it is used.
-    """
-    if loaded.tokenizer_dir == loaded.source:
+    """Return the model's Hugging Face directory, or else that of a temporary export."""
+    if loaded.source and loaded.tokenizer_dir == loaded.source:
         yield loaded.source
         return
     with tempfile.TemporaryDirectory(prefix="jaxpt-") as directory:
@@ -264,11 +264,11 @@ def score_text_source(
     source: sources.TextSource,
     loaded: initialize.LoadedModel,
     encoder: tokenizer.Tokenizer,
-    hf_dir,
-    limit,
-    max_length,
+    hf_dir: pathlib.Path | None,
+    limit: int | None,
+    max_length: int,
 ) -> dict[str, Any]:
-    """Bits per byte of a source's first `limit` documents, in the form of the harness's results."""
+    """Measure bits per byte of a source's first `limit` documents, as results of the harness."""
     name = BITS_PER_BYTE + source.name
     texts = [document.text for document in itertools.islice(source.iterate_documents(), limit)]
     if not any(texts):
@@ -289,7 +289,7 @@ def score_text_source(
         )
     return {
         "results": {
-            name: {"alias": name, "bits_per_byte,none": sums.bits_per_byte, **sums._asdict()}
+            name: {"alias": name, "bits_per_byte,none": sums.bits_per_byte, **sums.to_json()}
         },
         "versions": {name: 1},
         "n-samples": {name: {"original": len(texts), "effective": len(texts)}},
@@ -306,38 +306,48 @@ def run_harness(
     local: dict[str, dict[str, list[dict]]],
     kept: pathlib.Path | None,
 ) -> tuple[dict[str, Any], dict[str, list[dict]]]:
-    """simple_evaluate over the tasks, those in `local` on these rows.
+    """Run the harness's simple_evaluate over tasks.
 
-    Its results, and {task: what it logged of each item}.
+    Args:
+        judged: the harness's model.
+        tasks: names.
+        how: number of items and examples.
+        local: task -> split -> rows that replace the harness's own files.
+        kept: where the harness stores each answer, and looks before it asks.
 
-    kept  where the harness keeps each answer as it comes, and looks before it asks
+    Returns:
+        Its results, and task -> what it logged of each item.
+
+    Raises:
+        UserError: the harness cannot download a task's files.
     """
     import datasets
     import lm_eval
     from lm_eval.tasks import _yaml_loader
 
-    os.environ["DISABLE_MULTIPROC"] = (
-        # it would fork to bootstrap standard errors, and a fork of a process that runs JAX may hang
-        "1"
-    )
+    # it would fork to bootstrap standard errors, and a fork of a process that runs JAX may hang
+    os.environ["DISABLE_MULTIPROC"] = "1"
     manager = make_task_manager()
 
     def with_local_rows(name: str):
         if name not in local:
             return name
-        shipped = _yaml_loader.load_yaml(manager.task_index[name].yaml_path, resolve_func=True)
+        yaml_path = manager.task_index[name].yaml_path
+        assert yaml_path is not None
+        shipped = _yaml_loader.load_yaml(yaml_path, resolve_func=True)
         rows = local[name]
-        if how.shots and rows.get("train") == rows.get(
-            "validation"
-        ):  # one file: an item must not be among its own examples
+        # one file for both: an item must not be among its own examples
+        if how.shots and rows.get("train") == rows.get("validation"):
             n = how.shots + 1  # the harness wants one to spare
             rows = {"train": rows["train"][:n], "validation": rows["validation"][n:]}
         splits = {split: datasets.Dataset.from_list(found) for split, found in rows.items()}
         return {**shipped, "custom_dataset": lambda **metadata: splits}
 
     asked = [with_local_rows(name) for name in tasks]
+    # a decorator of the harness hides the types of its arguments
+    evaluate = cast(Callable[..., dict[str, Any]], lm_eval.simple_evaluate)
     try:
-        found = lm_eval.simple_evaluate(
+        found = evaluate(
             judged,
             tasks=asked,
             limit=how.items,
@@ -346,32 +356,24 @@ def run_harness(
             bootstrap_iters=1000,
             use_cache=str(kept) if kept else None,
         )
-    except (
-        ConnectionError,
-        FileNotFoundError,
-        # what datasets raises for a hub that is out of reach, and for a data set that is not there
-    ) as error:
+    # datasets raises these for a hub out of reach and for a data set that does not exist
+    except (ConnectionError, FileNotFoundError) as error:
         raise UserError(
             f"--tasks: the harness cannot get the files of {', '.join(tasks)} "
             f"({str(error).splitlines()[0]}). Go online, or give --data-dir."
         ) from None
-    kept = (
-        "results",
-        "groups",
-        "group_subtasks",
-        "configs",
-        "versions",
-        "n-shot",
-        "higher_is_better",
-        "n-samples",
-        "lm_eval_version",
-    )
-    return {key: found[key] for key in kept if key in found}, found["samples"]
+    results = {key: found[key] for key in RESULT_KEYS if key in found}
+    return results, found["samples"]
+
+
+# of the harness's result, those that are kept
+RESULT_KEYS = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot")
+RESULT_KEYS += ("higher_is_better", "n-samples", "lm_eval_version")
 
 
 @functools.cache  # reading its thousands of task files takes seconds
 def make_task_manager():
-    """The harness's index of its tasks; its running commentary is left out."""
+    """Return the harness's index of its tasks, and silence its log below errors."""
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -381,7 +383,7 @@ def make_task_manager():
 def make_lm_adapter(
     spec: ModelSpec, params: dict[str, Any], tokenizer_dir: pathlib.Path, longest: int
 ):
-    """Our model as a model of the harness.
+    """Return the model as a model of the harness.
 
     Text becomes ids as in the harness's HFLM, by AutoTokenizer, so that the same requests reach the
     model in both.
@@ -483,7 +485,7 @@ def make_lm_adapter(
             texts: list[str],
             advance: Callable,
         ) -> None:
-            asked = normalize_gen_kwargs(requests[0][1], self.max_gen_toks)
+            asked = cast(dict[str, Any], normalize_gen_kwargs(requests[0][1], self.max_gen_toks))
             stops = handle_stop_sequences(
                 asked["until"], eos=self.tokenizer.decode(self.eot_token_id)
             )
@@ -535,9 +537,10 @@ def make_lm_adapter(
 
 
 def load_local_items(name: str, data_dir: pathlib.Path) -> dict[str, list[dict]]:
-    """Split -> rows as the harness's task reads them, from DATA_DIR/FOLDER or DATA_DIR itself.
+    """Return split -> rows as the task reads them, from DATA_DIR/FOLDER or DATA_DIR itself.
 
-    Raises UserError when a file is not there or holds another benchmark.
+    Raises:
+        UserError: a file is missing or of another benchmark.
     """
     kind, folder, files = LOCAL_TASKS[name]
     directory = next(
@@ -577,7 +580,7 @@ LOCAL_TASKS = {
 }
 
 
-# ---- what is said of the results
+# ---- results
 
 
 def merge_results(results: dict[str, Any], more: dict[str, Any]) -> None:
@@ -592,7 +595,8 @@ def merge_results(results: dict[str, Any], more: dict[str, Any]) -> None:
 def describe_evaluated_model(
     loaded: initialize.LoadedModel, encoder: tokenizer.Tokenizer
 ) -> dict[str, Any]:
-    """What was measured, by fingerprint, and what measured it."""
+    """Return what was evaluated, by fingerprint, and the versions that evaluated it."""
+    assert loaded.source is not None
     directory = checkpoint.find_checkpoint(loaded.source) or loaded.source
     return {
         "fingerprint": stage.fingerprint_path(directory),
@@ -606,9 +610,9 @@ def describe_evaluated_model(
 
 
 def format_results(results: dict[str, Any]) -> str:
-    """One line a metric.
+    """Return a line per metric, and the contamination of the tasks.
 
-    Task, metric, value, standard error, items; then what of the items the model may have seen.
+    A line has task, metric, value, standard error and number of items.
     """
     lines = [("task", "metric", "value", "+/-", "items")]
     for task, metrics in results["results"].items():
@@ -637,5 +641,6 @@ def format_results(results: dict[str, Any]) -> str:
         for line in lines
     ]
     if "contamination" in results:
-        lines += ["", contamination.log_contamination(results["contamination"], results["results"])]
+        found = contamination.ContaminationReport.from_json(results["contamination"])
+        lines += ["", contamination.format_contamination(found, results["results"])]
     return "\n".join(lines)

@@ -1,19 +1,17 @@
-"""How likely a model finds text.
+"""Compute log-likelihoods of text: held-out loss, bits per byte, continuations.
 
-Held-out loss of packed rows, bits per byte of raw text, log-likelihood of continuations.
-
-Pieces of text to be scored are laid several to a row, in trees that compute once what several begin
-with (prefix_trees.py): their scores are those they
-would have alone, little is computed for padding, and two or three row lengths are all that is
-compiled.
+Sequences to be scored are laid out as prefix trees, several to a row, so that a shared prefix is
+computed once (prefix_trees.py). Scores are those that a sequence would have alone, little is
+computed for padding, and two or three row lengths are all that is compiled.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,25 +26,28 @@ from jaxpt.sharding import (
     make_replicated_sharding,
     n_shards,
 )
-from jaxpt.spec import Batch, ModelSpec, UserError
+from jaxpt.spec import Batch, ModelSpec, Record, UserError
 
-MAX_LOGITS_BYTES = 256  # tokens whose logits exist on a device at one time
+MAX_LOGITS_TOKENS = 256  # tokens whose logits exist on a device at a time
+
+Step = Callable[..., Any]
 
 
-def make_loss_step(spec: ModelSpec, mesh, dtype="float32"):
-    """The jitted step(params, batch) -> (sum of weight x nats, sum of weights), float32 scalars on
-    every device.
+def make_loss_step(spec: ModelSpec, mesh: jax.sharding.Mesh, dtype: str = "float32") -> Step:
+    """Return a jitted step(params, batch) that sums the loss of a batch.
+
+    It returns float32 scalars on every device: the loss in nats over the tokens of loss_mask, and
+    their number.
     """
-    dtype = jnp.dtype(dtype)
+    compute_dtype = jnp.dtype(dtype)
 
     def step(params, batch: Batch):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             model = llama.bind_params(spec, params)
-            hidden = model(batch.tokens, batch.segment_ids, batch.positions, dtype)
-            _, nats_sum = loss.cross_entropy(
-                hidden, model.lm_head(dtype), batch.targets, batch.loss_mask
-            )
-            return nats_sum, jnp.sum(batch.loss_mask)
+            hidden = model(batch.tokens, batch.segment_ids, batch.positions, compute_dtype)
+            head = model.lm_head(compute_dtype)
+            _, loss_sum = loss.cross_entropy(hidden, head, batch.targets, batch.loss_mask)
+            return loss_sum, jnp.sum(batch.loss_mask)
 
     return jax.jit(
         step,
@@ -55,30 +56,34 @@ def make_loss_step(spec: ModelSpec, mesh, dtype="float32"):
     )
 
 
-def measure_heldout_loss(step, params, batches: Iterable[Batch]) -> float:
-    """Nats per trained token over all batches.
+def measure_heldout_loss(step: Step, params: dict[str, Any], batches: Iterable[Batch]) -> float:
+    """Return nats per trained token over all batches, NaN if no token is trained.
 
-    `step` is nats_step's. NaN when no token has weight.
+    Args:
+        step: as `make_loss_step` returns it.
+        params: of the model.
+        batches: global batches.
     """
-    nats_sum = weights_sum = 0.0
+    loss_sum = n_trained = 0.0
     for batch in batches:
-        nats, weights = step(params, batch)
-        nats_sum += float(nats)
-        weights_sum += float(weights)
-    return nats_sum / weights_sum if weights_sum else float("nan")
+        batch_loss, batch_trained = step(params, batch)
+        loss_sum += float(batch_loss)
+        n_trained += float(batch_trained)
+    return loss_sum / n_trained if n_trained else math.nan
 
 
-class BitsPerByte(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class BitsPerByte(Record):
     """Sums over texts; the one division is `bits_per_byte`."""
 
-    loss_sum: float
+    loss_sum: float  # nats
     n_bytes: int  # of the texts in UTF-8
-    n_tokens: int
+    n_tokens: int  # predicted; no beginning- or end-of-sequence tokens
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits per UTF-8 byte."""
-        return self.loss_sum / math.log(2) / self.n_bytes if self.n_bytes else float("nan")
+        """Return bits per UTF-8 byte, NaN without text."""
+        return self.loss_sum / math.log(2) / self.n_bytes if self.n_bytes else math.nan
 
 
 def measure_bits_per_byte(
@@ -89,27 +94,30 @@ def measure_bits_per_byte(
     bos_id: int,
     *,
     max_length: int | None = None,
-    dtype="float32",
+    dtype: str = "float32",
     label: str = "bits per byte",
 ) -> BitsPerByte:
-    """Score raw texts, each token of each exactly once, the first given `bos_id`.
+    """Score each token of raw texts once, the first given `bos_id`.
 
-    No end-of-sequence token is counted.
-
-    token_ids   of each text, without beginning- or end-of-sequence tokens
-    max_length  tokens that the model sees at once; None is its own longest. Long texts are cut by
-    `rolling_windows`
+    Args:
+        spec: the architecture.
+        params: of the model.
+        texts: the documents.
+        token_ids: of each text, without beginning- or end-of-sequence tokens.
+        bos_id: the token in front of each text.
+        max_length: tokens that the model sees at once; None: its own context. Longer texts are
+            split by `split_rolling_windows`.
+        dtype: of matmuls and activations.
+        label: of the progress bar.
     """
-    windows = [
-        window
-        for ids in token_ids
-        for window in split_rolling_windows(ids, bos_id, max_length or spec.max_seq_len)
-    ]
+    windows = []
+    for ids in token_ids:
+        windows += split_rolling_windows(ids, bos_id, max_length or spec.max_seq_len)
     scores = compute_continuation_log_likelihoods(
         spec, params, windows, max_length=max_length, dtype=dtype, label=label
     )
     return BitsPerByte(
-        loss_sum=-sum(nats for nats, _ in scores),
+        loss_sum=-sum(log_likelihood for log_likelihood, _ in scores),
         n_bytes=sum(len(text.encode()) for text in texts),
         n_tokens=sum(map(len, token_ids)),
     )
@@ -118,10 +126,10 @@ def measure_bits_per_byte(
 def split_rolling_windows(
     ids: list[int], prefix_id: int, max_length: int
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """(context, predicted) pairs that predict each id once.
+    """Yield (context, predicted) pairs that predict each id once.
 
     A window begins with the last token of the one before it; only the last window reaches back
-    further, so that it too reads max_length tokens.
+    further, so that it also reads max_length tokens.
 
     Source: lm-evaluation-harness, get_rolling_token_windows with context_len=1, made disjoint.
     """
@@ -138,22 +146,31 @@ def compute_continuation_log_likelihoods(
     pairs: list[tuple[list[int], list[int]]],
     *,
     max_length: int | None = None,
-    dtype="float32",
+    dtype: str = "float32",
     label: str = "log-likelihoods",
     answered: Callable[[int, tuple[float, bool]], None] | None = None,
 ) -> list[tuple[float, bool]]:
-    """For each (context ids, continuation ids).
+    """Score the continuation of each (context ids, continuation ids) as a whole.
 
-    The continuation's log-likelihood in nats, and whether each of its tokens was the likeliest.
-    `token_log_likelihoods` says the rest.
+    Args:
+        spec: the architecture.
+        params: of the model.
+        pairs: what to score; see `compute_token_log_likelihoods`, also for the errors.
+        max_length: tokens that the model sees at once; None: its own context.
+        dtype: of matmuls and activations.
+        label: of the progress bar and the errors.
+        answered: called with an index into pairs and the result as soon as that is known.
 
-    answered  is called with the place in `pairs` and the result of each as soon as it is known
+    Returns:
+        For each pair, the log-likelihood in nats, and whether greedy decoding would write it.
     """
     results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
-    for place, likelihoods, likeliest in compute_token_log_likelihoods(
+    scored = compute_token_log_likelihoods(
         spec, params, pairs, max_length=max_length, dtype=dtype, label=label
-    ):
-        results[place] = float(likelihoods.sum(dtype=np.float64)), bool(likeliest.all())
+    )
+    for place, log_likelihoods, is_greedy in scored:
+        total = float(log_likelihoods.sum(dtype=np.float64))
+        results[place] = total, bool(is_greedy.all())
         if answered:
             answered(place, results[place])
     return results
@@ -165,67 +182,61 @@ def compute_token_log_likelihoods(
     pairs: list[tuple[list[int], list[int]]],
     *,
     max_length: int | None = None,
-    dtype="float32",
+    dtype: str = "float32",
     label: str = "log-likelihoods",
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """For each (context ids, continuation ids), in the order in which they are done.
+    """Score each token of the continuation of each (context ids, continuation ids).
 
-    Its place in `pairs`, and of the continuation's tokens the log-likelihood in nats, float32 [n],
-    and whether each was the likeliest, bool [n]. Too long a context loses tokens on its left.
+    A context that is too long loses tokens on its left.
 
-    Raises UserError for an empty context or continuation, one that is longer than the context
-    length, or an unknown id.
+    Args:
+        spec: the architecture.
+        params: of the model.
+        pairs: what to score.
+        max_length: tokens that the model sees at once; None: its own context.
+        dtype: of matmuls and activations.
+        label: of the progress bar and the errors.
+
+    Yields:
+        In the order in which they are computed: index into pairs, log-likelihoods of the
+        continuation's tokens in nats, float32 [n], and whether each is the most likely, bool [n].
+
+    Raises:
+        UserError: a context or continuation is empty, a continuation is longer than the context
+            length, or an id is unknown.
     """
     max_length = max_length or spec.max_seq_len
-    pieces = [
-        prefix_trees.ScoredSequence(
-            np.asarray([*context, *continuation][-(max_length + 1) :], np.int32), len(continuation)
-        )
-        for context, continuation in pairs
-    ]
-    for (context, continuation), (ids, _) in zip(pairs, pieces, strict=True):
-        if not context or not continuation:
-            raise UserError(
-                f"{label}: an empty "
-                f"{'continuation' if context else 'context'} cannot be "
-                "scored. Give at least one token."
-            )
-        if len(continuation) > max_length:
-            raise UserError(
-                f"{label}: a continuation of {len(continuation):,} tokens "
-                f"does not fit the model's context of {max_length:,}. Shorten "
-                "it."
-            )
-        wrong = ids[(ids < 0) | (ids >= spec.vocab_size)]
-        if wrong.size:
-            raise UserError(
-                f"{label}: the text has token id {wrong[0]}, but the model "
-                f"knows ids 0 to {spec.vocab_size - 1}. "
-                "Use the tokenizer that the model was trained with."
-            )
+    sequences = []
+    for context, continuation in pairs:
+        ids = np.asarray([*context, *continuation][-(max_length + 1) :], np.int32)
+        check_scored_pair(spec, context, continuation, ids, max_length, label)
+        sequences.append(prefix_trees.ScoredSequence(ids, len(continuation)))
     mesh = jax.tree.leaves(params)[0].sharding.mesh
-    step, where = (
-        make_token_step(spec, mesh, jnp.dtype(dtype)),
-        make_logical_sharding(mesh, ("batch", None)),
+    step = make_token_step(spec, mesh, jnp.dtype(dtype))
+    row_sharding = make_logical_sharding(mesh, ("batch", None))
+    n_columns = sum(sequence.n_columns for sequence in sequences)
+    # the columns of a tree are no distances, which a sliding window counts
+    share = spec.sliding_window is None
+    batches = prefix_trees.make_tree_batches(
+        sequences, max_length, n_shards(mesh, "batch"), share=share
     )
 
-    def collect(batch, scored):
-        likelihoods, likeliest = (np.asarray(x) for x in scored)
-        for piece, row, first in batch.places:
-            asked = slice(first, first + pieces[piece].n_scored)
-            yield piece, likelihoods[row, asked], likeliest[row, asked]
-            advance(pieces[piece].n_columns)
+    def put(x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, row_sharding, x.__getitem__)
 
-    with stage.progress_bar(label, sum(piece.n_columns for piece in pieces), "tokens") as advance:
-        running = None  # the device works on one batch while the host reads the one before
-        # within a tree places are no distances, which a window counts
-        for batch in prefix_trees.make_tree_batches(
-            pieces, max_length, n_shards(mesh, "batch"), share=spec.sliding_window is None
-        ):
-            rows = jax.tree.map(
-                lambda x: jax.make_array_from_callback(x.shape, where, x.__getitem__), batch.arrays
-            )
-            scored = step(params, rows, np.int32(batch.n_scored))
+    with stage.progress_bar(label, n_columns, "tokens") as advance:
+
+        def collect(batch: prefix_trees.TreeBatch, scored):
+            log_likelihoods, is_greedy = (np.asarray(x) for x in scored)
+            for place, row, first in batch.places:
+                targets = slice(first, first + sequences[place].n_scored)
+                yield place, log_likelihoods[row, targets], is_greedy[row, targets]
+                advance(sequences[place].n_columns)
+
+        running = None  # the devices compute one batch while the host reads the one before
+        for batch in batches:
+            arrays = jax.tree.map(put, batch.arrays)
+            scored = step(params, arrays, np.int32(batch.n_scored))
             if running:
                 yield from collect(*running)
             running = batch, scored
@@ -233,59 +244,80 @@ def compute_token_log_likelihoods(
             yield from collect(*running)
 
 
+def check_scored_pair(
+    spec: ModelSpec,
+    context: list[int],
+    continuation: list[int],
+    ids: np.ndarray,
+    max_length: int,
+    label: str,
+) -> None:
+    """Raise UserError if a pair cannot be scored. ids: both, as the model sees them."""
+    if not context or not continuation:
+        empty = "continuation" if context else "context"
+        raise UserError(f"{label}: an empty {empty} cannot be scored. Give at least one token.")
+    if len(continuation) > max_length:
+        raise UserError(
+            f"{label}: a continuation of {len(continuation):,} tokens does not fit the model's "
+            f"context of {max_length:,}. Shorten it."
+        )
+    unknown = ids[(ids < 0) | (ids >= spec.vocab_size)]
+    if unknown.size:
+        raise UserError(
+            f"{label}: the text has token id {unknown[0]}, but the model knows ids 0 to "
+            f"{spec.vocab_size - 1}. Use the tokenizer that the model was trained with."
+        )
+
+
 @functools.lru_cache(maxsize=8)
-def make_token_step(spec: ModelSpec, mesh, dtype):
-    """The jitted step(params, prefix_trees.Rows, n_asked) -> (log-likelihood of each target in
-    nats, whether it was the likeliest), both [B, T].
+def make_token_step(spec: ModelSpec, mesh: jax.sharding.Mesh, dtype: jnp.dtype) -> Step:
+    """Return a jitted step(params, TreeArrays, n_scored) that scores each target.
 
-    Only each row's first n_asked questions are answered, rounded up to whole blocks of logits.
+    It returns, for each target [B, T], its log-likelihood in nats and whether it is the most
+    likely. Only the first n_scored targets of each row are scored, rounded up to whole blocks of
+    logits.
     """
-    where = make_logical_sharding(mesh, ("batch", None))
+    row_sharding = make_logical_sharding(mesh, ("batch", None))
 
-    def step(params, rows: prefix_trees.TreeArrays, n_asked):
+    def step(params, arrays: prefix_trees.TreeArrays, n_scored):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             model = llama.bind_params(spec, params)
 
             def attend(q, k, v):
                 if spec.sliding_window is None:
-                    return attention.attend_prefix_tree(q, k, v, rows.visible_until)
-                return attention.attend(q, k, v, rows.visible_until, spec.sliding_window)
+                    return attention.attend_prefix_tree(q, k, v, arrays.visible_until)
+                return attention.attend(q, k, v, arrays.visible_until, spec.sliding_window)
 
-            hidden = model.run_layers(rows.tokens, rows.positions, attend, dtype)
-            asked = jnp.take_along_axis(hidden, rows.columns[..., None], axis=1)
-            B, T, _ = asked.shape
-            width = floor_power_of_two(max(MAX_LOGITS_BYTES * n_shards(mesh, "batch") // B, 1))
+            hidden = model.run_layers(arrays.tokens, arrays.positions, attend, dtype)
+            queries = jnp.take_along_axis(hidden, arrays.columns[..., None], axis=1)
+            B, T, _ = queries.shape
+            block_tokens = MAX_LOGITS_TOKENS * n_shards(mesh, "batch")
+            width = floor_power_of_two(max(block_tokens // B, 1))
             head = model.lm_head(dtype)
 
-            def answer(
-                block,
-                found,
-                # some columns of all rows at a time, so that each device has logits of its own rows
-                # only
-            ):
-                part = functools.partial(
-                    jax.lax.dynamic_slice_in_dim,
-                    start_index=block * width,
-                    slice_size=width,
-                    axis=1,
-                )
-                more = loss.compute_log_likelihoods(part(asked), head, part(rows.targets))
-                return jax.tree.map(
-                    lambda old, new: jax.lax.dynamic_update_slice_in_dim(
-                        old, new, block * width, axis=1
-                    ),
-                    found,
-                    more,
-                )
+            # a block is some columns of all rows, so that each device has the logits of its own
+            # rows only
+            def score_block(block, scores):
+                start = block * width
 
-            nothing = jnp.zeros((B, T), jnp.float32), jnp.zeros((B, T), bool)
-            return jax.lax.fori_loop(0, -(-n_asked // width), answer, nothing)
+                def take(x):
+                    return jax.lax.dynamic_slice_in_dim(x, start, width, axis=1)
+
+                def put(old, new):
+                    return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
+
+                found = loss.compute_log_likelihoods(take(queries), head, take(arrays.targets))
+                return jax.tree.map(put, scores, found)
+
+            no_scores = jnp.zeros((B, T), jnp.float32), jnp.zeros((B, T), bool)
+            n_blocks = -(-n_scored // width)
+            return jax.lax.fori_loop(0, n_blocks, score_block, no_scores)
 
     return jax.jit(
         step,
         in_shardings=(
             llama.make_param_shardings(spec, mesh),
-            where,
+            row_sharding,
             make_replicated_sharding(mesh),
         ),
         out_shardings=make_replicated_sharding(mesh),

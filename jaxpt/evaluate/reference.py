@@ -1,15 +1,15 @@
-"""The same measurements by torch and transformers, the judge of ours.
+"""Compute reference values with torch and transformers: bits per byte, harness model, logits, KL.
 
-Bits per byte, the harness's own model, logits, KL.
-
-The only file of jaxpt that runs transformers' models. Everything here computes in float32 on the
+This is the only file of jaxpt that runs transformers' models. All of it computes in float32 on the
 CPU.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import pathlib
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,111 +17,131 @@ from jaxpt import stage
 from jaxpt.evaluate.likelihood import BitsPerByte, split_rolling_windows
 from jaxpt.spec import UserError
 
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
 
-def load_reference_model(hf_dir: pathlib.Path):
-    """The directory's model, in float32, ready to be read.
+N_FLOAT64_TOKENS = 64  # tokens whose logits are copied to float64 at a time
 
-    Raises UserError when torch is not installed or the directory cannot be opened.
+
+def load_reference_model(hf_dir: pathlib.Path) -> Any:
+    """Load a Hugging Face directory with transformers, in float32 and in evaluation mode.
+
+    Raises:
+        UserError: torch is not installed, or the directory cannot be opened.
     """
     require_torch("torch", "transformers")
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(
+        model = transformers.AutoModelForCausalLM.from_pretrained(
             str(hf_dir), dtype="float32", local_files_only=True
-        ).eval()
+        )
     except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
         raise UserError(
-            f"{hf_dir}: transformers cannot open it "
-            f"({str(error).splitlines()[0]}). Expected a directory that "
+            f"{hf_dir}: transformers cannot open it ({reason}). Expected a directory that "
             "export_hf.py wrote."
         ) from None
+    return model.eval()
 
 
 def require_torch(*packages: str) -> None:
-    """Raises UserError for a package that only evaluation needs and that is not installed."""
-    import importlib.util
-
+    """Raise UserError for packages that only evaluation needs and that are not installed."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise UserError(
-            f"evaluate: {' and '.join(missing)} not installed. Run: pip "
-            "install -r requirements-eval.txt"
+            f"evaluate: {' and '.join(missing)} not installed. "
+            "Run: pip install -r requirements-eval.txt"
         )
 
 
 def measure_reference_bits_per_byte(
     hf_dir: pathlib.Path, texts: list[str], token_ids: list[list[int]], bos_id: int, max_length: int
 ) -> BitsPerByte:
-    """What likelihood.bits_per_byte measures, over the same windows, one at a time."""
+    """Measure what `likelihood.measure_bits_per_byte` does, window by window.
+
+    Args:
+        hf_dir: a Hugging Face directory.
+        texts: the documents.
+        token_ids: of each text, without beginning- or end-of-sequence tokens.
+        bos_id: the token in front of each text.
+        max_length: tokens that the model sees at once.
+    """
+    model = load_reference_model(hf_dir)
     import torch
 
-    judge = load_reference_model(hf_dir)
-    windows = [
-        window for ids in token_ids for window in split_rolling_windows(ids, bos_id, max_length)
-    ]
-    nats_sum = 0.0
-    with torch.no_grad():
-        for context, predicted in stage.track_progress(
-            windows, "bits per byte by transformers", len(windows), "windows"
-        ):
-            ids = torch.tensor([context + predicted])
-            log_shares = torch.log_softmax(judge(ids[:, :-1]).logits[0, -len(predicted) :], dim=-1)
-            nats_sum -= (
-                log_shares.gather(1, ids[0, -len(predicted) :, None])
-                .sum(dtype=torch.float64)
-                .item()
-            )
-    return BitsPerByte(
-        nats_sum, sum(len(text.encode()) for text in texts), sum(map(len, token_ids))
+    windows = []
+    for ids in token_ids:
+        windows += split_rolling_windows(ids, bos_id, max_length)
+    loss_sum = 0.0
+    progress = stage.track_progress(
+        windows, "bits per byte by transformers", len(windows), "windows"
     )
+    with torch.no_grad():
+        for context, predicted in progress:
+            ids = torch.tensor([context + predicted])
+            logits = model(ids[:, :-1]).logits[0, -len(predicted) :]
+            log_probs = torch.log_softmax(logits, dim=-1)
+            targets = ids[0, -len(predicted) :, None]
+            loss_sum -= log_probs.gather(1, targets).sum(dtype=torch.float64).item()
+    n_bytes = sum(len(text.encode()) for text in texts)
+    return BitsPerByte(loss_sum, n_bytes, n_tokens=sum(map(len, token_ids)))
 
 
-def make_reference_harness_model(hf_dir: pathlib.Path, max_length: int):
-    """lm-evaluation-harness's own HFLM."""
+def make_reference_harness_model(hf_dir: pathlib.Path, max_length: int) -> LM:
+    """Return lm-evaluation-harness's own HFLM of a Hugging Face directory."""
     require_torch("torch", "transformers", "lm_eval", "accelerate")
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models import huggingface
 
-    return HFLM(
+    # its constructor is registered by a decorator whose type hides the arguments
+    make_model: Any = huggingface.HFLM
+    return make_model(
         pretrained=str(hf_dir), device="cpu", dtype="float32", max_length=max_length, batch_size=8
     )
 
 
 def compute_reference_logits(hf_dir: pathlib.Path, tokens: np.ndarray) -> np.ndarray:
-    """Tokens int [B, T] -> float32 [B, T, V]."""
-    judge = load_reference_model(hf_dir)
+    """Return the logits of tokens int [B, T], float32 [B, T, V]."""
+    model = load_reference_model(hf_dir)
     import torch
 
     with torch.no_grad():
-        return judge(torch.from_numpy(np.asarray(tokens, np.int64))).logits.numpy()
+        return model(torch.from_numpy(np.asarray(tokens, np.int64))).logits.numpy()
 
 
-class LogitDistance(NamedTuple):
-    """Between two models' logits at the same tokens."""
+@dataclasses.dataclass(frozen=True)
+class LogitDistance:
+    """How far two models' logits at the same tokens are apart.
 
-    kl: float  # mean KL(theirs || ours) a token, in nats
-    max_abs_diff: float  # |difference| of any logit
+    Attributes:
+        kl: mean KL(theirs || ours), nats per token.
+        max_abs_diff: largest |difference| of two logits.
+    """
+
+    kl: float
+    max_abs_diff: float
 
 
 def measure_logit_distance(
     hf_dir: pathlib.Path, tokens: np.ndarray, our_logits: np.ndarray
 ) -> LogitDistance:
-    """Of our logits [B, T, V] from transformers' at the same tokens [B, T]."""
-    V, kl_sum, largest = our_logits.shape[-1], 0.0, 0.0
-    ours, theirs = (
-        our_logits.reshape(-1, V),
-        compute_reference_logits(hf_dir, tokens).reshape(-1, V),
-    )
-    for start in range(0, len(ours), 64):  # tokens whose float64 copies exist at one time
-        q, p = (x[start : start + 64].astype(np.float64) for x in (ours, theirs))
-        largest = max(largest, float(np.abs(q - p).max()))
-        q, p = log_softmax_numpy(q), log_softmax_numpy(p)
-        kl_sum += float((np.exp(p) * (p - q)).sum())
-    return LogitDistance(kl_sum / len(ours), largest)
+    """Compare logits [B, T, V] with those of transformers at the same tokens [B, T]."""
+    vocab_size = our_logits.shape[-1]
+    ours = our_logits.reshape(-1, vocab_size)
+    theirs = compute_reference_logits(hf_dir, tokens).reshape(-1, vocab_size)
+    kl_sum, max_abs_diff = 0.0, 0.0
+    for start in range(0, len(ours), N_FLOAT64_TOKENS):
+        q = ours[start : start + N_FLOAT64_TOKENS].astype(np.float64)
+        p = theirs[start : start + N_FLOAT64_TOKENS].astype(np.float64)
+        max_abs_diff = max(max_abs_diff, float(np.abs(q - p).max()))
+        log_q = log_softmax_numpy(q)
+        log_p = log_softmax_numpy(p)
+        kl_sum += float((np.exp(log_p) * (log_p - log_q)).sum())
+    return LogitDistance(kl_sum / len(ours), max_abs_diff)
 
 
 def log_softmax_numpy(x: np.ndarray) -> np.ndarray:
-    """Return log-softmax over the last axis, float64."""
-    x = x - x.max(axis=-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+    """Return log-softmax over the last axis, in the dtype of x."""
+    shifted = x - x.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))

@@ -1,11 +1,9 @@
-"""Text from a model.
+"""Generate text from a model.
 
 One pass over the prompts fills a key-value cache, then one compiled loop adds a token at a time.
-
-Prompts of a batch are padded on the left, so that all rows write to the same column of the cache. A
-row's padding has
-segment 0, which its tokens do not see, and its positions count from its first token: a row comes
-out as it would alone.
+Prompts of a batch are padded on the left, so that all sequences write to the same column of the
+cache. The padding has segment 0, which tokens do not attend to, and positions count from a
+sequence's first token: it comes out as it would alone.
 """
 
 from __future__ import annotations
@@ -19,31 +17,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxpt.model import llama
 from jaxpt.model.attention import attend
+from jaxpt.model.llama import Params
 from jaxpt.sharding import make_logical_sharding, n_shards, with_logical_constraint
 from jaxpt.spec import ModelSpec, UserError
 
-MAX_DECODE_BATCH = (
-    32  # prompts decoded together: a step reads every weight once, however many rows share it
-)
+# prompts decoded together: a step reads every parameter once, however many sequences share it
+MAX_DECODE_BATCH = 32
 # prompt and cache lengths are rounded up to multiples of it, so that few shapes are compiled
 LENGTH_STEP = 64
+
+Array = jax.Array
+Cache = tuple[Array, Array]  # keys and values [L, B, C, K, H]
+# (q, k, v, cache, layer) -> (attended, cache)
+AttendWithCache = Callable[[Array, Array, Array, Cache, Any], tuple[Array, Cache]]
+# (index of the prompt, ids so far) -> whether to stop there
+Watch = Callable[[int, list[int]], bool | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen from the logits.
+    """How the next token is chosen from the logits, as in transformers' generate, in its order.
 
-    Each setting as transformers' generate defines it, in its order.
-
-    repetition_penalty  logits of tokens already in prompt or output are divided by it where
-    positive, else multiplied
-    temperature         logits are divided by it; 0 takes the likeliest token, whatever top_k and
-    top_p say
-    top_k               only the k likeliest; 0 keeps all
-    top_p               only the fewest likeliest that together have this probability; 1 keeps all
+    Attributes:
+        repetition_penalty: positive logits of tokens already in prompt or output are divided by
+            it, negative ones multiplied.
+        temperature: logits are divided by it; 0 takes the likeliest token, whatever top_k and top_p
+            are.
+        top_k: only the k likeliest; 0 keeps all.
+        top_p: only the fewest likeliest that together have this probability; 1 keeps all.
 
     Source: transformers' RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper,
     TopKLogitsWarper, TopPLogitsWarper.
@@ -55,111 +60,121 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        for name, value, good, expected in (
-            (
-                "repetition_penalty",
-                self.repetition_penalty,
-                self.repetition_penalty > 0,
-                "above 0 (1 changes nothing)",
-            ),
-            ("temperature", self.temperature, self.temperature >= 0, "of at least 0 (0 is greedy)"),
-            ("top_k", self.top_k, self.top_k >= 0, "of at least 0 (0 keeps all)"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, up to 1 (1 keeps all)"),
-        ):
-            if not good:
-                raise UserError(f"sampling: {name} is {value}, expected a number {expected}.")
+        """Raise UserError for a value out of range."""
+        require_setting("top_k", self.top_k, self.top_k >= 0, "of at least 0 (0 keeps all)")
+        is_share = 0 < self.top_p <= 1
+        require_setting("top_p", self.top_p, is_share, "above 0, up to 1 (1 keeps all)")
+        penalty = self.repetition_penalty
+        expected = "above 0 (1 changes nothing)"
+        require_setting("repetition_penalty", penalty, penalty > 0, expected)
+        is_positive = self.temperature >= 0
+        require_setting("temperature", self.temperature, is_positive, "of at least 0 (0: greedy)")
+
+
+def require_setting(name: str, value: float, is_valid: bool, expected: str) -> None:
+    """Raise UserError for an invalid setting."""
+    if not is_valid:
+        raise UserError(f"sampling: {name}: expected a number {expected}, got {value}.")
+
+
+class DecodeSetup(NamedTuple):
+    """What the compiled functions are specialized for."""
+
+    spec: ModelSpec
+    mesh: Mesh
+    dtype: np.dtype
 
 
 def generate(
     spec: ModelSpec,
-    params: dict[str, Any],
+    params: Params,
     prompts: list[list[int]],
     *,
     max_new: int,
     sampling: Sampling = Sampling(),
     seed: int = 0,
-    dtype="float32",
-    watch: Callable[[int, list[int]], bool | None] | None = None,
+    dtype: str = "float32",
+    watch: Watch | None = None,
     watch_every: int = 1,
 ) -> list[list[int]]:
-    """Continuations of the prompts, without the prompts and without the end-of-sequence token that
-    ended them.
+    """Return continuations of the prompts, without the end-of-sequence token that ended them.
 
-    A row ends with spec.eos_id, after max_new tokens, or when prompt and output fill
-    spec.max_seq_len.
-    watch(row, ids so far) is called every `watch_every` tokens, for streaming; a true answer ends
-    the row there.
-    The same seed, prompt and place in the list give the same text in any batch. Params lie on the
-    mesh of their shardings.
-    Raises UserError for a prompt that is empty, leaves no room in the context, or has ids that the
-    model does not know.
+    A continuation ends at spec.eos_id, after max_new tokens, or where spec.max_seq_len is reached.
+    The same seed, prompt and index in the list give the same text in any batch.
+
+    Args:
+        spec: the architecture.
+        params: sharded on a mesh.
+        prompts: token ids.
+        max_new: tokens added at most.
+        sampling: how tokens are chosen.
+        seed: of the random draws.
+        dtype: of computation and cache.
+        watch: called every watch_every tokens, for streaming; if true the continuation ends there.
+        watch_every: period of watch, in tokens.
+
+    Raises:
+        UserError: a prompt is empty, leaves no room in the context or has unknown ids.
     """
     if max_new < 1:
-        raise UserError(f"generate: asked for {max_new} new tokens, expected at least 1.")
+        raise UserError(f"generate: expected at least 1 new token, got {max_new}.")
     check_prompts(spec, prompts)
-    params = unstack_layers(params)
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    setup = DecodeSetup(spec, mesh, jnp.dtype(dtype))
+    params = unstack_layers(params, mesh)
+    key = jax.random.key(seed)
     outputs: list[list[int]] = [[] for _ in prompts]
-    by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(prompts), MAX_DECODE_BATCH):
-        rows = by_length[start : start + MAX_DECODE_BATCH]
-        generate_batch(
-            spec,
-            params,
-            prompts,
-            rows,
-            outputs,
-            max_new,
-            sampling,
-            seed,
-            jnp.dtype(dtype),
-            watch,
-            watch_every,
-        )
+        indices = by_length[start : start + MAX_DECODE_BATCH]
+        state, streams = start_batch(setup, params, prompts, indices, max_new)
+        first = stop = int(state.column)
+        while True:
+            stop = stop + watch_every if watch else first + max_new
+            state = decode_step(setup, sampling, params, state, key, streams, stop)
+            room = collect_outputs(state, first, spec, prompts, indices, outputs, watch)
+            if not room.any():
+                break
+            state = state._replace(room=jax.device_put(room, state.room.sharding))
     return outputs
 
 
-def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters with one tree a layer in place of stacked blocks, where that helps.
+def unstack_layers(params: Params, mesh: Mesh) -> Params:
+    """Return the parameters with a tree per layer on a single CPU device, else unchanged.
 
-    On a single CPU device. Nothing is copied.
-
-    XLA's CPU compiler copies a layer out of a stack before it multiplies with it; for a product
-    with one token that is most of the time.
+    XLA's CPU compiler copies a layer out of a stack before it multiplies with it; for a matmul
+    with one token that is most of the time. Nothing is copied here.
     """
-    mesh = jax.tree.leaves(params)[0].sharding.mesh
     if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
         return params
     blocks = jax.tree.map(np.asarray, params["blocks"])  # views of the same memory
     n_layers = len(jax.tree.leaves(blocks)[0])
-    where = make_logical_sharding(mesh, ())
-    return params | {
-        "blocks": tuple(
-            jax.device_put(jax.tree.map(lambda x, i=i: x[i], blocks), where)
-            for i in range(n_layers)
-        )
-    }
+    place = make_logical_sharding(mesh, ())
+    layers = []
+    for i in range(n_layers):
+        layer = jax.tree.map(lambda x, i=i: x[i], blocks)
+        layers.append(jax.device_put(layer, place))
+    return params | {"blocks": tuple(layers)}
 
 
 def check_prompts(spec: ModelSpec, prompts: list[list[int]]) -> None:
     """Raise UserError for prompts that the model cannot continue."""
-    for row, prompt in enumerate(prompts):
+    for number, prompt in enumerate(prompts, 1):
         if not prompt:
             raise UserError(
-                f"generate: prompt {row + 1} has no tokens. Begin it with the "
-                "beginning-of-sequence token, or write something."
+                f"generate: prompt {number} has no tokens. Begin it with the beginning-of-sequence "
+                "token, or write something."
             )
         if len(prompt) >= spec.max_seq_len:
             raise UserError(
-                f"generate: prompt {row + 1} has {len(prompt):,} tokens, but "
-                f"the model's context is {spec.max_seq_len:,}. "
-                f"Shorten it to at most {spec.max_seq_len - 1:,}."
+                f"generate: prompt {number} has {len(prompt):,} tokens, but the model's context is "
+                f"{spec.max_seq_len:,}. Shorten it to at most {spec.max_seq_len - 1:,}."
             )
-        wrong = [token for token in prompt if not 0 <= token < spec.vocab_size]
-        if wrong:
+        unknown = [token for token in prompt if not 0 <= token < spec.vocab_size]
+        if unknown:
             raise UserError(
-                f"generate: prompt {row + 1} has token id {wrong[0]}, but the "
-                f"model knows ids 0 to {spec.vocab_size - 1}. "
-                "Use the tokenizer that the model was trained with."
+                f"generate: prompt {number} has token id {unknown[0]}, but the model knows ids 0 "
+                f"to {spec.vocab_size - 1}. Use the tokenizer that the model was trained with."
             )
 
 
@@ -169,185 +184,191 @@ class DecodeState(NamedTuple):
     C: columns of the cache; the prompts end at the column where decoding starts.
     """
 
-    keys: jax.Array  # [L, B, C, K, H], rotated
-    values: jax.Array  # [L, B, C, K, H]
-    segments: jax.Array  # int32 [B, C]; 0 at a row's padding, else 1
-    logits: jax.Array  # float32 [B, V], of the token to choose next
-    seen: jax.Array  # bool [B, V]: tokens of prompt and output
-    output: jax.Array  # int32 [B, C]: column c holds the token chosen to stand there
-    lengths: jax.Array  # int32 [B]: tokens of prompt and output
-    room: jax.Array  # int32 [B]: tokens that a row may still add; 0 once it has ended
-    column: jax.Array  # int32: the next to be written
+    cache: Cache  # keys and values [L, B, C, K, H], keys rotated
+    segment_ids: Array  # int32 [B, C]; 0 at padding, else 1
+    logits: Array  # float32 [B, V], of the token to choose next
+    seen: Array  # bool [B, V], tokens of prompt and output
+    output: Array  # int32 [B, C]; column c holds the token chosen for it
+    lengths: Array  # int32 [B], tokens of prompt and output
+    room: Array  # int32 [B], tokens that may still be added; 0 once a sequence has ended
+    column: Array  # int32, the next to be written
 
 
-def generate_batch(
-    spec, params, prompts, rows, outputs, max_new, sampling, seed, dtype, watch, watch_every
-) -> None:
-    """Fill outputs[row] for a batch of rows."""
-    mesh = jax.tree.leaves(params)[0].sharding.mesh
-    B = round_up_length(len(rows), n_shards(mesh, "batch"))
-    P = round_up_length(max(len(prompts[row]) for row in rows), LENGTH_STEP)
+def start_batch(
+    setup: DecodeSetup, params: Params, prompts: list[list[int]], indices: list[int], max_new: int
+) -> tuple[DecodeState, Array]:
+    """Read some prompts.
+
+    Returns:
+        The state, and which stream of random numbers each sequence draws from, uint32 [B].
+    """
+    spec, mesh, _ = setup
+    B = round_up_length(len(indices), n_shards(mesh, "batch"))
+    P = round_up_length(max(len(prompts[i]) for i in indices), LENGTH_STEP)
     C = P + round_up_length(max_new, LENGTH_STEP)
-    tokens, lengths, room = np.zeros((B, P), np.int32), np.ones(B, np.int32), np.zeros(B, np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, P - len(prompts[row]) :] = prompts[row]
-        lengths[i] = len(prompts[row])
-        room[i] = min(max_new, spec.max_seq_len - len(prompts[row]))
-    draws = np.asarray(
-        [*rows, *[0] * (B - len(rows))], np.uint32
-    )  # which stream of random numbers a row draws from
-
-    where = make_logical_sharding(mesh, ("batch",))
-    lengths, room, draws = (jax.device_put(x, where) for x in (lengths, room, draws))
-    state = prefill_cache(
-        spec,
-        mesh,
-        dtype,
-        C,
-        params,
-        jax.device_put(tokens, make_logical_sharding(mesh, ("batch", None))),
-        lengths,
-        room,
-    )
-    stop = P
-    while True:
-        stop = stop + watch_every if watch else P + max_new
-        state = decode_step(
-            spec, mesh, dtype, sampling, params, state, jax.random.key(seed), draws, stop
-        )
-        output, ended_at, room = (
-            np.asarray(state.output),
-            np.asarray(state.lengths),
-            np.array(state.room),
-        )
-        for i, row in enumerate(rows):
-            ids = output[i, P : P + ended_at[i] - len(prompts[row])].tolist()
-            if ids and ids[-1] == spec.eos_id:
-                ids.pop()
-            if len(ids) > len(outputs[row]):
-                outputs[row] = ids
-                if watch and watch(row, ids):
-                    room[i] = 0
-        if not room.any():
-            return
-        state = state._replace(room=jax.device_put(room, where))
+    tokens = np.zeros((B, P), np.int32)
+    lengths = np.ones(B, np.int32)
+    room = np.zeros(B, np.int32)
+    streams = np.zeros(B, np.uint32)
+    for b, i in enumerate(indices):
+        n = len(prompts[i])
+        tokens[b, P - n :] = prompts[i]
+        lengths[b] = n
+        room[b] = min(max_new, spec.max_seq_len - n)
+        streams[b] = i
+    place = make_logical_sharding(mesh, ("batch",))
+    lengths, room, streams = jax.device_put((lengths, room, streams), place)
+    tokens = jax.device_put(tokens, make_logical_sharding(mesh, ("batch", None)))
+    return prefill_cache(setup, C, params, tokens, lengths, room), streams
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def collect_outputs(
+    state: DecodeState,
+    first: int,
+    spec: ModelSpec,
+    prompts: list[list[int]],
+    indices: list[int],
+    outputs: list[list[int]],
+    watch: Watch | None,
+) -> np.ndarray:
+    """Copy the new tokens to `outputs`. Return the room left, 0 where watch ends a sequence."""
+    output, lengths = np.asarray(state.output), np.asarray(state.lengths)
+    room = np.array(state.room)
+    for b, i in enumerate(indices):
+        n_new = lengths[b] - len(prompts[i])
+        ids = output[b, first : first + n_new].tolist()
+        if ids and ids[-1] == spec.eos_id:
+            ids.pop()
+        if len(ids) > len(outputs[i]):
+            outputs[i] = ids
+            if watch and watch(i, ids):
+                room[b] = 0
+    return room
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def prefill_cache(
-    spec: ModelSpec, mesh, dtype, n_columns: int, params, tokens, lengths, room
+    setup: DecodeSetup, n_columns: int, params: Params, tokens: Array, lengths: Array, room: Array
 ) -> DecodeState:
-    """The state after reading the prompts, tokens int32 [B, P] padded on the left."""
+    """Return the state after reading the prompts, tokens int32 [B, P] padded on the left."""
+    spec, mesh, dtype = setup
     B, P = tokens.shape
-    columns = jnp.arange(n_columns)[None]
-    segments = (columns >= P - lengths[:, None]).astype(jnp.int32)
-    positions = jnp.maximum(jnp.arange(P)[None] - (P - lengths[:, None]), 0)
+    n_padding = P - lengths[:, None]
+    segment_ids = (jnp.arange(n_columns)[None] >= n_padding).astype(jnp.int32)
+    positions = jnp.maximum(jnp.arange(P)[None] - n_padding, 0)
+    prompt_segments = segment_ids[:, :P]
 
-    def attend_prompt(q, k, v, cache, layer):
-        keys, values = (
-            jax.lax.dynamic_update_slice(old, new[None].astype(dtype), (layer, 0, 0, 0, 0))
-            for old, new in zip(cache, (k, v), strict=True)
-        )
-        return attend(q, k, v, segments[:, :P], spec.sliding_window), (keys, values)
+    def attend_prompt(
+        q: Array, k: Array, v: Array, cache: Cache, layer: Any
+    ) -> tuple[Array, Cache]:
+        attended = attend(q, k, v, prompt_segments, spec.sliding_window)
+        return attended, write_cache(cache, k, v, layer, 0)
 
     model, layers = bind_for_decoding(spec, params)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        empty = with_logical_constraint(
-            jnp.zeros((spec.n_layers, B, n_columns, spec.n_kv_heads, spec.d_head), dtype),
-            "layers",
-            "batch",
-            None,
-            "kv_heads",
-            None,
-        )
-        logits, (keys, values) = run_layers_with_cache(
+        shape = spec.n_layers, B, n_columns, spec.n_kv_heads, spec.d_head
+        empty = jnp.zeros(shape, dtype)
+        empty = with_logical_constraint(empty, "layers", "batch", None, "kv_heads", None)
+        logits, cache = run_layers_with_cache(
             model, layers, tokens, positions, (empty, empty), attend_prompt, dtype
         )
     rows = jnp.arange(B)[:, None]
-    seen = jnp.zeros((B, spec.vocab_size), bool).at[rows, tokens].max(segments[:, :P] == 1)
+    seen = jnp.zeros((B, spec.vocab_size), bool).at[rows, tokens].max(prompt_segments == 1)
     output = jnp.zeros((B, n_columns), jnp.int32)
-    return DecodeState(keys, values, segments, logits, seen, output, lengths, room, jnp.int32(P))
+    return DecodeState(cache, segment_ids, logits, seen, output, lengths, room, jnp.int32(P))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def decode_step(
-    spec: ModelSpec, mesh, dtype, sampling: Sampling, params, state: DecodeState, key, draws, stop
+    setup: DecodeSetup,
+    sampling: Sampling,
+    params: Params,
+    state: DecodeState,
+    key: Array,
+    streams: Array,
+    stop: int,
 ) -> DecodeState:
-    """Add tokens until column `stop`, or until every row has ended."""
+    """Add tokens until column `stop`, or until every sequence has ended."""
+    spec, mesh, dtype = setup
     model, layers = bind_for_decoding(spec, params)
+    eos_id = -1 if spec.eos_id is None else spec.eos_id
 
     def add_token(state: DecodeState) -> DecodeState:
-        going = state.room > 0
-        token = sample_token(sampling, state, key, draws)
-        column, rows = state.column, jnp.arange(len(token))
+        column = state.column
+        token = sample_token(sampling, state, key, streams)
 
-        def attend_cache(q, k, v, cache, layer):
-            keys, values = (
-                jax.lax.dynamic_update_slice(old, new[None].astype(dtype), (layer, 0, column, 0, 0))
-                for old, new in zip(cache, (k, v), strict=True)
-            )
+        def attend_to_column(
+            q: Array, k: Array, v: Array, cache: Cache, layer: Any
+        ) -> tuple[Array, Cache]:
+            keys, values = cache = write_cache(cache, k, v, layer, column)
             B, _, N, H = q.shape
-            mixed = attend_to_cache(
-                q.reshape(B, k.shape[2], -1, H),
-                keys[layer],
-                values[layer],
-                state.segments,
-                column,
-                spec.sliding_window,
+            grouped = q.reshape(B, k.shape[2], -1, H)
+            attended = attend_to_cache(
+                grouped, keys[layer], values[layer], state.segment_ids, column, spec.sliding_window
             )
-            return mixed.reshape(B, 1, N, H), (keys, values)
+            return attended.reshape(B, 1, N, H), cache
 
-        logits, (keys, values) = run_layers_with_cache(
-            model,
-            layers,
-            token[:, None],
-            state.lengths[:, None],
-            (state.keys, state.values),
-            attend_cache,
-            dtype,
+        positions = state.lengths[:, None]
+        logits, cache = run_layers_with_cache(
+            model, layers, token[:, None], positions, state.cache, attend_to_column, dtype
         )
+        rows = jnp.arange(len(token))
+        output = jax.lax.dynamic_update_slice(state.output, token[:, None], (0, column))
+        room = jnp.where(token == eos_id, 0, jnp.maximum(state.room - 1, 0))
         return DecodeState(
-            keys,
-            values,
-            state.segments,
+            cache,
+            state.segment_ids,
             logits,
-            seen=state.seen.at[rows, token].set(True),
-            output=jax.lax.dynamic_update_slice(state.output, token[:, None], (0, column)),
-            lengths=state.lengths + going,
-            room=jnp.where(
-                token == (-1 if spec.eos_id is None else spec.eos_id),
-                0,
-                jnp.maximum(state.room - 1, 0),
-            ),
-            column=column + 1,
+            state.seen.at[rows, token].set(True),
+            output,
+            state.lengths + (state.room > 0),
+            room,
+            column + 1,
         )
+
+    def is_running(state: DecodeState) -> Array:
+        return (state.column < stop) & jnp.any(state.room > 0)
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.lax.while_loop(
-            lambda state: (state.column < stop) & jnp.any(state.room > 0), add_token, state
-        )
+        return jax.lax.while_loop(is_running, add_token, state)
 
 
-def attend_to_cache(q, keys, values, segments, column, window):
-    """One query a row, at `column`.
+def write_cache(cache: Cache, k: Array, v: Array, layer: Any, column: Any) -> Cache:
+    """Return the cache with keys and values [B, T, K, H] of a layer from a column on."""
+    start = layer, 0, column, 0, 0
+    keys, values = cache
+    keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), start)
+    values = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), start)
+    return keys, values
 
-    Q [B, K, G, H], keys and values [B, S, K, H] as the cache holds them. Sees the columns of
-    segment 1.
+
+def attend_to_cache(
+    q: Array, keys: Array, values: Array, segment_ids: Array, column: Array, window: int | None
+) -> Array:
+    """Attend to columns of segment 1 with one query per sequence, at `column`.
+
+    Args:
+        q: [B, K, G, H], G query heads per kv head.
+        keys: [B, S, K, H], as the cache holds them.
+        values: [B, S, K, H].
+        segment_ids: int32 [B, S].
+        column: int32, of the query.
+        window: sliding window in tokens; None: all.
     """
-    distance = column - jnp.arange(keys.shape[1])
-    sees = (distance >= 0) & (distance < (window or keys.shape[1])) & (segments == 1)
-    scores = (
-        jnp.einsum("bkgh,bskh->bkgs", q, keys, preferred_element_type=jnp.float32)
-        * q.shape[-1] ** -0.5
-    )
-    shares = jax.nn.softmax(jnp.where(sees[:, None, None], scores, -jnp.inf)).astype(values.dtype)
-    return jnp.einsum("bkgs,bskh->bkgh", shares, values)
+    S = keys.shape[1]
+    distance = column - jnp.arange(S)
+    is_visible = (distance >= 0) & (distance < (window or S)) & (segment_ids == 1)
+    scores = jnp.einsum("bkgh,bskh->bkgs", q, keys, preferred_element_type=jnp.float32)
+    scores = scores * q.shape[-1] ** -0.5
+    scores = jnp.where(is_visible[:, None, None], scores, -jnp.inf)
+    probs = jax.nn.softmax(scores).astype(values.dtype)
+    return jnp.einsum("bkgs,bskh->bkgh", probs, values)
 
 
 def bind_for_decoding(
-    spec: ModelSpec, params: dict[str, Any]
-) -> tuple[llama.Llama, tuple[dict, ...] | None]:
-    """The model, and its layers one by one where they are not stacked in it."""
+    spec: ModelSpec, params: Params
+) -> tuple[llama.Llama, tuple[Params, ...] | None]:
+    """Return the model, and its layers one by one where they are not stacked in it."""
     layers = params["blocks"]
     if isinstance(layers, tuple):
         return llama.bind_params(spec, params | {"blocks": layers[0]}), layers
@@ -355,48 +376,52 @@ def bind_for_decoding(
 
 
 def run_layers_with_cache(
-    model: llama.Llama, layers, tokens, positions, cache, attend_layer, dtype
-):
-    """Tokens [B, T] through the model beside its cache.
+    model: llama.Llama,
+    layers: tuple[Params, ...] | None,
+    tokens: Array,
+    positions: Array,
+    cache: Cache,
+    attend_layer: AttendWithCache,
+    dtype: np.dtype,
+) -> tuple[Array, Cache]:
+    """Run tokens [B, T] through the model.
 
-    Attend_layer(q, k, v, cache, layer) -> (mixed, cache).
-
-    Returns float32 logits [B, V] of the last column, and the cache.
+    Returns:
+        float32 logits [B, V] of the last column, and the cache.
     """
     spec = model.spec
     rope = llama.compute_rope(spec, positions)
     blocks, stacked = nnx.split(model.blocks)
 
-    def run_layer(carry, one):
-        x, cache = (
-            # the cache is carried, not scanned over: a step then writes one column in place, not
-            # all of it anew
-            carry
-        )
-        layer, weights = one
+    # the cache is carried, not scanned over: a step then writes one column in place, not all of it
+    def run_layer(carry: tuple[Array, Cache], numbered: tuple[Any, Any]) -> tuple[Any, None]:
+        x, cache = carry
+        layer, block_state = numbered
 
-        def attend_and_keep(q, k, v):
+        def attend_and_keep(q: Array, k: Array, v: Array) -> Array:
             nonlocal cache
-            mixed, cache = attend_layer(q, k, v, cache, layer)
-            return mixed
+            attended, cache = attend_layer(q, k, v, cache, layer)
+            return attended
 
-        x = nnx.merge(blocks, weights)(x, rope, attend_and_keep)
+        x = nnx.merge(blocks, block_state)(x, rope, attend_and_keep)
         return (with_logical_constraint(x, "batch", None, "act_embed"), cache), None
 
-    x = with_logical_constraint(model.embed[...].astype(dtype)[tokens], "batch", None, "act_embed")
+    x = model.embed[...].astype(dtype)[tokens]
+    x = with_logical_constraint(x, "batch", None, "act_embed")
     if layers is None:
-        (x, cache), _ = jax.lax.scan(run_layer, (x, cache), (jnp.arange(spec.n_layers), stacked))
-    for layer, weights in enumerate(layers or ()):
-        nnx.replace_by_pure_dict(stacked, weights)
+        numbered = jnp.arange(spec.n_layers), stacked
+        (x, cache), _ = jax.lax.scan(run_layer, (x, cache), numbered)
+    for layer, block_params in enumerate(layers or ()):
+        nnx.replace_by_pure_dict(stacked, block_params)
         (x, cache), _ = run_layer((x, cache), (layer, stacked))
     last = llama.rms_norm(x[:, -1], model.norm[...], spec.norm_eps)
-    return jnp.einsum(
-        "bd,dv->bv", last, model.lm_head(dtype), preferred_element_type=jnp.float32
-    ), cache
+    head = model.lm_head(dtype)
+    logits = jnp.einsum("bd,dv->bv", last, head, preferred_element_type=jnp.float32)
+    return logits, cache
 
 
-def sample_token(sampling: Sampling, state: DecodeState, key, draws) -> jax.Array:
-    """The next token of each row, int32 [B]."""
+def sample_token(sampling: Sampling, state: DecodeState, key: Array, streams: Array) -> Array:
+    """Return the next token of each sequence, int32 [B]."""
     logits = penalize_repetition(state.logits, state.seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -406,37 +431,37 @@ def sample_token(sampling: Sampling, state: DecodeState, key, draws) -> jax.Arra
     if sampling.top_p < 1:
         logits = mask_top_p(logits, sampling.top_p)
 
-    def draw(stream, length, logits):
-        return jax.random.categorical(
-            jax.random.fold_in(jax.random.fold_in(key, stream), length), logits
-        )
+    def draw(stream: Array, length: Array, logits: Array) -> Array:
+        stream_key = jax.random.fold_in(key, stream)
+        token_key = jax.random.fold_in(stream_key, length)
+        return jax.random.categorical(token_key, logits)
 
-    return jax.vmap(draw)(draws, state.lengths, logits).astype(jnp.int32)
+    return jax.vmap(draw)(streams, state.lengths, logits).astype(jnp.int32)
 
 
-def penalize_repetition(logits, seen, penalty: float):
+def penalize_repetition(logits: Array, seen: Array, penalty: float) -> Array:
     """Return logits with seen tokens penalized."""
     if penalty == 1:
         return logits
-    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+    penalized = jnp.where(logits < 0, logits * penalty, logits / penalty)
+    return jnp.where(seen, penalized, logits)
 
 
-def mask_top_k(logits, k: int):
+def mask_top_k(logits: Array, k: int) -> Array:
     """Return logits with all but the k largest at -inf."""
-    least = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][:, -1:]
-    return jnp.where(logits < least, -jnp.inf, logits)
+    largest, _ = jax.lax.top_k(logits, min(k, logits.shape[-1]))
+    return jnp.where(logits < largest[:, -1:], -jnp.inf, logits)
 
 
-def mask_top_p(logits, p: float):
+def mask_top_p(logits: Array, p: float) -> Array:
     """Return logits without the tail beyond probability p."""
     order = jnp.argsort(logits, axis=-1)
-    mass = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1), axis=-1)
-    dropped = (mass <= 1 - p).at[:, -1].set(False)  # the likeliest always stays
-    return jnp.where(
-        jnp.zeros_like(dropped).at[jnp.arange(len(logits))[:, None], order].set(dropped),
-        -jnp.inf,
-        logits,
-    )
+    probs = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
+    in_tail = jnp.cumsum(probs, axis=-1) <= 1 - p
+    in_tail = in_tail.at[:, -1].set(False)  # the likeliest always stays
+    rows = jnp.arange(len(logits))[:, None]
+    is_dropped = jnp.zeros_like(in_tail).at[rows, order].set(in_tail)
+    return jnp.where(is_dropped, -jnp.inf, logits)
 
 
 def round_up_length(n: int, step: int) -> int:

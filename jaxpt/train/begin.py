@@ -129,7 +129,7 @@ def check_resumed_data(
         )
     if record.data_fingerprint == dataset.fingerprint:
         return
-    where = ", ".join(sorted({source.place.where for source in dataset.sources.values()}))
+    where = ", ".join(sorted({source.storage.where for source in dataset.sources.values()}))
     if manifest.tokenizer != dataset.tokenizer:
         raise UserError(
             f"{run}: has read data of tokenizer {manifest.tokenizer}, but {where} was packed with "
@@ -153,7 +153,7 @@ def describe_broken_data(
     history: list[MixturePhase] = list(progress.data_history)
     n_sequences = {name: 1 for phase in history for name in phase.shares}  # some may be gone
     schedule = schedule_from_history(
-        history, {**n_sequences, **dataset.n_rows}, config.mixture.seed
+        history, {**n_sequences, **dataset.n_sequences}, config.mixture.seed
     )
     started = []
     for name, n in schedule.compute_epochs(progress.n_sequences).items():

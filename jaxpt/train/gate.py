@@ -65,7 +65,7 @@ class HeldoutData:
 
     def iterate_source(self, name: str) -> Iterator[Batch]:
         """Yield the batches of a source that a loss is measured on."""
-        n = min(self.settings.train.eval_sequences, self.dataset.n_rows[name])
+        n = min(self.settings.train.eval_sequences, self.dataset.n_sequences[name])
         return self.iterate_batches(name, self.batch_size, n)
 
     def read_small_batch(self, name: str) -> Batch:
@@ -275,8 +275,8 @@ def estimate_bits_per_byte(
     batch, counts = heldout.read_small_batch(name), heldout.dataset.counts[name]
     text_only = batch._replace(loss_mask=batch.loss_mask * (batch.targets != spec.eos_id))
     first_token = heldout.dataset.read_sequence(name, 0).tokens[0]
-    n_special = counts["n_documents"] * (1 + int(first_token == spec.bos_id))
-    tokens_per_byte = (counts["n_tokens"] - n_special) / counts["n_text_bytes"]
+    n_special = counts.n_documents * (1 + int(first_token == spec.bos_id))
+    tokens_per_byte = (counts.n_tokens - n_special) / counts.n_text_bytes
     dtype = heldout.settings.train.compute_dtype
     nats = diagnosis.measure_nats_per_token(spec, params, text_only, dtype)
     return nats / math.log(2) * tokens_per_byte
@@ -364,7 +364,7 @@ def choose_test_tokens(spec: ModelSpec, heldout: HeldoutData | None) -> np.ndarr
     sequences = []
     for i in range(max(1, CHECK_TOKENS // length)):
         name = dataset.names[i % len(dataset.names)]
-        row = i // len(dataset.names) % dataset.n_rows[name]
+        row = i // len(dataset.names) % dataset.n_sequences[name]
         sequences.append(dataset.read_sequence(name, row).tokens[:length])
     return np.stack(sequences)
 

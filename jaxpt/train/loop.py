@@ -292,7 +292,7 @@ class TrainingRun:
         """Return the order of sequences, from the position on."""
         return MixtureSchedule(
             self.mixture,
-            self.dataset.n_rows,
+            self.dataset.n_sequences,
             self.config.train.batch_size,
             history,
             self.progress.step,
@@ -457,7 +457,7 @@ class TrainingRun:
         if action == "stop":
             self.is_stopping = True
             return True
-        n_rows = dict(self.dataset.n_rows)
+        n_rows = dict(self.dataset.n_sequences)
         mixture = forgetting.increase_replay(self.mixture, list(forgotten), self.n_done, n_rows)
         self.change_mixture(mixture)
         return False

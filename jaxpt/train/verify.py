@@ -248,7 +248,7 @@ def run_probe(
     )
     probe = dataclasses.replace(config, train=train, optim=optim)
     dataset = loader.open_packed(packed)
-    schedule = MixtureSchedule(probe.mixture, dataset.n_rows, train.batch_size)
+    schedule = MixtureSchedule(probe.mixture, dataset.n_sequences, train.batch_size)
     place, mask = make_batch_sharding(mesh), probe.mixture.document_mask
     batches = loader.iterate_batches(dataset, schedule, place, train.batch_size, 0, mask)
     params = jax.tree.map(jnp.copy, model.params)  # the step takes its state over
