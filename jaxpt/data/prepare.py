@@ -872,8 +872,10 @@ def decide_drops(table: DocumentTable, rules: Sequence[filters.Rule]) -> Drops:
                 is_candidate = dropped_by[failed > k] > k
                 first = dedup.find_near_duplicates(paths, is_candidate)
             else:
-                marks = table.read_all(f"{k}.mark")
-                first = dedup.find_exact_duplicates(marks[is_alive])
+                marks = []
+                for rows, _, mark in table.iterate_files(f"{k}.mark"):
+                    marks.append(mark[is_alive[rows]])
+                first = dedup.find_exact_duplicates(np.concatenate(marks))
             alive = np.flatnonzero(is_alive)
             is_repeat = first != np.arange(len(alive))
             repeats = alive[is_repeat]
@@ -1030,7 +1032,7 @@ def write_samples(
     """Write DIRECTORY/RULE.parquet for each rule that dropped documents."""
     ids, samples = {}, {}
     for result in results:
-        # JSON has no other keys than texts
+        # the keys of a JSON object are strings
         for row, id in result["ids"].items():
             ids[int(row)] = id
         for row, sample in result["samples"].items():
