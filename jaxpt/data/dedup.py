@@ -119,7 +119,8 @@ def split_bands(whole: np.ndarray) -> np.ndarray:
 
 
 # The bands of a text without a word, such as one of punctuation alone: it is near to nothing.
-EMPTY_SIGNATURE = split_bands(np.full((1, N_HASHES), 2**32 - 1, np.uint32))[0, 0]
+WORDLESS_HASHES = np.full((1, N_HASHES), 2**32 - 1, np.uint32)
+EMPTY_SIGNATURE = split_bands(WORDLESS_HASHES)[0, 0]
 
 
 def find_near_duplicates(paths: Sequence[pathlib.Path], is_candidate: np.ndarray) -> np.ndarray:

@@ -48,7 +48,8 @@ def init_executor(where: str) -> types.ModuleType:
     try:
         start_runner(daft, where)
     except (ConnectionError, RuntimeError, DaftCoreException) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        message = str(error) or type(error).__name__
+        reason, *_ = message.splitlines()
         raise UserError(
             f"prepare.executor: {where!r} cannot be started ({reason}). "
             "One process runs one executor; is the cluster up?"
@@ -62,7 +63,9 @@ def add_package_to_path() -> None:
     path = os.environ.get("PYTHONPATH", "")
     if root in path.split(os.pathsep):
         return
-    os.environ["PYTHONPATH"] = os.pathsep.join([root, path]) if path else root
+    if path:
+        root += os.pathsep + path
+    os.environ["PYTHONPATH"] = root
 
 
 def start_runner(daft: types.ModuleType, where: str) -> None:

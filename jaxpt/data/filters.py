@@ -424,9 +424,15 @@ class RuleBatch:
 
     def apply_edit(self, k: int, rule: Rule, shown: list[int]) -> None:
         """Let rule k edit the prompts and then the completions of documents."""
-        prompted = [i for i in shown if self.prompt_chars[i]]
-        prompts = [Text(self.texts[i][: self.prompt_chars[i]]) for i in prompted]
-        completions = [Text(self.texts[i][self.prompt_chars[i] :]) for i in shown]
+        prompted = []
+        prompts = []
+        completions = []
+        for i in shown:
+            n = self.prompt_chars[i]
+            if n:
+                prompted.append(i)
+                prompts.append(Text(self.texts[i][:n]))
+            completions.append(Text(self.texts[i][n:]))
         answers = self.call(rule, prompted, prompts)
         edited_prompts = dict(zip(prompted, answers, strict=True))
         edits: list[Edit | None] = [None] * len(self.texts)

@@ -267,7 +267,8 @@ class LidModel:
         new = np.flatnonzero(places < 0)
         is_rare = ~is_frequent.take(new)
         new = new[np.argsort(is_rare, kind="stable")]
-        places[new] = n_known + np.arange(len(new), dtype=np.int32)
+        numbers = np.arange(len(new), dtype=np.int32)
+        places[new] = n_known + numbers
         new_words = words.take(pa.array(new))
         sums, counts = self.sum_ngrams(new_words)
         self.sums = np.concatenate([self.sums[:n_known], sums])

@@ -161,13 +161,15 @@ class MixtureSchedule:
         table, n_rounds, slot = self.locate_slot(n_sequences - 1)
         n_used = np.array(table.n_used)
         n_used += n_rounds * np.array(table.counts)
-        n_used += np.bincount(table.sources[: slot + 1], minlength=len(self.names))
+        started = table.sources[: slot + 1]
+        n_used += np.bincount(started, minlength=len(self.names))
         return n_used.tolist()
 
     def compute_epochs(self, n_sequences: int) -> dict[str, float]:
         """Return how many times the run's first sequences read each source."""
         epochs = {}
-        for name, n_used in zip(self.names, self.count_uses(n_sequences), strict=True):
+        uses = self.count_uses(n_sequences)
+        for name, n_used in zip(self.names, uses, strict=True):
             epochs[name] = n_used / max(1, self.n_sequences[name])
         return epochs
 

@@ -249,7 +249,8 @@ def pack_splits(
     pack_jobs = {}
     for key, jobs in tokenize_jobs.items():
         directory = jobs_dir.joinpath(*key)
-        pack_jobs[key] = plan_pack_jobs(jobs, out.joinpath(*key), directory, layout)
+        shards_dir = out.joinpath(*key)
+        pack_jobs[key] = plan_pack_jobs(jobs, shards_dir, directory, layout)
     run_pack_jobs(where, run_pack_job, pack_jobs.values(), ("packing", "sequences"))
     counts = PackCounts(layout.seq_len, layout.method, layout.vocab_size, {}, {})
     for (split, name), jobs in pack_jobs.items():
@@ -413,7 +414,8 @@ def run_tokenize_job(fields: dict[str, Any]) -> int:
         for batch in iter_text_batches(file, job.row_groups):
             ids, loss_from = encoder.encode_documents(batch.texts, batch.prompt_chars)
             offsets = np.cumsum([0, *map(len, ids)])
-            flat = np.fromiter(itertools.chain.from_iterable(ids), np.int32, offsets[-1])
+            all_ids = itertools.chain.from_iterable(ids)
+            flat = np.fromiter(all_ids, np.int32, offsets[-1])
             lists = pa.ListArray.from_arrays(pa.array(offsets, INT32), flat)
             columns = {"id": batch.ids, "ids": lists, "loss_from": loss_from}
             stream.write_batch(pa.record_batch(columns, schema=TOKEN_SCHEMA))
@@ -467,7 +469,8 @@ def corpus_read_errors(file: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, KeyError) as error:
-        line = (str(error) or type(error).__name__).splitlines()[0]
+        message = str(error) or type(error).__name__
+        line, *_ = message.splitlines()
         raise UserError(
             f"{file}: cannot be read as a shard of a corpus ({line}). "
             "Run prepare.py again with --replace."
@@ -510,10 +513,12 @@ def plan_pack_jobs(
         documents = []
         for i in range(first_file, stop_file):
             start = max(first - starts[i], 0)
-            documents.append(DocumentRange(paths[i], start, stop - starts[i]))
+            document_range = DocumentRange(paths[i], start, stop - starts[i])
+            documents.append(document_range)
         output = out / f"data-{k:05d}.arrow"
         result_path = str(jobs_dir / f"{output.name}.json")
-        jobs.append(PackJob(str(output), result_path, tuple(documents), layout, streams[k]))
+        job = PackJob(str(output), result_path, tuple(documents), layout, streams[k])
+        jobs.append(job)
     return jobs
 
 

@@ -45,8 +45,9 @@ def mark_text(text: str, least: int) -> bytes:
         if len(part) < least:
             continue
         digest = hashlib.blake2b(part.encode(), digest_size=8).digest()
-        sizes = (len(raw[k]), len(raw[k].encode()))
-        marks.append((int.from_bytes(digest), k, *sizes, *gaps[k : k + 2], n_shorter))
+        before, after = gaps[k : k + 2]
+        sizes = (k, len(raw[k]), len(raw[k].encode()), before, after, n_shorter)
+        marks.append((int.from_bytes(digest), *sizes))
     return np.array(marks, MARK_DTYPE).tobytes()
 
 
@@ -88,7 +89,7 @@ class RepeatedParagraphs(NamedTuple):
 
 
 def find_repeated_paragraphs(
-    read_marks: Callable[[], Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]], n: int
+    read_marks: Callable[[], Iterator[MarkedDocuments]], n: int
 ) -> RepeatedParagraphs:
     """Find paragraphs that occurred in an earlier document, or earlier in the same.
 
@@ -112,8 +113,7 @@ def find_repeated_paragraphs(
     cuts = [np.empty(0, CUT_DTYPE)]
     empty: list[np.ndarray] = [np.empty(0, np.int64)]
     originals: list[np.ndarray] = [np.empty(0, np.int64)]
-    for part in read_marks():
-        documents = MarkedDocuments(*part)
+    for documents in read_marks():
         stop = start + len(documents.marks)
         here = first[start:stop]
         is_repeat = here != np.arange(start, stop)
@@ -145,7 +145,9 @@ def cut_repeats(
     cuts["number"] = marks["number"]
     cuts["leading"] = marks["number"] == n_before
     gap = np.where(cuts["leading"], marks["after"], marks["before"])
-    sizes = (np.ones(n), marks["chars"] + gap, marks["bytes"] + gap)
+    n_chars = marks["chars"] + gap
+    n_bytes = marks["bytes"] + gap
+    sizes = (np.ones(n), n_chars, n_bytes)
     for k, size in enumerate(sizes):
         total = np.bincount(row, size, len(amounts))
         amounts[:, k] += total.astype(np.int64)

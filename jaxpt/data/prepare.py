@@ -147,7 +147,8 @@ def open_rules(section_json: str) -> tuple[list[filters.Rule], decontaminate.Ngr
     rules = filters.parse_rules(preset, changes)
     if section["decontaminate"]:
         name = "decontaminate"
-        rules.append(filters.Rule(name, drop=index.find_contaminated, help=name))
+        rule = filters.Rule(name, drop=index.find_contaminated, help=name)
+        rules.append(rule)
     # what the other rules drop must not take along a paragraph that stays elsewhere
     return sorted(rules, key=lambda rule: rule.name == PARAGRAPHS), index
 
@@ -198,13 +199,16 @@ class CorpusWork:
         if self.section.decontaminate:
             lines = []
             for match in matches:
-                lines.append(json.dumps(match, ensure_ascii=False) + "\n")
+                line = json.dumps(match, ensure_ascii=False)
+                lines.append(line + "\n")
             (partial / "contaminated.jsonl").write_text("".join(lines))
         token_bytes = estimate_token_bytes(table, self.tokenizer)
         funnel = build_funnel(table, self.rules, drops, token_bytes)
         funnel["unread"] = unread
-        (partial / "funnel.json").write_text(json.dumps(funnel, indent=1) + "\n")
-        if not any(amounts["rows"] for amounts in funnel["train"].values()):
+        text = json.dumps(funnel, indent=1)
+        (partial / "funnel.json").write_text(text + "\n")
+        n_trained = sum(amounts["rows"] for amounts in funnel["train"].values())
+        if not n_trained:
             raise UserError(
                 f"prepare: none of {len(drops.dropped_by):,} documents is left to train on.\n"
                 f"{format_funnel(funnel)}\nSamples of what each rule dropped are in "
@@ -298,8 +302,10 @@ def read_sources(
     results = runner.run(read_part, todo, ("reading", "B", None), in_processes)
     files, unread = [], {}
     for k, source in enumerate(text_sources):
-        pairs = zip(todo, results, strict=True)
-        own = [result for job, result in pairs if job.source_index == k]
+        own = []
+        for job, result in zip(todo, results, strict=True):
+            if job.source_index == k:
+                own.append(result)
         source_files, n_taken = collect_read_files(own, k, limit)
         skipped = collect_skipped(own)
         if skipped["counts"]:
@@ -355,8 +361,12 @@ def explain_empty_source(
             f"{where}: no document fits into prepare.max_mb={max_mb:g}. Raise prepare.max_mb."
         )
     counts = collections.Counter(skipped["counts"]).most_common(3)
-    reasons = "".join(f", {n:,} times {reason}" for reason, n in counts)
-    message = f" ({skipped['first'][0]})" if skipped["first"] else ""
+    reasons = ""
+    for reason, n in counts:
+        reasons += f", {n:,} times {reason}"
+    message = ""
+    if skipped["first"]:
+        message = f" ({skipped['first'][0]})"
     return UserError(f"{where}: no document in it{reasons}{message}. Leave it out.")
 
 
@@ -415,7 +425,8 @@ def write_read_file(
     n_rows = n_bytes = 0
     with open_arrow_writer(file, READ_SCHEMA) as out:
         while n_bytes < max_bytes:
-            batch = take_batch(stream, min(BATCH_BYTES, max_bytes - n_bytes))
+            n_left = max_bytes - n_bytes
+            batch = take_batch(stream, min(BATCH_BYTES, n_left))
             if not batch:
                 break
             columns = zip(*batch, strict=True)
@@ -819,7 +830,8 @@ def iterate_batches_of_file(
 ) -> Iterator[pa.RecordBatch]:
     """Yield the rows of a file from `first` up to `stop`, a few at a time."""
     with pa.OSFile(str(path)) as file:
-        reader = pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(use_threads=False))
+        options = pa.ipc.IpcReadOptions(use_threads=False)
+        reader = pa.ipc.open_file(file, options=options)
         start = 0
         for i, n_rows in enumerate(count_batch_rows(path)):
             end = start + n_rows
@@ -886,7 +898,7 @@ def decide_drops(table: DocumentTable, rules: Sequence[filters.Rule]) -> Drops:
 
 def read_paragraph_marks(
     table: DocumentTable, k: int, is_alive: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+) -> Iterator[paragraphs.MarkedDocuments]:
     """Yield what `paragraphs.find_repeated_paragraphs` reads, of rule k and the rows so far.
 
     What has a prompt is left as it is.
@@ -898,7 +910,8 @@ def read_paragraph_marks(
         counts = n_bytes // paragraphs.MARK_DTYPE.itemsize
         joined = b"".join(marks.to_pylist())
         values = np.frombuffer(joined, paragraphs.MARK_DTYPE)
-        yield rows.start + np.flatnonzero(mask), counts, values
+        marked_rows = rows.start + np.flatnonzero(mask)
+        yield paragraphs.MarkedDocuments(marked_rows, counts, values)
 
 
 # ---- third pass: what stays goes to its split, and a sample of what is dropped is kept
@@ -939,7 +952,8 @@ def write_corpus(
     sampled = pick_samples(table.read_all("show"), drops.dropped_by, len(rules))
     originals = drops.original[sampled]
     originals = np.unique(originals[originals >= 0])
-    todo = plan_shards(runner.state_dir, table, drops, section, out, (sampled, originals))
+    lookups = (sampled, originals)
+    todo = plan_shards(runner.state_dir, table, drops, section, out, lookups)
     planned = {job.file for job in todo}
     for split in SPLITS:
         directory = out / split
@@ -989,7 +1003,8 @@ def plan_shards(
         kept = is_kept(dropped_by, numbers[rows], split, len(rules), table.heldout)
         kept_sizes = np.where(kept, sizes[rows], 0)
         bounds = split_shards(kept_sizes, shard_bytes) + low
-        for n, (first, stop) in enumerate(itertools.pairwise(bounds.tolist())):
+        spans = itertools.pairwise(bounds.tolist())
+        for n, (first, stop) in enumerate(spans):
             file = None
             if kept[first - low : stop - low].any():
                 file = str(out / split / f"{name}-{n:05d}.parquet")
@@ -1088,8 +1103,10 @@ def split_shards(sizes: np.ndarray, max_bytes: int, max_rows: int | None = None)
         end = int(np.searchsorted(total, max_bytes + before)) + 1
         if max_rows:
             end = min(end, first + max_rows)
-        if end >= len(sizes) or total[end - 1] == total[-1]:
-            return np.array([*bounds, len(sizes)])
+        is_last = end >= len(sizes) or total[end - 1] == total[-1]
+        if is_last:
+            bounds.append(len(sizes))
+            return np.array(bounds)
         bounds.append(end)
 
 
@@ -1121,7 +1138,9 @@ class ShardWriter:
         self.rules, self.index = open_rules(job.section)
         dropped_by = np.load(job.dropped_by, mmap_mode="r")
         self.dropped_by = dropped_by[job.first : job.stop]
-        self.cuts = np.load(job.cuts, mmap_mode="r") if job.cuts else NO_CUTS
+        self.cuts = NO_CUTS
+        if job.cuts:
+            self.cuts = np.load(job.cuts, mmap_mode="r")
         self.spans: list[tuple[int, int]] = []  # of each file's rows
         for _, _, start in job.parts:
             first = max(job.first - start, 0)
@@ -1165,7 +1184,8 @@ class ShardWriter:
         text = coalesce(judged.column("new.text"), read.column("text"))
         meta = coalesce(judged.column("new.meta"), read.column("meta"))
         first = self.job.first + start
-        bounds = np.searchsorted(self.cuts["row"], [first, first + len(read)])
+        stop = first + len(read)
+        bounds = np.searchsorted(self.cuts["row"], [first, stop])
         cuts = self.cuts[slice(*bounds)]
         if len(cuts):
             text = remove_repeats(text, cuts, first)
@@ -1290,8 +1310,10 @@ def build_funnel(
             mask = is_kept(dropped_by, after["split"], split, len(rules), table.heldout)
             amounts[name] += sum_amounts(mask, chars, size)
     steps: list[dict[str, Any]] = []
-    for label, amounts in zip(["read", *(rule.name for rule in rules)], left, strict=True):
-        steps.append({"rule": label, "kept": name_amounts(amounts, token_bytes)})
+    labels = ["read", *(rule.name for rule in rules)]
+    for label, amounts in zip(labels, left, strict=True):
+        kept = name_amounts(amounts, token_bytes)
+        steps.append({"rule": label, "kept": kept})
     for k, rule in enumerate(rules):
         if rule.edit or rule.name == PARAGRAPHS:
             steps[k + 1]["edits"] = edits[k]
@@ -1320,8 +1342,8 @@ def name_amounts(
     named = {}
     for name, values in amounts.items():
         rows, chars, size = values.tolist()
-        tokens = round(size / token_bytes[name])
-        named[name] = {"rows": rows, "chars": chars, "bytes": size, "tokens": tokens}
+        named[name] = {"rows": rows, "chars": chars, "bytes": size}
+        named[name]["tokens"] = round(size / token_bytes[name])
     return named
 
 
@@ -1334,7 +1356,8 @@ def format_funnel(funnel: Funnel) -> str:
         amounts = [kept[name] for name in funnel["sources"]]
         row = [f"{each['rows']:,} docs {each['bytes'] / 1e6:8.2f} MB" for each in amounts]
         cells.append([label, *row])
-    label_width, *widths = (max(map(len, column)) for column in zip(*cells, strict=True))
+    columns = zip(*cells, strict=True)
+    label_width, *widths = (max(map(len, column)) for column in columns)
     formatted = []
     for label, *row in cells:
         padded = [label.ljust(label_width), *map(str.rjust, row, widths)]

@@ -111,7 +111,8 @@ def paragraph_repetition(text: str, most: float = 0.3, most_chars: float = 0.2) 
 
 def split_paragraphs(text: str) -> list[str]:
     r"""Return re.split(r"\n{2,}", text.strip()), in a third of the time."""
-    parts = [part.lstrip("\n") for part in text.strip().split("\n\n")]
+    raw = text.strip().split("\n\n")
+    parts = [part.lstrip("\n") for part in raw]
     return [part for part in parts if part] or [""]
 
 
@@ -125,7 +126,8 @@ def describe_repetition(
         return ""
     if n_repeated / len(parts) > most:
         return f"{n_repeated} of {len(parts)} {noun} are repeats, expected at most {most}"
-    n_chars = sum(map(len, parts)) - sum(map(len, unique))
+    n_unique_chars = sum(map(len, unique))
+    n_chars = sum(map(len, parts)) - n_unique_chars
     if n_chars / len(text) > most_chars:
         return (
             f"{n_chars} of {len(text)} characters are in repeated {noun}, "
@@ -279,7 +281,8 @@ def top_ngrams(text: Text, two: float = 0.20, three: float = 0.18, four: float =
         if not len(hashes):
             break
         ordered = np.sort(hashes)
-        is_end = np.append(ordered[1:] != ordered[:-1], True)
+        is_new = ordered[1:] != ordered[:-1]
+        is_end = np.append(is_new, True)
         ends = np.flatnonzero(is_end)
         counts = np.diff(ends, prepend=-1)
         n_times = int(counts.max())
@@ -552,7 +555,9 @@ def url_list(text: Text, path: str) -> str:
         return ""
     host, *_ = re.split(r"[/:?#]", address, maxsplit=1)
     labels = host.split(".")
-    domains = [".".join(labels[k:]) for k in range(len(labels))]
+    domains = []
+    for k in range(len(labels)):
+        domains.append(".".join(labels[k:]))
     matches = load_url_list(path).intersection([address, *domains])
     return f"{min(matches)} is on the list" if matches else ""
 
@@ -624,7 +629,8 @@ def code_lines(
 
     Source: Codex and StarCoder drop long lines so (2107.03374, 2305.06161).
     """
-    lengths = [len(line) for line in text.splitlines() if line.strip()] or [0]
+    lengths = [len(line) for line in text.splitlines() if line.strip()]
+    lengths = lengths or [0]
     n = max(lengths)
     if n > longest:
         return f"a line of {n:,} characters, expected at most {longest:,}"

@@ -209,7 +209,8 @@ class Tokenizer:
             reaches beyond the prompt.
         """
         bos = [] if self.bos_id is None else [self.bos_id]
-        ids = [[*bos, *text_ids, self.eos_id] for text_ids in self.encode_batch(texts)]
+        encoded = self.encode_batch(texts)
+        ids = [[*bos, *text_ids, self.eos_id] for text_ids in encoded]
         loss_from = [0] * len(texts)
         prompted = [i for i, n in enumerate(prompt_chars) if n]
         prompted_texts = [texts[i] for i in prompted]
@@ -565,10 +566,10 @@ def sample_corpus(corpus: pathlib.Path, max_bytes: float) -> Iterator[tuple[str,
     for name, paths in list_corpus_files(corpus, "train").items():
         files += [(name, path) for path in paths]
     n_bytes = sum(count_text_bytes(file) for _, file in files)
-    frac = max_bytes / max(n_bytes, 1)
-    frac = min(1.0, frac)
+    frac = min(1.0, max_bytes / max(n_bytes, 1))
     n_spans = 0
-    for name, file in stage.track_progress(files, "reading the sample", len(files), "shards"):
+    progress = stage.track_progress(files, "reading the sample", len(files), "shards")
+    for name, file in progress:
         for text in iter_texts(file):
             for start in range(0, len(text), MAX_SPAN_CHARS):
                 n_before = int(n_spans * frac)
