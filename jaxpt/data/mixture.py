@@ -98,7 +98,8 @@ class MixtureSchedule:
         check_phase_sources(mixture.phases, n_sequences)
         requested = mixture.phases or ((0, dict(n_sequences)),)
         now = MixturePhase(step, sequence, batch_size, {}, fingerprint)
-        self.phases = [*past, *plan_phases(requested, past, now)]
+        planned = plan_phases(requested, past, now)
+        self.phases = [*past, *planned]
         # a source that no longer exists keeps its place in the history
         names = set(n_sequences)
         for phase in past:
@@ -123,8 +124,9 @@ class MixtureSchedule:
         ranks = np.empty_like(sources)
         for source, count in enumerate(counts):
             ranks[sources == source] = np.arange(count)
-        columns = (counts.tolist(), sources.tolist(), ranks.tolist())
-        self.tables.append(SlotTable(phase.sequence, n_used, *columns))
+        columns = [column.tolist() for column in (counts, sources, ranks)]
+        table = SlotTable(phase.sequence, n_used, *columns)
+        self.tables.append(table)
         self.starts.append(phase.sequence)
 
     def sequence_at(self, index: int) -> tuple[str, int]:
@@ -151,7 +153,8 @@ class MixtureSchedule:
             raise IndexError(f"sequence index: expected 0 or more, got {index}.")
         place = bisect.bisect_right(self.starts, index) - 1
         table = self.tables[place]
-        n_rounds, slot = divmod(index - table.start, len(table.sources))
+        n_slots = len(table.sources)
+        n_rounds, slot = divmod(index - table.start, n_slots)
         return table, n_rounds, slot
 
     def count_uses(self, n_sequences: int) -> list[int]:
@@ -277,7 +280,8 @@ def check_phase_sources(phases: config.Phases, n_sequences: Mapping[str, int]) -
     """Raise UserError for phases out of order, unknown sources or meaningless shares."""
     starts = [step for step, _ in phases]
     is_rising = starts == sorted(set(starts))
-    if starts[:1] not in ([], [0]) or not is_rising:
+    starts_at_0 = not starts or starts[0] == 0
+    if not starts_at_0 or not is_rising:
         raise UserError(f"mixture.phases: expected steps that start at 0 and rise, got {starts}.")
     for step, shares in phases:
         for name, share in shares.items():

@@ -310,7 +310,8 @@ def run_pack_jobs(
         if not pathlib.Path(job.result_path).exists():
             jobs.append(job)
     # with a process per core, the tokenizers library's own threads would only compete
-    has_processes = where != "here" and len(jobs) >= (os.cpu_count() or 1)
+    n_cores = os.cpu_count() or 1
+    has_processes = where != "here" and len(jobs) >= n_cores
     default = "false" if has_processes else "true"
     parallelism = os.environ.get("TOKENIZERS_PARALLELISM", default)
     left = []
@@ -379,7 +380,8 @@ def plan_tokenize_jobs(
             # the first job of a file checks that it is whole
             sha256 = None if groups[0] else checksums.get(str(file))
             paths = (str(output), f"{output}.json", str(file))
-            jobs.append(TokenizeJob(*paths, sha256, groups, str(tokenizer_path)))
+            job = TokenizeJob(*paths, sha256, groups, str(tokenizer_path))
+            jobs.append(job)
     return jobs
 
 
@@ -413,7 +415,8 @@ def run_tokenize_job(fields: dict[str, Any]) -> int:
     with pa.OSFile(str(output), "wb") as sink, pa.ipc.new_stream(sink, TOKEN_SCHEMA) as stream:
         for batch in iter_text_batches(file, job.row_groups):
             ids, loss_from = encoder.encode_documents(batch.texts, batch.prompt_chars)
-            offsets = np.cumsum([0, *map(len, ids)])
+            lengths = map(len, ids)
+            offsets = np.cumsum([0, *lengths])
             all_ids = itertools.chain.from_iterable(ids)
             flat = np.fromiter(all_ids, np.int32, offsets[-1])
             lists = pa.ListArray.from_arrays(pa.array(offsets, INT32), flat)
@@ -585,7 +588,8 @@ def run_pack_job(fields: dict[str, Any]) -> int:
     else:
         sequences = pack_course(documents, seq_len, stream.position, stream.first_sequence)
         sequences = itertools.islice(sequences, stream.n_sequences)
-    result = write_sequences(sequences, pathlib.Path(job.output_path), job.layout)
+    output = pathlib.Path(job.output_path)
+    result = write_sequences(sequences, output, job.layout)
     stage.write_json_atomic(pathlib.Path(job.result_path), result)
     return result.shard.n_sequences
 
@@ -593,7 +597,8 @@ def run_pack_job(fields: dict[str, Any]) -> int:
 def read_tokenized_documents(documents: DocumentRange) -> Iterator[Segment]:
     """Yield documents of a file that a TokenizeJob wrote."""
     start = 0
-    for batch in pa.ipc.open_stream(pa.memory_map(documents.tokens_path)):
+    stream = pa.ipc.open_stream(pa.memory_map(documents.tokens_path))
+    for batch in stream:
         skipped = max(documents.first - start, 0)
         n_left = documents.stop - start - skipped
         part = batch.slice(skipped, max(n_left, 0))
@@ -602,7 +607,8 @@ def read_tokenized_documents(documents: DocumentRange) -> Iterator[Segment]:
         offsets = column.offsets.to_numpy()
         ids = column.values.to_numpy()
         names = part.column("id").to_pylist()
-        for i, loss_from in enumerate(part.column("loss_from").to_pylist()):
+        prompt_ends = part.column("loss_from").to_pylist()
+        for i, loss_from in enumerate(prompt_ends):
             document_ids = ids[offsets[i] : offsets[i + 1]]
             yield Segment(document_ids, names[i], 0, loss_from)
 
@@ -709,7 +715,8 @@ def write_sequences(
             targets = np.concatenate(trained)
             token_counts += np.bincount(targets, minlength=layout.vocab_size)
         sink.write(END_OF_STREAM)
-    shard = PackedShard(file.name, n_sequences, file.stat().st_size)
+    n_bytes = file.stat().st_size
+    shard = PackedShard(file.name, n_sequences, n_bytes)
     trained_ids = np.flatnonzero(token_counts)
     times_trained = token_counts[trained_ids].tolist()
     counts = dict(zip(trained_ids.tolist(), times_trained, strict=True))
@@ -760,7 +767,8 @@ def gather_shards(
         index += [(k, *batch) for batch in result.batches]
     np.save(out / INDEX_FILE, np.array(index, np.int64))
     shards = tuple(result.shard for result in results)
-    write_datasets_metadata(out, layout.seq_len, [shard.file for shard in shards])
+    files = [shard.file for shard in shards]
+    write_datasets_metadata(out, layout.seq_len, files)
     if layout.method == "course":
         write_course_parquet(out, shards)
     n_sequences = sum(shard.n_sequences for shard in shards)
