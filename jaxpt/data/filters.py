@@ -429,10 +429,11 @@ class RuleBatch:
         completions = []
         for i in shown:
             n = self.prompt_chars[i]
+            text = self.texts[i]
             if n:
                 prompted.append(i)
-                prompts.append(Text(self.texts[i][:n]))
-            completions.append(Text(self.texts[i][n:]))
+                prompts.append(Text(text[:n]))
+            completions.append(Text(text[n:]))
         answers = self.call(rule, prompted, prompts)
         edited_prompts = dict(zip(prompted, answers, strict=True))
         edits: list[Edit | None] = [None] * len(self.texts)
@@ -464,7 +465,8 @@ class RuleBatch:
             if text.notes:
                 noted = {**json.loads(meta), **text.notes}
                 meta = json.dumps(noted, ensure_ascii=False)
-            edited.append(Document(document.id, str(text), n, meta))
+            document = Document(document.id, str(text), n, meta)
+            edited.append(document)
         return RuleResults(self.failed_rule, self.reasons, edited, self.edits, self.marks)
 
 

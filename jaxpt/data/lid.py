@@ -205,7 +205,8 @@ class LidModel:
                 n_chars = 0
         labels, scores, leads = zip(*batches, strict=True)
         all_labels = list(itertools.chain(*labels))
-        return Predictions(all_labels, np.concatenate(scores), np.concatenate(leads))
+        numbers = map(np.concatenate, (scores, leads))
+        return Predictions(all_labels, *numbers)
 
     def predict_batch(self, texts: Sequence[str]) -> Predictions:
         """Return the same for texts that are computed together."""
@@ -308,7 +309,8 @@ class LidModel:
             buckets *= self.n_buckets
             np.subtract(hashes, buckets, out=buckets)
             bits = self.has_ngram.take(buckets >> np.uint32(3))
-            bits >>= (buckets & np.uint32(7)).astype(np.uint8)
+            place = buckets & np.uint32(7)
+            bits >>= place.astype(np.uint8)
             bits &= np.uint8(1)
             is_known = bits.view(bool) & (first == last)
             known = np.flatnonzero(is_known)

@@ -207,8 +207,8 @@ class CorpusWork:
         funnel["unread"] = unread
         text = json.dumps(funnel, indent=1)
         (partial / "funnel.json").write_text(text + "\n")
-        n_trained = sum(amounts["rows"] for amounts in funnel["train"].values())
-        if not n_trained:
+        n_train = sum(amounts["rows"] for amounts in funnel["train"].values())
+        if not n_train:
             raise UserError(
                 f"prepare: none of {len(drops.dropped_by):,} documents is left to train on.\n"
                 f"{format_funnel(funnel)}\nSamples of what each rule dropped are in "
@@ -299,7 +299,8 @@ def read_sources(
             todo.append(job)
             n_bytes += size
     in_processes = n_bytes > MAX_INLINE_BYTES["read_part"]
-    results = runner.run(read_part, todo, ("reading", "B", None), in_processes)
+    progress = ("reading", "B", None)
+    results = runner.run(read_part, todo, progress, in_processes)
     files, unread = [], {}
     for k, source in enumerate(text_sources):
         own = []
@@ -653,7 +654,8 @@ def judge_documents(
     for result in results:
         first_file = next(iter(result["files"]))
         judged.append(pathlib.Path(first_file))
-    heldout = int(json.loads(section)["heldout_frac"] * 2**64)
+    heldout_frac = json.loads(section)["heldout_frac"]
+    heldout = int(heldout_frac * 2**64)
     return DocumentTable(names, files, judged, starts, heldout)
 
 
@@ -699,7 +701,9 @@ def judge_file(fields: dict[str, Any], advance: Advance = lambda n: None) -> int
     job = JudgeJob.from_json(fields)
     rules, _ = open_rules(job.section)
     file = pathlib.Path(f"{job.output_prefix}.arrow")
-    repeats = np.load(job.repeats, mmap_mode="r") if job.repeats else None
+    repeats = None
+    if job.repeats:
+        repeats = np.load(job.repeats, mmap_mode="r")
     signatures = []
     n = 0
     with open_arrow_writer(file, make_judged_schema(rules)) as out:
@@ -840,7 +844,9 @@ def iterate_batches_of_file(
             if end > first:
                 skipped = max(first - start, 0)
                 batch = reader.get_batch(i).slice(skipped)
-                yield batch if stop is None else batch.slice(0, stop - start - skipped)
+                if stop is not None:
+                    batch = batch.slice(0, stop - start - skipped)
+                yield batch
             start = end
 
 
@@ -949,7 +955,8 @@ def write_corpus(
     Returns:
         What `decontaminate` dropped: each document with each item and the words that they share.
     """
-    sampled = pick_samples(table.read_all("show"), drops.dropped_by, len(rules))
+    show = table.read_all("show")
+    sampled = pick_samples(show, drops.dropped_by, len(rules))
     originals = drops.original[sampled]
     originals = np.unique(originals[originals >= 0])
     lookups = (sampled, originals)
@@ -1200,7 +1207,8 @@ class ShardWriter:
         stop = first + len(table)
         for row in self.job.originals:
             if first <= row < stop:
-                self.ids[row] = table["id"][row - first].as_py()
+                id = table["id"][row - first]
+                self.ids[row] = id.as_py()
         for row in self.job.sampled:
             if first <= row < stop:
                 [sample] = table.slice(row - first, 1).to_pylist()

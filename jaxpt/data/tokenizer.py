@@ -479,7 +479,8 @@ def build_bpe_model(model: Any, unknown: str) -> tokenizers.models.BPE:
 
     # SentencePiece merges the best score first; stable: pieces of equal score keep their order
     merges = []
-    for piece in sorted(model.pieces, key=lambda piece: -piece.score):
+    by_score = sorted(model.pieces, key=lambda piece: -piece.score)
+    for piece in by_score:
         if piece.type != model.SentencePiece.NORMAL:
             continue
         text = piece.piece
