@@ -27,17 +27,19 @@ class NgramIndex:
 
     def __init__(self, items: Sequence[BenchmarkItem], n: int = DEFAULT_NGRAM):
         """Hash and sort the n-grams of the items."""
-        self.items, self.n = items, n
-        hashes = [hash_ngrams(normalize_words(item.text), n) for item in items]
+        self.items = items
+        self.n = n
+        item_words = [normalize_words(item.text) for item in items]
+        hashes = [hash_ngrams(words, n) for words in item_words]
         counts = [len(part) for part in hashes]
+        self.n_short = counts.count(0)
         owners = np.repeat(np.arange(len(items)), counts)
         joined = np.concatenate([*hashes, np.empty(0, np.uint64)])
         order = np.argsort(joined, kind="stable")
-        self.hashes, self.owners = joined[order], owners[order]
-        # by an n-gram's first 24 bits: whether an item has one like it
-        self.prefixes = np.zeros(1 << 24, bool)
-        self.prefixes[self.hashes >> np.uint64(40)] = True
-        self.n_short = counts.count(0)
+        self.hashes = joined[order]
+        self.owners = owners[order]
+        self.prefixes = np.zeros(2**24, bool)  # whether an item has an n-gram of this prefix
+        self.prefixes[compute_prefix(self.hashes)] = True
 
     def find_matches(self, text: str) -> list[tuple[BenchmarkItem, str]]:
         """Return the items that the text overlaps, in order, each with the first shared n-gram."""
@@ -46,28 +48,35 @@ class NgramIndex:
         if not len(hashes) or not len(self.hashes):
             return []
         # this leaves out nearly all of a document's n-grams
-        candidates = np.flatnonzero(self.prefixes[hashes >> np.uint64(40)])
-        starts = np.searchsorted(self.hashes, hashes[candidates], "left")
-        stops = np.searchsorted(self.hashes, hashes[candidates], "right")
+        is_candidate = self.prefixes[compute_prefix(hashes)]
+        candidates = np.flatnonzero(is_candidate)
+        hashes = hashes[candidates]
+        starts = np.searchsorted(self.hashes, hashes, "left")
+        stops = np.searchsorted(self.hashes, hashes, "right")
         first: dict[int, int] = {}
         for i, start, stop in zip(candidates, starts, stops, strict=True):
             for owner in self.owners[start:stop]:
                 first.setdefault(int(owner), int(i))
         matches = []
         for owner, i in sorted(first.items()):
-            matches.append((self.items[owner], " ".join(words[i : i + self.n])))
+            shared = " ".join(words[i : i + self.n])
+            matches.append((self.items[owner], shared))
         return matches
 
     def find_contaminated(self, texts: Sequence[str]) -> list[str]:
         """Return why each text must be dropped, or "". It is a rule (filters.py)."""
-        return [describe_matches(self.find_matches(text)) for text in texts]
+        matches = map(self.find_matches, texts)
+        return list(map(describe_matches, matches))
 
 
 def describe_matches(matches: list[tuple[BenchmarkItem, str]]) -> str:
     """Return the first matches as one line."""
-    named = [f"{item.task} {item.id}: {shared!r}" for item, shared in matches[:MAX_NAMED]]
-    if len(matches) > MAX_NAMED:
-        named.append(f"{len(matches) - MAX_NAMED} more")
+    named = []
+    for item, shared in matches[:MAX_NAMED]:
+        named.append(f"{item.task} {item.id}: {shared!r}")
+    n_more = len(matches) - MAX_NAMED
+    if n_more > 0:
+        named.append(f"{n_more} more")
     return "; ".join(named)
 
 
@@ -87,8 +96,16 @@ def hash_ngrams(words: list[str], n: int) -> np.ndarray:
     if len(words) < n:
         return np.empty(0, np.uint64)
     checksums = [zlib.crc32(word.encode()) for word in words]
-    codes = np.array(checksums, np.uint64) + np.uint64(1)
-    hashes = np.zeros(len(words) - n + 1, np.uint64)
+    codes = np.array(checksums, np.uint64)
+    codes += np.uint64(1)
+    n_ngrams = len(words) - n + 1
+    hashes = np.zeros(n_ngrams, np.uint64)
     for k in range(n):
-        hashes = hashes * MULTIPLIER + codes[k : k + len(hashes)]
+        hashes *= MULTIPLIER
+        hashes += codes[k : k + n_ngrams]
     return hashes
+
+
+def compute_prefix(hashes: np.ndarray) -> np.ndarray:
+    """Return the first 24 bits of each hash."""
+    return hashes >> np.uint64(40)

@@ -19,7 +19,9 @@ from typing import Any
 
 import numpy as np
 
-N_HASHES, N_BANDS, SHINGLE_WORDS = 128, 32, 5
+N_HASHES = 128
+N_BANDS = 32
+SHINGLE_WORDS = 5
 MIN_SIMILARITY = 0.5
 # Rounds of comparisons within a bucket: a bucket of many unlike documents costs 8 x its size, not
 # its square.
@@ -44,10 +46,12 @@ def find_exact_duplicates(digests: np.ndarray) -> np.ndarray:
     """
     order = np.lexsort(digests.T)  # stable: the first of equals comes first
     is_new = np.ones(len(order), bool)
-    is_new[1:] = (digests[order[1:]] != digests[order[:-1]]).any(1)
-    leaders = order[np.flatnonzero(is_new)]
+    differs = digests[order[1:]] != digests[order[:-1]]
+    is_new[1:] = differs.any(1)
+    leaders = order[is_new]
     first = np.empty(len(order), np.int64)
-    first[order] = leaders[np.cumsum(is_new) - 1]
+    group = np.cumsum(is_new) - 1
+    first[order] = leaders[group]
     return first
 
 
@@ -68,11 +72,12 @@ def compute_signatures(texts: Sequence[str]) -> list[bytes]:
     from daft.expressions import ExpressionsProjection
     from daft.recordbatch import MicroPartition
 
-    table = MicroPartition.from_pydict({"text": [str(text) for text in texts]})
+    table = MicroPartition.from_pydict({"text": list(map(str, texts))})
     signature = compute_minhash(col("text")).alias("signature")
-    column = table.eval_expression_list(ExpressionsProjection([signature])).to_arrow()["signature"]
-    values = column.combine_chunks().flatten().to_numpy()
-    return [row.tobytes() for row in values.reshape(-1, N_HASHES)]
+    projection = ExpressionsProjection([signature])
+    column = table.eval_expression_list(projection).to_arrow()["signature"]
+    hashes = column.combine_chunks().flatten().to_numpy()
+    return [row.tobytes() for row in hashes.reshape(-1, N_HASHES)]
 
 
 def write_signatures(path: pathlib.Path, signatures: Sequence[bytes]) -> list[pathlib.Path]:
@@ -82,7 +87,8 @@ def write_signatures(path: pathlib.Path, signatures: Sequence[bytes]) -> list[pa
         path: PATH.whole.npy gets [n, N_HASHES] uint32, PATH.bands.npy [N_BANDS, n] uint64.
         signatures: n of them.
     """
-    whole = np.frombuffer(b"".join(signatures), np.uint32).reshape(-1, N_HASHES)
+    hashes = np.frombuffer(b"".join(signatures), np.uint32)
+    whole = hashes.reshape(-1, N_HASHES)
     files = [whole_path(path), bands_path(path)]
     np.save(files[0], whole)
     np.save(files[1], split_bands(whole))
@@ -113,7 +119,8 @@ def split_bands(whole: np.ndarray) -> np.ndarray:
 
 
 # The bands of a text without a word, such as one of punctuation alone: it is near to nothing.
-EMPTY_SIGNATURE = split_bands(np.full((1, N_HASHES), 2**32 - 1, np.uint32))[0, 0]
+WORDLESS_HASHES = np.full((1, N_HASHES), 2**32 - 1, np.uint32)
+EMPTY_SIGNATURE = split_bands(WORDLESS_HASHES)[0, 0]
 
 
 def find_near_duplicates(paths: Sequence[pathlib.Path], is_candidate: np.ndarray) -> np.ndarray:
@@ -134,13 +141,13 @@ def find_near_duplicates(paths: Sequence[pathlib.Path], is_candidate: np.ndarray
             if not len(members):
                 break
             # each against the first of its bucket; those unlike it among themselves next
-            is_start = np.append(True, keys[members[1:]] != keys[members[:-1]])
+            is_start = np.append(True, np.diff(keys[members]) != 0)
             starts = np.flatnonzero(is_start)
             counts = np.diff(starts, append=len(members))
             leaders = np.repeat(members[starts], counts)
             is_alike = store.are_alike(groups, leaders, members)
-            pairs = np.stack([groups[leaders[is_alike]], groups[members[is_alike]]])
-            groups = join_groups(groups, pairs)
+            pairs = np.stack([leaders[is_alike], members[is_alike]])
+            groups = join_groups(groups, groups[pairs])
             members = members[~is_alike]
     return groups
 
@@ -151,8 +158,10 @@ def find_shared_keys(keys: np.ndarray) -> np.ndarray:
     order = order[keys[order] != EMPTY_SIGNATURE]
     if not len(order):
         return order
-    same = keys[order[1:]] == keys[order[:-1]]
-    return order[np.append(same, False) | np.append(False, same)]
+    is_equal = np.diff(keys[order]) == 0
+    equals_next = np.append(is_equal, False)
+    equals_last = np.append(False, is_equal)
+    return order[equals_next | equals_last]
 
 
 def join_groups(groups: np.ndarray, pairs: np.ndarray) -> np.ndarray:
@@ -162,7 +171,8 @@ def join_groups(groups: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     names, index = np.unique(pairs, return_inverse=True)
     a, b = index.reshape(2, -1)
     edges = np.ones(len(a), bool)
-    graph = scipy.sparse.coo_matrix((edges, (a, b)), (len(names), len(names)))
+    shape = (len(names), len(names))
+    graph = scipy.sparse.coo_matrix((edges, (a, b)), shape)
     _, component = scipy.sparse.csgraph.connected_components(graph)
     _, first = np.unique(component, return_index=True)
     new_names = np.arange(len(groups))
@@ -176,15 +186,19 @@ class SignatureStore:
     def __init__(self, paths: Sequence[pathlib.Path], is_candidate: np.ndarray):
         """Find where each file's signatures begin."""
         self.paths = paths
-        sizes = [load_mapped(bands_path(path)).shape[1] for path in paths]
-        self.starts = np.cumsum([0, *sizes])
+        sizes = [0]
+        for path in paths:
+            _, n = load_mapped(bands_path(path)).shape
+            sizes.append(n)
+        self.starts = np.cumsum(sizes)
         self.candidates = np.flatnonzero(is_candidate)
         self.n = len(self.candidates)
 
     def read_band(self, k: int) -> np.ndarray:
         """Return one band of all candidates, [n] uint64."""
-        parts = [load_mapped(bands_path(path))[k] for path in self.paths]
-        return np.concatenate(parts)[self.candidates]
+        stored = [load_mapped(bands_path(path)) for path in self.paths]
+        band = np.concatenate([bands[k] for bands in stored])
+        return band[self.candidates]
 
     def are_alike(self, groups: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Return whether candidates a and b [m] are near, or in one group already, [m] bool."""
@@ -199,8 +213,9 @@ class SignatureStore:
         parts = [np.empty(0)]
         for start in range(0, len(a), COMPARED_AT_ONCE):
             chunk = slice(start, start + COMPARED_AT_ONCE)
-            agree = self.read_signatures(a[chunk]) == self.read_signatures(b[chunk])
-            parts.append(agree.mean(1))
+            first = self.read_signatures(a[chunk])
+            second = self.read_signatures(b[chunk])
+            parts.append(np.mean(first == second, 1))
         return np.concatenate(parts)
 
     def read_signatures(self, candidates: np.ndarray) -> np.ndarray:
@@ -212,7 +227,8 @@ class SignatureStore:
             mask = file_index == k
             # opened again each time, so that what was mapped does not add up
             stored = load_mapped(whole_path(self.paths[k]))
-            signatures[mask] = stored[rows[mask] - self.starts[k]]
+            row_in_file = rows[mask] - self.starts[k]
+            signatures[mask] = stored[row_in_file]
         return signatures
 
 

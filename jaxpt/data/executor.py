@@ -36,7 +36,8 @@ def init_executor(where: str) -> types.ModuleType:
     Raises:
         UserError: another word, or Ray is not installed or not reached.
     """
-    if where not in ("local", "ray") and not where.startswith("ray://"):
+    is_known = where in ("local", "ray") or where.startswith("ray://")
+    if not is_known:
         raise UserError(f"prepare.executor: expected local, ray or ray://HOST:PORT, got {where!r}.")
     os.environ.update(QUIET)
     os.environ.update(KEEP_MEMORY)
@@ -47,7 +48,8 @@ def init_executor(where: str) -> types.ModuleType:
     try:
         start_runner(daft, where)
     except (ConnectionError, RuntimeError, DaftCoreException) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        message = str(error) or type(error).__name__
+        reason, *_ = message.splitlines()
         raise UserError(
             f"prepare.executor: {where!r} cannot be started ({reason}). "
             "One process runs one executor; is the cluster up?"
@@ -61,7 +63,9 @@ def add_package_to_path() -> None:
     path = os.environ.get("PYTHONPATH", "")
     if root in path.split(os.pathsep):
         return
-    os.environ["PYTHONPATH"] = os.pathsep.join([root, path]) if path else root
+    if path:
+        root += os.pathsep + path
+    os.environ["PYTHONPATH"] = root
 
 
 def start_runner(daft: types.ModuleType, where: str) -> None:
@@ -108,13 +112,14 @@ def map_jobs(where: str, work: Callable[[Any], Any], jobs: Sequence[Any]) -> Ite
             # A worker has left all that it had to. Taking its modules apart would need another
             # third of a second.
             atexit.register(os._exit, 0)
-        return [json.dumps(run_job(work, json.loads(text))) for text in batch.to_pylist()]
+        outcomes = [run_job(work, json.loads(text)) for text in batch.to_pylist()]
+        return list(map(json.dumps, outcomes))
 
-    frame = daft.from_pydict({"job": [json.dumps(job) for job in jobs]})
+    frame = daft.from_pydict({"job": list(map(json.dumps, jobs))})
     if where != "local":
         frame = frame.into_partitions(len(jobs))
-    outcomes = frame.select(run_batch(daft.col("job")).alias("outcome"))
-    for batch in outcomes.to_arrow_iter():
+    outcome = run_batch(daft.col("job")).alias("outcome")
+    for batch in frame.select(outcome).to_arrow_iter():
         for text in batch.column(0).to_pylist():
             yield unwrap_outcome(json.loads(text))
 

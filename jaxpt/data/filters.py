@@ -139,7 +139,7 @@ def apply_change(requests: dict[str, RuleRequest], text: str) -> dict[str, RuleR
     """Return the list of rules after one change."""
     requests = dict(requests)
     if text.startswith("-"):
-        name = text.removeprefix("-").strip()
+        name = text[1:].strip()
         check_listed(name, requests, text)
         del requests[name]
         return requests
@@ -160,9 +160,12 @@ def apply_change(requests: dict[str, RuleRequest], text: str) -> dict[str, RuleR
     requests.pop(request.name, None)
     place = place.strip()
     check_listed(place, requests, text)
-    items = list(requests.items())
-    k = list(requests).index(place)
-    return dict([*items[:k], (request.name, request), *items[k:]])
+    changed: dict[str, RuleRequest] = {}
+    for name, other in requests.items():
+        if name == place:
+            changed[request.name] = request
+        changed[name] = other
+    return changed
 
 
 def parse_rule(text: str) -> RuleRequest:
@@ -190,13 +193,18 @@ def parse_arguments(text: str) -> dict[str, Any]:
     call = ast.parse(f"f{text}", mode="eval").body
     if not isinstance(call, ast.Call) or call.args:
         raise ValueError
-    return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    arguments = {}
+    for keyword in call.keywords:
+        arguments[str(keyword.arg)] = ast.literal_eval(keyword.value)
+    return arguments
 
 
 def suggest(name: str, known: Iterable[str], default: str, n: int = 1, cutoff: float = 0.6) -> str:
     """Return "did you mean ...?" with up to n near names that are known, else the default."""
     near = difflib.get_close_matches(name, list(known), n, cutoff)
-    return f"did you mean {' or '.join(near)}?" if near else default
+    if not near:
+        return default
+    return f"did you mean {' or '.join(near)}?"
 
 
 def check_listed(name: str, requests: dict[str, RuleRequest], text: str) -> None:
@@ -220,10 +228,11 @@ def build_rule(request: RuleRequest) -> Rule:
     help = format_call(name, thresholds)
     if "path" in thresholds:
         help += f" of list {fingerprint_list_file(name, thresholds['path'])}"
+    step = functools.partial(function, **thresholds)
     if name in MARK_RULES:
-        return Rule(name, mark=functools.partial(function, **thresholds), help=help)
+        return Rule(name, mark=step, help=help)
     if function in rules.BATCH_RULES:
-        return Rule(name, drop=functools.partial(function, **thresholds), help=help)
+        return Rule(name, drop=step, help=help)
     step = functools.partial(apply_per_text, function, thresholds)
     if name in rules.EDIT_RULES:
         return Rule(name, edit=step, help=help)
@@ -237,7 +246,8 @@ def build_custom_rule(request: RuleRequest) -> Rule:
     thresholds = complete_thresholds(request, function)
     help = f"{request.module}:{format_call(name, thresholds)} of source {source}"
     step = functools.partial(function, **request.thresholds)
-    if "tuple" in str(inspect.signature(function).return_annotation):
+    returns = inspect.signature(function).return_annotation
+    if "tuple" in str(returns):
         return Rule(name, edit=step, help=help)
     return Rule(name, drop=step, help=help)
 
@@ -251,8 +261,8 @@ def format_call(name: str, thresholds: dict[str, Any]) -> str:
 def complete_thresholds(request: RuleRequest, function: Callable[..., Any]) -> dict[str, Any]:
     """Return every threshold of a function, as requested or its default. Raise UserError."""
     name = request.name
-    parameters = list(inspect.signature(function).parameters.items())[1:]
-    defaults = {key: parameter.default for key, parameter in parameters}
+    parameters = list(inspect.signature(function).parameters.values())
+    defaults = {parameter.name: parameter.default for parameter in parameters[1:]}
     for key, value in request.thresholds.items():
         if key not in defaults:
             default = f"it takes: {', '.join(defaults) or 'none'}."
@@ -260,7 +270,8 @@ def complete_thresholds(request: RuleRequest, function: Callable[..., Any]) -> d
             raise UserError(f"prepare.rules: {name} has no threshold {key!r}; {hint}")
         expected = type(defaults[key])
         accepted = (int, float) if expected is float else expected
-        if expected in (int, float, bool, str) and not isinstance(value, accepted):
+        is_simple = expected in (int, float, bool, str)
+        if is_simple and not isinstance(value, accepted):
             raise UserError(
                 f"prepare.rules: {name}({key}={value!r}): expected {expected.__name__}, "
                 f"such as {defaults[key]!r}."
@@ -276,7 +287,8 @@ def fingerprint_list_file(name: str, path: Any) -> str:
     """Return the fingerprint of a user's list. Raise UserError if it cannot be read."""
     try:
         rules.read_list_lines(path)
-        return stage.sha256_file(pathlib.Path(path))[:16]
+        checksum = stage.sha256_file(pathlib.Path(path))
+        return checksum[:16]
     except (OSError, TypeError, UnicodeDecodeError) as error:
         raise UserError(
             f"prepare.rules: {name}(path={path!r}): cannot be read as a list "
@@ -300,8 +312,9 @@ def import_custom_rule(request: RuleRequest) -> tuple[Callable[..., Any], str]:
     if here not in sys.path:
         sys.path.insert(0, here)
     path = os.environ.get("PYTHONPATH", "")  # for the processes that the executor starts
-    if here not in path.split(os.pathsep):
-        os.environ["PYTHONPATH"] = f"{path}{os.pathsep}{here}" if path else here
+    places = path.split(os.pathsep) if path else []
+    if here not in places:
+        os.environ["PYTHONPATH"] = os.pathsep.join([*places, here])
     try:
         module, source = import_rule_module(request.module)
         return getattr(module, request.name), source
@@ -317,7 +330,9 @@ def import_custom_rule(request: RuleRequest) -> tuple[Callable[..., Any], str]:
 def import_rule_module(name: str) -> tuple[types.ModuleType, str]:
     """Return a module of custom rules and the fingerprint of its file."""
     module = importlib.import_module(name)
-    return module, stage.sha256_file(pathlib.Path(str(module.__file__)))[:16]
+    file = pathlib.Path(str(module.__file__))
+    checksum = stage.sha256_file(file)
+    return module, checksum[:16]
 
 
 # ---- what the rules do to documents
@@ -356,7 +371,7 @@ def apply_rules(documents: Sequence[Document], rules: Sequence[Rule]) -> RuleRes
     """
     batch = RuleBatch(documents, len(rules))
     for k, rule in enumerate(rules):
-        shown = [i for i, failed in enumerate(batch.failed_rule) if failed == len(rules)]
+        shown = batch.list_kept()
         if rule.edit:
             batch.apply_edit(k, rule, shown)
         elif rule.mark:
@@ -372,6 +387,7 @@ class RuleBatch:
     def __init__(self, documents: Sequence[Document], n_rules: int):
         """Start with every document kept."""
         n = len(documents)
+        self.n_rules = n_rules
         self.documents = documents
         self.texts = [Text(document.text, meta=document.meta) for document in documents]
         self.prompt_chars = [document.prompt_chars for document in documents]
@@ -380,45 +396,66 @@ class RuleBatch:
         self.edits: dict[int, list[Edit | None]] = {}
         self.marks: dict[int, list[bytes]] = {}
 
+    def list_kept(self) -> list[int]:
+        """Return the documents that no rule has dropped so far."""
+        return [i for i, failed in enumerate(self.failed_rule) if failed == self.n_rules]
+
     def apply_mark(self, k: int, rule: Rule, shown: list[int]) -> None:
         """Let rule k mark the documents that it is shown."""
         marks = [b""] * len(self.texts)
-        answers = self.call(rule, shown, [self.texts[i] for i in shown])
+        texts = [self.texts[i] for i in shown]
+        answers = self.call(rule, shown, texts)
         for i, mark in zip(shown, answers, strict=True):
             marks[i] = mark
         self.marks[k] = marks
 
     def apply_drop(self, k: int, rule: Rule, shown: list[int]) -> None:
         """Let rule k drop some of the documents that it is shown."""
-        answers = self.call(rule, shown, [self.texts[i] for i in shown])
+        texts = [self.texts[i] for i in shown]
+        answers = self.call(rule, shown, texts)
         for i, reason in zip(shown, answers, strict=True):
             if reason:
-                self.failed_rule[i], self.reasons[i] = k, reason
+                self.drop(i, k, reason)
+
+    def drop(self, i: int, k: int, reason: str) -> None:
+        """Note that rule k drops document i."""
+        self.failed_rule[i] = k
+        self.reasons[i] = reason
 
     def apply_edit(self, k: int, rule: Rule, shown: list[int]) -> None:
         """Let rule k edit the prompts and then the completions of documents."""
-        prompted = [i for i in shown if self.prompt_chars[i]]
-        prompts = [Text(self.texts[i][: self.prompt_chars[i]]) for i in prompted]
-        completions = [Text(self.texts[i][self.prompt_chars[i] :]) for i in shown]
+        prompted = []
+        prompts = []
+        completions = []
+        for i in shown:
+            n = self.prompt_chars[i]
+            text = self.texts[i]
+            if n:
+                prompted.append(i)
+                prompts.append(Text(text[:n]))
+            completions.append(Text(text[n:]))
         answers = self.call(rule, prompted, prompts)
         edited_prompts = dict(zip(prompted, answers, strict=True))
         edits: list[Edit | None] = [None] * len(self.texts)
         answers = self.call(rule, shown, completions)
         for i, (completion, n_edits) in zip(shown, answers, strict=True):
             prompt, n_prompt_edits = edited_prompts.get(i, ("", 0))
-            old, new = self.texts[i], prompt + completion
+            old = self.texts[i]
+            new = prompt + completion
             if not completion.strip():
-                self.failed_rule[i], self.reasons[i] = k, "nothing is left of it"
+                self.drop(i, k, "nothing is left of it")
             elif new != old:
                 self.texts[i] = Text(new, old.notes, old.meta)
                 self.prompt_chars[i] = len(prompt)
             text = self.texts[i]
-            edits[i] = (n_edits + n_prompt_edits, len(text), len(text.encode()))
+            n_bytes = len(text.encode())
+            edits[i] = (n_edits + n_prompt_edits, len(text), n_bytes)
         self.edits[k] = edits
 
     def call(self, rule: Rule, shown: list[int], texts: list[Text]) -> list[Any]:
         """Return a rule's answers for texts of the documents that it is shown."""
-        return call_rule(rule, texts, [self.documents[i].id for i in shown])
+        ids = [self.documents[i].id for i in shown]
+        return call_rule(rule, texts, ids)
 
     def make_results(self) -> RuleResults:
         """Return what the rules did."""
@@ -426,8 +463,10 @@ class RuleBatch:
         for document, text, n in zip(self.documents, self.texts, self.prompt_chars, strict=True):
             meta = document.meta
             if text.notes:
-                meta = json.dumps({**json.loads(meta), **text.notes}, ensure_ascii=False)
-            edited.append(Document(document.id, str(text), n, meta))
+                noted = {**json.loads(meta), **text.notes}
+                meta = json.dumps(noted, ensure_ascii=False)
+            document = Document(document.id, str(text), n, meta)
+            edited.append(document)
         return RuleResults(self.failed_rule, self.reasons, edited, self.edits, self.marks)
 
 
@@ -449,7 +488,10 @@ def call_rule(rule: Rule, texts: list[Text], ids: Sequence[str]) -> list[Any]:
     except UserError:
         raise
     except Exception as error:  # a custom rule may raise anything
-        failing = [id for text, id in zip(texts, ids, strict=True) if is_failing_on(rule, text)]
+        failing = []
+        for text, id in zip(texts, ids, strict=True):
+            if is_failing_on(rule, text):
+                failing.append(id)
         raise UserError(
             f"prepare.rules: {rule.name} raised {type(error).__name__} ({first_error_line(error)}) "
             f"on {format_ids(failing or ids)}. Fix the rule or leave it out."
@@ -483,5 +525,7 @@ def is_failing_on(rule: Rule, text: Text) -> bool:
 
 def format_ids(ids: Sequence[str]) -> str:
     """Return the first three ids and how many more there are."""
-    more = f" and {len(ids) - 3} more" if len(ids) > 3 else ""
-    return ", ".join(ids[:3]) + more
+    named = ", ".join(ids[:3])
+    if len(ids) <= 3:
+        return named
+    return f"{named} and {len(ids) - 3} more"

@@ -61,12 +61,14 @@ class ModelReader:
     def read_fields(self, layout: str) -> tuple[Any, ...]:
         """Return the next fields; `layout` as in the module struct."""
         layout = f"<{layout}"
-        return struct.unpack(layout, self.stream.read(struct.calcsize(layout)))
+        data = self.stream.read(struct.calcsize(layout))
+        return struct.unpack(layout, data)
 
     def read_array(self, dtype: str, n: int) -> np.ndarray:
         """Return the next n numbers."""
         n_bytes = n * np.dtype(dtype).itemsize
-        return np.frombuffer(self.stream.read(n_bytes), dtype)
+        data = self.stream.read(n_bytes)
+        return np.frombuffer(data, dtype)
 
     def read_name(self) -> bytes:
         """Return the bytes up to the next zero byte."""
@@ -79,7 +81,9 @@ class ModelReader:
         """Return product-quantized rows as [rows, dim] float32."""
         has_norms, n_rows, _, n_codes = self.read_fields("?qqi")
         codes = self.read_array("u1", n_codes).reshape(n_rows, -1)
-        parts = [part[codes[:, k]] for k, part in enumerate(self.read_codebook())]
+        parts = []
+        for k, centroids in enumerate(self.read_codebook()):
+            parts.append(centroids[codes[:, k]])
         rows = np.concatenate(parts, 1)
         if not has_norms:
             return rows
@@ -90,11 +94,11 @@ class ModelReader:
         """Return the centroids of each part of a row, [256, width of the part]."""
         dim, n_parts, width, last_width = self.read_fields("4i")
         centroids = self.read_array("<f4", dim * 256)
+        sizes = [256 * width] * (n_parts - 1) + [256 * last_width]
         parts = []
-        for k in range(n_parts):
-            size = 256 * (last_width if k == n_parts - 1 else width)
-            start = k * 256 * width
-            parts.append(centroids[start : start + size].reshape(256, -1))
+        for size in sizes:
+            parts.append(centroids[:size].reshape(256, -1))
+            centroids = centroids[size:]
         return parts
 
 
@@ -118,7 +122,8 @@ class Dictionary:
 def read_dictionary(reader: ModelReader, n_buckets: int) -> Dictionary:
     """Read the dictionary. Raise ValueError if its n-grams are not pruned."""
     n_entries, n_words, _, _, n_pruned = reader.read_fields("iiiqq")
-    names, counts = [], []
+    names = []
+    counts = []
     for _ in range(n_entries):
         names.append(reader.read_name())
         count, _ = reader.read_fields("qb")
@@ -129,7 +134,9 @@ def read_dictionary(reader: ModelReader, n_buckets: int) -> Dictionary:
     pairs = reader.read_array("<i4", 2 * n_pruned).reshape(-1, 2)
     ngram_rows[pairs[:, 0]] = pairs[:, 1]
     words = [name + b" " for name in names[:n_words]]
-    labels = [name.decode().removeprefix("__label__") for name in names[n_words:]]
+    labels = []
+    for name in names[n_words:]:
+        labels.append(name.decode().removeprefix("__label__"))
     return Dictionary(words, labels, counts[n_words:], ngram_rows)
 
 
@@ -140,9 +147,11 @@ class LidModel:
         """Read the model. Raise ValueError for a file of another kind."""
         reader = ModelReader(file)
         header = reader.read_fields("14id")
-        magic, version, word_ngrams, loss, kind = (*header[:2], *header[7:10])
+        magic_and_version = header[:2]
+        word_ngrams_loss_and_kind = header[7:10]
         n_buckets, self.shortest, self.longest = header[10:13]
-        is_known = (magic, version, word_ngrams, loss, kind) == (793712314, 12, 1, 1, 3)
+        is_known = magic_and_version == (793712314, 12)
+        is_known = is_known and word_ngrams_loss_and_kind == (1, 1, 3)
         if not is_known or self.shortest < 2:
             raise ValueError(
                 f"{file}: expected a fastText 0.9 model of single words with hierarchical softmax"
@@ -175,7 +184,8 @@ class LidModel:
         sums += self.rows[: self.n_words]
         counts += 1
         end = self.vocabulary.index(END_OF_SENTENCE).as_py()
-        sums[end], counts[end] = self.rows[end], 1  # it has no n-grams
+        sums[end] = self.rows[end]  # it has no n-grams
+        counts[end] = 1
         padding = self.make_sums(1)
         self.sums = np.concatenate([sums, padding.sums])
         self.counts = np.concatenate([counts, padding.counts])
@@ -187,27 +197,30 @@ class LidModel:
         """
         batches = [Predictions([], np.empty(0), np.empty(0))]
         first = n_chars = 0
-        for i, text in enumerate(texts):
+        for stop, text in enumerate(texts, 1):
             n_chars += len(text)
-            if n_chars >= BATCH_CHARS or i + 1 == len(texts):
-                batches.append(self.predict_batch(texts[first : i + 1]))
-                first, n_chars = i + 1, 0
-        labels = itertools.chain.from_iterable(batch.labels for batch in batches)
-        scores = np.concatenate([batch.scores for batch in batches])
-        leads = np.concatenate([batch.leads for batch in batches])
-        return Predictions(list(labels), scores, leads)
+            if n_chars >= BATCH_CHARS or stop == len(texts):
+                batches.append(self.predict_batch(texts[first:stop]))
+                first = stop
+                n_chars = 0
+        labels, scores, leads = zip(*batches, strict=True)
+        all_labels = list(itertools.chain(*labels))
+        numbers = map(np.concatenate, (scores, leads))
+        return Predictions(all_labels, *numbers)
 
     def predict_batch(self, texts: Sequence[str]) -> Predictions:
         """Return the same for texts that are computed together."""
         in_text = self.count_words(texts)
-        hidden = in_text @ self.sums / (in_text @ self.counts)[:, None]
+        n_rows = in_text @ self.counts
+        hidden = in_text @ self.sums / n_rows[:, None]
         # einsum and a sparse product: the threads of a BLAS would compete, with a process per core
         logits = np.einsum("td,nd->nt", hidden, self.nodes)
         with np.errstate(over="ignore"):  # of what is surely left
             right = 1 / (1 + np.exp(-logits))
         turns = np.concatenate([1 - right, right])
         turns = np.log(turns + np.float32(1e-5))  # fastText's own guard against log(0)
-        scores = np.minimum(np.exp(self.paths @ turns), 1).T
+        path_scores = np.exp(self.paths @ turns)
+        scores = np.minimum(path_scores, 1).T
         labels = [self.labels[i] for i in scores.argmax(1)]
         best_two = np.partition(scores, -2, 1)[:, -2:]
         second, first = best_two.T
@@ -222,13 +235,15 @@ class LidModel:
         is_space = np.frombuffer(data, np.uint8) == ord(" ")
         spaces = np.flatnonzero(is_space)
         ends = np.append(0, spaces + 1)
-        buffers = (pa.py_buffer(ends), pa.py_buffer(data))
-        words = pa.LargeStringArray.from_buffers(len(ends) - 1, *buffers)
+        buffers = map(pa.py_buffer, (ends, data))
+        words = pa.LargeStringArray.from_buffers(len(spaces), *buffers)
         words = words.dictionary_encode()
         word = words.indices.to_numpy()
         n_times = np.bincount(word, minlength=len(words.dictionary))
-        columns = self.lookup_words(words.dictionary, n_times > 1).take(word)
-        line_ends = np.cumsum([0, *map(len, lines)])
+        places = self.lookup_words(words.dictionary, n_times > 1)
+        columns = places.take(word)
+        line_sizes = map(len, lines)
+        line_ends = np.cumsum([0, *line_sizes])
         starts = np.searchsorted(ends, line_ends)
         ones = np.ones(len(columns), np.float32)
         shape = (len(texts), len(self.sums))
@@ -251,8 +266,10 @@ class LidModel:
         places = pc.call_function("index_in", [words], options)
         places = pc.fill_null(places, -1).to_numpy().copy()
         new = np.flatnonzero(places < 0)
-        new = new[np.argsort(~is_frequent.take(new), kind="stable")]
-        places[new] = n_known + np.arange(len(new), dtype=np.int32)
+        is_rare = ~is_frequent.take(new)
+        new = new[np.argsort(is_rare, kind="stable")]
+        numbers = np.arange(len(new), dtype=np.int32)
+        places[new] = n_known + numbers
         new_words = words.take(pa.array(new))
         sums, counts = self.sum_ngrams(new_words)
         self.sums = np.concatenate([self.sums[:n_known], sums])
@@ -263,8 +280,9 @@ class LidModel:
 
     def make_sums(self, n: int) -> NgramSums:
         """Return zeros for n words."""
-        width = self.rows.shape[1]
-        return NgramSums(np.zeros((n, width), np.float32), np.zeros(n, np.float32))
+        _, width = self.rows.shape
+        sums = np.zeros((n, width), np.float32)
+        return NgramSums(sums, np.zeros(n, np.float32))
 
     def sum_ngrams(self, words: pa.Array) -> NgramSums:
         """Sum the rows of each word's n-grams."""
@@ -274,8 +292,9 @@ class LidModel:
         kinds = [(is_ascii, self.hash_byte_ngrams), (is_other, self.hash_char_ngrams)]
         for chosen, hash_ngrams in kinds:
             mask = chosen.to_numpy(zero_copy_only=False)
-            data, word = spell_words(words.filter(chosen))
-            part = self.sum_rows(hash_ngrams(data, word), int(mask.sum()))
+            chosen_words = words.filter(chosen)
+            ngrams = hash_ngrams(*spell_words(chosen_words))
+            part = self.sum_rows(ngrams, len(chosen_words))
             total.sums[mask] = part.sums
             total.counts[mask] = part.counts
         return total
@@ -290,7 +309,8 @@ class LidModel:
             buckets *= self.n_buckets
             np.subtract(hashes, buckets, out=buckets)
             bits = self.has_ngram.take(buckets >> np.uint32(3))
-            bits >>= (buckets & np.uint32(7)).astype(np.uint8)
+            place = buckets & np.uint32(7)
+            bits >>= place.astype(np.uint8)
             bits &= np.uint8(1)
             is_known = bits.view(bool) & (first == last)
             known = np.flatnonzero(is_known)
@@ -298,42 +318,49 @@ class LidModel:
             rows = self.ngram_rows.take(buckets.take(known))
             rows = rows.astype(np.int32) + self.n_words
             ones = np.ones(len(word), np.float32)
-            sums += scipy.sparse.coo_matrix((ones, (word, rows)), shape) @ self.rows
+            occurrences = scipy.sparse.coo_matrix((ones, (word, rows)), shape)
+            sums += occurrences @ self.rows
             counts += np.bincount(word, minlength=n)
         return NgramSums(sums, counts)
 
     def hash_byte_ngrams(self, data: np.ndarray, word: np.ndarray) -> Ngrams:
         """Yield the n-grams of words in which each character is a byte."""
         hashes = np.full(len(data), FNV_OFFSET, np.uint32)
-        for n in range(1, min(self.longest, len(data)) + 1):
-            hashes = hashes[: len(data) - n + 1] ^ data[n - 1 :]
+        longest = min(self.longest, len(data))
+        for n_before in range(longest):
+            hashes = hashes[: len(data) - n_before] ^ data[n_before:]
             hashes *= FNV_PRIME
-            if n >= self.shortest:
-                yield word[: len(hashes)], word[n - 1 :], hashes
+            if n_before + 1 >= self.shortest:
+                yield word[: len(hashes)], word[n_before:], hashes
 
     def hash_char_ngrams(self, data: np.ndarray, word: np.ndarray) -> Ngrams:
         """Yield the n-grams of words in which a character is one to four bytes."""
-        starts = np.flatnonzero((data & 0xC0) != 0x80)
+        high_bits = data & 0xC0
+        starts = np.flatnonzero(high_bits != 0x80)
         sizes = np.diff(starts, append=len(data))
         word = word.take(starts)
         padded = np.append(data, [0] * 3)
         signed = padded.astype(np.int8).astype(np.uint32)  # fastText hashes signed bytes
-        longest = sizes.max(initial=0)
-        char_bytes = [(signed.take(starts + k), sizes > k) for k in range(longest)]
+        char_bytes = []
+        for k in range(sizes.max(initial=0)):
+            char_bytes.append((signed.take(starts + k), sizes > k))
         hashes = np.full(len(starts), FNV_OFFSET, np.uint32)
-        for n in range(1, min(self.longest, len(starts)) + 1):
-            hashes = hashes[: len(starts) - n + 1].copy()
+        longest = min(self.longest, len(starts))
+        for n_before in range(longest):
+            hashes = hashes[: len(starts) - n_before].copy()
             for byte, exists in char_bytes:  # of the character that is added
-                longer = (hashes ^ byte[n - 1 :]) * FNV_PRIME
-                np.copyto(hashes, longer, where=exists[n - 1 :])
-            if n >= self.shortest:
-                yield word[: len(hashes)], word[n - 1 :], hashes
+                longer = hashes ^ byte[n_before:]
+                longer *= FNV_PRIME
+                np.copyto(hashes, longer, where=exists[n_before:])
+            if n_before + 1 >= self.shortest:
+                yield word[: len(hashes)], word[n_before:], hashes
 
 
 def spell_words(words: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     """Return the bytes of words between < and >, and the number of the word of each byte."""
     text = pa.large_string()
-    begin, nothing = pa.scalar("<", text), pa.scalar("", text)
+    begin = pa.scalar("<", text)
+    nothing = pa.scalar("", text)
     spelled = pc.call_function("binary_join_element_wise", [begin, words, nothing])
     _, offset_buffer, data_buffer = spelled.buffers()
     offsets = np.frombuffer(offset_buffer, np.int64)
@@ -342,7 +369,8 @@ def spell_words(words: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     word = np.repeat(numbers, sizes)
     data = np.frombuffer(data_buffer, np.uint8)[: len(word)]
     end = np.uint8(ord(">"))
-    return np.where(data == ord(" "), end, data), word
+    is_space = data == ord(" ")
+    return np.where(is_space, end, data), word
 
 
 def build_huffman_paths(counts: Sequence[int]) -> scipy.sparse.csr_matrix:
@@ -351,11 +379,14 @@ def build_huffman_paths(counts: Sequence[int]) -> scipy.sparse.csr_matrix:
     A row is 1 where the label's path turns left (first half) or right (second half) at a node.
     """
     n = len(counts)
-    weight = [*counts, *itertools.repeat(10**15, n - 1)]
-    parent = [-1] * (2 * n - 1)
-    is_right = [False] * (2 * n - 1)
-    leaf, node = n - 1, n
-    for i in range(n, 2 * n - 1):
+    n_inner = n - 1
+    n_nodes = n + n_inner
+    weight = [*counts, *[10**15] * n_inner]
+    parent = [-1] * n_nodes
+    is_right = [False] * n_nodes
+    leaf = n - 1
+    node = n
+    for i in range(n, n_nodes):
         smallest = []
         for _ in range(2):
             if leaf >= 0 and weight[leaf] < weight[node]:
@@ -368,11 +399,13 @@ def build_huffman_paths(counts: Sequence[int]) -> scipy.sparse.csr_matrix:
         weight[i] = weight[left] + weight[right]
         parent[left] = parent[right] = i
         is_right[right] = True
-    paths = np.zeros((n, 2 * (n - 1)), np.float32)
+    paths = np.zeros((n, 2 * n_inner), np.float32)
     for label in range(n):
         at = label
         while parent[at] >= 0:
-            column = parent[at] - n + (n - 1) * is_right[at]
+            column = parent[at] - n
+            if is_right[at]:
+                column += n_inner
             paths[label, column] = 1
             at = parent[at]
     return scipy.sparse.csr_matrix(paths)

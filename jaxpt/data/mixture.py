@@ -14,7 +14,6 @@ import bisect
 import dataclasses
 import difflib
 import hashlib
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -99,7 +98,8 @@ class MixtureSchedule:
         check_phase_sources(mixture.phases, n_sequences)
         requested = mixture.phases or ((0, dict(n_sequences)),)
         now = MixturePhase(step, sequence, batch_size, {}, fingerprint)
-        self.phases = [*past, *plan_phases(requested, past, now)]
+        planned = plan_phases(requested, past, now)
+        self.phases = [*past, *planned]
         # a source that no longer exists keeps its place in the history
         names = set(n_sequences)
         for phase in past:
@@ -118,20 +118,23 @@ class MixtureSchedule:
     def add_table(self, phase: MixturePhase) -> None:
         """Add the slot table of a phase that changes the shares."""
         n_used = self.count_uses(phase.sequence)
-        counts = count_slots([phase.shares.get(name, 0.0) for name in self.names])
+        shares = [phase.shares.get(name, 0.0) for name in self.names]
+        counts = count_slots(shares)
         sources = order_slots(counts)
         ranks = np.empty_like(sources)
         for source, count in enumerate(counts):
             ranks[sources == source] = np.arange(count)
-        columns = (counts.tolist(), sources.tolist(), ranks.tolist())
-        self.tables.append(SlotTable(phase.sequence, n_used, *columns))
+        columns = [column.tolist() for column in (counts, sources, ranks)]
+        table = SlotTable(phase.sequence, n_used, *columns)
+        self.tables.append(table)
         self.starts.append(phase.sequence)
 
     def sequence_at(self, index: int) -> tuple[str, int]:
         """Return (source, index within the source) of a global sequence index."""
         table, n_rounds, slot = self.locate_slot(index)
         source = table.sources[slot]
-        use = table.n_used[source] + n_rounds * table.counts[source] + table.ranks[slot]
+        n_in_rounds = n_rounds * table.counts[source]
+        use = table.n_used[source] + n_in_rounds + table.ranks[slot]
         return self.names[source], self.shuffle_index(source, use)
 
     def shuffle_index(self, source: int, use: int) -> int:
@@ -139,15 +142,19 @@ class MixtureSchedule:
         name = self.names[source]
         n = self.n_sequences[name]
         epoch, position = divmod(use, n)
-        digest = hashlib.blake2b(f"{self.seed}/{name}/{epoch}".encode(), digest_size=4).digest()
-        return index_shuffle(position, n - 1, int.from_bytes(digest), 4)
+        key = f"{self.seed}/{name}/{epoch}".encode()
+        digest = hashlib.blake2b(key, digest_size=4).digest()
+        seed = int.from_bytes(digest)
+        return index_shuffle(position, n - 1, seed, 4)
 
     def locate_slot(self, index: int) -> tuple[SlotTable, int, int]:
         """Return the table of an index, the whole rounds of it before the index, and the slot."""
         if index < 0:
             raise IndexError(f"sequence index: expected 0 or more, got {index}.")
-        table = self.tables[bisect.bisect_right(self.starts, index) - 1]
-        n_rounds, slot = divmod(index - table.start, len(table.sources))
+        place = bisect.bisect_right(self.starts, index) - 1
+        table = self.tables[place]
+        n_slots = len(table.sources)
+        n_rounds, slot = divmod(index - table.start, n_slots)
         return table, n_rounds, slot
 
     def count_uses(self, n_sequences: int) -> list[int]:
@@ -155,14 +162,19 @@ class MixtureSchedule:
         if n_sequences == 0:
             return [0] * len(self.names)
         table, n_rounds, slot = self.locate_slot(n_sequences - 1)
-        started = np.bincount(table.sources[: slot + 1], minlength=len(self.names))
-        whole = np.array(table.n_used) + n_rounds * np.array(table.counts)
-        return (whole + started).tolist()
+        n_used = np.array(table.n_used)
+        n_used += n_rounds * np.array(table.counts)
+        started = table.sources[: slot + 1]
+        n_used += np.bincount(started, minlength=len(self.names))
+        return n_used.tolist()
 
     def compute_epochs(self, n_sequences: int) -> dict[str, float]:
         """Return how many times the run's first sequences read each source."""
-        uses = zip(self.names, self.count_uses(n_sequences), strict=True)
-        return {name: n_used / max(1, self.n_sequences[name]) for name, n_used in uses}
+        epochs = {}
+        uses = self.count_uses(n_sequences)
+        for name, n_used in zip(self.names, uses, strict=True):
+            epochs[name] = n_used / max(1, self.n_sequences[name])
+        return epochs
 
     def data_history(self, n_sequences: int) -> list[MixturePhase]:
         """Return the phases in which the run's first sequences are read."""
@@ -171,7 +183,8 @@ class MixtureSchedule:
     def phase_at(self, sequence: int) -> MixturePhase:
         """Return the phase that reads a global sequence index."""
         starts = [phase.sequence for phase in self.phases]
-        return self.phases[max(0, bisect.bisect_right(starts, sequence) - 1)]
+        place = bisect.bisect_right(starts, sequence) - 1
+        return self.phases[max(0, place)]
 
     def check_max_epochs(self, n_sequences: int, max_epochs: Sequence[tuple[str, float]]) -> None:
         """Check before a run that no source is read too often.
@@ -184,17 +197,20 @@ class MixtureSchedule:
             UserError: names every source that is read too often, and the step until which it lasts.
         """
         limits = dict(max_epochs)
-        unknown = sorted(limits.keys() - {*self.names, "all"})
+        known = {*self.names, "all"}
+        unknown = sorted(limits.keys() - known)
         if unknown:
             raise UserError(
                 f"mixture.max_epochs: no packed source is called {unknown[0]!r}; "
                 f"there are: {', '.join(self.names)}, and all."
             )
+        default = limits.get("all", math.inf)
         excesses = []
         for name, epochs in self.compute_epochs(n_sequences).items():
-            limit = limits.get(name, limits.get("all", math.inf))
+            limit = limits.get(name, default)
             if epochs > limit:
-                last_step = self.step_of(self.find_exhausted(name, limit, n_sequences))
+                last_sequence = self.find_exhausted(name, limit, n_sequences)
+                last_step = self.step_of(last_sequence)
                 excesses.append(
                     f"{name} is read {epochs:.3g} times by step {self.step_of(n_sequences):,} "
                     f"(it lasts until {last_step:,}), {limit:g} allowed"
@@ -215,7 +231,8 @@ class MixtureSchedule:
         def count_epochs(n: int) -> float:
             return self.compute_epochs(n)[name]
 
-        return bisect.bisect_right(range(n_sequences + 1), limit, key=count_epochs) - 1
+        candidates = range(n_sequences + 1)
+        return bisect.bisect_right(candidates, limit, key=count_epochs) - 1
 
 
 def plan_phases(
@@ -234,8 +251,10 @@ def plan_phases(
         if start <= now.step:
             current = dict(shares)
             continue
-        first = now.sequence + (int(start) - now.step) * now.batch_size
-        later.append(MixturePhase(start, first, now.batch_size, dict(shares), now.fingerprint))
+        n_steps = int(start) - now.step
+        sequence = now.sequence + n_steps * now.batch_size
+        phase = dataclasses.replace(now, step=start, sequence=sequence, shares=dict(shares))
+        later.append(phase)
     now = dataclasses.replace(now, shares=current)
     if past:
         continued = dataclasses.replace(past[-1], step=now.step, sequence=now.sequence)
@@ -260,8 +279,9 @@ def schedule_from_history(
 def check_phase_sources(phases: config.Phases, n_sequences: Mapping[str, int]) -> None:
     """Raise UserError for phases out of order, unknown sources or meaningless shares."""
     starts = [step for step, _ in phases]
-    is_rising = all(first < second for first, second in itertools.pairwise(starts))
-    if starts[:1] not in ([], [0]) or not is_rising:
+    is_rising = starts == sorted(set(starts))
+    starts_at_0 = not starts or starts[0] == 0
+    if not starts_at_0 or not is_rising:
         raise UserError(f"mixture.phases: expected steps that start at 0 and rise, got {starts}.")
     for step, shares in phases:
         for name, share in shares.items():
@@ -273,10 +293,11 @@ def check_phase_sources(phases: config.Phases, n_sequences: Mapping[str, int]) -
                 "Give at least one source a share above 0."
             )
         for name, share in shares.items():
-            if 0 < share / total < 1 / MAX_SLOTS:
+            frac = share / total
+            if 0 < frac < 1 / MAX_SLOTS:
                 raise UserError(
                     f"mixture.phases: {name} from step {step}: expected a share of 0 or at least "
-                    f"1/{MAX_SLOTS:,} of the sequences, got {share / total:.2g}."
+                    f"1/{MAX_SLOTS:,} of the sequences, got {frac:.2g}."
                 )
 
 
@@ -289,7 +310,8 @@ def check_share(step: int, name: str, share: float, n_sequences: Mapping[str, in
         raise UserError(
             f"mixture.phases: no packed source is called {name!r} (from step {step}); {hint}"
         )
-    if not isinstance(share, (int, float)) or not math.isfinite(share) or share < 0:
+    is_number = isinstance(share, (int, float)) and math.isfinite(share)
+    if not is_number or share < 0:
         raise UserError(
             f"mixture.phases: {name} from step {step}: expected a share of at least 0, "
             f"got {share!r}."
@@ -311,12 +333,16 @@ def count_slots(shares: Sequence[float]) -> np.ndarray:
     Every share above 0 gets a slot.
     """
     ideal = np.asarray(shares, np.float64) / np.sum(shares)
-    scaled = np.rint(np.arange(1, MAX_SLOTS + 1)[:, None] * ideal)
-    candidates = np.maximum(scaled, ideal > 0).astype(np.int64)
+    is_present = ideal > 0
+    n_slots = np.arange(1, MAX_SLOTS + 1)
+    scaled = np.rint(n_slots[:, None] * ideal)
+    candidates = np.maximum(scaled, is_present).astype(np.int64)
     candidates = candidates[candidates.sum(1) <= MAX_SLOTS]
-    realized = candidates[:, ideal > 0] / candidates.sum(1, keepdims=True)
-    errors = np.abs(realized / ideal[ideal > 0] - 1).max(1)
-    return candidates[np.argmin(errors.round(9))]
+    realized = candidates / candidates.sum(1, keepdims=True)
+    ratios = realized[:, is_present] / ideal[is_present]
+    errors = np.abs(ratios - 1).max(1)
+    best = np.argmin(errors.round(9))
+    return candidates[best]
 
 
 def order_slots(counts: np.ndarray) -> np.ndarray:
@@ -334,10 +360,11 @@ def order_slots(counts: np.ndarray) -> np.ndarray:
     taken = np.zeros_like(counts)
     order = np.empty(n_slots, np.int64)
     for slot in range(n_slots):
-        # in units of 1 / (margin x n_slots)
-        behind = margin * ((slot + 1) * counts - n_slots * taken)
+        due = (slot + 1) * counts
+        behind = margin * (due - n_slots * taken)  # in units of 1 / (margin x n_slots)
         slack = (n_slots * (margin - 1) - behind) / counts
-        chosen = np.argmin(np.where(behind >= n_slots, slack, np.inf))
+        is_eligible = behind >= n_slots
+        chosen = np.argmin(np.where(is_eligible, slack, np.inf))
         order[slot] = chosen
         taken[chosen] += 1
     return present[order]

@@ -53,17 +53,18 @@ BATCH_TOKENS = 2**18  # in an Arrow record batch
 INDEX_FILE = "batches.npy"
 END_OF_STREAM = b"\xff\xff\xff\xff" + bytes(4)  # of Arrow messages, the format datasets reads
 LESSON_FILE = "packaged_pretrain_dataset.parquet"  # of the course's lesson 3
-INT_LIST = pa.list_(pa.int32())
+INT32 = pa.int32()
+INT_LIST = pa.list_(INT32)
 STRING_LIST = pa.list_(pa.string())
-TOKEN_SCHEMA = pa.schema({"id": pa.string(), "ids": INT_LIST, "loss_from": pa.int32()})
+TOKEN_SCHEMA = pa.schema({"id": pa.string(), "ids": INT_LIST, "loss_from": INT32})
 SPLITS = ("train", "heldout")
 
 
 def packed_schema(seq_len: int) -> pa.Schema:
     """Return the schema of the shards."""
-    ids = pa.list_(pa.int32(), seq_len)
-    documents = {"doc_lens": INT_LIST, "doc_ids": STRING_LIST, "loss_from": INT_LIST}
-    return pa.schema({"input_ids": ids, **documents})
+    fields = {"input_ids": pa.list_(INT32, seq_len)}
+    fields |= {"doc_lens": INT_LIST, "doc_ids": STRING_LIST, "loss_from": INT_LIST}
+    return pa.schema(fields)
 
 
 # ---- records: the manifest's counts, and jobs
@@ -191,18 +192,20 @@ def pack_corpus(settings: config.Config, workdir: pathlib.Path, replace: bool = 
     workdir = stage.local_path(workdir)
     inputs = {"corpus": workdir / "corpus", "tokenizer": workdir / "tokenizer"}
     encoder = tokenizer.load_tokenizer(inputs["tokenizer"])
-    layout = PackLayout(settings.pack.seq_len, settings.pack.method, encoder.vocab_size)
+    section = settings.pack
+    layout = PackLayout(section.seq_len, section.method, encoder.vocab_size)
 
     def work(out: pathlib.Path) -> dict[str, Any]:
         corpus, tokenizer_path = (path.resolve() for path in inputs.values())
         where = settings.prepare.executor
-        return pack_splits(corpus, tokenizer_path, out.resolve(), layout, where).to_json()
+        counts = pack_splits(corpus, tokenizer_path, out.resolve(), layout, where)
+        return counts.to_json()
 
     manifest = stage.run_stage(
         "pack",
         workdir / "packed",
         work,
-        config=stage.to_jsonable(settings.pack),
+        config=stage.to_jsonable(section),
         inputs=inputs,
         tokenizer=encoder.fingerprint,
         replace=replace,
@@ -232,10 +235,12 @@ def pack_splits(
     for split in SPLITS:
         for name, paths in tokenizer.list_corpus_files(corpus, split).items():
             files[split, name] = paths
-    if estimate_bytes(itertools.chain(*files.values())) <= MAX_BYTES_IN_PROCESS:
+    n_bytes = estimate_bytes(itertools.chain(*files.values()))
+    if n_bytes <= MAX_BYTES_IN_PROCESS:
         where = "here"
-    outputs = Manifest.load(corpus).outputs
-    checksums = {str(corpus / name): checksum for name, checksum in outputs.items()}
+    checksums = {}
+    for name, checksum in Manifest.load(corpus).outputs.items():
+        checksums[str(corpus / name)] = checksum
     tokenize_jobs = {}
     for key, paths in files.items():
         directory = jobs_dir.joinpath(*key)
@@ -244,7 +249,8 @@ def pack_splits(
     pack_jobs = {}
     for key, jobs in tokenize_jobs.items():
         directory = jobs_dir.joinpath(*key)
-        pack_jobs[key] = plan_pack_jobs(jobs, out.joinpath(*key), directory, layout)
+        shards_dir = out.joinpath(*key)
+        pack_jobs[key] = plan_pack_jobs(jobs, shards_dir, directory, layout)
     run_pack_jobs(where, run_pack_job, pack_jobs.values(), ("packing", "sequences"))
     counts = PackCounts(layout.seq_len, layout.method, layout.vocab_size, {}, {})
     for (split, name), jobs in pack_jobs.items():
@@ -299,22 +305,27 @@ def run_pack_jobs(
         groups: of jobs.
         progress: label and unit of the progress bar.
     """
-    jobs = list(itertools.chain(*groups))
-    jobs = [job for job in jobs if not pathlib.Path(job.result_path).exists()]
+    jobs = []
+    for job in itertools.chain(*groups):
+        if not pathlib.Path(job.result_path).exists():
+            jobs.append(job)
     # with a process per core, the tokenizers library's own threads would only compete
-    has_processes = where != "here" and len(jobs) >= (os.cpu_count() or 1)
+    n_cores = os.cpu_count() or 1
+    has_processes = where != "here" and len(jobs) >= n_cores
     default = "false" if has_processes else "true"
     parallelism = os.environ.get("TOKENIZERS_PARALLELISM", default)
-    jobs = [dataclasses.replace(job, parallelism=parallelism) for job in jobs]
-    left = [job.to_json() for job in jobs]
+    left = []
+    for job in jobs:
+        job = dataclasses.replace(job, parallelism=parallelism)
+        left.append(job.to_json())
+    if where == "here":
+        results = map(run_job, left)
+    else:
+        results = executor.map_jobs(where, run_job, left)
     label, unit = progress
     with stage.progress_bar(label, None, unit) as advance:
-        if where == "here":
-            for fields in left:
-                advance(run_job(fields))
-        else:
-            for n_done in executor.map_jobs(where, run_job, left):
-                advance(n_done)
+        for n_done in results:
+            advance(n_done)
 
 
 def load_results(kind: type[R], jobs: Sequence[PackingJob]) -> list[R]:
@@ -322,7 +333,8 @@ def load_results(kind: type[R], jobs: Sequence[PackingJob]) -> list[R]:
     results = []
     for job in jobs:
         text = pathlib.Path(job.result_path).read_text()
-        results.append(kind.from_json(json.loads(text), job.result_path))
+        result = kind.from_json(json.loads(text), job.result_path)
+        results.append(result)
     return results
 
 
@@ -340,7 +352,8 @@ class Segment(NamedTuple):
     def split(self, start: int, stop: int, part: int) -> Segment:
         """Return the tokens from start to stop as a segment."""
         ids = self.ids[start:stop]
-        loss_from = min(max(self.loss_from - start, 0), len(ids))
+        loss_from = max(self.loss_from - start, 0)
+        loss_from = min(loss_from, len(ids))
         return Segment(ids, self.document, part, loss_from)
 
 
@@ -367,7 +380,8 @@ def plan_tokenize_jobs(
             # the first job of a file checks that it is whole
             sha256 = None if groups[0] else checksums.get(str(file))
             paths = (str(output), f"{output}.json", str(file))
-            jobs.append(TokenizeJob(*paths, sha256, groups, str(tokenizer_path)))
+            job = TokenizeJob(*paths, sha256, groups, str(tokenizer_path))
+            jobs.append(job)
     return jobs
 
 
@@ -389,7 +403,8 @@ def run_tokenize_job(fields: dict[str, Any]) -> int:
     job = TokenizeJob.from_json(fields)
     os.environ["TOKENIZERS_PARALLELISM"] = job.parallelism
     encoder = load_cached_tokenizer(job.tokenizer_path)
-    file, output = pathlib.Path(job.corpus_path), pathlib.Path(job.output_path)
+    file = pathlib.Path(job.corpus_path)
+    output = pathlib.Path(job.output_path)
     if job.sha256 and stage.sha256_file(file) != job.sha256:
         raise UserError(
             f"{file}: its checksum is not the manifest's: it was changed or damaged. "
@@ -400,10 +415,12 @@ def run_tokenize_job(fields: dict[str, Any]) -> int:
     with pa.OSFile(str(output), "wb") as sink, pa.ipc.new_stream(sink, TOKEN_SCHEMA) as stream:
         for batch in iter_text_batches(file, job.row_groups):
             ids, loss_from = encoder.encode_documents(batch.texts, batch.prompt_chars)
-            offsets = np.cumsum([0, *map(len, ids)])
-            flat = np.fromiter(itertools.chain.from_iterable(ids), np.int32, offsets[-1])
-            lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat)
-            columns = [pa.array(batch.ids), lists, pa.array(loss_from, pa.int32())]
+            lengths = map(len, ids)
+            offsets = np.cumsum([0, *lengths])
+            all_ids = itertools.chain.from_iterable(ids)
+            flat = np.fromiter(all_ids, np.int32, offsets[-1])
+            lists = pa.ListArray.from_arrays(pa.array(offsets, INT32), flat)
+            columns = {"id": batch.ids, "ids": lists, "loss_from": loss_from}
             stream.write_batch(pa.record_batch(columns, schema=TOKEN_SCHEMA))
             n_documents += len(batch.texts)
             n_bytes += sum(len(text.encode()) for text in batch.texts)
@@ -431,7 +448,8 @@ def iter_text_batches(file: pathlib.Path, groups: Sequence[int]) -> Iterator[Tex
         UserError: the file cannot be read.
     """
     columns = ["id", "text", "prompt_chars"]
-    batch, n_chars = TextBatch([], [], []), 0
+    batch = TextBatch([], [], [])
+    n_chars = 0
     with corpus_read_errors(file):
         reader = pq.ParquetFile(file)
         for rows in reader.iter_batches(256, row_groups=list(groups), columns=columns):
@@ -442,7 +460,8 @@ def iter_text_batches(file: pathlib.Path, groups: Sequence[int]) -> Iterator[Tex
                 n_chars += len(batch.texts[-1])
                 if n_chars >= MAX_ENCODE_CHARS:
                     yield batch
-                    batch, n_chars = TextBatch([], [], []), 0
+                    batch = TextBatch([], [], [])
+                    n_chars = 0
     if batch.ids:
         yield batch
 
@@ -453,7 +472,8 @@ def corpus_read_errors(file: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, KeyError) as error:
-        line = (str(error) or type(error).__name__).splitlines()[0]
+        message = str(error) or type(error).__name__
+        line, *_ = message.splitlines()
         raise UserError(
             f"{file}: cannot be read as a shard of a corpus ({line}). "
             "Run prepare.py again with --replace."
@@ -481,7 +501,8 @@ def plan_pack_jobs(
     """
     paths = [job.output_path for job in tokenize_jobs]
     lengths = [read_document_lengths(path) for path in paths]
-    starts = np.cumsum([0, *map(len, lengths)]).tolist()  # the first document of each file
+    n_documents = map(len, lengths)
+    starts = np.cumsum([0, *n_documents]).tolist()  # the first document of each file
     all_lengths = np.concatenate(lengths)
     if layout.method == "best_fit":
         ranges = split_windows(all_lengths, layout.seq_len)
@@ -491,13 +512,16 @@ def plan_pack_jobs(
     jobs = []
     for k, (first, stop) in enumerate(ranges):
         first_file = bisect.bisect_right(starts, first) - 1
+        stop_file = bisect.bisect_left(starts, stop)
         documents = []
-        for i in range(first_file, bisect.bisect_left(starts, stop)):
+        for i in range(first_file, stop_file):
             start = max(first - starts[i], 0)
-            documents.append(DocumentRange(paths[i], start, stop - starts[i]))
+            document_range = DocumentRange(paths[i], start, stop - starts[i])
+            documents.append(document_range)
         output = out / f"data-{k:05d}.arrow"
         result_path = str(jobs_dir / f"{output.name}.json")
-        jobs.append(PackJob(str(output), result_path, tuple(documents), layout, streams[k]))
+        job = PackJob(str(output), result_path, tuple(documents), layout, streams[k])
+        jobs.append(job)
     return jobs
 
 
@@ -505,7 +529,8 @@ def read_document_lengths(tokens_path: str) -> np.ndarray:
     """Return the tokens of each document of a file that a TokenizeJob wrote."""
     lengths = [np.zeros(0, np.int64)]
     for batch in pa.ipc.open_stream(pa.memory_map(tokens_path)):
-        lengths.append(np.diff(batch.column("ids").offsets.to_numpy()))
+        offsets = batch.column("ids").offsets.to_numpy()
+        lengths.append(np.diff(offsets))
     return np.concatenate(lengths)
 
 
@@ -516,15 +541,17 @@ def split_windows(lengths: np.ndarray, seq_len: int) -> list[tuple[int, int]]:
     """
     n_segments = np.cumsum(-(-lengths // seq_len))
     n_tokens = np.cumsum(lengths)
-    windows, first = [], 0
+    windows = []
+    first = 0
     segments_before = tokens_before = 0
     while first < len(lengths):
         last_by_segments = np.searchsorted(n_segments, segments_before + WINDOW_SEGMENTS)
         last_by_tokens = np.searchsorted(n_tokens, tokens_before + WINDOW_TOKENS)
-        stop = min(int(min(last_by_segments, last_by_tokens)) + 1, len(lengths))
-        windows.append((first, stop))
-        segments_before, tokens_before = n_segments[stop - 1], n_tokens[stop - 1]
-        first = stop
+        last = int(min(last_by_segments, last_by_tokens, len(lengths) - 1))
+        segments_before = n_segments[last]
+        tokens_before = n_tokens[last]
+        windows.append((first, last + 1))
+        first = last + 1
     return windows
 
 
@@ -533,13 +560,16 @@ def split_stream(
 ) -> tuple[list[tuple[int, int]], list[StreamRange]]:
     """Return the range of documents and of the stream for each shard of method course."""
     ends = np.cumsum(lengths)
-    n_sequences = (int(ends[-1]) if len(ends) else 0) // seq_len
+    n_sequences = int(lengths.sum()) // seq_len
     per_shard = max(1, SHARD_BYTES // (4 * seq_len))
-    ranges, streams = [], []
+    ranges = []
+    streams = []
     for start in range(0, n_sequences, per_shard):
         n = min(per_shard, n_sequences - start)
-        first_token, last_token = start * seq_len, (start + n) * seq_len - 1
-        first, last = np.searchsorted(ends, [first_token, last_token], side="right").tolist()
+        first_token = start * seq_len
+        last_token = first_token + n * seq_len - 1
+        span = np.searchsorted(ends, [first_token, last_token], side="right")
+        first, last = span.tolist()
         position = int(ends[first] - lengths[first])
         ranges.append((first, last + 1))
         streams.append(StreamRange(position, start, n))
@@ -549,31 +579,38 @@ def split_stream(
 def run_pack_job(fields: dict[str, Any]) -> int:
     """Pack documents into one Arrow shard. Return the number of sequences."""
     job = PackJob.from_json(fields)
-    seq_len, stream = job.layout.seq_len, job.stream
-    parts = (read_tokenized_documents(part) for part in job.documents)
+    seq_len = job.layout.seq_len
+    stream = job.stream
+    parts = map(read_tokenized_documents, job.documents)
     documents = itertools.chain.from_iterable(parts)
     if stream is None:
         sequences = pack_best_fit(documents, seq_len)
     else:
         sequences = pack_course(documents, seq_len, stream.position, stream.first_sequence)
         sequences = itertools.islice(sequences, stream.n_sequences)
-    result = write_sequences(sequences, pathlib.Path(job.output_path), job.layout)
+    output = pathlib.Path(job.output_path)
+    result = write_sequences(sequences, output, job.layout)
     stage.write_json_atomic(pathlib.Path(job.result_path), result)
     return result.shard.n_sequences
 
 
 def read_tokenized_documents(documents: DocumentRange) -> Iterator[Segment]:
     """Yield documents of a file that a TokenizeJob wrote."""
-    first, stop, start = documents.first, documents.stop, 0
-    for batch in pa.ipc.open_stream(pa.memory_map(documents.tokens_path)):
-        skipped = max(first - start, 0)
-        part = batch.slice(skipped, max(stop - start - skipped, 0))
+    start = 0
+    stream = pa.ipc.open_stream(pa.memory_map(documents.tokens_path))
+    for batch in stream:
+        skipped = max(documents.first - start, 0)
+        n_left = documents.stop - start - skipped
+        part = batch.slice(skipped, max(n_left, 0))
         start += len(batch)
         column = part.column("ids")
-        offsets, ids = column.offsets.to_numpy(), column.values.to_numpy()
+        offsets = column.offsets.to_numpy()
+        ids = column.values.to_numpy()
         names = part.column("id").to_pylist()
-        for i, loss_from in enumerate(part.column("loss_from").to_pylist()):
-            yield Segment(ids[offsets[i] : offsets[i + 1]], names[i], 0, loss_from)
+        prompt_ends = part.column("loss_from").to_pylist()
+        for i, loss_from in enumerate(prompt_ends):
+            document_ids = ids[offsets[i] : offsets[i + 1]]
+            yield Segment(document_ids, names[i], 0, loss_from)
 
 
 # ---- which segments share a sequence
@@ -589,17 +626,20 @@ def pack_best_fit(documents: Iterable[Segment], seq_len: int) -> Iterator[list[S
     """
     segments = []
     for document in documents:
-        for part, start in enumerate(range(0, len(document.ids), seq_len)):
+        starts = range(0, len(document.ids), seq_len)
+        for part, start in enumerate(starts):
             segments.append(document.split(start, start + seq_len, part))
     sequences: list[list[int]] = []
     not_full: dict[int, list[int]] = {}  # free tokens -> sequences with as many
     free_sizes: list[int] = []  # the keys of not_full, sorted
-    lengths = np.array([len(segment.ids) for segment in segments])
-    for i in np.argsort(-lengths, kind="stable").tolist():
-        length = len(segments[i].ids)
+    lengths = [len(segment.ids) for segment in segments]
+    longest_first = np.argsort(-np.array(lengths), kind="stable")
+    for i in longest_first.tolist():
+        length = lengths[i]
         k = bisect.bisect_left(free_sizes, length)
         if k == len(free_sizes):
-            chosen, free = len(sequences), seq_len
+            chosen = len(sequences)
+            free = seq_len
             sequences.append([])
         else:
             free = free_sizes[k]
@@ -632,13 +672,15 @@ def pack_course(
     """
     sequence: list[Segment] = []
     for document in documents:
-        start, stop = position, position + len(document.ids)
+        start = position
+        stop = start + len(document.ids)
         while position < stop:
             index = position // seq_len
             boundary = (index + 1) * seq_len
             if index >= first_sequence:
                 part = index - start // seq_len
-                sequence.append(document.split(position - start, boundary - start, part))
+                segment = document.split(position - start, boundary - start, part)
+                sequence.append(segment)
             position = min(boundary, stop)
             if position == boundary and sequence:
                 yield sequence
@@ -662,18 +704,22 @@ def write_sequences(
         sink.write(packed_schema(layout.seq_len).serialize())
         while group := list(itertools.islice(sequences, per_batch)):
             message = make_record_batch(group, layout.seq_len).serialize()
-            batches.append((sink.tell(), len(message), len(group), zlib.crc32(message)))
+            checksum = zlib.crc32(message)
+            batches.append((sink.tell(), len(message), len(group), checksum))
             sink.write(message)
             segments = list(itertools.chain.from_iterable(group))
             n_sequences += len(group)
             n_tokens += sum(len(segment.ids) for segment in segments)
             n_split += sum(segment.part == 1 for segment in segments)
             trained = [segment.ids[max(1, segment.loss_from) :] for segment in segments]
-            token_counts += np.bincount(np.concatenate(trained), minlength=layout.vocab_size)
+            targets = np.concatenate(trained)
+            token_counts += np.bincount(targets, minlength=layout.vocab_size)
         sink.write(END_OF_STREAM)
-    shard = PackedShard(file.name, n_sequences, file.stat().st_size)
-    seen = np.flatnonzero(token_counts)
-    counts = dict(zip(seen.tolist(), token_counts[seen].tolist(), strict=True))
+    n_bytes = file.stat().st_size
+    shard = PackedShard(file.name, n_sequences, n_bytes)
+    trained_ids = np.flatnonzero(token_counts)
+    times_trained = token_counts[trained_ids].tolist()
+    counts = dict(zip(trained_ids.tolist(), times_trained, strict=True))
     return PackResult(shard, n_tokens, n_split, counts, tuple(batches))
 
 
@@ -683,14 +729,16 @@ def make_record_batch(sequences: list[list[Segment]], seq_len: int) -> pa.Record
     for row, sequence in zip(ids, sequences, strict=True):
         tokens = np.concatenate([segment.ids for segment in sequence])
         row[: len(tokens)] = tokens
-    offsets = pa.array(np.cumsum([0, *map(len, sequences)]), pa.int32())
+    n_segments = map(len, sequences)
+    offsets = pa.array(np.cumsum([0, *n_segments]), INT32)
     segments = list(itertools.chain.from_iterable(sequences))
     lengths = [len(segment.ids) for segment in segments]
     names = [segment.document for segment in segments]
     loss_from = [segment.loss_from for segment in segments]
-    columns = [pa.array(lengths, pa.int32()), pa.array(names), pa.array(loss_from, pa.int32())]
+    columns = [pa.array(lengths, INT32), pa.array(names), pa.array(loss_from, INT32)]
     lists = [pa.ListArray.from_arrays(offsets, column) for column in columns]
-    input_ids = pa.FixedSizeListArray.from_arrays(pa.array(ids.reshape(-1)), seq_len)
+    flat_ids = pa.array(ids.reshape(-1))
+    input_ids = pa.FixedSizeListArray.from_arrays(flat_ids, seq_len)
     return pa.record_batch([input_ids, *lists], schema=packed_schema(seq_len))
 
 
@@ -714,11 +762,13 @@ def gather_shards(
     token_counts = np.zeros(layout.vocab_size, np.int64)
     index = []
     for k, result in enumerate(results):
-        token_counts[list(result.token_counts)] += list(result.token_counts.values())
+        trained_ids = list(result.token_counts)
+        token_counts[trained_ids] += list(result.token_counts.values())
         index += [(k, *batch) for batch in result.batches]
     np.save(out / INDEX_FILE, np.array(index, np.int64))
     shards = tuple(result.shard for result in results)
-    write_datasets_metadata(out, layout.seq_len, [shard.file for shard in shards])
+    files = [shard.file for shard in shards]
+    write_datasets_metadata(out, layout.seq_len, files)
     if layout.method == "course":
         write_course_parquet(out, shards)
     n_sequences = sum(shard.n_sequences for shard in shards)
@@ -744,7 +794,8 @@ def write_course_parquet(out: pathlib.Path, shards: Sequence[PackedShard]) -> No
     schema = pa.schema({"input_ids": INT_LIST})
     with pq.ParquetWriter(out / LESSON_FILE, schema) as writer:
         for shard in shards:
-            for batch in pa.ipc.open_stream(pa.memory_map(str(out / shard.file))):
+            file = str(out / shard.file)
+            for batch in pa.ipc.open_stream(pa.memory_map(file)):
                 ids = batch.column("input_ids").cast(INT_LIST)
                 writer.write_batch(pa.record_batch([ids], schema=schema))
 
@@ -753,10 +804,10 @@ def write_datasets_metadata(out: pathlib.Path, seq_len: int, files: list[str]) -
     """Write the two JSON files that `datasets.load_from_disk` needs, with every key."""
     integer = {"dtype": "int32", "_type": "Value"}
     string = {"dtype": "string", "_type": "Value"}
-    features: dict[str, Any] = {
-        "input_ids": {"feature": integer, "length": seq_len, "_type": "List"}
-    }
-    for name, value in (("doc_lens", integer), ("doc_ids", string), ("loss_from", integer)):
+    sequence = {"feature": integer, "length": seq_len, "_type": "List"}
+    features: dict[str, Any] = {"input_ids": sequence}
+    values = {"doc_lens": integer, "doc_ids": string, "loss_from": integer}
+    for name, value in values.items():
         features[name] = {"feature": value, "_type": "List"}
     state = {
         "_data_files": [{"filename": file} for file in files],
@@ -767,5 +818,7 @@ def write_datasets_metadata(out: pathlib.Path, seq_len: int, files: list[str]) -
         "_output_all_columns": False,
         "_split": None,
     }
-    for name, value in (("dataset_info.json", {"features": features}), ("state.json", state)):
-        (out / name).write_text(json.dumps(value, indent=1) + "\n")
+    metadata = {"dataset_info.json": {"features": features}, "state.json": state}
+    for name, value in metadata.items():
+        text = json.dumps(value, indent=1)
+        (out / name).write_text(text + "\n")

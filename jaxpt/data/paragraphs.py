@@ -21,7 +21,8 @@ PARAGRAPH_GAP = re.compile(r"(\n{2,})")
 # a paragraph: its hash, its number in the text, its size, the characters of the gaps around it, and
 # how many shorter paragraphs the text has
 SIZE_FIELDS = ("number", "chars", "bytes", "before", "after", "shorter")
-MARK_DTYPE = np.dtype([("digest", "<u8"), *((name, "<u4") for name in SIZE_FIELDS)])
+MARK_FIELDS = [("digest", "<u8"), *((name, "<u4") for name in SIZE_FIELDS)]
+MARK_DTYPE = np.dtype(MARK_FIELDS)
 # a paragraph to remove, with the gap before it; leading: nothing is left before it, so that the gap
 # after it goes instead
 CUT_DTYPE = np.dtype([("row", "<i8"), ("number", "<u4"), ("leading", "?")])
@@ -43,9 +44,10 @@ def mark_text(text: str, least: int) -> bytes:
     for k, part in enumerate(stripped):
         if len(part) < least:
             continue
-        digest = int.from_bytes(hashlib.blake2b(part.encode(), digest_size=8).digest())
-        sizes = (len(raw[k]), len(raw[k].encode()), gaps[k], gaps[k + 1])
-        marks.append((digest, k, *sizes, n_shorter))
+        digest = hashlib.blake2b(part.encode(), digest_size=8).digest()
+        before, after = gaps[k : k + 2]
+        sizes = (k, len(raw[k]), len(raw[k].encode()), before, after, n_shorter)
+        marks.append((int.from_bytes(digest), *sizes))
     return np.array(marks, MARK_DTYPE).tobytes()
 
 
@@ -61,6 +63,12 @@ class MarkedDocuments(NamedTuple):
     rows: np.ndarray
     counts: np.ndarray
     marks: np.ndarray
+
+    @property
+    def starts(self) -> np.ndarray:
+        """[m] the first mark of each document."""
+        ends = np.cumsum(self.counts)
+        return ends - self.counts
 
 
 class RepeatedParagraphs(NamedTuple):
@@ -81,7 +89,7 @@ class RepeatedParagraphs(NamedTuple):
 
 
 def find_repeated_paragraphs(
-    read_marks: Callable[[], Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]], n: int
+    read_marks: Callable[[], Iterator[MarkedDocuments]], n: int
 ) -> RepeatedParagraphs:
     """Find paragraphs that occurred in an earlier document, or earlier in the same.
 
@@ -95,28 +103,31 @@ def find_repeated_paragraphs(
     owners: list[np.ndarray] = [np.empty(0, np.int32)]
     for rows, counts, marks in read_marks():
         digests.append(marks["digest"].copy())
-        owners.append(np.repeat(rows, counts).astype(np.int32))
-    first = dedup.find_exact_duplicates(np.concatenate(digests)[:, None])
+        repeated_rows = np.repeat(rows, counts)
+        owners.append(repeated_rows.astype(np.int32))
+    digest = np.concatenate(digests)
+    first = dedup.find_exact_duplicates(digest[:, None])
     owner = np.concatenate(owners)
-    amounts, start = np.zeros((n, 3), np.int64), 0
+    amounts = np.zeros((n, 3), np.int64)
+    start = 0
     cuts = [np.empty(0, CUT_DTYPE)]
     empty: list[np.ndarray] = [np.empty(0, np.int64)]
     originals: list[np.ndarray] = [np.empty(0, np.int64)]
-    for part in read_marks():
-        documents = MarkedDocuments(*part)
+    for documents in read_marks():
         stop = start + len(documents.marks)
         here = first[start:stop]
-        cut = cut_repeats(documents, here != np.arange(start, stop), amounts)
+        is_repeat = here != np.arange(start, stop)
+        cut = cut_repeats(documents, is_repeat, amounts)
         is_empty = find_emptied(documents, amounts)
         emptied = documents.rows[is_empty]
-        first_marks = np.cumsum([0, *documents.counts])[:-1]
         empty.append(emptied)
-        originals.append(owner[here[first_marks[is_empty]]])
-        cuts.append(cut[~np.isin(cut["row"], emptied)])
+        first_repeats = here[documents.starts[is_empty]]
+        originals.append(owner[first_repeats])
+        is_kept = ~np.isin(cut["row"], emptied)
+        cuts.append(cut[is_kept])
         start = stop
-    return RepeatedParagraphs(
-        amounts, np.concatenate(cuts), np.concatenate(empty), np.concatenate(originals)
-    )
+    joined = map(np.concatenate, (cuts, empty, originals))
+    return RepeatedParagraphs(amounts, *joined)
 
 
 def cut_repeats(
@@ -124,25 +135,32 @@ def cut_repeats(
 ) -> np.ndarray:
     """Return the cuts of repeated paragraphs, and add them to the amounts."""
     repeats = np.flatnonzero(is_repeat)
+    n = len(repeats)
     row = np.repeat(documents.rows, documents.counts)[repeats]
     marks = documents.marks[repeats]
-    cuts = np.empty(len(repeats), CUT_DTYPE)
-    n_before = np.arange(len(repeats)) - np.searchsorted(row, row)  # cut in the same document
-    cuts["row"], cuts["number"] = row, marks["number"]
+    cuts = np.empty(n, CUT_DTYPE)
+    first_in_document = np.searchsorted(row, row)
+    n_before = np.arange(n) - first_in_document  # cut in the same document
+    cuts["row"] = row
+    cuts["number"] = marks["number"]
     cuts["leading"] = marks["number"] == n_before
     gap = np.where(cuts["leading"], marks["after"], marks["before"])
-    sizes = (np.ones(len(repeats)), marks["chars"] + gap, marks["bytes"] + gap)
+    n_chars = marks["chars"] + gap
+    n_bytes = marks["bytes"] + gap
+    sizes = (np.ones(n), n_chars, n_bytes)
     for k, size in enumerate(sizes):
-        amounts[:, k] += np.bincount(row, size, len(amounts)).astype(np.int64)
+        total = np.bincount(row, size, len(amounts))
+        amounts[:, k] += total.astype(np.int64)
     return cuts
 
 
 def find_emptied(documents: MarkedDocuments, amounts: np.ndarray) -> np.ndarray:
     """Return [m] whether every paragraph of a document is cut, and it has no shorter ones."""
     rows, counts, marks = documents
-    is_empty = (counts > 0) & (amounts[rows, 0] == counts)
-    starts = np.cumsum([0, *counts])[:-1]
-    is_empty[is_empty] = marks["shorter"][starts[is_empty]] == 0
+    is_all_cut = amounts[rows, 0] == counts
+    is_empty = is_all_cut & (counts > 0)
+    first_marks = marks[documents.starts[is_empty]]
+    is_empty[is_empty] = first_marks["shorter"] == 0
     return is_empty
 
 
@@ -150,8 +168,9 @@ def remove_spans(text: str, cuts: np.ndarray) -> str:
     """Return the text without the paragraphs of its cuts."""
     parts = PARAGRAPH_GAP.split(text)
     for _, number, leading in cuts.tolist():
-        parts[2 * number] = ""
-        gap = 2 * number + (1 if leading else -1)
+        place = 2 * number
+        parts[place] = ""
+        gap = place + 1 if leading else place - 1
         if gap < len(parts):
             parts[gap] = ""
     return "".join(parts)

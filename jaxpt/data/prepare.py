@@ -14,6 +14,7 @@ jobs that were not done.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import heapq
@@ -52,17 +53,22 @@ TOKEN_BYTES = 4  # bytes per token, about
 MAX_UNREADABLE_SHOWN = 20  # messages per source about what cannot be read
 NOT_SAMPLED = -1  # in place of a rule: prepare.max_mb left the document out
 
-CORPUS_FIELDS = {"id": pa.string(), "source": pa.string(), "text": pa.string()}
-CORPUS_FIELDS |= {"prompt_chars": pa.int32(), "meta": pa.string()}
+STRING = pa.string()
+INT32 = pa.int32()
+INT64 = pa.int64()
+CORPUS_FIELDS = {"id": STRING, "source": STRING, "text": STRING}
+CORPUS_FIELDS |= {"prompt_chars": INT32, "meta": STRING}
 CORPUS_SCHEMA = pa.schema(CORPUS_FIELDS)  # of the shards
-READ_FIELDS = {"id": pa.string(), "text": pa.string(), "prompt_chars": pa.int32()}
-READ_FIELDS |= {"meta": pa.string(), "digest": pa.binary(32)}
-READ_FIELDS |= {"chars": pa.int64(), "bytes": pa.int64()}
+READ_FIELDS = {"id": STRING, "text": STRING, "prompt_chars": INT32, "meta": STRING}
+READ_FIELDS |= {"digest": pa.binary(32), "chars": INT64, "bytes": INT64}
 READ_SCHEMA = pa.schema(READ_FIELDS)
-SAMPLE_SCHEMA = CORPUS_SCHEMA.append(pa.field("reason", pa.string()))
+SAMPLE_SCHEMA = CORPUS_SCHEMA.append(pa.field("reason", STRING))
+EDIT_FIELDS = ("edits", "chars", "bytes")  # edits, and the text after them
 COMPRESSION = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
 # the rules that compare documents
-EXACT, NEAR, PARAGRAPHS = "exact_dedup", "near_dedup", "corpus_paragraphs"
+EXACT = "exact_dedup"
+NEAR = "near_dedup"
+PARAGRAPHS = "corpus_paragraphs"
 SPLITS = ("train", "heldout")
 NO_CUTS = np.empty(0, [("row", np.int64)])
 
@@ -135,19 +141,24 @@ def open_rules(section_json: str) -> tuple[list[filters.Rule], decontaminate.Ngr
         items += benchmarks.read_benchmark(path)
     index = decontaminate.NgramIndex(items, section["decontaminate_ngram"])
     changes = list(section["rules"])
-    if section["near_dedup"] and NEAR not in filters.PRESETS[section["preset"]]:
+    preset = section["preset"]
+    if section["near_dedup"] and NEAR not in filters.PRESETS[preset]:
         changes.append(NEAR)
-    rules = filters.parse_rules(section["preset"], changes)
+    rules = filters.parse_rules(preset, changes)
     if section["decontaminate"]:
         name = "decontaminate"
-        rules.append(filters.Rule(name, drop=index.find_contaminated, help=name))
+        rule = filters.Rule(name, drop=index.find_contaminated, help=name)
+        rules.append(rule)
     # what the other rules drop must not take along a paragraph that stays elsewhere
     return sorted(rules, key=lambda rule: rule.name == PARAGRAPHS), index
 
 
 def find_rule(rules: Sequence[filters.Rule], name: str) -> int | None:
     """Return the index of the rule of this name."""
-    return next((k for k, rule in enumerate(rules) if rule.name == name), None)
+    for k, rule in enumerate(rules):
+        if rule.name == name:
+            return k
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,8 +179,11 @@ class CorpusWork:
         request["rules"] = [rule.help for rule in self.rules]
         if self.tokenizer:
             request["tokenizer"] = self.tokenizer.fingerprint
-        installed = {source.name: source.describe_installation() for source in self.sources}
-        request["installed"] = {name: versions for name, versions in installed.items() if versions}
+        request["installed"] = {}
+        for source in self.sources:
+            versions = source.describe_installation()
+            if versions:
+                request["installed"][source.name] = versions
         return request
 
     def run(self, partial: pathlib.Path) -> dict[str, Any]:
@@ -183,13 +197,18 @@ class CorpusWork:
         drops = decide_drops(table, self.rules)
         matches = write_corpus(runner, table, self.rules, drops, self.section_json, partial)
         if self.section.decontaminate:
-            lines = [json.dumps(match, ensure_ascii=False) + "\n" for match in matches]
+            lines = []
+            for match in matches:
+                line = json.dumps(match, ensure_ascii=False)
+                lines.append(line + "\n")
             (partial / "contaminated.jsonl").write_text("".join(lines))
         token_bytes = estimate_token_bytes(table, self.tokenizer)
         funnel = build_funnel(table, self.rules, drops, token_bytes)
         funnel["unread"] = unread
-        (partial / "funnel.json").write_text(json.dumps(funnel, indent=1) + "\n")
-        if not any(amounts["rows"] for amounts in funnel["train"].values()):
+        text = json.dumps(funnel, indent=1)
+        (partial / "funnel.json").write_text(text + "\n")
+        n_train = sum(amounts["rows"] for amounts in funnel["train"].values())
+        if not n_train:
             raise UserError(
                 f"prepare: none of {len(drops.dropped_by):,} documents is left to train on.\n"
                 f"{format_funnel(funnel)}\nSamples of what each rule dropped are in "
@@ -201,9 +220,11 @@ class CorpusWork:
 
     def count_contaminated(self, matches: list[dict[str, str]]) -> dict[str, int]:
         """Return how many documents matched each benchmark task."""
-        documents = {task: set() for task in sorted({item.task for item in self.index.items})}
+        tasks = {item.task for item in self.index.items}
+        documents = {task: set() for task in sorted(tasks)}
         for match in matches:
-            documents[match["task"]].add(match["id"])
+            ids = documents[match["task"]]
+            ids.add(match["id"])
         return {task: len(ids) for task, ids in documents.items()}
 
 
@@ -224,8 +245,9 @@ def log_counts(counts: dict[str, Any], corpus: pathlib.Path) -> None:
             f"prepare: dropped {n:,} documents that overlap {task}; see {corpus}/contaminated.jsonl"
         )
     for split in SPLITS:
-        n = sum(amounts["rows"] for amounts in counts[split].values())
-        n_bytes = sum(amounts["bytes"] for amounts in counts[split].values())
+        per_source = counts[split].values()
+        n = sum(amounts["rows"] for amounts in per_source)
+        n_bytes = sum(amounts["bytes"] for amounts in per_source)
         log.info(f"prepare: {split}: {n:,} documents ({n_bytes / 1e6:.1f} MB)")
     log.info(f"prepare: wrote {corpus}")
 
@@ -262,7 +284,9 @@ def read_sources(
         The files, and per source what was skipped: records and files by reason, and the first
         messages about what cannot be read.
     """
-    todo, n_bytes, limit = [], 0, int(section.max_mb * 1e6)
+    limit = int(section.max_mb * 1e6)
+    todo = []
+    n_bytes = 0
     for k, source in enumerate(text_sources):
         for part, size in split_source(source):
             job = ReadJob(
@@ -275,11 +299,14 @@ def read_sources(
             todo.append(job)
             n_bytes += size
     in_processes = n_bytes > MAX_INLINE_BYTES["read_part"]
-    results = runner.run(read_part, todo, ("reading", "B", None), in_processes)
+    progress = ("reading", "B", None)
+    results = runner.run(read_part, todo, progress, in_processes)
     files, unread = [], {}
     for k, source in enumerate(text_sources):
-        pairs = zip(todo, results, strict=True)
-        own = [result for job, result in pairs if job.source_index == k]
+        own = []
+        for job, result in zip(todo, results, strict=True):
+            if job.source_index == k:
+                own.append(result)
         source_files, n_taken = collect_read_files(own, k, limit)
         skipped = collect_skipped(own)
         if skipped["counts"]:
@@ -294,26 +321,35 @@ def collect_read_files(
     results: list[dict[str, Any]], source: int, limit: int
 ) -> tuple[list[ReadFile], int]:
     """Return the files of a source and how many documents are taken from them."""
-    paths = [pathlib.Path(path) for result in results for path in result["files"]]
-    rows = [n for result in results for n in result["rows"]]
+    paths: list[pathlib.Path] = []
+    rows: list[int] = []
+    for result in results:
+        paths += map(pathlib.Path, result["files"])
+        rows += result["rows"]
     threshold = min(result["threshold"] for result in results)
     n_taken = sum(rows)
     if limit and paths:
-        numbers = np.concatenate([read_column(path, "digest")[:, 3] for path in paths])
+        digests = [read_column(path, "digest") for path in paths]
+        numbers = np.concatenate(digests)[:, 3]
         sizes = np.concatenate([read_column(path, "bytes") for path in paths])
-        threshold = min(threshold, find_hash_threshold(numbers, sizes, limit))
+        reached = find_hash_threshold(numbers, sizes, limit)
+        threshold = min(threshold, reached)
         n_taken = int((numbers < threshold).sum())
-    files = [ReadFile(path, source, n, threshold) for path, n in zip(paths, rows, strict=True)]
+    files = []
+    for path, n in zip(paths, rows, strict=True):
+        files.append(ReadFile(path, source, n, threshold))
     return files, n_taken
 
 
 def collect_skipped(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what was skipped of a source: "counts" by reason, and the "first" messages."""
-    counts, first = collections.Counter(), []
+    counts = collections.Counter()
+    first = []
     for result in results:
         counts.update(result["unread"])
         first += result["first"]
-    return {"counts": dict(sorted(counts.items())), "first": first[:MAX_UNREADABLE_SHOWN]}
+    by_reason = dict(sorted(counts.items()))
+    return {"counts": by_reason, "first": first[:MAX_UNREADABLE_SHOWN]}
 
 
 def explain_empty_source(
@@ -326,20 +362,26 @@ def explain_empty_source(
             f"{where}: no document fits into prepare.max_mb={max_mb:g}. Raise prepare.max_mb."
         )
     counts = collections.Counter(skipped["counts"]).most_common(3)
-    reasons = "".join(f", {n:,} times {reason}" for reason, n in counts)
-    message = f" ({skipped['first'][0]})" if skipped["first"] else ""
+    reasons = ""
+    for reason, n in counts:
+        reasons += f", {n:,} times {reason}"
+    message = ""
+    if skipped["first"]:
+        message = f" ({skipped['first'][0]})"
     return UserError(f"{where}: no document in it{reasons}{message}. Leave it out.")
 
 
 def split_source(source: sources.TextSource) -> Iterator[tuple[sources.TextSource, int]]:
     """Yield parts of about JOB_BYTES on disk, split between files, and their bytes."""
-    files, n_bytes = [], 0
+    files = []
+    n_bytes = 0
     for file, size in zip(source.files, source.list_file_sizes(), strict=True):
         files.append(file)
         n_bytes += size
         if n_bytes >= JOB_BYTES:
             yield dataclasses.replace(source, files=tuple(files)), n_bytes
-            files, n_bytes = [], 0
+            files = []
+            n_bytes = 0
     if files or not source.files:
         # the size of a source without files is unknown
         n_bytes = n_bytes or MAX_INLINE_BYTES["read_part"]
@@ -350,15 +392,19 @@ def read_part(fields: dict[str, Any], advance: Advance = lambda n: None) -> int:
     """Do a ReadJob and return the bytes of its texts."""
     job = ReadJob.from_json(fields)
     sampler = ByteLimitSampler(job.limit, job.source.kind == "hf")
-    unread, first = collections.Counter(), []
+    unread = collections.Counter()
+    first = []
 
     def skip(reason: str, message: str) -> None:
         unread[reason] += 1
         if reason == sources.READ_ERRORS and len(first) < MAX_UNREADABLE_SHOWN:
             first.append(message)
 
-    stream = sampler.keep_below(job.source.iterate_documents(skip, job.on_error))
-    files, rows, total = [], [], 0
+    documents = job.source.iterate_documents(skip, job.on_error)
+    stream = sampler.keep_below(documents)
+    files = []
+    rows = []
+    total = 0
     for i in itertools.count():
         file = pathlib.Path(f"{job.output_prefix}-{i:05d}.arrow")
         n_rows, n_bytes = write_read_file(file, stream, job.max_bytes, advance)
@@ -378,23 +424,31 @@ def write_read_file(
 ) -> tuple[int, int]:
     """Write the next rows of about max_bytes of text. Return their number and bytes."""
     n_rows = n_bytes = 0
-    with (
-        open_atomic(file, file.parent) as temporary,
-        pa.OSFile(str(temporary), "wb") as sink,
-        pa.ipc.new_file(sink, READ_SCHEMA, options=COMPRESSION) as out,
-    ):
+    with open_arrow_writer(file, READ_SCHEMA) as out:
         while n_bytes < max_bytes:
-            batch = take_batch(stream, min(BATCH_BYTES, max_bytes - n_bytes))
+            n_left = max_bytes - n_bytes
+            batch = take_batch(stream, min(BATCH_BYTES, n_left))
             if not batch:
                 break
-            columns = zip(zip(*batch, strict=True), READ_SCHEMA, strict=True)
-            arrays = [extract_column(values, field) for values, field in columns]
+            columns = zip(*batch, strict=True)
+            arrays = list(map(extract_column, columns, READ_SCHEMA))
             out.write_batch(pa.record_batch(arrays, schema=READ_SCHEMA))
             size = sum(row[-1] for row in batch)
             n_rows += len(batch)
             n_bytes += size
             advance(size)
     return n_rows, n_bytes
+
+
+@contextlib.contextmanager
+def open_arrow_writer(file: pathlib.Path, schema: pa.Schema) -> Iterator[Any]:
+    """Open an Arrow file for record batches. It gets its name when it is complete."""
+    with (
+        open_atomic(file, file.parent) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, schema, options=COMPRESSION) as out,
+    ):
+        yield out
 
 
 def extract_column(values: Sequence[Any], field: pa.Field) -> pa.Array:
@@ -405,9 +459,11 @@ def extract_column(values: Sequence[Any], field: pa.Field) -> pa.Array:
     """
     if field.name != "text":
         return pa.array(values, field.type)
-    offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
-    data = pa.py_buffer(b"".join(values))
-    return pa.StringArray.from_buffers(len(values), pa.py_buffer(offsets), data)
+    lengths = map(len, values)
+    offsets = np.cumsum([0, *lengths], dtype=np.int32)
+    data = b"".join(values)
+    buffers = map(pa.py_buffer, (offsets, data))
+    return pa.StringArray.from_buffers(len(values), *buffers)
 
 
 def take_batch(stream: Iterator[tuple], max_bytes: int) -> list[tuple]:
@@ -431,7 +487,9 @@ class ByteLimitSampler:
 
     def __init__(self, limit: int, is_streamed: bool):
         """Start with nothing taken."""
-        self.limit, self.is_streamed, self.threshold = limit, is_streamed, 2**64
+        self.limit = limit
+        self.is_streamed = is_streamed
+        self.threshold = 2**64
         self.total = 0
         self.kept: list[tuple[int, int]] = []  # heap of (-sampling number, bytes)
 
@@ -454,17 +512,23 @@ class ByteLimitSampler:
         """Count a document in and push out those with the largest numbers."""
         if not self.is_streamed:
             heapq.heappush(self.kept, (-number, size))
-        while self.kept and (self.total > self.limit or -self.kept[0][0] >= self.threshold):
-            negative, removed = heapq.heappop(self.kept)
-            self.threshold = min(self.threshold, -negative)
+        while self.kept:
+            largest = -self.kept[0][0]
+            if self.total <= self.limit and largest < self.threshold:
+                break
+            _, removed = heapq.heappop(self.kept)
+            self.threshold = min(self.threshold, largest)
             self.total -= removed
 
 
 def find_hash_threshold(numbers: np.ndarray, sizes: np.ndarray, limit: int) -> int:
     """Return the smallest sampling number whose document does not fit any more."""
     order = np.argsort(numbers)
-    n_fitting = np.searchsorted(np.cumsum(sizes[order]), limit, "right")
-    return int(numbers[order[n_fitting]]) if n_fitting < len(order) else 2**64
+    total = np.cumsum(sizes[order])
+    n_fitting = np.searchsorted(total, limit, "right")
+    if n_fitting == len(order):
+        return 2**64
+    return int(numbers[order[n_fitting]])
 
 
 # ---- second pass: each text is judged alone
@@ -487,16 +551,18 @@ class DocumentTable:
 
     def iterate_files(self, *columns: str) -> Iterator[tuple]:
         """Yield for each file the slice of its rows, its source and the columns."""
-        for file, judged, start in zip(self.files, self.judged, self.starts, strict=False):
+        for k, file in enumerate(self.files):
             values = []
             for name in columns:
-                path = file.path if name in READ_SCHEMA.names else judged
+                path = file.path if name in READ_SCHEMA.names else self.judged[k]
                 values.append(read_column(path, name))
-            yield slice(start, start + file.n), file.source, *values
+            rows = slice(*self.starts[k : k + 2])
+            yield rows, file.source, *values
 
     def read_all(self, column: str) -> np.ndarray:
         """Return a column, [n]."""
-        return np.concatenate([values for _, _, values in self.iterate_files(column)])
+        parts = [values for _, _, values in self.iterate_files(column)]
+        return np.concatenate(parts)
 
     def locate(self, first: int, stop: int) -> list[FilePart]:
         """Return the files that hold rows from `first` up to `stop`."""
@@ -504,8 +570,9 @@ class DocumentTable:
         j = np.searchsorted(self.starts, stop)
         parts = []
         for k in range(i, j):
-            paths = str(self.files[k].path), str(self.judged[k])
-            parts.append((*paths, int(self.starts[k])))
+            path = str(self.files[k].path)
+            judged = str(self.judged[k])
+            parts.append((path, judged, int(self.starts[k])))
         return parts
 
 
@@ -519,9 +586,8 @@ def read_column(path: pathlib.Path, name: str) -> Any:
         Numbers as an array, digests as [n, bytes / 8] uint64, bytes as Arrow has them.
     """
     with pa.OSFile(str(path)) as file:
-        index = pa.ipc.open_file(file).schema.get_field_index(name)
-        options = pa.ipc.IpcReadOptions(included_fields=[index], use_threads=False)
-        reader = pa.ipc.open_file(file, options=options)
+        schema = pa.ipc.open_file(file).schema
+        reader = open_one_column(file, schema.get_field_index(name))
         column = reader.read_all().column(0).combine_chunks()
     if pa.types.is_binary(column.type):
         return column
@@ -530,10 +596,17 @@ def read_column(path: pathlib.Path, name: str) -> Any:
     return column.to_numpy()
 
 
+def open_one_column(file: pa.OSFile, index: int) -> Any:
+    """Return the reader of a single column of an Arrow file."""
+    options = pa.ipc.IpcReadOptions(included_fields=[index], use_threads=False)
+    return pa.ipc.open_file(file, options=options)
+
+
 def number_texts(digests: pa.FixedSizeBinaryArray) -> np.ndarray:
     """Return n digests as [n, bytes / 8] uint64."""
     width = digests.type.byte_width // 8
-    buffer, start = digests.buffers()[1], digests.offset * width * 8
+    _, buffer = digests.buffers()
+    start = digests.offset * width * 8
     numbers = np.frombuffer(buffer, ">u8", len(digests) * width, start)
     return numbers.reshape(-1, width).astype(np.uint64)
 
@@ -557,7 +630,8 @@ def judge_documents(
     rules: Sequence[filters.Rule],
 ) -> DocumentTable:
     """Run the rules over the texts, wherever the executor runs and in any order."""
-    starts = np.cumsum([0, *(file.n for file in files)])
+    lengths = [file.n for file in files]
+    starts = np.cumsum([0, *lengths])
     repeats = None
     if find_rule(rules, EXACT) is not None:
         repeats = str(runner.state_dir / "repeats.npy")
@@ -576,8 +650,12 @@ def judge_documents(
     in_processes = n_bytes > MAX_INLINE_BYTES["judge_file"]
     progress = "judging", "documents", int(starts[-1])
     results = runner.run(judge_file, todo, progress, in_processes)
-    judged = [pathlib.Path(next(iter(result["files"]))) for result in results]
-    heldout = int(json.loads(section)["heldout_frac"] * 2**64)
+    judged = []
+    for result in results:
+        first_file = next(iter(result["files"]))
+        judged.append(pathlib.Path(first_file))
+    heldout_frac = json.loads(section)["heldout_frac"]
+    heldout = int(heldout_frac * 2**64)
     return DocumentTable(names, files, judged, starts, heldout)
 
 
@@ -603,15 +681,18 @@ def make_judged_schema(rules: Sequence[filters.Rule]) -> pa.Schema:
     K.edits, K.chars, K.bytes: of the editing rule K, its edits and the text after it.
     K.mark: of a comparing rule K but near_dedup.
     """
-    fields = {"failed": pa.int16(), "reason": pa.string()}
-    fields |= {"new.text": pa.string(), "new.meta": pa.string(), "new.prompt_chars": pa.int32()}
-    fields |= {"new.chars": pa.int64(), "new.bytes": pa.int64()}
+    fields = {"failed": pa.int16(), "reason": STRING}
+    fields |= {"new.text": STRING, "new.meta": STRING, "new.prompt_chars": INT32}
+    fields |= {"new.chars": INT64, "new.bytes": INT64}
     fields |= {"split": pa.uint64(), "show": pa.uint64()}
     for k, rule in enumerate(rules):
         if rule.edit:
-            fields |= {f"{k}.{name}": pa.int64() for name in ("edits", "chars", "bytes")}
-        elif rule.name in (EXACT, PARAGRAPHS):
-            fields[f"{k}.mark"] = pa.binary(16) if rule.name == EXACT else pa.binary()
+            for name in EDIT_FIELDS:
+                fields[f"{k}.{name}"] = INT64
+        elif rule.name == EXACT:
+            fields[f"{k}.mark"] = pa.binary(16)
+        elif rule.name == PARAGRAPHS:
+            fields[f"{k}.mark"] = pa.binary()
     return pa.schema(fields)
 
 
@@ -619,16 +700,16 @@ def judge_file(fields: dict[str, Any], advance: Advance = lambda n: None) -> int
     """Do a JudgeJob: write the verdicts beside the file. Return the number of documents."""
     job = JudgeJob.from_json(fields)
     rules, _ = open_rules(job.section)
-    schema, file = make_judged_schema(rules), pathlib.Path(f"{job.output_prefix}.arrow")
-    repeats = np.load(job.repeats, mmap_mode="r") if job.repeats else None
-    signatures, n = [], 0
-    with (
-        open_atomic(file, file.parent) as temporary,
-        pa.OSFile(str(temporary), "wb") as sink,
-        pa.ipc.new_file(sink, schema, options=COMPRESSION) as out,
-    ):
+    file = pathlib.Path(f"{job.output_prefix}.arrow")
+    repeats = None
+    if job.repeats:
+        repeats = np.load(job.repeats, mmap_mode="r")
+    signatures = []
+    n = 0
+    with open_arrow_writer(file, make_judged_schema(rules)) as out:
         for batch in iterate_batches_of_file(job.file):
-            is_taken = number_texts(batch.column("digest"))[:, 3] < job.threshold
+            digests = number_texts(batch.column("digest"))
+            is_taken = digests[:, 3] < job.threshold
             is_repeat = np.zeros_like(is_taken)
             if repeats is not None:
                 start = job.start + n
@@ -658,29 +739,35 @@ class Verdicts:
         """Start with no document judged."""
         names = sources.Document._fields
         columns = [batch.column(name).to_pylist() for name in names]
-        self.documents = [sources.Document(*row) for row in zip(*columns, strict=True)]
-        self.rules, self.schema = rules, make_judged_schema(rules)
+        self.documents = list(map(sources.Document, *columns))
+        self.rules = rules
+        self.schema = make_judged_schema(rules)
         self.signatures: dict[int, bytes] = {}
         self.columns: dict[str, Any] = {}
-        blank = {pa.string(): None, pa.binary(16): bytes(16), pa.binary(): b""}
+        n = len(self.documents)
+        blank = {STRING: None, pa.binary(16): bytes(16), pa.binary(): b""}
         for field in self.schema:
             if field.type in blank:
-                self.columns[field.name] = [blank[field.type]] * len(self.documents)
+                column = [blank[field.type]] * n
             else:
-                self.columns[field.name] = np.zeros(len(self.documents), str(field.type))
+                column = np.zeros(n, str(field.type))
+            self.columns[field.name] = column
         self.columns["failed"][:] = NOT_SAMPLED
         digests = number_texts(batch.column("digest"))
-        self.columns["split"], self.columns["show"] = digests[:, 2:].T.copy()
+        self.columns["split"] = digests[:, 2].copy()
+        self.columns["show"] = digests[:, 3].copy()
         for name in ("prompt_chars", "chars", "bytes"):
             self.columns[f"new.{name}"][:] = batch.column(name)
 
     def judge(self, mask: np.ndarray, rules: list[filters.Rule]) -> None:
         """Apply rules to some documents."""
         places = np.flatnonzero(mask).tolist()
-        judged = filters.apply_rules([self.documents[i] for i in places], rules)
+        documents = [self.documents[i] for i in places]
+        judged = filters.apply_rules(documents, rules)
         self.columns["failed"][places] = judged.failed_rule
-        for i, reason, document in zip(places, judged.reasons, judged.documents, strict=True):
+        for i, reason in zip(places, judged.reasons, strict=True):
             self.columns["reason"][i] = reason or None
+        for i, document in zip(places, judged.documents, strict=True):
             self.set_document(i, document)
         for k, edits in judged.edits.items():
             for i, edit in zip(places, edits, strict=True):
@@ -693,33 +780,39 @@ class Verdicts:
 
     def set_document(self, i: int, document: sources.Document) -> None:
         """Set what document i has become."""
-        if document.meta != self.documents[i].meta:
+        original = self.documents[i]
+        if document.meta != original.meta:
             self.columns["new.meta"][i] = document.meta
-        if document.text == self.documents[i].text:
+        if document.text == original.text:
             return
         self.columns["new.text"][i] = document.text
         self.columns["new.prompt_chars"][i] = document.prompt_chars
-        numbers = np.frombuffer(dedup.hash_text(document.text.encode())[16:], ">u8")
-        self.columns["split"][i], self.columns["show"][i] = numbers
+        digest = dedup.hash_text(document.text.encode())
+        _, _, split, show = np.frombuffer(digest, ">u8")
+        self.columns["split"][i] = split
+        self.columns["show"][i] = show
 
     def set_edit(self, i: int, k: int, edit: tuple[int, int, int]) -> None:
         """Set the edits that rule k made in document i, and the size of the text after it."""
-        for name, value in zip(("edits", "chars", "bytes"), edit, strict=True):
+        for name, value in zip(EDIT_FIELDS, edit, strict=True):
             self.columns[f"{k}.{name}"][i] = value
-        self.columns["new.chars"][i], self.columns["new.bytes"][i] = edit[1:]
+        _, n_chars, n_bytes = edit
+        self.columns["new.chars"][i] = n_chars
+        self.columns["new.bytes"][i] = n_bytes
 
     def set_mark(self, i: int, k: int, mark: bytes) -> None:
         """Set the mark of the comparing rule k."""
         name = self.rules[k].name
         if name == NEAR:
             self.signatures[i] = mark
-        else:
-            self.columns[f"{k}.mark"][i] = mark[:16] if name == EXACT else mark
+            return
+        if name == EXACT:
+            mark = mark[:16]
+        self.columns[f"{k}.mark"][i] = mark
 
     def build_batch(self) -> pa.RecordBatch:
         """Return the columns as Arrow has them."""
-        arrays = [pa.array(self.columns[field.name], field.type) for field in self.schema]
-        return pa.record_batch(arrays, schema=self.schema)
+        return pa.record_batch(self.columns, schema=self.schema)
 
     def list_signatures(self) -> list[bytes]:
         """Return the signatures of the documents that came as far as near_dedup."""
@@ -730,10 +823,10 @@ def count_batch_rows(path: str | pathlib.Path) -> list[int]:
     """Return the rows of each batch of a file, from its smallest column."""
     with pa.OSFile(str(path)) as file:
         schema = pa.ipc.open_file(file).schema
-        smallest = next(i for i, field in enumerate(schema) if pa.types.is_integer(field.type))
-        options = pa.ipc.IpcReadOptions(included_fields=[smallest], use_threads=False)
-        reader = pa.ipc.open_file(file, options=options)
-        return [reader.get_batch(i).num_rows for i in range(reader.num_record_batches)]
+        is_integer = [pa.types.is_integer(field.type) for field in schema]
+        reader = open_one_column(file, is_integer.index(True))
+        batches = map(reader.get_batch, range(reader.num_record_batches))
+        return [batch.num_rows for batch in batches]
 
 
 def iterate_batches_of_file(
@@ -741,14 +834,19 @@ def iterate_batches_of_file(
 ) -> Iterator[pa.RecordBatch]:
     """Yield the rows of a file from `first` up to `stop`, a few at a time."""
     with pa.OSFile(str(path)) as file:
-        reader = pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(use_threads=False))
+        options = pa.ipc.IpcReadOptions(use_threads=False)
+        reader = pa.ipc.open_file(file, options=options)
         start = 0
         for i, n_rows in enumerate(count_batch_rows(path)):
             end = start + n_rows
-            if end > first and (stop is None or start < stop):
-                low = max(first - start, 0)
-                high = (end if stop is None else min(stop, end)) - start
-                yield reader.get_batch(i).slice(low, high - low)
+            if stop is not None and start >= stop:
+                return
+            if end > first:
+                skipped = max(first - start, 0)
+                batch = reader.get_batch(i).slice(skipped)
+                if stop is not None:
+                    batch = batch.slice(0, stop - start - skipped)
+                yield batch
             start = end
 
 
@@ -776,31 +874,37 @@ def decide_drops(table: DocumentTable, rules: Sequence[filters.Rule]) -> Drops:
     stays.
     """
     failed = table.read_all("failed")
-    dropped_by, original, repeated = failed.copy(), np.full(len(failed), -1), None
+    dropped_by = failed.copy()
+    original = np.full(len(failed), -1)
+    repeated = None
     for k, rule in enumerate(rules):
         is_alive = dropped_by > k
         if rule.name == PARAGRAPHS:
             read_marks = functools.partial(read_paragraph_marks, table, k, is_alive)
             repeated = paragraphs.find_repeated_paragraphs(read_marks, len(failed))
-            dropped_by[repeated.empty], original[repeated.empty] = k, repeated.original
+            dropped_by[repeated.empty] = k
+            original[repeated.empty] = repeated.original
         elif rule.mark:
             if rule.name == NEAR:
                 paths = [judged.with_suffix("") for judged in table.judged]
-                first = dedup.find_near_duplicates(paths, dropped_by[failed > k] > k)
+                is_candidate = dropped_by[failed > k] > k
+                first = dedup.find_near_duplicates(paths, is_candidate)
             else:
-                parts = table.iterate_files(f"{k}.mark")
-                marks = [mark[is_alive[rows]] for rows, _, mark in parts]
+                marks = []
+                for rows, _, mark in table.iterate_files(f"{k}.mark"):
+                    marks.append(mark[is_alive[rows]])
                 first = dedup.find_exact_duplicates(np.concatenate(marks))
             alive = np.flatnonzero(is_alive)
             is_repeat = first != np.arange(len(alive))
             repeats = alive[is_repeat]
-            dropped_by[repeats], original[repeats] = k, alive[first[is_repeat]]
+            dropped_by[repeats] = k
+            original[repeats] = alive[first[is_repeat]]
     return Drops(dropped_by, original, repeated)
 
 
 def read_paragraph_marks(
     table: DocumentTable, k: int, is_alive: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+) -> Iterator[paragraphs.MarkedDocuments]:
     """Yield what `paragraphs.find_repeated_paragraphs` reads, of rule k and the rows so far.
 
     What has a prompt is left as it is.
@@ -808,11 +912,12 @@ def read_paragraph_marks(
     for rows, _, prompts, marks in table.iterate_files("new.prompt_chars", f"{k}.mark"):
         mask = is_alive[rows] & (prompts == 0)
         marks = marks.filter(pa.array(mask))
-        counts = (
-            pc.call_function("binary_length", [marks]).to_numpy() // paragraphs.MARK_DTYPE.itemsize
-        )
-        values = np.frombuffer(b"".join(marks.to_pylist()), paragraphs.MARK_DTYPE)
-        yield rows.start + np.flatnonzero(mask), counts, values
+        n_bytes = pc.call_function("binary_length", [marks]).to_numpy()
+        counts = n_bytes // paragraphs.MARK_DTYPE.itemsize
+        joined = b"".join(marks.to_pylist())
+        values = np.frombuffer(joined, paragraphs.MARK_DTYPE)
+        marked_rows = rows.start + np.flatnonzero(mask)
+        yield paragraphs.MarkedDocuments(marked_rows, counts, values)
 
 
 # ---- third pass: what stays goes to its split, and a sample of what is dropped is kept
@@ -850,15 +955,19 @@ def write_corpus(
     Returns:
         What `decontaminate` dropped: each document with each item and the words that they share.
     """
-    sampled = pick_samples(table.read_all("show"), drops.dropped_by, len(rules))
+    show = table.read_all("show")
+    sampled = pick_samples(show, drops.dropped_by, len(rules))
     originals = drops.original[sampled]
     originals = np.unique(originals[originals >= 0])
-    todo = plan_shards(runner.state_dir, table, drops, section, out, (sampled, originals))
+    lookups = (sampled, originals)
+    todo = plan_shards(runner.state_dir, table, drops, section, out, lookups)
+    planned = {job.file for job in todo}
     for split in SPLITS:
-        (out / split).mkdir(exist_ok=True)
-        # those of other jobs were written before the code was changed
-        for file in set(map(str, (out / split).iterdir())) - {job.file for job in todo}:
-            pathlib.Path(file).unlink()
+        directory = out / split
+        directory.mkdir(exist_ok=True)
+        for file in list(directory.iterdir()):
+            if str(file) not in planned:  # written before the code was changed
+                file.unlink()
     total = sum(job.stop - job.first for job in todo)
     n_bytes = sum(file.path.stat().st_size for file in table.files)
     in_processes = n_bytes > MAX_INLINE_BYTES["write_corpus_shard"]
@@ -866,7 +975,10 @@ def write_corpus(
     n_threads = os.cpu_count() or 1
     results = runner.run(write_corpus_shard, todo, progress, in_processes, n_threads)
     write_samples(results, rules, drops, out / "dropped")
-    return [match for result in results for match in result["contaminated"]]
+    matches = []
+    for result in results:
+        matches += result["contaminated"]
+    return matches
 
 
 def plan_shards(
@@ -878,28 +990,36 @@ def plan_shards(
     lookups: tuple[np.ndarray, np.ndarray],
 ) -> list[WriteJob]:
     """Return a job per shard. The training jobs cover all rows: they look up single documents."""
-    decided, cuts = state_dir / "dropped_by.npy", None
+    decided = state_dir / "dropped_by.npy"
     np.save(decided, drops.dropped_by)
+    cuts = None
     if drops.repeated:
         cuts = str(state_dir / "cuts.npy")
         np.save(cuts, drops.repeated.cuts)
-    n_rules = len(open_rules(section)[0])
+    rules, _ = open_rules(section)
     shard_bytes = json.loads(section)["shard_mb"] * 1_000_000
-    sizes, numbers = table.read_all("new.bytes"), table.read_all("split")
-    of_source = np.array([file.source for file in table.files])
+    sizes = table.read_all("new.bytes")
+    numbers = table.read_all("split")
+    of_source = [file.source for file in table.files]
     todo = []
     for (k, name), split in itertools.product(enumerate(table.names), SPLITS):
-        low, high = (int(table.starts[i]) for i in np.searchsorted(of_source, [k, k + 1]))
+        files = np.searchsorted(of_source, [k, k + 1])
+        low, high = table.starts[files].tolist()
         rows = slice(low, high)
-        kept = is_kept(drops.dropped_by[rows], numbers[rows], split, n_rules, table.heldout)
-        bounds = split_shards(np.where(kept, sizes[rows], 0), shard_bytes) + low
-        for n, (first, stop) in enumerate(itertools.pairwise(bounds.tolist())):
+        dropped_by = drops.dropped_by[rows]
+        kept = is_kept(dropped_by, numbers[rows], split, len(rules), table.heldout)
+        kept_sizes = np.where(kept, sizes[rows], 0)
+        bounds = split_shards(kept_sizes, shard_bytes) + low
+        spans = itertools.pairwise(bounds.tolist())
+        for n, (first, stop) in enumerate(spans):
             file = None
             if kept[first - low : stop - low].any():
                 file = str(out / split / f"{name}-{n:05d}.parquet")
-            if not file and split != "train":
+            sampled, originals = (), ()
+            if split == "train":
+                sampled, originals = (select_rows(part, first, stop) for part in lookups)
+            elif not file:
                 continue
-            here = [tuple(part[(part >= first) & (part < stop)].tolist()) for part in lookups]
             job = WriteJob(
                 section=section,
                 name=name,
@@ -911,12 +1031,18 @@ def plan_shards(
                 stop=stop,
                 dropped_by=str(decided),
                 heldout=table.heldout,
-                sampled=here[0] if split == "train" else (),
-                originals=here[1] if split == "train" else (),
+                sampled=sampled,
+                originals=originals,
                 cuts=cuts,
             )
             todo.append(job)
     return todo
+
+
+def select_rows(rows: np.ndarray, first: int, stop: int) -> tuple[int, ...]:
+    """Return the sorted rows from `first` up to `stop`."""
+    bounds = np.searchsorted(rows, [first, stop])
+    return tuple(rows[slice(*bounds)].tolist())
 
 
 def write_samples(
@@ -928,18 +1054,24 @@ def write_samples(
     """Write DIRECTORY/RULE.parquet for each rule that dropped documents."""
     ids, samples = {}, {}
     for result in results:
-        ids |= {int(row): id for row, id in result["ids"].items()}
-        samples |= {int(row): sample for row, sample in result["samples"].items()}
+        # the keys of a JSON object are strings
+        for row, id in result["ids"].items():
+            ids[int(row)] = id
+        for row, sample in result["samples"].items():
+            samples[int(row)] = sample
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
     for row, sample in samples.items():
-        if drops.original[row] >= 0:
-            sample["reason"] = f"repeats {ids[int(drops.original[row])]}"
+        original = int(drops.original[row])
+        if original >= 0:
+            sample["reason"] = f"repeats {ids[original]}"
     for k, rule in enumerate(rules):
-        own = [samples[row] for row in sorted(samples) if drops.dropped_by[row] == k]
-        if own:
+        rows = [row for row in sorted(samples) if drops.dropped_by[row] == k]
+        if rows:
+            own = [samples[row] for row in rows]
             table = pa.Table.from_pylist(own, SAMPLE_SCHEMA)
-            pq.write_table(table, directory / f"{rule.name}.parquet", compression="zstd")
+            file = directory / f"{rule.name}.parquet"
+            pq.write_table(table, file, compression="zstd")
 
 
 def is_kept(
@@ -949,8 +1081,10 @@ def is_kept(
 
     The text alone decides, so that none changes its split as a corpus grows.
     """
-    is_heldout = numbers < heldout
-    return (dropped_by == n_rules) & (is_heldout == (split == "heldout"))
+    is_in_split = numbers < heldout
+    if split == "train":
+        is_in_split = ~is_in_split
+    return is_in_split & (dropped_by == n_rules)
 
 
 def pick_samples(show: np.ndarray, dropped_by: np.ndarray, n_rules: int) -> np.ndarray:
@@ -968,15 +1102,18 @@ def split_shards(sizes: np.ndarray, max_bytes: int, max_rows: int | None = None)
 
     Each shard but the last just reaches max_bytes, or has max_rows.
     """
-    total, bounds = np.cumsum(sizes), [0]
+    total = np.cumsum(sizes)
+    bounds = [0]
     while True:
         first = bounds[-1]
         before = total[first - 1] if first else 0
         end = int(np.searchsorted(total, max_bytes + before)) + 1
         if max_rows:
             end = min(end, first + max_rows)
-        if end >= len(sizes) or total[end - 1] == total[-1]:
-            return np.array([*bounds, len(sizes)])
+        is_last = end >= len(sizes) or total[end - 1] == total[-1]
+        if is_last:
+            bounds.append(len(sizes))
+            return np.array(bounds)
         bounds.append(end)
 
 
@@ -984,14 +1121,16 @@ def write_corpus_shard(fields: dict[str, Any], advance: Advance = lambda n: None
     """Do a WriteJob and return the rows that it passed."""
     job = WriteJob.from_json(fields)
     writer = ShardWriter(job)
+    tables = writer.iterate_tables(advance)
+    files = []
     if job.file:
-        with open_atomic(pathlib.Path(job.file), pathlib.Path(job.output_prefix).parent) as path:
-            write_row_groups(path, writer.iterate_tables(advance), writer.split_groups())
-        files = [pathlib.Path(job.file)]
-    else:
-        for _ in writer.iterate_tables(advance):
-            pass
-        files = []
+        files.append(pathlib.Path(job.file))
+        temporary_dir = pathlib.Path(job.output_prefix).parent
+        with open_atomic(files[0], temporary_dir) as path:
+            write_row_groups(path, tables, writer.split_groups())
+    # the rest has rows of the other split, but documents may be looked up in it
+    for _ in tables:
+        pass
     result = {"samples": writer.samples, "ids": writer.ids, "contaminated": writer.contaminated}
     write_job_result(job, files, **result)
     return job.stop - job.first
@@ -1004,10 +1143,15 @@ class ShardWriter:
         """Read what was decided of the rows."""
         self.job = job
         self.rules, self.index = open_rules(job.section)
-        self.dropped_by = np.load(job.dropped_by, mmap_mode="r")[job.first : job.stop]
-        self.cuts = np.load(job.cuts, mmap_mode="r") if job.cuts else NO_CUTS
-        # of each file's rows
-        self.spans = [(max(job.first - row, 0), job.stop - row) for _, _, row in job.parts]
+        dropped_by = np.load(job.dropped_by, mmap_mode="r")
+        self.dropped_by = dropped_by[job.first : job.stop]
+        self.cuts = NO_CUTS
+        if job.cuts:
+            self.cuts = np.load(job.cuts, mmap_mode="r")
+        self.spans: list[tuple[int, int]] = []  # of each file's rows
+        for _, _, start in job.parts:
+            first = max(job.first - start, 0)
+            self.spans.append((first, job.stop - start))
         numbers = self.read_judged("split")
         self.kept = is_kept(self.dropped_by, numbers, job.split, len(self.rules), job.heldout)
         self.samples: dict[int, dict[str, Any]] = {}
@@ -1016,16 +1160,17 @@ class ShardWriter:
 
     def read_judged(self, name: str) -> np.ndarray:
         """Return a judged column of the job's rows."""
-        parts = zip(self.job.parts, self.spans, strict=True)
-        columns = [
-            read_column(pathlib.Path(judged), name)[slice(*span)] for (_, judged, _), span in parts
-        ]
+        columns = []
+        for (_, judged, _), span in zip(self.job.parts, self.spans, strict=True):
+            column = read_column(pathlib.Path(judged), name)
+            columns.append(column[slice(*span)])
         return np.concatenate(columns)
 
     def split_groups(self) -> list[int]:
         """Return the rows of each row group."""
         sizes = self.read_judged("new.bytes")[self.kept]
-        return np.diff(split_shards(sizes, GROUP_BYTES, GROUP_ROWS)).tolist()
+        bounds = split_shards(sizes, GROUP_BYTES, GROUP_ROWS)
+        return np.diff(bounds).tolist()
 
     def iterate_tables(self, advance: Advance) -> Iterator[pa.Table]:
         """Yield the kept documents in tables of CORPUS_SCHEMA."""
@@ -1046,14 +1191,15 @@ class ShardWriter:
         text = coalesce(judged.column("new.text"), read.column("text"))
         meta = coalesce(judged.column("new.meta"), read.column("meta"))
         first = self.job.first + start
-        bounds = np.searchsorted(self.cuts["row"], [first, first + len(read)])
+        stop = first + len(read)
+        bounds = np.searchsorted(self.cuts["row"], [first, stop])
         cuts = self.cuts[slice(*bounds)]
         if len(cuts):
             text = remove_repeats(text, cuts, first)
-        zeros = pa.array(np.zeros(len(read), np.int32))
-        name = pa.DictionaryArray.from_arrays(zeros, pa.array([self.job.name])).cast(pa.string())
+        source = pa.repeat(self.job.name, len(read))
         prompt_chars = judged.column("new.prompt_chars")
-        return pa.table([read.column("id"), name, text, prompt_chars, meta], CORPUS_SCHEMA)
+        columns = [read.column("id"), source, text, prompt_chars, meta]
+        return pa.table(columns, CORPUS_SCHEMA)
 
     def look_up(self, table: pa.Table, reasons: pa.Array, start: int) -> None:
         """Collect samples, ids and contaminated documents of a table."""
@@ -1061,7 +1207,8 @@ class ShardWriter:
         stop = first + len(table)
         for row in self.job.originals:
             if first <= row < stop:
-                self.ids[row] = table["id"][row - first].as_py()
+                id = table["id"][row - first]
+                self.ids[row] = id.as_py()
         for row in self.job.sampled:
             if first <= row < stop:
                 [sample] = table.slice(row - first, 1).to_pylist()
@@ -1073,10 +1220,11 @@ class ShardWriter:
             return
         dropped_by = self.dropped_by[start : start + len(table)]
         for i in np.flatnonzero(dropped_by == k).tolist():
-            id, source = table["id"][i].as_py(), table["source"][i].as_py()
-            for item, words in self.index.find_matches(table["text"][i].as_py()):
-                match = {"id": id, "source": source, "task": item.task}
-                self.contaminated.append({**match, "item": item.id, "words": words})
+            [document] = table.slice(i, 1).to_pylist()
+            for item, words in self.index.find_matches(document["text"]):
+                match = {"id": document["id"], "source": document["source"]}
+                match |= {"task": item.task, "item": item.id, "words": words}
+                self.contaminated.append(match)
 
 
 def coalesce(new: pa.Array, old: pa.Array) -> pa.Array:
@@ -1087,7 +1235,8 @@ def coalesce(new: pa.Array, old: pa.Array) -> pa.Array:
 def remove_repeats(texts: pa.Array, cuts: np.ndarray, start: int) -> pa.Array:
     """Return the texts of the rows from `start` on without the paragraphs that are cut."""
     values = texts.to_pylist()
-    bounds = np.flatnonzero(np.diff(cuts["row"])) + 1
+    is_last = np.diff(cuts["row"]) != 0
+    bounds = np.flatnonzero(is_last) + 1
     for part in np.split(cuts, bounds):
         i = int(part["row"][0]) - start
         values[i] = paragraphs.remove_spans(values[i], part)
@@ -1105,11 +1254,9 @@ def write_row_groups(file: pathlib.Path, tables: Iterator[pa.Table], groups: lis
         for n in groups:
             while len(waiting) < n:
                 waiting = pa.concat_tables([waiting, next(tables)])
-            out.write_table(waiting.slice(0, n).combine_chunks(), row_group_size=n)
+            group = waiting.slice(0, n).combine_chunks()
+            out.write_table(group, row_group_size=n)
             waiting = waiting.slice(n)
-        # the rest has rows of the other split, but documents may be looked up in it
-        for _ in tables:
-            pass
 
 
 # ---- the funnel
@@ -1126,8 +1273,9 @@ def estimate_token_bytes(
     if tokenizer is None:
         return token_bytes
     for k, name in enumerate(table.names):
-        file = next(file for file in table.files if file.source == k)
-        texts = next(iterate_batches_of_file(file.path)).column("text").to_pylist()
+        path = next(file.path for file in table.files if file.source == k)
+        batch = next(iterate_batches_of_file(path))
+        texts = batch.column("text").to_pylist()
         n_tokens = sum(map(len, tokenizer.encode_batch(texts)))
         n_bytes = sum(len(text.encode()) for text in texts)
         token_bytes[name] = n_bytes / max(1, n_tokens)
@@ -1141,38 +1289,43 @@ def build_funnel(
     token_bytes: dict[str, float],
 ) -> Funnel:
     """Return what was read, what each rule left and edited, and what each split has, per source."""
-    left = [make_amounts(table.names) for _ in range(len(rules) + 1)]
-    edits = [dict.fromkeys(table.names, 0) for _ in rules]
-    splits = {split: make_amounts(table.names) for split in SPLITS}
+    names = table.names
+    left = [make_amounts(names) for _ in ("read", *rules)]
+    edits = [dict.fromkeys(names, 0) for _ in rules]
+    splits = {split: make_amounts(names) for split in SPLITS}
     columns = ["chars", "bytes", "split"]
     for k, rule in enumerate(rules):
         if rule.edit:
-            columns += [f"{k}.edits", f"{k}.chars", f"{k}.bytes"]
+            columns += [f"{k}.{name}" for name in EDIT_FIELDS]
     for rows, source, *values in table.iterate_files(*columns):
         after = dict(zip(columns, values, strict=True))
-        name, dropped_by = table.names[source], drops.dropped_by[rows]
+        name = names[source]
+        dropped_by = drops.dropped_by[rows]
         chars, size = after["chars"], after["bytes"]
         left[0][name] += sum_amounts(dropped_by >= 0, chars, size)
         for k, rule in enumerate(rules):
             mask = dropped_by > k
             if rule.edit:
-                edits[k][name] += int(after[f"{k}.edits"][mask].sum())
-                chars, size = after[f"{k}.chars"], after[f"{k}.bytes"]
+                n_edits, chars, size = (after[f"{k}.{field}"] for field in EDIT_FIELDS)
+                edits[k][name] += int(n_edits[mask].sum())
             elif rule.name == PARAGRAPHS and drops.repeated:
                 n_cut, cut_chars, cut_bytes = drops.repeated.repeated_chars[rows].T
                 edits[k][name] += int(n_cut[mask].sum())
-                chars, size = chars - cut_chars, size - cut_bytes
+                chars = chars - cut_chars
+                size = size - cut_bytes
             left[k + 1][name] += sum_amounts(mask, chars, size)
         for split, amounts in splits.items():
             mask = is_kept(dropped_by, after["split"], split, len(rules), table.heldout)
             amounts[name] += sum_amounts(mask, chars, size)
-    steps: list[dict[str, Any]] = [{"rule": "read", "kept": name_amounts(left[0], token_bytes)}]
+    steps: list[dict[str, Any]] = []
+    labels = ["read", *(rule.name for rule in rules)]
+    for label, amounts in zip(labels, left, strict=True):
+        kept = name_amounts(amounts, token_bytes)
+        steps.append({"rule": label, "kept": kept})
     for k, rule in enumerate(rules):
-        step = {"rule": rule.name, "kept": name_amounts(left[k + 1], token_bytes)}
         if rule.edit or rule.name == PARAGRAPHS:
-            step["edits"] = edits[k]
-        steps.append(step)
-    funnel = {"sources": table.names, "steps": steps}
+            steps[k + 1]["edits"] = edits[k]
+    funnel = {"sources": names, "steps": steps}
     for split in reversed(SPLITS):
         funnel[split] = name_amounts(splits[split], token_bytes)
     return funnel
@@ -1185,7 +1338,9 @@ def make_amounts(names: list[str]) -> dict[str, np.ndarray]:
 
 def sum_amounts(mask: np.ndarray, chars: np.ndarray, size: np.ndarray) -> np.ndarray:
     """Return the documents, characters and bytes where the mask is true, [3]."""
-    return np.array([mask.sum(), chars[mask].sum(), size[mask].sum()], np.int64)
+    n_chars = chars[mask].sum()
+    n_bytes = size[mask].sum()
+    return np.array([mask.sum(), n_chars, n_bytes], np.int64)
 
 
 def name_amounts(
@@ -1195,8 +1350,8 @@ def name_amounts(
     named = {}
     for name, values in amounts.items():
         rows, chars, size = values.tolist()
-        tokens = round(size / token_bytes[name])
-        named[name] = {"rows": rows, "chars": chars, "bytes": size, "tokens": tokens}
+        named[name] = {"rows": rows, "chars": chars, "bytes": size}
+        named[name]["tokens"] = round(size / token_bytes[name])
     return named
 
 
@@ -1209,9 +1364,10 @@ def format_funnel(funnel: Funnel) -> str:
         amounts = [kept[name] for name in funnel["sources"]]
         row = [f"{each['rows']:,} docs {each['bytes'] / 1e6:8.2f} MB" for each in amounts]
         cells.append([label, *row])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    columns = zip(*cells, strict=True)
+    label_width, *widths = (max(map(len, column)) for column in columns)
     formatted = []
     for label, *row in cells:
-        padded = map(str.rjust, row, widths[1:])
-        formatted.append("  " + "   ".join([label.ljust(widths[0]), *padded]))
+        padded = [label.ljust(label_width), *map(str.rjust, row, widths)]
+        formatted.append("  " + "   ".join(padded))
     return "\n".join(formatted)

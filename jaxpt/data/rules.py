@@ -62,7 +62,8 @@ class Text(str):
     @functools.cached_property
     def word_hashes(self) -> np.ndarray:
         """[n_words] uint64, a hash per word."""
-        hashes = np.fromiter(map(hash, self.words), np.int64, len(self.words))
+        n = len(self.words)
+        hashes = np.fromiter(map(hash, self.words), np.int64, n)
         return hashes.view(np.uint64)
 
     def ngram_hashes(self, n: int) -> np.ndarray:
@@ -104,12 +105,14 @@ def paragraph_repetition(text: str, most: float = 0.3, most_chars: float = 0.2) 
 
     Source: the course, lesson 2; equal to Gopher's two paragraph rules (2112.11446, table A1).
     """
-    return describe_repetition(split_paragraphs(text), text, "paragraphs", most, most_chars)
+    parts = split_paragraphs(text)
+    return describe_repetition(parts, text, "paragraphs", most, most_chars)
 
 
 def split_paragraphs(text: str) -> list[str]:
     r"""Return re.split(r"\n{2,}", text.strip()), in a third of the time."""
-    parts = [part.lstrip("\n") for part in text.strip().split("\n\n")]
+    raw = text.strip().split("\n\n")
+    parts = [part.lstrip("\n") for part in raw]
     return [part for part in parts if part] or [""]
 
 
@@ -123,7 +126,8 @@ def describe_repetition(
         return ""
     if n_repeated / len(parts) > most:
         return f"{n_repeated} of {len(parts)} {noun} are repeats, expected at most {most}"
-    n_chars = sum(map(len, parts)) - sum(map(len, unique))
+    n_unique_chars = sum(map(len, unique))
+    n_chars = sum(map(len, parts)) - n_unique_chars
     if n_chars / len(text) > most_chars:
         return (
             f"{n_chars} of {len(text)} characters are in repeated {noun}, "
@@ -172,7 +176,8 @@ def gopher_word_count(text: Text, least: int = 50, most: int = 100_000) -> str:
 def gopher_word_length(text: Text, least: float = 3.0, most: float = 10.0) -> str:
     """Drop if the mean word is outside 3 to 10 characters, counting words as gopher_word_count."""
     n = len(text.words) - len(text.symbol_words)
-    n_chars = int(text.word_chars.sum()) - sum(map(len, text.symbol_words))
+    n_symbol_chars = sum(map(len, text.symbol_words))
+    n_chars = int(text.word_chars.sum()) - n_symbol_chars
     mean = n_chars / max(n, 1)
     if least <= mean <= most:
         return ""
@@ -197,7 +202,8 @@ def count_ellipses(text: str) -> int:
 def gopher_bullets(text: str, most: float = 0.9) -> str:
     """Drop texts in which over 0.9 of the lines start with a bullet or dash."""
     # quick: too few anywhere in the text
-    if text.count("•") + text.count("-") <= most * text.count("\n"):
+    n_marks = text.count("•") + text.count("-")
+    if n_marks <= most * text.count("\n"):
         return ""
     lines = text.splitlines()
     n = sum(line.lstrip().startswith(("•", "-")) for line in lines)
@@ -237,8 +243,9 @@ def check_alphabetic_words(words: Sequence[str], least: float) -> str:
     """Return why too few words have a letter, or ""."""
     n = sum(map(str.isalpha, words))  # of letters alone: quick, and in most texts enough
     if n < least * len(words):
-        mixed = [word for word in words if not word.isalpha()]
-        n += sum(any(map(str.isalpha, word)) for word in mixed)
+        for word in words:
+            if not word.isalpha():
+                n += any(map(str.isalpha, word))
     if n >= least * len(words):
         return ""
     return f"{n} of {len(words)} words have a letter, expected at least {least}"
@@ -260,7 +267,8 @@ def gopher_stop_words(text: Text, least: int = 2) -> str:
 
 def duplicate_lines(text: str, most: float = 0.3, most_chars: float = 0.2) -> str:
     """Drop if repeated lines are over 0.3 of the lines or 0.2 of the characters."""
-    return describe_repetition(re.split(r"\n+", text), text, "lines", most, most_chars)
+    lines = re.split(r"\n+", text)
+    return describe_repetition(lines, text, "lines", most, most_chars)
 
 
 def top_ngrams(text: Text, two: float = 0.20, three: float = 0.18, four: float = 0.16) -> str:
@@ -274,14 +282,16 @@ def top_ngrams(text: Text, two: float = 0.20, three: float = 0.18, four: float =
         if not len(hashes):
             break
         ordered = np.sort(hashes)
-        ends = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))
+        is_new = ordered[1:] != ordered[:-1]
+        is_end = np.append(is_new, True)
+        ends = np.flatnonzero(is_end)
         counts = np.diff(ends, prepend=-1)
         n_times = int(counts.max())
         max_chars = n * longest + n - 1
         if n_times * max_chars <= most * len(text):  # whichever it is
             continue
         frequent = ordered[ends[counts == n_times]]
-        first = int(np.flatnonzero(np.isin(hashes, frequent))[0])
+        first = int(np.isin(hashes, frequent).argmax())
         ngram = " ".join(text.words[first : first + n])
         n_chars = n_times * len(ngram)
         if n_chars / len(text) > most:
@@ -309,7 +319,8 @@ def duplicate_ngrams(
     for n, most in enumerate(limits, 5):
         hashes = text.ngram_hashes(n)
         bound = bound_repeated_chars(text, hashes, n)
-        if bound <= min(limits[n - 5 :]) * len(text):
+        strictest = min(limits[n - 5 :])
+        if bound <= strictest * len(text):
             break
         if bound <= most * len(text):
             continue
@@ -331,7 +342,8 @@ def bound_repeated_chars(text: Text, hashes: np.ndarray, n: int) -> int:
         n: words per n-gram.
     """
     ordered = np.sort(hashes)
-    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+    later = ordered[1:]
+    repeated = later[later == ordered[:-1]]
     if not len(repeated):  # then no longer n-gram occurs twice either
         return 0
     nearest = np.searchsorted(repeated, hashes)
@@ -350,16 +362,17 @@ def count_repeated_chars(text: Text, hashes: np.ndarray, n: int) -> int:
     N-grams are read from the left; after a repeat follows the word behind it.
     """
     ends = np.cumsum(text.word_chars)
-    offsets = np.concatenate([[0], ends]).tolist()
+    offsets = [0, *ends.tolist()]
     values = hashes.tolist()
     seen = set()
     n_chars = i = 0
     while i < len(values):
-        if values[i] in seen:
+        value = values[i]
+        if value in seen:
             n_chars += offsets[i + n] - offsets[i]
             i += n
         else:
-            seen.add(values[i])
+            seen.add(value)
             i += 1
     return n_chars
 
@@ -389,15 +402,19 @@ def c4_lines(
         words: the least words per line.
         longest: the most characters per word.
     """
-    kept, n_edits = [], 0
+    kept = []
+    n_edits = 0
     for line in text.splitlines():
         line_words = line.split()
         edited, n_citations = CITATION.subn("", line.strip())
         edited = edited.rstrip()
+        is_removed = len(line_words) < words
         # the line first: it is quicker than its words
-        is_too_long = len(line) > longest and max(map(len, line_words), default=0) > longest
-        is_sentence = ends_sentence(edited) if punctuation else True
-        if len(line_words) < words or is_too_long or not is_sentence or is_boilerplate(edited):
+        if len(line) > longest and not is_removed:
+            is_removed = max(map(len, line_words), default=0) > longest
+        if punctuation and not is_removed:
+            is_removed = not ends_sentence(edited)
+        if is_removed or is_boilerplate(edited):
             n_edits += bool(line_words)
         else:
             n_edits += n_citations
@@ -413,7 +430,9 @@ def ends_sentence(line: str) -> bool:
 def is_boilerplate(line: str) -> bool:
     """Return whether a line mentions JavaScript, cookies or terms of use."""
     lower = line.lower()
-    return "javascript" in lower or any(phrase in lower for phrase in POLICY_PHRASES)
+    if "javascript" in lower:
+        return True
+    return any(phrase in lower for phrase in POLICY_PHRASES)
 
 
 def c4_lorem_ipsum(text: str) -> str:
@@ -437,7 +456,8 @@ def c4_sentences(text: str, least: int = 5) -> str:
     n = 0
     for line in text.splitlines():
         if line.strip():
-            n += 1 + len(SENTENCE_END_PATTERN.findall(line))
+            n_inner_ends = len(SENTENCE_END_PATTERN.findall(line))
+            n += 1 + n_inner_ends
     return "" if n >= least else f"{n} sentences, expected at least {least}"
 
 
@@ -471,7 +491,8 @@ def fineweb_duplicate_characters(text: str, most: float = 0.01) -> str:
     0.01 is datatrove's recipe, 0.1 the paper's.
     """
     lines = split_nonempty_lines(text)
-    n_repeated = sum(map(len, lines)) - sum(map(len, set(lines)))
+    n_unique = sum(map(len, set(lines)))
+    n_repeated = sum(map(len, lines)) - n_unique
     n = len(text) - text.count("\n")
     if n_repeated <= most * n:
         return ""
@@ -480,7 +501,8 @@ def fineweb_duplicate_characters(text: str, most: float = 0.01) -> str:
 
 def fineweb_line_breaks(text: Text, most: float = 0.3) -> str:
     """Drop texts with over 0.3 line breaks per word: lists."""
-    n, n_words = text.count("\n"), len(text.words)
+    n = text.count("\n")
+    n_words = len(text.words)
     if n <= most * n_words:
         return ""
     return f"{n} line breaks in {n_words} words, expected at most {most} per word"
@@ -505,7 +527,10 @@ def bad_words(text: str, path: str) -> str:
     words, phrases = load_word_list(path)
     matches = words.intersection(WORD.findall(lower))
     for phrase in phrases:
-        if phrase in lower and re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", lower):
+        # quick: whether it occurs at all
+        if phrase not in lower:
+            continue
+        if re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", lower):
             matches |= {phrase}
     return f"contains {min(matches)!r}" if matches else ""
 
@@ -526,11 +551,15 @@ def url_list(text: Text, path: str) -> str:
     Source: FineWeb (2406.17557, section 3.1) and RefinedWeb (2306.01116) drop pages by such lists
     first.
     """
-    address = normalize_url(json.loads(text.meta).get("url") or "")
+    url = json.loads(text.meta).get("url") or ""
+    address = normalize_url(url)
     if not address:
         return ""
-    labels = re.split(r"[/:?#]", address, maxsplit=1)[0].split(".")
-    domains = [".".join(labels[k:]) for k in range(len(labels))]
+    host, *_ = re.split(r"[/:?#]", address, maxsplit=1)
+    labels = host.split(".")
+    domains = []
+    for k in range(len(labels)):
+        domains.append(".".join(labels[k:]))
     matches = load_url_list(path).intersection([address, *domains])
     return f"{min(matches)} is on the list" if matches else ""
 
@@ -543,7 +572,9 @@ def load_url_list(path: str) -> frozenset[str]:
 
 def normalize_url(url: str) -> str:
     """Return https://www.Example.org/ as example.org."""
-    return re.sub(r"^(?:\w+://)?(?:www\.)?", "", url.strip().lower()).rstrip("/")
+    lower = url.strip().lower()
+    address = re.sub(r"^(?:\w+://)?(?:www\.)?", "", lower)
+    return address.rstrip("/")
 
 
 def read_list_lines(path: str) -> list[str]:
@@ -572,7 +603,8 @@ def many_symbols(text: str, most: float = 0.25) -> str:
 
     Symbols are neither letters, digits nor white space.
     """
-    n = sum(not (char.isalnum() or char.isspace()) for char in text)
+    is_plain = (char.isalnum() or char.isspace() for char in text)
+    n = len(text) - sum(is_plain)
     if n <= most * len(text):
         return ""
     return f"{n} of {len(text)} characters are symbols, expected at most {most}"
@@ -580,7 +612,10 @@ def many_symbols(text: str, most: float = 0.25) -> str:
 
 def line_repetition(text: str, most: float = 0.3) -> str:
     """Drop if over 0.3 of the lines with a letter are repeats: Gopher's duplicate line fraction."""
-    lines = [line.strip() for line in text.split("\n") if any(map(str.isalpha, line))]
+    lines = []
+    for line in text.split("\n"):
+        if any(map(str.isalpha, line)):
+            lines.append(line.strip())
     n = len(lines) - len(set(lines))
     if n <= most * len(lines):
         return ""
@@ -596,9 +631,11 @@ def code_lines(
 
     Source: Codex and StarCoder drop long lines so (2107.03374, 2305.06161).
     """
-    lengths = [len(line) for line in text.splitlines() if line.strip()] or [0]
-    if max(lengths) > longest:
-        return f"a line of {max(lengths):,} characters, expected at most {longest:,}"
+    lengths = [len(line) for line in text.splitlines() if line.strip()]
+    lengths = lengths or [0]
+    n = max(lengths)
+    if n > longest:
+        return f"a line of {n:,} characters, expected at most {longest:,}"
     mean = sum(lengths) / len(lengths)
     if least_mean <= mean <= most_mean:
         return ""
@@ -629,7 +666,8 @@ def autogenerated(text: str, most: float = 0.5) -> str:
 
     Mostly data: more than half of the lines are rows of a table.
     """
-    head = "\n".join(text.split("\n", 10)[:10])
+    first_lines = text.split("\n", 10)[:10]
+    head = "\n".join(first_lines)
     claim = GENERATED.search(head)
     if claim:
         return f"{claim.group()!r} in its first lines"
@@ -662,7 +700,9 @@ PHONE = re.compile(
 
 def pii_email(text: str, mark: str = "|||EMAIL_ADDRESS|||") -> tuple[str, int]:
     """Replace each e-mail address by a mark. The marks are Dolma's (2402.00159)."""
-    return EMAIL.subn(lambda _: mark, text) if "@" in text else (text, 0)
+    if "@" not in text:
+        return text, 0
+    return EMAIL.subn(lambda _: mark, text)
 
 
 def pii_ip(text: str, mark: str = "|||IP_ADDRESS|||") -> tuple[str, int]:
@@ -696,7 +736,8 @@ def is_public_address(address: str) -> bool:
 
 def has_phone_digits(number: str) -> bool:
     """Return whether a phone number has 8 to 15 digits."""
-    return 8 <= sum(map(str.isdigit, number)) <= 15
+    n_digits = sum(map(str.isdigit, number))
+    return 8 <= n_digits <= 15
 
 
 def replace_matches(
@@ -723,7 +764,8 @@ def repeated_paragraphs(text: str, least: int = 40) -> tuple[str, int]:
     parts = re.split(r"(\n{2,})", text)  # paragraph, gap, paragraph, ...
     gaps = ["", *parts[1::2]]
     seen: set[str] = set()
-    kept, n_edits = [], 0
+    kept = []
+    n_edits = 0
     for gap, paragraph in zip(gaps, parts[::2], strict=True):
         stripped = paragraph.strip()
         if len(stripped) >= least and stripped in seen:
@@ -731,7 +773,9 @@ def repeated_paragraphs(text: str, least: int = 40) -> tuple[str, int]:
             continue
         seen.add(stripped)
         kept += [gap, paragraph]
-    return ("".join(kept), n_edits) if n_edits else (text, 0)
+    if not n_edits:
+        return text, 0
+    return "".join(kept), n_edits
 
 
 def by_name(*functions: Callable[..., Any]) -> dict[str, Callable[..., Any]]:

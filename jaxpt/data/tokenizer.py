@@ -167,7 +167,8 @@ class Tokenizer:
         self.fingerprint = fingerprint_tokenizer(form, self.bos_id, self.eos_id)
         for token_id in {self.bos_id, self.eos_id} - {None}:
             text = str(backend.id_to_token(token_id))
-            if token_id in self.encode_batch([text])[0]:
+            [ids] = self.encode_batch([text])
+            if token_id in ids:
                 raise UserError(
                     f"{where}: the text {text!r} in a document would become token {token_id}, "
                     'which separates documents. Give that token "special": true in tokenizer.json.'
@@ -177,7 +178,8 @@ class Tokenizer:
         """Return the end-of-document token, as configured or by a usual name."""
         eos = get_token_text(self.tokenizer_config.get("eos_token"))
         if not eos:
-            eos = next((name for name in EOS_NAMES if name in vocabulary), None)
+            usual = [name for name in EOS_NAMES if name in vocabulary]
+            eos = usual[0] if usual else None
         if eos not in vocabulary:
             raise UserError(
                 f"{where}: no end-of-document token (eos_token is {eos!r}). "
@@ -207,7 +209,8 @@ class Tokenizer:
             reaches beyond the prompt.
         """
         bos = [] if self.bos_id is None else [self.bos_id]
-        ids = [[*bos, *text_ids, self.eos_id] for text_ids in self.encode_batch(texts)]
+        encoded = self.encode_batch(texts)
+        ids = [[*bos, *text_ids, self.eos_id] for text_ids in encoded]
         loss_from = [0] * len(texts)
         prompted = [i for i, n in enumerate(prompt_chars) if n]
         prompted_texts = [texts[i] for i in prompted]
@@ -215,7 +218,8 @@ class Tokenizer:
         for i, encoding in zip(prompted, encodings, strict=True):
             ends = (end for _, end in encoding.offsets)
             beyond = (k for k, end in enumerate(ends) if end > prompt_chars[i])
-            loss_from[i] = len(bos) + next(beyond, len(encoding.ids))
+            first_trained = next(beyond, len(encoding.ids))
+            loss_from[i] = len(bos) + first_trained
         return ids, loss_from
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -248,14 +252,17 @@ def find_prefix_id(backend: tokenizers.Tokenizer) -> int | None:
     """Return the token that the tokenizer itself puts before a text, if any."""
     bare = backend.encode("a", add_special_tokens=False).ids
     full = backend.encode("a", add_special_tokens=True).ids
-    return full[0] if full[: len(bare)] != bare else None
+    if full[: len(bare)] == bare:
+        return None
+    return full[0]
 
 
 def prepend_token(backend: tokenizers.Tokenizer, token: str, token_id: int) -> None:
     """Let the tokenizer put a token before every text, as Llama's does."""
     from tokenizers import processors
 
-    single, pair = f"{token} $A", f"{token} $A {token} $B"
+    single = f"{token} $A"
+    pair = f"{single} {token} $B"
     special = [(token, token_id)]
     template = processors.TemplateProcessing(single=single, pair=pair, special_tokens=special)
     if backend.post_processor is not None:
@@ -271,20 +278,26 @@ def fingerprint_tokenizer(tokenizer_json: dict[str, Any], bos_id: int | None, eo
             model[key] = value
     if "merges" in model:
         model["merges"] = [split_merge(merge) for merge in model["merges"]]
-    tokens = tokenizer_json["added_tokens"]
-    added = sorted((token["id"], token["content"], token["special"]) for token in tokens)
+    added = []
+    for token in tokenizer_json["added_tokens"]:
+        added.append((token["id"], token["content"], token["special"]))
+    added.sort()
     steps = (tokenizer_json["normalizer"], tokenizer_json["pre_tokenizer"])
     return stage.fingerprint([model, *steps, added, bos_id, eos_id])
 
 
 def split_merge(merge: str | list[str]) -> list[str]:
     """Return a BPE merge as a pair; older versions write it as one string."""
-    return merge.split(" ", 1) if isinstance(merge, str) else merge
+    if isinstance(merge, str):
+        return merge.split(" ", 1)
+    return merge
 
 
 def get_token_text(value: Any) -> Any:
     """Return a special token's text, which older files describe in a dict. Other values pass."""
-    return value["content"] if isinstance(value, dict) and "content" in value else value
+    if isinstance(value, dict):
+        return value.get("content", value)
+    return value
 
 
 # ---- tokenizers of others
@@ -298,11 +311,14 @@ def read_tokenizer_source(path: pathlib.Path) -> TokenizerSource:
     if first.suffix == ".model":
         return convert_sentencepiece(first.read_bytes(), str(first))
     try:
-        tokenizer_config = json.loads(rest[0].read_text()) if rest else {}
+        tokenizer_config = {}
+        for file in rest:
+            tokenizer_config = json.loads(file.read_text())
         template = first.with_name("chat_template.jinja")
         if template.is_file():
             tokenizer_config["chat_template"] = template.read_text()
-        return TokenizerSource(Backend.from_str(first.read_text()), tokenizer_config)
+        backend = Backend.from_str(first.read_text())
+        return TokenizerSource(backend, tokenizer_config)
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(
             f"{path}: cannot be read as a tokenizer ({error}). "
@@ -321,9 +337,11 @@ def find_tokenizer_files(path: pathlib.Path) -> list[pathlib.Path]:
     if path.is_dir():
         candidates = [path / "tokenizer.json", path / "tokenizer.model"]
     for file in candidates:
-        if file.is_file() and file.suffix == ".model":
+        if not file.is_file():
+            continue
+        if file.suffix == ".model":
             return [file]
-        if file.is_file() and file.suffix == ".json":
+        if file.suffix == ".json":
             beside = file.with_name("tokenizer_config.json")
             return [file, beside] if beside.is_file() else [file]
     raise UserError(
@@ -357,19 +375,29 @@ def convert_sentencepiece(proto: bytes, where: str, model_type: str = "bpe") -> 
     from tokenizers import AddedToken
 
     kinds = model.SentencePiece
-    unknown = next(piece.piece for piece in model.pieces if piece.type == kinds.UNKNOWN)
-    controls = [piece.piece for piece in model.pieces if piece.type == kinds.CONTROL]
+    unknown, *_ = list_pieces(model, kinds.UNKNOWN)
+    controls = list_pieces(model, kinds.CONTROL)
     backend = build_backend(model, model_type, unknown)
-    special = [AddedToken(name, special=True, normalized=False) for name in [unknown, *controls]]
+    special = []
+    for name in [unknown, *controls]:
+        special.append(AddedToken(name, special=True, normalized=False))
     backend.add_special_tokens(special)
     tokenizer_config = {"unk_token": unknown}
-    bos_id, eos_id = model.trainer_spec.bos_id, model.trainer_spec.eos_id
+    bos_id = model.trainer_spec.bos_id
+    eos_id = model.trainer_spec.eos_id
     if bos_id >= 0:
-        tokenizer_config["bos_token"] = model.pieces[bos_id].piece
-        prepend_token(backend, tokenizer_config["bos_token"], bos_id)
+        bos = model.pieces[bos_id].piece
+        tokenizer_config["bos_token"] = bos
+        prepend_token(backend, bos, bos_id)
     if eos_id >= 0:
         tokenizer_config["eos_token"] = model.pieces[eos_id].piece
-    return TokenizerSource(backend, tokenizer_config, proto if model_type == "bpe" else None)
+    equal_model = proto if model_type == "bpe" else None
+    return TokenizerSource(backend, tokenizer_config, equal_model)
+
+
+def list_pieces(model: Any, kind: int) -> list[str]:
+    """Return the pieces of one kind of a ModelProto, in order."""
+    return [piece.piece for piece in model.pieces if piece.type == kind]
 
 
 def parse_sentencepiece(proto: bytes, where: str) -> Any:
@@ -401,7 +429,8 @@ def unsupported_reason(model: Any, model_type: str) -> str | None:
     if trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces:
         return "it treats spaces in another way"
     kinds = model.SentencePiece
-    if any(piece.type in (kinds.USER_DEFINED, kinds.UNUSED) for piece in model.pieces):
+    kinds_used = {piece.type for piece in model.pieces}
+    if kinds_used & {kinds.USER_DEFINED, kinds.UNUSED}:
         return "it has user-defined or unused pieces"
     return None
 
@@ -419,7 +448,8 @@ def build_backend(model: Any, model_type: str, unknown: str) -> tokenizers.Token
         words = Regex("▁*<|▁*[^▁<]+|▁+")
         backend.pre_tokenizer = pre_tokenizers.Split(words, behavior="isolated")
     normalize: list[Any] = [normalizers.Replace(" ", "▁")]
-    decode: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    decode: list[Any] = [decoders.Replace("▁", " ")]
+    decode += [decoders.ByteFallback(), decoders.Fuse()]
     if model.normalizer_spec.add_dummy_prefix:
         normalize.insert(0, normalizers.Prepend("▁"))
         decode.append(decoders.Strip(" ", 1, 0))
@@ -448,9 +478,11 @@ def build_bpe_model(model: Any, unknown: str) -> tokenizers.models.BPE:
         return vocabulary[left], vocabulary[right]
 
     # SentencePiece merges the best score first; stable: pieces of equal score keep their order
-    pieces = [piece for piece in model.pieces if piece.type == model.SentencePiece.NORMAL]
     merges = []
-    for piece in sorted(pieces, key=lambda piece: -piece.score):
+    by_score = sorted(model.pieces, key=lambda piece: -piece.score)
+    for piece in by_score:
+        if piece.type != model.SentencePiece.NORMAL:
+            continue
         text = piece.piece
         pairs = [(text[:k], text[k:]) for k in range(1, len(text))]
         known = [pair for pair in pairs if vocabulary.keys() >= set(pair)]
@@ -468,7 +500,8 @@ def train_sentencepiece(section: config.TokenizerConfig, corpus: pathlib.Path) -
     """Return a SentencePiece model trained on a sample of the corpus."""
     import sentencepiece
 
-    texts = [text for _, text in sample_corpus(corpus, section.sample_mb * 1_000_000)]
+    max_bytes = section.sample_mb * 1_000_000
+    texts = [text for _, text in sample_corpus(corpus, max_bytes)]
     n_bytes = sum(len(text.encode()) for text in texts)
     log.info(
         f"tokenizer: training {section.vocab_size:,} tokens on {n_bytes / 1e6:,.1f} MB of text"
@@ -513,7 +546,8 @@ def compare_tokenizers(
     opened = {str(path): load_tokenizer(path) for path in paths}
     texts: dict[str, list[str]] = {}
     for name, text in sample_corpus(corpus, sample_mb * 1e6):
-        texts.setdefault(name, []).append(text)
+        spans = texts.setdefault(name, [])
+        spans.append(text)
     table: dict[str, dict[str, float]] = {path: {} for path in opened}
     progress = stage.track_progress(opened.items(), "comparing", len(opened), "tokenizers")
     for path, tokenizer in progress:
@@ -535,17 +569,20 @@ def sample_corpus(corpus: pathlib.Path, max_bytes: float) -> Iterator[tuple[str,
     n_bytes = sum(count_text_bytes(file) for _, file in files)
     frac = min(1.0, max_bytes / max(n_bytes, 1))
     n_spans = 0
-    for name, file in stage.track_progress(files, "reading the sample", len(files), "shards"):
+    progress = stage.track_progress(files, "reading the sample", len(files), "shards")
+    for name, file in progress:
         for text in iter_texts(file):
             for start in range(0, len(text), MAX_SPAN_CHARS):
+                n_before = int(n_spans * frac)
                 n_spans += 1
-                if int(n_spans * frac) > int((n_spans - 1) * frac):
+                if int(n_spans * frac) > n_before:
                     yield name, text[start : start + MAX_SPAN_CHARS]
 
 
 def iter_texts(file: pathlib.Path) -> Iterator[str]:
     """Yield the texts of a corpus shard."""
-    for batch in pq.ParquetFile(file).iter_batches(batch_size=256, columns=["text"]):
+    shard = pq.ParquetFile(file)
+    for batch in shard.iter_batches(batch_size=256, columns=["text"]):
         yield from batch.column(0).to_pylist()
 
 
@@ -553,9 +590,14 @@ def count_text_bytes(file: pathlib.Path, row_group: int | None = None) -> int:
     """Return about how many bytes of text a parquet file or row group has, from its footer."""
     footer = pq.ParquetFile(file).metadata
     column = footer.schema.names.index("text")
-    groups = range(footer.num_row_groups) if row_group is None else [row_group]
-    chunks = [footer.row_group(group).column(column) for group in groups]
-    return sum(chunk.total_uncompressed_size for chunk in chunks)
+    groups = [row_group]
+    if row_group is None:
+        groups = range(footer.num_row_groups)
+    n_bytes = 0
+    for group in groups:
+        chunk = footer.row_group(group).column(column)
+        n_bytes += chunk.total_uncompressed_size
+    return n_bytes
 
 
 def list_corpus_files(corpus: pathlib.Path, split: str) -> dict[str, list[pathlib.Path]]:
@@ -565,9 +607,10 @@ def list_corpus_files(corpus: pathlib.Path, split: str) -> dict[str, list[pathli
         UserError: the corpus has none to train on.
     """
     files: dict[str, list[pathlib.Path]] = {}
-    for file in sorted((corpus / split).glob("*.parquet")):
+    directory = corpus / split
+    for file in sorted(directory.glob("*.parquet")):
         name = re.sub(r"-\d+$", "", file.stem)
         files.setdefault(name, []).append(file)
     if split == "train" and not files:
-        raise UserError(f"{corpus / split}: no parquet shards. Run prepare.py first.")
+        raise UserError(f"{directory}: no parquet shards. Run prepare.py first.")
     return files
