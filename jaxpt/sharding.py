@@ -44,14 +44,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     sizes = {name: getattr(config, name) for name in MESH_AXES}
     free = [name for name, size in sizes.items() if size == -1]
-    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+    fixed = [size for size in sizes.values() if size != -1]
+    if len(free) > 1 or min(fixed) < 1:
         raise UserError(
             f"mesh: expected sizes of at least 1 and at most one -1 (takes the rest), got {sizes}."
         )
-    if free:
-        fixed = math.prod(size for size in sizes.values() if size != -1)
-        sizes[free[0]] = max(len(devices) // fixed, 1)
     n = len(devices)
+    if free:
+        sizes[free[0]] = max(n // math.prod(fixed), 1)
     if math.prod(sizes.values()) != n:
         text = " x ".join(f"{name} {size}" for name, size in sizes.items())
         raise UserError(
@@ -64,21 +64,28 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     types = (AxisType.Auto,) * len(MESH_AXES)
     if devices[0].platform == "tpu":  # lays the axes along the torus
         return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
-    return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=types)
+    grid = np.asarray(devices).reshape(shape)
+    return Mesh(grid, MESH_AXES, axis_types=types)
 
 
 def logical_to_partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     """Return the PartitionSpec of logical axes. An unknown name fails here, not in XLA."""
+    mesh_axes = []
     for axis in axes:
-        if axis is not None and axis not in LOGICAL_AXIS_RULES:
+        if axis is None:
+            mesh_axes.append(None)
+        elif axis in LOGICAL_AXIS_RULES:
+            mesh_axes.append(LOGICAL_AXIS_RULES[axis])
+        else:
             known = ", ".join(LOGICAL_AXIS_RULES)
             raise KeyError(f"sharding: no rule for logical axis {axis!r}; there are {known}")
-    return PartitionSpec(*(None if axis is None else LOGICAL_AXIS_RULES[axis] for axis in axes))
+    return PartitionSpec(*mesh_axes)
 
 
 def make_logical_sharding(mesh: Mesh, axes: tuple[str | None, ...]) -> NamedSharding:
     """Return the sharding of an array with these logical axes."""
-    return NamedSharding(mesh, logical_to_partition_spec(axes))
+    spec = logical_to_partition_spec(axes)
+    return NamedSharding(mesh, spec)
 
 
 def make_batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -95,7 +102,8 @@ def with_logical_constraint(x: jax.Array, *axes: str | None) -> jax.Array:
     """Constrain an activation to its logical axes on the mesh in force; without one, return x."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, logical_to_partition_spec(axes))
+    spec = logical_to_partition_spec(axes)
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
 def n_shards(mesh: Mesh | AbstractMesh, axis: str) -> int:
@@ -127,9 +135,9 @@ def check_mesh_divides(
     ]
     for name, size, axis in sizes:
         n = n_shards(mesh, axis)
-        if size % n:
-            multiples = [i * n for i in (size // n, size // n + 1) if i]
-            near = " or ".join(map(str, multiples))
+        below = size - size % n
+        if below != size:
+            near = f"{below} or {below + n}" if below else f"{n}"
             raise UserError(
                 f"mesh: {name} = {size} cannot be sharded {n} ways over {LOGICAL_AXIS_RULES[axis]}."
                 f" Use a multiple of {n} ({near}), or another mesh."

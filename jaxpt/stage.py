@@ -90,10 +90,9 @@ def run_stage(
     Raises:
         UserError: `out` holds another result, and `replace` is not set.
     """
-    fingerprints = {key: fingerprint_path(path) for key, path in inputs.items()}
-    found = {
-        key: {"path": str(path), "fingerprint": fingerprints[key]} for key, path in inputs.items()
-    }
+    found = {}
+    for key, path in inputs.items():
+        found[key] = {"path": str(path), "fingerprint": fingerprint_path(path)}
     request = StageRequest(name, config, found, seed)
     finished = find_finished(out, request, replace)
     if finished:
@@ -144,7 +143,8 @@ def open_partial(out: pathlib.Path, request: str) -> pathlib.Path:
     """Return OUT.partial, emptied unless an equal request left it."""
     partial = out.with_name(out.name + ".partial")
     marker = partial / ".request"
-    if partial.exists() and not (marker.exists() and marker.read_text() == request):
+    is_ours = marker.exists() and marker.read_text() == request
+    if partial.exists() and not is_ours:
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
     marker.write_text(request)
@@ -177,7 +177,8 @@ def make_manifest(
 
 def now() -> str:
     """Return the time as ISO 8601, UTC, in seconds."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    instant = datetime.datetime.now(datetime.UTC)
+    return instant.isoformat(timespec="seconds")
 
 
 def write_manifest(manifest: Manifest, directory: pathlib.Path) -> None:
@@ -187,7 +188,8 @@ def write_manifest(manifest: Manifest, directory: pathlib.Path) -> None:
 
 def write_json_atomic(path: pathlib.Path, value: Any) -> None:
     """Write a record or plain value as JSON, whole or not at all."""
-    write_atomic(path, json.dumps(encode_json(value), indent=1) + "\n")
+    text = json.dumps(encode_json(value), indent=1)
+    write_atomic(path, f"{text}\n")
 
 
 def write_atomic(path: pathlib.Path, text: str) -> None:
@@ -236,8 +238,9 @@ def read_cached_result(path: pathlib.Path | None, request: str) -> dict[str, Any
         found = json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    is_answer = isinstance(found, dict) and found.get("request") == request
-    return found if is_answer else None
+    if isinstance(found, dict) and found.get("request") == request:
+        return found
+    return None
 
 
 # ---- fingerprints: what a thing is, whatever its place and time
@@ -263,8 +266,12 @@ def fingerprint_path(path: pathlib.Path) -> str:
 
 def hash_files(directory: pathlib.Path) -> dict[str, str]:
     """Return relative name -> sha256 of every file below a directory."""
-    files = [file for file in sorted(directory.rglob("*")) if file.is_file()]
-    return {str(file.relative_to(directory)): sha256_file(file) for file in files}
+    hashes = {}
+    for file in sorted(directory.rglob("*")):
+        if file.is_file():
+            name = str(file.relative_to(directory))
+            hashes[name] = sha256_file(file)
+    return hashes
 
 
 def request_fingerprint(
@@ -281,8 +288,9 @@ def describe_difference(manifest: Manifest, request: StageRequest) -> str:
     if config != manifest.config:
         key, there, asked = first_difference(manifest.config, config)
         return f"another config ({key}: {there!r} there, {asked!r} requested)"
-    for key in sorted(set(request.inputs) | set(manifest.inputs)):
-        there, asked = manifest.inputs.get(key, {}), request.inputs.get(key, {})
+    for key in sorted(request.inputs.keys() | manifest.inputs.keys()):
+        there = manifest.inputs.get(key, {})
+        asked = request.inputs.get(key, {})
         if there.get("fingerprint") != asked.get("fingerprint"):
             return (
                 f"another input ({key}: {there.get('path')} there, "
@@ -301,7 +309,8 @@ def first_difference(there: Any, asked: Any, at: str = "") -> tuple[str, Any, An
     """
     if isinstance(there, dict) and isinstance(asked, dict):
         for key in sorted(there | asked):
-            if key not in there or key not in asked or there[key] != asked[key]:
+            is_in_both = key in there and key in asked
+            if not is_in_both or there[key] != asked[key]:
                 where = f"{at}.{key}" if at else key
                 return first_difference(there.get(key), asked.get(key), where)
     if isinstance(there, list) and isinstance(asked, list) and len(there) == len(asked):
@@ -348,7 +357,9 @@ def to_jsonable(value: Any) -> Any:
 
 def to_plain_scalar(value: Any) -> Any:
     """Return a numpy or jax scalar as a Python number, anything else as text."""
-    return value.item() if hasattr(value, "item") else str(value)
+    if hasattr(value, "item"):
+        return value.item()
+    return str(value)
 
 
 @functools.cache
@@ -464,7 +475,8 @@ def entry_point(main: Callable[[], None]) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     except BrokenPipeError:  # whoever read our output (head, less) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
     except OSError as error:
         if not is_disk_full(error):
             raise
@@ -480,7 +492,8 @@ def entry_point(main: Callable[[], None]) -> None:
 def is_disk_full(error: OSError) -> bool:
     """Return whether an error means that no space is left."""
     # what copies whole directories (shutil.Error) has the reason only in its text
-    return any(error.errno == code or os.strerror(code) in str(error) for code in DISK_FULL)
+    reasons = map(os.strerror, DISK_FULL)
+    return error.errno in DISK_FULL or any(reason in str(error) for reason in reasons)
 
 
 def use_large_pages() -> None:
@@ -493,8 +506,10 @@ def use_large_pages() -> None:
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     # orig_argv: what runs inside another program is not that program's to start again
     is_ours = sys.argv[0] in sys.orig_argv
-    if sys.platform == "linux" and is_ours and "glibc.malloc.hugetlb" not in tunables:
-        os.environ["GLIBC_TUNABLES"] = f"{tunables}:glibc.malloc.hugetlb=1".lstrip(":")
+    is_set = "glibc.malloc.hugetlb" in tunables
+    if sys.platform == "linux" and is_ours and not is_set:
+        tunables = f"{tunables}:glibc.malloc.hugetlb=1"
+        os.environ["GLIBC_TUNABLES"] = tunables.lstrip(":")
         os.execv(sys.executable, sys.orig_argv)
 
 

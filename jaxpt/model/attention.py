@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -71,7 +72,8 @@ def choose_backend(spec: ModelSpec, config: Config, mesh: jax.sharding.Mesh) -> 
     Raises:
         UserError: a backend requested by name does not support the run.
     """
-    requested, device = config.train.attention, mesh.devices.flat[0]
+    requested = config.train.attention
+    device = mesh.devices.flat[0]
     kernel = PLATFORM_KERNELS.get(device.platform)
     if requested == "xla":
         return "xla", "train.attention = xla"
@@ -85,29 +87,31 @@ def choose_backend(spec: ModelSpec, config: Config, mesh: jax.sharding.Mesh) -> 
         return "xla", f"the default on {device.device_kind}"
     reason = unsupported_reason(kernel, spec, config, mesh)
     if not reason and device in jax.devices():  # a device that is only compiled for cannot run
-        dtype, local = config.train.compute_dtype, mesh.local_devices[0]
+        dtype = config.train.compute_dtype
+        local = mesh.local_devices[0]
         reason = check_against_reference(kernel, spec, config.pack.seq_len, dtype, local)
-    if reason and requested != "auto":
-        raise UserError(
-            f"train.attention: {requested} does not support this run: {reason}. Use auto or xla, "
-            "or change that."
-        )
-    if reason:
+    if not reason:
+        return kernel, f"the kernel for {device.device_kind}"
+    if requested == "auto":
         return "xla", f"{kernel} does not support this run: {reason}; slower, and more memory"
-    return kernel, f"the kernel for {device.device_kind}"
+    raise UserError(
+        f"train.attention: {requested} does not support this run: {reason}. Use auto or xla, or "
+        "change that."
+    )
 
 
 def unsupported_reason(
     kernel: str, spec: ModelSpec, config: Config, mesh: jax.sharding.Mesh
 ) -> str | None:
     """Return why a kernel does not support a run, with what would help; None if it does."""
-    T, H, train = config.pack.seq_len, spec.d_head, config.train
+    T, H = config.pack.seq_len, spec.d_head
+    train = config.train
     n_context = n_shards(mesh, "position")
     if n_context > 1:
         return f"it needs whole sequences, the mesh shards them {n_context} ways (mesh.context = 1)"
     if T % 128:
-        below, above = T // 128 * 128 or 128, (T // 128 + 1) * 128
-        return f"pack.seq_len = {T} is no multiple of 128 ({below} or {above})"
+        below = T - T % 128
+        return f"pack.seq_len = {T} is no multiple of 128 ({below or 128} or {below + 128})"
     if kernel != "cudnn":
         return None
     device = mesh.devices.flat[0]
@@ -121,8 +125,11 @@ def unsupported_reason(
         return f"train.compute_dtype = {train.compute_dtype} (bfloat16)"
     if H % 8 or H > 128:
         return f"model.d_head = {H} is no multiple of 8 up to 128"
-    batch = train.batch_size // train.grad_accum_steps // n_shards(mesh, "batch")
-    if batch * T * spec.n_heads * H // n_shards(mesh, "heads") >= 2**31:
+    micro_batch = train.batch_size // train.grad_accum_steps
+    batch = micro_batch // n_shards(mesh, "batch")
+    width = spec.n_heads * H
+    n_entries = batch * T * width // n_shards(mesh, "heads")
+    if n_entries >= 2**31:
         return (
             f"{batch} sequences per device exceed its 32-bit offsets "
             f"(train.grad_accum_steps above {train.grad_accum_steps})"
@@ -144,13 +151,14 @@ def check_against_reference(
     try:
         found = run_forward_and_backward(kernel, spec.sliding_window, inputs)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        return f"it fails on {kind} ({reason})"
+        lines = str(error).strip().splitlines()
+        return f"it fails on {kind} ({lines[0][:200]})"
     reference = run_forward_and_backward("xla", spec.sliding_window, inputs)
     names = ("output", "gradient of q", "gradient of k", "gradient of v")
     for name, got, expected in zip(names, found, reference, strict=True):
         # numpy's max: XLA's on a CPU ignores NaN
-        difference = np.abs(got - expected).max() / np.abs(expected).max()
+        largest = np.abs(expected).max()
+        difference = np.abs(got - expected).max() / largest
         if not difference < MAX_RELATIVE_DIFFERENCE:
             size = f"{difference:.2g} x the largest entry"
             return f"its {name} on {kind} differs from xla's by {size}"
@@ -160,15 +168,19 @@ def check_against_reference(
 def make_check_inputs(spec: ModelSpec, seq_len: int, dtype: str) -> tuple[Array, ...]:
     """Return random q, k, v, segment ids and output gradient of two sequences."""
     arrays = []
-    heads = (spec.n_heads, spec.n_kv_heads, spec.n_kv_heads, spec.n_heads)
+    N, K = spec.n_heads, spec.n_kv_heads
     keys = jax.random.split(jax.random.key(0), 4)
-    for key, n in zip(keys, heads, strict=True):
-        arrays.append(jax.random.normal(key, (2, seq_len, n, spec.d_head), dtype))
+    for key, n in zip(keys, (N, K, K, N), strict=True):
+        shape = (2, seq_len, n, spec.d_head)
+        arrays.append(jax.random.normal(key, shape, dtype))
     q, k, v, d_out = arrays
     # the last segment stands for padding
-    ends = jnp.array([[seq_len // 5, seq_len // 2, seq_len - 7], [1, seq_len // 3, seq_len]])
-    n_ended = jnp.sum(jnp.arange(seq_len) >= ends[..., None], axis=1)
-    return q, k, v, (n_ended + 1).astype(jnp.int32), d_out
+    first = [seq_len // 5, seq_len // 2, seq_len - 7]
+    second = [1, seq_len // 3, seq_len]
+    ends = jnp.array([first, second])
+    has_ended = jnp.arange(seq_len) >= ends[..., None]
+    segment_ids = jnp.sum(has_ended, axis=1) + 1
+    return q, k, v, segment_ids.astype(jnp.int32), d_out
 
 
 def run_forward_and_backward(
@@ -184,7 +196,8 @@ def run_forward_and_backward(
         out, pullback = jax.vjp(forward, q, k, v)
         return out, *pullback(d_out)
 
-    return [np.asarray(x, np.float32) for x in jax.device_get(run(*inputs))]
+    found = jax.device_get(run(*inputs))
+    return [np.asarray(x, np.float32) for x in found]
 
 
 def attend_prefix_tree(q: Array, k: Array, v: Array, visible_until: Array) -> Array:
@@ -248,15 +261,18 @@ class QueryBlocks(NamedTuple):
 
     def iterate_blocks(self, T: int) -> Iterator[Block]:
         """Yield at most N_QUERY_BLOCKS blocks of T queries, and a short one of what is left."""
-        n_whole = T // QUERY_CHUNK_SIZE * QUERY_CHUNK_SIZE
-        size = QUERY_CHUNK_SIZE * max(1, -(-T // (QUERY_CHUNK_SIZE * N_QUERY_BLOCKS)))
+        n_whole = T - T % QUERY_CHUNK_SIZE
+        chunks_per_block = -(-T // (QUERY_CHUNK_SIZE * N_QUERY_BLOCKS))
+        size = QUERY_CHUNK_SIZE * max(1, chunks_per_block)
         bounds = {*range(0, T, size), n_whole, T}
         for start, stop in itertools.pairwise(sorted(bounds)):
             first = 0
             if self.window is not None:
-                first = max(0, start * self.stride - self.window + 1)
-            n_chunks = max(1, (stop - start) // QUERY_CHUNK_SIZE)
-            yield Block(n_chunks, slice(start, stop), slice(first, stop * self.stride))
+                before = start * self.stride - self.window
+                first = max(0, before + 1)
+            n_chunks = (stop - start) // QUERY_CHUNK_SIZE
+            keys = slice(first, stop * self.stride)
+            yield Block(max(1, n_chunks), slice(start, stop), keys)
 
 
 class Queries(NamedTuple):
@@ -280,8 +296,9 @@ class Keys(NamedTuple):
 
     def select(self, where: slice) -> Keys:
         """Return some of the keys."""
-        k, v, ids, _ = self
-        return Keys(k[:, :, where], v[:, :, where], ids[:, where], where.start)
+        k = self.k[:, :, where]
+        v = self.v[:, :, where]
+        return Keys(k, v, self.ids[:, where], where.start)
 
 
 def xla_attention(q: Array, k: Array, v: Array, segment_ids: Array, window: int | None) -> Array:
@@ -289,7 +306,8 @@ def xla_attention(q: Array, k: Array, v: Array, segment_ids: Array, window: int 
     mesh = jax.sharding.get_abstract_mesh()
     n = 1 if mesh.empty else n_shards(mesh, "position")
     if n > 1 and q.shape[1] % n**2 == 0:
-        striped = functools.partial(striped_attention, blocks=QueryBlocks(window, stride=n))
+        blocks = QueryBlocks(window, stride=n)
+        striped = functools.partial(striped_attention, blocks=blocks)
         return shard_map_attention(striped)(q, k, v, segment_ids)
     # where sequences cannot be striped evenly, XLA shards the blocks: right, but slower
     inputs = Inputs(q, k, v, segment_ids, segment_ids)
@@ -308,7 +326,8 @@ def striped_attention(
     Source: 2311.09431.
     """
     axis = LOGICAL_AXIS_RULES["position"]
-    n, index = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+    n = jax.lax.axis_size(axis)
+    index = jax.lax.axis_index(axis)
     B, part = segment_ids.shape
 
     def exchange(x: Array, split_axis: int, concat_axis: int) -> Array:
@@ -316,17 +335,20 @@ def striped_attention(
 
     def stripe(x: Array) -> Array:  # position r here is position r * n + index of the sequence
         split = x.reshape(B, part // n, n, *x.shape[2:])
-        return exchange(split, 2, 1).reshape(x.shape)
+        striped = exchange(split, 2, 1)
+        return striped.reshape(x.shape)
 
     def unstripe(x: Array) -> Array:
-        return exchange(x[:, :, None], 1, 2).reshape(x.shape)
+        split = exchange(x[:, :, None], 1, 2)
+        return split.reshape(x.shape)
 
     def gather(x: Array) -> Array:
         return jax.lax.all_gather(x, axis, axis=1, tiled=True)
 
     k, v, k_ids = gather(k), gather(v), gather(segment_ids)
     inputs = Inputs(stripe(q), k, v, stripe(segment_ids), k_ids, index)
-    return unstripe(blockwise_attention(inputs, blocks))
+    out = blockwise_attention(inputs, blocks)
+    return unstripe(out)
 
 
 def attend_blockwise(inputs: Inputs, blocks: QueryBlocks) -> Array:
@@ -341,7 +363,8 @@ def attend_blockwise(inputs: Inputs, blocks: QueryBlocks) -> Array:
 def blockwise_attention_fwd(inputs: Inputs, blocks: QueryBlocks) -> tuple[Array, Any]:
     """Return the output, and what backward needs."""
     q = inputs.q
-    queries, keys = group_queries(inputs, blocks), group_keys(inputs)
+    queries = group_queries(inputs, blocks)
+    keys = group_keys(inputs)
 
     def attend_chunk(seen: Keys, chunk: Queries) -> tuple[Array, Array]:
         scores = compute_scores(chunk, seen, blocks)
@@ -349,17 +372,22 @@ def blockwise_attention_fwd(inputs: Inputs, blocks: QueryBlocks) -> tuple[Array,
         row_max = jnp.max(scores, axis=-1, keepdims=True)
         probs = jnp.exp(scores - row_max)
         total = jnp.sum(probs, axis=-1, keepdims=True)
-        out = einsum_float32("bkgts,bksh->bkgth", probs.astype(seen.v.dtype), seen.v)
+        probs = probs.astype(seen.v.dtype)
+        out = einsum_float32("bkgts,bksh->bkgth", probs, seen.v)
         out = (out / total).astype(q.dtype)
-        return out, (row_max + jnp.log(total))[..., 0]
+        logsumexp = row_max + jnp.log(total)
+        return out, logsumexp[..., 0]
 
     found = []
     for block in blocks.iterate_blocks(q.shape[1]):
-        attend_keys = functools.partial(attend_chunk, keys.select(block.keys))
-        results = jax.lax.map(attend_keys, split_query_chunks(queries, block))
+        seen = keys.select(block.keys)
+        attend_keys = functools.partial(attend_chunk, seen)
+        chunks = split_query_chunks(queries, block)
+        results = jax.lax.map(attend_keys, chunks)
         found.append(merge_query_chunks(results))
     out, logsumexp = concatenate_blocks(found)
-    out = checkpoint_name(ungroup_queries(out, q), ATTENTION_OUTPUT)
+    out = ungroup_queries(out, q)
+    out = checkpoint_name(out, ATTENTION_OUTPUT)
     logsumexp = checkpoint_name(logsumexp, ATTENTION_OUTPUT)
     return out, (inputs, out, logsumexp)
 
@@ -373,15 +401,18 @@ def blockwise_attention_bwd(blocks: QueryBlocks, residuals: Any, d_out: Array) -
     inputs, out, logsumexp = residuals
     q, k = inputs.q, inputs.k
     B, S, K, H = k.shape
-    queries, keys = group_queries(inputs, blocks), group_keys(inputs)
+    queries = group_queries(inputs, blocks)
+    keys = group_keys(inputs)
     scale = H**-0.5
 
     def chunk_gradients(seen: Keys, sums: Any, chunk: Any) -> tuple[Any, Array]:
         queries, d_out, logsumexp, d_mean = chunk
         d_keys, d_values = sums
-        probs = jnp.exp(compute_scores(queries, seen, blocks) - logsumexp[..., None])
+        scores = compute_scores(queries, seen, blocks)
+        probs = jnp.exp(scores - logsumexp[..., None])
         d_probs = einsum_float32("bkgth,bksh->bkgts", d_out, seen.v)
-        d_scores = (probs * (d_probs - d_mean[..., None]) * scale).astype(q.dtype)
+        d_scores = probs * (d_probs - d_mean[..., None])
+        d_scores = (d_scores * scale).astype(q.dtype)
         probs = probs.astype(d_out.dtype)
         d_keys += einsum_float32("bkgth,bkgts->bkhs", queries.q, d_scores)
         d_values += einsum_float32("bkgth,bkgts->bkhs", d_out, probs)
@@ -392,22 +423,27 @@ def blockwise_attention_bwd(blocks: QueryBlocks, residuals: Any, d_out: Array) -
     products = d_out.astype(jnp.float32) * out.astype(jnp.float32)
     d_mean = jnp.sum(products, axis=-1, keepdims=True)
     d_mean = move_heads_first(d_mean, K)[..., 0]
-    rows = (queries, move_heads_first(d_out, K), logsumexp, d_mean)
-    d_keys, d_values = jnp.zeros((B, K, H, S)), jnp.zeros((B, K, H, S))
+    d_heads = move_heads_first(d_out, K)
+    rows = (queries, d_heads, logsumexp, d_mean)
+    d_keys = jnp.zeros((B, K, H, S))
+    d_values = jnp.zeros((B, K, H, S))
     d_queries = []
     for block in blocks.iterate_blocks(q.shape[1]):
-        add_chunk = functools.partial(chunk_gradients, keys.select(block.keys))
+        seen = keys.select(block.keys)
+        add_chunk = functools.partial(chunk_gradients, seen)
         where = (..., block.keys)
         sums = d_keys[where], d_values[where]
-        sums, d_chunks = jax.lax.scan(add_chunk, sums, split_query_chunks(rows, block))
+        chunks = split_query_chunks(rows, block)
+        sums, d_chunks = jax.lax.scan(add_chunk, sums, chunks)
         d_keys = d_keys.at[where].set(sums[0])
         d_values = d_values.at[where].set(sums[1])
         d_queries.append(merge_query_chunks(d_chunks))
-    d_q = ungroup_queries(concatenate_blocks(d_queries), q)
+    d_q = concatenate_blocks(d_queries)
+    d_q = ungroup_queries(d_q, q)
     d_k = jnp.moveaxis(d_keys, 3, 1).astype(k.dtype)
     d_v = jnp.moveaxis(d_values, 3, 1).astype(k.dtype)
-    no_gradient: Any = None
-    return (Inputs(d_q, d_k, d_v, no_gradient, no_gradient, no_gradient),)
+    no_gradients: Any = (None, None, None)
+    return (Inputs(d_q, d_k, d_v, *no_gradients),)
 
 
 blockwise_attention = jax.custom_vjp(attend_blockwise, nondiff_argnums=(1,))
@@ -429,31 +465,37 @@ def compute_scores(queries: Queries, keys: Keys, blocks: QueryBlocks) -> Array:
     if blocks.window is not None:
         is_visible &= distance < blocks.window
     scores = einsum_float32("bkgth,bksh->bkgts", queries.q, keys.k)
-    return jnp.where(is_visible, scores * queries.q.shape[-1] ** -0.5, -jnp.inf)
+    scores *= queries.q.shape[-1] ** -0.5
+    return jnp.where(is_visible, scores, -jnp.inf)
 
 
 def group_queries(inputs: Inputs, blocks: QueryBlocks) -> Queries:
     """Return queries grouped by kv head, with ids and positions."""
-    q = move_heads_first(inputs.q, inputs.k.shape[2])
-    positions = jnp.arange(inputs.q.shape[1]) * blocks.stride + inputs.offset
-    return Queries(q, inputs.q_ids[:, None, None], positions[None, None, None])
+    T, K = inputs.q.shape[1], inputs.k.shape[2]
+    q = move_heads_first(inputs.q, K)
+    ids = inputs.q_ids[:, None, None]
+    positions = jnp.arange(T) * blocks.stride + inputs.offset
+    return Queries(q, ids, positions[None, None, None])
 
 
 def group_keys(inputs: Inputs) -> Keys:
     """Return keys and values with heads first."""
-    k, v = jnp.swapaxes(inputs.k, 1, 2), jnp.swapaxes(inputs.v, 1, 2)
+    k = jnp.swapaxes(inputs.k, 1, 2)
+    v = jnp.swapaxes(inputs.v, 1, 2)
     return Keys(k, v, inputs.k_ids)
 
 
 def move_heads_first(x: Array, K: int) -> Array:
     """Return [B, T, N, H] as [B, K, G, T, H]."""
     B, T, N, H = x.shape
-    return jnp.moveaxis(x.reshape(B, T, K, N // K, H), 1, 3)
+    grouped = x.reshape(B, T, K, N // K, H)
+    return jnp.moveaxis(grouped, 1, 3)
 
 
 def ungroup_queries(x: Array, like: Array) -> Array:
     """Return [B, K, G, T, H] as [B, T, N, H], the shape of `like`."""
-    return jnp.moveaxis(x, 3, 1).reshape(like.shape)
+    grouped = jnp.moveaxis(x, 3, 1)
+    return grouped.reshape(like.shape)
 
 
 def split_query_chunks(rows: Any, block: Block) -> Any:
@@ -472,14 +514,19 @@ def merge_query_chunks(chunks: Any) -> Any:
 
     def merge(x: Array) -> Array:
         n, *heads, C = x.shape[:5]
-        return jnp.moveaxis(x, 0, 3).reshape(*heads, n * C, *x.shape[5:])
+        chunks = jnp.moveaxis(x, 0, 3)
+        return chunks.reshape(*heads, n * C, *x.shape[5:])
 
     return jax.tree.map(merge, chunks)
 
 
 def concatenate_blocks(blocks: list[Any]) -> Any:
     """Return the blocks' arrays [B, K, G, C, ...] as [B, K, G, T, ...]."""
-    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays, axis=3), *blocks)
+
+    def concatenate(*arrays: Array) -> Array:
+        return jnp.concatenate(arrays, axis=3)
+
+    return jax.tree.map(concatenate, *blocks)
 
 
 # ---- on each device: part of the batch or of the positions, and of the heads
@@ -517,7 +564,7 @@ def splash_attention(
         mask = masks.CausalMask((T, T))
         if window is not None:
             mask = masks.LocalMask((T, T), (window - 1, 0), 0)
-        block = next(size for size in (512, 256, 128) if T % size == 0)
+        block = math.gcd(T, 512)
         sizes = kernel.BlockSizes(block, block, block, block, block, block, block, block)
         run = kernel.make_splash_mha(
             masks.MultiHeadMask([mask] * N),
@@ -531,8 +578,10 @@ def splash_attention(
         def run_one(q: Array, k: Array, v: Array, ids: Array) -> Any:  # Array, by its options
             return run(q, k, v, segment_ids=kernel.SegmentIds(ids, ids))
 
-        scaled = (q * H**-0.5).astype(q.dtype)
-        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (scaled, k, v))
+        scaled = q * H**-0.5
+        q = jnp.swapaxes(scaled.astype(q.dtype), 1, 2)
+        k = jnp.swapaxes(k, 1, 2)
+        v = jnp.swapaxes(v, 1, 2)
         out = jax.vmap(run_one)(q, k, v, segment_ids)
         return jnp.swapaxes(out, 1, 2)
 
@@ -559,10 +608,13 @@ def cudnn_attention(q: Array, k: Array, v: Array, segment_ids: Array, window: in
         is_short, *qkv, ids = residuals
 
         def gradients(branch: Callable[..., Array], *qkv: Array) -> Any:
-            return jax.vjp(lambda *x: branch(*x, ids), *qkv)[1](d_out)
+            _, pullback = jax.vjp(lambda *x: branch(*x, ids), *qkv)
+            return pullback(d_out)
 
-        branches = [functools.partial(gradients, branch) for branch in (packed, plain)]
-        return None, *jax.lax.cond(is_short, *branches, *qkv), None
+        packed_gradients = functools.partial(gradients, packed)
+        plain_gradients = functools.partial(gradients, plain)
+        found = jax.lax.cond(is_short, packed_gradients, plain_gradients, *qkv)
+        return None, *found, None
 
     # cuDNN's statistics are [B x documents, N, T] float32, several times the layer's input, so they
     # are recomputed in backward: one more forward of attention for keeping only q, k and v. It also
@@ -586,10 +638,12 @@ def cudnn_packed_attention(
     # jax.nn's own interface has no packed documents
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
-    N, K, H = q.shape[2], k.shape[2], q.shape[3]
+    _, _, N, H = q.shape
+    n_repeats = N // k.shape[2]
     # JAX computes the offsets of keys with the number of query heads, which is wrong for fewer kv
     # heads: they are repeated
-    k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
+    k = jnp.repeat(k, n_repeats, axis=2)
+    v = jnp.repeat(v, n_repeats, axis=2)
     starts, lengths = compute_document_offsets(segment_ids)
     starts = jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
     out = fused.dot_product_attention(
@@ -624,12 +678,15 @@ def compute_document_offsets(segment_ids: Array) -> tuple[Array, Array]:
 
     Both are -1 where there is no document.
     """
-    size, T = max_documents(segment_ids), segment_ids.shape[1]
+    size = max_documents(segment_ids)
+    T = segment_ids.shape[1]
 
     def find_starts(is_start: Array) -> Array:
         return jnp.nonzero(is_start, size=size, fill_value=T)[0]
 
-    starts = jax.vmap(find_starts)(find_document_starts(segment_ids)).astype(jnp.int32)
+    is_start = find_document_starts(segment_ids)
+    starts = jax.vmap(find_starts)(is_start).astype(jnp.int32)
     lengths = jnp.diff(starts, axis=1, append=T)
     exists = starts < T
-    return jnp.where(exists, starts, -1), jnp.where(exists, lengths, -1)
+    starts = jnp.where(exists, starts, -1)
+    return starts, jnp.where(exists, lengths, -1)

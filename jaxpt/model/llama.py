@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import NamedSharding
 
 from jaxpt.model.attention import ATTENTION_OUTPUT, attend
 from jaxpt.sharding import make_logical_sharding, with_logical_constraint
@@ -81,15 +82,16 @@ class Llama(nnx.Module):
         """Return hidden states like __call__, with the caller's attention."""
         # gathered along its width first: a lookup in an embedding sharded both ways makes XLA
         # replicate the result
-        embed = with_logical_constraint(self.embed[...].astype(dtype), "vocab", None)
-        x = with_logical_constraint(embed[tokens], "batch", "position", "act_embed")
+        embed = self.embed[...].astype(dtype)
+        embed = with_logical_constraint(embed, "vocab", None)
+        x = constrain_residual(embed[tokens])
         rope = compute_rope(self.spec, positions)
         graph, stacked = nnx.split(self.blocks)
 
         def layer(x: Array, params: Any) -> tuple[Array, None]:
             block = nnx.merge(graph, params)
             x = block(x, rope, attend)
-            return with_logical_constraint(x, "batch", "position", "act_embed"), None
+            return constrain_residual(x), None
 
         if remat != "none":
             # within a scan nothing merges the recomputation with the first computation, so no
@@ -105,6 +107,11 @@ class Llama(nnx.Module):
         return head.astype(dtype)
 
 
+def constrain_residual(x: Array) -> Array:
+    """Shard the residual stream [B, T, D] over batch and positions."""
+    return with_logical_constraint(x, "batch", "position", "act_embed")
+
+
 class Block(nnx.Module):
     """Attention and gated MLP, each after a norm and with a residual connection.
 
@@ -117,8 +124,11 @@ class Block(nnx.Module):
         N, K, H = spec.n_heads, spec.n_kv_heads, spec.d_head
         std = D**-0.5
         # the two that write into the residual: their sum over 2L writes keeps its size (GPT-2)
-        out_std = (N * H * 2 * max(L, 1)) ** -0.5
-        down_std = (F * 2 * max(L, 1)) ** -0.5
+        n_writes = 2 * max(L, 1)
+        out_std = (N * H * n_writes) ** -0.5
+        down_std = (F * n_writes) ** -0.5
+        q_axes = ("layers", "embed", "heads", "head")
+        o_axes = ("layers", "heads", "head", "embed")
         kv_axes = ("layers", "embed", "kv_heads", "head")
         mlp_axes = ("layers", "embed", "mlp")
 
@@ -127,10 +137,10 @@ class Block(nnx.Module):
 
         self.eps = spec.norm_eps
         self.attn_norm = param((D,), "layers", "norm", ones=True)
-        self.q = param((D, N, H), "layers", "embed", "heads", "head", std=std)
+        self.q = param((D, N, H), *q_axes, std=std)
         self.k = param((D, K, H), *kv_axes, std=std)
         self.v = param((D, K, H), *kv_axes, std=std)
-        self.o = param((N, H, D), "layers", "heads", "head", "embed", std=out_std)
+        self.o = param((N, H, D), *o_axes, std=out_std)
         self.mlp_norm = param((D,), "layers", "norm", ones=True)
         self.gate = param((D, F), *mlp_axes, std=std)
         self.up = param((D, F), *mlp_axes, std=std)
@@ -151,29 +161,40 @@ class Block(nnx.Module):
 
     def __call__(self, x: Array, rope: Rope, attend: Attend) -> Array:
         """Return the residual stream [B, T, D] after this layer."""
-        x = x + self.attention(rms_norm(x, self.attn_norm[...], self.eps), rope, attend)
-        return x + self.mlp(rms_norm(x, self.mlp_norm[...], self.eps))
+        normed = rms_norm(x, self.attn_norm[...], self.eps)
+        x = x + self.attention(normed, rope, attend)
+        normed = rms_norm(x, self.mlp_norm[...], self.eps)
+        return x + self.mlp(normed)
 
     def attention(self, x: Array, rope: Rope, attend: Attend) -> Array:
         """Return what attention adds to the residual, [B, T, D]."""
-        q = linear(x, self.q, getattr(self, "q_bias", None))
-        k = linear(x, self.k, getattr(self, "k_bias", None))
-        v = linear(x, self.v, getattr(self, "v_bias", None))
+        q = self.project("q", x)
+        k = self.project("k", x)
+        v = self.project("v", x)
         if hasattr(self, "q_norm"):
             q = rms_norm(q, self.q_norm[...], self.eps)
             k = rms_norm(k, self.k_norm[...], self.eps)
-        heads = attend(apply_rope(q, rope), apply_rope(k, rope), v)
-        return linear(heads, self.o, getattr(self, "o_bias", None))
+        q = apply_rope(q, rope)
+        k = apply_rope(k, rope)
+        heads = attend(q, k, v)
+        return self.project("o", heads)
 
     def mlp(self, x: Array) -> Array:
         """Return what the MLP adds to the residual, [B, T, D]."""
-        return linear(self.compute_mlp_activations(x), self.down, getattr(self, "down_bias", None))
+        activations = self.compute_mlp_activations(x)
+        return self.project("down", activations)
 
     def compute_mlp_activations(self, x: Array) -> Array:
         """Return what `down` reads, [B, T, F]."""
-        gate = linear(x, self.gate, getattr(self, "gate_bias", None))
-        up = linear(x, self.up, getattr(self, "up_bias", None))
+        gate = self.project("gate", x)
+        up = self.project("up", x)
         return jax.nn.silu(gate) * up
+
+    def project(self, name: str, x: Array) -> Array:
+        """Return x times the weight of this name, plus its bias if the model has one."""
+        weight = getattr(self, name)
+        bias = getattr(self, f"{name}_bias", None)
+        return linear(x, weight, bias)
 
 
 # What backward keeps of a layer besides its input; everything else is recomputed. Matmuls with
@@ -222,14 +243,19 @@ def make_param(
     The std is stated because initializers that infer it from the shape count the layer axis too
     (lecun_normal on (16, 256, 256) gives 0.0156 instead of 0.0626).
     """
-    value = jnp.ones(shape) if ones else jax.random.normal(rngs.params(), shape) * std
+    if ones:
+        value = jnp.ones(shape)
+    else:
+        value = jax.random.normal(rngs.params(), shape) * std
     return nnx.Param(value, out_sharding=axes, std=std, ones=ones)
 
 
 def linear(x: Array, weight: nnx.Param, bias: nnx.Param | None = None) -> Array:
     """Return x [B, T, ...in] times weight [...in, ...out], plus bias, in x's dtype."""
     y = matmul(x, weight[...].astype(x.dtype))
-    return y if bias is None else y + bias[...].astype(x.dtype)
+    if bias is None:
+        return y
+    return y + bias[...].astype(x.dtype)
 
 
 @jax.custom_vjp
@@ -241,25 +267,32 @@ def matmul(x: Array, weight: Array) -> Array:
     most weights; this one transposes the narrower side, the residual's, once for all that read it.
     Whole steps are 1.08 to 1.2 x as fast (docs/performance.md); accelerators do not mind.
     """
-    return matmul_fwd(x, weight)[0]
+    y, _ = matmul_fwd(x, weight)
+    return y
 
 
 def matmul_fwd(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
     """Return the result, and what backward needs."""
     B, T, *in_dims = x.shape
-    y = flatten_features(x) @ weight.reshape(math.prod(in_dims), -1)
-    return y.reshape(B, T, *weight.shape[len(in_dims) :]), (x, weight)
+    matrix = weight.reshape(math.prod(in_dims), -1)
+    y = flatten_features(x) @ matrix
+    out_dims = weight.shape[len(in_dims) :]
+    return y.reshape(B, T, *out_dims), (x, weight)
 
 
 def matmul_bwd(residuals: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
     """Return the gradients for x and weight."""
     x, weight = residuals
-    x_flat, d_y_flat = flatten_features(x), flatten_features(d_y)
+    x_flat = flatten_features(x)
+    d_y_flat = flatten_features(d_y)
     if x_flat.shape[2] <= d_y_flat.shape[2]:
-        d_weight = jnp.einsum("ibt,bto->io", jnp.moveaxis(x_flat, 2, 0), d_y_flat)
+        x_first = jnp.moveaxis(x_flat, 2, 0)
+        d_weight = jnp.einsum("ibt,bto->io", x_first, d_y_flat)
     else:
-        d_weight = jnp.einsum("obt,bti->oi", jnp.moveaxis(d_y_flat, 2, 0), x_flat).T
-    d_x = jnp.einsum("bto,io->bti", d_y_flat, weight.reshape(d_weight.shape))
+        d_y_first = jnp.moveaxis(d_y_flat, 2, 0)
+        d_weight = jnp.einsum("obt,bti->oi", d_y_first, x_flat).T
+    matrix = weight.reshape(d_weight.shape)
+    d_x = jnp.einsum("bto,io->bti", d_y_flat, matrix)
     return d_x.reshape(x.shape), d_weight.reshape(weight.shape)
 
 
@@ -274,8 +307,10 @@ def flatten_features(x: Array) -> Array:
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     """Return the root-mean-square norm over the last axis, computed in float32."""
     y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+    mean_square = jnp.mean(y * y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(mean_square + eps)
+    y = y * scale.astype(jnp.float32)
+    return y.astype(x.dtype)
 
 
 # ---- rotary embedding in Hugging Face's split-half layout: channel i rotates with channel i + H/2
@@ -284,13 +319,17 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
 def compute_rope(spec: ModelSpec, positions: Array) -> Rope:
     """Return (cos, sin), each float32 [B, T, 1, H/2], per pair of channels and position."""
     # float32: at long T bf16 positions above 256 collide (8 significand bits), so angles repeat
-    angles = positions.astype(jnp.float32)[..., None] * compute_rope_frequencies(spec)
-    return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    positions = positions.astype(jnp.float32)[..., None]
+    angles = positions * compute_rope_frequencies(spec)
+    cos = jnp.cos(angles)[:, :, None]
+    sin = jnp.sin(angles)[:, :, None]
+    return cos, sin
 
 
 def compute_rope_frequencies(spec: ModelSpec) -> Array:
     """Return radians per position for each pair of channels, float32 [H/2]."""
-    exponents = jnp.arange(0, spec.d_head, 2, dtype=jnp.float32) / spec.d_head
+    channels = jnp.arange(0, spec.d_head, 2, dtype=jnp.float32)
+    exponents = channels / spec.d_head
     frequencies = 1.0 / spec.rope_theta**exponents
     scaling = spec.rope_scaling
     if scaling is None:
@@ -309,15 +348,19 @@ def scale_llama3_frequencies(frequencies: Array, scaling: RopeScaling) -> Array:
     turns = scaling.original_max_seq_len * frequencies / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-    return (1 - kept) * frequencies / scaling.factor + kept * frequencies
+    slow = (1 - kept) * frequencies / scaling.factor
+    return slow + kept * frequencies
 
 
 def apply_rope(x: Array, rope: Rope) -> Array:
     """Rotate x [B, T, heads, H] by its positions' angles, in float32; return it in x's dtype."""
     cos, sin = rope
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+    y = x.astype(jnp.float32)
+    first, second = jnp.split(y, 2, axis=-1)
+    new_first = first * cos - second * sin
+    new_second = second * cos + first * sin
+    rotated = jnp.concatenate([new_first, new_second], axis=-1)
+    return rotated.astype(x.dtype)
 
 
 # ---- shapes, axes, counts; and parameters as a plain nested dict
@@ -342,7 +385,12 @@ class ParamSpec(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def make_abstract_model(spec: ModelSpec) -> tuple[Any, Any]:
     """Return (graph definition, state of shapes) of a model; nothing is computed."""
-    return nnx.split(nnx.eval_shape(lambda: Llama(spec, nnx.Rngs(0))))
+
+    def make() -> Llama:
+        return Llama(spec, nnx.Rngs(0))
+
+    model = nnx.eval_shape(make)
+    return nnx.split(model)
 
 
 def param_specs(spec: ModelSpec) -> dict[str, Any]:
@@ -351,7 +399,8 @@ def param_specs(spec: ModelSpec) -> dict[str, Any]:
     flat = {}
     for path, variable in nnx.to_flat_state(state):
         axes = tuple(variable.get_metadata("out_sharding"))
-        std, ones = variable.get_metadata("std"), variable.get_metadata("ones")
+        std = variable.get_metadata("std")
+        ones = variable.get_metadata("ones")
         flat[path] = ParamSpec(tuple(variable.shape), axes, std, ones)
     return unflatten_paths(flat)
 
@@ -363,7 +412,8 @@ def map_param_specs(make: Callable[[ParamSpec], Any], spec: ModelSpec) -> dict[s
 
 def count_params(spec: ModelSpec) -> int:
     """Return the number of parameters."""
-    return sum(jax.tree.leaves(map_param_specs(lambda param: math.prod(param.shape), spec)))
+    specs = jax.tree.leaves(param_specs(spec), is_leaf=is_param_spec)
+    return sum(math.prod(param.shape) for param in specs)
 
 
 def is_param_spec(x: Any) -> bool:
@@ -373,7 +423,11 @@ def is_param_spec(x: Any) -> bool:
 
 def make_param_shardings(spec: ModelSpec, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Return a NamedSharding for every parameter."""
-    return map_param_specs(lambda param: make_logical_sharding(mesh, param.axes), spec)
+
+    def make(param: ParamSpec) -> NamedSharding:
+        return make_logical_sharding(mesh, param.axes)
+
+    return map_param_specs(make, spec)
 
 
 def make_abstract_params(
@@ -394,10 +448,13 @@ def init_params(
     """Return random parameters, initialized sharded; the values are equal on every mesh."""
 
     def make() -> Params:
-        _, state = nnx.split(Llama(spec, nnx.Rngs(seed)))
-        return jax.tree.map(lambda x: x.astype(dtype), nnx.to_pure_dict(state))
+        model = Llama(spec, nnx.Rngs(seed))
+        _, state = nnx.split(model)
+        params = nnx.to_pure_dict(state)
+        return jax.tree.map(lambda x: x.astype(dtype), params)
 
-    return jax.jit(make, out_shardings=make_param_shardings(spec, mesh))()
+    shardings = make_param_shardings(spec, mesh)
+    return jax.jit(make, out_shardings=shardings)()
 
 
 def bind_params(spec: ModelSpec, params: Params) -> Llama:

@@ -33,11 +33,15 @@ def _cross_entropy(
     def add(sums: Sums, chunk: Any) -> tuple[Sums, None]:
         hidden, targets, mask = chunk
         losses, nats, _ = compute_chunk_losses(hidden, lm_head, targets, mask, z_loss_weight)
-        return (sums[0] + jnp.sum(losses), sums[1] + jnp.sum(nats)), None
+        loss_sum, nats_sum = sums
+        loss_sum += jnp.sum(losses)
+        nats_sum += jnp.sum(nats)
+        return (loss_sum, nats_sum), None
 
     zeros = (jnp.float32(0), jnp.float32(0))
     chunks = split_token_chunks(chunk_tokens, hidden, targets, loss_mask)
-    return jax.lax.scan(add, zeros, chunks)[0]
+    sums, _ = jax.lax.scan(add, zeros, chunks)
+    return sums
 
 
 def cross_entropy(
@@ -86,13 +90,19 @@ def cross_entropy_fwd(
         d_hidden = jnp.einsum("btv,dv->btd", d_logits, lm_head)
         float32 = jnp.float32
         d_head += jnp.einsum("btd,btv->dv", hidden, d_logits, preferred_element_type=float32)
-        return (loss_sum + jnp.sum(losses), nats_sum + jnp.sum(nats), d_head), d_hidden
+        loss_sum += jnp.sum(losses)
+        nats_sum += jnp.sum(nats)
+        return (loss_sum, nats_sum, d_head), d_hidden
 
-    zeros = (jnp.float32(0), jnp.float32(0), jnp.zeros(lm_head.shape, jnp.float32))
+    zero = jnp.float32(0)
+    zeros = (zero, zero, jnp.zeros(lm_head.shape, jnp.float32))
     chunks = split_token_chunks(chunk_tokens, hidden, targets, loss_mask)
-    (loss_sum, nats_sum, d_head), d_hidden = jax.lax.scan(add, zeros, chunks)
-    d_hidden = jnp.moveaxis(d_hidden, 0, 2).reshape(hidden.shape)
-    return (loss_sum, nats_sum), (d_hidden, d_head.astype(lm_head.dtype))
+    sums, d_chunks = jax.lax.scan(add, zeros, chunks)
+    loss_sum, nats_sum, d_head = sums
+    d_hidden = jnp.moveaxis(d_chunks, 0, 2)
+    d_hidden = d_hidden.reshape(hidden.shape)
+    d_head = d_head.astype(lm_head.dtype)
+    return (loss_sum, nats_sum), (d_hidden, d_head)
 
 
 def cross_entropy_bwd(
@@ -123,8 +133,12 @@ def split_token_chunks(
     n = 1
     while T % (2 * n) == 0 and B * T // n > chunk_tokens:
         n *= 2
-    arrays = (hidden, targets, loss_mask)
-    return tuple(jnp.moveaxis(x.reshape(B, T // n, n, *x.shape[2:]), 2, 0) for x in arrays)
+
+    def split(x: Array) -> Array:
+        chunks = x.reshape(B, T // n, n, *x.shape[2:])
+        return jnp.moveaxis(chunks, 2, 0)
+
+    return split(hidden), split(targets), split(loss_mask)
 
 
 def compute_chunk_losses(
@@ -135,16 +149,28 @@ def compute_chunk_losses(
     z_loss_weight: float,
 ) -> tuple[Array, Array, Array]:
     """Return masked losses and nats [B, T], and the summed losses' d_logits [B, T, V], float32."""
-    logits = jnp.einsum("btd,dv->btv", hidden, lm_head, preferred_element_type=jnp.float32)
+    logits = compute_logits(hidden, lm_head)
     logits = with_logical_constraint(logits, "batch", "position", "vocab")
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    nats = (log_z - target_logits) * loss_mask
+    nats = (log_z - take_target_logits(logits, targets)) * loss_mask
     is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
     probs = jnp.exp(logits - log_z[..., None])
     z_scale = 1 + 2 * z_loss_weight * log_z
-    d_logits = (z_scale[..., None] * probs - is_target) * loss_mask[..., None]
-    return nats + z_loss_weight * log_z**2 * loss_mask, nats, d_logits
+    d_logits = z_scale[..., None] * probs - is_target
+    d_logits = d_logits * loss_mask[..., None]
+    losses = nats + z_loss_weight * log_z**2 * loss_mask
+    return losses, nats, d_logits
+
+
+def compute_logits(hidden: Array, lm_head: Array) -> Array:
+    """Return logits [B, T, V], accumulated in float32."""
+    return jnp.einsum("btd,dv->btv", hidden, lm_head, preferred_element_type=jnp.float32)
+
+
+def take_target_logits(logits: Array, targets: Array) -> Array:
+    """Return the logit of each target, [B, T]."""
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)
+    return chosen[..., 0]
 
 
 def compute_log_likelihoods(hidden: Array, lm_head: Array, targets: Array) -> Sums:
@@ -152,7 +178,8 @@ def compute_log_likelihoods(hidden: Array, lm_head: Array, targets: Array) -> Su
 
     All logits exist at once: pass few tokens.
     """
-    logits = jnp.einsum("btd,dv->btv", hidden, lm_head, preferred_element_type=jnp.float32)
-    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    logits = compute_logits(hidden, lm_head)
+    target_logits = take_target_logits(logits, targets)
     is_likeliest = jnp.argmax(logits, axis=-1) == targets
-    return target_logits - jax.nn.logsumexp(logits, axis=-1), is_likeliest
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    return target_logits - log_z, is_likeliest

@@ -148,13 +148,15 @@ def project_target(
     def project(step_seconds: float) -> RunProjection:
         seconds = step_seconds * time_calibration
         hours = tokens / batch_tokens * seconds / 3600
+        device_hours = hours * n_devices
         usd = kwh = None
         if usd_per_hour is not None:
-            usd = hours * n_devices * usd_per_hour
+            usd = device_hours * usd_per_hour
         if chip.watts is not None:
-            kwh = hours * n_devices * chip.watts / 1000 * POWER_OVERHEAD
+            kwh = device_hours * chip.watts / 1000 * POWER_OVERHEAD
         mfu = batch_tokens * flops_per_token / (seconds * peak_flops)
-        return RunProjection(mfu, batch_tokens / seconds, seconds, hours, usd, kwh)
+        tokens_per_second = batch_tokens / seconds
+        return RunProjection(mfu, tokens_per_second, seconds, hours, usd, kwh)
 
     peak_bytes = analysis.peak_bytes
     state_bytes = analysis.params_bytes + analysis.opt_state_bytes
@@ -233,7 +235,8 @@ def compute_implied_mfu(
     flops_per_token: float, tokens: float, device_hours: float, peak_flops: float
 ) -> float:
     """Return the MFU that a run must have had to train on the tokens in these device hours."""
-    return flops_per_token * tokens / (device_hours * 3600 * peak_flops)
+    possible_flops = device_hours * 3600 * peak_flops
+    return flops_per_token * tokens / possible_flops
 
 
 def compare_growth_flops(
@@ -256,10 +259,11 @@ def compare_growth_flops(
     scratch_flops = child_flops * scratch_tokens
     grown_flops = child_flops * grown_tokens
     base_flops = flops.count_flops_per_token(base_spec, seq_len) * base_tokens
+    all_flops = grown_flops + base_flops
     return GrowthFlops(
         scratch_flops=scratch_flops,
         grown_flops=grown_flops,
         base_flops=base_flops,
         saved_frac=1 - grown_flops / scratch_flops,
-        saved_with_base_frac=1 - (grown_flops + base_flops) / scratch_flops,
+        saved_with_base_frac=1 - all_flops / scratch_flops,
     )

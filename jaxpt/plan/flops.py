@@ -27,7 +27,8 @@ def count_forward_flops_per_token(spec: ModelSpec, seq_len: int) -> float:
     sequence on average, so training takes 6 per parameter plus 12 L N H T / 2. Documents shorter
     than the sequence make it less; that is left out.
     """
-    return 2 * count_matmul_params(spec) + count_attention_flops(spec, seq_len)
+    matmul_flops = 2 * count_matmul_params(spec)
+    return matmul_flops + count_attention_flops(spec, seq_len)
 
 
 def count_attention_flops(spec: ModelSpec, seq_len: int) -> float:
@@ -44,29 +45,32 @@ def compute_mean_context(spec: ModelSpec, seq_len: int) -> float:
 
 def count_matmul_params(spec: ModelSpec) -> int:
     """Return the number of matmul parameters: layers and output head, no embedding lookup."""
-    return spec.n_layers * count_layer_matmul_params(spec) + spec.vocab_size * spec.d_model
+    head = spec.vocab_size * spec.d_model
+    return spec.n_layers * count_layer_matmul_params(spec) + head
 
 
 def count_layer_matmul_params(spec: ModelSpec) -> int:
     """Return the number of parameters of one layer's matrices."""
-    D, F, H = spec.d_model, spec.d_ff, spec.d_head
-    attention = (2 * spec.n_heads + 2 * spec.n_kv_heads) * D * H  # q and out, k and v
-    return attention + 3 * D * F
+    D = spec.d_model
+    n_heads = 2 * spec.n_heads + 2 * spec.n_kv_heads  # q and out, k and v
+    attention = n_heads * D * spec.d_head
+    return attention + 3 * D * spec.d_ff
 
 
 def count_params(spec: ModelSpec) -> int:
     """Return the number of all parameters. A test compares it with the model's own table."""
-    D, F, H = spec.d_model, spec.d_ff, spec.d_head
+    D = spec.d_model
     vectors = 2 * D  # the two norms
     if spec.qkv_bias:
-        vectors += (spec.n_heads + 2 * spec.n_kv_heads) * H
+        vectors += count_qkv_width(spec)
     if spec.out_bias:
         vectors += D
     if spec.mlp_bias:
-        vectors += 2 * F + D
+        vectors += 2 * spec.d_ff + D
     if spec.qk_norm:
-        vectors += 2 * H
-    layers = spec.n_layers * (count_layer_matmul_params(spec) + vectors)
+        vectors += 2 * spec.d_head
+    layer = count_layer_matmul_params(spec) + vectors
+    layers = spec.n_layers * layer
     n_embeddings = 1 if spec.tie_embeddings else 2
     return n_embeddings * spec.vocab_size * D + layers + D
 
@@ -94,9 +98,10 @@ class DeviceShare(NamedTuple):
         n_fsdp = sharding.n_shards_of_shape(mesh, "embed")
         n_tensor = sharding.n_shards_of_shape(mesh, "mlp")
         n_context = sharding.n_shards_of_shape(mesh, "position")
-        n_sequence_shards = sharding.n_shards_of_shape(mesh, "batch") * n_context
+        n_batch = sharding.n_shards_of_shape(mesh, "batch")
         n_sequences = train.batch_size // train.grad_accum_steps
-        tokens = n_sequences * settings.pack.seq_len // n_sequence_shards
+        n_tokens = n_sequences * settings.pack.seq_len
+        tokens = n_tokens // (n_batch * n_context)
         param_bytes = DTYPE_BYTES[settings.initialize.param_dtype]
         compute_bytes = DTYPE_BYTES[train.compute_dtype]
         sizes = (n_fsdp, n_tensor, n_context, param_bytes, compute_bytes)
@@ -110,7 +115,8 @@ class DeviceShare(NamedTuple):
 
 def estimate_state_bytes(spec: ModelSpec, share: DeviceShare, n_moments: int) -> float:
     """Return the bytes of parameters and moments."""
-    return (1 + n_moments) * count_params(spec) * share.param_bytes / share.n_weight_shards
+    n_numbers = (1 + n_moments) * count_params(spec)
+    return n_numbers * share.param_bytes / share.n_weight_shards
 
 
 def estimate_saved_activation_bytes(spec: ModelSpec, share: DeviceShare, remat: str) -> float:
@@ -120,7 +126,8 @@ def estimate_saved_activation_bytes(spec: ModelSpec, share: DeviceShare, remat: 
     result and logsumexp too; dots: the matmul results that backward reads too; none: about all
     that backward reads.
     """
-    D, qkv = spec.d_model, count_qkv_width(spec)
+    D = spec.d_model
+    qkv = count_qkv_width(spec)
     mixed = spec.n_heads * (spec.d_head + 2)
     n_tensor = share.n_tensor
     widths = {
@@ -130,7 +137,8 @@ def estimate_saved_activation_bytes(spec: ModelSpec, share: DeviceShare, remat: 
         "dots": 2 * D + (mixed + qkv + 2 * spec.d_ff) / n_tensor,
         "none": 6 * D + (2 * qkv + 4 * spec.d_ff) / n_tensor,
     }
-    return spec.n_layers * share.microbatch_tokens * widths[remat] * share.compute_bytes
+    n_rows = spec.n_layers * share.microbatch_tokens
+    return n_rows * widths[remat] * share.compute_bytes
 
 
 def count_qkv_width(spec: ModelSpec) -> int:
@@ -150,8 +158,10 @@ def estimate_temporary_bytes(spec: ModelSpec, share: DeviceShare, remat: str) ->
         gradients *= 2
     layer_width = 8 * spec.d_model + 5 * spec.d_ff / share.n_tensor
     layer = share.microbatch_tokens * layer_width * share.compute_bytes
-    head = spec.d_model * spec.vocab_size * (share.compute_bytes + 4) / share.n_tensor
-    return gradients + estimate_saved_activation_bytes(spec, share, remat) + layer + head
+    n_head_params = spec.d_model * spec.vocab_size
+    head = n_head_params * (share.compute_bytes + 4) / share.n_tensor
+    saved = estimate_saved_activation_bytes(spec, share, remat)
+    return gradients + saved + layer + head
 
 
 def estimate_comm_bytes(spec: ModelSpec, share: DeviceShare) -> float:
@@ -161,13 +171,18 @@ def estimate_comm_bytes(spec: ModelSpec, share: DeviceShare) -> float:
     summed on the way back. tensor: each layer's two results are summed in forward, backward and
     recomputation. context: each layer's keys and values are gathered, as often.
     """
-    n_bytes, tokens = share.compute_bytes, share.microbatch_tokens
-    fsdp_params = count_params(spec) / share.n_tensor * (1 - 1 / share.n_fsdp)
+    n_bytes = share.compute_bytes
+    tokens = share.microbatch_tokens
+    fsdp_params = count_params(spec) / share.n_tensor
+    fsdp_params *= 1 - 1 / share.n_fsdp
     fsdp = (2 * n_bytes + 4) * fsdp_params
-    tensor = 6 * 2 * tokens * spec.d_model * n_bytes * (1 - 1 / share.n_tensor)
+    tensor = 6 * 2 * tokens * spec.d_model * n_bytes
+    tensor *= 1 - 1 / share.n_tensor
     kv_width = 2 * spec.n_kv_heads * spec.d_head / share.n_tensor
-    context = 3 * tokens * (share.n_context - 1) * kv_width * n_bytes
-    return share.grad_accum_steps * (fsdp + spec.n_layers * (tensor + context))
+    n_received = 3 * tokens * (share.n_context - 1)
+    context = n_received * kv_width * n_bytes
+    layers = spec.n_layers * (tensor + context)
+    return share.grad_accum_steps * (fsdp + layers)
 
 
 def estimate_memory_traffic_bytes(
@@ -185,13 +200,16 @@ def estimate_memory_traffic_bytes(
     n_params = count_params(spec)
     update = 8 * n_params * 4 / share.n_weight_shards
     weights = n_params / n_tensor * (5 * share.compute_bytes + 8)
-    width = 6 * spec.d_model + (2 * count_qkv_width(spec) + 4 * spec.d_ff) / n_tensor
+    sharded_width = 2 * count_qkv_width(spec) + 4 * spec.d_ff
+    width = 6 * spec.d_model + sharded_width / n_tensor
     layer = 6 * width * share.compute_bytes
     if materializes_scores:
-        layer += 6 * 4 * spec.n_heads / n_tensor * compute_mean_context(spec, seq_len)
+        score_bytes = 6 * 4 * spec.n_heads / n_tensor
+        layer += score_bytes * compute_mean_context(spec, seq_len)
     logits = 3 * 4 * spec.vocab_size / n_tensor
     per_token = spec.n_layers * layer + logits
-    return update + share.grad_accum_steps * (weights + share.microbatch_tokens * per_token)
+    micro_batch = weights + share.microbatch_tokens * per_token
+    return update + share.grad_accum_steps * micro_batch
 
 
 def estimate_executed_flops_per_token(spec: ModelSpec, seq_len: int, remat: str) -> float:
@@ -200,7 +218,8 @@ def estimate_executed_flops_per_token(spec: ModelSpec, seq_len: int, remat: str)
     Attention counts once more under any policy: each backward recomputes its scores, and cuDNN its
     result too.
     """
-    flops = count_flops_per_token(spec, seq_len) + count_attention_flops(spec, seq_len)
+    flops = count_flops_per_token(spec, seq_len)
+    flops += count_attention_flops(spec, seq_len)
     if remat in ("full", "minimal"):
         flops += 2 * spec.n_layers * count_layer_matmul_params(spec)
     return flops
@@ -223,6 +242,7 @@ def estimate_step(
     params_bytes = round(estimate_state_bytes(spec, share, n_moments=0))
     state_bytes = round(estimate_state_bytes(spec, share, n_moments))
     temporary_bytes = round(estimate_temporary_bytes(spec, share, train.remat))
+    saved_bytes = estimate_saved_activation_bytes(spec, share, train.remat)
     widest = max(spec.vocab_size, spec.d_ff, spec.n_heads * spec.d_head)
     largest_tensor = spec.d_model * widest
     per_token = estimate_executed_flops_per_token(spec, seq_len, train.remat)
@@ -235,7 +255,7 @@ def estimate_step(
         attention=attention,
         params_bytes=params_bytes,
         opt_state_bytes=state_bytes - params_bytes,
-        saved_activation_bytes=round(estimate_saved_activation_bytes(spec, share, train.remat)),
+        saved_activation_bytes=round(saved_bytes),
         restore_bytes=state_bytes,  # a restored state is made in place
         # tensors are gathered one after the other, each whole on every device
         export_bytes=params_bytes + largest_tensor * share.param_bytes,

@@ -48,7 +48,8 @@ def wrap_notes(notes: Iterable[str]) -> list[str]:
     """Return notes as list items of at most 80 columns."""
     items = []
     for note in notes:
-        items.append(textwrap.fill(note, 80, initial_indent="- ", subsequent_indent="  "))
+        item = textwrap.fill(note, 80, initial_indent="- ", subsequent_indent="  ")
+        items.append(item)
     return items
 
 
@@ -99,7 +100,9 @@ def format_method(plan: TargetPlan) -> str:
     """Return how the numbers were found."""
     if plan.missing_package:
         return "estimated, not compiled"
-    return "refused by the compiler" if plan.peak_is_lower_bound else "compiled"
+    if plan.peak_is_lower_bound:
+        return "refused by the compiler"
+    return "compiled"
 
 
 def format_fit(plan: TargetPlan) -> str:
@@ -122,20 +125,24 @@ def format_memory(n_bytes: float | None) -> str:
 
 def format_flops(n: float | None) -> str:
     """Return a count with three digits."""
-    return "unknown" if n is None else f"{n:.3g}"
+    if n is None:
+        return "unknown"
+    return f"{n:.3g}"
 
 
 def format_range(ends: list[float | None], format_value: Formatter) -> str:
     """Return both ends of a range, smaller first."""
-    values = [end for end in ends if end is not None]
+    values = sorted(end for end in ends if end is not None)
     if not values:
         return "unknown"
-    return " to ".join(format_value(value) for value in sorted(values))
+    return " to ".join(map(format_value, values))
 
 
 def format_significant(n: float) -> str:
     """Return three significant digits, or whole numbers from 100 on."""
-    return f"{n:,.0f}" if n >= 100 else f"{n:.3g}"
+    if n >= 100:
+        return f"{n:,.0f}"
+    return f"{n:.3g}"
 
 
 def abbreviate_count(n: float) -> str:
@@ -156,7 +163,8 @@ def collect_assumptions(plans: Iterable[TargetPlan]) -> tuple[str, ...]:
 
 def describe_assumptions(plan: TargetPlan) -> list[str]:
     """Return the assumptions of one plan, its price with the date, and what its layers move."""
-    name, chip = plan.target, plan.target.partition(":")[0]
+    name = plan.target
+    chip = name.partition(":")[0]
     low, high = plan.efficiency_range
     notes = [
         f"{chip}: matmuls are assumed to run at {low:.0%} to {high:.0%} {plan.efficiency_source}."

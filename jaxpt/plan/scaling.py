@@ -68,7 +68,8 @@ class ScalingFit(NamedTuple):
         """Return the loss as (5th percentile, fitted, 95th percentile)."""
         losses = [law.predict_loss(n_params, tokens) for law in self.bootstrap_laws]
         low, high = np.percentile(losses, (5, 95))
-        return float(low), self.law.predict_loss(n_params, tokens), float(high)
+        fitted = self.law.predict_loss(n_params, tokens)
+        return float(low), fitted, float(high)
 
 
 def fit_scaling_law(
@@ -93,9 +94,13 @@ def fit_scaling_law(
     rng = np.random.default_rng(0)
     bootstrap_laws = []
     while len(bootstrap_laws) < n_bootstrap:
-        drawn = [points[i] for i in rng.integers(0, len(points), len(points))]
-        if count_sizes(drawn) == n_sizes and count_distinct(drawn) >= min_points - 1:
-            bootstrap_laws.append(solve_scaling_law(drawn, prior, initial_law=law))
+        indices = rng.integers(0, len(points), len(points))
+        drawn = [points[i] for i in indices]
+        if count_sizes(drawn) != n_sizes:
+            continue
+        if count_distinct(drawn) >= min_points - 1:
+            fitted = solve_scaling_law(drawn, prior, initial_law=law)
+            bootstrap_laws.append(fitted)
     return ScalingFit(law, bootstrap_laws, points, n_sizes)
 
 
@@ -116,7 +121,7 @@ def solve_scaling_law(
     from scipy.optimize import least_squares
 
     fits_size = count_sizes(points) > 1
-    sizes, tokens, losses = (np.array(column, float) for column in zip(*points, strict=True))
+    sizes, tokens, losses = np.array(points, float).T.copy()
     # in units of the middle of the runs, so that the unknowns are of the size of a loss
     N = np.exp(np.mean(np.log(sizes)))
     D = np.exp(np.mean(np.log(tokens)))
@@ -129,20 +134,28 @@ def solve_scaling_law(
     def predict(x: np.ndarray) -> np.ndarray:
         E, b, beta = x[:3]
         a = x[3] if fits_size else size_loss
-        return np.maximum(E, 0) + a * size_factor + b * (tokens / D) ** -beta
+        from_size = np.maximum(E, 0) + a * size_factor
+        return from_size + b * (tokens / D) ** -beta
 
-    mean, smallest = losses.mean(), losses.min()
+    def relative_error(x: np.ndarray) -> np.ndarray:
+        return predict(x) / losses - 1
+
+    mean = losses.mean()
+    smallest = losses.min()
     initial = [0.5 * smallest, 0.4 * mean, prior.beta, 0.2 * mean]
     if initial_law:
-        b = initial_law.B / D**initial_law.beta
-        initial = [initial_law.E, b, initial_law.beta, initial_law.A / N**alpha]
+        beta = initial_law.beta
+        a = initial_law.A / N**alpha
+        b = initial_law.B / D**beta
+        initial = [initial_law.E, b, beta, a]
     n_unknowns = 4 if fits_size else 3
     low = np.array([0, 1e-6, 0.02, 0])[:n_unknowns]
     most = 10 * losses.max()
     high = np.array([smallest, most, 2.0, most])[:n_unknowns]
+    start = np.clip(initial[:n_unknowns], low + 1e-9, high - 1e-9)
     solution = least_squares(
-        lambda x: predict(x) / losses - 1,
-        np.clip(initial[:n_unknowns], low + 1e-9, high - 1e-9),
+        relative_error,
+        start,
         bounds=(low, high),
         loss="soft_l1",
         f_scale=0.01,
@@ -171,9 +184,10 @@ def describe_scaling_fit(fit: ScalingFit) -> list[str]:
     for name in ("E", "B", "beta", "A"):
         if name == "A" and not several:
             continue
+        value = getattr(fit.law, name)
         values = [getattr(law, name) for law in fit.bootstrap_laws]
         low, high = np.percentile(values, (5, 95))
-        fitted.append(f"{name} {getattr(fit.law, name):.4g} (90 % {low:.4g} to {high:.4g})")
+        fitted.append(f"{name} {value:.4g} (90 % {low:.4g} to {high:.4g})")
     sizes = f"{fit.n_sizes} sizes" if several else "1 size"
     prior = "alpha is the prior's" if several else "A and alpha are the prior's"
     return [

@@ -46,7 +46,8 @@ def init_train_state(
     if section.mode == "continue":
         log_init_plan(config, init)
         first = state.init_state(model.params, model.spec, config, mesh)
-        return RunStart(first, TrainProgress(), find_new_params(init))
+        new_params = find_new_params(init)
+        return RunStart(first, TrainProgress(), new_params)
     source = checkpoint.find_checkpoint(local_path(section.source))
     if source is None or not (source / checkpoint.TRAIN_STATE).is_dir():
         raise UserError(
@@ -77,8 +78,10 @@ def continue_state(
     spec = init.growths[0].spec if init.growths else init.model.spec
     abstract = state.make_abstract_state(spec, config, mesh)
     restored = state.restore_state(source, init.model.params, abstract)
-    new_params = NewParams.from_record(record.new_params or NewParamsRecord({}, 0, "none"))
-    opt_state, skip_state = restored.opt_state, restored.skip_state
+    recorded = record.new_params or NewParamsRecord({}, 0, "none")
+    new_params = NewParams.from_record(recorded)
+    opt_state = restored.opt_state
+    skip_state = restored.skip_state
     for i, grown in enumerate(init.growths):
         before = new_params if i else NewParams()
         opt_state, skip_state, new_params = state.grow_state(
@@ -99,11 +102,14 @@ def continue_state(
 def find_new_params(init: InitResult) -> NewParams:
     """Return what the last growth added, also of a model that initialize.py grew."""
     if init.growths:
-        return NewParams(growth.find_new_params_through(init.growths))
+        new = growth.find_new_params_through(init.growths)
+        return NewParams(new)
     recorded = init.model.record.get("new_params")
     if not recorded:
         return NewParams()
-    return NewParams(NewParams.from_record(NewParamsRecord.from_json(recorded)).new)
+    record = NewParamsRecord.from_json(recorded)
+    new_params = NewParams.from_record(record)
+    return NewParams(new_params.new)
 
 
 def check_resumed_data(
@@ -129,7 +135,8 @@ def check_resumed_data(
         )
     if record.data_fingerprint == dataset.fingerprint:
         return
-    where = ", ".join(sorted({source.storage.where for source in dataset.sources.values()}))
+    places = {source.storage.where for source in dataset.sources.values()}
+    where = ", ".join(sorted(places))
     if manifest.tokenizer != dataset.tokenizer:
         raise UserError(
             f"{run}: has read data of tokenizer {manifest.tokenizer}, but {where} was packed with "
@@ -151,12 +158,14 @@ def describe_broken_data(
     """Return what is no longer reproducible when a run continues on changed data."""
     progress = record.progress or TrainProgress()
     history: list[MixturePhase] = list(progress.data_history)
-    n_sequences = {name: 1 for phase in history for name in phase.shares}  # some may be gone
-    schedule = schedule_from_history(
-        history, {**n_sequences, **dataset.n_sequences}, config.mixture.seed
-    )
+    n_sequences: dict[str, int] = {}
+    for phase in history:
+        n_sequences |= dict.fromkeys(phase.shares, 1)  # some may be gone
+    n_sequences |= dataset.n_sequences
+    schedule = schedule_from_history(history, n_sequences, config.mixture.seed)
     started = []
-    for name, n in schedule.compute_epochs(progress.n_sequences).items():
+    epochs = schedule.compute_epochs(progress.n_sequences)
+    for name, n in epochs.items():
         if n % 1:
             started.append(f"{name} ({n % 1:.0%} of an epoch)")
     return (

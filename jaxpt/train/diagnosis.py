@@ -56,9 +56,11 @@ def find_better_reading(
         fails: whether the model fails; if not, causes that would have made it fail are not tried.
     """
     measured = measure_nats_per_token(spec, params, batch, dtype)
-    best, cause = min(measured - MIN_IMPROVEMENT, bound), None
+    best = min(measured - MIN_IMPROVEMENT, bound)
+    cause = None
+    last = spec.vocab_size - 1
     for reading in list_readings(spec, params, fails):
-        shift, last = reading.target_shift, spec.vocab_size - 1
+        shift = reading.target_shift
         tokens = jnp.clip(batch.tokens + shift, 0, last)
         targets = jnp.clip(batch.targets + shift, 0, last)
         shifted = batch._replace(tokens=tokens, targets=targets)
@@ -86,7 +88,8 @@ def list_readings(spec: ModelSpec, params: Params, fails: bool) -> Iterator[Alte
         # not the norm's scales
         cause = NOT_COPIED.format("the final norm")
         for scale in NORM_SCALES:
-            yield AlternativeReading(cause, spec, {**params, "norm": params["norm"] * scale})
+            scaled = {**params, "norm": params["norm"] * scale}
+            yield AlternativeReading(cause, spec, scaled)
     if not fails:
         return
     for eps in NORM_EPS_VALUES:
@@ -104,7 +107,7 @@ def list_readings(spec: ModelSpec, params: Params, fails: bool) -> Iterator[Alte
 def describe_weight_fault(spec: ModelSpec, params: Params, batch: Batch) -> str | None:
     """Return what is wrong with the weights themselves, if anything can be seen."""
     for leaf in jax.tree.leaves(params):
-        if not bool(jnp.all(jnp.isfinite(leaf))):
+        if not jnp.all(jnp.isfinite(leaf)):
             return "the weights are damaged: some are not finite; get them again"
     norms = find_reset_norms(spec, params)
     if all(norms.values()):
@@ -112,12 +115,15 @@ def describe_weight_fault(spec: ModelSpec, params: Params, batch: Batch) -> str 
             "the weights were never trained, or no norm was copied: the scales of all norms are "
             "exactly 1; take them from the model's source"
         )
-    if any(norms.values()):
-        return NOT_COPIED.format(" and ".join(name for name, is_reset in norms.items() if is_reset))
+    reset_names = [name for name, is_reset in norms.items() if is_reset]
+    if reset_names:
+        return NOT_COPIED.format(" and ".join(reset_names))
     row_norms = compute_embedding_norms(params)
-    is_tiny = jnp.take(row_norms < TINY_STD * np.median(row_norms), batch.tokens)
+    is_tiny_row = row_norms < TINY_STD * np.median(row_norms)
+    is_tiny = jnp.take(is_tiny_row, batch.tokens)
     n_trained = jnp.sum(batch.loss_mask)
-    share = float(jnp.sum(batch.loss_mask * is_tiny) / n_trained)
+    n_tiny = jnp.sum(batch.loss_mask * is_tiny)
+    share = float(n_tiny / n_trained)
     if share > MAX_UNTRAINED_FRAC:
         return (
             f"the data uses token ids that the model never learned ({share:.0%} of its tokens have "
@@ -142,7 +148,8 @@ def compute_embedding_norms(params: Params) -> np.ndarray:
     def row_norms(embed: jax.Array) -> jax.Array:
         return jnp.linalg.norm(embed.astype(jnp.float32), axis=1)
 
-    return np.asarray(jax.jit(row_norms, out_shardings=replicated)(params["embed"]))
+    jitted = jax.jit(row_norms, out_shardings=replicated)
+    return np.asarray(jitted(params["embed"]))
 
 
 def measure_nats_per_token(spec: ModelSpec, params: Params, batch: Batch, dtype: str) -> float:

@@ -21,9 +21,12 @@ def find_forgotten(
     limit = settings.train.max_forgetting
     if not parent or not limit:
         return {}
-    common = losses.keys() & parent.keys()
-    rises = {name: losses[name] - parent[name] for name in losses if name in common}
-    return {name: rise for name, rise in rises.items() if rise > limit}
+    rises = {}
+    for name, loss in losses.items():
+        rise = loss - parent.get(name, loss)
+        if rise > limit:
+            rises[name] = rise
+    return rises
 
 
 def increase_replay(
@@ -42,11 +45,13 @@ def increase_replay(
     sizes = {name: float(n) for name, n in n_sequences.items()}
     phases = mixture.phases or ((0, sizes),)
     changed = [phase for phase in phases if phase[0] < step]
-    if all(start != step for start, _ in phases):
-        changed.append((step, raise_shares(changed[-1][1], names)))
-    for start, shares in phases:
-        if start >= step:
-            changed.append((start, raise_shares(shares, names)))
+    coming = [phase for phase in phases if phase[0] >= step]
+    if not coming or coming[0][0] != step:
+        _, shares = changed[-1]
+        coming.insert(0, (step, shares))
+    for start, shares in coming:
+        raised = raise_shares(shares, names)
+        changed.append((start, raised))
     return dataclasses.replace(mixture, phases=tuple(changed))
 
 
@@ -59,13 +64,18 @@ def raise_shares(shares: dict[str, float], names: list[str]) -> dict[str, float]
         return shares
     raised = {}
     for name in names:
-        raised[name] = 2 * shares[name] if name in shares else FIRST_REPLAY_SHARE
+        raised[name] = FIRST_REPLAY_SHARE
+        if name in shares:
+            raised[name] = 2 * shares[name]
     # a source that has more than the maximum already keeps it
     before = sum(shares.get(name, 0) for name in names)
     limit = max(MAX_REPLAY_SHARE, before)
-    scale = min(1, limit / sum(raised.values()))
-    rest = (1 - scale * sum(raised.values())) / sum(others.values())
-    result = {name: round(scale * share, 4) for name, share in raised.items()}
+    total = sum(raised.values())
+    scale = min(1, limit / total)
+    rest = (1 - scale * total) / sum(others.values())
+    result = {}
+    for name, share in raised.items():
+        result[name] = round(scale * share, 4)
     for name, share in others.items():
         result[name] = round(rest * share, 4)
     return result

@@ -71,7 +71,8 @@ class HeldoutData:
     def read_small_batch(self, name: str) -> Batch:
         """Return one batch of at most SMALL_SEQUENCES and SMALL_TOKENS; at least one sequence."""
         n = min(SMALL_SEQUENCES, max(1, SMALL_TOKENS // self.dataset.seq_len))
-        return next(self.iterate_batches(name, self.round_batch_size(n), n))
+        batch_size = self.round_batch_size(n)
+        return next(self.iterate_batches(name, batch_size, n))
 
     def iterate_batches(self, name: str, batch_size: int, n_sequences: int) -> Iterator[Batch]:
         """Yield sharded batches of n evenly spaced sequences of a source."""
@@ -101,14 +102,18 @@ class HeldoutData:
         They may be of all sources here, or of some.
         """
         found = record.get("heldout")
-        if not found or any(name not in self.dataset.names for name in found["losses"]):
+        if not found:
             return {}
-        names = sorted(found["losses"])
-        fingerprints = {name: self.dataset.sources[name].fingerprint for name in names}
+        losses = found["losses"]
+        if not losses.keys() <= set(self.dataset.names):
+            return {}
+        fingerprints = {}
+        for name in sorted(losses):
+            fingerprints[name] = self.dataset.sources[name].fingerprint
+        expected = self.to_record(losses)
         # as the loader fingerprints these sources alone
-        same_sources = fingerprint(["heldout", fingerprints])
-        expected = {**self.to_record(found["losses"]), "fingerprint": same_sources}
-        return found["losses"] if found == expected else {}
+        expected["fingerprint"] = fingerprint(["heldout", fingerprints])
+        return losses if found == expected else {}
 
 
 # ---- before the first update of a model that comes with weights
@@ -139,8 +144,11 @@ def check_initial_loss(
         log.warning("no source has held-out sequences, so the weights cannot be checked")
         return losses
     recorded = {} if grown else heldout.find_recorded_losses(record)
-    # a NaN differs too
-    differing = [n for n in recorded if not abs(losses[n] - recorded[n]) <= LOSS_TOLERANCE]
+    differing = []
+    for name, expected in recorded.items():
+        difference = abs(losses[name] - expected)
+        if not difference <= LOSS_TOLERANCE:  # a NaN differs too
+            differing.append(name)
     learned = [name for name in losses if losses[name] < unigram[name]]
     fails = bool(differing) if recorded else not learned
     if not fails and (recorded or grown):
@@ -150,7 +158,8 @@ def check_initial_loss(
     best_first = sorted(learned or losses, key=lambda name: losses[name] - unigram[name])
     name = differing[0] if differing else best_first[0]
     finding = f"held-out loss on {name} is {losses[name]:.2f} nats per token"
-    bound, model_tokenizer = unigram[name], record.get("tokenizer")
+    bound = unigram[name]
+    model_tokenizer = record.get("tokenizer")
     if differing:
         finding += f", but {recorded[name]:.2f} was recorded for the same sequences"
         bound = (losses[name] + recorded[name]) / 2  # a cause explains at least half of it
@@ -163,9 +172,11 @@ def check_initial_loss(
     if grown:
         log.warning(f"{finding}. Growth broke the model's function; training has to repair it")
         return losses
-    if fails and record.get("step") == 0 and all(diagnosis.find_reset_norms(spec, params).values()):
-        log.warning(f"{finding}. The weights were never trained")
-        return losses
+    if fails and record.get("step") == 0:
+        norms = diagnosis.find_reset_norms(spec, params)
+        if all(norms.values()):
+            log.warning(f"{finding}. The weights were never trained")
+            return losses
     cause = find_likely_cause(heldout, name, spec, params, model_tokenizer, bound, fails)
     if cause:
         raise UserError(f"initialize.source: {finding}. Most likely {cause}.")
@@ -201,7 +212,8 @@ def find_likely_cause(
             f"the data was packed with tokenizer {packed_with}, but the model was trained with "
             f"{model_tokenizer}; pack with the model's"
         )
-    batch, dtype = heldout.read_small_batch(name), heldout.settings.train.compute_dtype
+    batch = heldout.read_small_batch(name)
+    dtype = heldout.settings.train.compute_dtype
     cause = diagnosis.find_better_reading(spec, params, batch, dtype, bound, fails)
     if cause or not fails:
         return cause
@@ -242,7 +254,8 @@ def log_import_check(
     used = norms[:vocab_size]
     median = np.median(used)
     tiny = diagnosis.TINY_STD * median
-    dead, small = format_rows(used == 0), format_rows((used > 0) & (used < tiny))
+    dead = format_rows(used == 0)
+    small = format_rows((used > 0) & (used < tiny))
     log.info(f"import: embedding: of {len(used):,} rows {dead} are zero,")
     log.info(f"import: {small} below {diagnosis.TINY_STD:g} of the median norm {median:.3g}")
     if vocab_size is None:
@@ -253,7 +266,8 @@ def log_import_check(
         return
     # norms of normally distributed rows spread by 1 / sqrt(2D) around their mean, equal rows not
     # at all, trained ones more
-    spread = float(np.std(padding) / max(np.mean(padding), 1e-30))
+    mean = max(np.mean(padding), 1e-30)
+    spread = float(np.std(padding) / mean)
     untrained_spread = (2 * spec.d_model) ** -0.5
     is_untrained = spread < 1.5 * untrained_spread or np.median(padding) < tiny
     looks = "untrained" if is_untrained else "trained"
@@ -272,11 +286,16 @@ def estimate_bits_per_byte(
     beginning of sequence. Its bytes include what pack.method course drops at the end of a source:
     less than one sequence.
     """
-    batch, counts = heldout.read_small_batch(name), heldout.dataset.counts[name]
-    text_only = batch._replace(loss_mask=batch.loss_mask * (batch.targets != spec.eos_id))
+    batch = heldout.read_small_batch(name)
+    is_text = batch.targets != spec.eos_id
+    text_only = batch._replace(loss_mask=batch.loss_mask * is_text)
+    counts = heldout.dataset.counts[name]
     first_token = heldout.dataset.read_sequence(name, 0).tokens[0]
-    n_special = counts.n_documents * (1 + int(first_token == spec.bos_id))
-    tokens_per_byte = (counts.n_tokens - n_special) / counts.n_text_bytes
+    n_special = counts.n_documents
+    if first_token == spec.bos_id:
+        n_special *= 2
+    n_tokens = counts.n_tokens - n_special
+    tokens_per_byte = n_tokens / counts.n_text_bytes
     dtype = heldout.settings.train.compute_dtype
     nats = diagnosis.measure_nats_per_token(spec, params, text_only, dtype)
     return nats / math.log(2) * tokens_per_byte
@@ -309,7 +328,8 @@ def check_import_against_transformers(
     """
     tokens = choose_test_tokens(spec, heldout)
     # weights; both logits and room to make them
-    needed = 4 * llama.count_params(spec) + 12 * tokens.size * spec.vocab_size
+    logits_bytes = 12 * tokens.size * spec.vocab_size
+    needed = 4 * llama.count_params(spec) + logits_bytes
     free = measure_free_memory()
     if needed > free:
         raise UserError(
@@ -341,8 +361,11 @@ def compute_logits(
 
     def forward(params: Params, tokens: jax.Array) -> jax.Array:
         model = llama.bind_params(spec, params)
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        return model(tokens, jnp.ones_like(tokens), positions) @ model.lm_head()
+        segment_ids = jnp.ones_like(tokens)
+        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        positions = jnp.broadcast_to(positions, tokens.shape)
+        hidden = model(tokens, segment_ids, positions)
+        return hidden @ model.lm_head()
 
     jitted = jax.jit(forward, out_shardings=make_replicated_sharding(mesh))
     # a GPU or TPU would otherwise multiply float32 in fewer bits
@@ -352,7 +375,9 @@ def compute_logits(
 
 def make_test_tokens(spec: ModelSpec, n: int) -> np.ndarray:
     """Return int32 [1, n]: a sequence of ids from all over the vocabulary."""
-    return (np.arange(min(n, spec.max_seq_len), dtype=np.int32) * 7919 % spec.vocab_size)[None]
+    length = min(n, spec.max_seq_len)
+    ids = np.arange(length, dtype=np.int32) * 7919 % spec.vocab_size
+    return ids[None]
 
 
 def choose_test_tokens(spec: ModelSpec, heldout: HeldoutData | None) -> np.ndarray:
@@ -362,10 +387,12 @@ def choose_test_tokens(spec: ModelSpec, heldout: HeldoutData | None) -> np.ndarr
         return make_test_tokens(spec, CHECK_TOKENS)
     length = min(CHECK_TOKENS, dataset.seq_len, spec.max_seq_len)
     sequences = []
+    n_sources = len(dataset.names)
     for i in range(max(1, CHECK_TOKENS // length)):
-        name = dataset.names[i % len(dataset.names)]
-        row = i // len(dataset.names) % dataset.n_sequences[name]
-        sequences.append(dataset.read_sequence(name, row).tokens[:length])
+        name = dataset.names[i % n_sources]
+        row = i // n_sources % dataset.n_sequences[name]
+        sequence = dataset.read_sequence(name, row)
+        sequences.append(sequence.tokens[:length])
     return np.stack(sequences)
 
 

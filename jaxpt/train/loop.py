@@ -81,7 +81,10 @@ def train_model(
 
 def result_config(config: Config) -> dict[str, Any]:
     """Return the sections that decide the result."""
-    return {name: dataclasses.asdict(getattr(config, name)) for name in RESULT_SECTIONS}
+    sections = {}
+    for name in RESULT_SECTIONS:
+        sections[name] = dataclasses.asdict(getattr(config, name))
+    return sections
 
 
 def find_inputs(config: Config, packed: list[str]) -> Inputs:
@@ -160,10 +163,12 @@ class TrainingRun:
         else:
             initial = self.initialize()
             self.spec = initial.spec
-            self.progress, self.new_params = initial.start.progress, initial.start.new_params
+            self.progress = initial.start.progress
+            self.new_params = initial.start.new_params
         self.check_sizes()
         self.mixture = forgetting.restore_replay(self.config.mixture, replay)
-        self.schedule = self.make_schedule(list(self.progress.data_history))
+        history = list(self.progress.data_history)
+        self.schedule = self.make_schedule(history)
         train = self.config.train
         n_left = train.steps - self.progress.step
         self.n_sequences = self.progress.n_sequences + n_left * train.batch_size
@@ -216,7 +221,8 @@ class TrainingRun:
                 f"with --config.initialize.source={self.run_dir}."
             )
         self.progress = record.progress
-        self.new_params = NewParams.from_record(record.new_params or NewParamsRecord({}, 0, "none"))
+        new_params = record.new_params or NewParamsRecord({}, 0, "none")
+        self.new_params = NewParams.from_record(new_params)
         self.parent_loss = record.parent_loss
         n = self.progress.n_sequences
         log.info(f"resumed from {resumed}: step {record.step:,}, {n:,} sequences read")
@@ -242,7 +248,8 @@ class TrainingRun:
             )
         report = None
         if config.initialize.source != "random":
-            report = hub.download_model(config.initialize.source) / "growth.json"
+            source = hub.download_model(config.initialize.source)
+            report = source / "growth.json"
         was_grown = report is not None and report.is_file()
         if init.parent:
             self.verify_growth(init)
@@ -302,7 +309,8 @@ class TrainingRun:
 
     def check_growth_steps(self) -> None:
         """Raise UserError for a growth planned at a step that has passed."""
-        for at, _ in self.config.train.grow[self.progress.n_growths :]:
+        coming = self.config.train.grow[self.progress.n_growths :]
+        for at, _ in coming:
             if at < self.progress.step:
                 raise UserError(
                     f"train.grow: {self.run_dir} is at step {self.progress.step:,} and did not "
@@ -312,9 +320,10 @@ class TrainingRun:
 
     def log_plan(self) -> None:
         """Log mesh, batch, data and the fast paths of the step."""
-        sizes = {name: size for name, size in self.mesh.shape.items() if size > 1}
-        shape = ", ".join(f"{name} {size}" for name, size in sizes.items()) or "no sharding"
-        n, kind = jax.device_count(), jax.devices()[0].device_kind
+        sizes = [f"{name} {size}" for name, size in self.mesh.shape.items() if size > 1]
+        shape = ", ".join(sizes) or "no sharding"
+        n = jax.device_count()
+        kind = jax.devices()[0].device_kind
         log.info(f"mesh: {n} {kind} device{'s' if n > 1 else ''}, {shape}")
         train = self.config.train
         log.info(f"batch: {train.batch_size} sequences x {self.dataset.seq_len} tokens per step")
@@ -346,7 +355,8 @@ class TrainingRun:
         should_stop = distributed.watch_for_preemption()
         self.saver = checkpoint.Checkpointer(self.run_dir, train.max_to_keep, train.keep_every)
         self.saved_at = time.monotonic()
-        self.n_done, self.n_read = self.progress.step, self.progress.n_sequences
+        self.n_done = self.progress.step
+        self.n_read = self.progress.n_sequences
         self.n_growths = self.progress.n_growths
         self.loss_sum = self.progress.interval_loss_sum
         self.n_targets = self.progress.interval_n_tokens
@@ -382,7 +392,8 @@ class TrainingRun:
         self.metrics.profile_step(self.n_done + 1)
         if self.is_new_step:
             with distributed.explain_out_of_memory(self.config):
-                self.state, last = jax.block_until_ready(self.train_step(self.state, batch))
+                found = self.train_step(self.state, batch)
+                self.state, last = jax.block_until_ready(found)
             self.is_new_step = False
         else:
             self.state, last = self.train_step(self.state, batch)
@@ -396,11 +407,14 @@ class TrainingRun:
         """Log, evaluate and save where due."""
         train, n_done = self.config.train, self.n_done
         is_last = n_done == train.steps
-        logs = is_last or n_done % train.log_every == 0
-        saves = is_last or n_done % train.checkpoint_every == 0 or self.is_stopping
-        evaluates = is_last or bool(train.eval_every and n_done % train.eval_every == 0)
+        logs = saves = evaluates = is_last
+        logs |= n_done % train.log_every == 0
+        saves |= self.is_stopping or n_done % train.checkpoint_every == 0
+        if train.eval_every:
+            evaluates |= n_done % train.eval_every == 0
         if logs and not saves and train.checkpoint_minutes:
-            is_due = time.monotonic() - self.saved_at > 60 * train.checkpoint_minutes
+            seconds = time.monotonic() - self.saved_at
+            is_due = seconds > 60 * train.checkpoint_minutes
             saves = distributed.broadcast_from_first(is_due)
         if logs or saves or evaluates:
             self.collect_metrics()
@@ -428,10 +442,11 @@ class TrainingRun:
             if math.isfinite(metrics.loss_sum):  # a batch that is not is skipped, and counted so
                 self.loss_sum += float(metrics.loss_sum)
                 self.n_targets += float(metrics.n_targets)
-            if metrics.consecutive_skips:
+            n_skips = int(metrics.consecutive_skips)
+            if n_skips:
                 documents = self.list_documents(at)
                 self.metrics.log_skipped_update(at, metrics, documents)
-                check_consecutive_skips(int(metrics.consecutive_skips), self.config, at, documents)
+                check_consecutive_skips(n_skips, self.config, at, documents)
         self.waiting.clear()
 
     def list_documents(self, at: int) -> list[str]:
@@ -440,9 +455,9 @@ class TrainingRun:
         end = self.n_read - (self.n_done - at) * batch_size
         documents: dict[str, None] = {}
         for i in range(end - batch_size, end):
-            documents |= dict.fromkeys(
-                self.dataset.read_document_ids(*self.schedule.sequence_at(i))
-            )
+            sequence = self.schedule.sequence_at(i)
+            found = self.dataset.read_document_ids(*sequence)
+            documents |= dict.fromkeys(found)
         return list(documents)
 
     def check_forgetting(self, losses: dict[str, float], is_last: bool) -> bool:
@@ -470,7 +485,8 @@ class TrainingRun:
         self.progress = dataclasses.replace(
             self.progress, step=self.n_done, n_sequences=self.n_read
         )
-        self.schedule = self.make_schedule(self.schedule.data_history(self.n_read))
+        history = self.schedule.data_history(self.n_read)
+        self.schedule = self.make_schedule(history)
         self.schedule.check_max_epochs(self.n_sequences, mixture.max_epochs)
         write_mixture_phases(self.run_dir, self.schedule)
         close = getattr(self.batches, "close", None)
@@ -520,8 +536,9 @@ class TrainingRun:
     def grow_if_due(self) -> None:
         """Apply the operators of train.grow for this step."""
         grow = self.config.train.grow
-        while self.n_growths < len(grow) and grow[self.n_growths][0] == self.n_done:
-            operator = grow[self.n_growths][1]
+        for at, operator in grow[self.n_growths :]:
+            if at != self.n_done:
+                break
             self.grow(operator)
             self.n_growths += 1
             cost = self.estimate_device_cost(self.spec)
@@ -600,11 +617,12 @@ def is_finished(run_dir: pathlib.Path, request: stage.StageRequest) -> bool:
             f"--config.initialize.source={run_dir}."
         )
     there = stage.request_fingerprint("train", manifest.config, manifest.inputs, manifest.seed)
-    n_done, n_steps = manifest.counts["n_steps"], request.config["train"]["steps"]
+    train = request.config["train"]
+    n_done, n_steps = manifest.counts["n_steps"], train["steps"]
     if there == request.fingerprint:
         log.info(f"train: {run_dir} is finished already ({n_done:,} steps), nothing to do")
         return True
-    same = {**request.config, "train": {**request.config["train"], "steps": n_done}}
+    same = {**request.config, "train": {**train, "steps": n_done}}
     if n_steps > n_done and stage.to_jsonable(same) == manifest.config:
         log.info(f"train: {run_dir} had {n_done:,} steps and continues to {n_steps:,}")
         if jax.process_index() == 0:
@@ -655,16 +673,19 @@ def write_run_provenance(
         n_devices=jax.device_count(),
         device_kind=jax.devices()[0].device_kind,
     )
+    line = json.dumps(start.to_json())
     with open(run_dir / "starts.jsonl", "a") as file:
-        file.write(json.dumps(start.to_json()) + "\n")
+        file.write(f"{line}\n")
     stage.write_atomic(run_dir / "program.diff", diff)
     stage.write_json_atomic(run_dir / "config.json", dataclasses.asdict(config))
     spec.save(run_dir / "spec.json")
+    tokenizer = run_dir / "tokenizer"
     partial = run_dir / "tokenizer.partial"
-    if (run_dir / "tokenizer").exists():
+    if tokenizer.exists():
         return
-    if open_storage(packed[0]).copy_to_local("tokenizer", partial):
-        partial.rename(run_dir / "tokenizer")
+    storage = open_storage(packed[0])
+    if storage.copy_to_local("tokenizer", partial):
+        partial.rename(tokenizer)
 
 
 def read_parent_losses(run_dir: pathlib.Path, config: Config) -> dict[str, float] | None:
@@ -673,9 +694,10 @@ def read_parent_losses(run_dir: pathlib.Path, config: Config) -> dict[str, float
     if not path.is_file():
         return None
     report = json.loads(path.read_text())
-    if report["heldout_loss"] and report["heldout_sequences"] == config.train.eval_sequences:
-        return report["heldout_loss"]["parent"]
-    return None
+    losses = report["heldout_loss"]
+    if not losses or report["heldout_sequences"] != config.train.eval_sequences:
+        return None
+    return losses["parent"]
 
 
 @contextlib.contextmanager
@@ -693,7 +715,9 @@ def check_consecutive_skips(n_skips: int, config: Config, step: int, documents: 
     """Raise UserError after train.max_consecutive_skips skipped updates."""
     if n_skips < config.train.max_consecutive_skips:
         return
-    more = f" and {len(documents) - 4} more documents" if len(documents) > 4 else ""
+    more = ""
+    if len(documents) > 4:
+        more = f" and {len(documents) - 4} more documents"
     raise UserError(
         f"train: {n_skips} consecutive updates were skipped up to step {step} (not finite, or a "
         f"spike), which read {', '.join(documents[:4])}{more}. Lower optim.peak_lr "

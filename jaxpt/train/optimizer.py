@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -53,20 +54,25 @@ class NewParams(NamedTuple):
 
     def to_record(self) -> NewParamsRecord:
         """Return the record for a checkpoint."""
-        axes = {axis: flags_to_ranges(flags) for axis, flags in self.new.items()}
+        axes = {}
+        for axis, flags in self.new.items():
+            axes[axis] = flags_to_ranges(flags)
         return NewParamsRecord(axes, self.adam_count, self.rewarm)
 
     @classmethod
     def from_record(cls, record: NewParamsRecord) -> NewParams:
         """Return what `to_record` recorded."""
-        new = {axis: ranges_to_flags(ranges) for axis, ranges in record.axes.items()}
+        new = {}
+        for axis, ranges in record.axes.items():
+            new[axis] = ranges_to_flags(ranges)
         return cls(new, record.adam_count, record.rewarm)
 
 
 def flags_to_ranges(flags: np.ndarray) -> AxisRanges:
     """Return the ranges of True in a bool array."""
-    padded = np.concatenate([[False], flags, [False]]).astype(np.int8)
-    edges = np.flatnonzero(np.diff(padded)).reshape(-1, 2)
+    padded = np.concatenate([[False], flags, [False]])
+    changes = np.diff(padded.astype(np.int8))
+    edges = np.flatnonzero(changes).reshape(-1, 2)
     ranges = tuple((int(start), int(stop)) for start, stop in edges)
     return AxisRanges(len(flags), ranges)
 
@@ -115,7 +121,8 @@ def make_optimizer(
     decay = optax.identity()
     if optim.weight_decay:
         decay = optax.add_decayed_weights(optim.weight_decay, mask=decay_mask)
-    return optax.chain(optax.GradientTransformationExtraArgs(*core), decay)
+    transform = optax.GradientTransformationExtraArgs(*core)
+    return optax.chain(transform, decay)
 
 
 def scale_by_adam(optim: OptimConfig) -> AdamTransform:
@@ -135,21 +142,26 @@ def scale_by_adam(optim: OptimConfig) -> AdamTransform:
     def update(grads: Params, state: AdamState, params=None, *, scale, good):
         def update_mu(g, mu):
             new = (1 - b1) * (scale * g) + b1 * mu
-            return jnp.where(good, new, mu).astype(mu.dtype)
+            kept = jnp.where(good, new, mu)
+            return kept.astype(mu.dtype)
 
         def update_nu(g, nu):
             new = (1 - b2) * (scale * g) ** 2 + b2 * nu
-            return jnp.where(good, new, nu).astype(nu.dtype)
+            kept = jnp.where(good, new, nu)
+            return kept.astype(nu.dtype)
 
         count = state.count + good
         mu = jax.tree.map(update_mu, grads, state.mu)
         nu = jax.tree.map(update_nu, grads, state.nu)
         mu, nu = jax.lax.optimization_barrier((mu, nu))
-        mu_scale = (1 / (1 - b1**count)).astype(jnp.float32)
-        nu_scale = (1 / (1 - b2**count)).astype(jnp.float32)
+        mu_scale = 1 / (1 - b1**count)
+        mu_scale = mu_scale.astype(jnp.float32)
+        nu_scale = 1 / (1 - b2**count)
+        nu_scale = nu_scale.astype(jnp.float32)
 
         def direction(mu, nu):
-            return (mu_scale * mu) / (jnp.sqrt(nu_scale * nu) + eps)
+            corrected = mu_scale * mu
+            return corrected / (jnp.sqrt(nu_scale * nu) + eps)
 
         updates = jax.tree.map(direction, mu, nu)
         return updates, AdamState(count, mu, nu)
@@ -175,31 +187,35 @@ def split_muon_adam(adam: AdamTransform) -> AdamTransform:
 
     def scale_like_adam(path: PathEntries, update: jax.Array) -> jax.Array:
         dims = MATRIX_DIMS[path[-1].key]
-        fan_in, fan_out = (
-            math.prod(update.shape[axis] for axis in np.atleast_1d(axes)) for axes in dims
-        )
-        return MUON_RMS * max(fan_in, fan_out) ** 0.5 * update
+        fans = []
+        for axes in dims:
+            sizes = [update.shape[axis] for axis in np.atleast_1d(axes)]
+            fans.append(math.prod(sizes))
+        return MUON_RMS * max(fans) ** 0.5 * update
 
     muon = optax.contrib.scale_by_muon(weight_dimension_numbers=cast(Any, dimension_numbers))
 
     def init(params: Params) -> AdamState:
         _, rest = split_tree(params, is_matrix)
-        return adam.init(params)._replace(nu=adam.init(rest).nu)
+        nu = adam.init(rest).nu
+        return adam.init(params)._replace(nu=nu)
 
     def update(grads: Params, state: AdamState, params=None, *, scale, good):
         matrices, rest = split_tree(grads, is_matrix)
         momenta, mu = split_tree(state.mu, is_matrix)
-        muon_state = cast(MuonState, muon.init(momenta))
-        muon_state = muon_state._replace(count=state.count, mu=momenta)
+        initial = cast(MuonState, muon.init(momenta))
+        muon_state = initial._replace(count=state.count, mu=momenta)
         scaled = jax.tree.map(lambda g: scale * g, matrices)
         orthogonal, new_state = muon.update(scaled, muon_state)
         new_momenta = cast(MuonState, new_state).mu
-        momenta = jax.tree.map(lambda new, old: jnp.where(good, new, old), new_momenta, momenta)
+        select = functools.partial(jnp.where, good)
+        momenta = jax.tree.map(select, new_momenta, momenta)
         orthogonal = jax.tree_util.tree_map_with_path(scale_like_adam, orthogonal)
         adam_state = state._replace(mu=mu)
         updates, adam_state = adam.update(rest, adam_state, scale=scale, good=good)
         mu = merge_trees(momenta, adam_state.mu)
-        return merge_trees(orthogonal, updates), adam_state._replace(mu=mu)
+        updates = merge_trees(orthogonal, updates)
+        return updates, adam_state._replace(mu=mu)
 
     return AdamTransform(init, update)
 
@@ -237,9 +253,11 @@ def rewarm_new_params(
     def update(grads: Params, state: AdamState, params=None, **extra):
         updates, state = adam.update(grads, state, params, **extra)
         count = state.count.astype(jnp.float32)
-        own = (state.count - new_params.adam_count).astype(jnp.float32)
-        nu_factor = jnp.sqrt((1 - optim.b2**own) / (1 - optim.b2**count))
-        bias_factor = nu_factor * (1 - optim.b1**count) / (1 - optim.b1**own)
+        own = state.count - new_params.adam_count
+        own = own.astype(jnp.float32)
+        nu_ratio = (1 - optim.b2**own) / (1 - optim.b2**count)
+        bias_factor = jnp.sqrt(nu_ratio) * (1 - optim.b1**count)
+        bias_factor = bias_factor / (1 - optim.b1**own)
         warmup = jnp.minimum(own / max(optim.warmup_steps, 1), 1)
 
         def rewarm(path: PathEntries, param: ParamSpec, update: jax.Array) -> jax.Array:
@@ -251,9 +269,11 @@ def rewarm_new_params(
             # an orthogonalized update has one size whatever its momentum's: no bias to correct
             is_muon = optim.name == "muon" and path[-1].key in MATRIX_DIMS
             factor = warmup if is_muon else bias_factor * warmup
-            return jnp.where(is_new, factor.astype(update.dtype) * update, update)
+            warmed = factor.astype(update.dtype) * update
+            return jnp.where(is_new, warmed, update)
 
-        return map_param_specs(rewarm, spec, updates), state
+        updates = map_param_specs(rewarm, spec, updates)
+        return updates, state
 
     return AdamTransform(adam.init, update)
 
@@ -303,11 +323,13 @@ def lr_multiplier_tree(optim: OptimConfig, spec: ModelSpec, new_params: NewParam
         for group, multiplier in optim.lr_multipliers:
             if group in ("old", "new"):
                 is_new = growth.new_param_mask(param, new_params.new)
-                is_new = jnp.bool_(False) if is_new is None else is_new
+                if is_new is None:
+                    is_new = jnp.bool_(False)
                 is_member = is_new if group == "new" else ~is_new
                 result *= jnp.where(is_member, multiplier, 1)
             elif group in names:
-                result *= multiplier if path[-1].key == group else 1
+                is_member = path[-1].key == group
+                result *= multiplier if is_member else 1
             elif param.axes[0] == "layers":
                 is_member = layer_group_mask(group, spec, len(param.shape))
                 result *= jnp.where(is_member, multiplier, 1)
@@ -329,7 +351,7 @@ def parse_layer_group(group: str, spec: ModelSpec) -> tuple[int, int]:
     """Return 'layers 4-7' as (4, 7). Raise UserError for anything else."""
     match = re.fullmatch(r"layers (\d+)-(\d+)", group)
     if match:
-        first, last = int(match[1]), int(match[2])
+        first, last = map(int, match.groups())
         if first <= last < spec.n_layers:
             return first, last
     raise UserError(
@@ -341,8 +363,10 @@ def parse_layer_group(group: str, spec: ModelSpec) -> tuple[int, int]:
 def layer_group_mask(group: str, spec: ModelSpec, n_dims: int) -> np.ndarray:
     """Return True for the group's layers, shape [L, 1, ...] of n_dims dimensions."""
     first, last = parse_layer_group(group, spec)
-    layers = np.arange(spec.n_layers).reshape(-1, *[1] * (n_dims - 1))
-    return (first <= layers) & (layers <= last)
+    layers = np.arange(spec.n_layers)
+    is_member = (first <= layers) & (layers <= last)
+    other_axes = [1] * (n_dims - 1)
+    return is_member.reshape(-1, *other_axes)
 
 
 def make_lr_schedule(optim: OptimConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
@@ -363,16 +387,20 @@ def make_lr_schedule(optim: OptimConfig, steps: int) -> Callable[[jax.Array], ja
         )
     decay_start = warmup
     if optim.schedule == "wsd":
-        decay_start = max(steps - max(round(steps * optim.decay_frac), 1), warmup)
+        decay_steps = max(round(steps * optim.decay_frac), 1)
+        decay_start = max(steps - decay_steps, warmup)
     elif optim.schedule == "constant":
         decay_start = steps
+    decay_steps = max(steps - decay_start, 1)
 
     def lr_at(step: jax.Array) -> jax.Array:
-        rise = jnp.minimum(step / max(warmup, 1), 1.0) if warmup else 1.0
-        progress = jnp.clip((step - decay_start) / max(steps - decay_start, 1), 0.0, 1.0)
+        rise = jnp.minimum(step / warmup, 1.0) if warmup else 1.0
+        progress = (step - decay_start) / decay_steps
+        progress = jnp.clip(progress, 0.0, 1.0)
         fall = 1 - progress
         if optim.schedule == "cosine":
             fall = (1 + jnp.cos(jnp.pi * progress)) / 2
-        return optim.peak_lr * rise * (end + (1 - end) * fall)
+        above_end = (1 - end) * fall
+        return optim.peak_lr * rise * (end + above_end)
 
     return lr_at

@@ -56,13 +56,15 @@ def make_abstract_state(spec: ModelSpec, settings: Config, mesh: Mesh) -> TrainS
     dtype = jnp.dtype(settings.initialize.param_dtype)
     params = llama.make_abstract_params(spec, mesh, dtype)
     replicated = make_replicated_sharding(mesh)
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    shardings = {jax.tree_util.keystr(path): leaf.sharding for path, leaf in leaves}
+    shardings = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        shardings[jax.tree_util.keystr(path)] = leaf.sharding
 
     def with_sharding(path: PathEntries, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         # a moment's path ends in its weight's names; what has none (a count) is replicated
         names = tuple(part for part in path if isinstance(part, jax.tree_util.DictKey))
-        sharding = shardings.get(jax.tree_util.keystr(names), replicated)
+        name = jax.tree_util.keystr(names)
+        sharding = shardings.get(name, replicated)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     tx = optimizer.make_optimizer(settings.optim, spec)
@@ -70,7 +72,8 @@ def make_abstract_state(spec: ModelSpec, settings: Config, mesh: Mesh) -> TrainS
     opt_state = jax.tree_util.tree_map_with_path(with_sharding, opt_state)
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     norm = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
-    return TrainState(count, params, opt_state, SkipState(norm, count, count))
+    skip_state = SkipState(norm, count, count)
+    return TrainState(count, params, opt_state, skip_state)
 
 
 def state_shardings(state: TrainState) -> TrainState:
@@ -85,7 +88,8 @@ def init_state(params: Params, spec: ModelSpec, settings: Config, mesh: Mesh) ->
 
     def make_rest(params: Params) -> tuple[Any, Any, SkipState]:
         zero = jnp.int32(0)
-        return zero, tx.init(params), SkipState(jnp.float32(0), zero, zero)
+        skip_state = SkipState(jnp.float32(0), zero, zero)
+        return zero, tx.init(params), skip_state
 
     shardings = (target.step, target.opt_state, target.skip_state)
     make = jax.jit(make_rest, out_shardings=shardings)
@@ -144,15 +148,15 @@ def grow_state(
     policy = grown.moments or policy
     is_fresh = policy == "fresh"
     adam = next(part for part in opt_state if isinstance(part, AdamState))
-    count = 0 if is_fresh else int(adam.count)
+    adam_count = adam.count * 0 if is_fresh else adam.count
     mu = growth.grow_moments(grown, adam.mu, policy, 1, mesh)
     nu = growth.grow_moments(grown, adam.nu, policy, 2, mesh)
-    adam_count = adam.count * 0 if is_fresh else adam.count
     grown_adam = AdamState(adam_count, mu, nu)
     opt_state = tuple(grown_adam if part is adam else part for part in opt_state)
     rewarm = {"fresh": "all", "reset_new": "new"}.get(policy, "none")
     flags = growth.find_new_params(grown, before.new)
-    skip_state = skip_state._replace(
-        norm_mean=skip_state.norm_mean * 0, consecutive_skips=skip_state.consecutive_skips * 0
-    )
-    return GrownState(opt_state, skip_state, NewParams(flags, count, rewarm))
+    new_params = NewParams(flags, int(adam_count), rewarm)
+    norm_mean = skip_state.norm_mean * 0
+    n_skips = skip_state.consecutive_skips * 0
+    skip_state = skip_state._replace(norm_mean=norm_mean, consecutive_skips=n_skips)
+    return GrownState(opt_state, skip_state, new_params)

@@ -83,21 +83,25 @@ def build_step(
         n_targets = jnp.sum(batch.loss_mask)
         multipliers = optimizer.lr_multiplier_tree(optim, spec, new_params)
         if multipliers:  # frozen weights are left out of the gradient norm too
-            grads = jax.tree.map(lambda g, m: jnp.where(m > 0, g, 0), grads, multipliers)
+            grads = jax.tree.map(drop_frozen, grads, multipliers)
         per_token = 1 / jnp.maximum(n_targets, 1)
         grad_norm = per_token * optax.tree.norm(grads)
         is_finite = jnp.isfinite(loss_sum) & jnp.isfinite(grad_norm)
-        good = is_finite & ~is_spike(state, grad_norm, settings.train.spike_factor)
+        spikes = is_spike(state, grad_norm, settings.train.spike_factor)
+        good = is_finite & ~spikes
 
-        clip = jnp.minimum(optim.clip_norm / grad_norm, 1) if optim.clip_norm else 1
+        clip = 1
+        if optim.clip_norm:
+            clip = jnp.minimum(optim.clip_norm / grad_norm, 1)
         scale = clip * per_token
         updates, opt_state = tx.update(grads, state.opt_state, state.params, scale=scale, good=good)
         lr = lr_schedule(state.step)
         if multipliers:
-            updates = jax.tree.map(lambda u, m: m * u, updates, multipliers)
+            updates = jax.tree.map(jnp.multiply, multipliers, updates)
 
         def apply(param: jax.Array, update: jax.Array) -> jax.Array:
-            return jnp.where(good, (param - lr * update).astype(param.dtype), param)
+            new = param - lr * update
+            return jnp.where(good, new.astype(param.dtype), param)
 
         params = jax.tree.map(apply, state.params, updates)
         skips = update_skip_state(state.skip_state, grad_norm, good)
@@ -107,9 +111,14 @@ def build_step(
         return TrainState(state.step + 1, params, opt_state, skips), metrics
 
     in_state = state_shardings(make_abstract_state(spec, settings, mesh))
-    in_batch = jax.tree.map(lambda _: make_batch_sharding(mesh), Batch(*Batch._fields))
+    in_shardings = (in_state, make_batch_sharding(mesh))
     out = (in_state, make_replicated_sharding(mesh))
-    return jax.jit(step, in_shardings=(in_state, in_batch), out_shardings=out, donate_argnums=0)
+    return jax.jit(step, in_shardings=in_shardings, out_shardings=out, donate_argnums=0)
+
+
+def drop_frozen(grad: jax.Array, multiplier: jax.Array) -> jax.Array:
+    """Return the gradient, 0 where the learning rate is."""
+    return jnp.where(multiplier > 0, grad, 0)
 
 
 def make_gradient_function(
@@ -121,13 +130,16 @@ def make_gradient_function(
     # Unrolled, a CPU overlaps what a loop would run one after the other: 1.06 x on two cores
     # (benchmarks/train_step.py).
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    unroll = min(max(spec.n_layers, 1), 16) if on_cpu else 1
+    unroll = 1
+    chunk_tokens = loss.ACCELERATOR_CHUNK_TOKENS
+    if on_cpu:
+        unroll = min(max(spec.n_layers, 1), 16)
+        chunk_tokens = loss.CPU_CHUNK_TOKENS
     if train.remat == "offload" and on_cpu:
         raise UserError(
             "train.remat: offload moves activations to the host's memory, and a CPU has no other. "
             "Use dots, minimal or full."
         )
-    chunk_tokens = loss.CPU_CHUNK_TOKENS if on_cpu else loss.ACCELERATOR_CHUNK_TOKENS
     chunk_tokens *= n_shards(mesh, "batch") * n_shards(mesh, "position")
     backend, _ = attention.choose_backend(spec, settings, mesh)
 
@@ -147,14 +159,18 @@ def make_gradient_function(
 
     def accumulate_gradients(params: Params, batch: Batch) -> tuple[Params, jax.Array]:
         def add(sums: Any, micro_batch: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, sums, sum_gradients(params, micro_batch)), None
+            found = sum_gradients(params, micro_batch)
+            return jax.tree.map(jnp.add, sums, found), None
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), params)
+        initial = (zeros, jnp.float32(0))
         micro_batches = split_micro_batches(batch, train.grad_accum_steps)
-        sums, _ = jax.lax.scan(add, (zeros, jnp.float32(0)), micro_batches)
+        sums, _ = jax.lax.scan(add, initial, micro_batches)
         return sums
 
-    return sum_gradients if train.grad_accum_steps == 1 else accumulate_gradients
+    if train.grad_accum_steps == 1:
+        return sum_gradients
+    return accumulate_gradients
 
 
 def is_spike(state: TrainState, grad_norm: jax.Array, spike_factor: float) -> Any:
@@ -164,7 +180,8 @@ def is_spike(state: TrainState, grad_norm: jax.Array, spike_factor: float) -> An
     mean = state.skip_state.norm_mean
     n_updates = state.step - state.skip_state.n_skipped
     trusted = (n_updates >= SPIKE_WARMUP) & (mean > 0)  # 0: just grown
-    return trusted & ~(grad_norm <= spike_factor * mean)
+    is_near = grad_norm <= spike_factor * mean
+    return trusted & ~is_near
 
 
 def update_skip_state(skips: SkipState, grad_norm: jax.Array, good: jax.Array) -> SkipState:
@@ -214,15 +231,19 @@ def run_warmup_step(step: Any, state: TrainState, settings: Config, mesh: Mesh) 
 
     def make_batch() -> Batch:
         zeros = jnp.zeros(shape, jnp.int32)
-        positions = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+        segment_ids = jnp.ones(shape, jnp.int32)
+        positions = jnp.arange(shape[1], dtype=jnp.int32)
+        positions = jnp.broadcast_to(positions, shape)
         mask = jnp.full(shape, jnp.nan, jnp.float32)
-        return Batch(zeros, zeros, jnp.ones(shape, jnp.int32), positions, mask)
+        return Batch(zeros, zeros, segment_ids, positions, mask)
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    batch = jax.jit(make_batch, out_shardings=shardings)()
-    kept = jax.tree.map(jnp.copy, (state.step, state.skip_state))  # the rest is donated
+    sharding = make_batch_sharding(mesh)
+    batch = jax.jit(make_batch, out_shardings=sharding)()
+    kept_step = jnp.copy(state.step)  # the rest is donated
+    kept_skips = jax.tree.map(jnp.copy, state.skip_state)
     after, _ = step(state, batch)
-    return jax.block_until_ready(after._replace(step=kept[0], skip_state=kept[1]))
+    after = after._replace(step=kept_step, skip_state=kept_skips)
+    return jax.block_until_ready(after)
 
 
 def split_micro_batches(batch: Batch, k: int) -> Batch:
@@ -233,7 +254,8 @@ def split_micro_batches(batch: Batch, k: int) -> Batch:
 
     def split(x: jax.Array) -> jax.Array:
         B, T = x.shape
-        x = jnp.moveaxis(x.reshape(B // k, k, T), 1, 0)
+        x = x.reshape(B // k, k, T)
+        x = jnp.moveaxis(x, 1, 0)
         return with_logical_constraint(x, None, "batch", "position")
 
     return jax.tree.map(split, batch)

@@ -81,28 +81,33 @@ def verify_growth(
     layer_map: list[int | None] = list(range(parent.spec.n_layers))
     for grown in growths:
         layer_map = [None if i is None else layer_map[i] for i in grown.layer_map]
-    new_layers = growth.find_new_params_through(growths).get("layers", np.zeros(0))
+    new_params = growth.find_new_params_through(growths)
+    new_layers = np.flatnonzero(new_params.get("layers", ()))
     preserves = all(grown.preserves_function for grown in growths)
-    difference = check_logits(parent, child, operators, growths, mesh) if preserves else None
+    difference = None
+    if preserves:
+        difference = check_logits(parent, child, operators, growths, mesh)
     # else the data is not the parent's, or not the child's
     same_tokens = parent.tokenizer == child.tokenizer
     models = {"parent": parent, "child": child}
-    losses = layers = similarity = None
+    losses = layers = similarity = n_sequences = None
+    unigram: dict[str, float] = {}
     if heldout and same_tokens:
-        losses = {
-            name: heldout.measure_losses(model.spec, model.params) for name, model in models.items()
-        }
+        losses = {}
+        for name, model in models.items():
+            losses[name] = heldout.measure_losses(model.spec, model.params)
+        n_sequences = heldout.settings.train.eval_sequences
+        unigram = heldout.dataset.unigram_nats
     if batches and same_tokens:
-        layers = {
-            name: measure_model_statistics(model, batches()) for name, model in models.items()
-        }
-        similarity = tuple(
-            measure.measure_copy_similarity(child.spec, child.params, layer_map, batches())
-        )
+        layers = {}
+        for name, model in models.items():
+            layers[name] = measure_model_statistics(model, batches())
+        found = measure.measure_copy_similarity(child.spec, child.params, layer_map, batches())
+        similarity = tuple(found)
     flops: dict[str, float] = {}
     measured: dict[str, Any] = {}
     for name, model in models.items():
-        flops |= {name: flops_per_token(model.spec) or 0.0}
+        flops[name] = flops_per_token(model.spec) or 0.0
     for grown in growths:
         measured |= grown.measured
     report = GrowthReport(
@@ -110,12 +115,12 @@ def verify_growth(
         operators=tuple(operators),
         at_step=at_step,
         layer_map=tuple(layer_map),
-        new_layers=tuple(int(layer) for layer in new_layers.nonzero()[0]),
+        new_layers=tuple(map(int, new_layers)),
         n_params={name: llama.count_params(model.spec) for name, model in models.items()},
         flops_per_token=flops if all(flops.values()) else None,
         spec={name: model.spec for name, model in models.items()},
         heldout_loss=losses,
-        heldout_sequences=heldout.settings.train.eval_sequences if heldout and losses else None,
+        heldout_sequences=n_sequences,
         preserves_function=preserves,
         max_logit_difference=difference,
         layers=layers,
@@ -123,8 +128,8 @@ def verify_growth(
         measured=measured,
         moments=moments,
     )
-    unigram = heldout.dataset.unigram_nats if heldout and losses else {}
-    return dataclasses.replace(report, verdict=judge_growth(report, unigram))
+    verdict = judge_growth(report, unigram)
+    return dataclasses.replace(report, verdict=verdict)
 
 
 def check_logits(
@@ -136,8 +141,9 @@ def check_logits(
 ) -> float:
     """Return the largest difference of a logit. Raise UserError if it is more than rounding."""
     difference, largest = measure_logit_difference(parent, child, mesh)
-    changes_width = any(grown.changes_width for grown in growths)
-    allowed = ROUNDING_TOLERANCE * largest if changes_width else 0
+    allowed = 0
+    if any(grown.changes_width for grown in growths):
+        allowed = ROUNDING_TOLERANCE * largest
     if not difference <= allowed:
         raise UserError(
             f"growth {', '.join(operators)}: promises to preserve the function, but logits of up "
@@ -152,15 +158,18 @@ def measure_model_statistics(
 ) -> tuple[LayerRecord, ...]:
     """Return the statistics of every layer."""
     found = measure.measure_layers(model.spec, model.params, batches)
-    pairs = zip(found.rms, found.influence, strict=True)
-    return tuple(LayerRecord(float(rms), float(influence)) for rms, influence in pairs)
+    records = []
+    for rms, influence in zip(found.rms, found.influence, strict=True):
+        record = LayerRecord(float(rms), float(influence))
+        records.append(record)
+    return tuple(records)
 
 
 def judge_growth(report: GrowthReport, unigram_nats: dict[str, float]) -> str:
     """Return one sentence: is the grown model healthy?"""
-    losses, after = report.heldout_loss, ""
-    if report.probe:
-        probe = report.probe
+    losses, probe = report.heldout_loss, report.probe
+    after = ""
+    if probe:
         parts = []
         for name, loss in probe.child.items():
             parts.append(f"{name} {loss:.2f} (parent {probe.parent[name]:.2f})")
@@ -174,22 +183,27 @@ def judge_growth(report: GrowthReport, unigram_nats: dict[str, float]) -> str:
     if not losses:
         return "not measured: there is no held-out data that both models read"
     before, now = losses["parent"], losses["child"]
-    changes = ", ".join(f"{name} {before[name]:.2f} -> {now[name]:.2f}" for name in before)
+    parts, rises, worse_than_guessing = [], [], False
     guessing = math.log(report.spec["child"].vocab_size)
-    if not all(now[name] <= guessing for name in before):
+    for name, loss in before.items():
+        parts.append(f"{name} {loss:.2f} -> {now[name]:.2f}")
+        rises.append(now[name] - loss)
+        worse_than_guessing |= not now[name] <= guessing
+    changes = ", ".join(parts)
+    if worse_than_guessing:
         return (
             f"not healthy: worse than guessing (held-out nats per token: {changes}; guessing: "
             f"{guessing:.2f}){after}"
         )
-    if beats_unigram(before, unigram_nats) and not beats_unigram(now, unigram_nats):
+    was_better = beats_unigram(before, unigram_nats)
+    if was_better and not beats_unigram(now, unigram_nats):
         return (
             f"not healthy: no better than a unigram model (held-out nats per token: {changes}); "
             f"training has to start over{after}"
         )
-    rise = max(now[name] - before[name] for name in before)
     return (
-        f"healthy: it starts {rise:+.2f} nats per token from its parent (held-out: {changes}); "
-        f"training has to recover that{after}"
+        f"healthy: it starts {max(rises):+.2f} nats per token from its parent (held-out: "
+        f"{changes}); training has to recover that{after}"
     )
 
 
@@ -205,7 +219,9 @@ def measure_logit_difference(
     tokens = gate.make_test_tokens(parent.spec, 128)
     before = gate.compute_logits(parent.spec, parent.params, tokens, mesh)
     after = gate.compute_logits(child.spec, child.params, tokens, mesh)
-    return float(np.max(np.abs(before - after))), float(np.max(np.abs(before)))
+    difference = np.max(np.abs(before - after))
+    largest = np.max(np.abs(before))
+    return float(difference), float(largest)
 
 
 def make_measuring_batches(
@@ -216,7 +232,8 @@ def make_measuring_batches(
     def read_batches() -> Iterator[Batch]:
         dataset = loader.open_packed(packed)
         shards = n_shards(mesh, "batch")
-        batch_size = -(-min(config.train.batch_size, 32) // shards) * shards
+        n = min(config.train.batch_size, 32)
+        batch_size = -(-n // shards) * shards
         for name in dataset.names:
             yield from loader.iterate_heldout_batches(
                 dataset,
@@ -249,7 +266,8 @@ def run_probe(
     probe = dataclasses.replace(config, train=train, optim=optim)
     dataset = loader.open_packed(packed)
     schedule = MixtureSchedule(probe.mixture, dataset.n_sequences, train.batch_size)
-    place, mask = make_batch_sharding(mesh), probe.mixture.document_mask
+    place = make_batch_sharding(mesh)
+    mask = probe.mixture.document_mask
     batches = loader.iterate_batches(dataset, schedule, place, train.batch_size, 0, mask)
     params = jax.tree.map(jnp.copy, model.params)  # the step takes its state over
     now = state.init_state(params, model.spec, probe, mesh)
@@ -298,9 +316,11 @@ def initialize_run(
 
     def work(run: pathlib.Path) -> dict[str, Any]:
         mesh = make_mesh(config.mesh)
-        heldout = HeldoutData(config, [str(path) for path in packed], mesh) if packed else None
-        batches = make_measuring_batches(config, packed, mesh) if packed else None
-        vocab_size = heldout.dataset.vocab_size if heldout else None
+        heldout = batches = vocab_size = None
+        if packed:
+            heldout = HeldoutData(config, list(map(str, packed)), mesh)
+            batches = make_measuring_batches(config, packed, mesh)
+            vocab_size = heldout.dataset.vocab_size
         init = initialize.init_model(config, mesh, vocab_size, batches)
         if source and is_import:
             check_import(source, init.parent or init.model, heldout, mesh, check)
@@ -364,11 +384,14 @@ def save_initial_model(run: pathlib.Path, init: initialize.InitResult) -> None:
         huggingface.copy_tokenizer(model.tokenizer_dir, run / "tokenizer")
     else:
         log.warning("the source has no tokenizer, so this run and its export have none")
-    new_params = NewParams(growth.find_new_params_through(init.growths)).to_record()
-    counts = CheckpointRecord(step=0, new_params=new_params).to_json()
+    new_params = NewParams(growth.find_new_params_through(init.growths))
+    record = CheckpointRecord(step=0, new_params=new_params.to_record())
+    counts = record.to_json()
     # a grown model has another loss
     known = ("optimizer", "lr") if init.growths else ("optimizer", "lr", "heldout")
-    counts |= {name: model.record[name] for name in known if name in model.record}
+    for name in known:
+        if name in model.record:
+            counts[name] = model.record[name]
     train_state = {"step": jnp.int32(0)}
     checkpoint.save_checkpoint(
         run,
@@ -390,13 +413,17 @@ def find_measuring_data(
     """
     if config.mixture.packed_paths:
         return config, [local_path(path) for path in config.mixture.packed_paths]
-    is_run = source is not None and (source / "checkpoints").is_dir()
-    if not source or not is_run or not (source / "config.json").is_file():
+    if not source or not (source / "checkpoints").is_dir():
         return config, []
-    theirs = build_config(json.loads((source / "config.json").read_text()))
-    packed = [local_path(path) for path in theirs.mixture.packed_paths] or [source / "packed"]
-    if not all((path / "manifest.json").is_file() for path in packed):
+    config_path = source / "config.json"
+    if not config_path.is_file():
         return config, []
+    theirs = build_config(json.loads(config_path.read_text()))
+    packed = [local_path(path) for path in theirs.mixture.packed_paths]
+    packed = packed or [source / "packed"]
+    for path in packed:
+        if not (path / "manifest.json").is_file():
+            return config, []
     measured_as = dataclasses.replace(
         config, mixture=theirs.mixture, train=theirs.train, optim=theirs.optim, pack=theirs.pack
     )
