@@ -88,7 +88,8 @@ def analyze_step(spec: ModelSpec, settings: Config, target: Target) -> StepAnaly
 
 def make_python_path() -> str:
     """Return PYTHONPATH with this clone first."""
-    paths = [str(pathlib.Path(__file__).resolve().parents[2])]
+    clone = pathlib.Path(__file__).resolve().parents[2]
+    paths = [str(clone)]
     if "PYTHONPATH" in os.environ:
         paths.append(os.environ["PYTHONPATH"])
     return os.pathsep.join(paths)
@@ -109,7 +110,8 @@ def find_missing_package(target: Target) -> str | None:
 
 def main(request_path: str, response_path: str) -> None:
     """Answer one request."""
-    request = AnalysisRequest.from_json(json.loads(pathlib.Path(request_path).read_text()))
+    text = pathlib.Path(request_path).read_text()
+    request = AnalysisRequest.from_json(json.loads(text))
     try:
         response = AnalysisResponse(analysis=analyze_step_in_process(request))
     except UserError as error:
@@ -138,7 +140,9 @@ def analyze_step_in_process(request: AnalysisRequest) -> StepAnalysis:
 
     # A kernel's matmuls cannot be seen; xla's query blocks compute the same. Stand-in devices can
     # trace nothing else.
-    remat = "dots" if missing and train.remat == "offload" else train.remat
+    remat = train.remat
+    if missing and remat == "offload":
+        remat = "dots"
     visible_train = dataclasses.replace(train, attention="xla", remat=remat)
     visible = dataclasses.replace(settings, train=visible_train)
     program = trace_step(spec, visible, mesh).jaxpr
@@ -200,7 +204,9 @@ def make_target_devices(target: Target, missing: str | None) -> Sequence[Any]:
         return topologies.get_topology_desc(name, "tpu", **options).devices
     n_hosts, n_devices = divmod(shape[0], GPUS_PER_HOST)
     # slices x hosts x devices per host
-    topology = f"1x{n_hosts}x{GPUS_PER_HOST}" if n_hosts else f"1x1x{n_devices}"
+    topology = f"1x1x{n_devices}"
+    if n_hosts:
+        topology = f"1x{n_hosts}x{GPUS_PER_HOST}"
     patch_cudnn_checks(target.chip)
     target_config = format_gpu_target_config(target.chip)
     return topologies.get_topology_desc(
@@ -246,7 +252,9 @@ def analyze_compiled_step(analysis: StepAnalysis, lowered: Any, platform: str) -
     # XLA tries its Triton kernels for matmuls on the card and passes over those whose tiling does
     # not exist. With no card it stops there (at 60 x 24, say). Plain matmuls compile in every shape
     # and take more memory: the 8B shape on 8 H100 30.5 GiB against 26.9.
-    options = {"xla_gpu_enable_triton_gemm": False} if platform == "cuda" else None
+    options = None
+    if platform == "cuda":
+        options = {"xla_gpu_enable_triton_gemm": False}
     try:
         compiled = lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:
@@ -310,8 +318,9 @@ def count_matmul_flops(jaxpr: Any, multiply_loops: bool = True) -> float:
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
             left_shape = equation.invars[0].aval.shape
+            out_shape = equation.outvars[0].aval.shape
             n_summed = math.prod(left_shape[axis] for axis in contracted)
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * n_summed
+            total += 2 * math.prod(out_shape) * n_summed
         n_repeats = 1
         if name == "scan":
             # unrolled by its whole length, it is no loop any more
@@ -360,7 +369,9 @@ def format_gpu_target_config(chip: Chip) -> str:
     """Return the card's GpuTargetConfigProto as text, for CUDA 13 and cuDNN 9.10."""
     gpu = GPU_SPECS[chip.name]
     major, minor = gpu.capability
-    feature = "feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
+    feature = ""
+    if major >= 9:
+        feature = "feature_extension: ACCELERATED_FEATURES"
     return f"""
 gpu_device_info {{
   name: "{gpu.jax_name}"

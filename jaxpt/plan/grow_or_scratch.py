@@ -217,7 +217,8 @@ def compare_strategies(
 
 def summarize_base(base: BaseModel) -> BaseModelSummary:
     """Return the base's record."""
-    return BaseModelSummary(base.n_params, base.tokens, base.tokens / base.n_params, base.usd)
+    tokens_per_param = base.tokens / base.n_params
+    return BaseModelSummary(base.n_params, base.tokens, tokens_per_param, base.usd)
 
 
 def estimate_scratch(case: Case) -> Outcome:
@@ -379,7 +380,9 @@ def compute_saved_frac(case: Case, strategy_flops: Range) -> Ends | None:
 def replace_infinite(values: Range) -> Ends:
     """Return both values, None for infinite ones."""
     low, high = values
-    return low if math.isfinite(low) else None, high if math.isfinite(high) else None
+    finite_low = low if math.isfinite(low) else None
+    finite_high = high if math.isfinite(high) else None
+    return finite_low, finite_high
 
 
 def compute_stack_tokens(n_params: float, budget_flops: float) -> float:
@@ -387,17 +390,18 @@ def compute_stack_tokens(n_params: float, budget_flops: float) -> float:
 
     Source: 2405.15319, log10 d = 0.88 log10 N + 163.27 / log10 C - 5.74.
     """
-    return 10 ** (0.88 * math.log10(n_params) + 163.27 / math.log10(budget_flops) - 5.74)
+    size_term = 0.88 * math.log10(n_params)
+    budget_term = 163.27 / math.log10(budget_flops)
+    return 10 ** (size_term + budget_term - 5.74)
 
 
 def format_verdict(strategies: Sequence[StrategyCost]) -> str:
     """Return which strategy needs the fewest FLOPs, with the base for free and paid for."""
 
     def choose(get_flops: Callable[[StrategyCost], Ends]) -> str:
-        best_case, worst_case = (
-            find_cheapest(strategies, [get_flops(strategy)[i] for strategy in strategies])
-            for i in (0, 1)
-        )
+        ends = [get_flops(strategy) for strategy in strategies]
+        best_case = find_cheapest(strategies, [best for best, _ in ends])
+        worst_case = find_cheapest(strategies, [worst for _, worst in ends])
         if best_case == worst_case:
             return best_case
         return (
@@ -546,7 +550,8 @@ def measure_saved_frac(fit: ScalingFit, grown: GrownRun, name: str) -> Range:
     for law in fit.bootstrap_laws:
         scratch_tokens = law.compute_tokens_to_loss(last.n_params, last.loss)
         shares.append(1 - child_tokens / scratch_tokens)
-    low, high = np.clip(np.percentile(shares, (5, 95)), -1, MAX_SAVED_FRAC)
+    interval = np.percentile(shares, (5, 95))
+    low, high = np.clip(interval, -1, MAX_SAVED_FRAC)
     scratch_tokens = fit.law.compute_tokens_to_loss(last.n_params, last.loss)
     log.info(f"fit: {grown.run.path}: {name} saved {low:.0%} to {high:.0%}")
     log.info(f"  of {abbreviate_count(scratch_tokens)} tokens from scratch to {last.loss:.3f} nats")
@@ -559,7 +564,10 @@ def measure_saved_frac(fit: ScalingFit, grown: GrownRun, name: str) -> Range:
 def get_source_shares(run: Run) -> dict[str, float]:
     """Return the last phase's shares of the sources; empty: all in proportion to their size."""
     phases = run.settings.mixture.phases
-    return phases[-1][1] if phases else {}
+    if not phases:
+        return {}
+    _, shares = phases[-1]
+    return shares
 
 
 def read_heldout_losses(run: Run) -> list[LossPoint]:
@@ -662,7 +670,9 @@ def format_ends(ends: Ends | None, format_value: Callable[[float], str]) -> str:
     if ends is None:
         return "unknown"
     low, high = ("never" if end is None else format_value(end) for end in ends)
-    return low if low == high else f"{low} to {high}"
+    if low == high:
+        return low
+    return f"{low} to {high}"
 
 
 def format_saved_frac(value: float) -> str:
