@@ -389,7 +389,8 @@ def load_config(path: str | pathlib.Path, overrides: typing.Sequence[str] = ()) 
         # ml_collections answers a misspelt knob in a recipe with its own KeyError, AttributeError
         reason = str(error).strip('"')
         raise UserError(f"--config {path}: {type(error).__name__}: {reason}") from error
-    return build_config(apply_overrides(overrides, config.to_dict()))
+    values = apply_overrides(overrides, config.to_dict())
+    return build_config(values)
 
 
 def apply_overrides(
@@ -485,7 +486,8 @@ def check_phases(phases: Phases) -> None:
 
 def check_mode(initialize: InitializeConfig) -> None:
     """Raise UserError where initialize.mode does not go with the source or the operators."""
-    mode, n_operators = initialize.mode, len(initialize.grow)
+    mode = initialize.mode
+    n_operators = len(initialize.grow)
     if mode != "continue" and initialize.source == "random":
         raise UserError(
             f"initialize.mode: {mode} needs a run, but initialize.source is random. "

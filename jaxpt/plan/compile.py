@@ -126,11 +126,13 @@ def analyze_step_in_process(request: AnalysisRequest) -> StepAnalysis:
     from jaxpt.train import state
 
     start = time.monotonic()
-    spec, missing = request.spec, request.missing_package
+    spec = request.spec
+    missing = request.missing_package
     settings = config.build_config(request.settings)
     target = hardware.parse_target(request.target)
     train = settings.train
-    mesh = sharding.make_mesh(settings.mesh, make_target_devices(target, missing))
+    devices = make_target_devices(target, missing)
+    mesh = sharding.make_mesh(settings.mesh, devices)
     sharding.check_mesh_divides(
         mesh, spec, train.batch_size, train.grad_accum_steps, settings.pack.seq_len
     )
@@ -190,7 +192,8 @@ def make_target_devices(target: Target, missing: str | None) -> Sequence[Any]:
     import jax
     from jax.experimental import topologies
 
-    platform, shape = target.chip.platform, target.topology
+    platform = target.chip.platform
+    shape = target.topology
     if platform == "cpu" or missing:
         jax.config.update("jax_num_cpu_devices", target.n_devices)
         return jax.devices("cpu")
@@ -314,7 +317,8 @@ def count_matmul_flops(jaxpr: Any, multiply_loops: bool = True) -> float:
 
     total = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        name, params = equation.primitive.name, equation.params
+        name = equation.primitive.name
+        params = equation.params
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
             left_shape = equation.invars[0].aval.shape

@@ -231,7 +231,8 @@ def estimate_scratch(case: Case) -> Outcome:
 def estimate_late_deepening(case: Case) -> Outcome:
     """Return the cost of all of scratch's tokens, most of them by a model of one layer."""
     least, most = case.measured_savings.get(LATE_DEEPENING.name, LATE_DEEPENING.saved_frac)
-    tokens, total = case.scratch_tokens, case.scratch_flops
+    tokens = case.scratch_tokens
+    total = case.scratch_flops
     loss = case.predict_loss(case.token_budget)
     return Outcome(
         LATE_DEEPENING.name,
@@ -286,8 +287,10 @@ def estimate_saving(
     least, most = saved
     few = case.scratch_tokens * (1 - most)
     many = case.scratch_tokens * (1 - least)
-    low_loss = case.predict_loss(case.token_budget / (1 - most))
-    high_loss = case.predict_loss(case.token_budget / (1 - least))
+    most_tokens = case.token_budget / (1 - most)
+    least_tokens = case.token_budget / (1 - least)
+    low_loss = case.predict_loss(most_tokens)
+    high_loss = case.predict_loss(least_tokens)
     return Outcome(
         known.name,
         tokens=(few, many),
@@ -317,7 +320,8 @@ def limit_savings(
         notes.append("and beyond 4 nothing is published: counted as scratch")
     if tokens_per_param > SATURATION_TOKENS_PER_PARAM:
         shrinkage = SATURATION_TOKENS_PER_PARAM / tokens_per_param
-        low, high = low * shrinkage, high * shrinkage
+        low *= shrinkage
+        high *= shrinkage
         notes.append(
             f"{tokens_per_param:.3g} tokens per parameter: gains shrink beyond 20 (2605.13405); "
             "here in proportion, an assumption"
@@ -415,10 +419,12 @@ def format_verdict(strategies: Sequence[StrategyCost]) -> str:
 
 def find_cheapest(strategies: Sequence[StrategyCost], costs: list[float | None]) -> str:
     """Return the name of the strategy with the least cost; None costs never reach the target."""
-    cheapest, least = "none", math.inf
+    cheapest = "none"
+    least = math.inf
     for strategy, flops_needed in zip(strategies, costs, strict=True):
         if flops_needed is not None and flops_needed < least:
-            cheapest, least = strategy.name, flops_needed
+            cheapest = strategy.name
+            least = flops_needed
     return cheapest
 
 
@@ -528,7 +534,8 @@ def find_strategy_name(growth: Growth) -> str | None:
 
 def explain_exclusion(grown: GrownRun, name: str | None, shares: dict[str, float]) -> str | None:
     """Return why a grown run cannot be compared with the runs from scratch; None if it can."""
-    run, points = grown.run, grown.points
+    run = grown.run
+    points = grown.points
     own_shares = get_source_shares(run)
     if name is None:
         return f"{grown.growth.operator} is no operator of a growth strategy"
