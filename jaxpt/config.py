@@ -344,17 +344,18 @@ def ramp_phases(
     """
     n = max(1, min(n, stop - start))
     names = list({**before, **after})
-    before_sum, after_sum = sum(before.values()), sum(after.values())
-
-    def shares(i: int) -> dict[str, float]:
+    before_sum = sum(before.values())
+    after_sum = sum(after.values())
+    phases = []
+    for i in range(n + 1):
         mixed = {}
         for name in names:
             old = before.get(name, 0) / before_sum
             new = after.get(name, 0) / after_sum
             mixed[name] = (1 - i / n) * old + i / n * new
-        return mixed
-
-    return tuple((start + (stop - start) * i // n, shares(i)) for i in range(n + 1))
+        step = start + (stop - start) * i // n
+        phases.append((step, mixed))
+    return tuple(phases)
 
 
 def load_config(path: str | pathlib.Path, overrides: typing.Sequence[str] = ()) -> Config:
@@ -371,22 +372,25 @@ def load_config(path: str | pathlib.Path, overrides: typing.Sequence[str] = ()) 
     file = pathlib.Path(name)
     if not file.is_file():
         names = [other.name for other in file.parent.glob("*.py")]
-        near = difflib.get_close_matches(file.name, names, 1)
-        hint = f"Did you mean {file.parent / near[0]}?" if near else "Recipes are in configs/."
+        hint = "Recipes are in configs/."
+        for near in difflib.get_close_matches(file.name, names, 1):
+            hint = f"Did you mean {file.parent / near}?"
         raise UserError(f"--config {path}: file not found. {hint}")
     module_spec = importlib.util.spec_from_file_location(f"_config_{file.stem}", file)
     assert module_spec and module_spec.loader
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-        config = module.get_config(*([argument] if argument else []))
+        arguments = [argument] if argument else []
+        config = module.get_config(*arguments)
     except UserError:
         raise
     except Exception as error:
         # ml_collections answers a misspelt knob in a recipe with its own KeyError, AttributeError
         reason = str(error).strip('"')
         raise UserError(f"--config {path}: {type(error).__name__}: {reason}") from error
-    return build_config(apply_overrides(overrides, config.to_dict()))
+    values = apply_overrides(overrides, config.to_dict())
+    return build_config(values)
 
 
 def apply_overrides(
@@ -402,9 +406,10 @@ def apply_overrides(
 
 def build_config(values: dict[str, dict[str, Any]]) -> Config:
     """Return nested plain values as frozen, checked sections. Raise UserError naming the knob."""
-    known_sections = {
-        field.name: type(getattr(Config(), field.name)) for field in dataclasses.fields(Config)
-    }
+    known_sections = {}
+    for field in dataclasses.fields(Config):
+        section = getattr(Config(), field.name)
+        known_sections[field.name] = type(section)
     sections = {}
     for name, fields in values.items():
         section = lookup_name(name, known_sections, "section", "")
@@ -456,7 +461,8 @@ def check_train(train: TrainConfig) -> None:
             f"{train.grad_accum_steps} equal micro-batches. Use a divisor of {train.batch_size}."
         )
     at = [step for step, _ in train.grow]
-    if sorted(set(at)) != at or any(not 0 < step < train.steps for step in at):
+    is_rising = sorted(set(at)) == at
+    if not is_rising or any(not 0 < step < train.steps for step in at):
         raise UserError(
             f"train.grow: expected rising steps between 0 and train.steps = {train.steps}, "
             f"got {at}."
@@ -466,25 +472,30 @@ def check_train(train: TrainConfig) -> None:
 def check_phases(phases: Phases) -> None:
     """Raise UserError for phases without shares or not in order."""
     for start, shares in phases:
-        if any(share < 0 for share in shares.values()) or sum(shares.values()) <= 0:
+        has_negative = any(share < 0 for share in shares.values())
+        if has_negative or sum(shares.values()) <= 0:
             raise UserError(
                 f"mixture.phases: expected shares of at least 0, with at least one above 0, "
                 f"from step {start}, got {shares}."
             )
     starts = [start for start, _ in phases]
-    if starts and (starts[0] != 0 or sorted(set(starts)) != starts):
+    is_rising = sorted(set(starts)) == starts
+    if starts and (starts[0] != 0 or not is_rising):
         raise UserError(f"mixture.phases: expected steps that start at 0 and rise, got {starts}.")
 
 
 def check_mode(initialize: InitializeConfig) -> None:
     """Raise UserError where initialize.mode does not go with the source or the operators."""
-    mode, n_operators = initialize.mode, len(initialize.grow)
+    mode = initialize.mode
+    n_operators = len(initialize.grow)
     if mode != "continue" and initialize.source == "random":
         raise UserError(
             f"initialize.mode: {mode} needs a run, but initialize.source is random. "
             "Set initialize.source to the run."
         )
-    if (mode == "resume" and n_operators) or (mode == "grow" and not n_operators):
+    forbidden = mode == "resume" and n_operators > 0
+    missing = mode == "grow" and n_operators == 0
+    if forbidden or missing:
         raise UserError(
             f"initialize.mode: {mode} with {n_operators} growth operators; "
             "use grow to grow a run and resume to leave it as it is."
@@ -511,8 +522,9 @@ def lookup_name(name: str, known: dict[str, Any], noun: str, prefix: str) -> Any
     """Return known[name]. Raise UserError with the nearest name if there is none."""
     if name in known:
         return known[name]
-    near = difflib.get_close_matches(name, known, 1, 0.5)
-    hint = f"did you mean {prefix}{near[0]}?" if near else f"expected one of {', '.join(known)}."
+    hint = f"expected one of {', '.join(known)}."
+    for near in difflib.get_close_matches(name, known, 1, 0.5):
+        hint = f"did you mean {prefix}{near}?"
     raise UserError(f"config: there is no {noun} {prefix}{name}; {hint}")
 
 
@@ -533,7 +545,9 @@ def coerce_value(name: str, value: Any, expected: Any, field: dataclasses.Field[
     elif isinstance(value, expected) and not (expected is int and is_bool):
         check_choice(name, value, field.metadata["choices"])
         return value
-    kind = expected if isinstance(expected, types.GenericAlias) else expected.__name__
+    kind = expected
+    if not isinstance(expected, types.GenericAlias):
+        kind = expected.__name__
     raise UserError(f"config: {name}: expected {kind}, got {value!r}: {field.metadata['help']}")
 
 
@@ -548,17 +562,18 @@ def coerce_tuple(name: str, value: Any, expected: Any, field: dataclasses.Field[
         inner = (inner[0],) * len(value)
     if len(inner) != len(value):
         return None
-    return tuple(
-        coerce_value(f"{name}[{i}]", item, kind, field)
-        for i, (item, kind) in enumerate(zip(value, inner, strict=True))
-    )
+    items = []
+    for item, kind in zip(value, inner, strict=True):
+        items.append(coerce_value(f"{name}[{len(items)}]", item, kind, field))
+    return tuple(items)
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise UserError for a name that is not among the choices of a knob."""
     if choices and value not in choices:
-        near = difflib.get_close_matches(value, choices, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(choices)}."
+        hint = f"expected one of {', '.join(choices)}."
+        for near in difflib.get_close_matches(value, choices, 1):
+            hint = f"did you mean {near!r}?"
         raise UserError(f"config: {name} is {value!r}; {hint}")
 
 
@@ -585,7 +600,8 @@ def parse_args(
     if add_arguments:
         add_arguments(parser)
     arguments, rest = parser.parse_known_args()
-    return arguments, load_config(arguments.config, split_overrides(rest, parser))
+    overrides = split_overrides(rest, parser)
+    return arguments, load_config(arguments.config, overrides)
 
 
 def split_overrides(rest: list[str], parser: argparse.ArgumentParser) -> list[str]:
@@ -595,7 +611,9 @@ def split_overrides(rest: list[str], parser: argparse.ArgumentParser) -> list[st
     for word in words:
         if not word.startswith("--config."):
             parser.error(f"unrecognized argument: {word}")
-        overrides.append(word if "=" in word else f"{word}={next(words, '')}")
+        if "=" not in word:
+            word += "=" + next(words, "")
+        overrides.append(word)
     return overrides
 
 
@@ -633,7 +651,9 @@ def format_literal(value: Any) -> str:
     """Return a default as Python source: 32_000, "adamw"."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1000:
         return f"{value:_}"
-    return f'"{value}"' if isinstance(value, str) else repr(value)
+    if isinstance(value, str):
+        return f'"{value}"'
+    return repr(value)
 
 
 if __name__ == "__main__":

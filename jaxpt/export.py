@@ -42,15 +42,19 @@ def export_model(
     def work(directory: pathlib.Path) -> dict[str, Any]:
         mesh = sharding.make_mesh(config.MeshConfig())
         model = initialize.load_model(source, mesh, find_stored_dtype(source))
+        card = write_model_card(source, model)
         n_bytes = huggingface.write_hf_model(
             model.spec,
             model.params,
             directory,
             dtype=dtype,
             tokenizer_dir=model.tokenizer_dir,
-            card=write_model_card(source, model),
+            card=card,
         )
-        record = {key: model.record[key] for key in RECORDED_COUNTS if key in model.record}
+        record = {}
+        for key in RECORDED_COUNTS:
+            if key in model.record:
+                record[key] = model.record[key]
         record["tokenizer"] = model.tokenizer
         huggingface.write_hf_json(directory / initialize.IMPORT_RECORD, record)
         if not model.tokenizer_dir:
@@ -61,7 +65,8 @@ def export_model(
     manifest = stage.run_stage(
         "export", out, work, config={"dtype": dtype}, inputs={"checkpoint": source}, replace=replace
     )
-    n_params, n_bytes = manifest.counts["n_params"], manifest.counts["bytes"]
+    n_params = manifest.counts["n_params"]
+    n_bytes = manifest.counts["bytes"]
     log.info(f"export: {out}: {n_params:,} parameters, {n_bytes / 1e6:,.1f} MB")
     if push:
         log.info(f"pushed: {hub.push_to_hub(out, push, private)}")
@@ -72,8 +77,10 @@ def find_stored_dtype(source: pathlib.Path) -> str:
     """Return the dtype of a source's weights; float32 for what load_model will refuse."""
     step_dir = checkpoint.find_checkpoint(source)
     if step_dir:
-        return checkpoint.read_array_metadata(step_dir)["params/embed"].dtype.name
-    if (source / "config.json").is_file() and not (source / "checkpoints").is_dir():
+        arrays = checkpoint.read_array_metadata(step_dir)
+        return arrays["params/embed"].dtype.name
+    is_run = (source / "checkpoints").is_dir()
+    if not is_run and (source / "config.json").is_file():
         for tensor in huggingface.open_safetensors(source).values():
             return tensor.dtype.name
     return "float32"
@@ -82,13 +89,16 @@ def find_stored_dtype(source: pathlib.Path) -> str:
 def write_model_card(source: pathlib.Path, model: initialize.LoadedModel) -> str:
     """Return README.md of the export: what it is, how it grew, what it was made from."""
     notes: list[str] = []
-    nodes = lineage.read_lineage(source.resolve(), notes)[::-1]
+    nodes = lineage.read_lineage(source.resolve(), notes)
+    nodes.reverse()
     run = nodes[0].path
     hub_names = [hub.recorded_hub_name(node.path) for node in nodes]
-    bases = [name.partition("@")[0] for name in hub_names if name]
-    title = (hub.recorded_hub_name(run) or run.name).partition("@")[0]
+    hub_name = hub_names[0] or run.name
+    title, _, _ = hub_name.partition("@")
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [jaxpt]"]
-    lines += [f"base_model: {base}" for base in bases[:1]]
+    for name in list(filter(None, hub_names))[:1]:
+        base, _, _ = name.partition("@")
+        lines.append(f"base_model: {base}")
     lines += ["---", "", f"# {title}", ""]
     lines += [f"{initialize.describe_model(model.spec)}. Made with jaxpt.", ""]
     if (run / "growth.json").is_file():

@@ -88,7 +88,8 @@ def analyze_step(spec: ModelSpec, settings: Config, target: Target) -> StepAnaly
 
 def make_python_path() -> str:
     """Return PYTHONPATH with this clone first."""
-    paths = [str(pathlib.Path(__file__).resolve().parents[2])]
+    clone = pathlib.Path(__file__).resolve().parents[2]
+    paths = [str(clone)]
     if "PYTHONPATH" in os.environ:
         paths.append(os.environ["PYTHONPATH"])
     return os.pathsep.join(paths)
@@ -109,7 +110,8 @@ def find_missing_package(target: Target) -> str | None:
 
 def main(request_path: str, response_path: str) -> None:
     """Answer one request."""
-    request = AnalysisRequest.from_json(json.loads(pathlib.Path(request_path).read_text()))
+    text = pathlib.Path(request_path).read_text()
+    request = AnalysisRequest.from_json(json.loads(text))
     try:
         response = AnalysisResponse(analysis=analyze_step_in_process(request))
     except UserError as error:
@@ -124,11 +126,13 @@ def analyze_step_in_process(request: AnalysisRequest) -> StepAnalysis:
     from jaxpt.train import state
 
     start = time.monotonic()
-    spec, missing = request.spec, request.missing_package
+    spec = request.spec
+    missing = request.missing_package
     settings = config.build_config(request.settings)
     target = hardware.parse_target(request.target)
     train = settings.train
-    mesh = sharding.make_mesh(settings.mesh, make_target_devices(target, missing))
+    devices = make_target_devices(target, missing)
+    mesh = sharding.make_mesh(settings.mesh, devices)
     sharding.check_mesh_divides(
         mesh, spec, train.batch_size, train.grad_accum_steps, settings.pack.seq_len
     )
@@ -138,7 +142,9 @@ def analyze_step_in_process(request: AnalysisRequest) -> StepAnalysis:
 
     # A kernel's matmuls cannot be seen; xla's query blocks compute the same. Stand-in devices can
     # trace nothing else.
-    remat = "dots" if missing and train.remat == "offload" else train.remat
+    remat = train.remat
+    if missing and remat == "offload":
+        remat = "dots"
     visible_train = dataclasses.replace(train, attention="xla", remat=remat)
     visible = dataclasses.replace(settings, train=visible_train)
     program = trace_step(spec, visible, mesh).jaxpr
@@ -186,7 +192,8 @@ def make_target_devices(target: Target, missing: str | None) -> Sequence[Any]:
     import jax
     from jax.experimental import topologies
 
-    platform, shape = target.chip.platform, target.topology
+    platform = target.chip.platform
+    shape = target.topology
     if platform == "cpu" or missing:
         jax.config.update("jax_num_cpu_devices", target.n_devices)
         return jax.devices("cpu")
@@ -200,7 +207,9 @@ def make_target_devices(target: Target, missing: str | None) -> Sequence[Any]:
         return topologies.get_topology_desc(name, "tpu", **options).devices
     n_hosts, n_devices = divmod(shape[0], GPUS_PER_HOST)
     # slices x hosts x devices per host
-    topology = f"1x{n_hosts}x{GPUS_PER_HOST}" if n_hosts else f"1x1x{n_devices}"
+    topology = f"1x1x{n_devices}"
+    if n_hosts:
+        topology = f"1x{n_hosts}x{GPUS_PER_HOST}"
     patch_cudnn_checks(target.chip)
     target_config = format_gpu_target_config(target.chip)
     return topologies.get_topology_desc(
@@ -246,7 +255,9 @@ def analyze_compiled_step(analysis: StepAnalysis, lowered: Any, platform: str) -
     # XLA tries its Triton kernels for matmuls on the card and passes over those whose tiling does
     # not exist. With no card it stops there (at 60 x 24, say). Plain matmuls compile in every shape
     # and take more memory: the 8B shape on 8 H100 30.5 GiB against 26.9.
-    options = {"xla_gpu_enable_triton_gemm": False} if platform == "cuda" else None
+    options = None
+    if platform == "cuda":
+        options = {"xla_gpu_enable_triton_gemm": False}
     try:
         compiled = lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:
@@ -306,12 +317,14 @@ def count_matmul_flops(jaxpr: Any, multiply_loops: bool = True) -> float:
 
     total = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        name, params = equation.primitive.name, equation.params
+        name = equation.primitive.name
+        params = equation.params
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
             left_shape = equation.invars[0].aval.shape
+            out_shape = equation.outvars[0].aval.shape
             n_summed = math.prod(left_shape[axis] for axis in contracted)
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * n_summed
+            total += 2 * math.prod(out_shape) * n_summed
         n_repeats = 1
         if name == "scan":
             # unrolled by its whole length, it is no loop any more
@@ -360,7 +373,9 @@ def format_gpu_target_config(chip: Chip) -> str:
     """Return the card's GpuTargetConfigProto as text, for CUDA 13 and cuDNN 9.10."""
     gpu = GPU_SPECS[chip.name]
     major, minor = gpu.capability
-    feature = "feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
+    feature = ""
+    if major >= 9:
+        feature = "feature_extension: ACCELERATED_FEATURES"
     return f"""
 gpu_device_info {{
   name: "{gpu.jax_name}"

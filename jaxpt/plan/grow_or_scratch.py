@@ -217,7 +217,8 @@ def compare_strategies(
 
 def summarize_base(base: BaseModel) -> BaseModelSummary:
     """Return the base's record."""
-    return BaseModelSummary(base.n_params, base.tokens, base.tokens / base.n_params, base.usd)
+    tokens_per_param = base.tokens / base.n_params
+    return BaseModelSummary(base.n_params, base.tokens, tokens_per_param, base.usd)
 
 
 def estimate_scratch(case: Case) -> Outcome:
@@ -230,7 +231,8 @@ def estimate_scratch(case: Case) -> Outcome:
 def estimate_late_deepening(case: Case) -> Outcome:
     """Return the cost of all of scratch's tokens, most of them by a model of one layer."""
     least, most = case.measured_savings.get(LATE_DEEPENING.name, LATE_DEEPENING.saved_frac)
-    tokens, total = case.scratch_tokens, case.scratch_flops
+    tokens = case.scratch_tokens
+    total = case.scratch_flops
     loss = case.predict_loss(case.token_budget)
     return Outcome(
         LATE_DEEPENING.name,
@@ -285,8 +287,10 @@ def estimate_saving(
     least, most = saved
     few = case.scratch_tokens * (1 - most)
     many = case.scratch_tokens * (1 - least)
-    low_loss = case.predict_loss(case.token_budget / (1 - most))
-    high_loss = case.predict_loss(case.token_budget / (1 - least))
+    most_tokens = case.token_budget / (1 - most)
+    least_tokens = case.token_budget / (1 - least)
+    low_loss = case.predict_loss(most_tokens)
+    high_loss = case.predict_loss(least_tokens)
     return Outcome(
         known.name,
         tokens=(few, many),
@@ -316,7 +320,8 @@ def limit_savings(
         notes.append("and beyond 4 nothing is published: counted as scratch")
     if tokens_per_param > SATURATION_TOKENS_PER_PARAM:
         shrinkage = SATURATION_TOKENS_PER_PARAM / tokens_per_param
-        low, high = low * shrinkage, high * shrinkage
+        low *= shrinkage
+        high *= shrinkage
         notes.append(
             f"{tokens_per_param:.3g} tokens per parameter: gains shrink beyond 20 (2605.13405); "
             "here in proportion, an assumption"
@@ -379,7 +384,9 @@ def compute_saved_frac(case: Case, strategy_flops: Range) -> Ends | None:
 def replace_infinite(values: Range) -> Ends:
     """Return both values, None for infinite ones."""
     low, high = values
-    return low if math.isfinite(low) else None, high if math.isfinite(high) else None
+    finite_low = low if math.isfinite(low) else None
+    finite_high = high if math.isfinite(high) else None
+    return finite_low, finite_high
 
 
 def compute_stack_tokens(n_params: float, budget_flops: float) -> float:
@@ -387,17 +394,18 @@ def compute_stack_tokens(n_params: float, budget_flops: float) -> float:
 
     Source: 2405.15319, log10 d = 0.88 log10 N + 163.27 / log10 C - 5.74.
     """
-    return 10 ** (0.88 * math.log10(n_params) + 163.27 / math.log10(budget_flops) - 5.74)
+    size_term = 0.88 * math.log10(n_params)
+    budget_term = 163.27 / math.log10(budget_flops)
+    return 10 ** (size_term + budget_term - 5.74)
 
 
 def format_verdict(strategies: Sequence[StrategyCost]) -> str:
     """Return which strategy needs the fewest FLOPs, with the base for free and paid for."""
 
     def choose(get_flops: Callable[[StrategyCost], Ends]) -> str:
-        best_case, worst_case = (
-            find_cheapest(strategies, [get_flops(strategy)[i] for strategy in strategies])
-            for i in (0, 1)
-        )
+        ends = [get_flops(strategy) for strategy in strategies]
+        best_case = find_cheapest(strategies, [best for best, _ in ends])
+        worst_case = find_cheapest(strategies, [worst for _, worst in ends])
         if best_case == worst_case:
             return best_case
         return (
@@ -411,10 +419,12 @@ def format_verdict(strategies: Sequence[StrategyCost]) -> str:
 
 def find_cheapest(strategies: Sequence[StrategyCost], costs: list[float | None]) -> str:
     """Return the name of the strategy with the least cost; None costs never reach the target."""
-    cheapest, least = "none", math.inf
+    cheapest = "none"
+    least = math.inf
     for strategy, flops_needed in zip(strategies, costs, strict=True):
         if flops_needed is not None and flops_needed < least:
-            cheapest, least = strategy.name, flops_needed
+            cheapest = strategy.name
+            least = flops_needed
     return cheapest
 
 
@@ -524,7 +534,8 @@ def find_strategy_name(growth: Growth) -> str | None:
 
 def explain_exclusion(grown: GrownRun, name: str | None, shares: dict[str, float]) -> str | None:
     """Return why a grown run cannot be compared with the runs from scratch; None if it can."""
-    run, points = grown.run, grown.points
+    run = grown.run
+    points = grown.points
     own_shares = get_source_shares(run)
     if name is None:
         return f"{grown.growth.operator} is no operator of a growth strategy"
@@ -546,7 +557,8 @@ def measure_saved_frac(fit: ScalingFit, grown: GrownRun, name: str) -> Range:
     for law in fit.bootstrap_laws:
         scratch_tokens = law.compute_tokens_to_loss(last.n_params, last.loss)
         shares.append(1 - child_tokens / scratch_tokens)
-    low, high = np.clip(np.percentile(shares, (5, 95)), -1, MAX_SAVED_FRAC)
+    interval = np.percentile(shares, (5, 95))
+    low, high = np.clip(interval, -1, MAX_SAVED_FRAC)
     scratch_tokens = fit.law.compute_tokens_to_loss(last.n_params, last.loss)
     log.info(f"fit: {grown.run.path}: {name} saved {low:.0%} to {high:.0%}")
     log.info(f"  of {abbreviate_count(scratch_tokens)} tokens from scratch to {last.loss:.3f} nats")
@@ -559,7 +571,10 @@ def measure_saved_frac(fit: ScalingFit, grown: GrownRun, name: str) -> Range:
 def get_source_shares(run: Run) -> dict[str, float]:
     """Return the last phase's shares of the sources; empty: all in proportion to their size."""
     phases = run.settings.mixture.phases
-    return phases[-1][1] if phases else {}
+    if not phases:
+        return {}
+    _, shares = phases[-1]
+    return shares
 
 
 def read_heldout_losses(run: Run) -> list[LossPoint]:
@@ -662,7 +677,9 @@ def format_ends(ends: Ends | None, format_value: Callable[[float], str]) -> str:
     if ends is None:
         return "unknown"
     low, high = ("never" if end is None else format_value(end) for end in ends)
-    return low if low == high else f"{low} to {high}"
+    if low == high:
+        return low
+    return f"{low} to {high}"
 
 
 def format_saved_frac(value: float) -> str:

@@ -39,7 +39,9 @@ def render_data(runs: list[RunData]) -> str:
                 html += render_funnel_table(funnel, source)
                 html += render_unreadable(funnel, source)
                 html += render_dropped_samples(funnel, source)
-    return html + small_text(DATA_CAPTION) if html else ""
+    if html:
+        html += small_text(DATA_CAPTION)
+    return html
 
 
 def render_funnel_table(funnel: Funnel, source: str) -> str:
@@ -50,26 +52,28 @@ def render_funnel_table(funnel: Funnel, source: str) -> str:
     for step in funnel.steps:
         labels.append(escape(step.rule.replace("_", " ")))
         amounts.append(step.kept.get(source, TextAmount()))
-        edits.append(format_whole((step.n_edits or {}).get(source) or None))
+        n_edits = step.n_edits or {}
+        edits.append(format_whole(n_edits.get(source) or None))
     documents = [amount.n_documents for amount in amounts]
-    n_read_bytes = amounts[0].n_bytes if amounts else 0
+    n_read_bytes = next((amount.n_bytes for amount in amounts), 0)
     dropped = [""]
     for before, after in itertools.pairwise(documents):
         dropped.append(format_whole(before - after))
-    for label, split in (("kept for training", funnel.train), ("held out", funnel.heldout)):
+    splits = {"kept for training": funnel.train, "held out": funnel.heldout}
+    for label, split in splits.items():
         if source in split:
             labels.append(label)
             amounts.append(split[source])
-    fracs = [amount.n_bytes / n_read_bytes if n_read_bytes else 0 for amount in amounts]
-    columns = {
-        "rule": labels,
-        "documents": [format_whole(amount.n_documents) for amount in amounts],
-        "dropped": dropped,
-        "edits": edits,
-        "MB": [format_decimal(amount.n_bytes / 1e6, 2) for amount in amounts],
-        "tokens": [format_count(amount.n_tokens) for amount in amounts],
-        "share": [share_bar(frac) for frac in fracs],
-    }
+    shares = []
+    for amount in amounts:
+        frac = amount.n_bytes / n_read_bytes if n_read_bytes else 0
+        shares.append(share_bar(frac))
+    columns = {"rule": labels}
+    columns["documents"] = [format_whole(amount.n_documents) for amount in amounts]
+    columns |= {"dropped": dropped, "edits": edits}
+    columns["MB"] = [format_decimal(amount.n_bytes / 1e6, 2) for amount in amounts]
+    columns["tokens"] = [format_count(amount.n_tokens) for amount in amounts]
+    columns["share"] = shares
     # what no rule did, or nobody counted, has no column
     columns = {head: cells for head, cells in columns.items() if any(cells)}
     body = list(itertools.zip_longest(*columns.values(), fillvalue=""))
@@ -82,7 +86,9 @@ def render_unreadable(funnel: Funnel, source: str) -> str:
     if not skipped:
         return ""
     reasons = [f"{format_whole(n)} times {reason}" for reason, n in skipped.counts.items()]
-    text = f"Skipped while reading: {', '.join(reasons)}." if reasons else ""
+    text = ""
+    if reasons:
+        text = f"Skipped while reading: {', '.join(reasons)}."
     messages = "".join(map(small_text, skipped.messages))
     return small_text(text) + collapsible("What could not be read", messages)
 
@@ -116,28 +122,32 @@ def render_mixture(runs: list[RunData]) -> str:
     body = []
     for run in runs:
         if len(run.phases) > 1:
-            figures.append(plot_mixture(run, names, run.name if len(runs) > 1 else "Shares"))
+            title = run.name if len(runs) > 1 else "Shares"
+            figures.append(plot_mixture(run, names, title))
         for phase in run.phases:
             row = [escape(run.name), format_whole(phase.step)]
             for name in names:
                 share = phase.shares.get(name)
                 row.append("" if share is None else f"{100 * share:.3g} %")
             body.append(row)
-    html = color_legend(names) + render_figure_grid(figures) if figures else ""
+    html = ""
+    if figures:
+        html += color_legend(names) + render_figure_grid(figures)
     heads = ["run", "from step", *map(escape, names)]
     return html + html_table(heads, body, MIXTURE_CAPTION)
 
 
 def plot_mixture(run: RunData, names: list[str], title: str) -> str:
     """Draw each source's share as steps of a stair."""
-    last_step = max(run.phases[-1].step, run.metrics.train[-1].step)
-    ends = [*(phase.step for phase in run.phases[1:]), last_step]
+    starts = [phase.step for phase in run.phases]
+    last_step = max(starts[-1], run.metrics.train[-1].step)
+    ends = [*starts[1:], last_step]
     series = []
     for name in names:
         points = []
-        for phase, end in zip(run.phases, ends, strict=True):
+        for phase, start, end in zip(run.phases, starts, ends, strict=True):
             share = phase.shares.get(name, 0.0)
-            points += [(phase.step, share), (end, share)]
+            points += [(start, share), (end, share)]
         series.append((name, points))
     plot = plot_curves(names, series, "share", 180, unit="of the sequences", scale="share")
     return render_figure(plot, "Share of the sequences of each step.", title)

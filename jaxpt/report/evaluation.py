@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 from jaxpt.report.figures import (
     Spec,
-    make_color_scale,
+    color_by,
     nominal,
     quantitative,
     render_figure,
@@ -75,9 +75,10 @@ def render_evaluation(runs: list[RunData]) -> str:
         scores = [column.scores.get(key) for column in columns]
         if any(scores):
             n_items = [score.n_items for score in scores if score and score.n_items]
-            label = format_metric(*key, n_items[0] if n_items else None)
+            label = format_metric(*key, *n_items[:1])
             body.append([label, *map(format_score, scores)])
-    body.append(["time", *(format_seconds(column.seconds or None) for column in columns)])
+    times = [format_seconds(column.seconds or None) for column in columns]
+    body.append(["time", *times])
     has_error = any(error is not None for error in errors)
     caption = "Bits per byte: lower is better."
     if has_error:
@@ -99,10 +100,14 @@ def make_eval_columns(runs: list[RunData]) -> list[EvalColumn]:
             add_result(columns, result, result.model or run.name)
     columns.sort(key=lambda column: sort_key(column, runs))
     label_apart(columns, lambda column: f"{column.model}, step {column.step}")
-    label_apart(
-        columns, lambda column: "/".join(pathlib.PurePath(column.model_paths[0]).parts[-3:])
-    )
+    label_apart(columns, shorten_model_path)
     return columns
+
+
+def shorten_model_path(column: EvalColumn) -> str:
+    """Return the last three parts of a model's path."""
+    path = pathlib.PurePath(column.model_paths[0])
+    return "/".join(path.parts[-3:])
 
 
 def add_result(columns: list[EvalColumn], result: Evaluation, path: str) -> None:
@@ -112,7 +117,9 @@ def add_result(columns: list[EvalColumn], result: Evaluation, path: str) -> None
     new = EvalColumn(short_model_name(path), step, result.backend, {})
     for column in columns:
         is_same = (column.label, column.step) == (new.label, step)
-        if is_same and (path in column.model_paths or not column.scores.keys() & scores.keys()):
+        is_known = path in column.model_paths
+        is_disjoint = column.scores.keys().isdisjoint(scores)
+        if is_same and (is_known or is_disjoint):
             break
     else:
         column = new
@@ -167,8 +174,10 @@ def render_contamination(runs: list[RunData], columns: list[EvalColumn]) -> str:
                     clean = index_scores(parse_scores(task, overlap.clean_scores))
                 scores = [score for score in result.scores if score.task == task]
                 for key, score in index_scores(scores).items():
-                    head = [format_metric(*key), escape(label), share]
-                    body.append([*head, format_score(score), format_score(clean.get(key))])
+                    row = [format_metric(*key), escape(label), share]
+                    row.append(format_score(score))
+                    row.append(format_score(clean.get(key)))
+                    body.append(row)
     if not body:
         return ""
     caption = OVERLAP_CAPTION
@@ -201,9 +210,13 @@ def describe_backend_difference(columns: list[EvalColumn]) -> str:
         is_same = (ours.model, ours.step) == (theirs.model, theirs.step)
         if is_same and (ours.backend, theirs.backend) == ("jax", "hf"):
             for key in ours.scores.keys() & theirs.scores.keys():
-                differences.append(abs(ours.scores[key].score - theirs.scores[key].score))
+                our_score = ours.scores[key].score
+                their_score = theirs.scores[key].score
+                differences.append(abs(our_score - their_score))
+    if not differences:
+        return ""
     if not any(differences):
-        return " They are equal." if differences else ""
+        return " They are equal."
     return f" They differ by {max(differences):.0e} at most."
 
 
@@ -237,32 +250,31 @@ def render_benchmark_figure(columns: list[EvalColumn]) -> str:
                 ends = {"score": score.score, "low": low, "high": high}
                 values.append({"task": f"{task} {metric}", **labels, **ends})
     models = list(dict.fromkeys(column.model for column in columns))
-    by_model = {**nominal("model"), "legend": None, "scale": make_color_scale(models)}
+    by_model = color_by("model", models)
     hollow = {"test": "datum.backend === 'hf'", "value": "var(--bg)"}
     tooltip = [nominal("task"), nominal("column")]
     for field in ("score", "low", "high"):
         tooltip.append(quantitative(field, format=".3f"))
-    task = {**nominal("task"), "title": None, "sort": None, "axis": {"labelLimit": 130}}
-    offset = {"field": "column", "sort": [column.label for column in columns]}
+    task = {**nominal("task"), "title": None, "sort": None}
+    task["axis"] = {"labelLimit": 130}
+    labels = [column.label for column in columns]
+    offset = {"field": "column", "sort": labels}
     axis = {"title": "score", "scale": {"zero": False}}
-    bar = {"x": quantitative("low", **axis), "x2": {"field": "high"}, "color": by_model}
-    point = {
-        "x": quantitative("score", **axis),
-        "fill": {"condition": hollow, **by_model},
-        "stroke": by_model,
-        "tooltip": tooltip,
-    }
+    bar = {"x": quantitative("low", **axis), "x2": {"field": "high"}}
+    bar["color"] = by_model
+    point = {"x": quantitative("score", **axis)}
+    point["fill"] = {"condition": hollow, **by_model}
+    point |= {"stroke": by_model, "tooltip": tooltip}
+    rule = {"type": "rule", "strokeWidth": 1.5}
     dot = {"type": "point", "filled": True, "size": 60, "opacity": 1, "strokeWidth": 1.5}
     n_tasks = len({value["task"] for value in values})
-    spec: Spec = {
-        "height": 45 + 14 * len(values) + 20 * n_tasks,
-        "data": {"values": values},
-        "encoding": {"y": task, "yOffset": offset},
-        "layer": [
-            {"mark": {"type": "rule", "strokeWidth": 1.5}, "encoding": bar},
-            {"mark": dot, "encoding": point},
-        ],
-    }
-    has_hollow = any(value["backend"] == "hf" for value in values)
-    caption = BENCHMARK_CAPTION + (" Hollow: hf." if has_hollow else "")
+    height = 45 + 14 * len(values) + 20 * n_tasks
+    spec: Spec = {"height": height, "data": {"values": values}}
+    spec["encoding"] = {"y": task, "yOffset": offset}
+    bars = {"mark": rule, "encoding": bar}
+    points = {"mark": dot, "encoding": point}
+    spec["layer"] = [bars, points]
+    caption = BENCHMARK_CAPTION
+    if any(value["backend"] == "hf" for value in values):
+        caption += " Hollow: hf."
     return color_legend(models) + render_figure(spec, caption)

@@ -16,7 +16,9 @@ PLOT_ATTRIBUTE = 'class="plot"'  # of what page.js draws
 PAGE_SCRIPT = pathlib.Path(__file__).with_name("page.js")
 # of a figure's curves together: a screen cannot show more, and the page would grow heavy
 MAX_POINTS_PER_FIGURE = 2_400
-LOG_TICKS = [digit * 10.0**power for power in range(-6, 8) for digit in (1, 1.5, 2, 3, 5, 7)]
+LOG_TICKS: list[float] = []
+for _power in range(-6, 8):
+    LOG_TICKS += [digit * 10.0**_power for digit in (1, 1.5, 2, 3, 5, 7)]
 # in pixels, so that the edge of the plot does not cut a line or a dot in half
 PADDED = {"padding": 5, "nice": False}
 LOG_AXIS = {"values": LOG_TICKS, "format": ",.4~r"}
@@ -38,12 +40,17 @@ Series = tuple[str, Sequence[Point]]  # a name, and its points
 
 def render_figure(spec: Spec, caption: str, title: str = "") -> str:
     """Render a Vega-Lite figure with its caption."""
-    data = json.dumps(spec, separators=(",", ":"), allow_nan=False)
+    compact = (",", ":")
+    data = json.dumps(spec, separators=compact, allow_nan=False)
     data = data.replace("<", "\\u003c")  # no text in it can end the script element
-    label = escape(f"{title}. {caption}" if title else caption)
+    label = escape(caption)
+    head = ""
+    if title:
+        label = escape(f"{title}. {caption}")
+        head = heading(title)
     style = f"min-height:{spec['height']}px"
     return (
-        f"<figure>{heading(title) if title else ''}"
+        f"<figure>{head}"
         f'<div {PLOT_ATTRIBUTE} role="img" tabindex="0" aria-label="{label}" style="{style}">'
         f'<div aria-hidden="true"></div><script type="application/json">{data}</script></div>'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
@@ -67,7 +74,8 @@ def plot_over_steps(
     events = []
     for run in runs:
         for event in run.metrics.events:
-            events.append({"name": run.name, "step": event.step, "what": event.label})
+            where = {"name": run.name, "step": event.step}
+            events.append({**where, "what": event.label})
     names = names or [run.name for run in runs]
     spec = plot_curves(names, series, title, height, **options)
     if events:
@@ -104,36 +112,39 @@ def plot_curves(
         dots: drawn as points.
         scale: of y: "linear", "log" or "share" (0 to 1).
     """
-    max_points = max(40, MAX_POINTS_PER_FIGURE // max(1, len(names)))
+    n_curves = max(1, len(names))
+    max_points = max(40, MAX_POINTS_PER_FIGURE // n_curves)
 
     def values(chosen: Sequence[Series]) -> list[Spec]:
         return list_values(chosen, x_name, max_points, scale == "log")
 
     x = make_x_axis(x_name, is_padded=bool(dots))
     y = make_y_axis(unit, scale, starts_at_zero=bool(dots))
+    run_name = nominal("name")
     # the tooltip's own title
-    name_format = {"title": "title", "formatType": "word", "format": "-"}
-    tooltip = [{**nominal("name"), **name_format}, quantitative(x_name)]
-    tooltip.append(quantitative("value", title=title, format=".4~g"))
-    color = {**nominal("name"), "legend": None, "scale": make_color_scale(names)}
-    at = {"x": x, "y": y, "color": color}
-    opacity = {"condition": {"param": "near", "empty": False, "value": 1}, "value": 0}
+    run_name |= {"title": "title", "formatType": "word", "format": "-"}
+    value = quantitative("value", title=title, format=".4~g")
+    tooltip = [run_name, quantitative(x_name), value]
+    at = {"x": x, "y": y, "color": color_by("name", names)}
+    is_near = {"param": "near", "empty": False, "value": 1}
+    opacity = {"condition": is_near, "value": 0}
     pan = {"name": "pan", "bind": "scales", "select": PAN}
     near = {"name": "near", "select": NEAREST}
     on_point = {**at, "tooltip": tooltip, "opacity": opacity}
-    layers = [
-        {"mark": LINE, "encoding": at, "params": [pan]},
-        {"mark": {**DOT, "size": 50}, "encoding": on_point, "params": [near]},
-    ]
+    near_dot = {**DOT, "size": 50}
+    layers = [{"mark": LINE, "encoding": at, "params": [pan]}]
+    layers.append({"mark": near_dot, "encoding": on_point, "params": [near]})
     single_points = [line for line in series if len(line[1]) == 1]  # one point makes no line
     dot_values = values([*dots, *single_points])
     if dot_values:
-        layers.append(layer(dot_values, {**DOT, "size": 30, "opacity": 1}, at))
+        dot = {**DOT, "size": 30, "opacity": 1}
+        layers.append(layer(dot_values, dot, at))
     thin_values = values(thin_series)
     if thin_values:
         layers.append(layer(thin_values, THIN_LINE, at))
     layers += draw_levels(levels, level_name, y)
-    return {"height": height, "data": {"values": values(series)}, "layer": layers}
+    data = {"values": values(series)}
+    return {"height": height, "data": data, "layer": layers}
 
 
 def nominal(field: str) -> Spec:
@@ -161,10 +172,14 @@ def make_y_axis(unit: str, scale: str, starts_at_zero: bool) -> Spec:
     """Return the encoding of the vertical axis."""
     y = quantitative("value", title=unit or None)
     if scale == "share":
-        return y | {"scale": {"domain": [0, 1.03], "nice": False}, "axis": SHARE_AXIS}
-    if scale == "log":
-        return y | {"scale": {"type": "log", **PADDED}, "axis": LOG_AXIS}
-    return y | {"scale": {"zero": starts_at_zero, **PADDED}}
+        y["scale"] = {"domain": [0, 1.03], "nice": False}
+        y["axis"] = SHARE_AXIS
+    elif scale == "log":
+        y["scale"] = {"type": "log", **PADDED}
+        y["axis"] = LOG_AXIS
+    else:
+        y["scale"] = {"zero": starts_at_zero, **PADDED}
+    return y
 
 
 def list_values(series: Sequence[Series], x_name: str, max_points: int, is_log: bool) -> list[Spec]:
@@ -173,10 +188,12 @@ def list_values(series: Sequence[Series], x_name: str, max_points: int, is_log: 
     for name, points in series:
         shown = []
         for x, y in points:
-            if finite_or_none(y) is not None and (y > 0 or not is_log):
+            can_show = y > 0 or not is_log
+            if can_show and finite_or_none(y) is not None:
                 shown.append((x, y))
         for x, y in downsample_points(shown, max_points):
-            values.append({"name": name, x_name: x, "value": float(f"{y:.5g}")})
+            rounded = float(f"{y:.5g}")
+            values.append({"name": name, x_name: x, "value": rounded})
     return values
 
 
@@ -189,24 +206,26 @@ def draw_levels(levels: Iterable[float], name: str, y: Spec) -> list[Spec]:
     label = {**LEVEL_LABEL, "text": name}
     # so that a curve behind the words does not cross them
     halo = {**label, "stroke": "var(--bg)", "strokeWidth": 4}
-    marks = [{**RULE, "strokeDash": [5, 4]}]
-    marks += [halo, label] if name else []
+    dashed = {**RULE, "strokeDash": [5, 4]}
+    marks = [dashed]
+    if name:
+        marks += [halo, label]
     return [layer(values, mark, {"y": y}) for mark in marks]
 
 
 def draw_events(events: list[Spec], names: list[str]) -> Spec:
     """Return a layer with upright lines, dotted where a run was resumed."""
     is_resumed = {"test": "datum.what === 'resumed'", "value": [1, 3]}
-    color: Spec = {**nominal("name"), "legend": None, "scale": make_color_scale(names)}
-    if not {event["name"] for event in events} <= set(names):
+    color = color_by("name", names)
+    runs = {event["name"] for event in events}
+    if not runs <= set(names):
         color = {"value": "var(--muted)"}  # in a plot of sources a run has no color
-    encoding = {
-        "x": make_x_axis("step", is_padded=False),
-        "color": color,
-        "strokeDash": {"condition": is_resumed, "value": [1, 0]},
-        "tooltip": nominal("what"),
-    }
-    return layer(events, {**RULE, "strokeWidth": 1.5}, encoding)
+    x = make_x_axis("step", is_padded=False)
+    encoding = {"x": x, "color": color}
+    encoding["strokeDash"] = {"condition": is_resumed, "value": [1, 0]}
+    encoding["tooltip"] = nominal("what")
+    rule = {**RULE, "strokeWidth": 1.5}
+    return layer(events, rule, encoding)
 
 
 def downsample_points(points: list[Point], max_points: int) -> list[Point]:
@@ -225,9 +244,15 @@ def downsample_points(points: list[Point], max_points: int) -> list[Point]:
     return kept
 
 
+def color_by(field: str, names: list[str]) -> Spec:
+    """Return the encoding of a name by the page's colors, without a legend of its own."""
+    return {**nominal(field), "legend": None, "scale": make_color_scale(names)}
+
+
 def make_color_scale(names: list[str]) -> Spec:
     """Return a Vega-Lite scale from names to the page's colors."""
-    return {"domain": names, "range": [series_color(i) for i in range(len(names))]}
+    colors = [series_color(i) for i in range(len(names))]
+    return {"domain": names, "range": colors}
 
 
 def render_scripts(has_plots: bool) -> str:

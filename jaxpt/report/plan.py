@@ -41,7 +41,8 @@ def render_plan(runs: list[RunData]) -> str:
     """Render each plan beside what its runs took."""
     html = ""
     for plan, names in group_distinct_values(runs, lambda run: run.plan):
-        html += heading(", ".join(names)) if len(runs) > 1 else ""
+        if len(runs) > 1:
+            html += heading(", ".join(names))
         measured = []
         for run in runs:
             if run.name in names and last_value(run.metrics.train, "seconds"):
@@ -49,8 +50,10 @@ def render_plan(runs: list[RunData]) -> str:
         html += render_chart(plan)
         html += render_targets(plan, measured)
         html += render_search(plan)
-        html += render_comparison(plan.comparison) if plan.comparison else ""
-        html += render_checks(plan.checks) if plan.checks else ""
+        if plan.comparison:
+            html += render_comparison(plan.comparison)
+        if plan.checks:
+            html += render_checks(plan.checks)
         notes = "".join(map(small_text, plan.notes))
         html += collapsible("Assumptions and prices", notes)
     return html
@@ -74,7 +77,8 @@ def render_targets(plan: Plan, measured: list[RunData]) -> str:
 
 def list_target(target: Target) -> list[str]:
     """Return a target's row of the table."""
-    row = [escape(target.target), escape(target.method), format_whole(target.n_devices)]
+    row = [escape(target.target), escape(target.method)]
+    row.append(format_whole(target.n_devices))
     row.append("yes" if target.fits else "no")
     row.append(format_gigabytes(target.peak_bytes))
     for field, format_number in RANGES.items():
@@ -86,18 +90,18 @@ def list_measured(run: RunData) -> list[str]:
     """Return what a run took as a row of the table."""
     train = run.metrics.train
     speeds = [speed for _, speed in get_points(train, "tokens_per_second")]
+    speed = statistics.median(speeds) if speeds else None
     seconds = last_value(train, "seconds") or 0
-    return [
-        escape(run.devices.device_kind if run.devices else run.name),
-        "measured",
-        format_whole(run.devices.n_devices if run.devices else None),
-        "",
-        format_gigabytes(last_value(train, "memory_bytes") or None),
-        format_percent(last_value(train, "mfu") or None),
-        format_count(statistics.median(speeds)) if speeds else "",
-        format_brief(seconds / 3600),
-        format_brief(last_value(train, "usd")),
-    ]
+    name, n_devices = run.name, None
+    if run.devices:
+        name = run.devices.device_kind
+        n_devices = run.devices.n_devices
+    row = [escape(name), "measured", format_whole(n_devices), ""]
+    row.append(format_gigabytes(last_value(train, "memory_bytes") or None))
+    row.append(format_percent(last_value(train, "mfu") or None))
+    row += [format_count(speed), format_brief(seconds / 3600)]
+    row.append(format_brief(last_value(train, "usd")))
+    return row
 
 
 def describe_pace(run: RunData, plan: Plan) -> str:
@@ -109,12 +113,15 @@ def describe_pace(run: RunData, plan: Plan) -> str:
     if not chip:
         return ""
     n_devices = run.devices.n_devices
-    hours = (last_value(run.metrics.train, "seconds") or 0) / 3600 * plan.tokens / trained
+    seconds = last_value(run.metrics.train, "seconds") or 0
+    hours = seconds / 3600 * plan.tokens / trained
     pace = f"at the measured pace it is {format_brief(hours)} hours"
     if chip.usd_per_hour:
-        pace += f" and {format_brief(hours * n_devices * chip.usd_per_hour)} USD"
+        usd = hours * n_devices * chip.usd_per_hour
+        pace += f" and {format_brief(usd)} USD"
     for target in plan.targets:
-        is_same = (target.target.partition(":")[0], target.n_devices) == (chip.name, n_devices)
+        chip_name, _, _ = target.target.partition(":")
+        is_same = (chip_name, target.n_devices) == (chip.name, n_devices)
         if is_same and finite_or_none(target.expected.hours):
             planned_hours = format_range(target, "hours", format_brief)
             planned_usd = format_range(target, "usd", format_brief) or "no"
@@ -147,9 +154,11 @@ def render_search(plan: Plan) -> str:
     if not plan.search:
         return ""
     html = ""
-    for label, best in (("Cheapest", plan.search.cheapest), ("Fastest", plan.search.fastest)):
+    found = {"Cheapest": plan.search.cheapest, "Fastest": plan.search.fastest}
+    for label, best in found.items():
         if best:
-            layout = " ".join([best.target, *(best.overrides or ())])
+            overrides = best.overrides or ()
+            layout = " ".join([best.target, *overrides])
             html += small_text(f"{label} that fits, by plan.py --search: {layout}")
     return html
 
@@ -174,7 +183,10 @@ def render_comparison(comparison: Comparison) -> str:
 
 def format_ends(ends: Ends | None, format_number: Formatter) -> str:
     """Return best–worst case, "never" for None."""
-    return join_ends("never" if end is None else format_number(end) for end in ends or ())
+    texts = []
+    for end in ends or ():
+        texts.append("never" if end is None else format_number(end))
+    return join_ends(texts)
 
 
 def render_checks(checks: tuple[Check, ...]) -> str:
@@ -198,23 +210,23 @@ def render_chart(plan: Plan) -> str:
             values.append({**point, "fits": target.fits})
     if len(values) < 2:
         return ""
-    axis = {"scale": {"type": "log", "padding": 40, "nice": False}, "axis": LOG_AXIS}
+    scale = {"type": "log", "padding": 40, "nice": False}
+    axis = {"scale": scale, "axis": LOG_AXIS}
     hours = quantitative("hours", title="hours", **axis)
     usd = quantitative("usd", title="USD", **axis)
     color = series_color(0)
-    fill = {"condition": {"test": "datum.fits", "value": color}, "value": "var(--bg)"}
+    if_fits = {"test": "datum.fits", "value": color}
+    fill = {"condition": if_fits, "value": "var(--bg)"}
     tooltip = [nominal("target")]
     for field in ("hours", "usd"):
         tooltip.append(quantitative(field, format=",.3~r"))
     dot = {"type": "point", "filled": True, "size": 70, "opacity": 1, "stroke": color}
     label = {"type": "text", "align": "left", "dx": 9}
-    spec: Spec = {
-        "height": 290,
-        "data": {"values": values},
-        "encoding": {"x": hours, "y": usd},
-        "layer": [
-            {"mark": dot, "encoding": {"fill": fill, "tooltip": tooltip}},
-            {"mark": label, "encoding": {"text": nominal("target")}},
-        ],
-    }
+    on_dot = {"fill": fill, "tooltip": tooltip}
+    on_label = {"text": nominal("target")}
+    dots = {"mark": dot, "encoding": on_dot}
+    labels = {"mark": label, "encoding": on_label}
+    spec: Spec = {"height": 290, "data": {"values": values}}
+    spec["encoding"] = {"x": hours, "y": usd}
+    spec["layer"] = [dots, labels]
     return render_figure(spec, CHART_CAPTION)

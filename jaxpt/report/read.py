@@ -87,7 +87,8 @@ class RunData:
 
 def load_runs(directories: Iterable[str | pathlib.Path]) -> list[RunData]:
     """Load runs in the order given. Runs of one name are named with the directory above."""
-    runs = [load_run(directory) for directory in dict.fromkeys(map(str, directories))]
+    distinct = dict.fromkeys(map(str, directories))
+    runs = [load_run(directory) for directory in distinct]
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1:
@@ -267,7 +268,9 @@ def read_dropped(
 
 def read_metrics(path: pathlib.Path, warnings: list[str]) -> Metrics:
     """Read metrics.jsonl. A step that was repeated after a crash counts as written last."""
-    text = path.read_text(errors="replace") if path.is_file() else ""
+    text = ""
+    if path.is_file():
+        text = path.read_text(errors="replace")
     lines = text.splitlines()
     train: dict[int, TrainPoint] = {}
     heldout: dict[int, HeldoutPoint] = {}
@@ -350,7 +353,9 @@ def count_sequences(packed: list[PackedCounts]) -> list[Phase]:
     for counts in packed:
         for name, source in counts.train.items():
             shares[name] = source.n_sequences
-    return [Phase(0, shares)] if shares else []
+    if not shares:
+        return []
+    return [Phase(0, shares)]
 
 
 def normalize_shares(phase: Phase) -> Phase:
@@ -363,7 +368,9 @@ def normalize_shares(phase: Phase) -> Phase:
 def read_devices(path: pathlib.Path) -> Devices | None:
     """Return the devices of the last start in starts.jsonl."""
     try:
-        return Devices.from_json(json.loads(path.read_text().splitlines()[-1]))
+        lines = path.read_text().splitlines()
+        last_start = json.loads(lines[-1])
+        return Devices.from_json(last_start)
     except (OSError, ValueError, TypeError, IndexError, AttributeError):
         return None
 
@@ -373,7 +380,8 @@ def get_n_params(path: pathlib.Path, manifest: StageSummary | None) -> int | Non
     if manifest and manifest.counts.get("n_params"):
         return manifest.counts["n_params"]
     try:
-        return flops.count_params(ModelSpec.from_json(json.loads(path.read_text())))
+        fields = json.loads(path.read_text())
+        return flops.count_params(ModelSpec.from_json(fields))
     except (OSError, TypeError, ValueError):  # missing, or of another version
         return None
 
@@ -383,7 +391,9 @@ def get_n_params(path: pathlib.Path, manifest: StageSummary | None) -> int | Non
 
 def first_value(records: Sequence[TrainPoint], field: str) -> float | None:
     """Return the first finite value of a metric."""
-    return next((value for _, value in get_points(records, field)), None)
+    for _, value in get_points(records, field):
+        return value
+    return None
 
 
 def last_value(records: Sequence[TrainPoint], field: str) -> float | None:

@@ -73,7 +73,10 @@ def summarize_runs(runs: list[RunData]) -> list[SummaryRow]:
     add("loss", "nats/token", format_loss_change)
     heldout = []
     for run in runs:
-        heldout.append(run.metrics.heldout[-1].heldout_loss if run.metrics.heldout else {})
+        losses = {}
+        for point in run.metrics.heldout[-1:]:
+            losses = point.heldout_loss
+        heldout.append(losses)
     add_group("held-out", "nats/token", heldout, format_decimal)
     add_group("bits per byte", "", [get_bits_per_byte(run) for run in runs], format_decimal)
     add_group("time", "", [sum_seconds_by_stage(run) for run in runs], format_seconds)
@@ -100,7 +103,8 @@ def format_summary_table(runs: list[RunData], page_path: pathlib.Path) -> str:
         lines.append(" " * LABEL_WIDTH + "".join(names))
         lines.append("\u2500" * (LABEL_WIDTH + width * len(part)))
         for label, unit, texts in summarize_runs(part):
-            label = f"{label}, {unit}" if unit else label
+            if unit:
+                label += f", {unit}"
             values = "".join(f"{text:>{width}}" for text in texts)
             lines.append(f"{label:{LABEL_WIDTH}.{LABEL_WIDTH}}{values}")
         lines.append("")
@@ -112,7 +116,8 @@ def format_summary_table(runs: list[RunData], page_path: pathlib.Path) -> str:
 def get_bits_per_byte(run: RunData) -> dict[str, float]:
     """Return bits per byte by source, of jax rather than of hf."""
     found: dict[str, float] = {}
-    evaluations = sorted(run.evaluations.values(), key=lambda result: result.backend != "jax")
+    evaluations = list(run.evaluations.values())
+    evaluations.sort(key=lambda result: result.backend != "jax")
     for result in evaluations:
         for score in result.scores:
             if score.task.startswith("bits_per_byte/") and score.metric == "bits_per_byte":
@@ -160,8 +165,10 @@ def describe_run(run: RunData) -> str:
         n_tokens = last_value(train, "n_tokens")
         seconds = last_value(train, "seconds")
         trained = f"trained {format_whole(train[-1].step)} steps"
-        trained += f" on {format_count(n_tokens)} tokens" if n_tokens else ""
-        trained += f" in {format_seconds(seconds)}" if seconds else ""
+        if n_tokens:
+            trained += f" on {format_count(n_tokens)} tokens"
+        if seconds:
+            trained += f" in {format_seconds(seconds)}"
         parts.append(trained)
         parts.append("loss " + format_loss_change(run).replace(" ", "&nbsp;"))
     return ", ".join(parts) + "."

@@ -123,14 +123,17 @@ def render_loss_table(runs: list[RunData], sources: list[str]) -> str:
 
     def add(run: RunData, text: str, points: Sequence[Point], *others: float | None) -> None:
         if points:
-            values = [points[0][1], points[-1][1], *others]
-            body.append([escape(run.name), escape(text), *map(format_decimal, values)])
+            (_, first), (_, last) = points[0], points[-1]
+            values = map(format_decimal, [first, last, *others])
+            body.append([escape(run.name), escape(text), *values])
 
     for run in runs:
         entropy = [*list_training_entropy(run), None][0]
         add(run, "training", get_points(run.metrics.train, "loss"), entropy, None)
         for name in sources:
-            parent = [None, *(loss for _, loss in get_parent_points(run, name))][-1]
+            parent = None
+            for point in get_parent_points(run, name)[-1:]:
+                _, parent = point
             entropy = get_heldout_entropy(run, name)
             add(run, name, get_heldout_points(run, name), entropy, parent)
     heads = ["run", "text", "first", "last", "unigram", "parent"]
@@ -149,7 +152,9 @@ def list_training_entropy(run: RunData) -> list[float]:
             if finite_or_none(source.unigram_nats) is not None:
                 nats += (source.unigram_nats or 0) * source.n_tokens
                 n_tokens += source.n_tokens
-    return [nats / n_tokens] if n_tokens else []
+    if not n_tokens:
+        return []
+    return [nats / n_tokens]
 
 
 def get_heldout_entropy(run: RunData, source: str) -> float | None:
@@ -164,10 +169,11 @@ def render_forgetting(runs: list[RunData]) -> str:
     """Render how far each source's held-out loss is above the parent's."""
     figures = ""
     body = []
-    sources = []
-    for name in list_sources(runs):
-        if any(name in (point.parent_loss or {}) for run in runs for point in run.metrics.heldout):
-            sources.append(name)
+    compared = set()
+    for run in runs:
+        for point in run.metrics.heldout:
+            compared |= set(point.parent_loss or ())
+    sources = [name for name in list_sources(runs) if name in compared]
     for run in runs:
         series = [(name, subtract_parent(run, name)) for name in sources]
         if not any(points for _, points in series):
@@ -214,7 +220,8 @@ def list_forgetting(points: list[Point]) -> list[str]:
     """Return the first, worst and last rise."""
     step, worst = max(points, key=lambda point: point[1])
     worst_cell = f"{format_signed(worst)} <small>step {format_whole(step)}</small>"
-    return [format_signed(points[0][1]), worst_cell, format_signed(points[-1][1])]
+    (_, first), (_, last) = points[0], points[-1]
+    return [format_signed(first), worst_cell, format_signed(last)]
 
 
 def render_training(runs: list[RunData]) -> str:
@@ -240,18 +247,18 @@ def list_training(run: RunData, order: list[str]) -> list[str]:
     memory = [n_bytes for _, n_bytes in get_points(train, "memory_bytes") if n_bytes]
     epochs: dict[str, float] = {}
     for point in train:
-        epochs = epochs if point.epochs is None else point.epochs
+        if point.epochs is not None:
+            epochs = point.epochs
     texts = []
     for name in order_keys(order, epochs):
         if epochs.get(name):
             texts.append(f"{name} {format_decimal(epochs[name], 2)}")
-    return [
-        escape(run.name),
-        format_whole(statistics.median_high(speeds)) if speeds else "",
-        format_gigabytes(max(memory, default=None), 2),
-        format_whole(last_value(train, "n_skipped")),
-        escape(", ".join(texts)),
-    ]
+    speed = statistics.median_high(speeds) if speeds else None
+    peak = max(memory, default=None)
+    row = [escape(run.name), format_whole(speed), format_gigabytes(peak, 2)]
+    row.append(format_whole(last_value(train, "n_skipped")))
+    row.append(escape(", ".join(texts)))
+    return row
 
 
 def render_skips(runs: list[RunData]) -> str:
@@ -265,8 +272,8 @@ def render_skips(runs: list[RunData]) -> str:
             loss = format_decimal(point.loss, 2) or "not finite"
             grad_norm = format_decimal(point.grad_norm, 2) or "not finite"
             documents = render_skipped_documents(point)
-            row = [escape(run.name), format_whole(point.step), loss, grad_norm, documents]
-            body.append(row)
+            step = format_whole(point.step)
+            body.append([escape(run.name), step, loss, grad_norm, documents])
         if len(skipped) > MAX_SKIPS:
             n_more = len(skipped) - MAX_SKIPS
             notes += f"{run.name}: {n_more} more are in its metrics.jsonl. "

@@ -34,7 +34,8 @@ from jaxpt.spec import Manifest, ModelSpec, UserError
 log = logging.getLogger(__name__)
 
 PyTree = Any  # nested dicts and tuples of jax.Arrays
-PARAMS, TRAIN_STATE = "params", "train_state"
+PARAMS = "params"
+TRAIN_STATE = "train_state"
 # what a failing disk says, in the system's words, which libraries wrap in paragraphs
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
 
@@ -90,7 +91,8 @@ class Checkpointer:
         import orbax.checkpoint as ocp
 
         self.wait_until_saved()
-        final = (self.run / "checkpoints" / str(step)).absolute()
+        final = self.run / "checkpoints" / str(step)
+        final = final.absolute()
         partial = final.with_name(f".{step}.partial")
         if jax.process_index() == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -219,7 +221,8 @@ def sync_processes(name: str) -> None:
 
 def list_steps(run: pathlib.Path) -> list[int]:
     """Return the steps with a finished checkpoint, rising."""
-    names = [path.parent.name for path in (run / "checkpoints").glob("*/manifest.json")]
+    manifests = (run / "checkpoints").glob("*/manifest.json")
+    names = [path.parent.name for path in manifests]
     return sorted(int(name) for name in names if name.isdigit())
 
 
@@ -267,7 +270,9 @@ def find_checkpoint(source: pathlib.Path) -> pathlib.Path | None:
         if damage:
             raise UserError(f"{source}: {damage}. Take another checkpoint of the run.")
         return source
-    return find_newest(source) if (source / "checkpoints").is_dir() else None
+    if (source / "checkpoints").is_dir():
+        return find_newest(source)
+    return None
 
 
 def restore_tree(directory: pathlib.Path, name: str, abstract: PyTree) -> PyTree:
@@ -278,7 +283,8 @@ def restore_tree(directory: pathlib.Path, name: str, abstract: PyTree) -> PyTree
     """
     import orbax.checkpoint as ocp
 
-    args = ocp.args.Composite(**{name: ocp.args.StandardRestore(drop_empty(abstract))})
+    restore = ocp.args.StandardRestore(drop_empty(abstract))
+    args = ocp.args.Composite(**{name: restore})
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             restored = checkpointer.restore(directory.absolute(), args=args)[name]
@@ -303,7 +309,9 @@ def drop_empty(tree: PyTree) -> PyTree:
 
 def first_line_of(error: Exception) -> str:
     """Return the first line of an error's text, or its type."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    text = str(error).strip() or type(error).__name__
+    first_line, *_ = text.splitlines()
+    return first_line[:300]
 
 
 def describe_checkpoint(source: pathlib.Path) -> Iterator[str]:
@@ -321,23 +329,29 @@ def describe_checkpoint(source: pathlib.Path) -> Iterator[str]:
 
 def diff_checkpoints(a: pathlib.Path, b: pathlib.Path) -> list[str]:
     """Return a line per array that differs between two checkpoints; none if all are bit-equal."""
-    a, b = locate_checkpoint(a), locate_checkpoint(b)
-    a_tree, b_tree = read_tree_metadata(a), read_tree_metadata(b)
-    left, right = flatten_arrays(a_tree), flatten_arrays(b_tree)
+    a = locate_checkpoint(a)
+    b = locate_checkpoint(b)
+    a_tree = read_tree_metadata(a)
+    b_tree = read_tree_metadata(b)
+    left = flatten_arrays(a_tree)
+    right = flatten_arrays(b_tree)
     lines = []
     for name in sorted(left.keys() ^ right.keys()):
         lines.append(f"{name}: only in {a if name in left else b}")
     for name in sorted(left.keys() & right.keys()):
-        one, other = left[name], right[name]
+        one = left[name]
+        other = right[name]
         if (one.shape, one.dtype) != (other.shape, other.dtype):
             lines.append(
                 f"{name}: {one.dtype}{list(one.shape)} and {other.dtype}{list(other.shape)}"
             )
             continue
-        x, y = read_array(a, name, a_tree), read_array(b, name, b_tree)
+        x = read_array(a, name, a_tree)
+        y = read_array(b, name, b_tree)
         if x.tobytes() != y.tobytes():
             n = int(np.sum(x != y))
-            largest = np.max(np.abs(x.astype(np.float64) - y.astype(np.float64)))
+            difference = x.astype(np.float64) - y.astype(np.float64)
+            largest = np.max(np.abs(difference))
             lines.append(f"{name}: {n:,} of {x.size:,} numbers differ, by up to {largest:.3g}")
     return lines
 
@@ -362,7 +376,8 @@ def flatten_arrays(trees: dict[str, PyTree]) -> dict[str, jax.ShapeDtypeStruct]:
     """Return path -> shape and dtype for every leaf."""
     arrays = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(trees):
-        arrays[array_name(path)] = jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
+        name = array_name(path)
+        arrays[name] = jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
     return arrays
 
 
@@ -390,8 +405,8 @@ def read_array(
             return ocp.PLACEHOLDER
         return jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype, sharding=here)
 
-    tree = (trees or read_tree_metadata(directory))[item]
-    chosen = jax.tree_util.tree_map_with_path(choose, tree)
+    trees = trees or read_tree_metadata(directory)
+    chosen = jax.tree_util.tree_map_with_path(choose, trees[item])
     restore_args = ocp.checkpoint_utils.construct_restore_args(chosen)
     args = ocp.args.PyTreeRestore(item=chosen, restore_args=restore_args)
     with open_checkpointer() as checkpointer:

@@ -89,8 +89,11 @@ class Growth(NamedTuple):
     @property
     def layer_map(self) -> list[int | None]:
         """The parent's layer of each of the child's; None: no source."""
-        sources = self.sources.get("layers", range(self.spec.n_layers))
-        return [None if source == NO_SOURCE else int(source) for source in sources]
+        layer_map = []
+        for source in self.sources.get("layers", range(self.spec.n_layers)):
+            has_source = source != NO_SOURCE
+            layer_map.append(int(source) if has_source else None)
+        return layer_map
 
     @property
     def changes_width(self) -> bool:
@@ -100,7 +103,8 @@ class Growth(NamedTuple):
 
 def format_layer_map(layer_map: Iterable[int | None]) -> str:
     """Return the sources of layers as text: "0 1 new 2"."""
-    return " ".join("new" if layer is None else str(layer) for layer in layer_map)
+    names = ["new" if layer is None else str(layer) for layer in layer_map]
+    return " ".join(names)
 
 
 # ---- depth: the layers of the child
@@ -114,19 +118,22 @@ def depth_upscale(parent: Parent, m: int) -> Growth:
             f"depth_upscale(m={m}): expected 0 to {n - 1}, got {m}: "
             f"m is the number of layers left out of each copy of {n}."
         )
-    return make_depth_growth(parent, [*range(n - m), *range(m, n)])
+    layer_map = [*range(n - m), *range(m, n)]
+    return make_depth_growth(parent, layer_map)
 
 
 def stack(parent: Parent, g: int = 2) -> Growth:
     """Repeat the whole stack g times. G_stack, 2405.15319."""
     check_minimum("stack", "g", g, 1)
-    return make_depth_growth(parent, [*range(parent.spec.n_layers)] * g)
+    layer_map = [*range(parent.spec.n_layers)] * g
+    return make_depth_growth(parent, layer_map)
 
 
 def interleave(parent: Parent, g: int = 2) -> Growth:
     """Repeat each layer g times in place. Collapses untrained (iDUS: 29.5 on H6); a baseline."""
     check_minimum("interleave", "g", g, 1)
-    layer_map = np.repeat(np.arange(parent.spec.n_layers), g)
+    parent_layers = np.arange(parent.spec.n_layers)
+    layer_map = np.repeat(parent_layers, g)
     return make_depth_growth(parent, layer_map.tolist())
 
 
@@ -142,7 +149,8 @@ def stack_middle(parent: Parent, m: int) -> Growth:
             "m is the size of the middle block."
         )
     first = (n - m) // 2
-    return make_depth_growth(parent, [*range(first + m), *range(first, n)])
+    layer_map = [*range(first + m), *range(first, n)]
+    return make_depth_growth(parent, layer_map)
 
 
 def deepen(parent: Parent, L: int, new: str = "random") -> Growth:
@@ -154,12 +162,14 @@ def deepen(parent: Parent, L: int, new: str = "random") -> Growth:
     if n >= L:
         raise UserError(f"deepen(L={L}): the model has {n} layers already. Give a larger L.")
     if new == "random":
-        return make_depth_growth(parent, [*range(n)] + [NO_SOURCE] * (L - n))
+        new_layers = [NO_SOURCE] * (L - n)
+        return make_depth_growth(parent, [*range(n), *new_layers])
     if not n:
         raise UserError(
             f"deepen(L={L}, new='copy'): the model has no layers to copy. Use new='random'."
         )
-    return make_depth_growth(parent, [layer % n for layer in range(L)])
+    layer_map = [layer % n for layer in range(L)]
+    return make_depth_growth(parent, layer_map)
 
 
 def insert_identity(parent: Parent, every: int = 1) -> Growth:
@@ -188,17 +198,20 @@ def drop_layers(parent: Parent, n: int | None = None, by: str | list[int] = "inf
     measured: dict[str, Measured] = {}
     if isinstance(by, str):
         influence = measure_influence(parent, n, by)
-        by = sorted(np.argsort(influence, kind="stable")[:n].tolist())
+        rising = np.argsort(influence, kind="stable")
+        by = sorted(rising[:n].tolist())
         measured = {"influence": influence.tolist(), "dropped": by}
     call = f"drop_layers(n={n}, by={by})"
     check_layer_list(f"drop_layers(by={by})", by, n_layers)
-    if n not in (None, len(by)) or len(set(by)) == n_layers:
+    n_dropped = len(set(by))
+    if n not in (None, len(by)) or n_dropped == n_layers:
         raise UserError(
             f"{call}: expected a list of n different layers that leaves at least one of "
             f"{n_layers}, got {by}."
         )
     kept = [layer for layer in range(n_layers) if layer not in by]
-    return make_depth_growth(parent, kept)._replace(measured=measured)
+    growth = make_depth_growth(parent, kept)
+    return growth._replace(measured=measured)
 
 
 def measure_influence(parent: Parent, n: int | None, by: str) -> np.ndarray:
@@ -216,7 +229,8 @@ def measure_influence(parent: Parent, n: int | None, by: str) -> np.ndarray:
     if parent.params is None:
         return np.zeros(n_layers)
     batches = require_batches("drop_layers", parent)
-    return measure.measure_layers(parent.spec, parent.params, batches).influence
+    statistics = measure.measure_layers(parent.spec, parent.params, batches)
+    return statistics.influence
 
 
 def predict_layers(parent: Parent, m: int) -> Growth:
@@ -234,7 +248,8 @@ def predict_layers(parent: Parent, m: int) -> Growth:
         layer_map.append(layer)
         if layer in gaps:
             layer_map.append(NO_SOURCE)
-    return make_depth_growth(parent, layer_map)._replace(predicted_gaps=gaps)
+    growth = make_depth_growth(parent, layer_map)
+    return growth._replace(predicted_gaps=gaps)
 
 
 def make_depth_growth(parent: Parent, layer_map: list[int]) -> Growth:
@@ -291,7 +306,8 @@ def narrow(
     spec = parent.spec
     child = resize_spec("narrow", spec, Sizes(d, ff, heads))
     for argument, field in SIZE_ARGUMENTS.items():
-        before, after = getattr(spec, field), getattr(child, field)
+        before = getattr(spec, field)
+        after = getattr(child, field)
         if after > before:
             raise UserError(
                 f"narrow({argument}={after}): the model has only {before}. "
@@ -305,14 +321,13 @@ def narrow(
         scores.heads, spec.n_heads, spec.n_kv_heads, child.n_heads
     )
     channels = measure.select_important(scores.embed, child.d_model)
-    sources = {
-        "embed": channels,
-        "mlp": measure.select_important(scores.mlp, child.d_ff),
-        "heads": heads_kept,
-        "kv_heads": kv_heads_kept,
-    }
+    activations = measure.select_important(scores.mlp, child.d_ff)
+    sources = {"embed": channels, "mlp": activations}
+    sources |= {"heads": heads_kept, "kv_heads": kv_heads_kept}
     sources = keep_changed_axes(spec, child, sources)
-    measured: dict[str, Measured] = {"kept_channels": channels.tolist()} if d else {}
+    measured: dict[str, Measured] = {}
+    if d:
+        measured["kept_channels"] = channels.tolist()
     return Growth(spec, child, sources, measured=measured)
 
 
@@ -321,7 +336,8 @@ def make_width_growth(name: str, parent: Parent, sizes: Sizes) -> Growth:
     spec = parent.spec
     child = resize_spec(name, spec, sizes)
     for argument, field in SIZE_ARGUMENTS.items():
-        before, after = getattr(spec, field), getattr(child, field)
+        before = getattr(spec, field)
+        after = getattr(child, field)
         if after < before:
             raise UserError(
                 f"{name}({argument}={after}): the model has {before} already. "
@@ -332,7 +348,8 @@ def make_width_growth(name: str, parent: Parent, sizes: Sizes) -> Growth:
     # [[W/2, W/2], [W/2, W/2]] in the paper; heads go with their kv groups
     sources = {}
     for axis in WIDTH_AXES:
-        sources[axis] = np.arange(axis_size(child, axis)) % axis_size(spec, axis)
+        indices = np.arange(axis_size(child, axis))
+        sources[axis] = indices % axis_size(spec, axis)
     sources = keep_changed_axes(spec, child, sources)
     return Growth(spec, child, sources, divide_copies=True)
 
@@ -344,11 +361,11 @@ def axis_size(spec: ModelSpec, axis: str) -> int:
 
 def keep_changed_axes(spec: ModelSpec, child: ModelSpec, sources: AxisSources) -> AxisSources:
     """Return the sources of the axes whose size changes."""
-    return {
-        axis: source
-        for axis, source in sources.items()
-        if axis_size(spec, axis) != axis_size(child, axis)
-    }
+    changed = {}
+    for axis, source in sources.items():
+        if axis_size(spec, axis) != axis_size(child, axis):
+            changed[axis] = source
+    return changed
 
 
 def resize_spec(name: str, spec: ModelSpec, sizes: Sizes) -> ModelSpec:
@@ -356,7 +373,8 @@ def resize_spec(name: str, spec: ModelSpec, sizes: Sizes) -> ModelSpec:
 
     kv heads change with the query heads, so that a group keeps its size.
     """
-    given = {key: value for key, value in sizes._asdict().items() if value is not None}
+    given = sizes._asdict()
+    given = {key: value for key, value in given.items() if value is not None}
     if not given:
         raise UserError(
             f"{name}(): nothing to change. Give d (width, now {spec.d_model}), "
@@ -371,7 +389,8 @@ def resize_spec(name: str, spec: ModelSpec, sizes: Sizes) -> ModelSpec:
             f"{name}(heads={n_heads}): expected a multiple of {group}, got {n_heads}: "
             f"{group} query heads share one kv head."
         )
-    d_model, d_ff = sizes.d or spec.d_model, sizes.ff or spec.d_ff
+    d_model = sizes.d or spec.d_model
+    d_ff = sizes.ff or spec.d_ff
     n_kv_heads = n_heads // group
     return spec.replace(d_model=d_model, d_ff=d_ff, n_heads=n_heads, n_kv_heads=n_kv_heads)
 
@@ -384,21 +403,23 @@ def new_tokenizer(parent: Parent, directory: str) -> Growth:
     spec = parent.spec
     if parent.params is None:
         n_tokens = tokenizer.load_tokenizer(directory).vocab_size
-        child = spec.replace(vocab_size=vocabulary.pad_vocab_size(n_tokens))
+        n_rows = vocabulary.pad_vocab_size(n_tokens)
+        child = spec.replace(vocab_size=n_rows)
         return Growth(spec, child, {})
     if parent.tokenizer_dir is None:
         raise UserError(
             "new_tokenizer: the parent's tokenizer is not known, so no token can be traced to it. "
             "Start from a model that has its own tokenizer."
         )
-    mapping, special_ids = vocabulary.map_tokens(
-        parent.tokenizer_dir, pathlib.Path(directory), spec.vocab_size
-    )
-    kept = [ids[0] if len(ids) == 1 else NO_SOURCE for ids in mapping.old_ids]
-    measured: dict[str, Measured] = {
-        "kept_tokens": len(kept) - kept.count(NO_SOURCE),
-        "averaged_tokens": sum(len(ids) > 1 for ids in mapping.old_ids),
-    }
+    old_dir, new_dir = parent.tokenizer_dir, pathlib.Path(directory)
+    mapping, special_ids = vocabulary.map_tokens(old_dir, new_dir, spec.vocab_size)
+    kept = []
+    n_averaged = 0
+    for ids in mapping.old_ids:
+        kept.append(ids[0] if len(ids) == 1 else NO_SOURCE)
+        n_averaged += len(ids) > 1
+    n_kept = len(kept) - kept.count(NO_SOURCE)
+    measured: dict[str, Measured] = {"kept_tokens": n_kept, "averaged_tokens": n_averaged}
     child = spec.replace(vocab_size=len(kept), **special_ids)
     sources = {"vocab": np.asarray(kept)}
     return Growth(spec, child, sources, token_mapping=mapping, measured=measured)
@@ -407,9 +428,9 @@ def new_tokenizer(parent: Parent, directory: str) -> Growth:
 DEPTH_OPERATORS = (depth_upscale, stack, interleave, stack_middle, deepen, insert_identity)
 LAYER_OPERATORS = (layers, drop_layers, predict_layers)
 OTHER_OPERATORS = (widen, widen_rms, narrow, new_tokenizer)
-OPERATORS: dict[str, Callable[..., Growth]] = {
-    operator.__name__: operator for operator in DEPTH_OPERATORS + LAYER_OPERATORS + OTHER_OPERATORS
-}
+OPERATORS: dict[str, Callable[..., Growth]] = {}
+for _operator in DEPTH_OPERATORS + LAYER_OPERATORS + OTHER_OPERATORS:
+    OPERATORS[_operator.__name__] = _operator
 
 
 # ---- checks of an operator's arguments
@@ -483,16 +504,19 @@ def parse_operator(text: str) -> OperatorCall:
             f"'depth_upscale(m=4)'. Operators: {', '.join(OPERATORS)}."
         ) from None
     if name not in OPERATORS:
-        near = difflib.get_close_matches(name, OPERATORS, 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(OPERATORS)}."
+        hint = f"there are: {', '.join(OPERATORS)}."
+        for near in difflib.get_close_matches(name, OPERATORS, 1):
+            hint = f"did you mean {near}?"
         raise UserError(f"grow {text!r}: no such operator; {hint}")
     operator = OPERATORS[name]
-    noise, seed = named.pop("noise", 0.0), named.pop("seed", 0)
+    noise = named.pop("noise", 0.0)
+    seed = named.pop("seed", 0)
     signature = inspect.signature(operator)
     try:
         signature.bind(None, *positional, **named)
     except TypeError:
-        arguments = ", ".join([*list(signature.parameters)[1:], "noise", "seed"])
+        _, *own_arguments = signature.parameters
+        arguments = ", ".join([*own_arguments, "noise", "seed"])
         raise UserError(
             f"grow {text!r}: {name} takes {arguments}. {inspect.getdoc(operator)}"
         ) from None
@@ -512,7 +536,8 @@ def plan_growth(text: str, parent: Parent) -> Growth:
             f"grow {text!r}: expected noise from 0 to 1, in standard deviations of a weight's "
             f"initialization, got {noise!r}."
         )
-    has_new = any(flags.any() for flags in find_new_params(growth).values())
+    flags = find_new_params(growth)
+    has_new = any(is_new.any() for is_new in flags.values())
     if noise and not growth.divide_copies and not has_new:
         raise UserError(
             f"grow {text!r}: makes no new weights that noise could be added to. Leave noise out."
@@ -536,8 +561,9 @@ def compile_growth(growth: Growth, mesh: Mesh) -> Any:
 
     def make(params: Params) -> Params:
         predicted: Params = {}
-        if growth.predicted_gaps:
-            predicted = predict.predict_layer_params(params["blocks"], growth.predicted_gaps)
+        gaps = growth.predicted_gaps
+        if gaps:
+            predicted = predict.predict_layer_params(params["blocks"], gaps)
 
         def grow(path: Path, param: ParamSpec, leaf: jax.Array) -> jax.Array:
             name = path[-1].key
@@ -547,11 +573,13 @@ def compile_growth(growth: Growth, mesh: Mesh) -> Any:
                 return vocabulary.average_embeddings(leaf, mapping, axis)
             if name in predicted:
                 leaf = jnp.concatenate([leaf, predicted[name]])
-            return LeafGrowth(growth, name, param).grow(leaf, input_scales(growth, name))
+            scales = input_scales(growth, name)
+            return LeafGrowth(growth, name, param).grow(leaf, scales)
 
         return map_param_specs(growth.child, grow, params)
 
-    return jit_growth(growth, make, mesh, llama.make_param_shardings(growth.child, mesh))
+    shardings = llama.make_param_shardings(growth.child, mesh)
+    return jit_growth(growth, make, mesh, shardings)
 
 
 def grow_moments(growth: Growth, tree: Params, policy: str, power: int, mesh: Mesh) -> Params:
@@ -581,18 +609,25 @@ def grow_moments(growth: Growth, tree: Params, policy: str, power: int, mesh: Me
         if policy == "fresh":
             return jnp.zeros(param.shape, leaf.dtype)
         name = path[-1].key
-        scales = output_scales(growth, name, param, power) if is_scaled else {}
-        grown = LeafGrowth(growth, name, param, is_moment=True).grow(leaf, scales)
-        is_new = new_param_mask(param, flags) if policy == "reset_new" else None
+        scales: AxisScales = {}
+        if is_scaled:
+            scales = output_scales(growth, name, param, power)
+        leaf_growth = LeafGrowth(growth, name, param, is_moment=True)
+        grown = leaf_growth.grow(leaf, scales)
+        if policy != "reset_new":
+            return grown
+        is_new = new_param_mask(param, flags)
         if is_new is None:
             return grown
-        return grown * jnp.where(is_new, 0, 1).astype(leaf.dtype)
+        is_kept = jnp.where(is_new, 0, 1)
+        return grown * is_kept.astype(leaf.dtype)
 
     def make(tree: Params) -> Params:
         return map_param_specs(growth.child, grow, tree)
 
     shardings = llama.make_param_shardings(growth.child, mesh)
-    return jit_growth(growth, make, mesh, subtree_like(tree, shardings))(tree)
+    shardings = subtree_like(tree, shardings)
+    return jit_growth(growth, make, mesh, shardings)(tree)
 
 
 def jit_growth(growth: Growth, make: Callable, mesh: Mesh, shardings: Params) -> Any:
@@ -617,7 +652,9 @@ def subtree_like(tree: Params, whole: Params) -> Params:
     """Return the part of a nested dict over all weights that `tree` has too."""
     part = {}
     for name, inner in tree.items():
-        part[name] = subtree_like(inner, whole[name]) if isinstance(inner, dict) else whole[name]
+        part[name] = whole[name]
+        if isinstance(inner, dict):
+            part[name] = subtree_like(inner, whole[name])
     return part
 
 
@@ -641,7 +678,8 @@ def input_scales(growth: Growth, name: str) -> AxisScales:
     axis = input_axis(growth, name)
     if not growth.divide_copies or axis not in growth.sources:
         return {}
-    return {axis: 1 / count_copies(growth.sources[axis])}
+    n_copies = count_copies(growth.sources[axis])
+    return {axis: 1 / n_copies}
 
 
 def output_scales(growth: Growth, name: str, param: ParamSpec, power: int) -> AxisScales:
@@ -650,13 +688,15 @@ def output_scales(growth: Growth, name: str, param: ParamSpec, power: int) -> Ax
     scales = {}
     for axis in map(source_axis, param.axes):
         if axis in growth.sources and axis not in excluded:
-            scales[axis] = count_copies(growth.sources[axis]) ** -float(power)
+            n_copies = count_copies(growth.sources[axis])
+            scales[axis] = n_copies ** -float(power)
     return scales
 
 
 def count_copies(source: np.ndarray) -> np.ndarray:
     """Return how often each index's source occurs; float32, of the source's shape."""
-    return np.bincount(source)[source].astype(np.float32)
+    n_copies = np.bincount(source)
+    return n_copies[source].astype(np.float32)
 
 
 def source_axis(axis: str) -> str:
@@ -677,11 +717,16 @@ class LeafGrowth:
 
     def __init__(self, growth: Growth, name: str, param: ParamSpec, is_moment: bool = False):
         """Plan the gathers."""
-        self.growth, self.name, self.param = growth, name, param
+        self.growth = growth
+        self.name = name
+        self.param = param
         self.is_moment = is_moment
         self.is_stacked = param.axes[0] == "layers"
-        self.axes = param.axes[1:] if self.is_stacked else param.axes
-        self.n_layers = param.shape[0] if self.is_stacked else 1
+        self.axes = param.axes
+        self.n_layers = 1
+        if self.is_stacked:
+            self.axes = param.axes[1:]
+            self.n_layers = param.shape[0]
         layer_map = growth.sources.get("layers", np.arange(self.n_layers))
         is_missing = layer_map == NO_SOURCE
         if growth.predicted_gaps and not is_moment:
@@ -689,18 +734,21 @@ class LeafGrowth:
             appended = growth.spec.n_layers + np.cumsum(is_missing) - 1
             layer_map = np.where(is_missing, appended, layer_map)
         self.layer_map = layer_map
-        self.has_missing = self.is_stacked and (layer_map == NO_SOURCE).any()
-        widths = growth.sources.keys() - {"layers"}
-        parent_axes = [source_axis(axis) for axis in self.axes]
-        self.wide_axes = [(i, axis) for i, axis in enumerate(parent_axes) if axis in widths]
+        is_random = layer_map == NO_SOURCE
+        self.has_missing = self.is_stacked and is_random.any()
+        self.wide_axes = []
+        for i, axis in enumerate(map(source_axis, self.axes)):
+            if axis in growth.sources:
+                self.wide_axes.append((i, axis))
         self.is_new = new_param_mask(param, find_new_params(growth))
         has_new = self.is_new is not None or growth.divide_copies
-        is_random = growth.noise_std > 0 and param.std > 0
-        self.has_noise = not is_moment and is_random and has_new
+        takes_noise = growth.noise_std > 0 and param.std > 0
+        self.has_noise = not is_moment and takes_noise and has_new
         has_zeros = bool(growth.zero_output_layers) and name in OUTPUT_PARAMS
         self.zeroes_output = not is_moment and has_zeros
+        key = jax.random.key(growth.seed)
         name_seed = zlib.crc32(name.encode())
-        self.key = jax.random.fold_in(jax.random.key(growth.seed), name_seed)
+        self.key = jax.random.fold_in(key, name_seed)
 
     def grow(self, leaf: jax.Array, scales: AxisScales) -> jax.Array:
         """Return the child's weight. Layers are made one at a time."""
@@ -709,8 +757,9 @@ class LeafGrowth:
             leaf = jnp.zeros((1, *leaf.shape[1:]), leaf.dtype)
         changes = self.has_missing or self.has_noise or self.zeroes_output
         if not changes and not self.wide_axes:
-            is_deeper = self.is_stacked and "layers" in self.growth.sources
-            return jnp.take(leaf, self.layer_map, axis=0) if is_deeper else leaf
+            if self.is_stacked and "layers" in self.growth.sources:
+                return jnp.take(leaf, self.layer_map, axis=0)
+            return leaf
 
         def grow_layer(layer: Any) -> jax.Array:
             return self.grow_layer(leaf, layer, scales)
@@ -722,18 +771,24 @@ class LeafGrowth:
     def grow_layer(self, leaf: jax.Array, layer: Any, scales: AxisScales) -> jax.Array:
         """Return one layer of the child's weight."""
         source = jnp.asarray(self.layer_map)[layer]
-        x = leaf[jnp.maximum(source, 0)] if self.is_stacked else leaf
+        x = leaf
+        if self.is_stacked:
+            x = leaf[jnp.maximum(source, 0)]
         for i, axis in self.wide_axes:
             x = self.gather(x, i, axis, source, scales)
         key = jax.random.fold_in(self.key, layer)
         if self.has_missing:
-            x = jnp.where(source == NO_SOURCE, self.make_new(key, x), x)
+            new = self.make_new(key, x)
+            x = jnp.where(source == NO_SOURCE, new, x)
         if self.has_noise:
-            noise = self.make_noise(jax.random.fold_in(key, 1), x.shape, layer)
+            noise_key = jax.random.fold_in(key, 1)
+            noise = self.make_noise(noise_key, x.shape, layer)
             x = (x + noise).astype(x.dtype)
         if self.zeroes_output:
-            zeroed = np.isin(np.arange(self.n_layers), self.growth.zero_output_layers)
-            x = x * jnp.asarray(~zeroed).astype(x.dtype)[layer]
+            is_kept = np.ones(self.n_layers, bool)
+            is_kept[list(self.growth.zero_output_layers)] = False
+            factor = jnp.asarray(is_kept).astype(x.dtype)
+            x = x * factor[layer]
         return with_logical_constraint(x, *self.axes)
 
     def gather(self, x: jax.Array, i: int, axis: str, layer: Any, scales: AxisScales) -> jax.Array:
@@ -741,12 +796,15 @@ class LeafGrowth:
         sources = self.growth.sources[axis]
         index = jnp.asarray(sources)
         if sources.ndim == 2:  # per layer: chosen, never copied
-            return jnp.take(x, jnp.maximum(index[layer], 0), axis=i)
+            chosen = jnp.maximum(index[layer], 0)
+            return jnp.take(x, chosen, axis=i)
         x = jnp.take(x, jnp.maximum(index, 0), axis=i)
-        factor = scales.get(axis, np.float32(1)) * (sources != NO_SOURCE)
+        scale = scales.get(axis, np.float32(1))
+        factor = scale * (sources != NO_SOURCE)
         if (factor == 1).all():
             return x
-        factor = factor.reshape(-1, *[1] * (x.ndim - i - 1))
+        n_inner = x.ndim - i - 1
+        factor = factor.reshape(-1, *[1] * n_inner)
         return x * factor.astype(x.dtype)
 
     def make_new(self, key: jax.Array, like: jax.Array) -> jax.Array:
@@ -755,18 +813,21 @@ class LeafGrowth:
             return jnp.zeros_like(like)
         if self.param.ones:
             return jnp.ones(like.shape, like.dtype)
-        return (jax.random.normal(key, like.shape) * self.param.std).astype(like.dtype)
+        values = jax.random.normal(key, like.shape) * self.param.std
+        return values.astype(like.dtype)
 
     def make_noise(self, key: jax.Array, shape: tuple[int, ...], layer: Any) -> jax.Array:
         """Return noise on what is new, or noise that cancels over copies."""
         growth = self.growth
-        noise = growth.noise_std * self.param.std * jax.random.normal(key, shape)
+        std = growth.noise_std * self.param.std
+        noise = std * jax.random.normal(key, shape)
         if growth.divide_copies:
             return self.cancel_noise(noise)
         is_new = self.is_new
         assert is_new is not None  # has_noise
         if self.is_stacked:
-            is_new = is_new[layer if len(is_new) > 1 else 0]
+            is_per_layer = len(is_new) > 1
+            is_new = is_new[layer if is_per_layer else 0]
         return jnp.where(is_new, noise, 0)
 
     def cancel_noise(self, noise: jax.Array) -> jax.Array:
@@ -784,7 +845,8 @@ class LeafGrowth:
         for index in range(sources.max() + 1):
             copies = np.flatnonzero(sources == index)
             next_copy[copies] = np.roll(copies, -1)
-        difference = noise - jnp.take(noise, next_copy, axis=dims[0])
+        next_noise = jnp.take(noise, next_copy, axis=dims[0])
+        difference = noise - next_noise
         return difference * np.float32(0.5**0.5)
 
 
@@ -804,12 +866,13 @@ def find_new_params(growth: Growth, before: AxisFlags | None = None) -> AxisFlag
     for axis, source in growth.sources.items():
         if source.ndim == 2:  # chosen, not copied
             continue
-        is_first = np.zeros(len(source), bool)
-        is_first[np.unique(source, return_index=True)[1]] = True
-        is_missing = source == NO_SOURCE
-        is_new = ~is_first | is_missing
+        _, first_index = np.unique(source, return_index=True)
+        is_new = np.ones(len(source), bool)
+        is_new[first_index] = False
+        is_new |= source == NO_SOURCE
         if axis in before:
-            is_new |= is_missing | before[axis][np.maximum(source, 0)]
+            was_new = before[axis]
+            is_new |= was_new[np.maximum(source, 0)]
         flags[axis] = is_new
     return flags
 
@@ -838,5 +901,7 @@ def new_param_mask(param: ParamSpec, flags: AxisFlags) -> jax.Array | None:
         shape = [1] * len(param.axes)
         shape[i] = -1
         along_axis = jnp.asarray(is_new.reshape(shape))
-        mask = along_axis if mask is None else mask | along_axis
+        if mask is not None:
+            along_axis = mask | along_axis
+        mask = along_axis
     return mask

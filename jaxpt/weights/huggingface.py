@@ -114,10 +114,12 @@ def load_hf_model(
             stacks[rule] = jnp.zeros(param.shape, np_dtype, device=place)
     params: Params = {}
     for rule, param, path in list_tensor_rules(spec):
+        *outer, name = path
         inner = params
-        for part in path[:-1]:
+        for part in outer:
             inner = inner.setdefault(part, {})
-        inner[path[-1]] = read_param(stored, rule, param, mesh, np_dtype, stacks.pop(rule, None))
+        stack = stacks.pop(rule, None)
+        inner[name] = read_param(stored, rule, param, mesh, np_dtype, stack)
     return spec, params
 
 
@@ -145,30 +147,33 @@ def write_hf_model(
     Returns:
         Bytes of weights.
     """
-    np_dtype = dtype_of_name(dtype) if dtype else params["embed"].dtype
+    np_dtype = params["embed"].dtype
+    if dtype:
+        np_dtype = dtype_of_name(dtype)
     tensors = list(list_hf_tensors(spec))
     is_writer = jax.process_index() == 0
     if is_writer:
         directory.mkdir(parents=True, exist_ok=True)
     shards = split_shards_by_size(tensors, np_dtype.itemsize)
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        n = len(shards)
-        names = [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
-    for name, shard in zip(names, shards, strict=True):
-        write_shard(directory / name if is_writer else None, shard, np_dtype, params)
+    n_shards = len(shards)
+    weight_map = {}
+    for i, shard in enumerate(shards):
+        name = "model.safetensors"
+        if n_shards > 1:
+            name = f"model-{i + 1:05d}-of-{n_shards:05d}.safetensors"
+        path = directory / name if is_writer else None
+        write_shard(path, shard, np_dtype, params)
+        weight_map |= {tensor.name: name for tensor in shard}
     n_bytes = sum(tensor.n_bytes(np_dtype) for tensor in tensors)
     if not is_writer:
         return n_bytes
-    if len(shards) > 1:
-        weight_map = {}
-        for name, shard in zip(names, shards, strict=True):
-            weight_map |= {tensor.name: name for tensor in shard}
+    if n_shards > 1:
         index = {"metadata": {"total_size": n_bytes}, "weight_map": weight_map}
         write_hf_json(directory / "model.safetensors.index.json", index)
     write_hf_json(directory / "config.json", make_hf_config(spec, np_dtype.name))
-    tokens = {"bos_token_id": spec.bos_id, "eos_token_id": spec.eos_id}
-    write_hf_json(directory / "generation_config.json", {**tokens, "_from_model_config": True})
+    generation: dict[str, Any] = {"bos_token_id": spec.bos_id, "eos_token_id": spec.eos_id}
+    generation["_from_model_config"] = True
+    write_hf_json(directory / "generation_config.json", generation)
     if tokenizer_dir:
         copy_tokenizer(tokenizer_dir, directory)
     if card:
@@ -197,8 +202,8 @@ def list_tensor_rules(
         path = tuple(rule.path.split("/"))
         param: Any = params
         for part in path:
-            param = param.get(part) if isinstance(param, dict) else None
-        if param is not None:
+            param = param.get(part, {})
+        if param:
             n_found += 1
             yield rule, param, path
     n_params = len(jax.tree.leaves(params, is_leaf=llama.is_param_spec))
@@ -223,18 +228,23 @@ def list_hf_tensors(spec: ModelSpec) -> Iterator[HfTensor]:
     """Yield every tensor of the export, in the order of the table, layer by layer."""
     for rule, param, path in list_tensor_rules(spec):
         if not rule.is_layered:
-            yield HfTensor(rule.hf_name, hf_shape(rule, param.shape), rule, path, None)
+            shape = hf_shape(rule, param.shape)
+            yield HfTensor(rule.hf_name, shape, rule, path, None)
             continue
         shape = hf_shape(rule, param.shape[1:])
         for layer in range(spec.n_layers):
-            yield HfTensor(rule.hf_name.format(layer), shape, rule, path, layer)
+            name = rule.hf_name.format(layer)
+            yield HfTensor(name, shape, rule, path, layer)
 
 
 def hf_shape(rule: TensorRule, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return a tensor's shape in the file, given ours without the layer axis."""
     if rule.n_in:
-        return math.prod(shape[rule.n_in :]), math.prod(shape[: rule.n_in])
-    return shape if rule.path == "embed" else (math.prod(shape),)
+        inputs, outputs = shape[: rule.n_in], shape[rule.n_in :]
+        return math.prod(outputs), math.prod(inputs)
+    if rule.path == "embed":
+        return shape
+    return (math.prod(shape),)
 
 
 def match_tensors(
@@ -264,21 +274,27 @@ def match_tensors(
     if wrong:
         shown = "; ".join(wrong[:MAX_WRONG_SHOWN])
         n_more = len(wrong) - MAX_WRONG_SHOWN
-        more = f"; and {n_more} more" if n_more > 0 else ""
+        if n_more > 0:
+            shown += f"; and {n_more} more"
         raise UserError(
-            f"{directory}: its tensors do not match its config.json: {shown}{more}. "
+            f"{directory}: its tensors do not match its config.json: {shown}. "
             "Is the config.json that of this model?"
         )
 
 
 def tensors_equal(a: StoredTensor, b: StoredTensor | None) -> bool:
     """Return whether two matrices are equal bit by bit, compared in chunks."""
-    if b is None or len(a.shape) != 2 or (a.dtype, a.shape) != (b.dtype, b.shape):
+    if b is None or len(a.shape) != 2:
         return False
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    all_rows = range(a.shape[0])
     step = chunk_rows(a.shape, a.dtype)
-    for first in range(0, a.shape[0], step):
-        rows = range(a.shape[0])[first : first + step]
-        if a.read_bytes(rows).tobytes() != b.read_bytes(rows).tobytes():
+    for first in all_rows[::step]:
+        rows = all_rows[first : first + step]
+        a_chunk = a.read_bytes(rows)
+        b_chunk = b.read_bytes(rows)
+        if a_chunk.tobytes() != b_chunk.tobytes():
             return False
     return True
 
@@ -298,24 +314,30 @@ def read_param(
 
     `stack` is what a stacked matrix is written into, layer by layer.
     """
-    shape, place = param.shape, make_logical_sharding(mesh, param.axes)
+    shape = param.shape
+    place = make_logical_sharding(mesh, param.axes)
     if not rule.is_layered:
-        read_whole: Any = functools.partial(read_tensor, stored[rule.hf_name], rule, shape, dtype)
+        tensor = stored[rule.hf_name]
+        read_whole: Any = functools.partial(read_tensor, tensor, rule, shape, dtype)
         return jax.make_array_from_callback(shape, place, read_whole)
+    n_layers, *layer_dims = shape
+    layer_shape = tuple(layer_dims)
     layers = []
-    for i in range(shape[0]):
+    for i in range(n_layers):
         tensor = stored[rule.hf_name.format(i)]
-        layers.append(functools.partial(read_tensor, tensor, rule, shape[1:], dtype))
+        layers.append(functools.partial(read_tensor, tensor, rule, layer_shape, dtype))
     if stack is None:
 
         def read_layers(index: Any) -> np.ndarray:
-            return np.stack([read_layer(index[1:]) for read_layer in layers[index[0]]])
+            chosen, *within = index
+            parts = [read_layer(tuple(within)) for read_layer in layers[chosen]]
+            return np.stack(parts)
 
         return jax.make_array_from_callback(shape, place, read_layers)
     place = make_logical_sharding(mesh, param.axes[1:])
 
     for i, read_layer in enumerate(layers):
-        layer = jax.make_array_from_callback(shape[1:], place, read_layer)
+        layer = jax.make_array_from_callback(layer_shape, place, read_layer)
         # reading ahead would pile layers up on the host
         stack = put_layer(stack, layer, jnp.int32(i)).block_until_ready()
     return jnp.asarray(stack)
@@ -325,7 +347,8 @@ def read_param(
 def put_layer(stack: jax.Array, layer: jax.Array, i: jax.Array) -> jax.Array:
     """Return the stack with layer i replaced, in place."""
     # as integers: XLA's CPU takes bfloat16 through float32, which is eight times slower
-    bits = jnp.dtype(f"uint{8 * stack.dtype.itemsize}")
+    n_bits = 8 * stack.dtype.itemsize
+    bits = jnp.dtype(f"uint{n_bits}")
     stack_bits = jax.lax.bitcast_convert_type(stack, bits)
     layer_bits = jax.lax.bitcast_convert_type(layer, bits)
     updated = jax.lax.dynamic_update_index_in_dim(stack_bits, layer_bits, i, 0)
@@ -340,35 +363,44 @@ def read_tensor(
     index: tuple[slice, ...],
 ) -> np.ndarray:
     """Return param[index] of a tensor that has `shape` in jaxpt."""
-    bounds = [range(size)[part] for size, part in zip(shape, index, strict=True)]
+    bounds = []
+    for size, part in zip(shape, index, strict=True):
+        bounds.append(range(size)[part])
     out = allocate_array(tuple(map(len, bounds)), dtype)
     if len(tensor.shape) == 1:
         out[...] = tensor.read_bytes().reshape(shape)[index]
         return out
     # a group of dimensions (heads x head width) is one dimension of the file; only the first of a
     # group is ever sharded
-    for i, (bound, size) in enumerate(zip(bounds, shape, strict=True)):
-        assert len(bound) == size or i in (0, max(rule.n_in, 1))
+    first_of_group = (0, max(rule.n_in, 1))
+    for i, bound in enumerate(bounds):
+        assert len(bound) == shape[i] or i in first_of_group
 
     def flat_span(first: int, last: int) -> range:
+        bound = bounds[first]
         inner = math.prod(shape[first + 1 : last])
-        return range(bounds[first].start * inner, bounds[first].stop * inner)
+        return range(bound.start * inner, bound.stop * inner)
 
     if rule.n_in:
-        rows, columns = flat_span(rule.n_in, len(shape)), flat_span(0, rule.n_in)
-        flat = out.reshape(len(columns), len(rows))
+        rows = flat_span(rule.n_in, len(shape))
+        columns = flat_span(0, rule.n_in)
+        flat = out.reshape(len(columns), len(rows)).T
     else:
-        (rows, columns), flat = bounds, out
+        rows, columns = bounds
+        flat = out
     step = chunk_rows(tensor.shape, tensor.dtype)
 
     def read_chunk(first: int) -> None:
-        chunk = tensor.read_bytes(rows[first : first + step])[:, columns.start : columns.stop]
+        part = slice(first, first + step)
+        chunk = tensor.read_bytes(rows[part])
+        chunk = chunk[:, columns.start : columns.stop]
         if rule.n_in:
-            transpose_into(chunk, flat[:, first : first + step])
+            transpose_into(chunk, flat[part].T)
         else:
-            flat[first : first + step] = chunk
+            flat[part] = chunk
 
-    list(copy_threads().map(read_chunk, range(0, len(rows), step)))
+    first_rows = range(0, len(rows), step)
+    list(copy_threads().map(read_chunk, first_rows))
     return out
 
 
@@ -378,12 +410,14 @@ def copy_threads() -> concurrent.futures.ThreadPoolExecutor:
 
     numpy frees the GIL there, and one core does not saturate the memory's bandwidth.
     """
-    return concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8), "chunks")
+    n_threads = min(os.cpu_count() or 1, 8)
+    return concurrent.futures.ThreadPoolExecutor(n_threads, "chunks")
 
 
 def chunk_rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
     """Return how many rows of a matrix make a chunk of CHUNK_BYTES."""
-    return max(CHUNK_BYTES // (shape[1] * dtype.itemsize), 1)
+    row_bytes = shape[1] * dtype.itemsize
+    return max(CHUNK_BYTES // row_bytes, 1)
 
 
 def transpose_into(matrix: np.ndarray, out: np.ndarray) -> None:
@@ -393,10 +427,12 @@ def transpose_into(matrix: np.ndarray, out: np.ndarray) -> None:
     down columns whose numbers compete for one set of the cache where widths are powers of two
     (0.2 GB/s for 8,192 x 2,048 in bfloat16; 2 GB/s like this).
     """
-    buffer = np.empty((128, matrix.shape[1] + 64 // out.itemsize), out.dtype)
+    width = matrix.shape[1]
+    n_spare = 64 // out.itemsize
+    buffer = np.empty((128, width + n_spare), out.dtype)
     for first in range(0, len(matrix), 128):
         rows = matrix[first : first + 128]
-        band = buffer[: len(rows), : rows.shape[1]]
+        band = buffer[: len(rows), :width]
         band[...] = rows
         out[:, first : first + 128] = band.T
 
@@ -406,7 +442,8 @@ def allocate_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     n_bytes = math.prod(shape) * dtype.itemsize
     room = np.empty(n_bytes + 64, np.uint8)
     start = -room.ctypes.data % 64
-    return room[start : start + n_bytes].view(dtype).reshape(shape)
+    aligned = room[start : start + n_bytes]
+    return aligned.view(dtype).reshape(shape)
 
 
 def write_shard(
@@ -423,26 +460,30 @@ def write_shard(
     start = 0
     for tensor in tensors:
         stop = start + tensor.n_bytes(dtype)
-        header[tensor.name] = {"dtype": code, "shape": tensor.shape, "data_offsets": [start, stop]}
+        entry = {"dtype": code, "shape": tensor.shape, "data_offsets": [start, stop]}
+        header[tensor.name] = entry
         start = stop
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with contextlib.ExitStack() as cleanup:
-        file = cleanup.enter_context(open(path, "wb")) if path else None
+        file = None
+        label = "gather"
+        if path:
+            file = cleanup.enter_context(open(path, "wb"))
+            file.write(len(text).to_bytes(8, "little"))
+            file.write(text)
+            label = path.name
         writer = cleanup.enter_context(concurrent.futures.ThreadPoolExecutor(1))
-        advance = cleanup.enter_context(
-            stage.progress_bar(path.name if path else "gather", len(tensors), "tensors")
-        )
-        if file:
-            file.write(len(text).to_bytes(8, "little") + text)
+        bar = stage.progress_bar(label, len(tensors), "tensors")
+        advance = cleanup.enter_context(bar)
         written = None
         for tensor in tensors:
             numbers = gather_tensor(params, tensor)
-            for chunk in order_as_in_file(numbers, tensor, dtype) if file else ():
-                if written:
-                    written.result()  # one chunk waits for the disk while the next is made
-                assert file
-                written = writer.submit(file.write, chunk.data)
+            if file:
+                for chunk in order_as_in_file(numbers, tensor, dtype):
+                    if written:
+                        written.result()  # one chunk waits for the disk while the next is made
+                    written = writer.submit(file.write, chunk.data)
             advance(1)
         if written:
             written.result()
@@ -457,14 +498,20 @@ def gather_tensor(params: Params, tensor: HfTensor) -> np.ndarray:
     if leaf.is_fully_replicated and mesh.devices.flat[0].platform == "cpu":
         whole = np.asarray(leaf)  # the device's memory is the host's: a view, no copy
         return whole if tensor.layer is None else whole[tensor.layer]
-    gather = make_gather(make_replicated_sharding(mesh), tensor.layer is not None)
-    return np.asarray(gather(leaf, np.int32(tensor.layer or 0)))
+    of_layer = tensor.layer is not None
+    gather = make_gather(make_replicated_sharding(mesh), of_layer)
+    layer = np.int32(tensor.layer or 0)
+    return np.asarray(gather(leaf, layer))
 
 
 @functools.cache
 def make_gather(place: jax.sharding.Sharding, of_layer: bool) -> Callable[..., jax.Array]:
     """Return (leaf, layer) -> that layer, or the leaf, on every device; compiles once per shape."""
-    return jax.jit(lambda leaf, layer: leaf[layer] if of_layer else leaf, out_shardings=place)
+
+    def gather(leaf: jax.Array, layer: jax.Array) -> jax.Array:
+        return leaf[layer] if of_layer else leaf
+
+    return jax.jit(gather, out_shardings=place)
 
 
 def order_as_in_file(
@@ -472,9 +519,13 @@ def order_as_in_file(
 ) -> Iterator[np.ndarray]:
     """Yield the bytes of one tensor as the file holds them, in chunks."""
     if len(tensor.shape) == 1:
-        yield numbers.reshape(-1).astype(dtype, copy=False).view(np.uint8)
+        vector = numbers.reshape(-1)
+        yield vector.astype(dtype, copy=False).view(np.uint8)
         return
-    matrix = numbers.reshape(tensor.shape[::-1]).T if tensor.rule.n_in else numbers
+    matrix = numbers
+    if tensor.rule.n_in:
+        n_out, n_in = tensor.shape
+        matrix = numbers.reshape(n_in, n_out).T
     step = chunk_rows(tensor.shape, dtype)
     for first in range(0, len(matrix), step):
         rows = matrix[first : first + step]
@@ -491,7 +542,7 @@ def split_shards_by_size(tensors: list[HfTensor], itemsize: int) -> list[list[Hf
     shards: list[list[HfTensor]] = []
     room = 0
     for tensor in tensors:
-        n_bytes = math.prod(tensor.shape) * itemsize
+        n_bytes = itemsize * math.prod(tensor.shape)
         if not shards or n_bytes > room:
             shards.append([])
             room = SHARD_BYTES
@@ -522,7 +573,8 @@ class StoredTensor(NamedTuple):
         if rows is None:
             return np.memmap(self.file, self.dtype, "r", self.start, self.shape)
         width = self.shape[1]
-        start = self.start + rows.start * width * self.dtype.itemsize
+        skipped_bytes = rows.start * width * self.dtype.itemsize
+        start = self.start + skipped_bytes
         return np.memmap(self.file, self.dtype, "r", start, (len(rows), width))
 
 
@@ -531,7 +583,8 @@ def open_safetensors(directory: pathlib.Path) -> dict[str, StoredTensor]:
     stored: dict[str, StoredTensor] = {}
     for file in list_safetensors_files(directory):
         if not file.is_file():
-            names = ", ".join(sorted(path.name for path in directory.iterdir())[:8])
+            present = sorted(path.name for path in directory.iterdir())
+            names = ", ".join(present[:8])
             raise UserError(
                 f"{file}: not found (the directory holds: {names}). Weights are read from "
                 "safetensors only, since pickled ones (.bin, .pt) can run code; download the whole "
@@ -553,7 +606,9 @@ def list_safetensors_files(directory: pathlib.Path) -> list[pathlib.Path]:
     if not index.is_file():
         return [directory / "model.safetensors"]
     weight_map = read_hf_json(index).get("weight_map")
-    names = weight_map.values() if isinstance(weight_map, dict) else []
+    names = []
+    if isinstance(weight_map, dict):
+        names = weight_map.values()
     if not names or not all(isinstance(name, str) for name in names):
         raise UserError(f"{index}: has no weight_map from tensors to files. Download it again.")
     return sorted({directory / name for name in names})
@@ -564,7 +619,9 @@ def open_safetensors_file(file: pathlib.Path) -> dict[str, StoredTensor]:
     size = file.stat().st_size
     with open(file, "rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
-        text = opened.read(length) if length <= min(size - 8, MAX_HEADER_BYTES) else b""
+        text = b""
+        if length <= min(size - 8, MAX_HEADER_BYTES):
+            text = opened.read(length)
     try:
         header = json.loads(text, object_pairs_hook=refuse_duplicate_keys)
     except (ValueError, RecursionError) as error:
@@ -583,7 +640,8 @@ def open_safetensors_file(file: pathlib.Path) -> dict[str, StoredTensor]:
             tensors[name] = parse_header_entry(file, name, entry, data_start, size)
     in_order = sorted(tensors.items(), key=lambda item: item[1].start)
     for (name, tensor), (next_name, next_tensor) in itertools.pairwise(in_order):
-        if next_tensor.start < tensor.start + tensor.n_bytes:
+        stop = tensor.start + tensor.n_bytes
+        if next_tensor.start < stop:
             raise UserError(
                 f"{file}: in its header {name} and {next_name} overlap. Download it again."
             )
@@ -604,9 +662,11 @@ def parse_header_entry(
     """
     code, shape, start, stop = "", (), 0, 0
     try:
-        code, shape = entry["dtype"], tuple(entry["shape"])
+        code = entry["dtype"]
+        shape = tuple(entry["shape"])
         start, stop = entry["data_offsets"]
-        is_valid = isinstance(code, str) and all(map(is_count, (*shape, start, stop)))
+        numbers = (*shape, start, stop)
+        is_valid = isinstance(code, str) and all(map(is_count, numbers))
     except (KeyError, TypeError, ValueError):
         is_valid = False
     if not is_valid:
@@ -656,7 +716,9 @@ def is_size(value: Any) -> bool:
 
 def is_positive(value: Any) -> bool:
     """Return whether a JSON value is a finite number above 0."""
-    return is_size(value) or (type(value) is float and 0 < value < math.inf)
+    if type(value) is float:
+        return 0 < value < math.inf
+    return is_size(value)
 
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
@@ -742,13 +804,16 @@ def check_hf_config(config: dict[str, Any], path: pathlib.Path) -> None:
             f"{path}: has no {', '.join(missing)}. Is it the config of a language model?"
         )
     for key in (*REQUIRED_SIZES, *OPTIONAL_SIZES):
-        is_absent = config.get(key) is None and key not in REQUIRED_SIZES
-        if not is_absent and not is_size(config[key]):
+        size = config.get(key)
+        is_absent = size is None and key not in REQUIRED_SIZES
+        if not is_absent and not is_size(size):
             refuse(key, "an integer of at least 1")
-    if config.get("rms_norm_eps") is not None and not is_positive(config["rms_norm_eps"]):
+    eps = config.get("rms_norm_eps")
+    if eps is not None and not is_positive(eps):
         refuse("rms_norm_eps", "a number above 0")
     for key in SWITCHES:
-        if config.get(key) is not None and type(config[key]) is not bool:
+        switch = config.get(key)
+        if switch is not None and type(switch) is not bool:
             refuse(key, "true or false")
     for key in TOKEN_IDS:
         token_id = first_token_id(config.get(key))
@@ -761,19 +826,22 @@ def read_rope_scaling(
 ) -> tuple[float, RopeScaling | None]:
     """Return (theta, scaling) from rope_parameters (transformers 5) or rope_scaling (before)."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    default_theta = config.get("rope_theta", 10_000.0)
     try:
-        theta = get_number(rope, "rope_theta", config.get("rope_theta", 10_000.0))
+        theta = get_number(rope, "rope_theta", default_theta)
         rope_type = rope.get("rope_type") or rope.get("type") or "default"
         if rope_type == "default":
             return theta, None
         if rope_type == "linear":
-            return theta, RopeScaling("linear", get_number(rope, "factor"))
+            factor = get_number(rope, "factor")
+            return theta, RopeScaling("linear", factor)
         if rope_type == "llama3":
             factor = get_number(rope, "factor")
             low = get_number(rope, "low_freq_factor")
             high = get_number(rope, "high_freq_factor")
             original = get_number(rope, "original_max_position_embeddings")
-            return theta, RopeScaling("llama3", factor, low, high, int(original))
+            scaling = RopeScaling("llama3", factor, low, high, int(original))
+            return theta, scaling
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: cannot read its rope parameters {rope} ({error}). "
@@ -844,7 +912,9 @@ def make_hf_config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
 
 def first_token_id(value: Any) -> Any:
     """Return the first of several end tokens, which is the document's."""
-    return next(iter(value), None) if isinstance(value, list) else value
+    if isinstance(value, list):
+        return next(iter(value), None)
+    return value
 
 
 def read_hf_json(path: pathlib.Path) -> dict[str, Any]:
@@ -862,9 +932,12 @@ def read_hf_json(path: pathlib.Path) -> dict[str, Any]:
 
 def write_hf_json(path: pathlib.Path, value: dict[str, Any]) -> None:
     """Write JSON as transformers does."""
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    text = json.dumps(value, indent=2)
+    path.write_text(text + "\n")
 
 
 def dtype_of_name(name: str) -> np.dtype:
     """Return a numpy dtype by name, bfloat16 included."""
-    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+    if name == "bfloat16":
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)

@@ -50,7 +50,9 @@ def measure_layers(spec: ModelSpec, params: Params, batches: Iterable[Batch]) ->
     """
     sums = sum_over_batches(spec, params, batches, sum_layer_statistics)
     n_tokens = sums["tokens"]
-    return LayerStatistics(np.sqrt(sums["squares"] / n_tokens), 1 - sums["cosine"] / n_tokens)
+    mean_square = sums["squares"] / n_tokens
+    mean_cosine = sums["cosine"] / n_tokens
+    return LayerStatistics(np.sqrt(mean_square), 1 - mean_cosine)
 
 
 def measure_copy_similarity(
@@ -74,18 +76,20 @@ def measure_copy_similarity(
     for layer, source in enumerate(layer_map):
         if source is not None:
             copies.setdefault(source, []).append(layer)
-    copied = [source for source, layers in copies.items() if len(layers) > 1]
-    if not copied:
+    copies = {source: layers for source, layers in copies.items() if len(layers) > 1}
+    if not copies:
         return []
-    slot_of = {source: slot for slot, source in enumerate(copied)}
-    other = len(copied)
-    slots = tuple(other if s is None else slot_of.get(s, other) for s in layer_map)
-    sums = sum_over_batches(spec, params, batches, sum_copy_similarity, slots)
+    slots = [len(copies)] * len(layer_map)
+    for slot, layers in enumerate(copies.values()):
+        for layer in layers:
+            slots[layer] = slot
+    sums = sum_over_batches(spec, params, batches, sum_copy_similarity, tuple(slots))
+    cosines = sums["cosine"] / sums["tokens"]
     pairs = []
-    for source in copied:
-        for i, j in itertools.pairwise(copies[source]):
-            cosine = float(sums["cosine"][j] / sums["tokens"])
-            pairs.append(CopySimilarity(source, (i, j), cosine))
+    for source, layers in copies.items():
+        for pair in itertools.pairwise(layers):
+            cosine = float(cosines[pair[1]])
+            pairs.append(CopySimilarity(source, pair, cosine))
     return sorted(pairs, key=lambda pair: pair.layers)
 
 
@@ -112,7 +116,9 @@ def measure_importance(spec: ModelSpec, params: Params, batches: Iterable[Batch]
     Source: Minitron (2407.14679), section 2.2.
     """
     sums = sum_over_batches(spec, params, batches, sum_importance)
-    return Importance(*(sums[name] / sums["tokens"] for name in Importance._fields))
+    n_tokens = sums.pop("tokens")
+    means = {name: total / n_tokens for name, total in sums.items()}
+    return Importance(**means)
 
 
 def select_important(scores: np.ndarray, n: int) -> np.ndarray:
@@ -120,8 +126,9 @@ def select_important(scores: np.ndarray, n: int) -> np.ndarray:
 
     Of equal scores those of lower index win.
     """
-    order = np.argsort(-np.asarray(scores), axis=-1, kind="stable")
-    return np.sort(order[..., :n], axis=-1)
+    descending = -np.asarray(scores)
+    order = np.argsort(descending, kind="stable")
+    return np.sort(order[..., :n])
 
 
 def select_heads(
@@ -147,9 +154,11 @@ def select_heads(
             f"Use a multiple of {group} from {group} to {n_heads}."
         )
     L = len(scores)
-    group_scores = np.reshape(scores, (L, n_kv_heads, group)).sum(-1)
+    grouped_scores = np.reshape(scores, (L, n_kv_heads, group))
+    group_scores = grouped_scores.sum(-1)
     kv_heads = select_important(group_scores, new_heads // group)
-    heads = kv_heads[:, :, None] * group + np.arange(group)
+    first_heads = group * kv_heads[..., None]
+    heads = first_heads + np.arange(group)
     return heads.reshape(L, new_heads), kv_heads
 
 
@@ -161,11 +170,14 @@ def sum_layer_statistics(spec: ModelSpec, params: Params, batch: Batch) -> Sums:
 
     def visit(block, x, rope, attend, carry):
         y = block(x, rope, attend)
-        squares = sum_over_tokens(batch, jnp.mean(y * y, axis=-1))
-        cosine = sum_over_tokens(batch, cosine_similarity(x, y))
-        return y, carry, {"squares": squares, "cosine": cosine}
+        mean_square = jnp.mean(y * y, axis=-1)
+        cosine = cosine_similarity(x, y)
+        sums = {"squares": sum_over_tokens(batch, mean_square)}
+        sums["cosine"] = sum_over_tokens(batch, cosine)
+        return y, carry, sums
 
-    return visit_layers(spec, params, batch, visit)[1]
+    _, sums = visit_layers(spec, params, batch, visit)
+    return sums
 
 
 def sum_copy_similarity(
@@ -185,15 +197,20 @@ def sum_copy_similarity(
     def visit(block, x, rope, attend, carry):
         outputs, layer = carry
         y = block(x, rope, attend)
+        output = y - x
         slot = jnp.asarray(slots)[layer]
-        cosine = sum_over_tokens(batch, cosine_similarity(y - x, outputs[slot]))
-        outputs = outputs.at[slot].set(y - x)
+        cosine = cosine_similarity(output, outputs[slot])
+        sums = {"cosine": sum_over_tokens(batch, cosine)}
+        outputs = outputs.at[slot].set(output)
         outputs = with_logical_constraint(outputs, None, *RESIDUAL_AXES)
-        return y, (outputs, layer + 1), {"cosine": cosine}
+        return y, (outputs, layer + 1), sums
 
-    empty = jnp.zeros((max(slots) + 1, *batch.tokens.shape, spec.d_model))
+    n_slots = max(slots) + 1
+    empty = jnp.zeros((n_slots, *batch.tokens.shape, spec.d_model))
     empty = with_logical_constraint(empty, None, *RESIDUAL_AXES)
-    return visit_layers(spec, params, batch, visit, (empty, jnp.int32(0)))[1]
+    carry = (empty, jnp.int32(0))
+    _, sums = visit_layers(spec, params, batch, visit, carry)
+    return sums
 
 
 def sum_importance(spec: ModelSpec, params: Params, batch: Batch) -> Sums:
@@ -210,19 +227,18 @@ def sum_importance(spec: ModelSpec, params: Params, batch: Batch) -> Sums:
         x = x + block.attention(attention_input, rope, attend_and_keep)
         mlp_input = llama.rms_norm(x, block.mlp_norm[...], block.eps)
         head_norms = jnp.linalg.norm(attended[-1], axis=-1)
-        activations = jnp.abs(block.compute_mlp_activations(mlp_input))
+        activations = block.compute_mlp_activations(mlp_input)
         channels = jnp.abs(attention_input) + jnp.abs(mlp_input)
-        sums = {
-            "heads": sum_over_tokens(batch, head_norms),
-            "mlp": sum_over_tokens(batch, activations),
-            "embed": sum_over_tokens(batch, channels),
-        }
+        sums = {"heads": sum_over_tokens(batch, head_norms)}
+        sums["mlp"] = sum_over_tokens(batch, jnp.abs(activations))
+        sums["embed"] = sum_over_tokens(batch, channels)
         return x + block.mlp(mlp_input), carry, sums
 
     x, sums = visit_layers(spec, params, batch, visit)
-    final = jnp.abs(llama.rms_norm(x, params["norm"], spec.norm_eps))
-    embed = jnp.sum(sums["embed"], axis=0) + sum_over_tokens(batch, final)
-    return {**sums, "embed": embed}
+    normed = llama.rms_norm(x, params["norm"], spec.norm_eps)
+    final = sum_over_tokens(batch, jnp.abs(normed))
+    sums["embed"] = jnp.sum(sums["embed"], axis=0) + final
+    return sums
 
 
 def visit_layers(
@@ -255,24 +271,28 @@ def visit_layers(
         x, carry = state
         block = nnx.merge(blocks, layer)
         x, carry, sums = visit(block, x, rope, attend_within, carry)
-        return (with_logical_constraint(x, *RESIDUAL_AXES), carry), sums
+        x = with_logical_constraint(x, *RESIDUAL_AXES)
+        return (x, carry), sums
 
-    (x, _), sums = jax.lax.scan(run_layer, (x, carry), stacked)
-    return x, sums
+    state, sums = jax.lax.scan(run_layer, (x, carry), stacked)
+    return state[0], sums
 
 
 def sum_over_tokens(batch: Batch, x: jax.Array) -> jax.Array:
     """Return [B, T, ...] as [...], summed over the tokens that are not padding."""
     is_real = batch.segment_ids > 0
-    is_real = is_real.reshape(*is_real.shape, *[1] * (x.ndim - 2))
-    return jnp.sum(jnp.where(is_real, x, 0), axis=(0, 1))
+    is_real = jnp.expand_dims(is_real, range(2, x.ndim))
+    masked = jnp.where(is_real, x, 0)
+    return jnp.sum(masked, axis=(0, 1))
 
 
 def cosine_similarity(x: jax.Array, y: jax.Array) -> jax.Array:
     """Return the cosine along the last axis; 0 where one of them is 0."""
-    norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
+    x_norm = jnp.linalg.norm(x, axis=-1)
+    y_norm = jnp.linalg.norm(y, axis=-1)
     tiny = jnp.finfo(x.dtype).tiny
-    return jnp.sum(x * y, axis=-1) / jnp.maximum(norms, tiny)
+    norms = jnp.maximum(x_norm * y_norm, tiny)
+    return jnp.sum(x * y, axis=-1) / norms
 
 
 # ---- running them
@@ -282,12 +302,15 @@ def sum_over_batches(
     spec: ModelSpec, params: Params, batches: Iterable[Batch], sums: Callable, *extra: Any
 ) -> dict[str, np.ndarray]:
     """Return float64 sums over all batches, and "tokens", the number of real ones."""
-    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    any_leaf = jax.tree.leaves(params)[0]
+    mesh = any_leaf.sharding.mesh
     step = jit_sums(spec, mesh, sums, *extra)
     totals: dict[str, Any] = {"tokens": np.float64(0)}
     for batch in batches:
-        for name, value in step(params, batch).items():
-            totals[name] = totals.get(name, 0) + np.asarray(value, np.float64)
+        batch_sums = step(params, batch)
+        for name, value in batch_sums.items():
+            total = totals.get(name, 0)
+            totals[name] = total + np.asarray(value, np.float64)
     if not totals["tokens"]:
         raise UserError(
             "measuring layers: the sequences hold no token. "
@@ -303,7 +326,10 @@ def jit_sums(spec: ModelSpec, mesh: Mesh, sums: Callable, *extra: Any) -> Any:
     def step(params: Params, batch: Batch) -> Sums:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             n_tokens = jnp.sum(batch.segment_ids > 0)
-            return {**sums(spec, params, batch, *extra), "tokens": n_tokens}
+            found = sums(spec, params, batch, *extra)
+        return {**found, "tokens": n_tokens}
 
-    shardings = (llama.make_param_shardings(spec, mesh), make_batch_sharding(mesh))
-    return jax.jit(step, in_shardings=shardings, out_shardings=make_replicated_sharding(mesh))
+    param_shardings = llama.make_param_shardings(spec, mesh)
+    inputs = (param_shardings, make_batch_sharding(mesh))
+    replicated = make_replicated_sharding(mesh)
+    return jax.jit(step, in_shardings=inputs, out_shardings=replicated)

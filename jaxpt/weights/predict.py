@@ -50,15 +50,19 @@ def predict_layer_params(blocks: Params, gaps: Sequence[int]) -> Params:
             "it learns from layers between two others."
         )
     indices = jnp.asarray(gaps)
+    predicted = {}
     with jax.default_matmul_precision("float32"):
-        return {name: predict_between(name, leaf, indices) for name, leaf in blocks.items()}
+        for name, leaf in blocks.items():
+            predicted[name] = predict_between(name, leaf, indices)
+    return predicted
 
 
 def predict_between(name: str, leaf: jax.Array, gaps: jax.Array) -> jax.Array:
     """Return one weight's new layers, one at a time: a device gathers no more than one layer."""
     if name.endswith(("norm", "bias")):
-        neighbors = jnp.stack([leaf[gaps], leaf[gaps + 1]]).astype(jnp.float32)
-        return jnp.mean(neighbors, axis=0).astype(leaf.dtype)
+        neighbors = jnp.stack([leaf[gaps], leaf[gaps + 1]])
+        mean = jnp.mean(neighbors.astype(jnp.float32), axis=0)
+        return mean.astype(leaf.dtype)
     writes = name in WRITING_PARAMS
 
     def matrix(i: Any) -> jax.Array:
@@ -73,8 +77,10 @@ def predict_between(name: str, leaf: jax.Array, gaps: jax.Array) -> jax.Array:
         before = coefficients[0] * (basis.T @ matrix(i))
         after = coefficients[1] * (basis.T @ matrix(i + 1))
         new = basis @ (before + after)
-        new = new.T if writes else new
-        return new.reshape(leaf.shape[1:]).astype(leaf.dtype)
+        if writes:
+            new = new.T
+        new = new.reshape(leaf.shape[1:])
+        return new.astype(leaf.dtype)
 
     return jax.lax.map(predict, gaps)
 
@@ -97,21 +103,27 @@ def fit_layer_regression(
         return gram + matrix(i) @ matrix(i).T, None
 
     D = jax.eval_shape(matrix, 0).shape[0]
+    zeros = jnp.zeros((D, D))
     # the Gram matrix has the singular directions of all layers, and the size of one layer
-    gram, _ = jax.lax.scan(add_gram, jnp.zeros((D, D)), jnp.arange(n_layers))
-    basis = jnp.linalg.eigh(gram)[1]
+    gram, _ = jax.lax.scan(add_gram, zeros, jnp.arange(n_layers))
+    _, basis = jnp.linalg.eigh(gram)
 
     def multiply_triple(i: jax.Array) -> jax.Array:
-        a, middle, b = (basis.T @ matrix(j) for j in (i - 1, i, i + 1))
+        a = basis.T @ matrix(i - 1)
+        middle = basis.T @ matrix(i)
+        b = basis.T @ matrix(i + 1)
         rest = middle - (a + b) / 2
-        pairs = ((a, a), (b, b), (a, b), (a, rest), (b, rest))
-        return jnp.stack([jnp.sum(x * y, axis=1) for x, y in pairs])
+        products = [a * a, b * b, a * b, a * rest, b * rest]
+        return jnp.stack([jnp.sum(product, axis=1) for product in products])
 
     products = jax.lax.map(multiply_triple, jnp.arange(1, n_layers - 1))
     aa, bb, ab, a_rest, b_rest = jnp.sum(products, axis=0)
     ridge = RIDGE_LAMBDA * (aa + bb)
-    aa, bb = aa + ridge, bb + ridge
+    aa += ridge
+    bb += ridge
     tiny = jnp.finfo(jnp.float32).tiny  # the determinant is 0 in a direction that no layer uses
     determinant = jnp.maximum(aa * bb - ab * ab, tiny)
-    numerators = jnp.stack([bb * a_rest - ab * b_rest, aa * b_rest - ab * a_rest])
-    return basis, (0.5 + numerators / determinant)[..., None]
+    before = bb * a_rest - ab * b_rest
+    after = aa * b_rest - ab * a_rest
+    coefficients = 0.5 + jnp.stack([before, after]) / determinant
+    return basis, coefficients[..., None]

@@ -5,6 +5,7 @@ Kept tokens are copied; new ones start as the mean of the old tokens that spell 
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 from typing import NamedTuple
 
@@ -50,7 +51,8 @@ def map_tokens(
     Raises:
         UserError: the old tokenizer has more tokens than the model has rows.
     """
-    old, new = tokenizer.load_tokenizer(old_dir), tokenizer.load_tokenizer(new_dir)
+    old = tokenizer.load_tokenizer(old_dir)
+    new = tokenizer.load_tokenizer(new_dir)
     if old.vocab_size > vocab_size:
         raise UserError(
             f"new_tokenizer: expected a tokenizer of at most {vocab_size} tokens, the model's "
@@ -61,16 +63,21 @@ def map_tokens(
     special_ids = {new.bos_id: old.bos_id, new.eos_id: old.eos_id}
     added = new.backend.get_added_tokens_decoder()
     controls = {i for i, token in added.items() if token.special}
-    old_ids: list[list[int]] = [[] for _ in range(pad_vocab_size(new.vocab_size))]
+    n_rows = pad_vocab_size(new.vocab_size)
+    old_ids: list[list[int]] = [[] for _ in range(n_rows)]
     unknown: dict[int, str] = {}  # tokens that the old tokenizer has to spell
     for token, i in new_vocab.items():
         special_id = special_ids.get(i)
         if special_id is not None:
             old_ids[i] = [special_id]
-        elif token in old_vocab and token_text(old, old_vocab[token]) == token_text(new, i):
-            old_ids[i] = [old_vocab[token]]  # the same text: the two may write a space differently
+            continue
+        text = token_text(new, i)
+        old_id = old_vocab.get(token)
+        # the same text: the two may write a space differently
+        if old_id is not None and token_text(old, old_id) == text:
+            old_ids[i] = [old_id]
         elif i not in controls:
-            unknown[i] = token_text(new, i)
+            unknown[i] = text
     spelled = spell_tokens(old, list(unknown.values()))
     for i, ids in zip(unknown, spelled, strict=True):
         old_ids[i] = ids
@@ -83,14 +90,18 @@ def token_text(encoder: Tokenizer, i: int) -> str:
     Alone, many decoders strip that space.
     """
     (anchor,) = encoder.encode_batch([ANCHOR_TEXT])
-    return encoder.decode([*anchor, i])[len(encoder.decode(anchor)) :]
+    anchor_text = encoder.decode(anchor)
+    text = encoder.decode([*anchor, i])
+    return text[len(anchor_text) :]
 
 
 def spell_tokens(old: Tokenizer, texts: list[str]) -> list[list[int]]:
     """Return the old ids of each text within a line; empty for a part of a character."""
     (anchor,) = old.encode_batch([ANCHOR_TEXT])
-    after_anchor = old.encode_batch([ANCHOR_TEXT + text for text in texts])
-    alone = old.encode_batch([text.removeprefix(" ") for text in texts])
+    anchored_texts = [ANCHOR_TEXT + text for text in texts]
+    bare_texts = [text.removeprefix(" ") for text in texts]
+    after_anchor = old.encode_batch(anchored_texts)
+    alone = old.encode_batch(bare_texts)
     spelled = []
     for text, ids, bare in zip(texts, after_anchor, alone, strict=True):
         if not text or "\ufffd" in text:
@@ -110,17 +121,23 @@ def average_embeddings(leaf: jax.Array, mapping: TokenMapping, axis: int) -> jax
         mapping: new vocabulary as old ids.
         axis: of V.
     """
-    counts = np.asarray([len(ids) for ids in mapping.old_ids])
+    counts = np.asarray(list(map(len, mapping.old_ids)))
     n_new = len(counts)
-    new_row = np.repeat(np.arange(n_new, dtype=np.int32), counts)
-    old_row = np.asarray([i for ids in mapping.old_ids for i in ids], np.int32)
+    new_ids = np.arange(n_new, dtype=np.int32)
+    new_row = np.repeat(new_ids, counts)
+    flat_ids = itertools.chain.from_iterable(mapping.old_ids)
+    old_row = np.asarray(list(flat_ids), np.int32)
     share = (1 / counts[new_row]).astype(np.float32)
-    old = jnp.moveaxis(leaf, axis, 0).astype(jnp.float32)
-    averaged = jax.ops.segment_sum(old[old_row] * share[:, None], new_row, n_new)
-    rows = jnp.where((counts == 0)[:, None], jnp.mean(old, axis=0), averaged)
+    old = jnp.moveaxis(leaf, axis, 0)
+    old = old.astype(jnp.float32)
+    parts = old[old_row] * share[:, None]
+    averaged = jax.ops.segment_sum(parts, new_row, n_new)
+    has_none = (counts == 0)[:, None]
+    rows = jnp.where(has_none, jnp.mean(old, axis=0), averaged)
     return jnp.moveaxis(rows.astype(leaf.dtype), 0, axis)
 
 
 def pad_vocab_size(vocab_size: int) -> int:
     """Return the rows for a vocabulary: a multiple of 128, for tensor cores and meshes."""
-    return -(-vocab_size // 128) * 128
+    n_blocks = -(-vocab_size // 128)
+    return n_blocks * 128
