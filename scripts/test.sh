@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install what the tests need into .venv, lint and run the tests.
+# Install what the tests need into .venv, lint, check types and run the tests.
 # --slow includes the long ones; other arguments go to pytest:
 #   bash scripts/test.sh tests/test_model.py -k chunked
 set -euo pipefail
@@ -9,4 +9,5 @@ chosen=(-m "not slow")
 [ "${1:-}" = --slow ] && { chosen=(); shift; }
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check .
+.venv/bin/python -m pyright
 exec .venv/bin/python -m pytest "${chosen[@]}" "$@"
