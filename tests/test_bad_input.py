@@ -283,8 +283,16 @@ REFUSED = {  # what is wrong: (how it comes about, what is asked, what is said)
         "but the model's context is 48. Shorten it to at most 47",
     ),
     "nothing to add": (None, f"{CONTINUE} --max-new 0", "expected at least 1 new token, got 0"),
-    "a temperature below zero": (None, f"{CONTINUE} --temperature -1", "temperature: expected a number of at least 0"),
-    "a penalty of zero": (None, f"{CONTINUE} --repetition-penalty 0", "repetition_penalty: expected a number above 0"),
+    "a temperature below zero": (
+        None,
+        f"{CONTINUE} --temperature -1",
+        "temperature: expected a number",
+    ),
+    "a penalty of zero": (
+        None,
+        f"{CONTINUE} --repetition-penalty 0",
+        "repetition_penalty: expected a number",
+    ),
     "no text to score beside": (
         None,
         f"{CONTINUE} --ppl none.txt",
