@@ -788,7 +788,7 @@ def test_other_shares_and_another_batch_in_mid_run_and_other_rows_when_accepted(
         "continues on changed data" in told
         and "documents of steps up to 126 can no longer be traced" in told
     )
-    with pytest.raises(UserError, match="step 100 read other rows"):
+    with pytest.raises(UserError, match="step 100 read other sequences"):
         next(loader.trace_step(run, 100, words))
     assert list(loader.trace_step(run, 127, words))
 
