@@ -29,6 +29,7 @@ def set_up_logging() -> None:
     """Send the package's messages, from INFO on, to this process's terminal."""
     logger = logging.getLogger(PACKAGE)
     logger.setLevel(logging.INFO)
+    logger.propagate = False  # a library may give the root a handler, and lines would come twice
     if not any(isinstance(handler, TerminalHandler) for handler in logger.handlers):
         add_handler(TerminalHandler(), FORMAT)
 

@@ -2,6 +2,7 @@
 machine has some.
 """
 
+import logging
 import os
 import pathlib
 
@@ -92,6 +93,15 @@ def texts(tmp_path_factory):
         )
         assert status == 0, told
     return home
+
+
+@pytest.fixture(autouse=True)
+def logger():
+    """The package's logger, with what a test did to it undone."""
+    logger = logging.getLogger("jaxpt")
+    handlers, logger.propagate = list(logger.handlers), True
+    yield logger
+    logger.handlers[:] = handlers
 
 
 @pytest.fixture

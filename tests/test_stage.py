@@ -1,10 +1,11 @@
 """A stage runs once, publishes whole, skips what is done and refuses to overwrite what is other."""
 
 import json
+import logging
 
 import pytest
 
-from jaxpt import stage
+from jaxpt import logs, stage
 from jaxpt.spec import Manifest, UserError
 
 
@@ -154,3 +155,14 @@ def test_a_file_is_no_stage(tmp_path):
     (tmp_path / "docs.jsonl").write_text("{}")
     with pytest.raises(UserError, match="no stage has finished"):
         Manifest.load(tmp_path / "docs.jsonl")
+
+
+def test_a_message_comes_once_whatever_a_library_does_to_the_root_logger(logger, capsys):
+    logs.set_up_logging()
+    at_root = logging.StreamHandler()  # as logging.basicConfig adds
+    logging.getLogger().addHandler(at_root)
+    try:
+        logger.info("step 37 of 41")
+    finally:
+        logging.getLogger().removeHandler(at_root)
+    assert capsys.readouterr().err.count("step 37 of 41") == 1
