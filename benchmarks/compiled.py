@@ -99,8 +99,9 @@ def main(*names: str):
 def child(name: str):
 
     from jaxpt import sharding
-    from jaxpt.model import attention
+    from jaxpt.model.kernels import select
     from jaxpt.train import state, step
+    from jaxpt.train.step import make_attention_request
     from jaxpt.weights import initialize
 
     on, (model, pack), train, axes = ROWS[name]
@@ -118,7 +119,7 @@ def child(name: str):
     settings = config.build_config(values)
     spec = initialize.make_random_spec(settings, settings.tokenizer.vocab_size)
     mesh = sharding.make_mesh(settings.mesh, compile.make_target_devices(target, None))
-    backend, _ = attention.choose_backend(spec, settings, mesh)
+    backend, _ = select.choose_backend(spec, make_attention_request(settings), mesh)
     goal = state.make_abstract_state(spec, settings, mesh)
     start, start_cpu = time.monotonic(), time.process_time()
     lowered = step.build_step(spec, settings, mesh).lower(

@@ -32,7 +32,7 @@ def make_model(tokenizer_path: str, out: pathlib.Path) -> None:
     """Write a random model in Hugging Face format."""
     from jaxpt import config, sharding
     from jaxpt.data import tokenizer
-    from jaxpt.model import llama
+    from jaxpt.model import transformer
     from jaxpt.spec import ModelSpec
     from jaxpt.weights import huggingface
 
@@ -51,7 +51,7 @@ def make_model(tokenizer_path: str, out: pathlib.Path) -> None:
     encoder.save_tokenizer(out.parent / "tokenizer")
     huggingface.write_hf_model(
         spec,
-        llama.init_params(spec, 0, sharding.make_mesh(config.MeshConfig())),
+        transformer.init_params(spec, 0, sharding.make_mesh(config.MeshConfig())),
         out,
         tokenizer_dir=out.parent / "tokenizer",
     )

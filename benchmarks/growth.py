@@ -27,7 +27,7 @@ import jax
 from jaxpt import config, sharding, stage
 from jaxpt.data import loader, pack, prepare, tokenizer
 from jaxpt.data.mixture import MixtureSchedule
-from jaxpt.model import llama
+from jaxpt.model import transformer
 from jaxpt.plan import flops
 from jaxpt.spec import ModelSpec
 from jaxpt.train import gate, optimizer, state, step, verify
@@ -140,7 +140,7 @@ class Bench:
     def random(self, n_layers: int, seed: int):
         shape = dataclasses.asdict(self.settings.model) | {"n_layers": n_layers}
         spec = ModelSpec(**shape)
-        return spec, llama.init_params(spec, seed, self.mesh)
+        return spec, transformer.init_params(spec, seed, self.mesh)
 
     def flops_per_step(self, spec) -> float:
         tokens = self.settings.train.batch_size * self.settings.pack.seq_len
@@ -162,7 +162,7 @@ def operators(bench: Bench) -> list[dict]:
                 "operator": name,
                 "layers": spec.n_layers,
                 "width": spec.d_model,
-                "n_params": llama.count_params(spec),
+                "n_params": transformer.count_params(spec),
                 "exact": exact,
                 "at_birth": at_birth,
                 "after": bench.loss(spec, now.params),

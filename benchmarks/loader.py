@@ -142,7 +142,7 @@ def measure_speed(home: pathlib.Path, n_sequences: int) -> dict:
 
 def measure_step(home: pathlib.Path, rounds: int) -> dict:
     """Measure the quickstart's training step, fed by the loader and with one batch."""
-    from jaxpt.model import llama
+    from jaxpt.model import transformer
     from jaxpt.train import state, step
     from jaxpt.weights import initialize
 
@@ -151,7 +151,7 @@ def measure_step(home: pathlib.Path, rounds: int) -> dict:
     mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
     spec = initialize.make_random_spec(settings, dataset.vocab_size)
     train_step = step.build_step(spec, settings, mesh)
-    now = state.init_state(llama.init_params(spec, 0, mesh), spec, settings, mesh)
+    now = state.init_state(transformer.init_params(spec, 0, mesh), spec, settings, mesh)
     now, _ = train_step(now, next(batches))
     same = next(batches)
     waits, fed, alone = [], [], []

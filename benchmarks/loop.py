@@ -28,7 +28,7 @@ import jax
 from jaxpt import config, sharding
 from jaxpt.data import loader
 from jaxpt.data.mixture import MixtureSchedule
-from jaxpt.model import llama
+from jaxpt.model import transformer
 from jaxpt.spec import ModelSpec
 from jaxpt.train import loop, state, step
 from jaxpt.train.metrics import read_metrics
@@ -134,7 +134,7 @@ def bare_step(settings: config.Config, home: pathlib.Path, run: str) -> float:
         )
     }
     spec = ModelSpec(**model, vocab_size=-(-rows.vocab_size // 128) * 128)
-    now = state.init_state(llama.init_params(spec, 0, mesh), spec, settings, mesh)
+    now = state.init_state(transformer.init_params(spec, 0, mesh), spec, settings, mesh)
     step_of = step.build_step(spec, settings, mesh)
     now, _ = jax.block_until_ready(step_of(now, batch))
     start = time.perf_counter()

@@ -64,7 +64,7 @@ def child(name: str):
     import numpy as np
 
     from jaxpt import sharding
-    from jaxpt.model import llama
+    from jaxpt.model import transformer
     from jaxpt.plan import compile, cost, hardware
     from jaxpt.spec import Batch
     from jaxpt.train import state, step
@@ -92,7 +92,7 @@ def child(name: str):
         sharding.make_batch_sharding(mesh),
     )
     now = jax.block_until_ready(
-        state.init_state(llama.init_params(spec, 0, mesh), spec, settings, mesh)
+        state.init_state(transformer.init_params(spec, 0, mesh), spec, settings, mesh)
     )
     there = sum(leaf.nbytes for leaf in jax.tree.leaves((now, batch)))
     before = resident("VmRSS")

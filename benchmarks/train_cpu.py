@@ -57,7 +57,7 @@ def jaxpt(shape: str) -> float:
     import numpy as np
 
     from jaxpt import config, sharding
-    from jaxpt.model import llama
+    from jaxpt.model import transformer
     from jaxpt.spec import Batch, ModelSpec
     from jaxpt.train import state, step
 
@@ -78,7 +78,7 @@ def jaxpt(shape: str) -> float:
         max_seq_len=2048,
     )
     run = step.build_step(spec, settings, mesh)
-    now = state.init_state(llama.init_params(spec, 0, mesh), spec, settings, mesh)
+    now = state.init_state(transformer.init_params(spec, 0, mesh), spec, settings, mesh)
     ones = np.ones((B, T), np.int32)
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
     seconds = []

@@ -82,9 +82,11 @@ def measure(args):
     import jax.numpy as jnp
 
     from jaxpt import config, sharding
-    from jaxpt.model import attention, llama
+    from jaxpt.model import transformer
+    from jaxpt.model.kernels import select
     from jaxpt.plan import flops, hardware
     from jaxpt.train import state, step
+    from jaxpt.train.step import make_attention_request
     from jaxpt.weights import initialize
 
     platform = jax.devices()[0].platform
@@ -103,10 +105,10 @@ def measure(args):
     spec = initialize.make_random_spec(settings, settings.tokenizer.vocab_size)
     T = settings.pack.seq_len
     sharding.check_mesh_divides(mesh, spec, args.batch_size, 1, T)
-    name, why = attention.choose_backend(spec, settings, mesh)
+    name, why = select.choose_backend(spec, make_attention_request(settings), mesh)
     print(
         (
-            f"attention: {name} ({why}); {llama.count_params(spec):,} parameters, "
+            f"attention: {name} ({why}); {transformer.count_params(spec):,} parameters, "
             f"{args.batch_size} sequences of {T:,}"
         ),
         file=sys.stderr,
@@ -116,7 +118,7 @@ def measure(args):
         make_packed_batch(args.batch_size, T, spec.vocab_size), sharding.make_batch_sharding(mesh)
     )
     now = state.init_state(
-        llama.init_params(spec, 0, mesh, jnp.dtype(settings.initialize.param_dtype)),
+        transformer.init_params(spec, 0, mesh, jnp.dtype(settings.initialize.param_dtype)),
         spec,
         settings,
         mesh,

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from jaxpt import config, sharding
-from jaxpt.model import llama
+from jaxpt.model import transformer
 from jaxpt.spec import Batch
 from jaxpt.train import state, step
 from jaxpt.weights import initialize
@@ -47,7 +47,7 @@ def main(rounds: int = 10):
             jax.lax.scan = lambda f, init, xs, unroll=1: original(f, init, xs)
         run = step.build_step(spec, settings, mesh)
         now, _ = run(
-            state.init_state(llama.init_params(spec, 0, mesh), spec, settings, mesh), batch
+            state.init_state(transformer.init_params(spec, 0, mesh), spec, settings, mesh), batch
         )  # compiled here
         jax.lax.scan = original
         return run, now

@@ -7,7 +7,7 @@ import pathlib
 from typing import Any
 
 from jaxpt import config, lineage, sharding, stage
-from jaxpt.model import llama
+from jaxpt.model import transformer
 from jaxpt.spec import Manifest
 from jaxpt.weights import checkpoint, growth, hub, huggingface, initialize
 
@@ -59,7 +59,7 @@ def export_model(
         huggingface.write_hf_json(directory / initialize.IMPORT_RECORD, record)
         if not model.tokenizer_dir:
             log.warning("the source has no tokenizer, so the export has none")
-        n_params = llama.count_params(model.spec)
+        n_params = transformer.count_params(model.spec)
         return {"n_params": n_params, "bytes": n_bytes, "tokenizer": model.tokenizer}
 
     manifest = stage.run_stage(

@@ -12,6 +12,7 @@ import json
 import pathlib
 import types
 import typing
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 
@@ -161,6 +162,16 @@ class RopeScaling(Record):
             )
 
 
+class LayerKind(NamedTuple):
+    """Settings of a layer that are no parameters. Layers of one kind share one program.
+
+    Attributes:
+        window: positions that a query sees, itself included; None: all.
+    """
+
+    window: int | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelSpec(Record):
     """The architecture of a model.
@@ -189,7 +200,8 @@ class ModelSpec(Record):
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False  # Qwen3: RMSNorm over each head's q and k before rotation
-    sliding_window: int | None = None  # Mistral: positions that a query sees, itself included
+    sliding_window: int | None = None  # positions that a query sees, itself included
+    global_layers: tuple[int, ...] = ()  # layers that see all positions in spite of the window
     bos_id: int | None = 1
     eos_id: int | None = 2
 
@@ -201,6 +213,11 @@ class ModelSpec(Record):
             self.check_size(name, 1)
         self.check_size("vocab_size", 1)
         self.check_size("max_seq_len", 1)
+        wrong = [layer for layer in self.global_layers if not 0 <= layer < self.n_layers]
+        if wrong:
+            raise UserError(
+                f"model.global_layers: expected layers 0 to {self.n_layers - 1}, got {wrong[0]}."
+            )
         if self.n_heads % self.n_kv_heads:
             raise UserError(
                 f"model.n_kv_heads: {self.n_heads} query heads cannot share {self.n_kv_heads} "
@@ -211,6 +228,31 @@ class ModelSpec(Record):
                 f"model.d_head: expected an even number, got {self.d_head}: "
                 "rotary embedding rotates pairs of channels."
             )
+
+    @property
+    def feed_forward(self) -> str:
+        """The module of jaxpt/model that is each layer's feed-forward part."""
+        return "mlp"
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The settings of each layer."""
+        kinds = []
+        for layer in range(self.n_layers):
+            is_global = layer in self.global_layers
+            kinds.append(LayerKind(None if is_global else self.sliding_window))
+        return tuple(kinds)
+
+    def take_layers(self, sources: Sequence[int | None]) -> ModelSpec:
+        """Return the spec of a model made of these layers; None: a new one, like the one before."""
+        global_layers = []
+        is_global = False
+        for layer, source in enumerate(sources):
+            if source is not None:
+                is_global = source in self.global_layers
+            if is_global:
+                global_layers.append(layer)
+        return self.replace(n_layers=len(sources), global_layers=tuple(global_layers))
 
     def check_size(self, name: str, minimum: int) -> None:
         """Raise UserError unless the size is an integer of at least `minimum`."""

@@ -13,28 +13,28 @@ import pytest
 
 from jaxpt import config, sharding
 from jaxpt.config import Config, MeshConfig, PackConfig, TrainConfig
-from jaxpt.model import attention
+from jaxpt.model.attention import attend_plain
+from jaxpt.model.kernels import select
+from jaxpt.model.kernels.blockwise import QUERY_CHUNK_SIZE
+from jaxpt.model.kernels.splash import splash_attend
 from jaxpt.spec import ModelSpec, UserError
+from jaxpt.train.step import make_attention_request
 
 B, T, N, K, H = 3, 384, 6, 2, 8
 
 
 def plain(q, k, v, segments, window=None):
-    """The formula with all scores at once."""
+    """The formula within documents."""
     T = q.shape[1]
     distance = jnp.arange(T)[:, None] - jnp.arange(T)[None]
     seen = (
         (distance >= 0) & (distance < (window or T)) & (segments[:, :, None] == segments[:, None])
     )
-    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
-    scores = jnp.where(
-        seen[:, None], jnp.einsum("btnh,bsnh->bnts", q, k) * q.shape[-1] ** -0.5, -jnp.inf
-    )
-    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), v)
+    return attend_plain(q, k, v, seen)
 
 
 def splash(q, k, v, segments, window=None):
-    return attention.splash_attention(q, k, v, segments, window, interpret=True)
+    return splash_attend(q, k, v, segments, window, interpret=True)
 
 
 def as_cudnn_documents_it(
@@ -63,7 +63,7 @@ def backend(request, monkeypatch):
         monkeypatch.setattr(
             fused_attention_stablehlo, "dot_product_attention", as_cudnn_documents_it
         )
-    return lambda *args: attention.attend(*args, backend=request.param)
+    return lambda *args: select.attend(*args, backend=request.param)
 
 
 def inputs(lengths=((100, 200, 60), (384,), (1, 129, 128)), B=B, T=T):
@@ -116,7 +116,7 @@ def test_no_backend_lets_a_document_see_its_neighbor(backend):
 def test_query_blocks_equal_the_formula(T, window):
     args = inputs(lengths=((T // 3, T // 2),), B=1, T=T)
     ours, expected = (
-        jax.jit(attend, static_argnums=4)(*args, window) for attend in (attention.attend, plain)
+        jax.jit(attend, static_argnums=4)(*args, window) for attend in (select.attend, plain)
     )
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
@@ -126,7 +126,7 @@ def test_backward_transposes_no_scores():
     q, k, v, segments = inputs()
     program = (
         jax.jit(
-            jax.grad(lambda *qkv: jnp.sum(attention.attend(*qkv, segments) ** 2), argnums=(0, 1, 2))
+            jax.grad(lambda *qkv: jnp.sum(select.attend(*qkv, segments) ** 2), argnums=(0, 1, 2))
         )
         .lower(q, k, v)
         .compile()
@@ -134,7 +134,7 @@ def test_backward_transposes_no_scores():
     )
     shapes = re.findall(r"= f32\[([\d,]+)\]\S* (?:transpose|copy)\(", program)
     sizes = [math.prod(map(int, shape.split(","))) for shape in shapes]
-    assert max(sizes) < B * N * attention.QUERY_CHUNK_SIZE**2  # the first chunk's scores
+    assert max(sizes) < B * N * QUERY_CHUNK_SIZE**2  # the first chunk's scores
 
 
 def test_sequences_with_too_many_documents_for_cudnn_take_xla(monkeypatch):
@@ -150,7 +150,7 @@ def test_sequences_with_too_many_documents_for_cudnn_take_xla(monkeypatch):
     many = ((40,) * 9, (384,), (384,))
     for lengths, is_packed in ((few, True), (many, False)):
         args = inputs(lengths)
-        mixed = jax.jit(lambda *a: attention.attend(*a, backend="cudnn"))(*args)
+        mixed = jax.jit(lambda *a: select.attend(*a, backend="cudnn"))(*args)
         assert np.isnan(mixed).all() == is_packed
         if not is_packed:
             np.testing.assert_allclose(mixed, plain(*args), atol=1e-5)
@@ -188,7 +188,7 @@ def test_sharded_sequences_attend_as_whole_ones(n, T, window):
 
     def spread(*args):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return attention.attend(*args)
+            return select.attend(*args)
 
     goal = sharding.make_logical_sharding(mesh, ("batch", "position", "heads", None))
     ours = jax.jit(jax.value_and_grad(of(spread), argnums=(0, 1, 2)))(
@@ -255,7 +255,7 @@ def settings(attention="auto", seq_len=256, **train):
     ],
 )
 def test_the_backend_follows_platform_and_shape_and_gives_its_reason(mesh, chosen, name, reason):
-    got, why = attention.choose_backend(SPEC, chosen, mesh)
+    got, why = select.choose_backend(SPEC, make_attention_request(chosen), mesh)
     assert got == name and reason in why and "\n" not in why
 
 
@@ -269,16 +269,16 @@ def test_the_backend_follows_platform_and_shape_and_gives_its_reason(mesh, chose
 )
 def test_a_backend_requested_by_name_is_never_replaced_silently(mesh, requested, message):
     with pytest.raises(UserError, match=message):
-        attention.choose_backend(SPEC, settings(requested), mesh)
+        select.choose_backend(SPEC, make_attention_request(settings(requested)), mesh)
 
 
 def test_a_kernel_that_fails_or_gives_other_numbers_is_not_used(monkeypatch):
     device = jax.devices()[0]
 
     def judge(kernel):
-        attention.check_against_reference.cache_clear()
-        monkeypatch.setattr(attention, "splash_attention", kernel)
-        return attention.check_against_reference("splash", SPEC, 256, "float32", device)
+        select.check_against_reference.cache_clear()
+        monkeypatch.setitem(select.BACKENDS, "splash", kernel)
+        return select.check_against_reference("splash", SPEC, 256, "float32", device)
 
     assert judge(plain) is None
     assert "its output on cpu differs" in judge(
@@ -289,7 +289,7 @@ def test_a_kernel_that_fails_or_gives_other_numbers_is_not_used(monkeypatch):
     )
     assert "by nan x" in judge(lambda q, *_: q * jnp.nan)
     assert "fails on cpu" in judge(lambda q, *_: q.reshape(7))
-    attention.check_against_reference.cache_clear()
+    select.check_against_reference.cache_clear()
 
 
 def test_an_unknown_backend_is_refused_by_the_config():

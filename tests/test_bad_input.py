@@ -16,7 +16,7 @@ from made_runs import Page, write_runs
 
 from jaxpt import config, sharding, stage
 from jaxpt.data import tokenizer
-from jaxpt.model import llama
+from jaxpt.model import transformer
 from jaxpt.spec import ModelSpec
 from jaxpt.weights import huggingface
 
@@ -67,7 +67,10 @@ def model(tmp_path_factory):
     mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
     for name, spec in (("hf", SPEC), ("small", SPEC.replace(vocab_size=260))):
         huggingface.write_hf_model(
-            spec, llama.init_params(spec, 0, mesh), home / name, tokenizer_dir=home / "tokenizer"
+            spec,
+            transformer.init_params(spec, 0, mesh),
+            home / name,
+            tokenizer_dir=home / "tokenizer",
         )
     return home
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from jaxpt import config, sharding
-from jaxpt.model import decode, llama
+from jaxpt.model import decode, transformer
+from jaxpt.model.param import is_param_spec
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.weights import huggingface
 
@@ -27,12 +28,12 @@ def make_params(spec):
     """Return random ones; a large embedding lets the next token depend on the tokens before."""
     random = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda row: np.float32(random.normal(row.ones, row.std or 0.1, row.shape)),
-        llama.param_specs(spec),
-        is_leaf=llama.is_param_spec,
+        lambda row: np.float32(random.normal(row.init.mean, row.init.std or 0.1, row.shape)),
+        transformer.param_specs(spec),
+        is_leaf=is_param_spec,
     )
     return jax.device_put(
-        params | {"embed": params["embed"] * 50}, llama.make_param_shardings(spec, ONE)
+        params | {"embed": params["embed"] * 50}, transformer.make_param_shardings(spec, ONE)
     )
 
 
@@ -131,7 +132,7 @@ def test_text_does_not_depend_on_the_mesh_or_on_watching():
     params = make_params(SPEC)
     alone = decode.generate(SPEC, params, prompts(), max_new=12)
     mesh = sharding.make_mesh(config.MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
-    moved = jax.device_put(params, llama.make_param_shardings(SPEC, mesh))
+    moved = jax.device_put(params, transformer.make_param_shardings(SPEC, mesh))
     watched: dict[int, list] = {}
     assert (
         decode.generate(

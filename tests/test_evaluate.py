@@ -21,7 +21,8 @@ from conftest import ROOT
 from jaxpt import config, sharding, stage
 from jaxpt.data import benchmarks, decontaminate, tokenizer
 from jaxpt.evaluate import compare, contamination, harness, likelihood, prefix_trees, reference
-from jaxpt.model import decode, llama
+from jaxpt.model import decode, transformer
+from jaxpt.model.param import is_param_spec
 from jaxpt.spec import Batch, ModelSpec, UserError
 from jaxpt.weights import checkpoint, huggingface
 
@@ -51,12 +52,12 @@ def params():
     """Random, with an embedding large enough that the next token depends on the tokens before."""
     random = np.random.default_rng(0)
     made = jax.tree.map(
-        lambda row: np.float32(random.normal(row.ones, row.std or 0.1, row.shape)),
-        llama.param_specs(SPEC),
-        is_leaf=llama.is_param_spec,
+        lambda row: np.float32(random.normal(row.init.mean, row.init.std or 0.1, row.shape)),
+        transformer.param_specs(SPEC),
+        is_leaf=is_param_spec,
     )
     return jax.device_put(
-        made | {"embed": made["embed"] * 50}, llama.make_param_shardings(SPEC, ONE)
+        made | {"embed": made["embed"] * 50}, transformer.make_param_shardings(SPEC, ONE)
     )
 
 
@@ -200,13 +201,13 @@ def test_likelihoods_are_those_of_each_pair_alone_on_any_mesh(params, sizes, win
     mesh = sharding.make_mesh(
         config.MeshConfig(**sizes), jax.devices()[: math.prod(sizes.values())]
     )
-    moved = jax.device_put(params, llama.make_param_shardings(SPEC, mesh))
-    model = llama.bind_params(spec, params)
+    moved = jax.device_put(params, transformer.make_param_shardings(SPEC, mesh))
 
     @jax.jit
     def log_shares(ids):
-        hidden = model(ids, (ids > 0).astype(int), np.arange(300)[None])
-        return jax.nn.log_softmax(hidden @ model.lm_head(), axis=-1)[0]
+        segments, positions = (ids > 0).astype(int), np.arange(300)[None]
+        logits = transformer.compute_logits(spec, params, ids, segments, positions)
+        return jax.nn.log_softmax(logits, axis=-1)[0]
 
     for (context, continuation), (nats, is_greedy) in zip(
         some_pairs(),
@@ -269,9 +270,9 @@ def test_heldout_loss_divides_sums_once(params):
 def test_logits_and_kl_agree_with_transformers(params, hf_dir):
     pytest.importorskip("torch")
     tokens = np.random.default_rng(0).integers(3, 448, (2, 33))
-    model = llama.bind_params(SPEC, params)
-    hidden = model(tokens, np.ones_like(tokens), np.tile(np.arange(33), (2, 1)))
-    ours = np.asarray(hidden @ model.lm_head())
+    positions = np.tile(np.arange(33), (2, 1))
+    logits = transformer.compute_logits(SPEC, params, tokens, np.ones_like(tokens), positions)
+    ours = np.asarray(logits)
     np.testing.assert_allclose(ours, reference.compute_reference_logits(hf_dir, tokens), atol=1e-3)
     assert 0 <= reference.measure_logit_distance(hf_dir, tokens, ours).kl < 1e-6
     assert reference.measure_logit_distance(hf_dir, tokens, ours * 0.5).kl > 1e-2
@@ -599,13 +600,13 @@ def test_a_tokenizer_and_a_prompt_that_do_not_fit_the_model_are_refused(hf_dir, 
     small = dataclasses.replace(SPEC, vocab_size=300)
     random = np.random.default_rng(0)
     made = jax.tree.map(
-        lambda row: np.float32(random.normal(row.ones, row.std or 0.1, row.shape)),
-        llama.param_specs(small),
-        is_leaf=llama.is_param_spec,
+        lambda row: np.float32(random.normal(row.init.mean, row.init.std or 0.1, row.shape)),
+        transformer.param_specs(small),
+        is_leaf=is_param_spec,
     )
     huggingface.write_hf_model(
         small,
-        jax.device_put(made, llama.make_param_shardings(small, ONE)),
+        jax.device_put(made, transformer.make_param_shardings(small, ONE)),
         tmp_path / "small",
         tokenizer_dir=hf_dir,
     )
@@ -707,7 +708,7 @@ def test_the_documents_on_which_two_models_differ_most_are_found_in_both_directi
     flatter = shuffled | {
         "unembed": shuffled["unembed"] * np.float32(0.6)
     }  # about as good as its parent, and elsewhere
-    other = jax.device_put(flatter, llama.make_param_shardings(SPEC, ONE))
+    other = jax.device_put(flatter, transformer.make_param_shardings(SPEC, ONE))
     huggingface.write_hf_model(SPEC, other, child, tokenizer_dir=hf_dir)
     words = [TEXTS[0].split(), TEXTS[1].split() * 9, list("0123456789.*;:—") * 9]
     texts = [

@@ -13,7 +13,8 @@ from jaxpt import sharding, stage
 from jaxpt.config import Config, MeshConfig, MixtureConfig, OptimConfig, PackConfig, TrainConfig
 from jaxpt.data import loader, pack
 from jaxpt.evaluate import likelihood
-from jaxpt.model import decode, llama
+from jaxpt.model import decode, transformer
+from jaxpt.model.param import is_param_spec
 from jaxpt.spec import ModelSpec, RopeScaling, UserError
 from jaxpt.train import gate, state, step
 from jaxpt.weights import huggingface, initialize
@@ -110,11 +111,11 @@ def untrained():
     """Untrained weights."""
     random = np.random.default_rng(0)
     drawn = jax.tree.map(
-        lambda row: np.float32(random.normal(row.ones, row.std, row.shape)),
-        llama.param_specs(SPEC),
-        is_leaf=llama.is_param_spec,
+        lambda row: np.float32(random.normal(row.init.mean, row.init.std, row.shape)),
+        transformer.param_specs(SPEC),
+        is_leaf=is_param_spec,
     )
-    return jax.device_put(drawn, llama.make_param_shardings(SPEC, ONE))
+    return jax.device_put(drawn, transformer.make_param_shardings(SPEC, ONE))
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +280,7 @@ def test_what_is_broken_in_a_foreign_model_is_stopped_too(
         gate.check_initial_loss(
             heldout,
             *foreign(
-                tmp_path, jax.device_put(changed, llama.make_param_shardings(spec, ONE)), spec
+                tmp_path, jax.device_put(changed, transformer.make_param_shardings(spec, ONE)), spec
             ),
             grown=False,
         )
@@ -327,7 +328,7 @@ def test_meshes_and_number_types_stay_within_the_tolerance(sizes, dtype, packed,
     rounded = jax.tree.map(
         lambda leaf, place: jax.device_put(leaf.astype(dtype), place),
         params,
-        llama.make_param_shardings(SPEC, mesh),
+        transformer.make_param_shardings(SPEC, mesh),
     )
     losses = gate.check_initial_loss(here, SPEC, rounded, record, grown=False)
     assert abs(losses["songs"] - record["heldout"]["losses"]["songs"]) < gate.LOSS_TOLERANCE / 4

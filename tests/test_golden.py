@@ -12,7 +12,7 @@ import pathlib
 import pytest
 
 from jaxpt import config
-from jaxpt.model import llama
+from jaxpt.model import transformer
 from jaxpt.weights import growth, initialize
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -42,13 +42,13 @@ def describe_params(settings):
     spec = initialize.make_random_spec(settings, settings.tokenizer.vocab_size)
     for operator in settings.initialize.grow:
         spec = growth.plan_growth(operator, growth.Parent(spec)).child
-    params = llama.param_specs(spec)
+    params = transformer.param_specs(spec)
     rows = {**params, **{f"blocks/{name}": row for name, row in params["blocks"].items()}}
     del rows["blocks"]
     for name, row in sorted(rows.items()):
-        start = "ones" if row.ones else f"std {row.std:.6g}"
+        start = f"mean {row.init.mean:g} std {row.init.std:.6g}"
         yield f"{name}  shape {row.shape}  axes {row.axes}  {start}"
-    yield f"{llama.count_params(spec):,} parameters"
+    yield f"{transformer.count_params(spec):,} parameters"
 
 
 def describe_recipe(path):

@@ -13,7 +13,8 @@ from test_train import SPEC as THREE
 from test_train import make_batch, make_state
 
 from jaxpt import config, sharding
-from jaxpt.model import llama, loss
+from jaxpt.model import loss, transformer
+from jaxpt.model.param import is_param_spec
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.train import begin, optimizer, state, step
 from jaxpt.train.verify import judge_growth
@@ -49,14 +50,17 @@ def randomised(spec, mesh):
 
     def one(row, place):
         return jax.device_put(
-            (row.ones + (row.std + 0.1) * rng.standard_normal(row.shape)).astype(np.float32), place
+            (row.init.mean + (row.init.std + 0.1) * rng.standard_normal(row.shape)).astype(
+                np.float32
+            ),
+            place,
         )
 
     return jax.tree.map(
         one,
-        llama.param_specs(spec),
-        llama.make_param_shardings(spec, mesh),
-        is_leaf=llama.is_param_spec,
+        transformer.param_specs(spec),
+        transformer.make_param_shardings(spec, mesh),
+        is_leaf=is_param_spec,
     )
 
 
@@ -74,8 +78,8 @@ def test_the_course_is_grown_exactly(text, n_params, layer_map):
     grew = growth.plan_growth(text, of(12))
     assert (
         grew.layer_map == layer_map
-        and llama.count_params(grew.child) == n_params
-        and llama.count_params(COURSE) == 248_013_824
+        and transformer.count_params(grew.child) == n_params
+        and transformer.count_params(COURSE) == 248_013_824
     )
 
 
@@ -104,7 +108,7 @@ def test_a_grown_layer_is_its_source_and_all_else_is_the_parents(spec, text, exp
         np.testing.assert_array_equal(
             leaf, np.asarray(parent["blocks"][name])[expected], err_msg=name
         )
-        assert leaf.sharding == llama.make_param_shardings(child_spec, mesh)["blocks"][name]
+        assert leaf.sharding == transformer.make_param_shardings(child_spec, mesh)["blocks"][name]
     for name in ("embed", "norm", "unembed"):  # the final norm too, which the course's code forgot
         np.testing.assert_array_equal(child[name], parent[name], err_msg=name)
 
@@ -114,10 +118,10 @@ def test_random_layers_are_drawn_as_at_init_and_no_two_alike(spec, one, n_layers
     parent = randomised(spec.replace(n_layers=n_layers), one)
     child_spec, child, done = grown(spec.replace(n_layers=n_layers), parent, "deepen(L=40)", one)
     assert done.layer_map == [0, *[None] * 39] if n_layers else [None] * 40
-    rows = llama.param_specs(child_spec)["blocks"]
+    rows = transformer.param_specs(child_spec)["blocks"]
     for name, leaf in child["blocks"].items():
         np.testing.assert_array_equal(leaf[:n_layers], parent["blocks"][name])
-        if rows[name].ones:
+        if rows[name].init.mean:
             assert (np.asarray(leaf[n_layers:]) == 1).all()
         else:
             assert np.std(np.asarray(leaf[n_layers:])) == pytest.approx(rows[name].std, rel=0.05)
@@ -159,7 +163,7 @@ def test_narrow_leaves_out_what_does_nothing(spec, one):
         blocks["v"][layer, :, layer % 2] = 0
     child_spec, child, done = grown(
         spec,
-        jax.device_put(parent, llama.make_param_shardings(spec, one)),
+        jax.device_put(parent, transformer.make_param_shardings(spec, one)),
         "narrow(ff=32, heads=3)",
         one,
         rows_on(one),
@@ -182,7 +186,7 @@ def test_the_layers_that_change_least_are_dropped(spec, one):
             parent["blocks"][name][layer] *= 1e-3
     _, _, done = grown(
         spec,
-        jax.device_put(parent, llama.make_param_shardings(spec, one)),
+        jax.device_put(parent, transformer.make_param_shardings(spec, one)),
         "drop_layers(n=2)",
         one,
         rows_on(one),
@@ -271,7 +275,9 @@ def test_a_wider_model_computes_the_same_function_with_and_without_noise(
     text = text[:-1] + noise if noise else text
     parent = randomised(spec, one)
     child_spec, child, done = grown(spec, parent, text, one)
-    assert done.preserves_function and llama.count_params(child_spec) > llama.count_params(spec)
+    assert done.preserves_function and transformer.count_params(
+        child_spec
+    ) > transformer.count_params(spec)
     before, after = (
         logits_of(spec, parent, *sides(spec)),
         logits_of(child_spec, child, *sides(spec)),
@@ -287,7 +293,7 @@ def test_noise_tells_the_copies_of_a_width_apart(spec, one):
         first, second = np.split(np.asarray(plain["blocks"][name]), 2, axis=1)
         np.testing.assert_array_equal(first, second)
         first, second = np.split(np.asarray(noisy["blocks"][name]), 2, axis=1)
-        std = llama.param_specs(spec.replace(d_model=48))["blocks"][name].std
+        std = transformer.param_specs(spec.replace(d_model=48))["blocks"][name].std
         assert np.std(first - second) == pytest.approx(2 * 0.3 * std, rel=0.1)
 
 
@@ -317,9 +323,10 @@ def test_the_final_norm_stands_for_a_tied_head(spec, one):
 
 def gradient(spec, params, batch):
     def nats(params):
-        model = llama.bind_params(spec, params)
-        hidden = model(batch.tokens, batch.segment_ids, batch.positions)
-        return loss.cross_entropy(hidden, model.lm_head(), batch.targets, batch.loss_mask)[0]
+        inputs = batch.tokens, batch.segment_ids, batch.positions
+        hidden, _ = transformer.forward(spec, params, *inputs)
+        head = transformer.lm_head(spec, params)
+        return loss.cross_entropy(hidden, head, batch.targets, batch.loss_mask)[0]
 
     return jax.jit(jax.grad(nats))(params)
 
@@ -556,12 +563,14 @@ def test_the_same_new_layers_on_every_mesh_bit_by_bit(spec, one, text):
 @pytest.mark.parametrize("text", [*EXACT, "predict_layers(m=3)"])
 def test_no_stack_of_layers_is_ever_whole_on_a_device(spec, text):
     mesh = sharding.make_mesh(config.MeshConfig(fsdp=4, tensor=2))
-    params = llama.make_abstract_params(spec, mesh)
+    params = transformer.make_abstract_params(spec, mesh)
     grew = growth.plan_growth(text, growth.Parent(spec))
     program = growth.compile_growth(grew, mesh).lower(params).compile().as_text()
     for n_layers in {spec.n_layers, grew.child.n_layers}:
         for each in (spec, grew.child):
-            for name, row in llama.param_specs(each.replace(n_layers=n_layers))["blocks"].items():
+            for name, row in transformer.param_specs(each.replace(n_layers=n_layers))[
+                "blocks"
+            ].items():
                 if len(row.shape) > 2:
                     whole = "f32[" + ",".join(map(str, row.shape)) + "]"
                     flat = f"f32[{n_layers},{math.prod(row.shape[1:])}]"

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from jaxpt.model import llama
+from jaxpt.model import transformer
 from jaxpt.weights import hub, huggingface
 
 ASK = """
@@ -223,7 +223,9 @@ def ask(sources: list[str], **settings) -> list[str]:
 
 
 def a_model(directory, spec, one, seed=0) -> pathlib.Path:
-    huggingface.write_hf_model(spec, llama.init_params(spec, seed, one, jnp.bfloat16), directory)
+    huggingface.write_hf_model(
+        spec, transformer.init_params(spec, seed, one, jnp.bfloat16), directory
+    )
     return directory
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxpt import config, sharding
-from jaxpt.model import llama
+from jaxpt.model import transformer
 from jaxpt.spec import Batch, UserError
 from jaxpt.weights import measure, predict
 
@@ -23,7 +23,7 @@ def randomised(spec, mesh):
     draw = np.random.default_rng(3)
     return jax.tree.map(
         lambda at: jax.device_put(draw.normal(0.05, 0.2, at.shape).astype(np.float32), at.sharding),
-        llama.make_abstract_params(spec, mesh),
+        transformer.make_abstract_params(spec, mesh),
     )
 
 
@@ -94,15 +94,13 @@ def test_statistics_are_those_of_the_residual_stream(spec, one):
     """Against numpy over the stream behind each layer, whose last state is the model's own."""
     params, rows = randomised(spec, one), batch(one)
 
-    def visit(block, x, rope, attend, _):
-        y = block(x, rope, attend)
-        return y, None, (x, y)
+    def observe(before, after, inner, state):
+        return state, (before, after)
 
-    last, streams = measure.visit_layers(spec, params, rows, visit)
-    hidden = llama.bind_params(spec, params)(rows.tokens, rows.segment_ids, rows.positions)
-    np.testing.assert_allclose(
-        llama.rms_norm(last, params["norm"], spec.norm_eps), hidden, rtol=1e-5, atol=1e-5
-    )
+    last, streams = measure.observe_layers(spec, params, rows, observe)
+    hidden, _ = transformer.forward(spec, params, rows.tokens, rows.segment_ids, rows.positions)
+    normed = transformer.final_norm(spec, params, last)
+    np.testing.assert_allclose(normed, hidden, rtol=1e-5, atol=1e-5)
     x, y = (
         np.asarray(stream, np.float64)[:, np.asarray(rows.segment_ids) > 0] for stream in streams
     )  # [L, tokens, D]
@@ -289,7 +287,7 @@ def test_any_mesh_predicts_alike(spec, one, mesh):
 
 def test_no_device_holds_a_whole_stacked_leaf(spec, mesh):
     """In the compiled programs: the shape of a stack of matrices stands nowhere, cut stacks do."""
-    params, rows = llama.make_abstract_params(spec, mesh), jax.eval_shape(lambda: batch(mesh))
+    params, rows = transformer.make_abstract_params(spec, mesh), jax.eval_shape(lambda: batch(mesh))
     programs = [
         measure.jit_sums(spec, mesh, sums).lower(params, rows)
         for sums in (measure.sum_layer_statistics, measure.sum_importance)
@@ -299,7 +297,7 @@ def test_no_device_holds_a_whole_stacked_leaf(spec, mesh):
             params, rows
         )
     )
-    where = llama.make_param_shardings(spec.replace(n_layers=2), mesh)["blocks"]
+    where = transformer.make_param_shardings(spec.replace(n_layers=2), mesh)["blocks"]
     programs.append(
         jax.jit(predict.predict_layer_params, out_shardings=where).lower(
             params["blocks"], np.asarray([1, 3])

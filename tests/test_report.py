@@ -762,7 +762,7 @@ def test_sources_have_one_order_on_the_whole_page(runs):
 
 
 def test_parameters_counted_from_the_shape_are_the_models_own(tmp_path):
-    from jaxpt.model import llama
+    from jaxpt.model import transformer
     from jaxpt.spec import ModelSpec
 
     for changes in (
@@ -772,7 +772,7 @@ def test_parameters_counted_from_the_shape_are_the_models_own(tmp_path):
     ):
         spec = {**SPEC, **changes}
         write_json(tmp_path / "spec.json", spec)
-        assert load_run(tmp_path).n_params == llama.count_params(ModelSpec.from_json(spec))
+        assert load_run(tmp_path).n_params == transformer.count_params(ModelSpec.from_json(spec))
 
 
 def test_the_script_prints_a_table_of_at_most_100_columns_and_the_path_of_the_page(runs, tmp_path):

@@ -12,7 +12,8 @@ import pytest
 
 from jaxpt import sharding
 from jaxpt.config import Config, MeshConfig, MixtureConfig, OptimConfig, PackConfig, TrainConfig
-from jaxpt.model import llama
+from jaxpt.model import transformer
+from jaxpt.model.param import is_param_spec
 from jaxpt.spec import Batch, ModelSpec, UserError
 from jaxpt.train import distributed, forgetting, optimizer, state, step
 
@@ -80,14 +81,14 @@ def put(batch, mesh):
 def initial_params(spec):
     """A model's initial values, which are the same on every mesh."""
     return jax.device_get(
-        llama.init_params(spec, 0, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+        transformer.init_params(spec, 0, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
     )
 
 
 def make_state(mesh, settings=SETTINGS, spec=SPEC, **changes):
     """The state at step 0, with some fields changed."""
     now = state.init_state(
-        jax.device_put(initial_params(spec), llama.make_param_shardings(spec, mesh)),
+        jax.device_put(initial_params(spec), transformer.make_param_shardings(spec, mesh)),
         spec,
         settings,
         mesh,
@@ -161,7 +162,7 @@ def test_accumulation_equals_one_large_batch_whatever_the_padding(one, run, k):
 
 def test_state_is_initialized_sharded_keeps_its_shardings_and_compiles_once(sharded):
     mesh, run = sharded
-    now = state.init_state(llama.init_params(SPEC, 0, mesh), SPEC, SETTINGS, mesh)
+    now = state.init_state(transformer.init_params(SPEC, 0, mesh), SPEC, SETTINGS, mesh)
     for i in range(3):
         now, _ = run(now, put(make_batch(i), mesh))
     assert run._cache_size() == 1
@@ -278,7 +279,7 @@ def test_a_warmup_as_long_as_the_run_is_refused():
 def test_decay_is_by_name_never_on_norms_biases_or_embedding():
     spec = SPEC.replace(qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=True)
     mask = optimizer.decay_mask(
-        jax.tree.map(lambda row: 0, llama.param_specs(spec), is_leaf=llama.is_param_spec)
+        jax.tree.map(lambda row: 0, transformer.param_specs(spec), is_leaf=is_param_spec)
     )
     assert {name for name, decays in {**mask, **mask["blocks"]}.items() if decays is True} == {
         "q",
@@ -330,8 +331,8 @@ def test_muon_treats_each_stacked_layer_as_a_matrix_of_its_own():
     rng = np.random.default_rng(0)
     grads = jax.tree.map(
         lambda row: rng.normal(size=row.shape).astype(np.float32),
-        llama.param_specs(SPEC),
-        is_leaf=llama.is_param_spec,
+        transformer.param_specs(SPEC),
+        is_leaf=is_param_spec,
     )
     update = jax.jit(
         lambda grads: tx.update(grads, tx.init(grads), grads, scale=0.5, good=True)[0]["blocks"]

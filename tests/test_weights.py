@@ -20,7 +20,7 @@ import variants
 from conftest import ROOT
 
 from jaxpt import config, export, sharding
-from jaxpt.model import decode, llama
+from jaxpt.model import decode, transformer
 from jaxpt.spec import Manifest, ModelSpec, RopeScaling, UserError
 from jaxpt.train import verify
 from jaxpt.weights import growth, huggingface
@@ -55,7 +55,7 @@ def test_export_of_import_is_bit_equal(name, tmp_path):
 def test_a_model_in_several_files_and_bfloat16_comes_back_bit_equal(
     tmp_path, monkeypatch, spec, one
 ):
-    params = llama.init_params(spec, 0, one, jnp.bfloat16)
+    params = transformer.init_params(spec, 0, one, jnp.bfloat16)
     monkeypatch.setattr(huggingface, "SHARD_BYTES", 7_000)
     huggingface.write_hf_model(spec, params, tmp_path)
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 3
@@ -96,7 +96,7 @@ def test_config_json_tells_old_and_new_readers_the_same(spec, tmp_path, one):
                 torch.arange(60)[None]
             ).logits
 
-    huggingface.write_hf_model(spec, llama.init_params(spec, 0, one), tmp_path)
+    huggingface.write_hf_model(spec, transformer.init_params(spec, 0, one), tmp_path)
     for scaling in (None, RopeScaling("linear", 2.0), RopeScaling("llama3", 8.0, 1.0, 4.0, 32)):
         spec = spec.replace(rope_theta=5e5, rope_scaling=scaling)
         written, told = huggingface.make_hf_config(spec, "float32"), []
@@ -138,7 +138,7 @@ def test_import_and_export_hold_a_few_tensors_on_the_host(tmp_path):
         del kept
         return most - stays
 
-    params = llama.init_params(spec, 0, mesh)
+    params = transformer.init_params(spec, 0, mesh)
     assert peak(lambda: huggingface.write_hf_model(spec, params, tmp_path)) < 4 * tensor < stack / 8
     assert peak(lambda: huggingface.load_hf_model(tmp_path, mesh)) < 3 * tensor
     jax.tree.map(
@@ -206,7 +206,7 @@ def test_two_processes_read_their_own_slices_and_export_the_files_of_one(tmp_pat
         )
         + params["embed"].size
     )
-    assert max(took) < 0.5 * matrices + 4 * (llama.count_params(spec) - matrices), (
+    assert max(took) < 0.5 * matrices + 4 * (transformer.count_params(spec) - matrices), (
         "norms and biases stand whole on each of a process's 4 devices"
     )
     assert not (tmp_path / "two" / "none").exists()
@@ -219,7 +219,7 @@ def test_the_card_tells_what_the_model_was_made_from_and_how_it_grew(tmp_path, s
         tmp_path / "run",
         tmp_path / "hf",
     )
-    huggingface.write_hf_model(spec, llama.init_params(spec, 0, one), base)
+    huggingface.write_hf_model(spec, transformer.init_params(spec, 0, one), base)
     asked = config.InitializeConfig(
         source=str(base), grow=("depth_upscale(m=2)",), param_dtype="bfloat16"
     )
@@ -250,7 +250,7 @@ def test_the_card_tells_what_the_model_was_made_from_and_how_it_grew(tmp_path, s
         assert f"| files | org/tiny@{sha} | {found.inputs['initialize']['fingerprint']} |" in card
     assert (
         made.counts["n_params"]
-        == llama.count_params(spec.replace(n_layers=6))
+        == transformer.count_params(spec.replace(n_layers=6))
         == made.counts["bytes"] // 2
     ), "a bfloat16 run exports bfloat16"
 
@@ -593,7 +593,7 @@ def test_a_trained_model_tells_its_documented_story_imported_exported_and_grown(
     folder = data_dir / "ckpt_stories260K"
     pieces = stories260k(folder, tmp_path / "hf")
     spec, params = huggingface.load_hf_model(tmp_path / "hf", one)
-    assert llama.count_params(spec) == 260_032
+    assert transformer.count_params(spec) == 260_032
     story = tell(spec, params, pieces)
     documented = (folder / "stories260K.md").read_text()
     assert len(story) > 400 and " ".join(story.split())[:400] in " ".join(documented.split())

@@ -24,7 +24,7 @@ import jax
 from jaxpt import config, stage
 from jaxpt.data import benchmarks, sources, tokenizer
 from jaxpt.evaluate import contamination, likelihood
-from jaxpt.model import decode, llama
+from jaxpt.model import decode, transformer
 from jaxpt.sharding import make_mesh
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.weights import checkpoint, huggingface, initialize
@@ -123,7 +123,7 @@ def evaluate_model(
             f"{loaded.spec.vocab_size - 1:,}. Copy there the one it was trained with."
         )
     log.info(
-        f"evaluate: {model}, {llama.count_params(loaded.spec):,} parameters, "
+        f"evaluate: {model}, {transformer.count_params(loaded.spec):,} parameters, "
         f"by {'our code' if backend == 'jax' else 'transformers'}"
     )
 
@@ -602,7 +602,7 @@ def describe_evaluated_model(
         "fingerprint": stage.fingerprint_path(directory),
         "step": loaded.step,
         "tokenizer": encoder.fingerprint,
-        "n_params": llama.count_params(loaded.spec),
+        "n_params": transformer.count_params(loaded.spec),
         "spec": loaded.spec.to_json(),
         "device": jax.devices()[0].device_kind,
         "versions": stage.package_versions(),

@@ -19,7 +19,9 @@ import numpy as np
 
 from jaxpt import stage
 from jaxpt.evaluate import prefix_trees
-from jaxpt.model import attention, llama, loss
+from jaxpt.model import loss, transformer
+from jaxpt.model.kernels.blockwise import attend_prefix_tree
+from jaxpt.model.kernels.select import attend
 from jaxpt.sharding import (
     make_batch_sharding,
     make_logical_sharding,
@@ -43,15 +45,15 @@ def make_loss_step(spec: ModelSpec, mesh: jax.sharding.Mesh, dtype: str = "float
 
     def step(params, batch: Batch):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            model = llama.bind_params(spec, params)
-            hidden = model(batch.tokens, batch.segment_ids, batch.positions, compute_dtype)
-            head = model.lm_head(compute_dtype)
+            inputs = batch.tokens, batch.segment_ids, batch.positions
+            hidden, _ = transformer.forward(spec, params, *inputs, compute_dtype)
+            head = transformer.lm_head(spec, params, compute_dtype)
             _, loss_sum = loss.cross_entropy(hidden, head, batch.targets, batch.loss_mask)
             return loss_sum, jnp.sum(batch.loss_mask)
 
     return jax.jit(
         step,
-        in_shardings=(llama.make_param_shardings(spec, mesh), make_batch_sharding(mesh)),
+        in_shardings=(transformer.make_param_shardings(spec, mesh), make_batch_sharding(mesh)),
         out_shardings=make_replicated_sharding(mesh),
     )
 
@@ -281,19 +283,20 @@ def make_token_step(spec: ModelSpec, mesh: jax.sharding.Mesh, dtype: jnp.dtype) 
 
     def step(params, arrays: prefix_trees.TreeArrays, n_scored):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            model = llama.bind_params(spec, params)
 
-            def attend(q, k, v):
+            def attend_rows(q, k, v, window, state):
                 if spec.sliding_window is None:
-                    return attention.attend_prefix_tree(q, k, v, arrays.visible_until)
-                return attention.attend(q, k, v, arrays.visible_until, spec.sliding_window)
+                    return attend_prefix_tree(q, k, v, arrays.visible_until), state
+                return attend(q, k, v, arrays.visible_until, window), state
 
-            hidden = model.run_layers(arrays.tokens, arrays.positions, attend, dtype)
+            hidden = transformer.hidden_states(
+                spec, params, arrays.tokens, arrays.positions, attend_rows, dtype
+            )
             queries = jnp.take_along_axis(hidden, arrays.columns[..., None], axis=1)
             B, T, _ = queries.shape
             block_tokens = MAX_LOGITS_TOKENS * n_shards(mesh, "batch")
             width = floor_power_of_two(max(block_tokens // B, 1))
-            head = model.lm_head(dtype)
+            head = transformer.lm_head(spec, params, dtype)
 
             # a block is some columns of all rows, so that each device has the logits of its own
             # rows only
@@ -316,7 +319,7 @@ def make_token_step(spec: ModelSpec, mesh: jax.sharding.Mesh, dtype: jnp.dtype) 
     return jax.jit(
         step,
         in_shardings=(
-            llama.make_param_shardings(spec, mesh),
+            transformer.make_param_shardings(spec, mesh),
             row_sharding,
             make_replicated_sharding(mesh),
         ),

@@ -16,12 +16,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
-from jaxpt.model import llama
-from jaxpt.model.attention import attend
-from jaxpt.model.llama import Params
+from jaxpt.model import transformer
+from jaxpt.model.attention import attend_plain
+from jaxpt.model.kernels.select import attend
+from jaxpt.model.norm import rms_norm
+from jaxpt.model.rope import compute_rope
+from jaxpt.model.transformer import Attend, Params
 from jaxpt.sharding import make_logical_sharding, n_shards, with_logical_constraint
 from jaxpt.spec import ModelSpec, UserError
 
@@ -32,8 +34,6 @@ LENGTH_STEP = 64
 
 Array = jax.Array
 Cache = tuple[Array, Array]  # keys and values [L, B, C, K, H]
-# (q, k, v, cache, layer) -> (attended, cache)
-AttendWithCache = Callable[[Array, Array, Array, Cache, Any], tuple[Array, Cache]]
 # (index of the prompt, ids so far) -> whether to stop there
 Watch = Callable[[int, list[int]], bool | None]
 
@@ -259,18 +259,17 @@ def prefill_cache(
     prompt_segments = segment_ids[:, :P]
 
     def attend_prompt(
-        q: Array, k: Array, v: Array, cache: Cache, layer: Any
-    ) -> tuple[Array, Cache]:
-        attended = attend(q, k, v, prompt_segments, spec.sliding_window)
-        return attended, write_cache(cache, k, v, layer, 0)
+        q: Array, k: Array, v: Array, window: int | None, state: CacheState
+    ) -> tuple[Array, CacheState]:
+        heads = attend(q, k, v, prompt_segments, window)
+        return heads, state.write(k, v, 0)
 
-    model, layers = bind_for_decoding(spec, params)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         shape = spec.n_layers, B, n_columns, spec.n_kv_heads, spec.d_head
         empty = jnp.zeros(shape, dtype)
         empty = with_logical_constraint(empty, "layers", "batch", None, "kv_heads", None)
-        logits, cache = run_layers_with_cache(
-            model, layers, tokens, positions, (empty, empty), attend_prompt, dtype
+        logits, cache = run_with_cache(
+            spec, params, tokens, positions, (empty, empty), attend_prompt, dtype
         )
     rows = jnp.arange(B)[:, None]
     seen = jnp.zeros((B, spec.vocab_size), bool).at[rows, tokens].max(prompt_segments == 1)
@@ -290,27 +289,24 @@ def decode_step(
 ) -> DecodeState:
     """Add tokens until column `stop`, or until every sequence has ended."""
     spec, mesh, dtype = setup
-    model, layers = bind_for_decoding(spec, params)
     eos_id = -1 if spec.eos_id is None else spec.eos_id
 
     def add_token(state: DecodeState) -> DecodeState:
         column = state.column
         token = sample_token(sampling, state, key, streams)
 
-        def attend_to_column(
-            q: Array, k: Array, v: Array, cache: Cache, layer: Any
-        ) -> tuple[Array, Cache]:
-            keys, values = cache = write_cache(cache, k, v, layer, column)
-            B, _, N, H = q.shape
-            grouped = q.reshape(B, k.shape[2], -1, H)
-            attended = attend_to_cache(
-                grouped, keys[layer], values[layer], state.segment_ids, column, spec.sliding_window
-            )
-            return attended.reshape(B, 1, N, H), cache
+        def attend_to_cache(
+            q: Array, k: Array, v: Array, window: int | None, cache: CacheState
+        ) -> tuple[Array, CacheState]:
+            written = cache.write(k, v, column)
+            is_visible = find_visible_columns(state.segment_ids, column, window)
+            keys = written.keys[cache.layer]
+            values = written.values[cache.layer]
+            return attend_plain(q, keys, values, is_visible[:, None]), written
 
         positions = state.lengths[:, None]
-        logits, cache = run_layers_with_cache(
-            model, layers, token[:, None], positions, state.cache, attend_to_column, dtype
+        logits, cache = run_with_cache(
+            spec, params, token[:, None], positions, state.cache, attend_to_cache, dtype
         )
         rows = jnp.arange(len(token))
         output = jax.lax.dynamic_update_slice(state.output, token[:, None], (0, column))
@@ -333,55 +329,47 @@ def decode_step(
         return jax.lax.while_loop(is_running, add_token, state)
 
 
-def write_cache(cache: Cache, k: Array, v: Array, layer: Any, column: Any) -> Cache:
-    """Return the cache with keys and values [B, T, K, H] of a layer from a column on."""
-    start = layer, 0, column, 0, 0
-    keys, values = cache
-    keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), start)
-    values = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), start)
-    return keys, values
+class CacheState(NamedTuple):
+    """The cache on its way through the layers, and the layer that it has reached.
+
+    It is carried, not scanned over: a step then writes one column in place, not all of it.
+    """
+
+    keys: Array
+    values: Array
+    layer: Any
+
+    def write(self, k: Array, v: Array, column: Any) -> CacheState:
+        """Return the state with this layer's keys and values [B, T, K, H] from a column on."""
+        start = self.layer, 0, column, 0, 0
+        keys = k[None].astype(self.keys.dtype)
+        keys = jax.lax.dynamic_update_slice(self.keys, keys, start)
+        values = v[None].astype(self.values.dtype)
+        values = jax.lax.dynamic_update_slice(self.values, values, start)
+        return CacheState(keys, values, self.layer + 1)
 
 
-def attend_to_cache(
-    q: Array, keys: Array, values: Array, segment_ids: Array, column: Array, window: int | None
-) -> Array:
-    """Attend to columns of segment 1 with one query per sequence, at `column`.
+def find_visible_columns(segment_ids: Array, column: Array, window: int | None) -> Array:
+    """Return which columns a query at `column` sees, bool [B, S].
 
     Args:
-        q: [B, K, G, H], G query heads per kv head.
-        keys: [B, S, K, H], as the cache holds them.
-        values: [B, S, K, H].
-        segment_ids: int32 [B, S].
+        segment_ids: int32 [B, S]; 1 for tokens, 0 for padding.
         column: int32, of the query.
         window: sliding window in tokens; None: all.
     """
-    S = keys.shape[1]
+    S = segment_ids.shape[1]
     distance = column - jnp.arange(S)
-    is_visible = (distance >= 0) & (distance < (window or S)) & (segment_ids == 1)
-    scores = jnp.einsum("bkgh,bskh->bkgs", q, keys, preferred_element_type=jnp.float32)
-    scores = scores * q.shape[-1] ** -0.5
-    scores = jnp.where(is_visible[:, None, None], scores, -jnp.inf)
-    probs = jax.nn.softmax(scores).astype(values.dtype)
-    return jnp.einsum("bkgs,bskh->bkgh", probs, values)
+    is_near = (distance >= 0) & (distance < (window or S))
+    return is_near & (segment_ids == 1)
 
 
-def bind_for_decoding(
-    spec: ModelSpec, params: Params
-) -> tuple[llama.Llama, tuple[Params, ...] | None]:
-    """Return the model, and its layers one by one where they are not stacked in it."""
-    layers = params["blocks"]
-    if isinstance(layers, tuple):
-        return llama.bind_params(spec, params | {"blocks": layers[0]}), layers
-    return llama.bind_params(spec, params), None
-
-
-def run_layers_with_cache(
-    model: llama.Llama,
-    layers: tuple[Params, ...] | None,
+def run_with_cache(
+    spec: ModelSpec,
+    params: Params,
     tokens: Array,
     positions: Array,
     cache: Cache,
-    attend_layer: AttendWithCache,
+    attend_layer: Attend,
     dtype: np.dtype,
 ) -> tuple[Array, Cache]:
     """Run tokens [B, T] through the model.
@@ -389,35 +377,14 @@ def run_layers_with_cache(
     Returns:
         float32 logits [B, V] of the last column, and the cache.
     """
-    spec = model.spec
-    rope = llama.compute_rope(spec, positions)
-    blocks, stacked = nnx.split(model.blocks)
-
-    # the cache is carried, not scanned over: a step then writes one column in place, not all of it
-    def run_layer(carry: tuple[Array, Cache], numbered: tuple[Any, Any]) -> tuple[Any, None]:
-        x, cache = carry
-        layer, block_state = numbered
-
-        def attend_and_keep(q: Array, k: Array, v: Array) -> Array:
-            nonlocal cache
-            attended, cache = attend_layer(q, k, v, cache, layer)
-            return attended
-
-        x = nnx.merge(blocks, block_state)(x, rope, attend_and_keep)
-        return (with_logical_constraint(x, "batch", None, "act_embed"), cache), None
-
-    x = model.embed[...].astype(dtype)[tokens]
-    x = with_logical_constraint(x, "batch", None, "act_embed")
-    if layers is None:
-        numbered = jnp.arange(spec.n_layers), stacked
-        (x, cache), _ = jax.lax.scan(run_layer, (x, cache), numbered)
-    for layer, block_params in enumerate(layers or ()):
-        nnx.replace_by_pure_dict(stacked, block_params)
-        (x, cache), _ = run_layer((x, cache), (layer, stacked))
-    last = llama.rms_norm(x[:, -1], model.norm[...], spec.norm_eps)
-    head = model.lm_head(dtype)
+    x = transformer.embed_tokens(params, tokens, dtype)
+    rope = compute_rope(spec, positions)
+    state = CacheState(*cache, 0)
+    x, state, _ = transformer.run_layers(spec, params["blocks"], x, rope, attend_layer, state)
+    last = rms_norm(x[:, -1], params["norm"], spec.norm_eps)
+    head = transformer.lm_head(spec, params, dtype)
     logits = jnp.einsum("bd,dv->bv", last, head, preferred_element_type=jnp.float32)
-    return logits, cache
+    return logits, (state.keys, state.values)
 
 
 def sample_token(sampling: Sampling, state: DecodeState, key: Array, streams: Array) -> Array:

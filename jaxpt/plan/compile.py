@@ -122,8 +122,8 @@ def main(request_path: str, response_path: str) -> None:
 def analyze_step_in_process(request: AnalysisRequest) -> StepAnalysis:
     """Return the analysis of a step for devices that this process alone sees."""
     from jaxpt import sharding
-    from jaxpt.model import attention
-    from jaxpt.train import state
+    from jaxpt.model.kernels import select
+    from jaxpt.train import state, step
 
     start = time.monotonic()
     spec = request.spec
@@ -138,7 +138,7 @@ def analyze_step_in_process(request: AnalysisRequest) -> StepAnalysis:
     )
     backend = hardware.predict_attention_backend(settings, target)
     if not missing:
-        backend, _ = attention.choose_backend(spec, settings, mesh)
+        backend, _ = select.choose_backend(spec, step.make_attention_request(settings), mesh)
 
     # A kernel's matmuls cannot be seen; xla's query blocks compute the same. Stand-in devices can
     # trace nothing else.

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpt.model import llama, loss
+from jaxpt.model import loss, transformer
+from jaxpt.model.param import ONES
 from jaxpt.sharding import make_batch_sharding, make_replicated_sharding
 from jaxpt.spec import Batch, ModelSpec
 
@@ -135,8 +136,8 @@ def describe_weight_fault(spec: ModelSpec, params: Params, batch: Batch) -> str 
 def find_reset_norms(spec: ModelSpec, params: Params) -> dict[str, bool]:
     """Return, per kind of norm, whether all its scales are exactly 1, as before any training."""
     scales = {"the final norm": params["norm"]}
-    for name, param in llama.param_specs(spec)["blocks"].items():
-        if param.ones:
+    for name, param in transformer.param_specs(spec)["blocks"].items():
+        if param.init == ONES:
             scales[f"{name} of all layers"] = params["blocks"][name]
     return {name: bool(jnp.all(scale == 1)) for name, scale in scales.items()}
 
@@ -168,14 +169,14 @@ def make_theta_step(
 
     def step(params: Params, batch: Batch, theta: jax.Array) -> jax.Array:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            model = llama.bind_params(spec, params)
-            model.spec = spec.replace(rope_theta=theta)
-            hidden = model(batch.tokens, batch.segment_ids, batch.positions, compute_dtype)
-            head = model.lm_head(compute_dtype)
+            inputs = batch.tokens, batch.segment_ids, batch.positions
+            with_theta = spec.replace(rope_theta=theta)
+            hidden, _ = transformer.forward(with_theta, params, *inputs, compute_dtype)
+            head = transformer.lm_head(spec, params, compute_dtype)
             _, loss_sum = loss.cross_entropy(hidden, head, batch.targets, batch.loss_mask)
             return loss_sum / jnp.sum(batch.loss_mask)
 
     replicated = make_replicated_sharding(mesh)
-    params_sharding = llama.make_param_shardings(spec, mesh)
+    params_sharding = transformer.make_param_shardings(spec, mesh)
     in_shardings = (params_sharding, make_batch_sharding(mesh), replicated)
     return jax.jit(step, in_shardings=in_shardings, out_shardings=replicated)

@@ -16,7 +16,7 @@ import numpy as np
 from jaxpt.config import Config
 from jaxpt.data import loader
 from jaxpt.evaluate import likelihood, reference
-from jaxpt.model import llama
+from jaxpt.model import transformer
 from jaxpt.sharding import make_batch_sharding, make_replicated_sharding, n_shards
 from jaxpt.spec import Batch, ModelSpec, UserError
 from jaxpt.stage import fingerprint
@@ -329,7 +329,7 @@ def check_import_against_transformers(
     tokens = choose_test_tokens(spec, heldout)
     # weights; both logits and room to make them
     logits_bytes = 12 * tokens.size * spec.vocab_size
-    needed = 4 * llama.count_params(spec) + logits_bytes
+    needed = 4 * transformer.count_params(spec) + logits_bytes
     free = measure_free_memory()
     if needed > free:
         raise UserError(
@@ -360,12 +360,10 @@ def compute_logits(
     """Return float32 logits [B, T, V] of token ids [B, T], one document per sequence."""
 
     def forward(params: Params, tokens: jax.Array) -> jax.Array:
-        model = llama.bind_params(spec, params)
         segment_ids = jnp.ones_like(tokens)
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
         positions = jnp.broadcast_to(positions, tokens.shape)
-        hidden = model(tokens, segment_ids, positions)
-        return hidden @ model.lm_head()
+        return transformer.compute_logits(spec, params, tokens, segment_ids, positions)
 
     jitted = jax.jit(forward, out_shardings=make_replicated_sharding(mesh))
     # a GPU or TPU would otherwise multiply float32 in fewer bits

@@ -21,7 +21,8 @@ from jaxpt.config import Config, MixtureConfig
 from jaxpt.data import loader
 from jaxpt.data.mixture import MixturePhase, MixtureSchedule
 from jaxpt.data.storage import open_storage
-from jaxpt.model import attention, loss
+from jaxpt.model import loss
+from jaxpt.model.kernels import select
 from jaxpt.spec import Manifest, ModelSpec, UserError
 from jaxpt.train import begin, distributed, forgetting, gate, state, step, verify
 from jaxpt.train.metrics import DeviceCost, MetricsLogger, read_metrics
@@ -729,7 +730,7 @@ def check_consecutive_skips(n_skips: int, config: Config, step: int, documents: 
 def log_fast_paths(spec: ModelSpec, config: Config, mesh: jax.sharding.Mesh) -> None:
     """Log which implementation the step takes where there are several, and why."""
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    backend, reason = attention.choose_backend(spec, config, mesh)
+    backend, reason = select.choose_backend(spec, step.make_attention_request(config), mesh)
     log.info(f"attention: {backend}, {reason}")
     dtype, note = config.train.compute_dtype, ""
     if dtype == "bfloat16" and on_cpu:

@@ -16,7 +16,7 @@ import jax
 from tqdm import tqdm
 
 from jaxpt.config import Config
-from jaxpt.model import llama
+from jaxpt.model import transformer
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.stage import fingerprint, write_atomic
 from jaxpt.train.records import (
@@ -192,7 +192,7 @@ class MetricsLogger:
     def log_growth(self, step: int, operator: str, spec: ModelSpec, cost: DeviceCost) -> None:
         """Write that the model was grown."""
         self.cost = cost
-        n_params = llama.count_params(spec)
+        n_params = transformer.count_params(spec)
         self.write_record(GrowthEvent(step, operator, spec.n_layers, n_params))
         self.restart_timer(step)
 

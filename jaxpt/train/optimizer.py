@@ -15,8 +15,8 @@ import optax
 from optax.contrib import MuonDimensionNumbers, MuonState
 
 from jaxpt.config import OptimConfig
-from jaxpt.model import llama
-from jaxpt.model.llama import ParamSpec
+from jaxpt.model import transformer
+from jaxpt.model.param import ParamSpec, is_param_spec
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.train.records import AxisRanges, NewParamsRecord
 from jaxpt.weights import growth
@@ -280,8 +280,8 @@ def rewarm_new_params(
 
 def map_param_specs(function: Callable, spec: ModelSpec, *trees: Params) -> Params:
     """Return function(path, ParamSpec, leaves...) for every weight."""
-    specs = llama.param_specs(spec)
-    return jax.tree_util.tree_map_with_path(function, specs, *trees, is_leaf=llama.is_param_spec)
+    specs = transformer.param_specs(spec)
+    return jax.tree_util.tree_map_with_path(function, specs, *trees, is_leaf=is_param_spec)
 
 
 def decay_mask(params: Params) -> Params:
@@ -308,7 +308,7 @@ def lr_multiplier_tree(optim: OptimConfig, spec: ModelSpec, new_params: NewParam
     if not optim.lr_multipliers:
         return None
     paths = jax.tree_util.tree_leaves_with_path(
-        llama.param_specs(spec), is_leaf=llama.is_param_spec
+        transformer.param_specs(spec), is_leaf=is_param_spec
     )
     names = {path[-1].key for path, _ in paths}
     has_new = any(flags.any() for flags in new_params.new.values())

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxpt.config import Config
-from jaxpt.model import llama
+from jaxpt.model import transformer
 from jaxpt.sharding import make_replicated_sharding
 from jaxpt.spec import ModelSpec
 from jaxpt.train import optimizer
@@ -40,7 +40,7 @@ class TrainState(NamedTuple):
 
     Attributes:
         step: int32 scalar, updates done or skipped.
-        params: nested dict of weights, see model/llama.py.
+        params: nested dict of weights, see model/transformer.py.
         opt_state: the optax chain's state.
         skip_state: SkipState.
     """
@@ -54,7 +54,7 @@ class TrainState(NamedTuple):
 def make_abstract_state(spec: ModelSpec, settings: Config, mesh: Mesh) -> TrainState:
     """Return the state as ShapeDtypeStructs with shardings. A moment is sharded as its weight."""
     dtype = jnp.dtype(settings.initialize.param_dtype)
-    params = llama.make_abstract_params(spec, mesh, dtype)
+    params = transformer.make_abstract_params(spec, mesh, dtype)
     replicated = make_replicated_sharding(mesh)
     shardings = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):

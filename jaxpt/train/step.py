@@ -14,7 +14,9 @@ import optax
 from jax.sharding import Mesh
 
 from jaxpt.config import Config
-from jaxpt.model import attention, llama, loss
+from jaxpt.model import loss, transformer
+from jaxpt.model.kernels import select
+from jaxpt.model.kernels.select import AttentionRequest
 from jaxpt.sharding import (
     make_batch_sharding,
     make_replicated_sharding,
@@ -141,15 +143,21 @@ def make_gradient_function(
             "Use dots, minimal or full."
         )
     chunk_tokens *= n_shards(mesh, "batch") * n_shards(mesh, "position")
-    backend, _ = attention.choose_backend(spec, settings, mesh)
+    backend, _ = select.choose_backend(spec, make_attention_request(settings), mesh)
 
     def sum_losses(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        model = llama.bind_params(spec, params)
         inputs = batch.tokens, batch.segment_ids, batch.positions
-        hidden = model(*inputs, dtype, train.remat, unroll, backend)
-        head = model.lm_head(dtype)
+        hidden, losses = transformer.forward(
+            spec, params, *inputs, dtype, train.remat, unroll, backend
+        )
+        head = transformer.lm_head(spec, params, dtype)
         targets = batch.targets, batch.loss_mask
-        return loss.cross_entropy(hidden, head, *targets, train.z_loss_weight, chunk_tokens)
+        objective, loss_sum = loss.cross_entropy(
+            hidden, head, *targets, train.z_loss_weight, chunk_tokens
+        )
+        if losses:
+            objective += jnp.sum(batch.loss_mask) * sum(losses.values())
+        return objective, loss_sum
 
     differentiate = jax.value_and_grad(sum_losses, has_aux=True)
 
@@ -171,6 +179,15 @@ def make_gradient_function(
     if train.grad_accum_steps == 1:
         return sum_gradients
     return accumulate_gradients
+
+
+def make_attention_request(settings: Config) -> AttentionRequest:
+    """Return what a run asks of attention."""
+    train = settings.train
+    micro_batch_size = train.batch_size // train.grad_accum_steps
+    return AttentionRequest(
+        train.attention, train.compute_dtype, micro_batch_size, settings.pack.seq_len
+    )
 
 
 def is_spike(state: TrainState, grad_norm: jax.Array, spike_factor: float) -> Any:

@@ -17,7 +17,7 @@ import numpy as np
 from jaxpt.config import Config, build_config
 from jaxpt.data import loader, tokenizer
 from jaxpt.data.mixture import MixtureSchedule
-from jaxpt.model import llama
+from jaxpt.model import transformer
 from jaxpt.sharding import make_batch_sharding, make_mesh, n_shards
 from jaxpt.spec import Batch, ModelSpec, UserError
 from jaxpt.stage import local_path, run_stage, write_json_atomic
@@ -116,7 +116,7 @@ def verify_growth(
         at_step=at_step,
         layer_map=tuple(layer_map),
         new_layers=tuple(map(int, new_layers)),
-        n_params={name: llama.count_params(model.spec) for name, model in models.items()},
+        n_params={name: transformer.count_params(model.spec) for name, model in models.items()},
         flops_per_token=flops if all(flops.values()) else None,
         spec={name: model.spec for name, model in models.items()},
         heldout_loss=losses,
@@ -345,7 +345,7 @@ def initialize_run(
             write_growth(report, run)
         save_initial_model(run, init)
         model = init.model
-        return {"n_params": llama.count_params(model.spec), "tokenizer": model.tokenizer}
+        return {"n_params": transformer.count_params(model.spec), "tokenizer": model.tokenizer}
 
     inputs = {"initialize": initialize.resolve_source(source)} if source else {}
     inputs |= {f"packed {path}": path for path in packed}

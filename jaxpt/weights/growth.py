@@ -13,7 +13,6 @@ import ast
 import difflib
 import inspect
 import pathlib
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,8 +22,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxpt.data import tokenizer
-from jaxpt.model import llama
-from jaxpt.model.llama import ParamSpec
+from jaxpt.model import transformer
+from jaxpt.model.param import ParamSpec, map_param_specs, param_key, subtree_like
 from jaxpt.sharding import with_logical_constraint
 from jaxpt.spec import Batch, ModelSpec, UserError
 from jaxpt.weights import measure, predict, vocabulary
@@ -34,7 +33,7 @@ from jaxpt.weights.records_growth import Measured
 AxisSources = dict[str, np.ndarray]  # logical axis -> the parent's index of each of the child's
 AxisScales = dict[str, np.ndarray]  # logical axis -> factor of each of the child's indices
 AxisFlags = dict[str, np.ndarray]  # logical axis -> True where the child's index is new
-Path = tuple[Any, ...]
+Path = tuple[str, ...]
 
 NO_SOURCE = -1  # in AxisSources: randomly initialized, or predicted
 
@@ -255,7 +254,9 @@ def predict_layers(parent: Parent, m: int) -> Growth:
 def make_depth_growth(parent: Parent, layer_map: list[int]) -> Growth:
     """Return the growth that takes these layers of the parent."""
     n_layers = parent.spec.n_layers
-    child = parent.spec.replace(n_layers=len(layer_map))
+    child = parent.spec.take_layers(
+        [None if source == NO_SOURCE else source for source in layer_map]
+    )
     is_same = layer_map == [*range(n_layers)]
     sources = {"layers": np.asarray(layer_map)}
     return Growth(parent.spec, child, sources, preserves_function=is_same)
@@ -563,22 +564,21 @@ def compile_growth(growth: Growth, mesh: Mesh) -> Any:
         predicted: Params = {}
         gaps = growth.predicted_gaps
         if gaps:
-            predicted = predict.predict_layer_params(params["blocks"], gaps)
+            predicted = predict.predict_layer_params(growth.spec, params["blocks"], gaps)
 
         def grow(path: Path, param: ParamSpec, leaf: jax.Array) -> jax.Array:
-            name = path[-1].key
             mapping = growth.token_mapping
             if mapping and "vocab" in param.axes:
                 axis = param.axes.index("vocab")
                 return vocabulary.average_embeddings(leaf, mapping, axis)
-            if name in predicted:
-                leaf = jnp.concatenate([leaf, predicted[name]])
-            scales = input_scales(growth, name)
-            return LeafGrowth(growth, name, param).grow(leaf, scales)
+            if path[-1] in predicted:
+                leaf = jnp.concatenate([leaf, predicted[path[-1]]])
+            scales = input_scales(growth, path, param)
+            return LeafGrowth(growth, path, param).grow(leaf, scales)
 
-        return map_param_specs(growth.child, grow, params)
+        return map_child_params(growth.child, grow, params)
 
-    shardings = llama.make_param_shardings(growth.child, mesh)
+    shardings = transformer.make_param_shardings(growth.child, mesh)
     return jit_growth(growth, make, mesh, shardings)
 
 
@@ -608,11 +608,10 @@ def grow_moments(growth: Growth, tree: Params, policy: str, power: int, mesh: Me
     def grow(path: Path, param: ParamSpec, leaf: jax.Array) -> jax.Array:
         if policy == "fresh":
             return jnp.zeros(param.shape, leaf.dtype)
-        name = path[-1].key
         scales: AxisScales = {}
         if is_scaled:
-            scales = output_scales(growth, name, param, power)
-        leaf_growth = LeafGrowth(growth, name, param, is_moment=True)
+            scales = output_scales(growth, path, param, power)
+        leaf_growth = LeafGrowth(growth, path, param, is_moment=True)
         grown = leaf_growth.grow(leaf, scales)
         if policy != "reset_new":
             return grown
@@ -623,17 +622,15 @@ def grow_moments(growth: Growth, tree: Params, policy: str, power: int, mesh: Me
         return grown * is_kept.astype(leaf.dtype)
 
     def make(tree: Params) -> Params:
-        return map_param_specs(growth.child, grow, tree)
+        return map_child_params(growth.child, grow, tree)
 
-    shardings = llama.make_param_shardings(growth.child, mesh)
+    shardings = transformer.make_param_shardings(growth.child, mesh)
     shardings = subtree_like(tree, shardings)
     return jit_growth(growth, make, mesh, shardings)(tree)
 
 
 def jit_growth(growth: Growth, make: Callable, mesh: Mesh, shardings: Params) -> Any:
     """Return `make` jitted onto the child's shardings."""
-    # traced before a mesh is in force, which its eager initializers would ask for
-    llama.make_abstract_model(growth.child)
 
     def make_on_mesh(tree: Params) -> Params:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -642,49 +639,35 @@ def jit_growth(growth: Growth, make: Callable, mesh: Mesh, shardings: Params) ->
     return jax.jit(make_on_mesh, out_shardings=shardings)
 
 
-def map_param_specs(child: ModelSpec, function: Callable, tree: Params) -> Params:
-    """Return function(path, ParamSpec, leaf) for every weight that the tree has."""
-    specs = subtree_like(tree, llama.param_specs(child))
-    return jax.tree_util.tree_map_with_path(function, specs, tree, is_leaf=llama.is_param_spec)
+def map_child_params(child: ModelSpec, function: Callable, tree: Params) -> Params:
+    """Return function(path, ParamSpec, leaf) for every parameter that the tree has."""
+    specs = subtree_like(tree, transformer.param_specs(child))
+    return map_param_specs(function, specs, tree)
 
 
-def subtree_like(tree: Params, whole: Params) -> Params:
-    """Return the part of a nested dict over all weights that `tree` has too."""
-    part = {}
-    for name, inner in tree.items():
-        part[name] = whole[name]
-        if isinstance(inner, dict):
-            part[name] = subtree_like(inner, whole[name])
-    return part
+def input_axis(growth: Growth, path: Path, param: ParamSpec) -> str | None:
+    """Return the logical axis that a parameter sums over.
 
-
-# The axis that a weight sums over. Copies along it are divided by their number; along the other
-# axes a weight is copied as it is.
-QKV_AND_MLP_INPUTS = dict.fromkeys(("q", "k", "v", "gate", "up"), "embed")
-INPUT_AXES = {**QKV_AND_MLP_INPUTS, "unembed": "embed", "o": "heads", "down": "mlp"}
-OUTPUT_PARAMS = frozenset({"o", "down", "o_bias", "down_bias"})  # what writes into the residual
-
-
-def input_axis(growth: Growth, name: str) -> str | None:
-    """Return the logical axis that a weight sums over."""
+    Copies along it are divided by their number; along the others they are copied as they are.
+    """
     # the final norm is scaled for a tied head: the embedding has to stay whole as an input
-    if name == "norm" and growth.spec.tie_embeddings:
+    if path == ("norm",) and growth.spec.tie_embeddings:
         return "embed"
-    return INPUT_AXES.get(name)
+    return param.axes[param.in_dims[0]] if param.in_dims else None
 
 
-def input_scales(growth: Growth, name: str) -> AxisScales:
+def input_scales(growth: Growth, path: Path, param: ParamSpec) -> AxisScales:
     """Return the factors that keep sums over copied inputs."""
-    axis = input_axis(growth, name)
+    axis = input_axis(growth, path, param)
     if not growth.divide_copies or axis not in growth.sources:
         return {}
     n_copies = count_copies(growth.sources[axis])
     return {axis: 1 / n_copies}
 
 
-def output_scales(growth: Growth, name: str, param: ParamSpec, power: int) -> AxisScales:
+def output_scales(growth: Growth, path: Path, param: ParamSpec, power: int) -> AxisScales:
     """Return the factors of a gradient along copied outputs."""
-    excluded = {"layers", "vocab", input_axis(growth, name)}
+    excluded = {"layers", "vocab", input_axis(growth, path, param)}
     scales = {}
     for axis in map(source_axis, param.axes):
         if axis in growth.sources and axis not in excluded:
@@ -709,19 +692,19 @@ class LeafGrowth:
 
     Args:
         growth: what becomes of the model.
-        name: of the weight.
+        path: of the weight, ("blocks", "q").
         param: the child's.
         is_moment: what has no source is 0; else it is randomly initialized, noise is added and
             output layers are zeroed.
     """
 
-    def __init__(self, growth: Growth, name: str, param: ParamSpec, is_moment: bool = False):
+    def __init__(self, growth: Growth, path: Path, param: ParamSpec, is_moment: bool = False):
         """Plan the gathers."""
         self.growth = growth
-        self.name = name
+        self.path = path
         self.param = param
         self.is_moment = is_moment
-        self.is_stacked = param.axes[0] == "layers"
+        self.is_stacked = param.is_layered
         self.axes = param.axes
         self.n_layers = 1
         if self.is_stacked:
@@ -742,13 +725,11 @@ class LeafGrowth:
                 self.wide_axes.append((i, axis))
         self.is_new = new_param_mask(param, find_new_params(growth))
         has_new = self.is_new is not None or growth.divide_copies
-        takes_noise = growth.noise_std > 0 and param.std > 0
+        takes_noise = growth.noise_std > 0 and param.init.std > 0
         self.has_noise = not is_moment and takes_noise and has_new
-        has_zeros = bool(growth.zero_output_layers) and name in OUTPUT_PARAMS
+        has_zeros = bool(growth.zero_output_layers) and param.writes_residual
         self.zeroes_output = not is_moment and has_zeros
-        key = jax.random.key(growth.seed)
-        name_seed = zlib.crc32(name.encode())
-        self.key = jax.random.fold_in(key, name_seed)
+        self.key = param_key(growth.seed, path)
 
     def grow(self, leaf: jax.Array, scales: AxisScales) -> jax.Array:
         """Return the child's weight. Layers are made one at a time."""
@@ -811,15 +792,12 @@ class LeafGrowth:
         """Return what stands where there is no source: initial values, 0 for a moment."""
         if self.is_moment:
             return jnp.zeros_like(like)
-        if self.param.ones:
-            return jnp.ones(like.shape, like.dtype)
-        values = jax.random.normal(key, like.shape) * self.param.std
-        return values.astype(like.dtype)
+        return self.param.init.draw(key, like.shape, like.dtype)
 
     def make_noise(self, key: jax.Array, shape: tuple[int, ...], layer: Any) -> jax.Array:
         """Return noise on what is new, or noise that cancels over copies."""
         growth = self.growth
-        std = growth.noise_std * self.param.std
+        std = growth.noise_std * self.param.init.std
         noise = std * jax.random.normal(key, shape)
         if growth.divide_copies:
             return self.cancel_noise(noise)
@@ -836,7 +814,7 @@ class LeafGrowth:
         It tells the copies apart and keeps the function. Each copy takes its own draw less the
         next copy's; only gathers, so that every mesh gives the same bits.
         """
-        axis = input_axis(self.growth, self.name)
+        axis = input_axis(self.growth, self.path, self.param)
         dims = [i for i, wide_axis in self.wide_axes if wide_axis == axis]
         if axis is None or not dims:
             return jnp.zeros_like(noise)

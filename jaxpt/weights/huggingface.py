@@ -25,7 +25,8 @@ import ml_dtypes
 import numpy as np
 
 from jaxpt import stage
-from jaxpt.model import llama
+from jaxpt.model import transformer
+from jaxpt.model.param import ParamSpec, is_param_spec
 from jaxpt.sharding import make_logical_sharding, make_replicated_sharding
 from jaxpt.spec import ModelSpec, RopeScaling, UserError
 from jaxpt.weights.hub import TOKENIZER_FILES
@@ -194,9 +195,9 @@ def copy_tokenizer(source: pathlib.Path, directory: pathlib.Path) -> None:
 
 def list_tensor_rules(
     spec: ModelSpec,
-) -> Iterator[tuple[TensorRule, llama.ParamSpec, tuple[str, ...]]]:
+) -> Iterator[tuple[TensorRule, ParamSpec, tuple[str, ...]]]:
     """Yield (rule, our ParamSpec, our path) for every parameter of a spec."""
-    params = llama.param_specs(spec)
+    params = transformer.param_specs(spec)
     n_found = 0
     for rule in TENSOR_RULES:
         path = tuple(rule.path.split("/"))
@@ -206,8 +207,8 @@ def list_tensor_rules(
         if param:
             n_found += 1
             yield rule, param, path
-    n_params = len(jax.tree.leaves(params, is_leaf=llama.is_param_spec))
-    assert n_found == n_params, "a parameter of model/llama.py has no rule in huggingface.py"
+    n_params = len(jax.tree.leaves(params, is_leaf=is_param_spec))
+    assert n_found == n_params, "a parameter of model/transformer.py has no rule in huggingface.py"
 
 
 class HfTensor(NamedTuple):
@@ -305,7 +306,7 @@ def tensors_equal(a: StoredTensor, b: StoredTensor | None) -> bool:
 def read_param(
     stored: dict[str, StoredTensor],
     rule: TensorRule,
-    param: llama.ParamSpec,
+    param: ParamSpec,
     mesh: jax.sharding.Mesh,
     dtype: np.dtype,
     stack: jax.Array | None,

@@ -18,7 +18,7 @@ import jax
 
 from jaxpt.config import Config
 from jaxpt.data import tokenizer
-from jaxpt.model import llama
+from jaxpt.model import transformer
 from jaxpt.spec import Batch, Manifest, ModelSpec, UserError
 from jaxpt.weights import checkpoint, growth, hub, huggingface, vocabulary
 
@@ -78,7 +78,7 @@ def load_model(
         return load_hf_source(source, mesh, dtype)
     spec = ModelSpec.load(step_dir / "spec.json")
     np_dtype = huggingface.dtype_of_name(dtype)
-    abstract = llama.make_abstract_params(spec, mesh, np_dtype)
+    abstract = transformer.make_abstract_params(spec, mesh, np_dtype)
     params = checkpoint.restore_tree(step_dir, checkpoint.PARAMS, abstract)
     manifest = Manifest.load(step_dir)
     tokenizer_dir = step_dir.parent.parent / "tokenizer"
@@ -141,7 +141,7 @@ def init_model(
     if section.source == "random":
         spec = make_random_spec(settings, vocab_size)
         dtype = huggingface.dtype_of_name(section.param_dtype)
-        params = llama.init_params(spec, section.seed, mesh, dtype)
+        params = transformer.init_params(spec, section.seed, mesh, dtype)
         model = LoadedModel(spec, params, None, None, None, None, {})
         log.info(f"initialized from scratch (seed {section.seed})")
     else:
@@ -193,6 +193,6 @@ def describe_model(spec: ModelSpec) -> str:
     """Return a line with parameter count and sizes."""
     tied = ", tied" if spec.tie_embeddings else ""
     return (
-        f"{llama.count_params(spec):,} parameters, {spec.n_layers} layers, D {spec.d_model}, "
+        f"{transformer.count_params(spec):,} parameters, {spec.n_layers} layers, D {spec.d_model}, "
         f"F {spec.d_ff}, {spec.n_heads}/{spec.n_kv_heads} heads, V {spec.vocab_size:,}{tied}"
     )

@@ -10,16 +10,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
-from jaxpt.model import llama
-from jaxpt.model.attention import attend
+from jaxpt.model import transformer
+from jaxpt.model.kernels.select import attend
+from jaxpt.model.rope import compute_rope
+from jaxpt.model.transformer import Observe
 from jaxpt.sharding import make_batch_sharding, make_replicated_sharding, with_logical_constraint
 from jaxpt.spec import Batch, ModelSpec, UserError
 from jaxpt.weights.records_growth import CopySimilarity
 
-Params = dict[str, Any]  # nested dict of arrays, see model/llama.py
+Params = dict[str, Any]  # nested dict of arrays, see model/transformer.py
 Sums = dict[str, jax.Array]  # of one batch
 RESIDUAL_AXES = ("batch", "position", "act_embed")
 
@@ -42,7 +43,7 @@ def measure_layers(spec: ModelSpec, params: Params, batches: Iterable[Batch]) ->
 
     Args:
         spec: the architecture.
-        params: as in model/llama.py.
+        params: as in model/transformer.py.
         batches: on the mesh of params.
 
     Raises:
@@ -65,7 +66,7 @@ def measure_copy_similarity(
 
     Args:
         spec: the architecture.
-        params: as in model/llama.py.
+        params: as in model/transformer.py.
         layer_map: the source of each layer; None: it has none.
         batches: on the mesh of params.
 
@@ -168,15 +169,14 @@ def select_heads(
 def sum_layer_statistics(spec: ModelSpec, params: Params, batch: Batch) -> Sums:
     """Return the sums behind LayerStatistics."""
 
-    def visit(block, x, rope, attend, carry):
-        y = block(x, rope, attend)
-        mean_square = jnp.mean(y * y, axis=-1)
-        cosine = cosine_similarity(x, y)
+    def observe(before, after, inner, state):
+        mean_square = jnp.mean(after * after, axis=-1)
+        cosine = cosine_similarity(before, after)
         sums = {"squares": sum_over_tokens(batch, mean_square)}
         sums["cosine"] = sum_over_tokens(batch, cosine)
-        return y, carry, sums
+        return state, sums
 
-    _, sums = visit_layers(spec, params, batch, visit)
+    _, sums = observe_layers(spec, params, batch, observe)
     return sums
 
 
@@ -187,95 +187,74 @@ def sum_copy_similarity(
 
     Args:
         spec: the architecture.
-        params: as in model/llama.py.
+        params: as in model/transformer.py.
         batch: the tokens.
         slots: for each layer the slot that keeps the output of its source's last copy; the highest
             one is for layers without copies. A whole stack of outputs would be as large as
             training's.
     """
 
-    def visit(block, x, rope, attend, carry):
-        outputs, layer = carry
-        y = block(x, rope, attend)
-        output = y - x
+    def observe(before, after, inner, state):
+        outputs, layer = state
+        output = after - before
         slot = jnp.asarray(slots)[layer]
         cosine = cosine_similarity(output, outputs[slot])
         sums = {"cosine": sum_over_tokens(batch, cosine)}
         outputs = outputs.at[slot].set(output)
         outputs = with_logical_constraint(outputs, None, *RESIDUAL_AXES)
-        return y, (outputs, layer + 1), sums
+        return (outputs, layer + 1), sums
 
     n_slots = max(slots) + 1
     empty = jnp.zeros((n_slots, *batch.tokens.shape, spec.d_model))
     empty = with_logical_constraint(empty, None, *RESIDUAL_AXES)
-    carry = (empty, jnp.int32(0))
-    _, sums = visit_layers(spec, params, batch, visit, carry)
+    state = (empty, jnp.int32(0))
+    _, sums = observe_layers(spec, params, batch, observe, state)
     return sums
 
 
 def sum_importance(spec: ModelSpec, params: Params, batch: Batch) -> Sums:
     """Return the sums behind Importance."""
 
-    def visit(block, x, rope, attend, carry):
-        attended = []
-
-        def attend_and_keep(q, k, v):
-            attended.append(attend(q, k, v))
-            return attended[-1]
-
-        attention_input = llama.rms_norm(x, block.attn_norm[...], block.eps)
-        x = x + block.attention(attention_input, rope, attend_and_keep)
-        mlp_input = llama.rms_norm(x, block.mlp_norm[...], block.eps)
-        head_norms = jnp.linalg.norm(attended[-1], axis=-1)
-        activations = block.compute_mlp_activations(mlp_input)
-        channels = jnp.abs(attention_input) + jnp.abs(mlp_input)
+    def observe(before, after, inner, state):
+        head_norms = jnp.linalg.norm(inner.heads, axis=-1)
+        channels = jnp.abs(inner.attention_input) + jnp.abs(inner.mlp_input)
         sums = {"heads": sum_over_tokens(batch, head_norms)}
-        sums["mlp"] = sum_over_tokens(batch, jnp.abs(activations))
+        sums["mlp"] = sum_over_tokens(batch, jnp.abs(inner.activations))
         sums["embed"] = sum_over_tokens(batch, channels)
-        return x + block.mlp(mlp_input), carry, sums
+        return state, sums
 
-    x, sums = visit_layers(spec, params, batch, visit)
-    normed = llama.rms_norm(x, params["norm"], spec.norm_eps)
+    x, sums = observe_layers(spec, params, batch, observe)
+    normed = transformer.final_norm(spec, params, x)
     final = sum_over_tokens(batch, jnp.abs(normed))
     sums["embed"] = jnp.sum(sums["embed"], axis=0) + final
     return sums
 
 
-def visit_layers(
-    spec: ModelSpec, params: Params, batch: Batch, visit: Callable, carry: Any = None
+def observe_layers(
+    spec: ModelSpec, params: Params, batch: Batch, observe: Observe, state: Any = ()
 ) -> tuple[jax.Array, Sums]:
-    """Run a batch through the layers, as Llama.__call__ does.
+    """Run a batch through the layers in float32.
 
     Args:
         spec: the architecture.
-        params: as in model/llama.py.
+        params: as in model/transformer.py.
         batch: the tokens.
-        visit: (block, x, rope, attend, carry) -> (the block's output, carry, sums).
-        carry: the first layer's carry.
+        observe: called after each layer; the batch's segments are in `attend` already.
+        state: of the first layer.
 
     Returns:
-        The residual stream after the last layer, float32 [B, T, D], and the sums, [L, ...].
+        The residual stream after the last layer, [B, T, D], and the sums, [L, ...].
     """
-    model = llama.bind_params(spec, params)
-    # gathered along its width first, as in Llama.__call__
-    table = with_logical_constraint(model.embed[...], "vocab", None)
-    x = table[batch.tokens].astype(jnp.float32)
-    x = with_logical_constraint(x, *RESIDUAL_AXES)
-    rope = llama.compute_rope(spec, batch.positions)
-    blocks, stacked = nnx.split(model.blocks)
-    attend_within = functools.partial(
-        attend, segment_ids=batch.segment_ids, window=spec.sliding_window
+
+    def attend_within(q, k, v, window, state):
+        return attend(q, k, v, batch.segment_ids, window), state
+
+    x = transformer.embed_tokens(params, batch.tokens, jnp.float32)
+    rope = compute_rope(spec, batch.positions)
+    x, _, sums = transformer.run_layers(
+        spec, params["blocks"], x, rope, attend_within, state, observe=observe
     )
-
-    def run_layer(state: Any, layer: Any) -> tuple[Any, Sums]:
-        x, carry = state
-        block = nnx.merge(blocks, layer)
-        x, carry, sums = visit(block, x, rope, attend_within, carry)
-        x = with_logical_constraint(x, *RESIDUAL_AXES)
-        return (x, carry), sums
-
-    state, sums = jax.lax.scan(run_layer, (x, carry), stacked)
-    return state[0], sums
+    return x, sums
 
 
 def sum_over_tokens(batch: Batch, x: jax.Array) -> jax.Array:
@@ -329,7 +308,7 @@ def jit_sums(spec: ModelSpec, mesh: Mesh, sums: Callable, *extra: Any) -> Any:
             found = sums(spec, params, batch, *extra)
         return {**found, "tokens": n_tokens}
 
-    param_shardings = llama.make_param_shardings(spec, mesh)
+    param_shardings = transformer.make_param_shardings(spec, mesh)
     inputs = (param_shardings, make_batch_sharding(mesh))
     replicated = make_replicated_sharding(mesh)
     return jax.jit(step, in_shardings=inputs, out_shardings=replicated)

@@ -15,17 +15,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpt.spec import UserError
+from jaxpt.model import transformer
+from jaxpt.model.param import ParamSpec
+from jaxpt.spec import ModelSpec, UserError
 from jaxpt.weights.measure import Params
 
 # Times the energy of both neighbors. Where all layers are alike each neighbor gives 1/2 at any
 # strength; where they have nothing in common, as in every small model measured, each gives 1/3 at
 # this one. Weaker ones leave layers of nearly nothing.
 RIDGE_LAMBDA = 1.0
-WRITING_PARAMS = ("o", "down")  # the residual stream is their last axis, the others' first
 
 
-def predict_layer_params(blocks: Params, gaps: Sequence[int]) -> Params:
+def predict_layer_params(spec: ModelSpec, blocks: Params, gaps: Sequence[int]) -> Params:
     """Return new layers to insert between layers i and i + 1, for each i of `gaps`.
 
     A matrix is written in the directions of the residual stream that all layers' matrices of its
@@ -34,6 +35,7 @@ def predict_layer_params(blocks: Params, gaps: Sequence[int]) -> Params:
     applied to layers i and i + 1. Norms and biases are the neighbors' mean.
 
     Args:
+        spec: the architecture.
         blocks: name -> [L, ...]. Works traced and not.
         gaps: layers with a new one after them.
 
@@ -43,31 +45,31 @@ def predict_layer_params(blocks: Params, gaps: Sequence[int]) -> Params:
     Raises:
         UserError: fewer than 3 layers.
     """
-    n_layers = len(blocks["q"])
+    n_layers = spec.n_layers
     if n_layers < 3:
         raise UserError(
             f"predict_layers: expected a model of at least 3 layers, got {n_layers}: "
             "it learns from layers between two others."
         )
     indices = jnp.asarray(gaps)
+    params = transformer.param_specs(spec)["blocks"]
     predicted = {}
     with jax.default_matmul_precision("float32"):
         for name, leaf in blocks.items():
-            predicted[name] = predict_between(name, leaf, indices)
+            predicted[name] = predict_between(params[name], leaf, indices)
     return predicted
 
 
-def predict_between(name: str, leaf: jax.Array, gaps: jax.Array) -> jax.Array:
+def predict_between(param: ParamSpec, leaf: jax.Array, gaps: jax.Array) -> jax.Array:
     """Return one weight's new layers, one at a time: a device gathers no more than one layer."""
-    if name.endswith(("norm", "bias")):
+    if not param.n_in:
         neighbors = jnp.stack([leaf[gaps], leaf[gaps + 1]])
         mean = jnp.mean(neighbors.astype(jnp.float32), axis=0)
         return mean.astype(leaf.dtype)
-    writes = name in WRITING_PARAMS
 
     def matrix(i: Any) -> jax.Array:
         layer = leaf[i].astype(jnp.float32)
-        if writes:
+        if param.writes_residual:  # the residual stream is its last axis, the others' first
             return layer.reshape(-1, layer.shape[-1]).T
         return layer.reshape(len(layer), -1)
 
@@ -77,7 +79,7 @@ def predict_between(name: str, leaf: jax.Array, gaps: jax.Array) -> jax.Array:
         before = coefficients[0] * (basis.T @ matrix(i))
         after = coefficients[1] * (basis.T @ matrix(i + 1))
         new = basis @ (before + after)
-        if writes:
+        if param.writes_residual:
             new = new.T
         new = new.reshape(leaf.shape[1:])
         return new.astype(leaf.dtype)

@@ -1,0 +1,206 @@
+"""Attention by the fastest kernel that supports a run: one signature, several backends.
+
+`xla` runs everywhere, `splash` is JAX's TPU kernel, `cudnn` is NVIDIA's, through JAX. All attend to
+the same keys as the plain formula and give the same numbers (tests/test_attention.py).
+`choose_backend` returns which one a run takes, and why.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxpt.model.kernels.blockwise import blockwise_attend
+from jaxpt.model.kernels.cudnn import cudnn_attend
+from jaxpt.model.kernels.splash import splash_attend
+from jaxpt.sharding import n_shards
+from jaxpt.spec import ModelSpec, UserError
+
+Kernel = Callable[[Array, Array, Array, Array, int | None], Array]
+
+BACKENDS: dict[str, Kernel] = {
+    "xla": blockwise_attend,
+    "splash": splash_attend,
+    "cudnn": cudnn_attend,
+}
+PLATFORM_KERNELS = {"tpu": "splash", "gpu": "cudnn"}
+MAX_RELATIVE_DIFFERENCE = 0.05  # bfloat16 stays below a tenth of it, a leak between documents above
+
+
+class AttentionRequest(NamedTuple):
+    """What a run asks of attention.
+
+    Attributes:
+        backend: one of BACKENDS, or "auto".
+        dtype: of q, k and v.
+        batch_size: sequences per micro-batch, over all devices.
+        seq_len: tokens per sequence.
+    """
+
+    backend: str
+    dtype: str
+    batch_size: int
+    seq_len: int
+
+
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array,
+    window: int | None = None,
+    backend: str = "xla",
+) -> Array:
+    """Return softmax attention of each query to the keys of its document at or before it.
+
+    Args:
+        q: [B, T, N, H], rotated.
+        k: [B, T, K, H], rotated; N is a multiple of K, query head n reads kv head n // (N / K).
+        v: [B, T, K, H].
+        segment_ids: int32 [B, T]; a token attends to its own segment, whose tokens are adjacent.
+        window: positions that a query sees, itself included; None: all.
+        backend: one of BACKENDS, as `choose_backend` returned.
+
+    Returns:
+        [B, T, N, H] in q's dtype; the softmax is float32.
+    """
+    return BACKENDS[backend](q, k, v, segment_ids, window)
+
+
+def choose_backend(
+    spec: ModelSpec, request: AttentionRequest, mesh: jax.sharding.Mesh
+) -> tuple[str, str]:
+    """Return (backend, reason) that train.attention resolves to for a model on a mesh.
+
+    Raises:
+        UserError: a backend requested by name does not support the run.
+    """
+    requested = request.backend
+    device = mesh.devices.flat[0]
+    kernel = PLATFORM_KERNELS.get(device.platform)
+    if requested == "xla":
+        return "xla", "train.attention = xla"
+    if requested not in ("auto", kernel):
+        hardware = "TPU" if requested == "splash" else "NVIDIA GPU"
+        raise UserError(
+            f"train.attention: {requested} runs on {hardware}, but this is {device.device_kind}. "
+            "Use auto."
+        )
+    if kernel is None:
+        return "xla", f"the default on {device.device_kind}"
+    reason = unsupported_reason(kernel, spec, request, mesh)
+    if not reason and device in jax.devices():  # a device that is only compiled for cannot run
+        local = mesh.local_devices[0]
+        reason = check_against_reference(kernel, spec, request.seq_len, request.dtype, local)
+    if not reason:
+        return kernel, f"the kernel for {device.device_kind}"
+    if requested == "auto":
+        return "xla", f"{kernel} does not support this run: {reason}; slower, and more memory"
+    raise UserError(
+        f"train.attention: {requested} does not support this run: {reason}. Use auto or xla, or "
+        "change that."
+    )
+
+
+def unsupported_reason(
+    kernel: str, spec: ModelSpec, request: AttentionRequest, mesh: jax.sharding.Mesh
+) -> str | None:
+    """Return why a kernel does not support a run, with what would help; None if it does."""
+    T, H = request.seq_len, spec.d_head
+    n_context = n_shards(mesh, "position")
+    if n_context > 1:
+        return f"it needs whole sequences, the mesh shards them {n_context} ways (mesh.context = 1)"
+    if T % 128:
+        below = T - T % 128
+        return f"pack.seq_len = {T} is no multiple of 128 ({below or 128} or {below + 128})"
+    if kernel != "cudnn":
+        return None
+    device = mesh.devices.flat[0]
+    kind = device.device_kind
+    if "NVIDIA" not in kind:
+        return f"{kind} is not NVIDIA's"
+    if float(device.compute_capability) < 9:
+        capability = device.compute_capability
+        return f"packed documents need Hopper or newer (9.0), and {kind} is {capability}"
+    if request.dtype != "bfloat16":
+        return f"train.compute_dtype = {request.dtype} (bfloat16)"
+    if H % 8 or H > 128:
+        return f"model.d_head = {H} is no multiple of 8 up to 128"
+    batch = request.batch_size // n_shards(mesh, "batch")
+    width = spec.n_heads * H
+    n_entries = batch * T * width // n_shards(mesh, "heads")
+    if n_entries >= 2**31:
+        return (
+            f"{batch} sequences per device exceed its 32-bit offsets "
+            "(a higher train.grad_accum_steps)"
+        )
+    return None
+
+
+@functools.lru_cache(maxsize=64)
+def check_against_reference(
+    kernel: str, spec: ModelSpec, seq_len: int, dtype: str, device: Any
+) -> str | None:
+    """Return how a kernel's output or gradients differ from xla's; None if they agree.
+
+    Run on two sequences before a run relies on it: the kernels are others', and no test here can
+    run them on their hardware.
+    """
+    kind = device.device_kind
+    inputs = jax.device_put(make_check_inputs(spec, seq_len, dtype), device)
+    try:
+        found = run_forward_and_backward(kernel, spec.sliding_window, inputs)
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        return f"it fails on {kind} ({lines[0][:200]})"
+    reference = run_forward_and_backward("xla", spec.sliding_window, inputs)
+    names = ("output", "gradient of q", "gradient of k", "gradient of v")
+    for name, got, expected in zip(names, found, reference, strict=True):
+        # numpy's max: XLA's on a CPU ignores NaN
+        largest = np.abs(expected).max()
+        difference = np.abs(got - expected).max() / largest
+        if not difference < MAX_RELATIVE_DIFFERENCE:
+            size = f"{difference:.2g} x the largest entry"
+            return f"its {name} on {kind} differs from xla's by {size}"
+    return None
+
+
+def make_check_inputs(spec: ModelSpec, seq_len: int, dtype: str) -> tuple[Array, ...]:
+    """Return random q, k, v, segment ids and output gradient of two sequences."""
+    arrays = []
+    N, K = spec.n_heads, spec.n_kv_heads
+    keys = jax.random.split(jax.random.key(0), 4)
+    for key, n in zip(keys, (N, K, K, N), strict=True):
+        shape = (2, seq_len, n, spec.d_head)
+        arrays.append(jax.random.normal(key, shape, dtype))
+    q, k, v, d_out = arrays
+    # the last segment stands for padding
+    first = [seq_len // 5, seq_len // 2, seq_len - 7]
+    second = [1, seq_len // 3, seq_len]
+    ends = jnp.array([first, second])
+    has_ended = jnp.arange(seq_len) >= ends[..., None]
+    segment_ids = jnp.sum(has_ended, axis=1) + 1
+    return q, k, v, segment_ids.astype(jnp.int32), d_out
+
+
+def run_forward_and_backward(
+    backend: str, window: int | None, inputs: tuple[Array, ...]
+) -> list[np.ndarray]:
+    """Return output and gradients for q, k and v, float32 on the host."""
+
+    @jax.jit
+    def run(q: Array, k: Array, v: Array, ids: Array, d_out: Array) -> tuple[Array, ...]:
+        def forward(q: Array, k: Array, v: Array) -> Array:
+            return attend(q, k, v, ids, window, backend)
+
+        out, pullback = jax.vjp(forward, q, k, v)
+        return out, *pullback(d_out)
+
+    found = jax.device_get(run(*inputs))
+    return [np.asarray(x, np.float32) for x in found]

@@ -1,0 +1,63 @@
+"""The gated MLP (SwiGLU), a layer's feed-forward part.
+
+Another feed-forward part is a module of the same two functions, `params` and `apply`, named by
+ModelSpec.feed_forward.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+from jax import Array
+
+from jaxpt.model.kernels.cpu_matmul import linear
+from jaxpt.model.param import ParamSpec, bias, matrix
+from jaxpt.spec import ModelSpec
+
+LayerParams = dict[str, Array]  # of one layer
+
+
+class FeedForward(NamedTuple):
+    """What a feed-forward part returns.
+
+    Attributes:
+        out: [B, T, D], added to the residual.
+        activations: [B, T, F], before the projection down.
+        losses: auxiliary losses by name, nats per token, weighted; none in a dense model.
+    """
+
+    out: Array
+    activations: Array
+    losses: dict[str, Array]
+
+
+def params(spec: ModelSpec, residual_scale: float) -> dict[str, ParamSpec]:
+    """Return the parameters of one layer's MLP.
+
+    Args:
+        spec: the architecture.
+        residual_scale: of the initial std of what writes into the residual.
+    """
+    D, F = spec.d_model, spec.d_ff
+    std = D**-0.5
+    down_std = F**-0.5 * residual_scale
+    found = {
+        "gate": matrix((D, F), ("embed", "mlp"), std, "mlp.gate_proj"),
+        "up": matrix((D, F), ("embed", "mlp"), std, "mlp.up_proj"),
+        "down": matrix((F, D), ("mlp", "embed"), down_std, "mlp.down_proj", writes_residual=True),
+    }
+    if spec.mlp_bias:
+        found["gate_bias"] = bias((F,), ("mlp",), "mlp.gate_proj")
+        found["up_bias"] = bias((F,), ("mlp",), "mlp.up_proj")
+        found["down_bias"] = bias((D,), ("norm",), "mlp.down_proj", writes_residual=True)
+    return found
+
+
+def apply(spec: ModelSpec, params: LayerParams, x: Array) -> FeedForward:
+    """Return what the MLP adds to the residual."""
+    gate = linear("btd,df->btf", x, params["gate"], params.get("gate_bias"))
+    up = linear("btd,df->btf", x, params["up"], params.get("up_bias"))
+    activations = jax.nn.silu(gate) * up
+    out = linear("btf,fd->btd", activations, params["down"], params.get("down_bias"))
+    return FeedForward(out, activations, {})

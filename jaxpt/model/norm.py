@@ -1,0 +1,16 @@
+"""Root-mean-square norm."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    """Return the root-mean-square norm over the last axis, computed in float32."""
+    y = x.astype(jnp.float32)
+    mean_square = jnp.mean(y * y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(mean_square + eps)
+    y = y * scale.astype(jnp.float32)
+    return y.astype(x.dtype)

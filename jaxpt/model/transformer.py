@@ -1,0 +1,358 @@
+"""The forward pass: embedding, layers, final norm, output head.
+
+Parameters are a nested dict of arrays, described by `param_specs`. A layer's parameters are stacked
+along a leading axis that one scan walks, for training, decoding and measuring alike; growth is a
+`take` along it. The axis letters are those of jaxpt/spec.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+
+from jaxpt.model import attention
+from jaxpt.model.kernels.select import attend
+from jaxpt.model.kernels.sharded import ATTENTION_OUTPUT
+from jaxpt.model.norm import rms_norm
+from jaxpt.model.param import (
+    ParamSpec,
+    ParamSpecs,
+    list_param_specs,
+    map_param_specs,
+    matrix,
+    norm_scale,
+    normal,
+    param_key,
+)
+from jaxpt.model.rope import Rope, compute_rope
+from jaxpt.sharding import make_logical_sharding, with_logical_constraint
+from jaxpt.spec import LayerKind, ModelSpec
+
+Params = dict[str, Any]  # nested dict of arrays: {"embed": ..., "blocks": {"q": ..., ...}, ...}
+
+EMBED_STD = 0.02
+
+
+@functools.lru_cache(maxsize=64)
+def param_specs(spec: ModelSpec) -> ParamSpecs:
+    """Return the description of every parameter, nested like the parameters."""
+    V, D = spec.vocab_size, spec.d_model
+    params: ParamSpecs = {
+        "embed": ParamSpec(
+            (V, D), ("vocab", "embed"), normal(EMBED_STD), "model.embed_tokens.weight"
+        ),
+        "blocks": {
+            name: param.stack(spec.n_layers, "model.layers.{}.")
+            for name, param in layer_params(spec).items()
+        },
+        "norm": norm_scale(D, "model.norm"),
+    }
+    if not spec.tie_embeddings:
+        params["unembed"] = matrix((D, V), ("embed", "vocab"), D**-0.5, "lm_head")
+    return params
+
+
+def layer_params(spec: ModelSpec) -> dict[str, ParamSpec]:
+    """Return the parameters of one layer."""
+    # every layer writes twice into the residual: the sum of 2L writes keeps its size (GPT-2)
+    residual_scale = (2 * max(spec.n_layers, 1)) ** -0.5
+    return {
+        "attn_norm": norm_scale(spec.d_model, "input_layernorm"),
+        **attention.attention_params(spec, residual_scale),
+        "mlp_norm": norm_scale(spec.d_model, "post_attention_layernorm"),
+        **feed_forward(spec).params(spec, residual_scale),
+    }
+
+
+def feed_forward(spec: ModelSpec) -> Any:
+    """Return the module of a layer's feed-forward part; model/mlp.py shows its two functions."""
+    return importlib.import_module(f"jaxpt.model.{spec.feed_forward}")
+
+
+# ---- forward
+
+
+def forward(
+    spec: ModelSpec,
+    params: Params,
+    tokens: Array,
+    segment_ids: Array,
+    positions: Array,
+    dtype: Any = jnp.float32,
+    remat: str = "none",
+    unroll: int = 1,
+    backend: str = "xla",
+) -> tuple[Array, dict[str, Array]]:
+    """Run tokens through the model.
+
+    Args:
+        spec: the architecture.
+        params: the parameters.
+        tokens: int32 [B, T], as segment_ids and positions; see spec.Batch.
+        segment_ids: a token attends only to its own segment.
+        positions: within the document.
+        dtype: of activations.
+        remat: activation checkpointing policy, a key of CHECKPOINT_POLICIES.
+        unroll: layers per iteration of the scan.
+        backend: of attention, as kernels.select.choose_backend returned.
+
+    Returns:
+        Hidden states after the final norm, [B, T, D] in dtype, and auxiliary losses by name, summed
+        over layers (none in a dense model).
+    """
+
+    def attend_within(q: Array, k: Array, v: Array, window: int | None, state: Any) -> Any:
+        return attend(q, k, v, segment_ids, window, backend), state
+
+    def keep_losses(before: Array, after: Array, inner: Intermediates, state: Any) -> Any:
+        return state, inner.losses
+
+    x = embed_tokens(params, tokens, dtype)
+    rope = compute_rope(spec, positions)
+    x, _, losses = run_layers(
+        spec,
+        params["blocks"],
+        x,
+        rope,
+        attend_within,
+        observe=keep_losses,
+        remat=remat,
+        unroll=unroll,
+    )
+    return final_norm(spec, params, x), jax.tree.map(jnp.sum, losses)
+
+
+def compute_logits(
+    spec: ModelSpec, params: Params, tokens: Array, segment_ids: Array, positions: Array
+) -> Array:
+    """Return float32 logits of every position at once, [B, T, V]. For few tokens."""
+    hidden, _ = forward(spec, params, tokens, segment_ids, positions)
+    return hidden @ lm_head(spec, params)
+
+
+def hidden_states(
+    spec: ModelSpec,
+    params: Params,
+    tokens: Array,
+    positions: Array,
+    attend: Attend,
+    dtype: Any = jnp.float32,
+) -> Array:
+    """Return hidden states after the final norm, [B, T, D], with the caller's attention."""
+    x = embed_tokens(params, tokens, dtype)
+    rope = compute_rope(spec, positions)
+    x, _, _ = run_layers(spec, params["blocks"], x, rope, attend)
+    return final_norm(spec, params, x)
+
+
+def embed_tokens(params: Params, tokens: Array, dtype: Any) -> Array:
+    """Return the residual stream before the first layer, [B, T, D] in dtype."""
+    # gathered along its width first: a lookup in an embedding sharded both ways makes XLA
+    # replicate the result
+    table = params["embed"].astype(dtype)
+    table = with_logical_constraint(table, "vocab", None)
+    return constrain_residual(table[tokens])
+
+
+def final_norm(spec: ModelSpec, params: Params, x: Array) -> Array:
+    """Return the residual stream normed for the output head."""
+    return rms_norm(x, params["norm"], spec.norm_eps)
+
+
+def lm_head(spec: ModelSpec, params: Params, dtype: Any = jnp.float32) -> Array:
+    """Return the output head [D, V]."""
+    head = params["embed"].T if spec.tie_embeddings else params["unembed"]
+    return head.astype(dtype)
+
+
+class Intermediates(NamedTuple):
+    """What a layer computes on its way. Under jit, what is not read is not kept.
+
+    Attributes:
+        attention_input: [B, T, D], normed.
+        heads: [B, T, N, H], before `o`.
+        mlp_input: [B, T, D], normed.
+        activations: [B, T, F], before `down`.
+        losses: auxiliary losses by name, nats per token.
+    """
+
+    attention_input: Array
+    heads: Array
+    mlp_input: Array
+    activations: Array
+    losses: dict[str, Array]
+
+
+# (q, k, v, window, state) -> (heads [B, T, N, H], state)
+Attend = Callable[[Array, Array, Array, int | None, Any], tuple[Array, Any]]
+# (residual before the layer, after it, intermediates, state) -> (state, what to stack over layers)
+Observe = Callable[[Array, Array, Intermediates, Any], tuple[Any, Any]]
+
+
+def observe_nothing(before: Array, after: Array, inner: Intermediates, state: Any) -> Any:
+    """Leave the state, stack nothing."""
+    return state, None
+
+
+def run_layers(
+    spec: ModelSpec,
+    blocks: Params | tuple[Params, ...],
+    x: Array,
+    rope: Rope,
+    attend: Attend,
+    state: Any = (),
+    *,
+    observe: Observe = observe_nothing,
+    remat: str = "none",
+    unroll: int = 1,
+) -> tuple[Array, Any, Any]:
+    """Run all layers: the one pass of training, decoding and measuring.
+
+    Args:
+        spec: the architecture.
+        blocks: parameters stacked over layers, or a tuple of each layer's own.
+        x: residual stream [B, T, D].
+        rope: of the tokens' positions.
+        attend: attention of the queries to the keys; reads and returns the state.
+        state: carried from layer to layer: a cache, a counter, running sums.
+        observe: called after each layer.
+        remat: activation checkpointing policy.
+        unroll: layers per iteration of the scan.
+
+    Returns:
+        The residual stream, the state, and what `observe` stacked, [L, ...].
+    """
+    kinds = spec.layer_kinds or (LayerKind(),)
+    distinct = list(dict.fromkeys(kinds))
+    kind_ids = [distinct.index(kind) for kind in kinds][: spec.n_layers]
+    branches = [functools.partial(run_layer, spec, kind, attend) for kind in distinct]
+
+    def layer(carry: tuple[Array, Any], numbered: tuple[Any, Params]) -> tuple[Any, Any]:
+        before, state = carry
+        kind_id, params = numbered
+        if len(branches) == 1:
+            after, inner, state = branches[0](params, before, rope, state)
+        else:
+            after, inner, state = jax.lax.switch(kind_id, branches, params, before, rope, state)
+        after = constrain_residual(after)
+        state, observed = observe(before, after, inner, state)
+        return (after, state), observed
+
+    if isinstance(blocks, tuple):
+        for numbered in zip(kind_ids, blocks, strict=True):
+            (x, state), _ = layer((x, state), numbered)
+        return x, state, None
+    if remat != "none":
+        # within a scan nothing merges the recomputation with the first computation, so no barrier
+        # against that is needed
+        policy = CHECKPOINT_POLICIES[remat]
+        layer = jax.checkpoint(layer, policy=policy, prevent_cse=unroll > 1)
+    numbered = jnp.array(kind_ids, jnp.int32), blocks
+    (x, state), observed = jax.lax.scan(layer, (x, state), numbered, unroll=unroll)
+    return x, state, observed
+
+
+def run_layer(
+    spec: ModelSpec,
+    kind: LayerKind,
+    attend: Attend,
+    params: Params,
+    x: Array,
+    rope: Rope,
+    state: Any,
+) -> tuple[Array, Intermediates, Any]:
+    """Run one layer: attention and MLP, each after a norm and with a residual connection."""
+    attention_input = rms_norm(x, params["attn_norm"], spec.norm_eps)
+    q, k, v = attention.project_qkv(spec, params, attention_input, rope)
+    heads, state = attend(q, k, v, kind.window, state)
+    x = x + attention.project_out(params, heads)
+    mlp_input = rms_norm(x, params["mlp_norm"], spec.norm_eps)
+    found = feed_forward(spec).apply(spec, params, mlp_input)
+    x = x + found.out
+    inner = Intermediates(attention_input, heads, mlp_input, found.activations, found.losses)
+    return x, inner, state
+
+
+def constrain_residual(x: Array) -> Array:
+    """Shard the residual stream [B, T, D] over batch and positions; one position stays whole."""
+    position = "position" if x.shape[1] > 1 else None
+    return with_logical_constraint(x, "batch", position, "act_embed")
+
+
+# What backward keeps of a layer besides its input; everything else is recomputed. Matmuls with
+# weights have no batch dimensions. Attention's own matmuls have, and are never kept: its output is,
+# by name.
+policies = jax.checkpoint_policies
+save_attention_output = policies.save_only_these_names(ATTENTION_OUTPUT)
+offload_dots = policies.offload_dot_with_no_batch_dims("device", "pinned_host")
+offload_attention_output = policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[ATTENTION_OUTPUT],
+    offload_src="device",
+    offload_dst="pinned_host",
+)
+save_dots_and_attention = policies.save_from_both_policies(
+    policies.dots_with_no_batch_dims_saveable, save_attention_output
+)
+
+
+def offload_dots_and_attention(primitive: Any, *args: Any, **kwargs: Any) -> Any:
+    """Keep what "dots" keeps, in host memory."""
+    is_name = primitive.name == "name"
+    policy = offload_attention_output if is_name else offload_dots
+    return policy(primitive, *args, **kwargs)
+
+
+CHECKPOINT_POLICIES = {
+    "none": policies.everything_saveable,
+    "dots": save_dots_and_attention,
+    "offload": offload_dots_and_attention,
+    "minimal": save_attention_output,
+    "full": policies.nothing_saveable,
+}
+
+
+# ---- parameters, derived from their descriptions
+
+
+def count_params(spec: ModelSpec) -> int:
+    """Return the number of parameters."""
+    return sum(param.size for _, param in list_param_specs(param_specs(spec)))
+
+
+def make_param_shardings(spec: ModelSpec, mesh: Mesh) -> dict[str, Any]:
+    """Return a NamedSharding for every parameter."""
+
+    def make(path: tuple[str, ...], param: ParamSpec) -> NamedSharding:
+        return make_logical_sharding(mesh, param.axes)
+
+    return map_param_specs(make, param_specs(spec))
+
+
+def make_abstract_params(spec: ModelSpec, mesh: Mesh, dtype: Any = jnp.float32) -> Params:
+    """Return parameters as ShapeDtypeStructs with shardings."""
+
+    def make(path: tuple[str, ...], param: ParamSpec) -> jax.ShapeDtypeStruct:
+        place = make_logical_sharding(mesh, param.axes)
+        return jax.ShapeDtypeStruct(param.shape, dtype, sharding=place)
+
+    return map_param_specs(make, param_specs(spec))
+
+
+def init_params(spec: ModelSpec, seed: int, mesh: Mesh, dtype: Any = jnp.float32) -> Params:
+    """Return random parameters, initialized sharded; the values are equal on every mesh."""
+
+    def draw(path: tuple[str, ...], param: ParamSpec) -> Array:
+        return param.init.draw(param_key(seed, path), param.shape, dtype)
+
+    def make() -> Params:
+        return map_param_specs(draw, param_specs(spec))
+
+    return jax.jit(make, out_shardings=make_param_shardings(spec, mesh))()
