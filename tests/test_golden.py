@@ -1,4 +1,4 @@
-"""The golden text of every recipe: resolved settings, and each parameter's shape, axes and std.
+"""The golden text of every recipe: resolved settings, and what is stated of each parameter.
 
 After an intended change write the files again and review the diff:
 
@@ -13,6 +13,7 @@ import pytest
 
 from jaxpt import config
 from jaxpt.model import transformer
+from jaxpt.model.param import list_param_specs
 from jaxpt.weights import growth, initialize
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -42,12 +43,13 @@ def describe_params(settings):
     spec = initialize.make_random_spec(settings, settings.tokenizer.vocab_size)
     for operator in settings.initialize.grow:
         spec = growth.plan_growth(operator, growth.Parent(spec)).child
-    params = transformer.param_specs(spec)
-    rows = {**params, **{f"blocks/{name}": row for name, row in params["blocks"].items()}}
-    del rows["blocks"]
-    for name, row in sorted(rows.items()):
-        start = f"mean {row.init.mean:g} std {row.init.std:.6g}"
-        yield f"{name}  shape {row.shape}  axes {row.axes}  {start}"
+    for path, param in sorted(list_param_specs(transformer.param_specs(spec))):
+        init = f"mean {param.init.mean:g} std {param.init.std:.6g}"
+        yield f"{'/'.join(path)}  shape {param.shape}  axes {param.axes}  {init}"
+        roles = [f"n_in {param.n_in}"]
+        roles += ["decays"] if param.decays else []
+        roles += ["writes_residual"] if param.writes_residual else []
+        yield f"    {', '.join(roles)}  {param.hf_name}"
     yield f"{transformer.count_params(spec):,} parameters"
 
 

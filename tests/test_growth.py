@@ -124,7 +124,9 @@ def test_random_layers_are_drawn_as_at_init_and_no_two_alike(spec, one, n_layers
         if rows[name].init.mean:
             assert (np.asarray(leaf[n_layers:]) == 1).all()
         else:
-            assert np.std(np.asarray(leaf[n_layers:])) == pytest.approx(rows[name].std, rel=0.05)
+            assert np.std(np.asarray(leaf[n_layers:])) == pytest.approx(
+                rows[name].init.std, rel=0.05
+            )
             assert len({np.asarray(layer).tobytes() for layer in leaf}) == 40
     np.testing.assert_array_equal(child["embed"], parent["embed"])
     _, other, _ = grown(spec.replace(n_layers=1), parent, "deepen(L=40, seed=1)", one)
@@ -293,7 +295,7 @@ def test_noise_tells_the_copies_of_a_width_apart(spec, one):
         first, second = np.split(np.asarray(plain["blocks"][name]), 2, axis=1)
         np.testing.assert_array_equal(first, second)
         first, second = np.split(np.asarray(noisy["blocks"][name]), 2, axis=1)
-        std = transformer.param_specs(spec.replace(d_model=48))["blocks"][name].std
+        std = transformer.param_specs(spec.replace(d_model=48))["blocks"][name].init.std
         assert np.std(first - second) == pytest.approx(2 * 0.3 * std, rel=0.1)
 
 

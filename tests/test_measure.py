@@ -226,14 +226,14 @@ def test_any_mesh_measures_and_chooses_alike(spec, one, mesh):
         )
 
 
-predicted = jax.jit(predict.predict_layer_params)
+predicted = jax.jit(predict.predict_layer_params, static_argnums=0)
 
 
 def test_a_layer_between_equal_ones_equals_them(spec, one):
     blocks = jax.tree.map(
         lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape), randomised(spec, one)["blocks"]
     )
-    for name, new in predicted(blocks, np.asarray([0, 3])).items():
+    for name, new in predicted(spec, blocks, np.asarray([0, 3])).items():
         np.testing.assert_allclose(new, blocks[name][:2], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
@@ -244,7 +244,7 @@ def test_what_layers_share_is_predicted_and_the_rest_is_made_smaller(spec, one):
     q = np.array(randomised(spec, one)["blocks"]["q"])
     q[:, :12] = q[0, :12]
     q[:, 12:] *= 0.1
-    (new,) = predicted({"q": q}, np.asarray([2]))["q"]
+    (new,) = predicted(spec, {"q": q}, np.asarray([2]))["q"]
     mean = (q[2] + q[3]) / 2
     assert np.linalg.norm(new[:12] - mean[:12]) < 0.02 * np.linalg.norm(mean[:12])
     assert (
@@ -259,7 +259,7 @@ def test_predicted_layers_keep_dtypes_and_silence_and_average_norms_and_biases(s
     blocks["down"] = jnp.zeros_like(blocks["down"])
     blocks["q_bias"] = jnp.asarray(np.random.default_rng(1).normal(size=(5, 6, 8)))
     gaps = np.asarray([2, 3])
-    new = predicted(blocks, gaps)
+    new = predicted(spec.replace(qkv_bias=True), blocks, gaps)
     for name, leaf in blocks.items():
         assert new[name].dtype == leaf.dtype and new[name].shape == (2, *leaf.shape[1:]), name
         if name.endswith(("norm", "bias")):
@@ -271,7 +271,8 @@ def test_predicted_layers_keep_dtypes_and_silence_and_average_norms_and_biases(s
 
 def test_layers_are_predicted_from_three_on(spec, one):
     with pytest.raises(UserError, match="at least 3 layers, got 2"):
-        predict.predict_layer_params(randomised(spec.replace(n_layers=2), one)["blocks"], [0])
+        two = spec.replace(n_layers=2)
+        predict.predict_layer_params(two, randomised(two, one)["blocks"], [0])
 
 
 def test_any_mesh_predicts_alike(spec, one, mesh):
@@ -279,7 +280,8 @@ def test_any_mesh_predicts_alike(spec, one, mesh):
     the fit hardly differs between them.
     """
     a, b = (
-        predicted(randomised(spec, where)["blocks"], np.asarray([1, 3])) for where in (one, mesh)
+        predicted(spec, randomised(spec, where)["blocks"], np.asarray([1, 3]))
+        for where in (one, mesh)
     )
     for name in a:
         assert np.linalg.norm(a[name] - np.asarray(b[name])) < 1e-4 * np.linalg.norm(a[name]), name
@@ -299,8 +301,8 @@ def test_no_device_holds_a_whole_stacked_leaf(spec, mesh):
     )
     where = transformer.make_param_shardings(spec.replace(n_layers=2), mesh)["blocks"]
     programs.append(
-        jax.jit(predict.predict_layer_params, out_shardings=where).lower(
-            params["blocks"], np.asarray([1, 3])
+        jax.jit(predict.predict_layer_params, static_argnums=0, out_shardings=where).lower(
+            spec, params["blocks"], np.asarray([1, 3])
         )
     )
     for program in programs:
