@@ -41,8 +41,9 @@ def plan_targets(
         UserError: a chip is unknown, a slice is not offered, or a target cannot divide the sizes.
     """
     targets = [hardware.parse_target(name) for name in target_names]
+    spec, _ = resolve_model_spec(settings)
     header = make_plan_header(settings)
-    spec = header.model.spec
+    tokens = get_token_budget(settings)
     calibrations = calibrations or {}
     plans: list[TargetPlan] = []
     notes = list(header.notes)
@@ -59,7 +60,7 @@ def plan_targets(
             outcome = "refused by the compiler"
         log.info(f"plan: {name}: {outcome} in {analysis.analysis_seconds:.0f} s")
         calibration = calibrations.get(target.chip.name, 1.0)
-        plan = project_target(spec, settings, target, analysis, header.tokens, calibration)
+        plan = project_target(spec, settings, target, analysis, tokens, calibration)
         plans.append(plan)
         if not plan.fits:
             suggestion = layouts.suggest_layout(spec, settings, target)
