@@ -1,8 +1,8 @@
 """What growing is worth, measured: every operator after the same few hundred steps, and the fair
 test of up-scaling.
 
-`operators`  one base, trained; each operator's newborn: held-out loss at birth and after the same
-steps on the same rows
+`operators`  one base, trained; each operator's grown model: held-out loss at initialization and
+after the same steps on the same rows
 `fair`       FLOPs and tokens to one held-out loss: from scratch, depth_upscale, stack, deepen
 (inside the run) and the base
              simply trained on; several seeds; with and without the base's own cost
@@ -52,7 +52,7 @@ BASE = config.Config(
     optim=config.OptimConfig(peak_lr=3e-3, schedule="constant", warmup_steps=20),
 )
 BASE_STEPS = 1000  # of the base of `operators`
-AFTER = 200  # steps of every newborn
+AFTER = 200  # steps of every grown model
 OPERATORS = [
     "depth_upscale(m=2)",
     "stack(g=2)",
@@ -132,7 +132,7 @@ class Bench:
                     break
         return now, curve
 
-    def born(self, spec, params):
+    def init_state(self, spec, params):
         return state.init_state(
             jax.tree.map(lambda x: x.copy(), params), spec, self.settings, self.mesh
         )
@@ -149,14 +149,14 @@ class Bench:
 
 def operators(bench: Bench) -> list[dict]:
     spec, params = bench.random(BASE.model.n_layers, 0)
-    base, _ = bench.train(spec, bench.born(spec, params), BASE_STEPS, first_row=0)
+    base, _ = bench.train(spec, bench.init_state(spec, params), BASE_STEPS, first_row=0)
     params, first_row = base.params, BASE_STEPS * BASE.train.batch_size
     table = []
 
     def measure(name, spec, params, exact):
-        at_birth = bench.loss(spec, params)
+        initial_loss = bench.loss(spec, params)
         start = time.monotonic()
-        now, _ = bench.train(spec, bench.born(spec, params), AFTER, first_row=first_row)
+        now, _ = bench.train(spec, bench.init_state(spec, params), AFTER, first_row=first_row)
         table.append(
             {
                 "operator": name,
@@ -164,7 +164,7 @@ def operators(bench: Bench) -> list[dict]:
                 "width": spec.d_model,
                 "n_params": transformer.count_params(spec),
                 "exact": exact,
-                "at_birth": at_birth,
+                "initial_loss": initial_loss,
                 "after": bench.loss(spec, now.params),
                 "seconds": time.monotonic() - start,
             }
@@ -173,7 +173,7 @@ def operators(bench: Bench) -> list[dict]:
 
     print(
         f"\nbase: {BASE_STEPS} steps\n\n| operator | layers x width | "
-        f"parameters | keeps the function | loss at birth | after {AFTER} "
+        f"parameters | keeps the function | loss at initialization | after {AFTER} "
         "steps | seconds |"
     )
     print("|---|---|---|---|---|---|---|")
@@ -191,7 +191,7 @@ def row(each: dict) -> str:
         f"| `{each['operator']}` | {each['layers']} x {each['width']} | "
         f"{each['n_params'] / 1e3:,.0f} k | "
         f"{'yes' if each['exact'] else 'no'} "
-        f"| {each['at_birth']:.3f} | {each['after']:.3f} | {each['seconds']:.0f} |"
+        f"| {each['initial_loss']:.3f} | {each['after']:.3f} | {each['seconds']:.0f} |"
     )
 
 
@@ -203,7 +203,7 @@ def fair(bench: Bench, seeds: int) -> list[dict]:
     for seed in range(seeds):
         spec, params = bench.random(DEEP, seed)
         _, curve = bench.train(
-            spec, bench.born(spec, params), FAIR_STEPS, first_row=0, seed=seed, every=EVERY
+            spec, bench.init_state(spec, params), FAIR_STEPS, first_row=0, seed=seed, every=EVERY
         )
         steps, target = min(curve, key=lambda point: point[1])
         scratch = steps * bench.flops_per_step(spec)
@@ -221,7 +221,7 @@ def fair(bench: Bench, seeds: int) -> list[dict]:
         ):
             base_spec, params = bench.random(n_base, seed)
             now, _ = bench.train(
-                base_spec, bench.born(base_spec, params), n_base_steps, first_row=0, seed=seed
+                base_spec, bench.init_state(base_spec, params), n_base_steps, first_row=0, seed=seed
             )
             spec, young = base_spec, optimizer.NewParams()
             if text:

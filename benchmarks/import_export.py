@@ -73,13 +73,13 @@ def make(source: pathlib.Path) -> None:
 
 
 def child(*arguments) -> list[float]:
-    told = subprocess.run(
+    output = subprocess.run(
         [sys.executable, __file__, *map(str, arguments)],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     ).stdout
-    return [float(number) for number in told.partition("MEASURED")[2].split()]
+    return [float(number) for number in output.partition("MEASURED")[2].split()]
 
 
 def main(rounds: int = 2) -> None:

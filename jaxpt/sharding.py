@@ -41,24 +41,34 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     Raises:
         UserError: the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
-    sizes = {name: getattr(config, name) for name in MESH_AXES}
-    free = [name for name, size in sizes.items() if size == -1]
-    fixed = [size for size in sizes.values() if size != -1]
+    if devices is None:
+        devices = jax.devices()
+    sizes = {}
+    free = []
+    fixed = []
+    for name in MESH_AXES:
+        size = getattr(config, name)
+        sizes[name] = size
+        if size == -1:
+            free.append(name)
+        else:
+            fixed.append(size)
     if len(free) > 1 or min(fixed) < 1:
         raise UserError(
             f"mesh: expected sizes of at least 1 and at most one -1 (takes the rest), got {sizes}."
         )
     n = len(devices)
     if free:
-        sizes[free[0]] = max(n // math.prod(fixed), 1)
-    if math.prod(sizes.values()) != n:
-        text = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        n_left = n // math.prod(fixed)
+        sizes[free[0]] = max(n_left, 1)
+    shape = tuple(sizes.values())
+    if math.prod(shape) != n:
+        axes = [f"{name} {size}" for name, size in sizes.items()]
+        text = " x ".join(axes)
         raise UserError(
             f"mesh: expected sizes that multiply to {n} devices, got {text}. Set one axis to -1, "
             "or change a size."
         )
-    shape = tuple(sizes.values())
     # Auto: XLA shards what with_logical_constraint does not pin. make_mesh's present default
     # (Explicit) refuses sharded contractions
     types = (AxisType.Auto,) * len(MESH_AXES)
@@ -135,9 +145,12 @@ def check_mesh_divides(
     ]
     for name, size, axis in sizes:
         n = n_shards(mesh, axis)
-        below = size - size % n
-        if below != size:
-            near = f"{below} or {below + n}" if below else f"{n}"
+        rest = size % n
+        if rest:
+            below = size - rest
+            near = f"{n}"
+            if below:
+                near = f"{below} or {below + n}"
             raise UserError(
                 f"mesh: {name} = {size} cannot be sharded {n} ways over {LOGICAL_AXIS_RULES[axis]}."
                 f" Use a multiple of {n} ({near}), or another mesh."

@@ -11,11 +11,13 @@ import csv
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jaxpt import stage
 from jaxpt.spec import UserError
+
+BENCHMARK_SUFFIXES = (".jsonl", ".json", ".csv")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,15 +45,16 @@ def read_benchmark(path: str | pathlib.Path) -> list[BenchmarkItem]:
     """
     path = stage.local_path(path)
     if path.is_dir():
-        files = sorted(
-            file for file in path.iterdir() if file.suffix in (".jsonl", ".json", ".csv")
-        )
+        files = [file for file in path.iterdir() if file.suffix in BENCHMARK_SUFFIXES]
         if not files:
             raise UserError(
                 f"{path}: no benchmark file (.jsonl, .json or .csv) there. "
                 "Name the file, or the directory that holds it."
             )
-        return [item for file in files for item in read_benchmark(file)]
+        items = []
+        for file in sorted(files):
+            items += read_benchmark(file)
+        return items
     if not path.is_file():
         raise UserError(f"{path}: no such benchmark file or directory. Check the path.")
     items = []
@@ -82,105 +85,123 @@ def read_benchmark_records(path: pathlib.Path) -> list:
             "Restore the file from its origin."
         ) from None
     if path.suffix == ".csv":
-        return list(csv.DictReader(text.splitlines(keepends=True)))
-    lines = [text] if path.suffix == ".json" else text.split("\n")
-    found = []
-    for n, line in enumerate(lines, 1):
-        try:
-            found += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
+        lines = text.splitlines(keepends=True)
+        return list(csv.DictReader(lines))
+    if path.suffix == ".json":
+        records = parse_json(text, path) if text.strip() else None
+        if not isinstance(records, list):
             raise UserError(
-                f"{path}:{error.lineno if len(lines) == 1 else n}: not JSON ({error.msg}). "
-                "Restore the file from its origin."
-            ) from None
-    if path.suffix == ".json" and not (found and isinstance(found[0], list)):
+                f"{path}: expected a JSON list of questions. "
+                "Name the file .jsonl if it has one object per line."
+            )
+        return records
+    records = []
+    for n, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            record = parse_json(line, path, n)
+            records.append(record)
+    return records
+
+
+def parse_json(text: str, path: pathlib.Path, first_line: int = 1) -> Any:
+    """Return a JSON value. Raise UserError with its line in the file if it is none."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
         raise UserError(
-            f"{path}: expected a JSON list of questions. "
-            "Name the file .jsonl if it has one object per line."
-        )
-    return found[0] if path.suffix == ".json" else found
+            f"{path}:{line}: not JSON ({error.msg}). Restore the file from its origin."
+        ) from None
 
 
 def parse_benchmark_record(record: dict[str, Any], name: str) -> tuple[str, str, dict[str, Any]]:
     """Return task, text and fields of a record. `name` is the task of an unknown kind."""
     if "mc2_targets" in record:
-        targets = {key: record[key] for key in ("mc1_targets", "mc2_targets")}
-        fields = {"question": record["question"]}
-        for key, choices in targets.items():
-            fields[key] = {"choices": list(choices), "labels": list(choices.values())}
-        return (
-            "truthfulqa",
-            join_unique_lines(record["question"], *targets["mc1_targets"], *targets["mc2_targets"]),
-            fields,
-        )
+        question = record["question"]
+        fields = {"question": question}
+        lines = [question]
+        for key in ("mc1_targets", "mc2_targets"):
+            choices = record[key]
+            labels = choices.values()
+            fields[key] = {"choices": list(choices), "labels": list(labels)}
+            lines += choices
+        return "truthfulqa", join_unique_lines(lines), fields
     if "Correct Answers" in record:
-        best, right, wrong = (
-            record["Best Answer"],
-            split_answers(record["Correct Answers"]),
-            split_answers(record["Incorrect Answers"]),
-        )
+        best = record["Best Answer"]
+        right = split_answers(record["Correct Answers"])
+        wrong = split_answers(record["Incorrect Answers"])
+        question = record["Question"]
         fields = {
-            "question": record["Question"],
+            "question": question,
             "best_answer": best,
             "correct_answers": right,
             "incorrect_answers": wrong,
         }
-        return "truthfulqa", join_unique_lines(record["Question"], best, *right, *wrong), fields
+        text = join_unique_lines([question, best, *right, *wrong])
+        return "truthfulqa", text, fields
     if "context_options" in record:
         # Partial evaluation reads a sentence with one "_" and two fillings: the contexts' common
         # start is cut at a word.
         one, two = record["context_options"]
-        n_same = next(
-            (i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b),
-            min(len(one), len(two)),
-        )
-        start = one[: one.rfind(" ", 0, n_same) + 1]
+        continuation = record["continuation"]
+        n_same = count_common_chars(one, two)
+        n_start = one.rfind(" ", 0, n_same) + 1
+        start = one[:n_start]
         fields = {
-            "sentence": f"{start}_ {record['continuation']}",
-            "option1": one[len(start) :],
-            "option2": two[len(start) :],
+            "sentence": f"{start}_ {continuation}",
+            "option1": one[n_start:],
+            "option2": two[n_start:],
             "answer": str(record["gold"] + 1),
         }
-        return (
-            "winogrande",
-            join_unique_lines(*(f"{context} {record['continuation']}" for context in (one, two))),
-            fields,
-        )
+        text = join_unique_lines([f"{one} {continuation}", f"{two} {continuation}"])
+        return "winogrande", text, fields
     if {"context", "continuation"} <= record.keys():
         text = f"{record['context']} {record['continuation']}"
         return "lambada", text, {"text": text}
     if record.keys() == {"question", "answer"}:
-        return "gsm8k", join_unique_lines(record["question"], record["answer"]), dict(record)
-    return (
-        name,
-        join_unique_lines(*(value for value in record.values() if isinstance(value, str))),
-        record,
-    )
+        text = join_unique_lines([record["question"], record["answer"]])
+        return "gsm8k", text, dict(record)
+    values = [value for value in record.values() if isinstance(value, str)]
+    return name, join_unique_lines(values), record
+
+
+def count_common_chars(a: str, b: str) -> int:
+    """Return the length of the common start of two texts."""
+    n = 0
+    for a_char, b_char in zip(a, b, strict=False):
+        if a_char != b_char:
+            break
+        n += 1
+    return n
 
 
 def join_item_text(fields: dict[str, Any]) -> str:
     """Return BenchmarkItem.text of BenchmarkItem.fields."""
     if {"sentence", "option1", "option2"} <= fields.keys():
-        return join_unique_lines(
-            *(fields["sentence"].replace("_", fields[option]) for option in ("option1", "option2"))
-        )
-    return join_unique_lines(*collect_strings(fields))
+        sentence = fields["sentence"]
+        first = sentence.replace("_", fields["option1"])
+        second = sentence.replace("_", fields["option2"])
+        return join_unique_lines([first, second])
+    return join_unique_lines(collect_strings(fields))
 
 
 def collect_strings(value: Any) -> Iterator[str]:
     """Yield all strings in a tree of lists and dictionaries, in order."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, (list, dict)):
-        for each in value.values() if isinstance(value, dict) else value:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for each in value:
             yield from collect_strings(each)
 
 
-def join_unique_lines(*texts: str) -> str:
+def join_unique_lines(texts: Iterable[str]) -> str:
     """Return the texts, one per line, without repeats."""
     return "\n".join(dict.fromkeys(texts))
 
 
 def split_answers(answers: str) -> list[str]:
     """Return the answers that ";" separates."""
-    return [answer.strip() for answer in answers.split(";") if answer.strip()]
+    stripped = map(str.strip, answers.split(";"))
+    return [answer for answer in stripped if answer]

@@ -33,7 +33,8 @@ class NgramIndex:
         hashes = [hash_ngrams(words, n) for words in item_words]
         counts = [len(part) for part in hashes]
         self.n_short = counts.count(0)
-        owners = np.repeat(np.arange(len(items)), counts)
+        numbers = np.arange(len(items))
+        owners = np.repeat(numbers, counts)
         joined = np.concatenate([*hashes, np.empty(0, np.uint64)])
         order = np.argsort(joined, kind="stable")
         self.hashes = joined[order]
@@ -54,9 +55,10 @@ class NgramIndex:
         starts = np.searchsorted(self.hashes, hashes, "left")
         stops = np.searchsorted(self.hashes, hashes, "right")
         first: dict[int, int] = {}
-        for i, start, stop in zip(candidates, starts, stops, strict=True):
-            for owner in self.owners[start:stop]:
-                first.setdefault(int(owner), int(i))
+        for i, start, stop in zip(candidates.tolist(), starts, stops, strict=True):
+            owners = self.owners[start:stop]
+            for owner in owners.tolist():
+                first.setdefault(owner, i)
         matches = []
         for owner, i in sorted(first.items()):
             shared = " ".join(words[i : i + self.n])

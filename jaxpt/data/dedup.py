@@ -72,12 +72,15 @@ def compute_signatures(texts: Sequence[str]) -> list[bytes]:
     from daft.expressions import ExpressionsProjection
     from daft.recordbatch import MicroPartition
 
-    table = MicroPartition.from_pydict({"text": list(map(str, texts))})
+    plain_texts = list(map(str, texts))
+    table = MicroPartition.from_pydict({"text": plain_texts})
     signature = compute_minhash(col("text")).alias("signature")
     projection = ExpressionsProjection([signature])
-    column = table.eval_expression_list(projection).to_arrow()["signature"]
-    hashes = column.combine_chunks().flatten().to_numpy()
-    return [row.tobytes() for row in hashes.reshape(-1, N_HASHES)]
+    computed = table.eval_expression_list(projection).to_arrow()
+    column = computed["signature"].combine_chunks()
+    hashes = column.flatten().to_numpy()
+    rows = hashes.reshape(-1, N_HASHES)
+    return [row.tobytes() for row in rows]
 
 
 def write_signatures(path: pathlib.Path, signatures: Sequence[bytes]) -> list[pathlib.Path]:
@@ -87,12 +90,15 @@ def write_signatures(path: pathlib.Path, signatures: Sequence[bytes]) -> list[pa
         path: PATH.whole.npy gets [n, N_HASHES] uint32, PATH.bands.npy [N_BANDS, n] uint64.
         signatures: n of them.
     """
-    hashes = np.frombuffer(b"".join(signatures), np.uint32)
+    joined = b"".join(signatures)
+    hashes = np.frombuffer(joined, np.uint32)
     whole = hashes.reshape(-1, N_HASHES)
-    files = [whole_path(path), bands_path(path)]
-    np.save(files[0], whole)
-    np.save(files[1], split_bands(whole))
-    return files
+    bands = split_bands(whole)
+    whole_file = whole_path(path)
+    bands_file = bands_path(path)
+    np.save(whole_file, whole)
+    np.save(bands_file, bands)
+    return [whole_file, bands_file]
 
 
 def whole_path(path: pathlib.Path) -> pathlib.Path:
@@ -141,7 +147,8 @@ def find_near_duplicates(paths: Sequence[pathlib.Path], is_candidate: np.ndarray
             if not len(members):
                 break
             # each against the first of its bucket; those unlike it among themselves next
-            is_start = np.append(True, np.diff(keys[members]) != 0)
+            is_change = np.diff(keys[members]) != 0
+            is_start = np.append(True, is_change)
             starts = np.flatnonzero(is_start)
             counts = np.diff(starts, append=len(members))
             leaders = np.repeat(members[starts], counts)
@@ -155,7 +162,8 @@ def find_near_duplicates(paths: Sequence[pathlib.Path], is_candidate: np.ndarray
 def find_shared_keys(keys: np.ndarray) -> np.ndarray:
     """Return the documents that share their key with another one, sorted by key."""
     order = np.argsort(keys, kind="stable")
-    order = order[keys[order] != EMPTY_SIGNATURE]
+    has_words = keys[order] != EMPTY_SIGNATURE
+    order = order[has_words]
     if not len(order):
         return order
     is_equal = np.diff(keys[order]) == 0
@@ -171,7 +179,8 @@ def join_groups(groups: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     names, index = np.unique(pairs, return_inverse=True)
     a, b = index.reshape(2, -1)
     edges = np.ones(len(a), bool)
-    shape = (len(names), len(names))
+    n = len(names)
+    shape = (n, n)
     graph = scipy.sparse.coo_matrix((edges, (a, b)), shape)
     _, component = scipy.sparse.csgraph.connected_components(graph)
     _, first = np.unique(component, return_index=True)
@@ -196,8 +205,11 @@ class SignatureStore:
 
     def read_band(self, k: int) -> np.ndarray:
         """Return one band of all candidates, [n] uint64."""
-        stored = [load_mapped(bands_path(path)) for path in self.paths]
-        band = np.concatenate([bands[k] for bands in stored])
+        parts = []
+        for path in self.paths:
+            bands = load_mapped(bands_path(path))
+            parts.append(bands[k])
+        band = np.concatenate(parts)
         return band[self.candidates]
 
     def are_alike(self, groups: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -215,7 +227,8 @@ class SignatureStore:
             chunk = slice(start, start + COMPARED_AT_ONCE)
             first = self.read_signatures(a[chunk])
             second = self.read_signatures(b[chunk])
-            parts.append(np.mean(first == second, 1))
+            is_equal = first == second
+            parts.append(np.mean(is_equal, 1))
         return np.concatenate(parts)
 
     def read_signatures(self, candidates: np.ndarray) -> np.ndarray:

@@ -67,7 +67,10 @@ class JobRunner:
         """
         directory = self.state_dir / work.__name__
         directory.mkdir(parents=True, exist_ok=True)
-        requests = [add_request(job, directory / f"{i:06d}") for i, job in enumerate(jobs)]
+        requests = []
+        for i, job in enumerate(jobs):
+            prefix = directory / f"{i:06d}"
+            requests.append(add_request(job, prefix))
         left = [job for job in requests if read_job_result(job) is None]
         label, unit, total = progress
         with stage.progress_bar(f"prepare: {label}", total, unit) as advance:
@@ -76,7 +79,11 @@ class JobRunner:
                 for n_done in executor.map_jobs(self.executor, work, fields):
                     advance(n_done)
             else:
-                run_in_threads(lambda job: work(job.to_json(), advance), left, n_threads)
+
+                def work_here(job: Job) -> int:
+                    return work(job.to_json(), advance)
+
+                run_in_threads(work_here, left, n_threads)
         return [load_job_result(job) for job in requests]
 
 
@@ -97,7 +104,8 @@ def add_request(job: Job, prefix: pathlib.Path) -> Job:
 @functools.cache
 def fingerprint_program() -> str:
     """Return the fingerprint of what does the jobs: this directory's code and the packages."""
-    files = sorted(pathlib.Path(__file__).parent.glob("*.py"))
+    directory = pathlib.Path(__file__).parent
+    files = sorted(directory.glob("*.py"))
     code = {file.name: stage.sha256_file(file) for file in files}
     return stage.fingerprint([stage.package_versions(), code])
 
@@ -127,7 +135,8 @@ def write_job_result(job: Job, files: Sequence[pathlib.Path], **result: Any) -> 
     """Record that a job is done: its files, which have their names, and its result."""
     sizes = {str(file): file.stat().st_size for file in files}
     record = {"request": job.request, "files": sizes, **result}
-    stage.write_atomic(pathlib.Path(f"{job.output_prefix}.json"), json.dumps(record))
+    path = pathlib.Path(f"{job.output_prefix}.json")
+    stage.write_atomic(path, json.dumps(record))
 
 
 @contextlib.contextmanager

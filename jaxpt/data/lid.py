@@ -81,23 +81,29 @@ class ModelReader:
         """Return product-quantized rows as [rows, dim] float32."""
         has_norms, n_rows, _, n_codes = self.read_fields("?qqi")
         codes = self.read_array("u1", n_codes).reshape(n_rows, -1)
+        codebook = self.read_codebook()
         parts = []
-        for k, centroids in enumerate(self.read_codebook()):
-            parts.append(centroids[codes[:, k]])
+        for k, centroids in enumerate(codebook):
+            part_codes = codes[:, k]
+            parts.append(centroids[part_codes])
         rows = np.concatenate(parts, 1)
         if not has_norms:
             return rows
-        norms = self.read_array("u1", n_rows)
-        return rows * self.read_codebook()[0][norms]
+        norm_codes = self.read_array("u1", n_rows)
+        norms = self.read_codebook()[0]
+        return rows * norms[norm_codes]
 
     def read_codebook(self) -> list[np.ndarray]:
         """Return the centroids of each part of a row, [256, width of the part]."""
         dim, n_parts, width, last_width = self.read_fields("4i")
         centroids = self.read_array("<f4", dim * 256)
-        sizes = [256 * width] * (n_parts - 1) + [256 * last_width]
+        widths = [width] * n_parts
+        widths[-1] = last_width
         parts = []
-        for size in sizes:
-            parts.append(centroids[:size].reshape(256, -1))
+        for part_width in widths:
+            size = 256 * part_width
+            part = centroids[:size]
+            parts.append(part.reshape(256, -1))
             centroids = centroids[size:]
         return parts
 
@@ -132,11 +138,13 @@ def read_dictionary(reader: ModelReader, n_buckets: int) -> Dictionary:
     if not 0 <= n_pruned < NO_NGRAM:
         raise ValueError(f"expected fewer than {NO_NGRAM:,} n-grams, got {n_pruned:,}")
     pairs = reader.read_array("<i4", 2 * n_pruned).reshape(-1, 2)
-    ngram_rows[pairs[:, 0]] = pairs[:, 1]
+    buckets, rows = pairs.T
+    ngram_rows[buckets] = rows
     words = [name + b" " for name in names[:n_words]]
     labels = []
     for name in names[n_words:]:
-        labels.append(name.decode().removeprefix("__label__"))
+        label = name.decode()
+        labels.append(label.removeprefix("__label__"))
     return Dictionary(words, labels, counts[n_words:], ngram_rows)
 
 
@@ -200,7 +208,8 @@ class LidModel:
         for stop, text in enumerate(texts, 1):
             n_chars += len(text)
             if n_chars >= BATCH_CHARS or stop == len(texts):
-                batches.append(self.predict_batch(texts[first:stop]))
+                predicted = self.predict_batch(texts[first:stop])
+                batches.append(predicted)
                 first = stop
                 n_chars = 0
         labels, scores, leads = zip(*batches, strict=True)
@@ -212,7 +221,8 @@ class LidModel:
         """Return the same for texts that are computed together."""
         in_text = self.count_words(texts)
         n_rows = in_text @ self.counts
-        hidden = in_text @ self.sums / n_rows[:, None]
+        sums = in_text @ self.sums
+        hidden = sums / n_rows[:, None]
         # einsum and a sparse product: the threads of a BLAS would compete, with a process per core
         logits = np.einsum("td,nd->nt", hidden, self.nodes)
         with np.errstate(over="ignore"):  # of what is surely left
@@ -237,10 +247,11 @@ class LidModel:
         ends = np.append(0, spaces + 1)
         buffers = map(pa.py_buffer, (ends, data))
         words = pa.LargeStringArray.from_buffers(len(spaces), *buffers)
-        words = words.dictionary_encode()
-        word = words.indices.to_numpy()
-        n_times = np.bincount(word, minlength=len(words.dictionary))
-        places = self.lookup_words(words.dictionary, n_times > 1)
+        encoded = words.dictionary_encode()
+        word = encoded.indices.to_numpy()
+        distinct = encoded.dictionary
+        n_times = np.bincount(word, minlength=len(distinct))
+        places = self.lookup_words(distinct, n_times > 1)
         columns = places.take(word)
         line_sizes = map(len, lines)
         line_ends = np.cumsum([0, *line_sizes])
@@ -267,14 +278,17 @@ class LidModel:
         places = pc.fill_null(places, -1).to_numpy().copy()
         new = np.flatnonzero(places < 0)
         is_rare = ~is_frequent.take(new)
-        new = new[np.argsort(is_rare, kind="stable")]
+        frequent_first = np.argsort(is_rare, kind="stable")
+        new = new[frequent_first]
         numbers = np.arange(len(new), dtype=np.int32)
         places[new] = n_known + numbers
         new_words = words.take(pa.array(new))
         sums, counts = self.sum_ngrams(new_words)
-        self.sums = np.concatenate([self.sums[:n_known], sums])
-        self.counts = np.concatenate([self.counts[:n_known], counts])
-        n_kept = int(is_frequent.take(new).sum())
+        known_sums = self.sums[:n_known]
+        known_counts = self.counts[:n_known]
+        self.sums = np.concatenate([known_sums, sums])
+        self.counts = np.concatenate([known_counts, counts])
+        n_kept = len(new) - int(is_rare.sum())
         self.known = pa.concat_arrays([self.known, new_words[:n_kept]])
         return places
 
@@ -282,7 +296,8 @@ class LidModel:
         """Return zeros for n words."""
         _, width = self.rows.shape
         sums = np.zeros((n, width), np.float32)
-        return NgramSums(sums, np.zeros(n, np.float32))
+        counts = np.zeros(n, np.float32)
+        return NgramSums(sums, counts)
 
     def sum_ngrams(self, words: pa.Array) -> NgramSums:
         """Sum the rows of each word's n-grams."""
@@ -293,7 +308,8 @@ class LidModel:
         for chosen, hash_ngrams in kinds:
             mask = chosen.to_numpy(zero_copy_only=False)
             chosen_words = words.filter(chosen)
-            ngrams = hash_ngrams(*spell_words(chosen_words))
+            data, word = spell_words(chosen_words)
+            ngrams = hash_ngrams(data, word)
             part = self.sum_rows(ngrams, len(chosen_words))
             total.sums[mask] = part.sums
             total.counts[mask] = part.counts
@@ -315,7 +331,8 @@ class LidModel:
             is_known = bits.view(bool) & (first == last)
             known = np.flatnonzero(is_known)
             word = first.take(known)
-            rows = self.ngram_rows.take(buckets.take(known))
+            known_buckets = buckets.take(known)
+            rows = self.ngram_rows.take(known_buckets)
             rows = rows.astype(np.int32) + self.n_words
             ones = np.ones(len(word), np.float32)
             occurrences = scipy.sparse.coo_matrix((ones, (word, rows)), shape)
@@ -343,7 +360,9 @@ class LidModel:
         signed = padded.astype(np.int8).astype(np.uint32)  # fastText hashes signed bytes
         char_bytes = []
         for k in range(sizes.max(initial=0)):
-            char_bytes.append((signed.take(starts + k), sizes > k))
+            byte = signed.take(starts + k)
+            exists = sizes > k
+            char_bytes.append((byte, exists))
         hashes = np.full(len(starts), FNV_OFFSET, np.uint32)
         longest = min(self.longest, len(starts))
         for n_before in range(longest):

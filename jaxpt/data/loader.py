@@ -71,10 +71,13 @@ def open_packed(
         )
     stores = [open_storage(path) for path in packed_paths]
     counts = [parse_counts(store) for store in stores]
+    first_store = stores[0]
+    first_counts = counts[0]
     readers: dict[str, PackedSourceReader] = {}
     for store, own in zip(stores, counts, strict=True):
-        require_same_packing(store, own, stores[0], counts[0])
-        for name, source in getattr(own, split).items():
+        require_same_packing(store, own, first_store, first_counts)
+        sources = getattr(own, split)
+        for name, source in sources.items():
             if name in readers:
                 raise UserError(
                     f"{store.where}: source {name} was opened from another directory already. "
@@ -84,13 +87,13 @@ def open_packed(
             readers[name] = PackedSourceReader(store, directory, source, own.seq_len)
     if split == "train" and not readers:
         raise UserError(
-            f"{stores[0].where}: holds no packed source. Prepare and pack a corpus that has text."
+            f"{first_store.where}: holds no packed source. Prepare and pack a corpus that has text."
         )
     n_bytes = sum(reader.n_local_bytes for reader in readers.values())
     if n_bytes < MAX_BYTES_VERIFIED_AT_OPEN:
         for reader in readers.values():
             reader.verify()
-    return PackedDataset(readers, split, counts[0], stores[0].manifest)
+    return PackedDataset(readers, split, first_counts, first_store.manifest)
 
 
 def parse_counts(store: LocalStorage | BucketStorage) -> pack.PackCounts:
@@ -116,7 +119,8 @@ def require_same_packing(
             f"{store.where}: its sequences have {counts.seq_len} tokens, those of {first.where} "
             f"have {first_counts.seq_len}. Pack both with one pack.seq_len."
         )
-    tokenizer, first_tokenizer = store.manifest.tokenizer, first.manifest.tokenizer
+    tokenizer = store.manifest.tokenizer
+    first_tokenizer = first.manifest.tokenizer
     if tokenizer != first_tokenizer:
         raise UserError(
             f"{store.where}: packed with tokenizer {tokenizer}, {first.where} with "
@@ -163,13 +167,19 @@ class PackedDataset:
         """Gather the sources' counts."""
         self.sources = dict(sources)
         self.names = sorted(sources)
-        self.counts = {name: sources[name].counts for name in self.names}
-        self.n_sequences = {name: sources[name].n_sequences for name in self.names}
-        self.unigram_nats = {name: self.counts[name].unigram_nats for name in self.names}
+        self.counts: dict[str, pack.PackedSource] = {}
+        self.n_sequences: dict[str, int] = {}
+        self.unigram_nats: dict[str, float] = {}
+        fingerprints = {}
+        for name in self.names:
+            source = sources[name]
+            self.counts[name] = source.counts
+            self.n_sequences[name] = source.n_sequences
+            self.unigram_nats[name] = source.counts.unigram_nats
+            fingerprints[name] = source.fingerprint
         self.seq_len = counts.seq_len
         self.vocab_size = counts.vocab_size
         self.tokenizer = manifest.tokenizer
-        fingerprints = {name: sources[name].fingerprint for name in self.names}
         self.fingerprint = stage.fingerprint([split, fingerprints])
         self.open_batches: collections.OrderedDict[Place, RecordBatchView] = (
             collections.OrderedDict()
@@ -181,10 +191,11 @@ class PackedDataset:
     def read_sequence(self, name: str, i: int) -> PackedSequence:
         """Return one sequence of a source."""
         batch, k = self.open_record_batch(name, i)
+        tokens = batch.input_ids[k]
         segments = slice(batch.offsets[k], batch.offsets[k + 1])
-        return PackedSequence(
-            batch.input_ids[k], batch.doc_lens[segments], batch.loss_from[segments]
-        )
+        doc_lens = batch.doc_lens[segments]
+        loss_from = batch.loss_from[segments]
+        return PackedSequence(tokens, doc_lens, loss_from)
 
     def read_document_ids(self, name: str, i: int) -> list[str]:
         """Return the document that each segment of a sequence comes from."""
@@ -219,12 +230,12 @@ class PackedDataset:
         """Begin to fetch those of the sequences that lie in an object store."""
         for name, i in places:
             source = self.sources[name]
+            storage = source.storage
             number, _ = source.locate_sequence(i)
-            if (
-                isinstance(source.storage, BucketStorage)
-                and (name, number) not in self.open_batches
-            ):
-                source.storage.prefetch(source.get_byte_range(number))
+            is_open = (name, number) in self.open_batches
+            if isinstance(storage, BucketStorage) and not is_open:
+                byte_range = source.get_byte_range(number)
+                storage.prefetch(byte_range)
 
     def start_verification(self, part: int, n_parts: int) -> None:
         """Compare the checksums of a part of every set on disk, in a thread; sets `damage`."""
@@ -275,18 +286,21 @@ class PackedSourceReader:
         self.seq_len = seq_len
         self.fingerprint = storage.manifest.fingerprint
         self.shard_paths = [f"{directory}/{shard.file}" for shard in counts.shards]
+        self.n_local_bytes = 0
         for path, shard in zip(self.shard_paths, counts.shards, strict=True):
             self.require_size(path, shard.n_bytes)
-        is_local = isinstance(storage, LocalStorage)
-        self.n_local_bytes = sum(shard.n_bytes for shard in counts.shards) if is_local else 0
+            if isinstance(storage, LocalStorage):
+                self.n_local_bytes += shard.n_bytes
         index_path = f"{directory}/{pack.INDEX_FILE}"
         self.require_size(index_path, None)
         index = storage.read_file_bytes(index_path)
-        if hashlib.sha256(index).hexdigest() != storage.manifest.outputs[index_path]:
+        checksum = hashlib.sha256(index).hexdigest()
+        if checksum != storage.manifest.outputs[index_path]:
             raise self.make_damage_error(pack.INDEX_FILE, "its checksum is not the manifest's")
         self.index = np.load(io.BytesIO(index))
+        sequence_counts = self.index[:, 3]
         # the first sequence of each record batch
-        self.first_sequences = np.cumsum([0, *self.index[:, 3]])
+        self.first_sequences = np.cumsum([0, *sequence_counts])
         self.n_sequences = int(self.first_sequences[-1])
         self.is_verified = np.zeros(len(self.index), bool)
 
@@ -316,8 +330,10 @@ class PackedSourceReader:
         """Return the number of the record batch that holds sequence i, and the index in it."""
         if not 0 <= i < self.n_sequences:
             raise IndexError(f"sequence {i} of {self.n_sequences}")
-        number = int(np.searchsorted(self.first_sequences, i, side="right")) - 1
-        return number, i - int(self.first_sequences[number])
+        n_begun = np.searchsorted(self.first_sequences, i, side="right")
+        number = int(n_begun) - 1
+        first = int(self.first_sequences[number])
+        return number, i - first
 
     def get_byte_range(self, number: int) -> ByteRange:
         """Return where a record batch lies."""
@@ -329,21 +345,20 @@ class PackedSourceReader:
         byte_range = self.get_byte_range(number)
         data = self.storage.read_range(byte_range)
         if not self.is_verified[number]:
-            self.require_intact(byte_range, zlib.crc32(data) == byte_range.crc)
+            is_intact = zlib.crc32(data) == byte_range.crc
+            self.require_intact(byte_range, is_intact)
             # what is fetched again is checked again
             self.is_verified[number] = isinstance(self.storage, LocalStorage)
         schema = pack.packed_schema(self.seq_len)
         batch = pa.ipc.read_record_batch(pa.py_buffer(data), schema)
-        input_ids = batch.column("input_ids").values.to_numpy()
-        doc_lens = batch.column("doc_lens")
-        loss_from = batch.column("loss_from").values.to_numpy()
-        return RecordBatchView(
-            batch,
-            input_ids.reshape(-1, self.seq_len),
-            doc_lens.offsets.to_numpy(),
-            doc_lens.values.to_numpy(),
-            loss_from,
-        )
+        token_column = batch.column("input_ids")
+        input_ids = token_column.values.to_numpy().reshape(-1, self.seq_len)
+        segment_column = batch.column("doc_lens")
+        offsets = segment_column.offsets.to_numpy()
+        doc_lens = segment_column.values.to_numpy()
+        loss_from_column = batch.column("loss_from")
+        loss_from = loss_from_column.values.to_numpy()
+        return RecordBatchView(batch, input_ids, offsets, doc_lens, loss_from)
 
     def require_intact(self, byte_range: ByteRange, is_intact: bool) -> None:
         """Raise UserError for a range that is not intact."""
@@ -366,10 +381,13 @@ class PackedSourceReader:
         if not isinstance(self.storage, LocalStorage):
             return
         n = len(self.index)
-        for number in range(part * n // n_parts, (part + 1) * n // n_parts):
+        first = part * n // n_parts
+        stop = (part + 1) * n // n_parts
+        for number in range(first, stop):
             if not self.is_verified[number]:
                 byte_range = self.get_byte_range(number)
-                self.require_intact(byte_range, self.storage.is_whole(byte_range))
+                is_intact = self.storage.is_whole(byte_range)
+                self.require_intact(byte_range, is_intact)
                 self.is_verified[number] = True
 
 
@@ -384,14 +402,19 @@ def make_batch(sequences: Sequence[PackedSequence], document_mask: bool) -> Batc
         document_mask: False makes each sequence one segment: positions count on, and a document's
             last token is trained to predict the next document's first.
     """
-    shape = len(sequences), len(sequences[0].tokens)
     tokens = np.stack([sequence.tokens for sequence in sequences])
+    shape = tokens.shape
+    _, seq_len = shape
     # the padding of a sequence is one more segment, so that all lengths together tile the batch
-    lengths, numbers, loss_from = [], [], []
+    lengths = []
+    numbers = []
+    loss_from = []
     for sequence in sequences:
-        n_padding = shape[1] - sequence.doc_lens.sum()
-        lengths += [sequence.doc_lens, np.array([n_padding], np.int32)]
-        numbers += [np.arange(1, len(sequence.doc_lens) + 1, dtype=np.int32), ZERO]
+        doc_lens = sequence.doc_lens
+        n_padding = seq_len - doc_lens.sum()
+        lengths += [doc_lens, np.array([n_padding], np.int32)]
+        n_documents = len(doc_lens)
+        numbers += [np.arange(1, n_documents + 1, dtype=np.int32), ZERO]
         loss_from += [sequence.loss_from, ZERO]
     lengths = np.concatenate(lengths)
 
@@ -400,13 +423,15 @@ def make_batch(sequences: Sequence[PackedSequence], document_mask: bool) -> Batc
         return np.repeat(values, lengths).reshape(shape)
 
     segment_ids = spread(np.concatenate(numbers))
-    starts = (np.cumsum(lengths) - lengths).astype(np.int32)
+    ends = np.cumsum(lengths)
+    starts = (ends - lengths).astype(np.int32)
     index = np.arange(tokens.size, dtype=np.int32).reshape(shape)
     positions = index - spread(starts)
     is_trained = positions >= spread(np.concatenate(loss_from))
     if not document_mask:
         segment_ids = (segment_ids > 0).astype(np.int32)
-        positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+        all_positions = np.arange(seq_len, dtype=np.int32)
+        positions = np.broadcast_to(all_positions, shape)
     is_text = segment_ids > 0
     is_continued = segment_ids[:, 1:] == segment_ids[:, :-1]
     loss_mask = np.zeros(shape, np.float32)
@@ -449,8 +474,10 @@ def iterate_batches(
             raise dataset.damage
         if is_remote:
             for later in range(step, step + PREFETCH_STEPS):
-                dataset.prefetch_sequences(list_places(later))
-        sequences = [dataset.read_sequence(name, i) for name, i in list_places(step)]
+                places = list_places(later)
+                dataset.prefetch_sequences(places)
+        places = list_places(step)
+        sequences = [dataset.read_sequence(name, i) for name, i in places]
         return make_batch(sequences, document_mask)
 
     steps = grain.MapDataset.range(N_ENDLESS_STEPS).map(load)
@@ -478,14 +505,18 @@ def iterate_heldout_batches(
     slots = list_local_slots(sharding, batch_size, dataset.seq_len)
     available = dataset.n_sequences[name]
     n_sequences = min(n_sequences, available)
+    padding = np.zeros(dataset.seq_len, np.int32)
     nothing = np.zeros(0, np.int32)
-    empty = PackedSequence(np.zeros(dataset.seq_len, np.int32), nothing, nothing)
+    empty = PackedSequence(padding, nothing, nothing)
     for start in range(0, n_sequences, batch_size):
         sequences = []
         for slot in slots:
             k = start + slot
-            i = k * available // n_sequences
-            sequences.append(dataset.read_sequence(name, i) if k < n_sequences else empty)
+            sequence = empty
+            if k < n_sequences:
+                i = k * available // n_sequences
+                sequence = dataset.read_sequence(name, i)
+            sequences.append(sequence)
         batch = make_batch(sequences, document_mask)
         yield make_global_batch(batch, slots, sharding, batch_size)
 
@@ -502,7 +533,8 @@ def list_local_slots(sharding: NamedSharding, batch_size: int, seq_len: int) -> 
     slots: set[int] = set()
     for index in shards.values():
         assert index is not None
-        slots.update(range(*index[0].indices(batch_size)))
+        start, stop, _ = index[0].indices(batch_size)
+        slots.update(range(start, stop))
     return sorted(slots)
 
 
@@ -565,17 +597,20 @@ def trace_step(run: pathlib.Path, step: int, tokenizer: str) -> Iterator[TracedD
     for slot, (name, i) in enumerate(places):
         sequence = dataset.read_sequence(name, i)
         ids = dataset.read_document_ids(name, i)
+        lengths = sequence.doc_lens.tolist()
         start = 0
-        for document, length in zip(ids, sequence.doc_lens.tolist(), strict=True):
-            tokens = sequence.tokens[start : start + length]
+        for document, length in zip(ids, lengths, strict=True):
+            stop = start + length
+            tokens = sequence.tokens[start:stop]
             yield TracedDocument(slot, name, i, document, tokens)
-            start += length
+            start = stop
 
 
 def list_step_sequences(run: pathlib.Path, step: int) -> StepSequences:
     """Return what a step of a run read. Raise UserError if the run cannot be read."""
     try:
-        config = build_config(json.loads((run / "config.json").read_text()))
+        fields = json.loads((run / "config.json").read_text())
+        config = build_config(fields)
         history = json.loads((run / "phases.json").read_text())
     except (FileNotFoundError, json.JSONDecodeError) as error:
         raise UserError(
@@ -594,6 +629,8 @@ def list_step_sequences(run: pathlib.Path, step: int) -> StepSequences:
             "holds now. Restore the original ones."
         )
     schedule = schedule_from_history(phases, dataset.n_sequences, config.mixture.seed)
-    first = phase.sequence + (step - 1 - phase.step) * phase.batch_size
-    places = [schedule.sequence_at(first + slot) for slot in range(phase.batch_size)]
+    steps_before = step - 1 - phase.step
+    first = phase.sequence + steps_before * phase.batch_size
+    stop = first + phase.batch_size
+    places = [schedule.sequence_at(k) for k in range(first, stop)]
     return StepSequences(config, dataset, places)

@@ -123,7 +123,8 @@ class MixtureSchedule:
         sources = order_slots(counts)
         ranks = np.empty_like(sources)
         for source, count in enumerate(counts):
-            ranks[sources == source] = np.arange(count)
+            is_source = sources == source
+            ranks[is_source] = np.arange(count)
         columns = [column.tolist() for column in (counts, sources, ranks)]
         table = SlotTable(phase.sequence, n_used, *columns)
         self.tables.append(table)
@@ -133,8 +134,8 @@ class MixtureSchedule:
         """Return (source, index within the source) of a global sequence index."""
         table, n_rounds, slot = self.locate_slot(index)
         source = table.sources[slot]
-        n_in_rounds = n_rounds * table.counts[source]
-        use = table.n_used[source] + n_in_rounds + table.ranks[slot]
+        n_before = table.n_used[source] + n_rounds * table.counts[source]
+        use = n_before + table.ranks[slot]
         return self.names[source], self.shuffle_index(source, use)
 
     def shuffle_index(self, source: int, use: int) -> int:
@@ -173,7 +174,8 @@ class MixtureSchedule:
         epochs = {}
         uses = self.count_uses(n_sequences)
         for name, n_used in zip(self.names, uses, strict=True):
-            epochs[name] = n_used / max(1, self.n_sequences[name])
+            available = max(1, self.n_sequences[name])
+            epochs[name] = n_used / available
         return epochs
 
     def data_history(self, n_sequences: int) -> list[MixturePhase]:
@@ -206,13 +208,15 @@ class MixtureSchedule:
             )
         default = limits.get("all", math.inf)
         excesses = []
-        for name, epochs in self.compute_epochs(n_sequences).items():
+        read_epochs = self.compute_epochs(n_sequences)
+        for name, epochs in read_epochs.items():
             limit = limits.get(name, default)
             if epochs > limit:
                 last_sequence = self.find_exhausted(name, limit, n_sequences)
                 last_step = self.step_of(last_sequence)
+                end = self.step_of(n_sequences)
                 excesses.append(
-                    f"{name} is read {epochs:.3g} times by step {self.step_of(n_sequences):,} "
+                    f"{name} is read {epochs:.3g} times by step {end:,} "
                     f"(it lasts until {last_step:,}), {limit:g} allowed"
                 )
         if excesses:
@@ -306,7 +310,9 @@ def check_share(step: int, name: str, share: float, n_sequences: Mapping[str, in
     if name not in n_sequences:
         near = difflib.get_close_matches(name, n_sequences, 1)
         known = ", ".join(sorted(n_sequences))
-        hint = f"did you mean {near[0]}?" if near else f"there are: {known}."
+        hint = f"there are: {known}."
+        if near:
+            hint = f"did you mean {near[0]}?"
         raise UserError(
             f"mixture.phases: no packed source is called {name!r} (from step {step}); {hint}"
         )
@@ -337,8 +343,10 @@ def count_slots(shares: Sequence[float]) -> np.ndarray:
     n_slots = np.arange(1, MAX_SLOTS + 1)
     scaled = np.rint(n_slots[:, None] * ideal)
     candidates = np.maximum(scaled, is_present).astype(np.int64)
-    candidates = candidates[candidates.sum(1) <= MAX_SLOTS]
-    realized = candidates / candidates.sum(1, keepdims=True)
+    fits = candidates.sum(1) <= MAX_SLOTS
+    candidates = candidates[fits]
+    totals = candidates.sum(1, keepdims=True)
+    realized = candidates / totals
     ratios = realized[:, is_present] / ideal[is_present]
     errors = np.abs(ratios - 1).max(1)
     best = np.argmin(errors.round(9))
@@ -364,7 +372,8 @@ def order_slots(counts: np.ndarray) -> np.ndarray:
         behind = margin * (due - n_slots * taken)  # in units of 1 / (margin x n_slots)
         slack = (n_slots * (margin - 1) - behind) / counts
         is_eligible = behind >= n_slots
-        chosen = np.argmin(np.where(is_eligible, slack, np.inf))
+        eligible_slack = np.where(is_eligible, slack, np.inf)
+        chosen = np.argmin(eligible_slack)
         order[slot] = chosen
         taken[chosen] += 1
     return present[order]

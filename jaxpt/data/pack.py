@@ -190,20 +190,23 @@ def pack_corpus(settings: config.Config, workdir: pathlib.Path, replace: bool = 
         UserError: a source has less text than one sequence.
     """
     workdir = stage.local_path(workdir)
-    inputs = {"corpus": workdir / "corpus", "tokenizer": workdir / "tokenizer"}
-    encoder = tokenizer.load_tokenizer(inputs["tokenizer"])
+    packed = workdir / "packed"
+    corpus = workdir / "corpus"
+    tokenizer_path = workdir / "tokenizer"
+    inputs = {"corpus": corpus, "tokenizer": tokenizer_path}
+    encoder = tokenizer.load_tokenizer(tokenizer_path)
     section = settings.pack
     layout = PackLayout(section.seq_len, section.method, encoder.vocab_size)
+    where = settings.prepare.executor
 
     def work(out: pathlib.Path) -> dict[str, Any]:
-        corpus, tokenizer_path = (path.resolve() for path in inputs.values())
-        where = settings.prepare.executor
-        counts = pack_splits(corpus, tokenizer_path, out.resolve(), layout, where)
+        resolved = corpus.resolve(), tokenizer_path.resolve(), out.resolve()
+        counts = pack_splits(*resolved, layout, where)
         return counts.to_json()
 
     manifest = stage.run_stage(
         "pack",
-        workdir / "packed",
+        packed,
         work,
         config=stage.to_jsonable(section),
         inputs=inputs,
@@ -233,14 +236,17 @@ def pack_splits(
     jobs_dir = out / ".jobs"
     files: dict[tuple[str, str], list[pathlib.Path]] = {}
     for split in SPLITS:
-        for name, paths in tokenizer.list_corpus_files(corpus, split).items():
+        corpus_files = tokenizer.list_corpus_files(corpus, split)
+        for name, paths in corpus_files.items():
             files[split, name] = paths
     n_bytes = estimate_bytes(itertools.chain(*files.values()))
     if n_bytes <= MAX_BYTES_IN_PROCESS:
         where = "here"
     checksums = {}
-    for name, checksum in Manifest.load(corpus).outputs.items():
-        checksums[str(corpus / name)] = checksum
+    manifest = Manifest.load(corpus)
+    for name, checksum in manifest.outputs.items():
+        path = str(corpus / name)
+        checksums[path] = checksum
     tokenize_jobs = {}
     for key, paths in files.items():
         directory = jobs_dir.joinpath(*key)
@@ -280,7 +286,8 @@ def estimate_bytes(files: Iterable[pathlib.Path]) -> int:
 def log_counts(counts: PackCounts) -> None:
     """Log two lines per source and split."""
     for split in SPLITS:
-        for name, source in getattr(counts, split).items():
+        sources = getattr(counts, split)
+        for name, source in sources.items():
             log.info(
                 f"pack: {split}/{name}: {source.n_tokens:,} tokens in "
                 f"{source.n_sequences:,} sequences"
@@ -307,12 +314,14 @@ def run_pack_jobs(
     """
     jobs = []
     for job in itertools.chain(*groups):
-        if not pathlib.Path(job.result_path).exists():
+        result = pathlib.Path(job.result_path)
+        if not result.exists():
             jobs.append(job)
     # with a process per core, the tokenizers library's own threads would only compete
     n_cores = os.cpu_count() or 1
-    has_processes = where != "here" and len(jobs) >= n_cores
-    default = "false" if has_processes else "true"
+    default = "true"
+    if where != "here" and len(jobs) >= n_cores:
+        default = "false"
     parallelism = os.environ.get("TOKENIZERS_PARALLELISM", default)
     left = []
     for job in jobs:
@@ -373,15 +382,18 @@ def plan_tokenize_jobs(
     """
     jobs: list[TokenizeJob] = []
     for file in files:
-        n_groups = pq.ParquetFile(file).metadata.num_row_groups
-        sizes = [tokenizer.count_text_bytes(file, group) for group in range(n_groups)]
+        corpus_path = str(file)
+        # the first job of a file checks that it is whole
+        sha256 = checksums.get(corpus_path)
+        metadata = pq.ParquetFile(file).metadata
+        all_groups = range(metadata.num_row_groups)
+        sizes = [tokenizer.count_text_bytes(file, group) for group in all_groups]
         for groups in split_row_groups(sizes):
-            output = jobs_dir / f"tokens-{len(jobs):06d}.arrow"
-            # the first job of a file checks that it is whole
-            sha256 = None if groups[0] else checksums.get(str(file))
-            paths = (str(output), f"{output}.json", str(file))
+            output = str(jobs_dir / f"tokens-{len(jobs):06d}.arrow")
+            paths = (output, f"{output}.json", corpus_path)
             job = TokenizeJob(*paths, sha256, groups, str(tokenizer_path))
             jobs.append(job)
+            sha256 = None
     return jobs
 
 
@@ -421,7 +433,8 @@ def run_tokenize_job(fields: dict[str, Any]) -> int:
             flat = np.fromiter(all_ids, np.int32, offsets[-1])
             lists = pa.ListArray.from_arrays(pa.array(offsets, INT32), flat)
             columns = {"id": batch.ids, "ids": lists, "loss_from": loss_from}
-            stream.write_batch(pa.record_batch(columns, schema=TOKEN_SCHEMA))
+            record_batch = pa.record_batch(columns, schema=TOKEN_SCHEMA)
+            stream.write_batch(record_batch)
             n_documents += len(batch.texts)
             n_bytes += sum(len(text.encode()) for text in batch.texts)
     result = TokenizeResult(n_documents, n_bytes)
@@ -452,7 +465,8 @@ def iter_text_batches(file: pathlib.Path, groups: Sequence[int]) -> Iterator[Tex
     n_chars = 0
     with corpus_read_errors(file):
         reader = pq.ParquetFile(file)
-        for rows in reader.iter_batches(256, row_groups=list(groups), columns=columns):
+        batches = reader.iter_batches(256, row_groups=list(groups), columns=columns)
+        for rows in batches:
             values = [rows.column(name).to_pylist() for name in columns]
             for document in zip(*values, strict=True):
                 for column, value in zip(batch, document, strict=True):
@@ -515,8 +529,9 @@ def plan_pack_jobs(
         stop_file = bisect.bisect_left(starts, stop)
         documents = []
         for i in range(first_file, stop_file):
-            start = max(first - starts[i], 0)
-            document_range = DocumentRange(paths[i], start, stop - starts[i])
+            first_in_file = max(first - starts[i], 0)
+            stop_in_file = stop - starts[i]
+            document_range = DocumentRange(paths[i], first_in_file, stop_in_file)
             documents.append(document_range)
         output = out / f"data-{k:05d}.arrow"
         result_path = str(jobs_dir / f"{output.name}.json")
@@ -528,7 +543,8 @@ def plan_pack_jobs(
 def read_document_lengths(tokens_path: str) -> np.ndarray:
     """Return the tokens of each document of a file that a TokenizeJob wrote."""
     lengths = [np.zeros(0, np.int64)]
-    for batch in pa.ipc.open_stream(pa.memory_map(tokens_path)):
+    stream = pa.ipc.open_stream(pa.memory_map(tokens_path))
+    for batch in stream:
         offsets = batch.column("ids").offsets.to_numpy()
         lengths.append(np.diff(offsets))
     return np.concatenate(lengths)
@@ -539,11 +555,13 @@ def split_windows(lengths: np.ndarray, seq_len: int) -> list[tuple[int, int]]:
 
     A window has WINDOW_SEGMENTS segments or WINDOW_TOKENS tokens, or somewhat more.
     """
-    n_segments = np.cumsum(-(-lengths // seq_len))
+    segments_of_document = -(-lengths // seq_len)  # rounded up
+    n_segments = np.cumsum(segments_of_document)
     n_tokens = np.cumsum(lengths)
     windows = []
     first = 0
-    segments_before = tokens_before = 0
+    segments_before = 0
+    tokens_before = 0
     while first < len(lengths):
         last_by_segments = np.searchsorted(n_segments, segments_before + WINDOW_SEGMENTS)
         last_by_tokens = np.searchsorted(n_tokens, tokens_before + WINDOW_TOKENS)
@@ -561,7 +579,8 @@ def split_stream(
     """Return the range of documents and of the stream for each shard of method course."""
     ends = np.cumsum(lengths)
     n_sequences = int(lengths.sum()) // seq_len
-    per_shard = max(1, SHARD_BYTES // (4 * seq_len))
+    sequence_bytes = 4 * seq_len
+    per_shard = max(1, SHARD_BYTES // sequence_bytes)
     ranges = []
     streams = []
     for start in range(0, n_sequences, per_shard):
@@ -628,7 +647,8 @@ def pack_best_fit(documents: Iterable[Segment], seq_len: int) -> Iterator[list[S
     for document in documents:
         starts = range(0, len(document.ids), seq_len)
         for part, start in enumerate(starts):
-            segments.append(document.split(start, start + seq_len, part))
+            segment = document.split(start, start + seq_len, part)
+            segments.append(segment)
     sequences: list[list[int]] = []
     not_full: dict[int, list[int]] = {}  # free tokens -> sequences with as many
     free_sizes: list[int] = []  # the keys of not_full, sorted
@@ -695,25 +715,33 @@ def write_sequences(
 ) -> PackResult:
     """Write sequences as one shard and count them."""
     sequences = iter(sequences)
-    per_batch = max(1, BATCH_TOKENS // layout.seq_len)
-    n_sequences = n_tokens = n_split = 0
-    token_counts = np.zeros(layout.vocab_size, np.int64)
+    seq_len = layout.seq_len
+    vocab_size = layout.vocab_size
+    per_batch = max(1, BATCH_TOKENS // seq_len)
+    n_sequences = 0
+    n_tokens = 0
+    n_split = 0
+    token_counts = np.zeros(vocab_size, np.int64)
     batches = []
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "wb") as sink:
-        sink.write(packed_schema(layout.seq_len).serialize())
+        schema = packed_schema(seq_len)
+        sink.write(schema.serialize())
         while group := list(itertools.islice(sequences, per_batch)):
-            message = make_record_batch(group, layout.seq_len).serialize()
+            record_batch = make_record_batch(group, seq_len)
+            message = record_batch.serialize()
             checksum = zlib.crc32(message)
             batches.append((sink.tell(), len(message), len(group), checksum))
             sink.write(message)
-            segments = list(itertools.chain.from_iterable(group))
+            trained = []
+            for segment in itertools.chain.from_iterable(group):
+                n_tokens += len(segment.ids)
+                n_split += segment.part == 1
+                first_target = max(1, segment.loss_from)
+                trained.append(segment.ids[first_target:])
             n_sequences += len(group)
-            n_tokens += sum(len(segment.ids) for segment in segments)
-            n_split += sum(segment.part == 1 for segment in segments)
-            trained = [segment.ids[max(1, segment.loss_from) :] for segment in segments]
             targets = np.concatenate(trained)
-            token_counts += np.bincount(targets, minlength=layout.vocab_size)
+            token_counts += np.bincount(targets, minlength=vocab_size)
         sink.write(END_OF_STREAM)
     n_bytes = file.stat().st_size
     shard = PackedShard(file.name, n_sequences, n_bytes)
@@ -735,8 +763,11 @@ def make_record_batch(sequences: list[list[Segment]], seq_len: int) -> pa.Record
     lengths = [len(segment.ids) for segment in segments]
     names = [segment.document for segment in segments]
     loss_from = [segment.loss_from for segment in segments]
-    columns = [pa.array(lengths, INT32), pa.array(names), pa.array(loss_from, INT32)]
-    lists = [pa.ListArray.from_arrays(offsets, column) for column in columns]
+    columns = [(lengths, INT32), (names, pa.string()), (loss_from, INT32)]
+    lists = []
+    for values, dtype in columns:
+        column = pa.array(values, dtype)
+        lists.append(pa.ListArray.from_arrays(offsets, column))
     flat_ids = pa.array(ids.reshape(-1))
     input_ids = pa.FixedSizeListArray.from_arrays(flat_ids, seq_len)
     return pa.record_batch([input_ids, *lists], schema=packed_schema(seq_len))
@@ -761,29 +792,39 @@ def gather_shards(
     """
     token_counts = np.zeros(layout.vocab_size, np.int64)
     index = []
+    n_tokens = 0
+    n_split = 0
     for k, result in enumerate(results):
         trained_ids = list(result.token_counts)
-        token_counts[trained_ids] += list(result.token_counts.values())
+        times_trained = list(result.token_counts.values())
+        token_counts[trained_ids] += times_trained
         index += [(k, *batch) for batch in result.batches]
+        n_tokens += result.n_tokens
+        n_split += result.n_split_documents
     np.save(out / INDEX_FILE, np.array(index, np.int64))
     shards = tuple(result.shard for result in results)
     files = [shard.file for shard in shards]
     write_datasets_metadata(out, layout.seq_len, files)
     if layout.method == "course":
         write_course_parquet(out, shards)
+    n_documents = 0
+    n_text_bytes = 0
+    for text in texts:
+        n_documents += text.n_documents
+        n_text_bytes += text.n_text_bytes
     n_sequences = sum(shard.n_sequences for shard in shards)
-    n_tokens = sum(result.n_tokens for result in results)
+    n_slots = n_sequences * layout.seq_len
     n_trained = int(token_counts.sum())
     frequencies = token_counts[token_counts > 0] / max(1, n_trained)
     entropy = -(frequencies * np.log(frequencies)).sum()
     return PackedSource(
-        n_documents=sum(text.n_documents for text in texts),
-        n_split_documents=sum(result.n_split_documents for result in results),
+        n_documents=n_documents,
+        n_split_documents=n_split,
         n_sequences=n_sequences,
         n_tokens=n_tokens,
         n_trained_tokens=n_trained,
-        n_text_bytes=sum(text.n_text_bytes for text in texts),
-        padding_frac=1 - n_tokens / (n_sequences * layout.seq_len),
+        n_text_bytes=n_text_bytes,
+        padding_frac=1 - n_tokens / n_slots,
         unigram_nats=float(entropy),
         shards=shards,
     )
@@ -795,9 +836,11 @@ def write_course_parquet(out: pathlib.Path, shards: Sequence[PackedShard]) -> No
     with pq.ParquetWriter(out / LESSON_FILE, schema) as writer:
         for shard in shards:
             file = str(out / shard.file)
-            for batch in pa.ipc.open_stream(pa.memory_map(file)):
+            stream = pa.ipc.open_stream(pa.memory_map(file))
+            for batch in stream:
                 ids = batch.column("input_ids").cast(INT_LIST)
-                writer.write_batch(pa.record_batch([ids], schema=schema))
+                lists = pa.record_batch([ids], schema=schema)
+                writer.write_batch(lists)
 
 
 def write_datasets_metadata(out: pathlib.Path, seq_len: int, files: list[str]) -> None:

@@ -45,9 +45,12 @@ def mark_text(text: str, least: int) -> bytes:
         if len(part) < least:
             continue
         digest = hashlib.blake2b(part.encode(), digest_size=8).digest()
+        number = int.from_bytes(digest)
+        n_chars = len(raw[k])
+        n_bytes = len(raw[k].encode())
         before, after = gaps[k : k + 2]
-        sizes = (k, len(raw[k]), len(raw[k].encode()), before, after, n_shorter)
-        marks.append((int.from_bytes(digest), *sizes))
+        mark = (number, k, n_chars, n_bytes, before, after, n_shorter)
+        marks.append(mark)
     return np.array(marks, MARK_DTYPE).tobytes()
 
 
@@ -103,8 +106,8 @@ def find_repeated_paragraphs(
     owners: list[np.ndarray] = [np.empty(0, np.int32)]
     for rows, counts, marks in read_marks():
         digests.append(marks["digest"].copy())
-        repeated_rows = np.repeat(rows, counts)
-        owners.append(repeated_rows.astype(np.int32))
+        mark_rows = np.repeat(rows, counts)
+        owners.append(mark_rows.astype(np.int32))
     digest = np.concatenate(digests)
     first = dedup.find_exact_duplicates(digest[:, None])
     owner = np.concatenate(owners)
@@ -136,15 +139,18 @@ def cut_repeats(
     """Return the cuts of repeated paragraphs, and add them to the amounts."""
     repeats = np.flatnonzero(is_repeat)
     n = len(repeats)
-    row = np.repeat(documents.rows, documents.counts)[repeats]
+    mark_rows = np.repeat(documents.rows, documents.counts)
+    row = mark_rows[repeats]
     marks = documents.marks[repeats]
     cuts = np.empty(n, CUT_DTYPE)
     first_in_document = np.searchsorted(row, row)
     n_before = np.arange(n) - first_in_document  # cut in the same document
+    number = marks["number"]
+    leading = number == n_before
     cuts["row"] = row
-    cuts["number"] = marks["number"]
-    cuts["leading"] = marks["number"] == n_before
-    gap = np.where(cuts["leading"], marks["after"], marks["before"])
+    cuts["number"] = number
+    cuts["leading"] = leading
+    gap = np.where(leading, marks["after"], marks["before"])
     n_chars = marks["chars"] + gap
     n_bytes = marks["bytes"] + gap
     sizes = (np.ones(n), n_chars, n_bytes)
@@ -170,7 +176,9 @@ def remove_spans(text: str, cuts: np.ndarray) -> str:
     for _, number, leading in cuts.tolist():
         place = 2 * number
         parts[place] = ""
-        gap = place + 1 if leading else place - 1
+        gap = place - 1
+        if leading:
+            gap = place + 1
         if gap < len(parts):
             parts[gap] = ""
     return "".join(parts)

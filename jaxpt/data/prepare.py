@@ -103,16 +103,13 @@ def prepare_corpus(
         inputs |= source.fingerprint_inputs()
     for i, path in enumerate(section.decontaminate):
         inputs[f"benchmarks/{i}"] = stage.local_path(path)
+    corpus = workdir / "corpus"
     work = CorpusWork(section, section_json, text_sources, rules, index, tokenizer)
+    request = work.describe_request()
     manifest = stage.run_stage(
-        "prepare",
-        workdir / "corpus",
-        work.run,
-        config=work.describe_request(),
-        inputs=inputs,
-        replace=replace,
+        "prepare", corpus, work.run, config=request, inputs=inputs, replace=replace
     )
-    log_counts(manifest.counts, workdir / "corpus")
+    log_counts(manifest.counts, corpus)
     return manifest
 
 
@@ -142,7 +139,8 @@ def open_rules(section_json: str) -> tuple[list[filters.Rule], decontaminate.Ngr
     index = decontaminate.NgramIndex(items, section["decontaminate_ngram"])
     changes = list(section["rules"])
     preset = section["preset"]
-    if section["near_dedup"] and NEAR not in filters.PRESETS[preset]:
+    preset_rules = filters.PRESETS[preset]
+    if section["near_dedup"] and NEAR not in preset_rules:
         changes.append(NEAR)
     rules = filters.parse_rules(preset, changes)
     if section["decontaminate"]:
@@ -207,8 +205,8 @@ class CorpusWork:
         funnel["unread"] = unread
         text = json.dumps(funnel, indent=1)
         (partial / "funnel.json").write_text(text + "\n")
-        n_train = sum(amounts["rows"] for amounts in funnel["train"].values())
-        if not n_train:
+        train_amounts = funnel["train"].values()
+        if not any(amounts["rows"] for amounts in train_amounts):
             raise UserError(
                 f"prepare: none of {len(drops.dropped_by):,} documents is left to train on.\n"
                 f"{format_funnel(funnel)}\nSamples of what each rule dropped are in "
@@ -216,7 +214,8 @@ class CorpusWork:
                 "prepare.heldout_frac."
             )
         shutil.rmtree(state_dir)
-        return {**funnel, "contaminated": self.count_contaminated(matches)}
+        contaminated = self.count_contaminated(matches)
+        return {**funnel, "contaminated": contaminated}
 
     def count_contaminated(self, matches: list[dict[str, str]]) -> dict[str, int]:
         """Return how many documents matched each benchmark task."""
@@ -232,7 +231,8 @@ def log_counts(counts: dict[str, Any], corpus: pathlib.Path) -> None:
     """Log the funnel, edits, skipped records and contaminated documents."""
     log.info(format_funnel(counts))
     for step in counts["steps"]:
-        for name, n in step.get("edits", {}).items():
+        edits = step.get("edits", {})
+        for name, n in edits.items():
             if n:
                 log.info(f"prepare: {step['rule']} made {n:,} edits in {name}")
     for name, unread in counts["unread"].items():
@@ -287,6 +287,7 @@ def read_sources(
     limit = int(section.max_mb * 1e6)
     todo = []
     n_bytes = 0
+    on_error = section.on_error
     for k, source in enumerate(text_sources):
         for part, size in split_source(source):
             job = ReadJob(
@@ -294,19 +295,20 @@ def read_sources(
                 source=part,
                 limit=limit,
                 max_bytes=JOB_BYTES,
-                on_error=section.on_error,
+                on_error=on_error,
             )
             todo.append(job)
             n_bytes += size
     in_processes = n_bytes > MAX_INLINE_BYTES["read_part"]
     progress = ("reading", "B", None)
     results = runner.run(read_part, todo, progress, in_processes)
-    files, unread = [], {}
+    by_source = [[] for _ in text_sources]
+    for job, result in zip(todo, results, strict=True):
+        by_source[job.source_index].append(result)
+    files = []
+    unread = {}
     for k, source in enumerate(text_sources):
-        own = []
-        for job, result in zip(todo, results, strict=True):
-            if job.source_index == k:
-                own.append(result)
+        own = by_source[k]
         source_files, n_taken = collect_read_files(own, k, limit)
         skipped = collect_skipped(own)
         if skipped["counts"]:
@@ -331,13 +333,16 @@ def collect_read_files(
     if limit and paths:
         digests = [read_column(path, "digest") for path in paths]
         numbers = np.concatenate(digests)[:, 3]
-        sizes = np.concatenate([read_column(path, "bytes") for path in paths])
+        text_bytes = [read_column(path, "bytes") for path in paths]
+        sizes = np.concatenate(text_bytes)
         reached = find_hash_threshold(numbers, sizes, limit)
         threshold = min(threshold, reached)
-        n_taken = int((numbers < threshold).sum())
+        is_taken = numbers < threshold
+        n_taken = int(is_taken.sum())
     files = []
     for path, n in zip(paths, rows, strict=True):
-        files.append(ReadFile(path, source, n, threshold))
+        file = ReadFile(path, source, n, threshold)
+        files.append(file)
     return files, n_taken
 
 
@@ -361,9 +366,9 @@ def explain_empty_source(
         return UserError(
             f"{where}: no document fits into prepare.max_mb={max_mb:g}. Raise prepare.max_mb."
         )
-    counts = collections.Counter(skipped["counts"]).most_common(3)
+    counts = collections.Counter(skipped["counts"])
     reasons = ""
-    for reason, n in counts:
+    for reason, n in counts.most_common(3):
         reasons += f", {n:,} times {reason}"
     message = ""
     if skipped["first"]:
@@ -375,7 +380,8 @@ def split_source(source: sources.TextSource) -> Iterator[tuple[sources.TextSourc
     """Yield parts of about JOB_BYTES on disk, split between files, and their bytes."""
     files = []
     n_bytes = 0
-    for file, size in zip(source.files, source.list_file_sizes(), strict=True):
+    sizes = source.list_file_sizes()
+    for file, size in zip(source.files, sizes, strict=True):
         files.append(file)
         n_bytes += size
         if n_bytes >= JOB_BYTES:
@@ -391,7 +397,8 @@ def split_source(source: sources.TextSource) -> Iterator[tuple[sources.TextSourc
 def read_part(fields: dict[str, Any], advance: Advance = lambda n: None) -> int:
     """Do a ReadJob and return the bytes of its texts."""
     job = ReadJob.from_json(fields)
-    sampler = ByteLimitSampler(job.limit, job.source.kind == "hf")
+    is_streamed = job.source.kind == "hf"
+    sampler = ByteLimitSampler(job.limit, is_streamed)
     unread = collections.Counter()
     first = []
 
@@ -432,7 +439,8 @@ def write_read_file(
                 break
             columns = zip(*batch, strict=True)
             arrays = list(map(extract_column, columns, READ_SCHEMA))
-            out.write_batch(pa.record_batch(arrays, schema=READ_SCHEMA))
+            record_batch = pa.record_batch(arrays, schema=READ_SCHEMA)
+            out.write_batch(record_batch)
             size = sum(row[-1] for row in batch)
             n_rows += len(batch)
             n_bytes += size
@@ -496,17 +504,18 @@ class ByteLimitSampler:
     def keep_below(self, documents: Iterator[sources.Document]) -> Iterator[tuple]:
         """Yield rows of READ_SCHEMA, with the text as bytes: Arrow takes them faster."""
         for document in documents:
-            data = document.text.encode()
+            id, text, prompt_chars, meta = document
+            data = text.encode()
+            n_bytes = len(data)
             digest = dedup.hash_text(data)
             number = int.from_bytes(digest[24:])
             if self.limit and number < self.threshold:
-                self.total += len(data)
+                self.total += n_bytes
                 if self.is_streamed and self.total > self.limit:
                     return
-                self.lower_threshold(number, len(data))
+                self.lower_threshold(number, n_bytes)
             if number < self.threshold:
-                sizes = len(document.text), len(data)
-                yield document.id, data, document.prompt_chars, document.meta, digest, *sizes
+                yield id, data, prompt_chars, meta, digest, len(text), n_bytes
 
     def lower_threshold(self, number: int, size: int) -> None:
         """Count a document in and push out those with the largest numbers."""
@@ -554,8 +563,11 @@ class DocumentTable:
         for k, file in enumerate(self.files):
             values = []
             for name in columns:
-                path = file.path if name in READ_SCHEMA.names else self.judged[k]
-                values.append(read_column(path, name))
+                path = self.judged[k]
+                if name in READ_SCHEMA.names:
+                    path = file.path
+                column = read_column(path, name)
+                values.append(column)
             rows = slice(*self.starts[k : k + 2])
             yield rows, file.source, *values
 
@@ -572,7 +584,8 @@ class DocumentTable:
         for k in range(i, j):
             path = str(self.files[k].path)
             judged = str(self.judged[k])
-            parts.append((path, judged, int(self.starts[k])))
+            start = int(self.starts[k])
+            parts.append((path, judged, start))
         return parts
 
 
@@ -588,7 +601,8 @@ def read_column(path: pathlib.Path, name: str) -> Any:
     with pa.OSFile(str(path)) as file:
         schema = pa.ipc.open_file(file).schema
         reader = open_one_column(file, schema.get_field_index(name))
-        column = reader.read_all().column(0).combine_chunks()
+        table = reader.read_all()
+        column = table.column(0).combine_chunks()
     if pa.types.is_binary(column.type):
         return column
     if pa.types.is_fixed_size_binary(column.type):
@@ -604,11 +618,14 @@ def open_one_column(file: pa.OSFile, index: int) -> Any:
 
 def number_texts(digests: pa.FixedSizeBinaryArray) -> np.ndarray:
     """Return n digests as [n, bytes / 8] uint64."""
-    width = digests.type.byte_width // 8
+    n_bytes = digests.type.byte_width
+    width = n_bytes // 8
     _, buffer = digests.buffers()
-    start = digests.offset * width * 8
-    numbers = np.frombuffer(buffer, ">u8", len(digests) * width, start)
-    return numbers.reshape(-1, width).astype(np.uint64)
+    start = digests.offset * n_bytes
+    n_numbers = len(digests) * width
+    numbers = np.frombuffer(buffer, ">u8", n_numbers, start)
+    rows = numbers.reshape(-1, width)
+    return rows.astype(np.uint64)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -646,8 +663,7 @@ def judge_documents(
             start=int(start),
         )
         todo.append(job)
-    n_bytes = sum(file.path.stat().st_size for file in files)
-    in_processes = n_bytes > MAX_INLINE_BYTES["judge_file"]
+    in_processes = count_file_bytes(files) > MAX_INLINE_BYTES["judge_file"]
     progress = "judging", "documents", int(starts[-1])
     results = runner.run(judge_file, todo, progress, in_processes)
     judged = []
@@ -659,16 +675,25 @@ def judge_documents(
     return DocumentTable(names, files, judged, starts, heldout)
 
 
+def count_file_bytes(files: list[ReadFile]) -> int:
+    """Return the bytes of the files on disk."""
+    sizes = [file.path.stat().st_size for file in files]
+    return sum(sizes)
+
+
 def find_repeated(files: list[ReadFile], starts: np.ndarray) -> np.ndarray:
     """Return which documents equal an earlier one to the letter, [n] bool."""
-    known = np.empty((starts[-1], 2), np.uint64)
+    n = starts[-1]
+    known = np.empty((n, 2), np.uint64)
     for file, start in zip(files, starts, strict=False):
-        # the same letters with another prompt may be edited in another way
-        prompts = read_column(file.path, "prompt_chars").astype(np.uint64)
+        prompt_chars = read_column(file.path, "prompt_chars")
         digests = read_column(file.path, "digest")[:, :2]
-        digests[:, 1] += prompts
-        known[start : start + file.n] = digests
-    return dedup.find_exact_duplicates(known) != np.arange(starts[-1])
+        # the same letters with another prompt may be edited in another way
+        digests[:, 1] += prompt_chars.astype(np.uint64)
+        stop = start + file.n
+        known[start:stop] = digests
+    first = dedup.find_exact_duplicates(known)
+    return first != np.arange(n)
 
 
 def make_judged_schema(rules: Sequence[filters.Rule]) -> pa.Schema:
@@ -706,14 +731,16 @@ def judge_file(fields: dict[str, Any], advance: Advance = lambda n: None) -> int
         repeats = np.load(job.repeats, mmap_mode="r")
     signatures = []
     n = 0
-    with open_arrow_writer(file, make_judged_schema(rules)) as out:
+    schema = make_judged_schema(rules)
+    with open_arrow_writer(file, schema) as out:
         for batch in iterate_batches_of_file(job.file):
             digests = number_texts(batch.column("digest"))
             is_taken = digests[:, 3] < job.threshold
             is_repeat = np.zeros_like(is_taken)
             if repeats is not None:
                 start = job.start + n
-                is_repeat = repeats[start : start + len(is_taken)] & is_taken
+                stop = start + len(is_taken)
+                is_repeat = repeats[start:stop] & is_taken
             verdicts = Verdicts(batch, rules)
             verdicts.judge(is_taken & ~is_repeat, rules)
             if is_repeat.any():
@@ -727,7 +754,8 @@ def judge_file(fields: dict[str, Any], advance: Advance = lambda n: None) -> int
             advance(len(is_taken))
     files = [file]
     if find_rule(rules, NEAR) is not None:
-        files += dedup.write_signatures(pathlib.Path(job.output_prefix), signatures)
+        prefix = pathlib.Path(job.output_prefix)
+        files += dedup.write_signatures(prefix, signatures)
     write_job_result(job, files)
     return n
 
@@ -737,8 +765,10 @@ class Verdicts:
 
     def __init__(self, batch: pa.RecordBatch, rules: list[filters.Rule]):
         """Start with no document judged."""
-        names = sources.Document._fields
-        columns = [batch.column(name).to_pylist() for name in names]
+        columns = []
+        for name in sources.Document._fields:
+            column = batch.column(name)
+            columns.append(column.to_pylist())
         self.documents = list(map(sources.Document, *columns))
         self.rules = rules
         self.schema = make_judged_schema(rules)
@@ -765,8 +795,9 @@ class Verdicts:
         documents = [self.documents[i] for i in places]
         judged = filters.apply_rules(documents, rules)
         self.columns["failed"][places] = judged.failed_rule
+        reasons = self.columns["reason"]
         for i, reason in zip(places, judged.reasons, strict=True):
-            self.columns["reason"][i] = reason or None
+            reasons[i] = reason or None
         for i, document in zip(places, judged.documents, strict=True):
             self.set_document(i, document)
         for k, edits in judged.edits.items():
@@ -824,8 +855,10 @@ def count_batch_rows(path: str | pathlib.Path) -> list[int]:
     with pa.OSFile(str(path)) as file:
         schema = pa.ipc.open_file(file).schema
         is_integer = [pa.types.is_integer(field.type) for field in schema]
-        reader = open_one_column(file, is_integer.index(True))
-        batches = map(reader.get_batch, range(reader.num_record_batches))
+        smallest = is_integer.index(True)
+        reader = open_one_column(file, smallest)
+        batch_numbers = range(reader.num_record_batches)
+        batches = map(reader.get_batch, batch_numbers)
         return [batch.num_rows for batch in batches]
 
 
@@ -845,7 +878,8 @@ def iterate_batches_of_file(
                 skipped = max(first - start, 0)
                 batch = reader.get_batch(i).slice(skipped)
                 if stop is not None:
-                    batch = batch.slice(0, stop - start - skipped)
+                    n_left = stop - start - skipped
+                    batch = batch.slice(0, n_left)
                 yield batch
             start = end
 
@@ -890,10 +924,12 @@ def decide_drops(table: DocumentTable, rules: Sequence[filters.Rule]) -> Drops:
                 is_candidate = dropped_by[failed > k] > k
                 first = dedup.find_near_duplicates(paths, is_candidate)
             else:
-                marks = []
+                parts = []
                 for rows, _, mark in table.iterate_files(f"{k}.mark"):
-                    marks.append(mark[is_alive[rows]])
-                first = dedup.find_exact_duplicates(np.concatenate(marks))
+                    part = mark[is_alive[rows]]
+                    parts.append(part)
+                marks = np.concatenate(parts)
+                first = dedup.find_exact_duplicates(marks)
             alive = np.flatnonzero(is_alive)
             is_repeat = first != np.arange(len(alive))
             repeats = alive[is_repeat]
@@ -909,13 +945,16 @@ def read_paragraph_marks(
 
     What has a prompt is left as it is.
     """
-    for rows, _, prompts, marks in table.iterate_files("new.prompt_chars", f"{k}.mark"):
-        mask = is_alive[rows] & (prompts == 0)
+    dtype = paragraphs.MARK_DTYPE
+    columns = table.iterate_files("new.prompt_chars", f"{k}.mark")
+    for rows, _, prompt_chars, marks in columns:
+        has_prompt = prompt_chars != 0
+        mask = is_alive[rows] & ~has_prompt
         marks = marks.filter(pa.array(mask))
-        n_bytes = pc.call_function("binary_length", [marks]).to_numpy()
-        counts = n_bytes // paragraphs.MARK_DTYPE.itemsize
+        lengths = pc.call_function("binary_length", [marks])
+        counts = lengths.to_numpy() // dtype.itemsize
         joined = b"".join(marks.to_pylist())
-        values = np.frombuffer(joined, paragraphs.MARK_DTYPE)
+        values = np.frombuffer(joined, dtype)
         marked_rows = rows.start + np.flatnonzero(mask)
         yield paragraphs.MarkedDocuments(marked_rows, counts, values)
 
@@ -968,9 +1007,9 @@ def write_corpus(
         for file in list(directory.iterdir()):
             if str(file) not in planned:  # written before the code was changed
                 file.unlink()
-    total = sum(job.stop - job.first for job in todo)
-    n_bytes = sum(file.path.stat().st_size for file in table.files)
-    in_processes = n_bytes > MAX_INLINE_BYTES["write_corpus_shard"]
+    n_rows = [job.stop - job.first for job in todo]
+    total = sum(n_rows)
+    in_processes = count_file_bytes(table.files) > MAX_INLINE_BYTES["write_corpus_shard"]
     progress = "writing", "documents", total
     n_threads = os.cpu_count() or 1
     results = runner.run(write_corpus_shard, todo, progress, in_processes, n_threads)
@@ -1000,37 +1039,46 @@ def plan_shards(
     shard_bytes = json.loads(section)["shard_mb"] * 1_000_000
     sizes = table.read_all("new.bytes")
     numbers = table.read_all("split")
+    n_rules = len(rules)
+    heldout = table.heldout
     of_source = [file.source for file in table.files]
+    sampled_rows, original_rows = lookups
+    sources_and_splits = itertools.product(enumerate(table.names), SPLITS)
     todo = []
-    for (k, name), split in itertools.product(enumerate(table.names), SPLITS):
+    for (k, name), split in sources_and_splits:
         files = np.searchsorted(of_source, [k, k + 1])
         low, high = table.starts[files].tolist()
         rows = slice(low, high)
         dropped_by = drops.dropped_by[rows]
-        kept = is_kept(dropped_by, numbers[rows], split, len(rules), table.heldout)
+        kept = is_kept(dropped_by, numbers[rows], split, n_rules, heldout)
         kept_sizes = np.where(kept, sizes[rows], 0)
         bounds = split_shards(kept_sizes, shard_bytes) + low
         spans = itertools.pairwise(bounds.tolist())
         for n, (first, stop) in enumerate(spans):
             file = None
-            if kept[first - low : stop - low].any():
-                file = str(out / split / f"{name}-{n:05d}.parquet")
-            sampled, originals = (), ()
+            kept_in_shard = kept[first - low : stop - low]
+            if kept_in_shard.any():
+                path = out / split / f"{name}-{n:05d}.parquet"
+                file = str(path)
+            sampled = ()
+            originals = ()
             if split == "train":
-                sampled, originals = (select_rows(part, first, stop) for part in lookups)
+                sampled = select_rows(sampled_rows, first, stop)
+                originals = select_rows(original_rows, first, stop)
             elif not file:
                 continue
+            parts = table.locate(first, stop)
             job = WriteJob(
                 section=section,
                 name=name,
                 split=split,
                 file=file,
                 out=str(out),
-                parts=tuple(table.locate(first, stop)),
+                parts=tuple(parts),
                 first=first,
                 stop=stop,
                 dropped_by=str(decided),
-                heldout=table.heldout,
+                heldout=heldout,
                 sampled=sampled,
                 originals=originals,
                 cuts=cuts,
@@ -1041,8 +1089,9 @@ def plan_shards(
 
 def select_rows(rows: np.ndarray, first: int, stop: int) -> tuple[int, ...]:
     """Return the sorted rows from `first` up to `stop`."""
-    bounds = np.searchsorted(rows, [first, stop])
-    return tuple(rows[slice(*bounds)].tolist())
+    begin, end = np.searchsorted(rows, [first, stop])
+    selected = rows[begin:end]
+    return tuple(selected.tolist())
 
 
 def write_samples(
@@ -1052,7 +1101,8 @@ def write_samples(
     directory: pathlib.Path,
 ) -> None:
     """Write DIRECTORY/RULE.parquet for each rule that dropped documents."""
-    ids, samples = {}, {}
+    ids = {}
+    samples = {}
     for result in results:
         # the keys of a JSON object are strings
         for row, id in result["ids"].items():
@@ -1066,9 +1116,11 @@ def write_samples(
         if original >= 0:
             sample["reason"] = f"repeats {ids[original]}"
     for k, rule in enumerate(rules):
-        rows = [row for row in sorted(samples) if drops.dropped_by[row] == k]
-        if rows:
-            own = [samples[row] for row in rows]
+        own = []
+        for row in sorted(samples):
+            if drops.dropped_by[row] == k:
+                own.append(samples[row])
+        if own:
             table = pa.Table.from_pylist(own, SAMPLE_SCHEMA)
             file = directory / f"{rule.name}.parquet"
             pq.write_table(table, file, compression="zstd")
@@ -1106,12 +1158,14 @@ def split_shards(sizes: np.ndarray, max_bytes: int, max_rows: int | None = None)
     bounds = [0]
     while True:
         first = bounds[-1]
-        before = total[first - 1] if first else 0
-        end = int(np.searchsorted(total, max_bytes + before)) + 1
+        before = 0
+        if first:
+            before = total[first - 1]
+        reaching = np.searchsorted(total, max_bytes + before)
+        end = int(reaching) + 1
         if max_rows:
             end = min(end, first + max_rows)
-        is_last = end >= len(sizes) or total[end - 1] == total[-1]
-        if is_last:
+        if end >= len(sizes) or total[end - 1] == total[-1]:
             bounds.append(len(sizes))
             return np.array(bounds)
         bounds.append(end)
@@ -1151,9 +1205,11 @@ class ShardWriter:
         self.spans: list[tuple[int, int]] = []  # of each file's rows
         for _, _, start in job.parts:
             first = max(job.first - start, 0)
-            self.spans.append((first, job.stop - start))
+            stop = job.stop - start
+            self.spans.append((first, stop))
         numbers = self.read_judged("split")
-        self.kept = is_kept(self.dropped_by, numbers, job.split, len(self.rules), job.heldout)
+        n_rules = len(self.rules)
+        self.kept = is_kept(self.dropped_by, numbers, job.split, n_rules, job.heldout)
         self.samples: dict[int, dict[str, Any]] = {}
         self.ids: dict[int, str] = {}
         self.contaminated: list[dict[str, str]] = []
@@ -1175,30 +1231,37 @@ class ShardWriter:
     def iterate_tables(self, advance: Advance) -> Iterator[pa.Table]:
         """Yield the kept documents in tables of CORPUS_SCHEMA."""
         start = 0
-        for (path, judged_path, _), span in zip(self.job.parts, self.spans, strict=True):
+        for part, span in zip(self.job.parts, self.spans, strict=True):
+            path, judged_path, _ = part
             read_batches = iterate_batches_of_file(path, *span)
             judged_batches = iterate_batches_of_file(judged_path, *span)
             for read, judged in zip(read_batches, judged_batches, strict=True):
+                n_rows = len(read)
                 table = self.build_table(read, judged, start)
-                self.look_up(table, judged.column("reason"), start)
-                advance(len(read))
-                mask = self.kept[start : start + len(read)]
-                start += len(read)
-                yield table.filter(pa.array(mask))
+                reasons = judged.column("reason")
+                self.look_up(table, reasons, start)
+                advance(n_rows)
+                stop = start + n_rows
+                mask = pa.array(self.kept[start:stop])
+                start = stop
+                yield table.filter(mask)
 
     def build_table(self, read: pa.RecordBatch, judged: pa.RecordBatch, start: int) -> pa.Table:
         """Return a batch of documents as they are after the rules."""
-        text = coalesce(judged.column("new.text"), read.column("text"))
-        meta = coalesce(judged.column("new.meta"), read.column("meta"))
+        n_rows = len(read)
+        new_text = judged.column("new.text")
+        text = coalesce(new_text, read.column("text"))
+        new_meta = judged.column("new.meta")
+        meta = coalesce(new_meta, read.column("meta"))
         first = self.job.first + start
-        stop = first + len(read)
-        bounds = np.searchsorted(self.cuts["row"], [first, stop])
-        cuts = self.cuts[slice(*bounds)]
-        if len(cuts):
-            text = remove_repeats(text, cuts, first)
-        source = pa.repeat(self.job.name, len(read))
+        stop = first + n_rows
+        begin, end = np.searchsorted(self.cuts["row"], [first, stop])
+        if begin < end:
+            text = remove_repeats(text, self.cuts[begin:end], first)
+        ids = read.column("id")
+        source = pa.repeat(self.job.name, n_rows)
         prompt_chars = judged.column("new.prompt_chars")
-        columns = [read.column("id"), source, text, prompt_chars, meta]
+        columns = [ids, source, text, prompt_chars, meta]
         return pa.table(columns, CORPUS_SCHEMA)
 
     def look_up(self, table: pa.Table, reasons: pa.Array, start: int) -> None:
@@ -1211,20 +1274,29 @@ class ShardWriter:
                 self.ids[row] = id.as_py()
         for row in self.job.sampled:
             if first <= row < stop:
-                [sample] = table.slice(row - first, 1).to_pylist()
+                i = row - first
+                sample = take_row(table, i)
                 sample["text"] = sample["text"][:SAMPLE_CHARS]
-                sample["reason"] = reasons[row - first].as_py()
+                sample["reason"] = reasons[i].as_py()
                 self.samples[row] = sample
         k = find_rule(self.rules, "decontaminate")
         if k is None or self.job.split != "train":
             return
         dropped_by = self.dropped_by[start : start + len(table)]
-        for i in np.flatnonzero(dropped_by == k).tolist():
-            [document] = table.slice(i, 1).to_pylist()
-            for item, words in self.index.find_matches(document["text"]):
+        contaminated = np.flatnonzero(dropped_by == k)
+        for i in contaminated.tolist():
+            document = take_row(table, i)
+            matches = self.index.find_matches(document["text"])
+            for item, words in matches:
                 match = {"id": document["id"], "source": document["source"]}
                 match |= {"task": item.task, "item": item.id, "words": words}
                 self.contaminated.append(match)
+
+
+def take_row(table: pa.Table, i: int) -> dict[str, Any]:
+    """Return a row by column."""
+    [row] = table.slice(i, 1).to_pylist()
+    return row
 
 
 def coalesce(new: pa.Array, old: pa.Array) -> pa.Array:
@@ -1276,7 +1348,8 @@ def estimate_token_bytes(
         path = next(file.path for file in table.files if file.source == k)
         batch = next(iterate_batches_of_file(path))
         texts = batch.column("text").to_pylist()
-        n_tokens = sum(map(len, tokenizer.encode_batch(texts)))
+        encoded = tokenizer.encode_batch(texts)
+        n_tokens = sum(map(len, encoded))
         n_bytes = sum(len(text.encode()) for text in texts)
         token_bytes[name] = n_bytes / max(1, n_tokens)
     return token_bytes
@@ -1290,6 +1363,7 @@ def build_funnel(
 ) -> Funnel:
     """Return what was read, what each rule left and edited, and what each split has, per source."""
     names = table.names
+    n_rules = len(rules)
     left = [make_amounts(names) for _ in ("read", *rules)]
     edits = [dict.fromkeys(names, 0) for _ in rules]
     splits = {split: make_amounts(names) for split in SPLITS}
@@ -1301,21 +1375,28 @@ def build_funnel(
         after = dict(zip(columns, values, strict=True))
         name = names[source]
         dropped_by = drops.dropped_by[rows]
-        chars, size = after["chars"], after["bytes"]
+        chars = after["chars"]
+        size = after["bytes"]
         left[0][name] += sum_amounts(dropped_by >= 0, chars, size)
         for k, rule in enumerate(rules):
             mask = dropped_by > k
+            n_edits = None
             if rule.edit:
-                n_edits, chars, size = (after[f"{k}.{field}"] for field in EDIT_FIELDS)
-                edits[k][name] += int(n_edits[mask].sum())
+                n_edits = after[f"{k}.edits"]
+                chars = after[f"{k}.chars"]
+                size = after[f"{k}.bytes"]
             elif rule.name == PARAGRAPHS and drops.repeated:
-                n_cut, cut_chars, cut_bytes = drops.repeated.repeated_chars[rows].T
-                edits[k][name] += int(n_cut[mask].sum())
+                repeated_chars = drops.repeated.repeated_chars[rows]
+                n_edits, cut_chars, cut_bytes = repeated_chars.T
                 chars = chars - cut_chars
                 size = size - cut_bytes
+            if n_edits is not None:
+                n_kept_edits = n_edits[mask].sum()
+                edits[k][name] += int(n_kept_edits)
             left[k + 1][name] += sum_amounts(mask, chars, size)
+        numbers = after["split"]
         for split, amounts in splits.items():
-            mask = is_kept(dropped_by, after["split"], split, len(rules), table.heldout)
+            mask = is_kept(dropped_by, numbers, split, n_rules, table.heldout)
             amounts[name] += sum_amounts(mask, chars, size)
     steps: list[dict[str, Any]] = []
     labels = ["read", *(rule.name for rule in rules)]
@@ -1338,9 +1419,10 @@ def make_amounts(names: list[str]) -> dict[str, np.ndarray]:
 
 def sum_amounts(mask: np.ndarray, chars: np.ndarray, size: np.ndarray) -> np.ndarray:
     """Return the documents, characters and bytes where the mask is true, [3]."""
+    n_documents = mask.sum()
     n_chars = chars[mask].sum()
     n_bytes = size[mask].sum()
-    return np.array([mask.sum(), n_chars, n_bytes], np.int64)
+    return np.array([n_documents, n_chars, n_bytes], np.int64)
 
 
 def name_amounts(
@@ -1350,8 +1432,8 @@ def name_amounts(
     named = {}
     for name, values in amounts.items():
         rows, chars, size = values.tolist()
-        named[name] = {"rows": rows, "chars": chars, "bytes": size}
-        named[name]["tokens"] = round(size / token_bytes[name])
+        tokens = round(size / token_bytes[name])
+        named[name] = {"rows": rows, "chars": chars, "bytes": size, "tokens": tokens}
     return named
 
 

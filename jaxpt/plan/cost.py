@@ -9,7 +9,6 @@ from jaxpt.config import Config
 from jaxpt.plan import compile, flops, format, hardware, layouts, roofline
 from jaxpt.plan.hardware import DEFAULT_MEM_FRAC, Chip, Target
 from jaxpt.plan.records import (
-    GrowthFlops,
     PlannedModel,
     RunProjection,
     StepAnalysis,
@@ -56,13 +55,16 @@ def plan_targets(
         else:
             log.info(f"plan: {name}: compiling the train step ...")
         analysis = compile.analyze_step(spec, settings, target)
-        outcome = "refused by the compiler" if analysis.exceeds_memory else analysis.method
+        outcome = analysis.method
+        if analysis.exceeds_memory:
+            outcome = "refused by the compiler"
         log.info(f"plan: {name}: {outcome} in {analysis.analysis_seconds:.0f} s")
         calibration = calibrations.get(target.chip.name, 1.0)
         plan = project_target(spec, settings, target, analysis, tokens, calibration)
         plans.append(plan)
         if not plan.fits:
-            notes.append(f"{name}: {layouts.suggest_layout(spec, settings, target)}")
+            suggestion = layouts.suggest_layout(spec, settings, target)
+            notes.append(f"{name}: {suggestion}")
     notes += format.collect_assumptions(plans)
     return dataclasses.replace(header, targets=tuple(plans), notes=tuple(notes))
 
@@ -70,6 +72,7 @@ def plan_targets(
 def make_plan_header(settings: Config) -> TrainingPlan:
     """Return a plan without targets."""
     spec, notes = resolve_model_spec(settings)
+    tokens = get_token_budget(settings)
     model = PlannedModel(
         n_params=flops.count_params(spec),
         seq_len=settings.pack.seq_len,
@@ -77,19 +80,22 @@ def make_plan_header(settings: Config) -> TrainingPlan:
         grad_accum_steps=settings.train.grad_accum_steps,
         spec=spec,
     )
-    return TrainingPlan(model=model, tokens=get_token_budget(settings), notes=tuple(notes))
+    return TrainingPlan(model=model, tokens=tokens, notes=tuple(notes))
 
 
 def get_token_budget(settings: Config) -> float:
     """Return the tokens that the run trains on."""
+    if settings.plan.tokens:
+        return settings.plan.tokens
     train = settings.train
-    n_tokens = train.steps * train.batch_size * settings.pack.seq_len
-    return settings.plan.tokens or float(n_tokens)
+    step_tokens = train.batch_size * settings.pack.seq_len
+    return float(train.steps * step_tokens)
 
 
 def resolve_model_spec(settings: Config) -> tuple[ModelSpec, list[str]]:
     """Return the model that a run of this config trains, growth included, and what is guessed."""
-    initialization, notes = settings.initialize, []
+    initialization = settings.initialize
+    notes = []
     if initialization.source == "random":
         spec = initialize.make_random_spec(settings, settings.tokenizer.vocab_size)
         if not settings.model.vocab_size:
@@ -101,13 +107,15 @@ def resolve_model_spec(settings: Config) -> tuple[ModelSpec, list[str]]:
         spec = read_source_spec(initialization.source)
     operators = list(initialization.grow)
     if settings.train.grow:
-        operators += [operator for _, operator in settings.train.grow]
+        for _, operator in settings.train.grow:
+            operators.append(operator)
         notes.append(
             "planned at the size after the last growth of train.grow; the steps before it are "
             "cheaper."
         )
     for operator in operators:
-        spec = growth.plan_growth(operator, growth.Parent(spec)).child
+        parent = growth.Parent(spec)
+        spec = growth.plan_growth(operator, parent).child
     return spec, notes
 
 
@@ -138,10 +146,13 @@ def project_target(
         tokens: token budget of the run.
         time_calibration: measured / planned step seconds on this kind of device, see check.py.
     """
-    chip, n_devices = target.chip, target.n_devices
-    batch_tokens = settings.train.batch_size * settings.pack.seq_len
-    flops_per_token = flops.count_flops_per_token(spec, settings.pack.seq_len)
-    peak_flops = n_devices * chip.peak_flops(settings.train.compute_dtype)
+    chip = target.chip
+    n_devices = target.n_devices
+    seq_len = settings.pack.seq_len
+    batch_tokens = settings.train.batch_size * seq_len
+    flops_per_token = flops.count_flops_per_token(spec, seq_len)
+    chip_flops = chip.peak_flops(settings.train.compute_dtype)
+    peak_flops = n_devices * chip_flops
     usd_per_hour, price_source = resolve_usd_per_hour(chip, settings)
     roof = roofline.compute_roofline(analysis, target, settings)
 
@@ -149,22 +160,32 @@ def project_target(
         seconds = step_seconds * time_calibration
         hours = tokens / batch_tokens * seconds / 3600
         device_hours = hours * n_devices
-        usd = kwh = None
+        usd = None
+        kwh = None
         if usd_per_hour is not None:
             usd = device_hours * usd_per_hour
         if chip.watts is not None:
             kwh = device_hours * chip.watts / 1000 * POWER_OVERHEAD
-        mfu = batch_tokens * flops_per_token / (seconds * peak_flops)
+        possible_flops = seconds * peak_flops
+        mfu = batch_tokens * flops_per_token / possible_flops
         tokens_per_second = batch_tokens / seconds
         return RunProjection(mfu, tokens_per_second, seconds, hours, usd, kwh)
 
     peak_bytes = analysis.peak_bytes
-    state_bytes = analysis.params_bytes + analysis.opt_state_bytes
-    needed_bytes = max(peak_bytes, analysis.export_bytes)
+    params_bytes = analysis.params_bytes
+    opt_state_bytes = analysis.opt_state_bytes
+    export_bytes = analysis.export_bytes
     # a checkpoint is written behind the training, from a copy of the state in the hosts' memory
     host_state_bytes = target.devices_per_host * analysis.restore_bytes
-    exceeds_default = peak_bytes > chip.memory_bytes * DEFAULT_MEM_FRAC
     exceeds_memory = analysis.exceeds_memory
+    fits = False
+    temporary_bytes = None  # not known where the compiler refused the step
+    if not exceeds_memory:
+        fits = max(peak_bytes, export_bytes) <= target.usable_bytes
+        temporary_bytes = peak_bytes - params_bytes - opt_state_bytes
+    default_bytes = chip.memory_bytes * DEFAULT_MEM_FRAC
+    exceeds_default = peak_bytes > default_bytes
+    efficiency = chip.efficiency
     return TargetPlan(
         target=target.name,
         method=analysis.method,
@@ -172,19 +193,19 @@ def project_target(
         n_devices=n_devices,
         mesh=analysis.mesh,
         attention=analysis.attention,
-        fits=not exceeds_memory and needed_bytes <= target.usable_bytes,
+        fits=fits,
         peak_bytes=peak_bytes,
         peak_is_lower_bound=exceeds_memory,
         usable_bytes=target.usable_bytes,
-        params_bytes=analysis.params_bytes,
-        opt_state_bytes=analysis.opt_state_bytes,
+        params_bytes=params_bytes,
+        opt_state_bytes=opt_state_bytes,
         saved_activation_bytes=analysis.saved_activation_bytes,
-        temporary_bytes=None if exceeds_memory else peak_bytes - state_bytes,
+        temporary_bytes=temporary_bytes,
         restore_bytes=analysis.restore_bytes,
-        export_bytes=analysis.export_bytes,
+        export_bytes=export_bytes,
         host_save_bytes=host_state_bytes,
         host_restore_bytes=min(host_state_bytes, ORBAX_RESTORE_BYTES),
-        host_export_bytes=analysis.export_bytes - analysis.params_bytes,
+        host_export_bytes=export_bytes - params_bytes,
         needs_mem_fraction=chip.platform == "cuda" and exceeds_default,
         flops_per_token=flops_per_token,
         executed_flops_per_token=analysis.executed_flops / batch_tokens,
@@ -198,8 +219,8 @@ def project_target(
         expected=project(roof.expected_seconds),
         slow=project(roof.slow_seconds),
         fast=project(roof.fast_seconds),
-        efficiency_range=(chip.efficiency.low, chip.efficiency.high),
-        efficiency_source=chip.efficiency.source,
+        efficiency_range=(efficiency.low, efficiency.high),
+        efficiency_source=efficiency.source,
         time_calibration=time_calibration,
         usd_per_hour=usd_per_hour,
         price_source=price_source,
@@ -226,44 +247,3 @@ def detect_device_cost(spec: ModelSpec, settings: Config) -> DeviceCost:
     flops_per_token = flops.count_flops_per_token(spec, settings.pack.seq_len)
     peak_flops = hardware.get_peak_flops(device_kind, settings.train.compute_dtype)
     return DeviceCost(flops_per_token, peak_flops, usd_per_hour)
-
-
-# ---- the same arithmetic for a reported run
-
-
-def compute_implied_mfu(
-    flops_per_token: float, tokens: float, device_hours: float, peak_flops: float
-) -> float:
-    """Return the MFU that a run must have had to train on the tokens in these device hours."""
-    possible_flops = device_hours * 3600 * peak_flops
-    return flops_per_token * tokens / possible_flops
-
-
-def compare_growth_flops(
-    scratch: tuple[ModelSpec, float],
-    grown_tokens: float,
-    base: tuple[ModelSpec, float],
-    seq_len: int,
-) -> GrowthFlops:
-    """Return the FLOPs to one loss from scratch and by growing a base; no scaling law is assumed.
-
-    Args:
-        scratch: the child's spec, and the tokens that it needs from scratch.
-        grown_tokens: tokens that the child needs after it was grown.
-        base: the base's spec, and the tokens that it was trained for.
-        seq_len: tokens per sequence.
-    """
-    child_spec, scratch_tokens = scratch
-    base_spec, base_tokens = base
-    child_flops = flops.count_flops_per_token(child_spec, seq_len)
-    scratch_flops = child_flops * scratch_tokens
-    grown_flops = child_flops * grown_tokens
-    base_flops = flops.count_flops_per_token(base_spec, seq_len) * base_tokens
-    all_flops = grown_flops + base_flops
-    return GrowthFlops(
-        scratch_flops=scratch_flops,
-        grown_flops=grown_flops,
-        base_flops=base_flops,
-        saved_frac=1 - grown_flops / scratch_flops,
-        saved_with_base_frac=1 - all_flops / scratch_flops,
-    )

@@ -239,17 +239,6 @@ class StrategyComparison(Record):
 
 
 @dataclasses.dataclass(frozen=True)
-class GrowthFlops(Record):
-    """FLOPs to one loss from scratch and by growing a base, for given tokens."""
-
-    scratch_flops: float
-    grown_flops: float
-    base_flops: float
-    saved_frac: float  # the base counted as free
-    saved_with_base_frac: float
-
-
-@dataclasses.dataclass(frozen=True)
 class TrainingPlan(Record):
     """plan.json."""
 

@@ -106,12 +106,14 @@ def fit_scaling_law(
 
 def count_sizes(points: list[LossPoint]) -> int:
     """Return the number of different model sizes."""
-    return len({point.n_params for point in points})
+    sizes = {point.n_params for point in points}
+    return len(sizes)
 
 
 def count_distinct(points: list[LossPoint]) -> int:
     """Return the number of different (size, tokens)."""
-    return len({(point.n_params, point.tokens) for point in points})
+    distinct = {(point.n_params, point.tokens) for point in points}
+    return len(distinct)
 
 
 def solve_scaling_law(
@@ -123,36 +125,42 @@ def solve_scaling_law(
     fits_size = count_sizes(points) > 1
     sizes, tokens, losses = np.array(points, float).T.copy()
     # in units of the middle of the runs, so that the unknowns are of the size of a loss
-    N = np.exp(np.mean(np.log(sizes)))
-    D = np.exp(np.mean(np.log(tokens)))
+    N = compute_geometric_mean(sizes)
+    D = compute_geometric_mean(tokens)
     alpha = prior.alpha
     size_factor = (sizes / N) ** -alpha
     size_loss = prior.A / N**alpha
-    if not fits_size and size_loss >= losses.min():
+    smallest = losses.min()
+    if not fits_size and size_loss >= smallest:
         size_loss = 0.0  # the prior's share of the size alone is more than the whole loss
 
     def predict(x: np.ndarray) -> np.ndarray:
         E, b, beta = x[:3]
-        a = x[3] if fits_size else size_loss
+        a = size_loss
+        if fits_size:
+            a = x[3]
         from_size = np.maximum(E, 0) + a * size_factor
-        return from_size + b * (tokens / D) ** -beta
+        from_tokens = b * (tokens / D) ** -beta
+        return from_size + from_tokens
 
     def relative_error(x: np.ndarray) -> np.ndarray:
         return predict(x) / losses - 1
 
     mean = losses.mean()
-    smallest = losses.min()
     initial = [0.5 * smallest, 0.4 * mean, prior.beta, 0.2 * mean]
     if initial_law:
         beta = initial_law.beta
         a = initial_law.A / N**alpha
         b = initial_law.B / D**beta
         initial = [initial_law.E, b, beta, a]
-    n_unknowns = 4 if fits_size else 3
-    low = np.array([0, 1e-6, 0.02, 0])[:n_unknowns]
     most = 10 * losses.max()
-    high = np.array([smallest, most, 2.0, most])[:n_unknowns]
-    start = np.clip(initial[:n_unknowns], low + 1e-9, high - 1e-9)
+    low = np.array([0, 1e-6, 0.02, 0])
+    high = np.array([smallest, most, 2.0, most])
+    if not fits_size:
+        initial = initial[:3]
+        low = low[:3]
+        high = high[:3]
+    start = np.clip(initial, low + 1e-9, high - 1e-9)
     solution = least_squares(
         relative_error,
         start,
@@ -162,34 +170,40 @@ def solve_scaling_law(
         max_nfev=400,
     ).x
     E, b, beta = map(float, solution[:3])
-    A = prior.A if size_loss else 0.0
+    B = float(b * D**beta)
     if fits_size:
         A = float(solution[3] * N**alpha)
-    return ScalingLaw(
-        E=E,
-        A=A,
-        alpha=alpha,
-        B=float(b * D**beta),
-        beta=beta,
-        source=f"fitted to {len(points)} held-out losses; alpha from {prior.source}",
-        params_range=(float(sizes.min()), float(sizes.max())),
-        max_tokens=float(tokens.max()),
-    )
+    elif size_loss:
+        A = prior.A
+    else:
+        A = 0.0
+    source = f"fitted to {len(points)} held-out losses; alpha from {prior.source}"
+    params_range = float(sizes.min()), float(sizes.max())
+    max_tokens = float(tokens.max())
+    return ScalingLaw(E, A, alpha, B, beta, source, params_range, max_tokens)
+
+
+def compute_geometric_mean(values: np.ndarray) -> float:
+    """Return the geometric mean of positive numbers."""
+    logs = np.log(values)
+    return np.exp(np.mean(logs))
 
 
 def describe_scaling_fit(fit: ScalingFit) -> list[str]:
     """Return what was fitted with its interval, what is the prior's, and a caveat."""
-    several = fit.n_sizes > 1
+    names = ["E", "B", "beta"]
+    sizes = "1 size"
+    prior = "A and alpha are the prior's"
+    if fit.n_sizes > 1:
+        names.append("A")
+        sizes = f"{fit.n_sizes} sizes"
+        prior = "alpha is the prior's"
     fitted = []
-    for name in ("E", "B", "beta", "A"):
-        if name == "A" and not several:
-            continue
+    for name in names:
         value = getattr(fit.law, name)
         values = [getattr(law, name) for law in fit.bootstrap_laws]
         low, high = np.percentile(values, (5, 95))
         fitted.append(f"{name} {value:.4g} (90 % {low:.4g} to {high:.4g})")
-    sizes = f"{fit.n_sizes} sizes" if several else "1 size"
-    prior = "alpha is the prior's" if several else "A and alpha are the prior's"
     return [
         f"fitted to {len(fit.points)} held-out losses of {sizes}: {', '.join(fitted)}; {prior}.",
         "Losses within one run are not independent, and those before the learning rate has decayed "

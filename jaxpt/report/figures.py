@@ -18,7 +18,8 @@ PAGE_SCRIPT = pathlib.Path(__file__).with_name("page.js")
 MAX_POINTS_PER_FIGURE = 2_400
 LOG_TICKS: list[float] = []
 for _power in range(-6, 8):
-    LOG_TICKS += [digit * 10.0**_power for digit in (1, 1.5, 2, 3, 5, 7)]
+    for _digit in (1, 1.5, 2, 3, 5, 7):
+        LOG_TICKS.append(_digit * 10.0**_power)
 # in pixels, so that the edge of the plot does not cut a line or a dot in half
 PADDED = {"padding": 5, "nice": False}
 LOG_AXIS = {"values": LOG_TICKS, "format": ",.4~r"}
@@ -49,12 +50,11 @@ def render_figure(spec: Spec, caption: str, title: str = "") -> str:
         label = escape(f"{title}. {caption}")
         head = heading(title)
     style = f"min-height:{spec['height']}px"
-    return (
-        f"<figure>{head}"
-        f'<div {PLOT_ATTRIBUTE} role="img" tabindex="0" aria-label="{label}" style="{style}">'
-        f'<div aria-hidden="true"></div><script type="application/json">{data}</script></div>'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
+    attributes = f'{PLOT_ATTRIBUTE} role="img" tabindex="0" aria-label="{label}" style="{style}"'
+    script = f'<script type="application/json">{data}</script>'
+    plot = f'<div {attributes}><div aria-hidden="true"></div>{script}</div>'
+    figcaption = f"<figcaption>{escape(caption)}</figcaption>"
+    return f"<figure>{head}{plot}{figcaption}</figure>"
 
 
 def render_figure_grid(figures: list[str]) -> str:
@@ -74,8 +74,8 @@ def plot_over_steps(
     events = []
     for run in runs:
         for event in run.metrics.events:
-            where = {"name": run.name, "step": event.step}
-            events.append({**where, "what": event.label})
+            value = {"name": run.name, "step": event.step, "what": event.label}
+            events.append(value)
     names = names or [run.name for run in runs]
     spec = plot_curves(names, series, title, height, **options)
     if events:
@@ -115,8 +115,10 @@ def plot_curves(
     n_curves = max(1, len(names))
     max_points = max(40, MAX_POINTS_PER_FIGURE // n_curves)
 
+    is_log = scale == "log"
+
     def values(chosen: Sequence[Series]) -> list[Spec]:
-        return list_values(chosen, x_name, max_points, scale == "log")
+        return list_values(chosen, x_name, max_points, is_log)
 
     x = make_x_axis(x_name, is_padded=bool(dots))
     y = make_y_axis(unit, scale, starts_at_zero=bool(dots))
@@ -125,17 +127,22 @@ def plot_curves(
     run_name |= {"title": "title", "formatType": "word", "format": "-"}
     value = quantitative("value", title=title, format=".4~g")
     tooltip = [run_name, quantitative(x_name), value]
-    at = {"x": x, "y": y, "color": color_by("name", names)}
+    color = color_by("name", names)
+    at = {"x": x, "y": y, "color": color}
     is_near = {"param": "near", "empty": False, "value": 1}
     opacity = {"condition": is_near, "value": 0}
     pan = {"name": "pan", "bind": "scales", "select": PAN}
     near = {"name": "near", "select": NEAREST}
     on_point = {**at, "tooltip": tooltip, "opacity": opacity}
     near_dot = {**DOT, "size": 50}
-    layers = [{"mark": LINE, "encoding": at, "params": [pan]}]
-    layers.append({"mark": near_dot, "encoding": on_point, "params": [near]})
-    single_points = [line for line in series if len(line[1]) == 1]  # one point makes no line
-    dot_values = values([*dots, *single_points])
+    lines = {"mark": LINE, "encoding": at, "params": [pan]}
+    nearest_dot = {"mark": near_dot, "encoding": on_point, "params": [near]}
+    layers = [lines, nearest_dot]
+    dots = list(dots)
+    for name, points in series:
+        if len(points) == 1:  # one point makes no line
+            dots.append((name, points))
+    dot_values = values(dots)
     if dot_values:
         dot = {**DOT, "size": 30, "opacity": 1}
         layers.append(layer(dot_values, dot, at))
@@ -164,8 +171,11 @@ def layer(values: list[Spec], mark: Spec, encoding: Spec) -> Spec:
 
 def make_x_axis(name: str, is_padded: bool) -> Spec:
     """Return the encoding of the horizontal axis."""
-    scale = PADDED if is_padded else {}
-    return quantitative(name, title=name, axis={"tickMinStep": 1}, scale=scale)
+    axis = {"tickMinStep": 1}
+    scale = {}
+    if is_padded:
+        scale = PADDED
+    return quantitative(name, title=name, axis=axis, scale=scale)
 
 
 def make_y_axis(unit: str, scale: str, starts_at_zero: bool) -> Spec:
@@ -188,19 +198,22 @@ def list_values(series: Sequence[Series], x_name: str, max_points: int, is_log: 
     for name, points in series:
         shown = []
         for x, y in points:
-            can_show = y > 0 or not is_log
-            if can_show and finite_or_none(y) is not None:
+            if is_log and y <= 0:
+                continue
+            if finite_or_none(y) is not None:
                 shown.append((x, y))
         for x, y in downsample_points(shown, max_points):
             rounded = float(f"{y:.5g}")
-            values.append({"name": name, x_name: x, "value": rounded})
+            value = {"name": name, x_name: x, "value": rounded}
+            values.append(value)
     return values
 
 
 def draw_levels(levels: Iterable[float], name: str, y: Spec) -> list[Spec]:
     """Return layers with dashed lines at some levels, and their name on them."""
-    rounded = dict.fromkeys(round(level, 4) for level in levels)
-    values = [{"value": level} for level in rounded]
+    rounded = [round(level, 4) for level in levels]
+    distinct = dict.fromkeys(rounded)
+    values = [{"value": level} for level in distinct]
     if not values:
         return []
     label = {**LEVEL_LABEL, "text": name}
@@ -210,7 +223,8 @@ def draw_levels(levels: Iterable[float], name: str, y: Spec) -> list[Spec]:
     marks = [dashed]
     if name:
         marks += [halo, label]
-    return [layer(values, mark, {"y": y}) for mark in marks]
+    encoding = {"y": y}
+    return [layer(values, mark, encoding) for mark in marks]
 
 
 def draw_events(events: list[Spec], names: list[str]) -> Spec:
@@ -221,9 +235,9 @@ def draw_events(events: list[Spec], names: list[str]) -> Spec:
     if not runs <= set(names):
         color = {"value": "var(--muted)"}  # in a plot of sources a run has no color
     x = make_x_axis("step", is_padded=False)
-    encoding = {"x": x, "color": color}
-    encoding["strokeDash"] = {"condition": is_resumed, "value": [1, 0]}
-    encoding["tooltip"] = nominal("what")
+    dash = {"condition": is_resumed, "value": [1, 0]}
+    tooltip = nominal("what")
+    encoding = {"x": x, "color": color, "strokeDash": dash, "tooltip": tooltip}
     rule = {**RULE, "strokeWidth": 1.5}
     return layer(events, rule, encoding)
 
@@ -246,7 +260,8 @@ def downsample_points(points: list[Point], max_points: int) -> list[Point]:
 
 def color_by(field: str, names: list[str]) -> Spec:
     """Return the encoding of a name by the page's colors, without a legend of its own."""
-    return {**nominal(field), "legend": None, "scale": make_color_scale(names)}
+    scale = make_color_scale(names)
+    return {**nominal(field), "legend": None, "scale": scale}
 
 
 def make_color_scale(names: list[str]) -> Spec:

@@ -99,13 +99,15 @@ class Checkpointer:
             final.parent.mkdir(parents=True, exist_ok=True)
         sync_processes("checkpoint directory")
         checkpointer = ocp.AsyncCheckpointer(make_handler())
-        trees = {
-            PARAMS: ocp.args.PyTreeSave(drop_empty(params)),
-            TRAIN_STATE: ocp.args.PyTreeSave(drop_empty(train_state)),
-        }
-        n_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((params, train_state)))
+        trees = {}
+        n_bytes = 0
+        for name, tree in ((PARAMS, params), (TRAIN_STATE, train_state)):
+            trees[name] = ocp.args.PyTreeSave(drop_empty(tree))
+            n_bytes += sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+        args = ocp.args.Composite(**trees)
+        all_counts = {"step": step, **counts}
         with convert_save_errors(final, n_bytes):
-            checkpointer.save(partial, args=ocp.args.Composite(**trees))
+            checkpointer.save(partial, args=args)
 
         def finish() -> pathlib.Path:
             with convert_save_errors(final, n_bytes):
@@ -113,7 +115,7 @@ class Checkpointer:
                     # on the first process: until every process has written
                     checkpointer.wait_until_finished()
                 if jax.process_index() == 0:
-                    self.publish_saved(partial, final, spec, {"step": step, **counts}, tokenizer)
+                    self.publish_saved(partial, final, spec, all_counts, tokenizer)
             return final
 
         self.pending = self.executor.submit(finish)
@@ -138,7 +140,8 @@ class Checkpointer:
         stage.write_manifest(dataclasses.replace(manifest, config={}), partial)
         shutil.rmtree(final, ignore_errors=True)  # a damaged one of this step, if any
         partial.rename(final)
-        for old in list_steps(self.run)[: -self.max_to_keep]:
+        saved_steps = list_steps(self.run)
+        for old in saved_steps[: -self.max_to_keep]:
             is_kept = self.keep_every and old % self.keep_every == 0
             if not is_kept:
                 shutil.rmtree(self.run / "checkpoints" / str(old))
@@ -150,8 +153,11 @@ class Checkpointer:
 
     def wait_until_saved(self) -> pathlib.Path | None:
         """Wait for the pending checkpoint. Return its directory, or None if there is none."""
-        pending, self.pending = self.pending, None
-        return pending.result() if pending else None
+        pending = self.pending
+        self.pending = None
+        if pending:
+            return pending.result()
+        return None
 
 
 @contextlib.contextmanager
@@ -173,9 +179,11 @@ def convert_save_errors(final: pathlib.Path, n_bytes: int) -> Iterator[None]:
 
 def silence_orbax_errors() -> None:
     """Keep a failed write from printing hundreds of lines: CheckpointSaveError says it in one."""
-    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
     unretrieved = "exception was never retrieved"
-    logging.getLogger("asyncio").addFilter(lambda record: unretrieved not in record.getMessage())
+    absl_log = logging.getLogger("absl")
+    asyncio_log = logging.getLogger("asyncio")
+    absl_log.addFilter(lambda record: "orbax" not in record.pathname)
+    asyncio_log.addFilter(lambda record: unretrieved not in record.getMessage())
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
@@ -188,8 +196,9 @@ def silence_orbax_errors() -> None:
 def format_save_error(error: Exception) -> str:
     """Return the system's own words if the error carries them, else its first line."""
     for number in DISK_ERRORS:
-        if os.strerror(number) in str(error):
-            return os.strerror(number)
+        message = os.strerror(number)
+        if message in str(error):
+            return message
     return first_line_of(error)
 
 
@@ -254,18 +263,22 @@ def find_damage(directory: pathlib.Path) -> str | None:
     except UserError as error:
         return str(error)
     request = stage.StageRequest("checkpoint", manifest.counts, {})
-    if manifest.fingerprint != stage.fingerprint([request.fingerprint, manifest.outputs]):
+    expected = stage.fingerprint([request.fingerprint, manifest.outputs])
+    if manifest.fingerprint != expected:
         return "manifest.json was changed (its fingerprint differs)"
     damaged = stage.find_damaged_file(directory, manifest)
     if damaged is None:
         return None
-    what = "was changed (its checksum differs)" if damaged.exists else "is missing"
-    return f"{damaged.name} {what}"
+    if damaged.exists:
+        return f"{damaged.name} was changed (its checksum differs)"
+    return f"{damaged.name} is missing"
 
 
 def find_checkpoint(source: pathlib.Path) -> pathlib.Path | None:
     """Return a path that is a checkpoint, or a run's newest undamaged checkpoint."""
-    if (source / PARAMS).is_dir() and (source / "spec.json").is_file():
+    has_params = (source / PARAMS).is_dir()
+    has_spec = (source / "spec.json").is_file()
+    if has_params and has_spec:
         damage = find_damage(source)
         if damage:
             raise UserError(f"{source}: {damage}. Take another checkpoint of the run.")
@@ -285,8 +298,9 @@ def restore_tree(directory: pathlib.Path, name: str, abstract: PyTree) -> PyTree
 
     restore = ocp.args.StandardRestore(drop_empty(abstract))
     args = ocp.args.Composite(**{name: restore})
+    handler = ocp.CompositeCheckpointHandler()
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with ocp.Checkpointer(handler) as checkpointer:
             restored = checkpointer.restore(directory.absolute(), args=args)[name]
     except (ValueError, KeyError, FileNotFoundError) as error:
         raise UserError(
@@ -304,7 +318,13 @@ def restore_tree(directory: pathlib.Path, name: str, abstract: PyTree) -> PyTree
 
 def drop_empty(tree: PyTree) -> PyTree:
     """Replace arrays without numbers (of a model without layers) by None: Orbax refuses them."""
-    return jax.tree.map(lambda leaf: leaf if math.prod(leaf.shape) else None, tree)
+
+    def keep_if_filled(leaf: Any) -> Any:
+        if math.prod(leaf.shape):
+            return leaf
+        return None
+
+    return jax.tree.map(keep_if_filled, tree)
 
 
 def first_line_of(error: Exception) -> str:
@@ -320,10 +340,13 @@ def describe_checkpoint(source: pathlib.Path) -> Iterator[str]:
     manifest = Manifest.load(directory)
     counts = manifest.counts
     yield f"{directory}: step {counts['step']:,}, written {manifest.created}, undamaged"
-    spec = ModelSpec.load(directory / "spec.json").to_json()
-    yield "spec " + ", ".join(f"{name} {value}" for name, value in spec.items())
-    for name, leaf in read_array_metadata(directory).items():
-        shape = " x ".join(map(str, leaf.shape)) or "scalar"
+    spec = ModelSpec.load(directory / "spec.json")
+    fields = [f"{name} {value}" for name, value in spec.to_json().items()]
+    yield "spec " + ", ".join(fields)
+    arrays = read_array_metadata(directory)
+    for name, leaf in arrays.items():
+        sizes = map(str, leaf.shape)
+        shape = " x ".join(sizes) or "scalar"
         yield f"{name:<32} {leaf.dtype!s:<10} {shape}"
 
 
@@ -337,14 +360,17 @@ def diff_checkpoints(a: pathlib.Path, b: pathlib.Path) -> list[str]:
     right = flatten_arrays(b_tree)
     lines = []
     for name in sorted(left.keys() ^ right.keys()):
-        lines.append(f"{name}: only in {a if name in left else b}")
+        where = b
+        if name in left:
+            where = a
+        lines.append(f"{name}: only in {where}")
     for name in sorted(left.keys() & right.keys()):
         one = left[name]
         other = right[name]
-        if (one.shape, one.dtype) != (other.shape, other.dtype):
-            lines.append(
-                f"{name}: {one.dtype}{list(one.shape)} and {other.dtype}{list(other.shape)}"
-            )
+        kind = f"{one.dtype}{list(one.shape)}"
+        other_kind = f"{other.dtype}{list(other.shape)}"
+        if kind != other_kind:
+            lines.append(f"{name}: {kind} and {other_kind}")
             continue
         x = read_array(a, name, a_tree)
         y = read_array(b, name, b_tree)
@@ -358,7 +384,9 @@ def diff_checkpoints(a: pathlib.Path, b: pathlib.Path) -> list[str]:
 
 def locate_checkpoint(source: pathlib.Path) -> pathlib.Path:
     """Return the checkpoint of a path. Raise UserError if it has none."""
-    directory = find_checkpoint(source) if source.is_dir() else None
+    directory = None
+    if source.is_dir():
+        directory = find_checkpoint(source)
     if directory is None:
         raise UserError(
             f"{source}: no finished checkpoint. Expected a run directory or one of its "
@@ -384,7 +412,8 @@ def flatten_arrays(trees: dict[str, PyTree]) -> dict[str, jax.ShapeDtypeStruct]:
 def read_tree_metadata(directory: pathlib.Path) -> dict[str, PyTree]:
     """Return Orbax's metadata of the arrays of each tree."""
     with open_checkpointer() as checkpointer:
-        items = checkpointer.metadata(directory.absolute()).item_metadata.items()
+        metadata = checkpointer.metadata(directory.absolute())
+        items = metadata.item_metadata.items()
         return {item: tree.tree for item, tree in items}
 
 
@@ -409,8 +438,8 @@ def read_array(
     chosen = jax.tree_util.tree_map_with_path(choose, trees[item])
     restore_args = ocp.checkpoint_utils.construct_restore_args(chosen)
     args = ocp.args.PyTreeRestore(item=chosen, restore_args=restore_args)
+    composite = ocp.args.Composite(**{item: args})
     with open_checkpointer() as checkpointer:
-        composite = ocp.args.Composite(**{item: args})
         restored = checkpointer.restore(directory.absolute(), args=composite)[item]
     leaves = jax.tree.leaves(restored)
     return next(np.asarray(leaf) for leaf in leaves if leaf is not ocp.PLACEHOLDER)
@@ -439,7 +468,8 @@ def make_handler() -> Any:
 
 def array_name(path: Any) -> str:
     """Return a pytree path as text: "blocks/q"."""
-    return "/".join(str(path_key(part)) for part in path)
+    keys = [str(path_key(part)) for part in path]
+    return "/".join(keys)
 
 
 def path_key(part: Any) -> Any:

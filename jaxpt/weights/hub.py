@@ -20,8 +20,12 @@ WEIGHT_FILES = ("model.safetensors", "model-*.safetensors", "model.safetensors.i
 MODEL_FILES = ("config.json", "generation_config.json", *WEIGHT_FILES)
 # how the names of tokenizer files begin
 TOKENIZER_FILES = (
-    *("tokenizer", "special_tokens", "vocab"),
-    *("merges", "added_tokens", "chat_template"),
+    "tokenizer",
+    "special_tokens",
+    "vocab",
+    "merges",
+    "added_tokens",
+    "chat_template",
 )
 LINEAGE_FILES = ("jaxpt.json", "manifest.json")  # of our own exports
 
@@ -37,14 +41,15 @@ def download_model(source: str | pathlib.Path) -> pathlib.Path:
         UserError: the repository does not exist, is not open to this token, is not cached while
             offline, or has no safetensors.
     """
-    if not str(source).startswith("hf:"):
+    address = str(source)
+    if not address.startswith("hf:"):
         return local_path(source)
     from huggingface_hub import snapshot_download
 
-    name, _, revision = str(source).removeprefix("hf:").partition("@")
+    name, _, revision = address.removeprefix("hf:").partition("@")
     tokenizer_patterns = [f"{prefix}*" for prefix in TOKENIZER_FILES]
     patterns = [*MODEL_FILES, *tokenizer_patterns, *LINEAGE_FILES]
-    with explain_hub_errors(str(source)):
+    with explain_hub_errors(address):
         path = snapshot_download(name, revision=revision or None, allow_patterns=patterns)
     directory = pathlib.Path(path)
     if not any(directory.glob("model*.safetensors")):
@@ -59,7 +64,11 @@ def download_model(source: str | pathlib.Path) -> pathlib.Path:
 def recorded_hub_name(directory: str | pathlib.Path) -> str | None:
     """Return NAME@REVISION for a directory in the hub's cache."""
     match = re.search(r"models--(.+)/snapshots/(\w+)$", str(directory))
-    return f"{match[1].replace('--', '/')}@{match[2]}" if match else None
+    if not match:
+        return None
+    folder, revision = match.groups()
+    name = folder.replace("--", "/")
+    return f"{name}@{revision}"
 
 
 def check_push_allowed(name: str) -> None:

@@ -108,13 +108,14 @@ def load_hf_model(
     stored = open_safetensors(directory)
     match_tensors(spec, stored, directory)
     np_dtype = dtype_of_name(dtype)
+    rules = list(list_tensor_rules(spec))
     stacks = {}  # devices zero the memory of every stack while the host reads the first files
-    for rule, param, _ in list_tensor_rules(spec):
+    for rule, param, _ in rules:
         if rule.is_stacked_matrix:
             place = make_logical_sharding(mesh, param.axes)
             stacks[rule] = jnp.zeros(param.shape, np_dtype, device=place)
     params: Params = {}
-    for rule, param, path in list_tensor_rules(spec):
+    for rule, param, path in rules:
         *outer, name = path
         inner = params
         for part in outer:
@@ -171,9 +172,13 @@ def write_hf_model(
     if n_shards > 1:
         index = {"metadata": {"total_size": n_bytes}, "weight_map": weight_map}
         write_hf_json(directory / "model.safetensors.index.json", index)
-    write_hf_json(directory / "config.json", make_hf_config(spec, np_dtype.name))
-    generation: dict[str, Any] = {"bos_token_id": spec.bos_id, "eos_token_id": spec.eos_id}
-    generation["_from_model_config"] = True
+    config = make_hf_config(spec, np_dtype.name)
+    write_hf_json(directory / "config.json", config)
+    generation: dict[str, Any] = {
+        "bos_token_id": spec.bos_id,
+        "eos_token_id": spec.eos_id,
+        "_from_model_config": True,
+    }
     write_hf_json(directory / "generation_config.json", generation)
     if tokenizer_dir:
         copy_tokenizer(tokenizer_dir, directory)
@@ -186,8 +191,9 @@ def copy_tokenizer(source: pathlib.Path, directory: pathlib.Path) -> None:
     """Copy every file that belongs to a Hugging Face tokenizer."""
     directory.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
-        if file.name.startswith(TOKENIZER_FILES):
-            shutil.copyfile(file, directory / file.name)
+        name = file.name
+        if name.startswith(TOKENIZER_FILES):
+            shutil.copyfile(file, directory / name)
 
 
 # ---- the table applied to a spec
@@ -240,9 +246,11 @@ def list_hf_tensors(spec: ModelSpec) -> Iterator[HfTensor]:
 
 def hf_shape(rule: TensorRule, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return a tensor's shape in the file, given ours without the layer axis."""
-    if rule.n_in:
-        inputs, outputs = shape[: rule.n_in], shape[rule.n_in :]
-        return math.prod(outputs), math.prod(inputs)
+    n_in = rule.n_in
+    if n_in:
+        n_inputs = math.prod(shape[:n_in])
+        n_outputs = math.prod(shape[n_in:])
+        return n_outputs, n_inputs
     if rule.path == "embed":
         return shape
     return (math.prod(shape),)
@@ -261,14 +269,18 @@ def match_tensors(
         if name not in stored:
             wrong.append(f"missing {name} {shape}")
     for name, shape in expected.items():
-        if name in stored and stored[name].shape != shape:
-            wrong.append(f"{name}: expected shape {shape}, got {stored[name].shape}")
+        if name not in stored:
+            continue
+        stored_shape = stored[name].shape
+        if stored_shape != shape:
+            wrong.append(f"{name}: expected shape {shape}, got {stored_shape}")
     for name, tensor in stored.items():
         # old exports keep rotary_emb.inv_freq, which the config determines
         if name in expected or name.endswith("rotary_emb.inv_freq"):
             continue
         if name == "lm_head.weight" and spec.tie_embeddings:
-            if not tensors_equal(tensor, stored.get("model.embed_tokens.weight")):
+            embedding = stored.get("model.embed_tokens.weight")
+            if not tensors_equal(tensor, embedding):
                 wrong.append("lm_head.weight differs from the embedding that it is tied to")
             continue
         wrong.append(f"unused {name} {tensor.shape}")
@@ -289,10 +301,11 @@ def tensors_equal(a: StoredTensor, b: StoredTensor | None) -> bool:
         return False
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    all_rows = range(a.shape[0])
+    n_rows, _ = a.shape
     step = chunk_rows(a.shape, a.dtype)
-    for first in all_rows[::step]:
-        rows = all_rows[first : first + step]
+    for first in range(0, n_rows, step):
+        stop = min(first + step, n_rows)
+        rows = range(first, stop)
         a_chunk = a.read_bytes(rows)
         b_chunk = b.read_bytes(rows)
         if a_chunk.tobytes() != b_chunk.tobytes():
@@ -325,13 +338,17 @@ def read_param(
     layer_shape = tuple(layer_dims)
     layers = []
     for i in range(n_layers):
-        tensor = stored[rule.hf_name.format(i)]
-        layers.append(functools.partial(read_tensor, tensor, rule, layer_shape, dtype))
+        name = rule.hf_name.format(i)
+        read_layer = functools.partial(read_tensor, stored[name], rule, layer_shape, dtype)
+        layers.append(read_layer)
     if stack is None:
 
         def read_layers(index: Any) -> np.ndarray:
-            chosen, *within = index
-            parts = [read_layer(tuple(within)) for read_layer in layers[chosen]]
+            chosen, *layer_index = index
+            parts = []
+            for read_layer in layers[chosen]:
+                part = read_layer(tuple(layer_index))
+                parts.append(part)
             return np.stack(parts)
 
         return jax.make_array_from_callback(shape, place, read_layers)
@@ -339,8 +356,9 @@ def read_param(
 
     for i, read_layer in enumerate(layers):
         layer = jax.make_array_from_callback(layer_shape, place, read_layer)
+        updated = put_layer(stack, layer, jnp.int32(i))
         # reading ahead would pile layers up on the host
-        stack = put_layer(stack, layer, jnp.int32(i)).block_until_ready()
+        stack = updated.block_until_ready()
     return jnp.asarray(stack)
 
 
@@ -366,25 +384,31 @@ def read_tensor(
     """Return param[index] of a tensor that has `shape` in jaxpt."""
     bounds = []
     for size, part in zip(shape, index, strict=True):
-        bounds.append(range(size)[part])
-    out = allocate_array(tuple(map(len, bounds)), dtype)
+        bound = range(size)[part]
+        bounds.append(bound)
+    out_shape = tuple(map(len, bounds))
+    out = allocate_array(out_shape, dtype)
     if len(tensor.shape) == 1:
-        out[...] = tensor.read_bytes().reshape(shape)[index]
+        whole = tensor.read_bytes().reshape(shape)
+        out[...] = whole[index]
         return out
     # a group of dimensions (heads x head width) is one dimension of the file; only the first of a
     # group is ever sharded
-    first_of_group = (0, max(rule.n_in, 1))
+    n_in = rule.n_in
+    first_of_group = (0, max(n_in, 1))
     for i, bound in enumerate(bounds):
         assert len(bound) == shape[i] or i in first_of_group
 
     def flat_span(first: int, last: int) -> range:
         bound = bounds[first]
         inner = math.prod(shape[first + 1 : last])
-        return range(bound.start * inner, bound.stop * inner)
+        start = bound.start * inner
+        stop = bound.stop * inner
+        return range(start, stop)
 
-    if rule.n_in:
-        rows = flat_span(rule.n_in, len(shape))
-        columns = flat_span(0, rule.n_in)
+    if n_in:
+        rows = flat_span(n_in, len(shape))
+        columns = flat_span(0, n_in)
         flat = out.reshape(len(columns), len(rows)).T
     else:
         rows, columns = bounds
@@ -395,7 +419,7 @@ def read_tensor(
         part = slice(first, first + step)
         chunk = tensor.read_bytes(rows[part])
         chunk = chunk[:, columns.start : columns.stop]
-        if rule.n_in:
+        if n_in:
             transpose_into(chunk, flat[part].T)
         else:
             flat[part] = chunk
@@ -456,7 +480,7 @@ def write_shard(
 
     Source: the format's description in huggingface/safetensors.
     """
-    code = next(code for code, known in DTYPES.items() if known == dtype)
+    [code] = [code for code, known in DTYPES.items() if known == dtype]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for tensor in tensors:
@@ -471,10 +495,12 @@ def write_shard(
         label = "gather"
         if path:
             file = cleanup.enter_context(open(path, "wb"))
-            file.write(len(text).to_bytes(8, "little"))
+            header_length = len(text).to_bytes(8, "little")
+            file.write(header_length)
             file.write(text)
             label = path.name
-        writer = cleanup.enter_context(concurrent.futures.ThreadPoolExecutor(1))
+        pool = concurrent.futures.ThreadPoolExecutor(1)
+        writer = cleanup.enter_context(pool)
         bar = stage.progress_bar(label, len(tensors), "tensors")
         advance = cleanup.enter_context(bar)
         written = None
@@ -495,14 +521,19 @@ def gather_tensor(params: Params, tensor: HfTensor) -> np.ndarray:
     leaf: Any = params
     for part in tensor.path:
         leaf = leaf[part]
+    layer = tensor.layer
+    of_layer = layer is not None
     mesh = leaf.sharding.mesh
-    if leaf.is_fully_replicated and mesh.devices.flat[0].platform == "cpu":
+    any_device = mesh.devices.flat[0]
+    if leaf.is_fully_replicated and any_device.platform == "cpu":
         whole = np.asarray(leaf)  # the device's memory is the host's: a view, no copy
-        return whole if tensor.layer is None else whole[tensor.layer]
-    of_layer = tensor.layer is not None
-    gather = make_gather(make_replicated_sharding(mesh), of_layer)
-    layer = np.int32(tensor.layer or 0)
-    return np.asarray(gather(leaf, layer))
+        if of_layer:
+            return whole[layer]
+        return whole
+    place = make_replicated_sharding(mesh)
+    gather = make_gather(place, of_layer)
+    gathered = gather(leaf, np.int32(layer or 0))
+    return np.asarray(gathered)
 
 
 @functools.cache
@@ -510,7 +541,9 @@ def make_gather(place: jax.sharding.Sharding, of_layer: bool) -> Callable[..., j
     """Return (leaf, layer) -> that layer, or the leaf, on every device; compiles once per shape."""
 
     def gather(leaf: jax.Array, layer: jax.Array) -> jax.Array:
-        return leaf[layer] if of_layer else leaf
+        if of_layer:
+            return leaf[layer]
+        return leaf
 
     return jax.jit(gather, out_shardings=place)
 
@@ -521,7 +554,8 @@ def order_as_in_file(
     """Yield the bytes of one tensor as the file holds them, in chunks."""
     if len(tensor.shape) == 1:
         vector = numbers.reshape(-1)
-        yield vector.astype(dtype, copy=False).view(np.uint8)
+        vector = vector.astype(dtype, copy=False)
+        yield vector.view(np.uint8)
         return
     matrix = numbers
     if tensor.rule.n_in:
@@ -573,10 +607,11 @@ class StoredTensor(NamedTuple):
         """Return the whole tensor, or some rows of a matrix, as a memory map."""
         if rows is None:
             return np.memmap(self.file, self.dtype, "r", self.start, self.shape)
-        width = self.shape[1]
+        _, width = self.shape
         skipped_bytes = rows.start * width * self.dtype.itemsize
         start = self.start + skipped_bytes
-        return np.memmap(self.file, self.dtype, "r", start, (len(rows), width))
+        shape = (len(rows), width)
+        return np.memmap(self.file, self.dtype, "r", start, shape)
 
 
 def open_safetensors(directory: pathlib.Path) -> dict[str, StoredTensor]:
@@ -591,7 +626,8 @@ def open_safetensors(directory: pathlib.Path) -> dict[str, StoredTensor]:
                 "safetensors only, since pickled ones (.bin, .pt) can run code; download the whole "
                 "model, or save it again with transformers' save_pretrained."
             )
-        for name, tensor in open_safetensors_file(file).items():
+        tensors = open_safetensors_file(file)
+        for name, tensor in tensors.items():
             if name in stored:
                 raise UserError(
                     f"{file}: tensor {name} is also in another file of {directory}. "
@@ -610,7 +646,8 @@ def list_safetensors_files(directory: pathlib.Path) -> list[pathlib.Path]:
     names = []
     if isinstance(weight_map, dict):
         names = weight_map.values()
-    if not names or not all(isinstance(name, str) for name in names):
+    are_texts = all(isinstance(name, str) for name in names)
+    if not names or not are_texts:
         raise UserError(f"{index}: has no weight_map from tensors to files. Download it again.")
     return sorted({directory / name for name in names})
 
@@ -639,10 +676,11 @@ def open_safetensors_file(file: pathlib.Path) -> dict[str, StoredTensor]:
     for name, entry in header.items():
         if name != "__metadata__":
             tensors[name] = parse_header_entry(file, name, entry, data_start, size)
-    in_order = sorted(tensors.items(), key=lambda item: item[1].start)
-    for (name, tensor), (next_name, next_tensor) in itertools.pairwise(in_order):
+    in_order = sorted(tensors, key=lambda name: tensors[name].start)
+    for name, next_name in itertools.pairwise(in_order):
+        tensor = tensors[name]
         stop = tensor.start + tensor.n_bytes
-        if next_tensor.start < stop:
+        if tensors[next_name].start < stop:
             raise UserError(
                 f"{file}: in its header {name} and {next_name} overlap. Download it again."
             )
@@ -661,13 +699,16 @@ def parse_header_entry(
         data_start: where numbers begin in the file, in bytes.
         size: of the file in bytes.
     """
-    code, shape, start, stop = "", (), 0, 0
+    code = ""
+    shape = ()
+    start = stop = 0
     try:
         code = entry["dtype"]
         shape = tuple(entry["shape"])
         start, stop = entry["data_offsets"]
         numbers = (*shape, start, stop)
-        is_valid = isinstance(code, str) and all(map(is_count, numbers))
+        are_counts = all(map(is_count, numbers))
+        is_valid = isinstance(code, str) and are_counts
     except (KeyError, TypeError, ValueError):
         is_valid = False
     if not is_valid:
@@ -724,8 +765,11 @@ def is_positive(value: Any) -> bool:
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 REQUIRED_SIZES = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers"),
-    *("num_attention_heads", "vocab_size"),
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
 )
 OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
 TOKEN_IDS = ("bos_token_id", "eos_token_id")
@@ -748,19 +792,25 @@ def read_hf_spec(directory: pathlib.Path) -> ModelSpec:
     check_hf_config(config, path)
     family = config["model_type"]
     theta, scaling = read_rope_scaling(config, path)
+    d_model = config["hidden_size"]
     n_heads = config["num_attention_heads"]
-    attention_bias = family in ("llama", "qwen3") and (config.get("attention_bias") or False)
+    attention_bias = False
+    if family in ("llama", "qwen3"):
+        attention_bias = config.get("attention_bias") or False
+    mlp_bias = False
+    if family == "llama":
+        mlp_bias = config.get("mlp_bias") or False
     window = None
     if family == "mistral":
         window = config.get("sliding_window", 4096)  # the class's default where it is not written
     try:
         return ModelSpec(
             n_layers=config["num_hidden_layers"],
-            d_model=config["hidden_size"],
+            d_model=d_model,
             d_ff=config["intermediate_size"],
             n_heads=n_heads,
             n_kv_heads=config.get("num_key_value_heads") or n_heads,
-            d_head=config.get("head_dim") or config["hidden_size"] // n_heads,
+            d_head=config.get("head_dim") or d_model // n_heads,
             vocab_size=config["vocab_size"],
             max_seq_len=config.get("max_position_embeddings") or 2048,
             norm_eps=config.get("rms_norm_eps") or 1e-6,
@@ -770,7 +820,7 @@ def read_hf_spec(directory: pathlib.Path) -> ModelSpec:
             family=family,
             qkv_bias=family == "qwen2" or attention_bias,
             out_bias=attention_bias,
-            mlp_bias=family == "llama" and (config.get("mlp_bias") or False),
+            mlp_bias=mlp_bias,
             qk_norm=family == "qwen3",
             sliding_window=window,
             bos_id=first_token_id(config.get("bos_token_id")),
@@ -872,8 +922,10 @@ def make_hf_config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
         )
     scaling = spec.rope_scaling
     rope: dict[str, Any] = {"rope_type": "default"}
+    rope_scaling = None
     if scaling:
         rope = {"rope_type": scaling.rope_type, "factor": scaling.factor}
+        rope_scaling = rope
     if scaling and scaling.rope_type == "llama3":
         rope["low_freq_factor"] = scaling.low_freq_factor
         rope["high_freq_factor"] = scaling.high_freq_factor
@@ -894,7 +946,7 @@ def make_hf_config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
         "tie_word_embeddings": spec.tie_embeddings,
         "rope_parameters": {"rope_theta": spec.rope_theta, **rope},
         "rope_theta": spec.rope_theta,
-        "rope_scaling": rope if scaling else None,
+        "rope_scaling": rope_scaling,
         "bos_token_id": spec.bos_id,
         "eos_token_id": spec.eos_id,
         "dtype": dtype,
