@@ -138,13 +138,12 @@ def compare_samples(
     names = name_models(models)
     contents = {str(file): read_text_file(file) for file in texts}
     settings = GenerationSettings(max_new, **dataclasses.asdict(sampling), seed=seed)
-    request = stage.fingerprint(
-        [names, fingerprint_models(models), prompts, settings.to_json(), contents]
-    )
+    model_prints = fingerprint_models(models)
+    request = stage.fingerprint([names, model_prints, prompts, settings.to_json(), contents])
     earlier = stage.read_cached_result(to, request)
     if earlier:
         found = SampleComparison.from_json(earlier, str(to))
-        print(format_columns(found, shutil.get_terminal_size((120, 40)).columns))
+        print_columns(found)
         log.info(f"compare: {to} holds this already, nothing to do")
         return found
     outputs: list[list[Continuation]] = [[] for _ in prompts]
@@ -155,24 +154,27 @@ def compare_samples(
         for of_prompt, continuation in zip(outputs, written, strict=True):
             of_prompt.append(continuation)
         for file, text in contents.items():
-            found = likelihood.measure_bits_per_byte(
+            token_ids = encoder.encode_batch([text])
+            sums = likelihood.measure_bits_per_byte(
                 loaded.spec,
                 loaded.params,
                 [text],
-                encoder.encode_batch([text]),
+                token_ids,
                 first_token_id(encoder),
                 label=f"{name}: {file}",
             )
-            scores[file][name] = found.bits_per_byte
-    by_prompt = zip(prompts, outputs, strict=True)
+            scores[file][name] = sums.bits_per_byte
+    by_prompt = []
+    for prompt, continuations in zip(prompts, outputs, strict=True):
+        by_prompt.append(PromptSamples(prompt, tuple(continuations)))
     samples = SampleComparison(
         request=request,
         models=tuple(names),
         settings=settings,
-        prompts=tuple(PromptSamples(prompt, tuple(written)) for prompt, written in by_prompt),
+        prompts=tuple(by_prompt),
         bits_per_byte=scores,
     )
-    print(format_columns(samples, shutil.get_terminal_size((120, 40)).columns))
+    print_columns(samples)
     if to:
         text = json.dumps(samples.to_json(), indent=1, ensure_ascii=False)
         to.parent.mkdir(parents=True, exist_ok=True)
@@ -188,12 +190,15 @@ def fingerprint_models(models: list[pathlib.Path]) -> list[str]:
 
 def first_token_id(encoder: tokenizer.Tokenizer) -> int:
     """Return the token in front of a document: the beginning of a sequence, else the end of one."""
-    return encoder.eos_id if encoder.bos_id is None else encoder.bos_id
+    if encoder.bos_id is None:
+        return encoder.eos_id
+    return encoder.bos_id
 
 
 def load_compared_models(model: pathlib.Path) -> tuple[initialize.LoadedModel, tokenizer.Tokenizer]:
     """Load a model and its tokenizer. Raise UserError if it has none."""
-    loaded = initialize.load_model(model, make_mesh(config.MeshConfig()))
+    mesh = make_mesh(config.MeshConfig())
+    loaded = initialize.load_model(model, mesh)
     if loaded.tokenizer_dir is None:
         raise UserError(
             f"{model}: has no tokenizer beside it (tokenizer.json), so it cannot read a prompt. "
@@ -221,9 +226,7 @@ def generate_continuations(
     token_ids = [start_ids + ids for ids in encoder.encode_batch(prompts)]
     decode.check_prompts(loaded.spec, token_ids)
 
-    def generate(
-        ids: list[int], watch: Callable[[int, list[int]], bool | None], every: int = 1
-    ) -> list[int]:
+    def generate(ids: list[int], watch: decode.Watch, every: int = 1) -> list[int]:
         (new,) = decode.generate(
             loaded.spec,
             loaded.params,
@@ -271,7 +274,9 @@ def stream_text(encoder: tokenizer.Tokenizer, ids: list[int]) -> ShowProgress:
         text = decode_continuation(encoder, ids, new)
         if not ended:
             text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # a character of several tokens
-        print(escape_controls(text[len(shown) :]), end="\n" if ended else "", flush=True)
+        added = text[len(shown) :]
+        end = "\n" if ended else ""
+        print(escape_controls(added), end=end, flush=True)
         shown = text
 
     return show
@@ -293,8 +298,11 @@ def count_progress(advance: Callable[[int], None], max_new: int) -> ShowProgress
 def decode_continuation(encoder: tokenizer.Tokenizer, ids: list[int], new: list[int]) -> str:
     """Return the text that new tokens add to a prompt."""
     # decoded together: a space at the beginning of the continuation would be lost otherwise
-    before, whole = encoder.decode(ids), encoder.decode(ids + new)
-    return whole.removeprefix(before) if whole.startswith(before) else encoder.decode(new)
+    before = encoder.decode(ids)
+    whole = encoder.decode(ids + new)
+    if whole.startswith(before):
+        return whole.removeprefix(before)
+    return encoder.decode(new)
 
 
 def name_models(models: list[pathlib.Path]) -> list[str]:
@@ -302,10 +310,13 @@ def name_models(models: list[pathlib.Path]) -> list[str]:
     runs = []
     for model in models:
         path = model.resolve()
-        is_checkpoint = path.parent.name == "checkpoints"
-        runs.append(path.parent.parent.name if is_checkpoint else path.name)
-    names = zip(runs, models, strict=True)
-    return [run if runs.count(run) == 1 else str(model) for run, model in names]
+        if path.parent.name == "checkpoints":
+            path = path.parent.parent
+        runs.append(path.name)
+    names = []
+    for run, model in zip(runs, models, strict=True):
+        names.append(run if runs.count(run) == 1 else str(model))
+    return names
 
 
 def read_text_file(file: pathlib.Path) -> str:
@@ -329,7 +340,10 @@ def read_prompts(file: pathlib.Path) -> list[str]:
     """
     try:
         text = file.read_text()
-        prompts = json.loads(text) if file.suffix == ".json" else text.splitlines()
+        if file.suffix == ".json":
+            prompts = json.loads(text)
+        else:
+            prompts = text.splitlines()
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(
             f"--prompts {file}: cannot be read ({error}). Expected a text file with a "
@@ -366,12 +380,13 @@ def compare_documents(
     if len(models) != 2:
         raise UserError(f"--differ: got {len(models)} models, expected two: parent and child.")
     names = name_models(models)
-    found = [sources.parse_source(text) for text in texts]
+    parsed = [sources.parse_source(text) for text in texts]
     inputs = {}
-    for source in found:
+    for source in parsed:
         for key, path in source.fingerprint_inputs().items():
             inputs[key] = stage.fingerprint_path(path)
-    request = stage.fingerprint([names, fingerprint_models(models), texts, inputs])
+    model_prints = fingerprint_models(models)
+    request = stage.fingerprint([names, model_prints, texts, inputs])
     earlier = stage.read_cached_result(to, request)
     if earlier:
         result = DocumentComparison.from_json(earlier, str(to))
@@ -379,70 +394,76 @@ def compare_documents(
         log.info(f"compare: {to} holds this already, nothing to do")
         return result
     documents = []
-    for source in found:
+    for source in parsed:
         for document in itertools.islice(source.iterate_documents(), MAX_DOCUMENTS_COMPARED):
             documents.append((source.name, document))
     parent, encoder = load_compared_models(models[0])
-    child, other_encoder = load_compared_models(models[1])
-    if encoder.fingerprint != other_encoder.fingerprint:
+    child, child_encoder = load_compared_models(models[1])
+    if encoder.fingerprint != child_encoder.fingerprint:
         raise UserError(
             f"--differ: {names[0]} and {names[1]} have different tokenizers, so their tokens "
             "cannot be compared. Use --ppl."
         )
     max_length = min(parent.spec.max_seq_len, child.spec.max_seq_len)
     token_ids = encoder.encode_batch([document.text for _, document in documents])
-    token_ids = [ids[:max_length] for ids in token_ids]
-    chosen = [i for i, ids in enumerate(token_ids) if len(ids) >= MIN_DOCUMENT_TOKENS]
-    if not chosen:
+    compared, pairs = [], []
+    for (source, document), ids in zip(documents, token_ids, strict=True):
+        ids = ids[:max_length]
+        if len(ids) >= MIN_DOCUMENT_TOKENS:
+            compared.append((source, document.id))
+            pairs.append(([first_token_id(encoder)], ids))
+    if not pairs:
         raise UserError(
             f"--differ: none of {len(documents):,} documents has {MIN_DOCUMENT_TOKENS} tokens. "
             "Name a source with longer ones."
         )
-    pairs = [([first_token_id(encoder)], token_ids[i]) for i in chosen]
     parent_losses = compute_token_losses(parent, pairs, max_length, names[0])
     child_losses = compute_token_losses(child, pairs, max_length, names[1])
     differences, changes = [], []
-    for n, i in enumerate(chosen):
-        source, document = documents[i]
-        both = parent_losses[n], child_losses[n]
-        change = float((both[1] - both[0]).mean(dtype=np.float64))
-        start = select_window((both[1] - both[0]) * np.sign(change), MAX_TOKENS_SHOWN)
+    for n, (source, document_id) in enumerate(compared):
+        _, ids = pairs[n]
+        before, after = parent_losses[n], child_losses[n]
+        token_changes = after - before
+        change = compute_mean(token_changes)
+        start = select_window(token_changes * np.sign(change), MAX_TOKENS_SHOWN)
         window = slice(start, start + MAX_TOKENS_SHOWN)
-        parent_window, child_window = (tuple(map(round_loss, x[window])) for x in both)
-        parent_mean, child_mean = (float(x.mean(dtype=np.float64)) for x in both)
-        changes.append(change)
-        differences.append(
-            DocumentDifference(
-                source=source,
-                id=document.id,
-                tokens=len(token_ids[i]),
-                nats=(parent_mean, child_mean),
-                first_token=start,
-                pieces=tuple(split_token_texts(encoder, token_ids[i][window])),
-                losses=(parent_window, child_window),
-            )
+        pieces = split_token_texts(encoder, ids[window])
+        difference = DocumentDifference(
+            source=source,
+            id=document_id,
+            tokens=len(ids),
+            nats=(compute_mean(before), compute_mean(after)),
+            first_token=start,
+            pieces=tuple(pieces),
+            losses=(round_losses(before[window]), round_losses(after[window])),
         )
-    order = sorted(range(len(chosen)), key=changes.__getitem__)
-    lowest, highest = order[:N_MOST_DIFFERENT], order[::-1][:N_MOST_DIFFERENT]
+        changes.append(change)
+        differences.append(difference)
+    order = sorted(range(len(changes)), key=changes.__getitem__)
+    lowest = order[:N_MOST_DIFFERENT]
+    highest = order[::-1][:N_MOST_DIFFERENT]
+    better = [differences[n] for n in lowest if changes[n] < 0]
+    worse = [differences[n] for n in highest if changes[n] > 0]
     result = DocumentComparison(
         request=request,
         models=tuple(names),
-        documents=len(chosen),
+        documents=len(compared),
         max_length=max_length,
-        better=tuple(differences[n] for n in lowest if changes[n] < 0),
-        worse=tuple(differences[n] for n in highest if changes[n] > 0),
+        better=tuple(better),
+        worse=tuple(worse),
     )
     print(format_differences(result))
     if to:
+        text = json.dumps(result.to_json(), ensure_ascii=False)
         to.parent.mkdir(parents=True, exist_ok=True)
-        stage.write_atomic(to, json.dumps(result.to_json(), ensure_ascii=False) + "\n")
+        stage.write_atomic(to, text + "\n")
         log.info(f"compare: written to {to}")
     return result
 
 
 def compute_token_losses(
     loaded: initialize.LoadedModel,
-    pairs: list[tuple[list[int], list[int]]],
+    pairs: list[likelihood.TokenPair],
     max_length: int,
     label: str,
 ) -> list[np.ndarray]:
@@ -456,15 +477,23 @@ def compute_token_losses(
     return losses
 
 
-def round_loss(loss: float) -> float:
-    """Return a loss with the digits that are written."""
-    return round(float(loss), 3)
+def compute_mean(losses: np.ndarray) -> float:
+    """Return the mean of losses, summed in float64."""
+    return float(losses.mean(dtype=np.float64))
+
+
+def round_losses(losses: np.ndarray) -> tuple[float, ...]:
+    """Return losses with the digits that are written."""
+    return tuple(round(loss, 3) for loss in losses.tolist())
 
 
 def select_window(values: np.ndarray, n: int) -> int:
     """Return where the n consecutive values begin whose sum is largest."""
+    if len(values) <= n:
+        return 0
     sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
-    return int(np.argmax(sums[n:] - sums[:-n])) if len(values) > n else 0
+    window_sums = sums[n:] - sums[:-n]
+    return int(np.argmax(window_sums))
 
 
 def split_token_texts(encoder: tokenizer.Tokenizer, ids: list[int]) -> list[str]:
@@ -475,7 +504,8 @@ def split_token_texts(encoder: tokenizer.Tokenizer, ids: list[int]) -> list[str]
     pieces, before = [], ""
     for n in range(1, len(ids) + 1):
         text = encoder.decode(ids[:n])
-        text = text.rstrip("\N{REPLACEMENT CHARACTER}") if n < len(ids) else text
+        if n < len(ids):
+            text = text.rstrip("\N{REPLACEMENT CHARACTER}")
         pieces.append(text[len(before) :])
         before = text
     return pieces
@@ -489,24 +519,36 @@ def format_differences(found: DocumentComparison) -> str:
     parent, child = found.models
     lines = [f"{found.documents:,} documents by {parent} and {child}, nats per token"]
     for side, differences in (("better", found.better), ("worse", found.worse)):
-        lines.append(f"{child} is {side} on" + ("" if differences else " none"))
+        header = f"{child} is {side} on"
+        if not differences:
+            header += " none"
+        lines.append(header)
         for difference in differences:
             words = "".join(difference.pieces).split()
-            text = wrap_text(" ".join(words)[:60], 60)[0]
+            excerpt = " ".join(words)[:60]
+            text = wrap_text(excerpt, 60)[0]
             before, after = difference.nats
             place = f"{difference.source} {difference.id}"
             lines.append(f"  {before:.3f} -> {after:.3f}  {place}: {text}")
     return "\n".join(lines)
 
 
+def print_columns(samples: SampleComparison) -> None:
+    """Print the samples as wide as the terminal is."""
+    terminal = shutil.get_terminal_size((120, 40))
+    print(format_columns(samples, terminal.columns))
+
+
 def format_columns(samples: SampleComparison, width: int) -> str:
     """Return the samples as text: under each prompt the continuations in columns."""
     names = samples.models
-    column = (width - len(COLUMN_GAP) * (len(names) - 1)) // len(names)
+    gaps = len(COLUMN_GAP) * (len(names) - 1)
+    column = (width - gaps) // len(names)
     rule_width = max(column, MIN_COLUMN_WIDTH)
     lines = []
     for prompt in samples.prompts:
-        lines += ["", *(f"> {line}" for line in wrap_text(prompt.prompt, width - 2)), ""]
+        quoted = [f"> {line}" for line in wrap_text(prompt.prompt, width - 2)]
+        lines += ["", *quoted, ""]
         cells = []
         for output in prompt.outputs:
             rule = "-" * min(display_width(output.model), rule_width)
@@ -520,16 +562,25 @@ def format_columns(samples: SampleComparison, width: int) -> str:
     if samples.bits_per_byte:
         lines += ["", "bits per byte", ""]
     for file, scores in samples.bits_per_byte.items():
-        lines.append(f"{file}: " + ", ".join(f"{name} {scores[name]:.4f}" for name in names))
+        listed = [f"{name} {scores[name]:.4f}" for name in names]
+        lines.append(f"{file}: {', '.join(listed)}")
     return "\n".join(lines)
 
 
 def format_side_by_side(cells: list[list[str]], column: int) -> list[str]:
     """Return the lines of cells, each a list of texts, in columns of one width."""
-    wrapped = [[line for text in cell for line in wrap_text(text, column)] for cell in cells]
+    wrapped = []
+    for cell in cells:
+        cell_lines = []
+        for text in cell:
+            cell_lines += wrap_text(text, column)
+        wrapped.append(cell_lines)
     lines = []
     for row in itertools.zip_longest(*wrapped, fillvalue=""):
-        padded = [text + " " * (column - display_width(text)) for text in row]
+        padded = []
+        for text in row:
+            n_blanks = column - display_width(text)
+            padded.append(text + " " * n_blanks)
         lines.append(COLUMN_GAP.join(padded).rstrip())
     return lines
 
@@ -542,9 +593,11 @@ def wrap_text(text: str, width: int) -> list[str]:
     lines = []
     for line in escape_controls(text).split("\n"):
         while display_width(line) > width:
-            fits = next(n for n in range(len(line), 0, -1) if display_width(line[:n]) <= width)
-            space = line.rfind(" ", 0, fits + 1)
-            cut = space if line[:space].strip() and space > 0 else fits
+            lengths = range(len(line), 0, -1)
+            cut = next(n for n in lengths if display_width(line[:n]) <= width)
+            space = line.rfind(" ", 0, cut + 1)
+            if space > 0 and line[:space].strip():
+                cut = space
             lines.append(line[:cut].rstrip())
             line = line[cut:].removeprefix(" ")
         lines.append(line)
@@ -553,10 +606,11 @@ def wrap_text(text: str, width: int) -> list[str]:
 
 def escape_controls(text: str) -> str:
     """Return the text without control characters, so that escape sequences have no effect."""
-    return "".join(
-        c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}"
-        for c in text.expandtabs(4)
-    )
+    chars = []
+    for char in text.expandtabs(4):
+        is_harmless = char.isprintable() or char == "\n"
+        chars.append(char if is_harmless else "\N{REPLACEMENT CHARACTER}")
+    return "".join(chars)
 
 
 def display_width(text: str) -> int:
@@ -565,5 +619,6 @@ def display_width(text: str) -> int:
     for char in text:
         if unicodedata.combining(char):
             continue
-        width += 2 if unicodedata.east_asian_width(char) in "WF" else 1
+        is_wide = unicodedata.east_asian_width(char) in "WF"
+        width += 2 if is_wide else 1
     return width

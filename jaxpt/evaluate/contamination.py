@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -89,11 +90,13 @@ def find_training_corpora(model: pathlib.Path) -> TrainingCorpora:
     found, unknown = [], []
     nodes = read_lineage(model.resolve(), unknown)
     for node in nodes:
-        if node.kind == "corpus" and (node.path / "train").is_dir() and not node.has_changed:
-            found.append(node.path)
-        elif node.kind == "corpus":
-            reason = "was written again since it was read" if node.has_changed else "is not there"
-            unknown.append(f"{node.path}: {reason}.")
+        if node.kind == "corpus":
+            if node.has_changed:
+                unknown.append(f"{node.path}: was written again since it was read.")
+            elif (node.path / "train").is_dir():
+                found.append(node.path)
+            else:
+                unknown.append(f"{node.path}: is not there.")
         elif not node.manifest and node is not nodes[-1]:
             unknown.append(f"{node.path}: made elsewhere, so its training text is unknown.")
     return TrainingCorpora(found, unknown)
@@ -109,37 +112,40 @@ def measure_contamination(
         samples: per task, what the harness logged of its items: doc_id, doc, filter, metrics.
         configs: per task, as the harness reports it: how a metric's values become a score.
     """
+    ngram = decontaminate.DEFAULT_NGRAM
     items_by_task = {task: list_task_items(task, logged) for task, logged in samples.items()}
-    items = [item for own in items_by_task.values() for item in own]
+    items = list(itertools.chain.from_iterable(items_by_task.values()))
     matches, n_documents = find_overlaps(items, corpora.directories)
     tasks = {}
-    for task, logged in samples.items():
-        own = items_by_task[task]
-        n_words = [len(decontaminate.normalize_words(item.text)) for item in own]
-        caught = {item.id: matches[task, item.id] for item in own if (task, item.id) in matches}
-        examples = [
-            OverlapExample(item, words, document) for item, (words, document) in caught.items()
-        ]
-        clean = [sample for sample in logged if str(sample["doc_id"]) not in caught]
+    for task, own in items_by_task.items():
+        n_short = 0
+        examples: dict[str, OverlapExample] = {}
+        for item in own:
+            words = decontaminate.normalize_words(item.text)
+            n_short += len(words) < ngram
+            match = matches.get((task, item.id))
+            if match:
+                examples[item.id] = OverlapExample(item.id, *match)
+        clean = [sample for sample in samples[task] if str(sample["doc_id"]) not in examples]
+        quoted = list(examples.values())[:MAX_EXAMPLES]
         tasks[task] = TaskContamination(
             items=len(own),
-            overlapping=len(caught),
-            short=sum(n < decontaminate.DEFAULT_NGRAM for n in n_words),
-            examples=tuple(examples[:MAX_EXAMPLES]),
+            overlapping=len(examples),
+            short=n_short,
+            examples=tuple(quoted),
             without=compute_scores(clean, configs.get(task, {})),
         )
-    return ContaminationReport(
-        decontaminate.DEFAULT_NGRAM, n_documents, tuple(corpora.unknown_sources), tasks
-    )
+    return ContaminationReport(ngram, n_documents, tuple(corpora.unknown_sources), tasks)
 
 
 def list_task_items(task: str, logged: list[dict]) -> list[benchmarks.BenchmarkItem]:
     """Return the items of a task that the harness logged, each once."""
     docs = {sample["doc_id"]: sample["doc"] for sample in logged}
-    return [
-        benchmarks.BenchmarkItem(task, str(number), benchmarks.join_item_text(doc), {})
-        for number, doc in docs.items()
-    ]
+    items = []
+    for number, doc in docs.items():
+        text = benchmarks.join_item_text(doc)
+        items.append(benchmarks.BenchmarkItem(task, str(number), text, {}))
+    return items
 
 
 def find_overlaps(
@@ -153,16 +159,21 @@ def find_overlaps(
         The match of each item that has one, and corpus -> number of training documents.
     """
     packed_items = json.dumps([[item.task, item.id, item.text] for item in items])
-    n_documents, jobs, n_bytes = {}, [], 0
+    n_documents: dict[str, int] = {}
+    jobs = []
+    n_bytes = 0
     for directory in directories:
-        files = sorted((directory / "train").glob("*.parquet"))
-        n_documents[str(directory)] = sum(pq.read_metadata(file).num_rows for file in files)
-        n_bytes += sum(file.stat().st_size for file in files)
-        jobs += [ShardJob(str(file), packed_items) for file in files]
+        corpus = str(directory)
+        n_documents[corpus] = 0
+        for file in sorted((directory / "train").glob("*.parquet")):
+            n_documents[corpus] += pq.read_metadata(file).num_rows
+            n_bytes += file.stat().st_size
+            jobs.append(ShardJob(str(file), packed_items))
     found = {}
     total = sum(n_documents.values())
+    in_processes = n_bytes >= MIN_BYTES_FOR_PROCESSES
     with stage.progress_bar("contamination", total, "documents") as advance:
-        for overlaps in map_shards(jobs, in_processes=n_bytes >= MIN_BYTES_FOR_PROCESSES):
+        for overlaps in map_shards(jobs, in_processes):
             found[overlaps.file] = overlaps.matches
             advance(overlaps.n_documents)
     first: dict[ItemKey, Match] = {}
@@ -189,8 +200,10 @@ def find_shard_overlaps(fields: dict[str, str]) -> dict[str, Any]:
     index = build_item_index(job.items)
     found: dict[ItemKey, Match] = {}
     n_documents = 0
-    for batch in pq.ParquetFile(job.file).iter_batches(256, columns=["id", "text"]):
-        ids, texts = batch["id"].to_pylist(), batch["text"].to_pylist()
+    shard = pq.ParquetFile(job.file)
+    for batch in shard.iter_batches(256, columns=["id", "text"]):
+        ids = batch["id"].to_pylist()
+        texts = batch["text"].to_pylist()
         for document, text in zip(ids, texts, strict=True):
             for item, words in index.find_matches(text):
                 found.setdefault((item.task, item.id), (words, document))
@@ -202,9 +215,10 @@ def find_shard_overlaps(fields: dict[str, str]) -> dict[str, Any]:
 @functools.lru_cache(maxsize=1)
 def build_item_index(items: str) -> decontaminate.NgramIndex:
     """Return the index of ShardJob.items, once per process."""
-    return decontaminate.NgramIndex(
-        [benchmarks.BenchmarkItem(task, id, text, {}) for task, id, text in json.loads(items)]
-    )
+    unpacked = []
+    for task, id, text in json.loads(items):
+        unpacked.append(benchmarks.BenchmarkItem(task, id, text, {}))
+    return decontaminate.NgramIndex(unpacked)
 
 
 def compute_scores(logged: list[dict], task_config: dict) -> dict[str, float]:
@@ -225,8 +239,10 @@ def compute_scores(logged: list[dict], task_config: dict) -> dict[str, float]:
     metric_list = task_config.get("metric_list") or []
     aggregations = {entry["metric"]: entry.get("aggregation") for entry in metric_list}
     scores = {}
-    for rule in dict.fromkeys(sample["filter"] for sample in logged):
-        kept = [sample for sample in logged if sample["filter"] == rule]
+    by_filter: dict[str, list[dict]] = {}
+    for sample in logged:
+        by_filter.setdefault(sample["filter"], []).append(sample)
+    for rule, kept in by_filter.items():
         for metric in kept[0]["metrics"]:
             aggregate = find_aggregation(aggregations.get(metric) or "mean")
             values = [sample[metric] for sample in kept]
@@ -239,13 +255,13 @@ def compute_scores(logged: list[dict], task_config: dict) -> dict[str, float]:
     return scores
 
 
-def find_aggregation(named: Any) -> Callable[[Sequence[Any]], float]:
+def find_aggregation(named: str | Callable[..., Any]) -> Callable[[Sequence[Any]], float]:
     """Return the function that makes one score of the values of a metric, given it or its name."""
     from lm_eval.api import registry
 
-    aggregate: Callable[..., Any] | None = (
-        named if callable(named) else registry.get_aggregation(named)
-    )
+    if callable(named):
+        return named
+    aggregate = registry.get_aggregation(named)
     assert aggregate is not None
     return aggregate
 
@@ -261,7 +277,8 @@ def format_contamination(found: ContaminationReport, results: dict[str, dict]) -
         for metric, score in counts.without.items():
             if "_stderr," in metric or not counts.overlapping:
                 continue
-            name, before = metric.removesuffix(",none"), results[task][metric]
+            name = metric.removesuffix(",none")
+            before = results[task][metric]
             line += f"; {name} {before:.4f}, without them {score:.4f}"
         lines.append(line)
     checked = [f"{path} ({n:,} documents)" for path, n in found.corpora.items()]

@@ -7,6 +7,7 @@ format, with the origin of the model.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import functools
 import itertools
@@ -17,17 +18,20 @@ import pathlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 
 from jaxpt import config, stage
 from jaxpt.data import benchmarks, sources, tokenizer
-from jaxpt.evaluate import contamination, likelihood
+from jaxpt.evaluate import contamination, likelihood, reference
 from jaxpt.model import decode, transformer
 from jaxpt.sharding import make_mesh
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.weights import checkpoint, huggingface, initialize
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +60,10 @@ GROUPS: dict[str, dict[str, TaskRequest]] = {
     },
 }
 BITS_PER_BYTE = "bits_per_byte/"
+
+SplitRows = dict[str, list[dict]]  # split -> rows of a task's file
+LocalRows = dict[str, SplitRows]  # task -> rows that replace the harness's own files
+Samples = dict[str, list[dict]]  # task -> what the harness logged of each item
 
 
 def evaluate_model(
@@ -94,56 +102,57 @@ def evaluate_model(
     if max_length is not None and max_length < 2:
         raise UserError(f"--max-length: got {max_length}, expected at least 2 tokens.")
     texts, asked = parse_tasks(tasks, limit, data_dir)
-    local = {name: load_local_items(name, data_dir) for name in asked} if data_dir else {}
-    read = {
-        key: stage.fingerprint_path(path)
-        for source in texts
-        for key, path in source.fingerprint_inputs().items()
-    }
+    local: LocalRows = {}
+    if data_dir:
+        for name in asked:
+            local[name] = load_local_items(name, data_dir)
+    read = {}
+    for source in texts:
+        for key, path in source.fingerprint_inputs().items():
+            read[key] = stage.fingerprint_path(path)
     model_print = stage.fingerprint_path(initialize.resolve_source(model))
-    request = stage.fingerprint(
-        [model_print, tasks, backend, limit, max_length, read, stage.fingerprint(local)]
-    )
-    if earlier := stage.read_cached_result(to, request):
+    local_print = stage.fingerprint(local)
+    request = stage.fingerprint([model_print, tasks, backend, limit, max_length, read, local_print])
+    earlier = stage.read_cached_result(to, request)
+    if earlier:
         print(format_results(earlier))
         log.info(f"evaluate: {to} holds this already, nothing to do")
         return earlier
     mesh = make_mesh(config.MeshConfig())
     loaded = initialize.load_model(model, mesh)
-    if loaded.tokenizer_dir is None:
+    spec, tokenizer_dir = loaded.spec, loaded.tokenizer_dir
+    if tokenizer_dir is None:
         raise UserError(
             f"{model}: has no tokenizer beside it (tokenizer.json), so no "
             "text can be scored. Copy there the one it was trained with."
         )
-    encoder = tokenizer.load_tokenizer(loaded.tokenizer_dir)
-    if encoder.vocab_size > loaded.spec.vocab_size:
+    encoder = tokenizer.load_tokenizer(tokenizer_dir)
+    if encoder.vocab_size > spec.vocab_size:
         raise UserError(
-            f"{loaded.tokenizer_dir}: the tokenizer gives ids up to "
+            f"{tokenizer_dir}: the tokenizer gives ids up to "
             f"{encoder.vocab_size - 1:,}, but the model knows ids 0 to "
-            f"{loaded.spec.vocab_size - 1:,}. Copy there the one it was trained with."
+            f"{spec.vocab_size - 1:,}. Copy there the one it was trained with."
         )
-    log.info(
-        f"evaluate: {model}, {transformer.count_params(loaded.spec):,} parameters, "
-        f"by {'our code' if backend == 'jax' else 'transformers'}"
-    )
+    computed_by = "our code" if backend == "jax" else "transformers"
+    n_params = transformer.count_params(spec)
+    log.info(f"evaluate: {model}, {n_params:,} parameters, by {computed_by}")
 
     # answers so far, from which an interrupted evaluation of this request continues
     kept = to.with_name(f".{to.stem}-{request}") if to else None
-    length = min(max_length or loaded.spec.max_seq_len, loaded.spec.max_seq_len)
+    length = min(max_length or spec.max_seq_len, spec.max_seq_len)
     results: dict[str, Any] = {"results": {}, "versions": {}, "n-samples": {}}
-    samples: dict[str, list[dict]] = {}
+    samples: Samples = {}
     with contextlib.ExitStack() as stack:
-        hf_dir = stack.enter_context(export_temporarily(loaded)) if backend == "hf" else None
+        hf_dir = None
+        if backend == "hf":
+            hf_dir = stack.enter_context(export_temporarily(loaded))
         for source in texts:
-            merge_results(
-                results, score_text_source(source, loaded, encoder, hf_dir, limit, length)
-            )
+            scored = score_text_source(source, loaded, encoder, hf_dir, limit, length)
+            merge_results(results, scored)
         if asked:
             if hf_dir is None:
-                judged = make_lm_adapter(loaded.spec, loaded.params, loaded.tokenizer_dir, length)
+                judged = make_lm_adapter(spec, loaded.params, tokenizer_dir, length)
             else:
-                from jaxpt.evaluate import reference
-
                 judged = reference.make_reference_harness_model(hf_dir, length)
             # the harness has one limit and one number of examples for all tasks of a call
             for how in dict.fromkeys(asked.values()):
@@ -153,17 +162,16 @@ def evaluate_model(
                 samples |= logged
     corpora = contamination.find_training_corpora(model)
     if samples and corpora.directories:
-        results["contamination"] = contamination.measure_contamination(
-            corpora, samples, results["configs"]
-        ).to_json()
-    results |= {
-        "request": request,
-        "model": str(model),
-        "backend": backend,
-        "max_length": length,
-        "lineage": describe_evaluated_model(loaded, encoder),
-    }
-    results["seconds"] = round(time.monotonic() - start, 2)
+        configs = results["configs"]
+        overlaps = contamination.measure_contamination(corpora, samples, configs)
+        results["contamination"] = overlaps.to_json()
+    results["request"] = request
+    results["model"] = str(model)
+    results["backend"] = backend
+    results["max_length"] = length
+    results["lineage"] = describe_evaluated_model(loaded, encoder)
+    seconds = round(time.monotonic() - start, 2)
+    results["seconds"] = seconds
     results = stage.to_jsonable(results)
     print(format_results(results))
     if to and kept:
@@ -171,10 +179,8 @@ def evaluate_model(
         stage.write_atomic(to, json.dumps(results, indent=1) + "\n")
         for file in to.parent.glob(f"{kept.name}*"):
             file.unlink()
-        log.info(
-            f"evaluate: {len(results['results'])} results in "
-            f"{results['seconds']:,.1f} s, written to {to}"
-        )
+        n_results = len(results["results"])
+        log.info(f"evaluate: {n_results} results in {seconds:,.1f} s, written to {to}")
     return results
 
 
@@ -182,22 +188,24 @@ def parse_tasks(
     tasks: list[str], limit: int | None, data_dir: pathlib.Path | None
 ) -> tuple[list[sources.TextSource], dict[str, TaskRequest]]:
     """Return the sources to score, and harness task -> how. Raise UserError for unknown names."""
-    tasks = [
-        name
-        for word in tasks
-        for name in ([word] if word.startswith(BITS_PER_BYTE) else word.split(","))
-        if name
-    ]
+    tasks = split_task_lists(tasks)
     if not tasks:
         raise UserError(
             "--tasks: none given. Name at least one, such as course or "
             "bits_per_byte/prose=python:prose."
         )
-    texts = [
-        sources.parse_source(task.removeprefix(BITS_PER_BYTE))
-        for task in tasks
-        if task.startswith(BITS_PER_BYTE)
-    ]
+    texts: list[sources.TextSource] = []
+    asked: dict[str, TaskRequest] = {}
+    for task in tasks:
+        if task.startswith(BITS_PER_BYTE):
+            texts.append(sources.parse_source(task.removeprefix(BITS_PER_BYTE)))
+        elif task in GROUPS:
+            members = {}
+            for name, how in GROUPS[task].items():
+                members[name] = TaskRequest(limit or how.items, how.shots)
+            asked = members | asked  # a task that was asked for before stays as it was
+        else:
+            asked[task] = TaskRequest(limit)
     names = [source.name for source in texts]
     for name in names:
         if names.count(name) > 1:
@@ -205,43 +213,45 @@ def parse_tasks(
                 f"--tasks: two tasks would be called {BITS_PER_BYTE}{name}. "
                 f"Give one another name: {BITS_PER_BYTE}NAME=KIND:WHERE."
             )
-    asked: dict[str, TaskRequest] = {}
-    for task in tasks:
-        if task in GROUPS:
-            asked = {
-                name: TaskRequest(limit or how.items, how.shots)
-                for name, how in GROUPS[task].items()
-            } | asked
-        elif not task.startswith(BITS_PER_BYTE):
-            asked[task] = TaskRequest(limit)
     if asked:
-        from jaxpt.evaluate.reference import require_torch
-
-        require_torch("lm_eval")
-        known = list(LOCAL_TASKS) if data_dir else make_task_manager().all_tasks
-        for name in asked:
-            if name not in known:
-                near = difflib.get_close_matches(
-                    name, [*known, *GROUPS, BITS_PER_BYTE + "NAME=KIND:WHERE"], 3, 0.4
-                )
-                where = f" that is read from {data_dir}" if data_dir else ""
-                raise UserError(
-                    f"--tasks: there is no task {name!r}{where}; "
-                    + (
-                        f"the nearest are: {', '.join(near)}."
-                        if near
-                        else (
-                            f"there are: {', '.join([*LOCAL_TASKS, *GROUPS])}, "
-                            "and others of the harness."
-                        )
-                    )
-                    + (
-                        " Without --data-dir the harness downloads its own files."
-                        if data_dir
-                        else ""
-                    )
-                )
+        check_task_names(list(asked), data_dir)
     return texts, asked
+
+
+def split_task_lists(words: list[str]) -> list[str]:
+    """Return the task names of comma-separated lists; what follows BITS_PER_BYTE stays whole."""
+    names = []
+    for word in words:
+        if word.startswith(BITS_PER_BYTE):
+            names.append(word)
+        else:
+            names += word.split(",")
+    return [name for name in names if name]
+
+
+def check_task_names(names: list[str], data_dir: pathlib.Path | None) -> None:
+    """Raise UserError for a task that cannot be run, or if the harness is not installed."""
+    reference.require_torch("lm_eval")
+    if data_dir:
+        known = list(LOCAL_TASKS)
+    else:
+        known = make_task_manager().all_tasks
+    for name in names:
+        if name in known:
+            continue
+        candidates = [*known, *GROUPS, BITS_PER_BYTE + "NAME=KIND:WHERE"]
+        nearest = difflib.get_close_matches(name, candidates, 3, 0.4)
+        message = f"--tasks: there is no task {name!r}"
+        if data_dir:
+            message += f" that is read from {data_dir}"
+        if nearest:
+            message += f"; the nearest are: {', '.join(nearest)}."
+        else:
+            listed = ", ".join([*LOCAL_TASKS, *GROUPS])
+            message += f"; there are: {listed}, and others of the harness."
+        if data_dir:
+            message += " Without --data-dir the harness downloads its own files."
+        raise UserError(message)
 
 
 @contextlib.contextmanager
@@ -250,11 +260,12 @@ def export_temporarily(loaded: initialize.LoadedModel) -> Iterator[pathlib.Path]
     if loaded.source and loaded.tokenizer_dir == loaded.source:
         yield loaded.source
         return
-    with tempfile.TemporaryDirectory(prefix="jaxpt-") as directory:
+    with tempfile.TemporaryDirectory(prefix="jaxpt-") as name:
+        directory = pathlib.Path(name)
         huggingface.write_hf_model(
-            loaded.spec, loaded.params, pathlib.Path(directory), tokenizer_dir=loaded.tokenizer_dir
+            loaded.spec, loaded.params, directory, tokenizer_dir=loaded.tokenizer_dir
         )
-        yield pathlib.Path(directory)
+        yield directory
 
 
 # ---- bits per byte
@@ -270,42 +281,37 @@ def score_text_source(
 ) -> dict[str, Any]:
     """Measure bits per byte of a source's first `limit` documents, as results of the harness."""
     name = BITS_PER_BYTE + source.name
-    texts = [document.text for document in itertools.islice(source.iterate_documents(), limit)]
+    documents = itertools.islice(source.iterate_documents(), limit)
+    texts = [document.text for document in documents]
     if not any(texts):
         raise UserError(
             f"{name}: {source.pattern} holds no text, so there is nothing to score. Check the path."
         )
     token_ids = encoder.encode_batch(texts)
-    first = encoder.eos_id if encoder.bos_id is None else encoder.bos_id
+    bos_id = encoder.eos_id if encoder.bos_id is None else encoder.bos_id
     if hf_dir is None:
         sums = likelihood.measure_bits_per_byte(
-            loaded.spec, loaded.params, texts, token_ids, first, max_length=max_length, label=name
+            loaded.spec, loaded.params, texts, token_ids, bos_id, max_length=max_length, label=name
         )
     else:
-        from jaxpt.evaluate import reference
-
         sums = reference.measure_reference_bits_per_byte(
-            hf_dir, texts, token_ids, first, max_length
+            hf_dir, texts, token_ids, bos_id, max_length
         )
-    return {
-        "results": {
-            name: {"alias": name, "bits_per_byte,none": sums.bits_per_byte, **sums.to_json()}
-        },
-        "versions": {name: 1},
-        "n-samples": {name: {"original": len(texts), "effective": len(texts)}},
-    }
+    metrics = {"alias": name, "bits_per_byte,none": sums.bits_per_byte, **sums.to_json()}
+    n_samples = {"original": len(texts), "effective": len(texts)}
+    return {"results": {name: metrics}, "versions": {name: 1}, "n-samples": {name: n_samples}}
 
 
 # ---- the harness
 
 
 def run_harness(
-    judged,
+    judged: LM,
     tasks: list[str],
     how: TaskRequest,
-    local: dict[str, dict[str, list[dict]]],
+    local: LocalRows,
     kept: pathlib.Path | None,
-) -> tuple[dict[str, Any], dict[str, list[dict]]]:
+) -> tuple[dict[str, Any], Samples]:
     """Run the harness's simple_evaluate over tasks.
 
     Args:
@@ -321,29 +327,17 @@ def run_harness(
     Raises:
         UserError: the harness cannot download a task's files.
     """
-    import datasets
     import lm_eval
-    from lm_eval.tasks import _yaml_loader
 
     # it would fork to bootstrap standard errors, and a fork of a process that runs JAX may hang
     os.environ["DISABLE_MULTIPROC"] = "1"
     manager = make_task_manager()
-
-    def with_local_rows(name: str):
-        if name not in local:
-            return name
-        yaml_path = manager.task_index[name].yaml_path
-        assert yaml_path is not None
-        shipped = _yaml_loader.load_yaml(yaml_path, resolve_func=True)
-        rows = local[name]
-        # one file for both: an item must not be among its own examples
-        if how.shots and rows.get("train") == rows.get("validation"):
-            n = how.shots + 1  # the harness wants one to spare
-            rows = {"train": rows["train"][:n], "validation": rows["validation"][n:]}
-        splits = {split: datasets.Dataset.from_list(found) for split, found in rows.items()}
-        return {**shipped, "custom_dataset": lambda **metadata: splits}
-
-    asked = [with_local_rows(name) for name in tasks]
+    asked = []
+    for name in tasks:
+        if name in local:
+            asked.append(make_local_task(name, local[name], how))
+        else:
+            asked.append(name)
     # a decorator of the harness hides the types of its arguments
     evaluate = cast(Callable[..., dict[str, Any]], lm_eval.simple_evaluate)
     try:
@@ -358,12 +352,29 @@ def run_harness(
         )
     # datasets raises these for a hub out of reach and for a data set that does not exist
     except (ConnectionError, FileNotFoundError) as error:
+        reason = str(error).splitlines()[0]
         raise UserError(
             f"--tasks: the harness cannot get the files of {', '.join(tasks)} "
-            f"({str(error).splitlines()[0]}). Go online, or give --data-dir."
+            f"({reason}). Go online, or give --data-dir."
         ) from None
     results = {key: found[key] for key in RESULT_KEYS if key in found}
     return results, found["samples"]
+
+
+def make_local_task(name: str, rows: SplitRows, how: TaskRequest) -> dict[str, Any]:
+    """Return the harness's definition of a task, with rows in place of its own files."""
+    import datasets
+    from lm_eval.tasks import _yaml_loader
+
+    yaml_path = make_task_manager().task_index[name].yaml_path
+    assert yaml_path is not None
+    definition = _yaml_loader.load_yaml(yaml_path, resolve_func=True)
+    # one file for both: an item must not be among its own examples
+    if how.shots and rows.get("train") == rows.get("validation"):
+        n = how.shots + 1  # the harness wants one to spare
+        rows = {"train": rows["train"][:n], "validation": rows["validation"][n:]}
+    splits = {split: datasets.Dataset.from_list(found) for split, found in rows.items()}
+    return {**definition, "custom_dataset": lambda **metadata: splits}
 
 
 # of the harness's result, those that are kept
@@ -381,8 +392,8 @@ def make_task_manager():
 
 
 def make_lm_adapter(
-    spec: ModelSpec, params: dict[str, Any], tokenizer_dir: pathlib.Path, longest: int
-):
+    spec: ModelSpec, params: llama.Params, tokenizer_dir: pathlib.Path, longest: int
+) -> LM:
     """Return the model as a model of the harness.
 
     Text becomes ids as in the harness's HFLM, by AutoTokenizer, so that the same requests reach the
@@ -418,53 +429,46 @@ def make_lm_adapter(
         def tok_encode(
             self, string: str, add_special_tokens: bool | None = None, **kwargs
         ) -> list[int]:
-            if add_special_tokens is None and has_bos_prefix(
-                string, self.tokenizer.decode(self.prefix_token_id)
-            ):
+            prefix = self.tokenizer.decode(self.prefix_token_id)
+            if add_special_tokens is None and has_bos_prefix(string, prefix):
                 add_special_tokens = False
-            return self.tokenizer.encode(
-                string,
-                **(
-                    {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-                ),
-            )
+            if add_special_tokens is None:
+                return self.tokenizer.encode(string)
+            return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
-        def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
-            texts, pairs = (
-                [text for text, *_ in requests],
-                [(context, continuation) for _, context, continuation in requests],
-            )
+        def _loglikelihood_tokens(self, requests, **kwargs) -> list[likelihood.Score]:
+            texts = [text for text, *_ in requests]
+            pairs = [(context, continuation) for _, context, continuation in requests]
 
-            def keep(place: int, answer: tuple[float, bool]) -> None:
-                self.cache_hook.add_partial("loglikelihood", texts[place], answer)
+            def keep(place: int, score: likelihood.Score) -> None:
+                self.cache_hook.add_partial("loglikelihood", texts[place], score)
 
             return likelihood.compute_continuation_log_likelihoods(
                 spec, params, pairs, max_length=longest, answered=keep
             )
 
         def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-            windows = [
-                list(
-                    likelihood.split_rolling_windows(
-                        self.tok_encode(r.args[0]), self.prefix_token_id, self.max_length
-                    )
-                )
-                for r in requests
-            ]
-            owners, left, sums = (
-                [i for i, own in enumerate(windows) for _ in own],
-                list(map(len, windows)),
-                [0.0] * len(windows),
-            )
+            windows: list[likelihood.TokenPair] = []
+            owners: list[int] = []  # of each window: its request
+            n_left: list[int] = []  # of each request: windows that are not scored yet
+            for i, request in enumerate(requests):
+                ids = self.tok_encode(request.args[0])
+                own = list(likelihood.split_rolling_windows(ids, self.prefix_token_id, longest))
+                windows += own
+                owners += [i] * len(own)
+                n_left.append(len(own))
+            sums = [0.0] * len(requests)
 
-            def keep(place: int, answer: tuple[float, bool]) -> None:
+            def keep(place: int, score: likelihood.Score) -> None:
                 i = owners[place]
-                sums[i], left[i] = sums[i] + answer[0], left[i] - 1
-                if not left[i]:
+                log_likelihood, _ = score
+                sums[i] += log_likelihood
+                n_left[i] -= 1
+                if not n_left[i]:
                     self.cache_hook.add_partial("loglikelihood_rolling", requests[i].args, sums[i])
 
             likelihood.compute_continuation_log_likelihoods(
-                spec, params, list(itertools.chain(*windows)), max_length=longest, answered=keep
+                spec, params, windows, max_length=longest, answered=keep
             )
             return sums
 
@@ -472,23 +476,22 @@ def make_lm_adapter(
             texts = [""] * len(requests)
             alike: dict[str, list[int]] = {}  # requests of equal settings are decoded together
             for i, request in enumerate(requests):
-                alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
+                settings = json.dumps(request.args[1], sort_keys=True)
+                alike.setdefault(settings, []).append(i)
             with stage.progress_bar("generating", len(requests), "requests") as advance:
                 for group in alike.values():
-                    self.generate_alike([requests[i].args for i in group], group, texts, advance)
+                    written = self.generate_alike([requests[i].args for i in group], advance)
+                    for i, text in zip(group, written, strict=True):
+                        texts[i] = text
             return texts
 
         def generate_alike(
-            self,
-            requests: list[tuple[str, dict]],
-            places: list[int],
-            texts: list[str],
-            advance: Callable,
-        ) -> None:
-            asked = cast(dict[str, Any], normalize_gen_kwargs(requests[0][1], self.max_gen_toks))
-            stops = handle_stop_sequences(
-                asked["until"], eos=self.tokenizer.decode(self.eot_token_id)
-            )
+            self, requests: list[tuple[str, dict]], advance: Callable[[int], None]
+        ) -> list[str]:
+            _, settings = requests[0]
+            asked = cast(dict[str, Any], normalize_gen_kwargs(settings, self.max_gen_toks))
+            end = self.tokenizer.decode(self.eot_token_id)
+            stops = handle_stop_sequences(asked["until"], eos=end)
             max_new = asked["max_gen_toks"]
             if max_new >= self.max_length:
                 raise UserError(
@@ -496,22 +499,21 @@ def make_lm_adapter(
                     f"model's context is {self.max_length}. "
                     "Leave the task out, or use a model with a longer context."
                 )
-            prompts = [
-                self.tok_encode(context)[-(self.max_length - max_new) :] for context, _ in requests
-            ]
-            chosen = {
-                name: asked[name]
-                for name in ("top_p", "top_k", "repetition_penalty")
-                if name in asked
-            }
-            sampling = decode.Sampling(
-                temperature=asked["temperature"] if asked["do_sample"] else 0.0, **chosen
-            )
+            n_read = self.max_length - max_new
+            prompts = [self.tok_encode(context)[-n_read:] for context, _ in requests]
+            chosen: dict[str, Any] = {"temperature": 0.0}
+            if asked["do_sample"]:
+                chosen["temperature"] = asked["temperature"]
+            for name in ("top_p", "top_k", "repetition_penalty"):
+                if name in asked:
+                    chosen[name] = asked[name]
+            sampling = decode.Sampling(**chosen)
 
             def stopped(row: int, ids: list[int]) -> bool:
                 text = self.tokenizer.decode(ids, skip_special_tokens=True)
                 return any(stop in text for stop in stops)
 
+            texts = []
             for first in range(0, len(prompts), decode.MAX_DECODE_BATCH):
                 part = slice(first, first + decode.MAX_DECODE_BATCH)
                 outputs = decode.generate(
@@ -523,12 +525,13 @@ def make_lm_adapter(
                     watch=stopped,
                     watch_every=16,
                 )
-                for place, request, ids in zip(places[part], requests[part], outputs, strict=True):
-                    texts[place] = postprocess_generated_text(
-                        self.tokenizer.decode(ids, skip_special_tokens=True), stops, None
-                    )
-                    self.cache_hook.add_partial("generate_until", request, texts[place])
+                for request, ids in zip(requests[part], outputs, strict=True):
+                    written = self.tokenizer.decode(ids, skip_special_tokens=True)
+                    text = postprocess_generated_text(written, stops, None)
+                    texts.append(text)
+                    self.cache_hook.add_partial("generate_until", request, text)
                 advance(len(outputs))
+            return texts
 
     return Jaxpt()
 
@@ -536,48 +539,66 @@ def make_lm_adapter(
 # ---- benchmark files on disk
 
 
-def load_local_items(name: str, data_dir: pathlib.Path) -> dict[str, list[dict]]:
+@dataclasses.dataclass(frozen=True)
+class LocalTask:
+    """Where a task's items are read from under --data-dir.
+
+    Attributes:
+        kind: of the items, see `benchmarks.read_benchmark`.
+        folder: that the files are in, if they are not in the directory itself.
+        files: split -> file name.
+    """
+
+    kind: str
+    folder: str
+    files: dict[str, str]
+
+
+LOCAL_TASKS = {
+    "truthfulqa_mc2": LocalTask("truthfulqa", "eval_truthfulqa", {"validation": "v0_mc_task.json"}),
+    "winogrande": LocalTask(
+        "winogrande",
+        "eval_winogrande",
+        {"train": "winogrande.jsonl", "validation": "winogrande.jsonl"},
+    ),
+    "lambada_openai": LocalTask("lambada", "eval_lambada", {"test": "lambada_openai.jsonl"}),
+    "gsm8k": LocalTask("gsm8k", "eval_gsm8k", {"train": "train.jsonl", "test": "test.jsonl"}),
+}
+
+
+def load_local_items(name: str, data_dir: pathlib.Path) -> SplitRows:
     """Return split -> rows as the task reads them, from DATA_DIR/FOLDER or DATA_DIR itself.
 
     Raises:
         UserError: a file is missing or of another benchmark.
     """
-    kind, folder, files = LOCAL_TASKS[name]
-    directory = next(
-        (
-            found
-            for found in (data_dir / folder, data_dir)
-            if all((found / file).is_file() for file in files.values())
-        ),
-        None,
-    )
+    task = LOCAL_TASKS[name]
+    directory = find_task_directory(task, data_dir)
     if directory is None:
-        expected = " and ".join(f"{folder}/{file}" for file in dict.fromkeys(files.values()))
+        files = dict.fromkeys(task.files.values())
+        expected = " and ".join(f"{task.folder}/{file}" for file in files)
         raise UserError(
             f"--data-dir {data_dir}: {name} wants {expected} there. Copy the "
             "benchmark's files, or leave the task out."
         )
-    items = {split: benchmarks.read_benchmark(directory / file) for split, file in files.items()}
-    for split, found in items.items():
-        if not found or any(item.task != kind for item in found):
+    rows = {}
+    for split, file in task.files.items():
+        items = benchmarks.read_benchmark(directory / file)
+        if not items or any(item.task != task.kind for item in items):
             raise UserError(
-                f"{directory / files[split]}: its records are not those of "
+                f"{directory / file}: its records are not those of "
                 f"{name}. Restore the file from its origin."
             )
-    return {split: [item.fields for item in found] for split, found in items.items()}
+        rows[split] = [item.fields for item in items]
+    return rows
 
 
-# task -> kind of its items, folder, file of each split
-LOCAL_TASKS = {
-    "truthfulqa_mc2": ("truthfulqa", "eval_truthfulqa", {"validation": "v0_mc_task.json"}),
-    "winogrande": (
-        "winogrande",
-        "eval_winogrande",
-        {"train": "winogrande.jsonl", "validation": "winogrande.jsonl"},
-    ),
-    "lambada_openai": ("lambada", "eval_lambada", {"test": "lambada_openai.jsonl"}),
-    "gsm8k": ("gsm8k", "eval_gsm8k", {"train": "train.jsonl", "test": "test.jsonl"}),
-}
+def find_task_directory(task: LocalTask, data_dir: pathlib.Path) -> pathlib.Path | None:
+    """Return the first of DATA_DIR/FOLDER and DATA_DIR that has all files of a task."""
+    for directory in (data_dir / task.folder, data_dir):
+        if all((directory / file).is_file() for file in task.files.values()):
+            return directory
+    return None
 
 
 # ---- results
@@ -614,32 +635,26 @@ def format_results(results: dict[str, Any]) -> str:
 
     A line has task, metric, value, standard error and number of items.
     """
-    lines = [("task", "metric", "value", "+/-", "items")]
+    rows = [("task", "metric", "value", "+/-", "items")]
     for task, metrics in results["results"].items():
         n_items = results["n-samples"].get(task, {}).get("effective", "")
         for key, value in metrics.items():
             metric, comma, kind = key.partition(",")
-            if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+            is_score = comma and isinstance(value, (int, float))
+            if not is_score or metric.endswith("_stderr"):
                 continue
-            error = metrics.get(f"{metric}_stderr,{kind}")
+            stderr = metrics.get(f"{metric}_stderr,{kind}")
+            error = f"{stderr:.4f}" if isinstance(stderr, float) else ""
             shown = metric if kind == "none" else f"{metric} ({kind})"
-            lines.append(
-                (
-                    task,
-                    shown,
-                    f"{value:.4f}",
-                    f"{error:.4f}" if isinstance(error, float) else "",
-                    str(n_items),
-                )
-            )
-    widths = [max(len(line[column]) for line in lines) for column in range(5)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
+            rows.append((task, shown, f"{value:.4f}", error, str(n_items)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = []
+        for cell, width in zip(row, widths, strict=True):
+            is_name = len(cells) < 2  # the other three are numbers
+            cells.append(cell.ljust(width) if is_name else cell.rjust(width))
+        lines.append("  ".join(cells))
     if "contamination" in results:
         found = contamination.ContaminationReport.from_json(results["contamination"])
         lines += ["", contamination.format_contamination(found, results["results"])]

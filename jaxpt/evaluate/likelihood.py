@@ -33,6 +33,8 @@ from jaxpt.spec import Batch, ModelSpec, Record, UserError
 MAX_LOGITS_TOKENS = 256  # tokens whose logits exist on a device at a time
 
 Step = Callable[..., Any]
+TokenPair = tuple[list[int], list[int]]  # context and continuation, token ids
+Score = tuple[float, bool]  # log-likelihood in nats, and whether greedy decoding would write it
 
 
 def make_loss_step(spec: ModelSpec, mesh: jax.sharding.Mesh, dtype: str = "float32") -> Step:
@@ -48,17 +50,20 @@ def make_loss_step(spec: ModelSpec, mesh: jax.sharding.Mesh, dtype: str = "float
             inputs = batch.tokens, batch.segment_ids, batch.positions
             hidden, _ = transformer.forward(spec, params, *inputs, compute_dtype)
             head = transformer.lm_head(spec, params, compute_dtype)
-            _, loss_sum = loss.cross_entropy(hidden, head, batch.targets, batch.loss_mask)
-            return loss_sum, jnp.sum(batch.loss_mask)
+            loss_mask = batch.loss_mask
+            _, loss_sum = loss.cross_entropy(hidden, head, batch.targets, loss_mask)
+            return loss_sum, jnp.sum(loss_mask)
 
+    param_shardings = transformer.make_param_shardings(spec, mesh)
+    replicated = make_replicated_sharding(mesh)
     return jax.jit(
         step,
-        in_shardings=(transformer.make_param_shardings(spec, mesh), make_batch_sharding(mesh)),
-        out_shardings=make_replicated_sharding(mesh),
+        in_shardings=(param_shardings, make_batch_sharding(mesh)),
+        out_shardings=replicated,
     )
 
 
-def measure_heldout_loss(step: Step, params: dict[str, Any], batches: Iterable[Batch]) -> float:
+def measure_heldout_loss(step: Step, params: llama.Params, batches: Iterable[Batch]) -> float:
     """Return nats per trained token over all batches, NaN if no token is trained.
 
     Args:
@@ -71,7 +76,9 @@ def measure_heldout_loss(step: Step, params: dict[str, Any], batches: Iterable[B
         batch_loss, batch_trained = step(params, batch)
         loss_sum += float(batch_loss)
         n_trained += float(batch_trained)
-    return loss_sum / n_trained if n_trained else math.nan
+    if not n_trained:
+        return math.nan
+    return loss_sum / n_trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +92,14 @@ class BitsPerByte(Record):
     @property
     def bits_per_byte(self) -> float:
         """Return bits per UTF-8 byte, NaN without text."""
-        return self.loss_sum / math.log(2) / self.n_bytes if self.n_bytes else math.nan
+        if not self.n_bytes:
+            return math.nan
+        return self.loss_sum / math.log(2) / self.n_bytes
 
 
 def measure_bits_per_byte(
     spec: ModelSpec,
-    params: dict[str, Any],
+    params: llama.Params,
     texts: list[str],
     token_ids: list[list[int]],
     bos_id: int,
@@ -112,22 +121,20 @@ def measure_bits_per_byte(
         dtype: of matmuls and activations.
         label: of the progress bar.
     """
-    windows = []
+    max_length = max_length or spec.max_seq_len
+    windows: list[TokenPair] = []
     for ids in token_ids:
-        windows += split_rolling_windows(ids, bos_id, max_length or spec.max_seq_len)
+        windows += split_rolling_windows(ids, bos_id, max_length)
     scores = compute_continuation_log_likelihoods(
         spec, params, windows, max_length=max_length, dtype=dtype, label=label
     )
-    return BitsPerByte(
-        loss_sum=-sum(log_likelihood for log_likelihood, _ in scores),
-        n_bytes=sum(len(text.encode()) for text in texts),
-        n_tokens=sum(map(len, token_ids)),
-    )
+    loss_sum = -sum(log_likelihood for log_likelihood, _ in scores)
+    n_bytes = sum(len(text.encode()) for text in texts)
+    n_tokens = sum(map(len, token_ids))
+    return BitsPerByte(loss_sum, n_bytes, n_tokens)
 
 
-def split_rolling_windows(
-    ids: list[int], prefix_id: int, max_length: int
-) -> Iterator[tuple[list[int], list[int]]]:
+def split_rolling_windows(ids: list[int], prefix_id: int, max_length: int) -> Iterator[TokenPair]:
     """Yield (context, predicted) pairs that predict each id once.
 
     A window begins with the last token of the one before it; only the last window reaches back
@@ -139,19 +146,20 @@ def split_rolling_windows(
         yield [prefix_id], ids[:max_length]
     for start in range(max_length, len(ids), max_length):
         end = min(start + max_length, len(ids))
-        yield ids[end - max_length - 1 : start], ids[start:end]
+        context = ids[end - max_length - 1 : start]
+        yield context, ids[start:end]
 
 
 def compute_continuation_log_likelihoods(
     spec: ModelSpec,
-    params: dict[str, Any],
-    pairs: list[tuple[list[int], list[int]]],
+    params: llama.Params,
+    pairs: list[TokenPair],
     *,
     max_length: int | None = None,
     dtype: str = "float32",
     label: str = "log-likelihoods",
-    answered: Callable[[int, tuple[float, bool]], None] | None = None,
-) -> list[tuple[float, bool]]:
+    answered: Callable[[int, Score], None] | None = None,
+) -> list[Score]:
     """Score the continuation of each (context ids, continuation ids) as a whole.
 
     Args:
@@ -164,24 +172,25 @@ def compute_continuation_log_likelihoods(
         answered: called with an index into pairs and the result as soon as that is known.
 
     Returns:
-        For each pair, the log-likelihood in nats, and whether greedy decoding would write it.
+        The score of each pair.
     """
-    results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
+    results: list[Score] = [(0.0, True)] * len(pairs)
     scored = compute_token_log_likelihoods(
         spec, params, pairs, max_length=max_length, dtype=dtype, label=label
     )
     for place, log_likelihoods, is_greedy in scored:
         total = float(log_likelihoods.sum(dtype=np.float64))
-        results[place] = total, bool(is_greedy.all())
+        score = total, bool(is_greedy.all())
+        results[place] = score
         if answered:
-            answered(place, results[place])
+            answered(place, score)
     return results
 
 
 def compute_token_log_likelihoods(
     spec: ModelSpec,
-    params: dict[str, Any],
-    pairs: list[tuple[list[int], list[int]]],
+    params: llama.Params,
+    pairs: list[TokenPair],
     *,
     max_length: int | None = None,
     dtype: str = "float32",
@@ -210,7 +219,8 @@ def compute_token_log_likelihoods(
     max_length = max_length or spec.max_seq_len
     sequences = []
     for context, continuation in pairs:
-        ids = np.asarray([*context, *continuation][-(max_length + 1) :], np.int32)
+        whole = [*context, *continuation]
+        ids = np.asarray(whole[-(max_length + 1) :], np.int32)
         check_scored_pair(spec, context, continuation, ids, max_length, label)
         sequences.append(prefix_trees.ScoredSequence(ids, len(continuation)))
     mesh = jax.tree.leaves(params)[0].sharding.mesh
@@ -219,9 +229,8 @@ def compute_token_log_likelihoods(
     n_columns = sum(sequence.n_columns for sequence in sequences)
     # the columns of a tree are no distances, which a sliding window counts
     share = spec.sliding_window is None
-    batches = prefix_trees.make_tree_batches(
-        sequences, max_length, n_shards(mesh, "batch"), share=share
-    )
+    batch_shards = n_shards(mesh, "batch")
+    batches = prefix_trees.make_tree_batches(sequences, max_length, batch_shards, share)
 
     def put(x: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(x.shape, row_sharding, x.__getitem__)
@@ -229,11 +238,12 @@ def compute_token_log_likelihoods(
     with stage.progress_bar(label, n_columns, "tokens") as advance:
 
         def collect(batch: prefix_trees.TreeBatch, scored):
-            log_likelihoods, is_greedy = (np.asarray(x) for x in scored)
+            log_likelihoods, is_greedy = map(np.asarray, scored)
             for place, row, first in batch.places:
-                targets = slice(first, first + sequences[place].n_scored)
+                sequence = sequences[place]
+                targets = slice(first, first + sequence.n_scored)
                 yield place, log_likelihoods[row, targets], is_greedy[row, targets]
-                advance(sequences[place].n_columns)
+                advance(sequence.n_columns)
 
         running = None  # the devices compute one batch while the host reads the one before
         for batch in batches:
@@ -263,7 +273,8 @@ def check_scored_pair(
             f"{label}: a continuation of {len(continuation):,} tokens does not fit the model's "
             f"context of {max_length:,}. Shorten it."
         )
-    unknown = ids[(ids < 0) | (ids >= spec.vocab_size)]
+    is_unknown = (ids < 0) | (ids >= spec.vocab_size)
+    unknown = ids[is_unknown]
     if unknown.size:
         raise UserError(
             f"{label}: the text has token id {unknown[0]}, but the model knows ids 0 to "
@@ -279,19 +290,18 @@ def make_token_step(spec: ModelSpec, mesh: jax.sharding.Mesh, dtype: jnp.dtype) 
     likely. Only the first n_scored targets of each row are scored, rounded up to whole blocks of
     logits.
     """
-    row_sharding = make_logical_sharding(mesh, ("batch", None))
 
     def step(params, arrays: prefix_trees.TreeArrays, n_scored):
+        visible_until = arrays.visible_until
+
+        def attend_rows(q, k, v, window, state):
+            if spec.sliding_window is None:
+                return attend_prefix_tree(q, k, v, visible_until), state
+            return attend(q, k, v, visible_until, window), state
+
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-
-            def attend_rows(q, k, v, window, state):
-                if spec.sliding_window is None:
-                    return attend_prefix_tree(q, k, v, arrays.visible_until), state
-                return attend(q, k, v, arrays.visible_until, window), state
-
-            hidden = transformer.hidden_states(
-                spec, params, arrays.tokens, arrays.positions, attend_rows, dtype
-            )
+            inputs = arrays.tokens, arrays.positions
+            hidden = transformer.hidden_states(spec, params, *inputs, attend_rows, dtype)
             queries = jnp.take_along_axis(hidden, arrays.columns[..., None], axis=1)
             B, T, _ = queries.shape
             block_tokens = MAX_LOGITS_TOKENS * n_shards(mesh, "batch")
@@ -316,14 +326,13 @@ def make_token_step(spec: ModelSpec, mesh: jax.sharding.Mesh, dtype: jnp.dtype) 
             n_blocks = -(-n_scored // width)
             return jax.lax.fori_loop(0, n_blocks, score_block, no_scores)
 
+    param_shardings = transformer.make_param_shardings(spec, mesh)
+    row_sharding = make_logical_sharding(mesh, ("batch", None))
+    replicated = make_replicated_sharding(mesh)
     return jax.jit(
         step,
-        in_shardings=(
-            transformer.make_param_shardings(spec, mesh),
-            row_sharding,
-            make_replicated_sharding(mesh),
-        ),
-        out_shardings=make_replicated_sharding(mesh),
+        in_shardings=(param_shardings, row_sharding, replicated),
+        out_shardings=replicated,
     )
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxpt import stage
-from jaxpt.evaluate.likelihood import BitsPerByte, split_rolling_windows
+from jaxpt.evaluate import likelihood
 from jaxpt.spec import UserError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def require_torch(*packages: str) -> None:
 
 def measure_reference_bits_per_byte(
     hf_dir: pathlib.Path, texts: list[str], token_ids: list[list[int]], bos_id: int, max_length: int
-) -> BitsPerByte:
+) -> likelihood.BitsPerByte:
     """Measure what `likelihood.measure_bits_per_byte` does, window by window.
 
     Args:
@@ -73,7 +73,7 @@ def measure_reference_bits_per_byte(
 
     windows = []
     for ids in token_ids:
-        windows += split_rolling_windows(ids, bos_id, max_length)
+        windows += likelihood.split_rolling_windows(ids, bos_id, max_length)
     loss_sum = 0.0
     progress = stage.track_progress(
         windows, "bits per byte by transformers", len(windows), "windows"
@@ -81,12 +81,15 @@ def measure_reference_bits_per_byte(
     with torch.no_grad():
         for context, predicted in progress:
             ids = torch.tensor([context + predicted])
-            logits = model(ids[:, :-1]).logits[0, -len(predicted) :]
+            n = len(predicted)
+            logits = model(ids[:, :-1]).logits[0, -n:]
             log_probs = torch.log_softmax(logits, dim=-1)
-            targets = ids[0, -len(predicted) :, None]
-            loss_sum -= log_probs.gather(1, targets).sum(dtype=torch.float64).item()
+            targets = ids[0, -n:, None]
+            log_likelihoods = log_probs.gather(1, targets)
+            loss_sum -= log_likelihoods.sum(dtype=torch.float64).item()
     n_bytes = sum(len(text.encode()) for text in texts)
-    return BitsPerByte(loss_sum, n_bytes, n_tokens=sum(map(len, token_ids)))
+    n_tokens = sum(map(len, token_ids))
+    return likelihood.BitsPerByte(loss_sum, n_bytes, n_tokens)
 
 
 def make_reference_harness_model(hf_dir: pathlib.Path, max_length: int) -> LM:
@@ -106,8 +109,9 @@ def compute_reference_logits(hf_dir: pathlib.Path, tokens: np.ndarray) -> np.nda
     model = load_reference_model(hf_dir)
     import torch
 
+    token_ids = torch.from_numpy(np.asarray(tokens, np.int64))
     with torch.no_grad():
-        return model(torch.from_numpy(np.asarray(tokens, np.int64))).logits.numpy()
+        return model(token_ids).logits.numpy()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,16 +136,20 @@ def measure_logit_distance(
     theirs = compute_reference_logits(hf_dir, tokens).reshape(-1, vocab_size)
     kl_sum, max_abs_diff = 0.0, 0.0
     for start in range(0, len(ours), N_FLOAT64_TOKENS):
-        q = ours[start : start + N_FLOAT64_TOKENS].astype(np.float64)
-        p = theirs[start : start + N_FLOAT64_TOKENS].astype(np.float64)
-        max_abs_diff = max(max_abs_diff, float(np.abs(q - p).max()))
+        block = slice(start, start + N_FLOAT64_TOKENS)
+        q = ours[block].astype(np.float64)
+        p = theirs[block].astype(np.float64)
+        diff = float(np.abs(q - p).max())
+        max_abs_diff = max(max_abs_diff, diff)
         log_q = log_softmax_numpy(q)
         log_p = log_softmax_numpy(p)
-        kl_sum += float((np.exp(log_p) * (log_p - log_q)).sum())
+        kl = np.exp(log_p) * (log_p - log_q)
+        kl_sum += float(kl.sum())
     return LogitDistance(kl_sum / len(ours), max_abs_diff)
 
 
 def log_softmax_numpy(x: np.ndarray) -> np.ndarray:
     """Return log-softmax over the last axis, in the dtype of x."""
     shifted = x - x.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    z = np.exp(shifted).sum(axis=-1, keepdims=True)
+    return shifted - np.log(z)
