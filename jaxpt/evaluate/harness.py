@@ -392,7 +392,7 @@ def make_task_manager():
 
 
 def make_lm_adapter(
-    spec: ModelSpec, params: llama.Params, tokenizer_dir: pathlib.Path, longest: int
+    spec: ModelSpec, params: transformer.Params, tokenizer_dir: pathlib.Path, longest: int
 ) -> LM:
     """Return the model as a model of the harness.
 

@@ -63,7 +63,7 @@ def make_loss_step(spec: ModelSpec, mesh: jax.sharding.Mesh, dtype: str = "float
     )
 
 
-def measure_heldout_loss(step: Step, params: llama.Params, batches: Iterable[Batch]) -> float:
+def measure_heldout_loss(step: Step, params: transformer.Params, batches: Iterable[Batch]) -> float:
     """Return nats per trained token over all batches, NaN if no token is trained.
 
     Args:
@@ -99,7 +99,7 @@ class BitsPerByte(Record):
 
 def measure_bits_per_byte(
     spec: ModelSpec,
-    params: llama.Params,
+    params: transformer.Params,
     texts: list[str],
     token_ids: list[list[int]],
     bos_id: int,
@@ -152,7 +152,7 @@ def split_rolling_windows(ids: list[int], prefix_id: int, max_length: int) -> It
 
 def compute_continuation_log_likelihoods(
     spec: ModelSpec,
-    params: llama.Params,
+    params: transformer.Params,
     pairs: list[TokenPair],
     *,
     max_length: int | None = None,
@@ -189,7 +189,7 @@ def compute_continuation_log_likelihoods(
 
 def compute_token_log_likelihoods(
     spec: ModelSpec,
-    params: llama.Params,
+    params: transformer.Params,
     pairs: list[TokenPair],
     *,
     max_length: int | None = None,
