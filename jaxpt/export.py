@@ -9,7 +9,7 @@ from typing import Any
 from jaxpt import config, lineage, sharding, stage
 from jaxpt.model import transformer
 from jaxpt.spec import Manifest
-from jaxpt.weights import checkpoint, growth, hub, huggingface, initialize
+from jaxpt.weights import checkpoint, growth, hub, huggingface, initialize, safetensors_file
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def export_model(
             if key in model.record:
                 record[key] = model.record[key]
         record["tokenizer"] = model.tokenizer
-        huggingface.write_hf_json(directory / initialize.IMPORT_RECORD, record)
+        safetensors_file.write_hf_json(directory / initialize.IMPORT_RECORD, record)
         if not model.tokenizer_dir:
             log.warning("the source has no tokenizer, so the export has none")
         n_params = transformer.count_params(model.spec)
@@ -81,7 +81,7 @@ def find_stored_dtype(source: pathlib.Path) -> str:
         return arrays["params/embed"].dtype.name
     is_run = (source / "checkpoints").is_dir()
     if not is_run and (source / "config.json").is_file():
-        for tensor in huggingface.open_safetensors(source).values():
+        for tensor in safetensors_file.open_safetensors(source).values():
             return tensor.dtype.name
     return "float32"
 
@@ -102,7 +102,7 @@ def write_model_card(source: pathlib.Path, model: initialize.LoadedModel) -> str
     lines += ["---", "", f"# {title}", ""]
     lines += [f"{initialize.describe_model(model.spec)}. Made with jaxpt.", ""]
     if (run / "growth.json").is_file():
-        grown = huggingface.read_hf_json(run / "growth.json")
+        grown = safetensors_file.read_hf_json(run / "growth.json")
         parent = hub.recorded_hub_name(grown["parent"]) or grown["parent"]
         operators = ", ".join(grown["operators"])
         layers = growth.format_layer_map(grown["layer_map"])

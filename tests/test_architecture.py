@@ -18,6 +18,7 @@ LAYERS = [
     ("config", "launch"),
     ("sharding",),
     ("data", "model"),
+    ("families",),
     ("weights",),
     ("lineage",),
     ("export", "evaluate"),
@@ -64,18 +65,15 @@ def test_imports_go_down_only(path):
 
 
 def test_modules_have_no_import_cycle():
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
+
+    def modules_of(dotted):
+        """The module itself, or the one that a name is imported from."""
+        return {name for name in (dotted, dotted.rpartition(".")[0]) if name in names}
+
     graph = {}
-    for path in FILES:
-        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        graph[name] = {
-            ".".join(dotted.split(".")[:3])
-            for dotted in imports(path)
-            if dotted.startswith("jaxpt.")
-        } | {
-            ".".join(dotted.split(".")[:2])
-            for dotted in imports(path)
-            if dotted.startswith("jaxpt.")
-        }
+    for name, path in names.items():
+        graph[name] = set().union(*map(modules_of, imports(path)))
     done, doing = set(), []
 
     def visit(name):
@@ -89,6 +87,12 @@ def test_modules_have_no_import_cycle():
 
     for name in graph:
         visit(name)
+
+
+def test_the_model_reads_no_config():
+    for path in FILES:
+        if "model" in path.parts:
+            assert not [name for name in imports(path) if name.startswith("jaxpt.config")], path
 
 
 def test_mesh_axes_are_named_in_sharding_and_config_only():

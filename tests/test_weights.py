@@ -20,10 +20,11 @@ import variants
 from conftest import ROOT
 
 from jaxpt import config, export, sharding
+from jaxpt.families import family
 from jaxpt.model import decode, transformer
 from jaxpt.spec import Manifest, ModelSpec, RopeScaling, UserError
 from jaxpt.train import verify
-from jaxpt.weights import growth, huggingface
+from jaxpt.weights import growth, huggingface, safetensors_file
 
 
 @pytest.mark.parametrize("name", variants.CONFIGS)
@@ -34,8 +35,8 @@ def test_export_of_import_is_bit_equal(name, tmp_path):
     )
     huggingface.write_hf_model(spec, params, tmp_path / "out")
     before, after = (
-        huggingface.open_safetensors(tmp_path / "in"),
-        huggingface.open_safetensors(tmp_path / "out"),
+        safetensors_file.open_safetensors(tmp_path / "in"),
+        safetensors_file.open_safetensors(tmp_path / "out"),
     )
     assert before.keys() == after.keys()
     for tensor in before:
@@ -71,11 +72,11 @@ def test_a_model_in_several_files_and_bfloat16_comes_back_bit_equal(
 def test_each_type_comes_in_exactly_and_goes_out_as_it_came(dtype, tmp_path, one):
     theirs = variants.make("llama, tied, biases").to(getattr(torch, dtype))
     theirs.save_pretrained(tmp_path / "in")
-    stored = huggingface.open_safetensors(tmp_path / "in")
+    stored = safetensors_file.open_safetensors(tmp_path / "in")
     assert {tensor.dtype.name for tensor in stored.values()} == {dtype}
     spec, params = huggingface.load_hf_model(tmp_path / "in", one, dtype)
     huggingface.write_hf_model(spec, params, tmp_path / "out")
-    for name, tensor in huggingface.open_safetensors(tmp_path / "out").items():
+    for name, tensor in safetensors_file.open_safetensors(tmp_path / "out").items():
         assert tensor.read_bytes().tobytes() == stored[name].read_bytes().tobytes(), name
     _, params = huggingface.load_hf_model(tmp_path / "in", one, "float32")
     np.testing.assert_array_equal(
@@ -99,7 +100,7 @@ def test_config_json_tells_old_and_new_readers_the_same(spec, tmp_path, one):
     huggingface.write_hf_model(spec, transformer.init_params(spec, 0, one), tmp_path)
     for scaling in (None, RopeScaling("linear", 2.0), RopeScaling("llama3", 8.0, 1.0, 4.0, 32)):
         spec = spec.replace(rope_theta=5e5, rope_scaling=scaling)
-        written, told = huggingface.make_hf_config(spec, "float32"), []
+        written, told = family.write_config(spec, "float32"), []
         for other in (
             ("rope_theta", "rope_scaling", "torch_dtype"),
             ("rope_parameters", "dtype"),
@@ -457,7 +458,7 @@ def test_whatever_bytes_change_in_a_header_there_is_an_answer(tmp_path):
             broken[place] = rng.integers(256)
         file.write_bytes(broken)
         try:
-            huggingface.open_safetensors(tmp_path)
+            safetensors_file.open_safetensors(tmp_path)
         except UserError:
             refused += 1
     assert refused > 200  # the others changed a name, or numbers within their place
@@ -467,7 +468,7 @@ def test_whatever_bytes_change_in_a_header_there_is_an_answer(tmp_path):
 def test_whatever_a_config_says_there_is_an_answer(name, tmp_path):
     variants.make(name, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    written = huggingface.make_hf_config(huggingface.read_hf_spec(tmp_path), "float32")
+    written = family.write_config(huggingface.read_hf_spec(tmp_path), "float32")
     for key in config | written:
         for value in (None, -1, 0, 1.5, True, "x", [], {}, ["x"], {"rope_type": 7}, float("inf")):
             (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))

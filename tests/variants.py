@@ -52,6 +52,16 @@ CONFIGS = {
         **SIZES, head_dim=8, sliding_window=None
     ),
     "qwen2": lambda: transformers.Qwen2Config(**SIZES),
+    "qwen2, windows in the upper layers": lambda: transformers.Qwen2Config(
+        **SIZES, use_sliding_window=True, sliding_window=7, max_window_layers=2
+    ),
+    "qwen3, windows by layer": lambda: transformers.Qwen3Config(
+        **SIZES,
+        head_dim=8,
+        use_sliding_window=True,
+        sliding_window=7,
+        layer_types=[*["sliding_attention"] * 2, "full_attention", *["sliding_attention"] * 2],
+    ),
     "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=8),
     "qwen3, tied, biases": lambda: transformers.Qwen3Config(
         **SIZES, head_dim=8, tie_word_embeddings=True, attention_bias=True

@@ -20,7 +20,7 @@ from jaxpt.config import Config
 from jaxpt.data import tokenizer
 from jaxpt.model import transformer
 from jaxpt.spec import Batch, Manifest, ModelSpec, UserError
-from jaxpt.weights import checkpoint, growth, hub, huggingface, vocabulary
+from jaxpt.weights import checkpoint, growth, hub, huggingface, safetensors_file, vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def load_model(
     if step_dir is None:
         return load_hf_source(source, mesh, dtype)
     spec = ModelSpec.load(step_dir / "spec.json")
-    np_dtype = huggingface.dtype_of_name(dtype)
+    np_dtype = safetensors_file.dtype_of_name(dtype)
     abstract = transformer.make_abstract_params(spec, mesh, np_dtype)
     params = checkpoint.restore_tree(step_dir, checkpoint.PARAMS, abstract)
     manifest = Manifest.load(step_dir)
@@ -104,7 +104,7 @@ def load_hf_source(source: pathlib.Path, mesh: jax.sharding.Mesh, dtype: str) ->
     spec, params = huggingface.load_hf_model(source, mesh, dtype)
     record: dict[str, Any] = {}
     if (source / IMPORT_RECORD).is_file():
-        record = huggingface.read_hf_json(source / IMPORT_RECORD)
+        record = safetensors_file.read_hf_json(source / IMPORT_RECORD)
     tokenizer_dir = source if (source / "tokenizer.json").is_file() else None
     step, fingerprint = record.get("step"), record.get("tokenizer")
     return LoadedModel(spec, params, tokenizer_dir, source, step, fingerprint, record)
@@ -140,7 +140,7 @@ def init_model(
         growth.parse_operator(text)  # refuse a misspelt operator before weights are read
     if section.source == "random":
         spec = make_random_spec(settings, vocab_size)
-        dtype = huggingface.dtype_of_name(section.param_dtype)
+        dtype = safetensors_file.dtype_of_name(section.param_dtype)
         params = transformer.init_params(spec, section.seed, mesh, dtype)
         model = LoadedModel(spec, params, None, None, None, None, {})
         log.info(f"initialized from scratch (seed {section.seed})")

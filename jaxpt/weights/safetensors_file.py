@@ -1,0 +1,216 @@
+"""Read the safetensors format: a JSON header, then numbers that are mapped on demand."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import pathlib
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from jaxpt.spec import UserError
+
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+CHUNK_BYTES = 8 * 2**20  # larger buffers would be new memory from the system each time
+DTYPES = {
+    "F32": np.dtype("float32"),
+    "F16": np.dtype("float16"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+class StoredTensor(NamedTuple):
+    """One tensor of a safetensors file.
+
+    Its numbers are mapped on demand and unmapped with the array: an open map per tensor would take
+    a file descriptor each (a Qwen2-72B has 963, and 1,024 is a common limit).
+    """
+
+    file: pathlib.Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int  # byte offset in the file
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of its numbers."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read_bytes(self, rows: range | None = None) -> np.ndarray:
+        """Return the whole tensor, or some rows of a matrix, as a memory map."""
+        if rows is None:
+            return np.memmap(self.file, self.dtype, "r", self.start, self.shape)
+        _, width = self.shape
+        skipped_bytes = rows.start * width * self.dtype.itemsize
+        start = self.start + skipped_bytes
+        shape = (len(rows), width)
+        return np.memmap(self.file, self.dtype, "r", start, shape)
+
+
+def open_safetensors(directory: pathlib.Path) -> dict[str, StoredTensor]:
+    """Return every tensor of a directory's safetensors files by name, without reading numbers."""
+    stored: dict[str, StoredTensor] = {}
+    for file in list_safetensors_files(directory):
+        if not file.is_file():
+            present = sorted(path.name for path in directory.iterdir())
+            names = ", ".join(present[:8])
+            raise UserError(
+                f"{file}: not found (the directory holds: {names}). Weights are read from "
+                "safetensors only, since pickled ones (.bin, .pt) can run code; download the whole "
+                "model, or save it again with transformers' save_pretrained."
+            )
+        tensors = open_safetensors_file(file)
+        for name, tensor in tensors.items():
+            if name in stored:
+                raise UserError(
+                    f"{file}: tensor {name} is also in another file of {directory}. "
+                    "Remove the file that does not belong to this model."
+                )
+            stored[name] = tensor
+    return stored
+
+
+def list_safetensors_files(directory: pathlib.Path) -> list[pathlib.Path]:
+    """Return the files that a directory's index names, or model.safetensors."""
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        return [directory / "model.safetensors"]
+    weight_map = read_hf_json(index).get("weight_map")
+    names = []
+    if isinstance(weight_map, dict):
+        names = weight_map.values()
+    are_texts = all(isinstance(name, str) for name in names)
+    if not names or not are_texts:
+        raise UserError(f"{index}: has no weight_map from tensors to files. Download it again.")
+    return sorted({directory / name for name in names})
+
+
+def open_safetensors_file(file: pathlib.Path) -> dict[str, StoredTensor]:
+    """Return every tensor in the header of one file. Raise UserError for a broken or cut file."""
+    size = file.stat().st_size
+    with open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        text = b""
+        if length <= min(size - 8, MAX_HEADER_BYTES):
+            text = opened.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=refuse_duplicate_keys)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{file}: not a complete safetensors file ({size:,} bytes; its header: {error}). "
+            "Download it again."
+        ) from None
+    if not isinstance(header, dict):
+        raise UserError(
+            f"{file}: not a safetensors file: its header is no JSON object. Download it again."
+        )
+    data_start = 8 + length
+    tensors: dict[str, StoredTensor] = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            tensors[name] = parse_header_entry(file, name, entry, data_start, size)
+    in_order = sorted(tensors, key=lambda name: tensors[name].start)
+    for name, next_name in itertools.pairwise(in_order):
+        tensor = tensors[name]
+        stop = tensor.start + tensor.n_bytes
+        if tensors[next_name].start < stop:
+            raise UserError(
+                f"{file}: in its header {name} and {next_name} overlap. Download it again."
+            )
+    return tensors
+
+
+def parse_header_entry(
+    file: pathlib.Path, name: str, entry: Any, data_start: int, size: int
+) -> StoredTensor:
+    """Return the tensor that one entry of a header describes.
+
+    Args:
+        file: the safetensors file.
+        name: of the tensor.
+        entry: its dtype, shape and data_offsets.
+        data_start: where numbers begin in the file, in bytes.
+        size: of the file in bytes.
+    """
+    code = ""
+    shape = ()
+    start = stop = 0
+    try:
+        code = entry["dtype"]
+        shape = tuple(entry["shape"])
+        start, stop = entry["data_offsets"]
+        numbers = (*shape, start, stop)
+        are_counts = all(map(is_count, numbers))
+        is_valid = isinstance(code, str) and are_counts
+    except (KeyError, TypeError, ValueError):
+        is_valid = False
+    if not is_valid:
+        raise UserError(
+            f"{file}: {name}: expected dtype, shape and data_offsets in the header, got "
+            f"{str(entry)[:200]}. Download it again."
+        )
+    if code not in DTYPES:
+        raise UserError(
+            f"{file}: {name}: expected dtype {', '.join(DTYPES)}, got {code}. Quantized "
+            "checkpoints cannot be trained; take the original."
+        )
+    tensor = StoredTensor(file, DTYPES[code], shape, data_start + start)
+    if stop - start != tensor.n_bytes:
+        raise UserError(
+            f"{file}: {name} of shape {shape} in {code} takes {tensor.n_bytes:,} bytes, but the "
+            f"header gives it {stop - start:,}. Download it again."
+        )
+    if data_start + stop > size:
+        raise UserError(
+            f"{file}: is truncated ({size:,} bytes, {name} ends at {data_start + stop:,}). "
+            "Download it again."
+        )
+    return tensor
+
+
+def is_count(value: Any) -> bool:
+    """Return whether a JSON value is an integer of at least 0."""
+    return type(value) is int and value >= 0
+
+
+def refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object. Raise ValueError for a duplicate key, of which json keeps the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
+
+
+def chunk_rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """Return how many rows of a matrix make a chunk of CHUNK_BYTES."""
+    row_bytes = shape[1] * dtype.itemsize
+    return max(CHUNK_BYTES // row_bytes, 1)
+
+
+def read_hf_json(path: pathlib.Path) -> dict[str, Any]:
+    """Return the JSON object in a file. Raise UserError if it holds none."""
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}). Download it again.") from None
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{path}: expected a JSON object, got a {type(found).__name__}. Download it again."
+        )
+    return found
+
+
+def write_hf_json(path: pathlib.Path, value: dict[str, Any]) -> None:
+    """Write JSON as transformers does."""
+    text = json.dumps(value, indent=2)
+    path.write_text(text + "\n")
+
+
+def dtype_of_name(name: str) -> np.dtype:
+    """Return a numpy dtype by name, bfloat16 included."""
+    if name == "bfloat16":
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
