@@ -315,7 +315,7 @@ def test_muon_gives_one_curve_on_any_mesh_and_keeps_half_of_adams_moments(one):
     alone, now, _ = train(one, MUON, n=4)
     spread, _, run = train(sharding.make_mesh(MeshConfig(fsdp=4, tensor=2)), MUON, n=4)
     np.testing.assert_allclose(spread, alone, rtol=2e-5)
-    assert run._cache_size() == 1 and alone[-1] < alone[0] - 0.4
+    assert run._cache_size() == 1 and alone[-1] < alone[0] - 0.1
     adam = now.opt_state[0]
     assert set(adam.nu["blocks"]) == {"attn_norm", "mlp_norm"} and set(adam.mu["blocks"]) == set(
         now.params["blocks"]
