@@ -264,7 +264,6 @@ class OptimConfig:
         "adamw",
         "adamw; muon orthogonalizes the updates of a layer's matrices and needs half their "
         "moments. Keep the one that a base model was trained with.",
-        *("adamw", "muon"),
     )
     peak_lr: float = knob(3e-4, "Learning rate after warm-up.")
     end_lr_frac: float = knob(0.1, "Learning rate at the last step, as a fraction of peak_lr.")

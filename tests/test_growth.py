@@ -423,7 +423,7 @@ def trained(settings, spec, mesh, n_steps, now=None, young=optimizer.NewParams()
 def after_growth(settings, spec, mesh, text, policy, n_before=3):
     now, _ = trained(settings, spec, mesh, n_before)
     grew = growth.plan_growth(text, growth.Parent(spec))
-    opt, guard, young = state.grow_state(now.opt_state, now.skip_state, grew, policy, mesh)
+    opt, guard, young = state.grow_state(now, grew, settings.optim, policy, mesh)
     return (
         grew,
         state.TrainState(now.step, growth.grow_params(grew, now.params, mesh), opt, guard),
@@ -459,7 +459,7 @@ def test_new_parts_learn_as_in_a_fresh_run_and_old_ones_go_on(one):
         optim=dataclasses.replace(SETTINGS.optim, clip_norm=0.0, weight_decay=0.0, eps=1e-12),
     )
     grew, now, young = after_growth(settings, THREE, one, "stack(g=2)", "reset_new")
-    assert young.adam_count == 3 and young.rewarm == "new"
+    assert young.n_updates == 3 and young.rewarm == "new"
     optim, adam = settings.optim, now.opt_state[0]
     before, mean, square = (
         np.asarray(tree["blocks"]["gate"], np.float64) for tree in (now.params, adam.mu, adam.nu)

@@ -495,7 +495,7 @@ def test_what_a_start_keeps_is_what_its_table_says(road):
     counts = Manifest.load(road / "start_grow/checkpoints/130").counts
     assert (
         counts["progress"]["n_sequences"] == 130 * 24
-        and counts["new_params"]["adam_count"] == 120
+        and counts["new_params"]["n_updates"] == 120
         and counts["new_params"]["axes"] == {"layers": {"size": 6, "new": [[3, 6]]}}
     )
     before, after = (

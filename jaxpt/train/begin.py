@@ -80,13 +80,12 @@ def continue_state(
     restored = state.restore_state(source, init.model.params, abstract)
     recorded = record.new_params or NewParamsRecord({}, 0, "none")
     new_params = NewParams.from_record(recorded)
-    opt_state = restored.opt_state
-    skip_state = restored.skip_state
     for i, grown in enumerate(init.growths):
         before = new_params if i else NewParams()
         opt_state, skip_state, new_params = state.grow_state(
-            opt_state, skip_state, grown, config.initialize.moments, mesh, before
+            restored, grown, config.optim, config.initialize.moments, mesh, before
         )
+        restored = restored._replace(opt_state=opt_state, skip_state=skip_state)
     # growths of train.grow before this step; at this very step only if the source had grown there
     n_growths = 0
     for i, (at, _) in enumerate(config.train.grow):
@@ -95,8 +94,7 @@ def continue_state(
     progress = dataclasses.replace(record.progress, n_growths=n_growths)
     if init.growths:
         progress = dataclasses.replace(progress, interval_loss_sum=0.0, interval_n_tokens=0.0)
-    state_now = restored._replace(opt_state=opt_state, skip_state=skip_state)
-    return state_now, progress, new_params
+    return restored, progress, new_params
 
 
 def find_new_params(init: InitResult) -> NewParams:

@@ -554,7 +554,7 @@ class TrainingRun:
         child, grown = initialize.grow_model(parent, operator, self.mesh, self.measuring_batches)
         policy = grown.moments or self.config.initialize.moments
         opt_state, skip_state, self.new_params = state.grow_state(
-            self.state.opt_state, self.state.skip_state, grown, policy, self.mesh
+            self.state, grown, self.config.optim, policy, self.mesh
         )
         report = verify.verify_growth(
             parent,

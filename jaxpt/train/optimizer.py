@@ -1,9 +1,13 @@
-"""AdamW or Muon as an optax chain, weight decay by name, and learning rates by group and step."""
+"""Optimizers as optax transformations, by name; learning rates by group and step.
+
+The contract is optax's: the gradient of the mean loss, clipped, goes in; what comes out is added
+to the parameters.
+"""
 
 from __future__ import annotations
 
-import functools
 import math
+import operator
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -12,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from optax.contrib import MuonDimensionNumbers, MuonState
+from optax.contrib import MuonDimensionNumbers
 
-from jaxpt.config import OptimConfig
+from jaxpt.config import OptimConfig, check_choice
 from jaxpt.model import transformer
-from jaxpt.model.param import ParamSpec, is_param_spec
+from jaxpt.model.param import ParamSpec, ParamSpecs, list_param_specs, map_param_specs
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.train.records import AxisRanges, NewParamsRecord
 from jaxpt.weights import growth
@@ -24,17 +28,6 @@ from jaxpt.weights.measure import Params
 
 PathEntries = tuple[Any, ...]
 
-# By name: "decay what has two dimensions" would decay stacked norm scales, which are [L, D].
-DECAYED_PARAMS = frozenset({"q", "k", "v", "o", "gate", "up", "down", "unembed"})
-# What Muon orthogonalizes, layer by layer, and the input and output axes of a stacked weight.
-# Embedding, head, norms and biases stay with Adam (kellerjordan.github.io/posts/muon).
-QKV_DIMS = MuonDimensionNumbers(1, (2, 3))
-MLP_DIMS = MuonDimensionNumbers(1, 2)
-MATRIX_DIMS = {
-    **dict.fromkeys(("q", "k", "v"), QKV_DIMS),
-    "o": MuonDimensionNumbers((1, 2), 3),
-    **dict.fromkeys(("gate", "up", "down"), MLP_DIMS),
-}
 MUON_RMS = 0.2  # of an update: Adam's (Moonlight, 2502.16982)
 
 
@@ -43,13 +36,13 @@ class NewParams(NamedTuple):
 
     Attributes:
         new: logical axis -> bool array, True where an index is new; see `growth.find_new_params`.
-        adam_count: Adam's count when the model grew.
+        n_updates: updates since step 0, without skipped ones, when the model grew.
         rewarm: parameters that started from zero moments under a schedule that continues, and
             warm up over optim.warmup_steps: "none", "new" or "all".
     """
 
     new: growth.AxisFlags = {}
-    adam_count: int = 0
+    n_updates: int = 0
     rewarm: str = "none"
 
     def to_record(self) -> NewParamsRecord:
@@ -57,7 +50,7 @@ class NewParams(NamedTuple):
         axes = {}
         for axis, flags in self.new.items():
             axes[axis] = flags_to_ranges(flags)
-        return NewParamsRecord(axes, self.adam_count, self.rewarm)
+        return NewParamsRecord(axes, self.n_updates, self.rewarm)
 
     @classmethod
     def from_record(cls, record: NewParamsRecord) -> NewParams:
@@ -65,7 +58,7 @@ class NewParams(NamedTuple):
         new = {}
         for axis, ranges in record.axes.items():
             new[axis] = ranges_to_flags(ranges)
-        return cls(new, record.adam_count, record.rewarm)
+        return cls(new, record.n_updates, record.rewarm)
 
 
 def flags_to_ranges(flags: np.ndarray) -> AxisRanges:
@@ -85,72 +78,172 @@ def ranges_to_flags(ranges: AxisRanges) -> np.ndarray:
     return flags
 
 
-# ---- updates
+# ---- optimizers
 
 
-class AdamState(NamedTuple):
-    """Adam's moments, and the updates that they have seen."""
+class OptimizerInputs(NamedTuple):
+    """What a factory of OPTIMIZERS may read.
 
-    count: jax.Array  # int32
-    mu: Params  # running mean of gradients
-    nu: Params  # running mean of their squares
+    Attributes:
+        optim: the knobs.
+        specs: ParamSpec of every weight, nested like the parameters.
+        new_params: what the last growth added.
+        learning_rate: of this update, float32 scalar. It follows the run's step, so that a skipped
+            update does not delay the schedule.
+        n_updates: int32 scalar, updates since step 0, this one included and skipped ones not.
+    """
+
+    optim: OptimConfig
+    specs: ParamSpecs
+    new_params: NewParams
+    learning_rate: Any
+    n_updates: Any
 
 
-class AdamTransform(NamedTuple):
-    """An optax transformation whose state is Adam's; see `scale_by_adam` for its arguments."""
+def make_adamw(inputs: OptimizerInputs) -> optax.GradientTransformation:
+    """Return AdamW (1711.05101)."""
+    adam = scale_by_adam(inputs.optim)
+    adam = correct_new_bias(adam, inputs)
+    return descend(adam, inputs)
 
-    init: Callable[..., AdamState]
-    update: Callable[..., tuple[Params, AdamState]]
+
+def make_muon(inputs: OptimizerInputs) -> optax.GradientTransformation:
+    """Return Muon on the matrices of each layer and Adam on the rest.
+
+    Embedding, head, norms and biases stay with Adam (kellerjordan.github.io/posts/muon). Updates
+    are scaled to the size of Adam's, so that learning rate and decay keep their meaning.
+    """
+    specs = inputs.specs
+
+    def is_matrix(param: ParamSpec, leaf: Any) -> bool:
+        return param.is_layered and param.n_in > 0
+
+    def dimensions(param: ParamSpec, leaf: Any) -> MuonDimensionNumbers:
+        return MuonDimensionNumbers(param.in_dims, param.out_dims)
+
+    def scale_like_adam(param: ParamSpec, orthogonal: jax.Array) -> jax.Array:
+        n_in = math.prod(param.shape[dim] for dim in param.in_dims)
+        n_out = math.prod(param.shape[dim] for dim in param.out_dims)
+        return MUON_RMS * max(n_in, n_out) ** 0.5 * orthogonal
+
+    def matrices(tree: Params) -> Params:
+        return map_with_specs(is_matrix, specs, tree)
+
+    def others(tree: Params) -> Params:
+        return jax.tree.map(operator.not_, matrices(tree))
+
+    def dimension_numbers(tree: Params) -> Params:
+        return map_with_specs(dimensions, specs, tree)
+
+    def scale_all(updates: Params, params: Params | None) -> Params:
+        return map_with_specs(scale_like_adam, specs, updates)
+
+    muon = optax.chain(
+        optax.contrib.scale_by_muon(weight_dimension_numbers=cast(Any, dimension_numbers)),
+        optax.stateless(scale_all),
+    )
+    adam = correct_new_bias(scale_by_adam(inputs.optim), inputs)
+    both = optax.chain(optax.masked(muon, matrices), optax.masked(adam, others))
+    return descend(both, inputs)
+
+
+# Name -> factory: the valid values of optim.name. A new optimizer is a function and its entry:
+#
+#     def make_lion(inputs):
+#         return descend(optax.scale_by_lion(inputs.optim.b1, inputs.optim.b2), inputs)
+#
+# `descend` turns directions into updates. A transformation that applies the learning rate itself,
+# such as schedule_free_adamw, takes inputs.learning_rate and is returned as it is: decay and the
+# warm-up of new parameters are then its own. Either way the step skips bad updates, a moment is
+# sharded and grows as its parameter (train/state.py), and the other state is kept.
+OPTIMIZERS: dict[str, Callable[[OptimizerInputs], optax.GradientTransformation]] = {
+    "adamw": make_adamw,
+    "muon": make_muon,
+}
+
+# How growth maps the fields of optax's states. The power of the gradients that a field averages, 1
+# unless it is named here; and fields that hold the parameters at another point (schedule-free's).
+GRADIENT_POWERS = {"nu": 2, "nu_max": 2, "sum_of_squares": 2, "v": 2}
+ITERATES = frozenset({"z"})
 
 
 def make_optimizer(
     optim: OptimConfig,
     spec: ModelSpec,
     new_params: NewParams = NewParams(),
-) -> optax.GradientTransformationExtraArgs:
-    """Return the map from gradients to update directions.
+    learning_rate: Any = 0.0,
+    n_updates: Any = 0,
+) -> optax.GradientTransformation:
+    """Return the transformation that optim.name names.
 
-    The train step multiplies them by -learning_rate(step) and the group's multiplier. The learning
-    rate stays outside so that it follows the run's step even when an update is skipped.
+    The step makes it anew while it is traced, with the learning rate of that step; the state does
+    not depend on it.
+
+    Raises:
+        UserError: there is no such optimizer.
     """
-    core = scale_by_adam(optim)
-    if optim.name == "muon":
-        core = split_muon_adam(core)
-    if new_params.rewarm != "none":
-        core = rewarm_new_params(core, optim, spec, new_params)
+    check_choice("optim.name", optim.name, tuple(OPTIMIZERS))
+    specs = transformer.param_specs(spec)
+    inputs = OptimizerInputs(optim, specs, new_params, learning_rate, n_updates)
+    return OPTIMIZERS[optim.name](inputs)
+
+
+def descend(
+    direction: optax.GradientTransformation, inputs: OptimizerInputs
+) -> optax.GradientTransformation:
+    """Return updates along a direction: with warm-up of new parameters, decay, learning rate."""
+    optim = inputs.optim
     decay = optax.identity()
     if optim.weight_decay:
-        decay = optax.add_decayed_weights(optim.weight_decay, mask=decay_mask)
-    transform = optax.GradientTransformationExtraArgs(*core)
-    return optax.chain(transform, decay)
+        decay = optax.add_decayed_weights(optim.weight_decay, mask=decay_mask(inputs.specs))
+    scale = optax.scale_by_learning_rate(inputs.learning_rate)
+    return optax.chain(direction, warm_up_new_params(inputs), decay, scale)
 
 
-def scale_by_adam(optim: OptimConfig) -> AdamTransform:
-    """Return optax's scale_by_adam with gradients times `scale`, and a no-op unless `good`.
+def decay_mask(specs: ParamSpecs) -> Params:
+    """Return True for each weight that decays."""
+    return map_param_specs(lambda path, param: param.decays, specs)
+
+
+def map_with_specs(function: Callable, specs: ParamSpecs, tree: Params) -> Params:
+    """Return function(ParamSpec, leaf) for the weights that the tree holds."""
+
+    def call(path: PathEntries, leaf: Any) -> Any:
+        param: Any = specs
+        for entry in path:
+            param = param[entry.key]
+        return function(param, leaf)
+
+    return jax.tree_util.tree_map_with_path(call, tree)
+
+
+# ---- directions
+
+
+def scale_by_adam(optim: OptimConfig) -> optax.GradientTransformation:
+    """Return optax's scale_by_adam, with moments updated in place.
 
     It is bound by memory where a step has few tokens: each moment is read by one loop that writes
-    it in place, and directions are read from the new ones (the barrier). Optax's form makes XLA
-    copy both moments first, as three loops read the old ones.
+    it, and directions are read from the new ones (the barrier). Optax's form makes XLA copy both
+    moments first, as three loops read the old ones.
     """
     b1, b2, eps = optim.b1, optim.b2, optim.eps
 
-    def init(params: Params) -> AdamState:
+    def init(params: Params) -> optax.ScaleByAdamState:
         mu = jax.tree.map(jnp.zeros_like, params)
         nu = jax.tree.map(jnp.zeros_like, params)
-        return AdamState(jnp.zeros([], jnp.int32), mu, nu)
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu)
 
-    def update(grads: Params, state: AdamState, params=None, *, scale, good):
-        def update_mu(g, mu):
-            new = (1 - b1) * (scale * g) + b1 * mu
-            kept = jnp.where(good, new, mu)
-            return kept.astype(mu.dtype)
+    def update(grads: Params, state: optax.ScaleByAdamState, params: Params | None = None):
+        def update_mu(g: jax.Array, mu: jax.Array) -> jax.Array:
+            new = (1 - b1) * g + b1 * mu
+            return new.astype(mu.dtype)
 
-        def update_nu(g, nu):
-            new = (1 - b2) * (scale * g) ** 2 + b2 * nu
-            kept = jnp.where(good, new, nu)
-            return kept.astype(nu.dtype)
+        def update_nu(g: jax.Array, nu: jax.Array) -> jax.Array:
+            new = (1 - b2) * g**2 + b2 * nu
+            return new.astype(nu.dtype)
 
-        count = state.count + good
+        count = state.count + 1
         mu = jax.tree.map(update_mu, grads, state.mu)
         nu = jax.tree.map(update_nu, grads, state.nu)
         mu, nu = jax.lax.optimization_barrier((mu, nu))
@@ -159,138 +252,75 @@ def scale_by_adam(optim: OptimConfig) -> AdamTransform:
         nu_scale = 1 / (1 - b2**count)
         nu_scale = nu_scale.astype(jnp.float32)
 
-        def direction(mu, nu):
+        def direction(mu: jax.Array, nu: jax.Array) -> jax.Array:
             corrected = mu_scale * mu
             return corrected / (jnp.sqrt(nu_scale * nu) + eps)
 
         updates = jax.tree.map(direction, mu, nu)
-        return updates, AdamState(count, mu, nu)
+        return updates, optax.ScaleByAdamState(count, mu, nu)
 
-    return AdamTransform(init, update)
+    return optax.GradientTransformation(init, update)
 
 
-def split_muon_adam(adam: AdamTransform) -> AdamTransform:
-    """Return Muon on the matrices of each layer (MATRIX_DIMS) and Adam on the rest.
+# ---- new parameters
 
-    The state is Adam's; its nu holds the rest alone. Updates are scaled to the size of Adam's, so
-    that learning rate and decay keep their meaning. Source: optax.contrib.
+
+def correct_new_bias(
+    adam: optax.GradientTransformation, inputs: OptimizerInputs
+) -> optax.GradientTransformation:
+    """Return Adam whose new parameters correct their bias by their own count.
+
+    Their moments were 0 when the model grew. eps is that of the old count, which matters below
+    1e-8.
     """
+    if inputs.new_params.rewarm != "new":
+        return adam
+    b1, b2 = inputs.optim.b1, inputs.optim.b2
 
-    def is_matrix(path: PathEntries) -> bool:
-        return path[-1].key in MATRIX_DIMS
-
-    def dimension_numbers(tree: Params) -> Params:
-        def one(path: PathEntries, _: Any) -> MuonDimensionNumbers:
-            return MATRIX_DIMS[path[-1].key]
-
-        return jax.tree_util.tree_map_with_path(one, tree)
-
-    def scale_like_adam(path: PathEntries, update: jax.Array) -> jax.Array:
-        dims = MATRIX_DIMS[path[-1].key]
-        fans = []
-        for axes in dims:
-            sizes = [update.shape[axis] for axis in np.atleast_1d(axes)]
-            fans.append(math.prod(sizes))
-        return MUON_RMS * max(fans) ** 0.5 * update
-
-    muon = optax.contrib.scale_by_muon(weight_dimension_numbers=cast(Any, dimension_numbers))
-
-    def init(params: Params) -> AdamState:
-        _, rest = split_tree(params, is_matrix)
-        nu = adam.init(rest).nu
-        return adam.init(params)._replace(nu=nu)
-
-    def update(grads: Params, state: AdamState, params=None, *, scale, good):
-        matrices, rest = split_tree(grads, is_matrix)
-        momenta, mu = split_tree(state.mu, is_matrix)
-        initial = cast(MuonState, muon.init(momenta))
-        muon_state = initial._replace(count=state.count, mu=momenta)
-        scaled = jax.tree.map(lambda g: scale * g, matrices)
-        orthogonal, new_state = muon.update(scaled, muon_state)
-        new_momenta = cast(MuonState, new_state).mu
-        select = functools.partial(jnp.where, good)
-        momenta = jax.tree.map(select, new_momenta, momenta)
-        orthogonal = jax.tree_util.tree_map_with_path(scale_like_adam, orthogonal)
-        adam_state = state._replace(mu=mu)
-        updates, adam_state = adam.update(rest, adam_state, scale=scale, good=good)
-        mu = merge_trees(momenta, adam_state.mu)
-        updates = merge_trees(orthogonal, updates)
-        return updates, adam_state._replace(mu=mu)
-
-    return AdamTransform(init, update)
-
-
-def split_tree(tree: Params, is_chosen: Callable[[PathEntries], bool]) -> tuple[Params, Params]:
-    """Return (leaves whose path is chosen, the others) as nested dicts without empty branches."""
-    chosen: Params = {}
-    others: Params = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        inner = chosen if is_chosen(path) else others
-        for part in path[:-1]:
-            inner = inner.setdefault(part.key, {})
-        inner[path[-1].key] = leaf
-    return chosen, others
-
-
-def merge_trees(a: Params, b: Params) -> Params:
-    """Return the tree that `split_tree` split."""
-    merged = {**a, **b}
-    for name in a.keys() & b.keys():
-        merged[name] = merge_trees(a[name], b[name])
-    return {name: merged[name] for name in sorted(merged)}
-
-
-def rewarm_new_params(
-    adam: AdamTransform, optim: OptimConfig, spec: ModelSpec, new_params: NewParams
-) -> AdamTransform:
-    """Return Adam whose new parameters count their own updates.
-
-    Their moments were 0 when the model grew, so their bias is corrected by their own count, and
-    their updates warm up over optim.warmup_steps. eps is that of the old count, which matters
-    below 1e-8.
-    """
-
-    def update(grads: Params, state: AdamState, params=None, **extra):
-        updates, state = adam.update(grads, state, params, **extra)
+    def update(grads: Params, state: Any, params: Params | None = None):
+        updates, state = adam.update(grads, state, params)
         count = state.count.astype(jnp.float32)
-        own = state.count - new_params.adam_count
-        own = own.astype(jnp.float32)
-        nu_ratio = (1 - optim.b2**own) / (1 - optim.b2**count)
-        bias_factor = jnp.sqrt(nu_ratio) * (1 - optim.b1**count)
-        bias_factor = bias_factor / (1 - optim.b1**own)
-        warmup = jnp.minimum(own / max(optim.warmup_steps, 1), 1)
+        own = count_own_updates(inputs)
+        nu_ratio = (1 - b2**own) / (1 - b2**count)
+        factor = jnp.sqrt(nu_ratio) * (1 - b1**count) / (1 - b1**own)
+        return scale_new_params(updates, factor, inputs), state
 
-        def rewarm(path: PathEntries, param: ParamSpec, update: jax.Array) -> jax.Array:
-            is_new: Any = True
-            if new_params.rewarm == "new":
-                is_new = growth.new_param_mask(param, new_params.new)
-            if is_new is None:
-                return update
-            # an orthogonalized update has one size whatever its momentum's: no bias to correct
-            is_muon = optim.name == "muon" and path[-1].key in MATRIX_DIMS
-            factor = warmup if is_muon else bias_factor * warmup
-            warmed = factor.astype(update.dtype) * update
-            return jnp.where(is_new, warmed, update)
-
-        updates = map_param_specs(rewarm, spec, updates)
-        return updates, state
-
-    return AdamTransform(adam.init, update)
+    return optax.GradientTransformation(adam.init, update)
 
 
-def map_param_specs(function: Callable, spec: ModelSpec, *trees: Params) -> Params:
-    """Return function(path, ParamSpec, leaves...) for every weight."""
-    specs = transformer.param_specs(spec)
-    return jax.tree_util.tree_map_with_path(function, specs, *trees, is_leaf=is_param_spec)
+def warm_up_new_params(inputs: OptimizerInputs) -> optax.GradientTransformation:
+    """Return a transformation that warms new parameters up over optim.warmup_steps."""
+    if inputs.new_params.rewarm == "none":
+        return optax.identity()
+
+    def warm_up(updates: Params, params: Params | None) -> Params:
+        own = count_own_updates(inputs)
+        factor = jnp.minimum(own / max(inputs.optim.warmup_steps, 1), 1)
+        return scale_new_params(updates, factor, inputs)
+
+    return optax.stateless(warm_up)
 
 
-def decay_mask(params: Params) -> Params:
-    """Return True for each weight that decays."""
+def count_own_updates(inputs: OptimizerInputs) -> jax.Array:
+    """Return the updates since the model grew, float32."""
+    own = inputs.n_updates - inputs.new_params.n_updates
+    return own.astype(jnp.float32)
 
-    def decays(path: PathEntries, _: Any) -> bool:
-        return path[-1].key in DECAYED_PARAMS
 
-    return jax.tree_util.tree_map_with_path(decays, params)
+def scale_new_params(updates: Params, factor: jax.Array, inputs: OptimizerInputs) -> Params:
+    """Return the updates, those of new parameters times a factor."""
+    new_params = inputs.new_params
+
+    def scale(param: ParamSpec, update: jax.Array) -> jax.Array:
+        is_new: Any = True
+        if new_params.rewarm == "new":
+            is_new = growth.new_param_mask(param, new_params.new)
+        if is_new is None:
+            return update
+        scaled = factor.astype(update.dtype) * update
+        return jnp.where(is_new, scaled, update)
+
+    return map_with_specs(scale, inputs.specs, updates)
 
 
 # ---- learning rates
@@ -307,10 +337,8 @@ def lr_multiplier_tree(optim: OptimConfig, spec: ModelSpec, new_params: NewParam
     """
     if not optim.lr_multipliers:
         return None
-    paths = jax.tree_util.tree_leaves_with_path(
-        transformer.param_specs(spec), is_leaf=is_param_spec
-    )
-    names = {path[-1].key for path, _ in paths}
+    specs = transformer.param_specs(spec)
+    names = {path[-1] for path, _ in list_param_specs(specs)}
     has_new = any(flags.any() for flags in new_params.new.values())
     for group, _ in optim.lr_multipliers:
         if group in ("old", "new"):
@@ -318,7 +346,7 @@ def lr_multiplier_tree(optim: OptimConfig, spec: ModelSpec, new_params: NewParam
         elif group not in names:
             parse_layer_group(group, spec)
 
-    def multiply(path: PathEntries, param: ParamSpec) -> jax.Array:
+    def multiply(path: tuple[str, ...], param: ParamSpec) -> jax.Array:
         result = jnp.float32(1)
         for group, multiplier in optim.lr_multipliers:
             if group in ("old", "new"):
@@ -328,14 +356,14 @@ def lr_multiplier_tree(optim: OptimConfig, spec: ModelSpec, new_params: NewParam
                 is_member = is_new if group == "new" else ~is_new
                 result *= jnp.where(is_member, multiplier, 1)
             elif group in names:
-                is_member = path[-1].key == group
+                is_member = path[-1] == group
                 result *= multiplier if is_member else 1
-            elif param.axes[0] == "layers":
+            elif param.is_layered:
                 is_member = layer_group_mask(group, spec, len(param.shape))
                 result *= jnp.where(is_member, multiplier, 1)
         return result
 
-    return map_param_specs(multiply, spec)
+    return map_param_specs(multiply, specs)
 
 
 def check_has_new(group: str, has_new: bool) -> None:

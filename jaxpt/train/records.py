@@ -126,7 +126,7 @@ class NewParamsRecord(Record):
     """What the last growth added, by logical axis."""
 
     axes: dict[str, AxisRanges]  # logical axis -> its new indices
-    adam_count: int  # Adam's count when the model grew
+    n_updates: int  # since step 0, without skipped ones, when the model grew
     rewarm: str  # parameters re-warmed from zero moments: "none", "new" or "all"
 
 

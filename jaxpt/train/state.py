@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pathlib
 from typing import Any, NamedTuple
 
@@ -9,16 +10,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxpt.config import Config
+from jaxpt.config import Config, OptimConfig
 from jaxpt.model import transformer
 from jaxpt.sharding import make_replicated_sharding
 from jaxpt.spec import ModelSpec
 from jaxpt.train import optimizer
-from jaxpt.train.optimizer import AdamState, NewParams
+from jaxpt.train.optimizer import NewParams
 from jaxpt.weights import checkpoint, growth
 from jaxpt.weights.measure import Params
 
 PathEntries = tuple[Any, ...]
+
+log = logging.getLogger(__name__)
 
 
 class SkipState(NamedTuple):
@@ -55,25 +58,70 @@ def make_abstract_state(spec: ModelSpec, settings: Config, mesh: Mesh) -> TrainS
     """Return the state as ShapeDtypeStructs with shardings. A moment is sharded as its weight."""
     dtype = jnp.dtype(settings.initialize.param_dtype)
     params = transformer.make_abstract_params(spec, mesh, dtype)
+    opt_state = make_abstract_opt_state(spec, settings.optim, params, mesh)
     replicated = make_replicated_sharding(mesh)
-    shardings = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        shardings[jax.tree_util.keystr(path)] = leaf.sharding
-
-    def with_sharding(path: PathEntries, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        # a moment's path ends in its weight's names; what has none (a count) is replicated
-        names = tuple(part for part in path if isinstance(part, jax.tree_util.DictKey))
-        name = jax.tree_util.keystr(names)
-        sharding = shardings.get(name, replicated)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    tx = optimizer.make_optimizer(settings.optim, spec)
-    opt_state = jax.eval_shape(tx.init, params)
-    opt_state = jax.tree_util.tree_map_with_path(with_sharding, opt_state)
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     norm = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
     skip_state = SkipState(norm, count, count)
     return TrainState(count, params, opt_state, skip_state)
+
+
+def make_abstract_opt_state(spec: ModelSpec, optim: OptimConfig, params: Params, mesh: Mesh) -> Any:
+    """Return the optimizer's state as ShapeDtypeStructs with shardings.
+
+    Args:
+        spec: the architecture.
+        optim: the optimizer.
+        params: as ShapeDtypeStructs with shardings.
+        mesh: of both.
+    """
+    replicated = make_replicated_sharding(mesh)
+    weights = dict(jax.tree_util.tree_leaves_with_path(params))
+
+    def with_sharding(path: PathEntries, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        moment = find_moment(path, leaf, weights)
+        sharding = weights[moment.param].sharding if moment else replicated
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    tx = optimizer.make_optimizer(optim, spec)
+    opt_state = jax.eval_shape(tx.init, params)
+    return jax.tree_util.tree_map_with_path(with_sharding, opt_state)
+
+
+class MomentPath(NamedTuple):
+    """Where a moment lies in an optimizer's state: `tree` then `param`.
+
+    Attributes:
+        tree: path of the moments of all weights.
+        param: path of its weight among the parameters.
+    """
+
+    tree: PathEntries
+    param: PathEntries
+
+    @property
+    def field(self) -> str:
+        """Name of the state's field that holds the moments, such as mu."""
+        names = [entry.name for entry in self.tree if isinstance(entry, jax.tree_util.GetAttrKey)]
+        return names[-1] if names else ""
+
+
+def find_moment(path: PathEntries, leaf: Any, weights: dict[PathEntries, Any]) -> MomentPath | None:
+    """Return whose moment a leaf of an optimizer's state is; None for a count and the like.
+
+    A moment's path ends in its weight's, and it has its weight's shape.
+
+    Args:
+        path: of the leaf.
+        leaf: anything with a shape.
+        weights: path -> anything with a shape.
+    """
+    for start in range(len(path)):
+        weight = weights.get(path[start:])
+        if weight is not None:
+            is_moment = weight.shape == leaf.shape
+            return MomentPath(path[:start], path[start:]) if is_moment else None
+    return None
 
 
 def state_shardings(state: TrainState) -> TrainState:
@@ -125,38 +173,122 @@ class GrownState(NamedTuple):
 
 
 def grow_state(
-    opt_state: Any,
-    skip_state: SkipState,
+    state: TrainState,
     grown: growth.Growth,
+    optim: OptimConfig,
     policy: str,
     mesh: Mesh,
     before: NewParams = NewParams(),
 ) -> GrownState:
-    """Return the child's optimizer state under a schedule that continues.
+    """Return what the child's state has beside step and parameters; the schedule continues.
 
-    Adam's count continues as well, except under "fresh". The running mean of gradient norms is
-    reset: a larger model has other norms.
+    The running mean of gradient norms is reset: a larger model has other norms.
 
     Args:
-        opt_state: the parent's.
-        skip_state: the parent's.
+        state: the parent's; its parameters are not read.
         grown: the growth.
-        policy: for Adam's moments, see `growth.grow_moments`; the operator's own one wins.
+        optim: the optimizer.
+        policy: for moments, see `growth.grow_moments`; the operator's own one wins.
         mesh: of both.
         before: what earlier operators of the same growth added.
     """
     policy = grown.moments or policy
-    is_fresh = policy == "fresh"
-    adam = next(part for part in opt_state if isinstance(part, AdamState))
-    adam_count = adam.count * 0 if is_fresh else adam.count
-    mu = growth.grow_moments(grown, adam.mu, policy, 1, mesh)
-    nu = growth.grow_moments(grown, adam.nu, policy, 2, mesh)
-    grown_adam = AdamState(adam_count, mu, nu)
-    opt_state = tuple(grown_adam if part is adam else part for part in opt_state)
+    dtype = jax.tree.leaves(state.params)[0].dtype
+    params = transformer.make_abstract_params(grown.child, mesh, dtype)
+    opt_state = grow_opt_state(state.opt_state, grown, optim, policy, params, mesh)
     rewarm = {"fresh": "all", "reset_new": "new"}.get(policy, "none")
     flags = growth.find_new_params(grown, before.new)
-    new_params = NewParams(flags, int(adam_count), rewarm)
-    norm_mean = skip_state.norm_mean * 0
-    n_skips = skip_state.consecutive_skips * 0
-    skip_state = skip_state._replace(norm_mean=norm_mean, consecutive_skips=n_skips)
-    return GrownState(opt_state, skip_state, new_params)
+    skips = state.skip_state
+    n_updates = int(state.step - skips.n_skipped)
+    new_params = NewParams(flags, n_updates, rewarm)
+    norm_mean = skips.norm_mean * 0
+    n_skips = skips.consecutive_skips * 0
+    skips = skips._replace(norm_mean=norm_mean, consecutive_skips=n_skips)
+    return GrownState(opt_state, skips, new_params)
+
+
+def grow_opt_state(
+    opt_state: Any,
+    grown: growth.Growth,
+    optim: OptimConfig,
+    policy: str,
+    params: Params,
+    mesh: Mesh,
+) -> Any:
+    """Return the child's optimizer state, whatever the optimizer.
+
+    Moments grow with their weights. The rest is kept where its shape is (counts), unless the
+    policy is "fresh"; what cannot be kept is initialized again.
+
+    Args:
+        opt_state: the parent's.
+        grown: the growth.
+        optim: the optimizer.
+        policy: for moments.
+        params: the child's, as ShapeDtypeStructs with shardings.
+        mesh: of both.
+    """
+    found = dict(jax.tree_util.tree_leaves_with_path(opt_state))
+    moments = grow_all_moments(found, grown, policy, mesh)
+    found = moments if policy == "fresh" else {**found, **moments}
+    goal = make_abstract_opt_state(grown.child, optim, params, mesh)
+    goal_leaves, structure = jax.tree.flatten(goal)
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(goal)]
+    missing = {}
+    for path, leaf in zip(paths, goal_leaves, strict=True):
+        if path not in found or found[path].shape != leaf.shape:
+            missing[path] = leaf
+    if missing and policy != "fresh":
+        names = ", ".join(map(jax.tree_util.keystr, missing))
+        log.info(f"growth: optimizer state of the parent's shape, initialized again: {names}")
+
+    def init_missing() -> list[jax.Array]:
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), params)
+        initial = optimizer.make_optimizer(optim, grown.child).init(zeros)
+        leaves = dict(jax.tree_util.tree_leaves_with_path(initial))
+        return [leaves[path] for path in missing]
+
+    shardings = [leaf.sharding for leaf in missing.values()]
+    initial = jax.jit(init_missing, out_shardings=shardings)()
+    found = {**found, **dict(zip(missing, initial, strict=True))}
+    return jax.tree.unflatten(structure, [found[path] for path in paths])
+
+
+def grow_all_moments(
+    leaves: dict[PathEntries, jax.Array], grown: growth.Growth, policy: str, mesh: Mesh
+) -> dict[PathEntries, jax.Array]:
+    """Return path -> moment of the child, given path -> leaf of the parent's optimizer state."""
+    weights = dict(
+        jax.tree_util.tree_leaves_with_path(transformer.make_abstract_params(grown.spec, mesh))
+    )
+    trees: dict[PathEntries, Params] = {}
+    fields: dict[PathEntries, str] = {}
+    for path, leaf in leaves.items():
+        moment = find_moment(path, leaf, weights)
+        if moment:
+            tree = trees.setdefault(moment.tree, {})
+            insert_leaf(tree, moment.param, leaf)
+            fields[moment.tree] = moment.field
+    moments = {}
+    for start, tree in trees.items():
+        child = grow_moment_tree(tree, fields[start], grown, policy, mesh)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(child):
+            moments[(*start, *path)] = leaf
+    return moments
+
+
+def grow_moment_tree(
+    tree: Params, field: str, grown: growth.Growth, policy: str, mesh: Mesh
+) -> Params:
+    """Return the child's moments of one field of an optimizer's state."""
+    if field in optimizer.ITERATES:
+        return growth.grow_params(grown, tree, mesh)
+    power = optimizer.GRADIENT_POWERS.get(field, 1)
+    return growth.grow_moments(grown, tree, policy, power, mesh)
+
+
+def insert_leaf(tree: Params, path: PathEntries, leaf: jax.Array) -> None:
+    """Put a leaf into a nested dict."""
+    for entry in path[:-1]:
+        tree = tree.setdefault(entry.key, {})
+    tree[path[-1].key] = leaf
