@@ -227,7 +227,7 @@ def fair(bench: Bench, seeds: int) -> list[dict]:
             if text:
                 grew = growth.plan_growth(text, growth.Parent(base_spec, now.params))
                 opt, guard, young = state.grow_state(
-                    now.opt_state, now.skip_state, grew, "reset_new", bench.mesh
+                    now, grew, bench.settings.optim, "reset_new", bench.mesh
                 )
                 spec = grew.child
                 now = state.TrainState(

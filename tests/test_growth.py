@@ -442,7 +442,7 @@ def test_a_growth_adds_one_compilation_and_leaves_the_state_sharded_as_at_init(t
         state.make_abstract_state(grew.child, settings, mesh)
     )
     if name == "muon":  # momenta of the first copies are the parent's, of the second ones 0
-        momenta = np.asarray(now.opt_state[0].mu["blocks"]["gate"])
+        momenta = np.asarray(now.opt_state[0][0].inner_state[0].mu["blocks"]["gate"])
         assert [bool(momentum.any()) for momentum in momenta] == [
             not new for new in growth.find_new_params(grew)["layers"]
         ]

@@ -1,52 +1,255 @@
-"""AdamW as it is written here, in place and with one factor, is optax's."""
+"""Laws of the optimizer's contract: the step is optax on the mean loss, and any optax
+transformation is skipped, sharded, grown and resumed.
+"""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
+from test_train import SETTINGS, SPEC, initial_params, make_batch, make_state, put
 
-from jaxpt.config import OptimConfig
-from jaxpt.train import optimizer
+from jaxpt import sharding
+from jaxpt.config import MeshConfig, OptimConfig
+from jaxpt.model import transformer
+from jaxpt.spec import UserError
+from jaxpt.train import optimizer, state, step
+from jaxpt.weights import checkpoint, growth
+
+# ---- the step is optax
 
 
-@pytest.mark.parametrize("clip_norm", [0.0, 0.5])
-def test_adam_equals_optax_and_a_bad_step_leaves_it_as_it_was(spec, clip_norm):
-    optim = OptimConfig(clip_norm=clip_norm, weight_decay=0.1)
-    plain = optax.chain(
-        optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
-        optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
-        optax.add_decayed_weights(0.1, mask=optimizer.decay_mask),
+def naive_loss(params, batch):
+    """Nats per trained token, written out."""
+    inputs = batch.tokens, batch.segment_ids, batch.positions
+    logits = transformer.compute_logits(SPEC, params, *inputs)
+    log_probs = jax.nn.log_softmax(logits)
+    found = jnp.take_along_axis(log_probs, batch.targets[..., None], axis=-1)[..., 0]
+    return -jnp.sum(found * batch.loss_mask) / jnp.sum(batch.loss_mask)
+
+
+# eps as large as gradients are: Adam would not see the size of clipped ones otherwise
+SIX = OptimConfig(
+    peak_lr=3e-3, end_lr_frac=0.1, warmup_steps=2, decay_frac=0.5, weight_decay=0.3, eps=1e-3
+)
+
+
+def run_optax(optim):
+    """Return (losses, parameters) of six steps with nothing of ours but the forward pass."""
+    peak = optim.peak_lr
+    schedule = optax.join_schedules(
+        [
+            optax.linear_schedule(0, peak, 2),
+            optax.constant_schedule(peak),
+            optax.linear_schedule(peak, 0.1 * peak, 3),
+        ],
+        [2, 3],
     )
-    ours = optimizer.make_optimizer(optim, spec)
-    rng = np.random.default_rng(0)
-    draw = lambda: {
-        "q": jnp.asarray(rng.normal(size=(5, 24)), jnp.float32),
-        "norm": jnp.asarray(rng.normal(size=24), jnp.float32),
-    }
-    params = draw()
-    state, expected_state = ours.init(params), plain.init(params)
-    for tokens in (7, 96, 40):
-        sums = draw()  # of gradients over so many tokens
-        mean = jax.tree.map(lambda g, n=tokens: g / n, sums)
-        scale = (
-            min(clip_norm / float(optax.tree.norm(mean)), 1) / tokens if clip_norm else 1 / tokens
+    matrices = {"q", "k", "v", "o", "gate", "up", "down", "unembed"}
+    clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
+    params = initial_params(SPEC)
+    mask = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in matrices, params)
+    tx = optax.chain(
+        clip,
+        optax.adamw(schedule, optim.b1, optim.b2, optim.eps, weight_decay=0.3, mask=mask),
+    )
+    opt_state, losses = tx.init(params), []
+    differentiate = jax.jit(jax.value_and_grad(naive_loss))
+    for i in range(6):
+        loss, grads = differentiate(params, make_batch(i))
+        updates, opt_state = tx.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        losses.append(float(loss))
+    return losses, params
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 6.0])
+def test_six_steps_equal_optax_on_the_mean_loss(one, clip_norm):
+    optim = dataclasses.replace(SIX, clip_norm=clip_norm)
+    train = dataclasses.replace(SETTINGS.train, steps=6)
+    settings = dataclasses.replace(SETTINGS, optim=optim, train=train)
+    run = step.build_step(SPEC, settings, one)
+    now, losses, norms = make_state(one, settings), [], []
+    for i in range(6):
+        now, scalars = run(now, put(make_batch(i), one))
+        losses.append(float(scalars.loss))
+        norms.append(float(scalars.grad_norm))
+    expected_losses, expected = run_optax(optim)
+    assert min(norms) < 6 < max(norms) < 12, "some are clipped"
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)
+    jax.tree.map(
+        lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-4),
+        now.params,
+        expected,
+    )
+
+
+# ---- any transformation
+
+
+def make_lion(inputs):
+    optim = inputs.optim
+    return optimizer.descend(optax.scale_by_lion(optim.b1, optim.b2), inputs)
+
+
+def make_schedule_free(inputs):
+    optim = inputs.optim
+    return optax.contrib.schedule_free_adamw(
+        inputs.learning_rate, b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay
+    )
+
+
+def make_momentum(inputs):
+    return optax.sgd(inputs.learning_rate, momentum=0.9)
+
+
+def make_factored(inputs):
+    rms = optax.scale_by_factored_rms(min_dim_size_to_factor=16)
+    return optimizer.descend(rms, inputs)
+
+
+STOCK = {
+    "lion": make_lion,
+    "schedule_free": make_schedule_free,
+    "momentum": make_momentum,
+    "factored": make_factored,
+}
+ANY = ["adamw", "muon", *STOCK]
+PEAK = {"lion": 3e-3, "momentum": 0.3}
+
+
+@pytest.fixture(autouse=True)
+def stock(monkeypatch):
+    """optax's own transformations, each registered by one function."""
+    for name, make in STOCK.items():
+        monkeypatch.setitem(optimizer.OPTIMIZERS, name, make)
+
+
+def settings_of(name, **train):
+    optim = dataclasses.replace(SETTINGS.optim, name=name, peak_lr=PEAK.get(name, 1e-2))
+    train = dataclasses.replace(SETTINGS.train, **train)
+    return dataclasses.replace(SETTINGS, optim=optim, train=train)
+
+
+def take_steps(run, now, mesh, seeds):
+    losses = []
+    for seed in seeds:
+        now, scalars = run(now, put(make_batch(seed), mesh))
+        losses.append(float(scalars.loss))
+    return now, losses
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+@pytest.mark.parametrize("name", ANY)
+def test_any_optimizer_learns_is_skipped_bit_by_bit_and_resumes(one, tmp_path, name):
+    settings = settings_of(name, spike_factor=3.0)
+    run = step.build_step(SPEC, settings, one)
+    now, losses = take_steps(run, make_state(one, settings), one, range(6))
+    assert losses[-1] < losses[0] - 0.2
+
+    # neither NaN nor a spike moves a bit
+    before = jax.device_get(now)
+    batch = make_batch(7)
+    bad = batch._replace(loss_mask=batch.loss_mask * np.float32(np.nan))
+    now, _ = run(now, put(bad, one))
+    spiked = now._replace(
+        step=jnp.int32(80), skip_state=now.skip_state._replace(norm_mean=jnp.float32(1e-6))
+    )
+    now, scalars = run(spiked, put(batch, one))
+    assert int(scalars.n_skipped) == int(scalars.consecutive_skips) == 2
+    assert_equal(now.params, before.params)
+    assert_equal(now.opt_state, before.opt_state)
+    assert float(now.skip_state.norm_mean) == np.float32(1e-6)
+
+    # a checkpoint goes on as if there had been none
+    now = jax.device_put(before, state.state_shardings(state.make_abstract_state(SPEC, settings, one)))
+    saved = state.rest_of_state(now)
+    checkpoint.save_checkpoint(tmp_path, 6, now.params, saved, SPEC, counts={}, tokenizer=None)
+    stored = checkpoint.find_newest(tmp_path)
+    abstract = state.make_abstract_state(SPEC, settings, one)
+    params = checkpoint.restore_tree(stored, checkpoint.PARAMS, abstract.params)
+    resumed = state.restore_state(stored, params, abstract)
+    onward, resumed_losses = take_steps(run, resumed, one, (8, 9))
+    expected, losses = take_steps(run, now, one, (8, 9))
+    assert resumed_losses == losses
+    assert_equal(onward, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        *((name, "reset_new") for name in ("muon", *STOCK)),
+        ("adamw", "fresh"),
+        ("lion", "copy_scaled"),
+        ("schedule_free", "fresh"),
+    ],
+)
+def test_any_optimizer_grows_sharded_and_goes_on(name, policy):
+    mesh = sharding.make_mesh(MeshConfig(fsdp=4, tensor=2))
+    settings = settings_of(name)
+    run = step.build_step(SPEC, settings, mesh)
+    now, _ = take_steps(run, make_state(mesh, settings), mesh, range(3))
+    grown = growth.plan_growth("widen(d=48, heads=12)", growth.Parent(SPEC))
+    child = growth.grow_params(grown, now.params, mesh)
+    opt_state, skips, new_params = state.grow_state(now, grown, settings.optim, policy, mesh)
+    now = state.TrainState(now.step, child, opt_state, skips)
+    goal = state.make_abstract_state(grown.child, settings, mesh)
+    assert state.state_shardings(now) == state.state_shardings(goal)
+    jax.tree.map(lambda leaf, like: leaf.shape == like.shape or pytest.fail(str(like)), now, goal)
+    run = step.build_step(grown.child, settings, mesh, new_params)
+    now, losses = take_steps(run, now, mesh, range(3, 8))
+    assert np.isfinite(losses).all() and losses[-1] < losses[0] and run._cache_size() == 1
+
+
+def test_moments_are_those_of_the_child_and_counts_are_kept(one):
+    """Depth copies a layer's moments; what is no moment stays, or starts again under fresh."""
+    settings = settings_of("schedule_free")
+    run = step.build_step(SPEC, settings, one)
+    now, _ = take_steps(run, make_state(one, settings), one, range(3))
+    grown = growth.plan_growth("stack(g=2)", growth.Parent(SPEC))
+    parent = jax.device_get(now.opt_state)
+    for policy, is_kept in (("copy", True), ("fresh", False)):
+        child, _, new_params = state.grow_state(now, grown, settings.optim, policy, one)
+        assert new_params.n_updates == 3
+        assert int(child.step_count) == (4 if is_kept else 1)
+        # an iterate is a parameter at another point: no policy sets it to 0
+        np.testing.assert_array_equal(
+            child.z["blocks"]["up"], np.concatenate([parent.z["blocks"]["up"]] * 2)
         )
-        update = jax.jit(
-            lambda s, state, scale, good: ours.update(s, state, params, scale=scale, good=good)
-        )
-        broken = jax.tree.map(lambda g: g * jnp.nan, sums)
-        jax.tree.map(np.testing.assert_array_equal, update(broken, state, scale, False)[1], state)
-        directions, state = update(sums, state, scale, True)
-        expected, expected_state = plain.update(mean, expected_state, params)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9),
-            state[0],
-            optimizer.AdamState(*expected_state[1]),
-        )
-        # of order 1, and a difference of two such numbers here and there
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
-            directions,
-            expected,
-        )
+        squares = [s for s in child.base_optimizer_state if hasattr(s, "nu")][0].nu["blocks"]["up"]
+        before = [s for s in parent.base_optimizer_state if hasattr(s, "nu")][0].nu["blocks"]["up"]
+        np.testing.assert_array_equal(squares, np.concatenate([before] * 2) * is_kept)
+
+
+def test_a_squared_moment_shrinks_by_the_square(one):
+    """Under copy_scaled, whatever the transformation that holds it."""
+    settings = settings_of("adamw")
+    run = step.build_step(SPEC, settings, one)
+    now, _ = take_steps(run, make_state(one, settings), one, range(2))
+    grown = growth.plan_growth("widen(d=48, heads=12)", growth.Parent(SPEC))
+    grew, _, _ = state.grow_state(now, grown, settings.optim, "copy_scaled", one)
+    for field, power in (("mu", 1), ("nu", 2)):
+        before = getattr(now.opt_state[0], field)["embed"]
+        after = getattr(grew[0], field)["embed"]
+        copied = np.concatenate([before, before], axis=1)
+        np.testing.assert_allclose(after, copied / 2**power, rtol=1e-6)
+
+
+def test_what_cannot_be_mapped_is_initialized_again_and_named(one, caplog):
+    settings = settings_of("factored")
+    now = make_state(one, settings)
+    grown = growth.plan_growth("stack(g=2)", growth.Parent(SPEC))
+    with caplog.at_level("INFO", "jaxpt"):
+        state.grow_state(now, grown, settings.optim, "copy", one)
+    assert "initialized again" in caplog.text and "v_row['blocks']['up']" in caplog.text
+
+
+def test_an_optimizer_that_does_not_exist_is_named_with_those_that_do():
+    with pytest.raises(UserError, match=r"optim.name.*did you mean .adamw"):
+        optimizer.make_optimizer(OptimConfig(name="adamx"), SPEC)

@@ -126,16 +126,16 @@ def make_muon(inputs: OptimizerInputs) -> optax.GradientTransformation:
         n_out = math.prod(param.shape[dim] for dim in param.out_dims)
         return MUON_RMS * max(n_in, n_out) ** 0.5 * orthogonal
 
-    def matrices(tree: Params) -> Params:
+    def matrices(tree: Any) -> Any:
         return map_with_specs(is_matrix, specs, tree)
 
-    def others(tree: Params) -> Params:
+    def others(tree: Any) -> Any:
         return jax.tree.map(operator.not_, matrices(tree))
 
-    def dimension_numbers(tree: Params) -> Params:
+    def dimension_numbers(tree: Any) -> Any:
         return map_with_specs(dimensions, specs, tree)
 
-    def scale_all(updates: Params, params: Params | None) -> Params:
+    def scale_all(updates: Any, params: Any) -> Any:
         return map_with_specs(scale_like_adam, specs, updates)
 
     muon = optax.chain(
@@ -205,7 +205,7 @@ def decay_mask(specs: ParamSpecs) -> Params:
     return map_param_specs(lambda path, param: param.decays, specs)
 
 
-def map_with_specs(function: Callable, specs: ParamSpecs, tree: Params) -> Params:
+def map_with_specs(function: Callable, specs: ParamSpecs, tree: Any) -> Any:
     """Return function(ParamSpec, leaf) for the weights that the tree holds."""
 
     def call(path: PathEntries, leaf: Any) -> Any:
@@ -229,12 +229,12 @@ def scale_by_adam(optim: OptimConfig) -> optax.GradientTransformation:
     """
     b1, b2, eps = optim.b1, optim.b2, optim.eps
 
-    def init(params: Params) -> optax.ScaleByAdamState:
+    def init(params: Any) -> optax.ScaleByAdamState:
         mu = jax.tree.map(jnp.zeros_like, params)
         nu = jax.tree.map(jnp.zeros_like, params)
         return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu)
 
-    def update(grads: Params, state: optax.ScaleByAdamState, params: Params | None = None):
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         def update_mu(g: jax.Array, mu: jax.Array) -> jax.Array:
             new = (1 - b1) * g + b1 * mu
             return new.astype(mu.dtype)
@@ -244,8 +244,8 @@ def scale_by_adam(optim: OptimConfig) -> optax.GradientTransformation:
             return new.astype(nu.dtype)
 
         count = state.count + 1
-        mu = jax.tree.map(update_mu, grads, state.mu)
-        nu = jax.tree.map(update_nu, grads, state.nu)
+        mu = jax.tree.map(update_mu, updates, state.mu)
+        nu = jax.tree.map(update_nu, updates, state.nu)
         mu, nu = jax.lax.optimization_barrier((mu, nu))
         mu_scale = 1 / (1 - b1**count)
         mu_scale = mu_scale.astype(jnp.float32)
@@ -256,8 +256,8 @@ def scale_by_adam(optim: OptimConfig) -> optax.GradientTransformation:
             corrected = mu_scale * mu
             return corrected / (jnp.sqrt(nu_scale * nu) + eps)
 
-        updates = jax.tree.map(direction, mu, nu)
-        return updates, optax.ScaleByAdamState(count, mu, nu)
+        directions = jax.tree.map(direction, mu, nu)
+        return directions, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)
 
@@ -277,13 +277,13 @@ def correct_new_bias(
         return adam
     b1, b2 = inputs.optim.b1, inputs.optim.b2
 
-    def update(grads: Params, state: Any, params: Params | None = None):
-        updates, state = adam.update(grads, state, params)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        directions, state = adam.update(updates, state, params)
         count = state.count.astype(jnp.float32)
         own = count_own_updates(inputs)
         nu_ratio = (1 - b2**own) / (1 - b2**count)
         factor = jnp.sqrt(nu_ratio) * (1 - b1**count) / (1 - b1**own)
-        return scale_new_params(updates, factor, inputs), state
+        return scale_new_params(directions, factor, inputs), state
 
     return optax.GradientTransformation(adam.init, update)
 
@@ -293,7 +293,7 @@ def warm_up_new_params(inputs: OptimizerInputs) -> optax.GradientTransformation:
     if inputs.new_params.rewarm == "none":
         return optax.identity()
 
-    def warm_up(updates: Params, params: Params | None) -> Params:
+    def warm_up(updates: Any, params: Any) -> Any:
         own = count_own_updates(inputs)
         factor = jnp.minimum(own / max(inputs.optim.warmup_steps, 1), 1)
         return scale_new_params(updates, factor, inputs)
@@ -307,7 +307,7 @@ def count_own_updates(inputs: OptimizerInputs) -> jax.Array:
     return own.astype(jnp.float32)
 
 
-def scale_new_params(updates: Params, factor: jax.Array, inputs: OptimizerInputs) -> Params:
+def scale_new_params(updates: Any, factor: jax.Array, inputs: OptimizerInputs) -> Any:
     """Return the updates, those of new parameters times a factor."""
     new_params = inputs.new_params
 
