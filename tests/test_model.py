@@ -217,6 +217,23 @@ def test_layers_are_initialized_differently_and_every_parameter_has_its_stated_s
     assert abs(float(params["embed"].std()) / 0.02 - 1) < 0.05
 
 
+def test_what_writes_into_the_residual_is_smaller_by_the_root_of_the_writes(one):
+    """1/sqrt(2L), so that the sum over 2L writes keeps its size (GPT-2)."""
+    L, D, F = 8, 192, 320
+    spec = ModelSpec(
+        n_layers=L, d_model=D, d_ff=F, n_heads=12, n_kv_heads=4, d_head=16, vocab_size=384
+    )
+    blocks = transformer.init_params(spec, 0, one)["blocks"]
+    stds = {name: float(blocks[name].std()) for name in ("q", "o", "up", "down")}
+    expected = {
+        "q": D**-0.5,
+        "o": (12 * 16) ** -0.5 / (2 * L) ** 0.5,
+        "up": D**-0.5,
+        "down": F**-0.5 / (2 * L) ** 0.5,
+    }
+    assert stds == pytest.approx(expected, rel=0.03)
+
+
 def test_the_course_shape_has_the_course_count():
     shape = ModelSpec(
         n_layers=12, d_model=1024, d_ff=4096, n_heads=32, n_kv_heads=8, d_head=32, vocab_size=32_000
