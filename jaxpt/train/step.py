@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxpt.config import Config
+from jaxpt.config import Config, OptimConfig
 from jaxpt.model import loss, transformer
 from jaxpt.model.kernels import select
 from jaxpt.model.kernels.select import AttentionRequest
@@ -76,7 +76,7 @@ def build_step(
     """
     optim = settings.optim
     sum_gradients = make_gradient_function(spec, settings, mesh)
-    lr_schedule = optimizer.make_lr_schedule(optim, settings.train.steps)
+    update = make_update_function(spec, optim, settings.train.steps, new_params)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -94,18 +94,7 @@ def build_step(
         scale = per_token
         if optim.clip_norm:
             scale *= jnp.minimum(optim.clip_norm / grad_norm, 1)
-        lr = lr_schedule(state.step)
-        n_updates = state.step - state.skip_state.n_skipped + 1
-        tx = optimizer.make_optimizer(optim, spec, new_params, lr, n_updates)
-
-        def update(params: Params, opt_state: Any) -> tuple[Params, Any]:
-            mean = jax.tree.map(lambda g: scale * g, grads)
-            updates, opt_state = tx.update(mean, opt_state, params)
-            if multipliers:
-                updates = jax.tree.map(jnp.multiply, multipliers, updates)
-            return cast(Params, optax.apply_updates(params, updates)), opt_state
-
-        params, opt_state = update_if(good, update, state.params, state.opt_state)
+        params, opt_state, lr = update(state, grads, scale, multipliers, good)
         skips = update_skip_state(state.skip_state, grad_norm, good)
         mean_loss = loss_sum / jnp.maximum(n_targets, 1)
         counts = skips.n_skipped, skips.consecutive_skips
@@ -116,6 +105,36 @@ def build_step(
     in_shardings = (in_state, make_batch_sharding(mesh))
     out = (in_state, make_replicated_sharding(mesh))
     return jax.jit(step, in_shardings=in_shardings, out_shardings=out, donate_argnums=0)
+
+
+def make_update_function(
+    spec: ModelSpec, optim: OptimConfig, n_steps: int, new_params: NewParams
+) -> Callable[..., tuple[Params, Any, jax.Array]]:
+    """Return update(state, grads, scale, multipliers, good) -> (params, opt_state, lr).
+
+    Gradients are of the summed loss; `scale` divides and clips them. Multipliers of the learning
+    rate are nested like the parameters, or None. A bad step changes nothing.
+    """
+    lr_schedule = optimizer.make_lr_schedule(optim, n_steps)
+
+    def update(
+        state: TrainState, grads: Params, scale: jax.Array, multipliers: Any, good: jax.Array
+    ) -> tuple[Params, Any, jax.Array]:
+        lr = lr_schedule(state.step)
+        n_updates = state.step - state.skip_state.n_skipped + 1
+        tx = optimizer.make_optimizer(optim, spec, new_params, lr, n_updates)
+
+        def apply(params: Params, opt_state: Any) -> tuple[Params, Any]:
+            clipped = jax.tree.map(lambda g: scale * g, grads)
+            updates, opt_state = tx.update(clipped, opt_state, params)
+            if multipliers:
+                updates = jax.tree.map(jnp.multiply, multipliers, updates)
+            return cast(Params, optax.apply_updates(params, updates)), opt_state
+
+        params, opt_state = update_if(good, apply, state.params, state.opt_state)
+        return params, opt_state, lr
+
+    return update
 
 
 def update_if(good: jax.Array, update: Callable, params: Params, opt_state: Any) -> Any:
