@@ -168,7 +168,9 @@ def test_any_optimizer_learns_is_skipped_bit_by_bit_and_resumes(one, tmp_path, n
     assert float(now.skip_state.norm_mean) == np.float32(1e-6)
 
     # a checkpoint goes on as if there had been none
-    now = jax.device_put(before, state.state_shardings(state.make_abstract_state(SPEC, settings, one)))
+    now = jax.device_put(
+        before, state.state_shardings(state.make_abstract_state(SPEC, settings, one))
+    )
     saved = state.rest_of_state(now)
     checkpoint.save_checkpoint(tmp_path, 6, now.params, saved, SPEC, counts={}, tokenizer=None)
     stored = checkpoint.find_newest(tmp_path)

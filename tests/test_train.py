@@ -234,9 +234,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(one, run):
     )
 
 
-GUARDED = dataclasses.replace(
-    SETTINGS, train=dataclasses.replace(SETTINGS.train, spike_factor=2.0)
-)
+GUARDED = dataclasses.replace(SETTINGS, train=dataclasses.replace(SETTINGS.train, spike_factor=2.0))
 
 
 @pytest.fixture(scope="module")
@@ -353,9 +351,7 @@ def test_muon_treats_each_stacked_layer_as_a_matrix_of_its_own():
         transformer.param_specs(SPEC),
         is_leaf=is_param_spec,
     )
-    update = jax.jit(
-        lambda grads: tx.update(grads, tx.init(grads), grads)[0]["blocks"]
-    )
+    update = jax.jit(lambda grads: tx.update(grads, tx.init(grads), grads)[0]["blocks"])
     directions = update(grads)
     shapes = {
         "q": (24, 48),

@@ -24,7 +24,7 @@ from jaxpt.data.storage import open_storage
 from jaxpt.model import loss
 from jaxpt.model.kernels import select
 from jaxpt.spec import Manifest, ModelSpec, UserError
-from jaxpt.train import begin, distributed, forgetting, gate, state, step, verify
+from jaxpt.train import begin, distributed, forgetting, gate, optimizer, state, step, verify
 from jaxpt.train.metrics import DeviceCost, MetricsLogger, read_metrics
 from jaxpt.train.optimizer import NewParams
 from jaxpt.train.records import (
@@ -136,6 +136,7 @@ class TrainingRun:
         self.packed = packed
         self.estimate_device_cost = estimate_device_cost
         self.started = time.monotonic()
+        optimizer.check_name(config.optim)
         self.dataset = loader.open_packed(packed)
         self.mesh = sharding.make_mesh(config.mesh)
         if self.dataset.seq_len != config.pack.seq_len:

@@ -182,10 +182,15 @@ def make_optimizer(
     Raises:
         UserError: there is no such optimizer.
     """
-    check_choice("optim.name", optim.name, tuple(OPTIMIZERS))
+    check_name(optim)
     specs = transformer.param_specs(spec)
     inputs = OptimizerInputs(optim, specs, new_params, learning_rate, n_updates)
     return OPTIMIZERS[optim.name](inputs)
+
+
+def check_name(optim: OptimConfig) -> None:
+    """Raise UserError if there is no such optimizer."""
+    check_choice("optim.name", optim.name, tuple(OPTIMIZERS))
 
 
 def descend(
