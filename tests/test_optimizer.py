@@ -224,9 +224,12 @@ def test_moments_are_those_of_the_child_and_counts_are_kept(one):
         np.testing.assert_array_equal(
             child.z["blocks"]["up"], np.concatenate([parent.z["blocks"]["up"]] * 2)
         )
-        squares = [s for s in child.base_optimizer_state if hasattr(s, "nu")][0].nu["blocks"]["up"]
-        before = [s for s in parent.base_optimizer_state if hasattr(s, "nu")][0].nu["blocks"]["up"]
-        np.testing.assert_array_equal(squares, np.concatenate([before] * 2) * is_kept)
+        squares, before = (
+            next(part.nu for part in opt_state.base_optimizer_state if hasattr(part, "nu"))
+            for opt_state in (child, parent)
+        )
+        expected = np.concatenate([before["blocks"]["up"]] * 2) * is_kept
+        np.testing.assert_array_equal(squares["blocks"]["up"], expected)
 
 
 def test_a_squared_moment_shrinks_by_the_square(one):
