@@ -282,6 +282,14 @@ def test_a_failed_save_stops_a_run_or_is_logged_but_for_the_last(
     with pytest.raises(checkpoint.CheckpointSaveError, match="checkpoints/14: could not be"):
         train(start(keeps_on, tmp_path / "last"))
 
+    def refuse(self, step, *rest, **more):
+        raise checkpoint.CheckpointSaveError(f"no room for {step}.")
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "save_async", refuse)
+    with pytest.raises(checkpoint.CheckpointSaveError, match="no room for 14"):
+        train(start(keeps_on, tmp_path / "at_once"))
+    assert "no room for 5. The run continues" in caplog.text
+
 
 def test_checkpoints_are_saved_by_the_clock_and_those_at_round_steps_stay(
     make_config, start, tmp_path, monkeypatch
