@@ -298,7 +298,7 @@ def test_checkpoints_are_saved_by_the_clock_and_those_at_round_steps_stay(
     settings = make_config(
         train__steps=13,
         train__log_every=3,
-        train__checkpoint_minutes=5.0,
+        train__checkpoint_minutes=3.5,
         train__max_to_keep=2,
         train__keep_every=6,
     )
