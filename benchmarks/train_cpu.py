@@ -86,7 +86,7 @@ def jaxpt(shape: str) -> float:
         start = time.perf_counter()
         batch = Batch(tokens, np.roll(tokens, -1, 1), ones, positions, ones.astype(np.float32))
         now, metrics = run(now, jax.device_put(batch, sharding.make_batch_sharding(mesh)))
-        assert np.isfinite(float(metrics.loss))
+        assert np.isfinite(float(metrics["loss"]))
         seconds.append(time.perf_counter() - start)
     return rate(shape, seconds)
 

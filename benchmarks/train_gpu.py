@@ -144,7 +144,7 @@ def measure(args):
     memory = f"{used / 2**30:.1f}" if used else "unknown"
     print(
         f"| {name} | {mfu} | {took:.3f} | {tokens_per_second:,.0f} | {memory} "
-        f"| {first.loss:.5f} | {first.grad_norm:.4f} |"
+        f"| {first['loss']:.5f} | {first['grad_norm']:.4f} |"
     )
 
 

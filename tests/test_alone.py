@@ -13,10 +13,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from jaxpt.data import loader
-from jaxpt.spec import Manifest
-from jaxpt.train.metrics import MAX_SKIPPED_DOCUMENTS, read_metrics
-from jaxpt.train.records import SkippedUpdate, StartRecord, TrainMetrics
+from jaxpt.train.metrics import read_metrics
+from jaxpt.train.records import StartRecord, TrainMetrics
 from jaxpt.weights import checkpoint
 
 found = importlib.util.spec_from_file_location("faults", ROOT / "benchmarks/faults.py")
@@ -85,28 +83,6 @@ def test_a_full_disk_gives_one_message_and_loses_nothing(home):
 
 
 @pytest.mark.slow
-def test_batches_that_are_not_finite_are_skipped_killed_or_not(home, monkeypatch):
-    faults.not_finite(home, "nan", STEPS, random.Random(3))
-    equal(home, "nan", "nan_uncut")
-    monkeypatch.chdir(home)
-    records = read_metrics(home / "nan/metrics.jsonl")
-    skipped = [record for record in records if isinstance(record, SkippedUpdate)]
-    assert [record.step for record in skipped] == [13, 27]
-    tokenizer = Manifest.load(home / "data/packed").tokenizer
-    for record in skipped:
-        traced = loader.trace_step(home / "nan", record.step, tokenizer)
-        documents = list(dict.fromkeys(seen.document for seen in traced))
-        assert list(record.documents) == documents[:MAX_SKIPPED_DOCUMENTS]
-        assert record.n_documents == len(documents) and record.loss is None
-
-
-@pytest.mark.slow
-def test_a_run_may_continue_after_a_failed_save(home):
-    faults.full_disk_continue(home, "full_on", STEPS)
-    equal(home, "full_on")
-
-
-@pytest.mark.slow
 def test_two_processes_train_as_one_and_leave_together(home):
     """2 x 4 devices against 1 x 8; after SIGTERM to the second process both stop at one step."""
     faults.Job(home, "eight", 20, devices=8).ends()
@@ -157,68 +133,12 @@ def test_the_first_line_after_a_resume_has_the_time_of_its_step(home):
     assert record.step_seconds > 0.2
 
 
-def test_checkpoints_at_round_steps_stay_and_a_profile_is_written(home):
-    more = [
-        "--config.train.max_to_keep=1",
-        "--config.train.keep_every=20",
-        "--config.train.profile_steps=(3, 4)",
-        "--config.train.checkpoint_minutes=0.0001",
-    ]
-    job = faults.Job(home, "kept", 35, *more)
-    job.ends()
-    assert checkpoint.list_steps(home / "kept") == [20, 35]
-    assert (
-        any((home / "kept/tensorboard").rglob("*.xplane.pb"))
-        and "profile of steps 3 to 4" in job.log.read_text()
-    )
-    assert losses(home / "kept")[:6] == losses(home / "uncut")[:6]
-
-
 def test_the_run_directory_records_how_to_repeat_the_run(home):
     lines = (home / "killed/starts.jsonl").read_text().splitlines()
     first, *later = [StartRecord.from_json(json.loads(line)) for line in lines]
     assert later and first.step == 0 and "scripts/train.py --config small.py" in first.command
     assert first.versions["jax"] and (first.n_devices, first.device_kind) == (1, "cpu")
     assert (home / "killed/program.diff").is_file()
-
-
-@pytest.mark.slow
-def test_what_a_child_forgets_stops_it_or_is_read_more_often(home):
-    """The child reads code only; forgetting prose doubles prose's share, also after a kill."""
-    child = [
-        "--config.initialize.source=uncut",
-        "--config.mixture.phases=((0, {'python-code': 1.0}),)",
-        "--config.train.eval_every=10",
-    ]
-    sources = sorted(Manifest.load(home / "uncut").counts["heldout_loss"])
-    prose, code = (
-        next(name for name in sources if "prose" in name),
-        next(name for name in sources if "code" in name),
-    )
-    child[1] = f"--config.mixture.phases=((0, {{'{code}': 1.0}}),)"
-    limit = "--config.train.max_forgetting=1e-9"
-    job = faults.Job(home, "stopped", 30, *child, limit)
-    assert job.wait() == [1]
-    assert (
-        f"nats per token above the parent: {prose}" in job.log.read_text()
-        and checkpoint.list_steps(home / "stopped") == [10]
-    )
-
-    child += [limit, "--config.train.on_forgetting=replay"]
-    faults.Job(home, "child", 30, *child).ends()
-    phases = [
-        [each["step"], each["shares"]]
-        for each in json.loads((home / "child/phases.json").read_text())
-    ]
-    assert (
-        phases[0] == [0, {code: 1.0}]
-        and phases[1] == [10, {prose: 0.05, code: 0.95}]
-        and phases[2][1][prose] in (0.05, 0.1)
-    )
-    again = faults.copied(home, "child_cut", "child")
-    (again / "checkpoints/30/manifest.json").unlink()
-    faults.Job(home, "child_cut", 30, *child).ends()
-    equal(home, "child_cut", "child", 30)
 
 
 @pytest.mark.slow

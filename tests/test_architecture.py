@@ -208,6 +208,46 @@ def test_a_python_that_cannot_run_it_is_named(tmp_path, version, message):
     assert done.returncode == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+BRANCHES = (ast.If, ast.IfExp, ast.For, ast.While, ast.ExceptHandler, ast.Assert, ast.match_case)
+MAX_LINES, MAX_COMPLEXITY = 60, 15
+# TODO: leaves this list with the optimizer's contract
+TOO_LONG: set[str] = set()
+
+
+def measure_complexity(function: ast.FunctionDef) -> int:
+    """Cyclomatic complexity: 1 and every branch, functions inside included."""
+    complexity = 1
+    for node in ast.walk(function):
+        if isinstance(node, BRANCHES):
+            complexity += 1
+        elif isinstance(node, ast.BoolOp):
+            complexity += len(node.values) - 1
+        elif isinstance(node, ast.comprehension):
+            complexity += 1 + len(node.ifs)
+    return complexity
+
+
+def test_no_function_of_train_is_long_or_branches_much():
+    found = []
+    for path in FILES:
+        name = str(path.relative_to(ROOT))
+        if not name.startswith("jaxpt/train/"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                n_lines = node.end_lineno - node.lineno + 1
+                complexity = measure_complexity(node)
+                if n_lines > MAX_LINES or complexity > MAX_COMPLEXITY:
+                    found.append(f"{name}: {node.name}")
+    assert set(found) == TOO_LONG
+
+
+def test_complexity_counts_every_branch():
+    code = "def f(a):\n  for b in a:\n    if b and a or not b:\n      return [c for c in a if c]\n"
+    (function,) = ast.parse(code).body
+    assert measure_complexity(function) == 7
+
+
 def test_the_text_speaks_of_the_project_alone():
     for path in [*FILES, *SCRIPTS, *(ROOT / "docs").glob("*.md"), ROOT / "README.md"]:
         assert not re.search(r"/(?:root|home)/|--\S*index|issue \d", path.read_text()), path

@@ -75,8 +75,8 @@ def test_six_steps_equal_optax_on_the_mean_loss(one, clip_norm):
     now, losses, norms = make_state(one, settings), [], []
     for i in range(6):
         now, scalars = run(now, put(make_batch(i), one))
-        losses.append(float(scalars.loss))
-        norms.append(float(scalars.grad_norm))
+        losses.append(float(scalars["loss"]))
+        norms.append(float(scalars["grad_norm"]))
     expected_losses, expected = run_optax(optim)
     assert min(norms) < 6 < max(norms) < 12, "some are clipped"
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)
@@ -138,7 +138,7 @@ def take_steps(run, now, mesh, seeds):
     losses = []
     for seed in seeds:
         now, scalars = run(now, put(make_batch(seed), mesh))
-        losses.append(float(scalars.loss))
+        losses.append(float(scalars["loss"]))
     return now, losses
 
 
@@ -162,7 +162,7 @@ def test_any_optimizer_learns_is_skipped_bit_by_bit_and_resumes(one, tmp_path, n
         step=jnp.int32(80), skip_state=now.skip_state._replace(norm_mean=jnp.float32(1e-6))
     )
     now, scalars = run(spiked, put(batch, one))
-    assert int(scalars.n_skipped) == int(scalars.consecutive_skips) == 2
+    assert int(scalars["n_skipped"]) == int(scalars["consecutive_skips"]) == 2
     assert_equal(now.params, before.params)
     assert_equal(now.opt_state, before.opt_state)
     assert float(now.skip_state.norm_mean) == np.float32(1e-6)

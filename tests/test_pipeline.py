@@ -386,44 +386,6 @@ def test_a_run_that_grows_on_its_way_says_how(grows):
     )
 
 
-@pytest.mark.parametrize(
-    "newest", [pytest.param(40, marks=pytest.mark.slow), 60]
-)  # 60 stands behind one growth and before the other
-def test_a_run_that_grows_on_its_way_survives_a_kill_on_either_side_of_it(road, grows, newest):
-    run = road / f"grows_{newest}"  # a kill leaves the checkpoints up to its moment
-    shutil.copytree(
-        grows,
-        run,
-        ignore=lambda place, names: (
-            {"manifest.json", "tensorboard"} & set(names) if pathlib.Path(place) == grows else set()
-        ),
-    )
-    for step in range(newest + 20, 120, 20):
-        shutil.rmtree(run / f"checkpoints/{step}")
-    assert "resumed from" in door("train", *GROWS, "--workdir", run.name, cwd=road)
-    assert checkpoint.diff_checkpoints(grows / "checkpoints/100", run / "checkpoints/100") == []
-    assert without_speed(read_metrics(run / "metrics.jsonl")) == without_speed(
-        read_metrics(grows / "metrics.jsonl")
-    )
-
-
-def test_a_growth_that_a_run_has_passed_is_refused(road, grows):
-    run = road / "passed"  # stands at step 60
-    shutil.copytree(
-        grows,
-        run,
-        ignore=lambda place, names: (
-            {"manifest.json" if pathlib.Path(place) == grows else "80", "100"} & set(names)
-        ),
-    )
-    before = (run / "metrics.jsonl").read_bytes()
-    late = "--config.train.grow=((50, 'depth_upscale(m=1)'), (55, 'insert_identity(every=4)'))"
-    assert "is at step 60 and did not grow after step 55" in door(
-        "train", *GROWS, late, "--workdir", "passed", cwd=road, ok=False
-    )
-    assert (run / "metrics.jsonl").read_bytes() == before
-
-
 def test_a_run_may_begin_without_layers(road):
     """Embedding, norm and head alone, then one late jump; cut between the two."""
     flags = [

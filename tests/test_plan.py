@@ -480,6 +480,9 @@ def test_hours_and_money_follow_from_speed(on_cpu):
     )
     assert record.expected.usd == pytest.approx(record.expected.hours * 4 * record.usd_per_hour)
     assert record.fast.hours < record.expected.hours < record.slow.hours
+    peak_flops = 4 * hardware.parse_target(record.target).chip.peak_flops("float32")
+    model_flops = record.expected.tokens_per_second * record.flops_per_token
+    assert record.expected.mfu == pytest.approx(model_flops / peak_flops)
 
 
 def test_the_plan_is_plain_json_and_a_table(on_cpu):

@@ -406,6 +406,11 @@ def get_points(records: Sequence[TrainPoint], field: str) -> list[Point]:
     return keep_finite((record.step, getattr(record, field)) for record in records)
 
 
+def get_scalar_points(records: Sequence[TrainPoint], name: str) -> list[Point]:
+    """Return (step, value) wherever a further scalar of the step is finite."""
+    return keep_finite((record.step, record.scalars.get(name)) for record in records)
+
+
 def get_heldout_points(run: RunData, source: str) -> list[Point]:
     """Return (step, held-out loss) of one source wherever it is finite."""
     records = run.metrics.heldout

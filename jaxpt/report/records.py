@@ -114,6 +114,7 @@ class TrainPoint(View, tokens="n_tokens"):
     seconds: float | None = None  # since step 0
     usd: float | None = None  # since step 0
     epochs: dict[str, float] | None = None  # source -> times read
+    scalars: dict[str, float] = dataclasses.field(default_factory=dict)  # others, by name
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from jaxpt.report.read import (
     get_heldout_points,
     get_parent_points,
     get_points,
+    get_scalar_points,
     last_value,
     list_sources,
     order_keys,
@@ -225,7 +226,7 @@ def list_forgetting(points: list[Point]) -> list[str]:
 
 
 def render_training(runs: list[RunData]) -> str:
-    """Render learning rate, gradient norm, speed, memory, epochs and skipped updates."""
+    """Render every metric of the steps, memory, epochs and skipped updates."""
     if not any(run.metrics.train for run in runs):
         return ""
     figures = []
@@ -234,10 +235,27 @@ def render_training(runs: list[RunData]) -> str:
         if any(value for _, points in series for _, value in points):
             plot = plot_over_steps(runs, series, title.lower(), 200, unit=unit, scale=scale)
             figures.append(render_figure(plot, caption, title))
+    figures += [render_scalar(runs, name) for name in list_scalars(runs)]
     body = [list_training(run, list_sources(runs)) for run in runs]
     heads = ["run", "tokens/s, median", "peak memory, GB", "steps skipped", "epochs"]
     html = color_legend([run.name for run in runs]) + render_figure_grid(figures)
     return html + html_table(heads, body) + render_skips(runs)
+
+
+def list_scalars(runs: list[RunData]) -> list[str]:
+    """Return the names of the further scalars that the steps returned."""
+    names: set[str] = set()
+    for run in runs:
+        for point in run.metrics.train:
+            names |= point.scalars.keys()
+    return sorted(names)
+
+
+def render_scalar(runs: list[RunData], name: str) -> str:
+    """Draw a scalar that the steps returned beside those of TRAIN_METRICS."""
+    series = [(run.name, get_scalar_points(run.metrics.train, name)) for run in runs]
+    plot = plot_over_steps(runs, series, name, 200)
+    return render_figure(plot, "Of the last step at each logged step.", name)
 
 
 def list_training(run: RunData, order: list[str]) -> list[str]:

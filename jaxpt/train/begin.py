@@ -1,39 +1,160 @@
-"""Start a run from weights: keep only them, or continue the whole run that they come from."""
+"""Find where a run starts: at its own checkpoint, or with weights, and what it keeps of them."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import pathlib
+import shutil
 from typing import Any, NamedTuple
 
 import jax
 
-from jaxpt.config import Config
+from jaxpt.config import Config, MixtureConfig
 from jaxpt.data import loader
 from jaxpt.data.mixture import MixturePhase, schedule_from_history
-from jaxpt.spec import Manifest, UserError
+from jaxpt.spec import Manifest, ModelSpec, UserError
 from jaxpt.stage import local_path
-from jaxpt.train import state
+from jaxpt.train import forgetting, provenance, state, verify
+from jaxpt.train.context import RunContext
 from jaxpt.train.optimizer import NewParams
 from jaxpt.train.records import CheckpointRecord, NewParamsRecord, TrainProgress
 from jaxpt.train.state import TrainState
-from jaxpt.weights import checkpoint, growth
+from jaxpt.weights import checkpoint, growth, hub, initialize
 from jaxpt.weights.initialize import InitResult
 
 log = logging.getLogger(__name__)
 
 
 class RunStart(NamedTuple):
-    """The first state of a run."""
+    """Where a run starts or continues.
 
-    state: TrainState
+    Attributes:
+        spec: the architecture.
+        progress: the position.
+        new_params: what the last growth added.
+        mixture: in force: as configured, or as replay changed it.
+        parent_loss: source -> the parent's held-out nats per token; None where unknown.
+    """
+
+    spec: ModelSpec
     progress: TrainProgress
     new_params: NewParams
+    mixture: MixtureConfig
+    parent_loss: dict[str, float] | None = None
+
+
+class InitialModel(NamedTuple):
+    """What a run that is not resumed starts from.
+
+    Attributes:
+        start: spec and position.
+        state: the first state.
+        record: what is known of the weights, for the check of their loss.
+        is_grown: whether they grew since that record.
+    """
+
+    start: RunStart
+    state: TrainState
+    record: dict[str, Any]
+    is_grown: bool
+
+
+def read_start(run: RunContext, resumed: pathlib.Path) -> RunStart:
+    """Return where a checkpoint of the run itself left it; log what changed since."""
+    spec = ModelSpec.load(resumed / "spec.json")
+    manifest = Manifest.load(resumed)
+    record = CheckpointRecord.from_json(manifest.counts, str(resumed))
+    check_resumed_data(manifest, run.config, run.dataset, run.run_dir)
+    progress = record.progress
+    if progress is None:
+        raise UserError(
+            f"{resumed}: was initialized, not trained, here. Train in a --workdir of its own, "
+            f"with --config.initialize.source={run.run_dir}."
+        )
+    n = progress.n_sequences
+    log.info(f"resumed from {resumed}: step {record.step:,}, {n:,} sequences read")
+    log.info(initialize.describe_model(spec))
+    for change in provenance.list_changed_settings(run.run_dir, run.config):
+        log.warning(f"changed: {change}")
+    new_params = record.new_params or NewParamsRecord({}, 0, "none")
+    mixture = forgetting.restore_replay(run.config.mixture, record.replay)
+    return RunStart(spec, progress, NewParams.from_record(new_params), mixture, record.parent_loss)
+
+
+def init_run(run: RunContext) -> InitialModel:
+    """Initialize a run by config.initialize, and grow."""
+    config, dataset = run.config, run.dataset
+    section = config.initialize
+    init = initialize.init_model(config, run.mesh, dataset.vocab_size, run.measuring_batches)
+    model = init.model
+    check_tokens(section.source, model, dataset)
+    report = None
+    if section.source != "random":
+        report = hub.download_model(section.source) / "growth.json"
+    was_grown = report is not None and report.is_file()
+    if init.parent:
+        verify_init(run, init, init.parent)
+    elif report and was_grown and jax.process_index() == 0:
+        shutil.copyfile(report, run.run_dir / "growth.json")
+    state_now, progress, new_params = init_train_state(config, init, dataset, run.mesh)
+    start = RunStart(model.spec, progress, new_params, config.mixture)
+    record = {"tokenizer": model.tokenizer, **model.record}
+    # a trained descendant of a growth has a record of its own; a grown model has none yet
+    is_grown = bool(init.parent) or (was_grown and not model.step)
+    return InitialModel(start, state_now, record, is_grown)
+
+
+def verify_init(run: RunContext, init: InitResult, parent: initialize.LoadedModel) -> None:
+    """Compare a model that grew with its parent and write growth.json."""
+    section = run.config.initialize
+    report = verify.verify_growth(
+        parent,
+        init.model,
+        section.grow,
+        init.growths,
+        run.mesh,
+        heldout=run.heldout,
+        batches=run.measuring_batches,
+        flops_per_token=run.flops_per_token,
+        moments=section.moments if section.mode == "grow" else "fresh",
+    )
+    verify.write_growth(report, run.run_dir)
+
+
+def check_tokens(source: str, model: initialize.LoadedModel, dataset: loader.PackedDataset) -> None:
+    """Raise UserError unless the data holds the model's tokens."""
+    if model.tokenizer not in (None, dataset.tokenizer):
+        raise UserError(
+            f"initialize.source: {source} was trained with another tokenizer than the data was "
+            "packed with. Pack with the model's tokenizer."
+        )
+    if dataset.vocab_size > model.spec.vocab_size:
+        raise UserError(
+            f"initialize.source: the data has token ids up to {dataset.vocab_size - 1}, the "
+            f"model {model.spec.vocab_size} embedding rows. Pack with the model's tokenizer."
+        )
+
+
+def read_parent_losses(run_dir: pathlib.Path, n_sequences: int) -> dict[str, float] | None:
+    """Return the parent's held-out losses on n sequences per source, as its growth recorded them.
+
+    None if it did not, or on others.
+    """
+    path = run_dir / "growth.json"
+    if not path.is_file():
+        return None
+    report = json.loads(path.read_text())
+    losses = report["heldout_loss"]
+    if not losses or report["heldout_sequences"] != n_sequences:
+        return None
+    return losses["parent"]
 
 
 def init_train_state(
     config: Config, init: InitResult, dataset: loader.PackedDataset, mesh: jax.sharding.Mesh
-) -> RunStart:
+) -> tuple[TrainState, TrainProgress, NewParams]:
     """Return a run's first state by initialize.mode; log what it keeps.
 
     Args:
@@ -46,8 +167,7 @@ def init_train_state(
     if section.mode == "continue":
         log_init_plan(config, init)
         first = state.init_state(model.params, model.spec, config, mesh)
-        new_params = find_new_params(init)
-        return RunStart(first, TrainProgress(), new_params)
+        return first, TrainProgress(), find_new_params(init)
     source = checkpoint.find_checkpoint(local_path(section.source))
     if source is None or not (source / checkpoint.TRAIN_STATE).is_dir():
         raise UserError(
@@ -63,7 +183,7 @@ def init_train_state(
             f"{config.train.steps}. Set more."
         )
     log_init_plan(config, init)
-    return RunStart(*continue_state(config, init, source, record, mesh))
+    return continue_state(config, init, source, record, mesh)
 
 
 def continue_state(

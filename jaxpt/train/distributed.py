@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from jaxpt import logs
-from jaxpt.config import Config
+from jaxpt.config import TrainConfig
 from jaxpt.spec import UserError
 
 log = logging.getLogger(__name__)
@@ -158,14 +158,14 @@ def log_compile_time(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(config: Config) -> Iterator[None]:
+def explain_out_of_memory(train: TrainConfig, seq_len: int) -> Iterator[None]:
     """Raise a failed allocation as a UserError with the settings that would help."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
             raise
-        train, reason = config.train, str(error).splitlines()[0][:200]
+        reason = str(error).splitlines()[0][:200]
         options = []
         if train.batch_size > train.grad_accum_steps:
             n = 2 * train.grad_accum_steps
@@ -175,7 +175,7 @@ def explain_out_of_memory(config: Config) -> Iterator[None]:
         options.append("more devices along mesh.fsdp")
         options.append("initialize.param_dtype=bfloat16 (half the state, some precision lost)")
         raise UserError(
-            f"out of memory: a step of {train.batch_size} sequences x {config.pack.seq_len} tokens "
+            f"out of memory: a step of {train.batch_size} sequences x {seq_len} tokens "
             f"does not fit ({reason}). Options: {'; '.join(options)}. scripts/plan.py shows what "
             "fits before a start."
         ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxpt.config import Config, MixtureConfig
+from jaxpt.config import MixtureConfig
 from jaxpt.stage import to_jsonable
 from jaxpt.train.records import ReplayPhases
 
@@ -15,10 +15,9 @@ FIRST_REPLAY_SHARE = 0.05
 
 
 def find_forgotten(
-    losses: dict[str, float], parent: dict[str, float] | None, settings: Config
+    losses: dict[str, float], parent: dict[str, float] | None, limit: float
 ) -> dict[str, float]:
-    """Return source -> nats per token above the parent, where train.max_forgetting is exceeded."""
-    limit = settings.train.max_forgetting
+    """Return source -> nats per token above the parent, where that exceeds the limit (0: none)."""
     if not parent or not limit:
         return {}
     rises = {}
@@ -81,10 +80,9 @@ def raise_shares(shares: dict[str, float], names: list[str]) -> dict[str, float]
     return result
 
 
-def describe_forgetting(rises: dict[str, float], settings: Config) -> str:
+def describe_forgetting(rises: dict[str, float], limit: float) -> str:
     """Return a sentence about the sources that `find_forgotten` returned."""
     worse = ", ".join(f"{name} +{rise:.3f}" for name, rise in rises.items())
-    limit = settings.train.max_forgetting
     return f"forgetting: nats per token above the parent: {worse} (limit {limit:g})"
 
 

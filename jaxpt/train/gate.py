@@ -7,7 +7,7 @@ import math
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -139,36 +139,14 @@ def check_initial_loss(
         UserError: naming the loss, what it was compared with, the likely cause and what to do.
     """
     losses = heldout.measure_losses(spec, params)
-    unigram = heldout.dataset.unigram_nats
     if not losses:
         log.warning("no source has held-out sequences, so the weights cannot be checked")
         return losses
     recorded = {} if grown else heldout.find_recorded_losses(record)
-    differing = []
-    for name, expected in recorded.items():
-        difference = abs(losses[name] - expected)
-        if not difference <= LOSS_TOLERANCE:  # a NaN differs too
-            differing.append(name)
-    learned = [name for name in losses if losses[name] < unigram[name]]
-    fails = bool(differing) if recorded else not learned
+    judgement = judge_losses(heldout, spec, losses, recorded)
+    finding, fails = judgement.finding, judgement.fails
     if not fails and (recorded or grown):
         return losses
-
-    # report the first source that differs, or the one that the model is best at
-    best_first = sorted(learned or losses, key=lambda name: losses[name] - unigram[name])
-    name = differing[0] if differing else best_first[0]
-    finding = f"held-out loss on {name} is {losses[name]:.2f} nats per token"
-    bound = unigram[name]
-    model_tokenizer = record.get("tokenizer")
-    if differing:
-        finding += f", but {recorded[name]:.2f} was recorded for the same sequences"
-        bound = (losses[name] + recorded[name]) / 2  # a cause explains at least half of it
-        model_tokenizer = heldout.dataset.tokenizer  # the same sequences have the same tokenizer
-    elif fails:
-        guess = math.log(spec.vocab_size)
-        finding += f"; a unigram model has {unigram[name]:.2f}, guessing {guess:.2f}"
-    else:
-        finding += ", and the same weights can do better"
     if grown:
         log.warning(f"{finding}. Growth broke the model's function; training has to repair it")
         return losses
@@ -177,10 +155,59 @@ def check_initial_loss(
         if all(norms.values()):
             log.warning(f"{finding}. The weights were never trained")
             return losses
-    cause = find_likely_cause(heldout, name, spec, params, model_tokenizer, bound, fails)
+    tokenizer = record.get("tokenizer")
+    if judgement.differs:
+        tokenizer = heldout.dataset.tokenizer  # the same sequences have the same tokenizer
+    name, bound = judgement.source, judgement.bound
+    cause = find_likely_cause(heldout, name, spec, params, tokenizer, bound, fails)
     if cause:
         raise UserError(f"initialize.source: {finding}. Most likely {cause}.")
     return losses
+
+
+class LossJudgement(NamedTuple):
+    """What a model's held-out losses say about it.
+
+    Attributes:
+        fails: whether they are wrong.
+        differs: whether they differ from those recorded.
+        source: the first that differs, or the one that the model is best at.
+        finding: its loss and what that was compared with, as half a sentence.
+        bound: nats per token that a right reading of the weights stays below.
+    """
+
+    fails: bool
+    differs: bool
+    source: str
+    finding: str
+    bound: float
+
+
+def judge_losses(
+    heldout: HeldoutData, spec: ModelSpec, losses: dict[str, float], recorded: dict[str, float]
+) -> LossJudgement:
+    """Compare losses with those recorded for the same sequences, else with a unigram model's."""
+    unigram = heldout.dataset.unigram_nats
+    differing = []
+    for name, expected in recorded.items():
+        difference = abs(losses[name] - expected)
+        if not difference <= LOSS_TOLERANCE:  # a NaN differs too
+            differing.append(name)
+    learned = [name for name in losses if losses[name] < unigram[name]]
+    fails = bool(differing) if recorded else not learned
+    best_first = sorted(learned or losses, key=lambda name: losses[name] - unigram[name])
+    name = differing[0] if differing else best_first[0]
+    finding = f"held-out loss on {name} is {losses[name]:.2f} nats per token"
+    bound = unigram[name]
+    if differing:
+        finding += f", but {recorded[name]:.2f} was recorded for the same sequences"
+        bound = (losses[name] + recorded[name]) / 2  # a cause explains at least half of it
+    elif fails:
+        guess = math.log(spec.vocab_size)
+        finding += f"; a unigram model has {unigram[name]:.2f}, guessing {guess:.2f}"
+    else:
+        finding += ", and the same weights can do better"
+    return LossJudgement(fails, bool(differing), name, finding, bound)
 
 
 def find_likely_cause(

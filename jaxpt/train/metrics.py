@@ -13,6 +13,7 @@ import time
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from jaxpt.config import Config
@@ -28,11 +29,16 @@ from jaxpt.train.records import (
     SkippedUpdate,
     TrainMetrics,
 )
-from jaxpt.train.step import StepMetrics
 
 log = logging.getLogger(__name__)
 
 MAX_SKIPPED_DOCUMENTS = 32  # listed per skipped step; trace.py lists all
+MAX_COLUMNS = 69  # of a console line; time and level take 11 of a terminal's 80
+# of a step, that a record has fields for; loss and n_targets are summed over the interval instead
+KNOWN_SCALARS = ("loss_sum", "n_targets", "loss", "grad_norm", "lr", "n_skipped")
+KNOWN_SCALARS += ("consecutive_skips",)
+
+HostScalars = dict[str, np.ndarray]  # what a step returned, on the host
 
 
 class DeviceCost(NamedTuple):
@@ -41,6 +47,18 @@ class DeviceCost(NamedTuple):
     flops_per_token: float | None = None  # forward and backward, by plan/flops.py
     peak_flops: float | None = None  # of one device, FLOP/s at the compute dtype
     usd_per_hour: float | None = None  # of one device
+
+    def compute_mfu(self, tokens_per_second: float, n_devices: int) -> float | None:
+        """Return the model's FLOP/s as a fraction of what the devices can do."""
+        if not self.peak_flops or not self.flops_per_token:
+            return None
+        return tokens_per_second * self.flops_per_token / (n_devices * self.peak_flops)
+
+    def compute_usd(self, seconds: float, n_devices: int) -> float | None:
+        """Return what the devices cost in this time, in dollars."""
+        if not self.usd_per_hour:
+            return None
+        return seconds / 3600 * n_devices * self.usd_per_hour
 
 
 class MetricsLogger:
@@ -56,6 +74,7 @@ class MetricsLogger:
         config: Config,
         *,
         tokens_per_step: int,
+        n_devices: int,
         resumed_at: int,
         started: float,
         cost: DeviceCost,
@@ -66,6 +85,7 @@ class MetricsLogger:
             run_dir: the run directory.
             config: the recipe.
             tokens_per_step: over all devices.
+            n_devices: over all processes.
             resumed_at: updates done before this start.
             started: time.monotonic() from which seconds and money are counted.
             cost: of the model on one device.
@@ -74,6 +94,7 @@ class MetricsLogger:
         self.config = config
         self.steps = config.train.steps
         self.tokens_per_step = tokens_per_step
+        self.n_devices = n_devices
         self.cost = cost
         self.path = run_dir / "metrics.jsonl"
         self.is_writer = jax.process_index() == 0
@@ -103,13 +124,13 @@ class MetricsLogger:
         )
 
     def log_train(
-        self, step: int, last: StepMetrics, *, loss: float, epochs: dict[str, float]
+        self, step: int, scalars: HostScalars, *, loss: float, epochs: dict[str, float]
     ) -> None:
         """Write a record and a console line for the steps since the last one.
 
         Args:
             step: updates done.
-            last: of the last step, on the host.
+            scalars: of the last step.
             loss: mean over those steps, nats per token.
             epochs: source -> times read.
         """
@@ -118,27 +139,22 @@ class MetricsLogger:
         self.last_step, self.last_time = step, now
         tokens_per_second = self.tokens_per_step / step_seconds
         seconds = self.seconds_before_resume + now - self.start
-        n_devices = jax.device_count()
-        mfu = usd = None
-        if self.cost.peak_flops and self.cost.flops_per_token:
-            model_flops = tokens_per_second * self.cost.flops_per_token
-            mfu = model_flops / (n_devices * self.cost.peak_flops)
-        if self.cost.usd_per_hour:
-            usd = seconds / 3600 * n_devices * self.cost.usd_per_hour
+        further = scalars.keys() - set(KNOWN_SCALARS)
         record = TrainMetrics(
             step=step,
             loss=loss,
-            grad_norm=float(last.grad_norm),
-            lr=float(last.lr),
+            grad_norm=float(scalars["grad_norm"]),
+            lr=float(scalars["lr"]),
             n_tokens=step * self.tokens_per_step,
             epochs=epochs,
             tokens_per_second=tokens_per_second,
             step_seconds=step_seconds,
-            mfu=mfu,
+            mfu=self.cost.compute_mfu(tokens_per_second, self.n_devices),
             memory_bytes=measure_peak_memory(),
-            n_skipped=int(last.n_skipped),
+            n_skipped=int(scalars["n_skipped"]),
             seconds=seconds,
-            usd=usd,
+            usd=self.cost.compute_usd(seconds, self.n_devices),
+            scalars={name: float(scalars[name]) for name in sorted(further)},
         )
         self.write_record(record)
         for line in self.format_train(record):
@@ -147,7 +163,7 @@ class MetricsLogger:
             self.progress_bar.update(step - self.progress_bar.n)
 
     def format_train(self, record: TrainMetrics) -> list[str]:
-        """Return a line of at most 69 columns, and a second one for what is not always there."""
+        """Return a line, and a second one for what is not always there, of MAX_COLUMNS at most."""
         left = format_duration((self.steps - record.step) * record.step_seconds)
         rate = f"{record.tokens_per_second:,.0f} tok/s"
         first = f"{self.format_step(record.step)}  loss {record.loss:.4f}  "
@@ -159,11 +175,16 @@ class MetricsLogger:
             more.append(f"${record.usd:,.2f}")
         if record.n_skipped:
             more.append(f"{record.n_skipped} skipped")
-        if not more:
+        if not more and not record.scalars:
             return [first]
         more.append(f"{record.memory_bytes / 2**30:.1f} GiB")
         more.append(f"{format_duration(record.seconds)} so far")
-        return [first, "  " + "  ".join(more)]
+        second = "  " + "  ".join(more)
+        for name, value in record.scalars.items():
+            column = f"  {name} {value:.4g}"
+            if len(second + column) <= MAX_COLUMNS:
+                second += column
+        return [first, second]
 
     def format_step(self, step: int) -> str:
         """Return "step  10/300"."""
@@ -183,9 +204,9 @@ class MetricsLogger:
         log.info(f"{self.format_step(step)}  held-out loss  {'  '.join(parts)}")
         self.restart_timer(step)
 
-    def log_skipped_update(self, step: int, metrics: StepMetrics, documents: list[str]) -> None:
+    def log_skipped_update(self, step: int, scalars: HostScalars, documents: list[str]) -> None:
         """Write that an update was skipped, with the first documents of its batch."""
-        loss, norm = finite_or_none(metrics.loss), finite_or_none(metrics.grad_norm)
+        loss, norm = finite_or_none(scalars["loss"]), finite_or_none(scalars["grad_norm"])
         first = tuple(documents[:MAX_SKIPPED_DOCUMENTS])
         self.write_record(SkippedUpdate(step, loss, norm, first, len(documents)))
 
@@ -203,20 +224,6 @@ class MetricsLogger:
     def restart_timer(self, step: int) -> None:
         """Leave out of the next steps' time what happened at this one (evaluation, checkpoint)."""
         self.last_step, self.last_time = step, time.monotonic()
-
-    def profile_step(self, step: int, metrics: Any = None) -> None:
-        """Record the steps of train.profile_steps with the JAX profiler into RUN/tensorboard.
-
-        Call it before each step, and after it with the step's metrics.
-        """
-        first, last = self.config.train.profile_steps or (0, 0)
-        directory = self.run_dir / "tensorboard"
-        if step == first and metrics is None:
-            jax.profiler.start_trace(str(directory))
-        if step == last and metrics is not None:
-            jax.block_until_ready(metrics)
-            jax.profiler.stop_trace()
-            log.info(f"profile of steps {first} to {last}: tensorboard --logdir {directory}")
 
     def write_record(self, record: MetricRecord) -> None:
         """Write a record everywhere."""

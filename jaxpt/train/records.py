@@ -28,6 +28,7 @@ class TrainMetrics(Record):
     n_skipped: int  # updates skipped since step 0
     seconds: float  # since step 0, resumes included
     usd: float | None  # since step 0, over all devices; None: no price is known
+    scalars: dict[str, float] = dataclasses.field(default_factory=dict)  # others, of the last step
     kind: str = "train"
 
 

@@ -6,7 +6,7 @@ The same code trains, and is compiled by the planner for chips that are not here
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -33,26 +33,9 @@ from jaxpt.weights.measure import Params
 SPIKE_WARMUP = 50
 
 
-class StepMetrics(NamedTuple):
-    """What a step reports. Scalars, float32 but for the last two, which are int32.
-
-    Attributes:
-        loss_sum: nats, over the batch, without z-loss.
-        n_targets: the sum of the loss mask.
-        loss: nats per target.
-        grad_norm: of the mean gradient, before clipping.
-        lr: learning rate of the update.
-        n_skipped: updates skipped since step 0.
-        consecutive_skips: updates skipped in a row, this one included.
-    """
-
-    loss_sum: Any
-    n_targets: Any
-    loss: Any
-    grad_norm: Any
-    lr: Any
-    n_skipped: Any
-    consecutive_skips: Any
+# What a step reports: float32 scalars by name, `n_skipped` and `consecutive_skips` int32. A further
+# one needs no other line: it is logged, stored and plotted under its name.
+Scalars = dict[str, jax.Array]
 
 
 def build_step(
@@ -61,7 +44,7 @@ def build_step(
     mesh: Mesh,
     new_params: NewParams = NewParams(),
 ) -> Any:
-    """Return the jitted step(state, batch) -> (state, StepMetrics).
+    """Return the jitted step(state, batch) -> (state, Scalars).
 
     The state is donated, and returned with the shardings that it came with.
 
@@ -78,7 +61,7 @@ def build_step(
     sum_gradients = make_gradient_function(spec, settings, mesh)
     update = make_update_function(spec, optim, settings.train.steps, new_params)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             grads, loss_sum = sum_gradients(state.params, batch)
         n_targets = jnp.sum(batch.loss_mask)
@@ -96,10 +79,16 @@ def build_step(
             scale *= jnp.minimum(optim.clip_norm / grad_norm, 1)
         params, opt_state, lr = update(state, grads, scale, multipliers, good)
         skips = update_skip_state(state.skip_state, grad_norm, good)
-        mean_loss = loss_sum / jnp.maximum(n_targets, 1)
-        counts = skips.n_skipped, skips.consecutive_skips
-        metrics = StepMetrics(loss_sum, n_targets, mean_loss, grad_norm, lr, *counts)
-        return TrainState(state.step + 1, params, opt_state, skips), metrics
+        scalars = {
+            "loss_sum": loss_sum,  # nats, over the batch, without z-loss
+            "n_targets": n_targets,  # the sum of the loss mask
+            "loss": loss_sum / jnp.maximum(n_targets, 1),
+            "grad_norm": grad_norm,  # of the mean gradient, before clipping
+            "lr": lr,
+            "n_skipped": skips.n_skipped,  # since step 0
+            "consecutive_skips": skips.consecutive_skips,  # this step included
+        }
+        return TrainState(state.step + 1, params, opt_state, skips), scalars
 
     in_state = state_shardings(make_abstract_state(spec, settings, mesh))
     in_shardings = (in_state, make_batch_sharding(mesh))

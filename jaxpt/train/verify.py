@@ -78,39 +78,40 @@ def verify_growth(
     Raises:
         UserError: an operator that promises to preserve the function did not.
     """
+    models = {"parent": parent, "child": child}
+    report = describe_growth(models, operators, growths, flops_per_token, at_step, moments)
+    if report.preserves_function:
+        difference = check_logits(parent, child, operators, growths, mesh)
+        report = dataclasses.replace(report, max_logit_difference=difference)
+    # else the data is not the parent's, or not the child's
+    if parent.tokenizer == child.tokenizer:
+        report = measure_models(report, models, heldout, batches)
+    unigram = heldout.dataset.unigram_nats if heldout else {}
+    verdict = judge_growth(report, unigram)
+    return dataclasses.replace(report, verdict=verdict)
+
+
+def describe_growth(
+    models: dict[str, LoadedModel],
+    operators: Sequence[str],
+    growths: Sequence[growth.Growth],
+    flops_per_token: Callable[[ModelSpec], float | None],
+    at_step: int | None,
+    moments: str | None,
+) -> GrowthReport:
+    """Return the report before anything is measured. For the arguments see `verify_growth`."""
+    parent = models["parent"]
     layer_map: list[int | None] = list(range(parent.spec.n_layers))
+    measured: dict[str, Any] = {}
     for grown in growths:
         layer_map = [None if i is None else layer_map[i] for i in grown.layer_map]
+        measured |= grown.measured
     new_params = growth.find_new_params_through(growths)
     new_layers = np.flatnonzero(new_params.get("layers", ()))
-    preserves = all(grown.preserves_function for grown in growths)
-    difference = None
-    if preserves:
-        difference = check_logits(parent, child, operators, growths, mesh)
-    # else the data is not the parent's, or not the child's
-    same_tokens = parent.tokenizer == child.tokenizer
-    models = {"parent": parent, "child": child}
-    losses = layers = similarity = n_sequences = None
-    unigram: dict[str, float] = {}
-    if heldout and same_tokens:
-        losses = {}
-        for name, model in models.items():
-            losses[name] = heldout.measure_losses(model.spec, model.params)
-        n_sequences = heldout.settings.train.eval_sequences
-        unigram = heldout.dataset.unigram_nats
-    if batches and same_tokens:
-        layers = {}
-        for name, model in models.items():
-            layers[name] = measure_model_statistics(model, batches())
-        found = measure.measure_copy_similarity(child.spec, child.params, layer_map, batches())
-        similarity = tuple(found)
     flops: dict[str, float] = {}
-    measured: dict[str, Any] = {}
     for name, model in models.items():
         flops[name] = flops_per_token(model.spec) or 0.0
-    for grown in growths:
-        measured |= grown.measured
-    report = GrowthReport(
+    return GrowthReport(
         parent=str(parent.source) if parent.source else "random weights",
         operators=tuple(operators),
         at_step=at_step,
@@ -119,17 +120,38 @@ def verify_growth(
         n_params={name: transformer.count_params(model.spec) for name, model in models.items()},
         flops_per_token=flops if all(flops.values()) else None,
         spec={name: model.spec for name, model in models.items()},
-        heldout_loss=losses,
-        heldout_sequences=n_sequences,
-        preserves_function=preserves,
-        max_logit_difference=difference,
-        layers=layers,
-        copy_similarity=similarity,
+        heldout_loss=None,
+        heldout_sequences=None,
+        preserves_function=all(grown.preserves_function for grown in growths),
+        max_logit_difference=None,
+        layers=None,
+        copy_similarity=None,
         measured=measured,
         moments=moments,
     )
-    verdict = judge_growth(report, unigram)
-    return dataclasses.replace(report, verdict=verdict)
+
+
+def measure_models(
+    report: GrowthReport,
+    models: dict[str, LoadedModel],
+    heldout: HeldoutData | None,
+    batches: ReadBatches | None,
+) -> GrowthReport:
+    """Return the report with held-out losses and layer statistics, as far as there is data."""
+    if heldout:
+        losses = {}
+        for name, model in models.items():
+            losses[name] = heldout.measure_losses(model.spec, model.params)
+        n_sequences = heldout.settings.train.eval_sequences
+        report = dataclasses.replace(report, heldout_loss=losses, heldout_sequences=n_sequences)
+    if batches:
+        layers = {}
+        for name, model in models.items():
+            layers[name] = measure_model_statistics(model, batches())
+        child, layer_map = models["child"], report.layer_map
+        found = measure.measure_copy_similarity(child.spec, child.params, layer_map, batches())
+        report = dataclasses.replace(report, layers=layers, copy_similarity=tuple(found))
+    return report
 
 
 def check_logits(
@@ -325,23 +347,9 @@ def initialize_run(
         if source and is_import:
             check_import(source, init.parent or init.model, heldout, mesh, check)
         if init.parent:
-            report = verify_growth(
-                init.parent,
-                init.model,
-                config.initialize.grow,
-                init.growths,
-                mesh,
-                heldout=heldout,
-                batches=batches,
-                flops_per_token=lambda spec: flops_per_token(spec, config.pack.seq_len),
+            report = report_growth(
+                init, init.parent, config, packed, heldout, batches, flops_per_token, probe_steps
             )
-            if probe_steps and heldout and report.heldout_loss:
-                before = run_probe(init.parent, config, packed, heldout, mesh, probe_steps)
-                after = run_probe(init.model, config, packed, heldout, mesh, probe_steps)
-                probe = ProbeRecord(probe_steps, before, after)
-                report = dataclasses.replace(report, probe=probe)
-                verdict = judge_growth(report, heldout.dataset.unigram_nats)
-                report = dataclasses.replace(report, verdict=verdict)
             write_growth(report, run)
         save_initial_model(run, init)
         model = init.model
@@ -356,6 +364,37 @@ def initialize_run(
     seed = config.initialize.seed
     run_stage("initialize", out, work, config=request, inputs=inputs, seed=seed, replace=replace)
     log.info(f"initialize: {out} is ready; train it with --config.initialize.source={out}")
+
+
+def report_growth(
+    init: initialize.InitResult,
+    parent: LoadedModel,
+    config: Config,
+    packed: Sequence[pathlib.Path],
+    heldout: HeldoutData | None,
+    batches: ReadBatches | None,
+    flops_per_token: Callable[[ModelSpec, int], float],
+    probe_steps: int,
+) -> GrowthReport:
+    """Return the report of a growth before training, after a short training of both models."""
+    mesh = make_mesh(config.mesh)
+    report = verify_growth(
+        parent,
+        init.model,
+        config.initialize.grow,
+        init.growths,
+        mesh,
+        heldout=heldout,
+        batches=batches,
+        flops_per_token=lambda spec: flops_per_token(spec, config.pack.seq_len),
+    )
+    if not probe_steps or not heldout or not report.heldout_loss:
+        return report
+    before = run_probe(parent, config, packed, heldout, mesh, probe_steps)
+    after = run_probe(init.model, config, packed, heldout, mesh, probe_steps)
+    report = dataclasses.replace(report, probe=ProbeRecord(probe_steps, before, after))
+    verdict = judge_growth(report, heldout.dataset.unigram_nats)
+    return dataclasses.replace(report, verdict=verdict)
 
 
 def check_import(

@@ -1,7 +1,7 @@
 """Make the initial model: the first source that applies, then growth.
 
-1. this run's own newest checkpoint, with its optimizer (train/loop.py: a resumed run never comes
-   here)
+1. this run's own newest checkpoint, with its optimizer (train/session.py: a resumed run never
+   comes here)
 2. a checkpoint of another run, parameters only
 3. a Hugging Face directory
 4. random

@@ -1,0 +1,87 @@
+"""Open what a run is given: settings, directory, devices and data."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+
+from jaxpt.config import Config
+from jaxpt.data import loader
+from jaxpt.spec import Batch, ModelSpec, UserError
+from jaxpt.train import gate, optimizer, verify
+from jaxpt.train.metrics import DeviceCost
+
+EstimateCost = Callable[[ModelSpec], DeviceCost]
+
+
+def no_cost(spec: ModelSpec) -> DeviceCost:
+    """Return an unknown cost."""
+    return DeviceCost()
+
+
+@dataclasses.dataclass(frozen=True)
+class RunContext:
+    """What stays the same from a run's first step to its last.
+
+    Attributes:
+        config: the recipe.
+        run_dir: the run directory.
+        mesh: the devices.
+        packed: directories of packed sequences.
+        dataset: their training split.
+        heldout: their held-out split, to measure losses on.
+        measuring_batches: reads the training batches that growth measures on.
+        estimate_device_cost: what a device costs and can do for a model, for MFU and money.
+        started: time.monotonic() at the start.
+    """
+
+    config: Config
+    run_dir: pathlib.Path
+    mesh: jax.sharding.Mesh
+    packed: list[str]
+    dataset: loader.PackedDataset
+    heldout: gate.HeldoutData
+    measuring_batches: Callable[[], Iterator[Batch]]
+    estimate_device_cost: EstimateCost
+    started: float
+
+    def flops_per_token(self, spec: ModelSpec) -> float | None:
+        """Return training FLOPs per token of a model."""
+        return self.estimate_device_cost(spec).flops_per_token
+
+
+def open_run(
+    config: Config,
+    run_dir: pathlib.Path,
+    packed: list[str],
+    mesh: jax.sharding.Mesh,
+    estimate_device_cost: EstimateCost = no_cost,
+) -> RunContext:
+    """Open the packed sequences of a run.
+
+    Raises:
+        UserError: their length is not pack.seq_len, or there is no such optimizer.
+    """
+    started = time.monotonic()
+    optimizer.check_name(config.optim)
+    dataset = loader.open_packed(packed)
+    if dataset.seq_len != config.pack.seq_len:
+        raise UserError(
+            f"pack.seq_len: expected {dataset.seq_len}, as the packed sequences have, got "
+            f"{config.pack.seq_len}. Set it to that, or pack again."
+        )
+    return RunContext(
+        config=config,
+        run_dir=run_dir,
+        mesh=mesh,
+        packed=packed,
+        dataset=dataset,
+        heldout=gate.HeldoutData(config, packed, mesh),
+        measuring_batches=verify.make_measuring_batches(config, packed, mesh),
+        estimate_device_cost=estimate_device_cost,
+        started=started,
+    )

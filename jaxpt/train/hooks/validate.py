@@ -1,0 +1,20 @@
+"""Measure the held-out losses of a run."""
+
+from __future__ import annotations
+
+from jaxpt.train.hooks.hook import Hook
+from jaxpt.train.session import Session
+
+
+class Validate(Hook):
+    """Measures every train.eval_every steps; session.heldout_losses has the result for a step."""
+
+    def __init__(self, every: int):
+        """Measure every so many steps; 0: after the last step alone."""
+        self.every = every
+
+    def after_step(self, session: Session) -> None:
+        """Measure and log the losses by source, beside the parent's."""
+        losses = session.run.heldout.measure_losses(session.spec, session.state.params)
+        session.heldout_losses = losses
+        session.metrics.log_heldout(session.step, losses, session.parent_loss)

@@ -1,0 +1,83 @@
+"""Write what a run directory tells about its run: settings, program, starts, mixture, tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+
+from jaxpt import stage
+from jaxpt.config import Config
+from jaxpt.data.mixture import MixtureSchedule
+from jaxpt.data.storage import open_storage
+from jaxpt.spec import ModelSpec
+from jaxpt.train.context import RunContext
+from jaxpt.train.records import StartRecord
+
+# What decides the result of a run. Another mesh does not (law 3), nor do the other sections.
+RESULT_SECTIONS = ("mixture", "model", "initialize", "train", "optim")
+
+
+def result_config(config: Config) -> dict[str, Any]:
+    """Return the sections that decide the result."""
+    sections = {}
+    for name in RESULT_SECTIONS:
+        sections[name] = dataclasses.asdict(getattr(config, name))
+    return sections
+
+
+def list_changed_settings(run_dir: pathlib.Path, config: Config) -> list[str]:
+    """Return what decides the result and changed: "optim.peak_lr: 0.001, was 0.003"."""
+    before = json.loads((run_dir / "config.json").read_text())
+    changes = []
+    for section, knobs in stage.to_jsonable(result_config(config)).items():
+        for name, value in knobs.items():
+            old = before[section].get(name)
+            if old != value:
+                changes.append(f"{section}.{name}: {value!r}, was {old!r}")
+    return changes
+
+
+def write_mixture_phases(run_dir: pathlib.Path, schedule: MixtureSchedule) -> None:
+    """Write RUN/phases.json: what the run has read and will read, for tracing."""
+    if jax.process_index() == 0:
+        stage.write_json_atomic(run_dir / "phases.json", schedule.phases)
+
+
+def write_run_provenance(run: RunContext, spec: ModelSpec, at_step: int) -> None:
+    """Write what a run needs to be read and repeated by itself.
+
+    config.json, spec.json and tokenizer/; starts.jsonl and program.diff for every start.
+    """
+    if jax.process_index():
+        return
+    program, diff = stage.describe_program()
+    start = StartRecord(
+        started=program.started,
+        command=program.command,
+        working_dir=program.directory,
+        host=program.host,
+        versions=program.versions,
+        commit=program.commit,
+        step=at_step,
+        n_processes=jax.process_count(),
+        n_devices=run.mesh.size,
+        device_kind=run.mesh.devices.flat[0].device_kind,
+    )
+    line = json.dumps(start.to_json())
+    run_dir = run.run_dir
+    with open(run_dir / "starts.jsonl", "a") as file:
+        file.write(f"{line}\n")
+    stage.write_atomic(run_dir / "program.diff", diff)
+    stage.write_json_atomic(run_dir / "config.json", dataclasses.asdict(run.config))
+    spec.save(run_dir / "spec.json")
+    tokenizer = run_dir / "tokenizer"
+    partial = run_dir / "tokenizer.partial"
+    if tokenizer.exists():
+        return
+    storage = open_storage(run.packed[0])
+    if storage.copy_to_local("tokenizer", partial):
+        partial.rename(tokenizer)

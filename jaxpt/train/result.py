@@ -1,0 +1,94 @@
+"""Say what decides the result of a run, whether it is there already, and record it."""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+import time
+
+import jax
+
+from jaxpt import stage
+from jaxpt.config import Config
+from jaxpt.data.storage import open_storage
+from jaxpt.spec import Manifest, UserError
+from jaxpt.train.metrics import read_metrics
+from jaxpt.train.provenance import result_config
+from jaxpt.train.records import HeldoutMetrics, TrainCounts
+from jaxpt.train.session import Session
+from jaxpt.weights import initialize
+
+log = logging.getLogger(__name__)
+
+Inputs = dict[str, dict[str, str]]
+
+
+def make_request(config: Config, packed: list[str]) -> stage.StageRequest:
+    """Return what a run is asked for: settings, inputs and seed."""
+    inputs = find_inputs(config, packed)
+    return stage.StageRequest("train", result_config(config), inputs, config.mixture.seed)
+
+
+def find_inputs(config: Config, packed: list[str]) -> Inputs:
+    """Return path and fingerprint of what a run reads."""
+    inputs = {}
+    for path in packed:
+        found = open_storage(path).manifest.fingerprint
+        inputs[f"packed {path}"] = {"path": path, "fingerprint": found}
+    if config.initialize.source != "random":
+        source = initialize.resolve_source(config.initialize.source)
+        found = stage.fingerprint_path(source)
+        inputs["initialize"] = {"path": str(source), "fingerprint": found}
+    return inputs
+
+
+def is_finished(run_dir: pathlib.Path, request: stage.StageRequest) -> bool:
+    """Return whether a run holds the end of this training. Raise UserError if of another."""
+    if not (run_dir / "manifest.json").is_file():
+        return False
+    manifest = Manifest.load(run_dir)
+    if manifest.stage != "train":
+        raise UserError(
+            f"{run_dir}: was written by {manifest.stage}. Train in a --workdir of its own, with "
+            f"--config.initialize.source={run_dir}."
+        )
+    there = stage.request_fingerprint("train", manifest.config, manifest.inputs, manifest.seed)
+    train = request.config["train"]
+    n_done, n_steps = manifest.counts["n_steps"], train["steps"]
+    if there == request.fingerprint:
+        log.info(f"train: {run_dir} is finished already ({n_done:,} steps), nothing to do")
+        return True
+    same = {**request.config, "train": {**train, "steps": n_done}}
+    if n_steps > n_done and stage.to_jsonable(same) == manifest.config:
+        log.info(f"train: {run_dir} had {n_done:,} steps and continues to {n_steps:,}")
+        if jax.process_index() == 0:
+            # not finished any more, which launch.py and later stages look at
+            (run_dir / "manifest.json").unlink()
+        return False
+    difference = stage.describe_difference(manifest, request)
+    raise UserError(f"train: {run_dir} holds the result of {difference}. Give another --workdir.")
+
+
+def write_manifest(session: Session, request: stage.StageRequest) -> None:
+    """Write a finished run's manifest, so that the next start does nothing."""
+    if jax.process_index():
+        return
+    assert session.saved
+    run = session.run
+    records = read_metrics(run.run_dir / "metrics.jsonl")
+    losses = [r.heldout_loss for r in records if isinstance(r, HeldoutMetrics)][-1]
+    n_tokens = session.n_sequences * run.dataset.seq_len
+    n_params = sum(x.size for x in jax.tree.leaves(session.state.params))
+    counts = TrainCounts(session.step, session.n_sequences, n_tokens, losses, n_params)
+    outputs = {}
+    for name, checksum in Manifest.load(session.saved).outputs.items():
+        outputs[f"checkpoints/{session.step}/{name}"] = checksum
+    manifest = stage.make_manifest(
+        request,
+        outputs=outputs,
+        counts=counts.to_json(),
+        tokenizer=run.dataset.tokenizer,
+        seconds=session.metrics.seconds_before_resume + time.monotonic() - run.started,
+    )
+    stage.write_manifest(manifest, run.run_dir)
+    log.info(f"train: {session.saved}: {session.step:,} steps, {n_tokens:,} tokens")

@@ -1,0 +1,346 @@
+"""A run in progress: its state and position, resumed from a checkpoint or initialized."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import logging
+import math
+import pathlib
+from collections.abc import Generator, Iterator
+from typing import Any
+
+import jax
+
+from jaxpt import sharding
+from jaxpt.config import Config, MixtureConfig
+from jaxpt.data import loader
+from jaxpt.data.mixture import MixturePhase, MixtureSchedule
+from jaxpt.model import loss
+from jaxpt.model.kernels import select
+from jaxpt.spec import Batch, ModelSpec, UserError
+from jaxpt.train import begin, distributed, gate, provenance, state, step
+from jaxpt.train.begin import InitialModel, RunStart
+from jaxpt.train.context import RunContext
+from jaxpt.train.metrics import HostScalars, MetricsLogger
+from jaxpt.train.records import TrainProgress
+from jaxpt.train.state import TrainState
+from jaxpt.weights import checkpoint
+
+log = logging.getLogger(__name__)
+
+
+def start_session(run: RunContext) -> Session:
+    """Resume a run from its newest checkpoint, else initialize it by config.initialize.
+
+    Raises:
+        UserError: model, data, mesh and settings do not fit each other, or memory does not suffice.
+    """
+    run.run_dir.mkdir(parents=True, exist_ok=True)
+    newest = checkpoint.find_newest(run.run_dir)
+    return resume_session(run, newest) if newest else init_session(run)
+
+
+def resume_session(run: RunContext, directory: pathlib.Path) -> Session:
+    """Return the session that a checkpoint of the run continues."""
+    session = Session(run, begin.read_start(run, directory))
+    # the checkpoint is read while the step is compiled, or read from the cache
+    with session.explain_start(), concurrent.futures.ThreadPoolExecutor(1) as executor:
+        compiled = executor.submit(session.compile_step)
+        abstract = state.make_abstract_state(session.spec, run.config, run.mesh)
+        params = checkpoint.restore_tree(directory, checkpoint.PARAMS, abstract.params)
+        session.state = state.restore_state(directory, params, abstract)
+        session.train_step = compiled.result()
+    session.is_new_step = True  # no warm-up step has tried its memory
+    session.saved = directory
+    session.open_logs()
+    session.metrics.log_resume(session.step)
+    return session
+
+
+def init_session(run: RunContext) -> Session:
+    """Return a new session, after a warm-up step and a check of weights from elsewhere."""
+    initial = begin.init_run(run)
+    session = Session(run, initial.start)
+    with session.explain_start():
+        session.train_step = session.compile_step()
+        first = initial.state
+        session.state = step.run_warmup_step(session.train_step, first, run.config, run.mesh)
+    session.open_logs()
+    check_initial_loss(session, initial)
+    return session
+
+
+class Session:
+    """What the steps of a run, and the hooks around them, change.
+
+    Scalars stay on the devices until a hook is due, so that the host never waits for a step.
+
+    Attributes:
+        run: what stays the same.
+        spec: the architecture.
+        state: weights, optimizer and skip state.
+        train_step: the compiled (state, batch) -> (state, scalars).
+        new_params: what the last growth added.
+        parent_loss: source -> the parent's held-out nats per token; None where unknown.
+        mixture: in force: as configured, or as replay changed it.
+        schedule: which sequence is read when.
+        batches: from the position on.
+        step: updates done or skipped.
+        n_sequences: read.
+        n_growths: of train.grow, done.
+        loss_sum: nats since the last log line, of the steps collected.
+        n_targets: trained on since the last log line, likewise.
+        collected: (step, scalars) of the steps that the host has waited for after this one.
+        scalars: of the last step collected.
+        heldout_losses: source -> nats per token after this step; None: not measured.
+        metrics: writes records.
+        saved: the newest complete checkpoint, of those that were waited for.
+        exit_status: once the run was asked to stop; until then None.
+    """
+
+    state: TrainState
+    train_step: Any
+    metrics: MetricsLogger
+
+    def __init__(self, run: RunContext, start: RunStart):
+        """Take a position over. Raise UserError if it does not fit the run."""
+        self.run = run
+        self.spec = start.spec
+        self.new_params = start.new_params
+        self.parent_loss = start.parent_loss
+        self.mixture = start.mixture
+        self.step = start.progress.step
+        self.n_sequences = start.progress.n_sequences
+        self.n_growths = start.progress.n_growths
+        self.loss_sum = start.progress.interval_loss_sum
+        self.n_targets = start.progress.interval_n_tokens
+        self.on_device: list[step.Scalars] = []  # of the steps since the last collection
+        self.collected: list[tuple[int, HostScalars]] = []
+        self.scalars: HostScalars = {}
+        self.heldout_losses: dict[str, float] | None = None
+        self.is_new_step = False  # compiled, but its memory was never tried
+        self.saved: pathlib.Path | None = None
+        self.exit_status: int | None = None
+        self.check_sizes()
+        self.schedule = self.make_schedule(list(start.progress.data_history))
+        self.batches = self.read_batches()
+        self.check_growth_steps()
+        self.log_plan()
+
+    # ---- checks
+
+    def check_sizes(self) -> None:
+        """Raise UserError if the model does not fit the sequences or the mesh."""
+        train, seq_len = self.run.config.train, self.run.dataset.seq_len
+        if seq_len > self.spec.max_seq_len:
+            raise UserError(
+                f"pack.seq_len: expected at most {self.spec.max_seq_len}, the model's max_seq_len, "
+                f"got sequences of {seq_len} tokens. Pack shorter ones."
+            )
+        sharding.check_mesh_divides(
+            self.run.mesh, self.spec, train.batch_size, train.grad_accum_steps, seq_len
+        )
+
+    def check_growth_steps(self) -> None:
+        """Raise UserError for a growth planned at a step that has passed."""
+        for at, _ in self.run.config.train.grow[self.n_growths :]:
+            if at < self.step:
+                raise UserError(
+                    f"train.grow: {self.run.run_dir} is at step {self.step:,} and did not "
+                    f"grow after step {at}, which has passed. Use a later step, or grow it into "
+                    "another --workdir with initialize.source and initialize.grow."
+                )
+
+    def log_plan(self) -> None:
+        """Log mesh, batch, data and the fast paths of the step."""
+        mesh, train = self.run.mesh, self.run.config.train
+        sizes = [f"{name} {size}" for name, size in mesh.shape.items() if size > 1]
+        shape = ", ".join(sizes) or "no sharding"
+        kind = mesh.devices.flat[0].device_kind
+        log.info(f"mesh: {mesh.size} {kind} device{'s' if mesh.size > 1 else ''}, {shape}")
+        seq_len = self.run.dataset.seq_len
+        log.info(f"batch: {train.batch_size} sequences x {seq_len} tokens per step")
+        epochs = format_epochs(self.schedule.compute_epochs(self.n_sequences_at_end))
+        log.info(f"data: {train.steps:,} steps: {epochs}")
+        log_fast_paths(self.spec, self.run.config, mesh)
+
+    # ---- data
+
+    @property
+    def n_sequences_at_end(self) -> int:
+        """Return how many sequences the run will have read after its last step."""
+        train = self.run.config.train
+        return self.n_sequences + (train.steps - self.step) * train.batch_size
+
+    def make_schedule(self, history: list[MixturePhase]) -> MixtureSchedule:
+        """Return the order of sequences, from the position on.
+
+        Raises:
+            UserError: it reads a source more often than mixture.max_epochs.
+        """
+        schedule = MixtureSchedule(
+            self.mixture,
+            self.run.dataset.n_sequences,
+            self.run.config.train.batch_size,
+            history,
+            self.step,
+            self.n_sequences,
+            self.run.dataset.fingerprint,
+        )
+        schedule.check_max_epochs(self.n_sequences_at_end, self.mixture.max_epochs)
+        return schedule
+
+    def read_batches(self) -> Generator[Batch, None, None]:
+        """Return batches from the position on."""
+        return loader.iterate_batches(
+            self.run.dataset,
+            self.schedule,
+            sharding.make_batch_sharding(self.run.mesh),
+            self.run.config.train.batch_size,
+            self.n_sequences,
+            self.mixture.document_mask,
+        )
+
+    def change_mixture(self, mixture: MixtureConfig) -> None:
+        """Read by another mixture from the next step on."""
+        self.mixture = mixture
+        history = self.schedule.data_history(self.n_sequences)
+        self.schedule = self.make_schedule(history)
+        provenance.write_mixture_phases(self.run.run_dir, self.schedule)
+        self.batches.close()
+        self.batches = self.read_batches()
+
+    # ---- start
+
+    @contextlib.contextmanager
+    def explain_start(self) -> Iterator[None]:
+        """Log how long the step's programs took, and explain it where memory does not suffice."""
+        with self.explain_out_of_memory(), distributed.log_compile_time("train step"):
+            yield
+
+    def explain_out_of_memory(self) -> contextlib.AbstractContextManager[None]:
+        """Raise a failed allocation as a UserError with the settings that would help."""
+        train, seq_len = self.run.config.train, self.run.dataset.seq_len
+        return distributed.explain_out_of_memory(train, seq_len)
+
+    def compile_step(self) -> Any:
+        """Return the train step of the model as it is."""
+        run = self.run
+        return step.compile_step(self.spec, run.config, run.mesh, self.new_params)
+
+    def open_logs(self) -> None:
+        """Write what the run directory tells of its run, and open the metrics."""
+        run = self.run
+        provenance.write_mixture_phases(run.run_dir, self.schedule)
+        provenance.write_run_provenance(run, self.spec, self.step)
+        self.metrics = MetricsLogger(
+            run.run_dir,
+            run.config,
+            tokens_per_step=run.config.train.batch_size * run.dataset.seq_len,
+            n_devices=run.mesh.size,
+            resumed_at=self.step,
+            started=run.started,
+            cost=run.estimate_device_cost(self.spec),
+        )
+
+    # ---- steps
+
+    @property
+    def is_last_step(self) -> bool:
+        """Return whether the run has made all of its steps."""
+        return self.step >= self.run.config.train.steps
+
+    @property
+    def is_stopping(self) -> bool:
+        """Return whether the run was asked to save and stop."""
+        return self.exit_status is not None
+
+    def stop(self, exit_status: int) -> None:
+        """Ask the run to save and stop after this step."""
+        self.exit_status = exit_status
+
+    def run_step(self) -> None:
+        """Make one step. The scalars that it returns stay on the devices."""
+        batch = next(self.batches)
+        if self.is_new_step:
+            with self.explain_out_of_memory():
+                found = self.train_step(self.state, batch)
+                self.state, scalars = jax.block_until_ready(found)
+            self.is_new_step = False
+        else:
+            self.state, scalars = self.train_step(self.state, batch)
+        self.on_device.append(scalars)
+        self.step += 1
+        self.n_sequences += self.run.config.train.batch_size
+        self.collected = []
+        self.heldout_losses = None
+
+    def collect_scalars(self) -> None:
+        """Wait for the steps since the last call, and sum their losses."""
+        found = jax.device_get(self.on_device)
+        self.on_device = []
+        first = self.step - len(found) + 1
+        self.collected = list(enumerate(found, first))
+        self.scalars = found[-1]
+        for scalars in found:
+            if math.isfinite(scalars["loss_sum"]):  # else the update is skipped, and counted so
+                self.loss_sum += float(scalars["loss_sum"])
+                self.n_targets += float(scalars["n_targets"])
+
+    def take_interval_loss(self) -> float:
+        """Return the mean loss since the last call, in nats per target, and begin another mean."""
+        mean = self.loss_sum / max(self.n_targets, 1)
+        self.loss_sum = self.n_targets = 0.0
+        return mean
+
+    def make_progress(self) -> TrainProgress:
+        """Return the position, from which a run resumes bit by bit."""
+        history = self.schedule.data_history(self.n_sequences)
+        return TrainProgress(
+            step=self.step,
+            n_sequences=self.n_sequences,
+            interval_loss_sum=self.loss_sum,
+            interval_n_tokens=self.n_targets,
+            n_growths=self.n_growths,
+            data_history=tuple(history),
+        )
+
+
+def check_initial_loss(session: Session, initial: InitialModel) -> None:
+    """Measure weights that come from elsewhere before their first update."""
+    run = session.run
+    section = run.config.initialize
+    if section.source == "random" and not section.grow:
+        return
+    spec, params = session.spec, session.state.params
+    if section.source == "random" or section.mode != "continue":
+        # untrained weights, or a run's own on the sequences that it was reading
+        losses = run.heldout.measure_losses(spec, params)
+    else:
+        losses = gate.check_initial_loss(
+            run.heldout, spec, params, initial.record, initial.is_grown
+        )
+    recorded = begin.read_parent_losses(run.run_dir, run.config.train.eval_sequences)
+    session.parent_loss = recorded or losses
+    session.metrics.log_heldout(session.step, losses, session.parent_loss)
+
+
+def log_fast_paths(spec: ModelSpec, config: Config, mesh: jax.sharding.Mesh) -> None:
+    """Log which implementation the step takes where there are several, and why."""
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    backend, reason = select.choose_backend(spec, step.make_attention_request(config), mesh)
+    log.info(f"attention: {backend}, {reason}")
+    dtype, note = config.train.compute_dtype, ""
+    if dtype == "bfloat16" and on_cpu:
+        note = " (XLA's CPU converts to float32: slower than compute_dtype=float32)"
+    elif dtype == "float32" and not on_cpu:
+        note = " (bfloat16 is several times faster here: train.compute_dtype)"
+    log.info(f"matmuls: {dtype}{note}")
+    chunk = loss.CPU_CHUNK_TOKENS if on_cpu else loss.ACCELERATOR_CHUNK_TOKENS
+    log.info(f"loss: chunks of {chunk} tokens per device; remat: {config.train.remat}")
+
+
+def format_epochs(epochs: dict[str, float]) -> str:
+    """Return "code 0.00 epochs, prose 0.41 epochs"."""
+    return ", ".join(f"{name} {n:.2f} epochs" for name, n in epochs.items())
