@@ -5,16 +5,15 @@ page that says what is missing, and never a traceback.
 import io
 import json
 import pathlib
-import runpy
 import shutil
 import sys
 
 import jax
 import pytest
-from conftest import ROOT
 from made_runs import Page, write_runs
 
-from jaxpt import config, sharding, stage
+from jaxpt import config, sharding
+from jaxpt.cli.main import main
 from jaxpt.data import tokenizer
 from jaxpt.model import llama
 from jaxpt.spec import ModelSpec
@@ -92,10 +91,9 @@ def ask(monkeypatch):
 
     def run(line):
         door, *flags = line.split(" ")
-        monkeypatch.setattr(sys, "argv", [f"scripts/{door}.py", *flags])
-        main = runpy.run_path(str(ROOT / f"scripts/{door}.py"))["main"]
+        monkeypatch.setattr(sys, "argv", ["jaxpt", door, *flags])
         try:
-            stage.entry_point(main)
+            main()
         except SystemExit as left:
             return str(left.code)
         return ""

@@ -18,7 +18,6 @@ import time
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT
 from hypothesis import given, settings, strategies
 from test_tokenizer import asking, english_and_code, write_corpus
 
@@ -275,7 +274,6 @@ def test_sequences_depend_on_corpus_and_tokenizer_alone(workdir, monkeypatch):
 
 RUN = """
 import dataclasses, sys
-sys.path.insert(0, sys.argv.pop(1))  # as the scripts do
 from jaxpt.config import Config, PackConfig, PrepareConfig
 from jaxpt.data import executor, pack
 if __name__ == "__main__":
@@ -294,7 +292,7 @@ def packing_process(where: str, workdir: pathlib.Path) -> subprocess.Popen:
     runs one executor.
     """
     (workdir / "run.py").write_text(RUN)
-    command = [sys.executable, workdir / "run.py", ROOT, where, str(SEQ_LEN), workdir]
+    command = [sys.executable, workdir / "run.py", where, str(SEQ_LEN), workdir]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )

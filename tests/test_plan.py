@@ -606,8 +606,10 @@ def test_the_command_asks_for_what_is_missing(flags, message):
 def test_the_command_plans_several_targets_and_leaves_the_stated_json(tmp_path):
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
-        "import ml_collections\ndef get_config():\n    return ml_collections.ConfigDict("
-        f"{dataclasses.asdict(SMALL)!r}, convert_dict=True)\n"
+        f"from jaxpt.config import defaults\ndef get_config():\n    c = defaults()\n"
+        f"    for section, knobs in {dataclasses.asdict(SMALL)!r}.items():\n"
+        "        for name, value in knobs.items():\n"
+        "            setattr(getattr(c, section), name, value)\n    return c\n"
     )
     words = [
         "--config",
@@ -619,9 +621,8 @@ def test_the_command_plans_several_targets_and_leaves_the_stated_json(tmp_path):
         "--json",
         str(tmp_path / "new" / "plan.json"),
     ]
-    plan = str(ROOT / "scripts/plan.py")
-    status, told = entry_points.run_script(
-        plan, [*words, "--config.plan.tokens=1e9", "--config.plan.usd_per_hour=2"], tmp_path
+    status, told = entry_points.run_command(
+        "plan", [*words, "--config.plan.tokens=1e9", "--config.plan.usd_per_hour=2"], tmp_path
     )
     assert status == 0, told
     targets = json.loads((tmp_path / "new" / "plan.json").read_text())["targets"]
