@@ -148,11 +148,13 @@ def test_a_sliding_window_sees_what_a_loop_counts(spec):
 
 def test_a_device_alone_receives_nothing(spec):
     alone = dict.fromkeys(dataclasses.asdict(MeshConfig()), 1)
-    assert flops.estimate_comm_bytes(spec, flops.DeviceShare.from_config(SMALL, alone)) == 0
-    assert all(
-        flops.estimate_comm_bytes(spec, flops.DeviceShare.from_config(SMALL, alone | {cut: 2})) > 0
-        for cut in ("fsdp", "tensor", "context")
-    )
+
+    def count_received(mesh):
+        share = flops.DeviceShare.from_config(SMALL.train, SMALL.pack.seq_len, "float32", mesh)
+        return flops.estimate_comm_bytes(spec, share)
+
+    assert count_received(alone) == 0
+    assert all(count_received(alone | {cut: 2}) > 0 for cut in ("fsdp", "tensor", "context"))
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "minimal", "full"])
@@ -560,8 +562,8 @@ def test_a_vocabulary_that_is_not_known_yet_is_guessed_aloud():
 
 
 def test_a_price_of_ones_own_goes_before_the_list():
-    request = dataclasses.replace(SMALL, plan=PlanSection(usd_per_hour=2.5))
-    assert cost.resolve_usd_per_hour(hardware.CHIPS["h100"], request) == (
+    section = PlanSection(usd_per_hour=2.5)
+    assert cost.resolve_usd_per_hour(hardware.CHIPS["h100"], section) == (
         2.5,
         "config.plan.usd_per_hour",
     )

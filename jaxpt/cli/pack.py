@@ -30,4 +30,4 @@ def run(arguments: argparse.Namespace) -> None:
     settings = options.load_settings(arguments)
     from jaxpt.data import pack
 
-    pack.pack_corpus(settings, arguments.workdir, arguments.replace)
+    pack.pack_corpus(settings.pack, arguments.workdir, arguments.replace, settings.prepare.executor)

@@ -44,4 +44,9 @@ def run(arguments: argparse.Namespace) -> None:
     settings = options.load_settings(arguments)
     from jaxpt.data import prepare
 
-    prepare.prepare_corpus(settings, stage.local_path(arguments.workdir), arguments.replace)
+    prepare.prepare_corpus(
+        settings.prepare,
+        stage.local_path(arguments.workdir),
+        arguments.replace,
+        settings.tokenizer.source,
+    )

@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     from jaxpt.data import tokenizer
 
     if not arguments.compare:
-        tokenizer.train_tokenizer(settings, arguments.workdir, arguments.replace)
+        tokenizer.train_tokenizer(settings.tokenizer, arguments.workdir, arguments.replace)
         return
     table = tokenizer.compare_tokenizers(
         arguments.compare,

@@ -181,10 +181,15 @@ class PackResult(Record):
 # ---- the stage
 
 
-def pack_corpus(settings: config.Config, workdir: pathlib.Path, replace: bool = False) -> Manifest:
+def pack_corpus(
+    section: config.PackConfig,
+    workdir: pathlib.Path,
+    replace: bool = False,
+    executor: str = "local",
+) -> Manifest:
     """Make WORKDIR/packed from WORKDIR/corpus and WORKDIR/tokenizer.
 
-    The sequences and their order depend on nothing else.
+    The sequences and their order depend on nothing else, `executor` included.
 
     Raises:
         UserError: a source has less text than one sequence.
@@ -195,13 +200,11 @@ def pack_corpus(settings: config.Config, workdir: pathlib.Path, replace: bool = 
     tokenizer_path = workdir / "tokenizer"
     inputs = {"corpus": corpus, "tokenizer": tokenizer_path}
     encoder = tokenizer.load_tokenizer(tokenizer_path)
-    section = settings.pack
     layout = PackLayout(section.seq_len, section.method, encoder.vocab_size)
-    where = settings.prepare.executor
 
     def work(out: pathlib.Path) -> dict[str, Any]:
         resolved = corpus.resolve(), tokenizer_path.resolve(), out.resolve()
-        counts = pack_splits(*resolved, layout, where)
+        counts = pack_splits(*resolved, layout, executor)
         return counts.to_json()
 
     manifest = stage.run_stage(
