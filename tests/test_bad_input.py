@@ -1,4 +1,4 @@
-"""Whatever is wrong with what report.py, evaluate.py and compare.py are given: a sentence, or a
+"""Whatever is wrong with what report, evaluate and compare are given: a sentence, or a
 page that says what is missing, and never a traceback.
 """
 
@@ -406,7 +406,7 @@ SHOWN = {  # what is wrong: (how it comes about, what the page says of it)
     ),
     "a run without evaluations": (
         lambda: [remove("base/eval"), remove("child/eval")],
-        "Evaluation: no eval/NAME.json, written by evaluate.py.",
+        "Evaluation: no eval/NAME.json, written by jaxpt evaluate.",
     ),
     "a run of nothing": (
         lambda: [
@@ -415,7 +415,7 @@ SHOWN = {  # what is wrong: (how it comes about, what the page says of it)
             pathlib.Path("base").mkdir(),
             pathlib.Path("child").mkdir(),
         ],
-        "Loss: no metrics.jsonl, written by train.py.",
+        "Loss: no metrics.jsonl, written by jaxpt train.",
     ),
     "a half-written evaluation": (
         lambda: write("base/eval/jax.json", '{"resu'),

@@ -230,7 +230,7 @@ def pack_splits(
     """Run both passes over both splits.
 
     Args:
-        corpus: what prepare.py wrote.
+        corpus: what jaxpt prepare wrote.
         tokenizer_path: the tokenizer's directory.
         out: the stage's directory.
         layout: of the sequences.
@@ -423,7 +423,7 @@ def run_tokenize_job(fields: dict[str, Any]) -> int:
     if job.sha256 and stage.sha256_file(file) != job.sha256:
         raise UserError(
             f"{file}: its checksum is not the manifest's: it was changed or damaged. "
-            "Run prepare.py again with --replace."
+            "Run jaxpt prepare again with --replace."
         )
     output.parent.mkdir(parents=True, exist_ok=True)
     n_documents = n_bytes = 0
@@ -493,7 +493,7 @@ def corpus_read_errors(file: pathlib.Path) -> Iterator[None]:
         line, *_ = message.splitlines()
         raise UserError(
             f"{file}: cannot be read as a shard of a corpus ({line}). "
-            "Run prepare.py again with --replace."
+            "Run jaxpt prepare again with --replace."
         ) from None
 
 

@@ -611,5 +611,5 @@ def list_corpus_files(corpus: pathlib.Path, split: str) -> dict[str, list[pathli
         name = re.sub(r"-\d+$", "", file.stem)
         files.setdefault(name, []).append(file)
     if split == "train" and not files:
-        raise UserError(f"{directory}: no parquet shards. Run prepare.py first.")
+        raise UserError(f"{directory}: no parquet shards. Run jaxpt prepare first.")
     return files
