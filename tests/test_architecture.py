@@ -144,9 +144,11 @@ def test_every_knob_is_read_somewhere():
 
 
 def test_training_starts_light():
-    """train.py imports only what a machine that trains must have."""
+    """jaxpt train imports only what a machine that trains must have, and of the planner no more
+    than the devices' FLOPs and prices.
+    """
     code = "import sys; from jaxpt.train import loop, metrics; metrics.import_summary_writer()\n"
-    code += "print(*{name.split('.')[0] for name in sys.modules})"
+    code += "from jaxpt.plan import devices; print(*sys.modules)"
     loaded = set(
         subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
@@ -165,7 +167,11 @@ def test_training_starts_light():
         "plotly",
         "ray",
     }
-    assert not loaded & heavy
+    assert not {name.split(".")[0] for name in loaded} & heavy
+    planner = {name for name in loaded if name.startswith("jaxpt.plan.")}
+    light = {"devices", "flops", "hardware", "records"}
+    assert planner <= {f"jaxpt.plan.{name}" for name in light}
+    assert not {name for name in loaded if name.startswith(("jaxpt.report", "jaxpt.cli"))}
 
 
 @pytest.mark.parametrize(

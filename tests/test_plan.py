@@ -31,6 +31,7 @@ from jaxpt.plan import (
     check,
     compile,
     cost,
+    devices,
     flops,
     format,
     grow_or_scratch,
@@ -228,7 +229,7 @@ def test_jaxs_device_names_find_their_chip():
 
 
 def test_a_run_on_cpu_has_flops_but_claims_no_peak_and_no_price(spec):
-    known = cost.detect_device_cost(spec, SMALL)
+    known = devices.detect_device_cost(spec, SMALL.pack.seq_len, "float32", SMALL.plan)
     assert known.flops_per_token == flops.count_flops_per_token(spec, SMALL.pack.seq_len)
     assert known.peak_flops is None and known.usd_per_hour is None
 

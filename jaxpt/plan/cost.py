@@ -16,7 +16,6 @@ from jaxpt.plan.records import (
     TrainingPlan,
 )
 from jaxpt.spec import ModelSpec
-from jaxpt.train.metrics import DeviceCost
 from jaxpt.weights import checkpoint, growth, hub, huggingface, initialize
 
 log = logging.getLogger(__name__)
@@ -233,17 +232,3 @@ def resolve_usd_per_hour(chip: Chip, plan: PlanConfig) -> tuple[float | None, st
     if plan.usd_per_hour:
         return plan.usd_per_hour, "config.plan.usd_per_hour"
     return chip.usd_per_hour, chip.price_source
-
-
-def detect_device_cost(spec: ModelSpec, settings: Config) -> DeviceCost:
-    """Return what turns speed into MFU and money on the devices that JAX sees here."""
-    import jax
-
-    device_kind = jax.devices()[0].device_kind
-    chip = hardware.find_chip(device_kind)
-    usd_per_hour = settings.plan.usd_per_hour or None
-    if usd_per_hour is None and chip and chip.platform != "cpu":
-        usd_per_hour = chip.usd_per_hour
-    flops_per_token = flops.count_flops_per_token(spec, settings.pack.seq_len)
-    peak_flops = hardware.get_peak_flops(device_kind, settings.train.compute_dtype)
-    return DeviceCost(flops_per_token, peak_flops, usd_per_hour)
