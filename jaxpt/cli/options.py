@@ -40,11 +40,10 @@ class Parser(argparse.ArgumentParser):
 
     def refuse_flag(self, flag: str) -> None:
         """Raise UserError with the nearest flag."""
-        flags = [known for known in self._option_string_actions if known.startswith("--")]
-        has_knobs = "--config.train.steps" in flags
-        if has_knobs and flag.startswith("--config."):
-            config.apply_overrides([f"{flag}="])
-        flags = [known for known in flags if not known.startswith("--config.")]
+        known = self._option_string_actions
+        if "--config.train.steps" in known and flag.startswith("--config."):
+            config.apply_overrides([f"{flag}="])  # raises, with the nearest knob
+        flags = [name for name in known if not name.startswith("--config.")]
         hint = config.suggest_name(flag, flags)
         raise UserError(f"{self.prog}: there is no flag {flag}; {hint}")
 
@@ -56,7 +55,9 @@ class Parser(argparse.ArgumentParser):
 class KnobAction(argparse.Action):
     """Collects "--config.SECTION.NAME=VALUE" in `arguments.overrides`, in order."""
 
-    allowed: tuple[str, ...] = ()
+    def __init__(self, *args: Any, allowed: tuple[str, ...] = (), **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.allowed = allowed
 
     def __call__(
         self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
@@ -111,16 +112,15 @@ def add_knobs(parser: argparse.ArgumentParser, sections: tuple[str, ...]) -> Non
             group = parser.add_argument_group(f"section {field.name}", section.__doc__)
         for knob in dataclasses.fields(section):
             help = knob.metadata["help"].replace("%", "%%")
-            action = group.add_argument(
+            group.add_argument(
                 f"--config.{field.name}.{knob.name}",
                 action=KnobAction,
+                allowed=list_values(knob),
                 dest="overrides",
                 default=argparse.SUPPRESS,
                 metavar=format_default(knob.default),
                 help=help if is_listed else argparse.SUPPRESS,
             )
-            assert isinstance(action, KnobAction)
-            action.allowed = list_values(knob)
 
 
 def format_default(value: Any) -> str:
