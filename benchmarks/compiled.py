@@ -117,7 +117,7 @@ def child(name: str):
     ):
         values[section] |= changes
     settings = config.build_config(values)
-    spec = initialize.make_random_spec(settings, settings.tokenizer.vocab_size)
+    spec = initialize.make_random_spec(settings.model, settings.tokenizer.vocab_size)
     mesh = sharding.make_mesh(settings.mesh, compile.make_target_devices(target, None))
     backend, _ = select.choose_backend(spec, make_attention_request(settings), mesh)
     goal = state.make_abstract_state(spec, settings, mesh)

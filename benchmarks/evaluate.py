@@ -22,6 +22,7 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+os.environ["PYTHONPATH"] = str(ROOT)  # what is started here is of this clone
 sys.path.insert(0, str(ROOT))
 os.environ["JAX_PLATFORMS"] = "cpu"
 TASKS = ["truthfulqa_mc2", "winogrande"]

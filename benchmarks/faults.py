@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+os.environ["PYTHONPATH"] = str(ROOT)  # what is started here is of this clone
 sys.path.insert(0, str(ROOT))
 
 from jaxpt.train.metrics import read_metrics

@@ -53,9 +53,9 @@ def make_packed_sets(home: pathlib.Path, seq_len: int, gigabytes: float) -> None
         pack=config.PackConfig(seq_len=seq_len),
         tokenizer=dataclasses.replace(settings.tokenizer, vocab_size=4096, sample_mb=4),
     )
-    prepare.prepare_corpus(settings, home)
-    tokenizer.train_tokenizer(settings, home)
-    manifest = pack.pack_corpus(settings, home)
+    prepare.prepare_corpus(settings.prepare, home)
+    tokenizer.train_tokenizer(settings.tokenizer, home)
+    manifest = pack.pack_corpus(settings.pack, home)
     counts = pack.PackCounts.from_json(manifest.counts)
     source = counts.train["prose"]
     n_bytes = sum(shard.n_bytes for shard in source.shards)
@@ -149,7 +149,7 @@ def measure_step(home: pathlib.Path, rounds: int) -> dict:
     settings = config.load_config(RECIPE)
     dataset, batches = open_stream(home / "quick/packed", 0, settings.train.batch_size)
     mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
-    spec = initialize.make_random_spec(settings, dataset.vocab_size)
+    spec = initialize.make_random_spec(settings.model, dataset.vocab_size)
     train_step = step.build_step(spec, settings, mesh)
     now = state.init_state(transformer.init_params(spec, 0, mesh), spec, settings, mesh)
     now, _ = train_step(now, next(batches))
@@ -208,7 +208,7 @@ def main() -> None:
         for part in ("corpus", "tokenizer"):
             os.symlink(home / part, home / "quick" / part)
         quick = dataclasses.replace(config.load_config(RECIPE), prepare=PROSE)
-        pack.pack_corpus(quick, home / "quick")
+        pack.pack_corpus(quick.pack, home / "quick")
         first = run_part("first_batch", home, 0)
         speed = run_part("speed", home, arguments.sequences)
         step = run_part("step", home, 60)

@@ -11,6 +11,7 @@ checkpoint started). Prints each round's times, and the median of the overheads.
 import argparse
 import contextlib
 import io
+import os
 import pathlib
 import statistics
 import subprocess
@@ -19,6 +20,7 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+os.environ["PYTHONPATH"] = str(ROOT)  # what is started here is of this clone
 sys.path.insert(0, str(ROOT))
 
 import dataclasses

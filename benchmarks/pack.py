@@ -194,8 +194,8 @@ def main() -> None:
                 pack=config.PackConfig(seq_len=arguments.seq_len),
             )
             workdir = home / name
-            prepare.prepare_corpus(settings, workdir)
-            tokenizer.train_tokenizer(settings, workdir)
+            prepare.prepare_corpus(settings.prepare, workdir)
+            tokenizer.train_tokenizer(settings.tokenizer, workdir)
             words = tokenizer.load_tokenizer(workdir / "tokenizer")
             lengths = [
                 len(ids) + (words.bos_id is not None) + 1 for ids in words.encode_batch(documents)
@@ -216,7 +216,7 @@ def main() -> None:
                 with_method = dataclasses.replace(
                     settings, pack=config.PackConfig(seq_len=arguments.seq_len, method=method)
                 )
-                manifest = pack.pack_corpus(with_method, workdir, replace=True)
+                manifest = pack.pack_corpus(with_method.pack, workdir, replace=True)
                 counts = manifest.counts["train"][name]
                 assert method == "course" or counts["n_tokens"] == sum(lengths)
                 lines.append(

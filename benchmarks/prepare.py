@@ -52,6 +52,7 @@ import threading
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+os.environ["PYTHONPATH"] = str(ROOT)  # what is started here is of this clone
 sys.path.insert(0, str(ROOT))
 PEERS = ROOT / "benchmarks/prepare_peers.py"
 FILES = 4

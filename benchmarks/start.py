@@ -18,6 +18,7 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+os.environ["PYTHONPATH"] = str(ROOT)  # what is started here is of this clone
 # L, D, F, heads, kv heads, seq_len, batch_size
 SHAPES = {"S": (8, 256, 704, 8, 4, 512, 8), "M": (12, 1024, 4096, 32, 8, 512, 1)}
 

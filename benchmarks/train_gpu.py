@@ -102,7 +102,7 @@ def measure(args):
     }
     settings = config.build_config(values)
     mesh = sharding.make_mesh(settings.mesh)
-    spec = initialize.make_random_spec(settings, settings.tokenizer.vocab_size)
+    spec = initialize.make_random_spec(settings.model, settings.tokenizer.vocab_size)
     T = settings.pack.seq_len
     sharding.check_mesh_divides(mesh, spec, args.batch_size, 1, T)
     name, why = select.choose_backend(spec, make_attention_request(settings), mesh)

@@ -28,7 +28,7 @@ from jaxpt.weights import initialize
 def main(rounds: int = 10):
     settings = config.load_config(ROOT / "configs/quickstart.py")
     mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
-    spec = initialize.make_random_spec(settings, settings.tokenizer.vocab_size)
+    spec = initialize.make_random_spec(settings.model, settings.tokenizer.vocab_size)
     B, T = settings.train.batch_size, settings.pack.seq_len
     tokens = np.random.default_rng(0).integers(0, spec.vocab_size, (B, T)).astype(np.int32)
     ones = np.ones_like(tokens)

@@ -7,10 +7,10 @@ tokens: the loss falls from 10.9 to about 9, which shows that the pipeline works
 was trained.
 
     run="--config configs/course.py --workdir runs/course"
-    python scripts/prepare.py $run --config.prepare.sources="('jsonl:docs.jsonl#text',)"
-    python scripts/train_tokenizer.py $run --config.tokenizer.source=tokenizer.model
-    python scripts/pack.py $run
-    python scripts/train.py $run
+    jaxpt prepare $run --config.prepare.sources="('jsonl:docs.jsonl#text',)"
+    jaxpt train_tokenizer $run --config.tokenizer.source=tokenizer.model
+    jaxpt pack $run
+    jaxpt train $run
 """
 
 from jaxpt.config import defaults

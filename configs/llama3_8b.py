@@ -12,8 +12,8 @@ As planned (compiled, not run; hours and cost assume matmuls at 45 to 70 % of pe
 
 Chinchilla's fit expects 2.16 nats per token on its own text at this size and budget (2203.15556).
 
-    python scripts/plan.py --config configs/llama3_8b.py --on v5p:4x4x4 v6e:16x16
-    python scripts/plan.py --config configs/llama3_8b.py:h100 --on h100:8
+    jaxpt plan --config configs/llama3_8b.py --on v5p:4x4x4 v6e:16x16
+    jaxpt plan --config configs/llama3_8b.py:h100 --on h100:8
 """
 
 from jaxpt.config import defaults

@@ -1,12 +1,12 @@
 """Define every knob once, and read a recipe into frozen, checked sections.
 
 A knob is stated in its section: name, type, default, and help that gives its unit and consequence.
-configs/base.py, the list of every knob, is printed from them by `python -m jaxpt.config`.
+configs/base.py, the list of every knob, is printed from them by `python -m jaxpt.config`, and
+`jaxpt COMMAND --help` lists those of the sections that a command reads.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import dataclasses
 import difflib
@@ -16,11 +16,22 @@ import sys
 import textwrap
 import types
 import typing
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxpt.spec import UserError
 
 Phases = tuple[tuple[int, dict[str, float]], ...]
+T = TypeVar("T")
+
+
+@typing.dataclass_transform()
+def section(cls: type[T]) -> type[T]:
+    """Make a frozen dataclass that type checkers take for an open one.
+
+    A recipe assigns to the knobs of `defaults()`: an editor completes their names and refuses what
+    is misspelt or of another type.
+    """
+    return dataclasses.dataclass(frozen=True)(cls)
 
 
 def knob(default: Any, help: str, *choices: str) -> Any:
@@ -28,7 +39,7 @@ def knob(default: Any, help: str, *choices: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
-@dataclasses.dataclass(frozen=True)
+@section
 class PrepareConfig:
     """Raw text -> a clean corpus."""
 
@@ -73,7 +84,7 @@ class PrepareConfig:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@section
 class TokenizerConfig:
     """Text -> token ids."""
 
@@ -93,7 +104,7 @@ class TokenizerConfig:
     sample_mb: int = knob(64, "MB of corpus text to train on, spread evenly over the documents.")
 
 
-@dataclasses.dataclass(frozen=True)
+@section
 class PackConfig:
     """Documents -> packed sequences of token ids."""
 
@@ -105,7 +116,7 @@ class PackConfig:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@section
 class MixtureConfig:
     """Which sequences to train on, and in which proportions."""
 
@@ -130,7 +141,7 @@ class MixtureConfig:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@section
 class ModelConfig:
     """Architecture when training from scratch; ignored when loading weights."""
 
@@ -151,7 +162,7 @@ class ModelConfig:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@section
 class InitializeConfig:
     """Where the initial weights come from."""
 
@@ -181,7 +192,7 @@ class InitializeConfig:
     seed: int = knob(0, "Seed for parameter initialization.")
 
 
-@dataclasses.dataclass(frozen=True)
+@section
 class TrainConfig:
     """The training loop."""
 
@@ -256,7 +267,7 @@ class TrainConfig:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@section
 class OptimConfig:
     """The optimizer and its schedule."""
 
@@ -288,7 +299,7 @@ class OptimConfig:
     clip_norm: float = knob(1.0, "Clip gradients to this global norm; 0: do not clip.")
 
 
-@dataclasses.dataclass(frozen=True)
+@section
 class MeshConfig:
     """Devices along each mesh axis; -1 on one axis takes the rest."""
 
@@ -298,7 +309,7 @@ class MeshConfig:
     context: int = knob(1, "Context parallelism over positions; divides seq_len.")
 
 
-@dataclasses.dataclass(frozen=True)
+@section
 class PlanConfig:
     """Inputs of the planner."""
 
@@ -310,7 +321,7 @@ class PlanConfig:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@section
 class Config:
     """All sections of a recipe."""
 
@@ -326,11 +337,36 @@ class Config:
     plan: PlanConfig = PlanConfig()
 
 
-def defaults() -> Any:
-    """Return every knob at its default, as a ConfigDict for a recipe to change."""
-    import ml_collections
+class Draft:
+    """Knobs of a section, or the sections, while a recipe changes them.
 
-    return ml_collections.ConfigDict(dataclasses.asdict(Config()), convert_dict=True)
+    It refuses an unknown name; values are checked when the recipe has ended.
+    """
+
+    def __init__(self, values: dict[str, Any], path: str = ""):
+        vars(self).update(_values=values, _path=path)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a knob or section."""
+        return lookup_name(name, self._values, "knob" if self._path else "section", self._path)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a knob that exists."""
+        getattr(self, name)
+        if not self._path:
+            raise UserError(f"config: {name} is a section. Set its knobs: c.{name}.NAME = VALUE.")
+        self._values[name] = value
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Return section -> knob -> value."""
+        return {name: dict(section._values) for name, section in self._values.items()}
+
+
+def defaults() -> Config:
+    """Return every knob at its default, for a recipe to change."""
+    sections = dataclasses.asdict(Config())
+    drafts = {name: Draft(knobs, f"{name}.") for name, knobs in sections.items()}
+    return typing.cast(Config, Draft(drafts))
 
 
 def ramp_phases(
@@ -381,14 +417,17 @@ def load_config(path: str | pathlib.Path, overrides: typing.Sequence[str] = ()) 
     try:
         module_spec.loader.exec_module(module)
         arguments = [argument] if argument else []
-        config = module.get_config(*arguments)
-    except UserError:
-        raise
+        draft = module.get_config(*arguments)
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from None
     except Exception as error:
-        # ml_collections answers a misspelt knob in a recipe with its own KeyError, AttributeError
-        reason = str(error).strip('"')
-        raise UserError(f"--config {path}: {type(error).__name__}: {reason}") from error
-    values = apply_overrides(overrides, config.to_dict())
+        raise UserError(f"--config {path}: {type(error).__name__}: {error}") from error
+    if not isinstance(draft, Draft):
+        raise UserError(
+            f"--config {path}: expected get_config() to return what it got from defaults(), "
+            f"got {draft!r:.40}. Does it end with `return c`?"
+        )
+    values = apply_overrides(overrides, draft.to_dict())
     return build_config(values)
 
 
@@ -521,10 +560,16 @@ def lookup_name(name: str, known: dict[str, Any], noun: str, prefix: str) -> Any
     """Return known[name]. Raise UserError with the nearest name if there is none."""
     if name in known:
         return known[name]
-    hint = f"expected one of {', '.join(known)}."
-    for near in difflib.get_close_matches(name, known, 1, 0.5):
-        hint = f"did you mean {prefix}{near}?"
+    hint = suggest_name(name, known, prefix)
     raise UserError(f"config: there is no {noun} {prefix}{name}; {hint}")
+
+
+def suggest_name(name: str, known: typing.Iterable[str], prefix: str = "") -> str:
+    """Return the end of an error message: the nearest name, or all."""
+    known = list(known)
+    for near in difflib.get_close_matches(name, known, 1, 0.5):
+        return f"did you mean {prefix}{near}?"
+    return f"expected one of {', '.join(known)}."
 
 
 def coerce_value(name: str, value: Any, expected: Any, field: dataclasses.Field[Any]) -> Any:
@@ -574,46 +619,6 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         for near in difflib.get_close_matches(value, choices, 1):
             hint = f"did you mean {near!r}?"
         raise UserError(f"config: {name} is {value!r}; {hint}")
-
-
-def parse_args(
-    description: str | None, add_arguments: typing.Callable[..., None] | None = None
-) -> tuple[argparse.Namespace, Config]:
-    """Parse the flags of a command that takes a config and overrides of its knobs."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Override any knob of the config: --config.train.steps=300. "
-        "configs/base.py lists them all.",
-    )
-    parser.add_argument(
-        "--config", required=True, metavar="FILE", help="a recipe, such as configs/quickstart.py"
-    )
-    parser.add_argument(
-        "--workdir",
-        required=True,
-        metavar="DIR",
-        type=pathlib.Path,
-        help="the run directory: read from and written to",
-    )
-    if add_arguments:
-        add_arguments(parser)
-    arguments, rest = parser.parse_known_args()
-    overrides = split_overrides(rest, parser)
-    return arguments, load_config(arguments.config, overrides)
-
-
-def split_overrides(rest: list[str], parser: argparse.ArgumentParser) -> list[str]:
-    """Return the --config.a.b=value flags that argparse left; `--config.a.b value` counts too."""
-    overrides = []
-    words = iter(rest)
-    for word in words:
-        if not word.startswith("--config."):
-            parser.error(f"unrecognized argument: {word}")
-        if "=" not in word:
-            word += "=" + next(words, "")
-        overrides.append(word)
-    return overrides
 
 
 HEADER = '''"""Every knob of jaxpt with default, unit and consequence.

@@ -1,65 +1,6 @@
-"""Export a model to the Hugging Face format: safetensors, config.json, tokenizer, model card.
+"""The same as `jaxpt export_hf`."""
 
-The directory opens with AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained of
-transformers. The model card states the lineage.
-
-    python scripts/export_hf.py --from runs/child --to runs/child/hf
-    python scripts/export_hf.py --from runs/child --to runs/child/hf --push me/child --private
-"""
-
-import argparse
-import pathlib
-import sys
-
-# run from a clone without installing
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-
-from jaxpt import stage
-
-RAW = argparse.RawDescriptionHelpFormatter
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=RAW)
-    parser.add_argument(
-        "--from",
-        dest="source",
-        required=True,
-        type=pathlib.Path,
-        metavar="CHECKPOINT",
-        help="a run (its newest checkpoint), a checkpoint, a Hugging Face directory or hf:NAME",
-    )
-    parser.add_argument(
-        "--to", required=True, type=pathlib.Path, metavar="HF_DIR", help="the directory to write"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16"],
-        help="dtype of the weights (default: as in the checkpoint)",
-    )
-    parser.add_argument("--replace", action="store_true", help="overwrite what --to holds")
-    parser.add_argument(
-        "--push",
-        metavar="NAME",
-        help="upload to this repository of the Hugging Face hub, created if it does not exist",
-    )
-    parser.add_argument(
-        "--private",
-        action="store_true",
-        help="make a repository that --push creates private",
-    )
-    arguments = parser.parse_args()
-    from jaxpt import export
-
-    export.export_model(
-        arguments.source,
-        arguments.to,
-        arguments.dtype,
-        arguments.replace,
-        arguments.push,
-        arguments.private,
-    )
-
+from jaxpt.cli.main import main
 
 if __name__ == "__main__":
-    stage.entry_point(main)
+    main("export_hf")

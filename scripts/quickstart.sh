@@ -8,10 +8,10 @@ source "$(dirname "$0")/setup.sh" requirements.txt requirements-eval.txt
 base=configs/quickstart.py
 child=configs/quickstart.py:child
 n=0
-stage() { # title, script, arguments
+stage() { # title, command, flags
     n=$((n + 1))
     printf '\n[%d/15] %s\n' "$n" "$1"
-    .venv/bin/python "scripts/$2.py" "${@:3}"
+    .venv/bin/jaxpt "$2" "${@:3}"
 }
 heldout() { echo "$1=parquet:runs/base/corpus/heldout/$1-*.parquet#text"; }
 prose=$(heldout prose)

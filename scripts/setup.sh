@@ -1,5 +1,6 @@
 # Sourced by the other scripts: creates .venv and installs the requirement files given as arguments,
-# with $PYTHON or else python3 (3.11 or newer). Does nothing if they are installed already.
+# with $PYTHON or else python3 (3.11 or newer), and with requirements.txt this project itself, editable.
+# Does nothing if they are installed already.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
@@ -11,11 +12,13 @@ fi
 # a .venv whose creation was interrupted has no working pip and is created again
 .venv/bin/python -m pip --version >/dev/null 2>&1 || { rm -rf .venv; echo "creating .venv with Python $version"; "$python" -m venv .venv; }
 
-requested=$(cat "$@" | cksum)
+project=
+[[ " $* " == *" requirements.txt "* ]] && project="-e ."
+requested=$(cat pyproject.toml "$@" | cksum)
 stamp=.venv/.installed-$(echo "$*" | cksum | cut -d' ' -f1)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$requested" ]; then
     echo "installing $* into .venv (some 2.5 GB, a few minutes the first time)"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check $(printf -- '-r %s ' "$@") &
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check $(printf -- '-r %s ' "$@") $project &
     pip=$!
     trap 'kill $pip 2>/dev/null' EXIT
     while kill -0 $pip 2>/dev/null; do sleep 5 & wait $! ; kill -0 $pip 2>/dev/null && echo "  installing, $((SECONDS)) s, $(du -sm .venv | cut -f1) MB so far"; done

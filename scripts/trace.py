@@ -1,66 +1,6 @@
-"""List the documents in the batch of a training step.
+"""The same as `jaxpt trace`."""
 
-Prints position in the batch, source, sequence of the source, tokens, id and first words.
-
-  python scripts/trace.py --workdir runs/first --step 1200
-  python scripts/trace.py --workdir runs/first --step 1200 --losses
-
-Step N is the N-th update, as metrics.jsonl counts them. Reads WORKDIR/config.json,
-WORKDIR/phases.json, the packed sequences that they name and WORKDIR/tokenizer. With --losses each
-document's loss is computed with the newest checkpoint before the step (or the first after it), and
-documents are sorted by what they add to the step's loss.
-"""
-
-import argparse
-import pathlib
-import sys
-
-# run from a clone without installing
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-
-from jaxpt import stage
-
-RAW = argparse.RawDescriptionHelpFormatter
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=RAW)
-    parser.add_argument(
-        "--workdir", required=True, metavar="DIR", type=pathlib.Path, help="the run directory"
-    )
-    parser.add_argument(
-        "--step", required=True, metavar="N", type=int, help="step of the run, from 1"
-    )
-    parser.add_argument(
-        "--losses",
-        action="store_true",
-        help="compute and rank each document's loss: which one caused this spike?",
-    )
-    arguments = parser.parse_args()
-    from jaxpt.data import loader, tokenizer
-
-    run_dir = stage.local_path(arguments.workdir)
-    encoder = tokenizer.load_tokenizer(run_dir / "tokenizer")
-
-    def print_document(document: loader.TracedDocument, losses: str = "") -> None:
-        text = " ".join(encoder.decode(document.tokens[:40].tolist()).split())
-        where = f"{document.slot:5d}  {document.source}/{document.sequence}"
-        size = f"{len(document.tokens):6d} tokens"
-        print(f"{losses}{where}  {size}  {document.document}  {text[:80]}")
-
-    if not arguments.losses:
-        for document in loader.trace_step(run_dir, arguments.step, encoder.fingerprint):
-            print_document(document)
-        return
-    from jaxpt.evaluate import attribution
-
-    step = arguments.step
-    used, ranked = attribution.rank_documents(run_dir, step, encoder.fingerprint)
-    print(f"by {used}: nats per token, and what the document adds to the loss of step {step:,}")
-    for found in ranked:
-        mean = found.loss_sum / found.n_trained
-        print_document(found.document, f"{mean:7.3f} {found.delta:+9.5f}  ")
-
+from jaxpt.cli.main import main
 
 if __name__ == "__main__":
-    stage.entry_point(main)
+    main("trace")

@@ -32,6 +32,7 @@ from jaxpt import config, sharding
 from jaxpt.spec import ModelSpec
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+os.environ["PYTHONPATH"] = str(ROOT)  # the processes that tests start run this clone
 
 
 @pytest.fixture
@@ -88,8 +89,8 @@ def texts(tmp_path_factory):
     home = tmp_path_factory.mktemp("texts")
     (home / "small.py").write_text(SMALL)
     for name in ("prepare", "train_tokenizer", "pack"):
-        status, told = entry_points.run_script(
-            str(ROOT / f"scripts/{name}.py"), ["--config", "small.py", "--workdir", "base"], home
+        status, told = entry_points.run_command(
+            name, ["--config", "small.py", "--workdir", "base"], home
         )
         assert status == 0, told
     return home

@@ -1,22 +1,23 @@
-"""Run a command as a terminal does, in a process that has everything imported."""
+"""Run `jaxpt COMMAND` as a terminal does, in a process that has everything imported."""
 
 import contextlib
 import io
-import runpy
 import sys
 
+from jaxpt.cli.main import main
 
-def run_script(script: str, arguments: list[str], cwd: str) -> tuple[int, str]:
-    """Return the exit status and the output (stdout and stderr) of a script."""
+
+def run_command(name: str, arguments: list[str], cwd: str) -> tuple[int, str]:
+    """Return the exit status and the output (stdout and stderr) of a command."""
     output = io.StringIO()
-    before, sys.argv = sys.argv, [script, *arguments]
+    before, sys.argv = sys.argv, ["jaxpt", name, *map(str, arguments)]
     with (
         contextlib.chdir(cwd),
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(output),
     ):
         try:
-            runpy.run_path(script, run_name="__main__")
+            main()
             status = 0
         except SystemExit as exit:
             is_message = isinstance(exit.code, str)

@@ -23,8 +23,7 @@ found.loader.exec_module(faults)
 
 # train.py with a step that takes a fifth of a second longer
 SLOW = f"""
-import runpy, sys, time
-sys.path.insert(0, {str(ROOT)!r})
+import runpy, time
 from jaxpt.train import step
 class Slow:
     def __init__(self, run):

@@ -25,6 +25,7 @@ LAYERS = [
     ("train",),
     ("plan",),
     ("report",),
+    ("cli",),
 ]
 LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
 FILES = sorted((ROOT / "jaxpt").rglob("*.py"))
@@ -147,9 +148,11 @@ def test_every_knob_is_read_somewhere():
 
 
 def test_training_starts_light():
-    """train.py imports only what a machine that trains must have."""
+    """jaxpt train imports only what a machine that trains must have, and of the planner no more
+    than the devices' FLOPs and prices.
+    """
     code = "import sys; from jaxpt.train import loop, metrics; metrics.import_summary_writer()\n"
-    code += "print(*{name.split('.')[0] for name in sys.modules})"
+    code += "from jaxpt.plan import devices; print(*sys.modules)"
     loaded = set(
         subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
@@ -168,26 +171,11 @@ def test_training_starts_light():
         "plotly",
         "ray",
     }
-    assert not loaded & heavy
-
-
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_every_command_answers_help_without_importing_jax(path):
-    code = f"""import runpy, sys
-sys.argv = [{str(path)!r}, "--help"]
-try:
-    runpy.run_path({str(path)!r}, run_name="__main__")
-except SystemExit:
-    print("LOADED", *sys.modules)
-"""
-    output = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    usage, _, loaded = output.partition("LOADED")
-    assert "usage" in usage and "python scripts/" in usage, "help shows an example"
-    assert "jax" not in loaded.split(), (
-        "--help must not import jax: it answers in well under two seconds"
-    )
+    assert not {name.split(".")[0] for name in loaded} & heavy
+    planner = {name for name in loaded if name.startswith("jaxpt.plan.")}
+    light = {"devices", "flops", "hardware", "records"}
+    assert planner <= {f"jaxpt.plan.{name}" for name in light}
+    assert not {name for name in loaded if name.startswith(("jaxpt.report", "jaxpt.cli"))}
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,19 @@
-"""Whatever is wrong with what report.py, evaluate.py and compare.py are given: a sentence, or a
+"""Whatever is wrong with what report, evaluate and compare are given: a sentence, or a
 page that says what is missing, and never a traceback.
 """
 
 import io
 import json
 import pathlib
-import runpy
 import shutil
 import sys
 
 import jax
 import pytest
-from conftest import ROOT
 from made_runs import Page, write_runs
 
-from jaxpt import config, sharding, stage
+from jaxpt import config, sharding
+from jaxpt.cli.main import main
 from jaxpt.data import tokenizer
 from jaxpt.model import transformer
 from jaxpt.spec import ModelSpec
@@ -95,10 +94,9 @@ def ask(monkeypatch):
 
     def run(line):
         door, *flags = line.split(" ")
-        monkeypatch.setattr(sys, "argv", [f"scripts/{door}.py", *flags])
-        main = runpy.run_path(str(ROOT / f"scripts/{door}.py"))["main"]
+        monkeypatch.setattr(sys, "argv", ["jaxpt", door, *flags])
         try:
-            stage.entry_point(main)
+            main()
         except SystemExit as left:
             return str(left.code)
         return ""
@@ -411,7 +409,7 @@ SHOWN = {  # what is wrong: (how it comes about, what the page says of it)
     ),
     "a run without evaluations": (
         lambda: [remove("base/eval"), remove("child/eval")],
-        "Evaluation: no eval/NAME.json, written by evaluate.py.",
+        "Evaluation: no eval/NAME.json, written by jaxpt evaluate.",
     ),
     "a run of nothing": (
         lambda: [
@@ -420,7 +418,7 @@ SHOWN = {  # what is wrong: (how it comes about, what the page says of it)
             pathlib.Path("base").mkdir(),
             pathlib.Path("child").mkdir(),
         ],
-        "Loss: no metrics.jsonl, written by train.py.",
+        "Loss: no metrics.jsonl, written by jaxpt train.",
     ),
     "a half-written evaluation": (
         lambda: write("base/eval/jax.json", '{"resu'),

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import json
 import subprocess
 import sys
 
@@ -71,6 +72,31 @@ def test_a_misspelt_knob_in_a_recipe_is_one_sentence(tmp_path):
     )
     with pytest.raises(UserError, match="steps"):
         config.load_config(recipe)
+
+
+def test_a_recipe_that_returns_nothing_is_named(tmp_path):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text("def get_config():\n    pass\n")
+    with pytest.raises(UserError, match=r"got None. Does it end with `return c`\?"):
+        config.load_config(recipe)
+
+
+def test_a_type_checker_refuses_what_is_misspelt_or_of_another_type_in_a_recipe(tmp_path):
+    pytest.importorskip("pyright")
+    (tmp_path / "recipe.py").write_text(
+        "from jaxpt.config import defaults\n\nc = defaults()\nc.train.steps = 300\n"
+        "c.mixture.phases = ((0, {'prose': 1}),)\nc.train.stpes = 300\n"
+        "c.train.steps = '300'\nc.trian.steps = 300\n"
+    )
+    command = [sys.executable, "-m", "pyright", "--outputjson", "recipe.py"]
+    (tmp_path / "jaxpt").symlink_to(ROOT / "jaxpt")
+    output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
+    found = json.loads(output)["generalDiagnostics"]
+    assert [(each["severity"], each["range"]["start"]["line"] + 1) for each in found] == [
+        ("error", 6),
+        ("error", 7),
+        ("error", 8),
+    ]
 
 
 def test_numbers_keep_their_kind():

@@ -10,7 +10,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from jaxpt.config import Config, PrepareConfig
+from jaxpt.config import PrepareConfig
 from jaxpt.data import dedup, filters, prepare, rules
 from jaxpt.data.sources import Document
 from jaxpt.spec import UserError
@@ -510,12 +510,10 @@ def test_a_corpus_made_with_a_custom_rule_is_another_when_the_rule_changes(
         monkeypatch.delitem(sys.modules, "mine_run", raising=False)
         filters.import_rule_module.cache_clear()
         prepare.open_rules.cache_clear()
-        return Config(
-            prepare=PrepareConfig(
-                sources=("web=jsonl:docs.jsonl",),
-                rules=("mine_run:cake", "pii_email"),
-                heldout_frac=0.0,
-            )
+        return PrepareConfig(
+            sources=("web=jsonl:docs.jsonl",),
+            rules=("mine_run:cake", "pii_email"),
+            heldout_frac=0.0,
         )
 
     (tmp_path / "docs.jsonl").write_text(

@@ -40,7 +40,7 @@ def describe_settings(settings):
 
 def describe_params(settings):
     """Yield a line per parameter of the model that a recipe initializes from scratch."""
-    spec = initialize.make_random_spec(settings, settings.tokenizer.vocab_size)
+    spec = initialize.make_random_spec(settings.model, settings.tokenizer.vocab_size)
     for operator in settings.initialize.grow:
         spec = growth.plan_growth(operator, growth.Parent(spec)).child
     for path, param in sorted(list_param_specs(transformer.param_specs(spec))):

@@ -1,9 +1,11 @@
-"""Launch recipes: the command that arrives on a host is the one that was given, word for word, and
-nothing is done without --go.
+"""Launching: the command that arrives on a host is the one that was given, word for word, nothing
+is done without --go, and the files of launch/ do what they say.
 """
 
 import json
+import math
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -14,6 +16,7 @@ import pytest
 from conftest import ROOT
 
 from jaxpt import launch
+from jaxpt.cli import main
 from jaxpt.spec import UserError
 
 yaml = pytest.importorskip("yaml")
@@ -26,7 +29,7 @@ TRAIN = launch.train_command(
     str(ROOT / "configs/quickstart.py") + ":child", "/shared/my runs/mine", AWKWARD
 )
 EXPECTED = [
-    "scripts/train.py",
+    "train",
     "--config",
     "configs/quickstart.py:child",
     "--workdir",
@@ -34,7 +37,7 @@ EXPECTED = [
     *AWKWARD,
 ]
 
-# a Python that records how it was called
+# a program that records how it was called
 RECORDER = f"""#!{sys.executable}
 import json, os, sys
 found = {{k: v for k, v in os.environ.items() if k.startswith("JAX")}}
@@ -56,7 +59,7 @@ def hosts(tmp_path, monkeypatch):
     def make(*names):
         for name in names:
             program(
-                tmp_path / name / "jaxpt/.venv/bin/python",
+                tmp_path / name / "jaxpt/.venv/bin/jaxpt",
                 RECORDER.replace("called.json", f"{tmp_path}/{name}.json"),
             )
             (tmp_path / name / "jaxpt/.venv/.installed").touch()
@@ -95,7 +98,7 @@ def test_ssh_starts_the_given_command_on_every_host_word_for_word(tmp_path, host
 
 def test_an_active_run_is_not_started_twice_and_can_be_stopped(tmp_path, hosts):
     hosts("one")
-    program(tmp_path / "one/jaxpt/.venv/bin/python", "#!/bin/bash\nexec sleep 60\n")
+    program(tmp_path / "one/jaxpt/.venv/bin/jaxpt", "#!/bin/bash\nexec sleep 60\n")
     program(
         tmp_path / "bin/ssh",
         f'#!/bin/bash\n[ "$1" = -n ] && shift\nshift; cd {tmp_path}/one && exec bash -c "$*"\n',
@@ -133,112 +136,76 @@ def test_a_tpu_slice_starts_the_given_command_on_every_worker(tmp_path, hosts):
 
 
 @pytest.mark.parametrize(
-    ("ends", "finished", "requeued"), [(0, True, False), (143, False, True), (1, False, False)]
+    ("ends", "finished", "requeued"),
+    [(0, True, False), (0, False, True), (143, False, True), (1, False, False)],
 )
 def test_a_slurm_job_is_queued_again_when_it_was_asked_to_stop_and_only_then(
     tmp_path, hosts, ends, finished, requeued
 ):
-    workdir = str(tmp_path / "my run")
-    recipe = launch.plan_slurm(3, 4, workdir, TRAIN)
-    [script] = recipe.files.values()
-    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-    assert {
-        "#SBATCH --nodes=3",
-        "#SBATCH --ntasks-per-node=1",
-        "#SBATCH --gres=gpu:4",
-        "#SBATCH --signal=TERM@120",
-    } <= set(script.split("\n"))
-    (tmp_path / "my run").mkdir()
+    hosts("clone")
+    workdir = tmp_path / "my run"
+    workdir.mkdir()
     if finished:
-        (tmp_path / "my run/manifest.json").touch()
+        (workdir / "manifest.json").touch()
     program(
         tmp_path / "bin/srun",
         RECORDER.replace("called.json", f"{tmp_path}/srun.json") + f"sys.exit({ends})\n",
     )
     program(tmp_path / "bin/scontrol", f'#!/bin/bash\necho "$@" >{tmp_path}/again\n')
-    program(tmp_path / "bin/sbatch", '#!/bin/bash\nSLURM_JOB_ID=7 bash "${@: -1}"\n')
-    try:
-        launch.execute_launch(recipe)
-    except UserError:
-        assert ends
-    argv, environment = called(tmp_path / "srun.json")
-    assert argv[argv.index(sys.executable) + 1 :] == EXPECTED
-    assert environment["JAX_LOCAL_DEVICE_IDS"] == "0,1,2,3", (
-        "JAX alone would give each task one GPU"
+    done = subprocess.run(
+        ["bash", ROOT / "launch/train.sbatch", workdir, *AWKWARD],
+        env={**os.environ, "SLURM_JOB_ID": "7"},
     )
+    assert done.returncode == ends
+    argv, _ = called(tmp_path / "srun.json")
+    expected = [".venv/bin/jaxpt", "train", "--workdir", str(workdir), *AWKWARD]
+    assert argv[argv.index(expected[0]) :] == expected
     assert (tmp_path / "again").exists() == requeued
 
 
-@pytest.mark.parametrize(
-    ("on", "n", "each", "resource", "labels"),
-    [
-        (
-            "v5p:4x4x4",
-            16,
-            4,
-            "google.com/tpu",
-            {
-                "cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",
-                "cloud.google.com/gke-tpu-topology": "4x4x4",
-            },
-        ),
-        (
-            "v5e:2x4",
-            1,
-            8,
-            "google.com/tpu",
-            {
-                "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
-                "cloud.google.com/gke-tpu-topology": "2x4",
-            },
-        ),
-        (
-            "v6e:1x1",
-            1,
-            1,
-            "google.com/tpu",
-            {
-                "cloud.google.com/gke-tpu-accelerator": "tpu-v6e-slice",
-                "cloud.google.com/gke-tpu-topology": "1x1",
-            },
-        ),
-        (
-            "h100:24",
-            3,
-            8,
-            "nvidia.com/gpu",
-            {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"},
-        ),
-    ],
-)
-def test_a_jobset_asks_for_whole_hosts(on, n, each, resource, labels):
-    found = yaml.safe_load(
-        launch.render_jobset("mine", on, "registry/image", "claim", "/runs/mine", TRAIN)
-    )
+def test_a_slurm_job_without_a_workdir_is_refused():
+    done = subprocess.run(["bash", ROOT / "launch/train.sbatch"], capture_output=True, text=True)
+    assert done.returncode and "expected WORKDIR" in done.stderr
+
+
+def read_jobset(kind):
+    """The pod, and the job around it, for TPU nodes (as the file is) or edited for GPU nodes."""
+    lines = (ROOT / "launch/jobset.yaml").read_text().splitlines()
+    if kind == "GPU":
+        lines = [line for line in lines if "# TPU" not in line]
+        marked = [" # GPU" in line for line in lines]
+        pairs = zip(lines, marked, strict=True)
+        lines = [line.replace("# ", "", 1) if is_gpu else line for line, is_gpu in pairs]
+    found = yaml.safe_load("\n".join(lines))
     assert (found["apiVersion"], found["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     [replicated] = found["spec"]["replicatedJobs"]
     job = replicated["template"]["spec"]
-    pod = job["template"]["spec"]
+    assert (job["completionMode"], job["backoffLimit"]) == ("Indexed", 0)
+    assert job["completions"] == job["parallelism"]
+    return job, job["template"]["spec"], found["metadata"]["name"]
+
+
+def test_a_jobset_asks_for_whole_hosts_that_find_each_other():
+    job, pod, _ = read_jobset("TPU")
     [container] = pod["containers"]
-    assert (job["completions"], job["parallelism"], job["completionMode"], job["backoffLimit"]) == (
-        n,
-        n,
-        "Indexed",
-        0,
-    )
-    assert pod["nodeSelector"] == labels and container["resources"]["limits"] == {resource: each}
+    topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+    n_chips = math.prod(map(int, topology.split("x")))
+    assert job["completions"] * container["resources"]["limits"]["google.com/tpu"] == n_chips
+    assert "env" not in container, "TPU hosts know each other"
+
+    job, pod, name = read_jobset("GPU")
+    [container] = pod["containers"]
+    assert list(container["resources"]["limits"]) == ["nvidia.com/gpu"]
+    assert list(pod["nodeSelector"]) == ["cloud.google.com/gke-accelerator"]
     assert {mount["name"] for mount in container["volumeMounts"]} == {
         volume["name"] for volume in pod["volumes"]
     }
-    environment = {each["name"]: each.get("value") for each in container.get("env", [])}
-    if resource == "nvidia.com/gpu":
-        assert environment == {
-            "JAXPT_COORDINATOR": f"mine-hosts-0-0.mine:{launch.COORDINATOR_PORT}",
-            "JAXPT_PROCESSES": str(n),
-            "JAXPT_PROCESS": None,
-        }
-    else:
-        assert not environment, "TPU hosts know each other"
+    environment = {each["name"]: each.get("value") for each in container["env"]}
+    assert environment == {
+        "JAXPT_COORDINATOR": f"{name}-hosts-0-0.{name}:{launch.COORDINATOR_PORT}",
+        "JAXPT_PROCESSES": str(job["completions"]),
+        "JAXPT_PROCESS": None,
+    }
 
 
 @pytest.mark.parametrize(("finished", "status"), [(True, 0), (False, 75)])
@@ -246,29 +213,61 @@ def test_a_pod_passes_on_the_notice_to_stop_and_succeeds_only_when_the_run_is_fi
     tmp_path, hosts, finished, status
 ):
     hosts()
-    workdir = tmp_path / "my runs"
-    workdir.mkdir()
+    _, pod, _ = read_jobset("TPU")
+    command = pod["containers"][0]["command"]
+    assert "$(" not in command[-1] and "$$" not in command[-1], "Kubernetes would read them"
+    command[-1] = command[-1].replace("/runs/mine", f"{tmp_path}/mine")
     if finished:
-        (workdir / "manifest.json").touch()
-    found = yaml.safe_load(
-        launch.render_jobset("mine", "h100:8", "image", "claim", str(workdir), TRAIN)
-    )
-    command = found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"][
-        "containers"
-    ][0]["command"]
-    command = [word.replace("$$", "$") for word in command]  # as Kubernetes does
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine/manifest.json").touch()
     waiting = (
         "import signal, time\nsignal.signal(signal.SIGTERM, lambda *_: "
         "(time.sleep(0.3), sys.exit(0)))\nopen('ready', "
         "'w').close()\ntime.sleep(60)\n"
     )
-    program(tmp_path / "bin/python", RECORDER + waiting)
-    pod = subprocess.Popen(command, cwd=tmp_path)
+    program(tmp_path / "bin/jaxpt", RECORDER + waiting)
+    process = subprocess.Popen(command, cwd=tmp_path)
     while not (tmp_path / "ready").exists():
         time.sleep(0.05)
-    pod.send_signal(signal.SIGTERM)
-    assert pod.wait(20) == status
-    assert called(tmp_path / "called.json")[0] == EXPECTED
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == status
+    argv, _ = called(tmp_path / "called.json")
+    assert argv[0] == "train" and argv[-1] == f"{tmp_path}/mine"
+
+
+def test_a_skypilot_task_starts_one_process_per_node(tmp_path, hosts):
+    hosts("clone")
+    task = yaml.safe_load((ROOT / "launch/skypilot.yaml").read_text())
+    subprocess.run(["bash", "-n"], input=task["setup"], text=True, check=True)
+    environment = {
+        "SKYPILOT_NODE_IPS": "10.0.0.7\n10.0.0.8",
+        "SKYPILOT_NUM_NODES": "2",
+        "SKYPILOT_NODE_RANK": "1",
+    }
+    subprocess.run(
+        ["bash", "-c", task["run"]],
+        cwd=tmp_path / "clone/jaxpt",
+        env={**os.environ, **environment},
+        check=True,
+    )
+    argv, environment = called(tmp_path / "clone.json")
+    workdir = argv[argv.index("--workdir") + 1]
+    assert argv[0] == "train" and any(workdir.startswith(each) for each in task["file_mounts"])
+    assert environment == {
+        "JAXPT_COORDINATOR": f"10.0.0.7:{launch.COORDINATOR_PORT}",
+        "JAXPT_PROCESSES": "2",
+        "JAXPT_PROCESS": "1",
+    }
+
+
+@pytest.mark.parametrize("name", ["train.sbatch", "jobset.yaml", "skypilot.yaml"])
+def test_the_command_of_a_launch_file_is_one_that_jaxpt_takes(name):
+    """Its flags exist, and its recipe opens."""
+    text = (ROOT / "launch" / name).read_text()
+    for words in re.findall(r"jaxpt train (--.*?)(?: &|$)", text, re.MULTILINE):
+        words = words.replace('"$@"', "--config configs/base.py").split()
+        arguments = main.build_parser().parse_args(["train", *words])
+        main.options.load_settings(arguments)
 
 
 @pytest.mark.parametrize(
@@ -283,20 +282,9 @@ def test_a_pod_passes_on_the_notice_to_stop_and_succeeds_only_when_the_run_is_fi
             "Mount it",
         ),
         (lambda: launch.train_command("/etc/passwd", "/runs/x", []), "Put it into the clone"),
-        (lambda: launch.render_jobset("mine", "v5p:16", "i", "c", "/runs/x", TRAIN), "v5p:4x4x4"),
-        (
-            lambda: launch.render_jobset("mine", "h100:12", "i", "c", "/runs/x", TRAIN),
-            "expected whole hosts of 8 devices",
-        ),
-        (
-            lambda: launch.render_jobset("My_Run", "h100:8", "i", "c", "/runs/x", TRAIN),
-            "small letters",
-        ),
-        (lambda: launch.render_jobset("mine", "h100:8", "i", "c", "/x", TRAIN), "its parent"),
-        (lambda: launch.plan_slurm(0, 8, "/runs/x", TRAIN), "at least one node"),
         (
             lambda: launch.execute_launch(
-                launch.LaunchPlan(("no-such-program",), {}, [["touch started"]], {})
+                launch.LaunchPlan(("no-such-program",), [["touch started"]], {})
             ),
             "no-such-program: not on this machine's PATH",
         ),

@@ -627,7 +627,7 @@ def test_a_prompt_is_masked_from_file_to_batch(workdir, tmp_path):
     asked = config.PrepareConfig(
         sources=(f"tasks=jsonl:{tmp_path}/tasks.jsonl#question+answer",), heldout_frac=0.0
     )
-    prepare.prepare_corpus(dataclasses.replace(config.Config(), prepare=asked), tmp_path)
+    prepare.prepare_corpus(asked, tmp_path)
     shutil.copytree(workdir / "tokenizer", tmp_path / "tokenizer")
     counts = pack.pack_corpus(packing(), tmp_path).counts["train"]["tasks"]
     dataset, words = (

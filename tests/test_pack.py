@@ -3,7 +3,6 @@ shards that Hugging Face datasets opens.
 """
 
 import collections
-import dataclasses
 import itertools
 import json
 import math
@@ -18,12 +17,11 @@ import time
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT
 from hypothesis import given, settings, strategies
 from test_tokenizer import asking, english_and_code, write_corpus
 
 from jaxpt import stage
-from jaxpt.config import Config, PackConfig
+from jaxpt.config import PackConfig
 from jaxpt.data import pack, tokenizer
 from jaxpt.spec import Manifest, UserError
 
@@ -45,8 +43,8 @@ def prepared(workdir: pathlib.Path) -> pathlib.Path:
     return workdir
 
 
-def packing(method: str = "best_fit", seq_len: int = SEQ_LEN) -> Config:
-    return dataclasses.replace(Config(), pack=PackConfig(seq_len=seq_len, method=method))
+def packing(method: str = "best_fit", seq_len: int = SEQ_LEN) -> PackConfig:
+    return PackConfig(seq_len=seq_len, method=method)
 
 
 @pytest.fixture
@@ -274,17 +272,15 @@ def test_sequences_depend_on_corpus_and_tokenizer_alone(workdir, monkeypatch):
 
 
 RUN = """
-import dataclasses, sys
-sys.path.insert(0, sys.argv.pop(1))  # as the scripts do
-from jaxpt.config import Config, PackConfig, PrepareConfig
+import sys
+from jaxpt.config import PackConfig
 from jaxpt.data import executor, pack
 if __name__ == "__main__":
     where, seq_len, workdir = sys.argv[1:]
     pack.MAX_BYTES_IN_PROCESS, pack.JOB_BYTES = 0, 1
     map_jobs, used = executor.map_jobs, []
     executor.map_jobs = lambda *call: used.append(len(call[2])) or map_jobs(*call)
-    sections = {"pack": PackConfig(seq_len=int(seq_len)), "prepare": PrepareConfig(executor=where)}
-    pack.pack_corpus(dataclasses.replace(Config(), **sections), workdir)
+    pack.pack_corpus(PackConfig(seq_len=int(seq_len)), workdir, executor=where)
     print("JOBS", used)
 """
 
@@ -294,7 +290,7 @@ def packing_process(where: str, workdir: pathlib.Path) -> subprocess.Popen:
     runs one executor.
     """
     (workdir / "run.py").write_text(RUN)
-    command = [sys.executable, workdir / "run.py", ROOT, where, str(SEQ_LEN), workdir]
+    command = [sys.executable, workdir / "run.py", where, str(SEQ_LEN), workdir]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )

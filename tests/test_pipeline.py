@@ -59,11 +59,11 @@ TRAINING = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context
 
 def door(name, *arguments, cwd, ok=True):
     """What a door says."""
-    call = str(ROOT / f"scripts/{name}.py"), [str(word) for word in arguments], cwd
+    call = name, [str(word) for word in arguments], cwd
     status, told = (
-        TRAINING.submit(entry_points.run_script, *call).result()
+        TRAINING.submit(entry_points.run_command, *call).result()
         if name == "train"
-        else entry_points.run_script(*call)
+        else entry_points.run_command(*call)
     )
     assert (status == 0) == ok and "Traceback" not in told, (
         f"{name} {arguments}: status {status}\n{told}"

@@ -31,6 +31,7 @@ from jaxpt.plan import (
     check,
     compile,
     cost,
+    devices,
     flops,
     format,
     grow_or_scratch,
@@ -147,11 +148,13 @@ def test_a_sliding_window_sees_what_a_loop_counts(spec):
 
 def test_a_device_alone_receives_nothing(spec):
     alone = dict.fromkeys(dataclasses.asdict(MeshConfig()), 1)
-    assert flops.estimate_comm_bytes(spec, flops.DeviceShare.from_config(SMALL, alone)) == 0
-    assert all(
-        flops.estimate_comm_bytes(spec, flops.DeviceShare.from_config(SMALL, alone | {cut: 2})) > 0
-        for cut in ("fsdp", "tensor", "context")
-    )
+
+    def count_received(mesh):
+        share = flops.DeviceShare.from_config(SMALL.train, SMALL.pack.seq_len, "float32", mesh)
+        return flops.estimate_comm_bytes(spec, share)
+
+    assert count_received(alone) == 0
+    assert all(count_received(alone | {cut: 2}) > 0 for cut in ("fsdp", "tensor", "context"))
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "minimal", "full"])
@@ -225,7 +228,7 @@ def test_jaxs_device_names_find_their_chip():
 
 
 def test_a_run_on_cpu_has_flops_but_claims_no_peak_and_no_price(spec):
-    known = cost.detect_device_cost(spec, SMALL)
+    known = devices.detect_device_cost(spec, SMALL.pack.seq_len, "float32", SMALL.plan)
     assert known.flops_per_token == flops.count_flops_per_token(spec, SMALL.pack.seq_len)
     assert known.peak_flops is None and known.usd_per_hour is None
 
@@ -375,9 +378,10 @@ def test_restoring_takes_the_state_and_exporting_one_tensor_more(on_cpu):
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:4])
     whole = []
     for leaf in jax.tree.leaves(transformer.make_abstract_params(spec, mesh)):
-        fetch = huggingface.make_gather(sharding.make_replicated_sharding(mesh), leaf.ndim > 2)
+        fetch = huggingface.make_gather(sharding.make_replicated_sharding(mesh))
+        layer = jax.ShapeDtypeStruct((), jnp.int32)
         whole.append(
-            fetch.lower(leaf, jax.ShapeDtypeStruct((), jnp.int32))
+            fetch.lower(leaf, (layer,) if leaf.ndim > 2 else ())
             .compile()
             .memory_analysis()
             .output_size_in_bytes
@@ -562,8 +566,8 @@ def test_a_vocabulary_that_is_not_known_yet_is_guessed_aloud():
 
 
 def test_a_price_of_ones_own_goes_before_the_list():
-    request = dataclasses.replace(SMALL, plan=PlanSection(usd_per_hour=2.5))
-    assert cost.resolve_usd_per_hour(hardware.CHIPS["h100"], request) == (
+    section = PlanSection(usd_per_hour=2.5)
+    assert cost.resolve_usd_per_hour(hardware.CHIPS["h100"], section) == (
         2.5,
         "config.plan.usd_per_hour",
     )
@@ -608,8 +612,10 @@ def test_the_command_asks_for_what_is_missing(flags, message):
 def test_the_command_plans_several_targets_and_leaves_the_stated_json(tmp_path):
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
-        "import ml_collections\ndef get_config():\n    return ml_collections.ConfigDict("
-        f"{dataclasses.asdict(SMALL)!r}, convert_dict=True)\n"
+        f"from jaxpt.config import defaults\ndef get_config():\n    c = defaults()\n"
+        f"    for section, knobs in {dataclasses.asdict(SMALL)!r}.items():\n"
+        "        for name, value in knobs.items():\n"
+        "            setattr(getattr(c, section), name, value)\n    return c\n"
     )
     words = [
         "--config",
@@ -621,9 +627,8 @@ def test_the_command_plans_several_targets_and_leaves_the_stated_json(tmp_path):
         "--json",
         str(tmp_path / "new" / "plan.json"),
     ]
-    plan = str(ROOT / "scripts/plan.py")
-    status, told = entry_points.run_script(
-        plan, [*words, "--config.plan.tokens=1e9", "--config.plan.usd_per_hour=2"], tmp_path
+    status, told = entry_points.run_command(
+        "plan", [*words, "--config.plan.tokens=1e9", "--config.plan.usd_per_hour=2"], tmp_path
     )
     assert status == 0, told
     targets = json.loads((tmp_path / "new" / "plan.json").read_text())["targets"]

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
-from jaxpt.config import Config, PrepareConfig, TokenizerConfig
+from jaxpt.config import PrepareConfig
 from jaxpt.data import benchmarks, decontaminate, dedup, language, prepare, sources, tokenizer
 from jaxpt.spec import Manifest, UserError
 
@@ -39,8 +39,8 @@ De oude man liep elke dag langzaam naar de haven om te kijken welke schepen er w
 Старый дом стоял в конце узкого переулка, и никто в деревне не помнил, кто его построил.""".splitlines()
 
 
-def asking(**knobs) -> Config:
-    return dataclasses.replace(Config(), prepare=PrepareConfig(**knobs))
+def asking(**knobs) -> PrepareConfig:
+    return PrepareConfig(**knobs)
 
 
 def corpus(workdir: pathlib.Path, side: str) -> list[tuple[str, str, str]]:
@@ -407,7 +407,7 @@ prepare.JOB_BYTES = int(sys.argv[1])
 prepare.MAX_INLINE_BYTES = dict.fromkeys(prepare.MAX_INLINE_BYTES, int(sys.argv[2]))
 section = json.loads(sys.argv[3])
 section = {key: tuple(value) if isinstance(value, list) else value for key, value in section.items()}
-settings = config.dataclasses.replace(config.Config(), prepare=config.PrepareConfig(**section))
+settings = config.PrepareConfig(**section)
 stage.entry_point(lambda: prepare.prepare_corpus(settings, pathlib.Path(sys.argv[4]), True))
 """
 
@@ -656,12 +656,10 @@ def test_tokens_are_a_quarter_of_the_bytes_or_counted_with_the_tokenizer_that_is
     texts = [line * 9 for line in ENGLISH]
     file = tmp_path / "docs.jsonl"
     file.write_bytes(jsonl(texts))
-    asked = dataclasses.replace(
-        asking(sources=(f"web=jsonl:{file}",)),
-        tokenizer=TokenizerConfig(source=str(data_dir / "tok_mistral_v1/tokenizer.model")),
-    )
-    prepare.prepare_corpus(asked, tmp_path / "named")
-    prepare.prepare_corpus(asking(sources=(f"web=jsonl:{file}",)), tmp_path / "run")
+    asked = asking(sources=(f"web=jsonl:{file}",))
+    mistral = str(data_dir / "tok_mistral_v1/tokenizer.model")
+    prepare.prepare_corpus(asked, tmp_path / "named", tokenizer_source=mistral)
+    prepare.prepare_corpus(asked, tmp_path / "run")
     told = [
         json.loads((tmp_path / name / "corpus/funnel.json").read_text())["steps"][0]["kept"]["web"][
             "tokens"

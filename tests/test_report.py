@@ -268,8 +268,8 @@ def test_a_skipped_update_is_shown_with_what_it_measured_and_read(runs, tmp_path
         f"code/lib/heapq.py, {HOSTILE}, prose/moby.txt38 more"
     )
     assert (
-        row[4].endswith("prose/28.txt and 9 that trace.py names")
-        and f"trace.py --workdir {child} --step 91 --losses" in page.text
+        row[4].endswith("prose/28.txt and 9 that jaxpt trace names")
+        and f"jaxpt trace --workdir {child} --step 91 --losses" in page.text
     )
 
 
@@ -548,7 +548,7 @@ def test_the_page_of_an_empty_directory_names_all_that_is_missing(tmp_path):
     (tmp_path / "empty").mkdir()
     write_report([tmp_path / "empty"], tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
-    assert "no corpus/funnel.json, written by prepare.py" in text and "no growth.json" in text
+    assert "no corpus/funnel.json, written by jaxpt prepare" in text and "no growth.json" in text
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jaxpt.config import Config, PrepareConfig
+from jaxpt.config import PrepareConfig
 from jaxpt.data import prepare, sources
 from jaxpt.spec import Manifest, UserError
 
@@ -308,7 +308,7 @@ def test_what_was_passed_over_stands_in_the_funnel_the_manifest_and_on_the_termi
         on_error="skip",
         heldout_frac=0.0,
     )
-    prepare.prepare_corpus(Config(prepare=asked), tmp_path / "run")
+    prepare.prepare_corpus(asked, tmp_path / "run")
     unread = Manifest.load(tmp_path / "run/corpus").counts["unread"]
     assert unread == json.loads((tmp_path / "run/corpus/funnel.json").read_text())["unread"]
     assert (
@@ -335,7 +335,7 @@ def test_what_was_passed_over_stands_in_the_funnel_the_manifest_and_on_the_termi
             r"JSON.*\). Leave it out"
         ),
     ):
-        prepare.prepare_corpus(Config(prepare=asked), tmp_path / "none")
+        prepare.prepare_corpus(asked, tmp_path / "none")
 
 
 # ---- object stores
@@ -404,7 +404,7 @@ def test_files_in_an_object_store_are_read_as_those_on_a_disk(tmp_path, store, m
 
 def test_another_object_under_the_same_name_is_another_input(tmp_path, store):
     store("a.jsonl", lines("one"))
-    asked = Config(prepare=PrepareConfig(sources=("jsonl:s3://crawl/*.jsonl",), heldout_frac=0.0))
+    asked = PrepareConfig(sources=("jsonl:s3://crawl/*.jsonl",), heldout_frac=0.0)
     made = prepare.prepare_corpus(asked, tmp_path / "run")
     assert prepare.prepare_corpus(asked, tmp_path / "run") == made
     store("a.jsonl", lines("two"))  # as many bytes

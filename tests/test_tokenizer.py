@@ -2,7 +2,6 @@
 from text.
 """
 
-import dataclasses
 import json
 import pathlib
 import shutil
@@ -13,7 +12,7 @@ import pytest
 from hypothesis import given, settings, strategies
 
 from jaxpt import stage
-from jaxpt.config import Config, TokenizerConfig
+from jaxpt.config import TokenizerConfig
 from jaxpt.data import tokenizer
 from jaxpt.spec import Manifest, UserError
 
@@ -79,8 +78,8 @@ def english_and_code() -> dict[str, list[str]]:
     }
 
 
-def asking(**knobs) -> Config:
-    return dataclasses.replace(Config(), tokenizer=TokenizerConfig(**knobs))
+def asking(**knobs) -> TokenizerConfig:
+    return TokenizerConfig(**knobs)
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +179,7 @@ def test_unigram_tokens_are_sentencepieces_own_word_by_word(tmp_path):
     import sentencepiece
 
     corpus = write_corpus(tmp_path, english_and_code()) / "corpus"
-    proto = tokenizer.train_sentencepiece(asking(vocab_size=900, model="unigram").tokenizer, corpus)
+    proto = tokenizer.train_sentencepiece(asking(vocab_size=900, model="unigram"), corpus)
     backend, _, kept = tokenizer.convert_sentencepiece(proto, "here", "unigram")
     assert kept is None
     own = sentencepiece.SentencePieceProcessor(model_proto=proto)

@@ -51,7 +51,7 @@ if not flags.FLAGS.is_parsed():
 def open_packed(
     packed_paths: Sequence[pathlib.Path | str], split: Split = "train"
 ) -> PackedDataset:
-    """Open one split of directories that pack.py wrote.
+    """Open one split of directories that jaxpt pack wrote.
 
     Every shard must have its size. The checksums of sets on disk are compared at once up to
     MAX_BYTES_VERIFIED_AT_OPEN bytes; beyond that a record batch is checked before its first
@@ -67,7 +67,8 @@ def open_packed(
     """
     if not packed_paths:
         raise UserError(
-            "mixture.packed_paths: no packed directory given. Name at least one that pack.py wrote."
+            "mixture.packed_paths: no packed directory given. "
+            "Name at least one that jaxpt pack wrote."
         )
     stores = [open_storage(path) for path in packed_paths]
     counts = [parse_counts(store) for store in stores]
@@ -97,12 +98,12 @@ def open_packed(
 
 
 def parse_counts(store: LocalStorage | BucketStorage) -> pack.PackCounts:
-    """Return what pack.py counted. Raise UserError if another stage wrote the directory."""
+    """Return what jaxpt pack counted. Raise UserError if another stage wrote the directory."""
     manifest = store.manifest
     if manifest.stage != "pack":
         raise UserError(
             f"{store.where}: was made by {manifest.stage}, expected packed sequences. "
-            "Name the directory that pack.py wrote."
+            "Name the directory that jaxpt pack wrote."
         )
     return pack.PackCounts.from_json(manifest.counts, str(store.where))
 
@@ -148,7 +149,7 @@ class PackedDataset:
     Attributes:
         names: the sources.
         n_sequences: source -> number of sequences.
-        counts: source -> what pack.py counted.
+        counts: source -> what jaxpt pack counted.
         unigram_nats: source -> loss of the unigram baseline, nats per token.
         seq_len: tokens per sequence.
         vocab_size: of the tokenizer; token ids are below it.
@@ -311,19 +312,19 @@ class PackedSourceReader:
         if size is None:
             raise UserError(
                 f"{where}: missing, though the manifest names it. Copy it from where the rest came "
-                "from, or run pack.py with --replace."
+                "from, or run jaxpt pack with --replace."
             )
         if n_bytes is not None and size != n_bytes:
             raise UserError(
                 f"{where}: {size:,} bytes, expected {n_bytes:,}: a broken copy. Copy it again, or "
-                "run pack.py with --replace."
+                "run jaxpt pack with --replace."
             )
 
     def make_damage_error(self, file: str, reason: str) -> UserError:
         """Return the error for a damaged file."""
         return UserError(
             f"{self.storage.where}/{self.directory}/{file}: {reason}: damaged bytes. "
-            "Copy it again, or run pack.py with --replace."
+            "Copy it again, or run jaxpt pack with --replace."
         )
 
     def locate_sequence(self, i: int) -> tuple[int, int]:
@@ -341,7 +342,7 @@ class PackedSourceReader:
         return ByteRange(self.shard_paths[shard], start, n_bytes, crc)
 
     def read_record_batch(self, number: int) -> RecordBatchView:
-        """Open a record batch. Raise UserError if its bytes are not those that pack.py wrote."""
+        """Open a record batch. Raise UserError if its bytes are not those that jaxpt pack wrote."""
         byte_range = self.get_byte_range(number)
         data = self.storage.read_range(byte_range)
         if not self.is_verified[number]:

@@ -181,10 +181,15 @@ class PackResult(Record):
 # ---- the stage
 
 
-def pack_corpus(settings: config.Config, workdir: pathlib.Path, replace: bool = False) -> Manifest:
+def pack_corpus(
+    section: config.PackConfig,
+    workdir: pathlib.Path,
+    replace: bool = False,
+    executor: str = "local",
+) -> Manifest:
     """Make WORKDIR/packed from WORKDIR/corpus and WORKDIR/tokenizer.
 
-    The sequences and their order depend on nothing else.
+    The sequences and their order depend on nothing else, `executor` included.
 
     Raises:
         UserError: a source has less text than one sequence.
@@ -195,13 +200,11 @@ def pack_corpus(settings: config.Config, workdir: pathlib.Path, replace: bool = 
     tokenizer_path = workdir / "tokenizer"
     inputs = {"corpus": corpus, "tokenizer": tokenizer_path}
     encoder = tokenizer.load_tokenizer(tokenizer_path)
-    section = settings.pack
     layout = PackLayout(section.seq_len, section.method, encoder.vocab_size)
-    where = settings.prepare.executor
 
     def work(out: pathlib.Path) -> dict[str, Any]:
         resolved = corpus.resolve(), tokenizer_path.resolve(), out.resolve()
-        counts = pack_splits(*resolved, layout, where)
+        counts = pack_splits(*resolved, layout, executor)
         return counts.to_json()
 
     manifest = stage.run_stage(
@@ -227,7 +230,7 @@ def pack_splits(
     """Run both passes over both splits.
 
     Args:
-        corpus: what prepare.py wrote.
+        corpus: what jaxpt prepare wrote.
         tokenizer_path: the tokenizer's directory.
         out: the stage's directory.
         layout: of the sequences.
@@ -420,7 +423,7 @@ def run_tokenize_job(fields: dict[str, Any]) -> int:
     if job.sha256 and stage.sha256_file(file) != job.sha256:
         raise UserError(
             f"{file}: its checksum is not the manifest's: it was changed or damaged. "
-            "Run prepare.py again with --replace."
+            "Run jaxpt prepare again with --replace."
         )
     output.parent.mkdir(parents=True, exist_ok=True)
     n_documents = n_bytes = 0
@@ -490,7 +493,7 @@ def corpus_read_errors(file: pathlib.Path) -> Iterator[None]:
         line, *_ = message.splitlines()
         raise UserError(
             f"{file}: cannot be read as a shard of a corpus ({line}). "
-            "Run prepare.py again with --replace."
+            "Run jaxpt prepare again with --replace."
         ) from None
 
 

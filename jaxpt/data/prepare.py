@@ -76,23 +76,31 @@ Funnel = dict[str, Any]
 
 
 def prepare_corpus(
-    settings: config.Config, workdir: pathlib.Path, replace: bool = False
+    section: config.PrepareConfig,
+    workdir: pathlib.Path,
+    replace: bool = False,
+    tokenizer_source: str = "train",
 ) -> Manifest:
-    """Prepare WORKDIR/corpus as the section `prepare` asks, or find it finished.
+    """Prepare WORKDIR/corpus as the section asks, or find it finished.
+
+    Args:
+        section: sources and rules.
+        workdir: the run directory.
+        replace: overwrite the corpus of another config or other inputs.
+        tokenizer_source: one to count tokens with; "train": there is none yet.
 
     Raises:
         UserError: a source, rule, benchmark, executor or record cannot be used, or every document
             is dropped.
     """
-    section = settings.prepare
     check_section(section)
     text_sources = sources.parse_sources(section.sources)
     section_json = json.dumps(stage.to_jsonable(section))
     rules, index = open_rules(section_json)
     executor.init_executor(section.executor)
     tokenizer = None
-    if settings.tokenizer.source != "train":
-        tokenizer = tokenizers.load_tokenizer(settings.tokenizer.source)
+    if tokenizer_source != "train":
+        tokenizer = tokenizers.load_tokenizer(tokenizer_source)
     if index.n_short:
         log.info(
             f"prepare: {index.n_short:,} of {len(index.items):,} benchmark items have fewer than "

@@ -68,7 +68,7 @@ class TokenizerSource(NamedTuple):
 
 
 def train_tokenizer(
-    settings: config.Config, workdir: pathlib.Path, replace: bool = False
+    section: config.TokenizerConfig, workdir: pathlib.Path, replace: bool = False
 ) -> Manifest:
     """Make WORKDIR/tokenizer: trained on WORKDIR/corpus/train, or adopted from tokenizer.source.
 
@@ -78,7 +78,6 @@ def train_tokenizer(
         UserError: it cannot be trained, or not be adopted exactly.
     """
     workdir = stage.local_path(workdir)
-    section = settings.tokenizer
     is_trained = section.source == "train"
     if is_trained:
         inputs = {"corpus": workdir / "corpus"}
@@ -612,5 +611,5 @@ def list_corpus_files(corpus: pathlib.Path, split: str) -> dict[str, list[pathli
         name = re.sub(r"-\d+$", "", file.stem)
         files.setdefault(name, []).append(file)
     if split == "train" and not files:
-        raise UserError(f"{directory}: no parquet shards. Run prepare.py first.")
+        raise UserError(f"{directory}: no parquet shards. Run jaxpt prepare first.")
     return files

@@ -370,8 +370,8 @@ def compare_documents(
 
     Args:
         models: parent and child, which share a tokenizer.
-        texts: sources, [NAME=]KIND:WHERE as prepare.py reads them. Use held-out ones: a model has
-            learned those it was trained on.
+        texts: sources, [NAME=]KIND:WHERE as jaxpt prepare reads them. Use held-out ones: a model
+            has learned those it was trained on.
         to: file to write the result to.
 
     Raises:

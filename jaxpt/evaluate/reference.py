@@ -41,7 +41,7 @@ def load_reference_model(hf_dir: pathlib.Path) -> Any:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{hf_dir}: transformers cannot open it ({reason}). Expected a directory that "
-            "export_hf.py wrote."
+            "jaxpt export_hf wrote."
         ) from None
     return model.eval()
 

@@ -1,4 +1,4 @@
-"""Answer plan.py: checks, plan, search and strategies, printed and returned as plan.json."""
+"""Answer jaxpt plan: checks, plan, search and strategies, printed and returned as plan.json."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxpt.spec import UserError
 
 @dataclasses.dataclass(frozen=True)
 class PlanRequest:
-    """The command line of plan.py."""
+    """The command line of jaxpt plan."""
 
     target_names: list[str]  # --on
     with_search: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 
-from jaxpt.config import Config
+from jaxpt.config import Config, PlanConfig
 from jaxpt.plan import compile, flops, format, hardware, layouts, roofline
 from jaxpt.plan.hardware import DEFAULT_MEM_FRAC, Chip, Target
 from jaxpt.plan.records import (
@@ -16,7 +16,6 @@ from jaxpt.plan.records import (
     TrainingPlan,
 )
 from jaxpt.spec import ModelSpec
-from jaxpt.train.metrics import DeviceCost
 from jaxpt.weights import checkpoint, growth, hub, huggingface, initialize
 
 log = logging.getLogger(__name__)
@@ -97,7 +96,7 @@ def resolve_model_spec(settings: Config) -> tuple[ModelSpec, list[str]]:
     initialization = settings.initialize
     notes = []
     if initialization.source == "random":
-        spec = initialize.make_random_spec(settings, settings.tokenizer.vocab_size)
+        spec = initialize.make_random_spec(settings.model, settings.tokenizer.vocab_size)
         if not settings.model.vocab_size:
             notes.append(
                 "model.vocab_size is 0 (take the tokenizer's): planned with "
@@ -153,8 +152,8 @@ def project_target(
     flops_per_token = flops.count_flops_per_token(spec, seq_len)
     chip_flops = chip.peak_flops(settings.train.compute_dtype)
     peak_flops = n_devices * chip_flops
-    usd_per_hour, price_source = resolve_usd_per_hour(chip, settings)
-    roof = roofline.compute_roofline(analysis, target, settings)
+    usd_per_hour, price_source = resolve_usd_per_hour(chip, settings.plan)
+    roof = roofline.compute_roofline(analysis, target, settings.train)
 
     def project(step_seconds: float) -> RunProjection:
         seconds = step_seconds * time_calibration
@@ -228,22 +227,8 @@ def project_target(
     )
 
 
-def resolve_usd_per_hour(chip: Chip, settings: Config) -> tuple[float | None, str]:
+def resolve_usd_per_hour(chip: Chip, plan: PlanConfig) -> tuple[float | None, str]:
     """Return the price per device and hour in US dollars, and whose price it is."""
-    if settings.plan.usd_per_hour:
-        return settings.plan.usd_per_hour, "config.plan.usd_per_hour"
+    if plan.usd_per_hour:
+        return plan.usd_per_hour, "config.plan.usd_per_hour"
     return chip.usd_per_hour, chip.price_source
-
-
-def detect_device_cost(spec: ModelSpec, settings: Config) -> DeviceCost:
-    """Return what turns speed into MFU and money on the devices that JAX sees here."""
-    import jax
-
-    device_kind = jax.devices()[0].device_kind
-    chip = hardware.find_chip(device_kind)
-    usd_per_hour = settings.plan.usd_per_hour or None
-    if usd_per_hour is None and chip and chip.platform != "cpu":
-        usd_per_hour = chip.usd_per_hour
-    flops_per_token = flops.count_flops_per_token(spec, settings.pack.seq_len)
-    peak_flops = hardware.get_peak_flops(device_kind, settings.train.compute_dtype)
-    return DeviceCost(flops_per_token, peak_flops, usd_per_hour)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from jaxpt import sharding
-from jaxpt.config import Config
+from jaxpt.config import Config, TrainConfig
 from jaxpt.plan.records import StepAnalysis
 from jaxpt.spec import ModelSpec
 
@@ -92,17 +92,18 @@ class DeviceShare(NamedTuple):
     compute_bytes: int  # per number in a matmul
 
     @classmethod
-    def from_config(cls, settings: Config, mesh: dict[str, int]) -> DeviceShare:
+    def from_config(
+        cls, train: TrainConfig, seq_len: int, param_dtype: str, mesh: dict[str, int]
+    ) -> DeviceShare:
         """Return the share on a mesh (axis -> devices)."""
-        train = settings.train
         n_fsdp = sharding.n_shards_of_shape(mesh, "embed")
         n_tensor = sharding.n_shards_of_shape(mesh, "mlp")
         n_context = sharding.n_shards_of_shape(mesh, "position")
         n_batch = sharding.n_shards_of_shape(mesh, "batch")
         n_sequences = train.batch_size // train.grad_accum_steps
-        n_tokens = n_sequences * settings.pack.seq_len
+        n_tokens = n_sequences * seq_len
         tokens = n_tokens // (n_batch * n_context)
-        param_bytes = DTYPE_BYTES[settings.initialize.param_dtype]
+        param_bytes = DTYPE_BYTES[param_dtype]
         compute_bytes = DTYPE_BYTES[train.compute_dtype]
         sizes = (n_fsdp, n_tensor, n_context, param_bytes, compute_bytes)
         return cls(tokens, train.grad_accum_steps, *sizes)
@@ -237,7 +238,7 @@ def estimate_step(
         attention: backend, such as "xla".
     """
     train, seq_len = settings.train, settings.pack.seq_len
-    share = DeviceShare.from_config(settings, mesh)
+    share = DeviceShare.from_config(train, seq_len, settings.initialize.param_dtype, mesh)
     n_moments = 2 if settings.optim.name == "adamw" else 1
     params_bytes = round(estimate_state_bytes(spec, share, n_moments=0))
     state_bytes = round(estimate_state_bytes(spec, share, n_moments))

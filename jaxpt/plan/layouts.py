@@ -51,15 +51,16 @@ def list_layouts(spec: ModelSpec, settings: Config, target: Target) -> list[Layo
 
     Sequences and tokens per step stay as in the config.
     """
+    batch_size, seq_len = settings.train.batch_size, settings.pack.seq_len
     sizes = dataclasses.asdict(settings.mesh)
     # axes that the config leaves open stay open: one recipe for any number of devices
     open_axes = {axis: -1 for axis, size in sizes.items() if size == -1}
     layouts = []
-    for mesh in iterate_meshes(spec, settings, target):
+    for mesh in iterate_meshes(spec, seq_len, target):
         shape = dataclasses.asdict(mesh)
         mesh = dataclasses.replace(mesh, **open_axes)
-        for grad_accum_steps in list_divisors(settings.train.batch_size):
-            if not can_shard(shape, spec, settings, grad_accum_steps):
+        for grad_accum_steps in list_divisors(batch_size):
+            if not can_shard(shape, spec, batch_size, grad_accum_steps, seq_len):
                 continue
             for remat in REMAT_POLICIES:
                 train = dataclasses.replace(
@@ -70,7 +71,7 @@ def list_layouts(spec: ModelSpec, settings: Config, target: Target) -> list[Layo
     return layouts
 
 
-def iterate_meshes(spec: ModelSpec, settings: Config, target: Target) -> Iterator[MeshConfig]:
+def iterate_meshes(spec: ModelSpec, seq_len: int, target: Target) -> Iterator[MeshConfig]:
     """Yield meshes: fsdp over what tensor and context leave, one replica or one per GPU host."""
     n_hosts = 1
     if target.chip.platform == "cuda":
@@ -79,13 +80,14 @@ def iterate_meshes(spec: ModelSpec, settings: Config, target: Target) -> Iterato
     tensor_sizes = list_divisors(spec.n_kv_heads)
     for replica, tensor, context in itertools.product(n_replicas, tensor_sizes, (1, 2, 4, 8)):
         fsdp, rest = divmod(target.n_devices, replica * tensor * context)
-        if rest == 0 and settings.pack.seq_len % context**2 == 0:
+        if rest == 0 and seq_len % context**2 == 0:
             yield MeshConfig(replica, fsdp, tensor, context)
 
 
-def can_shard(shape: dict[str, int], spec: ModelSpec, settings: Config, accum_steps: int) -> bool:
+def can_shard(
+    shape: dict[str, int], spec: ModelSpec, batch_size: int, accum_steps: int, seq_len: int
+) -> bool:
     """Return whether a mesh divides the sizes of the model and its micro-batches."""
-    batch_size, seq_len = settings.train.batch_size, settings.pack.seq_len
     mesh = cast("Mesh", MeshShape(shape))  # all that the check reads
     try:
         sharding.check_mesh_divides(mesh, spec, batch_size, accum_steps, seq_len)
@@ -100,7 +102,7 @@ def estimate_layout(
     """Return a layout with its estimated memory and step time."""
     attention = hardware.predict_attention_backend(settings, target)
     analysis = flops.estimate_step(spec, settings, shape, attention)
-    roof = roofline.compute_roofline(analysis, target, settings)
+    roof = roofline.compute_roofline(analysis, target, settings.train)
     return Layout(settings, analysis, roof.expected_seconds)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from jaxpt.config import Config
+from jaxpt.config import TrainConfig
 from jaxpt.plan import hlo
 from jaxpt.plan.hardware import Target
 from jaxpt.plan.records import StepAnalysis
@@ -25,20 +25,20 @@ class Roofline(NamedTuple):
         return (self.fast_seconds + self.slow_seconds) / 2
 
 
-def compute_roofline(analysis: StepAnalysis, target: Target, settings: Config) -> Roofline:
+def compute_roofline(analysis: StepAnalysis, target: Target, train: TrainConfig) -> Roofline:
     """Return the time of a step from its executed matmuls and the bytes that it moves.
 
     The fast end moves the sharded weights, activations and sequences only; the slow end moves what
     the compiled program's layers move, where that is known to be more.
     """
     chip = target.chip
-    peak_flops = target.n_devices * chip.peak_flops(settings.train.compute_dtype)
+    peak_flops = target.n_devices * chip.peak_flops(train.compute_dtype)
     compute = analysis.executed_flops / peak_flops
     memory = analysis.memory_traffic_bytes / chip.memory_bandwidth
     network = analysis.comm_bytes / target.receive_bandwidth
 
     layer_bytes = sum(map(hlo.count_received_bytes, analysis.layer_collectives))
-    n_turns = analysis.n_layers * settings.train.grad_accum_steps
+    n_turns = analysis.n_layers * train.grad_accum_steps
     compiled_network = layer_bytes * n_turns / target.receive_bandwidth
 
     slow_compute = compute / chip.efficiency.low

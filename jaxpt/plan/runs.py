@@ -14,7 +14,7 @@ from jaxpt.train.records import MetricRecord
 
 
 class Run(NamedTuple):
-    """A run directory that train.py wrote."""
+    """A run directory that jaxpt train wrote."""
 
     path: pathlib.Path
     settings: Config
@@ -49,7 +49,7 @@ def read_run(run_dir: str | pathlib.Path, flag: str) -> Run:
         settings = config.build_config(json.loads((path / "config.json").read_text()))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
-            f"{flag} {path}: no config.json there. Give run directories that train.py wrote."
+            f"{flag} {path}: no config.json there. Give run directories that jaxpt train wrote."
         ) from None
     spec = ModelSpec.load(path / "spec.json")
     return Run(path, settings, spec, read_metrics(path / "metrics.jsonl"))
@@ -59,7 +59,7 @@ def read_devices(run: Run) -> tuple[int, str]:
     """Return the number of devices of the run's last start, and JAX's name of their kind."""
     path = run.path / "starts.jsonl"
     if not path.exists():
-        raise UserError(f"{path}: not found. Give a run directory that train.py wrote.")
+        raise UserError(f"{path}: not found. Give a run directory that jaxpt train wrote.")
     start = json.loads(path.read_text().splitlines()[-1])
     return start["n_devices"], start["device_kind"]
 

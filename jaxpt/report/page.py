@@ -1,9 +1,9 @@
 """Render one HTML page of one or several runs.
 
-It is made from the JSON that stages leave in their directories, and prepare.py's samples of what it
-dropped. The page asks no other host for anything, opens from a file, and stays under 2 MB. It is a
-list of sections (SECTIONS): a package that wants to be shown leaves its JSON, and adds to
-`read.load_run` and one function from runs to HTML, "" where no run has that JSON.
+It is made from the JSON that stages leave in their directories, and the samples that jaxpt
+prepare keeps of what it dropped. The page asks no other host for anything, opens from a file, and
+stays under 2 MB. It is a list of sections (SECTIONS): a package that wants to be shown leaves its
+JSON, and adds to `read.load_run` and one function from runs to HTML, "" where no run has that JSON.
 """
 
 from __future__ import annotations
@@ -47,27 +47,29 @@ SECTIONS = (
     ReportSection(
         "Lineage", lineage.render_lineage, "manifest.json", "every stage that has finished"
     ),
-    ReportSection("Data", data.render_data, "corpus/funnel.json", "prepare.py"),
-    ReportSection("Mixture", data.render_mixture, "metrics.jsonl beside config.json", "train.py"),
-    ReportSection("Loss", training.render_losses, "metrics.jsonl", "train.py"),
+    ReportSection("Data", data.render_data, "corpus/funnel.json", "jaxpt prepare"),
+    ReportSection(
+        "Mixture", data.render_mixture, "metrics.jsonl beside config.json", "jaxpt train"
+    ),
+    ReportSection("Loss", training.render_losses, "metrics.jsonl", "jaxpt train"),
     ReportSection(
         "Forgetting",
         training.render_forgetting,
         "parent's held-out loss in metrics.jsonl",
-        "train.py of a run that started from a model",
+        "jaxpt train of a run that started from a model",
     ),
-    ReportSection("Training", training.render_training, "metrics.jsonl", "train.py"),
-    ReportSection("Growth", growth.render_growth, "growth.json", "initialize.py --grow"),
-    ReportSection("Evaluation", evaluation.render_evaluation, "eval/NAME.json", "evaluate.py"),
-    ReportSection("Samples", samples.render_samples, "eval/samples.json", "compare.py"),
+    ReportSection("Training", training.render_training, "metrics.jsonl", "jaxpt train"),
+    ReportSection("Growth", growth.render_growth, "growth.json", "jaxpt initialize --grow"),
+    ReportSection("Evaluation", evaluation.render_evaluation, "eval/NAME.json", "jaxpt evaluate"),
+    ReportSection("Samples", samples.render_samples, "eval/samples.json", "jaxpt compare"),
     ReportSection(
         "Differences",
         differences.render_differences,
         "eval/differences.json",
-        "compare.py --differ",
+        "jaxpt compare --differ",
     ),
-    ReportSection("Plan", plan.render_plan, "plan.json", "plan.py --json"),
-    ReportSection("Settings", settings.render_settings, "config.json", "train.py"),
+    ReportSection("Plan", plan.render_plan, "plan.json", "jaxpt plan --json"),
+    ReportSection("Settings", settings.render_settings, "config.json", "jaxpt train"),
 )
 # what a section raises on JSON that has not the form in which our stages write it
 FORM_ERRORS = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError)

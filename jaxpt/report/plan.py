@@ -150,7 +150,7 @@ def join_ends(texts: Iterable[str]) -> str:
 
 
 def render_search(plan: Plan) -> str:
-    """Render the best layouts that plan.py --search found."""
+    """Render the best layouts that jaxpt plan --search found."""
     if not plan.search:
         return ""
     html = ""
@@ -159,12 +159,12 @@ def render_search(plan: Plan) -> str:
         if best:
             overrides = best.overrides or ()
             layout = " ".join([best.target, *overrides])
-            html += small_text(f"{label} that fits, by plan.py --search: {layout}")
+            html += small_text(f"{label} that fits, by jaxpt plan --search: {layout}")
     return html
 
 
 def render_comparison(comparison: Comparison) -> str:
-    """Render growing against training from scratch, as plan.py --base compared them."""
+    """Render growing against training from scratch, as jaxpt plan --base compared them."""
     body = []
     for strategy in comparison.strategies:
         row = [escape(strategy.name), format_ends(strategy.tokens, format_count)]
@@ -190,7 +190,7 @@ def format_ends(ends: Ends | None, format_number: Formatter) -> str:
 
 
 def render_checks(checks: tuple[Check, ...]) -> str:
-    """Render planned against measured, as plan.py --check compared them."""
+    """Render planned against measured, as jaxpt plan --check compared them."""
     body = []
     for check in checks:
         _, *numbers = dataclasses.astuple(check)

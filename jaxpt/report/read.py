@@ -37,7 +37,7 @@ from jaxpt.report.records import (
 )
 from jaxpt.spec import ModelSpec, UserError, encode_json
 
-COMPARISONS = ("samples", "differences")  # files in eval/ that compare.py writes
+COMPARISONS = ("samples", "differences")  # files in eval/ that jaxpt compare writes
 MAX_DROPPED = 3  # documents shown that a rule dropped, per source
 MAX_EXCERPT = 600  # characters shown of each
 Point = tuple[float, float]  # (step, value)
@@ -102,7 +102,7 @@ def load_run(directory: str | pathlib.Path) -> RunData:
     if not directory.is_dir():
         raise UserError(
             f"--workdir {directory}: no such directory. "
-            "Give the run directory that train.py or initialize.py wrote."
+            "Give the run directory that jaxpt train or jaxpt initialize wrote."
         )
     warnings: list[str] = []
     nodes = read_lineage(directory, warnings)
@@ -208,7 +208,7 @@ def parse_packed(manifest: StageSummary, warnings: list[str]) -> PackedCounts | 
 
 
 def read_evaluations(directory: pathlib.Path, warnings: list[str]) -> dict[str, Evaluation]:
-    """Return eval/*.json by file stem, without the files that compare.py writes."""
+    """Return eval/*.json by file stem, without the files that jaxpt compare writes."""
     evaluations = {}
     for file in sorted(directory.glob("*.json")):
         if file.stem in COMPARISONS:

@@ -492,7 +492,7 @@ class Target(View, on="target", devices="n_devices", peak_bytes_per_device="peak
 
 @dataclasses.dataclass(frozen=True)
 class Search(View):
-    """Result of plan.py --search."""
+    """Result of jaxpt plan --search."""
 
     cheapest: Target | None = None
     fastest: Target | None = None

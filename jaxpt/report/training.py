@@ -297,7 +297,7 @@ def render_skips(runs: list[RunData]) -> str:
             notes += f"{run.name}: {n_more} more are in its metrics.jsonl. "
         if skipped:
             arguments = f"--workdir {run.directory} --step {skipped[0].step} --losses"
-            commands += f" <code>{escape(f'python scripts/trace.py {arguments}')}</code>"
+            commands += f" <code>{escape(f'jaxpt trace {arguments}')}</code>"
     if not body:
         return ""
     heads = ["run", "step", "loss", "gradient norm", "documents"]
@@ -312,6 +312,6 @@ def render_skipped_documents(point: SkippedPoint) -> str:
     folded = ", ".join(point.documents[MAX_DOCUMENTS:])
     n_unnamed = point.n_documents - len(point.documents)
     if folded and n_unnamed > 0:
-        folded += f" and {format_whole(n_unnamed)} that trace.py names"
+        folded += f" and {format_whole(n_unnamed)} that jaxpt trace names"
     title = f"{format_whole(point.n_documents - MAX_DOCUMENTS)} more"
     return html + collapsible(title, small_text(folded))

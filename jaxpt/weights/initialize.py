@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxpt.config import Config
+from jaxpt.config import Config, ModelConfig
 from jaxpt.data import tokenizer
 from jaxpt.model import transformer
 from jaxpt.spec import Batch, Manifest, ModelSpec, UserError
@@ -139,7 +139,7 @@ def init_model(
     for text in section.grow:
         growth.parse_operator(text)  # refuse a misspelt operator before weights are read
     if section.source == "random":
-        spec = make_random_spec(settings, vocab_size)
+        spec = make_random_spec(settings.model, vocab_size)
         dtype = safetensors_file.dtype_of_name(section.param_dtype)
         params = transformer.init_params(spec, section.seed, mesh, dtype)
         model = LoadedModel(spec, params, None, None, None, None, {})
@@ -174,9 +174,8 @@ def grow_model(
     return model, applied
 
 
-def make_random_spec(settings: Config, vocab_size: int | None) -> ModelSpec:
+def make_random_spec(section: ModelConfig, vocab_size: int | None) -> ModelSpec:
     """Return config.model as a ModelSpec."""
-    section = settings.model
     n_tokens = section.vocab_size
     if not n_tokens and vocab_size:
         n_tokens = vocabulary.pad_vocab_size(vocab_size)

@@ -1,0 +1,36 @@
+"""Inspect a checkpoint, or compare two bit by bit (exit status 1 if they differ).
+
+jaxpt checkpoint inspect runs/base
+jaxpt checkpoint diff runs/base/checkpoints/300 runs/again/checkpoints/300
+"""
+
+import argparse
+import pathlib
+import sys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="inspect|diff")
+    inspect = actions.add_parser("inspect", help="print step, spec and every array")
+    inspect.add_argument(
+        "directory", type=pathlib.Path, help="a run or a checkpoint step directory"
+    )
+    diff = actions.add_parser("diff", help="compare two checkpoints bit by bit")
+    diff.add_argument(
+        "directories", type=pathlib.Path, nargs=2, help="run or checkpoint step directories"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the checkpoint, or the differences."""
+    from jaxpt.weights import checkpoint
+
+    if arguments.action == "inspect":
+        for line in checkpoint.describe_checkpoint(arguments.directory):
+            print(line)
+    else:
+        differences = checkpoint.diff_checkpoints(*arguments.directories)
+        for line in differences or ["equal: every array, bit by bit"]:
+            print(line)
+        sys.exit(1 if differences else 0)

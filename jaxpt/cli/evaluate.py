@@ -1,0 +1,73 @@
+r"""Evaluate a model: lm-evaluation-harness benchmarks and bits per byte of texts.
+
+Runs jaxpt's own code, or transformers and torch.
+
+    jaxpt evaluate --model runs/base --to runs/base/eval/course.json \
+        --data-dir benchmarks/data --tasks course \
+        'bits_per_byte/prose=parquet:runs/base/corpus/heldout/prose-*.parquet#text'
+"""
+
+import argparse
+import pathlib
+
+from jaxpt import stage
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags."""
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR",
+        help="a run, a checkpoint step directory or a Hugging Face directory",
+    )
+    parser.add_argument(
+        "--tasks",
+        required=True,
+        nargs="+",
+        action="extend",
+        metavar="TASK",
+        help="harness tasks (also with commas), 'course', or bits_per_byte/NAME=KIND:WHERE",
+    )
+    parser.add_argument(
+        "--backend",
+        choices=("jax", "hf"),
+        default="jax",
+        help="jaxpt, or transformers and torch (default: jax)",
+    )
+    parser.add_argument(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="evaluate only the first N items or documents of each task",
+    )
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="context in tokens (default: the model's longest)",
+    )
+    parser.add_argument(
+        "--data-dir",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="benchmark files on disk (default: the harness downloads them)",
+    )
+    parser.add_argument(
+        "--to", type=pathlib.Path, metavar="FILE.json", help="file to write the results to"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Evaluate, print the table and write --to."""
+    from jaxpt.evaluate import harness
+
+    harness.evaluate_model(
+        stage.local_path(arguments.model),
+        arguments.tasks,
+        backend=arguments.backend,
+        limit=arguments.limit,
+        max_length=arguments.max_length,
+        data_dir=arguments.data_dir,
+        to=stage.check_output_path(arguments.to, "results.json"),
+    )

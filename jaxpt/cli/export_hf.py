@@ -1,0 +1,56 @@
+"""Export a model to Hugging Face: safetensors, config.json, tokenizer, model card.
+
+The directory opens with AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained of
+transformers. The model card states the lineage.
+
+    jaxpt export_hf --from runs/child --to runs/child/hf
+    jaxpt export_hf --from runs/child --to runs/child/hf --push me/child --private
+"""
+
+import argparse
+import pathlib
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags."""
+    parser.add_argument(
+        "--from",
+        dest="source",
+        required=True,
+        type=pathlib.Path,
+        metavar="CHECKPOINT",
+        help="a run (its newest checkpoint), a checkpoint, a Hugging Face directory or hf:NAME",
+    )
+    parser.add_argument(
+        "--to", required=True, type=pathlib.Path, metavar="HF_DIR", help="the directory to write"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="dtype of the weights (default: as in the checkpoint)",
+    )
+    parser.add_argument("--replace", action="store_true", help="overwrite what --to holds")
+    parser.add_argument(
+        "--push",
+        metavar="NAME",
+        help="upload to this repository of the Hugging Face hub, created if it does not exist",
+    )
+    parser.add_argument(
+        "--private",
+        action="store_true",
+        help="make a repository that --push creates private",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the Hugging Face directory --to, and push it."""
+    from jaxpt import export
+
+    export.export_model(
+        arguments.source,
+        arguments.to,
+        arguments.dtype,
+        arguments.replace,
+        arguments.push,
+        arguments.private,
+    )

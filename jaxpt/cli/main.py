@@ -1,0 +1,93 @@
+"""Run `jaxpt COMMAND`: a command is a module of this package with `add_arguments` and `run`.
+
+Its docstring is its help. Nothing here imports jax: `jaxpt --help` and completion answer at once,
+and a command imports what it needs in `run`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+
+from jaxpt import stage
+from jaxpt.cli import options
+from jaxpt.config import suggest_name
+from jaxpt.spec import UserError
+
+GROUPS = {
+    "Before you pay": ("plan",),
+    "Data": ("prepare", "train_tokenizer", "pack"),
+    "Model": ("initialize", "train", "export_hf"),
+    "Results": ("evaluate", "compare", "report"),
+    "Look inside": ("trace", "checkpoint"),
+    "Several hosts": ("launch",),
+}
+COMMANDS = [name for names in GROUPS.values() for name in names]
+EPILOG = """
+jaxpt COMMAND --help lists its flags, and the knobs of the config that it reads.
+Any knob of a recipe can be overridden: jaxpt train --config FILE --config.train.steps=300
+"""
+
+
+def main(command: str = "") -> None:
+    """Run the command that the command line names, or this one with the flags given."""
+    words = [command, *sys.argv[1:]] if command else sys.argv[1:]
+    if words[:1] == ["train"]:
+        stage.use_large_pages()
+    stage.entry_point(lambda: run_command(words))
+
+
+def run_command(words: list[str]) -> None:
+    """Run a command line without its first word, `jaxpt`.
+
+    Raises:
+        UserError: there is no such command or flag, or the command refuses its input.
+    """
+    parser = build_parser()
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(parser)  # answers the shell and exits
+    if not words:
+        words = ["--help"]
+    if not words[0].startswith("-"):
+        name = words[0].replace("-", "_")
+        if name not in COMMANDS:
+            hint = suggest_name(name, COMMANDS, "jaxpt ")
+            raise UserError(f"jaxpt: there is no command {words[0]}; {hint}")
+        words = [name, *words[1:]]
+    arguments = parser.parse_args(words)
+    arguments.run(arguments)
+
+
+def build_parser() -> options.Parser:
+    """Return the parser of all commands."""
+    modules = {name: importlib.import_module(f"jaxpt.cli.{name}") for name in COMMANDS}
+    summaries = {name: str(module.__doc__).splitlines()[0] for name, module in modules.items()}
+    parser = options.Parser(
+        "jaxpt",
+        usage="jaxpt COMMAND [FLAG ...]",
+        description=format_overview(summaries),
+        epilog=EPILOG,
+    )
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS
+    )
+    for name, module in modules.items():
+        command = commands.add_parser(
+            name, prog=f"jaxpt {name}", help=summaries[name], description=module.__doc__
+        )
+        command.set_defaults(run=module.run)
+        module.add_arguments(command)
+    return parser
+
+
+def format_overview(summaries: dict[str, str]) -> str:
+    """Return a line per command, in groups."""
+    width = max(map(len, COMMANDS))
+    lines = []
+    for title, names in GROUPS.items():
+        lines += [f"{title}:", *(f"  {name:{width}}  {summaries[name]}" for name in names), ""]
+    return "\n".join(lines)

@@ -1,0 +1,59 @@
+"""List the documents in the batch of a training step.
+
+Prints position in the batch, source, sequence of the source, tokens, id and first words.
+
+  jaxpt trace --workdir runs/first --step 1200
+  jaxpt trace --workdir runs/first --step 1200 --losses
+
+Step N is the N-th update, as metrics.jsonl counts them. Reads WORKDIR/config.json,
+WORKDIR/phases.json, the packed sequences that they name and WORKDIR/tokenizer. With --losses each
+document's loss is computed with the newest checkpoint before the step (or the first after it), and
+documents are sorted by what they add to the step's loss.
+"""
+
+import argparse
+import pathlib
+
+from jaxpt import stage
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags."""
+    parser.add_argument(
+        "--workdir", required=True, metavar="DIR", type=pathlib.Path, help="the run directory"
+    )
+    parser.add_argument(
+        "--step", required=True, metavar="N", type=int, help="step of the run, from 1"
+    )
+    parser.add_argument(
+        "--losses",
+        action="store_true",
+        help="compute and rank each document's loss: which one caused this spike?",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print a line per document."""
+    from jaxpt.data import loader, tokenizer
+
+    run_dir = stage.local_path(arguments.workdir)
+    encoder = tokenizer.load_tokenizer(run_dir / "tokenizer")
+
+    def print_document(document: loader.TracedDocument, losses: str = "") -> None:
+        text = " ".join(encoder.decode(document.tokens[:40].tolist()).split())
+        where = f"{document.slot:5d}  {document.source}/{document.sequence}"
+        size = f"{len(document.tokens):6d} tokens"
+        print(f"{losses}{where}  {size}  {document.document}  {text[:80]}")
+
+    if not arguments.losses:
+        for document in loader.trace_step(run_dir, arguments.step, encoder.fingerprint):
+            print_document(document)
+        return
+    from jaxpt.evaluate import attribution
+
+    step = arguments.step
+    used, ranked = attribution.rank_documents(run_dir, step, encoder.fingerprint)
+    print(f"by {used}: nats per token, and what the document adds to the loss of step {step:,}")
+    for found in ranked:
+        mean = found.loss_sum / found.n_trained
+        print_document(found.document, f"{mean:7.3f} {found.delta:+9.5f}  ")

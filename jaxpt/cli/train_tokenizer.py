@@ -1,0 +1,63 @@
+r"""Train or adopt a tokenizer: writes WORKDIR/tokenizer.
+
+Trains on WORKDIR/corpus, or adopts a SentencePiece .model, a tokenizer.json or a Hugging Face
+directory (config.tokenizer.source). With --compare, only prints bytes per token for each tokenizer
+and source.
+
+  jaxpt train_tokenizer --config configs/quickstart.py --workdir runs/first
+  jaxpt train_tokenizer --config configs/quickstart.py --workdir runs/first \
+      --config.tokenizer.source=tokenizer.model
+  jaxpt train_tokenizer --config configs/quickstart.py --workdir runs/first \
+      --compare runs/first/tokenizer tokenizer.model
+"""
+
+import argparse
+import pathlib
+
+from jaxpt import stage
+from jaxpt.cli import options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags."""
+    options.add_config(parser)
+    options.add_workdir(parser)
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="overwrite the tokenizer of another config or corpus in WORKDIR",
+    )
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="PATH",
+        type=pathlib.Path,
+        help="tokenizers to compare on tokenizer.sample_mb of the corpus",
+    )
+    options.add_knobs(parser, ("tokenizer",))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write WORKDIR/tokenizer, or print the table of --compare."""
+    settings = options.load_settings(arguments)
+    from jaxpt.data import tokenizer
+
+    if not arguments.compare:
+        tokenizer.train_tokenizer(settings.tokenizer, arguments.workdir, arguments.replace)
+        return
+    table = tokenizer.compare_tokenizers(
+        arguments.compare,
+        stage.local_path(arguments.workdir) / "corpus",
+        settings.tokenizer.sample_mb,
+    )
+    print(format_bytes_per_token(table))
+
+
+def format_bytes_per_token(table: dict[str, dict[str, float]]) -> str:
+    """Return a row per tokenizer and a column per source."""
+    sources = list(next(iter(table.values())))
+    width = max(len(path) for path in table)
+    lines = ["bytes per token".ljust(width) + "".join(f"{source:>14}" for source in sources)]
+    for path, found in table.items():
+        lines.append(path.ljust(width) + "".join(f"{found[source]:14.3f}" for source in sources))
+    return "\n".join(lines)
