@@ -86,29 +86,25 @@ POD = Config(
 # ---- arithmetic
 
 
+def test_published_models_have_their_published_size():
+    assert transformer.count_params(TINY_SOLAR) == 248_013_824
+    assert transformer.count_params(TINY_SOLAR.replace(n_layers=16)) == 308_839_424
+    assert transformer.count_params(LLAMA3_8B) == 8_030_261_248
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {},
         {"tie_embeddings": True},
-        {"qkv_bias": True},
-        {"out_bias": True, "mlp_bias": True},
+        {"qkv_bias": True, "out_bias": True, "mlp_bias": True},
         {"qk_norm": True},
+        {"n_layers": 0},
     ],
     ids=lambda changes: "+".join(changes) or "plain",
 )
-def test_the_parameter_formula_counts_the_models_own_rows(spec, changes):
+def test_the_flops_formula_counts_the_models_own_products(spec, one, changes):
     spec = spec.replace(**changes)
-    assert flops.count_params(spec) == transformer.count_params(spec)
-
-
-def test_published_models_have_their_published_size():
-    assert flops.count_params(TINY_SOLAR) == 248_013_824
-    assert flops.count_params(TINY_SOLAR.replace(n_layers=16)) == 308_839_424
-    assert flops.count_params(LLAMA3_8B) == 8_030_261_248
-
-
-def test_the_flops_formula_counts_the_models_own_products(spec, one):
     B, T = 3, 20
     params = transformer.make_abstract_params(spec, one)
     ids = jax.ShapeDtypeStruct((B, T), jnp.int32)
@@ -122,11 +118,22 @@ def test_the_flops_formula_counts_the_models_own_products(spec, one):
     assert counted == B * T * (flops.count_forward_flops_per_token(spec, T) + triangle)
 
 
+def test_a_layer_that_sees_all_positions_costs_more_than_one_with_a_window():
+    T, W, L = 4096, 512, LLAMA3_8B.n_layers
+    windowed = LLAMA3_8B.replace(sliding_window=W)
+    mixed = windowed.replace(global_layers=(0, 5, 30))
+    per_layer = 4 * LLAMA3_8B.n_heads * LLAMA3_8B.d_head
+    seen = {"window": W - W * W / (2 * T), "all": T / 2}
+    expected = per_layer * (3 * seen["all"] + (L - 3) * seen["window"])
+    assert flops.count_attention_flops(mixed, T) == pytest.approx(expected)
+    assert flops.count_attention_flops(windowed, T) == pytest.approx(per_layer * L * seen["window"])
+
+
 def test_training_takes_six_per_parameter_and_six_lnht():
     T = 4096
     attention = 6 * LLAMA3_8B.n_layers * LLAMA3_8B.n_heads * LLAMA3_8B.d_head * T
     multiplied = (
-        flops.count_params(LLAMA3_8B) - LLAMA3_8B.vocab_size * LLAMA3_8B.d_model
+        transformer.count_params(LLAMA3_8B) - LLAMA3_8B.vocab_size * LLAMA3_8B.d_model
     )  # no product looks a token up
     assert flops.count_flops_per_token(LLAMA3_8B, T) == pytest.approx(
         6 * multiplied + attention, rel=1e-4
@@ -186,7 +193,7 @@ def compute_implied_mfu(flops_per_token, tokens, device_hours, peak_flops):
 
 def test_the_courses_248m_run_reaches_46_percent_at_13_dollars():
     peak = hardware.CHIPS["a100"].bfloat16_flops
-    n = flops.count_params(TINY_SOLAR)
+    n = transformer.count_params(TINY_SOLAR)
     assert 6 * n * 39e9 == pytest.approx(5.8e19, rel=0.01)
     assert compute_implied_mfu(6 * n, 39e9, 16 * 7, peak) == pytest.approx(0.46, abs=0.005)
     assert pytest.approx(13.4, abs=0.05) == 1_500 / (16 * 7)
@@ -356,7 +363,7 @@ def test_the_train_step_compiles_for_cpu_devices(on_cpu):
     assert record.method == "compiled" and record.fits and record.n_devices == 4
     assert math.prod(record.mesh.values()) == 4
     vectors = (2 * spec.n_layers + 1) * spec.d_model  # norms are whole on every device
-    assert record.params_bytes == 4 * ((flops.count_params(spec) - vectors) // 4 + vectors)
+    assert record.params_bytes == 4 * ((transformer.count_params(spec) - vectors) // 4 + vectors)
     assert record.opt_state_bytes == 2 * record.params_bytes + 4  # two moments and a counter
     assert record.temporary_bytes > record.params_bytes  # gradients at least
     assert record.executed_flops_per_token > record.flops_per_token
@@ -1219,7 +1226,7 @@ def test_ones_own_runs_replace_law_and_gain(tmp_path):
             SMALL, mixture=MixtureConfig(phases=((0, {"prose": prose, "code": 1.0}),))
         )
         path = run_directory(tmp_path / name, settings, 1.0, 1e8)
-        n = flops.count_params(cost.resolve_model_spec(settings)[0])
+        n = transformer.count_params(cost.resolve_model_spec(settings)[0])
         lines = []
         for at in (200, 400, 800, 1600, 3200, 6400):
             loss = law.predict_loss(n, at * tokens_per_step / (gain or 1))

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 
 from jaxpt.config import Config, PlanConfig
+from jaxpt.model import transformer
 from jaxpt.plan import compile, flops, format, hardware, layouts, roofline
 from jaxpt.plan.hardware import DEFAULT_MEM_FRAC, Chip, Target
 from jaxpt.plan.records import (
@@ -73,7 +74,7 @@ def make_plan_header(settings: Config) -> TrainingPlan:
     spec, notes = resolve_model_spec(settings)
     tokens = get_token_budget(settings)
     model = PlannedModel(
-        n_params=flops.count_params(spec),
+        n_params=transformer.count_params(spec),
         seq_len=settings.pack.seq_len,
         batch_size=settings.train.batch_size,
         grad_accum_steps=settings.train.grad_accum_steps,

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from jaxpt import sharding
 from jaxpt.config import Config, TrainConfig
+from jaxpt.model import transformer
+from jaxpt.model.transformer import count_params
 from jaxpt.plan.records import StepAnalysis
 from jaxpt.spec import ModelSpec
 
@@ -38,41 +40,27 @@ def count_attention_flops(spec: ModelSpec, seq_len: int) -> float:
 
 
 def compute_mean_context(spec: ModelSpec, seq_len: int) -> float:
-    """Return the mean number of positions that a query sees in a sequence of one document."""
-    window = min(spec.sliding_window or seq_len, seq_len)
-    return window - window**2 / (2 * seq_len)
+    """Return how many positions a query sees in a sequence of one document, mean over layers."""
+    contexts = []
+    for kind in spec.layer_kinds:
+        window = min(kind.window or seq_len, seq_len)
+        contexts.append(window - window**2 / (2 * seq_len))
+    return sum(contexts) / max(spec.n_layers, 1)
 
 
 def count_matmul_params(spec: ModelSpec) -> int:
-    """Return the number of matmul parameters: layers and output head, no embedding lookup."""
+    """Return the matmul parameters that one token uses: layers and output head, no lookup."""
     head = spec.vocab_size * spec.d_model
     return spec.n_layers * count_layer_matmul_params(spec) + head
 
 
 def count_layer_matmul_params(spec: ModelSpec) -> int:
-    """Return the number of parameters of one layer's matrices."""
-    D = spec.d_model
-    n_heads = 2 * spec.n_heads + 2 * spec.n_kv_heads  # q and out, k and v
-    attention = n_heads * D * spec.d_head
-    return attention + 3 * D * spec.d_ff
-
-
-def count_params(spec: ModelSpec) -> int:
-    """Return the number of all parameters. A test compares it with the model's own table."""
-    D = spec.d_model
-    vectors = 2 * D  # the two norms
-    if spec.qkv_bias:
-        vectors += count_qkv_width(spec)
-    if spec.out_bias:
-        vectors += D
-    if spec.mlp_bias:
-        vectors += 2 * spec.d_ff + D
-    if spec.qk_norm:
-        vectors += 2 * spec.d_head
-    layer = count_layer_matmul_params(spec) + vectors
-    layers = spec.n_layers * layer
-    n_embeddings = 1 if spec.tie_embeddings else 2
-    return n_embeddings * spec.vocab_size * D + layers + D
+    """Return the parameters of one layer's matrices that one token uses."""
+    n_active = 0.0
+    for param in transformer.layer_params(spec).values():
+        if param.n_in:
+            n_active += param.size * param.active_frac
+    return round(n_active)
 
 
 # ---- one device, by rule of thumb

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxpt import config
+from jaxpt.model import transformer
 from jaxpt.plan import cost, flops, runs, scaling
 from jaxpt.plan.format import abbreviate_count, align_columns, format_significant, wrap_notes
 from jaxpt.plan.records import (
@@ -99,7 +100,7 @@ class BaseModel(NamedTuple):
     @property
     def n_params(self) -> int:
         """Number of all parameters."""
-        return flops.count_params(self.spec)
+        return transformer.count_params(self.spec)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Case:
     @property
     def n_params(self) -> int:
         """Parameters of the child."""
-        return flops.count_params(self.child)
+        return transformer.count_params(self.child)
 
     @property
     def flops_per_token(self) -> float:
@@ -187,7 +188,7 @@ def compare_strategies(
     """
     if scaling_fit:
         law = scaling_fit.law
-    n_params = flops.count_params(child)
+    n_params = transformer.count_params(child)
     goal = target_loss
     if goal is None:
         goal = law.predict_loss(n_params, token_budget)
@@ -579,7 +580,7 @@ def get_source_shares(run: Run) -> dict[str, float]:
 
 def read_heldout_losses(run: Run) -> list[LossPoint]:
     """Return a run's held-out losses after its warm-up, weighted by the shares of the sources."""
-    n_params = flops.count_params(run.spec)
+    n_params = transformer.count_params(run.spec)
     shares = get_source_shares(run)
     points = []
     for record in run.metrics:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from jaxpt import stage
 from jaxpt.lineage import STAGES, LineageNode, list_own_stages, read_lineage
-from jaxpt.plan import flops
+from jaxpt.model import transformer
 from jaxpt.report.format import clip_text, finite_or_none
 from jaxpt.report.records import (
     Devices,
@@ -381,7 +381,7 @@ def get_n_params(path: pathlib.Path, manifest: StageSummary | None) -> int | Non
         return manifest.counts["n_params"]
     try:
         fields = json.loads(path.read_text())
-        return flops.count_params(ModelSpec.from_json(fields))
+        return transformer.count_params(ModelSpec.from_json(fields))
     except (OSError, TypeError, ValueError):  # missing, or of another version
         return None
 
