@@ -98,11 +98,10 @@ def main(*names: str):
 
 def child(name: str):
 
-    from jaxpt import sharding
+    from jaxpt import initialize, sharding
     from jaxpt.model.kernels import select
     from jaxpt.train import state, step
     from jaxpt.train.step import make_attention_request
-    from jaxpt.weights import initialize
 
     on, (model, pack), train, axes = ROWS[name]
     target = hardware.parse_target(on)

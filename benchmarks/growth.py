@@ -27,11 +27,13 @@ import jax
 from jaxpt import config, sharding, stage
 from jaxpt.data import loader, pack, prepare, tokenizer
 from jaxpt.data.mixture import MixtureSchedule
+from jaxpt.growth.apply import grow_params
+from jaxpt.growth.growth import Parent
+from jaxpt.growth.parse import plan_growth
 from jaxpt.model import transformer
 from jaxpt.plan import flops
 from jaxpt.spec import ModelSpec
 from jaxpt.train import gate, optimizer, state, step, verify
-from jaxpt.weights import growth
 
 BASE = config.Config(
     prepare=config.PrepareConfig(heldout_frac=0.05),
@@ -179,10 +181,8 @@ def operators(bench: Bench) -> list[dict]:
     print("|---|---|---|---|---|---|---|")
     measure("(the base, trained on)", spec, params, True)
     for text in OPERATORS:
-        grew = growth.plan_growth(text, growth.Parent(spec, params, bench.measuring))
-        measure(
-            text, grew.child, growth.grow_params(grew, params, bench.mesh), grew.preserves_function
-        )
+        grew = plan_growth(text, Parent(spec, params, bench.measuring))
+        measure(text, grew.child, grow_params(grew, params, bench.mesh), grew.preserves_function)
     return table
 
 
@@ -225,13 +225,13 @@ def fair(bench: Bench, seeds: int) -> list[dict]:
             )
             spec, young = base_spec, optimizer.NewParams()
             if text:
-                grew = growth.plan_growth(text, growth.Parent(base_spec, now.params))
+                grew = plan_growth(text, Parent(base_spec, now.params))
                 opt, guard, young = state.grow_state(
                     now, grew, bench.settings.optim, "reset_new", bench.mesh
                 )
                 spec = grew.child
                 now = state.TrainState(
-                    now.step, growth.grow_params(grew, now.params, bench.mesh), opt, guard
+                    now.step, grow_params(grew, now.params, bench.mesh), opt, guard
                 )
             first_row = n_base_steps * BASE.train.batch_size
             _, curve = bench.train(

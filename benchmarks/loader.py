@@ -142,9 +142,9 @@ def measure_speed(home: pathlib.Path, n_sequences: int) -> dict:
 
 def measure_step(home: pathlib.Path, rounds: int) -> dict:
     """Measure the quickstart's training step, fed by the loader and with one batch."""
+    from jaxpt import initialize
     from jaxpt.model import transformer
     from jaxpt.train import state, step
-    from jaxpt.weights import initialize
 
     settings = config.load_config(RECIPE)
     dataset, batches = open_stream(home / "quick/packed", 0, settings.train.batch_size)

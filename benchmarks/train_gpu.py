@@ -81,13 +81,12 @@ def measure(args):
     import jax
     import jax.numpy as jnp
 
-    from jaxpt import config, sharding
+    from jaxpt import config, initialize, sharding
     from jaxpt.model import transformer
     from jaxpt.model.kernels import select
     from jaxpt.plan import flops, hardware
     from jaxpt.train import state, step
     from jaxpt.train.step import make_attention_request
-    from jaxpt.weights import initialize
 
     platform = jax.devices()[0].platform
     values = config.apply_overrides([])

@@ -18,11 +18,10 @@ sys.path.insert(0, str(ROOT))
 import jax
 import numpy as np
 
-from jaxpt import config, sharding
+from jaxpt import config, initialize, sharding
 from jaxpt.model import transformer
 from jaxpt.spec import Batch
 from jaxpt.train import state, step
-from jaxpt.weights import initialize
 
 
 def main(rounds: int = 10):

@@ -6,10 +6,11 @@ import logging
 import pathlib
 from typing import Any
 
-from jaxpt import config, lineage, sharding, stage
+from jaxpt import config, initialize, lineage, sharding, stage
+from jaxpt.growth.growth import format_layer_map
 from jaxpt.model import transformer
 from jaxpt.spec import Manifest
-from jaxpt.weights import checkpoint, growth, hub, huggingface, initialize, safetensors_file
+from jaxpt.weights import checkpoint, hub, huggingface, safetensors_file
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def write_model_card(source: pathlib.Path, model: initialize.LoadedModel) -> str
         grown = safetensors_file.read_hf_json(run / "growth.json")
         parent = hub.recorded_hub_name(grown["parent"]) or grown["parent"]
         operators = ", ".join(grown["operators"])
-        layers = growth.format_layer_map(grown["layer_map"])
+        layers = format_layer_map(grown["layer_map"])
         lines += ["## Growth", "", f"Grown from {parent} by {operators}: {grown['verdict']}.", ""]
         lines += [f"Its layers were copied from the parent's layers {layers}.", ""]
     table = lineage.format_lineage_table(nodes)

@@ -20,6 +20,8 @@ LAYERS = [
     ("data", "model"),
     ("families",),
     ("weights",),
+    ("growth",),
+    ("initialize",),
     ("lineage",),
     ("export", "evaluate"),
     ("train",),

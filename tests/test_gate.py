@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_weights import stories260k
 
-from jaxpt import sharding, stage
+from jaxpt import initialize, sharding, stage
 from jaxpt.config import Config, MeshConfig, MixtureConfig, OptimConfig, PackConfig, TrainConfig
 from jaxpt.data import loader, pack
 from jaxpt.evaluate import likelihood
@@ -17,7 +17,7 @@ from jaxpt.model import decode, transformer
 from jaxpt.model.param import is_param_spec
 from jaxpt.spec import ModelSpec, RopeScaling, UserError
 from jaxpt.train import gate, state, step
-from jaxpt.weights import huggingface, initialize
+from jaxpt.weights import huggingface
 
 SPEC = ModelSpec(
     n_layers=2,

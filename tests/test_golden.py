@@ -11,10 +11,11 @@ import pathlib
 
 import pytest
 
-from jaxpt import config
+from jaxpt import config, initialize
+from jaxpt.growth.growth import Parent
+from jaxpt.growth.parse import plan_growth
 from jaxpt.model import transformer
 from jaxpt.model.param import list_param_specs
-from jaxpt.weights import growth, initialize
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests/golden"
@@ -42,7 +43,7 @@ def describe_params(settings):
     """Yield a line per parameter of the model that a recipe initializes from scratch."""
     spec = initialize.make_random_spec(settings.model, settings.tokenizer.vocab_size)
     for operator in settings.initialize.grow:
-        spec = growth.plan_growth(operator, growth.Parent(spec)).child
+        spec = plan_growth(operator, Parent(spec)).child
     for path, param in sorted(list_param_specs(transformer.param_specs(spec))):
         init = f"mean {param.init.mean:g} std {param.init.std:.6g}"
         yield f"{'/'.join(path)}  shape {param.shape}  axes {param.axes}  {init}"

@@ -12,14 +12,18 @@ from test_model import logits_of
 from test_train import SPEC as THREE
 from test_train import make_batch, make_state
 
-from jaxpt import config, sharding
+from jaxpt import config, initialize, sharding
+from jaxpt.growth import vocabulary
+from jaxpt.growth.apply import compile_growth, grow_moments, grow_params
+from jaxpt.growth.growth import Parent
+from jaxpt.growth.new_params import find_new_params
+from jaxpt.growth.parse import plan_growth
+from jaxpt.growth.records import GrowthReport
 from jaxpt.model import loss, transformer
 from jaxpt.model.param import is_param_spec
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.train import begin, optimizer, state, step
 from jaxpt.train.verify import judge_growth
-from jaxpt.weights import growth, initialize, vocabulary
-from jaxpt.weights.records_growth import GrowthReport
 
 COURSE = ModelSpec(
     n_layers=12,
@@ -34,14 +38,14 @@ COURSE = ModelSpec(
 )
 
 
-def of(n_layers: int) -> growth.Parent:
-    return growth.Parent(COURSE.replace(n_layers=n_layers))
+def of(n_layers: int) -> Parent:
+    return Parent(COURSE.replace(n_layers=n_layers))
 
 
 def grown(spec, params, text, mesh, rows=None):
     """(child's spec, its parameters, the growth)"""
-    grew = growth.plan_growth(text, growth.Parent(spec, params, rows))
-    return grew.child, growth.grow_params(grew, params, mesh), grew
+    grew = plan_growth(text, Parent(spec, params, rows))
+    return grew.child, grow_params(grew, params, mesh), grew
 
 
 def randomised(spec, mesh):
@@ -75,7 +79,7 @@ def randomised(spec, mesh):
     ],
 )
 def test_the_course_is_grown_exactly(text, n_params, layer_map):
-    grew = growth.plan_growth(text, of(12))
+    grew = plan_growth(text, of(12))
     assert (
         grew.layer_map == layer_map
         and transformer.count_params(grew.child) == n_params
@@ -84,7 +88,7 @@ def test_the_course_is_grown_exactly(text, n_params, layer_map):
 
 
 def test_solar_is_grown_exactly():
-    assert growth.plan_growth("depth_upscale(m=8)", of(32)).layer_map == [*range(24), *range(8, 32)]
+    assert plan_growth("depth_upscale(m=8)", of(32)).layer_map == [*range(24), *range(8, 32)]
 
 
 @pytest.mark.parametrize(
@@ -344,8 +348,8 @@ def test_scaled_moments_are_those_of_the_widened_models_own_gradients(spec, one,
     own, theirs = jax.device_get(
         (gradient(child_spec, child, batch), gradient(spec, parent, batch))
     )
-    mapped = growth.grow_moments(done, theirs, "copy_scaled", 1, one)
-    squares = growth.grow_moments(done, jax.tree.map(np.square, theirs), "copy_scaled", 2, one)
+    mapped = grow_moments(done, theirs, "copy_scaled", 1, one)
+    squares = grow_moments(done, jax.tree.map(np.square, theirs), "copy_scaled", 2, one)
     largest = max(np.abs(x).max() for x in jax.tree.leaves(own))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * largest), mapped, own)
     jax.tree.map(
@@ -357,13 +361,12 @@ def test_scaled_moments_are_those_of_the_widened_models_own_gradients(spec, one,
 
 def test_moments_follow_their_policy(spec, one):
     parent = jax.tree.map(lambda x: np.abs(x) + 1, randomised(spec, one))
-    done = growth.plan_growth("depth_upscale(m=2)", growth.Parent(spec))
+    done = plan_growth("depth_upscale(m=2)", Parent(spec))
     source = np.asarray(done.layer_map)
     copied, kept, fresh = (
-        growth.grow_moments(done, parent, policy, 2, one)
-        for policy in ("copy", "reset_new", "fresh")
+        grow_moments(done, parent, policy, 2, one) for policy in ("copy", "reset_new", "fresh")
     )
-    scaled = growth.grow_moments(done, parent, "copy_scaled", 2, one)
+    scaled = grow_moments(done, parent, "copy_scaled", 2, one)
     for name, leaf in parent["blocks"].items():
         leaf = np.asarray(leaf)[source]
         np.testing.assert_array_equal(copied["blocks"][name], leaf)
@@ -377,25 +380,23 @@ def test_moments_follow_their_policy(spec, one):
 def test_a_layer_without_a_source_has_no_moments(spec, one):
     parent = jax.tree.map(lambda x: np.abs(x) + 1, randomised(spec, one))
     for text, without in (("deepen(L=7)", [5, 6]), ("predict_layers(m=2)", [3, 5])):
-        done = growth.plan_growth(text, growth.Parent(spec))
-        for name, leaf in growth.grow_moments(done, parent, "copy", 1, one)["blocks"].items():
+        done = plan_growth(text, Parent(spec))
+        for name, leaf in grow_moments(done, parent, "copy", 1, one)["blocks"].items():
             assert not np.asarray(leaf)[without].any(), name
             assert np.asarray(leaf)[[i for i in range(7) if i not in without]].all(), name
 
 
 def test_new_is_what_has_no_source_or_stood_before():
-    young = growth.find_new_params(growth.plan_growth("depth_upscale(m=4)", of(12)))
+    young = find_new_params(plan_growth("depth_upscale(m=4)", of(12)))
     assert list(young["layers"].nonzero()[0]) == [8, 9, 10, 11]
-    young = growth.find_new_params(
-        growth.plan_growth("stack(g=2)", growth.Parent(COURSE.replace(n_layers=16))), young
-    )
+    young = find_new_params(plan_growth("stack(g=2)", Parent(COURSE.replace(n_layers=16))), young)
     assert list(young["layers"].nonzero()[0]) == [8, 9, 10, 11, *range(16, 32)]
     record = optimizer.NewParams(young).to_record()
     assert record.to_json()["axes"] == {"layers": {"size": 32, "new": [[8, 12], [16, 32]]}}
     np.testing.assert_array_equal(
         optimizer.NewParams.from_record(record).new["layers"], young["layers"]
     )
-    width = growth.find_new_params(growth.plan_growth("widen(d=2048, ff=6000)", of(12)))
+    width = find_new_params(plan_growth("widen(d=2048, ff=6000)", of(12)))
     assert (
         width["embed"].tolist() == [False] * 1024 + [True] * 1024
         and width["mlp"].sum() == 6000 - 4096
@@ -422,11 +423,11 @@ def trained(settings, spec, mesh, n_steps, now=None, young=optimizer.NewParams()
 
 def after_growth(settings, spec, mesh, text, policy, n_before=3):
     now, _ = trained(settings, spec, mesh, n_before)
-    grew = growth.plan_growth(text, growth.Parent(spec))
+    grew = plan_growth(text, Parent(spec))
     opt, guard, young = state.grow_state(now, grew, settings.optim, policy, mesh)
     return (
         grew,
-        state.TrainState(now.step, growth.grow_params(grew, now.params, mesh), opt, guard),
+        state.TrainState(now.step, grow_params(grew, now.params, mesh), opt, guard),
         young,
     )
 
@@ -444,7 +445,7 @@ def test_a_growth_adds_one_compilation_and_leaves_the_state_sharded_as_at_init(t
     if name == "muon":  # momenta of the first copies are the parent's, of the second ones 0
         momenta = np.asarray(now.opt_state[0][0].inner_state[0].mu["blocks"]["gate"])
         assert [bool(momentum.any()) for momentum in momenta] == [
-            not new for new in growth.find_new_params(grew)["layers"]
+            not new for new in find_new_params(grew)["layers"]
         ]
     now, run = trained(settings, grew.child, mesh, 2, now, young)
     assert run._cache_size() == 1 and int(now.step) == 5
@@ -491,13 +492,13 @@ def test_rates_by_age_name_and_layer_multiply_and_zero_freezes(one):
             SETTINGS.optim, lr_multipliers=(("old", 0.0), ("up", 0.5), ("layers 3-4", 0.5))
         ),
     )
-    grew = growth.plan_growth("stack(g=2)", growth.Parent(THREE))
-    young = optimizer.NewParams(growth.find_new_params(grew))
+    grew = plan_growth("stack(g=2)", Parent(THREE))
+    young = optimizer.NewParams(find_new_params(grew))
     rates = optimizer.lr_multiplier_tree(settings.optim, grew.child, young)
     assert np.ravel(rates["blocks"]["up"]).tolist() == [0] * 3 + [0.25] * 2 + [0.5]
     assert np.ravel(rates["blocks"]["gate"]).tolist() == [0] * 3 + [0.5] * 2 + [1]
     assert float(rates["embed"]) == float(rates["norm"]) == 0
-    params = growth.grow_params(grew, randomised(THREE, one), one)
+    params = grow_params(grew, randomised(THREE, one), one)
     kept = jax.tree.map(np.asarray, params)
     now, _ = trained(
         settings, grew.child, one, 3, state.init_state(params, grew.child, settings, one), young
@@ -554,9 +555,9 @@ def test_the_same_new_layers_on_every_mesh_bit_by_bit(spec, one, text):
     spec = spec.replace(tie_embeddings=True)
     trees = [grown(spec, randomised(spec, where), text, where)[1] for where in (one, mesh)]
     jax.tree.map(np.testing.assert_array_equal, *trees)
-    grew = growth.plan_growth(text, growth.Parent(spec))
+    grew = plan_growth(text, Parent(spec))
     moved = [
-        growth.grow_moments(grew, randomised(spec, where), "copy_scaled", 2, where)
+        grow_moments(grew, randomised(spec, where), "copy_scaled", 2, where)
         for where in (one, mesh)
     ]
     jax.tree.map(np.testing.assert_array_equal, *moved)
@@ -566,8 +567,8 @@ def test_the_same_new_layers_on_every_mesh_bit_by_bit(spec, one, text):
 def test_no_stack_of_layers_is_ever_whole_on_a_device(spec, text):
     mesh = sharding.make_mesh(config.MeshConfig(fsdp=4, tensor=2))
     params = transformer.make_abstract_params(spec, mesh)
-    grew = growth.plan_growth(text, growth.Parent(spec))
-    program = growth.compile_growth(grew, mesh).lower(params).compile().as_text()
+    grew = plan_growth(text, Parent(spec))
+    program = compile_growth(grew, mesh).lower(params).compile().as_text()
     for n_layers in {spec.n_layers, grew.child.n_layers}:
         for each in (spec, grew.child):
             for name, row in transformer.param_specs(each.replace(n_layers=n_layers))[
@@ -611,24 +612,22 @@ def test_no_stack_of_layers_is_ever_whole_on_a_device(spec, text):
 )
 def test_an_operator_that_cannot_be_is_one_sentence(text, answer):
     with pytest.raises(UserError) as refused:
-        growth.plan_growth(text, of(12))
+        plan_growth(text, of(12))
     assert answer in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_a_model_without_layers_is_only_deepened():
     with pytest.raises(UserError, match="only deepen"):
-        growth.plan_growth("stack(g=2)", of(0))
+        plan_growth("stack(g=2)", of(0))
     with pytest.raises(UserError, match="no layers to copy"):
-        growth.plan_growth("deepen(L=3, new='copy')", of(0))
+        plan_growth("deepen(L=3, new='copy')", of(0))
 
 
 def test_an_operator_that_measures_asks_for_rows(spec, one):
     for text in ("drop_layers(n=2)", "narrow(ff=20)"):
         with pytest.raises(UserError, match="training sequences"):
             grown(spec, randomised(spec, one), text, one)
-        assert (
-            growth.plan_growth(text, growth.Parent(spec)).child != spec
-        )  # its size is known without
+        assert plan_growth(text, Parent(spec)).child != spec  # its size is known without
 
 
 def test_a_tokenizer_needs_the_parents_own(spec, one, tmp_path):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from jaxpt import config, sharding
+from jaxpt.growth import measure, predict
 from jaxpt.model import transformer
 from jaxpt.spec import Batch, UserError
-from jaxpt.weights import measure, predict
 
 
 @pytest.fixture

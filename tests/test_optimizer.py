@@ -14,10 +14,13 @@ from test_train import SETTINGS, SPEC, initial_params, make_batch, make_state, p
 
 from jaxpt import sharding
 from jaxpt.config import MeshConfig, OptimConfig
+from jaxpt.growth.apply import grow_params
+from jaxpt.growth.growth import Parent
+from jaxpt.growth.parse import plan_growth
 from jaxpt.model import transformer
 from jaxpt.spec import UserError
 from jaxpt.train import optimizer, state, step
-from jaxpt.weights import checkpoint, growth
+from jaxpt.weights import checkpoint
 
 # ---- the step is optax
 
@@ -197,8 +200,8 @@ def test_any_optimizer_grows_sharded_and_goes_on(name, policy):
     settings = settings_of(name)
     run = step.build_step(SPEC, settings, mesh)
     now, _ = take_steps(run, make_state(mesh, settings), mesh, range(3))
-    grown = growth.plan_growth("widen(d=48, heads=12)", growth.Parent(SPEC))
-    child = growth.grow_params(grown, now.params, mesh)
+    grown = plan_growth("widen(d=48, heads=12)", Parent(SPEC))
+    child = grow_params(grown, now.params, mesh)
     opt_state, skips, new_params = state.grow_state(now, grown, settings.optim, policy, mesh)
     now = state.TrainState(now.step, child, opt_state, skips)
     goal = state.make_abstract_state(grown.child, settings, mesh)
@@ -214,7 +217,7 @@ def test_moments_are_those_of_the_child_and_counts_are_kept(one):
     settings = settings_of("schedule_free")
     run = step.build_step(SPEC, settings, one)
     now, _ = take_steps(run, make_state(one, settings), one, range(3))
-    grown = growth.plan_growth("stack(g=2)", growth.Parent(SPEC))
+    grown = plan_growth("stack(g=2)", Parent(SPEC))
     parent = jax.device_get(now.opt_state)
     for policy, is_kept in (("copy", True), ("fresh", False)):
         child, _, new_params = state.grow_state(now, grown, settings.optim, policy, one)
@@ -237,7 +240,7 @@ def test_a_squared_moment_shrinks_by_the_square(one):
     settings = settings_of("adamw")
     run = step.build_step(SPEC, settings, one)
     now, _ = take_steps(run, make_state(one, settings), one, range(2))
-    grown = growth.plan_growth("widen(d=48, heads=12)", growth.Parent(SPEC))
+    grown = plan_growth("widen(d=48, heads=12)", Parent(SPEC))
     grew, _, _ = state.grow_state(now, grown, settings.optim, "copy_scaled", one)
     for field, power in (("mu", 1), ("nu", 2)):
         before = getattr(now.opt_state[0], field)["embed"]
@@ -249,7 +252,7 @@ def test_a_squared_moment_shrinks_by_the_square(one):
 def test_what_cannot_be_mapped_is_initialized_again_and_named(one, caplog):
     settings = settings_of("factored")
     now = make_state(one, settings)
-    grown = growth.plan_growth("stack(g=2)", growth.Parent(SPEC))
+    grown = plan_growth("stack(g=2)", Parent(SPEC))
     with caplog.at_level("INFO", "jaxpt"):
         state.grow_state(now, grown, settings.optim, "copy", one)
     assert "initialized again" in caplog.text and "v_row['blocks']['up']" in caplog.text

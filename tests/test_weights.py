@@ -21,10 +21,13 @@ from conftest import ROOT
 
 from jaxpt import config, export, sharding
 from jaxpt.families import family
+from jaxpt.growth.apply import grow_params
+from jaxpt.growth.growth import Parent
+from jaxpt.growth.parse import plan_growth
 from jaxpt.model import decode, transformer
 from jaxpt.spec import Manifest, ModelSpec, RopeScaling, UserError
 from jaxpt.train import verify
-from jaxpt.weights import growth, huggingface, safetensors_file
+from jaxpt.weights import huggingface, safetensors_file
 
 
 @pytest.mark.parametrize("name", variants.CONFIGS)
@@ -600,8 +603,8 @@ def test_a_trained_model_tells_its_documented_story_imported_exported_and_grown(
     assert len(story) > 400 and " ".join(story.split())[:400] in " ".join(documented.split())
     huggingface.write_hf_model(spec, params, tmp_path / "out")
     assert tell(*huggingface.load_hf_model(tmp_path / "out", one), pieces) == story
-    grew = growth.plan_growth("insert_identity(every=1)", growth.Parent(spec))
+    grew = plan_growth("insert_identity(every=1)", Parent(spec))
     assert (
         grew.child.n_layers == 10
-        and tell(grew.child, growth.grow_params(grew, params, one), pieces) == story
+        and tell(grew.child, grow_params(grew, params, one), pieces) == story
     )

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxpt import config, sharding
+from jaxpt import config, initialize, sharding
 from jaxpt.data import loader
 from jaxpt.evaluate import likelihood
 from jaxpt.spec import Batch, UserError
-from jaxpt.weights import checkpoint, initialize
+from jaxpt.weights import checkpoint
 
 
 @dataclasses.dataclass(frozen=True)

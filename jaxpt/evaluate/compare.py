@@ -17,13 +17,12 @@ from typing import Protocol
 
 import numpy as np
 
-from jaxpt import config, stage
+from jaxpt import config, initialize, stage
 from jaxpt.data import sources, tokenizer
 from jaxpt.evaluate import likelihood
 from jaxpt.model import decode
 from jaxpt.sharding import make_mesh
 from jaxpt.spec import Record, UserError
-from jaxpt.weights import initialize
 
 log = logging.getLogger(__name__)
 

@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 
-from jaxpt import config, stage
+from jaxpt import config, initialize, stage
 from jaxpt.data import benchmarks, sources, tokenizer
 from jaxpt.evaluate import contamination, likelihood, reference
 from jaxpt.model import decode, transformer
 from jaxpt.sharding import make_mesh
 from jaxpt.spec import ModelSpec, UserError
-from jaxpt.weights import checkpoint, huggingface, initialize
+from jaxpt.weights import checkpoint, huggingface
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 
+from jaxpt import initialize
 from jaxpt.config import Config, PlanConfig
+from jaxpt.growth.growth import Parent
+from jaxpt.growth.parse import plan_growth
 from jaxpt.model import transformer
 from jaxpt.plan import compile, flops, format, hardware, layouts, roofline
 from jaxpt.plan.hardware import DEFAULT_MEM_FRAC, Chip, Target
@@ -17,7 +20,7 @@ from jaxpt.plan.records import (
     TrainingPlan,
 )
 from jaxpt.spec import ModelSpec
-from jaxpt.weights import checkpoint, growth, hub, huggingface, initialize
+from jaxpt.weights import checkpoint, hub, huggingface
 
 log = logging.getLogger(__name__)
 
@@ -114,8 +117,8 @@ def resolve_model_spec(settings: Config) -> tuple[ModelSpec, list[str]]:
             "cheaper."
         )
     for operator in operators:
-        parent = growth.Parent(spec)
-        spec = growth.plan_growth(operator, parent).child
+        parent = Parent(spec)
+        spec = plan_growth(operator, parent).child
     return spec, notes
 
 

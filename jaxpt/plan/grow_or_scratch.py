@@ -42,7 +42,7 @@ class PublishedSavings(NamedTuple):
     """What is known of one growth strategy."""
 
     name: str
-    operators: tuple[str, ...]  # of weights/growth.py
+    operators: tuple[str, ...]  # of growth/operators.py
     # share of the tokens that the same size needs from scratch to the same loss, without the base's
     saved_frac: Range
     source: str

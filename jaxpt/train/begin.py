@@ -11,9 +11,12 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxpt import initialize
 from jaxpt.config import Config, MixtureConfig
 from jaxpt.data import loader
 from jaxpt.data.mixture import MixturePhase, schedule_from_history
+from jaxpt.growth.new_params import find_new_params_through
+from jaxpt.initialize import InitResult
 from jaxpt.spec import Manifest, ModelSpec, UserError
 from jaxpt.stage import local_path
 from jaxpt.train import forgetting, provenance, state, verify
@@ -21,8 +24,7 @@ from jaxpt.train.context import RunContext
 from jaxpt.train.optimizer import NewParams
 from jaxpt.train.records import CheckpointRecord, NewParamsRecord, TrainProgress
 from jaxpt.train.state import TrainState
-from jaxpt.weights import checkpoint, growth, hub, initialize
-from jaxpt.weights.initialize import InitResult
+from jaxpt.weights import checkpoint, hub
 
 log = logging.getLogger(__name__)
 
@@ -220,7 +222,7 @@ def continue_state(
 def find_new_params(init: InitResult) -> NewParams:
     """Return what the last growth added, also of a model that initialize.py grew."""
     if init.growths:
-        new = growth.find_new_params_through(init.growths)
+        new = find_new_params_through(init.growths)
         return NewParams(new)
     recorded = init.model.record.get("new_params")
     if not recorded:

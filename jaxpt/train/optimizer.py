@@ -19,12 +19,13 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from jaxpt.config import OptimConfig, check_choice
+from jaxpt.growth.growth import AxisFlags
+from jaxpt.growth.new_params import new_param_mask
 from jaxpt.model import transformer
 from jaxpt.model.param import ParamSpec, ParamSpecs, list_param_specs, map_param_specs
+from jaxpt.model.transformer import Params
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.train.records import AxisRanges, NewParamsRecord
-from jaxpt.weights import growth
-from jaxpt.weights.measure import Params
 
 PathEntries = tuple[Any, ...]
 
@@ -35,13 +36,13 @@ class NewParams(NamedTuple):
     """What the last growth added, and how it learns.
 
     Attributes:
-        new: logical axis -> bool array, True where an index is new; see `growth.find_new_params`.
+        new: logical axis -> bool array, True where an index is new; see `find_new_params`.
         n_updates: updates since step 0, without skipped ones, when the model grew.
         rewarm: parameters that started from zero moments under a schedule that continues, and
             warm up over optim.warmup_steps: "none", "new" or "all".
     """
 
-    new: growth.AxisFlags = {}
+    new: AxisFlags = {}
     n_updates: int = 0
     rewarm: str = "none"
 
@@ -319,7 +320,7 @@ def scale_new_params(updates: Any, factor: jax.Array, inputs: OptimizerInputs) -
     def scale(param: ParamSpec, update: jax.Array) -> jax.Array:
         is_new: Any = True
         if new_params.rewarm == "new":
-            is_new = growth.new_param_mask(param, new_params.new)
+            is_new = new_param_mask(param, new_params.new)
         if is_new is None:
             return update
         scaled = factor.astype(update.dtype) * update
@@ -355,7 +356,7 @@ def lr_multiplier_tree(optim: OptimConfig, spec: ModelSpec, new_params: NewParam
         result = jnp.float32(1)
         for group, multiplier in optim.lr_multipliers:
             if group in ("old", "new"):
-                is_new = growth.new_param_mask(param, new_params.new)
+                is_new = new_param_mask(param, new_params.new)
                 if is_new is None:
                     is_new = jnp.bool_(False)
                 is_member = is_new if group == "new" else ~is_new

@@ -8,7 +8,7 @@ import time
 
 import jax
 
-from jaxpt import stage
+from jaxpt import initialize, stage
 from jaxpt.config import Config
 from jaxpt.data.storage import open_storage
 from jaxpt.spec import Manifest, UserError
@@ -16,7 +16,6 @@ from jaxpt.train.metrics import read_metrics
 from jaxpt.train.provenance import result_config
 from jaxpt.train.records import HeldoutMetrics, TrainCounts
 from jaxpt.train.session import Session
-from jaxpt.weights import initialize
 
 log = logging.getLogger(__name__)
 

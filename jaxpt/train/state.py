@@ -11,13 +11,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxpt.config import Config, OptimConfig
+from jaxpt.growth.apply import grow_moments, grow_params
+from jaxpt.growth.growth import Growth
+from jaxpt.growth.new_params import find_new_params
 from jaxpt.model import transformer
+from jaxpt.model.transformer import Params
 from jaxpt.sharding import make_replicated_sharding
 from jaxpt.spec import ModelSpec
 from jaxpt.train import optimizer
 from jaxpt.train.optimizer import NewParams
-from jaxpt.weights import checkpoint, growth
-from jaxpt.weights.measure import Params
+from jaxpt.weights import checkpoint
 
 PathEntries = tuple[Any, ...]
 
@@ -174,7 +177,7 @@ class GrownState(NamedTuple):
 
 def grow_state(
     state: TrainState,
-    grown: growth.Growth,
+    grown: Growth,
     optim: OptimConfig,
     policy: str,
     mesh: Mesh,
@@ -188,7 +191,7 @@ def grow_state(
         state: the parent's; its parameters are not read.
         grown: the growth.
         optim: the optimizer.
-        policy: for moments, see `growth.grow_moments`; the operator's own one wins.
+        policy: for moments, see `grow_moments`; the operator's own one wins.
         mesh: of both.
         before: what earlier operators of the same growth added.
     """
@@ -197,7 +200,7 @@ def grow_state(
     params = transformer.make_abstract_params(grown.child, mesh, dtype)
     opt_state = grow_opt_state(state.opt_state, grown, optim, policy, params, mesh)
     rewarm = {"fresh": "all", "reset_new": "new"}.get(policy, "none")
-    flags = growth.find_new_params(grown, before.new)
+    flags = find_new_params(grown, before.new)
     skips = state.skip_state
     n_updates = int(state.step - skips.n_skipped)
     new_params = NewParams(flags, n_updates, rewarm)
@@ -209,7 +212,7 @@ def grow_state(
 
 def grow_opt_state(
     opt_state: Any,
-    grown: growth.Growth,
+    grown: Growth,
     optim: OptimConfig,
     policy: str,
     params: Params,
@@ -255,7 +258,7 @@ def grow_opt_state(
 
 
 def grow_all_moments(
-    leaves: dict[PathEntries, jax.Array], grown: growth.Growth, policy: str, mesh: Mesh
+    leaves: dict[PathEntries, jax.Array], grown: Growth, policy: str, mesh: Mesh
 ) -> dict[PathEntries, jax.Array]:
     """Return path -> moment of the child, given path -> leaf of the parent's optimizer state."""
     weights = dict(
@@ -277,14 +280,12 @@ def grow_all_moments(
     return moments
 
 
-def grow_moment_tree(
-    tree: Params, field: str, grown: growth.Growth, policy: str, mesh: Mesh
-) -> Params:
+def grow_moment_tree(tree: Params, field: str, grown: Growth, policy: str, mesh: Mesh) -> Params:
     """Return the child's moments of one field of an optimizer's state."""
     if field in optimizer.ITERATES:
-        return growth.grow_params(grown, tree, mesh)
+        return grow_params(grown, tree, mesh)
     power = optimizer.GRADIENT_POWERS.get(field, 1)
-    return growth.grow_moments(grown, tree, policy, power, mesh)
+    return grow_moments(grown, tree, policy, power, mesh)
 
 
 def insert_leaf(tree: Params, path: PathEntries, leaf: jax.Array) -> None:

@@ -17,6 +17,7 @@ from jaxpt.config import Config, OptimConfig
 from jaxpt.model import loss, transformer
 from jaxpt.model.kernels import select
 from jaxpt.model.kernels.select import AttentionRequest
+from jaxpt.model.transformer import Params
 from jaxpt.sharding import (
     make_batch_sharding,
     make_replicated_sharding,
@@ -27,7 +28,6 @@ from jaxpt.spec import Batch, ModelSpec, UserError
 from jaxpt.train import optimizer
 from jaxpt.train.optimizer import NewParams
 from jaxpt.train.state import SkipState, TrainState, make_abstract_state, state_shardings
-from jaxpt.weights.measure import Params
 
 # Updates before the running mean of gradient norms is trusted: early norms fall by themselves.
 SPIKE_WARMUP = 50

@@ -14,9 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpt import initialize
 from jaxpt.config import Config, build_config
 from jaxpt.data import loader, tokenizer
 from jaxpt.data.mixture import MixtureSchedule
+from jaxpt.growth import measure
+from jaxpt.growth.growth import Growth
+from jaxpt.growth.new_params import find_new_params_through
+from jaxpt.growth.records import (
+    GrowthReport,
+    LayerRecord,
+    ProbeRecord,
+)
+from jaxpt.initialize import LoadedModel
 from jaxpt.model import transformer
 from jaxpt.sharding import make_batch_sharding, make_mesh, n_shards
 from jaxpt.spec import Batch, ModelSpec, UserError
@@ -25,13 +35,7 @@ from jaxpt.train import gate, state, step
 from jaxpt.train.gate import HeldoutData
 from jaxpt.train.optimizer import NewParams
 from jaxpt.train.records import CheckpointRecord
-from jaxpt.weights import checkpoint, growth, hub, huggingface, initialize, measure
-from jaxpt.weights.initialize import LoadedModel
-from jaxpt.weights.records_growth import (
-    GrowthReport,
-    LayerRecord,
-    ProbeRecord,
-)
+from jaxpt.weights import checkpoint, hub, huggingface
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +56,7 @@ def verify_growth(
     parent: LoadedModel,
     child: LoadedModel,
     operators: Sequence[str],
-    growths: Sequence[growth.Growth],
+    growths: Sequence[Growth],
     mesh: jax.sharding.Mesh,
     *,
     heldout: HeldoutData | None,
@@ -94,7 +98,7 @@ def verify_growth(
 def describe_growth(
     models: dict[str, LoadedModel],
     operators: Sequence[str],
-    growths: Sequence[growth.Growth],
+    growths: Sequence[Growth],
     flops_per_token: Callable[[ModelSpec], float | None],
     at_step: int | None,
     moments: str | None,
@@ -106,7 +110,7 @@ def describe_growth(
     for grown in growths:
         layer_map = [None if i is None else layer_map[i] for i in grown.layer_map]
         measured |= grown.measured
-    new_params = growth.find_new_params_through(growths)
+    new_params = find_new_params_through(growths)
     new_layers = np.flatnonzero(new_params.get("layers", ()))
     flops: dict[str, float] = {}
     for name, model in models.items():
@@ -158,7 +162,7 @@ def check_logits(
     parent: LoadedModel,
     child: LoadedModel,
     operators: Sequence[str],
-    growths: Sequence[growth.Growth],
+    growths: Sequence[Growth],
     mesh: jax.sharding.Mesh,
 ) -> float:
     """Return the largest difference of a logit. Raise UserError if it is more than rounding."""
@@ -423,7 +427,7 @@ def save_initial_model(run: pathlib.Path, init: initialize.InitResult) -> None:
         huggingface.copy_tokenizer(model.tokenizer_dir, run / "tokenizer")
     else:
         log.warning("the source has no tokenizer, so this run and its export have none")
-    new_params = NewParams(growth.find_new_params_through(init.growths))
+    new_params = NewParams(find_new_params_through(init.growths))
     record = CheckpointRecord(step=0, new_params=new_params.to_record())
     counts = record.to_json()
     # a grown model has another loss

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import jax
 
+from jaxpt import initialize
 from jaxpt.train import state, verify
 from jaxpt.train.hooks.hook import Hook
 from jaxpt.train.session import Session
 from jaxpt.train.state import TrainState
-from jaxpt.weights import initialize
 
 
 class Grow(Hook):

@@ -18,9 +18,13 @@ import jax
 
 from jaxpt.config import Config, ModelConfig
 from jaxpt.data import tokenizer
+from jaxpt.growth import vocabulary
+from jaxpt.growth.apply import grow_params
+from jaxpt.growth.growth import Growth, Parent, format_layer_map
+from jaxpt.growth.parse import parse_operator, plan_growth
 from jaxpt.model import transformer
 from jaxpt.spec import Batch, Manifest, ModelSpec, UserError
-from jaxpt.weights import checkpoint, growth, hub, huggingface, safetensors_file, vocabulary
+from jaxpt.weights import checkpoint, hub, huggingface, safetensors_file
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +64,7 @@ class InitResult(NamedTuple):
 
     model: LoadedModel
     parent: LoadedModel | None
-    growths: tuple[growth.Growth, ...]
+    growths: tuple[Growth, ...]
 
 
 def load_model(
@@ -137,7 +141,7 @@ def init_model(
     """
     section = settings.initialize
     for text in section.grow:
-        growth.parse_operator(text)  # refuse a misspelt operator before weights are read
+        parse_operator(text)  # refuse a misspelt operator before weights are read
     if section.source == "random":
         spec = make_random_spec(settings.model, vocab_size)
         dtype = safetensors_file.dtype_of_name(section.param_dtype)
@@ -158,11 +162,11 @@ def init_model(
 
 def grow_model(
     model: LoadedModel, text: str, mesh: jax.sharding.Mesh, sequences: ReadBatches | None
-) -> tuple[LoadedModel, growth.Growth]:
+) -> tuple[LoadedModel, Growth]:
     """Return the model grown by one operator, on the same mesh, and the growth."""
-    parent = growth.Parent(model.spec, model.params, sequences, model.tokenizer_dir)
-    applied = growth.plan_growth(text, parent)
-    params = growth.grow_params(applied, model.params, mesh)
+    parent = Parent(model.spec, model.params, sequences, model.tokenizer_dir)
+    applied = plan_growth(text, parent)
+    params = grow_params(applied, model.params, mesh)
     model = model._replace(spec=applied.child, params=params)
     if applied.token_mapping:
         directory = applied.token_mapping.tokenizer_dir
@@ -170,7 +174,7 @@ def grow_model(
         model = model._replace(tokenizer_dir=directory, tokenizer=fingerprint)
     log.info(f"grown by {text}: {describe_model(applied.child)}")
     if "layers" in applied.sources:
-        log.info(f"from layers {growth.format_layer_map(applied.layer_map)}")
+        log.info(f"from layers {format_layer_map(applied.layer_map)}")
     return model, applied
 
 

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 from jaxpt.model import transformer
 from jaxpt.model.param import ParamSpec
+from jaxpt.model.transformer import Params
 from jaxpt.spec import ModelSpec, UserError
-from jaxpt.weights.measure import Params
 
 # Times the energy of both neighbors. Where all layers are alike each neighbor gives 1/2 at any
 # strength; where they have nothing in common, as in every small model measured, each gives 1/3 at

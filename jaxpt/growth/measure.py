@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxpt.growth.records import CopySimilarity
 from jaxpt.model import transformer
 from jaxpt.model.kernels.select import attend
 from jaxpt.model.rope import compute_rope
 from jaxpt.model.transformer import Observe
 from jaxpt.sharding import make_batch_sharding, make_replicated_sharding, with_logical_constraint
 from jaxpt.spec import Batch, ModelSpec, UserError
-from jaxpt.weights.records_growth import CopySimilarity
 
 Params = dict[str, Any]  # nested dict of arrays, see model/transformer.py
 Sums = dict[str, jax.Array]  # of one batch

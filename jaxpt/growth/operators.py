@@ -1,0 +1,397 @@
+"""The operators of growth: one function each, from a parent to the sources of the child's axes.
+
+An operator is written as text, 'depth_upscale(m=4)', so that it fits a command line, a config and a
+manifest (growth/parse.py). To add one, write a function here and mark it `@operator`.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxpt.data import tokenizer
+from jaxpt.growth import measure, vocabulary
+from jaxpt.growth.growth import NO_SOURCE, AxisSources, Growth, Parent
+from jaxpt.growth.records import Measured
+from jaxpt.spec import Batch, ModelSpec, UserError
+
+OPERATORS: dict[str, Callable[..., Growth]] = {}
+
+
+def operator(function: Callable[..., Growth]) -> Callable[..., Growth]:
+    """Register an operator under its name."""
+    OPERATORS[function.__name__] = function
+    return function
+
+
+# ---- depth: the layers of the child
+
+
+@operator
+def depth_upscale(parent: Parent, m: int) -> Growth:
+    """Stack layers 0..n-m-1 and m..n-1: 2 (n - m) layers. SOLAR, 2312.15166: n 32, m 8 -> 48."""
+    n = parent.spec.n_layers
+    if not 0 <= m < n:
+        raise UserError(
+            f"depth_upscale(m={m}): expected 0 to {n - 1}, got {m}: "
+            f"m is the number of layers left out of each copy of {n}."
+        )
+    layer_map = [*range(n - m), *range(m, n)]
+    return make_depth_growth(parent, layer_map)
+
+
+@operator
+def stack(parent: Parent, g: int = 2) -> Growth:
+    """Repeat the whole stack g times. G_stack, 2405.15319."""
+    check_minimum("stack", "g", g, 1)
+    layer_map = [*range(parent.spec.n_layers)] * g
+    return make_depth_growth(parent, layer_map)
+
+
+@operator
+def interleave(parent: Parent, g: int = 2) -> Growth:
+    """Repeat each layer g times in place. Collapses untrained (iDUS: 29.5 on H6); a baseline."""
+    check_minimum("interleave", "g", g, 1)
+    parent_layers = np.arange(parent.spec.n_layers)
+    layer_map = np.repeat(parent_layers, g)
+    return make_depth_growth(parent, layer_map.tolist())
+
+
+@operator
+def stack_middle(parent: Parent, m: int) -> Growth:
+    """Repeat the middle block of m layers, where depth is used best.
+
+    MIDAS, 2409.19044; 2512.08819.
+    """
+    n = parent.spec.n_layers
+    if not 1 <= m <= n:
+        raise UserError(
+            f"stack_middle(m={m}): expected 1 to {n}, the number of layers, got {m}: "
+            "m is the size of the middle block."
+        )
+    first = (n - m) // 2
+    layer_map = [*range(first + m), *range(first, n)]
+    return make_depth_growth(parent, layer_map)
+
+
+@operator
+def deepen(parent: Parent, L: int, new: str = "random") -> Growth:
+    """Jump to L layers, even from 0; new ones are random or copies in order. 2511.04981."""
+    n = parent.spec.n_layers
+    if new not in ("random", "copy"):
+        raise UserError(f"deepen(new={new!r}): expected 'random' or 'copy', got {new!r}.")
+    check_minimum("deepen", "L", L, 1)
+    if n >= L:
+        raise UserError(f"deepen(L={L}): the model has {n} layers already. Give a larger L.")
+    if new == "random":
+        new_layers = [NO_SOURCE] * (L - n)
+        return make_depth_growth(parent, [*range(n), *new_layers])
+    if not n:
+        raise UserError(
+            f"deepen(L={L}, new='copy'): the model has no layers to copy. Use new='random'."
+        )
+    layer_map = [layer % n for layer in range(L)]
+    return make_depth_growth(parent, layer_map)
+
+
+@operator
+def insert_identity(parent: Parent, every: int = 1) -> Growth:
+    """Insert after each `every` layers a copy with zero output: exact. LLaMA Pro, 2401.02415."""
+    check_minimum("insert_identity", "every", every, 1)
+    layer_map: list[int] = []
+    inserted: list[int] = []
+    for layer in range(parent.spec.n_layers):
+        layer_map.append(layer)
+        if (layer + 1) % every == 0:
+            inserted.append(len(layer_map))
+            layer_map.append(layer)
+    growth = make_depth_growth(parent, layer_map)
+    return growth._replace(zero_output_layers=tuple(inserted), preserves_function=True)
+
+
+@operator
+def layers(parent: Parent, sources: list[int]) -> Growth:
+    """Take any list of source layers, such as the course's [0, 1, 2, 3, 4, 7, 8, 9, 10, 11]."""
+    check_layer_list(f"layers({sources})", sources, parent.spec.n_layers)
+    return make_depth_growth(parent, sources)
+
+
+@operator
+def drop_layers(parent: Parent, n: int | None = None, by: str | list[int] = "influence") -> Growth:
+    """Drop the n layers that change the residual least, or a list of them. ShortGPT, 2403.03853."""
+    n_layers = parent.spec.n_layers
+    measured: dict[str, Measured] = {}
+    if isinstance(by, str):
+        influence = measure_influence(parent, n, by)
+        rising = np.argsort(influence, kind="stable")
+        by = sorted(rising[:n].tolist())
+        measured = {"influence": influence.tolist(), "dropped": by}
+    call = f"drop_layers(n={n}, by={by})"
+    check_layer_list(f"drop_layers(by={by})", by, n_layers)
+    n_dropped = len(set(by))
+    if n not in (None, len(by)) or n_dropped == n_layers:
+        raise UserError(
+            f"{call}: expected a list of n different layers that leaves at least one of "
+            f"{n_layers}, got {by}."
+        )
+    kept = [layer for layer in range(n_layers) if layer not in by]
+    growth = make_depth_growth(parent, kept)
+    return growth._replace(measured=measured)
+
+
+def measure_influence(parent: Parent, n: int | None, by: str) -> np.ndarray:
+    """Return the influence of each layer for `drop_layers`, zeros without parameters."""
+    n_layers = parent.spec.n_layers
+    if by != "influence":
+        raise UserError(
+            f"drop_layers(by={by!r}): expected 'influence' or a list of layers, got {by!r}."
+        )
+    if not isinstance(n, int) or not 1 <= n < n_layers:
+        raise UserError(
+            f"drop_layers(n={n}): expected 1 to {n_layers - 1}, the number of layers to drop, "
+            f"got {n}."
+        )
+    if parent.params is None:
+        return np.zeros(n_layers)
+    batches = require_batches("drop_layers", parent)
+    statistics = measure.measure_layers(parent.spec, parent.params, batches)
+    return statistics.influence
+
+
+@operator
+def predict_layers(parent: Parent, m: int) -> Growth:
+    """Add m layers in the upper half, each predicted from its neighbors. LESA, 2502.13794."""
+    n = parent.spec.n_layers
+    if n < 3 or not 1 <= m < n:
+        raise UserError(
+            f"predict_layers(m={m}): a layer is predicted between two neighbors. "
+            f"A model of {n} layers has room for 1 to {n - 1}, and needs at least 3."
+        )
+    # the last gaps: the paper leaves the first half of the model alone
+    gaps = tuple(range(n - 1 - m, n - 1))
+    layer_map = []
+    for layer in range(n):
+        layer_map.append(layer)
+        if layer in gaps:
+            layer_map.append(NO_SOURCE)
+    growth = make_depth_growth(parent, layer_map)
+    return growth._replace(predicted_gaps=gaps)
+
+
+def make_depth_growth(parent: Parent, layer_map: list[int]) -> Growth:
+    """Return the growth that takes these layers of the parent."""
+    n_layers = parent.spec.n_layers
+    child = parent.spec.take_layers(
+        [None if source == NO_SOURCE else source for source in layer_map]
+    )
+    is_same = layer_map == [*range(n_layers)]
+    sources = {"layers": np.asarray(layer_map)}
+    return Growth(parent.spec, child, sources, preserves_function=is_same)
+
+
+# ---- width: the channels of every layer
+
+WIDTH_AXES = {"embed": "d_model", "mlp": "d_ff", "heads": "n_heads", "kv_heads": "n_kv_heads"}
+SIZE_ARGUMENTS = {"d": "d_model", "ff": "d_ff", "heads": "n_heads"}
+
+
+class Sizes(NamedTuple):
+    """The arguments of a width operator; None: unchanged."""
+
+    d: int | None
+    ff: int | None
+    heads: int | None
+
+
+@operator
+def widen(
+    parent: Parent, d: int | None = None, ff: int | None = None, heads: int | None = None
+) -> Growth:
+    """Widen by exact copies, each of c divided by c; d a multiple. HyperCloning, 2409.12903."""
+    width = parent.spec.d_model
+    if d is not None and (not isinstance(d, int) or d % width):
+        raise UserError(
+            f"widen(d={d}): expected a multiple of {width}, got {d}: RMSNorm keeps its size only "
+            "when every channel is copied equally often. widen_rms takes any width."
+        )
+    growth = make_width_growth("widen", parent, Sizes(d, ff, heads))
+    return growth._replace(preserves_function=True)
+
+
+@operator
+def widen_rms(
+    parent: Parent, d: int | None = None, ff: int | None = None, heads: int | None = None
+) -> Growth:
+    """Widen to any width, RMS kept on average; new moments are reset and re-warm. 2602.02472."""
+    # the reset and re-warmup of the new part tells the copies apart
+    growth = make_width_growth("widen_rms", parent, Sizes(d, ff, heads))
+    is_exact = growth.child.d_model % parent.spec.d_model == 0
+    return growth._replace(preserves_function=is_exact, moments="reset_new")
+
+
+@operator
+def narrow(
+    parent: Parent, ff: int | None = None, heads: int | None = None, d: int | None = None
+) -> Growth:
+    """Keep the most active channels, MLP activations and kv groups. Minitron, 2407.14679."""
+    spec = parent.spec
+    child = resize_spec("narrow", spec, Sizes(d, ff, heads))
+    for argument, field in SIZE_ARGUMENTS.items():
+        before = getattr(spec, field)
+        after = getattr(child, field)
+        if after > before:
+            raise UserError(
+                f"narrow({argument}={after}): the model has only {before}. "
+                "Give a smaller number, or use widen."
+            )
+    if parent.params is None:
+        return Growth(spec, child, {})
+    batches = require_batches("narrow", parent)
+    scores = measure.measure_importance(spec, parent.params, batches)
+    heads_kept, kv_heads_kept = measure.select_heads(
+        scores.heads, spec.n_heads, spec.n_kv_heads, child.n_heads
+    )
+    channels = measure.select_important(scores.embed, child.d_model)
+    activations = measure.select_important(scores.mlp, child.d_ff)
+    sources = {"embed": channels, "mlp": activations}
+    sources |= {"heads": heads_kept, "kv_heads": kv_heads_kept}
+    sources = keep_changed_axes(spec, child, sources)
+    measured: dict[str, Measured] = {}
+    if d:
+        measured["kept_channels"] = channels.tolist()
+    return Growth(spec, child, sources, measured=measured)
+
+
+def make_width_growth(name: str, parent: Parent, sizes: Sizes) -> Growth:
+    """Return the growth that repeats the whole width until the child's is full."""
+    spec = parent.spec
+    child = resize_spec(name, spec, sizes)
+    for argument, field in SIZE_ARGUMENTS.items():
+        before = getattr(spec, field)
+        after = getattr(child, field)
+        if after < before:
+            raise UserError(
+                f"{name}({argument}={after}): the model has {before} already. "
+                "Give a larger number, or use narrow."
+            )
+    if child == spec:
+        raise UserError(f"{name}: these are the model's sizes already. Give larger ones.")
+    # [[W/2, W/2], [W/2, W/2]] in the paper; heads go with their kv groups
+    sources = {}
+    for axis in WIDTH_AXES:
+        indices = np.arange(axis_size(child, axis))
+        sources[axis] = indices % axis_size(spec, axis)
+    sources = keep_changed_axes(spec, child, sources)
+    return Growth(spec, child, sources, divide_copies=True)
+
+
+def axis_size(spec: ModelSpec, axis: str) -> int:
+    """Return the size of a logical axis of a width."""
+    return getattr(spec, WIDTH_AXES[axis])
+
+
+def keep_changed_axes(spec: ModelSpec, child: ModelSpec, sources: AxisSources) -> AxisSources:
+    """Return the sources of the axes whose size changes."""
+    changed = {}
+    for axis, source in sources.items():
+        if axis_size(spec, axis) != axis_size(child, axis):
+            changed[axis] = source
+    return changed
+
+
+def resize_spec(name: str, spec: ModelSpec, sizes: Sizes) -> ModelSpec:
+    """Return the spec with other widths.
+
+    kv heads change with the query heads, so that a group keeps its size.
+    """
+    given = sizes._asdict()
+    given = {key: value for key, value in given.items() if value is not None}
+    if not given:
+        raise UserError(
+            f"{name}(): nothing to change. Give d (width, now {spec.d_model}), "
+            f"ff ({spec.d_ff}) or heads ({spec.n_heads})."
+        )
+    for key, value in given.items():
+        check_minimum(name, key, value, 1)
+    n_heads = sizes.heads or spec.n_heads
+    group = spec.n_heads // spec.n_kv_heads
+    if n_heads % group:
+        raise UserError(
+            f"{name}(heads={n_heads}): expected a multiple of {group}, got {n_heads}: "
+            f"{group} query heads share one kv head."
+        )
+    d_model = sizes.d or spec.d_model
+    d_ff = sizes.ff or spec.d_ff
+    n_kv_heads = n_heads // group
+    return spec.replace(d_model=d_model, d_ff=d_ff, n_heads=n_heads, n_kv_heads=n_kv_heads)
+
+
+# ---- the vocabulary
+
+
+@operator
+def new_tokenizer(parent: Parent, directory: str) -> Growth:
+    """Switch the tokenizer: shared tokens are copied, new ones are the mean of their old tokens."""
+    spec = parent.spec
+    if parent.params is None:
+        n_tokens = tokenizer.load_tokenizer(directory).vocab_size
+        n_rows = vocabulary.pad_vocab_size(n_tokens)
+        child = spec.replace(vocab_size=n_rows)
+        return Growth(spec, child, {})
+    if parent.tokenizer_dir is None:
+        raise UserError(
+            "new_tokenizer: the parent's tokenizer is not known, so no token can be traced to it. "
+            "Start from a model that has its own tokenizer."
+        )
+    old_dir, new_dir = parent.tokenizer_dir, pathlib.Path(directory)
+    mapping, special_ids = vocabulary.map_tokens(old_dir, new_dir, spec.vocab_size)
+    kept = []
+    n_averaged = 0
+    for ids in mapping.old_ids:
+        kept.append(ids[0] if len(ids) == 1 else NO_SOURCE)
+        n_averaged += len(ids) > 1
+    n_kept = len(kept) - kept.count(NO_SOURCE)
+    measured: dict[str, Measured] = {"kept_tokens": n_kept, "averaged_tokens": n_averaged}
+    child = spec.replace(vocab_size=len(kept), **special_ids)
+    sources = {"vocab": np.asarray(kept)}
+    return Growth(spec, child, sources, token_mapping=mapping, measured=measured)
+
+
+# ---- checks of an operator's arguments
+
+
+def require_batches(name: str, parent: Parent) -> Iterable[Batch]:
+    """Return training batches. Raise UserError if there are none."""
+    if parent.batches is None:
+        raise UserError(
+            f"{name}: measures the model on training sequences, but there are none. "
+            "Give a --config whose mixture.packed_paths names some."
+        )
+    return parent.batches()
+
+
+def check_layer_list(call: str, listed: Sequence[int], n_layers: int) -> None:
+    """Raise UserError unless `listed` is a list of one or more layers of the model."""
+    wrong: str | None = None
+    if not isinstance(listed, (list, tuple)):
+        wrong = repr(listed)
+    elif not listed:
+        wrong = "an empty list"
+    else:
+        for layer in listed:
+            if not isinstance(layer, int) or not 0 <= layer < n_layers:
+                wrong = wrong or repr(layer)
+    if wrong:
+        raise UserError(f"{call}: expected layers 0 to {n_layers - 1}, got {wrong}.")
+
+
+def check_minimum(name: str, argument: str, value: Any, minimum: int) -> None:
+    """Raise UserError unless an operator's argument is an integer of at least `minimum`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise UserError(
+            f"{name}({argument}={value!r}): expected an integer of at least {minimum}, "
+            f"got {value!r}."
+        )
