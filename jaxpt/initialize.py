@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxpt.config import Config, ModelConfig
+from jaxpt.config import InitializeConfig, ModelConfig
 from jaxpt.data import tokenizer
 from jaxpt.growth import vocabulary
 from jaxpt.growth.apply import grow_params
@@ -126,7 +126,8 @@ def resolve_source(source: pathlib.Path | str) -> pathlib.Path:
 
 
 def init_model(
-    settings: Config,
+    section: InitializeConfig,
+    architecture: ModelConfig,
     mesh: jax.sharding.Mesh,
     vocab_size: int | None,
     sequences: ReadBatches | None = None,
@@ -134,16 +135,16 @@ def init_model(
     """Initialize by sources 2 to 4 of config.initialize, then apply config.initialize.grow.
 
     Args:
-        settings: the config.
+        section: config.initialize.
+        architecture: config.model, for a random model.
         mesh: to place parameters on.
-        vocab_size: the tokenizer's, for a random model whose config.model.vocab_size is 0.
+        vocab_size: the tokenizer's, for a random model whose architecture.vocab_size is 0.
         sequences: reads training batches, for operators that measure.
     """
-    section = settings.initialize
     for text in section.grow:
         parse_operator(text)  # refuse a misspelt operator before weights are read
     if section.source == "random":
-        spec = make_random_spec(settings.model, vocab_size)
+        spec = make_random_spec(architecture, vocab_size)
         dtype = safetensors_file.dtype_of_name(section.param_dtype)
         params = transformer.init_params(spec, section.seed, mesh, dtype)
         model = LoadedModel(spec, params, None, None, None, None, {})
@@ -185,7 +186,7 @@ def make_random_spec(section: ModelConfig, vocab_size: int | None) -> ModelSpec:
         n_tokens = vocabulary.pad_vocab_size(vocab_size)
     if not n_tokens:
         raise UserError(
-            "model.vocab_size: is 0 (the tokenizer's), but there is no tokenizer. Run pack.py "
+            "model.vocab_size: is 0 (the tokenizer's), but there is no tokenizer. Run jaxpt pack "
             "first, or set it."
         )
     fields = {name: getattr(section, name) for name in RANDOM_SPEC_FIELDS.split()}

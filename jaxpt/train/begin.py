@@ -89,7 +89,9 @@ def init_run(run: RunContext) -> InitialModel:
     """Initialize a run by config.initialize, and grow."""
     config, dataset = run.config, run.dataset
     section = config.initialize
-    init = initialize.init_model(config, run.mesh, dataset.vocab_size, run.measuring_batches)
+    init = initialize.init_model(
+        config.initialize, config.model, run.mesh, dataset.vocab_size, run.measuring_batches
+    )
     model = init.model
     check_tokens(section.source, model, dataset)
     report = None
@@ -220,7 +222,7 @@ def continue_state(
 
 
 def find_new_params(init: InitResult) -> NewParams:
-    """Return what the last growth added, also of a model that initialize.py grew."""
+    """Return what the last growth added, also of a model that jaxpt initialize grew."""
     if init.growths:
         new = find_new_params_through(init.growths)
         return NewParams(new)

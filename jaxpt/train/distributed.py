@@ -176,7 +176,7 @@ def explain_out_of_memory(train: TrainConfig, seq_len: int) -> Iterator[None]:
         options.append("initialize.param_dtype=bfloat16 (half the state, some precision lost)")
         raise UserError(
             f"out of memory: a step of {train.batch_size} sequences x {seq_len} tokens "
-            f"does not fit ({reason}). Options: {'; '.join(options)}. scripts/plan.py shows what "
+            f"does not fit ({reason}). Options: {'; '.join(options)}. jaxpt plan shows what "
             "fits before a start."
         ) from error
 

@@ -32,7 +32,7 @@ from jaxpt.train.records import (
 
 log = logging.getLogger(__name__)
 
-MAX_SKIPPED_DOCUMENTS = 32  # listed per skipped step; trace.py lists all
+MAX_SKIPPED_DOCUMENTS = 32  # listed per skipped step; jaxpt trace lists all
 MAX_COLUMNS = 69  # of a console line; time and level take 11 of a terminal's 80
 # of a step, that a record has fields for; loss and n_targets are summed over the interval instead
 KNOWN_SCALARS = ("loss_sum", "n_targets", "loss", "grad_norm", "lr", "n_skipped")

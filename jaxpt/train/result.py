@@ -61,7 +61,7 @@ def is_finished(run_dir: pathlib.Path, request: stage.StageRequest) -> bool:
     if n_steps > n_done and stage.to_jsonable(same) == manifest.config:
         log.info(f"train: {run_dir} had {n_done:,} steps and continues to {n_steps:,}")
         if jax.process_index() == 0:
-            # not finished any more, which launch.py and later stages look at
+            # not finished any more, which launch/ and later stages look at
             (run_dir / "manifest.json").unlink()
         return False
     difference = stage.describe_difference(manifest, request)

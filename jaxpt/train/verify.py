@@ -347,7 +347,7 @@ def initialize_run(
             heldout = HeldoutData(config, list(map(str, packed)), mesh)
             batches = make_measuring_batches(config, packed, mesh)
             vocab_size = heldout.dataset.vocab_size
-        init = initialize.init_model(config, mesh, vocab_size, batches)
+        init = initialize.init_model(config.initialize, config.model, mesh, vocab_size, batches)
         if source and is_import:
             check_import(source, init.parent or init.model, heldout, mesh, check)
         if init.parent:

@@ -48,6 +48,6 @@ def check_consecutive_skips(
     raise UserError(
         f"train: {n_skips} consecutive updates were skipped up to step {step} (not finite, or a "
         f"spike), which read {', '.join(documents[:4])}{more}. Lower optim.peak_lr "
-        f"({session.run.config.optim.peak_lr:g}), or look at the documents: scripts/trace.py "
+        f"({session.run.config.optim.peak_lr:g}), or look at the documents: jaxpt trace "
         f"--workdir RUN --step {step} prints them."
     )
