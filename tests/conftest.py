@@ -103,6 +103,7 @@ def logger():
     handlers, logger.propagate = list(logger.handlers), True
     yield logger
     logger.handlers[:] = handlers
+    logger.propagate = True  # a command sets it; pytest would then attach a handler of its own
 
 
 @pytest.fixture
