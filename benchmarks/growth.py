@@ -107,7 +107,7 @@ class Bench:
         seed: int = 0,
         every: int = 0,
         until: float = 0.0,
-        young=optimizer.NewParams(),
+        new_params=optimizer.NewParams(),
     ):
         """(state after n_steps, or after `until` is reached; [(steps, held-out loss)] every so
         many)
@@ -125,7 +125,7 @@ class Bench:
             first_row,
             True,
         )
-        run, curve = step.build_step(spec, self.settings, self.mesh, young), []
+        run, curve = step.build_step(spec, self.settings, self.mesh, new_params), []
         for done in range(1, n_steps + 1):
             now, _ = run(now, next(batches))
             if every and done % every == 0:
@@ -223,15 +223,15 @@ def fair(bench: Bench, seeds: int) -> list[dict]:
             now, _ = bench.train(
                 base_spec, bench.init_state(base_spec, params), n_base_steps, first_row=0, seed=seed
             )
-            spec, young = base_spec, optimizer.NewParams()
+            spec, new_params = base_spec, optimizer.NewParams()
             if text:
                 grew = plan_growth(text, Parent(base_spec, now.params))
-                opt, guard, young = state.grow_state(
+                opt, skip_state, new_params = state.grow_state(
                     now, grew, bench.settings.optim, "reset_new", bench.mesh
                 )
                 spec = grew.child
                 now = state.TrainState(
-                    now.step, grow_params(grew, now.params, bench.mesh), opt, guard
+                    now.step, grow_params(grew, now.params, bench.mesh), opt, skip_state
                 )
             first_row = n_base_steps * BASE.train.batch_size
             _, curve = bench.train(
@@ -242,7 +242,7 @@ def fair(bench: Bench, seeds: int) -> list[dict]:
                 seed=seed,
                 every=EVERY,
                 until=target,
-                young=young,
+                new_params=new_params,
             )
             steps = crossing(curve, target)
             base_cost = n_base_steps * bench.flops_per_step(base_spec)

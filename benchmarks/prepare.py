@@ -328,19 +328,23 @@ def recall(texts: pathlib.Path, home: pathlib.Path, peer: str) -> None:
             for name in ("ours", "peer")
         ]
         curve = np.mean([1 - (1 - planted[i] ** 4) ** 32 for i in here]) if here else 0
-        print(
-            f"{low:.1f} to {low + 0.1:.1f}{len(here):>17}{found[0]:>8.3f}{found[1]:>11.3f}{curve:>14.3f}"
-        )
+        ours, peer = found
+        bounds = f"{low:.1f} to {low + 0.1:.1f}"
+        print(f"{bounds}{len(here):>17}{ours:>8.3f}{peer:>11.3f}{curve:>14.3f}")
     for least in (dedup.MIN_SIMILARITY, 0.8):
         true = {i for pair, s in similarity.items() if s >= least for i in pair}
         for name in ("ours", "peer"):
-            told = dropped[name]
+            flagged = dropped[name]
             within = len(
-                {b for (a, b), s in similarity.items() if s >= least and (a in told or b in told)}
+                {
+                    b
+                    for (a, b), s in similarity.items()
+                    if s >= least and (a in flagged or b in flagged)
+                }
             ) / len({b for (_, b), s in similarity.items() if s >= least})
             print(
                 f"at {least}: {name} recall {within:.4f}, precision "
-                f"{len(told & true) / max(1, len(told)):.4f} ({len(told):,} "
+                f"{len(flagged & true) / max(1, len(flagged)):.4f} ({len(flagged):,} "
                 "dropped)"
             )
 

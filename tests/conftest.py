@@ -84,15 +84,15 @@ def get_config():
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory):
     """A directory with base/corpus, base/tokenizer and base/packed: a little of this Python's own
-    texts, through the doors.
+    texts, through the commands.
     """
     home = tmp_path_factory.mktemp("texts")
     (home / "small.py").write_text(SMALL)
     for name in ("prepare", "train_tokenizer", "pack"):
-        status, told = entry_points.run_command(
+        status, printed = entry_points.run_command(
             name, ["--config", "small.py", "--workdir", "base"], home
         )
-        assert status == 0, told
+        assert status == 0, printed
     return home
 
 

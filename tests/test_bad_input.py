@@ -76,7 +76,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def home(model, tmp_path, monkeypatch):
-    """The working directory of the doors: models, a prompt, a text, a folder of benchmark files,
+    """The working directory of the commands: models, a prompt, a text, a folder of benchmark files,
     and two runs without checkpoints.
     """
     monkeypatch.chdir(tmp_path)
@@ -90,11 +90,11 @@ def home(model, tmp_path, monkeypatch):
 
 @pytest.fixture
 def ask(monkeypatch):
-    """What a door says when it is asked: its error, "" where it did what it was asked."""
+    """What a command says when it is run: its error, "" where it did what it was asked."""
 
     def run(line):
-        door, *flags = line.split(" ")
-        monkeypatch.setattr(sys, "argv", ["jaxpt", door, *flags])
+        command, *flags = line.split(" ")
+        monkeypatch.setattr(sys, "argv", ["jaxpt", command, *flags])
         try:
             main()
         except SystemExit as left:

@@ -119,7 +119,7 @@ def test_sections_are_frozen():
 
 
 def test_a_command_fails_with_one_sentence_and_status_1(tmp_path):
-    told = subprocess.run(
+    message = subprocess.run(
         [
             sys.executable,
             "scripts/train.py",
@@ -133,8 +133,8 @@ def test_a_command_fails_with_one_sentence_and_status_1(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert told.returncode == 1
+    assert message.returncode == 1
     assert (
-        told.stderr.strip()
+        message.stderr.strip()
         == "error: config: there is no knob train.stpes; did you mean train.steps?"
     )

@@ -224,7 +224,7 @@ def test_likelihoods_are_those_of_each_pair_alone_on_any_mesh(params, sizes, win
         assert is_greedy == (table.argmax(-1).tolist() == continuation)
 
 
-def test_a_greedy_continuation_is_told_from_another(params):
+def test_a_greedy_continuation_is_distinguished(params):
     prompt = [7, 8, 9]
     (text,) = decode.generate(SPEC, params, [prompt], max_new=6)
     scores = likelihood.compute_continuation_log_likelihoods(
@@ -373,14 +373,14 @@ def test_an_interrupted_evaluation_asks_only_what_was_not_answered(
         def scored(spec, params, pairs, *, answered, **how):
             asked.append(len(pairs))
 
-            def told(place, answer):
+            def count_answer(place, answer):
                 answered(place, answer)
-                told.n += 1
-                if told.n == n:
+                count_answer.n += 1
+                if count_answer.n == n:
                     raise KeyboardInterrupt
 
-            told.n = 0
-            return score(spec, params, pairs, answered=told, **how)
+            count_answer.n = 0
+            return score(spec, params, pairs, answered=count_answer, **how)
 
         return scored
 
@@ -397,7 +397,7 @@ def test_an_interrupted_evaluation_asks_only_what_was_not_answered(
     assert [file.name for file in to.parent.iterdir()] == ["truth.json"]
 
 
-def test_items_that_stand_in_the_corpus_are_counted_and_the_score_is_told_without_them(
+def test_items_that_stand_in_the_corpus_are_counted_and_the_score_is_given_without_them(
     params, hf_dir, data_dir, tmp_path, output
 ):
     """A corpus in which two of seven items stand, and a model whose export was made from a run on
@@ -665,8 +665,8 @@ def test_models_are_compared_on_the_same_prompts(params, hf_dir, encoder, tmp_pa
             == (second["text"], second["tokens"])
             == (first["text"], len(new))
         )
-    told = output()
-    assert "> def area(r):" in told and f"sea.txt: {hf_dir} {alone:.4f}" in told
+    printed = output()
+    assert "> def area(r):" in printed and f"sea.txt: {hf_dir} {alone:.4f}" in printed
     with pytest.raises(UserError, match=r"--ppl .*nothing.txt: cannot be read"):
         compare.compare_samples([hf_dir], prompts, texts=[tmp_path / "nothing.txt"])
 
@@ -753,8 +753,8 @@ def test_the_documents_on_which_two_models_differ_most_are_found_in_both_directi
                 assert [np.mean(losses) for losses in each["losses"]] == pytest.approx(
                     each["nats"], abs=1e-3
                 )
-    told = output()
-    assert "child is better on\n" in told and "child is worse on\n" in told
+    printed = output()
+    assert "child is better on\n" in printed and "child is worse on\n" in printed
     compare.compare_documents([hf_dir, child], [f"held=jsonl:{tmp_path}/held.jsonl"], to=to)
     assert "holds this already" in output()
     values = np.float32([0, 3, -9, 2, 2, -1, 5, 0])

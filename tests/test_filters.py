@@ -44,7 +44,10 @@ def test_rules_see_a_text_as_the_edits_before_them_left_it():
     )
     before, after = (
         [b"" if text is None else dedup.hash_text(text.encode()) for text in texts]
-        for texts in ((None, "abba", "bbb", "abcé!", "quiet"), (None, "aa", None, "acé!", "quiet"))
+        for texts in (
+            (None, "abba", "bbb", "abcé!", "quiet"),
+            (None, "aa", None, "acé!", "quiet"),
+        )
     )
     assert judged.marks == {1: before, 3: after}
 
@@ -132,11 +135,18 @@ def test_a_fifth_of_repeated_characters_stays(spare):
     assert (rules.paragraph_repetition(text) == "") == (spare >= 0)
 
 
-PROSE = """The old house stood at the end of a narrow lane, and nobody in the village remembered who had built it.
-Every morning she walked to the market with an empty basket and came home with apples, bread and the news.
-There is no better way to learn how a machine works than to take it apart and put it together again.
-When the rain had stopped, the children ran down to the river to see how high the water was standing.
-He wrote a long letter to his brother about the harvest, the weather and the price of wool that year.""".splitlines()
+PROSE = [
+    "The old house stood at the end of a narrow lane, and nobody in the village remembered who "
+    "had built it.",
+    "Every morning she walked to the market with an empty basket and came home with apples, "
+    "bread and the news.",
+    "There is no better way to learn how a machine works than to take it apart and put it "
+    "together again.",
+    "When the rain had stopped, the children ran down to the river to see how high the water was "
+    "standing.",
+    "He wrote a long letter to his brother about the harvest, the weather and the price of wool "
+    "that year.",
+]
 
 
 def gopher(text: str) -> str:

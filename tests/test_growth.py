@@ -49,7 +49,7 @@ def grown(spec, params, text, mesh, rows=None):
 
 
 def randomised(spec, mesh):
-    """Parameters of which none is at its birth value, norms and biases included."""
+    """Parameters of which none is at its initialization value, norms and biases included."""
     rng = np.random.default_rng(3)
 
     def one(row, place):
@@ -387,14 +387,16 @@ def test_a_layer_without_a_source_has_no_moments(spec, one):
 
 
 def test_new_is_what_has_no_source_or_stood_before():
-    young = find_new_params(plan_growth("depth_upscale(m=4)", of(12)))
-    assert list(young["layers"].nonzero()[0]) == [8, 9, 10, 11]
-    young = find_new_params(plan_growth("stack(g=2)", Parent(COURSE.replace(n_layers=16))), young)
-    assert list(young["layers"].nonzero()[0]) == [8, 9, 10, 11, *range(16, 32)]
-    record = optimizer.NewParams(young).to_record()
+    new_params = find_new_params(plan_growth("depth_upscale(m=4)", of(12)))
+    assert list(new_params["layers"].nonzero()[0]) == [8, 9, 10, 11]
+    new_params = find_new_params(
+        plan_growth("stack(g=2)", Parent(COURSE.replace(n_layers=16))), new_params
+    )
+    assert list(new_params["layers"].nonzero()[0]) == [8, 9, 10, 11, *range(16, 32)]
+    record = optimizer.NewParams(new_params).to_record()
     assert record.to_json()["axes"] == {"layers": {"size": 32, "new": [[8, 12], [16, 32]]}}
     np.testing.assert_array_equal(
-        optimizer.NewParams.from_record(record).new["layers"], young["layers"]
+        optimizer.NewParams.from_record(record).new["layers"], new_params["layers"]
     )
     width = find_new_params(plan_growth("widen(d=2048, ff=6000)", of(12)))
     assert (
@@ -412,10 +414,10 @@ SETTINGS = config.Config(
 )
 
 
-def trained(settings, spec, mesh, n_steps, now=None, young=optimizer.NewParams()):
+def trained(settings, spec, mesh, n_steps, now=None, new_params=optimizer.NewParams()):
     """(state after n_steps, the step)"""
     now = now or make_state(mesh, settings, spec)
-    run = step.build_step(spec, settings, mesh, young)
+    run = step.build_step(spec, settings, mesh, new_params)
     for i in range(n_steps):
         now, _ = run(now, jax.device_put(make_batch(seed=i), sharding.make_batch_sharding(mesh)))
     return now, run
@@ -424,11 +426,11 @@ def trained(settings, spec, mesh, n_steps, now=None, young=optimizer.NewParams()
 def after_growth(settings, spec, mesh, text, policy, n_before=3):
     now, _ = trained(settings, spec, mesh, n_before)
     grew = plan_growth(text, Parent(spec))
-    opt, guard, young = state.grow_state(now, grew, settings.optim, policy, mesh)
+    opt, guard, new_params = state.grow_state(now, grew, settings.optim, policy, mesh)
     return (
         grew,
         state.TrainState(now.step, grow_params(grew, now.params, mesh), opt, guard),
-        young,
+        new_params,
     )
 
 
@@ -438,7 +440,7 @@ def after_growth(settings, spec, mesh, text, policy, n_before=3):
 def test_a_growth_adds_one_compilation_and_leaves_the_state_sharded_as_at_init(text, name):
     mesh = sharding.make_mesh(config.MeshConfig(fsdp=4, tensor=2))
     settings = dataclasses.replace(SETTINGS, optim=dataclasses.replace(SETTINGS.optim, name=name))
-    grew, now, young = after_growth(settings, THREE, mesh, text, "reset_new")
+    grew, now, new_params = after_growth(settings, THREE, mesh, text, "reset_new")
     assert state.state_shardings(now) == state.state_shardings(
         state.make_abstract_state(grew.child, settings, mesh)
     )
@@ -447,7 +449,7 @@ def test_a_growth_adds_one_compilation_and_leaves_the_state_sharded_as_at_init(t
         assert [bool(momentum.any()) for momentum in momenta] == [
             not new for new in find_new_params(grew)["layers"]
         ]
-    now, run = trained(settings, grew.child, mesh, 2, now, young)
+    now, run = trained(settings, grew.child, mesh, 2, now, new_params)
     assert run._cache_size() == 1 and int(now.step) == 5
 
 
@@ -459,8 +461,8 @@ def test_new_parts_learn_as_in_a_fresh_run_and_old_ones_go_on(one):
         SETTINGS,
         optim=dataclasses.replace(SETTINGS.optim, clip_norm=0.0, weight_decay=0.0, eps=1e-12),
     )
-    grew, now, young = after_growth(settings, THREE, one, "stack(g=2)", "reset_new")
-    assert young.n_updates == 3 and young.rewarm == "new"
+    grew, now, new_params = after_growth(settings, THREE, one, "stack(g=2)", "reset_new")
+    assert new_params.n_updates == 3 and new_params.rewarm == "new"
     optim, adam = settings.optim, now.opt_state[0]
     before, mean, square = (
         np.asarray(tree["blocks"]["gate"], np.float64) for tree in (now.params, adam.mu, adam.nu)
@@ -468,7 +470,7 @@ def test_new_parts_learn_as_in_a_fresh_run_and_old_ones_go_on(one):
     assert (mean[3:] == 0).all() and (mean[:3] != 0).all()
     grads = gradient(grew.child, now.params, batch := make_batch(seed=0))
     grad = np.asarray(grads["blocks"]["gate"], np.float64) / batch.loss_mask.sum()
-    after, _ = trained(settings, grew.child, one, 1, now, young)
+    after, _ = trained(settings, grew.child, one, 1, now, new_params)
     lr = float(optimizer.make_lr_schedule(optim, 40)(3))
     mean, square = (
         optim.b1 * mean + (1 - optim.b1) * grad,
@@ -493,24 +495,29 @@ def test_rates_by_age_name_and_layer_multiply_and_zero_freezes(one):
         ),
     )
     grew = plan_growth("stack(g=2)", Parent(THREE))
-    young = optimizer.NewParams(find_new_params(grew))
-    rates = optimizer.lr_multiplier_tree(settings.optim, grew.child, young)
+    new_params = optimizer.NewParams(find_new_params(grew))
+    rates = optimizer.lr_multiplier_tree(settings.optim, grew.child, new_params)
     assert np.ravel(rates["blocks"]["up"]).tolist() == [0] * 3 + [0.25] * 2 + [0.5]
     assert np.ravel(rates["blocks"]["gate"]).tolist() == [0] * 3 + [0.5] * 2 + [1]
     assert float(rates["embed"]) == float(rates["norm"]) == 0
     params = grow_params(grew, randomised(THREE, one), one)
     kept = jax.tree.map(np.asarray, params)
     now, _ = trained(
-        settings, grew.child, one, 3, state.init_state(params, grew.child, settings, one), young
+        settings,
+        grew.child,
+        one,
+        3,
+        state.init_state(params, grew.child, settings, one),
+        new_params,
     )
     np.testing.assert_array_equal(now.params["embed"], kept["embed"])
     for name, leaf in now.params["blocks"].items():
         np.testing.assert_array_equal(leaf[:3], kept["blocks"][name][:3])
         assert (np.asarray(leaf[3:]) != kept["blocks"][name][3:]).any(), name
-    for group, answer in (("young", "expected old, new"), ("layers 4-6", "layers 0-5")):
+    for group, answer in (("new_params", "expected old, new"), ("layers 4-6", "layers 0-5")):
         with pytest.raises(UserError, match=answer):
             optimizer.lr_multiplier_tree(
-                config.OptimConfig(lr_multipliers=((group, 0.5),)), grew.child, young
+                config.OptimConfig(lr_multipliers=((group, 0.5),)), grew.child, new_params
             )
     with pytest.raises(UserError, match="was not grown"):
         optimizer.lr_multiplier_tree(
@@ -522,11 +529,11 @@ def test_another_optimizer_and_a_rewarmed_rate_are_warned_of(spec, one):
     record = {"optimizer": "muon", "lr": 1e-5, "step": 7, "rows": 70}
     model = initialize.LoadedModel(spec, randomised(spec, one), None, None, 7, None, record)
     settings = dataclasses.replace(SETTINGS, initialize=config.InitializeConfig(source="base"))
-    told = "\n".join(begin.format_init_plan(settings, initialize.InitResult(model, None, ())))
+    message = "\n".join(begin.format_init_plan(settings, initialize.InitResult(model, None, ())))
     assert (
-        "base was trained with muon" in told
-        and "last learning rate was 1.00e-05" in told
-        and "moments       0" in told
+        "base was trained with muon" in message
+        and "last learning rate was 1.00e-05" in message
+        and "moments       0" in message
     )
 
 

@@ -1,5 +1,5 @@
-"""Laws of the hub's two doors: hf:NAME is a source from the cache or over the network, and a pushed
-export comes back byte for byte.
+"""Laws of the hub's two commands: hf:NAME is a source from the cache or over the network, and a
+pushed export comes back byte for byte.
 
 The client is huggingface_hub's own, in processes of its own since it reads its settings once; the
 hub is a small server here.
@@ -212,14 +212,14 @@ def environment(home: pathlib.Path, **changes) -> dict[str, str]:
 
 def ask(sources: list[str], **settings) -> list[str]:
     """What hub.local answers to each: "IS DIRECTORY" or "NO SENTENCE"."""
-    told = subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "-c", ASK, *sources],
         env=environment(**settings),
         capture_output=True,
         text=True,
         check=True,
     )
-    return told.stdout.splitlines()
+    return printed.stdout.splitlines()
 
 
 def a_model(directory, spec, one, seed=0) -> pathlib.Path:
@@ -251,21 +251,22 @@ def test_a_cached_model_is_a_source_offline_at_each_of_its_revisions(tmp_path, s
     (pickled / "refs").mkdir()
     (pickled / "refs" / "main").write_text(shas[0])
     names = ["tiny", "tiny@better", f"tiny@{shas[1]}", "tiny@worse", "other", "pickled"]
-    told = ask(
+    printed = ask(
         [*(f"hf:org/{name}" for name in names), "hf:a/b/c", "org/tiny"],
         home=tmp_path,
         HF_HUB_OFFLINE="1",
     )
-    assert told[:3] == [f"IS {cache / 'snapshots' / sha}" for sha in (shas[0], shas[1], shas[1])]
-    assert all("not complete in this machine's cache" in answer for answer in told[3:5])
-    assert "has no safetensors" in told[5] and "not a valid name" in told[6]
-    assert told[7] == "IS org/tiny", "a path is its own"
+    assert printed[:3] == [f"IS {cache / 'snapshots' / sha}" for sha in (shas[0], shas[1], shas[1])]
+    assert all("not complete in this machine's cache" in answer for answer in printed[3:5])
+    assert "has no safetensors" in printed[5] and "not a valid name" in printed[6]
+    assert printed[7] == "IS org/tiny", "a path is its own"
     assert (
         hub.recorded_hub_name(cache / "snapshots" / shas[0]) == f"org/tiny@{shas[0]}"
         and hub.recorded_hub_name(tmp_path) is None
     )
     first, second = (
-        huggingface.load_hf_model(pathlib.Path(answer[3:]), one)[1]["embed"] for answer in told[:2]
+        huggingface.load_hf_model(pathlib.Path(answer[3:]), one)[1]["embed"]
+        for answer in printed[:2]
     )
     assert not np.array_equal(first, second)
 
@@ -290,25 +291,27 @@ def test_a_model_is_fetched_without_what_could_run_code_or_lies_there_twice(
     server.commit("org/closed", files)
     server.gated.add("org/closed")
     settings = {"home": tmp_path / "home", "HF_ENDPOINT": server.address}
-    told = ask(
+    printed = ask(
         ["hf:org/tiny", "hf:org/tiny@main", "hf:org/tiny@nowhere", "hf:org/none", "hf:org/closed"],
         **settings,
     )
-    assert contents(pathlib.Path(told[0].removeprefix("IS "))) == files and told[1] == told[0]
-    assert "has no such revision" in told[2] and "the hub has no such model" in told[3]
-    assert "Accept it on the model's page, then log in" in told[4]
+    assert (
+        contents(pathlib.Path(printed[0].removeprefix("IS "))) == files and printed[1] == printed[0]
+    )
+    assert "has no such revision" in printed[2] and "the hub has no such model" in printed[3]
+    assert "Accept it on the model's page, then log in" in printed[4]
     server.asked.clear()
-    assert ask(["hf:org/tiny"], HF_HUB_OFFLINE="1", **settings) == told[:1] and not server.asked
+    assert ask(["hf:org/tiny"], HF_HUB_OFFLINE="1", **settings) == printed[:1] and not server.asked
 
 
-def door(*arguments, **settings):
-    told = subprocess.run(
+def download(*arguments, **settings):
+    printed = subprocess.run(
         [sys.executable, ROOT / "scripts/export_hf.py", *arguments],
         env=environment(**settings),
         capture_output=True,
         text=True,
     )
-    return told.returncode, told.stdout + told.stderr
+    return printed.returncode, printed.stdout + printed.stderr
 
 
 def test_a_pushed_export_comes_back_byte_for_byte(server, tmp_path, spec, one):
@@ -316,15 +319,18 @@ def test_a_pushed_export_comes_back_byte_for_byte(server, tmp_path, spec, one):
     push = ["--from", source, "--to", out, "--push", "org/child"]
     settings = {"HF_ENDPOINT": server.address, "home": tmp_path / "home"}
 
-    status, told = door(*push, **settings)
+    status, printed = download(*push, **settings)
     assert (
-        status == 1 and "no token" in told and len(told.splitlines()) == 1 and not out.exists()
+        status == 1
+        and "no token" in printed
+        and len(printed.splitlines()) == 1
+        and not out.exists()
     ), "said before any work"
-    status, told = door(*push, **settings, HF_TOKEN="hf_reads")
-    assert status == 1 and "the hub failed" in told and "Traceback" not in told
+    status, printed = download(*push, **settings, HF_TOKEN="hf_reads")
+    assert status == 1 and "the hub failed" in printed and "Traceback" not in printed
 
-    status, told = door(*push, "--private", **settings, HF_TOKEN="hf_writes")
-    assert status == 0 and f"{server.address}/org/child" in told, told
+    status, printed = download(*push, "--private", **settings, HF_TOKEN="hf_writes")
+    assert status == 0 and f"{server.address}/org/child" in printed, printed
     pushed = contents(out)
     assert server.repos["org/child"]["main"] == pushed and server.private["org/child"]
     assert pushed["model.safetensors"] == (source / "model.safetensors").read_bytes(), (
@@ -351,6 +357,6 @@ def test_a_pushed_export_comes_back_byte_for_byte(server, tmp_path, spec, one):
             "notes.txt": b"x",
         },
     )
-    status, told = door(*push, **settings, HF_TOKEN="hf_writes")
-    assert status == 0 and "finished already" in told, told
+    status, printed = download(*push, **settings, HF_TOKEN="hf_writes")
+    assert status == 0 and "finished already" in printed, printed
     assert server.repos["org/child"]["main"] == pushed | {"notes.txt": b"x"}

@@ -19,7 +19,7 @@ def mesh():
 
 
 def randomised(spec, mesh):
-    """Parameters of which none is at its birth value, norms included; the same on every mesh."""
+    """Parameters of which none is at its initial value, norms too; the same on every mesh."""
     draw = np.random.default_rng(3)
     return jax.tree.map(
         lambda at: jax.device_put(draw.normal(0.05, 0.2, at.shape).astype(np.float32), at.sharding),
@@ -56,7 +56,7 @@ def figures(spec, params, batches):
     return {
         **measure.measure_layers(spec, params, batches)._asdict(),
         **measure.measure_importance(spec, params, batches)._asdict(),
-        "twins": np.asarray(
+        "copies": np.asarray(
             [
                 pair.cosine
                 for pair in measure.measure_copy_similarity(
@@ -145,7 +145,7 @@ def test_equal_copies_at_the_same_input_write_alike(spec, one):
     assert measure.measure_copy_similarity(spec, params, [0, 1, 2, 3, None], [batch(one)]) == []
 
 
-def test_twins_are_neighbouring_copies(spec, one):
+def test_similarity_is_between_neighbouring_copies(spec, one):
     pairs = measure.measure_copy_similarity(
         spec, randomised(spec, one), [2, 2, None, 0, 2], [batch(one)]
     )

@@ -1,5 +1,5 @@
-"""The whole road at toy size, through its doors: raw text to an evaluated, grown and specialised
-model, killed and resumed on the way.
+"""The whole pipeline at toy size, through its commands: raw text to an evaluated, grown and
+specialised model, killed and resumed on the way.
 """
 
 import concurrent.futures
@@ -51,44 +51,46 @@ def get_config(model="base"):
 VARIES = {"tokens_per_second", "step_seconds", "mfu", "memory_bytes", "seconds", "usd"}
 
 
-# Trainings run here, one after the other: with one device, unlike the other doors, and without a
+# Trainings run here, one after the other: with one device, unlike the other commands, and without a
 # start's imports. Runs that are
 # killed, and their next starts, have processes of their own.
 TRAINING = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
 
 
-def door(name, *arguments, cwd, ok=True):
-    """What a door says."""
+def run_command(name, *arguments, cwd, ok=True):
+    """What a run_command says."""
     call = name, [str(word) for word in arguments], cwd
-    status, told = (
+    status, printed = (
         TRAINING.submit(entry_points.run_command, *call).result()
         if name == "train"
         else entry_points.run_command(*call)
     )
-    assert (status == 0) == ok and "Traceback" not in told, (
-        f"{name} {arguments}: status {status}\n{told}"
+    assert (status == 0) == ok and "Traceback" not in printed, (
+        f"{name} {arguments}: status {status}\n{printed}"
     )
-    return told
+    return printed
 
 
 @pytest.fixture(scope="module")
-def road(texts, tmp_path_factory):
-    """A directory in which the road was walked to its end."""
-    cwd = tmp_path_factory.mktemp("road")
+def pipeline(texts, tmp_path_factory):
+    """A directory in which the pipeline was walked to its end."""
+    cwd = tmp_path_factory.mktemp("pipeline")
     shutil.copytree(texts / "base", cwd / "base")
     (cwd / "toy.py").write_text(RECIPE)
     (cwd / "prompts.txt").write_text("I am an engineer. I love\ndef find_max(numbers):\n")
-    door("train", "--config", "toy.py", "--workdir", "base", cwd=cwd)
-    door("initialize", "--from", "base", "--grow", "depth_upscale(m=1)", "--to", "grown", cwd=cwd)
-    door("train", "--config", "toy.py:child", "--workdir", "child", cwd=cwd)
+    run_command("train", "--config", "toy.py", "--workdir", "base", cwd=cwd)
+    run_command(
+        "initialize", "--from", "base", "--grow", "depth_upscale(m=1)", "--to", "grown", cwd=cwd
+    )
+    run_command("train", "--config", "toy.py:child", "--workdir", "child", cwd=cwd)
     for model in ("base", "child"):
-        door("export_hf", "--from", model, "--to", f"{model}/hf", cwd=cwd)
+        run_command("export_hf", "--from", model, "--to", f"{model}/hf", cwd=cwd)
         for backend in ("jax", "hf"):
             tasks = [
                 f"bits_per_byte/{name}=parquet:base/corpus/heldout/{name}-*.parquet#text"
                 for name in ("prose", "code")
             ]
-            door(
+            run_command(
                 "evaluate",
                 "--model",
                 f"{model}/hf",
@@ -100,7 +102,7 @@ def road(texts, tmp_path_factory):
                 f"{model}/eval/{backend}.json",
                 cwd=cwd,
             )
-    door(
+    run_command(
         "compare",
         "--models",
         "base",
@@ -113,49 +115,49 @@ def road(texts, tmp_path_factory):
         "child/eval/samples.json",
         cwd=cwd,
     )
-    door("report", "--workdir", "base", "child", "--to", "report.html", cwd=cwd)
+    run_command("report", "--workdir", "base", "child", "--to", "report.html", cwd=cwd)
     yield cwd
     TRAINING.shutdown()
 
 
-def scores(road, model, backend):
-    results = json.loads((road / model / "eval" / f"{backend}.json").read_text())["results"]
+def scores(pipeline, model, backend):
+    results = json.loads((pipeline / model / "eval" / f"{backend}.json").read_text())["results"]
     return {
         name: results[f"bits_per_byte/{name}"]["bits_per_byte,none"] for name in ("prose", "code")
     }
 
 
-def test_both_models_learned_and_the_child_knows_more_code(road):
+def test_both_models_learned_and_the_child_knows_more_code(pipeline):
     unigram = {
         name: found["unigram_nats"]
-        for name, found in Manifest.load(road / "base/packed").counts["heldout"].items()
+        for name, found in Manifest.load(pipeline / "base/packed").counts["heldout"].items()
     }
-    assert Manifest.load(road / "base").counts["heldout_loss"]["prose"] < unigram["prose"]
-    assert scores(road, "child", "jax")["code"] < scores(road, "base", "jax")["code"]
+    assert Manifest.load(pipeline / "base").counts["heldout_loss"]["prose"] < unigram["prose"]
+    assert scores(pipeline, "child", "jax")["code"] < scores(pipeline, "base", "jax")["code"]
 
 
-def test_jaxpt_and_transformers_measure_the_same(road):
+def test_jaxpt_and_transformers_measure_the_same(pipeline):
     for model in ("base", "child"):
-        ours, theirs = scores(road, model, "jax"), scores(road, model, "hf")
+        ours, theirs = scores(pipeline, model, "jax"), scores(pipeline, model, "hf")
         for name in ours:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
 
 
-def test_the_child_is_grown_from_the_base_and_says_how(road):
-    growth = json.loads((road / "child/growth.json").read_text())
+def test_the_child_is_grown_from_the_base_and_says_how(pipeline):
+    growth = json.loads((pipeline / "child/growth.json").read_text())
     assert growth["layer_map"] == [0, 1, 1, 2] and growth["parent"].endswith("base")
-    assert ModelSpec.load(road / "child/spec.json").n_layers == 4
+    assert ModelSpec.load(pipeline / "child/spec.json").n_layers == 4
     start = next(
         record
-        for record in read_metrics(road / "child/metrics.jsonl")
+        for record in read_metrics(pipeline / "child/metrics.jsonl")
         if isinstance(record, HeldoutMetrics)
     )
     assert start.step == 0 and start.heldout_loss == pytest.approx(
         growth["heldout_loss"]["child"], rel=1e-5
     )
     assert start.parent_loss == growth["heldout_loss"]["parent"]
-    assert Manifest.load(road / "child").counts["heldout_loss"] != start.heldout_loss
-    assert Manifest.load(road / "child/checkpoints/122").counts["new_params"]["axes"] == {
+    assert Manifest.load(pipeline / "child").counts["heldout_loss"] != start.heldout_loss
+    assert Manifest.load(pipeline / "child/checkpoints/122").counts["new_params"]["axes"] == {
         "layers": {"size": 4, "new": [[2, 3]]}
     }
     assert (
@@ -169,9 +171,9 @@ def test_the_child_is_grown_from_the_base_and_says_how(road):
     )
 
 
-def test_every_stage_names_what_it_was_made_from(road):
+def test_every_stage_names_what_it_was_made_from(pipeline):
     """From the export back to the corpus, fingerprint by fingerprint."""
-    seen, path = [], road / "child/hf"
+    seen, path = [], pipeline / "child/hf"
     while True:
         manifest = Manifest.load(path)
         seen.append(manifest.stage)
@@ -180,15 +182,15 @@ def test_every_stage_names_what_it_was_made_from(road):
             for name, found in manifest.inputs.items()
             if name != "tokenizer" and not name.startswith("packed")
         ] or [*manifest.inputs.values()]
-        if not following or not pathlib.Path(road / following[0]["path"]).is_dir():
+        if not following or not pathlib.Path(pipeline / following[0]["path"]).is_dir():
             break
-        path = road / following[0]["path"]
+        path = pipeline / following[0]["path"]
         assert Manifest.load(path).fingerprint == following[0]["fingerprint"]
     assert seen == ["export", "train", "initialize", "train", "pack", "prepare"]
 
 
-def test_an_export_tells_its_whole_lineage_and_all_of_it_holds(road):
-    told = door("report", "--lineage", "child/hf", "--verify", cwd=road)
+def test_an_export_tells_its_whole_lineage_and_all_of_it_holds(pipeline):
+    printed = run_command("report", "--lineage", "child/hf", "--verify", cwd=pipeline)
     for place in (
         "child/hf",
         "child",
@@ -198,12 +200,14 @@ def test_an_export_tells_its_whole_lineage_and_all_of_it_holds(road):
         "base/corpus",
         "base/tokenizer",
     ):
-        assert f"{road / place}  {Manifest.load(road / place).fingerprint}" in told, place
+        assert f"{pipeline / place}  {Manifest.load(pipeline / place).fingerprint}" in printed, (
+            place
+        )
     assert (
-        "grown by depth_upscale(m=1)" in told
-        and "from python:prose, python:code; rules: none" in told
+        "grown by depth_upscale(m=1)" in printed
+        and "from python:prose, python:code; rules: none" in printed
     )
-    assert told.count("verified: ") == 7 and "not verified" not in told
+    assert printed.count("verified: ") == 7 and "not verified" not in printed
 
 
 @pytest.mark.parametrize(
@@ -232,62 +236,70 @@ def test_an_export_tells_its_whole_lineage_and_all_of_it_holds(road):
     ],
 )
 def test_the_first_stage_of_a_lineage_that_does_not_hold_is_named(
-    road, tmp_path, file, harm, answer
+    pipeline, tmp_path, file, harm, answer
 ):
     for place in ("child", "grown", "base"):
-        shutil.copytree(road / place, tmp_path / place)
+        shutil.copytree(pipeline / place, tmp_path / place)
     harmed = tmp_path / file
     if harm:
         harmed.write_bytes(harm(harmed.read_bytes()))
     else:
         harmed.unlink()
-    assert answer in door("report", "--lineage", "child/hf", "--verify", cwd=tmp_path, ok=False)
+    assert answer in run_command(
+        "report", "--lineage", "child/hf", "--verify", cwd=tmp_path, ok=False
+    )
     for place in ("child", "grown", "base"):
         shutil.rmtree(
             tmp_path / place
         )  # gigabytes otherwise lie where pytest keeps three runs' folders
 
 
-def test_a_checkpoint_tells_its_lineage_before_its_run_has_ended(road, tmp_path):
-    shutil.copytree(road / "base", tmp_path / "base")
+def test_a_checkpoint_tells_its_lineage_before_its_run_has_ended(pipeline, tmp_path):
+    shutil.copytree(pipeline / "base", tmp_path / "base")
     (tmp_path / "base/manifest.json").unlink()
-    door("export_hf", "--from", "base/checkpoints/120", "--to", "hf", cwd=tmp_path)
-    told = door("report", "--lineage", "hf", "--verify", cwd=tmp_path)
+    run_command("export_hf", "--from", "base/checkpoints/120", "--to", "hf", cwd=tmp_path)
+    printed = run_command("report", "--lineage", "hf", "--verify", cwd=tmp_path)
     assert (
-        "base/checkpoints/120" in told and "its run has not finished" in told and "prepare" in told
+        "base/checkpoints/120" in printed
+        and "its run has not finished" in printed
+        and "prepare" in printed
     )
 
 
-def test_the_export_opens_elsewhere(road):
+def test_the_export_opens_elsewhere(pipeline):
     import torch
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(road / "child/hf")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(road / "child/hf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(pipeline / "child/hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(pipeline / "child/hf")
     ids = tokenizer("def find_max(numbers):", return_tensors="pt").input_ids
     assert ids[0, 0] == tokenizer.bos_token_id
     with torch.no_grad():
         assert model(ids).logits.shape == (1, ids.shape[1], 512)
-    assert "| initialize |" in (road / "child/hf/README.md").read_text()
+    assert "| initialize |" in (pipeline / "child/hf/README.md").read_text()
 
 
-def test_packed_rows_open_in_datasets(road):
+def test_packed_rows_open_in_datasets(pipeline):
     import datasets
 
-    rows = datasets.load_from_disk(str(road / "base/packed/train/prose"))
+    rows = datasets.load_from_disk(str(pipeline / "base/packed/train/prose"))
     assert len(rows[0]["input_ids"]) == 64 and sum(rows[0]["doc_lens"]) <= 64
 
 
-def test_finished_stages_are_skipped(road):
-    before = {path: path.stat().st_mtime_ns for path in road.rglob("*.safetensors")}
+def test_finished_stages_are_skipped(pipeline):
+    before = {path: path.stat().st_mtime_ns for path in pipeline.rglob("*.safetensors")}
     for stage in ("prepare", "train_tokenizer", "pack", "train"):
-        assert "nothing to do" in door(stage, "--config", "toy.py", "--workdir", "base", cwd=road)
-    assert "nothing to do" in door("export_hf", "--from", "base", "--to", "base/hf", cwd=road)
+        assert "nothing to do" in run_command(
+            stage, "--config", "toy.py", "--workdir", "base", cwd=pipeline
+        )
+    assert "nothing to do" in run_command(
+        "export_hf", "--from", "base", "--to", "base/hf", cwd=pipeline
+    )
     tasks = [
         f"bits_per_byte/{name}=parquet:base/corpus/heldout/{name}-*.parquet#text"
         for name in ("prose", "code")
     ]
-    assert "nothing to do" in door(
+    assert "nothing to do" in run_command(
         "evaluate",
         "--model",
         "base/hf",
@@ -297,26 +309,28 @@ def test_finished_stages_are_skipped(road):
         "jax",
         "--to",
         "base/eval/jax.json",
-        cwd=road,
+        cwd=pipeline,
     )
     samples = ("--prompts", "prompts.txt", "--max-new", "8", "--to", "child/eval/samples.json")
-    assert "nothing to do" in door("compare", "--models", "base", "child", *samples, cwd=road)
-    assert before == {path: path.stat().st_mtime_ns for path in road.rglob("*.safetensors")}
-    told = door(
+    assert "nothing to do" in run_command(
+        "compare", "--models", "base", "child", *samples, cwd=pipeline
+    )
+    assert before == {path: path.stat().st_mtime_ns for path in pipeline.rglob("*.safetensors")}
+    printed = run_command(
         "train",
         "--config",
         "toy.py",
         "--workdir",
         "base",
         "--config.optim.peak_lr=0.5",
-        cwd=road,
+        cwd=pipeline,
         ok=False,
     )
-    assert "peak_lr" in told and "another --workdir" in told
+    assert "peak_lr" in printed and "another --workdir" in printed
 
 
-def test_the_page_is_there_and_shows_both(road):
-    page = (road / "report.html").read_text()
+def test_the_page_is_there_and_shows_both(pipeline):
+    page = (pipeline / "report.html").read_text()
     assert "base" in page and "child" in page and "find_max" in page
 
 
@@ -328,7 +342,7 @@ def without_speed(records):
     ]
 
 
-def killed_run(road, workdir, kill):
+def killed_run(pipeline, workdir, kill):
     """Train the base again in `workdir`, killed once by `kill(process, run)`, then to its end."""
     command = [
         sys.executable,
@@ -340,12 +354,12 @@ def killed_run(road, workdir, kill):
         "--config.mixture.packed_paths=base/packed",
     ]
     start = lambda: subprocess.Popen(
-        command, cwd=road, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=pipeline, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     process = start()
-    kill(process, road / workdir)
+    kill(process, pipeline / workdir)
     process.communicate()
-    assert process.returncode != 0 and not (road / workdir / "manifest.json").exists()
+    assert process.returncode != 0 and not (pipeline / workdir / "manifest.json").exists()
     process = start()
     assert "resumed from" in process.communicate()[0] and process.returncode == 0
 
@@ -368,10 +382,12 @@ GROWS = [
 
 
 @pytest.fixture(scope="module")
-def grows(road):
+def grows(pipeline):
     """A run that grew twice on its way, at steps 50 and 70."""
-    assert "grown by depth_upscale(m=1)" in door("train", *GROWS, "--workdir", "grows", cwd=road)
-    return road / "grows"
+    assert "grown by depth_upscale(m=1)" in run_command(
+        "train", *GROWS, "--workdir", "grows", cwd=pipeline
+    )
+    return pipeline / "grows"
 
 
 def test_a_run_that_grows_on_its_way_says_how(grows):
@@ -386,7 +402,7 @@ def test_a_run_that_grows_on_its_way_says_how(grows):
     )
 
 
-def test_a_run_may_begin_without_layers(road):
+def test_a_run_may_begin_without_layers(pipeline):
     """Embedding, norm and head alone, then one late jump; cut between the two."""
     flags = [
         "--config",
@@ -396,29 +412,34 @@ def test_a_run_may_begin_without_layers(road):
         "--config.train.grow=((31, 'deepen(L=3)'),)",
     ]
     flags += ["--config.train.steps=40", "--config.train.checkpoint_every=20", "--workdir", "none"]
-    assert "3 layers" in door("train", *flags, cwd=road)
-    whole = road / "none_whole"
-    (road / "none").rename(whole)
-    shutil.copytree(whole, road / "none")
+    assert "3 layers" in run_command("train", *flags, cwd=pipeline)
+    whole = pipeline / "none_whole"
+    (pipeline / "none").rename(whole)
+    shutil.copytree(whole, pipeline / "none")
     for gone in (
         "manifest.json",
         "checkpoints/40/manifest.json",
     ):  # as a kill before the last checkpoint was whole leaves it
-        (road / "none" / gone).unlink()
-    assert "0 layers" in door("train", *flags, cwd=road)
-    assert checkpoint.diff_checkpoints(whole / "checkpoints/40", road / "none/checkpoints/40") == []
-
-
-def test_another_run_that_goes_on_between_two_growths_makes_the_second_alone(road, grows):
-    more = ["--config.initialize.source=grows/checkpoints/60", "--config.initialize.mode=resume"]
-    door("train", *GROWS, *more, "--workdir", "grows_on", cwd=road)
+        (pipeline / "none" / gone).unlink()
+    assert "0 layers" in run_command("train", *flags, cwd=pipeline)
     assert (
-        checkpoint.diff_checkpoints(grows / "checkpoints/100", road / "grows_on/checkpoints/100")
+        checkpoint.diff_checkpoints(whole / "checkpoints/40", pipeline / "none/checkpoints/40")
         == []
     )
 
 
-def test_what_a_start_keeps_is_what_its_table_says(road):
+def test_another_run_that_goes_on_between_two_growths_makes_the_second_alone(pipeline, grows):
+    more = ["--config.initialize.source=grows/checkpoints/60", "--config.initialize.mode=resume"]
+    run_command("train", *GROWS, *more, "--workdir", "grows_on", cwd=pipeline)
+    assert (
+        checkpoint.diff_checkpoints(
+            grows / "checkpoints/100", pipeline / "grows_on/checkpoints/100"
+        )
+        == []
+    )
+
+
+def test_what_a_start_keeps_is_what_its_table_says(pipeline):
     """From the base at step 120: resume is the base's own end; grow goes on at its step and rows;
     continue begins again.
     """
@@ -428,13 +449,18 @@ def test_what_a_start_keeps_is_what_its_table_says(road):
         "--config.mixture.packed_paths=base/packed",
         "--config.initialize.source=base/checkpoints/120",
     ]
-    told = door(
-        "train", *flags, "--config.initialize.mode=resume", "--workdir", "start_resume", cwd=road
+    printed = run_command(
+        "train",
+        *flags,
+        "--config.initialize.mode=resume",
+        "--workdir",
+        "start_resume",
+        cwd=pipeline,
     )
-    assert "step          kept: 120" in told and f"sequences     kept: {120 * 24:,}" in told
+    assert "step          kept: 120" in printed and f"sequences     kept: {120 * 24:,}" in printed
     assert (
         checkpoint.diff_checkpoints(
-            road / "base/checkpoints/122", road / "start_resume/checkpoints/122"
+            pipeline / "base/checkpoints/122", pipeline / "start_resume/checkpoints/122"
         )
         == []
     )
@@ -444,66 +470,66 @@ def test_what_a_start_keeps_is_what_its_table_says(road):
         "--config.initialize.grow=('stack(g=2)',)",
         "--config.initialize.mode=grow",
     ]
-    told = door(
+    printed = run_command(
         "train",
         *flags,
         *more,
         "--config.optim.lr_multipliers=(('old', 0.0),)",
         "--workdir",
         "start_grow",
-        cwd=road,
+        cwd=pipeline,
     )
-    assert "moments       mapped: reset_new" in told
-    counts = Manifest.load(road / "start_grow/checkpoints/130").counts
+    assert "moments       mapped: reset_new" in printed
+    counts = Manifest.load(pipeline / "start_grow/checkpoints/130").counts
     assert (
         counts["progress"]["n_sequences"] == 130 * 24
         and counts["new_params"]["n_updates"] == 120
         and counts["new_params"]["axes"] == {"layers": {"size": 6, "new": [[3, 6]]}}
     )
     before, after = (
-        checkpoint.read_array(road / name, "params/blocks/gate")
+        checkpoint.read_array(pipeline / name, "params/blocks/gate")
         for name in ("base/checkpoints/120", "start_grow/checkpoints/130")
     )
     np.testing.assert_array_equal(after[:3], before)  # frozen to the bit
     assert (after[3:] != before).any()
     np.testing.assert_array_equal(
         *(
-            checkpoint.read_array(road / name, "params/embed")
+            checkpoint.read_array(pipeline / name, "params/embed")
             for name in ("base/checkpoints/120", "start_grow/checkpoints/130")
         )
     )
 
-    told = door(
+    printed = run_command(
         "train",
         *flags,
         "--config.initialize.mode=resume",
         "--config.mixture.packed_paths=child/packed",
         "--workdir",
         "x",
-        cwd=road,
+        cwd=pipeline,
         ok=False,
     )
-    assert "child/packed" in told
-    told = door(
+    assert "child/packed" in printed
+    printed = run_command(
         "train",
         *flags,
         "--config.initialize.source=base/hf",
         "--config.initialize.mode=resume",
         "--workdir",
         "x",
-        cwd=road,
+        cwd=pipeline,
         ok=False,
     )
-    assert "needs a run's checkpoint" in told
+    assert "needs a run's checkpoint" in printed
 
 
-def test_a_child_with_another_tokenizer_starts_from_its_parents_words(road):
-    (road / "words.py").write_text(RECIPE.replace("vocab_size = 500", "vocab_size = 700"))
-    os.makedirs(road / "words", exist_ok=True)
-    shutil.copytree(road / "base/corpus", road / "words/corpus", dirs_exist_ok=True)
+def test_a_child_with_another_tokenizer_starts_from_its_parents_words(pipeline):
+    (pipeline / "words.py").write_text(RECIPE.replace("vocab_size = 500", "vocab_size = 700"))
+    os.makedirs(pipeline / "words", exist_ok=True)
+    shutil.copytree(pipeline / "base/corpus", pipeline / "words/corpus", dirs_exist_ok=True)
     for stage in ("train_tokenizer", "pack"):
-        door(stage, "--config", "words.py", "--workdir", "words", cwd=road)
-    told = door(
+        run_command(stage, "--config", "words.py", "--workdir", "words", cwd=pipeline)
+    printed = run_command(
         "initialize",
         "--from",
         "base",
@@ -511,66 +537,69 @@ def test_a_child_with_another_tokenizer_starts_from_its_parents_words(road):
         "new_tokenizer('words/tokenizer')",
         "--to",
         "reworded",
-        cwd=road,
+        cwd=pipeline,
     )
-    assert "not measured" in told
-    assert ModelSpec.load(road / "reworded/spec.json").vocab_size == 768
-    measured = json.loads((road / "reworded/growth.json").read_text())["measured"]
+    assert "not measured" in printed
+    assert ModelSpec.load(pipeline / "reworded/spec.json").vocab_size == 768
+    measured = json.loads((pipeline / "reworded/growth.json").read_text())["measured"]
     assert measured["kept_tokens"] >= 490 and measured["averaged_tokens"] > 150
     more = [
         "--config.mixture.packed_paths=words/packed",
         "--config.initialize.source=reworded",
         "--config.train.steps=20",
     ]
-    told = door("train", "--config", "words.py", "--workdir", "words_run", *more, cwd=road)
+    printed = run_command(
+        "train", "--config", "words.py", "--workdir", "words_run", *more, cwd=pipeline
+    )
     start = next(
         record
-        for record in read_metrics(road / "words_run/metrics.jsonl")
+        for record in read_metrics(pipeline / "words_run/metrics.jsonl")
         if isinstance(record, HeldoutMetrics)
     )
     # it reads the new pieces before any training, though a third of them are means: about a nat
     # below guessing, by the text that is installed
     assert start.step == 0 and start.heldout_loss["prose"] < np.log(768) - 0.5
     assert (
-        Manifest.load(road / "reworded").tokenizer == Manifest.load(road / "words/packed").tokenizer
+        Manifest.load(pipeline / "reworded").tokenizer
+        == Manifest.load(pipeline / "words/packed").tokenizer
     )
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_run_goes_on_and_ends_as_the_uncut_run(road, how):
+def test_a_killed_run_goes_on_and_ends_as_the_uncut_run(pipeline, how):
     def kill(process, run):
         wait_for(run / "checkpoints/60", process)
         process.send_signal(how)
 
-    killed_run(road, f"again_{how.name}", kill)
+    killed_run(pipeline, f"again_{how.name}", kill)
     assert (
         checkpoint.diff_checkpoints(
-            road / "base/checkpoints/122", road / f"again_{how.name}/checkpoints/122"
+            pipeline / "base/checkpoints/122", pipeline / f"again_{how.name}/checkpoints/122"
         )
         == []
     )
-    assert without_speed(read_metrics(road / f"again_{how.name}/metrics.jsonl")) == without_speed(
-        read_metrics(road / "base/metrics.jsonl")
-    )
+    assert without_speed(
+        read_metrics(pipeline / f"again_{how.name}/metrics.jsonl")
+    ) == without_speed(read_metrics(pipeline / "base/metrics.jsonl"))
 
 
-def copy_of_base(road, run):
+def copy_of_base(pipeline, run):
     """The base's run directory without its last word, as a kill between the last checkpoint and the
     manifest leaves it.
     """
-    shutil.copytree(road / "base", run, ignore=shutil.ignore_patterns("corpus", "packed", "hf"))
+    shutil.copytree(pipeline / "base", run, ignore=shutil.ignore_patterns("corpus", "packed", "hf"))
     (run / "manifest.json").unlink()
     return "--config", "toy.py", "--workdir", run, "--config.mixture.packed_paths=base/packed"
 
 
-def test_a_run_that_died_before_its_last_word_says_it(road, tmp_path):
-    told = door("train", *copy_of_base(road, tmp_path / "run"), cwd=road)
-    assert "resumed from" in told and "mixture.packed_paths: ['base/packed'], was []" in told
-    assert Manifest.load(tmp_path / "run").counts == Manifest.load(road / "base").counts
+def test_a_run_that_died_before_its_last_word_says_it(pipeline, tmp_path):
+    printed = run_command("train", *copy_of_base(pipeline, tmp_path / "run"), cwd=pipeline)
+    assert "resumed from" in printed and "mixture.packed_paths: ['base/packed'], was []" in printed
+    assert Manifest.load(tmp_path / "run").counts == Manifest.load(pipeline / "base").counts
 
 
-def test_a_run_refuses_to_go_on_with_other_rows(road, tmp_path):
-    flags = copy_of_base(road, tmp_path / "run")
+def test_a_run_refuses_to_go_on_with_other_rows(pipeline, tmp_path):
+    flags = copy_of_base(pipeline, tmp_path / "run")
     for path in (tmp_path / "run/checkpoints").glob("*/manifest.json"):
         manifest = json.loads(path.read_text())
         manifest["counts"]["data_fingerprint"] = "0" * 16
@@ -579,15 +608,15 @@ def test_a_run_refuses_to_go_on_with_other_rows(road, tmp_path):
             [asked, manifest["outputs"]]
         )  # or the change itself would be seen
         path.write_text(json.dumps(manifest))
-    assert "has changed since it was read" in door("train", *flags, cwd=road, ok=False)
+    assert "has changed since it was read" in run_command("train", *flags, cwd=pipeline, ok=False)
 
 
 @pytest.mark.parametrize("harm", ["flipped byte", "missing file", "no manifest", "stray directory"])
 def test_the_newest_whole_checkpoint_is_taken_and_the_broken_file_named(
-    road, tmp_path, harm, output
+    pipeline, tmp_path, harm, output
 ):
     run = tmp_path / "run"
-    shutil.copytree(road / "base", run, ignore=shutil.ignore_patterns("corpus", "packed", "hf"))
+    shutil.copytree(pipeline / "base", run, ignore=shutil.ignore_patterns("corpus", "packed", "hf"))
     assert checkpoint.list_steps(run) == [120, 122]
     victim = max(
         (run / "checkpoints/122/params").rglob("d/*"), key=lambda path: path.stat().st_size
@@ -603,36 +632,38 @@ def test_the_newest_whole_checkpoint_is_taken_and_the_broken_file_named(
     else:
         (run / "checkpoints/99").mkdir()
     assert checkpoint.find_newest(run).name == ("122" if harm == "stray directory" else "120")
-    told = output()
-    assert harm in ("no manifest", "stray directory") or victim.name in told
+    printed = output()
+    assert harm in ("no manifest", "stray directory") or victim.name in printed
     if harm == "flipped byte":
         with pytest.raises(UserError, match="checksum differs"):
             checkpoint.find_checkpoint(run / "checkpoints/122")
 
 
-def test_two_checkpoints_are_compared_bit_by_bit(road):
-    told = door(
-        "checkpoint", "diff", "base/checkpoints/120", "base/checkpoints/122", cwd=road, ok=False
+def test_two_checkpoints_are_compared_bit_by_bit(pipeline):
+    printed = run_command(
+        "checkpoint", "diff", "base/checkpoints/120", "base/checkpoints/122", cwd=pipeline, ok=False
     )
-    assert "params/blocks/q:" in told and "differ" in told
-    assert "equal" in door("checkpoint", "diff", "base", "base/checkpoints/122", cwd=road)
-    assert "params/embed" in door("checkpoint", "inspect", "base", cwd=road)
+    assert "params/blocks/q:" in printed and "differ" in printed
+    assert "equal" in run_command(
+        "checkpoint", "diff", "base", "base/checkpoints/122", cwd=pipeline
+    )
+    assert "params/embed" in run_command("checkpoint", "inspect", "base", cwd=pipeline)
 
 
-def test_a_step_names_its_documents(road):
-    told = door("trace", "--workdir", "child", "--step", "80", cwd=road)
-    assert "prose" in told and "code" in told
+def test_a_step_names_its_documents(pipeline):
+    printed = run_command("trace", "--workdir", "child", "--step", "80", cwd=pipeline)
+    assert "prose" in printed and "code" in printed
 
 
 def test_the_losses_of_a_steps_documents_make_its_loss_and_the_worst_comes_first(
-    road, tmp_path, monkeypatch
+    pipeline, tmp_path, monkeypatch
 ):
     """At the step after a checkpoint they are what the step itself computed; a document of noise
     put into a row is named.
     """
     run = tmp_path / "run"
-    shutil.copytree(road / "base", run, ignore=shutil.ignore_patterns("corpus", "packed", "hf"))
-    shutil.copytree(road / "base/packed", tmp_path / "packed")
+    shutil.copytree(pipeline / "base", run, ignore=shutil.ignore_patterns("corpus", "packed", "hf"))
+    shutil.copytree(pipeline / "base/packed", tmp_path / "packed")
     settings = json.loads((run / "config.json").read_text())
     settings["mixture"]["packed_paths"] = [str(tmp_path / "packed")]
     settings["train"]["log_every"] = 1
@@ -642,7 +673,7 @@ def test_the_losses_of_a_steps_documents_make_its_loss_and_the_worst_comes_first
     assert used.name == "120"
     (record,) = [
         each
-        for each in read_metrics(road / "base/metrics.jsonl")
+        for each in read_metrics(pipeline / "base/metrics.jsonl")
         if each.step == 122 and isinstance(each, TrainMetrics)
     ]  # the mean of 121 and 122
     _, last = attribution.rank_documents(run, 122, words.fingerprint)
@@ -678,23 +709,25 @@ def test_the_losses_of_a_steps_documents_make_its_loss_and_the_worst_comes_first
     _, found = attribution.rank_documents(run, 121, words.fingerprint)
     monkeypatch.undo()
     assert (found[0].document.slot, found[0].document.document) == (victim.slot, victim.document)
-    told = door("trace", "--workdir", run, "--step", "121", "--losses", cwd=road)
-    assert "checkpoints/120: nats per token" in told and len(told.splitlines()) == len(found) + 1
+    printed = run_command("trace", "--workdir", run, "--step", "121", "--losses", cwd=pipeline)
+    assert (
+        "checkpoints/120: nats per token" in printed and len(printed.splitlines()) == len(found) + 1
+    )
 
 
 def test_other_shares_and_another_batch_in_mid_run_and_other_rows_when_accepted(
-    road, tmp_path, monkeypatch
+    pipeline, tmp_path, monkeypatch
 ):
     """Through the loop: what was read stays in the account, a step's documents stay known, and an
     override says what it breaks.
     """
-    flags = copy_of_base(road, tmp_path / "run")
+    flags = copy_of_base(pipeline, tmp_path / "run")
     run = tmp_path / "run"
-    monkeypatch.chdir(road)  # from where the recipe names its rows
+    monkeypatch.chdir(pipeline)  # from where the recipe names its rows
     before = [
         (each.slot, each.document)
         for each in loader.trace_step(
-            road / "base", 100, tokenizer.load_tokenizer(run / "tokenizer").fingerprint
+            pipeline / "base", 100, tokenizer.load_tokenizer(run / "tokenizer").fingerprint
         )
     ]
     more = [
@@ -703,8 +736,8 @@ def test_other_shares_and_another_batch_in_mid_run_and_other_rows_when_accepted(
         "--config.mixture.phases=((0, {'code': 0.5, 'prose': 0.5}),)",
         "--config.mixture.max_epochs=(('all', 999.0),)",
     ]
-    told = door("train", *flags, *more, cwd=road)
-    assert "mixture.phases" in told and "train.batch_size: 12, was 24" in told
+    printed = run_command("train", *flags, *more, cwd=pipeline)
+    assert "mixture.phases" in printed and "train.batch_size: 12, was 24" in printed
     account = Manifest.load(run / "checkpoints/126").counts["progress"]["data_history"]
     assert [(each["step"], each["sequence"], each["batch_size"]) for each in account] == [
         (0, 0, 24),
@@ -723,32 +756,34 @@ def test_other_shares_and_another_batch_in_mid_run_and_other_rows_when_accepted(
     assert {each.source for each in loader.trace_step(run, 124, words)} == {"code", "prose"}
 
     (run / "manifest.json").unlink()
-    assert "mixture.seed" in door(
-        "train", *flags, *more, "--config.mixture.seed=1", cwd=road, ok=False
+    assert "mixture.seed" in run_command(
+        "train", *flags, *more, "--config.mixture.seed=1", cwd=pipeline, ok=False
     )
-    shutil.copytree(road / "base/tokenizer", tmp_path / "other/tokenizer")
-    shutil.copytree(road / "base/corpus", tmp_path / "other/corpus")
-    door(
+    shutil.copytree(pipeline / "base/tokenizer", tmp_path / "other/tokenizer")
+    shutil.copytree(pipeline / "base/corpus", tmp_path / "other/corpus")
+    run_command(
         "pack",
         "--config",
         "toy.py",
         "--workdir",
         tmp_path / "other",
         "--config.pack.method=course",
-        cwd=road,
+        cwd=pipeline,
     )
     more = [
         *more,
         f"--config.mixture.packed_paths={tmp_path}/other/packed",
         "--config.train.steps=128",
     ]
-    told = door("train", *flags, *more, cwd=road, ok=False)
-    assert "after which: sequences read in the current epochs may be read again" in told
-    accept = told.partition("--config.mixture.allow_changed_data=")[2][:16]
-    told = door("train", *flags, *more, f"--config.mixture.allow_changed_data={accept}", cwd=road)
+    printed = run_command("train", *flags, *more, cwd=pipeline, ok=False)
+    assert "after which: sequences read in the current epochs may be read again" in printed
+    accept = printed.partition("--config.mixture.allow_changed_data=")[2][:16]
+    printed = run_command(
+        "train", *flags, *more, f"--config.mixture.allow_changed_data={accept}", cwd=pipeline
+    )
     assert (
-        "continues on changed data" in told
-        and "documents of steps up to 126 can no longer be traced" in told
+        "continues on changed data" in printed
+        and "documents of steps up to 126 can no longer be traced" in printed
     )
     with pytest.raises(UserError, match="step 100 read other sequences"):
         next(loader.trace_step(run, 100, words))
@@ -818,17 +853,17 @@ def test_other_shares_and_another_batch_in_mid_run_and_other_rows_when_accepted(
         (["checkpoint", "inspect", "base/packed"], "no finished checkpoint"),
     ],
 )
-def test_bad_input_is_one_sentence_and_writes_nothing(road, arguments, answer):
-    told = door(*arguments, cwd=road, ok=False).strip().splitlines()
-    assert answer in told[-1] and told[-1].startswith("error: ")
-    assert not (road / "x").exists() or not any((road / "x").iterdir())
+def test_bad_input_is_one_sentence_and_writes_nothing(pipeline, arguments, answer):
+    printed = run_command(*arguments, cwd=pipeline, ok=False).strip().splitlines()
+    assert answer in printed[-1] and printed[-1].startswith("error: ")
+    assert not (pipeline / "x").exists() or not any((pipeline / "x").iterdir())
 
 
-def test_a_model_that_does_not_fit_the_rows_is_stopped_before_the_first_update(road, tmp_path):
+def test_a_model_that_does_not_fit_the_rows_is_stopped_before_the_first_update(pipeline, tmp_path):
     """An embedding in another order, with and without a record of what the model's loss was."""
     from safetensors.numpy import load_file, save_file
 
-    shutil.copytree(road / "base/hf", tmp_path / "hf")
+    shutil.copytree(pipeline / "base/hf", tmp_path / "hf")
     tensors = load_file(tmp_path / "hf/model.safetensors")
     name = "model.embed_tokens.weight"
     tensors[name] = np.ascontiguousarray(tensors[name][np.random.default_rng(0).permutation(512)])
@@ -842,6 +877,8 @@ def test_a_model_that_does_not_fit_the_rows_is_stopped_before_the_first_update(r
         "--config.mixture.packed_paths=base/packed",
         source,
     ]
-    assert "was recorded for the same sequences" in door("train", *flags, cwd=road, ok=False)
+    assert "was recorded for the same sequences" in run_command(
+        "train", *flags, cwd=pipeline, ok=False
+    )
     (tmp_path / "hf/jaxpt.json").unlink()  # somebody else's model
-    assert "a unigram model has" in door("train", *flags, cwd=road, ok=False)
+    assert "a unigram model has" in run_command("train", *flags, cwd=pipeline, ok=False)

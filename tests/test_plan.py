@@ -634,10 +634,10 @@ def test_the_command_plans_several_targets_and_leaves_the_stated_json(tmp_path):
         "--json",
         str(tmp_path / "new" / "plan.json"),
     ]
-    status, told = entry_points.run_command(
+    status, message = entry_points.run_command(
         "plan", [*words, "--config.plan.tokens=1e9", "--config.plan.usd_per_hour=2"], tmp_path
     )
-    assert status == 0, told
+    assert status == 0, message
     targets = json.loads((tmp_path / "new" / "plan.json").read_text())["targets"]
     assert [each["target"] for each in targets] == ["cpu:2", "cpu:4"]
     for each in targets:
@@ -648,7 +648,7 @@ def test_the_command_plans_several_targets_and_leaves_the_stated_json(tmp_path):
         assert each["expected"]["usd"] == pytest.approx(
             each["expected"]["hours"] * each["n_devices"] * 2
         )
-    assert "cpu:4" in told and "config.plan.usd_per_hour" in told
+    assert "cpu:4" in message and "config.plan.usd_per_hour" in message
 
 
 def test_the_page_shows_plan_search_ways_and_check(tmp_path):
@@ -810,15 +810,15 @@ def test_the_search_goes_down_from_the_fastest_until_one_fits(monkeypatch):
     assert search.find_fitting_layout(LLAMA3_8B, tight, found) == (None, 0)
 
 
-def test_what_is_too_large_is_told_the_smallest_that_fits():
-    told = layouts.suggest_layout(LLAMA3_8B, POD, hardware.parse_target("v5e:2x2"))
-    on = re.search(r"is (v5e:\w+),", told)[1]
+def test_what_is_too_large_names_the_smallest_that_fits():
+    message = layouts.suggest_layout(LLAMA3_8B, POD, hardware.parse_target("v5e:2x2"))
+    on = re.search(r"is (v5e:\w+),", message)[1]
     smaller = [
         each
         for each in hardware.list_target_names(hardware.CHIPS["v5e"])
         if hardware.parse_target(each).n_devices < hardware.parse_target(on).n_devices
     ]
-    assert on == "v5e:4x4" and "--config.train.grad_accum_steps=" in told
+    assert on == "v5e:4x4" and "--config.train.grad_accum_steps=" in message
     for each in map(hardware.parse_target, smaller):
         assert all(
             layout.required_bytes > each.usable_bytes
@@ -826,13 +826,13 @@ def test_what_is_too_large_is_told_the_smallest_that_fits():
         )
 
 
-def test_what_fits_with_other_settings_is_told_them():
-    told = layouts.suggest_layout(
+def test_what_fits_with_other_settings_names_them():
+    message = layouts.suggest_layout(
         LLAMA3_8B, POD, hardware.parse_target("h100:8")
     )  # 128 rows a card at once
-    assert told.startswith("By arithmetic h100:8 fits it, with ")
+    assert message.startswith("By arithmetic h100:8 fits it, with ")
     values = config.apply_overrides(
-        re.findall(r"--config\S+=\w+", told), config.apply_overrides([], dataclasses.asdict(POD))
+        re.findall(r"--config\S+=\w+", message), config.apply_overrides([], dataclasses.asdict(POD))
     )
     pasted = config.build_config(values)
     (record,) = [
@@ -843,13 +843,13 @@ def test_what_fits_with_other_settings_is_told_them():
     assert record.required_bytes <= hardware.parse_target("h100:8").usable_bytes
 
 
-def test_a_context_that_no_slice_holds_is_told_the_longest_that_one_does():
+def test_a_context_that_no_slice_holds_names_the_longest_that_one_does():
     endless = dataclasses.replace(
         POD, pack=PackConfig(seq_len=2**22), train=dataclasses.replace(POD.train, batch_size=1)
     )
-    told = layouts.suggest_layout(LLAMA3_8B, endless, hardware.parse_target("l4:1"))
-    longest = int(re.search(r"pack\.seq_len=(\d+)", told)[1])
-    assert "no number of l4" in told and 1024 <= longest < 2**22
+    message = layouts.suggest_layout(LLAMA3_8B, endless, hardware.parse_target("l4:1"))
+    longest = int(re.search(r"pack\.seq_len=(\d+)", message)[1])
+    assert "no number of l4" in message and 1024 <= longest < 2**22
 
 
 # ---- plan and run
@@ -997,9 +997,9 @@ def test_published_speeds_lie_in_the_expected_range(stack, on, shape, published)
     )
     spec, _ = cost.resolve_model_spec(settings)
     record = cost.project_target(*planned(settings, on), 1e9)
-    if told := re.search(r"([\d,]+) tokens/s", stack):
+    if message := re.search(r"([\d,]+) tokens/s", stack):
         mfu = (
-            float(told[1].replace(",", ""))
+            float(message[1].replace(",", ""))
             * record.flops_per_token
             / hardware.parse_target(on).chip.bfloat16_flops
         )
@@ -1110,7 +1110,7 @@ def test_growth_beyond_what_is_published_promises_less():
     published = saved(20, 1.5e11, 5e10)
     assert saved(10, 1.5e11, 5e10)[0] == 0  # three times the base
     assert saved(3, 1.5e11, 2e10) == pytest.approx([0, 0])  # nine times
-    assert saved(20, 6e11, 5e10)[1] < 0.5 * published[1]  # 75 tokens a parameter
+    assert saved(20, 6e11, 5e10)[1] < 0.5 * published[1]  # 75 tokens per parameter
     assert (
         saved(20, 1.5e11, 3e12)[1] < 0.6 * published[1] and saved(20, 1.5e11, 3e12)[0] == 0
     )  # an overtrained base

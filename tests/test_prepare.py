@@ -26,17 +26,32 @@ from jaxpt.config import PrepareConfig
 from jaxpt.data import benchmarks, decontaminate, dedup, language, prepare, sources, tokenizer
 from jaxpt.spec import Manifest, UserError
 
-ENGLISH = """The old house stood at the end of a narrow lane, and nobody in the village remembered who had built it.
-Every morning she walked to the market with an empty basket and came home with apples, bread and the news.
-There is no better way to learn how a machine works than to take it apart and put it together again.
-When the rain had stopped, the children ran down to the river to see how high the water was standing.
-He wrote a long letter to his brother about the harvest, the weather and the price of wool that year.
-Most of what we know about the early history of this town comes from two books and a box of photographs.""".splitlines()
-OTHERS = """Das alte Haus stand am Ende einer schmalen Gasse, und niemand im Dorf wusste noch, wer es gebaut hatte.
-Chaque matin elle allait au marché avec un panier vide et rentrait avec des pommes, du pain et des nouvelles.
-De oude man liep elke dag langzaam naar de haven om te kijken welke schepen er waren aangekomen.
-吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。何でも薄暗いじめじめした所で泣いていた。
-Старый дом стоял в конце узкого переулка, и никто в деревне не помнил, кто его построил.""".splitlines()
+ENGLISH = [
+    "The old house stood at the end of a narrow lane, and nobody in the village remembered who had "
+    "built it.",
+    "Every morning she walked to the market with an empty basket and came home with apples, bread "
+    "and the news.",
+    "There is no better way to learn how a machine works than to take it apart and put it together "
+    "again.",
+    "When the rain had stopped, the children ran down to the river to see how high the water was "
+    "standing.",
+    "He wrote a long letter to his brother about the harvest, the weather and the price of wool "
+    "that year.",
+    "Most of what we know about the early history of this town comes from two books and a box of "
+    "photographs.",
+]
+OTHERS = [
+    "Das alte Haus stand am Ende einer schmalen Gasse, und niemand im Dorf wusste noch, wer es "
+    "gebaut hatte.",
+    "Chaque matin elle allait au marché avec un panier vide et rentrait avec des pommes, du pain "
+    "et des nouvelles.",
+    "De oude man liep elke dag langzaam naar de haven om te kijken welke schepen er waren "
+    "aangekomen.",
+    "吾輩は猫である。名前はまだ無い。"
+    "どこで生れたかとんと見当がつかぬ。"
+    "何でも薄暗いじめじめした所で泣いていた。",
+    "Старый дом стоял в конце узкого переулка, и никто в деревне не помнил, кто его построил.",
+]
 
 
 def asking(**knobs) -> PrepareConfig:
@@ -406,7 +421,8 @@ from jaxpt.data import prepare
 prepare.JOB_BYTES = int(sys.argv[1])
 prepare.MAX_INLINE_BYTES = dict.fromkeys(prepare.MAX_INLINE_BYTES, int(sys.argv[2]))
 section = json.loads(sys.argv[3])
-section = {key: tuple(value) if isinstance(value, list) else value for key, value in section.items()}
+for key, value in section.items():
+    section[key] = tuple(value) if isinstance(value, list) else value
 settings = config.PrepareConfig(**section)
 stage.entry_point(lambda: prepare.prepare_corpus(settings, pathlib.Path(sys.argv[4]), True))
 """
@@ -660,14 +676,14 @@ def test_tokens_are_a_quarter_of_the_bytes_or_counted_with_the_tokenizer_that_is
     mistral = str(data_dir / "tok_mistral_v1/tokenizer.model")
     prepare.prepare_corpus(asked, tmp_path / "named", tokenizer_source=mistral)
     prepare.prepare_corpus(asked, tmp_path / "run")
-    told = [
+    n_tokens = [
         json.loads((tmp_path / name / "corpus/funnel.json").read_text())["steps"][0]["kept"]["web"][
             "tokens"
         ]
         for name in ("named", "run")
     ]
-    words = tokenizer.load_tokenizer(asked.tokenizer.source)
-    assert told == [sum(map(len, words.encode_batch(texts))), round(sum(map(len, texts)) / 4)]
+    words = tokenizer.load_tokenizer(mistral)
+    assert n_tokens == [sum(map(len, words.encode_batch(texts))), round(sum(map(len, texts)) / 4)]
 
 
 # ---- the held-out side, samples
@@ -1143,7 +1159,7 @@ def write_bad_files(directory: pathlib.Path) -> None:
         ("executor=spark", "expected local, ray"),
     ],
 )
-def test_what_cannot_be_used_is_told_in_one_sentence(tmp_path, monkeypatch, asked, sentence):
+def test_what_cannot_be_used_is_named_in_one_sentence(tmp_path, monkeypatch, asked, sentence):
     write_bad_files(tmp_path)
     monkeypatch.chdir(tmp_path)
     knobs = {"sources": ("jsonl:good.jsonl",)}
@@ -1170,7 +1186,7 @@ def test_ray_is_asked_for_where_it_is_missing(tmp_path):
         prepared(tmp_path / "run", ENGLISH, executor="ray")
 
 
-def test_the_door_ends_with_status_one_and_one_line(tmp_path):
+def test_the_command_ends_with_status_one_and_one_line(tmp_path):
     write_bad_files(tmp_path)
     command = [
         sys.executable,

@@ -22,10 +22,14 @@ STORY = {
         "had on every morning of that long and windy summer."
     ),
     "ru": (
-        "Старый дом стоял в конце узкого переулка, и никто в деревне не помнил, "
-        "кто и когда его построил."
+        "Старый дом стоял в конце узкого переулка, "
+        "и никто в деревне не помнил, кто и когда его построил."
     ),
-    "ja": "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。何でも薄暗いじめじめした所で泣いていた。",
+    "ja": (
+        "吾輩は猫である。名前はまだ無い。"
+        "どこで生れたかとんと見当がつかぬ。"
+        "何でも薄暗いじめじめした所で泣いていた。"
+    ),
 }
 
 
@@ -33,7 +37,9 @@ def page(text: str, head: str = "") -> str:
     """HTML with a menu and a footer around three paragraphs of text."""
     body = "".join(f"<p>{text} {n}.</p>" for n in ("One", "Two", "Three"))
     menu = "".join(f"<li><a href='/{i}'>Menu {i}</a></li>" for i in range(9))
-    return f"<html><head>{head}<title>x</title></head><body><nav><ul>{menu}</ul></nav><article>{body}</article><footer>Imprint</footer></body></html>"
+    navigation = f"<nav><ul>{menu}</ul></nav>"
+    content = f"{navigation}<article>{body}</article><footer>Imprint</footer>"
+    return f"<html><head>{head}<title>x</title></head><body>{content}</body></html>"
 
 
 def http(
@@ -290,7 +296,7 @@ def test_what_cannot_be_read_stops_or_is_counted_by_name_and_the_rest_is_kept(
         assert texts[:-1] == kept
 
 
-def test_a_column_that_one_file_lacks_is_told_for_that_file(tmp_path):
+def test_a_column_that_one_file_lacks_is_named_for_that_file(tmp_path):
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
     pq.write_table(pa.table({"body": ["b"]}), tmp_path / "b.parquet")
     found, counts, sentences = read(f"parquet:{tmp_path}/*", on_error="skip")
@@ -320,10 +326,10 @@ def test_what_was_passed_over_stands_in_the_funnel_the_manifest_and_on_the_termi
         "HTTP status 404": 1,
         "is image/png, not HTML": 1,
     }
-    told = output()
+    printed = output()
     assert (
-        "notes: skipped 1 records or files: cannot be read" in told
-        and "notes.jsonl:2: not JSON" in told
+        "notes: skipped 1 records or files: cannot be read" in printed
+        and "notes.jsonl:2: not JSON" in printed
     )
     rows = pq.read_table(tmp_path / "run/corpus/train/web-00000.parquet").to_pylist()
     assert [json.loads(row["meta"])["url"][-1] for row in rows] == ["2", "3", "4", "5"]

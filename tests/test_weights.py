@@ -103,17 +103,17 @@ def test_config_json_tells_old_and_new_readers_the_same(spec, tmp_path, one):
     huggingface.write_hf_model(spec, transformer.init_params(spec, 0, one), tmp_path)
     for scaling in (None, RopeScaling("linear", 2.0), RopeScaling("llama3", 8.0, 1.0, 4.0, 32)):
         spec = spec.replace(rope_theta=5e5, rope_scaling=scaling)
-        written, told = family.write_config(spec, "float32"), []
+        written, found = family.write_config(spec, "float32"), []
         for other in (
             ("rope_theta", "rope_scaling", "torch_dtype"),
             ("rope_parameters", "dtype"),
             (),
         ):
-            told.append(logits({key: value for key, value in written.items() if key not in other}))
+            found.append(logits({key: value for key, value in written.items() if key not in other}))
             assert huggingface.read_hf_spec(tmp_path) == spec
-        assert torch.equal(told[0], told[1]) and torch.equal(told[1], told[2])
+        assert torch.equal(found[0], found[1]) and torch.equal(found[1], found[2])
         misread = logits(written | {"rope_parameters": None, "rope_theta": 1e4})
-        assert not torch.allclose(told[0], misread, atol=1e-3), (
+        assert not torch.allclose(found[0], misread, atol=1e-3), (
             "these logits would not show another theta"
         )
 
