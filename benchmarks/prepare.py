@@ -328,9 +328,9 @@ def recall(texts: pathlib.Path, home: pathlib.Path, peer: str) -> None:
             for name in ("ours", "peer")
         ]
         curve = np.mean([1 - (1 - planted[i] ** 4) ** 32 for i in here]) if here else 0
-        ours, peer = found
+        our_share, peer_share = found
         bounds = f"{low:.1f} to {low + 0.1:.1f}"
-        print(f"{bounds}{len(here):>17}{ours:>8.3f}{peer:>11.3f}{curve:>14.3f}")
+        print(f"{bounds}{len(here):>17}{our_share:>8.3f}{peer_share:>11.3f}{curve:>14.3f}")
     for least in (dedup.MIN_SIMILARITY, 0.8):
         true = {i for pair, s in similarity.items() if s >= least for i in pair}
         for name in ("ours", "peer"):
