@@ -90,6 +90,13 @@ def add_config(
     parser.add_argument("--config", required=required, metavar="FILE", help=help)
 
 
+def add_stage(parser: argparse.ArgumentParser, replaced: str) -> None:
+    """Add --config, --workdir and --replace, of a command that writes into the run directory."""
+    add_config(parser)
+    add_workdir(parser)
+    parser.add_argument("--replace", action="store_true", help=f"overwrite {replaced} in WORKDIR")
+
+
 def add_knobs(parser: argparse.ArgumentParser, sections: tuple[str, ...]) -> None:
     """Add a flag per knob; the last call on a parser, whose usage then stays short.
 

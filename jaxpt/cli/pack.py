@@ -15,13 +15,7 @@ from jaxpt.cli import options
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags."""
-    options.add_config(parser)
-    options.add_workdir(parser)
-    parser.add_argument(
-        "--replace",
-        action="store_true",
-        help="overwrite sequences of another config, corpus or tokenizer in WORKDIR",
-    )
+    options.add_stage(parser, "sequences of another config, corpus or tokenizer")
     options.add_knobs(parser, ("pack",))
 
 

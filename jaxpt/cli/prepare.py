@@ -29,13 +29,7 @@ from jaxpt.cli import options
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags."""
-    options.add_config(parser)
-    options.add_workdir(parser)
-    parser.add_argument(
-        "--replace",
-        action="store_true",
-        help="overwrite the corpus of another config or other inputs in WORKDIR",
-    )
+    options.add_stage(parser, "the corpus of another config or other inputs")
     options.add_knobs(parser, ("prepare",))
 
 

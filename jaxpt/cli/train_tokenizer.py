@@ -20,13 +20,7 @@ from jaxpt.cli import options
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags."""
-    options.add_config(parser)
-    options.add_workdir(parser)
-    parser.add_argument(
-        "--replace",
-        action="store_true",
-        help="overwrite the tokenizer of another config or corpus in WORKDIR",
-    )
+    options.add_stage(parser, "the tokenizer of another config or corpus")
     parser.add_argument(
         "--compare",
         nargs="+",
