@@ -287,6 +287,16 @@ def test_a_kernel_that_fails_or_gives_other_numbers_is_not_used(monkeypatch):
     assert "gradient of v" in judge(
         lambda q, k, v, segments, window: plain(q, k, jax.lax.stop_gradient(v), segments, window)
     )
+    # a model whose layers differ has every window tried
+    mixed = SPEC.replace(n_layers=2, sliding_window=9, global_layers=(1,))
+    select.check_against_reference.cache_clear()
+    monkeypatch.setitem(
+        select.BACKENDS,
+        "splash",
+        lambda q, k, v, segments, window: plain(q, k, v, segments, window and 10),
+    )
+    found = select.check_against_reference("splash", mixed, 256, "float32", device)
+    assert found and "its output on cpu differs" in found
     assert "by nan x" in judge(lambda q, *_: q * jnp.nan)
     assert "fails on cpu" in judge(lambda q, *_: q.reshape(7))
     select.check_against_reference.cache_clear()

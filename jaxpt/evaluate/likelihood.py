@@ -301,7 +301,7 @@ def make_token_step(spec: ModelSpec, mesh: jax.sharding.Mesh, dtype: jnp.dtype) 
 
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             inputs = arrays.tokens, arrays.positions
-            hidden = transformer.hidden_states(spec, params, *inputs, attend_rows, dtype)
+            hidden, _ = transformer.forward_with(attend_rows, spec, params, *inputs, dtype)
             queries = jnp.take_along_axis(hidden, arrays.columns[..., None], axis=1)
             B, T, _ = queries.shape
             block_tokens = MAX_LOGITS_TOKENS * n_shards(mesh, "batch")

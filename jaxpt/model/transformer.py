@@ -111,20 +111,29 @@ def forward(
     def attend_within(q: Array, k: Array, v: Array, window: int | None, state: Any) -> Any:
         return attend(q, k, v, segment_ids, window, backend), state
 
+    return forward_with(attend_within, spec, params, tokens, positions, dtype, remat, unroll)
+
+
+def forward_with(
+    attend: Attend,
+    spec: ModelSpec,
+    params: Params,
+    tokens: Array,
+    positions: Array,
+    dtype: Any = jnp.float32,
+    remat: str = "none",
+    unroll: int = 1,
+) -> tuple[Array, dict[str, Array]]:
+    """Run tokens through the model like `forward`, with the caller's attention."""
+
     def keep_losses(before: Array, after: Array, inner: Intermediates, state: Any) -> Any:
         return state, inner.losses
 
     x = embed_tokens(params, tokens, dtype)
     rope = compute_rope(spec, positions)
+    blocks = params["blocks"]
     x, _, losses = run_layers(
-        spec,
-        params["blocks"],
-        x,
-        rope,
-        attend_within,
-        observe=keep_losses,
-        remat=remat,
-        unroll=unroll,
+        spec, blocks, x, rope, attend, observe=keep_losses, remat=remat, unroll=unroll
     )
     return final_norm(spec, params, x), jax.tree.map(jnp.sum, losses)
 
@@ -135,21 +144,6 @@ def compute_logits(
     """Return float32 logits of every position at once, [B, T, V]. For few tokens."""
     hidden, _ = forward(spec, params, tokens, segment_ids, positions)
     return hidden @ lm_head(spec, params)
-
-
-def hidden_states(
-    spec: ModelSpec,
-    params: Params,
-    tokens: Array,
-    positions: Array,
-    attend: Attend,
-    dtype: Any = jnp.float32,
-) -> Array:
-    """Return hidden states after the final norm, [B, T, D], with the caller's attention."""
-    x = embed_tokens(params, tokens, dtype)
-    rope = compute_rope(spec, positions)
-    x, _, _ = run_layers(spec, params["blocks"], x, rope, attend)
-    return final_norm(spec, params, x)
 
 
 def embed_tokens(params: Params, tokens: Array, dtype: Any) -> Array:

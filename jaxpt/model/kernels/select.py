@@ -149,17 +149,27 @@ def check_against_reference(
 ) -> str | None:
     """Return how a kernel's output or gradients differ from xla's; None if they agree.
 
-    Run on two sequences before a run relies on it: the kernels are others', and no test here can
-    run them on their hardware.
+    Run on two sequences, with every window that a layer has, before a run relies on it: the kernels
+    are others', and no test here can run them on their hardware.
     """
-    kind = device.device_kind
     inputs = jax.device_put(make_check_inputs(spec, seq_len, dtype), device)
+    for window in dict.fromkeys(kind.window for kind in spec.layer_kinds):
+        difference = compare_with_reference(kernel, window, inputs, device.device_kind)
+        if difference:
+            return difference
+    return None
+
+
+def compare_with_reference(
+    kernel: str, window: int | None, inputs: tuple[Array, ...], device_kind: str
+) -> str | None:
+    """Return how a kernel differs from xla's with one window; None if they agree."""
     try:
-        found = run_forward_and_backward(kernel, spec.sliding_window, inputs)
+        found = run_forward_and_backward(kernel, window, inputs)
     except Exception as error:
         lines = str(error).strip().splitlines()
-        return f"it fails on {kind} ({lines[0][:200]})"
-    reference = run_forward_and_backward("xla", spec.sliding_window, inputs)
+        return f"it fails on {device_kind} ({lines[0][:200]})"
+    reference = run_forward_and_backward("xla", window, inputs)
     names = ("output", "gradient of q", "gradient of k", "gradient of v")
     for name, got, expected in zip(names, found, reference, strict=True):
         # numpy's max: XLA's on a CPU ignores NaN
@@ -167,7 +177,7 @@ def check_against_reference(
         difference = np.abs(got - expected).max() / largest
         if not difference < MAX_RELATIVE_DIFFERENCE:
             size = f"{difference:.2g} x the largest entry"
-            return f"its {name} on {kind} differs from xla's by {size}"
+            return f"its {name} on {device_kind} differs from xla's by {size}"
     return None
 
 
