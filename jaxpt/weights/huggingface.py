@@ -336,7 +336,7 @@ def read_stacked(
     numbers: tuple[int, ...],
     index: Any,
 ) -> np.ndarray:
-    """Return param[numbers][index]; numbers lie along the first of the stacked axes."""
+    """Return part of a parameter: `numbers` along the first stacked axes, `index` within."""
     if len(numbers) == weight.param.n_stacked:
         tensor = stored[weight.hf_name.format(*numbers)]
         return read_tensor(tensor, weight, dtype, index)
