@@ -195,7 +195,7 @@ class ModelSpec(Record):
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = False  # the output head is the embedding, transposed
-    family: str = "llama"  # Hugging Face's model_type for the export: llama, mistral, qwen2, qwen3
+    family: str = "llama"  # Hugging Face's model_type for the export: a file of families/
     qkv_bias: bool = False  # Qwen2; Llama's attention_bias sets both
     out_bias: bool = False
     mlp_bias: bool = False
