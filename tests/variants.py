@@ -63,6 +63,10 @@ CONFIGS = {
         layer_types=[*["sliding_attention"] * 2, "full_attention", *["sliding_attention"] * 2],
     ),
     "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=8),
+    "seed_oss": lambda: transformers.SeedOssConfig(**SIZES, head_dim=8, mlp_bias=True),
+    "seed_oss, a bias at the output": lambda: transformers.SeedOssConfig(
+        **SIZES, head_dim=None, attention_bias=False, attention_out_bias=True
+    ),
     "qwen3, tied, biases": lambda: transformers.Qwen3Config(
         **SIZES, head_dim=8, tie_word_embeddings=True, attention_bias=True
     ),
