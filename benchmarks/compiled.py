@@ -21,8 +21,8 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from jaxpt import config
-from jaxpt.plan import compile, hardware, hlo
+from jaxpt import config, hardware
+from jaxpt.plan import compile
 
 # Llama 3.2's 1B and Llama 3's 8B. Sequences are longer than the 8B is wide, so that an array of
 # T x T is not taken for one of T x D.
@@ -145,7 +145,7 @@ def child(name: str):
     largest = max(arrays, key=lambda array: math.prod(array[1]))
     layers = [
         ", ".join(f"{kind}: {each.n_ops}" for kind, each in found.items()) or "none"
-        for found in hlo.count_layer_collectives(text, spec.n_layers)
+        for found in compile.count_layer_collectives(text, spec.n_layers)
     ]
     host = (
         f" + {memory.host_temp_size_in_bytes / 2**30:.1f} on the host"

@@ -24,14 +24,13 @@ sys.path.insert(0, str(ROOT))
 
 import jax
 
-from jaxpt import config, sharding, stage
+from jaxpt import config, flops, sharding, stage
 from jaxpt.data import loader, pack, prepare, tokenizer
 from jaxpt.data.mixture import MixtureSchedule
 from jaxpt.growth.apply import grow_params
 from jaxpt.growth.growth import Parent
 from jaxpt.growth.parse import plan_growth
 from jaxpt.model import transformer
-from jaxpt.plan import flops
 from jaxpt.spec import ModelSpec
 from jaxpt.train import gate, optimizer, state, step, verify
 

@@ -63,9 +63,9 @@ def child(name: str):
     import jax
     import numpy as np
 
-    from jaxpt import sharding
+    from jaxpt import hardware, sharding
     from jaxpt.model import transformer
-    from jaxpt.plan import compile, cost, hardware
+    from jaxpt.plan import compile, cost
     from jaxpt.spec import Batch
     from jaxpt.train import state, step
 

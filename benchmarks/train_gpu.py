@@ -81,10 +81,9 @@ def measure(args):
     import jax
     import jax.numpy as jnp
 
-    from jaxpt import config, initialize, sharding
+    from jaxpt import config, flops, hardware, initialize, sharding
     from jaxpt.model import transformer
     from jaxpt.model.kernels import select
-    from jaxpt.plan import flops, hardware
     from jaxpt.train import state, step
     from jaxpt.train.step import make_attention_request
 

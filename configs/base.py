@@ -201,7 +201,7 @@ def get_config():
     # ---- plan: Inputs of the planner.
     # Tokens to train for; 0 means train.steps x train.batch_size x pack.seq_len.
     c.plan.tokens = 0.0
-    # Price of one device per hour; 0 takes the list price in plan/hardware.py.
+    # Price of one device per hour; 0 takes the list price in hardware.py.
     c.plan.usd_per_hour = 0.0
 
     return c

@@ -317,7 +317,7 @@ class PlanConfig:
         0.0, "Tokens to train for; 0 means train.steps x train.batch_size x pack.seq_len."
     )
     usd_per_hour: float = knob(
-        0.0, "Price of one device per hour; 0 takes the list price in plan/hardware.py."
+        0.0, "Price of one device per hour; 0 takes the list price in hardware.py."
     )
 
 

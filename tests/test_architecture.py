@@ -13,12 +13,13 @@ from conftest import ROOT
 from jaxpt import config
 
 LAYERS = [
-    ("spec", "logs"),
+    ("spec", "logs", "text"),
     ("stage",),
     ("config", "launch"),
     ("sharding",),
+    ("hardware",),
     ("data", "model"),
-    ("families",),
+    ("families", "flops"),
     ("weights",),
     ("growth",),
     ("initialize",),
@@ -150,11 +151,9 @@ def test_every_knob_is_read_somewhere():
 
 
 def test_training_starts_light():
-    """jaxpt train imports only what a machine that trains must have, and of the planner no more
-    than the devices' FLOPs and prices.
-    """
+    """jaxpt train imports only what a machine that trains must have, and nothing of the planner."""
     code = "import sys; from jaxpt.train import loop, metrics; metrics.import_summary_writer()\n"
-    code += "from jaxpt.plan import devices; print(*sys.modules)"
+    code += "from jaxpt import flops; print(*sys.modules)"
     loaded = set(
         subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
@@ -174,10 +173,8 @@ def test_training_starts_light():
         "ray",
     }
     assert not {name.split(".")[0] for name in loaded} & heavy
-    planner = {name for name in loaded if name.startswith("jaxpt.plan.")}
-    light = {"devices", "flops", "hardware", "records"}
-    assert planner <= {f"jaxpt.plan.{name}" for name in light}
-    assert not {name for name in loaded if name.startswith(("jaxpt.report", "jaxpt.cli"))}
+    unused = ("jaxpt.plan", "jaxpt.report", "jaxpt.cli")
+    assert not {name for name in loaded if name.startswith(unused)}
 
 
 @pytest.mark.parametrize(

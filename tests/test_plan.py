@@ -11,40 +11,29 @@ import entry_points
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import ROOT
 
-from jaxpt import config, sharding
+from jaxpt import config, flops, hardware, sharding
 from jaxpt.config import (
     Config,
     InitializeConfig,
     MeshConfig,
     MixtureConfig,
     ModelConfig,
+    OptimConfig,
     PackConfig,
     TrainConfig,
 )
 from jaxpt.config import PlanConfig as PlanSection
 from jaxpt.model import transformer
-from jaxpt.plan import (
-    answer,
-    check,
-    compile,
-    cost,
-    devices,
-    flops,
-    format,
-    grow_or_scratch,
-    hardware,
-    hlo,
-    layouts,
-    scaling,
-    search,
-)
-from jaxpt.plan.records import ScalingLaw, TrainingPlan
+from jaxpt.plan import answer, check, compile, cost, grow_or_scratch, roofline, scaling, search
+from jaxpt.plan.answer import TrainingPlan
+from jaxpt.plan.scaling import ScalingLaw
 from jaxpt.report.page import write_report
 from jaxpt.spec import ModelSpec, UserError, encode_json
-from jaxpt.train import state, step
+from jaxpt.train import optimizer, state, step
 from jaxpt.train.records import TrainMetrics
 from jaxpt.weights import huggingface
 
@@ -157,8 +146,8 @@ def test_a_device_alone_receives_nothing(spec):
     alone = dict.fromkeys(dataclasses.asdict(MeshConfig()), 1)
 
     def count_received(mesh):
-        share = flops.DeviceShare.from_config(SMALL.train, SMALL.pack.seq_len, "float32", mesh)
-        return flops.estimate_comm_bytes(spec, share)
+        share = roofline.DeviceShare.from_config(SMALL.train, SMALL.pack.seq_len, mesh)
+        return roofline.estimate_comm_bytes(spec, share)
 
     assert count_received(alone) == 0
     assert all(count_received(alone | {cut: 2}) > 0 for cut in ("fsdp", "tensor", "context"))
@@ -177,9 +166,30 @@ def test_executed_products_by_formula_are_those_of_the_traced_step(remat, one):
         state.make_abstract_state(spec, settings, one), step.make_abstract_batch(settings, one)
     )
     tokens = settings.train.batch_size * settings.pack.seq_len
-    assert flops.estimate_executed_flops_per_token(spec, 32, remat) == pytest.approx(
+    assert roofline.estimate_executed_flops_per_token(spec, 32, remat) == pytest.approx(
         compile.count_matmul_flops(traced.jaxpr) / tokens, rel=0.1
     )
+
+
+OWN_MOMENTS = {
+    "momentum": (lambda inputs: optax.trace(0.9), 1, 0),
+    "amsgrad": (lambda inputs: optax.scale_by_amsgrad(), 3, 4),  # and a count of 4 bytes
+}
+
+
+@pytest.mark.parametrize(("make", "n_moments", "n_bytes"), OWN_MOMENTS.values(), ids=OWN_MOMENTS)
+def test_a_registered_optimizer_is_planned_with_the_state_that_it_has(
+    make, n_moments, n_bytes, spec, monkeypatch
+):
+    name = f"planned with {n_moments} moments"
+    monkeypatch.setitem(optimizer.OPTIMIZERS, name, make)
+    state_bytes = roofline.count_state_bytes(spec, OptimConfig(name=name), "bfloat16")
+    mesh = {"replica": 1, "fsdp": 3, "tensor": 2, "context": 1}
+    found = roofline.estimate_step(spec, state_bytes, SMALL.train, 20, mesh, "xla")
+    n_params = transformer.count_params(spec)
+    assert found.params_bytes == round(2 * n_params / 6)
+    assert found.opt_state_bytes == round(2 * n_moments * n_params / 6) + n_bytes
+    assert found.restore_bytes == found.params_bytes + found.opt_state_bytes
 
 
 # ---- the course's two examples
@@ -235,7 +245,7 @@ def test_jaxs_device_names_find_their_chip():
 
 
 def test_a_run_on_cpu_has_flops_but_claims_no_peak_and_no_price(spec):
-    known = devices.detect_device_cost(spec, SMALL.pack.seq_len, "float32", SMALL.plan)
+    known = flops.detect_device_cost(spec, SMALL.pack.seq_len, "float32", SMALL.plan)
     assert known.flops_per_token == flops.count_flops_per_token(spec, SMALL.pack.seq_len)
     assert known.peak_flops is None and known.usd_per_hour is None
 
@@ -252,7 +262,7 @@ def test_every_chip_is_complete():
             chip.usd_per_hour is None or "on demand" in chip.price_source
         )
         if chip.platform == "cuda":
-            assert compile.GPU_SPECS[chip.name].jax_name in chip.device_kinds
+            assert chip.gpu
 
 
 def test_slices_are_the_offered_ones():
@@ -321,7 +331,7 @@ IMPOSSIBLE = {
 @pytest.mark.parametrize("on, overrides, message", IMPOSSIBLE.values(), ids=IMPOSSIBLE)
 def test_what_is_impossible_is_refused_in_one_sentence_with_what_works(on, overrides, message):
     with pytest.raises(UserError) as refused:
-        cost.plan_targets(
+        answer.plan_targets(
             config.build_config(
                 config.apply_overrides(
                     overrides, config.apply_overrides([], dataclasses.asdict(SMALL))
@@ -354,7 +364,7 @@ def test_what_cannot_be_answered_is_refused_in_one_sentence(fields, message, tmp
 @pytest.fixture(scope="module")
 def on_cpu():
     """The small config's plan on four CPU devices and on one, compiled."""
-    return cost.plan_targets(SMALL, ["cpu:4", "cpu:1"])
+    return answer.plan_targets(SMALL, ["cpu:4", "cpu:1"])
 
 
 def test_the_train_step_compiles_for_cpu_devices(on_cpu):
@@ -462,12 +472,14 @@ def test_collectives_are_read_off_the_loop_over_layers():
 
         return jax.lax.scan(layer, x, stacked)[0]
 
-    (found,) = hlo.count_layer_collectives(jax.jit(run).lower(x, stacked).compile().as_text(), L)
+    (found,) = compile.count_layer_collectives(
+        jax.jit(run).lower(x, stacked).compile().as_text(), L
+    )
     assert (
         found["all-gather"].n_bytes == 8 * D * D * 4
         and sum(each.n_bytes for each in found.values()) == 8 * D * D * 4
     )
-    assert hlo.count_received_bytes(found) == 8 * D * D * 4
+    assert roofline.count_received_bytes(found) == 8 * D * D * 4
 
 
 def test_a_started_collective_and_a_scattered_one_count_their_whole_arrays():
@@ -479,8 +491,8 @@ def test_a_started_collective_and_a_scattered_one_count_their_whole_arrays():
         "  %s = bf16[6,24]{1,0} reduce-scatter(%w), replica_groups={{0,1,2,3}}, "
         "dimensions={0}, to_apply=%add"
     )
-    assert hlo.count_collective_bytes(gathered, "all-gather-start") == 24 * 24 * 4
-    assert hlo.count_collective_bytes(scattered, "reduce-scatter") == 24 * 24 * 2
+    assert compile.count_collective_bytes(gathered, "all-gather-start") == 24 * 24 * 4
+    assert compile.count_collective_bytes(scattered, "reduce-scatter") == 24 * 24 * 2
 
 
 def test_hours_and_money_follow_from_speed(on_cpu):
@@ -501,7 +513,7 @@ def test_the_plan_is_plain_json_and_a_table(on_cpu):
     assert any(
         "AWS c7i on demand" in note for note in on_cpu.notes
     )  # prices with their dates stand on the page too
-    text = format.format_plan(on_cpu)
+    text = answer.format_plan(on_cpu)
     assert "yes, 4.0 GiB to spare" in text and "AWS c7i" in text
 
 
@@ -509,7 +521,7 @@ def test_a_target_without_its_compiler_is_estimated_and_message_so(on_cpu):
     if compile.find_missing_package(hardware.parse_target("v5e:2x2")) is None:
         pytest.skip("libtpu is installed: nothing is missing")
     (estimated,), (compiled, _) = (
-        cost.plan_targets(SMALL, ["v5e:2x2"]).targets,
+        answer.plan_targets(SMALL, ["v5e:2x2"]).targets,
         on_cpu.targets,
     )
     assert estimated.method == "estimated"
@@ -518,7 +530,7 @@ def test_a_target_without_its_compiler_is_estimated_and_message_so(on_cpu):
     ]
     assert any(
         "estimated, not compiled: install libtpu" in note
-        for note in format.describe_assumptions(estimated)
+        for note in cost.describe_assumptions(estimated)
     )
 
 
@@ -541,15 +553,12 @@ def test_the_train_step_compiles_for_accelerators_with_their_kernels(on, kernel,
     settings = dataclasses.replace(
         SMALL, pack=PackConfig(seq_len=256), train=train, mesh=MeshConfig(tensor=2)
     )
-    (record,) = cost.plan_targets(settings, [on]).targets
+    (record,) = answer.plan_targets(settings, [on]).targets
     assert record.method == "compiled" and record.fits and record.attention == kernel
-    assert hardware.predict_attention_backend(
-        dataclasses.replace(settings, train=dataclasses.replace(train, attention="auto")),
-        hardware.parse_target(on),
-    ) in (
-        "splash",
-        "cudnn",
-    )
+    auto = dataclasses.replace(train, attention="auto")
+    seq_len, target = settings.pack.seq_len, hardware.parse_target(on)
+    backend = roofline.predict_attention_backend(seq_len, auto, settings.mesh, target)
+    assert backend in ("splash", "cudnn")
     assert record.executed_flops_per_token > record.flops_per_token
     assert len(record.layer_collectives) == 2 and all(
         sum(kind.n_ops for kind in loop.values()) > 0 for loop in record.layer_collectives
@@ -700,7 +709,7 @@ def test_the_page_shows_plan_search_ways_and_check(tmp_path):
 def test_every_layout_can_be_cut_and_is_a_config_to_paste():
     target = hardware.parse_target("cpu:4")
     spec, _ = cost.resolve_model_spec(SMALL)
-    found = layouts.list_layouts(spec, SMALL, target)
+    found = search.list_layouts(spec, SMALL, target)
     assert (
         len(
             {
@@ -719,7 +728,7 @@ def test_every_layout_can_be_cut_and_is_a_config_to_paste():
         assert math.prod(each.analysis.mesh.values()) == 4
         pasted = config.build_config(
             config.apply_overrides(
-                layouts.list_overrides(SMALL, each.settings),
+                search.list_overrides(SMALL, each.settings),
                 config.apply_overrides([], dataclasses.asdict(SMALL)),
             )
         )
@@ -730,7 +739,7 @@ def test_less_is_kept_with_every_remat_and_micro_batch():
     target = hardware.parse_target("v5p:4x4x4")
     by_layout = {
         (each.settings.train.grad_accum_steps, each.settings.train.remat): each
-        for each in layouts.list_layouts(LLAMA3_8B, POD, target)
+        for each in search.list_layouts(LLAMA3_8B, POD, target)
         if each.analysis.mesh == {"replica": 1, "fsdp": 64, "tensor": 1, "context": 1}
     }
     needs = [by_layout[2, remat].required_bytes for remat in ("none", "dots", "minimal", "full")]
@@ -740,7 +749,7 @@ def test_less_is_kept_with_every_remat_and_micro_batch():
 
 
 def test_the_choice_is_the_fastest_unless_a_simpler_or_smaller_one_is_about_as_fast():
-    found = layouts.list_layouts(LLAMA3_8B, POD, hardware.parse_target("v5p:4x4x4"))
+    found = search.list_layouts(LLAMA3_8B, POD, hardware.parse_target("v5p:4x4x4"))
     one = next(each for each in found if each.analysis.mesh["fsdp"] == 64)
     cut = next(
         each
@@ -752,12 +761,12 @@ def test_the_choice_is_the_fastest_unless_a_simpler_or_smaller_one_is_about_as_f
     )
     slow, fast = made(one, 1.03, 9 * 10**10), made(cut, 1.0, 9 * 10**10)
     assert (
-        layouts.choose_layout([slow, fast]) is slow
-        and layouts.choose_layout([made(one, 1.06, 1), fast]) is fast
+        search.choose_layout([slow, fast]) is slow
+        and search.choose_layout([made(one, 1.06, 1), fast]) is fast
     )
-    assert layouts.choose_layout([slow, fast, small := made(one, 1.04, 8 * 10**10)]) is small
+    assert search.choose_layout([slow, fast, small := made(one, 1.04, 8 * 10**10)]) is small
     assert (
-        layouts.choose_layout(
+        search.choose_layout(
             [slow, fast, made(one, 1.049, 8 * 10**10)._replace(step_seconds=1.0601)]
         )
         is slow
@@ -790,7 +799,7 @@ def test_a_search_without_the_compiler_estimates_and_message_so():
 def test_the_search_goes_down_from_the_fastest_until_one_fits(monkeypatch):
     """A compiler that needs more than the arithmetic said teaches how much more."""
     target = hardware.parse_target("v5p:4x4x4")
-    found = layouts.list_layouts(LLAMA3_8B, POD, target)
+    found = search.list_layouts(LLAMA3_8B, POD, target)
     request = []
 
     def measure(spec, settings, target):
@@ -811,7 +820,7 @@ def test_the_search_goes_down_from_the_fastest_until_one_fits(monkeypatch):
 
 
 def test_what_is_too_large_names_the_smallest_that_fits():
-    message = layouts.suggest_layout(LLAMA3_8B, POD, hardware.parse_target("v5e:2x2"))
+    message = search.suggest_layout(LLAMA3_8B, POD, hardware.parse_target("v5e:2x2"))
     on = re.search(r"is (v5e:\w+),", message)[1]
     smaller = [
         each
@@ -822,12 +831,12 @@ def test_what_is_too_large_names_the_smallest_that_fits():
     for each in map(hardware.parse_target, smaller):
         assert all(
             layout.required_bytes > each.usable_bytes
-            for layout in layouts.list_layouts(LLAMA3_8B, POD, each)
+            for layout in search.list_layouts(LLAMA3_8B, POD, each)
         )
 
 
 def test_what_fits_with_other_settings_names_them():
-    message = layouts.suggest_layout(
+    message = search.suggest_layout(
         LLAMA3_8B, POD, hardware.parse_target("h100:8")
     )  # 128 rows a card at once
     assert message.startswith("By arithmetic h100:8 fits it, with ")
@@ -837,7 +846,7 @@ def test_what_fits_with_other_settings_names_them():
     pasted = config.build_config(values)
     (record,) = [
         each
-        for each in layouts.list_layouts(LLAMA3_8B, POD, hardware.parse_target("h100:8"))
+        for each in search.list_layouts(LLAMA3_8B, POD, hardware.parse_target("h100:8"))
         if each.settings == pasted
     ]
     assert record.required_bytes <= hardware.parse_target("h100:8").usable_bytes
@@ -847,7 +856,7 @@ def test_a_context_that_no_slice_holds_names_the_longest_that_one_does():
     endless = dataclasses.replace(
         POD, pack=PackConfig(seq_len=2**22), train=dataclasses.replace(POD.train, batch_size=1)
     )
-    message = layouts.suggest_layout(LLAMA3_8B, endless, hardware.parse_target("l4:1"))
+    message = search.suggest_layout(LLAMA3_8B, endless, hardware.parse_target("l4:1"))
     longest = int(re.search(r"pack\.seq_len=(\d+)", message)[1])
     assert "no number of l4" in message and 1024 <= longest < 2**22
 
@@ -934,7 +943,9 @@ def planned(settings, on):
     target = hardware.parse_target(on)
     spec, _ = cost.resolve_model_spec(settings)
     mesh = {"replica": 1, "fsdp": target.n_devices, "tensor": 1, "context": 1}
-    measured = flops.estimate_step(spec, settings, mesh, "fused")
+    state_bytes = roofline.count_state_bytes(spec, settings.optim, "float32")
+    seq_len = settings.pack.seq_len
+    measured = roofline.estimate_step(spec, state_bytes, settings.train, seq_len, mesh, "fused")
     return spec, settings, target, measured
 
 

@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
         source=arguments.source,
         grow=(*settings.initialize.grow, *arguments.grow),
     )
-    from jaxpt.plan import flops
+    from jaxpt import flops
     from jaxpt.train import verify
 
     verify.initialize_run(

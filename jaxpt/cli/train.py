@@ -25,13 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Train."""
     settings = options.load_settings(arguments)
-    from jaxpt.plan import devices
+    from jaxpt import flops
     from jaxpt.train import loop
 
     loop.train_model(
         settings,
         arguments.workdir,
-        estimate_device_cost=lambda spec: devices.detect_device_cost(
+        estimate_device_cost=lambda spec: flops.detect_device_cost(
             spec, settings.pack.seq_len, settings.train.compute_dtype, settings.plan
         ),
     )

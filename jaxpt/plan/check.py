@@ -3,21 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 import pathlib
 import statistics
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from jaxpt.plan import compile, cost, hardware, runs
-from jaxpt.plan.hardware import GIB, Target
-from jaxpt.plan.records import PlanCheck
-from jaxpt.spec import UserError
-from jaxpt.train.records import TrainMetrics
+from jaxpt import config, hardware, stage
+from jaxpt.config import Config
+from jaxpt.hardware import GIB, Target
+from jaxpt.plan import compile, cost
+from jaxpt.spec import ModelSpec, Record, UserError
+from jaxpt.train.metrics import read_metrics
+from jaxpt.train.records import MetricRecord, TrainMetrics
 
 log = logging.getLogger(__name__)
 
 MIN_RECORDS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanCheck(Record):
+    """Planned against measured for one run. Ratios are measured / planned."""
+
+    run_dir: str
+    target: str
+    method: str  # "compiled" or "estimated"
+    planned_step_seconds: float
+    planned_step_seconds_range: tuple[float, float]  # (fast, slow)
+    measured_step_seconds: float  # median
+    time_ratio: float
+    planned_memory_bytes: int  # peak per device
+    measured_memory_bytes: float  # peak of the first device; on CPU of the process
+    memory_ratio: float
+    process_overhead_bytes: float  # measured - planned memory
+    calibrated_time_ratio: float  # once the first run has calibrated the plan
+    calibrated_memory_ratio: float
 
 
 def compare_plan_to_runs(run_dirs: Sequence[str | pathlib.Path]) -> tuple[PlanCheck, ...]:
@@ -36,8 +59,8 @@ def compare_plan_to_runs(run_dirs: Sequence[str | pathlib.Path]) -> tuple[PlanCh
 
 def compare_plan_to_run(run_dir: str | pathlib.Path, first: PlanCheck | None) -> PlanCheck:
     """Return planned against measured of one run, calibrated by the first one (None: by itself)."""
-    run = runs.read_run(run_dir, "--check")
-    target = find_run_target(run.path, *runs.read_devices(run))
+    run = read_run(run_dir, "--check")
+    target = find_run_target(run.path, *read_devices(run))
     records = [record for record in run.metrics if isinstance(record, TrainMetrics)]
     if len(records) < MIN_RECORDS:
         raise UserError(
@@ -147,3 +170,67 @@ def format_plan_checks(checks: Sequence[PlanCheck]) -> str:
                 f"of memory {check.calibrated_memory_ratio:.2f}"
             )
     return "\n".join(lines)
+
+
+# ---- what the planner needs of a run directory
+
+
+class Run(NamedTuple):
+    """A run directory that jaxpt train wrote."""
+
+    path: pathlib.Path
+    settings: Config
+    spec: ModelSpec
+    metrics: list[MetricRecord]
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a batch, padding included."""
+        return self.settings.train.batch_size * self.settings.pack.seq_len
+
+
+class Growth(NamedTuple):
+    """How a run's model was grown."""
+
+    operator: str  # the last one's name
+    at_step: int  # of the run; 0: before training
+
+
+def read_run(run_dir: str | pathlib.Path, flag: str) -> Run:
+    """Read a run directory.
+
+    Args:
+        run_dir: the directory.
+        flag: of the command line, for the error message.
+
+    Raises:
+        UserError: there is no run.
+    """
+    path = stage.local_path(run_dir)
+    try:
+        settings = config.build_config(json.loads((path / "config.json").read_text()))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{flag} {path}: no config.json there. Give run directories that jaxpt train wrote."
+        ) from None
+    spec = ModelSpec.load(path / "spec.json")
+    return Run(path, settings, spec, read_metrics(path / "metrics.jsonl"))
+
+
+def read_devices(run: Run) -> tuple[int, str]:
+    """Return the number of devices of the run's last start, and JAX's name of their kind."""
+    path = run.path / "starts.jsonl"
+    if not path.exists():
+        raise UserError(f"{path}: not found. Give a run directory that jaxpt train wrote.")
+    start = json.loads(path.read_text().splitlines()[-1])
+    return start["n_devices"], start["device_kind"]
+
+
+def read_growth(run: Run) -> Growth | None:
+    """Return how the run's model was grown; None if it was not."""
+    path = run.path / "growth.json"
+    if not path.is_file():
+        return None
+    report = json.loads(path.read_text())
+    operator, _, _ = report["operators"][-1].partition("(")
+    return Growth(operator, report["at_step"] or 0)

@@ -20,17 +20,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
-from jaxpt import config
+import jax
+from jax._src.cudnn import fused_attention_stablehlo as fused
+from jax.experimental import topologies
+from jax.extend import core
+from jax.sharding import Mesh
+
+from jaxpt import config, hardware, sharding
 from jaxpt.config import Config
-from jaxpt.plan import flops, hardware, hlo
-from jaxpt.plan.hardware import GPUS_PER_HOST, Chip, Target
-from jaxpt.plan.records import StepAnalysis
+from jaxpt.hardware import GPUS_PER_HOST, Chip, Target
+from jaxpt.model.kernels import select
+from jaxpt.plan import roofline
+from jaxpt.plan.roofline import CollectiveCount, LayerCollectives, StepAnalysis
 from jaxpt.spec import ModelSpec, Record, UserError
-
-if TYPE_CHECKING:
-    from jax.sharding import Mesh
+from jaxpt.train import state, step
 
 COMPILER_ENV = {
     "JAX_PLATFORMS": "cpu",  # the compilers run on this machine and need no chip
@@ -121,22 +126,17 @@ def main(request_path: str, response_path: str) -> None:
 
 def analyze_step_in_process(request: AnalysisRequest) -> StepAnalysis:
     """Return the analysis of a step for devices that this process alone sees."""
-    from jaxpt import sharding
-    from jaxpt.model.kernels import select
-    from jaxpt.train import state, step
-
     start = time.monotonic()
     spec = request.spec
     missing = request.missing_package
     settings = config.build_config(request.settings)
     target = hardware.parse_target(request.target)
     train = settings.train
+    seq_len = settings.pack.seq_len
     devices = make_target_devices(target, missing)
     mesh = sharding.make_mesh(settings.mesh, devices)
-    sharding.check_mesh_divides(
-        mesh, spec, train.batch_size, train.grad_accum_steps, settings.pack.seq_len
-    )
-    backend = hardware.predict_attention_backend(settings, target)
+    sharding.check_mesh_divides(mesh, spec, train.batch_size, train.grad_accum_steps, seq_len)
+    backend = roofline.predict_attention_backend(seq_len, train, settings.mesh, target)
     if not missing:
         backend, _ = select.choose_backend(spec, step.make_attention_request(settings), mesh)
 
@@ -150,7 +150,8 @@ def analyze_step_in_process(request: AnalysisRequest) -> StepAnalysis:
     program = trace_step(spec, visible, mesh).jaxpr
     loop_body_flops = count_matmul_flops(program, multiply_loops=False) / target.n_devices
 
-    estimate = flops.estimate_step(spec, settings, dict(mesh.shape), backend)
+    whole = roofline.count_state_bytes(spec, settings.optim, settings.initialize.param_dtype)
+    estimate = roofline.estimate_step(spec, whole, train, seq_len, dict(mesh.shape), backend)
     abstract_state = state.make_abstract_state(spec, settings, mesh)
     params_bytes = count_bytes_per_device(abstract_state.params)
     opt_state_bytes = count_bytes_per_device(abstract_state.opt_state)
@@ -175,8 +176,6 @@ def analyze_step_in_process(request: AnalysisRequest) -> StepAnalysis:
 
 def trace_step(spec: ModelSpec, settings: Config, mesh: Mesh) -> Any:
     """Return the traced train step (jax.stages.Traced)."""
-    from jaxpt.train import state, step
-
     abstract_state = state.make_abstract_state(spec, settings, mesh)
     abstract_batch = step.make_abstract_batch(settings, mesh)
     return step.build_step(spec, settings, mesh).trace(abstract_state, abstract_batch)
@@ -189,9 +188,6 @@ def make_target_devices(target: Target, missing: str | None) -> Sequence[Any]:
         target: hardware to compile for.
         missing: the package that is not installed, or None.
     """
-    import jax
-    from jax.experimental import topologies
-
     platform = target.chip.platform
     shape = target.topology
     if platform == "cpu" or missing:
@@ -219,9 +215,8 @@ def make_target_devices(target: Target, missing: str | None) -> Sequence[Any]:
 
 def patch_cudnn_checks(chip: Chip) -> None:
     """Answer for the target where JAX asks this machine's card whether it runs cuDNN attention."""
-    from jax._src.cudnn import fused_attention_stablehlo as fused
-
-    capability = GPU_SPECS[chip.name].capability
+    assert chip.gpu
+    capability = chip.gpu.capability
 
     def parse_capability(text: str) -> tuple[int, ...]:
         return tuple(map(int, text.split(".")))
@@ -233,8 +228,6 @@ def patch_cudnn_checks(chip: Chip) -> None:
 
 def count_bytes_per_device(tree: Any) -> int:
     """Return the bytes that one device holds of a pytree of abstract arrays with shardings."""
-    import jax
-
     total = 0
     for leaf in jax.tree.leaves(tree):
         shard_shape = leaf.sharding.shard_shape(leaf.shape)
@@ -250,8 +243,6 @@ def analyze_compiled_step(analysis: StepAnalysis, lowered: Any, platform: str) -
         lowered: the lowered train step (jax.stages.Lowered).
         platform: "tpu", "cuda" or "cpu".
     """
-    import jax
-
     # XLA tries its Triton kernels for matmuls on the card and passes over those whose tiling does
     # not exist. With no card it stops there (at 60 x 24, say). Plain matmuls compile in every shape
     # and take more memory: the 8B shape on 8 H100 30.5 GiB against 26.9.
@@ -269,7 +260,7 @@ def analyze_compiled_step(analysis: StepAnalysis, lowered: Any, platform: str) -
         )
     layer_collectives = ()
     if platform != "cpu":  # a CPU's step has its layers unrolled
-        layer_collectives = hlo.count_layer_collectives(compiled.as_text(), analysis.n_layers)
+        layer_collectives = count_layer_collectives(compiled.as_text(), analysis.n_layers)
     costs = compiled.cost_analysis() or {}
     return dataclasses.replace(
         analysis,
@@ -313,8 +304,6 @@ def count_matmul_flops(jaxpr: Any, multiply_loops: bool = True) -> float:
         multiply_loops: False counts each loop body once, as the compilers do: of L layers they
             see one.
     """
-    from jax.extend import core
-
     total = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name = equation.primitive.name
@@ -336,49 +325,135 @@ def count_matmul_flops(jaxpr: Any, multiply_loops: bool = True) -> float:
     return total
 
 
-# ---- descriptions of NVIDIA cards, in the text form that XLA's GPU compiler reads
+# ---- the collectives of a layer, read from a compiled program's text
 
-
-class GpuSpec(NamedTuple):
-    """A card's hardware facts."""
-
-    jax_name: str
-    capability: tuple[int, int]
-    n_multiprocessors: int
-    units: int  # floating-point units per multiprocessor, as the next three
-    shared_bytes: int
-    shared_bytes_per_block: int
-    max_threads: int
-    l2_bytes: int
-    ghz: float
-
-
-GPU_SPECS = {
-    "a100": GpuSpec(
-        "NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 167_936, 166_912, 2048, 41_943_040, 1.41
-    ),
-    "h100": GpuSpec(
-        "NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 233_472, 232_448, 2048, 52_428_800, 1.98
-    ),
-    "h200": GpuSpec("NVIDIA H200", (9, 0), 132, 128, 233_472, 232_448, 2048, 52_428_800, 1.98),
-    "b200": GpuSpec("NVIDIA B200", (10, 0), 148, 128, 233_472, 232_448, 2048, 132_644_864, 1.965),
-    "l4": GpuSpec("NVIDIA L4", (8, 9), 58, 128, 102_400, 101_376, 1536, 50_331_648, 2.04),
-    "rtx4090": GpuSpec(
-        "NVIDIA GeForce RTX 4090", (8, 9), 128, 128, 102_400, 101_376, 1536, 75_497_472, 2.52
-    ),
+# JAX's compilers report them in no other form. A layer is one turn of a loop over stacked weights.
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+DTYPE_BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "bf16": 2,
+    "f16": 2,
+    "s16": 2,
+    "u16": 2,
+    "f32": 4,
+    "s32": 4,
+    "u32": 4,
+    "f64": 8,
+    "s64": 8,
+    "u64": 8,
 }
+ARRAY = re.compile(rf"\b({'|'.join(DTYPE_BYTES)})\[([\d,]+)\]")
+MIN_STACKED_ARRAYS = 8  # a loop over layers carries the stacked weights: a dozen arrays
+
+
+def count_layer_collectives(text: str, n_layers: int) -> tuple[LayerCollectives, ...]:
+    """Return what one turn of each loop over layers runs, forward first.
+
+    It is empty if the program has no such loop, as on a CPU, where layers are unrolled.
+    """
+    computations = split_computations(text)
+    counts = []
+    for lines in computations.values():
+        for line in lines:
+            if not loops_over_layers(line, n_layers):
+                continue
+            body = re.findall(r"body=%?([\w.\-]+)", line)[0]
+            # a loop over micro-batches carries the weights too; the loops inside of it are counted
+            if any(loops_over_layers(inner, n_layers) for inner in computations[body]):
+                continue
+            counts.append(count_collectives(computations, body))
+    return tuple(counts)
+
+
+def split_computations(text: str) -> dict[str, list[str]]:
+    """Return name -> lines of every computation of a program's text."""
+    computations: dict[str, list[str]] = {}
+    lines: list[str] = []  # what stands before the first computation is dropped
+    for line in text.splitlines():
+        header = re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line)
+        if header and not line.startswith(" "):
+            lines = computations[header[1]] = []
+        else:
+            lines.append(line)
+    return computations
+
+
+def loops_over_layers(line: str, n_layers: int) -> bool:
+    """Return whether a line is a loop that carries the stacked weights, cast or not."""
+    carried, is_loop, _ = line.partition(" while(")
+    stacked_arrays = re.findall(rf"\[{n_layers},", carried)
+    return bool(is_loop) and len(stacked_arrays) >= MIN_STACKED_ARRAYS
+
+
+def count_collectives(computations: dict[str, list[str]], name: str) -> LayerCollectives:
+    """Return the collectives of a computation and of all that it calls, inner loops multiplied."""
+    total: LayerCollectives = {}
+
+    def add(kind: str, n_ops: int, n_bytes: float) -> None:
+        before = total.get(kind, CollectiveCount(0, 0))
+        total[kind] = CollectiveCount(before.n_ops + n_ops, before.n_bytes + n_bytes)
+
+    for line in computations.get(name, []):
+        match = re.search(r" ([a-z\-]+)\(", line)
+        operation = match[1] if match else ""
+        kind = operation.removesuffix("-start")
+        if kind in COLLECTIVES:
+            add(kind, 1, count_collective_bytes(line, operation))
+            continue
+        trip_count = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+        n_turns = int(trip_count[1]) if trip_count and kind == "while" else 1
+        for called in re.findall(r"(?:calls|to_apply|body)=%?([\w.\-]+)", line):
+            inner = count_collectives(computations, called)
+            for inner_kind, count in inner.items():
+                add(inner_kind, n_turns * count.n_ops, n_turns * count.n_bytes)
+    return total
+
+
+def count_collective_bytes(line: str, operation: str) -> float:
+    """Return the bytes of the whole array that a collective gathers or scatters, summed if several.
+
+    Args:
+        line: of the program's text.
+        operation: the operation's name as in the line, such as "all-gather-start".
+    """
+    result, _, _ = line.partition(f" {operation}(")
+    sizes = []
+    for dtype, shape in ARRAY.findall(result):
+        n_elements = math.prod(map(int, shape.split(",")))
+        sizes.append(n_elements * DTYPE_BYTES[dtype])
+    if operation in ("all-gather-start", "collective-permute-start"):
+        # of a started operation, the operands stand before the results
+        sizes = sizes[len(sizes) // 2 :]
+    if operation.startswith("reduce-scatter"):  # the result is one shard of the array
+        return sum(sizes) * count_group_devices(line)
+    return sum(sizes)
+
+
+def count_group_devices(line: str) -> int:
+    """Return how many devices take part in one group of a collective."""
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+    if listed:
+        return len(listed[1].split(","))
+    counted = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
+    return int(counted[1]) if counted else 1
+
+
+# ---- descriptions of NVIDIA cards, in the text form that XLA's GPU compiler reads
 
 
 def format_gpu_target_config(chip: Chip) -> str:
     """Return the card's GpuTargetConfigProto as text, for CUDA 13 and cuDNN 9.10."""
-    gpu = GPU_SPECS[chip.name]
+    gpu = chip.gpu
+    assert gpu
     major, minor = gpu.capability
     feature = ""
     if major >= 9:
         feature = "feature_extension: ACCELERATED_FEATURES"
     return f"""
 gpu_device_info {{
-  name: "{gpu.jax_name}"
+  name: "{chip.device_kinds[0]}"
   cuda_compute_capability {{ major: {major} minor: {minor} {feature} }}
   core_count: {gpu.n_multiprocessors} fpus_per_core: {gpu.units} clock_rate_ghz: {gpu.ghz}
   l2_cache_size: {gpu.l2_bytes} device_memory_size: {chip.memory_bytes}
@@ -393,7 +468,7 @@ gpu_device_info {{
   dnn_version: "9.10.0"
 }}
 platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }}
-device_description_str: "{gpu.jax_name}"
+device_description_str: "{chip.device_kinds[0]}"
 """
 
 

@@ -3,87 +3,81 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
+from collections.abc import Callable, Iterable
 
-from jaxpt import initialize
+from jaxpt import flops, initialize
 from jaxpt.config import Config, PlanConfig
 from jaxpt.growth.growth import Parent
 from jaxpt.growth.parse import plan_growth
-from jaxpt.model import transformer
-from jaxpt.plan import compile, flops, format, hardware, layouts, roofline
-from jaxpt.plan.hardware import DEFAULT_MEM_FRAC, Chip, Target
-from jaxpt.plan.records import (
-    PlannedModel,
-    RunProjection,
-    StepAnalysis,
-    TargetPlan,
-    TrainingPlan,
-)
-from jaxpt.spec import ModelSpec
+from jaxpt.hardware import DEFAULT_MEM_FRAC, GIB, MAX_MEM_FRAC, Chip, Target
+from jaxpt.plan import roofline
+from jaxpt.plan.roofline import LayerCollectives, StepAnalysis
+from jaxpt.spec import ModelSpec, Record
 from jaxpt.weights import checkpoint, hub, huggingface
-
-log = logging.getLogger(__name__)
 
 ORBAX_RESTORE_BYTES = 96 * 10**9  # that Orbax 0.12 reads into a host's memory at a time
 # Power of host, network and cooling beside the boards: a DGX H100 is rated 10.2 kW for 8 boards of
 # 0.7 kW, and boards in training draw some 85 % of their rating.
 POWER_OVERHEAD = 1.5
 
-
-def plan_targets(
-    settings: Config, target_names: list[str], calibrations: dict[str, float] | None = None
-) -> TrainingPlan:
-    """Return the plan of a config on each target.
-
-    Args:
-        settings: the run's config.
-        target_names: as in --on.
-        calibrations: chip -> measured / planned step seconds, see check.py.
-
-    Raises:
-        UserError: a chip is unknown, a slice is not offered, or a target cannot divide the sizes.
-    """
-    targets = [hardware.parse_target(name) for name in target_names]
-    spec, _ = resolve_model_spec(settings)
-    header = make_plan_header(settings)
-    tokens = get_token_budget(settings)
-    calibrations = calibrations or {}
-    plans: list[TargetPlan] = []
-    notes = list(header.notes)
-    for target in targets:
-        name = target.name
-        missing = compile.find_missing_package(target)
-        if missing:
-            log.warning(f"plan: {name}: estimating; to compile, install {missing}")
-        else:
-            log.info(f"plan: {name}: compiling the train step ...")
-        analysis = compile.analyze_step(spec, settings, target)
-        outcome = analysis.method
-        if analysis.exceeds_memory:
-            outcome = "refused by the compiler"
-        log.info(f"plan: {name}: {outcome} in {analysis.analysis_seconds:.0f} s")
-        calibration = calibrations.get(target.chip.name, 1.0)
-        plan = project_target(spec, settings, target, analysis, tokens, calibration)
-        plans.append(plan)
-        if not plan.fits:
-            suggestion = layouts.suggest_layout(spec, settings, target)
-            notes.append(f"{name}: {suggestion}")
-    notes += format.collect_assumptions(plans)
-    return dataclasses.replace(header, targets=tuple(plans), notes=tuple(notes))
+Formatter = Callable[[float], str]
 
 
-def make_plan_header(settings: Config) -> TrainingPlan:
-    """Return a plan without targets."""
-    spec, notes = resolve_model_spec(settings)
-    tokens = get_token_budget(settings)
-    model = PlannedModel(
-        n_params=transformer.count_params(spec),
-        seq_len=settings.pack.seq_len,
-        batch_size=settings.train.batch_size,
-        grad_accum_steps=settings.train.grad_accum_steps,
-        spec=spec,
-    )
-    return TrainingPlan(model=model, tokens=tokens, notes=tuple(notes))
+@dataclasses.dataclass(frozen=True)
+class RunProjection(Record):
+    """Speed and cost of the whole run at one assumed step time."""
+
+    mfu: float  # model FLOPs utilization, 0 to 1
+    tokens_per_second: float  # over all devices
+    step_seconds: float
+    hours: float
+    usd: float | None  # None: no price is known
+    kwh: float | None  # None: the board's power is not known
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetPlan(Record):
+    """The plan of a run on one target."""
+
+    target: str  # as in --on, such as "v5p:4x4x4"
+    method: str  # "compiled" or "estimated"
+    missing_package: str | None
+    n_devices: int
+    mesh: dict[str, int]
+    attention: str
+    fits: bool
+    peak_bytes: int  # per device, as all bytes but host_*
+    peak_is_lower_bound: bool  # the compiler gave up
+    usable_bytes: int  # of a device's memory
+    params_bytes: int
+    opt_state_bytes: int
+    saved_activation_bytes: int
+    temporary_bytes: int | None  # gradients and activations; None where peak_is_lower_bound
+    restore_bytes: int
+    export_bytes: int
+    host_save_bytes: int  # per host, as all host_*
+    host_restore_bytes: int
+    host_export_bytes: int
+    needs_mem_fraction: bool  # XLA_PYTHON_CLIENT_MEM_FRACTION must be raised
+    flops_per_token: float  # of the model, forward and backward
+    executed_flops_per_token: float  # recomputation included
+    loop_body_flops: float | None
+    compiler_flops: float | None
+    layer_collectives: tuple[LayerCollectives, ...]
+    comm_bytes_per_layer: float  # received per device per step
+    compute_seconds: float  # per step, matmuls alone at peak speed
+    memory_seconds: float  # per step, memory traffic alone
+    network_seconds: float  # per step, communication alone
+    expected: RunProjection  # in the middle of the assumptions
+    slow: RunProjection  # at the low end of matmul efficiency, no transfer overlapped
+    fast: RunProjection  # at the high end, transfers overlapped
+    efficiency_range: tuple[float, float]  # assumed share of peak FLOP/s for matmuls (low, high)
+    efficiency_source: str
+    time_calibration: float  # measured / planned step seconds that times were multiplied by
+    usd_per_hour: float | None  # per device
+    price_source: str
+    analysis_seconds: float
+    overrides: tuple[str, ...] = ()  # found by --search, such as "--config.train.remat=full"
 
 
 def get_token_budget(settings: Config) -> float:
@@ -236,3 +230,182 @@ def resolve_usd_per_hour(chip: Chip, plan: PlanConfig) -> tuple[float | None, st
     if plan.usd_per_hour:
         return plan.usd_per_hour, "config.plan.usd_per_hour"
     return chip.usd_per_hour, chip.price_source
+
+
+# ---- on the terminal
+
+
+def make_column(plan: TargetPlan) -> dict[str, str]:
+    """Return label -> cell of one target."""
+    bound = "> " if plan.peak_is_lower_bound else ""
+    mfu = format_range([plan.slow.mfu, plan.fast.mfu], "{:.0%}".format)
+    low, high = plan.efficiency_range
+
+    def span(get: Callable[[RunProjection], float | None]) -> str:
+        ends = [get(plan.slow), get(plan.fast)]
+        return format_range(ends, format_significant)
+
+    return {
+        "method": format_method(plan),
+        "devices": f"{plan.n_devices:,}",
+        "mesh": format_mesh(plan.mesh),
+        "parameters": format_memory(plan.params_bytes),
+        "optimizer state": format_memory(plan.opt_state_bytes),
+        "gradients, activations": format_memory(plan.temporary_bytes),
+        "  saved activations, about": format_memory(plan.saved_activation_bytes),
+        "peak per device": bound + format_memory(plan.peak_bytes),
+        "  while restoring": format_memory(plan.restore_bytes),
+        "  while exporting": format_memory(plan.export_bytes),
+        "  per host, saving": format_memory(plan.host_save_bytes),
+        "  per host, restoring": format_memory(plan.host_restore_bytes),
+        "  per host, exporting": format_memory(plan.host_export_bytes),
+        "memory per device": format_memory(plan.usable_bytes),
+        "fits": format_fit(plan),
+        "FLOPs per token, model": f"{plan.flops_per_token:.3g}",
+        "FLOPs per token, executed": f"{plan.executed_flops_per_token:.3g}",
+        "FLOPs, each loop body once": format_flops(plan.loop_body_flops),
+        "  by the compiler": format_flops(plan.compiler_flops),
+        "step at full speed: matmuls, s": format_significant(plan.compute_seconds),
+        "  memory, s": format_significant(plan.memory_seconds),
+        "  links, s": format_significant(plan.network_seconds),
+        "assumed efficiency": f"{low:.0%} to {high:.0%}",
+        "expected MFU": mfu,
+        "step, s": span(lambda run: run.step_seconds),
+        "tokens/s": span(lambda run: run.tokens_per_second),
+        "hours": span(lambda run: run.hours),
+        "usd": span(lambda run: run.usd),
+        "kWh": span(lambda run: run.kwh),
+    }
+
+
+def format_mesh(mesh: dict[str, int]) -> str:
+    """Return the axes with more than one device, such as "fsdp 16 x tensor 4"."""
+    axes = [f"{axis} {size}" for axis, size in mesh.items() if size > 1]
+    return " x ".join(axes) or "one device"
+
+
+def format_method(plan: TargetPlan) -> str:
+    """Return how the numbers were found."""
+    if plan.missing_package:
+        return "estimated, not compiled"
+    if plan.peak_is_lower_bound:
+        return "refused by the compiler"
+    return "compiled"
+
+
+def format_fit(plan: TargetPlan) -> str:
+    """Return whether the step fits, and by how much."""
+    spare = (plan.usable_bytes - plan.peak_bytes) / GIB
+    if plan.fits:
+        return f"yes, {spare:.1f} GiB to spare"
+    bound = "at least " if plan.peak_is_lower_bound else ""
+    return f"no, {bound}{-spare:.1f} GiB too much"
+
+
+def format_memory(n_bytes: float | None) -> str:
+    """Return bytes in GiB, or in MiB below 0.1 GiB."""
+    if n_bytes is None:
+        return "unknown"
+    if n_bytes >= GIB / 10:
+        return f"{n_bytes / GIB:.2f} GiB"
+    return f"{n_bytes / 2**20:.1f} MiB"
+
+
+def format_flops(n: float | None) -> str:
+    """Return a count with three digits."""
+    if n is None:
+        return "unknown"
+    return f"{n:.3g}"
+
+
+def format_range(ends: list[float | None], format_value: Formatter) -> str:
+    """Return both ends of a range, smaller first."""
+    values = sorted(end for end in ends if end is not None)
+    if not values:
+        return "unknown"
+    return " to ".join(map(format_value, values))
+
+
+def format_significant(n: float) -> str:
+    """Return three significant digits, or whole numbers from 100 on."""
+    if n >= 100:
+        return f"{n:,.0f}"
+    return f"{n:.3g}"
+
+
+def abbreviate_count(n: float) -> str:
+    """Return 40,265,318,400 as "40.3B"."""
+    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if n >= unit:
+            return f"{n / unit:.3g}{letter}"
+    return f"{n:,.0f}"
+
+
+def collect_assumptions(plans: Iterable[TargetPlan]) -> tuple[str, ...]:
+    """Return what the plans rest on, each sentence once: targets of one chip share some."""
+    notes: dict[str, None] = {}
+    for plan in plans:
+        notes |= dict.fromkeys(describe_assumptions(plan))
+    return tuple(notes)
+
+
+def describe_assumptions(plan: TargetPlan) -> list[str]:
+    """Return the assumptions of one plan, its price with the date, and what its layers move."""
+    name = plan.target
+    chip = name.partition(":")[0]
+    low, high = plan.efficiency_range
+    notes = [
+        f"{chip}: matmuls are assumed to run at {low:.0%} to {high:.0%} {plan.efficiency_source}."
+    ]
+    if chip == "cpu":
+        notes.append("cpu: a device stands for one core with 4 GiB.")
+    if plan.time_calibration != 1:
+        notes.append(
+            f"{name}: times are multiplied by {plan.time_calibration:.3g}, from a measured run."
+        )
+    if plan.layer_collectives:
+        collectives = format_collectives(plan.layer_collectives)
+        notes.append(f"{name}: each layer runs {collectives} (forward; backward).")
+    elif plan.n_devices > 1:
+        notes.append(
+            f"{name}: each layer moves {plan.comm_bytes_per_layer / 1e6:,.0f} MB to each device "
+            "per step, by arithmetic."
+        )
+    matmul_seconds = plan.compute_seconds / high
+    if plan.network_seconds > matmul_seconds:
+        notes.append(
+            f"{name}: communication takes {plan.network_seconds:.3g} s per step, the matmuls "
+            f"{matmul_seconds:.3g} s: it is the bottleneck. A larger train.batch_size, a smaller "
+            "train.grad_accum_steps or weights sharded over fewer devices help."
+        )
+    if plan.usd_per_hour is None:
+        notes.append(
+            f"{chip}: {plan.price_source}. Give yours: --config.plan.usd_per_hour=PRICE "
+            "(per device and hour)."
+        )
+    else:
+        notes.append(
+            f"{chip}: {plan.usd_per_hour:.2f} usd per device and hour ({plan.price_source})."
+        )
+    if plan.missing_package:
+        notes.append(
+            f"{chip}: estimated, not compiled: install {plan.missing_package} to compile. "
+            "Parameters and optimizer state are exact, the rest to about 25 %."
+        )
+    if plan.fits and plan.needs_mem_fraction:
+        notes.append(
+            f"{name}: needs more than the {DEFAULT_MEM_FRAC:.0%} of a card that JAX takes: "
+            f"set XLA_PYTHON_CLIENT_MEM_FRACTION={MAX_MEM_FRAC}."
+        )
+    return notes
+
+
+def format_collectives(layers: tuple[LayerCollectives, ...]) -> str:
+    """Return, such as, "4 all-gather 436 MB; 9 reduce-scatter 1,308 MB"."""
+    texts = []
+    for counts in layers:
+        parts = []
+        for kind, count in sorted(counts.items()):
+            parts.append(f"{count.n_ops} {kind} {count.n_bytes / 1e6:,.0f} MB")
+        texts.append(", ".join(parts) or "none")
+    return "; ".join(texts)

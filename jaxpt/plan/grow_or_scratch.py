@@ -16,26 +16,68 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxpt import config
+from jaxpt import config, flops
 from jaxpt.model import transformer
-from jaxpt.plan import cost, flops, runs, scaling
-from jaxpt.plan.format import abbreviate_count, align_columns, format_significant, wrap_notes
-from jaxpt.plan.records import (
-    BaseModelSummary,
-    ScalingLaw,
-    StrategyComparison,
-    StrategyCost,
-    TargetPlan,
-)
-from jaxpt.plan.runs import Growth, Run
-from jaxpt.plan.scaling import LossPoint, ScalingFit
-from jaxpt.spec import ModelSpec, UserError
+from jaxpt.plan import check, cost, scaling
+from jaxpt.plan.check import Growth, Run
+from jaxpt.plan.cost import TargetPlan, abbreviate_count, format_significant
+from jaxpt.plan.scaling import LossPoint, ScalingFit, ScalingLaw
+from jaxpt.spec import ModelSpec, Record, UserError
+from jaxpt.text import format_table, wrap_notes
 from jaxpt.train.records import HeldoutMetrics
 
 log = logging.getLogger(__name__)
 
 Range = tuple[float, float]
 Ends = tuple[float | None, float | None]  # None: never
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseModelSummary(Record):
+    """The model that could be grown."""
+
+    n_params: int
+    tokens: float  # trained on
+    tokens_per_param: float
+    usd: float | None  # what it cost; 0: free; None: computed from its tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class StrategyCost(Record):
+    """Cost of one strategy to the target loss, as (best case, worst case) unless stated.
+
+    A None inside a pair means never.
+    """
+
+    name: str  # such as "scratch" or "stacking"
+    tokens: tuple[float | None, float | None]
+    flops: tuple[float | None, float | None]
+    flops_with_base: tuple[float | None, float | None]  # the base's training included
+    # share of the FLOPs from scratch (worst case, best case); None: scratch never gets there
+    saved_frac: tuple[float | None, float | None] | None
+    saved_with_base_frac: tuple[float | None, float | None] | None
+    loss: tuple[float | None, float | None]  # nats per token after the whole token budget
+    source: str
+    notes: tuple[str, ...] = ()
+    hours: tuple[float | None, float | None] | None = None  # None: no target was planned for
+    usd: tuple[float | None, float | None] | None = None  # None: no target, or no price
+    usd_with_base: tuple[float | None, float | None] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class StrategyComparison(Record):
+    """Strategies to train or grow a model of one size."""
+
+    n_params: int
+    token_budget: float
+    target_loss: float  # nats per token
+    target_loss_given: bool  # False: what scratch reaches with token_budget
+    law: ScalingLaw
+    base: BaseModelSummary | None
+    strategies: tuple[StrategyCost, ...]
+    stack_tokens: float  # of the smaller model before stacking, by G_stack's fit (2405.15319)
+    notes: tuple[str, ...]
+    verdict: str
 
 
 class PublishedSavings(NamedTuple):
@@ -493,8 +535,8 @@ def fit_runs(
     scratch_runs: list[Run] = []
     grown_runs: list[GrownRun] = []
     for run_dir in run_dirs:
-        run = runs.read_run(run_dir, "--fit")
-        growth, losses = runs.read_growth(run), read_heldout_losses(run)
+        run = check.read_run(run_dir, "--fit")
+        growth, losses = check.read_growth(run), read_heldout_losses(run)
         if growth:
             grown_runs.append(GrownRun(run, growth, losses))
         else:
@@ -624,7 +666,7 @@ def format_strategies(comparison: StrategyComparison) -> str:
     rows = [["", *columns[0]]]
     for strategy, column in zip(comparison.strategies, columns, strict=True):
         rows.append([strategy.name, *column.values()])
-    lines += ["", *align_columns(rows), ""]
+    lines += ["", format_table(rows), ""]
     notes = []
     for strategy in comparison.strategies:
         sources = "; ".join([strategy.source, *strategy.notes])
@@ -640,7 +682,7 @@ def format_strategies(comparison: StrategyComparison) -> str:
             "G_stack's fit of when to stack (2405.15319) does not reach down to this budget: "
             "it takes more tokens than there are."
         )
-    lines += wrap_notes([*notes, *comparison.notes])
+    lines.append(wrap_notes([*notes, *comparison.notes]))
     return "\n".join([*lines, "", comparison.verdict])
 
 

@@ -7,12 +7,54 @@ between two losses carry over better than the losses themselves.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxpt.plan.records import ScalingLaw
-from jaxpt.spec import UserError
+from jaxpt.spec import Record, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ScalingLaw(Record):
+    """L = E + A / N^alpha + B / D^beta: nats per token of N parameters after D tokens."""
+
+    E: float
+    A: float
+    alpha: float
+    B: float
+    beta: float
+    source: str
+    params_range: tuple[float, float]  # fewest and most parameters of the runs it was fitted to
+    max_tokens: float  # of the longest of these runs
+
+    def predict_loss(self, n_params: float, tokens: float) -> float:
+        """Return the loss in nats per token; infinite for 0 tokens."""
+        if not tokens:
+            return math.inf
+        return self.compute_loss_floor(n_params) + self.B / tokens**self.beta
+
+    def compute_loss_floor(self, n_params: float) -> float:
+        """Return the loss that a model of this size approaches with infinite tokens."""
+        return self.E + self.A / n_params**self.alpha
+
+    def compute_tokens_to_loss(self, n_params: float, loss: float) -> float:
+        """Return the tokens needed to reach a loss; infinite if the size cannot reach it."""
+        left = loss - self.compute_loss_floor(n_params)
+        return (self.B / left) ** (1 / self.beta) if left > 0 else math.inf
+
+    def describe_extrapolation(self, n_params: float, tokens: float) -> list[str]:
+        """Describe how far a size and a token budget lie outside of the fitted runs."""
+        smallest, largest = self.params_range
+        notes = []
+        if not smallest <= n_params <= largest:
+            nearest = largest if n_params > largest else smallest
+            notes.append(f"{n_params / nearest:.3g} times the size of its runs")
+        if tokens > self.max_tokens:
+            notes.append(f"{tokens / self.max_tokens:.3g} times their tokens")
+        return notes
+
 
 SCALING_LAWS = {
     "chinchilla": ScalingLaw(

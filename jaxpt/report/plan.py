@@ -6,7 +6,7 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Iterable
 
-from jaxpt.plan import hardware
+from jaxpt import hardware
 from jaxpt.report.figures import LOG_AXIS, Spec, nominal, quantitative, render_figure
 from jaxpt.report.format import (
     finite_or_none,

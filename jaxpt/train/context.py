@@ -11,9 +11,9 @@ import jax
 
 from jaxpt.config import Config
 from jaxpt.data import loader
+from jaxpt.flops import DeviceCost
 from jaxpt.spec import Batch, ModelSpec, UserError
 from jaxpt.train import gate, optimizer, verify
-from jaxpt.train.metrics import DeviceCost
 
 EstimateCost = Callable[[ModelSpec], DeviceCost]
 

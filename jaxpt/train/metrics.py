@@ -10,13 +10,14 @@ import pathlib
 import resource
 import sys
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
 from jaxpt.config import Config
+from jaxpt.flops import DeviceCost
 from jaxpt.model import transformer
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.stage import fingerprint, write_atomic
@@ -39,26 +40,6 @@ KNOWN_SCALARS = ("loss_sum", "n_targets", "loss", "grad_norm", "lr", "n_skipped"
 KNOWN_SCALARS += ("consecutive_skips",)
 
 HostScalars = dict[str, np.ndarray]  # what a step returned, on the host
-
-
-class DeviceCost(NamedTuple):
-    """What turns speed into MFU and money; None where the hardware is not in the table."""
-
-    flops_per_token: float | None = None  # forward and backward, by plan/flops.py
-    peak_flops: float | None = None  # of one device, FLOP/s at the compute dtype
-    usd_per_hour: float | None = None  # of one device
-
-    def compute_mfu(self, tokens_per_second: float, n_devices: int) -> float | None:
-        """Return the model's FLOP/s as a fraction of what the devices can do."""
-        if not self.peak_flops or not self.flops_per_token:
-            return None
-        return tokens_per_second * self.flops_per_token / (n_devices * self.peak_flops)
-
-    def compute_usd(self, seconds: float, n_devices: int) -> float | None:
-        """Return what the devices cost in this time, in dollars."""
-        if not self.usd_per_hour:
-            return None
-        return seconds / 3600 * n_devices * self.usd_per_hour
 
 
 class MetricsLogger:

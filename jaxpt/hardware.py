@@ -13,7 +13,6 @@ import itertools
 import math
 from typing import NamedTuple
 
-from jaxpt.config import Config
 from jaxpt.spec import UserError
 
 GIB = 2**30
@@ -57,13 +56,27 @@ CPU_EFFICIENCY = Efficiency(
 )
 
 
+class GpuSpec(NamedTuple):
+    """What XLA's GPU compiler asks of a card."""
+
+    capability: tuple[int, int]  # CUDA compute capability
+    n_multiprocessors: int
+    units: int  # floating-point units per multiprocessor, as the next three
+    shared_bytes: int
+    shared_bytes_per_block: int
+    max_threads: int
+    l2_bytes: int
+    ghz: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """One JAX device of a kind."""
 
     name: str  # as in --on NAME:...
     platform: str  # "tpu", "cuda" or "cpu"
-    device_kinds: tuple[str, ...]  # JAX's names: jax.devices()[0].device_kind
+    # JAX's names, jax.devices()[0].device_kind; the first is of the card that `gpu` describes
+    device_kinds: tuple[str, ...]
     bfloat16_flops: float  # peak FLOP/s of matmuls
     # of float32 matmuls at JAX's default precision: one bfloat16 pass on TPU, TF32 on NVIDIA
     float32_flops: float
@@ -77,6 +90,7 @@ class Chip:
     efficiency: Efficiency
     max_chips: int = 0  # TPU: of the largest slice
     devices_per_chip: int = 1
+    gpu: GpuSpec | None = None  # NVIDIA: what its compiler asks
 
     def peak_flops(self, dtype: str) -> float:
         """Return the peak FLOP/s of matmuls in "bfloat16" or "float32"."""
@@ -89,180 +103,186 @@ A100_KINDS = ("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-40GB", "NVIDIA A100 80G
 
 CHIP_TABLE = (
     Chip(
-        "v4",
-        "tpu",
-        ("TPU v4",),
-        275e12,
-        275e12,
-        int(30.75 * GIB),
-        1.2e12,
-        600e9,
-        192,
-        3.22,
-        "Google Cloud on demand, us-central2, 2025",
-        TPU_EFFICIENCY,
-        4096,
+        name="v4",
+        platform="tpu",
+        device_kinds=("TPU v4",),
+        bfloat16_flops=275e12,
+        float32_flops=275e12,
+        memory_bytes=int(30.75 * GIB),
+        memory_bandwidth=1.2e12,
+        link_bandwidth=600e9,
+        watts=192,
+        usd_per_hour=3.22,
+        price_source="Google Cloud on demand, us-central2, 2025",
+        efficiency=TPU_EFFICIENCY,
+        max_chips=4096,
     ),
     Chip(
-        "v5e",
-        "tpu",
-        ("TPU v5 lite", "TPU v5e"),
-        197e12,
-        197e12,
-        int(15.75 * GIB),
-        819e9,
-        400e9,
-        None,
-        1.20,
-        GOOGLE,
-        TPU_EFFICIENCY,
-        256,
+        name="v5e",
+        platform="tpu",
+        device_kinds=("TPU v5 lite", "TPU v5e"),
+        bfloat16_flops=197e12,
+        float32_flops=197e12,
+        memory_bytes=int(15.75 * GIB),
+        memory_bandwidth=819e9,
+        link_bandwidth=400e9,
+        watts=None,
+        usd_per_hour=1.20,
+        price_source=GOOGLE,
+        efficiency=TPU_EFFICIENCY,
+        max_chips=256,
     ),
     Chip(
-        "v5p",
-        "tpu",
-        ("TPU v5", "TPU v5p"),
-        459e12,
-        459e12,
-        int(95.74 * GIB),
-        2.765e12,
-        1200e9,
-        None,
-        4.20,
-        GOOGLE,
-        TPU_EFFICIENCY,
-        6144,
+        name="v5p",
+        platform="tpu",
+        device_kinds=("TPU v5", "TPU v5p"),
+        bfloat16_flops=459e12,
+        float32_flops=459e12,
+        memory_bytes=int(95.74 * GIB),
+        memory_bandwidth=2.765e12,
+        link_bandwidth=1200e9,
+        watts=None,
+        usd_per_hour=4.20,
+        price_source=GOOGLE,
+        efficiency=TPU_EFFICIENCY,
+        max_chips=6144,
     ),
     Chip(
-        "v6e",
-        "tpu",
-        ("TPU v6 lite", "TPU v6e"),
-        918e12,
-        918e12,
-        int(31.25 * GIB),
-        1.64e12,
-        800e9,
-        None,
-        2.70,
-        GOOGLE,
-        TPU_EFFICIENCY,
-        256,
+        name="v6e",
+        platform="tpu",
+        device_kinds=("TPU v6 lite", "TPU v6e"),
+        bfloat16_flops=918e12,
+        float32_flops=918e12,
+        memory_bytes=int(31.25 * GIB),
+        memory_bandwidth=1.64e12,
+        link_bandwidth=800e9,
+        watts=None,
+        usd_per_hour=2.70,
+        price_source=GOOGLE,
+        efficiency=TPU_EFFICIENCY,
+        max_chips=256,
     ),
     Chip(
-        "tpu7x",
-        "tpu",
-        ("TPU7x",),
-        2307e12 / 2,
-        2307e12 / 2,
-        int(94.75 * GIB),
-        7.37e12 / 2,
-        1200e9 / 2,
-        None,
-        None,
-        "no public list price found, 2026-08",
-        TPU_EFFICIENCY,
-        9216,
-        2,
+        name="tpu7x",
+        platform="tpu",
+        device_kinds=("TPU7x",),
+        bfloat16_flops=2307e12 / 2,
+        float32_flops=2307e12 / 2,
+        memory_bytes=int(94.75 * GIB),
+        memory_bandwidth=7.37e12 / 2,
+        link_bandwidth=1200e9 / 2,
+        watts=None,
+        usd_per_hour=None,
+        price_source="no public list price found, 2026-08",
+        efficiency=TPU_EFFICIENCY,
+        max_chips=9216,
+        devices_per_chip=2,
     ),
     Chip(
-        "a100",
-        "cuda",
-        A100_KINDS,
-        312e12,
-        156e12,
-        85_100_068_864,
-        2.039e12,
-        600e9,
-        400,
-        2.79,
-        LAMBDA,
-        DATACENTER_GPU_EFFICIENCY,
+        name="a100",
+        platform="cuda",
+        device_kinds=A100_KINDS,
+        bfloat16_flops=312e12,
+        float32_flops=156e12,
+        memory_bytes=85_100_068_864,
+        memory_bandwidth=2.039e12,
+        link_bandwidth=600e9,
+        watts=400,
+        usd_per_hour=2.79,
+        price_source=LAMBDA,
+        efficiency=DATACENTER_GPU_EFFICIENCY,
+        gpu=GpuSpec((8, 0), 108, 64, 167_936, 166_912, 2048, 41_943_040, 1.41),
     ),
     Chip(
-        "h100",
-        "cuda",
-        ("NVIDIA H100 80GB HBM3",),
-        989.4e12,
-        494.7e12,
-        84_942_979_072,
-        3.352e12,
-        900e9,
-        700,
-        3.99,
-        LAMBDA,
-        DATACENTER_GPU_EFFICIENCY,
+        name="h100",
+        platform="cuda",
+        device_kinds=("NVIDIA H100 80GB HBM3",),
+        bfloat16_flops=989.4e12,
+        float32_flops=494.7e12,
+        memory_bytes=84_942_979_072,
+        memory_bandwidth=3.352e12,
+        link_bandwidth=900e9,
+        watts=700,
+        usd_per_hour=3.99,
+        price_source=LAMBDA,
+        efficiency=DATACENTER_GPU_EFFICIENCY,
+        gpu=GpuSpec((9, 0), 132, 128, 233_472, 232_448, 2048, 52_428_800, 1.98),
     ),
     Chip(
-        "h200",
-        "cuda",
-        ("NVIDIA H200", "NVIDIA H200 141GB HBM3e"),
-        989.4e12,
-        494.7e12,
-        151_397_597_184,
-        4.8e12,
-        900e9,
-        700,
-        4.59,
-        "Runpod on demand, 2026-10-07",
-        DATACENTER_GPU_EFFICIENCY,
+        name="h200",
+        platform="cuda",
+        device_kinds=("NVIDIA H200", "NVIDIA H200 141GB HBM3e"),
+        bfloat16_flops=989.4e12,
+        float32_flops=494.7e12,
+        memory_bytes=151_397_597_184,
+        memory_bandwidth=4.8e12,
+        link_bandwidth=900e9,
+        watts=700,
+        usd_per_hour=4.59,
+        price_source="Runpod on demand, 2026-10-07",
+        efficiency=DATACENTER_GPU_EFFICIENCY,
+        gpu=GpuSpec((9, 0), 132, 128, 233_472, 232_448, 2048, 52_428_800, 1.98),
     ),
     Chip(
-        "b200",
-        "cuda",
-        ("NVIDIA B200",),
-        2250e12,
-        1125e12,
-        191_514_411_008,
-        7.672e12,
-        1800e9,
-        1000,
-        6.69,
-        LAMBDA,
-        DATACENTER_GPU_EFFICIENCY,
+        name="b200",
+        platform="cuda",
+        device_kinds=("NVIDIA B200",),
+        bfloat16_flops=2250e12,
+        float32_flops=1125e12,
+        memory_bytes=191_514_411_008,
+        memory_bandwidth=7.672e12,
+        link_bandwidth=1800e9,
+        watts=1000,
+        usd_per_hour=6.69,
+        price_source=LAMBDA,
+        efficiency=DATACENTER_GPU_EFFICIENCY,
+        gpu=GpuSpec((10, 0), 148, 128, 233_472, 232_448, 2048, 132_644_864, 1.965),
     ),
     Chip(
-        "l4",
-        "cuda",
-        ("NVIDIA L4",),
-        121e12,
-        60e12,
-        23_580_639_232,
-        300e9,
-        64e9,
-        72,
-        0.80,
-        "AWS g6.xlarge on demand, us-east-1, 2025",
-        PCIE_GPU_EFFICIENCY,
+        name="l4",
+        platform="cuda",
+        device_kinds=("NVIDIA L4",),
+        bfloat16_flops=121e12,
+        float32_flops=60e12,
+        memory_bytes=23_580_639_232,
+        memory_bandwidth=300e9,
+        link_bandwidth=64e9,
+        watts=72,
+        usd_per_hour=0.80,
+        price_source="AWS g6.xlarge on demand, us-east-1, 2025",
+        efficiency=PCIE_GPU_EFFICIENCY,
+        gpu=GpuSpec((8, 9), 58, 128, 102_400, 101_376, 1536, 50_331_648, 2.04),
     ),
     Chip(
-        "rtx4090",
-        "cuda",
-        ("NVIDIA GeForce RTX 4090",),
-        165.2e12,
-        82.6e12,
-        25_386_352_640,
-        1.008e12,
-        64e9,
-        450,
-        0.29,
-        "OpenRelay on demand, 2026-09-20",
-        PCIE_GPU_EFFICIENCY,
+        name="rtx4090",
+        platform="cuda",
+        device_kinds=("NVIDIA GeForce RTX 4090",),
+        bfloat16_flops=165.2e12,
+        float32_flops=82.6e12,
+        memory_bytes=25_386_352_640,
+        memory_bandwidth=1.008e12,
+        link_bandwidth=64e9,
+        watts=450,
+        usd_per_hour=0.29,
+        price_source="OpenRelay on demand, 2026-09-20",
+        efficiency=PCIE_GPU_EFFICIENCY,
+        gpu=GpuSpec((8, 9), 128, 128, 102_400, 101_376, 1536, 75_497_472, 2.52),
     ),
     # one core with AVX-512: 16 lanes x 2 units x multiply and add at 2.5 GHz; bfloat16 matmuls run
     # in float32 there
     Chip(
-        "cpu",
-        "cpu",
-        ("cpu",),
-        160e9,
-        160e9,
-        4 * GIB,
-        10e9,
-        10e9,
-        8,
-        0.089,
-        "AWS c7i on demand, us-east-1, 2 vCPU per core, 2025",
-        CPU_EFFICIENCY,
+        name="cpu",
+        platform="cpu",
+        device_kinds=("cpu",),
+        bfloat16_flops=160e9,
+        float32_flops=160e9,
+        memory_bytes=4 * GIB,
+        memory_bandwidth=10e9,
+        link_bandwidth=10e9,
+        watts=8,
+        usd_per_hour=0.089,
+        price_source="AWS c7i on demand, us-east-1, 2 vCPU per core, 2025",
+        efficiency=CPU_EFFICIENCY,
     ),
 )
 CHIPS = {chip.name: chip for chip in CHIP_TABLE}
@@ -428,15 +448,3 @@ def list_target_names(chip: Chip) -> list[str]:
 def format_topology(shape: Topology) -> str:
     """Return (4, 4, 8) as "4x4x8"."""
     return "x".join(map(str, shape))
-
-
-def predict_attention_backend(settings: Config, target: Target) -> str:
-    """Return the backend that model/attention.py would choose, as far as known without a device."""
-    kernels = {"tpu": "splash", "cuda": "cudnn"}
-    kernel = kernels.get(target.chip.platform, "xla")
-    # cuDNN attends to packed documents from Hopper on
-    too_old = target.chip.name in ("a100", "l4", "rtx4090")
-    has_whole_sequences = settings.pack.seq_len % 128 == 0 and settings.mesh.context == 1
-    if too_old or not has_whole_sequences or settings.train.attention == "xla":
-        return "xla"
-    return kernel
