@@ -3,33 +3,53 @@
 from __future__ import annotations
 
 import textwrap
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 MAX_COLUMNS = 80
 
 
 def format_table(
-    rows: Sequence[Sequence[str]], *, n_text_columns: int = 1, indent: str = "", gap: int = 2
+    rows: Sequence[Sequence[str]],
+    align: str = "<>",
+    *,
+    gap: str = "  ",
+    indent: str = "",
+    min_width: int = 0,
 ) -> str:
     """Return rows of cells as lines with aligned columns.
 
     Args:
-        rows: the heads among them; of one length.
-        n_text_columns: the first columns hold words and are aligned to the left, the others hold
-            numbers and are aligned to the right.
+        rows: the heads among them, all of one length.
+        align: per column "<" for words, ">" for numbers; the last holds for all further ones.
+        gap: between two columns.
         indent: before each line.
-        gap: spaces between two columns.
+        min_width: of a column, in terminal columns.
     """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = []
+    for column in zip(*rows, strict=True):
+        widths.append(max(min_width, *map(display_width, column)))
+    sides = align + align[-1] * len(widths)
     lines = []
     for row in rows:
         cells = []
-        for i, (cell, width) in enumerate(zip(row, widths, strict=True)):
-            is_text = i < n_text_columns
-            cells.append(cell.ljust(width) if is_text else cell.rjust(width))
-        line = indent + (" " * gap).join(cells)
+        for cell, width, side in zip(row, widths, sides, strict=False):
+            blanks = " " * (width - display_width(cell))
+            cells.append(cell + blanks if side == "<" else blanks + cell)
+        line = indent + gap.join(cells)
         lines.append(line.rstrip())
     return "\n".join(lines)
+
+
+def display_width(text: str) -> int:
+    """Return the terminal columns of a text: East Asian wide characters take two."""
+    width = 0
+    for char in text:
+        if unicodedata.combining(char):
+            continue
+        is_wide = unicodedata.east_asian_width(char) in "WF"
+        width += 2 if is_wide else 1
+    return width
 
 
 def wrap_notes(notes: Iterable[str]) -> str:

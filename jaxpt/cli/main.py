@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import os
 import sys
 
@@ -15,6 +16,7 @@ from jaxpt import stage
 from jaxpt.cli import options
 from jaxpt.config import suggest_name
 from jaxpt.spec import UserError
+from jaxpt.text import format_table
 
 GROUPS = {
     "Before you pay": ("plan",),
@@ -86,8 +88,9 @@ def build_parser() -> options.Parser:
 
 def format_overview(summaries: dict[str, str]) -> str:
     """Return a line per command, in groups."""
-    width = max(map(len, COMMANDS))
+    table = format_table([(name, summaries[name]) for name in COMMANDS], "<", indent="  ")
+    rows = iter(table.splitlines())
     lines = []
     for title, names in GROUPS.items():
-        lines += [f"{title}:", *(f"  {name:{width}}  {summaries[name]}" for name in names), ""]
+        lines += [f"{title}:", *itertools.islice(rows, len(names)), ""]
     return "\n".join(lines)

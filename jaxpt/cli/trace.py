@@ -15,6 +15,7 @@ import argparse
 import pathlib
 
 from jaxpt import stage
+from jaxpt.text import format_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,27 +34,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print a line per document."""
+    """Print a row per document."""
     from jaxpt.data import loader, tokenizer
 
     run_dir = stage.local_path(arguments.workdir)
     encoder = tokenizer.load_tokenizer(run_dir / "tokenizer")
 
-    def print_document(document: loader.TracedDocument, losses: str = "") -> None:
+    def list_cells(document: loader.TracedDocument) -> list[str]:
         text = " ".join(encoder.decode(document.tokens[:40].tolist()).split())
-        where = f"{document.slot:5d}  {document.source}/{document.sequence}"
-        size = f"{len(document.tokens):6d} tokens"
-        print(f"{losses}{where}  {size}  {document.document}  {text[:80]}")
+        where = f"{document.source}/{document.sequence}"
+        size = f"{len(document.tokens)} tokens"
+        return [str(document.slot), where, size, document.document, text[:80]]
 
     if not arguments.losses:
-        for document in loader.trace_step(run_dir, arguments.step, encoder.fingerprint):
-            print_document(document)
+        traced = loader.trace_step(run_dir, arguments.step, encoder.fingerprint)
+        print(format_table([list_cells(document) for document in traced], "><><"))
         return
     from jaxpt.evaluate import attribution
 
     step = arguments.step
     used, ranked = attribution.rank_documents(run_dir, step, encoder.fingerprint)
     print(f"by {used}: nats per token, and what the document adds to the loss of step {step:,}")
+    rows = []
     for found in ranked:
         mean = found.loss_sum / found.n_trained
-        print_document(found.document, f"{mean:7.3f} {found.delta:+9.5f}  ")
+        rows.append([f"{mean:.3f}", f"{found.delta:+.5f}", *list_cells(found.document)])
+    print(format_table(rows, ">>><><"))

@@ -16,6 +16,7 @@ import pathlib
 
 from jaxpt import stage
 from jaxpt.cli import options
+from jaxpt.text import format_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,8 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
 def format_bytes_per_token(table: dict[str, dict[str, float]]) -> str:
     """Return a row per tokenizer and a column per source."""
     sources = list(next(iter(table.values())))
-    width = max(len(path) for path in table)
-    lines = ["bytes per token".ljust(width) + "".join(f"{source:>14}" for source in sources)]
+    rows = [["bytes per token", *sources]]
     for path, found in table.items():
-        lines.append(path.ljust(width) + "".join(f"{found[source]:14.3f}" for source in sources))
-    return "\n".join(lines)
+        rows.append([path, *(f"{found[source]:.3f}" for source in sources)])
+    return format_table(rows)

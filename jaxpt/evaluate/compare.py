@@ -11,7 +11,6 @@ import pathlib
 import shutil
 import sys
 import time
-import unicodedata
 from collections.abc import Callable
 from typing import Protocol
 
@@ -23,6 +22,7 @@ from jaxpt.evaluate import likelihood
 from jaxpt.model import decode
 from jaxpt.sharding import make_mesh
 from jaxpt.spec import Record, UserError
+from jaxpt.text import display_width, format_table
 
 log = logging.getLogger(__name__)
 
@@ -553,7 +553,7 @@ def format_columns(samples: SampleComparison, width: int) -> str:
             rule = "-" * min(display_width(output.model), rule_width)
             cells.append([output.model, rule, output.text])
         if column >= MIN_COLUMN_WIDTH:
-            lines += format_side_by_side(cells, column)
+            lines.append(format_side_by_side(cells, column))
             continue
         for cell in cells:
             for text in (*cell, ""):
@@ -566,22 +566,16 @@ def format_columns(samples: SampleComparison, width: int) -> str:
     return "\n".join(lines)
 
 
-def format_side_by_side(cells: list[list[str]], column: int) -> list[str]:
-    """Return the lines of cells, each a list of texts, in columns of one width."""
+def format_side_by_side(cells: list[list[str]], column: int) -> str:
+    """Return cells, each a list of texts, in columns of one width."""
     wrapped = []
     for cell in cells:
         cell_lines = []
         for text in cell:
             cell_lines += wrap_text(text, column)
         wrapped.append(cell_lines)
-    lines = []
-    for row in itertools.zip_longest(*wrapped, fillvalue=""):
-        padded = []
-        for text in row:
-            n_blanks = column - display_width(text)
-            padded.append(text + " " * n_blanks)
-        lines.append(COLUMN_GAP.join(padded).rstrip())
-    return lines
+    rows = list(itertools.zip_longest(*wrapped, fillvalue=""))
+    return format_table(rows, "<", gap=COLUMN_GAP, min_width=column)
 
 
 def wrap_text(text: str, width: int) -> list[str]:
@@ -610,14 +604,3 @@ def escape_controls(text: str) -> str:
         is_harmless = char.isprintable() or char == "\n"
         chars.append(char if is_harmless else "\N{REPLACEMENT CHARACTER}")
     return "".join(chars)
-
-
-def display_width(text: str) -> int:
-    """Return the terminal columns of a text: East Asian wide characters take two."""
-    width = 0
-    for char in text:
-        if unicodedata.combining(char):
-            continue
-        is_wide = unicodedata.east_asian_width(char) in "WF"
-        width += 2 if is_wide else 1
-    return width

@@ -28,6 +28,7 @@ from jaxpt.evaluate import contamination, likelihood, reference
 from jaxpt.model import decode, transformer
 from jaxpt.sharding import make_mesh
 from jaxpt.spec import ModelSpec, UserError
+from jaxpt.text import format_table
 from jaxpt.weights import checkpoint, huggingface
 
 if TYPE_CHECKING:
@@ -647,14 +648,7 @@ def format_results(results: dict[str, Any]) -> str:
             error = f"{stderr:.4f}" if isinstance(stderr, float) else ""
             shown = metric if kind == "none" else f"{metric} ({kind})"
             rows.append((task, shown, f"{value:.4f}", error, str(n_items)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = []
-        for cell, width in zip(row, widths, strict=True):
-            is_name = len(cells) < 2  # the other three are numbers
-            cells.append(cell.ljust(width) if is_name else cell.rjust(width))
-        lines.append("  ".join(cells))
+    lines = [format_table(rows, "<<>")]
     if "contamination" in results:
         found = contamination.ContaminationReport.from_json(results["contamination"])
         lines += ["", contamination.format_contamination(found, results["results"])]

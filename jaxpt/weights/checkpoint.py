@@ -30,6 +30,7 @@ import numpy as np
 
 from jaxpt import stage
 from jaxpt.spec import Manifest, ModelSpec, UserError
+from jaxpt.text import format_table
 
 log = logging.getLogger(__name__)
 
@@ -343,11 +344,11 @@ def describe_checkpoint(source: pathlib.Path) -> Iterator[str]:
     spec = ModelSpec.load(directory / "spec.json")
     fields = [f"{name} {value}" for name, value in spec.to_json().items()]
     yield "spec " + ", ".join(fields)
-    arrays = read_array_metadata(directory)
-    for name, leaf in arrays.items():
+    rows = []
+    for name, leaf in read_array_metadata(directory).items():
         sizes = map(str, leaf.shape)
-        shape = " x ".join(sizes) or "scalar"
-        yield f"{name:<32} {leaf.dtype!s:<10} {shape}"
+        rows.append((name, str(leaf.dtype), " x ".join(sizes) or "scalar"))
+    yield format_table(rows, "<")
 
 
 def diff_checkpoints(a: pathlib.Path, b: pathlib.Path) -> list[str]:
