@@ -16,7 +16,7 @@ from conftest import ROOT
 from made_runs import HOSTILE, SPEC, Page, growth, write_json, write_manifest, write_runs
 
 from jaxpt import stage
-from jaxpt.report import figures, live, plan, summary, training
+from jaxpt.report import figures, live, summary, training
 from jaxpt.report.page import SECTIONS, render_page, write_report
 from jaxpt.report.read import MAX_DROPPED, MAX_EXCERPT, load_run, load_runs
 from jaxpt.report.records import Phase, RunEvent
@@ -254,7 +254,7 @@ def test_forgetting_is_the_childs_loss_above_its_parents(runs, tmp_path):
     assert {"value": 0.25} in [
         value for layer in plot["layer"] for value in layer.get("data", {}).get("values", [])
     ]
-    assert not training.render_forgetting(load_runs([runs[0]])), (
+    assert not training.make_forgetting(load_runs([runs[0]])), (
         "a run from scratch has nothing to forget"
     )
 
@@ -295,9 +295,8 @@ def test_what_the_run_took_is_listed_below_its_plan(runs, tmp_path):
         "planned on h100:8 were 34.1 hours and 818 USD for 3 B tokens; "
         f"at the measured pace it is {hours:.3g} hours" in page.text
     )
-    assert load_run(runs[0]).devices is None and "measured pace" not in plan.render_plan(
-        load_runs([runs[0]])
-    )
+    assert load_run(runs[0]).devices is None
+    assert "measured pace" not in render_page(load_runs([runs[0]]))
 
 
 def test_documents_on_which_two_models_differ_are_shown_by_token_in_colors_and_in_numbers(

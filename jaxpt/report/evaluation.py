@@ -1,4 +1,4 @@
-"""Render the section Evaluation: benchmarks and bits per byte, by model and backend."""
+"""Describe what models score and write: benchmarks, samples, documents on which two differ."""
 
 from __future__ import annotations
 
@@ -6,35 +6,54 @@ import dataclasses
 import itertools
 import pathlib
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from jaxpt.report.figures import (
+    Cell,
+    Figure,
     Spec,
+    Table,
     color_by,
     nominal,
     quantitative,
-    render_figure,
 )
 from jaxpt.report.format import (
+    MAX_TEXT,
     clip_text,
     finite_or_none,
+    format_brief,
+    format_change,
     format_decimal,
     format_seconds,
+    format_signed,
     format_whole,
 )
-from jaxpt.report.html import collapsible, color_legend, escape, html_table
 from jaxpt.report.read import (
     RunData,
     get_run_index,
+    group_distinct_values,
     list_sources,
     short_model_name,
 )
-from jaxpt.report.records import Evaluation, TaskScore, parse_scores
+from jaxpt.report.records import (
+    Continuation,
+    DocumentDifference,
+    Evaluation,
+    Samples,
+    TaskScore,
+    parse_scores,
+)
 
 MetricKey = tuple[str, str]  # (task, metric)
 OVERLAP_CAPTION = (
     "Items that share 13 consecutive words with a document the model was trained on, "
     "found by following its lineage to the corpora."
 )
+MAX_PROMPTS = 24  # shown of all files together
+MAX_TOKENS_PER_DOCUMENT = 256  # colored; fewer where the page shows several comparisons
+MAX_TOKENS_LISTED = 6  # tokens of a document in the table under it
+N_CONTEXT_TOKENS = 4  # tokens shown before each of those
+NATS_PER_SHADE = 0.7  # each shade is another factor of two in probability
 BENCHMARK_CAPTION = (
     "One standard error to either side; where bars overlap, the difference may be chance."
 )
@@ -58,11 +77,21 @@ class EvalColumn:
         return f"{self.model} {self.backend}"
 
 
-def render_evaluation(runs: list[RunData]) -> str:
-    """Render the scores as a table, benchmarks as a figure too, and their contamination."""
+class EvaluationView(NamedTuple):
+    """What the section Evaluation shows."""
+
+    table: Table
+    models: list[str]  # in the order of their colors
+    benchmarks: Figure | None
+    overlaps: Table | None  # benchmark items that were seen in training
+    shared_words: list[str]
+
+
+def make_evaluation(runs: list[RunData]) -> EvaluationView | None:
+    """Return the scores, benchmarks as a figure too; None if nothing was evaluated."""
     columns = make_eval_columns(runs)
     if not columns:
-        return ""
+        return None
     errors = []
     keys: list[MetricKey] = [
         (f"bits_per_byte/{name}", "bits_per_byte") for name in list_sources(runs)
@@ -70,26 +99,27 @@ def render_evaluation(runs: list[RunData]) -> str:
     for column in columns:
         keys += [key for key in column.scores if key not in keys]
         errors += [score.stderr for score in column.scores.values()]
-    body = []
+    rows: list[list[str | Cell]] = []
     for key in keys:
         scores = [column.scores.get(key) for column in columns]
         if any(scores):
             n_items = [score.n_items for score in scores if score and score.n_items]
             label = format_metric(*key, *n_items[:1])
-            body.append([label, *map(format_score, scores)])
+            rows.append([label, *map(format_score, scores)])
     times = [format_seconds(column.seconds or None) for column in columns]
-    body.append(["time", *times])
+    rows.append(["time", *times])
     has_error = any(error is not None for error in errors)
     caption = "Bits per byte: lower is better."
     if has_error:
         caption += " Benchmarks: higher is better, ± one standard error."
     caption += " jax: our code; hf: the exported model in transformers."
     caption += describe_backend_difference(columns)
-    heads = [f"{escape(column.model)}<br>{escape(column.backend)}" for column in columns]
-    html = html_table(["", *heads], body, caption)
-    if has_error:
-        html += render_benchmark_figure(columns)
-    return html + render_contamination(runs, columns)
+    heads = ["", *(Cell(column.model, column.backend) for column in columns)]
+    models = list(dict.fromkeys(column.model for column in columns))
+    benchmarks = plot_benchmarks(columns, models) if has_error else None
+    overlaps, shared_words = list_contamination(runs, columns)
+    table = Table(heads, rows, caption)
+    return EvaluationView(table, models, benchmarks, overlaps, shared_words)
 
 
 def make_eval_columns(runs: list[RunData]) -> list[EvalColumn]:
@@ -151,9 +181,11 @@ def index_scores(scores: Iterable[TaskScore]) -> dict[MetricKey, TaskScore]:
     return by_key
 
 
-def render_contamination(runs: list[RunData], columns: list[EvalColumn]) -> str:
-    """Render which benchmark items were seen in training, and the scores without them."""
-    body = []
+def list_contamination(
+    runs: list[RunData], columns: list[EvalColumn]
+) -> tuple[Table | None, list[str]]:
+    """Return which benchmark items were seen in training, and the scores without them."""
+    rows = []
     examples = []
     unchecked = []
     n_short = 0
@@ -174,12 +206,12 @@ def render_contamination(runs: list[RunData], columns: list[EvalColumn]) -> str:
                     clean = index_scores(parse_scores(task, overlap.clean_scores))
                 scores = [score for score in result.scores if score.task == task]
                 for key, score in index_scores(scores).items():
-                    row = [format_metric(*key), escape(label), share]
+                    row = [format_metric(*key), label, share]
                     row.append(format_score(score))
                     row.append(format_score(clean.get(key)))
-                    body.append(row)
-    if not body:
-        return ""
+                    rows.append(row)
+    if not rows:
+        return None, []
     caption = OVERLAP_CAPTION
     if n_short:
         n = format_whole(n_short)
@@ -187,12 +219,8 @@ def render_contamination(runs: list[RunData], columns: list[EvalColumn]) -> str:
     for reason in dict.fromkeys(unchecked):
         caption += f" Not searched: {reason}"
     heads = ["", "model", "overlap", "score", "without them"]
-    html = "<h3>Seen in training</h3>" + html_table(heads, body, caption, n_text_columns=2)
-    items = [f"<li>{escape(example)}</li>" for example in dict.fromkeys(examples)]
-    if items:
-        shared = f'<ul class="small">{"".join(items)}</ul>'
-        html += collapsible("What they share", shared)
-    return html
+    overlaps = Table(heads, rows, caption, n_text_columns=2)
+    return overlaps, list(dict.fromkeys(examples))
 
 
 def find_label(result: Evaluation, columns: list[EvalColumn]) -> str:
@@ -220,25 +248,23 @@ def describe_backend_difference(columns: list[EvalColumn]) -> str:
     return f" They differ by {max(differences):.0e} at most."
 
 
-def format_metric(task: str, metric: str, n_items: int | None = None) -> str:
-    """Return the HTML of a row's first cell."""
+def format_metric(task: str, metric: str, n_items: int | None = None) -> Cell:
+    """Return a row's first cell."""
     details = metric.replace("_", " ")
     if n_items:
         details += f", {format_whole(n_items)} items"
-    return f"{escape(task.removeprefix('bits_per_byte/'))} <small>{escape(details)}</small>"
+    return Cell(task.removeprefix("bits_per_byte/"), details)
 
 
-def format_score(score: TaskScore | None) -> str:
+def format_score(score: TaskScore | None) -> Cell:
     """Return the score ± its standard error."""
     if score is None:
-        return ""
-    text = format_decimal(score.score)
-    if score.stderr is None:
-        return text
-    return f"{text} <small>± {format_decimal(score.stderr)}</small>"
+        return Cell("")
+    error = "" if score.stderr is None else f"± {format_decimal(score.stderr)}"
+    return Cell(format_decimal(score.score), error)
 
 
-def render_benchmark_figure(columns: list[EvalColumn]) -> str:
+def plot_benchmarks(columns: list[EvalColumn], models: list[str]) -> Figure:
     """Draw scores with their standard error: a color per model, hollow for hf."""
     values = []
     for column in columns:
@@ -249,7 +275,6 @@ def render_benchmark_figure(columns: list[EvalColumn]) -> str:
                 high = score.score + score.stderr
                 ends = {"score": score.score, "low": low, "high": high}
                 values.append({"task": f"{task} {metric}", **labels, **ends})
-    models = list(dict.fromkeys(column.model for column in columns))
     by_model = color_by("model", models)
     hollow = {"test": "datum.backend === 'hf'", "value": "var(--bg)"}
     tooltip = [nominal("task"), nominal("column")]
@@ -277,4 +302,206 @@ def render_benchmark_figure(columns: list[EvalColumn]) -> str:
     caption = BENCHMARK_CAPTION
     if any(value["backend"] == "hf" for value in values):
         caption += " Hollow: hf."
-    return color_legend(models) + render_figure(spec, caption)
+    return Figure(spec, caption)
+
+
+# ---- samples: continuations of the same prompts, side by side
+
+
+class Output(NamedTuple):
+    """A model's continuation of a prompt."""
+
+    model: str
+    color: int | None  # of the run; None: of another model
+    text: str
+    speed: str
+
+
+class PromptView(NamedTuple):
+    """A prompt and its continuations."""
+
+    text: str
+    outputs: list[Output]
+
+
+class SampleFile(NamedTuple):
+    """What the page shows of a samples.json."""
+
+    prompts: list[PromptView]
+    bits_per_byte: Table | None
+    description: str
+
+
+def make_samples(runs: list[RunData]) -> list[SampleFile]:
+    """Return the prompts of each samples.json with their continuations."""
+    found = []
+    files = group_distinct_values(runs, lambda run: run.samples)
+    for samples, _ in files:
+        max_prompts = max(1, MAX_PROMPTS // len(files))
+        prompts = []
+        for prompt in samples.prompts[:max_prompts]:
+            outputs = [describe_output(output, runs) for output in prompt.continuations]
+            prompts.append(PromptView(clip_text(prompt.prompt, MAX_TEXT), outputs))
+        description = describe_samples(samples, len(samples.prompts) - max_prompts)
+        found.append(SampleFile(prompts, make_bits_table(samples), description))
+    return found
+
+
+def make_bits_table(samples: Samples) -> Table | None:
+    """Return each model's bits per byte on the files that were compared."""
+    if not samples.bits_per_byte:
+        return None
+    models = []
+    for scores in samples.bits_per_byte.values():
+        models += scores
+    models = list(dict.fromkeys(models))
+    rows = []
+    for file, scores in samples.bits_per_byte.items():
+        rows.append([file, *(format_decimal(scores.get(name)) for name in models)])
+    return Table(["bits per byte", *models], rows)
+
+
+def describe_samples(samples: Samples, n_left_out: int) -> str:
+    """Describe how the continuations were sampled."""
+    settings = []
+    for key, value in (samples.settings or {}).items():
+        if value is not None:
+            settings.append(f"{key.replace('_', ' ')} {value}")
+    text = ", ".join(settings)
+    text = f"Each model's continuation of the prompt above it. {text[:1].upper()}{text[1:]}."
+    if n_left_out > 0:
+        text += f" {n_left_out} more prompts are in eval/samples.json."
+    return text
+
+
+def describe_output(output: Continuation, runs: list[RunData]) -> Output:
+    """Return one model's continuation of a prompt."""
+    name = short_model_name(output.model)
+    i = get_run_index(name, runs)
+    speed = ""
+    if output.n_tokens and output.seconds:
+        per_second = format_brief(output.n_tokens / output.seconds)
+        speed = f"{format_whole(output.n_tokens)} tokens, {per_second} per second"
+    text = clip_text(output.text.lstrip(" ").strip("\n"), MAX_TEXT)
+    return Output(name, i if i < len(runs) else None, text, speed)
+
+
+# ---- differences: documents on which two models differ most, by token
+# Colors show them in the text; tables of numbers serve whoever cannot see or point.
+
+
+class TokenLosses(NamedTuple):
+    """A token's text and its loss by both models, in nats."""
+
+    text: str
+    parent: float
+    child: float
+
+    @property
+    def change(self) -> float:
+        """The child's loss above the parent's."""
+        return self.child - self.parent
+
+    @property
+    def css_class(self) -> str:
+        """Class in page.css: b1 to b3 for better, w1 to w3 for worse, "" for hardly different."""
+        level = min(3, int(abs(self.change) / NATS_PER_SHADE))
+        side = "b" if self.change < 0 else "w"
+        return f"{side}{level}" if level else ""
+
+    @property
+    def visible(self) -> str:
+        """The text with white space made visible."""
+        return show_whitespace(self.text)
+
+    @property
+    def losses(self) -> str:
+        """Both losses in words."""
+        return format_change(self.parent, self.child, 2)
+
+
+class TokenInContext(NamedTuple):
+    """A token behind what stands before it."""
+
+    context: str
+    text: str
+    css_class: str
+
+
+class DocumentView(NamedTuple):
+    """A document by token, and a table of the tokens that differ most."""
+
+    title: str
+    tokens: list[TokenLosses]
+    most_different: Table
+
+
+class SideView(NamedTuple):
+    """Documents that one of the models finds more likely."""
+
+    title: str
+    documents: list[DocumentView]
+
+
+class DifferencesView(NamedTuple):
+    """What the page shows of a differences.json."""
+
+    sides: list[SideView]
+    note: str
+
+
+def make_differences(runs: list[RunData]) -> list[DifferencesView]:
+    """Return each comparison: documents that got better, then those that got worse."""
+    views = []
+    comparisons = group_distinct_values(runs, lambda run: run.differences)
+    for found, _ in comparisons:
+        models = [short_model_name(name) for name in found.models]
+        max_tokens = MAX_TOKENS_PER_DOCUMENT // len(comparisons)
+        sides = []
+        for side, documents in (("more", found.better), ("less", found.worse)):
+            if documents:
+                title = f"What {models[1]} finds {side} likely than {models[0]}"
+                shown = [describe_document(each, models, max_tokens) for each in documents]
+                sides.append(SideView(title, shown))
+        note = (
+            f"Of {format_whole(found.n_documents)} documents, each read up to "
+            f"{format_whole(found.max_length)} tokens, those whose mean loss differs most, and of "
+            f"each the {max_tokens} tokens that differ most. Losses in nats."
+        )
+        views.append(DifferencesView(sides, note))
+    return views
+
+
+def describe_document(
+    document: DocumentDifference, models: list[str], max_tokens: int
+) -> DocumentView:
+    """Return a document's first tokens with their losses, and those that differ most."""
+    losses = zip(document.token_texts, *document.token_losses, strict=True)
+    tokens = [TokenLosses(*values) for values in losses][:max_tokens]
+    title = (
+        f"{document.source}, {document.document_id}: {format_change(*document.mean_losses)} "
+        f"nats per token over {format_whole(document.n_tokens)} tokens"
+    )
+    if document.window_start:
+        title += f", from token {format_whole(document.window_start)}"
+    return DocumentView(title, tokens, list_most_different(tokens, models))
+
+
+def list_most_different(tokens: list[TokenLosses], models: list[str]) -> Table:
+    """Return a table of the tokens with the largest difference, each behind its context."""
+    order = sorted(range(len(tokens)), key=lambda i: -abs(tokens[i].change))
+    rows = []
+    for i in order[:MAX_TOKENS_LISTED]:
+        token = tokens[i]
+        before = tokens[max(0, i - N_CONTEXT_TOKENS) : i]
+        context = "".join(each.visible for each in before)
+        marked = TokenInContext(context, token.visible, token.css_class)
+        losses = [f"{token.parent:.2f}", f"{token.child:.2f}", format_signed(token.change, 2)]
+        rows.append([marked, *losses])
+    heads = ["token, in its context", *models, "difference"]
+    return Table(heads, rows, css_class="listed")
+
+
+def show_whitespace(text: str) -> str:
+    """Make white space visible, so that a token of nothing else is seen."""
+    return text.replace("\n", "\u21b5").replace("\t", "\u21e5").replace(" ", "\u00b7")

@@ -1,19 +1,15 @@
-"""Plots: Vega-Lite specs as JSON in the page, drawn by page.js."""
+"""Tables and figures of the page. A figure is a Vega-Lite spec as JSON, drawn by page.js."""
 
 from __future__ import annotations
 
-import json
 import math
-import pathlib
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from jaxpt.report.format import finite_or_none
-from jaxpt.report.html import escape, heading, series_color
 from jaxpt.report.read import Point, RunData
 
 PLOT_ATTRIBUTE = 'class="plot"'  # of what page.js draws
-PAGE_SCRIPT = pathlib.Path(__file__).with_name("page.js")
 # of a figure's curves together: a screen cannot show more, and the page would grow heavy
 MAX_POINTS_PER_FIGURE = 2_400
 LOG_TICKS: list[float] = []
@@ -39,27 +35,49 @@ Spec = dict[str, Any]  # of Vega-Lite
 Series = tuple[str, Sequence[Point]]  # a name, and its points
 
 
-def render_figure(spec: Spec, caption: str, title: str = "") -> str:
-    """Render a Vega-Lite figure with its caption."""
-    compact = (",", ":")
-    data = json.dumps(spec, separators=compact, allow_nan=False)
-    data = data.replace("<", "\\u003c")  # no text in it can end the script element
-    label = escape(caption)
-    head = ""
-    if title:
-        label = escape(f"{title}. {caption}")
-        head = heading(title)
-    style = f"min-height:{spec['height']}px"
-    attributes = f'{PLOT_ATTRIBUTE} role="img" tabindex="0" aria-label="{label}" style="{style}"'
-    script = f'<script type="application/json">{data}</script>'
-    plot = f'<div {attributes}><div aria-hidden="true"></div>{script}</div>'
-    figcaption = f"<figcaption>{escape(caption)}</figcaption>"
-    return f"<figure>{head}{plot}{figcaption}</figure>"
+class Figure(NamedTuple):
+    """A Vega-Lite figure with its caption."""
+
+    spec: Spec
+    caption: str
+    title: str = ""
+
+    @property
+    def label(self) -> str:
+        """What it shows, for whoever cannot see it."""
+        return f"{self.title}. {self.caption}" if self.title else self.caption
 
 
-def render_figure_grid(figures: list[str]) -> str:
-    """Render figures, two in a line where there is room."""
-    return f'<div class="pairs">{"".join(figures)}</div>'
+class Cell(NamedTuple):
+    """A cell with words of lesser weight behind it."""
+
+    text: str
+    small: str = ""
+    is_indented: bool = False  # belongs to the row above
+
+
+class Share(NamedTuple):
+    """A cell drawn as a bar as long as a share."""
+
+    frac: float
+
+
+class Table(NamedTuple):
+    """A table of the page.
+
+    Attributes:
+        heads: of each column.
+        rows: of cells: text, Cell, Share, or what the section's own template makes of them.
+        caption: below the table.
+        n_text_columns: the first columns hold words, the others numbers.
+        css_class: class of the frame in page.css.
+    """
+
+    heads: Sequence[str | Cell]
+    rows: Sequence[Sequence[Any]]
+    caption: str = ""
+    n_text_columns: int = 1
+    css_class: str = ""
 
 
 def plot_over_steps(
@@ -270,16 +288,6 @@ def make_color_scale(names: list[str]) -> Spec:
     return {"domain": names, "range": colors}
 
 
-def render_scripts(has_plots: bool) -> str:
-    """Return the page's script, after Vega, Vega-Lite and Vega-Embed if there are plots."""
-    page_script = f"<script>{PAGE_SCRIPT.read_text()}</script>"
-    if not has_plots:
-        return page_script
-    import vl_convert
-
-    # its stub requires a snippet, which is optional
-    make_bundle: Callable[..., str] = vl_convert.javascript_bundle
-    bundle = make_bundle().replace("</script", "<\\/script")
-    license = "BSD-3-Clause, University of Washington Interactive Data Lab"
-    credit = f"/* Vega, Vega-Lite, Vega-Embed: {license} */"
-    return f"<script>{credit}{bundle}</script>{page_script}"
+def series_color(i: int) -> str:
+    """Return the CSS color of the i-th series."""
+    return f"var(--c{i % 8})"

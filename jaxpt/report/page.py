@@ -3,73 +3,88 @@
 It is made from the JSON that stages leave in their directories, and the samples that jaxpt
 prepare keeps of what it dropped. The page asks no other host for anything, opens from a file, and
 stays under 2 MB. It is a list of sections (SECTIONS): a package that wants to be shown leaves its
-JSON, and adds to `read.load_run` and one function from runs to HTML, "" where no run has that JSON.
+JSON, and adds to `read.load_run`, one function from runs to what the section shows, and a template.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 import pathlib
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jinja2
+from markupsafe import Markup
 
 from jaxpt import stage
-from jaxpt.report import (
-    data,
-    differences,
-    evaluation,
-    growth,
-    lineage,
-    plan,
-    samples,
-    settings,
-    summary,
-    training,
-)
-from jaxpt.report.figures import PLOT_ATTRIBUTE, render_scripts
-from jaxpt.report.html import escape, small_text
+from jaxpt.report import evaluation, growth, plan, summary, training
+from jaxpt.report.figures import PLOT_ATTRIBUTE, series_color
 from jaxpt.report.read import RunData, load_runs
 
-STYLESHEET = pathlib.Path(__file__).with_name("page.css")
+HERE = pathlib.Path(__file__).parent
 
 
 class ReportSection(NamedTuple):
-    """A section of the page."""
+    """A section of the page; its template is named after it."""
 
     title: str
-    render: Callable[[list[RunData]], str]
+    make: Callable[[list[RunData]], Any]  # what the template shows; empty: nothing
     source_file: str  # the JSON that it shows
     writer: str  # what writes the file
 
 
+class ShownSection(NamedTuple):
+    """A section as HTML."""
+
+    title: str
+    body: Markup
+
+    @property
+    def anchor(self) -> str:
+        """Its id on the page."""
+        return self.title.lower().replace(" ", "-")
+
+
 SECTIONS = (
-    ReportSection("Summary", summary.render_summary, "a run directory", ""),
+    ReportSection("Summary", summary.make_summary, "a run directory", ""),
     ReportSection(
-        "Lineage", lineage.render_lineage, "manifest.json", "every stage that has finished"
+        "Lineage",
+        summary.make_lineage,
+        "manifest.json",
+        "every stage that has finished",
     ),
-    ReportSection("Data", data.render_data, "corpus/funnel.json", "jaxpt prepare"),
+    ReportSection("Data", training.make_data, "corpus/funnel.json", "jaxpt prepare"),
     ReportSection(
-        "Mixture", data.render_mixture, "metrics.jsonl beside config.json", "jaxpt train"
+        "Mixture",
+        training.make_mixture,
+        "metrics.jsonl beside config.json",
+        "jaxpt train",
     ),
-    ReportSection("Loss", training.render_losses, "metrics.jsonl", "jaxpt train"),
+    ReportSection("Loss", training.make_losses, "metrics.jsonl", "jaxpt train"),
     ReportSection(
         "Forgetting",
-        training.render_forgetting,
+        training.make_forgetting,
         "parent's held-out loss in metrics.jsonl",
         "jaxpt train of a run that started from a model",
     ),
-    ReportSection("Training", training.render_training, "metrics.jsonl", "jaxpt train"),
-    ReportSection("Growth", growth.render_growth, "growth.json", "jaxpt initialize --grow"),
-    ReportSection("Evaluation", evaluation.render_evaluation, "eval/NAME.json", "jaxpt evaluate"),
-    ReportSection("Samples", samples.render_samples, "eval/samples.json", "jaxpt compare"),
+    ReportSection("Training", training.make_training, "metrics.jsonl", "jaxpt train"),
+    ReportSection("Growth", growth.make_growth, "growth.json", "jaxpt initialize --grow"),
+    ReportSection(
+        "Evaluation",
+        evaluation.make_evaluation,
+        "eval/NAME.json",
+        "jaxpt evaluate",
+    ),
+    ReportSection("Samples", evaluation.make_samples, "eval/samples.json", "jaxpt compare"),
     ReportSection(
         "Differences",
-        differences.render_differences,
+        evaluation.make_differences,
         "eval/differences.json",
         "jaxpt compare --differ",
     ),
-    ReportSection("Plan", plan.render_plan, "plan.json", "jaxpt plan --json"),
-    ReportSection("Settings", settings.render_settings, "config.json", "jaxpt train"),
+    ReportSection("Plan", plan.make_plan, "plan.json", "jaxpt plan --json"),
+    ReportSection("Settings", summary.make_settings, "config.json", "jaxpt train"),
 )
 # what a section raises on JSON that has not the form in which our stages write it
 FORM_ERRORS = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError)
@@ -95,51 +110,80 @@ def write_report(
 
 def render_page(runs: list[RunData]) -> str:
     """Return the whole HTML. A section without its JSON becomes a sentence at the end."""
+    environment = make_environment()
     shown, missing = [], []
     for section in SECTIONS:
-        body, problem = render_section(section, runs)
+        body, problem = render_section(section, runs, environment)
         if body:
-            shown.append((section.title, body))
+            shown.append(ShownSection(section.title, body))
         else:
             missing.append(f"{section.title}: {problem}.")
     for run in runs:
         missing += run.warnings
     if missing:
-        items = [f"<li>{escape(line)}</li>" for line in dict.fromkeys(missing)]
-        shown.append(("Not shown", f"<ul>{''.join(items)}</ul>"))
-    links, main = "", ""
-    for name, body in shown:
-        anchor = name.lower().replace(" ", "-")
-        links += f'<a href="#{anchor}">{name}</a>'
-        main += f'<section id="{anchor}"><h2>{name}</h2>{body}</section>'
+        template = environment.get_template("not_shown.html")
+        body = Markup(template.render(shown=dict.fromkeys(missing)))
+        shown.append(ShownSection("Not shown", body))
     *first, last = [run.name for run in runs]
-    title = escape(f"{', '.join(first)} and {last}" if first else last)
     now = datetime.datetime.now(datetime.UTC)
-    made_on = small_text(f"jaxpt report, {now:%Y-%m-%d %H:%M} UTC")
-    return (
-        f'<!doctype html><html lang="en"><head>{render_head(title)}</head><body>'
-        f"<header><h1>{title}</h1>{made_on}</header>"
-        f'<nav aria-label="Sections">{links}</nav><main>{main}</main>'
-        f"{render_scripts(PLOT_ATTRIBUTE in main)}</body></html>\n"
+    has_plots = any(PLOT_ATTRIBUTE in section.body for section in shown)
+    html = environment.get_template("page.html").render(
+        title=f"{', '.join(first)} and {last}" if first else last,
+        made_on=f"jaxpt report, {now:%Y-%m-%d %H:%M} UTC",
+        sections=shown,
+        stylesheet=(HERE / "page.css").read_text(),
+        scripts=list_scripts(has_plots),
     )
+    # half of a surrogate pair cannot be encoded
+    return html.encode("utf-8", "replace").decode() + "\n"
 
 
-def render_section(section: ReportSection, runs: list[RunData]) -> tuple[str, str]:
+def render_section(
+    section: ReportSection, runs: list[RunData], environment: jinja2.Environment
+) -> tuple[Markup, str]:
     """Return a section's HTML, or "" and why it is not shown."""
+    writer = f", written by {section.writer}" if section.writer else ""
     try:
-        writer = f", written by {section.writer}" if section.writer else ""
-        return section.render(runs), f"no {section.source_file}{writer}"
+        found = section.make(runs)
+        if not found:
+            return Markup(""), f"no {section.source_file}{writer}"
+        template = environment.get_template(f"{section.title.lower()}.html")
+        return Markup(template.render(shown=found)), ""
     except FORM_ERRORS as error:
         reason = f"{type(error).__name__}: {error}"
-        return "", f"{section.source_file} has an unexpected form ({reason})"
+        return Markup(""), f"{section.source_file} has an unexpected form ({reason})"
 
 
-def render_head(title: str) -> str:
-    """Return the content of the page's head."""
-    return (
-        '<meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f'<title>{title}</title><link rel="icon" href="data:,">'
-        f"<style>{STYLESHEET.read_text()}</style>"
+@functools.cache
+def make_environment() -> jinja2.Environment:
+    """Return the templates. They escape whatever comes from a file."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE / "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
+    environment.filters |= {"series_color": series_color, "break_after": break_after}
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    return environment
+
+
+def break_after(text: str, mark: str) -> Markup:
+    """Return text that a browser may break into lines after each mark."""
+    return Markup(f"{mark}<wbr>").join(text.split(mark))
+
+
+def list_scripts(has_plots: bool) -> list[str]:
+    """Return the page's script, after Vega, Vega-Lite and Vega-Embed if there are plots."""
+    page_script = (HERE / "page.js").read_text()
+    if not has_plots:
+        return [page_script]
+    import vl_convert
+
+    # its stub requires a snippet, which is optional
+    make_bundle: Callable[..., str] = vl_convert.javascript_bundle
+    bundle = make_bundle().replace("</script", "<\\/script")
+    license = "BSD-3-Clause, University of Washington Interactive Data Lab"
+    credit = f"/* Vega, Vega-Lite, Vega-Embed: {license} */"
+    return [credit + bundle, page_script]

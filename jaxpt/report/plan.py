@@ -1,13 +1,22 @@
-"""Render the section Plan: hours and money, planned and measured."""
+"""Describe hours and money, planned and measured."""
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from jaxpt import hardware
-from jaxpt.report.figures import LOG_AXIS, Spec, nominal, quantitative, render_figure
+from jaxpt.report.figures import (
+    LOG_AXIS,
+    Figure,
+    Spec,
+    Table,
+    nominal,
+    quantitative,
+    series_color,
+)
 from jaxpt.report.format import (
     finite_or_none,
     format_brief,
@@ -16,7 +25,6 @@ from jaxpt.report.format import (
     format_percent,
     format_whole,
 )
-from jaxpt.report.html import collapsible, escape, heading, html_table, series_color, small_text
 from jaxpt.report.read import RunData, get_points, group_distinct_values, last_value
 from jaxpt.report.records import Check, Comparison, Ends, Plan, Target
 
@@ -37,34 +45,45 @@ CHART_CAPTION = (
 )
 
 
-def render_plan(runs: list[RunData]) -> str:
-    """Render each plan beside what its runs took."""
-    html = ""
+class PlanView(NamedTuple):
+    """What the page shows of a plan.json."""
+
+    title: str  # whose it is; "": of the only run
+    chart: Figure | None
+    targets: Table | None
+    search: list[str]
+    comparison: Table | None
+    checks: Table | None
+    notes: tuple[str, ...]
+
+
+def make_plan(runs: list[RunData]) -> list[PlanView]:
+    """Return each plan beside what its runs took."""
+    views = []
     for plan, names in group_distinct_values(runs, lambda run: run.plan):
-        if len(runs) > 1:
-            html += heading(", ".join(names))
         measured = []
         for run in runs:
             if run.name in names and last_value(run.metrics.train, "seconds"):
                 measured.append(run)
-        html += render_chart(plan)
-        html += render_targets(plan, measured)
-        html += render_search(plan)
-        if plan.comparison:
-            html += render_comparison(plan.comparison)
-        if plan.checks:
-            html += render_checks(plan.checks)
-        notes = "".join(map(small_text, plan.notes))
-        html += collapsible("Assumptions and prices", notes)
-    return html
+        view = PlanView(
+            title=", ".join(names) if len(runs) > 1 else "",
+            chart=plot_targets(plan),
+            targets=make_target_table(plan, measured),
+            search=list_search(plan),
+            comparison=make_comparison_table(plan.comparison) if plan.comparison else None,
+            checks=make_check_table(plan.checks) if plan.checks else None,
+            notes=plan.notes,
+        )
+        views.append(view)
+    return views
 
 
-def render_targets(plan: Plan, measured: list[RunData]) -> str:
-    """Render one row per target, and one per run that was measured."""
-    body = [list_target(target) for target in plan.targets]
-    body += [list_measured(run) for run in measured]
-    if not body:
-        return ""
+def make_target_table(plan: Plan, measured: list[RunData]) -> Table | None:
+    """Return one row per target, and one per run that was measured."""
+    rows = [list_target(target) for target in plan.targets]
+    rows += [list_measured(run) for run in measured]
+    if not rows:
+        return None
     caption = PLAN_CAPTION
     if measured:
         caption += " Measured: what the run has taken so far."
@@ -72,12 +91,12 @@ def render_targets(plan: Plan, measured: list[RunData]) -> str:
         caption += describe_pace(run, plan)
     heads = ["target", "method", "devices", "fits", "GB per device"]
     heads += ["MFU", "tokens/s", "hours", "USD"]
-    return html_table(heads, body, caption, n_text_columns=2, css_class="many")
+    return Table(heads, rows, caption, n_text_columns=2, css_class="many")
 
 
 def list_target(target: Target) -> list[str]:
     """Return a target's row of the table."""
-    row = [escape(target.target), escape(target.method)]
+    row = [target.target, target.method]
     row.append(format_whole(target.n_devices))
     row.append("yes" if target.fits else "no")
     row.append(format_gigabytes(target.peak_bytes))
@@ -96,7 +115,7 @@ def list_measured(run: RunData) -> list[str]:
     if run.devices:
         name = run.devices.device_kind
         n_devices = run.devices.n_devices
-    row = [escape(name), "measured", format_whole(n_devices), ""]
+    row = [name, "measured", format_whole(n_devices), ""]
     row.append(format_gigabytes(last_value(train, "memory_bytes") or None))
     row.append(format_percent(last_value(train, "mfu") or None))
     row += [format_count(speed), format_brief(seconds / 3600)]
@@ -149,36 +168,35 @@ def join_ends(texts: Iterable[str]) -> str:
     return "\u2013".join(dict.fromkeys(texts))
 
 
-def render_search(plan: Plan) -> str:
-    """Render the best layouts that jaxpt plan --search found."""
+def list_search(plan: Plan) -> list[str]:
+    """Return the best layouts that jaxpt plan --search found, in words."""
     if not plan.search:
-        return ""
-    html = ""
+        return []
+    lines = []
     found = {"Cheapest": plan.search.cheapest, "Fastest": plan.search.fastest}
     for label, best in found.items():
         if best:
-            overrides = best.overrides or ()
-            layout = " ".join([best.target, *overrides])
-            html += small_text(f"{label} that fits, by jaxpt plan --search: {layout}")
-    return html
+            layout = " ".join([best.target, *(best.overrides or ())])
+            lines.append(f"{label} that fits, by jaxpt plan --search: {layout}")
+    return lines
 
 
-def render_comparison(comparison: Comparison) -> str:
-    """Render growing against training from scratch, as jaxpt plan --base compared them."""
-    body = []
+def make_comparison_table(comparison: Comparison) -> Table:
+    """Return growing against training from scratch, as jaxpt plan --base compared them."""
+    rows = []
     for strategy in comparison.strategies:
-        row = [escape(strategy.name), format_ends(strategy.tokens, format_count)]
+        row = [strategy.name, format_ends(strategy.tokens, format_count)]
         for frac in (strategy.saved_frac, strategy.saved_with_base_frac):
             row.append(format_ends(frac, format_percent))
         for cost in (strategy.hours, strategy.usd):
             row.append(format_ends(cost, format_brief))
-        body.append(row)
+        rows.append(row)
     caption = (
         f"Strategies to reach {comparison.target_loss:.3f} nats per token. Shares of FLOPs saved "
         "against scratch, from published ranges unless runs were fitted. " + comparison.verdict
     )
     heads = ["strategy", "tokens", "saved", "saved, base paid", "hours", "USD"]
-    return html_table(heads, body, caption)
+    return Table(heads, rows, caption)
 
 
 def format_ends(ends: Ends | None, format_number: Formatter) -> str:
@@ -189,17 +207,17 @@ def format_ends(ends: Ends | None, format_number: Formatter) -> str:
     return join_ends(texts)
 
 
-def render_checks(checks: tuple[Check, ...]) -> str:
-    """Render planned against measured, as jaxpt plan --check compared them."""
-    body = []
+def make_check_table(checks: tuple[Check, ...]) -> Table:
+    """Return planned against measured, as jaxpt plan --check compared them."""
+    rows = []
     for check in checks:
-        _, *numbers = dataclasses.astuple(check)
-        body.append([escape(check.run_dir), *map(format_brief, numbers)])
+        run_dir, *numbers = dataclasses.astuple(check)
+        rows.append([run_dir, *map(format_brief, numbers)])
     heads = ["run", "planned s", "measured s", "ratio", "calibrated", "memory ratio", "calibrated"]
-    return html_table(heads, body, CHECK_CAPTION)
+    return Table(heads, rows, CHECK_CAPTION)
 
 
-def render_chart(plan: Plan) -> str:
+def plot_targets(plan: Plan) -> Figure | None:
     """Draw money against hours if two targets have both."""
     values = []
     for target in plan.targets:
@@ -209,7 +227,7 @@ def render_chart(plan: Plan) -> str:
             point = {"target": target.target, "hours": hours, "usd": usd}
             values.append({**point, "fits": target.fits})
     if len(values) < 2:
-        return ""
+        return None
     scale = {"type": "log", "padding": 40, "nice": False}
     axis = {"scale": scale, "axis": LOG_AXIS}
     hours = quantitative("hours", title="hours", **axis)
@@ -229,4 +247,4 @@ def render_chart(plan: Plan) -> str:
     spec: Spec = {"height": 290, "data": {"values": values}}
     spec["encoding"] = {"x": hours, "y": usd}
     spec["layer"] = [dots, labels]
-    return render_figure(spec, CHART_CAPTION)
+    return Figure(spec, CHART_CAPTION)

@@ -467,6 +467,11 @@ def group_distinct_values(
     return list(groups.values())
 
 
+def name_owners(names: list[str], runs: list[RunData]) -> str:
+    """Return " (run, ...)" where a value is not that of all runs."""
+    return f" ({', '.join(names)})" if len(names) < len(runs) else ""
+
+
 def format_shape(run: RunData) -> str:
     """Return layers x width."""
     return f"{run.sizes.n_layers} × {run.sizes.d_model}" if run.sizes else ""

@@ -1,37 +1,51 @@
-"""Summarize runs in the numbers that matter, for the head of the page and for the terminal."""
+"""Describe runs as a whole: their numbers, what they were made from, their settings."""
 
 from __future__ import annotations
 
+import json
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxpt.lineage import STAGES
+from jaxpt import config, stage
+from jaxpt.lineage import STAGES, LineageNode
+from jaxpt.report.figures import Cell, Table, series_color
 from jaxpt.report.format import (
     clip_text,
+    format_brief,
     format_change,
     format_count,
     format_decimal,
     format_seconds,
     format_whole,
 )
-from jaxpt.report.html import color_swatch, escape, html_table, row_header
 from jaxpt.report.read import (
     RunData,
     first_value,
+    flatten_settings,
     format_shape,
     last_value,
     list_sources,
     order_keys,
     short_model_name,
+    summarize_stage,
 )
+from jaxpt.report.records import Funnel, PackedCounts
+from jaxpt.spec import encode_json
+from jaxpt.text import format_table
 
-LABEL_WIDTH = 24  # columns of the terminal, as all widths
-TABLE_WIDTH = 76  # of all columns but the labels
-MAX_RUNS_PER_TABLE = 4
+MAX_RUNS_PER_TABLE = 3  # on the terminal, as the next three
+MAX_LABEL = 24
+MAX_RUN_NAME = 16
+MIN_COLUMN = 15
 SUMMARY_CAPTION = (
     "Held-out: text kept out of training, mean over its tokens. "
     "Bits per byte: independent of the tokenizer, lower is better."
+)
+NODE_HEIGHT = 68  # pixels of a stage in the picture of the lineage
+LINEAGE_CAPTION = (
+    "The oldest at the top; a line leads from what was read to what was made of it. "
+    "In grey: fingerprint, date (UTC), time it took."
 )
 
 
@@ -41,6 +55,56 @@ class SummaryRow(NamedTuple):
     label: str
     unit: str
     texts: list[str]  # one per run
+
+
+class RunFacts(NamedTuple):
+    """What a run made and from what."""
+
+    name: str
+    facts: list[str]
+
+
+class Summary(NamedTuple):
+    """What the section Summary shows."""
+
+    runs: list[RunFacts]
+    table: Table
+
+
+def make_summary(runs: list[RunData]) -> Summary:
+    """Return the facts of each run and the table of their numbers."""
+    rows = []
+    for label, unit, texts in summarize_runs(runs):
+        name = Cell(label.strip(), unit, is_indented=label.startswith("  "))
+        rows.append([name, *texts])
+    heads = ["", *(run.name for run in runs)]
+    facts = [RunFacts(run.name, list_run_facts(run)) for run in runs]
+    return Summary(facts, Table(heads, rows, SUMMARY_CAPTION))
+
+
+def list_run_facts(run: RunData) -> list[str]:
+    """Return a run's size, its growth and its training in words."""
+    size = "a model of unknown size (no spec.json)"
+    if run.n_params:
+        size = f"{format_count(run.n_params)} parameters"
+    facts = [size]
+    if run.growth:
+        start = f"grown from {short_model_name(run.growth.parent)}"
+        if run.growth.at_step is not None:
+            start = f"grown at step {format_whole(run.growth.at_step)}"
+        facts.append(f"{start} by {', '.join(run.growth.operators)}")
+    train = run.metrics.train
+    if train:
+        n_tokens = last_value(train, "n_tokens")
+        seconds = last_value(train, "seconds")
+        trained = f"trained {format_whole(train[-1].step)} steps"
+        if n_tokens:
+            trained += f" on {format_count(n_tokens)} tokens"
+        if seconds:
+            trained += f" in {format_seconds(seconds)}"
+        change = format_loss_change(run).replace(" ", "\u00a0")  # is not broken into two lines
+        facts += [trained, f"loss {change}"]
+    return facts
 
 
 def summarize_runs(runs: list[RunData]) -> list[SummaryRow]:
@@ -91,26 +155,20 @@ def format_loss_change(run: RunData) -> str:
 
 
 def format_summary_table(runs: list[RunData], page_path: pathlib.Path) -> str:
-    """Return the summary as text at most 100 columns wide that ends in the page's path."""
-    lines = []
+    """Return the summary as text of at most 80 columns that ends in the page's path."""
+    parts = []
     for start in range(0, len(runs), MAX_RUNS_PER_TABLE):
         part = runs[start : start + MAX_RUNS_PER_TABLE]
-        width = 18
-        if len(part) < MAX_RUNS_PER_TABLE:
-            width = max(16, *(len(run.name) + 3 for run in part))
-        width = min(width, TABLE_WIDTH // len(part))
-        names = [f"{clip_text(run.name, width - 2):>{width}}" for run in part]
-        lines.append(" " * LABEL_WIDTH + "".join(names))
-        lines.append("\u2500" * (LABEL_WIDTH + width * len(part)))
+        rows = [["", *(clip_text(run.name, MAX_RUN_NAME) for run in part)]]
         for label, unit, texts in summarize_runs(part):
-            if unit:
-                label += f", {unit}"
-            values = "".join(f"{text:>{width}}" for text in texts)
-            lines.append(f"{label:{LABEL_WIDTH}.{LABEL_WIDTH}}{values}")
-        lines.append("")
+            label = f"{label}, {unit}" if unit else label
+            rows.append([clip_text(label, MAX_LABEL), *texts])
+        heads, *lines = format_table(rows, gap=" ", min_width=MIN_COLUMN).splitlines()
+        rule = "\u2500" * len(heads)
+        parts.append("\n".join([heads, rule, *lines, ""]))
     megabytes = page_path.stat().st_size / 1e6
-    lines.append(f"{page_path}  ({megabytes:.2f} MB, opens in any browser)")
-    return "\n".join(line.rstrip() for line in lines)
+    parts.append(f"{page_path}  ({megabytes:.2f} MB, opens in any browser)")
+    return "\n".join(parts)
 
 
 def get_bits_per_byte(run: RunData) -> dict[str, float]:
@@ -137,38 +195,146 @@ def sum_seconds_by_stage(run: RunData) -> dict[str, float]:
     return {kind: value for kind, value in seconds.items() if value}
 
 
-def render_summary(runs: list[RunData]) -> str:
-    """Render a sentence per run and the summary's table."""
-    html = ""
-    for i, run in enumerate(runs):
-        html += f'<p class="made">{color_swatch(i)}<span>{describe_run(run)}</span></p>'
-    body = []
-    for label, unit, texts in summarize_runs(runs):
-        body.append([row_header(label, unit), *map(escape, texts)])
-    heads = ["", *(escape(run.name) for run in runs)]
-    return html + html_table(heads, body, SUMMARY_CAPTION)
+# ---- lineage
 
 
-def describe_run(run: RunData) -> str:
-    """Describe in a sentence of HTML what a run made and from what."""
-    size = "a model of unknown size (no spec.json)"
-    if run.n_params:
-        size = f"{format_count(run.n_params)} parameters"
-    parts = [f"<strong>{escape(run.name)}</strong>: {size}"]
-    if run.growth:
-        start = f"grown from {short_model_name(run.growth.parent)}"
-        if run.growth.at_step is not None:
-            start = f"grown at step {format_whole(run.growth.at_step)}"
-        parts.append(escape(f"{start} by {', '.join(run.growth.operators)}"))
-    train = run.metrics.train
-    if train:
-        n_tokens = last_value(train, "n_tokens")
-        seconds = last_value(train, "seconds")
-        trained = f"trained {format_whole(train[-1].step)} steps"
-        if n_tokens:
-            trained += f" on {format_count(n_tokens)} tokens"
-        if seconds:
-            trained += f" in {format_seconds(seconds)}"
-        parts.append(trained)
-        parts.append("loss " + format_loss_change(run).replace(" ", "&nbsp;"))
-    return ", ".join(parts) + "."
+class StageItem(NamedTuple):
+    """A stage in the picture of the lineage."""
+
+    name: str
+    size: str
+    path: str
+    facts: list[tuple[str, str]]  # each with what a narrow screen leaves out
+    y: int  # pixels
+    color: str
+
+
+class Lineage(NamedTuple):
+    """What the section Lineage shows: stages, oldest first, joined by lines."""
+
+    stages: list[StageItem]
+    lines: list[str]  # SVG paths
+    x: int  # of the stages' dots, in pixels as the next two
+    width: int
+    height: int
+    caption: str = LINEAGE_CAPTION
+
+
+def make_lineage(runs: list[RunData]) -> Lineage | None:
+    """Return the stages behind all runs and exports; None if no stage has finished."""
+    by_key: dict[str, LineageNode] = {}
+    for run in runs:
+        for node in (*run.lineage_nodes, *run.export_nodes):
+            by_key[node.key] = node
+    nodes = list(by_key.values())
+    if not any(node.manifest for node in nodes):
+        return None
+    owners = {run.lineage_nodes[-1].key: i for i, run in enumerate(runs)}
+    index = {node.key: i for i, node in enumerate(nodes)}
+    longest = 0  # most nodes that a line passes
+    for node in nodes:
+        for parent in node.parents:
+            longest = max(longest, index[node.key] - index[parent] - 1)
+    margin = min(64, 16 * longest)
+    x = 8 + margin
+    lines = []
+    stages = []
+    for i, node in enumerate(nodes):
+        y = i * NODE_HEIGHT + 22
+        for parent in node.parents:
+            top = index[parent] * NODE_HEIGHT + 22
+            # a cubic reaches 3/4 of the way to its control points
+            bend = margin * (i - index[parent] - 1) / max(1, longest) * 4 / 3
+            lines.append(f"M{x} {top} C{x - bend} {top + 18} {x - bend} {y - 18} {x} {y}")
+        owner = owners.get(node.key)
+        run = None if owner is None else runs[owner]
+        color = "var(--muted)" if owner is None else series_color(owner)
+        stages.append(describe_node(node, run, y, color))
+    return Lineage(stages, lines, x, x + 10, len(nodes) * NODE_HEIGHT)
+
+
+def describe_node(node: LineageNode, run: RunData | None, y: int, color: str) -> StageItem:
+    """Return a stage's name, size, fingerprint, date and time."""
+    manifest = summarize_stage(node)
+    facts = [("no manifest there", "")]
+    name = run.name if run else node.path.name
+    if manifest:
+        date, _, clock = manifest.created[:16].partition("T")
+        facts = [(node.key[:8], node.key[8:])]
+        if date:
+            facts.append((date, f" {clock}"))
+        facts.append((format_seconds(manifest.seconds), ""))
+        if manifest.stage == "export" and not run:
+            name = "/".join(node.path.parts[-2:])
+    if node.has_changed:
+        facts.append(("replaced since it was read", ""))
+    facts = [fact for fact in facts if any(fact)]
+    size = describe_run_size(run) if run else describe_stage_size(node)
+    return StageItem(name, size, str(node.path), facts, y, color)
+
+
+def describe_run_size(run: RunData) -> str:
+    """Describe the size of a run's model."""
+    n_params = f"{format_count(run.n_params)} parameters" if run.n_params else ""
+    return ", ".join(filter(None, [n_params, format_shape(run)]))
+
+
+def describe_stage_size(node: LineageNode) -> str:
+    """Describe what a stage made in a few words."""
+    manifest = summarize_stage(node)
+    counts = manifest.counts if manifest else {}
+    if node.funnel:
+        kept = Funnel.from_json(encode_json(node.funnel)).train.values()
+        n_documents = sum(amount.n_documents for amount in kept)
+        n_bytes = sum(amount.n_bytes for amount in kept)
+        return f"{format_whole(n_documents)} documents, {format_brief(n_bytes / 1e6)} MB"
+    if node.kind == "tokenizer":
+        return f"{format_whole(counts.get('vocab_size'))} tokens"
+    if node.kind == "packed" and counts:
+        packed = PackedCounts.from_json(counts)
+        n_tokens = sum(source.n_tokens for source in packed.train.values())
+        seq_len = format_whole(packed.seq_len)
+        return f"{format_count(n_tokens)} tokens, sequences of {seq_len}"
+    text = f"{format_count(counts['n_params'])} parameters" if "n_params" in counts else ""
+    if "bytes" in counts:
+        text += f", {format_brief(counts['bytes'] / 1e6)} MB in Hugging Face format"
+    return text
+
+
+# ---- settings
+
+
+class Code(NamedTuple):
+    """A cell of code, which may be broken into lines after a mark."""
+
+    text: str
+    mark: str = "/"
+
+
+def make_settings(runs: list[RunData]) -> Table | None:
+    """Return the settings that differ between runs, or of one run from the defaults."""
+    settings = {run.name: run.settings for run in runs if run.settings}
+    if not settings:
+        return None
+    caption = "Settings that differ between the runs; all others are equal."
+    if len(settings) == 1:
+        defaults = flatten_settings(stage.to_jsonable(config.Config()))
+        settings = {"default": defaults, **settings}
+        caption = "Settings that differ from the defaults; configs/base.py explains each."
+    keys = []
+    for values in settings.values():
+        keys += values
+    rows = []
+    for key in dict.fromkeys(keys):
+        cells = [format_code(values.get(key)) for values in settings.values()]
+        if len(set(cells)) > 1:
+            rows.append([Code(key, "."), *cells])
+    heads = ["", *settings]
+    return Table(heads, rows, caption, n_text_columns=len(heads))
+
+
+def format_code(value: Any) -> Code | None:
+    """Return a JSON value as code; None for None."""
+    if value is None:
+        return None
+    return Code(clip_text(json.dumps(value), 200))

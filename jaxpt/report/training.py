@@ -1,19 +1,21 @@
-"""Render the sections of a training run: losses, forgetting, and how the training went."""
+"""Describe what a run read and how it learned: data, mixture, losses, forgetting, training."""
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from jaxpt.report.figures import plot_over_steps, render_figure, render_figure_grid
+from jaxpt.report.figures import Cell, Figure, Share, Table, plot_curves, plot_over_steps
 from jaxpt.report.format import (
     finite_or_none,
+    format_count,
     format_decimal,
     format_gigabytes,
     format_signed,
     format_whole,
 )
-from jaxpt.report.html import collapsible, color_legend, escape, html_table, small_text
 from jaxpt.report.read import (
     Point,
     RunData,
@@ -21,19 +23,25 @@ from jaxpt.report.read import (
     get_parent_points,
     get_points,
     get_scalar_points,
+    group_distinct_values,
     last_value,
     list_sources,
+    name_owners,
     order_keys,
 )
-from jaxpt.report.records import SkippedPoint
+from jaxpt.report.records import Funnel, SkippedPoint, TextAmount
 
+DATA_CAPTION = (
+    "Documents and text left after each rule, in the order applied. "
+    "Tokens: estimated from the bytes. Share: of the text read, by bytes."
+)
+MIXTURE_CAPTION = (
+    "Share of the sequences of each step, from the given step on. "
+    "The table under Training has the epochs of each source."
+)
 MAX_SKIPS = 12  # shown per run
 MAX_DOCUMENTS = 3  # of a skipped update named at once, the others folded
 UNIT = "nats/token"
-HINT = (
-    '<p class="small hint">Drag moves a plot, shift and wheel zoom it, '
-    "a double click resets it.</p>"
-)
 SKIP_CAPTION = (
     "The loss or the gradient was not finite, or its norm a spike: parameters and moments stayed "
     "as they were. To find the document:"
@@ -59,24 +67,194 @@ TRAIN_METRICS = (
 )
 
 
-def render_losses(runs: list[RunData]) -> str:
-    """Render training and held-out losses as figures, and their first and last in a table."""
+# ---- what the rules kept and dropped
+
+
+class DroppedSample(NamedTuple):
+    """A document that a rule dropped."""
+
+    reason: str
+    text: str
+
+
+class RuleSamples(NamedTuple):
+    """Documents that one rule dropped."""
+
+    title: str
+    documents: list[DroppedSample]
+
+
+class SourceData(NamedTuple):
+    """A source's funnel, what of it could not be read, and samples of what was dropped."""
+
+    title: str
+    table: Table
+    skipped: str
+    messages: tuple[str, ...]
+    dropped: list[RuleSamples]
+
+
+class Data(NamedTuple):
+    """What the section Data shows."""
+
+    sources: list[SourceData]
+    caption: str = DATA_CAPTION
+
+
+def make_data(runs: list[RunData]) -> Data | None:
+    """Return each source of each corpus; None if no corpus was read."""
+    found = []
+    for funnels, names in group_distinct_values(runs, lambda run: run.funnels):
+        for funnel in funnels:
+            for source in funnel.sources:
+                found.append(describe_source(funnel, source, source + name_owners(names, runs)))
+    return Data(found) if found else None
+
+
+def describe_source(funnel: Funnel, source: str, title: str) -> SourceData:
+    """Return what the page shows of a source of a corpus."""
+    reasons = []
+    messages = ()
+    skipped = funnel.skipped.get(source)
+    if skipped:
+        reasons = [f"{format_whole(n)} times {reason}" for reason, n in skipped.counts.items()]
+        messages = skipped.messages
+    text = f"Skipped while reading: {', '.join(reasons)}." if reasons else ""
+    table = make_funnel_table(funnel, source)
+    return SourceData(title, table, text, messages, list_dropped(funnel, source))
+
+
+def make_funnel_table(funnel: Funnel, source: str) -> Table:
+    """Return what was read, left after each rule, and split into training and held-out text."""
+    labels = []
+    amounts = []
+    edits = []
+    for step in funnel.steps:
+        labels.append(step.rule.replace("_", " "))
+        amounts.append(step.kept.get(source, TextAmount()))
+        n_edits = step.n_edits or {}
+        edits.append(format_whole(n_edits.get(source) or None))
+    documents = [amount.n_documents for amount in amounts]
+    n_read_bytes = next((amount.n_bytes for amount in amounts), 0)
+    dropped = [""]
+    for before, after in itertools.pairwise(documents):
+        dropped.append(format_whole(before - after))
+    splits = {"kept for training": funnel.train, "held out": funnel.heldout}
+    for label, split in splits.items():
+        if source in split:
+            labels.append(label)
+            amounts.append(split[source])
+    shares = []
+    for amount in amounts:
+        frac = amount.n_bytes / n_read_bytes if n_read_bytes else 0
+        shares.append(Share(frac))
+    columns: dict[str, Sequence[str | Share]] = {"rule": labels}
+    columns["documents"] = [format_whole(amount.n_documents) for amount in amounts]
+    columns |= {"dropped": dropped, "edits": edits}
+    columns["MB"] = [format_decimal(amount.n_bytes / 1e6, 2) for amount in amounts]
+    columns["tokens"] = [format_count(amount.n_tokens) for amount in amounts]
+    columns["share"] = shares
+    # what no rule did, or nobody counted, has no column
+    columns = {head: cells for head, cells in columns.items() if any(cells)}
+    rows = list(itertools.zip_longest(*columns.values(), fillvalue=""))
+    return Table(list(columns), rows, css_class="funnel")
+
+
+def list_dropped(funnel: Funnel, source: str) -> list[RuleSamples]:
+    """Return samples of what each rule dropped, in the order of the rules."""
+    found = []
+    order = [step.rule for step in funnel.steps]
+    for rule in order_keys(order, funnel.dropped):
+        samples = []
+        for document in funnel.dropped.get(rule, ()):
+            if document.source == source:
+                reason = f"{document.id}: {document.reason or 'no reason recorded'}"
+                samples.append(DroppedSample(reason, document.text))
+        if samples:
+            found.append(RuleSamples(rule.replace("_", " "), samples))
+    return found
+
+
+# ---- what the steps read
+
+
+class Mixture(NamedTuple):
+    """What the section Mixture shows: the share of each source by step."""
+
+    sources: list[str]
+    figures: list[Figure]  # of the runs in which it changes
+    table: Table
+
+
+def make_mixture(runs: list[RunData]) -> Mixture | None:
+    """Return the shares of each run; None if no run has trained."""
+    runs = [run for run in runs if run.phases and run.metrics.train]
+    if not runs:
+        return None
+    names = list_sources(runs)
+    for run in runs:
+        for phase in run.phases:
+            names = order_keys(names, [*names, *phase.shares])
+    figures = []
+    rows = []
+    for run in runs:
+        if len(run.phases) > 1:
+            title = run.name if len(runs) > 1 else "Shares"
+            figures.append(plot_mixture(run, names, title))
+        for phase in run.phases:
+            row = [run.name, format_whole(phase.step)]
+            for name in names:
+                share = phase.shares.get(name)
+                row.append("" if share is None else f"{100 * share:.3g} %")
+            rows.append(row)
+    heads = ["run", "from step", *names]
+    return Mixture(names, figures, Table(heads, rows, MIXTURE_CAPTION))
+
+
+def plot_mixture(run: RunData, names: list[str], title: str) -> Figure:
+    """Draw each source's share as steps of a stair."""
+    starts = [phase.step for phase in run.phases]
+    last_step = max(starts[-1], run.metrics.train[-1].step)
+    ends = [*starts[1:], last_step]
+    series = []
+    for name in names:
+        points = []
+        for phase, start, end in zip(run.phases, starts, ends, strict=True):
+            share = phase.shares.get(name, 0.0)
+            points += [(start, share), (end, share)]
+        series.append((name, points))
+    plot = plot_curves(names, series, "share", 180, unit="of the sequences", scale="share")
+    return Figure(plot, "Share of the sequences of each step.", title)
+
+
+# ---- losses
+
+
+class Losses(NamedTuple):
+    """What the section Loss shows."""
+
+    names: list[str]  # of the runs
+    training: Figure | None
+    heldout: list[Figure]
+    table: Table
+
+
+def make_losses(runs: list[RunData]) -> Losses | None:
+    """Return training and held-out losses; None if nothing was measured."""
     metrics = [run.metrics for run in runs]
     if not any(metric.train or metric.heldout for metric in metrics):
-        return ""
-    html = color_legend([run.name for run in runs])
-    if any(metric.train for metric in metrics):
-        html += render_training_loss(runs)
+        return None
+    training = plot_training_loss(runs) if any(metric.train for metric in metrics) else None
     sources = []
     for name in list_sources(runs):
         if any(get_heldout_points(run, name) for run in runs):
             sources.append(name)
-    figures = [render_heldout_loss(runs, name) for name in sources]
-    html += render_figure_grid(figures) + HINT
-    return html + collapsible("The numbers", render_loss_table(runs, sources))
+    heldout = [plot_heldout_loss(runs, name) for name in sources]
+    names = [run.name for run in runs]
+    return Losses(names, training, heldout, make_loss_table(runs, sources))
 
 
-def render_training_loss(runs: list[RunData]) -> str:
+def plot_training_loss(runs: list[RunData]) -> Figure:
     """Draw the training loss of all runs."""
     entropies = []
     for run in runs:
@@ -96,10 +274,10 @@ def render_training_loss(runs: list[RunData]) -> str:
         caption += " Dotted upright: the run was resumed there."
     series = [(run.name, get_points(run.metrics.train, "loss")) for run in runs]
     plot = plot_over_steps(runs, series, "loss", 330, unit=UNIT, levels=entropies)
-    return render_figure(plot, caption + growths)
+    return Figure(plot, caption + growths)
 
 
-def render_heldout_loss(runs: list[RunData], source: str) -> str:
+def plot_heldout_loss(runs: list[RunData], source: str) -> Figure:
     """Draw the held-out loss of one source, and the parents' on the same sequences."""
     series = []
     parents = []
@@ -115,18 +293,18 @@ def render_heldout_loss(runs: list[RunData], source: str) -> str:
         caption += " Thin: its parent on the same sequences."
     options = {"unit": UNIT, "levels": entropies, "thin_series": parents}
     plot = plot_over_steps(runs, series, source, 220, **options)
-    return render_figure(plot, caption, f"Held out: {source}")
+    return Figure(plot, caption, f"Held out: {source}")
 
 
-def render_loss_table(runs: list[RunData], sources: list[str]) -> str:
-    """Render each run's first and last loss, in training and of each held-out source."""
-    body = []
+def make_loss_table(runs: list[RunData], sources: list[str]) -> Table:
+    """Return each run's first and last loss, in training and of each held-out source."""
+    rows = []
 
     def add(run: RunData, text: str, points: Sequence[Point], *others: float | None) -> None:
         if points:
             (_, first), (_, last) = points[0], points[-1]
             values = map(format_decimal, [first, last, *others])
-            body.append([escape(run.name), escape(text), *values])
+            rows.append([run.name, text, *values])
 
     for run in runs:
         entropy = [*list_training_entropy(run), None][0]
@@ -138,7 +316,7 @@ def render_loss_table(runs: list[RunData], sources: list[str]) -> str:
             entropy = get_heldout_entropy(run, name)
             add(run, name, get_heldout_points(run, name), entropy, parent)
     heads = ["run", "text", "first", "last", "unigram", "parent"]
-    return html_table(heads, body, "Nats per token.", n_text_columns=2)
+    return Table(heads, rows, "Nats per token.", n_text_columns=2)
 
 
 def list_training_entropy(run: RunData) -> list[float]:
@@ -166,29 +344,39 @@ def get_heldout_entropy(run: RunData, source: str) -> float | None:
     return None
 
 
-def render_forgetting(runs: list[RunData]) -> str:
-    """Render how far each source's held-out loss is above the parent's."""
-    figures = ""
-    body = []
+# ---- forgetting
+
+
+class Forgetting(NamedTuple):
+    """What the section Forgetting shows."""
+
+    sources: list[str]
+    figures: list[Figure]
+    table: Table
+
+
+def make_forgetting(runs: list[RunData]) -> Forgetting | None:
+    """Return how far each source's held-out loss is above the parent's; None without a parent."""
     compared = set()
     for run in runs:
         for point in run.metrics.heldout:
             compared |= set(point.parent_loss or ())
     sources = [name for name in list_sources(runs) if name in compared]
+    figures = []
+    rows = []
     for run in runs:
         series = [(name, subtract_parent(run, name)) for name in sources]
         if not any(points for _, points in series):
             continue
-        figures += plot_forgetting(run, series, sources)
+        figures.append(plot_forgetting(run, series, sources))
         for name, points in series:
             if points:
-                body.append([escape(run.name), escape(name), *list_forgetting(points)])
-    if not body:
-        return ""
+                rows.append([run.name, name, *list_forgetting(points)])
+    if not rows:
+        return None
     heads = ["run", "text", "first", "worst", "last"]
     caption = "Nats per token above the parent; above 0, the child has forgotten."
-    table = html_table(heads, body, caption, n_text_columns=2)
-    return color_legend(sources) + figures + table
+    return Forgetting(sources, figures, Table(heads, rows, caption, n_text_columns=2))
 
 
 def subtract_parent(run: RunData, source: str) -> list[Point]:
@@ -201,7 +389,9 @@ def subtract_parent(run: RunData, source: str) -> list[Point]:
     return points
 
 
-def plot_forgetting(run: RunData, series: list[tuple[str, list[Point]]], sources: list[str]) -> str:
+def plot_forgetting(
+    run: RunData, series: list[tuple[str, list[Point]]], sources: list[str]
+) -> Figure:
     """Draw one run's rise of the held-out losses, and what the run allows."""
     caption = (
         "Held-out loss above the parent's on the same sequences, nats per token; "
@@ -214,32 +404,54 @@ def plot_forgetting(run: RunData, series: list[tuple[str, list[Point]]], sources
         caption += f" Upper dashed line: {limit:g}, what train.max_forgetting allows."
     options = {"unit": UNIT, "levels": levels, "level_name": "", "names": sources}
     plot = plot_over_steps([run], series, "above the parent", 220, **options)
-    return render_figure(plot, caption, run.name)
+    return Figure(plot, caption, run.name)
 
 
-def list_forgetting(points: list[Point]) -> list[str]:
+def list_forgetting(points: list[Point]) -> list[str | Cell]:
     """Return the first, worst and last rise."""
     step, worst = max(points, key=lambda point: point[1])
-    worst_cell = f"{format_signed(worst)} <small>step {format_whole(step)}</small>"
+    worst_cell = Cell(format_signed(worst), f"step {format_whole(step)}")
     (_, first), (_, last) = points[0], points[-1]
     return [format_signed(first), worst_cell, format_signed(last)]
 
 
-def render_training(runs: list[RunData]) -> str:
-    """Render every metric of the steps, memory, epochs and skipped updates."""
+# ---- training
+
+
+class SkippedDocuments(NamedTuple):
+    """The documents of a skipped update, the others behind the first few."""
+
+    first: str
+    title: str  # of the others
+    others: str
+
+
+class Training(NamedTuple):
+    """What the section Training shows."""
+
+    names: list[str]  # of the runs
+    figures: list[Figure]
+    table: Table
+    skips: Table | None
+    skip_note: str
+    commands: list[str]  # to find the document of a skipped update
+
+
+def make_training(runs: list[RunData]) -> Training | None:
+    """Return every metric of the steps, memory, epochs and skipped updates; None without steps."""
     if not any(run.metrics.train for run in runs):
-        return ""
+        return None
     figures = []
     for field, title, unit, caption, scale in TRAIN_METRICS:
         series = [(run.name, get_points(run.metrics.train, field)) for run in runs]
         if any(value for _, points in series for _, value in points):
             plot = plot_over_steps(runs, series, title.lower(), 200, unit=unit, scale=scale)
-            figures.append(render_figure(plot, caption, title))
-    figures += [render_scalar(runs, name) for name in list_scalars(runs)]
-    body = [list_training(run, list_sources(runs)) for run in runs]
+            figures.append(Figure(plot, caption, title))
+    figures += [plot_scalar(runs, name) for name in list_scalars(runs)]
     heads = ["run", "tokens/s, median", "peak memory, GB", "steps skipped", "epochs"]
-    html = color_legend([run.name for run in runs]) + render_figure_grid(figures)
-    return html + html_table(heads, body) + render_skips(runs)
+    table = Table(heads, [list_training(run, list_sources(runs)) for run in runs])
+    names = [run.name for run in runs]
+    return Training(names, figures, table, *list_skips(runs))
 
 
 def list_scalars(runs: list[RunData]) -> list[str]:
@@ -251,11 +463,11 @@ def list_scalars(runs: list[RunData]) -> list[str]:
     return sorted(names)
 
 
-def render_scalar(runs: list[RunData], name: str) -> str:
+def plot_scalar(runs: list[RunData], name: str) -> Figure:
     """Draw a scalar that the steps returned beside those of TRAIN_METRICS."""
     series = [(run.name, get_scalar_points(run.metrics.train, name)) for run in runs]
     plot = plot_over_steps(runs, series, name, 200)
-    return render_figure(plot, "Of the last step at each logged step.", name)
+    return Figure(plot, "Of the last step at each logged step.", name)
 
 
 def list_training(run: RunData, order: list[str]) -> list[str]:
@@ -273,45 +485,40 @@ def list_training(run: RunData, order: list[str]) -> list[str]:
             texts.append(f"{name} {format_decimal(epochs[name], 2)}")
     speed = statistics.median_high(speeds) if speeds else None
     peak = max(memory, default=None)
-    row = [escape(run.name), format_whole(speed), format_gigabytes(peak, 2)]
+    row = [run.name, format_whole(speed), format_gigabytes(peak, 2)]
     row.append(format_whole(last_value(train, "n_skipped")))
-    row.append(escape(", ".join(texts)))
+    row.append(", ".join(texts))
     return row
 
 
-def render_skips(runs: list[RunData]) -> str:
-    """Render the skipped updates: what they measured, and the documents of their batch."""
-    body = []
+def list_skips(runs: list[RunData]) -> tuple[Table | None, str, list[str]]:
+    """Return the skipped updates with their documents, a note, and a command per run."""
+    rows = []
     notes = ""
-    commands = ""
+    commands = []
     for run in runs:
         skipped = run.metrics.skipped
         for point in skipped[:MAX_SKIPS]:
             loss = format_decimal(point.loss, 2) or "not finite"
             grad_norm = format_decimal(point.grad_norm, 2) or "not finite"
-            documents = render_skipped_documents(point)
-            step = format_whole(point.step)
-            body.append([escape(run.name), step, loss, grad_norm, documents])
+            documents = list_skipped_documents(point)
+            rows.append([run.name, format_whole(point.step), loss, grad_norm, documents])
         if len(skipped) > MAX_SKIPS:
             n_more = len(skipped) - MAX_SKIPS
             notes += f"{run.name}: {n_more} more are in its metrics.jsonl. "
         if skipped:
             arguments = f"--workdir {run.directory} --step {skipped[0].step} --losses"
-            commands += f" <code>{escape(f'jaxpt trace {arguments}')}</code>"
-    if not body:
-        return ""
+            commands.append(f"jaxpt trace {arguments}")
     heads = ["run", "step", "loss", "gradient norm", "documents"]
-    table = html_table(heads, body, css_class="skips")
-    caption = f'<p class="small">{escape(notes + SKIP_CAPTION)}{commands}</p>'
-    return f"<h3>Skipped updates</h3>{table}{caption}"
+    table = Table(heads, rows, css_class="skips") if rows else None
+    return table, notes + SKIP_CAPTION, commands
 
 
-def render_skipped_documents(point: SkippedPoint) -> str:
-    """Render the first few documents, the others folded behind them."""
-    html = escape(", ".join(point.documents[:MAX_DOCUMENTS]))
-    folded = ", ".join(point.documents[MAX_DOCUMENTS:])
+def list_skipped_documents(point: SkippedPoint) -> SkippedDocuments:
+    """Return the first few documents, and the others."""
+    others = ", ".join(point.documents[MAX_DOCUMENTS:])
     n_unnamed = point.n_documents - len(point.documents)
-    if folded and n_unnamed > 0:
-        folded += f" and {format_whole(n_unnamed)} that jaxpt trace names"
+    if others and n_unnamed > 0:
+        others += f" and {format_whole(n_unnamed)} that jaxpt trace names"
     title = f"{format_whole(point.n_documents - MAX_DOCUMENTS)} more"
-    return html + collapsible(title, small_text(folded))
+    return SkippedDocuments(", ".join(point.documents[:MAX_DOCUMENTS]), title, others)
