@@ -774,12 +774,12 @@ def test_parameters_counted_from_the_shape_are_the_models_own(tmp_path):
         assert load_run(tmp_path).n_params == transformer.count_params(ModelSpec.from_json(spec))
 
 
-def test_the_script_prints_a_table_of_at_most_100_columns_and_the_path_of_the_page(runs, tmp_path):
+def test_the_script_prints_a_table_of_at_most_80_columns_and_the_path_of_the_page(runs, tmp_path):
     base, child = runs
     to = tmp_path / "out" / "page.html"
     done = run_script("--workdir", base, "--workdir", child, "--to", to)
     assert done.returncode == 0, done.stderr
-    assert max(map(len, done.stdout.splitlines()[:-1])) <= 100
+    assert max(map(len, done.stdout.splitlines()[:-1])) <= 80
     assert str(to) in done.stdout.splitlines()[-1]
     for expected in (
         "parameters",

@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from jaxpt.report import read
 from jaxpt.report.figures import (
     Cell,
     Figure,
@@ -28,13 +29,7 @@ from jaxpt.report.format import (
     format_signed,
     format_whole,
 )
-from jaxpt.report.read import (
-    RunData,
-    get_run_index,
-    group_distinct_values,
-    list_sources,
-    short_model_name,
-)
+from jaxpt.report.read import RunData
 from jaxpt.report.records import (
     Continuation,
     DocumentDifference,
@@ -94,7 +89,7 @@ def make_evaluation(runs: list[RunData]) -> EvaluationView | None:
         return None
     errors = []
     keys: list[MetricKey] = [
-        (f"bits_per_byte/{name}", "bits_per_byte") for name in list_sources(runs)
+        (f"bits_per_byte/{name}", "bits_per_byte") for name in read.list_sources(runs)
     ]
     for column in columns:
         keys += [key for key in column.scores if key not in keys]
@@ -144,7 +139,7 @@ def add_result(columns: list[EvalColumn], result: Evaluation, path: str) -> None
     """Add scores to the column of the same model and backend, or to a new one."""
     scores = index_scores(result.scores)
     step = result.evaluated.step if result.evaluated else None
-    new = EvalColumn(short_model_name(path), step, result.backend, {})
+    new = EvalColumn(read.short_model_name(path), step, result.backend, {})
     for column in columns:
         is_same = (column.label, column.step) == (new.label, step)
         is_known = path in column.model_paths
@@ -161,7 +156,7 @@ def add_result(columns: list[EvalColumn], result: Evaluation, path: str) -> None
 
 def sort_key(column: EvalColumn, runs: list[RunData]) -> tuple[int, int, bool]:
     """Return where a column stands."""
-    return get_run_index(column.model, runs), column.step or 0, column.backend == "hf"
+    return read.get_run_index(column.model, runs), column.step or 0, column.backend == "hf"
 
 
 def label_apart(columns: list[EvalColumn], rename: Callable[[EvalColumn], str]) -> None:
@@ -317,17 +312,10 @@ class Output(NamedTuple):
     speed: str
 
 
-class PromptView(NamedTuple):
-    """A prompt and its continuations."""
-
-    text: str
-    outputs: list[Output]
-
-
 class SampleFile(NamedTuple):
     """What the page shows of a samples.json."""
 
-    prompts: list[PromptView]
+    prompts: list[tuple[str, list[Output]]]  # each with its continuations
     bits_per_byte: Table | None
     description: str
 
@@ -335,13 +323,13 @@ class SampleFile(NamedTuple):
 def make_samples(runs: list[RunData]) -> list[SampleFile]:
     """Return the prompts of each samples.json with their continuations."""
     found = []
-    files = group_distinct_values(runs, lambda run: run.samples)
+    files = read.group_distinct_values(runs, lambda run: run.samples)
     for samples, _ in files:
         max_prompts = max(1, MAX_PROMPTS // len(files))
         prompts = []
         for prompt in samples.prompts[:max_prompts]:
             outputs = [describe_output(output, runs) for output in prompt.continuations]
-            prompts.append(PromptView(clip_text(prompt.prompt, MAX_TEXT), outputs))
+            prompts.append((clip_text(prompt.prompt, MAX_TEXT), outputs))
         description = describe_samples(samples, len(samples.prompts) - max_prompts)
         found.append(SampleFile(prompts, make_bits_table(samples), description))
     return found
@@ -376,8 +364,8 @@ def describe_samples(samples: Samples, n_left_out: int) -> str:
 
 def describe_output(output: Continuation, runs: list[RunData]) -> Output:
     """Return one model's continuation of a prompt."""
-    name = short_model_name(output.model)
-    i = get_run_index(name, runs)
+    name = read.short_model_name(output.model)
+    i = read.get_run_index(name, runs)
     speed = ""
     if output.n_tokens and output.seconds:
         per_second = format_brief(output.n_tokens / output.seconds)
@@ -436,33 +424,26 @@ class DocumentView(NamedTuple):
     most_different: Table
 
 
-class SideView(NamedTuple):
-    """Documents that one of the models finds more likely."""
-
-    title: str
-    documents: list[DocumentView]
-
-
 class DifferencesView(NamedTuple):
     """What the page shows of a differences.json."""
 
-    sides: list[SideView]
+    sides: list[tuple[str, list[DocumentView]]]  # more likely, less likely; each with a title
     note: str
 
 
 def make_differences(runs: list[RunData]) -> list[DifferencesView]:
     """Return each comparison: documents that got better, then those that got worse."""
     views = []
-    comparisons = group_distinct_values(runs, lambda run: run.differences)
+    comparisons = read.group_distinct_values(runs, lambda run: run.differences)
     for found, _ in comparisons:
-        models = [short_model_name(name) for name in found.models]
+        models = [read.short_model_name(name) for name in found.models]
         max_tokens = MAX_TOKENS_PER_DOCUMENT // len(comparisons)
         sides = []
         for side, documents in (("more", found.better), ("less", found.worse)):
             if documents:
                 title = f"What {models[1]} finds {side} likely than {models[0]}"
                 shown = [describe_document(each, models, max_tokens) for each in documents]
-                sides.append(SideView(title, shown))
+                sides.append((title, shown))
         note = (
             f"Of {format_whole(found.n_documents)} documents, each read up to "
             f"{format_whole(found.max_length)} tokens, those whose mean loss differs most, and of "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import NamedTuple
 
+from jaxpt.report import read
 from jaxpt.report.figures import Cell, Figure, Table, plot_curves
 from jaxpt.report.format import (
     MAX_TEXT,
@@ -15,13 +16,7 @@ from jaxpt.report.format import (
     format_value,
     format_whole,
 )
-from jaxpt.report.read import (
-    RunData,
-    group_distinct_values,
-    list_sources,
-    name_owners,
-    order_keys,
-)
+from jaxpt.report.read import RunData
 from jaxpt.report.records import Growth, LossPair
 
 MAX_COPY_PAIRS = 12  # shown of all pairs of copied layers
@@ -97,19 +92,19 @@ class GrowthView(NamedTuple):
 def make_growth(runs: list[RunData]) -> list[GrowthView]:
     """Return each growth: verdict, layer map, sizes, losses and layers."""
     views = []
-    for growth, names in group_distinct_values(runs, lambda run: run.growth):
+    for growth, names in read.group_distinct_values(runs, lambda run: run.growth):
         title = ", ".join(growth.operators)
         if growth.at_step is not None:
             title += f", at step {format_whole(growth.at_step)} of the run"
         verdict = growth.verdict.replace("->", "\u2192").rstrip(".")
         health, colon, reason = verdict.partition(":")
         view = GrowthView(
-            title=title + name_owners(names, runs),
+            title=title + read.name_owners(names, runs),
             health=health[:1].upper() + health[1:],
             reason=colon + reason,
             map=draw_layer_map(growth),
             is_tall=len(growth.layer_map) > TALL_MAP_LAYERS,
-            table=compare_models(growth, list_sources(runs)),
+            table=compare_models(growth, read.list_sources(runs)),
             facts=list_facts(growth),
             copies=make_copy_table(growth),
             plots=plot_layers(growth),
@@ -228,7 +223,7 @@ def list_losses(label: str, losses: LossPair | None, order: list[str]) -> list[l
     if not losses:
         return []
     rows: list[list[str | Cell]] = [[label, "", "", ""]]
-    for name in order_keys(order, losses.parent):
+    for name in read.order_keys(order, losses.parent):
         before = losses.parent[name]
         after = losses.child[name]
         values = [f"{before:.3f}", f"{after:.3f}", format_signed(after - before)]

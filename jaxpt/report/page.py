@@ -20,6 +20,7 @@ from markupsafe import Markup
 from jaxpt import stage
 from jaxpt.report import evaluation, growth, plan, summary, training
 from jaxpt.report.figures import PLOT_ATTRIBUTE, series_color
+from jaxpt.report.format import format_whole
 from jaxpt.report.read import RunData, load_runs
 
 HERE = pathlib.Path(__file__).parent
@@ -164,7 +165,9 @@ def make_environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"series_color": series_color, "break_after": break_after}
+    environment.filters["series_color"] = series_color
+    environment.filters["break_after"] = break_after
+    environment.filters["whole"] = format_whole
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     return environment
 

@@ -36,10 +36,6 @@ PLAN_CAPTION = (
     "Compiled: the real step, compiled for that machine; estimated: from the shape alone. "
     "Ranges: the ends of the assumed efficiency."
 )
-CHECK_CAPTION = (
-    "The plan compared with runs: seconds per step and peak memory, measured / planned; "
-    "the first run calibrates."
-)
 CHART_CAPTION = (
     "Money against hours for the whole run, both on a log scale. Hollow: it does not fit there."
 )
@@ -214,7 +210,7 @@ def make_check_table(checks: tuple[Check, ...]) -> Table:
         run_dir, *numbers = dataclasses.astuple(check)
         rows.append([run_dir, *map(format_brief, numbers)])
     heads = ["run", "planned s", "measured s", "ratio", "calibrated", "memory ratio", "calibrated"]
-    return Table(heads, rows, CHECK_CAPTION)
+    return Table(heads, rows)
 
 
 def plot_targets(plan: Plan) -> Figure | None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from jaxpt import config, stage
 from jaxpt.lineage import STAGES, LineageNode
+from jaxpt.report import read
 from jaxpt.report.figures import Cell, Table, series_color
 from jaxpt.report.format import (
     clip_text,
@@ -19,17 +20,7 @@ from jaxpt.report.format import (
     format_seconds,
     format_whole,
 )
-from jaxpt.report.read import (
-    RunData,
-    first_value,
-    flatten_settings,
-    format_shape,
-    last_value,
-    list_sources,
-    order_keys,
-    short_model_name,
-    summarize_stage,
-)
+from jaxpt.report.read import RunData
 from jaxpt.report.records import Funnel, PackedCounts
 from jaxpt.spec import encode_json
 from jaxpt.text import format_table
@@ -38,15 +29,7 @@ MAX_RUNS_PER_TABLE = 3  # on the terminal, as the next three
 MAX_LABEL = 24
 MAX_RUN_NAME = 16
 MIN_COLUMN = 15
-SUMMARY_CAPTION = (
-    "Held-out: text kept out of training, mean over its tokens. "
-    "Bits per byte: independent of the tokenizer, lower is better."
-)
 NODE_HEIGHT = 68  # pixels of a stage in the picture of the lineage
-LINEAGE_CAPTION = (
-    "The oldest at the top; a line leads from what was read to what was made of it. "
-    "In grey: fingerprint, date (UTC), time it took."
-)
 
 
 class SummaryRow(NamedTuple):
@@ -79,7 +62,7 @@ def make_summary(runs: list[RunData]) -> Summary:
         rows.append([name, *texts])
     heads = ["", *(run.name for run in runs)]
     facts = [RunFacts(run.name, list_run_facts(run)) for run in runs]
-    return Summary(facts, Table(heads, rows, SUMMARY_CAPTION))
+    return Summary(facts, Table(heads, rows))
 
 
 def list_run_facts(run: RunData) -> list[str]:
@@ -89,14 +72,14 @@ def list_run_facts(run: RunData) -> list[str]:
         size = f"{format_count(run.n_params)} parameters"
     facts = [size]
     if run.growth:
-        start = f"grown from {short_model_name(run.growth.parent)}"
+        start = f"grown from {read.short_model_name(run.growth.parent)}"
         if run.growth.at_step is not None:
             start = f"grown at step {format_whole(run.growth.at_step)}"
         facts.append(f"{start} by {', '.join(run.growth.operators)}")
     train = run.metrics.train
     if train:
-        n_tokens = last_value(train, "n_tokens")
-        seconds = last_value(train, "seconds")
+        n_tokens = read.last_value(train, "n_tokens")
+        seconds = read.last_value(train, "seconds")
         trained = f"trained {format_whole(train[-1].step)} steps"
         if n_tokens:
             trained += f" on {format_count(n_tokens)} tokens"
@@ -122,7 +105,7 @@ def summarize_runs(runs: list[RunData]) -> list[SummaryRow]:
         keys = []
         for value in values:
             keys += value
-        keys = order_keys([*list_sources(runs), *STAGES], keys)
+        keys = read.order_keys([*read.list_sources(runs), *STAGES], keys)
         if keys:
             rows.append(SummaryRow(label, unit, ["" for _ in runs]))
         for key in keys:
@@ -131,9 +114,9 @@ def summarize_runs(runs: list[RunData]) -> list[SummaryRow]:
                 rows.append(SummaryRow(f"  {key}", "", texts))
 
     add("parameters", "", lambda run: format_count(run.n_params))
-    add("layers × width", "", format_shape)
-    add("steps", "", lambda run: format_whole(last_value(run.metrics.train, "step")))
-    add("tokens", "", lambda run: format_count(last_value(run.metrics.train, "n_tokens")))
+    add("layers × width", "", read.format_shape)
+    add("steps", "", lambda run: format_whole(read.last_value(run.metrics.train, "step")))
+    add("tokens", "", lambda run: format_count(read.last_value(run.metrics.train, "n_tokens")))
     add("loss", "nats/token", format_loss_change)
     heldout = []
     for run in runs:
@@ -144,14 +127,14 @@ def summarize_runs(runs: list[RunData]) -> list[SummaryRow]:
     add_group("held-out", "nats/token", heldout, format_decimal)
     add_group("bits per byte", "", [get_bits_per_byte(run) for run in runs], format_decimal)
     add_group("time", "", [sum_seconds_by_stage(run) for run in runs], format_seconds)
-    add("cost", "USD", lambda run: format_decimal(last_value(run.metrics.train, "usd"), 2))
+    add("cost", "USD", lambda run: format_decimal(read.last_value(run.metrics.train, "usd"), 2))
     return rows
 
 
 def format_loss_change(run: RunData) -> str:
     """Return first → last training loss."""
     train = run.metrics.train
-    return format_change(first_value(train, "loss"), last_value(train, "loss"))
+    return format_change(read.first_value(train, "loss"), read.last_value(train, "loss"))
 
 
 def format_summary_table(runs: list[RunData], page_path: pathlib.Path) -> str:
@@ -188,7 +171,7 @@ def sum_seconds_by_stage(run: RunData) -> dict[str, float]:
     seconds: dict[str, float | None] = {}
     for kind, manifests in run.stages.items():
         seconds[kind] = sum(manifest.seconds or 0 for manifest in manifests)
-    seconds["train"] = last_value(run.metrics.train, "seconds")
+    seconds["train"] = read.last_value(run.metrics.train, "seconds")
     if run.metrics.train and run.manifest:
         seconds["train"] = run.manifest.seconds
     seconds["eval"] = sum(result.seconds or 0 for result in run.evaluations.values())
@@ -217,7 +200,6 @@ class Lineage(NamedTuple):
     x: int  # of the stages' dots, in pixels as the next two
     width: int
     height: int
-    caption: str = LINEAGE_CAPTION
 
 
 def make_lineage(runs: list[RunData]) -> Lineage | None:
@@ -255,7 +237,7 @@ def make_lineage(runs: list[RunData]) -> Lineage | None:
 
 def describe_node(node: LineageNode, run: RunData | None, y: int, color: str) -> StageItem:
     """Return a stage's name, size, fingerprint, date and time."""
-    manifest = summarize_stage(node)
+    manifest = read.summarize_stage(node)
     facts = [("no manifest there", "")]
     name = run.name if run else node.path.name
     if manifest:
@@ -276,12 +258,12 @@ def describe_node(node: LineageNode, run: RunData | None, y: int, color: str) ->
 def describe_run_size(run: RunData) -> str:
     """Describe the size of a run's model."""
     n_params = f"{format_count(run.n_params)} parameters" if run.n_params else ""
-    return ", ".join(filter(None, [n_params, format_shape(run)]))
+    return ", ".join(filter(None, [n_params, read.format_shape(run)]))
 
 
 def describe_stage_size(node: LineageNode) -> str:
     """Describe what a stage made in a few words."""
-    manifest = summarize_stage(node)
+    manifest = read.summarize_stage(node)
     counts = manifest.counts if manifest else {}
     if node.funnel:
         kept = Funnel.from_json(encode_json(node.funnel)).train.values()
@@ -318,7 +300,7 @@ def make_settings(runs: list[RunData]) -> Table | None:
         return None
     caption = "Settings that differ between the runs; all others are equal."
     if len(settings) == 1:
-        defaults = flatten_settings(stage.to_jsonable(config.Config()))
+        defaults = read.flatten_settings(stage.to_jsonable(config.Config()))
         settings = {"default": defaults, **settings}
         caption = "Settings that differ from the defaults; configs/base.py explains each."
     keys = []

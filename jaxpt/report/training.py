@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from jaxpt.report import read
 from jaxpt.report.figures import Cell, Figure, Share, Table, plot_curves, plot_over_steps
 from jaxpt.report.format import (
     finite_or_none,
@@ -16,36 +17,11 @@ from jaxpt.report.format import (
     format_signed,
     format_whole,
 )
-from jaxpt.report.read import (
-    Point,
-    RunData,
-    get_heldout_points,
-    get_parent_points,
-    get_points,
-    get_scalar_points,
-    group_distinct_values,
-    last_value,
-    list_sources,
-    name_owners,
-    order_keys,
-)
-from jaxpt.report.records import Funnel, SkippedPoint, TextAmount
+from jaxpt.report.read import Point, RunData
+from jaxpt.report.records import DroppedDocument, Funnel, TextAmount
 
-DATA_CAPTION = (
-    "Documents and text left after each rule, in the order applied. "
-    "Tokens: estimated from the bytes. Share: of the text read, by bytes."
-)
-MIXTURE_CAPTION = (
-    "Share of the sequences of each step, from the given step on. "
-    "The table under Training has the epochs of each source."
-)
 MAX_SKIPS = 12  # shown per run
-MAX_DOCUMENTS = 3  # of a skipped update named at once, the others folded
 UNIT = "nats/token"
-SKIP_CAPTION = (
-    "The loss or the gradient was not finite, or its norm a spike: parameters and moments stayed "
-    "as they were. To find the document:"
-)
 TRAIN_METRICS = (
     # field of TrainPoint, title, unit, caption, scale
     ("lr", "Learning rate", "", "Of the update at each logged step.", "linear"),
@@ -70,20 +46,6 @@ TRAIN_METRICS = (
 # ---- what the rules kept and dropped
 
 
-class DroppedSample(NamedTuple):
-    """A document that a rule dropped."""
-
-    reason: str
-    text: str
-
-
-class RuleSamples(NamedTuple):
-    """Documents that one rule dropped."""
-
-    title: str
-    documents: list[DroppedSample]
-
-
 class SourceData(NamedTuple):
     """A source's funnel, what of it could not be read, and samples of what was dropped."""
 
@@ -91,24 +53,18 @@ class SourceData(NamedTuple):
     table: Table
     skipped: str
     messages: tuple[str, ...]
-    dropped: list[RuleSamples]
+    dropped: dict[str, list[DroppedDocument]]  # by rule, in the order applied
 
 
-class Data(NamedTuple):
-    """What the section Data shows."""
-
-    sources: list[SourceData]
-    caption: str = DATA_CAPTION
-
-
-def make_data(runs: list[RunData]) -> Data | None:
-    """Return each source of each corpus; None if no corpus was read."""
+def make_data(runs: list[RunData]) -> list[SourceData]:
+    """Return each source of each corpus."""
     found = []
-    for funnels, names in group_distinct_values(runs, lambda run: run.funnels):
+    for funnels, names in read.group_distinct_values(runs, lambda run: run.funnels):
         for funnel in funnels:
             for source in funnel.sources:
-                found.append(describe_source(funnel, source, source + name_owners(names, runs)))
-    return Data(found) if found else None
+                title = source + read.name_owners(names, runs)
+                found.append(describe_source(funnel, source, title))
+    return found
 
 
 def describe_source(funnel: Funnel, source: str, title: str) -> SourceData:
@@ -160,18 +116,14 @@ def make_funnel_table(funnel: Funnel, source: str) -> Table:
     return Table(list(columns), rows, css_class="funnel")
 
 
-def list_dropped(funnel: Funnel, source: str) -> list[RuleSamples]:
+def list_dropped(funnel: Funnel, source: str) -> dict[str, list[DroppedDocument]]:
     """Return samples of what each rule dropped, in the order of the rules."""
-    found = []
+    found = {}
     order = [step.rule for step in funnel.steps]
-    for rule in order_keys(order, funnel.dropped):
-        samples = []
-        for document in funnel.dropped.get(rule, ()):
-            if document.source == source:
-                reason = f"{document.id}: {document.reason or 'no reason recorded'}"
-                samples.append(DroppedSample(reason, document.text))
-        if samples:
-            found.append(RuleSamples(rule.replace("_", " "), samples))
+    for rule in read.order_keys(order, funnel.dropped):
+        documents = [each for each in funnel.dropped.get(rule, ()) if each.source == source]
+        if documents:
+            found[rule.replace("_", " ")] = documents
     return found
 
 
@@ -191,10 +143,10 @@ def make_mixture(runs: list[RunData]) -> Mixture | None:
     runs = [run for run in runs if run.phases and run.metrics.train]
     if not runs:
         return None
-    names = list_sources(runs)
+    names = read.list_sources(runs)
     for run in runs:
         for phase in run.phases:
-            names = order_keys(names, [*names, *phase.shares])
+            names = read.order_keys(names, [*names, *phase.shares])
     figures = []
     rows = []
     for run in runs:
@@ -208,7 +160,7 @@ def make_mixture(runs: list[RunData]) -> Mixture | None:
                 row.append("" if share is None else f"{100 * share:.3g} %")
             rows.append(row)
     heads = ["run", "from step", *names]
-    return Mixture(names, figures, Table(heads, rows, MIXTURE_CAPTION))
+    return Mixture(names, figures, Table(heads, rows))
 
 
 def plot_mixture(run: RunData, names: list[str], title: str) -> Figure:
@@ -246,8 +198,8 @@ def make_losses(runs: list[RunData]) -> Losses | None:
         return None
     training = plot_training_loss(runs) if any(metric.train for metric in metrics) else None
     sources = []
-    for name in list_sources(runs):
-        if any(get_heldout_points(run, name) for run in runs):
+    for name in read.list_sources(runs):
+        if any(read.get_heldout_points(run, name) for run in runs):
             sources.append(name)
     heldout = [plot_heldout_loss(runs, name) for name in sources]
     names = [run.name for run in runs]
@@ -272,7 +224,7 @@ def plot_training_loss(runs: list[RunData]) -> Figure:
                 growths += f" Upright: {run.name} was {event.label} at step {step}."
     if is_resumed:
         caption += " Dotted upright: the run was resumed there."
-    series = [(run.name, get_points(run.metrics.train, "loss")) for run in runs]
+    series = [(run.name, read.get_points(run.metrics.train, "loss")) for run in runs]
     plot = plot_over_steps(runs, series, "loss", 330, unit=UNIT, levels=entropies)
     return Figure(plot, caption + growths)
 
@@ -283,8 +235,8 @@ def plot_heldout_loss(runs: list[RunData], source: str) -> Figure:
     parents = []
     entropies = []
     for run in runs:
-        series.append((run.name, get_heldout_points(run, source)))
-        parents.append((run.name, get_parent_points(run, source)))
+        series.append((run.name, read.get_heldout_points(run, source)))
+        parents.append((run.name, read.get_parent_points(run, source)))
         entropy = get_heldout_entropy(run, source)
         if entropy is not None:
             entropies.append(entropy)
@@ -308,13 +260,13 @@ def make_loss_table(runs: list[RunData], sources: list[str]) -> Table:
 
     for run in runs:
         entropy = [*list_training_entropy(run), None][0]
-        add(run, "training", get_points(run.metrics.train, "loss"), entropy, None)
+        add(run, "training", read.get_points(run.metrics.train, "loss"), entropy, None)
         for name in sources:
             parent = None
-            for point in get_parent_points(run, name)[-1:]:
+            for point in read.get_parent_points(run, name)[-1:]:
                 _, parent = point
             entropy = get_heldout_entropy(run, name)
-            add(run, name, get_heldout_points(run, name), entropy, parent)
+            add(run, name, read.get_heldout_points(run, name), entropy, parent)
     heads = ["run", "text", "first", "last", "unigram", "parent"]
     return Table(heads, rows, "Nats per token.", n_text_columns=2)
 
@@ -361,7 +313,7 @@ def make_forgetting(runs: list[RunData]) -> Forgetting | None:
     for run in runs:
         for point in run.metrics.heldout:
             compared |= set(point.parent_loss or ())
-    sources = [name for name in list_sources(runs) if name in compared]
+    sources = [name for name in read.list_sources(runs) if name in compared]
     figures = []
     rows = []
     for run in runs:
@@ -381,9 +333,9 @@ def make_forgetting(runs: list[RunData]) -> Forgetting | None:
 
 def subtract_parent(run: RunData, source: str) -> list[Point]:
     """Return (step, child's - parent's held-out loss) wherever both are finite."""
-    parent = dict(get_parent_points(run, source))
+    parent = dict(read.get_parent_points(run, source))
     points = []
-    for step, loss in get_heldout_points(run, source):
+    for step, loss in read.get_heldout_points(run, source):
         if step in parent:
             points.append((step, loss - parent[step]))
     return points
@@ -418,14 +370,6 @@ def list_forgetting(points: list[Point]) -> list[str | Cell]:
 # ---- training
 
 
-class SkippedDocuments(NamedTuple):
-    """The documents of a skipped update, the others behind the first few."""
-
-    first: str
-    title: str  # of the others
-    others: str
-
-
 class Training(NamedTuple):
     """What the section Training shows."""
 
@@ -433,7 +377,7 @@ class Training(NamedTuple):
     figures: list[Figure]
     table: Table
     skips: Table | None
-    skip_note: str
+    skip_notes: str  # what is not in their table
     commands: list[str]  # to find the document of a skipped update
 
 
@@ -443,13 +387,13 @@ def make_training(runs: list[RunData]) -> Training | None:
         return None
     figures = []
     for field, title, unit, caption, scale in TRAIN_METRICS:
-        series = [(run.name, get_points(run.metrics.train, field)) for run in runs]
+        series = [(run.name, read.get_points(run.metrics.train, field)) for run in runs]
         if any(value for _, points in series for _, value in points):
             plot = plot_over_steps(runs, series, title.lower(), 200, unit=unit, scale=scale)
             figures.append(Figure(plot, caption, title))
     figures += [plot_scalar(runs, name) for name in list_scalars(runs)]
     heads = ["run", "tokens/s, median", "peak memory, GB", "steps skipped", "epochs"]
-    table = Table(heads, [list_training(run, list_sources(runs)) for run in runs])
+    table = Table(heads, [list_training(run, read.list_sources(runs)) for run in runs])
     names = [run.name for run in runs]
     return Training(names, figures, table, *list_skips(runs))
 
@@ -465,7 +409,7 @@ def list_scalars(runs: list[RunData]) -> list[str]:
 
 def plot_scalar(runs: list[RunData], name: str) -> Figure:
     """Draw a scalar that the steps returned beside those of TRAIN_METRICS."""
-    series = [(run.name, get_scalar_points(run.metrics.train, name)) for run in runs]
+    series = [(run.name, read.get_scalar_points(run.metrics.train, name)) for run in runs]
     plot = plot_over_steps(runs, series, name, 200)
     return Figure(plot, "Of the last step at each logged step.", name)
 
@@ -473,20 +417,20 @@ def plot_scalar(runs: list[RunData], name: str) -> Figure:
 def list_training(run: RunData, order: list[str]) -> list[str]:
     """Return a run's row of the table."""
     train = run.metrics.train
-    speeds = [speed for _, speed in get_points(train, "tokens_per_second")]
-    memory = [n_bytes for _, n_bytes in get_points(train, "memory_bytes") if n_bytes]
+    speeds = [speed for _, speed in read.get_points(train, "tokens_per_second")]
+    memory = [n_bytes for _, n_bytes in read.get_points(train, "memory_bytes") if n_bytes]
     epochs: dict[str, float] = {}
     for point in train:
         if point.epochs is not None:
             epochs = point.epochs
     texts = []
-    for name in order_keys(order, epochs):
+    for name in read.order_keys(order, epochs):
         if epochs.get(name):
             texts.append(f"{name} {format_decimal(epochs[name], 2)}")
     speed = statistics.median_high(speeds) if speeds else None
     peak = max(memory, default=None)
     row = [run.name, format_whole(speed), format_gigabytes(peak, 2)]
-    row.append(format_whole(last_value(train, "n_skipped")))
+    row.append(format_whole(read.last_value(train, "n_skipped")))
     row.append(", ".join(texts))
     return row
 
@@ -501,8 +445,7 @@ def list_skips(runs: list[RunData]) -> tuple[Table | None, str, list[str]]:
         for point in skipped[:MAX_SKIPS]:
             loss = format_decimal(point.loss, 2) or "not finite"
             grad_norm = format_decimal(point.grad_norm, 2) or "not finite"
-            documents = list_skipped_documents(point)
-            rows.append([run.name, format_whole(point.step), loss, grad_norm, documents])
+            rows.append([run.name, format_whole(point.step), loss, grad_norm, point])
         if len(skipped) > MAX_SKIPS:
             n_more = len(skipped) - MAX_SKIPS
             notes += f"{run.name}: {n_more} more are in its metrics.jsonl. "
@@ -511,14 +454,4 @@ def list_skips(runs: list[RunData]) -> tuple[Table | None, str, list[str]]:
             commands.append(f"jaxpt trace {arguments}")
     heads = ["run", "step", "loss", "gradient norm", "documents"]
     table = Table(heads, rows, css_class="skips") if rows else None
-    return table, notes + SKIP_CAPTION, commands
-
-
-def list_skipped_documents(point: SkippedPoint) -> SkippedDocuments:
-    """Return the first few documents, and the others."""
-    others = ", ".join(point.documents[MAX_DOCUMENTS:])
-    n_unnamed = point.n_documents - len(point.documents)
-    if others and n_unnamed > 0:
-        others += f" and {format_whole(n_unnamed)} that jaxpt trace names"
-    title = f"{format_whole(point.n_documents - MAX_DOCUMENTS)} more"
-    return SkippedDocuments(", ".join(point.documents[:MAX_DOCUMENTS]), title, others)
+    return table, notes, commands
