@@ -52,13 +52,13 @@ MUTATIONS = {
         ("tests/test_model.py", "-k", "root_of_the_writes"),
     ),
     "mfu-of-one-device": Mutation(
-        "jaxpt/train/metrics.py",
+        "jaxpt/flops.py",
         "/ (n_devices * self.peak_flops)",
         "/ self.peak_flops",
         ("tests/test_session.py", "-k", "mfu"),
     ),
     "money-in-thousands": Mutation(
-        "jaxpt/train/metrics.py",
+        "jaxpt/flops.py",
         "seconds / 3600 * n_devices",
         "seconds / 3600 / 1000 * n_devices",
         ("tests/test_session.py", "-k", "money"),

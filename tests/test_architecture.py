@@ -33,6 +33,7 @@ LAYERS = [
 LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
 FILES = sorted((ROOT / "jaxpt").rglob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+TEMPLATES = sorted((ROOT / "jaxpt/report/templates").glob("*.html"))
 
 
 def imports(path) -> set[str]:
@@ -128,6 +129,14 @@ def test_torch_is_imported_in_one_module_only():
             assert not [name for name in used if name.startswith("AutoModel")], (
                 f"{path}: transformers' model code belongs in evaluate/reference.py"
             )
+
+
+def test_html_is_written_in_templates_which_escape_all_but_the_projects_own_files():
+    for path in (ROOT / "jaxpt/report").glob("*.py"):
+        tag = re.search(r"</?(?:p|div|span|table|tr|td|h\d|ul|li|svg|figure|i)\b", path.read_text())
+        assert not tag, f"{path}: {tag and tag[0]}"
+    unescaped = [path.name for path in TEMPLATES if re.search(r"\|\s*safe", path.read_text())]
+    assert unescaped == ["page.html"]
 
 
 def test_knobs_are_few_and_the_list_of_them_is_current():
@@ -253,7 +262,7 @@ def read_prose_and_names():
     paths += [*(ROOT / "scripts").glob("*.sh"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
     paths += [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tests").glob("*.py")]
     paths.remove(ROOT / "tests/test_architecture.py")  # it holds the list
-    paths += [*(ROOT / "jaxpt/report").glob("page.*")]
+    paths += [*(ROOT / "jaxpt/report").glob("page.*"), *TEMPLATES]
     return {str(path.relative_to(ROOT)): path.read_text() for path in paths}
 
 
