@@ -118,12 +118,12 @@ def child(name: str):
     settings = config.build_config(values)
     spec = initialize.make_random_spec(settings.model, settings.tokenizer.vocab_size)
     mesh = sharding.make_mesh(settings.mesh, compile.make_target_devices(target, None))
-    backend, _ = select.choose_backend(spec, make_attention_request(settings), mesh)
-    goal = state.make_abstract_state(spec, settings, mesh)
+    train, optim, seq_len = settings.train, settings.optim, settings.pack.seq_len
+    backend, _ = select.choose_backend(spec, make_attention_request(train, seq_len), mesh)
+    goal = state.make_abstract_state(spec, optim, mesh, settings.initialize.param_dtype)
+    batch = step.make_abstract_batch(train.batch_size, seq_len, mesh)
     start, start_cpu = time.monotonic(), time.process_time()
-    lowered = step.build_step(spec, settings, mesh).lower(
-        goal, step.make_abstract_batch(settings, mesh)
-    )
+    lowered = step.build_step(spec, train, optim, seq_len, mesh).lower(goal, batch)
     options = {"xla_gpu_enable_triton_gemm": False} if target.chip.platform == "cuda" else None
     compiled = lowered.compile(options)
     seconds, cpu_seconds = time.monotonic() - start, time.process_time() - start_cpu

@@ -27,12 +27,14 @@ import jax
 from jaxpt import config, flops, sharding, stage
 from jaxpt.data import loader, pack, prepare, tokenizer
 from jaxpt.data.mixture import MixtureSchedule
+from jaxpt.growth import measure
 from jaxpt.growth.apply import grow_params
 from jaxpt.growth.growth import Parent
+from jaxpt.growth.new_params import NewParams
 from jaxpt.growth.parse import plan_growth
 from jaxpt.model import transformer
 from jaxpt.spec import ModelSpec
-from jaxpt.train import gate, optimizer, state, step, verify
+from jaxpt.train import gate, optimizer, state, step
 
 BASE = config.Config(
     prepare=config.PrepareConfig(heldout_frac=0.05),
@@ -90,8 +92,15 @@ class Bench:
         self.packed = [out / "packed"]
         self.mesh = sharding.make_mesh(config.MeshConfig())
         self.rows = loader.open_packed(self.packed)
-        self.heldout = gate.HeldoutData(self.settings, self.packed, self.mesh)
-        self.measuring = verify.make_measuring_batches(self.settings, self.packed, self.mesh)
+        self.heldout = gate.HeldoutData(
+            self.packed, self.settings.train, self.settings.mixture.document_mask, self.mesh
+        )
+        self.measuring = measure.make_measuring_batches(
+            self.packed,
+            self.settings.train.batch_size,
+            self.settings.mixture.document_mask,
+            self.mesh,
+        )
 
     def loss(self, spec, params) -> float:
         return statistics.mean(self.heldout.measure_losses(spec, params).values())
@@ -106,7 +115,7 @@ class Bench:
         seed: int = 0,
         every: int = 0,
         until: float = 0.0,
-        new_params=optimizer.NewParams(),
+        new_params=NewParams(),
     ):
         """(state after n_steps, or after `until` is reached; [(steps, held-out loss)] every so
         many)
@@ -124,7 +133,10 @@ class Bench:
             first_row,
             True,
         )
-        run, curve = step.build_step(spec, self.settings, self.mesh, new_params), []
+        train, optim = self.settings.train, self.settings.optim
+        seq_len = self.settings.pack.seq_len
+        run = step.build_step(spec, train, optim, seq_len, self.mesh, new_params)
+        curve = []
         for done in range(1, n_steps + 1):
             now, _ = run(now, next(batches))
             if every and done % every == 0:
@@ -135,7 +147,7 @@ class Bench:
 
     def init_state(self, spec, params):
         return state.init_state(
-            jax.tree.map(lambda x: x.copy(), params), spec, self.settings, self.mesh
+            jax.tree.map(lambda x: x.copy(), params), spec, self.settings.optim, self.mesh
         )
 
     def random(self, n_layers: int, seed: int):
@@ -222,7 +234,7 @@ def fair(bench: Bench, seeds: int) -> list[dict]:
             now, _ = bench.train(
                 base_spec, bench.init_state(base_spec, params), n_base_steps, first_row=0, seed=seed
             )
-            spec, new_params = base_spec, optimizer.NewParams()
+            spec, new_params = base_spec, NewParams()
             if text:
                 grew = plan_growth(text, Parent(base_spec, now.params))
                 opt, skip_state, new_params = state.grow_state(

@@ -150,8 +150,8 @@ def measure_step(home: pathlib.Path, rounds: int) -> dict:
     dataset, batches = open_stream(home / "quick/packed", 0, settings.train.batch_size)
     mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
     spec = initialize.make_random_spec(settings.model, dataset.vocab_size)
-    train_step = step.build_step(spec, settings, mesh)
-    now = state.init_state(transformer.init_params(spec, 0, mesh), spec, settings, mesh)
+    train_step = step.build_step(spec, settings.train, settings.optim, settings.pack.seq_len, mesh)
+    now = state.init_state(transformer.init_params(spec, 0, mesh), spec, settings.optim, mesh)
     now, _ = train_step(now, next(batches))
     same = next(batches)
     waits, fed, alone = [], [], []

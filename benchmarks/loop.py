@@ -136,8 +136,8 @@ def bare_step(settings: config.Config, home: pathlib.Path, run: str) -> float:
         )
     }
     spec = ModelSpec(**model, vocab_size=-(-rows.vocab_size // 128) * 128)
-    now = state.init_state(transformer.init_params(spec, 0, mesh), spec, settings, mesh)
-    step_of = step.build_step(spec, settings, mesh)
+    now = state.init_state(transformer.init_params(spec, 0, mesh), spec, settings.optim, mesh)
+    step_of = step.build_step(spec, settings.train, settings.optim, settings.pack.seq_len, mesh)
     now, _ = jax.block_until_ready(step_of(now, batch))
     start = time.perf_counter()
     for _ in range(settings.train.steps):

@@ -76,7 +76,7 @@ MUTATIONS = {
         ("tests/test_optimizer.py", "-k", "skipped_bit_by_bit and lion"),
     ),
     "squares-grow-as-means": Mutation(
-        "jaxpt/train/optimizer.py",
+        "jaxpt/growth/moments.py",
         '{"nu": 2,',
         '{"nu": 1,',
         ("tests/test_optimizer.py", "-k", "by_the_square"),

@@ -75,10 +75,15 @@ def child(name: str):
     spec, _ = cost.resolve_model_spec(settings)
     planned = compile.analyze_step(spec, settings, hardware.parse_target("cpu:1")).peak_bytes
     mesh = sharding.make_mesh(settings.mesh)
-    abstract_batch = step.make_abstract_batch(settings, mesh)
+    abstract_batch = step.make_abstract_batch(
+        settings.train.batch_size, settings.pack.seq_len, mesh
+    )
     run = (
-        step.build_step(spec, settings, mesh)
-        .lower(state.make_abstract_state(spec, settings, mesh), abstract_batch)
+        step.build_step(spec, settings.train, settings.optim, settings.pack.seq_len, mesh)
+        .lower(
+            state.make_abstract_state(spec, settings.optim, mesh, settings.initialize.param_dtype),
+            abstract_batch,
+        )
         .compile()
     )
     rng = np.random.default_rng(0)
@@ -92,7 +97,7 @@ def child(name: str):
         sharding.make_batch_sharding(mesh),
     )
     now = jax.block_until_ready(
-        state.init_state(transformer.init_params(spec, 0, mesh), spec, settings, mesh)
+        state.init_state(transformer.init_params(spec, 0, mesh), spec, settings.optim, mesh)
     )
     there = sum(leaf.nbytes for leaf in jax.tree.leaves((now, batch)))
     before = resident("VmRSS")

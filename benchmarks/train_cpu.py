@@ -77,8 +77,8 @@ def jaxpt(shape: str) -> float:
         vocab_size=V,
         max_seq_len=2048,
     )
-    run = step.build_step(spec, settings, mesh)
-    now = state.init_state(transformer.init_params(spec, 0, mesh), spec, settings, mesh)
+    run = step.build_step(spec, settings.train, settings.optim, settings.pack.seq_len, mesh)
+    now = state.init_state(transformer.init_params(spec, 0, mesh), spec, settings.optim, mesh)
     ones = np.ones((B, T), np.int32)
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
     seconds = []

@@ -103,7 +103,9 @@ def measure(args):
     spec = initialize.make_random_spec(settings.model, settings.tokenizer.vocab_size)
     T = settings.pack.seq_len
     sharding.check_mesh_divides(mesh, spec, args.batch_size, 1, T)
-    name, why = select.choose_backend(spec, make_attention_request(settings), mesh)
+    name, why = select.choose_backend(
+        spec, make_attention_request(settings.train, settings.pack.seq_len), mesh
+    )
     print(
         (
             f"attention: {name} ({why}); {transformer.count_params(spec):,} parameters, "
@@ -118,10 +120,10 @@ def measure(args):
     now = state.init_state(
         transformer.init_params(spec, 0, mesh, jnp.dtype(settings.initialize.param_dtype)),
         spec,
-        settings,
+        settings.optim,
         mesh,
     )
-    run = step.build_step(spec, settings, mesh)
+    run = step.build_step(spec, settings.train, settings.optim, settings.pack.seq_len, mesh)
     now, first = run(now, batch)
     now, metrics = run(now, batch)
     seconds = []

@@ -44,9 +44,10 @@ def main(rounds: int = 10):
         original = jax.lax.scan
         if not unrolled:
             jax.lax.scan = lambda f, init, xs, unroll=1: original(f, init, xs)
-        run = step.build_step(spec, settings, mesh)
+        run = step.build_step(spec, settings.train, settings.optim, settings.pack.seq_len, mesh)
         now, _ = run(
-            state.init_state(transformer.init_params(spec, 0, mesh), spec, settings, mesh), batch
+            state.init_state(transformer.init_params(spec, 0, mesh), spec, settings.optim, mesh),
+            batch,
         )  # compiled here
         jax.lax.scan = original
         return run, now

@@ -11,6 +11,7 @@ from jaxpt.growth.growth import format_layer_map
 from jaxpt.model import transformer
 from jaxpt.spec import Manifest
 from jaxpt.weights import checkpoint, hub, huggingface, safetensors_file
+from jaxpt.weights.load import IMPORT_RECORD, LoadedModel, load_model, resolve_source
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +39,11 @@ def export_model(
     """
     if push:
         hub.check_push_allowed(push)
-    source = initialize.resolve_source(source)
+    source = resolve_source(source)
 
     def work(directory: pathlib.Path) -> dict[str, Any]:
         mesh = sharding.make_mesh(config.MeshConfig())
-        model = initialize.load_model(source, mesh, find_stored_dtype(source))
+        model = load_model(source, mesh, find_stored_dtype(source))
         card = write_model_card(source, model)
         n_bytes = huggingface.write_hf_model(
             model.spec,
@@ -57,7 +58,7 @@ def export_model(
             if key in model.record:
                 record[key] = model.record[key]
         record["tokenizer"] = model.tokenizer
-        safetensors_file.write_hf_json(directory / initialize.IMPORT_RECORD, record)
+        safetensors_file.write_hf_json(directory / IMPORT_RECORD, record)
         if not model.tokenizer_dir:
             log.warning("the source has no tokenizer, so the export has none")
         n_params = transformer.count_params(model.spec)
@@ -87,7 +88,7 @@ def find_stored_dtype(source: pathlib.Path) -> str:
     return "float32"
 
 
-def write_model_card(source: pathlib.Path, model: initialize.LoadedModel) -> str:
+def write_model_card(source: pathlib.Path, model: LoadedModel) -> str:
     """Return README.md of the export: what it is, how it grew, what it was made from."""
     notes: list[str] = []
     nodes = lineage.read_lineage(source.resolve(), notes)

@@ -255,7 +255,8 @@ def settings(attention="auto", seq_len=256, **train):
     ],
 )
 def test_the_backend_follows_platform_and_shape_and_gives_its_reason(mesh, chosen, name, reason):
-    got, why = select.choose_backend(SPEC, make_attention_request(chosen), mesh)
+    request = make_attention_request(chosen.train, chosen.pack.seq_len)
+    got, why = select.choose_backend(SPEC, request, mesh)
     assert got == name and reason in why and "\n" not in why
 
 
@@ -269,7 +270,9 @@ def test_the_backend_follows_platform_and_shape_and_gives_its_reason(mesh, chose
 )
 def test_a_backend_requested_by_name_is_never_replaced_silently(mesh, requested, message):
     with pytest.raises(UserError, match=message):
-        select.choose_backend(SPEC, make_attention_request(settings(requested)), mesh)
+        chosen = settings(requested)
+        request = make_attention_request(chosen.train, chosen.pack.seq_len)
+        select.choose_backend(SPEC, request, mesh)
 
 
 def test_a_kernel_that_fails_or_gives_other_numbers_is_not_used(monkeypatch):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_weights import stories260k
 
-from jaxpt import initialize, sharding, stage
+from jaxpt import sharding, stage
 from jaxpt.config import Config, MeshConfig, MixtureConfig, OptimConfig, PackConfig, TrainConfig
 from jaxpt.data import loader, pack
 from jaxpt.evaluate import likelihood
@@ -18,6 +18,7 @@ from jaxpt.model.param import is_param_spec
 from jaxpt.spec import ModelSpec, RopeScaling, UserError
 from jaxpt.train import gate, state, step
 from jaxpt.weights import huggingface
+from jaxpt.weights.load import load_model
 
 SPEC = ModelSpec(
     n_layers=2,
@@ -104,7 +105,7 @@ def pack_documents(
 
 
 def heldout_of(packed, *more, mesh=ONE, settings=SETTINGS) -> gate.HeldoutData:
-    return gate.HeldoutData(settings, [packed, *more], mesh)
+    return gate.HeldoutData([packed, *more], settings.train, settings.mixture.document_mask, mesh)
 
 
 def untrained():
@@ -134,8 +135,8 @@ def params(heldout, tmp_path_factory):
     rows = loader.open_packed(
         [pack_documents(tmp_path_factory.mktemp("training"), {"songs": documents(0, 8 * 180)})]
     )
-    now = state.init_state(untrained(), SPEC, SETTINGS, ONE)
-    run = step.build_step(SPEC, SETTINGS, ONE)
+    now = state.init_state(untrained(), SPEC, SETTINGS.optim, ONE)
+    run = step.build_step(SPEC, SETTINGS.train, SETTINGS.optim, SETTINGS.pack.seq_len, ONE)
     for i in range(180):
         batch = loader.make_batch([rows.read_sequence("songs", 8 * i + k) for k in range(8)], True)
         now, _ = run(now, jax.device_put(batch, sharding.make_batch_sharding(ONE)))
@@ -164,7 +165,7 @@ def foreign(directory, params, spec=SPEC):
     known of it but its config.json.
     """
     huggingface.write_hf_model(spec, params, directory)
-    loaded = initialize.load_model(directory, ONE)
+    loaded = load_model(directory, ONE)
     return loaded.spec, loaded.params, loaded.record
 
 
@@ -373,7 +374,7 @@ def test_a_grown_model_and_an_untrained_one_only_warn(heldout, params, record, c
 def test_a_model_that_somebody_trained_passes_and_its_wrong_readings_do_not(data_dir, tmp_path):
     folder = data_dir / "ckpt_stories260K"
     stories260k(folder, tmp_path / "hf")
-    loaded = initialize.load_model(tmp_path / "hf", ONE)
+    loaded = load_model(tmp_path / "hf", ONE)
     texts = decode.generate(
         loaded.spec,
         loaded.params,

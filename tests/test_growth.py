@@ -14,16 +14,18 @@ from test_train import make_batch, make_state
 
 from jaxpt import config, initialize, sharding
 from jaxpt.growth import vocabulary
-from jaxpt.growth.apply import compile_growth, grow_moments, grow_params
+from jaxpt.growth.apply import compile_growth, grow_params
 from jaxpt.growth.growth import Parent
-from jaxpt.growth.new_params import find_new_params
+from jaxpt.growth.moments import grow_moments
+from jaxpt.growth.new_params import NewParams, find_new_params
 from jaxpt.growth.parse import plan_growth
 from jaxpt.growth.records import GrowthReport
+from jaxpt.growth.verify import judge_growth
 from jaxpt.model import loss, transformer
 from jaxpt.model.param import is_param_spec
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.train import begin, optimizer, state, step
-from jaxpt.train.verify import judge_growth
+from jaxpt.weights.load import LoadedModel
 
 COURSE = ModelSpec(
     n_layers=12,
@@ -393,11 +395,9 @@ def test_new_is_what_has_no_source_or_stood_before():
         plan_growth("stack(g=2)", Parent(COURSE.replace(n_layers=16))), new_params
     )
     assert list(new_params["layers"].nonzero()[0]) == [8, 9, 10, 11, *range(16, 32)]
-    record = optimizer.NewParams(new_params).to_record()
+    record = NewParams(new_params).to_record()
     assert record.to_json()["axes"] == {"layers": {"size": 32, "new": [[8, 12], [16, 32]]}}
-    np.testing.assert_array_equal(
-        optimizer.NewParams.from_record(record).new["layers"], new_params["layers"]
-    )
+    np.testing.assert_array_equal(NewParams.from_record(record).new["layers"], new_params["layers"])
     width = find_new_params(plan_growth("widen(d=2048, ff=6000)", of(12)))
     assert (
         width["embed"].tolist() == [False] * 1024 + [True] * 1024
@@ -414,10 +414,12 @@ SETTINGS = config.Config(
 )
 
 
-def trained(settings, spec, mesh, n_steps, now=None, new_params=optimizer.NewParams()):
+def trained(settings, spec, mesh, n_steps, now=None, new_params=NewParams()):
     """(state after n_steps, the step)"""
     now = now or make_state(mesh, settings, spec)
-    run = step.build_step(spec, settings, mesh, new_params)
+    run = step.build_step(
+        spec, settings.train, settings.optim, settings.pack.seq_len, mesh, new_params
+    )
     for i in range(n_steps):
         now, _ = run(now, jax.device_put(make_batch(seed=i), sharding.make_batch_sharding(mesh)))
     return now, run
@@ -442,7 +444,7 @@ def test_a_growth_adds_one_compilation_and_leaves_the_state_sharded_as_at_init(t
     settings = dataclasses.replace(SETTINGS, optim=dataclasses.replace(SETTINGS.optim, name=name))
     grew, now, new_params = after_growth(settings, THREE, mesh, text, "reset_new")
     assert state.state_shardings(now) == state.state_shardings(
-        state.make_abstract_state(grew.child, settings, mesh)
+        state.make_abstract_state(grew.child, settings.optim, mesh)
     )
     if name == "muon":  # momenta of the first copies are the parent's, of the second ones 0
         momenta = np.asarray(now.opt_state[0][0].inner_state[0].mu["blocks"]["gate"])
@@ -495,7 +497,7 @@ def test_rates_by_age_name_and_layer_multiply_and_zero_freezes(one):
         ),
     )
     grew = plan_growth("stack(g=2)", Parent(THREE))
-    new_params = optimizer.NewParams(find_new_params(grew))
+    new_params = NewParams(find_new_params(grew))
     rates = optimizer.lr_multiplier_tree(settings.optim, grew.child, new_params)
     assert np.ravel(rates["blocks"]["up"]).tolist() == [0] * 3 + [0.25] * 2 + [0.5]
     assert np.ravel(rates["blocks"]["gate"]).tolist() == [0] * 3 + [0.5] * 2 + [1]
@@ -507,7 +509,7 @@ def test_rates_by_age_name_and_layer_multiply_and_zero_freezes(one):
         grew.child,
         one,
         3,
-        state.init_state(params, grew.child, settings, one),
+        state.init_state(params, grew.child, settings.optim, one),
         new_params,
     )
     np.testing.assert_array_equal(now.params["embed"], kept["embed"])
@@ -521,15 +523,19 @@ def test_rates_by_age_name_and_layer_multiply_and_zero_freezes(one):
             )
     with pytest.raises(UserError, match="was not grown"):
         optimizer.lr_multiplier_tree(
-            config.OptimConfig(lr_multipliers=(("new", 0.5),)), THREE, optimizer.NewParams()
+            config.OptimConfig(lr_multipliers=(("new", 0.5),)), THREE, NewParams()
         )
 
 
 def test_another_optimizer_and_a_rewarmed_rate_are_warned_of(spec, one):
     record = {"optimizer": "muon", "lr": 1e-5, "step": 7, "rows": 70}
-    model = initialize.LoadedModel(spec, randomised(spec, one), None, None, 7, None, record)
+    model = LoadedModel(spec, randomised(spec, one), None, None, 7, None, record)
     settings = dataclasses.replace(SETTINGS, initialize=config.InitializeConfig(source="base"))
-    message = "\n".join(begin.format_init_plan(settings, initialize.InitResult(model, None, ())))
+    message = "\n".join(
+        begin.format_init_plan(
+            settings.initialize, settings.optim, initialize.InitResult(model, None, ())
+        )
+    )
     assert (
         "base was trained with muon" in message
         and "last learning rate was 1.00e-05" in message

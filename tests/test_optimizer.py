@@ -74,7 +74,7 @@ def test_six_steps_equal_optax_on_the_mean_loss(one, clip_norm):
     optim = dataclasses.replace(SIX, clip_norm=clip_norm)
     train = dataclasses.replace(SETTINGS.train, steps=6)
     settings = dataclasses.replace(SETTINGS, optim=optim, train=train)
-    run = step.build_step(SPEC, settings, one)
+    run = step.build_step(SPEC, settings.train, settings.optim, settings.pack.seq_len, one)
     now, losses, norms = make_state(one, settings), [], []
     for i in range(6):
         now, scalars = run(now, put(make_batch(i), one))
@@ -152,7 +152,7 @@ def assert_equal(a, b):
 @pytest.mark.parametrize("name", ANY)
 def test_any_optimizer_learns_is_skipped_bit_by_bit_and_resumes(one, tmp_path, name):
     settings = settings_of(name, spike_factor=3.0)
-    run = step.build_step(SPEC, settings, one)
+    run = step.build_step(SPEC, settings.train, settings.optim, settings.pack.seq_len, one)
     now, losses = take_steps(run, make_state(one, settings), one, range(6))
     assert losses[-1] < losses[0] - 0.2
 
@@ -172,12 +172,12 @@ def test_any_optimizer_learns_is_skipped_bit_by_bit_and_resumes(one, tmp_path, n
 
     # a checkpoint goes on as if there had been none
     now = jax.device_put(
-        before, state.state_shardings(state.make_abstract_state(SPEC, settings, one))
+        before, state.state_shardings(state.make_abstract_state(SPEC, settings.optim, one))
     )
     saved = state.rest_of_state(now)
     checkpoint.save_checkpoint(tmp_path, 6, now.params, saved, SPEC, counts={}, tokenizer=None)
     stored = checkpoint.find_newest(tmp_path)
-    abstract = state.make_abstract_state(SPEC, settings, one)
+    abstract = state.make_abstract_state(SPEC, settings.optim, one)
     params = checkpoint.restore_tree(stored, checkpoint.PARAMS, abstract.params)
     resumed = state.restore_state(stored, params, abstract)
     onward, resumed_losses = take_steps(run, resumed, one, (8, 9))
@@ -198,16 +198,18 @@ def test_any_optimizer_learns_is_skipped_bit_by_bit_and_resumes(one, tmp_path, n
 def test_any_optimizer_grows_sharded_and_goes_on(name, policy):
     mesh = sharding.make_mesh(MeshConfig(fsdp=4, tensor=2))
     settings = settings_of(name)
-    run = step.build_step(SPEC, settings, mesh)
+    run = step.build_step(SPEC, settings.train, settings.optim, settings.pack.seq_len, mesh)
     now, _ = take_steps(run, make_state(mesh, settings), mesh, range(3))
     grown = plan_growth("widen(d=48, heads=12)", Parent(SPEC))
     child = grow_params(grown, now.params, mesh)
     opt_state, skips, new_params = state.grow_state(now, grown, settings.optim, policy, mesh)
     now = state.TrainState(now.step, child, opt_state, skips)
-    goal = state.make_abstract_state(grown.child, settings, mesh)
+    goal = state.make_abstract_state(grown.child, settings.optim, mesh)
     assert state.state_shardings(now) == state.state_shardings(goal)
     jax.tree.map(lambda leaf, like: leaf.shape == like.shape or pytest.fail(str(like)), now, goal)
-    run = step.build_step(grown.child, settings, mesh, new_params)
+    run = step.build_step(
+        grown.child, settings.train, settings.optim, settings.pack.seq_len, mesh, new_params
+    )
     now, losses = take_steps(run, now, mesh, range(3, 8))
     assert np.isfinite(losses).all() and losses[-1] < losses[0] and run._cache_size() == 1
 
@@ -215,7 +217,7 @@ def test_any_optimizer_grows_sharded_and_goes_on(name, policy):
 def test_moments_are_those_of_the_child_and_counts_are_kept(one):
     """Depth copies a layer's moments; what is no moment stays, or starts again under fresh."""
     settings = settings_of("schedule_free")
-    run = step.build_step(SPEC, settings, one)
+    run = step.build_step(SPEC, settings.train, settings.optim, settings.pack.seq_len, one)
     now, _ = take_steps(run, make_state(one, settings), one, range(3))
     grown = plan_growth("stack(g=2)", Parent(SPEC))
     parent = jax.device_get(now.opt_state)
@@ -238,7 +240,7 @@ def test_moments_are_those_of_the_child_and_counts_are_kept(one):
 def test_a_squared_moment_shrinks_by_the_square(one):
     """Under copy_scaled, whatever the transformation that holds it."""
     settings = settings_of("adamw")
-    run = step.build_step(SPEC, settings, one)
+    run = step.build_step(SPEC, settings.train, settings.optim, settings.pack.seq_len, one)
     now, _ = take_steps(run, make_state(one, settings), one, range(2))
     grown = plan_growth("widen(d=48, heads=12)", Parent(SPEC))
     grew, _, _ = state.grow_state(now, grown, settings.optim, "copy_scaled", one)

@@ -162,8 +162,11 @@ def test_executed_products_by_formula_are_those_of_the_traced_step(remat, one):
     settings = dataclasses.replace(
         SMALL, pack=PackConfig(seq_len=32), train=dataclasses.replace(SMALL.train, remat=remat)
     )
-    traced = step.build_step(spec, settings, one).trace(
-        state.make_abstract_state(spec, settings, one), step.make_abstract_batch(settings, one)
+    traced = step.build_step(
+        spec, settings.train, settings.optim, settings.pack.seq_len, one
+    ).trace(
+        state.make_abstract_state(spec, settings.optim, one),
+        step.make_abstract_batch(settings.train.batch_size, settings.pack.seq_len, one),
     )
     tokens = settings.train.batch_size * settings.pack.seq_len
     assert roofline.estimate_executed_flops_per_token(spec, 32, remat) == pytest.approx(

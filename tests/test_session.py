@@ -408,14 +408,14 @@ def test_a_scalar_of_the_step_reaches_console_file_tensorboard_and_page(
     assert "param_norm" in html and long_name in html and repr(norm)[:5] in html
 
 
-def test_mfu_is_of_all_devices_and_money_is_in_dollars(make_config, tmp_path, monkeypatch, caplog):
+def test_mfu_is_of_all_devices_and_money_is_in_dollars(tmp_path, monkeypatch, caplog):
     """7 steps of 640 tokens in 2 hours on 5 devices of 1.5 dollars per hour."""
     cost = DeviceCost(flops_per_token=9e3, peak_flops=4e3, usd_per_hour=1.5)
     now = [1000.0]
     monkeypatch.setattr("jaxpt.train.metrics.time.monotonic", lambda: now[0])
     logger = MetricsLogger(
         tmp_path,
-        make_config(),
+        STEPS,
         tokens_per_step=640,
         n_devices=5,
         resumed_at=0,

@@ -90,18 +90,18 @@ def make_state(mesh, settings=SETTINGS, spec=SPEC, **changes):
     now = state.init_state(
         jax.device_put(initial_params(spec), transformer.make_param_shardings(spec, mesh)),
         spec,
-        settings,
+        settings.optim,
         mesh,
     )._replace(**changes)
     return jax.device_put(
-        now, state.state_shardings(state.make_abstract_state(spec, settings, mesh))
+        now, state.state_shardings(state.make_abstract_state(spec, settings.optim, mesh))
     )
 
 
 def train(mesh, settings=SETTINGS, n=6, spec=SPEC, run=None):
     """n steps; returns (losses, final state, the jitted step)."""
     now, losses = make_state(mesh, settings, spec), []
-    run = run or step.build_step(spec, settings, mesh)
+    run = run or step.build_step(spec, settings.train, settings.optim, settings.pack.seq_len, mesh)
     for i in range(n):
         now, metrics = run(now, put(make_batch(i), mesh))
         losses.append(float(metrics["loss"]))
@@ -111,14 +111,14 @@ def train(mesh, settings=SETTINGS, n=6, spec=SPEC, run=None):
 @pytest.fixture(scope="module")
 def run(one):
     """The step of one device, compiled once for all tests that need no other."""
-    return step.build_step(SPEC, SETTINGS, one)
+    return step.build_step(SPEC, SETTINGS.train, SETTINGS.optim, SETTINGS.pack.seq_len, one)
 
 
 @pytest.fixture(scope="module")
 def sharded():
     """A mesh that shards weights both ways, and its step."""
     mesh = sharding.make_mesh(MeshConfig(fsdp=4, tensor=2))
-    return mesh, step.build_step(SPEC, SETTINGS, mesh)
+    return mesh, step.build_step(SPEC, SETTINGS.train, SETTINGS.optim, SETTINGS.pack.seq_len, mesh)
 
 
 @pytest.fixture(scope="module")
@@ -162,11 +162,11 @@ def test_accumulation_equals_one_large_batch_whatever_the_padding(one, run, k):
 
 def test_state_is_initialized_sharded_keeps_its_shardings_and_compiles_once(sharded):
     mesh, run = sharded
-    now = state.init_state(transformer.init_params(SPEC, 0, mesh), SPEC, SETTINGS, mesh)
+    now = state.init_state(transformer.init_params(SPEC, 0, mesh), SPEC, SETTINGS.optim, mesh)
     for i in range(3):
         now, _ = run(now, put(make_batch(i), mesh))
     assert run._cache_size() == 1
-    expected = state.make_abstract_state(SPEC, SETTINGS, mesh)
+    expected = state.make_abstract_state(SPEC, SETTINGS.optim, mesh)
     jax.tree.map(
         lambda leaf, goal: (
             leaf.sharding.is_equivalent_to(goal.sharding, leaf.ndim)
@@ -185,7 +185,7 @@ def test_a_warmup_step_keeps_the_state_and_is_the_steps_one_compile(sharded):
     mesh, run = sharded
     now, _ = run(make_state(mesh), put(make_batch(0), mesh))
     before = jax.device_get(now)
-    now = step.run_warmup_step(run, now, SETTINGS, mesh)
+    now = step.run_warmup_step(run, now, step.make_abstract_batch(16, 32, mesh))
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(now))
     run(now, put(make_batch(1), mesh))
     assert run._cache_size() == 1
@@ -202,14 +202,9 @@ def test_remat_changes_memory_not_numbers(one, alone, remat):
 
 
 def test_offloading_on_a_cpu_is_refused(one):
+    offload = dataclasses.replace(SETTINGS.train, remat="offload")
     with pytest.raises(UserError, match="a CPU has no other"):
-        step.build_step(
-            SPEC,
-            dataclasses.replace(
-                SETTINGS, train=dataclasses.replace(SETTINGS.train, remat="offload")
-            ),
-            one,
-        )
+        step.build_step(SPEC, offload, SETTINGS.optim, 32, one)
 
 
 def test_an_update_that_is_not_finite_is_skipped_and_counted(one, run):
@@ -240,7 +235,7 @@ GUARDED = dataclasses.replace(SETTINGS, train=dataclasses.replace(SETTINGS.train
 @pytest.fixture(scope="module")
 def guarded(one):
     """The step that skips spikes."""
-    return step.build_step(SPEC, GUARDED, one)
+    return step.build_step(SPEC, GUARDED.train, GUARDED.optim, GUARDED.pack.seq_len, one)
 
 
 def make_guarded_state(mesh, at, mean):

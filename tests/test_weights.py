@@ -26,7 +26,7 @@ from jaxpt.growth.growth import Parent
 from jaxpt.growth.parse import plan_growth
 from jaxpt.model import decode, transformer
 from jaxpt.spec import Manifest, ModelSpec, RopeScaling, UserError
-from jaxpt.train import verify
+from jaxpt.train import initial_run
 from jaxpt.weights import huggingface, safetensors_file
 
 
@@ -227,7 +227,7 @@ def test_the_card_tells_what_the_model_was_made_from_and_how_it_grew(tmp_path, s
     asked = config.InitializeConfig(
         source=str(base), grow=("depth_upscale(m=2)",), param_dtype="bfloat16"
     )
-    verify.initialize_run(
+    initial_run.initialize_run(
         config.Config(initialize=asked, mesh=config.MeshConfig(fsdp=4, tensor=2)), run
     )
     for source in (run, run / "checkpoints/0"):

@@ -65,9 +65,9 @@ def run(arguments: argparse.Namespace) -> None:
         grow=(*settings.initialize.grow, *arguments.grow),
     )
     from jaxpt import flops
-    from jaxpt.train import verify
+    from jaxpt.train import initial_run
 
-    verify.initialize_run(
+    initial_run.initialize_run(
         dataclasses.replace(settings, initialize=section),
         arguments.to,
         probe_steps=arguments.probe,

@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxpt import config, initialize, sharding
+from jaxpt import config, sharding
 from jaxpt.data import loader
 from jaxpt.evaluate import likelihood
 from jaxpt.spec import Batch, UserError
 from jaxpt.weights import checkpoint
+from jaxpt.weights.load import LoadedModel, load_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,7 @@ def rank_documents(
     nearest = max((saved_step for saved_step in saved if saved_step < step), default=saved[0])
     checkpoint_dir = run / "checkpoints" / str(nearest)
     mesh = sharding.make_mesh(config.MeshConfig())
-    model = initialize.load_model(checkpoint_dir, mesh)
+    model = load_model(checkpoint_dir, mesh)
 
     settings, dataset, places = loader.list_step_sequences(run, step)
     sequences = [dataset.read_sequence(name, i) for name, i in places]
@@ -79,9 +80,7 @@ def rank_documents(
     return checkpoint_dir, ranked
 
 
-def compute_batch_losses(
-    model: initialize.LoadedModel, batch: Batch, max_length: int
-) -> np.ndarray:
+def compute_batch_losses(model: LoadedModel, batch: Batch, max_length: int) -> np.ndarray:
     """Return the loss of each target of a batch in nats, float32 [B, T]; 0 where not trained."""
     losses = np.zeros(batch.tokens.shape, np.float32)
     segments = find_segments(batch.segment_ids)

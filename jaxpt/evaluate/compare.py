@@ -16,13 +16,14 @@ from typing import Protocol
 
 import numpy as np
 
-from jaxpt import config, initialize, stage
+from jaxpt import config, stage
 from jaxpt.data import sources, tokenizer
 from jaxpt.evaluate import likelihood
 from jaxpt.model import decode
 from jaxpt.sharding import make_mesh
 from jaxpt.spec import Record, UserError
 from jaxpt.text import display_width, format_table
+from jaxpt.weights.load import LoadedModel, load_model, resolve_source
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ def compare_samples(
 
 def fingerprint_models(models: list[pathlib.Path]) -> list[str]:
     """Return the fingerprint of each model's files."""
-    return [stage.fingerprint_path(initialize.resolve_source(model)) for model in models]
+    return [stage.fingerprint_path(resolve_source(model)) for model in models]
 
 
 def first_token_id(encoder: tokenizer.Tokenizer) -> int:
@@ -194,10 +195,10 @@ def first_token_id(encoder: tokenizer.Tokenizer) -> int:
     return encoder.bos_id
 
 
-def load_compared_models(model: pathlib.Path) -> tuple[initialize.LoadedModel, tokenizer.Tokenizer]:
+def load_compared_models(model: pathlib.Path) -> tuple[LoadedModel, tokenizer.Tokenizer]:
     """Load a model and its tokenizer. Raise UserError if it has none."""
     mesh = make_mesh(config.MeshConfig())
-    loaded = initialize.load_model(model, mesh)
+    loaded = load_model(model, mesh)
     if loaded.tokenizer_dir is None:
         raise UserError(
             f"{model}: has no tokenizer beside it (tokenizer.json), so it cannot read a prompt. "
@@ -214,7 +215,7 @@ class ShowProgress(Protocol):
 
 
 def generate_continuations(
-    loaded: initialize.LoadedModel,
+    loaded: LoadedModel,
     encoder: tokenizer.Tokenizer,
     name: str,
     prompts: list[str],
@@ -461,7 +462,7 @@ def compare_documents(
 
 
 def compute_token_losses(
-    loaded: initialize.LoadedModel,
+    loaded: LoadedModel,
     pairs: list[likelihood.TokenPair],
     max_length: int,
     label: str,

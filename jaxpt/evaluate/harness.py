@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 
-from jaxpt import config, initialize, stage
+from jaxpt import config, stage
 from jaxpt.data import benchmarks, sources, tokenizer
 from jaxpt.evaluate import contamination, likelihood, reference
 from jaxpt.model import decode, transformer
@@ -30,6 +30,7 @@ from jaxpt.sharding import make_mesh
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.text import format_table
 from jaxpt.weights import checkpoint, huggingface
+from jaxpt.weights.load import LoadedModel, load_model, resolve_source
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -111,7 +112,7 @@ def evaluate_model(
     for source in texts:
         for key, path in source.fingerprint_inputs().items():
             read[key] = stage.fingerprint_path(path)
-    model_print = stage.fingerprint_path(initialize.resolve_source(model))
+    model_print = stage.fingerprint_path(resolve_source(model))
     local_print = stage.fingerprint(local)
     request = stage.fingerprint([model_print, tasks, backend, limit, max_length, read, local_print])
     earlier = stage.read_cached_result(to, request)
@@ -120,7 +121,7 @@ def evaluate_model(
         log.info(f"evaluate: {to} holds this already, nothing to do")
         return earlier
     mesh = make_mesh(config.MeshConfig())
-    loaded = initialize.load_model(model, mesh)
+    loaded = load_model(model, mesh)
     spec, tokenizer_dir = loaded.spec, loaded.tokenizer_dir
     if tokenizer_dir is None:
         raise UserError(
@@ -256,7 +257,7 @@ def check_task_names(names: list[str], data_dir: pathlib.Path | None) -> None:
 
 
 @contextlib.contextmanager
-def export_temporarily(loaded: initialize.LoadedModel) -> Iterator[pathlib.Path]:
+def export_temporarily(loaded: LoadedModel) -> Iterator[pathlib.Path]:
     """Return the model's Hugging Face directory, or else that of a temporary export."""
     if loaded.source and loaded.tokenizer_dir == loaded.source:
         yield loaded.source
@@ -274,7 +275,7 @@ def export_temporarily(loaded: initialize.LoadedModel) -> Iterator[pathlib.Path]
 
 def score_text_source(
     source: sources.TextSource,
-    loaded: initialize.LoadedModel,
+    loaded: LoadedModel,
     encoder: tokenizer.Tokenizer,
     hf_dir: pathlib.Path | None,
     limit: int | None,
@@ -614,9 +615,7 @@ def merge_results(results: dict[str, Any], more: dict[str, Any]) -> None:
             results[key] = value
 
 
-def describe_evaluated_model(
-    loaded: initialize.LoadedModel, encoder: tokenizer.Tokenizer
-) -> dict[str, Any]:
+def describe_evaluated_model(loaded: LoadedModel, encoder: tokenizer.Tokenizer) -> dict[str, Any]:
     """Return what was evaluated, by fingerprint, and the versions that evaluated it."""
     assert loaded.source is not None
     directory = checkpoint.find_checkpoint(loaded.source) or loaded.source

@@ -1,4 +1,4 @@
-"""Make the child's parameters and moments: gathers along every axis that changes.
+"""Make the child's parameters: gathers along every axis that changes (moments.py: of moments).
 
 They are jitted onto the child's shardings, layer by layer where a width changes: no device ever
 holds more than one whole layer's matrix.
@@ -57,53 +57,6 @@ def compile_growth(growth: Growth, mesh: Mesh) -> Any:
     return jit_growth(growth, make, mesh, shardings)
 
 
-def grow_moments(growth: Growth, tree: Params, policy: str, power: int, mesh: Mesh) -> Params:
-    """Return Adam's moments of the child's gradients, from the parent's.
-
-    What has no source (a random or predicted layer, an averaged embedding) starts at 0 under every
-    policy.
-
-    Args:
-        growth: what became of the parent.
-        tree: Adam's mean or mean square, or Muon's momentum; may hold some of the weights only.
-        policy: what becomes of a moment:
-            copy: it is copied.
-            copy_scaled: it becomes what the gradient of a widened model truly is. The loss reaches
-                an output that is copied c times through c copies of 1/c each, so its gradient is
-                1/c of the parent's (power 2: 1/c^2). Depth has no such law: each copy of a layer
-                sees its own input, and its moments are copied.
-            reset_new: copied, 0 for whatever is new.
-            fresh: 0.
-        power: 1 for means, 2 for mean squares.
-        mesh: of the tree.
-    """
-    is_scaled = policy == "copy_scaled" and growth.divide_copies
-    flags = find_new_params(growth)
-
-    def grow(path: Path, param: ParamSpec, leaf: jax.Array) -> jax.Array:
-        if policy == "fresh":
-            return jnp.zeros(param.shape, leaf.dtype)
-        scales: AxisScales = {}
-        if is_scaled:
-            scales = output_scales(growth, path, param, power)
-        leaf_growth = LeafGrowth(growth, path, param, is_moment=True)
-        grown = leaf_growth.grow(leaf, scales)
-        if policy != "reset_new":
-            return grown
-        is_new = new_param_mask(param, flags)
-        if is_new is None:
-            return grown
-        is_kept = jnp.where(is_new, 0, 1)
-        return grown * is_kept.astype(leaf.dtype)
-
-    def make(tree: Params) -> Params:
-        return map_child_params(growth.child, grow, tree)
-
-    shardings = transformer.make_param_shardings(growth.child, mesh)
-    shardings = subtree_like(tree, shardings)
-    return jit_growth(growth, make, mesh, shardings)(tree)
-
-
 def jit_growth(growth: Growth, make: Callable, mesh: Mesh, shardings: Params) -> Any:
     """Return `make` jitted onto the child's shardings."""
 
@@ -138,17 +91,6 @@ def input_scales(growth: Growth, path: Path, param: ParamSpec) -> AxisScales:
         return {}
     n_copies = count_copies(growth.sources[axis])
     return {axis: 1 / n_copies}
-
-
-def output_scales(growth: Growth, path: Path, param: ParamSpec, power: int) -> AxisScales:
-    """Return the factors of a gradient along copied outputs."""
-    excluded = {"layers", "vocab", input_axis(growth, path, param)}
-    scales = {}
-    for axis in map(source_axis, param.axes):
-        if axis in growth.sources and axis not in excluded:
-            n_copies = count_copies(growth.sources[axis])
-            scales[axis] = n_copies ** -float(power)
-    return scales
 
 
 def count_copies(source: np.ndarray) -> np.ndarray:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,17 +13,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxpt.data import loader
 from jaxpt.growth.records import CopySimilarity
 from jaxpt.model import transformer
 from jaxpt.model.kernels.select import attend
 from jaxpt.model.rope import compute_rope
 from jaxpt.model.transformer import Observe
-from jaxpt.sharding import make_batch_sharding, make_replicated_sharding, with_logical_constraint
+from jaxpt.sharding import (
+    make_batch_sharding,
+    make_replicated_sharding,
+    n_shards,
+    with_logical_constraint,
+)
 from jaxpt.spec import Batch, ModelSpec, UserError
 
 Params = dict[str, Any]  # nested dict of arrays, see model/transformer.py
 Sums = dict[str, jax.Array]  # of one batch
 RESIDUAL_AXES = ("batch", "position", "act_embed")
+N_MEASURED_SEQUENCES = 64  # per source: what operators measure on, and the report's statistics
 
 
 class LayerStatistics(NamedTuple):
@@ -161,6 +169,61 @@ def select_heads(
     first_heads = group * kv_heads[..., None]
     heads = first_heads + np.arange(group)
     return heads.reshape(L, new_heads), kv_heads
+
+
+# ---- logits of a whole model
+
+
+def compute_logits(
+    spec: ModelSpec, params: Params, tokens: np.ndarray, mesh: jax.sharding.Mesh
+) -> np.ndarray:
+    """Return float32 logits [B, T, V] of token ids [B, T], one document per sequence."""
+
+    def forward(params: Params, tokens: jax.Array) -> jax.Array:
+        segment_ids = jnp.ones_like(tokens)
+        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        positions = jnp.broadcast_to(positions, tokens.shape)
+        return transformer.compute_logits(spec, params, tokens, segment_ids, positions)
+
+    jitted = jax.jit(forward, out_shardings=make_replicated_sharding(mesh))
+    # a GPU or TPU would otherwise multiply float32 in fewer bits
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(jitted(params, tokens))
+
+
+def make_test_tokens(spec: ModelSpec, n: int) -> np.ndarray:
+    """Return int32 [1, n]: a sequence of ids from all over the vocabulary."""
+    length = min(n, spec.max_seq_len)
+    ids = np.arange(length, dtype=np.int32) * 7919 % spec.vocab_size
+    return ids[None]
+
+
+# ---- the batches to measure on
+
+
+def make_measuring_batches(
+    packed: Sequence[str | pathlib.Path], batch_size: int, document_mask: bool, mesh: Mesh
+) -> Callable[[], Iterator[Batch]]:
+    """Return a function that reads training batches to measure on: the same at every call.
+
+    Args:
+        packed: directories of packed sequences.
+        batch_size: in sequences, at least; the mesh shards it evenly.
+        document_mask: whether a document sees only itself.
+        mesh: the devices.
+    """
+
+    def read_batches() -> Iterator[Batch]:
+        dataset = loader.open_packed(packed)
+        shards = n_shards(mesh, "batch")
+        n = -(-min(batch_size, 32) // shards) * shards
+        place = make_batch_sharding(mesh)
+        for name in dataset.names:
+            yield from loader.iterate_heldout_batches(
+                dataset, name, place, n, N_MEASURED_SEQUENCES, document_mask
+            )
+
+    return read_batches
 
 
 # ---- sums over one batch, traced; every array is summed over real tokens

@@ -1,15 +1,47 @@
-"""Find which parts of a child are new."""
+"""What the last growth added: which parts of a child are new, and how they learn."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxpt.growth.growth import NO_SOURCE, AxisFlags, Growth
+from jaxpt.growth.records import AxisRanges, NewParamsRecord
 from jaxpt.model.param import ParamSpec
+
+
+class NewParams(NamedTuple):
+    """What the last growth added, and how it learns.
+
+    Attributes:
+        new: logical axis -> bool array, True where an index is new; see `find_new_params`.
+        n_updates: updates since step 0, without skipped ones, when the model grew.
+        rewarm: parameters that started from zero moments under a schedule that continues, and
+            warm up over optim.warmup_steps: "none", "new" or "all".
+    """
+
+    new: AxisFlags = {}
+    n_updates: int = 0
+    rewarm: str = "none"
+
+    def to_record(self) -> NewParamsRecord:
+        """Return the record for a checkpoint."""
+        axes = {}
+        for axis, flags in self.new.items():
+            axes[axis] = flags_to_ranges(flags)
+        return NewParamsRecord(axes, self.n_updates, self.rewarm)
+
+    @classmethod
+    def from_record(cls, record: NewParamsRecord) -> NewParams:
+        """Return what `to_record` recorded."""
+        new = {}
+        for axis, ranges in record.axes.items():
+            new[axis] = ranges_to_flags(ranges)
+        return cls(new, record.n_updates, record.rewarm)
 
 
 def find_new_params(growth: Growth, before: AxisFlags | None = None) -> AxisFlags:
@@ -69,3 +101,20 @@ def new_param_mask(param: ParamSpec, flags: AxisFlags) -> jax.Array | None:
 def source_axis(axis: str) -> str:
     """Return the axis whose sources a weight's axis follows: a norm's are the embedding's."""
     return "embed" if axis == "norm" else axis
+
+
+def flags_to_ranges(flags: np.ndarray) -> AxisRanges:
+    """Return the ranges of True in a bool array."""
+    padded = np.concatenate([[False], flags, [False]])
+    changes = np.diff(padded.astype(np.int8))
+    edges = np.flatnonzero(changes).reshape(-1, 2)
+    ranges = tuple((int(start), int(stop)) for start, stop in edges)
+    return AxisRanges(len(flags), ranges)
+
+
+def ranges_to_flags(ranges: AxisRanges) -> np.ndarray:
+    """Return the bool array that `flags_to_ranges` encoded."""
+    flags = np.zeros(ranges.size, bool)
+    for start, stop in ranges.new:
+        flags[start:stop] = True
+    return flags

@@ -1,4 +1,4 @@
-"""What a growth writes to growth.json."""
+"""What a growth writes to growth.json, and a checkpoint of what it added."""
 
 from __future__ import annotations
 
@@ -57,3 +57,20 @@ class GrowthReport(Record):
     moments: str | None  # policy for Adam's moments; None: not trained yet
     probe: ProbeRecord | None = None
     verdict: str = ""  # "healthy: ..." and the like, one sentence
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisRanges(Record):
+    """The new indices of one logical axis."""
+
+    size: int  # of the axis
+    new: tuple[tuple[int, int], ...]  # [start, stop) of each range
+
+
+@dataclasses.dataclass(frozen=True)
+class NewParamsRecord(Record):
+    """What the last growth added, by logical axis."""
+
+    axes: dict[str, AxisRanges]  # logical axis -> its new indices
+    n_updates: int  # since step 0, without skipped ones, when the model grew
+    rewarm: str  # parameters re-warmed from zero moments: "none", "new" or "all"

@@ -138,7 +138,8 @@ def analyze_step_in_process(request: AnalysisRequest) -> StepAnalysis:
     sharding.check_mesh_divides(mesh, spec, train.batch_size, train.grad_accum_steps, seq_len)
     backend = roofline.predict_attention_backend(seq_len, train, settings.mesh, target)
     if not missing:
-        backend, _ = select.choose_backend(spec, step.make_attention_request(settings), mesh)
+        asked = step.make_attention_request(train, seq_len)
+        backend, _ = select.choose_backend(spec, asked, mesh)
 
     # A kernel's matmuls cannot be seen; xla's query blocks compute the same. Stand-in devices can
     # trace nothing else.
@@ -152,7 +153,9 @@ def analyze_step_in_process(request: AnalysisRequest) -> StepAnalysis:
 
     whole = roofline.count_state_bytes(spec, settings.optim, settings.initialize.param_dtype)
     estimate = roofline.estimate_step(spec, whole, train, seq_len, dict(mesh.shape), backend)
-    abstract_state = state.make_abstract_state(spec, settings, mesh)
+    abstract_state = state.make_abstract_state(
+        spec, settings.optim, mesh, settings.initialize.param_dtype
+    )
     params_bytes = count_bytes_per_device(abstract_state.params)
     opt_state_bytes = count_bytes_per_device(abstract_state.opt_state)
     state_bytes = params_bytes + opt_state_bytes
@@ -176,9 +179,12 @@ def analyze_step_in_process(request: AnalysisRequest) -> StepAnalysis:
 
 def trace_step(spec: ModelSpec, settings: Config, mesh: Mesh) -> Any:
     """Return the traced train step (jax.stages.Traced)."""
-    abstract_state = state.make_abstract_state(spec, settings, mesh)
-    abstract_batch = step.make_abstract_batch(settings, mesh)
-    return step.build_step(spec, settings, mesh).trace(abstract_state, abstract_batch)
+    train, optim, seq_len = settings.train, settings.optim, settings.pack.seq_len
+    dtype = settings.initialize.param_dtype
+    abstract_state = state.make_abstract_state(spec, optim, mesh, dtype)
+    abstract_batch = step.make_abstract_batch(train.batch_size, seq_len, mesh)
+    built = step.build_step(spec, train, optim, seq_len, mesh)
+    return built.trace(abstract_state, abstract_batch)
 
 
 def make_target_devices(target: Target, missing: str | None) -> Sequence[Any]:

@@ -12,19 +12,21 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxpt import initialize
-from jaxpt.config import Config, MixtureConfig
+from jaxpt.config import InitializeConfig, MixtureConfig, OptimConfig
 from jaxpt.data import loader
 from jaxpt.data.mixture import MixturePhase, schedule_from_history
-from jaxpt.growth.new_params import find_new_params_through
+from jaxpt.growth import verify
+from jaxpt.growth.new_params import NewParams, find_new_params_through
+from jaxpt.growth.records import NewParamsRecord
 from jaxpt.initialize import InitResult
 from jaxpt.spec import Manifest, ModelSpec, UserError
 from jaxpt.stage import local_path
-from jaxpt.train import forgetting, provenance, state, verify
+from jaxpt.train import forgetting, provenance, state
 from jaxpt.train.context import RunContext
-from jaxpt.train.optimizer import NewParams
-from jaxpt.train.records import CheckpointRecord, NewParamsRecord, TrainProgress
+from jaxpt.train.records import CheckpointRecord, TrainProgress
 from jaxpt.train.state import TrainState
 from jaxpt.weights import checkpoint, hub
+from jaxpt.weights.load import LoadedModel
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +70,7 @@ def read_start(run: RunContext, resumed: pathlib.Path) -> RunStart:
     spec = ModelSpec.load(resumed / "spec.json")
     manifest = Manifest.load(resumed)
     record = CheckpointRecord.from_json(manifest.counts, str(resumed))
-    check_resumed_data(manifest, run.config, run.dataset, run.run_dir)
+    check_resumed_data(manifest, run.config.mixture, run.dataset, run.run_dir)
     progress = record.progress
     if progress is None:
         raise UserError(
@@ -102,7 +104,7 @@ def init_run(run: RunContext) -> InitialModel:
         verify_init(run, init, init.parent)
     elif report and was_grown and jax.process_index() == 0:
         shutil.copyfile(report, run.run_dir / "growth.json")
-    state_now, progress, new_params = init_train_state(config, init, dataset, run.mesh)
+    state_now, progress, new_params = init_train_state(run, init)
     start = RunStart(model.spec, progress, new_params, config.mixture)
     record = {"tokenizer": model.tokenizer, **model.record}
     # a trained descendant of a growth has a record of its own; a grown model has none yet
@@ -110,7 +112,7 @@ def init_run(run: RunContext) -> InitialModel:
     return InitialModel(start, state_now, record, is_grown)
 
 
-def verify_init(run: RunContext, init: InitResult, parent: initialize.LoadedModel) -> None:
+def verify_init(run: RunContext, init: InitResult, parent: LoadedModel) -> None:
     """Compare a model that grew with its parent and write growth.json."""
     section = run.config.initialize
     report = verify.verify_growth(
@@ -127,7 +129,7 @@ def verify_init(run: RunContext, init: InitResult, parent: initialize.LoadedMode
     verify.write_growth(report, run.run_dir)
 
 
-def check_tokens(source: str, model: initialize.LoadedModel, dataset: loader.PackedDataset) -> None:
+def check_tokens(source: str, model: LoadedModel, dataset: loader.PackedDataset) -> None:
     """Raise UserError unless the data holds the model's tokens."""
     if model.tokenizer not in (None, dataset.tokenizer):
         raise UserError(
@@ -157,20 +159,14 @@ def read_parent_losses(run_dir: pathlib.Path, n_sequences: int) -> dict[str, flo
 
 
 def init_train_state(
-    config: Config, init: InitResult, dataset: loader.PackedDataset, mesh: jax.sharding.Mesh
+    run: RunContext, init: InitResult
 ) -> tuple[TrainState, TrainProgress, NewParams]:
-    """Return a run's first state by initialize.mode; log what it keeps.
-
-    Args:
-        config: the recipe.
-        init: the initialized, perhaps grown, model.
-        dataset: the packed sequences.
-        mesh: the devices.
-    """
-    section, model = config.initialize, init.model
+    """Return the first state around an initialized, perhaps grown, model; log what it keeps."""
+    config, model = run.config, init.model
+    section = config.initialize
     if section.mode == "continue":
-        log_init_plan(config, init)
-        first = state.init_state(model.params, model.spec, config, mesh)
+        log_init_plan(section, config.optim, init)
+        first = state.init_state(model.params, model.spec, config.optim, run.mesh)
         return first, TrainProgress(), find_new_params(init)
     source = checkpoint.find_checkpoint(local_path(section.source))
     if source is None or not (source / checkpoint.TRAIN_STATE).is_dir():
@@ -180,34 +176,31 @@ def init_train_state(
         )
     manifest = Manifest.load(source)
     record = CheckpointRecord.from_json(manifest.counts, str(source))
-    check_resumed_data(manifest, config, dataset, section.source)
+    check_resumed_data(manifest, config.mixture, run.dataset, section.source)
     if record.step >= config.train.steps:
         raise UserError(
             f"initialize.mode: {section.source} is at step {record.step}, but train.steps is "
             f"{config.train.steps}. Set more."
         )
-    log_init_plan(config, init)
-    return continue_state(config, init, source, record, mesh)
+    log_init_plan(section, config.optim, init)
+    return continue_state(run, init, source, record)
 
 
 def continue_state(
-    config: Config,
-    init: InitResult,
-    source: Any,
-    record: CheckpointRecord,
-    mesh: jax.sharding.Mesh,
+    run: RunContext, init: InitResult, source: pathlib.Path, record: CheckpointRecord
 ) -> tuple[TrainState, TrainProgress, NewParams]:
     """Return the state of a source run around the model, with grown moments if it grew."""
     assert record.progress
+    config, section = run.config, run.config.initialize
     spec = init.growths[0].spec if init.growths else init.model.spec
-    abstract = state.make_abstract_state(spec, config, mesh)
+    abstract = state.make_abstract_state(spec, config.optim, run.mesh, section.param_dtype)
     restored = state.restore_state(source, init.model.params, abstract)
     recorded = record.new_params or NewParamsRecord({}, 0, "none")
     new_params = NewParams.from_record(recorded)
     for i, grown in enumerate(init.growths):
         before = new_params if i else NewParams()
         opt_state, skip_state, new_params = state.grow_state(
-            restored, grown, config.optim, config.initialize.moments, mesh, before
+            restored, grown, config.optim, section.moments, run.mesh, before
         )
         restored = restored._replace(opt_state=opt_state, skip_state=skip_state)
     # growths of train.grow before this step; at this very step only if the source had grown there
@@ -235,7 +228,7 @@ def find_new_params(init: InitResult) -> NewParams:
 
 
 def check_resumed_data(
-    manifest: Manifest, config: Config, dataset: loader.PackedDataset, run: object
+    manifest: Manifest, mixture: MixtureConfig, dataset: loader.PackedDataset, run: object
 ) -> None:
     """Raise UserError unless a resumed run finds the sequences that it was reading.
 
@@ -244,12 +237,12 @@ def check_resumed_data(
 
     Args:
         manifest: of the checkpoint.
-        config: the recipe.
+        mixture: as configured.
         dataset: the packed sequences.
         run: for messages.
     """
     record = CheckpointRecord.from_json(manifest.counts, str(run))
-    seed = config.mixture.seed
+    seed = mixture.seed
     if record.mixture_seed not in (None, seed):
         raise UserError(
             f"mixture.seed: expected {record.mixture_seed}, the order that {run} reads in, got "
@@ -264,8 +257,8 @@ def check_resumed_data(
             f"{run}: has read data of tokenizer {manifest.tokenizer}, but {where} was packed with "
             f"{dataset.tokenizer}. Pack with the run's tokenizer, or start over."
         )
-    breaks = describe_broken_data(record, config, dataset)
-    if config.mixture.allow_changed_data != dataset.fingerprint:
+    breaks = describe_broken_data(record, seed, dataset)
+    if mixture.allow_changed_data != dataset.fingerprint:
         raise UserError(
             f"{run}: the data in {where} has changed since it was read. Restore it, or use another "
             f"--workdir, or continue with --config.mixture.allow_changed_data={dataset.fingerprint}"
@@ -274,9 +267,7 @@ def check_resumed_data(
     log.warning(f"{run} continues on changed data: {breaks}")
 
 
-def describe_broken_data(
-    record: CheckpointRecord, config: Config, dataset: loader.PackedDataset
-) -> str:
+def describe_broken_data(record: CheckpointRecord, seed: int, dataset: loader.PackedDataset) -> str:
     """Return what is no longer reproducible when a run continues on changed data."""
     progress = record.progress or TrainProgress()
     history: list[MixturePhase] = list(progress.data_history)
@@ -284,7 +275,7 @@ def describe_broken_data(
     for phase in history:
         n_sequences |= dict.fromkeys(phase.shares, 1)  # some may be gone
     n_sequences |= dataset.n_sequences
-    schedule = schedule_from_history(history, n_sequences, config.mixture.seed)
+    schedule = schedule_from_history(history, n_sequences, seed)
     started = []
     epochs = schedule.compute_epochs(progress.n_sequences)
     for name, n in epochs.items():
@@ -297,16 +288,15 @@ def describe_broken_data(
     )
 
 
-def log_init_plan(config: Config, init: InitResult) -> None:
+def log_init_plan(section: InitializeConfig, optim: OptimConfig, init: InitResult) -> None:
     """Log what a start from weights keeps."""
-    if config.initialize.source != "random":
-        for line in format_init_plan(config, init):
+    if section.source != "random":
+        for line in format_init_plan(section, optim, init):
             log.info(line)
 
 
-def format_init_plan(config: Config, init: InitResult) -> list[str]:
+def format_init_plan(section: InitializeConfig, optim: OptimConfig, init: InitResult) -> list[str]:
     """Return lines: each part of a run, and what becomes of it."""
-    section, optim = config.initialize, config.optim
     record = init.model.record
     policies = [grown.moments or section.moments for grown in init.growths]
     warmup = f"{optim.warmup_steps} steps up to {optim.peak_lr:g}, then {optim.schedule}"

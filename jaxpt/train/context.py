@@ -12,8 +12,9 @@ import jax
 from jaxpt.config import Config
 from jaxpt.data import loader
 from jaxpt.flops import DeviceCost
+from jaxpt.growth import measure
 from jaxpt.spec import Batch, ModelSpec, UserError
-from jaxpt.train import gate, optimizer, verify
+from jaxpt.train import gate, optimizer
 
 EstimateCost = Callable[[ModelSpec], DeviceCost]
 
@@ -74,14 +75,15 @@ def open_run(
             f"pack.seq_len: expected {dataset.seq_len}, as the packed sequences have, got "
             f"{config.pack.seq_len}. Set it to that, or pack again."
         )
+    train, mask = config.train, config.mixture.document_mask
     return RunContext(
         config=config,
         run_dir=run_dir,
         mesh=mesh,
         packed=packed,
         dataset=dataset,
-        heldout=gate.HeldoutData(config, packed, mesh),
-        measuring_batches=verify.make_measuring_batches(config, packed, mesh),
+        heldout=gate.HeldoutData(packed, train, mask, mesh),
+        measuring_batches=measure.make_measuring_batches(packed, train.batch_size, mask, mesh),
         estimate_device_cost=estimate_device_cost,
         started=started,
     )

@@ -6,18 +6,18 @@ import logging
 import math
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxpt.config import Config
+from jaxpt.config import TrainConfig
 from jaxpt.data import loader
 from jaxpt.evaluate import likelihood, reference
+from jaxpt.growth.measure import compute_logits, make_test_tokens
 from jaxpt.model import transformer
-from jaxpt.sharding import make_batch_sharding, make_replicated_sharding, n_shards
+from jaxpt.sharding import make_batch_sharding, n_shards
 from jaxpt.spec import Batch, ModelSpec, UserError
 from jaxpt.stage import fingerprint
 from jaxpt.train import diagnosis
@@ -44,19 +44,38 @@ class HeldoutData:
     It takes train.eval_sequences of each source, evenly spaced.
     """
 
-    def __init__(self, settings: Config, packed: list[str], mesh: jax.sharding.Mesh):
-        """Open the held-out split of packed data."""
+    def __init__(
+        self,
+        packed: Sequence[str | pathlib.Path],
+        train: TrainConfig,
+        document_mask: bool,
+        mesh: jax.sharding.Mesh,
+    ):
+        """Open the held-out split of packed data.
+
+        Args:
+            packed: its directories.
+            train: the training loop's knobs: how much is measured, and in what dtype.
+            document_mask: whether a document sees only itself.
+            mesh: the devices.
+        """
         self.dataset = loader.open_packed(packed, split="heldout")
-        self.settings = settings
+        self.n_sequences = train.eval_sequences
+        self.compute_dtype = train.compute_dtype
+        self.document_mask = document_mask
         self.mesh = mesh
         self.steps: dict[ModelSpec, Any] = {}
-        self.batch_size = self.round_batch_size(min(settings.train.batch_size, 32))
+        self.batch_size = self.round_batch_size(min(train.batch_size, 32))
+
+    @property
+    def unigram_nats(self) -> dict[str, float]:
+        """Return the nats per token of a unigram model, by source."""
+        return self.dataset.unigram_nats
 
     def measure_losses(self, spec: ModelSpec, params: Params) -> dict[str, float]:
         """Return nats per token of each source."""
         if spec not in self.steps:
-            dtype = self.settings.train.compute_dtype
-            self.steps[spec] = likelihood.make_loss_step(spec, self.mesh, dtype)
+            self.steps[spec] = likelihood.make_loss_step(spec, self.mesh, self.compute_dtype)
         losses = {}
         for name in self.dataset.names:
             batches = self.iterate_source(name)
@@ -65,7 +84,7 @@ class HeldoutData:
 
     def iterate_source(self, name: str) -> Iterator[Batch]:
         """Yield the batches of a source that a loss is measured on."""
-        n = min(self.settings.train.eval_sequences, self.dataset.n_sequences[name])
+        n = min(self.n_sequences, self.dataset.n_sequences[name])
         return self.iterate_batches(name, self.batch_size, n)
 
     def read_small_batch(self, name: str) -> Batch:
@@ -77,9 +96,8 @@ class HeldoutData:
     def iterate_batches(self, name: str, batch_size: int, n_sequences: int) -> Iterator[Batch]:
         """Yield sharded batches of n evenly spaced sequences of a source."""
         place = make_batch_sharding(self.mesh)
-        mask = self.settings.mixture.document_mask
         return loader.iterate_heldout_batches(
-            self.dataset, name, place, batch_size, n_sequences, mask
+            self.dataset, name, place, batch_size, n_sequences, self.document_mask
         )
 
     def round_batch_size(self, n: int) -> int:
@@ -92,8 +110,8 @@ class HeldoutData:
         return {
             "losses": losses,
             "fingerprint": self.dataset.fingerprint,
-            "n_sequences": self.settings.train.eval_sequences,
-            "document_mask": self.settings.mixture.document_mask,
+            "n_sequences": self.n_sequences,
+            "document_mask": self.document_mask,
         }
 
     def find_recorded_losses(self, record: dict[str, Any]) -> dict[str, float]:
@@ -187,7 +205,7 @@ def judge_losses(
     heldout: HeldoutData, spec: ModelSpec, losses: dict[str, float], recorded: dict[str, float]
 ) -> LossJudgement:
     """Compare losses with those recorded for the same sequences, else with a unigram model's."""
-    unigram = heldout.dataset.unigram_nats
+    unigram = heldout.unigram_nats
     differing = []
     for name, expected in recorded.items():
         difference = abs(losses[name] - expected)
@@ -240,7 +258,7 @@ def find_likely_cause(
             f"{model_tokenizer}; pack with the model's"
         )
     batch = heldout.read_small_batch(name)
-    dtype = heldout.settings.train.compute_dtype
+    dtype = heldout.compute_dtype
     cause = diagnosis.find_better_reading(spec, params, batch, dtype, bound, fails)
     if cause or not fails:
         return cause
@@ -323,7 +341,7 @@ def estimate_bits_per_byte(
         n_special *= 2
     n_tokens = counts.n_tokens - n_special
     tokens_per_byte = n_tokens / counts.n_text_bytes
-    dtype = heldout.settings.train.compute_dtype
+    dtype = heldout.compute_dtype
     nats = diagnosis.measure_nats_per_token(spec, params, text_only, dtype)
     return nats / math.log(2) * tokens_per_byte
 
@@ -379,30 +397,6 @@ def check_import_against_transformers(
             f"read with rope theta {spec.rope_theta:,.0f}, {scaling} rope scaling and norm eps "
             f"{spec.norm_eps:g}: compare config.json, and report this if it says the same."
         )
-
-
-def compute_logits(
-    spec: ModelSpec, params: Params, tokens: np.ndarray, mesh: jax.sharding.Mesh
-) -> np.ndarray:
-    """Return float32 logits [B, T, V] of token ids [B, T], one document per sequence."""
-
-    def forward(params: Params, tokens: jax.Array) -> jax.Array:
-        segment_ids = jnp.ones_like(tokens)
-        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        positions = jnp.broadcast_to(positions, tokens.shape)
-        return transformer.compute_logits(spec, params, tokens, segment_ids, positions)
-
-    jitted = jax.jit(forward, out_shardings=make_replicated_sharding(mesh))
-    # a GPU or TPU would otherwise multiply float32 in fewer bits
-    with jax.default_matmul_precision("highest"):
-        return np.asarray(jitted(params, tokens))
-
-
-def make_test_tokens(spec: ModelSpec, n: int) -> np.ndarray:
-    """Return int32 [1, n]: a sequence of ids from all over the vocabulary."""
-    length = min(n, spec.max_seq_len)
-    ids = np.arange(length, dtype=np.int32) * 7919 % spec.vocab_size
-    return ids[None]
 
 
 def choose_test_tokens(spec: ModelSpec, heldout: HeldoutData | None) -> np.ndarray:

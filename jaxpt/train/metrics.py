@@ -52,8 +52,9 @@ class MetricsLogger:
     def __init__(
         self,
         run_dir: pathlib.Path,
-        config: Config,
+        n_steps: int,
         *,
+        wandb: Any = None,
         tokens_per_step: int,
         n_devices: int,
         resumed_at: int,
@@ -64,7 +65,8 @@ class MetricsLogger:
 
         Args:
             run_dir: the run directory.
-            config: the recipe.
+            n_steps: of the whole run.
+            wandb: a run of Weights & Biases, see `init_wandb`.
             tokens_per_step: over all devices.
             n_devices: over all processes.
             resumed_at: updates done before this start.
@@ -72,8 +74,8 @@ class MetricsLogger:
             cost: of the model on one device.
         """
         self.run_dir = run_dir
-        self.config = config
-        self.steps = config.train.steps
+        self.n_steps = n_steps
+        self.wandb = wandb
         self.tokens_per_step = tokens_per_step
         self.n_devices = n_devices
         self.cost = cost
@@ -94,9 +96,8 @@ class MetricsLogger:
         self.tensorboard = import_summary_writer()(
             str(run_dir / "tensorboard"), purge_step=purge_step
         )
-        self.wandb = init_wandb(run_dir, config) if config.train.wandb_project else None
         self.progress_bar = tqdm(
-            total=self.steps,
+            total=self.n_steps,
             initial=resumed_at,
             unit="step",
             dynamic_ncols=True,
@@ -145,7 +146,7 @@ class MetricsLogger:
 
     def format_train(self, record: TrainMetrics) -> list[str]:
         """Return a line, and a second one for what is not always there, of MAX_COLUMNS at most."""
-        left = format_duration((self.steps - record.step) * record.step_seconds)
+        left = format_duration((self.n_steps - record.step) * record.step_seconds)
         rate = f"{record.tokens_per_second:,.0f} tok/s"
         first = f"{self.format_step(record.step)}  loss {record.loss:.4f}  "
         first += f"norm {record.grad_norm:.2f}  lr {record.lr:.1e}  {rate}  {left} left"
@@ -169,7 +170,7 @@ class MetricsLogger:
 
     def format_step(self, step: int) -> str:
         """Return "step  10/300"."""
-        return f"step {step:>{len(str(self.steps))}}/{self.steps}"
+        return f"step {step:>{len(str(self.n_steps))}}/{self.n_steps}"
 
     def log_heldout(
         self, step: int, losses: dict[str, float], parent: dict[str, float] | None

@@ -19,67 +19,15 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from jaxpt.config import OptimConfig, check_choice
-from jaxpt.growth.growth import AxisFlags
-from jaxpt.growth.new_params import new_param_mask
+from jaxpt.growth.new_params import NewParams, new_param_mask
 from jaxpt.model import transformer
 from jaxpt.model.param import ParamSpec, ParamSpecs, list_param_specs, map_param_specs
 from jaxpt.model.transformer import Params
 from jaxpt.spec import ModelSpec, UserError
-from jaxpt.train.records import AxisRanges, NewParamsRecord
 
 PathEntries = tuple[Any, ...]
 
 MUON_RMS = 0.2  # of an update: Adam's (Moonlight, 2502.16982)
-
-
-class NewParams(NamedTuple):
-    """What the last growth added, and how it learns.
-
-    Attributes:
-        new: logical axis -> bool array, True where an index is new; see `find_new_params`.
-        n_updates: updates since step 0, without skipped ones, when the model grew.
-        rewarm: parameters that started from zero moments under a schedule that continues, and
-            warm up over optim.warmup_steps: "none", "new" or "all".
-    """
-
-    new: AxisFlags = {}
-    n_updates: int = 0
-    rewarm: str = "none"
-
-    def to_record(self) -> NewParamsRecord:
-        """Return the record for a checkpoint."""
-        axes = {}
-        for axis, flags in self.new.items():
-            axes[axis] = flags_to_ranges(flags)
-        return NewParamsRecord(axes, self.n_updates, self.rewarm)
-
-    @classmethod
-    def from_record(cls, record: NewParamsRecord) -> NewParams:
-        """Return what `to_record` recorded."""
-        new = {}
-        for axis, ranges in record.axes.items():
-            new[axis] = ranges_to_flags(ranges)
-        return cls(new, record.n_updates, record.rewarm)
-
-
-def flags_to_ranges(flags: np.ndarray) -> AxisRanges:
-    """Return the ranges of True in a bool array."""
-    padded = np.concatenate([[False], flags, [False]])
-    changes = np.diff(padded.astype(np.int8))
-    edges = np.flatnonzero(changes).reshape(-1, 2)
-    ranges = tuple((int(start), int(stop)) for start, stop in edges)
-    return AxisRanges(len(flags), ranges)
-
-
-def ranges_to_flags(ranges: AxisRanges) -> np.ndarray:
-    """Return the bool array that `flags_to_ranges` encoded."""
-    flags = np.zeros(ranges.size, bool)
-    for start, stop in ranges.new:
-        flags[start:stop] = True
-    return flags
-
-
-# ---- optimizers
 
 
 class OptimizerInputs(NamedTuple):
@@ -156,16 +104,11 @@ def make_muon(inputs: OptimizerInputs) -> optax.GradientTransformation:
 # `descend` turns directions into updates. A transformation that applies the learning rate itself,
 # such as schedule_free_adamw, takes inputs.learning_rate and is returned as it is: decay and the
 # warm-up of new parameters are then its own. Either way the step skips bad updates, a moment is
-# sharded and grows as its parameter (train/state.py), and the other state is kept.
+# sharded and grows as its parameter (growth/moments.py), and the other state is kept.
 OPTIMIZERS: dict[str, Callable[[OptimizerInputs], optax.GradientTransformation]] = {
     "adamw": make_adamw,
     "muon": make_muon,
 }
-
-# How growth maps the fields of optax's states. The power of the gradients that a field averages, 1
-# unless it is named here; and fields that hold the parameters at another point (schedule-free's).
-GRADIENT_POWERS = {"nu": 2, "nu_max": 2, "sum_of_squares": 2, "v": 2}
-ITERATES = frozenset({"z"})
 
 
 def make_optimizer(

@@ -6,6 +6,7 @@ import dataclasses
 
 # MixturePhase (one entry of phases.json): step, sequence, batch_size, shares, fingerprint
 from jaxpt.data.mixture import MixturePhase
+from jaxpt.growth.records import NewParamsRecord
 from jaxpt.spec import Record
 
 # ---- metrics.jsonl: one record per line, distinguished by `kind`; steps count updates from 1
@@ -112,23 +113,6 @@ class TrainProgress(Record):
     interval_n_tokens: float = 0.0  # trained on since the last TrainMetrics
     n_growths: int = 0  # of train.grow, done
     data_history: tuple[MixturePhase, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class AxisRanges(Record):
-    """The new indices of one logical axis."""
-
-    size: int  # of the axis
-    new: tuple[tuple[int, int], ...]  # [start, stop) of each range
-
-
-@dataclasses.dataclass(frozen=True)
-class NewParamsRecord(Record):
-    """What the last growth added, by logical axis."""
-
-    axes: dict[str, AxisRanges]  # logical axis -> its new indices
-    n_updates: int  # since step 0, without skipped ones, when the model grew
-    rewarm: str  # parameters re-warmed from zero moments: "none", "new" or "all"
 
 
 @dataclasses.dataclass(frozen=True)

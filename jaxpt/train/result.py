@@ -8,7 +8,7 @@ import time
 
 import jax
 
-from jaxpt import initialize, stage
+from jaxpt import stage
 from jaxpt.config import Config
 from jaxpt.data.storage import open_storage
 from jaxpt.spec import Manifest, UserError
@@ -16,6 +16,7 @@ from jaxpt.train.metrics import read_metrics
 from jaxpt.train.provenance import result_config
 from jaxpt.train.records import HeldoutMetrics, TrainCounts
 from jaxpt.train.session import Session
+from jaxpt.weights.load import resolve_source
 
 log = logging.getLogger(__name__)
 
@@ -24,20 +25,20 @@ Inputs = dict[str, dict[str, str]]
 
 def make_request(config: Config, packed: list[str]) -> stage.StageRequest:
     """Return what a run is asked for: settings, inputs and seed."""
-    inputs = find_inputs(config, packed)
+    inputs = find_inputs(config.initialize.source, packed)
     return stage.StageRequest("train", result_config(config), inputs, config.mixture.seed)
 
 
-def find_inputs(config: Config, packed: list[str]) -> Inputs:
-    """Return path and fingerprint of what a run reads."""
+def find_inputs(source: str, packed: list[str]) -> Inputs:
+    """Return path and fingerprint of what a run reads: its source of weights and its data."""
     inputs = {}
     for path in packed:
         found = open_storage(path).manifest.fingerprint
         inputs[f"packed {path}"] = {"path": path, "fingerprint": found}
-    if config.initialize.source != "random":
-        source = initialize.resolve_source(config.initialize.source)
-        found = stage.fingerprint_path(source)
-        inputs["initialize"] = {"path": str(source), "fingerprint": found}
+    if source != "random":
+        directory = resolve_source(source)
+        found = stage.fingerprint_path(directory)
+        inputs["initialize"] = {"path": str(directory), "fingerprint": found}
     return inputs
 
 

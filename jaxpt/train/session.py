@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from jaxpt import sharding
-from jaxpt.config import Config, MixtureConfig
+from jaxpt.config import MixtureConfig, TrainConfig
 from jaxpt.data import loader
 from jaxpt.data.mixture import MixturePhase, MixtureSchedule
 from jaxpt.model import loss
@@ -22,7 +22,7 @@ from jaxpt.spec import Batch, ModelSpec, UserError
 from jaxpt.train import begin, distributed, gate, provenance, state, step
 from jaxpt.train.begin import InitialModel, RunStart
 from jaxpt.train.context import RunContext
-from jaxpt.train.metrics import HostScalars, MetricsLogger
+from jaxpt.train.metrics import HostScalars, MetricsLogger, init_wandb
 from jaxpt.train.records import TrainProgress
 from jaxpt.train.state import TrainState
 from jaxpt.weights import checkpoint
@@ -47,7 +47,7 @@ def resume_session(run: RunContext, directory: pathlib.Path) -> Session:
     # the checkpoint is read while the step is compiled, or read from the cache
     with session.explain_start(), concurrent.futures.ThreadPoolExecutor(1) as executor:
         compiled = executor.submit(session.compile_step)
-        abstract = state.make_abstract_state(session.spec, run.config, run.mesh)
+        abstract = session.make_abstract_state()
         params = checkpoint.restore_tree(directory, checkpoint.PARAMS, abstract.params)
         session.state = state.restore_state(directory, params, abstract)
         session.train_step = compiled.result()
@@ -64,8 +64,8 @@ def init_session(run: RunContext) -> Session:
     session = Session(run, initial.start)
     with session.explain_start():
         session.train_step = session.compile_step()
-        first = initial.state
-        session.state = step.run_warmup_step(session.train_step, first, run.config, run.mesh)
+        batch = session.make_abstract_batch()
+        session.state = step.run_warmup_step(session.train_step, initial.state, batch)
     session.open_logs()
     check_initial_loss(session, initial)
     return session
@@ -163,7 +163,7 @@ class Session:
         log.info(f"batch: {train.batch_size} sequences x {seq_len} tokens per step")
         epochs = format_epochs(self.schedule.compute_epochs(self.n_sequences_at_end))
         log.info(f"data: {train.steps:,} steps: {epochs}")
-        log_fast_paths(self.spec, self.run.config, mesh)
+        log_fast_paths(self.spec, train, seq_len, mesh)
 
     # ---- data
 
@@ -225,19 +225,41 @@ class Session:
         return distributed.explain_out_of_memory(train, seq_len)
 
     def compile_step(self) -> Any:
-        """Return the train step of the model as it is."""
-        run = self.run
-        return step.compile_step(self.spec, run.config, run.mesh, self.new_params)
+        """Return the train step of the model as it is, compiled for the state and any batch."""
+        run, config = self.run, self.run.config
+        built = step.build_step(
+            self.spec,
+            config.train,
+            config.optim,
+            config.pack.seq_len,
+            run.mesh,
+            self.new_params,
+        )
+        return built.lower(self.make_abstract_state(), self.make_abstract_batch()).compile()
+
+    def make_abstract_state(self) -> TrainState:
+        """Return the state of the model as it is, as ShapeDtypeStructs with shardings."""
+        config = self.run.config
+        dtype = config.initialize.param_dtype
+        return state.make_abstract_state(self.spec, config.optim, self.run.mesh, dtype)
+
+    def make_abstract_batch(self) -> Batch:
+        """Return a batch as ShapeDtypeStructs with shardings."""
+        config = self.run.config
+        size, seq_len = config.train.batch_size, config.pack.seq_len
+        return step.make_abstract_batch(size, seq_len, self.run.mesh)
 
     def open_logs(self) -> None:
         """Write what the run directory tells of its run, and open the metrics."""
-        run = self.run
+        run, train = self.run, self.run.config.train
         provenance.write_mixture_phases(run.run_dir, self.schedule)
         provenance.write_run_provenance(run, self.spec, self.step)
+        is_shown = train.wandb_project and jax.process_index() == 0
         self.metrics = MetricsLogger(
             run.run_dir,
-            run.config,
-            tokens_per_step=run.config.train.batch_size * run.dataset.seq_len,
+            train.steps,
+            wandb=init_wandb(run.run_dir, run.config) if is_shown else None,
+            tokens_per_step=train.batch_size * run.dataset.seq_len,
             n_devices=run.mesh.size,
             resumed_at=self.step,
             started=run.started,
@@ -326,19 +348,21 @@ def check_initial_loss(session: Session, initial: InitialModel) -> None:
     session.metrics.log_heldout(session.step, losses, session.parent_loss)
 
 
-def log_fast_paths(spec: ModelSpec, config: Config, mesh: jax.sharding.Mesh) -> None:
+def log_fast_paths(
+    spec: ModelSpec, train: TrainConfig, seq_len: int, mesh: jax.sharding.Mesh
+) -> None:
     """Log which implementation the step takes where there are several, and why."""
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    backend, reason = select.choose_backend(spec, step.make_attention_request(config), mesh)
+    backend, reason = select.choose_backend(spec, step.make_attention_request(train, seq_len), mesh)
     log.info(f"attention: {backend}, {reason}")
-    dtype, note = config.train.compute_dtype, ""
+    dtype, note = train.compute_dtype, ""
     if dtype == "bfloat16" and on_cpu:
         note = " (XLA's CPU converts to float32: slower than compute_dtype=float32)"
     elif dtype == "float32" and not on_cpu:
         note = " (bfloat16 is several times faster here: train.compute_dtype)"
     log.info(f"matmuls: {dtype}{note}")
     chunk = loss.CPU_CHUNK_TOKENS if on_cpu else loss.ACCELERATOR_CHUNK_TOKENS
-    log.info(f"loss: chunks of {chunk} tokens per device; remat: {config.train.remat}")
+    log.info(f"loss: chunks of {chunk} tokens per device; remat: {train.remat}")
 
 
 def format_epochs(epochs: dict[str, float]) -> str:

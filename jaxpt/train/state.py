@@ -10,19 +10,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxpt.config import Config, OptimConfig
-from jaxpt.growth.apply import grow_moments, grow_params
+from jaxpt.config import OptimConfig
 from jaxpt.growth.growth import Growth
-from jaxpt.growth.new_params import find_new_params
+from jaxpt.growth.moments import PathEntries, find_moment, grow_all_moments
+from jaxpt.growth.new_params import NewParams, find_new_params
 from jaxpt.model import transformer
 from jaxpt.model.transformer import Params
 from jaxpt.sharding import make_replicated_sharding
 from jaxpt.spec import ModelSpec
 from jaxpt.train import optimizer
-from jaxpt.train.optimizer import NewParams
 from jaxpt.weights import checkpoint
-
-PathEntries = tuple[Any, ...]
 
 log = logging.getLogger(__name__)
 
@@ -57,11 +54,12 @@ class TrainState(NamedTuple):
     skip_state: Any
 
 
-def make_abstract_state(spec: ModelSpec, settings: Config, mesh: Mesh) -> TrainState:
+def make_abstract_state(
+    spec: ModelSpec, optim: OptimConfig, mesh: Mesh, param_dtype: Any = "float32"
+) -> TrainState:
     """Return the state as ShapeDtypeStructs with shardings. A moment is sharded as its weight."""
-    dtype = jnp.dtype(settings.initialize.param_dtype)
-    params = transformer.make_abstract_params(spec, mesh, dtype)
-    opt_state = make_abstract_opt_state(spec, settings.optim, params, mesh)
+    params = transformer.make_abstract_params(spec, mesh, jnp.dtype(param_dtype))
+    opt_state = make_abstract_opt_state(spec, optim, params, mesh)
     replicated = make_replicated_sharding(mesh)
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     norm = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
@@ -91,51 +89,15 @@ def make_abstract_opt_state(spec: ModelSpec, optim: OptimConfig, params: Params,
     return jax.tree_util.tree_map_with_path(with_sharding, opt_state)
 
 
-class MomentPath(NamedTuple):
-    """Where a moment lies in an optimizer's state: `tree` then `param`.
-
-    Attributes:
-        tree: path of the moments of all weights.
-        param: path of its weight among the parameters.
-    """
-
-    tree: PathEntries
-    param: PathEntries
-
-    @property
-    def field(self) -> str:
-        """Name of the state's field that holds the moments, such as mu."""
-        names = [entry.name for entry in self.tree if isinstance(entry, jax.tree_util.GetAttrKey)]
-        return names[-1] if names else ""
-
-
-def find_moment(path: PathEntries, leaf: Any, weights: dict[PathEntries, Any]) -> MomentPath | None:
-    """Return whose moment a leaf of an optimizer's state is; None for a count and the like.
-
-    A moment's path ends in its weight's, and it has its weight's shape.
-
-    Args:
-        path: of the leaf.
-        leaf: anything with a shape.
-        weights: path -> anything with a shape.
-    """
-    for start in range(len(path)):
-        weight = weights.get(path[start:])
-        if weight is not None:
-            is_moment = weight.shape == leaf.shape
-            return MomentPath(path[:start], path[start:]) if is_moment else None
-    return None
-
-
 def state_shardings(state: TrainState) -> TrainState:
     """Return the shardings of an abstract or concrete state."""
     return jax.tree.map(lambda leaf: leaf.sharding, state)
 
 
-def init_state(params: Params, spec: ModelSpec, settings: Config, mesh: Mesh) -> TrainState:
+def init_state(params: Params, spec: ModelSpec, optim: OptimConfig, mesh: Mesh) -> TrainState:
     """Return a state at step 0 with zero moments. The parameters are taken over, not copied."""
-    target = state_shardings(make_abstract_state(spec, settings, mesh))
-    tx = optimizer.make_optimizer(settings.optim, spec)
+    target = state_shardings(make_abstract_state(spec, optim, mesh))
+    tx = optimizer.make_optimizer(optim, spec)
 
     def make_rest(params: Params) -> tuple[Any, Any, SkipState]:
         zero = jnp.int32(0)
@@ -255,41 +217,3 @@ def grow_opt_state(
     initial = jax.jit(init_missing, out_shardings=shardings)()
     found = {**found, **dict(zip(missing, initial, strict=True))}
     return jax.tree.unflatten(structure, [found[path] for path in paths])
-
-
-def grow_all_moments(
-    leaves: dict[PathEntries, jax.Array], grown: Growth, policy: str, mesh: Mesh
-) -> dict[PathEntries, jax.Array]:
-    """Return path -> moment of the child, given path -> leaf of the parent's optimizer state."""
-    weights = dict(
-        jax.tree_util.tree_leaves_with_path(transformer.make_abstract_params(grown.spec, mesh))
-    )
-    trees: dict[PathEntries, Params] = {}
-    fields: dict[PathEntries, str] = {}
-    for path, leaf in leaves.items():
-        moment = find_moment(path, leaf, weights)
-        if moment:
-            tree = trees.setdefault(moment.tree, {})
-            insert_leaf(tree, moment.param, leaf)
-            fields[moment.tree] = moment.field
-    moments = {}
-    for start, tree in trees.items():
-        child = grow_moment_tree(tree, fields[start], grown, policy, mesh)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(child):
-            moments[(*start, *path)] = leaf
-    return moments
-
-
-def grow_moment_tree(tree: Params, field: str, grown: Growth, policy: str, mesh: Mesh) -> Params:
-    """Return the child's moments of one field of an optimizer's state."""
-    if field in optimizer.ITERATES:
-        return grow_params(grown, tree, mesh)
-    power = optimizer.GRADIENT_POWERS.get(field, 1)
-    return grow_moments(grown, tree, policy, power, mesh)
-
-
-def insert_leaf(tree: Params, path: PathEntries, leaf: jax.Array) -> None:
-    """Put a leaf into a nested dict."""
-    for entry in path[:-1]:
-        tree = tree.setdefault(entry.key, {})
-    tree[path[-1].key] = leaf

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxpt.config import Config, OptimConfig
+from jaxpt.config import OptimConfig, TrainConfig
+from jaxpt.growth.new_params import NewParams
 from jaxpt.model import loss, transformer
 from jaxpt.model.kernels import select
 from jaxpt.model.kernels.select import AttentionRequest
@@ -26,7 +27,6 @@ from jaxpt.sharding import (
 )
 from jaxpt.spec import Batch, ModelSpec, UserError
 from jaxpt.train import optimizer
-from jaxpt.train.optimizer import NewParams
 from jaxpt.train.state import SkipState, TrainState, make_abstract_state, state_shardings
 
 # Updates before the running mean of gradient norms is trusted: early norms fall by themselves.
@@ -40,7 +40,9 @@ Scalars = dict[str, jax.Array]
 
 def build_step(
     spec: ModelSpec,
-    settings: Config,
+    train: TrainConfig,
+    optim: OptimConfig,
+    seq_len: int,
     mesh: Mesh,
     new_params: NewParams = NewParams(),
 ) -> Any:
@@ -50,16 +52,17 @@ def build_step(
 
     Args:
         spec: the architecture.
-        settings: the recipe.
+        train: the training loop's knobs.
+        optim: the optimizer's.
+        seq_len: of a batch, in tokens.
         mesh: the devices.
         new_params: what the last growth added, for multipliers of old and new and re-warmup.
 
     Raises:
         UserError: the settings do not work on this mesh.
     """
-    optim = settings.optim
-    sum_gradients = make_gradient_function(spec, settings, mesh)
-    update = make_update_function(spec, optim, settings.train.steps, new_params)
+    sum_gradients = make_gradient_function(spec, train, seq_len, mesh)
+    update = make_update_function(spec, optim, train.steps, new_params)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -71,7 +74,7 @@ def build_step(
         per_token = 1 / jnp.maximum(n_targets, 1)
         grad_norm = per_token * optax.tree.norm(grads)
         is_finite = jnp.isfinite(loss_sum) & jnp.isfinite(grad_norm)
-        spikes = is_spike(state, grad_norm, settings.train.spike_factor)
+        spikes = is_spike(state, grad_norm, train.spike_factor)
         good = is_finite & ~spikes
 
         scale = per_token
@@ -90,7 +93,7 @@ def build_step(
         }
         return TrainState(state.step + 1, params, opt_state, skips), scalars
 
-    in_state = state_shardings(make_abstract_state(spec, settings, mesh))
+    in_state = state_shardings(make_abstract_state(spec, optim, mesh))
     in_shardings = (in_state, make_batch_sharding(mesh))
     out = (in_state, make_replicated_sharding(mesh))
     return jax.jit(step, in_shardings=in_shardings, out_shardings=out, donate_argnums=0)
@@ -150,10 +153,9 @@ def drop_frozen(grad: jax.Array, multiplier: jax.Array) -> jax.Array:
 
 
 def make_gradient_function(
-    spec: ModelSpec, settings: Config, mesh: Mesh
+    spec: ModelSpec, train: TrainConfig, seq_len: int, mesh: Mesh
 ) -> Callable[[Params, Batch], tuple[Params, jax.Array]]:
     """Return a function of (params, batch) -> (gradients of the summed loss, loss sum in nats)."""
-    train = settings.train
     dtype = jnp.dtype(train.compute_dtype)
     # Unrolled, a CPU overlaps what a loop would run one after the other: 1.06 x on two cores
     # (benchmarks/train_step.py).
@@ -169,7 +171,7 @@ def make_gradient_function(
             "Use dots, minimal or full."
         )
     chunk_tokens *= n_shards(mesh, "batch") * n_shards(mesh, "position")
-    backend, _ = select.choose_backend(spec, make_attention_request(settings), mesh)
+    backend, _ = select.choose_backend(spec, make_attention_request(train, seq_len), mesh)
 
     def sum_losses(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         inputs = batch.tokens, batch.segment_ids, batch.positions
@@ -207,13 +209,10 @@ def make_gradient_function(
     return accumulate_gradients
 
 
-def make_attention_request(settings: Config) -> AttentionRequest:
+def make_attention_request(train: TrainConfig, seq_len: int) -> AttentionRequest:
     """Return what a run asks of attention."""
-    train = settings.train
     micro_batch_size = train.batch_size // train.grad_accum_steps
-    return AttentionRequest(
-        train.attention, train.compute_dtype, micro_batch_size, settings.pack.seq_len
-    )
+    return AttentionRequest(train.attention, train.compute_dtype, micro_batch_size, seq_len)
 
 
 def is_spike(state: TrainState, grad_norm: jax.Array, spike_factor: float) -> Any:
@@ -242,20 +241,7 @@ def update_running_mean(mean: jax.Array, value: jax.Array) -> jax.Array:
     return jnp.where(mean == 0, value, 0.99 * mean + 0.01 * value)
 
 
-def compile_step(
-    spec: ModelSpec,
-    settings: Config,
-    mesh: Mesh,
-    new_params: NewParams = NewParams(),
-) -> Any:
-    """Return `build_step`'s step, compiled before the state or any batch exists."""
-    step = build_step(spec, settings, mesh, new_params)
-    state = make_abstract_state(spec, settings, mesh)
-    batch = make_abstract_batch(settings, mesh)
-    return step.lower(state, batch).compile()
-
-
-def run_warmup_step(step: Any, state: TrainState, settings: Config, mesh: Mesh) -> TrainState:
+def run_warmup_step(step: Any, state: TrainState, abstract: Batch) -> TrainState:
     """Run one step on a made-up batch of full shape, so that out-of-memory comes before data.
 
     The batch's loss mask is NaN, so the update is skipped: parameters and moments keep their bits.
@@ -263,13 +249,11 @@ def run_warmup_step(step: Any, state: TrainState, settings: Config, mesh: Mesh) 
     Args:
         step: the compiled step.
         state: donated.
-        settings: the recipe.
-        mesh: the devices.
+        abstract: `make_abstract_batch` of its batches.
 
     Returns:
         The state as it was.
     """
-    abstract = make_abstract_batch(settings, mesh)
     shape = abstract.tokens.shape
 
     def make_batch() -> Batch:
@@ -280,8 +264,7 @@ def run_warmup_step(step: Any, state: TrainState, settings: Config, mesh: Mesh) 
         mask = jnp.full(shape, jnp.nan, jnp.float32)
         return Batch(zeros, zeros, segment_ids, positions, mask)
 
-    sharding = make_batch_sharding(mesh)
-    batch = jax.jit(make_batch, out_shardings=sharding)()
+    batch = jax.jit(make_batch, out_shardings=abstract.tokens.sharding)()
     kept_step = jnp.copy(state.step)  # the rest is donated
     kept_skips = jax.tree.map(jnp.copy, state.skip_state)
     after, _ = step(state, batch)
@@ -304,9 +287,9 @@ def split_micro_batches(batch: Batch, k: int) -> Batch:
     return jax.tree.map(split, batch)
 
 
-def make_abstract_batch(settings: Config, mesh: Mesh) -> Batch:
+def make_abstract_batch(batch_size: int, seq_len: int, mesh: Mesh) -> Batch:
     """Return a batch as ShapeDtypeStructs with shardings, for compiling without data."""
-    shape = (settings.train.batch_size, settings.pack.seq_len)
+    shape = (batch_size, seq_len)
     sharding = make_batch_sharding(mesh)
     ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
     mask = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import jax
 
 from jaxpt import initialize
-from jaxpt.train import state, verify
+from jaxpt.growth import verify
+from jaxpt.train import state
 from jaxpt.train.hooks.hook import Hook
 from jaxpt.train.session import Session
 from jaxpt.train.state import TrainState
+from jaxpt.weights.load import LoadedModel
 
 
 class Grow(Hook):
@@ -36,9 +38,7 @@ class Grow(Hook):
 def grow_session(session: Session, operator: str) -> None:
     """Grow the model; schedule, step and position continue. Writes growth.json, spec.json."""
     run, before = session.run, session.state
-    parent = initialize.LoadedModel(
-        session.spec, before.params, None, run.run_dir, session.step, None, {}
-    )
+    parent = LoadedModel(session.spec, before.params, None, run.run_dir, session.step, None, {})
     child, grown = initialize.grow_model(parent, operator, run.mesh, run.measuring_batches)
     policy = grown.moments or session.run.config.initialize.moments
     opt_state, skip_state, session.new_params = state.grow_state(

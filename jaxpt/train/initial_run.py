@@ -1,0 +1,218 @@
+"""Write a model as a run directory at step 0: initialized, grown, compared with its parent."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpt import initialize
+from jaxpt.config import Config, MixtureConfig, OptimConfig, TrainConfig, build_config
+from jaxpt.data import loader, tokenizer
+from jaxpt.data.mixture import MixtureSchedule
+from jaxpt.growth import measure, verify
+from jaxpt.growth.new_params import NewParams, find_new_params_through
+from jaxpt.growth.verify import Probe
+from jaxpt.model import transformer
+from jaxpt.model.transformer import Params
+from jaxpt.sharding import make_batch_sharding, make_mesh
+from jaxpt.spec import ModelSpec, UserError
+from jaxpt.stage import local_path, run_stage
+from jaxpt.train import gate, state, step
+from jaxpt.train.gate import HeldoutData
+from jaxpt.train.records import CheckpointRecord
+from jaxpt.weights import checkpoint, hub, huggingface
+from jaxpt.weights.load import LoadedModel, resolve_source
+
+log = logging.getLogger(__name__)
+
+
+def initialize_run(
+    config: Config,
+    out: pathlib.Path,
+    *,
+    probe_steps: int = 0,
+    check: bool = False,
+    flops_per_token: Callable[[ModelSpec, int], float] = lambda spec, seq_len: 0.0,
+    replace: bool = False,
+) -> None:
+    """Write a run directory at step 0, initialized and grown as config.initialize says.
+
+    Args:
+        config: the recipe.
+        out: the directory.
+        probe_steps: training steps of parent and grown model, to compare them; 0: none.
+        check: compare an imported model's logits with transformers'.
+        flops_per_token: of a model at a sequence length.
+        replace: overwrite what `out` holds.
+    """
+    source, is_import = find_source(config.initialize.source, check)
+    config, packed = find_measuring_data(config, source)
+
+    def work(run: pathlib.Path) -> dict[str, Any]:
+        mesh = make_mesh(config.mesh)
+        heldout = batches = probe = vocab_size = None
+        if packed:
+            train, mixture = config.train, config.mixture
+            mask = mixture.document_mask
+            heldout = HeldoutData(packed, train, mask, mesh)
+            batches = measure.make_measuring_batches(packed, train.batch_size, mask, mesh)
+            vocab_size = heldout.dataset.vocab_size
+            probe = make_probe(probe_steps, train, config.optim, mixture, packed, mesh)
+        init = initialize.init_model(config.initialize, config.model, mesh, vocab_size, batches)
+        if source and is_import:
+            check_import(source, init.parent or init.model, heldout, mesh, check)
+        if init.parent:
+            report = verify.verify_growth(
+                init.parent,
+                init.model,
+                config.initialize.grow,
+                init.growths,
+                mesh,
+                heldout=heldout,
+                batches=batches,
+                flops_per_token=lambda spec: flops_per_token(spec, config.pack.seq_len),
+                probe=probe,
+            )
+            verify.write_growth(report, run)
+        return save_initial_model(run, init)
+
+    inputs = {f"packed {path}": path for path in packed}
+    section = dataclasses.asdict(config.initialize)
+    request = {"initialize": section, "probe_steps": probe_steps}
+    if source:
+        inputs["initialize"] = resolve_source(source)
+    else:
+        request["model"] = dataclasses.asdict(config.model)
+    seed = config.initialize.seed
+    run_stage("initialize", out, work, config=request, inputs=inputs, seed=seed, replace=replace)
+    log.info(f"initialize: {out} is ready; train it with --config.initialize.source={out}")
+
+
+def find_source(source: str, check: bool) -> tuple[pathlib.Path | None, bool]:
+    """Return (local directory, or None for random weights; whether it is of Hugging Face).
+
+    Raises:
+        UserError: an import is to be checked, but this is none.
+    """
+    directory, is_import = None, False
+    if source != "random":
+        directory = hub.download_model(source)
+        is_import = checkpoint.find_checkpoint(directory) is None
+    if check and not is_import:
+        raise UserError(
+            "--check: compares an imported model with transformers; expected a Hugging Face "
+            f"directory, got {source}."
+        )
+    return directory, is_import
+
+
+def make_probe(
+    n_steps: int,
+    train: TrainConfig,
+    optim: OptimConfig,
+    mixture: MixtureConfig,
+    packed: Sequence[pathlib.Path],
+    mesh: jax.sharding.Mesh,
+) -> Probe | None:
+    """Return a training of n steps with fresh moments at the peak rate; None for 0 steps."""
+    if not n_steps:
+        return None
+    train = dataclasses.replace(train, steps=n_steps, grow=())
+    optim = dataclasses.replace(
+        optim, schedule="constant", warmup_steps=n_steps // 4, lr_multipliers=()
+    )
+
+    def train_briefly(spec: ModelSpec, params: Params) -> Params:
+        dataset = loader.open_packed(packed)
+        schedule = MixtureSchedule(mixture, dataset.n_sequences, train.batch_size)
+        place = make_batch_sharding(mesh)
+        mask = mixture.document_mask
+        batches = loader.iterate_batches(dataset, schedule, place, train.batch_size, 0, mask)
+        params = jax.tree.map(jnp.copy, params)  # the step takes its state over
+        now = state.init_state(params, spec, optim, mesh)
+        train_step = step.build_step(spec, train, optim, dataset.seq_len, mesh)
+        for _ in range(n_steps):
+            now, _ = train_step(now, next(batches))
+        return now.params
+
+    return Probe(n_steps, train_briefly)
+
+
+def check_import(
+    source: pathlib.Path,
+    model: LoadedModel,
+    heldout: HeldoutData | None,
+    mesh: jax.sharding.Mesh,
+    check: bool,
+) -> None:
+    """Log the checks of an imported model; with check, compare it with transformers."""
+    vocab_size = None
+    if heldout:
+        vocab_size = heldout.dataset.vocab_size
+    elif model.tokenizer_dir:
+        vocab_size = tokenizer.load_tokenizer(model.tokenizer_dir).vocab_size
+    gate.log_import_check(model.spec, model.params, heldout, vocab_size)
+    if check:
+        gate.check_import_against_transformers(source, model.spec, model.params, heldout, mesh)
+
+
+def save_initial_model(run: pathlib.Path, init: initialize.InitResult) -> dict[str, Any]:
+    """Write spec, tokenizer and checkpoint 0. Return the counts of the run's manifest."""
+    model = init.model
+    model.spec.save(run / "spec.json")
+    if model.tokenizer_dir:
+        huggingface.copy_tokenizer(model.tokenizer_dir, run / "tokenizer")
+    else:
+        log.warning("the source has no tokenizer, so this run and its export have none")
+    new_params = NewParams(find_new_params_through(init.growths))
+    record = CheckpointRecord(step=0, new_params=new_params.to_record())
+    counts = record.to_json()
+    # a grown model has another loss
+    known = ("optimizer", "lr") if init.growths else ("optimizer", "lr", "heldout")
+    for name in known:
+        if name in model.record:
+            counts[name] = model.record[name]
+    train_state = {"step": jnp.int32(0)}
+    checkpoint.save_checkpoint(
+        run,
+        0,
+        model.params,
+        train_state,
+        model.spec,
+        counts=counts,
+        tokenizer=model.tokenizer,
+    )
+    return {"n_params": transformer.count_params(model.spec), "tokenizer": model.tokenizer}
+
+
+def find_measuring_data(
+    config: Config, source: pathlib.Path | None
+) -> tuple[Config, list[pathlib.Path]]:
+    """Return (config, packed data) to measure a model on.
+
+    That is the config's data if it names some, else what the source's run measures itself on.
+    """
+    if config.mixture.packed_paths:
+        return config, [local_path(path) for path in config.mixture.packed_paths]
+    if not source or not (source / "checkpoints").is_dir():
+        return config, []
+    config_path = source / "config.json"
+    if not config_path.is_file():
+        return config, []
+    theirs = build_config(json.loads(config_path.read_text()))
+    packed = [local_path(path) for path in theirs.mixture.packed_paths]
+    packed = packed or [source / "packed"]
+    for path in packed:
+        if not (path / "manifest.json").is_file():
+            return config, []
+    measured_as = dataclasses.replace(
+        config, mixture=theirs.mixture, train=theirs.train, optim=theirs.optim, pack=theirs.pack
+    )
+    return measured_as, packed
