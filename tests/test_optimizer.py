@@ -263,3 +263,11 @@ def test_what_cannot_be_mapped_is_initialized_again_and_named(one, caplog):
 def test_an_optimizer_that_does_not_exist_is_named_with_those_that_do():
     with pytest.raises(UserError, match=r"optim.name.*did you mean .adamw"):
         optimizer.make_optimizer(OptimConfig(name="adamx"), SPEC)
+
+
+def test_multipliers_that_would_not_reach_an_iterate_are_refused(one):
+    optim = dataclasses.replace(settings_of("schedule_free").optim, lr_multipliers=(("up", 0.0),))
+    with pytest.raises(UserError, match=r"lr_multipliers.*schedule_free.*\(z\).*adamw or muon"):
+        run = step.build_step(SPEC, SETTINGS.train, optim, SETTINGS.pack.seq_len, one)
+        abstract = state.make_abstract_state(SPEC, optim, one)
+        run.lower(abstract, step.make_abstract_batch(16, 32, one))

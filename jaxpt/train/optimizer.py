@@ -19,13 +19,12 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from jaxpt.config import OptimConfig, check_choice
+from jaxpt.growth.moments import ITERATES, PathEntries
 from jaxpt.growth.new_params import NewParams, new_param_mask
 from jaxpt.model import transformer
 from jaxpt.model.param import ParamSpec, ParamSpecs, list_param_specs, map_param_specs
 from jaxpt.model.transformer import Params
 from jaxpt.spec import ModelSpec, UserError
-
-PathEntries = tuple[Any, ...]
 
 MUON_RMS = 0.2  # of an update: Adam's (Moonlight, 2502.16982)
 
@@ -313,6 +312,25 @@ def lr_multiplier_tree(optim: OptimConfig, spec: ModelSpec, new_params: NewParam
         return result
 
     return map_param_specs(multiply, specs)
+
+
+def check_lr_multipliers(optim: OptimConfig, opt_state: Any) -> None:
+    """Raise UserError if the optimizer's state holds iterates, which no multiplier reaches.
+
+    Multipliers apply to the updates of the parameters; an iterate moves inside the transformation.
+    """
+    if not optim.lr_multipliers:
+        return
+    fields: set[str] = set()
+    for path, _ in jax.tree_util.tree_leaves_with_path(opt_state):
+        fields |= {part.name for part in path if isinstance(part, jax.tree_util.GetAttrKey)}
+    iterates = ", ".join(sorted(fields & ITERATES))
+    if iterates:
+        raise UserError(
+            f"optim.lr_multipliers: expected an optimizer that moves the parameters alone, got "
+            f"optim.name={optim.name}, which keeps them at another point too ({iterates}) and "
+            "moves that one at the full rate. Leave the multipliers out, or use adamw or muon."
+        )
 
 
 def check_has_new(group: str, has_new: bool) -> None:

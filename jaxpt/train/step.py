@@ -112,6 +112,7 @@ def make_update_function(
     def update(
         state: TrainState, grads: Params, scale: jax.Array, multipliers: Any, good: jax.Array
     ) -> tuple[Params, Any, jax.Array]:
+        optimizer.check_lr_multipliers(optim, state.opt_state)
         lr = lr_schedule(state.step)
         n_updates = state.step - state.skip_state.n_skipped + 1
         tx = optimizer.make_optimizer(optim, spec, new_params, lr, n_updates)
