@@ -66,9 +66,15 @@ def losses(run):
     return [record.loss for record in read_train_metrics(run)]
 
 
-def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one(home):
+@pytest.fixture(scope="module")
+def killed(home):
+    """A run killed three times at random moments, and started again each time."""
     faults.kills(home, "killed", STEPS, 3, random.Random(1))
-    equal(home, "killed")
+    return home / "killed"
+
+
+def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one(home, killed):
+    equal(home, killed.name)
 
 
 def test_with_a_damaged_newest_checkpoint_the_one_before_is_taken(home):
@@ -132,12 +138,12 @@ def test_the_first_line_after_a_resume_has_the_time_of_its_step(home):
     assert record.step_seconds > 0.2
 
 
-def test_the_run_directory_records_how_to_repeat_the_run(home):
-    lines = (home / "killed/starts.jsonl").read_text().splitlines()
+def test_the_run_directory_records_how_to_repeat_the_run(killed):
+    lines = (killed / "starts.jsonl").read_text().splitlines()
     first, *later = [StartRecord.from_json(json.loads(line)) for line in lines]
     assert later and first.step == 0 and "scripts/train.py --config small.py" in first.command
     assert first.versions["jax"] and (first.n_devices, first.device_kind) == (1, "cpu")
-    assert (home / "killed/program.diff").is_file()
+    assert (killed / "program.diff").is_file()
 
 
 @pytest.mark.slow
