@@ -3,6 +3,7 @@ transformation is skipped, sharded, grown and resumed.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -121,6 +122,7 @@ STOCK = {
     "factored": make_factored,
 }
 ANY = ["adamw", "muon", *STOCK]
+SMALL = SPEC.replace(n_layers=2)  # compiles in two thirds of the time
 PEAK = {"lion": 3e-3, "momentum": 0.3}
 
 
@@ -152,8 +154,8 @@ def assert_equal(a, b):
 @pytest.mark.parametrize("name", ANY)
 def test_any_optimizer_learns_is_skipped_bit_by_bit_and_resumes(one, tmp_path, name):
     settings = settings_of(name, spike_factor=3.0)
-    run = step.build_step(SPEC, settings.train, settings.optim, settings.pack.seq_len, one)
-    now, losses = take_steps(run, make_state(one, settings), one, range(6))
+    run = step.build_step(SMALL, settings.train, settings.optim, settings.pack.seq_len, one)
+    now, losses = take_steps(run, make_state(one, settings, SMALL), one, range(6))
     assert losses[-1] < losses[0] - 0.2
 
     # neither NaN nor a spike moves a bit
@@ -172,18 +174,28 @@ def test_any_optimizer_learns_is_skipped_bit_by_bit_and_resumes(one, tmp_path, n
 
     # a checkpoint goes on as if there had been none
     now = jax.device_put(
-        before, state.state_shardings(state.make_abstract_state(SPEC, settings.optim, one))
+        before, state.state_shardings(state.make_abstract_state(SMALL, settings.optim, one))
     )
     saved = state.rest_of_state(now)
-    checkpoint.save_checkpoint(tmp_path, 6, now.params, saved, SPEC, counts={}, tokenizer=None)
+    checkpoint.save_checkpoint(tmp_path, 6, now.params, saved, SMALL, counts={}, tokenizer=None)
     stored = checkpoint.find_newest(tmp_path)
-    abstract = state.make_abstract_state(SPEC, settings.optim, one)
+    abstract = state.make_abstract_state(SMALL, settings.optim, one)
     params = checkpoint.restore_tree(stored, checkpoint.PARAMS, abstract.params)
     resumed = state.restore_state(stored, params, abstract)
     onward, resumed_losses = take_steps(run, resumed, one, (8, 9))
     expected, losses = take_steps(run, now, one, (8, 9))
     assert resumed_losses == losses
     assert_equal(onward, expected)
+
+
+@functools.cache
+def train_sharded(name):
+    """A state after three steps on a mesh that shards weights both ways; the policies share it."""
+    mesh = sharding.make_mesh(MeshConfig(fsdp=4, tensor=2))
+    settings = settings_of(name)
+    run = step.build_step(SMALL, settings.train, settings.optim, settings.pack.seq_len, mesh)
+    now, _ = take_steps(run, make_state(mesh, settings, SMALL), mesh, range(3))
+    return mesh, settings, now
 
 
 @pytest.mark.parametrize(
@@ -196,11 +208,9 @@ def test_any_optimizer_learns_is_skipped_bit_by_bit_and_resumes(one, tmp_path, n
     ],
 )
 def test_any_optimizer_grows_sharded_and_goes_on(name, policy):
-    mesh = sharding.make_mesh(MeshConfig(fsdp=4, tensor=2))
-    settings = settings_of(name)
-    run = step.build_step(SPEC, settings.train, settings.optim, settings.pack.seq_len, mesh)
-    now, _ = take_steps(run, make_state(mesh, settings), mesh, range(3))
-    grown = plan_growth("widen(d=48, heads=12)", Parent(SPEC))
+    mesh, settings, now = train_sharded(name)
+    now = jax.tree.map(jnp.copy, now)  # the step takes over what growth keeps
+    grown = plan_growth("widen(d=48, heads=12)", Parent(SMALL))
     child = grow_params(grown, now.params, mesh)
     opt_state, skips, new_params = state.grow_state(now, grown, settings.optim, policy, mesh)
     now = state.TrainState(now.step, child, opt_state, skips)
@@ -217,9 +227,9 @@ def test_any_optimizer_grows_sharded_and_goes_on(name, policy):
 def test_moments_are_those_of_the_child_and_counts_are_kept(one):
     """Depth copies a layer's moments; what is no moment stays, or starts again under fresh."""
     settings = settings_of("schedule_free")
-    run = step.build_step(SPEC, settings.train, settings.optim, settings.pack.seq_len, one)
-    now, _ = take_steps(run, make_state(one, settings), one, range(3))
-    grown = plan_growth("stack(g=2)", Parent(SPEC))
+    run = step.build_step(SMALL, settings.train, settings.optim, settings.pack.seq_len, one)
+    now, _ = take_steps(run, make_state(one, settings, SMALL), one, range(3))
+    grown = plan_growth("stack(g=2)", Parent(SMALL))
     parent = jax.device_get(now.opt_state)
     for policy, is_kept in (("copy", True), ("fresh", False)):
         child, _, new_params = state.grow_state(now, grown, settings.optim, policy, one)
@@ -240,9 +250,9 @@ def test_moments_are_those_of_the_child_and_counts_are_kept(one):
 def test_a_squared_moment_shrinks_by_the_square(one):
     """Under copy_scaled, whatever the transformation that holds it."""
     settings = settings_of("adamw")
-    run = step.build_step(SPEC, settings.train, settings.optim, settings.pack.seq_len, one)
-    now, _ = take_steps(run, make_state(one, settings), one, range(2))
-    grown = plan_growth("widen(d=48, heads=12)", Parent(SPEC))
+    run = step.build_step(SMALL, settings.train, settings.optim, settings.pack.seq_len, one)
+    now, _ = take_steps(run, make_state(one, settings, SMALL), one, range(2))
+    grown = plan_growth("widen(d=48, heads=12)", Parent(SMALL))
     grew, _, _ = state.grow_state(now, grown, settings.optim, "copy_scaled", one)
     for field, power in (("mu", 1), ("nu", 2)):
         before = getattr(now.opt_state[0], field)["embed"]
