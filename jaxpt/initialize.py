@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -19,10 +18,10 @@ from jaxpt.config import InitializeConfig, ModelConfig
 from jaxpt.data import tokenizer
 from jaxpt.growth import vocabulary
 from jaxpt.growth.apply import grow_params
-from jaxpt.growth.growth import Growth, Parent, format_layer_map
+from jaxpt.growth.growth import Growth, Parent, ReadBatches, format_layer_map
 from jaxpt.growth.parse import parse_operator, plan_growth
 from jaxpt.model import transformer
-from jaxpt.spec import Batch, ModelSpec, UserError
+from jaxpt.spec import ModelSpec, UserError
 from jaxpt.weights import safetensors_file
 from jaxpt.weights.load import LoadedModel, load_model
 
@@ -31,8 +30,6 @@ log = logging.getLogger(__name__)
 # knobs of section model that are fields of ModelSpec
 RANDOM_SPEC_FIELDS = "n_layers d_model d_ff n_heads n_kv_heads d_head max_seq_len"
 RANDOM_SPEC_FIELDS += " norm_eps rope_theta tie_embeddings"
-
-ReadBatches = Callable[[], Iterable[Batch]]
 
 
 class InitResult(NamedTuple):

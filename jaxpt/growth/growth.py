@@ -21,6 +21,7 @@ AxisSources = dict[str, np.ndarray]  # logical axis -> the parent's index of eac
 AxisScales = dict[str, np.ndarray]  # logical axis -> factor of each of the child's indices
 AxisFlags = dict[str, np.ndarray]  # logical axis -> True where the child's index is new
 Path = tuple[str, ...]
+ReadBatches = Callable[[], Iterable[Batch]]  # the same at every call
 
 NO_SOURCE = -1  # in AxisSources: randomly initialized, or predicted
 
@@ -33,7 +34,7 @@ class Parent(NamedTuple):
 
     spec: ModelSpec
     params: Params | None = None
-    batches: Callable[[], Iterable[Batch]] | None = None  # training data, for those that measure
+    batches: ReadBatches | None = None  # training data, for those that measure
     tokenizer_dir: pathlib.Path | None = None
 
 

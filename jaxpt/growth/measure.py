@@ -14,11 +14,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxpt.data import loader
+from jaxpt.growth.growth import ReadBatches
 from jaxpt.growth.records import CopySimilarity
 from jaxpt.model import transformer
 from jaxpt.model.kernels.select import attend
 from jaxpt.model.rope import compute_rope
-from jaxpt.model.transformer import Observe
+from jaxpt.model.transformer import Observe, Params
 from jaxpt.sharding import (
     make_batch_sharding,
     make_replicated_sharding,
@@ -27,7 +28,6 @@ from jaxpt.sharding import (
 )
 from jaxpt.spec import Batch, ModelSpec, UserError
 
-Params = dict[str, Any]  # nested dict of arrays, see model/transformer.py
 Sums = dict[str, jax.Array]  # of one batch
 RESIDUAL_AXES = ("batch", "position", "act_embed")
 N_MEASURED_SEQUENCES = 64  # per source: what operators measure on, and the report's statistics
@@ -203,7 +203,7 @@ def make_test_tokens(spec: ModelSpec, n: int) -> np.ndarray:
 
 def make_measuring_batches(
     packed: Sequence[str | pathlib.Path], batch_size: int, document_mask: bool, mesh: Mesh
-) -> Callable[[], Iterator[Batch]]:
+) -> ReadBatches:
     """Return a function that reads training batches to measure on: the same at every call.
 
     Args:

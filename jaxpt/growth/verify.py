@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxpt.growth import measure
-from jaxpt.growth.growth import Growth
+from jaxpt.growth.growth import Growth, ReadBatches
 from jaxpt.growth.new_params import find_new_params_through
 from jaxpt.growth.records import GrowthReport, LayerRecord, ProbeRecord
 from jaxpt.model import transformer
@@ -27,8 +27,6 @@ log = logging.getLogger(__name__)
 # sums in another order: a widened model adds each product in halves. Fraction of the largest
 # logit, in float32
 ROUNDING_TOLERANCE = 1e-5
-
-ReadBatches = Callable[[], Iterable[Batch]]
 
 
 class HeldoutLosses(Protocol):

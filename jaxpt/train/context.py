@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 
@@ -13,7 +13,8 @@ from jaxpt.config import Config
 from jaxpt.data import loader
 from jaxpt.flops import DeviceCost
 from jaxpt.growth import measure
-from jaxpt.spec import Batch, ModelSpec, UserError
+from jaxpt.growth.growth import ReadBatches
+from jaxpt.spec import ModelSpec, UserError
 from jaxpt.train import gate, optimizer
 
 EstimateCost = Callable[[ModelSpec], DeviceCost]
@@ -46,7 +47,7 @@ class RunContext:
     packed: list[str]
     dataset: loader.PackedDataset
     heldout: gate.HeldoutData
-    measuring_batches: Callable[[], Iterator[Batch]]
+    measuring_batches: ReadBatches
     estimate_device_cost: EstimateCost
     started: float
 

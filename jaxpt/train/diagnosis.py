@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,9 @@ import numpy as np
 
 from jaxpt.model import loss, transformer
 from jaxpt.model.param import ONES
+from jaxpt.model.transformer import Params
 from jaxpt.sharding import make_batch_sharding, make_replicated_sharding
 from jaxpt.spec import Batch, ModelSpec
-
-Params = dict[str, Any]  # nested dict of jax.Arrays
 
 # nats per token by which another reading must be better to count. Both are measured on the same
 # few thousand tokens, where a mean difference by chance stays near 0.01

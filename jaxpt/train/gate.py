@@ -17,14 +17,13 @@ from jaxpt.data import loader
 from jaxpt.evaluate import likelihood, reference
 from jaxpt.growth.measure import compute_logits, make_test_tokens
 from jaxpt.model import transformer
+from jaxpt.model.transformer import Params
 from jaxpt.sharding import make_batch_sharding, n_shards
 from jaxpt.spec import Batch, ModelSpec, UserError
 from jaxpt.stage import fingerprint
 from jaxpt.train import diagnosis
 
 log = logging.getLogger(__name__)
-
-Params = dict[str, Any]  # nested dict of jax.Arrays
 
 # nats per token between a recorded loss and the same one measured here. Another mesh moves it by
 # 1e-5, bfloat16 weights and activations by 0.0003 (stories260K); a wrong theta, shift or norm by

@@ -26,6 +26,7 @@ from jaxpt import stage
 from jaxpt.families import family
 from jaxpt.model import transformer
 from jaxpt.model.param import ParamSpec, list_param_specs
+from jaxpt.model.transformer import Params
 from jaxpt.sharding import make_logical_sharding, make_replicated_sharding
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.weights.hub import TOKENIZER_FILES
@@ -38,9 +39,6 @@ from jaxpt.weights.safetensors_file import (
     read_hf_json,
     write_hf_json,
 )
-
-Params = dict[str, Any]  # nested dict of jax.Arrays
-
 
 SHARD_BYTES = 5 * 10**9  # per file at most, Hugging Face's own default
 MAX_WRONG_SHOWN = 12
