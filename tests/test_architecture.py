@@ -15,7 +15,7 @@ from jaxpt import config
 LAYERS = [
     ("spec", "logs", "text"),
     ("stage",),
-    ("config", "launch"),
+    ("config", "cluster", "launch"),
     ("sharding",),
     ("hardware",),
     ("data", "model"),

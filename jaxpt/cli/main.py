@@ -12,7 +12,7 @@ import itertools
 import os
 import sys
 
-from jaxpt import stage
+from jaxpt import cluster, stage
 from jaxpt.cli import options
 from jaxpt.config import suggest_name
 from jaxpt.spec import UserError
@@ -61,6 +61,8 @@ def run_command(words: list[str]) -> None:
             raise UserError(f"jaxpt: there is no command {words[0]}; {hint}")
         words = [name, *words[1:]]
     arguments = parser.parse_args(words)
+    if arguments.command != "train":
+        cluster.check_is_alone(arguments.command)
     arguments.run(arguments)
 
 

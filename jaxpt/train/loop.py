@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from jaxpt import sharding, stage
 from jaxpt.config import Config
-from jaxpt.train import distributed, result
+from jaxpt.train import agreement, distributed, result
 from jaxpt.train.context import EstimateCost, no_cost, open_run
 from jaxpt.train.hooks.checkpoint import Checkpoint
 from jaxpt.train.hooks.grow import Grow
@@ -23,6 +23,7 @@ from jaxpt.train.session import Session, start_session
 log = logging.getLogger(__name__)
 
 
+@distributed.end_together()
 def train_model(
     config: Config, workdir: pathlib.Path, estimate_device_cost: EstimateCost = no_cost
 ) -> None:
@@ -38,12 +39,14 @@ def train_model(
     run_dir = stage.local_path(workdir)
     distributed.join_processes(run_dir)
     distributed.enable_compilation_cache()
+    agreement.check_program(config, run_dir)
     packed = list(config.mixture.packed_paths) or [str(run_dir / "packed")]
     request = result.make_request(config, packed)
     if result.is_finished(run_dir, request):
         return
     mesh = sharding.make_mesh(config.mesh)
     run = open_run(config, run_dir, packed, mesh, estimate_device_cost)
+    agreement.check_data(run)
     session = start_session(run)
     train(session, make_hooks(session))
     session.metrics.close()

@@ -19,7 +19,7 @@ from jaxpt.data.mixture import MixturePhase, MixtureSchedule
 from jaxpt.model import loss
 from jaxpt.model.kernels import select
 from jaxpt.spec import Batch, ModelSpec, UserError
-from jaxpt.train import begin, distributed, gate, provenance, state, step
+from jaxpt.train import agreement, begin, distributed, gate, provenance, state, step
 from jaxpt.train.begin import InitialModel, RunStart
 from jaxpt.train.context import RunContext
 from jaxpt.train.metrics import HostScalars, MetricsLogger, init_wandb
@@ -38,6 +38,7 @@ def start_session(run: RunContext) -> Session:
     """
     run.run_dir.mkdir(parents=True, exist_ok=True)
     newest = checkpoint.find_newest(run.run_dir)
+    agreement.check_start(newest, run.config.initialize.source)
     return resume_session(run, newest) if newest else init_session(run)
 
 

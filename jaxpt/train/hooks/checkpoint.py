@@ -15,7 +15,7 @@ from jaxpt.weights import checkpoint
 
 log = logging.getLogger(__name__)
 
-TERMINATED = 143  # exit status after SIGTERM, by the shell's convention
+TERMINATED = 143  # exit status after SIGTERM by the shell's convention, here of every such signal
 
 
 class Checkpoint(Hook):
@@ -42,6 +42,7 @@ class Checkpoint(Hook):
     def before_step(self, session: Session) -> None:
         """Note that the run must stop: asked once per step, the step that leaves also saves."""
         if self.should_stop(session.step):
+            log.info(f"asked to stop: saves after step {session.step + 1:,}")
             session.stop(TERMINATED)
 
     def is_due(self, session: Session) -> bool:
