@@ -25,6 +25,11 @@ COORDINATOR_PORT = 8476  # where the first process waits for the others
 
 # what git sees, committed or not: the recipe that was just written belongs to it
 PACK_CLONE = "git ls-files -coz --exclude-standard | tar -cz --null -T -"
+# this boot, and when a process began in it (clock ticks; after the name, which may have spaces)
+IDENTIFY = (
+    "identify() { [ -r /proc/$1/stat ] && cat /proc/sys/kernel/random/boot_id && "
+    "sed 's/.*) //' /proc/$1/stat | cut -d ' ' -f 20; } 2>/dev/null"
+)
 # Under a lock, for hosts that share a home. uv brings a Python of its own where the image's is
 # older than 3.11, as that of many TPU images is.
 SETUP_COMMANDS = (
@@ -62,12 +67,13 @@ def plan_tpu_vm(name: str, zone: str, train: list[str]) -> LaunchPlan:
         flags = [f"--zone={zone}", f"--worker={worker}", f"--command={command}"]
         return shlex.join([*gcloud, "ssh", name, *flags])
 
-    archive = "/tmp/jaxpt.tgz"
-    copy = [*gcloud, "scp", archive, f"{name}:jaxpt.tgz", f"--zone={zone}", "--worker=all"]
+    copy = [*gcloud, "scp", "ARCHIVE", f"{name}:jaxpt.tgz", f"--zone={zone}", "--worker=all"]
+    copy_clone = shlex.join(copy).replace("ARCHIVE", '"$archive"')
     setup = format_setup("requirements-tpu.txt", "-f ../jaxpt.tgz")
+    # in one line: a file that only this user can read, gone afterwards
+    make_archive = 'archive=$(mktemp) && trap \'rm -f "$archive"\' EXIT'
     phases = [
-        [f"{PACK_CLONE} -f {archive}"],
-        [shlex.join(copy)],
+        [f'({make_archive} && {PACK_CLONE} -f "$archive" && {copy_clone})'],
         [on_workers(setup)],
         [on_workers(detached_command(train))],
     ]
@@ -114,20 +120,30 @@ def format_setup(requirements: str, archive: str = "") -> str:
 def detached_command(train: list[str], environment: str = "", suffix: str = "") -> str:
     """Return a shell line that starts training in ~/jaxpt, unless a run is active there.
 
-    The run outlives the connection.
+    The run outlives the connection. Beside its number, which another process may have after a
+    reboot, train.start holds when it began.
     """
-    pid, log_file = f"train{suffix}.pid", f"train{suffix}.log"
+    pid, start, log_file = f"train{suffix}.pid", f"train{suffix}.start", f"train{suffix}.log"
     return (
-        f"cd jaxpt && if kill -0 $(cat {pid}) 2>/dev/null; then echo "
+        f"cd jaxpt && {IDENTIFY} && if {is_active_command(suffix)}; then echo "
         f'"$(hostname): a run is active, process $(cat {pid}); stop it first" >&2; exit 1; fi; '
         f"{environment}nohup .venv/bin/jaxpt {shlex.join(train)} >>{log_file} "
-        f"2>&1 </dev/null & echo $! >{pid}"
+        f"2>&1 </dev/null & echo $! >{pid}; identify $! >{start}"
     )
+
+
+def is_active_command(suffix: str) -> str:
+    """Return a command that succeeds if the process of train.pid is the one that was started."""
+    pid, start = f"train{suffix}.pid", f"train{suffix}.start"
+    return f'[ -s {start} ] && [ "$(identify $(cat {pid}))" = "$(cat {start})" ]'
 
 
 def stop_command(suffix: str = "") -> str:
     """Return a command that sends SIGTERM: the run saves a checkpoint and ends, on all hosts."""
-    return f"kill $(cat jaxpt/train{suffix}.pid)"
+    return (
+        f"cd jaxpt && {IDENTIFY} && if {is_active_command(suffix)}; then "
+        f'kill $(cat train{suffix}.pid); else echo "$(hostname): no run is active" >&2; fi'
+    )
 
 
 def train_command(config: str, workdir: str, overrides: Sequence[str]) -> list[str]:

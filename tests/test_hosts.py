@@ -1,5 +1,5 @@
-"""Laws of several hosts, with real processes on 127.0.0.1: what differs between them is named before
-the first step, a missing one is waited for so long and no longer, a lost one ends the others.
+"""Laws of several hosts, with real processes on 127.0.0.1: what differs is named before the first
+step, a missing one is waited for so long and no longer, a lost one ends the others.
 """
 
 import os
@@ -142,9 +142,7 @@ def test_processes_that_differ_end_before_the_first_step(home, flags, environmen
 
 def test_processes_with_other_packed_data_under_one_name_end_before_the_first_step(home):
     """Each sees its own directory of sequences, as two local disks would hold."""
-    for name, heldout_frac in (("one", 0.2), ("two", 0.3)):
-        (home / name).mkdir()
-        (home / "data.py").write_text(RECIPE)
+    for name in ("one", "two"):
         shutil.copytree(home / "base", home / name / "base")
     manifest = home / "two/base/packed/manifest.json"
     fingerprint = Manifest.load(home / "two/base/packed").fingerprint

@@ -119,20 +119,50 @@ def test_an_active_run_is_not_started_twice_and_can_be_stopped(tmp_path, hosts):
     raise AssertionError("it was not stopped")
 
 
-def test_a_tpu_slice_starts_the_given_command_on_every_worker(tmp_path, hosts):
+def test_a_strangers_process_of_the_same_number_neither_refuses_a_start_nor_is_stopped(
+    tmp_path, hosts
+):
+    """As after a reboot: the number in train-0.pid is another process's."""
+    hosts("one")
+    program(
+        tmp_path / "bin/ssh",
+        f'#!/bin/bash\n[ "$1" = -n ] && shift\nshift; cd {tmp_path}/one && exec bash -c "$*"\n',
+    )
+    recipe = launch.plan_ssh(["one"], TRAIN)
+    launch.execute_launch(recipe)
+    called(tmp_path / "one.json")
+    (tmp_path / "one.json").unlink()
+    stranger = subprocess.Popen(["sleep", "60"])
+    (tmp_path / "one/jaxpt/train-0.pid").write_text(f"{stranger.pid}\n")
+    stopped = subprocess.run(
+        ["bash", "-c", recipe.notes["stop"]], capture_output=True, text=True, check=True
+    )
+    assert "no run is active" in stopped.stderr
+    assert stranger.poll() is None
+    launch.execute_launch(recipe)
+    called(tmp_path / "one.json")
+    stranger.kill()
+
+
+def test_a_tpu_slice_starts_the_given_command_on_every_worker(tmp_path, hosts, monkeypatch):
+    """The clone travels in a file that others can neither read nor foresee."""
     hosts("w0", "w1")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     program(
         tmp_path / "bin/gcloud",
         (
             "#!/bin/bash\nfor word; do case $word in --command=*) "
             "command=${word#--command=};; esac; done\n"
             f'for worker in w0 w1; do cd {tmp_path}/$worker; if [ "$4" = scp ]; '
-            'then cp "$5" jaxpt.tgz; else bash -c "$command"; fi; done\n'
+            f'then cp "$5" jaxpt.tgz; stat -c %a "$5" >>{tmp_path}/mode; else bash -c "$command"; fi; done\n'
         ),
     )
     launch.execute_launch(launch.plan_tpu_vm("my-tpu", "us-east5-a", TRAIN))
     for worker in ("w0", "w1"):
         assert called(tmp_path / f"{worker}.json") == [EXPECTED, {}]
+    assert (tmp_path / "mode").read_text().split() == ["600", "600"]
+    assert not list((tmp_path / "temporary").iterdir()), "the packed clone is gone"
 
 
 @pytest.mark.parametrize(

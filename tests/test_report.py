@@ -744,6 +744,13 @@ def test_a_served_page_follows_its_run(runs, capfd):
         assert read("stamp") != before and "1.062" in read("")
         with pytest.raises(urllib.error.HTTPError, match="404"):
             read("../config.json")
+        for name in ("attacker.example", "127.0.0.1.attacker.example", ""):
+            asked = urllib.request.Request(
+                f"http://127.0.0.1:{running.server_port}/stamp", headers={"Host": name}
+            )
+            with pytest.raises(urllib.error.HTTPError, match="403"):
+                urllib.request.urlopen(asked)
+        assert live.is_loopback("localhost:80") and live.is_loopback("[::1]:80")
         with pytest.raises(UserError, match=r"--serve \d+: cannot listen there"):
             live.make_server([base], running.server_port)
         base.rename(base.with_name("moved"))

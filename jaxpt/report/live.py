@@ -47,7 +47,9 @@ def make_server(
         def do_GET(self):
             """Answer a request."""
             try:
-                if self.path == "/stamp":
+                if not is_loopback(self.headers.get("Host", "")):
+                    self.send_error(403, "Ask for 127.0.0.1 or localhost")
+                elif self.path == "/stamp":
                     self.answer(hash_run_files(directories), "text/plain")
                 elif self.path == "/":
                     self.answer(render_live_page(directories), "text/html")
@@ -77,6 +79,15 @@ def make_server(
         raise UserError(
             f"--serve {port}: cannot listen there ({error}). Give another port, or 0 for any."
         ) from None
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a Host header names this machine's loopback.
+
+    A web page can point a name of its own at 127.0.0.1, and read what it is answered.
+    """
+    name = host.rpartition(":")[0] if ":" in host and not host.endswith("]") else host
+    return name.lower() in ("127.0.0.1", "localhost", "[::1]")
 
 
 def render_live_page(directories: list[str | pathlib.Path]) -> str:

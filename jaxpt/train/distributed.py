@@ -320,7 +320,7 @@ def explain_end(error: BaseException) -> str:
         return "interrupted; run the same command again to continue"
     if isinstance(error, jax.errors.JaxRuntimeError) and is_lost_connection(error):
         time.sleep(3 * WATCH_SECONDS)  # the watching thread may learn why, and ends the process
-        return LOST_PROCESS
+        return f"{LOST_PROCESS} ({str(error).splitlines()[0][:200]})"
     traceback.print_exception(error)
     return f"{type(error).__name__}: {str(error)[:300]}"
 
