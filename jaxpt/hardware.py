@@ -99,7 +99,7 @@ class Chip:
 
 GOOGLE = "Google Cloud on demand, us regions, 2026-08"
 LAMBDA = "Lambda on demand, 8 per host, 2026-09-20"
-A100_KINDS = ("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-40GB", "NVIDIA A100 80GB PCIe")
+A100_KINDS = ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe")
 
 CHIP_TABLE = (
     Chip(
@@ -190,6 +190,21 @@ CHIP_TABLE = (
         watts=400,
         usd_per_hour=2.79,
         price_source=LAMBDA,
+        efficiency=DATACENTER_GPU_EFFICIENCY,
+        gpu=GpuSpec((8, 0), 108, 64, 167_936, 166_912, 2048, 41_943_040, 1.41),
+    ),
+    Chip(
+        name="a100-40gb",
+        platform="cuda",
+        device_kinds=("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"),
+        bfloat16_flops=312e12,
+        float32_flops=156e12,
+        memory_bytes=42_505_273_344,
+        memory_bandwidth=1.555e12,
+        link_bandwidth=600e9,
+        watts=400,
+        usd_per_hour=None,
+        price_source="no list price read, 2026-11",
         efficiency=DATACENTER_GPU_EFFICIENCY,
         gpu=GpuSpec((8, 0), 108, 64, 167_936, 166_912, 2048, 41_943_040, 1.41),
     ),

@@ -216,6 +216,19 @@ def test_the_courses_248m_run_reaches_46_percent_at_13_dollars():
     ) == pytest.approx(0.49, abs=0.01)
 
 
+def test_a_name_of_a_card_means_one_memory_size():
+    """Two A100 differ in memory alone; a100 is the 80 GB one everywhere."""
+    for kind, name, gigabytes in (
+        ("NVIDIA A100-SXM4-80GB", "a100", 85),
+        ("NVIDIA A100 80GB PCIe", "a100", 85),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb", 42),
+    ):
+        chip = hardware.find_chip(kind)
+        assert (chip.name, chip.memory_bytes // 10**9) == (name, gigabytes)
+    kinds = [kind for chip in hardware.CHIPS.values() for kind in chip.device_kinds]
+    assert len(kinds) == len(set(kinds))
+
+
 def test_the_courses_7b_run_needs_55_percent_of_a100s_at_a_dollar_and_a_half():
     hours = 14 * 24
     assert compute_implied_mfu(

@@ -3,8 +3,8 @@
 Compiles the real train step for chips that this machine does not have.
 
 TPU slices need the package libtpu, NVIDIA GPUs jax-cuda13-plugin and jax-cuda13-pjrt; without them
-a target is estimated. A target is CHIP:TOPOLOGY (v4, v5e, v5p, v6e, tpu7x) or CHIP:COUNT (a100,
-h100, h200, b200, l4, rtx4090, cpu).
+a target is estimated. A target is CHIP:TOPOLOGY (v4, v5e, v5p, v6e, tpu7x) or CHIP:COUNT (a100
+with 80 GB, a100-40gb, h100, h200, b200, l4, rtx4090, cpu).
 
     # two targets
     jaxpt plan --config configs/llama3_8b.py --on v5p:4x4x4 h100:8 --json plan.json
