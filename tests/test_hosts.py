@@ -172,7 +172,7 @@ def test_a_missing_host_is_waited_for_with_a_line_and_then_a_sentence(home):
     late = {**joined(1, 2, free_port()), "JAXPT_JOIN_SECONDS": "14"}
     first, second = Process(home, "first", **alone), Process(home, "second", **late)
     status, log = first.end()
-    assert status == 1 and "process 0 of 2 waits for the others, 14 s more: not all" in log
+    assert status == 1 and "process 0 of 2 waits for the others, 4 s more: not all" in log
     assert "process 0 of 2 could not join the others: not all have joined" in sentence_of(log)
     status, log = second.end()
     assert status == 1 and "the first process cannot be reached at 127.0.0.1" in sentence_of(log)

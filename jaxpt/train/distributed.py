@@ -206,10 +206,11 @@ def wait_until_joined(
             return joining.result(max(min(left, WAITING_LINE_SECONDS), 0))
         except TimeoutError:
             reason = describe_coordinator(placement.coordinator)
+            left = deadline - time.monotonic()
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0][:200]
             left = 0
-        if left <= WAITING_LINE_SECONDS:
+        if left <= 0:
             raise UserError(
                 f"{who} could not join the others: {reason}. Start all of them, within "
                 f"{seconds} s of each other (JAXPT_JOIN_SECONDS), and see in their logs why one "
@@ -336,6 +337,8 @@ def tell_others(sentence: str) -> None:
 
     client: Any = jax_distributed.global_state.client
     index = jax_distributed.global_state.process_id
+    if jax_distributed.global_state.preemption_sync_manager is None:
+        return  # it has not joined them
     reason = f"process {index} ({socket.gethostname()}) ended: {sentence}"
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # they have gone already
         client.key_value_set(f"{ENDED_KEY}/{index}", reason, allow_overwrite=True)
