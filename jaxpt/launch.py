@@ -71,7 +71,7 @@ def plan_tpu_vm(name: str, zone: str, train: list[str]) -> LaunchPlan:
     copy_clone = shlex.join(copy).replace("ARCHIVE", '"$archive"')
     setup = format_setup("requirements-tpu.txt", "-f ../jaxpt.tgz")
     # in one line: a file that only this user can read, gone afterwards
-    make_archive = 'archive=$(mktemp) && trap \'rm -f "$archive"\' EXIT'
+    make_archive = "archive=$(mktemp) && trap 'rm -f \"$archive\"' EXIT"
     phases = [
         [f'({make_archive} && {PACK_CLONE} -f "$archive" && {copy_clone})'],
         [on_workers(setup)],

@@ -155,7 +155,8 @@ def test_a_tpu_slice_starts_the_given_command_on_every_worker(tmp_path, hosts, m
             "#!/bin/bash\nfor word; do case $word in --command=*) "
             "command=${word#--command=};; esac; done\n"
             f'for worker in w0 w1; do cd {tmp_path}/$worker; if [ "$4" = scp ]; '
-            f'then cp "$5" jaxpt.tgz; stat -c %a "$5" >>{tmp_path}/mode; else bash -c "$command"; fi; done\n'
+            f'then cp "$5" jaxpt.tgz; stat -c %a "$5" >>{tmp_path}/mode; '
+            'else bash -c "$command"; fi; done\n'
         ),
     )
     launch.execute_launch(launch.plan_tpu_vm("my-tpu", "us-east5-a", TRAIN))

@@ -326,7 +326,7 @@ def explain_end(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error)[:300]}"
 
 
-def is_lost_connection(error: Exception) -> bool:
+def is_lost_connection(error: BaseException) -> bool:
     """Return whether an error of a step means that another process cannot be reached."""
     return any(word in str(error) for word in LOST_CONNECTION_WORDS)
 
