@@ -7,6 +7,7 @@ then read what any found, and all end with the same sentence.
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -39,6 +40,7 @@ OWN_VARIABLES = (
     "JAX_SLICE_INDEX",
 )
 PATIENCE_SECONDS = 600  # for the slowest process to come to the comparison
+COMPILE_SECONDS = 3600
 SHARED_SECONDS = 10  # a network disk shows another host's new file after a few
 MAX_NAMED = 3
 
@@ -84,7 +86,7 @@ def check_program(config: Config, run_dir: pathlib.Path) -> None:
     facts = dict(
         list_settings(config)
         | {f"version of {name}": version for name, version in stage.package_versions().items()}
-        | {"version of jaxlib": jax.lib.__version__, "code of jaxpt": hash_code()}
+        | {"version of jaxlib": importlib.metadata.version("jaxlib"), "code of jaxpt": hash_code()}
         | list_environment()
         | {"devices": describe_devices()}
     )
@@ -270,6 +272,15 @@ def publish(key: str, value: str) -> str:
     if jax.process_index() == 0:
         client.key_value_set(f"jaxpt/agreement/{key}", value)
     return client.blocking_key_value_get(f"jaxpt/agreement/{key}", 1000 * PATIENCE_SECONDS)
+
+
+def wait_for_compilation() -> None:
+    """Wait until every process has compiled what it starts with.
+
+    On CPU a collective waits 30 s for the others; one whose cache is cold may compile for longer.
+    """
+    if jax.process_count() > 1:
+        get_client().wait_at_barrier("jaxpt/compiled", 1000 * COMPILE_SECONDS)
 
 
 def gather(key: str, value: str) -> dict[int, str]:

@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import ctypes
 import functools
+import importlib
 import logging
 import os
 import pathlib
@@ -270,9 +271,7 @@ def explain_lost_processes() -> Iterator[None]:
     want of a Python form of its argument (jaxlib 0.10.2) and so ends in std::terminate: that
     handler is ours.
     """
-    from jax._src.lib import _jax
-
-    client: Any = _jax
+    client: Any = importlib.import_module("jax._src.lib")._jax
     make_client = client.get_distributed_runtime_client
     client.get_distributed_runtime_client = functools.partial(
         make_client, missed_heartbeat_callback=lambda status: end_without_others()

@@ -52,6 +52,7 @@ def resume_session(run: RunContext, directory: pathlib.Path) -> Session:
         params = checkpoint.restore_tree(directory, checkpoint.PARAMS, abstract.params)
         session.state = state.restore_state(directory, params, abstract)
         session.train_step = compiled.result()
+    agreement.wait_for_compilation()
     session.is_new_step = True  # no warm-up step has tried its memory
     session.saved = directory
     session.open_logs()
@@ -65,6 +66,7 @@ def init_session(run: RunContext) -> Session:
     session = Session(run, initial.start)
     with session.explain_start():
         session.train_step = session.compile_step()
+        agreement.wait_for_compilation()
         batch = session.make_abstract_batch()
         session.state = step.run_warmup_step(session.train_step, initial.state, batch)
     session.open_logs()
