@@ -204,7 +204,7 @@ CHIP_TABLE = (
         link_bandwidth=600e9,
         watts=400,
         usd_per_hour=None,
-        price_source="no list price read, 2026-11",
+        price_source="no public list price read, 2026-11",
         efficiency=DATACENTER_GPU_EFFICIENCY,
         gpu=GpuSpec((8, 0), 108, 64, 167_936, 166_912, 2048, 41_943_040, 1.41),
     ),
