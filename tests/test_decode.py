@@ -113,10 +113,24 @@ def test_a_prompt_is_continued_in_a_batch_as_alone():
         "seed": 3,
     }
     together = decode.generate(SPEC, params, prompts(), **settings)
-    assert decode.generate(SPEC, params, prompts()[:1], **settings) == together[:1]
+    for i, prompt in enumerate(prompts()):
+        assert decode.generate(SPEC, params, [prompt], **settings) == [together[i]]
 
 
-def test_seeds_and_indices_in_the_list_draw_different_texts():
+def test_equal_prompts_draw_as_many_texts_whatever_the_size_of_the_batch(monkeypatch):
+    params = make_params(SPEC)
+    equal = [prompts()[0]] * 64
+    settings = {"max_new": 12, "sampling": decode.Sampling(temperature=1.0)}
+    texts = decode.generate(SPEC, params, equal, **settings)
+    assert len({tuple(text) for text in texts}) == 64
+    for size in (5, 64):
+        monkeypatch.setattr(decode, "MAX_DECODE_BATCH", size)
+        assert decode.generate(SPEC, params, equal, **settings) == texts
+    later = decode.generate(SPEC, params, equal[:3], repeats=[40, 0, 63], **settings)
+    assert later == [texts[40], texts[0], texts[63]]
+
+
+def test_seeds_and_repeats_draw_different_texts():
     params = make_params(SPEC)
     twice = [prompts()[1]] * 2
     sampling = decode.Sampling(temperature=1.0)

@@ -225,8 +225,9 @@ def generate_continuations(
     start_ids = [] if encoder.bos_id is None else [encoder.bos_id]
     token_ids = [start_ids + ids for ids in encoder.encode_batch(prompts)]
     decode.check_prompts(loaded.spec, token_ids)
+    repeats = decode.number_repeats(token_ids)
 
-    def generate(ids: list[int], watch: decode.Watch, every: int = 1) -> list[int]:
+    def generate(ids: list[int], repeat: int, watch: decode.Watch, every: int = 1) -> list[int]:
         (new,) = decode.generate(
             loaded.spec,
             loaded.params,
@@ -234,6 +235,7 @@ def generate_continuations(
             max_new=settings.max_new,
             sampling=settings.sampling,
             seed=settings.seed,
+            repeats=[repeat],
             watch=watch,
             watch_every=every,
         )
@@ -246,15 +248,15 @@ def generate_continuations(
         bar = stage.progress_bar(name, settings.max_new * len(prompts), "tokens")
     done = []
     with bar as advance:
-        for prompt, ids in zip(prompts, token_ids, strict=True):
-            generate(ids, lambda *_: True)  # compiles, and stops at the first token
+        for prompt, ids, repeat in zip(prompts, token_ids, repeats, strict=True):
+            generate(ids, repeat, lambda *_: True)  # compiles, and stops at the first token
             if is_terminal:
                 print(f"\n{name} > {escape_controls(prompt)}")
                 show = stream_text(encoder, ids)
             else:
                 show = count_progress(advance, settings.max_new)
             start = time.monotonic()
-            new = generate(ids, lambda _, new, show=show: show(new), STREAM_EVERY)
+            new = generate(ids, repeat, lambda _, new, show=show: show(new), STREAM_EVERY)
             seconds = round(time.monotonic() - start, 3)
             text = decode_continuation(encoder, ids, new)
             done.append(Continuation(name, text, len(new), seconds))

@@ -515,6 +515,7 @@ def make_lm_adapter(
                 text = self.tokenizer.decode(ids, skip_special_tokens=True)
                 return any(stop in text for stop in stops)
 
+            repeats = decode.number_repeats(prompts)
             texts = []
             for first in range(0, len(prompts), decode.MAX_DECODE_BATCH):
                 part = slice(first, first + decode.MAX_DECODE_BATCH)
@@ -524,6 +525,7 @@ def make_lm_adapter(
                     prompts[part],
                     max_new=max_new,
                     sampling=sampling,
+                    repeats=repeats[part],
                     watch=stopped,
                     watch_every=16,
                 )

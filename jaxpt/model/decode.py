@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -93,6 +94,7 @@ def generate(
     max_new: int,
     sampling: Sampling = Sampling(),
     seed: int = 0,
+    repeats: list[int] | None = None,
     dtype: str = "float32",
     watch: Watch | None = None,
     watch_every: int = 1,
@@ -100,7 +102,7 @@ def generate(
     """Return continuations of the prompts, without the end-of-sequence token that ended them.
 
     A continuation ends at spec.eos_id, after max_new tokens, or where spec.max_seq_len is reached.
-    The same seed, prompt and index in the list give the same text in any batch.
+    The same seed, prompt and repeat draw the same text in any batch.
 
     Args:
         spec: the architecture.
@@ -109,6 +111,8 @@ def generate(
         max_new: tokens added at most.
         sampling: how tokens are chosen.
         seed: of the random draws.
+        repeats: of each prompt: equal prompts of different repeats draw different texts; None: as
+            `number_repeats` counts them.
         dtype: of computation and cache.
         watch: called every watch_every tokens, for streaming; if true the continuation ends there.
         watch_every: period of watch, in tokens.
@@ -123,20 +127,42 @@ def generate(
     setup = DecodeSetup(spec, mesh, jnp.dtype(dtype))
     params = unstack_layers(params, mesh)
     key = jax.random.key(seed)
+    streams = make_streams(prompts, number_repeats(prompts) if repeats is None else repeats)
     outputs: list[list[int]] = [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(prompts), MAX_DECODE_BATCH):
         indices = by_length[start : start + MAX_DECODE_BATCH]
-        state, streams = start_batch(setup, params, prompts, indices, max_new)
+        state, placed = start_batch(setup, params, prompts, streams, indices, max_new)
         first = stop = int(state.column)
         while True:
             stop = stop + watch_every if watch else first + max_new
-            state = decode_step(setup, sampling, params, state, key, streams, stop)
+            state = decode_step(setup, sampling, params, state, key, placed, stop)
             room = collect_outputs(state, first, spec, prompts, indices, outputs, watch)
             if not room.any():
                 break
             state = state._replace(room=jax.device_put(room, state.room.sharding))
     return outputs
+
+
+def number_repeats(prompts: list[list[int]]) -> list[int]:
+    """Return how many equal prompts stand before each one."""
+    counts: dict[tuple[int, ...], int] = {}
+    repeats = []
+    for prompt in prompts:
+        ids = tuple(prompt)
+        n_before = counts.get(ids, 0)
+        repeats.append(n_before)
+        counts[ids] = n_before + 1
+    return repeats
+
+
+def make_streams(prompts: list[list[int]], repeats: list[int]) -> np.ndarray:
+    """Return which random numbers each sequence draws: (checksum, repeat), uint32 [B, 2]."""
+    streams = np.zeros((len(prompts), 2), np.uint32)
+    for i, (prompt, repeat) in enumerate(zip(prompts, repeats, strict=True)):
+        ids = np.array(prompt, np.uint32)
+        streams[i] = zlib.crc32(ids.tobytes()), repeat
+    return streams
 
 
 def unstack_layers(params: Params, mesh: Mesh) -> Params:
@@ -195,12 +221,17 @@ class DecodeState(NamedTuple):
 
 
 def start_batch(
-    setup: DecodeSetup, params: Params, prompts: list[list[int]], indices: list[int], max_new: int
+    setup: DecodeSetup,
+    params: Params,
+    prompts: list[list[int]],
+    streams: np.ndarray,
+    indices: list[int],
+    max_new: int,
 ) -> tuple[DecodeState, Array]:
     """Read some prompts.
 
     Returns:
-        The state, and which stream of random numbers each sequence draws from, uint32 [B].
+        The state, and the batch's rows of `streams`, uint32 [B, 2].
     """
     spec, mesh, _ = setup
     B = round_up_length(len(indices), n_shards(mesh, "batch"))
@@ -209,17 +240,18 @@ def start_batch(
     tokens = np.zeros((B, P), np.int32)
     lengths = np.ones(B, np.int32)
     room = np.zeros(B, np.int32)
-    streams = np.zeros(B, np.uint32)
+    batch_streams = np.zeros((B, 2), np.uint32)
     for b, i in enumerate(indices):
         n = len(prompts[i])
         tokens[b, P - n :] = prompts[i]
         lengths[b] = n
         room[b] = min(max_new, spec.max_seq_len - n)
-        streams[b] = i
+        batch_streams[b] = streams[i]
     place = make_logical_sharding(mesh, ("batch",))
-    lengths, room, streams = jax.device_put((lengths, room, streams), place)
-    tokens = jax.device_put(tokens, make_logical_sharding(mesh, ("batch", None)))
-    return prefill_cache(setup, C, params, tokens, lengths, room), streams
+    lengths, room = jax.device_put((lengths, room), place)
+    rows = make_logical_sharding(mesh, ("batch", None))
+    tokens, placed = jax.device_put((tokens, batch_streams), rows)
+    return prefill_cache(setup, C, params, tokens, lengths, room), placed
 
 
 def collect_outputs(
@@ -399,7 +431,8 @@ def sample_token(sampling: Sampling, state: DecodeState, key: Array, streams: Ar
         logits = mask_top_p(logits, sampling.top_p)
 
     def draw(stream: Array, length: Array, logits: Array) -> Array:
-        stream_key = jax.random.fold_in(key, stream)
+        prompt_key = jax.random.fold_in(key, stream[0])
+        stream_key = jax.random.fold_in(prompt_key, stream[1])
         token_key = jax.random.fold_in(stream_key, length)
         return jax.random.categorical(token_key, logits)
 
