@@ -15,6 +15,7 @@ import sys
 import sysconfig
 import textwrap
 import time
+import unicodedata
 
 import numpy as np
 import pyarrow as pa
@@ -966,6 +967,25 @@ def test_items_too_short_to_be_found_are_counted_aloud(tmp_path, output):
         "1 of 1 benchmark items have fewer than 13 words" in output()
         and texts_of(tmp_path / "run") == ENGLISH
     )
+
+
+def test_no_form_of_unicode_hides_a_benchmark_item():
+    words = "A naïve café in Łódź sold 1984 fine ﬁgs to Zoë and an official of the Ωmega office"
+    index = decontaminate.NgramIndex([benchmarks.BenchmarkItem("t", "t:1", words, {})])
+    full_width = words.translate({48 + i: 0xFF10 + i for i in range(10)})
+    forms = {form: unicodedata.normalize(form, words) for form in ("NFC", "NFD", "NFKC", "NFKD")}
+    hidden = {
+        **forms,
+        "soft hyphens": "\u00ad".join(words),
+        "soft hyphens before accents": "\u00ad".join(forms["NFD"]),
+        "joiners": words.replace("i", "i\u200d\u2060"),
+        "full width": full_width,
+        "capitals": forms["NFD"].upper(),
+    }
+    expected = index.find_matches(words)
+    for form, text in hidden.items():
+        assert index.find_matches(f"He said: {text}!") == expected, form
+    assert not index.find_matches(words.replace("1984", "1985"))
 
 
 def test_real_benchmarks_are_read_and_found(tmp_path, data_dir):

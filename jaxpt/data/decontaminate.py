@@ -7,6 +7,7 @@ chance.
 from __future__ import annotations
 
 import re
+import unicodedata
 import zlib
 from collections.abc import Sequence
 
@@ -85,8 +86,12 @@ def describe_matches(matches: list[tuple[BenchmarkItem, str]]) -> str:
 def normalize_words(text: str) -> list[str]:
     """Return the runs of letters and digits in lower case.
 
-    Case, punctuation and line ends hide nothing.
+    Case, punctuation, line ends, compatibility forms (full-width digits, ligatures), decomposed
+    accents and characters that only format (soft hyphens, joiners) hide nothing.
     """
+    if not text.isascii():
+        formats = [ord(char) for char in set(text) if unicodedata.category(char) == "Cf"]
+        text = unicodedata.normalize("NFKC", text.translate(dict.fromkeys(formats)))
     return re.findall(r"\w+", text.lower())
 
 
