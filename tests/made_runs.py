@@ -387,6 +387,7 @@ def write_data(workdir):
             "n_tokens": 509 * rows,
             "n_documents": documents,
             "n_split_documents": 7,
+            "n_unknown_tokens": 0,
             "n_text_bytes": bytes_,
             "padding_frac": 0.006,
             "unigram_nats": nats,

@@ -418,6 +418,14 @@ def test_an_import_says_bits_per_byte_as_they_are_and_rows_of_no_use(params, tmp
     message = caplog.text
     assert float(re.search(r"songs: ([\d.]+)", message)[1]) == pytest.approx(expected, abs=6e-4)
     assert re.search(r"11 rows beyond the tokenizer's 61 tokens look untrained", message)
+    caplog.clear()
+    gate.log_import_check(SPEC, params, few, VOCAB_SIZE, keeps_text=False)
+    counts = few.dataset.counts["songs"]
+    few.dataset.counts["songs"] = dataclasses.replace(counts, n_unknown_tokens=3)
+    gate.log_import_check(SPEC, params, few, VOCAB_SIZE)
+    message = caplog.text
+    assert "the tokenizer changes case or white space" in message
+    assert "songs: 3 of" in message and "on a few sequences" not in message
     gate.log_import_check(SPEC, damaged, None, VOCAB_SIZE)
     message = caplog.text
     assert (

@@ -244,6 +244,7 @@ def test_datasets_opens_the_sequences_and_they_hold_the_corpus(method, workdir):
             n_tokens,
             len(texts[name]),
         )
+        assert counts["n_unknown_tokens"] == 0
         assert counts["n_text_bytes"] == sum(len(text.encode()) for text in texts[name])
         lesson = workdir / "packed" / "train" / name / "packaged_pretrain_dataset.parquet"
         if method == "course":
@@ -283,6 +284,29 @@ if __name__ == "__main__":
     pack.pack_corpus(PackConfig(seq_len=int(seq_len)), workdir, executor=where)
     print("JOBS", used)
 """
+
+
+def test_tokens_for_text_that_has_none_are_counted_and_said(tmp_path, caplog):
+    import tokenizers
+
+    alphabet = ["<unk>", "</s>", *"abcdefghij "]
+    vocabulary = {name: i for i, name in enumerate(alphabet)}
+    model = tokenizers.models.BPE(vocabulary, [], unk_token="<unk>", fuse_unk=False)
+    backend = tokenizers.Tokenizer(model)
+    backend.add_special_tokens(["<unk>", "</s>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    texts = {"whole": ["abc def " * 40], "lost": ["abc XY def Z " * 40, "hij " * 30]}
+    write_corpus(tmp_path, texts)
+    adopted = tokenizer.load_tokenizer(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer").mkdir()
+    adopted.save_tokenizer(tmp_path / "tokenizer")
+    manifest = pack.pack_corpus(packing(), tmp_path)
+    counts = manifest.counts["train"]
+    assert {name: each["n_unknown_tokens"] for name, each in counts.items()} == {
+        "whole": 0,
+        "lost": 3 * 40,
+    }
+    assert "pack: train/lost: 120 tokens (" in caplog.text and "train/whole: 0" not in caplog.text
 
 
 def packing_process(where: str, workdir: pathlib.Path) -> subprocess.Popen:

@@ -97,6 +97,7 @@ class PackedSource(Record):
     n_sequences: int
     n_tokens: int  # bos and eos included, padding not
     n_trained_tokens: int  # targets of the loss: no first token of a segment, no prompt
+    n_unknown_tokens: int  # for text that the tokenizer has no token for
     n_text_bytes: int  # of UTF-8
     padding_frac: float  # of n_sequences * seq_len
     # entropy of the trained tokens' frequencies, per token: the loss of a model that has learnt
@@ -138,6 +139,7 @@ class TokenizeResult(Record):
 
     n_documents: int
     n_text_bytes: int  # of UTF-8
+    n_unknown_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,6 +301,13 @@ def log_counts(counts: PackCounts) -> None:
                 f"  of {counts.seq_len:,}: {source.padding_frac:.2%} padding, "
                 f"{source.n_split_documents:,} of {source.n_documents:,} documents split"
             )
+            if source.n_unknown_tokens:
+                share = source.n_unknown_tokens / source.n_tokens
+                log.warning(
+                    f"pack: {split}/{name}: {source.n_unknown_tokens:,} tokens ({share:.2%}) stand "
+                    "for text that the tokenizer has no token for. That text is lost; a tokenizer "
+                    "with byte fallback keeps it."
+                )
 
 
 def run_pack_jobs(
@@ -426,7 +435,7 @@ def run_tokenize_job(fields: dict[str, Any]) -> int:
             "Run jaxpt prepare again with --replace."
         )
     output.parent.mkdir(parents=True, exist_ok=True)
-    n_documents = n_bytes = 0
+    n_documents = n_bytes = n_unknown = 0
     with pa.OSFile(str(output), "wb") as sink, pa.ipc.new_stream(sink, TOKEN_SCHEMA) as stream:
         for batch in iter_text_batches(file, job.row_groups):
             ids, loss_from = encoder.encode_documents(batch.texts, batch.prompt_chars)
@@ -440,7 +449,8 @@ def run_tokenize_job(fields: dict[str, Any]) -> int:
             stream.write_batch(record_batch)
             n_documents += len(batch.texts)
             n_bytes += sum(len(text.encode()) for text in batch.texts)
-    result = TokenizeResult(n_documents, n_bytes)
+            n_unknown += encoder.count_unknown(ids)
+    result = TokenizeResult(n_documents, n_bytes, n_unknown)
     stage.write_json_atomic(pathlib.Path(job.result_path), result)
     return n_documents
 
@@ -812,9 +822,11 @@ def gather_shards(
         write_course_parquet(out, shards)
     n_documents = 0
     n_text_bytes = 0
+    n_unknown = 0
     for text in texts:
         n_documents += text.n_documents
         n_text_bytes += text.n_text_bytes
+        n_unknown += text.n_unknown_tokens
     n_sequences = sum(shard.n_sequences for shard in shards)
     n_slots = n_sequences * layout.seq_len
     n_trained = int(token_counts.sum())
@@ -826,6 +838,7 @@ def gather_shards(
         n_sequences=n_sequences,
         n_tokens=n_tokens,
         n_trained_tokens=n_trained,
+        n_unknown_tokens=n_unknown,
         n_text_bytes=n_text_bytes,
         padding_frac=1 - n_tokens / n_slots,
         unigram_nats=float(entropy),

@@ -7,6 +7,7 @@ converted exactly is refused.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import io
 import json
@@ -46,6 +47,8 @@ MAX_SPAN_CHARS = 4_000
 # keys of a tokenizer_config.json that are kept
 SAVED_CONFIG_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token")
 SAVED_CONFIG_KEYS += ("model_max_length", "padding_side", "chat_template")
+# of letters, cases and white space only: what a normalizer changes
+PROBE = "Ab  C\nd\n\n e"
 # tried if no tokenizer_config.json names the end of a document
 EOS_NAMES = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>")
 
@@ -126,6 +129,8 @@ class Tokenizer:
     Attributes:
         bos_id: what the tokenizer itself puts before a text (Llama); None if nothing (GPT-2, Qwen).
         eos_id: ends a document.
+        first_id: the token in front of a document: bos, else eos.
+        unk_id: stands for text that has no token; None: the tokenizer has none.
         vocab_size: largest id + 1.
         fingerprint: of vocabulary, merges, normalization and document tokens; equal in every saved
             copy.
@@ -161,8 +166,10 @@ class Tokenizer:
         if self.bos_id is None and has_bos:
             self.bos_id = vocabulary[bos]
             prepend_token(backend, bos, self.bos_id)
+        self.first_id = self.eos_id if self.bos_id is None else self.bos_id
         self.vocab_size = max(vocabulary.values()) + 1
         form = json.loads(backend.to_str())
+        self.unk_id = find_unk_id(form["model"], vocabulary)
         self.fingerprint = fingerprint_tokenizer(form, self.bos_id, self.eos_id)
         for token_id in {self.bos_id, self.eos_id} - {None}:
             text = str(backend.id_to_token(token_id))
@@ -225,6 +232,31 @@ class Tokenizer:
         """Return the text, without bos, eos and other control tokens."""
         return self.backend.decode(ids, skip_special_tokens=True)
 
+    def count_lost_bytes(self, texts: Sequence[str], token_ids: Sequence[Sequence[int]]) -> int:
+        """Return how many UTF-8 bytes of the texts their ids do not give back; 0 if all is spelt.
+
+        A character is lost if the decoded text has fewer of it. A space that decoding puts in front
+        is no loss.
+        """
+        n_lost = 0
+        decoded = self.backend.decode_batch(token_ids, skip_special_tokens=True)
+        for text, back in zip(texts, decoded, strict=True):
+            if text not in (back, back.removeprefix(" ")):
+                missing = collections.Counter(text) - collections.Counter(back)
+                n_bytes = sum(n * len(char.encode()) for char, n in missing.items())
+                n_lost += max(n_bytes, 1)  # the same characters in another order
+        return n_lost
+
+    def keeps_text(self) -> bool:
+        """Return whether case and white space come back from the ids."""
+        return not self.count_lost_bytes([PROBE], self.encode_batch([PROBE]))
+
+    def count_unknown(self, documents: Sequence[Sequence[int]]) -> int:
+        """Return how many tokens of bos + ids + eos stand for text that has no token."""
+        if self.unk_id in (None, self.bos_id, self.eos_id):
+            return 0
+        return sum(ids.count(self.unk_id) for ids in documents)
+
     def save_tokenizer(self, directory: pathlib.Path) -> None:
         """Write tokenizer.json and tokenizer_config.json.
 
@@ -254,6 +286,13 @@ def find_prefix_id(backend: tokenizers.Tokenizer) -> int | None:
     if full[: len(bare)] == bare:
         return None
     return full[0]
+
+
+def find_unk_id(model: dict[str, Any], vocabulary: dict[str, int]) -> int | None:
+    """Return the id of the model's unknown token, if it has one."""
+    if model.get("unk_id") is not None:  # Unigram
+        return model["unk_id"]
+    return vocabulary.get(model.get("unk_token") or "")
 
 
 def prepend_token(backend: tokenizers.Tokenizer, token: str, token_id: int) -> None:

@@ -273,7 +273,11 @@ def find_likely_cause(
 
 
 def log_import_check(
-    spec: ModelSpec, params: Params, heldout: HeldoutData | None, vocab_size: int | None
+    spec: ModelSpec,
+    params: Params,
+    heldout: HeldoutData | None,
+    vocab_size: int | None,
+    keeps_text: bool = True,
 ) -> None:
     """Log an imported model's bits per byte, and embedding rows that are of no use.
 
@@ -282,6 +286,7 @@ def log_import_check(
         params: the parameters.
         heldout: what to measure on, if there is any.
         vocab_size: the tokenizer's; None: there is none.
+        keeps_text: whether the tokenizer's ids give back case and white space.
     """
     if heldout is None or not heldout.dataset.names:
         log.info("import: no held-out data, so bits per byte are not measured")
@@ -290,8 +295,20 @@ def log_import_check(
             f"import: the data has token ids up to {heldout.dataset.vocab_size - 1:,}, the model "
             f"{spec.vocab_size:,} embedding rows, so bits per byte are not measured"
         )
+    elif not keeps_text:
+        log.warning(
+            "import: the tokenizer changes case or white space: decode(encode(text)) is not the "
+            "text, so bits per byte are not told"
+        )
     else:
         for name in heldout.dataset.names:
+            counts = heldout.dataset.counts[name]
+            if counts.n_unknown_tokens:
+                log.warning(
+                    f"import: {name}: {counts.n_unknown_tokens:,} of {counts.n_tokens:,} tokens "
+                    "stand for text that the tokenizer cannot spell, so bits per byte are not told"
+                )
+                continue
             bits = estimate_bits_per_byte(heldout, name, spec, params)
             log.info(f"import: {name}: {bits:.3f} bits per byte on a few sequences")
     norms = diagnosis.compute_embedding_norms(params)

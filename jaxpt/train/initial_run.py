@@ -154,11 +154,14 @@ def check_import(
 ) -> None:
     """Log the checks of an imported model; with check, compare it with transformers."""
     vocab_size = None
+    keeps_text = True
+    if model.tokenizer_dir:
+        encoder = tokenizer.load_tokenizer(model.tokenizer_dir)
+        vocab_size = encoder.vocab_size
+        keeps_text = encoder.keeps_text()
     if heldout:
         vocab_size = heldout.dataset.vocab_size
-    elif model.tokenizer_dir:
-        vocab_size = tokenizer.load_tokenizer(model.tokenizer_dir).vocab_size
-    gate.log_import_check(model.spec, model.params, heldout, vocab_size)
+    gate.log_import_check(model.spec, model.params, heldout, vocab_size, keeps_text)
     if check:
         gate.check_import_against_transformers(source, model.spec, model.params, heldout, mesh)
 
