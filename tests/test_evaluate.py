@@ -7,9 +7,11 @@ import io
 import itertools
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
+import unicodedata
 
 import jax
 import numpy as np
@@ -250,6 +252,147 @@ def test_bits_per_byte_equal_transformers(params, hf_dir, encoder):
     assert ours.bits_per_byte == ours.loss_sum / math.log(2) / ours.n_bytes
 
 
+def adopt(directory, normalizer=None, alphabet=()):
+    """A tokenizer of single characters, with <unk> and without byte fallback."""
+    import tokenizers
+
+    names = ["<unk>", "</s>", *sorted(alphabet)]
+    vocabulary = {name: i for i, name in enumerate(names)}
+    model = tokenizers.models.BPE(vocabulary, [], unk_token="<unk>", fuse_unk=True)
+    backend = tokenizers.Tokenizer(model)
+    backend.add_special_tokens(["<unk>", "</s>"])
+    backend.decoder = tokenizers.decoders.Fuse()
+    if normalizer:
+        backend.normalizer = normalizer
+    directory.mkdir(parents=True)
+    backend.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+def test_text_that_a_tokenizer_cannot_spell_has_no_bits_per_byte(params, hf_dir, tmp_path, output):
+    from tokenizers import Regex, normalizers
+
+    text = "The  Ship sailed.\n\nNobody said a word."
+    file, source = tmp_path / "text.txt", tmp_path / "text.jsonl"
+    file.write_text(text)
+    source.write_text(json.dumps({"text": text}))
+    collapse = normalizers.Replace(Regex(r"\s+"), " ")
+    for name, normalizer, alphabet, n_lost in (
+        ("whole", None, set(text), 0),
+        ("unknown", None, set(text) - set("Tp"), 2),
+        ("nothing", None, set("x"), len(text)),
+        ("lower", normalizers.Lowercase(), set(text.lower()), 3),
+        ("spaces", collapse, set(text), 2),
+    ):
+        model = tmp_path / name
+        tokenizer_dir = adopt(tmp_path / "made" / name, normalizer, alphabet)
+        huggingface.write_hf_model(SPEC, params, model, tokenizer_dir=tokenizer_dir)
+        task = "bits_per_byte/text"
+        found = harness.evaluate_model(model, [f"{task}=jsonl:{source}"])
+        metrics = found["results"][task]
+        assert metrics["n_lost_bytes"] == n_lost
+        compared = compare.compare_samples([model], ["a"], max_new=1, texts=[file])
+        score = compared.bits_per_byte[str(file)][name]
+        assert score == metrics["bits_per_byte,none"]
+        shown = output()
+        if n_lost:
+            told = f"cannot spell {n_lost} of {len(text)} bytes ({n_lost / len(text):.2%})"
+            assert score is None and shown.count(told) == 2
+            assert told in found["reasons"][task]["bits_per_byte,none"]
+            assert told in compared.reasons[str(file)][name]
+        else:
+            assert score > 0 and "cannot spell" not in shown and not found["reasons"]
+
+
+def test_results_that_are_no_numbers_are_null_with_the_reason(
+    params, hf_dir, data_dir, tmp_path, output
+):
+    pytest.importorskip("lm_eval")
+    broken = {**params, "norm": params["norm"].at[3].set(np.nan)}
+    model = tmp_path / "broken"
+    huggingface.write_hf_model(SPEC, broken, model, tokenizer_dir=hf_dir)
+    source = tmp_path / "text.jsonl"
+    source.write_text(json.dumps({"text": TEXTS[1]}))
+    to = tmp_path / "results.json"
+    tasks = [f"bits_per_byte/mine=jsonl:{source}", "winogrande"]
+    harness.evaluate_model(model, tasks, limit=3, data_dir=data_dir, to=to)
+    refuse = lambda name: pytest.fail(f"{name} is not JSON")
+    found = json.loads(to.read_text(), parse_constant=refuse)
+    results, reasons = found["results"], found["reasons"]
+    assert results["winogrande"]["acc,none"] is None
+    assert results["bits_per_byte/mine"]["bits_per_byte,none"] is None
+    assert "3 of 3 items are NaN" in reasons["winogrande"]["acc,none"]
+    assert reasons["bits_per_byte/mine"] == {"bits_per_byte,none": "NaN"}
+    assert "winogrande: no number for acc, acc_stderr: log-likelihoods of 3 of 3" in output()
+    with pytest.raises(UserError, match="NaN or infinite"):
+        compare.compare_samples([model], ["a"], max_new=1)
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"text": TEXTS[0]}))
+    with pytest.raises(UserError, match="broken gives losses that are NaN"):
+        compare.compare_documents([hf_dir, model], [f"mine=jsonl:{long}"])
+
+
+def test_equal_requests_of_the_harness_draw_as_many_texts(params, hf_dir, monkeypatch):
+    instances = pytest.importorskip("lm_eval.api.instance")
+    settings = {"until": ["\n\n"], "max_gen_toks": 40, "do_sample": True, "temperature": 1.0}
+    requests = []
+    for i in range(64):
+        requests.append(instances.Instance("generate_until", {}, ("The gulls", settings), i))
+    judge = harness.make_lm_adapter(SPEC, params, hf_dir, 300)
+    texts = judge.generate_until(requests)
+    assert len(set(texts)) == 64
+    monkeypatch.setattr(decode, "MAX_DECODE_BATCH", 7)
+    assert judge.generate_until(requests) == texts
+    assert judge.generate_until(requests[:1]) == texts[:1]
+
+
+def test_the_code_that_a_tokenizer_names_is_neither_run_nor_copied(params, hf_dir, tmp_path):
+    pytest.importorskip("torch"), pytest.importorskip("lm_eval")
+    model = shutil.copytree(hf_dir, tmp_path / "model")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Theirs", "auto_map": {"AutoTokenizer": ["theirs.T", None]}}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    for name in ("theirs.py", "tokenizer_theirs.py"):
+        (model / name).write_text(f"open({str(tmp_path / 'run')!r}, 'w')\n")
+    ours = harness.make_lm_adapter(SPEC, params, model, 300)
+    theirs = reference.make_reference_harness_model(model, 300)
+    plain = tokenizer.load_tokenizer(hf_dir)
+    for text in TEXTS:
+        ids = [plain.bos_id, *plain.encode_batch([text])[0]]
+        assert ours.tok_encode(text) == theirs.tok_encode(text) == ids
+    huggingface.copy_tokenizer(model, tmp_path / "copy")
+    assert "auto_map" not in (tmp_path / "copy/tokenizer_config.json").read_text()
+    assert not list((tmp_path / "copy").glob("*.py"))
+    assert tokenizer.load_tokenizer(tmp_path / "copy").fingerprint == plain.fingerprint
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluating_a_directory_opens_no_connection(hf_dir, data_dir, tmp_path):
+    pytest.importorskip("torch"), pytest.importorskip("lm_eval")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import socket\n"
+        "def refuse(*where, **how):\n"
+        f"    open({str(tmp_path / 'asked')!r}, 'a').write(repr(where))\n"
+        "    raise OSError('a connection was opened')\n"
+        "socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        environment.pop(name, None)
+    arguments = ["--tasks", "winogrande", "--limit", "2", "--data-dir", str(data_dir)]
+    for backend in ("jax", "hf"):
+        command = [sys.executable, "-m", "jaxpt.cli.main", "evaluate", "--model", "hf", *arguments]
+        done = subprocess.run(
+            [*command, "--backend", backend],
+            cwd=hf_dir.parent,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert not (tmp_path / "asked").exists(), (tmp_path / "asked").read_text()
+
+
 def test_heldout_loss_divides_sums_once(params):
     random = np.random.default_rng(0)
     tokens = random.integers(0, 448, (2, 4, 20), np.int32)
@@ -356,6 +499,10 @@ def test_both_backends_measure_a_run_and_write_the_harness_format(
         == ["bits_per_byte/mine", "truthfulqa_mc2", "winogrande"]
     )
     for task, metrics in ours["results"].items():
+        scored = {name.partition(",")[0] for name in metrics if "," in name}
+        directions = ours["higher_is_better"][task]
+        assert {name for name in scored if not name.endswith("_stderr")} == directions.keys()
+        assert set(directions.values()) == {not task.startswith("bits_per_byte/")}
         for name, value in metrics.items():
             their_value = theirs["results"][task][name]
             assert value == (
@@ -413,7 +560,7 @@ def test_items_that_stand_in_the_corpus_are_counted_and_the_score_is_given_witho
     (corpus / "train").mkdir(parents=True)
     texts = [
         "Nothing of note.",
-        f"HE SAID -- {items[2].text}",
+        unicodedata.normalize("NFD", f"HE SAID -- {items[2].text}").replace("e", "e\u00ad"),
         items[5].text.replace(" ", "\n"),
         items[5].text,
     ]
@@ -799,6 +946,13 @@ def test_columns_hold_their_width_and_text_stays_inert():
     assert "".join(column).replace(" ", "") == text.replace(
         "\x1b", "\N{REPLACEMENT CHARACTER}"
     ).replace("\n", "").replace(" ", "")
+    for width in (0, 1, 2, 3):
+        lines = compare.wrap_text("a吾 b", width)
+        assert "".join(lines).replace(" ", "") == "a吾b"
+        assert max(map(compare.display_width, lines)) <= max(width, 2)
+        assert "return" in compare.format_columns(samples, 70) and compare.format_columns(
+            samples, width
+        )
     below = compare.format_columns(samples, 40)  # too narrow for two columns
     assert below.count("def f(x):") == 2 and "def f(x):  " not in below
 

@@ -80,7 +80,10 @@ class SampleComparison(Record):
     models: tuple[str, ...]  # names
     settings: GenerationSettings
     prompts: tuple[PromptSamples, ...]
-    bits_per_byte: dict[str, dict[str, float]]  # text file -> model -> score
+    # text file -> model -> score; None: see reasons
+    bits_per_byte: dict[str, dict[str, float | None]]
+    # text file -> model -> why it has no score
+    reasons: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +150,8 @@ def compare_samples(
         log.info(f"compare: {to} holds this already, nothing to do")
         return found
     outputs: list[list[Continuation]] = [[] for _ in prompts]
-    scores: dict[str, dict[str, float]] = {file: {} for file in contents}
+    scores: dict[str, dict[str, float | None]] = {file: {} for file in contents}
+    reasons: dict[str, dict[str, str]] = {file: {} for file in contents}
     for name, model in zip(names, models, strict=True):
         loaded, encoder = load_compared_models(model)
         written = generate_continuations(loaded, encoder, name, prompts, settings)
@@ -160,10 +164,14 @@ def compare_samples(
                 loaded.params,
                 [text],
                 token_ids,
-                first_token_id(encoder),
+                encoder.first_id,
                 label=f"{name}: {file}",
             )
-            scores[file][name] = sums.bits_per_byte
+            lost = encoder.count_lost_bytes([text], token_ids)
+            sums = dataclasses.replace(sums, n_lost_bytes=lost)
+            scores[file][name] = None if sums.reason else sums.bits_per_byte
+            if sums.reason:
+                reasons[file][name] = sums.reason
     by_prompt = []
     for prompt, continuations in zip(prompts, outputs, strict=True):
         by_prompt.append(PromptSamples(prompt, tuple(continuations)))
@@ -173,6 +181,7 @@ def compare_samples(
         settings=settings,
         prompts=tuple(by_prompt),
         bits_per_byte=scores,
+        reasons=reasons,
     )
     print_columns(samples)
     if to:
@@ -186,13 +195,6 @@ def compare_samples(
 def fingerprint_models(models: list[pathlib.Path]) -> list[str]:
     """Return the fingerprint of each model's files."""
     return [stage.fingerprint_path(resolve_source(model)) for model in models]
-
-
-def first_token_id(encoder: tokenizer.Tokenizer) -> int:
-    """Return the token in front of a document: the beginning of a sequence, else the end of one."""
-    if encoder.bos_id is None:
-        return encoder.eos_id
-    return encoder.bos_id
 
 
 def load_compared_models(model: pathlib.Path) -> tuple[LoadedModel, tokenizer.Tokenizer]:
@@ -413,7 +415,7 @@ def compare_documents(
         ids = ids[:max_length]
         if len(ids) >= MIN_DOCUMENT_TOKENS:
             compared.append((source, document.id))
-            pairs.append(([first_token_id(encoder)], ids))
+            pairs.append(([encoder.first_id], ids))
     if not pairs:
         raise UserError(
             f"--differ: none of {len(documents):,} documents has {MIN_DOCUMENT_TOKENS} tokens. "
@@ -475,6 +477,11 @@ def compute_token_losses(
         loaded.spec, loaded.params, pairs, max_length=max_length, label=label
     )
     for place, log_likelihoods, _ in scored:
+        if not np.isfinite(log_likelihoods).all():
+            raise UserError(
+                f"--differ: {label} gives losses that are NaN or infinite, so there is nothing to "
+                "compare. Use an earlier checkpoint."
+            )
         losses[place] = -log_likelihoods
     return losses
 
@@ -564,8 +571,13 @@ def format_columns(samples: SampleComparison, width: int) -> str:
     if samples.bits_per_byte:
         lines += ["", "bits per byte", ""]
     for file, scores in samples.bits_per_byte.items():
-        listed = [f"{name} {scores[name]:.4f}" for name in names]
+        listed = []
+        for name in names:
+            score = scores[name]
+            listed.append(f"{name} -" if score is None else f"{name} {score:.4f}")
         lines.append(f"{file}: {', '.join(listed)}")
+        for name, reason in samples.reasons.get(file, {}).items():
+            lines.append(f"  {name}: no number: {reason}.")
     return "\n".join(lines)
 
 
@@ -588,9 +600,10 @@ def wrap_text(text: str, width: int) -> list[str]:
     """
     lines = []
     for line in escape_controls(text).split("\n"):
-        while display_width(line) > width:
+        while len(line) > 1 and display_width(line) > width:
             lengths = range(len(line), 0, -1)
-            cut = next(n for n in lengths if display_width(line[:n]) <= width)
+            fitting = (n for n in lengths if display_width(line[:n]) <= width)
+            cut = next(fitting, 1)  # a character that is wider than the line
             space = line.rfind(" ", 0, cut + 1)
             if space > 0 and line[:space].strip():
                 cut = space

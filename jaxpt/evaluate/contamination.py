@@ -55,7 +55,8 @@ class TaskContamination(Record):
     overlapping: int
     short: int  # items of fewer than `ngram` words, for which no overlap can be found
     examples: tuple[OverlapExample, ...]
-    without: dict[str, float]  # "METRIC,FILTER" -> score without the overlapping items
+    # "METRIC,FILTER" -> score without the overlapping items; None: NaN or infinite
+    without: dict[str, float | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +222,7 @@ def build_item_index(items: str) -> decontaminate.NgramIndex:
     return decontaminate.NgramIndex(unpacked)
 
 
-def compute_scores(logged: list[dict], task_config: dict) -> dict[str, float]:
+def compute_scores(logged: list[dict], task_config: dict) -> dict[str, float | None]:
     """Return the harness's score and standard error of each metric over these items.
 
     A metric is aggregated as its task defines, else by the mean, the harness's own default for
@@ -238,7 +239,7 @@ def compute_scores(logged: list[dict], task_config: dict) -> dict[str, float]:
 
     metric_list = task_config.get("metric_list") or []
     aggregations = {entry["metric"]: entry.get("aggregation") for entry in metric_list}
-    scores = {}
+    scores: dict[str, float | None] = {}
     by_filter: dict[str, list[dict]] = {}
     for sample in logged:
         by_filter.setdefault(sample["filter"], []).append(sample)
@@ -279,6 +280,8 @@ def format_contamination(found: ContaminationReport, results: dict[str, dict]) -
                 continue
             name = metric.removesuffix(",none")
             before = results[task][metric]
+            if before is None or score is None:
+                continue
             line += f"; {name} {before:.4f}, without them {score:.4f}"
         lines.append(line)
     checked = [f"{path} ({n:,} documents)" for path, n in found.corpora.items()]

@@ -13,6 +13,7 @@ import functools
 import itertools
 import json
 import logging
+import math
 import os
 import pathlib
 import tempfile
@@ -142,7 +143,7 @@ def evaluate_model(
     # answers so far, from which an interrupted evaluation of this request continues
     kept = to.with_name(f".{to.stem}-{request}") if to else None
     length = min(max_length or spec.max_seq_len, spec.max_seq_len)
-    results: dict[str, Any] = {"results": {}, "versions": {}, "n-samples": {}}
+    results: dict[str, Any] = {"results": {}, "versions": {}, "n-samples": {}, "reasons": {}}
     samples: Samples = {}
     with contextlib.ExitStack() as stack:
         hf_dir = None
@@ -174,11 +175,12 @@ def evaluate_model(
     results["lineage"] = describe_evaluated_model(loaded, encoder)
     seconds = round(time.monotonic() - start, 2)
     results["seconds"] = seconds
-    results = stage.to_jsonable(results)
+    explain_missing(results, samples)
+    results = drop_nonfinite(stage.to_jsonable(results))
     print(format_results(results))
     if to and kept:
         to.parent.mkdir(parents=True, exist_ok=True)
-        stage.write_atomic(to, json.dumps(results, indent=1) + "\n")
+        stage.write_atomic(to, json.dumps(results, indent=1, allow_nan=False) + "\n")
         for file in to.parent.glob(f"{kept.name}*"):
             file.unlink()
         n_results = len(results["results"])
@@ -290,18 +292,30 @@ def score_text_source(
             f"{name}: {source.pattern} holds no text, so there is nothing to score. Check the path."
         )
     token_ids = encoder.encode_batch(texts)
-    bos_id = encoder.eos_id if encoder.bos_id is None else encoder.bos_id
     if hf_dir is None:
         sums = likelihood.measure_bits_per_byte(
-            loaded.spec, loaded.params, texts, token_ids, bos_id, max_length=max_length, label=name
+            loaded.spec,
+            loaded.params,
+            texts,
+            token_ids,
+            encoder.first_id,
+            max_length=max_length,
+            label=name,
         )
     else:
         sums = reference.measure_reference_bits_per_byte(
-            hf_dir, texts, token_ids, bos_id, max_length
+            hf_dir, texts, token_ids, encoder.first_id, max_length
         )
-    metrics = {"alias": name, "bits_per_byte,none": sums.bits_per_byte, **sums.to_json()}
+    lost = encoder.count_lost_bytes(texts, token_ids)
+    sums = dataclasses.replace(sums, n_lost_bytes=lost)
+    score = None if sums.reason else sums.bits_per_byte
+    metrics = {"alias": name, "bits_per_byte,none": score, **sums.to_json()}
     n_samples = {"original": len(texts), "effective": len(texts)}
-    return {"results": {name: metrics}, "versions": {name: 1}, "n-samples": {name: n_samples}}
+    result = {"results": {name: metrics}, "versions": {name: 1}, "n-samples": {name: n_samples}}
+    result["higher_is_better"] = {name: {"bits_per_byte": False}}
+    if sums.reason:
+        result["reasons"] = {name: {"bits_per_byte,none": sums.reason}}
+    return result
 
 
 # ---- the harness
@@ -352,6 +366,11 @@ def run_harness(
             bootstrap_iters=1000,
             use_cache=str(kept) if kept else None,
         )
+    except OverflowError:
+        raise UserError(
+            f"--tasks: a score of {', '.join(tasks)} is above the largest number: the model finds "
+            "the answers impossible. Leave out the task that measures a perplexity, or train on."
+        ) from None
     # datasets raises these for a hub out of reach and for a data set that does not exist
     except (ConnectionError, FileNotFoundError) as error:
         reason = str(error).splitlines()[0]
@@ -403,7 +422,6 @@ def make_lm_adapter(
 
     Source: lm-evaluation-harness 0.4.13, lm_eval/models/huggingface.py.
     """
-    import transformers
     from lm_eval.api.model import TemplateLM
     from lm_eval.models.utils import (
         handle_stop_sequences,
@@ -413,9 +431,7 @@ def make_lm_adapter(
     )
 
     class Jaxpt(TemplateLM):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(tokenizer_dir), local_files_only=True
-        )
+        tokenizer = reference.open_hf_tokenizer(tokenizer_dir)
         max_length = longest
         max_gen_toks = 256
 
@@ -617,6 +633,69 @@ def merge_results(results: dict[str, Any], more: dict[str, Any]) -> None:
             results[key] = value
 
 
+def explain_missing(results: dict[str, Any], samples: Samples) -> None:
+    """Take out scores that are no numbers, and write to results["reasons"] why.
+
+    A score of answers whose log-likelihoods are no numbers is none either, whatever it looks like:
+    an accuracy takes the first choice for the likeliest.
+
+    Args:
+        results: of the harness.
+        samples: task -> what it logged of each item.
+    """
+    members = results.get("group_subtasks", {})
+
+    def find_fault(task: str) -> str:
+        faults = [describe_faulty_answers(samples.get(task, []))]
+        faults += [find_fault(member) for member in members.get(task, [])]
+        return next(filter(None, faults), "")
+
+    for task, metrics in results["results"].items():
+        fault = find_fault(task)
+        reasons = results["reasons"].setdefault(task, {})
+        for key, value in metrics.items():
+            if "," not in key or not isinstance(value, (int, float)):
+                continue
+            reason = fault or likelihood.describe_nonfinite(value)
+            if reason:
+                metrics[key] = None
+                reasons[key] = reason
+        if not reasons:
+            del results["reasons"][task]
+        if task in results.get("groups", {}):
+            results["groups"][task] |= dict.fromkeys(reasons)
+        if fault and task in results.get("contamination", {}).get("tasks", {}):
+            results["contamination"]["tasks"][task]["without"] = {}
+
+
+def describe_faulty_answers(logged: list[dict]) -> str:
+    """Return how many items have a log-likelihood that is no number, or ""."""
+    faulty = {sample["doc_id"] for sample in logged if has_nonfinite(sample["resps"])}
+    if not faulty:
+        return ""
+    n_items = len({sample["doc_id"] for sample in logged})
+    return (
+        f"log-likelihoods of {len(faulty):,} of {n_items:,} items are NaN or infinite: "
+        "the model's weights or logits are not finite"
+    )
+
+
+def has_nonfinite(value: Any) -> bool:
+    """Return whether a tree of lists has a number that is NaN or infinite."""
+    if isinstance(value, (list, tuple)):
+        return any(map(has_nonfinite, value))
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def drop_nonfinite(value: Any) -> Any:
+    """Return a JSON value with null for NaN and infinity, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: drop_nonfinite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return list(map(drop_nonfinite, value))
+    return None if has_nonfinite(value) else value
+
+
 def describe_evaluated_model(loaded: LoadedModel, encoder: tokenizer.Tokenizer) -> dict[str, Any]:
     """Return what was evaluated, by fingerprint, and the versions that evaluated it."""
     assert loaded.source is not None
@@ -642,14 +721,21 @@ def format_results(results: dict[str, Any]) -> str:
         n_items = results["n-samples"].get(task, {}).get("effective", "")
         for key, value in metrics.items():
             metric, comma, kind = key.partition(",")
-            is_score = comma and isinstance(value, (int, float))
+            is_score = comma and (value is None or isinstance(value, (int, float)))
             if not is_score or metric.endswith("_stderr"):
                 continue
             stderr = metrics.get(f"{metric}_stderr,{kind}")
             error = f"{stderr:.4f}" if isinstance(stderr, float) else ""
             shown = metric if kind == "none" else f"{metric} ({kind})"
-            rows.append((task, shown, f"{value:.4f}", error, str(n_items)))
+            number = "-" if value is None else f"{value:.4f}"
+            rows.append((task, shown, number, error, str(n_items)))
     lines = [format_table(rows, "<<>")]
+    for task, reasons in results.get("reasons", {}).items():
+        by_reason: dict[str, list[str]] = {}
+        for key, reason in reasons.items():
+            by_reason.setdefault(reason, []).append(key.removesuffix(",none"))
+        for reason, metrics in by_reason.items():
+            lines.append(f"{task}: no number for {', '.join(metrics)}: {reason}.")
     if "contamination" in results:
         found = contamination.ContaminationReport.from_json(results["contamination"])
         lines += ["", contamination.format_contamination(found, results["results"])]

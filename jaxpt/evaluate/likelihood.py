@@ -88,6 +88,19 @@ class BitsPerByte(Record):
     loss_sum: float  # nats
     n_bytes: int  # of the texts in UTF-8
     n_tokens: int  # predicted; no beginning- or end-of-sequence tokens
+    n_lost_bytes: int = 0  # of n_bytes: what the tokens do not spell
+
+    @property
+    def reason(self) -> str:
+        """Return why bits_per_byte is not to be told, or ""."""
+        if self.n_lost_bytes:
+            share = self.n_lost_bytes / self.n_bytes
+            return (
+                f"the tokenizer cannot spell {self.n_lost_bytes:,} of {self.n_bytes:,} bytes "
+                f"({share:.2%}): decode(encode(text)) is not the text, so its bits per byte "
+                "compare with no other tokenizer's"
+            )
+        return describe_nonfinite(self.bits_per_byte)
 
     @property
     def bits_per_byte(self) -> float:
@@ -95,6 +108,13 @@ class BitsPerByte(Record):
         if not self.n_bytes:
             return math.nan
         return self.loss_sum / math.log(2) / self.n_bytes
+
+
+def describe_nonfinite(value: float) -> str:
+    """Return why a value is none, or "" if it is finite."""
+    if math.isfinite(value):
+        return ""
+    return "NaN" if math.isnan(value) else "infinite"
 
 
 def measure_bits_per_byte(

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import pathlib
+import tempfile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +18,7 @@ import numpy as np
 from jaxpt import stage
 from jaxpt.evaluate import likelihood
 from jaxpt.spec import UserError
+from jaxpt.weights import huggingface
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -35,7 +38,7 @@ def load_reference_model(hf_dir: pathlib.Path) -> Any:
     transformers.utils.logging.disable_progress_bar()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            str(hf_dir), dtype="float32", local_files_only=True
+            str(hf_dir), dtype="float32", local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
@@ -44,6 +47,32 @@ def load_reference_model(hf_dir: pathlib.Path) -> Any:
             "jaxpt export_hf wrote."
         ) from None
     return model.eval()
+
+
+def open_hf_tokenizer(directory: pathlib.Path) -> Any:
+    """Return AutoTokenizer's tokenizer of a directory; the code of an auto_map is not followed.
+
+    Raises:
+        UserError: transformers cannot open it.
+    """
+    import transformers
+
+    settings = directory / "tokenizer_config.json"
+    with tempfile.TemporaryDirectory(prefix="jaxpt-") as name:
+        opened = directory
+        if settings.is_file() and "auto_map" in json.loads(settings.read_text()):
+            opened = pathlib.Path(name)
+            huggingface.copy_tokenizer(directory, opened)
+        try:
+            return transformers.AutoTokenizer.from_pretrained(
+                str(opened), local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{directory}: transformers cannot open its tokenizer ({reason}). "
+                "Get the files again from where they came."
+            ) from None
 
 
 def require_torch(*packages: str) -> None:
@@ -95,12 +124,25 @@ def measure_reference_bits_per_byte(
 def make_reference_harness_model(hf_dir: pathlib.Path, max_length: int) -> LM:
     """Return lm-evaluation-harness's own HFLM of a Hugging Face directory."""
     require_torch("torch", "transformers", "lm_eval", "accelerate")
-    from lm_eval.models import huggingface
+    from lm_eval.models.huggingface import HFLM
+
+    class LocalModel(HFLM):
+        """HFLM of a directory."""
+
+        def get_model_info(self) -> dict[str, Any]:
+            """Return nothing: HFLM looks the directory's name up on the hub."""
+            return {}
 
     # its constructor is registered by a decorator whose type hides the arguments
-    make_model: Any = huggingface.HFLM
+    make_model: Any = LocalModel
     return make_model(
-        pretrained=str(hf_dir), device="cpu", dtype="float32", max_length=max_length, batch_size=8
+        pretrained=str(hf_dir),
+        tokenizer=open_hf_tokenizer(hf_dir),
+        device="cpu",
+        dtype="float32",
+        max_length=max_length,
+        batch_size=8,
+        trust_remote_code=False,
     )
 
 

@@ -133,6 +133,11 @@ def generate(
     for start in range(0, len(prompts), MAX_DECODE_BATCH):
         indices = by_length[start : start + MAX_DECODE_BATCH]
         state, placed = start_batch(setup, params, prompts, streams, indices, max_new)
+        if not jnp.isfinite(state.logits[: len(indices)]).all():
+            raise UserError(
+                "generate: the model's logits are NaN or infinite, so there is nothing to choose "
+                "from. Use an earlier checkpoint."
+            )
         first = stop = int(state.column)
         while True:
             stop = stop + watch_every if watch else first + max_new

@@ -152,12 +152,22 @@ def write_hf_model(
 
 
 def copy_tokenizer(source: pathlib.Path, directory: pathlib.Path) -> None:
-    """Copy every file that belongs to a Hugging Face tokenizer."""
+    """Copy every file that belongs to a Hugging Face tokenizer.
+
+    Not `auto_map`, which names code of strangers: instead of their class the one that reads
+    tokenizer.json as it is.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
         name = file.name
-        if name.startswith(TOKENIZER_FILES):
+        if name.startswith(TOKENIZER_FILES) and file.suffix != ".py":
             shutil.copyfile(file, directory / name)
+    settings_file = directory / "tokenizer_config.json"
+    if settings_file.is_file():
+        settings = read_hf_json(settings_file)
+        if settings.pop("auto_map", None):
+            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+            write_hf_json(settings_file, settings)
 
 
 # ---- which tensor holds which parameter
