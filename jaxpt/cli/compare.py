@@ -2,9 +2,9 @@ r"""Compare models: the same prompts side by side, or documents that they differ
 
 A model is a run, a checkpoint or a Hugging Face directory.
 
-  jaxpt compare --models runs/base runs/python --prompts prompts.txt \
+  jaxpt compare --models runs/base runs/child --prompts configs/prompts.txt \
       --repetition-penalty 1.1
-  jaxpt compare --models runs/base runs/python \
+  jaxpt compare --models runs/base runs/child \
       --differ 'prose=parquet:runs/base/corpus/heldout/prose-*.parquet#text'
 """
 

@@ -2,8 +2,7 @@ r"""Evaluate a model: lm-evaluation-harness benchmarks and bits per byte of text
 
 Runs jaxpt's own code, or transformers and torch.
 
-    jaxpt evaluate --model runs/base --to runs/base/eval/course.json \
-        --data-dir benchmarks/data --tasks course \
+    jaxpt evaluate --model runs/base --to runs/base/eval/prose.json --tasks \
         'bits_per_byte/prose=parquet:runs/base/corpus/heldout/prose-*.parquet#text'
 """
 
