@@ -296,10 +296,10 @@ def test_text_that_a_tokenizer_cannot_spell_has_no_bits_per_byte(params, hf_dir,
         assert score == metrics["bits_per_byte,none"]
         shown = output()
         if n_lost:
-            told = f"cannot spell {n_lost} of {len(text)} bytes ({n_lost / len(text):.2%})"
-            assert score is None and shown.count(told) == 2
-            assert told in found["reasons"][task]["bits_per_byte,none"]
-            assert told in compared.reasons[str(file)][name]
+            sentence = f"cannot spell {n_lost} of {len(text)} bytes ({n_lost / len(text):.2%})"
+            assert score is None and shown.count(sentence) == 2
+            assert sentence in found["reasons"][task]["bits_per_byte,none"]
+            assert sentence in compared.reasons[str(file)][name]
         else:
             assert score > 0 and "cannot spell" not in shown and not found["reasons"]
 
@@ -381,7 +381,7 @@ def test_evaluating_a_directory_opens_no_connection(hf_dir, data_dir, tmp_path):
         environment.pop(name, None)
     arguments = ["--tasks", "winogrande", "--limit", "2", "--data-dir", str(data_dir)]
     for backend in ("jax", "hf"):
-        command = [sys.executable, "-m", "jaxpt.cli.main", "evaluate", "--model", "hf", *arguments]
+        command = [sys.executable, ROOT / "scripts/evaluate.py", "--model", "hf", *arguments]
         done = subprocess.run(
             [*command, "--backend", backend],
             cwd=hf_dir.parent,
@@ -390,6 +390,7 @@ def test_evaluating_a_directory_opens_no_connection(hf_dir, data_dir, tmp_path):
             text=True,
         )
         assert done.returncode == 0, done.stderr
+        assert "winogrande" in done.stdout
         assert not (tmp_path / "asked").exists(), (tmp_path / "asked").read_text()
 
 

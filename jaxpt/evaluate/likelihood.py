@@ -92,7 +92,7 @@ class BitsPerByte(Record):
 
     @property
     def reason(self) -> str:
-        """Return why bits_per_byte is not to be told, or ""."""
+        """Return why bits_per_byte is no number to print, or ""."""
         if self.n_lost_bytes:
             share = self.n_lost_bytes / self.n_bytes
             return (

@@ -288,29 +288,7 @@ def log_import_check(
         vocab_size: the tokenizer's; None: there is none.
         keeps_text: whether the tokenizer's ids give back case and white space.
     """
-    if heldout is None or not heldout.dataset.names:
-        log.info("import: no held-out data, so bits per byte are not measured")
-    elif heldout.dataset.vocab_size > spec.vocab_size:
-        log.warning(
-            f"import: the data has token ids up to {heldout.dataset.vocab_size - 1:,}, the model "
-            f"{spec.vocab_size:,} embedding rows, so bits per byte are not measured"
-        )
-    elif not keeps_text:
-        log.warning(
-            "import: the tokenizer changes case or white space: decode(encode(text)) is not the "
-            "text, so bits per byte are not told"
-        )
-    else:
-        for name in heldout.dataset.names:
-            counts = heldout.dataset.counts[name]
-            if counts.n_unknown_tokens:
-                log.warning(
-                    f"import: {name}: {counts.n_unknown_tokens:,} of {counts.n_tokens:,} tokens "
-                    "stand for text that the tokenizer cannot spell, so bits per byte are not told"
-                )
-                continue
-            bits = estimate_bits_per_byte(heldout, name, spec, params)
-            log.info(f"import: {name}: {bits:.3f} bits per byte on a few sequences")
+    log_import_bits(spec, params, heldout, keeps_text)
     norms = diagnosis.compute_embedding_norms(params)
     used = norms[:vocab_size]
     median = np.median(used)
@@ -336,6 +314,36 @@ def log_import_check(
         f"import: {len(padding):,} rows beyond the tokenizer's {vocab_size:,} tokens look {looks} "
         f"(median norm {np.median(padding):.3g})"
     )
+
+
+def log_import_bits(
+    spec: ModelSpec, params: Params, heldout: HeldoutData | None, keeps_text: bool
+) -> None:
+    """Log bits per byte of each source; see `log_import_check`."""
+    if heldout is None or not heldout.dataset.names:
+        log.info("import: no held-out data, so bits per byte are not measured")
+    elif heldout.dataset.vocab_size > spec.vocab_size:
+        log.warning(
+            f"import: the data has token ids up to {heldout.dataset.vocab_size - 1:,}, the model "
+            f"{spec.vocab_size:,} embedding rows, so bits per byte are not measured"
+        )
+    elif not keeps_text:
+        log.warning(
+            "import: the tokenizer changes case or white space: decode(encode(text)) is not the "
+            "text, so bits per byte are not measured"
+        )
+    else:
+        for name in heldout.dataset.names:
+            counts = heldout.dataset.counts[name]
+            if counts.n_unknown_tokens:
+                log.warning(
+                    f"import: {name}: {counts.n_unknown_tokens:,} of {counts.n_tokens:,} tokens "
+                    "stand for text that the tokenizer cannot spell, so bits per byte are not "
+                    "measured"
+                )
+                continue
+            bits = estimate_bits_per_byte(heldout, name, spec, params)
+            log.info(f"import: {name}: {bits:.3f} bits per byte on a few sequences")
 
 
 def estimate_bits_per_byte(
