@@ -14,6 +14,7 @@ from jaxpt import config
 
 LAYERS = [
     ("spec", "logs", "text"),
+    ("io",),
     ("stage",),
     ("config", "cluster", "launch"),
     ("sharding",),

@@ -1,0 +1,144 @@
+"""Read, write and list the objects of a bucket, through gcsfs and s3fs.
+
+Credentials, region and endpoint are the libraries' own: GOOGLE_APPLICATION_CREDENTIALS,
+STORAGE_EMULATOR_HOST, AWS_PROFILE, AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL. Both libraries repeat a
+request that the store answers by 429 or 5xx. An object appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+from jaxpt.io.errors import explain
+from jaxpt.io.paths import BucketPath
+from jaxpt.spec import UserError
+
+PACKAGES = {"gs": ("gcsfs", "requirements-gcs.txt"), "s3": ("s3fs", "requirements-s3.txt")}
+
+
+class StoredObject(NamedTuple):
+    """What a listing says of an object."""
+
+    size: int  # bytes
+    version: str  # the generation (gs) or ETag (s3): another one for other bytes
+    md5: str | None  # of its bytes in base64, where the store states it
+
+
+def open_bucket(path: BucketPath) -> Any:
+    """Return fsspec's file system of a bucket. Raise UserError if its package is missing.
+
+    fsspec itself keeps one of each kind per process, also after a fork.
+    """
+    import_package(path.scheme)
+    import fsspec
+
+    return fsspec.filesystem(path.scheme, use_listings_cache=False)
+
+
+@functools.cache
+def import_package(scheme: str) -> None:
+    """Import the package of a scheme."""
+    package, requirements = PACKAGES[scheme]
+    if os.environ.get("STORAGE_EMULATOR_HOST"):
+        # otherwise gcsfs waits a minute for the emulator to say by gRPC what kind a bucket is
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    try:
+        importlib.import_module(package)
+    except ImportError:
+        raise UserError(
+            f"{scheme}://: the package {package} is not installed. pip install -r {requirements}"
+        ) from None
+    # it logs a traceback for every error that it raises
+    logging.getLogger(package).setLevel(logging.CRITICAL)
+
+
+def read(path: BucketPath, start: int | None = None, stop: int | None = None) -> bytes:
+    """Return the bytes of an object, or a range of them."""
+    with explain("read", path):
+        return open_bucket(path).cat_file(path.address, start=start, end=stop)
+
+
+def write(path: BucketPath, data: bytes) -> None:
+    """Write an object by one request."""
+    with explain("written", path):
+        open_bucket(path).pipe_file(path.address, data)
+
+
+def create(path: BucketPath, data: bytes) -> bool:
+    """Write an object unless there is one. Return whether this call wrote it.
+
+    It asks the store by a precondition, if-generation-match 0 or if-none-match *, never by looking
+    first. A request that is repeated because its answer was lost meets its own object: so the data
+    of two callers must differ.
+    """
+    with explain("written", path):
+        try:
+            open_bucket(path).pipe_file(path.address, data, mode="create")
+        except FileExistsError:
+            return read(path) == data
+    return True
+
+
+def list_objects(path: BucketPath) -> dict[str, StoredObject]:
+    """Return name below the path -> what the listing says, for all objects below it."""
+    found = {}
+    with explain("listed", path):
+        listing = open_bucket(path).find(path.address, detail=True)
+    for address, info in listing.items():
+        name = address.removeprefix(path.address).lstrip("/")
+        if name and info["type"] == "file":
+            found[name] = stored_object(info)
+    return found
+
+
+def list_names(path: BucketPath) -> list[str]:
+    """Return the first names below a path, sorted."""
+    with explain("listed", path):
+        try:
+            listing = open_bucket(path).ls(path.address, detail=False)
+        except FileNotFoundError:
+            return []
+    names = {address.rstrip("/").rpartition("/")[2] for address in listing}
+    return sorted(names - {path.name})
+
+
+def look_up(path: BucketPath) -> StoredObject | None:
+    """Return what the store says of one object; None if there is none."""
+    with explain("found", path):
+        try:
+            info = open_bucket(path).info(path.address)
+        except FileNotFoundError:
+            return None
+    return stored_object(info) if info["type"] == "file" else None
+
+
+def stored_object(info: dict[str, Any]) -> StoredObject:
+    """Return what fsspec's record of an object says."""
+    version = info.get("generation") or info.get("ETag") or info.get("etag")
+    return StoredObject(info["size"], str(version), info.get("md5Hash"))
+
+
+def remove(path: BucketPath) -> None:
+    """Remove an object, if it is there."""
+    with explain("removed", path):
+        try:
+            open_bucket(path).rm_file(path.address)
+        except FileNotFoundError:
+            return
+
+
+def upload(file: pathlib.Path, path: BucketPath) -> None:
+    """Write a local file as an object."""
+    with explain("written", path):
+        open_bucket(path).put_file(str(file), path.address)
+
+
+def download(path: BucketPath, file: pathlib.Path) -> None:
+    """Write an object to a local file."""
+    with explain("read", path):
+        open_bucket(path).get_file(path.address, str(file))

@@ -1,0 +1,107 @@
+"""Turn what a disk or a bucket refuses into one sentence: what, where, why, what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Iterator
+
+from jaxpt.spec import UserError
+
+AGAIN = "Run the same command again; what was finished before is whole."
+ADVICE = {
+    errno.ENOENT: "Check the path, or run the stage that writes it.",
+    errno.EACCES: "Change its permissions, or give a directory of yours.",
+    errno.EPERM: "Change its permissions, or give a directory of yours.",
+    errno.EROFS: "Mount its disk for writing, or give a directory on another one.",
+    errno.ENOSPC: "The disk is full: make room. " + AGAIN,
+    errno.EDQUOT: "The quota is used up: make room. " + AGAIN,
+    errno.EFBIG: "Raise the limit on file sizes (ulimit -f). " + AGAIN,
+    errno.EIO: "The disk fails: see dmesg, and copy what is needed to another one.",
+    errno.EMFILE: "Raise the limit on open files (ulimit -n). " + AGAIN,
+    errno.ENFILE: "The machine has too many open files: end other programs. " + AGAIN,
+    errno.ENOMEM: "Free some memory. " + AGAIN,
+    errno.ENAMETOOLONG: "Give a shorter name.",
+    errno.ESTALE: "The network disk was mounted anew, or the file replaced there. " + AGAIN,
+    errno.ENOTDIR: "A file stands where a directory is expected: move it, or give another path.",
+    errno.EEXIST: "A file stands where a directory is expected: move it, or give another path.",
+    errno.EISDIR: "A directory stands where a file is expected: give the file.",
+    errno.ELOOP: "Its symbolic links form a circle: mend them.",
+}
+IN_BUCKET = "Check the bucket's name, the credentials, the endpoint and the network. " + AGAIN
+
+
+class FileError(UserError):
+    """A file could not be read or written.
+
+    Attributes:
+        errno: the system's number; None where a bucket has none.
+    """
+
+    def __init__(self, message: str, number: int | None = None):
+        """Keep the number beside the sentence."""
+        super().__init__(message)
+        self.errno = number
+
+
+class MissingFileError(FileError):
+    """A file is not there."""
+
+
+def printable(text: object) -> str:
+    """Return a name with control characters and broken characters as escapes.
+
+    A name from data could otherwise clear a terminal, or not be printable at all.
+    """
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))
+
+
+@contextlib.contextmanager
+def explain(action: str, where: object) -> Iterator[None]:
+    """Raise FileError, a sentence, for what the system or a bucket refuses.
+
+    Args:
+        action: what could not be done: "read", "written", "listed".
+        where: the path.
+    """
+    try:
+        yield
+    except (OSError, *bucket_errors()) as error:
+        raise file_error(error, action, where) from None
+
+
+def file_error(error: Exception, action: str, where: object) -> FileError:
+    """Return the sentence of an error."""
+    number = getattr(error, "errno", None)
+    is_missing = isinstance(error, FileNotFoundError)
+    if is_missing:
+        number = errno.ENOENT
+    if number:
+        reason = os.strerror(number)
+    else:
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = lines[0][:300]
+    default = AGAIN
+    if "://" in str(where):
+        default = IN_BUCKET
+    advice = ADVICE.get(number or 0, default)
+    kind = MissingFileError if is_missing else FileError
+    sentence = f"{printable(where)}: could not be {action} ({printable(reason)}). {advice}"
+    return kind(sentence, number)
+
+
+def bucket_errors() -> tuple[type[Exception], ...]:
+    """Return what the buckets' libraries raise that is no OSError, of those that are loaded."""
+    found = []
+    for module, name in (
+        ("gcsfs.retry", "HttpError"),
+        ("google.auth.exceptions", "GoogleAuthError"),
+        ("botocore.exceptions", "BotoCoreError"),
+        ("botocore.exceptions", "ClientError"),
+        ("aiohttp", "ClientError"),
+    ):
+        if module in sys.modules:
+            found.append(getattr(sys.modules[module], name))
+    return tuple(found)

@@ -1,0 +1,375 @@
+"""Read and write single files, whole or not at all, on disks and in buckets.
+
+What is written here is durable when the function returns: a cut of power leaves the old file or the
+new one. ext4 and XFS write a file's bytes up to 30 seconds after its name, so the file is synced
+before it gets its name, and its directory afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import mmap
+import os
+import pathlib
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from io import BufferedIOBase
+from typing import Any
+
+from jaxpt.io import bucket
+from jaxpt.io.errors import FileError, MissingFileError, explain, printable
+from jaxpt.io.paths import BucketPath, Path
+from jaxpt.spec import encode_json
+
+REWRITE_SECONDS = 30  # how often a log in a bucket, which cannot append, is written anew
+
+# ---- what is there
+
+
+def size(path: Path) -> int | None:
+    """Return the bytes of a file; None if there is none (a directory is none)."""
+    if isinstance(path, BucketPath):
+        found = bucket.look_up(path)
+        return found.size if found else None
+    with explain("looked at", path):
+        return path.stat().st_size if path.is_file() else None
+
+
+def exists(path: Path) -> bool:
+    """Return whether there is a file, a directory or an object of this name or below it."""
+    if isinstance(path, BucketPath):
+        return bucket.look_up(path) is not None or bool(bucket.list_names(path))
+    with explain("looked at", path):
+        return path.exists()
+
+
+def list_names(directory: Path) -> list[str]:
+    """Return the names in a directory, sorted; none if it is not there."""
+    if isinstance(directory, BucketPath):
+        return bucket.list_names(directory)
+    with explain("listed", directory):
+        return sorted(os.listdir(directory)) if directory.is_dir() else []
+
+
+def list_files(directory: Path) -> dict[str, int]:
+    """Return name below the directory -> bytes, for all files below it; none if it is not there."""
+    if isinstance(directory, BucketPath):
+        objects = bucket.list_objects(directory)
+        return {name: objects[name].size for name in sorted(objects)}
+    sizes = {}
+    with explain("listed", directory):
+        for parent, _, names in os.walk(directory, onerror=raise_unless_missing):
+            for name in names:
+                file = pathlib.Path(parent, name)
+                sizes[file.relative_to(directory).as_posix()] = file.stat().st_size
+    return dict(sorted(sizes.items()))
+
+
+def raise_unless_missing(error: OSError) -> None:
+    """Let os.walk fail where a directory cannot be listed."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
+# ---- reading
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return all of a file. Raise MissingFileError if it is not there."""
+    if isinstance(path, BucketPath):
+        return bucket.read(path)
+    with explain("read", path):
+        return path.read_bytes()
+
+
+def read_range(path: Path, start: int, n_bytes: int) -> bytes:
+    """Return bytes of a file from `start` on; fewer where it ends."""
+    if isinstance(path, BucketPath):
+        return bucket.read(path, start, start + n_bytes)
+    with explain("read", path), open(path, "rb") as file:
+        file.seek(start)
+        return file.read(n_bytes)
+
+
+def map_file(path: pathlib.Path) -> mmap.mmap:
+    """Map a whole file on a disk into memory, for reading."""
+    with explain("read", path), open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def open_read(path: Path) -> BufferedIOBase:
+    """Open a file for reading from its start to its end. What reads it explains its errors."""
+    if isinstance(path, BucketPath):
+        with explain("read", path):
+            return bucket.open_bucket(path).open(path.address, "rb")
+    with explain("read", path):
+        return open(path, "rb")
+
+
+def read_text(path: Path) -> str:
+    """Return a UTF-8 file, whatever the locale. Raise FileError if it is none."""
+    data = read_bytes(path)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FileError(
+            f"{printable(path)}: expected UTF-8, got byte {data[error.start]:#04x} at "
+            f"{error.start:,}. Restore the file, or convert it."
+        ) from None
+
+
+def read_text_if_there(path: Path) -> str | None:
+    """Return a UTF-8 file; None if it is not there."""
+    try:
+        return read_text(path)
+    except MissingFileError:
+        return None
+
+
+def read_lines(path: Path) -> list[bytes]:
+    """Return the whole lines of a log, without a last one that was cut; none without a file."""
+    try:
+        data = read_bytes(path)
+    except MissingFileError:
+        return []
+    return data.split(b"\n")[:-1]
+
+
+# ---- writing
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file, durably: a reader finds the old one or the new one."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a record or plain value as JSON, as `write_text` does."""
+    text = json.dumps(encode_json(value), indent=1)
+    write_text(path, f"{text}\n")
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file, as `write_text` does."""
+    if isinstance(path, BucketPath):
+        bucket.write(path, data)
+        return
+    with writing(path) as temporary, open(temporary, "wb") as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[pathlib.Path]:
+    """Yield a local name to write to. The file gets its own name, durably, if the block ends well.
+
+    A library that writes a file by its name (numpy, Arrow) gets this one.
+    """
+    name = f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}"
+    if isinstance(path, BucketPath):
+        temporary = cache_directory() / name
+    else:
+        make_directory(path.parent)
+        temporary = path.with_name(name)
+    try:
+        with explain("written", path):
+            yield temporary
+            if isinstance(path, BucketPath):
+                bucket.upload(temporary, path)
+                return
+            sync(temporary)
+            os.rename(temporary, path)
+            sync(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def open_write(path: Path) -> Iterator[BufferedIOBase]:
+    """Open a file for writing, as `writing` does."""
+    with writing(path) as temporary, open(temporary, "wb") as file:
+        yield file
+
+
+def create(path: Path, data: bytes) -> bool:
+    """Write a file with all its bytes unless there is one. Return whether this call wrote it.
+
+    On a disk a hard link takes the name: link is atomic on NFS too, and no reader sees half of it.
+    Where there are no hard links (some FUSE mounts) the file is made by O_EXCL.
+    """
+    if isinstance(path, BucketPath):
+        return bucket.create(path, data)
+    make_directory(path.parent)
+    with explain("written", path):
+        temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+        try:
+            temporary.write_bytes(data)
+            sync(temporary)
+            os.link(temporary, path)
+        except FileExistsError:
+            # NFS repeats a request whose answer was lost, and then meets its own link
+            return temporary.stat().st_nlink == 2
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+                raise
+            return create_by_open(path, data)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync(path.parent)
+        return True
+
+
+def create_by_open(path: pathlib.Path, data: bytes) -> bool:
+    """Write a file unless there is one, without a hard link."""
+    try:
+        with open(path, "xb") as file:
+            file.write(data)
+    except FileExistsError:
+        return False
+    sync(path)
+    sync(path.parent)
+    return True
+
+
+def sync(path: pathlib.Path) -> None:
+    """Wait until a file's bytes, or a directory's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # some network and FUSE mounts cannot sync a directory
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
+    finally:
+        os.close(handle)
+
+
+class LineLog:
+    """Appends lines to a file; each is durable when `append` returns.
+
+    A cut leaves whole lines and at most one torn one, which `read_lines` and the next LineLog drop.
+    A bucket cannot append: there the whole file is written every REWRITE_SECONDS and by `close`.
+    """
+
+    def __init__(self, path: Path):
+        """Open the file, made if it is not there."""
+        self.path = path
+        self.lock = threading.Lock()
+        self.data = b""
+        self.written = time.monotonic()
+        if isinstance(path, BucketPath):
+            self.data = join_lines(read_lines(path))
+            return
+        make_directory(path.parent)
+        with explain("written", path):
+            self.file = open(path, "ab", buffering=0)
+            n_bytes = len(join_lines(read_lines(path)))
+            self.file.truncate(n_bytes)
+            sync(path)
+            sync(path.parent)
+
+    def append(self, line: str) -> None:
+        """Write one line, without its newline."""
+        data = f"{line}\n".encode()
+        with self.lock, explain("written", self.path):
+            if not isinstance(self.path, BucketPath):
+                self.file.write(data)
+                os.fdatasync(self.file.fileno())
+                return
+            self.data += data
+            if time.monotonic() - self.written > REWRITE_SECONDS:
+                self.flush()
+
+    def flush(self) -> None:
+        """Write the file in a bucket anew."""
+        if isinstance(self.path, BucketPath):
+            bucket.write(self.path, self.data)
+            self.written = time.monotonic()
+
+    def close(self) -> None:
+        """Write what is left."""
+        self.flush()
+        if not isinstance(self.path, BucketPath):
+            self.file.close()
+
+
+def join_lines(lines: list[bytes]) -> bytes:
+    """Return lines as the bytes of a file."""
+    return b"".join(line + b"\n" for line in lines)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line to a file that gets few, such as one per start."""
+    log = LineLog(path)
+    try:
+        log.append(line)
+    finally:
+        log.close()
+
+
+def copy_file(source: Path, to: Path) -> None:
+    """Copy a file, durably."""
+    with writing(to) as temporary:
+        copy_bytes(source, temporary)
+
+
+def copy_bytes(source: Path, temporary: pathlib.Path) -> None:
+    """Copy a file to a local name."""
+    if isinstance(source, BucketPath):
+        bucket.download(source, temporary)
+        return
+    with explain("copied", source):
+        shutil.copyfile(source, temporary)
+
+
+# ---- directories and removal
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it, durably; a bucket has none."""
+    if isinstance(path, BucketPath):
+        return
+    with explain("made", path):
+        missing = [path, *path.parents]
+        missing = [directory for directory in missing if not directory.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+        for directory in missing:
+            sync(directory.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove one file, if it is there."""
+    if isinstance(path, BucketPath):
+        bucket.remove(path)
+        return
+    with explain("removed", path):
+        path.unlink(missing_ok=True)
+
+
+def remove_working(directory: pathlib.Path) -> None:
+    """Remove a working directory, or one inside it, if it is there.
+
+    Raises:
+        ValueError: no part of the path is a working directory's name: a bug, not a user's mistake.
+    """
+    if not any(part.endswith(".partial") for part in directory.absolute().parts):
+        raise ValueError(f"{directory}: not a working directory")
+    with explain("removed", directory):
+        if directory.is_symlink() or directory.is_file():
+            directory.unlink()
+        elif directory.exists():
+            shutil.rmtree(directory)
+
+
+def cache_directory() -> pathlib.Path:
+    """Return the directory of this user's caches, made if it is not there; nobody else reads it."""
+    default = pathlib.Path.home() / ".cache"
+    directory = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or default) / "jaxpt"
+    with explain("made", directory):
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return directory
