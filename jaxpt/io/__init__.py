@@ -40,7 +40,7 @@ from jaxpt.io.files import (
 )
 from jaxpt.io.lock import Lock, hold, take
 from jaxpt.io.paths import BucketPath, Path, path
-from jaxpt.io.publish import (
+from jaxpt.io.published import (
     Damage,
     SealedFile,
     check_output,

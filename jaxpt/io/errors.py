@@ -30,7 +30,7 @@ ADVICE = {
     errno.EISDIR: "A directory stands where a file is expected: give the file.",
     errno.ELOOP: "Its symbolic links form a circle: mend them.",
 }
-IN_BUCKET = "Check the bucket's name, the credentials, the endpoint and the network. " + AGAIN
+IN_BUCKET = "Check the path, the bucket's name, the credentials, the endpoint and the network."
 
 
 class FileError(UserError):
@@ -83,10 +83,9 @@ def file_error(error: Exception, action: str, where: object) -> FileError:
     else:
         lines = str(error).splitlines() or [type(error).__name__]
         reason = lines[0][:300]
-    default = AGAIN
+    advice = ADVICE.get(number or 0, AGAIN)
     if "://" in str(where):
-        default = IN_BUCKET
-    advice = ADVICE.get(number or 0, default)
+        advice = IN_BUCKET
     kind = MissingFileError if is_missing else FileError
     sentence = f"{printable(where)}: could not be {action} ({printable(reason)}). {advice}"
     return kind(sentence, number)

@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 LEASE_SECONDS = 60.0  # a holder elsewhere that shows no sign of life for so long is dead
 BEAT_SECONDS = 15.0
 
+held: set[str] = set()  # tokens of what this process holds
+
 
 @dataclasses.dataclass(frozen=True)
 class Holder(Record):
@@ -72,7 +74,8 @@ class Lock:
         self.place = lock_place(directory)
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self.beat, name="lock", daemon=True)
-        self.beat_once(0)
+        with contextlib.suppress(UserError):  # the next one may succeed
+            self.beat_once(0)
         self.thread.start()
 
     def check(self) -> None:
@@ -104,8 +107,12 @@ class Lock:
         """End the hold."""
         self.ended.set()
         self.thread.join()
+        held.discard(self.holder.token)
         released = dataclasses.replace(self.holder, is_released=True)
-        files.write_json(holder_file(self.place, self.number), released)
+        try:
+            files.write_json(holder_file(self.place, self.number), released)
+        except UserError as error:  # the next start finds that this process has ended
+            log.warning(f"{error}")
 
 
 @contextlib.contextmanager
@@ -127,12 +134,14 @@ def take(directory: Path) -> Lock:
     place = lock_place(directory)
     me = describe_this_process()
     data = json.dumps(me.to_json()).encode()
+    held.add(me.token)  # before another thread can find it
     while True:
         last = find_last(place)
         number = 0
         if last:
             number, other = last
             if not other.is_released and is_alive(place, number, other):
+                held.discard(me.token)
                 raise UserError(
                     f"{printable(directory)}: in use by process {other.pid} on "
                     f"{printable(other.host)} since {other.since} ({printable(other.command)}). "
@@ -183,6 +192,8 @@ def find_last(place: Path) -> tuple[int, Holder] | None:
 def is_alive(place: Path, number: int, other: Holder) -> bool:
     """Return whether a holder lives; of one elsewhere that may take LEASE_SECONDS to see."""
     if other.machine == this_machine():
+        if other.pid == os.getpid():
+            return other.token in held
         return process_start(other.pid) == other.process_start
     log.info(f"{printable(place)}: looking whether {printable(other.host)} is still at work")
     beat = place / f"{number:08d}.beat"

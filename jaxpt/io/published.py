@@ -108,6 +108,7 @@ def publish(working: pathlib.Path, out: Path, manifest: dict[str, Any]) -> None:
 def finish_publishing(out: Path) -> bool:
     """Move into place what was decided when a process or machine ended. Return whether it was."""
     working = working_directory(out)
+    out = resolve(out)
     if not files.exists(working / MANIFEST):
         return False
     new = read_sealed(working)
@@ -118,7 +119,7 @@ def finish_publishing(out: Path) -> bool:
     else:
         move_files(working, out, new)
     old = {}
-    if files.exists(working / REPLACED):
+    with contextlib.suppress(UserError):  # there was none, or it was damaged
         old = read_sealed(working, REPLACED)
     remove_files(out, old.keys() - new.keys())
     if isinstance(out, BucketPath):
