@@ -133,15 +133,26 @@ def take(directory: Path) -> Lock:
     """Hold a directory until `release`. Raise UserError if another process holds it."""
     place = lock_place(directory)
     me = describe_this_process()
-    data = json.dumps(me.to_json()).encode()
     held.add(me.token)  # before another thread can find it
+    try:
+        number = claim(directory, me)
+        remove_earlier(place, number)
+        return Lock(directory, number, me)
+    except UserError:
+        held.discard(me.token)
+        raise
+
+
+def claim(directory: Path, me: Holder) -> int:
+    """Write the next holder's file. Return its number."""
+    place = lock_place(directory)
+    data = json.dumps(me.to_json()).encode()
     while True:
         last = find_last(place)
         number = 0
         if last:
             number, other = last
             if not other.is_released and is_alive(place, number, other):
-                held.discard(me.token)
                 raise UserError(
                     f"{printable(directory)}: in use by process {other.pid} on "
                     f"{printable(other.host)} since {other.since} ({printable(other.command)}). "
@@ -149,9 +160,7 @@ def take(directory: Path) -> Lock:
                 )
         # two that found the same dead holder ask for the same number, and one gets it
         if files.create(holder_file(place, number + 1), data):
-            break
-    remove_earlier(place, number + 1)
-    return Lock(directory, number + 1, me)
+            return number + 1
 
 
 def lock_place(directory: Path) -> Path:
