@@ -523,6 +523,22 @@ def test_publishing_in_a_bucket_that_was_killed_is_finished_by_the_next_start(pl
     assert io.find_damage(out, verify=True) is None and not io.finish_publishing(out)
 
 
+def test_what_a_library_wrote_into_a_bucket_has_the_stores_checksums(place, proxy):
+    io.write_text(place / "step/a", "first")
+    io.write_text(place / "step/d/0", "x" * 40)
+    proxy.answers.clear()
+    sealed = io.seal(place / "step")
+    outputs = {name: file.checksum for name, file in sealed.items()}
+    sizes = {name: file.n_bytes for name, file in sealed.items()}
+    assert sizes == {"a": 5, "d/0": 40}
+    assert not [r for r, _ in proxy.answers if "alt=media" in r or "step/d/0" in r]  # not read
+    io.write_json(place / "step/manifest.json", {"outputs": outputs, "sizes": sizes})
+    assert io.find_damage(place / "step", verify=True) is None
+    io.write_text(place / "step/a", "other")
+    assert io.find_damage(place / "step") is None
+    assert io.find_damage(place / "step", verify=True).name == "a"
+
+
 # ---- local copies
 
 

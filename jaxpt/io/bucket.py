@@ -27,6 +27,7 @@ class StoredObject(NamedTuple):
     size: int  # bytes
     version: str  # the generation (gs) or ETag (s3): another one for other bytes
     md5: str | None  # of its bytes in base64, where the store states it
+    checksum: str  # the store's own: "crc32c:..." (gs) or "etag:..." (s3)
 
 
 def open_bucket(path: BucketPath) -> Any:
@@ -119,8 +120,12 @@ def look_up(path: BucketPath) -> StoredObject | None:
 
 def stored_object(info: dict[str, Any]) -> StoredObject:
     """Return what fsspec's record of an object says."""
-    version = info.get("generation") or info.get("ETag") or info.get("etag")
-    return StoredObject(info["size"], str(version), info.get("md5Hash"))
+    etag = info.get("ETag", "").strip('"')
+    version = str(info.get("generation", etag))
+    checksum = f"etag:{etag}"
+    if "crc32c" in info:
+        checksum = f"crc32c:{info['crc32c']}"
+    return StoredObject(info["size"], version, info.get("md5Hash"), checksum)
 
 
 def remove(path: BucketPath) -> None:

@@ -41,7 +41,8 @@ class SealedFile:
 
     Attributes:
         n_bytes: its size.
-        checksum: its sha256, in hex.
+        checksum: its sha256, in hex; of what was written straight into a bucket, the store's own,
+            such as "crc32c:4waSgw==".
     """
 
     n_bytes: int
@@ -68,13 +69,23 @@ def working_directory(out: Path) -> pathlib.Path:
     return out.with_name(f"{out.name}.partial")
 
 
-def seal(working: pathlib.Path, ignore: Iterable[str] = ()) -> dict[str, SealedFile]:
-    """Make every file of a working directory durable. Return name -> size and checksum.
+def seal(working: Path, ignore: Iterable[str] = ()) -> dict[str, SealedFile]:
+    """Make every file of a directory durable. Return name -> size and checksum.
+
+    What a library wrote straight into a bucket is durable already, and not read again: the store's
+    checksums come with the listing.
 
     Args:
         working: its files have their final bytes.
         ignore: names that are not published.
     """
+    if isinstance(working, BucketPath):
+        objects = bucket.list_objects(working)
+        sealed = {}
+        for name, found in sorted(objects.items()):
+            if name not in {MANIFEST, *ignore}:
+                sealed[name] = SealedFile(found.size, found.checksum)
+        return sealed
     sizes = files.list_files(working)
     names = [name for name in sizes if name not in {MANIFEST, REPLACED, *ignore}]
 
@@ -236,15 +247,24 @@ def find_damage(directory: Path, verify: bool = False) -> Damage | None:
 
     Args:
         directory: what was published.
-        verify: compare checksums too, which reads every byte; sizes take one listing.
+        verify: compare checksums too, which reads every byte; sizes take one listing. A store's own
+            are compared with what the store says, so not in a copy on a disk.
     """
     sealed = read_sealed(directory)
     damage = compare_sizes(directory, sealed)
     if damage or not verify:
         return damage
 
+    stated = {}
+    if isinstance(directory, BucketPath):
+        objects = bucket.list_objects(directory)
+        stated = {name: found.checksum for name, found in objects.items()}
+
     def is_whole(name: str) -> bool:
-        return sha256(directory / name) == sealed[name].checksum
+        expected = sealed[name].checksum
+        if ":" in expected:
+            return stated.get(name, expected) == expected
+        return sha256(directory / name) == expected
 
     for name, whole in zip(sealed, map_threads(is_whole, sealed), strict=True):
         if not whole:
