@@ -24,7 +24,7 @@ class Fault:
     pattern: str  # of "PUT /bucket/a"
     status: int
     n: int
-    is_answer_lost: bool = False  # the server does what is asked, and the client is told otherwise
+    is_answer_lost: bool = False  # the server does what is asked, and the client hears otherwise
 
 
 class Proxy(http.server.ThreadingHTTPServer):

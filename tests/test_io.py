@@ -628,8 +628,8 @@ def held_by_another_process(directory):
 
 def exercise_locks(directory):
     with held_by_another_process(directory) as process:
-        told = f"in use by process {process.pid} on .* since 20"
-        with pytest.raises(UserError, match=told):
+        message = f"in use by process {process.pid} on .* since 20"
+        with pytest.raises(UserError, match=message):
             io.take(directory)
     with io.hold(directory) as mine:  # the dead one's is taken over
         mine.check()

@@ -1,4 +1,4 @@
-"""Let one process at a time write a directory: `hold`. A second start is told who holds it.
+"""Let one process at a time write a directory: `hold`. A second start learns who holds it.
 
 Beside DIRECTORY lies .DIRECTORY.lock, with a file per holder, numbered. A holder takes the number
 after the last by `files.create`, which gives it to one caller only: by a hard link on a disk, which
@@ -234,7 +234,7 @@ def write_plain(path: Path, data: bytes) -> None:
 
 
 def describe_this_process() -> Holder:
-    """Return what a second start is told of this process."""
+    """Return what a second start says of this process."""
     now = datetime.datetime.now(datetime.UTC)
     return Holder(
         host=socket.gethostname(),
