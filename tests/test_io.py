@@ -69,6 +69,7 @@ def publish_files(out, contents):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
     (working / ".request").write_text("what the stage was asked")
+    (working / f".cut.{os.getpid()}-0123abcd").write_text("what a killed process left")
     sealed = io.seal(working, ignore=[".request"])
     manifest = {
         "outputs": {name: file.checksum for name, file in sealed.items()},
@@ -219,10 +220,10 @@ def test_text_is_utf8_whatever_the_locale(tmp_path):
 
 
 def exercise_publishing(out):
-    first = {"data/a.bin": "aaa", "data/b.bin": "bb", "gone": "old"}
+    first = {"data/a.bin": "aaa", "data/b.bin": "bb", "new": "a file, then a directory"}
     manifest = publish_files(out, first)
     assert json.loads(io.read_text(out / "manifest.json")) == manifest
-    assert manifest["sizes"] == {"data/a.bin": 3, "data/b.bin": 2, "gone": 3}
+    assert manifest["sizes"] == {"data/a.bin": 3, "data/b.bin": 2, "new": 24}
     assert io.find_damage(out, verify=True) is None
     io.write_text(out / "mine.txt", "a user's")
     publish_files(out, {"data/a.bin": "AAAA", "new/c": "c"})

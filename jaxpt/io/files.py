@@ -13,6 +13,7 @@ import json
 import mmap
 import os
 import pathlib
+import re
 import secrets
 import shutil
 import threading
@@ -26,6 +27,7 @@ from jaxpt.io.errors import FileError, MissingFileError, explain, printable
 from jaxpt.io.paths import BucketPath, Path
 from jaxpt.spec import encode_json
 
+TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}")  # a name before its file is whole
 REWRITE_SECONDS = 30  # how often a log in a bucket, which cannot append, is written anew
 
 # ---- what is there
@@ -49,11 +51,15 @@ def exists(path: Path) -> bool:
 
 
 def list_names(directory: Path) -> list[str]:
-    """Return the names in a directory, sorted; none if it is not there."""
+    """Return the names in a directory, sorted; none if it is not there.
+
+    What a killed process left half written is left out, here and in `list_files`.
+    """
     if isinstance(directory, BucketPath):
         return bucket.list_names(directory)
     with explain("listed", directory):
-        return sorted(os.listdir(directory)) if directory.is_dir() else []
+        names = os.listdir(directory) if directory.is_dir() else []
+    return sorted(name for name in names if not TEMPORARY.fullmatch(name))
 
 
 def list_files(directory: Path) -> dict[str, int]:
@@ -65,6 +71,8 @@ def list_files(directory: Path) -> dict[str, int]:
     with explain("listed", directory):
         for parent, _, names in os.walk(directory, onerror=raise_unless_missing):
             for name in names:
+                if TEMPORARY.fullmatch(name):
+                    continue
                 file = pathlib.Path(parent, name)
                 sizes[file.relative_to(directory).as_posix()] = file.stat().st_size
     return dict(sorted(sizes.items()))
@@ -169,7 +177,7 @@ def writing(path: Path) -> Iterator[pathlib.Path]:
 
     A library that writes a file by its name (numpy, Arrow) gets this one.
     """
-    name = f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}"
+    name = temporary_name(path)
     if isinstance(path, BucketPath):
         temporary = cache_directory() / name
     else:
@@ -189,6 +197,11 @@ def writing(path: Path) -> Iterator[pathlib.Path]:
             temporary.unlink(missing_ok=True)
 
 
+def temporary_name(path: Path) -> str:
+    """Return the name of a file beside `path` before it is whole; no two are equal."""
+    return f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}"
+
+
 @contextlib.contextmanager
 def open_write(path: Path) -> Iterator[BufferedIOBase]:
     """Open a file for writing, as `writing` does."""
@@ -206,7 +219,7 @@ def create(path: Path, data: bytes) -> bool:
         return bucket.create(path, data)
     make_directory(path.parent)
     with explain("written", path):
-        temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+        temporary = path.with_name(temporary_name(path))
         try:
             temporary.write_bytes(data)
             sync(temporary)

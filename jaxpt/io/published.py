@@ -88,7 +88,6 @@ def seal(working: Path, ignore: Iterable[str] = ()) -> dict[str, SealedFile]:
         return sealed
     sizes = files.list_files(working)
     names = [name for name in sizes if name not in {MANIFEST, REPLACED, *ignore}]
-
     paths = [working / name for name in names]
     with concurrent.futures.ThreadPoolExecutor() as pool, explain("written", working):
         # the disk writes while the processors hash
@@ -125,26 +124,28 @@ def finish_publishing(out: Path) -> bool:
     new = read_sealed(working)
     manifest = working / MANIFEST
     set_old_aside(out, working)
+    remove_files(out, read_replaced(working).keys() - new.keys())
     if isinstance(out, BucketPath):
         upload_files(working, out, new)
-    else:
-        move_files(working, out, new)
-    old = {}
-    with contextlib.suppress(UserError):  # there was none, or it was damaged
-        old = read_sealed(working, REPLACED)
-    remove_files(out, old.keys() - new.keys())
-    if isinstance(out, BucketPath):
         if not bucket.create(out / MANIFEST, files.read_bytes(manifest)):
             raise UserError(
                 f"{printable(out)}: was published by another start meanwhile. "
                 "Give another directory, or run the same command again."
             )
     else:
+        move_files(working, out, new)
         move_file(manifest, out / MANIFEST)
         with explain("written", out):
             files.sync(out)
     files.remove_working(working)
     return True
+
+
+def read_replaced(working: pathlib.Path) -> dict[str, SealedFile]:
+    """Return what the manifest that was set aside names; nothing without a readable one."""
+    with contextlib.suppress(UserError):
+        return read_sealed(working, REPLACED)
+    return {}
 
 
 def set_old_aside(out: Path, working: pathlib.Path) -> None:
