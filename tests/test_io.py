@@ -147,7 +147,8 @@ def exercise_small_files(root):
         io.read_text(note)
     io.write_text(note, "first, ünï\n")
     io.write_json(note, {"step": 7})
-    assert json.loads(io.read_text(note)) == {"step": 7}
+    assert io.read_json(note) == {"step": 7}
+    assert io.find(root, "*.json") == [] and io.find(root, "*/*.json") == [note]
     assert io.size(note) == len(io.read_bytes(note)) and io.exists(root / "a")
     assert io.size(root / "a") is None and io.list_names(root / "a") == ["note.json"]
     assert io.list_names(root) == ["a"] and list(io.list_files(root)) == ["a/note.json"]
@@ -180,6 +181,9 @@ def exercise_small_files(root):
     io.write_bytes(root / "bad", b"ab\xff")
     with pytest.raises(UserError, match="expected UTF-8, got byte 0xff at 2"):
         io.read_text(root / "bad")
+    io.write_text(root / "bad", '{"step": \n')
+    with pytest.raises(UserError, match="expected JSON"):
+        io.read_json(root / "bad")
 
 
 def test_small_files_are_whole_on_a_disk(tmp_path):

@@ -27,6 +27,7 @@ from jaxpt.io.errors import FileError, MissingFileError, explain, printable
 from jaxpt.io.paths import BucketPath, Path
 from jaxpt.spec import encode_json
 
+WORKING = ".partial"  # the end of a working directory's name
 TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}")  # a name before its file is whole
 REWRITE_SECONDS = 30  # how often a log in a bucket, which cannot append, is written anew
 
@@ -76,6 +77,20 @@ def list_files(directory: Path) -> dict[str, int]:
                 file = pathlib.Path(parent, name)
                 sizes[file.relative_to(directory).as_posix()] = file.stat().st_size
     return dict(sorted(sizes.items()))
+
+
+def find(directory: Path, pattern: str) -> list[Path]:
+    """Return the files below a directory that match "*.json" or "*/manifest.json", sorted."""
+    if not isinstance(directory, BucketPath):
+        with explain("listed", directory):
+            return sorted(file for file in directory.glob(pattern) if file.is_file())
+    n_parts = pattern.count("/") + 1
+    found = []
+    for name in list_files(directory):
+        path = pathlib.PurePosixPath(name)
+        if len(path.parts) == n_parts and path.match(pattern):
+            found.append(directory / name)
+    return found
 
 
 def raise_unless_missing(error: OSError) -> None:
@@ -139,6 +154,18 @@ def read_text_if_there(path: Path) -> str | None:
         return None
 
 
+def read_json(path: Path) -> Any:
+    """Return the value in a JSON file. Raise FileError if it holds none."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FileError(
+            f"{printable(path)}: expected JSON ({printable(error)}). Restore the file, or delete "
+            "it and run what writes it again."
+        ) from None
+
+
 def read_lines(path: Path) -> list[bytes]:
     """Return the whole lines of a log, without a last one that was cut; none without a file."""
     try:
@@ -175,7 +202,8 @@ def write_bytes(path: Path, data: bytes) -> None:
 def writing(path: Path) -> Iterator[pathlib.Path]:
     """Yield a local name to write to. The file gets its own name, durably, if the block ends well.
 
-    A library that writes a file by its name (numpy, Arrow) gets this one.
+    A library that writes a file by its name (numpy, Arrow) gets this one. What lies in a working
+    directory is not synced one by one: `seal` does it.
     """
     name = temporary_name(path)
     if isinstance(path, BucketPath):
@@ -188,6 +216,9 @@ def writing(path: Path) -> Iterator[pathlib.Path]:
             yield temporary
             if isinstance(path, BucketPath):
                 bucket.upload(temporary, path)
+                return
+            if is_working(path):
+                os.rename(temporary, path)
                 return
             sync(temporary)
             os.rename(temporary, path)
@@ -370,13 +401,18 @@ def remove_working(directory: pathlib.Path) -> None:
     Raises:
         ValueError: no part of the path is a working directory's name: a bug, not a user's mistake.
     """
-    if not any(part.endswith(".partial") for part in directory.absolute().parts):
+    if not is_working(directory):
         raise ValueError(f"{directory}: not a working directory")
     with explain("removed", directory):
         if directory.is_symlink() or directory.is_file():
             directory.unlink()
         elif directory.exists():
             shutil.rmtree(directory)
+
+
+def is_working(path: pathlib.Path) -> bool:
+    """Return whether a path is a working directory or lies in one."""
+    return any(part.endswith(WORKING) for part in path.absolute().parts)
 
 
 def cache_directory() -> pathlib.Path:

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 REPLACED = ".replaced.json"  # the manifest of what is being replaced, while it is
+UNSYNCED = ".manifest.json"  # the new manifest, before it decides
 N_UPLOADS = 8  # files that are written to a bucket at a time
 
 
@@ -63,10 +64,10 @@ def working_directory(out: Path) -> pathlib.Path:
     """
     if isinstance(out, BucketPath):
         place = hashlib.sha256(str(out).encode()).hexdigest()[:16]
-        return files.cache_directory() / "work" / f"{out.name}-{place}.partial"
+        return files.cache_directory() / "work" / f"{out.name}-{place}{files.WORKING}"
     with explain("found", out):
         out = out.resolve()
-    return out.with_name(f"{out.name}.partial")
+    return out.with_name(f"{out.name}{files.WORKING}")
 
 
 def seal(working: Path, ignore: Iterable[str] = ()) -> dict[str, SealedFile]:
@@ -87,7 +88,7 @@ def seal(working: Path, ignore: Iterable[str] = ()) -> dict[str, SealedFile]:
                 sealed[name] = SealedFile(found.size, found.checksum)
         return sealed
     sizes = files.list_files(working)
-    names = [name for name in sizes if name not in {MANIFEST, REPLACED, *ignore}]
+    names = [name for name in sizes if name not in {MANIFEST, REPLACED, UNSYNCED, *ignore}]
     paths = [working / name for name in names]
     with concurrent.futures.ThreadPoolExecutor() as pool, explain("written", working):
         # the disk writes while the processors hash
@@ -111,7 +112,12 @@ def publish(working: pathlib.Path, out: Path, manifest: dict[str, Any]) -> None:
             whatever else the stage records.
     """
     files.remove(working / REPLACED)
-    files.write_json(working / MANIFEST, manifest)
+    unsynced = working / UNSYNCED
+    files.write_json(unsynced, manifest)
+    with explain("written", out):
+        files.sync(unsynced)
+        os.rename(unsynced, working / MANIFEST)
+        files.sync(working)
     finish_publishing(out)
 
 
@@ -154,6 +160,7 @@ def set_old_aside(out: Path, working: pathlib.Path) -> None:
         return
     if isinstance(out, BucketPath):
         files.copy_file(out / MANIFEST, working / REPLACED)
+        files.sync(working / REPLACED)
         files.remove(out / MANIFEST)
         return
     with explain("replaced", out):
