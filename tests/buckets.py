@@ -15,6 +15,7 @@ import threading
 import time
 
 START_SECONDS = 30
+REFUSED = b"<Error><Code>PreconditionFailed</Code><Message>injected</Message></Error>"
 
 
 @dataclasses.dataclass
@@ -53,7 +54,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = self.read_body()
         fault = self.pick_fault(request)
         if fault and not fault.is_answer_lost:
-            self.answer(fault.status, b"injected", [])
+            body = REFUSED if fault.status == 412 else b"injected"
+            self.answer(fault.status, body, [])
             return
         connection = http.client.HTTPConnection(*self.server.server_address_behind)
         headers = {name: value for name, value in self.headers.items() if name != "Expect"}

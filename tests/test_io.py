@@ -677,6 +677,16 @@ def test_a_lock_whose_answer_was_lost_is_held(place, proxy):
     assert 412 in proxy.statuses() and proxy.n_injected
 
 
+def test_a_bucket_that_refuses_without_reason_is_asked_again_but_not_for_ever(place, proxy):
+    creates = r"^(POST .*ifGenerationMatch=0|PUT /bucket/.*\.json)"
+    proxy.faults.append(buckets.Fault(creates, 412, 1))
+    io.take(place / "run").release()
+    assert proxy.n_injected
+    proxy.faults.append(buckets.Fault(creates, 412, 1000))
+    with pytest.raises(UserError, match="attempts to take this lock were refused"):
+        io.take(place / "run")
+
+
 def elsewhere(directory, monkeypatch):
     """Leave the lock of a holder on another machine; return its number."""
     with monkeypatch.context() as patch:

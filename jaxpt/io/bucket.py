@@ -14,7 +14,7 @@ import os
 import pathlib
 from typing import Any, NamedTuple
 
-from jaxpt.io.errors import explain
+from jaxpt.io.errors import MissingFileError, explain
 from jaxpt.io.paths import BucketPath
 from jaxpt.spec import UserError
 
@@ -81,7 +81,10 @@ def create(path: BucketPath, data: bytes) -> bool:
         try:
             open_bucket(path).pipe_file(path.address, data, mode="create")
         except FileExistsError:
-            return read(path) == data
+            try:
+                return read(path) == data
+            except MissingFileError:  # removed since
+                return False
     return True
 
 

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 LEASE_SECONDS = 60.0  # a holder elsewhere that shows no sign of life for so long is dead
 BEAT_SECONDS = 15.0
+MAX_ROUNDS = 30  # one for each process that is quicker
 
 held: set[str] = set()  # tokens of what this process holds
 
@@ -147,7 +148,7 @@ def claim(directory: Path, me: Holder) -> int:
     """Write the next holder's file. Return its number."""
     place = lock_place(directory)
     data = json.dumps(me.to_json()).encode()
-    while True:
+    for _ in range(MAX_ROUNDS):
         last = find_last(place)
         number = 0
         if last:
@@ -161,6 +162,10 @@ def claim(directory: Path, me: Holder) -> int:
         # two that found the same dead holder ask for the same number, and one gets it
         if files.create(holder_file(place, number + 1), data):
             return number + 1
+    raise UserError(
+        f"{printable(place)}: {MAX_ROUNDS} attempts to take this lock were refused, and nobody "
+        "holds it. Does this disk or bucket create files as others do? Try another directory."
+    )
 
 
 def lock_place(directory: Path) -> Path:
