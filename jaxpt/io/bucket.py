@@ -80,12 +80,24 @@ def create(path: BucketPath, data: bytes) -> bool:
     with explain("written", path):
         try:
             open_bucket(path).pipe_file(path.address, data, mode="create")
-        except FileExistsError:
+        except OSError as error:
+            if not is_refused(error):
+                raise
             try:
                 return read(path) == data
             except MissingFileError:  # removed since
                 return False
     return True
+
+
+def is_refused(error: OSError) -> bool:
+    """Return whether a precondition failed, or lost against another request at the same time.
+
+    s3fs makes a FileExistsError of 412 only where the answer names the condition, as AWS does.
+    """
+    response = getattr(error.__cause__, "response", None) or {}
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return isinstance(error, FileExistsError) or status in (409, 412)
 
 
 def list_objects(path: BucketPath) -> dict[str, StoredObject]:
