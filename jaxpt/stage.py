@@ -36,7 +36,7 @@ from jaxpt.spec import Manifest, Record, UserError, encode_json
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-RECORDED_PACKAGES = "jaxpt jax flax optax orbax-checkpoint grain daft sentencepiece tokenizers"
+RECORDED_PACKAGES = "jaxpt jax flax optax orbax-checkpoint grain sentencepiece tokenizers"
 RECORDED_PACKAGES += " transformers pyarrow"
 
 

@@ -173,7 +173,6 @@ def test_training_starts_light():
         "torch",
         "transformers",
         "datasets",
-        "daft",
         "lm_eval",
         "tokenizers",
         "sentencepiece",

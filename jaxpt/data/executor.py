@@ -1,143 +1,170 @@
-"""Run heavy passes over text with Daft, in this process or on a Ray cluster.
-
-This module is the only switch between them.
-"""
+"""Run the jobs of a pass over text: in a process per core of this machine, or on a Ray cluster."""
 
 from __future__ import annotations
 
-import atexit
+import concurrent.futures
+import contextlib
 import functools
-import json
+import importlib.util
+import itertools
+import multiprocessing
+import multiprocessing.connection
 import os
 import pathlib
+import signal
+import threading
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from jaxpt.spec import UserError
 
-# Both libraries send usage data home at import, unless disabled before it; Daft's own progress bars
-# would write over ours.
-QUIET = {"DO_NOT_TRACK": "1", "SCARF_NO_ANALYTICS": "1"}
-QUIET |= {"RAY_USAGE_STATS_ENABLED": "0", "DAFT_PROGRESS_BAR": "0"}
 # Large arrays come and go. glibc keeps what is freed for the next one; without this, a twentieth
 # of the time goes into pages that the system clears again.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**28)}
-
-
-@functools.cache
-def init_executor(where: str) -> types.ModuleType:
-    """Return the daft module, ready to run plans.
-
-    Args:
-        where: "local", "ray" (this machine, or the cluster it belongs to) or "ray://HOST:PORT".
-            The cluster's machines need this package and a disk that all of them share.
-
-    Raises:
-        UserError: another word, or Ray is not installed or not reached.
-    """
-    is_known = where in ("local", "ray") or where.startswith("ray://")
-    if not is_known:
-        raise UserError(f"prepare.executor: expected local, ray or ray://HOST:PORT, got {where!r}.")
-    os.environ.update(QUIET)
-    os.environ.update(KEEP_MEMORY)
-    add_package_to_path()
-    import daft
-    from daft.exceptions import DaftCoreException
-
-    try:
-        start_runner(daft, where)
-    except (ConnectionError, RuntimeError, DaftCoreException) as error:
-        message = str(error) or type(error).__name__
-        reason, *_ = message.splitlines()
-        raise UserError(
-            f"prepare.executor: {where!r} cannot be started ({reason}). "
-            "One process runs one executor; is the cluster up?"
-        ) from None
-    return daft
-
-
-def add_package_to_path() -> None:
-    """Let worker processes find this package, also in a clone that was not installed."""
-    root = str(pathlib.Path(__file__).resolve().parents[2])
-    path = os.environ.get("PYTHONPATH", "")
-    if root in path.split(os.pathsep):
-        return
-    if path:
-        root += os.pathsep + path
-    os.environ["PYTHONPATH"] = root
-
-
-def start_runner(daft: types.ModuleType, where: str) -> None:
-    """Tell Daft where to run. Raise UserError if Ray is needed and not installed."""
-    if where == "local":
-        daft.set_runner_native()
-        return
-    try:
-        import ray  # type: ignore[reportMissingImports]  # optional
-    except ImportError:
-        raise UserError(
-            f"prepare.executor: {where!r} needs Ray, which is not installed. "
-            "Run `pip install 'ray>=2.60'`, or use local."
-        ) from None
-    if where != "ray":
-        daft.set_runner_ray(address=where)
-        return
-    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
-    ray.init(ignore_reinit_error=True, **quiet)
-    daft.set_runner_ray(noop_if_initialized=True)
+# Ray sends usage data home unless told not to before its import.
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
+RAY_OPTIONS = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+IN_FLIGHT = 2  # jobs per core that are handed over: one that runs and one that waits
 
 
 def map_jobs(where: str, work: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
     """Yield work(job) for each job, as they end.
 
-    Locally a process per core does them; on a cluster each job is a task.
-
     Args:
-        where: the executor, see `init_executor`.
+        where: an executor, see `check_executor`, or "here": in this process, in order.
         work: a function of a module.
-        jobs: what JSON can hold, as are the results.
+        jobs: what can be pickled, as are the results.
 
     Raises:
-        UserError: of `init_executor` or of a job.
+        UserError: of a job, or a worker was killed, or Ray cannot be used.
         OSError: of a job.
     """
-    if not jobs:
+    if where == "here":
+        yield from map(work, jobs)
         return
-    daft = init_executor(where)
-
-    @daft.func.batch(return_dtype=daft.DataType.string(), use_process=True, batch_size=1)
-    def run_batch(batch: Any) -> list[str]:
-        if where == "local":
-            # A worker has left all that it had to. Taking its modules apart would need another
-            # third of a second.
-            atexit.register(os._exit, 0)
-        outcomes = [run_job(work, json.loads(text)) for text in batch.to_pylist()]
-        return list(map(json.dumps, outcomes))
-
-    frame = daft.from_pydict({"job": list(map(json.dumps, jobs))})
-    if where != "local":
-        frame = frame.into_partitions(len(jobs))
-    outcome = run_batch(daft.col("job")).alias("outcome")
-    for batch in frame.select(outcome).to_arrow_iter():
-        for text in batch.column(0).to_pylist():
-            yield unwrap_outcome(json.loads(text))
+    check_executor(where)
+    add_package_to_path()
+    os.environ.update(KEEP_MEMORY)
+    if where == "local":
+        yield from map_in_processes(work, jobs)
+    else:
+        yield from map_on_ray(where, work, jobs)
 
 
-def run_job(work: Callable[[Any], Any], job: Any) -> dict[str, Any]:
-    """Return what a job gives, or its error as text: Daft would print a page of it."""
+def check_executor(where: str) -> None:
+    """Raise UserError unless jobs can run there.
+
+    Args:
+        where: "local", "ray" (this machine, or the cluster that RAY_ADDRESS names) or
+            "ray://HOST:PORT". A cluster's machines need this package and a disk that all share.
+    """
+    if where == "local":
+        return
+    if where != "ray" and not where.startswith("ray://"):
+        raise UserError(f"prepare.executor: expected local, ray or ray://HOST:PORT, got {where!r}.")
+    if not importlib.util.find_spec("ray"):
+        raise UserError(
+            f"prepare.executor: {where!r} needs Ray, which is not installed. "
+            "Run `pip install 'ray>=2.60'`, or use local."
+        )
+    connect_ray(where)
+
+
+def add_package_to_path() -> None:
+    """Let worker processes find this package, also in a clone that was not installed."""
+    root = str(pathlib.Path(__file__).resolve().parents[2])
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if root not in paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join([*filter(None, paths), root])
+
+
+def map_in_processes(work: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
+    """Yield work(job) of each job, done by a process per core."""
+    # the fork server imports the work's module once; this process may have threads, so it is not
+    # forked itself
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([work.__module__])
+    n_workers = min(os.cpu_count() or 1, len(jobs))
+    followed, held = context.Pipe(duplex=False)
+    pool = concurrent.futures.ProcessPoolExecutor(
+        max(n_workers, 1), context, follow_parent, (followed,)
+    )
+    left = iter(jobs)
     try:
-        return {"result": work(job)}
-    except UserError as error:
-        return {"user_error": str(error)}
-    except OSError as error:
-        return {"errno": error.errno, "os_error": str(error)}
+        running = {pool.submit(work, job) for job in itertools.islice(left, IN_FLIGHT * n_workers)}
+        while running:
+            done, running = concurrent.futures.wait(running, return_when="FIRST_COMPLETED")
+            for job in itertools.islice(left, len(done)):
+                running.add(pool.submit(work, job))
+            for future in done:
+                yield future.result()
+    except BrokenProcessPool:
+        raise killed_worker_error() from None
+    finally:
+        held.close()  # whatever a worker is doing, it ends
+        pool.shutdown(cancel_futures=True)
 
 
-def unwrap_outcome(outcome: dict[str, Any]) -> Any:
-    """Return the result of `run_job`, or raise its error."""
-    if "user_error" in outcome:
-        raise UserError(outcome["user_error"])
-    if "errno" in outcome:
-        raise OSError(outcome["errno"], outcome["os_error"])
-    return outcome["result"]
+def follow_parent(followed: multiprocessing.connection.Connection) -> None:
+    """End this worker at once when its parent ends, is killed or closes the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent alone answers
+
+    def watch() -> None:
+        with contextlib.suppress(OSError):
+            followed.poll(None)
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def killed_worker_error() -> UserError:
+    """Return the error for a worker that was killed."""
+    return UserError(
+        "A worker process was killed, perhaps because memory ran out. Free some and run the same "
+        "command again: what is finished is kept."
+    )
+
+
+@functools.cache
+def connect_ray(where: str) -> types.ModuleType:
+    """Return the ray module, connected. Raise UserError if the cluster is not reached."""
+    os.environ.update(QUIET)
+    os.environ.update(KEEP_MEMORY)
+    add_package_to_path()
+    import ray  # type: ignore[reportMissingImports]  # optional
+
+    try:
+        if where == "ray":
+            ray.init(ignore_reinit_error=True, **RAY_OPTIONS)
+        else:
+            ray.init(where, ignore_reinit_error=True)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason, *_ = (str(error) or type(error).__name__).splitlines()
+        raise UserError(
+            f"prepare.executor: {where!r} cannot be started ({reason}). Is the cluster up?"
+        ) from None
+    return ray
+
+
+def map_on_ray(where: str, work: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
+    """Yield work(job) of each job, done by tasks; Ray repeats one whose machine is lost."""
+    ray = connect_ray(where)
+    task = ray.remote(work)
+    n_cores = int(ray.cluster_resources().get("CPU", 1))
+    left = iter(jobs)
+    running = [task.remote(job) for job in itertools.islice(left, IN_FLIGHT * n_cores)]
+    try:
+        while running:
+            done, running = ray.wait(running)
+            running += [task.remote(job) for job in itertools.islice(left, len(done))]
+            for reference in done:
+                yield ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None  # the job's own error, without the cluster's traceback
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
+        raise killed_worker_error() from None
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=True)

@@ -40,7 +40,7 @@ class JobRunner:
     """Where the jobs of a stage run, and where their files lie.
 
     Attributes:
-        executor: see `executor.init_executor`.
+        executor: see `executor.check_executor`.
         state_dir: directory of the jobs' files.
     """
 
@@ -60,7 +60,7 @@ class JobRunner:
         Args:
             work: does a job and returns how much of the progress unit it has done. The files that
                 it writes begin with the job's output_prefix.
-            jobs: `work` gets them as JSON.
+            jobs: what `work` takes.
             progress: label, unit and total of the progress bar.
             in_processes: use processes, if several jobs are left.
             n_threads: of this process otherwise, for work that Arrow does.
@@ -75,13 +75,12 @@ class JobRunner:
         label, unit, total = progress
         with stage.progress_bar(f"prepare: {label}", total, unit) as advance:
             if in_processes and len(left) > 1:
-                fields = [job.to_json() for job in left]
-                for n_done in executor.map_jobs(self.executor, work, fields):
+                for n_done in executor.map_jobs(self.executor, work, left):
                     advance(n_done)
             else:
 
                 def work_here(job: Job) -> int:
-                    return work(job.to_json(), advance)
+                    return work(job, advance)
 
                 run_in_threads(work_here, left, n_threads)
         return [load_job_result(job) for job in requests]
@@ -105,8 +104,8 @@ def add_request(job: Job, prefix: pathlib.Path) -> Job:
 def fingerprint_program() -> str:
     """Return the fingerprint of what does the jobs: this directory's code and the packages."""
     directory = pathlib.Path(__file__).parent
-    files = sorted(directory.glob("*.py"))
-    code = {file.name: stage.sha256_file(file) for file in files}
+    files = sorted(directory.rglob("*.py"))
+    code = {str(file.relative_to(directory)): stage.sha256_file(file) for file in files}
     return stage.fingerprint([stage.package_versions(), code])
 
 

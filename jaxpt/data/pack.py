@@ -312,7 +312,7 @@ def log_counts(counts: PackCounts) -> None:
 
 def run_pack_jobs(
     where: str,
-    run_job: Callable[[dict[str, Any]], int],
+    run_job: Callable[..., int],
     groups: Iterable[Sequence[PackingJob]],
     progress: tuple[str, str],
 ) -> None:
@@ -320,7 +320,7 @@ def run_pack_jobs(
 
     Args:
         where: "here", or an executor.
-        run_job: takes a job as JSON and returns how much of the progress unit it has done.
+        run_job: takes a job and returns how much of the progress unit it has done.
         groups: of jobs.
         progress: label and unit of the progress bar.
     """
@@ -335,17 +335,10 @@ def run_pack_jobs(
     if where != "here" and len(jobs) >= n_cores:
         default = "false"
     parallelism = os.environ.get("TOKENIZERS_PARALLELISM", default)
-    left = []
-    for job in jobs:
-        job = dataclasses.replace(job, parallelism=parallelism)
-        left.append(job.to_json())
-    if where == "here":
-        results = map(run_job, left)
-    else:
-        results = executor.map_jobs(where, run_job, left)
+    left = [dataclasses.replace(job, parallelism=parallelism) for job in jobs]
     label, unit = progress
     with stage.progress_bar(label, None, unit) as advance:
-        for n_done in results:
+        for n_done in executor.map_jobs(where, run_job, left):
             advance(n_done)
 
 
@@ -422,9 +415,8 @@ def split_row_groups(sizes: Sequence[int]) -> list[tuple[int, ...]]:
     return parts
 
 
-def run_tokenize_job(fields: dict[str, Any]) -> int:
+def run_tokenize_job(job: TokenizeJob) -> int:
     """Write the ids of each document, bos + ids + eos. Return the number of documents."""
-    job = TokenizeJob.from_json(fields)
     os.environ["TOKENIZERS_PARALLELISM"] = job.parallelism
     encoder = load_cached_tokenizer(job.tokenizer_path)
     file = pathlib.Path(job.corpus_path)
@@ -608,9 +600,8 @@ def split_stream(
     return ranges, streams
 
 
-def run_pack_job(fields: dict[str, Any]) -> int:
+def run_pack_job(job: PackJob) -> int:
     """Pack documents into one Arrow shard. Return the number of sequences."""
-    job = PackJob.from_json(fields)
     seq_len = job.layout.seq_len
     stream = job.stream
     parts = map(read_tokenized_documents, job.documents)

@@ -97,7 +97,7 @@ def prepare_corpus(
     text_sources = sources.parse_sources(section.sources)
     section_json = json.dumps(stage.to_jsonable(section))
     rules, index = open_rules(section_json)
-    executor.init_executor(section.executor)
+    executor.check_executor(section.executor)
     tokenizer = None
     if tokenizer_source != "train":
         tokenizer = tokenizers.load_tokenizer(tokenizer_source)
@@ -402,9 +402,8 @@ def split_source(source: sources.TextSource) -> Iterator[tuple[sources.TextSourc
         yield dataclasses.replace(source, files=tuple(files)), n_bytes
 
 
-def read_part(fields: dict[str, Any], advance: Advance = lambda n: None) -> int:
+def read_part(job: ReadJob, advance: Advance = lambda n: None) -> int:
     """Do a ReadJob and return the bytes of its texts."""
-    job = ReadJob.from_json(fields)
     is_streamed = job.source.kind == "hf"
     sampler = ByteLimitSampler(job.limit, is_streamed)
     unread = collections.Counter()
@@ -729,9 +728,8 @@ def make_judged_schema(rules: Sequence[filters.Rule]) -> pa.Schema:
     return pa.schema(fields)
 
 
-def judge_file(fields: dict[str, Any], advance: Advance = lambda n: None) -> int:
+def judge_file(job: JudgeJob, advance: Advance = lambda n: None) -> int:
     """Do a JudgeJob: write the verdicts beside the file. Return the number of documents."""
-    job = JudgeJob.from_json(fields)
     rules, _ = open_rules(job.section)
     file = pathlib.Path(f"{job.output_prefix}.arrow")
     repeats = None
@@ -763,7 +761,7 @@ def judge_file(fields: dict[str, Any], advance: Advance = lambda n: None) -> int
     files = [file]
     if find_rule(rules, NEAR) is not None:
         prefix = pathlib.Path(job.output_prefix)
-        files += dedup.write_signatures(prefix, signatures)
+        files.append(dedup.write_signatures(prefix, signatures))
     write_job_result(job, files)
     return n
 
@@ -1179,9 +1177,8 @@ def split_shards(sizes: np.ndarray, max_bytes: int, max_rows: int | None = None)
         bounds.append(end)
 
 
-def write_corpus_shard(fields: dict[str, Any], advance: Advance = lambda n: None) -> int:
+def write_corpus_shard(job: WriteJob, advance: Advance = lambda n: None) -> int:
     """Do a WriteJob and return the rows that it passed."""
-    job = WriteJob.from_json(fields)
     writer = ShardWriter(job)
     tables = writer.iterate_tables(advance)
     files = []

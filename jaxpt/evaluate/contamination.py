@@ -7,7 +7,7 @@ import functools
 import itertools
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
@@ -69,16 +69,14 @@ class ContaminationReport(Record):
     tasks: dict[str, TaskContamination]
 
 
-@dataclasses.dataclass(frozen=True)
-class ShardJob(Record):
+class ShardJob(NamedTuple):
     """A parquet file to look through."""
 
     file: str
     items: str  # JSON: [[task, id, text], ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class ShardOverlaps(Record):
+class ShardOverlaps(NamedTuple):
     """What a ShardJob found."""
 
     file: str
@@ -172,9 +170,9 @@ def find_overlaps(
             jobs.append(ShardJob(str(file), packed_items))
     found = {}
     total = sum(n_documents.values())
-    in_processes = n_bytes >= MIN_BYTES_FOR_PROCESSES
+    where = "local" if n_bytes >= MIN_BYTES_FOR_PROCESSES else "here"
     with stage.progress_bar("contamination", total, "documents") as advance:
-        for overlaps in map_shards(jobs, in_processes):
+        for overlaps in executor.map_jobs(where, find_shard_overlaps, jobs):
             found[overlaps.file] = overlaps.matches
             advance(overlaps.n_documents)
     first: dict[ItemKey, Match] = {}
@@ -184,20 +182,8 @@ def find_overlaps(
     return first, n_documents
 
 
-def map_shards(jobs: list[ShardJob], in_processes: bool) -> Iterator[ShardOverlaps]:
-    """Yield the overlaps of each shard as the jobs end."""
-    fields = [job.to_json() for job in jobs]
-    if in_processes:
-        answers = executor.map_jobs("local", find_shard_overlaps, fields)
-    else:
-        answers = map(find_shard_overlaps, fields)
-    for answer in answers:
-        yield ShardOverlaps.from_json(answer)
-
-
-def find_shard_overlaps(fields: dict[str, str]) -> dict[str, Any]:
-    """Look through one shard: ShardJob to ShardOverlaps, both as JSON."""
-    job = ShardJob.from_json(fields)
+def find_shard_overlaps(job: ShardJob) -> ShardOverlaps:
+    """Look through one shard."""
     index = build_item_index(job.items)
     found: dict[ItemKey, Match] = {}
     n_documents = 0
@@ -210,7 +196,7 @@ def find_shard_overlaps(fields: dict[str, str]) -> dict[str, Any]:
                 found.setdefault((item.task, item.id), (words, document))
         n_documents += batch.num_rows
     matches = tuple((*key, *match) for key, match in found.items())
-    return ShardOverlaps(job.file, n_documents, matches).to_json()
+    return ShardOverlaps(job.file, n_documents, matches)
 
 
 @functools.lru_cache(maxsize=1)
