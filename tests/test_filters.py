@@ -12,6 +12,7 @@ from conftest import ROOT
 
 from jaxpt.config import PrepareConfig
 from jaxpt.data import dedup, filters, prepare, rules
+from jaxpt.data.prepare import judge
 from jaxpt.data.sources import Document
 from jaxpt.spec import UserError
 
@@ -519,7 +520,7 @@ def test_a_corpus_made_with_a_custom_rule_is_another_when_the_rule_changes(
         own_rules(tmp_path, monkeypatch, "mine_run", code)
         monkeypatch.delitem(sys.modules, "mine_run", raising=False)
         filters.import_rule_module.cache_clear()
-        prepare.open_rules.cache_clear()
+        judge.open_rules.cache_clear()
         return PrepareConfig(
             sources=("web=jsonl:docs.jsonl",),
             rules=("mine_run:cake", "pii_email"),

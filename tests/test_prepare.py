@@ -25,6 +25,7 @@ from conftest import ROOT
 
 from jaxpt.config import PrepareConfig
 from jaxpt.data import benchmarks, decontaminate, dedup, language, prepare, sources, tokenizer
+from jaxpt.data.prepare import judge, read, rows, write
 from jaxpt.spec import Manifest, UserError
 
 ENGLISH = [
@@ -220,7 +221,7 @@ def test_the_preset_course_keeps_what_the_lesson_keeps_however_the_input_is_cut(
     for step, left in zip(funnel["steps"], [range(len(documents)), *expected], strict=True):
         assert step["kept"]["web"] == amounts(documents[i] for i in left), step["rule"]
 
-    monkeypatch.setattr(prepare, "JOB_BYTES", 700_000)
+    monkeypatch.setattr(read, "JOB_BYTES", 700_000)
     cuts = [0, 7, 4000, 4001, 11_000, len(documents)]
     (tmp_path / "parts").mkdir()
     for low, high in itertools.pairwise(cuts):
@@ -370,12 +371,12 @@ def test_two_runs_leave_the_same_bytes_under_the_same_names_and_nothing_else(tmp
     }
     for side in ("train", "heldout"):
         table = pq.read_table(tmp_path / f"one/corpus/{side}/docs-00000.parquet")
-        assert table.schema == prepare.CORPUS_SCHEMA
+        assert table.schema == rows.CORPUS_SCHEMA
         assert set(table["source"].to_pylist()) == {"docs"}
     for rule in rules:
         samples = pq.read_table(tmp_path / f"one/corpus/dropped/{rule}.parquet")
         assert (
-            samples.schema.names == [*prepare.CORPUS_SCHEMA.names, "reason"]
+            samples.schema.names == [*rows.CORPUS_SCHEMA.names, "reason"]
             and 0 < len(samples) <= 50
             and all(samples["reason"].to_pylist())
         )
@@ -419,8 +420,9 @@ COMMAND = """
 import sys, json, pathlib
 from jaxpt import config, stage
 from jaxpt.data import prepare
-prepare.JOB_BYTES = int(sys.argv[1])
-prepare.MAX_INLINE_BYTES = dict.fromkeys(prepare.MAX_INLINE_BYTES, int(sys.argv[2]))
+from jaxpt.data.prepare import jobs, read
+read.JOB_BYTES = int(sys.argv[1])
+jobs.MAX_INLINE_BYTES = dict.fromkeys(jobs.MAX_INLINE_BYTES, int(sys.argv[2]))
 section = json.loads(sys.argv[3])
 for key, value in section.items():
     section[key] = tuple(value) if isinstance(value, list) else value
@@ -441,9 +443,10 @@ def command(job_bytes: int, here_bytes: int, workdir: pathlib.Path, **knobs) -> 
     ]
 
 
-def counting(monkeypatch, *names: str) -> dict[str, int]:
+def counting(monkeypatch) -> dict[str, int]:
     """How many jobs of each kind are done from here on."""
-    done = dict.fromkeys(names, 0)
+    works = {read: "read_part", judge: "judge_file", write: "write_corpus_shard"}
+    done = dict.fromkeys(works.values(), 0)
 
     def counted(work):
         @functools.wraps(work)
@@ -453,8 +456,8 @@ def counting(monkeypatch, *names: str) -> dict[str, int]:
 
         return counts
 
-    for name in names:
-        monkeypatch.setattr(prepare, name, counted(getattr(prepare, name)))
+    for module, name in works.items():
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
     return done
 
 
@@ -485,9 +488,9 @@ def test_a_killed_run_goes_on_without_redoing_what_was_finished_and_ends_as_the_
         and not (work.parent / "manifest.json").exists()
     )
 
-    monkeypatch.setattr(prepare, "JOB_BYTES", 20_000)
+    monkeypatch.setattr(read, "JOB_BYTES", 20_000)
     n_jobs = len(list((work / "read_part").glob("*.arrow")))
-    done = counting(monkeypatch, "read_part", "judge_file", "write_corpus_shard")
+    done = counting(monkeypatch)
     # a file that is not as its job left it is made again
     victim = sorted((work / "judge_file").glob("*.arrow"))[2]
     victim.write_bytes(victim.read_bytes()[:-1])
@@ -652,7 +655,7 @@ def test_a_paragraph_of_an_earlier_kept_document_is_removed_one_of_a_dropped_one
         re.fullmatch(r"repeats web/run\.jsonl:\d+", reason) for reason in samples
     )
 
-    monkeypatch.setattr(prepare, "JOB_BYTES", 3000)
+    monkeypatch.setattr(read, "JOB_BYTES", 3000)
     (tmp_path / "cut").mkdir()
     cut = prepared(tmp_path / "cut/run", texts, **knobs)
     assert Manifest.load(cut / "corpus").outputs == Manifest.load(tmp_path / "run/corpus").outputs

@@ -13,13 +13,17 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxpt import stage
 from jaxpt.data import executor
 from jaxpt.spec import Record
 
+# Up to these bytes no other process is started: that would take longer.
+MAX_INLINE_BYTES = {"read_part": 2**27, "judge_file": 2**24, "write_corpus_shard": 2**28}
+
 Advance = Callable[[int], Any]  # how many units of the progress bar are done
+R = TypeVar("R", bound="JobResult")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,13 @@ class Job(Record):
 
     output_prefix: str = ""
     request: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JobResult(Record):
+    """What a finished job left; the base of each kind of result."""
+
+    files: tuple[str, ...]  # in order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,19 +62,21 @@ class JobRunner:
         self,
         work: Callable[..., int],
         jobs: Sequence[Job],
+        result_type: type[R],
         progress: tuple[str, str, int | None],
-        in_processes: bool,
+        n_bytes: int,
         n_threads: int = 1,
-    ) -> list[dict[str, Any]]:
+    ) -> list[R]:
         """Return the result of each job, in their order, of now or of a killed run.
 
         Args:
             work: does a job and returns how much of the progress unit it has done. The files that
                 it writes begin with the job's output_prefix.
             jobs: what `work` takes.
+            result_type: what each job leaves.
             progress: label, unit and total of the progress bar.
-            in_processes: use processes, if several jobs are left.
-            n_threads: of this process otherwise, for work that Arrow does.
+            n_bytes: what the jobs read, about; few are read in this process.
+            n_threads: of this process, for work that Arrow does.
         """
         directory = self.state_dir / work.__name__
         directory.mkdir(parents=True, exist_ok=True)
@@ -71,10 +84,10 @@ class JobRunner:
         for i, job in enumerate(jobs):
             prefix = directory / f"{i:06d}"
             requests.append(add_request(job, prefix))
-        left = [job for job in requests if read_job_result(job) is None]
+        left = [job for job in requests if read_job_result(job, result_type) is None]
         label, unit, total = progress
         with stage.progress_bar(f"prepare: {label}", total, unit) as advance:
-            if in_processes and len(left) > 1:
+            if n_bytes > MAX_INLINE_BYTES[work.__name__] and len(left) > 1:
                 for n_done in executor.map_jobs(self.executor, work, left):
                     advance(n_done)
             else:
@@ -83,7 +96,11 @@ class JobRunner:
                     return work(job, advance)
 
                 run_in_threads(work_here, left, n_threads)
-        return [load_job_result(job) for job in requests]
+        results = [read_job_result(job, result_type) for job in requests]
+        done = [result for result in results if result is not None]
+        if len(done) < len(jobs):
+            raise RuntimeError(f"{directory}: a job ended without a result.")
+        return done
 
 
 def run_in_threads(work: Callable[[Job], Any], jobs: Sequence[Job], n_threads: int) -> None:
@@ -103,39 +120,35 @@ def add_request(job: Job, prefix: pathlib.Path) -> Job:
 @functools.cache
 def fingerprint_program() -> str:
     """Return the fingerprint of what does the jobs: this directory's code and the packages."""
-    directory = pathlib.Path(__file__).parent
+    directory = pathlib.Path(__file__).parents[1]
     files = sorted(directory.rglob("*.py"))
     code = {str(file.relative_to(directory)): stage.sha256_file(file) for file in files}
     return stage.fingerprint([stage.package_versions(), code])
 
 
-def read_job_result(job: Job) -> dict[str, Any] | None:
+def read_job_result(job: Job, result_type: type[R]) -> R | None:
     """Return a finished job's result, if its files are there as it left them."""
     path = pathlib.Path(f"{job.output_prefix}.json")
-    result = stage.read_cached_result(path, job.request)
-    if not result:
+    found = stage.read_cached_result(path, job.request)
+    if not found:
         return None
-    for file, size in result["files"].items():
-        path = pathlib.Path(file)
-        if not path.is_file() or path.stat().st_size != size:
-            return None
+    result = result_type.from_json(found["result"], str(path))
+    if found["sizes"] != list_sizes(result):
+        return None
     return result
 
 
-def load_job_result(job: Job) -> dict[str, Any]:
-    """Return the result of a job that has just ended. Raise RuntimeError if it left none."""
-    result = read_job_result(job)
-    if result is None:
-        raise RuntimeError(f"{job.output_prefix}: the job ended without a result.")
-    return result
-
-
-def write_job_result(job: Job, files: Sequence[pathlib.Path], **result: Any) -> None:
-    """Record that a job is done: its files, which have their names, and its result."""
-    sizes = {str(file): file.stat().st_size for file in files}
-    record = {"request": job.request, "files": sizes, **result}
+def write_job_result(job: Job, result: JobResult) -> None:
+    """Record that a job is done and its files have their names."""
+    record = {"request": job.request, "sizes": list_sizes(result), "result": result.to_json()}
     path = pathlib.Path(f"{job.output_prefix}.json")
     stage.write_atomic(path, json.dumps(record))
+
+
+def list_sizes(result: JobResult) -> list[int]:
+    """Return the bytes of each file, -1 of one that is missing."""
+    files = map(pathlib.Path, result.files)
+    return [file.stat().st_size if file.is_file() else -1 for file in files]
 
 
 @contextlib.contextmanager
