@@ -14,6 +14,7 @@ import pytest
 
 from jaxpt.config import PrepareConfig
 from jaxpt.data import prepare, sources
+from jaxpt.data.sources import files, jsonl, source, text, warc
 from jaxpt.spec import Manifest, UserError
 
 STORY = {
@@ -273,7 +274,8 @@ LONG = [f"A line that says {i} and then {i * i}, so that it packs badly." for i 
 def test_what_cannot_be_read_stops_or_is_counted_by_name_and_the_rest_is_kept(
     tmp_path, monkeypatch, name, data, kept, n_unread, sentence
 ):
-    monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 2500)
+    for module in (source, text, jsonl, warc):
+        monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 2500)
     (tmp_path / name).write_bytes(data)
     kind = {"txt": "text", "parquet": "parquet"}.get(name.split(".")[1], "jsonl")
     if kind == "parquet":
@@ -366,11 +368,11 @@ def store(monkeypatch):
         "no_proxy": "127.0.0.1",
     }.items():
         monkeypatch.setenv(name, value)
-    sources.open_filesystem.cache_clear()
+    files.open_filesystem.cache_clear()
     client = boto3.client("s3", endpoint_url=endpoint)
     client.create_bucket(Bucket="crawl")
     yield lambda key, data: client.put_object(Bucket="crawl", Key=key, Body=data)
-    sources.open_filesystem.cache_clear()
+    files.open_filesystem.cache_clear()
     server.stop()
 
 

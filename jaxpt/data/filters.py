@@ -25,7 +25,8 @@ from typing import Any
 from jaxpt import stage
 from jaxpt.data import dedup, paragraphs, rules
 from jaxpt.data.rules import Text
-from jaxpt.data.sources import Document, first_error_line
+from jaxpt.data.sources import Document
+from jaxpt.data.sources.files import first_error_line
 from jaxpt.spec import UserError
 
 GOPHER_QUALITY = (

@@ -24,6 +24,7 @@ from jaxpt.data.prepare.jobs import (
     write_job_result,
 )
 from jaxpt.data.prepare.rows import READ_SCHEMA, ReadFile, open_arrow_writer, read_column
+from jaxpt.data.sources.source import find_kind
 from jaxpt.spec import Record, UserError
 
 JOB_BYTES = 2**23  # of text per file of rows, about
@@ -120,8 +121,7 @@ def split_source(source: sources.TextSource) -> Iterator[tuple[sources.TextSourc
 
 def read_part(job: ReadJob, advance: Advance = lambda n: None) -> int:
     """Do a ReadJob and return the bytes of its texts."""
-    is_streamed = job.source.kind == "hf"
-    sampler = ByteLimitSampler(job.limit, is_streamed)
+    sampler = ByteLimitSampler(job.limit, find_kind(job.source.kind).is_streamed)
     unread = collections.Counter()
     first = []
 

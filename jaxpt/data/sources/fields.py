@@ -1,0 +1,55 @@
+"""A document from a record's field, or from two: prompt+completion."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxpt.data.sources.source import Document
+from jaxpt.spec import UserError
+
+
+def try_document(id: str, record: dict[str, Any], fields: str, place: str) -> Document | UserError:
+    """Return the document of a record, or the error that `make_document` raises."""
+    try:
+        return make_document(id, record, fields, place)
+    except UserError as error:
+        return error
+
+
+def make_document(id: str, record: dict[str, Any], fields: str, place: str) -> Document:
+    """Return the document that a record's field, or its prompt+completion, makes.
+
+    Raises:
+        UserError: a field is missing or no text, or the completion is empty; it names the place.
+    """
+    *prompt, text = [get_text_field(record, field, place) for field in fields.split("+")]
+    if prompt and not text:
+        raise UserError(
+            f"{place}: its completion is empty, so there is nothing to learn from it. Remove the "
+            "record."
+        )
+    prompt_text = "".join(prompt)
+    return Document(id, prompt_text + text, len(prompt_text))
+
+
+def get_text_field(record: dict[str, Any], field: str, place: str) -> str:
+    """Return record[field]. Raise UserError, naming the place, if it is no text."""
+    if field not in record:
+        raise UserError(
+            f"{place}: has no field {field!r}; it has: {', '.join(record)}. Name the field that "
+            "holds the text after '#'."
+        )
+    text = record[field]
+    if not isinstance(text, str):
+        raise UserError(
+            f"{place}: field {field!r}: expected text, got {type(text).__name__}. Name another "
+            "field or mend the record."
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{place}: character {error.start + 1} is half of a surrogate pair, which is no text. "
+            "Mend or remove the record."
+        ) from None
+    return text
