@@ -14,7 +14,8 @@ import pytest
 
 from jaxpt.config import PrepareConfig
 from jaxpt.data import prepare, sources
-from jaxpt.data.sources import files, jsonl, source, text, warc
+from jaxpt.data.sources import files, jsonl, text, warc
+from jaxpt.data.sources import source as source_module
 from jaxpt.spec import Manifest, UserError
 
 STORY = {
@@ -274,7 +275,7 @@ LONG = [f"A line that says {i} and then {i * i}, so that it packs badly." for i 
 def test_what_cannot_be_read_stops_or_is_counted_by_name_and_the_rest_is_kept(
     tmp_path, monkeypatch, name, data, kept, n_unread, sentence
 ):
-    for module in (source, text, jsonl, warc):
+    for module in (source_module, text, jsonl, warc):
         monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 2500)
     (tmp_path / name).write_bytes(data)
     kind = {"txt": "text", "parquet": "parquet"}.get(name.split(".")[1], "jsonl")

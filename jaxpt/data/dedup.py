@@ -15,6 +15,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import hashlib
+import os
 import pathlib
 import string
 import tempfile
@@ -296,12 +297,19 @@ class SignatureStore(contextlib.ExitStack):
         """Return whether candidates a and b [m] are near, or in one group already, [m] bool."""
         is_alike = groups[a] == groups[b]
         open_pairs = np.flatnonzero(~is_alike)
-        # in the order of the file: what was read once is still in memory
+        # in the order of the file, so that what is read is near what was read before
         open_pairs = open_pairs[np.argsort(a[open_pairs])]
         for start in range(0, len(open_pairs), COMPARED_AT_ONCE):
             chunk = open_pairs[start : start + COMPARED_AT_ONCE]
-            # mapped again each time, so that what was read does not add up
-            stored = np.memmap(self.whole, np.uint32, "r", shape=(self.n, N_HASHES))
-            is_equal = stored[a[chunk]] == stored[b[chunk]]
+            is_equal = self.read_signatures(a[chunk]) == self.read_signatures(b[chunk])
             is_alike[chunk] = np.mean(is_equal, 1) >= MIN_SIMILARITY
         return is_alike
+
+    def read_signatures(self, candidates: np.ndarray) -> np.ndarray:
+        """Return [m, N_HASHES] uint32 of m candidates."""
+        # mapped into memory, the file's pages would add up
+        signatures = np.empty((len(candidates), N_HASHES), np.uint32)
+        file = self.whole.fileno()
+        for signature, candidate in zip(signatures, candidates.tolist(), strict=True):
+            os.preadv(file, [signature], candidate * signature.nbytes)
+        return signatures

@@ -23,8 +23,8 @@ from jaxpt.spec import UserError
 # Large arrays come and go. glibc keeps what is freed for the next one; without this, a twentieth
 # of the time goes into pages that the system clears again.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**28)}
-# Ray sends usage data home unless told not to before its import.
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
+# Before Ray's import: it sends usage data home, and prints the errors that nobody waits for.
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_IGNORE_UNHANDLED_ERRORS": "1"}
 RAY_OPTIONS = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
 IN_FLIGHT = 2  # jobs per core that are handed over: one that runs and one that waits
 
@@ -67,7 +67,7 @@ def check_executor(where: str) -> None:
     if not importlib.util.find_spec("ray"):
         raise UserError(
             f"prepare.executor: {where!r} needs Ray, which is not installed. "
-            "Run `pip install 'ray>=2.60'`, or use local."
+            "Run `pip install 'ray[client]>=2.60'`, or use local."
         )
     connect_ray(where)
 
