@@ -81,7 +81,7 @@ def test_no_worker_outlives_a_parent_that_ends(tmp_path, how):
     for worker in workers if how == signal.SIGINT else ():
         os.kill(worker, signal.SIGINT)
     run.send_signal(how)
-    complaints = run.communicate()[1]
+    complaints = run.communicate(timeout=60)[1]
     assert run.returncode == -how
     assert complaints.count("Traceback") == (how == signal.SIGINT)
     wait_until(lambda: not any(pathlib.Path(f"/proc/{worker}").exists() for worker in workers))
