@@ -311,5 +311,5 @@ class SignatureStore(contextlib.ExitStack):
         signatures = np.empty((len(candidates), N_HASHES), np.uint32)
         file = self.whole.fileno()
         for signature, candidate in zip(signatures, candidates.tolist(), strict=True):
-            os.preadv(file, [signature], candidate * signature.nbytes)
+            os.preadv(file, [signature.data], candidate * signature.nbytes)
         return signatures
