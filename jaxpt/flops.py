@@ -56,11 +56,8 @@ def count_matmul_params(spec: ModelSpec) -> int:
 
 def count_layer_matmul_params(spec: ModelSpec) -> int:
     """Return the parameters of one layer's matrices that one token uses."""
-    n_active = 0.0
-    for param in transformer.layer_params(spec).values():
-        if param.n_in:
-            n_active += param.size * param.active_frac
-    return round(n_active)
+    params = transformer.layer_params(spec).values()
+    return sum(param.n_active for param in params if param.n_in)
 
 
 # ---- on the devices of a run

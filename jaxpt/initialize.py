@@ -112,6 +112,6 @@ def describe_model(spec: ModelSpec) -> str:
     """Return a line with parameter count and sizes."""
     tied = ", tied" if spec.tie_embeddings else ""
     return (
-        f"{transformer.count_params(spec):,} parameters, {spec.n_layers} layers, D {spec.d_model}, "
+        f"{transformer.describe_params(spec)}, {spec.n_layers} layers, D {spec.d_model}, "
         f"F {spec.d_ff}, {spec.n_heads}/{spec.n_kv_heads} heads, V {spec.vocab_size:,}{tied}"
     )

@@ -7,6 +7,7 @@ derived from these descriptions. The axis letters are those of jaxpt/spec.py.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import zlib
 from collections.abc import Callable
@@ -15,9 +16,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Leading axes that number parameters of one kind: a layer's, an expert's. In Hugging Face's files
-# each has a tensor of its own.
+# As leading axes these number parameters of one kind: a layer's, an expert's. In Hugging Face's
+# files each has a tensor of its own.
 STACKED_AXES = ("layers", "experts")
+# Outputs along these axes are choices: such a matrix is a classifier, not a map of features.
+CLASS_AXES = ("vocab", "experts")
 
 
 class Init(NamedTuple):
@@ -81,7 +84,8 @@ class ParamSpec:
     @property
     def n_stacked(self) -> int:
         """Number of stacked axes."""
-        return sum(axis in STACKED_AXES for axis in self.axes)
+        stacked = itertools.takewhile(STACKED_AXES.__contains__, self.axes)
+        return len(list(stacked))
 
     @property
     def in_dims(self) -> tuple[int, ...]:
@@ -94,9 +98,19 @@ class ParamSpec:
         return tuple(range(self.n_stacked + self.n_in, len(self.shape)))
 
     @property
+    def is_classifier(self) -> bool:
+        """Whether it is a matrix whose outputs are scores of tokens or experts."""
+        return self.n_in > 0 and self.axes[-1] in CLASS_AXES
+
+    @property
     def size(self) -> int:
         """Number of entries."""
         return math.prod(self.shape)
+
+    @property
+    def n_active(self) -> int:
+        """Number of entries that one token uses."""
+        return round(self.size * self.active_frac)
 
     def stack(self, n_layers: int, hf_prefix: str) -> ParamSpec:
         """Return the parameter of all layers, given that of one."""
@@ -116,6 +130,7 @@ def matrix(
     *,
     n_in: int = 1,
     writes_residual: bool = False,
+    active_frac: float = 1.0,
 ) -> ParamSpec:
     """Return the weight of a linear map [...in, ...out]. It decays."""
     return ParamSpec(
@@ -126,6 +141,7 @@ def matrix(
         n_in=n_in,
         decays=True,
         writes_residual=writes_residual,
+        active_frac=active_frac,
     )
 
 

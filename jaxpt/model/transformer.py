@@ -321,6 +321,19 @@ def count_params(spec: ModelSpec) -> int:
     return sum(param.size for _, param in list_param_specs(param_specs(spec)))
 
 
+def count_active_params(spec: ModelSpec) -> int:
+    """Return the number of parameters that one token uses: all but those of experts not chosen."""
+    return sum(param.n_active for _, param in list_param_specs(param_specs(spec)))
+
+
+def describe_params(spec: ModelSpec) -> str:
+    """Return the number of parameters as text, with that of active ones where it is another."""
+    n_params = count_params(spec)
+    n_active = count_active_params(spec)
+    text = f"{n_params:,} parameters"
+    return text if n_active == n_params else f"{text} ({n_active:,} active per token)"
+
+
 def make_param_shardings(spec: ModelSpec, mesh: Mesh) -> dict[str, Any]:
     """Return a NamedSharding for every parameter."""
 

@@ -215,8 +215,9 @@ def format_plan(plan: TrainingPlan) -> str:
     model = plan.model
     if model and plan.tokens:
         step_tokens = model.batch_size * model.seq_len
+        size = transformer.describe_params(model.spec)
         lines += [
-            f"{model.n_params:,} parameters; {cost.abbreviate_count(plan.tokens)} tokens in all",
+            f"{size}; {cost.abbreviate_count(plan.tokens)} tokens in all",
             f"{step_tokens:,} tokens per step "
             f"({model.batch_size:,} sequences of {model.seq_len:,} tokens)",
             "",

@@ -58,13 +58,14 @@ def make_adamw(inputs: OptimizerInputs) -> optax.GradientTransformation:
 def make_muon(inputs: OptimizerInputs) -> optax.GradientTransformation:
     """Return Muon on the matrices of each layer and Adam on the rest.
 
-    Embedding, head, norms and biases stay with Adam (kellerjordan.github.io/posts/muon). Updates
-    are scaled to the size of Adam's, so that learning rate and decay keep their meaning.
+    Embedding, head and other classifiers, norms and biases stay with Adam
+    (kellerjordan.github.io/posts/muon). Updates are scaled to the size of Adam's, so that learning
+    rate and decay keep their meaning.
     """
     specs = inputs.specs
 
     def is_matrix(param: ParamSpec, leaf: Any) -> bool:
-        return param.is_layered and param.n_in > 0
+        return param.is_layered and param.n_in > 0 and not param.is_classifier
 
     def dimensions(param: ParamSpec, leaf: Any) -> MuonDimensionNumbers:
         return MuonDimensionNumbers(param.in_dims, param.out_dims)
