@@ -25,11 +25,13 @@ class FeedForward(NamedTuple):
         out: [B, T, D], added to the residual.
         activations: [B, T, F], before the projection down.
         losses: auxiliary losses by name, nats per token, weighted; none in a dense model.
+        scalars: what a step reports of the part by name, as the mean over layers.
     """
 
     out: Array
     activations: Array
-    losses: dict[str, Array]
+    losses: dict[str, Array] = {}
+    scalars: dict[str, Array] = {}
 
 
 def params(spec: ModelSpec, residual_scale: float) -> dict[str, ParamSpec]:
@@ -60,4 +62,4 @@ def apply(spec: ModelSpec, params: LayerParams, x: Array) -> FeedForward:
     up = linear("btd,df->btf", x, params["up"], params.get("up_bias"))
     activations = jax.nn.silu(gate) * up
     out = linear("btf,fd->btd", activations, params["down"], params.get("down_bias"))
-    return FeedForward(out, activations, {})
+    return FeedForward(out, activations)

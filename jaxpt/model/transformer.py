@@ -89,7 +89,7 @@ def forward(
     remat: str = "none",
     unroll: int = 1,
     backend: str = "xla",
-) -> tuple[Array, dict[str, Array]]:
+) -> tuple[Array, SideOutputs]:
     """Run tokens through the model.
 
     Args:
@@ -104,8 +104,8 @@ def forward(
         backend: of attention, as kernels.select.choose_backend returned.
 
     Returns:
-        Hidden states after the final norm, [B, T, D] in dtype, and auxiliary losses by name, summed
-        over layers (none in a dense model).
+        Hidden states after the final norm, [B, T, D] in dtype, and what the layers give beside it
+        (nothing in a dense model).
     """
 
     def attend_within(q: Array, k: Array, v: Array, window: int | None, state: Any) -> Any:
@@ -123,19 +123,21 @@ def forward_with(
     dtype: Any = jnp.float32,
     remat: str = "none",
     unroll: int = 1,
-) -> tuple[Array, dict[str, Array]]:
+) -> tuple[Array, SideOutputs]:
     """Run tokens through the model like `forward`, with the caller's attention."""
 
-    def keep_losses(before: Array, after: Array, inner: Intermediates, state: Any) -> Any:
-        return state, inner.losses
+    def keep_side_outputs(before: Array, after: Array, inner: Intermediates, state: Any) -> Any:
+        return state, SideOutputs(inner.losses, inner.scalars)
 
     x = embed_tokens(params, tokens, dtype)
     rope = compute_rope(spec, positions)
     blocks = params["blocks"]
-    x, _, losses = run_layers(
-        spec, blocks, x, rope, attend, observe=keep_losses, remat=remat, unroll=unroll
+    x, _, stacked = run_layers(
+        spec, blocks, x, rope, attend, observe=keep_side_outputs, remat=remat, unroll=unroll
     )
-    return final_norm(spec, params, x), jax.tree.map(jnp.sum, losses)
+    losses = jax.tree.map(jnp.sum, stacked.losses)
+    scalars = jax.tree.map(jnp.mean, stacked.scalars)
+    return final_norm(spec, params, x), SideOutputs(losses, scalars)
 
 
 def compute_logits(
@@ -166,6 +168,18 @@ def lm_head(spec: ModelSpec, params: Params, dtype: Any = jnp.float32) -> Array:
     return head.astype(dtype)
 
 
+class SideOutputs(NamedTuple):
+    """What the feed-forward parts of all layers give beside their output.
+
+    Attributes:
+        losses: auxiliary losses by name, nats per token, summed over layers.
+        scalars: to report, by name, means over layers.
+    """
+
+    losses: dict[str, Array]
+    scalars: dict[str, Array]
+
+
 class Intermediates(NamedTuple):
     """What a layer computes on its way. Under jit, what is not read is not kept.
 
@@ -175,6 +189,7 @@ class Intermediates(NamedTuple):
         mlp_input: [B, T, D], normed.
         activations: [B, T, F], before `down`.
         losses: auxiliary losses by name, nats per token.
+        scalars: of the feed-forward part, to report.
     """
 
     attention_input: Array
@@ -182,6 +197,7 @@ class Intermediates(NamedTuple):
     mlp_input: Array
     activations: Array
     losses: dict[str, Array]
+    scalars: dict[str, Array]
 
 
 # (q, k, v, window, state) -> (heads [B, T, N, H], state)
@@ -270,8 +286,8 @@ def run_layer(
     mlp_input = rms_norm(x, params["mlp_norm"], spec.norm_eps)
     found = feed_forward(spec).apply(spec, params, mlp_input)
     x = x + found.out
-    inner = Intermediates(attention_input, heads, mlp_input, found.activations, found.losses)
-    return x, inner, state
+    side = found.activations, found.losses, found.scalars
+    return x, Intermediates(attention_input, heads, mlp_input, *side), state
 
 
 def constrain_residual(x: Array) -> Array:

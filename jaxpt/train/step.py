@@ -36,6 +36,8 @@ SPIKE_WARMUP = 50
 # What a step reports: float32 scalars by name, `n_skipped` and `consecutive_skips` int32. A further
 # one needs no other line: it is logged, stored and plotted under its name.
 Scalars = dict[str, jax.Array]
+# (params, batch) -> (gradients of the summed loss, its sum in nats, side sums)
+GradientFunction = Callable[[Params, Batch], tuple[Params, jax.Array, Scalars]]
 
 
 def build_step(
@@ -66,7 +68,7 @@ def build_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            grads, loss_sum = sum_gradients(state.params, batch)
+            grads, loss_sum, side_sums = sum_gradients(state.params, batch)
         n_targets = jnp.sum(batch.loss_mask)
         multipliers = optimizer.lr_multiplier_tree(optim, spec, new_params)
         if multipliers:  # frozen weights are left out of the gradient norm too
@@ -90,6 +92,7 @@ def build_step(
             "lr": lr,
             "n_skipped": skips.n_skipped,  # since step 0
             "consecutive_skips": skips.consecutive_skips,  # this step included
+            **{name: per_token * total for name, total in side_sums.items()},
         }
         return TrainState(state.step + 1, params, opt_state, skips), scalars
 
@@ -155,8 +158,12 @@ def drop_frozen(grad: jax.Array, multiplier: jax.Array) -> jax.Array:
 
 def make_gradient_function(
     spec: ModelSpec, train: TrainConfig, seq_len: int, mesh: Mesh
-) -> Callable[[Params, Batch], tuple[Params, jax.Array]]:
-    """Return a function of (params, batch) -> (gradients of the summed loss, loss sum in nats)."""
+) -> GradientFunction:
+    """Return a function of (params, batch) -> (gradients of the summed loss, its sum, side sums).
+
+    The loss is in nats. The side sums are what the feed-forward parts report, times the number of
+    targets, so that their mean over micro-batches weighs each as the loss does.
+    """
     dtype = jnp.dtype(train.compute_dtype)
     # Unrolled, a CPU overlaps what a loop would run one after the other: 1.06 x on two cores
     # (benchmarks/train_step.py).
@@ -174,9 +181,9 @@ def make_gradient_function(
     chunk_tokens *= n_shards(mesh, "batch") * n_shards(mesh, "position")
     backend, _ = select.choose_backend(spec, make_attention_request(train, seq_len), mesh)
 
-    def sum_losses(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def sum_losses(params: Params, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, Scalars]]:
         inputs = batch.tokens, batch.segment_ids, batch.positions
-        hidden, losses = transformer.forward(
+        hidden, side = transformer.forward(
             spec, params, *inputs, dtype, train.remat, unroll, backend
         )
         head = transformer.lm_head(spec, params, dtype)
@@ -184,30 +191,38 @@ def make_gradient_function(
         objective, loss_sum = loss.cross_entropy(
             hidden, head, *targets, train.z_loss_weight, chunk_tokens
         )
-        if losses:
-            objective += jnp.sum(batch.loss_mask) * sum(losses.values())
-        return objective, loss_sum
+        n_targets = jnp.sum(batch.loss_mask)
+        if side.losses:
+            objective += n_targets * sum(side.losses.values())
+        side_sums = {name: n_targets * value for name, value in side.scalars.items()}
+        return objective, (loss_sum, side_sums)
 
     differentiate = jax.value_and_grad(sum_losses, has_aux=True)
 
-    def sum_gradients(params: Params, batch: Batch) -> tuple[Params, jax.Array]:
-        (_, loss_sum), grads = differentiate(params, batch)
-        return grads, loss_sum
-
-    def accumulate_gradients(params: Params, batch: Batch) -> tuple[Params, jax.Array]:
-        def add(sums: Any, micro_batch: Batch) -> tuple[Any, None]:
-            found = sum_gradients(params, micro_batch)
-            return jax.tree.map(jnp.add, sums, found), None
-
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), params)
-        initial = (zeros, jnp.float32(0))
-        micro_batches = split_micro_batches(batch, train.grad_accum_steps)
-        sums, _ = jax.lax.scan(add, initial, micro_batches)
-        return sums
+    def sum_gradients(params: Params, batch: Batch) -> tuple[Params, jax.Array, Scalars]:
+        (_, (loss_sum, side_sums)), grads = differentiate(params, batch)
+        return grads, loss_sum, side_sums
 
     if train.grad_accum_steps == 1:
         return sum_gradients
-    return accumulate_gradients
+    return accumulate_gradients(sum_gradients, train.grad_accum_steps)
+
+
+def accumulate_gradients(sum_gradients: GradientFunction, n_micro_batches: int) -> GradientFunction:
+    """Return a function that runs `sum_gradients` on one micro-batch after the other."""
+
+    def accumulate(params: Params, batch: Batch) -> tuple[Params, jax.Array, Scalars]:
+        def add(sums: Any, micro_batch: Batch) -> tuple[Any, Scalars]:
+            grads, loss_sum, side_sums = sum_gradients(params, micro_batch)
+            return jax.tree.map(jnp.add, sums, (grads, loss_sum)), side_sums
+
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), params)
+        initial = (zeros, jnp.float32(0))
+        micro_batches = split_micro_batches(batch, n_micro_batches)
+        (grads, loss_sum), side_sums = jax.lax.scan(add, initial, micro_batches)
+        return grads, loss_sum, jax.tree.map(jnp.sum, side_sums)
+
+    return accumulate
 
 
 def make_attention_request(train: TrainConfig, seq_len: int) -> AttentionRequest:
