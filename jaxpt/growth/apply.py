@@ -41,7 +41,11 @@ def compile_growth(growth: Growth, mesh: Mesh) -> Any:
         if gaps:
             predicted = predict.predict_layer_params(growth.spec, params["blocks"], gaps)
 
-        def grow(path: Path, param: ParamSpec, leaf: jax.Array) -> jax.Array:
+        def grow(path: Path, param: ParamSpec) -> jax.Array:
+            leaf = find_leaf(params, path)
+            if leaf is None:  # the parent has no such weight
+                key = param_key(growth.seed, path)
+                return param.init.draw(key, param.shape, params["embed"].dtype)
             mapping = growth.token_mapping
             if mapping and "vocab" in param.axes:
                 axis = param.axes.index("vocab")
@@ -51,10 +55,20 @@ def compile_growth(growth: Growth, mesh: Mesh) -> Any:
             scales = input_scales(growth, path, param)
             return LeafGrowth(growth, path, param).grow(leaf, scales)
 
-        return map_child_params(growth.child, grow, params)
+        return map_param_specs(grow, transformer.param_specs(growth.child))
 
     shardings = transformer.make_param_shardings(growth.child, mesh)
     return jit_growth(growth, make, mesh, shardings)
+
+
+def find_leaf(tree: Params, path: Path) -> Any:
+    """Return the leaf of a nested dict at a path, None if there is none."""
+    found: Any = tree
+    for name in path:
+        found = found.get(name)
+        if found is None:
+            return None
+    return found
 
 
 def jit_growth(growth: Growth, make: Callable, mesh: Mesh, shardings: Params) -> Any:
@@ -145,6 +159,7 @@ class LeafGrowth:
 
     def grow(self, leaf: jax.Array, scales: AxisScales) -> jax.Array:
         """Return the child's weight. Layers are made one at a time."""
+        leaf = self.add_axes(leaf)
         if self.is_stacked and not len(leaf):
             # a parent without layers: every layer is random, yet a gather needs one to point at
             leaf = jnp.zeros((1, *leaf.shape[1:]), leaf.dtype)
@@ -160,6 +175,13 @@ class LeafGrowth:
         if not self.is_stacked:
             return grow_layer(0)
         return jax.lax.map(grow_layer, jnp.arange(self.n_layers))
+
+    def add_axes(self, leaf: jax.Array) -> jax.Array:
+        """Return the parent's weight with every axis of the child's: a new one has size 1."""
+        parent_specs = transformer.param_specs(self.growth.spec)
+        parent: ParamSpec = find_leaf(parent_specs, self.path)
+        new = [i for i, axis in enumerate(self.param.axes) if axis not in parent.axes]
+        return jnp.expand_dims(leaf, new)
 
     def grow_layer(self, leaf: jax.Array, layer: Any, scales: AxisScales) -> jax.Array:
         """Return one layer of the child's weight."""

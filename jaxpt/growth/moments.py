@@ -111,7 +111,7 @@ def grow_moments(growth: Growth, tree: Params, policy: str, power: int, mesh: Me
     """Return Adam's moments of the child's gradients, from the parent's.
 
     What has no source (a random or predicted layer, an averaged embedding) starts at 0 under every
-    policy.
+    policy; a weight that the parent has not is left out.
 
     Args:
         growth: what became of the parent.

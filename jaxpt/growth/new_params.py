@@ -11,7 +11,8 @@ import numpy as np
 
 from jaxpt.growth.growth import NO_SOURCE, AxisFlags, Growth
 from jaxpt.growth.records import AxisRanges, NewParamsRecord
-from jaxpt.model.param import ParamSpec
+from jaxpt.model import transformer
+from jaxpt.model.param import ParamSpec, list_param_specs
 
 
 class NewParams(NamedTuple):
@@ -47,12 +48,19 @@ class NewParams(NamedTuple):
 def find_new_params(growth: Growth, before: AxisFlags | None = None) -> AxisFlags:
     """Return flags of the child's indices that have no source, or whose source occurred before.
 
+    Along an axis that the parent lacks, as a dense model lacks experts, every index is new.
+
     Args:
         growth: what became of the parent.
         before: flags of the parent, from an earlier operator of the same growth. An index made
             from a new one is new as well.
     """
     before = before or {}
+    parent_axes = {
+        axis
+        for _, param in list_param_specs(transformer.param_specs(growth.spec))
+        for axis in param.axes
+    }
     flags = {axis: old for axis, old in before.items() if axis not in growth.sources}
     for axis, source in growth.sources.items():
         if source.ndim == 2:  # chosen, not copied
@@ -60,7 +68,7 @@ def find_new_params(growth: Growth, before: AxisFlags | None = None) -> AxisFlag
         _, first_index = np.unique(source, return_index=True)
         is_new = np.ones(len(source), bool)
         is_new[first_index] = False
-        is_new |= source == NO_SOURCE
+        is_new |= (source == NO_SOURCE) | (axis not in parent_axes)
         if axis in before:
             was_new = before[axis]
             is_new |= was_new[np.maximum(source, 0)]

@@ -83,4 +83,7 @@ def plan_growth(text: str, parent: Parent) -> Growth:
         raise UserError(
             f"grow {text!r}: makes no new weights that noise could be added to. Leave noise out."
         )
-    return growth._replace(noise_std=float(noise), seed=seed)
+    # noise leaves the function as it is where it cancels, or where new layers write zeros
+    harmless = not noise or growth.divide_copies or bool(growth.zero_output_layers)
+    keeps = growth.preserves_function and harmless
+    return growth._replace(noise_std=float(noise), seed=seed, preserves_function=keeps)

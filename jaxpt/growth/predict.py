@@ -9,6 +9,7 @@ directions does harm that training has to undo.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,7 +57,10 @@ def predict_layer_params(spec: ModelSpec, blocks: Params, gaps: Sequence[int]) -
     predicted = {}
     with jax.default_matmul_precision("float32"):
         for name, leaf in blocks.items():
-            predicted[name] = predict_between(params[name], leaf, indices)
+            predict = functools.partial(predict_between, params[name], gaps=indices)
+            for _ in range(params[name].n_stacked - 1):  # each expert from its own neighbors
+                predict = jax.vmap(predict, in_axes=1, out_axes=1)
+            predicted[name] = predict(leaf)
     return predicted
 
 
