@@ -92,6 +92,9 @@ def get_config():
     c.model.rope_theta = 10000.0
     # Share embedding and output head; saves V x D parameters, good for small models.
     c.model.tie_embeddings = False
+    # ((name, value), ...) of further fields of ModelSpec (jaxpt/spec.py), such as (('family',
+    # 'qwen3'), ('qk_norm', True)).
+    c.model.fields = ()
 
     # ---- initialize: Where the initial weights come from.
     # random, a run or checkpoint directory, a Hugging Face directory, or hf:NAME.

@@ -160,6 +160,11 @@ class ModelConfig:
     tie_embeddings: bool = knob(
         False, "Share embedding and output head; saves V x D parameters, good for small models."
     )
+    fields: tuple[tuple[str, object], ...] = knob(
+        (),
+        "((name, value), ...) of further fields of ModelSpec (jaxpt/spec.py), such as "
+        "(('family', 'qwen3'), ('qk_norm', True)).",
+    )
 
 
 @section

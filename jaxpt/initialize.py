@@ -105,7 +105,12 @@ def make_random_spec(section: ModelConfig, vocab_size: int | None) -> ModelSpec:
             "first, or set it."
         )
     fields = {name: getattr(section, name) for name in RANDOM_SPEC_FIELDS.split()}
-    return ModelSpec(vocab_size=n_tokens, **fields)
+    fields["vocab_size"] = n_tokens
+    further = dict(section.fields)
+    for name in further:
+        if name in fields:
+            raise UserError(f"model.fields: {name} is a knob. Set model.{name}.")
+    return ModelSpec.from_json({**fields, **further}, "model.fields")
 
 
 def describe_model(spec: ModelSpec) -> str:
