@@ -235,6 +235,11 @@ class ModelSpec(Record):
         return "mlp"
 
     @property
+    def active_d_ff(self) -> int:
+        """Feed-forward channels of a layer that one token uses."""
+        return self.d_ff
+
+    @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """The settings of each layer."""
         kinds = []

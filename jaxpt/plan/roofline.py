@@ -195,8 +195,8 @@ def estimate_saved_activation_bytes(spec: ModelSpec, share: DeviceShare, remat: 
         "full": D,
         "offload": D,
         "minimal": D + mixed / n_tensor,
-        "dots": 2 * D + (mixed + qkv + 2 * spec.d_ff) / n_tensor,
-        "none": 6 * D + (2 * qkv + 4 * spec.d_ff) / n_tensor,
+        "dots": 2 * D + (mixed + qkv + 2 * spec.active_d_ff) / n_tensor,
+        "none": 6 * D + (2 * qkv + 4 * spec.active_d_ff) / n_tensor,
     }
     n_rows = spec.n_layers * share.microbatch_tokens
     return n_rows * widths[remat] * share.compute_bytes
@@ -219,7 +219,7 @@ def estimate_temporary_bytes(
     gradients = params_bytes
     if share.grad_accum_steps > 1:
         gradients *= 2
-    layer_width = 8 * spec.d_model + 5 * spec.d_ff / share.n_tensor
+    layer_width = 8 * spec.d_model + 5 * spec.active_d_ff / share.n_tensor
     layer = share.microbatch_tokens * layer_width * share.compute_bytes
     n_head_params = spec.d_model * spec.vocab_size
     head = n_head_params * (share.compute_bytes + 4) / share.n_tensor
@@ -263,7 +263,7 @@ def estimate_memory_traffic_bytes(
     n_params = count_params(spec)
     update = 8 * n_params * 4 / share.n_weight_shards
     weights = n_params / n_tensor * (5 * share.compute_bytes + 8)
-    sharded_width = 2 * count_qkv_width(spec) + 4 * spec.d_ff
+    sharded_width = 2 * count_qkv_width(spec) + 4 * spec.active_d_ff
     width = 6 * spec.d_model + sharded_width / n_tensor
     layer = 6 * width * share.compute_bytes
     if materializes_scores:
