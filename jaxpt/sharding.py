@@ -34,6 +34,9 @@ LOGICAL_AXIS_RULES = {
     "act_embed": None,
 }
 
+# of one dimension; a tuple: it is sharded over the mesh axes of all of them
+LogicalAxis = str | tuple[str, ...] | None
+
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Return the mesh of config.mesh over the devices (default: all of them).
@@ -78,18 +81,29 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(grid, MESH_AXES, axis_types=types)
 
 
-def logical_to_partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+def logical_to_partition_spec(axes: tuple[LogicalAxis, ...]) -> PartitionSpec:
     """Return the PartitionSpec of logical axes. An unknown name fails here, not in XLA."""
     mesh_axes = []
     for axis in axes:
         if axis is None:
             mesh_axes.append(None)
+        elif isinstance(axis, tuple):
+            mesh_axes.append(find_mesh_axes(*axis))
         elif axis in LOGICAL_AXIS_RULES:
             mesh_axes.append(LOGICAL_AXIS_RULES[axis])
         else:
             known = ", ".join(LOGICAL_AXIS_RULES)
             raise KeyError(f"sharding: no rule for logical axis {axis!r}; there are {known}")
     return PartitionSpec(*mesh_axes)
+
+
+def find_mesh_axes(*axes: str) -> tuple[str, ...]:
+    """Return the mesh axes that logical axes are sharded over, in order."""
+    found: list[str] = []
+    for axis in axes:
+        names = LOGICAL_AXIS_RULES[axis] or ()
+        found += [names] if isinstance(names, str) else names
+    return tuple(found)
 
 
 def make_logical_sharding(mesh: Mesh, axes: tuple[str | None, ...]) -> NamedSharding:
@@ -123,10 +137,7 @@ def n_shards(mesh: Mesh | AbstractMesh, axis: str) -> int:
 
 def n_shards_of_shape(shape: Mapping[str, int], axis: str) -> int:
     """Return the number of shards of a logical axis, given the mesh's sizes."""
-    names = LOGICAL_AXIS_RULES[axis] or ()
-    if isinstance(names, str):
-        names = (names,)
-    return math.prod(shape[name] for name in names)
+    return math.prod(shape[name] for name in find_mesh_axes(axis))
 
 
 def check_mesh_divides(

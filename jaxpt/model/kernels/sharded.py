@@ -1,23 +1,48 @@
-"""Run an attention kernel on each device's shard of a batch."""
+"""Run a function on each device's shards of its arguments, given their logical axes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax import Array
 
-from jaxpt.sharding import logical_to_partition_spec
+from jaxpt.sharding import LogicalAxis, find_mesh_axes, logical_to_partition_spec
 
 ATTENTION_OUTPUT = "attention_output"  # the name by which remat policies know it
+
+Axes = tuple[LogicalAxis, ...]  # of one array
 
 
 def shard_map_attention(local: Callable[..., Array]) -> Callable[..., Array]:
     """Return local(q, k, v, segment_ids) run by each device on its shard, if there is a mesh."""
+    queries: Axes = ("batch", "position", "heads", None)
+    keys: Axes = ("batch", "position", "kv_heads", None)
+    return shard_map_axes(local, [queries, keys, keys, ("batch", "position")], [queries])
+
+
+def shard_map_axes(
+    local: Callable[..., Any], in_axes: Sequence[Axes], out_axes: Sequence[Axes]
+) -> Callable[..., Any]:
+    """Return `local` run by each device on its shards, if there is a mesh.
+
+    Args:
+        local: of arrays; returns one array, or a tuple of several.
+        in_axes: logical axes of each argument.
+        out_axes: logical axes of each result.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return local
-    queries = logical_to_partition_spec(("batch", "position", "heads", None))
-    keys = logical_to_partition_spec(("batch", "position", "kv_heads", None))
-    ids = logical_to_partition_spec(("batch", "position"))
-    in_specs = (queries, keys, keys, ids)
-    return jax.shard_map(local, in_specs=in_specs, out_specs=queries, check_vma=False)
+    in_specs = tuple(map(logical_to_partition_spec, in_axes))
+    out_specs = tuple(map(logical_to_partition_spec, out_axes))
+    if len(out_specs) == 1:
+        (out_specs,) = out_specs
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def sum_over_shards(x: Array, *axes: str) -> Array:
+    """Return the sum over all shards of these logical axes, within `shard_map_axes`."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.psum(x, find_mesh_axes(*axes))
