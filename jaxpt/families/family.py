@@ -43,6 +43,11 @@ def is_positive(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < math.inf
 
 
+def is_not_negative(value: Any) -> bool:
+    """Return whether a JSON value is a finite number of at least 0."""
+    return type(value) in (int, float) and 0 <= value < math.inf
+
+
 def is_token_id(value: Any) -> bool:
     """Return whether a JSON value is a token id."""
     return type(value) is int and value >= 0
@@ -50,6 +55,7 @@ def is_token_id(value: Any) -> bool:
 
 SIZE = Kind("an integer of at least 1", is_size)
 POSITIVE = Kind("a number above 0", is_positive)
+NOT_NEGATIVE = Kind("a number of at least 0", is_not_negative)
 SWITCH = Kind("true or false", lambda value: type(value) is bool)
 TOKEN_ID = Kind("a token id", is_token_id)
 
