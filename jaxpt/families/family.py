@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxpt import families
 from jaxpt.families import rope
-from jaxpt.spec import ModelSpec, UserError
+from jaxpt.spec import ModelSpec, UserError, field_names
 
 HfConfig = dict[str, Any]  # a config.json
 
@@ -225,11 +225,27 @@ def refuse(path: pathlib.Path, key: str, supported: str, value: Any) -> UserErro
 def write_config(spec: ModelSpec, dtype: str) -> HfConfig:
     """Return config.json for a spec.
 
-    Rope and dtype are written in both layouts: a reader of the old one would otherwise silently
-    fall back to theta 10,000.
-
     Raises:
         UserError: the family's config.json cannot state a field of the spec.
+    """
+    config = make_config(spec, dtype)
+    name = find_unstated_field(spec, config)
+    if name is None:
+        return config
+    found = getattr(read_spec(config, pathlib.Path("config.json")), name)
+    able = [other for other in list_families() if can_state(spec.replace(family=other))]
+    hint = f"Set the spec's family to {able[0]}." if able else "No known family can."
+    raise UserError(
+        f"export: a {spec.family} config.json cannot state {name} = {getattr(spec, name)!r} "
+        f"({found!r} would be read back). {hint}"
+    )
+
+
+def make_config(spec: ModelSpec, dtype: str) -> HfConfig:
+    """Return what the spec's family can state of it.
+
+    Rope and dtype are written in both layouts: a reader of the old one would otherwise silently
+    fall back to theta 10,000.
     """
     family = find_family(spec)
     config: HfConfig = {
@@ -243,28 +259,21 @@ def write_config(spec: ModelSpec, dtype: str) -> HfConfig:
     config.update(rope.write_rope(spec))
     config.update(family.write_more(spec))
     config.update(dtype=dtype, torch_dtype=dtype, initializer_range=0.02, use_cache=True)
-    check_written(spec, config)
     return config
 
 
-def check_written(spec: ModelSpec, config: HfConfig) -> None:
-    """Raise UserError unless reading a written config gives the spec back."""
+def find_unstated_field(spec: ModelSpec, config: HfConfig) -> str | None:
+    """Return the first field that reading a written config does not give back, None if all are."""
     read_back = read_spec(config, pathlib.Path("config.json"))
-    for field in dataclasses.fields(ModelSpec):
-        value, found = getattr(spec, field.name), getattr(read_back, field.name)
-        if value != found:
-            able = [name for name in list_families() if can_state(spec.replace(family=name))]
-            hint = f"Set the spec's family to {able[0]}." if able else "No known family can."
-            raise UserError(
-                f"export: a {spec.family} config.json cannot state {field.name} = {value!r} "
-                f"({found!r} would be read back). {hint}"
-            )
+    for name in field_names(ModelSpec):
+        if getattr(spec, name) != getattr(read_back, name):
+            return name
+    return None
 
 
 def can_state(spec: ModelSpec) -> bool:
     """Return whether the spec's family can state all of it."""
     try:
-        write_config(spec, "float32")
+        return find_unstated_field(spec, make_config(spec, "float32")) is None
     except UserError:
         return False
-    return True
