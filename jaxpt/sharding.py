@@ -27,6 +27,7 @@ LOGICAL_AXIS_RULES = {
     "kv_heads": "tensor",
     "head": None,
     "mlp": "tensor",
+    "experts": None,  # each device runs all experts on its own tokens
     "norm": None,  # norms and biases are small: gathering them would cost more than replicating
     # activations
     "batch": ("replica", "fsdp"),

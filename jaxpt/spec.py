@@ -3,12 +3,14 @@
 Axis letters, used in every file and every error message:
     B batch          T query position   S key position    D model width    N query heads
     K kv heads       H head width       F ff width        V vocabulary     L layers
+    E experts
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 import types
 import typing
@@ -202,6 +204,11 @@ class ModelSpec(Record):
     qk_norm: bool = False  # Qwen3: RMSNorm over each head's q and k before rotation
     sliding_window: int | None = None  # positions that a query sees, itself included
     global_layers: tuple[int, ...] = ()  # layers that see all positions in spite of the window
+    n_experts: int = 0  # MLPs of d_ff channels that a layer chooses from; 0: one, dense
+    n_experts_per_token: int = 0
+    norm_topk_prob: bool = False  # the chosen experts' weights are divided by their sum
+    router_aux_loss_coef: float = 0.0  # of the load-balancing loss
+    router_z_loss_coef: float = 0.0  # of the squared log of the router's normalizer
     bos_id: int | None = 1
     eos_id: int | None = 2
 
@@ -228,16 +235,35 @@ class ModelSpec(Record):
                 f"model.d_head: expected an even number, got {self.d_head}: "
                 "rotary embedding rotates pairs of channels."
             )
+        self.check_experts()
+
+    def check_experts(self) -> None:
+        """Raise UserError for a mixture of experts that cannot be."""
+        self.check_size("n_experts", 0)
+        E, k = self.n_experts, self.n_experts_per_token
+        if not isinstance(k, int) or not min(E, 1) <= k <= E:
+            raise UserError(
+                f"model.n_experts_per_token: expected {min(E, 1)} to n_experts = {E}, got {k!r}."
+            )
+        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise UserError(f"model.{name}: expected a number of at least 0, got {value!r}.")
+        if E and self.mlp_bias:
+            raise UserError(
+                f"model.mlp_bias: expected false in a mixture of {E} experts, got true. "
+                "Experts have no biases."
+            )
 
     @property
     def feed_forward(self) -> str:
         """The module of jaxpt/model that is each layer's feed-forward part."""
-        return "mlp"
+        return "moe" if self.n_experts else "mlp"
 
     @property
     def active_d_ff(self) -> int:
         """Feed-forward channels of a layer that one token uses."""
-        return self.d_ff
+        return self.d_ff * max(self.n_experts_per_token, 1)
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:

@@ -24,6 +24,7 @@ RECIPES = {
     "course": "course.py",
     "llama3_8b-pod": "llama3_8b.py",
     "llama3_8b-h100": "llama3_8b.py:h100",
+    "moe_small-moe": "moe_small.py:moe",
     "quickstart-base": "quickstart.py",
     "quickstart-child": "quickstart.py:child",
     "three_models-general": "three_models.py",

@@ -67,6 +67,20 @@ CONFIGS = {
     "seed_oss, a bias at the output": lambda: transformers.SeedOssConfig(
         **SIZES, head_dim=None, attention_bias=False, attention_out_bias=True
     ),
+    "mixtral": lambda: transformers.MixtralConfig(
+        **SIZES, head_dim=8, num_local_experts=7, num_experts_per_tok=3
+    ),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+        **SIZES, head_dim=8, moe_intermediate_size=28, num_experts=7, num_experts_per_tok=3
+    ),
+    "qwen3_moe, renormalised": lambda: transformers.Qwen3MoeConfig(
+        **SIZES,
+        head_dim=8,
+        moe_intermediate_size=28,
+        num_experts=7,
+        num_experts_per_tok=3,
+        norm_topk_prob=True,
+    ),
     "qwen3, tied, biases": lambda: transformers.Qwen3Config(
         **SIZES, head_dim=8, tie_word_embeddings=True, attention_bias=True
     ),

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxpt.data import tokenizer
+from jaxpt.families import family
 from jaxpt.growth import measure, vocabulary
 from jaxpt.growth.growth import NO_SOURCE, AxisSources, Growth, Parent
 from jaxpt.growth.records import Measured
@@ -327,6 +328,64 @@ def resize_spec(name: str, spec: ModelSpec, sizes: Sizes) -> ModelSpec:
     d_ff = sizes.ff or spec.d_ff
     n_kv_heads = n_heads // group
     return spec.replace(d_model=d_model, d_ff=d_ff, n_heads=n_heads, n_kv_heads=n_kv_heads)
+
+
+# ---- experts
+
+
+@operator
+def upcycle(
+    parent: Parent, experts: int, top_k: int = 2, aux: float = 0.01, z: float = 0.001
+) -> Growth:
+    """Make each MLP a mixture of its copies, with a random router: exact. 2212.05055.
+
+    The copies learn apart as the router sends them other tokens; noise breaks the tie at once. aux
+    and z weigh the router's losses.
+    """
+    spec = parent.spec
+    call = f"upcycle(experts={experts}, top_k={top_k})"
+    if spec.n_experts:
+        raise UserError(
+            f"{call}: the model has {spec.n_experts} experts already. Use more_experts(m=2)."
+        )
+    check_minimum("upcycle", "experts", experts, 2)
+    child = spec.replace(
+        n_experts=experts,
+        n_experts_per_token=top_k,
+        norm_topk_prob=True,  # equal outputs then sum to one of them, whatever the router says
+        router_aux_loss_coef=aux,
+        router_z_loss_coef=z,
+    )
+    child = child.replace(family=find_mixture_family(call, child))
+    copies = np.zeros(experts, int)  # of the one that the parent has
+    return Growth(spec, child, {"experts": copies}, preserves_function=True)
+
+
+def find_mixture_family(call: str, child: ModelSpec) -> str:
+    """Return the first family whose config.json can state a mixture."""
+    for name in family.list_families():
+        if family.can_state(child.replace(family=name)):
+            return name
+    raise UserError(
+        f"{call}: no known family of mixtures has all that this {child.family} model has, such as "
+        "biases, so it could not be exported. Take another parent."
+    )
+
+
+@operator
+def more_experts(parent: Parent, m: int, top_k: int | None = None) -> Growth:
+    """Repeat all experts m times; exact if top_k grows m times as well. 2604.19835."""
+    spec = parent.spec
+    if not spec.n_experts:
+        raise UserError(f"more_experts(m={m}): the model has no experts. Use upcycle first.")
+    check_minimum("more_experts", "m", m, 2)
+    if top_k is None:
+        top_k = spec.n_experts_per_token
+    child = spec.replace(n_experts=m * spec.n_experts, n_experts_per_token=top_k)
+    sources = {"experts": np.tile(np.arange(spec.n_experts), m)}
+    # all copies of an expert are then chosen together, each with 1/m of its weight
+    is_exact = top_k == m * spec.n_experts_per_token
+    return Growth(spec, child, sources, preserves_function=is_exact)
 
 
 # ---- the vocabulary
