@@ -202,6 +202,7 @@ class ModelSpec(Record):
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False  # Qwen3: RMSNorm over each head's q and k before rotation
+    qk_norm_whole: bool = False  # OLMoE: that norm over all heads' channels together
     sliding_window: int | None = None  # positions that a query sees, itself included
     global_layers: tuple[int, ...] = ()  # layers that see all positions in spite of the window
     n_experts: int = 0  # MLPs of d_ff channels that a layer chooses from; 0: one, dense
@@ -235,6 +236,8 @@ class ModelSpec(Record):
                 f"model.d_head: expected an even number, got {self.d_head}: "
                 "rotary embedding rotates pairs of channels."
             )
+        if self.qk_norm_whole and not self.qk_norm:
+            raise UserError("model.qk_norm_whole: expected qk_norm with it, got none. Set qk_norm.")
         self.check_experts()
 
     def check_experts(self) -> None:

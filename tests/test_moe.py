@@ -23,6 +23,7 @@ from jaxpt.families import family
 from jaxpt.growth.growth import Parent
 from jaxpt.growth.parse import plan_growth
 from jaxpt.model import moe, transformer
+from jaxpt.model.param import list_param_specs
 from jaxpt.plan import flops
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.train import step
@@ -198,20 +199,25 @@ def test_muon_takes_each_expert_as_a_matrix_and_leaves_the_router_to_adam(one):
     [
         ({"family": "mixtral"}, 46_702_792_704, 12_879_925_248),
         ({"family": "qwen3_moe", "qk_norm": True}, 30_532_122_624, 3_353_032_704),
+        (
+            {"family": "olmoe", "qk_norm": True, "qk_norm_whole": True},
+            6_919_161_856,
+            1_282_017_280,
+        ),
     ],
 )
 def test_published_mixtures_have_their_parameters(fields, total, active):
-    sizes = (32, 4096, 14336, 32, 8, 128, 32_000)
-    experts = {"n_experts": 8, "n_experts_per_token": 2}
-    if fields["family"] == "qwen3_moe":
-        sizes = (48, 2048, 768, 32, 4, 128, 151_936)
-        experts = {"n_experts": 128, "n_experts_per_token": 8}
-    spec = ModelSpec(*sizes, **experts, **fields)
+    sizes, n_experts, k = {
+        "mixtral": ((32, 4096, 14336, 32, 8, 128, 32_000), 8, 2),
+        "qwen3_moe": ((48, 2048, 768, 32, 4, 128, 151_936), 128, 8),
+        "olmoe": ((16, 2048, 1024, 16, 16, 128, 50_304), 64, 8),
+    }[fields["family"]]
+    spec = ModelSpec(*sizes, n_experts=n_experts, n_experts_per_token=k, **fields)
     assert transformer.count_params(spec) == total
     assert transformer.count_active_params(spec) == active
-    lookup = spec.vocab_size * spec.d_model
-    norms = spec.d_model * (2 * spec.n_layers + 1) + 2 * spec.qk_norm * 128 * spec.n_layers
-    assert flops.count_matmul_params(spec) == active - lookup - norms
+    params = list_param_specs(transformer.param_specs(spec))
+    no_matrices = sum(param.size for _, param in params if not param.n_in)  # lookup and norms
+    assert flops.count_matmul_params(spec) == active - no_matrices
     assert f"({active:,} active per token)" in transformer.describe_params(spec)
 
 
@@ -237,6 +243,7 @@ def test_both_names_of_the_number_of_experts_are_read_and_written(tmp_path):
         ({"router_aux_loss_coef": -0.1}, "router_aux_loss_coef: expected a number of at least 0"),
         ({"router_z_loss_coef": float("nan")}, "router_z_loss_coef"),
         ({"mlp_bias": True}, "Experts have no biases"),
+        ({"qk_norm_whole": True}, "Set qk_norm"),
     ],
 )
 def test_a_mixture_that_cannot_be_is_refused(changes, answer):

@@ -81,6 +81,9 @@ CONFIGS = {
         num_experts_per_tok=3,
         norm_topk_prob=True,
     ),
+    "olmoe": lambda: transformers.OlmoeConfig(
+        **SIZES | {"hidden_size": 48}, num_experts=7, num_experts_per_tok=3
+    ),
     "qwen3, tied, biases": lambda: transformers.Qwen3Config(
         **SIZES, head_dim=8, tie_word_embeddings=True, attention_bias=True
     ),

@@ -45,9 +45,12 @@ def attention_params(spec: ModelSpec, residual_scale: float) -> dict[str, ParamS
         params["v_bias"] = bias((K, H), kv_heads, "self_attn.v_proj")
     if spec.out_bias:
         params["o_bias"] = bias((D,), ("norm",), "self_attn.o_proj", writes_residual=True)
-    if spec.qk_norm:
-        params["q_norm"] = norm_scale(H, "self_attn.q_norm", "head")
-        params["k_norm"] = norm_scale(H, "self_attn.k_norm", "head")
+    if spec.qk_norm_whole:
+        params["q_norm"] = norm_scale((N, H), "self_attn.q_norm", heads)
+        params["k_norm"] = norm_scale((K, H), "self_attn.k_norm", kv_heads)
+    elif spec.qk_norm:
+        params["q_norm"] = norm_scale((H,), "self_attn.q_norm", ("head",))
+        params["k_norm"] = norm_scale((H,), "self_attn.k_norm", ("head",))
     return params
 
 

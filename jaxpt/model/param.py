@@ -152,9 +152,11 @@ def bias(
     return ParamSpec(shape, axes, ZEROS, f"{hf_name}.bias", writes_residual=writes_residual)
 
 
-def norm_scale(width: int, hf_name: str, axis: str = "norm") -> ParamSpec:
+def norm_scale(
+    shape: tuple[int, ...], hf_name: str, axes: tuple[str, ...] = ("norm",)
+) -> ParamSpec:
     """Return the scale of an RMSNorm: ones, no decay."""
-    return ParamSpec((width,), (axis,), ONES, f"{hf_name}.weight")
+    return ParamSpec(shape, axes, ONES, f"{hf_name}.weight")
 
 
 # ---- nested dicts of ParamSpecs

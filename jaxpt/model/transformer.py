@@ -52,7 +52,7 @@ def param_specs(spec: ModelSpec) -> ParamSpecs:
             name: param.stack(spec.n_layers, "model.layers.{}.")
             for name, param in layer_params(spec).items()
         },
-        "norm": norm_scale(D, "model.norm"),
+        "norm": norm_scale((D,), "model.norm"),
     }
     if not spec.tie_embeddings:
         params["unembed"] = matrix((D, V), ("embed", "vocab"), D**-0.5, "lm_head")
@@ -64,9 +64,9 @@ def layer_params(spec: ModelSpec) -> dict[str, ParamSpec]:
     # every layer writes twice into the residual: the sum of 2L writes keeps its size (GPT-2)
     residual_scale = (2 * max(spec.n_layers, 1)) ** -0.5
     return {
-        "attn_norm": norm_scale(spec.d_model, "input_layernorm"),
+        "attn_norm": norm_scale((spec.d_model,), "input_layernorm"),
         **attention.attention_params(spec, residual_scale),
-        "mlp_norm": norm_scale(spec.d_model, "post_attention_layernorm"),
+        "mlp_norm": norm_scale((spec.d_model,), "post_attention_layernorm"),
         **feed_forward(spec).params(spec, residual_scale),
     }
 

@@ -1,0 +1,15 @@
+"""OLMoE (2409.02060): fine experts in every layer, RMSNorm over all of q and all of k."""
+
+from jaxpt.families.family import NOT_NEGATIVE, Family, Key
+from jaxpt.families.qwen3_moe import EXPERT_KEYS
+
+FAMILY = Family(
+    model_type="olmoe",
+    architecture="OlmoeForCausalLM",
+    keys=(
+        *EXPERT_KEYS,
+        Key("router_aux_loss_coef", "router_aux_loss_coef", NOT_NEGATIVE, 0.01),
+    ),
+    implied={"qk_norm": True, "qk_norm_whole": True},
+    fixed={"clip_qkv": (None,), "attention_bias": (False,)},
+)
