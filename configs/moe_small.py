@@ -4,7 +4,7 @@
          2.4M active
 `dense`  the same with one MLP of 512 channels in each layer: 2.4M parameters
 
-They read what `configs/quickstart.py` prepares and packs. A step of `moe` takes 1.0 to 1.1 times
+They read what `configs/quickstart.py` prepares and packs. A step of `moe` takes 1.0 to 1.2 times
 that of `dense` on two CPU cores, where each of them trains in about two minutes.
 
     jaxpt train --config configs/moe_small.py --workdir runs/moe
