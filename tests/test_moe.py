@@ -18,13 +18,12 @@ from test_session import assert_equal_ends, compiled, make_config, start, train_
 from test_session import train as train_session
 from test_train import SETTINGS, make_batch, make_state, put, train
 
-from jaxpt import config, sharding
+from jaxpt import config, flops, sharding
 from jaxpt.families import family
 from jaxpt.growth.growth import Parent
 from jaxpt.growth.parse import plan_growth
 from jaxpt.model import moe, transformer
 from jaxpt.model.param import list_param_specs
-from jaxpt.plan import flops
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.train import step
 
@@ -166,7 +165,8 @@ def test_a_step_reports_a_made_up_load():
 def test_the_losses_of_the_router_are_trained_and_reported(one):
     """With a coefficient that outweighs the data the loads level out."""
     spec = MIXTURE.replace(n_layers=1, router_aux_loss_coef=2.0)
-    now, run = make_state(one, spec=spec), step.build_step(spec, SETTINGS, one)
+    now = make_state(one, spec=spec)
+    run = step.build_step(spec, SETTINGS.train, SETTINGS.optim, SETTINGS.pack.seq_len, one)
     imbalance = []
     for i in range(12):
         now, scalars = run(now, put(make_batch(i), one))
@@ -181,7 +181,8 @@ def test_muon_takes_each_expert_as_a_matrix_and_leaves_the_router_to_adam(one):
     spec = MIXTURE.replace(n_layers=1)
     before = make_state(one, settings, spec)
     start = jax.device_get(before.params["blocks"]["down"])
-    now, scalars = step.build_step(spec, settings, one)(before, put(make_batch(0), one))
+    run = step.build_step(spec, settings.train, optim, settings.pack.seq_len, one)
+    now, scalars = run(before, put(make_batch(0), one))
     update = (np.asarray(now.params["blocks"]["down"]) - start) / float(scalars["lr"])
     for expert in update.reshape(-1, *update.shape[2:]):
         singular = np.linalg.svd(expert, compute_uv=False) / (0.2 * 24**0.5)
