@@ -28,6 +28,8 @@ import tempfile
 import time
 from collections.abc import Generator
 
+from jaxpt import io
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -77,9 +79,15 @@ def make_packed_sets(home: pathlib.Path, seq_len: int, gigabytes: float) -> None
     n_sequences = n_copies * source.n_sequences
     source = dataclasses.replace(source, n_sequences=n_sequences, shards=tuple(shards))
     counts = dataclasses.replace(counts, train={"prose": source}, heldout={})
-    outputs = {f"train/prose/{pack.INDEX_FILE}": stage.sha256_file(large / pack.INDEX_FILE)}
-    manifest = dataclasses.replace(manifest, counts=counts.to_json(), outputs=outputs)
-    stage.write_manifest(manifest, home / "large")
+    index_file = large / pack.INDEX_FILE
+    name = f"train/prose/{pack.INDEX_FILE}"
+    manifest = dataclasses.replace(
+        manifest,
+        counts=counts.to_json(),
+        outputs={name: io.sha256(index_file)},
+        sizes={name: index_file.stat().st_size},
+    )
+    io.write_json(home / "large/manifest.json", manifest)
 
 
 def read_memory(kind: str) -> int:
@@ -212,7 +220,7 @@ def main() -> None:
         first = run_part("first_batch", home, 0)
         speed = run_part("speed", home, arguments.sequences)
         step = run_part("step", home, 60)
-        counts = pack.PackCounts.from_json(Manifest.load(home / "large").counts)
+        counts = pack.PackCounts.from_json(stage.read_manifest(home / "large").counts)
         n_bytes = sum(shard.n_bytes for shard in counts.train["prose"].shards)
     seq_len = arguments.seq_len
     print(f"a set of {n_bytes / 1e9:.1f} GB, {first['n_sequences']:,} sequences of {seq_len:,}")

@@ -7,7 +7,7 @@ import json
 import pathlib
 from typing import Any
 
-from jaxpt import stage
+from jaxpt import io, stage
 from jaxpt.spec import Manifest, UserError
 from jaxpt.weights import checkpoint, hub
 
@@ -60,7 +60,7 @@ def format_lineage(directory: str | pathlib.Path, verify: bool = False) -> str:
             f"{directory}: has no manifest.json, so it was not exported by jaxpt or not copied "
             "completely: its lineage is not known."
         )
-    Manifest.load(directory)  # raises if it is missing
+    stage.read_manifest(directory)  # raises if it is missing
     notes: list[str] = []
     nodes = {node.key: node for node in read_lineage(directory, notes)}
     if notes:
@@ -226,16 +226,11 @@ def verify_node(node: LineageNode) -> str:
 
 def verify_files(directory: pathlib.Path, manifest: Manifest) -> None:
     """Raise UserError unless every file of a stage and its manifest are as they were written."""
-    damaged = stage.find_damaged_file(directory, manifest)
-    if damaged and not damaged.exists:
+    damage = io.find_damage(directory, verify=True)
+    if damage:
         raise UserError(
-            f"{directory / damaged.name}: missing, though the manifest names it. Copy it from "
-            "where the rest came from."
-        )
-    if damaged:
-        raise UserError(
-            f"{directory / damaged.name}: its checksum differs from the manifest's: changed since "
-            f"{manifest.created}. Get it again from where it came."
+            f"{directory / damage.name}: {damage.reason}, though the manifest of "
+            f"{manifest.created} names it. Get it again from where it came."
         )
     request = stage.request_fingerprint(
         manifest.stage, manifest.config, manifest.inputs, manifest.seed

@@ -9,9 +9,7 @@ Axis letters, used in every file and every error message:
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import pathlib
 import types
 import typing
 from collections.abc import Sequence
@@ -300,26 +298,6 @@ class ModelSpec(Record):
         """Return the spec with some fields changed."""
         return dataclasses.replace(self, **changes)
 
-    def save(self, path: pathlib.Path) -> None:
-        """Write spec.json."""
-        path.write_text(json.dumps(self.to_json(), indent=1) + "\n")
-
-    @classmethod
-    def load(cls, path: pathlib.Path) -> ModelSpec:
-        """Read spec.json. Raise UserError if it is missing or not a spec."""
-        try:
-            return cls.from_json(json.loads(path.read_text()))
-        except FileNotFoundError:
-            raise UserError(
-                f"{path}: not found. A run directory or checkpoint has a spec.json; "
-                f"is {path.parent} one?"
-            ) from None
-        except ValueError as error:
-            raise UserError(
-                f"{path}: not a model spec ({error}). "
-                "Restore it from another checkpoint of the same run."
-            ) from None
-
 
 class Batch(NamedTuple):
     """Packed sequences on their way into a model. Every field has shape [B, T].
@@ -352,6 +330,7 @@ class Manifest(Record):
         config: the settings that the result depends on.
         inputs: name -> {"path", "fingerprint"}; following the paths gives a model's lineage.
         outputs: file name -> sha256, for every file of the stage.
+        sizes: file name -> bytes, of the same files.
         counts: plain numbers and small tables for the report.
         tokenizer: the tokenizer's fingerprint, once there is one.
         seed: seed of the stage's randomness, if any.
@@ -365,31 +344,10 @@ class Manifest(Record):
     config: dict[str, Any]
     inputs: dict[str, dict[str, str]]
     outputs: dict[str, str]
+    sizes: dict[str, int]
     counts: dict[str, Any]
     tokenizer: str | None
     seed: int | None
     versions: dict[str, str]
     created: str
     seconds: float
-
-    @classmethod
-    def load(cls, directory: pathlib.Path) -> Manifest:
-        """Read the manifest of a finished stage. Raise UserError if it is missing or unreadable."""
-        path = pathlib.Path(directory) / "manifest.json"
-        try:
-            return cls.parse(path.read_bytes(), path)
-        except (FileNotFoundError, NotADirectoryError):
-            raise UserError(
-                f"{directory}: no manifest.json, so no stage has finished in this directory. "
-                "Run the stage that writes it first."
-            ) from None
-
-    @classmethod
-    def parse(cls, text: bytes, path: pathlib.Path | str) -> Manifest:
-        """Return the manifest in a file's bytes. Raise UserError if they hold none."""
-        try:
-            return cls.from_json(json.loads(text))
-        except ValueError as error:
-            raise UserError(
-                f"{path}: not a manifest ({error}). Delete its directory and run its stage again."
-            ) from None

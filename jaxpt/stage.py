@@ -1,14 +1,13 @@
 """Run stages: publish whole directories, skip or refuse, show progress, fail in one sentence.
 
-A stage is a directory in and a directory out. `run_stage` is its only way to write: into
-`OUT.partial`, which becomes `OUT` by one rename after manifest.json was written last. A stage that
-died therefore never looks finished, and finds its own partial work again when it is started again
-with the same inputs and config.
+A stage is a directory in and a directory out. `run_stage` is its only way to write: into the
+working directory OUT.partial, whose files become those of OUT by `io.publish`, manifest.json last.
+A stage that died therefore never looks finished, and finds its own work again when it is started
+with the same inputs and config. While it runs it holds OUT: a second start learns who does.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -21,23 +20,22 @@ import logging
 import os
 import pathlib
 import shlex
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-from jaxpt import logs
-from jaxpt.spec import Manifest, Record, UserError, encode_json
+from jaxpt import io, logs
+from jaxpt.spec import Manifest, ModelSpec, Record, UserError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 RECORDED_PACKAGES = "jaxpt jax flax optax orbax-checkpoint grain sentencepiece tokenizers"
 RECORDED_PACKAGES += " transformers pyarrow"
+REQUEST = ".request"  # in a working directory: the fingerprint of the request it serves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,16 +62,16 @@ class StageRequest:
 
 def run_stage(
     name: str,
-    out: pathlib.Path,
+    out: io.Path,
     work: Callable[[pathlib.Path], dict[str, Any]],
     *,
     config: Mapping[str, Any],
-    inputs: Mapping[str, pathlib.Path],
+    inputs: Mapping[str, io.Path],
     seed: int | None = None,
     tokenizer: str | None = None,
     replace: bool = False,
 ) -> Manifest:
-    """Call `work(partial_directory)` and publish the directory as `out`, unless it is done.
+    """Call `work(working_directory)` and publish the directory as `out`, unless it is done.
 
     Args:
         name: the stage.
@@ -85,87 +83,124 @@ def run_stage(
         inputs: name -> path of a stage, file or directory that is read.
         seed: seed of the stage's randomness.
         tokenizer: fingerprint of the tokenizer in use.
-        replace: overwrite the result of another config or other inputs.
+        replace: overwrite this stage's result of another config or other inputs.
 
     Raises:
-        UserError: `out` holds another result, and `replace` is not set.
+        UserError: `out` holds another result and `replace` is not set, or what no such stage
+            wrote; it is or holds an input; or another process is writing it.
     """
+    out = io.path(out)
+    io.check_output(out, inputs.values())
     found = {}
     for key, path in inputs.items():
         found[key] = {"path": str(path), "fingerprint": fingerprint_path(path)}
     request = StageRequest(name, config, found, seed)
     finished = find_finished(out, request, replace)
     if finished:
-        log.info(f"{name}: {out} is finished already, nothing to do")
         return finished
-
-    partial = open_partial(out, request.fingerprint)
-    start = time.monotonic()
-    counts = work(partial)
-    tokenizer = counts.pop("tokenizer", tokenizer)
-    (partial / ".request").unlink()
-    manifest = make_manifest(
-        request,
-        outputs=hash_files(partial),
-        counts=counts,
-        tokenizer=tokenizer,
-        seconds=time.monotonic() - start,
-    )
-    write_manifest(manifest, partial)
-    if out.exists():
-        shutil.rmtree(out)
-    partial.rename(out)
+    with io.hold(out) as lock:
+        io.finish_publishing(out)
+        finished = find_finished(out, request, replace)
+        if finished:
+            return finished
+        check_replaceable(out, request, replace)
+        working = open_working(out, request)
+        start = time.monotonic()
+        counts = work(working)
+        manifest = make_manifest(
+            request,
+            sealed=io.seal(working, [REQUEST]),
+            tokenizer=counts.pop("tokenizer", tokenizer),
+            counts=counts,
+            seconds=time.monotonic() - start,
+        )
+        lock.check()
+        io.publish(working, out, manifest.to_json())
     return manifest
 
 
-def find_finished(out: pathlib.Path, request: StageRequest, replace: bool) -> Manifest | None:
-    """Return the manifest of `out` if it is the requested work; raise if it is other work."""
-    if (out / "manifest.json").exists():
-        manifest = Manifest.load(out)
-        there = request_fingerprint(manifest.stage, manifest.config, manifest.inputs, manifest.seed)
-        if there == request.fingerprint:
-            return manifest
-        if not replace:
-            raise UserError(
-                f"{request.name}: {out} holds the result of "
-                f"{describe_difference(manifest, request)}. "
-                "Give another --workdir, or --replace."
-            )
-    elif out.exists() and any(out.iterdir()) and not replace:
+def find_finished(out: io.Path, request: StageRequest, replace: bool) -> Manifest | None:
+    """Return the manifest of `out` if it is the requested work, and log that it is.
+
+    Raises:
+        UserError: it is the requested work, but damaged, and is not to be replaced.
+    """
+    if not io.exists(out / "manifest.json"):
+        return None
+    manifest = read_manifest(out)
+    there = request_fingerprint(manifest.stage, manifest.config, manifest.inputs, manifest.seed)
+    if there != request.fingerprint:
+        return None
+    damage = io.find_damage(out)
+    if damage is None:
+        log.info(f"{request.name}: {out} is finished already, nothing to do")
+        return manifest
+    if not replace:
         raise UserError(
-            f"{request.name}: {out} holds files that no stage wrote (no manifest.json). "
-            "Move them away, give another --workdir, or --replace."
+            f"{request.name}: {out} was finished, but {io.printable(damage.name)} "
+            f"{damage.reason}. Copy it from where there is another, or make all anew by --replace."
         )
     return None
 
 
-def open_partial(out: pathlib.Path, request: str) -> pathlib.Path:
-    """Return OUT.partial, emptied unless an equal request left it."""
-    partial = out.with_name(out.name + ".partial")
-    marker = partial / ".request"
-    is_ours = marker.exists() and marker.read_text() == request
-    if partial.exists() and not is_ours:
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True, exist_ok=True)
-    marker.write_text(request)
-    return partial
+def check_replaceable(out: io.Path, request: StageRequest, replace: bool) -> None:
+    """Raise UserError if `out` holds what this start may not overwrite; log what it overwrites."""
+    if not io.exists(out / "manifest.json"):
+        if io.size(out) is not None or io.list_files(out):
+            raise UserError(
+                f"{request.name}: {out} holds files that no stage wrote (no manifest.json). "
+                "Move them away, or give another --workdir."
+            )
+        return
+    manifest = read_manifest(out)
+    if not replace:
+        raise UserError(
+            f"{request.name}: {out} holds the result of {describe_difference(manifest, request)}. "
+            "Give another --workdir, or --replace."
+        )
+    if manifest.stage != request.name:
+        raise UserError(
+            f"{request.name}: {out} holds the result of {manifest.stage}, and --replace overwrites "
+            f"only what {request.name} wrote. Move it away, or give another directory."
+        )
+    n_bytes = sum(manifest.sizes.values())
+    log.info(
+        f"{request.name}: replacing the {len(manifest.sizes):,} files ({n_bytes / 1e6:,.1f} MB) "
+        f"that {manifest.created} left in {out}"
+    )
+
+
+def open_working(out: io.Path, request: StageRequest) -> pathlib.Path:
+    """Return the working directory of `out`, emptied unless an equal request left it."""
+    working = io.working_directory(out)
+    marker = working / REQUEST
+    try:
+        is_ours = io.read_text_if_there(marker) == request.fingerprint
+    except UserError:
+        is_ours = False
+    if not is_ours:
+        io.remove_working(working)
+        io.write_text(marker, request.fingerprint)
+    return working
 
 
 def make_manifest(
     request: StageRequest,
     *,
-    outputs: dict[str, str],
+    sealed: Mapping[str, io.SealedFile],
     counts: dict[str, Any],
     tokenizer: str | None,
     seconds: float,
 ) -> Manifest:
-    """Return the manifest of a stage that did what was requested."""
+    """Return the manifest of a stage that did what was requested and wrote the sealed files."""
+    outputs = {name: file.checksum for name, file in sealed.items()}
     return Manifest(
         stage=request.name,
         fingerprint=fingerprint([request.fingerprint, outputs]),
         config=to_jsonable(request.config),
         inputs=dict(request.inputs),
         outputs=outputs,
+        sizes={name: file.n_bytes for name, file in sealed.items()},
         counts=to_jsonable(counts),
         tokenizer=tokenizer,
         seed=request.seed,
@@ -181,25 +216,43 @@ def now() -> str:
     return instant.isoformat(timespec="seconds")
 
 
-def write_manifest(manifest: Manifest, directory: pathlib.Path) -> None:
-    """Write manifest.json, whole or not at all."""
-    write_json_atomic(directory / "manifest.json", manifest)
+def read_manifest(directory: io.Path) -> Manifest:
+    """Return the manifest of a finished stage. Raise UserError if it is missing or unreadable."""
+    file = directory / "manifest.json"
+    try:
+        return parse_manifest(io.read_bytes(file), file)
+    except io.MissingFileError:
+        raise UserError(
+            f"{directory}: no manifest.json, so no stage has finished in this directory. "
+            "Run the stage that writes it first."
+        ) from None
 
 
-def write_json_atomic(path: pathlib.Path, value: Any) -> None:
-    """Write a record or plain value as JSON, whole or not at all."""
-    text = json.dumps(encode_json(value), indent=1)
-    write_atomic(path, f"{text}\n")
+def parse_manifest(data: bytes, where: io.Path | str) -> Manifest:
+    """Return the manifest in a file's bytes. Raise UserError if they hold none."""
+    try:
+        return Manifest.from_json(json.loads(data))
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{where}: not a manifest ({io.printable(error)}). Move its directory away and run "
+            "its stage again."
+        ) from None
 
 
-def write_atomic(path: pathlib.Path, text: str) -> None:
-    """Write a small file so that a reader finds the old one or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+def read_spec(file: io.Path) -> ModelSpec:
+    """Return the architecture in spec.json. Raise UserError if it is missing or not a spec."""
+    try:
+        return ModelSpec.from_json(io.read_json(file))
+    except io.MissingFileError:
+        raise UserError(
+            f"{file}: not found. A run directory or checkpoint has a spec.json; "
+            f"is {file.parent} one?"
+        ) from None
+    except UserError as error:
+        raise UserError(
+            f"{file}: not a model spec ({error}). "
+            "Restore it from another checkpoint of the same run."
+        ) from None
 
 
 def check_output_path(to: pathlib.Path | None, example: str) -> pathlib.Path | None:
@@ -220,23 +273,22 @@ def check_output_path(to: pathlib.Path | None, example: str) -> pathlib.Path | N
             f"--to {to}: is a directory. Name the file to write, such as {to / example}."
         )
     try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=to.parent):
-            pass
-    except OSError as error:
+        io.check_writable(to.parent)
+    except io.FileError as error:
+        reason = os.strerror(error.errno or errno.EIO)
         raise UserError(
-            f"--to {to}: cannot be written ({error.strerror}). Name a file in a directory of yours."
+            f"--to {to}: cannot be written ({reason}). Name a file in a directory of yours."
         ) from None
     return to
 
 
-def read_cached_result(path: pathlib.Path | None, request: str) -> dict[str, Any] | None:
+def read_cached_result(path: io.Path | None, request: str) -> dict[str, Any] | None:
     """Return a result file's content if it answers this request (its key "request"), else None."""
     if path is None:
         return None
     try:
-        found = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        found = io.read_json(path)
+    except io.FileError:
         return None
     if isinstance(found, dict) and found.get("request") == request:
         return found
@@ -252,26 +304,15 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def fingerprint_path(path: pathlib.Path) -> str:
+def fingerprint_path(path: io.Path) -> str:
     """Return a stage's manifest's fingerprint, or the hash of a file or of a directory's files."""
-    path = pathlib.Path(path)
-    if (path / "manifest.json").exists():
-        return Manifest.load(path).fingerprint
-    if path.is_file():
-        return sha256_file(path)[:16]
-    if not path.exists():
+    if io.exists(path / "manifest.json"):
+        return read_manifest(path).fingerprint
+    if io.size(path) is not None:
+        return io.sha256(path)[:16]
+    if not io.exists(path):
         raise UserError(f"{path}: not found. Check the path, or run the stage that writes it.")
-    return fingerprint(hash_files(path))
-
-
-def hash_files(directory: pathlib.Path) -> dict[str, str]:
-    """Return relative name -> sha256 of every file below a directory."""
-    hashes = {}
-    for file in sorted(directory.rglob("*")):
-        if file.is_file():
-            name = str(file.relative_to(directory))
-            hashes[name] = sha256_file(file)
-    return hashes
+    return fingerprint({name: io.sha256(path / name) for name in io.list_files(path)})
 
 
 def request_fingerprint(
@@ -318,34 +359,6 @@ def first_difference(there: Any, asked: Any, at: str = "") -> tuple[str, Any, An
             if one != other:
                 return first_difference(one, other, f"{at}[{i}]")
     return at, there, asked
-
-
-def sha256_file(path: pathlib.Path) -> str:
-    """Return the sha256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class DamagedFile(NamedTuple):
-    """A file of a stage that is missing or differs from its checksum."""
-
-    name: str
-    exists: bool
-
-
-def find_damaged_file(directory: pathlib.Path, manifest: Manifest) -> DamagedFile | None:
-    """Return the first file of a stage that differs from its checksum; None if all are whole."""
-
-    def is_whole(name: str) -> bool:
-        path = directory / name
-        return path.is_file() and sha256_file(path) == manifest.outputs[name]
-
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing frees the GIL
-        checks = list(pool.map(is_whole, manifest.outputs))
-    for name, whole in zip(manifest.outputs, checks, strict=True):
-        if not whole:
-            return DamagedFile(name, (directory / name).is_file())
-    return None
 
 
 def to_jsonable(value: Any) -> Any:
@@ -464,9 +477,6 @@ class LineWriter:
         sys.stderr.flush()
 
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
 def entry_point(main: Callable[[], None]) -> None:
     """Run a command's main. A UserError becomes one sentence on stderr and exit status 1."""
     logs.set_up_logging()
@@ -477,23 +487,13 @@ def entry_point(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # whoever read our output (head, less) has gone
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
-    except OSError as error:
-        if not is_disk_full(error):
-            raise
-        sys.exit(
-            f"error: the disk is full ({str(error)[:300]}). What was finished before is whole; "
-            "make room and run the same command again."
-        )
+    except OSError as error:  # a library's own reading or writing
+        log.debug("an error of the system", exc_info=True)
+        where = error.filename or "this machine"
+        sys.exit(f"error: {io.file_error(error, 'read or written', where)}")
     except KeyboardInterrupt:
         log.info("interrupted; finished work is kept, run the same command again to continue")
         sys.exit(130)
-
-
-def is_disk_full(error: OSError) -> bool:
-    """Return whether an error means that no space is left."""
-    # what copies whole directories (shutil.Error) has the reason only in its text
-    reasons = map(os.strerror, DISK_FULL)
-    return error.errno in DISK_FULL or any(reason in str(error) for reason in reasons)
 
 
 def use_large_pages() -> None:
@@ -513,11 +513,16 @@ def use_large_pages() -> None:
         os.execv(sys.executable, sys.orig_argv)
 
 
-def local_path(text: str | pathlib.Path) -> pathlib.Path:
-    """Return a path on this machine's disks or mounts. Raise UserError for an object-store URL."""
-    if "://" in str(text):
-        raise UserError(
-            f"{text}: stages write to disks and mounted buckets only. "
-            "Mount it (gcsfuse, s3fs) and give the mount point."
-        )
-    return pathlib.Path(text).expanduser()
+def local_path(text: str | io.Path) -> pathlib.Path:
+    """Return a path on this machine's disks or mounts, for what reads and writes no bucket yet.
+
+    Raises:
+        UserError: it is a bucket's.
+    """
+    path = io.path(text)
+    if isinstance(path, pathlib.Path):
+        return path
+    raise UserError(
+        f"{text}: stages write to disks and mounted buckets only. "
+        "Mount it (gcsfuse, s3fs) and give the mount point."
+    )

@@ -326,16 +326,14 @@ def write_manifest(out, name, inputs, counts, seconds):
         for key, path in inputs.items()
     }
     out.mkdir(parents=True, exist_ok=True)
-    stage.write_manifest(
-        stage.make_manifest(
-            stage.StageRequest(name, {"of": out.name}, given, 0),
-            outputs={},
-            counts=counts,
-            tokenizer=None,
-            seconds=seconds,
-        ),
-        out,
+    manifest = stage.make_manifest(
+        stage.StageRequest(name, {"of": out.name}, given, 0),
+        sealed={},
+        counts=counts,
+        tokenizer=None,
+        seconds=seconds,
     )
+    write_json(out / "manifest.json", manifest.to_json())
 
 
 def write_data(workdir):

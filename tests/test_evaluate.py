@@ -577,16 +577,14 @@ def test_items_that_stand_in_the_corpus_are_counted_and_the_score_is_given_witho
             if source
             else {}
         )
-        stage.write_manifest(
-            stage.make_manifest(
-                stage.StageRequest(stage_name, {}, inputs, 0),
-                outputs={},
-                counts={},
-                tokenizer=None,
-                seconds=1.0,
-            ),
-            out,
+        manifest = stage.make_manifest(
+            stage.StageRequest(stage_name, {}, inputs, 0),
+            sealed={},
+            counts={},
+            tokenizer=None,
+            seconds=1.0,
         )
+        (out / "manifest.json").write_text(json.dumps(manifest.to_json()))
     with_all = harness.evaluate_model(export, ["winogrande"], limit=7, data_dir=data_dir)
     found = with_all["contamination"]
     assert (found["corpora"], found["unknown"]) == ({str(corpus): 4}, [])

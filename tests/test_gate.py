@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_weights import stories260k
 
-from jaxpt import sharding, stage
+from jaxpt import io, sharding, stage
 from jaxpt.config import Config, MeshConfig, MixtureConfig, OptimConfig, PackConfig, TrainConfig
 from jaxpt.data import loader, pack
 from jaxpt.evaluate import likelihood
@@ -88,19 +88,14 @@ def pack_documents(
             shard = pack.write_sequences(rows, out / "data-00000.arrow", layout)
             text = pack.TokenizeResult(len(ids), n_bytes)
             counts[split][name] = pack.gather_shards([text], [shard], out, layout).to_json()
-    outputs = {
-        str(file.relative_to(directory)): stage.sha256_file(file) for file in directory.rglob("*.*")
-    }
-    stage.write_manifest(
-        stage.make_manifest(
-            stage.StageRequest("pack", {}, {}),
-            outputs=outputs,
-            counts=counts,
-            tokenizer=tokenizer,
-            seconds=0,
-        ),
-        directory,
+    manifest = stage.make_manifest(
+        stage.StageRequest("pack", {}, {}),
+        sealed=io.seal(directory),
+        counts=counts,
+        tokenizer=tokenizer,
+        seconds=0,
     )
+    io.write_json(directory / "manifest.json", manifest)
     return directory
 
 

@@ -15,7 +15,8 @@ from conftest import ROOT
 
 from jaxpt import cluster
 from jaxpt.cli import main
-from jaxpt.spec import Manifest, UserError
+from jaxpt.spec import UserError
+from jaxpt.stage import read_manifest
 from jaxpt.train.metrics import read_metrics
 from jaxpt.weights import checkpoint
 
@@ -145,7 +146,7 @@ def test_processes_with_other_packed_data_under_one_name_end_before_the_first_st
     for name in ("one", "two"):
         shutil.copytree(home / "base", home / name / "base")
     manifest = home / "two/base/packed/manifest.json"
-    fingerprint = Manifest.load(home / "two/base/packed").fingerprint
+    fingerprint = read_manifest(home / "two/base/packed").fingerprint
     manifest.write_text(manifest.read_text().replace(fingerprint, "0123456789abcdef"))
     port = free_port()
     for process in [

@@ -20,10 +20,10 @@ import pytest
 from hypothesis import given, settings, strategies
 from test_tokenizer import asking, english_and_code, write_corpus
 
-from jaxpt import stage
+from jaxpt import io, stage
 from jaxpt.config import PackConfig
 from jaxpt.data import pack, tokenizer
-from jaxpt.spec import Manifest, UserError
+from jaxpt.spec import UserError
 
 SEQ_LEN = 96
 
@@ -330,7 +330,7 @@ def test_sequences_are_the_same_from_several_processes_and_on_ray(where, workdir
         shutil.copytree(workdir / part, tmp_path / "other" / part)
     output = packing_process(where, tmp_path / "other").communicate()[0]
     assert "JOBS [3, 3]" in output, output
-    assert Manifest.load(tmp_path / "other/packed").outputs == once.outputs
+    assert stage.read_manifest(tmp_path / "other/packed").outputs == once.outputs
 
 
 @pytest.mark.slow
@@ -353,7 +353,7 @@ def test_killed_at_any_moment_with_its_processes_it_continues_to_the_same_sequen
         process.communicate()
     jobs_left = output.partition("JOBS ")[2].strip()
     assert jobs_left != "[3, 3]", "what was finished is not done again"
-    assert Manifest.load(tmp_path / "other/packed").outputs == once.outputs
+    assert stage.read_manifest(tmp_path / "other/packed").outputs == once.outputs
 
 
 def test_large_sets_are_split_into_shards_with_the_same_sequences(workdir, monkeypatch):
@@ -454,7 +454,7 @@ def shard_without_prompts(workdir):
     file = workdir / "corpus/train/english-00000.parquet"
     pq.write_table(pq.read_table(file).drop_columns("prompt_chars"), file)
     manifest = json.loads((workdir / "corpus/manifest.json").read_text())
-    manifest["outputs"]["train/english-00000.parquet"] = stage.sha256_file(
+    manifest["outputs"]["train/english-00000.parquet"] = io.sha256(
         file
     )  # as another program would have written it
     (workdir / "corpus/manifest.json").write_text(json.dumps(manifest))
@@ -490,4 +490,4 @@ def test_packing_needs_a_corpus_and_a_tokenizer(tmp_path):
     write_corpus(tmp_path, {"english": ["text"]})
     with pytest.raises(UserError, match="not found"):
         pack.pack_corpus(packing(), tmp_path)
-    assert Manifest.load(tmp_path / "corpus").stage == "prepare"
+    assert stage.read_manifest(tmp_path / "corpus").stage == "prepare"

@@ -20,8 +20,8 @@ from conftest import ROOT
 
 from jaxpt.data import loader, tokenizer
 from jaxpt.evaluate import attribution
-from jaxpt.spec import Manifest, ModelSpec, UserError
-from jaxpt.stage import fingerprint, request_fingerprint
+from jaxpt.spec import UserError
+from jaxpt.stage import fingerprint, read_manifest, read_spec, request_fingerprint
 from jaxpt.train.metrics import read_metrics
 from jaxpt.train.records import HeldoutMetrics, ResumeEvent, TrainMetrics
 from jaxpt.weights import checkpoint
@@ -130,9 +130,9 @@ def scores(pipeline, model, backend):
 def test_both_models_learned_and_the_child_knows_more_code(pipeline):
     unigram = {
         name: found["unigram_nats"]
-        for name, found in Manifest.load(pipeline / "base/packed").counts["heldout"].items()
+        for name, found in read_manifest(pipeline / "base/packed").counts["heldout"].items()
     }
-    assert Manifest.load(pipeline / "base").counts["heldout_loss"]["prose"] < unigram["prose"]
+    assert read_manifest(pipeline / "base").counts["heldout_loss"]["prose"] < unigram["prose"]
     assert scores(pipeline, "child", "jax")["code"] < scores(pipeline, "base", "jax")["code"]
 
 
@@ -146,7 +146,7 @@ def test_jaxpt_and_transformers_measure_the_same(pipeline):
 def test_the_child_is_grown_from_the_base_and_says_how(pipeline):
     growth = json.loads((pipeline / "child/growth.json").read_text())
     assert growth["layer_map"] == [0, 1, 1, 2] and growth["parent"].endswith("base")
-    assert ModelSpec.load(pipeline / "child/spec.json").n_layers == 4
+    assert read_spec(pipeline / "child/spec.json").n_layers == 4
     start = next(
         record
         for record in read_metrics(pipeline / "child/metrics.jsonl")
@@ -156,8 +156,8 @@ def test_the_child_is_grown_from_the_base_and_says_how(pipeline):
         growth["heldout_loss"]["child"], rel=1e-5
     )
     assert start.parent_loss == growth["heldout_loss"]["parent"]
-    assert Manifest.load(pipeline / "child").counts["heldout_loss"] != start.heldout_loss
-    assert Manifest.load(pipeline / "child/checkpoints/122").counts["new_params"]["axes"] == {
+    assert read_manifest(pipeline / "child").counts["heldout_loss"] != start.heldout_loss
+    assert read_manifest(pipeline / "child/checkpoints/122").counts["new_params"]["axes"] == {
         "layers": {"size": 4, "new": [[2, 3]]}
     }
     assert (
@@ -175,7 +175,7 @@ def test_every_stage_names_what_it_was_made_from(pipeline):
     """From the export back to the corpus, fingerprint by fingerprint."""
     seen, path = [], pipeline / "child/hf"
     while True:
-        manifest = Manifest.load(path)
+        manifest = read_manifest(path)
         seen.append(manifest.stage)
         following = [
             found
@@ -185,7 +185,7 @@ def test_every_stage_names_what_it_was_made_from(pipeline):
         if not following or not pathlib.Path(pipeline / following[0]["path"]).is_dir():
             break
         path = pipeline / following[0]["path"]
-        assert Manifest.load(path).fingerprint == following[0]["fingerprint"]
+        assert read_manifest(path).fingerprint == following[0]["fingerprint"]
     assert seen == ["export", "train", "initialize", "train", "pack", "prepare"]
 
 
@@ -200,7 +200,7 @@ def test_an_export_tells_its_whole_lineage_and_all_of_it_holds(pipeline):
         "base/corpus",
         "base/tokenizer",
     ):
-        assert f"{pipeline / place}  {Manifest.load(pipeline / place).fingerprint}" in printed, (
+        assert f"{pipeline / place}  {read_manifest(pipeline / place).fingerprint}" in printed, (
             place
         )
     assert (
@@ -391,10 +391,9 @@ def grows(pipeline):
 
 
 def test_a_run_that_grows_on_its_way_says_how(grows):
-    assert ModelSpec.load(grows / "spec.json").n_layers == 5
+    assert read_spec(grows / "spec.json").n_layers == 5
     assert {
-        step: ModelSpec.load(grows / f"checkpoints/{step}/spec.json").n_layers
-        for step in (40, 60, 100)
+        step: read_spec(grows / f"checkpoints/{step}/spec.json").n_layers for step in (40, 60, 100)
     } == {40: 3, 60: 4, 100: 5}
     growth = json.loads((grows / "growth.json").read_text())
     assert (
@@ -480,7 +479,7 @@ def test_what_a_start_keeps_is_what_its_table_says(pipeline):
         cwd=pipeline,
     )
     assert "moments       mapped: reset_new" in printed
-    counts = Manifest.load(pipeline / "start_grow/checkpoints/130").counts
+    counts = read_manifest(pipeline / "start_grow/checkpoints/130").counts
     assert (
         counts["progress"]["n_sequences"] == 130 * 24
         and counts["new_params"]["n_updates"] == 120
@@ -540,7 +539,7 @@ def test_a_child_with_another_tokenizer_starts_from_its_parents_words(pipeline):
         cwd=pipeline,
     )
     assert "not measured" in printed
-    assert ModelSpec.load(pipeline / "reworded/spec.json").vocab_size == 768
+    assert read_spec(pipeline / "reworded/spec.json").vocab_size == 768
     measured = json.loads((pipeline / "reworded/growth.json").read_text())["measured"]
     assert measured["kept_tokens"] >= 490 and measured["averaged_tokens"] > 150
     more = [
@@ -560,8 +559,8 @@ def test_a_child_with_another_tokenizer_starts_from_its_parents_words(pipeline):
     # below guessing, by the text that is installed
     assert start.step == 0 and start.heldout_loss["prose"] < np.log(768) - 0.5
     assert (
-        Manifest.load(pipeline / "reworded").tokenizer
-        == Manifest.load(pipeline / "words/packed").tokenizer
+        read_manifest(pipeline / "reworded").tokenizer
+        == read_manifest(pipeline / "words/packed").tokenizer
     )
 
 
@@ -595,7 +594,7 @@ def copy_of_base(pipeline, run):
 def test_a_run_that_died_before_its_last_word_says_it(pipeline, tmp_path):
     printed = run_command("train", *copy_of_base(pipeline, tmp_path / "run"), cwd=pipeline)
     assert "resumed from" in printed and "mixture.packed_paths: ['base/packed'], was []" in printed
-    assert Manifest.load(tmp_path / "run").counts == Manifest.load(pipeline / "base").counts
+    assert read_manifest(tmp_path / "run").counts == read_manifest(pipeline / "base").counts
 
 
 def test_a_run_refuses_to_go_on_with_other_rows(pipeline, tmp_path):
@@ -738,7 +737,7 @@ def test_other_shares_and_another_batch_in_mid_run_and_other_rows_when_accepted(
     ]
     printed = run_command("train", *flags, *more, cwd=pipeline)
     assert "mixture.phases" in printed and "train.batch_size: 12, was 24" in printed
-    account = Manifest.load(run / "checkpoints/126").counts["progress"]["data_history"]
+    account = read_manifest(run / "checkpoints/126").counts["progress"]["data_history"]
     assert [(each["step"], each["sequence"], each["batch_size"]) for each in account] == [
         (0, 0, 24),
         (122, 122 * 24, 12),
@@ -748,7 +747,7 @@ def test_other_shares_and_another_batch_in_mid_run_and_other_rows_when_accepted(
         "prose": 0.5,
     }
     assert (
-        Manifest.load(run / "checkpoints/126").counts["progress"]["n_sequences"]
+        read_manifest(run / "checkpoints/126").counts["progress"]["n_sequences"]
         == 122 * 24 + 4 * 12
     )
     words = tokenizer.load_tokenizer(run / "tokenizer").fingerprint

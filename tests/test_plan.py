@@ -15,7 +15,7 @@ import optax
 import pytest
 from conftest import ROOT
 
-from jaxpt import config, flops, hardware, sharding
+from jaxpt import config, flops, hardware, io, sharding
 from jaxpt.config import (
     Config,
     InitializeConfig,
@@ -884,7 +884,7 @@ def run_directory(path, settings, step_seconds, memory_bytes):
     """What train.py leaves of a run that went at this speed."""
     path.mkdir()
     (path / "config.json").write_text(json.dumps(dataclasses.asdict(settings)))
-    cost.resolve_model_spec(settings)[0].save(path / "spec.json")
+    io.write_json(path / "spec.json", cost.resolve_model_spec(settings)[0])
     (path / "starts.jsonl").write_text(json.dumps({"n_devices": 1, "device_kind": "cpu"}) + "\n")
     lines = [
         TrainMetrics(

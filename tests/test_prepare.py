@@ -26,7 +26,8 @@ from conftest import ROOT
 from jaxpt.config import PrepareConfig
 from jaxpt.data import benchmarks, decontaminate, dedup, language, prepare, sources, tokenizer
 from jaxpt.data.prepare import judge, read, rows, write
-from jaxpt.spec import Manifest, UserError
+from jaxpt.spec import UserError
+from jaxpt.stage import read_manifest
 
 ENGLISH = [
     "The old house stood at the end of a narrow lane, and nobody in the village remembered who had "
@@ -399,7 +400,7 @@ def test_a_second_start_does_nothing_and_another_question_is_refused(tmp_path, o
 def test_the_manifest_holds_every_knob_but_where_the_work_was_done(tmp_path):
     prepared(tmp_path / "run", ENGLISH)
     assert {knob.name for knob in dataclasses.fields(PrepareConfig)} - {"executor"} == set(
-        Manifest.load(tmp_path / "run/corpus").config
+        read_manifest(tmp_path / "run/corpus").config
     ) - {"installed"}
 
 
@@ -527,7 +528,7 @@ def test_jobs_done_in_several_processes_leave_the_bytes_that_one_leaves(
         check=True,
         capture_output=True,
     )
-    assert Manifest.load(tmp_path / "many/corpus").outputs == alone.outputs
+    assert read_manifest(tmp_path / "many/corpus").outputs == alone.outputs
 
 
 def test_a_disk_that_fills_is_one_sentence_and_loses_nothing(tmp_path, documents):
@@ -549,12 +550,12 @@ def test_a_disk_that_fills_is_one_sentence_and_loses_nothing(tmp_path, documents
         r"error: the disk is full \(.*make room and run the same command again\.\n", ended.stderr
     )
     assert (
-        Manifest.load(tmp_path / "run/corpus") == before
+        read_manifest(tmp_path / "run/corpus") == before
         and len(list((tmp_path / "run/corpus.partial/.work/judge_file").glob("*.json"))) > 5
     )
     subprocess.run(asked, cwd=ROOT, check=True, capture_output=True)
     assert (
-        Manifest.load(tmp_path / "run/corpus").outputs
+        read_manifest(tmp_path / "run/corpus").outputs
         == prepare.prepare_corpus(asking(**knobs), tmp_path / "other").outputs
     )
 
@@ -658,7 +659,7 @@ def test_a_paragraph_of_an_earlier_kept_document_is_removed_one_of_a_dropped_one
     monkeypatch.setattr(read, "JOB_BYTES", 3000)
     (tmp_path / "cut").mkdir()
     cut = prepared(tmp_path / "cut/run", texts, **knobs)
-    assert Manifest.load(cut / "corpus").outputs == Manifest.load(tmp_path / "run/corpus").outputs
+    assert read_manifest(cut / "corpus").outputs == read_manifest(tmp_path / "run/corpus").outputs
     (tmp_path / "tasks.jsonl").write_text(
         "".join(json.dumps({"q": f"{pool[0]}\n\n", "a": pool[1]}) + "\n" for _ in range(3))
     )
@@ -916,7 +917,7 @@ def test_a_document_with_thirteen_words_of_an_item_is_dropped_and_twelve_stay(tm
     ]
     prepared(tmp_path / "run", [*bad, *good], decontaminate=(str(tmp_path / "tests"),))
     assert texts_of(tmp_path / "run") == good
-    manifest = Manifest.load(tmp_path / "run/corpus")
+    manifest = read_manifest(tmp_path / "run/corpus")
     assert manifest.counts["contaminated"] == {
         "gsm8k": 1,
         "lambada": 1,

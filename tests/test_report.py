@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 from made_runs import HOSTILE, SPEC, Page, growth, write_json, write_manifest, write_runs
 
-from jaxpt import stage
+from jaxpt import io, stage
 from jaxpt.report import figures, live, summary, training
 from jaxpt.report.page import SECTIONS, render_page, write_report
 from jaxpt.report.read import MAX_DROPPED, MAX_EXCERPT, load_run, load_runs
@@ -657,12 +657,12 @@ def test_a_model_grown_in_its_own_directory_is_between_parent_and_child(runs, tm
     grown.mkdir()
     manifest = stage.make_manifest(
         stage.StageRequest("initialize", {}, given, 0),
-        outputs={},
+        sealed={},
         counts={"n_params": 886_368},
         tokenizer=None,
         seconds=6.4,
     )
-    stage.write_manifest(manifest, grown)
+    io.write_json(grown / "manifest.json", manifest)
     write_manifest(
         child, "train", {"packed": base / "packed", "initialize": grown}, {"steps": 180}, 118.0
     )

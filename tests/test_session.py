@@ -15,7 +15,8 @@ from jaxpt import config
 from jaxpt.config import Config
 from jaxpt.data import loader
 from jaxpt.report import page, read
-from jaxpt.spec import Manifest, ModelSpec, UserError
+from jaxpt.spec import UserError
+from jaxpt.stage import read_manifest, read_spec
 from jaxpt.train import loop, metrics, provenance
 from jaxpt.train.context import open_run
 from jaxpt.train.hooks.checkpoint import Checkpoint
@@ -123,7 +124,7 @@ def assert_equal_ends(run_dir, other, step=STEPS):
     ends = [directory / f"checkpoints/{step}" for directory in (run_dir, other)]
     assert checkpoint.diff_checkpoints(*ends) == []
     assert reproducible(run_dir) == reproducible(other)
-    assert Manifest.load(ends[0]).counts == Manifest.load(ends[1]).counts
+    assert read_manifest(ends[0]).counts == read_manifest(ends[1]).counts
 
 
 # ---- position
@@ -136,7 +137,7 @@ def test_a_run_asked_to_stop_and_resumed_ends_as_one_that_went_on(make_config, s
     assert whole.exit_status is None and whole.step == STEPS
     train_in_parts(start, settings, tmp_path / "cut", [6, 11])
     assert_equal_ends(tmp_path / "cut", tmp_path / "whole")
-    progress = Manifest.load(tmp_path / "cut/checkpoints/11").counts["progress"]
+    progress = read_manifest(tmp_path / "cut/checkpoints/11").counts["progress"]
     assert progress["n_sequences"] == 11 * 8 and progress["interval_n_tokens"] > 3 * 8 * 50
     resumes = [record.step for record in read_records(tmp_path / "cut", ResumeEvent)]
     assert resumes == [6, 11]
@@ -149,9 +150,7 @@ def test_a_model_that_grows_in_a_run_is_cut_on_either_side_of_it(make_config, st
     assert whole.spec.n_layers == 6 and whole.n_growths == 2 and not whole.is_new_step
     train_in_parts(start, settings, tmp_path / "cut", [6, 7])
     assert_equal_ends(tmp_path / "cut", tmp_path / "whole")
-    layers = [
-        ModelSpec.load(tmp_path / f"cut/checkpoints/{step}/spec.json").n_layers for step in (6, 7)
-    ]
+    layers = [read_spec(tmp_path / f"cut/checkpoints/{step}/spec.json").n_layers for step in (6, 7)]
     assert layers == [2, 4], "a checkpoint of the step after which it grows has not grown"
     events = read_records(tmp_path / "cut", GrowthEvent)
     assert [(event.step, event.operator, event.n_layers) for event in events] == [
@@ -353,7 +352,7 @@ def test_updates_that_are_not_finite_are_skipped_and_their_documents_named(
     assert_equal_ends(tmp_path / "cut", tmp_path / "whole")
     skipped = read_records(tmp_path / "cut", SkippedUpdate)
     assert [record.step for record in skipped] == [5, 10]
-    tokenizer = Manifest.load(tmp_path / "cut/checkpoints/14").tokenizer
+    tokenizer = read_manifest(tmp_path / "cut/checkpoints/14").tokenizer
     for record in skipped:
         traced = loader.trace_step(tmp_path / "cut", record.step, tokenizer)
         documents = list(dict.fromkeys(seen.document for seen in traced))

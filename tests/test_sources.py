@@ -16,7 +16,8 @@ from jaxpt.config import PrepareConfig
 from jaxpt.data import prepare, sources
 from jaxpt.data.sources import files, jsonl, text, warc
 from jaxpt.data.sources import source as source_module
-from jaxpt.spec import Manifest, UserError
+from jaxpt.spec import UserError
+from jaxpt.stage import read_manifest
 
 STORY = {
     "en": (
@@ -318,7 +319,7 @@ def test_what_was_passed_over_stands_in_the_funnel_the_manifest_and_on_the_termi
         heldout_frac=0.0,
     )
     prepare.prepare_corpus(asked, tmp_path / "run")
-    unread = Manifest.load(tmp_path / "run/corpus").counts["unread"]
+    unread = read_manifest(tmp_path / "run/corpus").counts["unread"]
     assert unread == json.loads((tmp_path / "run/corpus/funnel.json").read_text())["unread"]
     assert (
         unread["notes"]["counts"] == {"cannot be read": 1}

@@ -2,11 +2,12 @@
 
 import json
 import logging
+import os
 
 import pytest
 
-from jaxpt import logs, stage
-from jaxpt.spec import Manifest, UserError
+from jaxpt import io, logs, stage
+from jaxpt.spec import UserError
 
 
 def write(counts):
@@ -16,6 +17,13 @@ def write(counts):
         return {"rows": 2, "tokenizer": "f" * 16}
 
     return work
+
+
+def pack(out, runs, config=None, inputs=None, replace=False):
+    config = config or {"seq_len": 20}
+    return stage.run_stage(
+        "pack", out, write(runs), config=config, inputs=inputs or {}, replace=replace
+    )
 
 
 def test_a_finished_stage_is_not_done_again(tmp_path):
@@ -38,9 +46,9 @@ def test_a_finished_stage_is_not_done_again(tmp_path):
         seed=3,
     )
     assert len(runs) == 1
-    assert first == second == Manifest.load(tmp_path / "out")
+    assert first == second == stage.read_manifest(tmp_path / "out")
     assert first.counts == {"rows": 2} and first.tokenizer == "f" * 16
-    assert first.outputs == {"rows.txt": stage.sha256_file(tmp_path / "out/rows.txt")}
+    assert first.outputs == {"rows.txt": io.sha256(tmp_path / "out/rows.txt")}
 
 
 @pytest.mark.parametrize("change", ["config", "input", "seed"])
@@ -142,19 +150,86 @@ def test_files_of_nobody_are_not_overwritten(tmp_path):
 def test_a_broken_manifest_is_named(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(UserError, match="not a manifest"):
-        Manifest.load(tmp_path)
+        stage.read_manifest(tmp_path)
 
 
-def test_an_object_store_is_refused_by_name():
-    with pytest.raises(UserError, match="gs://bucket/run"):
-        stage.local_path("gs://bucket/run")
+@pytest.mark.parametrize(
+    ("text", "reason"), [("", "has 0 bytes, expected 4"), (None, "is missing")]
+)
+def test_a_finished_stage_without_its_bytes_is_not_finished(tmp_path, text, reason):
+    out, runs = tmp_path / "out", []
+    pack(out, runs)
+    if text is None:
+        (out / "rows.txt").unlink()
+    else:
+        (out / "rows.txt").write_text(text)
+    with pytest.raises(UserError, match=f"rows.txt {reason}.*--replace"):
+        pack(out, runs)
+    assert len(runs) == 1
+    pack(out, runs, replace=True)
+    assert len(runs) == 2 and (out / "rows.txt").read_text() == "a\nb\n"
+
+
+def test_replace_keeps_what_no_stage_wrote(tmp_path, caplog):
+    out = tmp_path / "out"
+    pack(out, [])
+    (out / "notes.txt").write_text("mine")
+    (tmp_path / "neighbor.txt").write_text("mine too")
+    with caplog.at_level(logging.INFO):
+        pack(out, [], config={"seq_len": 24}, replace=True)
+    assert "replacing the 1 files" in caplog.text and str(out) in caplog.text
+    assert (out / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "neighbor.txt").read_text() == "mine too"
+
+
+def test_replace_takes_the_result_of_no_other_stage_and_no_strangers_files(tmp_path):
+    run, strangers = tmp_path / "run", tmp_path / "strangers"
+    stage.run_stage("train", run, write([]), config={}, inputs={})
+    strangers.mkdir()
+    (strangers / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="the result of train, and --replace overwrites only"):
+        pack(run, [], replace=True)
+    with pytest.raises(UserError, match="no stage wrote"):
+        pack(strangers, [], replace=True)
+    assert (run / "rows.txt").exists() and (strangers / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("place", ["model", "."])
+def test_an_output_is_no_input_and_holds_none(tmp_path, place):
+    model = tmp_path / "models/model"
+    pack(model, [])
+    before = io.list_files(tmp_path)
+    with pytest.raises(UserError, match="Give another output"):
+        pack(tmp_path / "models" / place, [], inputs={"model": model}, replace=True)
+    assert io.list_files(tmp_path) == before
+
+
+def test_a_second_start_learns_who_is_at_work(tmp_path):
+    out, refused = tmp_path / "out", []
+
+    def start_again(working):
+        with pytest.raises(UserError) as error:
+            pack(out, [])
+        refused.append(str(error.value))
+        return {}
+
+    stage.run_stage("pack", out, start_again, config={"seq_len": 20}, inputs={})
+    assert f"in use by process {os.getpid()}" in refused[0]
+
+
+def test_a_skip_writes_nothing(tmp_path):
+    """The result may be on a disk that is mounted for reading."""
+    pack(tmp_path / "out", [])
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+    pack(tmp_path / "out", [])
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == before
 
 
 def test_a_file_is_no_stage(tmp_path):
     """Lineage follows inputs to their end, which is a user's own file."""
     (tmp_path / "docs.jsonl").write_text("{}")
     with pytest.raises(UserError, match="no stage has finished"):
-        Manifest.load(tmp_path / "docs.jsonl")
+        stage.read_manifest(tmp_path / "docs.jsonl")
 
 
 def test_a_message_comes_once_whatever_a_library_does_to_the_root_logger(logger, capsys):

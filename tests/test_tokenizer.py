@@ -14,7 +14,7 @@ from hypothesis import given, settings, strategies
 from jaxpt import stage
 from jaxpt.config import TokenizerConfig
 from jaxpt.data import tokenizer
-from jaxpt.spec import Manifest, UserError
+from jaxpt.spec import UserError
 
 # what once came out differently somewhere: runs of spaces, tabs, digits, bytes without tokens, text
 # that looks like tokens
@@ -279,7 +279,7 @@ def test_training_twice_gives_the_same_tokenizer(trained, tmp_path):
     again = tokenizer.train_tokenizer(
         asking(vocab_size=900), write_corpus(tmp_path, english_and_code())
     )
-    assert again.outputs == Manifest.load(trained).outputs
+    assert again.outputs == stage.read_manifest(trained).outputs
     assert again.counts["vocab_size"] == 900
     tokens = tokenizer.load_tokenizer(tmp_path / "tokenizer").backend.get_vocab()
     assert not [
@@ -296,7 +296,7 @@ def test_the_fingerprint_is_of_the_content(trained, tmp_path):
     import transformers
 
     ours = tokenizer.load_tokenizer(trained)
-    assert Manifest.load(trained).tokenizer == ours.fingerprint
+    assert stage.read_manifest(trained).tokenizer == ours.fingerprint
     transformers.AutoTokenizer.from_pretrained(trained).save_pretrained(tmp_path / "resaved")
     form = json.loads((trained / "tokenizer.json").read_text())
     (tmp_path / "old").mkdir()

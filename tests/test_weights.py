@@ -25,7 +25,8 @@ from jaxpt.growth.apply import grow_params
 from jaxpt.growth.growth import Parent
 from jaxpt.growth.parse import plan_growth
 from jaxpt.model import decode, transformer
-from jaxpt.spec import Manifest, ModelSpec, RopeScaling, UserError
+from jaxpt.spec import ModelSpec, RopeScaling, UserError
+from jaxpt.stage import read_manifest
 from jaxpt.train import initial_run
 from jaxpt.weights import huggingface, safetensors_file
 
@@ -242,9 +243,9 @@ def test_the_card_tells_what_the_model_was_made_from_and_how_it_grew(tmp_path, s
             and f"Grown from org/tiny@{sha} by depth_upscale(m=2): " in card
             and "were copied from the parent's layers 0 1 2 2 3 4." in card
         )
-        found = Manifest.load(run)
+        found = read_manifest(run)
         step = (
-            f"checkpoint 0 {Manifest.load(run / 'checkpoints/0').fingerprint}; "
+            f"checkpoint 0 {read_manifest(run / 'checkpoints/0').fingerprint}; "
             "grown by depth_upscale(m=2)"
         )
         assert (

@@ -19,7 +19,7 @@ with 80 GB, a100-40gb, h100, h200, b200, l4, rtx4090, cpu).
 import argparse
 import pathlib
 
-from jaxpt import stage
+from jaxpt import io
 from jaxpt.cli import options
 from jaxpt.spec import UserError
 
@@ -125,5 +125,5 @@ def run(arguments: argparse.Namespace) -> None:
     plan = answer.run_plan(settings, request)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        stage.write_json_atomic(arguments.json, plan)
+        io.write_json(arguments.json, plan)
         print(f"\nplan: wrote {len(plan.targets)} targets to {arguments.json}")

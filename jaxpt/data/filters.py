@@ -22,7 +22,7 @@ import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from jaxpt import stage
+from jaxpt import io
 from jaxpt.data import dedup, paragraphs, rules
 from jaxpt.data.rules import Text
 from jaxpt.data.sources import Document
@@ -288,7 +288,7 @@ def fingerprint_list_file(name: str, path: Any) -> str:
     """Return the fingerprint of a user's list. Raise UserError if it cannot be read."""
     try:
         rules.read_list_lines(path)
-        checksum = stage.sha256_file(pathlib.Path(path))
+        checksum = io.sha256(pathlib.Path(path))
         return checksum[:16]
     except (OSError, TypeError, UnicodeDecodeError) as error:
         raise UserError(
@@ -332,7 +332,7 @@ def import_rule_module(name: str) -> tuple[types.ModuleType, str]:
     """Return a module of custom rules and the fingerprint of its file."""
     module = importlib.import_module(name)
     file = pathlib.Path(str(module.__file__))
-    checksum = stage.sha256_file(file)
+    checksum = io.sha256(file)
     return module, checksum[:16]
 
 

@@ -32,7 +32,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxpt import config, stage
+from jaxpt import config, io, stage
 from jaxpt.data import executor, tokenizer
 from jaxpt.spec import Manifest, Record, UserError
 
@@ -248,7 +248,7 @@ def pack_splits(
     if n_bytes <= MAX_BYTES_IN_PROCESS:
         where = "here"
     checksums = {}
-    manifest = Manifest.load(corpus)
+    manifest = stage.read_manifest(corpus)
     for name, checksum in manifest.outputs.items():
         path = str(corpus / name)
         checksums[path] = checksum
@@ -421,7 +421,7 @@ def run_tokenize_job(job: TokenizeJob) -> int:
     encoder = load_cached_tokenizer(job.tokenizer_path)
     file = pathlib.Path(job.corpus_path)
     output = pathlib.Path(job.output_path)
-    if job.sha256 and stage.sha256_file(file) != job.sha256:
+    if job.sha256 and io.sha256(file) != job.sha256:
         raise UserError(
             f"{file}: its checksum is not the manifest's: it was changed or damaged. "
             "Run jaxpt prepare again with --replace."
@@ -443,7 +443,7 @@ def run_tokenize_job(job: TokenizeJob) -> int:
             n_bytes += sum(len(text.encode()) for text in batch.texts)
             n_unknown += encoder.count_unknown(ids)
     result = TokenizeResult(n_documents, n_bytes, n_unknown)
-    stage.write_json_atomic(pathlib.Path(job.result_path), result)
+    io.write_json(pathlib.Path(job.result_path), result)
     return n_documents
 
 
@@ -613,7 +613,7 @@ def run_pack_job(job: PackJob) -> int:
         sequences = itertools.islice(sequences, stream.n_sequences)
     output = pathlib.Path(job.output_path)
     result = write_sequences(sequences, output, job.layout)
-    stage.write_json_atomic(pathlib.Path(job.result_path), result)
+    io.write_json(pathlib.Path(job.result_path), result)
     return result.shard.n_sequences
 
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.fs
 
 from jaxpt import stage
-from jaxpt.spec import Manifest, UserError
+from jaxpt.spec import UserError
 
 MAX_OPEN_FILES = 128  # shards of a set that are open at a time
 N_FETCH_THREADS = 16  # ranges requested of an object store at a time
@@ -58,7 +58,7 @@ class LocalStorage:
 
     def __init__(self, root: pathlib.Path):
         """Read the manifest."""
-        self.where, self.root, self.manifest = str(root), root, Manifest.load(root)
+        self.where, self.root, self.manifest = str(root), root, stage.read_manifest(root)
         self.mapped = functools.lru_cache(maxsize=MAX_OPEN_FILES)(self.map_range)
 
     def size(self, name: str) -> int | None:
@@ -123,7 +123,7 @@ class BucketStorage:
         manifest = f"{address}/manifest.json"
         try:
             self.files, self.root = pyarrow.fs.FileSystem.from_uri(address)
-            self.manifest = Manifest.parse(self.read_file_bytes("manifest.json"), manifest)
+            self.manifest = stage.parse_manifest(self.read_file_bytes("manifest.json"), manifest)
         except (OSError, pa.ArrowException) as error:
             raise UserError(
                 f"{address}: cannot be opened ({first_storage_error_line(error)}). "

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import io
 import json
 import logging
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
+from io import BytesIO
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow.parquet as pq
@@ -545,7 +545,7 @@ def train_sentencepiece(section: config.TokenizerConfig, corpus: pathlib.Path) -
         f"tokenizer: training {section.vocab_size:,} tokens on {n_bytes / 1e6:,.1f} MB of text"
     )
     lines = (line for text in texts for line in text.split("\n") if line)
-    model = io.BytesIO()
+    model = BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.Train(
             sentence_iterator=lines,

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from jaxpt import config, stage
+from jaxpt import config, io, stage
 from jaxpt.data import sources, tokenizer
 from jaxpt.evaluate import likelihood
 from jaxpt.model import decode
@@ -187,7 +187,7 @@ def compare_samples(
     if to:
         text = json.dumps(samples.to_json(), indent=1, ensure_ascii=False)
         to.parent.mkdir(parents=True, exist_ok=True)
-        stage.write_atomic(to, text + "\n")
+        io.write_text(to, text + "\n")
         log.info(f"compare: {len(prompts)} prompts by {len(models)} models, written to {to}")
     return samples
 
@@ -460,7 +460,7 @@ def compare_documents(
     if to:
         text = json.dumps(result.to_json(), ensure_ascii=False)
         to.parent.mkdir(parents=True, exist_ok=True)
-        stage.write_atomic(to, text + "\n")
+        io.write_text(to, text + "\n")
         log.info(f"compare: written to {to}")
     return result
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 
-from jaxpt import config, stage
+from jaxpt import config, io, stage
 from jaxpt.data import benchmarks, sources, tokenizer
 from jaxpt.evaluate import contamination, likelihood, reference
 from jaxpt.model import decode, transformer
@@ -180,7 +180,7 @@ def evaluate_model(
     print(format_results(results))
     if to and kept:
         to.parent.mkdir(parents=True, exist_ok=True)
-        stage.write_atomic(to, json.dumps(results, indent=1, allow_nan=False) + "\n")
+        io.write_text(to, json.dumps(results, indent=1, allow_nan=False) + "\n")
         for file in to.parent.glob(f"{kept.name}*"):
             file.unlink()
         n_results = len(results["results"])

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
+from jaxpt import io
 from jaxpt.growth import measure
 from jaxpt.growth.growth import Growth, ReadBatches
 from jaxpt.growth.new_params import find_new_params_through
@@ -19,7 +20,6 @@ from jaxpt.growth.records import GrowthReport, LayerRecord, ProbeRecord
 from jaxpt.model import transformer
 from jaxpt.model.transformer import Params
 from jaxpt.spec import Batch, ModelSpec, UserError
-from jaxpt.stage import write_json_atomic
 from jaxpt.weights.load import LoadedModel
 
 log = logging.getLogger(__name__)
@@ -279,4 +279,4 @@ def write_growth(report: GrowthReport, run: pathlib.Path) -> None:
     """Log the verdict and write growth.json."""
     log.info(f"growth: {report.verdict}")
     if jax.process_index() == 0:
-        write_json_atomic(run / "growth.json", report)
+        io.write_json(run / "growth.json", report)

@@ -11,11 +11,12 @@ Every function raises UserError, one sentence, for whatever the system refuses.
 """
 
 from jaxpt.io.cache import local_copy
-from jaxpt.io.errors import FileError, MissingFileError, explain, printable
+from jaxpt.io.errors import FileError, MissingFileError, explain, file_error, printable
 from jaxpt.io.files import (
     LineLog,
     append_line,
     cache_directory,
+    check_writable,
     copy_file,
     create,
     exists,
@@ -68,10 +69,12 @@ __all__ = [
     "append_line",
     "cache_directory",
     "check_output",
+    "check_writable",
     "copy_file",
     "create",
     "exists",
     "explain",
+    "file_error",
     "find",
     "find_damage",
     "finish_publishing",

@@ -74,10 +74,8 @@ def explain(action: str, where: object) -> Iterator[None]:
 
 def file_error(error: Exception, action: str, where: object) -> FileError:
     """Return the sentence of an error."""
-    number = getattr(error, "errno", None)
-    is_missing = isinstance(error, FileNotFoundError)
-    if is_missing:
-        number = errno.ENOENT
+    number = find_number(error)
+    is_missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
     if number:
         reason = os.strerror(number)
     else:
@@ -89,6 +87,19 @@ def file_error(error: Exception, action: str, where: object) -> FileError:
     kind = MissingFileError if is_missing else FileError
     sentence = f"{printable(where)}: could not be {action} ({printable(reason)}). {advice}"
     return kind(sentence, number)
+
+
+def find_number(error: Exception) -> int | None:
+    """Return the system's number of an error; of a library's own words, where they hold its."""
+    if isinstance(error, FileNotFoundError):
+        return errno.ENOENT
+    number = getattr(error, "errno", None)
+    if number:
+        return number
+    for known in ADVICE:
+        if os.strerror(known) in str(error):
+            return known
+    return None
 
 
 def bucket_errors() -> tuple[type[Exception], ...]:

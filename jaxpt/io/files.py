@@ -16,6 +16,7 @@ import pathlib
 import re
 import secrets
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -75,7 +76,8 @@ def list_files(directory: Path) -> dict[str, int]:
                 if TEMPORARY.fullmatch(name):
                     continue
                 file = pathlib.Path(parent, name)
-                sizes[file.relative_to(directory).as_posix()] = file.stat().st_size
+                with contextlib.suppress(FileNotFoundError):  # removed since, or a link to nothing
+                    sizes[file.relative_to(directory).as_posix()] = file.stat().st_size
     return dict(sorted(sizes.items()))
 
 
@@ -384,6 +386,14 @@ def make_directory(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         for directory in missing:
             sync(directory.parent)
+
+
+def check_writable(directory: Path) -> None:
+    """Make a directory and raise FileError if no file can be written there."""
+    make_directory(directory)
+    if isinstance(directory, pathlib.Path):
+        with explain("written", directory), tempfile.TemporaryFile(dir=directory):
+            pass
 
 
 def remove(path: Path) -> None:

@@ -213,7 +213,7 @@ def read_run(run_dir: str | pathlib.Path, flag: str) -> Run:
         raise UserError(
             f"{flag} {path}: no config.json there. Give run directories that jaxpt train wrote."
         ) from None
-    spec = ModelSpec.load(path / "spec.json")
+    spec = stage.read_spec(path / "spec.json")
     return Run(path, settings, spec, read_metrics(path / "metrics.jsonl"))
 
 

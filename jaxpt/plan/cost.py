@@ -13,6 +13,7 @@ from jaxpt.hardware import DEFAULT_MEM_FRAC, GIB, MAX_MEM_FRAC, Chip, Target
 from jaxpt.plan import roofline
 from jaxpt.plan.roofline import LayerCollectives, StepAnalysis
 from jaxpt.spec import ModelSpec, Record
+from jaxpt.stage import read_spec
 from jaxpt.weights import checkpoint, hub, huggingface
 
 ORBAX_RESTORE_BYTES = 96 * 10**9  # that Orbax 0.12 reads into a host's memory at a time
@@ -121,7 +122,7 @@ def read_source_spec(source: str) -> ModelSpec:
     directory = hub.download_model(source)
     step_dir = checkpoint.find_checkpoint(directory)
     if step_dir:
-        return ModelSpec.load(step_dir / "spec.json")
+        return read_spec(step_dir / "spec.json")
     return huggingface.read_hf_spec(directory)
 
 

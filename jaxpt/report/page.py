@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jinja2
 from markupsafe import Markup
 
-from jaxpt import stage
+from jaxpt import io, stage
 from jaxpt.report import evaluation, growth, plan, summary, training
 from jaxpt.report.figures import PLOT_ATTRIBUTE, series_color
 from jaxpt.report.format import format_whole
@@ -105,7 +105,7 @@ def write_report(
     path = stage.local_path(output_path)
     stage.check_output_path(path, "report.html")
     runs = load_runs(directories)
-    stage.write_atomic(path, render_page(runs))
+    io.write_text(path, render_page(runs))
     return runs
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from jaxpt import stage
+from jaxpt import io, stage
 from jaxpt.config import Config
 from jaxpt.spec import Record, UserError
 from jaxpt.train.context import RunContext
@@ -143,9 +143,7 @@ def hash_code() -> str:
     """Return the hash of this package's source files."""
     package = pathlib.Path(__file__).resolve().parent.parent
     files = sorted(package.rglob("*.py"))
-    return stage.fingerprint(
-        {str(file.relative_to(package)): stage.sha256_file(file) for file in files}
-    )
+    return stage.fingerprint({str(file.relative_to(package)): io.sha256(file) for file in files})
 
 
 def describe_devices() -> str:
@@ -162,7 +160,7 @@ def hash_model_files(directory: pathlib.Path) -> str:
         if file.suffix == ".safetensors":
             seen[file.name] = str(file.stat().st_size)
         elif file.suffix == ".json":
-            seen[file.name] = stage.sha256_file(file)
+            seen[file.name] = io.sha256(file)
     return stage.fingerprint(seen)
 
 
@@ -201,7 +199,7 @@ def check_is_shared(run_dir: pathlib.Path) -> None:
     marker = run_dir / name
     if jax.process_index() == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
-        stage.write_atomic(marker, "")
+        io.write_text(marker, "")
     publish("shared/written", "yes")
     deadline = time.monotonic() + SHARED_SECONDS
     while not marker.exists() and time.monotonic() < deadline:

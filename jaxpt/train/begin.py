@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxpt import initialize
+from jaxpt import initialize, stage
 from jaxpt.config import InitializeConfig, MixtureConfig, OptimConfig
 from jaxpt.data import loader
 from jaxpt.data.mixture import MixturePhase, schedule_from_history
@@ -20,7 +20,7 @@ from jaxpt.growth.new_params import NewParams, find_new_params_through
 from jaxpt.growth.records import NewParamsRecord
 from jaxpt.initialize import InitResult
 from jaxpt.spec import Manifest, ModelSpec, UserError
-from jaxpt.stage import local_path
+from jaxpt.stage import read_manifest, read_spec
 from jaxpt.train import forgetting, provenance, state
 from jaxpt.train.context import RunContext
 from jaxpt.train.records import CheckpointRecord, TrainProgress
@@ -67,8 +67,8 @@ class InitialModel(NamedTuple):
 
 def read_start(run: RunContext, resumed: pathlib.Path) -> RunStart:
     """Return where a checkpoint of the run itself left it; log what changed since."""
-    spec = ModelSpec.load(resumed / "spec.json")
-    manifest = Manifest.load(resumed)
+    spec = read_spec(resumed / "spec.json")
+    manifest = read_manifest(resumed)
     record = CheckpointRecord.from_json(manifest.counts, str(resumed))
     check_resumed_data(manifest, run.config.mixture, run.dataset, run.run_dir)
     progress = record.progress
@@ -168,13 +168,13 @@ def init_train_state(
         log_init_plan(section, config.optim, init)
         first = state.init_state(model.params, model.spec, config.optim, run.mesh)
         return first, TrainProgress(), find_new_params(init)
-    source = checkpoint.find_checkpoint(local_path(section.source))
+    source = checkpoint.find_checkpoint(stage.local_path(section.source))
     if source is None or not (source / checkpoint.TRAIN_STATE).is_dir():
         raise UserError(
             f"initialize.mode: {section.mode} needs a run's checkpoint, but {section.source} is "
             "none. Use continue, which needs only weights."
         )
-    manifest = Manifest.load(source)
+    manifest = read_manifest(source)
     record = CheckpointRecord.from_json(manifest.counts, str(source))
     check_resumed_data(manifest, config.mixture, run.dataset, section.source)
     if record.step >= config.train.steps:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpt import initialize
+from jaxpt import initialize, io, stage
 from jaxpt.config import Config, MixtureConfig, OptimConfig, TrainConfig, build_config
 from jaxpt.data import loader, tokenizer
 from jaxpt.data.mixture import MixtureSchedule
@@ -23,7 +23,7 @@ from jaxpt.model import transformer
 from jaxpt.model.transformer import Params
 from jaxpt.sharding import make_batch_sharding, make_mesh
 from jaxpt.spec import ModelSpec, UserError
-from jaxpt.stage import local_path, run_stage
+from jaxpt.stage import run_stage
 from jaxpt.train import gate, state, step
 from jaxpt.train.gate import HeldoutData
 from jaxpt.train.records import CheckpointRecord
@@ -169,7 +169,7 @@ def check_import(
 def save_initial_model(run: pathlib.Path, init: initialize.InitResult) -> dict[str, Any]:
     """Write spec, tokenizer and checkpoint 0. Return the counts of the run's manifest."""
     model = init.model
-    model.spec.save(run / "spec.json")
+    io.write_json(run / "spec.json", model.spec)
     if model.tokenizer_dir:
         huggingface.copy_tokenizer(model.tokenizer_dir, run / "tokenizer")
     else:
@@ -203,14 +203,14 @@ def find_measuring_data(
     That is the config's data if it names some, else what the source's run measures itself on.
     """
     if config.mixture.packed_paths:
-        return config, [local_path(path) for path in config.mixture.packed_paths]
+        return config, [stage.local_path(path) for path in config.mixture.packed_paths]
     if not source or not (source / "checkpoints").is_dir():
         return config, []
     config_path = source / "config.json"
     if not config_path.is_file():
         return config, []
     theirs = build_config(json.loads(config_path.read_text()))
-    packed = [local_path(path) for path in theirs.mixture.packed_paths]
+    packed = [stage.local_path(path) for path in theirs.mixture.packed_paths]
     packed = packed or [source / "packed"]
     for path in packed:
         if not (path / "manifest.json").is_file():

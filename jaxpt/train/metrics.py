@@ -16,11 +16,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from jaxpt import io
 from jaxpt.config import Config
 from jaxpt.flops import DeviceCost
 from jaxpt.model import transformer
 from jaxpt.spec import ModelSpec, UserError
-from jaxpt.stage import fingerprint, write_atomic
+from jaxpt.stage import fingerprint
 from jaxpt.train.records import (
     METRIC_RECORDS,
     GrowthEvent,
@@ -90,7 +91,7 @@ class MetricsLogger:
         if not self.is_writer:
             return
         lines = [json.dumps(record.to_json()) + "\n" for record in earlier]
-        write_atomic(self.path, "".join(lines))
+        io.write_text(self.path, "".join(lines))
         self.file = open(self.path, "a", buffering=1)
         purge_step = resumed_at + 1 if resumed_at else None
         self.tensorboard = import_summary_writer()(

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxpt import stage
+from jaxpt import io, stage
 from jaxpt.config import Config
 from jaxpt.data.mixture import MixtureSchedule
 from jaxpt.data.storage import open_storage
@@ -44,7 +44,7 @@ def list_changed_settings(run_dir: pathlib.Path, config: Config) -> list[str]:
 def write_mixture_phases(run_dir: pathlib.Path, schedule: MixtureSchedule) -> None:
     """Write RUN/phases.json: what the run has read and will read, for tracing."""
     if jax.process_index() == 0:
-        stage.write_json_atomic(run_dir / "phases.json", schedule.phases)
+        io.write_json(run_dir / "phases.json", schedule.phases)
 
 
 def write_run_provenance(run: RunContext, spec: ModelSpec, at_step: int) -> None:
@@ -71,9 +71,9 @@ def write_run_provenance(run: RunContext, spec: ModelSpec, at_step: int) -> None
     run_dir = run.run_dir
     with open(run_dir / "starts.jsonl", "a") as file:
         file.write(f"{line}\n")
-    stage.write_atomic(run_dir / "program.diff", diff)
-    stage.write_json_atomic(run_dir / "config.json", dataclasses.asdict(run.config))
-    spec.save(run_dir / "spec.json")
+    io.write_text(run_dir / "program.diff", diff)
+    io.write_json(run_dir / "config.json", dataclasses.asdict(run.config))
+    io.write_json(run_dir / "spec.json", spec)
     tokenizer = run_dir / "tokenizer"
     partial = run_dir / "tokenizer.partial"
     if tokenizer.exists():

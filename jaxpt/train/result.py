@@ -8,10 +8,10 @@ import time
 
 import jax
 
-from jaxpt import stage
+from jaxpt import io, stage
 from jaxpt.config import Config
 from jaxpt.data.storage import open_storage
-from jaxpt.spec import Manifest, UserError
+from jaxpt.spec import UserError
 from jaxpt.train.metrics import read_metrics
 from jaxpt.train.provenance import result_config
 from jaxpt.train.records import HeldoutMetrics, TrainCounts
@@ -46,7 +46,7 @@ def is_finished(run_dir: pathlib.Path, request: stage.StageRequest) -> bool:
     """Return whether a run holds the end of this training. Raise UserError if of another."""
     if not (run_dir / "manifest.json").is_file():
         return False
-    manifest = Manifest.load(run_dir)
+    manifest = stage.read_manifest(run_dir)
     if manifest.stage != "train":
         raise UserError(
             f"{run_dir}: was written by {manifest.stage}. Train in a --workdir of its own, with "
@@ -80,15 +80,15 @@ def write_manifest(session: Session, request: stage.StageRequest) -> None:
     n_tokens = session.n_sequences * run.dataset.seq_len
     n_params = sum(x.size for x in jax.tree.leaves(session.state.params))
     counts = TrainCounts(session.step, session.n_sequences, n_tokens, losses, n_params)
-    outputs = {}
-    for name, checksum in Manifest.load(session.saved).outputs.items():
-        outputs[f"checkpoints/{session.step}/{name}"] = checksum
+    sealed = {}
+    for name, file in io.read_sealed(session.saved).items():
+        sealed[f"checkpoints/{session.step}/{name}"] = file
     manifest = stage.make_manifest(
         request,
-        outputs=outputs,
+        sealed=sealed,
         counts=counts.to_json(),
         tokenizer=run.dataset.tokenizer,
         seconds=session.metrics.seconds_before_resume + time.monotonic() - run.started,
     )
-    stage.write_manifest(manifest, run.run_dir)
+    io.write_json(run.run_dir / "manifest.json", manifest)
     log.info(f"train: {session.saved}: {session.step:,} steps, {n_tokens:,} tokens")

@@ -28,8 +28,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpt import stage
-from jaxpt.spec import Manifest, ModelSpec, UserError
+from jaxpt import io, stage
+from jaxpt.spec import ModelSpec, UserError
 from jaxpt.text import format_table
 
 log = logging.getLogger(__name__)
@@ -130,15 +130,15 @@ class Checkpointer:
         tokenizer: str | None,
     ) -> None:
         """Write spec and manifest, rename, and delete checkpoints that are not kept."""
-        spec.save(partial / "spec.json")
+        io.write_json(partial / "spec.json", spec)
         # counts as the request, so that the fingerprint covers them: a flipped digit would be
         # another run
         request = stage.StageRequest("checkpoint", counts, {})
-        outputs = stage.hash_files(partial)
+        sealed = io.seal(partial)
         manifest = stage.make_manifest(
-            request, outputs=outputs, counts=counts, tokenizer=tokenizer, seconds=0.0
+            request, sealed=sealed, counts=counts, tokenizer=tokenizer, seconds=0.0
         )
-        stage.write_manifest(dataclasses.replace(manifest, config={}), partial)
+        io.write_json(partial / "manifest.json", dataclasses.replace(manifest, config={}))
         shutil.rmtree(final, ignore_errors=True)  # a damaged one of this step, if any
         partial.rename(final)
         saved_steps = list_steps(self.run)
@@ -260,19 +260,15 @@ def find_newest(run: pathlib.Path) -> pathlib.Path | None:
 def find_damage(directory: pathlib.Path) -> str | None:
     """Return what is wrong with a checkpoint's files, or None if they are as written."""
     try:
-        manifest = Manifest.load(directory)
+        manifest = stage.read_manifest(directory)
     except UserError as error:
         return str(error)
     request = stage.StageRequest("checkpoint", manifest.counts, {})
     expected = stage.fingerprint([request.fingerprint, manifest.outputs])
     if manifest.fingerprint != expected:
         return "manifest.json was changed (its fingerprint differs)"
-    damaged = stage.find_damaged_file(directory, manifest)
-    if damaged is None:
-        return None
-    if damaged.exists:
-        return f"{damaged.name} was changed (its checksum differs)"
-    return f"{damaged.name} is missing"
+    damage = io.find_damage(directory, verify=True)
+    return f"{damage.name} {damage.reason}" if damage else None
 
 
 def find_checkpoint(source: pathlib.Path) -> pathlib.Path | None:
@@ -338,10 +334,10 @@ def first_line_of(error: Exception) -> str:
 def describe_checkpoint(source: pathlib.Path) -> Iterator[str]:
     """Yield lines about a checkpoint, then one per array with dtype and shape."""
     directory = locate_checkpoint(source)
-    manifest = Manifest.load(directory)
+    manifest = stage.read_manifest(directory)
     counts = manifest.counts
     yield f"{directory}: step {counts['step']:,}, written {manifest.created}, undamaged"
-    spec = ModelSpec.load(directory / "spec.json")
+    spec = stage.read_spec(directory / "spec.json")
     fields = [f"{name} {value}" for name, value in spec.to_json().items()]
     yield "spec " + ", ".join(fields)
     rows = []

@@ -11,8 +11,8 @@ import pathlib
 import re
 from collections.abc import Iterator
 
+from jaxpt import stage
 from jaxpt.spec import UserError
-from jaxpt.stage import local_path
 
 # no .bin and .pt, which are pickles and can run code; no folders, in which repositories keep the
 # same weights in other formats
@@ -43,7 +43,7 @@ def download_model(source: str | pathlib.Path) -> pathlib.Path:
     """
     address = str(source)
     if not address.startswith("hf:"):
-        return local_path(source)
+        return stage.local_path(source)
     from huggingface_hub import snapshot_download
 
     name, _, revision = address.removeprefix("hf:").partition("@")

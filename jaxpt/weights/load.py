@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxpt.model import transformer
-from jaxpt.spec import Manifest, ModelSpec, UserError
+from jaxpt.spec import ModelSpec, UserError
+from jaxpt.stage import read_manifest, read_spec
 from jaxpt.weights import checkpoint, hub, huggingface, safetensors_file
 
 # beside an export's config.json: what a later start needs and config.json has no key for
@@ -50,11 +51,11 @@ def load_model(
     step_dir = checkpoint.find_checkpoint(source)
     if step_dir is None:
         return load_hf_source(source, mesh, dtype)
-    spec = ModelSpec.load(step_dir / "spec.json")
+    spec = read_spec(step_dir / "spec.json")
     np_dtype = safetensors_file.dtype_of_name(dtype)
     abstract = transformer.make_abstract_params(spec, mesh, np_dtype)
     params = checkpoint.restore_tree(step_dir, checkpoint.PARAMS, abstract)
-    manifest = Manifest.load(step_dir)
+    manifest = read_manifest(step_dir)
     tokenizer_dir = step_dir.parent.parent / "tokenizer"
     return LoadedModel(
         spec,

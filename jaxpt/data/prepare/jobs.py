@@ -15,7 +15,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from jaxpt import stage
+from jaxpt import io, stage
 from jaxpt.data import executor
 from jaxpt.spec import Record
 
@@ -122,7 +122,7 @@ def fingerprint_program() -> str:
     """Return the fingerprint of what does the jobs: this directory's code and the packages."""
     directory = pathlib.Path(__file__).parents[1]
     files = sorted(directory.rglob("*.py"))
-    code = {str(file.relative_to(directory)): stage.sha256_file(file) for file in files}
+    code = {str(file.relative_to(directory)): io.sha256(file) for file in files}
     return stage.fingerprint([stage.package_versions(), code])
 
 
@@ -142,7 +142,7 @@ def write_job_result(job: Job, result: JobResult) -> None:
     """Record that a job is done and its files have their names."""
     record = {"request": job.request, "sizes": list_sizes(result), "result": result.to_json()}
     path = pathlib.Path(f"{job.output_prefix}.json")
-    stage.write_atomic(path, json.dumps(record))
+    io.write_text(path, json.dumps(record))
 
 
 def list_sizes(result: JobResult) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from jaxpt import initialize
+from jaxpt import initialize, io
 from jaxpt.growth import verify
 from jaxpt.train import state
 from jaxpt.train.hooks.hook import Hook
@@ -58,7 +58,7 @@ def grow_session(session: Session, operator: str) -> None:
     )
     verify.write_growth(report, run.run_dir)
     if jax.process_index() == 0:
-        child.spec.save(run.run_dir / "spec.json")
+        io.write_json(run.run_dir / "spec.json", child.spec)
     session.state = TrainState(before.step, child.params, opt_state, skip_state)
     session.spec = child.spec
     session.check_sizes()
