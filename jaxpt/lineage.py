@@ -227,10 +227,15 @@ def verify_node(node: LineageNode) -> str:
 def verify_files(directory: pathlib.Path, manifest: Manifest) -> None:
     """Raise UserError unless every file of a stage and its manifest are as they were written."""
     damage = io.find_damage(directory, verify=True)
+    if damage and not io.exists(directory / damage.name):
+        raise UserError(
+            f"{directory / damage.name}: missing, though the manifest names it. Copy it from "
+            "where the rest came from."
+        )
     if damage:
         raise UserError(
-            f"{directory / damage.name}: {damage.reason}, though the manifest of "
-            f"{manifest.created} names it. Get it again from where it came."
+            f"{directory / damage.name}: its checksum differs from the manifest's: changed since "
+            f"{manifest.created}. Get it again from where it came."
         )
     request = stage.request_fingerprint(
         manifest.stage, manifest.config, manifest.inputs, manifest.seed
