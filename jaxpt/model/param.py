@@ -62,6 +62,7 @@ class ParamSpec:
         decays: whether weight decay applies.
         writes_residual: whether its output is added to the residual stream.
         active_frac: share of it that one token uses.
+        offset: what is added to it where it is read: 1 for Gemma's norms.
     """
 
     shape: tuple[int, ...]
@@ -72,6 +73,7 @@ class ParamSpec:
     decays: bool = False
     writes_residual: bool = False
     active_frac: float = 1.0
+    offset: float = 0.0
 
     @property
     def is_layered(self) -> bool:
@@ -136,9 +138,16 @@ def bias(
     return ParamSpec(shape, axes, ZEROS, f"{hf_name}.bias", writes_residual=writes_residual)
 
 
-def norm_scale(width: int, hf_name: str, axis: str = "norm") -> ParamSpec:
-    """Return the scale of an RMSNorm: ones, no decay."""
-    return ParamSpec((width,), (axis,), ONES, f"{hf_name}.weight")
+def norm_scale(
+    shape: tuple[int, ...],
+    hf_name: str,
+    axes: tuple[str, ...] = ("norm",),
+    *,
+    adds_one: bool = False,
+) -> ParamSpec:
+    """Return the scale of an RMSNorm: ones, or zeros that one is added to; no decay."""
+    init = ZEROS if adds_one else ONES
+    return ParamSpec(shape, axes, init, f"{hf_name}.weight", offset=float(adds_one))
 
 
 # ---- nested dicts of ParamSpecs

@@ -1,6 +1,7 @@
-"""Rotary position embedding, in Hugging Face's split-half layout.
+"""Rotary position embedding.
 
-Channel i rotates with channel i + H/2.
+Channel i of a head rotates with channel i + H/2, Hugging Face's split-half layout, or 2i with
+2i + 1. R is the number of channels that rotate, H for most models.
 """
 
 from __future__ import annotations
@@ -12,25 +13,33 @@ from jax import Array
 
 from jaxpt.spec import ModelSpec, RopeScaling
 
-Rope = tuple[Array, Array]  # cos and sin, float32 [B, T, 1, H/2]
+Rope = tuple[Array, Array]  # cos and sin, float32 [B, T, 1, R/2]
 
 
-def compute_rope(spec: ModelSpec, positions: Array) -> Rope:
-    """Return (cos, sin), each float32 [B, T, 1, H/2], per pair of channels and position."""
+def compute_ropes(spec: ModelSpec, positions: Array) -> dict[str, Rope]:
+    """Return (cos, sin) by LayerKind.rope, each float32 [B, T, 1, R/2], per pair of channels."""
     # float32: at long T bf16 positions above 256 collide (8 significand bits), so angles repeat
     positions = positions.astype(jnp.float32)[..., None]
-    angles = positions * compute_rope_frequencies(spec)
-    cos = jnp.cos(angles)[:, :, None]
-    sin = jnp.sin(angles)[:, :, None]
-    return cos, sin
+
+    def compute(theta: float | Array, scaling: RopeScaling | None) -> Rope:
+        angles = positions * compute_rope_frequencies(spec, theta, scaling)
+        cos = jnp.cos(angles)[:, :, None]
+        sin = jnp.sin(angles)[:, :, None]
+        return cos, sin
+
+    ropes = {"full": compute(spec.rope_theta, spec.rope_scaling)}
+    if spec.window_rope_theta is not None:
+        ropes["window"] = compute(spec.window_rope_theta, None)
+    return ropes
 
 
-def compute_rope_frequencies(spec: ModelSpec) -> Array:
-    """Return radians per position for each pair of channels, float32 [H/2]."""
-    channels = jnp.arange(0, spec.d_head, 2, dtype=jnp.float32)
-    exponents = channels / spec.d_head
-    frequencies = 1.0 / spec.rope_theta**exponents
-    scaling = spec.rope_scaling
+def compute_rope_frequencies(
+    spec: ModelSpec, theta: float | Array, scaling: RopeScaling | None
+) -> Array:
+    """Return radians per position for each pair of channels, float32 [R/2]."""
+    channels = jnp.arange(0, spec.d_rotary, 2, dtype=jnp.float32)
+    exponents = channels / spec.d_rotary
+    frequencies = 1.0 / theta**exponents
     if scaling is None:
         return frequencies
     if scaling.rope_type == "linear":
@@ -51,12 +60,22 @@ def scale_llama3_frequencies(frequencies: Array, scaling: RopeScaling) -> Array:
     return slow + kept * frequencies
 
 
-def apply_rope(x: Array, rope: Rope) -> Array:
-    """Rotate x [B, T, heads, H] by its positions' angles, in float32; return it in x's dtype."""
+def apply_rope(x: Array, rope: Rope, interleaved: bool = False) -> Array:
+    """Rotate the first R channels of x [B, T, heads, H], in float32; return it in x's dtype."""
     cos, sin = rope
-    y = x.astype(jnp.float32)
-    first, second = jnp.split(y, 2, axis=-1)
+    d_rotary = 2 * cos.shape[-1]
+    y = x[..., :d_rotary].astype(jnp.float32)
+    if interleaved:
+        first, second = y[..., 0::2], y[..., 1::2]
+    else:
+        first, second = jnp.split(y, 2, axis=-1)
     new_first = first * cos - second * sin
     new_second = second * cos + first * sin
-    rotated = jnp.concatenate([new_first, new_second], axis=-1)
-    return rotated.astype(x.dtype)
+    if interleaved:
+        rotated = jnp.stack([new_first, new_second], axis=-1).reshape(y.shape)
+    else:
+        rotated = jnp.concatenate([new_first, new_second], axis=-1)
+    rotated = rotated.astype(x.dtype)
+    if d_rotary == x.shape[-1]:
+        return rotated
+    return jnp.concatenate([rotated, x[..., d_rotary:]], axis=-1)
