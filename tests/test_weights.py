@@ -305,7 +305,7 @@ BROKEN = {
     "quantized": (lambda d: edit_config(d, quantization_config={"bits": 4}), "quantization_config"),
     "another activation": (
         lambda d: edit_config(d, hidden_act="gelu"),
-        "hidden_act: expected silu, got 'gelu'",
+        "hidden_act: expected silu or gelu_pytorch_tanh, got 'gelu'",
     ),
     "rotation of a part": (
         lambda d: edit_config(d, partial_rotary_factor=0.5),

@@ -182,11 +182,13 @@ class HfWeight(NamedTuple):
         path: of the parameter, ("blocks", "q").
         param: its description.
         hf_name: of its tensors, with "{}" for each stacked axis.
+        first_row: of its part of a tensor that it shares with other parameters.
     """
 
     path: tuple[str, ...]
     param: ParamSpec
     hf_name: str
+    first_row: int = 0
 
     @property
     def is_stacked_matrix(self) -> bool:
@@ -200,7 +202,7 @@ class HfWeight(NamedTuple):
 
     @property
     def hf_shape(self) -> tuple[int, ...]:
-        """The shape of one tensor in the file."""
+        """The shape of one tensor in the file, or of its part of one."""
         n_in = self.param.n_in
         if n_in:
             n_inputs = math.prod(self.inner_shape[:n_in])
@@ -213,12 +215,19 @@ class HfWeight(NamedTuple):
 
 def list_hf_weights(spec: ModelSpec) -> list[HfWeight]:
     """Return every parameter of a spec with its name in its family's files."""
-    names = family.find_family(spec).tensor_names
-    weights = []
+    found = family.find_family(spec)
+    weights = {}
     for path, param in list_param_specs(transformer.param_specs(spec)):
-        hf_name = names.get("/".join(path), param.hf_name)
-        weights.append(HfWeight(path, param, hf_name))
-    return weights
+        name = "/".join(path)
+        hf_name = found.tensor_names.get(name, param.hf_name)
+        weights[name] = HfWeight(path, param, hf_name)
+    for hf_name, parts in found.fused.items():
+        first_row = 0
+        for name in parts:
+            weight = weights[name]
+            weights[name] = weight._replace(hf_name=hf_name, first_row=first_row)
+            first_row += weight.hf_shape[0]
+    return list(weights.values())
 
 
 class HfTensor(NamedTuple):
@@ -226,18 +235,19 @@ class HfTensor(NamedTuple):
 
     Attributes:
         name: in the file.
-        weight: the parameter that holds its numbers.
-        index: along the parameter's stacked axes.
+        weights: the parameters that hold its numbers, by rows; one, but for a fused tensor.
+        index: along the parameters' stacked axes.
     """
 
     name: str
-    weight: HfWeight
+    weights: tuple[HfWeight, ...]
     index: tuple[int, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Its shape in the file."""
-        return self.weight.hf_shape
+        n_rows = sum(weight.hf_shape[0] for weight in self.weights)
+        return n_rows, *self.weights[0].hf_shape[1:]
 
     def n_bytes(self, dtype: np.dtype) -> int:
         """Return its size in a file."""
@@ -246,10 +256,14 @@ class HfTensor(NamedTuple):
 
 def list_hf_tensors(spec: ModelSpec) -> Iterator[HfTensor]:
     """Yield every tensor of the export, parameter by parameter."""
+    by_name: dict[str, list[HfWeight]] = {}
     for weight in list_hf_weights(spec):
-        stacked_shape = weight.param.shape[: weight.param.n_stacked]
-        for index in np.ndindex(*stacked_shape):
-            yield HfTensor(weight.hf_name.format(*index), weight, index)
+        by_name.setdefault(weight.hf_name, []).append(weight)
+    for hf_name, weights in by_name.items():
+        param = weights[0].param
+        weights.sort(key=lambda weight: weight.first_row)
+        for index in np.ndindex(*param.shape[: param.n_stacked]):
+            yield HfTensor(hf_name.format(*index), tuple(weights), index)
 
 
 def match_tensors(
@@ -384,8 +398,9 @@ def read_tensor(
     out_shape = tuple(map(len, bounds))
     out = allocate_array(out_shape, dtype)
     if len(tensor.shape) == 1:
-        whole = tensor.read_bytes().reshape(shape)
-        out[...] = whole[index]
+        stop = weight.first_row + math.prod(shape)
+        whole = tensor.read_bytes()[weight.first_row : stop]
+        out[...] = whole.reshape(shape)[index]
         return out
     # a group of dimensions (heads x head width) is one dimension of the file; only the first of a
     # group is ever sharded
@@ -402,6 +417,7 @@ def read_tensor(
 
     if n_in:
         rows = flat_span(n_in, len(shape))
+        rows = range(weight.first_row + rows.start, weight.first_row + rows.stop)
         columns = flat_span(0, n_in)
         flat = out.reshape(len(columns), len(rows)).T
     else:
@@ -493,9 +509,11 @@ def write_shard(
         advance = cleanup.enter_context(bar)
         written = None
         for tensor in tensors:
-            numbers = gather_tensor(params, tensor)
-            if file:
-                for chunk in order_as_in_file(numbers, tensor, dtype):
+            for weight in tensor.weights:
+                numbers = gather_tensor(params, weight, tensor.index)
+                if not file:
+                    continue
+                for chunk in order_as_in_file(numbers, weight, dtype):
                     if written:
                         written.result()  # one chunk waits for the disk while the next is made
                     written = writer.submit(file.write, chunk.data)
@@ -504,18 +522,18 @@ def write_shard(
             written.result()
 
 
-def gather_tensor(params: Params, tensor: HfTensor) -> np.ndarray:
+def gather_tensor(params: Params, weight: HfWeight, index: tuple[int, ...]) -> np.ndarray:
     """Return one tensor on this host, gathered on the devices first: no host holds it whole."""
     leaf: Any = params
-    for part in tensor.weight.path:
+    for part in weight.path:
         leaf = leaf[part]
     mesh = leaf.sharding.mesh
     if leaf.is_fully_replicated and mesh.devices.flat[0].platform == "cpu":
         whole = np.asarray(leaf)  # the device's memory is the host's: a view, no copy
-        return whole[tensor.index]
+        return whole[index]
     gather = make_gather(make_replicated_sharding(mesh))
-    index = tuple(np.int32(i) for i in tensor.index)
-    return np.asarray(gather(leaf, index))
+    where = tuple(np.int32(i) for i in index)
+    return np.asarray(gather(leaf, where))
 
 
 @functools.cache
@@ -529,23 +547,23 @@ def make_gather(place: jax.sharding.Sharding) -> Callable[..., jax.Array]:
 
 
 def order_as_in_file(
-    numbers: np.ndarray, tensor: HfTensor, dtype: np.dtype
+    numbers: np.ndarray, weight: HfWeight, dtype: np.dtype
 ) -> Iterator[np.ndarray]:
-    """Yield the bytes of one tensor as the file holds them, in chunks."""
-    if len(tensor.shape) == 1:
+    """Yield the bytes of one tensor, or of its part of one, as the file holds them, in chunks."""
+    if len(weight.hf_shape) == 1:
         vector = numbers.reshape(-1)
         vector = vector.astype(dtype, copy=False)
         yield vector.view(np.uint8)
         return
     matrix = numbers
-    if tensor.weight.param.n_in:
-        n_out, n_in = tensor.shape
+    if weight.param.n_in:
+        n_out, n_in = weight.hf_shape
         matrix = numbers.reshape(n_in, n_out).T
-    step = chunk_rows(tensor.shape, dtype)
+    step = chunk_rows(weight.hf_shape, dtype)
     for first in range(0, len(matrix), step):
         rows = matrix[first : first + step]
         chunk = allocate_array(rows.shape, dtype)
-        if tensor.weight.param.n_in:
+        if weight.param.n_in:
             transpose_into(rows.T, chunk)
         else:
             chunk[...] = rows
