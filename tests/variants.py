@@ -70,6 +70,7 @@ CONFIGS = {
     "qwen3, tied, biases": lambda: transformers.Qwen3Config(
         **SIZES, head_dim=8, tie_word_embeddings=True, attention_bias=True
     ),
+    "olmo2": lambda: transformers.Olmo2Config(**SIZES, head_dim=8, attention_bias=True),
 }
 
 
