@@ -71,6 +71,14 @@ CONFIGS = {
         **SIZES, head_dim=8, tie_word_embeddings=True, attention_bias=True
     ),
     "olmo2": lambda: transformers.Olmo2Config(**SIZES, head_dim=8, attention_bias=True),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **SIZES,
+        head_dim=8,
+        sliding_window=7,
+        query_pre_attn_scalar=12,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+    ),
 }
 
 
