@@ -89,6 +89,7 @@ CONFIGS = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
         },
     ),
+    "phi3": lambda: transformers.Phi3Config(**SIZES, sliding_window=7, pad_token_id=0),
 }
 
 
