@@ -90,6 +90,14 @@ CONFIGS = {
         },
     ),
     "phi3": lambda: transformers.Phi3Config(**SIZES, sliding_window=7, pad_token_id=0),
+    "smollm3": lambda: transformers.SmolLM3Config(
+        **SIZES,
+        head_dim=8,
+        pad_token_id=0,
+        no_rope_layer_interval=2,
+        use_sliding_window=True,
+        sliding_window=7,
+    ),
 }
 
 
