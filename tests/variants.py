@@ -98,6 +98,14 @@ CONFIGS = {
         use_sliding_window=True,
         sliding_window=7,
     ),
+    "granite": lambda: transformers.GraniteConfig(
+        **SIZES,
+        head_dim=8,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.4,
+        attention_multiplier=0.2,
+        logits_scaling=1.7,
+    ),
 }
 
 
