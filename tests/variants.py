@@ -106,6 +106,15 @@ CONFIGS = {
         attention_multiplier=0.2,
         logits_scaling=1.7,
     ),
+    "olmo3": lambda: transformers.Olmo3Config(
+        **SIZES,
+        head_dim=8,
+        sliding_window=7,
+        rope_parameters={
+            "full_attention": LLAMA3,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+        },
+    ),
 }
 
 
