@@ -115,6 +115,7 @@ CONFIGS = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
         },
     ),
+    "glm4": lambda: transformers.Glm4Config(**SIZES, head_dim=8, pad_token_id=0),
 }
 
 
