@@ -142,7 +142,15 @@ def find_misread_keys(directory, mesh, config_class, compares_logits):
 
 def is_named(key, message):
     """Return whether a refusal names the key, or what the key contradicts, in one line."""
-    names = (key, *UNDECLARED, "no_rope_layers", "rope type", "rope parameters", "model.", "tensors")
+    names = (
+        key,
+        *UNDECLARED,
+        "no_rope_layers",
+        "rope type",
+        "rope parameters",
+        "model.",
+        "tensors",
+    )
     return "\n" not in message and any(name in message for name in names)
 
 

@@ -19,7 +19,7 @@ import transformers
 import variants
 from conftest import ROOT
 
-from jaxpt import config, export, sharding
+from jaxpt import config, export, initialize, sharding
 from jaxpt.families import family
 from jaxpt.growth.apply import grow_params
 from jaxpt.growth.growth import Parent
@@ -294,13 +294,15 @@ def pickled(directory):
 
 
 def index(directory, text):
+    """Write an index; the single file, which would be read in its place, goes."""
+    (directory / "model.safetensors").unlink(missing_ok=True)
     (directory / "model.safetensors.index.json").write_text(text)
 
 
 BROKEN = {
     "another architecture": (
         lambda d: edit_config(d, model_type="gpt2"),
-        "model_type: expected llama, .*, got 'gpt2'",
+        "model_type: expected .*, llama, .*, got 'gpt2'",
     ),
     "quantized": (lambda d: edit_config(d, quantization_config={"bits": 4}), "quantization_config"),
     "another activation": (
@@ -433,6 +435,20 @@ BROKEN = {
         lambda d: index(d, '{"metadata": {"total_size": 1}}'),
         "index.json: has no weight_map",
     ),
+    "an index of a file elsewhere": (
+        lambda d: (
+            (d / "model.safetensors").rename(d.parent / "elsewhere.safetensors"),
+            index(d, '{"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}'),
+        ),
+        r"model.norm.weight: expected a file in this directory, got \.\./elsewhere",
+    ),
+    "an adapter alone": (
+        lambda d: (
+            (d / "config.json").unlink(),
+            (d / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}'),
+        ),
+        "holds a LoRA adapter .* whose base is org/base",
+    ),
     "an index of no files": (
         lambda d: index(d, '{"weight_map": {"model.norm.weight": 1}}'),
         "index.json: has no weight_map",
@@ -496,15 +512,62 @@ def test_a_doubled_tensor_and_a_tied_copy_that_differs_are_named(tmp_path, one):
     )
     with pytest.raises(UserError, match="differs from the embedding"):
         huggingface.load_hf_model(tmp_path, one)
-    edit_tensors(tmp_path, lambda t: t.pop("model.embed_tokens.weight"))
-    with pytest.raises(UserError, match=r"missing model\.embed_tokens\.weight"):
-        huggingface.load_hf_model(tmp_path, one)
-    shutil.copy(tmp_path / "model.safetensors", tmp_path / "again.safetensors")
-    (tmp_path / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"a": "again.safetensors", "b": "model.safetensors"}})
-    )
+    (tmp_path / "model.safetensors").rename(tmp_path / "once.safetensors")
+    shutil.copy(tmp_path / "once.safetensors", tmp_path / "again.safetensors")
+    index(tmp_path, json.dumps({"weight_map": {"a": "again.safetensors", "b": "once.safetensors"}}))
     with pytest.raises(UserError, match="is also in another file"):
         huggingface.load_hf_model(tmp_path, one)
+
+
+def shards_beside(directory, model):
+    """Shards with their index, and a newer single file, which transformers reads."""
+    newer = {name: value * 1.5 for name, value in model.state_dict().items()}
+    model.save_pretrained(directory, max_shard_size="20KB")
+    model.load_state_dict(newer)
+    model.save_pretrained(directory / "newer")
+    (directory / "newer/model.safetensors").replace(directory / "model.safetensors")
+
+
+def saved_over_shards(directory, model):
+    """A second save_pretrained leaves the first one's index, without its shards."""
+    model.save_pretrained(directory, max_shard_size="20KB")
+    shards = list(directory.glob("model-*"))
+    assert len(shards) > 1 and model.save_pretrained(directory) is None
+    for shard in shards:
+        shard.unlink(missing_ok=True)
+
+
+def head_alone(directory, model):
+    """What safetensors.torch.save_model may leave of two tied names."""
+    edit_tensors(directory, lambda t: t.update({HEAD: t.pop("model.embed_tokens.weight")}))
+
+
+def other_folders(directory, model):
+    """Folders whose names mean something elsewhere."""
+    for name in ("tokenizer", "checkpoints"):
+        (directory / name).mkdir()
+        (directory / name / "file").write_text("x")
+
+
+HEAD = "lm_head.weight"
+LAYOUTS = {
+    "a single file beside an index": ("llama", shards_beside),
+    "an index without its shards": ("llama", saved_over_shards),
+    "tied, under the head's name alone": ("llama, tied, biases", head_alone),
+    "folders of other names": ("llama", other_folders),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_directory_is_read_as_transformers_reads_it_however_it_was_saved(layout, tmp_path, one):
+    name, arrange = LAYOUTS[layout]
+    arrange(tmp_path, variants.make(name, tmp_path))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    loaded = load.load_model(tmp_path, one, "float32")
+    huggingface.copy_tokenizer(tmp_path, tmp_path / "copied")
+    np.testing.assert_array_equal(
+        np.asarray(loaded.params["embed"]), theirs.get_input_embeddings().weight.detach().numpy()
+    )
 
 
 # ---- a model that somebody trained

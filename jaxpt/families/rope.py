@@ -122,13 +122,10 @@ def write_rope(spec: ModelSpec) -> HfConfig:
     shared: HfConfig = {}
     if spec.rotary_frac != 1:
         shared["partial_rotary_factor"] = spec.rotary_frac
-    old: HfConfig | None = None  # readers of it take what it lacks from beside it
-    if spec.rope_scaling:
-        old = {"rope_theta": spec.rope_theta, **scaling, **shared}
     return {
         "rope_parameters": {"rope_theta": spec.rope_theta, **scaling, **shared},
         "rope_theta": spec.rope_theta,
-        "rope_scaling": old,
+        "rope_scaling": scaling if spec.rope_scaling else None,
         **shared,
     }
 

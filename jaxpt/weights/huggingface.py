@@ -36,10 +36,14 @@ from jaxpt.weights.safetensors_file import (
     chunk_rows,
     dtype_of_name,
     open_safetensors,
+    open_safetensors_file,
     read_hf_json,
     write_hf_json,
 )
 
+SINGLE_FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SHARD_BYTES = 5 * 10**9  # per file at most, Hugging Face's own default
 MAX_WRONG_SHOWN = 12
 
@@ -54,7 +58,9 @@ def load_hf_model(
             is broken, or tensors are missing, unused or of another shape (all listed at once).
     """
     spec = read_hf_spec(directory)
-    stored = open_safetensors(directory)
+    stored = open_weights(directory)
+    if spec.tie_embeddings and EMBEDDING not in stored and LM_HEAD in stored:
+        stored[EMBEDDING] = stored.pop(LM_HEAD)  # safetensors' save_model keeps one of two names
     match_tensors(spec, stored, directory)
     np_dtype = dtype_of_name(dtype)
     weights = list_hf_weights(spec)
@@ -81,12 +87,59 @@ def read_hf_spec(directory: pathlib.Path) -> ModelSpec:
         UserError: naming the key that is not supported.
     """
     path = directory / "config.json"
+    check_no_adapter(directory)
     if not path.is_file():
         raise UserError(
             f"{directory}: no config.json. Expected a Hugging Face model directory, a run "
             "directory or a checkpoint."
         )
     return family.read_spec(read_hf_json(path), path)
+
+
+def check_no_adapter(directory: pathlib.Path) -> None:
+    """Raise UserError for a directory with a LoRA adapter, with or without its base."""
+    path = directory / "adapter_config.json"
+    if not path.is_file():
+        return
+    base = read_hf_json(path).get("base_model_name_or_path")
+    raise UserError(
+        f"{directory}: holds a LoRA adapter (adapter_config.json), whose base is {base}. Merge it "
+        "into its base with PEFT (merge_and_unload, then save_pretrained); where that has "
+        "been done here, remove adapter_config.json."
+    )
+
+
+def is_hf_directory(directory: pathlib.Path) -> bool:
+    """Return whether a directory holds a Hugging Face model, whatever folders it has besides."""
+    if not (directory / "config.json").is_file():
+        return False
+    return (directory / SINGLE_FILE).is_file() or (directory / INDEX).is_file()
+
+
+def open_weights(directory: pathlib.Path) -> dict[str, StoredTensor]:
+    """Return every tensor of a directory's safetensors files by name, without reading numbers.
+
+    As transformers does, take model.safetensors where there is an index beside it: a second
+    save_pretrained leaves the first one's.
+
+    Raises:
+        UserError: a file is missing or broken, or the index names one elsewhere.
+    """
+    index = directory / INDEX
+    if not index.is_file():
+        return open_safetensors(directory)
+    if (directory / SINGLE_FILE).is_file():
+        return open_safetensors_file(directory / SINGLE_FILE)
+    weight_map = read_hf_json(index).get("weight_map")
+    if isinstance(weight_map, dict):
+        for tensor, name in weight_map.items():
+            place = os.path.normpath(str(name))
+            if os.path.isabs(place) or place.startswith(os.pardir):
+                raise UserError(
+                    f"{index}: {tensor}: expected a file in this directory, got {name}. Take the "
+                    "index of the model's authors."
+                )
+    return open_safetensors(directory)
 
 
 def write_hf_model(
@@ -124,7 +177,7 @@ def write_hf_model(
     n_shards = len(shards)
     weight_map = {}
     for i, shard in enumerate(shards):
-        name = "model.safetensors"
+        name = SINGLE_FILE
         if n_shards > 1:
             name = f"model-{i + 1:05d}-of-{n_shards:05d}.safetensors"
         path = directory / name if is_writer else None
@@ -135,7 +188,7 @@ def write_hf_model(
         return n_bytes
     if n_shards > 1:
         index = {"metadata": {"total_size": n_bytes}, "weight_map": weight_map}
-        write_hf_json(directory / "model.safetensors.index.json", index)
+        write_hf_json(directory / INDEX, index)
     config = family.write_config(spec, np_dtype.name)
     write_hf_json(directory / "config.json", config)
     generation: dict[str, Any] = {
@@ -160,7 +213,7 @@ def copy_tokenizer(source: pathlib.Path, directory: pathlib.Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
         name = file.name
-        if name.startswith(TOKENIZER_FILES) and file.suffix != ".py":
+        if name.startswith(TOKENIZER_FILES) and file.is_file() and file.suffix != ".py":
             shutil.copyfile(file, directory / name)
     settings_file = directory / "tokenizer_config.json"
     if settings_file.is_file():
@@ -288,8 +341,8 @@ def match_tensors(
         # old exports keep rotary_emb.inv_freq, which the config determines
         if name in expected or name.endswith("rotary_emb.inv_freq"):
             continue
-        if name == "lm_head.weight" and spec.tie_embeddings:
-            embedding = stored.get("model.embed_tokens.weight")
+        if name == LM_HEAD and spec.tie_embeddings:
+            embedding = stored.get(EMBEDDING)
             if not tensors_equal(tensor, embedding):
                 wrong.append("lm_head.weight differs from the embedding that it is tied to")
             continue
