@@ -259,6 +259,15 @@ def test_the_card_tells_what_the_model_was_made_from_and_how_it_grew(tmp_path, s
     ), "a bfloat16 run exports bfloat16"
 
 
+def test_what_a_family_cannot_state_is_one_sentence_that_names_one_that_can(spec, tmp_path, one):
+    wrong = spec.replace(family="qwen2", qkv_bias=True, out_bias=True)
+    params = transformer.init_params(wrong, 0, one)
+    answer = "a qwen2 config.json cannot state out_bias = True .* family to .*llama"
+    with pytest.raises(UserError, match=answer):
+        huggingface.write_hf_model(wrong, params, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def edit_config(directory, **changes):
     path = directory / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

@@ -318,6 +318,23 @@ def write_config(spec: ModelSpec, dtype: str) -> HfConfig:
     Raises:
         UserError: the family's config.json cannot state a field of the spec.
     """
+    config = make_config(spec, dtype)
+    lost = find_unstated_field(spec, config)
+    if lost:
+        name, value, found = lost
+        able = [name for name in list_families() if can_state(spec.replace(family=name))]
+        hint = "No known family can."
+        if able:
+            hint = f"Set the spec's family to {' or '.join(able)}."
+        raise UserError(
+            f"a {spec.family} config.json cannot state {name} = {value!r} ({found!r} would be read "
+            f"back). {hint}"
+        )
+    return config
+
+
+def make_config(spec: ModelSpec, dtype: str) -> HfConfig:
+    """Return config.json with what the spec's family can state."""
     family = find_family(spec)
     config: HfConfig = {
         "architectures": [family.architecture],
@@ -329,28 +346,22 @@ def write_config(spec: ModelSpec, dtype: str) -> HfConfig:
     config.update(family.write_more(spec))
     config.update(dtype=dtype, torch_dtype=dtype, initializer_range=0.02, use_cache=True)
     config.update(pad_token_id=None)  # some classes have one that a small vocabulary lacks
-    check_written(spec, config)
     return config
 
 
-def check_written(spec: ModelSpec, config: HfConfig) -> None:
-    """Raise UserError unless reading a written config gives the spec back."""
+def find_unstated_field(spec: ModelSpec, config: HfConfig) -> tuple[str, Any, Any] | None:
+    """Return (name, value, value read back) of a field that a config does not keep."""
     read_back = read_spec(config, pathlib.Path("config.json"))
     for field in dataclasses.fields(ModelSpec):
         value, found = getattr(spec, field.name), getattr(read_back, field.name)
         if value != found:
-            able = [name for name in list_families() if can_state(spec.replace(family=name))]
-            hint = f"Set the spec's family to {able[0]}." if able else "No known family can."
-            raise UserError(
-                f"export: a {spec.family} config.json cannot state {field.name} = {value!r} "
-                f"({found!r} would be read back). {hint}"
-            )
+            return field.name, value, found
+    return None
 
 
 def can_state(spec: ModelSpec) -> bool:
     """Return whether the spec's family can state all of it."""
     try:
-        write_config(spec, "float32")
+        return find_unstated_field(spec, make_config(spec, "float32")) is None
     except UserError:
         return False
-    return True

@@ -169,6 +169,7 @@ def write_hf_model(
     np_dtype = params["embed"].dtype
     if dtype:
         np_dtype = dtype_of_name(dtype)
+    config = family.write_config(spec, np_dtype.name)
     tensors = list(list_hf_tensors(spec))
     is_writer = jax.process_index() == 0
     if is_writer:
@@ -189,7 +190,6 @@ def write_hf_model(
     if n_shards > 1:
         index = {"metadata": {"total_size": n_bytes}, "weight_map": weight_map}
         write_hf_json(directory / INDEX, index)
-    config = family.write_config(spec, np_dtype.name)
     write_hf_json(directory / "config.json", config)
     generation: dict[str, Any] = {
         "bos_token_id": spec.bos_id,
