@@ -143,24 +143,38 @@ def decode_sequence(value: Any, hint: Any, where: str) -> Any:
 class RopeScaling(Record):
     """How rotary angles are stretched beyond the context that a model was first trained on.
 
-    Source: transformers' modeling_rope_utils (`linear`, `llama3`).
+    Source: transformers' modeling_rope_utils (`linear`, `llama3`, `yarn`).
     """
 
-    rope_type: str  # "linear": every frequency / factor; "llama3": only the slow ones
+    rope_type: str  # "linear": every frequency / factor; "llama3", "yarn": only the slow ones
     factor: float
     # llama3: wavelengths longer than original / low are divided by factor, those shorter than
     # original / high are kept, with a smooth band between
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_seq_len: int = 8192
+    # yarn: pairs of channels that turn more often than beta_fast in the original context are kept,
+    # those that turn less often than beta_slow are divided by factor
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None  # yarn: of cos and sin; None: 0.1 ln(factor) + 1
 
     def __post_init__(self):
         """Raise UserError for an unknown type."""
-        if self.rope_type not in ("linear", "llama3"):
+        if self.rope_type not in ("linear", "llama3", "yarn"):
             raise UserError(
-                f"model.rope_scaling: expected rope_type 'linear' or 'llama3', "
+                f"model.rope_scaling: expected rope_type 'linear', 'llama3' or 'yarn', "
                 f"got {self.rope_type!r}."
             )
+
+    @property
+    def amplitude(self) -> float:
+        """What cos and sin are multiplied by."""
+        if self.rope_type != "yarn":
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return 0.1 * math.log(max(self.factor, 1.0)) + 1.0
 
 
 class LayerKind(NamedTuple):

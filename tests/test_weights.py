@@ -19,7 +19,7 @@ import transformers
 import variants
 from conftest import ROOT
 
-from jaxpt import config, export, initialize, sharding
+from jaxpt import config, export, sharding
 from jaxpt.families import family
 from jaxpt.growth.apply import grow_params
 from jaxpt.growth.growth import Parent
@@ -27,7 +27,7 @@ from jaxpt.growth.parse import plan_growth
 from jaxpt.model import decode, transformer
 from jaxpt.spec import Manifest, ModelSpec, RopeScaling, UserError
 from jaxpt.train import initial_run
-from jaxpt.weights import huggingface, safetensors_file
+from jaxpt.weights import huggingface, load, safetensors_file
 
 
 @pytest.mark.parametrize("name", variants.CONFIGS)
@@ -101,7 +101,9 @@ def test_config_json_tells_old_and_new_readers_the_same(spec, tmp_path, one):
             ).logits
 
     huggingface.write_hf_model(spec, transformer.init_params(spec, 0, one), tmp_path)
-    for scaling in (None, RopeScaling("linear", 2.0), RopeScaling("llama3", 8.0, 1.0, 4.0, 32)):
+    yarn = RopeScaling("yarn", 4.0, original_max_seq_len=16, beta_fast=4.0)
+    llama3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 32)
+    for scaling in (None, RopeScaling("linear", 2.0), llama3, yarn):
         spec = spec.replace(rope_theta=5e5, rope_scaling=scaling)
         written, found = family.write_config(spec, "float32"), []
         for other in (
@@ -324,9 +326,9 @@ BROKEN = {
     ),
     "unknown rope": (
         lambda d: edit_config(
-            d, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
+            d, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
         ),
-        "rope type: expected .*, got 'yarn'",
+        "rope type: expected .*, got 'dynamic'",
     ),
     "rope without its factor": (
         lambda d: edit_config(d, rope_parameters={"rope_type": "linear"}),

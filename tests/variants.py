@@ -111,7 +111,14 @@ CONFIGS = {
         head_dim=8,
         sliding_window=7,
         rope_parameters={
-            "full_attention": LLAMA3,
+            "full_attention": {
+                "rope_type": "yarn",
+                "rope_theta": 5e5,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "attention_factor": 1.2,
+                "beta_fast": 6.0,
+            },
             "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
         },
     ),

@@ -11,12 +11,10 @@ from jaxpt.spec import ModelSpec, RopeScaling, UserError
 HfConfig = dict[str, Any]  # a config.json
 
 DEFAULT_THETA = 10_000.0  # of most of transformers' classes
-SCALING_KEYS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-COMMON_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ORIGINAL_KEY = "original_max_position_embeddings"
+# of yarn; they are supported with these values only
+YARN_DEFAULTS = {"mscale": (None,), "mscale_all_dim": (None,), "truncate": (None, True)}
 
 
 def read_rope(
@@ -24,7 +22,7 @@ def read_rope(
     path: pathlib.Path,
     default_theta: float = DEFAULT_THETA,
     rotary_frac: float | None = None,
-    types: tuple[str, ...] = tuple(SCALING_KEYS),
+    types: tuple[str, ...] = ROPE_TYPES,
 ) -> dict[str, Any]:
     """Return rope_theta, rope_scaling and rotary_frac of a config's ModelSpec.
 
@@ -63,7 +61,7 @@ def read_rope_object(
     config: HfConfig,
     path: pathlib.Path,
     default_theta: float,
-    types: tuple[str, ...] = tuple(SCALING_KEYS),
+    types: tuple[str, ...] = ROPE_TYPES,
 ) -> tuple[float, RopeScaling | None]:
     """Return theta and scaling of one object with rope parameters."""
     try:
@@ -99,13 +97,33 @@ def read_scaling(rope_type: str, rope: dict[str, Any], config: HfConfig) -> Rope
     factor = get_number(rope, "factor")
     if rope_type == "linear":
         return RopeScaling("linear", factor)
+    # transformers takes the key beside the object before the one in it
+    inner = rope.get(ORIGINAL_KEY, config.get("max_position_embeddings"))
+    original = int(get_number(config, ORIGINAL_KEY, inner))
+    if rope_type == "yarn":
+        return read_yarn(rope, factor, original)
     low = get_number(rope, "low_freq_factor")
     high = get_number(rope, "high_freq_factor")
-    # transformers takes the key beside the object before the one in it
-    key = "original_max_position_embeddings"
-    inner = rope.get(key, config.get("max_position_embeddings"))
-    original = get_number(config, key, inner)
-    return RopeScaling("llama3", factor, low, high, int(original))
+    return RopeScaling("llama3", factor, low, high, original)
+
+
+def read_yarn(rope: dict[str, Any], factor: float, original: int) -> RopeScaling:
+    """Return the scaling of a "yarn" rope. Raise ValueError or TypeError."""
+    for key, values in YARN_DEFAULTS.items():
+        if rope.get(key) not in values:
+            raise ValueError(f"{key} {rope[key]} is not supported")
+    given = {key: value for key, value in rope.items() if value}  # 0 and null: the default
+    attention_factor = None
+    if rope.get("attention_factor") is not None:
+        attention_factor = get_number(rope, "attention_factor")
+    return RopeScaling(
+        "yarn",
+        factor,
+        original_max_seq_len=original,
+        beta_fast=get_number(given, "beta_fast", 32.0),
+        beta_slow=get_number(given, "beta_slow", 1.0),
+        attention_factor=attention_factor,
+    )
 
 
 def get_number(values: dict[str, Any], key: str, default: Any = None) -> float:
@@ -136,10 +154,16 @@ def write_scaling(spec: ModelSpec) -> HfConfig:
     if not scaling:
         return {"rope_type": "default"}
     rope: HfConfig = {"rope_type": scaling.rope_type, "factor": scaling.factor}
+    if scaling.rope_type != "linear":
+        rope[ORIGINAL_KEY] = scaling.original_max_seq_len
     if scaling.rope_type == "llama3":
         rope["low_freq_factor"] = scaling.low_freq_factor
         rope["high_freq_factor"] = scaling.high_freq_factor
-        rope["original_max_position_embeddings"] = scaling.original_max_seq_len
+    if scaling.rope_type == "yarn":
+        rope["beta_fast"] = scaling.beta_fast
+        rope["beta_slow"] = scaling.beta_slow
+        if scaling.attention_factor is not None:
+            rope["attention_factor"] = scaling.attention_factor
     return rope
 
 
@@ -172,7 +196,8 @@ def read_ropes_by_layer_type(
             f"sliding_attention), got {ropes!r:.200}."
         )
     full = {**(ropes.get("full_attention") or {}), **(config.get("rope_scaling") or {})}
-    theta, scaling = read_rope_object(full, config, path, default_theta)
+    inner_only = {key: value for key, value in config.items() if key != ORIGINAL_KEY}
+    theta, scaling = read_rope_object(full, inner_only, path, default_theta)
     window = ropes.get("sliding_attention") or {}
     beside = {"rope_theta": config.get(window_key, window_default)}
     window_theta, window_scaling = read_rope_object(window, beside, path, window_default)

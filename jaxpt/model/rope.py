@@ -25,7 +25,9 @@ def compute_ropes(spec: ModelSpec, positions: Array) -> dict[str, Rope]:
         angles = positions * compute_rope_frequencies(spec, theta, scaling)
         cos = jnp.cos(angles)[:, :, None]
         sin = jnp.sin(angles)[:, :, None]
-        return cos, sin
+        if scaling is None or scaling.amplitude == 1:
+            return cos, sin
+        return cos * scaling.amplitude, sin * scaling.amplitude
 
     ropes = {"full": compute(spec.rope_theta, spec.rope_scaling)}
     if spec.window_rope_theta is not None:
@@ -44,6 +46,8 @@ def compute_rope_frequencies(
         return frequencies
     if scaling.rope_type == "linear":
         return frequencies / scaling.factor
+    if scaling.rope_type == "yarn":
+        return scale_yarn_frequencies(frequencies, theta, scaling)
     return scale_llama3_frequencies(frequencies, scaling)
 
 
@@ -58,6 +62,25 @@ def scale_llama3_frequencies(frequencies: Array, scaling: RopeScaling) -> Array:
     kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
     slow = (1 - kept) * frequencies / scaling.factor
     return slow + kept * frequencies
+
+
+def scale_yarn_frequencies(frequencies: Array, theta: float | Array, scaling: RopeScaling) -> Array:
+    """Keep fast pairs, divide slow ones by the factor, go from one to the other pair by pair.
+
+    Source: YaRN (2309.00071), transformers' _compute_yarn_parameters.
+    """
+    n_pairs = len(frequencies)
+
+    def find_pair(turns: float) -> Array:
+        # the pair that makes so many full turns within the original context
+        radians = scaling.original_max_seq_len / (2 * math.pi * turns)
+        return n_pairs * math.log(radians) / jnp.log(theta)
+
+    first = jnp.maximum(jnp.floor(find_pair(scaling.beta_fast)), 0)
+    last = jnp.minimum(jnp.ceil(find_pair(scaling.beta_slow)), 2 * n_pairs - 1)
+    width = jnp.where(first == last, 0.001, last - first)
+    slowness = jnp.clip((jnp.arange(n_pairs) - first) / width, 0.0, 1.0)
+    return frequencies * (1 - slowness + slowness / scaling.factor)
 
 
 def apply_rope(x: Array, rope: Rope, interleaved: bool = False) -> Array:
