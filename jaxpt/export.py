@@ -83,7 +83,7 @@ def find_stored_dtype(source: pathlib.Path) -> str:
         return arrays["params/embed"].dtype.name
     if huggingface.is_hf_directory(source):
         for tensor in huggingface.open_weights(source).values():
-            return tensor.dtype.name
+            return tensor.dtype.name.replace("float64", "float32")
     return "float32"
 
 

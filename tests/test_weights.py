@@ -553,6 +553,13 @@ def head_alone(directory, model):
     edit_tensors(directory, lambda t: t.update({HEAD: t.pop("model.embed_tokens.weight")}))
 
 
+def double_precision(directory, model):
+    """Weights in float64, as some scripts save them."""
+    edit_tensors(
+        directory, lambda t: t.update({name: x.astype(np.float64) for name, x in t.items()})
+    )
+
+
 def other_folders(directory, model):
     """Folders whose names mean something elsewhere."""
     for name in ("tokenizer", "checkpoints"):
@@ -566,6 +573,7 @@ LAYOUTS = {
     "an index without its shards": ("llama", saved_over_shards),
     "tied, under the head's name alone": ("llama, tied, biases", head_alone),
     "folders of other names": ("llama", other_folders),
+    "float64": ("llama", double_precision),
 }
 
 
@@ -579,6 +587,7 @@ def test_a_directory_is_read_as_transformers_reads_it_however_it_was_saved(layou
     np.testing.assert_array_equal(
         np.asarray(loaded.params["embed"]), theirs.get_input_embeddings().weight.detach().numpy()
     )
+    assert export.find_stored_dtype(tmp_path) == "float32"
 
 
 # ---- a model that somebody trained
