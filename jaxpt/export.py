@@ -81,10 +81,9 @@ def find_stored_dtype(source: pathlib.Path) -> str:
     if step_dir:
         arrays = checkpoint.read_array_metadata(step_dir)
         return arrays["params/embed"].dtype.name
-    is_run = (source / "checkpoints").is_dir()
-    if not is_run and (source / "config.json").is_file():
-        for tensor in safetensors_file.open_safetensors(source).values():
-            return tensor.dtype.name
+    if huggingface.is_hf_directory(source):
+        for tensor in huggingface.open_weights(source).values():
+            return tensor.dtype.name.replace("float64", "float32")
     return "float32"
 
 

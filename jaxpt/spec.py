@@ -142,24 +142,38 @@ def decode_sequence(value: Any, hint: Any, where: str) -> Any:
 class RopeScaling(Record):
     """How rotary angles are stretched beyond the context that a model was first trained on.
 
-    Source: transformers' modeling_rope_utils (`linear`, `llama3`).
+    Source: transformers' modeling_rope_utils (`linear`, `llama3`, `yarn`).
     """
 
-    rope_type: str  # "linear": every frequency / factor; "llama3": only the slow ones
+    rope_type: str  # "linear": every frequency / factor; "llama3", "yarn": only the slow ones
     factor: float
     # llama3: wavelengths longer than original / low are divided by factor, those shorter than
     # original / high are kept, with a smooth band between
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_seq_len: int = 8192
+    # yarn: pairs of channels that turn more often than beta_fast in the original context are kept,
+    # those that turn less often than beta_slow are divided by factor
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None  # yarn: of cos and sin; None: 0.1 ln(factor) + 1
 
     def __post_init__(self):
         """Raise UserError for an unknown type."""
-        if self.rope_type not in ("linear", "llama3"):
+        if self.rope_type not in ("linear", "llama3", "yarn"):
             raise UserError(
-                f"model.rope_scaling: expected rope_type 'linear' or 'llama3', "
+                f"model.rope_scaling: expected rope_type 'linear', 'llama3' or 'yarn', "
                 f"got {self.rope_type!r}."
             )
+
+    @property
+    def amplitude(self) -> float:
+        """What cos and sin are multiplied by."""
+        if self.rope_type != "yarn":
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return 0.1 * math.log(max(self.factor, 1.0)) + 1.0
 
 
 class LayerKind(NamedTuple):
@@ -167,9 +181,25 @@ class LayerKind(NamedTuple):
 
     Attributes:
         window: positions that a query sees, itself included; None: all.
+        rope: which rotary embedding q and k get, one of model/rope.py's; None: none.
     """
 
     window: int | None = None
+    rope: str | None = "full"
+
+
+# fields of ModelSpec that list layers
+LAYER_LISTS = ("global_layers", "no_rope_layers")
+CHOICES = {"activation": ("silu", "gelu_pytorch_tanh"), "norm_placement": ("pre", "post", "both")}
+POSITIVE_NUMBERS = (
+    "query_scale",
+    "attention_softcap",
+    "logit_softcap",
+    "embed_multiplier",
+    "residual_multiplier",
+    "logit_divisor",
+    "window_rope_theta",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,9 +230,24 @@ class ModelSpec(Record):
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False  # Qwen3: RMSNorm over each head's q and k before rotation
-    qk_norm_whole: bool = False  # OLMoE: that norm over all heads' channels together
+    qk_norm_whole: bool = False  # OLMo 2, OLMoE: that norm over all heads' channels together
     sliding_window: int | None = None  # positions that a query sees, itself included
     global_layers: tuple[int, ...] = ()  # layers that see all positions in spite of the window
+    activation: str = "silu"  # of the MLP; Gemma: "gelu_pytorch_tanh"
+    # where norms stand: "pre", before attention and MLP; "post", after them, on what they add to
+    # the residual (OLMo 2); "both" (Gemma 2, GLM-4)
+    norm_placement: str = "pre"
+    norm_adds_one: bool = False  # Gemma: a norm multiplies by 1 + its scale
+    query_scale: float | None = None  # of attention's scores; None: d_head ** -0.5
+    attention_softcap: float | None = None  # scores s become c tanh(s / c)
+    logit_softcap: float | None = None  # so do logits
+    embed_multiplier: float = 1.0  # of the embedding, as it enters the residual
+    residual_multiplier: float = 1.0  # Granite: of what attention and MLP add to it
+    logit_divisor: float = 1.0  # Granite: logits are divided by it
+    rotary_frac: float = 1.0  # share of a head's channels that is rotated, the first ones
+    rope_interleaved: bool = False  # GLM-4: channel 2i rotates with 2i + 1, not i with i + H/2
+    window_rope_theta: float | None = None  # of layers with a window, unscaled; None: as others
+    no_rope_layers: tuple[int, ...] = ()  # layers whose q and k are not rotated
     n_experts: int = 0  # MLPs of d_ff channels that a layer chooses from; 0: one, dense
     n_experts_per_token: int = 0
     norm_topk_prob: bool = False  # the chosen experts' weights are divided by their sum
@@ -219,11 +264,20 @@ class ModelSpec(Record):
             self.check_size(name, 1)
         self.check_size("vocab_size", 1)
         self.check_size("max_seq_len", 1)
-        wrong = [layer for layer in self.global_layers if not 0 <= layer < self.n_layers]
-        if wrong:
-            raise UserError(
-                f"model.global_layers: expected layers 0 to {self.n_layers - 1}, got {wrong[0]}."
-            )
+        for name in LAYER_LISTS:
+            wrong = [layer for layer in getattr(self, name) if not 0 <= layer < self.n_layers]
+            if wrong:
+                raise UserError(
+                    f"model.{name}: expected layers 0 to {self.n_layers - 1}, got {wrong[0]}."
+                )
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                expected = " or ".join(map(repr, choices))
+                raise UserError(f"model.{name}: expected {expected}, got {getattr(self, name)!r}.")
+        for name in POSITIVE_NUMBERS:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"model.{name}: expected a number above 0, got {value!r}.")
         if self.n_heads % self.n_kv_heads:
             raise UserError(
                 f"model.n_kv_heads: {self.n_heads} query heads cannot share {self.n_kv_heads} "
@@ -233,6 +287,11 @@ class ModelSpec(Record):
             raise UserError(
                 f"model.d_head: expected an even number, got {self.d_head}: "
                 "rotary embedding rotates pairs of channels."
+            )
+        if self.d_rotary % 2 or not 0 < self.d_rotary <= self.d_head:
+            raise UserError(
+                f"model.rotary_frac: expected a share that makes an even number of "
+                f"{self.d_head} channels, got {self.rotary_frac}, which makes {self.d_rotary}."
             )
         if self.qk_norm_whole and not self.qk_norm:
             raise UserError("model.qk_norm_whole: expected qk_norm with it, got none. Set qk_norm.")
@@ -255,6 +314,16 @@ class ModelSpec(Record):
                 f"model.mlp_bias: expected false in a mixture of {E} experts, got true. "
                 "Experts have no biases."
             )
+        if E and self.activation != "silu":
+            raise UserError(
+                f"model.activation: expected silu in a mixture of {E} experts, got "
+                f"{self.activation!r}."
+            )
+
+    @property
+    def d_rotary(self) -> int:
+        """Channels of a head that are rotated."""
+        return int(self.d_head * self.rotary_frac)
 
     @property
     def feed_forward(self) -> str:
@@ -271,20 +340,28 @@ class ModelSpec(Record):
         """The settings of each layer."""
         kinds = []
         for layer in range(self.n_layers):
-            is_global = layer in self.global_layers
-            kinds.append(LayerKind(None if is_global else self.sliding_window))
+            window = None if layer in self.global_layers else self.sliding_window
+            rope: str | None = "full"
+            if window is not None and self.window_rope_theta is not None:
+                rope = "window"
+            if layer in self.no_rope_layers:
+                rope = None
+            kinds.append(LayerKind(window, rope))
         return tuple(kinds)
 
     def take_layers(self, sources: Sequence[int | None]) -> ModelSpec:
         """Return the spec of a model made of these layers; None: a new one, like the one before."""
-        global_layers = []
-        is_global = False
-        for layer, source in enumerate(sources):
-            if source is not None:
-                is_global = source in self.global_layers
-            if is_global:
-                global_layers.append(layer)
-        return self.replace(n_layers=len(sources), global_layers=tuple(global_layers))
+        lists = {}
+        for name in LAYER_LISTS:
+            listed = []
+            is_listed = False
+            for layer, source in enumerate(sources):
+                if source is not None:
+                    is_listed = source in getattr(self, name)
+                if is_listed:
+                    listed.append(layer)
+            lists[name] = tuple(listed)
+        return self.replace(n_layers=len(sources), **lists)
 
     def check_size(self, name: str, minimum: int) -> None:
         """Raise UserError unless the size is an integer of at least `minimum`."""

@@ -23,14 +23,14 @@ from jaxpt.train.step import make_attention_request
 B, T, N, K, H = 3, 384, 6, 2, 8
 
 
-def plain(q, k, v, segments, window=None):
+def plain(q, k, v, segments, window=None, softcap=None):
     """The formula within documents."""
     T = q.shape[1]
     distance = jnp.arange(T)[:, None] - jnp.arange(T)[None]
     seen = (
         (distance >= 0) & (distance < (window or T)) & (segments[:, :, None] == segments[:, None])
     )
-    return attend_plain(q, k, v, seen)
+    return attend_plain(q, k, v, seen, softcap)
 
 
 def splash(q, k, v, segments, window=None):
@@ -97,6 +97,32 @@ def test_every_backend_gives_the_formulas_numbers_and_gradients(backend, window)
     # in the padding too: what is not finite there would reach the weights' gradients
     assert np.isfinite(mixed).all()
     np.testing.assert_allclose(mixed, plain(q, k, v, segments, window), atol=1e-5)
+
+
+def test_a_softcap_gives_the_formulas_numbers_and_gradients_and_only_xla_takes_it():
+    q, k, v, segments = inputs()
+    trained = (segments > 0)[..., None, None]
+
+    def of(attend):
+        return lambda q, k, v: jnp.sum(
+            jnp.where(trained, attend(q, k, v, segments, 37, softcap=0.7), 0)
+            * jnp.cos(jnp.arange(H))
+        )
+
+    ours, expected = (
+        jax.jit(jax.value_and_grad(of(attend), argnums=(0, 1, 2)))(q, k, v)
+        for attend in (select.attend, plain)
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=5e-5), ours, expected
+    )
+    assert not np.allclose(of(plain)(q, k, v), jnp.sum(plain(q, k, v, segments, 37)))
+    spec = ModelSpec(2, 48, 40, N, K, H, 96, attention_softcap=50.0)
+    asked = select.AttentionRequest("auto", "bfloat16", 8, 384)
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    for kernel in ("splash", "cudnn"):
+        reason = select.unsupported_reason(kernel, spec, asked, mesh)
+        assert reason == "model.attention_softcap = 50 (none)"
 
 
 def test_no_backend_lets_a_document_see_its_neighbor(backend):

@@ -162,7 +162,7 @@ REFUSED = {  # what is wrong: (how it comes about, what is asked, what is said)
     "a config that says nothing": (
         lambda: write("hf/config.json", "{}"),
         CONTINUE,
-        "model_type: expected llama",
+        "model_type: expected gemma2",
     ),
     "no weights": (
         lambda: remove("hf/model.safetensors"),

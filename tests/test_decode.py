@@ -48,8 +48,29 @@ def prompts():
         {},
         {"family": "qwen3", "qk_norm": True, "tie_embeddings": True},
         {"family": "mistral", "sliding_window": 7},
+        {
+            "family": "gemma2",
+            "norm_placement": "both",
+            "norm_adds_one": True,
+            "tie_embeddings": True,
+            "sliding_window": 7,
+            "global_layers": (1, 3),
+            "query_scale": 12**-0.5,
+            "attention_softcap": 2.0,
+            "logit_softcap": 3.0,
+            "embed_multiplier": 24**0.5,
+        },
+        pytest.param(
+            {
+                "family": "glm4",
+                "norm_placement": "both",
+                "rotary_frac": 0.5,
+                "rope_interleaved": True,
+            },
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["llama", "qwen3, tied", "mistral, sliding window 7"],
+    ids=["llama", "qwen3, tied", "mistral, sliding window 7", "gemma2", "glm4"],
 )
 def test_greedy_text_equals_transformers_token_for_token(changes, tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")

@@ -194,12 +194,20 @@ def test_packing_loses_nothing_and_leaves_little_empty():
 
 
 @pytest.mark.parametrize(
-    "sizes,window",
-    [({"fsdp": 1}, None), ({"fsdp": 4, "tensor": 2}, None), ({"fsdp": 1}, 50)],
-    ids=["1 device", "8 devices", "sliding window"],
+    "sizes,changes",
+    [
+        ({"fsdp": 1}, {}),
+        ({"fsdp": 4, "tensor": 2}, {}),
+        ({"fsdp": 1}, {"sliding_window": 50}),
+        (
+            {"fsdp": 1},
+            {"attention_softcap": 0.5, "logit_softcap": 0.5, "embed_multiplier": 7.0},
+        ),
+    ],
+    ids=["1 device", "8 devices", "sliding window", "softcaps"],
 )
-def test_likelihoods_are_those_of_each_pair_alone_on_any_mesh(params, sizes, window):
-    spec = dataclasses.replace(SPEC, sliding_window=window)
+def test_likelihoods_are_those_of_each_pair_alone_on_any_mesh(params, sizes, changes):
+    spec = dataclasses.replace(SPEC, **changes)
     mesh = sharding.make_mesh(
         config.MeshConfig(**sizes), jax.devices()[: math.prod(sizes.values())]
     )

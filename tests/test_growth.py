@@ -241,6 +241,49 @@ FAMILIES = {
 }
 
 
+# parts of other families, with operators that keep them
+PARTS = {
+    "olmo2": {
+        "family": "olmo2",
+        "norm_placement": "post",
+        "qk_norm": True,
+        "qk_norm_whole": True,
+        "norm_eps": 1e-6,
+    },
+    "gemma3_text": {
+        "family": "gemma3_text",
+        "norm_placement": "both",
+        "norm_adds_one": True,
+        "qk_norm": True,
+        "activation": "gelu_pytorch_tanh",
+        "tie_embeddings": True,
+        "sliding_window": 7,
+        "global_layers": (1, 4),
+        "window_rope_theta": 1e3,
+        "logit_softcap": 3.0,
+        "query_scale": 12**-0.5,
+        "embed_multiplier": 24**0.5,
+    },
+    "granite": {
+        "family": "granite",
+        "tie_embeddings": True,
+        "query_scale": 0.2,
+        "embed_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "logit_divisor": 1.7,
+    },
+    # no family has all of these; a tied head behind a norm by 1 + w, and softcaps
+    "others": {
+        "tie_embeddings": True,
+        "norm_adds_one": True,
+        "attention_softcap": 2.0,
+        "rotary_frac": 0.5,
+        "rope_interleaved": True,
+        "no_rope_layers": (1, 4),
+    },
+}
+
+
 def crossed(single):
     """Every family with every text; by default all widths at once for each family, and one width at
     a time only with --slow.
@@ -291,6 +334,55 @@ def test_a_wider_model_computes_the_same_function_with_and_without_noise(
         logits_of(child_spec, child, *sides(spec)),
     )
     np.testing.assert_allclose(after, before, atol=1e-5 * np.abs(before).max())
+
+
+@pytest.mark.parametrize(
+    ("parts", "text"),
+    [(parts, "insert_identity(every=2)") for parts in ("olmo2", "gemma3_text", "others")]
+    + [("olmo2", "widen(d=48, heads=12)"), ("gemma3_text", "widen(ff=90, heads=15)")]
+    + [("granite", "widen(d=48, ff=90)"), ("others", "widen(d=48, ff=90)")],
+)
+def test_parts_of_other_families_grow_without_a_change_of_the_function(spec, one, parts, text):
+    spec = spec.replace(**PARTS[parts])
+    parent = randomised(spec, one)
+    child_spec, child, done = grown(spec, parent, text, one)
+    before, after = (
+        logits_of(spec, parent, *sides(spec)),
+        logits_of(child_spec, child, *sides(spec)),
+    )
+    assert done.preserves_function
+    if done.zero_output_layers:
+        np.testing.assert_array_equal(after, before)
+        assert child_spec.no_rope_layers == ((1, 2, 6) if parts == "others" else ())
+        assert child_spec.global_layers == ((1, 2, 6) if parts == "gemma3_text" else ())
+    else:
+        np.testing.assert_allclose(after, before, atol=1e-5 * np.abs(before).max())
+
+
+def test_an_identity_layer_behind_a_norm_learns_as_gently_as_any(spec, one):
+    """A zeroed projection would have a gradient of 1 / sqrt(eps), 1,000 times its neighbors'."""
+    spec = spec.replace(**PARTS["olmo2"])
+    child_spec, child, done = grown(spec, randomised(spec, one), "insert_identity(every=2)", one)
+    found = gradient(child_spec, child, make_batch(batch_size=4))["blocks"]
+    for name in ("attn_post_norm", "mlp_post_norm"):
+        sizes = np.abs(np.asarray(found[name])).max(axis=1)
+        assert sizes[list(done.zero_output_layers)].min() / np.median(sizes) > 0.05
+        assert sizes.max() / np.median(sizes) < 20
+    for name in ("o", "down"):
+        assert not np.asarray(found[name])[list(done.zero_output_layers)].any()
+
+
+@pytest.mark.parametrize(
+    ("parts", "text", "answer"),
+    [
+        ("gemma3_text", "widen(d=48)", "a gemma3_text config.json cannot state embed_multiplier"),
+        ("olmo2", "widen(heads=15)", "a multiple of 6, got 15: this model's norm of q and k"),
+    ],
+)
+def test_a_width_that_a_part_forbids_is_refused_in_one_sentence(spec, parts, text, answer):
+    with pytest.raises(UserError, match=answer) as refused:
+        plan_growth(text, Parent(spec.replace(**PARTS[parts])))
+    assert "\n" not in str(refused.value)
 
 
 def test_noise_tells_the_copies_of_a_width_apart(spec, one):

@@ -144,7 +144,8 @@ def test_remat_policies_are_ordered_by_what_they_keep(by_remat):
         ), remat
 
 
-def test_chunked_loss_equals_plain_loss_and_its_gradients():
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_chunked_loss_equals_plain_loss_and_its_gradients(softcap):
     B, T, D, V = 4, 384, 24, 96  # 1,536 tokens: four chunks
     rng = np.random.default_rng(0)
     hidden, head = (
@@ -158,12 +159,14 @@ def test_chunked_loss_equals_plain_loss_and_its_gradients():
 
     def plain(hidden, head):
         logits = hidden @ head
+        if softcap:
+            logits = softcap * jnp.tanh(logits / softcap)
         log_z = jax.nn.logsumexp(logits, axis=-1)
         nats = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return jnp.sum(weights * (nats + 0.01 * log_z**2)), jnp.sum(weights * nats)
 
     def chunked(hidden, head):
-        return loss.cross_entropy(hidden, head, targets, weights, 0.01)
+        return loss.cross_entropy(hidden, head, targets, weights, 0.01, softcap=softcap)
 
     ours, expected = (
         jax.jit(jax.value_and_grad(of, argnums=(0, 1), has_aux=True))(hidden, head)
@@ -253,6 +256,10 @@ def test_the_course_shape_has_the_course_count():
         ({"n_layers": -1}, "at least 0"),
         ({"d_ff": 0}, "at least 1"),
         ({"d_model": 2.5}, "an integer of at least"),
+        ({"activation": "relu"}, "model.activation: expected 'silu' or"),
+        ({"logit_softcap": -1.0}, "model.logit_softcap: expected a number above 0"),
+        ({"rotary_frac": 0.4}, "makes an even number of 8 channels, got 0.4, which makes 3"),
+        ({"no_rope_layers": (5,)}, "model.no_rope_layers: expected layers 0 to 4, got 5"),
     ],
 )
 def test_sizes_that_cannot_make_a_model_are_refused(spec, change, answer):

@@ -28,7 +28,7 @@ from jaxpt.model import decode, transformer
 from jaxpt.spec import ModelSpec, RopeScaling, UserError
 from jaxpt.stage import read_manifest
 from jaxpt.train import initial_run
-from jaxpt.weights import huggingface, safetensors_file
+from jaxpt.weights import huggingface, load, safetensors_file
 
 
 @pytest.mark.parametrize("name", variants.CONFIGS)
@@ -102,7 +102,9 @@ def test_config_json_tells_old_and_new_readers_the_same(spec, tmp_path, one):
             ).logits
 
     huggingface.write_hf_model(spec, transformer.init_params(spec, 0, one), tmp_path)
-    for scaling in (None, RopeScaling("linear", 2.0), RopeScaling("llama3", 8.0, 1.0, 4.0, 32)):
+    yarn = RopeScaling("yarn", 4.0, original_max_seq_len=16, beta_fast=4.0)
+    llama3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 32)
+    for scaling in (None, RopeScaling("linear", 2.0), llama3, yarn):
         spec = spec.replace(rope_theta=5e5, rope_scaling=scaling)
         written, found = family.write_config(spec, "float32"), []
         for other in (
@@ -260,6 +262,15 @@ def test_the_card_tells_what_the_model_was_made_from_and_how_it_grew(tmp_path, s
     ), "a bfloat16 run exports bfloat16"
 
 
+def test_what_a_family_cannot_state_is_one_sentence_that_names_one_that_can(spec, tmp_path, one):
+    wrong = spec.replace(family="qwen2", qkv_bias=True, out_bias=True)
+    params = transformer.init_params(wrong, 0, one)
+    answer = "a qwen2 config.json cannot state out_bias = True .* family to .*llama"
+    with pytest.raises(UserError, match=answer):
+        huggingface.write_hf_model(wrong, params, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def edit_config(directory, **changes):
     path = directory / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -295,18 +306,20 @@ def pickled(directory):
 
 
 def index(directory, text):
+    """Write an index; the single file, which would be read in its place, goes."""
+    (directory / "model.safetensors").unlink(missing_ok=True)
     (directory / "model.safetensors.index.json").write_text(text)
 
 
 BROKEN = {
     "another architecture": (
         lambda d: edit_config(d, model_type="gpt2"),
-        "model_type: expected llama, .*, got 'gpt2'",
+        "model_type: expected .*, llama, .*, got 'gpt2'",
     ),
     "quantized": (lambda d: edit_config(d, quantization_config={"bits": 4}), "quantization_config"),
     "another activation": (
         lambda d: edit_config(d, hidden_act="gelu"),
-        "hidden_act: expected silu, got 'gelu'",
+        "hidden_act: expected silu or gelu_pytorch_tanh, got 'gelu'",
     ),
     "rotation of a part": (
         lambda d: edit_config(d, partial_rotary_factor=0.5),
@@ -314,9 +327,9 @@ BROKEN = {
     ),
     "unknown rope": (
         lambda d: edit_config(
-            d, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
+            d, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
         ),
-        "rope type: expected .*, got 'yarn'",
+        "rope type: expected .*, got 'dynamic'",
     ),
     "rope without its factor": (
         lambda d: edit_config(d, rope_parameters={"rope_type": "linear"}),
@@ -434,6 +447,20 @@ BROKEN = {
         lambda d: index(d, '{"metadata": {"total_size": 1}}'),
         "index.json: has no weight_map",
     ),
+    "an index of a file elsewhere": (
+        lambda d: (
+            (d / "model.safetensors").rename(d.parent / "elsewhere.safetensors"),
+            index(d, '{"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}'),
+        ),
+        r"model.norm.weight: expected a file in this directory, got \.\./elsewhere",
+    ),
+    "an adapter alone": (
+        lambda d: (
+            (d / "config.json").unlink(),
+            (d / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}'),
+        ),
+        "holds a LoRA adapter .* whose base is org/base",
+    ),
     "an index of no files": (
         lambda d: index(d, '{"weight_map": {"model.norm.weight": 1}}'),
         "index.json: has no weight_map",
@@ -497,15 +524,71 @@ def test_a_doubled_tensor_and_a_tied_copy_that_differs_are_named(tmp_path, one):
     )
     with pytest.raises(UserError, match="differs from the embedding"):
         huggingface.load_hf_model(tmp_path, one)
-    edit_tensors(tmp_path, lambda t: t.pop("model.embed_tokens.weight"))
-    with pytest.raises(UserError, match=r"missing model\.embed_tokens\.weight"):
-        huggingface.load_hf_model(tmp_path, one)
-    shutil.copy(tmp_path / "model.safetensors", tmp_path / "again.safetensors")
-    (tmp_path / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"a": "again.safetensors", "b": "model.safetensors"}})
-    )
+    (tmp_path / "model.safetensors").rename(tmp_path / "once.safetensors")
+    shutil.copy(tmp_path / "once.safetensors", tmp_path / "again.safetensors")
+    index(tmp_path, json.dumps({"weight_map": {"a": "again.safetensors", "b": "once.safetensors"}}))
     with pytest.raises(UserError, match="is also in another file"):
         huggingface.load_hf_model(tmp_path, one)
+
+
+def shards_beside(directory, model):
+    """Shards with their index, and a newer single file, which transformers reads."""
+    newer = {name: value * 1.5 for name, value in model.state_dict().items()}
+    model.save_pretrained(directory, max_shard_size="20KB")
+    model.load_state_dict(newer)
+    model.save_pretrained(directory / "newer")
+    (directory / "newer/model.safetensors").replace(directory / "model.safetensors")
+
+
+def saved_over_shards(directory, model):
+    """A second save_pretrained leaves the first one's index, without its shards."""
+    model.save_pretrained(directory, max_shard_size="20KB")
+    shards = list(directory.glob("model-*"))
+    assert len(shards) > 1 and model.save_pretrained(directory) is None
+    for shard in shards:
+        shard.unlink(missing_ok=True)
+
+
+def head_alone(directory, model):
+    """What safetensors.torch.save_model may leave of two tied names."""
+    edit_tensors(directory, lambda t: t.update({HEAD: t.pop("model.embed_tokens.weight")}))
+
+
+def double_precision(directory, model):
+    """Weights in float64, as some scripts save them."""
+    edit_tensors(
+        directory, lambda t: t.update({name: x.astype(np.float64) for name, x in t.items()})
+    )
+
+
+def other_folders(directory, model):
+    """Folders whose names mean something elsewhere."""
+    for name in ("tokenizer", "checkpoints"):
+        (directory / name).mkdir()
+        (directory / name / "file").write_text("x")
+
+
+HEAD = "lm_head.weight"
+LAYOUTS = {
+    "a single file beside an index": ("llama", shards_beside),
+    "an index without its shards": ("llama", saved_over_shards),
+    "tied, under the head's name alone": ("llama, tied, biases", head_alone),
+    "folders of other names": ("llama", other_folders),
+    "float64": ("llama", double_precision),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_directory_is_read_as_transformers_reads_it_however_it_was_saved(layout, tmp_path, one):
+    name, arrange = LAYOUTS[layout]
+    arrange(tmp_path, variants.make(name, tmp_path))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    loaded = load.load_model(tmp_path, one, "float32")
+    huggingface.copy_tokenizer(tmp_path, tmp_path / "copied")
+    np.testing.assert_array_equal(
+        np.asarray(loaded.params["embed"]), theirs.get_input_embeddings().weight.detach().numpy()
+    )
+    assert export.find_stored_dtype(tmp_path) == "float32"
 
 
 # ---- a model that somebody trained

@@ -87,6 +87,59 @@ CONFIGS = {
     "qwen3, tied, biases": lambda: transformers.Qwen3Config(
         **SIZES, head_dim=8, tie_word_embeddings=True, attention_bias=True
     ),
+    "olmo2": lambda: transformers.Olmo2Config(**SIZES, head_dim=8, attention_bias=True),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **SIZES,
+        head_dim=8,
+        sliding_window=7,
+        query_pre_attn_scalar=12,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+    ),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **SIZES,
+        head_dim=8,
+        sliding_window=7,
+        sliding_window_pattern=3,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+        },
+    ),
+    "phi3": lambda: transformers.Phi3Config(**SIZES, sliding_window=7, pad_token_id=0),
+    "smollm3": lambda: transformers.SmolLM3Config(
+        **SIZES,
+        head_dim=8,
+        pad_token_id=0,
+        no_rope_layer_interval=2,
+        use_sliding_window=True,
+        sliding_window=7,
+    ),
+    "granite": lambda: transformers.GraniteConfig(
+        **SIZES,
+        head_dim=8,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.4,
+        attention_multiplier=0.2,
+        logits_scaling=1.7,
+    ),
+    "olmo3": lambda: transformers.Olmo3Config(
+        **SIZES,
+        head_dim=8,
+        sliding_window=7,
+        rope_parameters={
+            "full_attention": {
+                "rope_type": "yarn",
+                "rope_theta": 5e5,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "attention_factor": 1.2,
+                "beta_fast": 6.0,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+        },
+    ),
+    "glm4": lambda: transformers.Glm4Config(**SIZES, head_dim=8, pad_token_id=0),
 }
 
 

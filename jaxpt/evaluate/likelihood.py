@@ -51,7 +51,9 @@ def make_loss_step(spec: ModelSpec, mesh: jax.sharding.Mesh, dtype: str = "float
             hidden, _ = transformer.forward(spec, params, *inputs, compute_dtype)
             head = transformer.lm_head(spec, params, compute_dtype)
             loss_mask = batch.loss_mask
-            _, loss_sum = loss.cross_entropy(hidden, head, batch.targets, loss_mask)
+            _, loss_sum = loss.cross_entropy(
+                hidden, head, batch.targets, loss_mask, softcap=spec.logit_softcap
+            )
             return loss_sum, jnp.sum(loss_mask)
 
     param_shardings = transformer.make_param_shardings(spec, mesh)
@@ -313,11 +315,12 @@ def make_token_step(spec: ModelSpec, mesh: jax.sharding.Mesh, dtype: jnp.dtype) 
 
     def step(params, arrays: prefix_trees.TreeArrays, n_scored):
         visible_until = arrays.visible_until
+        softcap = spec.attention_softcap
 
         def attend_rows(q, k, v, window, state):
             if spec.sliding_window is None:
-                return attend_prefix_tree(q, k, v, visible_until), state
-            return attend(q, k, v, visible_until, window), state
+                return attend_prefix_tree(q, k, v, visible_until, softcap), state
+            return attend(q, k, v, visible_until, window, softcap=softcap), state
 
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             inputs = arrays.tokens, arrays.positions
@@ -339,7 +342,9 @@ def make_token_step(spec: ModelSpec, mesh: jax.sharding.Mesh, dtype: jnp.dtype) 
                 def put(old, new):
                     return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
 
-                found = loss.compute_log_likelihoods(take(queries), head, take(arrays.targets))
+                found = loss.compute_log_likelihoods(
+                    take(queries), head, take(arrays.targets), spec.logit_softcap
+                )
                 return jax.tree.map(put, scores, found)
 
             no_scores = jnp.zeros((B, T), jnp.float32), jnp.zeros((B, T), bool)

@@ -9,5 +9,4 @@ FAMILY = Family(
         Key("attention_bias", ("qkv_bias", "out_bias"), SWITCH, default=False),
         Key("mlp_bias", "mlp_bias", SWITCH, default=False),
     ),
-    fixed={"partial_rotary_factor": (1.0,)},
 )

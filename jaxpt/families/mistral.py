@@ -5,6 +5,10 @@ from jaxpt.families.family import SIZE, Family, Key
 FAMILY = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
-    # 4096 is the class's default where the key is missing; null means all positions
-    keys=(Key("sliding_window", "sliding_window", SIZE, default=4096, null=True),),
+    keys=(Key("sliding_window", "sliding_window", SIZE, null=True),),  # null: all positions
+    defaults={
+        "max_position_embeddings": 131_072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
 )

@@ -1,6 +1,9 @@
 """Mixtral (2401.04088): Mistral with a mixture of experts in every layer."""
 
+import functools
+
 from jaxpt.families.family import NOT_NEGATIVE, SIZE, Family, Key
+from jaxpt.families.rope import read_rope
 
 EXPERT = "model.layers.{}.block_sparse_moe.experts.{}"
 
@@ -14,8 +17,14 @@ FAMILY = Family(
         Key("router_z_loss_coef", "router_z_loss_coef", NOT_NEGATIVE, 0.0),
         Key("sliding_window", "sliding_window", SIZE),
     ),
+    defaults={
+        "max_position_embeddings": 131_072,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+    },
     implied={"norm_topk_prob": True},
-    fixed={"router_jitter_noise": (0.0,)},
+    harmless={"router_jitter_noise": (0.0,)},
+    read_rope=functools.partial(read_rope, default_theta=1e6),
     tensor_names={
         "blocks/router": "model.layers.{}.block_sparse_moe.gate.weight",
         "blocks/gate": f"{EXPERT}.w1.weight",

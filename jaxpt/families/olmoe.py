@@ -10,6 +10,7 @@ FAMILY = Family(
         *EXPERT_KEYS,
         Key("router_aux_loss_coef", "router_aux_loss_coef", NOT_NEGATIVE, 0.01),
     ),
+    defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
     implied={"qk_norm": True, "qk_norm_whole": True},
-    fixed={"clip_qkv": (None,), "attention_bias": (False,)},
+    harmless={"clip_qkv": (), "attention_bias": (False,)},
 )

@@ -21,8 +21,9 @@ FAMILY = Family(
         Key("router_aux_loss_coef", "router_aux_loss_coef", NOT_NEGATIVE, 0.001),
         Key("attention_bias", ("qkv_bias", "out_bias"), SWITCH, False),
     ),
+    defaults={"max_position_embeddings": 32_768, "num_key_value_heads": 4},
     implied={"qk_norm": True},
-    fixed={
+    harmless={
         "decoder_sparse_step": (1,),
         "mlp_only_layers": ([],),
         "use_sliding_window": (False,),

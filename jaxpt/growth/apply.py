@@ -202,8 +202,7 @@ class LeafGrowth:
         if self.zeroes_output:
             is_kept = np.ones(self.n_layers, bool)
             is_kept[list(self.growth.zero_output_layers)] = False
-            factor = jnp.asarray(is_kept).astype(x.dtype)
-            x = x * factor[layer]
+            x = jnp.where(jnp.asarray(is_kept)[layer], x, 0.0 - self.param.offset)
         return with_logical_constraint(x, *self.axes)
 
     def gather(self, x: jax.Array, i: int, axis: str, layer: Any, scales: AxisScales) -> jax.Array:
@@ -220,7 +219,11 @@ class LeafGrowth:
             return x
         n_inner = x.ndim - i - 1
         factor = factor.reshape(-1, *[1] * n_inner)
-        return x * factor.astype(x.dtype)
+        factor = factor.astype(x.dtype)
+        offset = self.param.offset
+        if offset and not self.is_moment:
+            return (x + offset) * factor - offset
+        return x * factor
 
     def make_new(self, key: jax.Array, like: jax.Array) -> jax.Array:
         """Return what stands where there is no source: initial values, 0 for a moment."""

@@ -18,7 +18,7 @@ from jaxpt.growth.growth import ReadBatches
 from jaxpt.growth.records import CopySimilarity
 from jaxpt.model import transformer
 from jaxpt.model.kernels.select import attend
-from jaxpt.model.rope import compute_rope
+from jaxpt.model.rope import compute_ropes
 from jaxpt.model.transformer import Observe, Params
 from jaxpt.sharding import (
     make_batch_sharding,
@@ -107,7 +107,7 @@ class Importance(NamedTuple):
 
     Attributes:
         heads: [L, N], L2 norm of the head's output, before `o`.
-        mlp: [L, F], |silu(gate) x up|.
+        mlp: [L, F], |activation(gate) x up|.
         embed: [D], |channel| after every norm, the final one included, summed.
     """
 
@@ -310,12 +310,13 @@ def observe_layers(
     """
 
     def attend_within(q, k, v, window, state):
-        return attend(q, k, v, batch.segment_ids, window), state
+        softcap = spec.attention_softcap
+        return attend(q, k, v, batch.segment_ids, window, softcap=softcap), state
 
-    x = transformer.embed_tokens(params, batch.tokens, jnp.float32)
-    rope = compute_rope(spec, batch.positions)
+    x = transformer.embed_tokens(spec, params, batch.tokens, jnp.float32)
+    ropes = compute_ropes(spec, batch.positions)
     x, _, sums = transformer.run_layers(
-        spec, params["blocks"], x, rope, attend_within, state, observe=observe
+        spec, params["blocks"], x, ropes, attend_within, state, observe=observe
     )
     return x, sums
 

@@ -218,6 +218,13 @@ def widen(
             f"widen(d={d}): expected a multiple of {width}, got {d}: RMSNorm keeps its size only "
             "when every channel is copied equally often. widen_rms takes any width."
         )
+    n_heads = parent.spec.n_heads
+    if parent.spec.qk_norm_whole and heads is not None and heads % n_heads:
+        raise UserError(
+            f"widen(heads={heads}): expected a multiple of {n_heads}, got {heads}: this model's "
+            "norm of q and k takes all heads together, and keeps their size only when every head "
+            "is copied equally often. widen_rms takes any number."
+        )
     growth = make_width_growth("widen", parent, Sizes(d, ff, heads))
     return growth._replace(preserves_function=True)
 
@@ -229,7 +236,10 @@ def widen_rms(
     """Widen to any width, RMS kept on average; new moments are reset and re-warm. 2602.02472."""
     # the reset and re-warmup of the new part tells the copies apart
     growth = make_width_growth("widen_rms", parent, Sizes(d, ff, heads))
-    is_exact = growth.child.d_model % parent.spec.d_model == 0
+    spec, child = parent.spec, growth.child
+    is_exact = child.d_model % spec.d_model == 0
+    if spec.qk_norm_whole:
+        is_exact = is_exact and child.n_heads % spec.n_heads == 0
     return growth._replace(preserves_function=is_exact, moments="reset_new")
 
 

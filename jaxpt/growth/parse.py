@@ -8,10 +8,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from jaxpt.families import family
 from jaxpt.growth.growth import Growth, Parent
 from jaxpt.growth.new_params import find_new_params
 from jaxpt.growth.operators import OPERATORS, deepen, new_tokenizer
-from jaxpt.spec import UserError
+from jaxpt.spec import ModelSpec, UserError
 
 
 class OperatorCall(NamedTuple):
@@ -72,6 +73,7 @@ def plan_growth(text: str, parent: Parent) -> Growth:
             f"grow {text!r}: the model has no layers yet; only deepen(L=...) can add some."
         )
     growth = operator(parent, *positional, **named)
+    check_exportable(text, parent.spec, growth.child)
     if not isinstance(noise, (int, float)) or not 0 <= noise <= 1:
         raise UserError(
             f"grow {text!r}: expected noise from 0 to 1, in standard deviations of a weight's "
@@ -87,3 +89,17 @@ def plan_growth(text: str, parent: Parent) -> Growth:
     harmless = not noise or growth.divide_copies or bool(growth.zero_output_layers)
     keeps = growth.preserves_function and harmless
     return growth._replace(noise_std=float(noise), seed=seed, preserves_function=keeps)
+
+
+def check_exportable(text: str, parent: ModelSpec, child: ModelSpec) -> None:
+    """Raise UserError if the parent's family states the parent and cannot state the child.
+
+    Gemma's embedding is multiplied by the root of its width, for one: a wider copy would need the
+    parent's multiplier.
+    """
+    if not family.can_state(parent):
+        return
+    try:
+        family.write_config(child, "float32")
+    except UserError as error:
+        raise UserError(f"grow {text!r}: the grown model could not be exported: {error}") from None

@@ -71,9 +71,11 @@ def predict_between(param: ParamSpec, leaf: jax.Array, gaps: jax.Array) -> jax.A
         mean = jnp.mean(neighbors.astype(jnp.float32), axis=0)
         return mean.astype(leaf.dtype)
 
+    writes_residual = param.axes[-1] == "embed"
+
     def matrix(i: Any) -> jax.Array:
         layer = leaf[i].astype(jnp.float32)
-        if param.writes_residual:  # the residual stream is its last axis, the others' first
+        if writes_residual:  # the residual stream is its last axis, the others' first
             return layer.reshape(-1, layer.shape[-1]).T
         return layer.reshape(len(layer), -1)
 
@@ -83,7 +85,7 @@ def predict_between(param: ParamSpec, leaf: jax.Array, gaps: jax.Array) -> jax.A
         before = coefficients[0] * (basis.T @ matrix(i))
         after = coefficients[1] * (basis.T @ matrix(i + 1))
         new = basis @ (before + after)
-        if param.writes_residual:
+        if writes_residual:
             new = new.T
         new = new.reshape(leaf.shape[1:])
         return new.astype(leaf.dtype)

@@ -10,6 +10,7 @@ from jaxpt.model.kernels.cpu_matmul import linear
 from jaxpt.model.norm import rms_norm
 from jaxpt.model.param import ParamSpec, bias, matrix, norm_scale
 from jaxpt.model.rope import Rope, apply_rope
+from jaxpt.model.softcap import apply_softcap
 from jaxpt.spec import ModelSpec
 
 LayerParams = dict[str, Array]  # of one layer
@@ -45,26 +46,37 @@ def attention_params(spec: ModelSpec, residual_scale: float) -> dict[str, ParamS
         params["v_bias"] = bias((K, H), kv_heads, "self_attn.v_proj")
     if spec.out_bias:
         params["o_bias"] = bias((D,), ("norm",), "self_attn.o_proj", writes_residual=True)
-    if spec.qk_norm_whole:
-        params["q_norm"] = norm_scale((N, H), "self_attn.q_norm", heads)
-        params["k_norm"] = norm_scale((K, H), "self_attn.k_norm", kv_heads)
-    elif spec.qk_norm:
-        params["q_norm"] = norm_scale((H,), "self_attn.q_norm", ("head",))
-        params["k_norm"] = norm_scale((H,), "self_attn.k_norm", ("head",))
+    if spec.qk_norm:
+        for name, n, axes in (("q", N, heads), ("k", K, kv_heads)):
+            shape = (n, H) if spec.qk_norm_whole else (H,)
+            params[f"{name}_norm"] = norm_scale(
+                shape,
+                f"self_attn.{name}_norm",
+                axes[-len(shape) :],
+                adds_one=spec.norm_adds_one,
+            )
     return params
 
 
 def project_qkv(
-    spec: ModelSpec, params: LayerParams, x: Array, rope: Rope
+    spec: ModelSpec, params: LayerParams, x: Array, rope: Rope | None
 ) -> tuple[Array, Array, Array]:
-    """Return queries [B, T, N, H], keys and values [B, T, K, H]; queries and keys rotated."""
+    """Return queries [B, T, N, H], keys and values [B, T, K, H]; queries and keys rotated.
+
+    Kernels multiply scores by H ** -0.5; another query_scale is multiplied into the queries.
+    """
     q = linear("btd,dnh->btnh", x, params["q"], params.get("q_bias"))
     k = linear("btd,dkh->btkh", x, params["k"], params.get("k_bias"))
     v = linear("btd,dkh->btkh", x, params["v"], params.get("v_bias"))
     if spec.qk_norm:
-        q = rms_norm(q, params["q_norm"], spec.norm_eps)
-        k = rms_norm(k, params["k_norm"], spec.norm_eps)
-    return apply_rope(q, rope), apply_rope(k, rope), v
+        q = rms_norm(q, params["q_norm"], spec.norm_eps, spec.norm_adds_one)
+        k = rms_norm(k, params["k_norm"], spec.norm_eps, spec.norm_adds_one)
+    if spec.query_scale is not None:
+        q = q * (spec.query_scale * spec.d_head**0.5)
+    if rope is not None:
+        q = apply_rope(q, rope, spec.rope_interleaved)
+        k = apply_rope(k, rope, spec.rope_interleaved)
+    return q, k, v
 
 
 def project_out(params: LayerParams, heads: Array) -> Array:
@@ -72,7 +84,9 @@ def project_out(params: LayerParams, heads: Array) -> Array:
     return linear("btnh,nhd->btd", heads, params["o"], params.get("o_bias"))
 
 
-def attend_plain(q: Array, k: Array, v: Array, is_visible: Array) -> Array:
+def attend_plain(
+    q: Array, k: Array, v: Array, is_visible: Array, softcap: float | None = None
+) -> Array:
     """Return softmax attention by its formula, with all scores at once.
 
     The kernels are held to it (tests/test_attention.py). Decoding uses it: one query is no work
@@ -83,6 +97,7 @@ def attend_plain(q: Array, k: Array, v: Array, is_visible: Array) -> Array:
         k: [B, S, K, H].
         v: [B, S, K, H].
         is_visible: bool [B, T, S], whether a query sees a key.
+        softcap: scores s become softcap tanh(s / softcap).
 
     Returns:
         [B, T, N, H] in v's dtype; the softmax is float32.
@@ -90,7 +105,8 @@ def attend_plain(q: Array, k: Array, v: Array, is_visible: Array) -> Array:
     B, T, N, H = q.shape
     q = q.reshape(B, T, k.shape[2], -1, H)
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(is_visible[:, None, None], scores * H**-0.5, -jnp.inf)
+    scores = apply_softcap(scores * H**-0.5, softcap)
+    scores = jnp.where(is_visible[:, None, None], scores, -jnp.inf)
     probs = jax.nn.softmax(scores).astype(v.dtype)
     heads = jnp.einsum("bkgts,bskh->btkgh", probs, v)
     return heads.reshape(B, T, N, H)

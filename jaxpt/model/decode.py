@@ -22,8 +22,8 @@ from jax.sharding import Mesh
 from jaxpt.model import transformer
 from jaxpt.model.attention import attend_plain
 from jaxpt.model.kernels.select import attend
-from jaxpt.model.norm import rms_norm
-from jaxpt.model.rope import compute_rope
+from jaxpt.model.rope import compute_ropes
+from jaxpt.model.softcap import apply_softcap
 from jaxpt.model.transformer import Attend, Params
 from jaxpt.sharding import make_logical_sharding, n_shards, with_logical_constraint
 from jaxpt.spec import ModelSpec, UserError
@@ -298,7 +298,8 @@ def prefill_cache(
     def attend_prompt(
         q: Array, k: Array, v: Array, window: int | None, state: CacheState
     ) -> tuple[Array, CacheState]:
-        heads = attend(q, k, v, prompt_segments, window)
+        softcap = spec.attention_softcap
+        heads = attend(q, k, v, prompt_segments, window, softcap=softcap)
         return heads, state.write(k, v, 0)
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -339,7 +340,8 @@ def decode_step(
             is_visible = find_visible_columns(state.segment_ids, column, window)
             keys = written.keys[cache.layer]
             values = written.values[cache.layer]
-            return attend_plain(q, keys, values, is_visible[:, None]), written
+            visible = is_visible[:, None]
+            return attend_plain(q, keys, values, visible, spec.attention_softcap), written
 
         positions = state.lengths[:, None]
         logits, cache = run_with_cache(
@@ -414,13 +416,14 @@ def run_with_cache(
     Returns:
         float32 logits [B, V] of the last column, and the cache.
     """
-    x = transformer.embed_tokens(params, tokens, dtype)
-    rope = compute_rope(spec, positions)
+    x = transformer.embed_tokens(spec, params, tokens, dtype)
+    ropes = compute_ropes(spec, positions)
     state = CacheState(*cache, 0)
-    x, state, _ = transformer.run_layers(spec, params["blocks"], x, rope, attend_layer, state)
-    last = rms_norm(x[:, -1], params["norm"], spec.norm_eps)
+    x, state, _ = transformer.run_layers(spec, params["blocks"], x, ropes, attend_layer, state)
+    last = transformer.final_norm(spec, params, x[:, -1])
     head = transformer.lm_head(spec, params, dtype)
     logits = jnp.einsum("bd,dv->bv", last, head, preferred_element_type=jnp.float32)
+    logits = apply_softcap(logits, spec.logit_softcap)
     return logits, (state.keys, state.values)
 
 

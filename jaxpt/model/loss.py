@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxpt.model.softcap import apply_softcap, softcap_gradient
 from jaxpt.sharding import with_logical_constraint
 
 # Tokens whose logits exist on a device at one time. A whole sequence of 4,096 with a vocabulary of
@@ -21,7 +22,7 @@ CPU_CHUNK_TOKENS, ACCELERATOR_CHUNK_TOKENS = 512, 1024
 Sums = tuple[Array, Array]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _cross_entropy(
     hidden: Array,
     lm_head: Array,
@@ -29,10 +30,13 @@ def _cross_entropy(
     loss_mask: Array,
     z_loss_weight: float,
     chunk_tokens: int,
+    softcap: float | None,
 ) -> Sums:
     def add(sums: Sums, chunk: Any) -> tuple[Sums, None]:
         hidden, targets, mask = chunk
-        losses, nats, _ = compute_chunk_losses(hidden, lm_head, targets, mask, z_loss_weight)
+        losses, nats, _ = compute_chunk_losses(
+            hidden, lm_head, targets, mask, z_loss_weight, softcap
+        )
         loss_sum, nats_sum = sums
         loss_sum += jnp.sum(losses)
         nats_sum += jnp.sum(nats)
@@ -51,6 +55,7 @@ def cross_entropy(
     loss_mask: Array,
     z_loss_weight: float = 0.0,
     chunk_tokens: int = CPU_CHUNK_TOKENS,
+    softcap: float | None = None,
 ) -> Sums:
     """Return the summed loss and the summed nats.
 
@@ -61,12 +66,13 @@ def cross_entropy(
         loss_mask: float32 [B, T], weight of each target.
         z_loss_weight: of log(Z)^2, added to the first sum only (PaLM, 2204.02311, section 5).
         chunk_tokens: tokens over all devices whose logits may exist at once.
+        softcap: of the logits, ModelSpec.logit_softcap.
 
     Returns:
         sum of mask x (nats + z_loss_weight log(Z)^2), and sum of mask x nats: float32 scalars. The
         first has gradients for hidden and lm_head; the second is for the log.
     """
-    return _cross_entropy(hidden, lm_head, targets, loss_mask, z_loss_weight, chunk_tokens)
+    return _cross_entropy(hidden, lm_head, targets, loss_mask, z_loss_weight, chunk_tokens, softcap)
 
 
 def cross_entropy_fwd(
@@ -76,6 +82,7 @@ def cross_entropy_fwd(
     loss_mask: Array,
     z_loss_weight: float,
     chunk_tokens: int,
+    softcap: float | None,
 ) -> tuple[Sums, tuple[Array, Array]]:
     """Return the sums, and the gradients, computed while a chunk's logits exist.
 
@@ -85,7 +92,9 @@ def cross_entropy_fwd(
     def add(carry: Any, chunk: Any) -> tuple[Any, Array]:
         loss_sum, nats_sum, d_head = carry
         hidden, targets, mask = chunk
-        losses, nats, d_logits = compute_chunk_losses(hidden, lm_head, targets, mask, z_loss_weight)
+        losses, nats, d_logits = compute_chunk_losses(
+            hidden, lm_head, targets, mask, z_loss_weight, softcap
+        )
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden = jnp.einsum("btv,dv->btd", d_logits, lm_head)
         float32 = jnp.float32
@@ -108,6 +117,7 @@ def cross_entropy_fwd(
 def cross_entropy_bwd(
     z_loss_weight: float,
     chunk_tokens: int,
+    softcap: float | None,
     gradients: tuple[Array, Array],
     d_sums: Sums,
 ) -> tuple[Array, Array, None, None]:
@@ -147,9 +157,10 @@ def compute_chunk_losses(
     targets: Array,
     loss_mask: Array,
     z_loss_weight: float,
+    softcap: float | None,
 ) -> tuple[Array, Array, Array]:
     """Return masked losses and nats [B, T], and the summed losses' d_logits [B, T, V], float32."""
-    logits = compute_logits(hidden, lm_head)
+    logits = compute_logits(hidden, lm_head, softcap)
     logits = with_logical_constraint(logits, "batch", "position", "vocab")
     log_z = jax.nn.logsumexp(logits, axis=-1)
     nats = (log_z - take_target_logits(logits, targets)) * loss_mask
@@ -158,13 +169,16 @@ def compute_chunk_losses(
     z_scale = 1 + 2 * z_loss_weight * log_z
     d_logits = z_scale[..., None] * probs - is_target
     d_logits = d_logits * loss_mask[..., None]
+    if softcap is not None:
+        d_logits = d_logits * softcap_gradient(logits, softcap)
     losses = nats + z_loss_weight * log_z**2 * loss_mask
     return losses, nats, d_logits
 
 
-def compute_logits(hidden: Array, lm_head: Array) -> Array:
+def compute_logits(hidden: Array, lm_head: Array, softcap: float | None = None) -> Array:
     """Return logits [B, T, V], accumulated in float32."""
-    return jnp.einsum("btd,dv->btv", hidden, lm_head, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("btd,dv->btv", hidden, lm_head, preferred_element_type=jnp.float32)
+    return apply_softcap(logits, softcap)
 
 
 def take_target_logits(logits: Array, targets: Array) -> Array:
@@ -173,12 +187,14 @@ def take_target_logits(logits: Array, targets: Array) -> Array:
     return chosen[..., 0]
 
 
-def compute_log_likelihoods(hidden: Array, lm_head: Array, targets: Array) -> Sums:
+def compute_log_likelihoods(
+    hidden: Array, lm_head: Array, targets: Array, softcap: float | None = None
+) -> Sums:
     """Return log-likelihoods in nats, and whether the target was the likeliest token; both [B, T].
 
     All logits exist at once: pass few tokens.
     """
-    logits = compute_logits(hidden, lm_head)
+    logits = compute_logits(hidden, lm_head, softcap)
     target_logits = take_target_logits(logits, targets)
     is_likeliest = jnp.argmax(logits, axis=-1) == targets
     log_z = jax.nn.logsumexp(logits, axis=-1)

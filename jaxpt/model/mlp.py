@@ -1,4 +1,4 @@
-"""The gated MLP (SwiGLU), a layer's feed-forward part.
+"""The gated MLP (SwiGLU or GeGLU), a layer's feed-forward part.
 
 Another feed-forward part is a module of the same two functions, `params` and `apply`, named by
 ModelSpec.feed_forward.
@@ -16,6 +16,8 @@ from jaxpt.model.param import ParamSpec, bias, matrix
 from jaxpt.spec import ModelSpec
 
 LayerParams = dict[str, Array]  # of one layer
+# by the names of Hugging Face; jax.nn.gelu is the tanh form
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": jax.nn.gelu}
 
 
 class FeedForward(NamedTuple):
@@ -60,6 +62,6 @@ def apply(spec: ModelSpec, params: LayerParams, x: Array) -> FeedForward:
     """Return what the MLP adds to the residual."""
     gate = linear("btd,df->btf", x, params["gate"], params.get("gate_bias"))
     up = linear("btd,df->btf", x, params["up"], params.get("up_bias"))
-    activations = jax.nn.silu(gate) * up
+    activations = ACTIVATIONS[spec.activation](gate) * up
     out = linear("btf,fd->btd", activations, params["down"], params.get("down_bias"))
     return FeedForward(out, activations)

@@ -65,6 +65,7 @@ class ParamSpec:
         decays: whether weight decay applies.
         writes_residual: whether its output is added to the residual stream.
         active_frac: share of it that one token uses.
+        offset: what is added to it where it is read: 1 for Gemma's norms.
     """
 
     shape: tuple[int, ...]
@@ -75,6 +76,7 @@ class ParamSpec:
     decays: bool = False
     writes_residual: bool = False
     active_frac: float = 1.0
+    offset: float = 0.0
 
     @property
     def is_layered(self) -> bool:
@@ -153,10 +155,15 @@ def bias(
 
 
 def norm_scale(
-    shape: tuple[int, ...], hf_name: str, axes: tuple[str, ...] = ("norm",)
+    shape: tuple[int, ...],
+    hf_name: str,
+    axes: tuple[str, ...] = ("norm",),
+    *,
+    adds_one: bool = False,
 ) -> ParamSpec:
-    """Return the scale of an RMSNorm: ones, no decay."""
-    return ParamSpec(shape, axes, ONES, f"{hf_name}.weight")
+    """Return the scale of an RMSNorm: ones, or zeros that one is added to; no decay."""
+    init = ZEROS if adds_one else ONES
+    return ParamSpec(shape, axes, init, f"{hf_name}.weight", offset=float(adds_one))
 
 
 # ---- nested dicts of ParamSpecs

@@ -7,6 +7,7 @@ along a leading axis that one scan walks, for training, decoding and measuring a
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 from collections.abc import Callable
@@ -31,13 +32,18 @@ from jaxpt.model.param import (
     normal,
     param_key,
 )
-from jaxpt.model.rope import Rope, compute_rope
+from jaxpt.model.rope import Rope, compute_ropes
+from jaxpt.model.softcap import apply_softcap
 from jaxpt.sharding import make_logical_sharding, with_logical_constraint
 from jaxpt.spec import LayerKind, ModelSpec
 
 Params = dict[str, Any]  # nested dict of arrays: {"embed": ..., "blocks": {"q": ..., ...}, ...}
 
 EMBED_STD = 0.02
+POST_NORMS = {
+    "attn_post_norm": "post_attention_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
+}
 
 
 @functools.lru_cache(maxsize=64)
@@ -52,7 +58,7 @@ def param_specs(spec: ModelSpec) -> ParamSpecs:
             name: param.stack(spec.n_layers, "model.layers.{}.")
             for name, param in layer_params(spec).items()
         },
-        "norm": norm_scale((D,), "model.norm"),
+        "norm": residual_norm_scale(spec, "model.norm"),
     }
     if not spec.tie_embeddings:
         params["unembed"] = matrix((D, V), ("embed", "vocab"), D**-0.5, "lm_head")
@@ -63,12 +69,28 @@ def layer_params(spec: ModelSpec) -> dict[str, ParamSpec]:
     """Return the parameters of one layer."""
     # every layer writes twice into the residual: the sum of 2L writes keeps its size (GPT-2)
     residual_scale = (2 * max(spec.n_layers, 1)) ** -0.5
-    return {
-        "attn_norm": norm_scale((spec.d_model,), "input_layernorm"),
+    params = {
+        "attn_norm": residual_norm_scale(spec, "input_layernorm"),
         **attention.attention_params(spec, residual_scale),
-        "mlp_norm": norm_scale((spec.d_model,), "post_attention_layernorm"),
+        "mlp_norm": residual_norm_scale(spec, "post_attention_layernorm"),
         **feed_forward(spec).params(spec, residual_scale),
     }
+    if spec.norm_placement == "pre":
+        return params
+    # the norm after a part is what writes into the residual
+    for name, param in params.items():
+        params[name] = dataclasses.replace(param, writes_residual=False)
+    if spec.norm_placement == "post":
+        del params["attn_norm"], params["mlp_norm"]
+    for name, hf_name in POST_NORMS.items():
+        param = residual_norm_scale(spec, hf_name)
+        params[name] = dataclasses.replace(param, writes_residual=True)
+    return params
+
+
+def residual_norm_scale(spec: ModelSpec, hf_name: str) -> ParamSpec:
+    """Return the scale of a norm over the model's width."""
+    return norm_scale((spec.d_model,), hf_name, adds_one=spec.norm_adds_one)
 
 
 def feed_forward(spec: ModelSpec) -> Any:
@@ -109,7 +131,8 @@ def forward(
     """
 
     def attend_within(q: Array, k: Array, v: Array, window: int | None, state: Any) -> Any:
-        return attend(q, k, v, segment_ids, window, backend), state
+        heads = attend(q, k, v, segment_ids, window, backend, spec.attention_softcap)
+        return heads, state
 
     return forward_with(attend_within, spec, params, tokens, positions, dtype, remat, unroll)
 
@@ -129,11 +152,11 @@ def forward_with(
     def keep_side_outputs(before: Array, after: Array, inner: Intermediates, state: Any) -> Any:
         return state, SideOutputs(inner.losses, inner.scalars)
 
-    x = embed_tokens(params, tokens, dtype)
-    rope = compute_rope(spec, positions)
+    x = embed_tokens(spec, params, tokens, dtype)
+    ropes = compute_ropes(spec, positions)
     blocks = params["blocks"]
     x, _, stacked = run_layers(
-        spec, blocks, x, rope, attend, observe=keep_side_outputs, remat=remat, unroll=unroll
+        spec, blocks, x, ropes, attend, observe=keep_side_outputs, remat=remat, unroll=unroll
     )
     losses = jax.tree.map(jnp.sum, stacked.losses)
     scalars = jax.tree.map(jnp.mean, stacked.scalars)
@@ -145,21 +168,25 @@ def compute_logits(
 ) -> Array:
     """Return float32 logits of every position at once, [B, T, V]. For few tokens."""
     hidden, _ = forward(spec, params, tokens, segment_ids, positions)
-    return hidden @ lm_head(spec, params)
+    return apply_softcap(hidden @ lm_head(spec, params), spec.logit_softcap)
 
 
-def embed_tokens(params: Params, tokens: Array, dtype: Any) -> Array:
+def embed_tokens(spec: ModelSpec, params: Params, tokens: Array, dtype: Any) -> Array:
     """Return the residual stream before the first layer, [B, T, D] in dtype."""
     # gathered along its width first: a lookup in an embedding sharded both ways makes XLA
     # replicate the result
     table = params["embed"].astype(dtype)
     table = with_logical_constraint(table, "vocab", None)
-    return constrain_residual(table[tokens])
+    x = table[tokens]
+    if spec.embed_multiplier != 1:
+        x = x * spec.embed_multiplier
+    return constrain_residual(x)
 
 
 def final_norm(spec: ModelSpec, params: Params, x: Array) -> Array:
-    """Return the residual stream normed for the output head."""
-    return rms_norm(x, params["norm"], spec.norm_eps)
+    """Return the residual stream normed for the output head, and divided by logit_divisor."""
+    scale = params["norm"]
+    return rms_norm(x, scale, spec.norm_eps, spec.norm_adds_one, spec.logit_divisor)
 
 
 def lm_head(spec: ModelSpec, params: Params, dtype: Any = jnp.float32) -> Array:
@@ -184,9 +211,9 @@ class Intermediates(NamedTuple):
     """What a layer computes on its way. Under jit, what is not read is not kept.
 
     Attributes:
-        attention_input: [B, T, D], normed.
+        attention_input: [B, T, D], normed if there is a norm before it.
         heads: [B, T, N, H], before `o`.
-        mlp_input: [B, T, D], normed.
+        mlp_input: [B, T, D], normed if there is a norm before it.
         activations: [B, T, F], before `down`.
         losses: auxiliary losses by name, nats per token.
         scalars: of the feed-forward part, to report.
@@ -215,7 +242,7 @@ def run_layers(
     spec: ModelSpec,
     blocks: Params | tuple[Params, ...],
     x: Array,
-    rope: Rope,
+    ropes: dict[str, Rope],
     attend: Attend,
     state: Any = (),
     *,
@@ -229,7 +256,7 @@ def run_layers(
         spec: the architecture.
         blocks: parameters stacked over layers, or a tuple of each layer's own.
         x: residual stream [B, T, D].
-        rope: of the tokens' positions.
+        ropes: of the tokens' positions, as compute_ropes returned.
         attend: attention of the queries to the keys; reads and returns the state.
         state: carried from layer to layer: a cache, a counter, running sums.
         observe: called after each layer.
@@ -248,9 +275,9 @@ def run_layers(
         before, state = carry
         kind_id, params = numbered
         if len(branches) == 1:
-            after, inner, state = branches[0](params, before, rope, state)
+            after, inner, state = branches[0](params, before, ropes, state)
         else:
-            after, inner, state = jax.lax.switch(kind_id, branches, params, before, rope, state)
+            after, inner, state = jax.lax.switch(kind_id, branches, params, before, ropes, state)
         after = constrain_residual(after)
         state, observed = observe(before, after, inner, state)
         return (after, state), observed
@@ -275,17 +302,29 @@ def run_layer(
     attend: Attend,
     params: Params,
     x: Array,
-    rope: Rope,
+    ropes: dict[str, Rope],
     state: Any,
 ) -> tuple[Array, Intermediates, Any]:
-    """Run one layer: attention and MLP, each after a norm and with a residual connection."""
-    attention_input = rms_norm(x, params["attn_norm"], spec.norm_eps)
+    """Run one layer: attention and MLP, each between its norms and with a residual connection."""
+
+    def norm(name: str, x: Array) -> Array:
+        if name not in params:
+            return x
+        return rms_norm(x, params[name], spec.norm_eps, spec.norm_adds_one)
+
+    def add(x: Array, out: Array) -> Array:
+        if spec.residual_multiplier != 1:
+            out = out * spec.residual_multiplier
+        return x + out
+
+    attention_input = norm("attn_norm", x)
+    rope = ropes[kind.rope] if kind.rope else None
     q, k, v = attention.project_qkv(spec, params, attention_input, rope)
     heads, state = attend(q, k, v, kind.window, state)
-    x = x + attention.project_out(params, heads)
-    mlp_input = rms_norm(x, params["mlp_norm"], spec.norm_eps)
+    x = add(x, norm("attn_post_norm", attention.project_out(params, heads)))
+    mlp_input = norm("mlp_norm", x)
     found = feed_forward(spec).apply(spec, params, mlp_input)
-    x = x + found.out
+    x = add(x, norm("mlp_post_norm", found.out))
     side = found.activations, found.losses, found.scalars
     return x, Intermediates(attention_input, heads, mlp_input, *side), state
 

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpt.model import loss, transformer
-from jaxpt.model.param import ONES
 from jaxpt.model.transformer import Params
 from jaxpt.sharding import make_batch_sharding, make_replicated_sharding
 from jaxpt.spec import Batch, ModelSpec
@@ -88,7 +87,8 @@ def list_readings(spec: ModelSpec, params: Params, fails: bool) -> Iterator[Alte
         # not the norm's scales
         cause = NOT_COPIED.format("the final norm")
         for scale in NORM_SCALES:
-            scaled = {**params, "norm": params["norm"] * scale}
+            offset = transformer.param_specs(spec)["norm"].offset
+            scaled = {**params, "norm": (params["norm"] + offset) * scale - offset}
             yield AlternativeReading(cause, spec, scaled)
     if not fails:
         return
@@ -135,10 +135,11 @@ def describe_weight_fault(spec: ModelSpec, params: Params, batch: Batch) -> str 
 def find_reset_norms(spec: ModelSpec, params: Params) -> dict[str, bool]:
     """Return, per kind of norm, whether all its scales are exactly 1, as before any training."""
     scales = {"the final norm": params["norm"]}
-    for name, param in transformer.param_specs(spec)["blocks"].items():
-        if param.init == ONES:
-            scales[f"{name} of all layers"] = params["blocks"][name]
-    return {name: bool(jnp.all(scale == 1)) for name, scale in scales.items()}
+    for name, scale in params["blocks"].items():
+        if name.endswith("norm"):
+            scales[f"{name} of all layers"] = scale
+    offset = transformer.param_specs(spec)["norm"].offset
+    return {name: bool(jnp.all(scale + offset == 1)) for name, scale in scales.items()}
 
 
 def compute_embedding_norms(params: Params) -> np.ndarray:
@@ -172,7 +173,9 @@ def make_theta_step(
             with_theta = spec.replace(rope_theta=theta)
             hidden, _ = transformer.forward(with_theta, params, *inputs, compute_dtype)
             head = transformer.lm_head(spec, params, compute_dtype)
-            _, loss_sum = loss.cross_entropy(hidden, head, batch.targets, batch.loss_mask)
+            _, loss_sum = loss.cross_entropy(
+                hidden, head, batch.targets, batch.loss_mask, softcap=spec.logit_softcap
+            )
             return loss_sum / jnp.sum(batch.loss_mask)
 
     replicated = make_replicated_sharding(mesh)

@@ -206,6 +206,8 @@ def find_measuring_data(
         return config, [stage.local_path(path) for path in config.mixture.packed_paths]
     if not source or not (source / "checkpoints").is_dir():
         return config, []
+    if huggingface.is_hf_directory(source):  # whose config.json is no run's
+        return config, []
     config_path = source / "config.json"
     if not config_path.is_file():
         return config, []

@@ -189,7 +189,7 @@ def make_gradient_function(
         head = transformer.lm_head(spec, params, dtype)
         targets = batch.targets, batch.loss_mask
         objective, loss_sum = loss.cross_entropy(
-            hidden, head, *targets, train.z_loss_weight, chunk_tokens
+            hidden, head, *targets, train.z_loss_weight, chunk_tokens, spec.logit_softcap
         )
         n_targets = jnp.sum(batch.loss_mask)
         if side.losses:

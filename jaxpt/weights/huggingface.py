@@ -36,10 +36,14 @@ from jaxpt.weights.safetensors_file import (
     chunk_rows,
     dtype_of_name,
     open_safetensors,
+    open_safetensors_file,
     read_hf_json,
     write_hf_json,
 )
 
+SINGLE_FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SHARD_BYTES = 5 * 10**9  # per file at most, Hugging Face's own default
 MAX_WRONG_SHOWN = 12
 
@@ -54,7 +58,9 @@ def load_hf_model(
             is broken, or tensors are missing, unused or of another shape (all listed at once).
     """
     spec = read_hf_spec(directory)
-    stored = open_safetensors(directory)
+    stored = open_weights(directory)
+    if spec.tie_embeddings and EMBEDDING not in stored and LM_HEAD in stored:
+        stored[EMBEDDING] = stored.pop(LM_HEAD)  # safetensors' save_model keeps one of two names
     match_tensors(spec, stored, directory)
     np_dtype = dtype_of_name(dtype)
     weights = list_hf_weights(spec)
@@ -81,12 +87,59 @@ def read_hf_spec(directory: pathlib.Path) -> ModelSpec:
         UserError: naming the key that is not supported.
     """
     path = directory / "config.json"
+    check_no_adapter(directory)
     if not path.is_file():
         raise UserError(
             f"{directory}: no config.json. Expected a Hugging Face model directory, a run "
             "directory or a checkpoint."
         )
     return family.read_spec(read_hf_json(path), path)
+
+
+def check_no_adapter(directory: pathlib.Path) -> None:
+    """Raise UserError for a directory with a LoRA adapter, with or without its base."""
+    path = directory / "adapter_config.json"
+    if not path.is_file():
+        return
+    base = read_hf_json(path).get("base_model_name_or_path")
+    raise UserError(
+        f"{directory}: holds a LoRA adapter (adapter_config.json), whose base is {base}. Merge it "
+        "into its base with PEFT (merge_and_unload, then save_pretrained); where that has "
+        "been done here, remove adapter_config.json."
+    )
+
+
+def is_hf_directory(directory: pathlib.Path) -> bool:
+    """Return whether a directory holds a Hugging Face model, whatever folders it has besides."""
+    if not (directory / "config.json").is_file():
+        return False
+    return (directory / SINGLE_FILE).is_file() or (directory / INDEX).is_file()
+
+
+def open_weights(directory: pathlib.Path) -> dict[str, StoredTensor]:
+    """Return every tensor of a directory's safetensors files by name, without reading numbers.
+
+    As transformers does, take model.safetensors where there is an index beside it: a second
+    save_pretrained leaves the first one's.
+
+    Raises:
+        UserError: a file is missing or broken, or the index names one elsewhere.
+    """
+    index = directory / INDEX
+    if not index.is_file():
+        return open_safetensors(directory)
+    if (directory / SINGLE_FILE).is_file():
+        return open_safetensors_file(directory / SINGLE_FILE)
+    weight_map = read_hf_json(index).get("weight_map")
+    if isinstance(weight_map, dict):
+        for tensor, name in weight_map.items():
+            place = os.path.normpath(str(name))
+            if os.path.isabs(place) or place.startswith(os.pardir):
+                raise UserError(
+                    f"{index}: {tensor}: expected a file in this directory, got {name}. Take the "
+                    "index of the model's authors."
+                )
+    return open_safetensors(directory)
 
 
 def write_hf_model(
@@ -116,6 +169,7 @@ def write_hf_model(
     np_dtype = params["embed"].dtype
     if dtype:
         np_dtype = dtype_of_name(dtype)
+    config = family.write_config(spec, np_dtype.name)
     tensors = list(list_hf_tensors(spec))
     is_writer = jax.process_index() == 0
     if is_writer:
@@ -124,7 +178,7 @@ def write_hf_model(
     n_shards = len(shards)
     weight_map = {}
     for i, shard in enumerate(shards):
-        name = "model.safetensors"
+        name = SINGLE_FILE
         if n_shards > 1:
             name = f"model-{i + 1:05d}-of-{n_shards:05d}.safetensors"
         path = directory / name if is_writer else None
@@ -135,8 +189,7 @@ def write_hf_model(
         return n_bytes
     if n_shards > 1:
         index = {"metadata": {"total_size": n_bytes}, "weight_map": weight_map}
-        write_hf_json(directory / "model.safetensors.index.json", index)
-    config = family.write_config(spec, np_dtype.name)
+        write_hf_json(directory / INDEX, index)
     write_hf_json(directory / "config.json", config)
     generation: dict[str, Any] = {
         "bos_token_id": spec.bos_id,
@@ -160,7 +213,7 @@ def copy_tokenizer(source: pathlib.Path, directory: pathlib.Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
         name = file.name
-        if name.startswith(TOKENIZER_FILES) and file.suffix != ".py":
+        if name.startswith(TOKENIZER_FILES) and file.is_file() and file.suffix != ".py":
             shutil.copyfile(file, directory / name)
     settings_file = directory / "tokenizer_config.json"
     if settings_file.is_file():
@@ -182,11 +235,13 @@ class HfWeight(NamedTuple):
         path: of the parameter, ("blocks", "q").
         param: its description.
         hf_name: of its tensors, with "{}" for each stacked axis.
+        first_row: of its part of a tensor that it shares with other parameters.
     """
 
     path: tuple[str, ...]
     param: ParamSpec
     hf_name: str
+    first_row: int = 0
 
     @property
     def is_stacked_matrix(self) -> bool:
@@ -200,7 +255,7 @@ class HfWeight(NamedTuple):
 
     @property
     def hf_shape(self) -> tuple[int, ...]:
-        """The shape of one tensor in the file."""
+        """The shape of one tensor in the file, or of its part of one."""
         n_in = self.param.n_in
         if n_in:
             n_inputs = math.prod(self.inner_shape[:n_in])
@@ -213,12 +268,19 @@ class HfWeight(NamedTuple):
 
 def list_hf_weights(spec: ModelSpec) -> list[HfWeight]:
     """Return every parameter of a spec with its name in its family's files."""
-    names = family.find_family(spec).tensor_names
-    weights = []
+    found = family.find_family(spec)
+    weights = {}
     for path, param in list_param_specs(transformer.param_specs(spec)):
-        hf_name = names.get("/".join(path), param.hf_name)
-        weights.append(HfWeight(path, param, hf_name))
-    return weights
+        name = "/".join(path)
+        hf_name = found.tensor_names.get(name, param.hf_name)
+        weights[name] = HfWeight(path, param, hf_name)
+    for hf_name, parts in found.fused.items():
+        first_row = 0
+        for name in parts:
+            weight = weights[name]
+            weights[name] = weight._replace(hf_name=hf_name, first_row=first_row)
+            first_row += weight.hf_shape[0]
+    return list(weights.values())
 
 
 class HfTensor(NamedTuple):
@@ -226,18 +288,19 @@ class HfTensor(NamedTuple):
 
     Attributes:
         name: in the file.
-        weight: the parameter that holds its numbers.
-        index: along the parameter's stacked axes.
+        weights: the parameters that hold its numbers, by rows; one, but for a fused tensor.
+        index: along the parameters' stacked axes.
     """
 
     name: str
-    weight: HfWeight
+    weights: tuple[HfWeight, ...]
     index: tuple[int, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Its shape in the file."""
-        return self.weight.hf_shape
+        n_rows = sum(weight.hf_shape[0] for weight in self.weights)
+        return n_rows, *self.weights[0].hf_shape[1:]
 
     def n_bytes(self, dtype: np.dtype) -> int:
         """Return its size in a file."""
@@ -246,10 +309,14 @@ class HfTensor(NamedTuple):
 
 def list_hf_tensors(spec: ModelSpec) -> Iterator[HfTensor]:
     """Yield every tensor of the export, parameter by parameter."""
+    by_name: dict[str, list[HfWeight]] = {}
     for weight in list_hf_weights(spec):
-        stacked_shape = weight.param.shape[: weight.param.n_stacked]
-        for index in np.ndindex(*stacked_shape):
-            yield HfTensor(weight.hf_name.format(*index), weight, index)
+        by_name.setdefault(weight.hf_name, []).append(weight)
+    for hf_name, weights in by_name.items():
+        param = weights[0].param
+        weights.sort(key=lambda weight: weight.first_row)
+        for index in np.ndindex(*param.shape[: param.n_stacked]):
+            yield HfTensor(hf_name.format(*index), tuple(weights), index)
 
 
 def match_tensors(
@@ -274,8 +341,8 @@ def match_tensors(
         # old exports keep rotary_emb.inv_freq, which the config determines
         if name in expected or name.endswith("rotary_emb.inv_freq"):
             continue
-        if name == "lm_head.weight" and spec.tie_embeddings:
-            embedding = stored.get("model.embed_tokens.weight")
+        if name == LM_HEAD and spec.tie_embeddings:
+            embedding = stored.get(EMBEDDING)
             if not tensors_equal(tensor, embedding):
                 wrong.append("lm_head.weight differs from the embedding that it is tied to")
             continue
@@ -384,8 +451,9 @@ def read_tensor(
     out_shape = tuple(map(len, bounds))
     out = allocate_array(out_shape, dtype)
     if len(tensor.shape) == 1:
-        whole = tensor.read_bytes().reshape(shape)
-        out[...] = whole[index]
+        stop = weight.first_row + math.prod(shape)
+        whole = tensor.read_bytes()[weight.first_row : stop]
+        out[...] = whole.reshape(shape)[index]
         return out
     # a group of dimensions (heads x head width) is one dimension of the file; only the first of a
     # group is ever sharded
@@ -402,6 +470,7 @@ def read_tensor(
 
     if n_in:
         rows = flat_span(n_in, len(shape))
+        rows = range(weight.first_row + rows.start, weight.first_row + rows.stop)
         columns = flat_span(0, n_in)
         flat = out.reshape(len(columns), len(rows)).T
     else:
@@ -493,9 +562,11 @@ def write_shard(
         advance = cleanup.enter_context(bar)
         written = None
         for tensor in tensors:
-            numbers = gather_tensor(params, tensor)
-            if file:
-                for chunk in order_as_in_file(numbers, tensor, dtype):
+            for weight in tensor.weights:
+                numbers = gather_tensor(params, weight, tensor.index)
+                if not file:
+                    continue
+                for chunk in order_as_in_file(numbers, weight, dtype):
                     if written:
                         written.result()  # one chunk waits for the disk while the next is made
                     written = writer.submit(file.write, chunk.data)
@@ -504,18 +575,18 @@ def write_shard(
             written.result()
 
 
-def gather_tensor(params: Params, tensor: HfTensor) -> np.ndarray:
+def gather_tensor(params: Params, weight: HfWeight, index: tuple[int, ...]) -> np.ndarray:
     """Return one tensor on this host, gathered on the devices first: no host holds it whole."""
     leaf: Any = params
-    for part in tensor.weight.path:
+    for part in weight.path:
         leaf = leaf[part]
     mesh = leaf.sharding.mesh
     if leaf.is_fully_replicated and mesh.devices.flat[0].platform == "cpu":
         whole = np.asarray(leaf)  # the device's memory is the host's: a view, no copy
-        return whole[tensor.index]
+        return whole[index]
     gather = make_gather(make_replicated_sharding(mesh))
-    index = tuple(np.int32(i) for i in tensor.index)
-    return np.asarray(gather(leaf, index))
+    where = tuple(np.int32(i) for i in index)
+    return np.asarray(gather(leaf, where))
 
 
 @functools.cache
@@ -529,23 +600,23 @@ def make_gather(place: jax.sharding.Sharding) -> Callable[..., jax.Array]:
 
 
 def order_as_in_file(
-    numbers: np.ndarray, tensor: HfTensor, dtype: np.dtype
+    numbers: np.ndarray, weight: HfWeight, dtype: np.dtype
 ) -> Iterator[np.ndarray]:
-    """Yield the bytes of one tensor as the file holds them, in chunks."""
-    if len(tensor.shape) == 1:
+    """Yield the bytes of one tensor, or of its part of one, as the file holds them, in chunks."""
+    if len(weight.hf_shape) == 1:
         vector = numbers.reshape(-1)
         vector = vector.astype(dtype, copy=False)
         yield vector.view(np.uint8)
         return
     matrix = numbers
-    if tensor.weight.param.n_in:
-        n_out, n_in = tensor.shape
+    if weight.param.n_in:
+        n_out, n_in = weight.hf_shape
         matrix = numbers.reshape(n_in, n_out).T
-    step = chunk_rows(tensor.shape, dtype)
+    step = chunk_rows(weight.hf_shape, dtype)
     for first in range(0, len(matrix), step):
         rows = matrix[first : first + step]
         chunk = allocate_array(rows.shape, dtype)
-        if tensor.weight.param.n_in:
+        if weight.param.n_in:
             transpose_into(rows.T, chunk)
         else:
             chunk[...] = rows

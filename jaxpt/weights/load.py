@@ -70,8 +70,10 @@ def load_model(
 
 def load_hf_source(source: pathlib.Path, mesh: jax.sharding.Mesh, dtype: str) -> LoadedModel:
     """Load a Hugging Face directory. Raise UserError if the directory is none."""
+    huggingface.check_no_adapter(source)
     is_run = (source / "checkpoints").is_dir() or (source / "spec.json").is_file()
-    if is_run or not (source / "config.json").is_file():
+    is_hf = huggingface.is_hf_directory(source)
+    if not is_hf and (is_run or not (source / "config.json").is_file()):
         raise UserError(
             f"{source}: has no finished checkpoint and no Hugging Face model. Train it first, or "
             "check the path."

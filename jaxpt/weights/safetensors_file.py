@@ -30,6 +30,7 @@ DTYPES = {
     "F32": np.dtype("float32"),
     "F16": np.dtype("float16"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F64": np.dtype("float64"),  # read as what the run computes in
 }
 
 

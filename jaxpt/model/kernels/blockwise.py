@@ -18,6 +18,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxpt.model.kernels.sharded import ATTENTION_OUTPUT, shard_map_attention
+from jaxpt.model.softcap import apply_softcap, softcap_gradient
 from jaxpt.sharding import LOGICAL_AXIS_RULES, n_shards
 
 # Queries are processed this many at a time against the keys up to the end of their block, so that
@@ -30,20 +31,29 @@ QUERY_CHUNK_SIZE = 128
 N_QUERY_BLOCKS = 8
 
 
-def blockwise_attend(q: Array, k: Array, v: Array, segment_ids: Array, window: int | None) -> Array:
+def blockwise_attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array,
+    window: int | None,
+    softcap: float | None = None,
+) -> Array:
     """Return attention in query blocks, each against the keys up to its own end."""
     mesh = jax.sharding.get_abstract_mesh()
     n = 1 if mesh.empty else n_shards(mesh, "position")
     if n > 1 and q.shape[1] % n**2 == 0:
-        blocks = QueryBlocks(window, stride=n)
+        blocks = QueryBlocks(window, stride=n, softcap=softcap)
         striped = functools.partial(striped_attention, blocks=blocks)
         return shard_map_attention(striped)(q, k, v, segment_ids)
     # where sequences cannot be striped evenly, XLA shards the blocks: right, but slower
     inputs = Inputs(q, k, v, segment_ids, segment_ids)
-    return blockwise_attention(inputs, QueryBlocks(window))
+    return blockwise_attention(inputs, QueryBlocks(window, softcap=softcap))
 
 
-def attend_prefix_tree(q: Array, k: Array, v: Array, visible_until: Array) -> Array:
+def attend_prefix_tree(
+    q: Array, k: Array, v: Array, visible_until: Array, softcap: float | None = None
+) -> Array:
     """Return softmax attention of each query to the keys at or before it that are still visible.
 
     For trees of texts, see evaluate/prefix_trees.py. q, k and v are as for `attend`.
@@ -54,10 +64,12 @@ def attend_prefix_tree(q: Array, k: Array, v: Array, visible_until: Array) -> Ar
         v: values.
         visible_until: int32 [B, T], for each key the first position after it whose query does not
             see it; each position must see itself.
+        softcap: scores s become softcap tanh(s / softcap).
     """
     positions = jnp.broadcast_to(jnp.arange(q.shape[1]), visible_until.shape)
     inputs = Inputs(q, k, v, positions, visible_until)
-    return blockwise_attention(inputs, QueryBlocks(is_visible=jnp.less))
+    blocks = QueryBlocks(is_visible=jnp.less, softcap=softcap)
+    return blockwise_attention(inputs, blocks)
 
 
 class Inputs(NamedTuple):
@@ -92,12 +104,14 @@ class QueryBlocks(NamedTuple):
     """How queries are split, and which keys they see.
 
     Query i is at position i * stride + offset of the keys, offset < stride. It sees the keys at or
-    before it, within the window, for which is_visible(query's id, key's id) is true.
+    before it, within the window, for which is_visible(query's id, key's id) is true. A softcap c
+    makes scores s into c tanh(s / c).
     """
 
     window: int | None = None
     stride: int = 1
     is_visible: Callable[[Array, Array], Array] = jnp.equal
+    softcap: float | None = None
 
     def iterate_blocks(self, T: int) -> Iterator[Block]:
         """Yield at most N_QUERY_BLOCKS blocks of T queries, and a short one of what is left."""
@@ -239,6 +253,9 @@ def blockwise_attention_bwd(blocks: QueryBlocks, residuals: Any, d_out: Array) -
         probs = jnp.exp(scores - logsumexp[..., None])
         d_probs = einsum_float32("bkgth,bksh->bkgts", d_out, seen.v)
         d_scores = probs * (d_probs - d_mean[..., None])
+        if blocks.softcap is not None:
+            capped = jnp.where(probs > 0, scores, 0)  # -inf where a key is not seen
+            d_scores *= softcap_gradient(capped, blocks.softcap)
         d_scores = (d_scores * scale).astype(q.dtype)
         probs = probs.astype(d_out.dtype)
         d_keys += einsum_float32("bkgth,bkgts->bkhs", queries.q, d_scores)
@@ -293,6 +310,7 @@ def compute_scores(queries: Queries, keys: Keys, blocks: QueryBlocks) -> Array:
         is_visible &= distance < blocks.window
     scores = einsum_float32("bkgth,bksh->bkgts", queries.q, keys.k)
     scores *= queries.q.shape[-1] ** -0.5
+    scores = apply_softcap(scores, blocks.softcap)
     return jnp.where(is_visible, scores, -jnp.inf)
 
 

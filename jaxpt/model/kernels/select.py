@@ -56,6 +56,7 @@ def attend(
     segment_ids: Array,
     window: int | None = None,
     backend: str = "xla",
+    softcap: float | None = None,
 ) -> Array:
     """Return softmax attention of each query to the keys of its document at or before it.
 
@@ -66,10 +67,13 @@ def attend(
         segment_ids: int32 [B, T]; a token attends to its own segment, whose tokens are adjacent.
         window: positions that a query sees, itself included; None: all.
         backend: one of BACKENDS, as `choose_backend` returned.
+        softcap: scores s become softcap tanh(s / softcap), by xla only.
 
     Returns:
         [B, T, N, H] in q's dtype; the softmax is float32.
     """
+    if softcap is not None:
+        return blockwise_attend(q, k, v, segment_ids, window, softcap)
     return BACKENDS[backend](q, k, v, segment_ids, window)
 
 
@@ -113,6 +117,8 @@ def unsupported_reason(
 ) -> str | None:
     """Return why a kernel does not support a run, with what would help; None if it does."""
     T, H = request.seq_len, spec.d_head
+    if spec.attention_softcap is not None:
+        return f"model.attention_softcap = {spec.attention_softcap:g} (none)"
     n_context = n_shards(mesh, "position")
     if n_context > 1:
         return f"it needs whole sequences, the mesh shards them {n_context} ways (mesh.context = 1)"
