@@ -15,13 +15,15 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
+import functools
+import itertools
 import logging
 import math
 import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -37,6 +39,8 @@ log = logging.getLogger(__name__)
 PyTree = Any  # nested dicts and tuples of jax.Arrays
 PARAMS = "params"
 TRAIN_STATE = "train_state"
+# an array is stored in chunks of at most this size, which bounds what a restore holds beside it
+CHUNK_BYTES = 1 << 26
 # what a failing disk says, in the system's words, which libraries wrap in paragraphs
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
 
@@ -103,7 +107,9 @@ class Checkpointer:
         trees = {}
         n_bytes = 0
         for name, tree in ((PARAMS, params), (TRAIN_STATE, train_state)):
-            trees[name] = ocp.args.PyTreeSave(drop_empty(tree))
+            stored = drop_empty(tree)
+            in_chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), stored)
+            trees[name] = ocp.args.PyTreeSave(stored, save_args=in_chunks)
             n_bytes += sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
         args = ocp.args.Composite(**trees)
         all_counts = {"step": step, **counts}
@@ -288,29 +294,81 @@ def find_checkpoint(source: pathlib.Path) -> pathlib.Path | None:
 def restore_tree(directory: pathlib.Path, name: str, abstract: PyTree) -> PyTree:
     """Restore the tree "params" or "train_state" with the shardings and dtypes of `abstract`.
 
+    Beside the arrays the host holds one chunk at a time: Orbax's own restore holds an array twice,
+    and reads all of them at once.
+
     Raises:
         UserError: the stored tree has other leaves or shapes.
     """
-    import orbax.checkpoint as ocp
+    stored = {}
+    if (directory / name).is_dir():
+        stored = flatten_arrays({name: read_tree_metadata(directory)[name]})
+    expected = flatten_arrays({name: drop_empty(abstract)})
+    for array in sorted(stored.keys() | expected.keys()):
+        shapes = [list(side[array].shape) if array in side else None for side in (expected, stored)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"{directory}/{name}: does not match the requested model and optimizer ({array}: "
+                f"expected {shapes[0] or 'none'}, got {shapes[1] or 'none'}). "
+                "Was the config changed?"
+            )
 
-    restore = ocp.args.StandardRestore(drop_empty(abstract))
-    args = ocp.args.Composite(**{name: restore})
-    handler = ocp.CompositeCheckpointHandler()
-    try:
-        with ocp.Checkpointer(handler) as checkpointer:
-            restored = checkpointer.restore(directory.absolute(), args=args)[name]
-    except (ValueError, KeyError, FileNotFoundError) as error:
-        raise UserError(
-            f"{directory}/{name}: does not match the requested model and optimizer "
-            f"({first_line_of(error)}). Was the config changed?"
-        ) from error
-
-    def fill_empty(leaf: jax.ShapeDtypeStruct, stored: jax.Array | None) -> jax.Array:
-        if stored is None:
+    def restore(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if not math.prod(leaf.shape):
             return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
-        return stored
+        return restore_array(open_array(directory / name, array_name(path)), leaf)
 
-    return jax.tree.map(fill_empty, abstract, restored)
+    return jax.tree_util.tree_map_with_path(restore, abstract)
+
+
+def open_array(directory: pathlib.Path, name: str) -> Any:
+    """Return the TensorStore of an array in a tree's directory, as Orbax names and stores it."""
+    import tensorstore
+
+    base = f"file://{directory.absolute()}/"
+    kvstore = {"driver": "ocdbt", "base": base, "path": name.replace("/", ".") + "/"}
+    return tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
+
+
+def restore_array(stored: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """Return a stored array with a dtype and sharding, read chunk by chunk into place."""
+    devices_of: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
+        devices_of.setdefault(bounds, []).append(device)
+    shards = []
+    for bounds, devices in devices_of.items():
+        shape = [stop - start for start, stop in bounds]
+        copies = [jnp.zeros(shape, leaf.dtype, device=device) for device in devices]
+        for chunk in iter_chunks(bounds, stored.chunk_layout.read_chunk.shape or ()):
+            numbers = stored[chunk].read().result().astype(leaf.dtype, copy=False)
+            starts = [part.start - start for part, (start, _) in zip(chunk, bounds, strict=True)]
+            # waiting: chunks that are read ahead would pile up on the host
+            copies = [put_chunk(copy, numbers, starts).block_until_ready() for copy in copies]
+        shards += copies
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
+
+
+def iter_chunks(
+    bounds: Sequence[tuple[int, int]], chunk_shape: Sequence[int]
+) -> Iterator[tuple[slice, ...]]:
+    """Yield the part of each stored chunk that lies within (start, stop) of every axis."""
+    axes = []
+    for (start, stop), size in zip(bounds, chunk_shape, strict=True):
+        edges = [start, *range(start - start % size + size, stop, size), stop]
+        axes.append([slice(a, b) for a, b in itertools.pairwise(edges)])
+    yield from itertools.product(*axes)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def put_chunk(array: jax.Array, chunk: jax.Array, starts: Sequence[jax.Array]) -> jax.Array:
+    """Return the array with a part of it replaced, in place."""
+    # as integers: XLA's CPU takes bfloat16 through float32, which is eight times slower
+    bits = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
+    array_bits = jax.lax.bitcast_convert_type(array, bits)
+    chunk_bits = jax.lax.bitcast_convert_type(chunk, bits)
+    updated = jax.lax.dynamic_update_slice(array_bits, chunk_bits, starts)
+    return jax.lax.bitcast_convert_type(updated, array.dtype)
 
 
 def drop_empty(tree: PyTree) -> PyTree:
@@ -351,10 +409,8 @@ def diff_checkpoints(a: pathlib.Path, b: pathlib.Path) -> list[str]:
     """Return a line per array that differs between two checkpoints; none if all are bit-equal."""
     a = locate_checkpoint(a)
     b = locate_checkpoint(b)
-    a_tree = read_tree_metadata(a)
-    b_tree = read_tree_metadata(b)
-    left = flatten_arrays(a_tree)
-    right = flatten_arrays(b_tree)
+    left = read_array_metadata(a)
+    right = read_array_metadata(b)
     lines = []
     for name in sorted(left.keys() ^ right.keys()):
         where = b
@@ -369,8 +425,8 @@ def diff_checkpoints(a: pathlib.Path, b: pathlib.Path) -> list[str]:
         if kind != other_kind:
             lines.append(f"{name}: {kind} and {other_kind}")
             continue
-        x = read_array(a, name, a_tree)
-        y = read_array(b, name, b_tree)
+        x = read_array(a, name)
+        y = read_array(b, name)
         if x.tobytes() != y.tobytes():
             n = int(np.sum(x != y))
             difference = x.astype(np.float64) - y.astype(np.float64)
@@ -414,32 +470,10 @@ def read_tree_metadata(directory: pathlib.Path) -> dict[str, PyTree]:
         return {item: tree.tree for item, tree in items}
 
 
-def read_array(
-    directory: pathlib.Path, name: str, trees: dict[str, PyTree] | None = None
-) -> np.ndarray:
-    """Return one array by its name in `read_array_metadata`.
-
-    When reading many, pass `read_tree_metadata`'s trees: reading them takes longer than an array.
-    """
-    import orbax.checkpoint as ocp
-
-    item = name.split("/")[0]
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-    def choose(path: Any, leaf: Any) -> Any:
-        if f"{item}/{array_name(path)}" != name:
-            return ocp.PLACEHOLDER
-        return jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype, sharding=here)
-
-    trees = trees or read_tree_metadata(directory)
-    chosen = jax.tree_util.tree_map_with_path(choose, trees[item])
-    restore_args = ocp.checkpoint_utils.construct_restore_args(chosen)
-    args = ocp.args.PyTreeRestore(item=chosen, restore_args=restore_args)
-    composite = ocp.args.Composite(**{item: args})
-    with open_checkpointer() as checkpointer:
-        restored = checkpointer.restore(directory.absolute(), args=composite)[item]
-    leaves = jax.tree.leaves(restored)
-    return next(np.asarray(leaf) for leaf in leaves if leaf is not ocp.PLACEHOLDER)
+def read_array(directory: pathlib.Path, name: str) -> np.ndarray:
+    """Return one array by its name in `read_array_metadata`."""
+    item, _, in_tree = name.partition("/")
+    return open_array(directory / item, in_tree).read().result()
 
 
 def open_checkpointer() -> Any:
