@@ -6,6 +6,7 @@ import json
 import pathlib
 import shutil
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -362,6 +363,49 @@ def byte_level(directory: pathlib.Path, special: bool = True) -> pathlib.Path:
         '"chat_template": "{{ x }}"}'
     )
     return directory
+
+
+@pytest.mark.parametrize("which", ["bpe", "unigram", "mistral", "byte_level"])
+def test_a_text_encoded_in_parts_has_the_ids_of_the_whole(which, request, tmp_path, monkeypatch):
+    fixtures = {"bpe": "trained", "unigram": "unigram", "mistral": "mistral"}
+    if which == "byte_level":
+        directory = byte_level(tmp_path / "bytes")
+    else:
+        directory = request.getfixturevalue(fixtures[which])
+    encoder = tokenizer.load_tokenizer(directory)
+    monkeypatch.setattr(tokenizer, "PART_CHARS", 41)
+    monkeypatch.setattr(tokenizer, "CUT_CONTEXT", 23)
+    monkeypatch.setattr(tokenizer, "GROUP_CHARS", 97)
+    random = np.random.default_rng(5)
+    words = ["the", " ", "  ", "\n", "\t", "<s>", "é", "e\u0301", "日本", "12", "▁", ".", "Let's"]
+    for _ in range(40):
+        text = " ".join(random.choice(words, 200))
+        whole = encoder.backend.encode(text, add_special_tokens=False)
+        assert len(encoder.split_text(text)) > 5
+        n_prompt = int(random.integers(1, len(text)))
+        ids, loss_from = encoder.encode_documents([text, "a"], [n_prompt, 0])
+        n_bos = encoder.bos_id is not None
+        assert ids[0].tolist()[n_bos:-1] == whole.ids == encoder.encode_batch([text])[0]
+        n_in_prompt = next(
+            (k for k, (_, end) in enumerate(whole.offsets) if end > n_prompt), len(whole.ids)
+        )
+        assert loss_from == [n_bos + n_in_prompt, 0]
+
+
+def test_a_text_is_not_cut_where_a_token_may_reach_over_a_space(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer, "PART_CHARS", 41)
+    directory = byte_level(tmp_path / "bytes")
+    path = directory / "tokenizer.json"
+    form = json.loads(path.read_text())
+    form["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "split": False}
+    form["model"]["vocab"]["t▁h"] = 900
+    path.write_text(json.dumps(form))
+    encoder = tokenizer.load_tokenizer(directory)
+    text = "the " * 100
+    assert len(encoder.split_text(text)) == 1
+    monkeypatch.setattr(tokenizer, "MAX_PART_CHARS", 300)
+    with pytest.raises(UserError, match="a document of 400 characters: expected a space"):
+        encoder.encode_documents([text], [0])
 
 
 def test_an_adopted_directory_keeps_its_ids_and_settings(tmp_path):

@@ -431,11 +431,8 @@ def run_tokenize_job(job: TokenizeJob) -> int:
     with pa.OSFile(str(output), "wb") as sink, pa.ipc.new_stream(sink, TOKEN_SCHEMA) as stream:
         for batch in iter_text_batches(file, job.row_groups):
             ids, loss_from = encoder.encode_documents(batch.texts, batch.prompt_chars)
-            lengths = map(len, ids)
-            offsets = np.cumsum([0, *lengths])
-            all_ids = itertools.chain.from_iterable(ids)
-            flat = np.fromiter(all_ids, np.int32, offsets[-1])
-            lists = pa.ListArray.from_arrays(pa.array(offsets, INT32), flat)
+            offsets = np.cumsum([0, *map(len, ids)])
+            lists = pa.ListArray.from_arrays(pa.array(offsets, INT32), np.concatenate(ids))
             columns = {"id": batch.ids, "ids": lists, "loss_from": loss_from}
             record_batch = pa.record_batch(columns, schema=TOKEN_SCHEMA)
             stream.write_batch(record_batch)

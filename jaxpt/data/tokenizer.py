@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
+import itertools
 import json
 import logging
 import pathlib
@@ -17,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from jaxpt import config, stage
@@ -49,6 +52,15 @@ SAVED_CONFIG_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token")
 SAVED_CONFIG_KEYS += ("model_max_length", "padding_side", "chat_template")
 # of letters, cases and white space only: what a normalizer changes
 PROBE = "Ab  C\nd\n\n e"
+# a text longer than this is encoded in parts, of which so many characters at once
+PART_CHARS = 1 << 16
+GROUP_CHARS = 1 << 20
+MAX_PART_CHARS = 1 << 25
+# characters on both sides by which a cut is judged: no word's split depends on more
+CUT_CONTEXT = 256
+MAX_CUTS_TRIED = 1000
+WHITE_SPACE_CUT = re.compile(r"(?<=\S) (?=\S)")
+SPACE_INSIDE = re.compile("[^▁ ][▁ ]")
 # tried if no tokenizer_config.json names the end of a document
 EOS_NAMES = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>")
 
@@ -68,6 +80,13 @@ class TokenizerSource(NamedTuple):
     backend: tokenizers.Tokenizer
     config: dict[str, Any]  # tokenizer_config.json
     sentencepiece_model: bytes | None = None  # None: it is none, or its ids would differ
+
+
+class TextPart(NamedTuple):
+    """A part of a text that is encoded alone."""
+
+    start: int  # in characters
+    text: str
 
 
 def train_tokenizer(
@@ -195,12 +214,11 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, without bos and eos. Uses all cores."""
-        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        return [ids.tolist() for ids in self.encode_arrays(list(map(self.split_text, texts)))]
 
     def encode_documents(
         self, texts: Sequence[str], prompt_chars: Sequence[int]
-    ) -> tuple[list[list[int]], list[int]]:
+    ) -> tuple[list[np.ndarray], list[int]]:
         """Encode documents that may begin with a prompt.
 
         Prompt and completion are encoded as one text, so that a token may begin in the prompt; it
@@ -211,22 +229,106 @@ class Tokenizer:
             prompt_chars: leading characters of each that are a prompt.
 
         Returns:
-            bos + ids + eos of each, and the index of its first trained token: 0, or the first that
-            reaches beyond the prompt.
+            bos + ids + eos of each, int32, and the index of its first trained token: 0, or the
+            first that reaches beyond the prompt.
         """
         bos = [] if self.bos_id is None else [self.bos_id]
-        encoded = self.encode_batch(texts)
-        ids = [[*bos, *text_ids, self.eos_id] for text_ids in encoded]
+        first, last = np.array(bos, np.int32), np.array([self.eos_id], np.int32)
+        split = [self.split_text(text) for text in texts]
+        ids = [np.concatenate([first, text_ids, last]) for text_ids in self.encode_arrays(split)]
         loss_from = [0] * len(texts)
-        prompted = [i for i, n in enumerate(prompt_chars) if n]
-        prompted_texts = [texts[i] for i in prompted]
-        encodings = self.backend.encode_batch(prompted_texts, add_special_tokens=False)
-        for i, encoding in zip(prompted, encodings, strict=True):
-            ends = (end for _, end in encoding.offsets)
-            beyond = (k for k, end in enumerate(ends) if end > prompt_chars[i])
-            first_trained = next(beyond, len(encoding.ids))
-            loss_from[i] = len(bos) + first_trained
+        for i, n_chars in enumerate(prompt_chars):
+            if n_chars:
+                loss_from[i] = len(bos) + self.count_prompt_tokens(split[i], n_chars)
         return ids, loss_from
+
+    def encode_arrays(self, split_texts: Sequence[Sequence[TextPart]]) -> list[np.ndarray]:
+        """Return the int32 ids of each text, GROUP_CHARS at a time.
+
+        The library takes some 85 bytes per byte of text until its encodings are dropped.
+        """
+        found: list[list[np.ndarray]] = [[] for _ in split_texts]
+        parts = [(i, part) for i, split in enumerate(split_texts) for part in split]
+        for group in group_by_length(parts):
+            texts = [part.text for _, part in group]
+            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+            for (i, _), encoding in zip(group, encodings, strict=True):
+                found[i].append(np.array(encoding.ids, np.int32))
+        return [np.concatenate(arrays) for arrays in found]
+
+    def count_prompt_tokens(self, split: Sequence[TextPart], n_chars: int) -> int:
+        """Return how many tokens of a text end within its first characters."""
+        n_tokens = 0
+        for part in split:
+            encoding = self.backend.encode(part.text, add_special_tokens=False)
+            ends = [part.start + end for _, end in encoding.offsets]
+            if self.n_dropped and part.start and encoding.tokens[0] == "▁":
+                ends[0] = part.start  # the dropped space
+            beyond = (k for k, end in enumerate(ends) if end > n_chars)
+            n_within = next(beyond, None)
+            if n_within is not None:
+                return n_tokens + n_within
+            n_tokens += len(encoding.ids)
+        return n_tokens
+
+    def split_text(self, text: str) -> list[TextPart]:
+        """Return parts of about PART_CHARS, whose ids one after the other are those of the text.
+
+        Raises:
+            UserError: a part that cannot be cut is longer than MAX_PART_CHARS.
+        """
+        parts = []
+        start = 0
+        cut = self.find_cut(text, PART_CHARS)
+        while cut is not None:
+            parts.append(TextPart(start, text[start:cut]))
+            start = cut + (self.n_dropped or 0)
+            cut = self.find_cut(text, start + PART_CHARS)
+        n_left = len(text) - start
+        if n_left > MAX_PART_CHARS:
+            raise UserError(
+                f"a document of {len(text):,} characters: expected a space at which its ids can be "
+                f"cut at least every {MAX_PART_CHARS:,}, which take 3 GB while they are encoded, "
+                f"got none in the last {n_left:,} (they begin {text[start : start + 40]!r}). Break "
+                "it into documents."
+            )
+        return [*parts, TextPart(start, text[start:])]
+
+    def find_cut(self, text: str, first: int) -> int | None:
+        """Return the first place from `first` on where the ids of a text can be cut, if any.
+
+        There the ids of what surrounds it are those of its two sides, encoded apart.
+        """
+        if len(text) < first + CUT_CONTEXT or self.n_dropped is None:
+            return None
+        candidates = WHITE_SPACE_CUT.finditer(text, first)
+        for found in itertools.islice(candidates, MAX_CUTS_TRIED):
+            cut = found.start()
+            left = text[cut - CUT_CONTEXT : cut]
+            right = text[cut : cut + CUT_CONTEXT]
+            if self.is_cut_between(left, right, self.n_dropped):
+                return cut
+        return None
+
+    @functools.cached_property
+    def n_dropped(self) -> int | None:
+        """How many characters a part drops in front, or None: the tokenizer cannot be cut.
+
+        It is 1 where the tokenizer itself puts a space before every text, as Llama 2's does.
+        """
+        form = json.loads(self.backend.to_str())
+        is_split = (form["pre_tokenizer"] or {"split": False}).get("split", True)
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        if not is_split and any(map(SPACE_INSIDE.search, vocabulary)):
+            return None  # a token may reach over any space
+        left, right = PROBE.split("  ")
+        return next((n for n in (0, 1) if self.is_cut_between(left, f" {right}", n)), None)
+
+    def is_cut_between(self, left: str, right: str, n_dropped: int) -> bool:
+        """Return whether two texts have the ids of both in a row."""
+        texts = [left + right, left, right[n_dropped:]]
+        whole, *sides = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return whole.ids == sides[0].ids + sides[1].ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text, without bos, eos and other control tokens."""
@@ -251,11 +353,11 @@ class Tokenizer:
         """Return whether case and white space come back from the ids."""
         return not self.count_lost_bytes([PROBE], self.encode_batch([PROBE]))
 
-    def count_unknown(self, documents: Sequence[Sequence[int]]) -> int:
+    def count_unknown(self, documents: Sequence[np.ndarray]) -> int:
         """Return how many tokens of bos + ids + eos stand for text that has no token."""
         if self.unk_id in (None, self.bos_id, self.eos_id):
             return 0
-        return sum(ids.count(self.unk_id) for ids in documents)
+        return sum(int(np.sum(ids == self.unk_id)) for ids in documents)
 
     def save_tokenizer(self, directory: pathlib.Path) -> None:
         """Write tokenizer.json and tokenizer_config.json.
@@ -277,6 +379,21 @@ class Tokenizer:
         saved["clean_up_tokenization_spaces"] = False
         text = json.dumps(saved, indent=1, ensure_ascii=False)
         (directory / "tokenizer_config.json").write_text(text + "\n")
+
+
+def group_by_length(parts: list[tuple[int, TextPart]]) -> Iterator[list[tuple[int, TextPart]]]:
+    """Yield parts in order, in groups of GROUP_CHARS or somewhat more."""
+    group = []
+    n_chars = 0
+    for numbered in parts:
+        group.append(numbered)
+        n_chars += len(numbered[1].text)
+        if n_chars >= GROUP_CHARS:
+            yield group
+            group = []
+            n_chars = 0
+    if group:
+        yield group
 
 
 def find_prefix_id(backend: tokenizers.Tokenizer) -> int | None:
