@@ -265,7 +265,7 @@ def analyze_compiled_step(analysis: StepAnalysis, lowered: Any, platform: str) -
             analysis, method="compiled", exceeds_memory=True, peak_bytes=peak_bytes
         )
     layer_collectives = ()
-    if platform != "cpu":  # a CPU's step has its layers unrolled
+    if platform != "cpu":  # a CPU may have several layers in a turn
         layer_collectives = count_layer_collectives(compiled.as_text(), analysis.n_layers)
     costs = compiled.cost_analysis() or {}
     return dataclasses.replace(
@@ -357,7 +357,7 @@ MIN_STACKED_ARRAYS = 8  # a loop over layers carries the stacked weights: a doze
 def count_layer_collectives(text: str, n_layers: int) -> tuple[LayerCollectives, ...]:
     """Return what one turn of each loop over layers runs, forward first.
 
-    It is empty if the program has no such loop, as on a CPU, where layers are unrolled.
+    It is empty if the program has no such loop, as where all layers are unrolled.
     """
     computations = split_computations(text)
     counts = []

@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxpt.config import OptimConfig, TrainConfig
+from jaxpt.flops import count_flops_per_token
 from jaxpt.growth.new_params import NewParams
 from jaxpt.model import loss, transformer
 from jaxpt.model.kernels import select
@@ -31,6 +32,11 @@ from jaxpt.train.state import SkipState, TrainState, make_abstract_state, state_
 
 # Updates before the running mean of gradient norms is trusted: early norms fall by themselves.
 SPIKE_WARMUP = 50
+# what decides whether layers are unrolled on a CPU
+MAX_UNROLL = 16
+UNROLLED_GAIN = 0.06  # of the run's time
+COMPILE_SECONDS_PER_LAYER = 0.8
+CPU_FLOPS = 1e11  # FLOP/s that a small model reaches on two cores
 
 
 # What a step reports: float32 scalars by name, `n_skipped` and `consecutive_skips` int32. A further
@@ -165,13 +171,11 @@ def make_gradient_function(
     targets, so that their mean over micro-batches weighs each as the loss does.
     """
     dtype = jnp.dtype(train.compute_dtype)
-    # Unrolled, a CPU overlaps what a loop would run one after the other: 1.06 x on two cores
-    # (benchmarks/train_step.py).
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     unroll = 1
     chunk_tokens = loss.ACCELERATOR_CHUNK_TOKENS
     if on_cpu:
-        unroll = min(max(spec.n_layers, 1), 16)
+        unroll = choose_unroll(spec, train, seq_len)
         chunk_tokens = loss.CPU_CHUNK_TOKENS
     if train.remat == "offload" and on_cpu:
         raise UserError(
@@ -206,6 +210,22 @@ def make_gradient_function(
     if train.grad_accum_steps == 1:
         return sum_gradients
     return accumulate_gradients(sum_gradients, train.grad_accum_steps)
+
+
+def choose_unroll(spec: ModelSpec, train: TrainConfig, seq_len: int) -> int:
+    """Return how many layers a CPU runs per turn of the loop over layers.
+
+    Unrolled, it overlaps what a loop would run one after the other: 1.06 x on two cores
+    (benchmarks/train_step.py). Each layer more in the loop's body takes 0.8 CPU seconds to compile
+    (measured with 4, 10 and 16 of 100), so a short run keeps the loop. A divisor leaves no
+    remainder, which would be compiled beside the body. It depends on nothing but the recipe, so a
+    resumed run has the same program.
+    """
+    n_tokens = train.steps * train.batch_size * seq_len
+    run_seconds = n_tokens * count_flops_per_token(spec, seq_len) / CPU_FLOPS
+    n_worthwhile = int(UNROLLED_GAIN * run_seconds / COMPILE_SECONDS_PER_LAYER)
+    most = min(spec.n_layers, n_worthwhile, MAX_UNROLL)
+    return max((n for n in range(1, most + 1) if spec.n_layers % n == 0), default=1)
 
 
 def accumulate_gradients(sum_gradients: GradientFunction, n_micro_batches: int) -> GradientFunction:
