@@ -318,6 +318,24 @@ def test_checkpoints_are_saved_by_the_clock_and_those_at_round_steps_stay(
     assert saved == [6, 12, 13] and checkpoint.list_steps(tmp_path) == [6, 12, 13]
 
 
+def test_a_finished_run_whose_longer_start_is_refused_stays_finished(
+    make_config, tmp_path, monkeypatch
+):
+    loop.train_model(make_config(train__steps=5), tmp_path)
+    before = (tmp_path / "manifest.json").read_bytes()
+
+    def refuse(run):
+        raise UserError("no longer the data that it read.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "start_session", refuse)
+        with pytest.raises(UserError, match="no longer the data"):
+            loop.train_model(make_config(train__steps=9), tmp_path)
+    assert (tmp_path / "manifest.json").read_bytes() == before
+    loop.train_model(make_config(train__steps=9), tmp_path)
+    assert (tmp_path / "manifest.json").read_bytes() != before
+
+
 def test_a_profile_is_written(make_config, start, tmp_path, caplog):
     train(start(make_config(train__steps=5, train__profile_steps=(3, 4)), tmp_path))
     assert "profile of steps 3 to 4" in caplog.text

@@ -48,6 +48,7 @@ def train_model(
     run = open_run(config, run_dir, packed, mesh, estimate_device_cost)
     agreement.check_data(run)
     session = start_session(run)
+    result.remove_manifest(run_dir)  # only now: a start that was refused changes nothing
     train(session, make_hooks(session))
     session.metrics.close()
     if not session.is_last_step:

@@ -61,12 +61,15 @@ def is_finished(run_dir: pathlib.Path, request: stage.StageRequest) -> bool:
     same = {**request.config, "train": {**train, "steps": n_done}}
     if n_steps > n_done and stage.to_jsonable(same) == manifest.config:
         log.info(f"train: {run_dir} had {n_done:,} steps and continues to {n_steps:,}")
-        if jax.process_index() == 0:
-            # not finished any more, which launch/ and later stages look at
-            (run_dir / "manifest.json").unlink()
         return False
     difference = stage.describe_difference(manifest, request)
     raise UserError(f"train: {run_dir} holds the result of {difference}. Give another --workdir.")
+
+
+def remove_manifest(run_dir: pathlib.Path) -> None:
+    """Mark a run that goes on as not finished, which launch/ and later stages look at."""
+    if jax.process_index() == 0:
+        (run_dir / "manifest.json").unlink(missing_ok=True)
 
 
 def write_manifest(session: Session, request: stage.StageRequest) -> None:
