@@ -35,7 +35,7 @@ from jaxpt.report.page import write_report
 from jaxpt.spec import ModelSpec, UserError, encode_json
 from jaxpt.train import optimizer, state, step
 from jaxpt.train.records import TrainMetrics
-from jaxpt.weights import huggingface
+from jaxpt.weights import checkpoint, huggingface
 
 TINY_SOLAR = ModelSpec(
     n_layers=12, d_model=1024, d_ff=4096, n_heads=32, n_kv_heads=8, d_head=32, vocab_size=32_000
@@ -425,10 +425,10 @@ def test_restoring_takes_the_state_and_exporting_one_tensor_more(on_cpu):
 def test_a_hosts_memory_holds_the_state_of_its_devices_while_it_is_saved():
     spec, settings, target, measured = planned(POD, "h100:16")
     record = cost.project_target(spec, settings, target, measured, 1e9)
-    assert record.host_save_bytes == 8 * record.restore_bytes == record.host_restore_bytes
+    assert record.host_save_bytes == 8 * record.restore_bytes > record.host_restore_bytes
     assert record.host_export_bytes == spec.vocab_size * spec.d_model * 4
     alone = cost.project_target(*planned(POD, "cpu:1"), 1e9)
-    assert alone.host_restore_bytes == 96e9 < alone.host_save_bytes  # Orbax's limit
+    assert alone.host_restore_bytes == checkpoint.CHUNK_BYTES < alone.host_save_bytes
     hosts = {
         on: hardware.parse_target(on).devices_per_host
         for on in ("v5p:4x4x4", "v5e:2x4", "v5e:4x4", "tpu7x:2x2x1", "h100:2", "cpu:3")

@@ -1,5 +1,6 @@
 """Import and export: bit-equal round trips, every key accounted for."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -28,7 +29,35 @@ from jaxpt.model import decode, transformer
 from jaxpt.spec import ModelSpec, RopeScaling, UserError
 from jaxpt.stage import read_manifest
 from jaxpt.train import initial_run
-from jaxpt.weights import huggingface, load, safetensors_file
+from jaxpt.weights import checkpoint, huggingface, load, safetensors_file
+
+
+@pytest.mark.parametrize("sizes", [{}, {"fsdp": 4, "tensor": 2}])
+def test_a_restore_reads_small_chunks_into_place_on_any_mesh(sizes, tmp_path, monkeypatch, one):
+    """Of arrays in several chunks, saved from another mesh; a directory's name is no URL."""
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 3000)
+    home = sharding.make_mesh(config.MeshConfig(fsdp=2, tensor=4))
+    spec = ModelSpec(
+        n_layers=5, d_model=24, d_ff=40, n_heads=8, n_kv_heads=4, d_head=6, vocab_size=96
+    )
+    params = transformer.init_params(spec, 3, home)
+    step_dir = checkpoint.save_checkpoint(
+        tmp_path / "a %20 run", 7, params, {"step": jnp.int32(7)}, spec, counts={}, tokenizer=None
+    )
+    stored = checkpoint.open_array(step_dir / "params", "blocks/gate")
+    assert 4 * np.prod(stored.chunk_layout.read_chunk.shape) <= 3000
+    mesh = sharding.make_mesh(config.MeshConfig(**sizes)) if sizes else one
+    abstract = transformer.make_abstract_params(spec, mesh, jnp.bfloat16)
+    restored = checkpoint.restore_tree(step_dir, checkpoint.PARAMS, abstract)
+
+    def check(array, again, leaf):
+        assert again.sharding == leaf.sharding and again.dtype == jnp.bfloat16
+        assert np.array_equal(np.asarray(array).astype(jnp.bfloat16), np.asarray(again))
+
+    jax.tree.map(check, params, restored, abstract)
+    wider = transformer.make_abstract_params(dataclasses.replace(spec, d_ff=48), mesh, jnp.float32)
+    with pytest.raises(UserError, match=r"blocks/down: expected \[5, 48, 24\], got \[5, 40, 24\]"):
+        checkpoint.restore_tree(step_dir, checkpoint.PARAMS, wider)
 
 
 @pytest.mark.parametrize("name", variants.CONFIGS)

@@ -149,7 +149,9 @@ def analyze_step_in_process(request: AnalysisRequest) -> StepAnalysis:
     visible_train = dataclasses.replace(train, attention="xla", remat=remat)
     visible = dataclasses.replace(settings, train=visible_train)
     program = trace_step(spec, visible, mesh).jaxpr
-    loop_body_flops = count_matmul_flops(program, multiply_loops=False) / target.n_devices
+    loop_body_flops = None
+    if not missing:  # a CPU, which stands in, has other loops than the target
+        loop_body_flops = count_matmul_flops(program, multiply_loops=False) / target.n_devices
 
     whole = roofline.count_state_bytes(spec, settings.optim, settings.initialize.param_dtype)
     estimate = roofline.estimate_step(spec, whole, train, seq_len, dict(mesh.shape), backend)

@@ -16,7 +16,6 @@ from jaxpt.spec import ModelSpec, Record
 from jaxpt.stage import read_spec
 from jaxpt.weights import checkpoint, hub, huggingface
 
-ORBAX_RESTORE_BYTES = 96 * 10**9  # that Orbax 0.12 reads into a host's memory at a time
 # Power of host, network and cooling beside the boards: a DGX H100 is rated 10.2 kW for 8 boards of
 # 0.7 kW, and boards in training draw some 85 % of their rating.
 POWER_OVERHEAD = 1.5
@@ -202,7 +201,7 @@ def project_target(
         restore_bytes=analysis.restore_bytes,
         export_bytes=export_bytes,
         host_save_bytes=host_state_bytes,
-        host_restore_bytes=min(host_state_bytes, ORBAX_RESTORE_BYTES),
+        host_restore_bytes=min(host_state_bytes, checkpoint.CHUNK_BYTES),
         host_export_bytes=export_bytes - params_bytes,
         needs_mem_fraction=chip.platform == "cuda" and exceeds_default,
         flops_per_token=flops_per_token,

@@ -325,28 +325,40 @@ def open_array(directory: pathlib.Path, name: str) -> Any:
     """Return the TensorStore of an array in a tree's directory, as Orbax names and stores it."""
     import tensorstore
 
-    base = f"file://{directory.absolute()}/"
+    base = {"driver": "file", "path": f"{directory.absolute()}/"}
     kvstore = {"driver": "ocdbt", "base": base, "path": name.replace("/", ".") + "/"}
     return tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
 
 
 def restore_array(stored: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     """Return a stored array with a dtype and sharding, read chunk by chunk into place."""
-    devices_of: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
-    for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
+    devices_of: dict[tuple[tuple[int, int], ...], list[Any]] = {}
+    sharding: Any = leaf.sharding
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
         devices_of.setdefault(bounds, []).append(device)
     shards = []
     for bounds, devices in devices_of.items():
+        chunks = list(iter_chunks(bounds, stored.chunk_layout.read_chunk.shape or ()))
+        if len(chunks) == 1:
+            numbers = read_chunk(stored, chunks[0], leaf.dtype)
+            # not shared with numpy: such a buffer would be copied when a step is given it to keep
+            shards += [jax.device_put(numbers, device, may_alias=False) for device in devices]
+            continue
         shape = [stop - start for start, stop in bounds]
         copies = [jnp.zeros(shape, leaf.dtype, device=device) for device in devices]
-        for chunk in iter_chunks(bounds, stored.chunk_layout.read_chunk.shape or ()):
-            numbers = stored[chunk].read().result().astype(leaf.dtype, copy=False)
+        for chunk in chunks:
+            numbers = read_chunk(stored, chunk, leaf.dtype)
             starts = [part.start - start for part, (start, _) in zip(chunk, bounds, strict=True)]
             # waiting: chunks that are read ahead would pile up on the host
             copies = [put_chunk(copy, numbers, starts).block_until_ready() for copy in copies]
         shards += copies
-    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
+
+
+def read_chunk(stored: Any, chunk: tuple[slice, ...], dtype: Any) -> np.ndarray:
+    """Return a part of a stored array in another dtype."""
+    return stored[chunk].read().result().astype(dtype, copy=False)
 
 
 def iter_chunks(
