@@ -200,6 +200,15 @@ def test_remat_changes_memory_not_numbers(one):
         np.testing.assert_allclose(curve, curves["none"], rtol=1e-6, err_msg=remat)
 
 
+@pytest.mark.parametrize(
+    "n_layers, n_steps, n_unrolled", [(35, 1, 1), (35, 10**9, 7), (5, 10**9, 5), (0, 10**9, 1)]
+)
+def test_a_cpu_unrolls_layers_by_a_divisor_and_only_in_a_long_run(n_layers, n_steps, n_unrolled):
+    spec = dataclasses.replace(SPEC, n_layers=n_layers)
+    train = dataclasses.replace(SETTINGS.train, steps=n_steps)
+    assert step.choose_unroll(spec, train, 32) == n_unrolled
+
+
 def test_offloading_on_a_cpu_is_refused(one):
     offload = dataclasses.replace(SETTINGS.train, remat="offload")
     with pytest.raises(UserError, match="a CPU has no other"):
