@@ -219,6 +219,11 @@ def test_an_export_tells_its_whole_lineage_and_all_of_it_holds(pipeline):
             "hf/config.json: its checksum differs from the manifest's",
         ),
         (
+            "child/tokenizer/tokenizer.json",
+            lambda text: text + b" ",
+            "tokenizer/tokenizer.json: its checksum differs from the manifest's",
+        ),
+        (
             "base/corpus/funnel.json",
             lambda text: text + b" ",
             "funnel.json: its checksum differs from the manifest's",

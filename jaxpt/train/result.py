@@ -86,6 +86,10 @@ def write_manifest(session: Session, request: stage.StageRequest) -> None:
     sealed = {}
     for name, file in io.read_sealed(session.saved).items():
         sealed[f"checkpoints/{session.step}/{name}"] = file
+    copy = run.run_dir / "tokenizer"
+    if copy.is_dir():
+        for name, file in io.seal(copy).items():
+            sealed[f"tokenizer/{name}"] = file
     manifest = stage.make_manifest(
         request,
         sealed=sealed,
