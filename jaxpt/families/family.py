@@ -140,21 +140,26 @@ class Family:
         model_type: of config.json.
         architecture: transformers' class.
         keys: of its config.json beside COMMON_KEYS.
+        defaults: key -> value of transformers' class where the key is missing, if it is another
+            than Key.default.
         implied: fields of ModelSpec that the family fixes, {"qk_norm": True}.
         fixed: keys that are supported with some values only, missing and null being one of them.
         read_more: config -> fields that take more than one key.
         write_more: the other way.
         tensor_names: path -> name in the files, where it is not ParamSpec.hf_name.
+        float32: paths of parameters that are stored in float32 whatever the others are.
     """
 
     model_type: str
     architecture: str
     keys: tuple[Key, ...] = ()
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     implied: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fixed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     read_more: Callable[[HfConfig, pathlib.Path], dict[str, Any]] = read_nothing
     write_more: Callable[[ModelSpec], HfConfig] = write_nothing
     tensor_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    float32: tuple[str, ...] = ()
 
 
 @functools.cache
@@ -197,6 +202,7 @@ def read_spec(config: HfConfig, path: pathlib.Path) -> ModelSpec:
         if value is not None and value not in values:
             supported = " or ".join(map(str, values))
             raise refuse(path, key, supported.lower(), value)
+    config = {**family.defaults, **config}
     required = [key.name for key in COMMON_KEYS if key.default is REQUIRED]
     missing = [name for name in required if name not in config]
     if missing:

@@ -14,6 +14,7 @@ FAMILY = Family(
         Key("router_z_loss_coef", "router_z_loss_coef", NOT_NEGATIVE, 0.0),
         Key("sliding_window", "sliding_window", SIZE),
     ),
+    defaults={"rope_theta": 1e6},
     implied={"norm_topk_prob": True},
     fixed={"router_jitter_noise": (0.0,)},
     tensor_names={

@@ -1,7 +1,7 @@
 """OLMoE (2409.02060): fine experts in every layer, RMSNorm over all of q and all of k."""
 
 from jaxpt.families.family import NOT_NEGATIVE, Family, Key
-from jaxpt.families.qwen3_moe import EXPERT_KEYS
+from jaxpt.families.qwen3_moe import EXPERT_KEYS, check_expert_counts
 
 FAMILY = Family(
     model_type="olmoe",
@@ -12,4 +12,5 @@ FAMILY = Family(
     ),
     implied={"qk_norm": True, "qk_norm_whole": True},
     fixed={"clip_qkv": (None,), "attention_bias": (False,)},
+    read_more=check_expert_counts,
 )

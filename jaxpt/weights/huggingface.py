@@ -120,7 +120,7 @@ def write_hf_model(
     is_writer = jax.process_index() == 0
     if is_writer:
         directory.mkdir(parents=True, exist_ok=True)
-    shards = split_shards_by_size(tensors, np_dtype.itemsize)
+    shards = split_shards_by_size(tensors, np_dtype)
     n_shards = len(shards)
     weight_map = {}
     for i, shard in enumerate(shards):
@@ -182,11 +182,13 @@ class HfWeight(NamedTuple):
         path: of the parameter, ("blocks", "q").
         param: its description.
         hf_name: of its tensors, with "{}" for each stacked axis.
+        is_float32: whether it is stored in float32 whatever the others are.
     """
 
     path: tuple[str, ...]
     param: ParamSpec
     hf_name: str
+    is_float32: bool = False
 
     @property
     def is_stacked_matrix(self) -> bool:
@@ -213,11 +215,12 @@ class HfWeight(NamedTuple):
 
 def list_hf_weights(spec: ModelSpec) -> list[HfWeight]:
     """Return every parameter of a spec with its name in its family's files."""
-    names = family.find_family(spec).tensor_names
+    found = family.find_family(spec)
     weights = []
     for path, param in list_param_specs(transformer.param_specs(spec)):
-        hf_name = names.get("/".join(path), param.hf_name)
-        weights.append(HfWeight(path, param, hf_name))
+        name = "/".join(path)
+        hf_name = found.tensor_names.get(name, param.hf_name)
+        weights.append(HfWeight(path, param, hf_name, name in found.float32))
     return weights
 
 
@@ -239,9 +242,13 @@ class HfTensor(NamedTuple):
         """Its shape in the file."""
         return self.weight.hf_shape
 
+    def stored_dtype(self, dtype: np.dtype) -> np.dtype:
+        """Return its dtype in a file of this dtype."""
+        return np.dtype(np.float32) if self.weight.is_float32 else dtype
+
     def n_bytes(self, dtype: np.dtype) -> int:
-        """Return its size in a file."""
-        return math.prod(self.shape) * dtype.itemsize
+        """Return its size in a file of this dtype."""
+        return math.prod(self.shape) * self.stored_dtype(dtype).itemsize
 
 
 def list_hf_tensors(spec: ModelSpec) -> Iterator[HfTensor]:
@@ -468,11 +475,12 @@ def write_shard(
 
     Source: the format's description in huggingface/safetensors.
     """
-    [code] = [code for code, known in DTYPES.items() if known == dtype]
+    codes = {known: code for code, known in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for tensor in tensors:
         stop = start + tensor.n_bytes(dtype)
+        code = codes[tensor.stored_dtype(dtype)]
         entry = {"dtype": code, "shape": tensor.shape, "data_offsets": [start, stop]}
         header[tensor.name] = entry
         start = stop
@@ -495,7 +503,7 @@ def write_shard(
         for tensor in tensors:
             numbers = gather_tensor(params, tensor)
             if file:
-                for chunk in order_as_in_file(numbers, tensor, dtype):
+                for chunk in order_as_in_file(numbers, tensor, tensor.stored_dtype(dtype)):
                     if written:
                         written.result()  # one chunk waits for the disk while the next is made
                     written = writer.submit(file.write, chunk.data)
@@ -552,12 +560,12 @@ def order_as_in_file(
         yield chunk.reshape(-1).view(np.uint8)
 
 
-def split_shards_by_size(tensors: list[HfTensor], itemsize: int) -> list[list[HfTensor]]:
+def split_shards_by_size(tensors: list[HfTensor], dtype: np.dtype) -> list[list[HfTensor]]:
     """Split tensors into files of at most SHARD_BYTES (or one tensor)."""
     shards: list[list[HfTensor]] = []
     room = 0
     for tensor in tensors:
-        n_bytes = itemsize * math.prod(tensor.shape)
+        n_bytes = tensor.n_bytes(dtype)
         if not shards or n_bytes > room:
             shards.append([])
             room = SHARD_BYTES
