@@ -27,6 +27,7 @@ from jaxpt.model.kernels import mixture
 from jaxpt.model.param import list_param_specs
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.train import step
+from jaxpt.weights import huggingface, safetensors_file
 
 __all__ = ["compiled", "make_config", "start"]  # fixtures of test_session
 
@@ -97,8 +98,10 @@ def differentiate(run, mesh, x, chosen, weights, experts, d_out):
     return jax.jit(on_mesh)(x, weights, experts)
 
 
-@pytest.mark.parametrize("balance", ["random", "worst"])
-@pytest.mark.parametrize("sizes", [None, MESH, {"replica": 2, "fsdp": 4}])
+@pytest.mark.parametrize(
+    ("sizes", "balance"),
+    [(None, "random"), (MESH, "worst"), ({"replica": 2, "fsdp": 4}, "random")],
+)
 def test_blocks_equal_the_sum_over_all_experts_with_all_gradients(one, sizes, balance):
     inputs = make_tokens(balance)
     mesh = sharding.make_mesh(config.MeshConfig(**sizes)) if sizes else one
@@ -126,6 +129,7 @@ def test_every_assignment_has_a_row_of_its_experts_block(n_tokens, k):
         assert np.sum(np.asarray(blocks.token) < n_tokens) == chosen.size
 
 
+@pytest.mark.slow
 def test_a_mixture_gives_the_curve_of_one_device_on_a_mesh(one):
     losses, now, _ = train(one, n=4, spec=MIXTURE)
     spread, there, _ = train(sharding.make_mesh(config.MeshConfig(**MESH)), n=4, spec=MIXTURE)
@@ -223,6 +227,7 @@ def test_padding_does_not_change_the_routers_losses(one):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), padded, short)
 
 
+@pytest.mark.slow
 def test_accumulation_takes_the_mean_of_the_micro_batches_balance(one):
     """The balance loss is a product of two means, so that of halves is another than the whole's."""
     spec = MIXTURE.replace(n_layers=1)
@@ -276,17 +281,23 @@ def test_bfloat16_changes_gradients_by_rounding_where_the_choice_of_experts_is_t
     assert fixed < 0.015 and free > 3 * fixed, (fixed, free)
 
 
+@pytest.mark.slow
 def test_the_losses_of_the_router_are_trained_and_reported(one):
-    """With a coefficient that outweighs the data the loads level out."""
-    spec = MIXTURE.replace(n_layers=1, router_aux_loss_coef=2.0)
-    now = make_state(one, spec=spec)
-    run = step.build_step(spec, SETTINGS.train, SETTINGS.optim, SETTINGS.pack.seq_len, one)
-    imbalance = []
-    for i in range(12):
-        now, scalars = run(now, put(make_batch(i), one))
-        imbalance.append(float(scalars["load_imbalance"]))
-    assert np.mean(imbalance[-4:]) < np.mean(imbalance[:4]) - 0.2
-    assert 3 <= float(scalars["balance_loss"]) < 3.3  # k at perfect balance
+    """With a coefficient that outweighs the data the balance loss is below that without it."""
+
+    def train_with(coefficient):
+        spec = MIXTURE.replace(n_layers=1, router_aux_loss_coef=coefficient)
+        now = make_state(one, spec=spec)
+        run = step.build_step(spec, SETTINGS.train, SETTINGS.optim, SETTINGS.pack.seq_len, one)
+        found = []
+        for i in range(24):
+            now, scalars = run(now, put(make_batch(i), one))
+            found.append(float(scalars["balance_loss"]))
+        return np.mean(found[-8:])
+
+    without, balanced = train_with(0.0), train_with(2.0)
+    # k at perfect balance
+    assert 3 <= balanced < 3 + (without - 3) / 2, (balanced, without)
 
 
 def test_muon_takes_each_expert_as_a_matrix_and_leaves_the_router_to_adam(one):
@@ -374,6 +385,38 @@ def test_a_mixture_that_cannot_be_is_refused(changes, answer):
         MIXTURE.replace(**changes)
 
 
+def test_missing_tensors_of_experts_are_listed_by_their_pattern():
+    """One expert of all layers, all experts of one layer, and what is no block of either."""
+    stored = {tensor.name: tensor.shape for tensor in huggingface.list_hf_tensors(MIXTURE)}
+    w1 = "model.layers.{}.block_sparse_moe.experts.{}.w1.weight"
+    w2 = w1.replace("w1", "w2")
+    lost = {w1.format(i, e): (20, 24) for i in range(2) for e in range(7)}
+    lost |= {w2.format(1, e): (24, 20) for e in (2, 3, 5)}
+    lost["model.norm.weight"] = (24,)
+    assert lost.keys() <= stored.keys()
+    assert huggingface.list_by_pattern(lost) == [
+        w1.format("{0..1}", "{0..6}") + " (20, 24)",
+        w2.format("1", "{2,3,5}") + " (24, 20)",
+        "model.norm.weight (24,)",
+    ]
+    scattered = {w1.format(0, 1): (20, 24), w1.format(1, 0): (20, 24)}
+    assert huggingface.list_by_pattern(scattered) == [f"{name} (20, 24)" for name in scattered]
+
+
+def test_the_router_of_solar_open_stays_float32_in_a_bfloat16_export(one, tmp_path):
+    spec = SIGMOID.replace(family="solar_open", d_shared=40, has_shared_switch=False)
+    params = transformer.init_params(spec, 0, one)
+    bias = np.random.default_rng(0).normal(size=(2, 7)).astype(np.float32)
+    place = params["blocks"]["router_bias"].sharding
+    params["blocks"]["router_bias"] = jax.device_put(bias, place)
+    huggingface.write_hf_model(spec, params, tmp_path, dtype="bfloat16")
+    stored = safetensors_file.open_safetensors(tmp_path)
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    np.testing.assert_array_equal(stored[name].read_bytes(), bias[1])
+    kept = {name for name, tensor in stored.items() if tensor.dtype == np.float32}
+    assert len(kept) == 4 and all(".mlp.gate." in name for name in kept)
+
+
 def test_a_layer_mix_that_is_not_supported_is_refused(tmp_path):
     spec = MIXTURE.replace(family="qwen3_moe", qk_norm=True)
     written = family.write_config(spec, "float32")
@@ -385,8 +428,9 @@ def test_a_layer_mix_that_is_not_supported_is_refused(tmp_path):
 # ---- growth
 
 
-@pytest.mark.parametrize("parent_family", ["llama", "qwen3"])
-@pytest.mark.parametrize("sizes", [None, {"fsdp": 4, "tensor": 2}])
+@pytest.mark.parametrize(
+    ("parent_family", "sizes"), [("llama", {"fsdp": 4, "tensor": 2}), ("qwen3", None)]
+)
 def test_an_upcycled_model_computes_what_the_dense_one_does(spec, one, parent_family, sizes):
     mesh = sharding.make_mesh(config.MeshConfig(**sizes)) if sizes else one
     spec = spec.replace(family=parent_family, qk_norm=parent_family == "qwen3")
@@ -411,9 +455,7 @@ def test_an_upcycled_model_computes_what_the_dense_one_does(spec, one, parent_fa
     ("text", "n_experts", "n_per_token"),
     [
         ("upcycle(granularity=4, expansion=3)", 12, 8),
-        ("upcycle(granularity=4, expansion=3, top_k=4)", 12, 4),
-        ("upcycle(granularity=4, expansion=3, shared=True)", 9, 6),
-        ("upcycle(granularity=2, expansion=3, shared=True, top_k=1)", 3, 1),
+        ("upcycle(granularity=4, expansion=3, shared=True, top_k=3)", 9, 3),
     ],
 )
 def test_parts_of_an_mlp_that_are_chosen_together_compute_what_it_does(
@@ -468,6 +510,7 @@ def test_growth_of_a_mixture_keeps_its_function(one, text):
     np.testing.assert_allclose(found, expected, atol=2e-6 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_layers_of_a_mixture_are_predicted_expert_by_expert(one):
     """Where all layers are one, each expert's new layer is that one too."""
     spec = MIXTURE.replace(n_layers=4)
@@ -503,6 +546,7 @@ def test_noise_on_copied_experts_is_no_promise_of_the_same_function(spec):
     assert not plan_growth("upcycle(experts=4, noise=0.1)", Parent(spec)).preserves_function
 
 
+@pytest.mark.slow
 def test_an_upcycled_run_that_is_stopped_and_resumed_ends_as_one_that_went_on(
     make_config, start, tmp_path
 ):

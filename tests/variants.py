@@ -80,11 +80,11 @@ CONFIGS = {
     "solar_open": lambda: transformers.SolarOpenConfig(
         **SIZES,
         head_dim=8,
-        moe_intermediate_size=28,
+        moe_intermediate_size=20,
         n_routed_experts=7,
         num_experts_per_tok=3,
         n_shared_experts=2,
-        routed_scaling_factor=1.5,
+        routed_scaling_factor=0.5,
     ),
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
         **SIZES, head_dim=8, moe_intermediate_size=28, num_experts=7, num_experts_per_tok=3

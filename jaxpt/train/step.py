@@ -94,16 +94,22 @@ def build_step(
             "lr": lr,
             "n_skipped": skips.n_skipped,  # since step 0
             "consecutive_skips": skips.consecutive_skips,  # this step included
-            **{name: per_token * total for name, total in side.scalars.items()},
+            **report_layers(side, params, per_token),
         }
-        if side.loads is not None:
-            scalars |= moe.measure_routers(params["blocks"], side.loads)
         return TrainState(state.step + 1, params, opt_state, skips), scalars
 
     in_state = state_shardings(make_abstract_state(spec, optim, mesh))
     in_shardings = (in_state, make_batch_sharding(mesh))
     out = (in_state, make_replicated_sharding(mesh))
     return jax.jit(step, in_shardings=in_shardings, out_shardings=out, donate_argnums=0)
+
+
+def report_layers(side: SideOutputs, params: Params, per_token: jax.Array) -> Scalars:
+    """Return what the feed-forward parts of all layers report, given their side sums."""
+    scalars = {name: per_token * total for name, total in side.scalars.items()}
+    if side.loads is not None:
+        scalars |= moe.measure_routers(params["blocks"], side.loads)
+    return scalars
 
 
 def make_update_function(

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -41,6 +42,7 @@ from jaxpt.weights.safetensors_file import (
 )
 
 SHARD_BYTES = 5 * 10**9  # per file at most, Hugging Face's own default
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer or an expert, in a tensor's name
 MAX_WRONG_SHOWN = 12
 
 
@@ -267,16 +269,15 @@ def match_tensors(
     Compare tied copies.
     """
     expected = {tensor.name: tensor.shape for tensor in list_hf_tensors(spec)}
-    wrong = []
-    for name, shape in expected.items():
-        if name not in stored:
-            wrong.append(f"missing {name} {shape}")
+    absent = {name: shape for name, shape in expected.items() if name not in stored}
+    wrong = [f"missing {text}" for text in list_by_pattern(absent)]
     for name, shape in expected.items():
         if name not in stored:
             continue
         stored_shape = stored[name].shape
         if stored_shape != shape:
             wrong.append(f"{name}: expected shape {shape}, got {stored_shape}")
+    unused = {}
     for name, tensor in stored.items():
         # old exports keep rotary_emb.inv_freq, which the config determines
         if name in expected or name.endswith("rotary_emb.inv_freq"):
@@ -286,7 +287,8 @@ def match_tensors(
             if not tensors_equal(tensor, embedding):
                 wrong.append("lm_head.weight differs from the embedding that it is tied to")
             continue
-        wrong.append(f"unused {name} {tensor.shape}")
+        unused[name] = tensor.shape
+    wrong += [f"unused {text}" for text in list_by_pattern(unused)]
     if wrong:
         shown = "; ".join(wrong[:MAX_WRONG_SHOWN])
         n_more = len(wrong) - MAX_WRONG_SHOWN
@@ -296,6 +298,35 @@ def match_tensors(
             f"{directory}: its tensors do not match its config.json: {shown}. "
             "Is the config.json that of this model?"
         )
+
+
+def list_by_pattern(shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """Return tensors' names and shapes, those of all layers or experts as one.
+
+    So eight tensors are "experts.{0..7}.w1.weight (14, 24)".
+    """
+    groups: dict[tuple[str, tuple[int, ...]], list[list[str]]] = {}
+    for name, shape in shapes.items():
+        pattern = NUMBER.sub("{}", name)
+        groups.setdefault((pattern, shape), []).append(NUMBER.findall(name))
+    texts = []
+    for (pattern, shape), indices in groups.items():
+        columns = [sorted(set(map(int, column))) for column in zip(*indices, strict=True)]
+        if math.prod(map(len, columns)) == len(indices):
+            indices = [[format_numbers(column) for column in columns]]
+        texts += [f"{pattern.format(*index)} {shape}" for index in indices]
+    return texts
+
+
+def format_numbers(numbers: list[int]) -> str:
+    """Return rising numbers as "3", "{0..7}" or "{0,2,5}"."""
+    first, last = numbers[0], numbers[-1]
+    if first == last:
+        return str(first)
+    if last - first == len(numbers) - 1:
+        return f"{{{first}..{last}}}"
+    listed = ",".join(map(str, numbers))
+    return f"{{{listed}}}"
 
 
 def tensors_equal(a: StoredTensor, b: StoredTensor | None) -> bool:
