@@ -77,8 +77,7 @@ def build_step(
         per_token = 1 / jnp.maximum(n_targets, 1)
         grad_norm = per_token * optax.tree.norm(grads)
         is_finite = jnp.isfinite(loss_sum) & jnp.isfinite(grad_norm)
-        spikes = is_spike(state, grad_norm, train.spike_factor)
-        good = is_finite & ~spikes
+        good = is_finite & ~is_spike(state, grad_norm, train.spike_factor)
 
         scale = per_token
         if optim.clip_norm:
