@@ -186,6 +186,7 @@ def test_a_bias_moves_to_the_experts_of_less_than_the_mean_load():
     np.testing.assert_array_equal(bias, expected)
 
 
+@pytest.mark.slow
 def test_a_step_moves_the_bias_by_the_loads_of_the_whole_batch_on_any_mesh(one):
     """Not those of a micro-batch, nor of a device; a bad step and a frozen layer keep theirs."""
     spec = SIGMOID.replace(router_bias_rate=0.25)
