@@ -28,6 +28,9 @@ LOGICAL_AXIS_RULES = {
     "head": None,
     "mlp": "tensor",
     "experts": None,  # each device runs all experts on its own tokens
+    "scores": None,  # of experts, by the router
+    "shared_mlp": "tensor",  # the width of the expert that all tokens take
+    "switch": None,  # that expert's share, a single output
     "norm": None,  # norms and biases are small: gathering them would cost more than replicating
     # activations
     "batch": ("replica", "fsdp"),
@@ -153,6 +156,7 @@ def check_mesh_divides(
         ("model.n_kv_heads", spec.n_kv_heads, "kv_heads"),
         ("model.n_heads", spec.n_heads, "heads"),
         ("model.d_ff", spec.d_ff, "mlp"),
+        ("model.d_shared", spec.d_shared, "shared_mlp"),
         ("model.vocab_size", spec.vocab_size, "vocab"),
     ]
     for name, size, axis in sizes:

@@ -202,6 +202,9 @@ POSITIVE_NUMBERS = (
 )
 
 
+ROUTER_NUMBERS = ("router_bias_rate", "routed_scale", "router_aux_loss_coef", "router_z_loss_coef")
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelSpec(Record):
     """The architecture of a model.
@@ -251,6 +254,11 @@ class ModelSpec(Record):
     n_experts: int = 0  # MLPs of d_ff channels that a layer chooses from; 0: one, dense
     n_experts_per_token: int = 0
     norm_topk_prob: bool = False  # the chosen experts' weights are divided by their sum
+    router: str = "softmax"  # of the experts' scores; "sigmoid" has a bias that evens their loads
+    router_bias_rate: float = 0.0  # what a step moves that bias by
+    routed_scale: float = 1.0  # of the chosen experts' weights
+    d_shared: int = 0  # channels of the expert that every token takes beside its own; 0: none
+    has_shared_switch: bool = False  # Qwen2-MoE: its output is times a sigmoid of the token
     router_aux_loss_coef: float = 0.0  # of the load-balancing loss
     router_z_loss_coef: float = 0.0  # of the squared log of the router's normalizer
     bos_id: int | None = 1
@@ -305,10 +313,17 @@ class ModelSpec(Record):
             raise UserError(
                 f"model.n_experts_per_token: expected {min(E, 1)} to n_experts = {E}, got {k!r}."
             )
-        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+        self.check_size("d_shared", 0)
+        if self.router not in ("softmax", "sigmoid"):
+            raise UserError(f"model.router: expected 'softmax' or 'sigmoid', got {self.router!r}.")
+        for name in ROUTER_NUMBERS:
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise UserError(f"model.{name}: expected a number of at least 0, got {value!r}.")
+        if not E and self.d_shared:
+            raise UserError(
+                f"model.d_shared: expected 0 in a dense model, got {self.d_shared}. Set n_experts."
+            )
         if E and self.mlp_bias:
             raise UserError(
                 f"model.mlp_bias: expected false in a mixture of {E} experts, got true. "
@@ -333,7 +348,12 @@ class ModelSpec(Record):
     @property
     def active_d_ff(self) -> int:
         """Feed-forward channels of a layer that one token uses."""
-        return self.d_ff * max(self.n_experts_per_token, 1)
+        return self.d_ff * max(self.n_experts_per_token, 1) + self.d_shared
+
+    @property
+    def has_router_bias(self) -> bool:
+        """Whether the choice of experts has a bias of its own."""
+        return self.n_experts > 0 and self.router == "sigmoid"
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:

@@ -70,6 +70,22 @@ CONFIGS = {
     "mixtral": lambda: transformers.MixtralConfig(
         **SIZES, head_dim=8, num_local_experts=7, num_experts_per_tok=3
     ),
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
+        **SIZES,
+        moe_intermediate_size=28,
+        shared_expert_intermediate_size=44,
+        num_experts=7,
+        num_experts_per_tok=3,
+    ),
+    "solar_open": lambda: transformers.SolarOpenConfig(
+        **SIZES,
+        head_dim=8,
+        moe_intermediate_size=20,
+        n_routed_experts=7,
+        num_experts_per_tok=3,
+        n_shared_experts=2,
+        routed_scaling_factor=0.5,
+    ),
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
         **SIZES, head_dim=8, moe_intermediate_size=28, num_experts=7, num_experts_per_tok=3
     ),
@@ -156,6 +172,9 @@ def make(name: str, directory=None):
                 if parameter.ndim > 1
                 else parameter + 0.1 * torch.randn_like(parameter)
             )
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn_like(buffer) * 0.3)
     if directory:
         model.save_pretrained(directory)
     return model

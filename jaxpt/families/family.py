@@ -192,6 +192,7 @@ class Family:
         read_rope: config -> the fields of rotary embedding.
         write_rope: the other way.
         tensor_names: path -> name in the files, where it is not ParamSpec.hf_name.
+        float32: paths of parameters that are stored in float32 whatever the others are.
         fused: name in the files -> paths of the parameters that it holds, one after the other
             along its rows (outputs).
     """
@@ -208,6 +209,7 @@ class Family:
     read_rope: Callable[[HfConfig, pathlib.Path], dict[str, Any]] = rope.read_rope
     write_rope: Callable[[ModelSpec], HfConfig] = rope.write_rope
     tensor_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    float32: tuple[str, ...] = ()
     fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -250,13 +252,13 @@ def read_spec(config: HfConfig, path: pathlib.Path) -> ModelSpec:
         raise refuse(path, "model_type", ", ".join(known), model_type)
     family = known[model_type]
     check_keys(config, family, path)
+    config = {**family.defaults, **config}
     required = [key.name for key in COMMON_KEYS if key.default is REQUIRED]
     missing = [name for name in required if name not in config]
     if missing:
         raise UserError(
             f"{path}: has no {', '.join(missing)}. Is it the config of a language model?"
         )
-    config = {**family.defaults, **config}
     fields: dict[str, Any] = {"family": model_type, **family.implied}
     for key in (*COMMON_KEYS, *family.keys):
         value = key.read(config, path)

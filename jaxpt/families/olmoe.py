@@ -1,7 +1,7 @@
 """OLMoE (2409.02060): fine experts in every layer, RMSNorm over all of q and all of k."""
 
 from jaxpt.families.family import NOT_NEGATIVE, Family, Key
-from jaxpt.families.qwen3_moe import EXPERT_KEYS
+from jaxpt.families.qwen3_moe import EXPERT_KEYS, check_expert_counts
 
 FAMILY = Family(
     model_type="olmoe",
@@ -13,4 +13,5 @@ FAMILY = Family(
     defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
     implied={"qk_norm": True, "qk_norm_whole": True},
     harmless={"clip_qkv": (), "attention_bias": (False,)},
+    read_more=check_expert_counts,
 )

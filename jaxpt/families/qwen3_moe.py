@@ -1,6 +1,18 @@
 """Qwen 3's mixtures of experts (2505.09388): experts in every layer, RMSNorm over q and k."""
 
-from jaxpt.families.family import NOT_NEGATIVE, REQUIRED, SIZE, SWITCH, Family, Key
+import pathlib
+from typing import Any
+
+from jaxpt.families.family import (
+    NOT_NEGATIVE,
+    REQUIRED,
+    SIZE,
+    SWITCH,
+    Family,
+    HfConfig,
+    Key,
+    refuse,
+)
 
 # the files of the hub say num_experts, transformers 5 writes num_local_experts: both are kept
 EXPERT_KEYS = (
@@ -10,6 +22,16 @@ EXPERT_KEYS = (
     Key("norm_topk_prob", "norm_topk_prob", SWITCH, False),
     Key("router_z_loss_coef", "router_z_loss_coef", NOT_NEGATIVE, 0.0),
 )
+
+
+def check_expert_counts(config: HfConfig, path: pathlib.Path) -> dict[str, Any]:
+    """Return no further fields. Raise UserError if the two numbers of experts differ."""
+    numbers = [config.get(name) for name in ("num_experts", "num_local_experts")]
+    first, second = numbers
+    if None not in numbers and first != second:
+        raise refuse(path, "num_local_experts", f"{first}, as num_experts", second)
+    return {}
+
 
 FAMILY = Family(
     model_type="qwen3_moe",
@@ -28,4 +50,5 @@ FAMILY = Family(
         "mlp_only_layers": ([],),
         "use_sliding_window": (False,),
     },
+    read_more=check_expert_counts,
 )

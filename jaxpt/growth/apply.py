@@ -43,9 +43,12 @@ def compile_growth(growth: Growth, mesh: Mesh) -> Any:
 
         def grow(path: Path, param: ParamSpec) -> jax.Array:
             leaf = find_leaf(params, path)
+            if leaf is None and path[-1] in SHARED_SOURCES:
+                return take_first_shard(growth, params["blocks"], SHARED_SOURCES[path[-1]])
             if leaf is None:  # the parent has no such weight
                 key = param_key(growth.seed, path)
-                return param.init.draw(key, param.shape, params["embed"].dtype)
+                new = param.init.draw(key, param.shape, params["embed"].dtype)
+                return tie_groups(growth, param, new)
             mapping = growth.token_mapping
             if mapping and "vocab" in param.axes:
                 axis = param.axes.index("vocab")
@@ -59,6 +62,33 @@ def compile_growth(growth: Growth, mesh: Mesh) -> Any:
 
     shardings = transformer.make_param_shardings(growth.child, mesh)
     return jit_growth(growth, make, mesh, shardings)
+
+
+# of a new shared expert, what it is a part of
+SHARED_SOURCES = {"shared_gate": "gate", "shared_up": "up", "shared_down": "down"}
+
+
+def take_first_shard(growth: Growth, blocks: Params, name: str) -> jax.Array:
+    """Return the first part of a dense MLP's weight, [L, D, F / n_shards] or the like."""
+    parent: ParamSpec = transformer.param_specs(growth.spec)["blocks"][name]
+    return split_width(blocks[name], parent, growth.n_shards)[:, 0]
+
+
+def split_width(leaf: jax.Array, param: ParamSpec, n_shards: int) -> jax.Array:
+    """Return a dense MLP's weight [L, ...] as its parts along the width, [L, n_shards, ...]."""
+    axis = param.axes.index("mlp")
+    before, size, after = leaf.shape[:axis], leaf.shape[axis], leaf.shape[axis + 1 :]
+    parts = leaf.reshape(*before, n_shards, size // n_shards, *after)
+    return jnp.moveaxis(parts, axis, 1)
+
+
+def tie_groups(growth: Growth, param: ParamSpec, router: jax.Array) -> jax.Array:
+    """Return a new router that scores all experts of a group as its first one."""
+    if "scores" not in param.axes or growth.group_size == 1:
+        return router
+    number = np.arange(growth.child.n_experts)
+    first = number - number % growth.group_size
+    return jnp.take(router, first, axis=param.axes.index("scores"))
 
 
 def find_leaf(tree: Params, path: Path) -> Any:
@@ -100,6 +130,9 @@ def input_axis(growth: Growth, path: Path, param: ParamSpec) -> str | None:
 
 def input_scales(growth: Growth, path: Path, param: ParamSpec) -> AxisScales:
     """Return the factors that keep sums over copied inputs."""
+    if param.writes_residual and growth.group_size > 1:
+        # the experts of a group share the weight of one
+        return {"experts": np.full(growth.child.n_experts, growth.group_size, np.float32)}
     axis = input_axis(growth, path, param)
     if not growth.divide_copies or axis not in growth.sources:
         return {}
@@ -155,6 +188,8 @@ class LeafGrowth:
         self.has_noise = not is_moment and takes_noise and has_new
         has_zeros = bool(growth.zero_output_layers) and param.writes_residual
         self.zeroes_output = not is_moment and has_zeros
+        is_expert = "experts" in param.axes and "mlp" in param.axes
+        self.redraws = not is_moment and is_expert and growth.drop_frac > 0
         self.key = param_key(growth.seed, path)
 
     def grow(self, leaf: jax.Array, scales: AxisScales) -> jax.Array:
@@ -177,11 +212,12 @@ class LeafGrowth:
         return jax.lax.map(grow_layer, jnp.arange(self.n_layers))
 
     def add_axes(self, leaf: jax.Array) -> jax.Array:
-        """Return the parent's weight with every axis of the child's: a new one has size 1."""
+        """Return the parent's weight with every axis of the child's: its parts are experts."""
         parent_specs = transformer.param_specs(self.growth.spec)
         parent: ParamSpec = find_leaf(parent_specs, self.path)
-        new = [i for i, axis in enumerate(self.param.axes) if axis not in parent.axes]
-        return jnp.expand_dims(leaf, new)
+        if "experts" not in self.axes or "experts" in parent.axes:
+            return leaf
+        return split_width(leaf, parent, self.growth.n_shards)
 
     def grow_layer(self, leaf: jax.Array, layer: Any, scales: AxisScales) -> jax.Array:
         """Return one layer of the child's weight."""
@@ -199,6 +235,8 @@ class LeafGrowth:
             noise_key = jax.random.fold_in(key, 1)
             noise = self.make_noise(noise_key, x.shape, layer)
             x = (x + noise).astype(x.dtype)
+        if self.redraws:
+            x = self.redraw_channels(x, layer)
         if self.zeroes_output:
             is_kept = np.ones(self.n_layers, bool)
             is_kept[list(self.growth.zero_output_layers)] = False
@@ -224,6 +262,23 @@ class LeafGrowth:
         if offset and not self.is_moment:
             return (x + offset) * factor - offset
         return x * factor
+
+    def redraw_channels(self, x: jax.Array, layer: Any) -> jax.Array:
+        """Return x [E, ...] with some channels of each expert drawn anew, as its others are spread.
+
+        They are the same channels in all matrices of an expert. Source: 2502.19261.
+        """
+        axis = self.axes.index("mlp")
+        E, F = x.shape[0], x.shape[axis]
+        key = jax.random.fold_in(param_key(self.growth.seed, ("redrawn",)), layer)
+        draws = jax.random.uniform(key, (E, F))
+        rank = jnp.argsort(jnp.argsort(draws))
+        is_redrawn = rank < round(self.growth.drop_frac * F)
+        is_redrawn = jnp.expand_dims(is_redrawn, 3 - axis)
+        mean = jnp.mean(x, axis=(1, 2), keepdims=True)
+        std = jnp.std(x, axis=(1, 2), keepdims=True)
+        normal = jax.random.normal(jax.random.fold_in(self.key, layer), x.shape, x.dtype)
+        return jnp.where(is_redrawn, mean + std * normal, x)
 
     def make_new(self, key: jax.Array, like: jax.Array) -> jax.Array:
         """Return what stands where there is no source: initial values, 0 for a moment."""

@@ -54,6 +54,9 @@ class Growth(NamedTuple):
         predicted_gaps: i for each predicted layer that stands between the parent's i and i + 1,
             in the order of NO_SOURCE in sources["layers"].
         token_mapping: the new vocabulary as old ids.
+        n_shards: parts that the parent's MLP is cut into along its width, as if it had so many
+            experts.
+        drop_frac: share of each new expert's channels that is redrawn.
         noise_std: standard deviation of the noise on new weights, in those of their initialization.
         seed: of noise and of randomly initialized layers.
         moments: the policy for Adam's moments that the operator needs, whatever the run's is.
@@ -68,6 +71,8 @@ class Growth(NamedTuple):
     preserves_function: bool = False
     predicted_gaps: tuple[int, ...] = ()
     token_mapping: vocabulary.TokenMapping | None = None
+    n_shards: int = 1
+    drop_frac: float = 0.0
     noise_std: float = 0.0
     seed: int = 0
     moments: str | None = None
@@ -81,6 +86,11 @@ class Growth(NamedTuple):
             has_source = source != NO_SOURCE
             layer_map.append(int(source) if has_source else None)
         return layer_map
+
+    @property
+    def group_size(self) -> int:
+        """The number of new experts that make up one MLP, each chosen with the others."""
+        return len(np.unique(self.sources["experts"])) if self.n_shards > 1 else 1
 
     @property
     def changes_width(self) -> bool:

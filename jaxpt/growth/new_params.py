@@ -108,7 +108,7 @@ def new_param_mask(param: ParamSpec, flags: AxisFlags) -> jax.Array | None:
 
 def source_axis(axis: str) -> str:
     """Return the axis whose sources a weight's axis follows: a norm's are the embedding's."""
-    return "embed" if axis == "norm" else axis
+    return {"norm": "embed", "scores": "experts"}.get(axis, axis)
 
 
 def flags_to_ranges(flags: np.ndarray) -> AxisRanges:

@@ -345,30 +345,100 @@ def resize_spec(name: str, spec: ModelSpec, sizes: Sizes) -> ModelSpec:
 
 @operator
 def upcycle(
-    parent: Parent, experts: int, top_k: int = 2, aux: float = 0.01, z: float = 0.001
+    parent: Parent,
+    experts: int | None = None,
+    top_k: int | None = None,
+    granularity: int = 1,
+    expansion: int | None = None,
+    shared: bool = False,
+    drop: float = 0.0,
+    aux: float = 0.01,
+    z: float = 0.001,
 ) -> Growth:
     """Make each MLP a mixture of its copies, with a random router: exact. 2212.05055.
 
-    The copies learn apart as the router sends them other tokens; noise breaks the tie at once. aux
-    and z weigh the router's losses.
+    granularity=G cuts the MLP into G experts first, and expansion=R copies each R times; a group of
+    G is chosen together (2410.07524). shared=True keeps one of the G for every token. The copies
+    learn apart as the router sends them other tokens; noise, or drop=r, which redraws a share of
+    their channels (2502.19261), breaks the tie at once. aux and z weigh the router's losses.
     """
     spec = parent.spec
-    call = f"upcycle(experts={experts}, top_k={top_k})"
+    call = f"upcycle(experts={experts}, granularity={granularity}, expansion={expansion})"
     if spec.n_experts:
         raise UserError(
             f"{call}: the model has {spec.n_experts} experts already. Use more_experts(m=2)."
         )
-    check_minimum("upcycle", "experts", experts, 2)
+    check_upcycle(call, spec, experts, granularity, expansion, shared)
+    if not isinstance(drop, (int, float)) or not 0 <= drop < 1:
+        raise UserError(f"upcycle(drop={drop!r}): expected a share from 0 to below 1.")
+    group = granularity - shared  # experts that are chosen together
+    n_copies = expansion or experts
+    assert n_copies is not None  # check_upcycle
+    if top_k is None:
+        top_k = min(2, n_copies) * group
+    if granularity > 1 and top_k % group:
+        raise UserError(
+            f"upcycle(top_k={top_k}): expected a multiple of {group}, got {top_k}: "
+            f"{group} experts make up one MLP."
+        )
+    d_ff = spec.d_ff // granularity
     child = spec.replace(
-        n_experts=experts,
+        d_ff=d_ff,
+        n_experts=n_copies * group,
         n_experts_per_token=top_k,
         norm_topk_prob=True,  # equal outputs then sum to one of them, whatever the router says
         router_aux_loss_coef=aux,
         router_z_loss_coef=z,
     )
+    if shared:
+        child = child.replace(
+            d_shared=d_ff, router="sigmoid", router_bias_rate=0.001, router_aux_loss_coef=0.0
+        )
     child = child.replace(family=find_mixture_family(call, child))
-    copies = np.zeros(experts, int)  # of the one that the parent has
-    return Growth(spec, child, {"experts": copies}, preserves_function=True)
+    # the shared expert is the first part
+    sources = {"experts": np.tile(np.arange(granularity - group, granularity), n_copies)}
+    return Growth(
+        spec,
+        child,
+        sources,
+        n_shards=granularity,
+        drop_frac=float(drop),
+        preserves_function=not drop,
+    )
+
+
+def check_upcycle(
+    call: str,
+    spec: ModelSpec,
+    experts: int | None,
+    granularity: int,
+    expansion: int | None,
+    shared: bool,
+) -> None:
+    """Raise UserError unless these arguments of `upcycle` say how many experts there will be."""
+    check_minimum("upcycle", "granularity", granularity, 1)
+    if (experts is None) == (expansion is None):
+        raise UserError(
+            f"{call}: expected experts, or granularity and expansion. Give one of them."
+        )
+    if expansion is None:
+        check_minimum("upcycle", "experts", experts, 2)
+        if granularity > 1:
+            raise UserError(f"{call}: expected expansion with granularity, got none.")
+    else:
+        check_minimum("upcycle", "expansion", expansion, 1)
+    if spec.d_ff % granularity:
+        raise UserError(
+            f"{call}: {spec.d_ff} feed-forward channels cannot be cut into {granularity} equal "
+            f"parts. Use a divisor of {spec.d_ff}."
+        )
+    if shared and granularity < 2:
+        raise UserError(
+            f"{call}: shared=True keeps one of the parts for every token. "
+            "Give a granularity of at least 2."
+        )
+    if expansion and expansion * (granularity - shared) < 2:
+        raise UserError(f"{call}: expected at least 2 experts, got 1. Give a larger expansion.")
 
 
 def find_mixture_family(call: str, child: ModelSpec) -> str:
@@ -384,7 +454,10 @@ def find_mixture_family(call: str, child: ModelSpec) -> str:
 
 @operator
 def more_experts(parent: Parent, m: int, top_k: int | None = None) -> Growth:
-    """Repeat all experts m times; exact if top_k grows m times as well. 2604.19835."""
+    """Repeat all experts m times; exact if top_k grows m times as well. 2604.19835.
+
+    With the parent's top_k, copies of one expert take the places of others: not exact.
+    """
     spec = parent.spec
     if not spec.n_experts:
         raise UserError(f"more_experts(m={m}): the model has no experts. Use upcycle first.")
@@ -394,7 +467,8 @@ def more_experts(parent: Parent, m: int, top_k: int | None = None) -> Growth:
     child = spec.replace(n_experts=m * spec.n_experts, n_experts_per_token=top_k)
     sources = {"experts": np.tile(np.arange(spec.n_experts), m)}
     # all copies of an expert are then chosen together, each with 1/m of its weight
-    is_exact = top_k == m * spec.n_experts_per_token
+    divides = spec.norm_topk_prob or spec.router == "softmax"
+    is_exact = divides and top_k == m * spec.n_experts_per_token
     return Growth(spec, child, sources, preserves_function=is_exact)
 
 

@@ -6,7 +6,7 @@ ModelSpec.feed_forward.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import Array
@@ -26,14 +26,26 @@ class FeedForward(NamedTuple):
     Attributes:
         out: [B, T, D], added to the residual.
         activations: [B, T, F], before the projection down.
-        losses: auxiliary losses by name, nats per token, weighted; none in a dense model.
-        scalars: what a step reports of the part by name, as the mean over layers.
+        routing: what its `measure_balance` reads; None in a dense model.
     """
 
     out: Array
     activations: Array
+    routing: Any = None
+
+
+class SideOutputs(NamedTuple):
+    """What the feed-forward parts give beside their output, of one layer or of all.
+
+    Attributes:
+        losses: auxiliary losses by name, nats per token, weighted; summed over layers.
+        scalars: to report, by name, means over tokens and layers.
+        loads: float32 [E] or [L, E], tokens of each expert.
+    """
+
     losses: dict[str, Array] = {}
     scalars: dict[str, Array] = {}
+    loads: Array | None = None
 
 
 def params(spec: ModelSpec, residual_scale: float) -> dict[str, ParamSpec]:

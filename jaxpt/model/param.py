@@ -20,7 +20,7 @@ import jax.numpy as jnp
 # files each has a tensor of its own.
 STACKED_AXES = ("layers", "experts")
 # Outputs along these axes are choices: such a matrix is a classifier, not a map of features.
-CLASS_AXES = ("vocab", "experts")
+CLASS_AXES = ("vocab", "scores", "switch")
 
 
 class Init(NamedTuple):
@@ -65,6 +65,8 @@ class ParamSpec:
         decays: whether weight decay applies.
         writes_residual: whether its output is added to the residual stream.
         active_frac: share of it that one token uses.
+        is_state: whether the step moves it by a rule of its own: it has no gradient, and does not
+            count as a parameter.
         offset: what is added to it where it is read: 1 for Gemma's norms.
     """
 
@@ -76,6 +78,7 @@ class ParamSpec:
     decays: bool = False
     writes_residual: bool = False
     active_frac: float = 1.0
+    is_state: bool = False
     offset: float = 0.0
 
     @property
@@ -110,9 +113,14 @@ class ParamSpec:
         return math.prod(self.shape)
 
     @property
+    def n_params(self) -> int:
+        """Number of entries that count as parameters of the model."""
+        return 0 if self.is_state else self.size
+
+    @property
     def n_active(self) -> int:
-        """Number of entries that one token uses."""
-        return round(self.size * self.active_frac)
+        """Number of parameters that one token uses."""
+        return round(self.n_params * self.active_frac)
 
     def stack(self, n_layers: int, hf_prefix: str) -> ParamSpec:
         """Return the parameter of all layers, given that of one."""

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxpt.model import attention
 from jaxpt.model.kernels.select import attend
 from jaxpt.model.kernels.sharded import ATTENTION_OUTPUT
+from jaxpt.model.mlp import SideOutputs
 from jaxpt.model.norm import rms_norm
 from jaxpt.model.param import (
     ParamSpec,
@@ -134,7 +135,10 @@ def forward(
         heads = attend(q, k, v, segment_ids, window, backend, spec.attention_softcap)
         return heads, state
 
-    return forward_with(attend_within, spec, params, tokens, positions, dtype, remat, unroll)
+    is_token = segment_ids > 0
+    return forward_with(
+        attend_within, spec, params, tokens, positions, dtype, remat, unroll, is_token
+    )
 
 
 def forward_with(
@@ -146,11 +150,17 @@ def forward_with(
     dtype: Any = jnp.float32,
     remat: str = "none",
     unroll: int = 1,
+    is_token: Array | None = None,
 ) -> tuple[Array, SideOutputs]:
-    """Run tokens through the model like `forward`, with the caller's attention."""
+    """Run tokens through the model like `forward`, with the caller's attention.
+
+    Side outputs are over the positions of is_token, bool [B, T]; None: there are none.
+    """
 
     def keep_side_outputs(before: Array, after: Array, inner: Intermediates, state: Any) -> Any:
-        return state, SideOutputs(inner.losses, inner.scalars)
+        if inner.routing is None or is_token is None:
+            return state, SideOutputs()
+        return state, feed_forward(spec).measure_balance(spec, inner.routing, is_token)
 
     x = embed_tokens(spec, params, tokens, dtype)
     ropes = compute_ropes(spec, positions)
@@ -160,7 +170,7 @@ def forward_with(
     )
     losses = jax.tree.map(jnp.sum, stacked.losses)
     scalars = jax.tree.map(jnp.mean, stacked.scalars)
-    return final_norm(spec, params, x), SideOutputs(losses, scalars)
+    return final_norm(spec, params, x), SideOutputs(losses, scalars, stacked.loads)
 
 
 def compute_logits(
@@ -195,18 +205,6 @@ def lm_head(spec: ModelSpec, params: Params, dtype: Any = jnp.float32) -> Array:
     return head.astype(dtype)
 
 
-class SideOutputs(NamedTuple):
-    """What the feed-forward parts of all layers give beside their output.
-
-    Attributes:
-        losses: auxiliary losses by name, nats per token, summed over layers.
-        scalars: to report, by name, means over layers.
-    """
-
-    losses: dict[str, Array]
-    scalars: dict[str, Array]
-
-
 class Intermediates(NamedTuple):
     """What a layer computes on its way. Under jit, what is not read is not kept.
 
@@ -215,16 +213,14 @@ class Intermediates(NamedTuple):
         heads: [B, T, N, H], before `o`.
         mlp_input: [B, T, D], normed if there is a norm before it.
         activations: [B, T, F], before `down`.
-        losses: auxiliary losses by name, nats per token.
-        scalars: of the feed-forward part, to report.
+        routing: of the feed-forward part.
     """
 
     attention_input: Array
     heads: Array
     mlp_input: Array
     activations: Array
-    losses: dict[str, Array]
-    scalars: dict[str, Array]
+    routing: Any
 
 
 # (q, k, v, window, state) -> (heads [B, T, N, H], state)
@@ -325,8 +321,8 @@ def run_layer(
     mlp_input = norm("mlp_norm", x)
     found = feed_forward(spec).apply(spec, params, mlp_input)
     x = add(x, norm("mlp_post_norm", found.out))
-    side = found.activations, found.losses, found.scalars
-    return x, Intermediates(attention_input, heads, mlp_input, *side), state
+    inner = Intermediates(attention_input, heads, mlp_input, found.activations, found.routing)
+    return x, inner, state
 
 
 def constrain_residual(x: Array) -> Array:
@@ -373,7 +369,7 @@ CHECKPOINT_POLICIES = {
 
 def count_params(spec: ModelSpec) -> int:
     """Return the number of parameters."""
-    return sum(param.size for _, param in list_param_specs(param_specs(spec)))
+    return sum(param.n_params for _, param in list_param_specs(param_specs(spec)))
 
 
 def count_active_params(spec: ModelSpec) -> int:

@@ -27,6 +27,9 @@ SIZE_LABELS = {
     "n_layers": "layers",
     "d_model": "width",
     "d_ff": "feed-forward width",
+    "n_experts": "experts",
+    "n_experts_per_token": "experts per token",
+    "d_shared": "shared expert's width",
     "n_heads": "heads",
     "n_kv_heads": "key-value heads",
     "d_head": "head width",
@@ -214,7 +217,9 @@ def list_sizes(growth: Growth) -> list[list[str | Cell]]:
 
 
 def format_ratio(before: float, after: float) -> str:
-    """Return × after / before."""
+    """Return × after / before, nothing where there was none before."""
+    if not before:
+        return ""
     return f"\u00d7 {after / before:.2f}"
 
 

@@ -77,6 +77,9 @@ class Sizes(View):
     n_kv_heads: int
     d_head: int
     vocab_size: int
+    n_experts: int = 0
+    n_experts_per_token: int = 0
+    d_shared: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

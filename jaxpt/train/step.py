@@ -16,9 +16,10 @@ from jax.sharding import Mesh
 from jaxpt.config import OptimConfig, TrainConfig
 from jaxpt.flops import count_flops_per_token
 from jaxpt.growth.new_params import NewParams
-from jaxpt.model import loss, transformer
+from jaxpt.model import loss, moe, transformer
 from jaxpt.model.kernels import select
 from jaxpt.model.kernels.select import AttentionRequest
+from jaxpt.model.mlp import SideOutputs
 from jaxpt.model.transformer import Params
 from jaxpt.sharding import (
     make_batch_sharding,
@@ -43,7 +44,7 @@ CPU_FLOPS = 1e11  # FLOP/s that a small model reaches on two cores
 # one needs no other line: it is logged, stored and plotted under its name.
 Scalars = dict[str, jax.Array]
 # (params, batch) -> (gradients of the summed loss, its sum in nats, side sums)
-GradientFunction = Callable[[Params, Batch], tuple[Params, jax.Array, Scalars]]
+GradientFunction = Callable[[Params, Batch], tuple[Params, jax.Array, SideOutputs]]
 
 
 def build_step(
@@ -74,7 +75,7 @@ def build_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            grads, loss_sum, side_sums = sum_gradients(state.params, batch)
+            grads, loss_sum, side = sum_gradients(state.params, batch)
         n_targets = jnp.sum(batch.loss_mask)
         multipliers = optimizer.lr_multiplier_tree(optim, spec, new_params)
         if multipliers:  # frozen weights are left out of the gradient norm too
@@ -82,13 +83,13 @@ def build_step(
         per_token = 1 / jnp.maximum(n_targets, 1)
         grad_norm = per_token * optax.tree.norm(grads)
         is_finite = jnp.isfinite(loss_sum) & jnp.isfinite(grad_norm)
-        spikes = is_spike(state, grad_norm, train.spike_factor)
-        good = is_finite & ~spikes
+        good = is_finite & ~is_spike(state, grad_norm, train.spike_factor)
 
         scale = per_token
         if optim.clip_norm:
             scale *= jnp.minimum(optim.clip_norm / grad_norm, 1)
         params, opt_state, lr = update(state, grads, scale, multipliers, good)
+        params = move_router_bias(spec, params, side.loads, multipliers, good)
         skips = update_skip_state(state.skip_state, grad_norm, good)
         scalars = {
             "loss_sum": loss_sum,  # nats, over the batch, without z-loss
@@ -98,7 +99,7 @@ def build_step(
             "lr": lr,
             "n_skipped": skips.n_skipped,  # since step 0
             "consecutive_skips": skips.consecutive_skips,  # this step included
-            **{name: per_token * total for name, total in side_sums.items()},
+            **report_layers(side, params, per_token),
         }
         return TrainState(state.step + 1, params, opt_state, skips), scalars
 
@@ -106,6 +107,14 @@ def build_step(
     in_shardings = (in_state, make_batch_sharding(mesh))
     out = (in_state, make_replicated_sharding(mesh))
     return jax.jit(step, in_shardings=in_shardings, out_shardings=out, donate_argnums=0)
+
+
+def report_layers(side: SideOutputs, params: Params, per_token: jax.Array) -> Scalars:
+    """Return what the feed-forward parts of all layers report, given their side sums."""
+    scalars = {name: per_token * total for name, total in side.scalars.items()}
+    if side.loads is not None:
+        scalars |= moe.measure_routers(params["blocks"], side.loads)
+    return scalars
 
 
 def make_update_function(
@@ -139,6 +148,24 @@ def make_update_function(
     return update
 
 
+def move_router_bias(
+    spec: ModelSpec, params: Params, loads: jax.Array | None, multipliers: Any, good: jax.Array
+) -> Params:
+    """Return the parameters with the routers' biases moved by the loads, after a good step.
+
+    No optimizer moves them: they have no gradient.
+    """
+    blocks = params["blocks"]
+    if loads is None or "router_bias" not in blocks:
+        return params
+    bias = blocks["router_bias"]
+    moves = good
+    if multipliers:
+        moves = good & (multipliers["blocks"]["router_bias"] > 0)
+    bias = jnp.where(moves, moe.move_router_bias(spec, bias, loads), bias)
+    return {**params, "blocks": {**blocks, "router_bias": bias}}
+
+
 def update_if(good: jax.Array, update: Callable, params: Params, opt_state: Any) -> Any:
     """Return update(params, opt_state) or, after a bad step, both bit for bit.
 
@@ -167,8 +194,8 @@ def make_gradient_function(
 ) -> GradientFunction:
     """Return a function of (params, batch) -> (gradients of the summed loss, its sum, side sums).
 
-    The loss is in nats. The side sums are what the feed-forward parts report, times the number of
-    targets, so that their mean over micro-batches weighs each as the loss does.
+    The loss is in nats. The side sums are what the feed-forward parts report. Scalars are times the
+    number of targets, so that their mean over micro-batches weighs each as the loss does.
     """
     dtype = jnp.dtype(train.compute_dtype)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
@@ -185,7 +212,7 @@ def make_gradient_function(
     chunk_tokens *= n_shards(mesh, "batch") * n_shards(mesh, "position")
     backend, _ = select.choose_backend(spec, make_attention_request(train, seq_len), mesh)
 
-    def sum_losses(params: Params, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, Scalars]]:
+    def sum_losses(params: Params, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, SideOutputs]]:
         inputs = batch.tokens, batch.segment_ids, batch.positions
         hidden, side = transformer.forward(
             spec, params, *inputs, dtype, train.remat, unroll, backend
@@ -198,14 +225,14 @@ def make_gradient_function(
         n_targets = jnp.sum(batch.loss_mask)
         if side.losses:
             objective += n_targets * sum(side.losses.values())
-        side_sums = {name: n_targets * value for name, value in side.scalars.items()}
-        return objective, (loss_sum, side_sums)
+        scalars = {name: n_targets * value for name, value in side.scalars.items()}
+        return objective, (loss_sum, SideOutputs({}, scalars, side.loads))
 
     differentiate = jax.value_and_grad(sum_losses, has_aux=True)
 
-    def sum_gradients(params: Params, batch: Batch) -> tuple[Params, jax.Array, Scalars]:
-        (_, (loss_sum, side_sums)), grads = differentiate(params, batch)
-        return grads, loss_sum, side_sums
+    def sum_gradients(params: Params, batch: Batch) -> tuple[Params, jax.Array, SideOutputs]:
+        (_, (loss_sum, side)), grads = differentiate(params, batch)
+        return grads, loss_sum, side
 
     if train.grad_accum_steps == 1:
         return sum_gradients
@@ -231,18 +258,23 @@ def choose_unroll(spec: ModelSpec, train: TrainConfig, seq_len: int) -> int:
 def accumulate_gradients(sum_gradients: GradientFunction, n_micro_batches: int) -> GradientFunction:
     """Return a function that runs `sum_gradients` on one micro-batch after the other."""
 
-    def accumulate(params: Params, batch: Batch) -> tuple[Params, jax.Array, Scalars]:
-        def add(sums: Any, micro_batch: Batch) -> tuple[Any, Scalars]:
-            grads, loss_sum, side_sums = sum_gradients(params, micro_batch)
-            return jax.tree.map(jnp.add, sums, (grads, loss_sum)), side_sums
+    def accumulate(params: Params, batch: Batch) -> tuple[Params, jax.Array, SideOutputs]:
+        def add(sums: Any, micro_batch: Batch) -> tuple[Any, SideOutputs]:
+            grads, loss_sum, side = sum_gradients(params, micro_batch)
+            return jax.tree.map(jnp.add, sums, (grads, loss_sum)), side
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), params)
         initial = (zeros, jnp.float32(0))
         micro_batches = split_micro_batches(batch, n_micro_batches)
-        (grads, loss_sum), side_sums = jax.lax.scan(add, initial, micro_batches)
-        return grads, loss_sum, jax.tree.map(jnp.sum, side_sums)
+        (grads, loss_sum), sides = jax.lax.scan(add, initial, micro_batches)
+        return grads, loss_sum, jax.tree.map(sum_micro_batches, sides)
 
     return accumulate
+
+
+def sum_micro_batches(x: jax.Array) -> jax.Array:
+    """Return the sum over the first axis."""
+    return jnp.sum(x, axis=0)
 
 
 def make_attention_request(train: TrainConfig, seq_len: int) -> AttentionRequest:

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -45,6 +46,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SHARD_BYTES = 5 * 10**9  # per file at most, Hugging Face's own default
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer or an expert, in a tensor's name
 MAX_WRONG_SHOWN = 12
 
 
@@ -174,7 +176,7 @@ def write_hf_model(
     is_writer = jax.process_index() == 0
     if is_writer:
         directory.mkdir(parents=True, exist_ok=True)
-    shards = split_shards_by_size(tensors, np_dtype.itemsize)
+    shards = split_shards_by_size(tensors, np_dtype)
     n_shards = len(shards)
     weight_map = {}
     for i, shard in enumerate(shards):
@@ -235,12 +237,14 @@ class HfWeight(NamedTuple):
         path: of the parameter, ("blocks", "q").
         param: its description.
         hf_name: of its tensors, with "{}" for each stacked axis.
+        is_float32: whether it is stored in float32 whatever the others are.
         first_row: of its part of a tensor that it shares with other parameters.
     """
 
     path: tuple[str, ...]
     param: ParamSpec
     hf_name: str
+    is_float32: bool = False
     first_row: int = 0
 
     @property
@@ -273,7 +277,7 @@ def list_hf_weights(spec: ModelSpec) -> list[HfWeight]:
     for path, param in list_param_specs(transformer.param_specs(spec)):
         name = "/".join(path)
         hf_name = found.tensor_names.get(name, param.hf_name)
-        weights[name] = HfWeight(path, param, hf_name)
+        weights[name] = HfWeight(path, param, hf_name, name in found.float32)
     for hf_name, parts in found.fused.items():
         first_row = 0
         for name in parts:
@@ -302,9 +306,13 @@ class HfTensor(NamedTuple):
         n_rows = sum(weight.hf_shape[0] for weight in self.weights)
         return n_rows, *self.weights[0].hf_shape[1:]
 
+    def stored_dtype(self, dtype: np.dtype) -> np.dtype:
+        """Return its dtype in a file of this dtype."""
+        return np.dtype(np.float32) if self.weights[0].is_float32 else dtype
+
     def n_bytes(self, dtype: np.dtype) -> int:
-        """Return its size in a file."""
-        return math.prod(self.shape) * dtype.itemsize
+        """Return its size in a file of this dtype."""
+        return math.prod(self.shape) * self.stored_dtype(dtype).itemsize
 
 
 def list_hf_tensors(spec: ModelSpec) -> Iterator[HfTensor]:
@@ -327,16 +335,15 @@ def match_tensors(
     Compare tied copies.
     """
     expected = {tensor.name: tensor.shape for tensor in list_hf_tensors(spec)}
-    wrong = []
-    for name, shape in expected.items():
-        if name not in stored:
-            wrong.append(f"missing {name} {shape}")
+    absent = {name: shape for name, shape in expected.items() if name not in stored}
+    wrong = [f"missing {text}" for text in list_by_pattern(absent)]
     for name, shape in expected.items():
         if name not in stored:
             continue
         stored_shape = stored[name].shape
         if stored_shape != shape:
             wrong.append(f"{name}: expected shape {shape}, got {stored_shape}")
+    unused = {}
     for name, tensor in stored.items():
         # old exports keep rotary_emb.inv_freq, which the config determines
         if name in expected or name.endswith("rotary_emb.inv_freq"):
@@ -346,7 +353,8 @@ def match_tensors(
             if not tensors_equal(tensor, embedding):
                 wrong.append("lm_head.weight differs from the embedding that it is tied to")
             continue
-        wrong.append(f"unused {name} {tensor.shape}")
+        unused[name] = tensor.shape
+    wrong += [f"unused {text}" for text in list_by_pattern(unused)]
     if wrong:
         shown = "; ".join(wrong[:MAX_WRONG_SHOWN])
         n_more = len(wrong) - MAX_WRONG_SHOWN
@@ -356,6 +364,35 @@ def match_tensors(
             f"{directory}: its tensors do not match its config.json: {shown}. "
             "Is the config.json that of this model?"
         )
+
+
+def list_by_pattern(shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """Return tensors' names and shapes, those of all layers or experts as one.
+
+    So eight tensors are "experts.{0..7}.w1.weight (14, 24)".
+    """
+    groups: dict[tuple[str, tuple[int, ...]], list[list[str]]] = {}
+    for name, shape in shapes.items():
+        pattern = NUMBER.sub("{}", name)
+        groups.setdefault((pattern, shape), []).append(NUMBER.findall(name))
+    texts = []
+    for (pattern, shape), indices in groups.items():
+        columns = [sorted(set(map(int, column))) for column in zip(*indices, strict=True)]
+        if math.prod(map(len, columns)) == len(indices):
+            indices = [[format_numbers(column) for column in columns]]
+        texts += [f"{pattern.format(*index)} {shape}" for index in indices]
+    return texts
+
+
+def format_numbers(numbers: list[int]) -> str:
+    """Return rising numbers as "3", "{0..7}" or "{0,2,5}"."""
+    first, last = numbers[0], numbers[-1]
+    if first == last:
+        return str(first)
+    if last - first == len(numbers) - 1:
+        return f"{{{first}..{last}}}"
+    listed = ",".join(map(str, numbers))
+    return f"{{{listed}}}"
 
 
 def tensors_equal(a: StoredTensor, b: StoredTensor | None) -> bool:
@@ -537,11 +574,12 @@ def write_shard(
 
     Source: the format's description in huggingface/safetensors.
     """
-    [code] = [code for code, known in DTYPES.items() if known == dtype]
+    codes = {known: code for code, known in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for tensor in tensors:
         stop = start + tensor.n_bytes(dtype)
+        code = codes[tensor.stored_dtype(dtype)]
         entry = {"dtype": code, "shape": tensor.shape, "data_offsets": [start, stop]}
         header[tensor.name] = entry
         start = stop
@@ -566,7 +604,7 @@ def write_shard(
                 numbers = gather_tensor(params, weight, tensor.index)
                 if not file:
                     continue
-                for chunk in order_as_in_file(numbers, weight, dtype):
+                for chunk in order_as_in_file(numbers, weight, tensor.stored_dtype(dtype)):
                     if written:
                         written.result()  # one chunk waits for the disk while the next is made
                     written = writer.submit(file.write, chunk.data)
@@ -623,12 +661,12 @@ def order_as_in_file(
         yield chunk.reshape(-1).view(np.uint8)
 
 
-def split_shards_by_size(tensors: list[HfTensor], itemsize: int) -> list[list[HfTensor]]:
+def split_shards_by_size(tensors: list[HfTensor], dtype: np.dtype) -> list[list[HfTensor]]:
     """Split tensors into files of at most SHARD_BYTES (or one tensor)."""
     shards: list[list[HfTensor]] = []
     room = 0
     for tensor in tensors:
-        n_bytes = itemsize * math.prod(tensor.shape)
+        n_bytes = tensor.n_bytes(dtype)
         if not shards or n_bytes > room:
             shards.append([])
             room = SHARD_BYTES

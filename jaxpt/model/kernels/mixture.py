@@ -1,0 +1,284 @@
+"""Run each token through its chosen experts, dropping none, on the token's own device.
+
+Rows are sorted by expert into blocks of one expert each, at most so many that any balance fits, and
+one scan multiplies block after block, forward and backward. That costs about what a dense MLP of
+the chosen experts' width does.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxpt.model.kernels.sharded import Axes, shard_map_axes, sum_over_shards
+from jaxpt.sharding import n_shards
+
+MAX_BLOCK_ROWS = 128  # larger blocks multiply faster, and pad more rows of each expert
+
+
+class Experts(NamedTuple):
+    """The weights of all experts of a layer: gate and up [E, D, F], down [E, F, D]."""
+
+    gate: Array
+    up: Array
+    down: Array
+
+
+# inside `run_experts` they are whole but for their width
+EXPERT_AXES: list[Axes] = [(None, None, "mlp"), (None, None, "mlp"), (None, "mlp", None)]
+
+
+class Kept(NamedTuple):
+    """What backward needs of forward; gate and up [M, R, F] are of every row."""
+
+    x: Array
+    chosen: Array
+    weights: Array
+    gate: Array
+    up: Array
+    experts: Experts
+
+
+@jax.custom_vjp
+def run_experts(x: Array, chosen: Array, weights: Array, experts: Experts) -> Array:
+    """Return each token's weighted sum of its chosen experts, with a backward of its own.
+
+    A device runs its own tokens through all experts, whose width may be sharded.
+
+    Args:
+        x: [B, T, D].
+        chosen: int32 [B, T, k].
+        weights: float32 [B, T, k].
+        experts: in x's dtype.
+
+    Returns:
+        [B, T, D].
+    """
+    out, _ = run_experts_fwd(x, chosen, weights, experts)
+    return out
+
+
+def run_experts_fwd(
+    x: Array, chosen: Array, weights: Array, experts: Experts
+) -> tuple[Array, Kept]:
+    """Return the sum, and what backward needs."""
+    axes = TokenAxes.of(x)
+    in_axes = [axes.tokens] * 3 + EXPERT_AXES
+    out_axes = [axes.tokens, axes.rows, axes.rows]
+    run = shard_map_axes(run_own_tokens, in_axes, out_axes)
+    out, gate, up = run(x, chosen, weights, *experts)
+    return out, Kept(x, chosen, weights, gate, up, experts)
+
+
+def run_experts_bwd(kept: Kept, d_out: Array) -> tuple[Array, None, Array, Experts]:
+    """Return the gradients for tokens, weights and experts."""
+    axes = TokenAxes.of(kept.x)
+    run = functools.partial(differentiate_own_tokens, axes.names)
+    in_axes = [axes.tokens] * 4 + [axes.rows] * 2 + EXPERT_AXES
+    out_axes = [axes.tokens] * 2 + EXPERT_AXES
+    run = shard_map_axes(run, in_axes, out_axes)
+    *arguments, experts = kept
+    d_x, d_weights, *d_experts = run(d_out, *arguments, *experts)
+    return d_x, None, d_weights, Experts(*d_experts)
+
+
+run_experts.defvjp(run_experts_fwd, run_experts_bwd)
+
+
+def run_own_tokens(
+    x: Array, chosen: Array, weights: Array, *matrices: Array
+) -> tuple[Array, Array, Array]:
+    """Return what a device's experts make of its tokens, and gate and up of every row."""
+    experts = Experts(*matrices)
+    blocks = sort_into_blocks(chosen, len(experts.gate))
+
+    def run_block(_: None, block: BlockRows) -> tuple[None, tuple[Array, Array, Array]]:
+        gate = block.x @ experts.gate[block.expert]
+        up = block.x @ experts.up[block.expert]
+        activations = multiply_gated(gate, up)
+        out = (block.weights * activations) @ experts.down[block.expert]
+        return None, (gate, up, out)
+
+    rows = blocks.take_rows(x, weights)
+    _, (gate, up, out) = jax.lax.scan(run_block, None, rows)
+    out = blocks.sum_rows(out)
+    out = sum_over_shards(out, "mlp")
+    return out.reshape(x.shape), gate, up
+
+
+def multiply_gated(gate: Array, up: Array) -> Array:
+    """Return SwiGLU's activations."""
+    return jax.nn.silu(gate) * up
+
+
+def differentiate_own_tokens(
+    token_axes: tuple[str, ...],
+    d_out: Array,
+    x: Array,
+    chosen: Array,
+    weights: Array,
+    gate: Array,
+    up: Array,
+    *matrices: Array,
+) -> tuple[Array, ...]:
+    """Return the gradients for a device's tokens and weights, and for its experts.
+
+    Those for experts are summed over blocks and devices in float32.
+    """
+    experts = Experts(*matrices)
+    blocks = sort_into_blocks(chosen, len(experts.gate))
+
+    def run_block(sums: Experts, saved: SavedRows) -> tuple[Experts, tuple[Array, Array]]:
+        block, d_out = saved.block, saved.d_out
+        activations, differentiate = jax.vjp(multiply_gated, saved.gate, saved.up)
+        d_weighted = d_out @ experts.down[block.expert].T
+        d_weights = jnp.sum(activations * d_weighted, axis=1, dtype=jnp.float32)
+        d_gate, d_up = differentiate(block.weights * d_weighted)
+        d_x = d_gate @ experts.gate[block.expert].T
+        d_x += d_up @ experts.up[block.expert].T
+        weighted = block.weights * activations
+        gate_sum = add_product(sums.gate, block.expert, block.x, d_gate)
+        up_sum = add_product(sums.up, block.expert, block.x, d_up)
+        down_sum = add_product(sums.down, block.expert, weighted, d_out)
+        return Experts(gate_sum, up_sum, down_sum), (d_x, d_weights)
+
+    rows = blocks.take_rows(x, weights)
+    saved = SavedRows(rows, gate, up, blocks.take_tokens(d_out))
+    zeros = [jnp.zeros(matrix.shape, jnp.float32) for matrix in experts]
+    sums, (d_rows, d_row_weights) = jax.lax.scan(run_block, Experts(*zeros), saved)
+    d_x = blocks.sum_rows(d_rows)
+    d_x = sum_over_shards(d_x, "mlp")
+    d_weights = d_row_weights.reshape(-1)[blocks.row]
+    d_weights = sum_over_shards(d_weights, "mlp")
+    d_experts = [sum_over_shards(total, *token_axes).astype(x.dtype) for total in sums]
+    return d_x.reshape(x.shape), d_weights.reshape(weights.shape), *d_experts
+
+
+def add_product(total: Array, expert: Array, left: Array, right: Array) -> Array:
+    """Return the gradients of all experts' matrices with left.T @ right added to one's."""
+    product = jnp.matmul(left.T, right, preferred_element_type=jnp.float32)
+    return total.at[expert].add(product)
+
+
+# ---- blocks
+
+
+class BlockRows(NamedTuple):
+    """The rows of blocks of one expert each; `scan` takes one block after the other.
+
+    Attributes:
+        expert: int32 [M].
+        x: [M, R, D], their tokens.
+        weights: [M, R, 1], of their outputs.
+    """
+
+    expert: Array
+    x: Array
+    weights: Array
+
+
+class SavedRows(NamedTuple):
+    """What backward reads of every row: gate and up [M, R, F], the gradient d_out [M, R, D]."""
+
+    block: BlockRows
+    gate: Array
+    up: Array
+    d_out: Array
+
+
+class Blocks(NamedTuple):
+    """Assignments of tokens to experts, sorted into M blocks of R rows of one expert each.
+
+    Attributes:
+        expert: int32 [M], of each block.
+        token: int32 [M, R], that a row holds; past the last token where it is padding.
+        row: int32 [n_tokens, k], of each assignment among the M R rows.
+    """
+
+    expert: Array
+    token: Array
+    row: Array
+
+    def take_tokens(self, x: Array) -> Array:
+        """Return the rows [M, R, D] of tokens [B, T, D], 0 where they are padding."""
+        tokens = x.reshape(-1, x.shape[-1])
+        return tokens.at[self.token].get(mode="fill", fill_value=0)
+
+    def take_rows(self, x: Array, weights: Array) -> BlockRows:
+        """Return the rows of tokens [B, T, D] and weights [B, T, k], in x's dtype."""
+        flat = weights.reshape(self.row.shape).astype(x.dtype)
+        row_weights = jnp.zeros(self.token.size, x.dtype)
+        row_weights = row_weights.at[self.row].set(flat)
+        row_weights = row_weights.reshape(*self.token.shape, 1)
+        return BlockRows(self.expert, self.take_tokens(x), row_weights)
+
+    def sum_rows(self, rows: Array) -> Array:
+        """Return each token's sum [n_tokens, D] over its rows [M, R, D]."""
+        flat = rows.reshape(-1, rows.shape[-1])
+        return jnp.sum(flat[self.row], axis=1)
+
+
+def sort_into_blocks(experts: Array, n_experts: int) -> Blocks:
+    """Sort assignments [B, T, k] by expert. The number of blocks fits any balance."""
+    k = experts.shape[-1]
+    flat = experts.reshape(-1)
+    n = flat.size
+    R = choose_block_rows(n, n_experts)
+    M = min((n + n_experts * (R - 1)) // R, n)
+    n_rows = jnp.bincount(flat, length=n_experts)
+    n_blocks = -(-n_rows // R)
+    last_block = jnp.cumsum(n_blocks)
+    order = jnp.argsort(flat, stable=True)
+    # among the sorted assignments and among the rows, where each expert begins
+    first = jnp.cumsum(n_rows) - n_rows
+    first_row = R * (last_block - n_blocks)
+    shift = (first_row - first)[flat[order]]
+    rows = jnp.arange(n) + shift
+    expert = jnp.searchsorted(last_block, jnp.arange(M), side="right")
+    expert = jnp.minimum(expert, n_experts - 1)
+    token = jnp.full(M * R, n // k).at[rows].set(order // k)
+    row = jnp.zeros(n, rows.dtype).at[order].set(rows)
+    return Blocks(expert, token.reshape(M, R), row.reshape(-1, k))
+
+
+def choose_block_rows(n_assignments: int, n_experts: int) -> int:
+    """Return the power of two that holds an expert's mean load, within 8 and MAX_BLOCK_ROWS."""
+    mean_load = -(-n_assignments // n_experts)
+    rows = 1 << (mean_load - 1).bit_length()
+    return min(max(rows, 8), MAX_BLOCK_ROWS)
+
+
+class TokenAxes(NamedTuple):
+    """The logical axes that tokens are sharded over: those whose shards are of equal size."""
+
+    batch: str | None
+    position: str | None
+
+    @classmethod
+    def of(cls, x: Array) -> TokenAxes:
+        """Return the axes of tokens [B, T, D]."""
+        mesh = jax.sharding.get_abstract_mesh()
+        found = []
+        for axis, size in zip(cls._fields, x.shape, strict=False):
+            divides = not mesh.empty and size % n_shards(mesh, axis) == 0
+            found.append(axis if divides else None)
+        return cls(*found)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The axes in force."""
+        return tuple(axis for axis in self if axis)
+
+    @property
+    def tokens(self) -> Axes:
+        """The axes of an array [B, T, n]."""
+        return self.batch, self.position, None
+
+    @property
+    def rows(self) -> Axes:
+        """The axes of blocks [M, R, F], each device's own."""
+        return self.names, None, "mlp"
