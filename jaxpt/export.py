@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 from jaxpt import config, initialize, lineage, sharding, stage
+from jaxpt.data import tokenizer
 from jaxpt.growth.growth import format_layer_map
 from jaxpt.model import transformer
 from jaxpt.spec import Manifest
@@ -44,6 +45,8 @@ def export_model(
     def work(directory: pathlib.Path) -> dict[str, Any]:
         mesh = sharding.make_mesh(config.MeshConfig())
         model = load_model(source, mesh, find_stored_dtype(source))
+        if model.tokenizer_dir and model.tokenizer:
+            tokenizer.load_tokenizer(model.tokenizer_dir, model.tokenizer)  # or it is refused
         card = write_model_card(source, model)
         n_bytes = huggingface.write_hf_model(
             model.spec,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -33,16 +32,16 @@ class LineageNode:
     """
 
     key: str
-    path: pathlib.Path
+    path: io.Path
     kind: str
     manifest: JsonObject | None
     parents: list[str]
-    step: pathlib.Path | None = None
+    step: io.Path | None = None
     has_changed: bool = False
     funnel: JsonObject | None = None
 
 
-def format_lineage(directory: str | pathlib.Path, verify: bool = False) -> str:
+def format_lineage(directory: str | io.Path, verify: bool = False) -> str:
     """Return lines about what a model was made from, newest first, inputs indented below.
 
     Args:
@@ -52,10 +51,10 @@ def format_lineage(directory: str | pathlib.Path, verify: bool = False) -> str:
     Raises:
         UserError: the directory is no finished stage; with verify, names the first difference.
     """
-    directory = stage.local_path(directory).resolve()
-    is_model = (directory / "config.json").is_file()
-    is_run = (directory / "checkpoints").is_dir()
-    if is_model and not is_run and not (directory / "manifest.json").exists():
+    directory = io.resolve(io.path(directory))
+    is_model = io.exists(directory / "config.json")
+    is_run = io.exists(directory / "checkpoints")
+    if is_model and not is_run and not io.exists(directory / "manifest.json"):
         raise UserError(
             f"{directory}: has no manifest.json, so it was not exported by jaxpt or not copied "
             "completely: its lineage is not known."
@@ -112,9 +111,11 @@ def format_lineage_table(nodes: list[LineageNode]) -> list[str]:
     ]
 
 
-def shorten_path(place: pathlib.Path) -> pathlib.Path:
+def shorten_path(place: io.Path) -> io.Path:
     """Return a path below the working directory as relative: a card is read elsewhere."""
     here = pathlib.Path.cwd()
+    if isinstance(place, io.BucketPath):
+        return place
     return place.relative_to(here) if place.is_relative_to(here) else place
 
 
@@ -122,7 +123,7 @@ def describe_node(node: LineageNode) -> str:
     """Return the name of a node's stage."""
     if node.manifest:
         return node.manifest["stage"]
-    if not node.path.exists():
+    if not io.exists(node.path):
         return "gone"
     return "checkpoint" if node.step else "files"
 
@@ -149,7 +150,7 @@ def describe_node_facts(node: LineageNode, versions: dict[str, str]) -> list[str
     return facts
 
 
-def find_output_checkpoint(node: LineageNode, manifest: Manifest) -> pathlib.Path | None:
+def find_output_checkpoint(node: LineageNode, manifest: Manifest) -> io.Path | None:
     """Return the checkpoint that a stage wrote, if it wrote one."""
     for name in sorted(manifest.outputs):
         if name.startswith("checkpoints/"):
@@ -188,7 +189,7 @@ def verify_node(node: LineageNode) -> str:
     Raises:
         UserError: something differs.
     """
-    if not node.path.exists():
+    if not io.exists(node.path):
         return "not verified: no longer there"
     damage = checkpoint.find_damage(node.step) if node.step else None
     if damage:
@@ -214,9 +215,9 @@ def verify_node(node: LineageNode) -> str:
     if node.kind != "corpus":  # inputs of other stages have lines of their own
         return f"verified: {files}"
     raw = list(manifest.inputs.values())
-    remaining = [given for given in raw if pathlib.Path(given["path"]).exists()]
+    remaining = [given for given in raw if io.exists(io.path(given["path"]))]
     for given in remaining:
-        if stage.fingerprint_path(pathlib.Path(given["path"])) != given["fingerprint"]:
+        if stage.fingerprint_path(io.path(given["path"])) != given["fingerprint"]:
             raise UserError(
                 f"{given['path']}: is not what {node.path} was made from: changed since "
                 f"{manifest.created}."
@@ -224,7 +225,7 @@ def verify_node(node: LineageNode) -> str:
     return f"verified: {files}; of {len(raw):,} source files {len(remaining):,} remain and match"
 
 
-def verify_files(directory: pathlib.Path, manifest: Manifest) -> None:
+def verify_files(directory: io.Path, manifest: Manifest) -> None:
     """Raise UserError unless every file of a stage and its manifest are as they were written."""
     damage = io.find_damage(directory, verify=True)
     if damage and not io.exists(directory / damage.name):
@@ -247,14 +248,14 @@ def verify_files(directory: pathlib.Path, manifest: Manifest) -> None:
         )
 
 
-def read_lineage(directory: pathlib.Path, notes: list[str]) -> list[LineageNode]:
+def read_lineage(directory: io.Path, notes: list[str]) -> list[LineageNode]:
     """Return a run and all it was made from, oldest first, by following manifests' inputs.
 
     `notes` receives a sentence for every file that cannot be used.
     """
     nodes: dict[str, LineageNode] = {}
 
-    def visit(home: pathlib.Path, fingerprint: str | None) -> str:
+    def visit(home: io.Path, fingerprint: str | None) -> str:
         step = home if home.parent.name == "checkpoints" else None
         if step:
             home = home.parent.parent  # a checkpoint stands for its run
@@ -281,7 +282,7 @@ def read_lineage(directory: pathlib.Path, notes: list[str]) -> list[LineageNode]
     return list(nodes.values())
 
 
-def find_kind(home: pathlib.Path, manifest: JsonObject) -> str:
+def find_kind(home: io.Path, manifest: JsonObject) -> str:
     """Return a node's kind, by its directory and stage."""
     if home.name in DATA_STAGES:
         return home.name
@@ -289,7 +290,7 @@ def find_kind(home: pathlib.Path, manifest: JsonObject) -> str:
 
 
 def read_input_nodes(
-    home: pathlib.Path, manifest: JsonObject | None, notes: list[str]
+    home: io.Path, manifest: JsonObject | None, notes: list[str]
 ) -> list[tuple[str, str | None]]:
     """Return (path, fingerprint) of what a stage read.
 
@@ -305,7 +306,7 @@ def read_input_nodes(
     packed = (settings.get("mixture") or {}).get("packed_paths")
     if not packed:
         own = [home / kind for kind in DATA_STAGES]
-        packed = [path for path in own if (path / "manifest.json").is_file()]
+        packed = [path for path in own if io.exists(path / "manifest.json")]
     source = (settings.get("initialize") or {}).get("source", "random")
     sources = [] if source == "random" else [source]
     return [(str(path), None) for path in (*packed, *sources)]
@@ -325,25 +326,27 @@ def list_own_stages(nodes: list[LineageNode]) -> list[LineageNode]:
     return own
 
 
-def locate_input(path: str, fingerprint: str | None, home: pathlib.Path) -> pathlib.Path:
+def locate_input(path: str, fingerprint: str | None, home: io.Path) -> io.Path:
     """Return where an input is now.
 
     That is its path or, if a whole tree was moved, the end of its path below a directory above
     what was made from it.
     """
-    named = pathlib.Path(path)
+    named = io.path(path)
     candidates = [named]
     for above in (home, *home.parents[:2]):
         for i in range(1, len(named.parts)):
-            candidates.append(above.joinpath(*named.parts[i:]))
-    existing = [place for place in candidates if place.exists()]
-    for place in existing:
-        if fingerprint_of_place(place) == fingerprint:
-            return place.resolve()
-    return (existing or [named])[0].resolve()
+            candidates.append(above / "/".join(named.parts[i:]))
+    existing = []
+    for place in candidates:
+        if io.exists(place):
+            if fingerprint_of_place(place) == fingerprint:
+                return io.resolve(place)
+            existing.append(place)
+    return io.resolve((existing or [named])[0])
 
 
-def fingerprint_of_place(place: pathlib.Path) -> str | None:
+def fingerprint_of_place(place: io.Path) -> str | None:
     """Return the fingerprint of the finished stage in a directory, if there is one."""
     return (read_json(place / "manifest.json", []) or {}).get("fingerprint")
 
@@ -371,14 +374,14 @@ REQUIRED_KEYS: dict[str, dict[str, Any]] = {
 EVALUATION_KEYS = {"results": dict}  # of any other file
 
 
-def read_json(path: pathlib.Path, notes: list[str]) -> JsonObject | None:
+def read_json(path: io.Path, notes: list[str]) -> JsonObject | None:
     """Return the object in a file; None if there is no file or it is of no use, which is noted."""
     try:
-        found = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
+        found = io.read_json(path)
+    except io.MissingFileError:
         return None
-    except (OSError, ValueError) as error:
-        notes.append(f"{path}: cannot be read ({error}); left out.")
+    except io.FileError as error:
+        notes.append(f"{error} Left out.")
         return None
     wrong = []
     if not isinstance(found, dict):

@@ -370,11 +370,11 @@ def store(monkeypatch):
         "no_proxy": "127.0.0.1",
     }.items():
         monkeypatch.setenv(name, value)
-    files.open_filesystem.cache_clear()
+    s3fs = pytest.importorskip("s3fs", reason="pip install -r requirements-s3.txt")
+    s3fs.S3FileSystem.clear_instance_cache()
     client = boto3.client("s3", endpoint_url=endpoint)
     client.create_bucket(Bucket="crawl")
     yield lambda key, data: client.put_object(Bucket="crawl", Key=key, Body=data)
-    files.open_filesystem.cache_clear()
     server.stop()
 
 

@@ -5,8 +5,9 @@ jaxpt checkpoint diff runs/base/checkpoints/300 runs/again/checkpoints/300
 """
 
 import argparse
-import pathlib
 import sys
+
+from jaxpt.cli import options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,11 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="inspect|diff")
     inspect = actions.add_parser("inspect", help="print step, spec and every array")
     inspect.add_argument(
-        "directory", type=pathlib.Path, help="a run or a checkpoint step directory"
+        "directory", type=options.parse_path, help="a run or a checkpoint step directory"
     )
     diff = actions.add_parser("diff", help="compare two checkpoints bit by bit")
     diff.add_argument(
-        "directories", type=pathlib.Path, nargs=2, help="run or checkpoint step directories"
+        "directories", type=options.parse_path, nargs=2, help="run or checkpoint step directories"
     )
 
 

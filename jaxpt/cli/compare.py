@@ -9,9 +9,9 @@ A model is a run, a checkpoint or a Hugging Face directory.
 """
 
 import argparse
-import pathlib
 
-from jaxpt import stage
+from jaxpt import io, stage
+from jaxpt.cli import options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--prompts",
-        type=pathlib.Path,
+        type=options.parse_path,
         metavar="FILE",
         help="one prompt per line, or a .json file with a list of strings",
     )
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--ppl",
-        type=pathlib.Path,
+        type=options.parse_path,
         nargs="+",
         action="extend",
         default=[],
@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--to",
-        type=pathlib.Path,
+        type=options.parse_path,
         metavar="FILE.json",
         help="file to write the result to, for the report",
     )
@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> None:
     sampling = Sampling(
         arguments.repetition_penalty, arguments.temperature, arguments.top_k, arguments.top_p
     )
-    models = [stage.local_path(model) for model in arguments.models]
+    models = [io.path(model) for model in arguments.models]
     to = stage.check_output_path(
         arguments.to, "differences.json" if arguments.differ else "samples.json"
     )

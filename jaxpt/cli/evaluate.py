@@ -7,9 +7,9 @@ Runs jaxpt's own code, or transformers and torch.
 """
 
 import argparse
-import pathlib
 
-from jaxpt import stage
+from jaxpt import io, stage
+from jaxpt.cli import options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,12 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--data-dir",
-        type=pathlib.Path,
+        type=options.parse_path,
         metavar="DIR",
         help="benchmark files on disk (default: the harness downloads them)",
     )
     parser.add_argument(
-        "--to", type=pathlib.Path, metavar="FILE.json", help="file to write the results to"
+        "--to", type=options.parse_path, metavar="FILE.json", help="file to write the results to"
     )
 
 
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
     from jaxpt.evaluate import harness
 
     harness.evaluate_model(
-        stage.local_path(arguments.model),
+        io.path(arguments.model),
         arguments.tasks,
         backend=arguments.backend,
         limit=arguments.limit,

@@ -8,7 +8,8 @@ transformers. The model card states the lineage.
 """
 
 import argparse
-import pathlib
+
+from jaxpt.cli import options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,12 +18,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--from",
         dest="source",
         required=True,
-        type=pathlib.Path,
+        type=options.parse_path,
         metavar="CHECKPOINT",
         help="a run (its newest checkpoint), a checkpoint, a Hugging Face directory or hf:NAME",
     )
     parser.add_argument(
-        "--to", required=True, type=pathlib.Path, metavar="HF_DIR", help="the directory to write"
+        "--to",
+        required=True,
+        type=options.parse_path,
+        metavar="HF_DIR",
+        help="the directory to write",
     )
     parser.add_argument(
         "--dtype",

@@ -10,7 +10,6 @@ like any other run.
 
 import argparse
 import dataclasses
-import pathlib
 
 from jaxpt.cli import options
 
@@ -50,7 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compare the imported model's logits with transformers' (needs torch and memory)",
     )
     parser.add_argument(
-        "--to", required=True, type=pathlib.Path, metavar="DIR", help="the run directory to write"
+        "--to",
+        required=True,
+        type=options.parse_path,
+        metavar="DIR",
+        help="the run directory to write",
     )
     parser.add_argument("--replace", action="store_true", help="overwrite what --to holds")
     options.add_knobs(parser, ("mixture", "model", "initialize", "train", "optim", "mesh"))

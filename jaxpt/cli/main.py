@@ -96,3 +96,7 @@ def format_overview(summaries: dict[str, str]) -> str:
     for title, names in GROUPS.items():
         lines += [f"{title}:", *itertools.islice(rows, len(names)), ""]
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import pathlib
 import shutil
 from typing import Any
 
-from jaxpt import config
+from jaxpt import config, io
 from jaxpt.spec import UserError
 
 N_COLUMNS = 100
@@ -70,13 +69,21 @@ class KnobAction(argparse.Action):
         return self.allowed
 
 
+def parse_path(text: str) -> io.Path:
+    """Return the path of a flag: on a disk, gs://BUCKET/NAME or s3://BUCKET/NAME."""
+    try:
+        return io.path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error).rstrip(".")) from None
+
+
 def add_workdir(parser: argparse.ArgumentParser) -> None:
     """Add --workdir."""
     parser.add_argument(
         "--workdir",
         required=True,
         metavar="DIR",
-        type=pathlib.Path,
+        type=parse_path,
         help="the run directory: read from and written to",
     )
 

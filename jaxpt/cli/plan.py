@@ -17,7 +17,6 @@ with 80 GB, a100-40gb, h100, h200, b200, l4, rtx4090, cpu).
 """
 
 import argparse
-import pathlib
 
 from jaxpt import io
 from jaxpt.cli import options
@@ -51,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN_DIR",
         help="compare the plan with what runs measured; the first one calibrates",
     )
-    add("--json", metavar="FILE", type=pathlib.Path, help="also write the plan to this file")
+    add("--json", metavar="FILE", type=options.parse_path, help="also write the plan to this file")
     strategies = parser.add_argument_group(
         "grow or scratch", "any of these compares strategies to train the config's model"
     )
@@ -124,6 +123,5 @@ def run(arguments: argparse.Namespace) -> None:
     )
     plan = answer.run_plan(settings, request)
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         io.write_json(arguments.json, plan)
         print(f"\nplan: wrote {len(plan.targets)} targets to {arguments.json}")

@@ -23,7 +23,6 @@ how a config changes them.
 
 import argparse
 
-from jaxpt import stage
 from jaxpt.cli import options
 
 
@@ -40,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     prepare.prepare_corpus(
         settings.prepare,
-        stage.local_path(arguments.workdir),
+        arguments.workdir,
         arguments.replace,
         settings.tokenizer.source,
     )

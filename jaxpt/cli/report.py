@@ -10,8 +10,8 @@ from, stage by stage, each with its fingerprint.
 """
 
 import argparse
-import pathlib
 
+from jaxpt.cli import options
 from jaxpt.spec import UserError
 
 
@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="run directories, shown in this order",
     )
-    parser.add_argument("--to", type=pathlib.Path, metavar="FILE.html", help="the page to write")
+    parser.add_argument(
+        "--to", type=options.parse_path, metavar="FILE.html", help="the page to write"
+    )
     parser.add_argument(
         "--serve",
         type=int,
@@ -36,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--lineage",
-        type=pathlib.Path,
+        type=options.parse_path,
         metavar="DIR",
         help="print what this run, export or other stage was made from; writes no page",
     )

@@ -12,16 +12,16 @@ documents are sorted by what they add to the step's loss.
 """
 
 import argparse
-import pathlib
 
-from jaxpt import stage
+from jaxpt import io
+from jaxpt.cli import options
 from jaxpt.text import format_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags."""
     parser.add_argument(
-        "--workdir", required=True, metavar="DIR", type=pathlib.Path, help="the run directory"
+        "--workdir", required=True, metavar="DIR", type=options.parse_path, help="the run directory"
     )
     parser.add_argument(
         "--step", required=True, metavar="N", type=int, help="step of the run, from 1"
@@ -37,14 +37,14 @@ def run(arguments: argparse.Namespace) -> None:
     """Print a row per document."""
     from jaxpt.data import loader, tokenizer
 
-    run_dir = stage.local_path(arguments.workdir)
+    run_dir = arguments.workdir
     encoder = tokenizer.load_tokenizer(run_dir / "tokenizer")
 
     def list_cells(document: loader.TracedDocument) -> list[str]:
-        text = " ".join(encoder.decode(document.tokens[:40].tolist()).split())
+        text = " ".join(encoder.decode(document.tokens[:40].tolist()).split())[:80]
         where = f"{document.source}/{document.sequence}"
         size = f"{len(document.tokens)} tokens"
-        return [str(document.slot), where, size, document.document, text[:80]]
+        return [str(document.slot), where, size, *map(io.printable, (document.document, text))]
 
     if not arguments.losses:
         traced = loader.trace_step(run_dir, arguments.step, encoder.fingerprint)

@@ -12,9 +12,7 @@ and source.
 """
 
 import argparse
-import pathlib
 
-from jaxpt import stage
 from jaxpt.cli import options
 from jaxpt.text import format_table
 
@@ -26,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compare",
         nargs="+",
         metavar="PATH",
-        type=pathlib.Path,
+        type=options.parse_path,
         help="tokenizers to compare on tokenizer.sample_mb of the corpus",
     )
     options.add_knobs(parser, ("tokenizer",))
@@ -42,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     table = tokenizer.compare_tokenizers(
         arguments.compare,
-        stage.local_path(arguments.workdir) / "corpus",
+        arguments.workdir / "corpus",
         settings.tokenizer.sample_mb,
     )
     print(format_bytes_per_token(table))

@@ -10,11 +10,10 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from jaxpt import stage
+from jaxpt import io
 from jaxpt.spec import UserError
 
 BENCHMARK_SUFFIXES = (".jsonl", ".json", ".csv")
@@ -37,26 +36,29 @@ class BenchmarkItem:
     fields: dict[str, Any]
 
 
-def read_benchmark(path: str | pathlib.Path) -> list[BenchmarkItem]:
+def read_benchmark(path: str | io.Path) -> list[BenchmarkItem]:
     """Return the items of a benchmark file (.jsonl, .json, .csv), or of all such in a directory.
 
     Raises:
         UserError: there is none, or a record is not what its kind of file holds.
     """
-    path = stage.local_path(path)
-    if path.is_dir():
-        files = [file for file in path.iterdir() if file.suffix in BENCHMARK_SUFFIXES]
+    path = io.path(path)
+    if io.size(path) is None:
+        if not io.exists(path):
+            raise UserError(
+                f"{io.printable(path)}: no such benchmark file or directory. Check the path."
+            )
+        names = io.list_names(path)
+        files = [path / name for name in names if name.endswith(BENCHMARK_SUFFIXES)]
         if not files:
             raise UserError(
-                f"{path}: no benchmark file (.jsonl, .json or .csv) there. "
+                f"{io.printable(path)}: no benchmark file (.jsonl, .json or .csv) there. "
                 "Name the file, or the directory that holds it."
             )
         items = []
-        for file in sorted(files):
+        for file in files:
             items += read_benchmark(file)
         return items
-    if not path.is_file():
-        raise UserError(f"{path}: no such benchmark file or directory. Check the path.")
     items = []
     for n, record in enumerate(read_benchmark_records(path), 1):
         if not isinstance(record, dict):
@@ -75,15 +77,9 @@ def read_benchmark(path: str | pathlib.Path) -> list[BenchmarkItem]:
     return items
 
 
-def read_benchmark_records(path: pathlib.Path) -> list:
+def read_benchmark_records(path: io.Path) -> list:
     """Return the records of a file. Raise UserError if it is not JSON or CSV in UTF-8."""
-    try:
-        text = path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: byte {error.start} is not UTF-8 ({error.reason}). "
-            "Restore the file from its origin."
-        ) from None
+    text = io.read_text(path).removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     if path.suffix == ".csv":
         lines = text.splitlines(keepends=True)
         return list(csv.DictReader(lines))
@@ -103,7 +99,7 @@ def read_benchmark_records(path: pathlib.Path) -> list:
     return records
 
 
-def parse_json(text: str, path: pathlib.Path, first_line: int = 1) -> Any:
+def parse_json(text: str, path: io.Path, first_line: int = 1) -> Any:
     """Return a JSON value. Raise UserError with its line in the file if it is none."""
     try:
         return json.loads(text)

@@ -23,6 +23,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from jaxpt import io
+
 N_HASHES = 128
 N_BANDS = 32
 SHINGLE_WORDS = 5
@@ -167,7 +169,8 @@ def write_signatures(path: pathlib.Path, signatures: Sequence[bytes]) -> pathlib
     joined = b"".join(signatures)
     hashes = np.frombuffer(joined, np.uint32)
     file = signature_path(path)
-    np.save(file, hashes.reshape(-1, N_HASHES))
+    with io.open_write(file) as out:
+        np.save(out, hashes.reshape(-1, N_HASHES))
     return file
 
 

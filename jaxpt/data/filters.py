@@ -288,12 +288,12 @@ def fingerprint_list_file(name: str, path: Any) -> str:
     """Return the fingerprint of a user's list. Raise UserError if it cannot be read."""
     try:
         rules.read_list_lines(path)
-        checksum = io.sha256(pathlib.Path(path))
+        checksum = io.sha256(io.path(path))
         return checksum[:16]
-    except (OSError, TypeError, UnicodeDecodeError) as error:
+    except UserError as error:
         raise UserError(
-            f"prepare.rules: {name}(path={path!r}): cannot be read as a list "
-            f"({first_error_line(error)}). Name a UTF-8 file."
+            f"prepare.rules: {name}(path={path!r}): cannot be read as a list ({error}) "
+            "Name a UTF-8 file."
         ) from None
 
 

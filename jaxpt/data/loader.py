@@ -1,4 +1,4 @@
-"""Read packed sequences from disks and object stores, and make them sharded global Batches.
+"""Read packed sequences from disks and buckets, and make them sharded global Batches.
 
 Step i holds the same sequences in the same slots on any mesh and any number of hosts. Each host
 reads only the sequences that its devices' shards hold, which the sharding tells. The position in
@@ -11,12 +11,10 @@ from __future__ import annotations
 import bisect
 import collections
 import hashlib
-import io
-import json
-import pathlib
 import threading
 import zlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from io import BytesIO
 from typing import Literal, NamedTuple
 
 import grain
@@ -26,7 +24,7 @@ import pyarrow as pa
 from absl import flags
 from jax.sharding import NamedSharding
 
-from jaxpt import stage
+from jaxpt import io, stage
 from jaxpt.config import Config, build_config
 from jaxpt.data import pack
 from jaxpt.data.mixture import MixturePhase, MixtureSchedule, schedule_from_history
@@ -36,7 +34,7 @@ from jaxpt.spec import Batch, Manifest, UserError
 # of a set on disk: below, opening compares all checksums, which takes well under a second
 MAX_BYTES_VERIFIED_AT_OPEN = 500e6
 MAX_OPEN_BATCHES = 256  # record batches that are kept open, of about 1 MB each
-PREFETCH_STEPS = 8  # steps ahead whose sequences are requested from an object store
+PREFETCH_STEPS = 8  # steps ahead whose sequences are requested from a bucket
 N_ENDLESS_STEPS = 2**40  # grain needs a length; a stream has no end of its own
 
 Split = Literal["train", "heldout"]
@@ -48,9 +46,7 @@ if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
 
 
-def open_packed(
-    packed_paths: Sequence[pathlib.Path | str], split: Split = "train"
-) -> PackedDataset:
+def open_packed(packed_paths: Sequence[io.Path | str], split: Split = "train") -> PackedDataset:
     """Open one split of directories that jaxpt pack wrote.
 
     Every shard must have its size. The checksums of sets on disk are compared at once up to
@@ -58,7 +54,7 @@ def open_packed(
     sequence is returned, and `iterate_batches` checks the rest in the background.
 
     Args:
-        packed_paths: directories, or addresses in an object store (s3://BUCKET/PATH).
+        packed_paths: directories, on a disk or in a bucket.
         split: which of their splits.
 
     Raises:
@@ -228,7 +224,7 @@ class PackedDataset:
         return batch, k
 
     def prefetch_sequences(self, places: Sequence[Place]) -> None:
-        """Begin to fetch those of the sequences that lie in an object store."""
+        """Begin to fetch those of the sequences that lie in a bucket."""
         for name, i in places:
             source = self.sources[name]
             storage = source.storage
@@ -268,7 +264,7 @@ class PackedSourceReader:
 
     Attributes:
         n_sequences: of the source.
-        n_local_bytes: bytes of its shards on disk; 0 in an object store.
+        n_local_bytes: bytes of its shards on disk; 0 in a bucket.
         index: int [record batches, 5]: shard, first byte, bytes, sequences, CRC-32.
         is_verified: bool [record batches], whether the checksum was compared.
     """
@@ -298,7 +294,7 @@ class PackedSourceReader:
         checksum = hashlib.sha256(index).hexdigest()
         if checksum != storage.manifest.outputs[index_path]:
             raise self.make_damage_error(pack.INDEX_FILE, "its checksum is not the manifest's")
-        self.index = np.load(io.BytesIO(index))
+        self.index = np.load(BytesIO(index))
         sequence_counts = self.index[:, 3]
         # the first sequence of each record batch
         self.first_sequences = np.cumsum([0, *sequence_counts])
@@ -308,7 +304,7 @@ class PackedSourceReader:
     def require_size(self, path: str, n_bytes: int | None) -> None:
         """Raise UserError if a file is missing, or has another size than n_bytes, if given."""
         where = f"{self.storage.where}/{path}"
-        size = self.storage.size(path)
+        size = self.storage.sizes.get(path)
         if size is None:
             raise UserError(
                 f"{where}: missing, though the manifest names it. Copy it from where the rest came "
@@ -578,7 +574,7 @@ class StepSequences(NamedTuple):
     places: list[Place]  # of each slot
 
 
-def trace_step(run: pathlib.Path, step: int, tokenizer: str) -> Iterator[TracedDocument]:
+def trace_step(run: io.Path, step: int, tokenizer: str) -> Iterator[TracedDocument]:
     """Yield the documents of one step of a run, in the order of the batch.
 
     Args:
@@ -607,15 +603,14 @@ def trace_step(run: pathlib.Path, step: int, tokenizer: str) -> Iterator[TracedD
             start = stop
 
 
-def list_step_sequences(run: pathlib.Path, step: int) -> StepSequences:
+def list_step_sequences(run: io.Path, step: int) -> StepSequences:
     """Return what a step of a run read. Raise UserError if the run cannot be read."""
     try:
-        fields = json.loads((run / "config.json").read_text())
-        config = build_config(fields)
-        history = json.loads((run / "phases.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError) as error:
+        config = build_config(io.read_json(run / "config.json"))
+        history = io.read_json(run / "phases.json")
+    except io.FileError as error:
         raise UserError(
-            f"{run}: has no readable config.json and phases.json ({error}). "
+            f"{run}: has no readable config.json and phases.json ({error}) "
             "Give the directory of a training run."
         ) from None
     phases = [MixturePhase.from_json(fields) for fields in history]

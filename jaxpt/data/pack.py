@@ -19,11 +19,9 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import logging
 import os
 import pathlib
-import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -185,7 +183,7 @@ class PackResult(Record):
 
 def pack_corpus(
     section: config.PackConfig,
-    workdir: pathlib.Path,
+    workdir: io.Path | str,
     replace: bool = False,
     executor: str = "local",
 ) -> Manifest:
@@ -196,7 +194,7 @@ def pack_corpus(
     Raises:
         UserError: a source has less text than one sequence.
     """
-    workdir = stage.local_path(workdir)
+    workdir = io.path(workdir)
     packed = workdir / "packed"
     corpus = workdir / "corpus"
     tokenizer_path = workdir / "tokenizer"
@@ -205,7 +203,8 @@ def pack_corpus(
     layout = PackLayout(section.seq_len, section.method, encoder.vocab_size)
 
     def work(out: pathlib.Path) -> dict[str, Any]:
-        resolved = corpus.resolve(), tokenizer_path.resolve(), out.resolve()
+        directories = io.local_copy(corpus), io.local_copy(tokenizer_path), out
+        resolved = [directory.resolve() for directory in directories]
         counts = pack_splits(*resolved, layout, executor)
         return counts.to_json()
 
@@ -275,7 +274,7 @@ def pack_splits(
                 f"pack: source {name} has less than one sequence of {layout.seq_len} tokens. "
                 "Lower pack.seq_len, or prepare more text."
             )
-    shutil.rmtree(jobs_dir)
+    io.remove_working(jobs_dir)
     return counts
 
 
@@ -326,8 +325,7 @@ def run_pack_jobs(
     """
     jobs = []
     for job in itertools.chain(*groups):
-        result = pathlib.Path(job.result_path)
-        if not result.exists():
+        if not io.exists(pathlib.Path(job.result_path)):
             jobs.append(job)
     # with a process per core, the tokenizers library's own threads would only compete
     n_cores = os.cpu_count() or 1
@@ -346,9 +344,8 @@ def load_results(kind: type[R], jobs: Sequence[PackingJob]) -> list[R]:
     """Return the results of finished jobs."""
     results = []
     for job in jobs:
-        text = pathlib.Path(job.result_path).read_text()
-        result = kind.from_json(json.loads(text), job.result_path)
-        results.append(result)
+        found = io.read_json(pathlib.Path(job.result_path))
+        results.append(kind.from_json(found, job.result_path))
     return results
 
 
@@ -426,9 +423,12 @@ def run_tokenize_job(job: TokenizeJob) -> int:
             f"{file}: its checksum is not the manifest's: it was changed or damaged. "
             "Run jaxpt prepare again with --replace."
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
     n_documents = n_bytes = n_unknown = 0
-    with pa.OSFile(str(output), "wb") as sink, pa.ipc.new_stream(sink, TOKEN_SCHEMA) as stream:
+    with (
+        io.writing(output) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_stream(sink, TOKEN_SCHEMA) as stream,
+    ):
         for batch in iter_text_batches(file, job.row_groups):
             ids, loss_from = encoder.encode_documents(batch.texts, batch.prompt_chars)
             offsets = np.cumsum([0, *map(len, ids)])
@@ -724,8 +724,7 @@ def write_sequences(
     n_split = 0
     token_counts = np.zeros(vocab_size, np.int64)
     batches = []
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "wb") as sink:
+    with io.open_write(file) as sink:
         schema = packed_schema(seq_len)
         sink.write(schema.serialize())
         while group := list(itertools.islice(sequences, per_batch)):
@@ -744,7 +743,7 @@ def write_sequences(
             targets = np.concatenate(trained)
             token_counts += np.bincount(targets, minlength=vocab_size)
         sink.write(END_OF_STREAM)
-    n_bytes = file.stat().st_size
+        n_bytes = sink.tell()
     shard = PackedShard(file.name, n_sequences, n_bytes)
     trained_ids = np.flatnonzero(token_counts)
     times_trained = token_counts[trained_ids].tolist()
@@ -802,7 +801,8 @@ def gather_shards(
         index += [(k, *batch) for batch in result.batches]
         n_tokens += result.n_tokens
         n_split += result.n_split_documents
-    np.save(out / INDEX_FILE, np.array(index, np.int64))
+    with io.open_write(out / INDEX_FILE) as file:
+        np.save(file, np.array(index, np.int64))
     shards = tuple(result.shard for result in results)
     files = [shard.file for shard in shards]
     write_datasets_metadata(out, layout.seq_len, files)
@@ -837,7 +837,7 @@ def gather_shards(
 def write_course_parquet(out: pathlib.Path, shards: Sequence[PackedShard]) -> None:
     """Write the sequences as LESSON_FILE, which lesson 5 of the course reads."""
     schema = pa.schema({"input_ids": INT_LIST})
-    with pq.ParquetWriter(out / LESSON_FILE, schema) as writer:
+    with io.writing(out / LESSON_FILE) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for shard in shards:
             file = str(out / shard.file)
             stream = pa.ipc.open_stream(pa.memory_map(file))
@@ -867,5 +867,4 @@ def write_datasets_metadata(out: pathlib.Path, seq_len: int, files: list[str]) -
     }
     metadata = {"dataset_info.json": {"features": features}, "state.json": state}
     for name, value in metadata.items():
-        text = json.dumps(value, indent=1)
-        (out / name).write_text(text + "\n")
+        io.write_json(out / name, value)

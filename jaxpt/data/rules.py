@@ -11,13 +11,13 @@ from __future__ import annotations
 import functools
 import ipaddress
 import json
-import pathlib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from jaxpt import io
 from jaxpt.data import language as identification
 
 ALPHANUMERIC = re.compile(r"[^\W_]")
@@ -579,7 +579,7 @@ def normalize_url(url: str) -> str:
 
 def read_list_lines(path: str) -> list[str]:
     """Return the lines of a list, without empty ones and comments, which begin with #."""
-    text = pathlib.Path(path).read_text("utf-8")
+    text = io.read_text(io.path(path))
     lines = [line.strip() for line in text.splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
 

@@ -1,6 +1,6 @@
-"""Read packed sequences from a disk, mapped into memory, or from an object store, by ranges.
+"""Read packed sequences from a disk, mapped into memory, or from a bucket, by ranges.
 
-What is read from an object store is cached on the local disk.
+What is read from a bucket is cached on the local disk.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import mmap
-import os
 import pathlib
 import shutil
 import threading
@@ -16,14 +15,10 @@ import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import pyarrow as pa
-import pyarrow.fs
-
-from jaxpt import stage
-from jaxpt.spec import UserError
+from jaxpt import io, stage
 
 MAX_OPEN_FILES = 128  # shards of a set that are open at a time
-N_FETCH_THREADS = 16  # ranges requested of an object store at a time
+N_FETCH_THREADS = 16  # ranges requested of a bucket at a time
 MAX_PREFETCH = 256  # ranges that were requested ahead of time and are not used yet
 CACHE_BYTES = 16e9  # of the local disk for the cache; half of what is free there at most
 
@@ -37,53 +32,54 @@ class ByteRange(NamedTuple):
     crc: int  # CRC-32 of its bytes
 
 
-def open_storage(where: pathlib.Path | str) -> LocalStorage | BucketStorage:
-    """Return the storage of a packed directory.
+def open_storage(where: io.Path | str) -> LocalStorage | BucketStorage:
+    """Return the storage of a packed directory. Raise UserError if there is no packed set."""
+    root = io.path(where)
+    if isinstance(root, io.BucketPath):
+        return BucketStorage(root)
+    return LocalStorage(root)
 
-    Args:
-        where: a path, or s3://BUCKET/PATH or gs://BUCKET/PATH.
 
-    Raises:
-        UserError: there is no packed set.
+class Storage:
+    """A packed directory.
+
+    Attributes:
+        where: its name.
+        manifest: of the stage that wrote it.
+        sizes: file below it -> bytes.
     """
-    if "://" in str(where):
-        return BucketStorage(str(where))
-    return LocalStorage(stage.local_path(where))
 
-
-class LocalStorage:
-    """A packed directory on a disk. `close` gives back the memory that reading took."""
-
-    is_remote = False
-
-    def __init__(self, root: pathlib.Path):
-        """Read the manifest."""
-        self.where, self.root, self.manifest = str(root), root, stage.read_manifest(root)
-        self.mapped = functools.lru_cache(maxsize=MAX_OPEN_FILES)(self.map_range)
-
-    def size(self, name: str) -> int | None:
-        """Return the bytes of a file; None if it is missing."""
-        try:
-            return (self.root / name).stat().st_size
-        except OSError:
-            return None
+    def __init__(self, root: io.Path):
+        """Read the manifest, and list the files."""
+        self.root = root
+        self.where = str(root)
+        self.manifest = stage.read_manifest(root)
+        self.sizes = io.list_files(root)
 
     def read_file_bytes(self, name: str) -> bytes:
         """Return all of a small file."""
-        return (self.root / name).read_bytes()
+        return io.read_bytes(self.root / name)
 
     def copy_to_local(self, name: str, to: pathlib.Path) -> bool:
         """Copy a directory next to this one. Return whether there is one."""
         source = self.root.parent / name
-        if not source.is_dir():
-            return False
-        shutil.copytree(source, to, dirs_exist_ok=True)
-        return True
+        files = io.list_files(source)
+        for file in files:
+            io.copy_file(source / file, to / file)
+        return bool(files)
+
+
+class LocalStorage(Storage):
+    """A packed directory on a disk. `close` gives back the memory that reading took."""
+
+    def __init__(self, root: pathlib.Path):
+        """Read the manifest."""
+        super().__init__(root)
+        self.mapped = functools.lru_cache(maxsize=MAX_OPEN_FILES)(self.map_range)
 
     def map_range(self, name: str) -> mmap.mmap:
         """Map a whole file into memory."""
-        with open(self.root / name, "rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return io.map_file(self.root / name)
 
     def read_range(self, range: ByteRange) -> memoryview:
         """Return the bytes of a range, without a copy."""
@@ -95,9 +91,8 @@ class LocalStorage:
 
         They are read past the mapping, so that they take up no memory of this process.
         """
-        with open(self.root / range.name, "rb") as file:
-            file.seek(range.start)
-            return zlib.crc32(file.read(range.n_bytes)) == range.crc
+        data = io.read_range(self.root / range.name, range.start, range.n_bytes)
+        return zlib.crc32(data) == range.crc
 
     def close(self, range: ByteRange) -> None:
         """Release the memory of a range; a later reader finds it on the disk again."""
@@ -107,72 +102,22 @@ class LocalStorage:
             self.mapped(range.name).madvise(mmap.MADV_DONTNEED, first, n_bytes)
 
 
-class BucketStorage:
-    """A packed directory in an object store.
+class BucketStorage(Storage):
+    """A packed directory in a bucket.
 
     Ranges are fetched ahead of their use where that is known, and cached on the local disk.
-    Credentials, region and endpoint are the store's own: AWS_ACCESS_KEY_ID, AWS_PROFILE,
-    AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS.
     """
 
-    is_remote = True
-
-    def __init__(self, address: str):
-        """Read the manifest. Raise UserError if the store cannot be read."""
-        self.where = address
-        manifest = f"{address}/manifest.json"
-        try:
-            self.files, self.root = pyarrow.fs.FileSystem.from_uri(address)
-            self.manifest = stage.parse_manifest(self.read_file_bytes("manifest.json"), manifest)
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(
-                f"{address}: cannot be opened ({first_storage_error_line(error)}). "
-                "Check the address, the credentials and the endpoint."
-            ) from None
-        self.listed = functools.cache(self.list_objects)
-        self.opened = functools.lru_cache(maxsize=MAX_OPEN_FILES)(self.open_object)
+    def __init__(self, root: io.BucketPath):
+        """Read the manifest. Raise UserError if the bucket cannot be read."""
+        super().__init__(root)
         self.pool = concurrent.futures.ThreadPoolExecutor(N_FETCH_THREADS, "fetch")
         self.requests: dict[ByteRange, concurrent.futures.Future[bytes]] = {}
         self.lock = threading.Lock()
         directory = cache_directory() / self.manifest.fingerprint
-        directory.mkdir(parents=True, exist_ok=True)
+        io.make_directory(directory)
         free = shutil.disk_usage(directory).free
         self.cache = RangeCache(directory, min(CACHE_BYTES, free / 2))
-
-    def open_object(self, name: str) -> pa.NativeFile:
-        """Open a file for reading by ranges."""
-        return self.files.open_input_file(f"{self.root}/{name}")
-
-    def size(self, name: str) -> int | None:
-        """Return the bytes of a file; None if it is missing."""
-        directory, _, file = name.rpartition("/")
-        return self.listed(directory).get(file)
-
-    def list_objects(self, directory: str) -> dict[str, int]:
-        """Return file -> bytes, with one request per thousand files."""
-        selector = pyarrow.fs.FileSelector(f"{self.root}/{directory}", allow_not_found=True)
-        infos = self.files.get_file_info(selector)
-        return {info.base_name: info.size for info in infos if info.is_file}
-
-    def read_file_bytes(self, name: str) -> bytes:
-        """Return all of a small file."""
-        return self.fetch_object(f"{self.root}/{name}")
-
-    def fetch_object(self, path: str) -> bytes:
-        """Return all of a small object."""
-        with self.files.open_input_stream(path) as stream:
-            return stream.read()
-
-    def copy_to_local(self, name: str, to: pathlib.Path) -> bool:
-        """Copy a directory next to this one. Return whether there is one."""
-        source = f"{self.root.rpartition('/')[0]}/{name}"
-        selector = pyarrow.fs.FileSelector(source, allow_not_found=True)
-        infos = self.files.get_file_info(selector)
-        for info in infos:
-            if info.is_file:
-                to.mkdir(exist_ok=True)
-                (to / info.base_name).write_bytes(self.fetch_object(info.path))
-        return bool(infos)
 
     def prefetch(self, range: ByteRange) -> None:
         """Start to fetch a range that will be read soon, unless MAX_PREFETCH are under way."""
@@ -203,14 +148,7 @@ class BucketStorage:
         cached = self.cache.load_range(range)
         if cached is not None:
             return cached
-        try:
-            data = self.opened(range.name).read_at(range.n_bytes, range.start)
-        except OSError as error:
-            raise UserError(
-                f"{self.where}/{range.name}: could not be read "
-                f"({first_storage_error_line(error)}). Check the network and the credentials; "
-                "the same command continues."
-            ) from None
+        data = io.read_range(self.root / range.name, range.start, range.n_bytes)
         if zlib.crc32(data) == range.crc:
             self.cache.store_range(range, data)
         return data
@@ -225,7 +163,8 @@ class RangeCache:
     def __init__(self, directory: pathlib.Path, limit_bytes: float):
         """List what earlier runs cached."""
         self.directory, self.limit_bytes, self.lock = directory, limit_bytes, threading.Lock()
-        files = sorted(directory.iterdir(), key=lambda file: file.stat().st_mtime)
+        files = io.find(directory, "*")
+        files.sort(key=lambda file: file.stat().st_mtime)
         self.sizes = {file.name: file.stat().st_size for file in files}  # oldest first
         self.n_bytes = sum(self.sizes.values())
 
@@ -236,8 +175,8 @@ class RangeCache:
     def load_range(self, range: ByteRange) -> bytes | None:
         """Return a cached range; None if it is missing or damaged."""
         try:
-            data = self.cache_path(range).read_bytes()
-        except OSError:
+            data = io.read_bytes(self.cache_path(range))
+        except io.FileError:
             return None
         return data if zlib.crc32(data) == range.crc else None
 
@@ -251,10 +190,8 @@ class RangeCache:
             self.sizes[file.name] = len(data)
             self.n_bytes += len(data)
         for name in old:
-            (self.directory / name).unlink(missing_ok=True)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
-        temporary.write_bytes(data)
-        temporary.rename(file)
+            io.remove(self.directory / name)
+        io.write_bytes(file, data)
 
     def evict(self, n_bytes: int) -> Iterator[str]:
         """Yield names of the oldest files, taken off the list until n_bytes more fit."""
@@ -265,11 +202,5 @@ class RangeCache:
 
 
 def cache_directory() -> pathlib.Path:
-    """Return the directory of all caches."""
-    default = pathlib.Path.home() / ".cache"
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME", default)) / "jaxpt" / "packed"
-
-
-def first_storage_error_line(error: BaseException) -> str:
-    """Return an error's first line."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+    """Return the directory of all caches of packed sets."""
+    return io.cache_directory() / "packed"

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 
-from jaxpt import config, stage
+from jaxpt import config, io, stage
 from jaxpt.spec import Manifest, Record, UserError
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class TextPart(NamedTuple):
 
 
 def train_tokenizer(
-    section: config.TokenizerConfig, workdir: pathlib.Path, replace: bool = False
+    section: config.TokenizerConfig, workdir: io.Path | str, replace: bool = False
 ) -> Manifest:
     """Make WORKDIR/tokenizer: trained on WORKDIR/corpus/train, or adopted from tokenizer.source.
 
@@ -99,13 +99,13 @@ def train_tokenizer(
     Raises:
         UserError: it cannot be trained, or not be adopted exactly.
     """
-    workdir = stage.local_path(workdir)
+    workdir = io.path(workdir)
     is_trained = section.source == "train"
     if is_trained:
         inputs = {"corpus": workdir / "corpus"}
         request = stage.to_jsonable(section)
     else:
-        files = find_tokenizer_files(stage.local_path(section.source))
+        files = find_tokenizer_files(io.path(section.source))
         inputs = {file.name: file for file in files}
         request = {"source": "adopted"}
 
@@ -114,11 +114,11 @@ def train_tokenizer(
             model = train_sentencepiece(section, inputs["corpus"])
             source = convert_sentencepiece(model, "the trained tokenizer", section.model)
         else:
-            source = read_tokenizer_source(stage.local_path(section.source))
+            source = read_tokenizer_source(section.source)
         tokenizer = Tokenizer(source.backend, source.config, section.source)
         tokenizer.save_tokenizer(out)
         if source.sentencepiece_model:
-            (out / "tokenizer.model").write_bytes(source.sentencepiece_model)
+            io.write_bytes(out / "tokenizer.model", source.sentencepiece_model)
         counts = TokenizerCounts(tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id)
         return {**counts.to_json(), "tokenizer": tokenizer.fingerprint}
 
@@ -132,14 +132,26 @@ def train_tokenizer(
     return manifest
 
 
-def load_tokenizer(directory: pathlib.Path | str) -> Tokenizer:
+def load_tokenizer(directory: io.Path | str, expected: str | None = None) -> Tokenizer:
     """Open a tokenizer or Hugging Face directory, a tokenizer.json or a SentencePiece .model.
 
+    Args:
+        directory: or file.
+        expected: the fingerprint of the one that a model was trained with, where known.
+
     Raises:
-        UserError: there is none, or it has no end-of-document token.
+        UserError: there is none, a file of it was changed since a stage published it, it is not
+            the expected one, or it has no end-of-document token.
     """
-    source = read_tokenizer_source(stage.local_path(directory))
-    return Tokenizer(source.backend, source.config, directory)
+    source = read_tokenizer_source(directory)
+    found = Tokenizer(source.backend, source.config, directory)
+    if expected and found.fingerprint != expected:
+        raise UserError(
+            f"{io.printable(directory)}: expected the tokenizer {expected} that the model was "
+            f"trained with, got {found.fingerprint}: its files were changed. Copy there the right "
+            "one."
+        )
+    return found
 
 
 class Tokenizer:
@@ -159,7 +171,7 @@ class Tokenizer:
         self,
         backend: tokenizers.Tokenizer,
         tokenizer_config: dict[str, Any],
-        where: pathlib.Path | str,
+        where: io.Path | str,
     ):
         """Find the document tokens.
 
@@ -199,7 +211,7 @@ class Tokenizer:
                     'which separates documents. Give that token "special": true in tokenizer.json.'
                 )
 
-    def find_eos_id(self, vocabulary: dict[str, int], where: pathlib.Path | str) -> int:
+    def find_eos_id(self, vocabulary: dict[str, int], where: io.Path | str) -> int:
         """Return the end-of-document token, as configured or by a usual name."""
         eos = get_token_text(self.tokenizer_config.get("eos_token"))
         if not eos:
@@ -364,7 +376,7 @@ class Tokenizer:
 
         `AutoTokenizer` and `load_tokenizer` open them with equal ids.
         """
-        self.backend.save(str(directory / "tokenizer.json"))
+        io.write_text(directory / "tokenizer.json", self.backend.to_str(pretty=True))
         saved = {}
         for key in SAVED_CONFIG_KEYS:
             value = self.tokenizer_config.get(key)
@@ -378,7 +390,7 @@ class Tokenizer:
         saved["tokenizer_class"] = "PreTrainedTokenizerFast"
         saved["clean_up_tokenization_spaces"] = False
         text = json.dumps(saved, indent=1, ensure_ascii=False)
-        (directory / "tokenizer_config.json").write_text(text + "\n")
+        io.write_text(directory / "tokenizer_config.json", text + "\n")
 
 
 def group_by_length(parts: list[tuple[int, TextPart]]) -> Iterator[list[tuple[int, TextPart]]]:
@@ -458,47 +470,46 @@ def get_token_text(value: Any) -> Any:
 # ---- tokenizers of others
 
 
-def read_tokenizer_source(path: pathlib.Path) -> TokenizerSource:
-    """Read a tokenizer from disk. Raise UserError if there is none."""
+def read_tokenizer_source(where: io.Path | str) -> TokenizerSource:
+    """Read a tokenizer. Raise UserError if there is none, or its stage wrote other bytes."""
     from tokenizers import Tokenizer as Backend
 
-    first, *rest = find_tokenizer_files(path)
+    first, *rest = find_tokenizer_files(io.path(where))
+    template = first.with_name("chat_template.jinja")
+    io.check_published([first, *rest, template])
     if first.suffix == ".model":
-        return convert_sentencepiece(first.read_bytes(), str(first))
+        return convert_sentencepiece(io.read_bytes(first), str(first))
     try:
         tokenizer_config = {}
         for file in rest:
-            tokenizer_config = json.loads(file.read_text())
-        template = first.with_name("chat_template.jinja")
-        if template.is_file():
-            tokenizer_config["chat_template"] = template.read_text()
-        backend = Backend.from_str(first.read_text())
+            tokenizer_config = io.read_json(file)
+        chat_template = io.read_text_if_there(template)
+        if chat_template is not None:
+            tokenizer_config["chat_template"] = chat_template
+        backend = Backend.from_str(io.read_text(first))
         return TokenizerSource(backend, tokenizer_config)
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(
-            f"{path}: cannot be read as a tokenizer ({error}). "
+            f"{io.printable(where)}: cannot be read as a tokenizer ({error}). "
             "Get the files again from where they came."
         ) from None
 
 
-def find_tokenizer_files(path: pathlib.Path) -> list[pathlib.Path]:
+def find_tokenizer_files(path: io.Path) -> list[io.Path]:
     """Return a tokenizer's files: a .model, or tokenizer.json and its tokenizer_config.json."""
-    if not path.exists():
+    if not io.exists(path):
         raise UserError(
             f"tokenizer {path}: not found. Give a SentencePiece .model, a tokenizer.json or a "
             "Hugging Face directory."
         )
-    candidates = [path]
-    if path.is_dir():
-        candidates = [path / "tokenizer.json", path / "tokenizer.model"]
-    for file in candidates:
-        if not file.is_file():
+    for file in (path, path / "tokenizer.json", path / "tokenizer.model"):
+        if io.size(file) is None:
             continue
         if file.suffix == ".model":
             return [file]
         if file.suffix == ".json":
             beside = file.with_name("tokenizer_config.json")
-            return [file, beside] if beside.is_file() else [file]
+            return [file] if io.size(beside) is None else [file, beside]
     raise UserError(
         f"tokenizer {path}: no tokenizer.json and no SentencePiece .model. "
         "Give one, or a Hugging Face directory that has one."
@@ -651,7 +662,7 @@ def build_bpe_model(model: Any, unknown: str) -> tokenizers.models.BPE:
 # ---- training
 
 
-def train_sentencepiece(section: config.TokenizerConfig, corpus: pathlib.Path) -> bytes:
+def train_sentencepiece(section: config.TokenizerConfig, corpus: io.Path) -> bytes:
     """Return a SentencePiece model trained on a sample of the corpus."""
     import sentencepiece
 
@@ -695,7 +706,7 @@ def explain_training_error(error: str, n_bytes: int) -> str:
 
 
 def compare_tokenizers(
-    paths: Sequence[pathlib.Path], corpus: pathlib.Path, sample_mb: float
+    paths: Sequence[io.Path | str], corpus: io.Path, sample_mb: float
 ) -> dict[str, dict[str, float]]:
     """Return path -> source -> bytes per token, over the same evenly spread sample of a corpus."""
     opened = {str(path): load_tokenizer(path) for path in paths}
@@ -713,14 +724,18 @@ def compare_tokenizers(
     return table
 
 
-def sample_corpus(corpus: pathlib.Path, max_bytes: float) -> Iterator[tuple[str, str]]:
+def sample_corpus(corpus: io.Path, max_bytes: float) -> Iterator[tuple[str, str]]:
     """Yield (source, span of text), spread evenly over the training documents.
 
     Not random: every k-th span, about max_bytes together.
+
+    Raises:
+        UserError: a shard is not as `jaxpt prepare` wrote it.
     """
     files = []
-    for name, paths in list_corpus_files(corpus, "train").items():
+    for name, paths in list_corpus_files(io.local_copy(corpus), "train").items():
         files += [(name, path) for path in paths]
+    io.check_published(file for _, file in files)
     n_bytes = sum(count_text_bytes(file) for _, file in files)
     frac = min(1.0, max_bytes / max(n_bytes, 1))
     n_spans = 0
@@ -763,7 +778,7 @@ def list_corpus_files(corpus: pathlib.Path, split: str) -> dict[str, list[pathli
     """
     files: dict[str, list[pathlib.Path]] = {}
     directory = corpus / split
-    for file in sorted(directory.glob("*.parquet")):
+    for file in io.find(directory, "*.parquet"):
         name = re.sub(r"-\d+$", "", file.stem)
         files.setdefault(name, []).append(file)
     if split == "train" and not files:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxpt import config, sharding
+from jaxpt import config, io, sharding
 from jaxpt.data import loader
 from jaxpt.evaluate import likelihood
 from jaxpt.spec import Batch, UserError
@@ -41,9 +40,7 @@ class Segment(NamedTuple):
     stop: int
 
 
-def rank_documents(
-    run: pathlib.Path, step: int, tokenizer: str
-) -> tuple[pathlib.Path, list[DocumentLoss]]:
+def rank_documents(run: io.Path, step: int, tokenizer: str) -> tuple[io.Path, list[DocumentLoss]]:
     """Rank the trained documents of a step by what they add to its loss.
 
     The losses are computed with the newest checkpoint before that step, else the first after it.

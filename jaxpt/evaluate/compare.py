@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import json
 import logging
-import pathlib
 import shutil
 import sys
 import time
@@ -112,14 +111,14 @@ class DocumentComparison(Record):
 
 
 def compare_samples(
-    models: list[pathlib.Path],
+    models: list[io.Path],
     prompts: list[str],
     *,
     max_new: int = 128,
     sampling: decode.Sampling = decode.Sampling(),
     seed: int = 0,
-    texts: list[pathlib.Path] = [],
-    to: pathlib.Path | None = None,
+    texts: list[io.Path] = [],
+    to: io.Path | None = None,
 ) -> SampleComparison:
     """Continue each prompt by each model and print the texts in columns.
 
@@ -186,18 +185,17 @@ def compare_samples(
     print_columns(samples)
     if to:
         text = json.dumps(samples.to_json(), indent=1, ensure_ascii=False)
-        to.parent.mkdir(parents=True, exist_ok=True)
         io.write_text(to, text + "\n")
         log.info(f"compare: {len(prompts)} prompts by {len(models)} models, written to {to}")
     return samples
 
 
-def fingerprint_models(models: list[pathlib.Path]) -> list[str]:
+def fingerprint_models(models: list[io.Path]) -> list[str]:
     """Return the fingerprint of each model's files."""
     return [stage.fingerprint_path(resolve_source(model)) for model in models]
 
 
-def load_compared_models(model: pathlib.Path) -> tuple[LoadedModel, tokenizer.Tokenizer]:
+def load_compared_models(model: io.Path) -> tuple[LoadedModel, tokenizer.Tokenizer]:
     """Load a model and its tokenizer. Raise UserError if it has none."""
     mesh = make_mesh(config.MeshConfig())
     loaded = load_model(model, mesh)
@@ -206,7 +204,7 @@ def load_compared_models(model: pathlib.Path) -> tuple[LoadedModel, tokenizer.To
             f"{model}: has no tokenizer beside it (tokenizer.json), so it cannot read a prompt. "
             "Copy the one that it was trained with there."
         )
-    return loaded, tokenizer.load_tokenizer(loaded.tokenizer_dir)
+    return loaded, tokenizer.load_tokenizer(loaded.tokenizer_dir, loaded.tokenizer)
 
 
 class ShowProgress(Protocol):
@@ -309,11 +307,11 @@ def decode_continuation(encoder: tokenizer.Tokenizer, ids: list[int], new: list[
     return encoder.decode(new)
 
 
-def name_models(models: list[pathlib.Path]) -> list[str]:
+def name_models(models: list[io.Path]) -> list[str]:
     """Name each model by its run's directory if that is unique, else by its path."""
     runs = []
     for model in models:
-        path = model.resolve()
+        path = io.resolve(model)
         if path.parent.name == "checkpoints":
             path = path.parent.parent
         runs.append(path.name)
@@ -323,35 +321,32 @@ def name_models(models: list[pathlib.Path]) -> list[str]:
     return names
 
 
-def read_text_file(file: pathlib.Path) -> str:
+def read_text_file(file: io.Path) -> str:
     """Return the text of a file of --ppl. Raise UserError if it cannot be read or is empty."""
     try:
-        text = file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--ppl {file}: cannot be read ({error}). Expected a text file in UTF-8."
-        ) from None
+        text = io.read_text(file)
+    except UserError as error:
+        raise UserError(f"--ppl: {error} Expected a text file in UTF-8.") from None
     if not text:
         raise UserError(f"--ppl {file}: is empty, so there is nothing to score.")
     return text
 
 
-def read_prompts(file: pathlib.Path) -> list[str]:
+def read_prompts(file: io.Path) -> list[str]:
     """Return the strings of a JSON list in a .json file, else the lines, without blank ones.
 
     Raises:
         UserError: the file cannot be read, or no prompt is left.
     """
     try:
-        text = file.read_text()
         if file.suffix == ".json":
-            prompts = json.loads(text)
+            prompts = io.read_json(file)
         else:
-            prompts = text.splitlines()
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            prompts = io.read_text(file).splitlines()
+    except UserError as error:
         raise UserError(
-            f"--prompts {file}: cannot be read ({error}). Expected a text file with a "
-            "prompt per line, or a JSON list of strings."
+            f"--prompts: {error} Expected a text file with a prompt per line, or a JSON list of "
+            "strings."
         ) from None
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
         raise UserError(f"--prompts {file}: expected a list of strings, got other JSON.")
@@ -365,7 +360,7 @@ def read_prompts(file: pathlib.Path) -> list[str]:
 
 
 def compare_documents(
-    models: list[pathlib.Path], texts: list[str], *, to: pathlib.Path | None = None
+    models: list[io.Path], texts: list[str], *, to: io.Path | None = None
 ) -> DocumentComparison:
     """Find the documents on which the second model is most above and below the first.
 
@@ -387,6 +382,7 @@ def compare_documents(
     parsed = [sources.parse_source(text) for text in texts]
     inputs = {}
     for source in parsed:
+        source.check_published()
         for key, path in source.fingerprint_inputs().items():
             inputs[key] = stage.fingerprint_path(path)
     model_prints = fingerprint_models(models)
@@ -459,7 +455,6 @@ def compare_documents(
     print(format_differences(result))
     if to:
         text = json.dumps(result.to_json(), ensure_ascii=False)
-        to.parent.mkdir(parents=True, exist_ok=True)
         io.write_text(to, text + "\n")
         log.info(f"compare: written to {to}")
     return result

@@ -6,13 +6,12 @@ import dataclasses
 import functools
 import itertools
 import json
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
-from jaxpt import stage
+from jaxpt import io, stage
 from jaxpt.data import benchmarks, decontaminate, executor
 from jaxpt.lineage import read_lineage
 from jaxpt.spec import Record
@@ -34,7 +33,7 @@ class TrainingCorpora(NamedTuple):
         unknown_sources: a message for each origin whose text cannot be checked.
     """
 
-    directories: list[pathlib.Path]
+    directories: list[io.Path]
     unknown_sources: list[str]
 
 
@@ -84,15 +83,15 @@ class ShardOverlaps(NamedTuple):
     matches: tuple[tuple[str, str, str, str], ...]  # task, item id, shared words, document id
 
 
-def find_training_corpora(model: pathlib.Path) -> TrainingCorpora:
+def find_training_corpora(model: io.Path) -> TrainingCorpora:
     """Return the corpora behind a run, checkpoint or export and its parents, by their manifests."""
     found, unknown = [], []
-    nodes = read_lineage(model.resolve(), unknown)
+    nodes = read_lineage(io.resolve(model), unknown)
     for node in nodes:
         if node.kind == "corpus":
             if node.has_changed:
                 unknown.append(f"{node.path}: was written again since it was read.")
-            elif (node.path / "train").is_dir():
+            elif io.exists(node.path / "train"):
                 found.append(node.path)
             else:
                 unknown.append(f"{node.path}: is not there.")
@@ -148,7 +147,7 @@ def list_task_items(task: str, logged: list[dict]) -> list[benchmarks.BenchmarkI
 
 
 def find_overlaps(
-    items: list[benchmarks.BenchmarkItem], directories: list[pathlib.Path]
+    items: list[benchmarks.BenchmarkItem], directories: list[io.Path]
 ) -> tuple[dict[ItemKey, Match], dict[str, int]]:
     """Find the first training document that each item overlaps.
 
@@ -164,9 +163,11 @@ def find_overlaps(
     for directory in directories:
         corpus = str(directory)
         n_documents[corpus] = 0
-        for file in sorted((directory / "train").glob("*.parquet")):
+        files = io.find(io.local_copy(directory / "train"), "*.parquet")
+        io.check_published(files)
+        for file in files:
             n_documents[corpus] += pq.read_metadata(file).num_rows
-            n_bytes += file.stat().st_size
+            n_bytes += io.size(file) or 0
             jobs.append(ShardJob(str(file), packed_items))
     found = {}
     total = sum(n_documents.values())

@@ -70,14 +70,14 @@ Samples = dict[str, list[dict]]  # task -> what the harness logged of each item
 
 
 def evaluate_model(
-    model: pathlib.Path,
+    model: io.Path,
     tasks: list[str],
     *,
     backend: str = "jax",
     limit: int | None = None,
     max_length: int | None = None,
-    data_dir: pathlib.Path | None = None,
-    to: pathlib.Path | None = None,
+    data_dir: io.Path | None = None,
+    to: io.Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model, print a table, and write the results to `to`.
 
@@ -111,6 +111,7 @@ def evaluate_model(
             local[name] = load_local_items(name, data_dir)
     read = {}
     for source in texts:
+        source.check_published()
         for key, path in source.fingerprint_inputs().items():
             read[key] = stage.fingerprint_path(path)
     model_print = stage.fingerprint_path(resolve_source(model))
@@ -129,7 +130,7 @@ def evaluate_model(
             f"{model}: has no tokenizer beside it (tokenizer.json), so no "
             "text can be scored. Copy there the one it was trained with."
         )
-    encoder = tokenizer.load_tokenizer(tokenizer_dir)
+    encoder = tokenizer.load_tokenizer(tokenizer_dir, loaded.tokenizer)
     if encoder.vocab_size > spec.vocab_size:
         raise UserError(
             f"{tokenizer_dir}: the tokenizer gives ids up to "
@@ -141,7 +142,13 @@ def evaluate_model(
     log.info(f"evaluate: {model}, {n_params:,} parameters, by {computed_by}")
 
     # answers so far, from which an interrupted evaluation of this request continues
-    kept = to.with_name(f".{to.stem}-{request}") if to else None
+    kept = None
+    if to:
+        beside = to.parent
+        if isinstance(beside, io.BucketPath):
+            beside = io.cache_directory() / "answers"
+        io.make_directory(beside)
+        kept = beside / f".{to.stem}-{request}"
     length = min(max_length or spec.max_seq_len, spec.max_seq_len)
     results: dict[str, Any] = {"results": {}, "versions": {}, "n-samples": {}, "reasons": {}}
     samples: Samples = {}
@@ -179,17 +186,17 @@ def evaluate_model(
     results = drop_nonfinite(stage.to_jsonable(results))
     print(format_results(results))
     if to and kept:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        io.write_text(to, json.dumps(results, indent=1, allow_nan=False) + "\n")
-        for file in to.parent.glob(f"{kept.name}*"):
-            file.unlink()
+        io.write_json(to, results)
+        for name in io.list_names(kept.parent):
+            if name.startswith(kept.name):
+                io.remove(kept.parent / name)
         n_results = len(results["results"])
         log.info(f"evaluate: {n_results} results in {seconds:,.1f} s, written to {to}")
     return results
 
 
 def parse_tasks(
-    tasks: list[str], limit: int | None, data_dir: pathlib.Path | None
+    tasks: list[str], limit: int | None, data_dir: io.Path | None
 ) -> tuple[list[sources.TextSource], dict[str, TaskRequest]]:
     """Return the sources to score, and harness task -> how. Raise UserError for unknown names."""
     tasks = split_task_lists(tasks)
@@ -233,7 +240,7 @@ def split_task_lists(words: list[str]) -> list[str]:
     return [name for name in names if name]
 
 
-def check_task_names(names: list[str], data_dir: pathlib.Path | None) -> None:
+def check_task_names(names: list[str], data_dir: io.Path | None) -> None:
     """Raise UserError for a task that cannot be run, or if the harness is not installed."""
     reference.require_torch("lm_eval")
     if data_dir:
@@ -586,7 +593,7 @@ LOCAL_TASKS = {
 }
 
 
-def load_local_items(name: str, data_dir: pathlib.Path) -> SplitRows:
+def load_local_items(name: str, data_dir: io.Path) -> SplitRows:
     """Return split -> rows as the task reads them, from DATA_DIR/FOLDER or DATA_DIR itself.
 
     Raises:
@@ -613,10 +620,10 @@ def load_local_items(name: str, data_dir: pathlib.Path) -> SplitRows:
     return rows
 
 
-def find_task_directory(task: LocalTask, data_dir: pathlib.Path) -> pathlib.Path | None:
+def find_task_directory(task: LocalTask, data_dir: io.Path) -> io.Path | None:
     """Return the first of DATA_DIR/FOLDER and DATA_DIR that has all files of a task."""
     for directory in (data_dir / task.folder, data_dir):
-        if all((directory / file).is_file() for file in task.files.values()):
+        if all(io.size(directory / file) is not None for file in task.files.values()):
             return directory
     return None
 

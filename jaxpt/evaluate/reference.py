@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxpt import stage
+from jaxpt import io, stage
 from jaxpt.evaluate import likelihood
 from jaxpt.spec import UserError
 from jaxpt.weights import huggingface
@@ -60,7 +60,8 @@ def open_hf_tokenizer(directory: pathlib.Path) -> Any:
     settings = directory / "tokenizer_config.json"
     with tempfile.TemporaryDirectory(prefix="jaxpt-") as name:
         opened = directory
-        if settings.is_file() and "auto_map" in json.loads(settings.read_text()):
+        text = io.read_text_if_there(settings)
+        if text and "auto_map" in json.loads(text):
             opened = pathlib.Path(name)
             huggingface.copy_tokenizer(directory, opened)
         try:

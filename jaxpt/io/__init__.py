@@ -11,7 +11,7 @@ Every function raises UserError, one sentence, for whatever the system refuses.
 """
 
 from jaxpt.io.cache import local_copy
-from jaxpt.io.errors import FileError, MissingFileError, explain, file_error, printable
+from jaxpt.io.errors import FileError, MissingFileError, bucket_errors, explain, printable
 from jaxpt.io.files import (
     LineLog,
     append_line,
@@ -36,6 +36,7 @@ from jaxpt.io.files import (
     remove,
     remove_working,
     size,
+    version,
     write_bytes,
     write_json,
     write_text,
@@ -47,11 +48,13 @@ from jaxpt.io.published import (
     Damage,
     SealedFile,
     check_output,
+    check_published,
     find_damage,
     finish_publishing,
     publish,
     read_sealed,
     remove_published,
+    resolve,
     seal,
     sha256,
     working_directory,
@@ -67,9 +70,10 @@ __all__ = [
     "Path",
     "SealedFile",
     "append_line",
+    "bucket_errors",
     "cache_directory",
     "check_output",
-    "check_writable",
+    "check_published",
     "copy_file",
     "create",
     "exists",
@@ -99,10 +103,12 @@ __all__ = [
     "remove",
     "remove_published",
     "remove_working",
+    "resolve",
     "seal",
     "sha256",
     "size",
     "take",
+    "version",
     "working_directory",
     "write_bytes",
     "write_json",

@@ -74,8 +74,10 @@ def explain(action: str, where: object) -> Iterator[None]:
 
 def file_error(error: Exception, action: str, where: object) -> FileError:
     """Return the sentence of an error."""
-    number = find_number(error)
+    number = getattr(error, "errno", None)
     is_missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+    if isinstance(error, FileNotFoundError):
+        number = errno.ENOENT
     if number:
         reason = os.strerror(number)
     else:

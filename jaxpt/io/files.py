@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from io import BufferedIOBase
+from io import BufferedIOBase, BufferedReader
 from typing import Any
 
 from jaxpt.io import bucket
@@ -42,6 +42,24 @@ def size(path: Path) -> int | None:
         return found.size if found else None
     with explain("looked at", path):
         return path.stat().st_size if path.is_file() else None
+
+
+def version(path: Path) -> str:
+    """Return a text that changes with a file's content: of a bucket's object what its store says.
+
+    Raises:
+        MissingFileError: there is no such file.
+    """
+    if isinstance(path, BucketPath):
+        found = bucket.look_up(path)
+        text = f"{found.size} bytes, {found.version}" if found else None
+    else:
+        with explain("looked at", path):
+            stat = path.stat()
+            text = f"{stat.st_size} bytes, {stat.st_mtime_ns}"
+    if text is None:
+        raise MissingFileError(f"{printable(path)}: not found. Check the path.")
+    return text
 
 
 def exists(path: Path) -> bool:
@@ -131,7 +149,7 @@ def open_read(path: Path) -> BufferedIOBase:
     """Open a file for reading from its start to its end. What reads it explains its errors."""
     if isinstance(path, BucketPath):
         with explain("read", path):
-            return bucket.open_bucket(path).open(path.address, "rb")
+            return BufferedReader(bucket.open_bucket(path).open(path.address, "rb"))
     with explain("read", path):
         return open(path, "rb")
 

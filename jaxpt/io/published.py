@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 REPLACED = ".replaced.json"  # the manifest of what is being replaced, while it is
 UNSYNCED = ".manifest.json"  # the new manifest, before it decides
+PUBLISHED_DEPTH = 3  # a manifest names files in directories of directories at most
 N_UPLOADS = 8  # files that are written to a bucket at a time
 
 
@@ -278,6 +279,40 @@ def find_damage(directory: Path, verify: bool = False) -> Damage | None:
         if not whole:
             return Damage(name, "was changed (its checksum differs)")
     return None
+
+
+def check_published(paths: Iterable[Path]) -> None:
+    """Raise FileError if a file has other bytes than the stage that published it wrote.
+
+    The nearest manifest above a file decides. What no manifest names is not checked: raw text, or
+    what came from elsewhere.
+    """
+    known: dict[Path, dict[str, SealedFile]] = {}
+    for path in paths:
+        for depth, directory in enumerate(path.parents[:PUBLISHED_DEPTH], 1):
+            if directory not in known:
+                known[directory] = read_sealed_if_there(directory)
+            name = "/".join(path.parts[-depth:])
+            if name in known[directory]:
+                check_bytes(path, known[directory][name])
+                break
+
+
+def read_sealed_if_there(directory: Path) -> dict[str, SealedFile]:
+    """Return what the manifest of a directory says of its files; nothing without a readable one."""
+    with contextlib.suppress(UserError):
+        return read_sealed(directory)
+    return {}
+
+
+def check_bytes(path: Path, expected: SealedFile) -> None:
+    """Raise FileError if a file has not the sha256 that is expected of it."""
+    is_sha256 = ":" not in expected.checksum  # else it is a store's own
+    if is_sha256 and sha256(path) != expected.checksum:
+        raise FileError(
+            f"{printable(path)}: was changed since it was written (its checksum is not its "
+            "manifest's). Get it again from where it came, or run its stage again with --replace."
+        )
 
 
 def compare_sizes(directory: Path, sealed: dict[str, SealedFile]) -> Damage | None:

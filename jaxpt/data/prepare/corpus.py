@@ -6,10 +6,9 @@ import dataclasses
 import json
 import logging
 import pathlib
-import shutil
 from typing import Any
 
-from jaxpt import config, stage
+from jaxpt import config, io, stage
 from jaxpt.data import decontaminate, executor, filters, sources
 from jaxpt.data import tokenizer as tokenizers
 from jaxpt.data.prepare import judge, read, write
@@ -23,7 +22,7 @@ log = logging.getLogger(__name__)
 
 def prepare_corpus(
     section: config.PrepareConfig,
-    workdir: pathlib.Path,
+    workdir: io.Path | str,
     replace: bool = False,
     tokenizer_source: str = "train",
 ) -> Manifest:
@@ -54,10 +53,11 @@ def prepare_corpus(
         )
     inputs = {}
     for source in text_sources:
+        source.check_published()
         inputs |= source.fingerprint_inputs()
     for i, path in enumerate(section.decontaminate):
-        inputs[f"benchmarks/{i}"] = stage.local_path(path)
-    corpus = workdir / "corpus"
+        inputs[f"benchmarks/{i}"] = io.path(path)
+    corpus = io.path(workdir) / "corpus"
     work = CorpusWork(section, section_json, text_sources, rules, index, tokenizer)
     request = work.describe_request()
     manifest = stage.run_stage(
@@ -119,12 +119,11 @@ class CorpusWork:
             for match in matches:
                 line = json.dumps(match.to_json(), ensure_ascii=False)
                 lines.append(line + "\n")
-            (partial / "contaminated.jsonl").write_text("".join(lines))
+            io.write_text(partial / "contaminated.jsonl", "".join(lines))
         token_bytes = estimate_token_bytes(table, self.tokenizer)
         funnel = build_funnel(table, self.rules, drops, token_bytes)
         funnel["unread"] = {name: skipped.to_json() for name, skipped in unread.items()}
-        text = json.dumps(funnel, indent=1)
-        (partial / "funnel.json").write_text(text + "\n")
+        io.write_json(partial / "funnel.json", funnel)
         train_amounts = funnel["train"].values()
         if not any(amounts["rows"] for amounts in train_amounts):
             raise UserError(
@@ -133,7 +132,7 @@ class CorpusWork:
                 f"{partial / 'dropped'}. Choose another prepare.preset or source, or lower "
                 "prepare.heldout_frac."
             )
-        shutil.rmtree(state_dir)
+        io.remove_working(state_dir)
         contaminated = self.count_contaminated(matches)
         return {**funnel, "contaminated": contaminated}
 
@@ -146,7 +145,7 @@ class CorpusWork:
         return {task: len(ids) for task, ids in documents.items()}
 
 
-def log_counts(counts: dict[str, Any], corpus: pathlib.Path) -> None:
+def log_counts(counts: dict[str, Any], corpus: io.Path) -> None:
     """Log the funnel, edits, skipped records and contaminated documents."""
     log.info(format_funnel(counts))
     for step in counts["steps"]:

@@ -6,13 +6,11 @@ A job leaves files. A file gets its name when it is complete, and a job lists it
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import json
-import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from jaxpt import io, stage
@@ -79,7 +77,7 @@ class JobRunner:
             n_threads: of this process, for work that Arrow does.
         """
         directory = self.state_dir / work.__name__
-        directory.mkdir(parents=True, exist_ok=True)
+        io.make_directory(directory)
         requests = []
         for i, job in enumerate(jobs):
             prefix = directory / f"{i:06d}"
@@ -121,8 +119,8 @@ def add_request(job: Job, prefix: pathlib.Path) -> Job:
 def fingerprint_program() -> str:
     """Return the fingerprint of what does the jobs: this directory's code and the packages."""
     directory = pathlib.Path(__file__).parents[1]
-    files = sorted(directory.rglob("*.py"))
-    code = {str(file.relative_to(directory)): io.sha256(file) for file in files}
+    names = [name for name in io.list_files(directory) if name.endswith(".py")]
+    code = {name: io.sha256(directory / name) for name in names}
     return stage.fingerprint([stage.package_versions(), code])
 
 
@@ -145,23 +143,6 @@ def write_job_result(job: Job, result: JobResult) -> None:
     io.write_text(path, json.dumps(record))
 
 
-def list_sizes(result: JobResult) -> list[int]:
-    """Return the bytes of each file, -1 of one that is missing."""
-    files = map(pathlib.Path, result.files)
-    return [file.stat().st_size if file.is_file() else -1 for file in files]
-
-
-@contextlib.contextmanager
-def open_atomic(path: pathlib.Path, directory: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yield a path to write to; the file gets its own name when it is complete.
-
-    The temporary name has this process's id: a process that a killed run started may still be
-    finishing the same job. It has the parent's name, since both splits have files of equal names.
-
-    Args:
-        path: the file.
-        directory: where to write it at first, on the same disk.
-    """
-    temporary = directory / f".{path.parent.name}-{path.name}.{os.getpid()}"
-    yield temporary
-    temporary.rename(path)
+def list_sizes(result: JobResult) -> list[int | None]:
+    """Return the bytes of each file, None of one that is missing."""
+    return [io.size(pathlib.Path(file)) for file in result.files]

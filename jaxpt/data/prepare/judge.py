@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from jaxpt import io
 from jaxpt.data import benchmarks, decontaminate, dedup, filters, sources
 from jaxpt.data.prepare.jobs import Advance, Job, JobResult, JobRunner, write_job_result
 from jaxpt.data.prepare.rows import (
@@ -48,7 +49,8 @@ def judge_documents(
     repeats = None
     if find_rule(rules, EXACT) is not None:
         repeats = str(runner.state_dir / "repeats.npy")
-        np.save(repeats, find_repeated(files, starts))
+        with io.open_write(pathlib.Path(repeats)) as out:
+            np.save(out, find_repeated(files, starts))
     todo = []
     for file, start in zip(files, starts, strict=False):
         job = JudgeJob(

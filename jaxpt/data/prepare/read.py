@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from jaxpt import config
+from jaxpt import config, io
 from jaxpt.data import dedup, sources
 from jaxpt.data.prepare.jobs import (
     MAX_INLINE_BYTES,
@@ -139,7 +139,7 @@ def read_part(job: ReadJob, advance: Advance = lambda n: None) -> int:
         file = pathlib.Path(f"{job.output_prefix}-{i:05d}.arrow")
         n_rows, n_bytes = write_read_file(file, stream, job.max_bytes, advance)
         if not n_rows:
-            file.unlink()
+            io.remove(file)
             break
         files.append(file)
         rows.append(n_rows)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from jaxpt.data.prepare.jobs import open_atomic
+from jaxpt import io
 
 STRING = pa.string()
 INT32 = pa.int32()
@@ -89,7 +89,7 @@ class ReadFile(NamedTuple):
 def open_arrow_writer(file: pathlib.Path, schema: pa.Schema) -> Iterator[Any]:
     """Open an Arrow file for record batches. It gets its name when it is complete."""
     with (
-        open_atomic(file, file.parent) as temporary,
+        io.writing(file) as temporary,
         pa.OSFile(str(temporary), "wb") as sink,
         pa.ipc.new_file(sink, schema, options=COMPRESSION) as out,
     ):
@@ -168,5 +168,4 @@ def open_one_column(file: pa.OSFile, index: int) -> Any:
 
 def count_file_bytes(files: list[ReadFile]) -> int:
     """Return the bytes of the files on disk."""
-    sizes = [file.path.stat().st_size for file in files]
-    return sum(sizes)
+    return sum(io.size(file.path) or 0 for file in files)

@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from jaxpt import io
 from jaxpt.data import filters, paragraphs
 from jaxpt.data.prepare.decide import SPLITS, Drops, is_kept
 from jaxpt.data.prepare.jobs import (
@@ -23,7 +23,6 @@ from jaxpt.data.prepare.jobs import (
     Job,
     JobResult,
     JobRunner,
-    open_atomic,
     write_job_result,
 )
 from jaxpt.data.prepare.judge import find_rule, open_rules
@@ -68,10 +67,11 @@ def write_corpus(
     planned = {job.file for job in todo}
     for split in SPLITS:
         directory = out / split
-        directory.mkdir(exist_ok=True)
-        for file in list(directory.iterdir()):
+        io.make_directory(directory)
+        for name in io.list_names(directory):
+            file = directory / name
             if str(file) not in planned:  # written before the code was changed
-                file.unlink()
+                io.remove(file)
     n_rows = [job.stop - job.first for job in todo]
     progress = "writing", "documents", sum(n_rows)
     n_bytes = count_file_bytes(table.files)
@@ -91,11 +91,13 @@ def plan_shards(
 ) -> list[WriteJob]:
     """Return a job per shard. The training jobs cover all rows: they look up single documents."""
     decided = state_dir / "dropped_by.npy"
-    np.save(decided, drops.dropped_by)
+    with io.open_write(decided) as file:
+        np.save(file, drops.dropped_by)
     cuts = None
     if drops.repeated:
         cuts = str(state_dir / "cuts.npy")
-        np.save(cuts, drops.repeated.cuts)
+        with io.open_write(state_dir / "cuts.npy") as file:
+            np.save(file, drops.repeated.cuts)
     rules, _ = open_rules(section)
     shard_bytes = json.loads(section)["shard_mb"] * 1_000_000
     sizes = table.read_all("new.bytes")
@@ -223,8 +225,7 @@ def write_corpus_shard(job: WriteJob, advance: Advance = lambda n: None) -> int:
     files = []
     if job.file:
         files.append(pathlib.Path(job.file))
-        temporary_dir = pathlib.Path(job.output_prefix).parent
-        with open_atomic(files[0], temporary_dir) as path:
+        with io.writing(files[0]) as path:
             write_row_groups(path, tables, writer.split_groups())
     # the rest has rows of the other split, but documents may be looked up in it
     for _ in tables:
@@ -401,8 +402,8 @@ def write_samples(
     for result in results:
         ids |= result.ids
         samples |= result.samples
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir()
+    io.remove_working(directory)
+    io.make_directory(directory)
     for row, sample in samples.items():
         original = int(drops.original[row])
         if original >= 0:
@@ -414,5 +415,5 @@ def write_samples(
                 own.append(samples[row])
         if own:
             table = pa.Table.from_pylist(own, SAMPLE_SCHEMA)
-            file = directory / f"{rule.name}.parquet"
-            pq.write_table(table, file, compression="zstd")
+            with io.writing(directory / f"{rule.name}.parquet") as file:
+                pq.write_table(table, file, compression="zstd")

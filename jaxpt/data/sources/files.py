@@ -1,44 +1,60 @@
-"""Files on disks and in object stores: found, opened, decompressed."""
+"""Files on disks and in buckets: found, opened, decompressed."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import functools
 import glob
 import gzip
-import io
 import pathlib
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from io import BufferedIOBase, BufferedReader
+from typing import Any, TypeVar
 
+from jaxpt import io
 from jaxpt.spec import UserError
-
-if TYPE_CHECKING:
-    import pyarrow.fs
 
 T = TypeVar("T")
 
 
 def glob_files(pattern: str) -> set[str]:
-    """Return the files that match. Raise UserError if an object store does not answer."""
-    if not is_remote(pattern):
-        paths = [pathlib.Path(found) for found in glob.glob(pattern, recursive=True)]
-        return {path.as_posix() for path in paths if path.is_file()}
-    from fsspec.implementations.arrow import ArrowFSWrapper
+    """Return the files that match. Raise UserError if a bucket does not answer."""
+    if is_remote(pattern):
+        return glob_bucket(pattern)
+    paths = [pathlib.Path(found) for found in glob.glob(pattern, recursive=True)]
+    return {path.as_posix() for path in paths if path.is_file()}
 
-    scheme = pattern.partition("://")[0]
-    store, path = open_filesystem(pattern)
-    try:
-        found: Any = ArrowFSWrapper(store).glob(path, detail=True)  # name -> details
-    except OSError as error:
-        raise explain_unreachable(pattern, error) from None
-    return {f"{scheme}://{name}" for name, info in found.items() if info["type"] == "file"}
+
+def glob_bucket(pattern: str) -> set[str]:
+    """Return the objects that match, of one directory by a listing of it alone."""
+    from fsspec.utils import glob_translate
+
+    plain, pattern_below = split_glob(pattern)
+    directory = io.path(plain)
+    matches = re.compile(glob_translate(pattern_below)).fullmatch
+    if "/" in pattern_below or "**" in pattern_below:
+        names = filter(matches, io.list_files(directory))
+        return {str(directory / name) for name in names}
+    found = [str(directory / name) for name in io.list_names(directory) if matches(name)]
+    sizes = map_in_threads(lambda file: io.size(io.path(file)), found)
+    return {file for file, size in zip(found, sizes, strict=True) if size is not None}
+
+
+def split_glob(pattern: str) -> tuple[str, str]:
+    """Return the directory in front of a glob's first pattern, and the rest: a name at least."""
+    parts = pattern.split("/")
+    n_plain = len(parts) - 1
+    for i, part in enumerate(parts):
+        if glob.has_magic(part):
+            n_plain = i
+            break
+    return "/".join(parts[:n_plain]), "/".join(parts[n_plain:])
 
 
 @contextlib.contextmanager
-def open_text_file(file: str) -> Iterator[io.BufferedIOBase]:
+def open_text_file(file: str) -> Iterator[BufferedIOBase]:
     """Open a file's bytes, decompressed if its name ends in .gz or .zst.
 
     Raises:
@@ -48,64 +64,37 @@ def open_text_file(file: str) -> Iterator[io.BufferedIOBase]:
         with open_raw(file) as found, decompress(file, found) as stream:
             yield stream
     # of a truncated file gzip raises EOFError, the others OSError
-    except (EOFError, zlib.error, OSError) as error:
+    except (EOFError, zlib.error, OSError, *io.bucket_errors()) as error:
         raise UserError(
             f"{file}: cannot be read ({first_error_line(error)}). Copy it again or leave it out."
         ) from None
 
 
-def open_raw(file: str) -> Any:
-    """Open a file's bytes: a Python file, or a pyarrow.NativeFile in an object store."""
-    if not is_remote(file):
-        return open(file, "rb")
-    store, path = open_filesystem(file)
-    return store.open_input_file(path)
+def open_raw(file: str) -> BufferedIOBase:
+    """Open a file's bytes."""
+    return io.open_read(make_path(file))
 
 
-def decompress(file: str, found: Any) -> io.BufferedIOBase:
+def make_path(file: str) -> io.Path:
+    """Return the path of a found file."""
+    return io.path(file) if is_remote(file) else pathlib.Path(file)
+
+
+def decompress(file: str, found: BufferedIOBase) -> BufferedIOBase:
     """Return a stream of the decompressed bytes of what `open_raw` opened."""
     if file.endswith(".zst"):
         import pyarrow as pa
 
         compressed: Any = pa.CompressedInputStream(found, "zstd")
-        return io.BufferedReader(compressed)
+        return BufferedReader(compressed)
     if file.endswith(".gz"):
         return gzip.open(found)
-    return io.BufferedReader(found) if is_remote(file) else found
+    return found
 
 
 def is_remote(file: str) -> bool:
-    """Return whether a file is in an object store."""
+    """Return whether a file is in a bucket."""
     return "://" in file
-
-
-@functools.cache
-def open_filesystem(address: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """Return the object store of an address, and the path in it.
-
-    Credentials, region and endpoint are the store's own, as in data/storage.py.
-    """
-    import pyarrow as pa
-    import pyarrow.fs
-
-    scheme, _, path = address.partition("://")
-    bucket = f"{scheme}://{path.split('/')[0]}"  # which is an address, as a pattern is not
-    if scheme in ("gs", "gcs"):
-        # Google's client retries for a quarter of an hour without a network or credentials
-        bucket += "?retry_limit_seconds=30"
-    try:
-        store, _ = pyarrow.fs.FileSystem.from_uri(bucket)
-    except (OSError, pa.ArrowException) as error:
-        raise explain_unreachable(address, error) from None
-    return store, path
-
-
-def explain_unreachable(address: str, error: BaseException) -> UserError:
-    """Return the error for a store that cannot be reached."""
-    return UserError(
-        f"{address}: cannot be reached ({first_error_line(error)}). Check the address, the "
-        "credentials and the endpoint."
-    )
 
 
 def first_error_line(error: BaseException) -> str:
@@ -114,29 +103,16 @@ def first_error_line(error: BaseException) -> str:
 
 
 def map_in_threads(function: Callable[[str], T], files: Iterable[str]) -> list[T]:
-    """Return function(file) of each file, 16 at a time: an object store takes long to answer."""
+    """Return function(file) of each file, 16 at a time: a bucket takes long to answer."""
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         return list(pool.map(function, files))
 
 
 def get_file_size(file: str) -> int:
     """Return the size of a file in bytes."""
-    if not is_remote(file):
-        return pathlib.Path(file).stat().st_size
-    store, path = open_filesystem(file)
-    info: Any = store.get_file_info(path)  # of one path, not of several
-    return info.size
+    return io.size(make_path(file)) or 0
 
 
 def get_object_tag(file: str) -> str:
-    """Return a text that changes with an object's content, as its store reports it."""
-    store, path = open_filesystem(file)
-    try:
-        with store.open_input_file(path) as stream:
-            headers = {}
-            for key, value in (stream.metadata() or {}).items():
-                headers[key.lower()] = value.decode() if isinstance(value, bytes) else value
-            info: Any = store.get_file_info(path)
-            return f"{stream.size()} bytes, {headers.get('etag') or info.mtime}"
-    except OSError as error:
-        raise explain_unreachable(file, error) from None
+    """Return a text that changes with an object's content, as its bucket reports it."""
+    return io.version(make_path(file))

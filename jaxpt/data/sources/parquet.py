@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxpt.data.sources.fields import try_document
 from jaxpt.data.sources.files import first_error_line, open_raw
-from jaxpt.data.sources.source import Reading, SourceKind, TextSource
+from jaxpt.data.sources.source import (
+    MAX_DOCUMENT_BYTES,
+    Reading,
+    SourceKind,
+    TextSource,
+    too_large_error,
+)
 from jaxpt.spec import UserError
+
+MAX_BATCH_BYTES = 2**28  # of rows that are unpacked at once, unless one alone has more
+MAX_BATCH_ROWS = 64
 
 
 def read_parquet(source: TextSource, file: str) -> Reading:
@@ -24,16 +35,37 @@ def read_parquet(source: TextSource, file: str) -> Reading:
                     f"{file}: has no column {missing[0]!r}; it has: {', '.join(names)}. "
                     "Write parquet:GLOB#column."
                 )
-            n = 0
-            for batch in table.iter_batches(1024, columns=fields):
-                for record in batch.to_pylist():
-                    n += 1
-                    yield try_document(f"{name}:{n}", record, source.field, f"{file}:{n}")
+            for n, row in enumerate(iterate_rows(table, fields), 1):
+                place = f"{file}:{n}"
+                if row.nbytes > MAX_DOCUMENT_BYTES:
+                    yield too_large_error(place)
+                    continue
+                [record] = row.to_pylist()
+                yield try_document(f"{name}:{n}", record, source.field, place)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{file}: cannot be read as parquet ({first_error_line(error)}). Copy it again or "
             "leave it out."
         ) from None
+
+
+def iterate_rows(table: pq.ParquetFile, fields: list[str]) -> Iterator[pa.RecordBatch]:
+    """Yield the rows, each as a batch of one, with few unpacked at a time.
+
+    A value has as many bytes as its column chunk at most, but may stand in many rows: a file of 2
+    kB can hold 200 rows of 30 MB.
+    """
+    for group in range(table.num_row_groups):
+        metadata = table.metadata.row_group(group)
+        n_bytes = 0
+        for chunk in map(metadata.column, range(metadata.num_columns)):
+            if chunk.path_in_schema in fields:
+                n_bytes += chunk.total_uncompressed_size
+        n_rows = MAX_BATCH_BYTES // max(n_bytes, 1)
+        n_rows = min(max(n_rows, 1), MAX_BATCH_ROWS)
+        for batch in table.iter_batches(n_rows, row_groups=[group], columns=fields):
+            for i in range(len(batch)):
+                yield batch.slice(i, 1)
 
 
 KIND = SourceKind("parquet", read_parquet, has_field=True)

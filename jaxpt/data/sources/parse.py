@@ -8,7 +8,7 @@ import pathlib
 import re
 from collections.abc import Iterable
 
-from jaxpt import stage
+from jaxpt import io
 from jaxpt.data.sources.files import glob_files, is_remote
 from jaxpt.data.sources.source import TextSource, list_kinds
 from jaxpt.spec import UserError
@@ -65,7 +65,7 @@ def parse_source(text: str) -> TextSource:
             )
     files: tuple[str, ...] = ()
     if kinds[kind].has_files:
-        where = where if is_remote(where) else str(stage.local_path(where))
+        where = str(io.path(where))
         files = find_source_files(text, kind, where)
     kinds[kind].check_where(text, where)
     if name is None:

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jaxpt import stage
+from jaxpt import io, stage
 from jaxpt.data.sources.source import Document, Reading, SourceKind, TextSource
 from jaxpt.spec import UserError
 
@@ -39,7 +39,7 @@ def read_python(source: TextSource, _: str) -> Reading:
 def read_code() -> Iterator[Document]:
     """Yield the files of the standard library."""
     for file in list_stdlib_files():
-        text = file.read_bytes().decode("utf-8", "replace")
+        text = io.read_bytes(file).decode("utf-8", "replace")
         yield Document(file.relative_to(stdlib_dir()).as_posix(), text)
 
 
@@ -74,7 +74,7 @@ def read_tasks() -> Iterator[Document]:
     """Yield short functions with a short summary: the prompt asks for it, the code answers."""
     for file in list_stdlib_files():
         name = file.relative_to(stdlib_dir()).as_posix()
-        lines = file.read_bytes().decode("utf-8", "replace").splitlines(keepends=True)
+        lines = io.read_bytes(file).decode("utf-8", "replace").splitlines(keepends=True)
         for node in parse_module(file).body:
             if not isinstance(node, ast.FunctionDef) or len(node.body) < 2:
                 continue
@@ -147,7 +147,7 @@ def parse_module(file: pathlib.Path) -> ast.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in other people's strings
         try:
-            return ast.parse(file.read_bytes())
+            return ast.parse(io.read_bytes(file))
         except (SyntaxError, ValueError):
             return ast.Module([], [])
 

@@ -11,8 +11,15 @@ import pkgutil
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from jaxpt import io
 from jaxpt.data import sources
-from jaxpt.data.sources.files import get_file_size, get_object_tag, is_remote, map_in_threads
+from jaxpt.data.sources.files import (
+    get_file_size,
+    get_object_tag,
+    is_remote,
+    make_path,
+    map_in_threads,
+)
 from jaxpt.spec import Record, UserError
 
 READ_ERRORS = "cannot be read"
@@ -109,7 +116,7 @@ class TextSource(Record):
     kind: str
     pattern: str  # its WHERE, such as a glob
     field: str  # the field or column that holds the text, or two: prompt+completion
-    # paths or addresses in an object store, in canonical order; empty for a kind without files
+    # paths on a disk or in a bucket, in canonical order; empty for a kind without files
     files: tuple[str, ...]
 
     def iterate_documents(
@@ -152,10 +159,14 @@ class TextSource(Record):
                 inputs[f"{self.name}/{self.relative_name(file)}"] = pathlib.Path(file)
         return inputs | find_kind(self.kind).find_inputs(self)
 
+    def check_published(self) -> None:
+        """Raise UserError for a file, such as a corpus's shard, that its stage wrote otherwise."""
+        io.check_published(map(make_path, self.files))
+
     def describe_installation(self) -> dict[str, str]:
         """Return what identifies content that is not fingerprinted.
 
-        These are the versions of an installation, and the size and tag of objects in a store.
+        These are the versions of an installation, and the size and version of a bucket's objects.
         """
         return find_kind(self.kind).describe_versions(self) | self.list_object_tags()
 
@@ -175,7 +186,7 @@ class TextSource(Record):
         return pathlib.PurePath(file).relative_to(root).as_posix()
 
     def list_object_tags(self) -> dict[str, str]:
-        """Return the version tags of objects in a store, by name."""
+        """Return the versions of a bucket's objects, by name."""
         files = [file for file in self.files if is_remote(file)]
         tags = map_in_threads(get_object_tag, files)
         return {self.relative_name(file): tag for file, tag in zip(files, tags, strict=True)}

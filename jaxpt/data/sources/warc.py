@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import codecs
 import importlib.metadata
-import io
 import json
 import logging
 import re
 import zlib
-from typing import TYPE_CHECKING, BinaryIO, cast
+from io import BufferedIOBase, BytesIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from jaxpt.data.sources.files import first_error_line, open_text_file
 from jaxpt.data.sources.source import (
@@ -76,9 +76,15 @@ def get_content_length(record: WarcRecord, place: str) -> int:
     return int(declared)
 
 
-def read_response(record: WarcRecord, id: str, place: str) -> Document | Skipped:
+def read_response(record: WarcRecord, id: str, place: str) -> Document | Skipped | UserError:
     """Return the document of a response, or why it has none."""
-    text, reason = extract_page_text(record)
+    try:
+        body = decode_body(record)
+    except (OSError, ValueError, zlib.error):
+        return Skipped("its HTTP message cannot be decoded", place)
+    if len(body) > MAX_DOCUMENT_BYTES:
+        return too_large_error(place)
+    text, reason = extract_page_text(record, body)
     if not text:
         return Skipped(reason, place)
     date = record.record_date.strftime("%Y-%m-%dT%H:%M:%SZ") if record.record_date else ""
@@ -93,7 +99,7 @@ class ForwardReader:
     would end the process: `error` keeps it.
     """
 
-    def __init__(self, stream: io.BufferedIOBase):
+    def __init__(self, stream: BufferedIOBase):
         """Read the stream from where it is."""
         self.stream = stream
         self.n_read = 0
@@ -114,17 +120,49 @@ class ForwardReader:
         return self.n_read
 
 
-def extract_page_text(record: WarcRecord) -> tuple[str, str]:
+def decode_body(record: WarcRecord) -> bytes:
+    """Return the body of an HTTP message, of what is larger MAX_DOCUMENT_BYTES + 1 bytes.
+
+    fastwarc's own `auto_decode` unpacks all of it first: a megabyte may hold gigabytes.
+
+    Raises:
+        OSError, zlib.error: it is damaged, or encoded in an unknown way.
+    """
+    from fastwarc import stream_io
+
+    readers = {
+        "br": stream_io.BrotliReader,
+        "chunked": stream_io.ChunkedReader,
+        "deflate": inflate,
+        "gzip": stream_io.GzipReader,
+        "zstd": stream_io.ZstdReader,
+    }
+    record.parse_http(auto_decode="none")
+    encodings = []
+    for header in ("Content-Encoding", "Transfer-Encoding"):
+        value = record.http_headers.get(header) if record.http_headers else None
+        encodings += (value or "").lower().split(",")
+    body: Any = record.reader
+    for name in map(str.strip, reversed(encodings)):
+        if name in readers:
+            body = readers[name](body)
+        elif name not in ("", "identity"):
+            raise OSError(f"unknown encoding {name}")
+    return body.read(MAX_DOCUMENT_BYTES + 1)
+
+
+def inflate(stream: Any) -> BytesIO:
+    """Return what zlib unpacks of a stream, MAX_DOCUMENT_BYTES + 1 at most."""
+    data = zlib.decompressobj().decompress(stream.read(), MAX_DOCUMENT_BYTES + 1)
+    return BytesIO(data)
+
+
+def extract_page_text(record: WarcRecord, body: bytes) -> tuple[str, str]:
     """Return (main text, "") of a response, or ("", the reason why there is none)."""
     import trafilatura
     from resiliparse.parse.encoding import bytes_to_str
 
     logging.getLogger("trafilatura").setLevel(logging.CRITICAL)  # it logs every odd page
-    try:
-        record.parse_http(auto_decode="all")
-        body = record.reader.read()
-    except (OSError, ValueError, zlib.error):
-        return "", "its HTTP message cannot be decoded"
     status = record.http_headers and record.http_headers.status_code
     content_type = (record.http_content_type or "").lower()
     if status != 200:
