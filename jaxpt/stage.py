@@ -255,7 +255,7 @@ def read_spec(file: io.Path) -> ModelSpec:
         ) from None
 
 
-def check_output_path(to: pathlib.Path | None, example: str) -> pathlib.Path | None:
+def check_output_path(to: io.Path | None, example: str) -> io.Path | None:
     """Return the path of --to, with its directories made, before anything is computed.
 
     Args:
@@ -267,8 +267,7 @@ def check_output_path(to: pathlib.Path | None, example: str) -> pathlib.Path | N
     """
     if to is None:
         return None
-    to = local_path(to)
-    if to.is_dir():
+    if isinstance(to, pathlib.Path) and to.is_dir():
         raise UserError(
             f"--to {to}: is a directory. Name the file to write, such as {to / example}."
         )

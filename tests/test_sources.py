@@ -14,7 +14,7 @@ import pytest
 
 from jaxpt.config import PrepareConfig
 from jaxpt.data import prepare, sources
-from jaxpt.data.sources import files, jsonl, text, warc
+from jaxpt.data.sources import jsonl, text, warc
 from jaxpt.data.sources import source as source_module
 from jaxpt.spec import UserError
 from jaxpt.stage import read_manifest

@@ -203,9 +203,13 @@ def pack_corpus(
     layout = PackLayout(section.seq_len, section.method, encoder.vocab_size)
 
     def work(out: pathlib.Path) -> dict[str, Any]:
-        directories = io.local_copy(corpus), io.local_copy(tokenizer_path), out
-        resolved = [directory.resolve() for directory in directories]
-        counts = pack_splits(*resolved, layout, executor)
+        counts = pack_splits(
+            io.local_copy(corpus).resolve(),
+            io.local_copy(tokenizer_path).resolve(),
+            out.resolve(),
+            layout,
+            executor,
+        )
         return counts.to_json()
 
     manifest = stage.run_stage(

@@ -75,11 +75,12 @@ class LocalStorage(Storage):
     def __init__(self, root: pathlib.Path):
         """Read the manifest."""
         super().__init__(root)
+        self.directory = root
         self.mapped = functools.lru_cache(maxsize=MAX_OPEN_FILES)(self.map_range)
 
     def map_range(self, name: str) -> mmap.mmap:
         """Map a whole file into memory."""
-        return io.map_file(self.root / name)
+        return io.map_file(self.directory / name)
 
     def read_range(self, range: ByteRange) -> memoryview:
         """Return the bytes of a range, without a copy."""

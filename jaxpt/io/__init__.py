@@ -11,7 +11,14 @@ Every function raises UserError, one sentence, for whatever the system refuses.
 """
 
 from jaxpt.io.cache import local_copy
-from jaxpt.io.errors import FileError, MissingFileError, bucket_errors, explain, printable
+from jaxpt.io.errors import (
+    FileError,
+    MissingFileError,
+    bucket_errors,
+    explain,
+    file_error,
+    printable,
+)
 from jaxpt.io.files import (
     LineLog,
     append_line,
@@ -74,6 +81,7 @@ __all__ = [
     "cache_directory",
     "check_output",
     "check_published",
+    "check_writable",
     "copy_file",
     "create",
     "exists",

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Iterator
 from io import BufferedIOBase, BufferedReader
-from typing import Any
+from typing import Any, overload
 
 from jaxpt.io import bucket
 from jaxpt.io.errors import FileError, MissingFileError, explain, printable
@@ -99,7 +99,11 @@ def list_files(directory: Path) -> dict[str, int]:
     return dict(sorted(sizes.items()))
 
 
-def find(directory: Path, pattern: str) -> list[Path]:
+@overload
+def find(directory: pathlib.Path, pattern: str) -> list[pathlib.Path]: ...
+@overload
+def find(directory: BucketPath, pattern: str) -> list[BucketPath]: ...
+def find(directory: Path, pattern: str) -> list[pathlib.Path] | list[BucketPath]:
     """Return the files below a directory that match "*.json" or "*/manifest.json", sorted."""
     if not isinstance(directory, BucketPath):
         with explain("listed", directory):

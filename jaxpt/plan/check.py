@@ -6,12 +6,11 @@ import dataclasses
 import json
 import logging
 import os
-import pathlib
 import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxpt import config, hardware, stage
+from jaxpt import config, hardware, io, stage
 from jaxpt.config import Config
 from jaxpt.hardware import GIB, Target
 from jaxpt.plan import compile, cost
@@ -43,7 +42,7 @@ class PlanCheck(Record):
     calibrated_memory_ratio: float
 
 
-def compare_plan_to_runs(run_dirs: Sequence[str | pathlib.Path]) -> tuple[PlanCheck, ...]:
+def compare_plan_to_runs(run_dirs: Sequence[str | io.Path]) -> tuple[PlanCheck, ...]:
     """Return planned against measured of each run; the first run calibrates the plan.
 
     It calibrates time by a factor, and memory by the bytes that a process holds beside the step.
@@ -57,7 +56,7 @@ def compare_plan_to_runs(run_dirs: Sequence[str | pathlib.Path]) -> tuple[PlanCh
     return tuple(checks)
 
 
-def compare_plan_to_run(run_dir: str | pathlib.Path, first: PlanCheck | None) -> PlanCheck:
+def compare_plan_to_run(run_dir: str | io.Path, first: PlanCheck | None) -> PlanCheck:
     """Return planned against measured of one run, calibrated by the first one (None: by itself)."""
     run = read_run(run_dir, "--check")
     target = find_run_target(run.path, *read_devices(run))
@@ -96,7 +95,7 @@ def compare_plan_to_run(run_dir: str | pathlib.Path, first: PlanCheck | None) ->
     )
 
 
-def find_run_target(run_dir: str | pathlib.Path, n_devices: int, device_kind: str) -> Target:
+def find_run_target(run_dir: str | io.Path, n_devices: int, device_kind: str) -> Target:
     """Return the target of a run's devices.
 
     Raises:
@@ -178,7 +177,7 @@ def format_plan_checks(checks: Sequence[PlanCheck]) -> str:
 class Run(NamedTuple):
     """A run directory that jaxpt train wrote."""
 
-    path: pathlib.Path
+    path: io.Path
     settings: Config
     spec: ModelSpec
     metrics: list[MetricRecord]
@@ -196,7 +195,7 @@ class Growth(NamedTuple):
     at_step: int  # of the run; 0: before training
 
 
-def read_run(run_dir: str | pathlib.Path, flag: str) -> Run:
+def read_run(run_dir: str | io.Path, flag: str) -> Run:
     """Read a run directory.
 
     Args:
@@ -206,10 +205,10 @@ def read_run(run_dir: str | pathlib.Path, flag: str) -> Run:
     Raises:
         UserError: there is no run.
     """
-    path = stage.local_path(run_dir)
+    path = io.path(run_dir)
     try:
-        settings = config.build_config(json.loads((path / "config.json").read_text()))
-    except (FileNotFoundError, NotADirectoryError):
+        settings = config.build_config(io.read_json(path / "config.json"))
+    except io.MissingFileError:
         raise UserError(
             f"{flag} {path}: no config.json there. Give run directories that jaxpt train wrote."
         ) from None
@@ -220,17 +219,18 @@ def read_run(run_dir: str | pathlib.Path, flag: str) -> Run:
 def read_devices(run: Run) -> tuple[int, str]:
     """Return the number of devices of the run's last start, and JAX's name of their kind."""
     path = run.path / "starts.jsonl"
-    if not path.exists():
+    lines = io.read_lines(path)
+    if not lines:
         raise UserError(f"{path}: not found. Give a run directory that jaxpt train wrote.")
-    start = json.loads(path.read_text().splitlines()[-1])
+    start = json.loads(lines[-1])
     return start["n_devices"], start["device_kind"]
 
 
 def read_growth(run: Run) -> Growth | None:
     """Return how the run's model was grown; None if it was not."""
     path = run.path / "growth.json"
-    if not path.is_file():
+    if not io.exists(path):
         return None
-    report = json.loads(path.read_text())
+    report = io.read_json(path)
     operator, _, _ = report["operators"][-1].partition("(")
     return Growth(operator, report["at_step"] or 0)

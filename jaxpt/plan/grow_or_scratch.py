@@ -10,13 +10,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxpt import config, flops
+from jaxpt import config, flops, io
 from jaxpt.model import transformer
 from jaxpt.plan import check, cost, scaling
 from jaxpt.plan.check import Growth, Run
@@ -521,7 +520,7 @@ class GrownRun(NamedTuple):
 
 
 def fit_runs(
-    run_dirs: Iterable[str | pathlib.Path], prior: ScalingLaw
+    run_dirs: Iterable[str | io.Path], prior: ScalingLaw
 ) -> tuple[ScalingFit, dict[str, Range]]:
     """Return a law fitted to the runs from scratch, and what the grown ones saved.
 

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import pathlib
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxpt.report import read
 from jaxpt.report.figures import (
@@ -52,6 +52,7 @@ NATS_PER_SHADE = 0.7  # each shade is another factor of two in probability
 BENCHMARK_CAPTION = (
     "One standard error to either side; where bars overlap, the difference may be chance."
 )
+DIRECTIONS = {True: "higher is better", False: "lower is better"}
 
 
 @dataclasses.dataclass
@@ -77,23 +78,21 @@ class EvaluationView(NamedTuple):
 
     table: Table
     models: list[str]  # in the order of their colors
-    benchmarks: Figure | None
+    benchmarks: list[Figure]  # one per kind of measure: each has an axis of its own
     overlaps: Table | None  # benchmark items that were seen in training
     shared_words: list[str]
 
 
 def make_evaluation(runs: list[RunData]) -> EvaluationView | None:
-    """Return the scores, benchmarks as a figure too; None if nothing was evaluated."""
+    """Return the scores, benchmarks as figures too; None if nothing was evaluated."""
     columns = make_eval_columns(runs)
     if not columns:
         return None
-    errors = []
     keys: list[MetricKey] = [
         (f"bits_per_byte/{name}", "bits_per_byte") for name in read.list_sources(runs)
     ]
     for column in columns:
         keys += [key for key in column.scores if key not in keys]
-        errors += [score.stderr for score in column.scores.values()]
     rows: list[list[str | Cell]] = []
     for key in keys:
         scores = [column.scores.get(key) for column in columns]
@@ -103,18 +102,29 @@ def make_evaluation(runs: list[RunData]) -> EvaluationView | None:
             rows.append([label, *map(format_score, scores)])
     times = [format_seconds(column.seconds or None) for column in columns]
     rows.append(["time", *times])
-    has_error = any(error is not None for error in errors)
-    caption = "Bits per byte: lower is better."
-    if has_error:
-        caption += " Benchmarks: higher is better, ± one standard error."
+    scores = [score for column in columns for score in column.scores.values()]
+    caption = describe_directions(scores)
+    if any(score.stderr is not None for score in scores):
+        caption += " ±: one standard error."
     caption += " jax: our code; hf: the exported model in transformers."
     caption += describe_backend_difference(columns)
     heads = ["", *(Cell(column.model, column.backend) for column in columns)]
     models = list(dict.fromkeys(column.model for column in columns))
-    benchmarks = plot_benchmarks(columns, models) if has_error else None
+    benchmarks = plot_benchmarks(columns, models)
     overlaps, shared_words = list_contamination(runs, columns)
     table = Table(heads, rows, caption)
     return EvaluationView(table, models, benchmarks, overlaps, shared_words)
+
+
+def describe_directions(scores: list[TaskScore]) -> str:
+    """Say which metrics are better high and which low, by the harness's own word."""
+    sentences = []
+    for direction, words in DIRECTIONS.items():
+        names = [score.metric for score in scores if score.higher_is_better is direction]
+        if names:
+            listed = ", ".join(name.replace("_", " ") for name in dict.fromkeys(names))
+            sentences.append(f"{words.capitalize()}: {listed}.")
+    return " ".join(sentences)
 
 
 def make_eval_columns(runs: list[RunData]) -> list[EvalColumn]:
@@ -235,7 +245,8 @@ def describe_backend_difference(columns: list[EvalColumn]) -> str:
             for key in ours.scores.keys() & theirs.scores.keys():
                 our_score = ours.scores[key].score
                 their_score = theirs.scores[key].score
-                differences.append(abs(our_score - their_score))
+                if our_score is not None and their_score is not None:
+                    differences.append(abs(our_score - their_score))
     if not differences:
         return ""
     if not any(differences):
@@ -252,24 +263,41 @@ def format_metric(task: str, metric: str, n_items: int | None = None) -> Cell:
 
 
 def format_score(score: TaskScore | None) -> Cell:
-    """Return the score ± its standard error."""
+    """Return the score ± its standard error, or why there is none."""
     if score is None:
         return Cell("")
+    if score.score is None:
+        return Cell("-", score.reason)
     error = "" if score.stderr is None else f"± {format_decimal(score.stderr)}"
     return Cell(format_decimal(score.score), error)
 
 
-def plot_benchmarks(columns: list[EvalColumn], models: list[str]) -> Figure:
-    """Draw scores with their standard error: a color per model, hollow for hf."""
-    values = []
+class Measure(NamedTuple):
+    """A kind of measure, whose scores share an axis."""
+
+    metric: str
+    higher_is_better: bool | None
+
+
+def plot_benchmarks(columns: list[EvalColumn], models: list[str]) -> list[Figure]:
+    """Draw scores with their standard error, a figure for each kind of measure."""
+    values: dict[Measure, list[dict[str, Any]]] = {}
     for column in columns:
         labels = {"column": column.label, "model": column.model, "backend": column.backend}
         for (task, metric), score in column.scores.items():
-            if score.stderr is not None:
-                low = score.score - score.stderr
-                high = score.score + score.stderr
-                ends = {"score": score.score, "low": low, "high": high}
-                values.append({"task": f"{task} {metric}", **labels, **ends})
+            if score.score is None or score.stderr is None:
+                continue
+            ends = {"low": score.score - score.stderr, "high": score.score + score.stderr}
+            value = {"task": f"{task} {metric}", **labels, "score": score.score, **ends}
+            values.setdefault(Measure(score.metric, score.higher_is_better), []).append(value)
+    labels = [column.label for column in columns]
+    return [plot_measure(kind, own, labels, models) for kind, own in values.items()]
+
+
+def plot_measure(
+    kind: Measure, values: list[dict[str, Any]], labels: list[str], models: list[str]
+) -> Figure:
+    """Draw scores of one kind: a color per model, hollow for hf."""
     by_model = color_by("model", models)
     hollow = {"test": "datum.backend === 'hf'", "value": "var(--bg)"}
     tooltip = [nominal("task"), nominal("column")]
@@ -277,9 +305,9 @@ def plot_benchmarks(columns: list[EvalColumn], models: list[str]) -> Figure:
         tooltip.append(quantitative(field, format=".3f"))
     task = {**nominal("task"), "title": None, "sort": None}
     task["axis"] = {"labelLimit": 130}
-    labels = [column.label for column in columns]
     offset = {"field": "column", "sort": labels}
-    axis = {"title": "score", "scale": {"zero": False}}
+    title = kind.metric.replace("_", " ")
+    axis = {"title": title, "scale": {"zero": False}}
     bar = {"x": quantitative("low", **axis), "x2": {"field": "high"}}
     bar["color"] = by_model
     point = {"x": quantitative("score", **axis)}
@@ -295,6 +323,8 @@ def plot_benchmarks(columns: list[EvalColumn], models: list[str]) -> Figure:
     points = {"mark": dot, "encoding": point}
     spec["layer"] = [bars, points]
     caption = BENCHMARK_CAPTION
+    if kind.higher_is_better is not None:
+        caption = f"{title.capitalize()}: {DIRECTIONS[kind.higher_is_better]}. {caption}"
     if any(value["backend"] == "hf" for value in values):
         caption += " Hollow: hf."
     return Figure(spec, caption)
@@ -345,7 +375,14 @@ def make_bits_table(samples: Samples) -> Table | None:
     models = list(dict.fromkeys(models))
     rows = []
     for file, scores in samples.bits_per_byte.items():
-        rows.append([file, *(format_decimal(scores.get(name)) for name in models)])
+        reasons = samples.reasons.get(file, {})
+        cells = []
+        for name in models:
+            cell = Cell(format_decimal(scores.get(name)))
+            if name in scores and scores[name] is None:
+                cell = Cell("-", reasons.get(name, ""))
+            cells.append(cell)
+        rows.append([file, *cells])
     return Table(["bits per byte", *models], rows)
 
 

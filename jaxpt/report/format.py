@@ -19,7 +19,10 @@ def finite_or_none(value: Any) -> float | None:
     """Return the number; None if it is no number, infinite or missing."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return value if math.isfinite(value) else None
+    try:
+        return value if math.isfinite(value) else None
+    except OverflowError:  # an integer of JSON that no float can hold
+        return None
 
 
 def format_brief(value: Any) -> str:

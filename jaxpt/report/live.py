@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import http.server
 import logging
-import pathlib
 from collections.abc import Iterable
 
-from jaxpt import stage
+from jaxpt import io, stage
 from jaxpt.report import page, read
 from jaxpt.spec import UserError
 
@@ -26,9 +25,7 @@ setInterval(async () => {
 </script>"""
 
 
-def make_server(
-    directories: Iterable[str | pathlib.Path], port: int
-) -> http.server.ThreadingHTTPServer:
+def make_server(directories: Iterable[str | io.Path], port: int) -> http.server.ThreadingHTTPServer:
     """Return a server of the page on 127.0.0.1. The caller runs and closes it.
 
     Args:
@@ -90,25 +87,24 @@ def is_loopback(host: str) -> bool:
     return name.lower() in ("127.0.0.1", "localhost", "[::1]")
 
 
-def render_live_page(directories: list[str | pathlib.Path]) -> str:
+def render_live_page(directories: list[str | io.Path]) -> str:
     """Return the page with the script that follows the runs."""
     html = page.render_page(read.load_runs(directories))
     head, end, rest = html.rpartition("</body>")  # the plot library's code holds another
     return head + FOLLOW_SCRIPT + end + rest
 
 
-def hash_run_files(directories: Iterable[str | pathlib.Path]) -> str:
+def hash_run_files(directories: Iterable[str | io.Path]) -> str:
     """Return a stamp that changes when a file that the page is made from does."""
     stamps = []
     for directory in directories:
         for pattern in RUN_FILES:
-            for file in pathlib.Path(directory).glob(pattern):
-                stat = file.stat()
-                stamps.append([str(file), stat.st_mtime_ns, stat.st_size])
+            for file in io.find(io.path(directory), pattern):
+                stamps.append([str(file), io.version(file)])
     return stage.fingerprint(sorted(stamps))
 
 
-def serve_report(directories: Iterable[str | pathlib.Path], port: int) -> None:
+def serve_report(directories: Iterable[str | io.Path], port: int) -> None:
     """Serve the page until Ctrl-C."""
     with make_server(directories, port) as server:
         log.info(f"http://127.0.0.1:{server.server_port}/ (Ctrl-C to stop)")

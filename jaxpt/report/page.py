@@ -91,9 +91,7 @@ SECTIONS = (
 FORM_ERRORS = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError)
 
 
-def write_report(
-    directories: Iterable[str | pathlib.Path], output_path: str | pathlib.Path
-) -> list[RunData]:
+def write_report(directories: Iterable[str | io.Path], output_path: str | io.Path) -> list[RunData]:
     """Write the page of these run directories, shown in this order.
 
     Returns:
@@ -102,7 +100,7 @@ def write_report(
     Raises:
         UserError: a directory does not exist, or the page cannot be written.
     """
-    path = stage.local_path(output_path)
+    path = io.path(output_path)
     stage.check_output_path(path, "report.html")
     runs = load_runs(directories)
     io.write_text(path, render_page(runs))
@@ -132,7 +130,7 @@ def render_page(runs: list[RunData]) -> str:
         title=f"{', '.join(first)} and {last}" if first else last,
         made_on=f"jaxpt report, {now:%Y-%m-%d %H:%M} UTC",
         sections=shown,
-        stylesheet=(HERE / "page.css").read_text(),
+        stylesheet=io.read_text(HERE / "page.css"),
         scripts=list_scripts(has_plots),
     )
     # half of a surrogate pair cannot be encoded
@@ -179,7 +177,7 @@ def break_after(text: str, mark: str) -> Markup:
 
 def list_scripts(has_plots: bool) -> list[str]:
     """Return the page's script, after Vega, Vega-Lite and Vega-Embed if there are plots."""
-    page_script = (HERE / "page.js").read_text()
+    page_script = io.read_text(HERE / "page.js")
     if not has_plots:
         return [page_script]
     import vl_convert

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import pyarrow.parquet as pq
 
-from jaxpt import stage
+from jaxpt import io
 from jaxpt.lineage import STAGES, LineageNode, list_own_stages, read_lineage
 from jaxpt.model import transformer
 from jaxpt.report.format import clip_text, finite_or_none
@@ -64,7 +64,7 @@ class RunData:
     """
 
     name: str
-    directory: pathlib.Path
+    directory: io.Path
     manifest: StageSummary | None
     settings: dict[str, Any]  # "section.knob" -> value, from config.json
     sizes: Sizes | None
@@ -85,7 +85,7 @@ class RunData:
     warnings: list[str]
 
 
-def load_runs(directories: Iterable[str | pathlib.Path]) -> list[RunData]:
+def load_runs(directories: Iterable[str | io.Path]) -> list[RunData]:
     """Load runs in the order given. Runs of one name are named with the directory above."""
     distinct = dict.fromkeys(map(str, directories))
     runs = [load_run(directory) for directory in distinct]
@@ -96,10 +96,10 @@ def load_runs(directories: Iterable[str | pathlib.Path]) -> list[RunData]:
     return runs
 
 
-def load_run(directory: str | pathlib.Path) -> RunData:
+def load_run(directory: str | io.Path) -> RunData:
     """Load a run directory. Raise UserError if it does not exist."""
-    directory = stage.local_path(directory).resolve()
-    if not directory.is_dir():
+    directory = io.resolve(io.path(directory))
+    if io.size(directory) is not None or not io.exists(directory):
         raise UserError(
             f"--workdir {directory}: no such directory. "
             "Give the run directory that jaxpt train or jaxpt initialize wrote."
@@ -145,14 +145,14 @@ def load_run(directory: str | pathlib.Path) -> RunData:
     )
 
 
-def read_object(path: pathlib.Path, warnings: list[str]) -> dict[str, Any] | None:
+def read_object(path: io.Path, warnings: list[str]) -> dict[str, Any] | None:
     """Return the JSON object in a file; None if there is none, or it is unreadable."""
     try:
-        fields = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
+        fields = io.read_json(path)
+    except io.MissingFileError:
         return None
-    except (OSError, ValueError) as error:
-        warnings.append(f"{path}: cannot be read ({error}); left out.")
+    except io.FileError as error:
+        warnings.append(f"{error} Left out.")
         return None
     if not isinstance(fields, dict):
         warnings.append(f"{path}: expected a JSON object; left out.")
@@ -160,7 +160,7 @@ def read_object(path: pathlib.Path, warnings: list[str]) -> dict[str, Any] | Non
     return fields
 
 
-def read_view(view: type[V], path: pathlib.Path, warnings: list[str]) -> V | None:
+def read_view(view: type[V], path: io.Path, warnings: list[str]) -> V | None:
     """Return a file as a record; None if it is missing, or has another form."""
     fields = read_object(path, warnings)
     if fields is None:
@@ -172,7 +172,7 @@ def read_view(view: type[V], path: pathlib.Path, warnings: list[str]) -> V | Non
         return None
 
 
-def read_settings(path: pathlib.Path, warnings: list[str]) -> dict[str, Any]:
+def read_settings(path: io.Path, warnings: list[str]) -> dict[str, Any]:
     """Return config.json as "section.knob" -> value."""
     sections = read_object(path, warnings) or {}
     if not all(isinstance(section, dict) for section in sections.values()):
@@ -207,10 +207,10 @@ def parse_packed(manifest: StageSummary, warnings: list[str]) -> PackedCounts | 
         return None
 
 
-def read_evaluations(directory: pathlib.Path, warnings: list[str]) -> dict[str, Evaluation]:
+def read_evaluations(directory: io.Path, warnings: list[str]) -> dict[str, Evaluation]:
     """Return eval/*.json by file stem, without the files that jaxpt compare writes."""
     evaluations = {}
-    for file in sorted(directory.glob("*.json")):
+    for file in io.find(directory, "*.json"):
         if file.stem in COMPARISONS:
             continue
         evaluation = read_view(Evaluation, file, warnings)
@@ -219,10 +219,10 @@ def read_evaluations(directory: pathlib.Path, warnings: list[str]) -> dict[str, 
     return evaluations
 
 
-def read_exports(directory: pathlib.Path, warnings: list[str]) -> list[LineageNode]:
+def read_exports(directory: io.Path, warnings: list[str]) -> list[LineageNode]:
     """Return the Hugging Face directories inside a run as lineage nodes."""
     exports = []
-    for path in sorted(directory.glob("*/manifest.json")):
+    for path in io.find(directory, "*/manifest.json"):
         manifest = read_view(StageSummary, path, warnings)
         if manifest and manifest.stage == "export":
             exports.append(read_lineage(path.parent, warnings)[-1])
@@ -242,14 +242,12 @@ def read_funnels(nodes: list[LineageNode], warnings: list[str]) -> list[Funnel]:
     return funnels
 
 
-def read_dropped(
-    directory: pathlib.Path, warnings: list[str]
-) -> dict[str, tuple[DroppedDocument, ...]]:
+def read_dropped(directory: io.Path, warnings: list[str]) -> dict[str, tuple[DroppedDocument, ...]]:
     """Return rule -> samples of what it dropped, MAX_DROPPED per source."""
     dropped = {}
-    for file in sorted(directory.glob("*.parquet")):
+    for file in io.find(directory, "*.parquet"):
         try:
-            table = pq.read_table(file, columns=["id", "source", "text", "reason"])
+            table = pq.read_table(io.local_copy(file), columns=["id", "source", "text", "reason"])
             documents = [DroppedDocument.from_json(fields) for fields in table.to_pylist()]
         except (OSError, ValueError) as error:  # pyarrow raises both
             reason = str(error).splitlines()[0]
@@ -266,12 +264,13 @@ def read_dropped(
     return dropped
 
 
-def read_metrics(path: pathlib.Path, warnings: list[str]) -> Metrics:
+def read_metrics(path: io.Path, warnings: list[str]) -> Metrics:
     """Read metrics.jsonl. A step that was repeated after a crash counts as written last."""
-    text = ""
-    if path.is_file():
-        text = path.read_text(errors="replace")
-    lines = text.splitlines()
+    try:
+        data = io.read_bytes(path)
+    except io.MissingFileError:
+        data = b""
+    lines = data.splitlines()
     train: dict[int, TrainPoint] = {}
     heldout: dict[int, HeldoutPoint] = {}
     skipped: dict[int, SkippedPoint] = {}
@@ -291,7 +290,7 @@ def read_metrics(path: pathlib.Path, warnings: list[str]) -> Metrics:
             skipped[record.step] = record
         else:
             events.append(record)
-    if broken == [len(lines)] and not text.endswith("\n"):
+    if broken == [len(lines)] and not data.endswith(b"\n"):
         warnings.append(
             f"{path}: the last line is half-written, as by a running or killed run; left out."
         )
@@ -319,7 +318,7 @@ def sort_by_step(records: dict[int, T]) -> list[T]:
 
 
 def read_phases(
-    directory: pathlib.Path,
+    directory: io.Path,
     settings: dict[str, Any],
     packed: list[PackedCounts],
     warnings: list[str],
@@ -330,12 +329,13 @@ def read_phases(
     """
     path = directory / "phases.json"
     try:
-        if path.is_file():
-            phases = [Phase.from_json(fields) for fields in json.loads(path.read_text())]
+        has_phases = io.exists(path)
+        if has_phases:
+            phases = [Phase.from_json(fields) for fields in io.read_json(path)]
         else:
             configured = settings["mixture.phases"]
             phases = [Phase(int(step), shares) for step, shares in configured]
-        if not phases and not path.is_file():
+        if not phases and not has_phases:
             phases = count_sequences(packed)
         return [normalize_shares(phase) for phase in phases]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -365,22 +365,21 @@ def normalize_shares(phase: Phase) -> Phase:
     return Phase(phase.step, shares)
 
 
-def read_devices(path: pathlib.Path) -> Devices | None:
+def read_devices(path: io.Path) -> Devices | None:
     """Return the devices of the last start in starts.jsonl."""
     try:
-        lines = path.read_text().splitlines()
-        last_start = json.loads(lines[-1])
+        last_start = json.loads(io.read_lines(path)[-1])
         return Devices.from_json(last_start)
     except (OSError, ValueError, TypeError, IndexError, AttributeError):
         return None
 
 
-def get_n_params(path: pathlib.Path, manifest: StageSummary | None) -> int | None:
+def get_n_params(path: io.Path, manifest: StageSummary | None) -> int | None:
     """Return the number of parameters that the manifest counted, else that of spec.json."""
     if manifest and manifest.counts.get("n_params"):
         return manifest.counts["n_params"]
     try:
-        fields = json.loads(path.read_text())
+        fields = io.read_json(path)
         return transformer.count_params(ModelSpec.from_json(fields))
     except (OSError, TypeError, ValueError):  # missing, or of another version
         return None

@@ -356,9 +356,11 @@ class TaskScore(View):
     task: str
     metric: str
     filter: str  # lm-eval's filter of answers; "none": unfiltered
-    score: float
+    score: float | None  # None: there is no right number
     stderr: float | None = None  # None: not estimated
     n_items: int | None = None
+    higher_is_better: bool | None = None  # None: unknown
+    reason: str = ""  # why there is no number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -377,11 +379,16 @@ class Evaluation(View, lineage="evaluated"):
         """Build the view, also from lm-eval's own form."""
         if isinstance(fields, dict) and "scores" not in fields:
             scores = []
-            n_samples = fields.get("n-samples") or {}
             for task, metrics in expect_dict(fields.get("results"), "results").items():
-                scores += parse_scores(task, metrics, n_samples.get(task))
+                n_samples = get_object(fields, "n-samples", task).get("effective")
+                better = get_object(fields, "higher_is_better", task)
+                reasons = get_object(fields, "reasons", task)
+                scores += parse_scores(task, metrics, n_samples, better, reasons)
             fields = {**fields, "scores": [score.to_json() for score in scores]}
-        return super().from_json(fields, where)
+        found = super().from_json(fields, where)
+        if not found.scores:
+            raise UserError('results: no score "METRIC,FILTER" of any task in it')
+        return found
 
 
 def expect_dict(value: Any, where: str) -> dict[str, Any]:
@@ -391,18 +398,45 @@ def expect_dict(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
-def parse_scores(task: str, metrics: Any, n_items: Any = None) -> list[TaskScore]:
-    """Return the scores that lm-eval reports as "metric,filter" and "metric_stderr,filter"."""
-    if isinstance(n_items, dict):
-        n_items = n_items.get("effective")
+def get_object(fields: dict[str, Any], key: str, task: str) -> dict[str, Any]:
+    """Return fields[key][task], {} if there is none. Raise UserError if it is no object."""
+    by_task = expect_dict(fields.get(key) or {}, key)
+    return expect_dict(by_task.get(task) or {}, f"{key}.{task}")
+
+
+def parse_scores(
+    task: str,
+    metrics: Any,
+    n_items: Any = None,
+    higher_is_better: dict[str, Any] = {},
+    reasons: dict[str, Any] = {},
+) -> list[TaskScore]:
+    """Return the scores that lm-eval reports as "metric,filter" and "metric_stderr,filter".
+
+    Args:
+        task: the task.
+        metrics: of the task.
+        n_items: that were scored.
+        higher_is_better: by metric.
+        reasons: why a score is null, by "metric,filter".
+    """
     scores = []
     metrics = expect_dict(metrics, task)
     for name, value in metrics.items():
         metric, _, rule = name.partition(",")
-        if not rule or metric.endswith("_stderr") or finite_or_none(value) is None:
+        if not rule or metric.endswith("_stderr") or isinstance(value, str):
             continue
-        error = finite_or_none(metrics.get(f"{metric}_stderr,{rule}"))
-        scores.append(TaskScore(task, metric, rule, value, error, n_items))
+        score = TaskScore(
+            task=task,
+            metric=metric,
+            filter=rule,
+            score=finite_or_none(value),
+            stderr=finite_or_none(metrics.get(f"{metric}_stderr,{rule}")),
+            n_items=n_items,
+            higher_is_better=higher_is_better.get(metric),
+            reason=reasons.get(name, ""),
+        )
+        scores.append(score)
     return scores
 
 
@@ -431,6 +465,8 @@ class Samples(View):
     prompts: tuple[Prompt, ...]
     settings: dict[str, Any] | None = None
     bits_per_byte: dict[str, dict[str, float | None]] | None = None  # file -> model -> score
+    # file -> model -> why it has no score
+    reasons: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

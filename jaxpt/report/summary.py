@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxpt import config, stage
+from jaxpt import config, io, stage
 from jaxpt.lineage import STAGES, LineageNode
 from jaxpt.report import read
 from jaxpt.report.figures import Cell, Table, series_color
@@ -137,7 +136,7 @@ def format_loss_change(run: RunData) -> str:
     return format_change(read.first_value(train, "loss"), read.last_value(train, "loss"))
 
 
-def format_summary_table(runs: list[RunData], page_path: pathlib.Path) -> str:
+def format_summary_table(runs: list[RunData], page_path: io.Path) -> str:
     """Return the summary as text of at most 80 columns that ends in the page's path."""
     parts = []
     for start in range(0, len(runs), MAX_RUNS_PER_TABLE):
@@ -149,7 +148,7 @@ def format_summary_table(runs: list[RunData], page_path: pathlib.Path) -> str:
         heads, *lines = format_table(rows, gap=" ", min_width=MIN_COLUMN).splitlines()
         rule = "\u2500" * len(heads)
         parts.append("\n".join([heads, rule, *lines, ""]))
-    megabytes = page_path.stat().st_size / 1e6
+    megabytes = (io.size(page_path) or 0) / 1e6
     parts.append(f"{page_path}  ({megabytes:.2f} MB, opens in any browser)")
     return "\n".join(parts)
 
@@ -161,7 +160,8 @@ def get_bits_per_byte(run: RunData) -> dict[str, float]:
     evaluations.sort(key=lambda result: result.backend != "jax")
     for result in evaluations:
         for score in result.scores:
-            if score.task.startswith("bits_per_byte/") and score.metric == "bits_per_byte":
+            is_of_text = score.task.startswith("bits_per_byte/")
+            if is_of_text and score.metric == "bits_per_byte" and score.score is not None:
                 found.setdefault(score.task.removeprefix("bits_per_byte/"), score.score)
     return found
 
