@@ -129,7 +129,7 @@ def child(name: str):
     seconds, cpu_seconds = time.monotonic() - start, time.process_time() - start_cpu
     memory, text = compiled.memory_analysis(), compiled.as_text()
     if directory := os.environ.get("DUMP"):  # for a look at the program
-        pathlib.Path(directory, name.replace(" ", "_") + ".txt").write_text(text)
+        pathlib.Path(directory, name.replace(" ", "_") + ".txt").write_text(text, encoding="utf-8")
     peak = memory.peak_memory_in_bytes
     if target.chip.platform != "tpu":
         peak = (

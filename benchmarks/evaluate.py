@@ -132,7 +132,7 @@ def run_evaluation(
         check=True,
         capture_output=True,
     )
-    return json.loads(to.read_text())
+    return json.loads(to.read_text(encoding="utf-8"))
 
 
 def run_child(*arguments) -> dict:

@@ -345,10 +345,10 @@ def pieces(pattern: str, out: pathlib.Path) -> pathlib.Path:
     books leave none to hold out.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "pieces.jsonl", "w") as file:
+    with open(out / "pieces.jsonl", "w", encoding="utf-8") as file:
         for book in sorted(glob.glob(pattern)):
             piece: list[str] = []
-            for paragraph in pathlib.Path(book).read_text().split("\n\n"):
+            for paragraph in pathlib.Path(book).read_text(encoding="utf-8").split("\n\n"):
                 piece.append(paragraph)
                 if sum(map(len, piece)) > 4000:
                     file.write(json.dumps({"text": "\n\n".join(piece)}) + "\n")

@@ -111,7 +111,12 @@ if __name__ == "__main__":
         case [way, source, out]:
             times = WAYS[way](pathlib.Path(source), pathlib.Path(out))
             peak = (
-                int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+                int(
+                    pathlib.Path("/proc/self/status")
+                    .read_text(encoding="utf-8")
+                    .split("VmHWM:")[1]
+                    .split()[0]
+                )
                 * 1024
             )
             print("MEASURED", *times, peak)

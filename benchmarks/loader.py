@@ -92,7 +92,7 @@ def make_packed_sets(home: pathlib.Path, seq_len: int, gigabytes: float) -> None
 
 def read_memory(kind: str) -> int:
     """Return bytes of this process: VmRSS now, VmHWM at most so far."""
-    lines = open("/proc/self/status")
+    lines = open("/proc/self/status", encoding="utf-8")
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
 
 

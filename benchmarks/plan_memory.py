@@ -101,7 +101,7 @@ def child(name: str):
     )
     there = sum(leaf.nbytes for leaf in jax.tree.leaves((now, batch)))
     before = resident("VmRSS")
-    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     for _ in range(3):
         now, found = run(now, batch)
         jax.block_until_ready(found)
@@ -114,9 +114,10 @@ def child(name: str):
 def resident(mark: str) -> int:
     """Return bytes of this process as the kernel counts them."""
     return 1024 * int(
-        re.search(rf"{mark}:\s+(\d+) kB", pathlib.Path(f"/proc/{os.getpid()}/status").read_text())[
-            1
-        ]
+        re.search(
+            rf"{mark}:\s+(\d+) kB",
+            pathlib.Path(f"/proc/{os.getpid()}/status").read_text(encoding="utf-8"),
+        )[1]
     )
 
 

@@ -69,7 +69,7 @@ def make(texts: pathlib.Path, mb: float, to: pathlib.Path) -> None:
     to.mkdir(parents=True)
     for k in range(FILES):
         written = 0
-        with open(to / f"{k}.jsonl", "w") as out:
+        with open(to / f"{k}.jsonl", "w", encoding="utf-8") as out:
             for n in itertools.count():
                 draw, expected = rng.random(), rng.lognormal(np.log(2000), 1)
                 if draw < 0.16 and kept:
@@ -152,7 +152,7 @@ def pss(pid: int) -> int:
             int(
                 re.search(
                     r"^Pss: +(\d+)",
-                    pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text(),
+                    pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8"),
                     re.MULTILINE,
                 ).group(1)
             )

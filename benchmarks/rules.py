@@ -167,7 +167,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.as_peer:
         file, words = arguments.as_peer
-        print("\n" + json.dumps(theirs(json.loads(pathlib.Path(file).read_text()), words)))
+        print(
+            "\n"
+            + json.dumps(theirs(json.loads(pathlib.Path(file).read_text(encoding="utf-8")), words))
+        )
         return
     texts = make(arguments.texts)
     for words, n in (("same", len(texts)), ("own", arguments.n)):

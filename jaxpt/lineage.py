@@ -84,7 +84,7 @@ def format_lineage(directory: str | io.Path, verify: bool = False) -> str:
             visit(parent, depth + 1)
 
     visit(list(nodes)[-1], 0)
-    return "\n".join(lines)
+    return "\n".join(map(io.printable, lines))
 
 
 def format_lineage_table(nodes: list[LineageNode]) -> list[str]:

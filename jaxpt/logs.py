@@ -9,6 +9,8 @@ import logging
 import pathlib
 import sys
 
+from jaxpt.text import printable
+
 PACKAGE = "jaxpt"
 FORMAT = "%(asctime)s %(levelname).1s %(message)s"
 TIME = "%H:%M:%S"
@@ -23,6 +25,14 @@ class TerminalHandler(logging.Handler):
 
         tqdm.write(self.format(record), file=sys.stderr)
         sys.stderr.flush()
+
+
+class PrintableFormatter(logging.Formatter):
+    """Formats a record without the control characters of data."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record's lines."""
+        return printable(super().format(record), keep="\n")
 
 
 def set_up_logging() -> None:
@@ -52,12 +62,12 @@ def set_rank(rank: int, n_processes: int, directory: pathlib.Path) -> None:
         add_handler(TerminalHandler(), with_rank)
     path = directory / "logs" / f"rank-{rank}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
-    to_file = logging.FileHandler(path)
+    to_file = logging.FileHandler(path, encoding="utf-8")
     to_file.setLevel(logging.WARNING)
     add_handler(to_file, with_rank)
 
 
 def add_handler(handler: logging.Handler, layout: str) -> None:
     """Attach a handler to the package's logger."""
-    handler.setFormatter(logging.Formatter(layout, TIME))
+    handler.setFormatter(PrintableFormatter(layout, TIME))
     logging.getLogger(PACKAGE).addHandler(handler)

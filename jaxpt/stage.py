@@ -25,10 +25,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from io import TextIOWrapper
 from typing import Any, TypeVar
 
 from jaxpt import io, logs
 from jaxpt.spec import Manifest, ModelSpec, Record, UserError
+from jaxpt.text import printable
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -423,7 +425,8 @@ def run_git(*arguments: str) -> str:
     package = pathlib.Path(__file__).resolve().parent
     command = ["git", "-C", str(package), *arguments]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        done = subprocess.run(command, capture_output=True, check=True)
+        return done.stdout.decode("utf-8", "replace")
     except (OSError, subprocess.CalledProcessError):
         return ""
 
@@ -479,10 +482,13 @@ class LineWriter:
 def entry_point(main: Callable[[], None]) -> None:
     """Run a command's main. A UserError becomes one sentence on stderr and exit status 1."""
     logs.set_up_logging()
+    if isinstance(sys.stdout, TextIOWrapper):  # what the terminal's encoding lacks is escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        message = printable(error, keep="\n")
+        sys.exit(f"error: {message}")
     except BrokenPipeError:  # whoever read our output (head, less) has gone
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""Lay text out for a terminal: tables and notes."""
+"""Lay text out for a terminal: without control characters, in tables and notes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,23 @@ from collections.abc import Iterable, Sequence
 MAX_COLUMNS = 80
 
 
+def printable(text: object, keep: str = "") -> str:
+    """Return a text with control characters and broken characters as escapes.
+
+    A name or a text of data could otherwise clear a terminal, or not be printable at all.
+
+    Args:
+        text: or what becomes one.
+        keep: characters that stay, such as line ends.
+    """
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() or char in keep else ascii(char)[1:-1] for char in text
+    )
+
+
 def format_table(
     rows: Sequence[Sequence[str]],
     align: str = "<>",
@@ -17,7 +34,7 @@ def format_table(
     indent: str = "",
     min_width: int = 0,
 ) -> str:
-    """Return rows of cells as lines with aligned columns.
+    """Return rows of cells as lines with aligned columns, control characters as escapes.
 
     Args:
         rows: the heads among them, all of one length.
@@ -26,6 +43,7 @@ def format_table(
         indent: before each line.
         min_width: of a column, in terminal columns.
     """
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = []
     for column in zip(*rows, strict=True):
         widths.append(max(min_width, *map(display_width, column)))

@@ -34,7 +34,7 @@ def find_docstring_lines(text: str) -> set[int]:
 
 def count_file(path: pathlib.Path) -> tuple[int, int, int]:
     """Return the numbers of tokens, code lines and statements (else: and decorators count)."""
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     skipped = find_docstring_lines(text)
     n_tokens, n_statements, lines = 0, 0, set()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):

@@ -85,6 +85,12 @@ def write_runs(root):
                             "acc_stderr,none": 0.035,
                         },
                     },
+                    "higher_is_better": {
+                        "bits_per_byte/prose": {"bits_per_byte": False},
+                        "bits_per_byte/code": {"bits_per_byte": False},
+                        "truthfulqa_mc2": {"acc": True},
+                        "winogrande": {"acc": True},
+                    },
                     "contamination": {
                         "ngram": 13,
                         "corpora": {str(base / "corpus"): 41_285},

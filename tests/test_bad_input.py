@@ -111,7 +111,7 @@ def write(path, content):
 
 
 def edit(path, **changes):
-    write(path, json.dumps(json.loads(pathlib.Path(path).read_text()) | changes))
+    write(path, json.dumps(json.loads(pathlib.Path(path).read_text(encoding="utf-8")) | changes))
 
 
 def cut(path):

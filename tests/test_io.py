@@ -98,7 +98,7 @@ def test_a_name_is_a_disks_or_a_buckets_and_nothing_between(tmp_path, monkeypatc
     with pytest.raises(TypeError):  # no library takes it for a local name
         pathlib.Path(run)
     with pytest.raises(TypeError):
-        open(run, "w")
+        open(run, "w", encoding="utf-8")
     assert os.listdir(tmp_path) == []
 
 

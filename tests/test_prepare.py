@@ -286,7 +286,10 @@ def test_languages_of_many_texts_are_those_that_fasttext_says_of_each(documents)
 
 def test_presets_prose_and_code_keep_their_own_kind_and_drop_the_rest(tmp_path):
     prose = [" ".join(f"{line} {i}" for line in ENGLISH) for i in range(3)]
-    code = [pathlib.Path(module.__file__).read_text() for module in (dataclasses, gzip, json)]
+    code = [
+        pathlib.Path(module.__file__).read_text(encoding="utf-8")
+        for module in (dataclasses, gzip, json)
+    ]
     numbers = "\n".join(f"{i}, {i * i}, {i**3}" for i in range(200))
     ruled = "\n".join("+----------+----------+\n| apples   | pears    |" for _ in range(20))
     chorus = "\n".join(ENGLISH[:2] * 5)

@@ -16,7 +16,7 @@ from conftest import ROOT
 from made_runs import HOSTILE, SPEC, Page, growth, write_json, write_manifest, write_runs
 
 from jaxpt import io, stage
-from jaxpt.report import figures, live, summary, training
+from jaxpt.report import evaluation, figures, live, summary, training
 from jaxpt.report.page import SECTIONS, render_page, write_report
 from jaxpt.report.read import MAX_DROPPED, MAX_EXCERPT, load_run, load_runs
 from jaxpt.report.records import Phase, RunEvent
@@ -722,6 +722,88 @@ def test_the_difference_between_jax_and_hf_is_stated(runs, tmp_path):
     assert "They differ by 3e-02 at most." in Page(tmp_path / "page.html").text
 
 
+def write_results(path, results, **more):
+    write_json(path, {"results": results, "model": "other", "backend": "jax", **more})
+
+
+def test_each_kind_of_measure_has_its_axis_and_direction(tmp_path):
+    results = {
+        "lambada": {
+            "acc,none": 0.31,
+            "acc_stderr,none": 0.02,
+            "perplexity,none": 48.0,
+            "perplexity_stderr,none": 3.0,
+        },
+        "winogrande": {"acc,none": 0.52, "acc_stderr,none": 0.03},
+    }
+    better = {"lambada": {"acc": True, "perplexity": False}, "winogrande": {"acc": True}}
+    write_results(tmp_path / "run/eval/all.json", results, higher_is_better=better)
+    shown = evaluation.make_evaluation([load_run(tmp_path / "run")])
+    assert "Higher is better: acc. Lower is better: perplexity." in shown.table.caption
+    drawn = {}
+    for figure in shown.benchmarks:
+        values = figure.spec["data"]["values"]
+        title = figure.spec["layer"][1]["encoding"]["x"]["title"]
+        drawn[title] = [value["score"] for value in values], figure.caption.split(". ")[0]
+    assert drawn == {
+        "acc": ([0.31, 0.52], "Acc: higher is better"),
+        "perplexity": ([48.0], "Perplexity: lower is better"),
+    }
+
+
+def test_a_score_that_is_no_number_shows_why(tmp_path):
+    write_results(
+        tmp_path / "run/eval/all.json",
+        {"prose": {"bits_per_byte,none": None}, "code": {"bits_per_byte,none": 1.5}},
+        reasons={"prose": {"bits_per_byte,none": "the text is lost"}},
+        contamination={
+            "unknown": [],
+            "tasks": {
+                "prose": {
+                    "items": 7,
+                    "overlapping": 2,
+                    "short": 0,
+                    "examples": [],
+                    "without": {"bits_per_byte,none": None},
+                },
+                "code": {"items": 5, "overlapping": 1, "short": 0, "examples": [], "without": {}},
+            },
+        },
+    )
+    samples = {
+        "prompts": [],
+        "bits_per_byte": {"sea.txt": {"base": None, "child": 1.25}},
+        "reasons": {"sea.txt": {"base": "its characters are lost"}},
+    }
+    write_json(tmp_path / "run/eval/samples.json", samples)
+    runs = write_report([tmp_path / "run"], tmp_path / "page.html")
+    assert not runs[0].warnings
+    page = Page(tmp_path / "page.html")
+    assert ["prose bits per byte", "- the text is lost"] in page.rows
+    assert ["sea.txt", "- its characters are lost", "1.250"] in page.rows
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"results": {"hellaswag": {"acc": 0.3, "acc_norm": 0.4}}},  # of another version
+        {"results": {"hellaswag": 0.3}},
+        {"results": {"hellaswag": {"acc,none": 0.3}}, "n-samples": [3]},
+        {"results": {"hellaswag": {"acc,none": 0.3}}, "higher_is_better": {"hellaswag": [1]}},
+        {"results": {"hellaswag": {"acc,none": 10**400}}, "n-samples": {"hellaswag": 3}},
+        {"results": {"hellaswag": {"acc,none": [0.3]}}, "reasons": 3},
+        {"rows": []},
+    ],
+)
+def test_a_results_file_of_another_form_is_named_and_costs_its_own_row(runs, tmp_path, content):
+    base, _ = runs
+    whole = evaluation.make_evaluation([load_run(base)])
+    write_json(base / "eval/foreign.json", content)
+    run = load_run(base)
+    assert [warning for warning in run.warnings if "foreign.json" in warning]
+    assert evaluation.make_evaluation([run]) == whole
+
+
 def test_a_served_page_follows_its_run(runs, capfd):
     base, _ = runs
     with live.make_server([base], 0) as running:
@@ -739,7 +821,7 @@ def test_a_served_page_follows_its_run(runs, capfd):
             load_runs([base])
         ) and page.endswith(live.FOLLOW_SCRIPT + "</body></html>\n")
         assert read("stamp") == before
-        with open(base / "metrics.jsonl", "a") as file:
+        with open(base / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": 10_001, "loss": 1.0625}) + "\n")
         assert read("stamp") != before and "1.062" in read("")
         with pytest.raises(urllib.error.HTTPError, match="404"):

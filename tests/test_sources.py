@@ -7,10 +7,15 @@ import gzip
 import json
 import logging
 import random
+import subprocess
+import sys
+import zlib
 
+import brotli
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import ROOT
 
 from jaxpt.config import PrepareConfig
 from jaxpt.data import prepare, sources
@@ -217,6 +222,74 @@ def test_real_crawls_are_read(data_dir):
 
 def lines(*texts: str) -> bytes:
     return b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
+
+
+READ_A_BOMB = """
+import resource, sys
+from jaxpt.data import sources
+skipped = []
+source = sources.parse_source(sys.argv[1])
+n = sum(1 for _ in source.iterate_documents(lambda *why: skipped.append(why), "skip"))
+print(n, len(skipped), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def read_in_a_process(source: str) -> tuple[int, int, int]:
+    """Documents, skipped records, and the most MB that the process held."""
+    command = [sys.executable, "-c", READ_A_BOMB, source]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return tuple(map(int, done.stdout.split()))
+
+
+def test_a_record_that_unpacks_to_gigabytes_is_skipped_at_little_memory(tmp_path):
+    story = page(STORY["en"]).encode()
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    body = b"".join(packer.compress(bytes(2**20)) for _ in range(1500)) + packer.flush()
+    for i, header in enumerate(("Content-Encoding: gzip", "Transfer-Encoding: gzip")):
+        file = tmp_path / f"{i}.warc"
+        bomb = record(http(body, more=f"{header}\r\n"), 1)
+        file.write_bytes(bomb + record(http(story), 2))
+        *found, megabytes = read_in_a_process(f"warc:{file}")
+        assert found == [1, 1] and megabytes < 700
+        with pytest.raises(UserError, match="one document of more than 32 MB"):
+            list(sources.parse_source(f"warc:{file}").iterate_documents())
+
+
+@pytest.mark.parametrize(
+    ("encoding", "packed"),
+    [
+        ("gzip", gzip.compress),
+        ("deflate", zlib.compress),
+        ("br", brotli.compress),
+        ("zstd", lambda data: pa.compress(data, codec="zstd", asbytes=True)),
+        ("br, gzip", lambda data: gzip.compress(brotli.compress(data))),
+        ("gzip\r\nTransfer-Encoding: chunked", lambda data: chunk(gzip.compress(data))),
+    ],
+)
+def test_a_page_is_read_in_every_encoding_of_the_web(tmp_path, encoding, packed):
+    story = page(STORY["en"]).encode()
+    (tmp_path / "plain.warc").write_bytes(record(http(story), 1))
+    more = f"Content-Encoding: {encoding}\r\n"
+    (tmp_path / "packed.warc").write_bytes(record(http(packed(story), more=more), 1))
+    [plain], *_ = read(f"warc:{tmp_path}/plain.warc")
+    [unpacked], *_ = read(f"warc:{tmp_path}/packed.warc")
+    assert plain.text == unpacked.text != ""
+
+
+def chunk(data: bytes) -> bytes:
+    parts = [data[i : i + 101] for i in range(0, len(data), 101)]
+    return b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
+
+
+def test_rows_that_repeat_a_long_text_are_unpacked_a_few_at_a_time(tmp_path):
+    long = "x" * 2**24
+    table = pa.table({"text": pa.array([long] * 130 + ["y" * (2**25 + 1), "last"])})
+    file = tmp_path / "rows.parquet"
+    options = {"compression": "zstd", "dictionary_pagesize_limit": 2**27}
+    pq.write_table(table, file, row_group_size=131, **options)
+    assert file.stat().st_size < 200_000
+    n, n_skipped, megabytes = read_in_a_process(f"parquet:{file}#text")
+    assert (n, n_skipped) == (131, 1) and megabytes < 1000
 
 
 LONG = [f"A line that says {i} and then {i * i}, so that it packs badly." for i in range(3000)]

@@ -7,6 +7,7 @@ jaxpt checkpoint diff runs/base/checkpoints/300 runs/again/checkpoints/300
 import argparse
 import sys
 
+from jaxpt import io
 from jaxpt.cli import options
 
 
@@ -29,9 +30,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.action == "inspect":
         for line in checkpoint.describe_checkpoint(arguments.directory):
-            print(line)
+            print(io.printable(line))
     else:
         differences = checkpoint.diff_checkpoints(*arguments.directories)
         for line in differences or ["equal: every array, bit by bit"]:
-            print(line)
+            print(io.printable(line))
         sys.exit(1 if differences else 0)

@@ -13,7 +13,6 @@ documents are sorted by what they add to the step's loss.
 
 import argparse
 
-from jaxpt import io
 from jaxpt.cli import options
 from jaxpt.text import format_table
 
@@ -44,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
         text = " ".join(encoder.decode(document.tokens[:40].tolist()).split())[:80]
         where = f"{document.source}/{document.sequence}"
         size = f"{len(document.tokens)} tokens"
-        return [str(document.slot), where, size, *map(io.printable, (document.document, text))]
+        return [str(document.slot), where, size, document.document, text]
 
     if not arguments.losses:
         traced = loader.trace_step(run_dir, arguments.step, encoder.fingerprint)

@@ -326,7 +326,9 @@ def read_text_file(file: io.Path) -> str:
     try:
         text = io.read_text(file)
     except UserError as error:
-        raise UserError(f"--ppl: {error} Expected a text file in UTF-8.") from None
+        raise UserError(
+            f"--ppl {file}: cannot be read ({error}) Expected a text file in UTF-8."
+        ) from None
     if not text:
         raise UserError(f"--ppl {file}: is empty, so there is nothing to score.")
     return text
@@ -345,8 +347,8 @@ def read_prompts(file: io.Path) -> list[str]:
             prompts = io.read_text(file).splitlines()
     except UserError as error:
         raise UserError(
-            f"--prompts: {error} Expected a text file with a prompt per line, or a JSON list of "
-            "strings."
+            f"--prompts {file}: cannot be read ({error}) Expected a text file with a prompt per "
+            "line, or a JSON list of strings."
         ) from None
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
         raise UserError(f"--prompts {file}: expected a list of strings, got other JSON.")
@@ -609,9 +611,5 @@ def wrap_text(text: str, width: int) -> list[str]:
 
 
 def escape_controls(text: str) -> str:
-    """Return the text without control characters, so that escape sequences have no effect."""
-    chars = []
-    for char in text.expandtabs(4):
-        is_harmless = char.isprintable() or char == "\n"
-        chars.append(char if is_harmless else "\N{REPLACEMENT CHARACTER}")
-    return "".join(chars)
+    """Return a text without control characters but line ends, so that none has an effect."""
+    return io.printable(text.expandtabs(4), keep="\n")

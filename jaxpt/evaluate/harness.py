@@ -119,7 +119,7 @@ def evaluate_model(
     request = stage.fingerprint([model_print, tasks, backend, limit, max_length, read, local_print])
     earlier = stage.read_cached_result(to, request)
     if earlier:
-        print(format_results(earlier))
+        print(io.printable(format_results(earlier), keep="\n"))
         log.info(f"evaluate: {to} holds this already, nothing to do")
         return earlier
     mesh = make_mesh(config.MeshConfig())
@@ -184,7 +184,7 @@ def evaluate_model(
     results["seconds"] = seconds
     explain_missing(results, samples)
     results = drop_nonfinite(stage.to_jsonable(results))
-    print(format_results(results))
+    print(io.printable(format_results(results), keep="\n"))
     if to and kept:
         io.write_json(to, results)
         for name in io.list_names(kept.parent):

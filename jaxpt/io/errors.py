@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 
 from jaxpt.spec import UserError
+from jaxpt.text import printable
 
 AGAIN = "Run the same command again; what was finished before is whole."
 ADVICE = {
@@ -48,14 +49,6 @@ class FileError(UserError):
 
 class MissingFileError(FileError):
     """A file is not there."""
-
-
-def printable(text: object) -> str:
-    """Return a name with control characters and broken characters as escapes.
-
-    A name from data could otherwise clear a terminal, or not be printable at all.
-    """
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))
 
 
 @contextlib.contextmanager

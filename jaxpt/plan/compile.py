@@ -79,13 +79,15 @@ def analyze_step(spec: ModelSpec, settings: Config, target: Target) -> StepAnaly
         # -P: the working directory may hold another jaxpt
         command = [sys.executable, "-P", "-m", __name__, str(request_path), str(response_path)]
         environment = os.environ | COMPILER_ENV | {"PYTHONPATH": make_python_path()}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, encoding="utf-8", errors="replace"
+        )
         if not response_path.exists():
             raise RuntimeError(
                 f"plan: the process for {target.name} ended with status {done.returncode}.\n"
                 f"{done.stderr[-5000:]}"
             )
-        response = AnalysisResponse.from_json(json.loads(response_path.read_text()))
+        response = AnalysisResponse.from_json(json.loads(response_path.read_text(encoding="utf-8")))
     if response.analysis is None:
         raise UserError(f"--on {target.name}: {response.user_error}")
     return response.analysis
@@ -115,13 +117,13 @@ def find_missing_package(target: Target) -> str | None:
 
 def main(request_path: str, response_path: str) -> None:
     """Answer one request."""
-    text = pathlib.Path(request_path).read_text()
+    text = pathlib.Path(request_path).read_text(encoding="utf-8")
     request = AnalysisRequest.from_json(json.loads(text))
     try:
         response = AnalysisResponse(analysis=analyze_step_in_process(request))
     except UserError as error:
         response = AnalysisResponse(user_error=str(error))
-    pathlib.Path(response_path).write_text(json.dumps(response.to_json()))
+    pathlib.Path(response_path).write_text(json.dumps(response.to_json()), encoding="utf-8")
 
 
 def analyze_step_in_process(request: AnalysisRequest) -> StepAnalysis:

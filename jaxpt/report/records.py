@@ -424,7 +424,8 @@ def parse_scores(
     metrics = expect_dict(metrics, task)
     for name, value in metrics.items():
         metric, _, rule = name.partition(",")
-        if not rule or metric.endswith("_stderr") or isinstance(value, str):
+        is_score = value is None or isinstance(value, (int, float))
+        if not rule or metric.endswith("_stderr") or not is_score:
             continue
         score = TaskScore(
             task=task,

@@ -442,7 +442,7 @@ def choose_test_tokens(spec: ModelSpec, heldout: HeldoutData | None) -> np.ndarr
 def measure_free_memory() -> int:
     """Return the bytes of host memory that a process can still take; all of it if unknown."""
     try:
-        for line in pathlib.Path("/proc/meminfo").read_text().splitlines():
+        for line in pathlib.Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("MemAvailable"):
                 return int(line.split()[1]) * 1024
     except OSError:

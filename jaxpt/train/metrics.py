@@ -92,7 +92,7 @@ class MetricsLogger:
             return
         lines = [json.dumps(record.to_json()) + "\n" for record in earlier]
         io.write_text(self.path, "".join(lines))
-        self.file = open(self.path, "a", buffering=1)
+        self.file = open(self.path, "a", encoding="utf-8", buffering=1)
         purge_step = resumed_at + 1 if resumed_at else None
         self.tensorboard = import_summary_writer()(
             str(run_dir / "tensorboard"), purge_step=purge_step
@@ -279,7 +279,7 @@ def read_metrics(path: pathlib.Path) -> list[MetricRecord]:
     if not path.exists():
         return []
     records = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             fields = json.loads(line)
         except json.JSONDecodeError:

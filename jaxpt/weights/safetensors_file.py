@@ -205,7 +205,7 @@ def chunk_rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
 def read_hf_json(path: pathlib.Path) -> dict[str, Any]:
     """Return the JSON object in a file. Raise UserError if it holds none."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}). Download it again.") from None
     if not isinstance(found, dict):
@@ -218,7 +218,7 @@ def read_hf_json(path: pathlib.Path) -> dict[str, Any]:
 def write_hf_json(path: pathlib.Path, value: dict[str, Any]) -> None:
     """Write JSON as transformers does."""
     text = json.dumps(value, indent=2)
-    path.write_text(text + "\n")
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def dtype_of_name(name: str) -> np.dtype:

