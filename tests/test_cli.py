@@ -175,3 +175,47 @@ def complete(tmp_path):
 )
 def test_bash_completes_commands_flags_knobs_and_values(complete, line, offers):
     assert complete(line) == offers
+
+
+@pytest.mark.parametrize("module", ["jaxpt", "jaxpt.cli.main"])
+def test_the_package_runs_as_a_module(module):
+    done = subprocess.run(
+        [sys.executable, "-m", module, "pak"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "did you mean jaxpt pack?" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "train_tokenizer" in done.stdout
+
+
+CLEAR = "\x1b[2J\x07"
+PRINT_DATA = f"""
+import logging
+from jaxpt import stage, text
+from jaxpt.spec import UserError
+def main():
+    print(text.format_table([["id", {CLEAR!r}], ["a\\rb", "2"]]))
+    logging.getLogger("jaxpt").warning("key " + {CLEAR!r} + "\\nnext line")
+    raise UserError("name " + {CLEAR!r} + "\\nnext line")
+stage.entry_point(main)
+"""
+
+
+def test_control_characters_of_data_never_reach_a_terminal():
+    done = subprocess.run([sys.executable, "-c", PRINT_DATA], cwd=ROOT, capture_output=True)
+    shown = (done.stdout + done.stderr).decode()
+    assert all(char.isprintable() or char == "\n" for char in shown)
+    assert shown.count(r"\x1b[2J\x07") == 3 and r"a\rb" in shown and shown.count("\nnext line") == 2
+
+
+def test_a_mistyped_address_is_a_sentence_and_no_folder(tmp_path):
+    for given, hint in (("gs:/b/run", "two slashes"), ("gcs://b/run", "Write gs://b/run")):
+        command = [sys.executable, "-m", "jaxpt", "prepare", "--workdir", given]
+        command += ["--config", str(ROOT / "configs/quickstart.py")]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode and hint in done.stderr and "Traceback" not in done.stderr
+    assert not os.listdir(tmp_path)
