@@ -6,7 +6,7 @@ import logging
 import pathlib
 from typing import Any
 
-from jaxpt import config, initialize, lineage, sharding, stage
+from jaxpt import config, initialize, io, lineage, sharding, stage
 from jaxpt.data import tokenizer
 from jaxpt.growth.growth import format_layer_map
 from jaxpt.model import transformer
@@ -105,8 +105,8 @@ def write_model_card(source: pathlib.Path, model: LoadedModel) -> str:
         lines.append(f"base_model: {base}")
     lines += ["---", "", f"# {title}", ""]
     lines += [f"{initialize.describe_model(model.spec)}. Made with jaxpt.", ""]
-    if (run / "growth.json").is_file():
-        grown = safetensors_file.read_hf_json(run / "growth.json")
+    if io.exists(run / "growth.json"):
+        grown = io.read_json(run / "growth.json")
         parent = hub.recorded_hub_name(grown["parent"]) or grown["parent"]
         operators = ", ".join(grown["operators"])
         layers = format_layer_map(grown["layer_map"])

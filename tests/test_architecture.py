@@ -13,8 +13,8 @@ from conftest import ROOT
 from jaxpt import config
 
 LAYERS = [
-    ("spec", "logs", "text"),
-    ("io",),
+    ("spec", "text"),
+    ("logs", "io"),
     ("stage",),
     ("config", "cluster", "launch"),
     ("sharding",),
@@ -30,6 +30,7 @@ LAYERS = [
     ("plan",),
     ("report",),
     ("cli",),
+    ("__main__",),
 ]
 LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
 FILES = sorted((ROOT / "jaxpt").rglob("*.py"))
@@ -93,6 +94,42 @@ def test_modules_have_no_import_cycle():
 
     for name in graph:
         visit(name)
+
+
+OPENING = ("open", "read_text", "write_text", "read_bytes", "write_bytes", "glob", "rglob")
+OPENING += ("iterdir", "unlink", "rmdir", "rmtree", "mkdir", "makedirs", "rename", "copytree")
+OPENING += ("copyfile", "memmap", "mmap", "from_uri")
+OPENED_ELSEWHERE = {
+    "jaxpt/cli": (),
+    "jaxpt/data": ("glob.glob", "gzip.open", "rglob"),  # patterns, packed files, installed ones
+    "jaxpt/evaluate": (),
+    "jaxpt/lineage.py": (),
+    "jaxpt/plan": ("read_text", "write_text"),  # a temporary directory of compile.py
+    "jaxpt/report": (),
+}
+
+
+@pytest.mark.parametrize("place", OPENED_ELSEWHERE)
+def test_files_are_found_opened_and_removed_by_io_alone(place):
+    found = set()
+    for path in FILES:
+        if not path.is_relative_to(ROOT / place):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func)
+            is_ours = name.startswith("io.") or name in OPENED_ELSEWHERE[place]
+            last = name.rpartition(".")[2]
+            is_method = "." in name or name == "open"
+            if (
+                last in OPENING
+                and is_method
+                and not is_ours
+                and last not in OPENED_ELSEWHERE[place]
+            ):
+                found.add(f"{path.name}: {name}")
+    assert not found
 
 
 def test_the_model_reads_no_config():

@@ -282,14 +282,20 @@ def chunk(data: bytes) -> bytes:
 
 
 def test_rows_that_repeat_a_long_text_are_unpacked_a_few_at_a_time(tmp_path):
-    long = "x" * 2**24
-    table = pa.table({"text": pa.array([long] * 130 + ["y" * (2**25 + 1), "last"])})
+    texts = pa.array(["x" * 2**24, "y" * (2**25 + 1), "last"])
+    indices = pa.array([0] * 130 + [1, 2])
+    table = pa.table({"text": pa.DictionaryArray.from_arrays(indices, texts)})
     file = tmp_path / "rows.parquet"
-    options = {"compression": "zstd", "dictionary_pagesize_limit": 2**27}
-    pq.write_table(table, file, row_group_size=131, **options)
-    assert file.stat().st_size < 200_000
+    options = {"compression": "zstd", "store_schema": False}
+    pq.write_table(table, file, dictionary_pagesize_limit=2**27, **options)
+    assert file.stat().st_size < 20_000
     n, n_skipped, megabytes = read_in_a_process(f"parquet:{file}#text")
     assert (n, n_skipped) == (131, 1) and megabytes < 1000
+
+    table = pa.table({"text": ["x" * 2**24] * 17})
+    pq.write_table(table, file, use_dictionary=False, **options)
+    with pytest.raises(UserError, match="row group 0 unpacks to 285 MB"):
+        read(f"parquet:{file}#text")
 
 
 LONG = [f"A line that says {i} and then {i * i}, so that it packs badly." for i in range(3000)]

@@ -12,17 +12,19 @@ those of fastText 0.9.2, whose numbers are matched.
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
 import pathlib
 import struct
 from collections.abc import Iterator, Sequence
+from io import BytesIO
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import scipy.sparse
+
+from jaxpt import io
 
 # words whose sums are kept, about 20 MB with their names; then the cache is cleared
 MAX_CACHED_WORDS = 2**18
@@ -56,7 +58,7 @@ class ModelReader:
 
     def __init__(self, file: pathlib.Path):
         """Read the file into memory."""
-        self.stream = io.BytesIO(file.read_bytes())
+        self.stream = BytesIO(io.read_bytes(file))
 
     def read_fields(self, layout: str) -> tuple[Any, ...]:
         """Return the next fields; `layout` as in the module struct."""

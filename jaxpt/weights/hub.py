@@ -11,7 +11,7 @@ import pathlib
 import re
 from collections.abc import Iterator
 
-from jaxpt import stage
+from jaxpt import io, stage
 from jaxpt.spec import UserError
 
 # no .bin and .pt, which are pickles and can run code; no folders, in which repositories keep the
@@ -30,7 +30,7 @@ TOKENIZER_FILES = (
 LINEAGE_FILES = ("jaxpt.json", "manifest.json")  # of our own exports
 
 
-def download_model(source: str | pathlib.Path) -> pathlib.Path:
+def download_model(source: str | io.Path) -> pathlib.Path:
     """Return a local directory for a source.
 
     Args:
@@ -61,7 +61,7 @@ def download_model(source: str | pathlib.Path) -> pathlib.Path:
     return directory
 
 
-def recorded_hub_name(directory: str | pathlib.Path) -> str | None:
+def recorded_hub_name(directory: str | io.Path) -> str | None:
     """Return NAME@REVISION for a directory in the hub's cache."""
     match = re.search(r"models--(.+)/snapshots/(\w+)$", str(directory))
     if not match:

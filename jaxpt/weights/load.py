@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxpt import io
 from jaxpt.model import transformer
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.stage import read_manifest, read_spec
@@ -39,7 +40,7 @@ class LoadedModel(NamedTuple):
 
 
 def load_model(
-    source: pathlib.Path | str, mesh: jax.sharding.Mesh, dtype: str = "float32"
+    source: io.Path | str, mesh: jax.sharding.Mesh, dtype: str = "float32"
 ) -> LoadedModel:
     """Load the parameters of a run, a checkpoint, a Hugging Face directory or hf:NAME."""
     source = hub.download_model(source)
@@ -87,7 +88,7 @@ def load_hf_source(source: pathlib.Path, mesh: jax.sharding.Mesh, dtype: str) ->
     return LoadedModel(spec, params, tokenizer_dir, source, step, fingerprint, record)
 
 
-def resolve_source(source: pathlib.Path | str) -> pathlib.Path:
+def resolve_source(source: io.Path | str) -> pathlib.Path:
     """Return what a manifest names as the input of a start from `source`.
 
     That is a finished stage's directory itself, and the newest checkpoint of an unfinished run.

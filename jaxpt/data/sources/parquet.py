@@ -20,6 +20,7 @@ from jaxpt.spec import UserError
 
 MAX_BATCH_BYTES = 2**28  # of rows that are unpacked at once, unless one alone has more
 MAX_BATCH_ROWS = 64
+MAX_RATIO = 200  # of a chunk unpacked to the same packed; text has 20 at most
 
 
 def read_parquet(source: TextSource, file: str) -> Reading:
@@ -35,7 +36,7 @@ def read_parquet(source: TextSource, file: str) -> Reading:
                     f"{file}: has no column {missing[0]!r}; it has: {', '.join(names)}. "
                     "Write parquet:GLOB#column."
                 )
-            for n, row in enumerate(iterate_rows(table, fields), 1):
+            for n, row in enumerate(iterate_rows(table, fields, file), 1):
                 place = f"{file}:{n}"
                 if row.nbytes > MAX_DOCUMENT_BYTES:
                     yield too_large_error(place)
@@ -49,18 +50,29 @@ def read_parquet(source: TextSource, file: str) -> Reading:
         ) from None
 
 
-def iterate_rows(table: pq.ParquetFile, fields: list[str]) -> Iterator[pa.RecordBatch]:
+def iterate_rows(table: pq.ParquetFile, fields: list[str], file: str) -> Iterator[pa.RecordBatch]:
     """Yield the rows, each as a batch of one, with few unpacked at a time.
 
     A value has as many bytes as its column chunk at most, but may stand in many rows: a file of 2
-    kB can hold 200 rows of 30 MB.
+    kB can hold 200 rows of 30 MB. A page is unpacked as a whole, so one that no text could fill is
+    refused.
+
+    Raises:
+        UserError: a row group is packed as no text is.
     """
     for group in range(table.num_row_groups):
         metadata = table.metadata.row_group(group)
         n_bytes = 0
         for chunk in map(metadata.column, range(metadata.num_columns)):
-            if chunk.path_in_schema in fields:
-                n_bytes += chunk.total_uncompressed_size
+            if chunk.path_in_schema not in fields:
+                continue
+            n_bytes += chunk.total_uncompressed_size
+            ratio = chunk.total_uncompressed_size / max(chunk.total_compressed_size, 1)
+            if n_bytes > MAX_BATCH_BYTES and ratio > MAX_RATIO:
+                raise UserError(
+                    f"{file}: row group {group} unpacks to {n_bytes / 1e6:,.0f} MB, {ratio:,.0f} "
+                    "times its size, as no text does. Leave the file out."
+                )
         n_rows = MAX_BATCH_BYTES // max(n_bytes, 1)
         n_rows = min(max(n_rows, 1), MAX_BATCH_ROWS)
         for batch in table.iter_batches(n_rows, row_groups=[group], columns=fields):
