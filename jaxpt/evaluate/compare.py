@@ -382,9 +382,10 @@ def compare_documents(
         raise UserError(f"--differ: got {len(models)} models, expected two: parent and child.")
     names = name_models(models)
     parsed = [sources.parse_source(text) for text in texts]
-    inputs = {}
+    inputs: dict[str, str] = {}
     for source in parsed:
         source.check_published()
+        inputs |= source.list_object_tags()
         for key, path in source.fingerprint_inputs().items():
             inputs[key] = stage.fingerprint_path(path)
     model_prints = fingerprint_models(models)

@@ -109,9 +109,10 @@ def evaluate_model(
     if data_dir:
         for name in asked:
             local[name] = load_local_items(name, data_dir)
-    read = {}
+    read: dict[str, str] = {}
     for source in texts:
         source.check_published()
+        read |= source.list_object_tags()
         for key, path in source.fingerprint_inputs().items():
             read[key] = stage.fingerprint_path(path)
     model_print = stage.fingerprint_path(resolve_source(model))
