@@ -506,7 +506,7 @@ def test_a_killed_run_goes_on_without_redoing_what_was_finished_and_ends_as_the_
     )
     assert made.outputs == uncut.outputs and sorted(
         path.name for path in (tmp_path / "killed").iterdir()
-    ) == ["corpus"]
+    ) == [".corpus.lock", "corpus"]
 
 
 @pytest.mark.parametrize("where", ["local", "ray"])
