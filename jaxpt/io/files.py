@@ -443,8 +443,8 @@ def remove_working(directory: pathlib.Path) -> None:
 
 
 def is_working(path: pathlib.Path) -> bool:
-    """Return whether a path is a working directory or lies in one."""
-    return any(part.endswith(WORKING) for part in path.absolute().parts)
+    """Return whether a path is a working directory, what a library made beside it, or in one."""
+    return any(f"{WORKING}." in f"{part}." for part in path.absolute().parts)
 
 
 def cache_directory() -> pathlib.Path:

@@ -385,7 +385,7 @@ def remove_published(out: Path, inputs: Iterable[Path] = ()) -> None:
             files.sync(out)
     remove_files(out, sealed)
     n_bytes = sum(file.n_bytes for file in sealed.values())
-    log.info(f"removed {len(sealed):,} files ({n_bytes / 1e6:,.1f} MB) of {printable(out)}")
+    log.debug(f"removed {len(sealed):,} files ({n_bytes / 1e6:,.1f} MB) of {printable(out)}")
     left = files.list_files(out)
     if left:
         log.info(f"{printable(out)}: left {len(left):,} files that its stage did not write")

@@ -103,7 +103,7 @@ def check_data(run: RunContext) -> None:
     check_same("data", facts)
 
 
-def check_start(newest: pathlib.Path | None, source: str) -> None:
+def check_start(newest: io.Path | None, source: str) -> None:
     """Compare the checkpoint to resume, or the files of the weights to start from.
 
     Raises:

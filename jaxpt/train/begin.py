@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxpt import initialize, stage
+from jaxpt import initialize, io, stage
 from jaxpt.config import InitializeConfig, MixtureConfig, OptimConfig
 from jaxpt.data import loader
 from jaxpt.data.mixture import MixturePhase, schedule_from_history
@@ -65,7 +65,7 @@ class InitialModel(NamedTuple):
     is_grown: bool
 
 
-def read_start(run: RunContext, resumed: pathlib.Path) -> RunStart:
+def read_start(run: RunContext, resumed: io.Path) -> RunStart:
     """Return where a checkpoint of the run itself left it; log what changed since."""
     spec = read_spec(resumed / "spec.json")
     manifest = read_manifest(resumed)
@@ -169,7 +169,7 @@ def init_train_state(
         first = state.init_state(model.params, model.spec, config.optim, run.mesh)
         return first, TrainProgress(), find_new_params(init)
     source = checkpoint.find_checkpoint(stage.local_path(section.source))
-    if source is None or not (source / checkpoint.TRAIN_STATE).is_dir():
+    if source is None or not io.exists(source / checkpoint.TRAIN_STATE):
         raise UserError(
             f"initialize.mode: {section.mode} needs a run's checkpoint, but {section.source} is "
             "none. Use continue, which needs only weights."
@@ -187,7 +187,7 @@ def init_train_state(
 
 
 def continue_state(
-    run: RunContext, init: InitResult, source: pathlib.Path, record: CheckpointRecord
+    run: RunContext, init: InitResult, source: io.Path, record: CheckpointRecord
 ) -> tuple[TrainState, TrainProgress, NewParams]:
     """Return the state of a source run around the model, with grown moments if it grew."""
     assert record.progress

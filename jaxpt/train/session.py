@@ -6,13 +6,12 @@ import concurrent.futures
 import contextlib
 import logging
 import math
-import pathlib
 from collections.abc import Generator, Iterator
 from typing import Any
 
 import jax
 
-from jaxpt import sharding
+from jaxpt import io, sharding
 from jaxpt.config import MixtureConfig, TrainConfig
 from jaxpt.data import loader
 from jaxpt.data.mixture import MixturePhase, MixtureSchedule
@@ -42,7 +41,7 @@ def start_session(run: RunContext) -> Session:
     return resume_session(run, newest) if newest else init_session(run)
 
 
-def resume_session(run: RunContext, directory: pathlib.Path) -> Session:
+def resume_session(run: RunContext, directory: io.Path) -> Session:
     """Return the session that a checkpoint of the run continues."""
     session = Session(run, begin.read_start(run, directory))
     # the checkpoint is read while the step is compiled, or read from the cache
@@ -123,7 +122,7 @@ class Session:
         self.scalars: HostScalars = {}
         self.heldout_losses: dict[str, float] | None = None
         self.is_new_step = False  # compiled, but its memory was never tried
-        self.saved: pathlib.Path | None = None
+        self.saved: io.Path | None = None
         self.exit_status: int | None = None
         self.check_sizes()
         self.schedule = self.make_schedule(list(start.progress.data_history))

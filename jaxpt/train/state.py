@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import pathlib
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxpt import io
 from jaxpt.config import OptimConfig
 from jaxpt.growth.growth import Growth
 from jaxpt.growth.moments import PathEntries, find_moment, grow_all_moments
@@ -117,7 +117,7 @@ def rest_of_state(state: TrainState) -> dict[str, Any]:
     return rest
 
 
-def restore_state(directory: pathlib.Path, params: Params, abstract: TrainState) -> TrainState:
+def restore_state(directory: io.Path, params: Params, abstract: TrainState) -> TrainState:
     """Return a checkpoint's state around parameters that are already loaded, and perhaps grown.
 
     Args:

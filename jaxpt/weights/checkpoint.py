@@ -7,6 +7,9 @@
 
 The manifest is written last. Orbax silently restores a file with a flipped byte as wrong numbers,
 hence the checksums.
+
+Orbax writes to disks and to gs://. For s3://, which it does not know, a checkpoint is written to
+this machine's cache and uploaded, and fetched before it is read.
 """
 
 from __future__ import annotations
@@ -20,7 +23,6 @@ import itertools
 import logging
 import math
 import os
-import pathlib
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -41,6 +43,7 @@ PARAMS = "params"
 TRAIN_STATE = "train_state"
 # an array is stored in chunks of at most this size, which bounds what a restore holds beside it
 CHUNK_BYTES = 1 << 26
+BUCKET_FILE_BYTES = 100_000_000  # of numbers in an object: one upload, repeated if it fails
 # what a failing disk says, in the system's words, which libraries wrap in paragraphs
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
 
@@ -52,26 +55,37 @@ class CheckpointSaveError(UserError):
 class Checkpointer:
     """Saves the checkpoints of one run in the background.
 
-    `save_async` returns as soon as the arrays are copied off the devices. A checkpoint becomes
-    RUN/checkpoints/STEP by one rename, once it is complete and its checksums are computed. Every
-    process of the run calls every method; the first one publishes. A background failure is raised
-    as CheckpointSaveError by the next call of any method.
+    `save_async` returns as soon as the arrays are copied off the devices. A checkpoint is published
+    as RUN/checkpoints/STEP once it is complete, durable and its checksums are computed; only then
+    are older ones removed. Every process of the run calls every method; the first one publishes. A
+    background failure is raised as CheckpointSaveError by the next call of any method.
     """
 
-    def __init__(self, run: pathlib.Path, max_to_keep: int, keep_every: int = 0):
+    def __init__(self, run: io.Path, max_to_keep: int, keep_every: int = 0):
         """Save into a run.
 
         Args:
             run: the run directory.
             max_to_keep: how many of the newest checkpoints are kept.
             keep_every: checkpoints at multiples of this many steps are kept too; 0: none.
+
+        Raises:
+            UserError: several processes cannot write there.
         """
+        if is_uploaded(run) and jax.process_count() > 1:
+            raise UserError(
+                f"{run}: only one process can save checkpoints to s3://. Give a disk that all "
+                "hosts share, or gs://."
+            )
         self.run = run
         self.max_to_keep = max_to_keep
         self.keep_every = keep_every
         self.executor = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
-        self.pending: concurrent.futures.Future[pathlib.Path] | None = None
+        self.pending: concurrent.futures.Future[io.Path] | None = None
         silence_orbax_errors()
+        orbax_path(find_partial(run))  # refuse a name now, not at the first checkpoint
+        if jax.process_index() == 0:
+            finish_checkpoints(run)
 
     def save_async(
         self,
@@ -97,26 +111,29 @@ class Checkpointer:
 
         self.wait_until_saved()
         final = self.run / "checkpoints" / str(step)
-        final = final.absolute()
-        partial = final.with_name(f".{step}.partial")
+        partial = find_partial(final)
         if jax.process_index() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            final.parent.mkdir(parents=True, exist_ok=True)
+            remove_unfinished(final)
+            io.make_directory(partial.parent)
         sync_processes("checkpoint directory")
         checkpointer = ocp.AsyncCheckpointer(make_handler())
         trees = {}
         n_bytes = 0
+        max_file_bytes = BUCKET_FILE_BYTES if isinstance(final, io.BucketPath) else None
         for name, tree in ((PARAMS, params), (TRAIN_STATE, train_state)):
             stored = drop_empty(tree)
             in_chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), stored)
-            trees[name] = ocp.args.PyTreeSave(stored, save_args=in_chunks)
+            trees[name] = ocp.args.PyTreeSave(
+                stored, save_args=in_chunks, ocdbt_target_data_file_size=max_file_bytes
+            )
             n_bytes += sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
         args = ocp.args.Composite(**trees)
         all_counts = {"step": step, **counts}
         with convert_save_errors(final, n_bytes):
-            checkpointer.save(partial, args=args)
+            # force: in a bucket, what an earlier attempt left is there until Orbax replaces it
+            checkpointer.save(orbax_path(partial), args=args, force=True)
 
-        def finish() -> pathlib.Path:
+        def finish() -> io.Path:
             with convert_save_errors(final, n_bytes):
                 with contextlib.closing(checkpointer):
                     # on the first process: until every process has written
@@ -129,13 +146,13 @@ class Checkpointer:
 
     def publish_saved(
         self,
-        partial: pathlib.Path,
-        final: pathlib.Path,
+        partial: io.Path,
+        final: io.Path,
         spec: ModelSpec,
         counts: dict[str, Any],
         tokenizer: str | None,
     ) -> None:
-        """Write spec and manifest, rename, and delete checkpoints that are not kept."""
+        """Write spec and manifest, publish, and remove checkpoints that are not kept."""
         io.write_json(partial / "spec.json", spec)
         # counts as the request, so that the fingerprint covers them: a flipped digit would be
         # another run
@@ -144,21 +161,22 @@ class Checkpointer:
         manifest = stage.make_manifest(
             request, sealed=sealed, counts=counts, tokenizer=tokenizer, seconds=0.0
         )
-        io.write_json(partial / "manifest.json", dataclasses.replace(manifest, config={}))
-        shutil.rmtree(final, ignore_errors=True)  # a damaged one of this step, if any
-        partial.rename(final)
-        saved_steps = list_steps(self.run)
-        for old in saved_steps[: -self.max_to_keep]:
+        manifest = dataclasses.replace(manifest, config={})
+        if isinstance(partial, io.BucketPath):
+            io.write_json(final / "manifest.json", manifest)
+        else:
+            io.publish(partial, final, manifest.to_json())
+        for old in list_steps(self.run)[: -self.max_to_keep]:
             is_kept = self.keep_every and old % self.keep_every == 0
             if not is_kept:
-                shutil.rmtree(self.run / "checkpoints" / str(old))
+                remove_checkpoint(self.run / "checkpoints" / str(old))
 
     def check_errors(self) -> None:
         """Raise the error of a finished save, without waiting for one in progress."""
         if self.pending and self.pending.done():
             self.wait_until_saved()
 
-    def wait_until_saved(self) -> pathlib.Path | None:
+    def wait_until_saved(self) -> io.Path | None:
         """Wait for the pending checkpoint. Return its directory, or None if there is none."""
         pending = self.pending
         self.pending = None
@@ -167,21 +185,103 @@ class Checkpointer:
         return None
 
 
+def is_uploaded(place: io.Path) -> bool:
+    """Return whether Orbax cannot write there itself."""
+    return isinstance(place, io.BucketPath) and place.scheme == "s3"
+
+
+def find_partial(final: io.Path) -> io.Path:
+    """Return where Orbax writes what becomes a checkpoint: a gs:// bucket has no renames."""
+    if isinstance(final, io.BucketPath) and not is_uploaded(final):
+        return final
+    return io.working_directory(final)
+
+
+def orbax_path(directory: io.Path) -> Any:
+    """Return a directory as Orbax takes it: a path of etils for a bucket.
+
+    Raises:
+        UserError: its name has characters that Orbax takes for another name.
+    """
+    if isinstance(directory, io.BucketPath):
+        from etils import epath
+
+        return epath.Path(str(directory))
+    directory = directory.absolute()
+    # Orbax looks for its files by a pattern, and TensorStore takes "\\" for "/": both find none,
+    # and the checkpoint would have no numbers
+    wrong = sorted(set("[]\\") & set(str(directory)))
+    if wrong:
+        raise UserError(
+            f"{io.printable(directory)}: a checkpoint cannot be kept below a name with "
+            f"{' '.join(wrong)}. Rename it, or give another directory."
+        )
+    return directory
+
+
+def find_readable(directory: io.Path) -> Any:
+    """Return where Orbax reads a checkpoint."""
+    if is_uploaded(directory):
+        return orbax_path(io.local_copy(directory))
+    return orbax_path(directory)
+
+
+def finish_checkpoints(run: io.Path) -> None:
+    """Publish what was decided when a process was killed, and remove what was not."""
+    directory = run / "checkpoints"
+    names = io.list_names(directory)
+    steps = {name.partition(".")[0] for name in names if ".partial" in name}
+    for step in steps:
+        final = directory / step
+        if step.isdecimal() and not io.finish_publishing(final):
+            remove_unfinished(final)
+
+
+def remove_unfinished(final: io.Path) -> None:
+    """Remove what an attempt to save a checkpoint left; a bucket's damaged one of this step too."""
+    partial = find_partial(final)
+    if isinstance(partial, io.BucketPath):
+        # the rest is replaced by Orbax, which fails where gcsfs's marker of a directory is alone
+        if io.exists(final):
+            io.remove(final / "manifest.json")
+            io.write_text(final / "unfinished", "")
+        return
+    for name in io.list_names(partial.parent):
+        # Orbax itself writes beside it and renames
+        if name == partial.name or name.startswith(f"{partial.name}."):
+            io.remove_working(partial.with_name(name))
+
+
+def remove_checkpoint(directory: io.Path) -> None:
+    """Remove a checkpoint that is not kept; log why it cannot be."""
+    try:
+        io.remove_published(directory)
+    except UserError as error:
+        log.warning(f"an older checkpoint was not removed: {error}")
+
+
 @contextlib.contextmanager
-def convert_save_errors(final: pathlib.Path, n_bytes: int) -> Iterator[None]:
+def convert_save_errors(final: io.Path, n_bytes: int) -> Iterator[None]:
     """Raise any error as CheckpointSaveError, after deleting the unfinished directory."""
     try:
         yield
     # Orbax and TensorStore raise OSError, ValueError and their own, by where the disk failed
     except Exception as error:
-        for unfinished in final.parent.glob(f".{final.name}.partial*"):
-            shutil.rmtree(unfinished, ignore_errors=True)  # a full disk needs the room
-        free = shutil.disk_usage(final.parent).free
+        with contextlib.suppress(UserError):
+            remove_unfinished(final)  # a full disk needs the room
         raise CheckpointSaveError(
             f"checkpoint {final}: could not be written ({format_save_error(error)}). It takes "
-            f"{n_bytes / 1e6:,.1f} MB, its disk has {free / 1e9:.2f} GB free; the earlier "
-            "checkpoints are intact. Make room and start the same command again."
+            f"{n_bytes / 1e6:,.1f} MB{format_room(final)}; the earlier checkpoints are intact. "
+            "Make room and start the same command again."
         ) from error
+
+
+def format_room(final: io.Path) -> str:
+    """Return what is free on a checkpoint's disk, as part of a sentence; "" for a bucket."""
+    if isinstance(final, io.BucketPath):
+        return ""
+    free = shutil.disk_usage(final.parent).free
+    return f", its disk has {free / 1e9:.2f} GB free"
 
 
 def silence_orbax_errors() -> None:
@@ -210,7 +310,7 @@ def format_save_error(error: Exception) -> str:
 
 
 def save_checkpoint(
-    run: pathlib.Path,
+    run: io.Path,
     step: int,
     params: PyTree,
     train_state: PyTree,
@@ -218,7 +318,7 @@ def save_checkpoint(
     *,
     counts: dict[str, Any],
     tokenizer: str | None,
-) -> pathlib.Path:
+) -> io.Path:
     """Write RUN/checkpoints/STEP and return it once it is published."""
     checkpointer = Checkpointer(run, max_to_keep=1)
     checkpointer.save_async(step, params, train_state, spec, counts=counts, tokenizer=tokenizer)
@@ -235,14 +335,17 @@ def sync_processes(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def list_steps(run: pathlib.Path) -> list[int]:
+def list_steps(run: io.Path) -> list[int]:
     """Return the steps with a finished checkpoint, rising."""
-    manifests = (run / "checkpoints").glob("*/manifest.json")
-    names = [path.parent.name for path in manifests]
-    return sorted(int(name) for name in names if name.isdigit())
+    directory = run / "checkpoints"
+    steps = []
+    for name in io.list_names(directory):
+        if name.isdecimal() and io.size(directory / name / "manifest.json") is not None:
+            steps.append(int(name))
+    return sorted(steps)
 
 
-def find_newest(run: pathlib.Path) -> pathlib.Path | None:
+def find_newest(run: io.Path) -> io.Path | None:
     """Return the newest undamaged checkpoint of a run; log damaged ones. None if it has none.
 
     Raises:
@@ -263,7 +366,7 @@ def find_newest(run: pathlib.Path) -> pathlib.Path | None:
     return None
 
 
-def find_damage(directory: pathlib.Path) -> str | None:
+def find_damage(directory: io.Path) -> str | None:
     """Return what is wrong with a checkpoint's files, or None if they are as written."""
     try:
         manifest = stage.read_manifest(directory)
@@ -277,21 +380,21 @@ def find_damage(directory: pathlib.Path) -> str | None:
     return f"{damage.name} {damage.reason}" if damage else None
 
 
-def find_checkpoint(source: pathlib.Path) -> pathlib.Path | None:
+def find_checkpoint(source: io.Path) -> io.Path | None:
     """Return a path that is a checkpoint, or a run's newest undamaged checkpoint."""
-    has_params = (source / PARAMS).is_dir()
-    has_spec = (source / "spec.json").is_file()
+    has_params = io.exists(source / PARAMS)
+    has_spec = io.size(source / "spec.json") is not None
     if has_params and has_spec:
         damage = find_damage(source)
         if damage:
             raise UserError(f"{source}: {damage}. Take another checkpoint of the run.")
         return source
-    if (source / "checkpoints").is_dir():
+    if io.list_names(source / "checkpoints"):
         return find_newest(source)
     return None
 
 
-def restore_tree(directory: pathlib.Path, name: str, abstract: PyTree) -> PyTree:
+def restore_tree(directory: io.Path, name: str, abstract: PyTree) -> PyTree:
     """Restore the tree "params" or "train_state" with the shardings and dtypes of `abstract`.
 
     Beside the arrays the host holds one chunk at a time: Orbax's own restore holds an array twice,
@@ -301,7 +404,7 @@ def restore_tree(directory: pathlib.Path, name: str, abstract: PyTree) -> PyTree
         UserError: the stored tree has other leaves or shapes.
     """
     stored = {}
-    if (directory / name).is_dir():
+    if io.exists(directory / name):
         stored = flatten_arrays({name: read_tree_metadata(directory)[name]})
     expected = flatten_arrays({name: drop_empty(abstract)})
     for array in sorted(stored.keys() | expected.keys()):
@@ -321,11 +424,16 @@ def restore_tree(directory: pathlib.Path, name: str, abstract: PyTree) -> PyTree
     return jax.tree_util.tree_map_with_path(restore, abstract)
 
 
-def open_array(directory: pathlib.Path, name: str) -> Any:
+def open_array(directory: io.Path, name: str) -> Any:
     """Return the TensorStore of an array in a tree's directory, as Orbax names and stores it."""
     import tensorstore
 
-    base = {"driver": "file", "path": f"{directory.absolute()}/"}
+    if is_uploaded(directory):
+        directory = io.local_copy(directory)
+    if isinstance(directory, io.BucketPath):
+        base = {"driver": "gcs", "bucket": directory.bucket, "path": f"{directory.key}/"}
+    else:
+        base = {"driver": "file", "path": f"{directory.absolute()}/"}
     kvstore = {"driver": "ocdbt", "base": base, "path": name.replace("/", ".") + "/"}
     return tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
 
@@ -401,7 +509,7 @@ def first_line_of(error: Exception) -> str:
     return first_line[:300]
 
 
-def describe_checkpoint(source: pathlib.Path) -> Iterator[str]:
+def describe_checkpoint(source: io.Path) -> Iterator[str]:
     """Yield lines about a checkpoint, then one per array with dtype and shape."""
     directory = locate_checkpoint(source)
     manifest = stage.read_manifest(directory)
@@ -417,7 +525,7 @@ def describe_checkpoint(source: pathlib.Path) -> Iterator[str]:
     yield format_table(rows, "<")
 
 
-def diff_checkpoints(a: pathlib.Path, b: pathlib.Path) -> list[str]:
+def diff_checkpoints(a: io.Path, b: io.Path) -> list[str]:
     """Return a line per array that differs between two checkpoints; none if all are bit-equal."""
     a = locate_checkpoint(a)
     b = locate_checkpoint(b)
@@ -447,11 +555,9 @@ def diff_checkpoints(a: pathlib.Path, b: pathlib.Path) -> list[str]:
     return lines
 
 
-def locate_checkpoint(source: pathlib.Path) -> pathlib.Path:
+def locate_checkpoint(source: io.Path) -> io.Path:
     """Return the checkpoint of a path. Raise UserError if it has none."""
-    directory = None
-    if source.is_dir():
-        directory = find_checkpoint(source)
+    directory = find_checkpoint(source)
     if directory is None:
         raise UserError(
             f"{source}: no finished checkpoint. Expected a run directory or one of its "
@@ -460,7 +566,7 @@ def locate_checkpoint(source: pathlib.Path) -> pathlib.Path:
     return directory
 
 
-def read_array_metadata(directory: pathlib.Path) -> dict[str, jax.ShapeDtypeStruct]:
+def read_array_metadata(directory: io.Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Return "params/blocks/q" -> shape and dtype, for every array."""
     return flatten_arrays(read_tree_metadata(directory))
 
@@ -474,10 +580,10 @@ def flatten_arrays(trees: dict[str, PyTree]) -> dict[str, jax.ShapeDtypeStruct]:
     return arrays
 
 
-def read_tree_metadata(directory: pathlib.Path) -> dict[str, PyTree]:
+def read_tree_metadata(directory: io.Path) -> dict[str, PyTree]:
     """Return Orbax's metadata of the arrays of each tree."""
     with open_checkpointer() as checkpointer:
-        metadata = checkpointer.metadata(directory.absolute())
+        metadata = checkpointer.metadata(find_readable(directory))
         items = metadata.item_metadata.items()
         return {item: tree.tree for item, tree in items}
 

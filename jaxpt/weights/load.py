@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxpt import io
+from jaxpt import io, stage
 from jaxpt.model import transformer
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.stage import read_manifest, read_spec
@@ -23,7 +23,7 @@ class LoadedModel(NamedTuple):
     Attributes:
         spec: the architecture.
         params: nested dict of jax.Arrays.
-        tokenizer_dir: of its tokenizer, if it has one.
+        tokenizer_dir: of its tokenizer, on a disk, if it has one.
         source: directory it was read from; None: random.
         step: of the run that trained it, where known.
         tokenizer: fingerprint, where known.
@@ -57,11 +57,13 @@ def load_model(
     abstract = transformer.make_abstract_params(spec, mesh, np_dtype)
     params = checkpoint.restore_tree(step_dir, checkpoint.PARAMS, abstract)
     manifest = read_manifest(step_dir)
-    tokenizer_dir = step_dir.parent.parent / "tokenizer"
+    tokenizer_dir = None
+    if io.exists(step_dir.parent.parent / "tokenizer"):
+        tokenizer_dir = io.local_copy(step_dir.parent.parent / "tokenizer")
     return LoadedModel(
         spec,
         params,
-        tokenizer_dir if tokenizer_dir.is_dir() else None,
+        tokenizer_dir,
         source,
         manifest.counts["step"],
         manifest.tokenizer,
@@ -96,4 +98,5 @@ def resolve_source(source: io.Path | str) -> pathlib.Path:
     source = hub.download_model(source)
     if (source / "manifest.json").is_file() or not source.is_dir():
         return source
-    return checkpoint.find_checkpoint(source) or source
+    found = checkpoint.find_checkpoint(source)
+    return stage.local_path(found) if found else source

