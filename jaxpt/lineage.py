@@ -380,7 +380,7 @@ def read_json(path: io.Path, notes: list[str]) -> JsonObject | None:
         found = io.read_json(path)
     except io.MissingFileError:
         return None
-    except io.FileError as error:
+    except UserError as error:
         notes.append(f"{error} Left out.")
         return None
     wrong = []

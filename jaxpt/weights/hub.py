@@ -52,7 +52,7 @@ def download_model(source: str | io.Path) -> pathlib.Path:
     with explain_hub_errors(address):
         path = snapshot_download(name, revision=revision or None, allow_patterns=patterns)
     directory = pathlib.Path(path)
-    if not any(directory.glob("model*.safetensors")):
+    if not io.find(directory, "model*.safetensors"):
         raise UserError(
             f"{source}: has no safetensors, and pickled weights (.bin, .pt) are not opened since "
             "they can run code. Take a revision that has them (hf:NAME@refs/pr/1 where the hub's "
