@@ -374,7 +374,7 @@ def file_calls(path) -> list[str]:
         function = node.func
         name = getattr(function, "id", getattr(function, "attr", ""))
         through_io = isinstance(getattr(function, "value", None), ast.Name)
-        through_io = through_io and function.value.id in ("io", "self")
+        through_io = through_io and function.value.id in ("io", "self", "tensorstore")
         if name in FILE_CALLS and not through_io:
             found.append(f"{name}:{node.lineno}")
     return found

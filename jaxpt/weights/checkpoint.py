@@ -588,7 +588,7 @@ def read_tree_metadata(directory: io.Path) -> dict[str, PyTree]:
         return {item: tree.tree for item, tree in items}
 
 
-def read_array(directory: pathlib.Path, name: str) -> np.ndarray:
+def read_array(directory: io.Path, name: str) -> np.ndarray:
     """Return one array by its name in `read_array_metadata`."""
     item, _, in_tree = name.partition("/")
     return open_array(directory / item, in_tree).read().result()
