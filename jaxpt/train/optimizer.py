@@ -366,11 +366,13 @@ def layer_group_mask(group: str, spec: ModelSpec, n_dims: int) -> np.ndarray:
 
 
 def make_lr_schedule(optim: OptimConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
-    """Return the learning rate as a function of the update's number, 0 for the first.
+    """Return the learning rate as a function of the updates done before: 0 for the first one.
 
-    Warm-up rises linearly to peak_lr, which the update after it has. Then wsd stays and falls
-    linearly over the last decay_frac of the steps (2405.18392), cosine and linear fall all the
-    way, to peak_lr x end_lr_frac at the last step.
+    Updates count from 1, as in torchtitan ("0-indexed step, hence + 1 adjustments",
+    components/lr_scheduler.py) and in the formula of 2405.18392: update n of the warm-up has
+    peak_lr x n / warmup_steps, so that the first one moves the weights and the last one has
+    peak_lr. Then wsd stays and falls linearly over the last decay_frac of the steps, cosine and
+    linear fall all the way. The last update has peak_lr x end_lr_frac.
 
     Raises:
         UserError: the warm-up leaves no step.
@@ -389,9 +391,10 @@ def make_lr_schedule(optim: OptimConfig, steps: int) -> Callable[[jax.Array], ja
         decay_start = steps
     decay_steps = max(steps - decay_start, 1)
 
-    def lr_at(step: jax.Array) -> jax.Array:
-        rise = jnp.minimum(step / warmup, 1.0) if warmup else 1.0
-        progress = (step - decay_start) / decay_steps
+    def lr_at(n_updates: jax.Array) -> jax.Array:
+        n = n_updates + 1
+        rise = jnp.minimum(n / warmup, 1.0) if warmup else 1.0
+        progress = (n - decay_start) / decay_steps
         progress = jnp.clip(progress, 0.0, 1.0)
         fall = 1 - progress
         if optim.schedule == "cosine":
