@@ -70,11 +70,11 @@ class DeviceCost(NamedTuple):
     peak_flops: float | None = None  # of one device, FLOP/s at the compute dtype
     usd_per_hour: float | None = None  # of one device
 
-    def compute_mfu(self, tokens_per_second: float, n_devices: int) -> float | None:
+    def compute_mfu(self, flops_per_second: float | None, n_devices: int) -> float | None:
         """Return the model's FLOP/s as a fraction of what the devices can do."""
-        if not self.peak_flops or not self.flops_per_token:
+        if not self.peak_flops or not flops_per_second:
             return None
-        return tokens_per_second * self.flops_per_token / (n_devices * self.peak_flops)
+        return flops_per_second / (n_devices * self.peak_flops)
 
     def compute_usd(self, seconds: float, n_devices: int) -> float | None:
         """Return what the devices cost in this time, in dollars."""

@@ -450,6 +450,8 @@ def write_run(run, spec, *, seed, steps, start, floor, initialize, seconds, base
                 "mfu": None,
                 "memory_bytes": 1_310_000_000 + 9_000_000 * spec["n_layers"],
                 "n_skipped": 1 if base and step > 90 else 0,
+                "flops": step * 16 * 512 * 3.1e6,
+                "productive_seconds": 0.8 * seconds * done,
                 "seconds": seconds * done,
                 "usd": None,
             }

@@ -34,7 +34,7 @@ from jaxpt.plan.scaling import ScalingLaw
 from jaxpt.report.page import write_report
 from jaxpt.spec import ModelSpec, UserError, encode_json
 from jaxpt.train import optimizer, state, step
-from jaxpt.train.records import TrainMetrics
+from jaxpt.train.records import NOTHING_DONE, HeldoutMetrics, TrainMetrics
 from jaxpt.weights import checkpoint, huggingface
 
 TINY_SOLAR = ModelSpec(
@@ -885,22 +885,23 @@ def run_directory(path, settings, step_seconds, memory_bytes):
     path.mkdir()
     (path / "config.json").write_text(json.dumps(dataclasses.asdict(settings)))
     io.write_json(path / "spec.json", cost.resolve_model_spec(settings)[0])
-    (path / "starts.jsonl").write_text(json.dumps({"n_devices": 1, "device_kind": "cpu"}) + "\n")
+    (path / "starts.jsonl").write_text(
+        json.dumps({"n_devices": 1, "device_kind": "cpu", "step": 0}) + "\n"
+    )
+    n_tokens = settings.train.batch_size * settings.pack.seq_len
     lines = [
         TrainMetrics(
             step=10 * i,
             loss=3.0,
             grad_norm=1.0,
             lr=1e-3,
-            n_tokens=1000 * i,
             epochs={},
-            tokens_per_second=100.0,
+            tokens_per_second=n_tokens / (step_seconds * (5 if i == 1 else 1)),
             step_seconds=step_seconds * (5 if i == 1 else 1),
             mfu=None,
             memory_bytes=int(memory_bytes),
             n_skipped=0,
-            seconds=1.0 * i,
-            usd=None,
+            **vars(NOTHING_DONE),
         ).to_json()
         for i in range(1, 6)
     ]
@@ -1257,13 +1258,9 @@ def test_ones_own_runs_replace_law_and_gain(tmp_path):
         lines = []
         for at in (200, 400, 800, 1600, 3200, 6400):
             loss = law.predict_loss(n, at * tokens_per_step / (gain or 1))
-            lines.append(
-                {
-                    "kind": "heldout",
-                    "step": at,
-                    "heldout_loss": {"prose": loss + 0.1, "code": loss - 0.3, "unread": 9.0},
-                }
-            )
+            losses = {"prose": loss + 0.1, "code": loss - 0.3, "unread": 9.0}
+            sums = dataclasses.replace(NOTHING_DONE, n_tokens=at * tokens_per_step)
+            lines.append(HeldoutMetrics(at, losses, **vars(sums)).to_json())
         (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         if gain:
             (path / "growth.json").write_text(

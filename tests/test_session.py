@@ -4,7 +4,12 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
+import struct
+import sys
+import threading
 import time
+import types
 
 import jax
 import optax
@@ -14,15 +19,18 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxpt import config
 from jaxpt.config import Config
 from jaxpt.data import loader
+from jaxpt.flops import DeviceCost
 from jaxpt.report import page, read
 from jaxpt.spec import UserError
 from jaxpt.stage import read_manifest, read_spec
-from jaxpt.train import loop, metrics, provenance
+from jaxpt.train import loop, metrics, provenance, result, writers
 from jaxpt.train.context import open_run
 from jaxpt.train.hooks.checkpoint import Checkpoint
 from jaxpt.train.hooks.hook import Hook
-from jaxpt.train.metrics import DeviceCost, MetricsLogger, read_metrics
+from jaxpt.train.meter import LostWork, Meter, SignOfLife, read_spent_time
+from jaxpt.train.metrics import MetricsLogger, read_metrics
 from jaxpt.train.records import (
+    NOTHING_DONE,
     GrowthEvent,
     HeldoutMetrics,
     ResumeEvent,
@@ -30,10 +38,12 @@ from jaxpt.train.records import (
     TrainMetrics,
 )
 from jaxpt.train.session import start_session
+from jaxpt.train.writers import BestEffort
 from jaxpt.weights import checkpoint
 
 STEPS = 14
 VARIES = {"tokens_per_second", "step_seconds", "mfu", "memory_bytes", "seconds", "usd"}
+VARIES |= {"productive_seconds", "productive_usd"}
 
 
 def never(step):
@@ -92,7 +102,6 @@ def train(session, should_stop=never, *more):
     assert isinstance(hooks[-1], Checkpoint), "it saves what the other hooks changed"
     hooks[-1].should_stop = should_stop
     loop.train(session, [*hooks, *more])
-    session.metrics.close()
     return session
 
 
@@ -124,7 +133,11 @@ def assert_equal_ends(run_dir, other, step=STEPS):
     ends = [directory / f"checkpoints/{step}" for directory in (run_dir, other)]
     assert checkpoint.diff_checkpoints(*ends) == []
     assert reproducible(run_dir) == reproducible(other)
-    assert read_manifest(ends[0]).counts == read_manifest(ends[1]).counts
+    counts = [read_manifest(end).counts for end in ends]
+    for count in counts:
+        sums = count["progress"]["sums"]
+        count["progress"]["sums"] = {name: sums[name] for name in sums if name not in VARIES}
+    assert counts[0] == counts[1]
 
 
 # ---- position
@@ -177,6 +190,246 @@ def test_a_run_that_continues_another_is_compared_with_its_losses(make_config, s
     assert (first.step, last.step) == (0, 6) and first.heldout_loss == child.parent_loss
     assert last.parent_loss == child.parent_loss and last.heldout_loss != child.parent_loss
     assert parent.parent_loss is None
+
+
+# ---- sums over the steps, and what shows them
+
+
+def read_tensorboard(directory):
+    """What TensorBoard shows: tag -> {step: value}, files by name, purged where a start says so."""
+    shown: dict[str, dict[int, float]] = {}
+    event_type = writers.import_tensorboard().proto.event_pb2.Event
+    for file in sorted(directory.glob("events*")):
+        data = file.read_bytes()
+        while data:
+            (n_bytes,) = struct.unpack("<Q", data[:8])
+            event = event_type.FromString(data[12 : 12 + n_bytes])
+            data = data[16 + n_bytes :]
+            if event.HasField("session_log"):
+                for values in shown.values():
+                    for step in [step for step in values if step >= event.step]:
+                        del values[step]
+            for value in event.summary.value:
+                values = shown.setdefault(value.tag, {})
+                assert event.step not in values, "a step is shown twice"
+                values[event.step] = value.simple_value
+    return shown
+
+
+def assert_shown(run_dir):
+    """TensorBoard shows the records of metrics.jsonl, and no others."""
+    shown = read_tensorboard(run_dir / "tensorboard")
+    for tag in ("loss", "grad_norm", "lr"):
+        expected = {r.step: getattr(r, tag) for r in read_records(run_dir, TrainMetrics)}
+        assert shown[tag] == pytest.approx(expected, rel=1e-6)
+
+
+class Kill(Hook):
+    """Ends the run as a kill would, before a step, once a checkpoint of step 6 is complete."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def before_step(self, session):
+        if session.step == self.step:
+            if self.step > 6:
+                wait_until((session.run.run_dir / "checkpoints/6/manifest.json").is_file)
+            raise KeyboardInterrupt
+
+    def is_due(self, session):
+        return False
+
+
+def test_sums_are_of_the_steps_done_whatever_the_batch_was(make_config, start, tmp_path):
+    """60 steps of 8 x 64 tokens and 30 of 32 x 64: 92,160, in every place."""
+    cost = DeviceCost(flops_per_token=3e5, peak_flops=7e9, usd_per_hour=36.0)
+    small = {"train__log_every": 20, "optim__peak_lr": 1e-3}
+    train(start(make_config(train__steps=60, **small), tmp_path, lambda spec: cost))
+    settings = make_config(train__steps=90, train__batch_size=32, **small)
+    session = train(start(settings, tmp_path, lambda spec: cost))
+    request = result.make_request(settings, list(settings.mixture.packed_paths))
+    result.write_manifest(session, request)
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    for record in records:
+        n_tokens = 64 * (8 * min(record.step, 60) + 32 * max(record.step - 60, 0))
+        assert (record.n_tokens, record.flops) == (n_tokens, 3e5 * n_tokens), record
+        assert 0 < record.n_trained_tokens <= n_tokens
+        assert 0 < record.productive_seconds < record.seconds
+        assert record.usd == pytest.approx(record.seconds / 100)
+        assert record.productive_usd == pytest.approx(record.productive_seconds / 100)
+    assert records[-1].n_tokens == 92_160
+    counts = read_manifest(tmp_path).counts
+    assert (counts["n_tokens"], counts["flops"]) == (92_160, 3e5 * 92_160)
+    assert (
+        read_manifest(tmp_path / "checkpoints/90").counts["progress"]["sums"]["n_tokens"] == 92160
+    )
+    shown = read_tensorboard(tmp_path / "tensorboard")
+    assert shown["n_tokens"][60] == 30_720 and shown["n_tokens"][90] == 92_160
+    (before, after) = [r for r in records if isinstance(r, TrainMetrics) and r.step in (60, 80)]
+    assert before.tokens_per_second * before.step_seconds == pytest.approx(8 * 64)
+    assert after.tokens_per_second * after.step_seconds == pytest.approx(32 * 64)
+
+
+def test_what_a_kill_threw_away_costs_time_and_money_and_no_tokens(make_config, start, tmp_path):
+    """Killed before its first checkpoint, and after one; TensorBoard and the file agree."""
+    cost = DeviceCost(usd_per_hour=36.0)
+    settings = make_config(train__log_every=2, train__checkpoint_every=6)
+    for step, resumed in ((5, 0), (9, 0), (11, 6)):
+        before = read_metrics(tmp_path / "metrics.jsonl")
+        session = start(settings, tmp_path, lambda spec: cost)
+        assert session.step == resumed
+        with pytest.raises(KeyboardInterrupt):
+            train(session, never, Kill(step))
+        after = read_metrics(tmp_path / "metrics.jsonl")
+        if before:
+            assert after[0].seconds > before[-1].seconds or resumed
+    session = train(start(settings, tmp_path, lambda spec: cost))
+    steps = [record.step for record in read_records(tmp_path, TrainMetrics)]
+    assert steps == [2, 4, 6, 8, 10, 12, 14] and session.meter.sums.n_tokens == 14 * 8 * 64
+    last = read_records(tmp_path, TrainMetrics)[-1]
+    assert last.seconds > after[-1].seconds and last.usd == pytest.approx(last.seconds / 100)
+    assert last.productive_seconds < last.seconds / 2, "compiled four times, and repeated"
+    assert_shown(tmp_path)
+
+
+def test_a_start_that_wrote_no_record_is_counted_by_its_sign_of_life(tmp_path):
+    """70 s after the last record of 30 s, on 4 devices; a checkpoint had 10 s."""
+    cost = DeviceCost(usd_per_hour=3600.0)
+    made = dataclasses.replace(NOTHING_DONE, n_tokens=7, seconds=10.0, usd=11.0)
+    last = dataclasses.replace(NOTHING_DONE, n_tokens=99, seconds=30.0, usd=40.0)
+    sign = SignOfLife(tmp_path, 30.0, started=time.monotonic() - 70, n_devices=4)
+    wait_until((tmp_path / "spent.json").is_file)
+    sign.end()
+    found = LostWork(last, read_spent_time(tmp_path)).add_to(made, cost)
+    assert found.n_tokens == 7 and found.seconds == pytest.approx(100, abs=5)
+    assert found.usd == pytest.approx(40 + 4 * 70, abs=20)
+    (tmp_path / "spent.json").write_text("{")
+    assert LostWork(None, read_spent_time(tmp_path)).add_to(made, cost) == made
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+class FakeWandb(types.ModuleType):
+    """Keeps what runs are shown, as the service does."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.runs: dict[str, dict[int, dict]] = {}
+
+    def init(self, *, id="", resume_from="", **settings):
+        identity, _, step = resume_from.partition("?_step=")
+        shown = self.runs.setdefault(id or identity, {})
+        for later in [at for at in shown if resume_from and at > int(step)]:
+            del shown[later]
+
+        def log(scalars, step):
+            assert step >= max(shown, default=0), "the service ignores an earlier step"
+            shown.setdefault(step, {}).update(scalars)
+
+        return types.SimpleNamespace(log=log, finish=lambda: None)
+
+
+def test_wandb_shows_the_records_and_a_directory_made_anew_is_another_run(
+    make_config, start, tmp_path, monkeypatch
+):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    settings = make_config(train__wandb_project="p", train__log_every=2, train__checkpoint_every=6)
+
+    def shown():
+        identity = (tmp_path / "run/wandb_id").read_text()
+        return {step: fields["loss"] for step, fields in wandb.runs[identity].items()}
+
+    def losses():
+        return {r.step: r.loss for r in read_records(tmp_path / "run", TrainMetrics)}
+
+    for step in (5, 9, 11):
+        with pytest.raises(KeyboardInterrupt):
+            train(start(settings, tmp_path / "run"), never, Kill(step))
+        assert shown() == losses() and max(shown()) == step // 2 * 2
+    train(start(settings, tmp_path / "run"))
+    assert shown() == losses()
+    first = (tmp_path / "run/wandb_id").read_text()
+    shutil.rmtree(tmp_path / "run")
+    train(start(settings, tmp_path / "run"))
+    assert (tmp_path / "run/wandb_id").read_text() != first and shown() == losses()
+
+
+def test_a_place_that_fails_is_named_once_and_gets_what_it_missed(caplog, monkeypatch):
+    """And one that hangs is never waited for."""
+    monkeypatch.setattr(writers, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(writers, "CLOSE_SECONDS", 0.2)
+    failures = [OSError(errno.ENOSPC, "No space left on device")] * 3
+    written = []
+
+    class Place:
+        def write(self, record):
+            if len(written) == 2 and failures:
+                raise failures.pop()
+            written.append(record.step)
+
+        def close(self):
+            pass
+
+    place = BestEffort("metrics.jsonl", Place)
+    hanging = BestEffort("tensorboard", threading.Event().wait)
+    for step in range(7):
+        for each in (place, hanging):
+            each.put(ResumeEvent(step, **vars(NOTHING_DONE)))
+    wait_until(lambda: len(written) == 7)
+    assert written == list(range(7)) and not failures
+    began = time.monotonic()
+    writers.close_all([place, hanging])
+    assert time.monotonic() - began < 5
+    assert caplog.text.count("No space left on device") == 1
+    assert "metrics.jsonl: written again, with what was missing" in caplog.text
+    assert "tensorboard: the last 7 records are not written" in caplog.text
+
+
+def test_a_run_trains_to_its_end_where_nothing_can_be_logged(
+    make_config, start, tmp_path, monkeypatch, caplog
+):
+    def refuse(*arguments):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(writers, "CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr("jaxpt.io.files.os.fdatasync", refuse)
+    monkeypatch.setattr(writers.TensorBoardFile, "add", refuse)
+    session = train(start(make_config(train__checkpoint_every=6), tmp_path))
+    assert session.saved == tmp_path / "checkpoints/14"
+    for name in ("metrics.jsonl", "tensorboard"):
+        assert caplog.text.count(f"{name}: cannot be written") == 1
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_a_damaged_line_costs_itself_alone_and_is_named(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    lines = []
+    for step in range(1, 9):
+        lines.append(json.dumps(ResumeEvent(step, **vars(NOTHING_DONE)).to_json()).encode())
+    lines[2] = lines[2].replace(b"kind", b"ki\xffd")
+    lines[5] = b"[3]"
+    path.write_bytes(b"\n".join(lines))
+    assert [record.step for record in read_metrics(path)] == [1, 2, 4, 5, 7]
+    assert "2 of its lines cannot be read, the first is line 3" in caplog.text
+    kept, n_dropped, last = metrics.find_dropped(path, 4)
+    assert (n_dropped, last.step) == (2, 7)
+    assert path.read_bytes()[:kept] == b"".join(line + b"\n" for line in lines[:4])
+    assert metrics.find_dropped(path, None)[:2] == (0, 1)
+
+
+def test_damaged_small_files_do_not_stop_a_run(make_config, start, tmp_path, caplog):
+    settings = make_config()
+    train(start(make_config(train__steps=4), tmp_path))
+    for name in ("config.json", "growth.json", "starts.jsonl", "phases.json", "spent.json"):
+        (tmp_path / name).write_bytes(b'{"train": \xff')
+    assert train(start(settings, tmp_path)).step == STEPS
+    assert "config.json" in caplog.text
 
 
 # ---- hooks
@@ -429,17 +682,14 @@ def test_mfu_is_of_all_devices_and_money_is_in_dollars(tmp_path, monkeypatch, ca
     """7 steps of 640 tokens in 2 hours on 5 devices of 1.5 dollars per hour."""
     cost = DeviceCost(flops_per_token=9e3, peak_flops=4e3, usd_per_hour=1.5)
     now = [1000.0]
-    monkeypatch.setattr("jaxpt.train.metrics.time.monotonic", lambda: now[0])
-    logger = MetricsLogger(
-        tmp_path,
-        STEPS,
-        tokens_per_step=640,
-        n_devices=5,
-        resumed_at=0,
-        started=1000.0,
-        cost=cost,
-    )
+    monkeypatch.setattr("jaxpt.train.meter.time.monotonic", lambda: now[0])
+    meter = Meter(NOTHING_DONE, started=1000.0, n_devices=5, cost=cost)
+    logger = MetricsLogger(tmp_path, STEPS, meter=meter, resumed_at=None)
+    meter.begin_steps()
+    for _ in range(7):
+        meter.count_step(640)
     now[0] += 7200
+    meter.end_steps()
     scalars = {"grad_norm": 0.5, "lr": 1e-3, "n_skipped": 0}
     logger.log_train(7, scalars, loss=2.5, epochs={"prose": 0.1})
     logger.close()

@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Train."""
     settings = options.load_settings(arguments)
     from jaxpt import flops
-    from jaxpt.train import loop
+    from jaxpt.train import loop, meter
 
     loop.train_model(
         settings,
@@ -34,4 +34,5 @@ def run(arguments: argparse.Namespace) -> None:
         estimate_device_cost=lambda spec: flops.detect_device_cost(
             spec, settings.pack.seq_len, settings.train.compute_dtype, settings.plan
         ),
+        started=meter.measure_process_start(),
     )

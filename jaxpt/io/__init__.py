@@ -26,6 +26,7 @@ from jaxpt.io.files import (
     check_writable,
     copy_file,
     create,
+    cut,
     exists,
     find,
     list_files,
@@ -37,6 +38,7 @@ from jaxpt.io.files import (
     read_bytes,
     read_json,
     read_lines,
+    read_lines_from_end,
     read_range,
     read_text,
     read_text_if_there,
@@ -47,6 +49,7 @@ from jaxpt.io.files import (
     write_bytes,
     write_json,
     write_text,
+    write_unsynced,
     writing,
 )
 from jaxpt.io.lock import Lock, hold, take
@@ -84,6 +87,7 @@ __all__ = [
     "check_writable",
     "copy_file",
     "create",
+    "cut",
     "exists",
     "explain",
     "file_error",
@@ -104,6 +108,7 @@ __all__ = [
     "read_bytes",
     "read_json",
     "read_lines",
+    "read_lines_from_end",
     "read_range",
     "read_sealed",
     "read_text",
@@ -121,5 +126,6 @@ __all__ = [
     "write_bytes",
     "write_json",
     "write_text",
+    "write_unsynced",
     "writing",
 ]

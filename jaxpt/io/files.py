@@ -30,6 +30,7 @@ from jaxpt.spec import encode_json
 
 WORKING = ".partial"  # the end of a working directory's name
 TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}")  # a name before its file is whole
+BLOCK_BYTES = 1 << 16  # read at once from the end of a log
 REWRITE_SECONDS = 30  # how often a log in a bucket, which cannot append, is written anew
 
 # ---- what is there
@@ -199,6 +200,42 @@ def read_lines(path: Path) -> list[bytes]:
     return data.split(b"\n")[:-1]
 
 
+def read_lines_from_end(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield (first byte, line) of the whole lines of a log, the last one first.
+
+    Only what is asked for is read. A last line that was cut is left out.
+    """
+    start = size(path) or 0
+    rest = b""
+    is_cut = True
+    while start:
+        n_bytes = min(start, BLOCK_BYTES)
+        start -= n_bytes
+        first, *lines = (read_range(path, start, n_bytes) + rest).split(b"\n")
+        ends = start + len(first) + 1
+        starts = []
+        for line in lines:
+            starts.append(ends)
+            ends += len(line) + 1
+        for place, line in zip(reversed(starts), reversed(lines), strict=True):
+            if not is_cut:
+                yield place, line
+            is_cut = False
+        rest = first
+    if not is_cut:
+        yield 0, rest
+
+
+def cut(path: Path, n_bytes: int) -> None:
+    """Keep the first bytes of a log, durably."""
+    if isinstance(path, BucketPath):
+        bucket.write(path, read_range(path, 0, n_bytes))
+        return
+    with explain("cut", path):
+        os.truncate(path, n_bytes)
+        sync(path)
+
+
 # ---- writing
 
 
@@ -211,6 +248,16 @@ def write_json(path: Path, value: Any) -> None:
     """Write a record or plain value as JSON, as `write_text` does."""
     text = json.dumps(encode_json(value), indent=1)
     write_text(path, f"{text}\n")
+
+
+def write_unsynced(path: Path, value: Any) -> None:
+    """Write a record or text that a cut of power may lose, such as a sign of life."""
+    data = value if isinstance(value, str) else json.dumps(encode_json(value))
+    if isinstance(path, BucketPath):
+        bucket.write(path, data.encode())
+        return
+    with explain("written", path):
+        path.write_bytes(data.encode())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -336,8 +383,11 @@ class LineLog:
         make_directory(path.parent)
         with explain("written", path):
             self.file = open(path, "ab", buffering=0)
-            n_bytes = len(join_lines(read_lines(path)))
-            self.file.truncate(n_bytes)
+            self.n_bytes = 0  # of the lines that are whole
+            for start, line in read_lines_from_end(path):
+                self.n_bytes = start + len(line) + 1
+                break
+            self.file.truncate(self.n_bytes)
             sync(path)
             sync(path.parent)
 
@@ -346,12 +396,24 @@ class LineLog:
         data = f"{line}\n".encode()
         with self.lock, explain("written", self.path):
             if not isinstance(self.path, BucketPath):
-                self.file.write(data)
-                os.fdatasync(self.file.fileno())
+                self.append_to_file(data)
                 return
             self.data += data
             if time.monotonic() - self.written > REWRITE_SECONDS:
                 self.flush()
+
+    def append_to_file(self, data: bytes) -> None:
+        """Write all bytes, or, where that fails, none."""
+        try:
+            n_written = 0
+            while n_written < len(data):  # a disk that is nearly full takes a part
+                n_written += self.file.write(data[n_written:]) or 0
+            os.fdatasync(self.file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                self.file.truncate(self.n_bytes)
+            raise
+        self.n_bytes += len(data)
 
     def flush(self) -> None:
         """Write the file in a bucket anew."""

@@ -27,9 +27,9 @@ import threading
 import time
 from collections.abc import Iterator
 
-from jaxpt.io import bucket, files
+from jaxpt.io import files
 from jaxpt.io.errors import MissingFileError, explain, printable
-from jaxpt.io.paths import BucketPath, Path
+from jaxpt.io.paths import Path
 from jaxpt.spec import Record, UserError
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class Lock:
 
     def beat_once(self, n_beats: int) -> None:
         """Write one sign of life."""
-        write_plain(self.place / f"{self.number:08d}.beat", str(n_beats).encode())
+        files.write_unsynced(self.place / f"{self.number:08d}.beat", str(n_beats))
 
     def release(self) -> None:
         """End the hold."""
@@ -227,15 +227,6 @@ def remove_earlier(place: Path, number: int) -> None:
     for name in files.list_names(place):
         if name[:8].isdecimal() and int(name[:8]) < number:
             files.remove(place / name)
-
-
-def write_plain(path: Path, data: bytes) -> None:
-    """Write a file that a cut may lose."""
-    if isinstance(path, BucketPath):
-        bucket.write(path, data)
-        return
-    with explain("written", path):
-        path.write_bytes(data)
 
 
 def describe_this_process() -> Holder:

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from jaxpt import config, hardware, io, stage
@@ -15,8 +15,8 @@ from jaxpt.config import Config
 from jaxpt.hardware import GIB, Target
 from jaxpt.plan import compile, cost
 from jaxpt.spec import ModelSpec, Record, UserError
-from jaxpt.train.metrics import read_metrics
-from jaxpt.train.records import MetricRecord, TrainMetrics
+from jaxpt.train.metrics import stream_metrics
+from jaxpt.train.records import GrowthEvent, MetricRecord, TrainMetrics
 
 log = logging.getLogger(__name__)
 
@@ -59,14 +59,16 @@ def compare_plan_to_runs(run_dirs: Sequence[str | io.Path]) -> tuple[PlanCheck, 
 def compare_plan_to_run(run_dir: str | io.Path, first: PlanCheck | None) -> PlanCheck:
     """Return planned against measured of one run, calibrated by the first one (None: by itself)."""
     run = read_run(run_dir, "--check")
-    target = find_run_target(run.path, *read_devices(run))
-    records = [record for record in run.metrics if isinstance(record, TrainMetrics)]
+    devices = read_devices(run)
+    target = find_run_target(run.path, devices.n_devices, devices.kind)
+    records = list_speeds(run, devices)
     if len(records) < MIN_RECORDS:
         raise UserError(
             f"--check {run.path}: expected at least {MIN_RECORDS} training records in "
-            f"metrics.jsonl, got {len(records)}. Train on, or with a smaller train.log_every."
+            "metrics.jsonl of its batch, depth and devices as they are now, got "
+            f"{len(records)}. Train on, or with a smaller train.log_every."
         )
-    # the first record's steps include compilation
+    # the first record's steps include the first one, which is slower
     measured_seconds = statistics.median(record.step_seconds for record in records[1:])
     measured_bytes = max(record.memory_bytes for record in records)
 
@@ -93,6 +95,26 @@ def compare_plan_to_run(run_dir: str | io.Path, first: PlanCheck | None) -> Plan
         calibrated_time_ratio=measured_seconds / (planned_seconds * calibration),
         calibrated_memory_ratio=measured_bytes / (planned_bytes + calibration_bytes),
     )
+
+
+class Speed(NamedTuple):
+    """What a record measured."""
+
+    step_seconds: float
+    memory_bytes: int
+
+
+def list_speeds(run: Run, devices: RunDevices) -> list[Speed]:
+    """Return what was measured since batch, sequence length, depth and devices are as they are."""
+    speeds: list[Speed] = []
+    for record in run.stream_records():
+        if isinstance(record, GrowthEvent):
+            speeds.clear()
+        elif isinstance(record, TrainMetrics) and record.step > devices.since_step:
+            tokens_per_step = record.tokens_per_second * record.step_seconds
+            if round(tokens_per_step) == run.tokens_per_step:
+                speeds.append(Speed(record.step_seconds, record.memory_bytes))
+    return speeds
 
 
 def find_run_target(run_dir: str | io.Path, n_devices: int, device_kind: str) -> Target:
@@ -180,11 +202,14 @@ class Run(NamedTuple):
     path: io.Path
     settings: Config
     spec: ModelSpec
-    metrics: list[MetricRecord]
+
+    def stream_records(self) -> Iterator[MetricRecord]:
+        """Yield the records of its metrics.jsonl."""
+        return stream_metrics(self.path / "metrics.jsonl")
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of a batch, padding included."""
+        """Tokens of a batch as it is now, padding included."""
         return self.settings.train.batch_size * self.settings.pack.seq_len
 
 
@@ -192,7 +217,7 @@ class Growth(NamedTuple):
     """How a run's model was grown."""
 
     operator: str  # the last one's name
-    at_step: int  # of the run; 0: before training
+    n_tokens: int  # of the run before it; 0: before training
 
 
 def read_run(run_dir: str | io.Path, flag: str) -> Run:
@@ -206,24 +231,40 @@ def read_run(run_dir: str | io.Path, flag: str) -> Run:
         UserError: there is no run.
     """
     path = io.path(run_dir)
-    try:
-        settings = config.build_config(io.read_json(path / "config.json"))
-    except io.MissingFileError:
+    text = io.read_text_if_there(path / "config.json")
+    if text is None:
         raise UserError(
             f"{flag} {path}: no config.json there. Give run directories that jaxpt train wrote."
-        ) from None
-    spec = stage.read_spec(path / "spec.json")
-    return Run(path, settings, spec, read_metrics(path / "metrics.jsonl"))
+        )
+    settings = config.build_config(io.read_json(path / "config.json"))
+    return Run(path, settings, stage.read_spec(path / "spec.json"))
 
 
-def read_devices(run: Run) -> tuple[int, str]:
-    """Return the number of devices of the run's last start, and JAX's name of their kind."""
-    path = run.path / "starts.jsonl"
-    lines = io.read_lines(path)
-    if not lines:
-        raise UserError(f"{path}: not found. Give a run directory that jaxpt train wrote.")
-    start = json.loads(lines[-1])
-    return start["n_devices"], start["device_kind"]
+class RunDevices(NamedTuple):
+    """The devices of a run's last start."""
+
+    n_devices: int
+    kind: str  # JAX's name
+    since_step: int  # that the run has had these
+
+
+def read_devices(run: Run) -> RunDevices:
+    """Return the devices of the run's last start. A line that cannot be read is left out."""
+    starts: list[RunDevices] = []
+    for line in io.read_lines(run.path / "starts.jsonl"):
+        try:
+            start = json.loads(line)
+            found = RunDevices(start["n_devices"], start["device_kind"], start["step"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        if not starts or starts[-1][:2] != found[:2]:
+            starts.append(found)
+    if not starts:
+        raise UserError(
+            f"{run.path / 'starts.jsonl'}: no start of a run there. Give a run directory that "
+            "jaxpt train wrote."
+        )
+    return starts[-1]
 
 
 def read_growth(run: Run) -> Growth | None:
@@ -233,4 +274,9 @@ def read_growth(run: Run) -> Growth | None:
         return None
     report = io.read_json(path)
     operator, _, _ = report["operators"][-1].partition("(")
-    return Growth(operator, report["at_step"] or 0)
+    at_step = report["at_step"] or 0
+    n_tokens = 0
+    for record in run.stream_records():
+        if record.step <= at_step:
+            n_tokens = max(n_tokens, record.n_tokens)
+    return Growth(operator, n_tokens)

@@ -585,7 +585,7 @@ def explain_exclusion(grown: GrownRun, name: str | None, shares: dict[str, float
         return f"it read {own_shares}, the runs from scratch {shares}"
     if run.settings.initialize.mode != "continue":
         return "it continues to count its parent's steps (initialize.mode)"
-    if not points or points[-1].tokens <= grown.growth.at_step * run.tokens_per_step:
+    if not points or points[-1].tokens <= grown.growth.n_tokens:
         return "it has no held-out loss after its growth"
     return None
 
@@ -593,8 +593,7 @@ def explain_exclusion(grown: GrownRun, name: str | None, shares: dict[str, float
 def measure_saved_frac(fit: ScalingFit, grown: GrownRun, name: str) -> Range:
     """Return the 90 % interval of the share of scratch's tokens that a grown run saved."""
     last = grown.points[-1]
-    parent_tokens = grown.growth.at_step * grown.run.tokens_per_step  # inside the same run
-    child_tokens = last.tokens - parent_tokens
+    child_tokens = last.tokens - grown.growth.n_tokens
     shares = []
     for law in fit.bootstrap_laws:
         scratch_tokens = law.compute_tokens_to_loss(last.n_params, last.loss)
@@ -624,7 +623,7 @@ def read_heldout_losses(run: Run) -> list[LossPoint]:
     n_params = transformer.count_params(run.spec)
     shares = get_source_shares(run)
     points = []
-    for record in run.metrics:
+    for record in run.stream_records():
         is_heldout = isinstance(record, HeldoutMetrics)
         if not is_heldout or record.step <= run.settings.optim.warmup_steps:
             continue
@@ -634,8 +633,8 @@ def read_heldout_losses(run: Run) -> list[LossPoint]:
             loss_sum += share * loss
             share_sum += share
         if share_sum:
-            tokens = float(record.step * run.tokens_per_step)
-            points.append(LossPoint(n_params, tokens, loss_sum / share_sum))
+            mean = loss_sum / share_sum
+            points.append(LossPoint(n_params, float(record.n_tokens), mean))
     return points
 
 

@@ -122,17 +122,20 @@ def list_measured(run: RunData) -> list[str]:
 def describe_pace(run: RunData, plan: Plan) -> str:
     """Compare the run's pace with the plan for its machine; "" if there is none."""
     trained = last_value(run.metrics.train, "n_tokens")
-    if not (run.devices and trained and plan.tokens):
+    seconds = last_value(run.metrics.train, "productive_seconds")
+    if not (run.devices and trained and seconds and plan.tokens):
         return ""
     chip = hardware.find_chip(run.devices.device_kind)
     if not chip:
         return ""
     n_devices = run.devices.n_devices
-    seconds = last_value(run.metrics.train, "seconds") or 0
     hours = seconds / 3600 * plan.tokens / trained
     pace = f"at the measured pace it is {format_brief(hours)} hours"
-    if chip.usd_per_hour:
-        usd = hours * n_devices * chip.usd_per_hour
+    spent = last_value(run.metrics.train, "productive_usd")
+    if spent or chip.usd_per_hour:
+        # the run's own money, where devices or prices changed meanwhile
+        at_list_price = hours * n_devices * (chip.usd_per_hour or 0)
+        usd = spent * plan.tokens / trained if spent else at_list_price
         pace += f" and {format_brief(usd)} USD"
     for target in plan.targets:
         chip_name, _, _ = target.target.partition(":")

@@ -109,13 +109,16 @@ class TrainPoint(View, tokens="n_tokens"):
     loss: float | None = None  # nats per token
     lr: float | None = None
     grad_norm: float | None = None
-    n_tokens: float | None = None  # since step 0
+    n_tokens: float | None = None  # since step 0, as flops, seconds and usd
+    flops: float | None = None
     tokens_per_second: float | None = None
     mfu: float | None = None
     memory_bytes: float | None = None
     n_skipped: float | None = None
-    seconds: float | None = None  # since step 0
-    usd: float | None = None  # since step 0
+    productive_seconds: float | None = None  # in steps
+    productive_usd: float | None = None
+    seconds: float | None = None  # in all
+    usd: float | None = None
     epochs: dict[str, float] | None = None  # source -> times read
     scalars: dict[str, float] = dataclasses.field(default_factory=dict)  # others, by name
 

@@ -84,6 +84,9 @@ def list_run_facts(run: RunData) -> list[str]:
             trained += f" on {format_count(n_tokens)} tokens"
         if seconds:
             trained += f" in {format_seconds(seconds)}"
+        productive = read.last_value(train, "productive_seconds")
+        if productive:
+            trained += f", of which {format_seconds(productive)} in steps"
         change = format_loss_change(run).replace(" ", "\u00a0")  # is not broken into two lines
         facts += [trained, f"loss {change}"]
     return facts
@@ -116,6 +119,7 @@ def summarize_runs(runs: list[RunData]) -> list[SummaryRow]:
     add("layers × width", "", read.format_shape)
     add("steps", "", lambda run: format_whole(read.last_value(run.metrics.train, "step")))
     add("tokens", "", lambda run: format_count(read.last_value(run.metrics.train, "n_tokens")))
+    add("FLOPs", "", lambda run: format_count(read.last_value(run.metrics.train, "flops")))
     add("loss", "nats/token", format_loss_change)
     heldout = []
     for run in runs:

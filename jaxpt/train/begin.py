@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import pathlib
 import shutil
@@ -21,8 +20,9 @@ from jaxpt.growth.records import NewParamsRecord
 from jaxpt.initialize import InitResult
 from jaxpt.spec import Manifest, ModelSpec, UserError
 from jaxpt.stage import read_manifest, read_spec
-from jaxpt.train import forgetting, provenance, state
+from jaxpt.train import forgetting, meter, metrics, provenance, state
 from jaxpt.train.context import RunContext
+from jaxpt.train.meter import LostWork
 from jaxpt.train.records import CheckpointRecord, TrainProgress
 from jaxpt.train.state import TrainState
 from jaxpt.weights import checkpoint, hub
@@ -85,6 +85,17 @@ def read_start(run: RunContext, resumed: io.Path) -> RunStart:
     new_params = record.new_params or NewParamsRecord({}, 0, "none")
     mixture = forgetting.restore_replay(run.config.mixture, record.replay)
     return RunStart(spec, progress, NewParams.from_record(new_params), mixture, record.parent_loss)
+
+
+def read_lost_work(run_dir: pathlib.Path, resumed: pathlib.Path | None) -> LostWork:
+    """Return what an earlier start left of its time after the checkpoint that is resumed."""
+    step = int(resumed.name) if resumed else None
+    try:
+        last = metrics.find_dropped(run_dir / "metrics.jsonl", step).last
+    except UserError as error:
+        log.warning(f"{error} What an earlier start spent after its checkpoint is not counted.")
+        last = None
+    return LostWork(last, meter.read_spent_time(run_dir))
 
 
 def init_run(run: RunContext) -> InitialModel:
@@ -151,11 +162,15 @@ def read_parent_losses(run_dir: pathlib.Path, n_sequences: int) -> dict[str, flo
     path = run_dir / "growth.json"
     if not path.is_file():
         return None
-    report = json.loads(path.read_text())
-    losses = report["heldout_loss"]
-    if not losses or report["heldout_sequences"] != n_sequences:
+    try:
+        report = io.read_json(path)
+        losses = report["heldout_loss"]
+        if not losses or report["heldout_sequences"] != n_sequences:
+            return None
+        return dict(losses["parent"])
+    except (UserError, KeyError, TypeError, ValueError):
+        log.warning(f"{path}: cannot be read; the parent's losses are measured again.")
         return None
-    return losses["parent"]
 
 
 def init_train_state(

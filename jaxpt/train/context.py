@@ -38,7 +38,7 @@ class RunContext:
         heldout: their held-out split, to measure losses on.
         measuring_batches: reads the training batches that growth measures on.
         estimate_device_cost: what a device costs and can do for a model, for MFU and money.
-        started: time.monotonic() at the start.
+        started: time.monotonic() at the start, from which time and money count.
     """
 
     config: Config
@@ -62,13 +62,13 @@ def open_run(
     packed: list[str],
     mesh: jax.sharding.Mesh,
     estimate_device_cost: EstimateCost = no_cost,
+    started: float | None = None,
 ) -> RunContext:
     """Open the packed sequences of a run.
 
     Raises:
         UserError: their length is not pack.seq_len, or there is no such optimizer.
     """
-    started = time.monotonic()
     optimizer.check_name(config.optim)
     dataset = loader.open_packed(packed)
     if dataset.seq_len != config.pack.seq_len:
@@ -86,5 +86,5 @@ def open_run(
         heldout=gate.HeldoutData(packed, train, mask, mesh),
         measuring_batches=measure.make_measuring_batches(packed, train.batch_size, mask, mesh),
         estimate_device_cost=estimate_device_cost,
-        started=started,
+        started=started or time.monotonic(),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pathlib
+import time
 from collections.abc import Sequence
 
 from jaxpt import sharding, stage
@@ -25,7 +26,10 @@ log = logging.getLogger(__name__)
 
 @distributed.end_together()
 def train_model(
-    config: Config, workdir: pathlib.Path, estimate_device_cost: EstimateCost = no_cost
+    config: Config,
+    workdir: pathlib.Path,
+    estimate_device_cost: EstimateCost = no_cost,
+    started: float | None = None,
 ) -> None:
     """Train in `workdir` to train.steps.
 
@@ -35,7 +39,9 @@ def train_model(
         config: the recipe.
         workdir: the run directory.
         estimate_device_cost: what a device costs and can do for a model, for MFU and money.
+        started: time.monotonic() from which time and money count; None: now.
     """
+    started = started or time.monotonic()
     run_dir = stage.local_path(workdir)
     distributed.join_processes(run_dir)
     distributed.enable_compilation_cache()
@@ -45,12 +51,11 @@ def train_model(
     if result.is_finished(run_dir, request):
         return
     mesh = sharding.make_mesh(config.mesh)
-    run = open_run(config, run_dir, packed, mesh, estimate_device_cost)
+    run = open_run(config, run_dir, packed, mesh, estimate_device_cost, started)
     agreement.check_data(run)
     session = start_session(run)
     result.remove_manifest(run_dir)  # only now: a start that was refused changes nothing
     train(session, make_hooks(session))
-    session.metrics.close()
     if not session.is_last_step:
         log.info(f"stopped: step {session.step:,} is saved in {session.saved}")
         log.info("run the same command again to continue")
@@ -73,21 +78,23 @@ def make_hooks(session: Session) -> list[Hook]:
 
 
 def train(session: Session, hooks: Sequence[Hook]) -> None:
-    """Make steps until train.steps, or until a hook stops the session.
+    """Make steps until train.steps, or until a hook stops the session. Close it then.
 
     Args:
         session: changed in place.
         hooks: called in this order before each step, and after those at which they are due.
     """
-    session.metrics.restart_timer(session.step)
-    while not session.is_last_step and not session.is_stopping:
+    try:
+        while not session.is_last_step and not session.is_stopping:
+            for hook in hooks:
+                hook.before_step(session)
+            session.run_step()
+            if any(hook.is_due(session) for hook in hooks):
+                session.collect_scalars()
+            for hook in hooks:
+                if hook.is_due(session):  # asked again: it may depend on what an earlier one did
+                    hook.after_step(session)
         for hook in hooks:
-            hook.before_step(session)
-        session.run_step()
-        if any(hook.is_due(session) for hook in hooks):
-            session.collect_scalars()
-        for hook in hooks:
-            if hook.is_due(session):  # asked again: it may depend on what an earlier one did
-                hook.after_step(session)
-    for hook in hooks:
-        hook.finish(session)
+            hook.finish(session)
+    finally:
+        session.close()

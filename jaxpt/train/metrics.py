@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import math
-import pathlib
 import resource
 import sys
-import time
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,20 +19,25 @@ from jaxpt.config import Config
 from jaxpt.flops import DeviceCost
 from jaxpt.model import transformer
 from jaxpt.spec import ModelSpec, UserError
-from jaxpt.stage import fingerprint
+from jaxpt.train import writers
+from jaxpt.train.meter import Meter
 from jaxpt.train.records import (
     METRIC_RECORDS,
     GrowthEvent,
     HeldoutMetrics,
     MetricRecord,
     ResumeEvent,
+    RunSums,
     SkippedUpdate,
     TrainMetrics,
 )
+from jaxpt.train.writers import BestEffort
 
 log = logging.getLogger(__name__)
 
+FLUSH_SECONDS = 2.0  # a checkpoint waits for the records before it no longer than this
 MAX_SKIPPED_DOCUMENTS = 32  # listed per skipped step; jaxpt trace lists all
+MAX_SOURCES = 8  # in a record; epochs.json has all
 MAX_COLUMNS = 69  # of a console line; time and level take 11 of a terminal's 80
 # of a step, that a record has fields for; loss and n_targets are summed over the interval instead
 KNOWN_SCALARS = ("loss_sum", "n_targets", "loss", "grad_norm", "lr", "n_skipped")
@@ -43,63 +46,51 @@ KNOWN_SCALARS += ("consecutive_skips",)
 HostScalars = dict[str, np.ndarray]  # what a step returned, on the host
 
 
+class CollectedStep(NamedTuple):
+    """A step that the host has waited for."""
+
+    step: int
+    scalars: HostScalars
+    sums: RunSums  # after it
+
+
 class MetricsLogger:
     """Writes RUN/metrics.jsonl so that it is continuous across resumes.
 
-    Records after `resumed_at` are dropped first, so no step is there twice. Every process makes a
-    logger; the first one writes.
+    Records after the resumed step are dropped first, so no step is there twice. Every process
+    makes a logger; the first one writes.
     """
 
     def __init__(
         self,
-        run_dir: pathlib.Path,
+        run_dir: io.Path,
         n_steps: int,
         *,
-        wandb: Any = None,
-        tokens_per_step: int,
-        n_devices: int,
-        resumed_at: int,
-        started: float,
-        cost: DeviceCost,
+        meter: Meter,
+        resumed_at: int | None,
+        config: Config | None = None,
     ):
         """Open the files.
 
         Args:
             run_dir: the run directory.
             n_steps: of the whole run.
-            wandb: a run of Weights & Biases, see `init_wandb`.
-            tokens_per_step: over all devices.
-            n_devices: over all processes.
-            resumed_at: updates done before this start.
-            started: time.monotonic() from which seconds and money are counted.
-            cost: of the model on one device.
+            meter: of the run.
+            resumed_at: step of the checkpoint that is resumed; None: the run begins.
+            config: the recipe, for Weights & Biases; None: without.
         """
-        self.run_dir = run_dir
         self.n_steps = n_steps
-        self.wandb = wandb
-        self.tokens_per_step = tokens_per_step
-        self.n_devices = n_devices
-        self.cost = cost
-        self.path = run_dir / "metrics.jsonl"
+        self.meter = meter
+        self.last_step = resumed_at or 0
+        self.last_sums = meter.sums
         self.is_writer = jax.process_index() == 0
-        earlier = [record for record in read_metrics(self.path) if record.step <= resumed_at]
-        # seconds and money of a resumed run continue from its last record
-        seconds = [record.seconds for record in earlier if isinstance(record, TrainMetrics)]
-        self.seconds_before_resume = max(seconds, default=0.0)
-        self.start = started
-        self.restart_timer(resumed_at)
+        self.places: list[BestEffort] = []
         if not self.is_writer:
             return
-        lines = [json.dumps(record.to_json()) + "\n" for record in earlier]
-        io.write_text(self.path, "".join(lines))
-        self.file = open(self.path, "a", encoding="utf-8", buffering=1)
-        purge_step = resumed_at + 1 if resumed_at else None
-        self.tensorboard = import_summary_writer()(
-            str(run_dir / "tensorboard"), purge_step=purge_step
-        )
+        self.places = open_places(run_dir, resumed_at, config)
         self.progress_bar = tqdm(
             total=self.n_steps,
-            initial=resumed_at,
+            initial=self.last_step,
             unit="step",
             dynamic_ncols=True,
             leave=False,
@@ -117,27 +108,27 @@ class MetricsLogger:
             loss: mean over those steps, nats per token.
             epochs: source -> times read.
         """
-        now = time.monotonic()
-        step_seconds = (now - self.last_time) / max(step - self.last_step, 1)
-        self.last_step, self.last_time = step, now
-        tokens_per_second = self.tokens_per_step / step_seconds
-        seconds = self.seconds_before_resume + now - self.start
+        sums, before = self.meter.read(), self.last_sums
+        n_steps = max(step - self.last_step, 1)
+        self.last_step, self.last_sums = step, sums
+        seconds = max(sums.productive_seconds - before.productive_seconds, 1e-9)
+        flops_per_second = None
+        if sums.flops is not None and before.flops is not None:
+            flops_per_second = (sums.flops - before.flops) / seconds
         further = scalars.keys() - set(KNOWN_SCALARS)
         record = TrainMetrics(
             step=step,
             loss=loss,
             grad_norm=float(scalars["grad_norm"]),
             lr=float(scalars["lr"]),
-            n_tokens=step * self.tokens_per_step,
-            epochs=epochs,
-            tokens_per_second=tokens_per_second,
-            step_seconds=step_seconds,
-            mfu=self.cost.compute_mfu(tokens_per_second, self.n_devices),
+            epochs=find_most_read(epochs, MAX_SOURCES),
+            tokens_per_second=(sums.n_tokens - before.n_tokens) / seconds,
+            step_seconds=seconds / n_steps,
+            mfu=self.meter.cost.compute_mfu(flops_per_second, self.meter.n_devices),
             memory_bytes=measure_peak_memory(),
             n_skipped=int(scalars["n_skipped"]),
-            seconds=seconds,
-            usd=self.cost.compute_usd(seconds, self.n_devices),
             scalars={name: float(scalars[name]) for name in sorted(further)},
+            **vars(sums),
         )
         self.write_record(record)
         for line in self.format_train(record):
@@ -177,7 +168,8 @@ class MetricsLogger:
         self, step: int, losses: dict[str, float], parent: dict[str, float] | None
     ) -> None:
         """Write held-out nats per token by source, and the parent's on the same sequences."""
-        self.write_record(HeldoutMetrics(step, losses, parent or None))
+        sums = vars(self.meter.read())
+        self.write_record(HeldoutMetrics(step, losses, parent or None, **sums))
         parts = []
         for name, loss in losses.items():
             part = f"{name} {loss:.4f}"
@@ -185,49 +177,86 @@ class MetricsLogger:
                 part += f" (parent {parent[name]:.4f})"
             parts.append(part)
         log.info(f"{self.format_step(step)}  held-out loss  {'  '.join(parts)}")
-        self.restart_timer(step)
 
-    def log_skipped_update(self, step: int, scalars: HostScalars, documents: list[str]) -> None:
+    def log_skipped_update(self, collected: CollectedStep, documents: list[str]) -> None:
         """Write that an update was skipped, with the first documents of its batch."""
+        scalars = collected.scalars
         loss, norm = finite_or_none(scalars["loss"]), finite_or_none(scalars["grad_norm"])
         first = tuple(documents[:MAX_SKIPPED_DOCUMENTS])
-        self.write_record(SkippedUpdate(step, loss, norm, first, len(documents)))
+        sums = vars(collected.sums)
+        self.write_record(SkippedUpdate(collected.step, loss, norm, first, len(documents), **sums))
 
     def log_growth(self, step: int, operator: str, spec: ModelSpec, cost: DeviceCost) -> None:
         """Write that the model was grown."""
-        self.cost = cost
+        self.meter.cost = cost
         n_params = transformer.count_params(spec)
-        self.write_record(GrowthEvent(step, operator, spec.n_layers, n_params))
-        self.restart_timer(step)
+        sums = vars(self.meter.read())
+        self.write_record(GrowthEvent(step, operator, spec.n_layers, n_params, **sums))
 
     def log_resume(self, step: int) -> None:
         """Write that the run was resumed."""
-        self.write_record(ResumeEvent(step))
-
-    def restart_timer(self, step: int) -> None:
-        """Leave out of the next steps' time what happened at this one (evaluation, checkpoint)."""
-        self.last_step, self.last_time = step, time.monotonic()
+        self.write_record(ResumeEvent(step, **vars(self.meter.read())))
 
     def write_record(self, record: MetricRecord) -> None:
-        """Write a record everywhere."""
-        if not self.is_writer:
-            return
-        fields = record.to_json()
-        self.file.write(json.dumps(fields) + "\n")
-        scalars = flatten_metrics(fields)
-        for name, value in scalars.items():
-            self.tensorboard.add_scalar(name, value, record.step)
-        if self.wandb:
-            self.wandb.log(scalars, step=record.step)
+        """Have a record written everywhere."""
+        for place in self.places:
+            place.put(record)
+
+    def flush(self) -> None:
+        """Wait a moment for metrics.jsonl, so that a checkpoint's records are there before it."""
+        for place in self.places[:1]:
+            place.wait(FLUSH_SECONDS)
 
     def close(self) -> None:
         """Close the files."""
         if self.is_writer:
             self.progress_bar.close()
-            self.file.close()
-            self.tensorboard.close()
-            if self.wandb:
-                self.wandb.finish()
+            writers.close_all(self.places)
+
+
+def open_places(
+    run_dir: io.Path, resumed_at: int | None, config: Config | None
+) -> list[BestEffort]:
+    """Return where records go, metrics.jsonl first, each without what this start repeats."""
+    path = run_dir / "metrics.jsonl"
+    keep = None
+    n_dropped = 0
+    try:
+        dropped = find_dropped(path, resumed_at)
+        keep, n_dropped = dropped.n_bytes, dropped.n_records
+    except UserError as error:
+        log.warning(f"{error} The run goes on; records may be there twice.")
+    purge_step = 0 if resumed_at is None else resumed_at + 1
+
+    def open_file() -> writers.MetricsFile:
+        nonlocal keep
+        if keep is not None and io.size(path):
+            io.cut(path, keep)
+        keep = None
+        return writers.MetricsFile(path)
+
+    def open_tensorboard() -> writers.TensorBoardFile:
+        nonlocal purge_step
+        file = writers.TensorBoardFile(run_dir / "tensorboard", purge_step)
+        purge_step = None
+        return file
+
+    places = [
+        BestEffort("metrics.jsonl", open_file),
+        BestEffort("tensorboard", open_tensorboard),
+    ]
+    if config:
+        rewind_to = (resumed_at or 0) if n_dropped else None
+        places.append(BestEffort("wandb", lambda: writers.open_wandb(run_dir, config, rewind_to)))
+    return places
+
+
+def find_most_read(epochs: dict[str, float], n: int) -> dict[str, float]:
+    """Return the n sources that were read most often, in the order given."""
+    if len(epochs) <= n:
+        return epochs
+    most = sorted(epochs, key=lambda name: epochs[name], reverse=True)[:n]
+    return {name: epochs[name] for name in epochs if name in most}
 
 
 def finite_or_none(value: Any) -> float | None:
@@ -236,70 +265,83 @@ def finite_or_none(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def import_summary_writer() -> Any:
-    """Return tensorboardX's SummaryWriter, without importing torch.
+# ---- reading metrics.jsonl
 
-    Where torch is installed, its import would take a second of every start, for a type that is
-    never used.
+
+def read_metrics(path: io.Path) -> list[MetricRecord]:
+    """Return the records of a metrics.jsonl; see `stream_metrics`."""
+    return list(stream_metrics(path))
+
+
+def stream_metrics(path: io.Path) -> Iterator[MetricRecord]:
+    """Yield the records of a metrics.jsonl, without a last line cut by a kill.
+
+    A line that cannot be read costs itself alone, and is named.
     """
-    modules: dict[str, Any] = sys.modules
-    is_hidden = "torch" not in modules
-    if is_hidden:
-        modules["torch"] = None
+    if io.size(path) is None:
+        return
+    n_bad = first_bad = 0
+    with io.open_read(path) as file, io.explain("read", path):
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            record = parse_line(line)
+            if record:
+                yield record
+                continue
+            n_bad += 1
+            first_bad = first_bad or number
+    if n_bad:
+        log.warning(
+            f"{path}: {n_bad:,} of its lines cannot be read, the first is line {first_bad:,}; "
+            "left out."
+        )
+
+
+def parse_line(line: bytes) -> MetricRecord | None:
+    """Return a line as a record; None if it is none."""
     try:
-        from tensorboardX import SummaryWriter
-    finally:
-        if is_hidden:
-            del modules["torch"]
-    return SummaryWriter
+        fields = json.loads(line)
+        return METRIC_RECORDS[fields["kind"]].from_json(fields)
+    except (ValueError, KeyError, TypeError, RecursionError, UserError):
+        return None
 
 
-def init_wandb(run_dir: pathlib.Path, config: Config) -> Any:
-    """Return a run of Weights & Biases that is resumed when this run is resumed."""
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]  (optional)
-    except ImportError:
-        raise UserError(
-            "train.wandb_project: the package wandb is not installed. pip install wandb, or leave "
-            "train.wandb_project empty."
-        ) from None
-    name = run_dir.absolute()
-    return wandb.init(
-        project=config.train.wandb_project,
-        id=fingerprint(str(name)),
-        name=name.name,
-        dir=str(run_dir),
-        resume="allow",
-        config=dataclasses.asdict(config),
-    )
+def stream_from_end(path: io.Path) -> Iterator[tuple[int, MetricRecord]]:
+    """Yield (first byte, record), the last one first; only what is asked for is read."""
+    for start, line in io.read_lines_from_end(path):
+        record = parse_line(line)
+        if record:
+            yield start, record
 
 
-def read_metrics(path: pathlib.Path) -> list[MetricRecord]:
-    """Return the records of a metrics.jsonl, without a last line cut by a kill."""
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            fields = json.loads(line)
-        except json.JSONDecodeError:
+class Dropped(NamedTuple):
+    """What a start repeats of the records that are there."""
+
+    n_bytes: int  # that stay
+    n_records: int
+    last: MetricRecord | None  # with what the run had spent
+
+
+def find_dropped(path: io.Path, resumed_at: int | None) -> Dropped:
+    """Return the records after the step of the checkpoint that is resumed; all without one.
+
+    A growth after that very step is made again too.
+    """
+    n_bytes, n_records, last = io.size(path) or 0, 0, None
+    if resumed_at is None:
+        last = next((record for _, record in stream_from_end(path)), None)
+        return Dropped(0, int(last is not None), last)
+    for start, record in stream_from_end(path):
+        is_repeated = isinstance(record, GrowthEvent) and record.step == resumed_at
+        if record.step <= resumed_at and not is_repeated:
             break
-        kind = fields.get("kind")
-        if kind not in METRIC_RECORDS:
-            raise UserError(f"{path}: expected records with a kind, got {line[:80]!r}.")
-        records.append(METRIC_RECORDS[kind].from_json(fields, str(path)))
-    return records
+        n_bytes, n_records = start, n_records + 1
+        last = last or record
+    return Dropped(n_bytes, n_records, last)
 
 
-def flatten_metrics(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Return numbers only, {"heldout_loss": {"code": 3.1}} as {"heldout_loss/code": 3.1}."""
-    flat: dict[str, float] = {}
-    for name, value in record.items():
-        if isinstance(value, dict):
-            flat |= flatten_metrics(value, f"{prefix}{name}/")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and name != "step":
-            flat[prefix + name] = value
-    return flat
+# ---- measuring and formatting
 
 
 def measure_peak_memory() -> int:

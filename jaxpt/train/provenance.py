@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import pathlib
 from typing import Any
 
@@ -13,9 +14,11 @@ from jaxpt import io, stage
 from jaxpt.config import Config
 from jaxpt.data.mixture import MixtureSchedule
 from jaxpt.data.storage import open_storage
-from jaxpt.spec import ModelSpec
+from jaxpt.spec import ModelSpec, UserError
 from jaxpt.train.context import RunContext
 from jaxpt.train.records import StartRecord
+
+log = logging.getLogger(__name__)
 
 # What decides the result of a run. Another mesh does not (law 3), nor do the other sections.
 RESULT_SECTIONS = ("mixture", "model", "initialize", "train", "optim")
@@ -31,11 +34,17 @@ def result_config(config: Config) -> dict[str, Any]:
 
 def list_changed_settings(run_dir: pathlib.Path, config: Config) -> list[str]:
     """Return what decides the result and changed: "optim.peak_lr: 0.001, was 0.003"."""
-    before = json.loads((run_dir / "config.json").read_text())
+    path = run_dir / "config.json"
     changes = []
+    try:
+        before = io.read_json(path)
+        known = {name: dict(before[name]) for name in RESULT_SECTIONS}
+    except (UserError, KeyError, TypeError, ValueError):
+        log.warning(f"{path}: cannot be read; what changed since is not listed.")
+        return []
     for section, knobs in stage.to_jsonable(result_config(config)).items():
         for name, value in knobs.items():
-            old = before[section].get(name)
+            old = known[section].get(name)
             if old != value:
                 changes.append(f"{section}.{name}: {value!r}, was {old!r}")
     return changes

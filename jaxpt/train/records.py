@@ -9,32 +9,61 @@ from jaxpt.data.mixture import MixturePhase
 from jaxpt.growth.records import NewParamsRecord
 from jaxpt.spec import Record
 
+# ---- sums over a run, in every record of metrics.jsonl, the checkpoints and the manifest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunSums(Record):
+    """What a run did and spent up to a step, whatever batch, depth or devices it had meanwhile.
+
+    Tokens, FLOPs and productive time are of the steps that count. `seconds` and `usd` are of the
+    whole: also start-up, evaluation, checkpoints and what a kill threw away. An amount of which a
+    part is not known is None.
+    """
+
+    n_tokens: int  # read, padding included
+    n_trained_tokens: int  # targets of the updates that were not skipped
+    flops: float | None  # of the model, forward and backward
+    productive_seconds: float  # in steps, data included
+    productive_usd: float | None
+    seconds: float  # from the start of each process
+    usd: float | None
+
+
+NOTHING_DONE = RunSums(
+    n_tokens=0,
+    n_trained_tokens=0,
+    flops=0.0,
+    productive_seconds=0.0,
+    productive_usd=0.0,
+    seconds=0.0,
+    usd=0.0,
+)
+
+
 # ---- metrics.jsonl: one record per line, distinguished by `kind`; steps count updates from 1
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainMetrics(Record):
+class TrainMetrics(RunSums):
     """Metrics over the steps since the last record."""
 
     step: int
     loss: float  # mean nats per token, without z-loss
     grad_norm: float  # of the last step, before clipping
     lr: float  # peak group's, of the last step
-    n_tokens: int  # since step 0, padding included
-    epochs: dict[str, float]  # source -> times read
+    epochs: dict[str, float]  # source -> times read, of those read most; epochs.json has all
     tokens_per_second: float  # over all devices
     step_seconds: float  # mean
     mfu: float | None  # model FLOPs utilization, 0 to 1; None: peak FLOP/s not known
     memory_bytes: int  # peak of the first device; on CPU of the process
     n_skipped: int  # updates skipped since step 0
-    seconds: float  # since step 0, resumes included
-    usd: float | None  # since step 0, over all devices; None: no price is known
     scalars: dict[str, float] = dataclasses.field(default_factory=dict)  # others, of the last step
     kind: str = "train"
 
 
 @dataclasses.dataclass(frozen=True)
-class HeldoutMetrics(Record):
+class HeldoutMetrics(RunSums):
     """Held-out loss after a step."""
 
     step: int
@@ -44,7 +73,7 @@ class HeldoutMetrics(Record):
 
 
 @dataclasses.dataclass(frozen=True)
-class SkippedUpdate(Record):
+class SkippedUpdate(RunSums):
     """An update that was skipped: not finite, or a spike of the gradient norm."""
 
     step: int
@@ -56,7 +85,7 @@ class SkippedUpdate(Record):
 
 
 @dataclasses.dataclass(frozen=True)
-class GrowthEvent(Record):
+class GrowthEvent(RunSums):
     """The model was grown after a step."""
 
     step: int
@@ -67,7 +96,7 @@ class GrowthEvent(Record):
 
 
 @dataclasses.dataclass(frozen=True)
-class ResumeEvent(Record):
+class ResumeEvent(RunSums):
     """The run was resumed after a step."""
 
     step: int
@@ -112,6 +141,7 @@ class TrainProgress(Record):
     interval_loss_sum: float = 0.0  # nats since the last TrainMetrics
     interval_n_tokens: float = 0.0  # trained on since the last TrainMetrics
     n_growths: int = 0  # of train.grow, done
+    sums: RunSums = NOTHING_DONE
     data_history: tuple[MixturePhase, ...] = ()
 
 
@@ -153,11 +183,10 @@ class CheckpointRecord(Record):
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainCounts(Record):
+class TrainCounts(RunSums):
     """Counts of the train stage's manifest."""
 
     n_steps: int
     n_sequences: int
-    n_tokens: int  # padding included
     heldout_loss: dict[str, float]  # source -> nats per token, after the last step
     n_params: int

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import pathlib
-import time
 
 import jax
 
@@ -12,9 +11,9 @@ from jaxpt import io, stage
 from jaxpt.config import Config
 from jaxpt.data.storage import open_storage
 from jaxpt.spec import UserError
-from jaxpt.train.metrics import read_metrics
+from jaxpt.stage import read_manifest
 from jaxpt.train.provenance import result_config
-from jaxpt.train.records import HeldoutMetrics, TrainCounts
+from jaxpt.train.records import CheckpointRecord, TrainCounts
 from jaxpt.train.session import Session
 from jaxpt.weights.load import resolve_source
 
@@ -78,11 +77,12 @@ def write_manifest(session: Session, request: stage.StageRequest) -> None:
         return
     assert session.saved
     run = session.run
-    records = read_metrics(run.run_dir / "metrics.jsonl")
-    losses = [r.heldout_loss for r in records if isinstance(r, HeldoutMetrics)][-1]
-    n_tokens = session.n_sequences * run.dataset.seq_len
+    saved = read_manifest(session.saved)
+    heldout = CheckpointRecord.from_json(saved.counts, str(session.saved)).heldout
+    losses = heldout.losses if heldout else {}
     n_params = sum(x.size for x in jax.tree.leaves(session.state.params))
-    counts = TrainCounts(session.step, session.n_sequences, n_tokens, losses, n_params)
+    sums = session.meter.read()
+    counts = TrainCounts(session.step, session.n_sequences, losses, n_params, **vars(sums))
     sealed = {}
     for name, file in io.read_sealed(session.saved).items():
         sealed[f"checkpoints/{session.step}/{name}"] = file
@@ -95,7 +95,7 @@ def write_manifest(session: Session, request: stage.StageRequest) -> None:
         sealed=sealed,
         counts=counts.to_json(),
         tokenizer=run.dataset.tokenizer,
-        seconds=session.metrics.seconds_before_resume + time.monotonic() - run.started,
+        seconds=sums.seconds,
     )
     io.write_json(run.run_dir / "manifest.json", manifest)
-    log.info(f"train: {session.saved}: {session.step:,} steps, {n_tokens:,} tokens")
+    log.info(f"train: {session.saved}: {session.step:,} steps, {sums.n_tokens:,} tokens")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import logging
 import math
 from collections.abc import Generator, Iterator
@@ -21,8 +22,9 @@ from jaxpt.spec import Batch, ModelSpec, UserError
 from jaxpt.train import agreement, begin, distributed, gate, provenance, state, step
 from jaxpt.train.begin import InitialModel, RunStart
 from jaxpt.train.context import RunContext
-from jaxpt.train.metrics import HostScalars, MetricsLogger, init_wandb
-from jaxpt.train.records import TrainProgress
+from jaxpt.train.meter import LostWork, Meter, SignOfLife
+from jaxpt.train.metrics import CollectedStep, HostScalars, MetricsLogger
+from jaxpt.train.records import RunSums, TrainProgress
 from jaxpt.train.state import TrainState
 from jaxpt.weights import checkpoint
 
@@ -38,12 +40,18 @@ def start_session(run: RunContext) -> Session:
     run.run_dir.mkdir(parents=True, exist_ok=True)
     newest = checkpoint.find_newest(run.run_dir)
     agreement.check_start(newest, run.config.initialize.source)
-    return resume_session(run, newest) if newest else init_session(run)
+    if jax.process_index():
+        return resume_session(run, newest) if newest else init_session(run)
+    lost = begin.read_lost_work(run.run_dir, newest)
+    sign = SignOfLife(run.run_dir, lost.seconds, started=run.started, n_devices=run.mesh.size)
+    session = resume_session(run, newest, lost) if newest else init_session(run, lost)
+    session.sign, sign.meter = sign, session.meter
+    return session
 
 
-def resume_session(run: RunContext, directory: io.Path) -> Session:
+def resume_session(run: RunContext, directory: io.Path, lost: LostWork = LostWork()) -> Session:
     """Return the session that a checkpoint of the run continues."""
-    session = Session(run, begin.read_start(run, directory))
+    session = Session(run, begin.read_start(run, directory), lost)
     # the checkpoint is read while the step is compiled, or read from the cache
     with session.explain_start(), concurrent.futures.ThreadPoolExecutor(1) as executor:
         compiled = executor.submit(session.compile_step)
@@ -59,10 +67,10 @@ def resume_session(run: RunContext, directory: io.Path) -> Session:
     return session
 
 
-def init_session(run: RunContext) -> Session:
+def init_session(run: RunContext, lost: LostWork = LostWork()) -> Session:
     """Return a new session, after a warm-up step and a check of weights from elsewhere."""
     initial = begin.init_run(run)
-    session = Session(run, initial.start)
+    session = Session(run, initial.start, lost)
     with session.explain_start():
         session.train_step = session.compile_step()
         agreement.wait_for_compilation()
@@ -93,10 +101,12 @@ class Session:
         n_growths: of train.grow, done.
         loss_sum: nats since the last log line, of the steps collected.
         n_targets: trained on since the last log line, likewise.
-        collected: (step, scalars) of the steps that the host has waited for after this one.
+        collected: the steps that the host has waited for after this one.
         scalars: of the last step collected.
         heldout_losses: source -> nats per token after this step; None: not measured.
+        meter: sums over the steps.
         metrics: writes records.
+        sign: of life, on the first process.
         saved: the newest complete checkpoint, of those that were waited for.
         exit_status: once the run was asked to stop; until then None.
     """
@@ -105,7 +115,9 @@ class Session:
     train_step: Any
     metrics: MetricsLogger
 
-    def __init__(self, run: RunContext, start: RunStart):
+    sign: SignOfLife | None = None
+
+    def __init__(self, run: RunContext, start: RunStart, lost: LostWork):
         """Take a position over. Raise UserError if it does not fit the run."""
         self.run = run
         self.spec = start.spec
@@ -118,12 +130,20 @@ class Session:
         self.loss_sum = start.progress.interval_loss_sum
         self.n_targets = start.progress.interval_n_tokens
         self.on_device: list[step.Scalars] = []  # of the steps since the last collection
-        self.collected: list[tuple[int, HostScalars]] = []
+        self.sums_after: list[RunSums] = []  # likewise
+        self.collected: list[CollectedStep] = []
         self.scalars: HostScalars = {}
         self.heldout_losses: dict[str, float] | None = None
         self.is_new_step = False  # compiled, but its memory was never tried
         self.saved: io.Path | None = None
         self.exit_status: int | None = None
+        cost = run.estimate_device_cost(start.spec)
+        self.meter = Meter(
+            lost.add_to(start.progress.sums, cost),
+            started=run.started,
+            n_devices=run.mesh.size,
+            cost=cost,
+        )
         self.check_sizes()
         self.schedule = self.make_schedule(list(start.progress.data_history))
         self.batches = self.read_batches()
@@ -256,16 +276,12 @@ class Session:
         run, train = self.run, self.run.config.train
         provenance.write_mixture_phases(run.run_dir, self.schedule)
         provenance.write_run_provenance(run, self.spec, self.step)
-        is_shown = train.wandb_project and jax.process_index() == 0
         self.metrics = MetricsLogger(
             run.run_dir,
             train.steps,
-            wandb=init_wandb(run.run_dir, run.config) if is_shown else None,
-            tokens_per_step=train.batch_size * run.dataset.seq_len,
-            n_devices=run.mesh.size,
-            resumed_at=self.step,
-            started=run.started,
-            cost=run.estimate_device_cost(self.spec),
+            meter=self.meter,
+            resumed_at=self.step if self.saved else None,
+            config=run.config if train.wandb_project else None,
         )
 
     # ---- steps
@@ -286,6 +302,7 @@ class Session:
 
     def run_step(self) -> None:
         """Make one step. The scalars that it returns stay on the devices."""
+        self.meter.begin_steps()
         batch = next(self.batches)
         if self.is_new_step:
             with self.explain_out_of_memory():
@@ -294,29 +311,44 @@ class Session:
             self.is_new_step = False
         else:
             self.state, scalars = self.train_step(self.state, batch)
+        batch_size = self.run.config.train.batch_size
+        self.meter.count_step(batch_size * self.run.dataset.seq_len)
         self.on_device.append(scalars)
+        self.sums_after.append(self.meter.sums)
         self.step += 1
-        self.n_sequences += self.run.config.train.batch_size
+        self.n_sequences += batch_size
         self.collected = []
         self.heldout_losses = None
 
     def collect_scalars(self) -> None:
         """Wait for the steps since the last call, and sum their losses."""
-        found = jax.device_get(self.on_device)
-        self.on_device = []
+        found: list[HostScalars] = jax.device_get(self.on_device)
+        self.meter.end_steps()
+        self.collected = []
         first = self.step - len(found) + 1
-        self.collected = list(enumerate(found, first))
-        self.scalars = found[-1]
-        for scalars in found:
+        for number, (scalars, after) in enumerate(zip(found, self.sums_after, strict=True), first):
             if math.isfinite(scalars["loss_sum"]):  # else the update is skipped, and counted so
                 self.loss_sum += float(scalars["loss_sum"])
                 self.n_targets += float(scalars["n_targets"])
+            if not scalars["consecutive_skips"]:
+                self.meter.count_trained(int(scalars["n_targets"]))
+            now = self.meter.sums
+            sums = dataclasses.replace(now, n_tokens=after.n_tokens, flops=after.flops)
+            self.collected.append(CollectedStep(number, scalars, sums))
+        self.scalars = found[-1]
+        self.on_device, self.sums_after = [], []
 
     def take_interval_loss(self) -> float:
         """Return the mean loss since the last call, in nats per target, and begin another mean."""
         mean = self.loss_sum / max(self.n_targets, 1)
         self.loss_sum = self.n_targets = 0.0
         return mean
+
+    def close(self) -> None:
+        """End what runs beside the steps."""
+        self.metrics.close()
+        if self.sign:
+            self.sign.end()
 
     def make_progress(self) -> TrainProgress:
         """Return the position, from which a run resumes bit by bit."""
@@ -327,6 +359,7 @@ class Session:
             interval_loss_sum=self.loss_sum,
             interval_n_tokens=self.n_targets,
             n_growths=self.n_growths,
+            sums=self.meter.read(),
             data_history=tuple(history),
         )
 

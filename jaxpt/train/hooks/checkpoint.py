@@ -67,6 +67,7 @@ class Checkpoint(Hook):
 
     def save(self, session: Session) -> None:
         """Start saving a checkpoint."""
+        session.metrics.flush()
         record = make_checkpoint_record(session)
         with self.handle_save_errors():
             self.saver.wait_until_saved()  # for the previous one
@@ -80,7 +81,6 @@ class Checkpoint(Hook):
                 tokenizer=session.run.dataset.tokenizer,
             )
         self.saved_at = time.monotonic()
-        session.metrics.restart_timer(session.step)
 
     @contextlib.contextmanager
     def handle_save_errors(self, reraise: bool = False) -> Iterator[None]:

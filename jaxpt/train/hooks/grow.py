@@ -31,8 +31,8 @@ class Grow(Hook):
             session.metrics.log_growth(session.step, operator, session.spec, cost)
 
     def is_due(self, session: Session) -> bool:
-        """Return False: everything happens before a step."""
-        return False
+        """Return whether the model grows before the next step: this one is waited for."""
+        return any(step == session.step for step, _ in self.growths)
 
 
 def grow_session(session: Session, operator: str) -> None:

@@ -16,12 +16,12 @@ class Skip(Hook):
 
     def after_step(self, session: Session) -> None:
         """Record each skipped update. Raise UserError after train.max_consecutive_skips."""
-        for step, scalars in session.collected:
-            n_skips = int(scalars["consecutive_skips"])
+        for collected in session.collected:
+            n_skips = int(collected.scalars["consecutive_skips"])
             if n_skips:
-                documents = list_documents(session, step)
-                session.metrics.log_skipped_update(step, scalars, documents)
-                check_consecutive_skips(session, n_skips, step, documents)
+                documents = list_documents(session, collected.step)
+                session.metrics.log_skipped_update(collected, documents)
+                check_consecutive_skips(session, n_skips, collected.step, documents)
 
 
 def list_documents(session: Session, step: int) -> list[str]:

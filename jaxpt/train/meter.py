@@ -1,0 +1,189 @@
+"""Add up what a run does and spends, step by step: tokens, FLOPs, seconds, money."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import pathlib
+import threading
+import time
+from typing import NamedTuple
+
+from jaxpt import io
+from jaxpt.flops import DeviceCost
+from jaxpt.io import lock
+from jaxpt.spec import Record, UserError
+from jaxpt.train.records import NOTHING_DONE, RunSums
+
+log = logging.getLogger(__name__)
+
+SIGN_SECONDS = 1.0  # between signs of life: what a kill threw away is known to that
+BUCKET_SIGN_SECONDS = 30.0
+
+
+def measure_process_start() -> float:
+    """Return time.monotonic() at the start of this process; now, where it cannot be known."""
+    now = time.monotonic()
+    ticks = lock.process_start(os.getpid())
+    if not ticks.isdecimal():
+        return now
+    since_boot = int(ticks) / os.sysconf("SC_CLK_TCK")
+    return now - (time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot)
+
+
+class Meter:
+    """Sums over the steps of a run. Time runs on; it is productive while steps do.
+
+    Attributes:
+        sums: up to the last call.
+        cost: of the model as it is, on one device.
+        n_devices: over all processes.
+    """
+
+    def __init__(self, sums: RunSums, *, started: float, n_devices: int, cost: DeviceCost):
+        """Continue sums from time.monotonic() `started` on."""
+        self.sums = sums
+        self.cost = cost
+        self.n_devices = n_devices
+        self.last_time = started
+        self.in_steps = False
+
+    def begin_steps(self) -> None:
+        """Count the time from here on as productive."""
+        if not self.in_steps:
+            self.spend_time()
+            self.in_steps = True
+
+    def end_steps(self) -> None:
+        """Count the time from here on as spent on something else. The devices are done."""
+        self.spend_time()
+        self.in_steps = False
+
+    def spend_time(self) -> None:
+        """Count the time since the last call."""
+        now = time.monotonic()
+        seconds = now - self.last_time
+        self.last_time = now
+        usd = self.cost.compute_usd(seconds, self.n_devices)
+        sums = dataclasses.replace(
+            self.sums, seconds=self.sums.seconds + seconds, usd=add_known(self.sums.usd, usd)
+        )
+        if self.in_steps:
+            sums = dataclasses.replace(
+                sums,
+                productive_seconds=sums.productive_seconds + seconds,
+                productive_usd=add_known(sums.productive_usd, usd),
+            )
+        self.sums = sums
+
+    def count_step(self, n_tokens: int) -> None:
+        """Count a step of so many tokens."""
+        flops = None
+        if self.cost.flops_per_token is not None:
+            flops = n_tokens * self.cost.flops_per_token
+        self.sums = dataclasses.replace(
+            self.sums,
+            n_tokens=self.sums.n_tokens + n_tokens,
+            flops=add_known(self.sums.flops, flops),
+        )
+
+    def count_trained(self, n_tokens: int) -> None:
+        """Count the targets of an update that was not skipped."""
+        n_trained = self.sums.n_trained_tokens + n_tokens
+        self.sums = dataclasses.replace(self.sums, n_trained_tokens=n_trained)
+
+    def read(self) -> RunSums:
+        """Return the sums up to now."""
+        self.spend_time()
+        return self.sums
+
+
+def add_known(total: float | None, amount: float | None) -> float | None:
+    """Return the sum; None if a part is not known."""
+    if total is None or amount is None:
+        return None
+    return total + amount
+
+
+# ---- what a killed start spent
+
+
+@dataclasses.dataclass(frozen=True)
+class SpentTime(Record):
+    """RUN/spent.json, a sign of life: what a start that is killed has spent."""
+
+    seconds: float  # of the run, as RunSums.seconds
+    n_devices: int  # of this start, over all processes
+
+
+class LostWork(NamedTuple):
+    """What a killed start left of what it spent after the checkpoint that is resumed."""
+
+    last: RunSums | None = None  # its last record; None: it wrote none
+    spent: SpentTime | None = None  # its last sign of life
+
+    @property
+    def seconds(self) -> float:
+        """Return what the run has spent, as far as they tell."""
+        return max(part.seconds for part in (self.last, self.spent, NOTHING_DONE) if part)
+
+    def add_to(self, sums: RunSums, cost: DeviceCost) -> RunSums:
+        """Return the checkpoint's sums with it; `cost` is of what came after the last record."""
+        last, spent = self.last, self.spent
+        if last and last.seconds > sums.seconds:
+            sums = dataclasses.replace(sums, seconds=last.seconds, usd=last.usd)
+        if spent and spent.seconds > sums.seconds:
+            usd = cost.compute_usd(spent.seconds - sums.seconds, spent.n_devices)
+            sums = dataclasses.replace(sums, seconds=spent.seconds, usd=add_known(sums.usd, usd))
+        return sums
+
+
+class SignOfLife:
+    """Writes RUN/spent.json every second, so that a start killed before its first record counts.
+
+    Nothing waits for it, and a failed write is left out.
+    """
+
+    def __init__(self, run_dir: io.Path, seconds: float, *, started: float, n_devices: int):
+        """Begin.
+
+        Args:
+            run_dir: the run directory.
+            seconds: that the run had spent before `started`.
+            started: time.monotonic() at which this start began.
+            n_devices: over all processes.
+        """
+        self.path = run_dir / "spent.json"
+        self.seconds = seconds
+        self.since = started
+        self.n_devices = n_devices
+        self.meter: Meter | None = None  # once there is one, it knows better
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self.run, name="sign of life", daemon=True)
+        self.thread.start()
+
+    def run(self) -> None:
+        """Write until `end`."""
+        is_local = isinstance(self.path, pathlib.Path)
+        period = SIGN_SECONDS if is_local else BUCKET_SIGN_SECONDS
+        while not self.ended.wait(period):
+            seconds, since = self.seconds, self.since
+            if self.meter:
+                seconds, since = self.meter.sums.seconds, self.meter.last_time
+            spent = SpentTime(seconds + time.monotonic() - since, self.n_devices)
+            with contextlib.suppress(UserError):  # the next one may succeed
+                io.write_unsynced(self.path, spent)
+
+    def end(self) -> None:
+        """Write no more."""
+        self.ended.set()
+
+
+def read_spent_time(run_dir: io.Path) -> SpentTime | None:
+    """Return what the last start had spent at its last sign of life; None: not known."""
+    try:
+        return SpentTime.from_json(io.read_json(run_dir / "spent.json"))
+    except UserError:
+        return None
