@@ -16,7 +16,7 @@ from conftest import ROOT
 from made_runs import HOSTILE, SPEC, Page, growth, write_json, write_manifest, write_runs
 
 from jaxpt import io, stage
-from jaxpt.report import evaluation, figures, live, summary, training
+from jaxpt.report import evaluation, figures, live, read, summary, training
 from jaxpt.report.page import SECTIONS, render_page, write_report
 from jaxpt.report.read import MAX_DROPPED, MAX_EXCERPT, load_run, load_runs
 from jaxpt.report.records import Phase, RunEvent
@@ -614,6 +614,30 @@ def test_a_step_written_again_after_a_kill_counts_once(tmp_path):
     )
     run = load_run(tmp_path)
     assert [(record.step, record.loss) for record in run.metrics.train] == [(1, 5), (2, 3)]
+
+
+def test_a_page_that_is_made_again_reads_only_the_records_that_are_new(tmp_path, monkeypatch):
+    """And all of them again where a resumed run has cut its records and written others."""
+    path = tmp_path / "metrics.jsonl"
+    parsed = []
+    parse = read.parse_metric
+    monkeypatch.setattr(read, "parse_metric", lambda fields: parsed.append(1) or parse(fields))
+    readers: read.Readers = {}
+
+    def load():
+        parsed.clear()
+        run = load_run(tmp_path, readers)
+        return {point.step: point.loss for point in run.metrics.train}, len(parsed)
+
+    lines = [f'{{"step": {step}, "loss": {step / 4}}}\n' for step in range(1, 6)]
+    path.write_text("".join(lines[:3]))
+    assert load() == ({1: 0.25, 2: 0.5, 3: 0.75}, 3)
+    path.write_text("".join(lines[:4]) + lines[4][:9])
+    assert load() == ({1: 0.25, 2: 0.5, 3: 0.75, 4: 1.0}, 1)
+    path.write_text("".join(lines))
+    assert load() == ({1: 0.25, 2: 0.5, 3: 0.75, 4: 1.0, 5: 1.25}, 1)
+    path.write_text("".join(lines[:2]) + '{"step": 3, "loss": 9.0, "lr": 0.1}\n' * 3)
+    assert load() == ({1: 0.25, 2: 0.5, 3: 9.0}, 5)
 
 
 def test_runs_are_shown_in_the_order_given(runs, tmp_path):

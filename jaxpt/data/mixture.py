@@ -14,6 +14,7 @@ import bisect
 import dataclasses
 import difflib
 import hashlib
+import heapq
 import math
 from collections.abc import Mapping, Sequence
 
@@ -23,6 +24,8 @@ from grain.experimental import index_shuffle
 from jaxpt import config
 from jaxpt.spec import Record, UserError
 
+MAX_NAMED = 3  # sources that a sentence names
+MAX_LISTED = 24
 MAX_SLOTS = 4096  # per phase; a share is a multiple of 1 / slots
 
 
@@ -121,10 +124,10 @@ class MixtureSchedule:
         shares = [phase.shares.get(name, 0.0) for name in self.names]
         counts = count_slots(shares)
         sources = order_slots(counts)
+        by_source = np.argsort(sources, kind="stable")
+        firsts = np.cumsum(counts) - counts  # where a source's slots begin among these
         ranks = np.empty_like(sources)
-        for source, count in enumerate(counts):
-            is_source = sources == source
-            ranks[is_source] = np.arange(count)
+        ranks[by_source] = np.arange(len(sources)) - firsts[sources[by_source]]
         columns = [column.tolist() for column in (counts, sources, ranks)]
         table = SlotTable(phase.sequence, n_used, *columns)
         self.tables.append(table)
@@ -204,26 +207,32 @@ class MixtureSchedule:
         if unknown:
             raise UserError(
                 f"mixture.max_epochs: no packed source is called {unknown[0]!r}; "
-                f"there are: {', '.join(self.names)}, and all."
+                f"there are: {name_some(self.names)}, and all."
             )
         default = limits.get("all", math.inf)
-        excesses = []
         read_epochs = self.compute_epochs(n_sequences)
+        excesses = {}
         for name, epochs in read_epochs.items():
             limit = limits.get(name, default)
             if epochs > limit:
-                last_sequence = self.find_exhausted(name, limit, n_sequences)
-                last_step = self.step_of(last_sequence)
-                end = self.step_of(n_sequences)
-                excesses.append(
-                    f"{name} is read {epochs:.3g} times by step {end:,} "
-                    f"(it lasts until {last_step:,}), {limit:g} allowed"
-                )
-        if excesses:
-            raise UserError(
-                f"mixture.max_epochs: {'; '.join(excesses)}. "
-                "Lower its share or train.steps, pack more, or raise max_epochs."
+                excesses[name] = epochs / limit if limit else math.inf
+        if not excesses:
+            return
+        end = self.step_of(n_sequences)
+        sentences = []
+        for name in sorted(excesses, key=lambda name: -excesses[name])[:MAX_NAMED]:
+            limit = limits.get(name, default)
+            last_step = self.step_of(self.find_exhausted(name, limit, n_sequences))
+            sentences.append(
+                f"{name} is read {read_epochs[name]:.3g} times by step {end:,} "
+                f"(it lasts until {last_step:,}), {limit:g} allowed"
             )
+        n_more = len(excesses) - len(sentences)
+        more = f"; and so of {n_more:,} more sources" if n_more else ""
+        raise UserError(
+            f"mixture.max_epochs: {'; '.join(sentences)}{more}. "
+            "Lower its share or train.steps, pack more, or raise max_epochs."
+        )
 
     def step_of(self, sequence: int) -> int:
         """Return the steps done before a global sequence index."""
@@ -280,6 +289,13 @@ def schedule_from_history(
 # ---- checks
 
 
+def name_some(names: Sequence[str]) -> str:
+    """Return names in words, the first MAX_LISTED and how many more there are."""
+    listed = ", ".join(names[:MAX_LISTED])
+    n_more = len(names) - MAX_LISTED
+    return f"{listed} and {n_more:,} more" if n_more > 0 else listed
+
+
 def check_phase_sources(phases: config.Phases, n_sequences: Mapping[str, int]) -> None:
     """Raise UserError for phases out of order, unknown sources or meaningless shares."""
     starts = [step for step, _ in phases]
@@ -309,8 +325,7 @@ def check_share(step: int, name: str, share: float, n_sequences: Mapping[str, in
     """Raise UserError for an unknown source, a share that is no number, or an empty source."""
     if name not in n_sequences:
         near = difflib.get_close_matches(name, n_sequences, 1)
-        known = ", ".join(sorted(n_sequences))
-        hint = f"there are: {known}."
+        hint = f"there are: {name_some(sorted(n_sequences))}."
         if near:
             hint = f"did you mean {near[0]}?"
         raise UserError(
@@ -362,18 +377,21 @@ def order_slots(counts: np.ndarray) -> np.ndarray:
     1 - 1 / (2 sources - 2).
     """
     present = np.flatnonzero(counts)
-    counts = counts[present]
-    n_slots = counts.sum()
+    n_slots = int(counts.sum())
     margin = max(1, 2 * len(present) - 2)
-    taken = np.zeros_like(counts)
+    uses = []  # (first slot, deadline, source): a source's k-th slot lies in its own window
+    for source in present.tolist():
+        count = int(counts[source])
+        for k in range(count):
+            due = n_slots * (1 + margin * k)
+            first = -(-due // (margin * count)) - 1  # rounded up
+            uses.append((first, (margin - 1 + margin * k) / count, source))
+    uses.sort(reverse=True)
     order = np.empty(n_slots, np.int64)
+    eligible: list[tuple[float, int]] = []
     for slot in range(n_slots):
-        due = (slot + 1) * counts
-        behind = margin * (due - n_slots * taken)  # in units of 1 / (margin x n_slots)
-        slack = (n_slots * (margin - 1) - behind) / counts
-        is_eligible = behind >= n_slots
-        eligible_slack = np.where(is_eligible, slack, np.inf)
-        chosen = np.argmin(eligible_slack)
-        order[slot] = chosen
-        taken[chosen] += 1
-    return present[order]
+        while uses and uses[-1][0] <= slot:
+            _, deadline, source = uses.pop()
+            heapq.heappush(eligible, (deadline, source))
+        _, order[slot] = heapq.heappop(eligible)
+    return order

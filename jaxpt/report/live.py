@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import logging
+import threading
 from collections.abc import Iterable
 
 from jaxpt import io, stage
@@ -36,7 +37,9 @@ def make_server(directories: Iterable[str | io.Path], port: int) -> http.server.
         UserError: a directory does not exist, or the port is taken.
     """
     directories = list(directories)
-    read.load_runs(directories)
+    readers: read.Readers = {}
+    reading = threading.Lock()
+    read.load_runs(directories, readers)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         """Answers with the page, or with a stamp of the runs' files."""
@@ -49,7 +52,9 @@ def make_server(directories: Iterable[str | io.Path], port: int) -> http.server.
                 elif self.path == "/stamp":
                     self.answer(hash_run_files(directories), "text/plain")
                 elif self.path == "/":
-                    self.answer(render_live_page(directories), "text/html")
+                    with reading:
+                        runs = read.load_runs(directories, readers)
+                    self.answer(render_live_page(runs), "text/html")
                 else:
                     self.send_error(404)
             except UserError as error:  # a run was moved away meanwhile
@@ -87,9 +92,9 @@ def is_loopback(host: str) -> bool:
     return name.lower() in ("127.0.0.1", "localhost", "[::1]")
 
 
-def render_live_page(directories: list[str | io.Path]) -> str:
+def render_live_page(runs: list[read.RunData]) -> str:
     """Return the page with the script that follows the runs."""
-    html = page.render_page(read.load_runs(directories))
+    html = page.render_page(runs)
     head, end, rest = html.rpartition("</body>")  # the plot library's code holds another
     return head + FOLLOW_SCRIPT + end + rest
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
+from io import BufferedIOBase
 from typing import Any, TypeVar
 
 import pyarrow.parquet as pq
@@ -85,10 +86,20 @@ class RunData:
     warnings: list[str]
 
 
-def load_runs(directories: Iterable[str | io.Path]) -> list[RunData]:
-    """Load runs in the order given. Runs of one name are named with the directory above."""
+Readers = dict[io.Path, "MetricsReader"]  # run directory -> what has read its records
+
+
+def load_runs(
+    directories: Iterable[str | io.Path], readers: Readers | None = None
+) -> list[RunData]:
+    """Load runs in the order given. Runs of one name are named with the directory above.
+
+    Args:
+        directories: run directories.
+        readers: kept by who loads them again and again, so that only new records are read.
+    """
     distinct = dict.fromkeys(map(str, directories))
-    runs = [load_run(directory) for directory in distinct]
+    runs = [load_run(directory, readers) for directory in distinct]
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1:
@@ -96,8 +107,8 @@ def load_runs(directories: Iterable[str | io.Path]) -> list[RunData]:
     return runs
 
 
-def load_run(directory: str | io.Path) -> RunData:
-    """Load a run directory. Raise UserError if it does not exist."""
+def load_run(directory: str | io.Path, readers: Readers | None = None) -> RunData:
+    """Load a run directory; see `load_runs`. Raise UserError if it does not exist."""
     directory = io.resolve(io.path(directory))
     if io.size(directory) is not None or not io.exists(directory):
         raise UserError(
@@ -121,6 +132,9 @@ def load_run(directory: str | io.Path) -> RunData:
     sizes = read_view(Sizes, directory / "spec.json", warnings)
     settings = read_settings(directory / "config.json", warnings)
     evaluations = directory / "eval"
+    reader = MetricsReader(directory / "metrics.jsonl")
+    if readers is not None:
+        reader = readers.setdefault(directory, reader)
     return RunData(
         name=directory.name,
         directory=directory,
@@ -133,7 +147,7 @@ def load_run(directory: str | io.Path) -> RunData:
         samples=read_view(Samples, evaluations / "samples.json", warnings),
         differences=read_view(Differences, evaluations / "differences.json", warnings),
         evaluations=read_evaluations(evaluations, warnings),
-        metrics=read_metrics(directory / "metrics.jsonl", warnings),
+        metrics=reader.read(warnings),
         lineage_nodes=nodes,
         export_nodes=read_exports(directory, warnings),
         stages=stages,
@@ -264,52 +278,93 @@ def read_dropped(directory: io.Path, warnings: list[str]) -> dict[str, tuple[Dro
     return dropped
 
 
-def read_metrics(path: io.Path, warnings: list[str]) -> Metrics:
-    """Read metrics.jsonl. A step that was repeated after a crash counts as written last."""
-    try:
-        data = io.read_bytes(path)
-    except io.MissingFileError:
-        data = b""
-    lines = data.splitlines()
-    train: dict[int, TrainPoint] = {}
-    heldout: dict[int, HeldoutPoint] = {}
-    skipped: dict[int, SkippedPoint] = {}
-    events: list[RunEvent] = []
-    broken = []
-    for number, line in enumerate(lines, 1):
+class MetricsReader:
+    """Reads a metrics.jsonl, and later only what was appended to it since."""
+
+    def __init__(self, path: io.Path):
+        """Read nothing yet."""
+        self.path = path
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin at the file's start."""
+        self.n_bytes = self.n_lines = 0
+        self.last_line = b""
+        self.train: dict[int, TrainPoint] = {}
+        self.heldout: dict[int, HeldoutPoint] = {}
+        self.skipped: dict[int, SkippedPoint] = {}
+        self.events: dict[RunEvent, None] = {}
+        self.broken: list[int] = []
+
+    def read(self, warnings: list[str]) -> Metrics:
+        """Return all records. A step that was repeated after a crash counts as written last."""
+        is_cut = False
+        if io.size(self.path) is not None:
+            with io.open_read(self.path) as file, io.explain("read", self.path):
+                is_cut = self.read_new_lines(file)
+        self.list_warnings(is_cut, warnings)
+        return Metrics(
+            train=sort_by_step(self.train),
+            heldout=sort_by_step(self.heldout),
+            skipped=sort_by_step(self.skipped),
+            events=list(self.events),
+        )
+
+    def read_new_lines(self, file: BufferedIOBase) -> bool:
+        """Take the lines after those that were read. Return whether a last one is half-written."""
+        file.seek(self.n_bytes - len(self.last_line))
+        if file.read(len(self.last_line)) != self.last_line:  # a resumed run cut and rewrote it
+            self.forget()
+            file.seek(0)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return not self.take_line(line)
+            self.n_lines += 1
+            if not self.take_line(line):
+                self.broken.append(self.n_lines)
+            self.n_bytes += len(line)
+            self.last_line = line
+        return False
+
+    def take_line(self, line: bytes) -> bool:
+        """Keep a line's record. Return False if it is none."""
         try:
             record = parse_metric(json.loads(line))
-        except (ValueError, AttributeError, TypeError):
-            broken.append(number)
-            continue
+        except (ValueError, AttributeError, TypeError, UserError, RecursionError):
+            return False
         if isinstance(record, TrainPoint):
-            train[record.step] = record
+            self.train[record.step] = record
         elif isinstance(record, HeldoutPoint):
-            heldout[record.step] = record
+            self.heldout[record.step] = record
         elif isinstance(record, SkippedPoint):
-            skipped[record.step] = record
+            self.skipped[record.step] = record
         else:
-            events.append(record)
-    if broken == [len(lines)] and not data.endswith(b"\n"):
-        warnings.append(
-            f"{path}: the last line is half-written, as by a running or killed run; left out."
-        )
-    elif broken:
-        warnings.append(
-            f"{path}: {len(broken)} lines cannot be read, the first is line {broken[0]}; left out."
-        )
-    not_finite = [step for step, point in train.items() if finite_or_none(point.loss) is None]
-    if not_finite:
-        warnings.append(
-            f"{path}: the loss is not finite in {len(not_finite)} of {len(train)} records, "
-            f"first at step {min(not_finite)}; the curves leave them out."
-        )
-    return Metrics(
-        train=sort_by_step(train),
-        heldout=sort_by_step(heldout),
-        skipped=sort_by_step(skipped),
-        events=list(dict.fromkeys(events)),
-    )
+            self.events[record] = None
+        return True
+
+    def list_warnings(self, is_cut: bool, warnings: list[str]) -> None:
+        """Say what cannot be read, or is not finite."""
+        if is_cut:
+            warnings.append(
+                f"{self.path}: the last line is half-written, as by a running or killed run; "
+                "left out."
+            )
+        if self.broken:
+            warnings.append(
+                f"{self.path}: {len(self.broken)} lines cannot be read, the first is line "
+                f"{self.broken[0]}; left out."
+            )
+        not_finite = [step for step, point in self.train.items() if is_lost(point.loss)]
+        if not_finite:
+            warnings.append(
+                f"{self.path}: the loss is not finite in {len(not_finite)} of {len(self.train)} "
+                f"records, first at step {min(not_finite)}; the curves leave them out."
+            )
+
+
+def is_lost(loss: float | None) -> bool:
+    """Return whether a loss is not finite."""
+    return finite_or_none(loss) is None
 
 
 def sort_by_step(records: dict[int, T]) -> list[T]:

@@ -56,6 +56,15 @@ def write_mixture_phases(run_dir: pathlib.Path, schedule: MixtureSchedule) -> No
         io.write_json(run_dir / "phases.json", schedule.phases)
 
 
+def write_epochs(run_dir: pathlib.Path, schedule: MixtureSchedule, n_sequences: int) -> None:
+    """Write RUN/epochs.json: how often each source was read; records hold the first few."""
+    if jax.process_index() == 0:
+        try:
+            io.write_json(run_dir / "epochs.json", schedule.compute_epochs(n_sequences))
+        except UserError as error:
+            log.warning(f"{error} The run goes on.")
+
+
 def write_run_provenance(run: RunContext, spec: ModelSpec, at_step: int) -> None:
     """Write what a run needs to be read and repeated by itself.
 

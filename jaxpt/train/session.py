@@ -15,7 +15,7 @@ import jax
 from jaxpt import io, sharding
 from jaxpt.config import MixtureConfig, TrainConfig
 from jaxpt.data import loader
-from jaxpt.data.mixture import MixturePhase, MixtureSchedule
+from jaxpt.data.mixture import MAX_NAMED, MixturePhase, MixtureSchedule
 from jaxpt.model import loss
 from jaxpt.model.kernels import select
 from jaxpt.spec import Batch, ModelSpec, UserError
@@ -23,7 +23,13 @@ from jaxpt.train import agreement, begin, distributed, gate, provenance, state, 
 from jaxpt.train.begin import InitialModel, RunStart
 from jaxpt.train.context import RunContext
 from jaxpt.train.meter import LostWork, Meter, SignOfLife
-from jaxpt.train.metrics import CollectedStep, HostScalars, MetricsLogger
+from jaxpt.train.metrics import (
+    MAX_SOURCES,
+    CollectedStep,
+    HostScalars,
+    MetricsLogger,
+    find_most_read,
+)
 from jaxpt.train.records import RunSums, TrainProgress
 from jaxpt.train.state import TrainState
 from jaxpt.weights import checkpoint
@@ -401,5 +407,12 @@ def log_fast_paths(
 
 
 def format_epochs(epochs: dict[str, float]) -> str:
-    """Return "code 0.00 epochs, prose 0.41 epochs"."""
-    return ", ".join(f"{name} {n:.2f} epochs" for name, n in epochs.items())
+    """Return "code 0.00 epochs, prose 0.41 epochs", of many sources the ones read most."""
+    shown = epochs
+    if len(epochs) > MAX_SOURCES:
+        shown = find_most_read(epochs, MAX_NAMED)
+    parts = [f"{name} {n:.2f} epochs" for name, n in shown.items()]
+    n_more = len(epochs) - len(shown)
+    if n_more:
+        parts.append(f"{n_more:,} more sources less")
+    return ", ".join(parts)

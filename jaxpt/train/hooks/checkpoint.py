@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 
-from jaxpt.train import distributed, forgetting, state
+from jaxpt.train import distributed, forgetting, provenance, state
 from jaxpt.train.hooks.hook import Hook
 from jaxpt.train.records import CheckpointRecord, HeldoutRecord
 from jaxpt.train.session import Session
@@ -68,6 +68,7 @@ class Checkpoint(Hook):
     def save(self, session: Session) -> None:
         """Start saving a checkpoint."""
         session.metrics.flush()
+        provenance.write_epochs(session.run.run_dir, session.schedule, session.n_sequences)
         record = make_checkpoint_record(session)
         with self.handle_save_errors():
             self.saver.wait_until_saved()  # for the previous one
