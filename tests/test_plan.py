@@ -1245,6 +1245,49 @@ def test_g_stacks_timing_is_its_formula():
     )
 
 
+def test_a_law_fitted_to_a_run_of_two_batches_is_that_of_its_tokens(tmp_path):
+    """The batch is four times as large from step 800 on."""
+    law = ScalingLaw(1.0, 20.0, 0.34, 300.0, 0.4, "made up", (1e3, 1e6), 1e9)
+    path = run_directory(tmp_path / "run", SMALL, 1.0, 1e8)
+    n = transformer.count_params(cost.resolve_model_spec(SMALL)[0])
+    points, lines = [], []
+    for at in (200, 400, 800, 1600, 3200, 6400):
+        n_tokens = 240 * min(at, 800) + 960 * max(at - 800, 0)
+        loss = law.predict_loss(n, n_tokens)
+        points.append(scaling.LossPoint(n, float(n_tokens), loss))
+        sums = dataclasses.replace(NOTHING_DONE, n_tokens=n_tokens)
+        lines.append(json.dumps(HeldoutMetrics(at, {"prose": loss}, **vars(sums)).to_json()))
+    (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    fitted, _ = grow_or_scratch.fit_runs([path], CHINCHILLA)
+    by_hand = scaling.fit_scaling_law(points, CHINCHILLA)
+    assert fitted.points == by_hand.points
+    for n_tokens in (1e5, 1e7):
+        expected = by_hand.law.predict_loss(n, n_tokens)
+        assert fitted.law.predict_loss(n, n_tokens) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_plan_is_checked_by_the_steps_of_todays_batch_and_devices(tmp_path):
+    """Records before a change of either are of other steps."""
+    path = run_directory(tmp_path / "run", SMALL, 0.02, 3e8)
+    file = path / "metrics.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    slow = [
+        {**record, "step": record["step"] - 50, "step_seconds": 0.08} for record in records
+    ]  # of four times the tokens
+    lines = [json.dumps(record) + "\n" for record in (*slow, *records)]
+    file.write_text("".join(lines))
+    run = check.read_run(path, "--check")
+    devices = check.read_devices(run)
+    assert [speed.step_seconds for speed in check.list_speeds(run, devices)] == [0.1, *[0.02] * 4]
+    with open(path / "starts.jsonl", "a") as starts:
+        starts.write("half a li\n")
+        for step in (20, 30):
+            starts.write(json.dumps({"n_devices": 2, "device_kind": "cpu", "step": step}) + "\n")
+    devices = check.read_devices(run)
+    assert devices == (2, "cpu", 20)
+    assert [speed.step_seconds for speed in check.list_speeds(run, devices)] == [0.02] * 3
+
+
 def test_ones_own_runs_replace_law_and_gain(tmp_path):
     """A run from scratch by a known law, and one that was stacked and needs 40 % of its tokens."""
     tokens_per_step = 12 * 20

@@ -198,7 +198,7 @@ def check_is_shared(run_dir: pathlib.Path) -> None:
     name = publish("shared", f".hosts-{uuid.uuid4().hex}")
     marker = run_dir / name
     if jax.process_index() == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        io.make_directory(run_dir)
         io.write_text(marker, "")
     publish("shared/written", "yes")
     deadline = time.monotonic() + SHARED_SECONDS
@@ -206,7 +206,7 @@ def check_is_shared(run_dir: pathlib.Path) -> None:
         time.sleep(0.2)
     found = gather("shared", "" if marker.exists() else f"{host()} (process {jax.process_index()})")
     if jax.process_index() == 0:
-        marker.unlink(missing_ok=True)
+        io.remove(marker)
     missing = [text for text in found.values() if text]
     if missing:
         raise UserError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import pathlib
 from collections.abc import Callable, Sequence
@@ -211,7 +210,11 @@ def find_measuring_data(
     config_path = source / "config.json"
     if not config_path.is_file():
         return config, []
-    theirs = build_config(json.loads(config_path.read_text()))
+    try:
+        theirs = build_config(io.read_json(config_path))
+    except UserError as error:
+        log.warning(f"{error} The model is not measured on that run's data.")
+        return config, []
     packed = [stage.local_path(path) for path in theirs.mixture.packed_paths]
     packed = packed or [source / "packed"]
     for path in packed:

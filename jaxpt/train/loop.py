@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pathlib
 import time
 from collections.abc import Sequence
+from typing import Any
 
-from jaxpt import sharding, stage
+import jax
+
+from jaxpt import io, sharding, stage
 from jaxpt.config import Config
 from jaxpt.train import agreement, distributed, result
 from jaxpt.train.context import EstimateCost, no_cost, open_run
@@ -45,6 +49,19 @@ def train_model(
     run_dir = stage.local_path(workdir)
     distributed.join_processes(run_dir)
     distributed.enable_compilation_cache()
+    with hold_run(run_dir):
+        train_run(config, run_dir, estimate_device_cost, started)
+
+
+def hold_run(run_dir: pathlib.Path) -> contextlib.AbstractContextManager[Any]:
+    """Return a hold on the run directory, by the first process. UserError names who has it."""
+    return contextlib.nullcontext() if jax.process_index() else io.hold(run_dir)
+
+
+def train_run(
+    config: Config, run_dir: pathlib.Path, estimate_device_cost: EstimateCost, started: float
+) -> None:
+    """Train in a directory that this start holds; see `train_model`."""
     agreement.check_program(config, run_dir)
     packed = list(config.mixture.packed_paths) or [str(run_dir / "packed")]
     request = result.make_request(config, packed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import pathlib
 import resource
 import sys
 from collections.abc import Iterator
@@ -63,7 +64,7 @@ class MetricsLogger:
 
     def __init__(
         self,
-        run_dir: io.Path,
+        run_dir: pathlib.Path,
         n_steps: int,
         *,
         meter: Meter,
@@ -215,7 +216,7 @@ class MetricsLogger:
 
 
 def open_places(
-    run_dir: io.Path, resumed_at: int | None, config: Config | None
+    run_dir: pathlib.Path, resumed_at: int | None, config: Config | None
 ) -> list[BestEffort]:
     """Return where records go, metrics.jsonl first, each without what this start repeats."""
     path = run_dir / "metrics.jsonl"

@@ -87,8 +87,7 @@ def write_run_provenance(run: RunContext, spec: ModelSpec, at_step: int) -> None
     )
     line = json.dumps(start.to_json())
     run_dir = run.run_dir
-    with open(run_dir / "starts.jsonl", "a", encoding="utf-8") as file:
-        file.write(f"{line}\n")
+    io.append_line(run_dir / "starts.jsonl", line)
     io.write_text(run_dir / "program.diff", diff)
     io.write_json(run_dir / "config.json", dataclasses.asdict(run.config))
     io.write_json(run_dir / "spec.json", spec)

@@ -68,7 +68,7 @@ def is_finished(run_dir: pathlib.Path, request: stage.StageRequest) -> bool:
 def remove_manifest(run_dir: pathlib.Path) -> None:
     """Mark a run that goes on as not finished, which launch/ and later stages look at."""
     if jax.process_index() == 0:
-        (run_dir / "manifest.json").unlink(missing_ok=True)
+        io.remove(run_dir / "manifest.json")
 
 
 def write_manifest(session: Session, request: stage.StageRequest) -> None:

@@ -43,7 +43,7 @@ def start_session(run: RunContext) -> Session:
     Raises:
         UserError: model, data, mesh and settings do not fit each other, or memory does not suffice.
     """
-    run.run_dir.mkdir(parents=True, exist_ok=True)
+    io.make_directory(run.run_dir)
     newest = checkpoint.find_newest(run.run_dir)
     agreement.check_start(newest, run.config.initialize.source)
     if jax.process_index():

@@ -12,7 +12,7 @@ import dataclasses
 import importlib.util
 import json
 import logging
-import os
+import pathlib
 import secrets
 import socket
 import sys
@@ -173,7 +173,7 @@ class TensorBoardFile:
     writes.
     """
 
-    def __init__(self, directory: io.Path, purge_step: int | None):
+    def __init__(self, directory: pathlib.Path, purge_step: int | None):
         """Open a new event file.
 
         Args:
@@ -185,7 +185,7 @@ class TensorBoardFile:
         self.event = tensorboard.proto.event_pb2.Event
         io.make_directory(directory)
         name = name_event_file(io.list_names(directory))
-        self.file = tensorboard.record_writer.RecordWriter(os.fspath(directory / name))
+        self.file = tensorboard.record_writer.RecordWriter(str(directory / name))
         self.add(file_version="brain.Event:2")
         if purge_step is not None:
             session_log = tensorboard.proto.event_pb2.SessionLog
