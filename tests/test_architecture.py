@@ -199,7 +199,7 @@ def test_every_knob_is_read_somewhere():
 
 def test_training_starts_light():
     """jaxpt train imports only what a machine that trains must have, and nothing of the planner."""
-    code = "import sys; from jaxpt.train import loop, metrics; metrics.import_summary_writer()\n"
+    code = "import sys; from jaxpt.train import loop, writers; writers.import_tensorboard()\n"
     code += "from jaxpt import flops; print(*sys.modules)"
     loaded = set(
         subprocess.run(

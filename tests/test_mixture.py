@@ -274,3 +274,17 @@ def test_a_ramp_is_steps_of_constant_shares():
     ]
     assert taken == pytest.approx([0, 0, 0.125, 0.25, 0.375, 0.5], abs=1 / 140)
     assert len(config.ramp_phases(5, 8, {"a": 1}, {"b": 1})) == 4, "no two phases at one step"
+
+
+def test_of_a_thousand_sources_a_refusal_names_the_worst_three():
+    sizes = {f"source_{i:04d}": 10 + i % 7 for i in range(1000)} | {"worst": 2}
+    phases = ((0, dict.fromkeys(sizes, 1.0)),)
+    schedule = MixtureSchedule(config.MixtureConfig(phases=phases), sizes, 32)
+    with pytest.raises(UserError, match="worst is read 25 times .* and so of 998 more") as refused:
+        schedule.check_max_epochs(50_050, (("all", 1.0),))
+    assert len(str(refused.value)) < 500
+    with pytest.raises(
+        UserError, match="no packed source is called 'wurst'.* and 977 more"
+    ) as said:
+        schedule.check_max_epochs(50_050, (("wurst", 1.0),))
+    assert len(str(said.value)) < 600
