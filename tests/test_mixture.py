@@ -163,7 +163,7 @@ def test_a_source_that_runs_out_is_named_before_the_run():
     ) as error:
         mix.check_max_epochs(n_sequences=350, max_epochs=(("all", 1),))
     assert "prose" not in str(error.value)
-    with pytest.raises(UserError, match="no packed source is called 'cod'"):
+    with pytest.raises(UserError, match=r"no packed source is called 'cod'"):
         mix.check_max_epochs(n_sequences=350, max_epochs=(("cod", 1),))
 
 
@@ -280,11 +280,11 @@ def test_of_a_thousand_sources_a_refusal_names_the_worst_three():
     sizes = {f"source_{i:04d}": 10 + i % 7 for i in range(1000)} | {"worst": 2}
     phases = ((0, dict.fromkeys(sizes, 1.0)),)
     schedule = MixtureSchedule(config.MixtureConfig(phases=phases), sizes, 32)
-    with pytest.raises(UserError, match="worst is read 25 times .* and so of 998 more") as refused:
+    with pytest.raises(UserError, match=r"worst is read 25 times .* and so of 998 more") as refused:
         schedule.check_max_epochs(50_050, (("all", 1.0),))
     assert len(str(refused.value)) < 500
     with pytest.raises(
-        UserError, match="no packed source is called 'wurst'.* and 977 more"
+        UserError, match=r"no packed source is called 'wurst'.* and 977 more"
     ) as said:
         schedule.check_max_epochs(50_050, (("wurst", 1.0),))
     assert len(str(said.value)) < 600
