@@ -1279,7 +1279,7 @@ def test_a_plan_is_checked_by_the_steps_of_todays_batch_and_devices(tmp_path):
     run = check.read_run(path, "--check")
     devices = check.read_devices(run)
     assert [speed.step_seconds for speed in check.list_speeds(run, devices)] == [0.1, *[0.02] * 4]
-    with open(path / "starts.jsonl", "a") as starts:
+    with open(path / "starts.jsonl", "a", encoding="utf-8") as starts:
         starts.write("half a li\n")
         for step in (20, 30):
             starts.write(json.dumps({"n_devices": 2, "device_kind": "cpu", "step": step}) + "\n")

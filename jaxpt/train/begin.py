@@ -86,7 +86,7 @@ def read_start(run: RunContext, resumed: io.Path) -> RunStart:
     return RunStart(spec, progress, NewParams.from_record(new_params), mixture, record.parent_loss)
 
 
-def read_lost_work(run_dir: pathlib.Path, resumed: pathlib.Path | None) -> LostWork:
+def read_lost_work(run_dir: io.Path, resumed: io.Path | None) -> LostWork:
     """Return what an earlier start left of its time after the checkpoint that is resumed."""
     step = int(resumed.name) if resumed else None
     try:
