@@ -381,7 +381,7 @@ def read_json(path: io.Path, notes: list[str]) -> JsonObject | None:
     except io.MissingFileError:
         return None
     except UserError as error:
-        notes.append(f"{error} Left out.")
+        notes.append(str(error))
         return None
     wrong = []
     if not isinstance(found, dict):

@@ -335,13 +335,8 @@ OWN_FILES = {
     "jaxpt/logs.py",
     "jaxpt/report/evaluation.py",
     "jaxpt/train/agreement.py",
-    "jaxpt/train/begin.py",
     "jaxpt/train/gate.py",
-    "jaxpt/train/initial_run.py",
-    "jaxpt/train/metrics.py",
     "jaxpt/train/provenance.py",
-    "jaxpt/train/result.py",
-    "jaxpt/train/session.py",
     "jaxpt/weights/huggingface.py",
     "jaxpt/weights/safetensors_file.py",
 }

@@ -354,7 +354,7 @@ REFUSED = {  # what is wrong: (how it comes about, what is asked, what is said)
     "a lineage with a half-written manifest": (
         lambda: write("base/manifest.json", "{"),
         "report --lineage child --verify",
-        "base/manifest.json: cannot be read",
+        "base/manifest.json: expected JSON",
     ),
     "a lineage with a manifest of another form": (
         lambda: write("base/manifest.json", '{"fingerprint": 3}'),
@@ -422,7 +422,7 @@ SHOWN = {  # what is wrong: (how it comes about, what the page says of it)
     ),
     "a half-written evaluation": (
         lambda: write("base/eval/jax.json", '{"resu'),
-        "base/eval/jax.json: cannot be read",
+        "base/eval/jax.json: expected JSON",
     ),
     "an evaluation of another form": (
         lambda: write("base/eval/jax.json", '{"results": {"a": 3}, "lineage": [], "model": 3}'),
@@ -474,7 +474,7 @@ SHOWN = {  # what is wrong: (how it comes about, what the page says of it)
     ),
     "a directory for a file": (
         lambda: [remove("base/spec.json"), pathlib.Path("base/spec.json").mkdir()],
-        "base/spec.json: cannot be read",
+        "base/spec.json: could not be read",
     ),
 }
 

@@ -842,7 +842,7 @@ def test_on_a_terminal_a_text_is_seen_as_it_is_written_and_is_inert(hf_dir, caps
     samples = compare.compare_samples([hf_dir], ["The \x1b[31mship"], max_new=11)
     (output,) = samples.prompts[0].outputs
     parts = seen[1:]  # the first was to compile
-    assert parts[0].startswith(f"\n{hf_dir.name} > The \N{REPLACEMENT CHARACTER}[31mship\n")
+    assert parts[0].startswith(f"\n{hf_dir.name} > The \\x1b[31mship\n")
     streamed = "".join(parts).partition("ship\n")[2] + capsys.readouterr().out.partition("\n")[0]
     assert (
         len(parts) == 3
