@@ -5,10 +5,14 @@ machine has some.
 import logging
 import os
 import pathlib
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+# a job in the background of a script is started without them, and so would the tests' processes be
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 given = os.environ.get("XLA_FLAGS")
 # Most of the suite's time is compiling, for programs that run a moment: here LLVM optimises none of
 # them. XLA's own passes, and with them
