@@ -55,6 +55,7 @@ def program(path, text: str):
 def hosts(tmp_path, monkeypatch):
     """Makes homes of hosts under tmp_path and puts programs in front of PATH."""
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.delenv("JAXPT_TEST_DATA", raising=False)  # the programs note every JAXPT_ variable
 
     def make(*names):
         for name in names:
