@@ -15,7 +15,7 @@ import subprocess
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxpt import io
+from jaxpt import stage
 from jaxpt.spec import UserError
 
 log = logging.getLogger(__name__)
@@ -164,11 +164,11 @@ def train_command(config: str, workdir: str, overrides: Sequence[str]) -> list[s
             f"--config {config}: lies outside {ROOT}, so the other hosts would not have it. "
             "Put it into the clone."
         )
-    place = io.path(workdir)
-    if isinstance(place, pathlib.Path) and not pathlib.PurePosixPath(workdir).is_absolute():
+    stage.local_path(workdir)  # train writes to no bucket yet
+    if not pathlib.PurePosixPath(workdir).is_absolute():
         raise UserError(
-            f"--workdir {workdir}: expected gs://BUCKET/NAME, or an absolute path of a disk or "
-            "mount that every host sees under this name."
+            f"--workdir {workdir}: expected an absolute path of a disk or mount that every host "
+            "sees under this name."
         )
     recipe = f"{file.relative_to(ROOT)}{colon}{argument}"
     return ["train", "--config", recipe, "--workdir", workdir, *overrides]
