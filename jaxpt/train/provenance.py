@@ -87,7 +87,10 @@ def write_run_provenance(run: RunContext, spec: ModelSpec, at_step: int) -> None
     )
     line = json.dumps(start.to_json())
     run_dir = run.run_dir
-    io.append_line(run_dir / "starts.jsonl", line)
+    try:
+        io.append_line(run_dir / "starts.jsonl", line)
+    except UserError as error:
+        log.warning(f"{error} The run goes on.")
     io.write_text(run_dir / "program.diff", diff)
     io.write_json(run_dir / "config.json", dataclasses.asdict(run.config))
     io.write_json(run_dir / "spec.json", spec)
