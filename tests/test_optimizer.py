@@ -44,7 +44,7 @@ SIX = OptimConfig(
 def run_optax(optim):
     """Return (losses, parameters) of six steps with nothing of ours but the forward pass."""
     peak = optim.peak_lr
-    schedule = optax.join_schedules(
+    from_one = optax.join_schedules(
         [
             optax.linear_schedule(0, peak, 2),
             optax.constant_schedule(peak),
@@ -52,6 +52,10 @@ def run_optax(optim):
         ],
         [2, 3],
     )
+
+    def schedule(n_updates):
+        return from_one(n_updates + 1)  # optax counts the updates done before
+
     matrices = {"q", "k", "v", "o", "gate", "up", "down", "unembed"}
     clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
     params = initial_params(SPEC)

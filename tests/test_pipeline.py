@@ -864,7 +864,7 @@ def test_other_shares_and_another_batch_in_mid_run_and_other_rows_when_accepted(
 def test_bad_input_is_one_sentence_and_writes_nothing(pipeline, arguments, answer):
     printed = run_command(*arguments, cwd=pipeline, ok=False).strip().splitlines()
     assert answer in printed[-1] and printed[-1].startswith("error: ")
-    assert not (pipeline / "x").exists() or not any((pipeline / "x").iterdir())
+    assert not (pipeline / "x").exists() or list((pipeline / "x").iterdir()) == []
 
 
 def test_a_model_that_does_not_fit_the_rows_is_stopped_before_the_first_update(pipeline, tmp_path):

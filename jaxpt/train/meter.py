@@ -156,6 +156,7 @@ class SignOfLife:
             n_devices: over all processes.
         """
         self.path = run_dir / "spent.json"
+        self.is_first = not io.exists(self.path)
         self.seconds = seconds
         self.since = started
         self.n_devices = n_devices
@@ -179,6 +180,13 @@ class SignOfLife:
     def end(self) -> None:
         """Write no more."""
         self.ended.set()
+
+    def withdraw(self) -> None:
+        """Leave no file of a start that was refused, unless an earlier one had left it."""
+        self.end()
+        self.thread.join()
+        if self.is_first:
+            io.remove(self.path)
 
 
 def read_spent_time(run_dir: io.Path) -> SpentTime | None:

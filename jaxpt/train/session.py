@@ -50,7 +50,11 @@ def start_session(run: RunContext) -> Session:
         return resume_session(run, newest) if newest else init_session(run)
     lost = begin.read_lost_work(run.run_dir, newest)
     sign = SignOfLife(run.run_dir, lost.seconds, started=run.started, n_devices=run.mesh.size)
-    session = resume_session(run, newest, lost) if newest else init_session(run, lost)
+    try:
+        session = resume_session(run, newest, lost) if newest else init_session(run, lost)
+    except UserError:
+        sign.withdraw()
+        raise
     session.sign, sign.meter = sign, session.meter
     return session
 
