@@ -121,10 +121,20 @@ def sentence_of(log: str) -> str:
             {},
             "optim.peak_lr is 0.07 on HOST (process 1), 0.0003 on HOST (process 0)",
         ),
-        ((), {"XLA_FLAGS": "--xla_cpu_enable_fast_math=true"}, "XLA_FLAGS is "),
-        ((), {"PYTHONPATH": "CHANGED"}, "code of jaxpt is "),
         (("--workdir", "elsewhere"), {}, "is not one directory for all hosts: what process 0"),
-        (("--config.mixture.packed_paths=('other',)",), {}, "mixture.packed_paths is ('other',)"),
+        pytest.param(
+            (),
+            {"XLA_FLAGS": "--xla_cpu_enable_fast_math=true"},
+            "XLA_FLAGS is ",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param((), {"PYTHONPATH": "CHANGED"}, "code of jaxpt is ", marks=pytest.mark.slow),
+        pytest.param(
+            ("--config.mixture.packed_paths=('other',)",),
+            {},
+            "mixture.packed_paths is ('other',)",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_processes_that_differ_end_before_the_first_step(home, flags, environment, message):
