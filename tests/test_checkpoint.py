@@ -33,10 +33,10 @@ def run(request, tmp_path, monkeypatch):
         yield io.path(f"{request.param}://bucket/{tmp_path.name}")
 
 
-def save(saver, step):
+def save(checkpointer, step):
     state = {"step": jnp.int32(step)}
-    saver.save_async(step, PARAMS, state, SPEC, counts={"n_sequences": 7}, tokenizer=None)
-    return saver.wait_until_saved()
+    checkpointer.save_async(step, PARAMS, state, SPEC, counts={"n_sequences": 7}, tokenizer=None)
+    return checkpointer.wait_until_saved()
 
 
 def restore(directory, name, tree):
@@ -47,9 +47,9 @@ def restore(directory, name, tree):
 
 
 def test_checkpoints_are_kept_restored_found_damaged_and_replaced(run):
-    saver = checkpoint.Checkpointer(run, max_to_keep=2)
+    checkpointer = checkpoint.Checkpointer(run, max_to_keep=2)
     for step in (3, 5, 7):
-        newest = save(saver, step)
+        newest = save(checkpointer, step)
     assert newest == run / "checkpoints/7" == checkpoint.find_newest(run)
     assert checkpoint.list_steps(run) == [5, 7]
     assert not [name for name in io.list_files(run / "checkpoints/3") if "/d/" in name]
@@ -67,8 +67,8 @@ def test_checkpoints_are_kept_restored_found_damaged_and_replaced(run):
 
 
 def test_what_a_killed_process_left_is_finished_or_removed(tmp_path):
-    saver = checkpoint.Checkpointer(tmp_path, max_to_keep=2)
-    decided = save(saver, 3)
+    checkpointer = checkpoint.Checkpointer(tmp_path, max_to_keep=2)
+    decided = save(checkpointer, 3)
     home = decided.parent
     decided.rename(home / "3.partial")  # its manifest was written, and none of its files moved
     (home / "5.partial/params").mkdir(parents=True)
@@ -78,8 +78,8 @@ def test_what_a_killed_process_left_is_finished_or_removed(tmp_path):
 
 
 def test_older_checkpoints_stay_until_the_new_one_is_published(tmp_path, monkeypatch):
-    saver = checkpoint.Checkpointer(tmp_path, max_to_keep=1)
-    save(saver, 3)
+    checkpointer = checkpoint.Checkpointer(tmp_path, max_to_keep=1)
+    save(checkpointer, 3)
 
     def fail(*_):
         raise UserError("no room")
@@ -87,9 +87,9 @@ def test_older_checkpoints_stay_until_the_new_one_is_published(tmp_path, monkeyp
     with monkeypatch.context() as patched:
         patched.setattr(io, "publish", fail)
         with pytest.raises(checkpoint.CheckpointSaveError, match="no room"):
-            save(saver, 5)
+            save(checkpointer, 5)
     assert checkpoint.list_steps(tmp_path) == [3]
-    save(saver, 5)
+    save(checkpointer, 5)
     assert checkpoint.list_steps(tmp_path) == [5]
 
 

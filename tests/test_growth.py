@@ -161,8 +161,8 @@ def rows_on(mesh):
 
 
 def test_narrow_leaves_out_what_does_nothing(spec, one):
-    """Neurons and kv groups that are silent, other ones in each layer: without them the model
-    computes what it did.
+    """MLP activations and kv groups that are silent, other ones in each layer: without them the
+    model computes what it did.
     """
     parent = jax.tree.map(np.array, randomised(spec, one))
     blocks = parent["blocks"]

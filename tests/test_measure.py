@@ -1,5 +1,5 @@
-"""Laws of what is measured on layers, heads, neurons and channels, and of predicted layers: the
-same on every mesh.
+"""Laws of what is measured on layers, heads, MLP activations and channels, and of predicted layers:
+the same on every mesh.
 """
 
 import jax
@@ -159,7 +159,7 @@ def test_importance_finds_what_was_made_loud_and_what_was_silenced(spec, one):
         )
 
     params = randomised(spec, one)
-    for layer in range(spec.n_layers):  # another kv head, neuron and pair in each layer
+    for layer in range(spec.n_layers):  # another kv head, activation and pair in each layer
         silenced, kv = layer % 2, 1 - layer % 2
         params = with_leaf(
             params, "v", lambda leaf, at=(layer, slice(None), kv): leaf.at[at].multiply(9)

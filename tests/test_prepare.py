@@ -53,7 +53,9 @@ OTHERS = [
     "吾輩は猫である。名前はまだ無い。"
     "どこで生れたかとんと見当がつかぬ。"
     "何でも薄暗いじめじめした所で泣いていた。",
-    "Старый дом стоял в конце узкого переулка, и никто в деревне не помнил, кто его построил.",
+    "Старый дом стоял в конце узкого переулка, "
+    "и никто в деревне не помнил, "
+    "кто и когда его построил.",
 ]
 
 
@@ -978,7 +980,8 @@ def test_items_too_short_to_be_found_are_counted_aloud(tmp_path, output):
 
 
 def test_no_form_of_unicode_hides_a_benchmark_item():
-    words = "A naïve café in Łódź sold 1984 fine ﬁgs to Zoë and an official of the Ωmega office"
+    words = "A naïve café in Łódź sold 1984 fine ﬁgs to Zoë "
+    words += "and an official of the Ωmega office"
     index = decontaminate.NgramIndex([benchmarks.BenchmarkItem("t", "t:1", words, {})])
     full_width = words.translate({48 + i: 0xFF10 + i for i in range(10)})
     forms = {form: unicodedata.normalize(form, words) for form in ("NFC", "NFD", "NFKC", "NFKD")}

@@ -261,13 +261,13 @@ def draw_events(events: list[Spec], names: list[str]) -> Spec:
 
 
 def downsample_points(points: list[Point], max_points: int) -> list[Point]:
-    """Return about `max_points`; each stretch keeps its lowest and highest, so no spike is lost."""
+    """Return about `max_points`; each bin keeps its lowest and highest, so no spike is lost."""
     if len(points) <= max_points:
         return points
-    stretch = math.ceil(2 * len(points) / max_points)
+    bin_size = math.ceil(2 * len(points) / max_points)
     kept = []
-    for start in range(0, len(points), stretch):
-        part = points[start : start + stretch]
+    for start in range(0, len(points), bin_size):
+        part = points[start : start + bin_size]
         lowest = min(part, key=lambda point: point[1])
         highest = max(part, key=lambda point: point[1])
         kept += sorted({lowest, highest})

@@ -34,7 +34,7 @@ class Checkpoint(Hook):
         self.look_every = train.log_every
         self.must_succeed = train.on_save_error == "stop"
         self.should_stop = should_stop
-        self.saver = checkpoint.Checkpointer(
+        self.checkpointer = checkpoint.Checkpointer(
             session.run.run_dir, train.max_to_keep, train.keep_every
         )
         self.saved_at = time.monotonic()
@@ -56,7 +56,7 @@ class Checkpoint(Hook):
             self.save(session)
         else:
             with self.handle_save_errors():
-                self.saver.check_errors()
+                self.checkpointer.check_errors()
 
     def is_late(self) -> bool:
         """Return whether train.checkpoint_minutes have passed since the last save."""
@@ -71,9 +71,9 @@ class Checkpoint(Hook):
         provenance.write_epochs(session.run.run_dir, session.schedule, session.n_sequences)
         record = make_checkpoint_record(session)
         with self.handle_save_errors():
-            self.saver.wait_until_saved()  # for the previous one
+            self.checkpointer.wait_until_saved()  # for the previous one
         with self.handle_save_errors(reraise=session.is_last_step or session.is_stopping):
-            self.saver.save_async(
+            self.checkpointer.save_async(
                 session.step,
                 session.state.params,
                 state.rest_of_state(session.state),
@@ -95,7 +95,7 @@ class Checkpoint(Hook):
 
     def finish(self, session: Session) -> None:
         """Wait until the last checkpoint is complete."""
-        session.saved = self.saver.wait_until_saved() or session.saved
+        session.saved = self.checkpointer.wait_until_saved() or session.saved
 
 
 def make_checkpoint_record(session: Session) -> CheckpointRecord:
