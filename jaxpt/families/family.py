@@ -339,7 +339,11 @@ def write_config(spec: ModelSpec, dtype: str) -> HfConfig:
 
 
 def make_config(spec: ModelSpec, dtype: str) -> HfConfig:
-    """Return config.json with what the spec's family can state."""
+    """Return config.json with what the spec's family can state.
+
+    Rope and dtype are written in both layouts: a reader of the old one would otherwise silently
+    fall back to theta 10,000.
+    """
     family = find_family(spec)
     config: HfConfig = {
         "architectures": [family.architecture],

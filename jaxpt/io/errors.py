@@ -67,10 +67,8 @@ def explain(action: str, where: object) -> Iterator[None]:
 
 def file_error(error: Exception, action: str, where: object) -> FileError:
     """Return the sentence of an error."""
-    number = getattr(error, "errno", None)
+    number = find_number(error)
     is_missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
-    if isinstance(error, FileNotFoundError):
-        number = errno.ENOENT
     if number:
         reason = os.strerror(number)
     else:

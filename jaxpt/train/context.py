@@ -15,7 +15,7 @@ from jaxpt.flops import DeviceCost
 from jaxpt.growth import measure
 from jaxpt.growth.growth import ReadBatches
 from jaxpt.spec import ModelSpec, UserError
-from jaxpt.train import gate, optimizer
+from jaxpt.train import gate, optimizer, writers
 
 EstimateCost = Callable[[ModelSpec], DeviceCost]
 
@@ -67,9 +67,12 @@ def open_run(
     """Open the packed sequences of a run.
 
     Raises:
-        UserError: their length is not pack.seq_len, or there is no such optimizer.
+        UserError: their length is not pack.seq_len, or there is no such optimizer, or
+            wandb is asked for and not installed.
     """
     optimizer.check_name(config.optim)
+    if config.train.wandb_project:
+        writers.check_wandb()
     dataset = loader.open_packed(packed)
     if dataset.seq_len != config.pack.seq_len:
         raise UserError(
