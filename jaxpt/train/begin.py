@@ -19,6 +19,7 @@ from jaxpt.growth.records import NewParamsRecord
 from jaxpt.initialize import InitResult
 from jaxpt.spec import Manifest, ModelSpec, UserError
 from jaxpt.stage import read_manifest, read_spec
+from jaxpt.text import format_table
 from jaxpt.train import forgetting, meter, metrics, provenance, state
 from jaxpt.train.context import RunContext
 from jaxpt.train.meter import LostWork
@@ -329,7 +330,7 @@ def format_init_plan(section: InitializeConfig, optim: OptimConfig, init: InitRe
         "random state": "none: every draw comes from a seed and a position",
     }
     lines = [f"initialize.mode: {section.mode}"]
-    lines += [f"  {part:<13} {fate}" for part, fate in parts.items()]
+    lines += format_table(list(parts.items()), "<", indent="  ").splitlines()
     trained_with = record.get("optimizer") or "adamw"
     # 2605.06654: a base trained with one optimizer degrades under another
     if trained_with != optim.name:

@@ -12,6 +12,7 @@ from jaxpt.data import tokenizer as tokenizers
 from jaxpt.data.prepare.decide import SPLITS, Drops, is_kept
 from jaxpt.data.prepare.judge import EDIT_FIELDS, PARAGRAPHS
 from jaxpt.data.prepare.rows import DocumentTable, iterate_batches_of_file
+from jaxpt.text import format_table
 
 TOKEN_BYTES = 4  # bytes per token, about
 
@@ -130,10 +131,4 @@ def format_funnel(funnel: Funnel) -> str:
         amounts = [kept[name] for name in funnel["sources"]]
         row = [f"{each['rows']:,} docs {each['bytes'] / 1e6:8.2f} MB" for each in amounts]
         cells.append([label, *row])
-    columns = zip(*cells, strict=True)
-    label_width, *widths = (max(map(len, column)) for column in columns)
-    formatted = []
-    for label, *row in cells:
-        padded = [label.ljust(label_width), *map(str.rjust, row, widths)]
-        formatted.append("  " + "   ".join(padded))
-    return "\n".join(formatted)
+    return format_table(cells, gap="   ", indent="  ")
