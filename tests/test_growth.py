@@ -787,7 +787,7 @@ def test_the_verdict_is_one_sentence_on_whether_the_grown_model_is_healthy(paren
         layer_map=(0, 1, 2, 0, 1, 2),
         new_layers=(3, 4, 5),
         n_params={"parent": 1, "child": 2},
-        flops_per_token=None,
+        flops_per_token={"parent": 3.0, "child": 5.0},
         spec={"parent": spec, "child": spec.replace(n_layers=6)},
         heldout_loss={"parent": {"prose": parent}, "child": {"prose": child}},
         heldout_sequences=16,

@@ -67,7 +67,6 @@ def run(arguments: argparse.Namespace) -> None:
         source=arguments.source,
         grow=(*settings.initialize.grow, *arguments.grow),
     )
-    from jaxpt import flops
     from jaxpt.train import initial_run
 
     initial_run.initialize_run(
@@ -75,6 +74,5 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.to,
         probe_steps=arguments.probe,
         check=arguments.check,
-        flops_per_token=flops.count_flops_per_token,
         replace=arguments.replace,
     )

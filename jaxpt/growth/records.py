@@ -45,7 +45,7 @@ class GrowthReport(Record):
     layer_map: tuple[int | None, ...]  # the parent's layer of each child layer; None: no source
     new_layers: tuple[int, ...]  # of the child
     n_params: dict[str, int]
-    flops_per_token: dict[str, float] | None  # None: not known
+    flops_per_token: dict[str, float]  # forward and backward
     spec: dict[str, ModelSpec]
     heldout_loss: dict[str, dict[str, float]] | None  # model -> source -> nats per token
     heldout_sequences: int | None  # per source, at most, behind heldout_loss

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from jaxpt import io
+from jaxpt.flops import count_flops_per_token
 from jaxpt.growth import measure
 from jaxpt.growth.growth import Growth, ReadBatches
 from jaxpt.growth.new_params import find_new_params_through
@@ -58,11 +59,6 @@ class Probe(NamedTuple):
     train: Callable[[ModelSpec, Params], Params]
 
 
-def unknown_flops(spec: ModelSpec) -> float | None:
-    """Return None: FLOPs per token are not known."""
-    return None
-
-
 def verify_growth(
     parent: LoadedModel,
     child: LoadedModel,
@@ -70,9 +66,9 @@ def verify_growth(
     growths: Sequence[Growth],
     mesh: jax.sharding.Mesh,
     *,
+    seq_len: int,
     heldout: HeldoutLosses | None,
     batches: ReadBatches | None,
-    flops_per_token: Callable[[ModelSpec], float | None] = unknown_flops,
     at_step: int | None = None,
     moments: str | None = None,
     probe: Probe | None = None,
@@ -85,9 +81,9 @@ def verify_growth(
         operators: as text.
         growths: what they did.
         mesh: the devices.
+        seq_len: at which FLOPs are counted.
         heldout: to measure losses on, if there is any.
         batches: training batches for layer statistics, if there are any.
-        flops_per_token: of a model.
         at_step: of the run, if it grew during training.
         moments: policy for the optimizer's moments.
         probe: a short training of both models, to compare them after it.
@@ -96,7 +92,7 @@ def verify_growth(
         UserError: an operator that promises to preserve the function did not.
     """
     models = {"parent": parent, "child": child}
-    report = describe_growth(models, operators, growths, flops_per_token, at_step, moments)
+    report = describe_growth(models, operators, growths, seq_len, at_step, moments)
     if report.preserves_function:
         difference = check_logits(parent, child, operators, growths, mesh)
         report = dataclasses.replace(report, max_logit_difference=difference)
@@ -114,7 +110,7 @@ def describe_growth(
     models: dict[str, LoadedModel],
     operators: Sequence[str],
     growths: Sequence[Growth],
-    flops_per_token: Callable[[ModelSpec], float | None],
+    seq_len: int,
     at_step: int | None,
     moments: str | None,
 ) -> GrowthReport:
@@ -127,18 +123,18 @@ def describe_growth(
         measured |= grown.measured
     new_params = find_new_params_through(growths)
     new_layers = np.flatnonzero(new_params.get("layers", ()))
-    flops: dict[str, float] = {}
-    for name, model in models.items():
-        flops[name] = flops_per_token(model.spec) or 0.0
+    specs = {name: model.spec for name, model in models.items()}
     return GrowthReport(
         parent=str(parent.source) if parent.source else "random weights",
         operators=tuple(operators),
         at_step=at_step,
         layer_map=tuple(layer_map),
         new_layers=tuple(map(int, new_layers)),
-        n_params={name: transformer.count_params(model.spec) for name, model in models.items()},
-        flops_per_token=flops if all(flops.values()) else None,
-        spec={name: model.spec for name, model in models.items()},
+        n_params={name: transformer.count_params(spec) for name, spec in specs.items()},
+        flops_per_token={
+            name: count_flops_per_token(spec, seq_len) for name, spec in specs.items()
+        },
+        spec=specs,
         heldout_loss=None,
         heldout_sequences=None,
         preserves_function=all(grown.preserves_function for grown in growths),

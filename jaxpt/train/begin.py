@@ -132,9 +132,9 @@ def verify_init(run: RunContext, init: InitResult, parent: LoadedModel) -> None:
         section.grow,
         init.growths,
         run.mesh,
+        seq_len=run.dataset.seq_len,
         heldout=run.heldout,
         batches=run.measuring_batches,
-        flops_per_token=run.flops_per_token,
         moments=section.moments if section.mode == "grow" else "fresh",
     )
     verify.write_growth(report, run.run_dir)

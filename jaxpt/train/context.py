@@ -51,10 +51,6 @@ class RunContext:
     estimate_device_cost: EstimateCost
     started: float
 
-    def flops_per_token(self, spec: ModelSpec) -> float | None:
-        """Return training FLOPs per token of a model."""
-        return self.estimate_device_cost(spec).flops_per_token
-
 
 def open_run(
     config: Config,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -38,7 +38,6 @@ def initialize_run(
     *,
     probe_steps: int = 0,
     check: bool = False,
-    flops_per_token: Callable[[ModelSpec, int], float] = lambda spec, seq_len: 0.0,
     replace: bool = False,
 ) -> None:
     """Write a run directory at step 0, initialized and grown as config.initialize says.
@@ -48,7 +47,6 @@ def initialize_run(
         out: the directory.
         probe_steps: training steps of parent and grown model, to compare them; 0: none.
         check: compare an imported model's logits with transformers'.
-        flops_per_token: of a model at a sequence length.
         replace: overwrite what `out` holds.
     """
     source, is_import = find_source(config.initialize.source, check)
@@ -74,9 +72,9 @@ def initialize_run(
                 config.initialize.grow,
                 init.growths,
                 mesh,
+                seq_len=config.pack.seq_len,
                 heldout=heldout,
                 batches=batches,
-                flops_per_token=lambda spec: flops_per_token(spec, config.pack.seq_len),
                 probe=probe,
             )
             verify.write_growth(report, run)

@@ -50,9 +50,9 @@ def grow_session(session: Session, operator: str) -> None:
         [operator],
         [grown],
         run.mesh,
+        seq_len=run.dataset.seq_len,
         heldout=run.heldout,
         batches=run.measuring_batches,
-        flops_per_token=run.flops_per_token,
         at_step=session.step,
         moments=policy,
     )
