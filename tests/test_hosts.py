@@ -248,6 +248,29 @@ def test_a_process_that_fails_takes_the_others_with_it_and_says_why(home):
     assert status == 1 and sentence_of(log).endswith(f"ended: {reason}")
 
 
+def test_processes_that_end_leave_each_other_without_a_crash(tmp_path):
+    """Many watches of the others ask at nearly every moment, and so at the end too."""
+    program = (
+        "import pathlib, jax\n"
+        "from jaxpt.train import distributed\n"
+        "distributed.WATCH_SECONDS = 0.0005\n"
+        "distributed.join_processes(pathlib.Path())\n"
+        "for _ in range(20):\n"
+        "    distributed.start_watch()\n"
+        "from jax.experimental import multihost_utils\n"
+        "multihost_utils.sync_global_devices('both')\n"
+    )
+    port = free_port()
+    base = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program], cwd=tmp_path, env=base | joined(i, 2, port)
+        )
+        for i in range(2)
+    ]
+    assert [process.wait(120) for process in processes] == [0, 0]
+
+
 # ---- asked to end
 
 

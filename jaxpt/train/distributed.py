@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
 import contextlib
 import ctypes
@@ -79,7 +80,7 @@ def join_processes(run_dir: pathlib.Path) -> None:
         initialize_distributed(placement)
     n_processes = jax.process_count()
     if n_processes > 1:
-        threading.Thread(target=watch_others, daemon=True).start()
+        start_watch()
         log.info(f"{n_processes} processes with {jax.local_device_count()} devices each")
         logs.set_rank(jax.process_index(), n_processes, run_dir)
 
@@ -345,14 +346,29 @@ def tell_others(sentence: str) -> None:
             time.sleep(3 * WATCH_SECONDS)  # the store of keys ends with this process
 
 
-def watch_others() -> None:
-    """End this process when another has said that it ends. Run it in a thread."""
+def start_watch() -> None:
+    """Watch the other processes in a thread, which ends before JAX leaves them at exit.
+
+    A question to JAX's client while it is shut down ends in a segmentation fault.
+    """
+    is_ending = threading.Event()
+    watch = threading.Thread(target=watch_others, args=(is_ending,), daemon=True)
+    watch.start()
+
+    def end_watch() -> None:
+        is_ending.set()
+        watch.join(WATCH_SECONDS + 10)
+
+    atexit.register(end_watch)  # called before JAX's own, which was registered earlier
+
+
+def watch_others(is_ending: threading.Event) -> None:
+    """End this process when another has said that it ends, until this one ends itself."""
     from jax._src import distributed as jax_distributed
 
     client: Any = jax_distributed.global_state.client
     own = f"{ENDED_KEY}/{jax.process_index()}"
-    while True:
-        time.sleep(WATCH_SECONDS)
+    while not is_ending.wait(WATCH_SECONDS):
         try:
             found = client.key_value_dir_get(ENDED_KEY)
         except jax.errors.JaxRuntimeError:
