@@ -86,14 +86,12 @@ def get_config():
     c.model.vocab_size = 0
     # Longest sequence that the model supports, in tokens.
     c.model.max_seq_len = 4_096
-    # Epsilon of RMSNorm.
-    c.model.norm_eps = 1e-05
     # Base of the rotary embedding; 500,000 for long contexts.
     c.model.rope_theta = 10000.0
     # Share embedding and output head; saves V x D parameters, good for small models.
     c.model.tie_embeddings = False
-    # ((name, value), ...) of further fields of ModelSpec (jaxpt/spec.py), such as (('family',
-    # 'qwen3'), ('qk_norm', True)).
+    # ((name, value), ...) of further fields of ModelSpec (jaxpt/spec.py), such as (('norm_eps',
+    # 1e-6), ('family', 'qwen3'), ('qk_norm', True)).
     c.model.fields = ()
 
     # ---- initialize: Where the initial weights come from.

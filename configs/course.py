@@ -33,7 +33,7 @@ def get_config():
     c.model.d_head = 32
     c.model.vocab_size = 32_000
     c.model.max_seq_len = 2048
-    c.model.norm_eps = 1e-6
+    c.model.fields = (("norm_eps", 1e-6),)
     c.initialize.grow = ("depth_upscale(m=4)",)  # layers 0-7, then 4-11
 
     c.train.steps = 30

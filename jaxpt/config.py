@@ -155,7 +155,6 @@ class ModelConfig:
         0, "Embedding rows; 0 means the tokenizer's size, rounded up to a multiple of 128."
     )
     max_seq_len: int = knob(4096, "Longest sequence that the model supports, in tokens.")
-    norm_eps: float = knob(1e-5, "Epsilon of RMSNorm.")
     rope_theta: float = knob(10_000.0, "Base of the rotary embedding; 500,000 for long contexts.")
     tie_embeddings: bool = knob(
         False, "Share embedding and output head; saves V x D parameters, good for small models."
@@ -163,7 +162,7 @@ class ModelConfig:
     fields: tuple[tuple[str, object], ...] = knob(
         (),
         "((name, value), ...) of further fields of ModelSpec (jaxpt/spec.py), such as "
-        "(('family', 'qwen3'), ('qk_norm', True)).",
+        "(('norm_eps', 1e-6), ('family', 'qwen3'), ('qk_norm', True)).",
     )
 
 

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 # knobs of section model that are fields of ModelSpec
 RANDOM_SPEC_FIELDS = "n_layers d_model d_ff n_heads n_kv_heads d_head max_seq_len"
-RANDOM_SPEC_FIELDS += " norm_eps rope_theta tie_embeddings"
+RANDOM_SPEC_FIELDS += " rope_theta tie_embeddings"
 
 
 class InitResult(NamedTuple):
