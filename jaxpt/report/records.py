@@ -402,7 +402,7 @@ def expect_dict(value: Any, where: str) -> dict[str, Any]:
 
 
 def get_object(fields: dict[str, Any], key: str, task: str) -> dict[str, Any]:
-    """Return fields[key][task], {} if there is none. Raise UserError if it is no object."""
+    """Return a task's object under a key, {} if there is none. Raise UserError for any other."""
     by_task = expect_dict(fields.get(key) or {}, key)
     return expect_dict(by_task.get(task) or {}, f"{key}.{task}")
 
