@@ -424,12 +424,29 @@ def test_packed_data_that_cannot_be_trusted_is_refused_in_one_sentence(
     assert "\n" not in str(error.value)
 
 
+def test_small_record_batches_are_read_once_and_hold_no_file_open(workdir, tmp_path, monkeypatch):
+    """As those of a thousand small sources are: what stays open is bounded by bytes, not number."""
+    monkeypatch.setattr(pack, "BATCH_TOKENS", SEQ_LEN)
+    for part in ("corpus", "tokenizer"):
+        shutil.copytree(workdir / part, tmp_path / part)
+    pack.pack_corpus(packing(), tmp_path)
+    dataset = loader.open_packed([tmp_path / "packed"])
+    places = [(name, i) for name in dataset.names for i in range(dataset.n_sequences[name])]
+    assert len(places) > 300
+    n_files = len(os.listdir("/proc/self/fd"))
+    first = [dataset.read_sequence(*place).tokens for place in places]
+    assert len(os.listdir("/proc/self/fd")) == n_files
+    monkeypatch.setattr(storage.LocalStorage, "read_range", None)  # is not called again
+    for tokens, place in zip(first, places, strict=True):
+        np.testing.assert_array_equal(dataset.read_sequence(*place).tokens, tokens)
+
+
 def test_of_a_set_too_large_to_check_at_once_no_damaged_sequence_is_trained_on(
     workdir, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(pack, "BATCH_TOKENS", 40 * SEQ_LEN)
     monkeypatch.setattr(loader, "MAX_BYTES_VERIFIED_AT_OPEN", 0)
-    monkeypatch.setattr(loader, "MAX_OPEN_BATCHES", 3)
+    monkeypatch.setattr(loader, "MAX_OPEN_BYTES", 50_000)
     for part in ("corpus", "tokenizer"):
         shutil.copytree(workdir / part, tmp_path / part)
     pack.pack_corpus(packing(), tmp_path)
@@ -559,7 +576,7 @@ def test_the_cache_of_a_bucket_keeps_its_bounds_and_trusts_no_damaged_file(
     here = loader.open_packed([tmp_path / "packed"])
     limit = 3.5 * here.sources["english"].get_byte_range(0).n_bytes
     monkeypatch.setattr(storage, "CACHE_BYTES", limit)
-    monkeypatch.setattr(loader, "MAX_OPEN_BATCHES", 1)
+    monkeypatch.setattr(loader, "MAX_OPEN_BYTES", 1)
     (directory,) = [storage.cache_directory() / here.sources["code"].fingerprint]
     for _ in range(2):
         there = loader.open_packed([address])

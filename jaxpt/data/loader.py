@@ -33,7 +33,7 @@ from jaxpt.spec import Batch, Manifest, UserError
 
 # of a set on disk: below, opening compares all checksums, which takes well under a second
 MAX_BYTES_VERIFIED_AT_OPEN = 500e6
-MAX_OPEN_BATCHES = 256  # record batches that are kept open, of about 1 MB each
+MAX_OPEN_BYTES = 256e6  # of record batches that are kept open, of about 1 MB each
 PREFETCH_STEPS = 8  # steps ahead whose sequences are requested from a bucket
 N_ENDLESS_STEPS = 2**40  # grain needs a length; a stream has no end of its own
 
@@ -181,6 +181,7 @@ class PackedDataset:
         self.open_batches: collections.OrderedDict[Place, RecordBatchView] = (
             collections.OrderedDict()
         )
+        self.n_open_bytes = 0
         self.lock = threading.Lock()
         self.verification: threading.Thread | None = None
         self.damage: UserError | None = None
@@ -202,7 +203,7 @@ class PackedDataset:
     def open_record_batch(self, name: str, i: int) -> tuple[RecordBatchView, int]:
         """Return the record batch that holds a source's i-th sequence, and the index in it.
 
-        The MAX_OPEN_BATCHES that were used last stay open.
+        Those that were used last stay open, MAX_OPEN_BYTES of them.
         """
         source = self.sources[name]
         number, k = source.locate_sequence(i)
@@ -213,15 +214,23 @@ class PackedDataset:
                 self.open_batches.move_to_end(key)
                 return cached, k
         batch = source.read_record_batch(number)
-        evicted = None
         with self.lock:
+            if key not in self.open_batches:
+                self.n_open_bytes += source.get_byte_range(number).n_bytes
             self.open_batches[key] = batch
-            if len(self.open_batches) > MAX_OPEN_BATCHES:
-                evicted, _ = self.open_batches.popitem(last=False)
-        if evicted:
-            old_name, old_number = evicted
-            self.sources[old_name].release_record_batch(old_number)
+            evicted = list(self.evict_batches())
+        for old_source, byte_range in evicted:
+            old_source.storage.close(byte_range)
         return batch, k
+
+    def evict_batches(self) -> Iterator[tuple[PackedSourceReader, ByteRange]]:
+        """Yield the record batches used longest ago, taken off the list, all but the newest."""
+        while self.n_open_bytes > MAX_OPEN_BYTES and len(self.open_batches) > 1:
+            (name, number), _ = self.open_batches.popitem(last=False)
+            source = self.sources[name]
+            byte_range = source.get_byte_range(number)
+            self.n_open_bytes -= byte_range.n_bytes
+            yield source, byte_range
 
     def prefetch_sequences(self, places: Sequence[Place]) -> None:
         """Begin to fetch those of the sequences that lie in a bucket."""
@@ -364,10 +373,6 @@ class PackedSourceReader:
             last = byte_range.start + byte_range.n_bytes - 1
             span = f"bytes {byte_range.start:,} to {last:,}"
             raise self.make_damage_error(file, f"the checksum of {span} is not the index's")
-
-    def release_record_batch(self, number: int) -> None:
-        """Free the memory of a record batch."""
-        self.storage.close(self.get_byte_range(number))
 
     def verify(self, part: int = 0, n_parts: int = 1) -> None:
         """Compare the checksums of the part-th of n_parts of the record batches, if on disk.

@@ -18,6 +18,9 @@ from typing import NamedTuple
 from jaxpt import io, stage
 
 MAX_OPEN_FILES = 128  # shards of a set that are open at a time
+# smaller ranges are copied: a mapping costs an open file, of which there may be 1,024, and a set of
+# many small sources would open and close one per sequence
+MIN_MAPPED_BYTES = 512_000
 N_FETCH_THREADS = 16  # ranges requested of a bucket at a time
 MAX_PREFETCH = 256  # ranges that were requested ahead of time and are not used yet
 CACHE_BYTES = 16e9  # of the local disk for the cache; half of what is free there at most
@@ -83,7 +86,9 @@ class LocalStorage(Storage):
         return io.map_file(self.directory / name)
 
     def read_range(self, range: ByteRange) -> memoryview:
-        """Return the bytes of a range, without a copy."""
+        """Return the bytes of a range, without a copy unless they are few."""
+        if range.n_bytes < MIN_MAPPED_BYTES:
+            return memoryview(self.copy_range(range))
         view = memoryview(self.mapped(range.name))
         return view[range.start : range.start + range.n_bytes]
 
@@ -92,11 +97,16 @@ class LocalStorage(Storage):
 
         They are read past the mapping, so that they take up no memory of this process.
         """
-        data = io.read_range(self.root / range.name, range.start, range.n_bytes)
-        return zlib.crc32(data) == range.crc
+        return zlib.crc32(self.copy_range(range)) == range.crc
+
+    def copy_range(self, range: ByteRange) -> bytes:
+        """Return a copy of the bytes of a range."""
+        return io.read_range(self.root / range.name, range.start, range.n_bytes)
 
     def close(self, range: ByteRange) -> None:
         """Release the memory of a range; a later reader finds it on the disk again."""
+        if range.n_bytes < MIN_MAPPED_BYTES:
+            return
         first = -(-range.start // mmap.PAGESIZE) * mmap.PAGESIZE
         n_bytes = range.start + range.n_bytes - first
         if n_bytes > 0:
