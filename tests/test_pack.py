@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -491,3 +492,22 @@ def test_packing_needs_a_corpus_and_a_tokenizer(tmp_path):
     with pytest.raises(UserError, match="not found"):
         pack.pack_corpus(packing(), tmp_path)
     assert stage.read_manifest(tmp_path / "corpus").stage == "prepare"
+
+
+def test_of_a_thousand_sources_the_console_names_the_largest(caplog):
+    counts = {
+        f"s{i:04d}": pack.PackedSource(3, 1, i + 1, 50 * (i + 1), 40, i % 2, 90, 0.1, 2.5, ())
+        for i in range(1000)
+    }
+    layout = {"seq_len": 64, "method": "best_fit", "vocab_size": 99}
+    with caplog.at_level("INFO"):
+        pack.log_counts(types.SimpleNamespace(train=counts, heldout={}, **layout))
+    lines = caplog.messages
+    assert len(lines) < 30 and max(map(len, lines)) < 200
+    assert lines[0].startswith("pack: train/s0999: 50,000 tokens in 1,000 sequences")
+    n_others = sum(range(1, 993))
+    assert (
+        f"pack: train: 992 more sources: {50 * n_others:,} tokens in {n_others:,} sequences"
+        in lines
+    )
+    assert lines[-1] == "pack: train: so it is in 492 more sources"

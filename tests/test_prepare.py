@@ -25,7 +25,7 @@ from conftest import ROOT
 
 from jaxpt.config import PrepareConfig
 from jaxpt.data import benchmarks, decontaminate, dedup, language, prepare, sources, tokenizer
-from jaxpt.data.prepare import judge, read, rows, write
+from jaxpt.data.prepare import funnel, judge, read, rows, write
 from jaxpt.spec import UserError
 from jaxpt.stage import read_manifest
 
@@ -1235,3 +1235,20 @@ def test_the_command_ends_with_status_one_and_one_line(tmp_path):
     )
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
     assert re.fullmatch(r"error: cut\.jsonl\.gz: cannot be read .*\n", ended.stderr)
+
+
+def test_the_printed_funnel_is_as_wide_for_a_thousand_sources_as_for_four():
+    """The largest have columns, and the others one with their sums."""
+    names = [f"s{i:04d}" for i in range(1000)]
+    kept = {name: {"rows": i + 1, "bytes": 10**6 * (i + 1)} for i, name in enumerate(names)}
+    counts = {
+        "sources": names,
+        "steps": [{"rule": "read", "kept": kept}],
+        "train": kept,
+        "heldout": {name: {"rows": 0, "bytes": 0} for name in names},
+    }
+    lines = funnel.format_funnel(counts).splitlines()
+    assert lines[0].split() == ["left", "after", "s0999", "s0998", "s0997", "997", "others"]
+    assert max(map(len, lines)) < 120
+    n_others = sum(range(1, 998))
+    assert lines[1].endswith(f"{n_others:,} docs {n_others:8.2f} MB")

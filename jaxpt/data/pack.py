@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 R = TypeVar("R", bound=Record)
 
+N_LOGGED_SOURCES = 8  # of a split that have lines of their own on the console
 WINDOW_SEGMENTS = 2**16  # that best-fit sees at once, and
 WINDOW_TOKENS = 2**25  # the tokens in them: 128 MB of ids
 # encoded at once; the tokenizers library holds about 100 bytes per token meanwhile
@@ -292,10 +293,11 @@ def estimate_bytes(files: Iterable[pathlib.Path]) -> int:
 
 
 def log_counts(counts: PackCounts) -> None:
-    """Log two lines per source and split."""
+    """Log two lines for each of a split's largest sources, and one for the others together."""
     for split in SPLITS:
-        sources = getattr(counts, split)
-        for name, source in sources.items():
+        sources: dict[str, PackedSource] = getattr(counts, split)
+        by_size = sorted(sources.items(), key=lambda item: -item[1].n_tokens)
+        for name, source in by_size[:N_LOGGED_SOURCES]:
             log.info(
                 f"pack: {split}/{name}: {source.n_tokens:,} tokens in "
                 f"{source.n_sequences:,} sequences"
@@ -304,13 +306,32 @@ def log_counts(counts: PackCounts) -> None:
                 f"  of {counts.seq_len:,}: {source.padding_frac:.2%} padding, "
                 f"{source.n_split_documents:,} of {source.n_documents:,} documents split"
             )
-            if source.n_unknown_tokens:
-                share = source.n_unknown_tokens / source.n_tokens
-                log.warning(
-                    f"pack: {split}/{name}: {source.n_unknown_tokens:,} tokens ({share:.2%}) stand "
-                    "for text that the tokenizer has no token for. That text is lost; a tokenizer "
-                    "with byte fallback keeps it."
-                )
+        others = [source for _, source in by_size[N_LOGGED_SOURCES:]]
+        if others:
+            log.info(
+                f"pack: {split}: {len(others):,} more sources: "
+                f"{sum(source.n_tokens for source in others):,} tokens in "
+                f"{sum(source.n_sequences for source in others):,} sequences"
+            )
+        log_unknown_tokens(split, sources)
+
+
+def log_unknown_tokens(split: str, sources: dict[str, PackedSource]) -> None:
+    """Warn of the sources with the largest shares of tokens for text that has none."""
+    shares = {
+        name: source.n_unknown_tokens / source.n_tokens
+        for name, source in sources.items()
+        if source.n_unknown_tokens
+    }
+    worst = sorted(shares, key=lambda name: -shares[name])
+    for name in worst[:N_LOGGED_SOURCES]:
+        log.warning(
+            f"pack: {split}/{name}: {sources[name].n_unknown_tokens:,} tokens ({shares[name]:.2%}) "
+            "stand for text that the tokenizer has no token for. That text is lost; a tokenizer "
+            "with byte fallback keeps it."
+        )
+    if len(worst) > N_LOGGED_SOURCES:
+        log.warning(f"pack: {split}: so it is in {len(worst) - N_LOGGED_SOURCES:,} more sources")
 
 
 def run_pack_jobs(

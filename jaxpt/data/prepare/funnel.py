@@ -15,6 +15,7 @@ from jaxpt.data.prepare.rows import DocumentTable, iterate_batches_of_file
 from jaxpt.text import format_table
 
 TOKEN_BYTES = 4  # bytes per token, about
+N_COLUMNS = 4  # of the printed funnel: more would not fit a terminal's width
 
 Funnel = dict[str, Any]
 
@@ -123,12 +124,28 @@ def estimate_token_bytes(
 
 
 def format_funnel(funnel: Funnel) -> str:
-    """Return the documents and MB left after each rule as a table, one column per source."""
+    """Return the documents and MB left after each rule as a table, one column per source.
+
+    Of more than N_COLUMNS sources the largest have columns, and the others one together.
+    """
     lines = [(step["rule"], step["kept"]) for step in funnel["steps"]]
     lines += [(split, funnel[split]) for split in SPLITS]
-    cells = [["left after", *funnel["sources"]]]
+    columns = group_sources(funnel["sources"], funnel["steps"][0]["kept"])
+    cells = [["left after", *columns]]
     for label, kept in lines:
-        amounts = [kept[name] for name in funnel["sources"]]
-        row = [f"{each['rows']:,} docs {each['bytes'] / 1e6:8.2f} MB" for each in amounts]
-        cells.append([label, *row])
+        row = [label]
+        for names in columns.values():
+            n_documents = sum(kept[name]["rows"] for name in names)
+            n_bytes = sum(kept[name]["bytes"] for name in names)
+            row.append(f"{n_documents:,} docs {n_bytes / 1e6:8.2f} MB")
+        cells.append(row)
     return format_table(cells, gap="   ", indent="  ")
+
+
+def group_sources(names: list[str], read: dict[str, dict[str, int]]) -> dict[str, list[str]]:
+    """Return title -> sources of each column of the funnel, given what was read of each."""
+    if len(names) <= N_COLUMNS:
+        return {name: [name] for name in names}
+    by_size = sorted(names, key=lambda name: -read[name]["bytes"])
+    largest, others = by_size[: N_COLUMNS - 1], by_size[N_COLUMNS - 1 :]
+    return {name: [name] for name in largest} | {f"{len(others):,} others": others}
