@@ -37,6 +37,8 @@ EXPECTED = [
     *AWKWARD,
 ]
 
+INSTALLED = "-r requirements-gpu.txt\n-r requirements-tpu.txt\n"
+
 # a program that records how it was called
 RECORDER = f"""#!{sys.executable}
 import json, os, sys
@@ -63,7 +65,7 @@ def hosts(tmp_path, monkeypatch):
                 tmp_path / name / "jaxpt/.venv/bin/jaxpt",
                 RECORDER.replace("called.json", f"{tmp_path}/{name}.json"),
             )
-            (tmp_path / name / "jaxpt/.venv/.installed").touch()
+            (tmp_path / name / "jaxpt/.venv/.installed").write_text(INSTALLED)
 
     return make
 
@@ -310,8 +312,8 @@ def test_the_command_of_a_launch_file_is_one_that_jaxpt_takes(name):
             "absolute path",
         ),
         (
-            lambda: launch.train_command(str(ROOT / "configs/base.py"), "gs://bucket/x", []),
-            "Mount it",
+            lambda: launch.train_command(str(ROOT / "configs/base.py"), "s3://bucket/x", []),
+            "only one process can save checkpoints to s3://",
         ),
         (lambda: launch.train_command("/etc/passwd", "/runs/x", []), "Put it into the clone"),
         (

@@ -382,6 +382,9 @@ def test_a_place_that_fails_is_named_once_and_gets_what_it_missed(caplog, monkey
                 raise failures.pop()
             written.append(record.step)
 
+        def flush(self):
+            pass
+
         def close(self):
             pass
 

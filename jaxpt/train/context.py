@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 import time
 from collections.abc import Callable
 
 import jax
 
+from jaxpt import io
 from jaxpt.config import Config
 from jaxpt.data import loader
 from jaxpt.flops import DeviceCost
@@ -42,7 +42,7 @@ class RunContext:
     """
 
     config: Config
-    run_dir: pathlib.Path
+    run_dir: io.Path
     mesh: jax.sharding.Mesh
     packed: list[str]
     dataset: loader.PackedDataset
@@ -54,7 +54,7 @@ class RunContext:
 
 def open_run(
     config: Config,
-    run_dir: pathlib.Path,
+    run_dir: io.Path,
     packed: list[str],
     mesh: jax.sharding.Mesh,
     estimate_device_cost: EstimateCost = no_cost,

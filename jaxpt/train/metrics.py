@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import pathlib
 import resource
 import sys
 from collections.abc import Iterator
@@ -64,7 +63,7 @@ class MetricsLogger:
 
     def __init__(
         self,
-        run_dir: pathlib.Path,
+        run_dir: io.Path,
         n_steps: int,
         *,
         meter: Meter,
@@ -216,7 +215,7 @@ class MetricsLogger:
 
 
 def open_places(
-    run_dir: pathlib.Path, resumed_at: int | None, config: Config | None
+    run_dir: io.Path, resumed_at: int | None, config: Config | None
 ) -> list[BestEffort]:
     """Return where records go, metrics.jsonl first, each without what this start repeats."""
     path = run_dir / "metrics.jsonl"
@@ -242,9 +241,10 @@ def open_places(
         purge_step = None
         return file
 
+    seconds = writers.REWRITE_SECONDS if isinstance(run_dir, io.BucketPath) else 0.0
     places = [
-        BestEffort("metrics.jsonl", open_file),
-        BestEffort("tensorboard", open_tensorboard),
+        BestEffort("metrics.jsonl", open_file, seconds),
+        BestEffort("tensorboard", open_tensorboard, seconds),
     ]
     if config:
         rewind_to = (resumed_at or 0) if n_dropped else None
