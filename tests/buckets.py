@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import http.client
 import http.server
+import os
 import pathlib
 import re
 import socket
@@ -16,6 +17,8 @@ import time
 
 import fsspec
 import pytest
+
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # which gcsfs reads when imported
 
 START_SECONDS = 30
 REFUSED = b"<Error><Code>PreconditionFailed</Code><Message>injected</Message></Error>"
@@ -174,7 +177,7 @@ def serve_s3():
 
 
 SERVERS = {"gs": (serve_gs, "gcsfs"), "s3": (serve_s3, "s3fs")}
-GS_ENVIRONMENT = {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+GS_ENVIRONMENT = {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false", "FSSPEC_GS_TOKEN": "anon"}
 S3_ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "x",
     "AWS_SECRET_ACCESS_KEY": "y",
@@ -201,5 +204,6 @@ def lead_to(scheme):
     with serve_scheme() as proxy, pytest.MonkeyPatch.context() as patch:
         for name, value in environment(scheme, proxy).items():
             patch.setenv(name, value)
+        fsspec.config.set_conf_env(fsspec.config.conf)
         fsspec.filesystem(scheme).clear_instance_cache()
         yield proxy

@@ -204,8 +204,9 @@ class MetricsLogger:
 
     def flush(self) -> None:
         """Wait a moment for metrics.jsonl, so that a checkpoint's records are there before it."""
-        for place in self.places[:1]:
-            place.wait(FLUSH_SECONDS)
+        for place in reversed(self.places):
+            is_first = place is self.places[0]
+            place.wait(FLUSH_SECONDS if is_first else 0.0)
 
     def close(self) -> None:
         """Close the files."""

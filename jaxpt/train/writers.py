@@ -271,10 +271,11 @@ def open_local(directory: io.Path) -> pathlib.Path:
 
 
 def upload(local: pathlib.Path, directory: io.Path) -> None:
-    """Copy what a library wrote on this disk into a bucket; log what fails."""
+    """Move what a library wrote on this disk into a bucket; log what fails."""
     try:
         for name in io.list_files(local):
             io.copy_file(local / name, directory / name)
+        io.remove_working(local)
     except UserError as error:
         log.warning(f"{error} The run goes on.")
 

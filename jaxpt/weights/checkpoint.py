@@ -252,13 +252,11 @@ def list_unfinished(directory: io.Path) -> list[io.Path]:
 
 def remove_unfinished(final: io.Path) -> None:
     """Remove what an attempt to save a checkpoint left; a bucket's damaged one of this step too."""
-    partial = find_partial(final)
     if isinstance(final, io.BucketPath):
         io.remove(final / "manifest.json")
         io.remove_unpublished(final)
+    partial = find_partial(final)
     if isinstance(partial, io.BucketPath):
-        if io.exists(final):  # gcsfs's marker of a directory, with which alone Orbax fails
-            io.write_text(final / "unfinished", "")
         return
     for name in io.list_names(partial.parent):
         # Orbax itself writes beside it and renames
