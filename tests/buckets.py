@@ -32,6 +32,8 @@ class Fault:
     status: int
     n: int
     is_answer_lost: bool = False  # the server does what is asked, and the client hears otherwise
+    every: int = 1  # only one of so many requests that match
+    n_met: int = 0
 
 
 class Proxy(http.server.ThreadingHTTPServer):
@@ -43,6 +45,9 @@ class Proxy(http.server.ThreadingHTTPServer):
         self.faults: list[Fault] = []
         self.answers: list[tuple[str, int]] = []  # "PUT /path", status of the server itself
         self.n_injected = 0
+
+    def handle_error(self, request, client_address):
+        """Say nothing of a client that has gone, such as a killed one."""
 
     @property
     def url(self):
@@ -82,6 +87,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def pick_fault(self, request):
         for fault in self.server.faults:
             if fault.n and re.search(fault.pattern, request):
+                fault.n_met += 1
+                if fault.n_met % fault.every:
+                    continue
                 fault.n -= 1
                 self.server.n_injected += 1
                 return fault

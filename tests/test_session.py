@@ -806,7 +806,7 @@ def test_a_run_in_a_bucket_killed_and_stopped_ends_as_on_a_disk(
 def test_a_run_in_a_bucket_is_held_by_its_start(bucket, make_config, tmp_path, monkeypatch):
     _, place = bucket
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    settings = make_config(mixture__packed_paths=(str(place / "packed"),), train__steps=2)
+    settings = make_config(mixture__packed_paths=(str(place / "packed"),), train__steps=5)
     with (
         io.hold(place / "held"),
         pytest.raises(UserError, match=f"in use by process {os.getpid()}"),
@@ -814,4 +814,4 @@ def test_a_run_in_a_bucket_is_held_by_its_start(bucket, make_config, tmp_path, m
         loop.train_model(settings, place / "held")
     assert io.list_files(place / "held") == {}
     loop.train_model(settings, place / "held")
-    assert read_manifest(place / "held").counts["n_steps"] == 2
+    assert read_manifest(place / "held").counts["n_steps"] == 5

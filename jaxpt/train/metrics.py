@@ -35,7 +35,7 @@ from jaxpt.train.writers import BestEffort
 
 log = logging.getLogger(__name__)
 
-FLUSH_SECONDS = 2.0  # a checkpoint waits for the records before it no longer than this
+FLUSH_SECONDS = 10.0  # a checkpoint waits for the records before it no longer than this
 MAX_SKIPPED_DOCUMENTS = 32  # listed per skipped step; jaxpt trace lists all
 MAX_SOURCES = 8  # in a record; epochs.json has all
 MAX_COLUMNS = 69  # of a console line; time and level take 11 of a terminal's 80
@@ -203,7 +203,7 @@ class MetricsLogger:
             place.put(record)
 
     def flush(self) -> None:
-        """Wait a moment for metrics.jsonl, so that a checkpoint's records are there before it."""
+        """Wait for metrics.jsonl, so that a checkpoint's records are there before it."""
         for place in reversed(self.places):
             is_first = place is self.places[0]
             place.wait(FLUSH_SECONDS if is_first else 0.0)

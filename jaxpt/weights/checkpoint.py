@@ -26,7 +26,7 @@ import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -90,6 +90,7 @@ class Checkpointer:
         *,
         counts: dict[str, Any],
         tokenizer: str | None,
+        before_publishing: Callable[[], None] | None = None,
     ) -> None:
         """Start saving a checkpoint, after waiting for the previous one.
 
@@ -100,6 +101,7 @@ class Checkpointer:
             spec: the architecture.
             counts: goes into the manifest.
             tokenizer: fingerprint of the tokenizer.
+            before_publishing: called in the background, when all else is written.
         """
         import orbax.checkpoint as ocp
 
@@ -132,6 +134,8 @@ class Checkpointer:
                 with contextlib.closing(checkpointer):
                     # on the first process: until every process has written
                     checkpointer.wait_until_finished()
+                if before_publishing:
+                    before_publishing()
                 if jax.process_index() == 0:
                     self.publish_saved(partial, final, spec, all_counts, tokenizer)
             return final

@@ -67,7 +67,6 @@ class Checkpoint(Hook):
 
     def save(self, session: Session) -> None:
         """Start saving a checkpoint."""
-        session.metrics.flush()
         provenance.write_epochs(session.run.run_dir, session.schedule, session.n_sequences)
         record = make_checkpoint_record(session)
         with self.handle_save_errors():
@@ -80,6 +79,7 @@ class Checkpoint(Hook):
                 session.spec,
                 counts=record.to_json(),
                 tokenizer=session.run.dataset.tokenizer,
+                before_publishing=session.metrics.flush,
             )
         self.saved_at = time.monotonic()
 
