@@ -603,6 +603,21 @@ def test_a_finished_run_whose_longer_start_is_refused_stays_finished(
     assert (tmp_path / "manifest.json").read_bytes() != before
 
 
+def test_a_start_that_stood_still_and_was_taken_over_saves_nothing(make_config, start, tmp_path):
+    """As after SIGSTOP for longer than the lease."""
+    session = start(make_config(train__checkpoint_every=6), tmp_path / "run")
+    with io.hold(tmp_path / "run") as lock:
+        session.run = dataclasses.replace(session.run, lock=lock)
+        train(session, lambda step: step + 1 == 4)
+        session = start(make_config(train__checkpoint_every=6), tmp_path / "run")
+        session.run = dataclasses.replace(session.run, lock=lock)
+        lock.number -= 1  # the next holder's is higher
+        with pytest.raises(UserError, match="another one has taken it over"):
+            train(session)
+        lock.number += 1
+    assert checkpoint.list_steps(tmp_path / "run") == [4]
+
+
 def test_a_profile_is_written(make_config, start, tmp_path, caplog):
     train(start(make_config(train__steps=5, train__profile_steps=(3, 4)), tmp_path))
     assert "profile of steps 3 to 4" in caplog.text
@@ -813,5 +828,8 @@ def test_a_run_in_a_bucket_is_held_by_its_start(bucket, make_config, tmp_path, m
     ):
         loop.train_model(settings, place / "held")
     assert io.list_files(place / "held") == {}
+    with monkeypatch.context() as patched, pytest.raises(UserError, match=r"could not be written"):
+        patched.setattr(loop, "train_run", lambda *_: pytest.fail("something was begun"))
+        loop.train_model(settings, io.path(f"{place.scheme}://nobody-has-it/run"))
     loop.train_model(settings, place / "held")
     assert read_manifest(place / "held").counts["n_steps"] == 5

@@ -39,6 +39,7 @@ class RunContext:
         measuring_batches: reads the training batches that growth measures on.
         estimate_device_cost: what a device costs and can do for a model, for MFU and money.
         started: time.monotonic() at the start, from which time and money count.
+        lock: on the run directory, where this process holds it.
     """
 
     config: Config
@@ -50,6 +51,7 @@ class RunContext:
     measuring_batches: ReadBatches
     estimate_device_cost: EstimateCost
     started: float
+    lock: io.Lock | None = None
 
 
 def open_run(
@@ -59,6 +61,7 @@ def open_run(
     mesh: jax.sharding.Mesh,
     estimate_device_cost: EstimateCost = no_cost,
     started: float | None = None,
+    lock: io.Lock | None = None,
 ) -> RunContext:
     """Open the packed sequences of a run.
 
@@ -86,4 +89,5 @@ def open_run(
         measuring_batches=measure.make_measuring_batches(packed, train.batch_size, mask, mesh),
         estimate_device_cost=estimate_device_cost,
         started=started or time.monotonic(),
+        lock=lock,
     )

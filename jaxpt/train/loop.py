@@ -6,7 +6,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
@@ -48,17 +47,21 @@ def train_model(
     started = started or time.monotonic()
     distributed.join_processes(run_dir)
     distributed.enable_compilation_cache()
-    with hold_run(run_dir):
-        train_run(config, run_dir, estimate_device_cost, started)
+    with hold_run(run_dir) as lock:
+        train_run(config, run_dir, lock, estimate_device_cost, started)
 
 
-def hold_run(run_dir: io.Path) -> contextlib.AbstractContextManager[Any]:
+def hold_run(run_dir: io.Path) -> contextlib.AbstractContextManager[io.Lock | None]:
     """Return a hold on the run directory, by the first process. UserError names who has it."""
     return contextlib.nullcontext() if jax.process_index() else io.hold(run_dir)
 
 
 def train_run(
-    config: Config, run_dir: io.Path, estimate_device_cost: EstimateCost, started: float
+    config: Config,
+    run_dir: io.Path,
+    lock: io.Lock | None,
+    estimate_device_cost: EstimateCost,
+    started: float,
 ) -> None:
     """Train in a directory that this start holds; see `train_model`."""
     checkpoint.recover_run(run_dir)
@@ -68,7 +71,7 @@ def train_run(
     if result.is_finished(run_dir, request):
         return
     mesh = sharding.make_mesh(config.mesh)
-    run = open_run(config, run_dir, packed, mesh, estimate_device_cost, started)
+    run = open_run(config, run_dir, packed, mesh, estimate_device_cost, started, lock)
     agreement.check_data(run)
     session = start_session(run)
     result.remove_manifest(run_dir)  # only now: a start that was refused changes nothing
