@@ -21,8 +21,8 @@ RECORDED_COUNTS = ("step", "optimizer", "lr", "heldout")
 
 
 def export_model(
-    source: pathlib.Path,
-    out: pathlib.Path,
+    source: io.Path,
+    out: io.Path,
     dtype: str | None = None,
     replace: bool = False,
     push: str | None = None,
@@ -74,26 +74,26 @@ def export_model(
     n_bytes = manifest.counts["bytes"]
     log.info(f"export: {out}: {n_params:,} parameters, {n_bytes / 1e6:,.1f} MB")
     if push:
-        log.info(f"pushed: {hub.push_to_hub(out, push, private)}")
+        log.info(f"pushed: {hub.push_to_hub(io.local_copy(out), push, private)}")
     return manifest
 
 
-def find_stored_dtype(source: pathlib.Path) -> str:
+def find_stored_dtype(source: io.Path) -> str:
     """Return the dtype of a source's weights; float32 for what load_model will refuse."""
     step_dir = checkpoint.find_checkpoint(source)
     if step_dir:
         arrays = checkpoint.read_array_metadata(step_dir)
         return arrays["params/embed"].dtype.name
     if huggingface.is_hf_directory(source):
-        for tensor in huggingface.open_weights(source).values():
+        for tensor in huggingface.open_weights(io.local_copy(source)).values():
             return tensor.dtype.name.replace("float64", "float32")
     return "float32"
 
 
-def write_model_card(source: pathlib.Path, model: LoadedModel) -> str:
+def write_model_card(source: io.Path, model: LoadedModel) -> str:
     """Return README.md of the export: what it is, how it grew, what it was made from."""
     notes: list[str] = []
-    nodes = lineage.read_lineage(source.resolve(), notes)
+    nodes = lineage.read_lineage(io.resolve(source), notes)
     nodes.reverse()
     run = nodes[0].path
     hub_names = [hub.recorded_hub_name(node.path) for node in nodes]

@@ -15,7 +15,7 @@ import subprocess
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxpt import stage
+from jaxpt import io
 from jaxpt.spec import UserError
 
 log = logging.getLogger(__name__)
@@ -34,11 +34,11 @@ IDENTIFY = (
 # older than 3.11, as that of many TPU images is.
 SETUP_COMMANDS = (
     "set -e; mkdir -p jaxpt; cd jaxpt; exec 9>.lock; flock 9; tar -xz "
-    "{archive}; test -e .venv/.installed || "
+    "{archive}; grep -sqxF -e '{requirements}' .venv/.installed || "
     "{{ rm -rf .venv .uv; python3 -m venv .uv; "
     ".uv/bin/python -m pip install -q uv; .uv/bin/uv venv -q --python 3.12 .venv; "
-    ".uv/bin/uv pip install -q --python .venv/bin/python -r {requirements} -e .; "
-    "touch .venv/.installed; }}"
+    ".uv/bin/uv pip install -q --python .venv/bin/python {requirements} -e .; "
+    "echo '{requirements}' >.venv/.installed; }}"
 )
 
 
@@ -56,10 +56,16 @@ class LaunchPlan(NamedTuple):
     notes: dict[str, str]
 
 
-def plan_tpu_vm(name: str, zone: str, train: list[str]) -> LaunchPlan:
+def plan_tpu_vm(name: str, zone: str, train: list[str], buckets: Sequence[str] = ()) -> LaunchPlan:
     """Return a plan for all hosts of an existing Cloud TPU slice.
 
     The processes find each other through the slice's metadata.
+
+    Args:
+        name: of the TPU VM.
+        zone: of the TPU VM.
+        train: the words after `jaxpt`.
+        buckets: requirements of the buckets that the run reads or writes, "gcs" or "s3".
     """
     gcloud = ["gcloud", "compute", "tpus", "tpu-vm"]
 
@@ -69,7 +75,7 @@ def plan_tpu_vm(name: str, zone: str, train: list[str]) -> LaunchPlan:
 
     copy = [*gcloud, "scp", "ARCHIVE", f"{name}:jaxpt.tgz", f"--zone={zone}", "--worker=all"]
     copy_clone = shlex.join(copy).replace("ARCHIVE", '"$archive"')
-    setup = format_setup("requirements-tpu.txt", "-f ../jaxpt.tgz")
+    setup = format_setup(["tpu", *buckets], "-f ../jaxpt.tgz")
     # in one line: a file that only this user can read, gone afterwards
     make_archive = "archive=$(mktemp) && trap 'rm -f \"$archive\"' EXIT"
     phases = [
@@ -84,10 +90,11 @@ def plan_tpu_vm(name: str, zone: str, train: list[str]) -> LaunchPlan:
     return LaunchPlan(("gcloud", "git", "tar"), phases, notes)
 
 
-def plan_ssh(hosts: list[str], train: list[str]) -> LaunchPlan:
+def plan_ssh(hosts: list[str], train: list[str], buckets: Sequence[str] = ()) -> LaunchPlan:
     """Return a plan for hosts that ssh reaches without a password.
 
-    The first is the coordinator, which the others reach by the name given here.
+    The first is the coordinator, which the others reach by the name given here. For the other
+    arguments see `plan_tpu_vm`.
     """
     coordinator = f"{hosts[0].rpartition('@')[2]}:{COORDINATOR_PORT}"
     processes = f"JAXPT_COORDINATOR={coordinator} JAXPT_PROCESSES={len(hosts)}"
@@ -95,7 +102,7 @@ def plan_ssh(hosts: list[str], train: list[str]) -> LaunchPlan:
     def on_host(host: str, command: str, *flags: str) -> str:
         return shlex.join(["ssh", *flags, host, command])
 
-    setup = format_setup("requirements-gpu.txt")
+    setup = format_setup(["gpu", *buckets])
     copies, starts, stops = [], [], []
     for i, host in enumerate(hosts):
         start = detached_command(train, f"{processes} JAXPT_PROCESS={i} ", f"-{i}")
@@ -107,13 +114,14 @@ def plan_ssh(hosts: list[str], train: list[str]) -> LaunchPlan:
     return LaunchPlan(("ssh", "git", "tar"), [copies, starts], notes)
 
 
-def format_setup(requirements: str, archive: str = "") -> str:
+def format_setup(kinds: list[str], archive: str = "") -> str:
     """Return the shell line that unpacks the clone in ~/jaxpt and installs its requirements.
 
     Args:
-        requirements: the file of requirements.
+        kinds: of requirements, such as "tpu" and "gcs".
         archive: tar's flags for the packed clone; "": it comes on stdin.
     """
+    requirements = " ".join(f"-r requirements-{kind}.txt" for kind in kinds)
     return SETUP_COMMANDS.format(archive=archive, requirements=requirements)
 
 
@@ -164,11 +172,16 @@ def train_command(config: str, workdir: str, overrides: Sequence[str]) -> list[s
             f"--config {config}: lies outside {ROOT}, so the other hosts would not have it. "
             "Put it into the clone."
         )
-    stage.local_path(workdir)  # train writes to no bucket yet
-    if not pathlib.PurePosixPath(workdir).is_absolute():
+    place = io.path(workdir)
+    if isinstance(place, io.BucketPath) and place.scheme == "s3":
         raise UserError(
-            f"--workdir {workdir}: expected an absolute path of a disk or mount that every host "
-            "sees under this name."
+            f"--workdir {workdir}: only one process can save checkpoints to s3://, and launch is "
+            "for several. Give gs://BUCKET/NAME, or a disk that all hosts share."
+        )
+    if isinstance(place, pathlib.Path) and not place.is_absolute():
+        raise UserError(
+            f"--workdir {workdir}: expected gs://BUCKET/NAME, or an absolute path of a disk or "
+            "mount that every host sees under this name."
         )
     recipe = f"{file.relative_to(ROOT)}{colon}{argument}"
     return ["train", "--config", recipe, "--workdir", workdir, *overrides]

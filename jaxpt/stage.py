@@ -516,18 +516,3 @@ def use_large_pages() -> None:
         tunables = f"{tunables}:glibc.malloc.hugetlb=1"
         os.environ["GLIBC_TUNABLES"] = tunables.lstrip(":")
         os.execv(sys.executable, sys.orig_argv)
-
-
-def local_path(text: str | io.Path) -> pathlib.Path:
-    """Return a path on this machine's disks or mounts, for what reads and writes no bucket yet.
-
-    Raises:
-        UserError: it is a bucket's.
-    """
-    path = io.path(text)
-    if isinstance(path, pathlib.Path):
-        return path
-    raise UserError(
-        f"{text}: stages write to disks and mounted buckets only. "
-        "Mount it (gcsfuse, s3fs) and give the mount point."
-    )

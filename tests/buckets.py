@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import http.client
 import http.server
+import os
 import pathlib
 import re
 import socket
@@ -16,6 +17,8 @@ import time
 
 import fsspec
 import pytest
+
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # which gcsfs reads when imported
 
 START_SECONDS = 30
 REFUSED = b"<Error><Code>PreconditionFailed</Code><Message>injected</Message></Error>"
@@ -29,6 +32,8 @@ class Fault:
     status: int
     n: int
     is_answer_lost: bool = False  # the server does what is asked, and the client hears otherwise
+    every: int = 1  # only one of so many requests that match
+    n_met: int = 0
 
 
 class Proxy(http.server.ThreadingHTTPServer):
@@ -40,6 +45,9 @@ class Proxy(http.server.ThreadingHTTPServer):
         self.faults: list[Fault] = []
         self.answers: list[tuple[str, int]] = []  # "PUT /path", status of the server itself
         self.n_injected = 0
+
+    def handle_error(self, request, client_address):
+        """Say nothing of a client that has gone, such as a killed one."""
 
     @property
     def url(self):
@@ -79,6 +87,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def pick_fault(self, request):
         for fault in self.server.faults:
             if fault.n and re.search(fault.pattern, request):
+                fault.n_met += 1
+                if fault.n_met % fault.every:
+                    continue
                 fault.n -= 1
                 self.server.n_injected += 1
                 return fault
@@ -174,7 +185,7 @@ def serve_s3():
 
 
 SERVERS = {"gs": (serve_gs, "gcsfs"), "s3": (serve_s3, "s3fs")}
-GS_ENVIRONMENT = {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+GS_ENVIRONMENT = {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false", "FSSPEC_GS_TOKEN": "anon"}
 S3_ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "x",
     "AWS_SECRET_ACCESS_KEY": "y",
@@ -201,5 +212,6 @@ def lead_to(scheme):
     with serve_scheme() as proxy, pytest.MonkeyPatch.context() as patch:
         for name, value in environment(scheme, proxy).items():
             patch.setenv(name, value)
+        fsspec.config.set_conf_env(fsspec.config.conf)
         fsspec.filesystem(scheme).clear_instance_cache()
         yield proxy

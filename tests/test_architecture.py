@@ -337,7 +337,6 @@ OWN_FILES = {
     "jaxpt/report/evaluation.py",
     "jaxpt/train/agreement.py",
     "jaxpt/train/gate.py",
-    "jaxpt/train/provenance.py",
     "jaxpt/weights/huggingface.py",
     "jaxpt/weights/safetensors_file.py",
 }

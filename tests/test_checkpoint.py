@@ -70,6 +70,34 @@ def test_what_a_killed_process_left_is_finished_or_removed(tmp_path):
     assert io.list_names(home) == ["3"] and checkpoint.find_newest(tmp_path) == decided
 
 
+def test_what_a_killed_process_left_of_a_bucket_is_finished_or_removed(run, monkeypatch):
+    if not isinstance(run, io.BucketPath):
+        pytest.skip("a disk's is above")
+    checkpointer = checkpoint.Checkpointer(run, max_to_keep=3)
+    home = save(checkpointer, 3).parent
+
+    def end(*_):
+        raise KeyboardInterrupt  # no Exception, as a kill is none
+
+    with monkeypatch.context() as patched:
+        # before anything is decided, and, where a checkpoint is uploaded, once it is
+        patched.setattr(io, "seal", end)
+        with pytest.raises(KeyboardInterrupt):
+            save(checkpointer, 5)
+        patched.undo()
+        patched.setattr("jaxpt.io.published.upload_files", end)
+        if run.scheme == "s3":
+            with pytest.raises(KeyboardInterrupt):
+                save(checkpointer, 7)
+    io.write_text(home / "9/params/d/half", "of it")
+    assert checkpoint.list_steps(run) == [3]
+    checkpoint.recover_run(run)
+    whole = ["3", "7"] if run.scheme == "s3" else ["3"]
+    assert io.list_names(home) == whole and io.list_working() == []
+    assert checkpoint.find_newest(run) == home / whole[-1]
+    assert restore(home / whole[-1], "params", PARAMS)["embed"].sum() == PARAMS["embed"].sum()
+
+
 def test_older_checkpoints_stay_until_the_new_one_is_published(tmp_path, monkeypatch):
     checkpointer = checkpoint.Checkpointer(tmp_path, max_to_keep=1)
     save(checkpointer, 3)

@@ -22,7 +22,7 @@ import pytest
 from conftest import ROOT
 
 from jaxpt import io
-from jaxpt.io import bucket, cache, files, lock
+from jaxpt.io import bucket, cache, lock
 from jaxpt.spec import UserError
 
 
@@ -193,11 +193,13 @@ def test_small_files_are_whole_in_a_bucket(place):
     exercise_small_files(place)
 
 
-def test_a_log_in_a_bucket_is_written_while_it_grows(place, monkeypatch):
-    monkeypatch.setattr(files, "REWRITE_SECONDS", 0)
+def test_a_log_in_a_bucket_is_written_anew_by_each_flush(place):
+    io.append_line(place / "log", "zero")
     log = io.LineLog(place / "log")
     log.append("one")
-    assert io.read_lines(place / "log") == [b"one"]
+    assert io.read_lines(place / "log") == [b"zero"]
+    log.flush()
+    assert io.read_lines(place / "log") == [b"zero", b"one"]
 
 
 def test_text_is_utf8_whatever_the_locale(tmp_path):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import entry_points
 import pytest
 from conftest import ROOT
 
@@ -36,6 +37,8 @@ EXPECTED = [
     "/shared/my runs/mine",
     *AWKWARD,
 ]
+
+INSTALLED = "-r requirements-gpu.txt\n-r requirements-tpu.txt\n"
 
 # a program that records how it was called
 RECORDER = f"""#!{sys.executable}
@@ -63,7 +66,7 @@ def hosts(tmp_path, monkeypatch):
                 tmp_path / name / "jaxpt/.venv/bin/jaxpt",
                 RECORDER.replace("called.json", f"{tmp_path}/{name}.json"),
             )
-            (tmp_path / name / "jaxpt/.venv/.installed").touch()
+            (tmp_path / name / "jaxpt/.venv/.installed").write_text(INSTALLED)
 
     return make
 
@@ -310,8 +313,8 @@ def test_the_command_of_a_launch_file_is_one_that_jaxpt_takes(name):
             "absolute path",
         ),
         (
-            lambda: launch.train_command(str(ROOT / "configs/base.py"), "gs://bucket/x", []),
-            "Mount it",
+            lambda: launch.train_command(str(ROOT / "configs/base.py"), "s3://bucket/x", []),
+            "only one process can save checkpoints to s3://",
         ),
         (lambda: launch.train_command("/etc/passwd", "/runs/x", []), "Put it into the clone"),
         (
@@ -325,6 +328,16 @@ def test_the_command_of_a_launch_file_is_one_that_jaxpt_takes(name):
 def test_what_cannot_be_launched_is_refused_before_anything_starts(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_hosts_get_what_the_buckets_of_a_run_need(tmp_path):
+    command = ["tpu-vm", "--name=n", "--zone=z", "--config", str(ROOT / "configs/quickstart.py")]
+    for workdir, needed in (("/runs/x", ""), ("gs://bucket/x", " -r requirements-gcs.txt")):
+        status, printed = entry_points.run_command(
+            "launch", [*command, "--workdir", workdir], tmp_path
+        )
+        assert status == 0 and f"--workdir {workdir} " in printed
+        assert f"-r requirements-tpu.txt{needed} -e ." in printed
 
 
 def test_without_go_nothing_is_done_and_what_is_printed_does_it(tmp_path, hosts):

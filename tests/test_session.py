@@ -11,12 +11,13 @@ import threading
 import time
 import types
 
+import buckets
 import jax
 import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxpt import config
+from jaxpt import config, io
 from jaxpt.config import Config
 from jaxpt.data import loader
 from jaxpt.flops import DeviceCost
@@ -199,8 +200,8 @@ def read_tensorboard(directory):
     """What TensorBoard shows: tag -> {step: value}, files by name, purged where a start says so."""
     shown: dict[str, dict[int, float]] = {}
     event_type = writers.import_tensorboard().proto.event_pb2.Event
-    for file in sorted(directory.glob("events*")):
-        data = file.read_bytes()
+    for file in io.find(directory, "events*"):
+        data = io.read_bytes(file)
         while data:
             (n_bytes,) = struct.unpack("<Q", data[:8])
             event = event_type.FromString(data[12 : 12 + n_bytes])
@@ -233,7 +234,8 @@ class Kill(Hook):
     def before_step(self, session):
         if session.step == self.step:
             if self.step > 6:
-                wait_until((session.run.run_dir / "checkpoints/6/manifest.json").is_file)
+                saved = session.run.run_dir / "checkpoints/6/manifest.json"
+                wait_until(lambda: io.exists(saved))
             raise KeyboardInterrupt
 
     def is_due(self, session):
@@ -381,6 +383,9 @@ def test_a_place_that_fails_is_named_once_and_gets_what_it_missed(caplog, monkey
             if len(written) == 2 and failures:
                 raise failures.pop()
             written.append(record.step)
+
+        def flush(self):
+            pass
 
         def close(self):
             pass
@@ -598,6 +603,21 @@ def test_a_finished_run_whose_longer_start_is_refused_stays_finished(
     assert (tmp_path / "manifest.json").read_bytes() != before
 
 
+def test_a_start_that_stood_still_and_was_taken_over_saves_nothing(make_config, start, tmp_path):
+    """As after SIGSTOP for longer than the lease."""
+    session = start(make_config(train__checkpoint_every=6), tmp_path / "run")
+    with io.hold(tmp_path / "run") as lock:
+        session.run = dataclasses.replace(session.run, lock=lock)
+        train(session, lambda step: step + 1 == 4)
+        session = start(make_config(train__checkpoint_every=6), tmp_path / "run")
+        session.run = dataclasses.replace(session.run, lock=lock)
+        lock.number -= 1  # the next holder's is higher
+        with pytest.raises(UserError, match="another one has taken it over"):
+            train(session)
+        lock.number += 1
+    assert checkpoint.list_steps(tmp_path / "run") == [4]
+
+
 def test_a_profile_is_written(make_config, start, tmp_path, caplog):
     train(start(make_config(train__steps=5, train__profile_steps=(3, 4)), tmp_path))
     assert "profile of steps 3 to 4" in caplog.text
@@ -730,3 +750,86 @@ def test_settings_that_decide_the_result_are_listed_when_they_change(
     ]
     train(start(changed, tmp_path))
     assert "changed: optim.peak_lr: 0.005, was 0.01" in caplog.text
+
+
+# ---- runs in buckets
+
+
+@pytest.fixture(scope="module", params=["gs", "s3"])
+def bucket(request, texts):
+    """(proxy, bucket with packed data), to which the data of a disk was copied."""
+    with buckets.lead_to(request.param) as proxy:
+        place = io.path(f"{request.param}://bucket")
+        for part in ("packed", "tokenizer"):
+            for name in io.list_files(texts / "base" / part):
+                io.copy_file(texts / "base" / part / name, place / part / name)
+        yield proxy, place
+
+
+@pytest.fixture
+def lose_threads(monkeypatch):
+    """A function that makes a killed session lose what its threads have not written."""
+
+    def lose(patched):
+        patched.setattr(writers, "close_all", lambda places: None)
+        patched.setattr(writers, "REWRITE_SECONDS", 1e9)
+
+    return lose
+
+
+def test_a_run_in_a_bucket_killed_and_stopped_ends_as_on_a_disk(
+    bucket, make_config, start, tmp_path, monkeypatch, lose_threads
+):
+    """It grows, is profiled, meets lost answers, and leaves no folder of the bucket's name."""
+    proxy, place = bucket
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    knobs = {"train__log_every": 2, "train__checkpoint_every": 6, "train__max_to_keep": 2}
+    knobs |= {"train__grow": ((9, "depth_upscale(m=1)"),), "train__profile_steps": (3, 4)}
+    train(start(make_config(**knobs), tmp_path / "run"))
+
+    settings = make_config(mixture__packed_paths=(str(place / "packed"),), **knobs)
+    run = place / "run"
+    proxy.faults += [
+        buckets.Fault(r"POST.*multipart|PUT.*run/spec\.json", 503, 1),
+        buckets.Fault(r"(PUT|POST).*run.*checkpoints", 503, 2, is_answer_lost=True),
+    ]
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        lose_threads(patched)
+        train(start(settings, run), never, Kill(8))
+    stopped = train(start(settings, run), lambda step: step + 1 == 11)
+    assert (stopped.step, stopped.exit_status, stopped.saved) == (11, 143, run / "checkpoints/11")
+    train(start(settings, run))
+
+    assert_equal_ends(run, tmp_path / "run")
+    resumed = [record.step for record in read_records(run, ResumeEvent)]
+    assert resumed == [6, 11] and proxy.n_injected == 3
+    assert checkpoint.list_steps(run) == [12, 14]
+    assert read_spec(run / "spec.json") == read_spec(tmp_path / "run/spec.json")
+    assert len(io.read_lines(run / "starts.jsonl")) == 3
+    assert_shown(run)
+    assert io.find(run, "tensorboard/plugins/profile/*/*.xplane.pb")
+    assert io.list_names(io.cache_directory() / "work") == []
+    (data,) = page.write_report([run], run / "report.html")
+    assert data.metrics.train[-1].step == STEPS
+    traced = loader.trace_step(run, 3, read_manifest(run / "checkpoints/14").tokenizer)
+    assert next(traced).document
+    assert os.listdir() == []
+
+
+def test_a_run_in_a_bucket_is_held_by_its_start(bucket, make_config, tmp_path, monkeypatch):
+    _, place = bucket
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    settings = make_config(mixture__packed_paths=(str(place / "packed"),), train__steps=5)
+    with (
+        io.hold(place / "held"),
+        pytest.raises(UserError, match=f"in use by process {os.getpid()}"),
+    ):
+        loop.train_model(settings, place / "held")
+    assert io.list_files(place / "held") == {}
+    with monkeypatch.context() as patched, pytest.raises(UserError, match=r"could not be written"):
+        patched.setattr(loop, "train_run", lambda *_: pytest.fail("something was begun"))
+        loop.train_model(settings, io.path(f"{place.scheme}://nobody-has-it/run"))
+    loop.train_model(settings, place / "held")
+    assert read_manifest(place / "held").counts["n_steps"] == 5

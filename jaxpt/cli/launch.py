@@ -1,10 +1,10 @@
 r"""Start one training run on a Cloud TPU slice, or on hosts reached by ssh.
 
-Prints the commands to read or paste; --go runs them. WORKDIR is a path that every host sees. For
-SLURM, Kubernetes and SkyPilot, copy a file of launch/.
+Prints the commands to read or paste; --go runs them. WORKDIR is gs://BUCKET/NAME, or a path that
+every host sees. For SLURM, Kubernetes and SkyPilot, copy a file of launch/.
 
     jaxpt launch tpu-vm --name my-tpu --zone us-east5-a \
-        --config my_recipe.py --workdir /mnt/runs/mine
+        --config my_recipe.py --workdir gs://my-bucket/mine
     jaxpt launch ssh --hosts a b c \
         --config my_recipe.py --workdir /shared/runs/mine --config.train.steps=1000 --go
 """
@@ -13,6 +13,9 @@ import argparse
 
 from jaxpt import launch
 from jaxpt.cli import options
+
+# what a bucket needs: requirements-gcs.txt, requirements-s3.txt
+REQUIREMENTS = {"gs://": "gcs", "s3://": "s3"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,12 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the commands, or run them."""
-    options.load_settings(arguments)  # fail here, not on sixteen hosts
+    settings = options.load_settings(arguments)  # fail here, not on sixteen hosts
+    named = f"{settings} {arguments.workdir}"
+    buckets = [name for scheme, name in REQUIREMENTS.items() if scheme in named]
     train = launch.train_command(arguments.config, arguments.workdir, arguments.overrides)
     if arguments.kind == "tpu-vm":
-        plan = launch.plan_tpu_vm(arguments.name, arguments.zone, train)
+        plan = launch.plan_tpu_vm(arguments.name, arguments.zone, train, buckets)
     else:
-        plan = launch.plan_ssh(arguments.hosts, train)
+        plan = launch.plan_ssh(arguments.hosts, train, buckets)
     if arguments.go:
         launch.execute_launch(plan)
     else:

@@ -63,14 +63,6 @@ class Storage:
         """Return all of a small file."""
         return io.read_bytes(self.root / name)
 
-    def copy_to_local(self, name: str, to: pathlib.Path) -> bool:
-        """Copy a directory next to this one. Return whether there is one."""
-        source = self.root.parent / name
-        files = io.list_files(source)
-        for file in files:
-            io.copy_file(source / file, to / file)
-        return bool(files)
-
 
 class LocalStorage(Storage):
     """A packed directory on a disk. `close` gives back the memory that reading took."""

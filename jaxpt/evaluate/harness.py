@@ -269,8 +269,9 @@ def check_task_names(names: list[str], data_dir: io.Path | None) -> None:
 @contextlib.contextmanager
 def export_temporarily(loaded: LoadedModel) -> Iterator[pathlib.Path]:
     """Return the model's Hugging Face directory, or else that of a temporary export."""
-    if loaded.source and loaded.tokenizer_dir == loaded.source:
-        yield loaded.source
+    directory = loaded.tokenizer_dir
+    if directory and huggingface.is_hf_directory(directory):
+        yield directory
         return
     with tempfile.TemporaryDirectory(prefix="jaxpt-") as name:
         directory = pathlib.Path(name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxpt import io
 from jaxpt.data import loader
 from jaxpt.growth.growth import ReadBatches
 from jaxpt.growth.records import CopySimilarity
@@ -202,7 +202,7 @@ def make_test_tokens(spec: ModelSpec, n: int) -> np.ndarray:
 
 
 def make_measuring_batches(
-    packed: Sequence[str | pathlib.Path], batch_size: int, document_mask: bool, mesh: Mesh
+    packed: Sequence[str | io.Path], batch_size: int, document_mask: bool, mesh: Mesh
 ) -> ReadBatches:
     """Return a function that reads training batches to measure on: the same at every call.
 

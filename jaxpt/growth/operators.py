@@ -6,12 +6,12 @@ manifest (growth/parse.py). To add one, write a function here and mark it `@oper
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxpt import io
 from jaxpt.data import tokenizer
 from jaxpt.families import family
 from jaxpt.growth import measure, vocabulary
@@ -489,7 +489,7 @@ def new_tokenizer(parent: Parent, directory: str) -> Growth:
             "new_tokenizer: the parent's tokenizer is not known, so no token can be traced to it. "
             "Start from a model that has its own tokenizer."
         )
-    old_dir, new_dir = parent.tokenizer_dir, pathlib.Path(directory)
+    old_dir, new_dir = parent.tokenizer_dir, io.local_copy(io.path(directory))
     mapping, special_ids = vocabulary.map_tokens(old_dir, new_dir, spec.vocab_size)
     kept = []
     n_averaged = 0

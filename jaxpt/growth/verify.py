@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -271,7 +270,7 @@ def measure_logit_difference(
     return float(difference), float(largest)
 
 
-def write_growth(report: GrowthReport, run: pathlib.Path) -> None:
+def write_growth(report: GrowthReport, run: io.Path) -> None:
     """Log the verdict and write growth.json."""
     log.info(f"growth: {report.verdict}")
     if jax.process_index() == 0:

@@ -38,7 +38,7 @@ def open_bucket(path: BucketPath) -> Any:
     import_package(path.scheme)
     import fsspec
 
-    return fsspec.filesystem(path.scheme, use_listings_cache=False)
+    return fsspec.filesystem(path.scheme)
 
 
 @functools.cache
@@ -46,14 +46,20 @@ def import_package(scheme: str) -> None:
     """Import the package of a scheme."""
     package, requirements = PACKAGES[scheme]
     if os.environ.get("STORAGE_EMULATOR_HOST"):
-        # otherwise gcsfs waits a minute for the emulator to say by gRPC what kind a bucket is
+        # otherwise gcsfs waits a minute for the emulator to say by gRPC what kind a bucket is,
+        # and looks for credentials before each request
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        os.environ.setdefault("FSSPEC_GS_TOKEN", "anon")
     try:
         importlib.import_module(package)
     except ImportError:
         raise UserError(
             f"{scheme}://: the package {package} is not installed. pip install -r {requirements}"
         ) from None
+    import fsspec
+
+    # no listing is remembered, also by Orbax's own file system: others write there too
+    fsspec.config.conf.setdefault(scheme, {})["use_listings_cache"] = False
     # it logs a traceback for every error that it raises
     logging.getLogger(package).setLevel(logging.CRITICAL)
 

@@ -86,8 +86,8 @@ def find_number(error: Exception) -> int | None:
     """Return the system's number of an error; of a library's own words, where they hold its."""
     if isinstance(error, FileNotFoundError):
         return errno.ENOENT
-    number = getattr(error, "errno", None)
-    if number:
+    number = getattr(error, "errno", None) or 0
+    if number > 0:  # what cannot be resolved has a number below 0, of another list
         return number
     for known in ADVICE:
         if os.strerror(known) in str(error):

@@ -18,7 +18,6 @@ import secrets
 import shutil
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from io import BufferedIOBase, BufferedReader
 from typing import Any, overload
@@ -31,7 +30,6 @@ from jaxpt.spec import encode_json
 WORKING = ".partial"  # the end of a working directory's name
 TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}")  # a name before its file is whole
 BLOCK_BYTES = 1 << 16  # read at once from the end of a log
-REWRITE_SECONDS = 30  # how often a log in a bucket, which cannot append, is written anew
 
 # ---- what is there
 
@@ -365,20 +363,19 @@ def sync(path: pathlib.Path) -> None:
 
 
 class LineLog:
-    """Appends lines to a file; each is durable when `append` returns.
+    """Appends lines to a file; on a disk each is durable when `append` returns.
 
     A cut leaves whole lines and at most one torn one, which `read_lines` and the next LineLog drop.
-    A bucket cannot append: there the whole file is written every REWRITE_SECONDS and by `close`.
+    A bucket cannot append: there `flush` and `close` write the whole file anew.
     """
 
     def __init__(self, path: Path):
         """Open the file, made if it is not there."""
         self.path = path
         self.lock = threading.Lock()
-        self.data = b""
-        self.written = time.monotonic()
+        self.data = bytearray()  # of a bucket's file
         if isinstance(path, BucketPath):
-            self.data = join_lines(read_lines(path))
+            self.data += join_lines(read_lines(path))
             return
         make_directory(path.parent)
         with explain("written", path):
@@ -399,8 +396,6 @@ class LineLog:
                 self.append_to_file(data)
                 return
             self.data += data
-            if time.monotonic() - self.written > REWRITE_SECONDS:
-                self.flush()
 
     def append_to_file(self, data: bytes) -> None:
         """Write all bytes, or, where that fails, none."""
@@ -418,8 +413,9 @@ class LineLog:
     def flush(self) -> None:
         """Write the file in a bucket anew."""
         if isinstance(self.path, BucketPath):
-            bucket.write(self.path, self.data)
-            self.written = time.monotonic()
+            with self.lock:
+                data = bytes(self.data)
+            bucket.write(self.path, data)
 
     def close(self) -> None:
         """Write what is left."""
@@ -444,6 +440,9 @@ def append_line(path: Path, line: str) -> None:
 
 def copy_file(source: Path, to: Path) -> None:
     """Copy a file, durably."""
+    if isinstance(source, pathlib.Path) and isinstance(to, BucketPath):
+        bucket.upload(source, to)
+        return
     with writing(to) as temporary:
         copy_bytes(source, temporary)
 

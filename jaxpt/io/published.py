@@ -71,6 +71,12 @@ def working_directory(out: Path) -> pathlib.Path:
     return out.with_name(f"{out.name}{files.WORKING}")
 
 
+def list_working() -> list[pathlib.Path]:
+    """Return the working directories of buckets on this machine."""
+    work = files.cache_directory() / "work"
+    return [work / name for name in files.list_names(work)]
+
+
 def seal(working: Path, ignore: Iterable[str] = ()) -> dict[str, SealedFile]:
     """Make every file of a directory durable. Return name -> size and checksum.
 
@@ -394,11 +400,22 @@ def remove_published(out: Path, inputs: Iterable[Path] = ()) -> None:
             out.rmdir()
 
 
+def remove_unpublished(directory: BucketPath) -> None:
+    """Remove all objects below a name at which nothing was published.
+
+    Raises:
+        ValueError: there is a manifest: a bug, not a user's mistake.
+    """
+    names = files.list_files(directory)
+    if MANIFEST in names:
+        raise ValueError(f"{directory}: was published")
+    remove_files(directory, names)
+
+
 def remove_files(out: Path, names: Iterable[str]) -> None:
     """Remove files below a directory, and the directories that are empty then."""
     if isinstance(out, BucketPath):
-        for name in names:
-            bucket.remove(out / name)
+        map_threads(lambda name: bucket.remove(out / name), names, N_UPLOADS)
         return
     root = resolve(out)
     for name in names:

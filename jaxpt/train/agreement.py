@@ -75,7 +75,7 @@ class Comparison(Record):
     differences: tuple[Difference, ...]
 
 
-def check_program(config: Config, run_dir: pathlib.Path) -> None:
+def check_program(config: Config, run_dir: io.Path) -> None:
     """Compare settings, versions, code, environment, devices; see whether the directory is shared.
 
     Raises:
@@ -153,12 +153,12 @@ def describe_devices() -> str:
     return f"{len(devices)} x {device.device_kind} ({version})"
 
 
-def hash_model_files(directory: pathlib.Path) -> str:
+def hash_model_files(directory: io.Path) -> str:
     """Return a hash of a model's files: of weights the sizes, of small files the content."""
     seen = {}
-    for file in sorted(directory.glob("*")):
+    for file in io.find(directory, "*"):
         if file.suffix == ".safetensors":
-            seen[file.name] = str(file.stat().st_size)
+            seen[file.name] = str(io.size(file))
         elif file.suffix == ".json":
             seen[file.name] = io.sha256(file)
     return stage.fingerprint(seen)
@@ -193,7 +193,7 @@ def check_same(subject: str, facts: Facts) -> None:
         raise UserError(describe_comparisons(unequal))
 
 
-def check_is_shared(run_dir: pathlib.Path) -> None:
+def check_is_shared(run_dir: io.Path) -> None:
     """Raise UserError, on every process, if one does not see what process 0 writes in `run_dir`."""
     name = publish("shared", f".hosts-{uuid.uuid4().hex}")
     marker = run_dir / name
@@ -202,9 +202,10 @@ def check_is_shared(run_dir: pathlib.Path) -> None:
         io.write_text(marker, "")
     publish("shared/written", "yes")
     deadline = time.monotonic() + SHARED_SECONDS
-    while not marker.exists() and time.monotonic() < deadline:
+    while not io.exists(marker) and time.monotonic() < deadline:
         time.sleep(0.2)
-    found = gather("shared", "" if marker.exists() else f"{host()} (process {jax.process_index()})")
+    name = "" if io.exists(marker) else f"{host()} (process {jax.process_index()})"
+    found = gather("shared", name)
     if jax.process_index() == 0:
         io.remove(marker)
     missing = [text for text in found.values() if text]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import pathlib
 from typing import Any, NamedTuple
 
 import jax
 
-from jaxpt import initialize, io, stage
+from jaxpt import initialize, io
 from jaxpt.config import InitializeConfig, MixtureConfig, OptimConfig
 from jaxpt.data import loader
 from jaxpt.data.mixture import MixturePhase, schedule_from_history
@@ -110,7 +109,7 @@ def init_run(run: RunContext) -> InitialModel:
     report = None
     if section.source != "random":
         report = hub.download_model(section.source) / "growth.json"
-    was_grown = report is not None and report.is_file()
+    was_grown = report is not None and io.exists(report)
     if init.parent:
         verify_init(run, init, init.parent)
     elif report and was_grown and jax.process_index() == 0:
@@ -154,13 +153,13 @@ def check_tokens(source: str, model: LoadedModel, dataset: loader.PackedDataset)
         )
 
 
-def read_parent_losses(run_dir: pathlib.Path, n_sequences: int) -> dict[str, float] | None:
+def read_parent_losses(run_dir: io.Path, n_sequences: int) -> dict[str, float] | None:
     """Return the parent's held-out losses on n sequences per source, as its growth recorded them.
 
     None if it did not, or on others.
     """
     path = run_dir / "growth.json"
-    if not path.is_file():
+    if not io.exists(path):
         return None
     try:
         report = io.read_json(path)
@@ -183,7 +182,7 @@ def init_train_state(
         log_init_plan(section, config.optim, init)
         first = state.init_state(model.params, model.spec, config.optim, run.mesh)
         return first, TrainProgress(), find_new_params(init)
-    source = checkpoint.find_checkpoint(stage.local_path(section.source))
+    source = checkpoint.find_checkpoint(io.path(section.source))
     if source is None or not io.exists(source / checkpoint.TRAIN_STATE):
         raise UserError(
             f"initialize.mode: {section.mode} needs a run's checkpoint, but {section.source} is "

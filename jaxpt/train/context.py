@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 import time
 from collections.abc import Callable
 
 import jax
 
+from jaxpt import io
 from jaxpt.config import Config
 from jaxpt.data import loader
 from jaxpt.flops import DeviceCost
@@ -39,10 +39,11 @@ class RunContext:
         measuring_batches: reads the training batches that growth measures on.
         estimate_device_cost: what a device costs and can do for a model, for MFU and money.
         started: time.monotonic() at the start, from which time and money count.
+        lock: on the run directory, where this process holds it.
     """
 
     config: Config
-    run_dir: pathlib.Path
+    run_dir: io.Path
     mesh: jax.sharding.Mesh
     packed: list[str]
     dataset: loader.PackedDataset
@@ -50,15 +51,17 @@ class RunContext:
     measuring_batches: ReadBatches
     estimate_device_cost: EstimateCost
     started: float
+    lock: io.Lock | None = None
 
 
 def open_run(
     config: Config,
-    run_dir: pathlib.Path,
+    run_dir: io.Path,
     packed: list[str],
     mesh: jax.sharding.Mesh,
     estimate_device_cost: EstimateCost = no_cost,
     started: float | None = None,
+    lock: io.Lock | None = None,
 ) -> RunContext:
     """Open the packed sequences of a run.
 
@@ -86,4 +89,5 @@ def open_run(
         measuring_batches=measure.make_measuring_batches(packed, train.batch_size, mask, mesh),
         estimate_device_cost=estimate_device_cost,
         started=started or time.monotonic(),
+        lock=lock,
     )

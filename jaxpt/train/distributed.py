@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxpt import cluster, logs
+from jaxpt import cluster, io, logs
 from jaxpt.config import TrainConfig
 from jaxpt.spec import UserError
 
@@ -66,7 +66,7 @@ class Placement(NamedTuple):
     device_ids: list[int] | None = None
 
 
-def join_processes(run_dir: pathlib.Path) -> None:
+def join_processes(run_dir: io.Path) -> None:
     """Join the processes that were started together; call it before JAX is asked for a device.
 
     It knows JAXPT_COORDINATOR=HOST:PORT with JAXPT_PROCESSES and JAXPT_PROCESS (0 for the first),
@@ -82,7 +82,11 @@ def join_processes(run_dir: pathlib.Path) -> None:
     if n_processes > 1:
         start_watch()
         log.info(f"{n_processes} processes with {jax.local_device_count()} devices each")
-        logs.set_rank(jax.process_index(), n_processes, run_dir)
+        directory = run_dir
+        if isinstance(directory, io.BucketPath):
+            directory = io.working_directory(directory / "logs")
+            log.info(f"each host keeps its warnings in its own {directory}/logs")
+        logs.set_rank(jax.process_index(), n_processes, directory)
 
 
 def find_placement() -> Placement | None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxpt import io
 from jaxpt.config import TrainConfig
 from jaxpt.data import loader
 from jaxpt.evaluate import likelihood, reference
@@ -45,7 +46,7 @@ class HeldoutData:
 
     def __init__(
         self,
-        packed: Sequence[str | pathlib.Path],
+        packed: Sequence[str | io.Path],
         train: TrainConfig,
         document_mask: bool,
         mesh: jax.sharding.Mesh,

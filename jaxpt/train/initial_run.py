@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpt import initialize, io, stage
+from jaxpt import initialize, io
 from jaxpt.config import Config, MixtureConfig, OptimConfig, TrainConfig, build_config
 from jaxpt.data import loader, tokenizer
 from jaxpt.data.mixture import MixtureSchedule
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 def initialize_run(
     config: Config,
-    out: pathlib.Path,
+    out: io.Path,
     *,
     probe_steps: int = 0,
     check: bool = False,
@@ -92,8 +92,8 @@ def initialize_run(
     log.info(f"initialize: {out} is ready; train it with --config.initialize.source={out}")
 
 
-def find_source(source: str, check: bool) -> tuple[pathlib.Path | None, bool]:
-    """Return (local directory, or None for random weights; whether it is of Hugging Face).
+def find_source(source: str, check: bool) -> tuple[io.Path | None, bool]:
+    """Return (directory, or None for random weights; whether it is of Hugging Face).
 
     Raises:
         UserError: an import is to be checked, but this is none.
@@ -115,7 +115,7 @@ def make_probe(
     train: TrainConfig,
     optim: OptimConfig,
     mixture: MixtureConfig,
-    packed: Sequence[pathlib.Path],
+    packed: Sequence[io.Path],
     mesh: jax.sharding.Mesh,
 ) -> Probe | None:
     """Return a training of n steps with fresh moments at the peak rate; None for 0 steps."""
@@ -143,7 +143,7 @@ def make_probe(
 
 
 def check_import(
-    source: pathlib.Path,
+    source: io.Path,
     model: LoadedModel,
     heldout: HeldoutData | None,
     mesh: jax.sharding.Mesh,
@@ -160,7 +160,9 @@ def check_import(
         vocab_size = heldout.dataset.vocab_size
     gate.log_import_check(model.spec, model.params, heldout, vocab_size, keeps_text)
     if check:
-        gate.check_import_against_transformers(source, model.spec, model.params, heldout, mesh)
+        gate.check_import_against_transformers(
+            io.local_copy(source), model.spec, model.params, heldout, mesh
+        )
 
 
 def save_initial_model(run: pathlib.Path, init: initialize.InitResult) -> dict[str, Any]:
@@ -192,31 +194,29 @@ def save_initial_model(run: pathlib.Path, init: initialize.InitResult) -> dict[s
     return {"n_params": transformer.count_params(model.spec), "tokenizer": model.tokenizer}
 
 
-def find_measuring_data(
-    config: Config, source: pathlib.Path | None
-) -> tuple[Config, list[pathlib.Path]]:
+def find_measuring_data(config: Config, source: io.Path | None) -> tuple[Config, list[io.Path]]:
     """Return (config, packed data) to measure a model on.
 
     That is the config's data if it names some, else what the source's run measures itself on.
     """
     if config.mixture.packed_paths:
-        return config, [stage.local_path(path) for path in config.mixture.packed_paths]
-    if not source or not (source / "checkpoints").is_dir():
+        return config, [io.path(path) for path in config.mixture.packed_paths]
+    if not source or not io.exists(source / "checkpoints"):
         return config, []
     if huggingface.is_hf_directory(source):  # whose config.json is no run's
         return config, []
     config_path = source / "config.json"
-    if not config_path.is_file():
+    if not io.exists(config_path):
         return config, []
     try:
         theirs = build_config(io.read_json(config_path))
     except UserError as error:
         log.warning(f"{error} The model is not measured on that run's data.")
         return config, []
-    packed = [stage.local_path(path) for path in theirs.mixture.packed_paths]
+    packed = [io.path(path) for path in theirs.mixture.packed_paths]
     packed = packed or [source / "packed"]
     for path in packed:
-        if not (path / "manifest.json").is_file():
+        if not io.exists(path / "manifest.json"):
             return config, []
     measured_as = dataclasses.replace(
         config, mixture=theirs.mixture, train=theirs.train, optim=theirs.optim, pack=theirs.pack

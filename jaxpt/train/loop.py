@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import pathlib
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
-from jaxpt import io, sharding, stage
+from jaxpt import io, sharding
 from jaxpt.config import Config
 from jaxpt.train import agreement, distributed, result
 from jaxpt.train.context import EstimateCost, no_cost, open_run
@@ -24,6 +22,7 @@ from jaxpt.train.hooks.replay import Replay
 from jaxpt.train.hooks.skip import Skip
 from jaxpt.train.hooks.validate import Validate
 from jaxpt.train.session import Session, start_session
+from jaxpt.weights import checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -31,44 +30,48 @@ log = logging.getLogger(__name__)
 @distributed.end_together()
 def train_model(
     config: Config,
-    workdir: pathlib.Path,
+    run_dir: io.Path,
     estimate_device_cost: EstimateCost = no_cost,
     started: float | None = None,
 ) -> None:
-    """Train in `workdir` to train.steps.
+    """Train in a run directory to train.steps.
 
     Starts from the run's own newest checkpoint, else from config.initialize.
 
     Args:
         config: the recipe.
-        workdir: the run directory.
+        run_dir: the run directory.
         estimate_device_cost: what a device costs and can do for a model, for MFU and money.
         started: time.monotonic() from which time and money count; None: now.
     """
     started = started or time.monotonic()
-    run_dir = stage.local_path(workdir)
     distributed.join_processes(run_dir)
     distributed.enable_compilation_cache()
-    with hold_run(run_dir):
-        train_run(config, run_dir, estimate_device_cost, started)
+    with hold_run(run_dir) as lock:
+        train_run(config, run_dir, lock, estimate_device_cost, started)
 
 
-def hold_run(run_dir: pathlib.Path) -> contextlib.AbstractContextManager[Any]:
+def hold_run(run_dir: io.Path) -> contextlib.AbstractContextManager[io.Lock | None]:
     """Return a hold on the run directory, by the first process. UserError names who has it."""
     return contextlib.nullcontext() if jax.process_index() else io.hold(run_dir)
 
 
 def train_run(
-    config: Config, run_dir: pathlib.Path, estimate_device_cost: EstimateCost, started: float
+    config: Config,
+    run_dir: io.Path,
+    lock: io.Lock | None,
+    estimate_device_cost: EstimateCost,
+    started: float,
 ) -> None:
     """Train in a directory that this start holds; see `train_model`."""
+    checkpoint.recover_run(run_dir)
     agreement.check_program(config, run_dir)
     packed = list(config.mixture.packed_paths) or [str(run_dir / "packed")]
     request = result.make_request(config, packed)
     if result.is_finished(run_dir, request):
         return
     mesh = sharding.make_mesh(config.mesh)
-    run = open_run(config, run_dir, packed, mesh, estimate_device_cost, started)
+    run = open_run(config, run_dir, packed, mesh, estimate_device_cost, started, lock)
     agreement.check_data(run)
     session = start_session(run)
     result.remove_manifest(run_dir)  # only now: a start that was refused changes nothing

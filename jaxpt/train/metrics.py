@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import pathlib
 import resource
 import sys
 from collections.abc import Iterator
@@ -36,7 +35,7 @@ from jaxpt.train.writers import BestEffort
 
 log = logging.getLogger(__name__)
 
-FLUSH_SECONDS = 2.0  # a checkpoint waits for the records before it no longer than this
+FLUSH_SECONDS = 10.0  # a checkpoint waits for the records before it no longer than this
 MAX_SKIPPED_DOCUMENTS = 32  # listed per skipped step; jaxpt trace lists all
 MAX_SOURCES = 8  # in a record; epochs.json has all
 MAX_COLUMNS = 69  # of a console line; time and level take 11 of a terminal's 80
@@ -64,7 +63,7 @@ class MetricsLogger:
 
     def __init__(
         self,
-        run_dir: pathlib.Path,
+        run_dir: io.Path,
         n_steps: int,
         *,
         meter: Meter,
@@ -204,9 +203,10 @@ class MetricsLogger:
             place.put(record)
 
     def flush(self) -> None:
-        """Wait a moment for metrics.jsonl, so that a checkpoint's records are there before it."""
-        for place in self.places[:1]:
-            place.wait(FLUSH_SECONDS)
+        """Wait for metrics.jsonl, so that a checkpoint's records are there before it."""
+        for place in reversed(self.places):
+            is_first = place is self.places[0]
+            place.wait(FLUSH_SECONDS if is_first else 0.0)
 
     def close(self) -> None:
         """Close the files."""
@@ -216,7 +216,7 @@ class MetricsLogger:
 
 
 def open_places(
-    run_dir: pathlib.Path, resumed_at: int | None, config: Config | None
+    run_dir: io.Path, resumed_at: int | None, config: Config | None
 ) -> list[BestEffort]:
     """Return where records go, metrics.jsonl first, each without what this start repeats."""
     path = run_dir / "metrics.jsonl"
@@ -242,9 +242,10 @@ def open_places(
         purge_step = None
         return file
 
+    seconds = writers.REWRITE_SECONDS if isinstance(run_dir, io.BucketPath) else 0.0
     places = [
-        BestEffort("metrics.jsonl", open_file),
-        BestEffort("tensorboard", open_tensorboard),
+        BestEffort("metrics.jsonl", open_file, seconds),
+        BestEffort("tensorboard", open_tensorboard, seconds),
     ]
     if config:
         rewind_to = (resumed_at or 0) if n_dropped else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import pathlib
 from typing import Any
 
 import jax
@@ -13,7 +12,6 @@ import jax
 from jaxpt import io, stage
 from jaxpt.config import Config
 from jaxpt.data.mixture import MixtureSchedule
-from jaxpt.data.storage import open_storage
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.train.context import RunContext
 from jaxpt.train.records import StartRecord
@@ -32,7 +30,7 @@ def result_config(config: Config) -> dict[str, Any]:
     return sections
 
 
-def list_changed_settings(run_dir: pathlib.Path, config: Config) -> list[str]:
+def list_changed_settings(run_dir: io.Path, config: Config) -> list[str]:
     """Return what decides the result and changed: "optim.peak_lr: 0.001, was 0.003"."""
     path = run_dir / "config.json"
     changes = []
@@ -50,13 +48,13 @@ def list_changed_settings(run_dir: pathlib.Path, config: Config) -> list[str]:
     return changes
 
 
-def write_mixture_phases(run_dir: pathlib.Path, schedule: MixtureSchedule) -> None:
+def write_mixture_phases(run_dir: io.Path, schedule: MixtureSchedule) -> None:
     """Write RUN/phases.json: what the run has read and will read, for tracing."""
     if jax.process_index() == 0:
         io.write_json(run_dir / "phases.json", schedule.phases)
 
 
-def write_epochs(run_dir: pathlib.Path, schedule: MixtureSchedule, n_sequences: int) -> None:
+def write_epochs(run_dir: io.Path, schedule: MixtureSchedule, n_sequences: int) -> None:
     """Write RUN/epochs.json: how often each source was read; records hold the first few."""
     if jax.process_index() == 0:
         try:
@@ -94,10 +92,16 @@ def write_run_provenance(run: RunContext, spec: ModelSpec, at_step: int) -> None
     io.write_text(run_dir / "program.diff", diff)
     io.write_json(run_dir / "config.json", dataclasses.asdict(run.config))
     io.write_json(run_dir / "spec.json", spec)
-    tokenizer = run_dir / "tokenizer"
-    partial = run_dir / "tokenizer.partial"
-    if tokenizer.exists():
+    copy_tokenizer(run)
+
+
+def copy_tokenizer(run: RunContext) -> None:
+    """Copy the tokenizer beside the packed data into a run that has none, its manifest last."""
+    source = io.path(run.packed[0]).parent / "tokenizer"
+    tokenizer = run.run_dir / "tokenizer"
+    names = list(io.list_files(source))
+    names.sort(key=lambda name: name == "manifest.json")
+    if not names or io.exists(tokenizer / names[-1]):
         return
-    storage = open_storage(run.packed[0])
-    if storage.copy_to_local("tokenizer", partial):
-        partial.rename(tokenizer)
+    for name in names:
+        io.copy_file(source / name, tokenizer / name)

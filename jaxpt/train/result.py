@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pathlib
 
 import jax
 
@@ -41,9 +40,9 @@ def find_inputs(source: str, packed: list[str]) -> Inputs:
     return inputs
 
 
-def is_finished(run_dir: pathlib.Path, request: stage.StageRequest) -> bool:
+def is_finished(run_dir: io.Path, request: stage.StageRequest) -> bool:
     """Return whether a run holds the end of this training. Raise UserError if of another."""
-    if not (run_dir / "manifest.json").is_file():
+    if not io.exists(run_dir / "manifest.json"):
         return False
     manifest = stage.read_manifest(run_dir)
     if manifest.stage != "train":
@@ -65,7 +64,7 @@ def is_finished(run_dir: pathlib.Path, request: stage.StageRequest) -> bool:
     raise UserError(f"train: {run_dir} holds the result of {difference}. Give another --workdir.")
 
 
-def remove_manifest(run_dir: pathlib.Path) -> None:
+def remove_manifest(run_dir: io.Path) -> None:
     """Mark a run that goes on as not finished, which launch/ and later stages look at."""
     if jax.process_index() == 0:
         io.remove(run_dir / "manifest.json")
@@ -87,7 +86,7 @@ def write_manifest(session: Session, request: stage.StageRequest) -> None:
     for name, file in io.read_sealed(session.saved).items():
         sealed[f"checkpoints/{session.step}/{name}"] = file
     copy = run.run_dir / "tokenizer"
-    if copy.is_dir():
+    if io.exists(copy):
         for name, file in io.seal(copy).items():
             sealed[f"tokenizer/{name}"] = file
     manifest = stage.make_manifest(

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 5.0
 CLOSE_SECONDS = 10.0  # the most that the end of a run waits for what is not written
+REWRITE_SECONDS = 30.0  # how often a file in a bucket, which cannot append, is written anew
 MAX_PENDING = 100_000  # records that wait for a place that fails
 
 
@@ -37,7 +38,11 @@ class Writer(Protocol):
     """One place to which records go."""
 
     def write(self, record: MetricRecord) -> None:
-        """Write a record; it is there when this returns."""
+        """Write a record."""
+        ...
+
+    def flush(self) -> None:
+        """Make what was written last: it is there when this returns."""
         ...
 
     def close(self) -> None:
@@ -48,16 +53,21 @@ class Writer(Protocol):
 class BestEffort:
     """Writes records by a thread of its own."""
 
-    def __init__(self, name: str, open_writer: Callable[[], Writer]):
+    def __init__(self, name: str, open_writer: Callable[[], Writer], flush_seconds: float = 0.0):
         """Open the place, by the thread.
 
         Args:
             name: for messages.
             open_writer: opens it, and opens it again after a failure.
+            flush_seconds: from one flush to the next; 0: after each record.
         """
         self.name = name
         self.open_writer = open_writer
-        self.pending: collections.deque[MetricRecord] = collections.deque()
+        self.flush_seconds = flush_seconds
+        self.pending: collections.deque[MetricRecord] = collections.deque()  # until flushed
+        self.n_written = 0  # of the pending ones
+        self.flushed = time.monotonic()
+        self.must_flush = False
         self.is_failing = False
         self.is_ending = False
         self.changed = threading.Condition()
@@ -74,6 +84,8 @@ class BestEffort:
     def wait(self, seconds: float) -> bool:
         """Wait until all is written, not where the place fails. Return whether it is."""
         with self.changed:
+            self.must_flush = True
+            self.changed.notify_all()
             self.changed.wait_for(lambda: not self.pending or self.is_failing, seconds)
             return not self.pending
 
@@ -95,11 +107,10 @@ class BestEffort:
         while self.wait_for_work():
             try:
                 writer = writer or self.open_writer()
-                while self.pending:
-                    writer.write(self.pending[0])
-                    self.remove_first()
+                self.write_pending(writer)
             except Exception as error:  # whatever a library of strangers raises
                 writer = None
+                self.n_written = 0
                 if not self.handle_failure(error):
                     return
         if writer:
@@ -107,15 +118,40 @@ class BestEffort:
                 writer.close()
 
     def wait_for_work(self) -> bool:
-        """Wait for a record. Return False at the end."""
+        """Wait for a record, or until what is written must be flushed. Return False at the end."""
         with self.changed:
-            self.changed.wait_for(lambda: self.pending or self.is_ending)
+            seconds = self.flushed + self.flush_seconds - time.monotonic()
+            self.changed.wait_for(self.has_work, max(seconds, 0.0) if self.pending else None)
             return bool(self.pending)
 
-    def remove_first(self) -> None:
-        """Note that a record is written."""
+    def has_work(self) -> bool:
+        """Return whether there is something to write or to flush, or the end has come."""
+        is_new = self.n_written < len(self.pending)
+        is_asked = self.must_flush and bool(self.pending)
+        return is_new or is_asked or self.is_ending
+
+    def write_pending(self, writer: Writer) -> None:
+        """Write all records, and flush them as often as is due."""
+        while self.pending:
+            is_new = self.n_written < len(self.pending)
+            if is_new:
+                writer.write(self.pending[self.n_written])
+                self.n_written += 1
+            now = time.monotonic()
+            if self.must_flush or self.is_ending or now >= self.flushed + self.flush_seconds:
+                writer.flush()
+                self.remove_written()
+            elif not is_new:
+                return
+
+    def remove_written(self) -> None:
+        """Note that what was written is flushed."""
         with self.changed:
-            self.pending.popleft()
+            for _ in range(self.n_written):
+                self.pending.popleft()
+            self.n_written = 0
+            self.flushed = time.monotonic()
+            self.must_flush = False
             if self.is_failing:
                 log.info(f"{self.name}: written again, with what was missing")
             self.is_failing = False
@@ -158,6 +194,10 @@ class MetricsFile:
         """Append a line."""
         self.lines.append(json.dumps(record.to_json()))
 
+    def flush(self) -> None:
+        """Write a bucket's file anew."""
+        self.lines.flush()
+
     def close(self) -> None:
         """Close the file."""
         self.lines.close()
@@ -170,10 +210,10 @@ class TensorBoardFile:
     """Writes the numbers of records into an event file, without tensorboardX's own thread.
 
     That thread dies of one failed write, or of a clock set back, and its queue then blocks whoever
-    writes.
+    writes. For a bucket the file lies on this machine's disk, and `flush` uploads it.
     """
 
-    def __init__(self, directory: pathlib.Path, purge_step: int | None):
+    def __init__(self, directory: io.Path, purge_step: int | None):
         """Open a new event file.
 
         Args:
@@ -183,21 +223,26 @@ class TensorBoardFile:
         tensorboard = import_tensorboard()
         self.make_scalar = tensorboard.summary.scalar
         self.event = tensorboard.proto.event_pb2.Event
-        io.make_directory(directory)
-        name = name_event_file(io.list_names(directory))
-        self.file = tensorboard.record_writer.RecordWriter(str(directory / name))
+        self.directory = directory
+        self.local = open_local(directory)
+        self.name = name_event_file(io.list_names(directory))
+        self.file = tensorboard.record_writer.RecordWriter(str(self.local / self.name))
         self.add(file_version="brain.Event:2")
         if purge_step is not None:
             session_log = tensorboard.proto.event_pb2.SessionLog
             start = session_log(status=session_log.START)
             self.add(step=purge_step, session_log=start)
-        self.file.flush()
 
     def write(self, record: MetricRecord) -> None:
         """Write each number of a record."""
         for name, value in list_scalars(record).items():
             self.add(step=record.step, summary=self.make_scalar(name, value))
+
+    def flush(self) -> None:
+        """Give what was written to the disk, or to the bucket."""
         self.file.flush()
+        if isinstance(self.directory, io.BucketPath):
+            io.copy_file(self.local / self.name, self.directory / self.name)
 
     def add(self, **fields: Any) -> None:
         """Write an event."""
@@ -207,6 +252,32 @@ class TensorBoardFile:
     def close(self) -> None:
         """Close the file."""
         self.file.close()
+        if self.local != self.directory:
+            io.remove_working(self.local)
+
+
+def open_local(directory: io.Path) -> pathlib.Path:
+    """Return a directory on a disk, made, for what belongs into `directory`.
+
+    It is that one or, for a bucket, an empty one of this machine, from which it is uploaded.
+    """
+    if isinstance(directory, pathlib.Path):
+        io.make_directory(directory)
+        return directory
+    local = io.working_directory(directory)
+    io.remove_working(local)
+    io.make_directory(local)
+    return local
+
+
+def upload(local: pathlib.Path, directory: io.Path) -> None:
+    """Move what a library wrote on this disk into a bucket; log what fails."""
+    try:
+        for name in io.list_files(local):
+            io.copy_file(local / name, directory / name)
+        io.remove_working(local)
+    except UserError as error:
+        log.warning(f"{error} The run goes on.")
 
 
 def name_event_file(names: list[str]) -> str:
@@ -278,6 +349,9 @@ class WandbRun:
         if scalars:
             self.run.log(scalars, step=record.step)
 
+    def flush(self) -> None:
+        """Do nothing: the package uploads by itself."""
+
     def close(self) -> None:
         """Upload what is left."""
         self.run.finish()
@@ -316,7 +390,7 @@ def open_wandb(run_dir: io.Path, config: Config, rewind_to: int | None) -> Wandb
     run = wandb.init(
         project=config.train.wandb_project,
         name=run_dir.name,
-        dir=str(run_dir),
+        dir=str(open_local(run_dir)),
         config=dataclasses.asdict(config),
         **place,
     )

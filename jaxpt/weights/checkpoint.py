@@ -23,9 +23,10 @@ import itertools
 import logging
 import math
 import os
+import pathlib
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -70,22 +71,15 @@ class Checkpointer:
             keep_every: checkpoints at multiples of this many steps are kept too; 0: none.
 
         Raises:
-            UserError: several processes cannot write there.
+            UserError: no checkpoint can be kept there.
         """
-        if is_uploaded(run) and jax.process_count() > 1:
-            raise UserError(
-                f"{run}: only one process can save checkpoints to s3://. Give a disk that all "
-                "hosts share, or gs://."
-            )
+        recover_run(run)
         self.run = run
         self.max_to_keep = max_to_keep
         self.keep_every = keep_every
         self.executor = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self.pending: concurrent.futures.Future[io.Path] | None = None
         silence_orbax_errors()
-        orbax_path(find_partial(run))  # refuse a name now, not at the first checkpoint
-        if jax.process_index() == 0:
-            finish_checkpoints(run)
 
     def save_async(
         self,
@@ -96,6 +90,7 @@ class Checkpointer:
         *,
         counts: dict[str, Any],
         tokenizer: str | None,
+        before_publishing: Callable[[], None] | None = None,
     ) -> None:
         """Start saving a checkpoint, after waiting for the previous one.
 
@@ -106,6 +101,7 @@ class Checkpointer:
             spec: the architecture.
             counts: goes into the manifest.
             tokenizer: fingerprint of the tokenizer.
+            before_publishing: called in the background, when all else is written.
         """
         import orbax.checkpoint as ocp
 
@@ -138,6 +134,8 @@ class Checkpointer:
                 with contextlib.closing(checkpointer):
                     # on the first process: until every process has written
                     checkpointer.wait_until_finished()
+                if before_publishing:
+                    before_publishing()
                 if jax.process_index() == 0:
                     self.publish_saved(partial, final, spec, all_counts, tokenizer)
             return final
@@ -203,11 +201,8 @@ def orbax_path(directory: io.Path) -> Any:
     Raises:
         UserError: its name has characters that Orbax takes for another name.
     """
-    if isinstance(directory, io.BucketPath):
-        from etils import epath
-
-        return epath.Path(str(directory))
-    directory = directory.absolute()
+    if isinstance(directory, pathlib.Path):
+        directory = directory.absolute()
     # Orbax looks for its files by a pattern, and TensorStore takes "\\" for "/": both find none,
     # and the checkpoint would have no numbers
     wrong = sorted(set("[]\\") & set(str(directory)))
@@ -216,35 +211,56 @@ def orbax_path(directory: io.Path) -> Any:
             f"{io.printable(directory)}: a checkpoint cannot be kept below a name with "
             f"{' '.join(wrong)}. Rename it, or give another directory."
         )
-    return directory
+    if isinstance(directory, pathlib.Path):
+        return directory
+    from etils import epath
+
+    return epath.Path(str(directory))
 
 
-def find_readable(directory: io.Path) -> Any:
-    """Return where Orbax reads a checkpoint."""
-    if is_uploaded(directory):
-        return orbax_path(io.local_copy(directory))
-    return orbax_path(directory)
+def find_readable(directory: io.Path) -> io.Path:
+    """Return where a checkpoint can be read from: itself, or this machine's copy of it."""
+    return io.local_copy(directory) if is_uploaded(directory) else directory
 
 
-def finish_checkpoints(run: io.Path) -> None:
-    """Publish what was decided when a process was killed, and remove what was not."""
-    directory = run / "checkpoints"
+def recover_run(run: io.Path) -> None:
+    """Publish what was decided when a process was killed, and remove what was not.
+
+    Raises:
+        UserError: no checkpoint can be kept there.
+    """
+    if is_uploaded(run) and jax.process_count() > 1:
+        raise UserError(
+            f"{run}: only one process can save checkpoints to s3://. Give a disk that all "
+            "hosts share, or gs://."
+        )
+    orbax_path(find_partial(run))  # refuse a name now, not at the first checkpoint
+    if jax.process_index() == 0:
+        for final in list_unfinished(run / "checkpoints"):
+            if not io.finish_publishing(final):
+                remove_unfinished(final)
+
+
+def list_unfinished(directory: io.Path) -> list[io.Path]:
+    """Return the checkpoints of a run that a killed process was saving."""
     names = io.list_names(directory)
     steps = {name.partition(".")[0] for name in names if ".partial" in name}
-    for step in steps:
-        final = directory / step
-        if step.isdecimal() and not io.finish_publishing(final):
-            remove_unfinished(final)
+    if isinstance(directory, io.BucketPath):
+        steps = {name for name in names if io.size(directory / name / "manifest.json") is None}
+        for working in io.list_working():
+            step = working.name.partition("-")[0]
+            if io.working_directory(directory / step) == working:
+                steps.add(step)
+    return [directory / step for step in sorted(steps) if step.isdecimal()]
 
 
 def remove_unfinished(final: io.Path) -> None:
     """Remove what an attempt to save a checkpoint left; a bucket's damaged one of this step too."""
+    if isinstance(final, io.BucketPath):
+        io.remove(final / "manifest.json")
+        io.remove_unpublished(final)
     partial = find_partial(final)
     if isinstance(partial, io.BucketPath):
-        # the rest is replaced by Orbax, which fails where gcsfs's marker of a directory is alone
-        if io.exists(final):
-            io.remove(final / "manifest.json")
-            io.write_text(final / "unfinished", "")
         return
     for name in io.list_names(partial.parent):
         # Orbax itself writes beside it and renames
@@ -376,7 +392,7 @@ def find_damage(directory: io.Path) -> str | None:
     expected = stage.fingerprint([request.fingerprint, manifest.outputs])
     if manifest.fingerprint != expected:
         return "manifest.json was changed (its fingerprint differs)"
-    damage = io.find_damage(directory, verify=True)
+    damage = io.find_damage(find_readable(directory), verify=True)
     return f"{damage.name} {damage.reason}" if damage else None
 
 
@@ -404,6 +420,7 @@ def restore_tree(directory: io.Path, name: str, abstract: PyTree) -> PyTree:
         UserError: the stored tree has other leaves or shapes.
     """
     stored = {}
+    directory = find_readable(directory)
     if io.exists(directory / name):
         stored = flatten_arrays({name: read_tree_metadata(directory)[name]})
     expected = flatten_arrays({name: drop_empty(abstract)})
@@ -428,8 +445,6 @@ def open_array(directory: io.Path, name: str) -> Any:
     """Return the TensorStore of an array in a tree's directory, as Orbax names and stores it."""
     import tensorstore
 
-    if is_uploaded(directory):
-        directory = io.local_copy(directory)
     if isinstance(directory, io.BucketPath):
         base = {"driver": "gcs", "bucket": directory.bucket, "path": f"{directory.key}/"}
     else:
@@ -583,7 +598,7 @@ def flatten_arrays(trees: dict[str, PyTree]) -> dict[str, jax.ShapeDtypeStruct]:
 def read_tree_metadata(directory: io.Path) -> dict[str, PyTree]:
     """Return Orbax's metadata of the arrays of each tree."""
     with open_checkpointer() as checkpointer:
-        metadata = checkpointer.metadata(find_readable(directory))
+        metadata = checkpointer.metadata(orbax_path(find_readable(directory)))
         items = metadata.item_metadata.items()
         return {item: tree.tree for item, tree in items}
 
@@ -591,7 +606,7 @@ def read_tree_metadata(directory: io.Path) -> dict[str, PyTree]:
 def read_array(directory: io.Path, name: str) -> np.ndarray:
     """Return one array by its name in `read_array_metadata`."""
     item, _, in_tree = name.partition("/")
-    return open_array(directory / item, in_tree).read().result()
+    return open_array(find_readable(directory) / item, in_tree).read().result()
 
 
 def open_checkpointer() -> Any:

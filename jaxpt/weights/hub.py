@@ -11,7 +11,7 @@ import pathlib
 import re
 from collections.abc import Iterator
 
-from jaxpt import io, stage
+from jaxpt import io
 from jaxpt.spec import UserError
 
 # no .bin and .pt, which are pickles and can run code; no folders, in which repositories keep the
@@ -30,8 +30,8 @@ TOKENIZER_FILES = (
 LINEAGE_FILES = ("jaxpt.json", "manifest.json")  # of our own exports
 
 
-def download_model(source: str | io.Path) -> pathlib.Path:
-    """Return a local directory for a source.
+def download_model(source: str | io.Path) -> io.Path:
+    """Return the directory of a source.
 
     Args:
         source: hf:NAME or hf:NAME@REVISION, downloaded into the hub's cache if it is not there
@@ -43,7 +43,7 @@ def download_model(source: str | io.Path) -> pathlib.Path:
     """
     address = str(source)
     if not address.startswith("hf:"):
-        return stage.local_path(source)
+        return io.path(source)
     from huggingface_hub import snapshot_download
 
     name, _, revision = address.removeprefix("hf:").partition("@")

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpt import stage
+from jaxpt import io, stage
 from jaxpt.families import family
 from jaxpt.model import transformer
 from jaxpt.model.param import ParamSpec, list_param_specs
@@ -44,6 +44,7 @@ from jaxpt.weights.safetensors_file import (
 
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SHARD_BYTES = 5 * 10**9  # per file at most, Hugging Face's own default
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer or an expert, in a tensor's name
@@ -82,7 +83,7 @@ def load_hf_model(
     return spec, params
 
 
-def read_hf_spec(directory: pathlib.Path) -> ModelSpec:
+def read_hf_spec(directory: io.Path) -> ModelSpec:
     """Return config.json, of old or new layout, as a ModelSpec.
 
     Raises:
@@ -90,20 +91,21 @@ def read_hf_spec(directory: pathlib.Path) -> ModelSpec:
     """
     path = directory / "config.json"
     check_no_adapter(directory)
-    if not path.is_file():
+    if io.size(path) is None:
         raise UserError(
             f"{directory}: no config.json. Expected a Hugging Face model directory, a run "
             "directory or a checkpoint."
         )
-    return family.read_spec(read_hf_json(path), path)
+    file = io.local_copy(path)
+    return family.read_spec(read_hf_json(file), file)
 
 
-def check_no_adapter(directory: pathlib.Path) -> None:
+def check_no_adapter(directory: io.Path) -> None:
     """Raise UserError for a directory with a LoRA adapter, with or without its base."""
-    path = directory / "adapter_config.json"
-    if not path.is_file():
+    path = directory / ADAPTER_CONFIG
+    if io.size(path) is None:
         return
-    base = read_hf_json(path).get("base_model_name_or_path")
+    base = read_hf_json(io.local_copy(path)).get("base_model_name_or_path")
     raise UserError(
         f"{directory}: holds a LoRA adapter (adapter_config.json), whose base is {base}. Merge it "
         "into its base with PEFT (merge_and_unload, then save_pretrained); where that has "
@@ -111,11 +113,11 @@ def check_no_adapter(directory: pathlib.Path) -> None:
     )
 
 
-def is_hf_directory(directory: pathlib.Path) -> bool:
+def is_hf_directory(directory: io.Path) -> bool:
     """Return whether a directory holds a Hugging Face model, whatever folders it has besides."""
-    if not (directory / "config.json").is_file():
+    if not io.exists(directory / "config.json"):
         return False
-    return (directory / SINGLE_FILE).is_file() or (directory / INDEX).is_file()
+    return io.exists(directory / SINGLE_FILE) or io.exists(directory / INDEX)
 
 
 def open_weights(directory: pathlib.Path) -> dict[str, StoredTensor]:

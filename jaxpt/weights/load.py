@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxpt import io, stage
+from jaxpt import io
 from jaxpt.model import transformer
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.stage import read_manifest, read_spec
@@ -33,7 +33,7 @@ class LoadedModel(NamedTuple):
     spec: ModelSpec
     params: dict[str, Any]
     tokenizer_dir: pathlib.Path | None
-    source: pathlib.Path | None
+    source: io.Path | None
     step: int | None
     tokenizer: str | None
     record: dict[str, Any]
@@ -44,7 +44,7 @@ def load_model(
 ) -> LoadedModel:
     """Load the parameters of a run, a checkpoint, a Hugging Face directory or hf:NAME."""
     source = hub.download_model(source)
-    if not source.is_dir():
+    if io.size(source) is not None or not io.exists(source):
         raise UserError(
             f"{source}: no such directory. Expected a run, a checkpoint or a Hugging Face model "
             "directory."
@@ -71,32 +71,37 @@ def load_model(
     )
 
 
-def load_hf_source(source: pathlib.Path, mesh: jax.sharding.Mesh, dtype: str) -> LoadedModel:
+def load_hf_source(source: io.Path, mesh: jax.sharding.Mesh, dtype: str) -> LoadedModel:
     """Load a Hugging Face directory. Raise UserError if the directory is none."""
-    huggingface.check_no_adapter(source)
-    is_run = (source / "checkpoints").is_dir() or (source / "spec.json").is_file()
-    is_hf = huggingface.is_hf_directory(source)
-    if not is_hf and (is_run or not (source / "config.json").is_file()):
-        raise UserError(
-            f"{source}: has no finished checkpoint and no Hugging Face model. Train it first, or "
-            "check the path."
-        )
-    spec, params = huggingface.load_hf_model(source, mesh, dtype)
+    directory = fetch_hf_directory(source)
+    spec, params = huggingface.load_hf_model(directory, mesh, dtype)
     record: dict[str, Any] = {}
-    if (source / IMPORT_RECORD).is_file():
-        record = safetensors_file.read_hf_json(source / IMPORT_RECORD)
-    tokenizer_dir = source if (source / "tokenizer.json").is_file() else None
+    if (directory / IMPORT_RECORD).is_file():
+        record = safetensors_file.read_hf_json(directory / IMPORT_RECORD)
+    tokenizer_dir = directory if (directory / "tokenizer.json").is_file() else None
     step, fingerprint = record.get("step"), record.get("tokenizer")
     return LoadedModel(spec, params, tokenizer_dir, source, step, fingerprint, record)
 
 
-def resolve_source(source: io.Path | str) -> pathlib.Path:
+def fetch_hf_directory(source: io.Path) -> pathlib.Path:
+    """Return a Hugging Face directory on a disk. Raise UserError if the source is none."""
+    is_run = io.exists(source / "checkpoints") or io.exists(source / "spec.json")
+    has_config = io.exists(source / "config.json") and not is_run
+    is_adapter = io.exists(source / huggingface.ADAPTER_CONFIG)  # named when it is opened
+    if not has_config and not is_adapter and not huggingface.is_hf_directory(source):
+        raise UserError(
+            f"{source}: has no finished checkpoint and no Hugging Face model. Train it first, or "
+            "check the path."
+        )
+    return io.local_copy(source)
+
+
+def resolve_source(source: io.Path | str) -> io.Path:
     """Return what a manifest names as the input of a start from `source`.
 
     That is a finished stage's directory itself, and the newest checkpoint of an unfinished run.
     """
     source = hub.download_model(source)
-    if (source / "manifest.json").is_file() or not source.is_dir():
+    if io.exists(source / "manifest.json") or not io.exists(source):
         return source
-    found = checkpoint.find_checkpoint(source)
-    return stage.local_path(found) if found else source
+    return checkpoint.find_checkpoint(source) or source

@@ -66,8 +66,9 @@ class Checkpoint(Hook):
         return distributed.broadcast_from_first(seconds > 60 * self.minutes)
 
     def save(self, session: Session) -> None:
-        """Start saving a checkpoint."""
-        session.metrics.flush()
+        """Start saving a checkpoint. Raise UserError where another start has taken the run over."""
+        if session.run.lock:
+            session.run.lock.check()
         provenance.write_epochs(session.run.run_dir, session.schedule, session.n_sequences)
         record = make_checkpoint_record(session)
         with self.handle_save_errors():
@@ -80,6 +81,7 @@ class Checkpoint(Hook):
                 session.spec,
                 counts=record.to_json(),
                 tokenizer=session.run.dataset.tokenizer,
+                before_publishing=session.metrics.flush,
             )
         self.saved_at = time.monotonic()
 
