@@ -56,10 +56,10 @@ def import_package(scheme: str) -> None:
         raise UserError(
             f"{scheme}://: the package {package} is not installed. pip install -r {requirements}"
         ) from None
-    import fsspec
+    from fsspec.config import conf
 
     # no listing is remembered, also by Orbax's own file system: others write there too
-    fsspec.config.conf.setdefault(scheme, {})["use_listings_cache"] = False
+    conf.setdefault(scheme, {})["use_listings_cache"] = False
     # it logs a traceback for every error that it raises
     logging.getLogger(package).setLevel(logging.CRITICAL)
 
