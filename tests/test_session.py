@@ -405,6 +405,40 @@ def test_a_place_that_fails_is_named_once_and_gets_what_it_missed(caplog, monkey
     assert "tensorboard: the last 7 records are not written" in caplog.text
 
 
+def test_records_wait_for_a_flush_and_are_written_again_where_it_fails(monkeypatch):
+    monkeypatch.setattr(writers, "RETRY_SECONDS", 0.1)
+    failures = [OSError("the bucket does not answer")]
+    stored = []
+
+    class Place:
+        def __init__(self):
+            self.written = []
+
+        def write(self, record):
+            self.written.append(record.step)
+
+        def flush(self):
+            if failures:
+                raise failures.pop()
+            stored.append(self.written[:])
+
+        def close(self):
+            pass
+
+    place = BestEffort("metrics.jsonl", Place, flush_seconds=1e9)
+    for step in range(7):
+        place.put(ResumeEvent(step, **vars(NOTHING_DONE)))
+    wait_until(lambda: place.n_written == 7)
+    assert stored == []
+    place.wait(0.0)
+    wait_until(lambda: not place.pending)
+    assert stored == [list(range(7))]
+    for step in range(7, 9):
+        place.put(ResumeEvent(step, **vars(NOTHING_DONE)))
+    assert place.wait(20.0) and stored[-1] == list(range(9))
+    writers.close_all([place])
+
+
 def test_a_run_trains_to_its_end_where_nothing_can_be_logged(
     make_config, start, tmp_path, monkeypatch, caplog
 ):

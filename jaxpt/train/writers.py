@@ -133,15 +133,16 @@ class BestEffort:
     def write_pending(self, writer: Writer) -> None:
         """Write all records, and flush them as often as is due."""
         while self.pending:
-            is_new = self.n_written < len(self.pending)
-            if is_new:
+            if self.n_written < len(self.pending):
                 writer.write(self.pending[self.n_written])
                 self.n_written += 1
-            now = time.monotonic()
-            if self.must_flush or self.is_ending or now >= self.flushed + self.flush_seconds:
+            is_last = self.n_written == len(self.pending)
+            is_asked = self.must_flush or self.is_ending
+            is_due = time.monotonic() >= self.flushed + self.flush_seconds
+            if is_due or (is_last and is_asked):
                 writer.flush()
                 self.remove_written()
-            elif not is_new:
+            elif is_last:
                 return
 
     def remove_written(self) -> None:
@@ -151,7 +152,7 @@ class BestEffort:
                 self.pending.popleft()
             self.n_written = 0
             self.flushed = time.monotonic()
-            self.must_flush = False
+            self.must_flush = self.must_flush and bool(self.pending)
             if self.is_failing:
                 log.info(f"{self.name}: written again, with what was missing")
             self.is_failing = False
