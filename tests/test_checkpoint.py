@@ -89,11 +89,11 @@ def test_what_a_killed_process_left_of_a_bucket_is_finished_or_removed(run, monk
         if run.scheme == "s3":
             with pytest.raises(KeyboardInterrupt):
                 save(checkpointer, 7)
-    io.write_text(home / "9/params/d/half", "of it")
+    io.write_text(home / "9/params/d/file", "of another program")
     assert checkpoint.list_steps(run) == [3]
     checkpoint.recover_run(run)
     whole = ["3", "7"] if run.scheme == "s3" else ["3"]
-    assert io.list_names(home) == whole and io.list_working() == []
+    assert io.list_names(home) == [*whole, "9"] and io.list_working() == []
     assert checkpoint.find_newest(run) == home / whole[-1]
     assert restore(home / whole[-1], "params", PARAMS)["embed"].sum() == PARAMS["embed"].sum()
 

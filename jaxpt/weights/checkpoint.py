@@ -111,6 +111,8 @@ class Checkpointer:
         if jax.process_index() == 0:
             remove_unfinished(final)
             io.make_directory(partial.parent)
+            if isinstance(final, io.BucketPath):
+                io.write_text(unfinished_marker(final), "")
         sync_processes("checkpoint directory")
         checkpointer = ocp.AsyncCheckpointer(make_handler())
         trees = {}
@@ -164,6 +166,8 @@ class Checkpointer:
             io.write_json(final / "manifest.json", manifest)
         else:
             io.publish(partial, final, manifest.to_json())
+        if isinstance(final, io.BucketPath):
+            io.remove(unfinished_marker(final))
         for old in list_steps(self.run)[: -self.max_to_keep]:
             is_kept = self.keep_every and old % self.keep_every == 0
             if not is_kept:
@@ -237,8 +241,18 @@ def recover_run(run: io.Path) -> None:
     orbax_path(find_partial(run))  # refuse a name now, not at the first checkpoint
     if jax.process_index() == 0:
         for final in list_unfinished(run / "checkpoints"):
-            if not io.finish_publishing(final):
+            if not io.finish_publishing(final) and not io.exists(final / "manifest.json"):
                 remove_unfinished(final)
+            if isinstance(final, io.BucketPath):
+                io.remove(unfinished_marker(final))
+
+
+def unfinished_marker(final: io.BucketPath) -> io.BucketPath:
+    """Return the object that is there while a checkpoint is written.
+
+    Without it a start could not tell what a kill left from a checkpoint of other programs.
+    """
+    return final.with_name(f"{final.name}.partial")
 
 
 def list_unfinished(directory: io.Path) -> list[io.Path]:
@@ -246,7 +260,6 @@ def list_unfinished(directory: io.Path) -> list[io.Path]:
     names = io.list_names(directory)
     steps = {name.partition(".")[0] for name in names if ".partial" in name}
     if isinstance(directory, io.BucketPath):
-        steps = {name for name in names if io.size(directory / name / "manifest.json") is None}
         for working in io.list_working():
             step = working.name.partition("-")[0]
             if io.working_directory(directory / step) == working:
@@ -259,6 +272,7 @@ def remove_unfinished(final: io.Path) -> None:
     if isinstance(final, io.BucketPath):
         io.remove(final / "manifest.json")
         io.remove_unpublished(final)
+        io.remove(unfinished_marker(final))
     partial = find_partial(final)
     if isinstance(partial, io.BucketPath):
         return
