@@ -50,6 +50,7 @@ SMALL = {
     "train.eval_sequences": 16,
 }
 SOURCES = ("prose", "code")
+WORKDIR_COMMANDS = ("prepare", "train_tokenizer", "pack", "train")
 DATA_STAGES = ("corpus", "tokenizer", "packed")
 EXPORTED = ("model.safetensors", "config.json", "tokenizer.json")
 N_FAULTS = 40  # requests answered by 503, and as many answers lost, while commands are killed
@@ -65,8 +66,9 @@ class Command(NamedTuple):
     @property
     def label(self) -> str:
         """What tells it from the others."""
-        where = [word for word in self.flags if "/runs/" in word or "://" in word]
-        return f"{self.name} {where[-1].rpartition('runs/')[2] if where else ''}"
+        target = "--workdir" if self.name in WORKDIR_COMMANDS else "--to"
+        place = self.flags[self.flags.index(target) + 1]
+        return f"{self.name} {place.rpartition('runs/')[2]}"
 
 
 class Duration(NamedTuple):
