@@ -242,7 +242,8 @@ def with_cache(place: Place, home: pathlib.Path) -> Place:
 
 def inject(proxy: buckets.Proxy) -> None:
     """Answer some writes to come by 503, of which half were carried out."""
-    uploads = r"^(PUT|POST).*(checkpoints|multipart)"
+    # fake-gcs-server forgets a finished upload session, so its answer must not be lost
+    uploads = r"^(PUT|POST)(?!.*upload_id).*(checkpoints|multipart)"
     lost = buckets.Fault(uploads, 503, N_FAULTS, is_answer_lost=True, every=FAULT_EVERY)
     refused = buckets.Fault(r"^(PUT|POST|DELETE)", 503, N_FAULTS, every=FAULT_EVERY)
     proxy.faults += [refused, lost]
