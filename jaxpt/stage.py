@@ -313,7 +313,8 @@ def fingerprint_path(path: io.Path) -> str:
         return io.sha256(path)[:16]
     if not io.exists(path):
         raise UserError(f"{path}: not found. Check the path, or run the stage that writes it.")
-    return fingerprint({name: io.sha256(path / name) for name in io.list_files(path)})
+    directory = io.local_copy(path)  # a bucket's files are fetched once, for what reads them too
+    return fingerprint({name: io.sha256(directory / name) for name in io.list_files(directory)})
 
 
 def request_fingerprint(

@@ -10,7 +10,6 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
-import tempfile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,11 +57,11 @@ def open_hf_tokenizer(directory: pathlib.Path) -> Any:
     import transformers
 
     settings = directory / "tokenizer_config.json"
-    with tempfile.TemporaryDirectory(prefix="jaxpt-") as name:
+    with io.temporary_directory() as copied:
         opened = directory
         text = io.read_text_if_there(settings)
         if text and "auto_map" in json.loads(text):
-            opened = pathlib.Path(name)
+            opened = copied
             huggingface.copy_tokenizer(directory, opened)
         try:
             return transformers.AutoTokenizer.from_pretrained(

@@ -148,6 +148,26 @@ def map_file(path: pathlib.Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
+def map_part(path: pathlib.Path, start: int, n_bytes: int) -> memoryview:
+    """Map bytes of a file on a disk into memory, for reading, until the view is dropped."""
+    if not n_bytes:
+        return memoryview(b"")
+    n_before = start % mmap.ALLOCATIONGRANULARITY
+    with explain("read", path), open(path, "rb") as file:
+        try:
+            mapped = mmap.mmap(
+                file.fileno(),
+                n_before + n_bytes,
+                access=mmap.ACCESS_READ,
+                offset=start - n_before,
+            )
+        except ValueError:
+            raise FileError(
+                f"{printable(path)}: became shorter while it was read. Run the same command again."
+            ) from None
+    return memoryview(mapped)[n_before:]
+
+
 def open_read(path: Path) -> BufferedIOBase:
     """Open a file for reading from its start to its end. What reads it explains its errors."""
     if isinstance(path, BucketPath):
@@ -501,6 +521,16 @@ def remove_working(directory: pathlib.Path) -> None:
             directory.unlink()
         elif directory.exists():
             shutil.rmtree(directory)
+
+
+@contextlib.contextmanager
+def temporary_directory() -> Iterator[pathlib.Path]:
+    """Yield a directory on a disk, removed afterwards; what is written there is not synced."""
+    with contextlib.ExitStack() as stack:
+        with explain("written", "the directory for temporary files (TMPDIR)"):
+            temporary = tempfile.TemporaryDirectory(prefix="jaxpt-", suffix=WORKING)
+            name = stack.enter_context(temporary)
+        yield pathlib.Path(name)
 
 
 def is_working(path: pathlib.Path) -> bool:

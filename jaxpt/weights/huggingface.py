@@ -15,7 +15,6 @@ import math
 import os
 import pathlib
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -130,9 +129,9 @@ def open_weights(directory: pathlib.Path) -> dict[str, StoredTensor]:
         UserError: a file is missing or broken, or the index names one elsewhere.
     """
     index = directory / INDEX
-    if not index.is_file():
+    if io.size(index) is None:
         return open_safetensors(directory)
-    if (directory / SINGLE_FILE).is_file():
+    if io.size(directory / SINGLE_FILE) is not None:
         return open_safetensors_file(directory / SINGLE_FILE)
     weight_map = read_hf_json(index).get("weight_map")
     if isinstance(weight_map, dict):
@@ -176,8 +175,6 @@ def write_hf_model(
     config = family.write_config(spec, np_dtype.name)
     tensors = list(list_hf_tensors(spec))
     is_writer = jax.process_index() == 0
-    if is_writer:
-        directory.mkdir(parents=True, exist_ok=True)
     shards = split_shards_by_size(tensors, np_dtype)
     n_shards = len(shards)
     weight_map = {}
@@ -204,7 +201,7 @@ def write_hf_model(
     if tokenizer_dir:
         copy_tokenizer(tokenizer_dir, directory)
     if card:
-        (directory / "README.md").write_text(card)
+        io.write_text(directory / "README.md", card)
     return n_bytes
 
 
@@ -214,13 +211,13 @@ def copy_tokenizer(source: pathlib.Path, directory: pathlib.Path) -> None:
     Not `auto_map`, which names code of strangers: instead of their class the one that reads
     tokenizer.json as it is.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    for file in sorted(source.iterdir()):
-        name = file.name
-        if name.startswith(TOKENIZER_FILES) and file.is_file() and file.suffix != ".py":
-            shutil.copyfile(file, directory / name)
+    for name in io.list_names(source):
+        file = source / name
+        is_file = io.size(file) is not None
+        if name.startswith(TOKENIZER_FILES) and is_file and file.suffix != ".py":
+            io.copy_file(file, directory / name)
     settings_file = directory / "tokenizer_config.json"
-    if settings_file.is_file():
+    if io.size(settings_file) is not None:
         settings = read_hf_json(settings_file)
         if settings.pop("auto_map", None):
             settings["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -408,8 +405,8 @@ def tensors_equal(a: StoredTensor, b: StoredTensor | None) -> bool:
     for first in range(0, n_rows, step):
         stop = min(first + step, n_rows)
         rows = range(first, stop)
-        a_chunk = a.read_bytes(rows)
-        b_chunk = b.read_bytes(rows)
+        a_chunk = a.map_numbers(rows)
+        b_chunk = b.map_numbers(rows)
         if a_chunk.tobytes() != b_chunk.tobytes():
             return False
     return True
@@ -491,7 +488,7 @@ def read_tensor(
     out = allocate_array(out_shape, dtype)
     if len(tensor.shape) == 1:
         stop = weight.first_row + math.prod(shape)
-        whole = tensor.read_bytes()[weight.first_row : stop]
+        whole = tensor.map_numbers()[weight.first_row : stop]
         out[...] = whole.reshape(shape)[index]
         return out
     # a group of dimensions (heads x head width) is one dimension of the file; only the first of a
@@ -519,7 +516,7 @@ def read_tensor(
 
     def read_chunk(first: int) -> None:
         part = slice(first, first + step)
-        chunk = tensor.read_bytes(rows[part])
+        chunk = tensor.map_numbers(rows[part])
         chunk = chunk[:, columns.start : columns.stop]
         if n_in:
             transpose_into(chunk, flat[part].T)
@@ -591,7 +588,7 @@ def write_shard(
         file = None
         label = "gather"
         if path:
-            file = cleanup.enter_context(open(path, "wb"))
+            file = cleanup.enter_context(io.open_write(path))
             header_length = len(text).to_bytes(8, "little")
             file.write(header_length)
             file.write(text)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from jaxpt import io
 from jaxpt.spec import UserError
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -51,24 +52,25 @@ class StoredTensor(NamedTuple):
         """Bytes of its numbers."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def read_bytes(self, rows: range | None = None) -> np.ndarray:
+    def map_numbers(self, rows: range | None = None) -> np.ndarray:
         """Return the whole tensor, or some rows of a matrix, as a memory map."""
-        if rows is None:
-            return np.memmap(self.file, self.dtype, "r", self.start, self.shape)
-        _, width = self.shape
-        skipped_bytes = rows.start * width * self.dtype.itemsize
-        start = self.start + skipped_bytes
-        shape = (len(rows), width)
-        return np.memmap(self.file, self.dtype, "r", start, shape)
+        shape = self.shape
+        start = self.start
+        if rows is not None:
+            _, width = self.shape
+            shape = (len(rows), width)
+            start += rows.start * width * self.dtype.itemsize
+        n_bytes = math.prod(shape) * self.dtype.itemsize
+        mapped = io.map_part(self.file, start, n_bytes)
+        return np.frombuffer(mapped, self.dtype).reshape(shape)
 
 
 def open_safetensors(directory: pathlib.Path) -> dict[str, StoredTensor]:
     """Return every tensor of a directory's safetensors files by name, without reading numbers."""
     stored: dict[str, StoredTensor] = {}
     for file in list_safetensors_files(directory):
-        if not file.is_file():
-            present = sorted(path.name for path in directory.iterdir())
-            names = ", ".join(present[:8])
+        if io.size(file) is None:
+            names = io.printable(", ".join(io.list_names(directory)[:8]))
             raise UserError(
                 f"{file}: not found (the directory holds: {names}). Weights are read from "
                 "safetensors only, since pickled ones (.bin, .pt) can run code; download the whole "
@@ -88,7 +90,7 @@ def open_safetensors(directory: pathlib.Path) -> dict[str, StoredTensor]:
 def list_safetensors_files(directory: pathlib.Path) -> list[pathlib.Path]:
     """Return the files that a directory's index names, or model.safetensors."""
     index = directory / "model.safetensors.index.json"
-    if not index.is_file():
+    if io.size(index) is None:
         return [directory / "model.safetensors"]
     weight_map = read_hf_json(index).get("weight_map")
     names = []
@@ -102,12 +104,11 @@ def list_safetensors_files(directory: pathlib.Path) -> list[pathlib.Path]:
 
 def open_safetensors_file(file: pathlib.Path) -> dict[str, StoredTensor]:
     """Return every tensor in the header of one file. Raise UserError for a broken or cut file."""
-    size = file.stat().st_size
-    with open(file, "rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        text = b""
-        if length <= min(size - 8, MAX_HEADER_BYTES):
-            text = opened.read(length)
+    size = io.size(file) or 0
+    length = int.from_bytes(io.read_range(file, 0, 8), "little")
+    text = b""
+    if length <= min(size - 8, MAX_HEADER_BYTES):
+        text = io.read_range(file, 8, length)
     try:
         header = json.loads(text, object_pairs_hook=refuse_duplicate_keys)
     except (ValueError, RecursionError) as error:
@@ -205,7 +206,7 @@ def chunk_rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
 def read_hf_json(path: pathlib.Path) -> dict[str, Any]:
     """Return the JSON object in a file. Raise UserError if it holds none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(io.read_text(path))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}). Download it again.") from None
     if not isinstance(found, dict):
@@ -218,7 +219,7 @@ def read_hf_json(path: pathlib.Path) -> dict[str, Any]:
 def write_hf_json(path: pathlib.Path, value: dict[str, Any]) -> None:
     """Write JSON as transformers does."""
     text = json.dumps(value, indent=2)
-    path.write_text(text + "\n", encoding="utf-8")
+    io.write_text(path, text + "\n")
 
 
 def dtype_of_name(name: str) -> np.dtype:
