@@ -7,17 +7,34 @@ import subprocess
 import sys
 
 import buckets
+import jax
+import numpy as np
 import pytest
 from conftest import ROOT
 
-from jaxpt import io
+from jaxpt import config, export, io, stage
 from jaxpt.config import PackConfig, PrepareConfig, TokenizerConfig
 from jaxpt.data import loader, pack, prepare, sources, tokenizer
+from jaxpt.evaluate import harness
+from jaxpt.model import transformer
+from jaxpt.plan import cost
 from jaxpt.report import page
-from jaxpt.spec import UserError
+from jaxpt.spec import ModelSpec, UserError
+from jaxpt.train import initial_run
+from jaxpt.weights import checkpoint, huggingface, load
 
 WORDS = "Wind Käse łódź 山 море flows over naïve stones while старый café größer"
 N_FLIPS = 24
+SPEC = ModelSpec(
+    n_layers=3,
+    d_model=24,
+    d_ff=40,
+    n_heads=6,
+    n_kv_heads=2,
+    d_head=8,
+    vocab_size=352,
+    max_seq_len=56,
+)
 
 
 def write_texts(file):
@@ -42,10 +59,10 @@ def run_data_stages(source, workdir):
 def hash_outputs(workdir):
     """Name -> sha256 of what the stages wrote, without their manifests."""
     hashes = {}
-    for stage in ("corpus", "tokenizer", "packed"):
-        for name in io.list_files(workdir / stage):
+    for kind in ("corpus", "tokenizer", "packed"):
+        for name in io.list_files(workdir / kind):
             if name != "manifest.json":
-                hashes[f"{stage}/{name}"] = io.sha256(workdir / stage / name)
+                hashes[f"{kind}/{name}"] = io.sha256(workdir / kind / name)
     return hashes
 
 
@@ -86,6 +103,53 @@ def test_in_a_bucket_the_data_stages_make_what_they_make_on_a_disk(
     assert [funnel.sources for funnel in runs[0].funnels] == [("texts",)]
     assert "texts" in io.read_text(workdir / "report.html")
     assert not [name for name in os.listdir(tmp_path) if ":" in name]
+
+
+def test_a_model_in_a_bucket_is_the_model_on_a_disk(made, bucket, tmp_path, monkeypatch, one):
+    """Exported there, evaluated, started from, and exported from that run."""
+    source, workdir = made
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    params = transformer.init_params(SPEC, 3, one)
+    given = tmp_path / "given"
+    huggingface.write_hf_model(SPEC, params, given, tokenizer_dir=workdir / "tokenizer")
+    here, there, start, again = tmp_path / "hf", bucket / "hf", bucket / "start", bucket / "again"
+    for out in (here, there):
+        export.export_model(given, out)
+    assert hash_files(there) == hash_files(here)
+    assert stage.fingerprint_path(there) == stage.fingerprint_path(here)
+    tasks = [f"bits_per_byte/{source}"]
+    results = [
+        harness.evaluate_model(place, tasks, limit=2, backend=backend, to=to)
+        for place, backend, to in (
+            (here, "jax", None),
+            (there, "jax", bucket / "eval.json"),
+            (there, "hf", None),
+        )
+    ]
+    (name,) = results[0]["results"]
+    expected, found, by_torch = [result["results"][name] for result in results]
+    assert found == expected and found["n_bytes"] > 700
+    assert abs(by_torch["bits_per_byte,none"] - found["bits_per_byte,none"]) < 1e-4
+    assert io.read_json(bucket / "eval.json")["results"][name] == expected
+    settings = config.Config(initialize=config.InitializeConfig(source=str(there)))
+    initial_run.initialize_run(settings, start)
+    loaded = load.load_model(start, one)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+    encoders = [tokenizer.load_tokenizer(x) for x in (workdir / "tokenizer", loaded.tokenizer_dir)]
+    assert encoders[0].fingerprint == encoders[1].fingerprint
+    assert cost.read_source_spec(str(there)) == cost.read_source_spec(str(start)) == SPEC
+    assert "step 0" in next(checkpoint.describe_checkpoint(start))
+    export.export_model(start, again)
+    weights = io.path(str(again)) / "model.safetensors"
+    assert io.sha256(weights) == io.sha256(here / "model.safetensors")
+    assert not [name for name in os.listdir(tmp_path) if ":" in name]
+
+
+def hash_files(directory):
+    """Name -> sha256 but of what names its place."""
+    names = io.list_files(directory).keys() - {"manifest.json", "README.md"}
+    return {name: io.sha256(directory / name) for name in names}
 
 
 # ---- the locale
