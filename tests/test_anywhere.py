@@ -152,6 +152,89 @@ def hash_files(directory):
     return {name: io.sha256(directory / name) for name in names}
 
 
+# ---- connections
+
+REFUSE = """
+import socket
+class Refusing(socket.socket):
+    def connect(self, address):
+        refuse(self.family, address)
+        super().connect(address)
+    connect_ex = connect
+def refuse(family, address):
+    if family != socket.AF_UNIX:
+        with open({asked!r}, "a") as file:
+            print(address, file=file)
+        raise OSError("a connection was opened")
+def refuse_name(*where, **how):
+    refuse(None, where)
+socket.socket, socket.getaddrinfo, socket.create_connection = Refusing, refuse_name, refuse_name
+"""
+COMMANDS = """
+initialize --from hf --to start --probe 0 --check
+initialize --from random --config small.py --config.model.vocab_size=352 --to random --probe 0
+train --config small.py --workdir run --config.initialize.source=start
+plan --config small.py --on cpu:1
+export_hf --from run --to exported
+evaluate --model run --backend jax --tasks bits_per_byte/t=text:text.txt --to run/eval/t.json
+evaluate --model exported --backend hf --tasks bits_per_byte/t=text:text.txt
+compare --models hf exported --prompts prompts.txt --max-new 3
+compare --models hf exported --differ t=text:text.txt
+trace --workdir run --step 2 --losses
+checkpoint inspect run
+checkpoint diff run/checkpoints/2 run/checkpoints/2
+report --workdir run --to run/report.html
+report --lineage exported --verify
+"""
+RUN_ALL = """
+import shlex, sys
+sys.path.insert(0, "tests")
+import entry_points
+home, *lines = sys.argv[1:]
+for line in lines:
+    command, *words = shlex.split(line)
+    status, printed = entry_points.run_command(command, words, home)
+    print(line, printed)
+    assert status == 0, printed
+"""
+RECIPE = """
+from jaxpt.config import defaults
+def get_config():
+    c = defaults()
+    c.mixture.packed_paths, c.pack.seq_len = ("packed",), 48
+    c.model.n_layers, c.model.d_model, c.model.d_ff = 3, 24, 40
+    c.model.n_heads, c.model.n_kv_heads, c.model.d_head, c.model.max_seq_len = 6, 2, 8, 56
+    c.train.steps, c.train.batch_size, c.train.eval_sequences = 2, 8, 8
+    c.optim.warmup_steps = 1
+    return c
+"""
+
+
+def test_no_command_opens_a_connection_that_was_not_asked_for(made, tmp_path, one):
+    """Each to its end, with sockets that refuse and no HF_HUB_OFFLINE."""
+    pytest.importorskip("torch")
+    source, workdir = made
+    home = tmp_path / "home"
+    shutil.copytree(workdir, home)
+    params = transformer.init_params(SPEC, 3, one)
+    huggingface.write_hf_model(SPEC, params, home / "hf", tokenizer_dir=home / "tokenizer")
+    (home / "small.py").write_text(RECIPE)
+    (home / "text.txt").write_text("The ship sailed at dawn. " * 40)
+    (home / "prompts.txt").write_text("The ship\n")
+    (tmp_path / "sitecustomize.py").write_text(REFUSE.format(asked=str(tmp_path / "asked")))
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "HF_TOKEN": "hf_secret"}
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        environment.pop(name, None)
+    data = f"--config small.py --workdir again --config.prepare.sources=\"('{source}',)\""
+    data += " --config.tokenizer.vocab_size=350 --config.pack.seq_len=48"
+    stages = [f"{name} {data}" for name in ("prepare", "train_tokenizer", "pack")]
+    command = [sys.executable, "-c", RUN_ALL, home, *stages, *COMMANDS.strip().splitlines()]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    asked = tmp_path / "asked"
+    assert not asked.exists(), asked.read_text()
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+
+
 # ---- the locale
 
 

@@ -366,7 +366,7 @@ BROKEN = {
     ),
     "a size in words": (
         lambda d: edit_config(d, hidden_size="24"),
-        "hidden_size: expected an integer of at least 1, got '24'",
+        "hidden_size: expected an integer from 1 to 2147483647, got '24'",
     ),
     "odd heads": (
         lambda d: edit_config(d, head_dim=7),

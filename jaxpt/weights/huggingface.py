@@ -29,7 +29,7 @@ from jaxpt.model.param import ParamSpec, list_param_specs
 from jaxpt.model.transformer import Params
 from jaxpt.sharding import make_logical_sharding, make_replicated_sharding
 from jaxpt.spec import ModelSpec, UserError
-from jaxpt.weights.hub import TOKENIZER_FILES
+from jaxpt.weights.hub import TOKENIZER_FILES, TOKENIZER_SUFFIXES
 from jaxpt.weights.safetensors_file import (
     DTYPES,
     StoredTensor,
@@ -48,6 +48,7 @@ EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SHARD_BYTES = 5 * 10**9  # per file at most, Hugging Face's own default
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer or an expert, in a tensor's name
 MAX_WRONG_SHOWN = 12
+MAX_MISSING_LISTED = 10_000  # an absurd number of experts takes minutes to name
 
 
 def load_hf_model(
@@ -128,20 +129,9 @@ def open_weights(directory: pathlib.Path) -> dict[str, StoredTensor]:
     Raises:
         UserError: a file is missing or broken, or the index names one elsewhere.
     """
-    index = directory / INDEX
-    if io.size(index) is None:
-        return open_safetensors(directory)
-    if io.size(directory / SINGLE_FILE) is not None:
+    has_index = io.size(directory / INDEX) is not None
+    if has_index and io.size(directory / SINGLE_FILE) is not None:
         return open_safetensors_file(directory / SINGLE_FILE)
-    weight_map = read_hf_json(index).get("weight_map")
-    if isinstance(weight_map, dict):
-        for tensor, name in weight_map.items():
-            place = os.path.normpath(str(name))
-            if os.path.isabs(place) or place.startswith(os.pardir):
-                raise UserError(
-                    f"{index}: {tensor}: expected a file in this directory, got {name}. Take the "
-                    "index of the model's authors."
-                )
     return open_safetensors(directory)
 
 
@@ -213,8 +203,8 @@ def copy_tokenizer(source: pathlib.Path, directory: pathlib.Path) -> None:
     """
     for name in io.list_names(source):
         file = source / name
-        is_file = io.size(file) is not None
-        if name.startswith(TOKENIZER_FILES) and is_file and file.suffix != ".py":
+        is_copied = name.startswith(TOKENIZER_FILES) and name.endswith(TOKENIZER_SUFFIXES)
+        if is_copied and io.size(file) is not None:
             io.copy_file(file, directory / name)
     settings_file = directory / "tokenizer_config.json"
     if io.size(settings_file) is not None:
@@ -326,6 +316,14 @@ def list_hf_tensors(spec: ModelSpec) -> Iterator[HfTensor]:
             yield HfTensor(hf_name.format(*index), tuple(weights), index)
 
 
+def count_hf_tensors(spec: ModelSpec) -> int:
+    """Return how many tensors the export has, without listing them."""
+    stacked = {}
+    for weight in list_hf_weights(spec):
+        stacked[weight.hf_name] = math.prod(weight.param.shape[: weight.param.n_stacked])
+    return sum(stacked.values())
+
+
 def match_tensors(
     spec: ModelSpec, stored: dict[str, StoredTensor], directory: pathlib.Path
 ) -> None:
@@ -333,6 +331,12 @@ def match_tensors(
 
     Compare tied copies.
     """
+    n_expected = count_hf_tensors(spec)
+    if n_expected > len(stored) + MAX_MISSING_LISTED:
+        raise UserError(
+            f"{directory}: its config.json describes {n_expected:,} tensors, but its files hold "
+            f"{len(stored):,}. Is the config.json that of this model?"
+        )
     expected = {tensor.name: tensor.shape for tensor in list_hf_tensors(spec)}
     absent = {name: shape for name, shape in expected.items() if name not in stored}
     wrong = [f"missing {text}" for text in list_by_pattern(absent)]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import pathlib
 from typing import Any, NamedTuple
 
@@ -25,7 +26,8 @@ import numpy as np
 from jaxpt import io
 from jaxpt.spec import UserError
 
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_HEADER_BYTES = 30_000_000  # the format's own limit is 100 MB, which take half a minute
+MAX_TENSORS = 200_000  # twice those of the largest mixtures
 CHUNK_BYTES = 8 * 2**20  # larger buffers would be new memory from the system each time
 DTYPES = {
     "F32": np.dtype("float32"),
@@ -96,9 +98,17 @@ def list_safetensors_files(directory: pathlib.Path) -> list[pathlib.Path]:
     names = []
     if isinstance(weight_map, dict):
         names = weight_map.values()
+    check_count(index, len(names))
     are_texts = all(isinstance(name, str) for name in names)
     if not names or not are_texts:
         raise UserError(f"{index}: has no weight_map from tensors to files. Download it again.")
+    for tensor, name in weight_map.items():
+        place = os.path.normpath(name)
+        if os.path.isabs(place) or place.startswith(os.pardir):
+            raise UserError(
+                f"{index}: {tensor}: expected a file in this directory, got {name}. Take the index "
+                "of the model's authors."
+            )
     return sorted({directory / name for name in names})
 
 
@@ -107,7 +117,12 @@ def open_safetensors_file(file: pathlib.Path) -> dict[str, StoredTensor]:
     size = io.size(file) or 0
     length = int.from_bytes(io.read_range(file, 0, 8), "little")
     text = b""
-    if length <= min(size - 8, MAX_HEADER_BYTES):
+    if length <= size - 8:
+        if length > MAX_HEADER_BYTES:
+            raise UserError(
+                f"{file}: its header takes {length:,} bytes, and at most {MAX_HEADER_BYTES:,} are "
+                "read. Is it a model's?"
+            )
         text = io.read_range(file, 8, length)
     try:
         header = json.loads(text, object_pairs_hook=refuse_duplicate_keys)
@@ -120,11 +135,17 @@ def open_safetensors_file(file: pathlib.Path) -> dict[str, StoredTensor]:
         raise UserError(
             f"{file}: not a safetensors file: its header is no JSON object. Download it again."
         )
+    check_count(file, len(header))
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
+        raise UserError(
+            f"{file}: its __metadata__ is no JSON object of texts, and other libraries refuse "
+            "such a file. Download it again."
+        )
     data_start = 8 + length
     tensors: dict[str, StoredTensor] = {}
     for name, entry in header.items():
-        if name != "__metadata__":
-            tensors[name] = parse_header_entry(file, name, entry, data_start, size)
+        tensors[name] = parse_header_entry(file, name, entry, data_start, size)
     in_order = sorted(tensors, key=lambda name: tensors[name].start)
     for name, next_name in itertools.pairwise(in_order):
         tensor = tensors[name]
@@ -134,6 +155,15 @@ def open_safetensors_file(file: pathlib.Path) -> dict[str, StoredTensor]:
                 f"{file}: in its header {name} and {next_name} overlap. Download it again."
             )
     return tensors
+
+
+def check_count(file: pathlib.Path, n_tensors: int) -> None:
+    """Raise UserError for more tensors than a model has: naming them all would take minutes."""
+    if n_tensors > MAX_TENSORS:
+        raise UserError(
+            f"{file}: names {n_tensors:,} tensors, and at most {MAX_TENSORS:,} are read. "
+            "Is it a model's?"
+        )
 
 
 def parse_header_entry(
