@@ -95,9 +95,9 @@ def list_safetensors_files(directory: pathlib.Path) -> list[pathlib.Path]:
     if io.size(index) is None:
         return [directory / "model.safetensors"]
     weight_map = read_hf_json(index).get("weight_map")
-    names = []
-    if isinstance(weight_map, dict):
-        names = weight_map.values()
+    if not isinstance(weight_map, dict):
+        weight_map = {}
+    names = weight_map.values()
     check_count(index, len(names))
     are_texts = all(isinstance(name, str) for name in names)
     if not names or not are_texts:
