@@ -45,7 +45,7 @@ def export_model(
     def work(directory: pathlib.Path) -> dict[str, Any]:
         mesh = sharding.make_mesh(config.MeshConfig())
         model = load_model(source, mesh, find_stored_dtype(source))
-        if model.tokenizer_dir and model.tokenizer:
+        if model.tokenizer_dir:
             tokenizer.load_tokenizer(model.tokenizer_dir, model.tokenizer)  # or it is refused
         card = write_model_card(source, model)
         n_bytes = huggingface.write_hf_model(

@@ -5,10 +5,12 @@ Modules log by `log = logging.getLogger(__name__)`. Results (tables, samples) ar
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import pathlib
 import sys
 
+from jaxpt import io
+from jaxpt.spec import UserError
 from jaxpt.text import printable
 
 PACKAGE = "jaxpt"
@@ -25,6 +27,26 @@ class TerminalHandler(logging.Handler):
 
         tqdm.write(self.format(record), file=sys.stderr)
         sys.stderr.flush()
+
+
+class LineLogHandler(logging.Handler):
+    """Appends to a file; a line that cannot be written is left out."""
+
+    def __init__(self, path: io.Path):
+        """Open the file."""
+        super().__init__()
+        self.lines = io.LineLog(path)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Append one record."""
+        with contextlib.suppress(UserError):
+            self.lines.append(self.format(record))
+
+    def close(self) -> None:
+        """Write what is left."""
+        with contextlib.suppress(UserError):
+            self.lines.close()
+        super().close()
 
 
 class PrintableFormatter(logging.Formatter):
@@ -44,7 +66,7 @@ def set_up_logging() -> None:
         add_handler(TerminalHandler(), FORMAT)
 
 
-def set_rank(rank: int, n_processes: int, directory: pathlib.Path) -> None:
+def set_rank(rank: int, n_processes: int, directory: io.Path) -> None:
     """Let rank 0 alone speak on the terminal, and each rank write its warnings to a file.
 
     Args:
@@ -60,9 +82,7 @@ def set_rank(rank: int, n_processes: int, directory: pathlib.Path) -> None:
     with_rank = f"%(asctime)s %(levelname).1s [rank {rank}] %(message)s"
     if rank == 0:
         add_handler(TerminalHandler(), with_rank)
-    path = directory / "logs" / f"rank-{rank}.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    to_file = logging.FileHandler(path, encoding="utf-8")
+    to_file = LineLogHandler(directory / "logs" / f"rank-{rank}.log")
     to_file.setLevel(logging.WARNING)
     add_handler(to_file, with_rank)
 

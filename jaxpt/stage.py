@@ -37,6 +37,7 @@ T = TypeVar("T")
 
 RECORDED_PACKAGES = "jaxpt jax flax optax orbax-checkpoint grain sentencepiece tokenizers"
 RECORDED_PACKAGES += " transformers pyarrow"
+MAX_MESSAGE = 1600  # characters
 REQUEST = ".request"  # in a working directory: the fingerprint of the request it serves
 
 
@@ -313,7 +314,8 @@ def fingerprint_path(path: io.Path) -> str:
         return io.sha256(path)[:16]
     if not io.exists(path):
         raise UserError(f"{path}: not found. Check the path, or run the stage that writes it.")
-    return fingerprint({name: io.sha256(path / name) for name in io.list_files(path)})
+    directory = io.local_copy(path)  # a bucket's files are fetched once, for what reads them too
+    return fingerprint({name: io.sha256(directory / name) for name in io.list_files(directory)})
 
 
 def request_fingerprint(
@@ -488,6 +490,9 @@ def entry_point(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         message = printable(error, keep="\n")
+        if len(message) > MAX_MESSAGE:  # such as a list of a million names
+            half = MAX_MESSAGE // 2
+            message = f"{message[:half]} ... {message[-half:]}"
         sys.exit(f"error: {message}")
     except BrokenPipeError:  # whoever read our output (head, less) has gone
         nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -7,17 +7,34 @@ import subprocess
 import sys
 
 import buckets
+import jax
+import numpy as np
 import pytest
 from conftest import ROOT
 
-from jaxpt import io
+from jaxpt import config, export, io, stage
 from jaxpt.config import PackConfig, PrepareConfig, TokenizerConfig
 from jaxpt.data import loader, pack, prepare, sources, tokenizer
+from jaxpt.evaluate import harness
+from jaxpt.model import transformer
+from jaxpt.plan import cost
 from jaxpt.report import page
-from jaxpt.spec import UserError
+from jaxpt.spec import ModelSpec, UserError
+from jaxpt.train import initial_run
+from jaxpt.weights import checkpoint, huggingface, load
 
 WORDS = "Wind Käse łódź 山 море flows over naïve stones while старый café größer"
 N_FLIPS = 24
+SPEC = ModelSpec(
+    n_layers=3,
+    d_model=24,
+    d_ff=40,
+    n_heads=6,
+    n_kv_heads=2,
+    d_head=8,
+    vocab_size=352,
+    max_seq_len=56,
+)
 
 
 def write_texts(file):
@@ -42,10 +59,10 @@ def run_data_stages(source, workdir):
 def hash_outputs(workdir):
     """Name -> sha256 of what the stages wrote, without their manifests."""
     hashes = {}
-    for stage in ("corpus", "tokenizer", "packed"):
-        for name in io.list_files(workdir / stage):
+    for kind in ("corpus", "tokenizer", "packed"):
+        for name in io.list_files(workdir / kind):
             if name != "manifest.json":
-                hashes[f"{stage}/{name}"] = io.sha256(workdir / stage / name)
+                hashes[f"{kind}/{name}"] = io.sha256(workdir / kind / name)
     return hashes
 
 
@@ -97,6 +114,136 @@ def test_the_whole_pipeline_in_a_bucket_killed_ten_times_ends_as_on_a_disk(kind)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert done.stdout.count("| equal |") == 2
+
+
+def test_a_model_in_a_bucket_is_the_model_on_a_disk(made, bucket, tmp_path, monkeypatch, one):
+    """Exported there, evaluated, started from, and exported from that run."""
+    source, workdir = made
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    params = transformer.init_params(SPEC, 3, one)
+    given = tmp_path / "given"
+    huggingface.write_hf_model(SPEC, params, given, tokenizer_dir=workdir / "tokenizer")
+    here, there, start, again = tmp_path / "hf", bucket / "hf", bucket / "start", bucket / "again"
+    for out in (here, there):
+        export.export_model(given, out)
+    assert hash_files(there) == hash_files(here)
+    assert stage.fingerprint_path(there) == stage.fingerprint_path(here)
+    tasks = [f"bits_per_byte/{source}"]
+    results = [
+        harness.evaluate_model(place, tasks, limit=2, backend=backend, to=to)
+        for place, backend, to in (
+            (here, "jax", None),
+            (there, "jax", bucket / "eval.json"),
+            (there, "hf", None),
+        )
+    ]
+    (name,) = results[0]["results"]
+    expected, found, by_torch = [result["results"][name] for result in results]
+    assert found == expected and found["n_bytes"] > 700
+    assert abs(by_torch["bits_per_byte,none"] - found["bits_per_byte,none"]) < 1e-4
+    assert io.read_json(bucket / "eval.json")["results"][name] == expected
+    settings = config.Config(initialize=config.InitializeConfig(source=str(there)))
+    initial_run.initialize_run(settings, start)
+    loaded = load.load_model(start, one)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+    encoders = [tokenizer.load_tokenizer(x) for x in (workdir / "tokenizer", loaded.tokenizer_dir)]
+    assert encoders[0].fingerprint == encoders[1].fingerprint
+    assert cost.read_source_spec(str(there)) == cost.read_source_spec(str(start)) == SPEC
+    assert "step 0" in next(checkpoint.describe_checkpoint(start))
+    export.export_model(start, again)
+    weights = io.path(str(again)) / "model.safetensors"
+    assert io.sha256(weights) == io.sha256(here / "model.safetensors")
+    assert not [name for name in os.listdir(tmp_path) if ":" in name]
+
+
+def hash_files(directory):
+    """Name -> sha256 but of what names its place."""
+    names = io.list_files(directory).keys() - {"manifest.json", "README.md"}
+    return {name: io.sha256(directory / name) for name in names}
+
+
+# ---- connections
+
+REFUSE = """
+import socket
+class Refusing(socket.socket):
+    def connect(self, address):
+        refuse(self.family, address)
+        super().connect(address)
+    connect_ex = connect
+def refuse(family, address):
+    if family != socket.AF_UNIX:
+        with open({asked!r}, "a") as file:
+            print(address, file=file)
+        raise OSError("a connection was opened")
+def refuse_name(*where, **how):
+    refuse(None, where)
+socket.socket, socket.getaddrinfo, socket.create_connection = Refusing, refuse_name, refuse_name
+"""
+COMMANDS = """
+initialize --from hf --to start --probe 0 --check
+initialize --from random --config small.py --config.model.vocab_size=352 --to random --probe 0
+train --config small.py --workdir run --config.initialize.source=start
+plan --config small.py --on cpu:1
+export_hf --from run --to exported
+evaluate --model run --backend jax --tasks bits_per_byte/t=text:text.txt --to run/eval/t.json
+evaluate --model exported --backend hf --tasks bits_per_byte/t=text:text.txt
+compare --models hf exported --prompts prompts.txt --max-new 3
+compare --models hf exported --differ t=text:text.txt
+trace --workdir run --step 2 --losses
+checkpoint inspect run
+checkpoint diff run/checkpoints/2 run/checkpoints/2
+report --workdir run --to run/report.html
+report --lineage exported --verify
+"""
+RUN_ALL = """
+import shlex, sys
+sys.path.insert(0, "tests")
+import entry_points
+home, *lines = sys.argv[1:]
+for line in lines:
+    command, *words = shlex.split(line)
+    status, printed = entry_points.run_command(command, words, home)
+    print(line, printed)
+    assert status == 0, printed
+"""
+RECIPE = """
+from jaxpt.config import defaults
+def get_config():
+    c = defaults()
+    c.mixture.packed_paths, c.pack.seq_len = ("packed",), 48
+    c.model.n_layers, c.model.d_model, c.model.d_ff = 3, 24, 40
+    c.model.n_heads, c.model.n_kv_heads, c.model.d_head, c.model.max_seq_len = 6, 2, 8, 56
+    c.train.steps, c.train.batch_size, c.train.eval_sequences = 2, 8, 8
+    c.optim.warmup_steps = 1
+    return c
+"""
+
+
+def test_no_command_opens_a_connection_that_was_not_asked_for(made, tmp_path, one):
+    """Each to its end, with sockets that refuse and no HF_HUB_OFFLINE."""
+    pytest.importorskip("torch")
+    source, workdir = made
+    home = tmp_path / "home"
+    shutil.copytree(workdir, home)
+    params = transformer.init_params(SPEC, 3, one)
+    huggingface.write_hf_model(SPEC, params, home / "hf", tokenizer_dir=home / "tokenizer")
+    (home / "small.py").write_text(RECIPE)
+    (home / "text.txt").write_text("The ship sailed at dawn. " * 40)
+    (home / "prompts.txt").write_text("The ship\n")
+    (tmp_path / "sitecustomize.py").write_text(REFUSE.format(asked=str(tmp_path / "asked")))
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "HF_TOKEN": "hf_secret"}
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        environment.pop(name, None)
+    data = f"--config small.py --workdir again --config.prepare.sources=\"('{source}',)\""
+    data += " --config.tokenizer.vocab_size=350 --config.pack.seq_len=48"
+    stages = [f"{name} {data}" for name in ("prepare", "train_tokenizer", "pack")]
+    command = [sys.executable, "-c", RUN_ALL, home, *stages, *COMMANDS.strip().splitlines()]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    asked = tmp_path / "asked"
+    assert not asked.exists(), asked.read_text()
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
 
 
 # ---- the locale

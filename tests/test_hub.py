@@ -285,6 +285,8 @@ def test_a_model_is_fetched_without_what_could_run_code_or_lies_there_twice(
         "original/tokenizer.model",
         "onnx/model.onnx",
         "modeling.py",
+        "tokenizer_theirs.py",
+        "vocab.pkl",
         "README.md",
     ]
     server.commit("org/tiny", files | dict.fromkeys(rest, b"x"))

@@ -74,7 +74,7 @@ def test_export_of_import_is_bit_equal(name, tmp_path):
     assert before.keys() == after.keys()
     for tensor in before:
         np.testing.assert_array_equal(
-            before[tensor].read_bytes(), after[tensor].read_bytes(), err_msg=tensor
+            before[tensor].map_numbers(), after[tensor].map_numbers(), err_msg=tensor
         )
     assert huggingface.read_hf_spec(tmp_path / "out") == spec
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
@@ -110,7 +110,7 @@ def test_each_type_comes_in_exactly_and_goes_out_as_it_came(dtype, tmp_path, one
     spec, params = huggingface.load_hf_model(tmp_path / "in", one, dtype)
     huggingface.write_hf_model(spec, params, tmp_path / "out")
     for name, tensor in safetensors_file.open_safetensors(tmp_path / "out").items():
-        assert tensor.read_bytes().tobytes() == stored[name].read_bytes().tobytes(), name
+        assert tensor.map_numbers().tobytes() == stored[name].map_numbers().tobytes(), name
     _, params = huggingface.load_hf_model(tmp_path / "in", one, "float32")
     np.testing.assert_array_equal(
         params["blocks"]["down"][3],
@@ -366,7 +366,7 @@ BROKEN = {
     ),
     "a size in words": (
         lambda d: edit_config(d, hidden_size="24"),
-        "hidden_size: expected an integer of at least 1, got '24'",
+        "hidden_size: expected an integer from 1 to 2147483647, got '24'",
     ),
     "odd heads": (
         lambda d: edit_config(d, head_dim=7),

@@ -29,8 +29,8 @@ def run(arguments: argparse.Namespace) -> None:
     from jaxpt.weights import checkpoint
 
     if arguments.action == "inspect":
-        for line in checkpoint.describe_checkpoint(arguments.directory):
-            print(io.printable(line))
+        for lines in checkpoint.describe_checkpoint(arguments.directory):
+            print(io.printable(lines, keep="\n"))
     else:
         differences = checkpoint.diff_checkpoints(*arguments.directories)
         for line in differences or ["equal: every array, bit by bit"]:

@@ -8,13 +8,19 @@ converted exactly is refused.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
+import hashlib
+import importlib.metadata
 import itertools
 import json
 import logging
+import os
 import pathlib
 import re
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,6 +29,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from jaxpt import config, io, stage
+from jaxpt.data import tokenizer_trial
 from jaxpt.spec import Manifest, Record, UserError
 
 log = logging.getLogger(__name__)
@@ -48,8 +55,9 @@ SENTENCEPIECE_OPTIONS = {
 # the training sample is drawn in spans of this length, so that a long book counts by its length
 MAX_SPAN_CHARS = 4_000
 # keys of a tokenizer_config.json that are kept
-SAVED_CONFIG_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token")
-SAVED_CONFIG_KEYS += ("model_max_length", "padding_side", "chat_template")
+SPECIAL_TOKEN_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token")
+SAVED_CONFIG_KEYS = (*SPECIAL_TOKEN_KEYS, "model_max_length", "padding_side", "chat_template")
+TRIAL_SECONDS = 120  # how long a tokenizer.json is tried
 # of letters, cases and white space only: what a normalizer changes
 PROBE = "Ab  C\nd\n\n e"
 # a text longer than this is encoded in parts, of which so many characters at once
@@ -479,20 +487,75 @@ def read_tokenizer_source(where: io.Path | str) -> TokenizerSource:
     io.check_published([first, *rest, template])
     if first.suffix == ".model":
         return convert_sentencepiece(io.read_bytes(first), str(first))
-    try:
-        tokenizer_config = {}
-        for file in rest:
-            tokenizer_config = io.read_json(file)
-        chat_template = io.read_text_if_there(template)
-        if chat_template is not None:
-            tokenizer_config["chat_template"] = chat_template
-        backend = Backend.from_str(io.read_text(first))
-        return TokenizerSource(backend, tokenizer_config)
-    except Exception as error:  # tokenizers raises bare Exception
+    tokenizer_config = {}
+    for file in rest:
+        tokenizer_config = read_tokenizer_config(file)
+    if io.size(template) is not None:
+        tokenizer_config["chat_template"] = io.read_text(template)
+    text = io.read_text(first)
+    reason = find_fault(text)
+    if not reason:
+        try:
+            return TokenizerSource(Backend.from_str(text), tokenizer_config)
+        except Exception as error:  # tokenizers raises bare Exception
+            reason = str(error)
+    raise UserError(
+        f"{io.printable(where)}: cannot be read as a tokenizer ({io.printable(reason)}). "
+        "Get the files again from where they came."
+    )
+
+
+def read_tokenizer_config(file: io.Path) -> dict[str, Any]:
+    """Return tokenizer_config.json. Raise UserError if its special tokens are no texts."""
+    found = io.read_json(file)
+    if not isinstance(found, dict):
         raise UserError(
-            f"{io.printable(where)}: cannot be read as a tokenizer ({error}). "
-            "Get the files again from where they came."
-        ) from None
+            f"{io.printable(file)}: expected a JSON object, got a {type(found).__name__}. "
+            "Get the file again from where it came."
+        )
+    for key in SPECIAL_TOKEN_KEYS:
+        text = get_token_text(found.get(key))
+        if not isinstance(text, str | None):
+            raise UserError(
+                f"{io.printable(file)}: {key}: expected a token's text, got "
+                f"{io.printable(repr(text)[:80])}. Get the file again from where it came."
+            )
+    return found
+
+
+def find_fault(tokenizer_json: str) -> str:
+    """Return why a tokenizer.json is of no use, tried in a process of its own; "" if it is of use.
+
+    The cache remembers what was tried, by which trial and library.
+    """
+    data = tokenizer_json.encode()
+    tried = None
+    with contextlib.suppress(UserError):
+        trial = io.read_bytes(pathlib.Path(tokenizer_trial.__file__))
+        library = importlib.metadata.version("tokenizers").encode()
+        name = hashlib.sha256(trial + library + data).hexdigest()
+        tried = io.cache_directory() / "tokenizers" / name
+        if io.exists(tried):
+            return ""
+    # one thread: each takes 64 MB of the addresses that are allowed
+    environment = {**os.environ, "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", tokenizer_trial.__file__],
+            input=data,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            timeout=TRIAL_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        done = None
+    if done is None or done.returncode:
+        return "the tokenizers library breaks off on a short text, or takes too long or much for it"
+    if tried and not done.stdout:
+        with contextlib.suppress(UserError):
+            io.write_text(tried, "")
+    return done.stdout.decode("utf-8", "replace")
 
 
 def find_tokenizer_files(path: io.Path) -> list[io.Path]:

@@ -16,7 +16,6 @@ import logging
 import math
 import os
 import pathlib
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -273,8 +272,7 @@ def export_temporarily(loaded: LoadedModel) -> Iterator[pathlib.Path]:
     if directory and huggingface.is_hf_directory(directory):
         yield directory
         return
-    with tempfile.TemporaryDirectory(prefix="jaxpt-") as name:
-        directory = pathlib.Path(name)
+    with io.temporary_directory() as directory:
         huggingface.write_hf_model(
             loaded.spec, loaded.params, directory, tokenizer_dir=loaded.tokenizer_dir
         )

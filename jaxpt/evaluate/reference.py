@@ -10,7 +10,6 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
-import tempfile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,16 +34,15 @@ def load_reference_model(hf_dir: pathlib.Path) -> Any:
     require_torch("torch", "transformers")
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
+    quiet_transformers()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             str(hf_dir), dtype="float32", local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # by what is wrong, of any type
         raise UserError(
-            f"{hf_dir}: transformers cannot open it ({reason}). Expected a directory that "
-            "jaxpt export_hf wrote."
+            f"{hf_dir}: transformers cannot open it ({describe_error(error)}). Expected a "
+            "directory that jaxpt export_hf wrote."
         ) from None
     return model.eval()
 
@@ -57,23 +55,37 @@ def open_hf_tokenizer(directory: pathlib.Path) -> Any:
     """
     import transformers
 
+    quiet_transformers()
     settings = directory / "tokenizer_config.json"
-    with tempfile.TemporaryDirectory(prefix="jaxpt-") as name:
+    with io.temporary_directory() as copied:
         opened = directory
         text = io.read_text_if_there(settings)
         if text and "auto_map" in json.loads(text):
-            opened = pathlib.Path(name)
+            opened = copied
             huggingface.copy_tokenizer(directory, opened)
         try:
             return transformers.AutoTokenizer.from_pretrained(
                 str(opened), local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # by what is wrong, of any type
             raise UserError(
-                f"{directory}: transformers cannot open its tokenizer ({reason}). "
+                f"{directory}: transformers cannot open its tokenizer ({describe_error(error)}). "
                 "Get the files again from where they came."
             ) from None
+
+
+def describe_error(error: Exception) -> str:
+    """Return the first line of an error's text, or its type."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0]
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' warnings, which print names of a directory's files as they are, back."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def require_torch(*packages: str) -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import importlib
 import logging
-import math
 import pathlib
 import pkgutil
 from collections.abc import Callable, Mapping
@@ -21,6 +20,8 @@ logger = logging.getLogger(__name__)
 HfConfig = dict[str, Any]  # a config.json
 
 REQUIRED = object()  # the default of a key that must be there
+MAX_INT = 2**31 - 1
+MAX_SHOWN = 200  # characters of a value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,34 +38,35 @@ class Kind:
 
 
 def is_size(value: Any) -> bool:
-    """Return whether a JSON value is an integer of at least 1."""
-    return type(value) is int and value > 0
+    """Return whether a JSON value is an integer of at least 1, as the devices' integers hold it."""
+    return type(value) is int and 0 < value <= MAX_INT
 
 
 def is_positive(value: Any) -> bool:
-    """Return whether a JSON value is a finite number above 0."""
-    return type(value) in (int, float) and 0 < value < math.inf
+    """Return whether a JSON value is a number above 0, as the devices hold it."""
+    return is_not_negative(value) and value > 0
 
 
 def is_not_negative(value: Any) -> bool:
-    """Return whether a JSON value is a finite number of at least 0."""
-    return type(value) in (int, float) and 0 <= value < math.inf
+    """Return whether a JSON value is a number of at least 0, as the devices hold it."""
+    limits = {int: MAX_INT, float: rope.MAX_FLOAT}
+    return type(value) in limits and 0 <= value <= limits[type(value)]
 
 
 def is_token_id(value: Any) -> bool:
     """Return whether a JSON value is a token id."""
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value <= MAX_INT
 
 
 # deeper ones would only be a slip: their tensors' names alone would take minutes
 MAX_LAYERS = 10_000
 N_LAYERS = Kind(f"an integer from 1 to {MAX_LAYERS}", lambda x: is_size(x) and x <= MAX_LAYERS)
 ACTIVATION = Kind(" or ".join(CHOICES["activation"]), lambda x: x in CHOICES["activation"])
-SIZE = Kind("an integer of at least 1", is_size)
-POSITIVE = Kind("a number above 0", is_positive)
-NOT_NEGATIVE = Kind("a number of at least 0", is_not_negative)
+SIZE = Kind(f"an integer from 1 to {MAX_INT}", is_size)
+POSITIVE = Kind("a number above 0 that float32 holds", is_positive)
+NOT_NEGATIVE = Kind("a number of at least 0 that float32 holds", is_not_negative)
 SWITCH = Kind("true or false", lambda value: type(value) is bool)
-TOKEN_ID = Kind("a token id", is_token_id)
+TOKEN_ID = Kind(f"a token id, from 0 to {MAX_INT}", is_token_id)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,8 +314,11 @@ def check_uniform_layer_types(
 
 def refuse(path: pathlib.Path, key: str, supported: str, value: Any) -> UserError:
     """Return the error for a value that is not supported."""
+    got = repr(value)
+    if len(got) > MAX_SHOWN:
+        got = f"{got[:MAX_SHOWN]}..."
     return UserError(
-        f"{path}: {key}: expected {supported}, got {value!r}. Convert the model, or take another."
+        f"{path}: {key}: expected {supported}, got {got}. Convert the model, or take another."
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import pathlib
 from typing import Any
 
@@ -12,6 +11,7 @@ HfConfig = dict[str, Any]  # a config.json
 
 DEFAULT_THETA = 10_000.0  # of most of transformers' classes
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+MAX_FLOAT = 3e38  # of float32
 ORIGINAL_KEY = "original_max_position_embeddings"
 # of yarn; they are supported with these values only
 YARN_DEFAULTS = {"mscale": (None,), "mscale_all_dim": (None,), "truncate": (None, True)}
@@ -85,7 +85,7 @@ def read_rope_object(
 def explain(path: pathlib.Path, rope: Any, error: Exception) -> UserError:
     """Return the error for rope parameters that cannot be read."""
     return UserError(
-        f"{path}: cannot read its rope parameters {rope} ({error}). "
+        f"{path}: cannot read its rope parameters {rope!r:.200} ({error}). "
         "Is it the file of the model's authors?"
     )
 
@@ -127,11 +127,14 @@ def read_yarn(rope: dict[str, Any], factor: float, original: int) -> RopeScaling
 
 
 def get_number(values: dict[str, Any], key: str, default: Any = None) -> float:
-    """Return a finite number above 0. Raise ValueError or TypeError for anything else."""
-    value = float(values.get(key, default))
-    if not 0 < value < math.inf:
-        raise ValueError(f"{key} {value}")
-    return value
+    """Return a number above 0 that float32 holds. Raise ValueError or TypeError for another."""
+    value = values.get(key, default)
+    if isinstance(value, int) and value > MAX_FLOAT:
+        raise ValueError(f"{key} is too large")
+    number = float(value)
+    if not 0 < number <= MAX_FLOAT:
+        raise ValueError(f"{key} {number}")
+    return number
 
 
 def write_rope(spec: ModelSpec) -> HfConfig:

@@ -33,6 +33,7 @@ from jaxpt.io.files import (
     list_names,
     make_directory,
     map_file,
+    map_part,
     open_read,
     open_write,
     read_bytes,
@@ -45,6 +46,7 @@ from jaxpt.io.files import (
     remove,
     remove_working,
     size,
+    temporary_directory,
     version,
     write_bytes,
     write_json,
@@ -54,6 +56,7 @@ from jaxpt.io.files import (
 )
 from jaxpt.io.lock import Lock, hold, take
 from jaxpt.io.paths import BucketPath, Path, path
+from jaxpt.io.patterns import match_files
 from jaxpt.io.published import (
     Damage,
     SealedFile,
@@ -103,6 +106,8 @@ __all__ = [
     "local_copy",
     "make_directory",
     "map_file",
+    "map_part",
+    "match_files",
     "open_read",
     "open_write",
     "path",
@@ -125,6 +130,7 @@ __all__ = [
     "sha256",
     "size",
     "take",
+    "temporary_directory",
     "version",
     "working_directory",
     "write_bytes",

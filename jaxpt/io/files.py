@@ -16,6 +16,7 @@ import pathlib
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -54,8 +55,8 @@ def version(path: Path) -> str:
         text = f"{found.size} bytes, {found.version}" if found else None
     else:
         with explain("looked at", path):
-            stat = path.stat()
-            text = f"{stat.st_size} bytes, {stat.st_mtime_ns}"
+            state = path.stat()
+            text = f"{state.st_size} bytes, {state.st_mtime_ns}"
     if text is None:
         raise MissingFileError(f"{printable(path)}: not found. Check the path.")
     return text
@@ -94,7 +95,9 @@ def list_files(directory: Path) -> dict[str, int]:
                     continue
                 file = pathlib.Path(parent, name)
                 with contextlib.suppress(FileNotFoundError):  # removed since, or a link to nothing
-                    sizes[file.relative_to(directory).as_posix()] = file.stat().st_size
+                    found = file.stat()
+                    if stat.S_ISREG(found.st_mode):  # no pipe, no device
+                        sizes[file.relative_to(directory).as_posix()] = found.st_size
     return dict(sorted(sizes.items()))
 
 
@@ -129,15 +132,15 @@ def read_bytes(path: Path) -> bytes:
     """Return all of a file. Raise MissingFileError if it is not there."""
     if isinstance(path, BucketPath):
         return bucket.read(path)
-    with explain("read", path):
-        return path.read_bytes()
+    with explain("read", path), open_file(path) as file:
+        return file.read()
 
 
 def read_range(path: Path, start: int, n_bytes: int) -> bytes:
     """Return bytes of a file from `start` on; fewer where it ends."""
     if isinstance(path, BucketPath):
         return bucket.read(path, start, start + n_bytes)
-    with explain("read", path), open(path, "rb") as file:
+    with explain("read", path), open_file(path) as file:
         file.seek(start)
         return file.read(n_bytes)
 
@@ -148,13 +151,49 @@ def map_file(path: pathlib.Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
+def map_part(path: pathlib.Path, start: int, n_bytes: int) -> memoryview:
+    """Map bytes of a file on a disk into memory, for reading, until the view is dropped."""
+    if not n_bytes:
+        return memoryview(b"")
+    n_before = start % mmap.ALLOCATIONGRANULARITY
+    with explain("read", path), open(path, "rb") as file:
+        try:
+            mapped = mmap.mmap(
+                file.fileno(),
+                n_before + n_bytes,
+                access=mmap.ACCESS_READ,
+                offset=start - n_before,
+            )
+        except ValueError:
+            raise FileError(
+                f"{printable(path)}: became shorter while it was read. Run the same command again."
+            ) from None
+    return memoryview(mapped)[n_before:]
+
+
 def open_read(path: Path) -> BufferedIOBase:
     """Open a file for reading from its start to its end. What reads it explains its errors."""
     if isinstance(path, BucketPath):
         with explain("read", path):
             return BufferedReader(bucket.open_bucket(path).open(path.address, "rb"))
     with explain("read", path):
-        return open(path, "rb")
+        return open_file(path)
+
+
+def open_file(path: pathlib.Path) -> BufferedReader:
+    """Open a file on a disk. A pipe that nobody writes is empty; a device is refused."""
+    file = open(path, "rb", opener=open_without_waiting)
+    mode = os.fstat(file.fileno()).st_mode
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        file.close()
+        raise FileError(f"{printable(path)}: is a device. Give a file.")
+    os.set_blocking(file.fileno(), True)
+    return file
+
+
+def open_without_waiting(name: str, flags: int) -> int:
+    """Open a file; of a pipe, do not wait for who writes it."""
+    return os.open(name, flags | os.O_NONBLOCK)
 
 
 def read_text(path: Path) -> str:
@@ -501,6 +540,16 @@ def remove_working(directory: pathlib.Path) -> None:
             directory.unlink()
         elif directory.exists():
             shutil.rmtree(directory)
+
+
+@contextlib.contextmanager
+def temporary_directory() -> Iterator[pathlib.Path]:
+    """Yield a directory on a disk, removed afterwards; what is written there is not synced."""
+    with contextlib.ExitStack() as stack:
+        with explain("written", "the directory for temporary files (TMPDIR)"):
+            temporary = tempfile.TemporaryDirectory(prefix="jaxpt-", suffix=WORKING)
+            name = stack.enter_context(temporary)
+        yield pathlib.Path(name)
 
 
 def is_working(path: pathlib.Path) -> bool:

@@ -21,7 +21,7 @@ import logging
 import os
 import pathlib
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from jaxpt.io import bucket, files
 from jaxpt.io.errors import FileError, MissingFileError, explain, printable
@@ -29,6 +29,8 @@ from jaxpt.io.paths import BucketPath, Path
 from jaxpt.spec import UserError
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MANIFEST = "manifest.json"
 REPLACED = ".replaced.json"  # the manifest of what is being replaced, while it is
@@ -294,14 +296,16 @@ def check_published(paths: Iterable[Path]) -> None:
     what came from elsewhere.
     """
     known: dict[Path, dict[str, SealedFile]] = {}
+    expected: dict[Path, SealedFile] = {}
     for path in paths:
         for depth, directory in enumerate(path.parents[:PUBLISHED_DEPTH], 1):
             if directory not in known:
                 known[directory] = read_sealed_if_there(directory)
             name = "/".join(path.parts[-depth:])
             if name in known[directory]:
-                check_bytes(path, known[directory][name])
+                expected[path] = known[directory][name]
                 break
+    map_threads(lambda path: check_bytes(path, expected[path]), expected)
 
 
 def read_sealed_if_there(directory: Path) -> dict[str, SealedFile]:
@@ -317,7 +321,8 @@ def check_bytes(path: Path, expected: SealedFile) -> None:
     if is_sha256 and sha256(path) != expected.checksum:
         raise FileError(
             f"{printable(path)}: was changed since it was written (its checksum is not its "
-            "manifest's). Get it again from where it came, or run its stage again with --replace."
+            "manifest's). Get it again from where it came, or run its stage again with --replace; "
+            "if the change was meant, remove manifest.json."
         )
 
 
@@ -338,10 +343,10 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def map_threads(function: Callable[[str], Any], names: Iterable[str], n: int = 0) -> list[Any]:
-    """Return the function of each name, in their order. Hashing and waiting free the GIL."""
+def map_threads(function: Callable[[T], Any], items: Iterable[T], n: int = 0) -> list[Any]:
+    """Return the function of each item, in their order. Hashing and waiting free the GIL."""
     with concurrent.futures.ThreadPoolExecutor(n or os.cpu_count()) as pool:
-        return list(pool.map(function, names))
+        return list(pool.map(function, items))
 
 
 # ---- removing what was published

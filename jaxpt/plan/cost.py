@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 
-from jaxpt import flops, initialize
+from jaxpt import flops, initialize, io
 from jaxpt.config import Config, PlanConfig
 from jaxpt.growth.growth import Parent
 from jaxpt.growth.parse import plan_growth
@@ -122,7 +122,7 @@ def read_source_spec(source: str) -> ModelSpec:
     step_dir = checkpoint.find_checkpoint(directory)
     if step_dir:
         return read_spec(step_dir / "spec.json")
-    return huggingface.read_hf_spec(directory)
+    return huggingface.read_hf_spec(io.local_copy(directory))
 
 
 def project_target(

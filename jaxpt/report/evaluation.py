@@ -169,12 +169,12 @@ def sort_key(column: EvalColumn, runs: list[RunData]) -> tuple[int, int, bool]:
     return read.get_run_index(column.model, runs), column.step or 0, column.backend == "hf"
 
 
-def label_apart(columns: list[EvalColumn], rename: Callable[[EvalColumn], str]) -> None:
+def label_apart(columns: list[EvalColumn], make_name: Callable[[EvalColumn], str]) -> None:
     """Rename the models of columns that have one label."""
     labels = [column.label for column in columns]
     for column, label in zip(columns, labels, strict=True):
         if labels.count(label) > 1:
-            column.model = rename(column)
+            column.model = make_name(column)
 
 
 def index_scores(scores: Iterable[TaskScore]) -> dict[MetricKey, TaskScore]:

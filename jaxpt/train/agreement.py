@@ -142,7 +142,7 @@ def list_environment() -> dict[str, str]:
 def hash_code() -> str:
     """Return the hash of this package's source files."""
     package = pathlib.Path(__file__).resolve().parent.parent
-    files = sorted(package.rglob("*.py"))
+    files = io.find(package, "**/*.py")
     return stage.fingerprint({str(file.relative_to(package)): io.sha256(file) for file in files})
 
 

@@ -442,10 +442,8 @@ def choose_test_tokens(spec: ModelSpec, heldout: HeldoutData | None) -> np.ndarr
 
 def measure_free_memory() -> int:
     """Return the bytes of host memory that a process can still take; all of it if unknown."""
-    try:
-        for line in pathlib.Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    text = io.read_text_if_there(pathlib.Path("/proc/meminfo")) or ""
+    for line in text.splitlines():
+        if line.startswith("MemAvailable"):
+            return int(line.split()[1]) * 1024
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

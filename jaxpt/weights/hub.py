@@ -27,6 +27,7 @@ TOKENIZER_FILES = (
     "added_tokens",
     "chat_template",
 )
+TOKENIZER_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")  # no code, no pickles
 LINEAGE_FILES = ("jaxpt.json", "manifest.json")  # of our own exports
 
 
@@ -47,7 +48,9 @@ def download_model(source: str | io.Path) -> io.Path:
     from huggingface_hub import snapshot_download
 
     name, _, revision = address.removeprefix("hf:").partition("@")
-    tokenizer_patterns = [f"{prefix}*" for prefix in TOKENIZER_FILES]
+    tokenizer_patterns = [
+        f"{prefix}*{suffix}" for prefix in TOKENIZER_FILES for suffix in TOKENIZER_SUFFIXES
+    ]
     patterns = [*MODEL_FILES, *tokenizer_patterns, *LINEAGE_FILES]
     with explain_hub_errors(address):
         path = snapshot_download(name, revision=revision or None, allow_patterns=patterns)

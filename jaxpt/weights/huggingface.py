@@ -15,7 +15,6 @@ import math
 import os
 import pathlib
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -30,7 +29,7 @@ from jaxpt.model.param import ParamSpec, list_param_specs
 from jaxpt.model.transformer import Params
 from jaxpt.sharding import make_logical_sharding, make_replicated_sharding
 from jaxpt.spec import ModelSpec, UserError
-from jaxpt.weights.hub import TOKENIZER_FILES
+from jaxpt.weights.hub import TOKENIZER_FILES, TOKENIZER_SUFFIXES
 from jaxpt.weights.safetensors_file import (
     DTYPES,
     StoredTensor,
@@ -49,6 +48,7 @@ EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SHARD_BYTES = 5 * 10**9  # per file at most, Hugging Face's own default
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer or an expert, in a tensor's name
 MAX_WRONG_SHOWN = 12
+MAX_MISSING_LISTED = 10_000  # an absurd number of experts takes minutes to name
 
 
 def load_hf_model(
@@ -129,20 +129,9 @@ def open_weights(directory: pathlib.Path) -> dict[str, StoredTensor]:
     Raises:
         UserError: a file is missing or broken, or the index names one elsewhere.
     """
-    index = directory / INDEX
-    if not index.is_file():
-        return open_safetensors(directory)
-    if (directory / SINGLE_FILE).is_file():
+    has_index = io.size(directory / INDEX) is not None
+    if has_index and io.size(directory / SINGLE_FILE) is not None:
         return open_safetensors_file(directory / SINGLE_FILE)
-    weight_map = read_hf_json(index).get("weight_map")
-    if isinstance(weight_map, dict):
-        for tensor, name in weight_map.items():
-            place = os.path.normpath(str(name))
-            if os.path.isabs(place) or place.startswith(os.pardir):
-                raise UserError(
-                    f"{index}: {tensor}: expected a file in this directory, got {name}. Take the "
-                    "index of the model's authors."
-                )
     return open_safetensors(directory)
 
 
@@ -176,8 +165,6 @@ def write_hf_model(
     config = family.write_config(spec, np_dtype.name)
     tensors = list(list_hf_tensors(spec))
     is_writer = jax.process_index() == 0
-    if is_writer:
-        directory.mkdir(parents=True, exist_ok=True)
     shards = split_shards_by_size(tensors, np_dtype)
     n_shards = len(shards)
     weight_map = {}
@@ -204,7 +191,7 @@ def write_hf_model(
     if tokenizer_dir:
         copy_tokenizer(tokenizer_dir, directory)
     if card:
-        (directory / "README.md").write_text(card)
+        io.write_text(directory / "README.md", card)
     return n_bytes
 
 
@@ -214,13 +201,13 @@ def copy_tokenizer(source: pathlib.Path, directory: pathlib.Path) -> None:
     Not `auto_map`, which names code of strangers: instead of their class the one that reads
     tokenizer.json as it is.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    for file in sorted(source.iterdir()):
-        name = file.name
-        if name.startswith(TOKENIZER_FILES) and file.is_file() and file.suffix != ".py":
-            shutil.copyfile(file, directory / name)
+    for name in io.list_names(source):
+        file = source / name
+        is_copied = name.startswith(TOKENIZER_FILES) and name.endswith(TOKENIZER_SUFFIXES)
+        if is_copied and io.size(file) is not None:
+            io.copy_file(file, directory / name)
     settings_file = directory / "tokenizer_config.json"
-    if settings_file.is_file():
+    if io.size(settings_file) is not None:
         settings = read_hf_json(settings_file)
         if settings.pop("auto_map", None):
             settings["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -329,6 +316,14 @@ def list_hf_tensors(spec: ModelSpec) -> Iterator[HfTensor]:
             yield HfTensor(hf_name.format(*index), tuple(weights), index)
 
 
+def count_hf_tensors(spec: ModelSpec) -> int:
+    """Return how many tensors the export has, without listing them."""
+    stacked = {}
+    for weight in list_hf_weights(spec):
+        stacked[weight.hf_name] = math.prod(weight.param.shape[: weight.param.n_stacked])
+    return sum(stacked.values())
+
+
 def match_tensors(
     spec: ModelSpec, stored: dict[str, StoredTensor], directory: pathlib.Path
 ) -> None:
@@ -336,6 +331,12 @@ def match_tensors(
 
     Compare tied copies.
     """
+    n_expected = count_hf_tensors(spec)
+    if n_expected > len(stored) + MAX_MISSING_LISTED:
+        raise UserError(
+            f"{directory}: its config.json describes {n_expected:,} tensors, but its files hold "
+            f"{len(stored):,}. Is the config.json that of this model?"
+        )
     expected = {tensor.name: tensor.shape for tensor in list_hf_tensors(spec)}
     absent = {name: shape for name, shape in expected.items() if name not in stored}
     wrong = [f"missing {text}" for text in list_by_pattern(absent)]
@@ -408,8 +409,8 @@ def tensors_equal(a: StoredTensor, b: StoredTensor | None) -> bool:
     for first in range(0, n_rows, step):
         stop = min(first + step, n_rows)
         rows = range(first, stop)
-        a_chunk = a.read_bytes(rows)
-        b_chunk = b.read_bytes(rows)
+        a_chunk = a.map_numbers(rows)
+        b_chunk = b.map_numbers(rows)
         if a_chunk.tobytes() != b_chunk.tobytes():
             return False
     return True
@@ -491,7 +492,7 @@ def read_tensor(
     out = allocate_array(out_shape, dtype)
     if len(tensor.shape) == 1:
         stop = weight.first_row + math.prod(shape)
-        whole = tensor.read_bytes()[weight.first_row : stop]
+        whole = tensor.map_numbers()[weight.first_row : stop]
         out[...] = whole.reshape(shape)[index]
         return out
     # a group of dimensions (heads x head width) is one dimension of the file; only the first of a
@@ -519,7 +520,7 @@ def read_tensor(
 
     def read_chunk(first: int) -> None:
         part = slice(first, first + step)
-        chunk = tensor.read_bytes(rows[part])
+        chunk = tensor.map_numbers(rows[part])
         chunk = chunk[:, columns.start : columns.stop]
         if n_in:
             transpose_into(chunk, flat[part].T)
@@ -591,7 +592,7 @@ def write_shard(
         file = None
         label = "gather"
         if path:
-            file = cleanup.enter_context(open(path, "wb"))
+            file = cleanup.enter_context(io.open_write(path))
             header_length = len(text).to_bytes(8, "little")
             file.write(header_length)
             file.write(text)

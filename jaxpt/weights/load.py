@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from typing import Any, NamedTuple
 
@@ -9,12 +10,33 @@ import jax
 
 from jaxpt import io
 from jaxpt.model import transformer
-from jaxpt.spec import ModelSpec, UserError
+from jaxpt.spec import ModelSpec, Record, UserError
 from jaxpt.stage import read_manifest, read_spec
 from jaxpt.weights import checkpoint, hub, huggingface, safetensors_file
 
 # beside an export's config.json: what a later start needs and config.json has no key for
 IMPORT_RECORD = "jaxpt.json"
+# files whose checksums are compared with those of the export that wrote them; not the model card
+WRITTEN_FILES = (".safetensors", ".index.json", "config.json", IMPORT_RECORD)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportRecord(Record):
+    """What IMPORT_RECORD says, where known.
+
+    Attributes:
+        step: of the run.
+        optimizer: its name.
+        lr: learning rate of the last step.
+        heldout: losses, a record of train.
+        tokenizer: fingerprint.
+    """
+
+    step: int | None = None
+    optimizer: str | None = None
+    lr: float | None = None
+    heldout: dict[str, Any] | None = None
+    tokenizer: str | None = None
 
 
 class LoadedModel(NamedTuple):
@@ -74,10 +96,12 @@ def load_model(
 def load_hf_source(source: io.Path, mesh: jax.sharding.Mesh, dtype: str) -> LoadedModel:
     """Load a Hugging Face directory. Raise UserError if the directory is none."""
     directory = fetch_hf_directory(source)
+    check_files(directory)
     spec, params = huggingface.load_hf_model(directory, mesh, dtype)
     record: dict[str, Any] = {}
     if (directory / IMPORT_RECORD).is_file():
         record = safetensors_file.read_hf_json(directory / IMPORT_RECORD)
+        ExportRecord.from_json(record, str(directory / IMPORT_RECORD))
     tokenizer_dir = directory if (directory / "tokenizer.json").is_file() else None
     step, fingerprint = record.get("step"), record.get("tokenizer")
     return LoadedModel(spec, params, tokenizer_dir, source, step, fingerprint, record)
@@ -94,6 +118,24 @@ def fetch_hf_directory(source: io.Path) -> pathlib.Path:
             "check the path."
         )
     return io.local_copy(source)
+
+
+def check_files(directory: pathlib.Path) -> None:
+    """Raise UserError for what is no file, and for what the export that wrote it has not written.
+
+    transformers and other libraries would wait for a pipe, or read a device, for ever.
+    """
+    files = []
+    for name in io.list_names(directory):
+        file = directory / name
+        if io.size(file) is not None:
+            if name.endswith(WRITTEN_FILES):
+                files.append(file)
+        elif io.exists(file) and not file.is_dir():
+            raise UserError(
+                f"{file}: is a pipe or device, and a model has only files. Take it away."
+            )
+    io.check_published(files)
 
 
 def resolve_source(source: io.Path | str) -> io.Path:

@@ -16,15 +16,18 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import pathlib
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from jaxpt import io
 from jaxpt.spec import UserError
 
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_HEADER_BYTES = 30_000_000  # the format's own limit is 100 MB, which take half a minute
+MAX_TENSORS = 200_000  # twice those of the largest mixtures
 CHUNK_BYTES = 8 * 2**20  # larger buffers would be new memory from the system each time
 DTYPES = {
     "F32": np.dtype("float32"),
@@ -51,24 +54,25 @@ class StoredTensor(NamedTuple):
         """Bytes of its numbers."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def read_bytes(self, rows: range | None = None) -> np.ndarray:
+    def map_numbers(self, rows: range | None = None) -> np.ndarray:
         """Return the whole tensor, or some rows of a matrix, as a memory map."""
-        if rows is None:
-            return np.memmap(self.file, self.dtype, "r", self.start, self.shape)
-        _, width = self.shape
-        skipped_bytes = rows.start * width * self.dtype.itemsize
-        start = self.start + skipped_bytes
-        shape = (len(rows), width)
-        return np.memmap(self.file, self.dtype, "r", start, shape)
+        shape = self.shape
+        start = self.start
+        if rows is not None:
+            _, width = self.shape
+            shape = (len(rows), width)
+            start += rows.start * width * self.dtype.itemsize
+        n_bytes = math.prod(shape) * self.dtype.itemsize
+        mapped = io.map_part(self.file, start, n_bytes)
+        return np.frombuffer(mapped, self.dtype).reshape(shape)
 
 
 def open_safetensors(directory: pathlib.Path) -> dict[str, StoredTensor]:
     """Return every tensor of a directory's safetensors files by name, without reading numbers."""
     stored: dict[str, StoredTensor] = {}
     for file in list_safetensors_files(directory):
-        if not file.is_file():
-            present = sorted(path.name for path in directory.iterdir())
-            names = ", ".join(present[:8])
+        if io.size(file) is None:
+            names = io.printable(", ".join(io.list_names(directory)[:8]))
             raise UserError(
                 f"{file}: not found (the directory holds: {names}). Weights are read from "
                 "safetensors only, since pickled ones (.bin, .pt) can run code; download the whole "
@@ -88,26 +92,38 @@ def open_safetensors(directory: pathlib.Path) -> dict[str, StoredTensor]:
 def list_safetensors_files(directory: pathlib.Path) -> list[pathlib.Path]:
     """Return the files that a directory's index names, or model.safetensors."""
     index = directory / "model.safetensors.index.json"
-    if not index.is_file():
+    if io.size(index) is None:
         return [directory / "model.safetensors"]
     weight_map = read_hf_json(index).get("weight_map")
-    names = []
-    if isinstance(weight_map, dict):
-        names = weight_map.values()
+    if not isinstance(weight_map, dict):
+        weight_map = {}
+    names = weight_map.values()
+    check_count(index, len(names))
     are_texts = all(isinstance(name, str) for name in names)
     if not names or not are_texts:
         raise UserError(f"{index}: has no weight_map from tensors to files. Download it again.")
+    for tensor, name in weight_map.items():
+        place = os.path.normpath(name)
+        if os.path.isabs(place) or place.startswith(os.pardir):
+            raise UserError(
+                f"{index}: {tensor}: expected a file in this directory, got {name}. Take the index "
+                "of the model's authors."
+            )
     return sorted({directory / name for name in names})
 
 
 def open_safetensors_file(file: pathlib.Path) -> dict[str, StoredTensor]:
     """Return every tensor in the header of one file. Raise UserError for a broken or cut file."""
-    size = file.stat().st_size
-    with open(file, "rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        text = b""
-        if length <= min(size - 8, MAX_HEADER_BYTES):
-            text = opened.read(length)
+    size = io.size(file) or 0
+    length = int.from_bytes(io.read_range(file, 0, 8), "little")
+    text = b""
+    if length <= size - 8:
+        if length > MAX_HEADER_BYTES:
+            raise UserError(
+                f"{file}: its header takes {length:,} bytes, and at most {MAX_HEADER_BYTES:,} are "
+                "read. Is it a model's?"
+            )
+        text = io.read_range(file, 8, length)
     try:
         header = json.loads(text, object_pairs_hook=refuse_duplicate_keys)
     except (ValueError, RecursionError) as error:
@@ -119,11 +135,17 @@ def open_safetensors_file(file: pathlib.Path) -> dict[str, StoredTensor]:
         raise UserError(
             f"{file}: not a safetensors file: its header is no JSON object. Download it again."
         )
+    check_count(file, len(header))
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
+        raise UserError(
+            f"{file}: its __metadata__ is no JSON object of texts, and other libraries refuse "
+            "such a file. Download it again."
+        )
     data_start = 8 + length
     tensors: dict[str, StoredTensor] = {}
     for name, entry in header.items():
-        if name != "__metadata__":
-            tensors[name] = parse_header_entry(file, name, entry, data_start, size)
+        tensors[name] = parse_header_entry(file, name, entry, data_start, size)
     in_order = sorted(tensors, key=lambda name: tensors[name].start)
     for name, next_name in itertools.pairwise(in_order):
         tensor = tensors[name]
@@ -133,6 +155,15 @@ def open_safetensors_file(file: pathlib.Path) -> dict[str, StoredTensor]:
                 f"{file}: in its header {name} and {next_name} overlap. Download it again."
             )
     return tensors
+
+
+def check_count(file: pathlib.Path, n_tensors: int) -> None:
+    """Raise UserError for more tensors than a model has: naming them all would take minutes."""
+    if n_tensors > MAX_TENSORS:
+        raise UserError(
+            f"{file}: names {n_tensors:,} tensors, and at most {MAX_TENSORS:,} are read. "
+            "Is it a model's?"
+        )
 
 
 def parse_header_entry(
@@ -205,7 +236,7 @@ def chunk_rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
 def read_hf_json(path: pathlib.Path) -> dict[str, Any]:
     """Return the JSON object in a file. Raise UserError if it holds none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(io.read_text(path))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}). Download it again.") from None
     if not isinstance(found, dict):
@@ -218,7 +249,7 @@ def read_hf_json(path: pathlib.Path) -> dict[str, Any]:
 def write_hf_json(path: pathlib.Path, value: dict[str, Any]) -> None:
     """Write JSON as transformers does."""
     text = json.dumps(value, indent=2)
-    path.write_text(text + "\n", encoding="utf-8")
+    io.write_text(path, text + "\n")
 
 
 def dtype_of_name(name: str) -> np.dtype:

@@ -1,13 +1,11 @@
-"""Files on disks and in buckets: found, opened, decompressed."""
+"""Files on disks and in buckets: opened, decompressed."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import glob
 import gzip
 import pathlib
-import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from io import BufferedIOBase, BufferedReader
@@ -17,40 +15,6 @@ from jaxpt import io
 from jaxpt.spec import UserError
 
 T = TypeVar("T")
-
-
-def glob_files(pattern: str) -> set[str]:
-    """Return the files that match. Raise UserError if a bucket does not answer."""
-    if is_remote(pattern):
-        return glob_bucket(pattern)
-    paths = [pathlib.Path(found) for found in glob.glob(pattern, recursive=True)]
-    return {path.as_posix() for path in paths if path.is_file()}
-
-
-def glob_bucket(pattern: str) -> set[str]:
-    """Return the objects that match, of one directory by a listing of it alone."""
-    from fsspec.utils import glob_translate
-
-    plain, pattern_below = split_glob(pattern)
-    directory = io.path(plain)
-    matches = re.compile(glob_translate(pattern_below)).fullmatch
-    if "/" in pattern_below or "**" in pattern_below:
-        names = filter(matches, io.list_files(directory))
-        return {str(directory / name) for name in names}
-    found = [str(directory / name) for name in io.list_names(directory) if matches(name)]
-    sizes = map_in_threads(lambda file: io.size(io.path(file)), found)
-    return {file for file, size in zip(found, sizes, strict=True) if size is not None}
-
-
-def split_glob(pattern: str) -> tuple[str, str]:
-    """Return the directory in front of a glob's first pattern, and the rest: a name at least."""
-    parts = pattern.split("/")
-    n_plain = len(parts) - 1
-    for i, part in enumerate(parts):
-        if glob.has_magic(part):
-            n_plain = i
-            break
-    return "/".join(parts[:n_plain]), "/".join(parts[n_plain:])
 
 
 @contextlib.contextmanager
@@ -88,7 +52,7 @@ def decompress(file: str, found: BufferedIOBase) -> BufferedIOBase:
         compressed: Any = pa.CompressedInputStream(found, "zstd")
         return BufferedReader(compressed)
     if file.endswith(".gz"):
-        return gzip.open(found)
+        return gzip.GzipFile(fileobj=found)
     return found
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 
 from jaxpt import io
-from jaxpt.data.sources.files import glob_files, is_remote
+from jaxpt.data.sources.files import is_remote
 from jaxpt.data.sources.source import TextSource, list_kinds
 from jaxpt.spec import UserError
 
@@ -81,7 +81,7 @@ def parse_source(text: str) -> TextSource:
 
 def find_source_files(text: str, kind: str, where: str) -> tuple[str, ...]:
     """Return the files that a glob matches, sorted. Raise UserError if there is none."""
-    files = tuple(sorted(glob_files(where)))
+    files = tuple(io.match_files(where))
     if files:
         return files
     if pathlib.Path(where).is_dir():

@@ -119,7 +119,7 @@ def list_stdlib_files() -> list[pathlib.Path]:
 def list_source_files(root: pathlib.Path) -> list[pathlib.Path]:
     """Return the Python files below root, sorted, without tests."""
     files = []
-    for file in root.rglob("*.py"):
+    for file in io.find(root, "**/*.py"):
         is_library = not NOT_LIBRARY & set(file.relative_to(root).parts[:-1])
         if is_library and not re.match(r"test_|.*_test\.py", file.name):
             files.append(file)
