@@ -22,9 +22,17 @@ from faults_pipeline import BY_NAME, Commands, Outcome, Stage, find_differences
 KINDS = ("cut", "emptied", "flipped", "zeroed")
 N_ZEROS = 4096
 # commands beside the pipeline's own, which only print
-TRACE = Stage("trace", ("trace", "--workdir", "base", "--step", "5"), "")
-LINEAGE = Stage("lineage", ("report", "--lineage", "hf", "--verify"), "")
-VERIFY = ("prepare", "train_tokenizer", "pack", "train", "initialize", "train the child", "export_hf")
+TRACE = Stage("trace", "trace --workdir base --step 5", "")
+LINEAGE = Stage("lineage", "report --lineage hf --verify", "")
+VERIFY = (
+    "prepare",
+    "train_tokenizer",
+    "pack",
+    "train",
+    "initialize",
+    "train the child",
+    "export_hf",
+)
 # where a file lies -> what reads it; "again": the finished stage itself, with --verify
 READERS = (
     ("base/corpus/heldout", ("pack", "evaluate", "prepare again")),
@@ -66,7 +74,7 @@ def find_reader(name: str, before: dict[str, pathlib.Path]) -> Reader:
     if not name.endswith(" again"):
         return Reader(stage, before[stage.name])
     if stage.name in VERIFY:
-        stage = stage._replace(words=(*stage.words, "--verify"))
+        stage = stage._replace(line=f"{stage.line} --verify")
     return Reader(stage, before[""])
 
 

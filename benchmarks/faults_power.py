@@ -1,4 +1,4 @@
-"""Cut the power of every stage of a small pipeline: what its disk holds at a moment is all there is.
+"""Cut the power of every stage of a small pipeline: what its disk holds is all that is left.
 
     python benchmarks/faults.py power [--cuts 12]
 
@@ -107,7 +107,7 @@ def try_power(
         cuts.append(Cut(scratch / "end.img", True, list_steps(home / stage.out)))
         copy_disk(image, cuts[-1].image)
     for k, cut in enumerate(cuts):
-        with mounted(cut.image, scratch / "cut") as disk:
+        with mounted(cut.image, scratch / "disk") as disk:
             problem, end = check_cut(commands, stage, disk / "home", before[""], cut)
         ends.append(end)
         if problem:
@@ -141,7 +141,8 @@ def stopped(group: int) -> Iterator[bool]:
     try:
         yield True
     finally:
-        os.killpg(group, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):  # it had ended, and was waited for since
+            os.killpg(group, signal.SIGCONT)
 
 
 def list_steps(run: pathlib.Path) -> list[int]:

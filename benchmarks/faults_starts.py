@@ -45,7 +45,7 @@ def try_starts(
         if len(refused) == 2:
             problems.append("both were refused")
         n_done = sum("nothing to do" in outcome.printed for outcome in outcomes)
-        if not refused and not n_done and stage.command not in FILES:
+        if not refused and not n_done and stage.name not in FILES:
             problems.append("both did the work")
         problems += find_differences(stage, home, before[""])
         ends["refused" if refused else "found it finished" if n_done else "wrote it too"] += 1

@@ -72,6 +72,7 @@ def run_stage(
     seed: int | None = None,
     tokenizer: str | None = None,
     replace: bool = False,
+    verify: bool = False,
 ) -> Manifest:
     """Call `work(working_directory)` and publish the directory as `out`, unless it is done.
 
@@ -86,6 +87,7 @@ def run_stage(
         seed: seed of the stage's randomness.
         tokenizer: fingerprint of the tokenizer in use.
         replace: overwrite this stage's result of another config or other inputs.
+        verify: before it is called done, compare checksums too, which reads every byte.
 
     Raises:
         UserError: `out` holds another result and `replace` is not set, or what no such stage
@@ -97,12 +99,12 @@ def run_stage(
     for key, path in inputs.items():
         found[key] = {"path": str(path), "fingerprint": fingerprint_path(path)}
     request = StageRequest(name, config, found, seed)
-    finished = find_finished(out, request, replace)
+    finished = find_finished(out, request, replace, verify)
     if finished:
         return finished
     with io.hold(out) as lock:
         io.finish_publishing(out)
-        finished = find_finished(out, request, replace)
+        finished = find_finished(out, request, replace, verify)
         if finished:
             return finished
         check_replaceable(out, request, replace)
@@ -121,7 +123,9 @@ def run_stage(
     return manifest
 
 
-def find_finished(out: io.Path, request: StageRequest, replace: bool) -> Manifest | None:
+def find_finished(
+    out: io.Path, request: StageRequest, replace: bool, verify: bool
+) -> Manifest | None:
     """Return the manifest of `out` if it is the requested work, and log that it is.
 
     Raises:
@@ -133,9 +137,10 @@ def find_finished(out: io.Path, request: StageRequest, replace: bool) -> Manifes
     there = request_fingerprint(manifest.stage, manifest.config, manifest.inputs, manifest.seed)
     if there != request.fingerprint:
         return None
-    damage = io.find_damage(out)
+    damage = io.find_damage(out, verify)
     if damage is None:
-        log.info(f"{request.name}: {out} is finished already, nothing to do")
+        verified = " (checksums verified)" if verify else ""
+        log.info(f"{request.name}: {out} is finished already{verified}, nothing to do")
         return manifest
     if not replace:
         raise UserError(

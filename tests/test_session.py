@@ -585,6 +585,32 @@ def test_checkpoints_are_saved_by_the_clock_and_those_at_round_steps_stay(
     assert saved == [6, 12, 13] and checkpoint.list_steps(tmp_path) == [6, 12, 13]
 
 
+def test_a_finished_run_that_was_damaged_since_goes_on_from_the_checkpoint_before(
+    make_config, tmp_path, output
+):
+    """Sizes are looked at always, checksums with verify."""
+    settings = make_config(train__steps=8, train__checkpoint_every=4, train__max_to_keep=2)
+    for run in ("whole", "run"):
+        loop.train_model(settings, tmp_path / run)
+    run = tmp_path / "run"
+    array = max((run / "checkpoints/8/params/d").iterdir(), key=lambda file: file.stat().st_size)
+    data = array.read_bytes()
+    array.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    output()
+    loop.train_model(settings, run)
+    assert "nothing to do" in output()
+    loop.train_model(settings, run, verify=True)
+    assert f"{array.name} was changed" in output()
+    array = max((run / "checkpoints/8/params/d").iterdir(), key=lambda file: file.stat().st_size)
+    array.write_bytes(b"")
+    (run / "tokenizer/tokenizer.json").write_bytes(b"")
+    loop.train_model(settings, run)
+    assert "has 0 bytes" in output()
+    assert checkpoint.diff_checkpoints(run, tmp_path / "whole") == []
+    loop.train_model(settings, run, verify=True)
+    assert "checksums verified" in output()
+
+
 def test_a_finished_run_whose_longer_start_is_refused_stays_finished(
     make_config, tmp_path, monkeypatch
 ):

@@ -90,7 +90,10 @@ class TextPart(NamedTuple):
 
 
 def train_tokenizer(
-    section: config.TokenizerConfig, workdir: io.Path | str, replace: bool = False
+    section: config.TokenizerConfig,
+    workdir: io.Path | str,
+    replace: bool = False,
+    verify: bool = False,
 ) -> Manifest:
     """Make WORKDIR/tokenizer: trained on WORKDIR/corpus/train, or adopted from tokenizer.source.
 
@@ -124,7 +127,7 @@ def train_tokenizer(
 
     out = workdir / "tokenizer"
     manifest = stage.run_stage(
-        "tokenizer", out, work, config=request, inputs=inputs, replace=replace
+        "tokenizer", out, work, config=request, inputs=inputs, replace=replace, verify=verify
     )
     n_tokens = manifest.counts["vocab_size"]
     log.info(f"tokenizer: {n_tokens:,} tokens, fingerprint {manifest.tokenizer},")

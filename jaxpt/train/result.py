@@ -11,7 +11,7 @@ from jaxpt.config import Config
 from jaxpt.data.storage import open_storage
 from jaxpt.spec import UserError
 from jaxpt.stage import read_manifest
-from jaxpt.train.provenance import result_config
+from jaxpt.train import provenance
 from jaxpt.train.records import CheckpointRecord, TrainCounts
 from jaxpt.train.session import Session
 from jaxpt.weights.load import resolve_source
@@ -24,7 +24,8 @@ Inputs = dict[str, dict[str, str]]
 def make_request(config: Config, packed: list[str]) -> stage.StageRequest:
     """Return what a run is asked for: settings, inputs and seed."""
     inputs = find_inputs(config.initialize.source, packed)
-    return stage.StageRequest("train", result_config(config), inputs, config.mixture.seed)
+    settings = provenance.result_config(config)
+    return stage.StageRequest("train", settings, inputs, config.mixture.seed)
 
 
 def find_inputs(source: str, packed: list[str]) -> Inputs:
@@ -40,8 +41,14 @@ def find_inputs(source: str, packed: list[str]) -> Inputs:
     return inputs
 
 
-def is_finished(run_dir: io.Path, request: stage.StageRequest) -> bool:
-    """Return whether a run holds the end of this training. Raise UserError if of another."""
+def is_finished(run_dir: io.Path, request: stage.StageRequest, verify: bool) -> bool:
+    """Return whether a run holds the whole end of this training.
+
+    A damaged one is not finished: it resumes from the newest undamaged checkpoint.
+
+    Raises:
+        UserError: it holds the end of another training.
+    """
     if not io.exists(run_dir / "manifest.json"):
         return False
     manifest = stage.read_manifest(run_dir)
@@ -54,7 +61,14 @@ def is_finished(run_dir: io.Path, request: stage.StageRequest) -> bool:
     train = request.config["train"]
     n_done, n_steps = manifest.counts["n_steps"], train["steps"]
     if there == request.fingerprint:
-        log.info(f"train: {run_dir} is finished already ({n_done:,} steps), nothing to do")
+        damage = find_damage(run_dir, verify)
+        if damage:
+            log.warning(f"train: {run_dir} was finished, but {damage}. It goes on from there")
+            return False
+        verified = "checksums verified, " if verify else ""
+        log.info(
+            f"train: {run_dir} is finished already ({verified}{n_done:,} steps), nothing to do"
+        )
         return True
     same = {**request.config, "train": {**train, "steps": n_done}}
     if n_steps > n_done and stage.to_jsonable(same) == manifest.config:
@@ -62,6 +76,15 @@ def is_finished(run_dir: io.Path, request: stage.StageRequest) -> bool:
         return False
     difference = stage.describe_difference(manifest, request)
     raise UserError(f"train: {run_dir} holds the result of {difference}. Give another --workdir.")
+
+
+def find_damage(run_dir: io.Path, verify: bool) -> str:
+    """Return what is wrong with the files of a finished run; empty if nothing is."""
+    damage = io.find_damage(run_dir, verify)
+    if damage:
+        return f"{io.printable(damage.name)} {damage.reason}"
+    copy = run_dir / "tokenizer"
+    return provenance.find_tokenizer_damage(copy) if verify and io.exists(copy) else ""
 
 
 def remove_manifest(run_dir: io.Path) -> None:
