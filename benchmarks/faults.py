@@ -6,6 +6,7 @@ their ends with that of an undisturbed one.
     python benchmarks/faults.py power [--cuts 12]     # faults_power.py: ext4 on a loop device
     python benchmarks/faults.py calls [--calls 300]   # faults_calls.py: each call of the system
     python benchmarks/faults.py starts [--rounds 5]   # faults_starts.py: two at once
+    python benchmarks/faults.py interrupts            # the same: Ctrl-C
     python benchmarks/faults.py files [--damages 700] # faults_files.py: every file of a pipeline
 
 After each fault the same command is run again. Checkpoints are compared bit by bit, metrics.jsonl
@@ -436,7 +437,7 @@ def campaign(home: pathlib.Path, n_kills: int, n_kills_of_two: int, seed: int) -
     return good
 
 
-PARTS = ("training", "power", "calls", "starts", "files")
+PARTS = ("training", "power", "calls", "starts", "interrupts", "files")
 
 
 def try_pipeline(scratch: pathlib.Path, part: str, n: int, seed: int) -> bool:
@@ -466,6 +467,8 @@ def try_pipeline(scratch: pathlib.Path, part: str, n: int, seed: int) -> bool:
         elif second:
             pair = (commands, second)
             tried = faults_starts.try_starts(pair, stage, before, scratch, n, seed)
+        elif part == "interrupts":
+            tried = faults_starts.try_interrupts(commands, stage, before, scratch, n, seed)
         else:
             tried = faults_power.try_power(commands, stage, before, scratch, n, seed)
         row(stage.name, *tried)
@@ -492,6 +495,7 @@ def main() -> None:
         "power": asked.cuts,
         "calls": asked.calls,
         "starts": asked.rounds,
+        "interrupts": asked.rounds,
         "files": asked.damages,
     }
     is_good = True

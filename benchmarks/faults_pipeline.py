@@ -282,6 +282,19 @@ def make_reference(scratch: pathlib.Path, commands: Commands) -> dict[str, pathl
     return before
 
 
+def measure_seconds(
+    commands: Commands, stage: Stage, before: dict[str, pathlib.Path], scratch: pathlib.Path
+) -> float:
+    """Return how long a stage takes."""
+    home = scratch / "timed"
+    shutil.copytree(before[stage.name], home)
+    start = time.monotonic()
+    commands.run(home, stage.words)
+    seconds = time.monotonic() - start
+    shutil.rmtree(home)
+    return seconds
+
+
 def find_differences(stage: Stage, home: pathlib.Path, reference: pathlib.Path) -> list[str]:
     """Return how the end of a stage differs from that in the reference; damage counts too."""
     from jaxpt import io

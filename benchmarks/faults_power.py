@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from faults_calls import judge
-from faults_pipeline import Commands, Outcome, Stage, find_differences
+from faults_pipeline import Commands, Outcome, Stage, find_differences, measure_seconds
 
 DISK_BYTES = 64_000_000
 
@@ -115,19 +115,6 @@ def try_power(
         cut.image.unlink()
     counts = [f"{ends.count(end)} {end}" for end in dict.fromkeys(ends)]
     return f"{len(cuts)} cuts: {', '.join(counts)}", wrong
-
-
-def measure_seconds(
-    commands: Commands, stage: Stage, before: dict[str, pathlib.Path], scratch: pathlib.Path
-) -> float:
-    """Return how long a stage takes."""
-    home = scratch / "timed"
-    shutil.copytree(before[stage.name], home)
-    start = time.monotonic()
-    commands.run(home, stage.words)
-    seconds = time.monotonic() - start
-    shutil.rmtree(home)
-    return seconds
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
-"""Start every stage of a small pipeline twice at once, in one directory.
+"""Start every stage of a small pipeline twice at once in one directory, or interrupt it by Ctrl-C.
 
     python benchmarks/faults.py starts [--rounds 5]
+    python benchmarks/faults.py interrupts [--rounds 5]
 
 One of the two ends well and equal. The other says who holds the directory, or, having come after
 its end, that there is nothing to do; commands that write one file may both write it.
@@ -8,13 +9,16 @@ its end, that there is nothing to do; commands that write one file may both writ
 
 from __future__ import annotations
 
+import contextlib
+import os
 import pathlib
 import random
+import signal
 import time
 from collections import Counter
 
 from faults_calls import judge, restore
-from faults_pipeline import Commands, Stage, find_differences
+from faults_pipeline import Commands, Stage, find_differences, measure_seconds
 
 FILES = ("evaluate", "compare", "report")  # commands that write one file, whole or not at all
 
@@ -53,3 +57,37 @@ def try_starts(
             wrong.append(f"{stage.name}: round {k}: {'; '.join(problems[:3])}")
     counts = [f"{ends[end]} {end}" for end in ends]
     return f"{n_rounds} rounds, the second: {', '.join(counts)}", wrong
+
+
+def try_interrupts(
+    commands: Commands,
+    stage: Stage,
+    before: dict[str, pathlib.Path],
+    scratch: pathlib.Path,
+    n_rounds: int,
+    seed: int = 0,
+) -> tuple[str, list[str]]:
+    """Press Ctrl-C while a stage works, several times. Return what happened, and what was wrong."""
+    rng = random.Random(f"{stage.name} {seed}")
+    home = scratch / "interrupts"
+    wrong, ends = [], Counter()
+    seconds = measure_seconds(commands, stage, before, scratch)
+    for k in range(n_rounds):
+        restore(home, before[stage.name])
+        group = commands.start(home, stage.words)
+        time.sleep(rng.uniform(0.05, max(seconds - 0.5, 0.2)))
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.killpg(group, signal.SIGINT)
+        outcome = commands.finish()
+        says = "run the same command again" in outcome.printed
+        is_good = outcome.status == 0 or (outcome.status in (130, 143) and says)
+        if outcome.has_traceback or outcome.is_hung or not is_good:
+            wrong.append(f"{stage.name}: round {k}: {outcome.describe()}")
+            continue
+        ends[f"exit {outcome.status}"] += 1
+        again = commands.run(home, stage.words)
+        differences = find_differences(stage, home, before[""])
+        if again.status or differences:
+            wrong.append(f"{stage.name}: round {k}: {again.describe()} {differences[:3]}")
+    counts = [f"{ends[end]} {end}" for end in ends]
+    return f"{n_rounds} interrupts: {', '.join(counts)}", wrong

@@ -8,6 +8,7 @@ with the same inputs and config. While it runs it holds OUT: a second start lear
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import datetime
@@ -20,6 +21,7 @@ import logging
 import os
 import pathlib
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -502,8 +504,12 @@ def entry_point(main: Callable[[], None]) -> None:
         where = error.filename or "this machine"
         sys.exit(f"error: {io.file_error(error, 'read or written', where)}")
     except KeyboardInterrupt:
+        sys.unraisablehook = lambda unraisable: None  # of what was being made, such as a bar
         log.info("interrupted; finished work is kept, run the same command again to continue")
         sys.exit(130)
+    finally:
+        # registered last, it is called first: what is left is done in a moment
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
 def use_large_pages() -> None:

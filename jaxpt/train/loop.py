@@ -11,6 +11,7 @@ import jax
 
 from jaxpt import io, sharding
 from jaxpt.config import Config
+from jaxpt.growth.parse import parse_operator
 from jaxpt.train import agreement, distributed, result
 from jaxpt.train.context import EstimateCost, no_cost, open_run
 from jaxpt.train.hooks.checkpoint import Checkpoint
@@ -69,6 +70,8 @@ def train_run(
     """Train in a directory that this start holds; see `train_model`."""
     checkpoint.recover_run(run_dir)
     agreement.check_program(config, run_dir)
+    for _, operator in config.train.grow:
+        parse_operator(operator)  # raises for a misspelt one, not hours later
     packed = list(config.mixture.packed_paths) or [str(run_dir / "packed")]
     request = result.make_request(config, packed)
     if result.is_finished(run_dir, request, verify):
