@@ -18,6 +18,7 @@ import pathlib
 import random
 import shutil
 import subprocess
+import sys
 from collections import Counter
 
 from faults_pipeline import Commands, Outcome, Stage, find_differences, make_reference
@@ -105,7 +106,7 @@ def try_calls(
             problem = "; ".join(find_differences(stage, home, before[""])[:3])
         if problem:
             wrong.append(f"{stage.name}: call {n} ({call}, {error}): {problem}")
-            print(wrong[-1], flush=True)
+            print(wrong[-1], file=sys.stderr, flush=True)
         ends["well" if outcome.status == 0 else "sentence"] += not problem
     n_tried = ends.total() + len(wrong)
     found = f"{n_tried:,} of {n_calls:,} calls failed: {ends['sentence']:,} ended in a sentence, "

@@ -88,7 +88,7 @@ STAGES = (
 BY_NAME = {stage.name: stage for stage in STAGES}
 # what differs between equal ends: times, speed, memory, and what is derived from them
 VARIES = {"tokens_per_second", "step_seconds", "mfu", "memory_bytes", "seconds", "usd"}
-VARIES |= {"productive_seconds", "productive_usd", "created", "started"}
+VARIES |= {"productive_seconds", "productive_usd", "created", "started", "checksum"}
 
 
 def write_inputs(home: pathlib.Path) -> None:
@@ -363,9 +363,13 @@ def compare_runs(out: pathlib.Path, expected: pathlib.Path) -> list[str]:
 
 def read_metrics(run: pathlib.Path) -> list[dict]:
     """Return the reproducible fields of metrics.jsonl, without resumes."""
-    lines = (run / "metrics.jsonl").read_bytes().splitlines()
-    records = [drop_times(json.loads(line)) for line in lines]
-    return [record for record in records if record["kind"] != "resume"]
+    records = []
+    for line in (run / "metrics.jsonl").read_bytes().splitlines():
+        try:
+            records.append(drop_times(json.loads(line)))
+        except ValueError:
+            records.append({"kind": "damaged"})
+    return [record for record in records if record.get("kind") != "resume"]
 
 
 def normalize(file: pathlib.Path, home: pathlib.Path) -> object:

@@ -114,7 +114,7 @@ def write_model_card(source: io.Path, model: LoadedModel) -> str:
     lines += ["---", "", f"# {title}", ""]
     lines += [f"{initialize.describe_model(model.spec)}. Made with jaxpt.", ""]
     if io.exists(run / "growth.json"):
-        grown = io.read_json(run / "growth.json")
+        grown = io.read_record(run / "growth.json")
         parent = hub.recorded_hub_name(grown["parent"]) or grown["parent"]
         operators = ", ".join(grown["operators"])
         layers = format_layer_map(grown["layer_map"])

@@ -203,7 +203,7 @@ def make_manifest(
 ) -> Manifest:
     """Return the manifest of a stage that did what was requested and wrote the sealed files."""
     outputs = {name: file.checksum for name, file in sealed.items()}
-    return Manifest(
+    manifest = Manifest(
         stage=request.name,
         fingerprint=fingerprint([request.fingerprint, outputs]),
         config=to_jsonable(request.config),
@@ -217,6 +217,12 @@ def make_manifest(
         created=now(),
         seconds=round(seconds, 3),
     )
+    return seal_manifest(manifest)
+
+
+def seal_manifest(manifest: Manifest) -> Manifest:
+    """Return a manifest with the checksum of its other fields."""
+    return dataclasses.replace(manifest, checksum=checksum_fields(manifest.to_json()))
 
 
 def now() -> str:
@@ -240,12 +246,19 @@ def read_manifest(directory: io.Path) -> Manifest:
 def parse_manifest(data: bytes, where: io.Path | str) -> Manifest:
     """Return the manifest in a file's bytes. Raise UserError if they hold none."""
     try:
-        return Manifest.from_json(json.loads(data))
+        fields = json.loads(data)
+        manifest = Manifest.from_json(fields)
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{where}: not a manifest ({io.printable(error)}). Move its directory away and run "
             "its stage again."
         ) from None
+    if not is_as_written(fields):
+        raise UserError(
+            f"{where}: its fingerprint does not match its content: damaged, or edited by hand. Get "
+            "it again from where it came, or move its directory away and run its stage again."
+        )
+    return manifest
 
 
 def read_spec(file: io.Path) -> ModelSpec:
@@ -298,9 +311,16 @@ def read_cached_result(path: io.Path | None, request: str) -> dict[str, Any] | N
         found = io.read_json(path)
     except io.FileError:
         return None
-    if isinstance(found, dict) and found.get("request") == request:
+    if isinstance(found, dict) and found.get("request") == request and is_as_written(found):
+        found.pop("checksum", None)
         return found
     return None
+
+
+def write_result(path: io.Path, result: Mapping[str, Any]) -> None:
+    """Write a result file with a checksum of its own, as no manifest names it."""
+    sealed = {**result, "checksum": checksum_fields(result)}
+    io.write_text(path, json.dumps(sealed, indent=1, ensure_ascii=False) + "\n")
 
 
 # ---- fingerprints: what a thing is, whatever its place and time
@@ -310,6 +330,17 @@ def fingerprint(value: Any) -> str:
     """Return 16 hex digits for a JSON-able value; equal values have equal ones on any machine."""
     text = json.dumps(to_jsonable(value), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def checksum_fields(fields: Mapping[str, Any]) -> str:
+    """Return the fingerprint of a file's fields but "checksum", which holds it."""
+    return fingerprint({key: fields[key] for key in fields if key != "checksum"})
+
+
+def is_as_written(fields: Mapping[str, Any]) -> bool:
+    """Return whether a file's fields match the checksum among them, if there is one."""
+    checksum = fields.get("checksum")
+    return not checksum or checksum == checksum_fields(fields)
 
 
 def fingerprint_path(path: io.Path) -> str:

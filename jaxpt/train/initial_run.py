@@ -225,7 +225,7 @@ def find_measuring_data(config: Config, source: io.Path | None) -> tuple[Config,
     if not io.exists(config_path):
         return config, []
     try:
-        theirs = build_config(io.read_json(config_path))
+        theirs = build_config(io.read_record(config_path))
     except UserError as error:
         log.warning(f"{error} The model is not measured on that run's data.")
         return config, []

@@ -18,6 +18,8 @@ from jaxpt.weights.load import resolve_source
 
 log = logging.getLogger(__name__)
 
+# what tells of a run: damaged, it is warned of, and the run stays finished
+RECORDS = ("config.json", "spec.json", "metrics.jsonl", "phases.json", "growth.json", "epochs.json")
 Inputs = dict[str, dict[str, str]]
 
 
@@ -61,10 +63,12 @@ def is_finished(run_dir: io.Path, request: stage.StageRequest, verify: bool) -> 
     train = request.config["train"]
     n_done, n_steps = manifest.counts["n_steps"], train["steps"]
     if there == request.fingerprint:
-        damage = find_damage(run_dir, verify)
+        damage = io.find_damage(run_dir, verify)
         if damage:
-            log.warning(f"train: {run_dir} was finished, but {damage}. It goes on from there")
-            return False
+            name = io.printable(damage.name)
+            log.warning(f"train: {run_dir} was finished, but {name} {damage.reason}")
+            if damage.name not in RECORDS:
+                return False
         verified = "checksums verified, " if verify else ""
         log.info(
             f"train: {run_dir} is finished already ({verified}{n_done:,} steps), nothing to do"
@@ -76,15 +80,6 @@ def is_finished(run_dir: io.Path, request: stage.StageRequest, verify: bool) -> 
         return False
     difference = stage.describe_difference(manifest, request)
     raise UserError(f"train: {run_dir} holds the result of {difference}. Give another --workdir.")
-
-
-def find_damage(run_dir: io.Path, verify: bool) -> str:
-    """Return what is wrong with the files of a finished run; empty if nothing is."""
-    damage = io.find_damage(run_dir, verify)
-    if damage:
-        return f"{io.printable(damage.name)} {damage.reason}"
-    copy = run_dir / "tokenizer"
-    return provenance.find_tokenizer_damage(copy) if verify and io.exists(copy) else ""
 
 
 def remove_manifest(run_dir: io.Path) -> None:
@@ -105,19 +100,26 @@ def write_manifest(session: Session, request: stage.StageRequest) -> None:
     n_params = sum(x.size for x in jax.tree.leaves(session.state.params))
     sums = session.meter.read()
     counts = TrainCounts(session.step, session.n_sequences, losses, n_params, **vars(sums))
-    sealed = {}
-    for name, file in io.read_sealed(session.saved).items():
-        sealed[f"checkpoints/{session.step}/{name}"] = file
-    copy = run.run_dir / "tokenizer"
-    if io.exists(copy):
-        for name, file in io.seal(copy).items():
-            sealed[f"tokenizer/{name}"] = file
     manifest = stage.make_manifest(
         request,
-        sealed=sealed,
+        sealed=seal_run(run.run_dir, session.step),
         counts=counts.to_json(),
         tokenizer=run.dataset.tokenizer,
         seconds=sums.seconds,
     )
     io.write_json(run.run_dir / "manifest.json", manifest)
     log.info(f"train: {session.saved}: {session.step:,} steps, {sums.n_tokens:,} tokens")
+
+
+def seal_run(run_dir: io.Path, step: int) -> dict[str, io.SealedFile]:
+    """Return the files of a finished run: its last checkpoint, its tokenizer, its records."""
+    last = run_dir / "checkpoints" / str(step)
+    sealed = {}
+    for name, file in io.read_sealed(last).items():
+        sealed[f"checkpoints/{step}/{name}"] = file
+    others = [f"checkpoints/{step}/manifest.json"]
+    others += [f"tokenizer/{name}" for name in io.list_files(run_dir / "tokenizer")]
+    others += [name for name in RECORDS if io.exists(run_dir / name)]
+    for name in others:
+        sealed[name] = io.SealedFile(io.size(run_dir / name) or 0, io.sha256(run_dir / name))
+    return sealed

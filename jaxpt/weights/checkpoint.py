@@ -159,7 +159,7 @@ class Checkpointer:
         manifest = stage.make_manifest(
             request, sealed=sealed, counts=counts, tokenizer=tokenizer, seconds=0.0
         )
-        manifest = dataclasses.replace(manifest, config={})
+        manifest = stage.seal_manifest(dataclasses.replace(manifest, config={}))
         if isinstance(partial, io.BucketPath):
             io.write_json(final / "manifest.json", manifest)
         else:
