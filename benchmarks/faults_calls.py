@@ -98,7 +98,9 @@ def try_calls(
         restore(home, before[stage.name])
         outcome = failing.run(home, stage, n, error)
         call = failing.control.call.decode()
-        problem = judge(outcome) or ""
+        problem = judge(outcome)
+        if not problem and outcome.status == 0:
+            problem = find_silent_differences(outcome, stage, home, before[""])
         again = failing.run(home, stage)
         if not problem and (again.status or again.is_hung or again.has_traceback):
             problem = f"the next start: {again.describe()}"
@@ -122,6 +124,18 @@ def judge(outcome: Outcome) -> str:
     if outcome.status and (outcome.status != 1 or not outcome.error):
         return f"no sentence: {outcome.describe()}"
     return ""
+
+
+def find_silent_differences(
+    outcome: Outcome, stage: Stage, home: pathlib.Path, reference: pathlib.Path
+) -> str:
+    """Return how a result that a command gave without complaint differs; empty if it does not."""
+    said = outcome.printed
+    if stage.out.endswith(".html"):
+        said += (home / stage.out).read_text("utf-8")  # the page lists what it could not use
+    if "could not be" in said:
+        return ""
+    return "; ".join(find_differences(stage, home, reference)[:3])
 
 
 def restore(home: pathlib.Path, source: pathlib.Path) -> None:
