@@ -609,10 +609,16 @@ def flatten_arrays(trees: dict[str, PyTree]) -> dict[str, jax.ShapeDtypeStruct]:
 
 def read_tree_metadata(directory: io.Path) -> dict[str, PyTree]:
     """Return Orbax's metadata of the arrays of each tree."""
-    with explain_reading(directory), open_checkpointer() as checkpointer:
-        metadata = checkpointer.metadata(orbax_path(find_readable(directory)))
-        items = metadata.item_metadata.items()
-        return {item: tree.tree for item, tree in items}
+
+    def read() -> dict[str, PyTree]:
+        with open_checkpointer() as checkpointer:
+            metadata = checkpointer.metadata(orbax_path(find_readable(directory)))
+            items = metadata.item_metadata.items()
+            return {item: tree.tree for item, tree in items}
+
+    # in a thread of its own: Ctrl-C in Orbax's event loop prints a traceback per array
+    with explain_reading(directory), concurrent.futures.ThreadPoolExecutor(1) as executor:
+        return executor.submit(read).result()
 
 
 def read_array(directory: io.Path, name: str) -> np.ndarray:
