@@ -1,11 +1,17 @@
-"""Fault injection: kill, stop, starve and damage a small run in every way below, and compare its
-end with that of an uninterrupted run.
+"""Fault injection: kill, stop, starve, damage and cut off small runs in every way below. Compare
+their ends with that of an undisturbed one.
 
-    python benchmarks/faults.py [--kills 20] [--kills-of-two 10] [--seed 0]
+    python benchmarks/faults.py                       # all parts, some two hours on two cores
+    python benchmarks/faults.py training [--kills 20] [--kills-of-two 10]
+    python benchmarks/faults.py power [--cuts 12]     # faults_power.py: ext4 on a loop device
+    python benchmarks/faults.py calls [--calls 300]   # faults_calls.py: each call of the system
+    python benchmarks/faults.py starts [--rounds 5]   # faults_starts.py: two at once
+    python benchmarks/faults.py interrupts            # the same: Ctrl-C
+    python benchmarks/faults.py files [--damages 700] # faults_files.py: every file of a pipeline
 
 After each fault the same command is run again. Checkpoints are compared bit by bit, metrics.jsonl
-in every field but time, speed, memory and cost. Prints a table; exits 1 if anything differs. About
-20 minutes on two cores.
+in every field but time, speed, memory and cost, other files by their bytes. Prints a table; exits 1
+if anything differs.
 """
 
 from __future__ import annotations
@@ -25,7 +31,13 @@ from collections.abc import Callable, Iterator
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 os.environ["PYTHONPATH"] = str(ROOT)  # what is started here is of this clone
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import faults_calls
+import faults_files
+import faults_pipeline
+import faults_power
+import faults_starts
 
 from jaxpt.train.metrics import read_metrics
 from jaxpt.train.records import MetricRecord, ResumeEvent, TrainMetrics
@@ -425,18 +437,80 @@ def campaign(home: pathlib.Path, n_kills: int, n_kills_of_two: int, seed: int) -
     return good
 
 
+PARTS = ("training", "power", "calls", "starts", "interrupts", "files")
+
+
+def try_pipeline(scratch: pathlib.Path, part: str, n: int, seed: int) -> bool:
+    """Print a row per stage of the small pipeline; return whether every end is as it should be."""
+    if part == "calls":
+        failing = faults_calls.FailingCalls(scratch)
+        commands = failing.commands
+    else:
+        failing, commands = None, faults_pipeline.Commands(scratch)
+    before = faults_pipeline.make_reference(scratch, commands)
+    is_good = True
+
+    def row(name: str, found: str, wrong: list[str]) -> None:
+        nonlocal is_good
+        is_good &= not wrong
+        print(f"| {part}: {name} | {found} | {len(wrong) or 'none'} wrong |", flush=True)
+        for text in wrong:
+            print(text, file=sys.stderr, flush=True)
+
+    if part == "files":
+        row("all", *faults_files.try_files(commands, before, scratch, n, seed))
+        return is_good
+    second = faults_pipeline.Commands(scratch) if part == "starts" else None
+    for stage in faults_pipeline.STAGES:
+        if failing:
+            tried = faults_calls.try_calls(failing, stage, before, scratch, n, seed)
+        elif second:
+            pair = (commands, second)
+            tried = faults_starts.try_starts(pair, stage, before, scratch, n, seed)
+        elif part == "interrupts":
+            tried = faults_starts.try_interrupts(commands, stage, before, scratch, n, seed)
+        else:
+            tried = faults_power.try_power(commands, stage, before, scratch, n, seed)
+        row(stage.name, *tried)
+    return is_good
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("parts", nargs="*", metavar="PART", default=PARTS)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--kills-of-two", type=int, default=10)
+    parser.add_argument("--cuts", type=int, default=12)
+    parser.add_argument("--calls", type=int, default=300)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--damages", type=int, default=700)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    with tempfile.TemporaryDirectory() as home:
-        sys.exit(
-            0 if campaign(pathlib.Path(home), asked.kills, asked.kills_of_two, asked.seed) else 1
-        )
+    unknown = set(asked.parts) - set(PARTS)
+    if unknown:
+        parser.error(f"expected parts of {', '.join(PARTS)}, got {', '.join(unknown)}")
+    n_times = {
+        "power": asked.cuts,
+        "calls": asked.calls,
+        "starts": asked.rounds,
+        "interrupts": asked.rounds,
+        "files": asked.damages,
+    }
+    is_good = True
+    for part in asked.parts:
+        with tempfile.TemporaryDirectory() as name:
+            home = pathlib.Path(name)
+            if part == "training":
+                is_good &= campaign(home, asked.kills, asked.kills_of_two, asked.seed)
+                continue
+            reason = faults_power.unsupported_reason(home) if part == "power" else ""
+            if reason:
+                print(f"power: not tried: {reason}")
+                continue
+            is_good &= try_pipeline(home, part, n_times[part], asked.seed)
+    sys.exit(not is_good)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ def export_model(
     replace: bool = False,
     push: str | None = None,
     private: bool = False,
+    verify: bool = False,
 ) -> Manifest:
     """Write safetensors, config.json, tokenizer files and README.md.
 
@@ -37,6 +38,7 @@ def export_model(
         replace: overwrite what `out` holds.
         push: repository of the hub to upload to.
         private: make a repository that push creates private.
+        verify: compare the checksums of a finished export, not only sizes.
     """
     if push:
         hub.check_push_allowed(push)
@@ -68,7 +70,13 @@ def export_model(
         return {"n_params": n_params, "bytes": n_bytes, "tokenizer": model.tokenizer}
 
     manifest = stage.run_stage(
-        "export", out, work, config={"dtype": dtype}, inputs={"checkpoint": source}, replace=replace
+        "export",
+        out,
+        work,
+        config={"dtype": dtype},
+        inputs={"checkpoint": source},
+        replace=replace,
+        verify=verify,
     )
     n_params = manifest.counts["n_params"]
     n_bytes = manifest.counts["bytes"]
@@ -106,7 +114,7 @@ def write_model_card(source: io.Path, model: LoadedModel) -> str:
     lines += ["---", "", f"# {title}", ""]
     lines += [f"{initialize.describe_model(model.spec)}. Made with jaxpt.", ""]
     if io.exists(run / "growth.json"):
-        grown = io.read_json(run / "growth.json")
+        grown = io.read_record(run / "growth.json")
         parent = hub.recorded_hub_name(grown["parent"]) or grown["parent"]
         operators = ", ".join(grown["operators"])
         layers = format_layer_map(grown["layer_map"])

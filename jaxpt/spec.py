@@ -443,6 +443,8 @@ class Manifest(Record):
         versions: package -> version.
         created: ISO 8601, UTC.
         seconds: wall time.
+        checksum: fingerprint of all of the above, so that a damaged manifest is known; "" if it
+            was not written by a stage.
     """
 
     stage: str
@@ -457,3 +459,4 @@ class Manifest(Record):
     versions: dict[str, str]
     created: str
     seconds: float
+    checksum: str = ""

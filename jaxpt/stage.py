@@ -8,6 +8,7 @@ with the same inputs and config. While it runs it holds OUT: a second start lear
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import datetime
@@ -20,6 +21,7 @@ import logging
 import os
 import pathlib
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -73,6 +75,7 @@ def run_stage(
     seed: int | None = None,
     tokenizer: str | None = None,
     replace: bool = False,
+    verify: bool = False,
 ) -> Manifest:
     """Call `work(working_directory)` and publish the directory as `out`, unless it is done.
 
@@ -87,6 +90,7 @@ def run_stage(
         seed: seed of the stage's randomness.
         tokenizer: fingerprint of the tokenizer in use.
         replace: overwrite this stage's result of another config or other inputs.
+        verify: before it is called done, compare checksums too, which reads every byte.
 
     Raises:
         UserError: `out` holds another result and `replace` is not set, or what no such stage
@@ -98,12 +102,12 @@ def run_stage(
     for key, path in inputs.items():
         found[key] = {"path": str(path), "fingerprint": fingerprint_path(path)}
     request = StageRequest(name, config, found, seed)
-    finished = find_finished(out, request, replace)
+    finished = find_finished(out, request, replace, verify)
     if finished:
         return finished
     with io.hold(out) as lock:
         io.finish_publishing(out)
-        finished = find_finished(out, request, replace)
+        finished = find_finished(out, request, replace, verify)
         if finished:
             return finished
         check_replaceable(out, request, replace)
@@ -122,7 +126,9 @@ def run_stage(
     return manifest
 
 
-def find_finished(out: io.Path, request: StageRequest, replace: bool) -> Manifest | None:
+def find_finished(
+    out: io.Path, request: StageRequest, replace: bool, verify: bool
+) -> Manifest | None:
     """Return the manifest of `out` if it is the requested work, and log that it is.
 
     Raises:
@@ -134,9 +140,10 @@ def find_finished(out: io.Path, request: StageRequest, replace: bool) -> Manifes
     there = request_fingerprint(manifest.stage, manifest.config, manifest.inputs, manifest.seed)
     if there != request.fingerprint:
         return None
-    damage = io.find_damage(out)
+    damage = io.find_damage(out, verify)
     if damage is None:
-        log.info(f"{request.name}: {out} is finished already, nothing to do")
+        verified = " (checksums verified)" if verify else ""
+        log.info(f"{request.name}: {out} is finished already{verified}, nothing to do")
         return manifest
     if not replace:
         raise UserError(
@@ -197,7 +204,7 @@ def make_manifest(
 ) -> Manifest:
     """Return the manifest of a stage that did what was requested and wrote the sealed files."""
     outputs = {name: file.checksum for name, file in sealed.items()}
-    return Manifest(
+    manifest = Manifest(
         stage=request.name,
         fingerprint=fingerprint([request.fingerprint, outputs]),
         config=to_jsonable(request.config),
@@ -211,6 +218,12 @@ def make_manifest(
         created=now(),
         seconds=round(seconds, 3),
     )
+    return seal_manifest(manifest)
+
+
+def seal_manifest(manifest: Manifest) -> Manifest:
+    """Return a manifest with the checksum of its other fields."""
+    return dataclasses.replace(manifest, checksum=checksum_fields(manifest.to_json()))
 
 
 def now() -> str:
@@ -234,12 +247,19 @@ def read_manifest(directory: io.Path) -> Manifest:
 def parse_manifest(data: bytes, where: io.Path | str) -> Manifest:
     """Return the manifest in a file's bytes. Raise UserError if they hold none."""
     try:
-        return Manifest.from_json(json.loads(data))
+        fields = json.loads(data)
+        manifest = Manifest.from_json(fields)
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{where}: not a manifest ({io.printable(error)}). Move its directory away and run "
             "its stage again."
         ) from None
+    if not is_as_written(fields):
+        raise UserError(
+            f"{where}: its fingerprint does not match its content: damaged, or edited by hand. Get "
+            "it again from where it came, or move its directory away and run its stage again."
+        )
+    return manifest
 
 
 def read_spec(file: io.Path) -> ModelSpec:
@@ -292,9 +312,16 @@ def read_cached_result(path: io.Path | None, request: str) -> dict[str, Any] | N
         found = io.read_json(path)
     except io.FileError:
         return None
-    if isinstance(found, dict) and found.get("request") == request:
+    if isinstance(found, dict) and found.get("request") == request and is_as_written(found):
+        found.pop("checksum", None)
         return found
     return None
+
+
+def write_result(path: io.Path, result: Mapping[str, Any]) -> None:
+    """Write a result file with a checksum of its own, as no manifest names it."""
+    sealed = {**result, "checksum": checksum_fields(result)}
+    io.write_text(path, json.dumps(sealed, indent=1, ensure_ascii=False) + "\n")
 
 
 # ---- fingerprints: what a thing is, whatever its place and time
@@ -304,6 +331,17 @@ def fingerprint(value: Any) -> str:
     """Return 16 hex digits for a JSON-able value; equal values have equal ones on any machine."""
     text = json.dumps(to_jsonable(value), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def checksum_fields(fields: Mapping[str, Any]) -> str:
+    """Return the fingerprint of a file's fields but "checksum", which holds it."""
+    return fingerprint({key: fields[key] for key in fields if key != "checksum"})
+
+
+def is_as_written(fields: Mapping[str, Any]) -> bool:
+    """Return whether a file's fields match the checksum among them, if there is one."""
+    checksum = fields.get("checksum")
+    return not checksum or checksum == checksum_fields(fields)
 
 
 def fingerprint_path(path: io.Path) -> str:
@@ -502,8 +540,12 @@ def entry_point(main: Callable[[], None]) -> None:
         where = error.filename or "this machine"
         sys.exit(f"error: {io.file_error(error, 'read or written', where)}")
     except KeyboardInterrupt:
+        sys.unraisablehook = lambda unraisable: None  # of what was being made, such as a bar
         log.info("interrupted; finished work is kept, run the same command again to continue")
         sys.exit(130)
+    finally:
+        # registered last, it is called first: what is left is done in a moment
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
 def use_large_pages() -> None:

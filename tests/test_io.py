@@ -785,6 +785,39 @@ def test_only_a_working_directory_is_removed_whole(tmp_path):
         io.remove_working(tmp_path)
 
 
+def fail_nth(n, calls, function):
+    """Return the function with an error in place of the nth call of all that share `calls`."""
+
+    def call(*arguments, **keywords):
+        calls.append(function)
+        if len(calls) == n:
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        return function(*arguments, **keywords)
+
+    return call
+
+
+def test_what_is_half_removed_in_a_working_directory_is_not_found_again(tmp_path, monkeypatch):
+    """Every call fails once: a job's result never stays without its data."""
+    working = io.working_directory(tmp_path / "out")
+    whole = {"jobs/data/0": "rows", "jobs/result/0": "done", "kept": "x"}
+    for n in range(1, 100):
+        shutil.rmtree(working, ignore_errors=True)
+        for name, text in whole.items():
+            io.write_text(working / name, text)
+        calls = []
+        with monkeypatch.context() as patch:
+            for name in ("rename", "unlink", "rmdir"):
+                patch.setattr(os, name, fail_nth(n, calls, getattr(os, name)))
+            with contextlib.suppress(UserError):
+                io.remove_working(working / "jobs")
+        reached = len(calls) >= n
+        assert set(io.seal(working)) in (set(whole), {"kept"})
+        if not reached:
+            break
+    assert not reached and n > 4
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

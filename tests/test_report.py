@@ -2,6 +2,7 @@ import html.parser
 import json
 import math
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -936,3 +937,12 @@ def run_script(*flags):
 def test_the_output_is_a_file_and_not_a_directory(tmp_path):
     with pytest.raises(UserError, match="is a directory"):
         write_report([tmp_path], tmp_path)
+
+
+def test_too_little_address_space_for_the_plots_is_a_sentence(tmp_path, monkeypatch):
+    """V8 aborts the process, without a word of ours."""
+    runs = write_runs(tmp_path)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (16 * 10**9, 16 * 10**9))
+    with pytest.raises(UserError, match=r"need 70 GB of address space.*allows 16.0 GB.*ulimit -v"):
+        write_report(runs, tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()

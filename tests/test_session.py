@@ -24,7 +24,7 @@ from jaxpt.flops import DeviceCost
 from jaxpt.report import page, read
 from jaxpt.spec import UserError
 from jaxpt.stage import read_manifest, read_spec
-from jaxpt.train import loop, metrics, provenance, result, writers
+from jaxpt.train import distributed, loop, metrics, provenance, result, writers
 from jaxpt.train.context import open_run
 from jaxpt.train.hooks.checkpoint import Checkpoint
 from jaxpt.train.hooks.hook import Hook
@@ -617,6 +617,52 @@ def test_checkpoints_are_saved_by_the_clock_and_those_at_round_steps_stay(
     monkeypatch.setattr(checkpoint.Checkpointer, "publish_saved", note)
     train(session)
     assert saved == [6, 12, 13] and checkpoint.list_steps(tmp_path) == [6, 12, 13]
+
+
+def test_a_misspelt_operator_is_refused_before_anything_is_written(make_config, tmp_path):
+    grow = ((6, "depth_upscale(m=0)"), (9, "dephth_upscale(m=0)"))
+    with pytest.raises(UserError, match="no such operator; did you mean depth_upscale"):
+        loop.train_model(make_config(train__grow=grow), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_compile_cache_that_cannot_be_written_is_said_once_and_left_alone(tmp_path, output):
+    (tmp_path / "file").touch()
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path / "file/compiled"))
+        distributed.enable_compilation_cache()
+        assert not jax.config.jax_enable_compilation_cache
+        assert "file/compiled: could not be made" in output()
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        jax.config.update("jax_enable_compilation_cache", True)
+
+
+def test_a_finished_run_that_was_damaged_since_goes_on_from_the_checkpoint_before(
+    make_config, tmp_path, output
+):
+    """Sizes are looked at always, checksums with verify."""
+    settings = make_config(train__steps=8, train__checkpoint_every=4, train__max_to_keep=2)
+    for run in ("whole", "run"):
+        loop.train_model(settings, tmp_path / run)
+    run = tmp_path / "run"
+    array = max((run / "checkpoints/8/params/d").iterdir(), key=lambda file: file.stat().st_size)
+    data = array.read_bytes()
+    array.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    output()
+    loop.train_model(settings, run)
+    assert "nothing to do" in output()
+    loop.train_model(settings, run, verify=True)
+    assert f"{array.name} was changed" in output()
+    array = max((run / "checkpoints/8/params/d").iterdir(), key=lambda file: file.stat().st_size)
+    array.write_bytes(b"")
+    (run / "tokenizer/tokenizer.json").write_bytes(b"")
+    loop.train_model(settings, run)
+    assert "has 0 bytes" in output()
+    assert checkpoint.diff_checkpoints(run, tmp_path / "whole") == []
+    loop.train_model(settings, run, verify=True)
+    assert "checksums verified" in output()
 
 
 def test_a_finished_run_whose_longer_start_is_refused_stays_finished(

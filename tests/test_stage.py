@@ -170,6 +170,22 @@ def test_a_finished_stage_without_its_bytes_is_not_finished(tmp_path, text, reas
     assert len(runs) == 2 and (out / "rows.txt").read_text() == "a\nb\n"
 
 
+def test_other_bytes_of_the_same_size_are_found_where_checksums_are_asked_for(tmp_path, caplog):
+    out, runs = tmp_path / "out", []
+    asked = {"config": {"seq_len": 20}, "inputs": {}}
+    pack(out, runs)
+    with caplog.at_level(logging.INFO):
+        stage.run_stage("pack", out, write(runs), **asked, verify=True)
+    assert "checksums verified" in caplog.text
+    (out / "rows.txt").write_text("a\nc\n")
+    pack(out, runs)  # sizes are all that it looks at
+    with pytest.raises(UserError, match=r"rows.txt was changed \(its checksum.*--replace"):
+        stage.run_stage("pack", out, write(runs), **asked, verify=True)
+    assert len(runs) == 1
+    stage.run_stage("pack", out, write(runs), **asked, verify=True, replace=True)
+    assert (out / "rows.txt").read_text() == "a\nb\n"
+
+
 def test_replace_keeps_what_no_stage_wrote(tmp_path, caplog):
     out = tmp_path / "out"
     pack(out, [])

@@ -3,6 +3,7 @@ from text.
 """
 
 import json
+import os
 import pathlib
 import shutil
 
@@ -133,6 +134,18 @@ def unigram(tmp_path_factory) -> pathlib.Path:
     workdir = write_corpus(tmp_path_factory.mktemp("unigram"), english_and_code())
     tokenizer.train_tokenizer(asking(vocab_size=900, model="unigram"), workdir)
     return workdir / "tokenizer"
+
+
+def abort(job):
+    os.abort()
+
+
+def test_a_training_that_memory_ends_says_so(tmp_path, monkeypatch):
+    workdir = write_corpus(tmp_path, english_and_code())
+    monkeypatch.setattr(tokenizer, "MAX_BYTES_IN_PROCESS", 0)
+    monkeypatch.setattr(tokenizer, "train_on_texts", abort)
+    with pytest.raises(UserError, match="perhaps because memory ran out"):
+        tokenizer.train_tokenizer(asking(vocab_size=900), workdir)
 
 
 def test_a_unigram_tokenizer_is_saved_in_the_form_in_which_its_ids_are_one(unigram):
@@ -273,7 +286,9 @@ def test_an_exported_model_directory_reads_text_the_same(trained, tmp_path):
     assert auto("a", "b")["input_ids"].count(1) == 2
 
 
-def test_training_twice_gives_the_same_tokenizer(trained, tmp_path):
+def test_training_twice_gives_the_same_tokenizer(trained, tmp_path, monkeypatch):
+    """The second time in a process of its own, as of much text."""
+    monkeypatch.setattr(tokenizer, "MAX_BYTES_IN_PROCESS", 0)
     again = tokenizer.train_tokenizer(
         asking(vocab_size=900), write_corpus(tmp_path, english_and_code())
     )

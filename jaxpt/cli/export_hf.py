@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="dtype of the weights (default: as in the checkpoint)",
     )
     parser.add_argument("--replace", action="store_true", help="overwrite what --to holds")
+    options.add_verify(parser)
     parser.add_argument(
         "--push",
         metavar="NAME",
@@ -58,4 +59,5 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.replace,
         arguments.push,
         arguments.private,
+        verify=arguments.verify,
     )

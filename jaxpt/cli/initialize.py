@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the run directory to write",
     )
     parser.add_argument("--replace", action="store_true", help="overwrite what --to holds")
+    options.add_verify(parser)
     options.add_knobs(parser, ("mixture", "model", "initialize", "train", "optim", "mesh"))
 
 
@@ -75,4 +76,5 @@ def run(arguments: argparse.Namespace) -> None:
         probe_steps=arguments.probe,
         check=arguments.check,
         replace=arguments.replace,
+        verify=arguments.verify,
     )

@@ -98,10 +98,20 @@ def add_config(
 
 
 def add_stage(parser: argparse.ArgumentParser, replaced: str) -> None:
-    """Add --config, --workdir and --replace, of a command that writes into the run directory."""
+    """Add what a command takes that writes a stage into the run directory, without its knobs."""
     add_config(parser)
     add_workdir(parser)
     parser.add_argument("--replace", action="store_true", help=f"overwrite {replaced} in WORKDIR")
+    add_verify(parser)
+
+
+def add_verify(parser: argparse.ArgumentParser) -> None:
+    """Add --verify."""
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="where the work is finished already: compare its files' checksums, not only sizes",
+    )
 
 
 def add_knobs(parser: argparse.ArgumentParser, sections: tuple[str, ...]) -> None:

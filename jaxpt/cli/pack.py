@@ -24,4 +24,10 @@ def run(arguments: argparse.Namespace) -> None:
     settings = options.load_settings(arguments)
     from jaxpt.data import pack
 
-    pack.pack_corpus(settings.pack, arguments.workdir, arguments.replace, settings.prepare.executor)
+    pack.pack_corpus(
+        settings.pack,
+        arguments.workdir,
+        arguments.replace,
+        settings.prepare.executor,
+        verify=arguments.verify,
+    )

@@ -42,4 +42,5 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.workdir,
         arguments.replace,
         settings.tokenizer.source,
+        verify=arguments.verify,
     )

@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags."""
     options.add_config(parser)
     options.add_workdir(parser)
+    options.add_verify(parser)
     options.add_knobs(parser, SECTIONS)
 
 
@@ -35,4 +36,5 @@ def run(arguments: argparse.Namespace) -> None:
             spec, settings.pack.seq_len, settings.train.compute_dtype, settings.plan
         ),
         started=meter.measure_process_start(),
+        verify=arguments.verify,
     )

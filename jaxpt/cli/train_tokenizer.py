@@ -36,7 +36,9 @@ def run(arguments: argparse.Namespace) -> None:
     from jaxpt.data import tokenizer
 
     if not arguments.compare:
-        tokenizer.train_tokenizer(settings.tokenizer, arguments.workdir, arguments.replace)
+        tokenizer.train_tokenizer(
+            settings.tokenizer, arguments.workdir, arguments.replace, verify=arguments.verify
+        )
         return
     table = tokenizer.compare_tokenizers(
         arguments.compare,

@@ -611,8 +611,8 @@ def trace_step(run: io.Path, step: int, tokenizer: str) -> Iterator[TracedDocume
 def list_step_sequences(run: io.Path, step: int) -> StepSequences:
     """Return what a step of a run read. Raise UserError if the run cannot be read."""
     try:
-        config = build_config(io.read_json(run / "config.json"))
-        history = io.read_json(run / "phases.json")
+        config = build_config(io.read_record(run / "config.json"))
+        history = io.read_record(run / "phases.json")
     except io.FileError as error:
         raise UserError(
             f"{run}: has no readable config.json and phases.json ({error}) "

@@ -187,6 +187,7 @@ def pack_corpus(
     workdir: io.Path | str,
     replace: bool = False,
     executor: str = "local",
+    verify: bool = False,
 ) -> Manifest:
     """Make WORKDIR/packed from WORKDIR/corpus and WORKDIR/tokenizer.
 
@@ -221,6 +222,7 @@ def pack_corpus(
         inputs=inputs,
         tokenizer=encoder.fingerprint,
         replace=replace,
+        verify=verify,
     )
     log_counts(PackCounts.from_json(manifest.counts))
     return manifest

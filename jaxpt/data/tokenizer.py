@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from jaxpt import config, io, stage
-from jaxpt.data import tokenizer_trial
+from jaxpt.data import executor, tokenizer_trial
 from jaxpt.spec import Manifest, Record, UserError
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ SENTENCEPIECE_OPTIONS = {
 }
 # the training sample is drawn in spans of this length, so that a long book counts by its length
 MAX_SPAN_CHARS = 4_000
+MAX_BYTES_IN_PROCESS = 2**22  # of text to train on; a process of its own takes half a second
 # keys of a tokenizer_config.json that are kept
 SPECIAL_TOKEN_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token")
 SAVED_CONFIG_KEYS = (*SPECIAL_TOKEN_KEYS, "model_max_length", "padding_side", "chat_template")
@@ -98,7 +99,10 @@ class TextPart(NamedTuple):
 
 
 def train_tokenizer(
-    section: config.TokenizerConfig, workdir: io.Path | str, replace: bool = False
+    section: config.TokenizerConfig,
+    workdir: io.Path | str,
+    replace: bool = False,
+    verify: bool = False,
 ) -> Manifest:
     """Make WORKDIR/tokenizer: trained on WORKDIR/corpus/train, or adopted from tokenizer.source.
 
@@ -132,7 +136,7 @@ def train_tokenizer(
 
     out = workdir / "tokenizer"
     manifest = stage.run_stage(
-        "tokenizer", out, work, config=request, inputs=inputs, replace=replace
+        "tokenizer", out, work, config=request, inputs=inputs, replace=replace, verify=verify
     )
     n_tokens = manifest.counts["vocab_size"]
     log.info(f"tokenizer: {n_tokens:,} tokens, fingerprint {manifest.tokenizer},")
@@ -727,15 +731,31 @@ def build_bpe_model(model: Any, unknown: str) -> tokenizers.models.BPE:
 
 def train_sentencepiece(section: config.TokenizerConfig, corpus: io.Path) -> bytes:
     """Return a SentencePiece model trained on a sample of the corpus."""
-    import sentencepiece
-
     max_bytes = section.sample_mb * 1_000_000
     texts = [text for _, text in sample_corpus(corpus, max_bytes)]
     n_bytes = sum(len(text.encode()) for text in texts)
     log.info(
         f"tokenizer: training {section.vocab_size:,} tokens on {n_bytes / 1e6:,.1f} MB of text"
     )
-    lines = (line for text in texts for line in text.split("\n") if line)
+    where = "here" if n_bytes <= MAX_BYTES_IN_PROCESS else "local"
+    [model] = executor.map_jobs(where, train_on_texts, [TrainingJob(section, texts, n_bytes)])
+    return model
+
+
+class TrainingJob(NamedTuple):
+    """A vocabulary to train. SentencePiece aborts its process where memory ends."""
+
+    section: config.TokenizerConfig
+    texts: list[str]
+    n_bytes: int  # of the texts
+
+
+def train_on_texts(job: TrainingJob) -> bytes:
+    """Return a SentencePiece model."""
+    import sentencepiece
+
+    section = job.section
+    lines = (line for text in job.texts for line in text.split("\n") if line)
     model = BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.Train(
@@ -750,7 +770,7 @@ def train_sentencepiece(section: config.TokenizerConfig, corpus: io.Path) -> byt
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(
             f"tokenizer.vocab_size: cannot train {section.vocab_size} tokens on this corpus. "
-            f"{explain_training_error(str(error), n_bytes)}"
+            f"{explain_training_error(str(error), job.n_bytes)}"
         ) from None
     return model.getvalue()
 

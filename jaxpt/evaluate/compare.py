@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 import logging
 import shutil
 import sys
@@ -184,8 +183,7 @@ def compare_samples(
     )
     print_columns(samples)
     if to:
-        text = json.dumps(samples.to_json(), indent=1, ensure_ascii=False)
-        io.write_text(to, text + "\n")
+        stage.write_result(to, samples.to_json())
         log.info(f"compare: {len(prompts)} prompts by {len(models)} models, written to {to}")
     return samples
 
@@ -457,8 +455,7 @@ def compare_documents(
     )
     print(format_differences(result))
     if to:
-        text = json.dumps(result.to_json(), ensure_ascii=False)
-        io.write_text(to, text + "\n")
+        stage.write_result(to, result.to_json())
         log.info(f"compare: written to {to}")
     return result
 

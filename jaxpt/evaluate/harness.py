@@ -186,7 +186,7 @@ def evaluate_model(
     results = drop_nonfinite(stage.to_jsonable(results))
     print(io.printable(format_results(results), keep="\n"))
     if to and kept:
-        io.write_json(to, results)
+        stage.write_result(to, results)
         for name in io.list_names(kept.parent):
             if name.startswith(kept.name):
                 io.remove(kept.parent / name)

@@ -89,7 +89,8 @@ def list_files(directory: Path) -> dict[str, int]:
         return {name: objects[name].size for name in sorted(objects)}
     sizes = {}
     with explain("listed", directory):
-        for parent, _, names in os.walk(directory, onerror=raise_unless_missing):
+        for parent, directories, names in os.walk(directory, onerror=raise_unless_missing):
+            directories[:] = [name for name in directories if not TEMPORARY.fullmatch(name)]
             for name in names:
                 if TEMPORARY.fullmatch(name):
                     continue
@@ -530,6 +531,9 @@ def remove(path: Path) -> None:
 def remove_working(directory: pathlib.Path) -> None:
     """Remove a working directory, or one inside it, if it is there.
 
+    One inside it is whole or gone: it gets a temporary name first, so that the next start does not
+    take what is half removed for its own finished work.
+
     Raises:
         ValueError: no part of the path is a working directory's name: a bug, not a user's mistake.
     """
@@ -539,6 +543,8 @@ def remove_working(directory: pathlib.Path) -> None:
         if directory.is_symlink() or directory.is_file():
             directory.unlink()
         elif directory.exists():
+            if is_working(directory.parent):
+                directory = directory.rename(directory.with_name(temporary_name(directory)))
             shutil.rmtree(directory)
 
 

@@ -308,6 +308,12 @@ def check_published(paths: Iterable[Path]) -> None:
     map_threads(lambda path: check_bytes(path, expected[path]), expected)
 
 
+def read_record(path: Path) -> Any:
+    """Return the JSON of a small file. Raise FileError if it is none, or was changed since."""
+    check_published([path])
+    return files.read_json(path)
+
+
 def read_sealed_if_there(directory: Path) -> dict[str, SealedFile]:
     """Return what the manifest of a directory says of its files; nothing without a readable one."""
     with contextlib.suppress(UserError):

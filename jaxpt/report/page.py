@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import functools
 import pathlib
+import resource
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -22,8 +23,10 @@ from jaxpt.report import evaluation, growth, plan, summary, training
 from jaxpt.report.figures import PLOT_ATTRIBUTE, series_color
 from jaxpt.report.format import format_whole
 from jaxpt.report.read import RunData, load_runs
+from jaxpt.spec import UserError
 
 HERE = pathlib.Path(__file__).parent
+V8_ADDRESS_BYTES = 70e9  # V8 reserves 64 GB of addresses, and aborts where it cannot
 
 
 class ReportSection(NamedTuple):
@@ -175,11 +178,23 @@ def break_after(text: str, mark: str) -> Markup:
     return Markup(f"{mark}<wbr>").join(text.split(mark))
 
 
+def check_address_space() -> None:
+    """Raise UserError where V8, which holds the plots' scripts, would end this process."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if resource.RLIM_INFINITY != limit < V8_ADDRESS_BYTES:
+        raise UserError(
+            f"report: its plots need {V8_ADDRESS_BYTES / 1e9:.0f} GB of address space, little of "
+            f"it as memory; this shell allows {limit / 1e9:.1f} GB. Lift that limit for this "
+            "command (ulimit -v unlimited), or start it elsewhere."
+        )
+
+
 def list_scripts(has_plots: bool) -> list[str]:
     """Return the page's script, after Vega, Vega-Lite and Vega-Embed if there are plots."""
     page_script = io.read_text(HERE / "page.js")
     if not has_plots:
         return [page_script]
+    check_address_space()
     import vl_convert
 
     # its stub requires a snippet, which is optional

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import pyarrow.parquet as pq
 
-from jaxpt import io
+from jaxpt import io, stage
 from jaxpt.lineage import STAGES, LineageNode, list_own_stages, read_lineage
 from jaxpt.model import transformer
 from jaxpt.report.format import clip_text, finite_or_none
@@ -162,7 +162,7 @@ def load_run(directory: str | io.Path, readers: Readers | None = None) -> RunDat
 def read_object(path: io.Path, warnings: list[str]) -> dict[str, Any] | None:
     """Return the JSON object in a file; None if there is none, or it is unreadable."""
     try:
-        fields = io.read_json(path)
+        fields = io.read_record(path)
     except io.MissingFileError:
         return None
     except io.FileError as error:
@@ -171,6 +171,8 @@ def read_object(path: io.Path, warnings: list[str]) -> dict[str, Any] | None:
     if not isinstance(fields, dict):
         warnings.append(f"{path}: expected a JSON object; left out.")
         return None
+    if not stage.is_as_written(fields):
+        warnings.append(f"{path}: was changed since it was written (its checksum differs).")
     return fields
 
 
@@ -300,6 +302,10 @@ class MetricsReader:
         """Return all records. A step that was repeated after a crash counts as written last."""
         is_cut = False
         if io.size(self.path) is not None:
+            try:
+                io.check_published([self.path])
+            except io.FileError as error:
+                warnings.append(str(error))
             with io.open_read(self.path) as file, io.explain("read", self.path):
                 is_cut = self.read_new_lines(file)
         self.list_warnings(is_cut, warnings)
@@ -386,7 +392,7 @@ def read_phases(
     try:
         has_phases = io.exists(path)
         if has_phases:
-            phases = [Phase.from_json(fields) for fields in io.read_json(path)]
+            phases = [Phase.from_json(fields) for fields in io.read_record(path)]
         else:
             configured = settings["mixture.phases"]
             phases = [Phase(int(step), shares) for step, shares in configured]

@@ -113,6 +113,7 @@ def init_run(run: RunContext) -> InitialModel:
     if init.parent:
         verify_init(run, init, init.parent)
     elif report and was_grown and jax.process_index() == 0:
+        io.check_published([report])
         io.copy_file(report, run.run_dir / "growth.json")
     state_now, progress, new_params = init_train_state(run, init)
     start = RunStart(model.spec, progress, new_params, config.mixture)

@@ -404,14 +404,20 @@ def is_on_tpu_pod() -> bool:
 
 
 def enable_compilation_cache() -> None:
-    """Keep compiled programs for the next start.
+    """Keep compiled programs for the next start, where that can be written.
 
     They are in JAX_COMPILATION_CACHE_DIR or ~/.cache/jaxpt/compiled.
     """
     jax_config: Any = jax.config
-    if not jax_config.jax_compilation_cache_dir:
-        home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-        jax_config.update("jax_compilation_cache_dir", str(home / "jaxpt" / "compiled"))
+    directory = jax_config.jax_compilation_cache_dir
+    try:
+        cache = io.path(directory) if directory else io.cache_directory() / "compiled"
+        io.check_writable(cache)
+    except UserError as error:
+        log.warning(f"{error} The next start compiles again: there is no compile cache.")
+        jax_config.update("jax_enable_compilation_cache", False)
+        return
+    jax_config.update("jax_compilation_cache_dir", str(cache))
     # a start compiles dozens of small programs besides the step
     jax_config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 

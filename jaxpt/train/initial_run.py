@@ -15,9 +15,9 @@ from jaxpt import initialize, io
 from jaxpt.config import Config, MixtureConfig, OptimConfig, TrainConfig, build_config
 from jaxpt.data import loader, tokenizer
 from jaxpt.data.mixture import MixtureSchedule
-from jaxpt.growth import measure, verify
+from jaxpt.growth import measure
 from jaxpt.growth.new_params import NewParams, find_new_params_through
-from jaxpt.growth.verify import Probe
+from jaxpt.growth.verify import Probe, verify_growth, write_growth
 from jaxpt.model import transformer
 from jaxpt.model.transformer import Params
 from jaxpt.sharding import make_batch_sharding, make_mesh
@@ -35,10 +35,10 @@ log = logging.getLogger(__name__)
 def initialize_run(
     config: Config,
     out: io.Path,
-    *,
     probe_steps: int = 0,
     check: bool = False,
     replace: bool = False,
+    verify: bool = False,
 ) -> None:
     """Write a run directory at step 0, initialized and grown as config.initialize says.
 
@@ -48,6 +48,7 @@ def initialize_run(
         probe_steps: training steps of parent and grown model, to compare them; 0: none.
         check: compare an imported model's logits with transformers'.
         replace: overwrite what `out` holds.
+        verify: compare the checksums of a finished run directory, not only sizes.
     """
     source, is_import = find_source(config.initialize.source, check)
     config, packed = find_measuring_data(config, source)
@@ -56,17 +57,16 @@ def initialize_run(
         mesh = make_mesh(config.mesh)
         heldout = batches = probe = vocab_size = None
         if packed:
-            train, mixture = config.train, config.mixture
-            mask = mixture.document_mask
+            train, mask = config.train, config.mixture.document_mask
             heldout = HeldoutData(packed, train, mask, mesh)
             batches = measure.make_measuring_batches(packed, train.batch_size, mask, mesh)
             vocab_size = heldout.dataset.vocab_size
-            probe = make_probe(probe_steps, train, config.optim, mixture, packed, mesh)
+            probe = make_probe(probe_steps, train, config.optim, config.mixture, packed, mesh)
         init = initialize.init_model(config.initialize, config.model, mesh, vocab_size, batches)
         if source and is_import:
             check_import(source, init.parent or init.model, heldout, mesh, check)
         if init.parent:
-            report = verify.verify_growth(
+            report = verify_growth(
                 init.parent,
                 init.model,
                 config.initialize.grow,
@@ -77,9 +77,27 @@ def initialize_run(
                 batches=batches,
                 probe=probe,
             )
-            verify.write_growth(report, run)
+            write_growth(report, run)
         return save_initial_model(run, init)
 
+    request, inputs = describe_request(config, source, packed, probe_steps)
+    run_stage(
+        "initialize",
+        out,
+        work,
+        config=request,
+        inputs=inputs,
+        seed=config.initialize.seed,
+        replace=replace,
+        verify=verify,
+    )
+    log.info(f"initialize: {out} is ready; train it with --config.initialize.source={out}")
+
+
+def describe_request(
+    config: Config, source: io.Path | None, packed: Sequence[io.Path], probe_steps: int
+) -> tuple[dict[str, Any], dict[str, io.Path]]:
+    """Return the settings that an initial run depends on, and what it reads."""
     inputs = {f"packed {path}": path for path in packed}
     section = dataclasses.asdict(config.initialize)
     request = {"initialize": section, "probe_steps": probe_steps}
@@ -87,9 +105,7 @@ def initialize_run(
         inputs["initialize"] = resolve_source(source)
     else:
         request["model"] = dataclasses.asdict(config.model)
-    seed = config.initialize.seed
-    run_stage("initialize", out, work, config=request, inputs=inputs, seed=seed, replace=replace)
-    log.info(f"initialize: {out} is ready; train it with --config.initialize.source={out}")
+    return request, inputs
 
 
 def find_source(source: str, check: bool) -> tuple[io.Path | None, bool]:
@@ -209,7 +225,7 @@ def find_measuring_data(config: Config, source: io.Path | None) -> tuple[Config,
     if not io.exists(config_path):
         return config, []
     try:
-        theirs = build_config(io.read_json(config_path))
+        theirs = build_config(io.read_record(config_path))
     except UserError as error:
         log.warning(f"{error} The model is not measured on that run's data.")
         return config, []

@@ -11,6 +11,7 @@ import jax
 
 from jaxpt import io, sharding
 from jaxpt.config import Config
+from jaxpt.growth.parse import parse_operator
 from jaxpt.train import agreement, distributed, result
 from jaxpt.train.context import EstimateCost, no_cost, open_run
 from jaxpt.train.hooks.checkpoint import Checkpoint
@@ -33,6 +34,7 @@ def train_model(
     run_dir: io.Path,
     estimate_device_cost: EstimateCost = no_cost,
     started: float | None = None,
+    verify: bool = False,
 ) -> None:
     """Train in a run directory to train.steps.
 
@@ -43,12 +45,13 @@ def train_model(
         run_dir: the run directory.
         estimate_device_cost: what a device costs and can do for a model, for MFU and money.
         started: time.monotonic() from which time and money count; None: now.
+        verify: compare the checksums of a finished run, not only sizes.
     """
     started = started or time.monotonic()
     distributed.join_processes(run_dir)
     distributed.enable_compilation_cache()
     with hold_run(run_dir) as lock:
-        train_run(config, run_dir, lock, estimate_device_cost, started)
+        train_run(config, run_dir, lock, estimate_device_cost, started, verify)
 
 
 def hold_run(run_dir: io.Path) -> contextlib.AbstractContextManager[io.Lock | None]:
@@ -62,13 +65,16 @@ def train_run(
     lock: io.Lock | None,
     estimate_device_cost: EstimateCost,
     started: float,
+    verify: bool,
 ) -> None:
     """Train in a directory that this start holds; see `train_model`."""
     checkpoint.recover_run(run_dir)
     agreement.check_program(config, run_dir)
+    for _, operator in config.train.grow:
+        parse_operator(operator)  # raises for a misspelt one, not hours later
     packed = list(config.mixture.packed_paths) or [str(run_dir / "packed")]
     request = result.make_request(config, packed)
-    if result.is_finished(run_dir, request):
+    if result.is_finished(run_dir, request, verify):
         return
     mesh = sharding.make_mesh(config.mesh)
     run = open_run(config, run_dir, packed, mesh, estimate_device_cost, started, lock)

@@ -96,12 +96,24 @@ def write_run_provenance(run: RunContext, spec: ModelSpec, at_step: int) -> None
 
 
 def copy_tokenizer(run: RunContext) -> None:
-    """Copy the tokenizer beside the packed data into a run that has none, its manifest last."""
+    """Copy the tokenizer beside the packed data into the run, unless a whole one is there."""
     source = io.path(run.packed[0]).parent / "tokenizer"
     tokenizer = run.run_dir / "tokenizer"
     names = list(io.list_files(source))
-    names.sort(key=lambda name: name == "manifest.json")
-    if not names or io.exists(tokenizer / names[-1]):
+    if not names or not find_tokenizer_damage(tokenizer):
         return
+    names.sort(key=lambda name: name == "manifest.json")
     for name in names:
         io.copy_file(source / name, tokenizer / name)
+    damage = find_tokenizer_damage(tokenizer)
+    if damage:
+        log.warning(f"{damage} The run goes on, but cannot be exported without it.")
+
+
+def find_tokenizer_damage(directory: io.Path) -> str:
+    """Return what is wrong with a tokenizer that a stage published; empty if nothing is."""
+    try:
+        damage = io.find_damage(directory, verify=True)
+    except UserError as error:
+        return str(error)
+    return f"{directory}: {io.printable(damage.name)} {damage.reason}." if damage else ""

@@ -11,20 +11,23 @@ from jaxpt.config import Config
 from jaxpt.data.storage import open_storage
 from jaxpt.spec import UserError
 from jaxpt.stage import read_manifest
-from jaxpt.train.provenance import result_config
+from jaxpt.train import provenance
 from jaxpt.train.records import CheckpointRecord, TrainCounts
 from jaxpt.train.session import Session
 from jaxpt.weights.load import resolve_source
 
 log = logging.getLogger(__name__)
 
+# what tells of a run: damaged, it is warned of, and the run stays finished
+RECORDS = ("config.json", "spec.json", "metrics.jsonl", "phases.json", "growth.json", "epochs.json")
 Inputs = dict[str, dict[str, str]]
 
 
 def make_request(config: Config, packed: list[str]) -> stage.StageRequest:
     """Return what a run is asked for: settings, inputs and seed."""
     inputs = find_inputs(config.initialize.source, packed)
-    return stage.StageRequest("train", result_config(config), inputs, config.mixture.seed)
+    settings = provenance.result_config(config)
+    return stage.StageRequest("train", settings, inputs, config.mixture.seed)
 
 
 def find_inputs(source: str, packed: list[str]) -> Inputs:
@@ -40,8 +43,14 @@ def find_inputs(source: str, packed: list[str]) -> Inputs:
     return inputs
 
 
-def is_finished(run_dir: io.Path, request: stage.StageRequest) -> bool:
-    """Return whether a run holds the end of this training. Raise UserError if of another."""
+def is_finished(run_dir: io.Path, request: stage.StageRequest, verify: bool) -> bool:
+    """Return whether a run holds the whole end of this training.
+
+    A damaged one is not finished: it resumes from the newest undamaged checkpoint.
+
+    Raises:
+        UserError: it holds the end of another training.
+    """
     if not io.exists(run_dir / "manifest.json"):
         return False
     manifest = stage.read_manifest(run_dir)
@@ -54,7 +63,16 @@ def is_finished(run_dir: io.Path, request: stage.StageRequest) -> bool:
     train = request.config["train"]
     n_done, n_steps = manifest.counts["n_steps"], train["steps"]
     if there == request.fingerprint:
-        log.info(f"train: {run_dir} is finished already ({n_done:,} steps), nothing to do")
+        damage = io.find_damage(run_dir, verify)
+        if damage:
+            name = io.printable(damage.name)
+            log.warning(f"train: {run_dir} was finished, but {name} {damage.reason}")
+            if damage.name not in RECORDS:
+                return False
+        verified = "checksums verified, " if verify else ""
+        log.info(
+            f"train: {run_dir} is finished already ({verified}{n_done:,} steps), nothing to do"
+        )
         return True
     same = {**request.config, "train": {**train, "steps": n_done}}
     if n_steps > n_done and stage.to_jsonable(same) == manifest.config:
@@ -82,19 +100,26 @@ def write_manifest(session: Session, request: stage.StageRequest) -> None:
     n_params = sum(x.size for x in jax.tree.leaves(session.state.params))
     sums = session.meter.read()
     counts = TrainCounts(session.step, session.n_sequences, losses, n_params, **vars(sums))
-    sealed = {}
-    for name, file in io.read_sealed(session.saved).items():
-        sealed[f"checkpoints/{session.step}/{name}"] = file
-    copy = run.run_dir / "tokenizer"
-    if io.exists(copy):
-        for name, file in io.seal(copy).items():
-            sealed[f"tokenizer/{name}"] = file
     manifest = stage.make_manifest(
         request,
-        sealed=sealed,
+        sealed=seal_run(run.run_dir, session.step),
         counts=counts.to_json(),
         tokenizer=run.dataset.tokenizer,
         seconds=sums.seconds,
     )
     io.write_json(run.run_dir / "manifest.json", manifest)
     log.info(f"train: {session.saved}: {session.step:,} steps, {sums.n_tokens:,} tokens")
+
+
+def seal_run(run_dir: io.Path, step: int) -> dict[str, io.SealedFile]:
+    """Return the files of a finished run: its last checkpoint, its tokenizer, its records."""
+    last = run_dir / "checkpoints" / str(step)
+    sealed = {}
+    for name, file in io.read_sealed(last).items():
+        sealed[f"checkpoints/{step}/{name}"] = file
+    others = [f"checkpoints/{step}/manifest.json"]
+    others += [f"tokenizer/{name}" for name in io.list_files(run_dir / "tokenizer")]
+    others += [name for name in RECORDS if io.exists(run_dir / name)]
+    for name in others:
+        sealed[name] = io.SealedFile(io.size(run_dir / name) or 0, io.sha256(run_dir / name))
+    return sealed

@@ -161,7 +161,7 @@ class Checkpointer:
         manifest = stage.make_manifest(
             request, sealed=sealed, counts=counts, tokenizer=tokenizer, seconds=0.0
         )
-        manifest = dataclasses.replace(manifest, config={})
+        manifest = stage.seal_manifest(dataclasses.replace(manifest, config={}))
         if isinstance(partial, io.BucketPath):
             io.write_json(final / "manifest.json", manifest)
         else:
@@ -450,9 +450,21 @@ def restore_tree(directory: io.Path, name: str, abstract: PyTree) -> PyTree:
     def restore(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if not math.prod(leaf.shape):
             return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
-        return restore_array(open_array(directory / name, array_name(path)), leaf)
+        with explain_reading(directory):
+            return restore_array(open_array(directory / name, array_name(path)), leaf)
 
     return jax.tree_util.tree_map_with_path(restore, abstract)
+
+
+@contextlib.contextmanager
+def explain_reading(directory: io.Path) -> Iterator[None]:
+    """Raise UserError, a sentence, for what cannot be read: TensorStore raises ValueError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise io.file_error(error, "read", directory) from None
 
 
 def open_array(directory: io.Path, name: str) -> Any:
@@ -611,16 +623,23 @@ def flatten_arrays(trees: dict[str, PyTree]) -> dict[str, jax.ShapeDtypeStruct]:
 
 def read_tree_metadata(directory: io.Path) -> dict[str, PyTree]:
     """Return Orbax's metadata of the arrays of each tree."""
-    with open_checkpointer() as checkpointer:
-        metadata = checkpointer.metadata(orbax_path(find_readable(directory)))
-        items = metadata.item_metadata.items()
-        return {item: tree.tree for item, tree in items}
+
+    def read() -> dict[str, PyTree]:
+        with open_checkpointer() as checkpointer:
+            metadata = checkpointer.metadata(orbax_path(find_readable(directory)))
+            items = metadata.item_metadata.items()
+            return {item: tree.tree for item, tree in items}
+
+    # in a thread of its own: Ctrl-C in Orbax's event loop prints a traceback per array
+    with explain_reading(directory), concurrent.futures.ThreadPoolExecutor(1) as executor:
+        return executor.submit(read).result()
 
 
 def read_array(directory: io.Path, name: str) -> np.ndarray:
     """Return one array by its name in `read_array_metadata`."""
     item, _, in_tree = name.partition("/")
-    return open_array(find_readable(directory) / item, in_tree).read().result()
+    with explain_reading(directory):
+        return open_array(find_readable(directory) / item, in_tree).read().result()
 
 
 def open_checkpointer() -> Any:

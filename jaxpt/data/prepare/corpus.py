@@ -25,6 +25,7 @@ def prepare_corpus(
     workdir: io.Path | str,
     replace: bool = False,
     tokenizer_source: str = "train",
+    verify: bool = False,
 ) -> Manifest:
     """Prepare WORKDIR/corpus as the section asks, or find it finished.
 
@@ -33,6 +34,7 @@ def prepare_corpus(
         workdir: the run directory.
         replace: overwrite the corpus of another config or other inputs.
         tokenizer_source: one to count tokens with; "train": there is none yet.
+        verify: compare the checksums of a finished one, not only sizes.
 
     Raises:
         UserError: a source, rule, benchmark, executor or record cannot be used, or every document
@@ -61,7 +63,13 @@ def prepare_corpus(
     work = CorpusWork(section, section_json, text_sources, rules, index, tokenizer)
     request = work.describe_request()
     manifest = stage.run_stage(
-        "prepare", corpus, work.run, config=request, inputs=inputs, replace=replace
+        "prepare",
+        corpus,
+        work.run,
+        config=request,
+        inputs=inputs,
+        replace=replace,
+        verify=verify,
     )
     log_counts(manifest.counts, corpus)
     return manifest
