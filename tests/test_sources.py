@@ -16,10 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
+from hypothesis import given, strategies
 
 from jaxpt.config import PrepareConfig
 from jaxpt.data import prepare, sources
 from jaxpt.data.sources import jsonl, text, warc
+from jaxpt.data.sources import page as page_module
 from jaxpt.data.sources import source as source_module
 from jaxpt.spec import UserError
 from jaxpt.stage import read_manifest
@@ -127,6 +129,193 @@ def test_a_page_is_its_main_text_in_its_own_letters_with_url_and_date(tmp_path):
     assert counts == {"is image/png, not HTML": 1, "HTTP status 404": 1, "empty body": 1}, (
         "the others are no responses"
     )
+
+
+@pytest.mark.parametrize(
+    ("encoding", "body"),
+    [
+        ("UTF-8", bytes),
+        ("none", bytes),
+        ("gzip", bytes),
+        ("deflate", bytes),
+        ("br", bytes),
+        ("zstd", bytes),
+        ("deflate", lambda data: zlib.compress(data)[2:-4]),
+        ("x-gzip", gzip.compress),
+        ("gzip", lambda data: gzip.compress(gzip.compress(data))),
+        ("gzip", lambda data: gzip.compress(data) + b"\0\0"),
+        ("gzip\r\nTransfer-Encoding: chunked", gzip.compress),
+        ("identity\r\nTransfer-Encoding: chunked", bytes),
+        ("identity", gzip.compress),
+    ],
+)
+def test_a_page_is_read_whatever_its_headers_say_about_its_packing(tmp_path, encoding, body):
+    story = page(STORY["en"]).encode()
+    odd = http(body(story), more=f"Content-Encoding: {encoding}\r\n")
+    file = tmp_path / "a.warc"
+    file.write_bytes(record(http(story), 1) + record(odd, 2) + record(http(story), 3))
+    found, counts, _ = read(f"x=warc:{file}")
+    assert [each.id[-1] for each in found] == ["1", "2", "3"] and not counts
+    assert len({each.text for each in found}) == 1
+
+
+def test_of_a_damaged_body_what_comes_before_is_read_and_a_hopeless_one_costs_itself(tmp_path):
+    texts = [f"{STORY['en']} The {n}th time it was {n * n} steps." for n in range(400)]
+    story = f"<html><article><p>{'</p><p>'.join(texts)}</p></article></html>".encode()
+    more = "Content-Encoding: gzip\r\n"
+    cut = http(gzip.compress(story)[:-900], more=more)
+    hopeless = http(b"\x1f\x8b\x08\0" + b"\xff" * 40, more=more)
+    file = tmp_path / "a.warc"
+    file.write_bytes(b"".join(record(block, n) for n, block in enumerate((cut, hopeless, cut), 1)))
+    found, counts, _ = read(f"x=warc:{file}")
+    assert [each.id[-1] for each in found] == ["1", "3"]
+    assert texts[100] in found[0].text and texts[-1] not in found[0].text
+    assert counts == {"its HTTP message cannot be decoded": 1}
+
+
+def test_headers_that_end_in_bare_line_feeds_are_headers(tmp_path):
+    block = http(page(STORY["ru"]).encode("cp1251"), "text/html;\r\n charset=windows-1251")
+    head, _, body = block.partition(b"\r\n\r\n")
+    file = tmp_path / "a.warc"
+    file.write_bytes(record(head.replace(b"\r\n", b"\n") + b"\n\n" + body, 1))
+    [found], *_ = read(f"warc:{file}")
+    assert STORY["ru"] in found.text
+
+
+def test_the_text_of_wet_files_and_of_resources_is_read_and_other_records_are_counted(tmp_path):
+    def typed(kind: str, content_type: str, block: bytes, n: int) -> bytes:
+        old = f"application/http; msgtype={kind}".encode()
+        return record(block, n, kind).replace(old, content_type.encode())
+
+    file = tmp_path / "a.warc.wet"
+    file.write_bytes(
+        typed("warcinfo", "application/warc-fields", b"software: x\r\n", 1)
+        + typed("conversion", "text/plain", f"{STORY['ru']}\n".encode(), 2)
+        + typed("resource", "text/html; charset=cp1251", page(STORY["ru"]).encode("cp1251"), 3)
+        + typed("resource", "text/plain", STORY["ja"].encode(), 4)
+        + typed("resource", "image/png", b"\x89PNG", 5)
+        + typed("continuation", "text/plain", b"the rest", 6)
+    )
+    found, counts, _ = read(f"x=warc:{file}")
+    assert [each.id[-1] for each in found] == ["2", "3", "4"]
+    assert found[0].text == STORY["ru"] and found[2].text == STORY["ja"]
+    assert STORY["ru"] in found[1].text and json.loads(found[0].meta)["url"][-1] == "2"
+    assert counts == {
+        "is image/png, not HTML": 1,
+        "is a WARC record of type continuation": 1,
+    }
+
+
+# ---- letters
+
+
+def decoded(body: bytes, declared: str = "") -> str:
+    return page_module.decode_page(body, declared)
+
+
+LABELS = {  # some of encoding.spec.whatwg.org, with a text that tells them from their neighbors
+    "latin1 iso-8859-1 latin-1 ascii us-ascii cp1252 ISO_8859-1": ("cp1252", "“quoted” – 5 €"),
+    "iso-8859-9 latin5": ("cp1254", "“ışık” – 5 €"),
+    "gb2312 GBK x-gbk chinese gb_2312-80": ("gb18030", "漢字 㐀 鎔"),
+    "shift_jis sjis x-sjis ms_kanji": ("cp932", "①髙 №"),
+    "ks_c_5601-1987 euc-kr korean": ("cp949", "똠방각하"),
+    "big5 big5-hkscs cn-big5": ("big5hkscs", "漢字 嗰"),
+    "tis-620 windows-874": ("cp874", "ภาษาไทย…"),
+    "utf8 UTF-8 unicode-1-1-utf-8 x-unicode20utf8": ("utf-8", "漢字 ышы é"),
+    "unicode utf-16 ucs-2": ("utf-16-le", "漢字 é"),
+    "koi8-r koi": ("koi8-r", "старый дом"),
+    "x-mac-cyrillic": ("mac-cyrillic", "старый дом"),
+}
+
+
+@pytest.mark.parametrize("labels", LABELS)
+def test_labels_of_charsets_mean_what_they_mean_to_browsers(labels):
+    codec, text = LABELS[labels]
+    for label in labels.split():
+        assert decoded(text.encode(codec), label) == text, label
+        head = f"<meta http-equiv=Content-Type content='text/html; charset={label}'>"
+        if codec != "utf-16-le":  # who can read this knows better
+            body = head.encode() + text.encode(codec)
+            assert decoded(body) == head + text, label
+
+
+@given(strategies.text(max_size=30), strategies.sampled_from(["", "latin-1", "utf-16", "hex"]))
+def test_the_byte_order_mark_outweighs_every_header(text, declared):
+    head = '<meta charset="koi8-r">'
+    for codec in ("utf-8", "utf-16-le", "utf-16-be"):
+        body = ("\ufeff" + head + text).encode(codec)
+        assert decoded(body, declared) == head + text
+
+
+@given(strategies.text(max_size=12) | strategies.sampled_from(["rot13", "hex", "idna", "zlib"]))
+def test_a_page_is_read_whatever_its_charset_is_called(label):
+    body = b"<p>A page in plain letters.</p>"
+    encoding = page_module.find_encoding(label)
+    if encoding is None or not encoding.name.startswith(("utf-16", "x-user")):
+        assert decoded(body, label) == body.decode()
+    assert decoded(b"<meta charset='%s'>" % label.encode() + body).endswith(body.decode())
+
+
+@given(strategies.data())
+def test_a_bad_byte_costs_a_page_that_byte(data):
+    text = page(STORY["en"] + " It’s a café in Zürich – “closed” at five. " + STORY["ru"])
+    body = text.encode()
+    at = data.draw(strategies.sampled_from([i for i, byte in enumerate(body) if byte < 128]))
+    bad = body[:at] + b"\xff" + body[at + 1 :]
+    expected = text.encode()[:at].decode() + "\ufffd" + text.encode()[at + 1 :].decode()
+    for declared in ("utf-8", ""):
+        assert decoded(bad, declared) == expected
+    assert decoded(body + "…".encode()[:2], "").startswith(text)
+
+
+@pytest.mark.parametrize("codec", ["cp1252", "cp1251", "shift_jis", "gbk", "koi8-r", "euc-kr"])
+def test_what_is_not_utf_8_is_not_taken_for_it(codec):
+    text = {
+        "cp1252": "É déjà “vu” à l’été ",
+        "gbk": "联通移动电话 ",
+        "euc-kr": "오래된 집은 좁은 골목 끝에 서 있었다. ",
+    }
+    body = text.get(codec, STORY["ja" if codec == "shift_jis" else "ru"]) * 30
+    assert (
+        "\ufffd" not in decoded(body.encode(codec)) != body.encode(codec).decode("utf-8", "replace")
+    )
+
+
+# ---- HTML
+
+
+@given(strategies.lists(strategies.sampled_from([" ", "\n", "\t", "\r\n", "  \n "]), min_size=60))
+def test_line_breaks_in_html_are_spaces_wherever_they_fall(gaps):
+    text = "The <b>harbour</b> lay <i>still when <a>Ms Ørsted</a></i> walked down to the"
+    words = text.split()
+    words *= 6
+    gaps = (gaps * len(words))[: len(words)]
+    wrapped = "".join(word + gap for word, gap in zip(words, gaps, strict=True))
+    texts = [
+        page_module.extract_main_text(page(f"{text} quay.<br>\n Then a line"))
+        for text in (" ".join(words), wrapped.strip())
+    ]
+    assert texts[0] == texts[1] and texts[0].count("\n") == 5
+
+
+def test_white_space_of_preformatted_text_stays():
+    code = "def f(x):\n    return  x\n\tend"
+    html = page(STORY["en"]).replace("</article>", f"<pre>{code}\n  <b>more</b></pre></article>")
+    text = page_module.extract_main_text(html)
+    assert f"{code}\n  more" in text
+
+
+@pytest.mark.parametrize(
+    ("depth", "is_read"), [(200, True), (300, True), (1900, True), (3000, False)]
+)
+def test_text_of_deep_elements_is_kept_or_the_page_is_counted(depth, is_read):
+    html = page(STORY["en"]).replace("<p>", "<p>" + "<font>" * depth, 1)
+    if is_read:
+        text = page_module.extract_main_text(html)
+        assert all(f"{STORY['en']} {n}." in text for n in ("One", "Two", "Three"))
+        return
+    with pytest.raises(UserError, match="elements lie more than 2,048 deep"):
+        page_module.extract_main_text(html)
 
 
 def test_a_charset_that_nobody_knows_gives_way_to_what_the_page_says_of_itself(tmp_path):
