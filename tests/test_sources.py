@@ -2,11 +2,15 @@
 place, and nothing lost or passed over in silence.
 """
 
+import bz2
 import collections
 import gzip
+import itertools
 import json
 import logging
+import lzma
 import random
+import re
 import subprocess
 import sys
 import zlib
@@ -15,11 +19,13 @@ import brotli
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 from conftest import ROOT
 from hypothesis import given, strategies
 
 from jaxpt.config import PrepareConfig
 from jaxpt.data import prepare, sources
+from jaxpt.data.prepare import read as read_module
 from jaxpt.data.sources import jsonl, text, warc
 from jaxpt.data.sources import page as page_module
 from jaxpt.data.sources import source as source_module
@@ -214,7 +220,7 @@ def decoded(body: bytes, declared: str = "") -> str:
 
 
 LABELS = {  # some of encoding.spec.whatwg.org, with a text that tells them from their neighbors
-    "latin1 iso-8859-1 latin-1 ascii us-ascii cp1252 ISO_8859-1": ("cp1252", "“quoted” – 5 €"),
+    "latin1 iso-8859-1 latin-1 ascii cp1252 ISO_8859-1": ("cp1252", "“quoted” – 5 €"),
     "iso-8859-9 latin5": ("cp1254", "“ışık” – 5 €"),
     "gb2312 GBK x-gbk chinese gb_2312-80": ("gb18030", "漢字 㐀 鎔"),
     "shift_jis sjis x-sjis ms_kanji": ("cp932", "①髙 №"),
@@ -569,6 +575,226 @@ def test_what_cannot_be_read_stops_or_is_counted_by_name_and_the_rest_is_kept(
         assert 0 < len(texts) < len(LONG) and texts[:-1] == LONG[: len(texts) - 1]
     else:
         assert texts[:-1] == kept
+
+
+# ---- line ends
+
+
+ENDS = ["\n", "\r\n", "\r"]
+
+
+@given(
+    strategies.lists(
+        strategies.tuples(
+            strategies.text("ab \t\x85\u2028é漢", max_size=5), strategies.sampled_from(ENDS)
+        )
+    )
+)
+def test_every_line_end_is_a_line_feed_whatever_ends_the_lines_around_it(lines):
+    found = sources.Document("x", "".join(line + end for line, end in lines))
+    if any(ends == ("\r", "\n") for ends in pairs_of_ends(lines)):
+        return  # CR, an empty line, LF: this is CRLF
+    expected = "".join(f"{line}\n" for line, _ in lines)
+    assert source_module.normalize_line_ends(found).text == expected
+
+
+def pairs_of_ends(lines):
+    """(end of a line, end of the next) where the next is empty."""
+    for (_, end), (line, next_end) in itertools.pairwise(lines):
+        if not line:
+            yield end, next_end
+
+
+def test_a_prompt_keeps_its_length_when_its_line_ends_are_changed():
+    made = sources.Document("x", "a\r\nb\r" + "\nc\r\n", prompt_chars=5)
+    assert source_module.normalize_line_ends(made)[1:3] == ("a\nb\n\nc\n", 4)
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_every_reader_gives_line_feeds(tmp_path, end):
+    text = end.join(("one", "two", "", "three"))
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    (tmp_path / "a.jsonl").write_bytes(lines(text))
+    pq.write_table(pa.table({"text": [text]}), tmp_path / "a.parquet")
+    wet = record(text.encode(), 1, "conversion")
+    wet = wet.replace(b"application/http; msgtype=conversion", b"text/plain")
+    (tmp_path / "a.warc").write_bytes(wet)
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub/a.jsonl").write_bytes(lines(text))
+    for kind in ("text:a.txt", "jsonl:a.jsonl", "parquet:a.parquet", "warc:a.warc", "hf:hub"):
+        name, _, where = kind.partition(":")
+        split = ":train#text" if name == "hf" else ""
+        [found], *_ = read(f"x={name}:{tmp_path}/{where}{split}")
+        assert found.text == "one\ntwo\n\nthree", kind
+
+
+# ---- files as people have them
+
+
+PACKINGS = {
+    "gzip": gzip.compress,
+    "bzip2": bz2.compress,
+    "xz": lzma.compress,
+    "lzma": lambda data: lzma.compress(data, lzma.FORMAT_ALONE),
+    "zstd": zstandard.compress,
+    "zstd, a skipped frame": lambda data: b"\x51\x2a\x4d\x18\3\0\0\0abc" + zstandard.compress(data),
+    "zstd --long=30": lambda data: pack_long(data),
+    "nothing": bytes,
+}
+
+
+def pack_long(data: bytes) -> bytes:
+    """What `zstd --long=30` writes of a stream."""
+    parameters = zstandard.ZstdCompressionParameters(window_log=30)
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    return packer.compress(data) + packer.flush()
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL.GZ", "a.gz", "a.zst", "a.bz2"])
+def test_what_a_file_holds_decides_how_it_is_unpacked_and_not_its_name(tmp_path, packing, name):
+    pack = PACKINGS[packing]
+    (tmp_path / name).write_bytes(pack(lines("first", *LONG)) + pack(lines("last")))
+    found, counts, _ = read(f"jsonl:{tmp_path}/{name}")
+    assert [each.text for each in found] == ["first", *LONG, "last"] and not counts
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_crawl_packed_with_a_dictionary_is_read(tmp_path, is_packed):
+    records = crawl()[1:5]
+    dictionary = zstandard.ZstdCompressionDict(
+        b"".join(records), dict_type=zstandard.DICT_TYPE_RAWCONTENT
+    )
+    data = dictionary.as_bytes()
+    data = zstandard.compress(data) if is_packed else data
+    file = tmp_path / "a.warc.zst"
+    packer = zstandard.ZstdCompressor(dict_data=dictionary)
+    frames = b"".join(packer.compress(each) for each in records)
+    file.write_bytes(b"\x5d\x2a\x4d\x18" + len(data).to_bytes(4, "little") + data + frames)
+    found, counts, _ = read(f"warc:{file}")
+    assert len(found) == 4 and not counts and STORY["ru"] in found[0].text
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (b"PK\x03\x04" + bytes(40), "is a ZIP archive. Unpack it: unzip"),
+        (b"7z\xbc\xaf\x27\x1c" + bytes(40), "is a 7z archive"),
+        (gzip.compress(b"name" + bytes(253) + b"ustar\x0000" + bytes(300)), "is a tar archive"),
+        (b"PAR1" + bytes(40), "is a parquet file. Read it as parquet:"),
+        ("{}".encode("utf-16"), "is UTF-16. Convert it: iconv -f UTF-16 -t UTF-8"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            "is a pointer of Git LFS, not the file. Get the file: git lfs pull",
+        ),
+    ],
+)
+@pytest.mark.parametrize("kind", ["text", "jsonl", "warc"])
+def test_what_is_no_text_is_refused_as_what_it_is(tmp_path, kind, data, sentence):
+    file = tmp_path / "a.gz"
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=re.escape(f"{file}: {sentence}")):
+        read(f"{kind}:{file}")
+
+
+def test_a_pointer_in_place_of_a_parquet_file_is_named(tmp_path):
+    file = tmp_path / "a.parquet"
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match="is a pointer of Git LFS"):
+        read(f"parquet:{file}")
+
+
+@given(
+    strategies.lists(strategies.text(max_size=8), min_size=2, max_size=5),
+    strategies.sampled_from(["utf-16-le", "utf-16-be", "utf-32-le"]),
+)
+def test_json_lines_that_are_not_utf_8_are_no_documents(tmp_path_factory, texts, codec):
+    file = tmp_path_factory.mktemp("wide") / "a.jsonl"
+    file.write_bytes("".join(json.dumps({"text": text}) + "\n" for text in texts).encode(codec))
+    found, counts, _ = read(f"jsonl:{file}", on_error="skip")
+    assert not found and counts["cannot be read"] >= len(texts)
+
+
+def test_a_byte_order_mark_before_the_first_line_is_no_part_of_it(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines("one", "two"))
+    assert [each.text for each in read(f"jsonl:{tmp_path}/a.jsonl")[0]] == ["one", "two"]
+
+
+def test_links_that_lead_back_are_followed_once_and_links_to_nothing_are_named(tmp_path):
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    for name in ("a/one.txt", "a/b/two.txt", "other/three.txt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "a/b/back").symlink_to(tmp_path / "a")
+    (tmp_path / "a/b/there").symlink_to(tmp_path / "other")
+    (tmp_path / "other/back").symlink_to(tmp_path / "a")
+    found, *_ = read(f"x=text:{tmp_path}/a/**/*.txt")
+    assert [each.id for each in found] == ["x/b/there/three.txt", "x/b/two.txt", "x/one.txt"]
+    assert [each.id for each in read(f"x=text:{tmp_path}/a/**")[0]] == [each.id for each in found]
+    found, *_ = read(f"x=text:{tmp_path}/**/*.txt")
+    assert [each.text for each in found] == ["a/b/two.txt", "a/one.txt", "other/three.txt"]
+    (tmp_path / "a/gone.txt").symlink_to(tmp_path / "nowhere.txt")
+    with pytest.raises(
+        UserError, match=r"gone\.txt: is a link to .*nowhere\.txt, which is not there"
+    ):
+        read(f"x=text:{tmp_path}/a/*.txt")
+    found, counts, _ = read(f"x=text:{tmp_path}/a/*.txt", on_error="skip")
+    assert [each.id for each in found] == ["x/one.txt"] and counts == {"cannot be read": 1}
+
+
+@pytest.mark.parametrize("name", ["lr=[1e-3]", "[draft] a", "a[0-9]", "wh?t", "st*r", "[[]x"])
+def test_names_that_look_like_patterns_are_found_as_they_are(tmp_path, name):
+    (tmp_path / name).mkdir()
+    for other in ("lr=1", "d", "a1", "what", "star", "x"):
+        (tmp_path / other).mkdir()
+    file = tmp_path / name / f"{name}.txt"
+    file.write_text(name)
+    assert [each.text for each in read(f"x=text:{file}")[0]] == [name]
+    assert [each.text for each in read(f"x=text:{tmp_path}/{name}/*.txt")[0]] == [name]
+
+
+def test_brackets_are_still_patterns_where_no_name_has_them(tmp_path):
+    for name in ("part-1.txt", "part-2.txt", "part-x.txt", ".part-3.txt"):
+        (tmp_path / name).write_text(name)
+    found, *_ = read(f"x=text:{tmp_path}/part-[0-9].t?t")
+    assert [each.text for each in found] == ["part-1.txt", "part-2.txt"]
+
+
+def test_a_name_that_is_not_utf_8_is_read_and_written_as_escapes(tmp_path, output):
+    (tmp_path / "in").mkdir()
+    for name, data in ((b"caf\xe9.txt", b"whole"), (b"caf\xe8.txt", b"caf\xe9")):
+        with open(bytes(tmp_path / "in") + b"/" + name, "wb") as file:
+            file.write(data)
+    made = prepare.prepare_corpus(
+        PrepareConfig(sources=(f"x=text:{tmp_path}/in/*",), on_error="skip", heldout_frac=0.0),
+        tmp_path / "run",
+    )
+    [row] = pq.read_table(tmp_path / "run/corpus/train/x-00000.parquet").to_pylist()
+    assert row["id"] == "x/caf\\xe9.txt" and row["text"] == "whole"
+    assert "caf\\xe8.txt: byte 3 is not UTF-8" in made.counts["unread"]["x"]["first"][0]
+    assert "x/caf\\xe9.txt" in made.inputs and "caf\\xe8.txt" in output()
+
+
+def test_a_file_that_changes_while_it_is_read_makes_no_corpus(tmp_path, monkeypatch):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(lines("one", "two"))
+    asked = PrepareConfig(sources=(f"jsonl:{file}",), heldout_frac=0.0)
+    write = read_module.write_read_file
+
+    def write_and_change(*args):
+        with open(file, "ab") as log:
+            log.write(lines("three"))
+        return write(*args)
+
+    monkeypatch.setattr(read_module, "write_read_file", write_and_change)
+    with pytest.raises(UserError, match=r"a\.jsonl: changed while it was read. Start again"):
+        prepare.prepare_corpus(asked, tmp_path / "run")
+    assert not (tmp_path / "run/corpus").exists()
+    monkeypatch.undo()
+    made = prepare.prepare_corpus(asked, tmp_path / "run")
+    assert sum(each["rows"] for each in made.counts["train"].values()) == file.read_bytes().count(
+        b"\n"
+    )
 
 
 def test_a_column_that_one_file_lacks_is_named_for_that_file(tmp_path):

@@ -1,19 +1,23 @@
-"""Files on disks and in buckets: found, opened, decompressed."""
+"""Files on disks and in buckets: found and opened."""
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import contextlib
+import fnmatch
 import glob
-import gzip
+import lzma
+import os
 import pathlib
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from io import BufferedIOBase, BufferedReader
-from typing import Any, TypeVar
+from io import BufferedIOBase
+from typing import TypeVar
 
 from jaxpt import io
+from jaxpt.data.sources.content import check_pointer, peek, unpack_stream
 from jaxpt.spec import UserError
 
 T = TypeVar("T")
@@ -23,8 +27,63 @@ def glob_files(pattern: str) -> set[str]:
     """Return the files that match. Raise UserError if a bucket does not answer."""
     if is_remote(pattern):
         return glob_bucket(pattern)
-    paths = [pathlib.Path(found) for found in glob.glob(pattern, recursive=True)]
-    return {path.as_posix() for path in paths if path.is_file()}
+    *directories, name = pattern.split("/")
+    if name == "**":
+        directories, name = [*directories, name], "*"
+    places = [""]
+    for part in directories:
+        places = [found for place in places for found in match_directories(place, part)]
+    files = set()
+    for place in places:
+        paths = [place + found for found in match_names(place, name)]
+        files.update(path for path in paths if os.path.isfile(path) or is_dangling(path))
+    return files
+
+
+def match_directories(place: str, part: str) -> Iterator[str]:
+    """Yield the directories in a place that match a part of a glob; each ends in "/"."""
+    if part == "**":
+        yield from walk_directories(place)
+    elif part in ("", ".", ".."):
+        yield f"{place}{part}/"
+    else:
+        for name in match_names(place, part):
+            if os.path.isdir(place + name):
+                yield f"{place}{name}/"
+
+
+def match_names(place: str, part: str) -> list[str]:
+    """Return the names in a place that match; brackets are letters where a name has them so."""
+    if not glob.has_magic(part):
+        return [part] if os.path.lexists(place + part) else []
+    names = io.list_names(pathlib.Path(place))
+    if not part.startswith("."):
+        names = [name for name in names if not name.startswith(".")]
+    literal = part.replace("[", "[[]")
+    return fnmatch.filter(names, literal) or fnmatch.filter(names, part)
+
+
+def walk_directories(place: str) -> Iterator[str]:
+    """Yield a directory and those below it, once each though links lead to them again."""
+    seen = set()
+    todo = collections.deque([place])
+    links = collections.deque()  # after all else, so that a file has its own name if there is one
+    while todo or links:
+        directory = (todo or links).popleft()
+        real = os.path.realpath(directory)
+        if real in seen:
+            continue
+        seen.add(real)
+        yield directory
+        for name in match_names(directory, "*"):
+            path = directory + name
+            if os.path.isdir(path):
+                (links if os.path.islink(path) else todo).append(f"{path}/")
+
+
+def is_dangling(path: str) -> bool:
+    """Return whether a path is a link to nothing."""
+    return os.path.islink(path) and not os.path.exists(path)
 
 
 def glob_bucket(pattern: str) -> set[str]:
@@ -55,41 +114,37 @@ def split_glob(pattern: str) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def open_text_file(file: str) -> Iterator[BufferedIOBase]:
-    """Open a file's bytes, decompressed if its name ends in .gz or .zst.
+    """Open a file's bytes, unpacked if they are compressed.
 
     Raises:
-        UserError: they cannot be read.
+        UserError: they cannot be read, or are no text.
     """
     try:
-        with open_raw(file) as found, decompress(file, found) as stream:
+        with open_raw(file) as found, unpack_stream(file, found) as stream:
             yield stream
     # of a truncated file gzip raises EOFError, the others OSError
-    except (EOFError, zlib.error, OSError, *io.bucket_errors()) as error:
+    except (EOFError, zlib.error, lzma.LZMAError, OSError, *io.bucket_errors()) as error:
         raise UserError(
             f"{file}: cannot be read ({first_error_line(error)}). Copy it again or leave it out."
         ) from None
 
 
 def open_raw(file: str) -> BufferedIOBase:
-    """Open a file's bytes."""
-    return io.open_read(make_path(file))
+    """Open a file's bytes. Raise UserError for what only points to a file."""
+    path = make_path(file)
+    if isinstance(path, pathlib.Path) and is_dangling(file):
+        raise UserError(
+            f"{file}: is a link to {os.readlink(file)}, which is not there. Mend the link or "
+            "leave it out."
+        )
+    found = io.open_read(path)
+    check_pointer(file, peek(found))
+    return found
 
 
 def make_path(file: str) -> io.Path:
     """Return the path of a found file."""
     return io.path(file) if is_remote(file) else pathlib.Path(file)
-
-
-def decompress(file: str, found: BufferedIOBase) -> BufferedIOBase:
-    """Return a stream of the decompressed bytes of what `open_raw` opened."""
-    if file.endswith(".zst"):
-        import pyarrow as pa
-
-        compressed: Any = pa.CompressedInputStream(found, "zstd")
-        return BufferedReader(compressed)
-    if file.endswith(".gz"):
-        return gzip.open(found)
-    return found
 
 
 def is_remote(file: str) -> bool:
@@ -113,6 +168,13 @@ def get_file_size(file: str) -> int:
     return io.size(make_path(file)) or 0
 
 
-def get_object_tag(file: str) -> str:
-    """Return a text that changes with an object's content, as its bucket reports it."""
+def get_version(file: str) -> str:
+    """Return a text that changes with a file's content; "" if it cannot be read."""
+    if is_dangling(file):
+        return ""
     return io.version(make_path(file))
+
+
+def escape_name(text: str) -> str:
+    """Return a text with those bytes of file names that are not UTF-8 as escapes."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
