@@ -496,6 +496,38 @@ def test_rows_that_repeat_a_long_text_are_unpacked_a_few_at_a_time(tmp_path):
         read(f"parquet:{file}#text")
 
 
+def test_rows_of_half_a_megabyte_are_read_a_few_at_a_time(tmp_path):
+    rng = random.Random(1)
+    words = [rng.randbytes(6).hex() for _ in range(4000)]
+    rows = [" ".join(rng.choices(words, k=40_000)) for _ in range(9)]
+    file = tmp_path / "rows.parquet"
+    with pq.ParquetWriter(file, pa.schema({"text": pa.string()}), use_dictionary=False) as out:
+        for k in range(10):
+            table = pa.table({"text": [f"{k} {row}" for row in rows * 10]})
+            out.write_table(table, row_group_size=90)
+    n, n_skipped, megabytes = read_in_a_process(f"parquet:{file}#text")
+    assert (n, n_skipped) == (900, 0) and megabytes < 400
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "hf", "text"])
+def test_no_kind_of_source_gives_a_document_above_the_limit(tmp_path, monkeypatch, kind):
+    for module in (source_module, text, jsonl):
+        monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 6000)
+    texts = ["x" * 5900, "é" * 3001]
+    (tmp_path / "d").mkdir()
+    if kind == "parquet":
+        pq.write_table(pa.table({"text": texts}), tmp_path / "d/a")
+    elif kind == "text":
+        for i, each in enumerate(texts):
+            (tmp_path / f"d/{i}").write_text(each)
+    else:
+        records = [json.dumps({"text": each}, ensure_ascii=False) for each in texts]
+        (tmp_path / "d/a.jsonl").write_text("\n".join(records), encoding="utf-8")
+    where = f"hf:{tmp_path}/d:train#text" if kind == "hf" else f"{kind}:{tmp_path}/d/*"
+    found, counts, _ = read(f"x={where}", on_error="skip")
+    assert [len(each.text) for each in found] == [5900] and counts == {"cannot be read": 1}
+
+
 LONG = [f"A line that says {i} and then {i * i}, so that it packs badly." for i in range(3000)]
 
 

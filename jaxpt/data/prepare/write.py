@@ -41,6 +41,8 @@ N_SAMPLES = 50  # dropped documents kept per rule
 SAMPLE_CHARS = 10_000  # of each at most: enough to judge a rule by
 GROUP_BYTES = 2**25  # of text per row group of a shard, about
 GROUP_ROWS = 10_000  # documents per row group, at most
+PAGE_ROWS = 1024  # documents per page, at most
+PAGE_BYTES = 2**22  # of text per page, about
 SAMPLE_SCHEMA = CORPUS_SCHEMA.append(pa.field("reason", STRING))
 NO_CUTS = np.empty(0, [("row", np.int64)])
 
@@ -367,10 +369,18 @@ def remove_repeats(texts: pa.Array, cuts: np.ndarray, start: int) -> pa.Array:
 def write_row_groups(file: pathlib.Path, tables: Iterator[pa.Table], groups: list[int]) -> None:
     """Write a parquet shard with row groups of these sizes.
 
-    Each group is contiguous in memory, or its bytes would depend on how its rows came.
+    Each group is contiguous in memory, or its bytes would depend on how its rows came. A page,
+    which its readers unpack as a whole, has as many rows as Arrow's own where they are short.
     """
     encoded: Any = ["source", "meta"]  # the stub knows bool alone
-    with pq.ParquetWriter(file, CORPUS_SCHEMA, compression="zstd", use_dictionary=encoded) as out:
+    page_rows = min(PAGE_ROWS, max(groups, default=1) * PAGE_BYTES // GROUP_BYTES + 1)
+    with pq.ParquetWriter(
+        file,
+        CORPUS_SCHEMA,
+        compression="zstd",
+        use_dictionary=encoded,
+        write_batch_size=page_rows,
+    ) as out:
         waiting = CORPUS_SCHEMA.empty_table()
         for n in groups:
             while len(waiting) < n:
