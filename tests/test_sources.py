@@ -153,6 +153,8 @@ def test_a_page_is_its_main_text_in_its_own_letters_with_url_and_date(tmp_path):
         ("gzip\r\nTransfer-Encoding: chunked", gzip.compress),
         ("identity\r\nTransfer-Encoding: chunked", bytes),
         ("identity", gzip.compress),
+        ("gzip,", bytes),
+        ("", bytes),
     ],
 )
 def test_a_page_is_read_whatever_its_headers_say_about_its_packing(tmp_path, encoding, body):
@@ -170,22 +172,53 @@ def test_of_a_damaged_body_what_comes_before_is_read_and_a_hopeless_one_costs_it
     story = f"<html><article><p>{'</p><p>'.join(texts)}</p></article></html>".encode()
     more = "Content-Encoding: gzip\r\n"
     cut = http(gzip.compress(story)[:-900], more=more)
+    wrong_sum = http(gzip.compress(story)[:-8] + bytes(8), more=more)
     hopeless = http(b"\x1f\x8b\x08\0" + b"\xff" * 40, more=more)
     file = tmp_path / "a.warc"
-    file.write_bytes(b"".join(record(block, n) for n, block in enumerate((cut, hopeless, cut), 1)))
+    file.write_bytes(
+        b"".join(record(block, n) for n, block in enumerate((cut, hopeless, wrong_sum), 1))
+    )
     found, counts, _ = read(f"x=warc:{file}")
     assert [each.id[-1] for each in found] == ["1", "3"]
     assert texts[100] in found[0].text and texts[-1] not in found[0].text
+    assert texts[-1] in found[1].text
     assert counts == {"its HTTP message cannot be decoded": 1}
+
+
+NOISE = strategies.binary(max_size=60)
+HEADERS = strategies.sampled_from(
+    [
+        b"Content-Type: text/html\r\n",
+        b"Content-Type: text/html; charset=\xff\0\n",
+        b"Content-Encoding: gzip\r\n",
+        b"Content-Encoding: br, deflate\r\n",
+        b"Transfer-Encoding: chunked\n",
+        b" folded\r\n",
+        b"no colon\r\n",
+    ]
+)
+
+
+@given(NOISE, strategies.lists(HEADERS), NOISE, strategies.sampled_from([b"", b"\x1f\x8b\x08\0"]))
+def test_whatever_a_record_holds_the_others_are_read(tmp_path_factory, first, headers, body, magic):
+    odd = b"HTTP/1.1 200 OK\r\n" + b"".join(headers) + b"\r\n" + magic + body
+    file = tmp_path_factory.mktemp("odd") / "a.warc"
+    good = record(http(page(STORY["en"]).encode()), 1)
+    file.write_bytes(good + record(odd, 2) + record(first, 3) + good)
+    found, counts, _ = read(f"x=warc:{file}")
+    assert {"x/a.warc:1", "x/a.warc:4"} <= {each.id for each in found}
+    assert len(found) + counts.total() == 4
 
 
 def test_headers_that_end_in_bare_line_feeds_are_headers(tmp_path):
     block = http(page(STORY["ru"]).encode("cp1251"), "text/html;\r\n charset=windows-1251")
     head, _, body = block.partition(b"\r\n\r\n")
     file = tmp_path / "a.warc"
-    file.write_bytes(record(head.replace(b"\r\n", b"\n") + b"\n\n" + body, 1))
-    [found], *_ = read(f"warc:{file}")
-    assert STORY["ru"] in found.text
+    bare = record(head.replace(b"\r\n", b"\n") + b"\n\n" + body, 1)
+    warc_head, _, rest = bare.partition(b"\r\n\r\n")
+    file.write_bytes(bare + warc_head.replace(b"\r\n", b"\n") + b"\n\n" + rest + bare)
+    found, *_ = read(f"warc:{file}")
+    assert len(found) == 3 and all(STORY["ru"] in each.text for each in found)
 
 
 def test_the_text_of_wet_files_and_of_resources_is_read_and_other_records_are_counted(tmp_path):

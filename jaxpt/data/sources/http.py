@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from io import BytesIO
 from typing import NamedTuple
 
@@ -12,8 +13,10 @@ from jaxpt.data.sources.source import MAX_DOCUMENT_BYTES
 from jaxpt.spec import UserError
 
 PIECE_BYTES = 1 << 16  # unpacked at a time
+PACKED_BYTES = 1 << 10  # that are unpacked at a time
+CHECKSUM_BYTES = 8  # at the end of gzip's members; zlib's has 4
 HEADER_END = re.compile(rb"\r?\n\r?\n")
-STATUS = re.compile(r"HTTP/\S+\s+(\d{3})")
+STATUS = re.compile(r"HTTP/\S+\s+(\d{3})", re.IGNORECASE)
 CHARSET = re.compile(r"""charset\s*=\s*["']?\s*([^\s"';,]+)""", re.IGNORECASE)
 CHUNK_HEAD = re.compile(rb"(?:\r?\n)?([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r\n]*)?\r?\n")
 GZIP_MAGIC = b"\x1f\x8b"
@@ -126,31 +129,38 @@ def is_text(data: bytes) -> bool:
 
 def unpack_gzip(packed: bytes) -> Iterator[bytes]:
     """Yield what gzip unpacks, of all members."""
-    while packed:
-        member = zlib.decompressobj(31)
-        yield from inflate(member, packed)
-        packed = member.unused_data
-        if not packed.startswith(GZIP_MAGIC):  # what servers append
-            return
+    if not packed.startswith(GZIP_MAGIC):
+        raise ValueError("no gzip")
+    while packed.startswith(GZIP_MAGIC):  # servers append other bytes
+        packed = yield from inflate(zlib.decompressobj(31), packed)
 
 
 def unpack_deflate(packed: bytes) -> Iterator[bytes]:
     """Yield what deflate unpacks, with zlib's header or, as some servers send it, without."""
     try:
-        zlib.decompressobj().decompress(packed[:PIECE_BYTES], 1)
+        zlib.decompressobj().decompress(packed, 1)
     except zlib.error:
         yield from inflate(zlib.decompressobj(-15), packed)
     else:
         yield from inflate(zlib.decompressobj(), packed)
 
 
-def inflate(member: zlib._Decompress, packed: bytes) -> Iterator[bytes]:
-    """Yield what zlib unpacks, PIECE_BYTES at a time, up to an error or the end."""
-    while packed and not member.eof:
-        piece = member.decompress(packed, PIECE_BYTES)
-        packed = member.unconsumed_tail
-        yield piece
+def inflate(member: zlib._Decompress, packed: bytes) -> Generator[bytes, None, bytes]:
+    """Yield what zlib unpacks up to an error or the end. Return the bytes behind it.
+
+    Few bytes are unpacked at once, and the checksum at the end alone: an error loses no more.
+    """
+    n_sum = max(len(packed) - CHECKSUM_BYTES, 0)
+    starts = [*range(0, n_sum, PACKED_BYTES), n_sum, len(packed)]
+    for start, stop in itertools.pairwise(starts):
+        waiting = packed[start:stop]
+        while waiting and not member.eof:
+            yield member.decompress(waiting, PIECE_BYTES)
+            waiting = member.unconsumed_tail
+        if member.eof:
+            return member.unused_data + packed[stop:]
     yield member.flush()
+    return b""
 
 
 def unpack_brotli(packed: bytes) -> Iterator[bytes]:

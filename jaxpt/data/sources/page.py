@@ -137,6 +137,7 @@ def parse_html(html: str) -> Any:
         remove_pis=True,
         huge_tree=True,  # 2,048 levels in place of 256
     )
+    html = html.replace("\0", "")
     beginning = html[:50].lower()
     html = repair_faulty_html(html, beginning)
     tree = fromstring(html.encode("utf-8", "replace"), parser=parser)

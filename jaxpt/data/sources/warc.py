@@ -25,6 +25,11 @@ from jaxpt.data.sources.source import (
 )
 from jaxpt.spec import UserError
 
+# a page as browsers know it without a type; source: mimesniff.spec.whatwg.org, section 7.1
+HTML_START = re.compile(
+    rb"\s*<(?:!doctype html|html|head|body|title|h1|div|table|!--)", re.IGNORECASE
+)
+
 if TYPE_CHECKING:
     from fastwarc.warc import WarcRecord
 
@@ -37,7 +42,8 @@ def read_warc(source: TextSource, file: str) -> Reading:
     with open_text_file(file) as stream:
         forward = ForwardReader(stream)
         try:
-            records = ArchiveIterator(cast(BinaryIO, forward), parse_http=False)
+            # headers may end in bare line feeds
+            records = ArchiveIterator(cast(BinaryIO, forward), parse_http=False, quirks_mode=True)
             for n, record in enumerate(records, 1):
                 place = f"{file}:{n}"
                 n_bytes = get_content_length(record, place)
@@ -120,6 +126,8 @@ def extract_text(message: HttpMessage, body: bytes, is_plain: bool) -> tuple[str
         is_plain: plain text is a document too: in a crawl's own text, but not among web pages.
     """
     content_type = message.content_type
+    if not content_type and HTML_START.match(body):
+        content_type = "text/html"
     if message.status != 200:
         return "", f"HTTP status {message.status}"
     is_html = "html" in content_type
