@@ -84,14 +84,14 @@ def find_meta_encoding(body: bytes) -> webencodings.Encoding | None:
 def guess_encoding(body: bytes) -> webencodings.Encoding:
     """Return the encoding of a page that names none.
 
-    It is UTF-8 if more characters of it are whole than broken: other charsets hardly have any.
+    It is UTF-8 if no more of its characters are broken than whole: other charsets have hardly any.
     """
     import webencodings
     from resiliparse.parse.encoding import detect_encoding
 
     text = body.decode("utf-8", "replace")
     n_broken = text.count("\ufffd")
-    if not n_broken or n_broken < len(re.findall("[^\x00-\x7f\ufffd]", text)):
+    if not n_broken or n_broken <= len(re.findall("[^\x00-\x7f\ufffd]", text)):
         return webencodings.UTF8
     guess = find_encoding(detect_encoding(body, html5_compatible=False) or "")
     return guess or webencodings.Encoding("windows-1252", codecs.lookup("cp1252"))
