@@ -27,6 +27,7 @@ META_CHARSET = re.compile(
     rb"""|^\s*<\?xml\b[^>]*?\bencoding\s*=\s*["']([^"']+)""",
     re.IGNORECASE,
 )
+WIDE = ("utf-16le", "utf-16be")
 # a charset that a page can name only if it is written in another one
 META_MEANS = {"utf-16le": "utf-8", "utf-16be": "utf-8", "x-user-defined": "windows-1252"}
 SPACE = re.compile(r"[ \t\n\f\r]{2,}|[\t\n\f\r]")
@@ -46,7 +47,10 @@ def decode_page(body: bytes, declared: str = "") -> str:
     for mark, codec_name in BYTE_ORDER_MARKS.items():
         if body.startswith(mark):
             return body.removeprefix(mark).decode(codec_name, "replace")
-    encoding = find_encoding(declared) or find_meta_encoding(body) or guess_encoding(body)
+    encoding = find_encoding(declared)
+    if encoding and encoding.name in WIDE and b"\0" not in body[:META_BYTES]:
+        encoding = None  # the tags of a page would have such bytes
+    encoding = encoding or find_meta_encoding(body) or guess_encoding(body)
     # gbk is read as gb18030, says the standard; Python's lacks the euro sign
     codec = encoding.codec_info if encoding.name != "gbk" else codecs.lookup("gb18030")
     return codec.decode(body, "replace")[0]

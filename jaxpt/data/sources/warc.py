@@ -11,6 +11,7 @@ import zlib
 from io import BufferedIOBase
 from typing import TYPE_CHECKING, BinaryIO, cast
 
+from jaxpt.data.sources.content import peek
 from jaxpt.data.sources.files import first_error_line, open_text_file
 from jaxpt.data.sources.http import HttpMessage, parse_http, unpack_body
 from jaxpt.data.sources.page import decode_page, describe_extractor, extract_main_text
@@ -40,10 +41,13 @@ def read_warc(source: TextSource, file: str) -> Reading:
 
     name, n = source.relative_name(file), 0
     with open_text_file(file) as stream:
+        first_line, *_ = peek(stream).partition(b"\n")
+        has_bare_lines = first_line.startswith(b"WARC/") and not first_line.endswith(b"\r")
         forward = ForwardReader(stream)
         try:
-            # headers may end in bare line feeds
-            records = ArchiveIterator(cast(BinaryIO, forward), parse_http=False, quirks_mode=True)
+            records = ArchiveIterator(
+                cast(BinaryIO, forward), parse_http=False, quirks_mode=has_bare_lines
+            )
             for n, record in enumerate(records, 1):
                 place = f"{file}:{n}"
                 n_bytes = get_content_length(record, place)
