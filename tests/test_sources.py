@@ -947,6 +947,8 @@ def test_files_in_an_object_store_are_read_as_those_on_a_disk(tmp_path, store, m
     pq.write_table(pa.table({"text": ["parquet one", "parquet two"]}), tmp_path / "p.parquet")
     files = {
         "d/a.txt": b"text",
+        "d/lr=[1e-3]/a.txt": b"brackets",
+        "d/lr=1/a.txt": b"no brackets",
         "d/deep/b.txt.gz": gzip.compress(b"packed text"),
         "d/j.jsonl": lines("one", "two"),
         "d/w.warc.gz": b"".join(map(gzip.compress, crawl())),
@@ -959,6 +961,9 @@ def test_files_in_an_object_store_are_read_as_those_on_a_disk(tmp_path, store, m
         (tmp_path / key).write_bytes(data)
     for source in (
         "text:{}/d/**/*.txt*",
+        "text:{}/d/lr=[1e-3]/*.txt",
+        "text:{}/d/lr=[1e-3]/a.txt",
+        "text:{}/d/lr=[0-9]/a.txt",
         "jsonl:{}/d/*.jsonl*",
         "parquet:{}/d/p.parquet",
         "x=warc:{}/d/*.warc.gz",

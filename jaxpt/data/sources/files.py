@@ -87,13 +87,19 @@ def is_dangling(path: str) -> bool:
 
 
 def glob_bucket(pattern: str) -> set[str]:
-    """Return the objects that match, of one directory by a listing of it alone."""
+    """Return the objects that match."""
+    plain, below = split_glob(pattern)
+    literal = below.replace("[", "[[]")  # brackets are letters where a name has them so
+    return match_objects(plain, literal) or match_objects(plain, below)
+
+
+def match_objects(plain: str, below: str) -> set[str]:
+    """Return the objects that match below a directory, of one alone by a listing of it alone."""
     from fsspec.utils import glob_translate
 
-    plain, pattern_below = split_glob(pattern)
     directory = io.path(plain)
-    matches = re.compile(glob_translate(pattern_below)).fullmatch
-    if "/" in pattern_below or "**" in pattern_below:
+    matches = re.compile(glob_translate(below)).fullmatch
+    if "/" in below or "**" in below:
         names = filter(matches, io.list_files(directory))
         return {str(directory / name) for name in names}
     found = [str(directory / name) for name in io.list_names(directory) if matches(name)]
