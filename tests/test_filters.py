@@ -2,6 +2,7 @@
 the documents it failed on.
 """
 
+import itertools
 import json
 import random
 import re
@@ -9,6 +10,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from hypothesis import given, strategies
 
 from jaxpt.config import PrepareConfig
 from jaxpt.data import dedup, filters, prepare, rules
@@ -609,3 +611,41 @@ def test_a_wrong_answer_is_named_with_its_document():
         UserError, match=r"half on web/1: expected \(new text, number of edits\), got 'a'"
     ):
         filters.apply_rules(documents("a"), [filters.Rule("half", edit=lambda texts: texts)])
+
+
+# ---- line ends and blank lines
+
+
+NO_LANGUAGE = {
+    preset: ["-language"] if any("language" in rule for rule in rules) else []
+    for preset, rules in filters.PRESETS.items()
+}
+GAPS = ["\n\n", "\n \n", "\n\t\n", "\n\u00a0\n", "\n\u3000 \n"]
+
+
+@pytest.mark.parametrize("preset", ["none", "gopher", "c4", "fineweb", "prose", "code"])
+@pytest.mark.parametrize("gap", GAPS[1:])
+def test_a_line_of_white_space_is_as_empty_as_one_without(preset, gap):
+    chosen = filters.parse_rules(
+        preset, ["repeated_paragraphs", "corpus_paragraphs(least=9)", *NO_LANGUAGE[preset]]
+    )
+    documents = []
+    for gap_used in ("\n\n", gap):
+        texts = [
+            gap_used.join(paragraphs)
+            for paragraphs in (PROSE, [PROSE[0], *PROSE], [PROSE[0]] * 3, [*PROSE, "Yes.", "Yes."])
+        ]
+        documents.append([Document(f"x/{i}", text) for i, text in enumerate(texts)])
+    plain, blank = (filters.apply_rules(each, chosen) for each in documents)
+    assert plain.failed_rule == blank.failed_rule
+    for one, other in zip(plain.documents, blank.documents, strict=True):
+        assert one.text.split() == other.text.split()
+
+
+@given(strategies.lists(strategies.sampled_from(["a b", "c", " ", "", "\t", "a b ", "\u00a0"])))
+def test_paragraphs_are_what_is_between_lines_without_a_word(lines):
+    text = "\n".join(lines)
+    parts = rules.split_paragraphs(rules.empty_blank_lines(text))
+    groups = itertools.groupby(lines, lambda line: bool(line.strip()))
+    expected = ["\n".join(group) for is_full, group in groups if is_full]
+    assert [part.strip() for part in parts] == [part.strip() for part in expected or [""]]

@@ -135,6 +135,7 @@ def generated(n: int) -> list[str]:
             [
                 "",
                 " ",
+                "Yes.\n \nYes.\n\u00a0\nYes.\n\t\nYes.",
                 "\n\n\n",
                 "   \n   \n   ",
                 "123\n456\n789",
@@ -205,7 +206,8 @@ def test_the_preset_course_keeps_what_the_lesson_keeps_however_the_input_is_cut(
     tmp_path, monkeypatch
 ):
     documents = generated(20_000)
-    expected = course(documents)
+    as_read = [text.replace("\r\n", "\n").replace("\r", "\n") for text in documents]
+    expected = course(as_read)
     assert len({len(documents), *map(len, expected)}) == 5 and len(expected[-1]) > 3000, (
         "every rule has something to drop"
     )
@@ -222,7 +224,7 @@ def test_the_preset_course_keeps_what_the_lesson_keeps_however_the_input_is_cut(
         "language",
     ]
     for step, left in zip(funnel["steps"], [range(len(documents)), *expected], strict=True):
-        assert step["kept"]["web"] == amounts(documents[i] for i in left), step["rule"]
+        assert step["kept"]["web"] == amounts(as_read[i] for i in left), step["rule"]
 
     monkeypatch.setattr(read, "JOB_BYTES", 700_000)
     cuts = [0, 7, 4000, 4001, 11_000, len(documents)]
@@ -1169,7 +1171,7 @@ def write_bad_files(directory: pathlib.Path) -> None:
         ("parquet:no.parquet", "no.parquet: cannot be read as parquet"),
         ("parquet:latin.parquet", "latin.parquet: cannot be read as parquet"),
         ("jsonl:cut.jsonl.gz", "cut.jsonl.gz: cannot be read"),
-        ("jsonl:no.jsonl.gz", "no.jsonl.gz: cannot be read"),
+        ("jsonl:no.jsonl.gz", "no.jsonl.gz:1: not JSON"),
         ("jsonl:cut.jsonl.zst", "cut.jsonl.zst: cannot be read"),
         ("text:latin.txt", "latin.txt: byte 0 is not UTF-8"),
         ("jsonl:latin.jsonl", "latin.jsonl:2: byte 10 of the line is not UTF-8"),

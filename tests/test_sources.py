@@ -2,11 +2,15 @@
 place, and nothing lost or passed over in silence.
 """
 
+import bz2
 import collections
 import gzip
+import itertools
 import json
 import logging
+import lzma
 import random
+import re
 import subprocess
 import sys
 import zlib
@@ -15,11 +19,16 @@ import brotli
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import webencodings
+import zstandard
 from conftest import ROOT
+from hypothesis import given, strategies
 
 from jaxpt.config import PrepareConfig
 from jaxpt.data import prepare, sources
+from jaxpt.data.prepare import read as read_module
 from jaxpt.data.sources import jsonl, text, warc
+from jaxpt.data.sources import page as page_module
 from jaxpt.data.sources import source as source_module
 from jaxpt.spec import UserError
 from jaxpt.stage import read_manifest
@@ -129,6 +138,230 @@ def test_a_page_is_its_main_text_in_its_own_letters_with_url_and_date(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("encoding", "body"),
+    [
+        ("UTF-8", bytes),
+        ("none", bytes),
+        ("gzip", bytes),
+        ("deflate", bytes),
+        ("br", bytes),
+        ("zstd", bytes),
+        ("deflate", lambda data: zlib.compress(data)[2:-4]),
+        ("x-gzip", gzip.compress),
+        ("gzip", lambda data: gzip.compress(gzip.compress(data))),
+        ("gzip", lambda data: gzip.compress(data) + b"\0\0"),
+        ("gzip\r\nTransfer-Encoding: chunked", gzip.compress),
+        ("identity\r\nTransfer-Encoding: chunked", bytes),
+        ("identity", gzip.compress),
+        ("gzip,", bytes),
+        ("", bytes),
+    ],
+)
+def test_a_page_is_read_whatever_its_headers_say_about_its_packing(tmp_path, encoding, body):
+    story = page(STORY["en"]).encode()
+    odd = http(body(story), more=f"Content-Encoding: {encoding}\r\n")
+    file = tmp_path / "a.warc"
+    file.write_bytes(record(http(story), 1) + record(odd, 2) + record(http(story), 3))
+    found, counts, _ = read(f"x=warc:{file}")
+    assert [each.id[-1] for each in found] == ["1", "2", "3"] and not counts
+    assert len({each.text for each in found}) == 1
+
+
+def test_of_a_damaged_body_what_comes_before_is_read_and_a_hopeless_one_costs_itself(tmp_path):
+    texts = [f"{STORY['en']} The {n}th time it was {n * n} steps." for n in range(400)]
+    story = f"<html><article><p>{'</p><p>'.join(texts)}</p></article></html>".encode()
+    more = "Content-Encoding: gzip\r\n"
+    cut = http(gzip.compress(story)[:-900], more=more)
+    wrong_sum = http(gzip.compress(story)[:-8] + bytes(8), more=more)
+    hopeless = http(b"\x1f\x8b\x08\0" + b"\xff" * 40, more=more)
+    file = tmp_path / "a.warc"
+    file.write_bytes(
+        b"".join(record(block, n) for n, block in enumerate((cut, hopeless, wrong_sum), 1))
+    )
+    found, counts, _ = read(f"x=warc:{file}")
+    assert [each.id[-1] for each in found] == ["1", "3"]
+    assert texts[100] in found[0].text and texts[-1] not in found[0].text
+    assert texts[-1] in found[1].text
+    assert counts == {"its HTTP message cannot be decoded": 1}
+
+
+NOISE = strategies.binary(max_size=60)
+HEADERS = strategies.sampled_from(
+    [
+        b"Content-Type: text/html\r\n",
+        b"Content-Type: text/html; charset=\xff\0\n",
+        b"Content-Encoding: gzip\r\n",
+        b"Content-Encoding: br, deflate\r\n",
+        b"Transfer-Encoding: chunked\n",
+        b" folded\r\n",
+        b"no colon\r\n",
+    ]
+)
+
+
+@given(NOISE, strategies.lists(HEADERS), NOISE, strategies.sampled_from([b"", b"\x1f\x8b\x08\0"]))
+def test_whatever_a_record_holds_the_others_are_read(tmp_path_factory, first, headers, body, magic):
+    odd = b"HTTP/1.1 200 OK\r\n" + b"".join(headers) + b"\r\n" + magic + body
+    file = tmp_path_factory.mktemp("odd") / "a.warc"
+    good = record(http(page(STORY["en"]).encode()), 1)
+    file.write_bytes(good + record(odd, 2) + record(first, 3) + good)
+    found, counts, _ = read(f"x=warc:{file}")
+    assert {"x/a.warc:1", "x/a.warc:4"} <= {each.id for each in found}
+    assert len(found) + counts.total() == 4
+
+
+def test_headers_that_end_in_bare_line_feeds_are_headers(tmp_path):
+    block = http(page(STORY["ru"]).encode("cp1251"), "text/html;\r\n charset=windows-1251")
+    head, _, body = block.partition(b"\r\n\r\n")
+    bare = record(head.replace(b"\r\n", b"\n") + b"\n\n" + body, 1)
+    (tmp_path / "http.warc").write_bytes(record(block, 1) + bare + bare)
+    warc_head, _, rest = bare.partition(b"\r\n\r\n")
+    all_bare = warc_head.replace(b"\r\n", b"\n") + b"\n\n" + rest.removesuffix(b"\r\n\r\n")
+    (tmp_path / "all.warc").write_bytes((all_bare + b"\n\n") * 3)
+    for name in ("http", "all"):
+        found, *_ = read(f"warc:{tmp_path}/{name}.warc")
+        assert len(found) == 3 and all(STORY["ru"] in each.text for each in found)
+
+
+def test_the_text_of_wet_files_and_of_resources_is_read_and_other_records_are_counted(tmp_path):
+    def typed(kind: str, content_type: str, block: bytes, n: int) -> bytes:
+        old = f"application/http; msgtype={kind}".encode()
+        return record(block, n, kind).replace(old, content_type.encode())
+
+    file = tmp_path / "a.warc.wet"
+    file.write_bytes(
+        typed("warcinfo", "application/warc-fields", b"software: x\r\n", 1)
+        + typed("conversion", "text/plain", f"{STORY['ru']}\n".encode(), 2)
+        + typed("resource", "text/html; charset=cp1251", page(STORY["ru"]).encode("cp1251"), 3)
+        + typed("resource", "text/plain", STORY["ja"].encode(), 4)
+        + typed("resource", "image/png", b"\x89PNG", 5)
+        + typed("continuation", "text/plain", b"the rest", 6)
+    )
+    found, counts, _ = read(f"x=warc:{file}")
+    assert [each.id[-1] for each in found] == ["2", "3", "4"]
+    assert found[0].text == STORY["ru"] and found[2].text == STORY["ja"]
+    assert STORY["ru"] in found[1].text and json.loads(found[0].meta)["url"][-1] == "2"
+    assert counts == {
+        "is image/png, not HTML": 1,
+        "is a WARC record of type continuation": 1,
+    }
+
+
+# ---- letters
+
+
+def decoded(body: bytes, declared: str = "") -> str:
+    return page_module.decode_page(body, declared)
+
+
+LABELS = {  # some of encoding.spec.whatwg.org, with a text that tells them from their neighbors
+    "latin1 iso-8859-1 latin-1 ascii cp1252 ISO_8859-1": ("cp1252", "“quoted” – 5 €"),
+    "iso-8859-9 latin5": ("cp1254", "“ışık” – 5 €"),
+    "gb2312 GBK x-gbk chinese gb_2312-80": ("gb18030", "漢字 㐀 鎔"),
+    "shift_jis sjis x-sjis ms_kanji": ("cp932", "①髙 №"),
+    "ks_c_5601-1987 euc-kr korean": ("cp949", "똠방각하"),
+    "big5 big5-hkscs cn-big5": ("big5hkscs", "漢字 嗰"),
+    "tis-620 windows-874": ("cp874", "ภาษาไทย…"),
+    "utf8 UTF-8 unicode-1-1-utf-8 x-unicode20utf8": ("utf-8", "漢字 ышы é"),
+    "unicode utf-16 ucs-2": ("utf-16-le", "漢字 é"),
+    "koi8-r koi": ("koi8-r", "старый дом"),
+    "x-mac-cyrillic": ("mac-cyrillic", "старый дом"),
+}
+
+
+@pytest.mark.parametrize("labels", LABELS)
+def test_labels_of_charsets_mean_what_they_mean_to_browsers(labels):
+    codec, text = LABELS[labels]
+    for label in labels.split():
+        assert decoded(text.encode(codec), label) == text, label
+        head = f"<meta http-equiv=Content-Type content='text/html; charset={label}'>"
+        if codec != "utf-16-le":  # who can read this knows better
+            body = head.encode() + text.encode(codec)
+            assert decoded(body) == head + text, label
+
+
+@given(strategies.text(max_size=30), strategies.sampled_from(["", "latin-1", "utf-16", "hex"]))
+def test_the_byte_order_mark_outweighs_every_header(text, declared):
+    head = '<meta charset="koi8-r">'
+    for codec in ("utf-8", "utf-16-le", "utf-16-be"):
+        body = ("\ufeff" + head + text).encode(codec)
+        assert decoded(body, declared) == head + text
+
+
+ODD_LABELS = ["rot13", "hex", "idna", "zlib", "undefined", "utf-7", "cp037", "unicode_escape"]
+ODD_LABELS += [*webencodings.labels.LABELS]
+
+
+@given(strategies.text(max_size=12) | strategies.sampled_from(ODD_LABELS))
+def test_a_page_is_read_whatever_its_charset_is_called(label):
+    body = b"<p>A page in plain letters.</p>"
+    assert decoded(body, label) == body.decode()
+    assert decoded(b"<meta charset='%s'>" % label.encode() + body).endswith(body.decode())
+
+
+@given(strategies.data())
+def test_a_bad_byte_costs_a_page_that_byte(data):
+    text = page(STORY["en"] + " It’s a café in Zürich – “closed” at five. " + STORY["ru"])
+    body = text.encode()
+    at = data.draw(strategies.sampled_from([i for i, byte in enumerate(body) if byte < 128]))
+    bad = body[:at] + b"\xff" + body[at + 1 :]
+    expected = text.encode()[:at].decode() + "\ufffd" + text.encode()[at + 1 :].decode()
+    for declared in ("utf-8", ""):
+        assert decoded(bad, declared) == expected
+    assert decoded(body + "…".encode()[:2], "").startswith(text)
+
+
+@pytest.mark.parametrize("codec", ["cp1252", "cp1251", "shift_jis", "gbk", "koi8-r", "euc-kr"])
+def test_what_is_not_utf_8_is_not_taken_for_it(codec):
+    text = {
+        "cp1252": "É déjà “vu” à l’été ",
+        "gbk": "联通移动电话 ",
+        "euc-kr": "오래된 집은 좁은 골목 끝에 서 있었다. ",
+    }
+    body = text.get(codec, STORY["ja" if codec == "shift_jis" else "ru"]) * 30
+    assert (
+        "\ufffd" not in decoded(body.encode(codec)) != body.encode(codec).decode("utf-8", "replace")
+    )
+
+
+# ---- HTML
+
+
+@given(strategies.lists(strategies.sampled_from([" ", "\n", "\t", "\r\n", "  \n "]), min_size=60))
+def test_line_breaks_in_html_are_spaces_wherever_they_fall(gaps):
+    text = "The <b>harbour</b> lay <i>still when <a>Ms Ørsted</a></i> walked down to the"
+    words = text.split()
+    words *= 6
+    gaps = (gaps * len(words))[: len(words)]
+    wrapped = "".join(word + gap for word, gap in zip(words, gaps, strict=True))
+    texts = [
+        page_module.extract_main_text(page(f"{text} quay.<br>\n Then a line"))
+        for text in (" ".join(words), wrapped.strip())
+    ]
+    assert texts[0] == texts[1] and texts[0].count("\n") == 5
+
+
+def test_white_space_of_preformatted_text_stays():
+    code = "def f(x):\n    return  x\n\tend"
+    html = page(STORY["en"]).replace("</article>", f"<pre>{code}\n  <b>more</b></pre></article>")
+    text = page_module.extract_main_text(html)
+    assert f"{code}\n  more" in text
+
+
+@pytest.mark.parametrize(
+    ("depth", "is_read"), [(200, True), (300, True), (1900, True), (3000, False)]
+)
+def test_text_of_deep_elements_is_kept_or_the_page_is_counted(depth, is_read):
+    html = page(STORY["en"]).replace("<p>", "<p>" + "<font>" * depth, 1)
+    if is_read:
+        text = page_module.extract_main_text(html)
+        assert all(f"{STORY['en']} {n}." in text for n in ("One", "Two", "Three"))
+        return
+    with pytest.raises(UserError, match="elements lie more than 2,048 deep"):
+        page_module.extract_main_text(html)
+
+
 def test_a_charset_that_nobody_knows_gives_way_to_what_the_page_says_of_itself(tmp_path):
     body = page(STORY["ja"], '<meta charset="shift_jis">').encode("shift_jis")
     (tmp_path / "a.warc").write_bytes(record(http(body, "text/html; charset=UTF-eight"), 1))
@@ -195,9 +428,7 @@ def test_of_a_crawl_cut_in_mid_record_the_whole_records_are_kept_and_the_cut_is_
     ):
         read(f"warc:{tmp_path}/*.warc*")
     found, counts, sentences = read(f"x=warc:{tmp_path}/*.warc*", on_error="skip")
-    whole = (
-        [] if packing == ".zst" else [f"x/cut.warc{packing}:{n}" for n in (2, 3, 4)]
-    )  # of Zstandard up to 8 kB before the cut are lost too
+    whole = [f"x/cut.warc{packing}:{n}" for n in (2, 3, 4)]
     assert [each.id for each in found] == [*whole, "x/next.warc:1"] and counts[
         "cannot be read"
     ] == 1
@@ -301,6 +532,38 @@ def test_rows_that_repeat_a_long_text_are_unpacked_a_few_at_a_time(tmp_path):
         read(f"parquet:{file}#text")
 
 
+def test_rows_of_half_a_megabyte_are_read_a_few_at_a_time(tmp_path):
+    rng = random.Random(1)
+    words = [rng.randbytes(6).hex() for _ in range(4000)]
+    rows = [" ".join(rng.choices(words, k=40_000)) for _ in range(9)]
+    file = tmp_path / "rows.parquet"
+    with pq.ParquetWriter(file, pa.schema({"text": pa.string()}), use_dictionary=False) as out:
+        for k in range(10):
+            table = pa.table({"text": [f"{k} {row}" for row in rows * 10]})
+            out.write_table(table, row_group_size=90)
+    n, n_skipped, megabytes = read_in_a_process(f"parquet:{file}#text")
+    assert (n, n_skipped) == (900, 0) and megabytes < 400
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "hf", "text"])
+def test_no_kind_of_source_gives_a_document_above_the_limit(tmp_path, monkeypatch, kind):
+    for module in (source_module, text, jsonl):
+        monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 6000)
+    texts = ["x" * 5900, "é" * 3001]
+    (tmp_path / "d").mkdir()
+    if kind == "parquet":
+        pq.write_table(pa.table({"text": texts}), tmp_path / "d/a")
+    elif kind == "text":
+        for i, each in enumerate(texts):
+            (tmp_path / f"d/{i}").write_text(each)
+    else:
+        records = [json.dumps({"text": each}, ensure_ascii=False) for each in texts]
+        (tmp_path / "d/a.jsonl").write_text("\n".join(records), encoding="utf-8")
+    where = f"hf:{tmp_path}/d:train#text" if kind == "hf" else f"{kind}:{tmp_path}/d/*"
+    found, counts, _ = read(f"x={where}", on_error="skip")
+    assert [len(each.text) for each in found] == [5900] and counts == {"cannot be read": 1}
+
+
 LONG = [f"A line that says {i} and then {i * i}, so that it packs badly." for i in range(3000)]
 
 
@@ -380,6 +643,226 @@ def test_what_cannot_be_read_stops_or_is_counted_by_name_and_the_rest_is_kept(
         assert 0 < len(texts) < len(LONG) and texts[:-1] == LONG[: len(texts) - 1]
     else:
         assert texts[:-1] == kept
+
+
+# ---- line ends
+
+
+ENDS = ["\n", "\r\n", "\r"]
+
+
+@given(
+    strategies.lists(
+        strategies.tuples(
+            strategies.text("ab \t\x85\u2028é漢", max_size=5), strategies.sampled_from(ENDS)
+        )
+    )
+)
+def test_every_line_end_is_a_line_feed_whatever_ends_the_lines_around_it(lines):
+    found = sources.Document("x", "".join(line + end for line, end in lines))
+    if any(ends == ("\r", "\n") for ends in pairs_of_ends(lines)):
+        return  # CR, an empty line, LF: this is CRLF
+    expected = "".join(f"{line}\n" for line, _ in lines)
+    assert source_module.normalize_line_ends(found).text == expected
+
+
+def pairs_of_ends(lines):
+    """(end of a line, end of the next) where the next is empty."""
+    for (_, end), (line, next_end) in itertools.pairwise(lines):
+        if not line:
+            yield end, next_end
+
+
+def test_a_prompt_keeps_its_length_when_its_line_ends_are_changed():
+    made = sources.Document("x", "a\r\nb\r" + "\nc\r\n", prompt_chars=5)
+    assert source_module.normalize_line_ends(made)[1:3] == ("a\nb\n\nc\n", 4)
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_every_reader_gives_line_feeds(tmp_path, end):
+    text = end.join(("one", "two", "", "three"))
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    (tmp_path / "a.jsonl").write_bytes(lines(text))
+    pq.write_table(pa.table({"text": [text]}), tmp_path / "a.parquet")
+    wet = record(text.encode(), 1, "conversion")
+    wet = wet.replace(b"application/http; msgtype=conversion", b"text/plain")
+    (tmp_path / "a.warc").write_bytes(wet)
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub/a.jsonl").write_bytes(lines(text))
+    for kind in ("text:a.txt", "jsonl:a.jsonl", "parquet:a.parquet", "warc:a.warc", "hf:hub"):
+        name, _, where = kind.partition(":")
+        split = ":train#text" if name == "hf" else ""
+        [found], *_ = read(f"x={name}:{tmp_path}/{where}{split}")
+        assert found.text == "one\ntwo\n\nthree", kind
+
+
+# ---- files as people have them
+
+
+PACKINGS = {
+    "gzip": gzip.compress,
+    "bzip2": bz2.compress,
+    "xz": lzma.compress,
+    "lzma": lambda data: lzma.compress(data, lzma.FORMAT_ALONE),
+    "zstd": zstandard.compress,
+    "zstd, a skipped frame": lambda data: b"\x51\x2a\x4d\x18\3\0\0\0abc" + zstandard.compress(data),
+    "zstd --long=30": lambda data: pack_long(data),
+    "nothing": bytes,
+}
+
+
+def pack_long(data: bytes) -> bytes:
+    """What `zstd --long=30` writes of a stream."""
+    parameters = zstandard.ZstdCompressionParameters(window_log=30)
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    return packer.compress(data) + packer.flush()
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL.GZ", "a.gz", "a.zst", "a.bz2"])
+def test_what_a_file_holds_decides_how_it_is_unpacked_and_not_its_name(tmp_path, packing, name):
+    pack = PACKINGS[packing]
+    (tmp_path / name).write_bytes(pack(lines("first", *LONG)) + pack(lines("last")))
+    found, counts, _ = read(f"jsonl:{tmp_path}/{name}")
+    assert [each.text for each in found] == ["first", *LONG, "last"] and not counts
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_crawl_packed_with_a_dictionary_is_read(tmp_path, is_packed):
+    records = crawl()[1:5]
+    dictionary = zstandard.ZstdCompressionDict(
+        b"".join(records), dict_type=zstandard.DICT_TYPE_RAWCONTENT
+    )
+    data = dictionary.as_bytes()
+    data = zstandard.compress(data) if is_packed else data
+    file = tmp_path / "a.warc.zst"
+    packer = zstandard.ZstdCompressor(dict_data=dictionary)
+    frames = b"".join(packer.compress(each) for each in records)
+    file.write_bytes(b"\x5d\x2a\x4d\x18" + len(data).to_bytes(4, "little") + data + frames)
+    found, counts, _ = read(f"warc:{file}")
+    assert len(found) == 4 and not counts and STORY["ru"] in found[0].text
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (b"PK\x03\x04" + bytes(40), "is a ZIP archive. Unpack it: unzip"),
+        (b"7z\xbc\xaf\x27\x1c" + bytes(40), "is a 7z archive"),
+        (gzip.compress(b"name" + bytes(253) + b"ustar\x0000" + bytes(300)), "is a tar archive"),
+        (b"PAR1" + bytes(40), "is a parquet file. Read it as parquet:"),
+        ("{}".encode("utf-16"), "is UTF-16. Convert it: iconv -f UTF-16 -t UTF-8"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            "is a pointer of Git LFS, not the file. Get the file: git lfs pull",
+        ),
+    ],
+)
+@pytest.mark.parametrize("kind", ["text", "jsonl", "warc"])
+def test_what_is_no_text_is_refused_as_what_it_is(tmp_path, kind, data, sentence):
+    file = tmp_path / "a.gz"
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=re.escape(f"{file}: {sentence}")):
+        read(f"{kind}:{file}")
+
+
+def test_a_pointer_in_place_of_a_parquet_file_is_named(tmp_path):
+    file = tmp_path / "a.parquet"
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match="is a pointer of Git LFS"):
+        read(f"parquet:{file}")
+
+
+@given(
+    strategies.lists(strategies.text(max_size=8), min_size=2, max_size=5),
+    strategies.sampled_from(["utf-16-le", "utf-16-be", "utf-32-le"]),
+)
+def test_json_lines_that_are_not_utf_8_are_no_documents(tmp_path_factory, texts, codec):
+    file = tmp_path_factory.mktemp("wide") / "a.jsonl"
+    file.write_bytes("".join(json.dumps({"text": text}) + "\n" for text in texts).encode(codec))
+    found, counts, _ = read(f"jsonl:{file}", on_error="skip")
+    assert not found and counts["cannot be read"] >= len(texts)
+
+
+def test_a_byte_order_mark_before_the_first_line_is_no_part_of_it(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines("one", "two"))
+    assert [each.text for each in read(f"jsonl:{tmp_path}/a.jsonl")[0]] == ["one", "two"]
+
+
+def test_links_that_lead_back_are_followed_once_and_links_to_nothing_are_named(tmp_path):
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    for name in ("a/one.txt", "a/b/two.txt", "other/three.txt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "a/b/back").symlink_to(tmp_path / "a")
+    (tmp_path / "a/b/there").symlink_to(tmp_path / "other")
+    (tmp_path / "other/back").symlink_to(tmp_path / "a")
+    found, *_ = read(f"x=text:{tmp_path}/a/**/*.txt")
+    assert [each.id for each in found] == ["x/b/there/three.txt", "x/b/two.txt", "x/one.txt"]
+    assert [each.id for each in read(f"x=text:{tmp_path}/a/**")[0]] == [each.id for each in found]
+    found, *_ = read(f"x=text:{tmp_path}/**/*.txt")
+    assert [each.text for each in found] == ["a/b/two.txt", "a/one.txt", "other/three.txt"]
+    (tmp_path / "a/gone.txt").symlink_to(tmp_path / "nowhere.txt")
+    with pytest.raises(
+        UserError, match=r"gone\.txt: is a link to .*nowhere\.txt, which is not there"
+    ):
+        read(f"x=text:{tmp_path}/a/*.txt")
+    found, counts, _ = read(f"x=text:{tmp_path}/a/*.txt", on_error="skip")
+    assert [each.id for each in found] == ["x/one.txt"] and counts == {"cannot be read": 1}
+
+
+@pytest.mark.parametrize("name", ["lr=[1e-3]", "[draft] a", "a[0-9]", "wh?t", "st*r", "[[]x"])
+def test_names_that_look_like_patterns_are_found_as_they_are(tmp_path, name):
+    (tmp_path / name).mkdir()
+    for other in ("lr=1", "d", "a1", "what", "star", "x"):
+        (tmp_path / other).mkdir()
+    file = tmp_path / name / f"{name}.txt"
+    file.write_text(name)
+    assert [each.text for each in read(f"x=text:{file}")[0]] == [name]
+    assert [each.text for each in read(f"x=text:{tmp_path}/{name}/*.txt")[0]] == [name]
+
+
+def test_brackets_are_still_patterns_where_no_name_has_them(tmp_path):
+    for name in ("part-1.txt", "part-2.txt", "part-x.txt", ".part-3.txt"):
+        (tmp_path / name).write_text(name)
+    found, *_ = read(f"x=text:{tmp_path}/part-[0-9].t?t")
+    assert [each.text for each in found] == ["part-1.txt", "part-2.txt"]
+
+
+def test_a_name_that_is_not_utf_8_is_read_and_written_as_escapes(tmp_path, output):
+    (tmp_path / "in").mkdir()
+    for name, data in ((b"caf\xe9.txt", b"whole"), (b"caf\xe8.txt", b"caf\xe9")):
+        with open(bytes(tmp_path / "in") + b"/" + name, "wb") as file:
+            file.write(data)
+    made = prepare.prepare_corpus(
+        PrepareConfig(sources=(f"x=text:{tmp_path}/in/*",), on_error="skip", heldout_frac=0.0),
+        tmp_path / "run",
+    )
+    [row] = pq.read_table(tmp_path / "run/corpus/train/x-00000.parquet").to_pylist()
+    assert row["id"] == "x/caf\\xe9.txt" and row["text"] == "whole"
+    assert "caf\\xe8.txt: byte 3 is not UTF-8" in made.counts["unread"]["x"]["first"][0]
+    assert "x/caf\\xe9.txt" in made.inputs and "caf\\xe8.txt" in output()
+
+
+def test_a_file_that_changes_while_it_is_read_makes_no_corpus(tmp_path, monkeypatch):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(lines("one", "two"))
+    asked = PrepareConfig(sources=(f"jsonl:{file}",), heldout_frac=0.0)
+    write = read_module.write_read_file
+
+    def write_and_change(*args):
+        with open(file, "ab") as log:
+            log.write(lines("three"))
+        return write(*args)
+
+    monkeypatch.setattr(read_module, "write_read_file", write_and_change)
+    with pytest.raises(UserError, match=r"a\.jsonl: changed while it was read. Start again"):
+        prepare.prepare_corpus(asked, tmp_path / "run")
+    assert not (tmp_path / "run/corpus").exists()
+    monkeypatch.undo()
+    made = prepare.prepare_corpus(asked, tmp_path / "run")
+    assert sum(each["rows"] for each in made.counts["train"].values()) == file.read_bytes().count(
+        b"\n"
+    )
 
 
 def test_a_column_that_one_file_lacks_is_named_for_that_file(tmp_path):
@@ -464,6 +947,8 @@ def test_files_in_an_object_store_are_read_as_those_on_a_disk(tmp_path, store, m
     pq.write_table(pa.table({"text": ["parquet one", "parquet two"]}), tmp_path / "p.parquet")
     files = {
         "d/a.txt": b"text",
+        "d/lr=[1e-3]/a.txt": b"brackets",
+        "d/lr=1/a.txt": b"no brackets",
         "d/deep/b.txt.gz": gzip.compress(b"packed text"),
         "d/j.jsonl": lines("one", "two"),
         "d/w.warc.gz": b"".join(map(gzip.compress, crawl())),
@@ -476,6 +961,9 @@ def test_files_in_an_object_store_are_read_as_those_on_a_disk(tmp_path, store, m
         (tmp_path / key).write_bytes(data)
     for source in (
         "text:{}/d/**/*.txt*",
+        "text:{}/d/lr=[1e-3]/*.txt",
+        "text:{}/d/lr=[1e-3]/a.txt",
+        "text:{}/d/lr=[0-9]/a.txt",
         "jsonl:{}/d/*.jsonl*",
         "parquet:{}/d/p.parquet",
         "x=warc:{}/d/*.warc.gz",

@@ -39,9 +39,10 @@ C4_PAGE = ("c4_lorem_ipsum", "c4_curly_bracket", "c4_sentences")
 PRESETS: dict[str, tuple[str, ...]] = {
     "none": (),
     # lesson 2 of the course "Pretraining LLMs", in its order, oddities included: lines are joined
-    # without a space before their language is identified
+    # without a space before their language is identified, and spaces make a line
     "course": (
-        "line_length", "paragraph_repetition", "exact_dedup", "language(least=0.4, newline='')",
+        "line_length", "paragraph_repetition(blank=False)", "exact_dedup",
+        "language(least=0.4, newline='')",
     ),
     "gopher": (*GOPHER_QUALITY, *GOPHER_REPETITION, "exact_dedup"),
     "c4": ("c4_lines", *C4_PAGE, "exact_dedup", "language"),

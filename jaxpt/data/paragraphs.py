@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxpt.data import dedup
 
-PARAGRAPH_GAP = re.compile(r"(\n{2,})")
+PARAGRAPH_GAP = re.compile(r"(\n(?:[^\S\n]*\n)+)")
 # a paragraph: its hash, its number in the text, its size, the characters of the gaps around it, and
 # how many shorter paragraphs the text has
 SIZE_FIELDS = ("number", "chars", "bytes", "before", "after", "shorter")

@@ -3,7 +3,8 @@
 A rule that drops returns the reason, or "" to keep the text. A rule that edits returns the new text
 and the number of edits. filters.py decides which rules run, in which order, with which thresholds.
 
-Words are separated by white space, lines by line ends, paragraphs by empty lines.
+Words are separated by white space, lines by line ends, paragraphs by empty lines. A line of white
+space is as empty as one without.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import numpy as np
 
 from jaxpt import io
 from jaxpt.data import language as identification
+from jaxpt.data.paragraphs import PARAGRAPH_GAP
 
+BLANK_LINE = re.compile(r"\n[^\S\n]++(?![^\n])")
 ALPHANUMERIC = re.compile(r"[^\W_]")
 
 
@@ -100,13 +103,26 @@ def line_length(text: str, lines: int = 3, chars: int = 3) -> str:
     return f"expected {lines} lines of {chars} characters or more, got {n_long}"
 
 
-def paragraph_repetition(text: str, most: float = 0.3, most_chars: float = 0.2) -> str:
+def paragraph_repetition(
+    text: str, most: float = 0.3, most_chars: float = 0.2, blank: bool = True
+) -> str:
     """Drop if repeated paragraphs are over 0.3 of the paragraphs or 0.2 of the characters.
 
     Source: the course, lesson 2; equal to Gopher's two paragraph rules (2112.11446, table A1).
+
+    Args:
+        text: the text.
+        most: fraction of the paragraphs.
+        most_chars: fraction of the characters.
+        blank: a line of white space ends a paragraph too; in the course an empty one alone does.
     """
-    parts = split_paragraphs(text)
+    parts = split_paragraphs(empty_blank_lines(text) if blank else text)
     return describe_repetition(parts, text, "paragraphs", most, most_chars)
+
+
+def empty_blank_lines(text: str) -> str:
+    """Return the text without the white space of lines that have nothing else."""
+    return BLANK_LINE.sub("\n", text)
 
 
 def split_paragraphs(text: str) -> list[str]:
@@ -267,7 +283,7 @@ def gopher_stop_words(text: Text, least: int = 2) -> str:
 
 def duplicate_lines(text: str, most: float = 0.3, most_chars: float = 0.2) -> str:
     """Drop if repeated lines are over 0.3 of the lines or 0.2 of the characters."""
-    lines = re.split(r"\n+", text)
+    lines = re.split(r"\n+", empty_blank_lines(text))
     return describe_repetition(lines, text, "lines", most, most_chars)
 
 
@@ -761,7 +777,7 @@ def repeated_paragraphs(text: str, least: int = 40) -> tuple[str, int]:
 
     Shorter ones, such as rules of asterisks and refrains, stay.
     """
-    parts = re.split(r"(\n{2,})", text)  # paragraph, gap, paragraph, ...
+    parts = PARAGRAPH_GAP.split(text)  # paragraph, gap, paragraph, ...
     gaps = ["", *parts[1::2]]
     seen: set[str] = set()
     kept = []

@@ -56,7 +56,7 @@ from jaxpt.io.files import (
 )
 from jaxpt.io.lock import Lock, hold, take
 from jaxpt.io.paths import BucketPath, Path, path
-from jaxpt.io.patterns import match_files
+from jaxpt.io.patterns import is_dangling, match_files
 from jaxpt.io.published import (
     Damage,
     SealedFile,
@@ -101,6 +101,7 @@ __all__ = [
     "find_damage",
     "finish_publishing",
     "hold",
+    "is_dangling",
     "list_files",
     "list_names",
     "list_working",

@@ -54,13 +54,15 @@ def prepare_corpus(
             f"{index.n} words: no document can be matched with them"
         )
     inputs = {}
+    versions = {}
     for source in text_sources:
         source.check_published()
+        versions |= source.list_versions()
         inputs |= source.fingerprint_inputs()
     for i, path in enumerate(section.decontaminate):
         inputs[f"benchmarks/{i}"] = io.path(path)
     corpus = io.path(workdir) / "corpus"
-    work = CorpusWork(section, section_json, text_sources, rules, index, tokenizer)
+    work = CorpusWork(section, section_json, text_sources, versions, rules, index, tokenizer)
     request = work.describe_request()
     manifest = stage.run_stage(
         "prepare",
@@ -94,6 +96,7 @@ class CorpusWork:
     section: config.PrepareConfig
     section_json: str
     sources: list[sources.TextSource]
+    versions: dict[str, str]  # of their files before they are fingerprinted
     rules: list[filters.Rule]
     index: decontaminate.NgramIndex
     tokenizer: tokenizers.Tokenizer | None  # it estimates the funnel's tokens
@@ -117,7 +120,7 @@ class CorpusWork:
         partial = partial.resolve()
         state_dir = partial / ".work"
         runner = JobRunner(self.section.executor, state_dir)
-        files, unread = read.read_sources(runner, self.sources, self.section)
+        files, unread = read.read_sources(runner, self.sources, self.versions, self.section)
         names = [source.name for source in self.sources]
         table = judge.judge_documents(runner, files, names, self.section_json, self.rules)
         drops = decide_drops(table, self.rules)

@@ -7,7 +7,7 @@ import dataclasses
 import heapq
 import itertools
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from jaxpt.data.prepare.jobs import (
     write_job_result,
 )
 from jaxpt.data.prepare.rows import READ_SCHEMA, ReadFile, open_arrow_writer, read_column
+from jaxpt.data.sources.files import escape_name
 from jaxpt.data.sources.source import find_kind
 from jaxpt.spec import Record, UserError
 
@@ -34,9 +35,18 @@ MAX_UNREADABLE_SHOWN = 20  # messages per source about what cannot be read
 
 
 def read_sources(
-    runner: JobRunner, text_sources: Sequence[sources.TextSource], section: config.PrepareConfig
+    runner: JobRunner,
+    text_sources: Sequence[sources.TextSource],
+    versions: Mapping[str, str],
+    section: config.PrepareConfig,
 ) -> tuple[list[ReadFile], dict[str, Unread]]:
     """Write the documents of all sources to disk: all, or at least those that max_mb keeps.
+
+    Args:
+        runner: of the jobs.
+        text_sources: in canonical order.
+        versions: of the files when they were fingerprinted.
+        section: how to read them.
 
     Returns:
         The files, and what was skipped of each source of which anything was.
@@ -49,6 +59,7 @@ def read_sources(
             job = ReadJob(
                 source_index=k,
                 source=part,
+                versions={file: versions[file] for file in part.files},
                 limit=limit,
                 max_bytes=JOB_BYTES,
                 on_error=section.on_error,
@@ -79,6 +90,7 @@ class ReadJob(Job):
 
     source_index: int
     source: sources.TextSource
+    versions: dict[str, str]  # of its files when they were fingerprinted
     limit: int
     max_bytes: int
     on_error: str
@@ -144,6 +156,7 @@ def read_part(job: ReadJob, advance: Advance = lambda n: None) -> int:
         files.append(file)
         rows.append(n_rows)
         total += n_bytes
+    check_unchanged(job)
     result = ReadResult(
         files=tuple(map(str, files)),
         rows=tuple(rows),
@@ -152,6 +165,16 @@ def read_part(job: ReadJob, advance: Advance = lambda n: None) -> int:
     )
     write_job_result(job, result)
     return total
+
+
+def check_unchanged(job: ReadJob) -> None:
+    """Raise UserError if a file is not the one that was fingerprinted."""
+    for file, version in job.source.list_versions().items():
+        if version != job.versions[file]:
+            raise UserError(
+                f"{escape_name(file)}: changed while it was read. Start again when nothing writes "
+                "to it."
+            )
 
 
 def write_read_file(

@@ -41,6 +41,8 @@ N_SAMPLES = 50  # dropped documents kept per rule
 SAMPLE_CHARS = 10_000  # of each at most: enough to judge a rule by
 GROUP_BYTES = 2**25  # of text per row group of a shard, about
 GROUP_ROWS = 10_000  # documents per row group, at most
+PAGE_ROWS = 1024  # documents per page, at most
+PAGE_BYTES = 2**22  # of text per page, about
 SAMPLE_SCHEMA = CORPUS_SCHEMA.append(pa.field("reason", STRING))
 NO_CUTS = np.empty(0, [("row", np.int64)])
 
@@ -226,7 +228,7 @@ def write_corpus_shard(job: WriteJob, advance: Advance = lambda n: None) -> int:
     if job.file:
         files.append(pathlib.Path(job.file))
         with io.writing(files[0]) as path:
-            write_row_groups(path, tables, writer.split_groups())
+            write_row_groups(path, tables, writer.split_groups(), writer.count_page_rows())
     # the rest has rows of the other split, but documents may be looked up in it
     for _ in tables:
         pass
@@ -277,6 +279,12 @@ class ShardWriter:
         sizes = self.read_judged("new.bytes")[self.kept]
         bounds = split_shards(sizes, GROUP_BYTES, GROUP_ROWS)
         return np.diff(bounds).tolist()
+
+    def count_page_rows(self) -> int:
+        """Return the rows of a page, which readers unpack as a whole: Arrow's own if few bytes."""
+        sizes = self.read_judged("new.bytes")[self.kept]
+        mean = sizes.mean() if len(sizes) else 0.0
+        return int(min(PAGE_ROWS, PAGE_BYTES // max(mean, 1.0) + 1))
 
     def iterate_tables(self, advance: Advance) -> Iterator[pa.Table]:
         """Yield the kept documents in tables of CORPUS_SCHEMA."""
@@ -364,13 +372,15 @@ def remove_repeats(texts: pa.Array, cuts: np.ndarray, start: int) -> pa.Array:
     return pa.array(values, pa.string())
 
 
-def write_row_groups(file: pathlib.Path, tables: Iterator[pa.Table], groups: list[int]) -> None:
+def write_row_groups(
+    file: pathlib.Path, tables: Iterator[pa.Table], groups: list[int], page_rows: int
+) -> None:
     """Write a parquet shard with row groups of these sizes.
 
     Each group is contiguous in memory, or its bytes would depend on how its rows came.
     """
-    encoded: Any = ["source", "meta"]  # the stub knows bool alone
-    with pq.ParquetWriter(file, CORPUS_SCHEMA, compression="zstd", use_dictionary=encoded) as out:
+    options: dict[str, Any] = {"use_dictionary": ["source", "meta"], "write_batch_size": page_rows}
+    with pq.ParquetWriter(file, CORPUS_SCHEMA, compression="zstd", **options) as out:
         waiting = CORPUS_SCHEMA.empty_table()
         for n in groups:
             while len(waiting) < n:

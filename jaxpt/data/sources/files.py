@@ -1,17 +1,19 @@
-"""Files on disks and in buckets: opened, decompressed."""
+"""Files on disks and in buckets: opened, unpacked."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import gzip
+import lzma
+import os
 import pathlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from io import BufferedIOBase, BufferedReader
-from typing import Any, TypeVar
+from io import BufferedIOBase
+from typing import TypeVar
 
 from jaxpt import io
+from jaxpt.data.sources.content import check_pointer, peek, unpack_stream
 from jaxpt.spec import UserError
 
 T = TypeVar("T")
@@ -19,41 +21,37 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def open_text_file(file: str) -> Iterator[BufferedIOBase]:
-    """Open a file's bytes, decompressed if its name ends in .gz or .zst.
+    """Open a file's bytes, unpacked if they are compressed.
 
     Raises:
-        UserError: they cannot be read.
+        UserError: they cannot be read, or are no text.
     """
     try:
-        with open_raw(file) as found, decompress(file, found) as stream:
+        with open_raw(file) as found, unpack_stream(file, found) as stream:
             yield stream
     # of a truncated file gzip raises EOFError, the others OSError
-    except (EOFError, zlib.error, OSError, *io.bucket_errors()) as error:
+    except (EOFError, zlib.error, lzma.LZMAError, OSError, *io.bucket_errors()) as error:
         raise UserError(
             f"{file}: cannot be read ({first_error_line(error)}). Copy it again or leave it out."
         ) from None
 
 
 def open_raw(file: str) -> BufferedIOBase:
-    """Open a file's bytes."""
-    return io.open_read(make_path(file))
+    """Open a file's bytes. Raise UserError for what only points to a file."""
+    path = make_path(file)
+    if isinstance(path, pathlib.Path) and io.is_dangling(file):
+        raise UserError(
+            f"{file}: is a link to {os.readlink(file)}, which is not there. Mend the link or "
+            "leave it out."
+        )
+    found = io.open_read(path)
+    check_pointer(file, peek(found))
+    return found
 
 
 def make_path(file: str) -> io.Path:
     """Return the path of a found file."""
     return io.path(file) if is_remote(file) else pathlib.Path(file)
-
-
-def decompress(file: str, found: BufferedIOBase) -> BufferedIOBase:
-    """Return a stream of the decompressed bytes of what `open_raw` opened."""
-    if file.endswith(".zst"):
-        import pyarrow as pa
-
-        compressed: Any = pa.CompressedInputStream(found, "zstd")
-        return BufferedReader(compressed)
-    if file.endswith(".gz"):
-        return gzip.GzipFile(fileobj=found)
-    return found
 
 
 def is_remote(file: str) -> bool:
@@ -77,6 +75,13 @@ def get_file_size(file: str) -> int:
     return io.size(make_path(file)) or 0
 
 
-def get_object_tag(file: str) -> str:
-    """Return a text that changes with an object's content, as its bucket reports it."""
+def get_version(file: str) -> str:
+    """Return a text that changes with a file's content; "" if it cannot be read."""
+    if io.is_dangling(file):
+        return ""
     return io.version(make_path(file))
+
+
+def escape_name(text: str) -> str:
+    """Return a text with those bytes of file names that are not UTF-8 as escapes."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from typing import Any
 
@@ -24,6 +25,7 @@ def read_jsonl(source: TextSource, file: str) -> Reading:
         lines = iter(lambda: stream.readline(MAX_DOCUMENT_BYTES), b"")
         for n, line in enumerate(lines, 1):
             place = f"{file}:{n}"
+            mark = codecs.BOM_UTF8 if n == 1 else b""
             if not line.strip():
                 continue
             if len(line) == MAX_DOCUMENT_BYTES:
@@ -32,7 +34,7 @@ def read_jsonl(source: TextSource, file: str) -> Reading:
                 yield too_large_error(place)
                 continue
             try:
-                record = parse_json_line(line, source.field, place)
+                record = parse_json_line(line.removeprefix(mark), source.field, place)
                 document = make_document(f"{name}:{n}", record, source.field, place)
             except UserError as error:
                 yield error
@@ -43,7 +45,7 @@ def read_jsonl(source: TextSource, file: str) -> Reading:
 def parse_json_line(line: bytes, field: str, place: str) -> dict[str, Any]:
     """Return the JSON object of a line. Raise UserError if it is none."""
     try:
-        record = json.loads(line)
+        record = json.loads(line.decode())  # of bytes the parser would guess an encoding
     except UnicodeDecodeError as error:
         raise UserError(
             f"{place}: byte {error.start} of the line is not UTF-8 ({error.reason}). "

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterator
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxpt.data.sources.fields import try_document
-from jaxpt.data.sources.files import first_error_line, open_raw
+from jaxpt.data.sources.files import first_error_line, is_remote, open_raw
 from jaxpt.data.sources.source import (
     MAX_DOCUMENT_BYTES,
     Reading,
@@ -20,6 +23,7 @@ from jaxpt.spec import UserError
 
 MAX_BATCH_BYTES = 2**28  # of rows that are unpacked at once, unless one alone has more
 MAX_BATCH_ROWS = 64
+BUFFER_BYTES = 2**20  # read at once, in place of a whole column
 MAX_RATIO = 200  # of a chunk unpacked to the same packed; text has 20 at most
 
 
@@ -28,7 +32,7 @@ def read_parquet(source: TextSource, file: str) -> Reading:
     name = source.relative_name(file)
     fields = source.field.split("+")
     try:
-        with open_raw(file) as found, pq.ParquetFile(found) as table:
+        with open_parquet(file) as table:
             names = table.schema_arrow.names
             missing = [field for field in fields if field not in names]
             if missing:
@@ -48,6 +52,22 @@ def read_parquet(source: TextSource, file: str) -> Reading:
             f"{file}: cannot be read as parquet ({first_error_line(error)}). Copy it again or "
             "leave it out."
         ) from None
+
+
+@contextlib.contextmanager
+def open_parquet(file: str) -> Iterator[pq.ParquetFile]:
+    """Open a file of which a page is in memory at a time, packed and unpacked."""
+    with contextlib.ExitStack() as stack:
+        found: Any = stack.enter_context(open_raw(file))
+        if not is_remote(file):  # Arrow's own file spares a copy of the packed page
+            found = stack.enter_context(pa.OSFile(os.fsencode(file)))
+        pool = pa.default_memory_pool()
+        pa.set_memory_pool(pa.system_memory_pool())  # it grows a page in place
+        try:
+            table = pq.ParquetFile(found, buffer_size=BUFFER_BYTES, pre_buffer=False)
+        finally:
+            pa.set_memory_pool(pool)
+        yield stack.enter_context(table)
 
 
 def iterate_rows(table: pq.ParquetFile, fields: list[str], file: str) -> Iterator[pa.RecordBatch]:

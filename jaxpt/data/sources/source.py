@@ -14,8 +14,9 @@ from typing import NamedTuple
 from jaxpt import io
 from jaxpt.data import sources
 from jaxpt.data.sources.files import (
+    escape_name,
     get_file_size,
-    get_object_tag,
+    get_version,
     is_remote,
     make_path,
     map_in_threads,
@@ -136,18 +137,27 @@ class TextSource(Record):
         for file in self.files or ("",):
             for found in self.read_file(file):
                 if isinstance(found, Document):
-                    yield found._replace(id=f"{self.name}/{found.id}")
+                    yield found
                 elif isinstance(found, Skipped):
-                    passed(found.reason, f"{found.where}: {found.reason}")
+                    passed(found.reason, escape_name(f"{found.where}: {found.reason}"))
                 elif on_error == "skip":
-                    passed(READ_ERRORS, str(found))
+                    passed(READ_ERRORS, escape_name(str(found)))
                 else:
-                    raise found
+                    raise UserError(escape_name(str(found)))
 
     def read_file(self, file: str) -> Reading:
-        """Yield what the kind's reader yields, and an error that ends it as the last."""
+        """Yield what the kind's reader yields, and an error that ends it as the last.
+
+        A document has its source in its id, one kind of line end, and MAX_DOCUMENT_BYTES at most.
+        """
         try:
-            yield from find_kind(self.kind).read(self, file)
+            for found in find_kind(self.kind).read(self, file):
+                if not isinstance(found, Document):
+                    yield found
+                elif is_too_large(found.text):
+                    yield too_large_error(f"{self.name}/{found.id}")
+                else:
+                    yield normalize_line_ends(found._replace(id=f"{self.name}/{found.id}"))
         except UserError as error:
             yield error
 
@@ -155,7 +165,7 @@ class TextSource(Record):
         """Return what a manifest fingerprints, by name."""
         inputs = {}
         for file in self.files:
-            if not is_remote(file):
+            if not is_remote(file) and not io.is_dangling(file):
                 inputs[f"{self.name}/{self.relative_name(file)}"] = pathlib.Path(file)
         return inputs | find_kind(self.kind).find_inputs(self)
 
@@ -183,17 +193,40 @@ class TextSource(Record):
                 n_plain = i
                 break
         root = pathlib.PurePath(*parts[:n_plain])
-        return pathlib.PurePath(file).relative_to(root).as_posix()
+        return escape_name(pathlib.PurePath(file).relative_to(root).as_posix())
 
     def list_object_tags(self) -> dict[str, str]:
         """Return the versions of a bucket's objects, by name."""
         files = [file for file in self.files if is_remote(file)]
-        tags = map_in_threads(get_object_tag, files)
+        tags = map_in_threads(get_version, files)
         return {self.relative_name(file): tag for file, tag in zip(files, tags, strict=True)}
+
+    def list_versions(self) -> dict[str, str]:
+        """Return file -> a text that changes with its content."""
+        return dict(zip(self.files, map_in_threads(get_version, self.files), strict=True))
 
     def list_file_sizes(self) -> list[int]:
         """Return the bytes of each file as stored."""
         return map_in_threads(get_file_size, self.files)
+
+
+def normalize_line_ends(document: Document) -> Document:
+    r"""Return the document with "\n" in place of "\r\n" and "\r", as Python and editors show it."""
+    text = document.text
+    if "\r" not in text:
+        return document
+    n = document.prompt_chars
+    prompt, completion = (
+        part.replace("\r\n", "\n").replace("\r", "\n") for part in (text[:n], text[n:])
+    )
+    return document._replace(text=prompt + completion, prompt_chars=len(prompt))
+
+
+def is_too_large(text: str) -> bool:
+    """Return whether a text has more than MAX_DOCUMENT_BYTES."""
+    if 4 * len(text) <= MAX_DOCUMENT_BYTES:  # quick: a character has four bytes at most
+        return False
+    return len(text.encode()) > MAX_DOCUMENT_BYTES
 
 
 def too_large_error(place: str) -> UserError:

@@ -27,8 +27,7 @@ def read_text(source: TextSource, file: str) -> Reading:
             f"{file}: byte {error.start} is not UTF-8 ({error.reason}). Convert the file to UTF-8 "
             "or leave it out."
         ) from None
-    # line ends as Python and editors show them; a paragraph ends at "\n\n"
-    yield Document(source.relative_name(file), text.replace("\r\n", "\n"))
+    yield Document(source.relative_name(file), text)
 
 
 KIND = SourceKind("text", read_text)

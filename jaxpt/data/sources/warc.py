@@ -1,17 +1,20 @@
-"""warc:GLOB: a crawled web page is a document: its main text, url and date in `meta`."""
+"""warc:GLOB: a crawled web page is a document: its main text, url and date in `meta`.
+
+So is the plain text of a WET file, and of a resource record.
+"""
 
 from __future__ import annotations
 
-import codecs
-import importlib.metadata
 import json
-import logging
 import re
 import zlib
-from io import BufferedIOBase, BytesIO
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from io import BufferedIOBase
+from typing import TYPE_CHECKING, BinaryIO, cast
 
+from jaxpt.data.sources.content import peek
 from jaxpt.data.sources.files import first_error_line, open_text_file
+from jaxpt.data.sources.http import HttpMessage, parse_http, unpack_body
+from jaxpt.data.sources.page import decode_page, describe_extractor, extract_main_text
 from jaxpt.data.sources.source import (
     MAX_DOCUMENT_BYTES,
     Document,
@@ -23,22 +26,28 @@ from jaxpt.data.sources.source import (
 )
 from jaxpt.spec import UserError
 
+# a page as browsers know it without a type; source: mimesniff.spec.whatwg.org, section 7.1
+HTML_START = re.compile(
+    rb"\s*<(?:!doctype html|html|head|body|title|h1|div|table|!--)", re.IGNORECASE
+)
+
 if TYPE_CHECKING:
     from fastwarc.warc import WarcRecord
 
 
 def read_warc(source: TextSource, file: str) -> Reading:
-    """Yield the main text of the HTML pages among the responses.
-
-    Source: trafilatura with precision before recall, like FineWeb (2406.17557).
-    """
-    from fastwarc.warc import ArchiveIterator, WarcRecordType
+    """Yield the main text of the HTML pages, and the text of records that hold plain text."""
+    from fastwarc.warc import ArchiveIterator
 
     name, n = source.relative_name(file), 0
     with open_text_file(file) as stream:
+        first_line, *_ = peek(stream).partition(b"\n")
+        has_bare_lines = first_line.startswith(b"WARC/") and not first_line.endswith(b"\r")
         forward = ForwardReader(stream)
         try:
-            records = ArchiveIterator(cast(BinaryIO, forward), parse_http=False)
+            records = ArchiveIterator(
+                cast(BinaryIO, forward), parse_http=False, quirks_mode=has_bare_lines
+            )
             for n, record in enumerate(records, 1):
                 place = f"{file}:{n}"
                 n_bytes = get_content_length(record, place)
@@ -54,8 +63,9 @@ def read_warc(source: TextSource, file: str) -> Reading:
                         f"{place}: the record ends after {record.content_length} of {n_bytes} "
                         "bytes. Copy the file again or leave it out."
                     )
-                if record.record_type == WarcRecordType.response:
-                    yield read_response(record, f"{name}:{n}", place)
+                found = read_record(record, f"{name}:{n}", place)
+                if found is not None:
+                    yield found
         except OSError as error:
             raise UserError(
                 f"{file}:{n + 1}: cannot be read as WARC ({first_error_line(error)}). Copy the "
@@ -76,20 +86,66 @@ def get_content_length(record: WarcRecord, place: str) -> int:
     return int(declared)
 
 
-def read_response(record: WarcRecord, id: str, place: str) -> Document | Skipped | UserError:
-    """Return the document of a response, or why it has none."""
+def read_record(record: WarcRecord, id: str, place: str) -> Document | Skipped | UserError | None:
+    """Return the document of a record, why it has none, or None for a record about others."""
+    from fastwarc.warc import WarcRecordType
+
+    kind = record.record_type
+    if kind in (
+        WarcRecordType.warcinfo,
+        WarcRecordType.request,
+        WarcRecordType.metadata,
+        WarcRecordType.revisit,
+    ):
+        return None
+    block = record.reader.read()
+    content_type = record.headers.get("Content-Type") or ""
+    is_plain = kind in (WarcRecordType.resource, WarcRecordType.conversion)
+    if is_plain:
+        message = HttpMessage(200, {"content-type": content_type}, block)
+    elif kind == WarcRecordType.response:
+        message = parse_http(block)
+    else:
+        return Skipped(f"is a WARC record of type {record.headers.get('WARC-Type')}", place)
     try:
-        body = decode_body(record)
-    except (OSError, ValueError, zlib.error):
+        body = unpack_body(message)
+    except UserError:
         return Skipped("its HTTP message cannot be decoded", place)
     if len(body) > MAX_DOCUMENT_BYTES:
         return too_large_error(place)
-    text, reason = extract_page_text(record, body)
+    text, reason = extract_text(message, body, is_plain)
     if not text:
         return Skipped(reason, place)
     date = record.record_date.strftime("%Y-%m-%dT%H:%M:%SZ") if record.record_date else ""
     meta = {"url": record.headers.get("WARC-Target-URI") or "", "date": date}
     return Document(id, text, 0, json.dumps(meta, ensure_ascii=False))
+
+
+def extract_text(message: HttpMessage, body: bytes, is_plain: bool) -> tuple[str, str]:
+    """Return (text, "") of a message, or ("", the reason why it has none).
+
+    Args:
+        message: the response.
+        body: unpacked.
+        is_plain: plain text is a document too: in a crawl's own text, but not among web pages.
+    """
+    content_type = message.content_type
+    if not content_type and HTML_START.match(body):
+        content_type = "text/html"
+    if message.status != 200:
+        return "", f"HTTP status {message.status}"
+    is_html = "html" in content_type
+    if not is_html and not (is_plain and content_type == "text/plain"):
+        return "", f"is {content_type or 'of no stated type'}, not HTML"
+    if not body.strip():
+        return "", "empty body"
+    if not is_html:
+        return decode_page(body, message.charset or "utf-8").strip(), "empty body"
+    try:
+        text = extract_main_text(decode_page(body, message.charset))
+    except UserError as error:
+        return "", str(error)
+    return text, "no main text in its HTML"
 
 
 class ForwardReader:
@@ -120,78 +176,4 @@ class ForwardReader:
         return self.n_read
 
 
-def decode_body(record: WarcRecord) -> bytes:
-    """Return the body of an HTTP message, of what is larger MAX_DOCUMENT_BYTES + 1 bytes.
-
-    fastwarc's own `auto_decode` unpacks all of it first: a megabyte may hold gigabytes.
-
-    Raises:
-        OSError, zlib.error: it is damaged, or encoded in an unknown way.
-    """
-    from fastwarc import stream_io
-
-    readers = {
-        "br": stream_io.BrotliReader,
-        "chunked": stream_io.ChunkedReader,
-        "deflate": inflate,
-        "gzip": stream_io.GzipReader,
-        "zstd": stream_io.ZstdReader,
-    }
-    record.parse_http(auto_decode="none")
-    encodings = []
-    for header in ("Content-Encoding", "Transfer-Encoding"):
-        value = record.http_headers.get(header) if record.http_headers else None
-        encodings += (value or "").lower().split(",")
-    body: Any = record.reader
-    for name in map(str.strip, reversed(encodings)):
-        if name in readers:
-            body = readers[name](body)
-        elif name not in ("", "identity"):
-            raise OSError(f"unknown encoding {name}")
-    return body.read(MAX_DOCUMENT_BYTES + 1)
-
-
-def inflate(stream: Any) -> BytesIO:
-    """Return what zlib unpacks of a stream, MAX_DOCUMENT_BYTES + 1 at most."""
-    data = zlib.decompressobj().decompress(stream.read(), MAX_DOCUMENT_BYTES + 1)
-    return BytesIO(data)
-
-
-def extract_page_text(record: WarcRecord, body: bytes) -> tuple[str, str]:
-    """Return (main text, "") of a response, or ("", the reason why there is none)."""
-    import trafilatura
-    from resiliparse.parse.encoding import bytes_to_str
-
-    logging.getLogger("trafilatura").setLevel(logging.CRITICAL)  # it logs every odd page
-    status = record.http_headers and record.http_headers.status_code
-    content_type = (record.http_content_type or "").lower()
-    if status != 200:
-        return "", f"HTTP status {status}"
-    if "html" not in content_type:
-        return "", f"is {content_type or 'of no stated type'}, not HTML"
-    if not body.strip():
-        return "", "empty body"
-    html = bytes_to_str(body, find_charset(record.http_charset, body))
-    try:
-        text = trafilatura.extract(html, include_comments=False, favor_precision=True)
-    except Exception:  # lxml and the extractor meet every page that was ever written
-        return "", "its HTML cannot be parsed"
-    return (text, "") if text else ("", "no main text in its HTML")
-
-
-def find_charset(declared: str | None, body: bytes) -> str:
-    """Return the encoding of a page: as HTTP declares it, else the page, else its bytes."""
-    from resiliparse.parse.encoding import detect_encoding
-
-    try:
-        return codecs.lookup(declared or "").name
-    except LookupError:  # none is declared, or an unknown one
-        return detect_encoding(body, from_html_meta=True) or "utf-8"
-
-
-def describe_extractor(_: TextSource) -> dict[str, str]:
-    """Return the version of what finds the main text."""
-    return {"trafilatura": importlib.metadata.version("trafilatura")}
-
-
-KIND = SourceKind("warc", read_warc, describe_versions=describe_extractor)
+KIND = SourceKind("warc", read_warc, describe_versions=lambda _: describe_extractor())
