@@ -37,22 +37,25 @@ CONTROL = ["<s>", "</s>", "a<s>b", "<s></s> <s>", "end.</s><s>New"]
 
 
 def write_corpus(
-    workdir: pathlib.Path, texts: dict[str, list[str]], heldout: dict[str, list[str]] | None = None
+    workdir: pathlib.Path,
+    texts: dict[str, list[str]],
+    heldout: dict[str, list[str]] | None = None,
+    prompts: dict[str, int] | None = None,
 ) -> pathlib.Path:
-    """A corpus as the stage prepare leaves it."""
+    """A corpus as the stage prepare leaves it; prompts has the characters of those of a source."""
 
     def work(out):
         for split, sources in (("train", texts), ("heldout", heldout or {})):
             (out / split).mkdir()
             for name, documents in sources.items():
                 ids = [f"{name}-{i}" for i in range(len(documents))]
-                prompts = pa.array([0] * len(documents), pa.int32())
+                prompt_chars = [(prompts or {}).get(name, 0)] * len(documents)
                 table = pa.table(
                     {
                         "id": ids,
                         "source": [name] * len(documents),
                         "text": documents,
-                        "prompt_chars": prompts,
+                        "prompt_chars": pa.array(prompt_chars, pa.int32()),
                     }
                 )
                 pq.write_table(table, out / split / f"{name}-00000.parquet", compression="zstd")
