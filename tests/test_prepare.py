@@ -23,8 +23,17 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
-from jaxpt.config import PrepareConfig
-from jaxpt.data import benchmarks, decontaminate, dedup, language, prepare, sources, tokenizer
+from jaxpt.config import PackConfig, PrepareConfig, TokenizerConfig
+from jaxpt.data import (
+    benchmarks,
+    decontaminate,
+    dedup,
+    language,
+    pack,
+    prepare,
+    sources,
+    tokenizer,
+)
 from jaxpt.data.prepare import funnel, judge, read, rows, write
 from jaxpt.spec import UserError
 from jaxpt.stage import read_manifest
@@ -535,6 +544,25 @@ def test_jobs_done_in_several_processes_leave_the_bytes_that_one_leaves(
         capture_output=True,
     )
     assert read_manifest(tmp_path / "many/corpus").outputs == alone.outputs
+
+
+def test_a_source_of_which_nothing_is_held_out_is_named_by_every_stage(tmp_path, output):
+    pages = [f"{ENGLISH[i % 6]} It was number {i} of them all." for i in range(300)]
+    books = ["\n\n".join(pages[100 * i : 100 * i + 100]) for i in range(3)]
+    for name, texts in (("books", books), ("pages", pages)):
+        (tmp_path / f"{name}.jsonl").write_bytes(jsonl(texts))
+    found = (f"jsonl:{tmp_path}/books.jsonl", f"jsonl:{tmp_path}/pages.jsonl")
+    asked = {"sources": found, "heldout_frac": 0.05}
+    prepare.prepare_corpus(asking(**asked), tmp_path)
+    printed = output()
+    assert "nothing is held out of books (3 documents)" in printed and "pages (" not in printed
+    tokenizer.train_tokenizer(TokenizerConfig(vocab_size=600), tmp_path)
+    pack.pack_corpus(PackConfig(seq_len=64), tmp_path)
+    assert "no held-out sequence of books: no loss will be measured there" in output()
+    prepare.prepare_corpus(asking(sources=found, heldout_frac=0.0), tmp_path, replace=True)
+    tokenizer.train_tokenizer(TokenizerConfig(vocab_size=600), tmp_path, replace=True)
+    pack.pack_corpus(PackConfig(seq_len=64), tmp_path, replace=True)
+    assert "nothing is held out" not in (printed := output()) and "no held-out" not in printed
 
 
 def test_a_disk_that_fills_is_one_sentence_and_loses_nothing(tmp_path, documents):

@@ -35,6 +35,7 @@ import pyarrow.parquet as pq
 
 from jaxpt import config, io, stage
 from jaxpt.data import executor, tokenizer
+from jaxpt.data.mixture import name_some
 from jaxpt.spec import Manifest, Record, UserError
 
 log = logging.getLogger(__name__)
@@ -230,7 +231,10 @@ def pack_corpus(
         tokenizer=encoder.fingerprint,
         replace=replace,
     )
-    log_counts(PackCounts.from_json(manifest.counts))
+    counts = PackCounts.from_json(manifest.counts)
+    log_counts(counts)
+    if stage.read_manifest(corpus).config.get("heldout_frac") != 0:
+        log_missing_heldout(counts)
     return manifest
 
 
@@ -270,7 +274,7 @@ def pack_splits(
         tokenize_jobs[key] = plan_tokenize_jobs(
             paths, checksums, tokenizer_path, directory, layout.seq_len
         )
-    run_pack_jobs(where, run_tokenize_job, tokenize_jobs.values(), ("tokenizing", "documents"))
+    run_pack_jobs(where, run_tokenize_job, tokenize_jobs.values(), ("tokenizing", "B"), n_bytes)
     pack_jobs = {}
     for key, jobs in tokenize_jobs.items():
         directory = jobs_dir.joinpath(*key)
@@ -329,6 +333,17 @@ def log_counts(counts: PackCounts) -> None:
         log_unknown_tokens(split, sources)
 
 
+def log_missing_heldout(counts: PackCounts) -> None:
+    """Warn of the sources that have sequences to train on and none to measure a loss on."""
+    missing = [name for name in counts.train if name not in counts.heldout]
+    if missing:
+        log.warning(
+            f"pack: no held-out sequence of {name_some(missing)}: no loss will be measured there. "
+            "Raise prepare.heldout_frac, lower pack.seq_len, or prepare shorter documents, such as "
+            "chapters instead of books."
+        )
+
+
 def log_cut_prompts(split: str, sources: dict[str, PackedSource]) -> None:
     """Warn of the sources in which most prompts were too long for a sequence."""
     cut = {name: source for name, source in sources.items() if source.n_cut_prompts}
@@ -366,6 +381,7 @@ def run_pack_jobs(
     run_job: Callable[..., int],
     groups: Iterable[Sequence[PackingJob]],
     progress: tuple[str, str],
+    total: int | None = None,
 ) -> None:
     """Run the jobs that no earlier, killed run has finished.
 
@@ -374,6 +390,7 @@ def run_pack_jobs(
         run_job: takes a job and returns how much of the progress unit it has done.
         groups: of jobs.
         progress: label and unit of the progress bar.
+        total: of the unit, about.
     """
     jobs = []
     for job in itertools.chain(*groups):
@@ -387,7 +404,7 @@ def run_pack_jobs(
     parallelism = os.environ.get("TOKENIZERS_PARALLELISM", default)
     left = [dataclasses.replace(job, parallelism=parallelism) for job in jobs]
     label, unit = progress
-    with stage.progress_bar(label, None, unit) as advance:
+    with stage.progress_bar(label, total, unit) as advance:
         for n_done in executor.map_jobs(where, run_job, left):
             advance(n_done)
 
@@ -467,7 +484,7 @@ def split_row_groups(sizes: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def run_tokenize_job(job: TokenizeJob) -> int:
-    """Write the ids of each document, bos + ids + eos. Return the number of documents."""
+    """Write the ids of each document, bos + ids + eos. Return the bytes of their texts."""
     os.environ["TOKENIZERS_PARALLELISM"] = job.parallelism
     encoder = load_cached_tokenizer(job.tokenizer_path)
     file = pathlib.Path(job.corpus_path)
@@ -503,7 +520,7 @@ def run_tokenize_job(job: TokenizeJob) -> int:
             n_unknown += encoder.count_unknown(ids)
     result = TokenizeResult(n_documents, n_bytes, n_unknown, n_cut_prompts, n_cut_tokens)
     io.write_json(pathlib.Path(job.result_path), result)
-    return n_documents
+    return n_bytes
 
 
 def count_excess(n_tokens: int, n_prompt: int, seq_len: int) -> int:
