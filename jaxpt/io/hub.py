@@ -32,13 +32,18 @@ def download(address: str, patterns: Sequence[str], noun: str = "model") -> path
 def find_dataset_commit(name: str, revision: str | None) -> str:
     """Return the commit of a data set's branch, tag or commit; without one, of its newest.
 
+    Offline it is that of the hub's cache.
+
     Raises:
         UserError: as `download`.
     """
-    from huggingface_hub import dataset_info
+    from huggingface_hub import snapshot_download
 
     with explain_hub_errors(f"hf:{name}", "data set"):
-        return str(dataset_info(name, revision=revision).sha)
+        path = snapshot_download(
+            name, repo_type="dataset", revision=revision, allow_patterns=["README.md"]
+        )
+    return pathlib.Path(path).name
 
 
 @contextlib.contextmanager

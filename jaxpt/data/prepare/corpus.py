@@ -40,7 +40,7 @@ def prepare_corpus(
             is dropped.
     """
     check_section(section)
-    text_sources = sources.parse_sources(section.sources)
+    text_sources = [source.pin() for source in sources.parse_sources(section.sources)]
     section_json = json.dumps(stage.to_jsonable(section))
     rules, index = judge.open_rules(section_json)
     executor.check_executor(section.executor)
