@@ -550,6 +550,26 @@ def test_jobs_done_in_several_processes_leave_the_bytes_that_one_leaves(
     assert read_manifest(tmp_path / "many/corpus").outputs == alone.outputs
 
 
+def test_a_preview_tells_of_each_document_what_the_corpus_makes_of_it(tmp_path, documents):
+    texts = [*documents[:60], "Write to joe@example.com. " + " ".join(ENGLISH) + "\na b\nc d e"]
+    (tmp_path / "web.jsonl").write_bytes(jsonl(texts))
+    knobs = {"sources": (f"jsonl:{tmp_path}/web.jsonl",), "preset": "course"}
+    knobs |= {"rules": ("pii_email", "-exact_dedup"), "heldout_frac": 0.0}
+    lines = list(prepare.preview_corpus(asking(**knobs), len(texts)))
+    assert not list(tmp_path.glob("*/")), "nothing is written"
+    prepare.prepare_corpus(asking(**knobs), tmp_path)
+    kept = sum(line.startswith("    kept") for line in lines)
+    assert kept == len(texts_of(tmp_path)) and 0 < kept < len(texts)
+    dropped = [line.split(": dropped: ")[0].strip() for line in lines if ": dropped: " in line]
+    steps = json.loads((tmp_path / "corpus/funnel.json").read_text())["steps"]
+    rows = [step["kept"]["web"]["rows"] for step in steps]
+    for step, before, after in zip(steps[1:], rows, rows[1:], strict=False):
+        assert dropped.count(step["rule"]) == before - after
+    assert "    pii_email: 1 edits, " in "\n".join(lines)
+    few = list(prepare.preview_corpus(asking(**knobs), 3))
+    assert sum(line.startswith("  web/") for line in few) == 3
+
+
 def test_a_source_of_which_nothing_is_held_out_is_named_by_every_stage(tmp_path, output):
     pages = [f"{ENGLISH[i % 6]} It was number {i} of them all." for i in range(300)]
     books = ["\n\n".join(pages[100 * i : 100 * i + 100]) for i in range(3)]
