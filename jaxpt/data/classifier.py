@@ -16,7 +16,7 @@ import functools
 import itertools
 import pathlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import scipy.optimize
@@ -105,7 +105,7 @@ class Features:
         return [n_words + self.kept[bucket] for bucket in buckets if bucket in self.kept]
 
     @functools.cached_property
-    def look_up(self):
+    def look_up(self) -> Callable[[str], tuple[list[int], int]]:
         """A function, word -> (its rows, its hash), that remembers the words it was asked for."""
         return functools.lru_cache(MAX_CACHED_WORDS)(self.find_word)
 
@@ -192,10 +192,11 @@ def parse_classifier(reader: ModelReader) -> Classifier:
     for _ in range(n_entries):
         names.append(reader.read_name().decode())
         reader.read_fields("qb")
-    kept = None
+    kept: dict[int, int] | None = None
     if n_pruned >= 0:
         pairs = reader.read_array("<i4", 2 * n_pruned).reshape(-1, 2)
-        kept = dict(pairs.tolist())
+        buckets, places = pairs.T.tolist()
+        kept = dict(zip(buckets, places, strict=True))
     rows = read_matrix(reader)
     out = read_matrix(reader)
     words = {name: row for row, name in enumerate(names[:n_words])}
@@ -312,7 +313,8 @@ def fit_logistic(means: scipy.sparse.csr_matrix, is_good: np.ndarray) -> tuple[n
         slopes = -signs / (1 + np.exp(np.clip(margins, -500, 500))) / len(signs)
         return loss, np.append(scaled.T @ slopes + L2 * weights, slopes.sum())
 
-    start = np.zeros(means.shape[1] + 1)
+    n_weights = len(means.sum(0).T)
+    start = np.zeros(n_weights + 1)
     found = scipy.optimize.minimize(loss_and_gradient, start, jac=True, method="L-BFGS-B")
     return found.x[:-1] * SCALE, float(found.x[-1])
 

@@ -21,6 +21,7 @@ from jaxpt.spec import UserError
 def read_hf(source: TextSource, _: str) -> Reading:
     """Yield the documents of a Hugging Face data set."""
     import datasets
+    from datasets.table import CastError
 
     where = parse_dataset(source.pattern)
     datasets.disable_progress_bars()
@@ -29,7 +30,7 @@ def read_hf(source: TextSource, _: str) -> Reading:
         for n, row in enumerate(rows, 1):
             place = f"hf:{source.pattern}:{n}"
             yield try_row(f"{where.split}:{n}", row, source.field, place)
-    except datasets.table.CastError as error:
+    except CastError as error:
         raise UserError(
             f"hf:{source.pattern}: its files have different columns ({first_error_line(error)}). "
             "Read them as jsonl:GLOB or parquet:GLOB, which look at the named field alone."
