@@ -81,9 +81,14 @@ def field_names(cls: type) -> list[str]:
 
 
 def encode_json(value: Any) -> Any:
-    """Return the value with records as dicts and tuples as lists."""
+    """Return the value with records as dicts, tuples as lists, and None for what is not finite.
+
+    JSON has no NaN and no infinity; a reader in another language would refuse the whole file.
+    """
     if isinstance(value, Record):
         return value.to_json()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     if isinstance(value, dict):
         return {key: encode_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -114,6 +119,8 @@ def decode_json(value: Any, hint: Any, where: str) -> Any:
         return hint.from_json(value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is float and value is None:
+        return math.nan  # see encode_json
     is_bool_for_number = isinstance(value, bool) and hint is not bool
     if isinstance(hint, type) and isinstance(value, hint) and not is_bool_for_number:
         return value

@@ -6,11 +6,12 @@ import itertools
 import json
 import random
 import re
+import string
 import sys
 
 import pytest
 from conftest import ROOT
-from hypothesis import given, strategies
+from hypothesis import assume, example, given, settings, strategies
 
 from jaxpt.config import PrepareConfig
 from jaxpt.data import dedup, filters, prepare, rules
@@ -394,6 +395,41 @@ def test_lines_of_c4_go_one_by_one_and_pages_as_a_whole():
 def test_personal_data_becomes_a_mark_and_repeats_are_removed(rule, text, made, n):
     settings = {} if rule == "repeated_paragraphs" else {"mark": "M"}
     assert rules.EDIT_RULES[rule](text, **settings) == (text if made is None else made, n)
+
+
+PUNCTUATION = strategies.text(string.punctuation + "…“”«»’—、。\u00a0", max_size=4)
+PERSONAL = {
+    "pii_email": ["joe@example.com", "o'neil+x_y@mail.example.co.uk", "ÄNNE@müller.de"],
+    "pii_ip": ["8.8.8.8", "93.184.216.34", "2001:4860:4860::8888", "2600:1:2:3:4:5:6:7"],
+    "pii_phone": ["+49 30 901820", "+12025550143", "212-555-0123", "(212) 555-0123"],
+}
+PERSONAL = [(rule, address) for rule, found in PERSONAL.items() for address in found]
+
+
+@settings(deadline=None, max_examples=300)
+@example(personal=("pii_ip", "8.8.8.8"), before="IP", left=":", right=":", after="443")
+@example(personal=("pii_ip", "8.8.8.8"), before="http", left="://", right="/", after="x")
+@example(personal=("pii_ip", "8.8.8.8"), before="DNS", left="...", right=",", after="5")
+@example(personal=("pii_ip", "2001:4860:4860::8888"), before="ip", left=":", right="::", after="")
+@example(personal=("pii_email", "joe@example.com"), before="mail", left=":.", right="-", after="")
+@example(personal=("pii_email", "joe@example.com"), before="us", left="...", right="...", after="")
+@example(personal=("pii_email", "joe@example.com"), before="联系", left="", right="", after="谢")
+@example(personal=("pii_phone", "212-555-0123"), before="tel", left=".", right="-", after="")
+@given(
+    personal=strategies.sampled_from(PERSONAL),
+    before=strategies.sampled_from(["", "see ", "see 5 "]),
+    left=PUNCTUATION,
+    right=PUNCTUATION,
+    after=strategies.sampled_from(["", " now"]),
+)
+def test_an_address_between_punctuation_of_any_kind_is_masked_and_nothing_else(
+    personal, before, left, right, after
+):
+    rule, address = personal
+    assume(rule != "pii_phone" or not left.endswith("+"))  # which makes it another number
+    text = f"{before}{left}{address}{right}{after}"
+    masked = rules.EDIT_RULES[rule](text, mark="M")
+    assert masked == (f"{before}{left}M{right}{after}", 1)
 
 
 def test_an_edit_applied_twice_changes_nothing_more():

@@ -3,10 +3,12 @@
 import builtins
 import concurrent.futures
 import contextlib
+import dataclasses
 import errno
 import filecmp
 import io as std_io
 import json
+import math
 import os
 import pathlib
 import random
@@ -20,10 +22,38 @@ import time
 import buckets
 import pytest
 from conftest import ROOT
+from hypothesis import given, strategies
 
 from jaxpt import io
 from jaxpt.io import bucket, cache, lock
-from jaxpt.spec import UserError
+from jaxpt.spec import Record, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Losses(Record):
+    loss: float
+    last: float | None
+    by_source: dict[str, float]
+
+
+FLOATS = strategies.floats()
+
+
+@given(
+    strategies.builds(Losses, FLOATS, FLOATS, strategies.dictionaries(strategies.text(), FLOATS))
+)
+def test_json_never_holds_a_number_that_it_has_no_word_for(record):
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    values = json.loads(json.dumps(record.to_json()), parse_constant=refuse)
+    again = Losses.from_json(values)
+    for read, wrote in zip(
+        [again.loss, *again.by_source.values()],
+        [record.loss, *record.by_source.values()],
+        strict=True,
+    ):
+        assert read == wrote if math.isfinite(wrote) else math.isnan(read)
 
 
 @pytest.fixture(scope="module", params=["gs", "s3"])

@@ -4,6 +4,7 @@ epoch, also across phases.
 
 import collections
 import json
+import math
 import sys
 
 import numpy as np
@@ -34,7 +35,8 @@ def test_after_any_number_of_sequences_every_source_has_its_share_to_within_one_
     taken = np.array([[mix.sequence_at(i)[0] == name for name in names] for i in range(n)]).cumsum(
         0
     )
-    slots = np.array(mix.tables[0].counts) / sum(mix.tables[0].counts)
+    counts = np.array(mix.tables[0].round.counts)
+    slots = counts / counts.sum()
     ideal = np.arange(1, n + 1)[:, None] * slots
     assert np.abs(taken - ideal).max() < 1
     assert np.abs(slots / (np.array(shares) / sum(shares)) - 1).max() < 0.02, (
@@ -62,7 +64,48 @@ def test_no_phases_mean_shares_in_proportion_to_the_sequences():
     assert mix.compute_epochs(sum(N_SEQUENCES.values())) == pytest.approx(
         dict.fromkeys(N_SEQUENCES, 1.0)
     )
-    assert mix.tables[0].counts == [N_SEQUENCES[name] for name in mix.names]
+    assert mix.tables[0].round.counts == [N_SEQUENCES[name] for name in mix.names]
+
+
+SIZES = strategies.one_of(strategies.integers(1, 9), strategies.integers(1, 30_000))
+
+
+@settings(deadline=None, max_examples=25)
+@example(sizes=[1, 60_000])
+@example(sizes=[3, 70_001, 20_003])
+@example(sizes=[1] * 1000 + [50_000, 70_001])
+@example(sizes=[*range(1, 300), 50_000, 70_001])
+@example(sizes=[1 + int(30_000 / (i + 1)) for i in range(2000)])
+@example(sizes=[1, *[20_000] * 5])
+@given(sizes=strategies.lists(SIZES, min_size=2, max_size=40))
+def test_one_pass_over_sources_of_any_sizes_reads_each_sequence_once_and_in_proportion(sizes):
+    names = [f"s{i:04d}" for i in range(len(sizes))]
+    n_sequences = dict(zip(names, sizes, strict=True))
+    mix = mixing(n_sequences=n_sequences)
+    n = sum(sizes)
+    order = [mix.tables[0].round.source_at(i) for i in range(n // math.gcd(*sizes))]
+    order = np.array(order * math.gcd(*sizes))[:, 0]
+    places = [np.flatnonzero(order == k) for k in range(len(sizes))]
+    assert list(map(len, places)) == sizes, "one pass"
+    for size, at in zip(sizes, places, strict=True):
+        uses = np.arange(size)
+        assert (uses + 1 - (at + 1) * size / n).max() < 1, "just read"
+        assert (at * size / n - uses).max() < 1, "before it is read"
+    for index in (0, 1, n // 3, n - 1, n + 5, 7 * n + 4096):
+        name, sequence = mix.sequence_at(index)
+        assert names[order[index % n]] == name and 0 <= sequence < n_sequences[name]
+        uses = np.bincount(order[: index % n], minlength=len(sizes)) + index // n * np.array(sizes)
+        assert mix.count_uses(index) == uses.tolist()
+
+
+def test_a_source_of_few_sequences_is_read_once_in_a_pass_over_millions():
+    sizes = {"web": 50_000_017, "wiki": 3_000_001, **{f"tiny{i:04d}": 1 + i for i in range(3000)}}
+    mix = mixing(n_sequences=sizes)
+    n = sum(sizes.values())
+    assert set(mix.compute_epochs(n).values()) == {1.0}
+    halves = np.array([sizes[name] / 2 for name in mix.names])
+    assert np.abs(mix.count_uses(n // 2) - halves).max() <= 1
+    mix.check_max_epochs(n, (("all", 1.0),))
 
 
 def test_every_epoch_reads_each_sequence_once_and_in_another_order():

@@ -494,9 +494,60 @@ def test_packing_needs_a_corpus_and_a_tokenizer(tmp_path):
     assert stage.read_manifest(tmp_path / "corpus").stage == "prepare"
 
 
+@settings(deadline=None)
+@given(
+    n_prompt=strategies.integers(0, 400),
+    n_completion=strategies.integers(2, 300),
+    seq_len=strategies.integers(8, 97),
+)
+def test_a_sequence_of_a_long_prompt_trains_as_much_as_its_completion_has(
+    n_prompt, n_completion, seq_len
+):
+    n = n_prompt + n_completion
+    n_cut = pack.count_excess(n, n_prompt, seq_len)
+    assert 0 <= n_cut <= n_prompt
+    if n <= seq_len:
+        assert n_cut == 0, "what fits is left as it is"
+    left = n_prompt - n_cut
+    document = pack.Segment(np.arange(n - n_cut, dtype=np.int32), "d", 0, left)
+    rows = list(pack.pack_best_fit([document], seq_len))
+    for segment in itertools.chain(*rows):
+        assert segment.loss_from < len(segment.ids), "a sequence that trains nothing"
+    if n_cut and n_completion <= seq_len // 2:
+        assert len(rows) == 1 and n - n_cut == seq_len, "as much of the prompt as fits"
+
+
+@pytest.mark.parametrize("method", ["best_fit", "course"])
+def test_prompts_longer_than_a_sequence_keep_their_ends_and_are_counted(tmp_path, method, caplog):
+    import datasets
+
+    prose = " ".join(english_and_code()["english"])
+    tasks = [prose[i : i + 900] + f"Answer {i}: yes." for i in range(0, 9000, 900)]
+    texts = {"english": english_and_code()["english"], "tasks": tasks}
+    write_corpus(tmp_path, texts, prompts={"tasks": 900})
+    tokenizer.train_tokenizer(asking(vocab_size=700), tmp_path)
+    with caplog.at_level("INFO"):
+        manifest = pack.pack_corpus(packing(method), tmp_path)
+    counts = pack.PackCounts.from_json(manifest.counts).train["tasks"]
+    whole = sum(map(len, encoded(tmp_path, tasks)))
+    assert counts.n_cut_prompts == 10 and counts.n_cut_tokens > 500
+    dropped = whole - counts.n_cut_tokens - counts.n_tokens
+    assert dropped == 0 if method == "best_fit" else 0 <= dropped < SEQ_LEN
+    ours = tokenizer.load_tokenizer(tmp_path / "tokenizer")
+    rows = datasets.load_from_disk(str(tmp_path / "packed/train/tasks"))["input_ids"]
+    read = [[id for id in row if id] for row in rows]
+    assert all(row[0] == ours.bos_id for row in read) or method == "course"
+    text = "".join(map(ours.decode, read))
+    assert sum(text.count(f"Answer {i}: yes.") for i in range(0, 9000, 900)) >= 9
+    assert any("10 prompts do not fit a sequence" in line for line in caplog.messages)
+    trained = counts.n_trained_tokens / counts.n_tokens
+    assert any(f"{trained:.1%} of the tokens are trained on" in line for line in caplog.messages)
+    assert counts.n_trained_tokens >= 10 * 5
+
+
 def test_of_a_thousand_sources_the_console_names_the_largest(caplog):
     counts = {
-        f"s{i:04d}": pack.PackedSource(3, 1, i + 1, 50 * (i + 1), 40, i % 2, 90, 0.1, 2.5, ())
+        f"s{i:04d}": pack.PackedSource(3, 1, i + 1, 50 * (i + 1), 40, 0, 0, i % 2, 90, 0.1, 2.5, ())
         for i in range(1000)
     }
     layout = {"seq_len": 64, "method": "best_fit", "vocab_size": 99}

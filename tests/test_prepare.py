@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import textwrap
 import time
 import unicodedata
@@ -22,10 +23,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
+from hypothesis import given, settings, strategies
 
-from jaxpt.config import PrepareConfig
-from jaxpt.data import benchmarks, decontaminate, dedup, language, prepare, sources, tokenizer
+from jaxpt.config import PackConfig, PrepareConfig, TokenizerConfig
+from jaxpt.data import (
+    benchmarks,
+    decontaminate,
+    dedup,
+    language,
+    pack,
+    prepare,
+    sources,
+    tokenizer,
+)
 from jaxpt.data.prepare import funnel, judge, read, rows, write
+from jaxpt.data.sources import hf
+from jaxpt.io import hub
 from jaxpt.spec import UserError
 from jaxpt.stage import read_manifest
 
@@ -537,6 +550,45 @@ def test_jobs_done_in_several_processes_leave_the_bytes_that_one_leaves(
         capture_output=True,
     )
     assert read_manifest(tmp_path / "many/corpus").outputs == alone.outputs
+
+
+def test_a_preview_tells_of_each_document_what_the_corpus_makes_of_it(tmp_path, documents):
+    texts = [*documents[:60], "Write to joe@example.com. " + " ".join(ENGLISH) + "\na b\nc d e"]
+    (tmp_path / "web.jsonl").write_bytes(jsonl(texts))
+    knobs = {"sources": (f"jsonl:{tmp_path}/web.jsonl",), "preset": "course"}
+    knobs |= {"rules": ("pii_email", "-exact_dedup"), "heldout_frac": 0.0}
+    lines = list(prepare.preview_corpus(asking(**knobs), len(texts)))
+    assert not list(tmp_path.glob("*/")), "nothing is written"
+    prepare.prepare_corpus(asking(**knobs), tmp_path)
+    kept = sum(line.startswith("    kept") for line in lines)
+    assert kept == len(texts_of(tmp_path)) and 0 < kept < len(texts)
+    dropped = [line.split(": dropped: ")[0].strip() for line in lines if ": dropped: " in line]
+    steps = json.loads((tmp_path / "corpus/funnel.json").read_text())["steps"]
+    rows = [step["kept"]["web"]["rows"] for step in steps]
+    for step, before, after in zip(steps[1:], rows, rows[1:], strict=False):
+        assert dropped.count(step["rule"]) == before - after
+    assert "    pii_email: 1 edits, " in "\n".join(lines)
+    few = list(prepare.preview_corpus(asking(**knobs), 3))
+    assert sum(line.startswith("  web/") for line in few) == 3
+
+
+def test_a_source_of_which_nothing_is_held_out_is_named_by_every_stage(tmp_path, output):
+    pages = [f"{ENGLISH[i % 6]} It was number {i} of them all." for i in range(300)]
+    books = ["\n\n".join(pages[100 * i : 100 * i + 100]) for i in range(3)]
+    for name, texts in (("books", books), ("pages", pages)):
+        (tmp_path / f"{name}.jsonl").write_bytes(jsonl(texts))
+    found = (f"jsonl:{tmp_path}/books.jsonl", f"jsonl:{tmp_path}/pages.jsonl")
+    asked = {"sources": found, "heldout_frac": 0.05}
+    prepare.prepare_corpus(asking(**asked), tmp_path)
+    printed = output()
+    assert "nothing is held out of books (3 documents)" in printed and "pages (" not in printed
+    tokenizer.train_tokenizer(TokenizerConfig(vocab_size=600), tmp_path)
+    pack.pack_corpus(PackConfig(seq_len=64), tmp_path)
+    assert "no held-out sequence of books: no loss will be measured there" in output()
+    prepare.prepare_corpus(asking(sources=found, heldout_frac=0.0), tmp_path, replace=True)
+    tokenizer.train_tokenizer(TokenizerConfig(vocab_size=600), tmp_path, replace=True)
+    pack.pack_corpus(PackConfig(seq_len=64), tmp_path, replace=True)
+    assert "nothing is held out" not in (printed := output()) and "no held-out" not in printed
 
 
 def test_a_disk_that_fills_is_one_sentence_and_loses_nothing(tmp_path, documents):
@@ -1084,6 +1136,93 @@ def test_a_local_data_set_is_read_as_hugging_face_reads_it(tmp_path):
     assert list(source.iterate_documents()) == [
         (f"tales/train:{i}", text, 0, "{}") for i, text in enumerate(ENGLISH, 1)
     ] and source.fingerprint_inputs() == {"tales": tmp_path / "tales"}
+
+
+@settings(deadline=None, max_examples=20)
+@given(bad=strategies.sets(strategies.integers(0, 199), max_size=5), kind=strategies.booleans())
+def test_a_value_that_is_no_text_costs_its_record_alone(bad, kind):
+    values = [b"not \xff text" if i in bad else f"text {i}".encode() for i in range(200)]
+    _, *buffers = pa.array(values, pa.binary()).buffers()
+    column = pa.StringArray.from_buffers(len(values), *buffers)
+    with tempfile.TemporaryDirectory() as place:
+        pq.write_table(pa.table({"text": column}), f"{place}/a.parquet", row_group_size=70)
+        where = f"parquet:{place}/*.parquet" if kind else f"data=hf:{place}:train"
+        passed = []
+        found = sources.parse_source(where).iterate_documents(
+            lambda reason, message: passed.append(message), "skip"
+        )
+        texts = [document.text for document in found]
+    assert texts == [f"text {i}" for i in range(200) if i not in bad]
+    assert [int(re.search(r":(\d+): byte 4 of a field", each)[1]) for each in passed] == [
+        i + 1 for i in sorted(bad)
+    ]
+
+
+def test_a_data_set_as_save_to_disk_writes_it_is_read(tmp_path):
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"text": ENGLISH, "n": list(range(len(ENGLISH)))})
+    rows.save_to_disk(str(tmp_path / "one"))
+    halves = datasets.DatasetDict({"train": rows.select([0, 1]), "test": rows.select([4])})
+    halves.save_to_disk(str(tmp_path / "two"))
+
+    def read(where):
+        return [each.text for each in sources.parse_source(where).iterate_documents()]
+
+    assert read(f"hf:{tmp_path}/one:train") == ENGLISH
+    assert read(f"hf:{tmp_path}/two:train") == ENGLISH[:2]
+    assert read(f"hf:{tmp_path}/two:test") == ENGLISH[4:5]
+    with pytest.raises(UserError, match=r"Available splits: \['train', 'test'\]"):
+        read(f"hf:{tmp_path}/two:valid")
+    with pytest.raises(UserError, match="has one alone"):
+        read(f"hf:{tmp_path}/one:test")
+    with pytest.raises(UserError, match="has no field 'body'; it has: text, n"):
+        read(f"hf:{tmp_path}/one:train#body")
+
+
+def test_files_of_different_columns_are_one_sentence_that_helps(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "n": 1}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "b", "m": "x"}\n')
+    with pytest.raises(UserError, match=r"have different columns .*Read them as jsonl:GLOB"):
+        list(sources.parse_source(f"data=hf:{tmp_path}:train").iterate_documents())
+    both = sources.parse_source(f"jsonl:{tmp_path}/*.jsonl").iterate_documents()
+    assert [document.text for document in both] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("where", "parts", "name"),
+    [
+        ("imdb:test", ("imdb", None, "test", None), "imdb"),
+        ("a/web/c:train", ("a/web", "c", "train", None), "web-c"),
+        ("a/web@v1:train", ("a/web", None, "train", "v1"), "web"),
+        ("a/web/c@refs/pr/1:train", ("a/web", "c", "train", "refs/pr/1"), "web-c"),
+    ],
+)
+def test_a_revision_of_a_data_set_is_named_as_that_of_a_model(where, parts, name):
+    source = sources.parse_source(f"hf:{where}")
+    assert hf.parse_dataset(source.pattern) == parts and source.name == name
+
+
+def test_a_changed_data_set_of_the_hub_is_another_corpus(tmp_path, monkeypatch, documents):
+    import datasets
+
+    asked = []
+
+    def load(name, config, split, revision, streaming):
+        asked.append((name, config, split, revision))
+        return datasets.Dataset.from_dict({"text": documents[:50]}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(hub, "find_dataset_commit", lambda name, revision: f"{revision or 7:0>40}")
+    knobs = {"sources": ("hf:a/web/c:train",), "preset": "none"}
+    manifest = prepare.prepare_corpus(asking(**knobs), tmp_path)
+    assert asked == [("a/web", "c", "train", f"{7:0>40}")]
+    assert manifest.config["installed"] == {"web-c": {"commit": f"{7:0>40}"}}
+    prepare.prepare_corpus(asking(**knobs), tmp_path)
+    assert len(asked) == 1, "it was finished"
+    monkeypatch.setattr(hub, "find_dataset_commit", lambda name, revision: f"{8:0>40}")
+    with pytest.raises(UserError, match="installed"):
+        prepare.prepare_corpus(asking(**knobs), tmp_path)
 
 
 @pytest.mark.parametrize(("kind", "least"), [("prose", 2_000_000), ("code", 5_000_000)])

@@ -6,11 +6,14 @@ import json
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings, strategies
 
 from jaxpt import stage
@@ -38,22 +41,25 @@ CONTROL = ["<s>", "</s>", "a<s>b", "<s></s> <s>", "end.</s><s>New"]
 
 
 def write_corpus(
-    workdir: pathlib.Path, texts: dict[str, list[str]], heldout: dict[str, list[str]] | None = None
+    workdir: pathlib.Path,
+    texts: dict[str, list[str]],
+    heldout: dict[str, list[str]] | None = None,
+    prompts: dict[str, int] | None = None,
 ) -> pathlib.Path:
-    """A corpus as the stage prepare leaves it."""
+    """A corpus as the stage prepare leaves it; prompts has the characters of those of a source."""
 
     def work(out):
         for split, sources in (("train", texts), ("heldout", heldout or {})):
             (out / split).mkdir()
             for name, documents in sources.items():
                 ids = [f"{name}-{i}" for i in range(len(documents))]
-                prompts = pa.array([0] * len(documents), pa.int32())
+                prompt_chars = [(prompts or {}).get(name, 0)] * len(documents)
                 table = pa.table(
                     {
                         "id": ids,
                         "source": [name] * len(documents),
                         "text": documents,
-                        "prompt_chars": prompts,
+                        "prompt_chars": pa.array(prompt_chars, pa.int32()),
                     }
                 )
                 pq.write_table(table, out / split / f"{name}-00000.parquet", compression="zstd")
@@ -554,3 +560,114 @@ def test_a_sentencepiece_model_without_an_exact_form_is_refused(data_dir, tmp_pa
         tokenizer.train_tokenizer(
             asking(source=str(data_dir / "tok_spm_test" / "test_model.model")), tmp_path
         )
+
+
+@pytest.mark.parametrize("model", ["bpe", "unigram"])
+def test_text_comes_back_from_a_tokenizer_of_a_script_written_without_spaces(model, tmp_path):
+    """A space is then rarer than the characters that are left to bytes."""
+    generator = np.random.default_rng(5)
+    letters = [chr(0x4E00 + i) for i in range(300)]
+    texts = ["".join(generator.choice(letters, 3900)) for _ in range(12)]
+    texts[7] += " a b"
+    write_corpus(tmp_path, {"han": texts})
+    tokenizer.train_tokenizer(asking(vocab_size=562, model=model), tmp_path)
+    ours = tokenizer.load_tokenizer(tmp_path / "tokenizer")
+
+    @settings(deadline=None)
+    @given(strategies.text(alphabet=MIXED + "".join(letters[:9]), max_size=40))
+    def law(text):
+        assert ours.decode(ours.encode_batch([text])[0]) == text
+
+    law()
+
+
+def unigram_of_others(pre_tokenizer=None):
+    """A unigram model with "</s>" among its pieces, as T5 has it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("▁", -2.0), ("a", -3.0), ("▁a", -2.5)]
+    pieces += [(char, -5.0) for char in "</s>b"]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=0))
+    backend.pre_tokenizer = pre_tokenizer or pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    backend.add_special_tokens(["</s>"])
+    return backend
+
+
+@settings(deadline=None)
+@given(strategies.lists(strategies.sampled_from(["</s>", "<", "/s>", "a", "b", " "]), max_size=9))
+def test_an_end_of_document_that_is_a_piece_of_the_model_is_text_in_a_document(parts):
+    text = "".join(parts)
+    plain = unigram_of_others()
+    plain.encode_special_tokens = True
+    ours = tokenizer.Tokenizer(unigram_of_others(), {"eos_token": "</s>"}, "here")
+    [ids] = ours.encode_batch([text])
+    assert ours.eos_id not in ids
+    if "</s>" not in text:
+        assert ids == plain.encode(text, add_special_tokens=False).ids
+    assert ours.decode(ids).lstrip() == text.lstrip()
+
+
+def test_a_tokenizer_with_dropout_gives_one_list_of_ids_and_this_is_said(tmp_path, caplog):
+    from tokenizers import Tokenizer, models
+
+    vocabulary = {"a": 0, "b": 1, "ab": 2, "abab": 3, "</s>": 4}
+    merges = [("a", "b"), ("ab", "ab")]
+    backend = Tokenizer(models.BPE(vocabulary, merges, dropout=0.4))
+    backend.add_special_tokens(["</s>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer.train_tokenizer(asking(source=str(tmp_path / "tokenizer.json")), tmp_path)
+    assert "dropout (0.4" in caplog.text and "switched off" in caplog.text
+    ours = tokenizer.load_tokenizer(tmp_path / "tokenizer")
+    assert ours.encode_batch(["abab" * 5] * 20) == [[3] * 5] * 20
+    assert (
+        json.loads((tmp_path / "tokenizer/tokenizer.json").read_text())["model"]["dropout"] is None
+    )
+
+
+ADOPT = """
+import sys
+from jaxpt.config import TokenizerConfig
+from jaxpt.data import tokenizer
+from jaxpt.spec import UserError
+try:
+    print(tokenizer.train_tokenizer(TokenizerConfig(source=sys.argv[1]), sys.argv[2]).tokenizer)
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_tokenizer_of_the_hub_is_adopted_by_its_name(trained, tmp_path):
+    """Offline, from the hub's cache; tests/test_hub.py has the transfers."""
+    cache = tmp_path / "hub/models--org--tiny"
+    shutil.copytree(trained, cache / "snapshots" / ("1" * 40))
+    (cache / "snapshots" / ("1" * 40) / "manifest.json").unlink()
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text("1" * 40)
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = str(ROOT)
+
+    def adopt(source):
+        command = [sys.executable, "-c", ADOPT, source, str(tmp_path / "run")]
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    fingerprint = stage.read_manifest(trained).tokenizer
+    assert adopt("hf:org/tiny") == adopt(f"hf:org/tiny@{'1' * 40}") == fingerprint
+    assert "hf:org/none: not complete in this machine's cache" in adopt("hf:org/none")
+
+
+@pytest.mark.parametrize("file", ["corpus/train/english-00000.parquet", "tokenizer/tokenizer.json"])
+def test_a_flipped_bit_in_what_a_stage_reads_ends_it(file, tmp_path):
+    write_corpus(tmp_path, english_and_code())
+    tokenizer.train_tokenizer(asking(vocab_size=700), tmp_path)
+    damaged = tmp_path / file
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(data)
+    with pytest.raises(UserError, match="checksum is not its manifest's"):
+        if file.startswith("corpus"):
+            tokenizer.train_tokenizer(asking(vocab_size=701), tmp_path, replace=True)
+        else:
+            tokenizer.load_tokenizer(tmp_path / "tokenizer")

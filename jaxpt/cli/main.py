@@ -20,7 +20,7 @@ from jaxpt.text import format_table
 
 GROUPS = {
     "Before you pay": ("plan",),
-    "Data": ("prepare", "train_tokenizer", "pack"),
+    "Data": ("prepare", "train_quality", "train_tokenizer", "pack"),
     "Model": ("initialize", "train", "export_hf"),
     "Results": ("evaluate", "compare", "report"),
     "Look inside": ("trace", "checkpoint"),

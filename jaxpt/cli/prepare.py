@@ -13,7 +13,7 @@ A source is [NAME=]KIND:WHERE:
   text:GLOB                      one document per file
   jsonl:GLOB#field               one document per line (.gz and .zst are decompressed)
   parquet:GLOB#column            one document per row
-  hf:NAME[/CONFIG]:SPLIT#field   a Hugging Face data set, streamed
+  hf:NAME[/CONFIG]:SPLIT#field   a Hugging Face data set, streamed; NAME@REVISION for another
   warc:GLOB                      main text of crawled pages
   python:prose, code, tasks      text of this Python installation: English documentation, the
                                  standard library, its functions as exercises
@@ -29,6 +29,12 @@ from jaxpt.cli import options
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags."""
     options.add_stage(parser, "the corpus of another config or other inputs")
+    parser.add_argument(
+        "--preview",
+        type=int,
+        metavar="N",
+        help="print what the rules make of the first N documents of each source, and write nothing",
+    )
     options.add_knobs(parser, ("prepare",))
 
 
@@ -37,6 +43,10 @@ def run(arguments: argparse.Namespace) -> None:
     settings = options.load_settings(arguments)
     from jaxpt.data import prepare
 
+    if arguments.preview is not None:
+        for line in prepare.preview_corpus(settings.prepare, arguments.preview):
+            print(line)
+        return
     prepare.prepare_corpus(
         settings.prepare,
         arguments.workdir,

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jaxpt import io
-from jaxpt.data import dedup, paragraphs, rules
+from jaxpt.data import classifier, dedup, paragraphs, rules
 from jaxpt.data.rules import Text
 from jaxpt.data.sources import Document
 from jaxpt.data.sources.files import first_error_line
@@ -230,6 +230,10 @@ def build_rule(request: RuleRequest) -> Rule:
     help = format_call(name, thresholds)
     if "path" in thresholds:
         help += f" of list {fingerprint_list_file(name, thresholds['path'])}"
+    if "model" in thresholds:
+        classifier.read_classifier(str(thresholds["model"]))
+        checksum = io.sha256(io.path(str(thresholds["model"])))
+        help += f" of model {checksum[:16]}"
     step = functools.partial(function, **thresholds)
     if name in MARK_RULES:
         return Rule(name, mark=step, help=help)

@@ -76,6 +76,8 @@ class ModelReader:
         """Return the bytes up to the next zero byte."""
         name = b""
         while (byte := self.stream.read(1)) != b"\0":
+            if not byte:
+                raise ValueError("it ends inside a name")
             name += byte
         return name
 

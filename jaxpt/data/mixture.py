@@ -1,8 +1,8 @@
 """Decide which sequence of which source a run reads at each global index, in constant time.
 
 The order is a pure function of the seed, the phases and the index, so that resuming needs one
-integer. A phase gives each source a whole number of slots in a table of at most 4,096, laid out so
-that the share after any number of sequences is within one sequence of the ideal. Use k of a source
+integer. A phase gives each source a whole number of slots in a round, laid out so that the share
+after any number of sequences is within one sequence of the ideal. Use k of a source
 is sequence k of its shuffled order, and every epoch is another shuffle. Uses are counted across
 phases, so no sequence comes twice in an epoch. Changing the shares or the batch size from some step
 on adds a phase to a run's data history, which later settings do not change.
@@ -13,10 +13,12 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import difflib
+import functools
 import hashlib
 import heapq
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from grain.experimental import index_shuffle
@@ -26,7 +28,9 @@ from jaxpt.spec import Record, UserError
 
 MAX_NAMED = 3  # sources that a sentence names
 MAX_LISTED = 24
-MAX_SLOTS = 4096  # per phase; a share is a multiple of 1 / slots
+MAX_SLOTS = 4096  # of a round for shares that are fractions, and laid out at once
+MAX_EXACT_SLOTS = 2**31  # of a round for whole numbers: products of two counts fit 63 bits
+N_CACHED_BLOCKS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,21 +58,17 @@ class MixturePhase(Record):
 
 @dataclasses.dataclass(frozen=True)
 class SlotTable:
-    """The repeating order of sources while the shares stay the same.
+    """The order of sources while the shares stay the same.
 
     Attributes:
         start: its first global sequence index.
         n_used: sequences read before it, per source.
-        counts: slots per source.
-        sources: index of the source, per slot.
-        ranks: number of earlier slots with the same source, per slot.
+        round: the slots that repeat.
     """
 
     start: int
     n_used: list[int]
-    counts: list[int]
-    sources: list[int]
-    ranks: list[int]
+    round: Round
 
 
 class MixtureSchedule:
@@ -122,23 +122,16 @@ class MixtureSchedule:
         """Add the slot table of a phase that changes the shares."""
         n_used = self.count_uses(phase.sequence)
         shares = [phase.shares.get(name, 0.0) for name in self.names]
-        counts = count_slots(shares)
-        sources = order_slots(counts)
-        by_source = np.argsort(sources, kind="stable")
-        firsts = np.cumsum(counts) - counts  # where a source's slots begin among these
-        ranks = np.empty_like(sources)
-        ranks[by_source] = np.arange(len(sources)) - firsts[sources[by_source]]
-        columns = [column.tolist() for column in (counts, sources, ranks)]
-        table = SlotTable(phase.sequence, n_used, *columns)
+        table = SlotTable(phase.sequence, n_used, Round(count_slots(shares)))
         self.tables.append(table)
         self.starts.append(phase.sequence)
 
     def sequence_at(self, index: int) -> tuple[str, int]:
         """Return (source, index within the source) of a global sequence index."""
         table, n_rounds, slot = self.locate_slot(index)
-        source = table.sources[slot]
-        n_before = table.n_used[source] + n_rounds * table.counts[source]
-        use = n_before + table.ranks[slot]
+        source, rank = table.round.source_at(slot)
+        n_before = table.n_used[source] + n_rounds * table.round.counts[source]
+        use = n_before + rank
         return self.names[source], self.shuffle_index(source, use)
 
     def shuffle_index(self, source: int, use: int) -> int:
@@ -157,8 +150,7 @@ class MixtureSchedule:
             raise IndexError(f"sequence index: expected 0 or more, got {index}.")
         place = bisect.bisect_right(self.starts, index) - 1
         table = self.tables[place]
-        n_slots = len(table.sources)
-        n_rounds, slot = divmod(index - table.start, n_slots)
+        n_rounds, slot = divmod(index - table.start, table.round.n_slots)
         return table, n_rounds, slot
 
     def count_uses(self, n_sequences: int) -> list[int]:
@@ -167,9 +159,8 @@ class MixtureSchedule:
             return [0] * len(self.names)
         table, n_rounds, slot = self.locate_slot(n_sequences - 1)
         n_used = np.array(table.n_used)
-        n_used += n_rounds * np.array(table.counts)
-        started = table.sources[: slot + 1]
-        n_used += np.bincount(started, minlength=len(self.names))
+        n_used += n_rounds * np.array(table.round.counts)
+        n_used += table.round.count_uses(slot + 1)
         return n_used.tolist()
 
     def compute_epochs(self, n_sequences: int) -> dict[str, float]:
@@ -314,7 +305,7 @@ def check_phase_sources(phases: config.Phases, n_sequences: Mapping[str, int]) -
             )
         for name, share in shares.items():
             frac = share / total
-            if 0 < frac < 1 / MAX_SLOTS:
+            if 0 < frac < 1 / MAX_SLOTS and not reduce_shares(list(shares.values())):
                 raise UserError(
                     f"mixture.phases: {name} from step {step}: expected a share of 0 or at least "
                     f"1/{MAX_SLOTS:,} of the sequences, got {frac:.2g}."
@@ -344,15 +335,19 @@ def check_share(step: int, name: str, share: float, n_sequences: Mapping[str, in
         )
 
 
-# ---- slot tables
+# ---- rounds of slots
 
 
 def count_slots(shares: Sequence[float]) -> np.ndarray:
-    """Return whole numbers in proportion to the shares, at most MAX_SLOTS together.
+    """Return whole numbers in proportion to the shares: a source's slots in a round.
 
-    Of all such numbers those whose largest relative error is smallest, and of equals the smallest.
-    Every share above 0 gets a slot.
+    Shares that are whole numbers themselves, such as numbers of sequences, are kept exactly. Of
+    others, of all such numbers with at most MAX_SLOTS together, those whose largest relative error
+    is smallest, and of equals the smallest; every share above 0 gets a slot.
     """
+    exact = reduce_shares(shares)
+    if exact:
+        return np.array(exact, np.int64)
     ideal = np.asarray(shares, np.float64) / np.sum(shares)
     is_present = ideal > 0
     n_slots = np.arange(1, MAX_SLOTS + 1)
@@ -368,30 +363,151 @@ def count_slots(shares: Sequence[float]) -> np.ndarray:
     return candidates[best]
 
 
-def order_slots(counts: np.ndarray) -> np.ndarray:
+def reduce_shares(shares: Sequence[float]) -> list[int]:
+    """Return whole shares divided by what divides them all; none if they are not whole."""
+    if not all(float(share).is_integer() for share in shares):
+        return []
+    whole = list(map(int, shares))
+    divisor = math.gcd(*whole)
+    reduced = [share // divisor for share in whole]
+    return reduced if sum(reduced) <= MAX_EXACT_SLOTS else []
+
+
+class SlotBlock(NamedTuple):
+    """Up to MAX_SLOTS consecutive slots of a round.
+
+    Attributes:
+        groups: the group of each slot.
+        ranks: earlier slots of the round with the same group, per slot.
+        before: [groups] slots in earlier blocks.
+    """
+
+    groups: list[int]
+    ranks: list[int]
+    before: np.ndarray
+
+
+class Round:
+    """Slots that repeat; after any number of them each source is within one of its share.
+
+    Blocks of MAX_SLOTS are laid out when they are asked for, in any order. What each source has
+    had before a block follows from halving: at the middle of a range of blocks each has its share
+    of the slots so far, rounded down, or up for those with the largest remainders. Sources with
+    equally many slots take turns in those of their group, so that a thousand small ones do not all
+    come at once.
+
+    Attributes:
+        counts: slots of each source.
+        n_slots: of all.
+    """
+
+    def __init__(self, counts: np.ndarray):
+        """Group the sources.
+
+        Args:
+            counts: [sources] int64, slots of each.
+        """
+        self.counts = counts.tolist()
+        self.n_slots = int(counts.sum())
+        self.n_blocks = -(-self.n_slots // MAX_SLOTS)  # rounded up
+        self.members = [[source] for source in range(len(counts))]
+        if self.n_blocks > 1:
+            self.members = [np.flatnonzero(counts == n).tolist() for n in np.unique(counts)]
+        self.sizes = np.array([counts[members].sum() for members in self.members])
+        self.block_at = functools.lru_cache(N_CACHED_BLOCKS)(self.lay_out_block)
+        self.block_at(0)
+
+    def source_at(self, slot: int) -> tuple[int, int]:
+        """Return the source of a slot and the number of its earlier slots in the round."""
+        number, place = divmod(slot, MAX_SLOTS)
+        block = self.block_at(number)
+        members = self.members[block.groups[place]]
+        rank, turn = divmod(block.ranks[place], len(members))
+        return members[turn], rank
+
+    def count_uses(self, n_slots: int) -> np.ndarray:
+        """Return how many of the round's first slots each source has, [sources]."""
+        number = min(n_slots // MAX_SLOTS, self.n_blocks - 1)
+        block = self.block_at(number)
+        started = block.groups[: n_slots - number * MAX_SLOTS]
+        of_groups = block.before + np.bincount(started, minlength=len(self.members))
+        uses = np.zeros(len(self.counts), np.int64)
+        for members, n in zip(self.members, of_groups.tolist(), strict=True):
+            each, n_more = divmod(n, len(members))
+            uses[members] = each
+            uses[members[:n_more]] += 1
+        return uses
+
+    def lay_out_block(self, number: int) -> SlotBlock:
+        """Return a block of the round."""
+        first, stop = 0, self.n_blocks
+        before, after = np.zeros_like(self.sizes), self.sizes
+        while stop - first > 1:
+            middle = (first + stop) // 2
+            at_middle = self.round_shares(middle * MAX_SLOTS, before, after)
+            if number < middle:
+                stop, after = middle, at_middle
+            else:
+                first, before = middle, at_middle
+        groups = order_slots(self.sizes, before, after)
+        by_group = np.argsort(groups, kind="stable")
+        n_here = after - before
+        firsts = np.cumsum(n_here) - n_here  # where a group's slots begin among these
+        ranks = np.empty_like(groups)
+        ranks[by_group] = np.arange(len(groups)) - firsts[groups[by_group]]
+        ranks += before[groups]
+        return SlotBlock(groups.tolist(), ranks.tolist(), before)
+
+    def round_shares(self, n_slots: int, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+        """Return whole shares of the round's first slots by largest remainders, [groups].
+
+        Args:
+            n_slots: which the shares add up to.
+            before: [groups] at least so many.
+            after: [groups] at most so many.
+        """
+        ideal = n_slots * self.sizes  # times self.n_slots
+        counts = np.clip(ideal // self.n_slots, before, after)
+        while n_left := n_slots - int(counts.sum()):
+            step = 1 if n_left > 0 else -1
+            is_free = counts < after if n_left > 0 else counts > before
+            free = np.flatnonzero(is_free)
+            lag = step * (ideal - counts * self.n_slots)
+            furthest = np.argsort(-lag[free], kind="stable")[: abs(n_left)]
+            counts[free[furthest]] += step
+        return counts
+
+
+def order_slots(counts: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
     """Return a source per slot, so that after any slot each source is within one of its share.
 
     Of the sources that are behind by enough, the one that would first fall behind by one is next.
 
     Source: Tijdeman 1980, "The chairman assignment problem"; the deviation stays within
     1 - 1 / (2 sources - 2).
+
+    Args:
+        counts: [sources] slots in the whole round.
+        before: [sources] of these before the first slot that is returned.
+        after: [sources] of these up to the last.
     """
-    present = np.flatnonzero(counts)
+    n_present = int(np.count_nonzero(counts))
     n_slots = int(counts.sum())
-    margin = max(1, 2 * len(present) - 2)
+    margin = max(1, 2 * n_present - 2)
     uses = []  # (first slot, deadline, source): a source's k-th slot lies in its own window
-    for source in present.tolist():
+    for source in np.flatnonzero(after > before).tolist():
         count = int(counts[source])
-        for k in range(count):
+        for k in range(int(before[source]), int(after[source])):
             due = n_slots * (1 + margin * k)
             first = -(-due // (margin * count)) - 1  # rounded up
             uses.append((first, (margin - 1 + margin * k) / count, source))
     uses.sort(reverse=True)
-    order = np.empty(n_slots, np.int64)
+    start = int(before.sum())
+    order = np.empty(len(uses), np.int64)
     eligible: list[tuple[float, int]] = []
-    for slot in range(n_slots):
-        while uses and uses[-1][0] <= slot:
+    for place in range(len(order)):
+        while uses and (not eligible or uses[-1][0] <= start + place):
             _, deadline, source = uses.pop()
             heapq.heappush(eligible, (deadline, source))
-        _, order[slot] = heapq.heappop(eligible)
+        _, order[place] = heapq.heappop(eligible)
     return order

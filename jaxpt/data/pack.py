@@ -1,10 +1,13 @@
-"""Pack documents into sequences of token ids, all exactly seq_len long, with no token lost.
+"""Pack documents into sequences of token ids, all exactly seq_len long.
 
     best_fit   bos + ids + eos per document. A document of up to seq_len tokens is never split; a
                longer one becomes full sequences and one rest. Whole documents and rests fill
                sequences by best-fit-decreasing within a window of the corpus; the rest is padding.
     course     bos + ids + eos of all documents of a source, concatenated and split every seq_len
                tokens; the last partial sequence is dropped.
+
+A prompt that leaves its completion no place in a sequence loses its beginning, counted; else most
+sequences of a long prompt would train nothing.
 
 There are two passes, each split into jobs: tokenize a part of the corpus; fill the sequences of one
 Arrow shard. A job depends on corpus and tokenizer alone, so that any number of workers, here or on
@@ -32,6 +35,7 @@ import pyarrow.parquet as pq
 
 from jaxpt import config, io, stage
 from jaxpt.data import executor, tokenizer
+from jaxpt.data.mixture import name_some
 from jaxpt.spec import Manifest, Record, UserError
 
 log = logging.getLogger(__name__)
@@ -96,6 +100,8 @@ class PackedSource(Record):
     n_sequences: int
     n_tokens: int  # bos and eos included, padding not
     n_trained_tokens: int  # targets of the loss: no first token of a segment, no prompt
+    n_cut_prompts: int  # that were too long; their first tokens are left out
+    n_cut_tokens: int  # of these prompts, not in n_tokens
     n_unknown_tokens: int  # for text that the tokenizer has no token for
     n_text_bytes: int  # of UTF-8
     padding_frac: float  # of n_sequences * seq_len
@@ -130,6 +136,7 @@ class TokenizeJob(PackingJob):
     sha256: str | None  # to check the file by; None: the file's first job does
     row_groups: tuple[int, ...]
     tokenizer_path: str
+    seq_len: int  # which bounds a prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +146,8 @@ class TokenizeResult(Record):
     n_documents: int
     n_text_bytes: int  # of UTF-8
     n_unknown_tokens: int = 0
+    n_cut_prompts: int = 0
+    n_cut_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +233,10 @@ def pack_corpus(
         replace=replace,
         verify=verify,
     )
-    log_counts(PackCounts.from_json(manifest.counts))
+    counts = PackCounts.from_json(manifest.counts)
+    log_counts(counts)
+    if stage.read_manifest(corpus).config.get("heldout_frac") != 0:
+        log_missing_heldout(counts)
     return manifest
 
 
@@ -261,8 +273,10 @@ def pack_splits(
     tokenize_jobs = {}
     for key, paths in files.items():
         directory = jobs_dir.joinpath(*key)
-        tokenize_jobs[key] = plan_tokenize_jobs(paths, checksums, tokenizer_path, directory)
-    run_pack_jobs(where, run_tokenize_job, tokenize_jobs.values(), ("tokenizing", "documents"))
+        tokenize_jobs[key] = plan_tokenize_jobs(
+            paths, checksums, tokenizer_path, directory, layout.seq_len
+        )
+    run_pack_jobs(where, run_tokenize_job, tokenize_jobs.values(), ("tokenizing", "B"), n_bytes)
     pack_jobs = {}
     for key, jobs in tokenize_jobs.items():
         directory = jobs_dir.joinpath(*key)
@@ -304,9 +318,11 @@ def log_counts(counts: PackCounts) -> None:
                 f"pack: {split}/{name}: {source.n_tokens:,} tokens in "
                 f"{source.n_sequences:,} sequences"
             )
+            trained = source.n_trained_tokens / source.n_tokens
             log.info(
                 f"  of {counts.seq_len:,}: {source.padding_frac:.2%} padding, "
-                f"{source.n_split_documents:,} of {source.n_documents:,} documents split"
+                f"{source.n_split_documents:,} of {source.n_documents:,} documents split, "
+                f"{trained:.1%} of the tokens are trained on"
             )
         others = [source for _, source in by_size[N_LOGGED_SOURCES:]]
         if others:
@@ -315,7 +331,33 @@ def log_counts(counts: PackCounts) -> None:
                 f"{sum(source.n_tokens for source in others):,} tokens in "
                 f"{sum(source.n_sequences for source in others):,} sequences"
             )
+        log_cut_prompts(split, sources)
         log_unknown_tokens(split, sources)
+
+
+def log_missing_heldout(counts: PackCounts) -> None:
+    """Warn of the sources that have sequences to train on and none to measure a loss on."""
+    missing = [name for name in counts.train if name not in counts.heldout]
+    if missing:
+        log.warning(
+            f"pack: no held-out sequence of {name_some(missing)}: no loss will be measured there. "
+            "Raise prepare.heldout_frac, lower pack.seq_len, or prepare shorter documents, such as "
+            "chapters instead of books."
+        )
+
+
+def log_cut_prompts(split: str, sources: dict[str, PackedSource]) -> None:
+    """Warn of the sources in which most prompts were too long for a sequence."""
+    cut = {name: source for name, source in sources.items() if source.n_cut_prompts}
+    worst = sorted(cut, key=lambda name: -cut[name].n_cut_prompts)
+    for name in worst[:N_LOGGED_SOURCES]:
+        log.warning(
+            f"pack: {split}/{name}: {cut[name].n_cut_prompts:,} prompts do not fit a sequence with "
+            f"their completion: {cut[name].n_cut_tokens:,} tokens of their beginnings are left "
+            "out. A longer pack.seq_len keeps them."
+        )
+    if len(worst) > N_LOGGED_SOURCES:
+        log.warning(f"pack: {split}: so it is in {len(worst) - N_LOGGED_SOURCES:,} more sources")
 
 
 def log_unknown_tokens(split: str, sources: dict[str, PackedSource]) -> None:
@@ -341,6 +383,7 @@ def run_pack_jobs(
     run_job: Callable[..., int],
     groups: Iterable[Sequence[PackingJob]],
     progress: tuple[str, str],
+    total: int | None = None,
 ) -> None:
     """Run the jobs that no earlier, killed run has finished.
 
@@ -349,6 +392,7 @@ def run_pack_jobs(
         run_job: takes a job and returns how much of the progress unit it has done.
         groups: of jobs.
         progress: label and unit of the progress bar.
+        total: of the unit, about.
     """
     jobs = []
     for job in itertools.chain(*groups):
@@ -362,7 +406,7 @@ def run_pack_jobs(
     parallelism = os.environ.get("TOKENIZERS_PARALLELISM", default)
     left = [dataclasses.replace(job, parallelism=parallelism) for job in jobs]
     label, unit = progress
-    with stage.progress_bar(label, None, unit) as advance:
+    with stage.progress_bar(label, total, unit) as advance:
         for n_done in executor.map_jobs(where, run_job, left):
             advance(n_done)
 
@@ -400,6 +444,7 @@ def plan_tokenize_jobs(
     checksums: Mapping[str, str],
     tokenizer_path: pathlib.Path,
     jobs_dir: pathlib.Path,
+    seq_len: int,
 ) -> list[TokenizeJob]:
     """Return jobs of about JOB_BYTES of text each, in the order of the corpus.
 
@@ -408,6 +453,7 @@ def plan_tokenize_jobs(
         checksums: path -> sha256.
         tokenizer_path: the tokenizer's directory.
         jobs_dir: where the jobs write.
+        seq_len: tokens per sequence.
     """
     jobs: list[TokenizeJob] = []
     for file in files:
@@ -420,7 +466,7 @@ def plan_tokenize_jobs(
         for groups in split_row_groups(sizes):
             output = str(jobs_dir / f"tokens-{len(jobs):06d}.arrow")
             paths = (output, f"{output}.json", corpus_path)
-            job = TokenizeJob(*paths, sha256, groups, str(tokenizer_path))
+            job = TokenizeJob(*paths, sha256, groups, str(tokenizer_path), seq_len)
             jobs.append(job)
             sha256 = None
     return jobs
@@ -440,7 +486,7 @@ def split_row_groups(sizes: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def run_tokenize_job(job: TokenizeJob) -> int:
-    """Write the ids of each document, bos + ids + eos. Return the number of documents."""
+    """Write the ids of each document, bos + ids + eos. Return the bytes of their texts."""
     os.environ["TOKENIZERS_PARALLELISM"] = job.parallelism
     encoder = load_cached_tokenizer(job.tokenizer_path)
     file = pathlib.Path(job.corpus_path)
@@ -450,7 +496,8 @@ def run_tokenize_job(job: TokenizeJob) -> int:
             f"{file}: its checksum is not the manifest's: it was changed or damaged. "
             "Run jaxpt prepare again with --replace."
         )
-    n_documents = n_bytes = n_unknown = 0
+    n_first = 0 if encoder.bos_id is None else 1  # bos stays
+    n_documents = n_bytes = n_unknown = n_cut_prompts = n_cut_tokens = 0
     with (
         io.writing(output) as temporary,
         pa.OSFile(str(temporary), "wb") as sink,
@@ -458,6 +505,13 @@ def run_tokenize_job(job: TokenizeJob) -> int:
     ):
         for batch in iter_text_batches(file, job.row_groups):
             ids, loss_from = encoder.encode_documents(batch.texts, batch.prompt_chars)
+            for i, n_prompt in enumerate(loss_from):
+                n_cut = count_excess(len(ids[i]), n_prompt, job.seq_len)
+                if n_cut:
+                    ids[i] = np.delete(ids[i], slice(n_first, n_first + n_cut))
+                    loss_from[i] -= n_cut
+                    n_cut_prompts += 1
+                    n_cut_tokens += n_cut
             offsets = np.cumsum([0, *map(len, ids)])
             lists = pa.ListArray.from_arrays(pa.array(offsets, INT32), np.concatenate(ids))
             columns = {"id": batch.ids, "ids": lists, "loss_from": loss_from}
@@ -466,9 +520,25 @@ def run_tokenize_job(job: TokenizeJob) -> int:
             n_documents += len(batch.texts)
             n_bytes += sum(len(text.encode()) for text in batch.texts)
             n_unknown += encoder.count_unknown(ids)
-    result = TokenizeResult(n_documents, n_bytes, n_unknown)
+    result = TokenizeResult(n_documents, n_bytes, n_unknown, n_cut_prompts, n_cut_tokens)
     io.write_json(pathlib.Path(job.result_path), result)
-    return n_documents
+    return n_bytes
+
+
+def count_excess(n_tokens: int, n_prompt: int, seq_len: int) -> int:
+    """Return how many tokens a prompt has too many: its document does not fit a sequence.
+
+    What is left of the prompt fills a sequence together with the completion, or half of one before
+    a long completion.
+
+    Args:
+        n_tokens: of the document.
+        n_prompt: of these before the first trained one.
+        seq_len: tokens per sequence.
+    """
+    n_completion = n_tokens - n_prompt
+    most = max(seq_len - n_completion, seq_len // 2)
+    return max(0, n_prompt - most)
 
 
 # a worker does many jobs
@@ -838,10 +908,14 @@ def gather_shards(
     n_documents = 0
     n_text_bytes = 0
     n_unknown = 0
+    n_cut_prompts = 0
+    n_cut_tokens = 0
     for text in texts:
         n_documents += text.n_documents
         n_text_bytes += text.n_text_bytes
         n_unknown += text.n_unknown_tokens
+        n_cut_prompts += text.n_cut_prompts
+        n_cut_tokens += text.n_cut_tokens
     n_sequences = sum(shard.n_sequences for shard in shards)
     n_slots = n_sequences * layout.seq_len
     n_trained = int(token_counts.sum())
@@ -853,6 +927,8 @@ def gather_shards(
         n_sequences=n_sequences,
         n_tokens=n_tokens,
         n_trained_tokens=n_trained,
+        n_cut_prompts=n_cut_prompts,
+        n_cut_tokens=n_cut_tokens,
         n_unknown_tokens=n_unknown,
         n_text_bytes=n_text_bytes,
         padding_frac=1 - n_tokens / n_slots,

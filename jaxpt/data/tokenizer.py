@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 
 from jaxpt import config, io, stage
 from jaxpt.data import executor, tokenizer_trial
+from jaxpt.io import hub
 from jaxpt.spec import Manifest, Record, UserError
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ SENTENCEPIECE_OPTIONS = {
     "remove_extra_whitespaces": False,
     "allow_whitespace_only_pieces": True,
     "character_coverage": 0.999,
+    "required_chars": "▁",  # a space; rare where a script is written without
     "unk_id": 0,
     "bos_id": 1,
     "eos_id": 2,
@@ -55,6 +57,7 @@ SENTENCEPIECE_OPTIONS = {
 # the training sample is drawn in spans of this length, so that a long book counts by its length
 MAX_SPAN_CHARS = 4_000
 MAX_BYTES_IN_PROCESS = 2**22  # of text to train on; a process of its own takes half a second
+HUB_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja")
 # keys of a tokenizer_config.json that are kept
 SPECIAL_TOKEN_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token")
 SAVED_CONFIG_KEYS = (*SPECIAL_TOKEN_KEYS, "model_max_length", "padding_side", "chat_template")
@@ -117,7 +120,7 @@ def train_tokenizer(
         inputs = {"corpus": workdir / "corpus"}
         request = stage.to_jsonable(section)
     else:
-        files = find_tokenizer_files(io.path(section.source))
+        files = find_tokenizer_files(find_tokenizer(section.source))
         inputs = {file.name: file for file in files}
         request = {"source": "adopted"}
 
@@ -148,7 +151,7 @@ def load_tokenizer(directory: io.Path | str, expected: str | None = None) -> Tok
     """Open a tokenizer or Hugging Face directory, a tokenizer.json or a SentencePiece .model.
 
     Args:
-        directory: or file.
+        directory: or file, or hf:NAME.
         expected: the fingerprint of the one that a model was trained with, where known.
 
     Raises:
@@ -173,6 +176,7 @@ class Tokenizer:
         bos_id: what the tokenizer itself puts before a text (Llama); None if nothing (GPT-2, Qwen).
         eos_id: ends a document.
         first_id: the token in front of a document: bos, else eos.
+        separators: the texts of bos and eos.
         unk_id: stands for text that has no token; None: the tokenizer has none.
         vocab_size: largest id + 1.
         fingerprint: of vocabulary, merges, normalization and document tokens; equal in every saved
@@ -197,6 +201,10 @@ class Tokenizer:
         """
         self.backend = backend
         self.tokenizer_config = tokenizer_config
+        # a tokenizer trained with dropout has it in its file; each call would give other ids
+        if getattr(backend.model, "dropout", None):
+            log.warning(f"{io.printable(where)}: dropout ({backend.model.dropout}) is switched off")
+            backend.model.dropout = None
         backend.no_truncation()
         backend.no_padding()
         # a literal "<s>" in a document is text: nobody writes control tokens into a corpus
@@ -211,17 +219,37 @@ class Tokenizer:
             prepend_token(backend, bos, self.bos_id)
         self.first_id = self.eos_id if self.bos_id is None else self.bos_id
         self.vocab_size = max(vocabulary.values()) + 1
+        self.separators = []
+        for token_id in sorted({self.bos_id, self.eos_id} - {None}):
+            text = str(backend.id_to_token(token_id))
+            self.separators.append(text)
+            self.read_as_text(text, token_id, where)
         form = json.loads(backend.to_str())
         self.unk_id = find_unk_id(form["model"], vocabulary)
         self.fingerprint = fingerprint_tokenizer(form, self.bos_id, self.eos_id)
-        for token_id in {self.bos_id, self.eos_id} - {None}:
-            text = str(backend.id_to_token(token_id))
-            [ids] = self.encode_batch([text])
-            if token_id in ids:
-                raise UserError(
-                    f"{where}: the text {text!r} in a document would become token {token_id}, "
-                    'which separates documents. Give that token "special": true in tokenizer.json.'
-                )
+
+    def read_as_text(self, text: str, token_id: int, where: io.Path | str) -> None:
+        """Keep a document's literal "</s>" from becoming the token that separates documents.
+
+        Where it is a piece of the model itself, as in many unigram models, the text is split after
+        its first character; no other text is encoded differently.
+
+        Raises:
+            UserError: it becomes the token all the same.
+        """
+        from tokenizers import Regex, pre_tokenizers
+
+        if token_id not in self.backend.encode(text, add_special_tokens=False).ids:
+            return
+        split = pre_tokenizers.Split(Regex(break_pattern(text)), behavior="isolated")
+        if self.backend.pre_tokenizer is not None:
+            split = pre_tokenizers.Sequence([self.backend.pre_tokenizer, split])
+        self.backend.pre_tokenizer = split
+        if token_id in self.backend.encode(text, add_special_tokens=False).ids:
+            raise UserError(
+                f"{where}: the text {text!r} in a document would become token {token_id}, "
+                'which separates documents. Give that token "special": true in tokenizer.json.'
+            )
 
     def find_eos_id(self, vocabulary: dict[str, int], where: io.Path | str) -> int:
         """Return the end-of-document token, as configured or by a usual name."""
@@ -341,7 +369,7 @@ class Tokenizer:
         It is 1 where the tokenizer itself puts a space before every text, as Llama 2's does.
         """
         form = json.loads(self.backend.to_str())
-        is_split = (form["pre_tokenizer"] or {"split": False}).get("split", True)
+        is_split = splits_words(form["pre_tokenizer"], set(map(break_pattern, self.separators)))
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         if not is_split and any(map(SPACE_INSIDE.search, vocabulary)):
             return None  # a token may reach over any space
@@ -420,6 +448,27 @@ def group_by_length(parts: list[tuple[int, TextPart]]) -> Iterator[list[tuple[in
         yield group
 
 
+def break_pattern(text: str) -> str:
+    """Return a pattern for the first character of a text, where the rest follows."""
+    return f"{re.escape(text[0])}(?={re.escape(text[1:])})"
+
+
+def splits_words(step: dict[str, Any] | None, ignored: set[str]) -> bool:
+    """Return whether a pre-tokenizer splits a text at spaces.
+
+    Args:
+        step: of tokenizer.json; None: it has none.
+        ignored: patterns of splits that do not count.
+    """
+    if step is None:
+        return False
+    if step["type"] == "Sequence":
+        return any(splits_words(part, ignored) for part in step["pretokenizers"])
+    if step["type"] == "Split":
+        return step["pattern"].get("Regex") not in ignored
+    return step.get("split", True)
+
+
 def find_prefix_id(backend: tokenizers.Tokenizer) -> int | None:
     """Return the token that the tokenizer itself puts before a text, if any."""
     bare = backend.encode("a", add_special_tokens=False).ids
@@ -486,7 +535,7 @@ def read_tokenizer_source(where: io.Path | str) -> TokenizerSource:
     """Read a tokenizer. Raise UserError if there is none, or its stage wrote other bytes."""
     from tokenizers import Tokenizer as Backend
 
-    first, *rest = find_tokenizer_files(io.path(where))
+    first, *rest = find_tokenizer_files(find_tokenizer(where))
     template = first.with_name("chat_template.jinja")
     io.check_published([first, *rest, template])
     if first.suffix == ".model":
@@ -560,6 +609,14 @@ def find_fault(tokenizer_json: str) -> str:
         with contextlib.suppress(UserError):
             io.write_text(tried, "")
     return done.stdout.decode("utf-8", "replace")
+
+
+def find_tokenizer(where: io.Path | str) -> io.Path:
+    """Return the path of a tokenizer, downloaded from the hub for hf:NAME or hf:NAME@REVISION."""
+    address = str(where)
+    if address.startswith("hf:"):
+        return hub.download(address, HUB_FILES, "tokenizer")
+    return io.path(where)
 
 
 def find_tokenizer_files(path: io.Path) -> list[io.Path]:

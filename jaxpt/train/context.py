@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable
 
@@ -11,11 +12,14 @@ import jax
 from jaxpt import io
 from jaxpt.config import Config
 from jaxpt.data import loader
+from jaxpt.data.mixture import name_some
 from jaxpt.flops import DeviceCost
 from jaxpt.growth import measure
 from jaxpt.growth.growth import ReadBatches
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.train import gate, optimizer, writers
+
+log = logging.getLogger(__name__)
 
 EstimateCost = Callable[[ModelSpec], DeviceCost]
 
@@ -79,13 +83,20 @@ def open_run(
             f"{config.pack.seq_len}. Set it to that, or pack again."
         )
     train, mask = config.train, config.mixture.document_mask
+    heldout = gate.HeldoutData(packed, train, mask, mesh)
+    missing = sorted(dataset.n_sequences.keys() - heldout.dataset.n_sequences.keys())
+    if missing:
+        log.warning(
+            f"no held-out sequences of {name_some(missing)}: no loss is measured there. Raise "
+            "prepare.heldout_frac, then prepare and pack again."
+        )
     return RunContext(
         config=config,
         run_dir=run_dir,
         mesh=mesh,
         packed=packed,
         dataset=dataset,
-        heldout=gate.HeldoutData(packed, train, mask, mesh),
+        heldout=heldout,
         measuring_batches=measure.make_measuring_batches(packed, train.batch_size, mask, mesh),
         estimate_device_cost=estimate_device_cost,
         started=started or time.monotonic(),

@@ -6,12 +6,11 @@ Cache, token, endpoint and offline switch are huggingface_hub's own: HF_HOME, HF
 
 from __future__ import annotations
 
-import contextlib
 import pathlib
 import re
-from collections.abc import Iterator
 
 from jaxpt import io
+from jaxpt.io.hub import download, explain_hub_errors
 from jaxpt.spec import UserError
 
 # no .bin and .pt, which are pickles and can run code; no folders, in which repositories keep the
@@ -45,16 +44,10 @@ def download_model(source: str | io.Path) -> io.Path:
     address = str(source)
     if not address.startswith("hf:"):
         return io.path(source)
-    from huggingface_hub import snapshot_download
-
-    name, _, revision = address.removeprefix("hf:").partition("@")
     tokenizer_patterns = [
         f"{prefix}*{suffix}" for prefix in TOKENIZER_FILES for suffix in TOKENIZER_SUFFIXES
     ]
-    patterns = [*MODEL_FILES, *tokenizer_patterns, *LINEAGE_FILES]
-    with explain_hub_errors(address):
-        path = snapshot_download(name, revision=revision or None, allow_patterns=patterns)
-    directory = pathlib.Path(path)
+    directory = download(address, [*MODEL_FILES, *tokenizer_patterns, *LINEAGE_FILES])
     if not io.find(directory, "model*.safetensors"):
         raise UserError(
             f"{source}: has no safetensors, and pickled weights (.bin, .pt) are not opened since "
@@ -102,43 +95,3 @@ def push_to_hub(directory: pathlib.Path, name: str, private: bool) -> str:
             delete_patterns=list(WEIGHT_FILES),
         )
     return str(url)
-
-
-@contextlib.contextmanager
-def explain_hub_errors(name: str) -> Iterator[None]:
-    """Raise any error of the hub as one sentence."""
-    from huggingface_hub import errors
-
-    try:
-        yield
-    except errors.HFValidationError:
-        raise UserError(
-            f"{name}: not a valid name on the hub, expected NAME or OWNER/NAME, with @REVISION "
-            "for a source."
-        ) from None
-    except errors.GatedRepoError:
-        raise UserError(
-            f"{name}: its authors require a license to be accepted. Accept it on the model's page, "
-            "then log in with `hf auth login`."
-        ) from None
-    except errors.RepositoryNotFoundError:
-        raise UserError(
-            f"{name}: the hub has no such model, or none that your token may read. Check the name; "
-            "log in with `hf auth login`."
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise UserError(
-            f"{name}: the model has no such revision. Give a branch, tag or commit."
-        ) from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        raise UserError(
-            f"{name}: not complete in this machine's cache, and the hub cannot be reached (is "
-            "HF_HUB_OFFLINE set?). Run it again with a connection, or copy the cache from a "
-            "machine that has the model."
-        ) from None
-    except (OSError, RuntimeError, errors.HfHubHTTPError, errors.XetDownloadError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{name}: the hub failed ({reason}). Run the same command again; what was transferred "
-            "is kept."
-        ) from None

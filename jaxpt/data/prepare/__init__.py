@@ -12,5 +12,6 @@ jobs that were not done.
 """
 
 from jaxpt.data.prepare.corpus import prepare_corpus
+from jaxpt.data.prepare.preview import preview_corpus
 
-__all__ = ["prepare_corpus"]
+__all__ = ["prepare_corpus", "preview_corpus"]

@@ -11,6 +11,7 @@ from typing import Any
 from jaxpt import config, io, stage
 from jaxpt.data import decontaminate, executor, filters, sources
 from jaxpt.data import tokenizer as tokenizers
+from jaxpt.data.mixture import name_some
 from jaxpt.data.prepare import judge, read, write
 from jaxpt.data.prepare.decide import SPLITS, decide_drops
 from jaxpt.data.prepare.funnel import build_funnel, estimate_token_bytes, format_funnel
@@ -41,7 +42,7 @@ def prepare_corpus(
             is dropped.
     """
     check_section(section)
-    text_sources = sources.parse_sources(section.sources)
+    text_sources = [source.pin() for source in sources.parse_sources(section.sources)]
     section_json = json.dumps(stage.to_jsonable(section))
     rules, index = judge.open_rules(section_json)
     executor.check_executor(section.executor)
@@ -74,6 +75,8 @@ def prepare_corpus(
         verify=verify,
     )
     log_counts(manifest.counts, corpus)
+    if section.heldout_frac:
+        log_missing_heldout(manifest.counts, section.heldout_frac)
     return manifest
 
 
@@ -154,6 +157,21 @@ class CorpusWork:
         for match in matches:
             documents[match.task].add(match.id)
         return {task: len(ids) for task, ids in documents.items()}
+
+
+def log_missing_heldout(counts: dict[str, Any], heldout_frac: float) -> None:
+    """Warn of the sources of which no document is held out."""
+    missing = []
+    for name, amounts in counts["train"].items():
+        if amounts["rows"] and not counts["heldout"][name]["rows"]:
+            missing.append(f"{name} ({amounts['rows']:,} documents)")
+    if not missing:
+        return
+    log.warning(
+        f"prepare: nothing is held out of {name_some(missing)}, so no loss will be measured there: "
+        f"prepare.heldout_frac is {heldout_frac:g}, of the documents. Raise it, or prepare shorter "
+        "documents, such as chapters instead of books."
+    )
 
 
 def log_counts(counts: dict[str, Any], corpus: io.Path) -> None:

@@ -61,7 +61,8 @@ def judge_documents(
             start=int(start),
         )
         todo.append(job)
-    progress = "judging", "documents", int(starts[-1])
+    n_bytes = sum(int(read_column(file.path, "bytes").sum()) for file in files)
+    progress = "judging", "B", n_bytes
     results = runner.run(judge_file, todo, JobResult, progress, count_file_bytes(files))
     judged = [pathlib.Path(result.files[0]) for result in results]
     heldout_frac = json.loads(section)["heldout_frac"]
@@ -115,14 +116,14 @@ class JudgeJob(Job):
 
 
 def judge_file(job: JudgeJob, advance: Advance = lambda n: None) -> int:
-    """Do a JudgeJob: write the verdicts beside the file. Return the number of documents."""
+    """Do a JudgeJob: write the verdicts beside the file. Return the bytes of its texts."""
     rules, _ = open_rules(job.section)
     file = pathlib.Path(f"{job.output_prefix}.arrow")
     repeats = None
     if job.repeats:
         repeats = np.load(job.repeats, mmap_mode="r")
     signatures = []
-    n = 0
+    n = n_bytes = 0
     schema = make_judged_schema(rules)
     with open_arrow_writer(file, schema) as out:
         for batch in iterate_batches_of_file(job.file):
@@ -143,13 +144,15 @@ def judge_file(job: JudgeJob, advance: Advance = lambda n: None) -> int:
             out.write_batch(verdicts.build_batch())
             signatures += verdicts.list_signatures()
             n += len(is_taken)
-            advance(len(is_taken))
+            size = int(np.sum(batch.column("bytes").to_numpy()))
+            n_bytes += size
+            advance(size)
     files = [file]
     if find_rule(rules, NEAR) is not None:
         prefix = pathlib.Path(job.output_prefix)
         files.append(dedup.write_signatures(prefix, signatures))
     write_job_result(job, JobResult(files=tuple(map(str, files))))
-    return n
+    return n_bytes
 
 
 def make_judged_schema(rules: Sequence[filters.Rule]) -> pa.Schema:

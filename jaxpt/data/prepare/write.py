@@ -74,8 +74,9 @@ def write_corpus(
             file = directory / name
             if str(file) not in planned:  # written before the code was changed
                 io.remove(file)
-    n_rows = [job.stop - job.first for job in todo]
-    progress = "writing", "documents", sum(n_rows)
+    ends = np.cumsum(np.append(0, table.read_all("bytes")))
+    sizes = [ends[job.stop] - ends[job.first] for job in todo]
+    progress = "writing", "B", int(sum(sizes))
     n_bytes = count_file_bytes(table.files)
     n_threads = os.cpu_count() or 1
     results = runner.run(write_corpus_shard, todo, WriteResult, progress, n_bytes, n_threads)
@@ -221,7 +222,7 @@ def select_rows(rows: np.ndarray, first: int, stop: int) -> tuple[int, ...]:
 
 
 def write_corpus_shard(job: WriteJob, advance: Advance = lambda n: None) -> int:
-    """Do a WriteJob and return the rows that it passed."""
+    """Do a WriteJob and return the bytes of the texts that it passed."""
     writer = ShardWriter(job)
     tables = writer.iterate_tables(advance)
     files = []
@@ -239,7 +240,7 @@ def write_corpus_shard(job: WriteJob, advance: Advance = lambda n: None) -> int:
         contaminated=tuple(writer.contaminated),
     )
     write_job_result(job, result)
-    return job.stop - job.first
+    return writer.n_bytes
 
 
 class ShardWriter:
@@ -265,6 +266,7 @@ class ShardWriter:
         self.samples: dict[int, dict[str, Any]] = {}
         self.ids: dict[int, str] = {}
         self.contaminated: list[Match] = []
+        self.n_bytes = 0  # of the texts that passed
 
     def read_judged(self, name: str) -> np.ndarray:
         """Return a judged column of the job's rows."""
@@ -298,7 +300,9 @@ class ShardWriter:
                 table = self.build_table(read, judged, start)
                 reasons = judged.column("reason")
                 self.look_up(table, reasons, start)
-                advance(n_rows)
+                size = int(np.sum(read.column("bytes").to_numpy()))
+                self.n_bytes += size
+                advance(size)
                 stop = start + n_rows
                 mask = pa.array(self.kept[start:stop])
                 start = stop

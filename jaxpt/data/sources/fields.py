@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyarrow as pa
+
 from jaxpt.data.sources.source import Document
 from jaxpt.spec import UserError
 
@@ -14,6 +16,22 @@ def try_document(id: str, record: dict[str, Any], fields: str, place: str) -> Do
         return make_document(id, record, fields, place)
     except UserError as error:
         return error
+
+
+def try_row(
+    id: str, row: pa.RecordBatch | pa.Table, fields: str, place: str
+) -> Document | UserError:
+    """Return the document of a single Arrow row, or the error that its own values cause."""
+    record: dict[str, Any] = dict.fromkeys(row.schema.names)
+    known = [field for field in fields.split("+") if field in record]
+    try:
+        [values] = row.select(known).to_pylist()
+    except UnicodeDecodeError as error:
+        return UserError(
+            f"{place}: byte {error.start} of a field is not UTF-8 ({error.reason}). Mend or remove "
+            "the record."
+        )
+    return try_document(id, record | values, fields, place)
 
 
 def make_document(id: str, record: dict[str, Any], fields: str, place: str) -> Document:

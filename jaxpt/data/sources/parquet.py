@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxpt.data.sources.fields import try_document
+from jaxpt.data.sources.fields import try_row
 from jaxpt.data.sources.files import first_error_line, is_remote, open_raw
 from jaxpt.data.sources.source import (
     MAX_DOCUMENT_BYTES,
@@ -45,9 +45,8 @@ def read_parquet(source: TextSource, file: str) -> Reading:
                 if row.nbytes > MAX_DOCUMENT_BYTES:
                     yield too_large_error(place)
                     continue
-                [record] = row.to_pylist()
-                yield try_document(f"{name}:{n}", record, source.field, place)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                yield try_row(f"{name}:{n}", row, source.field, place)
+    except (pa.ArrowException, OSError) as error:
         raise UserError(
             f"{file}: cannot be read as parquet ({first_error_line(error)}). Copy it again or "
             "leave it out."

@@ -76,6 +76,7 @@ class SourceKind:
         default_name: WHERE -> NAME, where none is given; by default from the glob.
         find_inputs: source -> what a manifest fingerprints besides the files.
         describe_versions: source -> versions of what makes its documents.
+        pin: WHERE -> the same, with what it is now in place of what may change.
     """
 
     name: str
@@ -87,6 +88,7 @@ class SourceKind:
     default_name: Callable[[str], str] | None = None
     find_inputs: Callable[[TextSource], dict[str, pathlib.Path]] = lambda source: {}
     describe_versions: Callable[[TextSource], dict[str, str]] = lambda source: {}
+    pin: Callable[[str], str] = lambda where: where
 
 
 @functools.cache
@@ -160,6 +162,10 @@ class TextSource(Record):
                     yield normalize_line_ends(found._replace(id=f"{self.name}/{found.id}"))
         except UserError as error:
             yield error
+
+    def pin(self) -> TextSource:
+        """Return the source at the version that it has now, for every process that reads it."""
+        return dataclasses.replace(self, pattern=find_kind(self.kind).pin(self.pattern))
 
     def fingerprint_inputs(self) -> dict[str, pathlib.Path]:
         """Return what a manifest fingerprints, by name."""
