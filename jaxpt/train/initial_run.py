@@ -95,8 +95,8 @@ def initialize_run(
 
 
 def describe_request(
-    config: Config, source: pathlib.Path | None, packed: Sequence[pathlib.Path], probe_steps: int
-) -> tuple[dict[str, Any], dict[str, pathlib.Path]]:
+    config: Config, source: io.Path | None, packed: Sequence[io.Path], probe_steps: int
+) -> tuple[dict[str, Any], dict[str, io.Path]]:
     """Return the settings that an initial run depends on, and what it reads."""
     inputs = {f"packed {path}": path for path in packed}
     section = dataclasses.asdict(config.initialize)
