@@ -596,14 +596,16 @@ LONG = [f"A line that says {i} and then {i * i}, so that it packs badly." for i 
         ("large.txt", b"x" * 3000, [], 1, "large.txt: one document of more than 0 MB"),
         (
             "cut.jsonl.gz",
-            gzip.compress(lines(*LONG))[:-3000],
+            gzip.compress(lines(*LONG), mtime=0)[:-3000],
             None,
             1,
             "cut.jsonl.gz: cannot be read",
         ),
         (
             "flipped.jsonl.gz",
-            gzip.compress(lines("a")) + gzip.compress(lines("b"))[:12] + b"\0" * 40,
+            gzip.compress(lines("a"), mtime=0)
+            + gzip.compress(lines("b"), mtime=0)[:12]
+            + b"\0" * 40,
             ["a"],
             1,
             "flipped.jsonl.gz: cannot be read",
@@ -748,7 +750,10 @@ def test_a_crawl_packed_with_a_dictionary_is_read(tmp_path, is_packed):
     [
         (b"PK\x03\x04" + bytes(40), "is a ZIP archive. Unpack it: unzip"),
         (b"7z\xbc\xaf\x27\x1c" + bytes(40), "is a 7z archive"),
-        (gzip.compress(b"name" + bytes(253) + b"ustar\x0000" + bytes(300)), "is a tar archive"),
+        (
+            gzip.compress(b"name" + bytes(253) + b"ustar\x0000" + bytes(300), mtime=0),
+            "is a tar archive",
+        ),
         (b"PAR1" + bytes(40), "is a parquet file. Read it as parquet:"),
         ("{}".encode("utf-16"), "is UTF-16. Convert it: iconv -f UTF-16 -t UTF-8"),
         (
