@@ -1,4 +1,4 @@
-"""hf:NAME[/CONFIG][@REVISION]:SPLIT#field: a record of a Hugging Face data set is a document.
+"""`hf:NAME[/CONFIG][@REVISION]:SPLIT#field`: a record of a Hugging Face data set is a document.
 
 NAME may be a local directory, of files or as `save_to_disk` writes it. Records are streamed. Of the
 hub the commit is found when a run begins, and recorded.
@@ -87,7 +87,7 @@ class HubDataset(NamedTuple):
 
 
 def parse_dataset(where: str) -> HubDataset:
-    """Return the parts of NAME[/CONFIG][@REVISION]:SPLIT."""
+    """Return the parts of `NAME[/CONFIG][@REVISION]:SPLIT`."""
     name, _, split = where.rpartition(":")
     if pathlib.Path(name).is_dir():
         return HubDataset(name, None, split)
