@@ -235,7 +235,7 @@ REFUSED = {  # what is wrong: (how it comes about, what is asked, what is said)
     "bytes for a text": (
         lambda: write("sea.txt", b"\xff\xfe\x00"),
         SCORE,
-        "sea.txt: byte 0 is not UTF-8",
+        "sea.txt: is UTF-16",
     ),
     "no items": (None, f"{SCORE} --limit 0", "--limit: got 0, expected at least 1"),
     "a context of one token": (
