@@ -49,6 +49,13 @@ TEXTS = [
 ]
 
 
+def read_result(path):
+    """What a result file holds beside its checksum."""
+    found = json.loads(path.read_text())
+    assert found.pop("checksum") == stage.checksum_fields(found)
+    return found
+
+
 @pytest.fixture(scope="module")
 def params():
     """Random, with an embedding large enough that the next token depends on the tokens before."""
@@ -495,7 +502,7 @@ def test_both_backends_measure_a_run_and_write_the_harness_format(
         )
         for backend in ("jax", "hf")
     )
-    assert json.loads((tmp_path / "eval" / "jax.json").read_text()) == ours
+    assert read_result(tmp_path / "eval/jax.json") == ours
     assert (ours["backend"], theirs["backend"], ours["lineage"]["step"]) == ("jax", "hf", 7)
     assert ours["n-samples"]["truthfulqa_mc2"] == {"original": 817, "effective": 3}
     assert {"acc,none", "acc_stderr,none"} <= ours["results"]["truthfulqa_mc2"].keys()
@@ -806,7 +813,7 @@ def test_models_are_compared_on_the_same_prompts(params, hf_dir, encoder, tmp_pa
     assert samples["bits_per_byte"] == {
         str(tmp_path / "sea.txt"): {str(hf_dir): pytest.approx(alone)}
     }
-    assert json.loads((tmp_path / "eval" / "samples.json").read_text()) == samples
+    assert read_result(tmp_path / "eval/samples.json") == samples
     assert samples["models"] == [str(hf_dir)] * 2  # not unique, so the path
     assert [each["prompt"] for each in samples["prompts"]] == prompts
     for prompt, each in zip(prompts, samples["prompts"], strict=True):
@@ -875,7 +882,7 @@ def test_the_documents_on_which_two_models_differ_most_are_found_in_both_directi
     to = tmp_path / "eval" / "differences.json"
     held = f"held=jsonl:{tmp_path}/held.jsonl"
     found = compare.compare_documents([hf_dir, child], [held], to=to).to_json()
-    assert json.loads(to.read_text()) == found and found["documents"] == 12, "x is too short"
+    assert read_result(to) == found and found["documents"] == 12, "x is too short"
     ids = [each[:300] for each in encoder.encode_batch(texts)]
     means = [[], []]
     for mine, weights in zip(means, (params, other), strict=True):
