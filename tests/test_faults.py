@@ -75,7 +75,7 @@ def test_what_was_damaged_is_told_from_what_is_whole(commands, before, tmp_path)
     home = tmp_path / "home"
     for name, file in (
         ("pack", "base/packed/train/sea/dataset_info.json"),
-        ("report", "report.html"),
+        ("evaluate", "child/eval/jax.json"),
     ):
         faults_calls.restore(home, before[""])
         assert faults_pipeline.find_differences(BY_NAME[name], home, before[""]) == []
