@@ -97,6 +97,7 @@ def test_what_is_trained_is_a_fasttext_model_that_tells_documents_apart(tmp_path
     assert (again.model.rows == trained.model.rows).all(), "deterministic"
 
 
+@pytest.mark.slow
 def test_a_length_that_tells_all_is_seen_in_the_baseline():
     rng = random.Random(1)
     good = [make_text(rng, SHARED, rng.randint(80, 120)) for _ in range(200)]

@@ -34,6 +34,7 @@ def before(scratch, commands):
     return faults_pipeline.make_reference(scratch, commands)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pack", "train the child"])
 def test_a_cut_of_power_leaves_a_stage_that_goes_on_and_ends_equal(
     name, commands, before, tmp_path
@@ -45,6 +46,7 @@ def test_a_cut_of_power_leaves_a_stage_that_goes_on_and_ends_equal(
     assert not wrong, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["train_tokenizer", "initialize", "report"])
 def test_a_failing_call_is_a_sentence_and_the_next_start_ends_equal(name, before, tmp_path):
     if not shutil.which("cc"):
@@ -57,6 +59,7 @@ def test_a_failing_call_is_a_sentence_and_the_next_start_ends_equal(name, before
     assert not wrong, found
 
 
+@pytest.mark.slow
 def test_of_two_starts_at_once_one_says_who_works_there(commands, before, tmp_path):
     with Commands(tmp_path) as other:
         for name in ("pack", "train"):
@@ -65,6 +68,7 @@ def test_of_two_starts_at_once_one_says_who_works_there(commands, before, tmp_pa
             assert not wrong, found
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_a_sentence_or_does_not_matter(commands, before, tmp_path):
     found, wrong = faults_files.try_files(commands, before, tmp_path, n=12, seed=3)
     assert not wrong, found

@@ -2,6 +2,8 @@
 step, a missing one is waited for so long and no longer, a lost one ends the others.
 """
 
+import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -13,7 +15,7 @@ import time
 import pytest
 from conftest import ROOT
 
-from jaxpt import cluster
+from jaxpt import cluster, stage
 from jaxpt.cli import main
 from jaxpt.spec import UserError
 from jaxpt.stage import read_manifest
@@ -155,9 +157,11 @@ def test_processes_with_other_packed_data_under_one_name_end_before_the_first_st
     """Each sees its own directory of sequences, as two local disks would hold."""
     for name in ("one", "two"):
         shutil.copytree(home / "base", home / name / "base")
-    manifest = home / "two/base/packed/manifest.json"
-    fingerprint = read_manifest(home / "two/base/packed").fingerprint
-    manifest.write_text(manifest.read_text().replace(fingerprint, "0123456789abcdef"))
+    packed = home / "two/base/packed"
+    other = dataclasses.replace(read_manifest(packed), seed=99)
+    request = stage.request_fingerprint(other.stage, other.config, other.inputs, other.seed)
+    other = dataclasses.replace(other, fingerprint=stage.fingerprint([request, other.outputs]))
+    (packed / "manifest.json").write_text(json.dumps(stage.seal_manifest(other).to_json()))
     port = free_port()
     for process in [
         Process(
@@ -172,7 +176,7 @@ def test_processes_with_other_packed_data_under_one_name_end_before_the_first_st
         for index, name in enumerate(("one", "two"))
     ]:
         status, log = process.end()
-        assert status == 1 and "sequences of code is 0123456789abcdef on" in sentence_of(log)
+        assert status == 1 and f"sequences of code is {other.fingerprint} on" in sentence_of(log)
 
 
 # ---- start-up

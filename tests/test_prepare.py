@@ -1308,7 +1308,7 @@ def write_bad_files(directory: pathlib.Path) -> None:
         ("parquet:rows.parquet", "has no column 'text'; it has: body, n"),
         ("parquet:rows.parquet#n", "rows.parquet:1: field 'n': expected text, got int"),
         ("parquet:no.parquet", "no.parquet: cannot be read as parquet"),
-        ("parquet:latin.parquet", "latin.parquet: cannot be read as parquet"),
+        ("parquet:latin.parquet", "latin.parquet:1: byte 0 of a field is not UTF-8"),
         ("jsonl:cut.jsonl.gz", "cut.jsonl.gz: cannot be read"),
         ("jsonl:no.jsonl.gz", "no.jsonl.gz:1: not JSON"),
         ("jsonl:cut.jsonl.zst", "cut.jsonl.zst: cannot be read"),

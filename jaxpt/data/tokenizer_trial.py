@@ -49,8 +49,6 @@ def find_fault(form: dict[str, Any]) -> str:
     n_added = count_template_tokens(form.get("post_processor"))
     if n_added > MAX_GROWTH:
         return f"its post_processor adds {n_added:,} tokens to every text"
-    if form["model"].get("dropout"):
-        return "its merges are dropped at random (dropout), so no text has ids of its own"
     vocabulary = form["model"]["vocab"]
     if isinstance(vocabulary, dict) and len(set(vocabulary.values())) < len(vocabulary):
         return "two tokens have one id"
