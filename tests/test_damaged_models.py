@@ -70,7 +70,6 @@ def test_a_hostile_directory_has_an_answer(name, home, read, tmp_path):
 TOKENIZERS = {
     "an id of 2^31": "ids end at 2,147,483,647",
     "an id twice": "two tokens have one id",
-    "random merges": "its merges are dropped at random",
     "a normalizer that multiplies": "its normalizer may make a text 100,000,000 times as long",
     "a normalizer of 10^7": "its normalizer may make a text 10,000,000 times as long",
     "a decoder that multiplies": "its decoder may make a text 1,000,000 times as long",
