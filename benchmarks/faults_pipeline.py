@@ -47,7 +47,7 @@ def get_config(model="base"):
 """
 CLOCK = re.compile(rb"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d)?(\+00:00| UTC)?")
 WORDS = "the a ship sea captain wind sail harbour rope night star wave gull mast deck crew storm "
-WORDS += "land hill road farmer field barn horse wheat plough rain sun fence gate river mill"
+WORDS += "land hill lane farmer field barn horse wheat plough rain sun fence gate river mill"
 
 
 class Stage(NamedTuple):
@@ -86,6 +86,14 @@ STAGES = (
     Stage("report", "report --workdir base child --to report.html", "report.html"),
 )
 BY_NAME = {stage.name: stage for stage in STAGES}
+# by the process that forks for each command
+IMPORTED = """
+jaxpt.cli.main jaxpt.data.pack jaxpt.data.prepare jaxpt.data.tokenizer jaxpt.evaluate.attribution
+jaxpt.evaluate.compare jaxpt.evaluate.harness jaxpt.export jaxpt.flops jaxpt.lineage
+jaxpt.report.live jaxpt.report.page jaxpt.train.initial_run jaxpt.train.loop
+plotly.graph_objects pyarrow.dataset pyarrow.parquet sentencepiece tensorboardX tokenizers
+transformers
+"""
 # what differs between equal ends: times, speed, memory, and what is derived from them
 VARIES = {"tokens_per_second", "step_seconds", "mfu", "memory_bytes", "seconds", "usd"}
 VARIES |= {"productive_seconds", "productive_usd", "created", "started", "checksum"}
@@ -197,19 +205,7 @@ class Commands:
 
 def serve(log: str) -> None:
     """Fork for each command that is asked for on stdin; answer how it ended."""
-    for name in (
-        *("jaxpt.data.prepare", "jaxpt.data.pack", "jaxpt.data.tokenizer", "jaxpt.train.loop"),
-        *("jaxpt.train.initial_run", "jaxpt.flops", "jaxpt.export", "jaxpt.evaluate.harness"),
-        *("jaxpt.evaluate.attribution", "jaxpt.evaluate.compare", "jaxpt.report.page"),
-        *(
-            "jaxpt.report.live",
-            "jaxpt.lineage",
-            "jaxpt.cli.main",
-            "transformers",
-            "plotly.graph_objects",
-        ),
-        *("sentencepiece", "tokenizers", "pyarrow.parquet", "pyarrow.dataset", "tensorboardX"),
-    ):
+    for name in IMPORTED.split():
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     gc.freeze()

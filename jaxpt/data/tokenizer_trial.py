@@ -83,8 +83,9 @@ def count_template_tokens(step: dict[str, Any] | None) -> int:
     if step["type"] != "TemplateProcessing":
         return 0
     named = {name: len(token["ids"]) for name, token in step["special_tokens"].items()}
-    pieces = [*step["single"], *step["pair"]]
-    return len(pieces) + sum(named[p["SpecialToken"]["id"]] for p in pieces if "SpecialToken" in p)
+    parts = [*step["single"], *step["pair"]]
+    names = [part["SpecialToken"]["id"] for part in parts if "SpecialToken" in part]
+    return len(parts) + sum(named[name] for name in names)
 
 
 def try_out(text: str) -> str:

@@ -184,7 +184,7 @@ def check_address_space() -> None:
     if resource.RLIM_INFINITY != limit < V8_ADDRESS_BYTES:
         raise UserError(
             f"report: its plots need {V8_ADDRESS_BYTES / 1e9:.0f} GB of address space, little of "
-            f"it as memory; this shell allows {limit / 1e9:.1f} GB. Lift that limit for this "
+            f"it as memory; this shell allows {limit / 1e9:.1f} GB. Raise that limit for this "
             "command (ulimit -v unlimited), or start it elsewhere."
         )
 
