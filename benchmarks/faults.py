@@ -462,15 +462,15 @@ def try_pipeline(scratch: pathlib.Path, part: str, n: int, seed: int) -> bool:
         return is_good
     second = faults_pipeline.Commands(scratch) if part == "starts" else None
     for stage in faults_pipeline.STAGES:
+        trial = faults_pipeline.Trial(stage, before, scratch, n, seed)
         if failing:
-            tried = faults_calls.try_calls(failing, stage, before, scratch, n, seed)
+            tried = faults_calls.try_calls(failing, trial)
         elif second:
-            pair = (commands, second)
-            tried = faults_starts.try_starts(pair, stage, before, scratch, n, seed)
+            tried = faults_starts.try_starts((commands, second), trial)
         elif part == "interrupts":
-            tried = faults_starts.try_interrupts(commands, stage, before, scratch, n, seed)
+            tried = faults_starts.try_interrupts(commands, trial)
         else:
-            tried = faults_power.try_power(commands, stage, before, scratch, n, seed)
+            tried = faults_power.try_power(commands, trial)
         row(stage.name, *tried)
     return is_good
 

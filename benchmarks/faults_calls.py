@@ -15,14 +15,13 @@ import errno
 import mmap
 import os
 import pathlib
-import random
-import shutil
 import subprocess
 import sys
 from collections import Counter
 
-from faults_pipeline import Commands, Outcome, Stage, find_differences, make_reference
+from faults_pipeline import Commands, Outcome, Stage, Trial, judge
 
+NEVER = 10**9  # as the number of the call that fails
 ERRORS = ("EIO", "EROFS", "EACCES", "EMFILE", "ENOSPC")
 SOURCE = pathlib.Path(__file__).resolve().parent / "failing_calls.c"
 
@@ -63,49 +62,32 @@ class FailingCalls:
         return outcome
 
 
-def try_calls(
-    failing: FailingCalls,
-    stage: Stage,
-    before: dict[str, pathlib.Path],
-    scratch: pathlib.Path,
-    limit: int,
-    seed: int = 0,
-) -> tuple[str, list[str]]:
-    """Fail calls of a stage one by one.
-
-    Args:
-        failing: starts the commands.
-        stage: of the pipeline.
-        before: of `make_reference`.
-        scratch: where to work.
-        limit: how many calls are tried; of more, as many are drawn.
-        seed: of the drawing, and of which error each call gets.
+def try_calls(failing: FailingCalls, trial: Trial) -> tuple[str, list[str]]:
+    """Fail calls of a stage one by one: of more than n calls, n are drawn, and the error of each.
 
     Returns:
         What happened, and what was wrong.
     """
-    home = scratch / "calls"
-    restore(home, before[stage.name])
-    never = 10**9
-    outcome = failing.run(home, stage, never)
+    stage = trial.stage
+    outcome = failing.run(trial.restore(), stage, NEVER)
     if outcome.status:
         raise SystemExit(f"{stage.name}: {outcome.describe()}")
     n_calls = failing.control.count
-    rng = random.Random(f"{stage.name} {seed}")
+    rng = trial.make_rng()
     wrong, ends = [], Counter()
-    for n in sorted(rng.sample(range(1, n_calls + 1), min(limit, n_calls))):
+    for n in sorted(rng.sample(range(1, n_calls + 1), min(trial.n, n_calls))):
         error = rng.choice(ERRORS)
-        restore(home, before[stage.name])
+        home = trial.restore()
         outcome = failing.run(home, stage, n, error)
         call = failing.control.call.decode()
         problem = judge(outcome)
         if not problem and outcome.status == 0:
-            problem = find_silent_differences(outcome, stage, home, before[""])
+            problem = find_silent_differences(outcome, trial, home)
         again = failing.run(home, stage)
         if not problem and (again.status or again.is_hung or again.has_traceback):
             problem = f"the next start: {again.describe()}"
         if not problem:
-            problem = "; ".join(find_differences(stage, home, before[""])[:3])
+            problem = "; ".join(trial.find_differences(home)[:3])
         if problem:
             wrong.append(f"{stage.name}: call {n} ({call}, {error}): {problem}")
             print(wrong[-1], file=sys.stderr, flush=True)
@@ -115,30 +97,11 @@ def try_calls(
     return f"{found}{ends['well']:,} well", wrong
 
 
-def judge(outcome: Outcome) -> str:
-    """Return what is wrong with an end; empty if it is a sentence or good."""
-    if outcome.is_hung:
-        return f"hung: {outcome.describe()}"
-    if outcome.has_traceback:
-        return f"traceback: {outcome.describe()}"
-    if outcome.status and (outcome.status != 1 or not outcome.error):
-        return f"no sentence: {outcome.describe()}"
-    return ""
-
-
-def find_silent_differences(
-    outcome: Outcome, stage: Stage, home: pathlib.Path, reference: pathlib.Path
-) -> str:
+def find_silent_differences(outcome: Outcome, trial: Trial, home: pathlib.Path) -> str:
     """Return how a result that a command gave without complaint differs; empty if it does not."""
     said = outcome.printed
-    if stage.out.endswith(".html"):
-        said += (home / stage.out).read_text("utf-8")  # the page lists what it could not use
+    if trial.stage.out.endswith(".html"):
+        said += (home / trial.stage.out).read_text("utf-8")  # the page lists what it could not use
     if "could not be" in said:
         return ""
-    return "; ".join(find_differences(stage, home, reference)[:3])
-
-
-def restore(home: pathlib.Path, source: pathlib.Path) -> None:
-    """Make a directory as it was before a stage."""
-    shutil.rmtree(home, ignore_errors=True)
-    shutil.copytree(source, home)
+    return "; ".join(trial.find_differences(home)[:3])

@@ -17,8 +17,7 @@ import sys
 from collections import Counter
 from typing import NamedTuple
 
-from faults_calls import judge, restore
-from faults_pipeline import BY_NAME, Commands, Outcome, Stage, find_differences
+from faults_pipeline import BY_NAME, Commands, Outcome, Stage, find_differences, judge, restore
 
 KINDS = ("cut", "emptied", "flipped", "zeroed")
 N_ZEROS = 4096

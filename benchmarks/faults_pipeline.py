@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -256,6 +257,69 @@ def wait(pid: int, timeout: float) -> dict:
     return {"status": os.waitstatus_to_exitcode(status), "is_hung": is_hung}
 
 
+# ---- trying a stage
+
+
+class Trial(NamedTuple):
+    """A stage that is put through a fault n times, from what `make_reference` left.
+
+    Attributes:
+        stage: of the pipeline.
+        before: of `make_reference`.
+        scratch: a directory to work in.
+        n: how many times at most.
+        seed: of what is drawn.
+    """
+
+    stage: Stage
+    before: dict[str, pathlib.Path]
+    scratch: pathlib.Path
+    n: int
+    seed: int = 0
+
+    def make_rng(self) -> random.Random:
+        return random.Random(f"{self.stage.name} {self.seed}")
+
+    def restore(self) -> pathlib.Path:
+        """Return a directory as it is before the stage."""
+        home = self.scratch / "tried"
+        restore(home, self.before[self.stage.name])
+        return home
+
+    def find_differences(self, home: pathlib.Path) -> list[str]:
+        """Return how the stage's end differs from an undisturbed one."""
+        return find_differences(self.stage, home, self.before[""])
+
+    def measure_seconds(self, commands: Commands) -> float:
+        """Return how long the stage takes undisturbed."""
+        home = self.restore()
+        start = time.monotonic()
+        commands.run(home, self.stage.words)
+        return time.monotonic() - start
+
+
+def restore(home: pathlib.Path, source: pathlib.Path) -> None:
+    """Make a directory as it was before a stage."""
+    shutil.rmtree(home, ignore_errors=True)
+    shutil.copytree(source, home)
+
+
+def judge(outcome: Outcome) -> str:
+    """Return what is wrong with an end; empty if it is a sentence or good."""
+    if outcome.is_hung:
+        return f"hung: {outcome.describe()}"
+    if outcome.has_traceback:
+        return f"traceback: {outcome.describe()}"
+    if outcome.status and (outcome.status != 1 or not outcome.error):
+        return f"no sentence: {outcome.describe()}"
+    return ""
+
+
+def format_ends(ends: Counter[str]) -> str:
+    """Return "2 refused, 1 wrote it too"."""
+    return ", ".join(f"{n} {end}" for end, n in ends.items())
+
+
 # ---- comparing ends
 
 
@@ -276,19 +340,6 @@ def make_reference(scratch: pathlib.Path, commands: Commands) -> dict[str, pathl
             raise SystemExit(f"{stage.name}: {outcome.describe()}")
     before[""] = home
     return before
-
-
-def measure_seconds(
-    commands: Commands, stage: Stage, before: dict[str, pathlib.Path], scratch: pathlib.Path
-) -> float:
-    """Return how long a stage takes."""
-    home = scratch / "timed"
-    shutil.copytree(before[stage.name], home)
-    start = time.monotonic()
-    commands.run(home, stage.words)
-    seconds = time.monotonic() - start
-    shutil.rmtree(home)
-    return seconds
 
 
 def find_differences(stage: Stage, home: pathlib.Path, reference: pathlib.Path) -> list[str]:

@@ -14,16 +14,15 @@ import contextlib
 import filecmp
 import os
 import pathlib
-import random
 import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from faults_calls import judge
-from faults_pipeline import Commands, Outcome, Stage, find_differences, measure_seconds
+from faults_pipeline import Commands, Outcome, Trial, format_ends, judge
 
 DISK_BYTES = 64_000_000
 
@@ -75,26 +74,19 @@ def copy_disk(image: pathlib.Path, to: pathlib.Path) -> None:
             return
 
 
-def try_power(
-    commands: Commands,
-    stage: Stage,
-    before: dict[str, pathlib.Path],
-    scratch: pathlib.Path,
-    n_cuts: int,
-    seed: int = 0,
-) -> tuple[str, list[str]]:
-    """Cut the power of a stage several times. Return what happened, and what was wrong."""
-    rng = random.Random(f"{stage.name} {seed}")
+def try_power(commands: Commands, trial: Trial) -> tuple[str, list[str]]:
+    """Cut the power of a stage n times and after its end. Return what happened, what was wrong."""
+    stage, scratch, rng = trial.stage, trial.scratch, trial.make_rng()
+    seconds = trial.measure_seconds(commands)
     image = make_disk(scratch / "disk.img")
-    cuts, wrong, ends = [], [], []
+    cuts, wrong, ends = [], [], Counter()
     with mounted(image, scratch / "disk") as disk:
         home = disk / "home"
-        shutil.copytree(before[stage.name], home)
+        shutil.copytree(trial.before[stage.name], home)
         os.sync()
-        seconds = measure_seconds(commands, stage, before, scratch)
         group = commands.start(home, stage.words)
-        for k in range(n_cuts):
-            time.sleep(rng.uniform(0, 2 * seconds / n_cuts))
+        for k in range(trial.n):
+            time.sleep(rng.uniform(0, 2 * seconds / trial.n))
             with stopped(group) as is_there:
                 if not is_there:
                     break
@@ -108,13 +100,12 @@ def try_power(
         copy_disk(image, cuts[-1].image)
     for k, cut in enumerate(cuts):
         with mounted(cut.image, scratch / "disk") as disk:
-            problem, end = check_cut(commands, stage, disk / "home", before[""], cut)
-        ends.append(end)
+            problem, end = check_cut(commands, trial, disk / "home", cut)
+        ends[end] += 1
         if problem:
             wrong.append(f"{stage.name}: cut {k}: {problem}")
         cut.image.unlink()
-    counts = [f"{ends.count(end)} {end}" for end in dict.fromkeys(ends)]
-    return f"{len(cuts)} cuts: {', '.join(counts)}", wrong
+    return f"{len(cuts)} cuts: {format_ends(ends)}", wrong
 
 
 @contextlib.contextmanager
@@ -139,26 +130,24 @@ def list_steps(run: pathlib.Path) -> list[int]:
     return checkpoint.list_steps(run) if (run / "checkpoints").is_dir() else []
 
 
-def check_cut(
-    commands: Commands, stage: Stage, home: pathlib.Path, reference: pathlib.Path, cut: Cut
-) -> tuple[str, str]:
+def check_cut(commands: Commands, trial: Trial, home: pathlib.Path, cut: Cut) -> tuple[str, str]:
     """Run the stage again on what a cut left. Return (what is wrong, how it went on)."""
     from jaxpt.weights import checkpoint
 
     if cut.has_ended:
-        differences = find_differences(stage, home, reference)
+        differences = trial.find_differences(home)
         if differences:
             return f"after its end: {'; '.join(differences[:3])}", "lost"
     if len(cut.steps) > 1:
-        newest = checkpoint.find_newest(home / stage.out)
+        newest = checkpoint.find_newest(home / trial.stage.out)
         # the newest that was seen may have been on its way to the disk, not the one before
         if newest is None or int(newest.name) < cut.steps[-2]:
             return f"checkpoints {cut.steps} were there, {newest} is left", "lost"
-    outcome = commands.run(home, stage.words)
+    outcome = commands.run(home, trial.stage.words)
     problem = judge(outcome)
     if problem or outcome.status:
         return problem or outcome.describe(), "refused"
-    differences = find_differences(stage, home, reference)
+    differences = trial.find_differences(home)
     return "; ".join(differences[:3]), describe_start(outcome)
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import pathlib
 import signal
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -36,6 +37,7 @@ from jaxpt import config, sharding
 from jaxpt.spec import ModelSpec
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))  # some tests are short forms of benchmarks
 os.environ["PYTHONPATH"] = str(ROOT)  # the processes that tests start run this clone
 
 
@@ -53,19 +55,23 @@ def data_dir():
     return directory
 
 
+# no two sizes that a wrong transpose could swap
+SMALL_SPEC = ModelSpec(
+    n_layers=3,
+    d_model=24,
+    d_ff=40,
+    n_heads=6,
+    n_kv_heads=2,
+    d_head=8,
+    vocab_size=96,
+    max_seq_len=64,
+)
+
+
 @pytest.fixture(scope="session")
 def spec():
     """L5 K2 N6 H8 D24 F40 V96: no two sizes that a wrong transpose could swap."""
-    return ModelSpec(
-        n_layers=5,
-        d_model=24,
-        d_ff=40,
-        n_heads=6,
-        n_kv_heads=2,
-        d_head=8,
-        vocab_size=96,
-        max_seq_len=64,
-    )
+    return SMALL_SPEC.replace(n_layers=5)
 
 
 @pytest.fixture(scope="session")

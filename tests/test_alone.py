@@ -3,12 +3,12 @@ an uninterrupted one. benchmarks/faults.py is the long form.
 
 The slow ones guard promises too: .ci/run runs them."""
 
-import importlib.util
 import json
 import random
 import shutil
 import signal
 
+import faults
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -16,10 +16,6 @@ from conftest import ROOT
 from jaxpt.train.metrics import read_metrics
 from jaxpt.train.records import StartRecord, TrainMetrics
 from jaxpt.weights import checkpoint
-
-found = importlib.util.spec_from_file_location("faults", ROOT / "benchmarks/faults.py")
-faults = importlib.util.module_from_spec(found)
-found.loader.exec_module(faults)
 
 # train.py with a step that takes a fifth of a second longer
 SLOW = f"""

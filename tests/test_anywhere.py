@@ -10,7 +10,7 @@ import buckets
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SMALL_SPEC
 
 from jaxpt import config, export, io, stage
 from jaxpt.config import PackConfig, PrepareConfig, TokenizerConfig
@@ -19,22 +19,13 @@ from jaxpt.evaluate import harness
 from jaxpt.model import transformer
 from jaxpt.plan import cost
 from jaxpt.report import page
-from jaxpt.spec import ModelSpec, UserError
+from jaxpt.spec import UserError
 from jaxpt.train import initial_run
 from jaxpt.weights import checkpoint, huggingface, load
 
 WORDS = "Wind Käse łódź 山 море flows over naïve stones while старый café größer"
 N_FLIPS = 24
-SPEC = ModelSpec(
-    n_layers=3,
-    d_model=24,
-    d_ff=40,
-    n_heads=6,
-    n_kv_heads=2,
-    d_head=8,
-    vocab_size=352,
-    max_seq_len=56,
-)
+SPEC = SMALL_SPEC.replace(vocab_size=352, max_seq_len=56)
 
 
 def write_texts(file):

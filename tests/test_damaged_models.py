@@ -4,19 +4,16 @@ benchmarks/faults_models.py is the long form: every command, in children that ar
 """
 
 import glob
-import importlib.util
 import json
 import os
 import random
 import re
 import shutil
-import sys
 
 import entry_points
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
 
 from jaxpt import export
 from jaxpt.data import tokenizer
@@ -24,12 +21,7 @@ from jaxpt.spec import UserError
 from jaxpt.weights import load
 
 pytest.importorskip("torch")
-found = importlib.util.spec_from_file_location(
-    "faults_models", ROOT / "benchmarks/faults_models.py"
-)
-faults = importlib.util.module_from_spec(found)
-sys.modules["faults_models"] = faults  # for its dataclasses
-found.loader.exec_module(faults)
+import faults_models as faults  # after torch is known to be there
 
 N_HOSTILE = 16
 # the others take seconds each

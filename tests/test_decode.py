@@ -3,24 +3,16 @@
 import jax
 import numpy as np
 import pytest
+from conftest import SMALL_SPEC
 
 from jaxpt import config, sharding
 from jaxpt.model import decode, transformer
 from jaxpt.model.param import is_param_spec
-from jaxpt.spec import ModelSpec, UserError
+from jaxpt.spec import UserError
 from jaxpt.weights import huggingface
 
 ONE = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
-SPEC = ModelSpec(
-    n_layers=5,
-    d_model=24,
-    d_ff=40,
-    n_heads=6,
-    n_kv_heads=2,
-    d_head=8,
-    vocab_size=96,
-    max_seq_len=160,
-)
+SPEC = SMALL_SPEC.replace(n_layers=5, max_seq_len=160)
 LENGTHS = (5, 17, 70, 1)  # of prompts, one longer than decode.LENGTH_STEP
 
 

@@ -18,27 +18,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SMALL_SPEC
 
 from jaxpt import config, sharding, stage
 from jaxpt.data import benchmarks, decontaminate, tokenizer
 from jaxpt.evaluate import compare, contamination, harness, likelihood, prefix_trees, reference
 from jaxpt.model import decode, transformer
 from jaxpt.model.param import is_param_spec
-from jaxpt.spec import Batch, ModelSpec, UserError
+from jaxpt.spec import Batch, UserError
 from jaxpt.weights import checkpoint, huggingface
 
 ONE = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
-SPEC = ModelSpec(
-    n_layers=3,
-    d_model=24,
-    d_ff=40,
-    n_heads=6,
-    n_kv_heads=2,
-    d_head=8,
-    vocab_size=448,
-    max_seq_len=300,
-)
+SPEC = SMALL_SPEC.replace(vocab_size=448, max_seq_len=300)
 TEXTS = [
     "The ship sailed at dawn.\n\n  Nobody on the quay said a word; the gulls did. "
     * 15,  # longer than the context

@@ -2,19 +2,14 @@
 system, two starts at once and damaged files."""
 
 import shutil
-import sys
-
-import pytest
-from conftest import ROOT
-
-sys.path.append(str(ROOT / "benchmarks"))
 
 import faults_calls
 import faults_files
 import faults_pipeline
 import faults_power
 import faults_starts
-from faults_pipeline import BY_NAME, Commands
+import pytest
+from faults_pipeline import BY_NAME, Commands, Trial
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +37,7 @@ def test_a_cut_of_power_leaves_a_stage_that_goes_on_and_ends_equal(
     reason = faults_power.unsupported_reason(tmp_path)
     if reason:
         pytest.skip(f"a cut of power {reason}")
-    found, wrong = faults_power.try_power(commands, BY_NAME[name], before, tmp_path, n_cuts=3)
+    found, wrong = faults_power.try_power(commands, Trial(BY_NAME[name], before, tmp_path, n=3))
     assert not wrong, found
 
 
@@ -53,7 +48,7 @@ def test_a_failing_call_is_a_sentence_and_the_next_start_ends_equal(name, before
         pytest.skip("failing calls need a C compiler")
     failing = faults_calls.FailingCalls(tmp_path)
     try:
-        found, wrong = faults_calls.try_calls(failing, BY_NAME[name], before, tmp_path, limit=4)
+        found, wrong = faults_calls.try_calls(failing, Trial(BY_NAME[name], before, tmp_path, n=4))
     finally:
         failing.commands.close()
     assert not wrong, found
@@ -63,8 +58,8 @@ def test_a_failing_call_is_a_sentence_and_the_next_start_ends_equal(name, before
 def test_of_two_starts_at_once_one_says_who_works_there(commands, before, tmp_path):
     with Commands(tmp_path) as other:
         for name in ("pack", "train"):
-            pair = (commands, other)
-            found, wrong = faults_starts.try_starts(pair, BY_NAME[name], before, tmp_path, 1)
+            trial = Trial(BY_NAME[name], before, tmp_path, n=1)
+            found, wrong = faults_starts.try_starts((commands, other), trial)
             assert not wrong, found
 
 
@@ -81,7 +76,7 @@ def test_what_was_damaged_is_told_from_what_is_whole(commands, before, tmp_path)
         ("pack", "base/packed/train/sea/dataset_info.json"),
         ("evaluate", "child/eval/jax.json"),
     ):
-        faults_calls.restore(home, before[""])
+        faults_pipeline.restore(home, before[""])
         assert faults_pipeline.find_differences(BY_NAME[name], home, before[""]) == []
         data = bytearray((home / file).read_bytes())
         data[len(data) // 2] ^= 1

@@ -5,7 +5,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
-import filecmp
 import io as std_io
 import json
 import math
@@ -20,6 +19,7 @@ import threading
 import time
 
 import buckets
+import faults_power
 import pytest
 from conftest import ROOT
 from hypothesis import given, strategies
@@ -434,43 +434,14 @@ for generation in range(1, 100_000):
 """
 
 
-@contextlib.contextmanager
-def mounted(image, directory):
-    directory.mkdir(exist_ok=True)
-    subprocess.run(["mount", "-o", "loop", image, directory], check=True, capture_output=True)
-    try:
-        yield directory
-    finally:
-        subprocess.run(["umount", directory], check=True)
-
-
-def make_disk(tmp_path):
-    """Return an ext4 image. Skip where it cannot be mounted."""
-    image = tmp_path / "disk.img"
-    with open(image, "wb") as file:
-        file.truncate(48_000_000)
-    try:
-        subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True, capture_output=True)
-        with mounted(image, tmp_path / "disk"):
-            pass
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"a power cut needs root, mkfs.ext4 and a loop device: {error}")
-    return image
-
-
-def cut_power(image, to):
-    """Copy what the disk holds at this moment: until two copies are equal."""
-    while True:
-        shutil.copyfile(image, to)
-        if filecmp.cmp(image, to, shallow=False):
-            return
-
-
 def try_cuts(tmp_path, way, pauses):
     """Return, for each cut, (generation promised before it, generation found and whole, lines)."""
-    image = make_disk(tmp_path)
+    reason = faults_power.unsupported_reason(tmp_path)
+    if reason:
+        pytest.skip(f"a cut of power {reason}")
+    image = faults_power.make_disk(tmp_path / "disk.img")
     found = []
-    with mounted(image, tmp_path / "disk") as disk:
+    with faults_power.mounted(image, tmp_path / "disk") as disk:
         publisher = subprocess.Popen(
             [sys.executable, "-c", PUBLISHER, disk, way], stdout=subprocess.PIPE, cwd=ROOT
         )
@@ -484,9 +455,9 @@ def try_cuts(tmp_path, way, pauses):
             publisher.send_signal(signal.SIGSTOP)
             time.sleep(0.02)  # what it printed is read
             before = promised[-1]
-            cut_power(image, tmp_path / "cut.img")
+            faults_power.copy_disk(image, tmp_path / "cut.img")
             publisher.send_signal(signal.SIGCONT)
-            with mounted(tmp_path / "cut.img", tmp_path / "cut") as cut:
+            with faults_power.mounted(tmp_path / "cut.img", tmp_path / "cut") as cut:
                 found.append((before, find_generation(cut / "out"), io.read_lines(cut / "log")))
         publisher.kill()
         reader.join()

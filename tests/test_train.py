@@ -9,25 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import SMALL_SPEC
 
 from jaxpt import sharding
 from jaxpt.config import Config, MeshConfig, MixtureConfig, OptimConfig, PackConfig, TrainConfig
 from jaxpt.model import transformer
 from jaxpt.model.param import is_param_spec
-from jaxpt.spec import Batch, ModelSpec, UserError
+from jaxpt.spec import Batch, UserError
 from jaxpt.train import distributed, forgetting, optimizer, state, step
 
 # three layers: on a CPU the step is unrolled, and compiles by the layer
-SPEC = ModelSpec(
-    n_layers=3,
-    d_model=24,
-    d_ff=40,
-    n_heads=6,
-    n_kv_heads=2,
-    d_head=8,
-    vocab_size=96,
-    max_seq_len=64,
-)
+SPEC = SMALL_SPEC
 SETTINGS = Config(
     pack=PackConfig(seq_len=32),
     train=TrainConfig(steps=12, batch_size=16, max_consecutive_skips=3),
