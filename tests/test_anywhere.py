@@ -179,7 +179,8 @@ train --config small.py --workdir run --config.initialize.source=start
 plan --config small.py --on cpu:1
 export_hf --from run --to exported
 evaluate --model run --backend jax --tasks bits_per_byte/t=text:text.txt --to run/eval/t.json
-evaluate --model exported --backend hf --tasks bits_per_byte/t=text:text.txt
+evaluate --model exported --backend hf --tasks bits_per_byte/t=text:text.txt winogrande --data-dir .
+evaluate --model exported --backend jax --tasks winogrande --data-dir .
 compare --models hf exported --prompts prompts.txt --max-new 3
 compare --models hf exported --differ t=text:text.txt
 trace --workdir run --step 2 --losses
@@ -214,7 +215,7 @@ def get_config():
 
 def test_no_command_opens_a_connection_that_was_not_asked_for(made, tmp_path, one):
     """Each to its end, with sockets that refuse and no HF_HUB_OFFLINE."""
-    pytest.importorskip("torch")
+    pytest.importorskip("torch"), pytest.importorskip("lm_eval")
     source, workdir = made
     home = tmp_path / "home"
     shutil.copytree(workdir, home)
@@ -223,6 +224,8 @@ def test_no_command_opens_a_connection_that_was_not_asked_for(made, tmp_path, on
     (home / "small.py").write_text(RECIPE)
     (home / "text.txt").write_text("The ship sailed at dawn. " * 40)
     (home / "prompts.txt").write_text("The ship\n")
+    item = {"context_options": ["The ship", "The quay"], "continuation": "sailed.", "gold": 0}
+    (home / "winogrande.jsonl").write_text(json.dumps(item) + "\n")
     (tmp_path / "sitecustomize.py").write_text(REFUSE.format(asked=str(tmp_path / "asked")))
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "HF_TOKEN": "hf_secret"}
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):

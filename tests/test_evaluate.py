@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -371,33 +370,6 @@ def test_the_code_that_a_tokenizer_names_is_neither_run_nor_copied(params, hf_di
     assert not list((tmp_path / "copy").glob("*.py"))
     assert tokenizer.load_tokenizer(tmp_path / "copy").fingerprint == plain.fingerprint
     assert not (tmp_path / "run").exists()
-
-
-def test_evaluating_a_directory_opens_no_connection(hf_dir, data_dir, tmp_path):
-    pytest.importorskip("torch"), pytest.importorskip("lm_eval")
-    (tmp_path / "sitecustomize.py").write_text(
-        "import socket\n"
-        "def refuse(*where, **how):\n"
-        f"    open({str(tmp_path / 'asked')!r}, 'a').write(repr(where))\n"
-        "    raise OSError('a connection was opened')\n"
-        "socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        environment.pop(name, None)
-    arguments = ["--tasks", "winogrande", "--limit", "2", "--data-dir", str(data_dir)]
-    for backend in ("jax", "hf"):
-        command = [sys.executable, ROOT / "scripts/evaluate.py", "--model", "hf", *arguments]
-        done = subprocess.run(
-            [*command, "--backend", backend],
-            cwd=hf_dir.parent,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        assert "winogrande" in done.stdout
-        assert not (tmp_path / "asked").exists(), (tmp_path / "asked").read_text()
 
 
 def test_heldout_loss_divides_sums_once(params):
