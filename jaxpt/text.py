@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 
 MAX_COLUMNS = 80
+MAX_LISTED = 24  # names of a list that a sentence gives
 
 
 def printable(text: object, keep: str = "") -> str:
@@ -24,6 +25,13 @@ def printable(text: object, keep: str = "") -> str:
     return "".join(
         char if char.isprintable() or char in keep else ascii(char)[1:-1] for char in text
     )
+
+
+def name_some(names: Sequence[str], most: int = MAX_LISTED) -> str:
+    """Return names in words, the first of them and how many more there are."""
+    listed = ", ".join(names[:most])
+    n_more = len(names) - most
+    return f"{listed} and {n_more:,} more" if n_more > 0 else listed
 
 
 def format_table(

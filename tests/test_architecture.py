@@ -162,6 +162,14 @@ def test_every_knob_is_read_somewhere():
             )
 
 
+def test_data_workers_start_light():
+    """Each process of prepare and pack imports these anew: no jax, no scipy, no grain."""
+    code = "import sys; from jaxpt.data import pack, prepare; print(*sys.modules)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"jax", "scipy", "grain", "transformers"} & set(done.stdout.split())
+
+
 def test_training_starts_light():
     """jaxpt train imports only what a machine that trains must have, and nothing of the planner."""
     code = "import sys; from jaxpt.train import loop, writers; writers.import_tensorboard()\n"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies
 
 from jaxpt.cli import main
-from jaxpt.data import classifier, filters
+from jaxpt.data import classifier, filters, train_classifier
 from jaxpt.data.sources import Document
 from jaxpt.spec import UserError
 
@@ -34,7 +34,7 @@ def make_lists(n: int = 300) -> tuple[list[str], list[str]]:
     return good, [make_text(rng, ORDINARY, rng.randint(5, 60)) for _ in range(n)]
 
 
-def write(trained: classifier.TrainedClassifier, file) -> None:
+def write(trained: train_classifier.TrainedClassifier, file) -> None:
     file.write_bytes(classifier.encode_classifier(trained.model))
 
 
@@ -82,7 +82,7 @@ def test_scores_of_any_text_are_fasttexts(theirs):
 
 def test_what_is_trained_is_a_fasttext_model_that_tells_documents_apart(tmp_path):
     good, ordinary = make_lists()
-    trained = classifier.train_classifier(good, ordinary)
+    trained = train_classifier.train_classifier(good, ordinary)
     assert trained.quality.auc > 0.99 and trained.quality.precision > 0.95
     assert 0.4 < trained.by_length.auc < 0.65, "the lengths tell nothing"
     assert trained.n_train + trained.n_heldout == 600 and 80 < trained.n_heldout < 160
@@ -93,7 +93,7 @@ def test_what_is_trained_is_a_fasttext_model_that_tells_documents_apart(tmp_path
         text = text.replace("</s>", "")
         for label in ("good", "ordinary"):
             assert ours.score(text, label) == pytest.approx(predict(model, text, label), abs=1e-4)
-    again = classifier.train_classifier(good, ordinary)
+    again = train_classifier.train_classifier(good, ordinary)
     assert (again.model.rows == trained.model.rows).all(), "deterministic"
 
 
@@ -102,7 +102,7 @@ def test_a_length_that_tells_all_is_seen_in_the_baseline():
     rng = random.Random(1)
     good = [make_text(rng, SHARED, rng.randint(80, 120)) for _ in range(200)]
     ordinary = [make_text(rng, SHARED, rng.randint(5, 40)) for _ in range(200)]
-    trained = classifier.train_classifier(good, ordinary)
+    trained = train_classifier.train_classifier(good, ordinary)
     assert trained.by_length.auc > 0.99 and trained.quality.auc < trained.by_length.auc
 
 
@@ -113,7 +113,7 @@ def test_the_area_under_the_curve_is_the_share_of_pairs_in_the_right_order(score
     is_good = np.array([good for _, good in scored], bool)
     if not is_good.any() or is_good.all():
         return
-    quality = classifier.measure_quality(logits, is_good)
+    quality = train_classifier.measure_quality(logits, is_good)
     pairs = np.sign(logits[is_good][:, None] - logits[~is_good][None])
     assert quality.auc == pytest.approx(((pairs + 1) / 2).mean())
     assert quality.recall == pytest.approx((logits[is_good] > 0).mean())
@@ -122,7 +122,7 @@ def test_the_area_under_the_curve_is_the_share_of_pairs_in_the_right_order(score
 def test_the_rule_drops_by_score_and_a_changed_model_is_noticed(tmp_path):
     good, ordinary = make_lists()
     file = tmp_path / "quality.bin"
-    write(classifier.train_classifier(good[:200], ordinary[:200]), file)
+    write(train_classifier.train_classifier(good[:200], ordinary[:200]), file)
     [rule] = filters.parse_rules("none", [f"quality(model='{file}', least=0.5)"])
     shown = [Document(f"d{i}", text) for i, text in enumerate([*good[200:], *ordinary[200:]])]
     results = filters.apply_rules(shown, [rule])
@@ -132,7 +132,7 @@ def test_the_rule_drops_by_score_and_a_changed_model_is_noticed(tmp_path):
     assert "expected 0.5 to 1" in results.reasons[-1]
     [toxic] = filters.parse_rules("none", [f"quality(model='{file}', least=0, most=0.4)"])
     assert filters.apply_rules(shown[:1], [toxic]).failed_rule == [0]
-    write(classifier.train_classifier(good, ordinary), file)
+    write(train_classifier.train_classifier(good, ordinary), file)
     classifier.read_classifier.cache_clear()
     [changed] = filters.parse_rules("none", [f"quality(model='{file}', least=0.5)"])
     assert changed.help != rule.help
@@ -176,4 +176,4 @@ def test_the_command_says_what_words_tell_beside_what_length_tells(tmp_path, cap
 
 def test_lists_of_too_few_documents_are_refused():
     with pytest.raises(UserError, match="ordinary: expected some ten different documents"):
-        classifier.train_classifier([f"text {i}" for i in range(50)], ["one"])
+        train_classifier.train_classifier([f"text {i}" for i in range(50)], ["one"])

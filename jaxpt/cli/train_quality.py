@@ -40,14 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the model and print its measures."""
-    from jaxpt.data import classifier, sources
+    from jaxpt.data import classifier, sources, train_classifier
 
     def read(texts: list[str]) -> list[str]:
         found = map(sources.TextSource.iterate_documents, sources.parse_sources(texts))
         documents = itertools.chain.from_iterable(found)
         return [each.text for each in itertools.islice(documents, max(arguments.documents, 0))]
 
-    trained = classifier.train_classifier(read(arguments.good), read(arguments.ordinary))
+    trained = train_classifier.train_classifier(read(arguments.good), read(arguments.ordinary))
     io.write_bytes(arguments.out, classifier.encode_classifier(trained.model))
     rows = [["held out", "precision", "recall", "AUC"]]
     for name, quality in (("by words", trained.quality), ("by length", trained.by_length)):

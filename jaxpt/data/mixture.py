@@ -25,9 +25,9 @@ from grain.experimental import index_shuffle
 
 from jaxpt import config
 from jaxpt.spec import Record, UserError
+from jaxpt.text import name_some
 
 MAX_NAMED = 3  # sources that a sentence names
-MAX_LISTED = 24
 MAX_SLOTS = 4096  # of a round for shares that are fractions, and laid out at once
 MAX_EXACT_SLOTS = 2**31  # of a round for whole numbers: products of two counts fit 63 bits
 N_CACHED_BLOCKS = 16
@@ -278,13 +278,6 @@ def schedule_from_history(
 
 
 # ---- checks
-
-
-def name_some(names: Sequence[str]) -> str:
-    """Return names in words, the first MAX_LISTED and how many more there are."""
-    listed = ", ".join(names[:MAX_LISTED])
-    n_more = len(names) - MAX_LISTED
-    return f"{listed} and {n_more:,} more" if n_more > 0 else listed
 
 
 def check_phase_sources(phases: config.Phases, n_sequences: Mapping[str, int]) -> None:

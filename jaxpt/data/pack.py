@@ -35,8 +35,8 @@ import pyarrow.parquet as pq
 
 from jaxpt import config, io, stage
 from jaxpt.data import executor, tokenizer
-from jaxpt.data.mixture import name_some
 from jaxpt.spec import Manifest, Record, UserError
+from jaxpt.text import name_some
 
 log = logging.getLogger(__name__)
 

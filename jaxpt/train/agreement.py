@@ -22,6 +22,7 @@ import jax
 from jaxpt import io, stage
 from jaxpt.config import Config
 from jaxpt.spec import Record, UserError
+from jaxpt.text import name_some
 from jaxpt.train.context import RunContext
 from jaxpt.weights import hub
 
@@ -212,8 +213,8 @@ def check_is_shared(run_dir: io.Path) -> None:
     if missing:
         raise UserError(
             f"--workdir {run_dir}: is not one directory for all hosts: what process 0 writes there "
-            f"does not appear on {join_names(missing)}. Give a disk or mount that every host sees "
-            "under this name."
+            f"does not appear on {name_some(missing, MAX_NAMED)}. Give a disk or mount that every "
+            "host sees under this name."
         )
 
 
@@ -226,7 +227,7 @@ def describe_comparisons(unequal: Mapping[int, Comparison]) -> str:
             places.setdefault(difference, []).append(place)
     first_host = next(iter(unequal.values())).first_host
     parts = [
-        f"{difference.name} is {shorten(difference.here)} on {join_names(names)}, "
+        f"{difference.name} is {shorten(difference.here)} on {name_some(names, MAX_NAMED)}, "
         f"{shorten(difference.there)} on {first_host} (process 0)"
         for difference, names in list(places.items())[:MAX_NAMED]
     ]
@@ -236,13 +237,6 @@ def describe_comparisons(unequal: Mapping[int, Comparison]) -> str:
         f"the processes of this run differ: {'; '.join(parts)}{more}. Start all of them with the "
         "same command, code, data and environment."
     )
-
-
-def join_names(names: list[str]) -> str:
-    """Return the first names and the count of the others."""
-    n_more = len(names) - MAX_NAMED
-    shown = ", ".join(names[:MAX_NAMED])
-    return f"{shown} and {n_more} more" if n_more > 0 else shown
 
 
 def shorten(value: str) -> str:

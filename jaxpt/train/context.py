@@ -12,11 +12,11 @@ import jax
 from jaxpt import io
 from jaxpt.config import Config
 from jaxpt.data import loader
-from jaxpt.data.mixture import name_some
 from jaxpt.flops import DeviceCost
 from jaxpt.growth import measure
 from jaxpt.growth.growth import ReadBatches
 from jaxpt.spec import ModelSpec, UserError
+from jaxpt.text import name_some
 from jaxpt.train import gate, optimizer, writers
 
 log = logging.getLogger(__name__)

@@ -11,12 +11,12 @@ from typing import Any
 from jaxpt import config, io, stage
 from jaxpt.data import decontaminate, executor, filters, sources
 from jaxpt.data import tokenizer as tokenizers
-from jaxpt.data.mixture import name_some
 from jaxpt.data.prepare import judge, read, write
 from jaxpt.data.prepare.decide import SPLITS, decide_drops
 from jaxpt.data.prepare.funnel import build_funnel, estimate_token_bytes, format_funnel
 from jaxpt.data.prepare.jobs import JobRunner
 from jaxpt.spec import Manifest, UserError
+from jaxpt.text import name_some
 
 log = logging.getLogger(__name__)
 
