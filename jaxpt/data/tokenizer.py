@@ -231,7 +231,7 @@ class Tokenizer:
     def read_as_text(self, text: str, token_id: int, where: io.Path | str) -> None:
         """Keep a document's literal "</s>" from becoming the token that separates documents.
 
-        Where it is a piece of the model itself, as in many unigram models, the text is split after
+        Where it is a token of the model itself, as in many unigram models, the text is split after
         its first character; no other text is encoded differently.
 
         Raises:
