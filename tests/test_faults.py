@@ -69,6 +69,7 @@ def test_a_damaged_file_is_a_sentence_or_does_not_matter(commands, before, tmp_p
     assert not wrong, found
 
 
+@pytest.mark.slow
 def test_what_was_damaged_is_told_from_what_is_whole(commands, before, tmp_path):
     """The comparison itself: a bit of a result is another result."""
     home = tmp_path / "home"

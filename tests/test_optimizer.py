@@ -205,10 +205,11 @@ def train_sharded(name):
 @pytest.mark.parametrize(
     ("name", "policy"),
     [
-        *((name, "reset_new") for name in ("muon", *STOCK)),
+        ("muon", "reset_new"),
         ("adamw", "fresh"),
         ("lion", "copy_scaled"),
         ("schedule_free", "fresh"),
+        *(pytest.param(name, "reset_new", marks=pytest.mark.slow) for name in STOCK),
     ],
 )
 def test_any_optimizer_grows_sharded_and_goes_on(name, policy):

@@ -570,7 +570,9 @@ def test_a_child_with_another_tokenizer_starts_from_its_parents_words(pipeline):
     )
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_killed_run_goes_on_and_ends_as_the_uncut_run(pipeline, how):
     def kill(process, run):
         wait_for(run / "checkpoints/60", process)

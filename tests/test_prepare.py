@@ -1225,7 +1225,10 @@ def test_a_changed_data_set_of_the_hub_is_another_corpus(tmp_path, monkeypatch, 
         prepare.prepare_corpus(asking(**knobs), tmp_path)
 
 
-@pytest.mark.parametrize(("kind", "least"), [("prose", 2_000_000), ("code", 5_000_000)])
+@pytest.mark.parametrize(
+    ("kind", "least"),
+    [pytest.param("prose", 2_000_000, marks=pytest.mark.slow), ("code", 5_000_000)],
+)
 def test_every_python_has_much_text_under_names_that_name_no_machine(kind, least):
     source = sources.parse_source(f"python:{kind}")
     found = list(source.iterate_documents())

@@ -857,6 +857,7 @@ def lose_threads(monkeypatch):
     return lose
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_killed_and_stopped_ends_as_on_a_disk(
     bucket, make_config, start, tmp_path, monkeypatch, lose_threads
 ):
