@@ -47,12 +47,18 @@ def get_config():
     c.tokenizer.vocab_size = 32_000
     # MB of corpus text to train on, spread evenly over the documents.
     c.tokenizer.sample_mb = 64
+    # More control tokens of a trained tokenizer, such as <|im_start|> for a chat template or
+    # <|fim_prefix|>, <|fim_suffix|>, <|fim_middle|>. Text never becomes one.
+    c.tokenizer.control_tokens = ()
 
     # ---- pack: Documents -> packed sequences of token ids.
     # Tokens per sequence: the longest context that training sees.
     c.pack.seq_len = 1_024
     # best_fit keeps short documents whole and pads; course concatenates and splits.
     c.pack.method = "best_fit"
+    # Share of the documents that train as fill-in-the-middle (half prefix-suffix-middle, half
+    # suffix-prefix-middle). Code models use 0.5; needs a tokenizer with FIM tokens.
+    c.pack.fim_rate = 0.0
 
     # ---- mixture: Which sequences to train on, and in which proportions.
     # Directories written by pack; empty means WORKDIR/packed.

@@ -12,10 +12,12 @@ import dataclasses
 import difflib
 import importlib.util
 import pathlib
+import re
 import sys
 import textwrap
 import types
 import typing
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from jaxpt.spec import UserError
@@ -102,6 +104,11 @@ class TokenizerConfig:
         32_000, "Tokens. More put more bytes into a token and cost V x D parameters twice."
     )
     sample_mb: int = knob(64, "MB of corpus text to train on, spread evenly over the documents.")
+    control_tokens: tuple[str, ...] = knob(
+        (),
+        "More control tokens of a trained tokenizer, such as <|im_start|> for a chat template or "
+        "<|fim_prefix|>, <|fim_suffix|>, <|fim_middle|>. Text never becomes one.",
+    )
 
 
 @section
@@ -113,6 +120,11 @@ class PackConfig:
         "best_fit",
         "best_fit keeps short documents whole and pads; course concatenates and splits.",
         *("best_fit", "course"),
+    )
+    fim_rate: float = knob(
+        0.0,
+        "Share of the documents that train as fill-in-the-middle (half prefix-suffix-middle, half "
+        "suffix-prefix-middle). Code models use 0.5; needs a tokenizer with FIM tokens.",
     )
 
 
@@ -475,6 +487,7 @@ def build_section(name: str, section: type, values: dict[str, Any]) -> Any:
 def check_config(config: Config) -> None:
     """Raise UserError for knobs that are out of range or do not agree with each other."""
     check_train(config.train)
+    check_control_tokens(config.tokenizer.control_tokens)
     if not 0 <= config.prepare.heldout_frac < 1:
         raise UserError(
             "prepare.heldout_frac: expected a fraction from 0 up to 1, "
@@ -482,6 +495,10 @@ def check_config(config: Config) -> None:
         )
     if config.pack.seq_len < 8:
         raise UserError(f"pack.seq_len: expected at least 8 tokens, got {config.pack.seq_len}.")
+    if not 0 <= config.pack.fim_rate <= 1:
+        raise UserError(
+            f"pack.fim_rate: expected a fraction from 0 to 1, got {config.pack.fim_rate}."
+        )
     check_phases(config.mixture.phases)
     if any(multiplier < 0 for _, multiplier in config.optim.lr_multipliers):
         raise UserError(
@@ -489,6 +506,18 @@ def check_config(config: Config) -> None:
             f"got {config.optim.lr_multipliers}."
         )
     check_mode(config.initialize)
+
+
+def check_control_tokens(names: Sequence[str]) -> None:
+    """Raise UserError for control tokens that a tokenizer cannot have."""
+    taken = {"<unk>", "<s>", "</s>"}
+    for name in names:
+        if name in taken or len(name) < 2 or re.search(r"\s|▁|^<0x..>$", name):
+            raise UserError(
+                f"tokenizer.control_tokens: expected names of two characters or more without white "
+                f"space, each once and none of <unk>, <s>, </s> and <0x00> to <0xFF>, got {name!r}."
+            )
+        taken.add(name)
 
 
 def check_train(train: TrainConfig) -> None:

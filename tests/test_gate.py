@@ -75,7 +75,7 @@ def pack_documents(
     """A directory as pack.py leaves it, the same rows for training and held out; a token is three
     bytes of text.
     """
-    layout = pack.PackLayout(seq_len, "best_fit", vocab_size)
+    layout = pack.PackLayout(seq_len, "best_fit", 0.0, vocab_size)
     counts = layout.to_json()
     for split in ("train", "heldout"):
         counts[split] = {}

@@ -34,7 +34,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxpt import config, io, stage
-from jaxpt.data import executor, tokenizer
+from jaxpt.data import executor, fim, tokenizer
 from jaxpt.spec import Manifest, Record, UserError
 from jaxpt.text import name_some
 
@@ -79,6 +79,7 @@ class PackLayout(Record):
 
     seq_len: int  # tokens per sequence
     method: str  # "best_fit" or "course"
+    fim_rate: float  # of the documents to train on, for fill-in-the-middle
     vocab_size: int  # largest token id + 1
 
 
@@ -102,6 +103,8 @@ class PackedSource(Record):
     n_trained_tokens: int  # targets of the loss: no first token of a segment, no prompt
     n_cut_prompts: int  # that were too long; their first tokens are left out
     n_cut_tokens: int  # of these prompts, not in n_tokens
+    n_fim_documents: int  # rearranged for fill-in-the-middle
+    n_fim_too_long: int  # chosen for it, and left as they are: a sequence cannot hold them
     n_unknown_tokens: int  # for text that the tokenizer has no token for
     n_text_bytes: int  # of UTF-8
     padding_frac: float  # of n_sequences * seq_len
@@ -136,7 +139,8 @@ class TokenizeJob(PackingJob):
     sha256: str | None  # to check the file by; None: the file's first job does
     row_groups: tuple[int, ...]
     tokenizer_path: str
-    seq_len: int  # which bounds a prompt
+    seq_len: int  # which bounds a prompt, and documents for fill-in-the-middle
+    fim_rate: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +152,8 @@ class TokenizeResult(Record):
     n_unknown_tokens: int = 0
     n_cut_prompts: int = 0
     n_cut_tokens: int = 0
+    n_fim_documents: int = 0
+    n_fim_too_long: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +217,9 @@ def pack_corpus(
     tokenizer_path = workdir / "tokenizer"
     inputs = {"corpus": corpus, "tokenizer": tokenizer_path}
     encoder = tokenizer.load_tokenizer(tokenizer_path)
-    layout = PackLayout(section.seq_len, section.method, encoder.vocab_size)
+    layout = PackLayout(section.seq_len, section.method, section.fim_rate, encoder.vocab_size)
+    if layout.fim_rate:
+        fim.FimEncoder(encoder)  # before any work
 
     def work(out: pathlib.Path) -> dict[str, Any]:
         counts = pack_splits(
@@ -273,8 +281,10 @@ def pack_splits(
     tokenize_jobs = {}
     for key, paths in files.items():
         directory = jobs_dir.joinpath(*key)
+        # held-out documents stay as they are, so that their losses mean the same at any rate
+        fim_rate = layout.fim_rate if key[0] == "train" else 0.0
         tokenize_jobs[key] = plan_tokenize_jobs(
-            paths, checksums, tokenizer_path, directory, layout.seq_len
+            paths, checksums, tokenizer_path, directory, layout.seq_len, fim_rate
         )
     run_pack_jobs(where, run_tokenize_job, tokenize_jobs.values(), ("tokenizing", "B"), n_bytes)
     pack_jobs = {}
@@ -283,7 +293,7 @@ def pack_splits(
         shards_dir = out.joinpath(*key)
         pack_jobs[key] = plan_pack_jobs(jobs, shards_dir, directory, layout)
     run_pack_jobs(where, run_pack_job, pack_jobs.values(), ("packing", "sequences"))
-    counts = PackCounts(layout.seq_len, layout.method, layout.vocab_size, {}, {})
+    counts = PackCounts(**dataclasses.asdict(layout), train={}, heldout={})
     for (split, name), jobs in pack_jobs.items():
         if jobs:
             texts = load_results(TokenizeResult, tokenize_jobs[split, name])
@@ -324,6 +334,11 @@ def log_counts(counts: PackCounts) -> None:
                 f"{source.n_split_documents:,} of {source.n_documents:,} documents split, "
                 f"{trained:.1%} of the tokens are trained on"
             )
+            if counts.fim_rate and split == "train":
+                log.info(
+                    f"  fill-in-the-middle: {source.n_fim_documents:,} documents; "
+                    f"{source.n_fim_too_long:,} more do not fit a sequence and stay as they are"
+                )
         others = [source for _, source in by_size[N_LOGGED_SOURCES:]]
         if others:
             log.info(
@@ -445,6 +460,7 @@ def plan_tokenize_jobs(
     tokenizer_path: pathlib.Path,
     jobs_dir: pathlib.Path,
     seq_len: int,
+    fim_rate: float,
 ) -> list[TokenizeJob]:
     """Return jobs of about JOB_BYTES of text each, in the order of the corpus.
 
@@ -454,6 +470,7 @@ def plan_tokenize_jobs(
         tokenizer_path: the tokenizer's directory.
         jobs_dir: where the jobs write.
         seq_len: tokens per sequence.
+        fim_rate: of documents, for fill-in-the-middle.
     """
     jobs: list[TokenizeJob] = []
     for file in files:
@@ -466,7 +483,7 @@ def plan_tokenize_jobs(
         for groups in split_row_groups(sizes):
             output = str(jobs_dir / f"tokens-{len(jobs):06d}.arrow")
             paths = (output, f"{output}.json", corpus_path)
-            job = TokenizeJob(*paths, sha256, groups, str(tokenizer_path), seq_len)
+            job = TokenizeJob(*paths, sha256, groups, str(tokenizer_path), seq_len, fim_rate)
             jobs.append(job)
             sha256 = None
     return jobs
@@ -497,7 +514,8 @@ def run_tokenize_job(job: TokenizeJob) -> int:
             "Run jaxpt prepare again with --replace."
         )
     n_first = 0 if encoder.bos_id is None else 1  # bos stays
-    n_documents = n_bytes = n_unknown = n_cut_prompts = n_cut_tokens = 0
+    fim_encoder = fim.FimEncoder(encoder) if job.fim_rate else None
+    n_documents = n_bytes = n_unknown = n_cut_prompts = n_cut_tokens = n_fim = n_fim_too_long = 0
     with (
         io.writing(output) as temporary,
         pa.OSFile(str(temporary), "wb") as sink,
@@ -512,6 +530,16 @@ def run_tokenize_job(job: TokenizeJob) -> int:
                     loss_from[i] -= n_cut
                     n_cut_prompts += 1
                     n_cut_tokens += n_cut
+            if fim_encoder:
+                chosen = {
+                    i: pieces
+                    for i, text in enumerate(batch.texts)
+                    if not batch.prompt_chars[i]
+                    and (pieces := fim.cut_document(text, job.fim_rate))
+                }
+                n_done = rearrange_documents(ids, chosen, fim_encoder, job.seq_len)
+                n_fim += n_done
+                n_fim_too_long += len(chosen) - n_done
             offsets = np.cumsum([0, *map(len, ids)])
             lists = pa.ListArray.from_arrays(pa.array(offsets, INT32), np.concatenate(ids))
             columns = {"id": batch.ids, "ids": lists, "loss_from": loss_from}
@@ -520,9 +548,39 @@ def run_tokenize_job(job: TokenizeJob) -> int:
             n_documents += len(batch.texts)
             n_bytes += sum(len(text.encode()) for text in batch.texts)
             n_unknown += encoder.count_unknown(ids)
-    result = TokenizeResult(n_documents, n_bytes, n_unknown, n_cut_prompts, n_cut_tokens)
+    result = TokenizeResult(
+        n_documents, n_bytes, n_unknown, n_cut_prompts, n_cut_tokens, n_fim, n_fim_too_long
+    )
     io.write_json(pathlib.Path(job.result_path), result)
     return n_bytes
+
+
+def rearrange_documents(
+    ids: list[np.ndarray],
+    chosen: Mapping[int, fim.Pieces],
+    encoder: fim.FimEncoder,
+    seq_len: int,
+) -> int:
+    """Replace ids of documents by those for fill-in-the-middle. Return how many fit a sequence.
+
+    A document that does not fit stays as it is: torn over two sequences, its middle would follow
+    nothing.
+
+    Args:
+        ids: of all documents.
+        chosen: place in ids -> pieces.
+        encoder: of the pieces.
+        seq_len: tokens per sequence.
+    """
+    short = [i for i in chosen if len(ids[i]) + fim.N_ADDED_TOKENS <= seq_len]
+    n_done = 0
+    encoded = encoder.encode_documents([chosen[i] for i in short])
+    for i, rearranged in zip(short, encoded, strict=True):
+        # words that a cut divides may take more tokens
+        if len(rearranged) <= seq_len:
+            ids[i] = rearranged
+            n_done += 1
+    return n_done
 
 
 def count_excess(n_tokens: int, n_prompt: int, seq_len: int) -> int:
@@ -910,12 +968,16 @@ def gather_shards(
     n_unknown = 0
     n_cut_prompts = 0
     n_cut_tokens = 0
+    n_fim = 0
+    n_fim_too_long = 0
     for text in texts:
         n_documents += text.n_documents
         n_text_bytes += text.n_text_bytes
         n_unknown += text.n_unknown_tokens
         n_cut_prompts += text.n_cut_prompts
         n_cut_tokens += text.n_cut_tokens
+        n_fim += text.n_fim_documents
+        n_fim_too_long += text.n_fim_too_long
     n_sequences = sum(shard.n_sequences for shard in shards)
     n_slots = n_sequences * layout.seq_len
     n_trained = int(token_counts.sum())
@@ -929,6 +991,8 @@ def gather_shards(
         n_trained_tokens=n_trained,
         n_cut_prompts=n_cut_prompts,
         n_cut_tokens=n_cut_tokens,
+        n_fim_documents=n_fim,
+        n_fim_too_long=n_fim_too_long,
         n_unknown_tokens=n_unknown,
         n_text_bytes=n_text_bytes,
         padding_frac=1 - n_tokens / n_slots,

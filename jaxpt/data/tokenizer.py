@@ -820,6 +820,7 @@ def train_on_texts(job: TrainingJob) -> bytes:
             model_writer=model,
             model_type=section.model,
             vocab_size=section.vocab_size,
+            control_symbols=list(section.control_tokens),
             max_sentence_length=4 * MAX_SPAN_CHARS,
             minloglevel=2,
             **SENTENCEPIECE_OPTIONS,
