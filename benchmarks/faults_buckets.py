@@ -4,11 +4,11 @@
 
 Every command of scripts/quickstart.sh runs on a disk and in a bucket of each kind, one after the
 other, and once more in a bucket where commands are killed (SIGKILL) at random moments and started
-again, through a proxy that answers some requests by 503 and loses some answers. Compared: every
-file of the data stages, every array of the checkpoints, metrics.jsonl but for time and speed, the
-exported models, evaluations and samples. Prints a table of seconds, those of the processors in
-brackets, and one of ends; exits 1 if anything differs. --small takes minutes instead of an hour:
-less text, a smaller model, fewer steps, no evaluation by transformers.
+again, through a proxy that answers some requests by 503, loses some answers, and refuses locks by
+412. Compared: every file of the data stages, every array of the checkpoints, metrics.jsonl but for
+time and speed, the exported models, evaluations and samples. Prints a table of seconds, those of
+the processors in brackets, and one of ends; exits 1 if anything differs. --small takes minutes
+instead of an hour: less text, a smaller model, fewer steps, no evaluation by transformers.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ DATA_STAGES = ("corpus", "tokenizer", "packed")
 EXPORTED = ("model.safetensors", "config.json", "tokenizer.json")
 N_FAULTS = 40  # requests answered by 503, and as many answers lost, while commands are killed
 FAULT_EVERY = 13  # only one of so many
+LOCK_FAULT_EVERY = 2
 
 
 class Command(NamedTuple):
@@ -241,12 +242,14 @@ def with_cache(place: Place, home: pathlib.Path) -> Place:
 
 
 def inject(proxy: buckets.Proxy) -> None:
-    """Answer some writes to come by 503, of which half were carried out."""
+    """Answer some writes to come by 503, of which half were carried out, and some locks by 412."""
     # fake-gcs-server forgets a finished upload session, so its answer must not be lost
     uploads = r"^(PUT|POST)(?!.*upload_id).*(checkpoints|multipart)"
     lost = buckets.Fault(uploads, 503, N_FAULTS, is_answer_lost=True, every=FAULT_EVERY)
     refused = buckets.Fault(r"^(PUT|POST|DELETE)", 503, N_FAULTS, every=FAULT_EVERY)
-    proxy.faults += [refused, lost]
+    locks = r"^(POST .*ifGenerationMatch=0|PUT .*\.lock/\d+\.json)"
+    taken = buckets.Fault(locks, 412, N_FAULTS, every=LOCK_FAULT_EVERY)
+    proxy.faults += [taken, refused, lost]
 
 
 def campaign(home: pathlib.Path, kinds: list[str], n_kills: int, seed: int, small: bool) -> bool:
@@ -279,7 +282,10 @@ def campaign(home: pathlib.Path, kinds: list[str], n_kills: int, seed: int, smal
             wrong = compare(place, disk)
             good &= not wrong
             outcome = f"{len(killed)} kills ({', '.join(killed)}), "
-            outcome += f"{proxies[kind].n_injected} answers of 503"
+            n_refused = sum(
+                N_FAULTS - each.n for each in proxies[kind].faults if each.status == 412
+            )
+            outcome += f"{proxies[kind].n_injected - n_refused} answers of 503, {n_refused} of 412"
             print(f"| {kind}:// | {outcome} | {'; '.join(wrong[:3]) or 'equal'} |", flush=True)
     return good
 
