@@ -626,6 +626,16 @@ def test_a_misspelt_operator_is_refused_before_anything_is_written(make_config, 
     assert not (tmp_path / "run").exists()
 
 
+def test_an_operator_that_will_not_fit_is_refused_at_the_start(make_config, start, tmp_path):
+    n = make_config().model.n_layers
+    grow = ((6, "stack(g=2)"), (9, f"depth_upscale(m={2 * n})"))
+    with pytest.raises(UserError, match=rf"expected 0 to {2 * n - 1}, got {2 * n}"):
+        start(make_config(train__grow=grow), tmp_path)
+    grow = ((6, "stack(g=2)"), (9, f"drop_layers(n={2 * n - 1})"), (11, "widen(heads=5)"))
+    with pytest.raises(UserError, match="heads=5"):
+        start(make_config(train__grow=grow), tmp_path)
+
+
 def test_a_compile_cache_that_cannot_be_written_is_said_once_and_left_alone(tmp_path, output):
     (tmp_path / "file").touch()
     before = jax.config.jax_compilation_cache_dir

@@ -16,6 +16,8 @@ from jaxpt import io, sharding
 from jaxpt.config import MixtureConfig, TrainConfig
 from jaxpt.data import loader
 from jaxpt.data.mixture import MAX_NAMED, MixturePhase, MixtureSchedule
+from jaxpt.growth.growth import Parent
+from jaxpt.growth.parse import plan_growth
 from jaxpt.model import loss
 from jaxpt.model.kernels import select
 from jaxpt.spec import Batch, ModelSpec, UserError
@@ -154,35 +156,38 @@ class Session:
             n_devices=run.mesh.size,
             cost=cost,
         )
-        self.check_sizes()
+        self.check_sizes(self.spec)
         self.schedule = self.make_schedule(list(start.progress.data_history))
         self.batches = self.read_batches()
-        self.check_growth_steps()
+        self.check_growths()
         self.log_plan()
 
     # ---- checks
 
-    def check_sizes(self) -> None:
-        """Raise UserError if the model does not fit the sequences or the mesh."""
+    def check_sizes(self, spec: ModelSpec) -> None:
+        """Raise UserError if a model does not fit the sequences or the mesh."""
         train, seq_len = self.run.config.train, self.run.dataset.seq_len
-        if seq_len > self.spec.max_seq_len:
+        if seq_len > spec.max_seq_len:
             raise UserError(
-                f"pack.seq_len: expected at most {self.spec.max_seq_len}, the model's max_seq_len, "
+                f"pack.seq_len: expected at most {spec.max_seq_len}, the model's max_seq_len, "
                 f"got sequences of {seq_len} tokens. Pack shorter ones."
             )
         sharding.check_mesh_divides(
-            self.run.mesh, self.spec, train.batch_size, train.grad_accum_steps, seq_len
+            self.run.mesh, spec, train.batch_size, train.grad_accum_steps, seq_len
         )
 
-    def check_growth_steps(self) -> None:
-        """Raise UserError for a growth planned at a step that has passed."""
-        for at, _ in self.run.config.train.grow[self.n_growths :]:
+    def check_growths(self) -> None:
+        """Raise UserError for a planned growth whose step has passed, or that cannot be."""
+        spec = self.spec
+        for at, operator in self.run.config.train.grow[self.n_growths :]:
             if at < self.step:
                 raise UserError(
                     f"train.grow: {self.run.run_dir} is at step {self.step:,} and did not "
                     f"grow after step {at}, which has passed. Use a later step, or grow it into "
                     "another --workdir with initialize.source and initialize.grow."
                 )
+            spec = plan_growth(operator, Parent(spec)).child
+            self.check_sizes(spec)
 
     def log_plan(self) -> None:
         """Log mesh, batch, data and the fast paths of the step."""

@@ -61,7 +61,6 @@ def grow_session(session: Session, operator: str) -> None:
         io.write_json(run.run_dir / "spec.json", child.spec)
     session.state = TrainState(before.step, child.params, opt_state, skip_state)
     session.spec = child.spec
-    session.check_sizes()
     with session.explain_start():
         session.train_step = session.compile_step()
     session.is_new_step = True
