@@ -213,6 +213,7 @@ def get_config():
 """
 
 
+@pytest.mark.slow
 def test_no_command_opens_a_connection_that_was_not_asked_for(made, tmp_path, one):
     """Each to its end, with sockets that refuse and no HF_HUB_OFFLINE."""
     pytest.importorskip("torch"), pytest.importorskip("lm_eval")

@@ -89,7 +89,17 @@ def test_a_tokenizer_that_needs_too_much_is_ended(home, tmp_path, monkeypatch):
         tokenizer.load_tokenizer(home / "llama")
 
 
-@pytest.mark.parametrize("kind", ["cut", "one bit", "4 kB of zeros", "empty", "a pipe", "gone"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "one bit",
+        "empty",
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in ("cut", "4 kB of zeros", "a pipe", "gone")
+        ),
+    ],
+)
 def test_a_damaged_export_is_refused_or_right(kind, home, read, tmp_path):
     whole = home / "llama-exported"
     model, encoder = read(whole)

@@ -182,6 +182,7 @@ def test_processes_with_other_packed_data_under_one_name_end_before_the_first_st
 # ---- start-up
 
 
+@pytest.mark.slow
 def test_a_missing_host_is_waited_for_with_a_line_and_then_a_sentence(home):
     alone = {**joined(0, 2, free_port()), "JAXPT_JOIN_SECONDS": "14"}
     late = {**joined(1, 2, free_port()), "JAXPT_JOIN_SECONDS": "14"}
