@@ -77,7 +77,7 @@ def decode_by_jaxpt(model: pathlib.Path, n: int) -> tuple[float, list[list[int]]
     spec, params = huggingface.load_hf_model(
         model, sharding.make_mesh(config.MeshConfig()), "float32"
     )
-    spec = dataclasses.replace(spec, eos_id=None)
+    spec = dataclasses.replace(spec, eos_ids=())
     decode.generate(spec, params, make_prompts(n), max_new=MAX_NEW)
     start = time.perf_counter()
     texts = decode.generate(spec, params, make_prompts(n), max_new=MAX_NEW)

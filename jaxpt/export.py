@@ -7,12 +7,18 @@ import pathlib
 from typing import Any
 
 from jaxpt import config, initialize, io, lineage, sharding, stage
-from jaxpt.data import tokenizer
 from jaxpt.growth.growth import format_layer_map
 from jaxpt.model import transformer
 from jaxpt.spec import Manifest
 from jaxpt.weights import checkpoint, hub, huggingface, safetensors_file
-from jaxpt.weights.load import IMPORT_RECORD, LoadedModel, load_model, resolve_source
+from jaxpt.weights.load import (
+    IMPORT_RECORD,
+    LoadedModel,
+    load_model,
+    open_tokenizer,
+    resolve_source,
+)
+from jaxpt.weights.tokenizer_files import export_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +34,7 @@ def export_model(
     push: str | None = None,
     private: bool = False,
     verify: bool = False,
+    family: str | None = None,
 ) -> Manifest:
     """Write safetensors, config.json, tokenizer files and README.md.
 
@@ -39,6 +46,7 @@ def export_model(
         push: repository of the hub to upload to.
         private: make a repository that push creates private.
         verify: compare the checksums of a finished export, not only sizes.
+        family: model_type of config.json; None: the source's.
     """
     if push:
         hub.check_push_allowed(push)
@@ -47,15 +55,17 @@ def export_model(
     def work(directory: pathlib.Path) -> dict[str, Any]:
         mesh = sharding.make_mesh(config.MeshConfig())
         model = load_model(source, mesh, find_stored_dtype(source))
+        if family:
+            model = model._replace(spec=model.spec.replace(family=family))
         if model.tokenizer_dir:
-            tokenizer.load_tokenizer(model.tokenizer_dir, model.tokenizer)  # or it is refused
+            encoder = open_tokenizer(model)
+            export_tokenizer(encoder, model.tokenizer_dir, model.spec, directory)
         card = write_model_card(source, model)
         n_bytes = huggingface.write_hf_model(
             model.spec,
             model.params,
             directory,
             dtype=dtype,
-            tokenizer_dir=model.tokenizer_dir,
             card=card,
         )
         record = {}
@@ -73,7 +83,7 @@ def export_model(
         "export",
         out,
         work,
-        config={"dtype": dtype},
+        config={"dtype": dtype, "family": family},
         inputs={"checkpoint": source},
         replace=replace,
         verify=verify,

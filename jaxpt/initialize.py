@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import logging
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
@@ -21,15 +21,18 @@ from jaxpt.growth.apply import grow_params
 from jaxpt.growth.growth import Growth, Parent, ReadBatches, format_layer_map
 from jaxpt.growth.parse import parse_operator, plan_growth
 from jaxpt.model import transformer
-from jaxpt.spec import ModelSpec, UserError
+from jaxpt.spec import ModelSpec, SpecialTokens, UserError
 from jaxpt.weights import safetensors_file
 from jaxpt.weights.load import LoadedModel, load_model
+
+if TYPE_CHECKING:
+    from jaxpt.data.loader import PackedDataset
 
 log = logging.getLogger(__name__)
 
 # knobs of section model that are fields of ModelSpec
-RANDOM_SPEC_FIELDS = "n_layers d_model d_ff n_heads n_kv_heads d_head max_seq_len"
-RANDOM_SPEC_FIELDS += " rope_theta tie_embeddings"
+SIZE_FIELDS = ["n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "d_head", "max_seq_len"]
+KNOB_FIELDS = (*SIZE_FIELDS, "rope_theta", "tie_embeddings", "vocab_size")
 
 
 class InitResult(NamedTuple):
@@ -44,7 +47,7 @@ def init_model(
     section: InitializeConfig,
     architecture: ModelConfig,
     mesh: jax.sharding.Mesh,
-    vocab_size: int | None,
+    dataset: PackedDataset | None = None,
     sequences: ReadBatches | None = None,
 ) -> InitResult:
     """Initialize by sources 2 to 4 of config.initialize, then apply config.initialize.grow.
@@ -53,13 +56,17 @@ def init_model(
         section: config.initialize.
         architecture: config.model, for a random model.
         mesh: to place parameters on.
-        vocab_size: the tokenizer's, for a random model whose architecture.vocab_size is 0.
+        dataset: whose tokenizer a random model takes its special tokens from, and its vocabulary
+            where architecture.vocab_size is 0.
         sequences: reads training batches, for operators that measure.
     """
     for text in section.grow:
         parse_operator(text)  # refuse a misspelt operator before weights are read
     if section.source == "random":
-        spec = make_random_spec(architecture, vocab_size)
+        if dataset is None:
+            spec = make_random_spec(architecture, None)
+        else:
+            spec = make_random_spec(architecture, dataset.vocab_size, dataset.special_tokens)
         dtype = safetensors_file.dtype_of_name(section.param_dtype)
         params = transformer.init_params(spec, section.seed, mesh, dtype)
         model = LoadedModel(spec, params, None, None, None, None, {})
@@ -94,8 +101,10 @@ def grow_model(
     return model, applied
 
 
-def make_random_spec(section: ModelConfig, vocab_size: int | None) -> ModelSpec:
-    """Return config.model as a ModelSpec."""
+def make_random_spec(
+    section: ModelConfig, vocab_size: int | None, special_tokens: SpecialTokens | None = None
+) -> ModelSpec:
+    """Return config.model as a ModelSpec, with the tokenizer's vocabulary and special tokens."""
     n_tokens = section.vocab_size
     if not n_tokens and vocab_size:
         n_tokens = vocabulary.pad_vocab_size(vocab_size)
@@ -104,11 +113,13 @@ def make_random_spec(section: ModelConfig, vocab_size: int | None) -> ModelSpec:
             "model.vocab_size: is 0 (the tokenizer's), but there is no tokenizer. Run jaxpt pack "
             "first, or set it."
         )
-    fields = {name: getattr(section, name) for name in RANDOM_SPEC_FIELDS.split()}
+    fields: dict[str, Any] = {name: getattr(section, name) for name in KNOB_FIELDS}
     fields["vocab_size"] = n_tokens
+    if special_tokens:
+        fields |= special_tokens.to_json()
     further = dict(section.fields)
     for name in further:
-        if name in fields:
+        if name in KNOB_FIELDS:
             raise UserError(f"model.fields: {name} is a knob. Set model.{name}.")
     return ModelSpec.from_json({**fields, **further}, "model.fields")
 

@@ -204,6 +204,15 @@ class LayerKind(NamedTuple):
     rope: str | None = "full"
 
 
+@dataclasses.dataclass(frozen=True)
+class SpecialTokens(Record):
+    """The special tokens of a tokenizer, under the names of ModelSpec."""
+
+    bos_id: int | None  # begins a text, whether or not the tokenizer puts it there
+    eos_ids: tuple[int, ...]  # each ends a text
+    pad_id: int | None
+
+
 # fields of ModelSpec that list layers
 LAYER_LISTS = ("global_layers", "no_rope_layers")
 CHOICES = {"activation": ("silu", "gelu_pytorch_tanh"), "norm_placement": ("pre", "post", "both")}
@@ -278,7 +287,10 @@ class ModelSpec(Record):
     router_aux_loss_coef: float = 0.0  # of the load-balancing loss
     router_z_loss_coef: float = 0.0  # of the squared log of the router's normalizer
     bos_id: int | None = 1
-    eos_id: int | None = 2
+    eos_ids: tuple[int, ...] = (2,)  # each ends a generated text
+    pad_id: int | None = None
+    # what generation_config.json says besides, as JSON: it travels from an import to its export
+    generation: str = "{}"
 
     def __post_init__(self):
         """Raise UserError for sizes that cannot make a model."""
@@ -410,6 +422,10 @@ class ModelSpec(Record):
     def replace(self, **changes: Any) -> ModelSpec:
         """Return the spec with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+    def with_tokens(self, tokens: SpecialTokens) -> ModelSpec:
+        """Return the spec with a tokenizer's special tokens in place of its own."""
+        return self.replace(bos_id=tokens.bos_id, eos_ids=tokens.eos_ids, pad_id=tokens.pad_id)
 
 
 class Batch(NamedTuple):

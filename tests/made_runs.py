@@ -26,7 +26,7 @@ SPEC = {
     "qk_norm": False,
     "sliding_window": None,
     "bos_id": 1,
-    "eos_id": 2,
+    "eos_ids": [2],
 }
 HOSTILE = (
     "<script>document.title = 'hostile'</script> & "

@@ -89,7 +89,7 @@ def test_greedy_text_equals_transformers_token_for_token(changes, tmp_path):
                 pad_token_id=0,
             )
             assert text == [
-                token for token in theirs[0, len(prompt) :].tolist() if token != spec.eos_id
+                token for token in theirs[0, len(prompt) :].tolist() if token not in spec.eos_ids
             ]
 
 
@@ -177,7 +177,7 @@ def test_text_does_not_depend_on_the_mesh_or_on_watching():
 
 def test_generation_ends_at_max_new_at_the_context_at_eos_and_when_watch_stops_it():
     params = make_params(SPEC)
-    narrow = SPEC.replace(eos_id=None, max_seq_len=81)
+    narrow = SPEC.replace(eos_ids=(), max_seq_len=81)
     free = decode.generate(narrow, params, prompts(), max_new=40)
     assert [len(text) for text in free] == [40, 40, 81 - 70, 40]
 
@@ -187,8 +187,14 @@ def test_generation_ends_at_max_new_at_the_context_at_eos_and_when_watch_stops_i
     assert stopped == [text[:3] if row == 2 else text for row, text in enumerate(free)]
 
     eos_id = free[1][6]
-    ended = decode.generate(narrow.replace(eos_id=eos_id), params, prompts(), max_new=40)
+    ended = decode.generate(narrow.replace(eos_ids=(eos_id,)), params, prompts(), max_new=40)
     assert ended == [text[: text.index(eos_id)] if eos_id in text else text for text in free]
+
+    several = (free[1][6], free[0][9], free[3][2])
+    ended = decode.generate(narrow.replace(eos_ids=several), params, prompts(), max_new=40)
+    ends = [next((n for n, i in enumerate(text) if i in several), 40) for text in free]
+    assert ended == [text[:end] for text, end in zip(free, ends, strict=True)]
+    assert len(set(ends)) == 4 or sum(end < 40 for end in ends) >= 3, "each is seen to end one"
 
 
 def test_an_invalid_request_is_refused_in_one_sentence():

@@ -15,7 +15,7 @@ from jaxpt.data import loader, pack
 from jaxpt.evaluate import likelihood
 from jaxpt.model import decode, transformer
 from jaxpt.model.param import is_param_spec
-from jaxpt.spec import ModelSpec, RopeScaling, UserError
+from jaxpt.spec import ModelSpec, RopeScaling, SpecialTokens, UserError
 from jaxpt.train import gate, state, step
 from jaxpt.weights import huggingface
 from jaxpt.weights.load import load_model
@@ -76,7 +76,7 @@ def pack_documents(
     bytes of text.
     """
     layout = pack.PackLayout(seq_len, "best_fit", 0.0, vocab_size)
-    counts = layout.to_json()
+    counts = layout.to_json() | {"special_tokens": SpecialTokens(1, (2,), None).to_json()}
     for split in ("train", "heldout"):
         counts[split] = {}
         for name, ids in sources.items():
@@ -431,7 +431,13 @@ def test_an_import_says_bits_per_byte_as_they_are_and_rows_of_no_use(params, tmp
     gate.log_import_check(
         SPEC,
         params,
-        heldout_of(pack_documents(tmp_path / "more", {"songs": ids}, vocab_size=80)),
+        heldout_of(
+            pack_documents(
+                tmp_path / "more",
+                {"songs": [*ids, np.array([1, 79, 2], np.int32)]},
+                vocab_size=83,
+            )
+        ),
         None,
     )
     message = caplog.text

@@ -34,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["float32", "bfloat16"],
         help="dtype of the weights (default: as in the checkpoint)",
     )
+    parser.add_argument(
+        "--family",
+        metavar="NAME",
+        help="model_type of config.json, of the families that can state the model "
+        "(default: as in the checkpoint)",
+    )
     parser.add_argument("--replace", action="store_true", help="overwrite what --to holds")
     options.add_verify(parser)
     parser.add_argument(
@@ -60,4 +66,5 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.push,
         arguments.private,
         verify=arguments.verify,
+        family=arguments.family,
     )

@@ -149,6 +149,8 @@ class PackedDataset:
         unigram_nats: source -> loss of the unigram baseline, nats per token.
         seq_len: tokens per sequence.
         vocab_size: of the tokenizer; token ids are below it.
+        n_ids: largest id of a token + 1.
+        special_tokens: the tokenizer's.
         tokenizer: its fingerprint.
         fingerprint: of all sequences.
         damage: the error that the verification in the background found.
@@ -176,6 +178,8 @@ class PackedDataset:
             fingerprints[name] = source.fingerprint
         self.seq_len = counts.seq_len
         self.vocab_size = counts.vocab_size
+        self.n_ids = max((source.n_ids for source in self.counts.values()), default=1)
+        self.special_tokens = counts.special_tokens
         self.tokenizer = manifest.tokenizer
         self.fingerprint = stage.fingerprint([split, fingerprints])
         self.open_batches: collections.OrderedDict[Place, RecordBatchView] = (

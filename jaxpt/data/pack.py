@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 
 from jaxpt import config, io, stage
 from jaxpt.data import executor, fim, tokenizer
-from jaxpt.spec import Manifest, Record, UserError
+from jaxpt.spec import Manifest, Record, SpecialTokens, UserError
 from jaxpt.text import name_some
 
 log = logging.getLogger(__name__)
@@ -100,6 +100,7 @@ class PackedSource(Record):
     n_split_documents: int  # longer than seq_len (best_fit), or across a boundary (course)
     n_sequences: int
     n_tokens: int  # bos and eos included, padding not
+    n_ids: int  # largest token id + 1
     n_trained_tokens: int  # targets of the loss: no first token of a segment, no prompt
     n_cut_prompts: int  # that were too long; their first tokens are left out
     n_cut_tokens: int  # of these prompts, not in n_tokens
@@ -118,6 +119,7 @@ class PackedSource(Record):
 class PackCounts(PackLayout):
     """Manifest.counts of the stage: source name -> counts, per split."""
 
+    special_tokens: SpecialTokens  # of the tokenizer
     train: dict[str, PackedSource]
     heldout: dict[str, PackedSource]
 
@@ -189,6 +191,7 @@ class PackResult(Record):
 
     shard: PackedShard
     n_tokens: int  # without padding
+    n_ids: int  # largest token id + 1
     n_split_documents: int  # that have their second segment here
     token_counts: dict[int, int]  # token id -> times trained on
     batches: tuple[tuple[int, int, int, int], ...]  # first byte, bytes, sequences, CRC-32
@@ -227,6 +230,7 @@ def pack_corpus(
             io.local_copy(tokenizer_path).resolve(),
             out.resolve(),
             layout,
+            encoder.special_tokens,
             executor,
         )
         return counts.to_json()
@@ -253,6 +257,7 @@ def pack_splits(
     tokenizer_path: pathlib.Path,
     out: pathlib.Path,
     layout: PackLayout,
+    special_tokens: SpecialTokens,
     where: str,
 ) -> PackCounts:
     """Run both passes over both splits.
@@ -262,6 +267,7 @@ def pack_splits(
         tokenizer_path: the tokenizer's directory.
         out: the stage's directory.
         layout: of the sequences.
+        special_tokens: the tokenizer's.
         where: the executor, for more than MAX_BYTES_IN_PROCESS of text.
     """
     jobs_dir = out / ".jobs"
@@ -293,7 +299,9 @@ def pack_splits(
         shards_dir = out.joinpath(*key)
         pack_jobs[key] = plan_pack_jobs(jobs, shards_dir, directory, layout)
     run_pack_jobs(where, run_pack_job, pack_jobs.values(), ("packing", "sequences"))
-    counts = PackCounts(**dataclasses.asdict(layout), train={}, heldout={})
+    counts = PackCounts(
+        **dataclasses.asdict(layout), special_tokens=special_tokens, train={}, heldout={}
+    )
     for (split, name), jobs in pack_jobs.items():
         if jobs:
             texts = load_results(TokenizeResult, tokenize_jobs[split, name])
@@ -876,6 +884,7 @@ def write_sequences(
     per_batch = max(1, BATCH_TOKENS // seq_len)
     n_sequences = 0
     n_tokens = 0
+    n_ids = 1
     n_split = 0
     token_counts = np.zeros(vocab_size, np.int64)
     batches = []
@@ -884,6 +893,8 @@ def write_sequences(
         sink.write(schema.serialize())
         while group := list(itertools.islice(sequences, per_batch)):
             record_batch = make_record_batch(group, seq_len)
+            largest = record_batch.column("input_ids").values.to_numpy().max()
+            n_ids = max(n_ids, int(largest) + 1)
             message = record_batch.serialize()
             checksum = zlib.crc32(message)
             batches.append((sink.tell(), len(message), len(group), checksum))
@@ -903,7 +914,7 @@ def write_sequences(
     trained_ids = np.flatnonzero(token_counts)
     times_trained = token_counts[trained_ids].tolist()
     counts = dict(zip(trained_ids.tolist(), times_trained, strict=True))
-    return PackResult(shard, n_tokens, n_split, counts, tuple(batches))
+    return PackResult(shard, n_tokens, n_ids, n_split, counts, tuple(batches))
 
 
 def make_record_batch(sequences: list[list[Segment]], seq_len: int) -> pa.RecordBatch:
@@ -988,6 +999,7 @@ def gather_shards(
         n_split_documents=n_split,
         n_sequences=n_sequences,
         n_tokens=n_tokens,
+        n_ids=max(result.n_ids for result in results),
         n_trained_tokens=n_trained,
         n_cut_prompts=n_cut_prompts,
         n_cut_tokens=n_cut_tokens,

@@ -21,7 +21,7 @@ import pathlib
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 from jaxpt import config, io, stage
 from jaxpt.data import executor, tokenizer_trial
 from jaxpt.io import hub
-from jaxpt.spec import Manifest, Record, UserError
+from jaxpt.spec import Manifest, Record, SpecialTokens, UserError
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +57,29 @@ SENTENCEPIECE_OPTIONS = {
 # the training sample is drawn in spans of this length, so that a long book counts by its length
 MAX_SPAN_CHARS = 4_000
 MAX_BYTES_IN_PROCESS = 2**22  # of text to train on; a process of its own takes half a second
-HUB_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja")
+CONFIG_FILE, TOKENS_MAP, ADDED_TOKENS = FURTHER_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+CHAT_TEMPLATE = "chat_template.jinja"
+NAMED_TEMPLATES = "additional_chat_templates"  # a folder of NAME.jinja
+TEMPLATE_FILES = (CHAT_TEMPLATE, f"{NAMED_TEMPLATES}/*.jinja")
+HUB_FILES = ("tokenizer.json", "tokenizer.model", *FURTHER_FILES, *TEMPLATE_FILES)
 # keys of a tokenizer_config.json that are kept
 SPECIAL_TOKEN_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token")
 SAVED_CONFIG_KEYS = (*SPECIAL_TOKEN_KEYS, "model_max_length", "padding_side", "chat_template")
 TRIAL_SECONDS = 120  # how long a tokenizer.json is tried
 # of letters, cases and white space only: what a normalizer changes
 PROBE = "Ab  C\nd\n\n e"
+# what tokenizers differ on: spaces, digits, case, accents composed or not, scripts, code
+PROBE_TEXTS = (
+    *("a", " a", "  a  b", "Hello world", "hello  WORLD", "It's they'll we'd I'M"),
+    *("x\n\n y\t z \n", "1 12 123 1234567890", "3.14159 -2e10", "a_b.c(d)!=e"),
+    *("def f(x):\n    return x**2  # ok\n", "\u00e9 e\u0301 \u212b", "na\u00efve caf\u00e9"),
+    *("\ufb01 \u00bd \u2460", "Stra\u00dfe \u0130", "\u65e5\u672c\u8a9e", "\u041f\u0440\u0438"),
+    *("\U0001f600\u200d", "\u2581a \u00a0b"),
+)
 # a text longer than this is encoded in parts, of which so many characters at once
 PART_CHARS = 1 << 16
 GROUP_CHARS = 1 << 20
@@ -175,10 +191,12 @@ class Tokenizer:
     Attributes:
         bos_id: what the tokenizer itself puts before a text (Llama); None if nothing (GPT-2, Qwen).
         eos_id: ends a document.
+        special_tokens: what a model of this tokenizer begins, ends and pads texts with.
         first_id: the token in front of a document: bos, else eos.
         separators: the texts of bos and eos.
         unk_id: stands for text that has no token; None: the tokenizer has none.
         vocab_size: largest id + 1.
+        n_text_ids: largest id that a document may have + 1; control tokens may lie beyond.
         fingerprint: of vocabulary, merges, normalization and document tokens; equal in every saved
             copy.
     """
@@ -217,8 +235,12 @@ class Tokenizer:
         if self.bos_id is None and has_bos:
             self.bos_id = vocabulary[bos]
             prepend_token(backend, bos, self.bos_id)
+        named_bos = vocabulary.get(bos, self.bos_id)
+        pad = get_token_text(tokenizer_config.get("pad_token"))
+        self.special_tokens = SpecialTokens(named_bos, (self.eos_id,), vocabulary.get(pad))
         self.first_id = self.eos_id if self.bos_id is None else self.bos_id
         self.vocab_size = max(vocabulary.values()) + 1
+        self.n_text_ids = count_text_ids(backend, (self.bos_id, self.eos_id))
         self.separators = []
         for token_id in sorted({self.bos_id, self.eos_id} - {None}):
             text = str(backend.id_to_token(token_id))
@@ -267,6 +289,11 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, without bos and eos. Uses all cores."""
         return [ids.tolist() for ids in self.encode_arrays(list(map(self.split_text, texts)))]
+
+    def encode_probe_texts(self) -> list[list[int]]:
+        """Return the ids of PROBE_TEXTS, each after what the tokenizer puts before a text."""
+        first = [] if self.bos_id is None else [self.bos_id]
+        return [first + ids for ids in self.encode_batch(PROBE_TEXTS)]
 
     def encode_documents(
         self, texts: Sequence[str], prompt_chars: Sequence[int]
@@ -478,6 +505,14 @@ def find_prefix_id(backend: tokenizers.Tokenizer) -> int | None:
     return full[0]
 
 
+def count_text_ids(backend: tokenizers.Tokenizer, document_ids: Iterable[int | None]) -> int:
+    """Return the largest id of document tokens and tokens that text becomes, + 1."""
+    added = backend.get_added_tokens_decoder()
+    controls = {i for i, token in added.items() if token.special} - set(document_ids)
+    used = set(backend.get_vocab(with_added_tokens=True).values()) - controls
+    return max(used) + 1
+
+
 def find_unk_id(model: dict[str, Any], vocabulary: dict[str, int]) -> int | None:
     """Return the id of the model's unknown token, if it has one."""
     if model.get("unk_id") is not None:  # Unigram
@@ -536,20 +571,15 @@ def read_tokenizer_source(where: io.Path | str) -> TokenizerSource:
     from tokenizers import Tokenizer as Backend
 
     first, *rest = find_tokenizer_files(find_tokenizer(where))
-    template = first.with_name("chat_template.jinja")
-    io.check_published([first, *rest, template])
+    io.check_published([first, *rest])
+    settings = read_tokenizer_settings(first, rest)
     if first.suffix == ".model":
-        return convert_sentencepiece(io.read_bytes(first), str(first))
-    tokenizer_config = {}
-    for file in rest:
-        tokenizer_config = read_tokenizer_config(file)
-    if io.size(template) is not None:
-        tokenizer_config["chat_template"] = io.read_text(template)
+        return read_sentencepiece(first, settings)
     text = io.read_text(first)
     reason = find_fault(text)
     if not reason:
         try:
-            return TokenizerSource(Backend.from_str(text), tokenizer_config)
+            return TokenizerSource(Backend.from_str(text), settings)
         except Exception as error:  # tokenizers raises bare Exception
             reason = str(error)
     raise UserError(
@@ -558,14 +588,74 @@ def read_tokenizer_source(where: io.Path | str) -> TokenizerSource:
     )
 
 
-def read_tokenizer_config(file: io.Path) -> dict[str, Any]:
-    """Return tokenizer_config.json. Raise UserError if its special tokens are no texts."""
+def read_tokenizer_settings(first: io.Path, rest: Sequence[io.Path]) -> dict[str, Any]:
+    """Return tokenizer_config.json with what the files beside it add, as transformers reads them.
+
+    Args:
+        first: tokenizer.json or tokenizer.model.
+        rest: the files that belong to it.
+
+    Raises:
+        UserError: a special token is no text.
+    """
+    by_name = {file.name: file for file in rest}
+    settings = {}
+    if CONFIG_FILE in by_name:
+        settings = read_special_tokens(by_name[CONFIG_FILE])
+    if TOKENS_MAP in by_name:
+        add_tokens_map(settings, by_name[TOKENS_MAP])
+    if ADDED_TOKENS in by_name and "added_tokens_decoder" not in settings:
+        added = read_json_object(by_name[ADDED_TOKENS])
+        settings["added_tokens_decoder"] = {str(i): token for token, i in added.items()}
+    templates = {}
+    for file in rest:
+        if file.suffix == ".jinja":
+            name = "default" if file.name == CHAT_TEMPLATE else file.stem
+            templates[name] = io.read_text(file)
+    if templates:
+        settings["chat_template"] = [
+            {"name": name, "template": text} for name, text in templates.items()
+        ]
+    if list(templates) == ["default"]:
+        settings["chat_template"] = templates["default"]
+    return settings
+
+
+def add_tokens_map(settings: dict[str, Any], file: io.Path) -> None:
+    """Add the special tokens of special_tokens_map.json to those of tokenizer_config.json.
+
+    Where they differ, transformers takes the former only beside an old tokenizer_config.json, one
+    without added_tokens_decoder.
+    """
+    is_old = "added_tokens_decoder" not in settings
+    for key, value in read_special_tokens(file).items():
+        if key not in SPECIAL_TOKEN_KEYS or value is None:
+            continue
+        ours, theirs = get_token_text(settings.get(key)), get_token_text(value)
+        if ours and ours != theirs:
+            taken = TOKENS_MAP if is_old else CONFIG_FILE
+            log.warning(
+                f"{io.printable(file)}: {key} is {io.printable(repr(theirs))}, in {CONFIG_FILE} "
+                f"{io.printable(repr(ours))}. {taken} is taken, as transformers does."
+            )
+        if is_old or not ours:
+            settings[key] = value
+
+
+def read_json_object(file: io.Path) -> dict[str, Any]:
+    """Return the JSON object in a file. Raise UserError if it holds another value."""
     found = io.read_json(file)
     if not isinstance(found, dict):
         raise UserError(
             f"{io.printable(file)}: expected a JSON object, got a {type(found).__name__}. "
             "Get the file again from where it came."
         )
+    return found
+
+
+def read_special_tokens(file: io.Path) -> dict[str, Any]:
+    """Return a file with special tokens. Raise UserError if they are no texts."""
+    found = read_json_object(file)
     for key in SPECIAL_TOKEN_KEYS:
         text = get_token_text(found.get(key))
         if not isinstance(text, str | None):
@@ -574,6 +664,40 @@ def read_tokenizer_config(file: io.Path) -> dict[str, Any]:
                 f"{io.printable(repr(text)[:80])}. Get the file again from where it came."
             )
     return found
+
+
+def read_sentencepiece(file: io.Path, settings: dict[str, Any]) -> TokenizerSource:
+    """Read a SentencePiece model with the settings and added tokens beside it.
+
+    Raises:
+        UserError: no equal form is known for the model, or a token was added at another id than
+            behind its last one.
+    """
+    from tokenizers import AddedToken
+
+    source = convert_sentencepiece(io.read_bytes(file), str(file))
+    backend = source.backend
+    added = settings.get("added_tokens_decoder", {})
+    for i in sorted(map(int, added)):
+        form = added[str(i)]
+        text = get_token_text(form)
+        is_special = form.get("special", True) if isinstance(form, dict) else True
+        if backend.token_to_id(text) is None:
+            token = AddedToken(text, special=is_special, normalized=False)
+            backend.add_tokens([token])
+        if backend.token_to_id(text) != i:
+            raise UserError(
+                f"{file}: {io.printable(repr(text))}, added beside it, has the id {i}, but would "
+                f"get {backend.token_to_id(text)}. Save the tokenizer as a tokenizer.json."
+            )
+    known = backend.get_vocab(with_added_tokens=True)
+    tokenizer_config = dict(source.config)
+    for key, value in settings.items():
+        if key not in SPECIAL_TOKEN_KEYS or get_token_text(value) in known:
+            tokenizer_config[key] = value
+    if settings.get("add_bos_token") is False:
+        backend.post_processor = None
+    return source._replace(config=tokenizer_config)
 
 
 def find_fault(tokenizer_json: str) -> str:
@@ -620,24 +744,30 @@ def find_tokenizer(where: io.Path | str) -> io.Path:
 
 
 def find_tokenizer_files(path: io.Path) -> list[io.Path]:
-    """Return a tokenizer's files: a .model, or tokenizer.json and its tokenizer_config.json."""
+    """Return a tokenizer's files: tokenizer.json or a .model, and what belongs to it."""
     if not io.exists(path):
         raise UserError(
             f"tokenizer {path}: not found. Give a SentencePiece .model, a tokenizer.json or a "
             "Hugging Face directory."
         )
     for file in (path, path / "tokenizer.json", path / "tokenizer.model"):
-        if io.size(file) is None:
+        if io.size(file) is None or file.suffix not in (".json", ".model"):
             continue
-        if file.suffix == ".model":
-            return [file]
-        if file.suffix == ".json":
-            beside = file.with_name("tokenizer_config.json")
-            return [file] if io.size(beside) is None else [file, beside]
+        if file.name != "tokenizer.model" and file.suffix == ".model":
+            return [file]  # settings beside it need not be its own
+        beside = [file.with_name(name) for name in (*FURTHER_FILES, CHAT_TEMPLATE)]
+        found = [other for other in beside if io.size(other) is not None]
+        return [file, *found, *io.find(file.with_name(NAMED_TEMPLATES), "*.jinja")]
     raise UserError(
         f"tokenizer {path}: no tokenizer.json and no SentencePiece .model. "
         "Give one, or a Hugging Face directory that has one."
     )
+
+
+def has_tokenizer(directory: io.Path) -> bool:
+    """Return whether a directory has the files of a tokenizer."""
+    names = ("tokenizer.json", "tokenizer.model")
+    return any(io.size(directory / name) is not None for name in names)
 
 
 def convert_sentencepiece(proto: bytes, where: str, model_type: str = "bpe") -> TokenizerSource:

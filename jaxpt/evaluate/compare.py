@@ -21,7 +21,7 @@ from jaxpt.model import decode
 from jaxpt.sharding import make_mesh
 from jaxpt.spec import Record, UserError
 from jaxpt.text import display_width, format_table
-from jaxpt.weights.load import LoadedModel, load_model, resolve_source
+from jaxpt.weights.load import LoadedModel, load_model, open_tokenizer, resolve_source
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ def load_compared_models(model: io.Path) -> tuple[LoadedModel, tokenizer.Tokeniz
             f"{model}: has no tokenizer beside it (tokenizer.json), so it cannot read a prompt. "
             "Copy the one that it was trained with there."
         )
-    return loaded, tokenizer.load_tokenizer(loaded.tokenizer_dir, loaded.tokenizer)
+    return loaded, open_tokenizer(loaded)
 
 
 class ShowProgress(Protocol):

@@ -30,7 +30,7 @@ from jaxpt.sharding import make_mesh
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.text import format_table
 from jaxpt.weights import checkpoint, huggingface
-from jaxpt.weights.load import LoadedModel, load_model, resolve_source
+from jaxpt.weights.load import LoadedModel, load_model, open_tokenizer, resolve_source
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -130,13 +130,7 @@ def evaluate_model(
             f"{model}: has no tokenizer beside it (tokenizer.json), so no "
             "text can be scored. Copy there the one it was trained with."
         )
-    encoder = tokenizer.load_tokenizer(tokenizer_dir, loaded.tokenizer)
-    if encoder.vocab_size > spec.vocab_size:
-        raise UserError(
-            f"{tokenizer_dir}: the tokenizer gives ids up to "
-            f"{encoder.vocab_size - 1:,}, but the model knows ids 0 to "
-            f"{spec.vocab_size - 1:,}. Copy there the one it was trained with."
-        )
+    encoder = open_tokenizer(loaded)
     computed_by = "our code" if backend == "jax" else "transformers"
     n_params = transformer.count_params(spec)
     log.info(f"evaluate: {model}, {n_params:,} parameters, by {computed_by}")
@@ -155,7 +149,7 @@ def evaluate_model(
     with contextlib.ExitStack() as stack:
         hf_dir = None
         if backend == "hf":
-            hf_dir = stack.enter_context(export_temporarily(loaded))
+            hf_dir = stack.enter_context(export_temporarily(loaded, encoder))
         for source in texts:
             scored = score_text_source(source, loaded, encoder, hf_dir, limit, length)
             merge_results(results, scored)
@@ -266,16 +260,15 @@ def check_task_names(names: list[str], data_dir: io.Path | None) -> None:
 
 
 @contextlib.contextmanager
-def export_temporarily(loaded: LoadedModel) -> Iterator[pathlib.Path]:
+def export_temporarily(loaded: LoadedModel, encoder: tokenizer.Tokenizer) -> Iterator[pathlib.Path]:
     """Return the model's Hugging Face directory, or else that of a temporary export."""
     directory = loaded.tokenizer_dir
     if directory and huggingface.is_hf_directory(directory):
         yield directory
         return
     with io.temporary_directory() as directory:
-        huggingface.write_hf_model(
-            loaded.spec, loaded.params, directory, tokenizer_dir=loaded.tokenizer_dir
-        )
+        huggingface.write_hf_model(loaded.spec, loaded.params, directory)
+        encoder.save_tokenizer(directory)
         yield directory
 
 
@@ -529,9 +522,11 @@ def make_lm_adapter(
             chosen: dict[str, Any] = {"temperature": 0.0}
             if asked["do_sample"]:
                 chosen["temperature"] = asked["temperature"]
+            defaults = json.loads(spec.generation)  # as in transformers' generate
             for name in ("top_p", "top_k", "repetition_penalty"):
-                if name in asked:
-                    chosen[name] = asked[name]
+                value = asked.get(name, defaults.get(name))
+                if value is not None:
+                    chosen[name] = value
             sampling = decode.Sampling(**chosen)
 
             def stopped(row: int, ids: list[int]) -> bool:

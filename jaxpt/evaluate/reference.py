@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
+import logging
 import pathlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxpt import io, stage
+from jaxpt.data import tokenizer
 from jaxpt.evaluate import likelihood
 from jaxpt.spec import UserError
 from jaxpt.weights import huggingface
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
+
+log = logging.getLogger(__name__)
 
 N_FLOAT64_TOKENS = 64  # tokens whose logits are copied to float64 at a time
 
@@ -48,7 +51,10 @@ def load_reference_model(hf_dir: pathlib.Path) -> Any:
 
 
 def open_hf_tokenizer(directory: pathlib.Path) -> Any:
-    """Return AutoTokenizer's tokenizer of a directory; the code of an auto_map is not followed.
+    """Return transformers' tokenizer of a directory, with the ids of ours.
+
+    That is AutoTokenizer's, without the code of an auto_map. Where it gives other ids, as by an
+    add_bos_token that it does not read, ours is saved and opened.
 
     Raises:
         UserError: transformers cannot open it.
@@ -56,22 +62,31 @@ def open_hf_tokenizer(directory: pathlib.Path) -> Any:
     import transformers
 
     quiet_transformers()
-    settings = directory / "tokenizer_config.json"
+    encoder = tokenizer.load_tokenizer(directory)
     with io.temporary_directory() as copied:
-        opened = directory
-        text = io.read_text_if_there(settings)
-        if text and "auto_map" in json.loads(text):
-            opened = copied
-            huggingface.copy_tokenizer(directory, opened)
+        if (directory / "config.json").is_file():
+            io.copy_file(directory / "config.json", copied / "config.json")
+        huggingface.copy_tokenizer(directory, copied)
         try:
-            return transformers.AutoTokenizer.from_pretrained(
-                str(opened), local_files_only=True, trust_remote_code=False
+            found = transformers.AutoTokenizer.from_pretrained(
+                str(copied), local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # by what is wrong, of any type
             raise UserError(
                 f"{directory}: transformers cannot open its tokenizer ({describe_error(error)}). "
                 "Get the files again from where they came."
             ) from None
+        ids = [found(text).input_ids for text in tokenizer.PROBE_TEXTS]
+        if ids == encoder.encode_probe_texts():
+            return found
+        log.warning(
+            f"{directory}: transformers' {type(found).__name__} encodes texts otherwise than "
+            "tokenizer.json says. The latter is used."
+        )
+        encoder.save_tokenizer(copied)
+        return transformers.PreTrainedTokenizerFast.from_pretrained(
+            str(copied), local_files_only=True
+        )
 
 
 def describe_error(error: Exception) -> str:

@@ -31,10 +31,14 @@ class Kind:
     Attributes:
         expected: for the error message.
         accepts: whether a JSON value is valid.
+        decode: JSON value -> field.
+        encode: the other way.
     """
 
     expected: str
     accepts: Callable[[Any], bool]
+    decode: Callable[[Any], Any] = lambda value: value
+    encode: Callable[[Any], Any] = lambda value: value
 
 
 def is_size(value: Any) -> bool:
@@ -58,6 +62,23 @@ def is_token_id(value: Any) -> bool:
     return type(value) is int and 0 <= value <= MAX_INT
 
 
+def are_token_ids(value: Any) -> bool:
+    """Return whether a JSON value is a token id or a list of some."""
+    return is_token_id(value) or (isinstance(value, list) and all(map(is_token_id, value)))
+
+
+def decode_token_ids(value: Any) -> tuple[int, ...]:
+    """Return a token id or a list of some as a tuple."""
+    return tuple(value) if isinstance(value, list) else (value,)
+
+
+def encode_token_ids(ids: tuple[int, ...]) -> int | list[int] | None:
+    """Return several token ids as a list, a single one as itself, none as null."""
+    if len(ids) > 1:
+        return list(ids)
+    return ids[0] if ids else None
+
+
 # deeper ones would only be a slip: their tensors' names alone would take minutes
 MAX_LAYERS = 10_000
 N_LAYERS = Kind(f"an integer from 1 to {MAX_LAYERS}", lambda x: is_size(x) and x <= MAX_LAYERS)
@@ -67,6 +88,9 @@ POSITIVE = Kind("a number above 0 that float32 holds", is_positive)
 NOT_NEGATIVE = Kind("a number of at least 0 that float32 holds", is_not_negative)
 SWITCH = Kind("true or false", lambda value: type(value) is bool)
 TOKEN_ID = Kind(f"a token id, from 0 to {MAX_INT}", is_token_id)
+TOKEN_IDS = Kind(
+    f"token ids, from 0 to {MAX_INT}", are_token_ids, decode_token_ids, encode_token_ids
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,16 +120,24 @@ class Key:
     def read(self, config: HfConfig, path: pathlib.Path) -> Any:
         """Return the value in a config. Raise UserError for an invalid one."""
         value = config.get(self.name)
-        if self.kind is TOKEN_ID and isinstance(value, list):
-            value = next(iter(value), None)  # the first of several ends a document
         is_missing = value is None and not (self.null and self.name in config)
         if is_missing and self.default is not REQUIRED:
             return self.default(config) if callable(self.default) else self.default
         if is_missing or not (value is None or self.kind.accepts(value)):
             raise refuse(path, self.name, self.kind.expected, value)
-        return value
+        return None if value is None else self.kind.decode(value)
+
+    def write(self, spec: ModelSpec) -> Any:
+        """Return a spec's value for a config."""
+        return self.kind.encode(getattr(spec, self.field_names[0]))
 
 
+# What config.json and generation_config.json say.
+TOKEN_KEYS = (
+    Key("bos_token_id", "bos_id", TOKEN_ID),
+    Key("eos_token_id", "eos_ids", TOKEN_IDS, ()),
+    Key("pad_token_id", "pad_id", TOKEN_ID),
+)
 # What every family's config.json says.
 COMMON_KEYS = (
     Key("hidden_size", "d_model", SIZE, REQUIRED),
@@ -124,8 +156,7 @@ COMMON_KEYS = (
     Key("rms_norm_eps", "norm_eps", POSITIVE, 1e-6),
     Key("hidden_act", "activation", ACTIVATION, "silu"),
     Key("tie_word_embeddings", "tie_embeddings", SWITCH, False),
-    Key("bos_token_id", "bos_id", TOKEN_ID),
-    Key("eos_token_id", "eos_id", TOKEN_ID),
+    *TOKEN_KEYS,
 )
 ROPE_KEYS = (
     "rope_parameters",
@@ -155,7 +186,7 @@ IGNORED = """
     forced_bos_token_id forced_eos_token_id id2label initializer_range is_decoder
     add_cross_attention cross_attention_hidden_size label2id language length_penalty max_length
     min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_labels
-    num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix
+    num_return_sequences output_attentions output_hidden_states output_scores prefix
     pretraining_tp problem_type pruned_heads remove_invalid_values repetition_penalty
     resid_pdrop residual_dropout return_dict return_dict_in_generate sep_token_id suppress_tokens
     task_specific_params temperature tf_legacy_loss tie_encoder_decoder tie_last_hidden_states
@@ -355,11 +386,10 @@ def make_config(spec: ModelSpec, dtype: str) -> HfConfig:
         "model_type": family.model_type,
     }
     for key in (*COMMON_KEYS, *family.keys):
-        config[key.name] = getattr(spec, key.field_names[0])
+        config[key.name] = key.write(spec)
     config.update(family.write_rope(spec))
     config.update(family.write_more(spec))
     config.update(dtype=dtype, torch_dtype=dtype, initializer_range=0.02, use_cache=True)
-    config.update(pad_token_id=None)  # some classes have one that a small vocabulary lacks
     return config
 
 
@@ -367,6 +397,8 @@ def find_unstated_field(spec: ModelSpec, config: HfConfig) -> tuple[str, Any, An
     """Return (name, value, value read back) of a field that a config does not keep."""
     read_back = read_spec(config, pathlib.Path("config.json"))
     for field in dataclasses.fields(ModelSpec):
+        if field.name == "generation":  # of generation_config.json
+            continue
         value, found = getattr(spec, field.name), getattr(read_back, field.name)
         if value != found:
             return field.name, value, found

@@ -480,9 +480,9 @@ def new_tokenizer(parent: Parent, directory: str) -> Growth:
     """Switch the tokenizer: shared tokens are copied, new ones are the mean of their old tokens."""
     spec = parent.spec
     if parent.params is None:
-        n_tokens = tokenizer.load_tokenizer(directory).vocab_size
-        n_rows = vocabulary.pad_vocab_size(n_tokens)
-        child = spec.replace(vocab_size=n_rows)
+        new = tokenizer.load_tokenizer(directory)
+        n_rows = vocabulary.pad_vocab_size(new.vocab_size)
+        child = spec.with_tokens(new.special_tokens).replace(vocab_size=n_rows)
         return Growth(spec, child, {})
     if parent.tokenizer_dir is None:
         raise UserError(
@@ -490,7 +490,7 @@ def new_tokenizer(parent: Parent, directory: str) -> Growth:
             "Start from a model that has its own tokenizer."
         )
     old_dir, new_dir = parent.tokenizer_dir, io.local_copy(io.path(directory))
-    mapping, special_ids = vocabulary.map_tokens(old_dir, new_dir, spec.vocab_size)
+    mapping, special_tokens = vocabulary.map_tokens(old_dir, new_dir, spec.vocab_size)
     kept = []
     n_averaged = 0
     for ids in mapping.old_ids:
@@ -498,7 +498,7 @@ def new_tokenizer(parent: Parent, directory: str) -> Growth:
         n_averaged += len(ids) > 1
     n_kept = len(kept) - kept.count(NO_SOURCE)
     measured: dict[str, Measured] = {"kept_tokens": n_kept, "averaged_tokens": n_averaged}
-    child = spec.replace(vocab_size=len(kept), **special_ids)
+    child = spec.with_tokens(special_tokens).replace(vocab_size=len(kept))
     sources = {"vocab": np.asarray(kept)}
     return Growth(spec, child, sources, token_mapping=mapping, measured=measured)
 

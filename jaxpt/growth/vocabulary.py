@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxpt.data import tokenizer
 from jaxpt.data.tokenizer import Tokenizer
-from jaxpt.spec import UserError
+from jaxpt.spec import SpecialTokens, UserError
 
 # put before a token to see it within a line: few tokenizers merge a digit with what follows
 ANCHOR_TEXT = "7"
@@ -37,7 +37,7 @@ class TokenMapping(NamedTuple):
 
 def map_tokens(
     old_dir: pathlib.Path, new_dir: pathlib.Path, vocab_size: int
-) -> tuple[TokenMapping, dict[str, int | None]]:
+) -> tuple[TokenMapping, SpecialTokens]:
     """Map the new tokenizer's tokens to old ids, padded to a multiple of 128 rows.
 
     Args:
@@ -46,19 +46,24 @@ def map_tokens(
         vocab_size: the model's embedding rows.
 
     Returns:
-        The mapping, and bos_id and eos_id of the new tokenizer.
+        The mapping, and the new tokenizer's special tokens.
 
     Raises:
         UserError: the old tokenizer has more tokens than the model has rows.
     """
     old = tokenizer.load_tokenizer(old_dir)
     new = tokenizer.load_tokenizer(new_dir)
-    if old.vocab_size > vocab_size:
+    if old.n_text_ids > vocab_size:
         raise UserError(
             f"new_tokenizer: expected a tokenizer of at most {vocab_size} tokens, the model's "
-            f"embedding rows, got {old_dir} with {old.vocab_size}. It is not the model's tokenizer."
+            f"embedding rows, got {old_dir} with {old.n_text_ids}. It is not the model's tokenizer."
         )
-    old_vocab = old.backend.get_vocab(with_added_tokens=True)
+    # control tokens may lie beyond the rows, such as a <pad> that was added
+    old_vocab = {
+        token: i
+        for token, i in old.backend.get_vocab(with_added_tokens=True).items()
+        if i < vocab_size
+    }
     new_vocab = new.backend.get_vocab(with_added_tokens=True)
     special_ids = {new.bos_id: old.bos_id, new.eos_id: old.eos_id}
     added = new.backend.get_added_tokens_decoder()
@@ -81,7 +86,7 @@ def map_tokens(
     spelled = spell_tokens(old, list(unknown.values()))
     for i, ids in zip(unknown, spelled, strict=True):
         old_ids[i] = ids
-    return TokenMapping(old_ids, new_dir), {"bos_id": new.bos_id, "eos_id": new.eos_id}
+    return TokenMapping(old_ids, new_dir), new.special_tokens
 
 
 def token_text(encoder: Tokenizer, i: int) -> str:

@@ -101,7 +101,8 @@ def generate(
 ) -> list[list[int]]:
     """Return continuations of the prompts, without the end-of-sequence token that ended them.
 
-    A continuation ends at spec.eos_id, after max_new tokens, or where spec.max_seq_len is reached.
+    A continuation ends at one of spec.eos_ids, after max_new tokens, or where spec.max_seq_len is
+    reached.
     The same seed, prompt and repeat draw the same text in any batch.
 
     Args:
@@ -274,7 +275,7 @@ def collect_outputs(
     for b, i in enumerate(indices):
         n_new = lengths[b] - len(prompts[i])
         ids = output[b, first : first + n_new].tolist()
-        if ids and ids[-1] == spec.eos_id:
+        if ids and ids[-1] in spec.eos_ids:
             ids.pop()
         if len(ids) > len(outputs[i]):
             outputs[i] = ids
@@ -327,7 +328,7 @@ def decode_step(
 ) -> DecodeState:
     """Add tokens until column `stop`, or until every sequence has ended."""
     spec, mesh, dtype = setup
-    eos_id = -1 if spec.eos_id is None else spec.eos_id
+    eos_ids = jnp.array(spec.eos_ids, jnp.int32)
 
     def add_token(state: DecodeState) -> DecodeState:
         column = state.column
@@ -349,7 +350,7 @@ def decode_step(
         )
         rows = jnp.arange(len(token))
         output = jax.lax.dynamic_update_slice(state.output, token[:, None], (0, column))
-        room = jnp.where(token == eos_id, 0, jnp.maximum(state.room - 1, 0))
+        room = jnp.where(jnp.isin(token, eos_ids), 0, jnp.maximum(state.room - 1, 0))
         return DecodeState(
             cache,
             state.segment_ids,

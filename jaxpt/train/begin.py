@@ -102,10 +102,11 @@ def init_run(run: RunContext) -> InitialModel:
     config, dataset = run.config, run.dataset
     section = config.initialize
     init = initialize.init_model(
-        config.initialize, config.model, run.mesh, dataset.vocab_size, run.measuring_batches
+        config.initialize, config.model, run.mesh, dataset, run.measuring_batches
     )
-    model = init.model
-    check_tokens(section.source, model, dataset)
+    check_tokens(section.source, init.model, dataset)
+    model = end_as_documents(init.model, dataset)
+    init = init._replace(model=model)
     report = None
     if section.source != "random":
         report = hub.download_model(section.source) / "growth.json"
@@ -147,11 +148,24 @@ def check_tokens(source: str, model: LoadedModel, dataset: loader.PackedDataset)
             f"initialize.source: {source} was trained with another tokenizer than the data was "
             "packed with. Pack with the model's tokenizer."
         )
-    if dataset.vocab_size > model.spec.vocab_size:
+    if dataset.n_ids > model.spec.vocab_size:
         raise UserError(
-            f"initialize.source: the data has token ids up to {dataset.vocab_size - 1}, the "
+            f"initialize.source: the data has token ids up to {dataset.n_ids - 1}, the "
             f"model {model.spec.vocab_size} embedding rows. Pack with the model's tokenizer."
         )
+
+
+def end_as_documents(model: LoadedModel, dataset: loader.PackedDataset) -> LoadedModel:
+    """Return the model with the end of the data's documents among its end tokens."""
+    ids = model.spec.eos_ids
+    added = tuple(i for i in dataset.special_tokens.eos_ids if i not in ids)
+    if not added:
+        return model
+    log.warning(
+        f"initialize: documents of the data end by token {added[0]}, which is not among the "
+        f"model's end tokens {list(ids)}. It is added: the model learns to end texts by it."
+    )
+    return model._replace(spec=model.spec.replace(eos_ids=(*ids, *added)))
 
 
 def read_parent_losses(run_dir: io.Path, n_sequences: int) -> dict[str, float] | None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxpt import io
@@ -323,9 +324,9 @@ def log_import_bits(
     """Log bits per byte of each source; see `log_import_check`."""
     if heldout is None or not heldout.dataset.names:
         log.info("import: no held-out data, so bits per byte are not measured")
-    elif heldout.dataset.vocab_size > spec.vocab_size:
+    elif heldout.dataset.n_ids > spec.vocab_size:
         log.warning(
-            f"import: the data has token ids up to {heldout.dataset.vocab_size - 1:,}, the model "
+            f"import: the data has token ids up to {heldout.dataset.n_ids - 1:,}, the model "
             f"{spec.vocab_size:,} embedding rows, so bits per byte are not measured"
         )
     elif not keeps_text:
@@ -357,12 +358,13 @@ def estimate_bits_per_byte(
     less than one sequence.
     """
     batch = heldout.read_small_batch(name)
-    is_text = batch.targets != spec.eos_id
+    special = heldout.dataset.special_tokens
+    is_text = ~jnp.isin(batch.targets, jnp.array(special.eos_ids))
     text_only = batch._replace(loss_mask=batch.loss_mask * is_text)
     counts = heldout.dataset.counts[name]
     first_token = heldout.dataset.read_sequence(name, 0).tokens[0]
     n_special = counts.n_documents
-    if first_token == spec.bos_id:
+    if first_token == special.bos_id:
         n_special *= 2
     n_tokens = counts.n_tokens - n_special
     tokens_per_byte = n_tokens / counts.n_text_bytes

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxpt import initialize, io
 from jaxpt.config import Config, MixtureConfig, OptimConfig, TrainConfig, build_config
-from jaxpt.data import loader, tokenizer
+from jaxpt.data import loader
 from jaxpt.data.mixture import MixtureSchedule
 from jaxpt.growth import measure
 from jaxpt.growth.new_params import NewParams, find_new_params_through
@@ -27,7 +27,7 @@ from jaxpt.train import gate, state, step
 from jaxpt.train.gate import HeldoutData
 from jaxpt.train.records import CheckpointRecord
 from jaxpt.weights import checkpoint, hub, huggingface
-from jaxpt.weights.load import LoadedModel, resolve_source
+from jaxpt.weights.load import LoadedModel, open_tokenizer, resolve_source
 
 log = logging.getLogger(__name__)
 
@@ -55,14 +55,14 @@ def initialize_run(
 
     def work(run: pathlib.Path) -> dict[str, Any]:
         mesh = make_mesh(config.mesh)
-        heldout = batches = probe = vocab_size = None
+        heldout = batches = probe = dataset = None
         if packed:
             train, mask = config.train, config.mixture.document_mask
             heldout = HeldoutData(packed, train, mask, mesh)
             batches = measure.make_measuring_batches(packed, train.batch_size, mask, mesh)
-            vocab_size = heldout.dataset.vocab_size
+            dataset = heldout.dataset
             probe = make_probe(probe_steps, train, config.optim, config.mixture, packed, mesh)
-        init = initialize.init_model(config.initialize, config.model, mesh, vocab_size, batches)
+        init = initialize.init_model(config.initialize, config.model, mesh, dataset, batches)
         if source and is_import:
             check_import(source, init.parent or init.model, heldout, mesh, check)
         if init.parent:
@@ -169,7 +169,7 @@ def check_import(
     vocab_size = None
     keeps_text = True
     if model.tokenizer_dir:
-        encoder = tokenizer.load_tokenizer(model.tokenizer_dir)
+        encoder = open_tokenizer(model)
         vocab_size = encoder.vocab_size
         keeps_text = encoder.keeps_text()
     if heldout:

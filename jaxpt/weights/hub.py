@@ -10,6 +10,7 @@ import pathlib
 import re
 
 from jaxpt import io
+from jaxpt.data.tokenizer import NAMED_TEMPLATES
 from jaxpt.io.hub import download, explain_hub_errors
 from jaxpt.spec import UserError
 
@@ -47,6 +48,7 @@ def download_model(source: str | io.Path) -> io.Path:
     tokenizer_patterns = [
         f"{prefix}*{suffix}" for prefix in TOKENIZER_FILES for suffix in TOKENIZER_SUFFIXES
     ]
+    tokenizer_patterns.append(f"{NAMED_TEMPLATES}/*.jinja")
     directory = download(address, [*MODEL_FILES, *tokenizer_patterns, *LINEAGE_FILES])
     if not io.find(directory, "model*.safetensors"):
         raise UserError(

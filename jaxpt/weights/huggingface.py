@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import functools
 import json
+import logging
 import math
 import os
 import pathlib
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpt import io, stage
+from jaxpt.data.tokenizer import NAMED_TEMPLATES
 from jaxpt.families import family
 from jaxpt.model import transformer
 from jaxpt.model.param import ParamSpec, list_param_specs
@@ -41,8 +43,12 @@ from jaxpt.weights.safetensors_file import (
     write_hf_json,
 )
 
+log = logging.getLogger(__name__)
+
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+GENERATION_CONFIG = "generation_config.json"
+UNCARRIED_GENERATION_KEYS = ("_from_model_config", "transformers_version")
 ADAPTER_CONFIG = "adapter_config.json"
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SHARD_BYTES = 5 * 10**9  # per file at most, Hugging Face's own default
@@ -97,7 +103,49 @@ def read_hf_spec(directory: io.Path) -> ModelSpec:
             "directory or a checkpoint."
         )
     file = io.local_copy(path)
-    return family.read_spec(read_hf_json(file), file)
+    spec = family.read_spec(read_hf_json(file), file)
+    generation = directory / GENERATION_CONFIG
+    if io.size(generation) is not None:
+        spec = add_generation_config(spec, io.local_copy(generation))
+    return drop_pad_beyond_rows(spec, directory)
+
+
+def add_generation_config(spec: ModelSpec, file: pathlib.Path) -> ModelSpec:
+    """Return a config.json's spec with what generation_config.json says.
+
+    Its token ids are taken, as transformers' generate does. An end token that only config.json
+    names stays one too: editors of a directory often miss one of the two files.
+    """
+    settings = read_hf_json(file)
+    tokens: dict[str, Any] = {}
+    for key in family.TOKEN_KEYS:
+        [field] = key.field_names
+        ours, theirs = getattr(spec, field), key.read(settings, file)
+        encode = key.kind.encode
+        settings.pop(key.name, None)
+        taken: Any = ours if theirs is None else theirs
+        if key.kind is family.TOKEN_IDS:
+            taken = tuple(dict.fromkeys((*(theirs or ()), *ours)))
+        if theirs not in (None, ()) and ours not in (None, (), theirs):
+            log.warning(
+                f"{file}: {key.name} is {encode(theirs)}, in config.json {encode(ours)}. "
+                f"{encode(taken)} is taken: what generation_config.json says, and every end token."
+            )
+        tokens[field] = taken
+    for name in UNCARRIED_GENERATION_KEYS:
+        settings.pop(name, None)
+    return spec.replace(**tokens, generation=json.dumps(settings, sort_keys=True))
+
+
+def drop_pad_beyond_rows(spec: ModelSpec, directory: io.Path) -> ModelSpec:
+    """Return the spec without a padding token that it has no embedding row for."""
+    if spec.pad_id is None or spec.pad_id < spec.vocab_size:
+        return spec
+    log.warning(
+        f"{directory}: pad_token_id is {spec.pad_id}, but the model knows ids 0 to "
+        f"{spec.vocab_size - 1}. It is left out: a batch padded with it cannot be read."
+    )
+    return spec.replace(pad_id=None)
 
 
 def check_no_adapter(directory: io.Path) -> None:
@@ -182,17 +230,22 @@ def write_hf_model(
         index = {"metadata": {"total_size": n_bytes}, "weight_map": weight_map}
         write_hf_json(directory / INDEX, index)
     write_hf_json(directory / "config.json", config)
-    generation: dict[str, Any] = {
-        "bos_token_id": spec.bos_id,
-        "eos_token_id": spec.eos_id,
-        "_from_model_config": True,
-    }
-    write_hf_json(directory / "generation_config.json", generation)
+    write_hf_json(directory / GENERATION_CONFIG, make_generation_config(spec))
     if tokenizer_dir:
         copy_tokenizer(tokenizer_dir, directory)
     if card:
         io.write_text(directory / "README.md", card)
     return n_bytes
+
+
+def make_generation_config(spec: ModelSpec) -> dict[str, Any]:
+    """Return generation_config.json: token ids, and what an import brought."""
+    settings = json.loads(spec.generation)
+    for key in family.TOKEN_KEYS:
+        settings[key.name] = key.write(spec)
+    if spec.generation == ModelSpec.generation:
+        settings["_from_model_config"] = True
+    return settings
 
 
 def copy_tokenizer(source: pathlib.Path, directory: pathlib.Path) -> None:
@@ -206,6 +259,8 @@ def copy_tokenizer(source: pathlib.Path, directory: pathlib.Path) -> None:
         is_copied = name.startswith(TOKENIZER_FILES) and name.endswith(TOKENIZER_SUFFIXES)
         if is_copied and io.size(file) is not None:
             io.copy_file(file, directory / name)
+    for file in io.find(source / NAMED_TEMPLATES, "*.jinja"):
+        io.copy_file(file, directory / NAMED_TEMPLATES / file.name)
     settings_file = directory / "tokenizer_config.json"
     if io.size(settings_file) is not None:
         settings = read_hf_json(settings_file)

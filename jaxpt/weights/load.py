@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import pathlib
 from typing import Any, NamedTuple
 
 import jax
 
 from jaxpt import io
+from jaxpt.data import tokenizer
 from jaxpt.model import transformer
 from jaxpt.spec import ModelSpec, Record, UserError
 from jaxpt.stage import read_manifest, read_spec
 from jaxpt.weights import checkpoint, hub, huggingface, safetensors_file
+
+log = logging.getLogger(__name__)
 
 # beside an export's config.json: what a later start needs and config.json has no key for
 IMPORT_RECORD = "jaxpt.json"
@@ -93,6 +97,38 @@ def load_model(
     )
 
 
+def open_tokenizer(model: LoadedModel) -> tokenizer.Tokenizer:
+    """Open a model's tokenizer, and log where the two disagree about special tokens.
+
+    Raises:
+        UserError: it is not the one the model was trained with, or gives ids that the model has
+            no embedding rows for.
+    """
+    directory, spec = model.tokenizer_dir, model.spec
+    assert directory is not None
+    encoder = tokenizer.load_tokenizer(directory, model.tokenizer)
+    if encoder.n_text_ids > spec.vocab_size:
+        raise UserError(
+            f"{directory}: the tokenizer gives ids up to {encoder.n_text_ids - 1:,}, but the model "
+            f"knows ids 0 to {spec.vocab_size - 1:,}. Copy there the one it was trained with."
+        )
+    theirs = encoder.special_tokens
+    if encoder.eos_id not in spec.eos_ids:
+        text = encoder.backend.id_to_token(encoder.eos_id)
+        log.warning(
+            f"{directory}: documents end by {text} ({encoder.eos_id}), but the model's config ends "
+            f"texts by {list(spec.eos_ids)}. Generation stops at the latter, as in transformers."
+        )
+    for name in ("bos_id", "pad_id"):
+        ours, other = getattr(spec, name), getattr(theirs, name)
+        if None not in (ours, other) and ours != other:
+            log.warning(
+                f"{directory}: {name} is {other} in the tokenizer, {ours} in the model's config. "
+                "Texts are read with the tokenizer's; the model keeps its own for its export."
+            )
+    return encoder
+
+
 def load_hf_source(source: io.Path, mesh: jax.sharding.Mesh, dtype: str) -> LoadedModel:
     """Load a Hugging Face directory. Raise UserError if the directory is none."""
     directory = fetch_hf_directory(source)
@@ -102,7 +138,14 @@ def load_hf_source(source: io.Path, mesh: jax.sharding.Mesh, dtype: str) -> Load
     if (directory / IMPORT_RECORD).is_file():
         record = safetensors_file.read_hf_json(directory / IMPORT_RECORD)
         ExportRecord.from_json(record, str(directory / IMPORT_RECORD))
-    tokenizer_dir = directory if (directory / "tokenizer.json").is_file() else None
+    tokenizer_dir = directory if tokenizer.has_tokenizer(directory) else None
+    if not spec.eos_ids and tokenizer_dir:
+        encoder = tokenizer.load_tokenizer(tokenizer_dir)
+        spec = spec.replace(eos_ids=(encoder.eos_id,))
+        log.warning(
+            f"{directory}: its config names no end token. The tokenizer's is taken "
+            f"({encoder.eos_id}), for generation to end."
+        )
     step, fingerprint = record.get("step"), record.get("tokenizer")
     return LoadedModel(spec, params, tokenizer_dir, source, step, fingerprint, record)
 
