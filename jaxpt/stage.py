@@ -374,10 +374,9 @@ def describe_difference(manifest: Manifest, request: StageRequest) -> str:
         there = manifest.inputs.get(key, {})
         asked = request.inputs.get(key, {})
         if there.get("fingerprint") != asked.get("fingerprint"):
-            return (
-                f"another input ({key}: {there.get('path')} there, "
-                f"{asked.get('path')} requested, their contents differ)"
-            )
+            where = [found.get("path", "none") for found in (there, asked)]
+            differ = ", their contents differ" if there and asked else ""
+            return f"another input ({key}: {where[0]} there, {where[1]} requested{differ})"
     return (
         f"another stage or seed ({manifest.stage}, seed {manifest.seed} there; "
         f"seed {request.seed} requested)"

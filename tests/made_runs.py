@@ -480,7 +480,7 @@ def write_run(run, spec, *, seed, steps, start, floor, initialize, seconds, base
             lines.append({"step": step, "heldout": heldout(step)} | parent)
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     inputs = {
-        f"packed {data / 'packed'}": data / "packed",
+        "packed/0": data / "packed",
         **({"initialize": base} if base else {}),
     }
     write_manifest(

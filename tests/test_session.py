@@ -24,7 +24,7 @@ from jaxpt.flops import DeviceCost
 from jaxpt.report import page, read
 from jaxpt.spec import UserError
 from jaxpt.stage import read_manifest, read_spec
-from jaxpt.train import distributed, loop, metrics, provenance, result, writers
+from jaxpt.train import distributed, initial_run, loop, metrics, provenance, result, writers
 from jaxpt.train.context import open_run
 from jaxpt.train.hooks.checkpoint import Checkpoint
 from jaxpt.train.hooks.hook import Hook
@@ -41,6 +41,7 @@ from jaxpt.train.records import (
 from jaxpt.train.session import start_session
 from jaxpt.train.writers import BestEffort
 from jaxpt.weights import checkpoint
+from jaxpt.weights.load import load_model
 
 STEPS = 14
 VARIES = {"tokens_per_second", "step_seconds", "mfu", "memory_bytes", "seconds", "usd"}
@@ -673,6 +674,77 @@ def test_a_finished_run_that_was_damaged_since_goes_on_from_the_checkpoint_befor
     assert checkpoint.diff_checkpoints(run, tmp_path / "whole") == []
     loop.train_model(settings, run, verify=True)
     assert "checksums verified" in output()
+
+
+def test_a_finished_run_is_finished_however_it_and_its_inputs_are_called(
+    make_config, texts, tmp_path, output, monkeypatch
+):
+    """By another spelling, through a link, from another directory, and after all was moved."""
+    packed = shutil.copytree(texts / "base/packed", tmp_path / "all/data/packed")
+    monkeypatch.chdir(tmp_path / "all")
+    settings = {"train__steps": 2, "optim__warmup_steps": 1}
+    settings["mixture__packed_paths"] = (str(packed),)
+    loop.train_model(make_config(**settings), io.path("a"))
+    settings |= {"train__steps": 3, "initialize__source": "a"}
+    loop.train_model(make_config(**settings), io.path("b"))
+    (tmp_path / "latest").symlink_to(tmp_path / "all/b")
+    settings["initialize__source"] = str(tmp_path / "all/a")
+    for run in ("../all/b", str(tmp_path / "all/b"), str(tmp_path / "latest")):
+        output()
+        loop.train_model(make_config(**settings), io.path(run))
+        assert "is finished already (3 steps)" in output()
+
+    (tmp_path / "all").rename(tmp_path / "moved")
+    packed = str(tmp_path / "moved/data/packed")
+
+    def is_finished(steps, source):
+        changes = {"train__steps": steps, "mixture__packed_paths": (packed,)}
+        config = make_config(**(settings | changes | {"initialize__source": str(source)}))
+        return result.is_finished(
+            tmp_path / "moved/b", result.make_request(config, [packed]), False
+        )
+
+    assert is_finished(3, tmp_path / "moved/a")
+    assert not is_finished(5, tmp_path / "moved/a") and "continues to 5" in output()
+    other = texts / "base/tokenizer"
+    for steps in (3, 5):
+        with pytest.raises(UserError, match=r"another input .initialize: a there, none requested"):
+            is_finished(steps, "random")
+        with pytest.raises(UserError, match=f"initialize: a there, {other} requested, their cont"):
+            is_finished(steps, other)
+
+
+def test_a_checkpoint_has_its_tokenizer_wherever_it_is_linked_or_copied(make_config, tmp_path, one):
+    loop.train_model(make_config(train__steps=2, optim__warmup_steps=1), tmp_path / "run")
+    step, tokenizer = tmp_path / "run/checkpoints/2", tmp_path / "run/tokenizer"
+    (tmp_path / "run/checkpoints/latest").symlink_to("2")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/best").symlink_to(step)
+    for copy in ("alone", "beside/2", "with", "flat"):
+        shutil.copytree(step, tmp_path / copy)
+    shutil.copytree(tokenizer, tmp_path / "beside/tokenizer")
+    shutil.copytree(tokenizer, tmp_path / "with/tokenizer")
+    shutil.copy(tokenizer / "tokenizer.json", tmp_path / "flat")
+    expected = {
+        "run/checkpoints/latest": tokenizer,
+        "linked/best": tokenizer,
+        "beside/2": tmp_path / "beside/tokenizer",
+        "with": tmp_path / "with/tokenizer",
+        "flat": tmp_path / "flat",
+        "alone": None,
+    }
+    for name, place in expected.items():
+        loaded = load_model(tmp_path / name, one)
+        assert (loaded.step, loaded.tokenizer_dir) == (2, place), name
+
+
+@pytest.mark.parametrize("command", [loop.train_model, initial_run.initialize_run])
+def test_a_name_that_cannot_hold_a_checkpoint_is_refused_before_anything_is_written(
+    command, make_config, tmp_path
+):
+    with pytest.raises(UserError, match=r"/lr=\[1e-3\]: a checkpoint cannot be kept below a name"):
+        command(make_config(), tmp_path / "lr=[1e-3]")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_finished_run_whose_longer_start_is_refused_stays_finished(

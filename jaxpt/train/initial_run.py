@@ -50,6 +50,7 @@ def initialize_run(
         replace: overwrite what `out` holds.
         verify: compare the checksums of a finished run directory, not only sizes.
     """
+    checkpoint.check_run(out)
     source, is_import = find_source(config.initialize.source, check)
     config, packed = find_measuring_data(config, source)
 
@@ -97,9 +98,10 @@ def initialize_run(
 def describe_request(
     config: Config, source: io.Path | None, packed: Sequence[io.Path], probe_steps: int
 ) -> tuple[dict[str, Any], dict[str, io.Path]]:
-    """Return the settings that an initial run depends on, and what it reads."""
-    inputs = {f"packed {path}": path for path in packed}
+    """Return the settings that an initial run depends on, and what it reads, wherever it is."""
+    inputs = {f"packed/{i}": path for i, path in enumerate(packed)}
     section = dataclasses.asdict(config.initialize)
+    del section["source"]
     request = {"initialize": section, "probe_steps": probe_steps}
     if source:
         inputs["initialize"] = resolve_source(source)

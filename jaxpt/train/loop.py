@@ -49,6 +49,7 @@ def train_model(
     """
     started = started or time.monotonic()
     distributed.join_processes(run_dir)
+    checkpoint.check_run(run_dir)
     distributed.enable_compilation_cache()
     with hold_run(run_dir) as lock:
         train_run(config, run_dir, lock, estimate_device_cost, started, verify)

@@ -23,10 +23,11 @@ RESULT_SECTIONS = ("mixture", "model", "initialize", "train", "optim")
 
 
 def result_config(config: Config) -> dict[str, Any]:
-    """Return the sections that decide the result."""
+    """Return the sections that decide the result; packed data does by content, not by place."""
     sections = {}
     for name in RESULT_SECTIONS:
         sections[name] = dataclasses.asdict(getattr(config, name))
+    del sections["mixture"]["packed_paths"]
     return sections
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections.abc import Mapping
 
 import jax
 
@@ -20,22 +22,23 @@ log = logging.getLogger(__name__)
 
 # what tells of a run: damaged, it is warned of, and the run stays finished
 RECORDS = ("config.json", "spec.json", "metrics.jsonl", "phases.json", "growth.json", "epochs.json")
-Inputs = dict[str, dict[str, str]]
+Input = dict[str, str]  # path and fingerprint
 
 
 def make_request(config: Config, packed: list[str]) -> stage.StageRequest:
-    """Return what a run is asked for: settings, inputs and seed."""
+    """Return what a run is asked for: settings, inputs and seed, wherever the inputs are."""
     inputs = find_inputs(config.initialize.source, packed)
     settings = provenance.result_config(config)
+    del settings["initialize"]["source"]
     return stage.StageRequest("train", settings, inputs, config.mixture.seed)
 
 
-def find_inputs(source: str, packed: list[str]) -> Inputs:
+def find_inputs(source: str, packed: list[str]) -> dict[str, Input]:
     """Return path and fingerprint of what a run reads: its source of weights and its data."""
     inputs = {}
-    for path in packed:
+    for i, path in enumerate(packed):
         found = open_storage(path).manifest.fingerprint
-        inputs[f"packed {path}"] = {"path": path, "fingerprint": found}
+        inputs[f"packed/{i}"] = {"path": path, "fingerprint": found}
     if source != "random":
         directory = resolve_source(source)
         found = stage.fingerprint_path(directory)
@@ -76,10 +79,23 @@ def is_finished(run_dir: io.Path, request: stage.StageRequest, verify: bool) -> 
         return True
     same = {**request.config, "train": {**train, "steps": n_done}}
     if n_steps > n_done and stage.to_jsonable(same) == manifest.config:
-        log.info(f"train: {run_dir} had {n_done:,} steps and continues to {n_steps:,}")
-        return False
+        if has_same_source(manifest.inputs, request.inputs):
+            log.info(f"train: {run_dir} had {n_done:,} steps and continues to {n_steps:,}")
+            return False
+        request = dataclasses.replace(request, config=same)
     difference = stage.describe_difference(manifest, request)
     raise UserError(f"train: {run_dir} holds the result of {difference}. Give another --workdir.")
+
+
+def has_same_source(there: Mapping[str, Input], asked: Mapping[str, Input]) -> bool:
+    """Return whether two runs start from the same weights: by content, or by path.
+
+    A source that has trained on is the same one for a run that has left it.
+    """
+    one, other = there.get("initialize"), asked.get("initialize")
+    if one is None or other is None:
+        return one is other
+    return one["fingerprint"] == other["fingerprint"] or one["path"] == other["path"]
 
 
 def remove_manifest(run_dir: io.Path) -> None:

@@ -205,26 +205,41 @@ def orbax_path(directory: io.Path) -> Any:
     Raises:
         UserError: its name has characters that Orbax takes for another name.
     """
+    check_name(directory)
     if isinstance(directory, pathlib.Path):
-        directory = directory.absolute()
-    # Orbax looks for its files by a pattern, and TensorStore takes "\\" for "/": both find none,
-    # and the checkpoint would have no numbers
-    wrong = sorted(set("[]\\") & set(str(directory)))
-    if wrong:
-        raise UserError(
-            f"{io.printable(directory)}: a checkpoint cannot be kept below a name with "
-            f"{' '.join(wrong)}. Rename it, or give another directory."
-        )
-    if isinstance(directory, pathlib.Path):
-        return directory
+        return directory.absolute()
     from etils import epath
 
     return epath.Path(str(directory))
 
 
+def check_name(directory: io.Path) -> None:
+    """Raise UserError for a path with characters that Orbax takes for another name.
+
+    It looks for its files by a pattern, and TensorStore takes a backslash for "/": both find none
+    or others, and a checkpoint there would have no numbers.
+    """
+    wrong = set("[]*?\\") & set(str(io.resolve(directory)))
+    if wrong:
+        raise UserError(
+            f"{io.printable(directory)}: a checkpoint cannot be kept below a name with "
+            f"{' '.join(sorted(wrong))}. Rename it, or give another directory."
+        )
+
+
 def find_readable(directory: io.Path) -> io.Path:
     """Return where a checkpoint can be read from: itself, or this machine's copy of it."""
     return io.local_copy(directory) if is_uploaded(directory) else directory
+
+
+def check_run(run: io.Path) -> None:
+    """Raise UserError if no checkpoint can be kept in a run, before anything is written."""
+    if is_uploaded(run) and jax.process_count() > 1:
+        raise UserError(
+            f"{run}: only one process can save checkpoints to s3://. Give a disk that all "
+            "hosts share, or gs://."
+        )
+    check_name(find_partial(run) if is_uploaded(run) else run)
 
 
 def recover_run(run: io.Path) -> None:
@@ -233,12 +248,7 @@ def recover_run(run: io.Path) -> None:
     Raises:
         UserError: no checkpoint can be kept there.
     """
-    if is_uploaded(run) and jax.process_count() > 1:
-        raise UserError(
-            f"{run}: only one process can save checkpoints to s3://. Give a disk that all "
-            "hosts share, or gs://."
-        )
-    orbax_path(find_partial(run))  # refuse a name now, not at the first checkpoint
+    check_run(run)
     if jax.process_index() == 0:
         for final in list_unfinished(run / "checkpoints"):
             if not io.finish_publishing(final) and not io.exists(final / "manifest.json"):
@@ -628,7 +638,8 @@ def read_tree_metadata(directory: io.Path) -> dict[str, PyTree]:
         with open_checkpointer() as checkpointer:
             metadata = checkpointer.metadata(orbax_path(find_readable(directory)))
             items = metadata.item_metadata.items()
-            return {item: tree.tree for item, tree in items}
+            # Orbax lists every directory; one of other files, such as a tokenizer, as None
+            return {item: tree.tree for item, tree in items if tree is not None}
 
     # in a thread of its own: Ctrl-C in Orbax's event loop prints a traceback per array
     with explain_reading(directory), concurrent.futures.ThreadPoolExecutor(1) as executor:

@@ -83,13 +83,11 @@ def load_model(
     abstract = transformer.make_abstract_params(spec, mesh, np_dtype)
     params = checkpoint.restore_tree(step_dir, checkpoint.PARAMS, abstract)
     manifest = read_manifest(step_dir)
-    tokenizer_dir = None
-    if io.exists(step_dir.parent.parent / "tokenizer"):
-        tokenizer_dir = io.local_copy(step_dir.parent.parent / "tokenizer")
+    tokenizer_dir = find_tokenizer_dir(step_dir)
     return LoadedModel(
         spec,
         params,
-        tokenizer_dir,
+        io.local_copy(tokenizer_dir) if tokenizer_dir else None,
         source,
         manifest.counts["step"],
         manifest.tokenizer,
@@ -127,6 +125,19 @@ def open_tokenizer(model: LoadedModel) -> tokenizer.Tokenizer:
                 "Texts are read with the tokenizer's; the model keeps its own for its export."
             )
     return encoder
+
+
+def find_tokenizer_dir(step_dir: io.Path) -> io.Path | None:
+    """Return the tokenizer directory of a checkpoint: its run's, or one copied along with it.
+
+    A link to a checkpoint belongs to the run that it points into.
+    """
+    step_dir = io.resolve(step_dir)
+    places = [above / "tokenizer" for above in (step_dir.parent.parent, step_dir, step_dir.parent)]
+    for place in (*places, step_dir):
+        if io.size(place / "tokenizer.json") is not None:
+            return place
+    return None
 
 
 def load_hf_source(source: io.Path, mesh: jax.sharding.Mesh, dtype: str) -> LoadedModel:
