@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -49,6 +50,7 @@ def init_model(
     mesh: jax.sharding.Mesh,
     dataset: PackedDataset | None = None,
     sequences: ReadBatches | None = None,
+    check_parent: Callable[[LoadedModel], None] | None = None,
 ) -> InitResult:
     """Initialize by sources 2 to 4 of config.initialize, then apply config.initialize.grow.
 
@@ -59,6 +61,7 @@ def init_model(
         dataset: whose tokenizer a random model takes its special tokens from, and its vocabulary
             where architecture.vocab_size is 0.
         sequences: reads training batches, for operators that measure.
+        check_parent: called with weights from elsewhere before they grow; raises if they are wrong.
     """
     for text in section.grow:
         parse_operator(text)  # refuse a misspelt operator before weights are read
@@ -77,6 +80,8 @@ def init_model(
         log.info(f"initialized from {section.source}{trained}")
     log.info(describe_model(model.spec))
     parent, growths = model, []
+    if check_parent and model.source and section.grow:
+        check_parent(model)
     for text in section.grow:
         model, applied = grow_model(model, text, mesh, sequences)
         growths.append(applied)
@@ -98,6 +103,11 @@ def grow_model(
     log.info(f"grown by {text}: {describe_model(applied.child)}")
     if "layers" in applied.sources:
         log.info(f"from layers {format_layer_map(applied.layer_map)}")
+    sizes = [transformer.count_params(spec) for spec in (applied.spec, applied.child)]
+    if applied.is_identity:
+        log.warning(f"{text}: nothing grew: the child has the parent's layers and sizes")
+    elif sizes[1] < sizes[0]:
+        log.warning(f"{text}: shrinks the model from {sizes[0]:,} to {sizes[1]:,} parameters")
     return model, applied
 
 

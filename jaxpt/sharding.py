@@ -148,26 +148,36 @@ def check_mesh_divides(
     mesh: Mesh, spec: ModelSpec, batch_size: int, grad_accum_steps: int, seq_len: int
 ) -> None:
     """Raise UserError for sizes that the mesh cannot shard evenly, with the nearest that work."""
+    check_batch_divides(mesh, batch_size, grad_accum_steps, seq_len)
+    check_model_divides(mesh, spec)
+
+
+def check_batch_divides(mesh: Mesh, batch_size: int, grad_accum_steps: int, seq_len: int) -> None:
+    """Raise UserError for batches that the mesh cannot shard evenly."""
     micro_batch = batch_size // grad_accum_steps
-    sizes = [
-        ("train.batch_size / train.grad_accum_steps", micro_batch, "batch"),
-        ("pack.seq_len", seq_len, "position"),
-        ("model.d_model", spec.d_model, "embed"),
-        ("model.n_kv_heads", spec.n_kv_heads, "kv_heads"),
-        ("model.n_heads", spec.n_heads, "heads"),
-        ("model.d_ff", spec.d_ff, "mlp"),
-        ("model.d_shared", spec.d_shared, "shared_mlp"),
-        ("model.vocab_size", spec.vocab_size, "vocab"),
-    ]
-    for name, size, axis in sizes:
-        n = n_shards(mesh, axis)
-        rest = size % n
-        if rest:
-            below = size - rest
-            near = f"{n}"
-            if below:
-                near = f"{below} or {below + n}"
-            raise UserError(
-                f"mesh: {name} = {size} cannot be sharded {n} ways over {LOGICAL_AXIS_RULES[axis]}."
-                f" Use a multiple of {n} ({near}), or another mesh."
-            )
+    check_divides(mesh, "batch", "train.batch_size / train.grad_accum_steps", micro_batch)
+    check_divides(mesh, "position", "pack.seq_len", seq_len)
+
+
+def check_model_divides(mesh: Mesh, spec: ModelSpec) -> None:
+    """Raise UserError for a model that the mesh cannot shard evenly."""
+    check_divides(mesh, "embed", "model.d_model", spec.d_model)
+    check_divides(mesh, "kv_heads", "model.n_kv_heads", spec.n_kv_heads)
+    check_divides(mesh, "heads", "model.n_heads", spec.n_heads)
+    check_divides(mesh, "mlp", "model.d_ff", spec.d_ff)
+    check_divides(mesh, "shared_mlp", "model.d_shared", spec.d_shared)
+    check_divides(mesh, "vocab", "model.vocab_size", spec.vocab_size)
+
+
+def check_divides(mesh: Mesh, axis: str, name: str, size: int) -> None:
+    """Raise UserError, with the nearest sizes that work, unless the mesh shards an axis evenly."""
+    n = n_shards(mesh, axis)
+    rest = size % n
+    if not rest:
+        return
+    below = size - rest
+    near = f"{below} or {below + n}" if below else f"{n}"
+    raise UserError(
+        f"mesh: {name} = {size} cannot be sharded {n} ways over {LOGICAL_AXIS_RULES[axis]}."
+        f" Use a multiple of {n} ({near}), or another mesh."
+    )

@@ -360,6 +360,10 @@ def test_a_record_is_compared_on_the_same_sequences_only(packed, heldout, params
 def test_a_grown_model_and_an_untrained_one_only_warn(heldout, params, record, caplog):
     gate.check_initial_loss(heldout, SPEC, shifted(params, 1), record, grown=True)
     assert "Growth broke the model's function" in caplog.text
+    caplog.clear()
+    bad = dict.fromkeys(heldout.unigram_nats, 9.0)
+    gate.check_initial_loss(heldout, SPEC, shifted(params, 1), record, True, bad)
+    assert "Its parent was no better before it grew" in caplog.text
     gate.check_initial_loss(heldout, SPEC, untrained(), {"step": 0}, grown=False)
     assert "never trained" in caplog.text
     with pytest.raises(UserError, match="never trained, or no norm was copied"):

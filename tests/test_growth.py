@@ -20,7 +20,7 @@ from jaxpt.growth.moments import grow_moments
 from jaxpt.growth.new_params import NewParams, find_new_params
 from jaxpt.growth.parse import plan_growth
 from jaxpt.growth.records import GrowthReport
-from jaxpt.growth.verify import judge_growth
+from jaxpt.growth.verify import judge_growth, verify_growth
 from jaxpt.model import loss, transformer
 from jaxpt.model.param import is_param_spec
 from jaxpt.spec import ModelSpec, UserError
@@ -721,6 +721,36 @@ def test_an_operator_that_cannot_be_is_one_sentence(text, answer):
     assert answer in str(refused.value) and "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("depth_upscale(m=6)", "nothing grew"),
+        ("stack(g=1)", "nothing grew"),
+        ("insert_identity(every=13)", "nothing grew"),
+        ("layers([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11])", "nothing grew"),
+        ("depth_upscale(m=11)", "shrinks the model from"),
+        ("drop_layers(by=[3])", "shrinks the model from"),
+        ("layers([1, 0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11])", ""),
+        ("depth_upscale(m=5)", ""),
+    ],
+)
+def test_a_growth_that_adds_nothing_says_so(text, answer, one, spec, output):
+    """In the log and in its verdict; a model whose layers move has changed."""
+    twelve = spec.replace(n_layers=12)
+    parent = LoadedModel(
+        twelve, transformer.init_params(twelve, 0, one), None, None, None, None, {}
+    )
+    child, growth = initialize.grow_model(parent, text, one, None)
+    logged = output()
+    assert growth.is_identity == (answer == "nothing grew")
+    assert answer in logged and ("nothing grew" in logged or "shrinks" in logged) == bool(answer)
+    report = verify_growth(
+        parent, child, [text], [growth], one, seq_len=20, heldout=None, batches=None
+    )
+    assert report.verdict.startswith("nothing grew: ") == growth.is_identity
+    assert ("12 -> 2 layers" in report.verdict) == (text == "depth_upscale(m=11)")
+
+
 def test_a_model_without_layers_is_only_deepened():
     with pytest.raises(UserError, match="only deepen"):
         plan_growth("stack(g=2)", of(0))
@@ -776,6 +806,8 @@ def test_new_rows_are_the_mean_of_their_old_rows(spec, one):
         (4.0, 9.0, "not healthy: worse than guessing"),
         (5.5, 5.6, "healthy: it starts +0.10"),  # a parent that had not learned yet either
         (4.0, math.nan, "not healthy: worse than guessing"),
+        (9.0, 9.1, "not healthy: its parent was worse than guessing already"),
+        (math.nan, math.nan, "not healthy: its parent was worse than guessing already"),
     ],
 )
 def test_the_verdict_is_one_sentence_on_whether_the_grown_model_is_healthy(parent, child, verdict):

@@ -287,6 +287,17 @@ def test_sizes_that_a_mesh_cannot_shard_are_refused_with_the_nearest_that_work(
         )
 
 
+def test_parameters_are_neither_made_nor_read_on_a_mesh_that_does_not_divide(spec, tmp_path):
+    mesh = sharding.make_mesh(config.MeshConfig(fsdp=2, tensor=4))
+    for make in (
+        lambda: transformer.init_params(spec, 0, mesh),
+        lambda: transformer.make_abstract_params(spec, mesh),
+        lambda: transformer.make_param_shardings(spec, mesh),
+    ):
+        with pytest.raises(UserError, match="n_kv_heads = 2 cannot be sharded 4 ways over tensor"):
+            make()
+
+
 def test_an_unknown_logical_axis_fails_in_the_rules():
     with pytest.raises(KeyError, match="embd"):
         sharding.logical_to_partition_spec(("layers", "embd"))

@@ -17,7 +17,7 @@ import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxpt import config, io
+from jaxpt import config, io, stage
 from jaxpt.config import Config
 from jaxpt.data import loader
 from jaxpt.flops import DeviceCost
@@ -179,6 +179,42 @@ def test_a_model_that_grows_in_a_run_is_cut_on_either_side_of_it(make_config, st
     with pytest.raises(UserError, match="is at step 14 and did not grow after step 11"):
         start(late, tmp_path / "cut")
     assert (tmp_path / "cut/metrics.jsonl").read_bytes() == before
+
+
+def test_weights_that_are_wrong_are_refused_before_they_grow(make_config, tmp_path):
+    """Here of another tokenizer. Else the growth would be blamed for the loss."""
+    parent = make_config(train__steps=2, optim__warmup_steps=1)
+    loop.train_model(parent, tmp_path / "parent")
+    directory = tmp_path / "parent/checkpoints/2"
+    manifest = read_manifest(directory)
+    counts = manifest.counts | {"heldout": None}
+    request = stage.StageRequest("checkpoint", counts, {})
+    key = stage.fingerprint([request.fingerprint, manifest.outputs])
+    changed = dataclasses.replace(manifest, counts=counts, fingerprint=key, tokenizer="another")
+    io.write_json(directory / "manifest.json", stage.seal_manifest(changed))
+    grows = {"initialize__source": str(tmp_path / "parent"), "initialize__grow": ("stack(g=2)",)}
+    settings = make_config(train__steps=6, **grows)
+    for command, place in ((loop.train_model, "a"), (initial_run.initialize_run, "b")):
+        with pytest.raises(UserError, match=r"held-out loss on .* trained with another"):
+            command(settings, tmp_path / place)
+        assert not io.exists(tmp_path / place / "growth.json")
+
+
+def test_a_mesh_that_does_not_divide_is_refused_before_anything_is_initialized(
+    make_config, tmp_path, output
+):
+    """At the start also for what the model grows to on its way."""
+    for changes, answer in (
+        ({"mesh__fsdp": 2, "mesh__tensor": 4}, "model.n_kv_heads = 2 cannot be sharded 4 ways"),
+        ({"train__batch_size": 12}, "= 12 cannot be sharded 8 ways"),
+    ):
+        with pytest.raises(UserError, match=answer):
+            loop.train_model(make_config(**changes), tmp_path / "run")
+        assert "initialized" not in output()
+    grow = ((6, "widen_rms(d=28)"),)
+    with pytest.raises(UserError, match=r"model.d_model = 28 cannot be sharded 8 ways"):
+        loop.train_model(make_config(train__grow=grow), tmp_path / "run")
+    assert not io.exists(tmp_path / "run/metrics.jsonl")
 
 
 def test_a_run_that_continues_another_is_compared_with_its_losses(make_config, start, tmp_path):

@@ -88,6 +88,14 @@ class Growth(NamedTuple):
         return layer_map
 
     @property
+    def is_identity(self) -> bool:
+        """Whether the child is the parent: nothing was added, left out or moved."""
+        is_same = self.child == self.spec and not self.token_mapping
+        for source in self.sources.values():
+            is_same &= bool(np.all(source == np.arange(source.shape[-1])))
+        return is_same
+
+    @property
     def group_size(self) -> int:
         """The number of new experts that make up one MLP, each chosen with the others."""
         return len(np.unique(self.sources["experts"])) if self.n_shards > 1 else 1

@@ -102,7 +102,18 @@ def verify_growth(
         report = dataclasses.replace(report, probe=run_probe(probe, models, heldout))
     unigram_nats = heldout.unigram_nats if heldout else {}
     verdict = judge_growth(report, unigram_nats)
+    if all(grown.is_identity for grown in growths):
+        verdict = f"nothing grew: {', '.join(operators)} gives back the parent"
+    elif report.n_params["child"] < report.n_params["parent"]:
+        verdict += f"; it is smaller than its parent ({describe_shrinking(report)})"
     return dataclasses.replace(report, verdict=verdict)
+
+
+def describe_shrinking(report: GrowthReport) -> str:
+    """Return "8 -> 2 layers, 9,000 -> 4,000 parameters"."""
+    layers = [str(report.spec[name].n_layers) for name in ("parent", "child")]
+    sizes = [f"{report.n_params[name]:,}" for name in ("parent", "child")]
+    return f"{' -> '.join(layers)} layers, {' -> '.join(sizes)} parameters"
 
 
 def describe_growth(
@@ -229,14 +240,18 @@ def judge_growth(report: GrowthReport, unigram_nats: dict[str, float]) -> str:
     if not losses:
         return "not measured: there is no held-out data that both models read"
     before, now = losses["parent"], losses["child"]
-    parts, rises, worse_than_guessing = [], [], False
+    parts, rises = [], []
     guessing = math.log(report.spec["child"].vocab_size)
     for name, loss in before.items():
         parts.append(f"{name} {loss:.2f} -> {now[name]:.2f}")
         rises.append(now[name] - loss)
-        worse_than_guessing |= not now[name] <= guessing
     changes = ", ".join(parts)
-    if worse_than_guessing:
+    if any(not loss <= guessing for loss in before.values()):
+        return (
+            f"not healthy: its parent was worse than guessing already (held-out nats per token: "
+            f"{changes}; guessing: {guessing:.2f}){after}"
+        )
+    if any(not loss <= guessing for loss in now.values()):
         return (
             f"not healthy: worse than guessing (held-out nats per token: {changes}; guessing: "
             f"{guessing:.2f}){after}"

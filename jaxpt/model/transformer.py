@@ -35,7 +35,11 @@ from jaxpt.model.param import (
 )
 from jaxpt.model.rope import Rope, compute_ropes
 from jaxpt.model.softcap import apply_softcap
-from jaxpt.sharding import make_logical_sharding, with_logical_constraint
+from jaxpt.sharding import (
+    check_model_divides,
+    make_logical_sharding,
+    with_logical_constraint,
+)
 from jaxpt.spec import LayerKind, ModelSpec
 
 Params = dict[str, Any]  # nested dict of arrays: {"embed": ..., "blocks": {"q": ..., ...}, ...}
@@ -386,7 +390,8 @@ def describe_params(spec: ModelSpec) -> str:
 
 
 def make_param_shardings(spec: ModelSpec, mesh: Mesh) -> dict[str, Any]:
-    """Return a NamedSharding for every parameter."""
+    """Return a NamedSharding for every parameter. Raise UserError if the mesh does not divide."""
+    check_model_divides(mesh, spec)
 
     def make(path: tuple[str, ...], param: ParamSpec) -> NamedSharding:
         return make_logical_sharding(mesh, param.axes)
@@ -395,7 +400,8 @@ def make_param_shardings(spec: ModelSpec, mesh: Mesh) -> dict[str, Any]:
 
 
 def make_abstract_params(spec: ModelSpec, mesh: Mesh, dtype: Any = jnp.float32) -> Params:
-    """Return parameters as ShapeDtypeStructs with shardings."""
+    """Return parameters as ShapeDtypeStructs with shardings. Raises as `make_param_shardings`."""
+    check_model_divides(mesh, spec)
 
     def make(path: tuple[str, ...], param: ParamSpec) -> jax.ShapeDtypeStruct:
         place = make_logical_sharding(mesh, param.axes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from typing import Any, NamedTuple
 
@@ -19,12 +20,12 @@ from jaxpt.initialize import InitResult
 from jaxpt.spec import Manifest, ModelSpec, UserError
 from jaxpt.stage import read_manifest, read_spec
 from jaxpt.text import format_table
-from jaxpt.train import forgetting, meter, metrics, provenance, state
+from jaxpt.train import forgetting, gate, meter, metrics, provenance, state
 from jaxpt.train.context import RunContext
 from jaxpt.train.meter import LostWork
 from jaxpt.train.records import CheckpointRecord, TrainProgress
 from jaxpt.train.state import TrainState
-from jaxpt.weights import checkpoint, hub
+from jaxpt.weights import checkpoint
 from jaxpt.weights.load import LoadedModel
 
 log = logging.getLogger(__name__)
@@ -102,26 +103,27 @@ def init_run(run: RunContext) -> InitialModel:
     config, dataset = run.config, run.dataset
     section = config.initialize
     init = initialize.init_model(
-        config.initialize, config.model, run.mesh, dataset, run.measuring_batches
+        section,
+        config.model,
+        run.mesh,
+        dataset,
+        run.measuring_batches,
+        functools.partial(gate.check_parent, run.heldout, section),
     )
     check_tokens(section.source, init.model, dataset)
     model = end_as_documents(init.model, dataset)
     init = init._replace(model=model)
-    report = None
-    if section.source != "random":
-        report = hub.download_model(section.source) / "growth.json"
-    was_grown = report is not None and io.exists(report)
     if init.parent:
         verify_init(run, init, init.parent)
-    elif report and was_grown and jax.process_index() == 0:
-        io.check_published([report])
-        io.copy_file(report, run.run_dir / "growth.json")
+    elif model.source and jax.process_index() == 0:
+        report = model.source / "growth.json"
+        if io.exists(report):
+            io.check_published([report])
+            io.copy_file(report, run.run_dir / "growth.json")
     state_now, progress, new_params = init_train_state(run, init)
     start = RunStart(model.spec, progress, new_params, config.mixture)
-    record = {"tokenizer": model.tokenizer, **model.record}
-    # a trained descendant of a growth has a record of its own; a grown model has none yet
-    is_grown = bool(init.parent) or (was_grown and not model.step)
-    return InitialModel(start, state_now, record, is_grown)
+    is_grown = bool(init.parent) or gate.has_just_grown(model)
+    return InitialModel(start, state_now, gate.describe_origin(model), is_grown)
 
 
 def verify_init(run: RunContext, init: InitResult, parent: LoadedModel) -> None:

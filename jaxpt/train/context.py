@@ -15,6 +15,7 @@ from jaxpt.data import loader
 from jaxpt.flops import DeviceCost
 from jaxpt.growth import measure
 from jaxpt.growth.growth import ReadBatches
+from jaxpt.sharding import check_batch_divides
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.text import name_some
 from jaxpt.train import gate, optimizer, writers
@@ -83,6 +84,7 @@ def open_run(
             f"{config.pack.seq_len}. Set it to that, or pack again."
         )
     train, mask = config.train, config.mixture.document_mask
+    check_batch_divides(mesh, train.batch_size, train.grad_accum_steps, dataset.seq_len)
     heldout = gate.HeldoutData(packed, train, mask, mesh)
     missing = sorted(dataset.n_sequences.keys() - heldout.dataset.n_sequences.keys())
     if missing:

@@ -14,16 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpt import io
-from jaxpt.config import TrainConfig
+from jaxpt.config import InitializeConfig, TrainConfig
 from jaxpt.data import loader
 from jaxpt.evaluate import likelihood, reference
 from jaxpt.growth.measure import compute_logits, make_test_tokens
+from jaxpt.growth.operators import new_tokenizer
+from jaxpt.growth.parse import parse_operator
 from jaxpt.model import transformer
 from jaxpt.model.transformer import Params
 from jaxpt.sharding import make_batch_sharding, n_shards
 from jaxpt.spec import Batch, ModelSpec, UserError
 from jaxpt.stage import fingerprint
 from jaxpt.train import diagnosis
+from jaxpt.weights.load import LoadedModel
 
 log = logging.getLogger(__name__)
 
@@ -138,8 +141,37 @@ class HeldoutData:
 # ---- before the first update of a model that comes with weights
 
 
+def check_parent(heldout: HeldoutData, section: InitializeConfig, parent: LoadedModel) -> None:
+    """Check weights from elsewhere before they grow, as those of any start.
+
+    A child that fails the check later then fails by its growth. A parent whose vocabulary changes
+    cannot read the data.
+    """
+    if any(parse_operator(text).operator is new_tokenizer for text in section.grow):
+        return
+    check_initial_loss(
+        heldout, parent.spec, parent.params, describe_origin(parent), has_just_grown(parent)
+    )
+
+
+def describe_origin(model: LoadedModel) -> dict[str, Any]:
+    """Return what is known of a model's weights, for `check_initial_loss`."""
+    return {"tokenizer": model.tokenizer, **model.record}
+
+
+def has_just_grown(model: LoadedModel) -> bool:
+    """Return whether a model grew and was not trained since, so that it has no loss recorded."""
+    is_grown = model.source is not None and io.exists(model.source / "growth.json")
+    return is_grown and not model.step
+
+
 def check_initial_loss(
-    heldout: HeldoutData, spec: ModelSpec, params: Params, record: dict[str, Any], grown: bool
+    heldout: HeldoutData,
+    spec: ModelSpec,
+    params: Params,
+    record: dict[str, Any],
+    grown: bool,
+    parent_loss: dict[str, float] | None = None,
 ) -> dict[str, float]:
     """Return the held-out losses of a model with weights from elsewhere, before its first update.
 
@@ -153,6 +185,7 @@ def check_initial_loss(
         record: what was recorded with the model (LoadedModel.record).
         grown: whether it grew since: it may have to relearn its function, so a failure is only
             logged.
+        parent_loss: of the parent that it grew from, on the same sequences, where known.
 
     Raises:
         UserError: naming the loss, what it was compared with, the likely cause and what to do.
@@ -167,7 +200,10 @@ def check_initial_loss(
     if not fails and (recorded or grown):
         return losses
     if grown:
-        log.warning(f"{finding}. Growth broke the model's function; training has to repair it")
+        if beats_unigram(heldout, parent_loss):
+            log.warning(f"{finding}. Growth broke the model's function; training has to repair it")
+        else:
+            log.warning(f"{finding}. Its parent was no better before it grew")
         return losses
     if fails and record.get("step") == 0:
         norms = diagnosis.find_reset_norms(spec, params)
@@ -182,6 +218,14 @@ def check_initial_loss(
     if cause:
         raise UserError(f"initialize.source: {finding}. Most likely {cause}.")
     return losses
+
+
+def beats_unigram(heldout: HeldoutData, losses: dict[str, float] | None) -> bool:
+    """Return whether a model is better than a unigram model somewhere; True where not known."""
+    unigram = heldout.unigram_nats
+    if not losses or not losses.keys() <= unigram.keys():
+        return True
+    return any(loss < unigram[name] for name, loss in losses.items())
 
 
 class LossJudgement(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import pathlib
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from jaxpt.growth.new_params import NewParams, find_new_params_through
 from jaxpt.growth.verify import Probe, verify_growth, write_growth
 from jaxpt.model import transformer
 from jaxpt.model.transformer import Params
-from jaxpt.sharding import make_batch_sharding, make_mesh
+from jaxpt.sharding import check_batch_divides, make_batch_sharding, make_mesh
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.stage import run_stage
 from jaxpt.train import gate, state, step
@@ -53,24 +54,28 @@ def initialize_run(
     checkpoint.check_run(out)
     source, is_import = find_source(config.initialize.source, check)
     config, packed = find_measuring_data(config, source)
+    section = config.initialize
 
     def work(run: pathlib.Path) -> dict[str, Any]:
         mesh = make_mesh(config.mesh)
-        heldout = batches = probe = dataset = None
+        heldout = batches = probe = dataset = check_parent = None
         if packed:
             train, mask = config.train, config.mixture.document_mask
             heldout = HeldoutData(packed, train, mask, mesh)
+            seq_len = heldout.dataset.seq_len
+            check_batch_divides(mesh, train.batch_size, train.grad_accum_steps, seq_len)
+            check_parent = functools.partial(gate.check_parent, heldout, section)
             batches = measure.make_measuring_batches(packed, train.batch_size, mask, mesh)
             dataset = heldout.dataset
             probe = make_probe(probe_steps, train, config.optim, config.mixture, packed, mesh)
-        init = initialize.init_model(config.initialize, config.model, mesh, dataset, batches)
+        init = initialize.init_model(section, config.model, mesh, dataset, batches, check_parent)
         if source and is_import:
             check_import(source, init.parent or init.model, heldout, mesh, check)
         if init.parent:
             report = verify_growth(
                 init.parent,
                 init.model,
-                config.initialize.grow,
+                section.grow,
                 init.growths,
                 mesh,
                 seq_len=config.pack.seq_len,

@@ -156,7 +156,7 @@ class Session:
             n_devices=run.mesh.size,
             cost=cost,
         )
-        self.check_sizes(self.spec)
+        self.check_sizes()
         self.schedule = self.make_schedule(list(start.progress.data_history))
         self.batches = self.read_batches()
         self.check_growths()
@@ -164,30 +164,27 @@ class Session:
 
     # ---- checks
 
-    def check_sizes(self, spec: ModelSpec) -> None:
-        """Raise UserError if a model does not fit the sequences or the mesh."""
-        train, seq_len = self.run.config.train, self.run.dataset.seq_len
-        if seq_len > spec.max_seq_len:
+    def check_sizes(self) -> None:
+        """Raise UserError if the model is not for sequences of this length."""
+        seq_len = self.run.dataset.seq_len
+        if seq_len > self.spec.max_seq_len:
             raise UserError(
-                f"pack.seq_len: expected at most {spec.max_seq_len}, the model's max_seq_len, "
+                f"pack.seq_len: expected at most {self.spec.max_seq_len}, the model's max_seq_len, "
                 f"got sequences of {seq_len} tokens. Pack shorter ones."
             )
-        sharding.check_mesh_divides(
-            self.run.mesh, spec, train.batch_size, train.grad_accum_steps, seq_len
-        )
 
     def check_growths(self) -> None:
-        """Raise UserError for a planned growth whose step has passed, or that cannot be."""
+        """Raise UserError for a growth to come whose step has passed or that cannot be made."""
         spec = self.spec
-        for at, operator in self.run.config.train.grow[self.n_growths :]:
+        for at, text in self.run.config.train.grow[self.n_growths :]:
             if at < self.step:
                 raise UserError(
                     f"train.grow: {self.run.run_dir} is at step {self.step:,} and did not "
                     f"grow after step {at}, which has passed. Use a later step, or grow it into "
                     "another --workdir with initialize.source and initialize.grow."
                 )
-            spec = plan_growth(operator, Parent(spec)).child
-            self.check_sizes(spec)
+            spec = plan_growth(text, Parent(spec)).child
+            sharding.check_model_divides(self.run.mesh, spec)
 
     def log_plan(self) -> None:
         """Log mesh, batch, data and the fast paths of the step."""
@@ -386,14 +383,14 @@ def check_initial_loss(session: Session, initial: InitialModel) -> None:
     if section.source == "random" and not section.grow:
         return
     spec, params = session.spec, session.state.params
+    recorded = begin.read_parent_losses(run.run_dir, run.config.train.eval_sequences)
     if section.source == "random" or section.mode != "continue":
         # untrained weights, or a run's own on the sequences that it was reading
         losses = run.heldout.measure_losses(spec, params)
     else:
         losses = gate.check_initial_loss(
-            run.heldout, spec, params, initial.record, initial.is_grown
+            run.heldout, spec, params, initial.record, initial.is_grown, recorded
         )
-    recorded = begin.read_parent_losses(run.run_dir, run.config.train.eval_sequences)
     session.parent_loss = recorded or losses
     session.metrics.log_heldout(session.step, losses, session.parent_loss)
 

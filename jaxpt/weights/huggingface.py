@@ -29,7 +29,11 @@ from jaxpt.families import family
 from jaxpt.model import transformer
 from jaxpt.model.param import ParamSpec, list_param_specs
 from jaxpt.model.transformer import Params
-from jaxpt.sharding import make_logical_sharding, make_replicated_sharding
+from jaxpt.sharding import (
+    check_model_divides,
+    make_logical_sharding,
+    make_replicated_sharding,
+)
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.weights.hub import TOKENIZER_FILES, TOKENIZER_SUFFIXES
 from jaxpt.weights.safetensors_file import (
@@ -63,10 +67,12 @@ def load_hf_model(
     """Return spec and sharded parameters of a Hugging Face directory, in dtype.
 
     Raises:
-        UserError: the architecture or a switch is not supported (before any weight is read), a file
-            is broken, or tensors are missing, unused or of another shape (all listed at once).
+        UserError: the architecture or a switch is not supported or the mesh cannot shard it (before
+            any weight is read), a file is broken, or tensors are missing, unused or of another
+            shape (all listed at once).
     """
     spec = read_hf_spec(directory)
+    check_model_divides(mesh, spec)
     stored = open_weights(directory)
     if spec.tie_embeddings and EMBEDDING not in stored and LM_HEAD in stored:
         stored[EMBEDDING] = stored.pop(LM_HEAD)  # safetensors' save_model keeps one of two names
