@@ -357,11 +357,6 @@ class ModelSpec(Record):
                 f"model.mlp_bias: expected false in a mixture of {E} experts, got true. "
                 "Experts have no biases."
             )
-        if E and self.activation != "silu":
-            raise UserError(
-                f"model.activation: expected silu in a mixture of {E} experts, got "
-                f"{self.activation!r}."
-            )
 
     @property
     def d_rotary(self) -> int:

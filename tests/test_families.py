@@ -193,5 +193,6 @@ def test_a_depth_that_cannot_be_is_refused_before_anything_is_listed(tmp_path):
         huggingface.read_hf_spec(tmp_path)
 
 
-def test_every_family_has_a_variant():
-    assert BY_FAMILY.keys() == family.list_families().keys()
+def test_every_family_that_transformers_has_has_a_variant():
+    without_a_class = {"grok-1"}  # tests/test_grok1.py
+    assert BY_FAMILY.keys() | without_a_class == family.list_families().keys()

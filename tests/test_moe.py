@@ -3,6 +3,7 @@ transformers' loss, grown from a dense model without a change of its function.
 """
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -24,6 +25,7 @@ from jaxpt.growth.growth import Parent
 from jaxpt.growth.parse import plan_growth
 from jaxpt.model import moe, transformer
 from jaxpt.model.kernels import mixture
+from jaxpt.model.mlp import ACTIVATIONS
 from jaxpt.model.param import list_param_specs
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.train import step
@@ -57,11 +59,11 @@ MESH = {"fsdp": 2, "tensor": 2, "context": 2}
 # ---- the experts
 
 
-def sum_over_all_experts(x, chosen, weights, experts):
+def sum_over_all_experts(activate, x, chosen, weights, experts):
     gate = jnp.einsum("btd,edf->btef", x, experts.gate)
     up = jnp.einsum("btd,edf->btef", x, experts.up)
     share = jnp.sum(jax.nn.one_hot(chosen, len(experts.gate)) * weights[..., None], axis=2)
-    return jnp.einsum("btef,efd,bte->btd", jax.nn.silu(gate) * up, experts.down, share)
+    return jnp.einsum("btef,efd,bte->btd", activate(gate) * up, experts.down, share)
 
 
 def make_tokens(balance):
@@ -99,14 +101,19 @@ def differentiate(run, mesh, x, chosen, weights, experts, d_out):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "balance"),
-    [(None, "random"), (MESH, "worst"), ({"replica": 2, "fsdp": 4}, "random")],
+    ("sizes", "balance", "activation"),
+    [
+        (None, "random", "gelu_pytorch_tanh"),
+        (MESH, "worst", "silu"),
+        ({"replica": 2, "fsdp": 4}, "random", "silu"),
+    ],
 )
-def test_blocks_equal_the_sum_over_all_experts_with_all_gradients(one, sizes, balance):
+def test_blocks_equal_the_sum_over_all_experts_with_all_gradients(one, sizes, balance, activation):
     inputs = make_tokens(balance)
     mesh = sharding.make_mesh(config.MeshConfig(**sizes)) if sizes else one
-    expected = differentiate(sum_over_all_experts, one, *inputs)
-    found = differentiate(mixture.run_experts, mesh, *inputs)
+    activate = ACTIVATIONS[activation]
+    expected = differentiate(functools.partial(sum_over_all_experts, activate), one, *inputs)
+    found = differentiate(functools.partial(mixture.run_experts, activate), mesh, *inputs)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6 * np.abs(b).max()), found, expected
     )

@@ -15,8 +15,8 @@ from jax import Array
 from jax.scipy.special import entr
 
 from jaxpt.model import mlp
-from jaxpt.model.kernels.mixture import Experts, run_experts
-from jaxpt.model.mlp import FeedForward, LayerParams, SideOutputs
+from jaxpt.model.kernels.mixture import Activation, Experts, run_experts
+from jaxpt.model.mlp import ACTIVATIONS, FeedForward, LayerParams, SideOutputs
 from jaxpt.model.param import ZEROS, ParamSpec, matrix
 from jaxpt.spec import ModelSpec
 
@@ -70,10 +70,11 @@ def apply(spec: ModelSpec, params: LayerParams, x: Array) -> FeedForward:
     """Return what the chosen experts, and the shared one, add to the residual."""
     routing = route(spec, params, x)
     experts = Experts(*(params[name].astype(x.dtype) for name in Experts._fields))
-    out = run_experts(x, routing.experts, routing.weights, experts)
+    activate = ACTIVATIONS[spec.activation]
+    out = run_experts(activate, x, routing.experts, routing.weights, experts)
     if spec.d_shared:
         out = out + run_shared_expert(spec, params, x)
-    activations = mix_activations(jax.lax.stop_gradient((x, routing, experts)))
+    activations = mix_activations(activate, jax.lax.stop_gradient((x, routing, experts)))
     return FeedForward(out, activations, routing)
 
 
@@ -205,7 +206,7 @@ def move_router_bias(spec: ModelSpec, bias: Array, loads: Array) -> Array:
 # ---- measuring
 
 
-def mix_activations(inputs: tuple[Array, Routing, Experts]) -> Array:
+def mix_activations(activate: Activation, inputs: tuple[Array, Routing, Experts]) -> Array:
     """Return the weighted sum [B, T, F] of the chosen experts' activations.
 
     It runs all experts, where it is read.
@@ -217,7 +218,7 @@ def mix_activations(inputs: tuple[Array, Routing, Experts]) -> Array:
         number, gate, up = numbered
         is_chosen = routing.experts == number
         weight = jnp.sum(routing.weights * is_chosen, axis=-1, keepdims=True)
-        activations = jax.nn.silu(x @ gate) * (x @ up)
+        activations = activate(x @ gate) * (x @ up)
         return total + weight.astype(x.dtype) * activations, None
 
     zeros = jnp.zeros((*x.shape[:2], F), x.dtype)

@@ -8,6 +8,7 @@ the chosen experts' width does.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,8 @@ from jax import Array
 
 from jaxpt.model.kernels.sharded import Axes, shard_map_axes, sum_over_shards
 from jaxpt.sharding import n_shards
+
+Activation = Callable[[Array], Array]
 
 MAX_BLOCK_ROWS = 128  # larger blocks multiply faster, and pad more rows of each expert
 
@@ -43,13 +46,16 @@ class Kept(NamedTuple):
     experts: Experts
 
 
-@jax.custom_vjp
-def run_experts(x: Array, chosen: Array, weights: Array, experts: Experts) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def run_experts(
+    activate: Activation, x: Array, chosen: Array, weights: Array, experts: Experts
+) -> Array:
     """Return each token's weighted sum of its chosen experts, with a backward of its own.
 
     A device runs its own tokens through all experts, whose width may be sharded.
 
     Args:
+        activate: the activation of the gate.
         x: [B, T, D].
         chosen: int32 [B, T, k].
         weights: float32 [B, T, k].
@@ -58,26 +64,29 @@ def run_experts(x: Array, chosen: Array, weights: Array, experts: Experts) -> Ar
     Returns:
         [B, T, D].
     """
-    out, _ = run_experts_fwd(x, chosen, weights, experts)
+    out, _ = run_experts_fwd(activate, x, chosen, weights, experts)
     return out
 
 
 def run_experts_fwd(
-    x: Array, chosen: Array, weights: Array, experts: Experts
+    activate: Activation, x: Array, chosen: Array, weights: Array, experts: Experts
 ) -> tuple[Array, Kept]:
     """Return the sum, and what backward needs."""
     axes = TokenAxes.of(x)
     in_axes = [axes.tokens] * 3 + EXPERT_AXES
     out_axes = [axes.tokens, axes.rows, axes.rows]
-    run = shard_map_axes(run_own_tokens, in_axes, out_axes)
+    run = functools.partial(run_own_tokens, activate)
+    run = shard_map_axes(run, in_axes, out_axes)
     out, gate, up = run(x, chosen, weights, *experts)
     return out, Kept(x, chosen, weights, gate, up, experts)
 
 
-def run_experts_bwd(kept: Kept, d_out: Array) -> tuple[Array, None, Array, Experts]:
+def run_experts_bwd(
+    activate: Activation, kept: Kept, d_out: Array
+) -> tuple[Array, None, Array, Experts]:
     """Return the gradients for tokens, weights and experts."""
     axes = TokenAxes.of(kept.x)
-    run = functools.partial(differentiate_own_tokens, axes.names)
+    run = functools.partial(differentiate_own_tokens, activate, axes.names)
     in_axes = [axes.tokens] * 4 + [axes.rows] * 2 + EXPERT_AXES
     out_axes = [axes.tokens] * 2 + EXPERT_AXES
     run = shard_map_axes(run, in_axes, out_axes)
@@ -90,7 +99,7 @@ run_experts.defvjp(run_experts_fwd, run_experts_bwd)
 
 
 def run_own_tokens(
-    x: Array, chosen: Array, weights: Array, *matrices: Array
+    activate: Activation, x: Array, chosen: Array, weights: Array, *matrices: Array
 ) -> tuple[Array, Array, Array]:
     """Return what a device's experts make of its tokens, and gate and up of every row."""
     experts = Experts(*matrices)
@@ -99,7 +108,7 @@ def run_own_tokens(
     def run_block(_: None, block: BlockRows) -> tuple[None, tuple[Array, Array, Array]]:
         gate = block.x @ experts.gate[block.expert]
         up = block.x @ experts.up[block.expert]
-        activations = multiply_gated(gate, up)
+        activations = activate(gate) * up
         out = (block.weights * activations) @ experts.down[block.expert]
         return None, (gate, up, out)
 
@@ -110,12 +119,8 @@ def run_own_tokens(
     return out.reshape(x.shape), gate, up
 
 
-def multiply_gated(gate: Array, up: Array) -> Array:
-    """Return SwiGLU's activations."""
-    return jax.nn.silu(gate) * up
-
-
 def differentiate_own_tokens(
+    activate: Activation,
     token_axes: tuple[str, ...],
     d_out: Array,
     x: Array,
@@ -131,6 +136,9 @@ def differentiate_own_tokens(
     """
     experts = Experts(*matrices)
     blocks = sort_into_blocks(chosen, len(experts.gate))
+
+    def multiply_gated(gate: Array, up: Array) -> Array:
+        return activate(gate) * up
 
     def run_block(sums: Experts, saved: SavedRows) -> tuple[Experts, tuple[Array, Array]]:
         block, d_out = saved.block, saved.d_out
