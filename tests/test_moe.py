@@ -4,6 +4,7 @@ transformers' loss, grown from a dense model without a change of its function.
 
 import dataclasses
 import functools
+import itertools
 import json
 
 import jax
@@ -13,6 +14,7 @@ import pytest
 import torch
 import transformers
 import variants
+from safetensors.numpy import load_file, save_file
 from test_growth import grown, randomised
 from test_model import logits_of
 from test_session import assert_equal_ends, compiled, make_config, start, train_in_parts
@@ -393,22 +395,29 @@ def test_a_mixture_that_cannot_be_is_refused(changes, answer):
         MIXTURE.replace(**changes)
 
 
-def test_missing_tensors_of_experts_are_listed_by_their_pattern():
-    """One expert of all layers, all experts of one layer, and what is no block of either."""
-    stored = {tensor.name: tensor.shape for tensor in huggingface.list_hf_tensors(MIXTURE)}
-    w1 = "model.layers.{}.block_sparse_moe.experts.{}.w1.weight"
-    w2 = w1.replace("w1", "w2")
-    lost = {w1.format(i, e): (20, 24) for i in range(2) for e in range(7)}
-    lost |= {w2.format(1, e): (24, 20) for e in (2, 3, 5)}
-    lost["model.norm.weight"] = (24,)
-    assert lost.keys() <= stored.keys()
-    assert huggingface.list_by_pattern(lost) == [
-        w1.format("{0..1}", "{0..6}") + " (20, 24)",
-        w2.format("1", "{2,3,5}") + " (24, 20)",
-        "model.norm.weight (24,)",
-    ]
-    scattered = {w1.format(0, 1): (20, 24), w1.format(1, 0): (20, 24)}
-    assert huggingface.list_by_pattern(scattered) == [f"{name} (20, 24)" for name in scattered]
+def test_wrong_tensors_of_experts_are_listed_by_their_pattern(one, tmp_path):
+    """As after a download that was cut within a layer, and a router of another width."""
+    spec = MIXTURE.replace(n_layers=4)
+    huggingface.write_hf_model(spec, transformer.init_params(spec, 0, one), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    experts = "model.layers.{}.block_sparse_moe.experts.{}."
+    for layer, e in [(1, 5), (1, 6), *itertools.product((2, 3), range(7))]:
+        del tensors[experts.format(layer, e) + "w1.weight"]
+    del tensors[experts.format(0, 2) + "w2.weight"]
+    for layer in range(4):
+        router = f"model.layers.{layer}.block_sparse_moe.gate.weight"
+        tensors[router] = tensors[router][:5]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError) as error:
+        huggingface.load_hf_model(tmp_path, one)
+    for part in (
+        experts.format("1", "{5..6}") + "w1.weight (20, 24)",
+        experts.format("{2..3}", "{0..6}") + "w1.weight (20, 24)",
+        experts.format("0", "2") + "w2.weight (24, 20)",
+        "model.layers.{0..3}.block_sparse_moe.gate.weight: expected shape (7, 24), got (5, 24)",
+    ):
+        assert part in str(error.value)
+    assert str(error.value).count("layers") == 4
 
 
 def test_the_router_of_solar_open_stays_float32_in_a_bfloat16_export(one, tmp_path):

@@ -346,6 +346,10 @@ BROKEN = {
         "model_type: expected .*, llama, .*, got 'gpt2'",
     ),
     "quantized": (lambda d: edit_config(d, quantization_config={"bits": 4}), "quantization_config"),
+    "quantized to four bits": (
+        lambda d: edit_config(d, quantization_config={"quant_method": "mxfp4"}),
+        "quantization_config: expected none .*, got .*mxfp4",
+    ),
     "another activation": (
         lambda d: edit_config(d, hidden_act="gelu"),
         "hidden_act: expected silu or gelu_pytorch_tanh, got 'gelu'",

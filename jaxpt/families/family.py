@@ -186,7 +186,8 @@ IGNORED = """
     forced_bos_token_id forced_eos_token_id id2label initializer_range is_decoder
     add_cross_attention cross_attention_hidden_size label2id language length_penalty max_length
     min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_labels
-    num_return_sequences output_attentions output_hidden_states output_scores prefix
+    num_return_sequences output_attentions output_hidden_states output_router_logits
+    output_scores prefix
     pretraining_tp problem_type pruned_heads remove_invalid_values repetition_penalty
     resid_pdrop residual_dropout return_dict return_dict_in_generate sep_token_id suppress_tokens
     task_specific_params temperature tf_legacy_loss tie_encoder_decoder tie_last_hidden_states

@@ -399,14 +399,14 @@ def match_tensors(
             f"{len(stored):,}. Is the config.json that of this model?"
         )
     expected = {tensor.name: tensor.shape for tensor in list_hf_tensors(spec)}
-    absent = {name: shape for name, shape in expected.items() if name not in stored}
-    wrong = [f"missing {text}" for text in list_by_pattern(absent)]
+    missing, misshaped = {}, {}
     for name, shape in expected.items():
         if name not in stored:
-            continue
-        stored_shape = stored[name].shape
-        if stored_shape != shape:
-            wrong.append(f"{name}: expected shape {shape}, got {stored_shape}")
+            missing[name] = f" {shape}"
+        elif stored[name].shape != shape:
+            misshaped[name] = f": expected shape {shape}, got {stored[name].shape}"
+    wrong = [f"missing {text}" for text in list_by_pattern(missing)]
+    wrong += list_by_pattern(misshaped)
     unused = {}
     for name, tensor in stored.items():
         # old exports keep rotary_emb.inv_freq, which the config determines
@@ -417,7 +417,7 @@ def match_tensors(
             if not tensors_equal(tensor, embedding):
                 wrong.append("lm_head.weight differs from the embedding that it is tied to")
             continue
-        unused[name] = tensor.shape
+        unused[name] = f" {tensor.shape}"
     wrong += [f"unused {text}" for text in list_by_pattern(unused)]
     if wrong:
         shown = "; ".join(wrong[:MAX_WRONG_SHOWN])
@@ -430,22 +430,36 @@ def match_tensors(
         )
 
 
-def list_by_pattern(shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    """Return tensors' names and shapes, those of all layers or experts as one.
+def list_by_pattern(remarks: dict[str, str]) -> list[str]:
+    """Return tensors' names and what is said of each, those of all layers or experts as one.
 
     So eight tensors are "experts.{0..7}.w1.weight (14, 24)".
     """
-    groups: dict[tuple[str, tuple[int, ...]], list[list[str]]] = {}
-    for name, shape in shapes.items():
+    groups: dict[tuple[str, str], list[tuple[int, ...]]] = {}
+    for name, remark in remarks.items():
         pattern = NUMBER.sub("{}", name)
-        groups.setdefault((pattern, shape), []).append(NUMBER.findall(name))
+        numbers = tuple(map(int, NUMBER.findall(name)))
+        groups.setdefault((pattern, remark), []).append(numbers)
     texts = []
-    for (pattern, shape), indices in groups.items():
-        columns = [sorted(set(map(int, column))) for column in zip(*indices, strict=True)]
-        if math.prod(map(len, columns)) == len(indices):
-            indices = [[format_numbers(column) for column in columns]]
-        texts += [f"{pattern.format(*index)} {shape}" for index in indices]
+    for (pattern, remark), numbers in groups.items():
+        texts += [pattern.format(*merged) + remark for merged in merge_numbers(numbers)]
     return texts
+
+
+def merge_numbers(numbers: list[tuple[int, ...]]) -> list[tuple[str, ...]]:
+    """Return tensors' numbers as texts; layers of the same experts are one."""
+    if not numbers[0]:
+        return [()]
+    by_first: dict[int, list[tuple[int, ...]]] = {}
+    for first, *rest in sorted(numbers):
+        by_first.setdefault(first, []).append(tuple(rest))
+    alike: dict[tuple[tuple[str, ...], ...], list[int]] = {}
+    for first, rests in by_first.items():
+        alike.setdefault(tuple(merge_numbers(rests)), []).append(first)
+    merged = []
+    for rests, firsts in alike.items():
+        merged += [(format_numbers(firsts), *rest) for rest in rests]
+    return merged
 
 
 def format_numbers(numbers: list[int]) -> str:

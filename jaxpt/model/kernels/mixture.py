@@ -46,8 +46,7 @@ class Kept(NamedTuple):
     experts: Experts
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def run_experts(
+def run_sorted(
     activate: Activation, x: Array, chosen: Array, weights: Array, experts: Experts
 ) -> Array:
     """Return each token's weighted sum of its chosen experts, with a backward of its own.
@@ -64,11 +63,11 @@ def run_experts(
     Returns:
         [B, T, D].
     """
-    out, _ = run_experts_fwd(activate, x, chosen, weights, experts)
+    out, _ = run_sorted_fwd(activate, x, chosen, weights, experts)
     return out
 
 
-def run_experts_fwd(
+def run_sorted_fwd(
     activate: Activation, x: Array, chosen: Array, weights: Array, experts: Experts
 ) -> tuple[Array, Kept]:
     """Return the sum, and what backward needs."""
@@ -81,7 +80,7 @@ def run_experts_fwd(
     return out, Kept(x, chosen, weights, gate, up, experts)
 
 
-def run_experts_bwd(
+def run_sorted_bwd(
     activate: Activation, kept: Kept, d_out: Array
 ) -> tuple[Array, None, Array, Experts]:
     """Return the gradients for tokens, weights and experts."""
@@ -95,7 +94,8 @@ def run_experts_bwd(
     return d_x, None, d_weights, Experts(*d_experts)
 
 
-run_experts.defvjp(run_experts_fwd, run_experts_bwd)
+run_experts = jax.custom_vjp(run_sorted, nondiff_argnums=(0,))
+run_experts.defvjp(run_sorted_fwd, run_sorted_bwd)
 
 
 def run_own_tokens(
