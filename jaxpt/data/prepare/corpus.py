@@ -196,4 +196,4 @@ def log_counts(counts: dict[str, Any], corpus: io.Path) -> None:
         n = sum(amounts["rows"] for amounts in per_source)
         n_bytes = sum(amounts["bytes"] for amounts in per_source)
         log.info(f"prepare: {split}: {n:,} documents ({n_bytes / 1e6:.1f} MB)")
-    log.info(f"prepare: wrote {corpus}")
+    log.info(f"prepare: the corpus is {corpus}")
