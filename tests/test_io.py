@@ -684,6 +684,10 @@ def test_a_bucket_that_refuses_without_reason_is_asked_again_but_not_for_ever(pl
     proxy.faults.append(buckets.Fault(creates, 412, 1))
     io.take(place / "run").release()
     assert proxy.n_injected
+    manifests = creates.replace(".*\\.json", ".*manifest\\.json")
+    proxy.faults[:] = [buckets.Fault(manifests, 412, 2)]
+    publish_files(place / "out", {"a": "1"})
+    assert not proxy.faults[0].n and io.find_damage(place / "out", verify=True) is None
     proxy.faults.append(buckets.Fault(creates, 412, 1000))
     with pytest.raises(UserError, match="attempts to take this lock were refused"):
         io.take(place / "run")

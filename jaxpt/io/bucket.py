@@ -7,17 +7,21 @@ request that the store answers by 429 or 5xx. An object appears whole or not at 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
 import os
 import pathlib
+import time
 from typing import Any, NamedTuple
 
 from jaxpt.io.errors import MissingFileError, explain
 from jaxpt.io.paths import BucketPath
 from jaxpt.spec import UserError
 
+CREATE_ATTEMPTS = 3  # of a request that is refused though nothing is there
+CREATE_PAUSE = 0.05  # seconds
 PACKAGES = {"gs": ("gcsfs", "requirements-gcs.txt"), "s3": ("s3fs", "requirements-s3.txt")}
 
 
@@ -81,19 +85,21 @@ def create(path: BucketPath, data: bytes) -> bool:
 
     It asks the store by a precondition, if-generation-match 0 or if-none-match *, never by looking
     first. A request that is repeated because its answer was lost meets its own object: so the data
-    of two callers must differ.
+    of two callers must differ. A store that refuses where there is nothing, as S3 may (409) while
+    another request is under way, is asked again.
     """
     with explain("written", path):
-        try:
-            open_bucket(path).pipe_file(path.address, data, mode="create")
-        except OSError as error:
-            if not is_refused(error):
-                raise
+        for _ in range(CREATE_ATTEMPTS):
             try:
+                open_bucket(path).pipe_file(path.address, data, mode="create")
+                return True
+            except OSError as error:
+                if not is_refused(error):
+                    raise
+            with contextlib.suppress(MissingFileError):  # nothing there, or removed since
                 return read(path) == data
-            except MissingFileError:  # removed since
-                return False
-    return True
+            time.sleep(CREATE_PAUSE)
+    return False
 
 
 def is_refused(error: OSError) -> bool:
