@@ -50,6 +50,8 @@ def get_config():
     # More control tokens of a trained tokenizer, such as <|im_start|> for a chat template or
     # <|fim_prefix|>, <|fim_suffix|>, <|fim_middle|>. Text never becomes one.
     c.tokenizer.control_tokens = ()
+    # File of a Jinja chat template for the tokenizer; '' keeps the one that it has.
+    c.tokenizer.chat_template = ""
 
     # ---- pack: Documents -> packed sequences of token ids.
     # Tokens per sequence: the longest context that training sees.

@@ -109,6 +109,9 @@ class TokenizerConfig:
         "More control tokens of a trained tokenizer, such as <|im_start|> for a chat template or "
         "<|fim_prefix|>, <|fim_suffix|>, <|fim_middle|>. Text never becomes one.",
     )
+    chat_template: str = knob(
+        "", "File of a Jinja chat template for the tokenizer; '' keeps the one that it has."
+    )
 
 
 @section

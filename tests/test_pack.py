@@ -203,6 +203,7 @@ def test_datasets_opens_the_sequences_and_they_hold_the_corpus(method, workdir):
                 "doc_lens": datasets.List(datasets.Value("int32")),
                 "doc_ids": datasets.List(datasets.Value("string")),
                 "loss_from": datasets.List(datasets.Value("int32")),
+                "untrained": datasets.List(datasets.Value("int32")),
             }
         )
         whole = encoded(workdir, texts[name])

@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         type=options.parse_path,
         metavar="FILE",
-        help="one prompt per line, or a .json file with a list of strings",
+        help="one prompt per line, or a .json file with a list of strings; with --chat also of "
+        "lists of messages",
     )
     what.add_argument(
         "--differ",
@@ -37,6 +38,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         metavar="NAME=KIND:WHERE",
         help="held-out documents; prints those on which two models differ most",
+    )
+    reading = parser.add_mutually_exclusive_group()
+    reading.add_argument(
+        "--chat",
+        dest="read_as",
+        action="store_const",
+        const="chat",
+        default="text",
+        help="a prompt is a user's message, encoded by the model's chat template",
+    )
+    reading.add_argument(
+        "--control-tokens",
+        dest="read_as",
+        action="store_const",
+        const="control tokens",
+        help="control tokens that a prompt holds are encoded as such, not as text",
     )
     parser.add_argument(
         "--max-new", type=int, default=128, metavar="N", help="new tokens at most (default: 128)"
@@ -104,10 +121,11 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.differ:
         compare.compare_documents(models, arguments.differ, to=to)
         return
-    prompts = compare.read_prompts(arguments.prompts)
+    prompts = compare.read_prompts(arguments.prompts, arguments.read_as)
     compare.compare_samples(
         models,
         prompts,
+        read_as=arguments.read_as,
         max_new=arguments.max_new,
         sampling=sampling,
         seed=arguments.seed,

@@ -10,6 +10,7 @@ import argparse
 
 from jaxpt import io, stage
 from jaxpt.cli import options
+from jaxpt.spec import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +54,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="benchmark files on disk (default: the harness downloads them)",
     )
     parser.add_argument(
+        "--apply-chat-template",
+        action="store_true",
+        help="put the harness's prompts into the model's chat template",
+    )
+    parser.add_argument(
+        "--fewshot-as-multiturn",
+        action="store_true",
+        help="examples are turns of the conversation; with --apply-chat-template",
+    )
+    parser.add_argument(
         "--to", type=options.parse_path, metavar="FILE.json", help="file to write the results to"
     )
 
@@ -61,6 +72,11 @@ def run(arguments: argparse.Namespace) -> None:
     """Evaluate, print the table and write --to."""
     from jaxpt.evaluate import harness
 
+    if arguments.fewshot_as_multiturn and not arguments.apply_chat_template:
+        raise UserError(
+            "--fewshot-as-multiturn: turns need a chat template. Give --apply-chat-template too."
+        )
+    chat = harness.ChatRequest(arguments.apply_chat_template, arguments.fewshot_as_multiturn)
     harness.evaluate_model(
         io.path(arguments.model),
         arguments.tasks,
@@ -69,4 +85,5 @@ def run(arguments: argparse.Namespace) -> None:
         max_length=arguments.max_length,
         data_dir=arguments.data_dir,
         to=stage.check_output_path(arguments.to, "results.json"),
+        chat=chat,
     )

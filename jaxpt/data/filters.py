@@ -24,6 +24,7 @@ from typing import Any
 
 from jaxpt import io
 from jaxpt.data import classifier, dedup, paragraphs, rules
+from jaxpt.data.conversation import is_conversation
 from jaxpt.data.rules import Text
 from jaxpt.data.sources import Document
 from jaxpt.data.sources.files import first_error_line
@@ -450,6 +451,8 @@ class RuleBatch:
             new = prompt + completion
             if not completion.strip():
                 self.drop(i, k, "nothing is left of it")
+            elif new != old and is_conversation(old.meta):
+                self.drop(i, k, "it would edit a conversation")
             elif new != old:
                 self.texts[i] = Text(new, old.notes, old.meta)
                 self.prompt_chars[i] = len(prompt)

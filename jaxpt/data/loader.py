@@ -125,6 +125,9 @@ def require_same_packing(
         )
 
 
+NO_SPANS = np.zeros(0, np.int32)
+
+
 class PackedSequence(NamedTuple):
     """One packed sequence, as views of the mapped file.
 
@@ -132,11 +135,13 @@ class PackedSequence(NamedTuple):
         tokens: int32 [T], padding 0 at the end.
         doc_lens: int32 [segments], tokens of each document or part of one.
         loss_from: int32 [segments], index of the first trained token of each.
+        untrained: int32 [2 n], start, stop, start, ... of further tokens that are not trained on.
     """
 
     tokens: np.ndarray
     doc_lens: np.ndarray
     loss_from: np.ndarray
+    untrained: np.ndarray = NO_SPANS
 
 
 class PackedDataset:
@@ -197,7 +202,8 @@ class PackedDataset:
         segments = slice(batch.offsets[k], batch.offsets[k + 1])
         doc_lens = batch.doc_lens[segments]
         loss_from = batch.loss_from[segments]
-        return PackedSequence(tokens, doc_lens, loss_from)
+        spans = slice(batch.span_offsets[k], batch.span_offsets[k + 1])
+        return PackedSequence(tokens, doc_lens, loss_from, batch.untrained[spans])
 
     def read_document_ids(self, name: str, i: int) -> list[str]:
         """Return the document that each segment of a sequence comes from."""
@@ -270,6 +276,8 @@ class RecordBatchView(NamedTuple):
     offsets: np.ndarray  # int32 [sequences + 1], where the segments of each sequence begin
     doc_lens: np.ndarray  # int32 [segments]
     loss_from: np.ndarray  # int32 [segments]
+    span_offsets: np.ndarray  # int32 [sequences + 1], where those of each sequence begin
+    untrained: np.ndarray  # int32 [2 spans]
 
 
 class PackedSourceReader:
@@ -368,7 +376,10 @@ class PackedSourceReader:
         doc_lens = segment_column.values.to_numpy()
         loss_from_column = batch.column("loss_from")
         loss_from = loss_from_column.values.to_numpy()
-        return RecordBatchView(batch, input_ids, offsets, doc_lens, loss_from)
+        spans = batch.column("untrained")
+        untrained = spans.values.to_numpy()
+        columns = (input_ids, offsets, doc_lens, loss_from, spans.offsets.to_numpy(), untrained)
+        return RecordBatchView(batch, *columns)
 
     def require_intact(self, byte_range: ByteRange, is_intact: bool) -> None:
         """Raise UserError for a range that is not intact."""
@@ -434,6 +445,9 @@ def make_batch(sequences: Sequence[PackedSequence], document_mask: bool) -> Batc
     index = np.arange(tokens.size, dtype=np.int32).reshape(shape)
     positions = index - spread(starts)
     is_trained = positions >= spread(np.concatenate(loss_from))
+    for row, sequence in zip(is_trained, sequences, strict=True):
+        for start, stop in sequence.untrained.reshape(-1, 2):
+            row[start:stop] = False
     if not document_mask:
         segment_ids = (segment_ids > 0).astype(np.int32)
         all_positions = np.arange(seq_len, dtype=np.int32)

@@ -34,7 +34,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxpt import config, io, stage
-from jaxpt.data import executor, fim, tokenizer
+from jaxpt.data import chat, executor, fim, tokenizer
+from jaxpt.data.conversation import decode_conversation, is_conversation, join_contents
 from jaxpt.spec import Manifest, Record, SpecialTokens, UserError
 from jaxpt.text import name_some
 
@@ -59,14 +60,19 @@ LESSON_FILE = "packaged_pretrain_dataset.parquet"  # of the course's lesson 3
 INT32 = pa.int32()
 INT_LIST = pa.list_(INT32)
 STRING_LIST = pa.list_(pa.string())
-TOKEN_SCHEMA = pa.schema({"id": pa.string(), "ids": INT_LIST, "loss_from": INT32})
+TOKEN_SCHEMA = pa.schema(
+    {"id": pa.string(), "ids": INT_LIST, "loss_from": INT32, "untrained": INT_LIST}
+)
 SPLITS = ("train", "heldout")
+NO_SPANS = np.zeros((0, 2), np.int32)
 
 
 def packed_schema(seq_len: int) -> pa.Schema:
     """Return the schema of the shards."""
     fields = {"input_ids": pa.list_(INT32, seq_len)}
     fields |= {"doc_lens": INT_LIST, "doc_ids": STRING_LIST, "loss_from": INT_LIST}
+    # of conversations: start, stop, start, ... of the sequence's tokens that are not trained on
+    fields |= {"untrained": INT_LIST}
     return pa.schema(fields)
 
 
@@ -156,6 +162,8 @@ class TokenizeResult(Record):
     n_cut_tokens: int = 0
     n_fim_documents: int = 0
     n_fim_too_long: int = 0
+    n_conversations: int = 0
+    turn_end_id: int | None = None  # by which an answer in them ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,6 +307,7 @@ def pack_splits(
         shards_dir = out.joinpath(*key)
         pack_jobs[key] = plan_pack_jobs(jobs, shards_dir, directory, layout)
     run_pack_jobs(where, run_pack_job, pack_jobs.values(), ("packing", "sequences"))
+    special_tokens = add_turn_ends(special_tokens, itertools.chain(*tokenize_jobs.values()))
     counts = PackCounts(
         **dataclasses.asdict(layout), special_tokens=special_tokens, train={}, heldout={}
     )
@@ -315,6 +324,20 @@ def pack_splits(
             )
     io.remove_working(jobs_dir)
     return counts
+
+
+def add_turn_ends(tokens: SpecialTokens, jobs: Iterable[TokenizeJob]) -> SpecialTokens:
+    """Return special tokens with those that end the answers of conversations."""
+    results = load_results(TokenizeResult, list(jobs))
+    chats = [result for result in results if result.n_conversations]
+    ends = [result.turn_end_id for result in chats]
+    if None in ends:
+        log.warning(
+            "pack: the chat template ends an answer by no control token that is trained on, so the "
+            "model will not learn to stop. Put eos_token behind the content of the assistant."
+        )
+    found = [token_id for token_id in ends if token_id is not None]
+    return dataclasses.replace(tokens, eos_ids=tuple(dict.fromkeys((*tokens.eos_ids, *found))))
 
 
 def estimate_bytes(files: Iterable[pathlib.Path]) -> int:
@@ -453,13 +476,29 @@ class Segment(NamedTuple):
     document: str  # its id
     part: int = 0  # 0, 1, ... of its document
     loss_from: int = 0  # the first trained token; those before it belong to a prompt
+    untrained: np.ndarray = NO_SPANS  # int32 [n, 2], further tokens that are not trained on
 
     def split(self, start: int, stop: int, part: int) -> Segment:
         """Return the tokens from start to stop as a segment."""
         ids = self.ids[start:stop]
         loss_from = max(self.loss_from - start, 0)
         loss_from = min(loss_from, len(ids))
-        return Segment(ids, self.document, part, loss_from)
+        untrained = self.untrained
+        if len(untrained):
+            untrained = np.clip(untrained - start, 0, len(ids))
+            untrained = untrained[untrained[:, 0] < untrained[:, 1]]
+        return Segment(ids, self.document, part, loss_from, untrained)
+
+    def list_targets(self) -> np.ndarray:
+        """Return the ids of the tokens that are trained on."""
+        first = max(1, self.loss_from)
+        if not len(self.untrained):
+            return self.ids[first:]
+        is_trained = np.ones(len(self.ids), bool)
+        is_trained[:first] = False
+        for start, stop in self.untrained:
+            is_trained[start:stop] = False
+        return self.ids[is_trained]
 
 
 def plan_tokenize_jobs(
@@ -511,7 +550,11 @@ def split_row_groups(sizes: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def run_tokenize_job(job: TokenizeJob) -> int:
-    """Write the ids of each document, bos + ids + eos. Return the bytes of their texts."""
+    """Write the ids of each document: bos + ids + eos, or as the chat template has it.
+
+    Returns:
+        The bytes of their texts.
+    """
     os.environ["TOKENIZERS_PARALLELISM"] = job.parallelism
     encoder = load_cached_tokenizer(job.tokenizer_path)
     file = pathlib.Path(job.corpus_path)
@@ -524,13 +567,16 @@ def run_tokenize_job(job: TokenizeJob) -> int:
     n_first = 0 if encoder.bos_id is None else 1  # bos stays
     fim_encoder = fim.FimEncoder(encoder) if job.fim_rate else None
     n_documents = n_bytes = n_unknown = n_cut_prompts = n_cut_tokens = n_fim = n_fim_too_long = 0
+    n_conversations, turn_end_id = 0, None
     with (
         io.writing(output) as temporary,
         pa.OSFile(str(temporary), "wb") as sink,
         pa.ipc.new_stream(sink, TOKEN_SCHEMA) as stream,
     ):
         for batch in iter_text_batches(file, job.row_groups):
-            ids, loss_from = encoder.encode_documents(batch.texts, batch.prompt_chars)
+            chats = encode_chats(batch, job.tokenizer_path)
+            texts = ["" if i in chats else text for i, text in enumerate(batch.texts)]
+            ids, loss_from = encoder.encode_documents(texts, batch.prompt_chars)
             for i, n_prompt in enumerate(loss_from):
                 n_cut = count_excess(len(ids[i]), n_prompt, job.seq_len)
                 if n_cut:
@@ -541,26 +587,65 @@ def run_tokenize_job(job: TokenizeJob) -> int:
             if fim_encoder:
                 chosen = {
                     i: pieces
-                    for i, text in enumerate(batch.texts)
+                    for i, text in enumerate(texts)
                     if not batch.prompt_chars[i]
                     and (pieces := fim.cut_document(text, job.fim_rate))
                 }
                 n_done = rearrange_documents(ids, chosen, fim_encoder, job.seq_len)
                 n_fim += n_done
                 n_fim_too_long += len(chosen) - n_done
-            offsets = np.cumsum([0, *map(len, ids)])
-            lists = pa.ListArray.from_arrays(pa.array(offsets, INT32), np.concatenate(ids))
-            columns = {"id": batch.ids, "ids": lists, "loss_from": loss_from}
+            untrained = [NO_SPANS] * len(ids)
+            for i, encoded in chats.items():
+                ids[i], untrained[i] = encoded
+            n_conversations += len(chats)
+            if chats:
+                turn_end_id = load_cached_template(job.tokenizer_path).find_turn_end()
+            columns = {"id": batch.ids, "ids": make_lists(ids), "loss_from": loss_from}
+            columns["untrained"] = make_lists([spans.reshape(-1) for spans in untrained])
             record_batch = pa.record_batch(columns, schema=TOKEN_SCHEMA)
             stream.write_batch(record_batch)
             n_documents += len(batch.texts)
             n_bytes += sum(len(text.encode()) for text in batch.texts)
             n_unknown += encoder.count_unknown(ids)
     result = TokenizeResult(
-        n_documents, n_bytes, n_unknown, n_cut_prompts, n_cut_tokens, n_fim, n_fim_too_long
+        n_documents,
+        n_bytes,
+        n_unknown,
+        n_cut_prompts,
+        n_cut_tokens,
+        n_fim,
+        n_fim_too_long,
+        n_conversations,
+        turn_end_id,
     )
     io.write_json(pathlib.Path(job.result_path), result)
     return n_bytes
+
+
+def encode_chats(batch: TextBatch, tokenizer_path: str) -> dict[int, chat.EncodedChat]:
+    """Return place in the batch -> encoded conversation.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or the template refuses a conversation.
+    """
+    places = [i for i, meta in enumerate(batch.meta) if is_conversation(meta)]
+    if not places:
+        return {}
+    conversations = [decode_conversation(batch.meta[i]) for i in places]
+    for i, messages in zip(places, conversations, strict=True):
+        if join_contents(messages) != batch.texts[i]:
+            raise UserError(
+                f"pack: a rule of prepare has edited the text of the conversation {batch.ids[i]}, "
+                "but cannot edit its messages. Leave the rule out: prepare.rules=-corpus_paragraphs"
+            )
+    encoded = load_cached_template(tokenizer_path).encode_conversations(conversations)
+    return dict(zip(places, encoded, strict=True))
+
+
+def make_lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
+    """Return int32 arrays as one Arrow array of lists."""
+    offsets = np.cumsum([0, *map(len, arrays)])
+    return pa.ListArray.from_arrays(pa.array(offsets, INT32), np.concatenate(arrays))
 
 
 def rearrange_documents(
@@ -611,12 +696,19 @@ def count_excess(n_tokens: int, n_prompt: int, seq_len: int) -> int:
 load_cached_tokenizer = functools.lru_cache(maxsize=1)(tokenizer.load_tokenizer)
 
 
+@functools.lru_cache(maxsize=1)
+def load_cached_template(tokenizer_path: str) -> chat.ChatTemplate:
+    """Return the chat template of a tokenizer. Raise UserError if it has none."""
+    return chat.ChatTemplate(load_cached_tokenizer(tokenizer_path), tokenizer_path)
+
+
 class TextBatch(NamedTuple):
     """Documents that are encoded at once."""
 
     ids: list[str]
     texts: list[str]
     prompt_chars: list[int]
+    meta: list[str]
 
 
 def iter_text_batches(file: pathlib.Path, groups: Sequence[int]) -> Iterator[TextBatch]:
@@ -626,20 +718,24 @@ def iter_text_batches(file: pathlib.Path, groups: Sequence[int]) -> Iterator[Tex
         UserError: the file cannot be read.
     """
     columns = ["id", "text", "prompt_chars"]
-    batch = TextBatch([], [], [])
+    batch = TextBatch([], [], [], [])
     n_chars = 0
     with corpus_read_errors(file):
         reader = pq.ParquetFile(file)
+        if "meta" in reader.schema_arrow.names:  # shards of others may have none
+            columns.append("meta")
         batches = reader.iter_batches(256, row_groups=list(groups), columns=columns)
         for rows in batches:
             values = [rows.column(name).to_pylist() for name in columns]
+            if len(values) < len(batch):
+                values.append(["{}"] * len(rows))
             for document in zip(*values, strict=True):
                 for column, value in zip(batch, document, strict=True):
                     column.append(value)
                 n_chars += len(batch.texts[-1])
                 if n_chars >= MAX_ENCODE_CHARS:
                     yield batch
-                    batch = TextBatch([], [], [])
+                    batch = TextBatch([], [], [], [])
                     n_chars = 0
     if batch.ids:
         yield batch
@@ -791,9 +887,15 @@ def read_tokenized_documents(documents: DocumentRange) -> Iterator[Segment]:
         ids = column.values.to_numpy()
         names = part.column("id").to_pylist()
         prompt_ends = part.column("loss_from").to_pylist()
+        spans = part.column("untrained")
+        span_offsets = spans.offsets.to_numpy()
+        untrained = spans.values.to_numpy()
         for i, loss_from in enumerate(prompt_ends):
             document_ids = ids[offsets[i] : offsets[i + 1]]
-            yield Segment(document_ids, names[i], 0, loss_from)
+            own = NO_SPANS
+            if span_offsets[i] < span_offsets[i + 1]:
+                own = untrained[span_offsets[i] : span_offsets[i + 1]].reshape(-1, 2)
+            yield Segment(document_ids, names[i], 0, loss_from, own)
 
 
 # ---- which segments share a sequence
@@ -903,8 +1005,7 @@ def write_sequences(
             for segment in itertools.chain.from_iterable(group):
                 n_tokens += len(segment.ids)
                 n_split += segment.part == 1
-                first_target = max(1, segment.loss_from)
-                trained.append(segment.ids[first_target:])
+                trained.append(segment.list_targets())
             n_sequences += len(group)
             targets = np.concatenate(trained)
             token_counts += np.bincount(targets, minlength=vocab_size)
@@ -936,7 +1037,19 @@ def make_record_batch(sequences: list[list[Segment]], seq_len: int) -> pa.Record
         lists.append(pa.ListArray.from_arrays(offsets, column))
     flat_ids = pa.array(ids.reshape(-1))
     input_ids = pa.FixedSizeListArray.from_arrays(flat_ids, seq_len)
-    return pa.record_batch([input_ids, *lists], schema=packed_schema(seq_len))
+    untrained = pa.array(list(map(list_untrained, sequences)), INT_LIST)
+    return pa.record_batch([input_ids, *lists, untrained], schema=packed_schema(seq_len))
+
+
+def list_untrained(sequence: list[Segment]) -> list[int]:
+    """Return start, stop, start, ... of the spans of a sequence that are not trained on."""
+    found = []
+    position = 0
+    for segment in sequence:
+        if len(segment.untrained):
+            found += (segment.untrained + position).reshape(-1).tolist()
+        position += len(segment.ids)
+    return found
 
 
 def gather_shards(
@@ -1032,7 +1145,7 @@ def write_datasets_metadata(out: pathlib.Path, seq_len: int, files: list[str]) -
     string = {"dtype": "string", "_type": "Value"}
     sequence = {"feature": integer, "length": seq_len, "_type": "List"}
     features: dict[str, Any] = {"input_ids": sequence}
-    values = {"doc_lens": integer, "doc_ids": string, "loss_from": integer}
+    values = {"doc_lens": integer, "doc_ids": string, "loss_from": integer, "untrained": integer}
     for name, value in values.items():
         features[name] = {"feature": value, "_type": "List"}
     state = {

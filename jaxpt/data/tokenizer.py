@@ -139,6 +139,8 @@ def train_tokenizer(
         files = find_tokenizer_files(find_tokenizer(section.source))
         inputs = {file.name: file for file in files}
         request = {"source": "adopted"}
+    if section.chat_template:
+        inputs["chat_template"] = io.path(section.chat_template)
 
     def work(out: pathlib.Path) -> dict[str, Any]:
         if is_trained:
@@ -146,6 +148,8 @@ def train_tokenizer(
             source = convert_sentencepiece(model, "the trained tokenizer", section.model)
         else:
             source = read_tokenizer_source(section.source)
+        if section.chat_template:
+            source.config["chat_template"] = io.read_text(inputs["chat_template"])
         tokenizer = Tokenizer(source.backend, source.config, section.source)
         tokenizer.save_tokenizer(out)
         if source.sentencepiece_model:
@@ -294,6 +298,17 @@ class Tokenizer:
         """Return the ids of PROBE_TEXTS, each after what the tokenizer puts before a text."""
         first = [] if self.bos_id is None else [self.bos_id]
         return [first + ids for ids in self.encode_batch(PROBE_TEXTS)]
+
+    @functools.cached_property
+    def control_backend(self) -> tokenizers.Tokenizer:
+        """The library's form that reads control tokens from text, as a prompt may hold them."""
+        backend = type(self.backend).from_str(self.backend.to_str())
+        backend.encode_special_tokens = False
+        return backend
+
+    def encode_with_controls(self, text: str) -> list[int]:
+        """Return the ids of a text whose literal control tokens are meant as such."""
+        return self.control_backend.encode(text, add_special_tokens=False).ids
 
     def encode_documents(
         self, texts: Sequence[str], prompt_chars: Sequence[int]

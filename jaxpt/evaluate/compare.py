@@ -15,7 +15,8 @@ from typing import Protocol
 import numpy as np
 
 from jaxpt import config, io, stage
-from jaxpt.data import sources, tokenizer
+from jaxpt.data import chat, sources, tokenizer
+from jaxpt.data.conversation import Conversation
 from jaxpt.evaluate import likelihood
 from jaxpt.model import decode
 from jaxpt.sharding import make_mesh
@@ -24,6 +25,8 @@ from jaxpt.text import display_width, format_table
 from jaxpt.weights.load import LoadedModel, load_model, open_tokenizer, resolve_source
 
 log = logging.getLogger(__name__)
+
+Prompt = str | Conversation
 
 # characters of a column; where models would get less, their texts are printed below each other
 MIN_COLUMN_WIDTH = 24
@@ -45,6 +48,8 @@ class GenerationSettings(Record):
     top_k: int
     top_p: float
     seed: int
+    # how a prompt is read: "text"; "control tokens", which it may hold; "chat", by the template
+    read_as: str = "text"
 
     @property
     def sampling(self) -> decode.Sampling:
@@ -111,8 +116,9 @@ class DocumentComparison(Record):
 
 def compare_samples(
     models: list[io.Path],
-    prompts: list[str],
+    prompts: list[Prompt],
     *,
+    read_as: str = "text",
     max_new: int = 128,
     sampling: decode.Sampling = decode.Sampling(),
     seed: int = 0,
@@ -126,7 +132,9 @@ def compare_samples(
 
     Args:
         models: runs, checkpoints or Hugging Face directories.
-        prompts: texts to continue.
+        prompts: texts to continue, or conversations.
+        read_as: "text"; "control tokens": those in a prompt are encoded as such; "chat": a prompt
+            is a user's message or a conversation, encoded by the model's chat template.
         max_new: most tokens of a continuation.
         sampling: how tokens are chosen.
         seed: of the sampling.
@@ -138,7 +146,9 @@ def compare_samples(
     """
     names = name_models(models)
     contents = {str(file): read_text_file(file) for file in texts}
-    settings = GenerationSettings(max_new, **dataclasses.asdict(sampling), seed=seed)
+    settings = GenerationSettings(
+        max_new, **dataclasses.asdict(sampling), seed=seed, read_as=read_as
+    )
     model_prints = fingerprint_models(models)
     request = stage.fingerprint([names, model_prints, prompts, settings.to_json(), contents])
     earlier = stage.read_cached_result(to, request)
@@ -147,12 +157,14 @@ def compare_samples(
         print_columns(found)
         log.info(f"compare: {to} holds this already, nothing to do")
         return found
+    shown = [chat.format_conversation(chat.read_conversation(each, "")) for each in prompts]
     outputs: list[list[Continuation]] = [[] for _ in prompts]
     scores: dict[str, dict[str, float | None]] = {file: {} for file in contents}
     reasons: dict[str, dict[str, str]] = {file: {} for file in contents}
     for name, model in zip(names, models, strict=True):
         loaded, encoder = load_compared_models(model)
-        written = generate_continuations(loaded, encoder, name, prompts, settings)
+        token_ids = encode_prompts(encoder, name, prompts, read_as)
+        written = generate_continuations(loaded, encoder, name, shown, token_ids, settings)
         for of_prompt, continuation in zip(outputs, written, strict=True):
             of_prompt.append(continuation)
         for file, text in contents.items():
@@ -171,7 +183,7 @@ def compare_samples(
             if sums.reason:
                 reasons[file][name] = sums.reason
     by_prompt = []
-    for prompt, continuations in zip(prompts, outputs, strict=True):
+    for prompt, continuations in zip(shown, outputs, strict=True):
         by_prompt.append(PromptSamples(prompt, tuple(continuations)))
     samples = SampleComparison(
         request=request,
@@ -205,6 +217,25 @@ def load_compared_models(model: io.Path) -> tuple[LoadedModel, tokenizer.Tokeniz
     return loaded, open_tokenizer(loaded)
 
 
+def encode_prompts(
+    encoder: tokenizer.Tokenizer, name: str, prompts: list[Prompt], read_as: str
+) -> list[list[int]]:
+    """Return the ids of each prompt, for one model; see `compare_samples`."""
+    if read_as == "chat":
+        template = chat.ChatTemplate(encoder, name)
+        conversations = [chat.read_conversation(prompt, "--prompts") for prompt in prompts]
+        return [template.encode_prompt(each) for each in conversations]
+    texts = list(map(str, prompts))
+    if read_as == "control tokens":
+        encoded = list(map(encoder.encode_with_controls, texts))
+    else:
+        encoded = encoder.encode_batch(texts)
+    bos_id = encoder.bos_id
+    if bos_id is None:
+        return encoded
+    return [ids if ids[:1] == [bos_id] else [bos_id, *ids] for ids in encoded]
+
+
 class ShowProgress(Protocol):
     """What shows a continuation while it is written."""
 
@@ -217,11 +248,19 @@ def generate_continuations(
     encoder: tokenizer.Tokenizer,
     name: str,
     prompts: list[str],
+    token_ids: list[list[int]],
     settings: GenerationSettings,
 ) -> list[Continuation]:
-    """Return one model's continuation of each prompt."""
-    start_ids = [] if encoder.bos_id is None else [encoder.bos_id]
-    token_ids = [start_ids + ids for ids in encoder.encode_batch(prompts)]
+    """Return one model's continuation of each prompt.
+
+    Args:
+        loaded: the model.
+        encoder: its tokenizer.
+        name: its name.
+        prompts: as they are shown.
+        token_ids: of each prompt.
+        settings: of decoding.
+    """
     decode.check_prompts(loaded.spec, token_ids)
     repeats = decode.number_repeats(token_ids)
 
@@ -332,8 +371,10 @@ def read_text_file(file: io.Path) -> str:
     return text
 
 
-def read_prompts(file: io.Path) -> list[str]:
-    """Return the strings of a JSON list in a .json file, else the lines, without blank ones.
+def read_prompts(file: io.Path, read_as: str = "text") -> list[Prompt]:
+    """Return the items of a JSON list in a .json file, else the lines, without blank ones.
+
+    Items are strings, or conversations where prompts are read as chat.
 
     Raises:
         UserError: the file cannot be read, or no prompt is left.
@@ -348,9 +389,12 @@ def read_prompts(file: io.Path) -> list[str]:
             f"--prompts {file}: cannot be read ({error}) Expected a text file with a prompt per "
             "line, or a JSON list of strings."
         ) from None
-    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+    if isinstance(prompts, list) and read_as == "chat":
+        for number, prompt in enumerate(prompts, 1):
+            chat.read_conversation(prompt, f"--prompts {file}: item {number}")
+    elif not isinstance(prompts, list) or not all(isinstance(each, str) for each in prompts):
         raise UserError(f"--prompts {file}: expected a list of strings, got other JSON.")
-    prompts = [prompt for prompt in prompts if prompt.strip()]
+    prompts = [each for each in prompts if not isinstance(each, str) or each.strip()]
     if not prompts:
         raise UserError(f"--prompts {file}: holds no prompt. Write one per line.")
     return prompts

@@ -24,6 +24,7 @@ import jax
 
 from jaxpt import config, io, stage
 from jaxpt.data import benchmarks, sources, tokenizer
+from jaxpt.data.chat import ChatTemplate
 from jaxpt.evaluate import contamination, likelihood, reference
 from jaxpt.model import decode, transformer
 from jaxpt.sharding import make_mesh
@@ -48,6 +49,18 @@ class TaskRequest(NamedTuple):
 
     items: int | None = None
     shots: int | None = None
+
+
+class ChatRequest(NamedTuple):
+    """The harness's settings for chat models.
+
+    Attributes:
+        apply_template: its prompts go through the chat template.
+        fewshot_as_multiturn: examples are turns of the conversation.
+    """
+
+    apply_template: bool = False
+    fewshot_as_multiturn: bool = False
 
 
 GROUPS: dict[str, dict[str, TaskRequest]] = {
@@ -77,6 +90,7 @@ def evaluate_model(
     max_length: int | None = None,
     data_dir: io.Path | None = None,
     to: io.Path | None = None,
+    chat: ChatRequest = ChatRequest(),
 ) -> dict[str, Any]:
     """Evaluate a model, print a table, and write the results to `to`.
 
@@ -90,6 +104,7 @@ def evaluate_model(
         max_length: tokens that the model sees at once; None: its own context.
         data_dir: where benchmark files are; None: the harness downloads its own.
         to: the file to write.
+        chat: whether the harness puts its prompts into the model's chat template.
 
     Returns:
         The results as JSON, in the harness's format.
@@ -116,7 +131,8 @@ def evaluate_model(
             read[key] = stage.fingerprint_path(path)
     model_print = stage.fingerprint_path(resolve_source(model))
     local_print = stage.fingerprint(local)
-    request = stage.fingerprint([model_print, tasks, backend, limit, max_length, read, local_print])
+    asked_for = [model_print, tasks, backend, limit, max_length, read, local_print, chat]
+    request = stage.fingerprint(asked_for)
     earlier = stage.read_cached_result(to, request)
     if earlier:
         print(io.printable(format_results(earlier), keep="\n"))
@@ -131,6 +147,8 @@ def evaluate_model(
             "text can be scored. Copy there the one it was trained with."
         )
     encoder = open_tokenizer(loaded)
+    if chat.apply_template:
+        ChatTemplate(encoder, str(model))  # or it is refused
     computed_by = "our code" if backend == "jax" else "transformers"
     n_params = transformer.count_params(spec)
     log.info(f"evaluate: {model}, {n_params:,} parameters, by {computed_by}")
@@ -161,7 +179,7 @@ def evaluate_model(
             # the harness has one limit and one number of examples for all tasks of a call
             for how in dict.fromkeys(asked.values()):
                 names = [name for name in asked if asked[name] == how]
-                found, logged = run_harness(judged, names, how, local, kept)
+                found, logged = run_harness(judged, names, how, local, kept, chat)
                 merge_results(results, found)
                 samples |= logged
     corpora = contamination.find_training_corpora(model)
@@ -327,6 +345,7 @@ def run_harness(
     how: TaskRequest,
     local: LocalRows,
     kept: pathlib.Path | None,
+    chat: ChatRequest = ChatRequest(),
 ) -> tuple[dict[str, Any], Samples]:
     """Run the harness's simple_evaluate over tasks.
 
@@ -336,6 +355,7 @@ def run_harness(
         how: number of items and examples.
         local: task -> split -> rows that replace the harness's own files.
         kept: where the harness stores each answer, and looks before it asks.
+        chat: its settings for chat models.
 
     Returns:
         Its results, and task -> what it logged of each item.
@@ -365,6 +385,8 @@ def run_harness(
             task_manager=manager,
             bootstrap_iters=1000,
             use_cache=str(kept) if kept else None,
+            apply_chat_template=chat.apply_template,
+            fewshot_as_multiturn=chat.fewshot_as_multiturn,
         )
     except OverflowError:
         raise UserError(
@@ -443,6 +465,20 @@ def make_lm_adapter(
         def prefix_token_id(self) -> int:
             bos_id = self.tokenizer.bos_token_id
             return self.eot_token_id if bos_id is None else bos_id
+
+        @property
+        def tokenizer_name(self) -> str:
+            return self.tokenizer.name_or_path.replace("/", "__")
+
+        def apply_chat_template(
+            self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+        ) -> str:
+            return self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
 
         def tok_encode(
             self, string: str, add_special_tokens: bool | None = None, **kwargs

@@ -179,11 +179,11 @@ def check_files(directory: pathlib.Path) -> None:
 
     transformers and other libraries would wait for a pipe, or read a device, for ever.
     """
-    files = []
+    files = [directory / huggingface.GENERATION_CONFIG]  # nobody else would miss it
     for name in io.list_names(directory):
         file = directory / name
         if io.size(file) is not None:
-            if name.endswith(WRITTEN_FILES):
+            if name.endswith(WRITTEN_FILES) and file not in files:
                 files.append(file)
         elif io.exists(file) and not file.is_dir():
             raise UserError(

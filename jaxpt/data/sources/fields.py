@@ -1,4 +1,4 @@
-"""A document from a record's field, or from two: prompt+completion."""
+"""A document from a record's field, a text or messages, or from two: prompt+completion."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from jaxpt.data.conversation import encode_conversation, join_contents
 from jaxpt.data.sources.source import Document
 from jaxpt.spec import UserError
 
@@ -40,6 +41,8 @@ def make_document(id: str, record: dict[str, Any], fields: str, place: str) -> D
     Raises:
         UserError: a field is missing or no text, or the completion is empty; it names the place.
     """
+    if isinstance(record.get(fields), list):
+        return make_conversation(id, record[fields], place)
     *prompt, text = [get_text_field(record, field, place) for field in fields.split("+")]
     if prompt and not text:
         raise UserError(
@@ -48,6 +51,27 @@ def make_document(id: str, record: dict[str, Any], fields: str, place: str) -> D
         )
     prompt_text = "".join(prompt)
     return Document(id, prompt_text + text, len(prompt_text))
+
+
+def make_conversation(id: str, messages: list[Any], place: str) -> Document:
+    """Return the document of a list of messages: their contents, and themselves as its meta.
+
+    Raises:
+        UserError: they are none, or no assistant says anything.
+    """
+    cleaned = []
+    for message in messages:
+        if not isinstance(message, dict):
+            message = {}
+        role, content = (get_text_field(message, name, place) for name in ("role", "content"))
+        content = content.replace("\r\n", "\n").replace("\r", "\n")
+        cleaned.append({**message, "role": role, "content": content})
+    if not any(message["role"] == "assistant" for message in cleaned):
+        raise UserError(
+            f"{place}: no message is an assistant's, so there is nothing to learn from it. Remove "
+            "the record."
+        )
+    return Document(id, join_contents(cleaned), 0, encode_conversation(cleaned))
 
 
 def get_text_field(record: dict[str, Any], field: str, place: str) -> str:
