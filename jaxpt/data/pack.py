@@ -18,6 +18,7 @@ a cluster, gives the same sequences, and a killed run continues with the jobs th
 from __future__ import annotations
 
 import bisect
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -155,8 +156,8 @@ class TokenizeJob(PackingJob):
 class TokenizeResult(Record):
     """Counts of a finished TokenizeJob."""
 
-    n_documents: int
-    n_text_bytes: int  # of UTF-8
+    n_documents: int = 0
+    n_text_bytes: int = 0  # of UTF-8
     n_unknown_tokens: int = 0
     n_cut_prompts: int = 0
     n_cut_tokens: int = 0
@@ -564,10 +565,9 @@ def run_tokenize_job(job: TokenizeJob) -> int:
             f"{file}: its checksum is not the manifest's: it was changed or damaged. "
             "Run jaxpt prepare again with --replace."
         )
-    n_first = 0 if encoder.bos_id is None else 1  # bos stays
     fim_encoder = fim.FimEncoder(encoder) if job.fim_rate else None
-    n_documents = n_bytes = n_unknown = n_cut_prompts = n_cut_tokens = n_fim = n_fim_too_long = 0
-    n_conversations, turn_end_id = 0, None
+    counts: collections.Counter[str] = collections.Counter()  # of TokenizeResult
+    turn_end_id = None
     with (
         io.writing(output) as temporary,
         pa.OSFile(str(temporary), "wb") as sink,
@@ -577,13 +577,8 @@ def run_tokenize_job(job: TokenizeJob) -> int:
             chats = encode_chats(batch, job.tokenizer_path)
             texts = ["" if i in chats else text for i, text in enumerate(batch.texts)]
             ids, loss_from = encoder.encode_documents(texts, batch.prompt_chars)
-            for i, n_prompt in enumerate(loss_from):
-                n_cut = count_excess(len(ids[i]), n_prompt, job.seq_len)
-                if n_cut:
-                    ids[i] = np.delete(ids[i], slice(n_first, n_first + n_cut))
-                    loss_from[i] -= n_cut
-                    n_cut_prompts += 1
-                    n_cut_tokens += n_cut
+            n_first = 0 if encoder.bos_id is None else 1  # bos stays
+            counts += cut_prompts(ids, loss_from, n_first, job.seq_len)
             if fim_encoder:
                 chosen = {
                     i: pieces
@@ -592,34 +587,45 @@ def run_tokenize_job(job: TokenizeJob) -> int:
                     and (pieces := fim.cut_document(text, job.fim_rate))
                 }
                 n_done = rearrange_documents(ids, chosen, fim_encoder, job.seq_len)
-                n_fim += n_done
-                n_fim_too_long += len(chosen) - n_done
+                counts["n_fim_documents"] += n_done
+                counts["n_fim_too_long"] += len(chosen) - n_done
             untrained = [NO_SPANS] * len(ids)
             for i, encoded in chats.items():
                 ids[i], untrained[i] = encoded
-            n_conversations += len(chats)
             if chats:
                 turn_end_id = load_cached_template(job.tokenizer_path).find_turn_end()
             columns = {"id": batch.ids, "ids": make_lists(ids), "loss_from": loss_from}
             columns["untrained"] = make_lists([spans.reshape(-1) for spans in untrained])
             record_batch = pa.record_batch(columns, schema=TOKEN_SCHEMA)
             stream.write_batch(record_batch)
-            n_documents += len(batch.texts)
-            n_bytes += sum(len(text.encode()) for text in batch.texts)
-            n_unknown += encoder.count_unknown(ids)
-    result = TokenizeResult(
-        n_documents,
-        n_bytes,
-        n_unknown,
-        n_cut_prompts,
-        n_cut_tokens,
-        n_fim,
-        n_fim_too_long,
-        n_conversations,
-        turn_end_id,
-    )
+            counts["n_documents"] += len(batch.texts)
+            counts["n_text_bytes"] += sum(len(text.encode()) for text in batch.texts)
+            counts["n_unknown_tokens"] += encoder.count_unknown(ids)
+            counts["n_conversations"] += len(chats)
+    result = TokenizeResult(**counts, turn_end_id=turn_end_id)
     io.write_json(pathlib.Path(job.result_path), result)
-    return n_bytes
+    return result.n_text_bytes
+
+
+def cut_prompts(
+    ids: list[np.ndarray], loss_from: list[int], n_first: int, seq_len: int
+) -> collections.Counter[str]:
+    """Cut the beginnings of prompts that are too long, in place. Return the counts.
+
+    Args:
+        ids: of each document.
+        loss_from: first trained token of each.
+        n_first: tokens in front of a prompt that stay.
+        seq_len: tokens per sequence.
+    """
+    counts: collections.Counter[str] = collections.Counter()
+    for i, n_prompt in enumerate(loss_from):
+        n_cut = count_excess(len(ids[i]), n_prompt, seq_len)
+        if n_cut:
+            ids[i] = np.delete(ids[i], slice(n_first, n_first + n_cut))
+            loss_from[i] -= n_cut
+            counts.update(n_cut_prompts=1, n_cut_tokens=n_cut)
+    return counts
 
 
 def encode_chats(batch: TextBatch, tokenizer_path: str) -> dict[int, chat.EncodedChat]:
