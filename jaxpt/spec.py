@@ -16,6 +16,8 @@ import typing
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
+NOT_FINITE = "not_finite"  # key of a record's JSON: place -> why a number is null there
+
 
 class UserError(ValueError):
     """A mistake that the user can fix, in one sentence: where, expected, got, what to do.
@@ -34,8 +36,19 @@ class Record:
     """
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as plain values, nested records included."""
-        return {name: encode_json(getattr(self, name)) for name in field_names(type(self))}
+        """Return the fields as plain values, nested records included.
+
+        A number that is not finite is null, and the key "not_finite" says what it was:
+        {"heldout_loss.prose": "NaN"}.
+        """
+        fields = {}
+        faults: dict[str, str] = {}
+        for name in field_names(type(self)):
+            value = getattr(self, name)
+            fields[name] = encode_json(value)
+            if not isinstance(value, Record):  # which names its own
+                note_nonfinite(value, name, faults)
+        return fields | {NOT_FINITE: faults} if faults else fields
 
     @classmethod
     def from_json(cls, fields: Any, where: str = "") -> Self:
@@ -52,6 +65,7 @@ class Record:
         if not isinstance(fields, dict):
             raise UserError(f"{name}: expected a JSON object, got {fields!r:.80}.")
         hints = list_hints(cls)
+        fields = {key: value for key, value in fields.items() if key != NOT_FINITE}
         unknown = sorted(fields.keys() - hints.keys())
         if unknown:
             raise UserError(
@@ -94,6 +108,27 @@ def encode_json(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [encode_json(item) for item in value]
     return value
+
+
+def note_nonfinite(value: Any, where: str, faults: dict[str, str]) -> None:
+    """Note "NaN" or "infinite" for each number of a plain value that is so, by its place."""
+    if isinstance(value, float):
+        reason = describe_nonfinite(value)
+        if reason:
+            faults[where] = reason
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            note_nonfinite(item, f"{where}.{key}", faults)
+    elif isinstance(value, (list, tuple)) and not isinstance(value, str):
+        for i, item in enumerate(value):
+            note_nonfinite(item, f"{where}[{i}]", faults)
+
+
+def describe_nonfinite(value: float) -> str:
+    """Return why a value is no number to show, or "" if it is finite."""
+    if math.isfinite(value):
+        return ""
+    return "NaN" if math.isnan(value) else "infinite"
 
 
 def decode_json(value: Any, hint: Any, where: str) -> Any:

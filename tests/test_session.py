@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import math
 import os
 import shutil
 import struct
@@ -855,7 +856,7 @@ def test_updates_that_are_not_finite_are_skipped_and_their_documents_named(
         traced = loader.trace_step(tmp_path / "cut", record.step, tokenizer)
         documents = list(dict.fromkeys(seen.document for seen in traced))
         assert list(record.documents) == documents[: metrics.MAX_SKIPPED_DOCUMENTS]
-        assert record.n_documents == len(documents) and record.loss is None
+        assert record.n_documents == len(documents) and math.isnan(record.loss)
     lines = read_records(tmp_path / "cut", TrainMetrics)
     assert [line.n_skipped for line in lines] == [0, 1, 2, 2]
     assert all(0 < line.loss < 7 for line in lines), "the mean leaves out what was skipped"
@@ -863,10 +864,15 @@ def test_updates_that_are_not_finite_are_skipped_and_their_documents_named(
 
 def test_too_many_skipped_updates_in_a_row_stop_the_run(make_config, start, tmp_path, not_finite):
     not_finite([2, 3, 5, 6, 7])
-    session = start(make_config(train__max_consecutive_skips=3), tmp_path)
+    session = start(make_config(train__max_consecutive_skips=3, train__log_every=2), tmp_path)
     with pytest.raises(UserError, match="3 consecutive updates were skipped up to step 7 "):
         train(session)
     assert [record.step for record in read_records(tmp_path, SkippedUpdate)] == [2, 3, 5, 6, 7]
+    refuse = lambda name: pytest.fail(f"{name} is not JSON")
+    text = (tmp_path / "metrics.jsonl").read_text()
+    lines = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+    found = [line for line in lines if (line["kind"], line["step"]) == ("train", 6)]
+    assert [(line["loss"], line["not_finite"]["loss"]) for line in found] == [(None, "NaN")]
 
 
 # ---- what is logged

@@ -28,7 +28,7 @@ from jaxpt.data.chat import ChatTemplate
 from jaxpt.evaluate import contamination, likelihood, reference
 from jaxpt.model import decode, transformer
 from jaxpt.sharding import make_mesh
-from jaxpt.spec import ModelSpec, UserError
+from jaxpt.spec import ModelSpec, UserError, describe_nonfinite
 from jaxpt.text import format_table
 from jaxpt.weights import checkpoint, huggingface
 from jaxpt.weights.load import LoadedModel, load_model, open_tokenizer, resolve_source
@@ -694,7 +694,7 @@ def explain_missing(results: dict[str, Any], samples: Samples) -> None:
         for key, value in metrics.items():
             if "," not in key or not isinstance(value, (int, float)):
                 continue
-            reason = fault or likelihood.describe_nonfinite(value)
+            reason = fault or describe_nonfinite(value)
             if reason:
                 metrics[key] = None
                 reasons[key] = reason

@@ -28,7 +28,7 @@ from jaxpt.sharding import (
     make_replicated_sharding,
     n_shards,
 )
-from jaxpt.spec import Batch, ModelSpec, Record, UserError
+from jaxpt.spec import Batch, ModelSpec, Record, UserError, describe_nonfinite
 
 MAX_LOGITS_TOKENS = 256  # tokens whose logits exist on a device at a time
 
@@ -110,13 +110,6 @@ class BitsPerByte(Record):
         if not self.n_bytes:
             return math.nan
         return self.loss_sum / math.log(2) / self.n_bytes
-
-
-def describe_nonfinite(value: float) -> str:
-    """Return why a value is none, or "" if it is finite."""
-    if math.isfinite(value):
-        return ""
-    return "NaN" if math.isnan(value) else "infinite"
 
 
 def measure_bits_per_byte(

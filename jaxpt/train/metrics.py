@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import resource
 import sys
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -181,7 +180,7 @@ class MetricsLogger:
     def log_skipped_update(self, collected: CollectedStep, documents: list[str]) -> None:
         """Write that an update was skipped, with the first documents of its batch."""
         scalars = collected.scalars
-        loss, norm = finite_or_none(scalars["loss"]), finite_or_none(scalars["grad_norm"])
+        loss, norm = float(scalars["loss"]), float(scalars["grad_norm"])
         first = tuple(documents[:MAX_SKIPPED_DOCUMENTS])
         sums = vars(collected.sums)
         self.write_record(SkippedUpdate(collected.step, loss, norm, first, len(documents), **sums))
@@ -259,12 +258,6 @@ def find_most_read(epochs: dict[str, float], n: int) -> dict[str, float]:
         return epochs
     most = sorted(epochs, key=lambda name: epochs[name], reverse=True)[:n]
     return {name: epochs[name] for name in epochs if name in most}
-
-
-def finite_or_none(value: Any) -> float | None:
-    """Return a scalar as a float; None if it is not finite."""
-    number = float(value)
-    return number if math.isfinite(number) else None
 
 
 # ---- reading metrics.jsonl

@@ -77,8 +77,8 @@ class SkippedUpdate(RunSums):
     """An update that was skipped: not finite, or a spike of the gradient norm."""
 
     step: int
-    loss: float | None  # nats per token; None: not finite
-    grad_norm: float | None  # None: not finite
+    loss: float  # nats per token
+    grad_norm: float
     documents: tuple[str, ...]  # ids of the first documents of the batch
     n_documents: int  # of the whole batch
     kind: str = "skipped"

@@ -351,8 +351,11 @@ class Session:
         self.on_device, self.sums_after = [], []
 
     def take_interval_loss(self) -> float:
-        """Return the mean loss since the last call, in nats per target, and begin another mean."""
-        mean = self.loss_sum / max(self.n_targets, 1)
+        """Return the mean loss since the last call, in nats per target, and begin another mean.
+
+        NaN if no step had a finite one.
+        """
+        mean = self.loss_sum / self.n_targets if self.n_targets else math.nan
         self.loss_sum = self.n_targets = 0.0
         return mean
 
