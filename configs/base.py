@@ -142,6 +142,9 @@ def get_config():
     c.train.spike_factor = 0.0
     # Consecutive skipped updates that stop the run.
     c.train.max_consecutive_skips = 20
+    # Stop a run whose loss stays above this many times the data's unigram entropy, and save nothing
+    # there; 0: never.
+    c.train.stop_above = 3.0
     # Steps between console lines and metrics.jsonl records.
     c.train.log_every = 10
     # Steps between held-out losses; 0 measures at the end only.

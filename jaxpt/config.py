@@ -251,6 +251,11 @@ class TrainConfig:
         "0 skips only non-finite ones.",
     )
     max_consecutive_skips: int = knob(20, "Consecutive skipped updates that stop the run.")
+    stop_above: float = knob(
+        3.0,
+        "Stop a run whose loss stays above this many times the data's unigram entropy, and save "
+        "nothing there; 0: never.",
+    )
     log_every: int = knob(10, "Steps between console lines and metrics.jsonl records.")
     eval_every: int = knob(200, "Steps between held-out losses; 0 measures at the end only.")
     eval_sequences: int = knob(256, "Held-out sequences per source and evaluation, at most.")

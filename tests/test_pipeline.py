@@ -601,7 +601,7 @@ def copy_of_base(pipeline, run):
 
 def test_a_run_that_died_before_its_last_word_says_it(pipeline, tmp_path):
     printed = run_command("train", *copy_of_base(pipeline, tmp_path / "run"), cwd=pipeline)
-    assert "resumed from" in printed and "mixture.packed_paths: ['base/packed'], was []" in printed
+    assert "resumed from" in printed and "packed_paths" not in printed
     counts = [read_manifest(run).counts for run in (tmp_path / "run", pipeline / "base")]
     for name in VARIES & counts[0].keys():
         counts[0][name] = counts[1][name]

@@ -28,9 +28,10 @@ from jaxpt.stage import read_manifest, read_spec
 from jaxpt.train import distributed, initial_run, loop, metrics, provenance, result, writers
 from jaxpt.train.context import open_run
 from jaxpt.train.hooks.checkpoint import Checkpoint
+from jaxpt.train.hooks.diverge import Diverge
 from jaxpt.train.hooks.hook import Hook
 from jaxpt.train.meter import LostWork, Meter, SignOfLife, read_spent_time
-from jaxpt.train.metrics import MetricsLogger, read_metrics
+from jaxpt.train.metrics import CollectedStep, MetricsLogger, read_metrics
 from jaxpt.train.records import (
     NOTHING_DONE,
     GrowthEvent,
@@ -39,7 +40,7 @@ from jaxpt.train.records import (
     SkippedUpdate,
     TrainMetrics,
 )
-from jaxpt.train.session import start_session
+from jaxpt.train.session import Session, start_session
 from jaxpt.train.writers import BestEffort
 from jaxpt.weights import checkpoint
 from jaxpt.weights.load import load_model
@@ -873,6 +874,56 @@ def test_too_many_skipped_updates_in_a_row_stop_the_run(make_config, start, tmp_
     lines = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
     found = [line for line in lines if (line["kind"], line["step"]) == ("train", 6)]
     assert [(line["loss"], line["not_finite"]["loss"]) for line in found] == [(None, "NaN")]
+
+
+def test_a_run_that_explodes_says_so_stops_and_keeps_its_good_checkpoints(
+    make_config, start, tmp_path, monkeypatch, caplog
+):
+    """With log lines and checkpoints at other steps; one look above the limit is only told."""
+    exploded: set[int] = set()
+    collect = Session.collect_scalars
+
+    def explode(session):
+        collect(session)
+        for collected in session.collected:
+            if collected.step in exploded:
+                collected.scalars["loss_sum"] = collected.scalars["n_targets"] * 957_753
+
+    monkeypatch.setattr(Session, "collect_scalars", explode)
+    settings = make_config(train__checkpoint_every=2, train__log_every=3, train__max_to_keep=2)
+    exploded |= {7, *range(10, 20)}
+    session = start(settings, tmp_path)
+    with pytest.raises(UserError, match=r"up to step 12, above .* = 3 times .* optim.peak_lr"):
+        train(session)
+    warned = [r for r in caplog.records if "Nothing is saved meanwhile" in r.message]
+    assert "up to step 8," in warned[0].message and "up to step 10," in warned[1].message
+    assert len(warned) == 2
+    assert checkpoint.list_steps(tmp_path) == [4, 6], "neither 8 nor 10, whose looks are above"
+    assert read_records(tmp_path, TrainMetrics)[-1].step == 12, "its line is there"
+
+    exploded.clear()
+    assert train(start(settings, tmp_path)).step == STEPS, "it continues from the last good one"
+
+    exploded.add(STEPS)
+    with pytest.raises(UserError, match="up to step 14, above"):
+        train(start(settings, tmp_path / "last"))
+    assert STEPS not in checkpoint.list_steps(tmp_path / "last")
+    train(start(make_config(train__stop_above=0.0), tmp_path / "off"))
+    assert checkpoint.list_steps(tmp_path / "off") == [STEPS]
+
+
+def test_weights_that_start_above_the_limit_may_come_down(make_config, start, tmp_path):
+    session = start(make_config(), tmp_path)
+    judge = Diverge(3.0)
+    seen = []
+    for loss in (60.0, 50.0, 40.0, 6.0, 30.0, 29.0):
+        scalars = {"loss_sum": loss * 8, "n_targets": 8}
+        session.collected = [CollectedStep(1, scalars, session.meter.sums)]
+        judge.after_step(session)
+        seen.append((session.is_diverged, session.exit_status))
+    above = (True, None)
+    assert seen == [above, above, above, (False, None), above, (True, 1)]
+    session.close()
 
 
 # ---- what is logged

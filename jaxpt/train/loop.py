@@ -12,9 +12,11 @@ import jax
 from jaxpt import io, sharding
 from jaxpt.config import Config
 from jaxpt.growth.parse import parse_operator
+from jaxpt.spec import UserError
 from jaxpt.train import agreement, distributed, result
 from jaxpt.train.context import EstimateCost, no_cost, open_run
 from jaxpt.train.hooks.checkpoint import Checkpoint
+from jaxpt.train.hooks.diverge import Diverge
 from jaxpt.train.hooks.grow import Grow
 from jaxpt.train.hooks.hook import Hook
 from jaxpt.train.hooks.log import Log
@@ -98,6 +100,7 @@ def make_hooks(session: Session) -> list[Hook]:
         Profile(settings.profile_steps),
         Skip(),
         Log(settings.log_every),
+        Diverge(settings.stop_above),
         Validate(settings.eval_every),
         Replay(settings),  # reads what Validate measured
         Checkpoint(session, distributed.watch_for_preemption()),  # saves what the others changed
@@ -110,6 +113,9 @@ def train(session: Session, hooks: Sequence[Hook]) -> None:
     Args:
         session: changed in place.
         hooks: called in this order before each step, and after those at which they are due.
+
+    Raises:
+        UserError: a hook had it fail; what was being saved is saved.
     """
     try:
         while not session.is_last_step and not session.is_stopping:
@@ -123,5 +129,7 @@ def train(session: Session, hooks: Sequence[Hook]) -> None:
                     hook.after_step(session)
         for hook in hooks:
             hook.finish(session)
+        if session.failure:
+            raise UserError(session.failure)
     finally:
         session.close()

@@ -116,11 +116,13 @@ class Session:
         collected: the steps that the host has waited for after this one.
         scalars: of the last step collected.
         heldout_losses: source -> nats per token after this step; None: not measured.
+        is_diverged: whether the loss is far above any that a model learns from; nothing is saved.
         meter: sums over the steps.
         metrics: writes records.
         sign: of life, on the first process.
         saved: the newest complete checkpoint, of those that were waited for.
         exit_status: once the run was asked to stop; until then None.
+        failure: why it ends with an error, if it does.
     """
 
     state: TrainState
@@ -146,9 +148,11 @@ class Session:
         self.collected: list[CollectedStep] = []
         self.scalars: HostScalars = {}
         self.heldout_losses: dict[str, float] | None = None
+        self.is_diverged = False
         self.is_new_step = False  # compiled, but its memory was never tried
         self.saved: io.Path | None = None
         self.exit_status: int | None = None
+        self.failure = ""
         cost = run.estimate_device_cost(start.spec)
         self.meter = Meter(
             lost.add_to(start.progress.sums, cost),
@@ -311,6 +315,11 @@ class Session:
     def stop(self, exit_status: int) -> None:
         """Ask the run to save and stop after this step."""
         self.exit_status = exit_status
+
+    def fail(self, sentence: str) -> None:
+        """Ask the run to end with an error after this step."""
+        self.failure = sentence
+        self.stop(exit_status=1)
 
     def run_step(self) -> None:
         """Make one step. The scalars that it returns stay on the devices."""

@@ -51,8 +51,12 @@ class Checkpoint(Hook):
         return is_looking or session.is_stopping or super().is_due(session)
 
     def after_step(self, session: Session) -> None:
-        """Save, or raise the error of a save in the background."""
-        if session.is_stopping or super().is_due(session) or self.is_late():
+        """Save, or raise the error of a save in the background.
+
+        What has diverged is not saved: in time it would replace every good checkpoint.
+        """
+        is_time = session.is_stopping or super().is_due(session) or self.is_late()
+        if is_time and not session.is_diverged:
             self.save(session)
         else:
             with self.handle_save_errors():
