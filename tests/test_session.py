@@ -202,6 +202,39 @@ def test_weights_that_are_wrong_are_refused_before_they_grow(make_config, tmp_pa
         assert not io.exists(tmp_path / place / "growth.json")
 
 
+def test_a_run_goes_on_with_decay_switched_on_or_off_but_not_with_another_optimizer(
+    make_config, start, tmp_path
+):
+    train(start(make_config(train__steps=4), tmp_path))
+    for steps, decay in ((5, 0.0), (6, 0.1)):
+        changed = make_config(train__steps=steps, optim__weight_decay=decay)
+        assert train(start(changed, tmp_path)).step == steps
+    with pytest.raises(UserError, match=r"optim.name: .* has moments of adamw, which muon cannot"):
+        start(make_config(train__steps=8, optim__name="muon"), tmp_path)
+
+
+def test_more_steps_after_a_decay_lift_the_rate_which_is_said_with_the_way_out(
+    make_config, start, tmp_path, caplog
+):
+    """From the stable phase's checkpoint the rate goes on as it was, in another directory."""
+    settings = {"train__checkpoint_every": 2, "train__keep_every": 4, "train__log_every": 1}
+    train(start(make_config(train__steps=10, **settings), tmp_path / "run"))
+    start(make_config(train__steps=10, **settings), tmp_path / "run").close()
+    assert "rises" not in caplog.text, "the same schedule"
+    longer = settings | {"train__steps": 20}
+    start(make_config(**longer), tmp_path / "run").close()
+    assert "rises from 1.00e-03 to 1.00e-02 at step 11" in caplog.text
+    source = str(tmp_path / "run/checkpoints/8")
+    way = f"{source} is from before the decay. To go on from there: another --workdir, "
+    assert f"{way}--config.initialize.source={source} --config.init" in caplog.text
+    caplog.clear()
+    resumed = make_config(**longer, initialize__source=source, initialize__mode="resume")
+    assert train(start(resumed, tmp_path / "on")).step == 20
+    assert "rises" not in caplog.text
+    rates = [record.lr for record in read_records(tmp_path / "on", TrainMetrics)]
+    assert rates[:8] == pytest.approx([1e-2] * 8)
+
+
 def test_a_mesh_that_does_not_divide_is_refused_before_anything_is_initialized(
     make_config, tmp_path, output
 ):

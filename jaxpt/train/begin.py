@@ -8,9 +8,10 @@ import logging
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxpt import initialize, io
-from jaxpt.config import InitializeConfig, MixtureConfig, OptimConfig
+from jaxpt.config import Config, InitializeConfig, MixtureConfig, OptimConfig
 from jaxpt.data import loader
 from jaxpt.data.mixture import MixturePhase, schedule_from_history
 from jaxpt.growth import verify
@@ -20,7 +21,7 @@ from jaxpt.initialize import InitResult
 from jaxpt.spec import Manifest, ModelSpec, UserError
 from jaxpt.stage import read_manifest, read_spec
 from jaxpt.text import format_table
-from jaxpt.train import forgetting, gate, meter, metrics, provenance, state
+from jaxpt.train import forgetting, gate, meter, metrics, optimizer, provenance, state
 from jaxpt.train.context import RunContext
 from jaxpt.train.meter import LostWork
 from jaxpt.train.records import CheckpointRecord, TrainProgress
@@ -29,6 +30,8 @@ from jaxpt.weights import checkpoint
 from jaxpt.weights.load import LoadedModel
 
 log = logging.getLogger(__name__)
+
+MAX_RATE_RISE = 1.1  # of the learning rate through a resume, before it is told
 
 
 class RunStart(NamedTuple):
@@ -77,11 +80,13 @@ def read_start(run: RunContext, resumed: io.Path) -> RunStart:
             f"{resumed}: was initialized, not trained, here. Train in a --workdir of its own, "
             f"with --config.initialize.source={run.run_dir}."
         )
+    check_optimizer(record, run.config.optim, str(run.run_dir))
     n = progress.n_sequences
     log.info(f"resumed from {resumed}: step {record.step:,}, {n:,} sequences read")
     log.info(initialize.describe_model(spec))
     for change in provenance.list_changed_settings(run.run_dir, run.config):
         log.warning(f"changed: {change}")
+    warn_of_higher_rate(record, run.config, run.run_dir)
     new_params = record.new_params or NewParamsRecord({}, 0, "none")
     mixture = forgetting.restore_replay(run.config.mixture, record.replay)
     return RunStart(spec, progress, NewParams.from_record(new_params), mixture, record.parent_loss)
@@ -213,6 +218,8 @@ def init_train_state(
             f"initialize.mode: {section.source} is at step {record.step}, but train.steps is "
             f"{config.train.steps}. Set more."
         )
+    check_optimizer(record, config.optim, section.source)
+    warn_of_higher_rate(record, config, source.parent.parent)
     log_init_plan(section, config.optim, init)
     return continue_state(run, init, source, record)
 
@@ -256,6 +263,56 @@ def find_new_params(init: InitResult) -> NewParams:
     record = NewParamsRecord.from_json(recorded)
     new_params = NewParams.from_record(record)
     return NewParams(new_params.new)
+
+
+def check_optimizer(record: CheckpointRecord, optim: OptimConfig, source: str) -> None:
+    """Raise UserError if a run that goes on has moments of another optimizer."""
+    if record.optimizer not in (None, optim.name):
+        raise UserError(
+            f"optim.name: {source} has moments of {record.optimizer}, which {optim.name} cannot "
+            "use. Set it back, or start from the weights alone in another --workdir, by "
+            f"--config.initialize.source={source}."
+        )
+
+
+def warn_of_higher_rate(record: CheckpointRecord, config: Config, run_dir: io.Path) -> None:
+    """Say it where the schedule lifts the rate that a run had, as more steps after a decay do.
+
+    Args:
+        record: of the checkpoint that the run goes on from.
+        config: with the schedule from here on.
+        run_dir: where the checkpoints before it are.
+    """
+    step = record.step
+    if step <= config.optim.warmup_steps or not is_rate_higher(config, step, record.lr):
+        return
+    after = find_rate(config, step + 1)
+    log.warning(
+        f"the learning rate rises from {record.lr:.2e} to {after:.2e} at step {step + 1:,}: the "
+        "schedule is another one than up to here, and what a decay has won is lost in part"
+    )
+    for earlier in reversed(checkpoint.list_steps(run_dir)):
+        directory = run_dir / "checkpoints" / str(earlier)
+        lr = read_manifest(directory).counts.get("lr")
+        if lr and not is_rate_higher(config, earlier, lr):
+            log.warning(
+                f"{directory} is from before the decay. To go on from there: another --workdir, "
+                f"--config.initialize.source={directory} --config.initialize.mode=resume"
+            )
+            return
+    log.warning("no checkpoint from before the decay is left; train.keep_every keeps some")
+
+
+def is_rate_higher(config: Config, step: int, lr: float | None) -> bool:
+    """Return whether the schedule has a clearly higher rate at a step than the run had there."""
+    is_to_come = step < config.train.steps
+    return lr is not None and is_to_come and find_rate(config, step) > MAX_RATE_RISE * lr
+
+
+def find_rate(config: Config, step: int) -> float:
+    """Return the learning rate of a step, counted from 1."""
+    lr_at = optimizer.make_lr_schedule(config.optim, config.train.steps)
+    return float(lr_at(jnp.int32(step - 1)))
 
 
 def check_resumed_data(

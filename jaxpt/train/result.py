@@ -84,7 +84,11 @@ def is_finished(run_dir: io.Path, request: stage.StageRequest, verify: bool) -> 
             return False
         request = dataclasses.replace(request, config=same)
     difference = stage.describe_difference(manifest, request)
-    raise UserError(f"train: {run_dir} holds the result of {difference}. Give another --workdir.")
+    raise UserError(
+        f"train: {run_dir} holds the result of {difference}. Give another --workdir; with "
+        f"--config.initialize.source={run_dir} --config.initialize.mode=resume it goes on from "
+        "this one."
+    )
 
 
 def has_same_source(there: Mapping[str, Input], asked: Mapping[str, Input]) -> bool:
