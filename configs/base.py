@@ -151,6 +151,13 @@ def get_config():
     c.train.eval_every = 200
     # Held-out sequences per source and evaluation, at most.
     c.train.eval_sequences = 256
+    # Benchmarks scored with each held-out loss, as jaxpt evaluate names them (needs requirements-
+    # eval.txt).
+    c.train.eval_tasks = ()
+    # Items of each benchmark: its first ones, the same each time.
+    c.train.eval_items = 200
+    # Where the benchmarks' files are, as of evaluate --data-dir; '': the harness's cache.
+    c.train.eval_dir = ""
     # Nats per token by which a source's held-out loss may exceed the parent's before on_forgetting
     # acts; 0: any.
     c.train.max_forgetting = 0.0

@@ -259,6 +259,15 @@ class TrainConfig:
     log_every: int = knob(10, "Steps between console lines and metrics.jsonl records.")
     eval_every: int = knob(200, "Steps between held-out losses; 0 measures at the end only.")
     eval_sequences: int = knob(256, "Held-out sequences per source and evaluation, at most.")
+    eval_tasks: tuple[str, ...] = knob(
+        (),
+        "Benchmarks scored with each held-out loss, as jaxpt evaluate names them (needs "
+        "requirements-eval.txt).",
+    )
+    eval_items: int = knob(200, "Items of each benchmark: its first ones, the same each time.")
+    eval_dir: str = knob(
+        "", "Where the benchmarks' files are, as of evaluate --data-dir; '': the harness's cache."
+    )
     max_forgetting: float = knob(
         0.0,
         "Nats per token by which a source's held-out loss may exceed the parent's before "

@@ -21,7 +21,15 @@ from conftest import ROOT, SMALL_SPEC
 
 from jaxpt import config, sharding, stage
 from jaxpt.data import benchmarks, decontaminate, tokenizer
-from jaxpt.evaluate import compare, contamination, harness, likelihood, prefix_trees, reference
+from jaxpt.evaluate import (
+    answers,
+    compare,
+    contamination,
+    harness,
+    likelihood,
+    prefix_trees,
+    reference,
+)
 from jaxpt.model import decode, transformer
 from jaxpt.model.param import is_param_spec
 from jaxpt.spec import Batch, UserError
@@ -328,13 +336,42 @@ def test_results_that_are_no_numbers_are_null_with_the_reason(
     assert results["bits_per_byte/mine"]["bits_per_byte,none"] is None
     assert "3 of 3 items are NaN" in reasons["winogrande"]["acc,none"]
     assert reasons["bits_per_byte/mine"] == {"bits_per_byte,none": "NaN"}
-    assert "winogrande: no number for acc, acc_stderr: log-likelihoods of 3 of 3" in output()
+    metrics = "acc, acc_stderr, answer_bits_per_byte, answer_bits_per_byte_stderr"
+    assert f"winogrande: no number for {metrics}: log-likelihoods of 3 of 3" in output()
     with pytest.raises(UserError, match="NaN or infinite"):
         compare.compare_samples([model], ["a"], max_new=1)
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"text": TEXTS[0]}))
     with pytest.raises(UserError, match="broken gives losses that are NaN"):
         compare.compare_documents([hf_dir, model], [f"mine=jsonl:{long}"])
+
+
+def test_bits_of_right_answers_are_summed_and_divided_once():
+    """By index, by text, of the likelier context where the harness says so; with the error of a
+    ratio.
+    """
+
+    def sample(target, continuations, log_likelihoods, **more):
+        requests = [("Q:", text) for text in continuations]
+        if "acc" in more:
+            requests = [(f"Q {i}", text) for i, text in enumerate(continuations)]
+        answers = [[(nats, False)] for nats in log_likelihoods]
+        return {"target": target, "arguments": requests, "resps": answers, **more}
+
+    bits = math.log(2)
+    samples = [
+        sample(1, [" no", " yes"], [-1.0, -8 * bits]),
+        sample("Ä", [" Ä", " B"], [-6 * bits, -1.0]),
+        sample(" end", [" end", " end"], [-2.0, -10 * bits], acc=0.0),
+    ]
+    found = answers.measure_answers(samples)
+    ratio = (8 + 6 + 10) / (4 + 3 + 4)
+    residuals = np.array([8 - 4 * ratio, 6 - 3 * ratio, 10 - 4 * ratio])
+    assert found["answer_bits_per_byte,none"] == pytest.approx(ratio)
+    expected = (np.sum(residuals**2) * 3 / 2) ** 0.5 / 11
+    assert found["answer_bits_per_byte_stderr,none"] == pytest.approx(expected)
+    generated = {"target": "4", "arguments": [("2 + 2 =", {"until": []})], "resps": [["4"]]}
+    assert answers.measure_answers([generated]) == {}
 
 
 def test_equal_requests_of_the_harness_draw_as_many_texts(params, hf_dir, monkeypatch):
@@ -481,7 +518,8 @@ def test_both_backends_measure_a_run_and_write_the_harness_format(
         scored = {name.partition(",")[0] for name in metrics if "," in name}
         directions = ours["higher_is_better"][task]
         assert {name for name in scored if not name.endswith("_stderr")} == directions.keys()
-        assert set(directions.values()) == {not task.startswith("bits_per_byte/")}
+        for name, is_higher_better in directions.items():
+            assert is_higher_better != name.endswith("bits_per_byte"), name
         for name, value in metrics.items():
             their_value = theirs["results"][task][name]
             assert value == (

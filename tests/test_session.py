@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import importlib
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxpt import config, io, stage
 from jaxpt.config import Config
 from jaxpt.data import loader
+from jaxpt.evaluate import harness
 from jaxpt.flops import DeviceCost
 from jaxpt.report import page, read
 from jaxpt.spec import UserError
@@ -38,6 +40,7 @@ from jaxpt.train.records import (
     HeldoutMetrics,
     ResumeEvent,
     SkippedUpdate,
+    TaskMetrics,
     TrainMetrics,
 )
 from jaxpt.train.session import Session, start_session
@@ -912,7 +915,7 @@ def test_too_many_skipped_updates_in_a_row_stop_the_run(make_config, start, tmp_
 def test_a_run_that_explodes_says_so_stops_and_keeps_its_good_checkpoints(
     make_config, start, tmp_path, monkeypatch, caplog
 ):
-    """With log lines and checkpoints at other steps; one look above the limit is only told."""
+    """With log lines and checkpoints at other steps; one look above the limit only warns."""
     exploded: set[int] = set()
     collect = Session.collect_scalars
 
@@ -957,6 +960,58 @@ def test_weights_that_start_above_the_limit_may_come_down(make_config, start, tm
     above = (True, None)
     assert seen == [above, above, above, (False, None), above, (True, 1)]
     session.close()
+
+
+@pytest.mark.slow
+def test_benchmarks_during_a_run_are_those_of_its_checkpoint_and_change_no_bit(
+    make_config, texts, tmp_path, data_dir, caplog
+):
+    """To the digit, with errors, on console, file and page."""
+    pytest.importorskip("lm_eval")
+    tasks = ("winogrande", "truthfulqa_mc2")
+    settings = {"train__steps": 4, "train__checkpoint_every": 2, "train__eval_every": 2}
+    settings["model__max_seq_len"] = 512
+    scored = {"train__eval_tasks": tasks, "train__eval_items": 3, "train__eval_dir": str(data_dir)}
+    loop.train_model(make_config(**settings), tmp_path / "without")
+    loop.train_model(make_config(**settings, **scored), tmp_path / "with")
+    ends = [tmp_path / name / "checkpoints/4" for name in ("without", "with")]
+    assert checkpoint.diff_checkpoints(*ends) == []
+    records = read_records(tmp_path / "with", TaskMetrics)
+    assert [record.step for record in records] == [2, 4]
+    for record in records:
+        model = tmp_path / "with/checkpoints" / str(record.step)
+        found = harness.evaluate_model(model, list(tasks), limit=3, data_dir=data_dir)
+        for task in tasks:
+            expected = found["results"][task]
+            assert {"acc", "answer_bits_per_byte"} <= record.scores[task].keys()
+            for name, value in record.scores[task].items():
+                assert value == expected[f"{name},none"], (task, name)
+            assert record.scores[task]["answer_bits_per_byte_stderr"] > 0
+    assert "step 4/4  winogrande  acc 0." in caplog.text and "bits_per_byte" in caplog.text
+    page.write_report([tmp_path / "with"], tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert "winogrande: answer bits per byte" in text
+
+
+def test_benchmarks_that_cannot_be_scored_are_refused_at_the_start(
+    make_config, start, tmp_path, monkeypatch
+):
+    def refusal(**changes):
+        with pytest.raises(UserError) as refused:
+            start(make_config(**changes), tmp_path / "run")
+        assert not io.exists(tmp_path / "run")
+        return str(refused.value)
+
+    here = {"train__eval_dir": str(tmp_path)}
+    if importlib.util.find_spec("lm_eval"):
+        assert "no task 'winogrand'" in refusal(train__eval_tasks=("winogrand",), **here)
+        assert "wants eval_winogrande/" in refusal(train__eval_tasks=("winogrande",), **here)
+        text = ("bits_per_byte/a=python:prose",)
+        assert "measure texts already" in refusal(train__eval_tasks=text, **here)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
+    missing = refusal(train__eval_tasks=("winogrande",))
+    assert missing.startswith("train.eval_tasks: ") and "requirements-eval.txt" in missing
 
 
 # ---- what is logged

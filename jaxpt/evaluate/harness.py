@@ -17,7 +17,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
@@ -25,7 +25,7 @@ import jax
 from jaxpt import config, io, stage
 from jaxpt.data import benchmarks, sources, tokenizer
 from jaxpt.data.chat import ChatTemplate
-from jaxpt.evaluate import contamination, likelihood, reference
+from jaxpt.evaluate import answers, contamination, likelihood, reference
 from jaxpt.model import decode, transformer
 from jaxpt.sharding import make_mesh
 from jaxpt.spec import ModelSpec, UserError, describe_nonfinite
@@ -81,6 +81,25 @@ LocalRows = dict[str, SplitRows]  # task -> rows that replace the harness's own 
 Samples = dict[str, list[dict]]  # task -> what the harness logged of each item
 
 
+class Benchmarks(NamedTuple):
+    """Tasks of the harness: how each is run, and the rows of those that are read from files."""
+
+    asked: dict[str, TaskRequest]
+    local: LocalRows
+
+
+def open_benchmarks(names: Sequence[str], limit: int, data_dir: io.Path | None) -> Benchmarks:
+    """Return the tasks of these names, as `evaluate_model` runs them.
+
+    Raises:
+        UserError: the harness is not installed, there is no such task, or no file of it.
+    """
+    texts, asked = parse_tasks(list(names), limit, data_dir)
+    if texts:
+        raise UserError("--tasks: held-out losses measure texts already. Name benchmarks.")
+    return Benchmarks(asked, load_local_rows(asked, data_dir))
+
+
 def evaluate_model(
     model: io.Path,
     tasks: list[str],
@@ -119,10 +138,7 @@ def evaluate_model(
     if max_length is not None and max_length < 2:
         raise UserError(f"--max-length: got {max_length}, expected at least 2 tokens.")
     texts, asked = parse_tasks(tasks, limit, data_dir)
-    local: LocalRows = {}
-    if data_dir:
-        for name in asked:
-            local[name] = load_local_items(name, data_dir)
+    local = load_local_rows(asked, data_dir)
     read: dict[str, str] = {}
     for source in texts:
         source.check_published()
@@ -176,12 +192,8 @@ def evaluate_model(
                 judged = make_lm_adapter(spec, loaded.params, tokenizer_dir, length)
             else:
                 judged = reference.make_reference_harness_model(hf_dir, length)
-            # the harness has one limit and one number of examples for all tasks of a call
-            for how in dict.fromkeys(asked.values()):
-                names = [name for name in asked if asked[name] == how]
-                found, logged = run_harness(judged, names, how, local, kept, chat)
-                merge_results(results, found)
-                samples |= logged
+            found, samples = score_benchmarks(judged, Benchmarks(asked, local), kept, chat)
+            merge_results(results, found)
     corpora = contamination.find_training_corpora(model)
     if samples and corpora.directories:
         configs = results["configs"]
@@ -337,6 +349,30 @@ def score_text_source(
 
 
 # ---- the harness
+
+
+def score_benchmarks(
+    judged: LM,
+    benchmarks: Benchmarks,
+    kept: pathlib.Path | None = None,
+    chat: ChatRequest = ChatRequest(),
+) -> tuple[dict[str, Any], Samples]:
+    """Return the harness's results of all tasks, and what it logged; see `run_harness`."""
+    asked, local = benchmarks
+    results: dict[str, Any] = {}
+    samples: Samples = {}
+    # the harness has one limit and one number of examples for all tasks of a call
+    for how in dict.fromkeys(asked.values()):
+        names = [name for name in asked if asked[name] == how]
+        found, logged = run_harness(judged, names, how, local, kept, chat)
+        merge_results(results, found)
+        samples |= logged
+    for task, logged in samples.items():
+        measured = answers.measure_answers(logged)
+        results["results"][task] |= measured
+        if measured:
+            results["higher_is_better"][task][answers.METRIC] = False
+    return results, samples
 
 
 def run_harness(
@@ -651,6 +687,13 @@ def load_local_items(name: str, data_dir: io.Path) -> SplitRows:
     return rows
 
 
+def load_local_rows(asked: Iterable[str], data_dir: io.Path | None) -> LocalRows:
+    """Return the rows of the tasks that are read from `data_dir`; none if there is no such."""
+    if data_dir is None:
+        return {}
+    return {name: load_local_items(name, data_dir) for name in asked}
+
+
 def find_task_directory(task: LocalTask, data_dir: io.Path) -> io.Path | None:
     """Return the first of DATA_DIR/FOLDER and DATA_DIR that has all files of a task."""
     for directory in (data_dir / task.folder, data_dir):
@@ -660,6 +703,21 @@ def find_task_directory(task: LocalTask, data_dir: io.Path) -> io.Path | None:
 
 
 # ---- results
+
+
+def list_scores(results: dict[str, Any], samples: Samples) -> dict[str, dict[str, float]]:
+    """Return task -> metric -> value, NaN for what `explain_missing` takes out."""
+    explained = {"reasons": {}, **results}
+    explain_missing(explained, samples)
+    scores: dict[str, dict[str, float]] = {}
+    for task, metrics in explained["results"].items():
+        scores[task] = {}
+        for key, value in metrics.items():
+            name, comma, kind = key.partition(",")
+            if comma and isinstance(value, (int, float, type(None))):
+                name = name if kind == "none" else f"{name} ({kind})"
+                scores[task][name] = math.nan if value is None else float(value)
+    return scores
 
 
 def merge_results(results: dict[str, Any], more: dict[str, Any]) -> None:

@@ -32,6 +32,7 @@ from jaxpt.report.records import (
     Sizes,
     SkippedPoint,
     StageSummary,
+    TaskPoint,
     TrainPoint,
     View,
     parse_metric,
@@ -52,6 +53,7 @@ class Metrics:
 
     train: list[TrainPoint]
     heldout: list[HeldoutPoint]
+    tasks: list[TaskPoint]
     skipped: list[SkippedPoint]
     events: list[RunEvent]
 
@@ -294,6 +296,7 @@ class MetricsReader:
         self.last_line = b""
         self.train: dict[int, TrainPoint] = {}
         self.heldout: dict[int, HeldoutPoint] = {}
+        self.tasks: dict[int, TaskPoint] = {}
         self.skipped: dict[int, SkippedPoint] = {}
         self.events: dict[RunEvent, None] = {}
         self.broken: list[int] = []
@@ -312,6 +315,7 @@ class MetricsReader:
         return Metrics(
             train=sort_by_step(self.train),
             heldout=sort_by_step(self.heldout),
+            tasks=sort_by_step(self.tasks),
             skipped=sort_by_step(self.skipped),
             events=list(self.events),
         )
@@ -342,6 +346,8 @@ class MetricsReader:
             self.train[record.step] = record
         elif isinstance(record, HeldoutPoint):
             self.heldout[record.step] = record
+        elif isinstance(record, TaskPoint):
+            self.tasks[record.step] = record
         elif isinstance(record, SkippedPoint):
             self.skipped[record.step] = record
         else:
@@ -475,6 +481,12 @@ def get_heldout_points(run: RunData, source: str) -> list[Point]:
     """Return (step, held-out loss) of one source wherever it is finite."""
     records = run.metrics.heldout
     return keep_finite((record.step, record.heldout_loss.get(source)) for record in records)
+
+
+def get_task_points(run: RunData, task: str, metric: str) -> list[Point]:
+    """Return (step, score) of one metric of a benchmark wherever it is finite."""
+    records = run.metrics.tasks
+    return keep_finite((record.step, record.scores.get(task, {}).get(metric)) for record in records)
 
 
 def get_parent_points(run: RunData, source: str) -> list[Point]:

@@ -133,6 +133,14 @@ class HeldoutPoint(View, heldout="heldout_loss", parent="parent_loss"):
 
 
 @dataclasses.dataclass(frozen=True)
+class TaskPoint(View):
+    """Scores of benchmarks after a step."""
+
+    step: int
+    scores: dict[str, dict[str, float | None]]  # task -> metric -> value
+
+
+@dataclasses.dataclass(frozen=True)
 class SkippedPoint(View):
     """A skipped update."""
 
@@ -156,7 +164,7 @@ class RunEvent(View, operator="grown"):
         return f"grown by {self.grown}" if self.grown else "resumed"
 
 
-MetricRecord = TrainPoint | HeldoutPoint | SkippedPoint | RunEvent
+MetricRecord = TrainPoint | HeldoutPoint | TaskPoint | SkippedPoint | RunEvent
 
 
 def parse_metric(fields: dict[str, Any]) -> MetricRecord:
@@ -166,6 +174,8 @@ def parse_metric(fields: dict[str, Any]) -> MetricRecord:
         return RunEvent.from_json(fields)
     if kind == "heldout" or "heldout" in fields:
         return HeldoutPoint.from_json(fields)
+    if kind == "tasks":
+        return TaskPoint.from_json(fields)
     if isinstance(fields.get("skipped"), dict):
         return SkippedPoint.from_json({"step": fields.get("step"), **fields["skipped"]})
     if kind == "skipped":

@@ -188,6 +188,7 @@ class Losses(NamedTuple):
     names: list[str]  # of the runs
     training: Figure | None
     heldout: list[Figure]
+    tasks: list[Figure]  # benchmarks scored meanwhile
     table: Table
 
 
@@ -203,7 +204,8 @@ def make_losses(runs: list[RunData]) -> Losses | None:
             sources.append(name)
     heldout = [plot_heldout_loss(runs, name) for name in sources]
     names = [run.name for run in runs]
-    return Losses(names, training, heldout, make_loss_table(runs, sources))
+    table = make_loss_table(runs, sources)
+    return Losses(names, training, heldout, plot_tasks(runs), table)
 
 
 def plot_training_loss(runs: list[RunData]) -> Figure:
@@ -246,6 +248,28 @@ def plot_heldout_loss(runs: list[RunData], source: str) -> Figure:
     options = {"unit": UNIT, "levels": entropies, "thin_series": parents}
     plot = plot_over_steps(runs, series, source, 220, **options)
     return Figure(plot, caption, f"Held out: {source}")
+
+
+def plot_tasks(runs: list[RunData]) -> list[Figure]:
+    """Draw each metric of each benchmark that was scored during the runs."""
+    names: dict[tuple[str, str], None] = {}
+    for run in runs:
+        for point in run.metrics.tasks:
+            for task, metrics in point.scores.items():
+                names |= {(task, metric): None for metric in metrics}
+    figures = []
+    for task, metric in names:
+        if metric.endswith("_stderr"):
+            continue
+        series = [(run.name, read.get_task_points(run, task, metric)) for run in runs]
+        errors = [read.get_task_points(run, task, f"{metric}_stderr") for run in runs]
+        caption = "On the same items each time."
+        last = [f"{points[-1][1]:.4f}" for points in errors if points]
+        if last:
+            caption += f" Standard error at the end: {', '.join(last)}."
+        plot = plot_over_steps(runs, series, metric, 200)
+        figures.append(Figure(plot, caption, f"{task}: {metric.replace('_', ' ')}"))
+    return figures
 
 
 def make_loss_table(runs: list[RunData], sources: list[str]) -> Table:

@@ -31,7 +31,7 @@ from jaxpt.weights.load import LoadedModel
 
 log = logging.getLogger(__name__)
 
-MAX_RATE_RISE = 1.1  # of the learning rate through a resume, before it is told
+MAX_RATE_RISE = 1.1  # of the learning rate through a resume, without a warning
 
 
 class RunStart(NamedTuple):

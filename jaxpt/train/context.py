@@ -6,11 +6,12 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 
 from jaxpt import io
-from jaxpt.config import Config
+from jaxpt.config import Config, TrainConfig
 from jaxpt.data import loader
 from jaxpt.flops import DeviceCost
 from jaxpt.growth import measure
@@ -19,6 +20,9 @@ from jaxpt.sharding import check_batch_divides
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.text import name_some
 from jaxpt.train import gate, optimizer, writers
+
+if TYPE_CHECKING:
+    from jaxpt.evaluate.harness import Benchmarks
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +43,7 @@ class RunContext:
         run_dir: the run directory.
         mesh: the devices.
         packed: directories of packed sequences.
+        benchmarks: to score as the run goes, if any.
         dataset: their training split.
         heldout: their held-out split, to measure losses on.
         measuring_batches: reads the training batches that growth measures on.
@@ -51,6 +56,7 @@ class RunContext:
     run_dir: io.Path
     mesh: jax.sharding.Mesh
     packed: list[str]
+    benchmarks: Benchmarks | None
     dataset: loader.PackedDataset
     heldout: gate.HeldoutData
     measuring_batches: ReadBatches
@@ -98,6 +104,7 @@ def open_run(
         run_dir=run_dir,
         mesh=mesh,
         packed=packed,
+        benchmarks=open_benchmarks(train, packed),
         dataset=dataset,
         heldout=heldout,
         measuring_batches=measure.make_measuring_batches(packed, train.batch_size, mask, mesh),
@@ -105,3 +112,33 @@ def open_run(
         started=started or time.monotonic(),
         lock=lock,
     )
+
+
+def open_benchmarks(train: TrainConfig, packed: list[str]) -> Benchmarks | None:
+    """Return the benchmarks of train.eval_tasks; None if it names none.
+
+    Raises:
+        UserError: the harness is not installed, a benchmark or the tokenizer is missing, or the
+            run has several processes.
+    """
+    if not train.eval_tasks:
+        return None
+    if jax.process_count() > 1:
+        raise UserError(
+            f"train.eval_tasks: expected one process, got {jax.process_count()}. Leave it out, and "
+            "run jaxpt evaluate on the checkpoints."
+        )
+    from jaxpt.evaluate import harness  # 0.05 s, which most starts save
+
+    data_dir = io.path(train.eval_dir) if train.eval_dir else None
+    try:
+        benchmarks = harness.open_benchmarks(train.eval_tasks, train.eval_items, data_dir)
+    except UserError as error:
+        raise UserError(f"train.eval_tasks: {error}") from None
+    tokenizer = io.path(packed[0]).parent / "tokenizer"
+    if not io.exists(tokenizer):
+        raise UserError(
+            f"train.eval_tasks: {tokenizer} is not there, so no text can be scored. Copy there "
+            "the tokenizer that the data was packed with."
+        )
+    return benchmarks

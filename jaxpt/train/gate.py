@@ -141,12 +141,16 @@ class HeldoutData:
 # ---- before the first update of a model that comes with weights
 
 
-def check_parent(heldout: HeldoutData, section: InitializeConfig, parent: LoadedModel) -> None:
-    """Check weights from elsewhere before they grow, as those of any start.
+def check_parent(
+    heldout: HeldoutData | None, section: InitializeConfig, parent: LoadedModel
+) -> None:
+    """Check weights from elsewhere before they grow, as those of any start, if there is data.
 
     A child that fails the check later then fails by its growth. A parent whose vocabulary changes
     cannot read the data.
     """
+    if heldout is None:
+        return
     if any(parse_operator(text).operator is new_tokenizer for text in section.grow):
         return
     check_initial_loss(

@@ -7,16 +7,17 @@ import functools
 import logging
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxpt import initialize, io
-from jaxpt.config import Config, MixtureConfig, OptimConfig, TrainConfig, build_config
+from jaxpt.config import Config, build_config
 from jaxpt.data import loader
 from jaxpt.data.mixture import MixtureSchedule
 from jaxpt.growth import measure
+from jaxpt.growth.growth import ReadBatches
 from jaxpt.growth.new_params import NewParams, find_new_params_through
 from jaxpt.growth.verify import Probe, verify_growth, write_growth
 from jaxpt.model import transformer
@@ -58,16 +59,9 @@ def initialize_run(
 
     def work(run: pathlib.Path) -> dict[str, Any]:
         mesh = make_mesh(config.mesh)
-        heldout = batches = probe = dataset = check_parent = None
-        if packed:
-            train, mask = config.train, config.mixture.document_mask
-            heldout = HeldoutData(packed, train, mask, mesh)
-            seq_len = heldout.dataset.seq_len
-            check_batch_divides(mesh, train.batch_size, train.grad_accum_steps, seq_len)
-            check_parent = functools.partial(gate.check_parent, heldout, section)
-            batches = measure.make_measuring_batches(packed, train.batch_size, mask, mesh)
-            dataset = heldout.dataset
-            probe = make_probe(probe_steps, train, config.optim, config.mixture, packed, mesh)
+        heldout, batches, probe = open_measuring_data(config, packed, mesh, probe_steps)
+        dataset = heldout.dataset if heldout else None
+        check_parent = functools.partial(gate.check_parent, heldout, section)
         init = initialize.init_model(section, config.model, mesh, dataset, batches, check_parent)
         if source and is_import:
             check_import(source, init.parent or init.model, heldout, mesh, check)
@@ -93,11 +87,33 @@ def initialize_run(
         work,
         config=request,
         inputs=inputs,
-        seed=config.initialize.seed,
+        seed=section.seed,
         replace=replace,
         verify=verify,
     )
     log.info(f"initialize: {out} is ready; train it with --config.initialize.source={out}")
+
+
+class MeasuringData(NamedTuple):
+    """What a model is measured on, as far as there is packed data."""
+
+    heldout: HeldoutData | None = None
+    batches: ReadBatches | None = None
+    probe: Probe | None = None
+
+
+def open_measuring_data(
+    config: Config, packed: Sequence[io.Path], mesh: jax.sharding.Mesh, probe_steps: int
+) -> MeasuringData:
+    """Open packed data. Raise UserError if the mesh does not divide its batches."""
+    if not packed:
+        return MeasuringData()
+    train, mask = config.train, config.mixture.document_mask
+    heldout = HeldoutData(packed, train, mask, mesh)
+    seq_len = heldout.dataset.seq_len
+    check_batch_divides(mesh, train.batch_size, train.grad_accum_steps, seq_len)
+    batches = measure.make_measuring_batches(packed, train.batch_size, mask, mesh)
+    return MeasuringData(heldout, batches, make_probe(probe_steps, config, packed, mesh))
 
 
 def describe_request(
@@ -134,26 +150,21 @@ def find_source(source: str, check: bool) -> tuple[io.Path | None, bool]:
 
 
 def make_probe(
-    n_steps: int,
-    train: TrainConfig,
-    optim: OptimConfig,
-    mixture: MixtureConfig,
-    packed: Sequence[io.Path],
-    mesh: jax.sharding.Mesh,
+    n_steps: int, config: Config, packed: Sequence[io.Path], mesh: jax.sharding.Mesh
 ) -> Probe | None:
     """Return a training of n steps with fresh moments at the peak rate; None for 0 steps."""
     if not n_steps:
         return None
-    train = dataclasses.replace(train, steps=n_steps, grow=())
+    train = dataclasses.replace(config.train, steps=n_steps, grow=())
     optim = dataclasses.replace(
-        optim, schedule="constant", warmup_steps=n_steps // 4, lr_multipliers=()
+        config.optim, schedule="constant", warmup_steps=n_steps // 4, lr_multipliers=()
     )
 
     def train_briefly(spec: ModelSpec, params: Params) -> Params:
         dataset = loader.open_packed(packed)
-        schedule = MixtureSchedule(mixture, dataset.n_sequences, train.batch_size)
+        schedule = MixtureSchedule(config.mixture, dataset.n_sequences, train.batch_size)
         place = make_batch_sharding(mesh)
-        mask = mixture.document_mask
+        mask = config.mixture.document_mask
         batches = loader.iterate_batches(dataset, schedule, place, train.batch_size, 0, mask)
         params = jax.tree.map(jnp.copy, params)  # the step takes its state over
         now = state.init_state(params, spec, optim, mesh)

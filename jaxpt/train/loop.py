@@ -17,6 +17,7 @@ from jaxpt.train import agreement, distributed, result
 from jaxpt.train.context import EstimateCost, no_cost, open_run
 from jaxpt.train.hooks.checkpoint import Checkpoint
 from jaxpt.train.hooks.diverge import Diverge
+from jaxpt.train.hooks.eval_tasks import EvalTasks
 from jaxpt.train.hooks.grow import Grow
 from jaxpt.train.hooks.hook import Hook
 from jaxpt.train.hooks.log import Log
@@ -102,6 +103,7 @@ def make_hooks(session: Session) -> list[Hook]:
         Log(settings.log_every),
         Diverge(settings.stop_above),
         Validate(settings.eval_every),
+        EvalTasks(settings.eval_every),
         Replay(settings),  # reads what Validate measured
         Checkpoint(session, distributed.watch_for_preemption()),  # saves what the others changed
     ]

@@ -28,6 +28,7 @@ from jaxpt.train.records import (
     ResumeEvent,
     RunSums,
     SkippedUpdate,
+    TaskMetrics,
     TrainMetrics,
 )
 from jaxpt.train.writers import BestEffort
@@ -176,6 +177,18 @@ class MetricsLogger:
                 part += f" (parent {parent[name]:.4f})"
             parts.append(part)
         log.info(f"{self.format_step(step)}  held-out loss  {'  '.join(parts)}")
+
+    def log_tasks(self, step: int, scores: dict[str, dict[str, float]]) -> None:
+        """Write the scores of benchmarks, a console line for each."""
+        self.write_record(TaskMetrics(step, scores, **vars(self.meter.read())))
+        for task, metrics in scores.items():
+            parts = []
+            for name, value in metrics.items():
+                error = metrics.get(f"{name}_stderr")
+                if not name.endswith("_stderr"):
+                    margin = "" if error is None else f" +/- {error:.4f}"
+                    parts.append(f"{name} {value:.4f}{margin}")
+            log.info(f"{self.format_step(step)}  {task}  {'  '.join(parts)}")
 
     def log_skipped_update(self, collected: CollectedStep, documents: list[str]) -> None:
         """Write that an update was skipped, with the first documents of its batch."""

@@ -73,6 +73,15 @@ class HeldoutMetrics(RunSums):
 
 
 @dataclasses.dataclass(frozen=True)
+class TaskMetrics(RunSums):
+    """Benchmarks after a step, as `jaxpt evaluate` scores them."""
+
+    step: int
+    scores: dict[str, dict[str, float]]  # task -> metric, or its name and "_stderr" -> value
+    kind: str = "tasks"
+
+
+@dataclasses.dataclass(frozen=True)
 class SkippedUpdate(RunSums):
     """An update that was skipped: not finite, or a spike of the gradient norm."""
 
@@ -103,10 +112,19 @@ class ResumeEvent(RunSums):
     kind: str = "resume"
 
 
-MetricRecord = TrainMetrics | HeldoutMetrics | SkippedUpdate | GrowthEvent | ResumeEvent
+MetricRecord = (
+    TrainMetrics | HeldoutMetrics | TaskMetrics | SkippedUpdate | GrowthEvent | ResumeEvent
+)
 METRIC_RECORDS = {
     record.kind: record
-    for record in (TrainMetrics, HeldoutMetrics, SkippedUpdate, GrowthEvent, ResumeEvent)
+    for record in (
+        TrainMetrics,
+        HeldoutMetrics,
+        TaskMetrics,
+        SkippedUpdate,
+        GrowthEvent,
+        ResumeEvent,
+    )
 }
 
 

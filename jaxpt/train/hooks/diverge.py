@@ -14,8 +14,8 @@ log = logging.getLogger(__name__)
 class Diverge(Hook):
     """Compares the loss with a multiple of the unigram entropy of the data.
 
-    Above it nothing is saved. One look above it is told; a second one in a row stops the run, and
-    so does the last step. Weights that start above it may come down first.
+    Above it nothing is saved. One look above it gives a warning; a second one in a row stops the
+    run, and so does the last step. Weights that start above it may come down first.
     """
 
     def __init__(self, factor: float):
