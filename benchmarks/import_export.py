@@ -1,13 +1,13 @@
-"""Import then export of a random Llama of 1.1 billion parameters in bfloat16, beside transformers'
-from_pretrained and save_pretrained.
+"""Import then export of a random Llama of 1.1 billion parameters in bfloat16, or of a Mixtral of
+1.0 billion, beside transformers' from_pretrained and save_pretrained.
 
-    python benchmarks/import_export.py [rounds]
+    python benchmarks/import_export.py [rounds] [llama or mixtral]
 
 Each in a process of its own, on the CPU, in turn. transformers maps the file and holds no weights
 of its own until something
 writes to them; "copied" makes it hold them, as training does. Seconds are those of the calls,
 without the start of Python
-and packages. Memory is the process's largest resident size less the weights' 2.2 GB: packages,
+and packages. Memory is the process's largest resident size less the weights: packages,
 mapped files, buffers.
 """
 
@@ -56,20 +56,31 @@ WAYS = {
 }
 
 
-def make(source: pathlib.Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    shape = {
+SHAPES = {
+    "llama": {
         "num_hidden_layers": 16,
         "hidden_size": 2048,
         "intermediate_size": 8192,
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
-    }
-    AutoModelForCausalLM.from_config(
-        LlamaConfig(**shape, vocab_size=32_000), dtype=torch.bfloat16
-    ).save_pretrained(source)
+    },
+    "mixtral": {
+        "num_hidden_layers": 12,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "num_local_experts": 8,
+    },
+}
+
+
+def make(source: pathlib.Path, family: str) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(family, **SHAPES[family], vocab_size=32_000)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(source)
 
 
 def child(*arguments) -> list[float]:
@@ -82,15 +93,15 @@ def child(*arguments) -> list[float]:
     return [float(number) for number in output.partition("MEASURED")[2].split()]
 
 
-def main(rounds: int = 2) -> None:
+def main(rounds: str = "2", family: str = "llama") -> None:
     with tempfile.TemporaryDirectory() as folder:
         source, out = pathlib.Path(folder, "source"), pathlib.Path(folder, "out")
-        child("make", source)
+        child("make", source, family)
         n_bytes = (source / "model.safetensors").stat().st_size
         print(
             "| | import s | export s | together s | MB above the weights |\n|---|---|---|---|---|"
         )
-        for _ in range(rounds):
+        for _ in range(int(rounds)):
             for way in WAYS:
                 shutil.rmtree(out, ignore_errors=True)
                 os.sync()
@@ -106,8 +117,8 @@ def main(rounds: int = 2) -> None:
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["make", source]:
-            make(pathlib.Path(source))
+        case ["make", source, family]:
+            make(pathlib.Path(source), family)
         case [way, source, out]:
             times = WAYS[way](pathlib.Path(source), pathlib.Path(out))
             peak = (
@@ -120,5 +131,5 @@ if __name__ == "__main__":
                 * 1024
             )
             print("MEASURED", *times, peak)
-        case rounds:
-            main(*map(int, rounds))
+        case arguments:
+            main(*arguments)

@@ -29,8 +29,8 @@ from jaxpt.model import moe, transformer
 from jaxpt.model.kernels import mixture
 from jaxpt.model.mlp import ACTIVATIONS
 from jaxpt.model.param import list_param_specs
-from jaxpt.spec import ModelSpec, UserError
-from jaxpt.train import step
+from jaxpt.spec import Batch, ModelSpec, UserError
+from jaxpt.train import state, step
 from jaxpt.weights import huggingface, safetensors_file
 
 __all__ = ["compiled", "make_config", "start"]  # fixtures of test_session
@@ -310,6 +310,46 @@ def test_the_losses_of_the_router_are_trained_and_reported(one):
     assert 3 <= balanced < 3 + (without - 3) / 2, (balanced, without)
 
 
+@pytest.mark.slow
+def test_the_published_balance_loss_evens_loads_on_real_text_and_costs_no_loss(one, data_dir):
+    """200 steps on bytes with OLMoE's coefficient (2409.02060) and without, three seeds each."""
+    text = (data_dir / "text_tinyshakespeare/input.txt").read_bytes()
+    B, T, n_steps = 16, 64, 200
+    train_config = dataclasses.replace(SETTINGS.train, steps=n_steps, batch_size=B)
+    optim = dataclasses.replace(SETTINGS.optim, peak_lr=3e-3, warmup_steps=20)
+    positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+    ones = np.ones((B, T), np.int32)
+
+    def train_with(coefficient):
+        spec = MIXTURE.replace(
+            d_model=48,
+            vocab_size=256,
+            n_experts=8,
+            n_experts_per_token=2,
+            router_aux_loss_coef=coefficient,
+        )
+        run = step.build_step(spec, train_config, optim, T, one)
+        ends = []
+        for seed in range(3):
+            params = transformer.init_params(spec, seed, one)
+            now = state.init_state(params, spec, optim, one)
+            bytes_read = np.frombuffer(text, np.uint8).astype(np.int32)
+            scalars = []
+            for i in range(n_steps):
+                part = bytes_read[i * B * T : (i + 1) * B * T + 1]
+                tokens, targets = part[:-1].reshape(B, T), part[1:].reshape(B, T)
+                batch = Batch(tokens, targets, ones, positions, ones.astype(np.float32))
+                now, found = run(now, put(batch, one))
+                scalars.append((found["loss"], found["load_imbalance"]))
+            ends.append(np.mean(np.array(scalars[-50:], float), axis=0))
+        return np.array(ends).T  # of each seed
+
+    (loss, imbalance), (loss_alone, imbalance_alone) = train_with(0.01), train_with(0.0)
+    print(f"with {loss} {imbalance}, without {loss_alone} {imbalance_alone}")
+    assert imbalance.max() < 2 and imbalance.max() < imbalance_alone.min()
+    assert loss.mean() - loss_alone.mean() < np.ptp(loss_alone)
+
+
 def test_muon_takes_each_expert_as_a_matrix_and_leaves_the_router_to_adam(one):
     optim = dataclasses.replace(SETTINGS.optim, name="muon", weight_decay=0.0, warmup_steps=0)
     settings = dataclasses.replace(SETTINGS, optim=optim)
@@ -567,8 +607,11 @@ def test_noise_on_copied_experts_is_no_promise_of_the_same_function(spec):
 def test_an_upcycled_run_that_is_stopped_and_resumed_ends_as_one_that_went_on(
     make_config, start, tmp_path
 ):
-    settings = make_config(train__grow=((5, "upcycle(experts=3)"),))
+    """Stopped before its upcycling, right after it and later; the router's bias has moved."""
+    text = "upcycle(granularity=4, expansion=2, shared=True, top_k=3)"
+    settings = make_config(train__grow=((5, text),))
     whole = train_session(start(settings, tmp_path / "whole"))
-    assert whole.spec.n_experts == 3
-    train_in_parts(start, settings, tmp_path / "cut", [9])
+    assert whole.spec.n_experts == 6
+    assert np.asarray(whole.state.params["blocks"]["router_bias"]).any()
+    train_in_parts(start, settings, tmp_path / "cut", [3, 6, 9])
     assert_equal_ends(tmp_path / "cut", tmp_path / "whole")
