@@ -107,6 +107,25 @@ def test_the_flops_formula_counts_the_models_own_products(spec, one, changes):
     assert counted == B * T * (flops.count_forward_flops_per_token(spec, T) + triangle)
 
 
+def test_the_products_of_a_mixture_count_on_every_device(one):
+    """Its kernel is traced with the shapes of one of them, and executes no more than it chooses."""
+    spec = ModelSpec(
+        n_layers=2, d_model=48, d_ff=64, n_heads=6, n_kv_heads=2, d_head=8, vocab_size=96
+    )
+    mixture = spec.replace(family="mixtral", n_experts=8, n_experts_per_token=3)
+
+    def count(spec, mesh, batch_size):
+        train = dataclasses.replace(SMALL.train, batch_size=batch_size)
+        settings = dataclasses.replace(SMALL, pack=PackConfig(seq_len=512), train=train)
+        return compile.count_matmul_flops(compile.trace_step(spec, settings, mesh).jaxpr)
+
+    spread = sharding.make_mesh(MeshConfig(fsdp=4, tensor=2))
+    alone = count(mixture, one, 32)
+    assert count(mixture, spread, 128) == 4 * alone
+    dense = spec.replace(d_ff=mixture.active_d_ff)
+    assert alone == pytest.approx(count(dense, one, 32), rel=0.03)
+
+
 def test_a_layer_that_sees_all_positions_costs_more_than_one_with_a_window():
     T, W, L = 4096, 512, LLAMA3_8B.n_layers
     windowed = LLAMA3_8B.replace(sliding_window=W)

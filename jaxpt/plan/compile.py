@@ -330,6 +330,8 @@ def count_matmul_flops(jaxpr: Any, multiply_loops: bool = True) -> float:
             n_repeats = params["length"]
             if not multiply_loops:
                 n_repeats = min(n_repeats, int(params["unroll"]))
+        elif name == "shard_map":  # its shapes are one device's
+            n_repeats = params["mesh"].size
         for inner in core.jaxprs_in_params(params):
             total += n_repeats * count_matmul_flops(inner, multiply_loops)
     return total

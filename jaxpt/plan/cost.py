@@ -52,6 +52,7 @@ class TargetPlan(Record):
     params_bytes: int
     opt_state_bytes: int
     saved_activation_bytes: int
+    gathered_expert_bytes: int
     temporary_bytes: int | None  # gradients and activations; None where peak_is_lower_bound
     restore_bytes: int
     export_bytes: int
@@ -197,6 +198,7 @@ def project_target(
         params_bytes=params_bytes,
         opt_state_bytes=opt_state_bytes,
         saved_activation_bytes=analysis.saved_activation_bytes,
+        gathered_expert_bytes=analysis.gathered_expert_bytes,
         temporary_bytes=temporary_bytes,
         restore_bytes=analysis.restore_bytes,
         export_bytes=export_bytes,
@@ -245,6 +247,9 @@ def make_column(plan: TargetPlan) -> dict[str, str]:
         ends = [get(plan.slow), get(plan.fast)]
         return format_range(ends, format_significant)
 
+    experts = {}
+    if plan.gathered_expert_bytes:
+        experts["  gathered experts of a layer"] = format_memory(plan.gathered_expert_bytes)
     return {
         "method": format_method(plan),
         "devices": f"{plan.n_devices:,}",
@@ -253,6 +258,7 @@ def make_column(plan: TargetPlan) -> dict[str, str]:
         "optimizer state": format_memory(plan.opt_state_bytes),
         "gradients, activations": format_memory(plan.temporary_bytes),
         "  saved activations, about": format_memory(plan.saved_activation_bytes),
+        **experts,
         "peak per device": bound + format_memory(plan.peak_bytes),
         "  while restoring": format_memory(plan.restore_bytes),
         "  while exporting": format_memory(plan.export_bytes),

@@ -51,6 +51,7 @@ class StepAnalysis(Record):
     params_bytes: int  # per device, as all bytes up to peak_bytes
     opt_state_bytes: int
     saved_activation_bytes: int  # kept for backward under the remat policy, by rule of thumb
+    gathered_expert_bytes: int  # of one layer, of which a token uses a few; 0: a dense model
     restore_bytes: int  # while a checkpoint is restored
     export_bytes: int  # while weights are gathered for export
     peak_bytes: int  # a lower bound where exceeds_memory
@@ -207,14 +208,20 @@ def count_qkv_width(spec: ModelSpec) -> int:
     return (spec.n_heads + 2 * spec.n_kv_heads) * spec.d_head
 
 
+def count_expert_params(spec: ModelSpec) -> int:
+    """Return the parameters of one layer's experts, all of which a device gathers."""
+    params = transformer.layer_params(spec).values()
+    return sum(param.size for param in params if "experts" in param.axes)
+
+
 def estimate_temporary_bytes(
     spec: ModelSpec, share: DeviceShare, params_bytes: float, remat: str
 ) -> float:
     """Return the bytes that a device needs beside its state.
 
     Saved activations; gradients like the parameters, twice if micro-batches are summed; one layer
-    at work; the gathered output head with its float32 gradient. Within 25 % of what the compilers
-    reported for the 8B shape on v5p, v6e and H100.
+    at work; its gathered experts and the gathered output head, with their float32 gradients. Within
+    25 % of what the compilers reported for the 8B shape on v5p, v6e and H100.
     """
     gradients = params_bytes
     if share.grad_accum_steps > 1:
@@ -222,9 +229,10 @@ def estimate_temporary_bytes(
     layer_width = 8 * spec.d_model + 5 * spec.active_d_ff / share.n_tensor
     layer = share.microbatch_tokens * layer_width * share.compute_bytes
     n_head_params = spec.d_model * spec.vocab_size
-    head = n_head_params * (share.compute_bytes + 4) / share.n_tensor
+    n_gathered = n_head_params + count_expert_params(spec)
+    gathered = n_gathered * (share.compute_bytes + 4) / share.n_tensor
     saved = estimate_saved_activation_bytes(spec, share, remat)
-    return gradients + saved + layer + head
+    return gradients + saved + layer + gathered
 
 
 def estimate_comm_bytes(spec: ModelSpec, share: DeviceShare) -> float:
@@ -312,6 +320,7 @@ def estimate_step(
     state_bytes = params_bytes + opt_state_bytes
     temporary_bytes = round(estimate_temporary_bytes(spec, share, params_bytes, train.remat))
     saved_bytes = estimate_saved_activation_bytes(spec, share, train.remat)
+    expert_bytes = count_expert_params(spec) * share.compute_bytes / share.n_tensor
     widest = max(spec.vocab_size, spec.d_ff, spec.n_heads * spec.d_head)
     largest_tensor = spec.d_model * widest
     per_token = estimate_executed_flops_per_token(spec, seq_len, train.remat)
@@ -325,6 +334,7 @@ def estimate_step(
         params_bytes=params_bytes,
         opt_state_bytes=opt_state_bytes,
         saved_activation_bytes=round(saved_bytes),
+        gathered_expert_bytes=round(expert_bytes),
         restore_bytes=state_bytes,  # a restored state is made in place
         # tensors are gathered one after the other, each whole on every device
         export_bytes=params_bytes + largest_tensor * state.param,
