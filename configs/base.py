@@ -212,6 +212,8 @@ def get_config():
     c.mesh.replica = 1
     # Data parallelism with sharded parameters (fast links).
     c.mesh.fsdp = -1
+    # Data parallelism with sharded experts; divides n_experts.
+    c.mesh.expert = 1
     # Tensor parallelism over heads and MLP; divides n_kv_heads.
     c.mesh.tensor = 1
     # Context parallelism over positions; divides seq_len.

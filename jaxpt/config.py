@@ -338,6 +338,7 @@ class MeshConfig:
 
     replica: int = knob(1, "Data parallelism with whole copies, between slices or hosts.")
     fsdp: int = knob(-1, "Data parallelism with sharded parameters (fast links).")
+    expert: int = knob(1, "Data parallelism with sharded experts; divides n_experts.")
     tensor: int = knob(1, "Tensor parallelism over heads and MLP; divides n_kv_heads.")
     context: int = knob(1, "Context parallelism over positions; divides seq_len.")
 

@@ -1,7 +1,7 @@
 """The mesh, and the rules from logical axes to mesh axes.
 
 The model names its axes ("embed", "heads", "mlp", ...); only this file and the config name mesh
-axes. There is always a mesh: on one device it is 1 x 1 x 1 x 1, so that no code asks.
+axes. There is always a mesh: on one device all its axes have size 1, so that no code asks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxpt.config import MeshConfig
 from jaxpt.spec import ModelSpec, UserError
 
-MESH_AXES = ("replica", "fsdp", "tensor", "context")
+MESH_AXES = ("replica", "fsdp", "expert", "tensor", "context")
 LOGICAL_AXIS_RULES = {
     # parameters
     "layers": None,  # the scan walks it; sharding it would make every device wait for one
@@ -27,13 +27,14 @@ LOGICAL_AXIS_RULES = {
     "kv_heads": "tensor",
     "head": None,
     "mlp": "tensor",
-    "experts": None,  # each device runs all experts on its own tokens
+    "experts": "expert",  # devices along it run each other's tokens, by their own experts
     "scores": None,  # of experts, by the router
     "shared_mlp": "tensor",  # the width of the expert that all tokens take
     "switch": None,  # that expert's share, a single output
     "norm": None,  # norms and biases are small: gathering them would cost more than replicating
     # activations
-    "batch": ("replica", "fsdp"),
+    "batch": ("replica", "fsdp", "expert"),
+    "gathered_batch": ("replica", "fsdp"),  # of tokens that were gathered over the experts' shards
     "position": "context",
     "act_embed": None,
 }
@@ -83,6 +84,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
     grid = np.asarray(devices).reshape(shape)
     return Mesh(grid, MESH_AXES, axis_types=types)
+
+
+def fold_expert_axis(mesh: Mesh) -> Mesh:
+    """Return the mesh with the devices of its expert axis along fsdp."""
+    sizes = dict(mesh.shape)
+    sizes["fsdp"] *= sizes.pop("expert")
+    return make_mesh(MeshConfig(**sizes), list(mesh.devices.flat))
 
 
 def logical_to_partition_spec(axes: tuple[LogicalAxis, ...]) -> PartitionSpec:
@@ -164,6 +172,7 @@ def check_model_divides(mesh: Mesh, spec: ModelSpec) -> None:
     check_divides(mesh, "embed", "model.d_model", spec.d_model)
     check_divides(mesh, "kv_heads", "model.n_kv_heads", spec.n_kv_heads)
     check_divides(mesh, "heads", "model.n_heads", spec.n_heads)
+    check_divides(mesh, "experts", "model.n_experts", spec.n_experts)
     check_divides(mesh, "mlp", "model.d_ff", spec.d_ff)
     check_divides(mesh, "shared_mlp", "model.d_shared", spec.d_shared)
     check_divides(mesh, "vocab", "model.vocab_size", spec.vocab_size)

@@ -237,7 +237,7 @@ def on(platform, kind="", capability="9.0", position=1):
     device = types.SimpleNamespace(
         platform=platform, device_kind=kind, compute_capability=capability
     )
-    shape = {"replica": 1, "fsdp": 1, "tensor": 1, "context": position}
+    shape = {"replica": 1, "fsdp": 1, "expert": 1, "tensor": 1, "context": position}
     return types.SimpleNamespace(devices=np.array([device]), shape=shape)
 
 

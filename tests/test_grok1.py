@@ -182,7 +182,7 @@ def test_another_order_of_the_experts_computes_the_same(directory, one):
 def test_greedy_text_is_that_of_the_forward_pass(directory, one):
     spec, params = huggingface.load_hf_model(directory, one)
     prompts = [[5, 9, 60, 33], [7]]
-    spec = spec.replace(eos_id=None)
+    spec = spec.replace(eos_ids=())
     found = decode.generate(spec, params, prompts, max_new=6)
     tensors = load_file(directory / "model.safetensors")
     for prompt, text in zip(prompts, found, strict=True):

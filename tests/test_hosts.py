@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -35,6 +36,16 @@ def get_config():
     c.train.eval_every, c.train.checkpoint_every = 0, 100_000
     return c
 """
+MIXTURE = """c.optim.peak_lr, c.optim.warmup_steps = 1e-2, 0
+    c.mesh.fsdp, c.mesh.expert = 1, 2
+    c.model.fields = (
+        ("family", "mixtral"),
+        ("n_experts", 4),
+        ("n_experts_per_token", 2),
+        ("norm_topk_prob", True),
+        ("router_aux_loss_coef", 0.01),
+    )
+    return c"""
 C_TRACE = ("Check failure stack trace", "terminate called", "Traceback")
 
 
@@ -251,6 +262,21 @@ def test_a_process_that_fails_takes_the_others_with_it_and_says_why(home):
     reason = sentence_of(log).removeprefix("error: ")
     status, log = second.end()
     assert status == 1 and sentence_of(log).endswith(f"ended: {reason}")
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_the_experts_train_as_one_does(home):
+    recipe = RECIPE.replace("100_000", "8").replace("return c", MIXTURE)
+    (home / "recipe.py").write_text(recipe)
+    alone = Process(home, "alone", "--workdir", "alone", "--config.mesh.expert=1")
+    for process in (alone, *start_two(home)):
+        assert process.end()[0] == 0
+    found, expected = (
+        [record.loss for record in read_metrics(home / name / "metrics.jsonl") if record.step == 5]
+        for name in ("run", "alone")
+    )
+    assert len(found) == 1
+    np.testing.assert_allclose(found, expected, rtol=2e-5)
 
 
 def test_processes_that_end_leave_each_other_without_a_crash(tmp_path):

@@ -274,12 +274,16 @@ def test_sizes_that_cannot_make_a_model_are_refused(spec, change, answer):
         ({"fsdp": -1, "tensor": -1}, {}, "at most one -1"),
         ({"fsdp": 2, "tensor": 4}, {}, "model.n_kv_heads = 2 cannot be sharded 4 ways"),
         ({"fsdp": 8}, {"batch_size": 12}, "8 or 16"),
+        ({"fsdp": 4, "expert": 2}, {"n_experts": 7}, r"model.n_experts = 7 .* over expert.*6 or 8"),
         ({"fsdp": 1, "context": 8}, {"seq_len": 20}, "pack.seq_len = 20 cannot be sharded 8 ways"),
     ],
 )
 def test_sizes_that_a_mesh_cannot_shard_are_refused_with_the_nearest_that_work(
     spec, mesh, changes, answer
 ):
+    changes = dict(changes)
+    if n_experts := changes.pop("n_experts", 0):
+        spec = spec.replace(family="mixtral", n_experts=n_experts, n_experts_per_token=2)
     with pytest.raises(UserError, match=answer):
         made = sharding.make_mesh(config.MeshConfig(**mesh))
         sharding.check_mesh_divides(

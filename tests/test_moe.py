@@ -56,6 +56,7 @@ SIGMOID = MIXTURE.replace(
 )
 DENSE = {"n_experts": 0, "n_experts_per_token": 0}
 MESH = {"fsdp": 2, "tensor": 2, "context": 2}
+RING = {"fsdp": 2, "expert": 2, "tensor": 2}
 
 
 # ---- the experts
@@ -69,10 +70,10 @@ def sum_over_all_experts(activate, x, chosen, weights, experts):
 
 
 def make_tokens(balance):
-    """Tokens, their experts and weights, and the experts; 96 tokens of 3 experts make 7 x 6 rows on
-    the mean, in blocks of 8 to 64.
+    """Tokens, their experts and weights, and the experts; 96 tokens of 3 experts make 36 rows of
+    each of 8 on the mean, in blocks of 8 to 64.
     """
-    B, T, D, F, E, k = 8, 12, 24, 40, 7, 3
+    B, T, D, F, E, k = 8, 12, 24, 40, 8, 3
     rng = np.random.default_rng(0)
 
     def draw(*shape):
@@ -108,6 +109,8 @@ def differentiate(run, mesh, x, chosen, weights, experts, d_out):
         (None, "random", "gelu_pytorch_tanh"),
         (MESH, "worst", "silu"),
         ({"replica": 2, "fsdp": 4}, "random", "silu"),
+        (RING, "worst", "silu"),
+        ({"fsdp": 1, "expert": 8}, "random", "gelu_pytorch_tanh"),
     ],
 )
 def test_blocks_equal_the_sum_over_all_experts_with_all_gradients(one, sizes, balance, activation):
@@ -139,9 +142,11 @@ def test_every_assignment_has_a_row_of_its_experts_block(n_tokens, k):
 
 
 @pytest.mark.slow
-def test_a_mixture_gives_the_curve_of_one_device_on_a_mesh(one):
-    losses, now, _ = train(one, n=4, spec=MIXTURE)
-    spread, there, _ = train(sharding.make_mesh(config.MeshConfig(**MESH)), n=4, spec=MIXTURE)
+@pytest.mark.parametrize("sizes", [MESH, RING, {"fsdp": 1, "expert": 4, "context": 2}])
+def test_a_mixture_gives_the_curve_of_one_device_on_a_mesh(one, sizes):
+    spec = MIXTURE.replace(n_experts=8)
+    losses, now, _ = train(one, n=4, spec=spec)
+    spread, there, _ = train(sharding.make_mesh(config.MeshConfig(**sizes)), n=4, spec=spec)
     assert losses[-1] < losses[0] - 0.2
     np.testing.assert_allclose(spread, losses, rtol=2e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), there.params, now.params)
@@ -198,9 +203,9 @@ def test_a_bias_moves_to_the_experts_of_less_than_the_mean_load():
 @pytest.mark.slow
 def test_a_step_moves_the_bias_by_the_loads_of_the_whole_batch_on_any_mesh(one):
     """Not those of a micro-batch, nor of a device; a bad step and a frozen layer keep theirs."""
-    spec = SIGMOID.replace(router_bias_rate=0.25)
+    spec = SIGMOID.replace(router_bias_rate=0.25, n_experts=8)
     optim = dataclasses.replace(SETTINGS.optim, lr_multipliers=(("layers 1-1", 0.0),))
-    spread = sharding.make_mesh(config.MeshConfig(fsdp=4, tensor=2))
+    spread = sharding.make_mesh(config.MeshConfig(fsdp=2, expert=2, tensor=2))
     found = []
     for mesh, n_micro_batches in ((one, 1), (spread, 4)):
         knobs = dataclasses.replace(SETTINGS.train, grad_accum_steps=n_micro_batches)
@@ -210,7 +215,7 @@ def test_a_step_moves_the_bias_by_the_loads_of_the_whole_batch_on_any_mesh(one):
     assert set(np.unique(found[0][0])) == {-0.25, 0.25}
     assert not found[0][1].any()
     np.testing.assert_array_equal(found[0], found[1])
-    assert float(scalars["router_bias_norm"]) == pytest.approx(0.25 * 7**0.5 / 2)
+    assert float(scalars["router_bias_norm"]) == pytest.approx(0.25 * 8**0.5 / 2)
     broken = make_batch(0)
     broken.loss_mask[0, 0] = np.nan
     now, _ = run(make_state(spread, spec=spec), put(broken, spread))

@@ -123,6 +123,9 @@ def test_the_products_of_a_mixture_count_on_every_device(one):
     alone = count(mixture, one, 32)
     assert count(mixture, spread, 128) == 4 * alone
     dense = spec.replace(d_ff=mixture.active_d_ff)
+    ring = sharding.fold_expert_axis(sharding.make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2)))
+    assert count(mixture, ring, 128) == 4 * alone
+    dense = spec.replace(d_ff=mixture.active_d_ff)
     assert alone == pytest.approx(count(dense, one, 32), rel=0.03)
 
 
@@ -169,7 +172,8 @@ def test_a_device_alone_receives_nothing(spec):
         return roofline.estimate_comm_bytes(spec, share)
 
     assert count_received(alone) == 0
-    assert all(count_received(alone | {cut: 2}) > 0 for cut in ("fsdp", "tensor", "context"))
+    axes = ("fsdp", "expert", "tensor", "context")
+    assert all(count_received(alone | {cut: 2}) > 0 for cut in axes)
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "minimal", "full"])
@@ -206,7 +210,7 @@ def test_a_registered_optimizer_is_planned_with_the_state_that_it_has(
     name = f"planned with {n_moments} moments"
     monkeypatch.setitem(optimizer.OPTIMIZERS, name, make)
     state_bytes = roofline.count_state_bytes(spec, OptimConfig(name=name), "bfloat16")
-    mesh = {"replica": 1, "fsdp": 3, "tensor": 2, "context": 1}
+    mesh = {"replica": 1, "fsdp": 3, "expert": 1, "tensor": 2, "context": 1}
     found = roofline.estimate_step(spec, state_bytes, SMALL.train, 20, mesh, "xla")
     n_params = transformer.count_params(spec)
     assert found.params_bytes == round(2 * n_params / 6)
@@ -775,7 +779,7 @@ def test_less_is_kept_with_every_remat_and_micro_batch():
     by_layout = {
         (each.settings.train.grad_accum_steps, each.settings.train.remat): each
         for each in search.list_layouts(LLAMA3_8B, POD, target)
-        if each.analysis.mesh == {"replica": 1, "fsdp": 64, "tensor": 1, "context": 1}
+        if each.analysis.mesh == {"replica": 1, "fsdp": 64, "expert": 1, "tensor": 1, "context": 1}
     }
     needs = [by_layout[2, remat].required_bytes for remat in ("none", "dots", "minimal", "full")]
     assert needs == sorted(needs, reverse=True)
@@ -978,7 +982,7 @@ def planned(settings, on):
     """(spec, settings, target, what arithmetic knows): what cost.record takes."""
     target = hardware.parse_target(on)
     spec, _ = cost.resolve_model_spec(settings)
-    mesh = {"replica": 1, "fsdp": target.n_devices, "tensor": 1, "context": 1}
+    mesh = {"replica": 1, "fsdp": target.n_devices, "expert": 1, "tensor": 1, "context": 1}
     state_bytes = roofline.count_state_bytes(spec, settings.optim, "float32")
     seq_len = settings.pack.seq_len
     measured = roofline.estimate_step(spec, state_bytes, settings.train, seq_len, mesh, "fused")

@@ -158,6 +158,7 @@ class DeviceShare(NamedTuple):
     microbatch_tokens: int
     grad_accum_steps: int
     n_fsdp: int  # shards of the weights over the batch's devices
+    n_expert: int  # of experts, by their number
     n_tensor: int  # shards of heads, feed-forward and vocabulary
     n_context: int  # shards of a sequence
     compute_bytes: int  # per number in a matmul
@@ -166,6 +167,7 @@ class DeviceShare(NamedTuple):
     def from_config(cls, train: TrainConfig, seq_len: int, mesh: dict[str, int]) -> DeviceShare:
         """Return the share on a mesh (axis -> devices)."""
         n_fsdp = sharding.n_shards_of_shape(mesh, "embed")
+        n_expert = sharding.n_shards_of_shape(mesh, "experts")
         n_tensor = sharding.n_shards_of_shape(mesh, "mlp")
         n_context = sharding.n_shards_of_shape(mesh, "position")
         n_batch = sharding.n_shards_of_shape(mesh, "batch")
@@ -173,12 +175,19 @@ class DeviceShare(NamedTuple):
         n_tokens = n_sequences * seq_len
         tokens = n_tokens // (n_batch * n_context)
         compute_bytes = jnp.dtype(train.compute_dtype).itemsize
-        return cls(tokens, train.grad_accum_steps, n_fsdp, n_tensor, n_context, compute_bytes)
+        return cls(
+            tokens, train.grad_accum_steps, n_fsdp, n_expert, n_tensor, n_context, compute_bytes
+        )
 
-    @property
-    def n_weight_shards(self) -> int:
-        """Devices that one copy of the weights is sharded over."""
-        return self.n_fsdp * self.n_tensor
+    def count_gathered_params(self, spec: ModelSpec) -> float:
+        """Return the parameters that a device gathers over fsdp, one layer after the other."""
+        n_expert_params = spec.n_layers * count_expert_params(spec)
+        n_others = count_params(spec) - n_expert_params
+        return (n_others + n_expert_params / self.n_expert) / self.n_tensor
+
+    def compute_weight_frac(self, spec: ModelSpec) -> float:
+        """Return the share of the weights that a device holds."""
+        return self.count_gathered_params(spec) / self.n_fsdp / count_params(spec)
 
 
 def estimate_saved_activation_bytes(spec: ModelSpec, share: DeviceShare, remat: str) -> float:
@@ -229,7 +238,7 @@ def estimate_temporary_bytes(
     layer_width = 8 * spec.d_model + 5 * spec.active_d_ff / share.n_tensor
     layer = share.microbatch_tokens * layer_width * share.compute_bytes
     n_head_params = spec.d_model * spec.vocab_size
-    n_gathered = n_head_params + count_expert_params(spec)
+    n_gathered = n_head_params + count_expert_params(spec) / share.n_expert
     gathered = n_gathered * (share.compute_bytes + 4) / share.n_tensor
     saved = estimate_saved_activation_bytes(spec, share, remat)
     return gradients + saved + layer + gathered
@@ -240,11 +249,12 @@ def estimate_comm_bytes(spec: ModelSpec, share: DeviceShare) -> float:
 
     fsdp: weights are gathered per micro-batch for forward and backward, and float32 gradients are
     summed on the way back. tensor: each layer's two results are summed in forward, backward and
-    recomputation. context: each layer's keys and values are gathered, as often.
+    recomputation. context: each layer's keys and values are gathered, as often. expert: the tokens
+    of each layer and their gradients are gathered and scattered, six times in all.
     """
     n_bytes = share.compute_bytes
     tokens = share.microbatch_tokens
-    fsdp_params = count_params(spec) / share.n_tensor
+    fsdp_params = share.count_gathered_params(spec)
     fsdp_params *= 1 - 1 / share.n_fsdp
     fsdp = (2 * n_bytes + 4) * fsdp_params
     tensor = 6 * 2 * tokens * spec.d_model * n_bytes
@@ -252,7 +262,8 @@ def estimate_comm_bytes(spec: ModelSpec, share: DeviceShare) -> float:
     kv_width = 2 * spec.n_kv_heads * spec.d_head / share.n_tensor
     n_received = 3 * tokens * (share.n_context - 1)
     context = n_received * kv_width * n_bytes
-    layers = spec.n_layers * (tensor + context)
+    expert = 6 * tokens * (share.n_expert - 1) * spec.d_model * n_bytes
+    layers = spec.n_layers * (tensor + context + expert)
     return share.grad_accum_steps * (fsdp + layers)
 
 
@@ -268,9 +279,9 @@ def estimate_memory_traffic_bytes(
     Logits: float32, three times.
     """
     n_tensor = share.n_tensor
-    n_params = count_params(spec)
-    update = 8 * n_params * 4 / share.n_weight_shards
-    weights = n_params / n_tensor * (5 * share.compute_bytes + 8)
+    n_gathered = share.count_gathered_params(spec)
+    update = 8 * n_gathered * 4 / share.n_fsdp
+    weights = n_gathered * (5 * share.compute_bytes + 8)
     sharded_width = 2 * count_qkv_width(spec) + 4 * spec.active_d_ff
     width = 6 * spec.d_model + sharded_width / n_tensor
     layer = 6 * width * share.compute_bytes
@@ -315,12 +326,14 @@ def estimate_step(
         attention: backend, such as "xla".
     """
     share = DeviceShare.from_config(train, seq_len, mesh)
-    params_bytes = round(state.params / share.n_weight_shards)
-    opt_state_bytes = round(state.moments / share.n_weight_shards) + state.rest
+    weight_frac = share.compute_weight_frac(spec)
+    params_bytes = round(state.params * weight_frac)
+    opt_state_bytes = round(state.moments * weight_frac) + state.rest
     state_bytes = params_bytes + opt_state_bytes
     temporary_bytes = round(estimate_temporary_bytes(spec, share, params_bytes, train.remat))
     saved_bytes = estimate_saved_activation_bytes(spec, share, train.remat)
-    expert_bytes = count_expert_params(spec) * share.compute_bytes / share.n_tensor
+    expert_params = count_expert_params(spec) / share.n_expert / share.n_tensor
+    expert_bytes = expert_params * share.compute_bytes
     widest = max(spec.vocab_size, spec.d_ff, spec.n_heads * spec.d_head)
     largest_tensor = spec.d_model * widest
     per_token = estimate_executed_flops_per_token(spec, seq_len, train.remat)

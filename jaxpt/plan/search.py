@@ -201,7 +201,7 @@ def iterate_meshes(spec: ModelSpec, seq_len: int, target: Target) -> Iterator[Me
     for replica, tensor, context in itertools.product(n_replicas, tensor_sizes, (1, 2, 4, 8)):
         fsdp, rest = divmod(target.n_devices, replica * tensor * context)
         if rest == 0 and seq_len % context**2 == 0:
-            yield MeshConfig(replica, fsdp, tensor, context)
+            yield MeshConfig(replica=replica, fsdp=fsdp, tensor=tensor, context=context)
 
 
 def can_shard(

@@ -1,21 +1,30 @@
-"""Run each token through its chosen experts, dropping none, on the token's own device.
+"""Run each token through its chosen experts, dropping none.
 
 Rows are sorted by expert into blocks of one expert each, at most so many that any balance fits, and
 one scan multiplies block after block, forward and backward. That costs about what a dense MLP of
-the chosen experts' width does.
+the chosen experts' width does. Where experts are sharded, the devices that hold the shards gather
+each other's tokens, run their own experts on them, and sum the results on the way back.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxpt.model.kernels.sharded import Axes, shard_map_axes, sum_over_shards
+from jaxpt.model.kernels.sharded import (
+    Axes,
+    count_shards,
+    find_shard_index,
+    gather_shards,
+    scatter_sum,
+    shard_map_axes,
+    sum_over_shards,
+)
 from jaxpt.sharding import n_shards
 
 Activation = Callable[[Array], Array]
@@ -31,8 +40,10 @@ class Experts(NamedTuple):
     down: Array
 
 
-# inside `run_experts` they are whole but for their width
-EXPERT_AXES: list[Axes] = [(None, None, "mlp"), (None, None, "mlp"), (None, "mlp", None)]
+# inside `run_experts` they are whole but for their number and width
+READS: Axes = ("experts", None, "mlp")
+WRITES: Axes = ("experts", "mlp", None)
+EXPERT_AXES = [READS, READS, WRITES]
 
 
 class Kept(NamedTuple):
@@ -51,7 +62,7 @@ def run_sorted(
 ) -> Array:
     """Return each token's weighted sum of its chosen experts, with a backward of its own.
 
-    A device runs its own tokens through all experts, whose width may be sharded.
+    The experts' number and width may be sharded.
 
     Args:
         activate: the activation of the gate.
@@ -74,7 +85,7 @@ def run_sorted_fwd(
     axes = TokenAxes.of(x)
     in_axes = [axes.tokens] * 3 + EXPERT_AXES
     out_axes = [axes.tokens, axes.rows, axes.rows]
-    run = functools.partial(run_own_tokens, activate)
+    run = functools.partial(run_own_experts, activate, axes)
     run = shard_map_axes(run, in_axes, out_axes)
     out, gate, up = run(x, chosen, weights, *experts)
     return out, Kept(x, chosen, weights, gate, up, experts)
@@ -85,7 +96,7 @@ def run_sorted_bwd(
 ) -> tuple[Array, None, Array, Experts]:
     """Return the gradients for tokens, weights and experts."""
     axes = TokenAxes.of(kept.x)
-    run = functools.partial(differentiate_own_tokens, activate, axes.names)
+    run = functools.partial(differentiate_own_experts, activate, axes)
     in_axes = [axes.tokens] * 4 + [axes.rows] * 2 + EXPERT_AXES
     out_axes = [axes.tokens] * 2 + EXPERT_AXES
     run = shard_map_axes(run, in_axes, out_axes)
@@ -98,12 +109,18 @@ run_experts = jax.custom_vjp(run_sorted, nondiff_argnums=(0,))
 run_experts.defvjp(run_sorted_fwd, run_sorted_bwd)
 
 
-def run_own_tokens(
-    activate: Activation, x: Array, chosen: Array, weights: Array, *matrices: Array
+def run_own_experts(
+    activate: Activation,
+    axes: TokenAxes,
+    x: Array,
+    chosen: Array,
+    weights: Array,
+    *matrices: Array,
 ) -> tuple[Array, Array, Array]:
-    """Return what a device's experts make of its tokens, and gate and up of every row."""
+    """Return what the experts make of a device's tokens, and gate and up of its own rows."""
     experts = Experts(*matrices)
-    blocks = sort_into_blocks(chosen, len(experts.gate))
+    x, chosen, weights = map(axes.gather, (x, chosen, weights))
+    blocks = sort_own(chosen, experts)
 
     def run_block(_: None, block: BlockRows) -> tuple[None, tuple[Array, Array, Array]]:
         gate = block.x @ experts.gate[block.expert]
@@ -113,15 +130,14 @@ def run_own_tokens(
         return None, (gate, up, out)
 
     rows = blocks.take_rows(x, weights)
-    _, (gate, up, out) = jax.lax.scan(run_block, None, rows)
-    out = blocks.sum_rows(out)
-    out = sum_over_shards(out, "mlp")
-    return out.reshape(x.shape), gate, up
+    _, (gate, up, out) = scan_blocks(run_block, None, rows, blocks.is_used)
+    out = blocks.sum_rows(out).reshape(x.shape)
+    return axes.sum(out), gate, up
 
 
-def differentiate_own_tokens(
+def differentiate_own_experts(
     activate: Activation,
-    token_axes: tuple[str, ...],
+    axes: TokenAxes,
     d_out: Array,
     x: Array,
     chosen: Array,
@@ -135,7 +151,8 @@ def differentiate_own_tokens(
     Those for experts are summed over blocks and devices in float32.
     """
     experts = Experts(*matrices)
-    blocks = sort_into_blocks(chosen, len(experts.gate))
+    d_out, x, chosen, weights = map(axes.gather, (d_out, x, chosen, weights))
+    blocks = sort_own(chosen, experts)
 
     def multiply_gated(gate: Array, up: Array) -> Array:
         return activate(gate) * up
@@ -157,19 +174,39 @@ def differentiate_own_tokens(
     rows = blocks.take_rows(x, weights)
     saved = SavedRows(rows, gate, up, blocks.take_tokens(d_out))
     zeros = [jnp.zeros(matrix.shape, jnp.float32) for matrix in experts]
-    sums, (d_rows, d_row_weights) = jax.lax.scan(run_block, Experts(*zeros), saved)
-    d_x = blocks.sum_rows(d_rows)
-    d_x = sum_over_shards(d_x, "mlp")
-    d_weights = d_row_weights.reshape(-1)[blocks.row]
-    d_weights = sum_over_shards(d_weights, "mlp")
-    d_experts = [sum_over_shards(total, *token_axes).astype(x.dtype) for total in sums]
-    return d_x.reshape(x.shape), d_weights.reshape(weights.shape), *d_experts
+    start = Experts(*zeros)
+    sums, (d_rows, d_row_weights) = scan_blocks(run_block, start, saved, blocks.is_used)
+    d_x = blocks.sum_rows(d_rows).reshape(x.shape)
+    d_weights = d_row_weights.reshape(-1).at[blocks.row].get(mode="fill", fill_value=0)
+    d_weights = d_weights.reshape(weights.shape)
+    d_experts = [sum_over_shards(total, *axes.gathered).astype(x.dtype) for total in sums]
+    return axes.sum(d_x), axes.sum(d_weights), *d_experts
 
 
 def add_product(total: Array, expert: Array, left: Array, right: Array) -> Array:
     """Return the gradients of all experts' matrices with left.T @ right added to one's."""
     product = jnp.matmul(left.T, right, preferred_element_type=jnp.float32)
     return total.at[expert].add(product)
+
+
+def scan_blocks(run: Callable[..., Any], carry: Any, blocks: Any, is_used: Array) -> Any:
+    """Return `scan`'s result, with zeros of blocks without a token.
+
+    Where experts are sharded those are most, since all tokens might choose one device's; otherwise
+    they are fewer than the experts, and multiplied.
+    """
+    if count_shards("experts") == 1:
+        return jax.lax.scan(run, carry, blocks)
+
+    def skip(carry: Any, block: Any) -> Any:
+        _, shapes = jax.eval_shape(run, carry, block)
+        return carry, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def run_if_used(carry: Any, numbered: tuple[Array, Any]) -> Any:
+        is_used, block = numbered
+        return jax.lax.cond(is_used, run, skip, carry, block)
+
+    return jax.lax.scan(run_if_used, carry, (is_used, blocks))
 
 
 # ---- blocks
@@ -203,11 +240,14 @@ class Blocks(NamedTuple):
 
     Attributes:
         expert: int32 [M], of each block.
+        is_used: bool [M], whether there is a token in it.
         token: int32 [M, R], that a row holds; past the last token where it is padding.
-        row: int32 [n_tokens, k], of each assignment among the M R rows.
+        row: int32 [n_tokens, k], of each assignment among the M R rows; past the last one where
+            the expert is another device's.
     """
 
     expert: Array
+    is_used: Array
     token: Array
     row: Array
 
@@ -220,22 +260,37 @@ class Blocks(NamedTuple):
         """Return the rows of tokens [B, T, D] and weights [B, T, k], in x's dtype."""
         flat = weights.reshape(self.row.shape).astype(x.dtype)
         row_weights = jnp.zeros(self.token.size, x.dtype)
-        row_weights = row_weights.at[self.row].set(flat)
+        row_weights = row_weights.at[self.row].set(flat, mode="drop")
         row_weights = row_weights.reshape(*self.token.shape, 1)
         return BlockRows(self.expert, self.take_tokens(x), row_weights)
 
     def sum_rows(self, rows: Array) -> Array:
         """Return each token's sum [n_tokens, D] over its rows [M, R, D]."""
         flat = rows.reshape(-1, rows.shape[-1])
-        return jnp.sum(flat[self.row], axis=1)
+        return jnp.sum(flat.at[self.row].get(mode="fill", fill_value=0), axis=1)
 
 
-def sort_into_blocks(experts: Array, n_experts: int) -> Blocks:
-    """Sort assignments [B, T, k] by expert. The number of blocks fits any balance."""
+def sort_own(chosen: Array, experts: Experts) -> Blocks:
+    """Sort the assignments [B, T, k] to the experts that a device holds."""
+    n_own = len(experts.gate)
+    own = chosen - n_own * find_shard_index("experts")
+    return sort_into_blocks(own, n_own, n_shards=count_shards("experts"))
+
+
+def sort_into_blocks(experts: Array, n_experts: int, n_shards: int = 1) -> Blocks:
+    """Sort assignments [B, T, k] by expert. The number of blocks fits any balance.
+
+    Args:
+        experts: the chosen ones; those below 0 and from n_experts on are left out.
+        n_experts: of this device.
+        n_shards: devices that hold as many each.
+    """
     k = experts.shape[-1]
     flat = experts.reshape(-1)
-    n = flat.size
-    R = choose_block_rows(n, n_experts)
+    is_own = (flat >= 0) & (flat < n_experts)
+    flat = jnp.where(is_own, flat, n_experts)
+    n = flat.size // k * min(k, n_experts)  # at most; the experts of a token are distinct
+    R = choose_block_rows(flat.size, n_shards * n_experts)
     M = min((n + n_experts * (R - 1)) // R, n)
     n_rows = jnp.bincount(flat, length=n_experts)
     n_blocks = -(-n_rows // R)
@@ -245,12 +300,14 @@ def sort_into_blocks(experts: Array, n_experts: int) -> Blocks:
     first = jnp.cumsum(n_rows) - n_rows
     first_row = R * (last_block - n_blocks)
     shift = (first_row - first)[flat[order]]
-    rows = jnp.arange(n) + shift
+    rows = jnp.arange(flat.size) + shift
+    rows = jnp.where(is_own[order], rows, M * R)
     expert = jnp.searchsorted(last_block, jnp.arange(M), side="right")
     expert = jnp.minimum(expert, n_experts - 1)
-    token = jnp.full(M * R, n // k).at[rows].set(order // k)
-    row = jnp.zeros(n, rows.dtype).at[order].set(rows)
-    return Blocks(expert, token.reshape(M, R), row.reshape(-1, k))
+    is_used = jnp.arange(M) < last_block[-1]
+    token = jnp.full(M * R, flat.size // k).at[rows].set(order // k, mode="drop")
+    row = jnp.zeros(flat.size, rows.dtype).at[order].set(rows)
+    return Blocks(expert, is_used, token.reshape(M, R), row.reshape(-1, k))
 
 
 def choose_block_rows(n_assignments: int, n_experts: int) -> int:
@@ -289,4 +346,26 @@ class TokenAxes(NamedTuple):
     @property
     def rows(self) -> Axes:
         """The axes of blocks [M, R, F], each device's own."""
-        return self.names, None, "mlp"
+        owners = self.names if self.batch else (*self.names, "experts")
+        return owners, None, "mlp"
+
+    @property
+    def gathered(self) -> tuple[str, ...]:
+        """The axes that tokens are sharded over once they are gathered."""
+        return tuple("gathered_batch" if axis == "batch" else axis for axis in self.names)
+
+    @property
+    def is_gathered(self) -> bool:
+        """Whether devices hold other tokens than those with the other experts."""
+        return self.batch is not None and count_shards("experts") > 1
+
+    def gather(self, x: Array) -> Array:
+        """Return an array [B, T, n] of the tokens of all devices that share the experts."""
+        return gather_shards(x, "experts") if self.is_gathered else x
+
+    def sum(self, x: Array) -> Array:
+        """Return a device's tokens [B, T, n] of the sum over experts and their width."""
+        x = sum_over_shards(x, "mlp")
+        if self.is_gathered:
+            return scatter_sum(x, "experts")
+        return sum_over_shards(x, "experts")

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax import Array
 
-from jaxpt.sharding import LogicalAxis, find_mesh_axes, logical_to_partition_spec
+from jaxpt.sharding import LogicalAxis, find_mesh_axes, logical_to_partition_spec, n_shards
 
 ATTENTION_OUTPUT = "attention_output"  # the name by which remat policies know it
 
@@ -46,3 +46,27 @@ def sum_over_shards(x: Array, *axes: str) -> Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.psum(x, find_mesh_axes(*axes))
+
+
+# ---- within `shard_map_axes`, over one logical axis
+
+
+def count_shards(axis: str) -> int:
+    """Return the number of shards; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else n_shards(mesh, axis)
+
+
+def find_shard_index(axis: str) -> Array | int:
+    """Return which of the shards this device holds."""
+    return jax.lax.axis_index(find_mesh_axes(axis)) if count_shards(axis) > 1 else 0
+
+
+def gather_shards(x: Array, axis: str) -> Array:
+    """Return all shards, joined along their first dimension."""
+    return jax.lax.all_gather(x, find_mesh_axes(axis), tiled=True)
+
+
+def scatter_sum(x: Array, axis: str) -> Array:
+    """Return this device's part, along the first dimension, of the sum over all shards."""
+    return jax.lax.psum_scatter(x, find_mesh_axes(axis), tiled=True)
