@@ -6,14 +6,18 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import transformers
+from test_special_tokens import SPEC as MODEL
 from test_special_tokens import write_tokenizer
 
 from jaxpt import config
 from jaxpt.data import chat, filters, loader, pack, tokenizer
 from jaxpt.data.prepare import corpus
-from jaxpt.evaluate import compare
+from jaxpt.evaluate import compare, harness, reference
+from jaxpt.model import transformer
 from jaxpt.spec import UserError
+from jaxpt.weights import huggingface
 
+SPEC = MODEL.replace(vocab_size=260)
 CHATML = (
     "{{ bos_token }}{% for message in messages %}<|begin|>{{ message['role'] }}\n"
     "{% if message['role'] == 'assistant' %}MARK{{ message['content'] }}<|eot_id|>END{{ '\n' }}"
@@ -93,6 +97,23 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(made):
         open_template(made(template)).encode_prompt(CONVERSATIONS[0])
     with pytest.raises(UserError, match="has no chat template"):
         chat.ChatTemplate(tokenizer.load_tokenizer(write_tokenizer(made("").parent / "b")), "x")
+
+
+@pytest.mark.slow
+def test_the_harness_renders_turns_as_its_own_model_does(made, one):
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    for template in (MARKED, refusing + MARKED):
+        directory = made(template)
+        params = transformer.init_params(SPEC, 0, one)
+        huggingface.write_hf_model(SPEC, params, directory)
+        ours = harness.make_lm_adapter(SPEC, params, directory, 64)
+        theirs = reference.make_reference_harness_model(directory, 64)
+        for messages in CONVERSATIONS:
+            for asks in (True, False):
+                history = messages[:-1] if asks else messages
+                text = ours.apply_chat_template(history, add_generation_prompt=asks)
+                assert text == theirs.apply_chat_template(history, add_generation_prompt=asks)
+                assert ours.tok_encode(text) == theirs.tok_encode(text)
 
 
 def test_what_ends_an_answer_ends_generation_too(made):

@@ -509,12 +509,18 @@ def make_lm_adapter(
         def apply_chat_template(
             self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
         ) -> str:
-            return self.tokenizer.apply_chat_template(
-                chat_history,
+            import jinja2
+
+            render = functools.partial(
+                self.tokenizer.apply_chat_template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt,
             )
+            try:
+                return render(chat_history)
+            except jinja2.TemplateError:  # of a template without a system's message
+                return render([turn for turn in chat_history if turn["role"] != "system"])
 
         def tok_encode(
             self, string: str, add_special_tokens: bool | None = None, **kwargs
