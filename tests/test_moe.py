@@ -124,6 +124,30 @@ def test_blocks_equal_the_sum_over_all_experts_with_all_gradients(one, sizes, ba
     )
 
 
+def test_a_batch_that_the_mesh_does_not_divide_runs_whole_on_every_device(one):
+    """As one sequence does that is decoded: each device sums its own experts' part."""
+    x, chosen, weights, experts, d_out = make_tokens("random")
+    x, chosen, weights, d_out = (a[:3] for a in (x, chosen, weights, d_out))
+    ring = sharding.make_mesh(config.MeshConfig(**RING))
+
+    def differentiate_on(mesh):
+        def total(x, weights, experts):
+            return jnp.sum(mixture.run_experts(jax.nn.silu, x, chosen, weights, experts) * d_out)
+
+        def on_mesh(*arguments):
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return jax.value_and_grad(total, argnums=(0, 1, 2))(*arguments)
+
+        place = sharding.make_replicated_sharding(mesh)
+        return jax.jit(on_mesh)(*jax.device_put((x, weights, experts), place))
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6 * np.abs(b).max()),
+        differentiate_on(ring),
+        differentiate_on(one),
+    )
+
+
 @pytest.mark.parametrize(("n_tokens", "k"), [(1, 1), (1, 3), (5, 2), (300, 3)])
 def test_every_assignment_has_a_row_of_its_experts_block(n_tokens, k):
     E = 7
