@@ -103,8 +103,12 @@ def get_config():
     c.model.fields = ()
 
     # ---- initialize: Where the initial weights come from.
-    # random, a run or checkpoint directory, a Hugging Face directory, or hf:NAME.
+    # random, a run or checkpoint directory, a Hugging Face directory or hf:NAME; of a model, or of
+    # a LoRA adapter, which is merged into its base.
     c.initialize.source = "random"
+    # Base of a LoRA adapter in source: a Hugging Face directory or hf:NAME; empty takes the one
+    # that its adapter_config.json names.
+    c.initialize.base = ""
     # continue: step 0, fresh optimizer, new schedule; resume: the source run with its optimizer,
     # schedule and data order; grow: resume with a grown model.
     c.initialize.mode = "continue"
@@ -206,6 +210,16 @@ def get_config():
     c.optim.weight_decay = 0.1
     # Clip gradients to this global norm; 0: do not clip.
     c.optim.clip_norm = 1.0
+
+    # ---- lora: Training low-rank adapters on a frozen base.
+    # Train adapters of this rank (LoRA) on the model of initialize.source and freeze the rest: only
+    # adapters have optimizer state. 0 trains all weights. 8 to 64 are usual.
+    c.lora.rank = 0
+    # An adapter's output is times alpha / rank. Learning rates are about 10 x the usual.
+    c.lora.alpha = 32.0
+    # Matrices that get adapters, such as q and v; empty takes q, k, v, o and a dense MLP's gate,
+    # up, down.
+    c.lora.targets = ()
 
     # ---- mesh: Devices along each mesh axis; -1 on one axis takes the rest.
     # Data parallelism with whole copies, between slices or hosts.

@@ -186,7 +186,14 @@ class InitializeConfig:
     """Where the initial weights come from."""
 
     source: str = knob(
-        "random", "random, a run or checkpoint directory, a Hugging Face directory, or hf:NAME."
+        "random",
+        "random, a run or checkpoint directory, a Hugging Face directory or hf:NAME; of a model, "
+        "or of a LoRA adapter, which is merged into its base.",
+    )
+    base: str = knob(
+        "",
+        "Base of a LoRA adapter in source: a Hugging Face directory or hf:NAME; empty takes the "
+        "one that its adapter_config.json names.",
     )
     mode: str = knob(
         "continue",
@@ -333,6 +340,25 @@ class OptimConfig:
 
 
 @section
+class LoraConfig:
+    """Training low-rank adapters on a frozen base."""
+
+    rank: int = knob(
+        0,
+        "Train adapters of this rank (LoRA) on the model of initialize.source and freeze the rest: "
+        "only adapters have optimizer state. 0 trains all weights. 8 to 64 are usual.",
+    )
+    alpha: float = knob(
+        32.0, "An adapter's output is times alpha / rank. Learning rates are about 10 x the usual."
+    )
+    targets: tuple[str, ...] = knob(
+        (),
+        "Matrices that get adapters, such as q and v; empty takes q, k, v, o and a dense MLP's "
+        "gate, up, down.",
+    )
+
+
+@section
 class MeshConfig:
     """Devices along each mesh axis; -1 on one axis takes the rest."""
 
@@ -367,6 +393,7 @@ class Config:
     initialize: InitializeConfig = InitializeConfig()
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()
+    lora: LoraConfig = LoraConfig()
     mesh: MeshConfig = MeshConfig()
     plan: PlanConfig = PlanConfig()
 
@@ -524,6 +551,7 @@ def check_config(config: Config) -> None:
             f"got {config.optim.lr_multipliers}."
         )
     check_mode(config.initialize)
+    check_lora(config)
 
 
 def check_control_tokens(names: Sequence[str]) -> None:
@@ -588,6 +616,28 @@ def check_mode(initialize: InitializeConfig) -> None:
         raise UserError(
             f"initialize.mode: {mode} with {n_operators} growth operators; "
             "use grow to grow a run and resume to leave it as it is."
+        )
+
+
+def check_lora(config: Config) -> None:
+    """Raise UserError where adapters do not go with the rest of a recipe."""
+    rank, initialize = config.lora.rank, config.initialize
+    if rank < 0:
+        raise UserError(f"lora.rank: expected 0 (no adapters) or more, got {rank}.")
+    if rank and initialize.source == "random":
+        raise UserError(
+            f"lora.rank: {rank} needs a base to freeze, but initialize.source is random. "
+            "Set initialize.source to the model to adapt."
+        )
+    if rank and initialize.mode != "continue":
+        raise UserError(
+            f"lora.rank: {rank} starts an optimizer of its own, but initialize.mode is "
+            f"{initialize.mode}. Use continue."
+        )
+    if rank and config.train.grow:
+        raise UserError(
+            f"lora.rank: {rank} with train.grow: a frozen base does not grow during the run. "
+            "Grow it before, with initialize.grow."
         )
 
 

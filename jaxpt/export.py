@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import pathlib
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from jaxpt import config, initialize, io, lineage, sharding, stage
 from jaxpt.growth.growth import format_layer_map
 from jaxpt.model import transformer
-from jaxpt.spec import Manifest
-from jaxpt.weights import checkpoint, hub, huggingface, safetensors_file
+from jaxpt.spec import Manifest, UserError
+from jaxpt.weights import checkpoint, hub, huggingface, peft, safetensors_file
 from jaxpt.weights.load import (
     IMPORT_RECORD,
     LoadedModel,
+    find_base,
     load_model,
     open_tokenizer,
     resolve_source,
@@ -35,8 +40,11 @@ def export_model(
     private: bool = False,
     verify: bool = False,
     family: str | None = None,
+    adapter_of: str | None = None,
 ) -> Manifest:
     """Write safetensors, config.json, tokenizer files and README.md.
+
+    Of a run that trained an adapter that is the whole model, or with adapter_of PEFT's files.
 
     Args:
         source: a run, a checkpoint or a Hugging Face model.
@@ -47,21 +55,34 @@ def export_model(
         private: make a repository that push creates private.
         verify: compare the checksums of a finished export, not only sizes.
         family: model_type of config.json; None: the source's.
+        adapter_of: the base, a Hugging Face directory or hf:NAME, to write the adapter alone.
     """
+    if family and adapter_of:
+        raise UserError(
+            "--family: is of a whole model's config.json, and an adapter has its base's. Leave it "
+            "out, or --adapter."
+        )
     if push:
         hub.check_push_allowed(push)
     source = resolve_source(source)
 
     def work(directory: pathlib.Path) -> dict[str, Any]:
         mesh = sharding.make_mesh(config.MeshConfig())
-        model = load_model(source, mesh, find_stored_dtype(source))
+        dtype_there = find_stored_dtype(source)
+        model = load_model(source, mesh, dtype_there, merge=not adapter_of)
         if family:
             model = model._replace(spec=model.spec.replace(family=family))
         if model.tokenizer_dir:
             encoder = open_tokenizer(model)
-            export_tokenizer(encoder, model.tokenizer_dir, model.spec, directory)
+            spec = model.spec.replace(lora=None)
+            export_tokenizer(encoder, model.tokenizer_dir, spec, directory)
         card = write_model_card(source, model)
-        n_bytes = huggingface.write_hf_model(
+        write = huggingface.write_hf_model
+        if adapter_of:
+            check_is_base(adapter_of, model, mesh)
+            base_name = adapter_of.removeprefix("hf:")
+            write = functools.partial(peft.write_adapter, base_name=base_name)
+        n_bytes = write(
             model.spec,
             model.params,
             directory,
@@ -76,14 +97,15 @@ def export_model(
         safetensors_file.write_hf_json(directory / IMPORT_RECORD, record)
         if not model.tokenizer_dir:
             log.warning("the source has no tokenizer, so the export has none")
-        n_params = transformer.count_params(model.spec)
+        count = transformer.count_trained_params if adapter_of else transformer.count_params
+        n_params = count(model.spec)
         return {"n_params": n_params, "bytes": n_bytes, "tokenizer": model.tokenizer}
 
     manifest = stage.run_stage(
         "export",
         out,
         work,
-        config={"dtype": dtype, "family": family},
+        config={"dtype": dtype, "family": family, "adapter_of": adapter_of},
         inputs={"checkpoint": source},
         replace=replace,
         verify=verify,
@@ -96,8 +118,32 @@ def export_model(
     return manifest
 
 
+def check_is_base(base: str, model: LoadedModel, mesh: jax.sharding.Mesh) -> None:
+    """Raise UserError unless a model of Hugging Face is what an adapter was trained on."""
+    if model.spec.lora is None:
+        raise UserError(
+            f"--adapter: {model.source} trained no adapter (lora.rank is 0). Export it without "
+            "--adapter."
+        )
+    if checkpoint.find_checkpoint(hub.download_model(base)):
+        raise UserError(
+            f"--adapter: expected the base as a Hugging Face directory or hf:NAME, got the run "
+            f"{base}, which PEFT cannot open. Export it first, and name the export."
+        )
+    theirs = load_model(base, mesh, model.params["embed"].dtype.name)
+    known = dict(jax.tree_util.tree_leaves_with_path(model.params))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(theirs.params):
+        if path not in known or not jnp.array_equal(known[path], leaf):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise UserError(
+                f"--adapter: {base} is not the base of {model.source}: its {name} is another. Name "
+                "the model that the run started from."
+            )
+
+
 def find_stored_dtype(source: io.Path) -> str:
     """Return the dtype of a source's weights; float32 for what load_model will refuse."""
+    source = find_base(source) or source
     step_dir = checkpoint.find_checkpoint(source)
     if step_dir:
         arrays = checkpoint.read_array_metadata(step_dir)

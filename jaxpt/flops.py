@@ -18,8 +18,15 @@ from jaxpt.spec import ModelSpec
 
 
 def count_flops_per_token(spec: ModelSpec, seq_len: int) -> float:
-    """Return the FLOPs to train on one token of a sequence of seq_len."""
-    return 3 * count_forward_flops_per_token(spec, seq_len)
+    """Return the FLOPs to train on one token of a sequence of seq_len.
+
+    Frozen matrices have no gradient of their own: with adapters they cost two forwards, not three.
+    """
+    flops = 3 * count_forward_flops_per_token(spec, seq_len)
+    if spec.lora:
+        base = spec.replace(lora=None)
+        flops -= 2 * count_matmul_params(base)
+    return flops
 
 
 def count_forward_flops_per_token(spec: ModelSpec, seq_len: int) -> float:

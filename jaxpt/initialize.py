@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from jaxpt.config import InitializeConfig, ModelConfig
+from jaxpt.config import InitializeConfig, LoraConfig, ModelConfig
 from jaxpt.data import tokenizer
 from jaxpt.growth import vocabulary
 from jaxpt.growth.apply import grow_params
 from jaxpt.growth.growth import Growth, Parent, ReadBatches, format_layer_map
 from jaxpt.growth.parse import parse_operator, plan_growth
 from jaxpt.model import transformer
-from jaxpt.spec import ModelSpec, SpecialTokens, UserError
+from jaxpt.model.lora import list_targets
+from jaxpt.spec import LoraSpec, ModelSpec, SpecialTokens, UserError
 from jaxpt.weights import safetensors_file
 from jaxpt.weights.load import LoadedModel, load_model
 
@@ -75,7 +76,7 @@ def init_model(
         model = LoadedModel(spec, params, None, None, None, None, {})
         log.info(f"initialized from scratch (seed {section.seed})")
     else:
-        model = load_model(section.source, mesh, section.param_dtype)
+        model = load_model(section.source, mesh, section.param_dtype, section.base)
         trained = f", trained for {model.step:,} steps" if model.step else ""
         log.info(f"initialized from {section.source}{trained}")
     log.info(describe_model(model.spec))
@@ -132,6 +133,14 @@ def make_random_spec(
         if name in KNOB_FIELDS:
             raise UserError(f"model.fields: {name} is a knob. Set model.{name}.")
     return ModelSpec.from_json({**fields, **further}, "model.fields")
+
+
+def make_lora_spec(section: LoraConfig, spec: ModelSpec) -> LoraSpec | None:
+    """Return config.lora as adapters of a model; None: all weights train."""
+    if not section.rank:
+        return None
+    targets = section.targets or tuple(list_targets(transformer.layer_params(spec)))
+    return LoraSpec(section.rank, section.alpha, targets)
 
 
 def describe_model(spec: ModelSpec) -> str:

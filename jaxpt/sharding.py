@@ -30,6 +30,7 @@ LOGICAL_AXIS_RULES = {
     "experts": "expert",  # devices along it run each other's tokens, by their own experts
     "scores": None,  # of experts, by the router
     "shared_mlp": "tensor",  # the width of the expert that all tokens take
+    "rank": None,  # of an adapter
     "switch": None,  # that expert's share, a single output
     "norm": None,  # norms and biases are small: gathering them would cost more than replicating
     # activations

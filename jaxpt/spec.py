@@ -227,6 +227,31 @@ class RopeScaling(Record):
         return 0.1 * math.log(max(self.factor, 1.0)) + 1.0
 
 
+@dataclasses.dataclass(frozen=True)
+class LoraSpec(Record):
+    """Low-rank adapters on a frozen base: W becomes W + alpha / rank x A B."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]  # matrices of each layer, such as q
+
+    def __post_init__(self):
+        """Raise UserError for numbers that make no adapter."""
+        if self.rank < 1:
+            raise UserError(f"lora.rank: expected at least 1, got {self.rank}.")
+        if not 0 < self.alpha < math.inf:
+            raise UserError(f"lora.alpha: expected a number above 0, got {self.alpha}.")
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise UserError(
+                f"lora.targets: expected one name or more, each once, got {self.targets}."
+            )
+
+    @property
+    def scale(self) -> float:
+        """What A B is multiplied by."""
+        return self.alpha / self.rank
+
+
 class LayerKind(NamedTuple):
     """Settings of a layer that are no parameters. Layers of one kind share one program.
 
@@ -326,6 +351,7 @@ class ModelSpec(Record):
     pad_id: int | None = None
     # what generation_config.json says besides, as JSON: it travels from an import to its export
     generation: str = "{}"
+    lora: LoraSpec | None = None  # adapters that a run trains on the frozen rest
 
     def __post_init__(self):
         """Raise UserError for sizes that cannot make a model."""

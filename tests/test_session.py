@@ -15,11 +15,12 @@ import types
 
 import buckets
 import jax
+import numpy as np
 import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxpt import config, io, stage
+from jaxpt import config, export, io, stage
 from jaxpt.config import Config
 from jaxpt.data import loader
 from jaxpt.evaluate import harness
@@ -45,7 +46,7 @@ from jaxpt.train.records import (
 )
 from jaxpt.train.session import Session, start_session
 from jaxpt.train.writers import BestEffort
-from jaxpt.weights import checkpoint
+from jaxpt.weights import checkpoint, load
 from jaxpt.weights.load import load_model
 
 STEPS = 14
@@ -266,6 +267,51 @@ def test_a_run_that_continues_another_is_compared_with_its_losses(make_config, s
     assert (first.step, last.step) == (0, 6) and first.heldout_loss == child.parent_loss
     assert last.parent_loss == child.parent_loss and last.heldout_loss != child.parent_loss
     assert parent.parent_loss is None
+
+
+def test_a_run_of_adapters_resumes_bit_by_bit_and_is_exported_merged_or_alone(
+    make_config, start, tmp_path, one
+):
+    train(start(make_config(train__steps=4), tmp_path / "base"))
+    export.export_model(tmp_path / "base", tmp_path / "hf")
+    adapters = {"lora__rank": 3, "lora__targets": ("q", "down")}
+    settings = make_config(initialize__source=str(tmp_path / "hf"), train__steps=5, **adapters)
+    assert train(start(settings, tmp_path / "whole")).spec.lora.rank == 3
+    train_in_parts(start, settings, tmp_path / "cut", [2])
+    assert_equal_ends(tmp_path / "cut", tmp_path / "whole", 5)
+    changed = make_config(initialize__source=str(tmp_path / "hf"), lora__rank=4, train__steps=9)
+    with pytest.raises(UserError, match=r"lora: expected rank 3, .* q,down, .* got rank 4"):
+        start(changed, tmp_path / "cut")
+
+    base = load.load_model(tmp_path / "base", one)
+    apart = load.load_model(tmp_path / "whole", one, merge=False)
+    blocks = {name: apart.params["blocks"][name] for name in base.params["blocks"]}
+    jax.tree.map(np.testing.assert_array_equal, {**apart.params, "blocks": blocks}, base.params)
+    export.export_model(tmp_path / "whole", tmp_path / "merged")
+    export.export_model(tmp_path / "whole", tmp_path / "adapter", adapter_of=str(tmp_path / "hf"))
+    merged = load.load_model(tmp_path / "merged", one)
+    assert np.abs(merged.params["blocks"]["q"] - base.params["blocks"]["q"]).max() > 1e-3
+    alone = load.load_model(tmp_path / "adapter", one)
+    assert alone.spec == merged.spec and alone.tokenizer == merged.tokenizer
+    assert alone.tokenizer_dir == tmp_path / "adapter"
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), alone.params, merged.params
+    )
+    for other, message in {
+        "merged": "merged is not the base of .*whole.*: its blocks/down is another",
+        "base": "got the run .*base, which PEFT cannot open",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            export.export_model(
+                tmp_path / "whole", tmp_path / "no", adapter_of=str(tmp_path / other)
+            )
+    with pytest.raises(UserError, match=r"base.* trained no adapter"):
+        export.export_model(tmp_path / "base", tmp_path / "no", adapter_of=str(tmp_path / "hf"))
+    goes_on = make_config(
+        initialize__source=str(tmp_path / "whole"), initialize__mode="resume", train__steps=9
+    )
+    with pytest.raises(UserError, match="trained adapters alone"):
+        start(goes_on, tmp_path / "on")
 
 
 # ---- sums over the steps, and what shows them

@@ -492,7 +492,7 @@ BROKEN = {
             (d / "config.json").unlink(),
             (d / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}'),
         ),
-        "holds a LoRA adapter .* whose base is org/base",
+        "adapter_model.safetensors: not found",
     ),
     "an index of no files": (
         lambda d: index(d, '{"weight_map": {"model.norm.weight": 1}}'),

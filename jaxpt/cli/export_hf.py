@@ -5,6 +5,7 @@ transformers. The model card states the lineage.
 
     jaxpt export_hf --from runs/child --to runs/child/hf
     jaxpt export_hf --from runs/child --to runs/child/hf --push me/child --private
+    jaxpt export_hf --from runs/tuned --to runs/tuned/adapter --adapter hf:org/base
 """
 
 import argparse
@@ -41,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: as in the checkpoint)",
     )
     parser.add_argument("--replace", action="store_true", help="overwrite what --to holds")
+    parser.add_argument(
+        "--adapter",
+        metavar="BASE",
+        help="write the adapter that the run trained, in PEFT's files, to be put onto this Hugging "
+        "Face directory or hf:NAME (default: the whole model, with the adapter merged)",
+    )
     options.add_verify(parser)
     parser.add_argument(
         "--push",
@@ -67,4 +74,5 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.private,
         verify=arguments.verify,
         family=arguments.family,
+        adapter_of=arguments.adapter,
     )

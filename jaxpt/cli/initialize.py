@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="source",
         required=True,
         metavar="random|DIR|hf:NAME",
-        help="random, a run or checkpoint, a Hugging Face directory, or hf:NAME",
+        help="random, a run or checkpoint, a Hugging Face directory, or hf:NAME; a LoRA adapter is "
+        "merged into its base",
     )
     parser.add_argument(
         "--grow",

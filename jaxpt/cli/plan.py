@@ -22,7 +22,7 @@ from jaxpt import io
 from jaxpt.cli import options
 from jaxpt.spec import UserError
 
-SECTIONS = ("tokenizer", "pack", "model", "initialize", "train", "optim", "mesh", "plan")
+SECTIONS = ("tokenizer", "pack", "model", "initialize", "train", "optim", "lora", "mesh", "plan")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ import argparse
 
 from jaxpt.cli import options
 
-SECTIONS = ("pack", "mixture", "model", "initialize", "train", "optim", "mesh")
+SECTIONS = ("pack", "mixture", "model", "initialize", "train", "optim", "lora", "mesh")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxpt.model.kernels.cpu_matmul import linear
+from jaxpt.model.lora import linear
 from jaxpt.model.norm import rms_norm
 from jaxpt.model.param import ParamSpec, bias, matrix, norm_scale
 from jaxpt.model.rope import Rope, apply_rope
@@ -65,9 +65,9 @@ def project_qkv(
 
     Kernels multiply scores by H ** -0.5; another query_scale is multiplied into the queries.
     """
-    q = linear("btd,dnh->btnh", x, params["q"], params.get("q_bias"))
-    k = linear("btd,dkh->btkh", x, params["k"], params.get("k_bias"))
-    v = linear("btd,dkh->btkh", x, params["v"], params.get("v_bias"))
+    q = linear(spec.lora, "btd,dnh->btnh", x, params, "q")
+    k = linear(spec.lora, "btd,dkh->btkh", x, params, "k")
+    v = linear(spec.lora, "btd,dkh->btkh", x, params, "v")
     if spec.qk_norm:
         q = rms_norm(q, params["q_norm"], spec.norm_eps, spec.norm_adds_one)
         k = rms_norm(k, params["k_norm"], spec.norm_eps, spec.norm_adds_one)
@@ -79,9 +79,9 @@ def project_qkv(
     return q, k, v
 
 
-def project_out(params: LayerParams, heads: Array) -> Array:
+def project_out(spec: ModelSpec, params: LayerParams, heads: Array) -> Array:
     """Return what attention adds to the residual [B, T, D], given the heads [B, T, N, H]."""
-    return linear("btnh,nhd->btd", heads, params["o"], params.get("o_bias"))
+    return linear(spec.lora, "btnh,nhd->btd", heads, params, "o")
 
 
 def attend_plain(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import Array
 
-from jaxpt.model.kernels.cpu_matmul import linear
+from jaxpt.model.lora import linear
 from jaxpt.model.param import ParamSpec, bias, matrix
 from jaxpt.spec import ModelSpec
 
@@ -72,8 +72,8 @@ def params(spec: ModelSpec, residual_scale: float) -> dict[str, ParamSpec]:
 
 def apply(spec: ModelSpec, params: LayerParams, x: Array) -> FeedForward:
     """Return what the MLP adds to the residual."""
-    gate = linear("btd,df->btf", x, params["gate"], params.get("gate_bias"))
-    up = linear("btd,df->btf", x, params["up"], params.get("up_bias"))
+    gate = linear(spec.lora, "btd,df->btf", x, params, "gate")
+    up = linear(spec.lora, "btd,df->btf", x, params, "up")
     activations = ACTIVATIONS[spec.activation](gate) * up
-    out = linear("btf,fd->btd", activations, params["down"], params.get("down_bias"))
+    out = linear(spec.lora, "btf,fd->btd", activations, params, "down")
     return FeedForward(out, activations)

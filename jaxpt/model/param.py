@@ -68,6 +68,7 @@ class ParamSpec:
         is_state: whether the step moves it by a rule of its own: it has no gradient, and does not
             count as a parameter.
         offset: what is added to it where it is read: 1 for Gemma's norms.
+        is_adapter: whether it is one of the two factors of a LoRA adapter.
     """
 
     shape: tuple[int, ...]
@@ -80,6 +81,7 @@ class ParamSpec:
     active_frac: float = 1.0
     is_state: bool = False
     offset: float = 0.0
+    is_adapter: bool = False
 
     @property
     def is_layered(self) -> bool:
@@ -121,6 +123,13 @@ class ParamSpec:
     def n_active(self) -> int:
         """Number of parameters that one token uses."""
         return round(self.n_params * self.active_frac)
+
+    def stored_dtype(self, dtype: Any) -> Any:
+        """Return its dtype in a model of this dtype: adapters are float32 on any base, as PEFT's.
+
+        bfloat16 would round their small updates away.
+        """
+        return jnp.dtype(jnp.float32) if self.is_adapter else jnp.dtype(dtype)
 
     def stack(self, n_layers: int, hf_prefix: str) -> ParamSpec:
         """Return the parameter of all layers, given that of one."""
@@ -215,6 +224,15 @@ def subtree_like(tree: Any, whole: ParamSpecs) -> ParamSpecs:
         if isinstance(inner, dict):
             part[name] = subtree_like(inner, whole[name])
     return part
+
+
+def replace_subtree(whole: Any, part: Any) -> Any:
+    """Return a nested dict over all parameters with those of `part` put in or replaced."""
+    result = dict(whole)
+    for name, inner in part.items():
+        is_dict = isinstance(inner, dict)
+        result[name] = replace_subtree(whole[name], inner) if is_dict else inner
+    return result
 
 
 def param_key(seed: int, path: tuple[str, ...]) -> jax.Array:

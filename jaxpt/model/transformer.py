@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
-from jaxpt.model import attention
+from jaxpt.model import attention, lora
 from jaxpt.model.kernels.select import attend
 from jaxpt.model.kernels.sharded import ATTENTION_OUTPUT
 from jaxpt.model.mlp import SideOutputs
@@ -32,6 +32,8 @@ from jaxpt.model.param import (
     norm_scale,
     normal,
     param_key,
+    replace_subtree,
+    subtree_like,
 )
 from jaxpt.model.rope import Rope, compute_ropes
 from jaxpt.model.softcap import apply_softcap
@@ -40,7 +42,7 @@ from jaxpt.sharding import (
     make_logical_sharding,
     with_logical_constraint,
 )
-from jaxpt.spec import LayerKind, ModelSpec
+from jaxpt.spec import LayerKind, LoraSpec, ModelSpec
 
 Params = dict[str, Any]  # nested dict of arrays: {"embed": ..., "blocks": {"q": ..., ...}, ...}
 
@@ -80,6 +82,8 @@ def layer_params(spec: ModelSpec) -> dict[str, ParamSpec]:
         "mlp_norm": residual_norm_scale(spec, "post_attention_layernorm"),
         **feed_forward(spec).params(spec, residual_scale),
     }
+    if spec.lora:
+        params |= lora.adapter_params(spec.lora, params)
     if spec.norm_placement == "pre":
         return params
     # the norm after a part is what writes into the residual
@@ -91,6 +95,15 @@ def layer_params(spec: ModelSpec) -> dict[str, ParamSpec]:
         param = residual_norm_scale(spec, hf_name)
         params[name] = dataclasses.replace(param, writes_residual=True)
     return params
+
+
+def trained_param_specs(spec: ModelSpec) -> ParamSpecs:
+    """Return the description of what a run trains: every parameter, or the adapters alone."""
+    specs = param_specs(spec)
+    if spec.lora is None:
+        return specs
+    blocks = {name: param for name, param in specs["blocks"].items() if param.is_adapter}
+    return {"blocks": blocks}
 
 
 def residual_norm_scale(spec: ModelSpec, hf_name: str) -> ParamSpec:
@@ -175,6 +188,14 @@ def forward_with(
     losses = jax.tree.map(jnp.sum, stacked.losses)
     scalars = jax.tree.map(jnp.mean, stacked.scalars)
     return final_norm(spec, params, x), SideOutputs(losses, scalars, stacked.loads)
+
+
+def merge_adapters(spec: ModelSpec, params: Params) -> tuple[ModelSpec, Params]:
+    """Return a model without adapters that computes the same. The parameters are donated."""
+    if spec.lora is None:
+        return spec, params
+    blocks = lora.merge_adapters(spec, params["blocks"])
+    return spec.replace(lora=None), {**params, "blocks": blocks}
 
 
 def compute_logits(
@@ -321,7 +342,7 @@ def run_layer(
     rope = ropes[kind.rope] if kind.rope else None
     q, k, v = attention.project_qkv(spec, params, attention_input, rope)
     heads, state = attend(q, k, v, kind.window, state)
-    x = add(x, norm("attn_post_norm", attention.project_out(params, heads)))
+    x = add(x, norm("attn_post_norm", attention.project_out(spec, params, heads)))
     mlp_input = norm("mlp_norm", x)
     found = feed_forward(spec).apply(spec, params, mlp_input)
     x = add(x, norm("mlp_post_norm", found.out))
@@ -389,6 +410,11 @@ def describe_params(spec: ModelSpec) -> str:
     return text if n_active == n_params else f"{text} ({n_active:,} active per token)"
 
 
+def count_trained_params(spec: ModelSpec) -> int:
+    """Return the number of parameters that a run trains."""
+    return sum(param.n_params for _, param in list_param_specs(trained_param_specs(spec)))
+
+
 def make_param_shardings(spec: ModelSpec, mesh: Mesh) -> dict[str, Any]:
     """Return a NamedSharding for every parameter. Raise UserError if the mesh does not divide."""
     check_model_divides(mesh, spec)
@@ -405,7 +431,7 @@ def make_abstract_params(spec: ModelSpec, mesh: Mesh, dtype: Any = jnp.float32) 
 
     def make(path: tuple[str, ...], param: ParamSpec) -> jax.ShapeDtypeStruct:
         place = make_logical_sharding(mesh, param.axes)
-        return jax.ShapeDtypeStruct(param.shape, dtype, sharding=place)
+        return jax.ShapeDtypeStruct(param.shape, param.stored_dtype(dtype), sharding=place)
 
     return map_param_specs(make, param_specs(spec))
 
@@ -420,3 +446,18 @@ def init_params(spec: ModelSpec, seed: int, mesh: Mesh, dtype: Any = jnp.float32
         return map_param_specs(draw, param_specs(spec))
 
     return jax.jit(make, out_shardings=make_param_shardings(spec, mesh))()
+
+
+def add_adapters(
+    spec: ModelSpec, params: Params, adapters: LoraSpec, seed: int, mesh: Mesh
+) -> tuple[ModelSpec, Params]:
+    """Return the model with adapters that change nothing yet."""
+    adapted = spec.replace(lora=adapters)
+    specs = trained_param_specs(adapted)
+
+    def draw(path: tuple[str, ...], param: ParamSpec) -> Array:
+        return param.init.draw(param_key(seed, path), param.shape)
+
+    shardings = subtree_like(specs, make_param_shardings(adapted, mesh))
+    drawn = jax.jit(lambda: map_param_specs(draw, specs), out_shardings=shardings)()
+    return adapted, replace_subtree(params, drawn)

@@ -15,6 +15,7 @@ from jaxpt.plan.roofline import LayerCollectives, StepAnalysis
 from jaxpt.spec import ModelSpec, Record
 from jaxpt.stage import read_spec
 from jaxpt.weights import checkpoint, hub, huggingface
+from jaxpt.weights.load import find_base
 
 # Power of host, network and cooling beside the boards: a DGX H100 is rated 10.2 kW for 8 boards of
 # 0.7 kW, and boards in training draw some 85 % of their rating.
@@ -102,7 +103,7 @@ def resolve_model_spec(settings: Config) -> tuple[ModelSpec, list[str]]:
                 f"tokenizer.vocab_size, {spec.vocab_size:,} when rounded up."
             )
     else:
-        spec = read_source_spec(initialization.source)
+        spec = read_source_spec(initialization.source, initialization.base)
     operators = list(initialization.grow)
     if settings.train.grow:
         for _, operator in settings.train.grow:
@@ -114,15 +115,15 @@ def resolve_model_spec(settings: Config) -> tuple[ModelSpec, list[str]]:
     for operator in operators:
         parent = Parent(spec)
         spec = plan_growth(operator, parent).child
-    return spec, notes
+    return spec.replace(lora=initialize.make_lora_spec(settings.lora, spec)), notes
 
 
-def read_source_spec(source: str) -> ModelSpec:
+def read_source_spec(source: str, base: str = "") -> ModelSpec:
     """Return the architecture of a run, a checkpoint, a Hugging Face directory or hf:NAME."""
-    directory = hub.download_model(source)
+    directory = find_base(source, base) or hub.download_model(source)
     step_dir = checkpoint.find_checkpoint(directory)
     if step_dir:
-        return read_spec(step_dir / "spec.json")
+        return read_spec(step_dir / "spec.json").replace(lora=None)  # merged as it is loaded
     return huggingface.read_hf_spec(io.local_copy(directory))
 
 

@@ -21,11 +21,11 @@ from jaxpt.flops import (
 )
 from jaxpt.hardware import Target
 from jaxpt.model import transformer
-from jaxpt.model.param import ParamSpec, map_param_specs
+from jaxpt.model.param import ParamSpec, list_param_specs, map_param_specs
 from jaxpt.model.transformer import count_params
 from jaxpt.spec import ModelSpec, Record
 from jaxpt.train import optimizer
-from jaxpt.train.state import find_moment
+from jaxpt.train.state import find_moment, select_trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,13 +134,13 @@ class StateBytes(NamedTuple):
 
 def count_state_bytes(spec: ModelSpec, optim: OptimConfig, param_dtype: str) -> StateBytes:
     """Return the bytes of parameters and optimizer state, whatever the optimizer."""
-    dtype = jnp.dtype(param_dtype)
 
     def describe(path: tuple[str, ...], param: ParamSpec) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(param.shape, dtype)
+        return jax.ShapeDtypeStruct(param.shape, param.stored_dtype(param_dtype))
 
     params = map_param_specs(describe, transformer.param_specs(spec))
-    opt_state = jax.eval_shape(optimizer.make_optimizer(optim, spec).init, params)
+    trained = select_trained(spec, params)
+    opt_state = jax.eval_shape(optimizer.make_optimizer(optim, spec).init, trained)
     weights = dict(jax.tree_util.tree_leaves_with_path(params))
     moments = rest = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
@@ -149,7 +149,11 @@ def count_state_bytes(spec: ModelSpec, optim: OptimConfig, param_dtype: str) -> 
             moments += n_bytes
         else:
             rest += n_bytes
-    return StateBytes(dtype.itemsize, count_params(spec) * dtype.itemsize, moments, rest)
+    itemsize = jnp.dtype(param_dtype).itemsize
+    params_bytes = 0
+    for _, param in list_param_specs(transformer.param_specs(spec)):
+        params_bytes += param.n_params * param.stored_dtype(param_dtype).itemsize
+    return StateBytes(itemsize, params_bytes, moments, rest)
 
 
 class DeviceShare(NamedTuple):

@@ -29,7 +29,7 @@ from jaxpt.weights import hub
 Facts = Mapping[str, str]  # name -> value, the same on all processes of a run
 
 # sections that training reads; those of earlier stages are in the data's fingerprint
-SECTIONS = ("pack", "mixture", "model", "initialize", "train", "optim", "mesh")
+SECTIONS = ("pack", "mixture", "model", "initialize", "train", "optim", "lora", "mesh")
 VARIABLES = ("LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")  # beside JAX_... and XLA_...
 # of one process or host, by nature
 OWN_VARIABLES = (

@@ -11,14 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxpt import initialize, io
-from jaxpt.config import Config, InitializeConfig, MixtureConfig, OptimConfig
+from jaxpt.config import Config, InitializeConfig, LoraConfig, MixtureConfig, OptimConfig
 from jaxpt.data import loader
 from jaxpt.data.mixture import MixturePhase, schedule_from_history
 from jaxpt.growth import verify
 from jaxpt.growth.new_params import NewParams, find_new_params_through
 from jaxpt.growth.records import NewParamsRecord
 from jaxpt.initialize import InitResult
-from jaxpt.spec import Manifest, ModelSpec, UserError
+from jaxpt.model import transformer
+from jaxpt.spec import LoraSpec, Manifest, ModelSpec, UserError
 from jaxpt.stage import read_manifest, read_spec
 from jaxpt.text import format_table
 from jaxpt.train import forgetting, gate, meter, metrics, optimizer, provenance, state
@@ -84,6 +85,7 @@ def read_start(run: RunContext, resumed: io.Path) -> RunStart:
     n = progress.n_sequences
     log.info(f"resumed from {resumed}: step {record.step:,}, {n:,} sequences read")
     log.info(initialize.describe_model(spec))
+    check_same_adapters(resumed, spec, run.config.lora)
     for change in provenance.list_changed_settings(run.run_dir, run.config):
         log.warning(f"changed: {change}")
     warn_of_higher_rate(record, run.config, run.run_dir)
@@ -125,10 +127,40 @@ def init_run(run: RunContext) -> InitialModel:
         if io.exists(report):
             io.check_published([report])
             io.copy_file(report, run.run_dir / "growth.json")
-    state_now, progress, new_params = init_train_state(run, init)
+    model = add_adapters(run, model)
+    state_now, progress, new_params = init_train_state(run, init._replace(model=model))
     start = RunStart(model.spec, progress, new_params, config.mixture)
     is_grown = bool(init.parent) or gate.has_just_grown(model)
     return InitialModel(start, state_now, gate.describe_origin(model), is_grown)
+
+
+def add_adapters(run: RunContext, model: LoadedModel) -> LoadedModel:
+    """Return the model with the adapters of config.lora; without them, the model."""
+    adapters = initialize.make_lora_spec(run.config.lora, model.spec)
+    if adapters is None:
+        return model
+    seed = run.config.initialize.seed
+    spec, params = transformer.add_adapters(model.spec, model.params, adapters, seed, run.mesh)
+    n_trained = transformer.count_trained_params(spec)
+    log.info(f"adapters: rank {adapters.rank}, {n_trained:,} parameters train, the base is frozen")
+    return model._replace(spec=spec, params=params)
+
+
+def check_same_adapters(resumed: io.Path, spec: ModelSpec, section: LoraConfig) -> None:
+    """Raise UserError unless a run goes on with the adapters that it began with."""
+    expected, got = spec.lora, initialize.make_lora_spec(section, spec)
+    if expected != got:
+        raise UserError(
+            f"lora: expected {describe_adapters(expected)}, with which {resumed} was trained, got "
+            f"{describe_adapters(got)}. Set them back, or use another --workdir."
+        )
+
+
+def describe_adapters(lora: LoraSpec | None) -> str:
+    """Return the knobs of adapters as text."""
+    if lora is None:
+        return "rank 0"
+    return f"rank {lora.rank}, alpha {lora.alpha:g}, targets {','.join(lora.targets)}"
 
 
 def verify_init(run: RunContext, init: InitResult, parent: LoadedModel) -> None:
@@ -209,6 +241,11 @@ def init_train_state(
         raise UserError(
             f"initialize.mode: {section.mode} needs a run's checkpoint, but {section.source} is "
             "none. Use continue, which needs only weights."
+        )
+    if read_spec(source / "spec.json").lora:
+        raise UserError(
+            f"initialize.mode: {section.mode} keeps the optimizer, but {section.source} trained "
+            "adapters alone, which are merged into the base here. Use continue."
         )
     manifest = read_manifest(source)
     record = CheckpointRecord.from_json(manifest.counts, str(source))

@@ -28,8 +28,8 @@ from jaxpt.stage import run_stage
 from jaxpt.train import gate, state, step
 from jaxpt.train.gate import HeldoutData
 from jaxpt.train.records import CheckpointRecord
-from jaxpt.weights import checkpoint, hub, huggingface
-from jaxpt.weights.load import LoadedModel, open_tokenizer, resolve_source
+from jaxpt.weights import checkpoint, hub, huggingface, peft
+from jaxpt.weights.load import LoadedModel, find_base, open_tokenizer, resolve_source
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +126,9 @@ def describe_request(
     request = {"initialize": section, "probe_steps": probe_steps}
     if source:
         inputs["initialize"] = resolve_source(source)
+        base = find_base(source, config.initialize.base)
+        if base:
+            inputs["base"] = base
     else:
         request["model"] = dataclasses.asdict(config.model)
     return request, inputs
@@ -141,6 +144,11 @@ def find_source(source: str, check: bool) -> tuple[io.Path | None, bool]:
     if source != "random":
         directory = hub.download_model(source)
         is_import = checkpoint.find_checkpoint(directory) is None
+    if check and directory and peft.is_adapter(directory):
+        raise UserError(
+            f"--check: compares a whole model with transformers, and {source} is a LoRA adapter. "
+            "Check its base."
+        )
     if check and not is_import:
         raise UserError(
             "--check: compares an imported model with transformers; expected a Hugging Face "

@@ -34,7 +34,7 @@ class OptimizerInputs(NamedTuple):
 
     Attributes:
         optim: the knobs.
-        specs: ParamSpec of every weight, nested like the parameters.
+        specs: ParamSpec of every weight that trains, nested like the parameters.
         new_params: what the last growth added.
         learning_rate: of this update, float32 scalar. It follows the run's step, so that a skipped
             update does not delay the schedule.
@@ -127,7 +127,7 @@ def make_optimizer(
         UserError: there is no such optimizer.
     """
     check_name(optim)
-    specs = transformer.param_specs(spec)
+    specs = transformer.trained_param_specs(spec)
     inputs = OptimizerInputs(optim, specs, new_params, learning_rate, n_updates)
     return OPTIMIZERS[optim.name](inputs)
 
@@ -286,7 +286,7 @@ def lr_multiplier_tree(optim: OptimConfig, spec: ModelSpec, new_params: NewParam
     """
     if not optim.lr_multipliers:
         return None
-    specs = transformer.param_specs(spec)
+    specs = transformer.trained_param_specs(spec)
     names = {path[-1] for path, _ in list_param_specs(specs)}
     has_new = any(flags.any() for flags in new_params.new.values())
     for group, _ in optim.lr_multipliers:

@@ -19,7 +19,7 @@ from jaxpt.train.records import StartRecord
 log = logging.getLogger(__name__)
 
 # What decides the result of a run. Another mesh does not (law 3), nor do the other sections.
-RESULT_SECTIONS = ("mixture", "model", "initialize", "train", "optim")
+RESULT_SECTIONS = ("mixture", "model", "initialize", "train", "optim", "lora")
 
 
 def result_config(config: Config) -> dict[str, Any]:

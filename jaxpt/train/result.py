@@ -9,14 +9,14 @@ from collections.abc import Mapping
 import jax
 
 from jaxpt import io, stage
-from jaxpt.config import Config
+from jaxpt.config import Config, InitializeConfig
 from jaxpt.data.storage import open_storage
 from jaxpt.spec import UserError
 from jaxpt.stage import read_manifest
 from jaxpt.train import provenance
 from jaxpt.train.records import CheckpointRecord, TrainCounts
 from jaxpt.train.session import Session
-from jaxpt.weights.load import resolve_source
+from jaxpt.weights.load import find_base, resolve_source
 
 log = logging.getLogger(__name__)
 
@@ -27,22 +27,30 @@ Input = dict[str, str]  # path and fingerprint
 
 def make_request(config: Config, packed: list[str]) -> stage.StageRequest:
     """Return what a run is asked for: settings, inputs and seed, wherever the inputs are."""
-    inputs = find_inputs(config.initialize.source, packed)
+    inputs = find_inputs(config.initialize, packed)
     settings = provenance.result_config(config)
     del settings["initialize"]["source"]
     return stage.StageRequest("train", settings, inputs, config.mixture.seed)
 
 
-def find_inputs(source: str, packed: list[str]) -> dict[str, Input]:
-    """Return path and fingerprint of what a run reads: its source of weights and its data."""
+def find_inputs(section: InitializeConfig, packed: list[str]) -> dict[str, Input]:
+    """Return path and fingerprint of what a run reads: its source of weights and its data.
+
+    An adapter's base is a source of weights too.
+    """
     inputs = {}
     for i, path in enumerate(packed):
         found = open_storage(path).manifest.fingerprint
         inputs[f"packed/{i}"] = {"path": path, "fingerprint": found}
-    if source != "random":
-        directory = resolve_source(source)
+    if section.source == "random":
+        return inputs
+    directories = {"initialize": resolve_source(section.source)}
+    base = find_base(section.source, section.base)
+    if base:
+        directories["base"] = base
+    for name, directory in directories.items():
         found = stage.fingerprint_path(directory)
-        inputs["initialize"] = {"path": str(directory), "fingerprint": found}
+        inputs[name] = {"path": str(directory), "fingerprint": found}
     return inputs
 
 

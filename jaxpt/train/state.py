@@ -15,6 +15,7 @@ from jaxpt.growth.growth import Growth
 from jaxpt.growth.moments import PathEntries, find_moment, grow_all_moments
 from jaxpt.growth.new_params import NewParams, find_new_params
 from jaxpt.model import transformer
+from jaxpt.model.param import subtree_like
 from jaxpt.model.transformer import Params
 from jaxpt.sharding import make_replicated_sharding
 from jaxpt.spec import ModelSpec
@@ -85,8 +86,13 @@ def make_abstract_opt_state(spec: ModelSpec, optim: OptimConfig, params: Params,
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     tx = optimizer.make_optimizer(optim, spec)
-    opt_state = jax.eval_shape(tx.init, params)
+    opt_state = jax.eval_shape(tx.init, select_trained(spec, params))
     return jax.tree_util.tree_map_with_path(with_sharding, opt_state)
+
+
+def select_trained(spec: ModelSpec, params: Params) -> Params:
+    """Return the parameters that a run trains: all, or a model's adapters alone."""
+    return subtree_like(transformer.trained_param_specs(spec), params)
 
 
 def state_shardings(state: TrainState) -> TrainState:
@@ -102,7 +108,7 @@ def init_state(params: Params, spec: ModelSpec, optim: OptimConfig, mesh: Mesh) 
     def make_rest(params: Params) -> tuple[Any, Any, SkipState]:
         zero = jnp.int32(0)
         skip_state = SkipState(jnp.float32(0), zero, zero)
-        return zero, tx.init(params), skip_state
+        return zero, tx.init(select_trained(spec, params)), skip_state
 
     shardings = (target.step, target.opt_state, target.skip_state)
     make = jax.jit(make_rest, out_shardings=shardings)

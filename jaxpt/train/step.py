@@ -20,6 +20,7 @@ from jaxpt.model import loss, moe, transformer
 from jaxpt.model.kernels import select
 from jaxpt.model.kernels.select import AttentionRequest
 from jaxpt.model.mlp import SideOutputs
+from jaxpt.model.param import replace_subtree
 from jaxpt.model.transformer import Params
 from jaxpt.sharding import (
     make_batch_sharding,
@@ -29,7 +30,13 @@ from jaxpt.sharding import (
 )
 from jaxpt.spec import Batch, ModelSpec, UserError
 from jaxpt.train import optimizer
-from jaxpt.train.state import SkipState, TrainState, make_abstract_state, state_shardings
+from jaxpt.train.state import (
+    SkipState,
+    TrainState,
+    make_abstract_state,
+    select_trained,
+    state_shardings,
+)
 
 # Updates before the running mean of gradient norms is trusted: early norms fall by themselves.
 SPIKE_WARMUP = 50
@@ -122,8 +129,9 @@ def make_update_function(
 ) -> Callable[..., tuple[Params, Any, jax.Array]]:
     """Return update(state, grads, scale, multipliers, good) -> (params, opt_state, lr).
 
-    Gradients are of the summed loss; `scale` divides and clips them. Multipliers of the learning
-    rate are nested like the parameters, or None. A bad step changes nothing.
+    Gradients are of the summed loss, by what trains: all parameters, or the adapters; `scale`
+    divides and clips them. Multipliers of the learning rate are nested like them, or None. A bad
+    step changes nothing.
     """
     lr_schedule = optimizer.make_lr_schedule(optim, n_steps)
 
@@ -142,8 +150,9 @@ def make_update_function(
                 updates = jax.tree.map(jnp.multiply, multipliers, updates)
             return cast(Params, optax.apply_updates(params, updates)), opt_state
 
-        params, opt_state = update_if(good, apply, state.params, state.opt_state)
-        return params, opt_state, lr
+        trained = select_trained(spec, state.params)
+        trained, opt_state = update_if(good, apply, trained, state.opt_state)
+        return replace_subtree(state.params, trained), opt_state, lr
 
     return update
 
@@ -153,10 +162,10 @@ def move_router_bias(
 ) -> Params:
     """Return the parameters with the routers' biases moved by the loads, after a good step.
 
-    No optimizer moves them: they have no gradient.
+    No optimizer moves them: they have no gradient. Under adapters they are frozen.
     """
     blocks = params["blocks"]
-    if loads is None or "router_bias" not in blocks:
+    if loads is None or spec.lora or "router_bias" not in blocks:
         return params
     bias = blocks["router_bias"]
     moves = good
@@ -194,8 +203,9 @@ def make_gradient_function(
 ) -> GradientFunction:
     """Return a function of (params, batch) -> (gradients of the summed loss, its sum, side sums).
 
-    The loss is in nats. The side sums are what the feed-forward parts report. Scalars are times the
-    number of targets, so that their mean over micro-batches weighs each as the loss does.
+    Gradients are of the parameters that train. The loss is in nats. The side sums are what the
+    feed-forward parts report. Scalars are times the number of targets, so that their mean over
+    micro-batches weighs each as the loss does.
     """
     dtype = jnp.dtype(train.compute_dtype)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
@@ -212,7 +222,10 @@ def make_gradient_function(
     chunk_tokens *= n_shards(mesh, "batch") * n_shards(mesh, "position")
     backend, _ = select.choose_backend(spec, make_attention_request(train, seq_len), mesh)
 
-    def sum_losses(params: Params, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, SideOutputs]]:
+    def sum_losses(
+        trained: Params, params: Params, batch: Batch
+    ) -> tuple[jax.Array, tuple[jax.Array, SideOutputs]]:
+        params = replace_subtree(params, trained)
         inputs = batch.tokens, batch.segment_ids, batch.positions
         hidden, side = transformer.forward(
             spec, params, *inputs, dtype, train.remat, unroll, backend
@@ -231,12 +244,13 @@ def make_gradient_function(
     differentiate = jax.value_and_grad(sum_losses, has_aux=True)
 
     def sum_gradients(params: Params, batch: Batch) -> tuple[Params, jax.Array, SideOutputs]:
-        (_, (loss_sum, side)), grads = differentiate(params, batch)
+        trained = select_trained(spec, params)
+        (_, (loss_sum, side)), grads = differentiate(trained, params, batch)
         return grads, loss_sum, side
 
     if train.grad_accum_steps == 1:
         return sum_gradients
-    return accumulate_gradients(sum_gradients, train.grad_accum_steps)
+    return accumulate_gradients(spec, sum_gradients, train.grad_accum_steps)
 
 
 def choose_unroll(spec: ModelSpec, train: TrainConfig, seq_len: int) -> int:
@@ -255,7 +269,9 @@ def choose_unroll(spec: ModelSpec, train: TrainConfig, seq_len: int) -> int:
     return max((n for n in range(1, most + 1) if spec.n_layers % n == 0), default=1)
 
 
-def accumulate_gradients(sum_gradients: GradientFunction, n_micro_batches: int) -> GradientFunction:
+def accumulate_gradients(
+    spec: ModelSpec, sum_gradients: GradientFunction, n_micro_batches: int
+) -> GradientFunction:
     """Return a function that runs `sum_gradients` on one micro-batch after the other."""
 
     def accumulate(params: Params, batch: Batch) -> tuple[Params, jax.Array, SideOutputs]:
@@ -263,7 +279,8 @@ def accumulate_gradients(sum_gradients: GradientFunction, n_micro_batches: int) 
             grads, loss_sum, side = sum_gradients(params, micro_batch)
             return jax.tree.map(jnp.add, sums, (grads, loss_sum)), side
 
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), params)
+        trained = select_trained(spec, params)
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), trained)
         initial = (zeros, jnp.float32(0))
         micro_batches = split_micro_batches(batch, n_micro_batches)
         (grads, loss_sum), sides = jax.lax.scan(add, initial, micro_batches)

@@ -17,6 +17,7 @@ from jaxpt.spec import UserError
 # no .bin and .pt, which are pickles and can run code; no folders, in which repositories keep the
 # same weights in other formats
 WEIGHT_FILES = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+WEIGHT_FILES += ("adapter_config.json", "adapter_model.safetensors")
 MODEL_FILES = ("config.json", "generation_config.json", *WEIGHT_FILES)
 # how the names of tokenizer files begin
 TOKENIZER_FILES = (
@@ -50,7 +51,7 @@ def download_model(source: str | io.Path) -> io.Path:
     ]
     tokenizer_patterns.append(f"{NAMED_TEMPLATES}/*.jinja")
     directory = download(address, [*MODEL_FILES, *tokenizer_patterns, *LINEAGE_FILES])
-    if not io.find(directory, "model*.safetensors"):
+    if not io.find(directory, "*model*.safetensors"):
         raise UserError(
             f"{source}: has no safetensors, and pickled weights (.bin, .pt) are not opened since "
             "they can run code. Take a revision that has them (hf:NAME@refs/pr/1 where the hub's "

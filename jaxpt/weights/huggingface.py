@@ -16,7 +16,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -37,10 +37,11 @@ from jaxpt.sharding import (
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.weights.hub import TOKENIZER_FILES, TOKENIZER_SUFFIXES
 from jaxpt.weights.safetensors_file import (
-    DTYPES,
+    AdaptedTensor,
     StoredTensor,
     chunk_rows,
     dtype_of_name,
+    encode_header,
     open_safetensors,
     open_safetensors_file,
     read_hf_json,
@@ -53,7 +54,6 @@ SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 GENERATION_CONFIG = "generation_config.json"
 UNCARRIED_GENERATION_KEYS = ("_from_model_config", "transformers_version")
-ADAPTER_CONFIG = "adapter_config.json"
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SHARD_BYTES = 5 * 10**9  # per file at most, Hugging Face's own default
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer or an expert, in a tensor's name
@@ -61,10 +61,24 @@ MAX_WRONG_SHOWN = 12
 MAX_MISSING_LISTED = 10_000  # an absurd number of experts takes minutes to name
 
 
+StoredTensors = Mapping[str, StoredTensor | AdaptedTensor]  # by name
+# (spec, a model's tensors) -> those to read in their place
+Adapt = Callable[[ModelSpec, StoredTensors], StoredTensors]
+
+
 def load_hf_model(
-    directory: pathlib.Path, mesh: jax.sharding.Mesh, dtype: str = "float32"
+    directory: pathlib.Path,
+    mesh: jax.sharding.Mesh,
+    dtype: str = "float32",
+    adapt: Adapt | None = None,
 ) -> tuple[ModelSpec, Params]:
     """Return spec and sharded parameters of a Hugging Face directory, in dtype.
+
+    Args:
+        directory: of the model.
+        mesh: to place parameters on.
+        dtype: of the parameters.
+        adapt: puts other tensors in place of the directory's.
 
     Raises:
         UserError: the architecture or a switch is not supported or the mesh cannot shard it (before
@@ -77,6 +91,8 @@ def load_hf_model(
     if spec.tie_embeddings and EMBEDDING not in stored and LM_HEAD in stored:
         stored[EMBEDDING] = stored.pop(LM_HEAD)  # safetensors' save_model keeps one of two names
     match_tensors(spec, stored, directory)
+    if adapt:
+        stored = adapt(spec, stored)
     np_dtype = dtype_of_name(dtype)
     weights = list_hf_weights(spec)
     stacks = {}  # devices zero the memory of every stack while the host reads the first files
@@ -102,7 +118,6 @@ def read_hf_spec(directory: io.Path) -> ModelSpec:
         UserError: naming the key that is not supported.
     """
     path = directory / "config.json"
-    check_no_adapter(directory)
     if io.size(path) is None:
         raise UserError(
             f"{directory}: no config.json. Expected a Hugging Face model directory, a run "
@@ -152,19 +167,6 @@ def drop_pad_beyond_rows(spec: ModelSpec, directory: io.Path) -> ModelSpec:
         f"{spec.vocab_size - 1}. It is left out: a batch padded with it cannot be read."
     )
     return spec.replace(pad_id=None)
-
-
-def check_no_adapter(directory: io.Path) -> None:
-    """Raise UserError for a directory with a LoRA adapter, with or without its base."""
-    path = directory / ADAPTER_CONFIG
-    if io.size(path) is None:
-        return
-    base = read_hf_json(io.local_copy(path)).get("base_model_name_or_path")
-    raise UserError(
-        f"{directory}: holds a LoRA adapter (adapter_config.json), whose base is {base}. Merge it "
-        "into its base with PEFT (merge_and_unload, then save_pretrained); where that has "
-        "been done here, remove adapter_config.json."
-    )
 
 
 def is_hf_directory(directory: io.Path) -> bool:
@@ -495,7 +497,7 @@ def tensors_equal(a: StoredTensor, b: StoredTensor | None) -> bool:
 
 
 def read_weight(
-    stored: dict[str, StoredTensor],
+    stored: StoredTensors,
     weight: HfWeight,
     mesh: jax.sharding.Mesh,
     dtype: np.dtype,
@@ -520,7 +522,7 @@ def read_weight(
 
 
 def read_stacked(
-    stored: dict[str, StoredTensor],
+    stored: StoredTensors,
     weight: HfWeight,
     dtype: np.dtype,
     numbers: tuple[int, ...],
@@ -552,7 +554,7 @@ def put_layer(stack: jax.Array, layer: jax.Array, i: jax.Array) -> jax.Array:
 
 
 def read_tensor(
-    tensor: StoredTensor,
+    tensor: StoredTensor | AdaptedTensor,
     weight: HfWeight,
     dtype: np.dtype,
     index: tuple[slice, ...],
@@ -646,31 +648,14 @@ def allocate_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 def write_shard(
     path: pathlib.Path | None, tensors: list[HfTensor], dtype: np.dtype, params: Params
 ) -> None:
-    """Write one safetensors file: 8 bytes of header length, a JSON header, then the numbers.
-
-    A path of None takes part in gathering and writes nothing.
-
-    Source: the format's description in huggingface/safetensors.
-    """
-    codes = {known: code for code, known in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for tensor in tensors:
-        stop = start + tensor.n_bytes(dtype)
-        code = codes[tensor.stored_dtype(dtype)]
-        entry = {"dtype": code, "shape": tensor.shape, "data_offsets": [start, stop]}
-        header[tensor.name] = entry
-        start = stop
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    """Write one safetensors file. A path of None takes part in gathering and writes nothing."""
+    kinds = {tensor.name: (tensor.stored_dtype(dtype), tensor.shape) for tensor in tensors}
     with contextlib.ExitStack() as cleanup:
         file = None
         label = "gather"
         if path:
             file = cleanup.enter_context(io.open_write(path))
-            header_length = len(text).to_bytes(8, "little")
-            file.write(header_length)
-            file.write(text)
+            file.write(encode_header(kinds))
             label = path.name
         pool = concurrent.futures.ThreadPoolExecutor(1)
         writer = cleanup.enter_context(pool)
@@ -679,7 +664,7 @@ def write_shard(
         written = None
         for tensor in tensors:
             for weight in tensor.weights:
-                numbers = gather_tensor(params, weight, tensor.index)
+                numbers = gather_tensor(params, weight.path, tensor.index)
                 if not file:
                     continue
                 for chunk in order_as_in_file(numbers, weight, tensor.stored_dtype(dtype)):
@@ -691,10 +676,10 @@ def write_shard(
             written.result()
 
 
-def gather_tensor(params: Params, weight: HfWeight, index: tuple[int, ...]) -> np.ndarray:
+def gather_tensor(params: Params, path: tuple[str, ...], index: tuple[int, ...]) -> np.ndarray:
     """Return one tensor on this host, gathered on the devices first: no host holds it whole."""
     leaf: Any = params
-    for part in weight.path:
+    for part in path:
         leaf = leaf[part]
     mesh = leaf.sharding.mesh
     if leaf.is_fully_replicated and mesh.devices.flat[0].platform == "cpu":

@@ -14,7 +14,7 @@ from jaxpt.data import tokenizer
 from jaxpt.model import transformer
 from jaxpt.spec import ModelSpec, Record, UserError
 from jaxpt.stage import read_manifest, read_spec
-from jaxpt.weights import checkpoint, hub, huggingface, safetensors_file
+from jaxpt.weights import checkpoint, hub, huggingface, peft, safetensors_file
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +66,24 @@ class LoadedModel(NamedTuple):
 
 
 def load_model(
-    source: io.Path | str, mesh: jax.sharding.Mesh, dtype: str = "float32"
+    source: io.Path | str,
+    mesh: jax.sharding.Mesh,
+    dtype: str = "float32",
+    base: str = "",
+    *,
+    merge: bool = True,
 ) -> LoadedModel:
-    """Load the parameters of a run, a checkpoint, a Hugging Face directory or hf:NAME."""
+    """Load the parameters of a run, a checkpoint, a Hugging Face directory or hf:NAME.
+
+    Adapters are merged into their base, in float32: those that a run trained, and PEFT's.
+
+    Args:
+        source: what to load.
+        mesh: to place parameters on.
+        dtype: of the parameters.
+        base: of a PEFT adapter, see peft.find_base.
+        merge: whether to merge a run's adapters; else they stay beside the base.
+    """
     source = hub.download_model(source)
     if io.size(source) is not None or not io.exists(source):
         raise UserError(
@@ -77,11 +92,13 @@ def load_model(
         )
     step_dir = checkpoint.find_checkpoint(source)
     if step_dir is None:
-        return load_hf_source(source, mesh, dtype)
+        return load_hf_source(source, mesh, dtype, base)
     spec = read_spec(step_dir / "spec.json")
     np_dtype = safetensors_file.dtype_of_name(dtype)
     abstract = transformer.make_abstract_params(spec, mesh, np_dtype)
     params = checkpoint.restore_tree(step_dir, checkpoint.PARAMS, abstract)
+    if merge:
+        spec, params = transformer.merge_adapters(spec, params)
     manifest = read_manifest(step_dir)
     tokenizer_dir = find_tokenizer_dir(step_dir)
     return LoadedModel(
@@ -140,16 +157,21 @@ def find_tokenizer_dir(step_dir: io.Path) -> io.Path | None:
     return None
 
 
-def load_hf_source(source: io.Path, mesh: jax.sharding.Mesh, dtype: str) -> LoadedModel:
+def load_hf_source(
+    source: io.Path, mesh: jax.sharding.Mesh, dtype: str, base: str = ""
+) -> LoadedModel:
     """Load a Hugging Face directory. Raise UserError if the directory is none."""
-    directory = fetch_hf_directory(source)
+    directory = model_dir = fetch_hf_directory(source)
     check_files(directory)
-    spec, params = huggingface.load_hf_model(directory, mesh, dtype)
-    record: dict[str, Any] = {}
-    if (directory / IMPORT_RECORD).is_file():
-        record = safetensors_file.read_hf_json(directory / IMPORT_RECORD)
-        ExportRecord.from_json(record, str(directory / IMPORT_RECORD))
-    tokenizer_dir = directory if tokenizer.has_tokenizer(directory) else None
+    adapt = None
+    if peft.is_adapter(directory):
+        adapt = peft.read_adapter(directory).adapt
+        model_dir = fetch_hf_directory(peft.find_base(directory, base))
+        check_files(model_dir)
+    spec, params = huggingface.load_hf_model(model_dir, mesh, dtype, adapt)
+    record = read_import_record(directory)
+    places = [place for place in (directory, model_dir) if tokenizer.has_tokenizer(place)]
+    tokenizer_dir = places[0] if places else None
     if not spec.eos_ids and tokenizer_dir:
         encoder = tokenizer.load_tokenizer(tokenizer_dir)
         spec = spec.replace(eos_ids=(encoder.eos_id,))
@@ -161,12 +183,29 @@ def load_hf_source(source: io.Path, mesh: jax.sharding.Mesh, dtype: str) -> Load
     return LoadedModel(spec, params, tokenizer_dir, source, step, fingerprint, record)
 
 
+def read_import_record(directory: pathlib.Path) -> dict[str, Any]:
+    """Return an export's jaxpt.json; empty where there is none."""
+    path = directory / IMPORT_RECORD
+    if not path.is_file():
+        return {}
+    record = safetensors_file.read_hf_json(path)
+    ExportRecord.from_json(record, str(path))
+    return record
+
+
+def find_base(source: io.Path | str, base: str = "") -> io.Path | None:
+    """Return the directory of the base that a source is an adapter of; None: it is none."""
+    source = hub.download_model(source)
+    if not peft.is_adapter(source) or checkpoint.find_checkpoint(source):
+        return None
+    return peft.find_base(source, base)
+
+
 def fetch_hf_directory(source: io.Path) -> pathlib.Path:
     """Return a Hugging Face directory on a disk. Raise UserError if the source is none."""
     is_run = io.exists(source / "checkpoints") or io.exists(source / "spec.json")
     has_config = io.exists(source / "config.json") and not is_run
-    is_adapter = io.exists(source / huggingface.ADAPTER_CONFIG)  # named when it is opened
-    if not has_config and not is_adapter and not huggingface.is_hf_directory(source):
+    if not has_config and not peft.is_adapter(source) and not huggingface.is_hf_directory(source):
         raise UserError(
             f"{source}: has no finished checkpoint and no Hugging Face model. Train it first, or "
             "check the path."

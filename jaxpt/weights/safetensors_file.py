@@ -67,6 +67,35 @@ class StoredTensor(NamedTuple):
         return np.frombuffer(mapped, self.dtype).reshape(shape)
 
 
+class AdaptedTensor(NamedTuple):
+    """A matrix of a file with a LoRA adapter added, computed as it is read.
+
+    Attributes:
+        base: the matrix [out, in].
+        a: float32 [rank, in].
+        b: float32 [out, rank], times the adapter's scale.
+    """
+
+    base: StoredTensor
+    a: np.ndarray
+    b: np.ndarray
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the base."""
+        return self.base.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the base."""
+        return self.base.shape
+
+    def map_numbers(self, rows: range | None = None) -> np.ndarray:
+        """Return the whole matrix, or some rows, in float32."""
+        b = self.b if rows is None else self.b[rows.start : rows.stop]
+        return self.base.map_numbers(rows).astype(np.float32) + b @ self.a
+
+
 def open_safetensors(directory: pathlib.Path) -> dict[str, StoredTensor]:
     """Return every tensor of a directory's safetensors files by name, without reading numbers."""
     stored: dict[str, StoredTensor] = {}
@@ -231,6 +260,34 @@ def chunk_rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
     """Return how many rows of a matrix make a chunk of CHUNK_BYTES."""
     row_bytes = shape[1] * dtype.itemsize
     return max(CHUNK_BYTES // row_bytes, 1)
+
+
+def encode_header(kinds: dict[str, tuple[np.dtype, tuple[int, ...]]]) -> bytes:
+    """Return how a safetensors file of these dtypes and shapes begins; numbers follow in order.
+
+    8 bytes of header length, then the JSON header.
+
+    Source: the format's description in huggingface/safetensors.
+    """
+    codes = {known: code for code, known in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, (dtype, shape) in kinds.items():
+        stop = start + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": codes[dtype], "shape": shape, "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_safetensors(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+    """Write arrays that fit into memory as one file."""
+    kinds = {name: (array.dtype, array.shape) for name, array in tensors.items()}
+    with io.open_write(path) as file:
+        file.write(encode_header(kinds))
+        for array in tensors.values():
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def read_hf_json(path: pathlib.Path) -> dict[str, Any]:
