@@ -14,7 +14,8 @@ from jaxpt import config, initialize, io, lineage, sharding, stage
 from jaxpt.growth.growth import format_layer_map
 from jaxpt.model import transformer
 from jaxpt.spec import Manifest, UserError
-from jaxpt.weights import checkpoint, hub, huggingface, peft, safetensors_file
+from jaxpt.weights import checkpoint, gguf_file, hub, huggingface, peft, safetensors_file
+from jaxpt.weights.gguf_tokenizer import describe_tokenizer
 from jaxpt.weights.load import (
     IMPORT_RECORD,
     LoadedModel,
@@ -115,6 +116,57 @@ def export_model(
     log.info(f"export: {out}: {n_params:,} parameters, {n_bytes / 1e6:,.1f} MB")
     if push:
         log.info(f"pushed: {hub.push_to_hub(io.local_copy(out), push, private)}")
+    return manifest
+
+
+def export_gguf(
+    source: io.Path,
+    out: io.Path,
+    dtype: str,
+    replace: bool = False,
+    verify: bool = False,
+) -> Manifest:
+    """Write model.gguf, with the tokenizer in it, and README.md.
+
+    Args:
+        source: a run, a checkpoint or a Hugging Face model.
+        out: the directory to write.
+        dtype: of the matrices, a key of gguf_file.FILE_TYPES.
+        replace: overwrite what `out` holds.
+        verify: compare the checksums of a finished export, not only sizes.
+    """
+    gguf_file.import_gguf()
+    source = resolve_source(source)
+
+    def work(directory: pathlib.Path) -> dict[str, Any]:
+        mesh = sharding.make_mesh(config.MeshConfig())
+        model = load_model(source, mesh, find_stored_dtype(source))
+        gguf_file.check_spec(model.spec)
+        if not model.tokenizer_dir:
+            raise UserError(
+                f"{source}: has no tokenizer, and a GGUF file needs one. Put its tokenizer.json "
+                "there."
+            )
+        encoder = open_tokenizer(model)
+        described = describe_tokenizer(encoder, model.spec)
+        file = directory / gguf_file.FILE_NAME
+        name = io.resolve(source).name
+        n_bytes = gguf_file.write_gguf(model.spec, model.params, file, dtype, described, name)
+        io.write_text(directory / "README.md", write_model_card(source, model))
+        n_params = transformer.count_params(model.spec)
+        return {"n_params": n_params, "bytes": n_bytes, "tokenizer": model.tokenizer}
+
+    manifest = stage.run_stage(
+        "export_gguf",
+        out,
+        work,
+        config={"dtype": dtype},
+        inputs={"checkpoint": source},
+        replace=replace,
+        verify=verify,
+    )
+    n_bytes = manifest.counts["bytes"]
+    log.info(f"export_gguf: {out / gguf_file.FILE_NAME}: {dtype}, {n_bytes / 1e6:,.1f} MB")
     return manifest
 
 
