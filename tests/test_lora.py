@@ -164,6 +164,9 @@ def test_adapters_that_do_not_fit_name_what_is_wrong(tmp_path, one):
     shutil.copy(tmp_path / "base/model.safetensors", tmp_path / "adapter")
     with pytest.raises(UserError, match="holds a whole model and a LoRA adapter"):
         load.load_model(tmp_path / "adapter", one)
+    (tmp_path / "adapter/adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"adapter_model.safetensors: not found"):
+        load.load_model(tmp_path / "adapter", one)
 
 
 @pytest.mark.parametrize("target", ["gate", "experts_up", "embed", "q_norm", "q_bias"])

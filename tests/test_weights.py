@@ -487,13 +487,6 @@ BROKEN = {
         ),
         r"model.norm.weight: expected a file in this directory, got \.\./elsewhere",
     ),
-    "an adapter alone": (
-        lambda d: (
-            (d / "config.json").unlink(),
-            (d / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}'),
-        ),
-        "adapter_model.safetensors: not found",
-    ),
     "an index of no files": (
         lambda d: index(d, '{"weight_map": {"model.norm.weight": 1}}'),
         "index.json: has no weight_map",
