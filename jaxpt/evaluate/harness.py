@@ -30,7 +30,7 @@ from jaxpt.model import decode, transformer
 from jaxpt.sharding import make_mesh
 from jaxpt.spec import ModelSpec, UserError, describe_nonfinite
 from jaxpt.text import format_table
-from jaxpt.weights import checkpoint, huggingface
+from jaxpt.weights import checkpoint, huggingface, peft
 from jaxpt.weights.load import LoadedModel, load_model, open_tokenizer, resolve_source
 
 if TYPE_CHECKING:
@@ -293,7 +293,9 @@ def check_task_names(names: list[str], data_dir: io.Path | None) -> None:
 def export_temporarily(loaded: LoadedModel, encoder: tokenizer.Tokenizer) -> Iterator[pathlib.Path]:
     """Return the model's Hugging Face directory, or else that of a temporary export."""
     directory = loaded.tokenizer_dir
-    if directory and huggingface.is_hf_directory(directory):
+    is_adapter = loaded.source is not None and peft.is_adapter(loaded.source)
+    # an adapter's tokenizer may lie beside its base, which is another model
+    if directory and huggingface.is_hf_directory(directory) and not is_adapter:
         yield directory
         return
     with io.temporary_directory() as directory:
