@@ -9,6 +9,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+import variants
 from conftest import SMALL_SPEC
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
@@ -36,19 +37,11 @@ SIZES = {
     "vocab_size": 512,
     "max_position_embeddings": 64,
 }
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
 # family, with a switch of it -> (config, its tokenizer's pre-tokenizer)
 MODELS = {
     "llama": (
-        lambda: transformers.LlamaConfig(**SIZES, head_dim=16, rope_parameters=LLAMA3),
+        lambda: transformers.LlamaConfig(**SIZES, head_dim=16, rope_parameters=variants.LLAMA3),
         "llama-bpe",
     ),
     "llama, biases": (

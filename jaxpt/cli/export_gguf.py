@@ -13,28 +13,13 @@ from jaxpt.cli import options
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags."""
-    parser.add_argument(
-        "--from",
-        dest="source",
-        required=True,
-        type=options.parse_path,
-        metavar="CHECKPOINT",
-        help="a run (its newest checkpoint), a checkpoint, a Hugging Face directory or hf:NAME",
-    )
-    parser.add_argument(
-        "--to",
-        required=True,
-        type=options.parse_path,
-        metavar="DIR",
-        help="the directory to write; the file is DIR/model.gguf",
-    )
+    options.add_export_paths(parser, "the directory to write; the file is DIR/model.gguf")
     parser.add_argument(
         "--dtype",
         choices=["f32", "f16", "bf16", "q8_0"],
         default="f16",
         help="of the matrices (default: f16); q8_0 is 8 bits and a scale per 32 numbers",
     )
-    parser.add_argument("--replace", action="store_true", help="overwrite what --to holds")
     options.add_verify(parser)
 
 

@@ -15,21 +15,7 @@ from jaxpt.cli import options
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags."""
-    parser.add_argument(
-        "--from",
-        dest="source",
-        required=True,
-        type=options.parse_path,
-        metavar="CHECKPOINT",
-        help="a run (its newest checkpoint), a checkpoint, a Hugging Face directory or hf:NAME",
-    )
-    parser.add_argument(
-        "--to",
-        required=True,
-        type=options.parse_path,
-        metavar="HF_DIR",
-        help="the directory to write",
-    )
+    options.add_export_paths(parser, "the directory to write")
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
@@ -41,7 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="model_type of config.json, of the families that can state the model "
         "(default: as in the checkpoint)",
     )
-    parser.add_argument("--replace", action="store_true", help="overwrite what --to holds")
     parser.add_argument(
         "--adapter",
         metavar="BASE",

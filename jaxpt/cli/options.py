@@ -147,6 +147,25 @@ def add_knobs(parser: argparse.ArgumentParser, sections: tuple[str, ...]) -> Non
             )
 
 
+def add_export_paths(parser: argparse.ArgumentParser, help: str) -> None:
+    """Add --from, a model, --to, what is written, and --replace.
+
+    Args:
+        parser: of the command.
+        help: of --to.
+    """
+    parser.add_argument(
+        "--from",
+        dest="source",
+        required=True,
+        type=parse_path,
+        metavar="CHECKPOINT",
+        help="a run (its newest checkpoint), a checkpoint, a Hugging Face directory or hf:NAME",
+    )
+    parser.add_argument("--to", required=True, type=parse_path, metavar="DIR", help=help)
+    parser.add_argument("--replace", action="store_true", help="overwrite what --to holds")
+
+
 def format_default(value: Any) -> str:
     """Return a default as a command line states it: 1000, adamw, ''."""
     return value if isinstance(value, str) and value else repr(value)

@@ -33,11 +33,8 @@ class ChatTemplate:
         Raises:
             UserError: it has none.
         """
-        template = tokenizer.tokenizer_config.get("chat_template")
-        if isinstance(template, list):
-            named = {each["name"]: each["template"] for each in template}
-            template = named.get("default")
-        if not isinstance(template, str):
+        template = tokenizer.chat_template
+        if template is None:
             raise UserError(
                 f"{where}: its tokenizer has no chat template, so no conversation can be encoded. "
                 "Put one beside it, as chat_template.jinja, or use a chat model's tokenizer."

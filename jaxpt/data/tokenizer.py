@@ -299,6 +299,14 @@ class Tokenizer:
         first = [] if self.bos_id is None else [self.bos_id]
         return [first + ids for ids in self.encode_batch(PROBE_TEXTS)]
 
+    @property
+    def chat_template(self) -> str | None:
+        """The default template of conversations, if there is one."""
+        template = self.tokenizer_config.get("chat_template")
+        if isinstance(template, list):  # named ones
+            template = {each["name"]: each["template"] for each in template}.get("default")
+        return template if isinstance(template, str) else None
+
     @functools.cached_property
     def control_backend(self) -> tokenizers.Tokenizer:
         """The library's form that reads control tokens from text, as a prompt may hold them."""

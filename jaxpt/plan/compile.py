@@ -150,7 +150,7 @@ def analyze_step_in_process(request: AnalysisRequest) -> StepAnalysis:
         remat = "dots"
     visible_train = dataclasses.replace(train, attention="xla", remat=remat)
     visible = dataclasses.replace(settings, train=visible_train)
-    # where experts are sharded a program has room for a device that all tokens choose
+    # where experts are sharded a program's buffers fit a device that all tokens choose
     program = trace_step(spec, visible, sharding.fold_expert_axis(mesh)).jaxpr
     loop_body_flops = None
     if not missing:  # a CPU, which stands in, has other loops than the target

@@ -313,7 +313,7 @@ def check_optimizer(record: CheckpointRecord, optim: OptimConfig, source: str) -
 
 
 def warn_of_higher_rate(record: CheckpointRecord, config: Config, run_dir: io.Path) -> None:
-    """Say it where the schedule lifts the rate that a run had, as more steps after a decay do.
+    """Warn where the schedule raises the rate that a run had, as more steps after a decay do.
 
     Args:
         record: of the checkpoint that the run goes on from.

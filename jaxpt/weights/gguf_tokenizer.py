@@ -76,9 +76,6 @@ def describe_tokenizer(tokenizer: Tokenizer, spec: ModelSpec) -> GgufTokenizer:
         )
     is_sentencepiece = bool(form["model"]["byte_fallback"])
     tokens, token_types = list_tokens(form, spec.vocab_size)
-    template = tokenizer.tokenizer_config.get("chat_template")
-    if isinstance(template, list):  # named ones
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
     pre, adds_space = "default", False
     scores: list[float] = []
     merges = [split_merge(merge) for merge in form["model"]["merges"]]
@@ -99,7 +96,7 @@ def describe_tokenizer(tokenizer: Tokenizer, spec: ModelSpec) -> GgufTokenizer:
         unk_id=tokenizer.unk_id,
         adds_bos=find_prefix_id(tokenizer.backend) is not None,
         adds_space=adds_space,
-        chat_template=template,
+        chat_template=tokenizer.chat_template,
     )
 
 

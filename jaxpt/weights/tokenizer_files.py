@@ -15,7 +15,7 @@ from jaxpt.data import tokenizer
 from jaxpt.data.tokenizer import Tokenizer
 from jaxpt.families import family
 from jaxpt.spec import ModelSpec, UserError
-from jaxpt.weights import tokenizer_trial
+from jaxpt.weights import auto_tokenizer
 from jaxpt.weights.huggingface import copy_tokenizer
 from jaxpt.weights.safetensors_file import write_hf_json
 
@@ -96,7 +96,7 @@ def encode_by_transformers(directory: pathlib.Path, texts: Iterable[str]) -> Tri
     """Encode texts with AutoTokenizer in a process of its own."""
     try:
         done = subprocess.run(
-            [sys.executable, "-P", tokenizer_trial.__file__, str(directory)],
+            [sys.executable, "-P", auto_tokenizer.__file__, str(directory)],
             input=json.dumps(list(texts)).encode(),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
