@@ -20,6 +20,7 @@ from jaxpt.weights.load import (
     IMPORT_RECORD,
     LoadedModel,
     find_base,
+    list_sources,
     load_model,
     open_tokenizer,
     resolve_source,
@@ -107,7 +108,7 @@ def export_model(
         out,
         work,
         config={"dtype": dtype, "family": family, "adapter_of": adapter_of},
-        inputs={"checkpoint": source},
+        inputs=list_sources(source, "checkpoint"),
         replace=replace,
         verify=verify,
     )
@@ -161,7 +162,7 @@ def export_gguf(
         out,
         work,
         config={"dtype": dtype},
-        inputs={"checkpoint": source},
+        inputs=list_sources(source, "checkpoint"),
         replace=replace,
         verify=verify,
     )

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import peft as theirs
 import pytest
+import test_special_tokens
 import test_train
 import torch
 import transformers
@@ -18,11 +19,12 @@ from conftest import SMALL_SPEC
 
 from jaxpt import config, initialize, sharding
 from jaxpt.config import MeshConfig
+from jaxpt.evaluate import harness
 from jaxpt.model import transformer
 from jaxpt.plan import cost, roofline
 from jaxpt.spec import LoraSpec, UserError
 from jaxpt.train import state, step
-from jaxpt.weights import load, peft
+from jaxpt.weights import huggingface, load, peft
 
 LORA = LoraSpec(rank=5, alpha=13.0, targets=("q", "v", "o", "gate", "down"))
 ATTENTION = LoraSpec(rank=5, alpha=13.0, targets=("k", "v", "o"))
@@ -101,6 +103,33 @@ def test_peft_computes_the_same_with_its_adapters_and_with_ours(tmp_path, one, n
     alone, merged_params = transformer.merge_adapters(spec, params)
     assert alone == base.spec
     np.testing.assert_allclose(our_logits(alone, merged_params), ours, atol=3e-5)
+
+
+def test_evaluation_is_of_the_merged_model_and_notices_another_base(tmp_path, one):
+    """By both backends, with the base's tokenizer."""
+    pytest.importorskip("lm_eval")
+    base, adapter, to = tmp_path / "base", tmp_path / "adapter", tmp_path / "result.json"
+    test_special_tokens.write_tokenizer(base)
+    for seed in (0, 1):
+        params = transformer.init_params(test_special_tokens.SPEC, seed, one)
+        huggingface.write_hf_model(test_special_tokens.SPEC, params, base)
+        if not seed:
+            loaded = load.load_model(base, one)
+            spec, adapted = add_adapters(loaded, ATTENTION, one)
+            adapter.mkdir()
+            peft.write_adapter(spec, adapted, adapter, str(base))
+    (tmp_path / "text.txt").write_text("The ship sailed at dawn. " * 9)
+    tasks = [f"bits_per_byte/t=text:{tmp_path}/text.txt"]
+
+    def score(model, **settings):
+        results = harness.evaluate_model(model, tasks, **settings)["results"]
+        return results["bits_per_byte/t"]["bits_per_byte,none"]
+
+    merged = score(adapter, backend="jax", to=to)
+    assert abs(merged - score(base, backend="jax")) > 1e-3
+    assert abs(merged - score(adapter, backend="hf")) < 1e-5
+    huggingface.write_hf_model(loaded.spec, loaded.params, base)
+    assert abs(merged - score(adapter, backend="jax", to=to)) > 1e-3
 
 
 def test_rank_stabilized_adapters_have_their_own_scale(tmp_path, one):

@@ -549,7 +549,7 @@ def test_prompts_longer_than_a_sequence_keep_their_ends_and_are_counted(tmp_path
 def test_of_a_thousand_sources_the_console_names_the_largest(caplog):
     counts = {
         f"s{i:04d}": pack.PackedSource(
-            3, 1, i + 1, 50 * (i + 1), 99, 40, *4 * [0], i % 2, 90, 0.1, 2.5, ()
+            *(1, i + 1, 50 * (i + 1), 99, 40, 0.1, 2.5, ()), n_documents=3, n_unknown_tokens=i % 2
         )
         for i in range(1000)
     }

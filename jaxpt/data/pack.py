@@ -99,22 +99,28 @@ class PackedShard(Record):
     n_bytes: int  # of the file
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextCounts(Record):
+    """What is counted of documents as they are tokenized."""
+
+    n_documents: int = 0
+    n_text_bytes: int = 0  # of UTF-8
+    n_unknown_tokens: int = 0  # for text that the tokenizer has no token for
+    n_cut_prompts: int = 0  # that were too long; their first tokens are left out
+    n_cut_tokens: int = 0  # of these prompts, in no sequence
+    n_fim_documents: int = 0  # rearranged for fill-in-the-middle
+    n_fim_too_long: int = 0  # chosen for it, and left as they are: a sequence cannot hold them
+
+
 @dataclasses.dataclass(frozen=True)
-class PackedSource(Record):
+class PackedSource(TextCounts):
     """Counts of one source and split."""
 
-    n_documents: int
     n_split_documents: int  # longer than seq_len (best_fit), or across a boundary (course)
     n_sequences: int
     n_tokens: int  # bos and eos included, padding not
     n_ids: int  # largest token id + 1
     n_trained_tokens: int  # targets of the loss: no first token of a segment, no prompt
-    n_cut_prompts: int  # that were too long; their first tokens are left out
-    n_cut_tokens: int  # of these prompts, not in n_tokens
-    n_fim_documents: int  # rearranged for fill-in-the-middle
-    n_fim_too_long: int  # chosen for it, and left as they are: a sequence cannot hold them
-    n_unknown_tokens: int  # for text that the tokenizer has no token for
-    n_text_bytes: int  # of UTF-8
     padding_frac: float  # of n_sequences * seq_len
     # entropy of the trained tokens' frequencies, per token: the loss of a model that has learnt
     # these and nothing else
@@ -153,16 +159,9 @@ class TokenizeJob(PackingJob):
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizeResult(Record):
+class TokenizeResult(TextCounts):
     """Counts of a finished TokenizeJob."""
 
-    n_documents: int = 0
-    n_text_bytes: int = 0  # of UTF-8
-    n_unknown_tokens: int = 0
-    n_cut_prompts: int = 0
-    n_cut_tokens: int = 0
-    n_fim_documents: int = 0
-    n_fim_too_long: int = 0
     n_conversations: int = 0
     turn_end_id: int | None = None  # by which an answer in them ends
 
@@ -580,15 +579,8 @@ def run_tokenize_job(job: TokenizeJob) -> int:
             n_first = 0 if encoder.bos_id is None else 1  # bos stays
             counts += cut_prompts(ids, loss_from, n_first, job.seq_len)
             if fim_encoder:
-                chosen = {
-                    i: pieces
-                    for i, text in enumerate(texts)
-                    if not batch.prompt_chars[i]
-                    and (pieces := fim.cut_document(text, job.fim_rate))
-                }
-                n_done = rearrange_documents(ids, chosen, fim_encoder, job.seq_len)
-                counts["n_fim_documents"] += n_done
-                counts["n_fim_too_long"] += len(chosen) - n_done
+                plain = {i: text for i, text in enumerate(texts) if not batch.prompt_chars[i]}
+                counts += rearrange_documents(ids, plain, fim_encoder, job)
             untrained = [NO_SPANS] * len(ids)
             for i, encoded in chats.items():
                 ids[i], untrained[i] = encoded
@@ -655,31 +647,30 @@ def make_lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
 
 
 def rearrange_documents(
-    ids: list[np.ndarray],
-    chosen: Mapping[int, fim.Pieces],
-    encoder: fim.FimEncoder,
-    seq_len: int,
-) -> int:
-    """Replace ids of documents by those for fill-in-the-middle. Return how many fit a sequence.
+    ids: list[np.ndarray], texts: Mapping[int, str], encoder: fim.FimEncoder, job: TokenizeJob
+) -> collections.Counter[str]:
+    """Rearrange a share of documents for fill-in-the-middle, in place. Return the counts.
 
-    A document that does not fit stays as it is: torn over two sequences, its middle would follow
+    A document that does not fit a sequence stays as it is: torn over two, its middle would follow
     nothing.
 
     Args:
         ids: of all documents.
-        chosen: place in ids -> pieces.
+        texts: place in ids -> text, of those without a prompt.
         encoder: of the pieces.
-        seq_len: tokens per sequence.
+        job: with the share and the tokens per sequence.
     """
-    short = [i for i in chosen if len(ids[i]) + fim.N_ADDED_TOKENS <= seq_len]
+    pieces = {i: fim.cut_document(text, job.fim_rate) for i, text in texts.items()}
+    chosen = {i: found for i, found in pieces.items() if found}
+    short = [i for i in chosen if len(ids[i]) + fim.N_ADDED_TOKENS <= job.seq_len]
     n_done = 0
     encoded = encoder.encode_documents([chosen[i] for i in short])
     for i, rearranged in zip(short, encoded, strict=True):
         # words that a cut divides may take more tokens
-        if len(rearranged) <= seq_len:
+        if len(rearranged) <= job.seq_len:
             ids[i] = rearranged
             n_done += 1
-    return n_done
+    return collections.Counter(n_fim_documents=n_done, n_fim_too_long=len(chosen) - n_done)
 
 
 def count_excess(n_tokens: int, n_prompt: int, seq_len: int) -> int:
@@ -1093,42 +1084,24 @@ def gather_shards(
     write_datasets_metadata(out, layout.seq_len, files)
     if layout.method == "course":
         write_course_parquet(out, shards)
-    n_documents = 0
-    n_text_bytes = 0
-    n_unknown = 0
-    n_cut_prompts = 0
-    n_cut_tokens = 0
-    n_fim = 0
-    n_fim_too_long = 0
-    for text in texts:
-        n_documents += text.n_documents
-        n_text_bytes += text.n_text_bytes
-        n_unknown += text.n_unknown_tokens
-        n_cut_prompts += text.n_cut_prompts
-        n_cut_tokens += text.n_cut_tokens
-        n_fim += text.n_fim_documents
-        n_fim_too_long += text.n_fim_too_long
+    text_counts = {}
+    for field in dataclasses.fields(TextCounts):
+        text_counts[field.name] = sum(getattr(text, field.name) for text in texts)
     n_sequences = sum(shard.n_sequences for shard in shards)
     n_slots = n_sequences * layout.seq_len
     n_trained = int(token_counts.sum())
     frequencies = token_counts[token_counts > 0] / max(1, n_trained)
     entropy = -(frequencies * np.log(frequencies)).sum()
     return PackedSource(
-        n_documents=n_documents,
         n_split_documents=n_split,
         n_sequences=n_sequences,
         n_tokens=n_tokens,
         n_ids=max(result.n_ids for result in results),
         n_trained_tokens=n_trained,
-        n_cut_prompts=n_cut_prompts,
-        n_cut_tokens=n_cut_tokens,
-        n_fim_documents=n_fim,
-        n_fim_too_long=n_fim_too_long,
-        n_unknown_tokens=n_unknown,
-        n_text_bytes=n_text_bytes,
         padding_frac=1 - n_tokens / n_slots,
         unigram_nats=float(entropy),
         shards=shards,
+        **text_counts,
     )
 
 

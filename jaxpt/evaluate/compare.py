@@ -22,7 +22,7 @@ from jaxpt.model import decode
 from jaxpt.sharding import make_mesh
 from jaxpt.spec import Record, UserError
 from jaxpt.text import display_width, format_table
-from jaxpt.weights.load import LoadedModel, load_model, open_tokenizer, resolve_source
+from jaxpt.weights.load import LoadedModel, fingerprint_model, load_model, open_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def compare_samples(
     settings = GenerationSettings(
         max_new, **dataclasses.asdict(sampling), seed=seed, read_as=read_as
     )
-    model_prints = fingerprint_models(models)
+    model_prints = list(map(fingerprint_model, models))
     request = stage.fingerprint([names, model_prints, prompts, settings.to_json(), contents])
     earlier = stage.read_cached_result(to, request)
     if earlier:
@@ -198,11 +198,6 @@ def compare_samples(
         stage.write_result(to, samples.to_json())
         log.info(f"compare: {len(prompts)} prompts by {len(models)} models, written to {to}")
     return samples
-
-
-def fingerprint_models(models: list[io.Path]) -> list[str]:
-    """Return the fingerprint of each model's files."""
-    return [stage.fingerprint_path(resolve_source(model)) for model in models]
 
 
 def load_compared_models(model: io.Path) -> tuple[LoadedModel, tokenizer.Tokenizer]:
@@ -430,7 +425,7 @@ def compare_documents(
         inputs |= source.list_object_tags()
         for key, path in source.fingerprint_inputs().items():
             inputs[key] = stage.fingerprint_path(path)
-    model_prints = fingerprint_models(models)
+    model_prints = list(map(fingerprint_model, models))
     request = stage.fingerprint([names, model_prints, texts, inputs])
     earlier = stage.read_cached_result(to, request)
     if earlier:

@@ -30,8 +30,8 @@ from jaxpt.model import decode, transformer
 from jaxpt.sharding import make_mesh
 from jaxpt.spec import ModelSpec, UserError, describe_nonfinite
 from jaxpt.text import format_table
-from jaxpt.weights import checkpoint, huggingface, peft
-from jaxpt.weights.load import LoadedModel, load_model, open_tokenizer, resolve_source
+from jaxpt.weights import checkpoint, huggingface
+from jaxpt.weights.load import LoadedModel, fingerprint_model, load_model, open_tokenizer
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -145,7 +145,7 @@ def evaluate_model(
         read |= source.list_object_tags()
         for key, path in source.fingerprint_inputs().items():
             read[key] = stage.fingerprint_path(path)
-    model_print = stage.fingerprint_path(resolve_source(model))
+    model_print = fingerprint_model(model)
     local_print = stage.fingerprint(local)
     asked_for = [model_print, tasks, backend, limit, max_length, read, local_print, chat]
     request = stage.fingerprint(asked_for)
@@ -292,11 +292,8 @@ def check_task_names(names: list[str], data_dir: io.Path | None) -> None:
 @contextlib.contextmanager
 def export_temporarily(loaded: LoadedModel, encoder: tokenizer.Tokenizer) -> Iterator[pathlib.Path]:
     """Return the model's Hugging Face directory, or else that of a temporary export."""
-    directory = loaded.tokenizer_dir
-    is_adapter = loaded.source is not None and peft.is_adapter(loaded.source)
-    # an adapter's tokenizer may lie beside its base, which is another model
-    if directory and huggingface.is_hf_directory(directory) and not is_adapter:
-        yield directory
+    if loaded.source is not None and huggingface.is_hf_directory(loaded.source):
+        yield io.local_copy(loaded.source)
         return
     with io.temporary_directory() as directory:
         huggingface.write_hf_model(loaded.spec, loaded.params, directory)

@@ -20,11 +20,11 @@ from typing import Any
 import jax
 
 from jaxpt import io, stage
-from jaxpt.config import Config
+from jaxpt.config import Config, InitializeConfig
 from jaxpt.spec import Record, UserError
 from jaxpt.text import name_some
 from jaxpt.train.context import RunContext
-from jaxpt.weights import hub
+from jaxpt.weights.load import list_sources
 
 Facts = Mapping[str, str]  # name -> value, the same on all processes of a run
 
@@ -104,7 +104,7 @@ def check_data(run: RunContext) -> None:
     check_same("data", facts)
 
 
-def check_start(newest: io.Path | None, source: str) -> None:
+def check_start(newest: io.Path | None, section: InitializeConfig) -> None:
     """Compare the checkpoint to resume, or the files of the weights to start from.
 
     Raises:
@@ -113,8 +113,9 @@ def check_start(newest: io.Path | None, source: str) -> None:
     if jax.process_count() == 1:
         return
     facts = {"newest whole checkpoint": newest.name if newest else "none"}
-    if newest is None and source != "random":
-        facts[f"files of {source}"] = hash_model_files(hub.download_model(source))
+    if newest is None and section.source != "random":
+        for name, directory in list_sources(section.source, section.source, section.base).items():
+            facts[f"files of {name}"] = hash_model_files(directory)
     check_same("start", facts)
 
 

@@ -29,7 +29,7 @@ from jaxpt.train import gate, state, step
 from jaxpt.train.gate import HeldoutData
 from jaxpt.train.records import CheckpointRecord
 from jaxpt.weights import checkpoint, hub, huggingface, peft
-from jaxpt.weights.load import LoadedModel, find_base, open_tokenizer, resolve_source
+from jaxpt.weights.load import LoadedModel, list_sources, open_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -125,10 +125,7 @@ def describe_request(
     del section["source"]
     request = {"initialize": section, "probe_steps": probe_steps}
     if source:
-        inputs["initialize"] = resolve_source(source)
-        base = find_base(source, config.initialize.base)
-        if base:
-            inputs["base"] = base
+        inputs |= list_sources(source, "initialize", config.initialize.base)
     else:
         request["model"] = dataclasses.asdict(config.model)
     return request, inputs

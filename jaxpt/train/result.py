@@ -16,7 +16,7 @@ from jaxpt.stage import read_manifest
 from jaxpt.train import provenance
 from jaxpt.train.records import CheckpointRecord, TrainCounts
 from jaxpt.train.session import Session
-from jaxpt.weights.load import find_base, resolve_source
+from jaxpt.weights.load import list_sources
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +44,7 @@ def find_inputs(section: InitializeConfig, packed: list[str]) -> dict[str, Input
         inputs[f"packed/{i}"] = {"path": path, "fingerprint": found}
     if section.source == "random":
         return inputs
-    directories = {"initialize": resolve_source(section.source)}
-    base = find_base(section.source, section.base)
-    if base:
-        directories["base"] = base
-    for name, directory in directories.items():
+    for name, directory in list_sources(section.source, "initialize", section.base).items():
         found = stage.fingerprint_path(directory)
         inputs[name] = {"path": str(directory), "fingerprint": found}
     return inputs

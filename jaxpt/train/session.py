@@ -47,7 +47,7 @@ def start_session(run: RunContext) -> Session:
     """
     io.make_directory(run.run_dir)
     newest = checkpoint.find_newest(run.run_dir)
-    agreement.check_start(newest, run.config.initialize.source)
+    agreement.check_start(newest, run.config.initialize)
     if jax.process_index():
         return resume_session(run, newest) if newest else init_session(run)
     lost = begin.read_lost_work(run.run_dir, newest)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxpt import io
+from jaxpt import io, stage
 from jaxpt.data import tokenizer
 from jaxpt.model import transformer
 from jaxpt.spec import ModelSpec, Record, UserError
@@ -229,6 +229,25 @@ def check_files(directory: pathlib.Path) -> None:
                 f"{file}: is a pipe or device, and a model has only files. Take it away."
             )
     io.check_published(files)
+
+
+def list_sources(source: io.Path | str, name: str, base: str = "") -> dict[str, io.Path]:
+    """Return what a manifest names as the inputs of a start from `source`.
+
+    Args:
+        source: see `resolve_source`.
+        name: its own.
+        base: of a PEFT adapter, see peft.find_base; it is the input "base".
+    """
+    inputs = {name: resolve_source(source)}
+    found = find_base(source, base)
+    return inputs | {"base": found} if found else inputs
+
+
+def fingerprint_model(source: io.Path) -> str:
+    """Return the fingerprint of the files that a model is read from."""
+    directories = list_sources(source, "model").values()
+    return stage.fingerprint(list(map(stage.fingerprint_path, directories)))
 
 
 def resolve_source(source: io.Path | str) -> io.Path:
