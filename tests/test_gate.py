@@ -86,7 +86,7 @@ def pack_documents(
             n_bytes = 3 * sum(len(each) - 2 for each in ids)
             out = directory / split / name
             shard = pack.write_sequences(rows, out / "data-00000.arrow", layout)
-            text = pack.TokenizeResult(len(ids), n_bytes)
+            text = pack.TokenizeResult(n_documents=len(ids), n_text_bytes=n_bytes)
             counts[split][name] = pack.gather_shards([text], [shard], out, layout).to_json()
     manifest = stage.make_manifest(
         stage.StageRequest("pack", {}, {}),

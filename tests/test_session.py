@@ -217,7 +217,7 @@ def test_a_run_goes_on_with_decay_switched_on_or_off_but_not_with_another_optimi
         start(make_config(train__steps=8, optim__name="muon"), tmp_path)
 
 
-def test_more_steps_after_a_decay_lift_the_rate_which_is_said_with_the_way_out(
+def test_more_steps_after_a_decay_raise_the_rate_which_is_said_with_the_way_out(
     make_config, start, tmp_path, caplog
 ):
     """From the stable phase's checkpoint the rate goes on as it was, in another directory."""

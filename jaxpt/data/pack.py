@@ -158,7 +158,7 @@ class TokenizeJob(PackingJob):
     fim_rate: float
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizeResult(TextCounts):
     """Counts of a finished TokenizeJob."""
 
