@@ -1,0 +1,351 @@
+"""Runs of the growth experiment: chains of segments that share what they have in common.
+
+A run is a chain of segments: a shape, then for each segment an operator or none, steps, and whether
+its learning rate falls to 0. The rate is constant before that (warm-up, stable, decay), so that two
+runs that begin alike share the state up to where they part: a trunk is trained once for a seed and
+a rate, and every length and every growth is a branch of it.
+
+Every process is of one thread: small products gain little from a second one, and as many runs as
+there are cores go on at once. A finished run is a file; a start passes over what is there.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import pathlib
+import pickle
+import resource
+import statistics
+import sys
+from typing import Any, NamedTuple
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import jax
+
+from jaxpt import config, flops, sharding
+from jaxpt.data import loader, pack, prepare, tokenizer
+from jaxpt.data.mixture import MixtureSchedule
+from jaxpt.growth import measure
+from jaxpt.growth.apply import grow_params
+from jaxpt.growth.growth import Parent
+from jaxpt.growth.new_params import NewParams
+from jaxpt.growth.parse import plan_growth
+from jaxpt.io import write_text
+from jaxpt.model import transformer
+from jaxpt.spec import ModelSpec
+from jaxpt.train import gate, state, step
+from jaxpt.train.state import TrainState
+
+SEQ_LEN = 128
+VOCAB_SIZE = 1024  # small, so that layers and not the head make up a small model
+HELDOUT_SEQUENCES = 256  # of each source, for a result
+CURVE_SEQUENCES = 32  # for a point of a curve
+D_HEAD = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """The experiment's data: sources of config.prepare, and where their packed sequences are."""
+
+    sources: tuple[str, ...]
+    directory: str
+
+    def settings(self) -> config.Config:
+        return config.Config(
+            prepare=config.PrepareConfig(sources=self.sources, heldout_frac=0.03),
+            tokenizer=config.TokenizerConfig(vocab_size=VOCAB_SIZE, sample_mb=8),
+            pack=config.PackConfig(seq_len=SEQ_LEN),
+        )
+
+    def make(self) -> None:
+        """Prepare and pack the text, unless that is done."""
+        settings = self.settings()
+        prepare.prepare_corpus(settings.prepare, self.directory)
+        tokenizer.train_tokenizer(settings.tokenizer, self.directory)
+        pack.pack_corpus(settings.pack, self.directory)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A model's shape at its start. experts > 0: a mixture, of which a token takes two."""
+
+    n_layers: int
+    d_model: int
+    experts: int = 0
+
+    def make_spec(self) -> ModelSpec:
+        n_heads = self.d_model // D_HEAD
+        spec = ModelSpec(
+            n_layers=self.n_layers,
+            d_model=self.d_model,
+            d_ff=width_of_mlp(self.d_model),
+            n_heads=n_heads,
+            n_kv_heads=n_heads // 2,
+            d_head=D_HEAD,
+            vocab_size=VOCAB_SIZE,
+            max_seq_len=SEQ_LEN,
+            tie_embeddings=True,
+        )
+        if not self.experts:
+            return spec
+        return spec.replace(
+            family="mixtral",
+            n_experts=self.experts,
+            n_experts_per_token=2,
+            norm_topk_prob=True,
+            router_aux_loss_coef=0.01,
+            router_z_loss_coef=0.001,
+        )
+
+
+def width_of_mlp(d_model: int) -> int:
+    """Return 8/3 of the width, in multiples of 16 (Llama)."""
+    return round(d_model * 8 / 3 / 16) * 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Steps between two changes.
+
+    Attributes:
+        n_steps: of it.
+        operator: growth before its first step; "" is none.
+        decay: the learning rate falls to 0 over it, linearly.
+        restart: fresh optimizer and schedule, with a warm-up: a finished model is trained again.
+        moments: of the growth.
+    """
+
+    n_steps: int
+    operator: str = ""
+    decay: bool = False
+    restart: bool = False
+    moments: str = "reset_new"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run of the experiment. `arm` and `part` are its names in tables; the rest makes it."""
+
+    part: str
+    arm: str
+    shape: Shape
+    segments: tuple[Segment, ...]
+    peak_lr: float
+    seed: int
+    batch_size: int
+    n_curve: int = 0  # steps between held-out losses of the last two segments; 0: none
+
+    @property
+    def key(self) -> str:
+        """Return a name for its result's file: of what makes it, and what it is called."""
+        content = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    @property
+    def trunk(self) -> tuple[Any, ...]:
+        """Return what runs have in common that share a trunk, for one process to make."""
+        return self.shape, self.peak_lr, self.seed, self.batch_size
+
+
+class Reached(NamedTuple):
+    """A model in training, after some segments."""
+
+    spec: ModelSpec
+    state: TrainState
+    new_params: NewParams
+    steps_since_start: int  # since the last fresh schedule
+    n_steps: int  # of all, which is the position in the data
+    flops: float
+    cpu_seconds: float
+
+
+class Trainer:
+    """Trains the runs of one trunk, and keeps the states in which they part."""
+
+    def __init__(self, text: Text):
+        self.text = text
+        self.settings = text.settings()
+        self.packed = [pathlib.Path(text.directory) / "packed"]
+        self.mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
+        self.dataset = loader.open_packed(self.packed)
+        self.states: dict[Any, Any] = {}
+
+    def train(self, run: Run, forks: set[Any]) -> dict[str, Any]:
+        """Return a run's result. States at `forks` are kept for the runs that follow."""
+        curve: list[tuple[int, float]] = []
+        reached = self.reach(run, len(run.segments), forks, curve)
+        heldout = self.measure_loss(reached.spec, reached.state.params, HELDOUT_SEQUENCES)
+        return {
+            **dataclasses.asdict(run),
+            "layers": reached.spec.n_layers,
+            "n_params": transformer.count_params(reached.spec),
+            "n_params_without_embedding": count_without_embedding(reached.spec),
+            "tokens": reached.n_steps * run.batch_size * SEQ_LEN,
+            "flops": reached.flops,
+            "cpu_seconds": round(reached.cpu_seconds, 1),
+            "heldout": heldout,
+            "loss": statistics.mean(heldout.values()),
+            "curve": curve,
+        }
+
+    def reach(self, run: Run, n_segments: int, forks: set[Any], curve: list) -> Reached:
+        """Return the state after a run's first segments, from the longest prefix that is kept."""
+        if n_segments == 0:
+            spec = run.shape.make_spec()
+            params = transformer.init_params(spec, run.seed, self.mesh)
+            start = state.init_state(params, spec, self.optim(run), self.mesh)
+            return Reached(spec, start, NewParams(), 0, 0, 0.0, 0.0)
+        prefix = fork_key(run, n_segments)
+        if prefix in self.states:
+            return pickle.loads(self.states[prefix])
+        before = self.reach(run, n_segments - 1, forks, curve)
+        is_watched = n_segments >= len(run.segments) - 1
+        every = run.n_curve if is_watched else 0
+        reached = self.run_segment(run, run.segments[n_segments - 1], before, every, curve)
+        if prefix in forks:
+            self.states[prefix] = pickle.dumps(reached._replace(state=to_host(reached.state)))
+        return reached
+
+    def run_segment(
+        self, run: Run, segment: Segment, before: Reached, n_curve: int, curve: list
+    ) -> Reached:
+        """Return what a segment makes of a state."""
+        started = cpu_seconds()
+        optim = self.optim(run)
+        now, spec, new_params = before.state, before.spec, before.new_params
+        n_since = before.steps_since_start
+        if segment.operator:
+            parent = Parent(spec, now.params, self.measuring_batches(run))
+            growth = plan_growth(segment.operator, parent)
+            opt_state, skips, new_params = state.grow_state(
+                now, growth, optim, segment.moments, self.mesh, new_params
+            )
+            params = grow_params(growth, now.params, self.mesh)
+            now, spec = TrainState(now.step, params, opt_state, skips), growth.child
+        if segment.operator or segment.restart:
+            losses = self.measure_loss(spec, now.params, HELDOUT_SEQUENCES)
+            curve.append((before.n_steps, statistics.mean(losses.values())))
+        if segment.restart:
+            now = state.init_state(now.params, spec, optim, self.mesh)
+            new_params, n_since = NewParams(), 0
+        n_after = n_since + segment.n_steps
+        optim = dataclasses.replace(optim, schedule="constant")
+        if segment.decay:
+            optim = dataclasses.replace(
+                optim, schedule="wsd", decay_frac=segment.n_steps / n_after, end_lr_frac=0.0
+            )
+        train = config.TrainConfig(steps=max(n_after, 2), batch_size=run.batch_size)
+        make_step = step.build_step(spec, train, optim, SEQ_LEN, self.mesh, new_params)
+        batches = self.batches(run, before.n_steps)
+        for done in range(1, segment.n_steps + 1):
+            now, _ = make_step(now, next(batches))
+            if n_curve and done % n_curve == 0:
+                losses = self.measure_loss(spec, now.params, CURVE_SEQUENCES)
+                curve.append((before.n_steps + done, statistics.mean(losses.values())))
+        jax.block_until_ready(now)
+        cost = segment.n_steps * flops_per_step(spec, run.batch_size)
+        return Reached(
+            spec,
+            now,
+            new_params,
+            n_after,
+            before.n_steps + segment.n_steps,
+            before.flops + cost,
+            before.cpu_seconds + cpu_seconds() - started,
+        )
+
+    def optim(self, run: Run) -> config.OptimConfig:
+        return config.OptimConfig(peak_lr=run.peak_lr, warmup_steps=50, schedule="constant")
+
+    def batches(self, run: Run, n_steps: int) -> Any:
+        """Return the run's batches from a step on. Their order depends on the seed alone."""
+        mixture = config.MixtureConfig(seed=run.seed)
+        schedule = MixtureSchedule(mixture, self.dataset.n_sequences, run.batch_size)
+        return loader.iterate_batches(
+            self.dataset,
+            schedule,
+            sharding.make_batch_sharding(self.mesh),
+            run.batch_size,
+            n_steps * run.batch_size,
+            True,
+        )
+
+    def measuring_batches(self, run: Run) -> Any:
+        return measure.make_measuring_batches(self.packed, run.batch_size, True, self.mesh)
+
+    def measure_loss(self, spec: ModelSpec, params: Any, n_sequences: int) -> dict[str, float]:
+        """Return held-out nats per token of each source."""
+        train = config.TrainConfig(eval_sequences=n_sequences)
+        data = gate.HeldoutData(self.packed, train, True, self.mesh)
+        return data.measure_losses(spec, params)
+
+
+def fork_key(run: Run, n_segments: int) -> Any:
+    """Return what the state after a run's first segments depends on."""
+    return run.trunk, run.segments[:n_segments]
+
+
+def to_host(tree: Any) -> Any:
+    return jax.tree.map(jax.device_get, tree)
+
+
+def cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def flops_per_step(spec: ModelSpec, batch_size: int) -> float:
+    return flops.count_flops_per_token(spec, SEQ_LEN) * batch_size * SEQ_LEN
+
+
+def count_without_embedding(spec: ModelSpec) -> int:
+    return transformer.count_params(spec) - spec.vocab_size * spec.d_model
+
+
+# ---- many runs
+
+
+def train_all(runs: list[Run], text: Text, results: pathlib.Path, n_processes: int) -> None:
+    """Train the runs that have no result yet, those of one trunk in one process."""
+    results.mkdir(parents=True, exist_ok=True)
+    groups: dict[Any, list[Run]] = {}
+    for run in runs:
+        if not (results / f"{run.key}.json").exists():
+            groups.setdefault(run.trunk, []).append(run)
+    print(f"{sum(map(len, groups.values()))} runs to make in {len(groups)} groups", flush=True)
+    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(
+        n_processes, context, max_tasks_per_child=1
+    ) as pool:
+        tasks = [pool.submit(train_group, group, text, results) for group in groups.values()]
+        for task in concurrent.futures.as_completed(tasks):
+            task.result()
+
+
+def train_group(runs: list[Run], text: Text, results: pathlib.Path) -> None:
+    """Train runs of one trunk, and write each one's result when it is there."""
+    trainer = Trainer(text)
+    for number, run in enumerate(runs):
+        forks = set()
+        for other in runs[number + 1 :]:
+            forks |= {fork_key(other, n) for n in range(1, len(other.segments))}
+        result = trainer.train(run, forks)
+        write_text(results / f"{run.key}.json", json.dumps(result) + "\n")
+        print(
+            f"{run.part}: {run.arm}, rate {run.peak_lr:g}, seed {run.seed}: {result['loss']:.4f} "
+            f"nats, {result['flops']:.3g} FLOPs, {result['cpu_seconds']:.0f} s",
+            flush=True,
+        )
+
+
+def read_results(results: pathlib.Path) -> list[dict[str, Any]]:
+    """Return all results that are there."""
+    return [json.loads(file.read_text()) for file in sorted(results.glob("*.json"))]
