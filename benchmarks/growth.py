@@ -1,18 +1,21 @@
 """What growing a model is worth, with its controls: which way to a lower loss costs least.
 
-    python benchmarks/growth.py rates upcycle operators --text 'gutenberg/*.txt' --to runs/growth
+    python benchmarks/growth.py frontier arms --text 'gutenberg/*.txt' --to runs/growth
     python benchmarks/growth.py tables --to runs/growth
 
 `rates`     each arm of `upcycle` at several peak rates, on a seed that is not used again
 `upcycle`   a dense model trained on, made a mixture of experts, or a mixture from scratch, all with
             the same FLOPs in all, the base's included
 `operators` every operator on one trained base, then the same steps from a fresh optimizer
+`frontier`  loss against FLOPs: depths and widths at several budgets, each at several peak rates
+`arms`      a full size, the same with less, small models left alone, and ways to grow, at equal
+            FLOPs with the base's included
 `tables`    what the results say, with 95 % intervals of paired differences
 
 Every arm has a decay of its own to 0 and is measured after it. FLOPs are of the active parameters
-and of attention, forward and backward. A seed is that of the initialization and of the data's order,
-so arms are compared seed by seed. What has a result is not trained again: give the same command to
-go on after a kill.
+and of attention, forward and backward. A seed is that of the initialization and of the data's
+order, so arms are compared seed by seed. What has a result is not trained again: give the same
+command to go on after a kill.
 """
 
 import argparse
@@ -47,7 +50,6 @@ UPCYCLE_OPERATORS = {
     "base, trained on": "",
     "upcycle(experts=8, top_k=2)": "upcycle(experts=8, top_k=2)",
     "upcycle(experts=8, top_k=2, drop=0.5)": "upcycle(experts=8, top_k=2, drop=0.5)",
-    "upcycle(granularity=2, expansion=4, top_k=2)": "upcycle(granularity=2, expansion=4, top_k=2)",
 }
 UPCYCLE_SCRATCH = "mixture from scratch, 8 experts, 2 for a token"
 
@@ -74,9 +76,7 @@ def make_plain(
     part: str, arm: str, shape: Shape, budget: float, rate: float, seed: int, batch_size: int
 ) -> Run:
     """Return a run from scratch that spends a budget of FLOPs."""
-    n_steps = count_steps(shape, "", budget, batch_size)
-    n_decay = round(DECAY_FRAC * n_steps)
-    segments = (Segment(n_steps - n_decay), Segment(n_decay, decay=True))
+    segments = make_plain_segments(count_steps(shape, "", budget, batch_size))
     return Run(part, arm, shape, segments, rate, seed, batch_size)
 
 
@@ -88,7 +88,7 @@ def count_steps(shape: Shape, operator: str, budget: float, batch_size: int) -> 
     return round(budget / growth_runs.flops_per_step(spec, batch_size))
 
 
-def plan_rates() -> list[Run]:
+def plan_rates(results: list[dict[str, Any]]) -> list[Run]:
     """Return the runs that find each arm's rate."""
     runs = []
     for rate in UPCYCLE_RATES:
@@ -117,6 +117,123 @@ def find_best_rates(results: list[dict[str, Any]], part: str) -> dict[str, float
     return {arm: rate for arm, (_, rate) in best.items()}
 
 
+# ---- the frontier: which depth and width has the lowest loss for its FLOPs
+
+WIDTHS = (64, 96)
+DEPTHS = (1, 2, 4, 8)
+BUDGETS = (2e12, 6e12, 1.8e13)
+RATES = (2e-3, 4e-3, 8e-3)
+BATCH = 16
+
+
+def plan_frontier(results: list[dict[str, Any]]) -> list[Run]:
+    """Return a run for each shape, budget and rate, the cheapest first.
+
+    The budgets of a shape and rate share their trunk.
+    """
+    runs = []
+    for width in WIDTHS:
+        for depth in DEPTHS:
+            shape = Shape(depth, width)
+            for rate in RATES:
+                for budget in BUDGETS:
+                    arm = f"{depth} x {width}, {budget:g} FLOPs"
+                    n_steps = count_steps(shape, "", budget, BATCH)
+                    segments = make_plain_segments(n_steps, stops_at(shape, budget))
+                    run = Run("frontier", arm, shape, segments, rate, TUNING_SEED, BATCH)
+                    runs.append(run)
+    return runs
+
+
+def stops_at(shape: Shape, budget: float) -> list[int]:
+    """Return where the stable phases of lower budgets end, so that a trunk has these states."""
+    lower = [each for each in BUDGETS if each < budget]
+    return [stable_steps(count_steps(shape, "", each, BATCH)) for each in lower]
+
+
+# ---- arms: a full size, its parts, the small models left alone, and growing
+
+FULL = Shape(8, 64)
+BUDGET = 1.8e13  # FLOPs of the full size: 14 tokens per parameter
+ARM_RATE = 4e-3  # the frontier's best of FULL
+SHORTER = (0.25, 0.4, 0.5)  # of the budget, for the full size alone
+# arm -> (the shape before, its operator, the share of the tokens before it)
+GROWN = {
+    "1 layer, jump at 50 %": (Shape(1, 64), "deepen(L=8)", 0.5),
+    "1 layer, jump at 70 %": (Shape(1, 64), "deepen(L=8)", 0.7),
+    "1 layer, jump at 80 %": (Shape(1, 64), "deepen(L=8)", 0.8),
+    "4 layers, stack at 50 %": (Shape(4, 64), "stack(g=2)", 0.5),
+    "4 layers, deepen at 50 %": (Shape(4, 64), "deepen(L=8)", 0.5),
+    "4 layers, identity layers at 50 %": (Shape(4, 64), "insert_identity(every=1)", 0.5),
+    "6 layers, depth up-scaling at 50 %": (Shape(6, 64), "depth_upscale(m=2)", 0.5),
+    "half the width, widened at 50 %": (
+        Shape(8, 32),
+        "widen(d=64, ff=176, heads=4, noise=0.2)",
+        0.5,
+    ),
+}
+ALSO_FRESH = ("1 layer, jump at 70 %", "4 layers, stack at 50 %")
+
+
+def plan_arms(results: list[dict[str, Any]]) -> list[Run]:
+    """Return all arms at equal FLOPs, and the full size with less, for every seed."""
+    runs = []
+    for seed in SEEDS:
+        for share in (*SHORTER, 1.0):
+            n_steps = count_steps(FULL, "", share * BUDGET, BATCH)
+            stops = [
+                stable_steps(count_steps(FULL, "", each * BUDGET, BATCH))
+                for each in SHORTER
+                if each < share
+            ]
+            arm = f"8 layers, {share:g} of the FLOPs"
+            segments = make_plain_segments(n_steps, stops)
+            runs.append(Run("arms", arm, FULL, segments, ARM_RATE, seed, BATCH))
+        for depth in (1, 2, 4):
+            arm = f"{depth} layer{'s' * (depth > 1)}, never grown"
+            small = Shape(depth, FULL.d_model)
+            runs.append(make_plain("arms", arm, small, BUDGET, ARM_RATE, seed, BATCH))
+        for arm, (small, operator, share) in GROWN.items():
+            segments = make_grown_segments(small, operator, share, "reset_new")
+            runs.append(Run("arms", arm, small, segments, ARM_RATE, seed, BATCH, n_curve=500))
+            if arm in ALSO_FRESH:
+                segments = make_grown_segments(small, operator, share, "fresh")
+                name = f"{arm}, fresh moments"
+                runs.append(Run("arms", name, small, segments, ARM_RATE, seed, BATCH, n_curve=500))
+    return runs
+
+
+def make_grown_segments(
+    small: Shape, operator: str, share: float, moments: str
+) -> tuple[Segment, ...]:
+    """Return a run that grows after a share of its tokens and spends BUDGET in all."""
+    small_cost = BUDGET / count_steps(small, "", BUDGET, BATCH)
+    full_cost = BUDGET / count_steps(small, operator, BUDGET, BATCH)
+    n_steps = round(BUDGET / (share * small_cost + (1 - share) * full_cost))
+    n_before = round(share * n_steps)
+    n_decay = min(n_steps - stable_steps(n_steps), n_steps - n_before)
+    return (
+        Segment(n_before),
+        Segment(n_steps - n_before - n_decay, operator, moments=moments),
+        Segment(n_decay, decay=True),
+    )
+
+
+def stable_steps(n_steps: int) -> int:
+    """Return the steps before the decay of a run of so many."""
+    return n_steps - round(DECAY_FRAC * n_steps)
+
+
+def make_plain_segments(n_steps: int, stops: Iterable[int] = ()) -> tuple[Segment, ...]:
+    """Return a run without growth, its stable phase cut where shorter ones leave it."""
+    segments = []
+    done = 0
+    for stop in (*sorted(stops), stable_steps(n_steps)):
+        segments.append(Segment(stop - done))
+        done = stop
+    return (*segments, Segment(n_steps - done, decay=True))
+
+
 # ---- every operator on one base
 
 OPERATORS_BASE = Shape(6, 96)
@@ -143,7 +260,7 @@ OPERATORS = (
 )
 
 
-def plan_operators() -> list[Run]:
+def plan_operators(results: list[dict[str, Any]]) -> list[Run]:
     """Return a run for each operator, after 1,000 steps of the base."""
     runs = []
     for operator in OPERATORS:
@@ -153,7 +270,25 @@ def plan_operators() -> list[Run]:
     return runs
 
 
+# what the command trains, by name: the results that are there -> the runs to make
+PARTS = {
+    "rates": plan_rates,
+    "upcycle": plan_upcycle,
+    "operators": plan_operators,
+    "frontier": plan_frontier,
+    "arms": plan_arms,
+}
+
 # ---- tables
+
+
+def print_tables(results: list[dict[str, Any]]) -> None:
+    """Print all tables whose results are there."""
+    print_rates(results, "upcycle rates")
+    print_paired(results, "upcycle", "base, trained on")
+    print_operators(results)
+    print_rates(results, "frontier")
+    print_paired(results, "arms", "8 layers, 1 of the FLOPs")
 
 
 def print_rates(results: list[dict[str, Any]], part: str) -> None:
@@ -271,7 +406,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="+", choices=["rates", "upcycle", "operators", "tables"])
+    parser.add_argument("parts", nargs="+", choices=[*PARTS, "tables"])
     parser.add_argument("--text", help="text files as a glob, beside Python's own prose")
     parser.add_argument("--to", type=pathlib.Path, required=True)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
@@ -286,16 +421,10 @@ def main() -> None:
         text.make()
     for part in arguments.parts:
         found = growth_runs.read_results(results)
-        if part == "rates":
-            growth_runs.train_all(plan_rates(), text, results, arguments.processes)
-        elif part == "upcycle":
-            growth_runs.train_all(plan_upcycle(found), text, results, arguments.processes)
-        elif part == "operators":
-            growth_runs.train_all(plan_operators(), text, results, arguments.processes)
+        if part == "tables":
+            print_tables(found)
         else:
-            print_rates(found, "upcycle rates")
-            print_paired(found, "upcycle", "base, trained on")
-            print_operators(found)
+            growth_runs.train_all(PARTS[part](found), text, results, arguments.processes)
 
 
 if __name__ == "__main__":
