@@ -1,7 +1,8 @@
-"""Inspect a checkpoint, or compare two bit by bit (exit status 1 if they differ).
+"""Inspect a checkpoint, compare two (status 1 if they differ), or merge several.
 
 jaxpt checkpoint inspect runs/base
 jaxpt checkpoint diff runs/base/checkpoints/300 runs/again/checkpoints/300
+jaxpt checkpoint merge runs/base/checkpoints/{200,250,300} --to runs/mean
 """
 
 import argparse
@@ -13,7 +14,7 @@ from jaxpt.cli import options
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="inspect|diff")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="inspect|diff|merge")
     inspect = actions.add_parser("inspect", help="print step, spec and every array")
     inspect.add_argument(
         "directory", type=options.parse_path, help="a run or a checkpoint step directory"
@@ -22,13 +23,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     diff.add_argument(
         "directories", type=options.parse_path, nargs=2, help="run or checkpoint step directories"
     )
+    merge = actions.add_parser(
+        "merge", help="write the mean of checkpoints of one architecture as a run at step 0"
+    )
+    merge.add_argument(
+        "directories", type=options.parse_path, nargs="+", help="run or checkpoint step directories"
+    )
+    merge.add_argument(
+        "--to", required=True, type=options.parse_path, metavar="DIR", help="the run to write"
+    )
+    merge.add_argument(
+        "--weights", type=float, nargs="+", metavar="W", help="one for each; else they are equal"
+    )
+    merge.add_argument(
+        "--slerp",
+        type=float,
+        metavar="T",
+        help="spherical interpolation of two, T = 0 to 1 from the first to the second",
+    )
+    merge.add_argument("--replace", action="store_true", help="overwrite what --to holds")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the checkpoint, or the differences."""
     from jaxpt.weights import checkpoint
 
-    if arguments.action == "inspect":
+    if arguments.action == "merge":
+        from jaxpt.train import merge
+
+        merge.merge_checkpoints(
+            arguments.directories,
+            arguments.to,
+            arguments.weights,
+            arguments.slerp,
+            arguments.replace,
+        )
+    elif arguments.action == "inspect":
         for lines in checkpoint.describe_checkpoint(arguments.directory):
             print(io.printable(lines, keep="\n"))
     else:
