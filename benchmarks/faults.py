@@ -57,7 +57,7 @@ def get_config():
     c.train.batch_size, c.train.log_every = 16, 5
     c.train.eval_every, c.train.eval_sequences = 50, 16
     c.train.checkpoint_every, c.train.max_to_keep = 10, 3
-    c.optim.peak_lr, c.optim.warmup_steps = 1e-2, 10
+    c.optim.peak_lr, c.optim.warmup_frac = 1e-2, 0.1
     return c
 """
 # train.py with gradients that are not finite at two steps

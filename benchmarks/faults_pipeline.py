@@ -40,7 +40,7 @@ def get_config(model="base"):
     c.train.steps, c.train.batch_size, c.train.log_every = 24, 8, 3
     c.train.eval_every, c.train.eval_sequences = 12, 8
     c.train.checkpoint_every, c.train.max_to_keep = 6, 2
-    c.optim.peak_lr, c.optim.warmup_steps = 1e-2, 5
+    c.optim.peak_lr, c.optim.warmup_frac = 1e-2, 0.1
     if model == "child":
         c.mixture.packed_paths = ("base/packed",)
         c.initialize.source = "grown"

@@ -47,6 +47,7 @@ SEQ_LEN = 128
 VOCAB_SIZE = 1024  # small, so that layers and not the head make up a small model
 HELDOUT_SEQUENCES = 256  # of each source, for a result
 CURVE_SEQUENCES = 32  # for a point of a curve
+WARMUP_STEPS = 50  # of a run, whatever its budget
 D_HEAD = 16
 
 
@@ -236,12 +237,13 @@ class Trainer:
             now = state.init_state(now.params, spec, optim, self.mesh)
             new_params, n_since = NewParams(), 0
         n_after = n_since + segment.n_steps
-        optim = dataclasses.replace(optim, schedule="constant")
+        steps = max(n_after, 2)
+        optim = dataclasses.replace(optim, schedule="constant", warmup_frac=WARMUP_STEPS / steps)
         if segment.decay:
             optim = dataclasses.replace(
                 optim, schedule="wsd", decay_frac=segment.n_steps / n_after, end_lr_frac=0.0
             )
-        train = config.TrainConfig(steps=max(n_after, 2), batch_size=run.batch_size)
+        train = config.TrainConfig(steps=steps, batch_size=run.batch_size)
         make_step = step.build_step(spec, train, optim, SEQ_LEN, self.mesh, new_params)
         batches = self.batches(run, before.n_steps)
         for done in range(1, segment.n_steps + 1):
@@ -262,7 +264,7 @@ class Trainer:
         )
 
     def optim(self, run: Run) -> config.OptimConfig:
-        return config.OptimConfig(peak_lr=run.peak_lr, warmup_steps=50, schedule="constant")
+        return config.OptimConfig(peak_lr=run.peak_lr, schedule="constant")
 
     def batches(self, run: Run, n_steps: int) -> Any:
         """Return the run's batches from a step on. Their order depends on the seed alone."""

@@ -49,7 +49,7 @@ def get_config():
     c.model.n_layers, c.model.d_model, c.model.d_ff = {L}, {D}, {F}
     c.model.n_heads, c.model.n_kv_heads, c.model.d_head, c.model.max_seq_len = {N}, {K}, 32, {T}
     c.train.batch_size, c.train.log_every, c.train.eval_every, c.train.eval_sequences = 8, 10, 0, 8
-    c.optim.warmup_steps = 10
+    c.optim.warmup_frac = 0.1
     return c
 """
 

@@ -193,8 +193,8 @@ def get_config():
     c.optim.end_lr_frac = 0.1
     # After warm-up: wsd is constant, then falls over decay_frac; cosine; linear; constant.
     c.optim.schedule = "wsd"
-    # Linear warm-up in steps. Too few and early updates are noise.
-    c.optim.warmup_steps = 100
+    # Initial fraction of the steps in which the rate rises. Too few are noisy updates.
+    c.optim.warmup_frac = 0.1
     # Final fraction of the steps in which wsd decays, linearly.
     c.optim.decay_frac = 0.2
     # ((group, multiplier), ...), multiplied together; 0 freezes. Groups: old, new (by the last

@@ -46,7 +46,7 @@ def get_config():
     c.optim.peak_lr = 5e-5
     c.optim.schedule = "linear"
     c.optim.end_lr_frac = 0.0
-    c.optim.warmup_steps = 10
+    c.optim.warmup_frac = 1 / 3
     c.optim.b2 = 0.999
     c.optim.weight_decay = 0.0
     return c

@@ -44,7 +44,7 @@ def get_config(on="pod"):
     c.train.spike_factor = 10.0
     c.train.eval_every = 1000
     c.train.checkpoint_every = 500
-    c.optim.warmup_steps = 2000
+    c.optim.warmup_frac = 0.05
 
     # mesh: all on fsdp, the default. 90 GiB of state are 1.4 GiB on each of 64 chips, and the
     # sequences of a step hide communication behind matmuls. Larger slices: v5p:8x8x16 (1,024 chips)

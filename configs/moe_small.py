@@ -47,5 +47,5 @@ def get_config(model="moe"):
     c.train.eval_sequences = 64
     c.train.checkpoint_every = 60
     c.optim.peak_lr = 3e-3
-    c.optim.warmup_steps = 20
+    c.optim.warmup_frac = 1 / 15
     return c

@@ -36,7 +36,7 @@ def get_config(model="base"):
     c.train.eval_sequences = 64
     c.train.checkpoint_every = 60
     c.optim.peak_lr = 3e-3
-    c.optim.warmup_steps = 20
+    c.optim.warmup_frac = 1 / 15
     c.mixture.phases = ((0, {"prose": 1.0}),)
 
     if model == "child":

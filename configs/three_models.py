@@ -35,7 +35,7 @@ def get_config(model="general"):
     c.train.eval_sequences = 32
     c.train.checkpoint_every = 100
     c.optim.peak_lr = 3e-3
-    c.optim.warmup_steps = 30
+    c.optim.warmup_frac = 0.05
     c.mixture.phases = ((0, {"prose": 0.9, "code": 0.1}),)
 
     if model != "general":
@@ -46,9 +46,10 @@ def get_config(model="general"):
         c.train.steps = 60  # three epochs of the tasks
         c.train.eval_every = c.train.checkpoint_every = 20
         c.optim.peak_lr = 5e-4
-        c.optim.warmup_steps = 5
+        c.optim.warmup_frac = 0.08
     if model == "python":
         c.mixture.phases = ((0, {"code": 0.9, "prose": 0.1}),)
         c.train.steps = 400
+        c.optim.warmup_frac = 0.075
         c.optim.peak_lr = 2e-3
     return c

@@ -323,7 +323,9 @@ class OptimConfig:
         "After warm-up: wsd is constant, then falls over decay_frac; cosine; linear; constant.",
         *("wsd", "cosine", "linear", "constant"),
     )
-    warmup_steps: int = knob(100, "Linear warm-up in steps. Too few and early updates are noise.")
+    warmup_frac: float = knob(
+        0.1, "Initial fraction of the steps in which the rate rises. Too few are noisy updates."
+    )
     decay_frac: float = knob(0.2, "Final fraction of the steps in which wsd decays, linearly.")
     lr_multipliers: tuple[tuple[str, float], ...] = knob(
         (),
@@ -549,6 +551,11 @@ def check_config(config: Config) -> None:
         raise UserError(
             "optim.lr_multipliers: expected multipliers of at least 0 (0 freezes a group), "
             f"got {config.optim.lr_multipliers}."
+        )
+    if not 0 <= config.optim.warmup_frac < 1:
+        raise UserError(
+            "optim.warmup_frac: expected a fraction of the steps from 0 up to 1, "
+            f"got {config.optim.warmup_frac}."
         )
     check_mode(config.initialize)
     check_lora(config)

@@ -418,7 +418,7 @@ def write_run(run, spec, *, seed, steps, start, floor, initialize, seconds, base
     write_json(run / "spec.json", spec)
     settings = stage.to_jsonable(config.Config())
     settings["train"] |= {"steps": steps, "batch_size": 16, "log_every": 2, "eval_every": 30}
-    settings["optim"] |= {"peak_lr": 1e-3 if base is None else 4e-4, "warmup_steps": 20}
+    settings["optim"] |= {"peak_lr": 1e-3 if base is None else 4e-4, "warmup_frac": 20 / steps}
     settings["model"] |= {"n_layers": spec["n_layers"], "d_model": 96}
     settings["initialize"] |= initialize
     settings["mixture"] |= {"packed": [str(data / "packed")] if base else []}

@@ -208,7 +208,6 @@ def get_config():
     c.model.n_layers, c.model.d_model, c.model.d_ff = 3, 24, 40
     c.model.n_heads, c.model.n_kv_heads, c.model.d_head, c.model.max_seq_len = 6, 2, 8, 56
     c.train.steps, c.train.batch_size, c.train.eval_sequences = 2, 8, 8
-    c.optim.warmup_steps = 1
     return c
 """
 

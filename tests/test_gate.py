@@ -34,7 +34,7 @@ VOCAB_SIZE, SEQ_LEN, PERIOD = 61, 97, 24  # 11 rows of the embedding lie beyond 
 SETTINGS = Config(
     pack=PackConfig(seq_len=SEQ_LEN),
     train=TrainConfig(steps=180, batch_size=8, eval_sequences=40),
-    optim=OptimConfig(peak_lr=2e-2, warmup_steps=10),
+    optim=OptimConfig(peak_lr=2e-2, warmup_frac=1 / 18),
 )
 ONE = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
 

@@ -504,7 +504,7 @@ TWO = THREE.replace(n_layers=2)
 SETTINGS = config.Config(
     pack=config.PackConfig(seq_len=32),
     train=config.TrainConfig(steps=40, batch_size=16),
-    optim=config.OptimConfig(peak_lr=1e-2, warmup_steps=4),
+    optim=config.OptimConfig(peak_lr=1e-2, warmup_frac=0.1),
 )
 
 

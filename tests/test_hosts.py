@@ -36,7 +36,7 @@ def get_config():
     c.train.eval_every, c.train.checkpoint_every = 0, 100_000
     return c
 """
-MIXTURE = """c.optim.peak_lr, c.optim.warmup_steps = 1e-2, 0
+MIXTURE = """c.optim.peak_lr, c.optim.warmup_frac = 1e-2, 0
     c.mesh.fsdp, c.mesh.expert = 1, 2
     c.model.fields = (
         ("family", "mixtral"),

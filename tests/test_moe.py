@@ -345,7 +345,7 @@ def test_the_published_balance_loss_evens_loads_on_real_text_and_costs_no_loss(o
     text = (data_dir / "text_tinyshakespeare/input.txt").read_bytes()
     B, T, n_steps = 16, 64, 200
     train_config = dataclasses.replace(SETTINGS.train, steps=n_steps, batch_size=B)
-    optim = dataclasses.replace(SETTINGS.optim, peak_lr=3e-3, warmup_steps=20)
+    optim = dataclasses.replace(SETTINGS.optim, peak_lr=3e-3, warmup_frac=0.1)
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
     ones = np.ones((B, T), np.int32)
 
@@ -380,7 +380,7 @@ def test_the_published_balance_loss_evens_loads_on_real_text_and_costs_no_loss(o
 
 
 def test_muon_takes_each_expert_as_a_matrix_and_leaves_the_router_to_adam(one):
-    optim = dataclasses.replace(SETTINGS.optim, name="muon", weight_decay=0.0, warmup_steps=0)
+    optim = dataclasses.replace(SETTINGS.optim, name="muon", weight_decay=0.0, warmup_frac=0)
     settings = dataclasses.replace(SETTINGS, optim=optim)
     spec = MIXTURE.replace(n_layers=1)
     before = make_state(one, settings, spec)

@@ -37,7 +37,7 @@ def naive_loss(params, batch):
 
 # eps as large as gradients are: Adam would not see the size of clipped ones otherwise
 SIX = OptimConfig(
-    peak_lr=3e-3, end_lr_frac=0.1, warmup_steps=2, decay_frac=0.5, weight_decay=0.3, eps=1e-3
+    peak_lr=3e-3, end_lr_frac=0.1, warmup_frac=1 / 3, decay_frac=0.5, weight_decay=0.3, eps=1e-3
 )
 
 

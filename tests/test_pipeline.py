@@ -41,7 +41,7 @@ def get_config(model="base"):
     c.mixture.phases = ((0, {"prose": 1.0}),)
     c.train.steps, c.train.batch_size, c.train.log_every, c.train.eval_every = 122, 24, 8, 61
     c.train.checkpoint_every, c.train.eval_sequences = 30, 16
-    c.optim.peak_lr, c.optim.warmup_steps = 1e-2, 10
+    c.optim.peak_lr, c.optim.warmup_frac = 1e-2, 0.08
     if model == "child":
         c.mixture.packed_paths = ("base/packed",)
         c.mixture.phases = ((0, {"code": 1.0}), (61, {"code": 0.5, "prose": 0.5}))

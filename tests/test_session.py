@@ -84,7 +84,7 @@ def make_config(texts):
         sections["model"] |= {"n_heads": 6, "n_kv_heads": 2, "d_head": 8}
         sections["train"] |= {"steps": STEPS, "batch_size": 8, "log_every": 4, "eval_every": 0}
         sections["train"] |= {"eval_sequences": 8, "checkpoint_every": 100}
-        sections["optim"] |= {"peak_lr": 1e-2, "warmup_steps": 3}
+        sections["optim"] |= {"peak_lr": 1e-2, "warmup_frac": 0.2}
         for name, value in changes.items():
             section, knob = name.split("__")
             sections[section][knob] = value
@@ -189,7 +189,7 @@ def test_a_model_that_grows_in_a_run_is_cut_on_either_side_of_it(make_config, st
 
 def test_weights_that_are_wrong_are_refused_before_they_grow(make_config, tmp_path):
     """Here of another tokenizer. Else the growth would be blamed for the loss."""
-    parent = make_config(train__steps=2, optim__warmup_steps=1)
+    parent = make_config(train__steps=2)
     loop.train_model(parent, tmp_path / "parent")
     directory = tmp_path / "parent/checkpoints/2"
     manifest = read_manifest(directory)
@@ -802,7 +802,7 @@ def test_a_finished_run_is_finished_however_it_and_its_inputs_are_called(
     """By another spelling, through a link, from another directory, and after all was moved."""
     packed = shutil.copytree(texts / "base/packed", tmp_path / "all/data/packed")
     monkeypatch.chdir(tmp_path / "all")
-    settings = {"train__steps": 2, "optim__warmup_steps": 1}
+    settings = {"train__steps": 2}
     settings["mixture__packed_paths"] = (str(packed),)
     loop.train_model(make_config(**settings), io.path("a"))
     settings |= {"train__steps": 3, "initialize__source": "a"}
@@ -835,7 +835,7 @@ def test_a_finished_run_is_finished_however_it_and_its_inputs_are_called(
 
 
 def test_a_checkpoint_has_its_tokenizer_wherever_it_is_linked_or_copied(make_config, tmp_path, one):
-    loop.train_model(make_config(train__steps=2, optim__warmup_steps=1), tmp_path / "run")
+    loop.train_model(make_config(train__steps=2), tmp_path / "run")
     step, tokenizer = tmp_path / "run/checkpoints/2", tmp_path / "run/tokenizer"
     (tmp_path / "run/checkpoints/latest").symlink_to("2")
     (tmp_path / "linked").mkdir()

@@ -23,7 +23,7 @@ SPEC = SMALL_SPEC
 SETTINGS = Config(
     pack=PackConfig(seq_len=32),
     train=TrainConfig(steps=12, batch_size=16, max_consecutive_skips=3),
-    optim=OptimConfig(peak_lr=1e-2, warmup_steps=3, weight_decay=0.1),
+    optim=OptimConfig(peak_lr=1e-2, warmup_frac=0.25, weight_decay=0.1),
 )
 MESHES = [
     {"replica": r, "fsdp": f, "tensor": t, "context": c}
@@ -282,7 +282,7 @@ SCHEDULES = {
 def test_every_update_has_the_learning_rate_of_its_schedule(name):
     """The first one moves the weights, and the last one has end_lr_frac of the peak."""
     optim = OptimConfig(
-        peak_lr=2.0, warmup_steps=3, schedule=name, end_lr_frac=0.1, decay_frac=1 / 3
+        peak_lr=2.0, warmup_frac=0.25, schedule=name, end_lr_frac=0.1, decay_frac=1 / 3
     )
     schedule = optimizer.make_lr_schedule(optim, 12)
     rates = [float(schedule(jnp.int32(n))) for n in range(12)]
@@ -290,15 +290,19 @@ def test_every_update_has_the_learning_rate_of_its_schedule(name):
 
 
 def test_without_a_warmup_the_first_update_is_at_the_peak_or_one_step_down():
-    optim = OptimConfig(peak_lr=2.0, warmup_steps=0, schedule="linear", end_lr_frac=0.0)
+    optim = OptimConfig(peak_lr=2.0, warmup_frac=0, schedule="linear", end_lr_frac=0.0)
     schedule = optimizer.make_lr_schedule(optim, 5)
     rates = [float(schedule(jnp.int32(n))) for n in range(5)]
     assert rates == pytest.approx([1.6, 1.2, 0.8, 0.4, 0.0], abs=1e-6)
 
 
-def test_a_warmup_as_long_as_the_run_is_refused():
-    with pytest.raises(UserError, match="expected fewer than train"):
-        optimizer.make_lr_schedule(OptimConfig(warmup_steps=50), 50)
+@pytest.mark.parametrize(("steps", "n_warmup"), [(1, 0), (2, 1), (4, 2), (30, 18), (50, 30)])
+def test_a_warmup_is_a_share_of_the_steps_and_leaves_one(steps, n_warmup):
+    optim = OptimConfig(peak_lr=2.0, warmup_frac=0.6, schedule="constant")
+    schedule = optimizer.make_lr_schedule(optim, steps)
+    rates = [float(schedule(jnp.int32(n))) for n in range(steps)]
+    rising = [2.0 * (n + 1) / n_warmup for n in range(n_warmup)]
+    assert rates == pytest.approx(rising + [2.0] * (steps - n_warmup))
 
 
 def test_decay_is_by_name_never_on_norms_biases_or_embedding():

@@ -22,7 +22,7 @@ class NewParams(NamedTuple):
         new: logical axis -> bool array, True where an index is new; see `find_new_params`.
         n_updates: updates since step 0, without skipped ones, when the model grew.
         rewarm: parameters that started from zero moments under a schedule that continues, and
-            warm up over optim.warmup_steps: "none", "new" or "all".
+            warm up over as many updates as the run: "none", "new" or "all".
     """
 
     new: AxisFlags = {}

@@ -23,6 +23,7 @@ from jaxpt.plan.cost import TargetPlan, abbreviate_count, format_significant
 from jaxpt.plan.scaling import LossPoint, ScalingFit, ScalingLaw
 from jaxpt.spec import ModelSpec, Record, UserError
 from jaxpt.text import format_table, wrap_notes
+from jaxpt.train.optimizer import count_warmup_steps
 from jaxpt.train.records import HeldoutMetrics
 
 log = logging.getLogger(__name__)
@@ -624,10 +625,11 @@ def read_heldout_losses(run: Run) -> list[LossPoint]:
     """Return a run's held-out losses after its warm-up, weighted by the shares of the sources."""
     n_params = transformer.count_params(run.spec)
     shares = get_source_shares(run)
+    n_warmup = count_warmup_steps(run.settings.optim, run.settings.train.steps)
     points = []
     for record in run.stream_records():
         is_heldout = isinstance(record, HeldoutMetrics)
-        if not is_heldout or record.step <= run.settings.optim.warmup_steps:
+        if not is_heldout or record.step <= n_warmup:
             continue
         loss_sum = share_sum = 0.0
         for name, loss in record.heldout_loss.items():

@@ -321,7 +321,8 @@ def warn_of_higher_rate(record: CheckpointRecord, config: Config, run_dir: io.Pa
         run_dir: where the checkpoints before it are.
     """
     step = record.step
-    if step <= config.optim.warmup_steps or not is_rate_higher(config, step, record.lr):
+    n_warmup = optimizer.count_warmup_steps(config.optim, config.train.steps)
+    if step <= n_warmup or not is_rate_higher(config, step, record.lr):
         return
     after = find_rate(config, step + 1)
     log.warning(
@@ -424,7 +425,7 @@ def format_init_plan(section: InitializeConfig, optim: OptimConfig, init: InitRe
     """Return lines: each part of a run, and what becomes of it."""
     record = init.model.record
     policies = [grown.moments or section.moments for grown in init.growths]
-    warmup = f"{optim.warmup_steps} steps up to {optim.peak_lr:g}, then {optim.schedule}"
+    warmup = f"{optim.warmup_frac:.1%} of the steps up to {optim.peak_lr:g}, then {optim.schedule}"
     step, schedule, moments, sequences = "0", f"restarts: {warmup}", "0", "0"
     if section.mode != "continue":
         progress = record.get("progress") or {}

@@ -81,7 +81,6 @@ def open_run(
             wandb is asked for and not installed.
     """
     optimizer.check_name(config.optim)
-    optimizer.make_lr_schedule(config.optim, config.train.steps)  # raises for a long warm-up
     if config.train.wandb_project:
         writers.check_wandb()
     dataset = loader.open_packed(packed)

@@ -162,7 +162,7 @@ def make_probe(
         return None
     train = dataclasses.replace(config.train, steps=n_steps, grow=())
     optim = dataclasses.replace(
-        config.optim, schedule="constant", warmup_steps=n_steps // 4, lr_multipliers=()
+        config.optim, schedule="constant", warmup_frac=0.25, lr_multipliers=()
     )
 
     def train_briefly(spec: ModelSpec, params: Params) -> Params:

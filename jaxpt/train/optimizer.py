@@ -39,6 +39,7 @@ class OptimizerInputs(NamedTuple):
         learning_rate: of this update, float32 scalar. It follows the run's step, so that a skipped
             update does not delay the schedule.
         n_updates: int32 scalar, updates since step 0, this one included and skipped ones not.
+        n_warmup: steps of the run's warm-up, which new parameters repeat.
     """
 
     optim: OptimConfig
@@ -46,6 +47,7 @@ class OptimizerInputs(NamedTuple):
     new_params: NewParams
     learning_rate: Any
     n_updates: Any
+    n_warmup: int
 
 
 def make_adamw(inputs: OptimizerInputs) -> optax.GradientTransformation:
@@ -117,6 +119,7 @@ def make_optimizer(
     new_params: NewParams = NewParams(),
     learning_rate: Any = 0.0,
     n_updates: Any = 0,
+    n_warmup: int = 0,
 ) -> optax.GradientTransformation:
     """Return the transformation that optim.name names.
 
@@ -128,7 +131,7 @@ def make_optimizer(
     """
     check_name(optim)
     specs = transformer.trained_param_specs(spec)
-    inputs = OptimizerInputs(optim, specs, new_params, learning_rate, n_updates)
+    inputs = OptimizerInputs(optim, specs, new_params, learning_rate, n_updates, n_warmup)
     return OPTIMIZERS[optim.name](inputs)
 
 
@@ -238,13 +241,13 @@ def correct_new_bias(
 
 
 def warm_up_new_params(inputs: OptimizerInputs) -> optax.GradientTransformation:
-    """Return a transformation that warms new parameters up over optim.warmup_steps."""
+    """Return a transformation that warms new parameters up, as the run did its own."""
     if inputs.new_params.rewarm == "none":
         return optax.identity()
 
     def warm_up(updates: Any, params: Any) -> Any:
         own = count_own_updates(inputs)
-        factor = jnp.minimum(own / max(inputs.optim.warmup_steps, 1), 1)
+        factor = jnp.minimum(own / max(inputs.n_warmup, 1), 1)
         return scale_new_params(updates, factor, inputs)
 
     return optax.stateless(warm_up)
@@ -365,24 +368,21 @@ def layer_group_mask(group: str, spec: ModelSpec, n_dims: int) -> np.ndarray:
     return is_member.reshape(-1, *other_axes)
 
 
+def count_warmup_steps(optim: OptimConfig, steps: int) -> int:
+    """Return the steps of the warm-up of a run: a share of its steps, never all of them."""
+    return min(round(optim.warmup_frac * steps), steps - 1)
+
+
 def make_lr_schedule(optim: OptimConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
     """Return the learning rate as a function of the updates done before: 0 for the first one.
 
     Updates count from 1, as in torchtitan ("0-indexed step, hence + 1 adjustments",
     components/lr_scheduler.py) and in the formula of 2405.18392: update n of the warm-up has
-    peak_lr x n / warmup_steps, so that the first one moves the weights and the last one has
+    peak_lr x n / (steps of the warm-up), so that the first one moves the weights and the last one has
     peak_lr. Then wsd stays and falls linearly over the last decay_frac of the steps, cosine and
     linear fall all the way. The last update has peak_lr x end_lr_frac.
-
-    Raises:
-        UserError: the warm-up leaves no step.
     """
-    warmup, end = optim.warmup_steps, optim.end_lr_frac
-    if warmup >= steps:
-        raise UserError(
-            f"optim.warmup_steps: expected fewer than train.steps = {steps}, got {warmup}. "
-            f"Use {max(steps // 20, 1)}, for example."
-        )
+    warmup, end = count_warmup_steps(optim, steps), optim.end_lr_frac
     decay_start = warmup
     if optim.schedule == "wsd":
         decay_steps = max(round(steps * optim.decay_frac), 1)

@@ -134,6 +134,7 @@ def make_update_function(
     step changes nothing.
     """
     lr_schedule = optimizer.make_lr_schedule(optim, n_steps)
+    n_warmup = optimizer.count_warmup_steps(optim, n_steps)
 
     def update(
         state: TrainState, grads: Params, scale: jax.Array, multipliers: Any, good: jax.Array
@@ -141,7 +142,7 @@ def make_update_function(
         optimizer.check_lr_multipliers(optim, state.opt_state)
         lr = lr_schedule(state.step)
         n_updates = state.step - state.skip_state.n_skipped + 1
-        tx = optimizer.make_optimizer(optim, spec, new_params, lr, n_updates)
+        tx = optimizer.make_optimizer(optim, spec, new_params, lr, n_updates, n_warmup)
 
         def apply(params: Params, opt_state: Any) -> tuple[Params, Any]:
             clipped = jax.tree.map(lambda g: scale * g, grads)
