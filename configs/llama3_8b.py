@@ -16,10 +16,12 @@ Chinchilla's fit expects 2.16 nats per token on its own text at this size and bu
     jaxpt plan --config configs/llama3_8b.py:h100 --on h100:8
 """
 
+from typing import Literal
+
 from jaxpt.config import defaults
 
 
-def get_config(on="pod"):
+def get_config(on: Literal["pod", "h100"] = "pod"):
     c = defaults()
     # Llama 3's; a smaller one trained on your own text makes the head cheaper
     c.tokenizer.vocab_size = 128_256

@@ -11,10 +11,12 @@ that of `dense` on two CPU cores, where each of them trains in about two minutes
     jaxpt train --config configs/moe_small.py:dense --workdir runs/dense
 """
 
+from typing import Literal
+
 from jaxpt.config import defaults
 
 
-def get_config(model="moe"):
+def get_config(model: Literal["moe", "dense"] = "moe"):
     c = defaults()
     c.mixture.packed_paths = ("runs/base/packed",)
     c.mixture.phases = ((0, {"prose": 1.0}),)

@@ -9,10 +9,12 @@ three and a half. The base's held-out prose falls to about 4.7 nats per token (a
 6.2); the child's held-out code falls from 5.7 to about 4.1.
 """
 
+from typing import Literal
+
 from jaxpt.config import defaults
 
 
-def get_config(model="base"):
+def get_config(model: Literal["base", "child"] = "base"):
     c = defaults()
     c.prepare.sources = ("python:prose", "python:code")  # what every machine with Python has
     c.prepare.max_mb = 6.0  # per source: some 1.5M tokens, about what this trains on

@@ -9,10 +9,12 @@ docs/evaluate.md shows what the three write. On two CPU cores they take some fou
 minutes.
 """
 
+from typing import Literal
+
 from jaxpt.config import defaults
 
 
-def get_config(model="general"):
+def get_config(model: Literal["general", "tuned", "python"] = "general"):
     c = defaults()
     c.prepare.sources = ("python:prose", "python:code", "python:tasks")
     c.prepare.heldout_frac = 0.05

@@ -11,13 +11,15 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
+import inspect
 import pathlib
 import re
 import sys
 import textwrap
+import traceback
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from jaxpt.spec import UserError
@@ -468,23 +470,16 @@ def load_config(path: str | pathlib.Path, overrides: typing.Sequence[str] = ()) 
     """
     name, _, argument = str(path).partition(":")
     file = pathlib.Path(name)
-    if not file.is_file():
-        names = [other.name for other in file.parent.glob("*.py")]
-        hint = "Recipes are in configs/."
-        for near in difflib.get_close_matches(file.name, names, 1):
-            hint = f"Did you mean {file.parent / near}?"
-        raise UserError(f"--config {path}: file not found. {hint}")
-    module_spec = importlib.util.spec_from_file_location(f"_config_{file.stem}", file)
-    assert module_spec and module_spec.loader
-    module = importlib.util.module_from_spec(module_spec)
+    check_recipe_file(path, file)
     try:
-        module_spec.loader.exec_module(module)
-        arguments = [argument] if argument else []
-        draft = module.get_config(*arguments)
+        draft = run_recipe(file, [argument] if argument else [])
     except UserError as error:
-        raise UserError(f"--config {path}: {error}") from None
+        raise UserError(f"--config {path}{find_line(error, file)}: {error}") from None
+    except SyntaxError as error:
+        raise UserError(f"--config {path}, line {error.lineno}: {error.msg}") from None
     except Exception as error:
-        raise UserError(f"--config {path}: {type(error).__name__}: {error}") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"--config {path}{find_line(error, file)}: {reason}") from error
     if not isinstance(draft, Draft):
         raise UserError(
             f"--config {path}: expected get_config() to return what it got from defaults(), "
@@ -492,6 +487,61 @@ def load_config(path: str | pathlib.Path, overrides: typing.Sequence[str] = ()) 
         )
     values = apply_overrides(overrides, draft.to_dict())
     return build_config(values)
+
+
+def check_recipe_file(path: str | pathlib.Path, file: pathlib.Path) -> None:
+    """Raise UserError unless a file is there that can be a recipe."""
+    if not file.exists():
+        names = [other.name for other in file.parent.glob("*.py")]
+        hint = "Recipes are in configs/."
+        for near in difflib.get_close_matches(file.name, names, 1):
+            hint = f"Did you mean {file.parent / near}?"
+        raise UserError(f"--config {path}: file not found. {hint}")
+    if file.is_dir() or file.suffix != ".py":
+        kind = "a directory" if file.is_dir() else f"{file.name}"
+        raise UserError(
+            f"--config {path}: expected a recipe, a Python file with get_config(), got {kind}. "
+            "Copy configs/quickstart.py and set its knobs, such as c.train.steps = 300."
+        )
+
+
+def run_recipe(file: pathlib.Path, arguments: list[str]) -> Any:
+    """Return what a recipe's get_config returns. It raises whatever the recipe does."""
+    module_spec = importlib.util.spec_from_file_location(f"_config_{file.stem}", file)
+    assert module_spec and module_spec.loader
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    function = getattr(module, "get_config", None)
+    if not callable(function):
+        raise UserError(
+            "has no function get_config(). A recipe's begins with `c = defaults()` and ends with "
+            "`return c`; see configs/quickstart.py."
+        )
+    check_recipe_arguments(function, arguments)
+    return function(*arguments)
+
+
+def check_recipe_arguments(function: Callable[..., Any], arguments: list[str]) -> None:
+    """Raise UserError unless get_config takes the argument, by its number and its Literal."""
+    signature = inspect.signature(function)
+    try:
+        bound = signature.bind(*arguments)
+    except TypeError:
+        parameters = ", ".join(signature.parameters)
+        raise UserError(
+            f"get_config({parameters}) does not take {arguments}; what it takes is given as "
+            "FILE.py:VALUE."
+        ) from None
+    hints = typing.get_type_hints(function)
+    for name, value in bound.arguments.items():
+        check_choice(name, value, typing.get_args(hints.get(name)))
+
+
+def find_line(error: Exception, file: pathlib.Path) -> str:
+    """Return ", line 12", of the recipe's line that failed; "" where it is none of them."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if pathlib.Path(frame.filename) == file.absolute()]
+    return f", line {lines[-1]}" if lines else ""
 
 
 def apply_overrides(
@@ -534,6 +584,7 @@ def build_section(name: str, section: type, values: dict[str, Any]) -> Any:
 def check_config(config: Config) -> None:
     """Raise UserError for knobs that are out of range or do not agree with each other."""
     check_train(config.train)
+    check_profile_steps(config.train)
     check_control_tokens(config.tokenizer.control_tokens)
     if not 0 <= config.prepare.heldout_frac < 1:
         raise UserError(
@@ -590,6 +641,17 @@ def check_train(train: TrainConfig) -> None:
         raise UserError(
             f"train.grow: expected rising steps between 0 and train.steps = {train.steps}, "
             f"got {at}."
+        )
+
+
+def check_profile_steps(train: TrainConfig) -> None:
+    """Raise UserError for steps to record that the run does not make."""
+    steps = train.profile_steps
+    is_within = len(steps) == 2 and 1 <= steps[0] <= steps[1] <= train.steps
+    if steps and not is_within:
+        raise UserError(
+            f"train.profile_steps: expected (first, last) within the run's steps 1 to "
+            f"{train.steps:,}, got {steps}."
         )
 
 

@@ -111,6 +111,7 @@ def export_model(
         inputs=list_sources(source, "checkpoint"),
         replace=replace,
         verify=verify,
+        flag="--to",
     )
     n_params = manifest.counts["n_params"]
     n_bytes = manifest.counts["bytes"]
@@ -165,6 +166,7 @@ def export_gguf(
         inputs=list_sources(source, "checkpoint"),
         replace=replace,
         verify=verify,
+        flag="--to",
     )
     n_bytes = manifest.counts["bytes"]
     log.info(f"export_gguf: {out / gguf_file.FILE_NAME}: {dtype}, {n_bytes / 1e6:,.1f} MB")

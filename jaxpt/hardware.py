@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import itertools
 import math
+import re
 from typing import NamedTuple
 
 from jaxpt.spec import UserError
@@ -376,7 +377,7 @@ def parse_target(name: str) -> Target:
     """
     chip_name, _, size = name.partition(":")
     if chip_name not in CHIPS:
-        raise UserError(f"--on {name}: there is no chip {chip_name!r}; {suggest_chip(chip_name)}")
+        raise UserError(f"--on {name}: there is no chip {chip_name!r}; {suggest_target(name)}")
     chip = CHIPS[chip_name]
     is_tpu = chip.platform == "tpu"
     size_example = format_topology(list_slices(chip)[3]) if is_tpu else "8"
@@ -410,23 +411,45 @@ def check_gpu_count(name: str, n: int) -> None:
     )
 
 
-def suggest_chip(name: str) -> str:
-    """Return the end of a sentence that names the nearest chip, or all chips."""
-    near = difflib.get_close_matches(name.lower().removeprefix("tpu-"), CHIPS, 1, 0.4)
-    if near:
-        return f"did you mean {near[0]}?"
-    return f"there are: {', '.join(CHIPS)}."
+OTHER_NAMES = {"v5litepod": "v5e", "v5lite": "v5e", "a100-80gb": "a100", "4090": "rtx4090"}
+CORES_PER_CHIP = {"v4": 2, "v5p": 2}  # as Google's names count: v5p-128 is 64 chips, v5e-8 is 8
+# such as v5e-8, a100-80gb:8, v5q:4x4x4 and 8xh100
+TARGET_NAME = re.compile(r"(?:(?P<n>\d+)x)?(?P<chip>.+?)(?:(?P<mark>[-:_])(?P<size>\d+(x\d+)*))?$")
+
+
+def suggest_target(name: str) -> str:
+    """Return the end of a sentence that names the nearest target, or all chips."""
+    found = TARGET_NAME.match(name.lower().removeprefix("tpu-").removeprefix("nvidia-"))
+    assert found
+    chip_name = OTHER_NAMES.get(found["chip"], found["chip"])
+    near = difflib.get_close_matches(chip_name, CHIPS, 1, 0.6)
+    if not near or chip_name in ("tpu", "gpu", "cuda"):
+        return f"there are: {', '.join(CHIPS)}."
+    chip = CHIPS[near[0]]
+    size = found["size"] or found["n"] or "8"
+    n_chips = math.prod(map(int, size.split("x"))) or 8
+    if chip.platform != "tpu":
+        return f"did you mean {chip.name}:{n_chips}?"
+    if found["mark"] == "-":
+        n_chips = max(n_chips // CORES_PER_CHIP.get(chip.name, 1), 1)
+    shape = sort_slices(chip, n_chips)[0]
+    return f"did you mean {chip.name}:{format_topology(shape)} ({math.prod(shape):,} chips)?"
+
+
+def sort_slices(chip: Chip, n: int) -> list[Topology]:
+    """Return the slices that are offered, those nearest to a number of chips first."""
+
+    def distance(shape: Topology) -> tuple[float, int]:
+        return abs(math.log(math.prod(shape) / n)), max(shape) - min(shape)
+
+    return sorted(list_slices(chip), key=distance)
 
 
 def suggest_slices(chip: Chip, topology: Topology) -> str:
     """Return a sentence that names the offered slices nearest to a number of chips."""
     n = math.prod(topology)
-
-    def distance(shape: Topology) -> tuple[float, int]:
-        return abs(math.log(math.prod(shape) / n)), max(shape) - min(shape)
-
     slices = list_slices(chip)
-    nearest = sorted(slices, key=distance)[:3]
+    nearest = sort_slices(chip, n)[:3]
     listed = ", ".join(
         f"{chip.name}:{format_topology(shape)} ({math.prod(shape):,} chips)" for shape in nearest
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import pathlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -96,6 +97,13 @@ def plan_ssh(hosts: list[str], train: list[str], buckets: Sequence[str] = ()) ->
     The first is the coordinator, which the others reach by the name given here. For the other
     arguments see `plan_tpu_vm`.
     """
+    for host in hosts:
+        if not host or re.search(r"[,\s:/]", host):
+            names = [name for name in re.split(r"[,\s]+", " ".join(hosts)) if name]
+            raise UserError(
+                f"--hosts {' '.join(hosts)}: {host!r} is no host that ssh reaches. Separate hosts "
+                f"by spaces: --hosts {' '.join(names)}."
+            )
     coordinator = f"{hosts[0].rpartition('@')[2]}:{COORDINATOR_PORT}"
     processes = f"JAXPT_COORDINATOR={coordinator} JAXPT_PROCESSES={len(hosts)}"
 

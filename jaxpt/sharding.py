@@ -7,6 +7,7 @@ axes. There is always a mesh: on one device all its axes have size 1, so that no
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,7 +52,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         UserError: the sizes do not multiply to the number of devices.
     """
     if devices is None:
-        devices = jax.devices()
+        devices = find_devices()
     sizes = {}
     free = []
     fixed = []
@@ -85,6 +86,20 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
     grid = np.asarray(devices).reshape(shape)
     return Mesh(grid, MESH_AXES, axis_types=types)
+
+
+def find_devices() -> list[Any]:
+    """Return JAX's devices. Raise UserError where this machine lacks what was asked for."""
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        reason = str(error).partition(" (set JAX_PLATFORMS")[0] or "no such device or plugin"
+        raise UserError(
+            f"JAX_PLATFORMS={asked}: JAX finds none on this machine ({reason:.200}). Unset it to "
+            "take what there is, or install requirements-gpu.txt or requirements-tpu.txt where "
+            "the card is."
+        ) from None
 
 
 def fold_expert_axis(mesh: Mesh) -> Mesh:

@@ -40,6 +40,7 @@ T = TypeVar("T")
 RECORDED_PACKAGES = "jaxpt jax flax optax orbax-checkpoint grain sentencepiece tokenizers"
 RECORDED_PACKAGES += " transformers pyarrow"
 MAX_MESSAGE = 1600  # characters
+WRITERS = {"corpus": "prepare", "tokenizer": "train_tokenizer", "packed": "pack"}  # in this order
 REQUEST = ".request"  # in a working directory: the fingerprint of the request it serves
 
 
@@ -76,6 +77,7 @@ def run_stage(
     tokenizer: str | None = None,
     replace: bool = False,
     verify: bool = False,
+    flag: str = "--workdir",
 ) -> Manifest:
     """Call `work(working_directory)` and publish the directory as `out`, unless it is done.
 
@@ -91,6 +93,7 @@ def run_stage(
         tokenizer: fingerprint of the tokenizer in use.
         replace: overwrite this stage's result of another config or other inputs.
         verify: before it is called done, compare checksums too, which reads every byte.
+        flag: the one that gives `out`, for errors.
 
     Raises:
         UserError: `out` holds another result and `replace` is not set, or what no such stage
@@ -110,7 +113,7 @@ def run_stage(
         finished = find_finished(out, request, replace, verify)
         if finished:
             return finished
-        check_replaceable(out, request, replace)
+        check_replaceable(out, request, replace, flag)
         working = open_working(out, request)
         start = time.monotonic()
         counts = work(working)
@@ -153,20 +156,20 @@ def find_finished(
     return None
 
 
-def check_replaceable(out: io.Path, request: StageRequest, replace: bool) -> None:
+def check_replaceable(out: io.Path, request: StageRequest, replace: bool, flag: str) -> None:
     """Raise UserError if `out` holds what this start may not overwrite; log what it overwrites."""
     if not io.exists(out / "manifest.json"):
         if io.size(out) is not None or io.list_files(out):
             raise UserError(
                 f"{request.name}: {out} holds files that no stage wrote (no manifest.json). "
-                "Move them away, or give another --workdir."
+                f"Move them away, or give another {flag}."
             )
         return
     manifest = read_manifest(out)
     if not replace:
         raise UserError(
             f"{request.name}: {out} holds the result of {describe_difference(manifest, request)}. "
-            "Give another --workdir, or --replace."
+            f"Give another {flag}, or --replace."
         )
     if manifest.stage != request.name:
         raise UserError(
@@ -240,7 +243,7 @@ def read_manifest(directory: io.Path) -> Manifest:
     except io.MissingFileError:
         raise UserError(
             f"{directory}: no manifest.json, so no stage has finished in this directory. "
-            "Run the stage that writes it first."
+            f"{suggest_stages(directory)}"
         ) from None
 
 
@@ -351,9 +354,22 @@ def fingerprint_path(path: io.Path) -> str:
     if io.size(path) is not None:
         return io.sha256(path)[:16]
     if not io.exists(path):
-        raise UserError(f"{path}: not found. Check the path, or run the stage that writes it.")
+        raise UserError(f"{path}: not found. {suggest_stages(path)}")
     directory = io.local_copy(path)  # a bucket's files are fetched once, for what reads them too
     return fingerprint({name: io.sha256(directory / name) for name in io.list_files(directory)})
+
+
+def suggest_stages(missing: io.Path) -> str:
+    """Return the end of an error message: the commands that make what is not there, in order."""
+    if missing.name not in WRITERS:
+        return "Check the path, or run the stage that writes it."
+    names = list(WRITERS)
+    needed = names[: names.index(missing.name) + 1]
+    workdir = missing.parent
+    commands = [WRITERS[name] for name in needed if not io.exists(workdir / name)]
+    commands = commands or [WRITERS[missing.name]]
+    listed = ", then ".join(f"jaxpt {command}" for command in commands)
+    return f"Run {listed} with --config FILE --workdir {workdir}."
 
 
 def request_fingerprint(

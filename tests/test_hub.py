@@ -252,7 +252,7 @@ def test_a_cached_model_is_a_source_offline_at_each_of_its_revisions(tmp_path, s
     (pickled / "refs" / "main").write_text(shas[0])
     names = ["tiny", "tiny@better", f"tiny@{shas[1]}", "tiny@worse", "other", "pickled"]
     printed = ask(
-        [*(f"hf:org/{name}" for name in names), "hf:a/b/c", "org/tiny"],
+        [*(f"hf:org/{name}" for name in names), "hf:a/b/c", "./org/tiny", "org/tiny"],
         home=tmp_path,
         HF_HUB_OFFLINE="1",
     )
@@ -260,6 +260,7 @@ def test_a_cached_model_is_a_source_offline_at_each_of_its_revisions(tmp_path, s
     assert all("not complete in this machine's cache" in answer for answer in printed[3:5])
     assert "has no safetensors" in printed[5] and "not a valid name" in printed[6]
     assert printed[7] == "IS org/tiny", "a path is its own"
+    assert "is named hf:org/tiny" in printed[8]
     assert (
         hub.recorded_hub_name(cache / "snapshots" / shas[0]) == f"org/tiny@{shas[0]}"
         and hub.recorded_hub_name(tmp_path) is None

@@ -61,6 +61,8 @@ def run(arguments: argparse.Namespace) -> None:
     elif arguments.action == "inspect":
         for lines in checkpoint.describe_checkpoint(arguments.directory):
             print(io.printable(lines, keep="\n"))
+        place = arguments.directory
+        options.suggest_next("export_hf", "--from", place, "--to", "DIR")
     else:
         differences = checkpoint.diff_checkpoints(*arguments.directories)
         for line in differences or ["equal: every array, bit by bit"]:

@@ -120,6 +120,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     if arguments.differ:
         compare.compare_documents(models, arguments.differ, to=to)
+        options.suggest_report(arguments.models)
         return
     prompts = compare.read_prompts(arguments.prompts, arguments.read_as)
     compare.compare_samples(
@@ -132,3 +133,4 @@ def run(arguments: argparse.Namespace) -> None:
         texts=arguments.ppl,
         to=to,
     )
+    options.suggest_report(arguments.models)

@@ -87,3 +87,4 @@ def run(arguments: argparse.Namespace) -> None:
         to=stage.check_output_path(arguments.to, "results.json"),
         chat=chat,
     )
+    options.suggest_report([arguments.model])

@@ -7,8 +7,12 @@ The tokenizer is in the file. Needs the package gguf: pip install -r requirement
 """
 
 import argparse
+import logging
+import shlex
 
 from jaxpt.cli import options
+
+log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,4 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     export.export_gguf(
         arguments.source, arguments.to, arguments.dtype, arguments.replace, arguments.verify
+    )
+    log.info(
+        f"next: llama-cli -m {shlex.quote(str(arguments.to / 'model.gguf'))} -p 'Once upon a time'"
     )

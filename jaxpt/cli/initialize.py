@@ -79,3 +79,6 @@ def run(arguments: argparse.Namespace) -> None:
         replace=arguments.replace,
         verify=arguments.verify,
     )
+    recipe = arguments.config or "FILE"
+    source = f"--config.initialize.source={arguments.to}"
+    options.suggest_next("train", "--config", recipe, "--workdir", "DIR", source)

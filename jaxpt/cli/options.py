@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
+import shlex
 import shutil
 from typing import Any
 
 from jaxpt import config, io
 from jaxpt.spec import UserError
+
+log = logging.getLogger(__name__)
 
 N_COLUMNS = 100
 FLAG_COLUMNS = 46  # the longest flag of a knob, "--config.mixture.allow_changed_data", fits
@@ -176,6 +180,26 @@ def list_values(knob: dataclasses.Field[Any]) -> tuple[str, ...]:
     if isinstance(knob.default, bool):
         return "True", "False"
     return knob.metadata["choices"]
+
+
+def suggest_next(*words: object) -> None:
+    """Log the command that usually comes next, without its first word."""
+    log.info(f"next: {shlex.join(['jaxpt', *map(str, words)])}")
+
+
+def suggest_stage(name: str, arguments: argparse.Namespace) -> None:
+    """Log the next command of a recipe's run directory, with the same overrides."""
+    place = ("--config", arguments.config, "--workdir", arguments.workdir)
+    suggest_next(name, *place, *arguments.overrides)
+
+
+def suggest_report(models: list[str]) -> None:
+    """Log the command that shows the runs among the models, with what they left there."""
+    runs = [model for model in models if io.exists(io.path(model) / "metrics.jsonl")]
+    if runs:
+        suggest_next("report", "--workdir", *runs, "--to", "report.html")
+    else:
+        suggest_next("compare", "--models", *models, "--prompts", "configs/prompts.txt")
 
 
 def load_settings(arguments: argparse.Namespace) -> config.Config:

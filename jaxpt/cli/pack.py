@@ -31,3 +31,4 @@ def run(arguments: argparse.Namespace) -> None:
         settings.prepare.executor,
         verify=arguments.verify,
     )
+    options.suggest_stage("train", arguments)

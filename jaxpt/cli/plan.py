@@ -18,7 +18,7 @@ with 80 GB, a100-40gb, h100, h200, b200, l4, rtx4090, cpu).
 
 import argparse
 
-from jaxpt import io
+from jaxpt import hardware, io
 from jaxpt.cli import options
 from jaxpt.spec import UserError
 
@@ -125,3 +125,18 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         io.write_json(arguments.json, plan)
         print(f"\nplan: wrote {len(plan.targets)} targets to {arguments.json}")
+    suggest_start(arguments, [target.target for target in plan.targets if target.fits])
+
+
+def suggest_start(arguments: argparse.Namespace, fitting: list[str]) -> None:
+    """Log the command that starts what was planned on the first target that it fits."""
+    if not fitting:
+        return
+    target = hardware.parse_target(fitting[0])
+    recipe = ("--config", arguments.config, "--workdir", "DIR", *arguments.overrides)
+    if target.n_devices == target.devices_per_host:
+        options.suggest_next("train", *recipe)
+    elif target.chip.platform == "tpu":
+        options.suggest_next("launch", "tpu-vm", "--name", "NAME", "--zone", "ZONE", *recipe)
+    else:
+        options.suggest_next("launch", "ssh", "--hosts", "HOST", "HOST", *recipe)

@@ -46,6 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.preview is not None:
         for line in prepare.preview_corpus(settings.prepare, arguments.preview):
             print(line)
+        options.suggest_stage("prepare", arguments)
         return
     prepare.prepare_corpus(
         settings.prepare,
@@ -54,3 +55,4 @@ def run(arguments: argparse.Namespace) -> None:
         settings.tokenizer.source,
         verify=arguments.verify,
     )
+    options.suggest_stage("train_tokenizer", arguments)

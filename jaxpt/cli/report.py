@@ -10,9 +10,13 @@ from, stage by stage, each with its fingerprint.
 """
 
 import argparse
+import logging
+import shlex
 
 from jaxpt.cli import options
 from jaxpt.spec import UserError
+
+log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,3 +73,4 @@ def run(arguments: argparse.Namespace) -> None:
         return
     runs = page.write_report(arguments.workdir, arguments.to)
     print(summary.format_summary_table(runs, arguments.to))
+    log.info(f"next: open {shlex.quote(str(arguments.to))} in a browser")

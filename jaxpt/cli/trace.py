@@ -48,6 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.losses:
         traced = loader.trace_step(run_dir, arguments.step, encoder.fingerprint)
         print(format_table([list_cells(document) for document in traced], "><><"))
+        options.suggest_next("trace", "--workdir", run_dir, "--step", arguments.step, "--losses")
         return
     from jaxpt.evaluate import attribution
 

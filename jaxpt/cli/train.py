@@ -38,3 +38,6 @@ def run(arguments: argparse.Namespace) -> None:
         started=meter.measure_process_start(),
         verify=arguments.verify,
     )
+    workdir = arguments.workdir
+    options.suggest_next("report", "--workdir", workdir, "--to", workdir / "report.html")
+    options.suggest_next("export_hf", "--from", workdir, "--to", workdir / "hf")

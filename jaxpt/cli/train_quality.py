@@ -56,3 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(format_table(rows))
     print(f"trained on {trained.n_train:,} documents, measured on {trained.n_heldout:,} others")
     print(f"wrote {arguments.out}: quality(model={str(arguments.out)!r}, least=0.5)")
+    rule = f"('quality(model=\"{arguments.out}\", least=0.5)',)"
+    options.suggest_next(
+        "prepare", "--config", "FILE", "--workdir", "DIR", f"--config.prepare.rules={rule}"
+    )

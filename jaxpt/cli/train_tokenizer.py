@@ -39,6 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
         tokenizer.train_tokenizer(
             settings.tokenizer, arguments.workdir, arguments.replace, verify=arguments.verify
         )
+        options.suggest_stage("pack", arguments)
         return
     table = tokenizer.compare_tokenizers(
         arguments.compare,
@@ -46,6 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
         settings.tokenizer.sample_mb,
     )
     print(format_bytes_per_token(table))
+    options.suggest_stage("train_tokenizer", arguments)
 
 
 def format_bytes_per_token(table: dict[str, dict[str, float]]) -> str:

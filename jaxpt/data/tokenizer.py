@@ -763,12 +763,15 @@ def find_tokenizer(where: io.Path | str) -> io.Path:
     address = str(where)
     if address.startswith("hf:"):
         return hub.download(address, HUB_FILES, "tokenizer")
+    hub.check_is_no_hub_name(address)
     return io.path(where)
 
 
 def find_tokenizer_files(path: io.Path) -> list[io.Path]:
     """Return a tokenizer's files: tokenizer.json or a .model, and what belongs to it."""
     if not io.exists(path):
+        if path.name in stage.WRITERS:
+            raise UserError(f"{path}: not found. {stage.suggest_stages(path)}")
         raise UserError(
             f"tokenizer {path}: not found. Give a SentencePiece .model, a tokenizer.json or a "
             "Hugging Face directory."

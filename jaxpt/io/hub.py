@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import re
 from collections.abc import Iterator, Sequence
 
+from jaxpt.io.files import exists
+from jaxpt.io.paths import path
 from jaxpt.spec import UserError
 
 
@@ -25,8 +28,19 @@ def download(address: str, patterns: Sequence[str], noun: str = "model") -> path
 
     name, _, revision = address.removeprefix("hf:").partition("@")
     with explain_hub_errors(address, noun):
-        path = snapshot_download(name, revision=revision or None, allow_patterns=list(patterns))
-    return pathlib.Path(path)
+        found = snapshot_download(name, revision=revision or None, allow_patterns=list(patterns))
+    return pathlib.Path(found)
+
+
+def check_is_no_hub_name(address: str) -> None:
+    """Raise UserError for OWNER/NAME, which names no directory here but may name a repository."""
+    owner, _, name = address.partition("/")
+    is_name = re.fullmatch(r"[\w-][\w.-]*", owner) and re.fullmatch(r"[\w.-]+", name)
+    if is_name and not exists(path(address)) and not exists(path(owner)):
+        raise UserError(
+            f"{address}: not found. Check the path; a repository of the Hugging Face hub is named "
+            f"hf:{address}."
+        )
 
 
 def find_dataset_commit(name: str, revision: str | None) -> str:
@@ -40,10 +54,10 @@ def find_dataset_commit(name: str, revision: str | None) -> str:
     from huggingface_hub import snapshot_download
 
     with explain_hub_errors(f"hf:{name}", "data set"):
-        path = snapshot_download(
+        found = snapshot_download(
             name, repo_type="dataset", revision=revision, allow_patterns=["README.md"]
         )
-    return pathlib.Path(path).name
+    return pathlib.Path(found).name
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxpt import cluster, io, logs
+from jaxpt import cluster, io, logs, sharding
 from jaxpt.config import TrainConfig
 from jaxpt.spec import UserError
 
@@ -78,6 +78,7 @@ def join_processes(run_dir: io.Path) -> None:
     placement = find_placement()
     if placement:
         initialize_distributed(placement)
+    sharding.find_devices()
     n_processes = jax.process_count()
     if n_processes > 1:
         start_watch()

@@ -90,6 +90,7 @@ def initialize_run(
         seed=section.seed,
         replace=replace,
         verify=verify,
+        flag="--to",
     )
     log.info(f"initialize: {out} is ready; train it with --config.initialize.source={out}")
 

@@ -377,10 +377,10 @@ def make_lr_schedule(optim: OptimConfig, steps: int) -> Callable[[jax.Array], ja
     """Return the learning rate as a function of the updates done before: 0 for the first one.
 
     Updates count from 1, as in torchtitan ("0-indexed step, hence + 1 adjustments",
-    components/lr_scheduler.py) and in the formula of 2405.18392: update n of the warm-up has
-    peak_lr x n / (steps of the warm-up), so that the first one moves the weights and the last one has
-    peak_lr. Then wsd stays and falls linearly over the last decay_frac of the steps, cosine and
-    linear fall all the way. The last update has peak_lr x end_lr_frac.
+    components/lr_scheduler.py) and in the formula of 2405.18392: update n of a warm-up of N has
+    peak_lr x n / N, so that the first one moves the weights and the last one has peak_lr. Then wsd
+    stays and falls linearly over the last decay_frac of the steps, cosine and linear fall all the
+    way. The last update has peak_lr x end_lr_frac.
     """
     warmup, end = count_warmup_steps(optim, steps), optim.end_lr_frac
     decay_start = warmup

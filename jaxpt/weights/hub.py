@@ -11,7 +11,7 @@ import re
 
 from jaxpt import io
 from jaxpt.data.tokenizer import NAMED_TEMPLATES
-from jaxpt.io.hub import download, explain_hub_errors
+from jaxpt.io.hub import check_is_no_hub_name, download, explain_hub_errors
 from jaxpt.spec import UserError
 
 # no .bin and .pt, which are pickles and can run code; no folders, in which repositories keep the
@@ -45,6 +45,7 @@ def download_model(source: str | io.Path) -> io.Path:
     """
     address = str(source)
     if not address.startswith("hf:"):
+        check_is_no_hub_name(address)
         return io.path(source)
     tokenizer_patterns = [
         f"{prefix}*{suffix}" for prefix in TOKENIZER_FILES for suffix in TOKENIZER_SUFFIXES
