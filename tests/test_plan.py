@@ -1363,3 +1363,24 @@ def test_ones_own_runs_replace_law_and_gain(tmp_path):
         grow_or_scratch.fit_runs([tmp_path / "stacked"], CHINCHILLA)
     with pytest.raises(UserError, match="one law holds for one mixture"):
         grow_or_scratch.fit_runs([tmp_path / "scratch", write("other", prose=9.0)], CHINCHILLA)
+
+
+@pytest.mark.parametrize(
+    ("ends", "text"),
+    [
+        ([0.003, 0.0112], "10.8 to 40.3 seconds"),
+        ([0.0133, 0.0435], "0.798 to 2.61 minutes"),
+        ([27.4, 13.3], "13.3 to 27.4 hours"),
+        ([106.2, 105.9], "106 hours"),
+        ([None, 0.5], "30 minutes"),
+    ],
+)
+def test_time_is_in_a_unit_that_suits_it_and_one_value_where_both_ends_read_the_same(ends, text):
+    assert cost.format_hours(ends) == text
+
+
+def test_a_small_plan_has_no_range_from_a_value_to_itself_and_no_vanishing_amount(on_cpu):
+    text = answer.format_plan(on_cpu)
+    assert not re.search(r"(?<!\S)(\S+) to \1(?!\S)", text)
+    rows = {line[:5].strip(): line for line in text.splitlines()}
+    assert "seconds" in rows["time"] and "e-" not in rows["usd"] + rows["kWh"]

@@ -13,7 +13,9 @@ from typing import NamedTuple
 from jaxpt import config, hardware, io, stage
 from jaxpt.config import Config
 from jaxpt.hardware import GIB, Target
+from jaxpt.model import transformer
 from jaxpt.plan import compile, cost
+from jaxpt.plan.cost import abbreviate_count, format_memory
 from jaxpt.spec import ModelSpec, Record, UserError
 from jaxpt.train.metrics import stream_metrics
 from jaxpt.train.records import GrowthEvent, MetricRecord, TrainMetrics
@@ -28,6 +30,7 @@ class PlanCheck(Record):
     """Planned against measured for one run. Ratios are measured / planned."""
 
     run_dir: str
+    description: str  # of the run: its directory, size and origin
     target: str
     method: str  # "compiled" or "estimated"
     planned_step_seconds: float
@@ -82,6 +85,7 @@ def compare_plan_to_run(run_dir: str | io.Path, first: PlanCheck | None) -> Plan
     calibration_bytes = first.process_overhead_bytes if first else overhead_bytes
     return PlanCheck(
         run_dir=str(run_dir),
+        description=run.describe(),
         target=plan.target,
         method=plan.method,
         planned_step_seconds=planned_seconds,
@@ -170,13 +174,13 @@ def format_plan_checks(checks: Sequence[PlanCheck]) -> str:
     lines = ["measured / planned"]
     for check in checks:
         fast, slow = check.planned_step_seconds_range
-        planned_gib = check.planned_memory_bytes / GIB
-        measured_gib = check.measured_memory_bytes / GIB
+        planned = format_memory(check.planned_memory_bytes)
+        measured = format_memory(check.measured_memory_bytes)
         lines += [
-            f"{check.run_dir} on {check.target} ({check.method})",
+            f"{check.description} on {check.target} ({check.method})",
             f"  step, s      planned {check.planned_step_seconds:.3g} ({fast:.3g} to {slow:.3g}), "
             f"measured {check.measured_step_seconds:.3g}: ratio {check.time_ratio:.2f}",
-            f"  peak memory  planned {planned_gib:.2f} GiB, measured {measured_gib:.2f} GiB: "
+            f"  peak memory  planned {planned}, measured {measured}: "
             f"ratio {check.memory_ratio:.2f}",
         ]
         if check is checks[0]:
@@ -202,6 +206,16 @@ class Run(NamedTuple):
     path: io.Path
     settings: Config
     spec: ModelSpec
+
+    def describe(self) -> str:
+        """Return what the run is: "runs/child (3.94M parameters, grown by stack)"."""
+        n_params = abbreviate_count(transformer.count_params(self.spec))
+        growth = read_growth(self)
+        source = self.settings.initialize.source
+        origin = "from scratch" if source == "random" else f"from {source}"
+        if growth:
+            origin = f"grown by {growth.operator}"
+        return f"{self.path} ({n_params} parameters, {origin})"
 
     def stream_records(self) -> Iterator[MetricRecord]:
         """Yield the records of its metrics.jsonl."""

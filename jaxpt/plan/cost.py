@@ -242,11 +242,10 @@ def make_column(plan: TargetPlan) -> dict[str, str]:
     """Return label -> cell of one target."""
     bound = "> " if plan.peak_is_lower_bound else ""
     mfu = format_range([plan.slow.mfu, plan.fast.mfu], "{:.0%}".format)
-    low, high = plan.efficiency_range
+    efficiency = format_range(list(plan.efficiency_range), "{:.0%}".format)
 
-    def span(get: Callable[[RunProjection], float | None]) -> str:
-        ends = [get(plan.slow), get(plan.fast)]
-        return format_range(ends, format_significant)
+    def span(get: Callable[[RunProjection], float | None], format_value: Formatter) -> str:
+        return format_range([get(plan.slow), get(plan.fast)], format_value)
 
     experts = {}
     if plan.gathered_expert_bytes:
@@ -275,13 +274,13 @@ def make_column(plan: TargetPlan) -> dict[str, str]:
         "step at full speed: matmuls, s": format_significant(plan.compute_seconds),
         "  memory, s": format_significant(plan.memory_seconds),
         "  links, s": format_significant(plan.network_seconds),
-        "assumed efficiency": f"{low:.0%} to {high:.0%}",
+        "assumed efficiency": efficiency,
         "expected MFU": mfu,
-        "step, s": span(lambda run: run.step_seconds),
-        "tokens/s": span(lambda run: run.tokens_per_second),
-        "hours": span(lambda run: run.hours),
-        "usd": span(lambda run: run.usd),
-        "kWh": span(lambda run: run.kwh),
+        "step, s": span(lambda run: run.step_seconds, format_significant),
+        "tokens/s": span(lambda run: run.tokens_per_second, format_significant),
+        "time": format_hours([plan.slow.hours, plan.fast.hours]),
+        "usd": span(lambda run: run.usd, format_cents),
+        "kWh": span(lambda run: run.kwh, format_cents),
     }
 
 
@@ -326,11 +325,32 @@ def format_flops(n: float | None) -> str:
 
 
 def format_range(ends: list[float | None], format_value: Formatter) -> str:
-    """Return both ends of a range, smaller first."""
+    """Return both ends of a range, smaller first; one if they read the same."""
     values = sorted(end for end in ends if end is not None)
     if not values:
         return "unknown"
-    return " to ".join(map(format_value, values))
+    return " to ".join(dict.fromkeys(map(format_value, values)))
+
+
+def format_hours(ends: list[float | None]) -> str:
+    """Return a range of hours in a unit in which its larger end is at least 1: "2 to 7 minutes"."""
+    unit, per_hour = choose_time_unit(ends)
+    return f"{format_range(ends, lambda end: format_significant(per_hour * end))} {unit}"
+
+
+def choose_time_unit(ends: Iterable[float | None]) -> tuple[str, int]:
+    """Return a unit in which the larger of some hours is at least 1, and how many an hour has."""
+    longest = max((end for end in ends if end is not None), default=1.0)
+    if longest >= 1:
+        return "hours", 1
+    return ("minutes", 60) if longest >= 1 / 60 else ("seconds", 3600)
+
+
+def format_cents(n: float) -> str:
+    """Return an amount to a hundredth, "< 0.01", or whole numbers from 100 on."""
+    if 0 < n < 0.005:
+        return "< 0.01"
+    return f"{n:,.2f}" if n < 100 else f"{n:,.0f}"
 
 
 def format_significant(n: float) -> str:

@@ -19,7 +19,7 @@ from jaxpt import config, flops, io
 from jaxpt.model import transformer
 from jaxpt.plan import check, cost, scaling
 from jaxpt.plan.check import Growth, Run
-from jaxpt.plan.cost import TargetPlan, abbreviate_count, format_significant
+from jaxpt.plan.cost import TargetPlan, abbreviate_count, format_cents, format_significant
 from jaxpt.plan.scaling import LossPoint, ScalingFit, ScalingLaw
 from jaxpt.spec import ModelSpec, Record, UserError
 from jaxpt.text import format_table, wrap_notes
@@ -604,7 +604,8 @@ def measure_saved_frac(fit: ScalingFit, grown: GrownRun, name: str) -> Range:
     interval = np.percentile(shares, (5, 95))
     low, high = np.clip(interval, -1, MAX_SAVED_FRAC)
     scratch_tokens = fit.law.compute_tokens_to_loss(last.n_params, last.loss)
-    log.info(f"fit: {grown.run.path}: {name} saved {low:.0%} to {high:.0%}")
+    saved = format_ends((float(low), float(high)), format_saved_frac)
+    log.info(f"fit: {grown.run.describe()}: {name} saved {saved}")
     log.info(f"  of {abbreviate_count(scratch_tokens)} tokens from scratch to {last.loss:.3f} nats")
     extrapolation = fit.law.describe_extrapolation(last.n_params, scratch_tokens)
     if extrapolation:
@@ -711,9 +712,11 @@ def make_column(strategy: StrategyCost) -> dict[str, str]:
         "loss at the budget": format_ends(strategy.loss, "{:.3f}".format),
     }
     if strategy.hours:
-        cells["hours"] = format_ends(strategy.hours, format_significant)
-        cells["usd"] = format_ends(strategy.usd, format_significant)
-        cells["usd with the base"] = format_ends(strategy.usd_with_base, format_significant)
+        unit, per_hour = cost.choose_time_unit(strategy.hours)
+        hours = format_ends(strategy.hours, lambda end: format_significant(per_hour * end))
+        cells["time"] = f"{hours} {unit}"
+        cells["usd"] = format_ends(strategy.usd, format_cents)
+        cells["usd with the base"] = format_ends(strategy.usd_with_base, format_cents)
     return cells
 
 

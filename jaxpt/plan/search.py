@@ -14,7 +14,7 @@ from jaxpt import hardware, sharding
 from jaxpt.config import Config, MeshConfig
 from jaxpt.hardware import GIB, Target
 from jaxpt.plan import compile, cost, roofline
-from jaxpt.plan.cost import TargetPlan, format_mesh
+from jaxpt.plan.cost import TargetPlan, format_cents, format_hours, format_mesh
 from jaxpt.plan.roofline import StateBytes, StepAnalysis
 from jaxpt.spec import ModelSpec, Record, UserError
 
@@ -126,8 +126,8 @@ def format_search(plans: tuple[TargetPlan, ...], search: LayoutSearch) -> str:
             lines.append(f"{name}: nothing fits{' and has a price' if name == 'cheapest' else ''}")
             continue
         usd = plan.expected.usd
-        price = "" if usd is None else f", {usd:,.0f} usd"
-        lines.append(f"{name}: {plan.expected.hours:,.3g} hours{price} ({plan.method})")
+        price = "" if usd is None else f", {format_cents(usd)} usd"
+        lines.append(f"{name}: {format_hours([plan.expected.hours])}{price} ({plan.method})")
         lines.append(f"  {format_flags(plan)}")
     return "\n".join(lines)
 
