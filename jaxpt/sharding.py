@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxpt.config import MeshConfig
@@ -82,10 +83,33 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     # Auto: XLA shards what with_logical_constraint does not pin. make_mesh's present default
     # (Explicit) refuses sharded contractions
     types = (AxisType.Auto,) * len(MESH_AXES)
-    if devices[0].platform == "tpu":  # lays the axes along the torus
-        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
-    grid = np.asarray(devices).reshape(shape)
-    return Mesh(grid, MESH_AXES, axis_types=types)
+    if devices[0].platform != "tpu":
+        grid = np.asarray(devices).reshape(shape)
+        return Mesh(grid, MESH_AXES, axis_types=types)
+    n_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if n_slices > 1:
+        grid = join_slices(shape, n_slices, devices)
+        return Mesh(grid, MESH_AXES, axis_types=types)
+    # lays the axes along the torus
+    return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+
+
+def join_slices(
+    shape: tuple[int, ...], n_slices: int, devices: Sequence[Any]
+) -> np.ndarray[Any, Any]:
+    """Return TPU slices as one grid, joined along `replica`, the first axis.
+
+    Only its collectives leave a slice: one all-reduce of the gradients per step.
+    """
+    n_replicas, *others = shape
+    if n_replicas % n_slices:
+        raise UserError(
+            f"mesh.replica: expected a multiple of {n_slices}, the slices that this run joins, got "
+            f"{n_replicas}. Use --config.mesh.replica={n_slices}."
+        )
+    inside = (n_replicas // n_slices, *others)
+    between = (n_slices, *[1] * len(others))
+    return mesh_utils.create_hybrid_device_mesh(inside, between, devices)
 
 
 def find_devices() -> list[Any]:

@@ -451,7 +451,7 @@ class ProgramRecord(Record):
         directory: the working directory.
         host: name of the machine.
         versions: package -> version.
-        commit: git commit of this code; empty without git or a clone.
+        commit: git commit of this code; without a clone what JAXPT_COMMIT says, as launch sets it.
     """
 
     started: str
@@ -470,7 +470,7 @@ def describe_program() -> tuple[ProgramRecord, str]:
         directory=os.getcwd(),
         host=socket.gethostname(),
         versions=package_versions(),
-        commit=run_git("rev-parse", "HEAD").strip(),
+        commit=run_git("rev-parse", "HEAD").strip() or os.environ.get("JAXPT_COMMIT", ""),
     )
     return record, run_git("diff", "HEAD")
 

@@ -5,6 +5,7 @@ is done without --go, and the files of launch/ do what they say.
 import json
 import math
 import os
+import pathlib
 import re
 import signal
 import stat
@@ -16,7 +17,7 @@ import entry_points
 import pytest
 from conftest import ROOT
 
-from jaxpt import launch
+from jaxpt import launch, stage
 from jaxpt.cli import main
 from jaxpt.spec import UserError
 
@@ -38,7 +39,11 @@ EXPECTED = [
     *AWKWARD,
 ]
 
-INSTALLED = "-r requirements-gpu.txt\n-r requirements-tpu.txt\n"
+COMMIT = stage.run_git("describe", "--always", "--dirty", "--abbrev=40").strip()
+SSH = """#!/bin/bash
+[ "$1" = -n ] && shift
+host=${1#*@}; shift; echo "$host $*" >>{home}/said; cd {home}/$host && exec bash -c "$*"
+"""
 
 # a program that records how it was called
 RECORDER = f"""#!{sys.executable}
@@ -60,13 +65,16 @@ def hosts(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     monkeypatch.delenv("JAXPT_TEST_DATA", raising=False)  # the programs note every JAXPT_ variable
 
-    def make(*names):
+    def make(*names, kind="gpu"):
+        program(tmp_path / "bin/ssh", SSH.replace("{home}", str(tmp_path)))
+        stamp = launch.STAMP.format(requirements=f"-r requirements-{kind}.txt")
+        stamp = subprocess.check_output(["bash", "-c", f'echo "{stamp}"'], cwd=ROOT)
         for name in names:
             program(
                 tmp_path / name / "jaxpt/.venv/bin/jaxpt",
                 RECORDER.replace("called.json", f"{tmp_path}/{name}.json"),
             )
-            (tmp_path / name / "jaxpt/.venv/.installed").write_text(INSTALLED)
+            (tmp_path / name / "jaxpt/.venv/.installed").write_bytes(stamp)
 
     return make
 
@@ -79,15 +87,16 @@ def called(path):
     raise AssertionError(f"{path}: nothing was started")
 
 
+def launch_and_wait(plan, clone):
+    """Start a run on one host, and wait until it has ended."""
+    launch.execute_launch(plan)
+    process = pathlib.Path("/proc") / (clone / "train-0.pid").read_text().strip()
+    while process.exists():
+        time.sleep(0.02)
+
+
 def test_ssh_starts_the_given_command_on_every_host_word_for_word(tmp_path, hosts):
     hosts("one", "two")
-    program(
-        tmp_path / "bin/ssh",
-        (
-            f'#!/bin/bash\n[ "$1" = -n ] && shift\nhost=${{1#*@}}; shift; cd '
-            f'{tmp_path}/$host && exec bash -c "$*"\n'
-        ),
-    )
     launch.execute_launch(launch.plan_ssh(["one", "me@two"], TRAIN))
     for i, host in enumerate(("one", "two")):
         argv, environment = called(tmp_path / f"{host}.json")
@@ -96,6 +105,7 @@ def test_ssh_starts_the_given_command_on_every_host_word_for_word(tmp_path, host
             "JAXPT_COORDINATOR": f"one:{launch.COORDINATOR_PORT}",
             "JAXPT_PROCESSES": "2",
             "JAXPT_PROCESS": str(i),
+            "JAXPT_COMMIT": COMMIT,
         }
         assert (tmp_path / host / "jaxpt/scripts/train.py").is_file(), "the clone is there"
 
@@ -103,10 +113,6 @@ def test_ssh_starts_the_given_command_on_every_host_word_for_word(tmp_path, host
 def test_an_active_run_is_not_started_twice_and_can_be_stopped(tmp_path, hosts):
     hosts("one")
     program(tmp_path / "one/jaxpt/.venv/bin/jaxpt", "#!/bin/bash\nexec sleep 60\n")
-    program(
-        tmp_path / "bin/ssh",
-        f'#!/bin/bash\n[ "$1" = -n ] && shift\nshift; cd {tmp_path}/one && exec bash -c "$*"\n',
-    )
     recipe = launch.plan_ssh(["one"], TRAIN)
     launch.execute_launch(recipe)
     pid = int((tmp_path / "one/jaxpt/train-0.pid").read_text())
@@ -123,15 +129,122 @@ def test_an_active_run_is_not_started_twice_and_can_be_stopped(tmp_path, hosts):
     raise AssertionError("it was not stopped")
 
 
+def test_a_host_with_an_active_run_keeps_all_hosts_as_they_are(tmp_path, hosts):
+    hosts("one", "two")
+    program(tmp_path / "two/jaxpt/.venv/bin/jaxpt", "#!/bin/bash\nexec sleep 60\n")
+    launch.execute_launch(launch.plan_ssh(["two"], TRAIN))
+    with pytest.raises(UserError, match="nothing after it was started"):
+        launch.execute_launch(launch.plan_ssh(["one", "two"], TRAIN))
+    assert not (tmp_path / "one/jaxpt/pyproject.toml").exists(), "nothing was copied"
+    os.kill(int((tmp_path / "two/jaxpt/train-0.pid").read_text()), signal.SIGTERM)
+
+
+def test_variables_are_handed_on_and_their_values_are_never_shown(
+    tmp_path, hosts, monkeypatch, output
+):
+    """Not in what is printed or logged, nor in an argument, which `ps` shows to all users."""
+    hosts("one", "two")
+    record = RECORDER.replace('k.startswith("JAX")', 'k in ("HF_TOKEN", "MINE")')
+    for host in ("one", "two"):
+        program(
+            tmp_path / host / "jaxpt/.venv/bin/jaxpt",
+            record.replace("called.json", f"{tmp_path}/{host}.json"),
+        )
+    for name in launch.HANDED_ON:
+        monkeypatch.delenv(name, raising=False)
+    secrets = {"HF_TOKEN": "hf_2Kx", "MINE": 'it\'s $HOME\n"x" \\y'}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    plan = launch.plan_ssh(["one", "two"], TRAIN, variables=launch.list_variables(["MINE"]))
+    launch.execute_launch(plan)
+    for host in ("one", "two"):
+        assert called(tmp_path / f"{host}.json")[1] == secrets
+        assert not list((tmp_path / host / "jaxpt").glob("*.env")), "the file is gone"
+    shown = launch.print_launch(plan) + output() + (tmp_path / "said").read_text()
+    assert "launch-0.env" in shown and "hf_2Kx" not in shown and "$HOME\n" not in shown
+
+
+@pytest.mark.parametrize("name", ["NOT_SET", "HF_TOKEN=hf_2Kx", "a b"])
+def test_a_variable_without_a_value_here_is_refused_without_showing_one(name):
+    with pytest.raises(UserError, match="expected the name of a variable that is set") as refused:
+        launch.list_variables([name])
+    assert "2Kx" not in str(refused.value)
+
+
+def test_files_that_were_removed_here_are_removed_there_and_no_others(tmp_path, hosts):
+    hosts("one")
+    clone = tmp_path / "one/jaxpt"
+    launch_and_wait(launch.plan_ssh(["one"], TRAIN), clone)
+    (clone / "jaxpt/an old module.py").touch()
+    with (clone / ".files").open("a") as file:
+        file.write("jaxpt/an old module.py\n")
+    (clone / "my notes.txt").touch()
+    launch_and_wait(launch.plan_ssh(["one"], TRAIN), clone)
+    assert not (clone / "jaxpt/an old module.py").exists()
+    for kept in ("my notes.txt", "train-0.log", "jaxpt/launch.py", ".venv/bin/jaxpt"):
+        assert (clone / kept).exists(), kept
+
+
+def test_requirements_that_changed_are_installed_anew(tmp_path, hosts):
+    hosts("one")
+    clone = tmp_path / "one/jaxpt"
+    install = f"""#!/bin/bash
+mkdir -p .uv/bin .venv/bin && ln -sf /bin/true .uv/bin/python
+printf '#!/bin/bash\necho "$@" >>{tmp_path}/installed\n' >.uv/bin/uv && chmod +x .uv/bin/uv
+printf '#!/bin/bash\\nsleep 0.3\\n' >.venv/bin/jaxpt && chmod +x .venv/bin/jaxpt
+"""
+    program(tmp_path / "bin/python3", install)
+    (clone / ".venv/.installed").write_text("-r requirements-gpu.txt 123 456\n")
+    for _ in range(2):
+        launch_and_wait(launch.plan_ssh(["one"], TRAIN), clone)
+        lines = (tmp_path / "installed").read_text().splitlines()
+        assert sum("pip install" in line for line in lines) == 1
+
+
+def test_slices_are_queued_for_waited_for_and_joined(tmp_path, hosts):
+    """Two of them, each of one host."""
+    hosts("mine-0", "mine-1", kind="tpu")
+    program(
+        tmp_path / "bin/gcloud",
+        f"""#!/bin/bash
+echo "$*" >>{tmp_path}/asked
+for word; do case $word in --command=*) command=${{word#--command=}};; esac; done
+case "$3 $4" in
+"queued-resources describe") [ $(wc -l <{tmp_path}/asked) = 4 ] && echo ACTIVE || echo CREATING;;
+"tpu-vm ssh") cd {tmp_path}/$5 && bash -c "$command";;
+"tpu-vm scp") cp "$5" {tmp_path}/${{6%%:*}}/${{6#*:}};;
+esac
+""",
+    )
+    program(tmp_path / "bin/sleep", "#!/bin/bash\n")
+    request = launch.TpuRequest("v5p-8", spot=True, valid_for="6h")
+    launch.execute_launch(
+        launch.plan_tpu_vm("mine", "us-east5-a", TRAIN, n_slices=2, request=request)
+    )
+    for node in ("mine-0", "mine-1"):
+        assert called(tmp_path / f"{node}.json") == [EXPECTED, {"JAXPT_COMMIT": COMMIT}]
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert asked[0] == (
+        "compute tpus queued-resources create mine --zone=us-east5-a --accelerator-type=v5p-8 "
+        "--runtime-version=v2-alpha-tpuv5 --node-count=2 --node-prefix=mine --spot "
+        "--valid-until-duration=6h"
+    )
+    assert [line.split()[3] for line in asked[1:4]] == ["describe"] * 3
+
+
+def test_slices_that_cannot_be_had_end_the_launch(tmp_path, hosts):
+    hosts("mine", kind="tpu")
+    program(tmp_path / "bin/gcloud", '#!/bin/bash\n[ "$4" = describe ] && echo FAILED; true\n')
+    request = launch.TpuRequest("v6e-8", reserved=True)
+    with pytest.raises(UserError, match="nothing after it was started"):
+        launch.execute_launch(launch.plan_tpu_vm("mine", "z", TRAIN, request=request))
+
+
 def test_a_strangers_process_of_the_same_number_neither_refuses_a_start_nor_is_stopped(
     tmp_path, hosts
 ):
     """As after a reboot: the number in train-0.pid is another process's."""
     hosts("one")
-    program(
-        tmp_path / "bin/ssh",
-        f'#!/bin/bash\n[ "$1" = -n ] && shift\nshift; cd {tmp_path}/one && exec bash -c "$*"\n',
-    )
     recipe = launch.plan_ssh(["one"], TRAIN)
     launch.execute_launch(recipe)
     called(tmp_path / "one.json")
@@ -150,7 +263,7 @@ def test_a_strangers_process_of_the_same_number_neither_refuses_a_start_nor_is_s
 
 def test_a_tpu_slice_starts_the_given_command_on_every_worker(tmp_path, hosts, monkeypatch):
     """The clone travels in a file that others can neither read nor foresee."""
-    hosts("w0", "w1")
+    hosts("w0", "w1", kind="tpu")
     (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     program(
@@ -165,7 +278,7 @@ def test_a_tpu_slice_starts_the_given_command_on_every_worker(tmp_path, hosts, m
     )
     launch.execute_launch(launch.plan_tpu_vm("my-tpu", "us-east5-a", TRAIN))
     for worker in ("w0", "w1"):
-        assert called(tmp_path / f"{worker}.json") == [EXPECTED, {}]
+        assert called(tmp_path / f"{worker}.json") == [EXPECTED, {"JAXPT_COMMIT": COMMIT}]
     assert (tmp_path / "mode").read_text().split() == ["600", "600"]
     assert not list((tmp_path / "temporary").iterdir()), "the packed clone is gone"
 
@@ -318,6 +431,10 @@ def test_the_command_of_a_launch_file_is_one_that_jaxpt_takes(name):
         ),
         (lambda: launch.train_command("/etc/passwd", "/runs/x", []), "Put it into the clone"),
         (
+            lambda: launch.plan_tpu_request("mine", "z", 1, launch.TpuRequest("v5e:2x4")),
+            "expected Google's name of a slice, such as v4-8",
+        ),
+        (
             lambda: launch.execute_launch(
                 launch.LaunchPlan(("no-such-program",), [["touch started"]], {})
             ),
@@ -342,13 +459,6 @@ def test_hosts_get_what_the_buckets_of_a_run_need(tmp_path):
 
 def test_without_go_nothing_is_done_and_what_is_printed_does_it(tmp_path, hosts):
     hosts("one", "two")
-    program(
-        tmp_path / "bin/ssh",
-        (
-            '#!/bin/bash\n[ "$1" = -n ] && shift\nhost=$1; shift; cd '
-            f'{tmp_path}/$host && exec bash -c "$*"\n'
-        ),
-    )
     words = [
         "ssh",
         "--hosts",

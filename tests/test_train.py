@@ -4,6 +4,7 @@ skipped updates that change nothing.
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -170,6 +171,24 @@ def test_state_is_initialized_sharded_keeps_its_shardings_and_compiles_once(shar
     assert len(moments) == 4 and all(
         leaf.addressable_shards[0].data.shape == (3, 6, 20) for leaf in moments
     ), "a moment is sharded as its weight"
+
+
+def make_slices(n_slices, n_per_slice, platform):
+    """Devices of TPU slices, in an order that mixes the slices."""
+    found = []
+    for i in range(n_slices * n_per_slice):
+        place = {"id": i, "slice_index": i % n_slices, "process_index": i}
+        found.append(types.SimpleNamespace(platform=platform, device_kind="a chip", **place))
+    return found
+
+
+def test_slices_are_joined_along_replica_alone():
+    grid = sharding.join_slices((4, 3, 1, 2, 1), 2, make_slices(2, 12, "cpu"))
+    slices = np.vectorize(lambda device: device.slice_index)(grid)
+    assert sorted(slices[:, 0, 0, 0, 0]) == [0, 0, 1, 1]
+    assert (slices == slices[:, :1, :1, :1, :1]).all(), "no other axis leaves a slice"
+    with pytest.raises(UserError, match=r"expected a multiple of 2, .* got 3.*mesh.replica=2"):
+        sharding.make_mesh(MeshConfig(replica=3, fsdp=-1), make_slices(2, 6, "tpu"))
 
 
 def test_a_warmup_step_keeps_the_state_and_is_the_steps_one_compile(sharded):
