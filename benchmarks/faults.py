@@ -75,7 +75,8 @@ loader.iterate_batches = poisoned
 runpy.run_path(%r, run_name="__main__")
 """
 VARIES = {"tokens_per_second", "step_seconds", "mfu", "memory_bytes", "seconds", "usd"}
-VARIES |= {"productive_seconds", "productive_usd"}
+VARIES |= {"productive_seconds", "productive_usd", "data_seconds", "start_seconds"}
+VARIES |= {"evaluation_seconds", "save_seconds", "lost_seconds", "goodput"}
 FILE_LIMIT = 102_400  # the tokenizer fits, a checkpoint does not
 HEARTBEAT_TIMEOUT = 60  # seconds, as in jaxpt/train/distributed.py
 

@@ -97,6 +97,14 @@ transformers
 """
 # what differs between equal ends: times, speed, memory, and what is derived from them
 VARIES = {"tokens_per_second", "step_seconds", "mfu", "memory_bytes", "seconds", "usd"}
+VARIES |= {
+    "data_seconds",
+    "start_seconds",
+    "evaluation_seconds",
+    "save_seconds",
+    "lost_seconds",
+    "goodput",
+}
 VARIES |= {"productive_seconds", "productive_usd", "created", "started", "checksum"}
 
 

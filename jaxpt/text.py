@@ -85,3 +85,11 @@ def wrap_notes(notes: Iterable[str]) -> str:
         item = textwrap.fill(note, MAX_COLUMNS, initial_indent="- ", subsequent_indent="  ")
         items.append(item)
     return "\n".join(items)
+
+
+def format_duration(seconds: float) -> str:
+    """Return 75 as "1m15s", 90,000 as "25h00m"."""
+    seconds = round(seconds)
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"

@@ -49,7 +49,8 @@ def get_config(model="base"):
     return c
 """
 VARIES = {"tokens_per_second", "step_seconds", "mfu", "memory_bytes", "seconds", "usd"}
-VARIES |= {"productive_seconds", "productive_usd"}
+VARIES |= {"productive_seconds", "productive_usd", "data_seconds", "start_seconds"}
+VARIES |= {"evaluation_seconds", "save_seconds", "lost_seconds", "goodput"}
 
 
 # Trainings run here, one after the other: with one device, unlike the other commands, and without a

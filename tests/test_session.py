@@ -33,7 +33,7 @@ from jaxpt.train.context import open_run
 from jaxpt.train.hooks.checkpoint import Checkpoint
 from jaxpt.train.hooks.diverge import Diverge
 from jaxpt.train.hooks.hook import Hook
-from jaxpt.train.meter import LostWork, Meter, SignOfLife, read_spent_time
+from jaxpt.train.meter import LostWork, Meter, SignOfLife, describe_goodput, read_spent_time
 from jaxpt.train.metrics import CollectedStep, MetricsLogger, read_metrics
 from jaxpt.train.records import (
     NOTHING_DONE,
@@ -51,7 +51,8 @@ from jaxpt.weights.load import load_model
 
 STEPS = 14
 VARIES = {"tokens_per_second", "step_seconds", "mfu", "memory_bytes", "seconds", "usd"}
-VARIES |= {"productive_seconds", "productive_usd"}
+VARIES |= {"productive_seconds", "productive_usd", "data_seconds", "start_seconds"}
+VARIES |= {"evaluation_seconds", "save_seconds", "lost_seconds", "goodput"}
 
 
 def never(step):
@@ -412,6 +413,9 @@ def test_what_a_kill_threw_away_costs_time_and_money_and_no_tokens(make_config, 
     last = read_records(tmp_path, TrainMetrics)[-1]
     assert last.seconds > after[-1].seconds and last.usd == pytest.approx(last.seconds / 100)
     assert last.productive_seconds < last.seconds / 2, "compiled four times, and repeated"
+    assert last.lost_seconds > 0 and last.start_seconds > 0
+    parts = last.start_seconds + last.lost_seconds + last.evaluation_seconds + last.save_seconds
+    assert parts + last.productive_seconds <= last.seconds
     assert_shown(tmp_path)
 
 
@@ -1096,6 +1100,52 @@ def test_a_scalar_of_the_step_reaches_console_file_tensorboard_and_page(
     assert "param_norm" in html and long_name in html and repr(norm)[:5] in html
 
 
+def test_goodput_is_what_is_left_without_start_data_evaluation_saves_and_kills(monkeypatch):
+    """100 s lost to a kill, a start of 50 s, 4 steps of 10 s beside waits for data of 60 s."""
+    now = [1000.0]
+    monkeypatch.setattr("jaxpt.train.meter.time.monotonic", lambda: now[0])
+    lost = LostWork(dataclasses.replace(NOTHING_DONE, seconds=100.0), None)
+    cost = DeviceCost()
+    meter = Meter(lost.add_to(NOTHING_DONE, cost), started=1000.0, n_devices=1, cost=cost)
+    now[0] += 50
+    for _ in range(4):
+        meter.begin_steps()
+        with meter.wait_for_data():
+            now[0] += 15
+    now[0] += 40
+    meter.end_steps(4, 10.0)
+    for field, seconds in (("evaluation_seconds", 7.0), ("save_seconds", 3.0)):
+        with meter.spend_on(field):
+            now[0] += seconds
+    sums = meter.read()
+    assert (sums.lost_seconds, sums.start_seconds, sums.seconds) == (100, 50, 260)
+    assert (sums.data_seconds, sums.evaluation_seconds, sums.save_seconds) == (60, 7, 3)
+    assert sums.compute_goodput() == pytest.approx(40 / 260)
+    assert describe_goodput(sums) == (
+        "goodput: 15% of 4m20s; start 19%, data 23%, evaluation 3%, saving 1%, lost to kills 38%, "
+        "other 0%"
+    )
+
+
+def test_a_run_that_waits_for_its_data_says_so_and_another_one_does_not(
+    make_config, start, tmp_path
+):
+    shares = []
+    for name, delay in (("fast", 0.0), ("slow", 0.1)):
+        session = start(make_config(), tmp_path / name)
+        batches = session.batches
+
+        def deliver(batches=batches, delay=delay):
+            for batch in batches:
+                time.sleep(delay)
+                yield batch
+
+        session.batches = deliver()
+        sums = train(session).meter.sums
+        shares.append(sums.data_seconds / sums.productive_seconds)
+    assert shares[0] < 0.5 < shares[1]
+
+
 def test_mfu_is_of_all_devices_and_money_is_in_dollars(tmp_path, monkeypatch, caplog):
     """7 steps of 640 tokens in 2 hours on 5 devices of 1.5 dollars per hour."""
     cost = DeviceCost(flops_per_token=9e3, peak_flops=4e3, usd_per_hour=1.5)
@@ -1107,7 +1157,7 @@ def test_mfu_is_of_all_devices_and_money_is_in_dollars(tmp_path, monkeypatch, ca
     for _ in range(7):
         meter.count_step(640)
     now[0] += 7200
-    meter.end_steps()
+    meter.end_steps(7, 7200 / 7)
     scalars = {"grad_norm": 0.5, "lr": 1e-3, "n_skipped": 0}
     logger.log_train(7, scalars, loss=2.5, epochs={"prose": 0.1})
     logger.close()

@@ -25,6 +25,7 @@ from jaxpt.train.hooks.profile import Profile
 from jaxpt.train.hooks.replay import Replay
 from jaxpt.train.hooks.skip import Skip
 from jaxpt.train.hooks.validate import Validate
+from jaxpt.train.meter import describe_goodput
 from jaxpt.train.session import Session, start_session
 from jaxpt.weights import checkpoint
 
@@ -131,6 +132,7 @@ def train(session: Session, hooks: Sequence[Hook]) -> None:
                     hook.after_step(session)
         for hook in hooks:
             hook.finish(session)
+        log.info(describe_goodput(session.meter.read()))
         if session.failure:
             raise UserError(session.failure)
     finally:

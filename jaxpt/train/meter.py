@@ -9,12 +9,14 @@ import os
 import pathlib
 import threading
 import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from jaxpt import io
 from jaxpt.flops import DeviceCost
 from jaxpt.io import lock
 from jaxpt.spec import Record, UserError
+from jaxpt.text import format_duration
 from jaxpt.train.records import NOTHING_DONE, RunSums
 
 log = logging.getLogger(__name__)
@@ -48,18 +50,59 @@ class Meter:
         self.cost = cost
         self.n_devices = n_devices
         self.last_time = started
+        self.before = sums  # this start, then the steps in progress
+        self.has_begun = False
         self.in_steps = False
+        self.waited_seconds = 0.0  # for batches, since begin_steps
 
     def begin_steps(self) -> None:
         """Count the time from here on as productive."""
-        if not self.in_steps:
-            self.spend_time()
-            self.in_steps = True
+        if self.in_steps:
+            return
+        self.spend_time()
+        if not self.has_begun:
+            self.add("start_seconds", self.sums.seconds - self.before.seconds)
+        self.before = self.sums
+        self.has_begun = self.in_steps = True
+        self.waited_seconds = 0.0
 
-    def end_steps(self) -> None:
-        """Count the time from here on as spent on something else. The devices are done."""
+    def end_steps(self, n_steps: int, last_seconds: float) -> None:
+        """Count the time from here on as spent on something else. The devices are done.
+
+        How long they were idle is not seen, as the host runs ahead of them. But a step takes
+        `last_seconds` at most: the rest, as far as the host waited for batches, they were idle.
+
+        Args:
+            n_steps: since begin_steps.
+            last_seconds: from the last batch to the end of its step.
+        """
         self.spend_time()
         self.in_steps = False
+        seconds = self.sums.productive_seconds - self.before.productive_seconds
+        idle = min(seconds - n_steps * last_seconds, self.waited_seconds)
+        self.add("data_seconds", max(idle, 0.0))
+
+    @contextlib.contextmanager
+    def wait_for_data(self) -> Iterator[None]:
+        """Count the time of the body as the host's waiting for a batch."""
+        start = time.monotonic()
+        yield
+        self.waited_seconds += time.monotonic() - start
+
+    @contextlib.contextmanager
+    def spend_on(self, field: str) -> Iterator[None]:
+        """Count the time of the body in this field of RunSums too."""
+        self.spend_time()
+        before = self.sums.seconds
+        try:
+            yield
+        finally:
+            self.spend_time()
+            self.add(field, self.sums.seconds - before)
+
+    def add(self, field: str, seconds: float) -> None:
+        """Add seconds to a field of RunSums."""
+        self.sums = dataclasses.replace(self.sums, **{field: getattr(self.sums, field) + seconds})
 
     def spend_time(self) -> None:
         """Count the time since the last call."""
@@ -100,6 +143,23 @@ class Meter:
         return self.sums
 
 
+def describe_goodput(sums: RunSums) -> str:
+    """Return where a run's time went: "goodput: 91% of 12m30s; start 6%, ..."."""
+    total = max(sums.seconds, 1e-9)
+    parts = {
+        "start": sums.start_seconds,
+        "data": sums.data_seconds,
+        "evaluation": sums.evaluation_seconds,
+        "saving": sums.save_seconds,
+        "lost to kills": sums.lost_seconds,
+    }
+    goodput = sums.compute_goodput()
+    other = total * (1 - goodput) - sum(parts.values())
+    parts["other"] = max(other, 0.0)
+    shares = [f"{name} {seconds / total:.0%}" for name, seconds in parts.items()]
+    return f"goodput: {goodput:.0%} of {format_duration(total)}; {', '.join(shares)}"
+
+
 def add_known(total: float | None, amount: float | None) -> float | None:
     """Return the sum; None if a part is not known."""
     if total is None or amount is None:
@@ -132,12 +192,14 @@ class LostWork(NamedTuple):
     def add_to(self, sums: RunSums, cost: DeviceCost) -> RunSums:
         """Return the checkpoint's sums with it; `cost` is of what came after the last record."""
         last, spent = self.last, self.spent
+        before = sums.seconds
         if last and last.seconds > sums.seconds:
             sums = dataclasses.replace(sums, seconds=last.seconds, usd=last.usd)
         if spent and spent.seconds > sums.seconds:
             usd = cost.compute_usd(spent.seconds - sums.seconds, spent.n_devices)
             sums = dataclasses.replace(sums, seconds=spent.seconds, usd=add_known(sums.usd, usd))
-        return sums
+        lost = sums.lost_seconds + sums.seconds - before
+        return dataclasses.replace(sums, lost_seconds=lost)
 
 
 class SignOfLife:

@@ -18,6 +18,7 @@ from jaxpt.config import Config
 from jaxpt.flops import DeviceCost
 from jaxpt.model import transformer
 from jaxpt.spec import ModelSpec, UserError
+from jaxpt.text import format_duration
 from jaxpt.train import writers
 from jaxpt.train.meter import Meter
 from jaxpt.train.records import (
@@ -128,6 +129,7 @@ class MetricsLogger:
             memory_bytes=measure_peak_memory(),
             n_skipped=int(scalars["n_skipped"]),
             scalars={name: float(scalars[name]) for name in sorted(further)},
+            goodput=sums.compute_goodput(),
             **vars(sums),
         )
         self.write_record(record)
@@ -152,7 +154,7 @@ class MetricsLogger:
         if not more and not record.scalars:
             return [first]
         more.append(f"{record.memory_bytes / 2**30:.1f} GiB")
-        more.append(f"{format_duration(record.seconds)} so far")
+        more.append(f"{format_duration(record.seconds)} so far, goodput {record.goodput:.0%}")
         second = "  " + "  ".join(more)
         for name, value in record.scalars.items():
             column = f"  {name} {value:.4g}"
@@ -358,11 +360,3 @@ def measure_peak_memory() -> int:
     if stats:
         return stats["peak_bytes_in_use"]
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def format_duration(seconds: float) -> str:
-    """Return 75 as "1m15s", 90,000 as "25h00m"."""
-    seconds = round(seconds)
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02d}s"
-    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"

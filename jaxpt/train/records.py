@@ -28,6 +28,15 @@ class RunSums(Record):
     productive_usd: float | None
     seconds: float  # from the start of each process
     usd: float | None
+    data_seconds: float = 0.0  # of the productive ones: devices idle for want of a batch, at least
+    start_seconds: float = 0.0  # before the first step of each start: imports, compilation, reading
+    evaluation_seconds: float = 0.0
+    save_seconds: float = 0.0  # in which steps waited for a checkpoint
+    lost_seconds: float = 0.0  # that a kill threw away
+
+    def compute_goodput(self) -> float:
+        """Return the share of the time in which steps were made that count."""
+        return (self.productive_seconds - self.data_seconds) / max(self.seconds, 1e-9)
 
 
 NOTHING_DONE = RunSums(
@@ -59,6 +68,7 @@ class TrainMetrics(RunSums):
     memory_bytes: int  # peak of the first device; on CPU of the process
     n_skipped: int  # updates skipped since step 0
     scalars: dict[str, float] = dataclasses.field(default_factory=dict)  # others, of the last step
+    goodput: float = 0.0  # share of the run's time so far in steps that count
     kind: str = "train"
 
 

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import time
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -123,6 +124,7 @@ class Session:
         saved: the newest complete checkpoint, of those that were waited for.
         exit_status: once the run was asked to stop; until then None.
         failure: why it ends with an error, if it does.
+        dispatched: time.monotonic() at which the last step's batch was there.
     """
 
     state: TrainState
@@ -152,6 +154,7 @@ class Session:
         self.is_new_step = False  # compiled, but its memory was never tried
         self.saved: io.Path | None = None
         self.exit_status: int | None = None
+        self.dispatched = 0.0
         self.failure = ""
         cost = run.estimate_device_cost(start.spec)
         self.meter = Meter(
@@ -324,7 +327,9 @@ class Session:
     def run_step(self) -> None:
         """Make one step. The scalars that it returns stay on the devices."""
         self.meter.begin_steps()
-        batch = next(self.batches)
+        with self.meter.wait_for_data():
+            batch = next(self.batches)
+        self.dispatched = time.monotonic()
         if self.is_new_step:
             with self.explain_out_of_memory():
                 found = self.train_step(self.state, batch)
@@ -344,7 +349,7 @@ class Session:
     def collect_scalars(self) -> None:
         """Wait for the steps since the last call, and sum their losses."""
         found: list[HostScalars] = jax.device_get(self.on_device)
-        self.meter.end_steps()
+        self.meter.end_steps(len(found), time.monotonic() - self.dispatched)
         self.collected = []
         first = self.step - len(found) + 1
         for number, (scalars, after) in enumerate(zip(found, self.sums_after, strict=True), first):

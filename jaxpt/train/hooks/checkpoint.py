@@ -57,7 +57,8 @@ class Checkpoint(Hook):
         """
         is_time = session.is_stopping or super().is_due(session) or self.is_late()
         if is_time and not session.is_diverged:
-            self.save(session)
+            with session.meter.spend_on("save_seconds"):
+                self.save(session)
         else:
             with self.handle_save_errors():
                 self.checkpointer.check_errors()
@@ -101,7 +102,8 @@ class Checkpoint(Hook):
 
     def finish(self, session: Session) -> None:
         """Wait until the last checkpoint is complete."""
-        session.saved = self.checkpointer.wait_until_saved() or session.saved
+        with session.meter.spend_on("save_seconds"):
+            session.saved = self.checkpointer.wait_until_saved() or session.saved
 
 
 def make_checkpoint_record(session: Session) -> CheckpointRecord:

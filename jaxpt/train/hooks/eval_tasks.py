@@ -34,5 +34,6 @@ class EvalTasks(Hook):
         # as a checkpoint is read for evaluation
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), session.state.params)
         judged = harness.make_lm_adapter(spec, params, tokenizer, spec.max_seq_len)
-        results, samples = harness.score_benchmarks(judged, benchmarks)
+        with session.meter.spend_on("evaluation_seconds"):
+            results, samples = harness.score_benchmarks(judged, benchmarks)
         session.metrics.log_tasks(session.step, harness.list_scores(results, samples))

@@ -15,6 +15,7 @@ class Validate(Hook):
 
     def after_step(self, session: Session) -> None:
         """Measure and log the losses by source, beside the parent's."""
-        losses = session.run.heldout.measure_losses(session.spec, session.state.params)
+        with session.meter.spend_on("evaluation_seconds"):
+            losses = session.run.heldout.measure_losses(session.spec, session.state.params)
         session.heldout_losses = losses
         session.metrics.log_heldout(session.step, losses, session.parent_loss)
