@@ -180,6 +180,9 @@ def get_config():
     c.train.on_save_error = "stop"
     # Weights & Biases project that also gets every record (pip install wandb).
     c.train.wandb_project = ""
+    # NAME.prom that always holds the newest records in Prometheus' text format, in node_exporter's
+    # textfile directory; '': none.
+    c.train.prometheus_file = ""
     # (first, last) steps recorded by the JAX profiler into WORKDIR/tensorboard.
     c.train.profile_steps = ()
 

@@ -304,6 +304,11 @@ class TrainConfig:
     wandb_project: str = knob(
         "", "Weights & Biases project that also gets every record (pip install wandb)."
     )
+    prometheus_file: str = knob(
+        "",
+        "NAME.prom that always holds the newest records in Prometheus' text format, in "
+        "node_exporter's textfile directory; '': none.",
+    )
     profile_steps: tuple[int, ...] = knob(
         (), "(first, last) steps recorded by the JAX profiler into WORKDIR/tensorboard."
     )
@@ -634,6 +639,11 @@ def check_train(train: TrainConfig) -> None:
         raise UserError(
             f"train.grad_accum_steps: {train.batch_size} sequences cannot be split into "
             f"{train.grad_accum_steps} equal micro-batches. Use a divisor of {train.batch_size}."
+        )
+    if train.prometheus_file and not train.prometheus_file.endswith(".prom"):
+        raise UserError(
+            "train.prometheus_file: expected a name that ends in .prom, as node_exporter reads no "
+            f"other, got {train.prometheus_file}."
         )
     at = [step for step, _ in train.grow]
     is_rising = sorted(set(at)) == at

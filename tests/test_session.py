@@ -2,11 +2,15 @@
 
 import dataclasses
 import errno
+import http.server
 import importlib
 import json
 import math
 import os
+import re
+import secrets
 import shutil
+import signal
 import struct
 import sys
 import threading
@@ -33,6 +37,8 @@ from jaxpt.train.context import open_run
 from jaxpt.train.hooks.checkpoint import Checkpoint
 from jaxpt.train.hooks.diverge import Diverge
 from jaxpt.train.hooks.hook import Hook
+from jaxpt.train.hooks.replay import Replay
+from jaxpt.train.hooks.skip import Skip
 from jaxpt.train.meter import LostWork, Meter, SignOfLife, describe_goodput, read_spent_time
 from jaxpt.train.metrics import CollectedStep, MetricsLogger, read_metrics
 from jaxpt.train.records import (
@@ -904,9 +910,26 @@ def test_a_start_that_stood_still_and_was_taken_over_saves_nothing(make_config, 
     assert checkpoint.list_steps(tmp_path / "run") == [4]
 
 
-def test_a_profile_is_written(make_config, start, tmp_path, caplog):
-    train(start(make_config(train__steps=5, train__profile_steps=(3, 4)), tmp_path))
-    assert "profile of steps 3 to 4" in caplog.text
+class AskForProfile(Hook):
+    """Sends SIGUSR1 to this process after a step."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def is_due(self, session):
+        return session.step in self.at
+
+    def after_step(self, session):
+        signal.raise_signal(signal.SIGUSR1)
+
+
+def test_a_profile_is_written_of_the_steps_of_the_recipe_and_of_the_next_ones_at_a_signal(
+    make_config, start, tmp_path, caplog
+):
+    settings = make_config(train__steps=14, train__profile_steps=(3, 4))
+    train(start(settings, tmp_path), never, AskForProfile((6, 12)))
+    for steps in ("3 to 4", "7 to 11", "13 to 14"):
+        assert f"profile of steps {steps}" in caplog.text
     assert any((tmp_path / "tensorboard").rglob("*.xplane.pb"))
 
 
@@ -1273,3 +1296,94 @@ def test_a_run_in_a_bucket_is_held_by_its_start(bucket, make_config, tmp_path, m
         loop.train_model(settings, io.path(f"{place.scheme}://nobody-has-it/run"))
     loop.train_model(settings, place / "held")
     assert read_manifest(place / "held").counts["n_steps"] == 5
+
+
+# ---- watched from elsewhere
+
+SECRET = secrets.token_hex(8)  # of a URL; program.diff may hold what stands in this file
+
+
+@pytest.fixture
+def webhook(monkeypatch):
+    """A list of the messages that were posted, and a server that takes all but the first."""
+    posted = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            posted.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(500 if len(posted) == 1 else 200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("JAXPT_WEBHOOK", f"http://127.0.0.1:{server.server_port}/{SECRET}")
+    yield posted
+    server.shutdown()
+
+
+def test_a_run_is_watched_by_prometheus_and_a_webhook_whose_url_is_nowhere(
+    make_config, start, tmp_path, webhook, caplog
+):
+    file = tmp_path / "node_exporter/mine.prom"
+    file.parent.mkdir()
+    settings = make_config(train__steps=8, train__prometheus_file=str(file))
+    run = tmp_path / "a run"
+    train(start(settings, run), lambda step: step == 3)
+    assert "a message was not posted (HTTPError 500)" in caplog.text
+    train(start(settings, run))
+    assert [(each["event"], each["text"]) for each in webhook] == [
+        ("stop", f"{run}: stopped, step 4 is saved"),
+        ("stop", f"{run}: finished, 8 steps"),
+    ]
+    samples = dict(re.findall(r"^jaxpt_(\w+){run=\".*a run\"} (\S+)$", file.read_text(), re.M))
+    last = read_records(run, TrainMetrics)[-1]
+    assert (float(samples["step"]), float(samples["loss"])) == (8, last.loss)
+    assert 0 < float(samples["goodput"]) < 1
+    assert re.search(r'^jaxpt_heldout_loss{run=".*",name="prose"} \d', file.read_text(), re.M)
+    assert os.listdir(file.parent) == ["mine.prom"], "written anew under another name, then moved"
+    written = b"".join(path.read_bytes() for path in run.rglob("*") if path.is_file())
+    assert SECRET.encode() not in written and SECRET not in caplog.text
+
+
+def test_prometheus_text_has_one_type_per_name_and_escapes_labels():
+    samples = {"loss": 2.5, "heldout_loss/a": 3.0, "heldout_loss/b": float("nan")}
+    assert writers.format_prometheus(samples, 'runs/"x\\y') == (
+        "# TYPE jaxpt_loss gauge\n"
+        'jaxpt_loss{run="runs/\\"x\\\\y"} 2.5\n'
+        "# TYPE jaxpt_heldout_loss gauge\n"
+        'jaxpt_heldout_loss{run="runs/\\"x\\\\y",name="a"} 3.0\n'
+        'jaxpt_heldout_loss{run="runs/\\"x\\\\y",name="b"} nan\n'
+    )
+
+
+def test_a_storm_of_skips_and_forgetting_are_posted_once_each(
+    make_config, start, tmp_path, webhook
+):
+    """Half of the skips that stop a run; the first message fails."""
+    settings = make_config(train__max_consecutive_skips=6, train__max_forgetting=0.5)
+    session = start(settings, tmp_path)
+    session.parent_loss, session.heldout_losses = {"prose": 1.0}, {"prose": 2.0}
+    skip, replay = Skip(), Replay(settings.train)
+    for n_skips in (1, 2, 3, 4, 0, 1):
+        session.step += 1
+        session.n_sequences += 8
+        scalars = {"consecutive_skips": n_skips, "loss": np.nan, "grad_norm": np.nan}
+        session.collected = [CollectedStep(session.step, scalars, NOTHING_DONE)]
+        skip.after_step(session)
+    replay.after_step(session)
+    session.close()
+    assert sorted(each["event"] for each in webhook) == ["forgetting", "skips"]
+    texts = " ".join(each["text"] for each in webhook)
+    assert "3 consecutive updates skipped up to step 3; the run stops at 6" in texts
+    assert "prose +1.000 (limit 0.5)" in texts
+
+
+def test_a_webhook_that_is_no_url_is_refused_without_showing_it(make_config, one, monkeypatch):
+    monkeypatch.setenv("JAXPT_WEBHOOK", "hooks.example/secret-kF3")
+    settings = make_config()
+    with pytest.raises(UserError, match="JAXPT_WEBHOOK: expected a URL") as refused:
+        open_run(settings, io.path("x"), list(settings.mixture.packed_paths), one)
+    assert "kF3" not in str(refused.value)

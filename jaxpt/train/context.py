@@ -19,7 +19,7 @@ from jaxpt.growth.growth import ReadBatches
 from jaxpt.sharding import check_batch_divides
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.text import name_some
-from jaxpt.train import gate, optimizer, writers
+from jaxpt.train import gate, optimizer, webhook, writers
 
 if TYPE_CHECKING:
     from jaxpt.evaluate.harness import Benchmarks
@@ -83,6 +83,7 @@ def open_run(
     optimizer.check_name(config.optim)
     if config.train.wandb_project:
         writers.check_wandb()
+    webhook.read_url()  # raises if it is none
     dataset = loader.open_packed(packed)
     if dataset.seq_len != config.pack.seq_len:
         raise UserError(

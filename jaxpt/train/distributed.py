@@ -39,7 +39,7 @@ WAITING_LINE_SECONDS = 10  # between lines about processes that have not joined
 WATCH_SECONDS = 1  # between looks at whether another process has failed
 ENDED_KEY = "jaxpt/ended"
 # schedulers before they take a machine away, Ctrl-C, SLURM's customary --signal, a closed terminal
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 LOST_PROCESS = (
     "another process of this run has ended, or its host does not answer (its log may say why). "
     "Start all of them again: the run continues from its newest checkpoint."

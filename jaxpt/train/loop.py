@@ -135,5 +135,17 @@ def train(session: Session, hooks: Sequence[Hook]) -> None:
         log.info(describe_goodput(session.meter.read()))
         if session.failure:
             raise UserError(session.failure)
+        session.webhook.send("stop", describe_end(session))
+    except BaseException as error:
+        reason = f"{type(error).__name__}: {error}"
+        session.webhook.send("stop", f"ended at step {session.step:,}: {reason}")
+        raise
     finally:
         session.close()
+
+
+def describe_end(session: Session) -> str:
+    """Return how a session ended that did not fail."""
+    if session.is_last_step:
+        return f"finished, {session.step:,} steps"
+    return f"stopped, step {session.step:,} is saved"

@@ -78,7 +78,7 @@ class MetricsLogger:
             n_steps: of the whole run.
             meter: of the run.
             resumed_at: step of the checkpoint that is resumed; None: the run begins.
-            config: the recipe, for Weights & Biases; None: without.
+            config: the recipe, for Prometheus and Weights & Biases; None: without.
         """
         self.n_steps = n_steps
         self.meter = meter
@@ -261,7 +261,10 @@ def open_places(
         BestEffort("metrics.jsonl", open_file, seconds),
         BestEffort("tensorboard", open_tensorboard, seconds),
     ]
-    if config:
+    if config and config.train.prometheus_file:
+        file = io.path(config.train.prometheus_file)
+        places.append(BestEffort("prometheus", lambda: writers.PrometheusFile(file, run_dir)))
+    if config and config.train.wandb_project:
         rewind_to = (resumed_at or 0) if n_dropped else None
         places.append(BestEffort("wandb", lambda: writers.open_wandb(run_dir, config, rewind_to)))
     return places

@@ -22,12 +22,17 @@ log = logging.getLogger(__name__)
 RESULT_SECTIONS = ("mixture", "model", "initialize", "train", "optim", "lora")
 
 
+WATCHING_KNOBS = ("wandb_project", "prometheus_file", "profile_steps")  # of section train
+
+
 def result_config(config: Config) -> dict[str, Any]:
-    """Return the sections that decide the result; packed data does by content, not by place."""
+    """Return what decides the result; packed data does by content, not by place."""
     sections = {}
     for name in RESULT_SECTIONS:
         sections[name] = dataclasses.asdict(getattr(config, name))
     del sections["mixture"]["packed_paths"]
+    for name in WATCHING_KNOBS:
+        del sections["train"][name]
     return sections
 
 

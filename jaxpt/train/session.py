@@ -35,6 +35,7 @@ from jaxpt.train.metrics import (
 )
 from jaxpt.train.records import RunSums, TrainProgress
 from jaxpt.train.state import TrainState
+from jaxpt.train.webhook import Webhook
 from jaxpt.weights import checkpoint
 
 log = logging.getLogger(__name__)
@@ -120,6 +121,7 @@ class Session:
         is_diverged: whether the loss is far above any that a model learns from; nothing is saved.
         meter: sums over the steps.
         metrics: writes records.
+        webhook: tells a person of what they should know at once.
         sign: of life, on the first process.
         saved: the newest complete checkpoint, of those that were waited for.
         exit_status: once the run was asked to stop; until then None.
@@ -130,6 +132,7 @@ class Session:
     state: TrainState
     train_step: Any
     metrics: MetricsLogger
+    webhook: Webhook
 
     sign: SignOfLife | None = None
 
@@ -295,12 +298,13 @@ class Session:
         run, train = self.run, self.run.config.train
         provenance.write_mixture_phases(run.run_dir, self.schedule)
         provenance.write_run_provenance(run, self.spec, self.step)
+        self.webhook = Webhook(run.run_dir)
         self.metrics = MetricsLogger(
             run.run_dir,
             train.steps,
             meter=self.meter,
             resumed_at=self.step if self.saved else None,
-            config=run.config if train.wandb_project else None,
+            config=run.config,
         )
 
     # ---- steps
@@ -376,6 +380,7 @@ class Session:
     def close(self) -> None:
         """End what runs beside the steps."""
         self.metrics.close()
+        self.webhook.close()
         if self.sign:
             self.sign.end()
 

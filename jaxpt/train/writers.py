@@ -13,6 +13,7 @@ import importlib.util
 import json
 import logging
 import pathlib
+import re
 import secrets
 import socket
 import sys
@@ -332,6 +333,59 @@ def flatten_metrics(record: dict[str, Any], prefix: str = "") -> dict[str, float
         elif isinstance(value, (int, float)) and not isinstance(value, bool) and name != "step":
             flat[prefix + name] = value
     return flat
+
+
+# ---- Prometheus
+
+
+class PrometheusFile:
+    """Keeps the newest numbers of a run in a file that node_exporter's textfile collector reads.
+
+    Source: Prometheus' text format 0.0.4; the collector refuses timestamps, and reads *.prom.
+    """
+
+    def __init__(self, path: io.Path, run_dir: io.Path):
+        """Write to `path` what is known of the run."""
+        self.path = path
+        self.run = str(run_dir)
+        self.samples: dict[str, float] = {}
+
+    def write(self, record: MetricRecord) -> None:
+        """Take a record's numbers over."""
+        self.samples |= list_scalars(record)
+        self.samples |= {"step": record.step, "record_time_seconds": time.time()}
+
+    def flush(self) -> None:
+        """Write the file anew: a reader finds the old one or the new one."""
+        io.write_unsynced(self.path, format_prometheus(self.samples, self.run))
+
+    def close(self) -> None:
+        """Leave the file: the newest numbers stay, with their time."""
+
+
+def format_prometheus(samples: dict[str, float], run: str) -> str:
+    """Return samples in Prometheus' text format.
+
+    {"heldout_loss/code": 3.1} of a run "runs/x" is
+
+        # TYPE jaxpt_heldout_loss gauge
+        jaxpt_heldout_loss{run="runs/x",name="code"} 3.1
+    """
+    families: dict[str, list[str]] = {}
+    for key, value in samples.items():
+        family, _, name = key.partition("/")
+        family = "jaxpt_" + re.sub(r"\W", "_", family, flags=re.ASCII)
+        labels = f'run="{escape_label(run)}"'
+        if name:
+            labels += f',name="{escape_label(name)}"'
+        families.setdefault(family, []).append(f"{family}{{{labels}}} {value}\n")
+    lines = [f"# TYPE {family} gauge\n{''.join(rows)}" for family, rows in families.items()]
+    return "".join(lines)
+
+
+def escape_label(text: str) -> str:
+    """Return a label's value as the format writes it."""
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
 # ---- Weights & Biases

@@ -30,7 +30,9 @@ class Replay(Hook):
         forgotten = forgetting.find_forgotten(losses, session.parent_loss, self.limit)
         if not forgotten:
             return
-        log.warning(forgetting.describe_forgetting(forgotten, self.limit))
+        sentence = forgetting.describe_forgetting(forgotten, self.limit)
+        log.warning(sentence)
+        session.webhook.send("forgetting", f"step {session.step:,}: {sentence}")
         if session.is_last_step:
             return
         if self.action == "stop":

@@ -6,9 +6,13 @@ from jaxpt.spec import UserError
 from jaxpt.train.hooks.hook import Hook
 from jaxpt.train.session import Session
 
+STORM = 0.5  # of train.max_consecutive_skips: a person is told before the run stops
+
 
 class Skip(Hook):
     """Looks at the steps that the host has waited for, whichever hook it waited for."""
+
+    is_storm = False  # consecutive skips of which a person was told
 
     def is_due(self, session: Session) -> bool:
         """Return whether the scalars of steps have come."""
@@ -18,6 +22,12 @@ class Skip(Hook):
         """Record each skipped update. Raise UserError after train.max_consecutive_skips."""
         for collected in session.collected:
             n_skips = int(collected.scalars["consecutive_skips"])
+            limit = session.run.config.train.max_consecutive_skips
+            is_storm = n_skips >= STORM * limit
+            if is_storm and not self.is_storm:
+                sentence = f"{n_skips} consecutive updates skipped up to step {collected.step:,}"
+                session.webhook.send("skips", f"{sentence}; the run stops at {limit}")
+            self.is_storm = is_storm
             if n_skips:
                 documents = list_documents(session, collected.step)
                 session.metrics.log_skipped_update(collected, documents)
