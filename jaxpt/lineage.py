@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from jaxpt import io, stage
+from jaxpt import doctor, io, stage
 from jaxpt.spec import Manifest, UserError
 from jaxpt.weights import checkpoint, hub
 
@@ -145,6 +145,9 @@ def describe_node_facts(node: LineageNode, versions: dict[str, str]) -> list[str
         fingerprint = fingerprint_of_place(step)
         facts.append(f"checkpoint {step.name} {fingerprint or ''}".strip())
     facts += describe_counts(manifest)
+    machine = doctor.read_summary(node.path) if doctor.FILE in manifest.outputs else ""
+    if machine:
+        facts.append(f"measured before: {machine}")
     if node.has_changed:
         facts.append("made again since it was read: something else is there now")
     return facts

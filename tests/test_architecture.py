@@ -21,7 +21,7 @@ LAYERS = [
     ("sharding",),
     ("hardware",),
     ("data", "model"),
-    ("families", "flops"),
+    ("families", "flops", "doctor"),
     ("weights",),
     ("growth",),
     ("initialize",),

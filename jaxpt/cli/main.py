@@ -19,7 +19,7 @@ from jaxpt.spec import UserError
 from jaxpt.text import format_table
 
 GROUPS = {
-    "Before you pay": ("plan",),
+    "Before you pay": ("plan", "doctor"),
     "Data": ("prepare", "train_quality", "train_tokenizer", "pack"),
     "Model": ("initialize", "train", "export_hf", "export_gguf"),
     "Results": ("evaluate", "compare", "report"),

@@ -519,6 +519,13 @@ def check_writable(directory: Path) -> None:
             pass
 
 
+def drop_cached(path: Path) -> None:
+    """Have the next reading of a file come from its disk, where the system can be asked to."""
+    if isinstance(path, pathlib.Path) and hasattr(os, "posix_fadvise"):
+        with explain("read", path), open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def remove(path: Path) -> None:
     """Remove one file, if it is there."""
     if isinstance(path, BucketPath):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import jax
 
-from jaxpt import io, stage
+from jaxpt import doctor, io, stage
 from jaxpt.config import Config, InitializeConfig
 from jaxpt.data.storage import open_storage
 from jaxpt.spec import UserError
@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 # what tells of a run: damaged, it is warned of, and the run stays finished
 RECORDS = ("config.json", "spec.json", "metrics.jsonl", "phases.json", "growth.json", "epochs.json")
+RECORDS += (doctor.FILE,)
 Input = dict[str, str]  # path and fingerprint
 
 
