@@ -6,13 +6,13 @@ from jaxpt.spec import UserError
 from jaxpt.train.hooks.hook import Hook
 from jaxpt.train.session import Session
 
-STORM = 0.5  # of train.max_consecutive_skips: a person is told before the run stops
+STORM = 0.5  # of train.max_consecutive_skips: the webhook hears of it before the run stops
 
 
 class Skip(Hook):
     """Looks at the steps that the host has waited for, whichever hook it waited for."""
 
-    is_storm = False  # consecutive skips of which a person was told
+    is_storm = False  # of which the webhook has heard
 
     def is_due(self, session: Session) -> bool:
         """Return whether the scalars of steps have come."""
