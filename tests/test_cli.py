@@ -91,7 +91,10 @@ def test_help_lists_the_knobs_that_a_command_reads_and_no_others(capsys):
         (["train", "--config.train.step=5"], "no knob train.step; did you mean train.steps?"),
         (["pack", "--workdir", "x"], "jaxpt pack: the following arguments are required: --config"),
         (["launch", "ssh", "--host", "a"], "jaxpt launch ssh: there is no flag --host; did you"),
-        (["checkpoint", "inspct", "x"], "jaxpt checkpoint: argument inspect|diff|merge: invalid choice"),
+        (
+            ["checkpoint", "inspct", "x"],
+            "jaxpt checkpoint: argument inspect|diff|merge: invalid choice",
+        ),
         (
             ["train", "--config=x.py", "--workdir=x", "--config.train.steps"],
             "expected one argument",

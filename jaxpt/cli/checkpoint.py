@@ -58,6 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.slerp,
             arguments.replace,
         )
+        source = f"--config.initialize.source={arguments.to}"
+        options.suggest_next("train", "--config", "FILE", "--workdir", "DIR", source)
     elif arguments.action == "inspect":
         for lines in checkpoint.describe_checkpoint(arguments.directory):
             print(io.printable(lines, keep="\n"))

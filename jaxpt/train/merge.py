@@ -82,6 +82,7 @@ def merge_checkpoints(
         config={"weights": factors, "slerp": slerp},
         inputs={f"checkpoint/{i}": directory for i, directory in enumerate(directories)},
         replace=replace,
+        flag="--to",
     )
     log.info(f"merge: {out} is ready; train it with --config.initialize.source={out}")
 
