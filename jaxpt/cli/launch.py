@@ -5,6 +5,8 @@ every host sees. For SLURM, Kubernetes and SkyPilot, copy a file of launch/.
 
     jaxpt launch tpu-vm --name my-tpu --zone us-east5-a \
         --config my_recipe.py --workdir gs://my-bucket/mine
+    jaxpt launch tpu-vm --name two --zone us-east5-a --accelerator v5p-128 --spot --slices 2 \
+        --config my_recipe.py --workdir gs://my-bucket/mine --config.mesh.replica=2
     jaxpt launch ssh --hosts a b c \
         --config my_recipe.py --workdir /shared/runs/mine --config.train.steps=1000 --go
 """

@@ -92,7 +92,7 @@ def initialize_run(
         verify=verify,
         flag="--to",
     )
-    log.info(f"initialize: {out} is ready; train it with --config.initialize.source={out}")
+    log.info(f"initialize: {out} is ready")
 
 
 class MeasuringData(NamedTuple):

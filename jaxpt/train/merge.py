@@ -84,7 +84,7 @@ def merge_checkpoints(
         replace=replace,
         flag="--to",
     )
-    log.info(f"merge: {out} is ready; train it with --config.initialize.source={out}")
+    log.info(f"merge: {out} is ready")
 
 
 def check_numbers(n_sources: int, weights: Sequence[float] | None, slerp: float | None) -> None:
