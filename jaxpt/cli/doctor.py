@@ -1,4 +1,4 @@
-"""Measure this machine before a run: devices, matmuls, memory, links, disk, versions, clock.
+"""Measure this machine before a run: matmuls, memory, links, disk, versions, clock.
 
     jaxpt doctor --workdir runs/base
     jaxpt doctor --workdir gs://bucket/base
