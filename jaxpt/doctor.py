@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
 
 from jaxpt import hardware, io, sharding, stage
 from jaxpt.config import MeshConfig
@@ -125,16 +124,12 @@ def measure_links(devices: list[Any]) -> float | None:
     if n == 1:
         return None
     mesh = sharding.make_mesh(MeshConfig(), devices)
-    sharded = make_sharding(mesh, ("batch",))
+    sharded = sharding.make_logical_sharding(mesh, ("batch",))
+    replicated = sharding.make_logical_sharding(mesh, (None,))
     n_numbers = n * (2**20 if devices[0].platform == "cpu" else 2**24)
     array = jax.device_put(np.zeros(n_numbers, np.float32), sharded)
-    gather = jax.jit(lambda x: x, out_shardings=make_sharding(mesh, (None,)))
+    gather = jax.jit(lambda x: x, out_shardings=replicated)
     return array.nbytes * (n - 1) / n / time_call(gather, array)
-
-
-def make_sharding(mesh: Mesh, axes: tuple[sharding.LogicalAxis, ...]) -> NamedSharding:
-    """Return a sharding of logical axes."""
-    return sharding.make_logical_sharding(mesh, axes)
 
 
 def measure_place(workdir: io.Path) -> tuple[float, float, float | None]:
