@@ -81,7 +81,7 @@ def test_help_lists_the_knobs_that_a_command_reads_and_no_others(capsys):
     [
         (["trian"], "jaxpt: there is no command trian; did you mean jaxpt train?"),
         (["export-fh"], "there is no command export-fh; did you mean jaxpt export_hf?"),
-        (["quux"], "there is no command quux; expected one of plan, prepare, "),
+        (["quux"], "there is no command quux; expected one of plan, doctor, "),
         (
             ["train", "--confg", "x"],
             "jaxpt train: there is no flag --confg; did you mean --config?",
