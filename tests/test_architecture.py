@@ -29,7 +29,7 @@ LAYERS = [
     ("export", "evaluate"),
     ("train",),
     ("plan",),
-    ("report",),
+    ("report", "sweep"),
     ("cli",),
     ("__main__",),
 ]

@@ -21,7 +21,7 @@ from jaxpt.text import format_table
 GROUPS = {
     "Before you pay": ("plan", "doctor"),
     "Data": ("prepare", "train_quality", "train_tokenizer", "pack"),
-    "Model": ("initialize", "train", "export_hf", "export_gguf"),
+    "Model": ("initialize", "train", "sweep", "export_hf", "export_gguf"),
     "Results": ("evaluate", "compare", "report"),
     "Look inside": ("trace", "checkpoint"),
     "Several hosts": ("launch",),
