@@ -65,7 +65,8 @@ def merge_checkpoints(
             if slerp is None:
                 merged = mix_linear(arrays, factors)
             else:
-                merged = mix_spherical(*arrays, slerp, param.n_stacked)
+                first, second = arrays
+                merged = mix_spherical(first, second, slerp, param.n_stacked)
             return jax.device_put(merged.astype(leaf.dtype), leaf.sharding)
 
         abstract = transformer.make_abstract_params(spec, mesh)
