@@ -19,7 +19,6 @@ def get_config():
     c.model.n_layers, c.model.d_model, c.model.d_ff = 1, 24, 40
     c.model.n_heads, c.model.n_kv_heads, c.model.d_head = 6, 2, 8
     c.model.max_seq_len, c.model.tie_embeddings = 64, True
-    c.optim.warmup_steps = 1
     c.train.steps, c.train.batch_size, c.train.log_every, c.train.eval_sequences = 6, 8, 1, 8
     return c
 """

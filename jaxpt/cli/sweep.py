@@ -48,3 +48,5 @@ def run(arguments: argparse.Namespace) -> None:
             f"sweep: {len(failed)} of the runs failed: {'; '.join(failed)}. Their messages are "
             "above; the same command goes on with them."
         )
+    place = arguments.workdir
+    options.suggest_next("report", "--workdir", place, "--to", place / "report.html")
