@@ -1,7 +1,7 @@
 """What growing a model is worth, with its controls: which way to a lower loss costs least.
 
     python benchmarks/growth.py frontier arms --text 'gutenberg/*.txt' --to runs/growth
-    python benchmarks/growth.py tables --to runs/growth
+    python benchmarks/growth.py tables --to benchmarks/growth_results
 
 `rates`     each arm of `upcycle` at several peak rates, on a seed that is not used again
 `upcycle`   a dense model trained on, made a mixture of experts, or a mixture from scratch, all with
@@ -416,7 +416,7 @@ def main() -> None:
         documents = cut_into_documents(arguments.text, arguments.to)
         sources.append(f"books=jsonl:{documents}#text")
     text = Text(tuple(sources), str(arguments.to))
-    results = arguments.to / "results"
+    results = arguments.to / "results.jsonl"
     if arguments.parts != ["tables"]:
         text.make()
     for part in arguments.parts:

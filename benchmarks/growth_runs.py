@@ -37,7 +37,6 @@ from jaxpt.growth.apply import grow_params
 from jaxpt.growth.growth import Parent
 from jaxpt.growth.new_params import NewParams
 from jaxpt.growth.parse import plan_growth
-from jaxpt.io import write_text
 from jaxpt.model import transformer
 from jaxpt.spec import ModelSpec
 from jaxpt.train import gate, state, step
@@ -184,6 +183,7 @@ class Trainer:
         reached = self.reach(run, len(run.segments), forks, curve)
         heldout = self.measure_loss(reached.spec, reached.state.params, HELDOUT_SEQUENCES)
         return {
+            "key": run.key,
             **dataclasses.asdict(run),
             "layers": reached.spec.n_layers,
             "n_params": transformer.count_params(reached.spec),
@@ -316,10 +316,10 @@ def count_without_embedding(spec: ModelSpec) -> int:
 
 def train_all(runs: list[Run], text: Text, results: pathlib.Path, n_processes: int) -> None:
     """Train the runs that have no result yet, those of one trunk in one process."""
-    results.mkdir(parents=True, exist_ok=True)
+    done = {result["key"] for result in read_results(results)}
     groups: dict[Any, list[Run]] = {}
     for run in runs:
-        if not (results / f"{run.key}.json").exists():
+        if run.key not in done:
             groups.setdefault(run.trunk, []).append(run)
     print(f"{sum(map(len, groups.values()))} runs to make in {len(groups)} groups", flush=True)
     os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
@@ -333,14 +333,15 @@ def train_all(runs: list[Run], text: Text, results: pathlib.Path, n_processes: i
 
 
 def train_group(runs: list[Run], text: Text, results: pathlib.Path) -> None:
-    """Train runs of one trunk, and write each one's result when it is there."""
+    """Train runs of one trunk, and append each one's result when it is there."""
     trainer = Trainer(text)
     for number, run in enumerate(runs):
         forks = set()
         for other in runs[number + 1 :]:
             forks |= {fork_key(other, n) for n in range(1, len(other.segments))}
         result = trainer.train(run, forks)
-        write_text(results / f"{run.key}.json", json.dumps(result) + "\n")
+        with open(results, "a", encoding="utf-8") as file:
+            file.write(json.dumps(result) + "\n")
         print(
             f"{run.part}: {run.arm}, rate {run.peak_lr:g}, seed {run.seed}: {result['loss']:.4f} "
             f"nats, {result['flops']:.3g} FLOPs, {result['cpu_seconds']:.0f} s",
@@ -349,5 +350,8 @@ def train_group(runs: list[Run], text: Text, results: pathlib.Path) -> None:
 
 
 def read_results(results: pathlib.Path) -> list[dict[str, Any]]:
-    """Return all results that are there."""
-    return [json.loads(file.read_text()) for file in sorted(results.glob("*.json"))]
+    """Return all results of a file, but for one that a kill cut."""
+    if not results.exists():
+        return []
+    lines = results.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
