@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from jaxpt.model.kernels.blockwise import blockwise_attend
 from jaxpt.model.kernels.cudnn import cudnn_attend
 from jaxpt.model.kernels.splash import splash_attend
+from jaxpt.model.kernels.trial import KernelKnob, can_run_on, choose_kernel, describe_difference
 from jaxpt.sharding import n_shards
-from jaxpt.spec import ModelSpec, UserError
+from jaxpt.spec import ModelSpec
 
 Kernel = Callable[[Array, Array, Array, Array, int | None], Array]
 
@@ -29,8 +29,7 @@ BACKENDS: dict[str, Kernel] = {
     "splash": splash_attend,
     "cudnn": cudnn_attend,
 }
-PLATFORM_KERNELS = {"tpu": "splash", "gpu": "cudnn"}
-MAX_RELATIVE_DIFFERENCE = 0.05  # bfloat16 stays below a tenth of it, a leak between documents above
+KNOB = KernelKnob("train.attention", "xla", {"tpu": "splash", "gpu": "cudnn"})
 
 
 class AttentionRequest(NamedTuple):
@@ -85,31 +84,16 @@ def choose_backend(
     Raises:
         UserError: a backend requested by name does not support the run.
     """
-    requested = request.backend
     device = mesh.devices.flat[0]
-    kernel = PLATFORM_KERNELS.get(device.platform)
-    if requested == "xla":
-        return "xla", "train.attention = xla"
-    if requested not in ("auto", kernel):
-        hardware = "TPU" if requested == "splash" else "NVIDIA GPU"
-        raise UserError(
-            f"train.attention: {requested} runs on {hardware}, but this is {device.device_kind}. "
-            "Use auto."
-        )
-    if kernel is None:
-        return "xla", f"the default on {device.device_kind}"
-    reason = unsupported_reason(kernel, spec, request, mesh)
-    if not reason and device in jax.devices():  # a device that is only compiled for cannot run
+
+    def find_reason(kernel: str) -> str | None:
+        reason = unsupported_reason(kernel, spec, request, mesh)
+        if reason or not can_run_on(device):
+            return reason
         local = mesh.local_devices[0]
-        reason = check_against_reference(kernel, spec, request.seq_len, request.dtype, local)
-    if not reason:
-        return kernel, f"the kernel for {device.device_kind}"
-    if requested == "auto":
-        return "xla", f"{kernel} does not support this run: {reason}; slower, and more memory"
-    raise UserError(
-        f"train.attention: {requested} does not support this run: {reason}. Use auto or xla, or "
-        "change that."
-    )
+        return check_against_reference(kernel, spec, request.seq_len, request.dtype, local)
+
+    return choose_kernel(KNOB, request.backend, device, find_reason)
 
 
 def unsupported_reason(
@@ -155,35 +139,14 @@ def check_against_reference(
 ) -> str | None:
     """Return how a kernel's output or gradients differ from xla's; None if they agree.
 
-    Run on two sequences, with every window that a layer has, before a run relies on it: the kernels
-    are others', and no test here can run them on their hardware.
+    Run on two sequences, with every window that a layer has.
     """
     inputs = jax.device_put(make_check_inputs(spec, seq_len, dtype), device)
     for window in dict.fromkeys(kind.window for kind in spec.layer_kinds):
-        difference = compare_with_reference(kernel, window, inputs, device.device_kind)
+        run = functools.partial(run_forward_and_backward, window=window, inputs=inputs)
+        difference = describe_difference(kernel, KNOB.plain, run, device.device_kind)
         if difference:
             return difference
-    return None
-
-
-def compare_with_reference(
-    kernel: str, window: int | None, inputs: tuple[Array, ...], device_kind: str
-) -> str | None:
-    """Return how a kernel differs from xla's with one window; None if they agree."""
-    try:
-        found = run_forward_and_backward(kernel, window, inputs)
-    except Exception as error:
-        lines = str(error).strip().splitlines()
-        return f"it fails on {device_kind} ({lines[0][:200]})"
-    reference = run_forward_and_backward("xla", window, inputs)
-    names = ("output", "gradient of q", "gradient of k", "gradient of v")
-    for name, got, expected in zip(names, found, reference, strict=True):
-        # numpy's max: XLA's on a CPU ignores NaN
-        largest = np.abs(expected).max()
-        difference = np.abs(got - expected).max() / largest
-        if not difference < MAX_RELATIVE_DIFFERENCE:
-            size = f"{difference:.2g} x the largest entry"
-            return f"its {name} on {device_kind} differs from xla's by {size}"
     return None
 
 
@@ -207,8 +170,8 @@ def make_check_inputs(spec: ModelSpec, seq_len: int, dtype: str) -> tuple[Array,
 
 def run_forward_and_backward(
     backend: str, window: int | None, inputs: tuple[Array, ...]
-) -> list[np.ndarray]:
-    """Return output and gradients for q, k and v, float32 on the host."""
+) -> dict[str, Array]:
+    """Return output and gradients for q, k and v."""
 
     @jax.jit
     def run(q: Array, k: Array, v: Array, ids: Array, d_out: Array) -> tuple[Array, ...]:
@@ -218,5 +181,5 @@ def run_forward_and_backward(
         out, pullback = jax.vjp(forward, q, k, v)
         return out, *pullback(d_out)
 
-    found = jax.device_get(run(*inputs))
-    return [np.asarray(x, np.float32) for x in found]
+    names = ("output", "gradient of q", "gradient of k", "gradient of v")
+    return dict(zip(names, run(*inputs), strict=True))
