@@ -136,6 +136,9 @@ def get_config():
     # Attention kernel; auto takes the platform's where it supports the run. See
     # docs/performance.md.
     c.train.attention = "auto"
+    # Kernel for a mixture's experts; auto takes the platform's where it supports the run. See
+    # docs/moe.md.
+    c.train.experts = "auto"
     # Activation checkpointing policy, from most memory to least: none, dots, minimal, full. offload
     # is dots kept in host memory.
     c.train.remat = "none"

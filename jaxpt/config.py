@@ -245,6 +245,12 @@ class TrainConfig:
         "See docs/performance.md.",
         *("auto", "xla", "splash", "cudnn"),
     )
+    experts: str = knob(
+        "auto",
+        "Kernel for a mixture's experts; auto takes the platform's where it supports the run. "
+        "See docs/moe.md.",
+        *("auto", "scan", "megablox", "tokamax"),
+    )
     remat: str = knob(
         "none",
         "Activation checkpointing policy, from most memory to least: none, dots, minimal, full. "

@@ -118,7 +118,7 @@ def test_blocks_equal_the_sum_over_all_experts_with_all_gradients(one, sizes, ba
     mesh = sharding.make_mesh(config.MeshConfig(**sizes)) if sizes else one
     activate = ACTIVATIONS[activation]
     expected = differentiate(functools.partial(sum_over_all_experts, activate), one, *inputs)
-    found = differentiate(functools.partial(mixture.run_experts, activate), mesh, *inputs)
+    found = differentiate(functools.partial(mixture.run_experts, activate, "scan"), mesh, *inputs)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6 * np.abs(b).max()), found, expected
     )
@@ -132,7 +132,8 @@ def test_a_batch_that_the_mesh_does_not_divide_runs_whole_on_every_device(one):
 
     def differentiate_on(mesh):
         def total(x, weights, experts):
-            return jnp.sum(mixture.run_experts(jax.nn.silu, x, chosen, weights, experts) * d_out)
+            out = mixture.run_experts(jax.nn.silu, "scan", x, chosen, weights, experts)
+            return jnp.sum(out * d_out)
 
         def on_mesh(*arguments):
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -149,20 +150,25 @@ def test_a_batch_that_the_mesh_does_not_divide_runs_whole_on_every_device(one):
 
 
 @pytest.mark.parametrize(("n_tokens", "k"), [(1, 1), (1, 3), (5, 2), (300, 3)])
-def test_every_assignment_has_a_row_of_its_experts_block(n_tokens, k):
+@pytest.mark.parametrize("for_kernel", [False, True])
+def test_every_assignment_has_a_row_of_its_expert(n_tokens, k, for_kernel):
     E = 7
     for seed in range(3):
         rng = np.random.default_rng(seed)
         chosen = np.stack([rng.permutation(E)[:k] for _ in range(n_tokens)])
         if seed == 2:
             chosen[:] = np.arange(k)
-        blocks = mixture.sort_into_blocks(jnp.asarray(chosen)[None], E)
-        n_rows = blocks.token.shape[1]
-        assert len(set(np.ravel(blocks.row))) == chosen.size
-        np.testing.assert_array_equal(blocks.expert[blocks.row // n_rows], chosen)
+        n_rows = 1 if for_kernel else mixture.choose_block_rows(chosen.size, E)
+        rows = mixture.sort_by_expert(jnp.asarray(chosen)[None], E, n_rows, for_kernel)
+        assert len(set(np.ravel(rows.row))) == chosen.size
+        np.testing.assert_array_equal(rows.expert[rows.row // n_rows], chosen)
         tokens = np.broadcast_to(np.arange(n_tokens)[:, None], chosen.shape)
-        np.testing.assert_array_equal(np.ravel(blocks.token)[blocks.row], tokens)
-        assert np.sum(np.asarray(blocks.token) < n_tokens) == chosen.size
+        np.testing.assert_array_equal(rows.token[rows.row], tokens)
+        assert np.sum(np.asarray(rows.token) < n_tokens) == chosen.size
+        owners = np.repeat(np.arange(E), rows.sizes)  # the first rows, one expert after the other
+        np.testing.assert_array_equal(owners[rows.row], chosen)
+        if for_kernel:
+            assert min(rows.sizes) > 0 and len(rows.token) >= sum(rows.sizes) + 128
 
 
 @pytest.mark.slow

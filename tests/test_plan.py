@@ -532,6 +532,14 @@ def test_a_started_collective_and_a_scattered_one_count_their_whole_arrays():
     )
     assert compile.count_collective_bytes(gathered, "all-gather-start") == 24 * 24 * 4
     assert compile.count_collective_bytes(scattered, "reduce-scatter") == 24 * 24 * 2
+    named = scattered.replace("{{0,1,2,3}}", "mesh['axis_0'=4,'axis_1'=5] {'axis_0'}")
+    assert compile.count_collective_bytes(named, "reduce-scatter") == 24 * 24 * 2
+    started = (
+        "  %s = ((bf16[24,24]{1,0}, f32[4,8]{1,0}), (bf16[6,24]{1,0}, f32[1,8]{1,0})) "
+        "reduce-scatter-start(%w, %v), replica_groups={{0,1,2,3}}, dimensions={0}, to_apply=%add"
+    )
+    n_bytes = compile.count_collective_bytes(started, "reduce-scatter-start")
+    assert n_bytes == 24 * 24 * 2 + 4 * 8 * 4
 
 
 def test_hours_and_money_follow_from_speed(on_cpu):

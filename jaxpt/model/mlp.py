@@ -70,8 +70,10 @@ def params(spec: ModelSpec, residual_scale: float) -> dict[str, ParamSpec]:
     return found
 
 
-def apply(spec: ModelSpec, params: LayerParams, x: Array) -> FeedForward:
-    """Return what the MLP adds to the residual."""
+def apply(
+    spec: ModelSpec, params: LayerParams, x: Array, experts_kernel: str = "scan"
+) -> FeedForward:
+    """Return what the MLP adds to the residual; it has no experts for a kernel to run."""
     gate = linear(spec.lora, "btd,df->btf", x, params, "gate")
     up = linear(spec.lora, "btd,df->btf", x, params, "up")
     activations = ACTIVATIONS[spec.activation](gate) * up

@@ -66,12 +66,14 @@ def shared_params(spec: ModelSpec, residual_scale: float) -> dict[str, ParamSpec
     return found
 
 
-def apply(spec: ModelSpec, params: LayerParams, x: Array) -> FeedForward:
+def apply(
+    spec: ModelSpec, params: LayerParams, x: Array, experts_kernel: str = "scan"
+) -> FeedForward:
     """Return what the chosen experts, and the shared one, add to the residual."""
     routing = route(spec, params, x)
     experts = Experts(*(params[name].astype(x.dtype) for name in Experts._fields))
     activate = ACTIVATIONS[spec.activation]
-    out = run_experts(activate, x, routing.experts, routing.weights, experts)
+    out = run_experts(activate, experts_kernel, x, routing.experts, routing.weights, experts)
     if spec.d_shared:
         out = out + run_shared_expert(spec, params, x)
     activations = mix_activations(activate, jax.lax.stop_gradient((x, routing, experts)))

@@ -119,6 +119,18 @@ def feed_forward(spec: ModelSpec) -> Any:
 # ---- forward
 
 
+class Kernels(NamedTuple):
+    """What runs a layer's attention and experts.
+
+    Attributes:
+        attention: as kernels.select.choose_backend returned.
+        experts: as kernels.select_experts.choose_experts_kernel returned.
+    """
+
+    attention: str = "xla"
+    experts: str = "scan"
+
+
 def forward(
     spec: ModelSpec,
     params: Params,
@@ -128,7 +140,7 @@ def forward(
     dtype: Any = jnp.float32,
     remat: str = "none",
     unroll: int = 1,
-    backend: str = "xla",
+    kernels: Kernels = Kernels(),
 ) -> tuple[Array, SideOutputs]:
     """Run tokens through the model.
 
@@ -141,7 +153,7 @@ def forward(
         dtype: of activations.
         remat: activation checkpointing policy, a key of CHECKPOINT_POLICIES.
         unroll: layers per iteration of the scan.
-        backend: of attention, as kernels.select.choose_backend returned.
+        kernels: of attention and experts.
 
     Returns:
         Hidden states after the final norm, [B, T, D] in dtype, and what the layers give beside it
@@ -149,12 +161,21 @@ def forward(
     """
 
     def attend_within(q: Array, k: Array, v: Array, window: int | None, state: Any) -> Any:
-        heads = attend(q, k, v, segment_ids, window, backend, spec.attention_softcap)
+        heads = attend(q, k, v, segment_ids, window, kernels.attention, spec.attention_softcap)
         return heads, state
 
     is_token = segment_ids > 0
     return forward_with(
-        attend_within, spec, params, tokens, positions, dtype, remat, unroll, is_token
+        attend_within,
+        spec,
+        params,
+        tokens,
+        positions,
+        dtype,
+        remat,
+        unroll,
+        is_token,
+        kernels.experts,
     )
 
 
@@ -168,6 +189,7 @@ def forward_with(
     remat: str = "none",
     unroll: int = 1,
     is_token: Array | None = None,
+    experts_kernel: str = "scan",
 ) -> tuple[Array, SideOutputs]:
     """Run tokens through the model like `forward`, with the caller's attention.
 
@@ -183,7 +205,15 @@ def forward_with(
     ropes = compute_ropes(spec, positions)
     blocks = params["blocks"]
     x, _, stacked = run_layers(
-        spec, blocks, x, ropes, attend, observe=keep_side_outputs, remat=remat, unroll=unroll
+        spec,
+        blocks,
+        x,
+        ropes,
+        attend,
+        observe=keep_side_outputs,
+        remat=remat,
+        unroll=unroll,
+        experts_kernel=experts_kernel,
     )
     losses = jax.tree.map(jnp.sum, stacked.losses)
     scalars = jax.tree.map(jnp.mean, stacked.scalars)
@@ -270,6 +300,7 @@ def run_layers(
     observe: Observe = observe_nothing,
     remat: str = "none",
     unroll: int = 1,
+    experts_kernel: str = "scan",
 ) -> tuple[Array, Any, Any]:
     """Run all layers: the one pass of training, decoding and measuring.
 
@@ -283,6 +314,7 @@ def run_layers(
         observe: called after each layer.
         remat: activation checkpointing policy.
         unroll: layers per iteration of the scan.
+        experts_kernel: as kernels.select_experts.choose_experts_kernel returned.
 
     Returns:
         The residual stream, the state, and what `observe` stacked, [L, ...].
@@ -290,7 +322,8 @@ def run_layers(
     kinds = spec.layer_kinds or (LayerKind(),)
     distinct = list(dict.fromkeys(kinds))
     kind_ids = [distinct.index(kind) for kind in kinds][: spec.n_layers]
-    branches = [functools.partial(run_layer, spec, kind, attend) for kind in distinct]
+    run_any = functools.partial(run_layer, spec, attend, experts_kernel)
+    branches = [functools.partial(run_any, kind) for kind in distinct]
 
     def layer(carry: tuple[Array, Any], numbered: tuple[Any, Params]) -> tuple[Any, Any]:
         before, state = carry
@@ -319,8 +352,9 @@ def run_layers(
 
 def run_layer(
     spec: ModelSpec,
-    kind: LayerKind,
     attend: Attend,
+    experts_kernel: str,
+    kind: LayerKind,
     params: Params,
     x: Array,
     ropes: dict[str, Rope],
@@ -344,7 +378,7 @@ def run_layer(
     heads, state = attend(q, k, v, kind.window, state)
     x = add(x, norm("attn_post_norm", attention.project_out(spec, params, heads)))
     mlp_input = norm("mlp_norm", x)
-    found = feed_forward(spec).apply(spec, params, mlp_input)
+    found = feed_forward(spec).apply(spec, params, mlp_input, experts_kernel)
     x = add(x, norm("mlp_post_norm", found.out))
     inner = Intermediates(attention_input, heads, mlp_input, found.activations, found.routing)
     return x, inner, state

@@ -25,13 +25,13 @@ from typing import Any
 import jax
 from jax._src.cudnn import fused_attention_stablehlo as fused
 from jax.experimental import topologies
-from jax.extend import core
+from jax.extend import backend, core
 from jax.sharding import Mesh
 
 from jaxpt import config, hardware, sharding
 from jaxpt.config import Config
 from jaxpt.hardware import GPUS_PER_HOST, Chip, Target
-from jaxpt.model.kernels import select
+from jaxpt.model.kernels import grouped, select_experts
 from jaxpt.plan import roofline
 from jaxpt.plan.roofline import CollectiveCount, LayerCollectives, StepAnalysis
 from jaxpt.spec import ModelSpec, Record, UserError
@@ -138,13 +138,18 @@ def analyze_step_in_process(request: AnalysisRequest) -> StepAnalysis:
     devices = make_target_devices(target, missing)
     mesh = sharding.make_mesh(settings.mesh, devices)
     sharding.check_mesh_divides(mesh, spec, train.batch_size, train.grad_accum_steps, seq_len)
-    backend = roofline.predict_attention_backend(seq_len, train, settings.mesh, target)
+    attention = roofline.predict_attention_backend(seq_len, train, settings.mesh, target)
+    experts = None
     if not missing:
-        asked = step.make_attention_request(train, seq_len)
-        backend, _ = select.choose_backend(spec, asked, mesh)
+        attention = step.choose_kernels(spec, train, seq_len, mesh).attention
+    if not missing and spec.n_experts:
+        kernel = select_experts.choose_experts_kernel(
+            spec, train.experts, train.compute_dtype, mesh
+        )
+        experts = ", ".join(kernel)
 
-    # A kernel's matmuls cannot be seen; xla's query blocks compute the same. Stand-in devices can
-    # trace nothing else.
+    # The matmuls of attention's kernel cannot be seen; xla's query blocks compute the same.
+    # Stand-in devices can trace nothing else.
     remat = train.remat
     if missing and remat == "offload":
         remat = "dots"
@@ -157,7 +162,7 @@ def analyze_step_in_process(request: AnalysisRequest) -> StepAnalysis:
         loop_body_flops = count_matmul_flops(program, multiply_loops=False) / target.n_devices
 
     whole = roofline.count_state_bytes(spec, settings.optim, settings.initialize.param_dtype)
-    estimate = roofline.estimate_step(spec, whole, train, seq_len, dict(mesh.shape), backend)
+    estimate = roofline.estimate_step(spec, whole, train, seq_len, dict(mesh.shape), attention)
     abstract_state = state.make_abstract_state(
         spec, settings.optim, mesh, settings.initialize.param_dtype
     )
@@ -174,6 +179,7 @@ def analyze_step_in_process(request: AnalysisRequest) -> StepAnalysis:
         export_bytes=estimate.export_bytes - estimate.params_bytes + params_bytes,
         executed_flops=count_matmul_flops(program),
         loop_body_flops=loop_body_flops,
+        experts=experts,
     )
     if not missing:
         lowered = trace_step(spec, settings, mesh).lower()
@@ -219,9 +225,12 @@ def make_target_devices(target: Target, missing: str | None) -> Sequence[Any]:
         topology = f"1x{n_hosts}x{GPUS_PER_HOST}"
     patch_cudnn_checks(target.chip)
     target_config = format_gpu_target_config(target.chip)
-    return topologies.get_topology_desc(
+    devices = topologies.get_topology_desc(
         platform="cuda", target_config=target_config, topology=topology
     ).devices
+    # tokamax asks JAX for this machine's card
+    backend.get_default_device = lambda: devices[0]
+    return devices
 
 
 def patch_cudnn_checks(chip: Chip) -> None:
@@ -325,6 +334,12 @@ def count_matmul_flops(jaxpr: Any, multiply_loops: bool = True) -> float:
             out_shape = equation.outvars[0].aval.shape
             n_summed = math.prod(left_shape[axis] for axis in contracted)
             total += 2 * math.prod(out_shape) * n_summed
+        elif name == "jit":
+            shapes = [operand.aval.shape for operand in equation.invars]
+            kernel_flops = grouped.count_product_flops(params["name"], shapes)
+            if kernel_flops is not None:
+                total += kernel_flops
+                continue
         n_repeats = 1
         if name == "scan":
             # unrolled by its whole length, it is no loop any more
@@ -436,10 +451,13 @@ def count_collective_bytes(line: str, operation: str) -> float:
     for dtype, shape in ARRAY.findall(result):
         n_elements = math.prod(map(int, shape.split(",")))
         sizes.append(n_elements * DTYPE_BYTES[dtype])
+    # of a started operation, the operands stand before the results
+    half = len(sizes) // 2
     if operation in ("all-gather-start", "collective-permute-start"):
-        # of a started operation, the operands stand before the results
-        sizes = sizes[len(sizes) // 2 :]
-    if operation.startswith("reduce-scatter"):  # the result is one shard of the array
+        return sum(sizes[half:])
+    if operation == "reduce-scatter-start":
+        return sum(sizes[:half])
+    if operation == "reduce-scatter":  # the result is one shard of the array
         return sum(sizes) * count_group_devices(line)
     return sum(sizes)
 
@@ -449,6 +467,10 @@ def count_group_devices(line: str) -> int:
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
     if listed:
         return len(listed[1].split(","))
+    named = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line)
+    if named:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
     counted = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
     return int(counted[1]) if counted else 1
 

@@ -79,6 +79,7 @@ class TargetPlan(Record):
     usd_per_hour: float | None  # per device
     price_source: str
     analysis_seconds: float
+    experts: str | None = None  # a mixture's kernel, and why; None: not known without compiling
     overrides: tuple[str, ...] = ()  # found by --search, such as "--config.train.remat=full"
 
 
@@ -192,6 +193,7 @@ def project_target(
         n_devices=n_devices,
         mesh=analysis.mesh,
         attention=analysis.attention,
+        experts=analysis.experts,
         fits=fits,
         peak_bytes=peak_bytes,
         peak_is_lower_bound=exceeds_memory,
@@ -419,6 +421,8 @@ def describe_assumptions(plan: TargetPlan) -> list[str]:
             f"{chip}: estimated, not compiled: install {plan.missing_package} to compile. "
             "Parameters and optimizer state are exact, the rest to about 25 %."
         )
+    if plan.experts:
+        notes.append(f"{name}: experts run by {plan.experts}.")
     if plan.fits and plan.needs_mem_fraction:
         notes.append(
             f"{name}: needs more than the {DEFAULT_MEM_FRAC:.0%} of a card that JAX takes: "

@@ -64,6 +64,7 @@ class StepAnalysis(Record):
     # of one turn of each loop over layers, forward first; empty: unknown
     layer_collectives: tuple[LayerCollectives, ...]
     analysis_seconds: float
+    experts: str | None = None  # a mixture's kernel, and why; None: not known without compiling
 
 
 class Roofline(NamedTuple):

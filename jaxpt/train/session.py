@@ -20,7 +20,7 @@ from jaxpt.data.mixture import MAX_NAMED, MixturePhase, MixtureSchedule
 from jaxpt.growth.growth import Parent
 from jaxpt.growth.parse import plan_growth
 from jaxpt.model import loss
-from jaxpt.model.kernels import select
+from jaxpt.model.kernels import select, select_experts
 from jaxpt.spec import Batch, ModelSpec, UserError
 from jaxpt.train import agreement, begin, distributed, gate, provenance, state, step
 from jaxpt.train.begin import InitialModel, RunStart
@@ -425,6 +425,9 @@ def log_fast_paths(
     backend, reason = select.choose_backend(spec, step.make_attention_request(train, seq_len), mesh)
     log.info(f"attention: {backend}, {reason}")
     dtype, note = train.compute_dtype, ""
+    if spec.n_experts:
+        kernel, reason = select_experts.choose_experts_kernel(spec, train.experts, dtype, mesh)
+        log.info(f"experts: {kernel}, {reason}")
     if dtype == "bfloat16" and on_cpu:
         note = " (XLA's CPU converts to float32: slower than compute_dtype=float32)"
     elif dtype == "float32" and not on_cpu:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from jaxpt.sharding import LogicalAxis, find_mesh_axes, logical_to_partition_spec, n_shards
@@ -41,11 +42,15 @@ def shard_map_axes(
     return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def sum_over_shards(x: Array, *axes: str) -> Array:
-    """Return the sum over all shards of these logical axes, within `shard_map_axes`."""
+def sum_over_shards(x: Array, *axes: str, but: tuple[str, ...] = ()) -> Array:
+    """Return the sum over all shards of these logical axes, within `shard_map_axes`.
+
+    Not over the mesh axes of those named by `but`.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.psum(x, find_mesh_axes(*axes))
+    left_out = find_mesh_axes(*but)
+    return jax.lax.psum(x, [axis for axis in find_mesh_axes(*axes) if axis not in left_out])
 
 
 # ---- within `shard_map_axes`, over one logical axis
@@ -62,11 +67,25 @@ def find_shard_index(axis: str) -> Array | int:
     return jax.lax.axis_index(find_mesh_axes(axis)) if count_shards(axis) > 1 else 0
 
 
-def gather_shards(x: Array, axis: str) -> Array:
-    """Return all shards, joined along their first dimension."""
-    return jax.lax.all_gather(x, find_mesh_axes(axis), tiled=True)
+def gather_shards(x: Array, axis: str, dimension: int = 0) -> Array:
+    """Return all shards, joined along a dimension.
+
+    They are stacked before they are joined: XLA gathers along the outermost dimension of memory,
+    and would lay out anew, for all layers, what is gathered along another.
+    """
+    if count_shards(axis) == 1:
+        return x
+    shards = jax.lax.all_gather(x, find_mesh_axes(axis))
+    shape = list(x.shape)
+    shape[dimension] *= len(shards)
+    return jnp.moveaxis(shards, 0, dimension).reshape(shape)
 
 
-def scatter_sum(x: Array, axis: str) -> Array:
-    """Return this device's part, along the first dimension, of the sum over all shards."""
-    return jax.lax.psum_scatter(x, find_mesh_axes(axis), tiled=True)
+def scatter_sum(x: Array, axis: str, dimension: int = 0) -> Array:
+    """Return this device's part, along a dimension, of the sum over all shards."""
+    n = count_shards(axis)
+    if n == 1:
+        return x
+    before, after = x.shape[:dimension], x.shape[dimension + 1 :]
+    parts = x.reshape(*before, n, x.shape[dimension] // n, *after)
+    return jax.lax.psum_scatter(jnp.moveaxis(parts, dimension, 0), find_mesh_axes(axis))
