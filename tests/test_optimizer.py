@@ -275,6 +275,28 @@ def test_what_cannot_be_mapped_is_initialized_again_and_named(one, caplog):
     assert "initialized again" in caplog.text and "v_row['blocks']['up']" in caplog.text
 
 
+@pytest.mark.parametrize("is_good", [True, False])
+def test_an_update_is_skipped_bit_by_bit_in_the_form_of_cpus_and_of_others(is_good):
+    """A conditional there, a selection here: both give the same."""
+    tx = optax.adamw(0.1)
+    params = {"w": jnp.linspace(-2.0, 3.0, 24)}
+    before = params, tx.update(params, tx.init(params), params)[1]
+    grads = {"w": jnp.full(24, 0.3 if is_good else jnp.nan)}
+
+    def update(params, opt_state):
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    run = jax.jit(functools.partial(step.update_if, update=update), static_argnames="on_cpu")
+    found = [
+        run(jnp.bool_(is_good), params=params, opt_state=before[1], on_cpu=on_cpu)
+        for on_cpu in (True, False)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    if not is_good:
+        jax.tree.map(np.testing.assert_array_equal, found[1], before)
+
+
 def test_an_optimizer_that_does_not_exist_is_named_with_those_that_do():
     with pytest.raises(UserError, match=r"optim.name.*did you mean .adamw"):
         optimizer.make_optimizer(OptimConfig(name="adamx"), SPEC)
