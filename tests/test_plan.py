@@ -866,7 +866,58 @@ def test_the_search_goes_down_from_the_fastest_until_one_fits(monkeypatch):
     assert search.find_fitting_layout(LLAMA3_8B, tight, found) == (None, 0)
 
 
-def test_what_is_too_large_names_the_smallest_that_fits():
+@pytest.fixture
+def without_compilers(monkeypatch):
+    monkeypatch.setattr(compile, "find_missing_package", lambda target: "its compiler")
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_a_suggested_slice_is_compiled_and_what_is_refused_teaches(monkeypatch, factor):
+    """A compiler that needs half as much again goes to a larger slice, or another layout."""
+    chip = hardware.CHIPS["v5e"]
+    layouts = {}
+    for name in hardware.list_target_names(chip)[:8]:
+        for each in search.list_layouts(LLAMA3_8B, POD, hardware.parse_target(name)):
+            layouts[name, each.settings] = each
+    needed = []
+
+    def measure(spec, settings, target):
+        analysis = layouts[target.name, settings].analysis
+        needed.append(round(factor * analysis.peak_bytes))
+        return dataclasses.replace(analysis, peak_bytes=needed[-1])
+
+    monkeypatch.setattr(compile, "find_missing_package", lambda target: None)
+    monkeypatch.setattr(compile, "analyze_step", measure)
+    message = search.suggest_layout(LLAMA3_8B, POD, hardware.parse_target("v5e:2x2"))
+    usable_bytes = hardware.parse_target("v5e:2x2").usable_bytes
+    assert message.startswith("Compiled, the smallest v5e that fits is v5e:")
+    assert needed[-1] <= usable_bytes and all(each > usable_bytes for each in needed[:-1])
+    assert len(needed) == (1 if factor == 1 else 2)
+    assert f"with {needed[-1] / 2**30:.1f} of" in message
+
+
+def test_a_suggestion_that_no_compiled_step_confirmed_says_so(monkeypatch):
+    def refuse(spec, settings, target):
+        return dataclasses.replace(layout.analysis, exceeds_memory=True)
+
+    target = hardware.parse_target("v5e:2x2")
+    layout = search.list_layouts(LLAMA3_8B, POD, target)[0]
+    monkeypatch.setattr(compile, "find_missing_package", lambda target: None)
+    monkeypatch.setattr(compile, "analyze_step", refuse)
+    message = search.suggest_layout(LLAMA3_8B, POD, target)
+    assert message.startswith("By arithmetic, after 4 compiled steps that do not fit, the smallest")
+
+
+def test_a_mixture_may_be_planned_with_sharded_experts():
+    spec = LLAMA3_8B.replace(family="mixtral", n_experts=8, n_experts_per_token=2)
+    found = search.list_layouts(spec, POD, hardware.parse_target("h200:8"))
+    sizes = {each.analysis.mesh["expert"] for each in found}
+    assert sizes == {1, 2, 4, 8}
+    dense = search.list_layouts(LLAMA3_8B, POD, hardware.parse_target("h200:8"))
+    assert {each.analysis.mesh["expert"] for each in dense} == {1}
+
+
+def test_what_is_too_large_names_the_smallest_that_fits(without_compilers):
     message = search.suggest_layout(LLAMA3_8B, POD, hardware.parse_target("v5e:2x2"))
     on = re.search(r"is (v5e:\w+),", message)[1]
     smaller = [
@@ -882,7 +933,7 @@ def test_what_is_too_large_names_the_smallest_that_fits():
         )
 
 
-def test_what_fits_with_other_settings_names_them():
+def test_what_fits_with_other_settings_names_them(without_compilers):
     message = search.suggest_layout(
         LLAMA3_8B, POD, hardware.parse_target("h100:8")
     )  # 128 rows a card at once
@@ -899,7 +950,7 @@ def test_what_fits_with_other_settings_names_them():
     assert record.required_bytes <= hardware.parse_target("h100:8").usable_bytes
 
 
-def test_a_context_that_no_slice_holds_names_the_longest_that_one_does():
+def test_a_context_that_no_slice_holds_names_the_longest_that_one_does(without_compilers):
     endless = dataclasses.replace(
         POD, pack=PackConfig(seq_len=2**22), train=dataclasses.replace(POD.train, batch_size=1)
     )

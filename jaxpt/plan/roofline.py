@@ -236,13 +236,15 @@ def estimate_temporary_bytes(
     Saved activations; gradients like the parameters, twice if micro-batches are summed; one layer
     at work; its gathered experts and the gathered output head, with their float32 gradients. Within
     25 % of what the compilers reported for the 8B shape on v5p, v6e and H100, and for
-    Mixtral 8x7B and Solar Open on v5p; mixtures on H200, and Grok-1 with tensor shards, took 1.3 to
-    1.6 times as much.
+    Mixtral 8x7B and Solar Open on v5p; Grok-1 with tensor shards took 1.6 times as much there.
     """
     gradients = params_bytes
     if share.grad_accum_steps > 1:
         gradients *= 2
-    layer_width = 8 * spec.d_model + 5 * spec.active_d_ff / share.n_tensor
+    n_rows = count_expert_rows(spec, share)  # of each token
+    layer_width = 8 * spec.d_model + 5 * (n_rows * spec.d_ff + spec.d_shared) / share.n_tensor
+    if spec.n_experts:
+        layer_width += 4 * n_rows * spec.d_model  # as they go in and come out, and their gradients
     layer = share.microbatch_tokens * layer_width * share.compute_bytes
     n_head_params = spec.d_model * spec.vocab_size
     head = n_head_params * (share.compute_bytes + 4) / share.n_tensor
@@ -251,6 +253,17 @@ def estimate_temporary_bytes(
     experts = n_expert_params * (share.compute_bytes + 8) / share.n_tensor
     saved = estimate_saved_activation_bytes(spec, share, remat)
     return gradients + saved + layer + head + experts
+
+
+def count_expert_rows(spec: ModelSpec, share: DeviceShare) -> int:
+    """Return the rows of experts that a device has room for, for each of its tokens; dense: 1.
+
+    Those of all devices that share the experts, should they all choose this one's.
+    """
+    if not spec.n_experts:
+        return 1
+    n_own = spec.n_experts // share.n_expert
+    return share.n_expert * min(spec.n_experts_per_token, n_own)
 
 
 def estimate_comm_bytes(spec: ModelSpec, share: DeviceShare) -> float:

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 REMAT_POLICIES = ("none", "dots", "minimal", "full")
 # share of the memory to stay below by arithmetic alone: the compilers came within a few percent
 SAFE_MEMORY_FRAC = 0.95
+MAX_EXPERT_SHARDS = 16  # rows are kept for each of their devices' tokens
 ESTIMATE_ERROR_FRAC = 0.25  # of roofline.estimate_temporary_bytes against the compilers
 MAX_COMPILED = 4  # per target; an 8B step takes half a minute and more
 
@@ -96,23 +97,33 @@ def find_fitting_layout(
         if missing:
             analysis = dataclasses.replace(best.analysis, missing_package=missing)
             return best._replace(analysis=analysis), n_compiled
-        log.info(f"search: {target.name}: compiling")
-        log.info(f"  {format_layout(best)}")
-        compiled = best._replace(analysis=compile.analyze_step(spec, best.settings, target))
-        analysis = compiled.analysis
-        fits = not analysis.exceeds_memory and compiled.required_bytes <= usable_bytes
-        verdict = "fits" if fits else "does not fit"
-        memory = f"{compiled.required_bytes / GIB:.1f} of {usable_bytes / GIB:.1f} GiB"
-        log.info(f"  {verdict}: {memory} ({analysis.analysis_seconds:.0f} s)")
-        if fits:
+        compiled = compile_layout(spec, target, best)
+        if compiled.fits(usable_bytes):
             return compiled, n_compiled + 1
-        error = analysis.peak_bytes / best.analysis.peak_bytes
-        if analysis.exceeds_memory:
-            # the refused program's number is no peak: try only what needs a tenth less
-            error = 1.1 * usable_bytes / best.required_bytes
-        correction = max(correction, error)
+        correction = max(correction, measure_correction(best, compiled, usable_bytes))
         limit = usable_bytes
     return None, MAX_COMPILED
+
+
+def compile_layout(spec: ModelSpec, target: Target, layout: Layout) -> Layout:
+    """Return the layout as the compiler finds it, and log whether it fits."""
+    log.info(f"search: {target.name}: compiling")
+    log.info(f"  {format_layout(layout)}")
+    compiled = layout._replace(analysis=compile.analyze_step(spec, layout.settings, target))
+    verdict = "fits" if compiled.fits(target.usable_bytes) else "does not fit"
+    memory = f"{compiled.required_bytes / GIB:.1f} of {target.usable_bytes / GIB:.1f} GiB"
+    log.info(f"  {verdict}: {memory} ({compiled.analysis.analysis_seconds:.0f} s)")
+    return compiled
+
+
+def measure_correction(estimated: Layout, compiled: Layout, usable_bytes: int) -> float:
+    """Return by how much the estimate of a layout that did not fit is multiplied.
+
+    A refused program's number is no peak: then only what needs a tenth less is tried.
+    """
+    if compiled.analysis.exceeds_memory:
+        return 1.1 * usable_bytes / estimated.required_bytes
+    return compiled.analysis.peak_bytes / estimated.analysis.peak_bytes
 
 
 def format_search(plans: tuple[TargetPlan, ...], search: LayoutSearch) -> str:
@@ -153,6 +164,10 @@ class Layout(NamedTuple):
         """Memory that one device needs."""
         return max(self.analysis.peak_bytes, self.analysis.export_bytes)
 
+    def fits(self, usable_bytes: int) -> bool:
+        """Return whether one device's memory holds it, as far as is known."""
+        return not self.analysis.exceeds_memory and self.required_bytes <= usable_bytes
+
     @property
     def n_sharded_axes(self) -> int:
         """Axes of the mesh with more than one device."""
@@ -192,16 +207,18 @@ def list_layouts(spec: ModelSpec, settings: Config, target: Target) -> list[Layo
 
 
 def iterate_meshes(spec: ModelSpec, seq_len: int, target: Target) -> Iterator[MeshConfig]:
-    """Yield meshes: fsdp over what tensor and context leave, one replica or one per GPU host."""
+    """Yield meshes: fsdp over what the others leave, one replica or one per GPU host."""
     n_hosts = 1
     if target.chip.platform == "cuda":
         n_hosts = max(target.n_devices // hardware.GPUS_PER_HOST, 1)
     n_replicas = sorted({1, n_hosts})
     tensor_sizes = list_divisors(spec.n_kv_heads)
-    for replica, tensor, context in itertools.product(n_replicas, tensor_sizes, (1, 2, 4, 8)):
-        fsdp, rest = divmod(target.n_devices, replica * tensor * context)
+    expert_sizes = [n for n in list_divisors(spec.n_experts or 1) if n <= MAX_EXPERT_SHARDS]
+    sizes = itertools.product(n_replicas, expert_sizes, tensor_sizes, (1, 2, 4, 8))
+    for replica, expert, tensor, context in sizes:
+        fsdp, rest = divmod(target.n_devices, replica * expert * tensor * context)
         if rest == 0 and seq_len % context**2 == 0:
-            yield MeshConfig(replica=replica, fsdp=fsdp, tensor=tensor, context=context)
+            yield MeshConfig(replica, fsdp, expert, tensor, context)
 
 
 def can_shard(
@@ -251,29 +268,33 @@ def select_fitting(layouts: list[Layout], n_bytes: float) -> list[Layout]:
 
 
 def suggest_layout(spec: ModelSpec, settings: Config, target: Target) -> str:
-    """Return a sentence for a step that does not fit, by arithmetic.
+    """Return a sentence for a step that does not fit.
 
     It names the overrides with which this target fits it, else the smallest target of the chip
-    that does, else the longest sequences that one does.
+    that does, else the longest sequences that one does. What arithmetic finds is compiled where the
+    compiler is here, and what that refuses teaches how much more it needs.
     """
     chip = target.chip
     candidates = hardware.list_target_names(chip)
-    for name in (target.name, *candidates):
+    can_compile = compile.find_missing_package(target) is None
+    correction = 1.0  # needed / estimated bytes, of layouts that did not fit
+    n_compiled = 0
+    for name in dict.fromkeys([target.name, *candidates]):
         candidate = hardware.parse_target(name)
         layouts = list_layouts(spec, settings, candidate)
         usable_bytes = candidate.usable_bytes
-        fitting = select_fitting(layouts, SAFE_MEMORY_FRAC * usable_bytes)
-        fitting = fitting or select_fitting(layouts, usable_bytes)
-        if not fitting:
-            continue
-        best = choose_layout(fitting)
-        overrides = " ".join(list_overrides(settings, best.settings))
-        fits = f"{name} fits it"
-        if name != target.name:
-            fits = f"the smallest {chip.name} that fits is {name}"
-        memory = f"{best.required_bytes / GIB:.1f} of {usable_bytes / GIB:.1f} GiB per device"
-        ending = f": {overrides}" if overrides else ""
-        return f"By arithmetic {fits}, with {memory}{ending}."
+        while fitting := select_safely_fitting(layouts, usable_bytes / correction):
+            best = choose_layout(fitting)
+            if not can_compile or n_compiled == MAX_COMPILED:
+                source = "By arithmetic"
+                if n_compiled:
+                    source = f"By arithmetic, after {n_compiled} compiled steps that do not fit,"
+                return describe_suggestion(source, settings, target, candidate, best)
+            compiled = compile_layout(spec, candidate, best)
+            n_compiled += 1
+            if compiled.fits(usable_bytes):
+                return describe_suggestion("Compiled,", settings, target, candidate, compiled)
+            correction = max(correction, measure_correction(best, compiled, usable_bytes))
     none_fits = (
         f"By arithmetic no number of {chip.name} fits a step of {settings.train.batch_size:,} "
         f"sequences of {settings.pack.seq_len:,} tokens"
@@ -291,6 +312,32 @@ def suggest_layout(spec: ModelSpec, settings: Config, target: Target) -> str:
                     f"fit {name}: {overrides}."
                 )
     return f"{none_fits}; a smaller model does."
+
+
+def select_safely_fitting(layouts: list[Layout], n_bytes: float) -> list[Layout]:
+    """Return the layouts that fit by arithmetic with something to spare, else that just fit."""
+    return select_fitting(layouts, SAFE_MEMORY_FRAC * n_bytes) or select_fitting(layouts, n_bytes)
+
+
+def describe_suggestion(
+    source: str, settings: Config, target: Target, found: Target, layout: Layout
+) -> str:
+    """Return a sentence that names a layout that fits, on the target or another of its chip.
+
+    Args:
+        source: how it is known, such as "By arithmetic".
+        settings: those that do not fit.
+        target: where they do not.
+        found: where the layout does.
+        layout: the layout.
+    """
+    overrides = " ".join(list_overrides(settings, layout.settings))
+    fits = f"{found.name} fits it"
+    if found.name != target.name:
+        fits = f"the smallest {target.chip.name} that fits is {found.name}"
+    memory = f"{layout.required_bytes / GIB:.1f} of {found.usable_bytes / GIB:.1f} GiB per device"
+    ending = f": {overrides}" if overrides else ""
+    return f"{source} {fits}, with {memory}{ending}."
 
 
 def halve_sequences(settings: Config) -> Config:
