@@ -78,8 +78,7 @@ def build_step(
         UserError: the settings do not work on this mesh.
     """
     sum_gradients = make_gradient_function(spec, train, seq_len, mesh)
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    update = make_update_function(spec, optim, train.steps, new_params, on_cpu)
+    update = make_update_function(spec, optim, train.steps, new_params, mesh)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -126,7 +125,7 @@ def report_layers(side: SideOutputs, params: Params, per_token: jax.Array) -> Sc
 
 
 def make_update_function(
-    spec: ModelSpec, optim: OptimConfig, n_steps: int, new_params: NewParams, on_cpu: bool
+    spec: ModelSpec, optim: OptimConfig, n_steps: int, new_params: NewParams, mesh: Mesh
 ) -> Callable[..., tuple[Params, Any, jax.Array]]:
     """Return update(state, grads, scale, multipliers, good) -> (params, opt_state, lr).
 
@@ -136,6 +135,7 @@ def make_update_function(
     """
     lr_schedule = optimizer.make_lr_schedule(optim, n_steps)
     n_warmup = optimizer.count_warmup_steps(optim, n_steps)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
 
     def update(
         state: TrainState, grads: Params, scale: jax.Array, multipliers: Any, good: jax.Array
