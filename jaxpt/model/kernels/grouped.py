@@ -148,7 +148,7 @@ def run_tokamax(
     tokamax has kernels by Mosaic too. They read and write 64 x 64 tiles unless they were tuned on
     the card, half as much work for each byte as Triton's 128 x 128, and take widths of whole tiles.
     """
-    import tokamax  # pyright: ignore[reportMissingImports]  GPU machines have it
+    import tokamax  # pyright: ignore[reportMissingImports]  (optional)
     from absl import flags, logging
 
     if not flags.FLAGS.is_parsed():
