@@ -30,6 +30,9 @@ RECIPES = {
     "three_models-general": "three_models.py",
     "three_models-python": "three_models.py:python",
     "three_models-tuned": "three_models.py:tuned",
+    "tiny_solar-general": "tiny_solar.py",
+    "tiny_solar-python": "tiny_solar.py:python",
+    "tiny_solar-tuned": "tiny_solar.py:tuned",
 }
 
 
