@@ -4,7 +4,7 @@ Lesson 2's rules on your own documents, lesson 3's sequences of 32 tokens, lesso
 TinySolar architecture grown to 16 layers (308,839,424 parameters), lesson 5's 30 steps. On two CPU
 cores the 30 steps take under a minute, at 60 to 75 tokens per second, and 6 GiB. A step reads 64
 tokens: the loss falls from 10.9 to about 9, which shows that the pipeline works, not that a model
-was trained.
+was trained. The pages of docs/course go through it lesson by lesson.
 
     run="--config configs/course.py --workdir runs/course"
     jaxpt prepare $run --config.prepare.sources="('jsonl:docs.jsonl#text',)"

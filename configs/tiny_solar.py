@@ -35,7 +35,7 @@ def get_config(model="general"):
     c.train.eval_sequences = 32
     c.train.checkpoint_every = 50
     c.optim.peak_lr = 3e-3
-    c.optim.warmup_steps = 20
+    c.optim.warmup_frac = 0.1
     c.mixture.phases = ((0, {"prose": 0.9, "code": 0.1}),)
 
     if model != "general":
@@ -47,8 +47,9 @@ def get_config(model="general"):
         c.train.steps = 40
         c.train.eval_every = c.train.checkpoint_every = 20
         c.optim.peak_lr = 5e-4
-        c.optim.warmup_steps = 5
+        c.optim.warmup_frac = 0.125
     if model == "python":
         c.mixture.phases = ((0, {"code": 0.9, "prose": 0.1}),)
         c.train.steps = 80
+        c.optim.warmup_frac = 0.25
     return c
