@@ -4,6 +4,7 @@ skipped updates that change nothing.
 
 import dataclasses
 import functools
+import itertools
 import types
 
 import jax
@@ -180,6 +181,17 @@ def make_slices(n_slices, n_per_slice, platform):
         place = {"id": i, "slice_index": i % n_slices, "process_index": i}
         found.append(types.SimpleNamespace(platform=platform, device_kind="a chip", **place))
     return found
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 8, 1, 1), (2, 16, 1, 2, 1), (1, 1, 1, 64, 1)])
+def test_axes_that_are_no_whole_ones_of_the_torus_are_laid_along_it(sizes):
+    devices = []
+    for i, coords in enumerate(itertools.product(range(4), repeat=3)):
+        place = {"id": i, "process_index": i // 4, "coords": coords, "core_on_chip": 0}
+        kind = {"platform": "tpu", "device_kind": "TPU v5"}
+        devices.append(types.SimpleNamespace(**place, **kind))
+    grid = sharding.lay_along_torus(sizes, devices)
+    assert grid.shape == sizes and {device.id for device in grid.flat} == set(range(64))
 
 
 def test_slices_are_joined_along_replica_alone():
