@@ -8,12 +8,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import threading
+from collections.abc import Iterator
 
 from jaxpt import io
 from jaxpt.spec import UserError
 from jaxpt.text import printable
 
 PACKAGE = "jaxpt"
+SLOW_SECONDS = 5.0  # a wait that is longer has a line
 FORMAT = "%(asctime)s %(levelname).1s %(message)s"
 TIME = "%H:%M:%S"
 
@@ -91,3 +94,15 @@ def add_handler(handler: logging.Handler, layout: str) -> None:
     """Attach a handler to the package's logger."""
     handler.setFormatter(PrintableFormatter(layout, TIME))
     logging.getLogger(PACKAGE).addHandler(handler)
+
+
+@contextlib.contextmanager
+def announce_if_slow(log: logging.Logger, message: str) -> Iterator[None]:
+    """Log what is going on, once it has taken SLOW_SECONDS."""
+    timer = threading.Timer(SLOW_SECONDS, log.info, [message])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -12,7 +12,7 @@ from test_special_tokens import write_tokenizer
 from jaxpt import config
 from jaxpt.data import chat, filters, loader, pack, tokenizer
 from jaxpt.data.prepare import corpus
-from jaxpt.evaluate import compare, harness, reference
+from jaxpt.evaluate import continuation, harness, reference
 from jaxpt.model import transformer
 from jaxpt.spec import UserError
 from jaxpt.weights import huggingface
@@ -126,7 +126,7 @@ def test_prompts_are_read_as_text_as_control_tokens_or_as_chat(made):
     encoder = tokenizer.load_tokenizer(made(MARKED))
     prompt = "<|begin|>user"
     [as_text], [as_controls], [as_chat] = (
-        compare.encode_prompts(encoder, "m", [prompt], how)
+        continuation.encode_prompts(encoder, "m", [prompt], how)
         for how in ("text", "control tokens", "chat")
     )
     assert encoder.encode_batch([prompt]) == [as_text] and 259 not in as_text

@@ -24,6 +24,7 @@ from jaxpt.data import benchmarks, decontaminate, tokenizer
 from jaxpt.evaluate import (
     answers,
     compare,
+    continuation,
     contamination,
     harness,
     likelihood,
@@ -855,7 +856,7 @@ def test_on_a_terminal_a_text_is_seen_as_it_is_written_and_is_inert(hf_dir, caps
     assert (
         len(parts) == 3
         and output.text
-        and streamed == compare.escape_controls(output.text).partition("\n")[0]
+        and streamed == continuation.escape_controls(output.text).partition("\n")[0]
     )
 
 

@@ -22,7 +22,7 @@ GROUPS = {
     "Before you pay": ("plan", "doctor"),
     "Data": ("prepare", "train_quality", "train_tokenizer", "pack"),
     "Model": ("initialize", "train", "sweep", "export_hf", "export_gguf"),
-    "Results": ("evaluate", "compare", "report"),
+    "Results": ("evaluate", "compare", "sample", "report"),
     "Look inside": ("trace", "checkpoint"),
     "Several hosts": ("launch",),
 }

@@ -10,23 +10,28 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 import numpy as np
 
-from jaxpt import config, io, stage
+from jaxpt import io, stage
 from jaxpt.data import chat, sources, tokenizer
-from jaxpt.data.conversation import Conversation
 from jaxpt.evaluate import likelihood
+from jaxpt.evaluate.continuation import (
+    STREAM_EVERY,
+    Prompt,
+    ShowProgress,
+    decode_continuation,
+    encode_prompts,
+    escape_controls,
+    load_with_tokenizer,
+    stream_text,
+)
 from jaxpt.model import decode
-from jaxpt.sharding import make_mesh
 from jaxpt.spec import Record, UserError
 from jaxpt.text import display_width, format_table
-from jaxpt.weights.load import LoadedModel, fingerprint_model, load_model, open_tokenizer
+from jaxpt.weights.load import LoadedModel, fingerprint_model
 
 log = logging.getLogger(__name__)
-
-Prompt = str | Conversation
 
 # characters of a column; where models would get less, their texts are printed below each other
 MIN_COLUMN_WIDTH = 24
@@ -35,7 +40,6 @@ MAX_DOCUMENTS_COMPARED = 256  # read of each source, from its beginning
 MIN_DOCUMENT_TOKENS = 32  # the mean over fewer is mostly chance
 N_MOST_DIFFERENT = 4  # documents listed in each direction
 MAX_TOKENS_SHOWN = 256  # of each: the window that differs most
-STREAM_EVERY = 4  # tokens between two updates of the terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +166,7 @@ def compare_samples(
     scores: dict[str, dict[str, float | None]] = {file: {} for file in contents}
     reasons: dict[str, dict[str, str]] = {file: {} for file in contents}
     for name, model in zip(names, models, strict=True):
-        loaded, encoder = load_compared_models(model)
+        loaded, encoder = load_with_tokenizer(model)
         token_ids = encode_prompts(encoder, name, prompts, read_as)
         written = generate_continuations(loaded, encoder, name, shown, token_ids, settings)
         for of_prompt, continuation in zip(outputs, written, strict=True):
@@ -198,44 +202,6 @@ def compare_samples(
         stage.write_result(to, samples.to_json())
         log.info(f"compare: {len(prompts)} prompts by {len(models)} models, written to {to}")
     return samples
-
-
-def load_compared_models(model: io.Path) -> tuple[LoadedModel, tokenizer.Tokenizer]:
-    """Load a model and its tokenizer. Raise UserError if it has none."""
-    mesh = make_mesh(config.MeshConfig())
-    loaded = load_model(model, mesh)
-    if loaded.tokenizer_dir is None:
-        raise UserError(
-            f"{model}: has no tokenizer beside it (tokenizer.json), so it cannot read a prompt. "
-            "Copy the one that it was trained with there."
-        )
-    return loaded, open_tokenizer(loaded)
-
-
-def encode_prompts(
-    encoder: tokenizer.Tokenizer, name: str, prompts: list[Prompt], read_as: str
-) -> list[list[int]]:
-    """Return the ids of each prompt, for one model; see `compare_samples`."""
-    if read_as == "chat":
-        template = chat.ChatTemplate(encoder, name)
-        conversations = [chat.read_conversation(prompt, "--prompts") for prompt in prompts]
-        return [template.encode_prompt(each) for each in conversations]
-    texts = list(map(str, prompts))
-    if read_as == "control tokens":
-        encoded = list(map(encoder.encode_with_controls, texts))
-    else:
-        encoded = encoder.encode_batch(texts)
-    bos_id = encoder.bos_id
-    if bos_id is None:
-        return encoded
-    return [ids if ids[:1] == [bos_id] else [bos_id, *ids] for ids in encoded]
-
-
-class ShowProgress(Protocol):
-    """What shows a continuation while it is written."""
-
-    def __call__(self, new: list[int], ended: bool = False) -> None:
-        """Show all new tokens so far; `ended` on the last call."""
 
 
 def generate_continuations(
@@ -299,23 +265,6 @@ def generate_continuations(
     return done
 
 
-def stream_text(encoder: tokenizer.Tokenizer, ids: list[int]) -> ShowProgress:
-    """Return a function that prints what the tokens add to the text since its last call."""
-    shown = ""
-
-    def show(new: list[int], ended: bool = False) -> None:
-        nonlocal shown
-        text = decode_continuation(encoder, ids, new)
-        if not ended:
-            text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # a character of several tokens
-        added = text[len(shown) :]
-        end = "\n" if ended else ""
-        print(escape_controls(added), end=end, flush=True)
-        shown = text
-
-    return show
-
-
 def count_progress(advance: Callable[[int], None], max_new: int) -> ShowProgress:
     """Return a function that advances a progress bar; a text that ended counts as max_new."""
     counted = 0
@@ -327,16 +276,6 @@ def count_progress(advance: Callable[[int], None], max_new: int) -> ShowProgress
         counted = n_done
 
     return show
-
-
-def decode_continuation(encoder: tokenizer.Tokenizer, ids: list[int], new: list[int]) -> str:
-    """Return the text that new tokens add to a prompt."""
-    # decoded together: a space at the beginning of the continuation would be lost otherwise
-    before = encoder.decode(ids)
-    whole = encoder.decode(ids + new)
-    if whole.startswith(before):
-        return whole.removeprefix(before)
-    return encoder.decode(new)
 
 
 def name_models(models: list[io.Path]) -> list[str]:
@@ -437,8 +376,8 @@ def compare_documents(
     for source in parsed:
         for document in itertools.islice(source.iterate_documents(), MAX_DOCUMENTS_COMPARED):
             documents.append((source.name, document))
-    parent, encoder = load_compared_models(models[0])
-    child, child_encoder = load_compared_models(models[1])
+    parent, encoder = load_with_tokenizer(models[0])
+    child, child_encoder = load_with_tokenizer(models[1])
     if encoder.fingerprint != child_encoder.fingerprint:
         raise UserError(
             f"--differ: {names[0]} and {names[1]} have different tokenizers, so their tokens "
@@ -645,8 +584,3 @@ def wrap_text(text: str, width: int) -> list[str]:
             line = line[cut:].removeprefix(" ")
         lines.append(line)
     return lines
-
-
-def escape_controls(text: str) -> str:
-    """Return a text without control characters but line ends, so that none has an effect."""
-    return io.printable(text.expandtabs(4), keep="\n")
