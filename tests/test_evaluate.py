@@ -24,13 +24,13 @@ from jaxpt.data import benchmarks, decontaminate, tokenizer
 from jaxpt.evaluate import (
     answers,
     compare,
-    continuation,
     contamination,
     harness,
     likelihood,
     prefix_trees,
     reference,
 )
+from jaxpt.evaluate.continuation import escape_controls
 from jaxpt.model import decode, transformer
 from jaxpt.model.param import is_param_spec
 from jaxpt.spec import Batch, UserError
@@ -856,7 +856,7 @@ def test_on_a_terminal_a_text_is_seen_as_it_is_written_and_is_inert(hf_dir, caps
     assert (
         len(parts) == 3
         and output.text
-        and streamed == continuation.escape_controls(output.text).partition("\n")[0]
+        and streamed == escape_controls(output.text).partition("\n")[0]
     )
 
 
