@@ -296,7 +296,7 @@ def test_what_the_run_took_is_listed_below_its_plan(runs, tmp_path):
         "planned on h100:8 were 34.1 hours and 818 USD for 3 B tokens; "
         f"at the measured pace it is {hours:.3g} hours" in page.text
     )
-    assert load_run(runs[0]).devices is None
+    assert load_run(runs[0]).start is None
     assert "measured pace" not in render_page(load_runs([runs[0]]))
 
 

@@ -12,11 +12,13 @@ from jaxpt.report import read
 from jaxpt.report.figures import (
     Cell,
     Figure,
+    Palette,
     Spec,
     Table,
     color_by,
     nominal,
     quantitative,
+    series_color,
 )
 from jaxpt.report.format import (
     MAX_TEXT,
@@ -77,7 +79,7 @@ class EvaluationView(NamedTuple):
     """What the section Evaluation shows."""
 
     table: Table
-    models: list[str]  # in the order of their colors
+    models: Palette
     benchmarks: list[Figure]  # one per kind of measure: each has an axis of its own
     overlaps: Table | None  # benchmark items that were seen in training
     shared_words: list[str]
@@ -109,11 +111,24 @@ def make_evaluation(runs: list[RunData]) -> EvaluationView | None:
     caption += " jax: our code; hf: the exported model in transformers."
     caption += describe_backend_difference(columns)
     heads = ["", *(Cell(column.model, column.backend) for column in columns)]
-    models = list(dict.fromkeys(column.model for column in columns))
+    models = color_models(columns, runs)
     benchmarks = plot_benchmarks(columns, models)
     overlaps, shared_words = list_contamination(runs, columns)
     table = Table(heads, rows, caption)
     return EvaluationView(table, models, benchmarks, overlaps, shared_words)
+
+
+def color_models(columns: list[EvalColumn], runs: list[RunData]) -> Palette:
+    """Return the color of each model: its run's, or one that no run has."""
+    colors: dict[str, str] = {}
+    n_others = 0
+    for column in columns:
+        i = read.get_run_index(column.model_paths[0], runs)
+        if i == len(runs):
+            i += n_others
+            n_others += column.model not in colors
+        colors.setdefault(column.model, series_color(i))
+    return Palette(list(colors), list(colors.values()))
 
 
 def describe_directions(scores: list[TaskScore]) -> str:
@@ -279,7 +294,7 @@ class Measure(NamedTuple):
     higher_is_better: bool | None
 
 
-def plot_benchmarks(columns: list[EvalColumn], models: list[str]) -> list[Figure]:
+def plot_benchmarks(columns: list[EvalColumn], models: Palette) -> list[Figure]:
     """Draw scores with their standard error, a figure for each kind of measure."""
     values: dict[Measure, list[dict[str, Any]]] = {}
     for column in columns:
@@ -295,7 +310,7 @@ def plot_benchmarks(columns: list[EvalColumn], models: list[str]) -> list[Figure
 
 
 def plot_measure(
-    kind: Measure, values: list[dict[str, Any]], labels: list[str], models: list[str]
+    kind: Measure, values: list[dict[str, Any]], labels: list[str], models: Palette
 ) -> Figure:
     """Draw scores of one kind: a color per model, hollow for hf."""
     by_model = color_by("model", models)

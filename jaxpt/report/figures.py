@@ -12,13 +12,9 @@ from jaxpt.report.read import Point, RunData
 PLOT_ATTRIBUTE = 'class="plot"'  # of what page.js draws
 # of a figure's curves together: a screen cannot show more, and the page would grow heavy
 MAX_POINTS_PER_FIGURE = 2_400
-LOG_TICKS: list[float] = []
-for _power in range(-6, 8):
-    for _digit in (1, 1.5, 2, 3, 5, 7):
-        LOG_TICKS.append(_digit * 10.0**_power)
 # in pixels, so that the edge of the plot does not cut a line or a dot in half
 PADDED = {"padding": 5, "nice": False}
-LOG_AXIS = {"values": LOG_TICKS, "format": ",.4~r"}
+LOG_NUMBERS = ",.4~r"  # of an axis
 SHARE_AXIS = {"values": [0, 0.25, 0.5, 0.75, 1], "format": ".0%"}
 LINE = {"type": "line", "clip": True}
 THIN_LINE = {**LINE, "strokeWidth": 1, "opacity": 0.7}
@@ -80,29 +76,63 @@ class Table(NamedTuple):
     css_class: str = ""
 
 
+class Palette(NamedTuple):
+    """Names in the order of the page's legends, and their CSS colors."""
+
+    names: list[str]
+    colors: list[str]
+    is_of_domains: bool = False
+
+
+def color_runs(runs: list[RunData]) -> Palette:
+    """Return the color of each run, which is the same on the whole page."""
+    return Palette([run.name for run in runs], [series_color(i) for i in range(len(runs))])
+
+
+def color_domains(names: list[str]) -> Palette:
+    """Return the color of each source of text, which no run has."""
+    colors = [f"var(--d{i % 8})" for i in range(len(names))]
+    return Palette(names, colors, is_of_domains=True)
+
+
 def plot_over_steps(
     runs: list[RunData],
     series: Sequence[Series],
     title: str,
     height: int,
-    names: list[str] | None = None,
+    domains: Palette | None = None,
+    is_smooth: bool = False,
     **options: Any,
 ) -> Spec:
-    """Plot curves over steps, colored by run unless by `names`, with the runs' events."""
+    """Plot curves over steps, which the page can show over tokens, FLOPs or time.
+
+    Args:
+        runs: of the curves, colored by run, with their events.
+        series: drawn as lines.
+        title: what the vertical axis shows.
+        height: in pixels.
+        domains: of the curves of a single run, if they are not of runs.
+        is_smooth: whether the page may smooth the curves: they are noisy, and one point each step.
+        **options: of `plot_curves`.
+    """
     events = []
     for run in runs:
         for event in run.metrics.events:
             value = {"name": run.name, "step": event.step, "what": event.label}
             events.append(value)
-    names = names or [run.name for run in runs]
-    spec = plot_curves(names, series, title, height, **options)
+    palette = domains or color_runs(runs)
+    spec = plot_curves(palette, series, title, height, **options)
     if events:
-        spec["layer"].append(draw_events(events, names))
+        spec["layer"].append(draw_events(events, palette))
+    # what page.js redraws; the run whose steps they are, where no curve is named after it
+    spec["usermeta"] = {"over": "step", "smooth": is_smooth}
+    if domains:
+        spec["usermeta"]["run"] = runs[0].name
     return spec
 
 
 def plot_curves(
-    names: list[str],
+    palette: Palette,
     series: Sequence[Series],
     title: str,
     height: int,
@@ -118,7 +148,7 @@ def plot_curves(
     """Return a Vega-Lite figure of curves.
 
     Args:
-        names: of the series, in the order of their colors.
+        palette: of the series.
         series: drawn as lines.
         title: what the vertical axis shows, for the tooltip.
         height: in pixels.
@@ -130,7 +160,7 @@ def plot_curves(
         dots: drawn as points.
         scale: of y: "linear", "log" or "share" (0 to 1).
     """
-    n_curves = max(1, len(names))
+    n_curves = max(1, len(palette.names))
     max_points = max(40, MAX_POINTS_PER_FIGURE // n_curves)
 
     is_log = scale == "log"
@@ -145,7 +175,7 @@ def plot_curves(
     run_name |= {"title": "title", "formatType": "word", "format": "-"}
     value = quantitative("value", title=title, format=".4~g")
     tooltip = [run_name, quantitative(x_name), value]
-    color = color_by("name", names)
+    color = color_by("name", palette)
     at = {"x": x, "y": y, "color": color}
     is_near = {"param": "near", "empty": False, "value": 1}
     opacity = {"condition": is_near, "value": 0}
@@ -204,7 +234,7 @@ def make_y_axis(unit: str, scale: str, starts_at_zero: bool) -> Spec:
         y["axis"] = SHARE_AXIS
     elif scale == "log":
         y["scale"] = {"type": "log", **PADDED}
-        y["axis"] = LOG_AXIS
+        y["axis"] = make_log_axis("y")
     else:
         y["scale"] = {"zero": starts_at_zero, **PADDED}
     return y
@@ -245,12 +275,12 @@ def draw_levels(levels: Iterable[float], name: str, y: Spec) -> list[Spec]:
     return [layer(values, mark, encoding) for mark in marks]
 
 
-def draw_events(events: list[Spec], names: list[str]) -> Spec:
+def draw_events(events: list[Spec], palette: Palette) -> Spec:
     """Return a layer with upright lines, dotted where a run was resumed."""
     is_resumed = {"test": "datum.what === 'resumed'", "value": [1, 3]}
-    color = color_by("name", names)
+    color = color_by("name", palette)
     runs = {event["name"] for event in events}
-    if not runs <= set(names):
+    if not runs <= set(palette.names):
         color = {"value": "var(--muted)"}  # in a plot of sources a run has no color
     x = make_x_axis("step", is_padded=False)
     dash = {"condition": is_resumed, "value": [1, 0]}
@@ -276,18 +306,17 @@ def downsample_points(points: list[Point], max_points: int) -> list[Point]:
     return kept
 
 
-def color_by(field: str, names: list[str]) -> Spec:
+def make_log_axis(channel: str) -> Spec:
+    """Return an axis whose ticks page.js chooses, so that any range has some."""
+    return {"values": {"expr": f"logTicks(domain('{channel}'))"}, "format": LOG_NUMBERS}
+
+
+def color_by(field: str, palette: Palette) -> Spec:
     """Return the encoding of a name by the page's colors, without a legend of its own."""
-    scale = make_color_scale(names)
+    scale = {"domain": palette.names, "range": palette.colors}
     return {**nominal(field), "legend": None, "scale": scale}
 
 
-def make_color_scale(names: list[str]) -> Spec:
-    """Return a Vega-Lite scale from names to the page's colors."""
-    colors = [series_color(i) for i in range(len(names))]
-    return {"domain": names, "range": colors}
-
-
 def series_color(i: int) -> str:
-    """Return the CSS color of the i-th series."""
+    """Return the CSS color of the i-th run."""
     return f"var(--c{i % 8})"

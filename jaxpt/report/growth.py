@@ -6,7 +6,7 @@ import itertools
 from typing import NamedTuple
 
 from jaxpt.report import read
-from jaxpt.report.figures import Cell, Figure, Table, plot_curves
+from jaxpt.report.figures import Cell, Figure, Palette, Table, color_runs, plot_curves
 from jaxpt.report.format import (
     MAX_TEXT,
     clip_text,
@@ -88,6 +88,7 @@ class GrowthView(NamedTuple):
     table: Table  # of parent and child
     facts: list[str]
     copies: Table | None
+    models: Palette  # parent and child
     plots: list[Figure]  # of the layers
     layers: Table  # their numbers
 
@@ -101,6 +102,7 @@ def make_growth(runs: list[RunData]) -> list[GrowthView]:
             title += f", at step {format_whole(growth.at_step)} of the run"
         verdict = growth.verdict.replace("->", "\u2192").rstrip(".")
         health, colon, reason = verdict.partition(":")
+        models = color_models(growth, names[0], runs)
         view = GrowthView(
             title=title + read.name_owners(names, runs),
             health=health[:1].upper() + health[1:],
@@ -110,7 +112,8 @@ def make_growth(runs: list[RunData]) -> list[GrowthView]:
             table=compare_models(growth, read.list_sources(runs)),
             facts=list_facts(growth),
             copies=make_copy_table(growth),
-            plots=plot_layers(growth),
+            models=models,
+            plots=plot_layers(growth, models),
             layers=make_layer_table(growth),
         )
         views.append(view)
@@ -236,7 +239,17 @@ def list_losses(label: str, losses: LossPair | None, order: list[str]) -> list[l
     return rows
 
 
-def plot_layers(growth: Growth) -> list[Figure]:
+def color_models(growth: Growth, child: str, runs: list[RunData]) -> Palette:
+    """Return the colors of parent and child: those of the runs that they are."""
+    colors = color_runs(runs)
+    i = read.get_run_index(growth.parent, runs)
+    parent_color = "var(--muted)"
+    if i < len(runs) and colors.names[i] != child:
+        parent_color = colors.colors[i]
+    return Palette(["parent", "child"], [parent_color, colors.colors[colors.names.index(child)]])
+
+
+def plot_layers(growth: Growth, models: Palette) -> list[Figure]:
     """Plot what each layer does to the residual stream, the parent's beside the child's."""
     layers = growth.layers
     if not layers:
@@ -249,7 +262,7 @@ def plot_layers(growth: Growth) -> list[Figure]:
         caption += " Dots: new layers." if growth.new_layers else ""
         series = [("parent", parent), ("child", child)]
         options = {"x_name": "layer", "dots": dots, "scale": scale}
-        plot = plot_curves(["parent", "child"], series, title.lower(), 200, **options)
+        plot = plot_curves(models, series, title.lower(), 200, **options)
         figures.append(Figure(plot, caption, title))
     return figures
 

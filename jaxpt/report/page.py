@@ -19,7 +19,7 @@ import jinja2
 from markupsafe import Markup
 
 from jaxpt import io, stage
-from jaxpt.report import evaluation, growth, plan, summary, training
+from jaxpt.report import evaluation, growth, head, plan, summary, training
 from jaxpt.report.figures import PLOT_ATTRIBUTE, series_color
 from jaxpt.report.format import format_whole
 from jaxpt.report.read import RunData, load_runs
@@ -51,7 +51,9 @@ class ShownSection(NamedTuple):
 
 
 SECTIONS = (
-    ReportSection("Summary", summary.make_summary, "a run directory", ""),
+    ReportSection("Summary", head.make_heads, "a run directory", ""),
+    ReportSection("Loss", training.make_losses, "metrics.jsonl", "jaxpt train"),
+    ReportSection("Numbers", summary.make_summary, "a run directory", ""),
     ReportSection(
         "Lineage",
         summary.make_lineage,
@@ -65,7 +67,6 @@ SECTIONS = (
         "metrics.jsonl beside config.json",
         "jaxpt train",
     ),
-    ReportSection("Loss", training.make_losses, "metrics.jsonl", "jaxpt train"),
     ReportSection(
         "Forgetting",
         training.make_forgetting,

@@ -9,13 +9,12 @@ from typing import NamedTuple
 
 from jaxpt import hardware
 from jaxpt.report.figures import (
-    LOG_AXIS,
     Figure,
     Spec,
     Table,
+    make_log_axis,
     nominal,
     quantitative,
-    series_color,
 )
 from jaxpt.report.format import (
     finite_or_none,
@@ -108,9 +107,9 @@ def list_measured(run: RunData) -> list[str]:
     speed = statistics.median(speeds) if speeds else None
     seconds = last_value(train, "seconds") or 0
     name, n_devices = run.name, None
-    if run.devices:
-        name = run.devices.device_kind
-        n_devices = run.devices.n_devices
+    if run.start:
+        name = run.start.device_kind
+        n_devices = run.start.n_devices
     row = [name, "measured", format_whole(n_devices), ""]
     row.append(format_gigabytes(last_value(train, "memory_bytes") or None))
     row.append(format_percent(last_value(train, "mfu") or None))
@@ -123,12 +122,12 @@ def describe_pace(run: RunData, plan: Plan) -> str:
     """Compare the run's pace with the plan for its machine; "" if there is none."""
     trained = last_value(run.metrics.train, "n_tokens")
     seconds = last_value(run.metrics.train, "productive_seconds")
-    if not (run.devices and trained and seconds and plan.tokens):
+    if not (run.start and trained and seconds and plan.tokens):
         return ""
-    chip = hardware.find_chip(run.devices.device_kind)
+    chip = hardware.find_chip(run.start.device_kind)
     if not chip:
         return ""
-    n_devices = run.devices.n_devices
+    n_devices = run.start.n_devices
     hours = seconds / 3600 * plan.tokens / trained
     pace = f"at the measured pace it is {format_brief(hours)} hours"
     spent = last_value(run.metrics.train, "productive_usd")
@@ -228,10 +227,9 @@ def plot_targets(plan: Plan) -> Figure | None:
     if len(values) < 2:
         return None
     scale = {"type": "log", "padding": 40, "nice": False}
-    axis = {"scale": scale, "axis": LOG_AXIS}
-    hours = quantitative("hours", title="hours", **axis)
-    usd = quantitative("usd", title="USD", **axis)
-    color = series_color(0)
+    hours = quantitative("hours", title="hours", scale=scale, axis=make_log_axis("x"))
+    usd = quantitative("usd", title="USD", scale=scale, axis=make_log_axis("y"))
+    color = "var(--text)"  # it is no run
     if_fits = {"test": "datum.fits", "value": color}
     fill = {"condition": if_fits, "value": "var(--bg)"}
     tooltip = [nominal("target")]

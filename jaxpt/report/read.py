@@ -17,7 +17,6 @@ from jaxpt.lineage import STAGES, LineageNode, list_own_stages, read_lineage
 from jaxpt.model import transformer
 from jaxpt.report.format import clip_text, finite_or_none
 from jaxpt.report.records import (
-    Devices,
     Differences,
     DroppedDocument,
     Evaluation,
@@ -28,7 +27,9 @@ from jaxpt.report.records import (
     Phase,
     Plan,
     RunEvent,
+    RunStart,
     Samples,
+    SignOfLife,
     Sizes,
     SkippedPoint,
     StageSummary,
@@ -84,7 +85,8 @@ class RunData:
     packed: list[PackedCounts]
     funnels: list[Funnel]
     phases: list[Phase]  # shares sum to 1; empty: unknown
-    devices: Devices | None  # of the last start
+    start: RunStart | None  # the last one
+    last_sign: str  # of life, ISO 8601, UTC; empty: unknown
     warnings: list[str]
 
 
@@ -156,7 +158,8 @@ def load_run(directory: str | io.Path, readers: Readers | None = None) -> RunDat
         packed=packed,
         funnels=read_funnels(own_nodes, warnings),
         phases=read_phases(directory, settings, packed, warnings),
-        devices=read_devices(directory / "starts.jsonl"),
+        start=read_last_start(directory / "starts.jsonl"),
+        last_sign=read_last_sign(directory),
         warnings=list(dict.fromkeys(warnings)),
     )
 
@@ -432,11 +435,19 @@ def normalize_shares(phase: Phase) -> Phase:
     return Phase(phase.step, shares)
 
 
-def read_devices(path: io.Path) -> Devices | None:
-    """Return the devices of the last start in starts.jsonl."""
+def read_last_sign(directory: io.Path) -> str:
+    """Return when a run last said that it goes on; empty if it never did."""
+    try:
+        return SignOfLife.from_json(io.read_json(directory / "spent.json")).at
+    except UserError:  # missing, or just being written
+        return ""
+
+
+def read_last_start(path: io.Path) -> RunStart | None:
+    """Return the last start in starts.jsonl."""
     try:
         last_start = json.loads(io.read_lines(path)[-1])
-        return Devices.from_json(last_start)
+        return RunStart.from_json(last_start)
     except (OSError, ValueError, TypeError, IndexError, AttributeError):
         return None
 

@@ -34,7 +34,7 @@ class View(Record):
         return super().from_json(fields, where)
 
 
-# ---- manifest.json, spec.json, starts.jsonl
+# ---- manifest.json, spec.json, starts.jsonl, spent.json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,19 +83,23 @@ class Sizes(View):
 
 
 @dataclasses.dataclass(frozen=True)
-class Devices(View):
-    """Devices of a start of a run."""
+class RunStart(View):
+    """A start of a run: what ran, and where."""
 
-    n_devices: int
+    n_devices: int  # over all processes
     device_kind: str  # JAX's name
+    n_processes: int = 1
+    host: str = ""
+    command: str = ""
+    commit: str = ""  # "": no git
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    @classmethod
-    def from_json(cls, fields: Any, where: str = "") -> Self:
-        """Build the view. `devices` is "8 x NVIDIA H200"."""
-        if isinstance(fields, dict) and "devices" in fields:
-            number, _, kind = fields["devices"].partition(" x ")
-            return cls(int(number), kind)
-        return super().from_json(fields, where)
+
+@dataclasses.dataclass(frozen=True)
+class SignOfLife(View):
+    """spent.json: when a run that goes on last said so."""
+
+    at: str = ""  # ISO 8601, UTC
 
 
 # ---- metrics.jsonl, phases.json
@@ -112,6 +116,7 @@ class TrainPoint(View, tokens="n_tokens"):
     n_tokens: float | None = None  # since step 0, as flops, seconds and usd
     flops: float | None = None
     tokens_per_second: float | None = None
+    step_seconds: float | None = None
     mfu: float | None = None
     memory_bytes: float | None = None
     n_skipped: float | None = None

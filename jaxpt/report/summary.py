@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from jaxpt import config, io, stage
 from jaxpt.lineage import STAGES, LineageNode
-from jaxpt.report import read
+from jaxpt.report import head, read
 from jaxpt.report.figures import Cell, Table, series_color
 from jaxpt.report.format import (
     clip_text,
@@ -47,9 +47,10 @@ class RunFacts(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """What the section Summary shows."""
+    """What the section Numbers shows."""
 
     runs: list[RunFacts]
+    outcomes: Table | None  # a row per run, of several
     table: Table
 
 
@@ -61,7 +62,7 @@ def make_summary(runs: list[RunData]) -> Summary:
         rows.append([name, *texts])
     heads = ["", *(run.name for run in runs)]
     facts = [RunFacts(run.name, list_run_facts(run)) for run in runs]
-    return Summary(facts, Table(heads, rows))
+    return Summary(facts, head.make_outcomes(runs), Table(heads, rows))
 
 
 def list_run_facts(run: RunData) -> list[str]:

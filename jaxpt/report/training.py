@@ -8,7 +8,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxpt.report import read
-from jaxpt.report.figures import Cell, Figure, Share, Table, plot_curves, plot_over_steps
+from jaxpt.report.figures import (
+    Cell,
+    Figure,
+    Palette,
+    Share,
+    Table,
+    color_domains,
+    color_runs,
+    plot_over_steps,
+)
 from jaxpt.report.format import (
     finite_or_none,
     format_count,
@@ -21,6 +30,7 @@ from jaxpt.report.read import Point, RunData
 from jaxpt.report.records import DroppedDocument, Funnel, TextAmount
 
 MAX_SKIPS = 12  # shown per run
+MAX_AXIS_POINTS = 400  # steps of a run whose tokens, FLOPs and seconds the page knows
 UNIT = "nats/token"
 TRAIN_METRICS = (
     # field of TrainPoint, title, unit, caption, scale
@@ -133,7 +143,7 @@ def list_dropped(funnel: Funnel, source: str) -> dict[str, list[DroppedDocument]
 class Mixture(NamedTuple):
     """What the section Mixture shows: the share of each source by step."""
 
-    sources: list[str]
+    sources: Palette
     figures: list[Figure]  # of the runs in which it changes
     table: Table
 
@@ -152,7 +162,7 @@ def make_mixture(runs: list[RunData]) -> Mixture | None:
     for run in runs:
         if len(run.phases) > 1:
             title = run.name if len(runs) > 1 else "Shares"
-            figures.append(plot_mixture(run, names, title))
+            figures.append(plot_mixture(run, color_domains(names), title))
         for phase in run.phases:
             row = [run.name, format_whole(phase.step)]
             for name in names:
@@ -160,22 +170,23 @@ def make_mixture(runs: list[RunData]) -> Mixture | None:
                 row.append("" if share is None else f"{100 * share:.3g} %")
             rows.append(row)
     heads = ["run", "from step", *names]
-    return Mixture(names, figures, Table(heads, rows))
+    return Mixture(color_domains(names), figures, Table(heads, rows))
 
 
-def plot_mixture(run: RunData, names: list[str], title: str) -> Figure:
+def plot_mixture(run: RunData, sources: Palette, title: str) -> Figure:
     """Draw each source's share as steps of a stair."""
     starts = [phase.step for phase in run.phases]
     last_step = max(starts[-1], run.metrics.train[-1].step)
     ends = [*starts[1:], last_step]
     series = []
-    for name in names:
+    for name in sources.names:
         points = []
         for phase, start, end in zip(run.phases, starts, ends, strict=True):
             share = phase.shares.get(name, 0.0)
             points += [(start, share), (end, share)]
         series.append((name, points))
-    plot = plot_curves(names, series, "share", 180, unit="of the sequences", scale="share")
+    options = {"unit": "of the sequences", "scale": "share", "domains": sources}
+    plot = plot_over_steps([run], series, "share", 180, **options)
     return Figure(plot, "Share of the sequences of each step.", title)
 
 
@@ -185,7 +196,8 @@ def plot_mixture(run: RunData, names: list[str], title: str) -> Figure:
 class Losses(NamedTuple):
     """What the section Loss shows."""
 
-    names: list[str]  # of the runs
+    runs: Palette
+    axes: dict[str, dict[str, list[float]]]  # run -> what its steps took
     training: Figure | None
     heldout: list[Figure]
     tasks: list[Figure]  # benchmarks scored meanwhile
@@ -203,9 +215,25 @@ def make_losses(runs: list[RunData]) -> Losses | None:
         if any(read.get_heldout_points(run, name) for run in runs):
             sources.append(name)
     heldout = [plot_heldout_loss(runs, name) for name in sources]
-    names = [run.name for run in runs]
     table = make_loss_table(runs, sources)
-    return Losses(names, training, heldout, plot_tasks(runs), table)
+    axes = {run.name: list_axes(run) for run in runs}
+    return Losses(color_runs(runs), axes, training, heldout, plot_tasks(runs), table)
+
+
+def list_axes(run: RunData) -> dict[str, list[float]]:
+    """Return steps, and the tokens, FLOPs and seconds up to each, as far as all are known.
+
+    The page draws curves over them, and interpolates between these steps.
+    """
+    records = run.metrics.train
+    every = max(1, len(records) // MAX_AXIS_POINTS)
+    kept = [*records[::every], *records[-1:]]
+    axes = {"step": [0, *(record.step for record in kept)]}
+    for field, name in (("n_tokens", "tokens"), ("flops", "FLOPs"), ("seconds", "seconds")):
+        values = [finite_or_none(getattr(record, field)) for record in kept]
+        if kept and None not in values:
+            axes[name] = [0, *values]
+    return axes
 
 
 def plot_training_loss(runs: list[RunData]) -> Figure:
@@ -227,7 +255,8 @@ def plot_training_loss(runs: list[RunData]) -> Figure:
     if is_resumed:
         caption += " Dotted upright: the run was resumed there."
     series = [(run.name, read.get_points(run.metrics.train, "loss")) for run in runs]
-    plot = plot_over_steps(runs, series, "loss", 330, unit=UNIT, levels=entropies)
+    options = {"unit": UNIT, "levels": entropies, "is_smooth": True}
+    plot = plot_over_steps(runs, series, "loss", 330, **options)
     return Figure(plot, caption + growths)
 
 
@@ -326,7 +355,7 @@ def get_heldout_entropy(run: RunData, source: str) -> float | None:
 class Forgetting(NamedTuple):
     """What the section Forgetting shows."""
 
-    sources: list[str]
+    sources: Palette
     figures: list[Figure]
     table: Table
 
@@ -344,7 +373,7 @@ def make_forgetting(runs: list[RunData]) -> Forgetting | None:
         series = [(name, subtract_parent(run, name)) for name in sources]
         if not any(points for _, points in series):
             continue
-        figures.append(plot_forgetting(run, series, sources))
+        figures.append(plot_forgetting(run, series, color_domains(sources)))
         for name, points in series:
             if points:
                 rows.append([run.name, name, *list_forgetting(points)])
@@ -352,7 +381,9 @@ def make_forgetting(runs: list[RunData]) -> Forgetting | None:
         return None
     heads = ["run", "text", "first", "worst", "last"]
     caption = "Nats per token above the parent; above 0, the child has forgotten."
-    return Forgetting(sources, figures, Table(heads, rows, caption, n_text_columns=2))
+    return Forgetting(
+        color_domains(sources), figures, Table(heads, rows, caption, n_text_columns=2)
+    )
 
 
 def subtract_parent(run: RunData, source: str) -> list[Point]:
@@ -366,7 +397,7 @@ def subtract_parent(run: RunData, source: str) -> list[Point]:
 
 
 def plot_forgetting(
-    run: RunData, series: list[tuple[str, list[Point]]], sources: list[str]
+    run: RunData, series: list[tuple[str, list[Point]]], sources: Palette
 ) -> Figure:
     """Draw one run's rise of the held-out losses, and what the run allows."""
     caption = (
@@ -378,7 +409,7 @@ def plot_forgetting(
     if limit:
         levels.append(limit)
         caption += f" Upper dashed line: {limit:g}, what train.max_forgetting allows."
-    options = {"unit": UNIT, "levels": levels, "level_name": "", "names": sources}
+    options = {"unit": UNIT, "levels": levels, "level_name": "", "domains": sources}
     plot = plot_over_steps([run], series, "above the parent", 220, **options)
     return Figure(plot, caption, run.name)
 
@@ -397,7 +428,7 @@ def list_forgetting(points: list[Point]) -> list[str | Cell]:
 class Training(NamedTuple):
     """What the section Training shows."""
 
-    names: list[str]  # of the runs
+    runs: Palette
     figures: list[Figure]
     table: Table
     skips: Table | None
@@ -413,13 +444,13 @@ def make_training(runs: list[RunData]) -> Training | None:
     for field, title, unit, caption, scale in TRAIN_METRICS:
         series = [(run.name, read.get_points(run.metrics.train, field)) for run in runs]
         if any(value for _, points in series for _, value in points):
-            plot = plot_over_steps(runs, series, title.lower(), 200, unit=unit, scale=scale)
+            options = {"unit": unit, "scale": scale, "is_smooth": True}
+            plot = plot_over_steps(runs, series, title.lower(), 200, **options)
             figures.append(Figure(plot, caption, title))
     figures += [plot_scalar(runs, name) for name in list_scalars(runs)]
     heads = ["run", "tokens/s, median", "peak memory, GB", "steps skipped", "epochs"]
     table = Table(heads, [list_training(run, read.list_sources(runs)) for run in runs])
-    names = [run.name for run in runs]
-    return Training(names, figures, table, *list_skips(runs))
+    return Training(color_runs(runs), figures, table, *list_skips(runs))
 
 
 def list_scalars(runs: list[RunData]) -> list[str]:
@@ -434,7 +465,7 @@ def list_scalars(runs: list[RunData]) -> list[str]:
 def plot_scalar(runs: list[RunData], name: str) -> Figure:
     """Draw a scalar that the steps returned beside those of TRAIN_METRICS."""
     series = [(run.name, read.get_scalar_points(run.metrics.train, name)) for run in runs]
-    plot = plot_over_steps(runs, series, name, 200)
+    plot = plot_over_steps(runs, series, name, 200, is_smooth=True)
     return Figure(plot, "Of the last step at each logged step.", name)
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from jaxpt import io
+from jaxpt import io, stage
 from jaxpt.flops import DeviceCost
 from jaxpt.io import lock
 from jaxpt.spec import Record, UserError
@@ -176,6 +176,7 @@ class SpentTime(Record):
 
     seconds: float  # of the run, as RunSums.seconds
     n_devices: int  # of this start, over all processes
+    at: str  # when it was written, ISO 8601, UTC
 
 
 class LostWork(NamedTuple):
@@ -235,7 +236,8 @@ class SignOfLife:
             seconds, since = self.seconds, self.since
             if self.meter:
                 seconds, since = self.meter.sums.seconds, self.meter.last_time
-            spent = SpentTime(seconds + time.monotonic() - since, self.n_devices)
+            seconds += time.monotonic() - since
+            spent = SpentTime(seconds, self.n_devices, at=stage.now())
             with contextlib.suppress(UserError):  # the next one may succeed
                 io.write_unsynced(self.path, spent)
 
