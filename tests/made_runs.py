@@ -192,7 +192,7 @@ def write_runs(root):
             "better": [
                 {
                     "source": "code",
-                    "id": "lib/heapq.py",
+                    "id": "code/lib/heapq.py",
                     "tokens": 498,
                     "nats": [3.301, 2.618],
                     "first_token": 40,
@@ -203,7 +203,7 @@ def write_runs(root):
             "worse": [
                 {
                     "source": "prose",
-                    "id": "moby.txt:18",
+                    "id": "prose/moby.txt:18",
                     "tokens": 512,
                     "nats": [3.61, 3.88],
                     "first_token": 0,

@@ -42,7 +42,7 @@ def see(tmp_path_factory):
         f"--user-data-dir={home / 'profile'}",
     ]
 
-    def show(page, script):
+    def show(page, script, width=800):
         head, _, _ = page.rpartition("</body>")
         (home / "page.html").write_text(f"{head}<script>{script}</script></body></html>")
         command = [
@@ -50,6 +50,7 @@ def see(tmp_path_factory):
             *flags,
             "--enable-logging=stderr",
             "--virtual-time-budget=6000",
+            f"--window-size={width},900",
             "--dump-dom",
             f"file://{home / 'page.html'}",
         ]
@@ -99,6 +100,92 @@ def test_the_page_draws_and_answers_pointer_and_keys_without_console_messages(pa
     assert re.match(r"base\s+step\s+4\s+loss\s+\d\.\d", walked), walked
     assert re.match(r"child\s+step\s+180\s+loss\s+\d\.\d", end), end
     assert re.match(r"(base|child)\s+step\s+\d+\s+loss\s+\d\.\d", pointed), pointed
+
+
+CONTRAST = """const luminance = rgb => rgb.map(part => part / 255)
+    .map(part => part <= .04045 ? part / 12.92 : ((part + .055) / 1.055) ** 2.4)
+    .reduce((sum, part, i) => sum + part * [.2126, .7152, .0722][i], 0);
+  const brush = Object.assign(document.createElement("canvas"), {width: 1, height: 1})
+    .getContext("2d", {willReadFrequently: true});
+  const see = (...layers) => {  // what is seen of colors painted over each other
+    for (const layer of layers) { brush.fillStyle = layer; brush.fillRect(0, 0, 1, 1); }
+    return [...brush.getImageData(0, 0, 1, 1).data.slice(0, 3)];
+  };
+  const faint = () => {
+    const found = [];
+    const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (texts.nextNode()) {
+      const {parentElement: at, textContent: text} = texts.currentNode;
+      if (!text.trim() || !at.checkVisibility() || at.closest("script, style, #vg-tooltip-element")
+        || at.closest(":has(:disabled)")) continue;
+      const grounds = [];
+      for (let each = at; each; each = each.parentElement)
+        grounds.unshift(getComputedStyle(each).backgroundColor);
+      const style = getComputedStyle(at), ground = see("white", ...grounds);
+      const ink = see("white", ...grounds, at.closest("svg") ? style.fill : style.color);
+      const [high, low] = [luminance(ink), luminance(ground)].sort((a, b) => b - a);
+      const ratio = (high + .05) / (low + .05);
+      if (ratio < 4.5) found.push(`${text.trim().slice(0, 40)}: ${ratio.toFixed(2)}`);
+      count += 1;
+    }
+    return found;
+  };
+  let count = 0;
+"""
+
+
+@pytest.mark.parametrize("width", [500, 1280])
+def test_nothing_overflows_and_every_text_stands_out_in_light_and_dark(page, see, width):
+    """A contrast of 4.5 at least (WCAG AA); chromium's window has 500 pixels at least."""
+    look = """setTimeout(() => {
+      document.querySelectorAll("details").forEach(each => each.open = true);
+      const root = document.documentElement;
+      const outside = [...document.querySelectorAll("main *, header *, nav *")]
+        .filter(each => each.getBoundingClientRect().right > root.clientWidth + 1)
+        .filter(each => !each.closest(".wide, .context, .cells, svg"));
+      keep("overflow", [root.scrollWidth - root.clientWidth, outside.length]);
+      keep("light", faint());
+      const style = document.querySelector("style");
+      style.textContent = style.textContent.replace("and (prefers-color-scheme: dark)", "");
+      keep("dark", faint());
+      keep("count", count);
+    }, 1500)"""
+    dom, _ = see(page, KEEP + CONTRAST + look, width)
+    assert kept(dom, "overflow") == [0, 0]
+    assert kept(dom, "count") > 500, "it looked"
+    assert kept(dom, "light") == kept(dom, "dark") == []
+
+
+def test_curves_are_redrawn_over_tokens_smoothed_and_on_logarithmic_axes(page, see):
+    look = """const wait = () => new Promise(done => setTimeout(done, 700));
+      const form = document.querySelector(".controls");
+      const svg = () => document.querySelector("#loss .plot svg");
+      const title = () => [...svg().querySelectorAll(".role-axis-title")].map(t => t.textContent);
+      const ticks = () => [...svg().querySelectorAll(".role-axis-label text")]
+        .map(label => label.textContent);
+      const change = () => { form.dispatchEvent(new Event("input")); return wait() };
+      setTimeout(async () => {
+        keep("steps", title());
+        const bent = svg().querySelector(".mark-line path").getAttribute("d");
+        form.axis.value = "tokens"; await change(); keep("tokens", [title(), ticks()]);
+        form.axis.value = "seconds"; form.log_x.checked = form.log_y.checked = true;
+        await change(); keep("time", [title(), ticks()]);
+        form.reset(); form.smooth.value = .9; await change();
+        const lines = [...svg().querySelectorAll(".mark-line path")].map(p => p.getAttribute("d"));
+        keep("smooth", [lines.length, lines[0] === bent, lines.at(-1) === bent]);
+        keep("range", [logTicks([3.41, 3.59]), logTicks([0.02, 700]), logTicks([2, 11])]);
+      }, 1500)"""
+    dom, console = see(page, KEEP + look)
+    assert console == []
+    assert "step" in kept(dom, "steps")
+    titles, ticks = kept(dom, "tokens")
+    assert "million tokens" in titles and "2.0" in ticks
+    titles, ticks = kept(dom, "time")
+    assert "minutes" in titles and {"0.1", "4", "5"} <= set(ticks), ticks
+    assert kept(dom, "smooth") == [4, True, False], "the curves themselves stay, thin"
+    narrow, wide, middle = kept(dom, "range")
+    assert narrow == [3.45, 3.5, 3.55] and wide == [0.1, 1, 10, 100]
+    assert middle == [2, 5, 10] or len(middle) >= 4
 
 
 def test_axe_finds_no_serious_issue_in_light_or_dark(page, see):

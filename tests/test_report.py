@@ -1,3 +1,4 @@
+import datetime
 import html.parser
 import json
 import math
@@ -17,7 +18,9 @@ from conftest import ROOT
 from made_runs import HOSTILE, SPEC, Page, growth, write_json, write_manifest, write_runs
 
 from jaxpt import io, stage
-from jaxpt.report import evaluation, figures, live, read, summary, training
+from jaxpt.report import evaluation, figures, head, live, read, summary, training
+from jaxpt.report import growth as growth_module
+from jaxpt.report.format import format_seconds
 from jaxpt.report.page import SECTIONS, render_page, write_report
 from jaxpt.report.read import MAX_DROPPED, MAX_EXCERPT, load_run, load_runs
 from jaxpt.report.records import Phase, RunEvent
@@ -152,7 +155,7 @@ def test_edits_and_unreadable_inputs_are_listed_under_their_source_and_inert(run
     write_json(base / "corpus" / "funnel.json", funnel)
     write_report([base], tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
-    (row,) = [row for row in page.rows if row[:1] == ["paragraph repetition"] and len(row) == 6]
+    (row,) = [row for row in page.rows if row[:1] == ["paragraph repetition"] and len(row) == 7]
     assert row[:5] == ["paragraph repetition", "52,327", "30", "1,234", "187.60"], (
         "code had no edits, so it has no column"
     )
@@ -279,7 +282,8 @@ def test_what_the_run_took_is_listed_below_its_plan(runs, tmp_path):
     planned = json.loads((child / "plan.json").read_text())
     write_json(child / "plan.json", {**planned, "tokens": 3e9})
     (child / "starts.jsonl").write_text(
-        '{"devices": "1 x cpu"}\n{"devices": "8 x NVIDIA H100 80GB HBM3"}\n'
+        '{"n_devices": 1, "device_kind": "cpu"}\n'
+        '{"n_devices": 8, "device_kind": "NVIDIA H100 80GB HBM3"}\n'
     )
     found = load_run(child)
     lines = []
@@ -324,7 +328,7 @@ def test_documents_on_which_two_models_differ_are_shown_by_token_in_colors_and_i
         and "Call me Ishmael" in page.text
     )
     assert (
-        "code, lib/heapq.py: 3.301 → 2.618 nats per token over 498 tokens, from token 40"
+        "code/lib/heapq.py: 3.301 → 2.618 nats per token over 498 tokens, from token 40"
         in page.text
         and "img" not in page.found
     )
@@ -646,7 +650,7 @@ def test_runs_are_shown_in_the_order_given(runs, tmp_path):
     for order in ([base, child], [child, base]):
         found = write_report(order, tmp_path / "page.html")
         assert [run.directory for run in found] == order
-        assert Page(tmp_path / "page.html").found["th"][:2] == [
+        assert Page(tmp_path / "page.html").found["strong"][:2] == [
             directory.name for directory in order
         ]
 
@@ -946,3 +950,123 @@ def test_too_little_address_space_for_the_plots_is_a_sentence(tmp_path, monkeypa
     with pytest.raises(UserError, match=r"need 70 GB of address space.*allows 16.0 GB.*ulimit -v"):
         write_report(runs, tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
+
+
+def write_sign(run, age):
+    """A sign of life, given so many seconds ago."""
+    at = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=age)
+    write_json(run / "spent.json", {"seconds": 71.0, "n_devices": 1, "at": at.isoformat()})
+    return at
+
+
+def test_the_head_tells_whether_a_run_goes_on(runs):
+    base, _ = runs
+    now = datetime.datetime.now(datetime.UTC)
+    find = lambda: head.find_state(load_run(base), now)
+    assert find().kind == "finished" and find().text.startswith("finished 20")
+    (base / "manifest.json").unlink()
+    assert find() == ("waiting", "not finished")
+    write_sign(base, 20)
+    assert find() == ("running", "running")
+    died = write_sign(base, 2 * head.ALIVE_SECONDS)
+    assert find() == ("dead", f"dead since {died:%Y-%m-%d %H:%M} UTC")
+    (base / "metrics.jsonl").unlink()
+    (base / "spent.json").unlink()
+    assert find() == ("waiting", "not trained yet")
+
+
+def test_the_head_of_a_running_run_shows_progress_and_what_is_left(runs, tmp_path):
+    _, child = runs
+    (child / "manifest.json").unlink()
+    write_sign(child, 3)
+    settings = json.loads((child / "config.json").read_text())
+    settings["train"]["steps"] = 720
+    write_json(child / "config.json", settings)
+    versions = {"python": "3.11.7", "jax": "0.10.2"}
+    start = {"command": "jaxpt train <b>", "commit": "c6e0fc9c43852066a", "host": "box"}
+    start |= {"n_devices": 8, "device_kind": "TPU v5p", "versions": versions, "n_processes": 2}
+    (child / "starts.jsonl").write_text(json.dumps(start) + "\n")
+    write_report([child], tmp_path / "page.html")
+    text = Page(tmp_path / "page.html").text
+    left = 540 * 118 / 180
+    assert f"180 of 720 steps, {format_seconds(left)} left at this pace" in text
+    for expected in (
+        "running",
+        "8 × TPU v5p on box and 1 more",
+        "commit c6e0fc9c43",
+        "jaxpt train <b>",
+        "python 3.11.7, jax 0.10.2",
+        "tokens/s",
+        "of it in steps80%",
+    ):
+        assert expected in text, expected
+    assert "width:25.0%" in (tmp_path / "page.html").read_text()
+
+
+def test_state_figures_and_the_loss_curve_come_before_any_table(runs, tmp_path):
+    for shown in (runs[:1], runs):
+        write_report(shown, tmp_path / "page.html")
+        page = (tmp_path / "page.html").read_text()
+        places = [page.index(mark) for mark in ('class="state', "<dl", 'class="plot"', "<table")]
+        assert places == sorted(places)
+
+
+def test_several_runs_have_a_row_each_with_their_outcome(runs, tmp_path):
+    write_report(runs, tmp_path / "page.html")
+    rows = [row for row in Page(tmp_path / "page.html").rows if row[1:2] and "finished" in row[1]]
+    assert [(row[0], row[2]) for row in rows] == [("base", "300"), ("child", "180")]
+    assert all("→" in row[4] for row in rows)
+    write_report(runs[:1], tmp_path / "page.html")
+    assert not [row for row in Page(tmp_path / "page.html").rows if "finished" in "".join(row)]
+
+
+def test_a_run_has_one_color_everywhere_and_no_source_has_it(runs):
+    base, child = load_runs(runs)
+    colors = figures.color_runs([base, child]).colors
+    [growth_view] = growth_module.make_growth([base, child])
+    assert growth_view.models == (["parent", "child"], colors, False)
+    [alone] = growth_module.make_growth([child])
+    assert alone.models.colors == ["var(--muted)", colors[0]]
+    models = evaluation.make_evaluation([base, child]).models
+    assert dict(zip(*models[:2], strict=True)) == {"base": colors[0], "child": colors[1]}
+    sources = training.make_forgetting([base, child]).sources
+    assert sources.is_of_domains and not set(sources.colors) & set(colors)
+    style = (ROOT / "jaxpt/report/page.css").read_text()
+    for scheme in style.split("@media screen")[:2]:
+        values = re.findall(r"--([cd])\d:(#\w+)", scheme)
+        assert len(values) == len({value for _, value in values}) == 16
+
+
+def test_curves_can_be_drawn_over_what_the_steps_took(runs):
+    losses = training.make_losses(load_runs(runs))
+    axes = losses.axes["child"]
+    assert list(axes) == ["step", "tokens", "FLOPs", "seconds"]
+    assert axes["step"][0] == axes["tokens"][0] == 0 and axes["step"][-1] == 180
+    at = axes["step"].index(90)
+    assert axes["tokens"][at] == 90 * 16 * 512 and axes["seconds"][at] == pytest.approx(59)
+    assert losses.training.spec["usermeta"] == {"over": "step", "smooth": True}
+
+
+def test_tokens_are_counted_where_they_were_packed_and_estimates_elsewhere(runs, tmp_path):
+    base, _ = runs
+    funnel = json.loads((base / "corpus" / "funnel.json").read_text())
+    for part in (*(step["kept"] for step in funnel["steps"]), funnel["train"]):
+        part["code"]["tokens"] = 7_654_321
+    write_json(base / "corpus" / "funnel.json", funnel)
+    write_report([base], tmp_path / "page.html")
+    rows = Page(tmp_path / "page.html").rows
+    tokens = [row[-2] for row in rows if row[:1] in (["read"], ["kept for training"])]
+    assert tokens == ["", f"{98_211 * 509:,}", "≈ 7.65 M", f"{24_007 * 509:,}"]
+
+
+def test_the_runs_in_a_directory_are_found_or_it_is_said_what_to_give(runs, tmp_path):
+    base, child = runs
+    assert read.find_runs([tmp_path]) == read.find_runs([base, child]) == [base, child]
+    copy = shutil.copytree(base, tmp_path / "more" / "seeds" / "base")
+    assert read.find_runs([tmp_path / "more"]) == [copy]
+    other = tmp_path / "other"
+    (other / "notes").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"other: is no run directory.*jaxpt train"):
+        read.find_runs([other])
+    (other / "notes").rmdir()
+    assert read.find_runs([other]) == [other], "it may just have begun"

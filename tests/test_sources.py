@@ -27,7 +27,8 @@ from hypothesis import given, strategies
 from jaxpt.config import PrepareConfig
 from jaxpt.data import prepare, sources
 from jaxpt.data.prepare import read as read_module
-from jaxpt.data.sources import jsonl, text, warc
+from jaxpt.data.prepare import rows
+from jaxpt.data.sources import jsonl, parquet, parse_source, text, warc
 from jaxpt.data.sources import page as page_module
 from jaxpt.data.sources import source as source_module
 from jaxpt.spec import UserError
@@ -995,3 +996,17 @@ def test_another_object_under_the_same_name_is_another_input(tmp_path, store):
     store("a.jsonl", lines("two"))  # as many bytes
     with pytest.raises(UserError, match=r"another config .*installed"):
         prepare.prepare_corpus(asked, tmp_path / "run")
+
+
+def test_a_document_of_a_corpus_is_read_by_the_id_that_the_corpus_gave_it(tmp_path):
+    texts = {"sea/a.txt": "The sea.", "sea/b/c.txt": "The ship."}
+    columns = {"id": list(texts), "source": ["sea"] * 2, "text": list(texts.values())}
+    columns |= {"prompt_chars": [0, 0], "meta": [None, None]}
+    table = pa.table(columns, schema=rows.CORPUS_SCHEMA)
+    pq.write_table(table, tmp_path / "x-00000.parquet")
+    for name, expected in (("sea", list(texts)), ("held", [f"held/{id}" for id in texts])):
+        found = list(parse_source(f"{name}=parquet:{tmp_path}/*.parquet#text").iterate_documents())
+        assert {document.id: document.text for document in found} == dict(
+            zip(expected, texts.values(), strict=True)
+        )
+    assert rows.CORPUS_SCHEMA.names == parquet.CORPUS_COLUMNS

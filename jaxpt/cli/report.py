@@ -1,7 +1,7 @@
 """Write one HTML page about one or more runs, and print their numbers as a table.
 
     jaxpt report --workdir runs/base runs/child --to runs/report.html
-    jaxpt report --workdir runs/base --serve
+    jaxpt report --workdir runs --serve
     jaxpt report --lineage runs/child/hf --verify
 
 The page is one file that loads nothing from the network; what is missing is listed at its end.
@@ -13,6 +13,7 @@ import argparse
 import logging
 import shlex
 
+from jaxpt import stage
 from jaxpt.cli import options
 from jaxpt.spec import UserError
 
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="DIR",
-        help="run directories, shown in this order",
+        help="run directories, shown in this order, or one that holds them",
     )
     parser.add_argument(
         "--to", type=options.parse_path, metavar="FILE.html", help="the page to write"
@@ -63,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
             "--lineage DIR."
         )
     from jaxpt import lineage
-    from jaxpt.report import live, page, summary
+    from jaxpt.report import live, page, read, summary
 
     if arguments.lineage:
         print(lineage.format_lineage(arguments.lineage, arguments.verify))
@@ -71,6 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.serve is not None:
         live.serve_report(arguments.workdir, arguments.serve)
         return
-    runs = page.write_report(arguments.workdir, arguments.to)
+    stage.check_output_path(arguments.to, "report.html")
+    runs = page.write_report(read.find_runs(arguments.workdir), arguments.to)
     print(summary.format_summary_table(runs, arguments.to))
     log.info(f"next: open {shlex.quote(str(arguments.to))} in a browser")

@@ -510,8 +510,7 @@ def format_differences(found: DocumentComparison) -> str:
             excerpt = " ".join(words)[:60]
             text = wrap_text(excerpt, 60)[0]
             before, after = difference.nats
-            place = f"{difference.source} {difference.id}"
-            lines.append(f"  {before:.3f} -> {after:.3f}  {place}: {text}")
+            lines.append(f"  {before:.3f} -> {after:.3f}  {difference.id}: {text}")
     return "\n".join(lines)
 
 

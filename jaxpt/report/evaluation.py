@@ -512,7 +512,7 @@ def describe_document(
     losses = zip(document.token_texts, *document.token_losses, strict=True)
     tokens = [TokenLosses(*values) for values in losses][:max_tokens]
     title = (
-        f"{document.source}, {document.document_id}: {format_change(*document.mean_losses)} "
+        f"{document.document_id}: {format_change(*document.mean_losses)} "
         f"nats per token over {format_whole(document.n_tokens)} tokens"
     )
     if document.window_start:

@@ -49,7 +49,7 @@ class RunHead(NamedTuple):
     frac: float | None  # of the steps, done
     progress: str
     figures: list[KeyFigure]
-    facts: list[str]  # batch, speed, machine
+    facts: list[str]  # growth, batch, speed, machine
     program: list[tuple[str, str]]  # command, commit and versions
 
 
@@ -91,19 +91,19 @@ def find_state(run: RunData, now: datetime.datetime) -> State:
     manifest = run.manifest
     if manifest and manifest.stage == "train" and not is_short:
         return State("finished", f"finished {format_time(manifest.created)}".strip())
-    seen = parse_time(run.last_sign)
-    if seen and (now - seen).total_seconds() < ALIVE_SECONDS:
+    if is_recent(run.last_sign, now):
         return State("running", "running")
-    if seen:
+    if parse_time(run.last_sign):
         return State("dead", f"dead since {format_time(run.last_sign)}")
     if run.metrics.train:
         return State("waiting", "not finished")
     return State("waiting", "not trained yet")
 
 
-def is_alive(run: RunData) -> bool:
-    """Return whether a run goes on now."""
-    return find_state(run, datetime.datetime.now(datetime.UTC)).kind == "running"
+def is_recent(last_sign: str, now: datetime.datetime) -> bool:
+    """Return whether who gave a sign of life then is still alive."""
+    seen = parse_time(last_sign)
+    return seen is not None and (now - seen).total_seconds() < ALIVE_SECONDS
 
 
 def parse_time(text: str) -> datetime.datetime | None:
@@ -144,7 +144,7 @@ def list_figures(run: RunData) -> list[KeyFigure]:
     figures = [KeyFigure("loss", format_decimal(last("loss")), "nats/token")]
     losses = list_last_heldout(run)
     for name in read.order_keys(read.list_sources([run]), losses)[:MAX_SOURCES]:
-        figures.append(KeyFigure(f"held-out {name}", format_decimal(losses[name]), "nats/token"))
+        figures.append(KeyFigure(f"held-out {name}", format_decimal(losses[name])))
     figures.append(KeyFigure("parameters", format_count(run.n_params)))
     figures.append(KeyFigure("tokens", format_count(last("n_tokens"))))
     seconds, productive = last("seconds"), last("productive_seconds")
@@ -166,8 +166,13 @@ def list_last_heldout(run: RunData) -> dict[str, float]:
 
 
 def list_facts(run: RunData) -> list[str]:
-    """Return batch, speed and machine of a run in words."""
+    """Return growth, batch, speed and machine of a run in words."""
     facts = []
+    if run.growth:
+        origin = f"grown from {read.short_model_name(run.growth.parent)}"
+        if run.growth.at_step is not None:
+            origin = f"grown at step {format_whole(run.growth.at_step)}"
+        facts.append(f"{origin} by {', '.join(run.growth.operators)}")
     batch_size = finite_or_none(run.settings.get("train.batch_size"))
     seq_lens = {counts.seq_len for counts in run.packed}
     seq_lens = seq_lens or {run.settings.get("pack.seq_len")}

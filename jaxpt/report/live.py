@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import datetime
 import http.server
 import logging
 import threading
 from collections.abc import Iterable
 
 from jaxpt import io, stage
-from jaxpt.report import page, read
+from jaxpt.report import head, page, read
 from jaxpt.spec import UserError
 
 log = logging.getLogger(__name__)
 RUN_FILES = ("*.json", "metrics.jsonl", "eval/*.json")
+SIGN_FILE = "spent.json"  # written every second: what it says counts, not that it changed
 
 # The page asks every few seconds whether the runs have written something, and reloads then;
 # a browser keeps its place.
 FOLLOW_SCRIPT = """<script>
+const note = document.querySelector("header p"), made = note.textContent;
+const tell = text => note.textContent = `${made} \u00b7 ${text}`;
+tell("live: it follows its runs");
 let seen;
 setInterval(async () => {
-  const now = await fetch("stamp").then(r => r.text()).catch(() => seen);
-  if (seen !== undefined && now !== seen) location.reload();
-  seen = now;
+  try {
+    const now = await fetch("stamp").then(r => r.text());
+    if (seen !== undefined && now !== seen) location.reload();
+    seen = now;
+    tell("live: it follows its runs");
+  } catch { tell("its server has ended, so it follows them no more") }
 }, 5000)
 </script>"""
 
@@ -30,7 +38,7 @@ def make_server(directories: Iterable[str | io.Path], port: int) -> http.server.
     """Return a server of the page on 127.0.0.1. The caller runs and closes it.
 
     Args:
-        directories: run directories, read again on each request.
+        directories: run directories or such that hold them, read again on each request.
         port: 0 takes a free one.
 
     Raises:
@@ -39,7 +47,7 @@ def make_server(directories: Iterable[str | io.Path], port: int) -> http.server.
     directories = list(directories)
     readers: read.Readers = {}
     reading = threading.Lock()
-    read.load_runs(directories, readers)
+    read.load_runs(read.find_runs(directories), readers)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         """Answers with the page, or with a stamp of the runs' files."""
@@ -50,10 +58,10 @@ def make_server(directories: Iterable[str | io.Path], port: int) -> http.server.
                 if not is_loopback(self.headers.get("Host", "")):
                     self.send_error(403, "Ask for 127.0.0.1 or localhost")
                 elif self.path == "/stamp":
-                    self.answer(hash_run_files(directories), "text/plain")
+                    self.answer(hash_run_files(read.find_runs(directories)), "text/plain")
                 elif self.path == "/":
                     with reading:
-                        runs = read.load_runs(directories, readers)
+                        runs = read.load_runs(read.find_runs(directories), readers)
                     self.answer(render_live_page(runs), "text/html")
                 else:
                     self.send_error(404)
@@ -99,13 +107,17 @@ def render_live_page(runs: list[read.RunData]) -> str:
     return head + FOLLOW_SCRIPT + end + rest
 
 
-def hash_run_files(directories: Iterable[str | io.Path]) -> str:
-    """Return a stamp that changes when a file that the page is made from does."""
+def hash_run_files(directories: Iterable[io.Path]) -> str:
+    """Return a stamp that changes when a file that the page is made from does, or a run dies."""
     stamps = []
+    now = datetime.datetime.now(datetime.UTC)
     for directory in directories:
+        is_alive = head.is_recent(read.read_last_sign(directory), now)
+        stamps.append([str(directory), str(is_alive)])
         for pattern in RUN_FILES:
-            for file in io.find(io.path(directory), pattern):
-                stamps.append([str(file), io.version(file)])
+            for file in io.find(directory, pattern):
+                if file.name != SIGN_FILE:
+                    stamps.append([str(file), io.version(file)])
     return stage.fingerprint(sorted(stamps))
 
 

@@ -73,7 +73,7 @@ function adapt(spec) {
       if (form.has("log_x")) Object.assign(x, {scale: {type: "log", nice: false}, axis: {values: {expr: "logTicks(domain('x'))"}, format: ",.4~r"}});
     }
     for (const line of Array.isArray(tooltip) ? tooltip : []) if (line.field === "step") Object.assign(line, {title, ...(axis !== "steps" && {format: ",.4~g"})});
-    if (form.has("log_y") && y?.scale?.type !== "log" && !y?.scale?.domain && spec.data.values.every(point => point.value > 0))
+    if (form.has("log_y") && y && y.scale?.type !== "log" && !y.scale?.domain && spec.data.values.every(point => point.value > 0))
       Object.assign(y, {scale: {type: "log", padding: 5, nice: false}, axis: {values: {expr: "logTicks(domain('y'))"}, format: ",.4~r"}});
   }
   if (form.has("log_x")) for (const part of parts) if (part.data) part.data.values = part.data.values.filter(point => !(point.step <= 0));

@@ -41,6 +41,9 @@ from jaxpt.report.records import (
 from jaxpt.spec import ModelSpec, UserError, encode_json
 
 COMPARISONS = ("samples", "differences")  # files in eval/ that jaxpt compare writes
+# what shows that a directory is a run's, however far it has come
+RUN_MARKS = ("metrics.jsonl", "starts.jsonl", "spec.json", "manifest.json", "plan.json", "eval")
+RUN_MARKS += ("corpus", "tokenizer", "packed", "checkpoints")
 MAX_DROPPED = 3  # documents shown that a rule dropped, per source
 MAX_EXCERPT = 600  # characters shown of each
 Point = tuple[float, float]  # (step, value)
@@ -109,6 +112,32 @@ def load_runs(
         if names.count(run.name) > 1:
             run.name = "/".join(run.directory.parts[-2:])
     return runs
+
+
+def find_runs(directories: Iterable[str | io.Path]) -> list[io.Path]:
+    """Return run directories: those given, and of one that is none the runs in it.
+
+    Raises:
+        UserError: a directory holds other things, but no run.
+    """
+    found: list[io.Path] = []
+    for directory in map(io.path, directories):
+        is_run = any(io.exists(directory / name) for name in RUN_MARKS)
+        is_empty = not io.list_names(directory)  # as of a run that has just begun
+        if is_run or is_empty or io.size(directory) is not None:
+            found.append(directory)
+            continue
+        inside: list[io.Path] = []
+        for depth in ("*", "*/*"):
+            inside += [file.parent for file in io.find(directory, f"{depth}/metrics.jsonl")]
+        if not inside:
+            raise UserError(
+                f"--workdir {directory}: is no run directory, and has no run that was trained in "
+                "it. Give the directory that jaxpt train or jaxpt initialize wrote, or one that "
+                "holds such."
+            )
+        found += sorted(inside)
+    return found
 
 
 def load_run(directory: str | io.Path, readers: Readers | None = None) -> RunData:

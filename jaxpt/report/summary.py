@@ -39,58 +39,21 @@ class SummaryRow(NamedTuple):
     texts: list[str]  # one per run
 
 
-class RunFacts(NamedTuple):
-    """What a run made and from what."""
-
-    name: str
-    facts: list[str]
-
-
 class Summary(NamedTuple):
     """What the section Numbers shows."""
 
-    runs: list[RunFacts]
     outcomes: Table | None  # a row per run, of several
     table: Table
 
 
 def make_summary(runs: list[RunData]) -> Summary:
-    """Return the facts of each run and the table of their numbers."""
+    """Return what became of each run, and the table of their numbers."""
     rows = []
     for label, unit, texts in summarize_runs(runs):
         name = Cell(label.strip(), unit, is_indented=label.startswith("  "))
         rows.append([name, *texts])
     heads = ["", *(run.name for run in runs)]
-    facts = [RunFacts(run.name, list_run_facts(run)) for run in runs]
-    return Summary(facts, head.make_outcomes(runs), Table(heads, rows))
-
-
-def list_run_facts(run: RunData) -> list[str]:
-    """Return a run's size, its growth and its training in words."""
-    size = "a model of unknown size (no spec.json)"
-    if run.n_params:
-        size = f"{format_count(run.n_params)} parameters"
-    facts = [size]
-    if run.growth:
-        start = f"grown from {read.short_model_name(run.growth.parent)}"
-        if run.growth.at_step is not None:
-            start = f"grown at step {format_whole(run.growth.at_step)}"
-        facts.append(f"{start} by {', '.join(run.growth.operators)}")
-    train = run.metrics.train
-    if train:
-        n_tokens = read.last_value(train, "n_tokens")
-        seconds = read.last_value(train, "seconds")
-        trained = f"trained {format_whole(train[-1].step)} steps"
-        if n_tokens:
-            trained += f" on {format_count(n_tokens)} tokens"
-        if seconds:
-            trained += f" in {format_seconds(seconds)}"
-        productive = read.last_value(train, "productive_seconds")
-        if productive:
-            trained += f", of which {format_seconds(productive)} in steps"
-        change = format_loss_change(run).replace(" ", "\u00a0")  # is not broken into two lines
-        facts += [trained, f"loss {change}"]
-    return facts
+    return Summary(head.make_outcomes(runs), Table(heads, rows))
 
 
 def summarize_runs(runs: list[RunData]) -> list[SummaryRow]:

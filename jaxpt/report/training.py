@@ -27,7 +27,7 @@ from jaxpt.report.format import (
     format_whole,
 )
 from jaxpt.report.read import Point, RunData
-from jaxpt.report.records import DroppedDocument, Funnel, TextAmount
+from jaxpt.report.records import DroppedDocument, Funnel, PackedCounts, TextAmount
 
 MAX_SKIPS = 12  # shown per run
 MAX_AXIS_POINTS = 400  # steps of a run whose tokens, FLOPs and seconds the page knows
@@ -70,14 +70,20 @@ def make_data(runs: list[RunData]) -> list[SourceData]:
     """Return each source of each corpus."""
     found = []
     for funnels, names in read.group_distinct_values(runs, lambda run: run.funnels):
+        packed = []
+        for run in runs:
+            if run.name in names:
+                packed += run.packed
         for funnel in funnels:
             for source in funnel.sources:
                 title = source + read.name_owners(names, runs)
-                found.append(describe_source(funnel, source, title))
+                found.append(describe_source(funnel, source, title, packed))
     return found
 
 
-def describe_source(funnel: Funnel, source: str, title: str) -> SourceData:
+def describe_source(
+    funnel: Funnel, source: str, title: str, packed: list[PackedCounts]
+) -> SourceData:
     """Return what the page shows of a source of a corpus."""
     reasons = []
     messages = ()
@@ -86,12 +92,18 @@ def describe_source(funnel: Funnel, source: str, title: str) -> SourceData:
         reasons = [f"{format_whole(n)} times {reason}" for reason, n in skipped.counts.items()]
         messages = skipped.messages
     text = f"Skipped while reading: {', '.join(reasons)}." if reasons else ""
-    table = make_funnel_table(funnel, source)
+    table = make_funnel_table(funnel, source, packed)
     return SourceData(title, table, text, messages, list_dropped(funnel, source))
 
 
-def make_funnel_table(funnel: Funnel, source: str) -> Table:
-    """Return what was read, left after each rule, and split into training and held-out text."""
+def make_funnel_table(funnel: Funnel, source: str, packed: list[PackedCounts]) -> Table:
+    """Return what was read, left after each rule, and split into training and held-out text.
+
+    Args:
+        funnel: of the corpus.
+        source: one of its sources.
+        packed: of the runs that read the corpus: its tokens, counted.
+    """
     labels = []
     amounts = []
     edits = []
@@ -105,11 +117,19 @@ def make_funnel_table(funnel: Funnel, source: str) -> Table:
     dropped = [""]
     for before, after in itertools.pairwise(documents):
         dropped.append(format_whole(before - after))
-    splits = {"kept for training": funnel.train, "held out": funnel.heldout}
-    for label, split in splits.items():
+    tokens = [format_estimate(amount.n_tokens) for amount in amounts]
+    splits = {"kept for training": (funnel.train, "train"), "held out": (funnel.heldout, "heldout")}
+    for label, (split, name) in splits.items():
         if source in split:
             labels.append(label)
             amounts.append(split[source])
+            counted = set()
+            for counts in packed:
+                if source in getattr(counts, name):
+                    counted.add(getattr(counts, name)[source].n_tokens)
+            is_known = len(counted) == 1
+            estimate = format_estimate(split[source].n_tokens)
+            tokens.append(format_whole(*counted) if is_known else estimate)
     shares = []
     for amount in amounts:
         frac = amount.n_bytes / n_read_bytes if n_read_bytes else 0
@@ -118,12 +138,17 @@ def make_funnel_table(funnel: Funnel, source: str) -> Table:
     columns["documents"] = [format_whole(amount.n_documents) for amount in amounts]
     columns |= {"dropped": dropped, "edits": edits}
     columns["MB"] = [format_decimal(amount.n_bytes / 1e6, 2) for amount in amounts]
-    columns["tokens"] = [format_count(amount.n_tokens) for amount in amounts]
+    columns["tokens"] = tokens
     columns["share"] = shares
     # what no rule did, or nobody counted, has no column
     columns = {head: cells for head, cells in columns.items() if any(cells)}
     rows = list(itertools.zip_longest(*columns.values(), fillvalue=""))
     return Table(list(columns), rows, css_class="funnel")
+
+
+def format_estimate(n_tokens: float | None) -> str:
+    """Return a number of tokens as an estimate; empty if there is none."""
+    return f"\u2248 {format_count(n_tokens)}" if n_tokens else ""
 
 
 def list_dropped(funnel: Funnel, source: str) -> dict[str, list[DroppedDocument]]:

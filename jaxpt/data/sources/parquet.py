@@ -1,4 +1,7 @@
-"""parquet:GLOB#column: a row is a document, its text in `column`."""
+"""parquet:GLOB#column: a row is a document, its text in `column`.
+
+A document of a corpus that jaxpt prepare wrote keeps its id.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from jaxpt.data.sources.source import (
 )
 from jaxpt.spec import UserError
 
+CORPUS_COLUMNS = ["id", "source", "text", "prompt_chars", "meta"]  # of a corpus's shards
 MAX_BATCH_BYTES = 2**28  # of rows that are unpacked at once, unless one alone has more
 MAX_BATCH_ROWS = 64
 BUFFER_BYTES = 2**20  # read at once, in place of a whole column
@@ -40,12 +44,17 @@ def read_parquet(source: TextSource, file: str) -> Reading:
                     f"{file}: has no column {missing[0]!r}; it has: {', '.join(names)}. "
                     "Write parquet:GLOB#column."
                 )
-            for n, row in enumerate(iterate_rows(table, fields, file), 1):
+            is_corpus = names == CORPUS_COLUMNS
+            columns = ["id", *fields] if is_corpus else fields
+            for n, row in enumerate(iterate_rows(table, columns, file), 1):
                 place = f"{file}:{n}"
+                id = f"{name}:{n}"
+                if is_corpus:  # the source's name is put before it again
+                    id = row["id"][0].as_py().removeprefix(f"{source.name}/")
                 if row.nbytes > MAX_DOCUMENT_BYTES:
                     yield too_large_error(place)
                     continue
-                yield try_row(f"{name}:{n}", row, source.field, place)
+                yield try_row(id, row, source.field, place)
     except (pa.ArrowException, OSError) as error:
         raise UserError(
             f"{file}: cannot be read as parquet ({first_error_line(error)}). Copy it again or "
