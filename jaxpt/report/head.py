@@ -29,8 +29,9 @@ COMMIT_DIGITS = 10
 class State(NamedTuple):
     """Whether a run goes on."""
 
-    kind: str  # class in page.css: "running", "finished", "dead" or "waiting"
+    kind: str  # "running", "finished", "dead" or "waiting"
     text: str
+    when: str = ""  # it finished, or died
 
 
 class KeyFigure(NamedTuple):
@@ -90,11 +91,11 @@ def find_state(run: RunData, now: datetime.datetime) -> State:
     is_short = bool(n_steps) and bool(run.metrics.train) and last_step < n_steps
     manifest = run.manifest
     if manifest and manifest.stage == "train" and not is_short:
-        return State("finished", f"finished {format_time(manifest.created)}".strip())
+        return State("finished", "finished", format_time(manifest.created))
     if is_recent(run.last_sign, now):
         return State("running", "running")
     if parse_time(run.last_sign):
-        return State("dead", f"dead since {format_time(run.last_sign)}")
+        return State("dead", "dead since", format_time(run.last_sign))
     if run.metrics.train:
         return State("waiting", "not finished")
     return State("waiting", "not trained yet")
@@ -210,7 +211,7 @@ def make_outcomes(runs: list[RunData]) -> Table | None:
     losses = [list_last_heldout(run) for run in runs]
     sources = [name for name in sources if any(name in each for each in losses)]
     columns: dict[str, list[str | Cell]] = {"run": [clip_text(run.name, 40) for run in runs]}
-    columns["state"] = [find_state(run, now).text for run in runs]
+    columns["state"] = [find_state(run, now).kind for run in runs]
     columns["steps"] = [format_whole(read.last_value(run.metrics.train, "step")) for run in runs]
     columns["tokens"] = [
         format_count(read.last_value(run.metrics.train, "n_tokens")) for run in runs
