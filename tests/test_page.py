@@ -136,7 +136,7 @@ CONTRAST = """const luminance = rgb => rgb.map(part => part / 255)
 
 @pytest.mark.parametrize("width", [390, 1280])
 def test_nothing_overflows_and_every_text_stands_out_in_light_and_dark(page, see, width):
-    """A contrast of 4.5 at least (WCAG AA); tables and the list of sections scroll by themselves."""
+    """A contrast of 4.5 at least (WCAG AA). Tables and the list of sections scroll."""
     look = """setTimeout(() => {
       document.querySelectorAll("details").forEach(each => each.open = true);
       const root = document.documentElement;

@@ -425,6 +425,44 @@ def test_what_a_kill_threw_away_costs_time_and_money_and_no_tokens(make_config, 
     assert_shown(tmp_path)
 
 
+def test_no_console_line_is_wider_than_its_terminal_and_a_wide_one_is_used(tmp_path, monkeypatch):
+    meter = Meter(NOTHING_DONE, started=time.monotonic(), n_devices=1, cost=DeviceCost())
+    logger = MetricsLogger(tmp_path, 250_000, meter=meter, resumed_at=None)
+    sums = dataclasses.replace(NOTHING_DONE, seconds=71.0, usd=1_234.5)
+    shape = {"step_seconds": 31.4, "tokens_per_second": 12_345_678.0, "memory_bytes": 7 * 2**30}
+    record = TrainMetrics(
+        step=1_250,
+        loss=10.25,
+        grad_norm=12_345.67,
+        lr=3e-4,
+        epochs={},
+        mfu=0.314,
+        n_skipped=17,
+        scalars={f"scalar_{i}": i / 7 for i in range(20)},
+        **shape,
+        **vars(sums),
+    )
+    sources = {f"a source of text {i}": 3.25 for i in range(9)}
+
+    def list_lines(columns):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: columns is not None)
+        size = os.terminal_size((columns or 200, 40))
+        monkeypatch.setattr(shutil, "get_terminal_size", lambda: size)
+        lines = logger.format_train(record)
+        parts = [f"{name} {loss:.4f}" for name, loss in sources.items()]
+        return lines, metrics.break_line("step 1250/250000  held-out loss", parts)
+
+    for columns in (None, 40, 80, 160):
+        for lines in list_lines(columns):
+            assert max(map(len, lines)) <= max(80, columns or 0) - metrics.PREFIX_COLUMNS
+            assert all(word in " ".join(lines) for word in ("step", "1250/250000"))
+    narrow, wide = list_lines(80), list_lines(160)
+    assert [len(lines) for lines in wide] == [1, 2] and len(narrow[0]) > 1 < len(narrow[1])
+    for lines in (*narrow, *wide):
+        assert "left" in " ".join(lines) or all(name in " ".join(lines) for name in sources)
+    logger.close()
+
+
 def test_a_start_that_wrote_no_record_is_counted_by_its_sign_of_life(tmp_path):
     """70 s after the last record of 30 s, on 4 devices; a checkpoint had 10 s."""
     cost = DeviceCost(usd_per_hour=3600.0)
@@ -1115,7 +1153,7 @@ def test_a_scalar_of_the_step_reaches_console_file_tensorboard_and_page(
     lines = [record.getMessage() for record in caplog.records]
     (shown,) = [line for line in lines if f"param_norm {norm:.4g}" in line]
     assert not [line for line in lines if long_name in line]
-    assert len(shown) <= metrics.MAX_COLUMNS
+    assert len(shown) <= metrics.count_columns()
 
     (events,) = (tmp_path / "run/tensorboard").glob("events*")
     assert b"scalars/param_norm" in events.read_bytes()

@@ -1036,14 +1036,15 @@ def sample_corpus(corpus: io.Path, max_bytes: float) -> Iterator[tuple[str, str]
     n_bytes = sum(count_text_bytes(file) for _, file in files)
     frac = min(1.0, max_bytes / max(n_bytes, 1))
     n_spans = 0
-    progress = stage.track_progress(files, "reading the sample", len(files), "shards")
-    for name, file in progress:
-        for text in iter_texts(file):
-            for start in range(0, len(text), MAX_SPAN_CHARS):
-                n_before = int(n_spans * frac)
-                n_spans += 1
-                if int(n_spans * frac) > n_before:
-                    yield name, text[start : start + MAX_SPAN_CHARS]
+    with stage.progress_bar("reading the sample", n_bytes, "B") as advance:
+        for name, file in files:
+            for text in iter_texts(file):
+                for start in range(0, len(text), MAX_SPAN_CHARS):
+                    n_before = int(n_spans * frac)
+                    n_spans += 1
+                    if int(n_spans * frac) > n_before:
+                        yield name, text[start : start + MAX_SPAN_CHARS]
+                advance(len(text.encode()))
 
 
 def iter_texts(file: pathlib.Path) -> Iterator[str]:

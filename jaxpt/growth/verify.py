@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
-from jaxpt import io
+from jaxpt import io, logs
 from jaxpt.flops import count_flops_per_token
 from jaxpt.growth import measure
 from jaxpt.growth.growth import Growth, ReadBatches
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 # sums in another order: a widened model adds each product in halves. Fraction of the largest
 # logit, in float32
 ROUNDING_TOLERANCE = 1e-5
+PROBE_SECONDS = 45.0  # of training in a probe: with its measurements about a minute on two cores
+MIN_PROBE_STEPS = 4  # of fewer steps most are warm-up
 
 
 class HeldoutLosses(Protocol):
@@ -44,18 +46,21 @@ class HeldoutLosses(Protocol):
         ...
 
 
-class Probe(NamedTuple):
+class Probe(Protocol):
     """A short training that parent and child both go through.
 
     It shows what the initial loss does not (2604.04281).
-
-    Attributes:
-        n_steps: of the training.
-        train: returns the trained parameters of a model; those given are kept.
     """
 
-    n_steps: int
-    train: Callable[[ModelSpec, Params], Params]
+    n_steps: int  # at most
+
+    def time_step(self, spec: ModelSpec, params: Params) -> float:
+        """Return the seconds of a step, compilation apart."""
+        ...
+
+    def train(self, spec: ModelSpec, params: Params, n_steps: int) -> Params:
+        """Return the trained parameters of a model; those given are kept."""
+        ...
 
 
 def verify_growth(
@@ -97,7 +102,8 @@ def verify_growth(
         report = dataclasses.replace(report, max_logit_difference=difference)
     # else the data is not the parent's, or not the child's
     if parent.tokenizer == child.tokenizer:
-        report = measure_models(report, models, heldout, batches)
+        with logs.announce_if_slow(log, "growth: measuring losses and layers, parent and child"):
+            report = measure_models(report, models, heldout, batches)
     if probe and heldout and report.heldout_loss:
         report = dataclasses.replace(report, probe=run_probe(probe, models, heldout))
     unigram_nats = heldout.unigram_nats if heldout else {}
@@ -180,13 +186,32 @@ def measure_models(
     return report
 
 
-def run_probe(probe: Probe, models: dict[str, LoadedModel], heldout: HeldoutLosses) -> ProbeRecord:
-    """Return the held-out losses of both models after a short training."""
+def run_probe(
+    probe: Probe, models: dict[str, LoadedModel], heldout: HeldoutLosses
+) -> ProbeRecord | None:
+    """Return the held-out losses of both models after a short training.
+
+    It has as many steps as PROBE_SECONDS allow; None if they are too few to show anything.
+    """
+    with logs.announce_if_slow(log, "growth: timing a training step of parent and child"):
+        seconds = sum(probe.time_step(model.spec, model.params) for model in models.values())
+    n_steps = min(probe.n_steps, int(PROBE_SECONDS / seconds))
+    if n_steps < min(probe.n_steps, MIN_PROBE_STEPS):
+        log.info(
+            f"growth: no probe: a step of parent and child takes {seconds:.1f} s, and "
+            f"{PROBE_SECONDS:.0f} s would not hold {MIN_PROBE_STEPS}"
+        )
+        return None
+    log.info(
+        f"growth: training parent and child for {n_steps} steps each to compare them, about "
+        f"{n_steps * seconds:.0f} s (--probe 0: do not)"
+    )
     losses = {}
     for name, model in models.items():
-        params = probe.train(model.spec, model.params)
-        losses[name] = heldout.measure_losses(model.spec, params)
-    return ProbeRecord(probe.n_steps, **losses)
+        params = probe.train(model.spec, model.params, n_steps)
+        with logs.announce_if_slow(log, f"growth: measuring the {name} after {n_steps} steps"):
+            losses[name] = heldout.measure_losses(model.spec, params)
+    return ProbeRecord(n_steps, **losses)
 
 
 def check_logits(

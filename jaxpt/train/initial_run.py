@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
 import pathlib
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from jaxpt import initialize, io
+from jaxpt import initialize, io, logs
 from jaxpt.config import Config, build_config
 from jaxpt.data import loader
 from jaxpt.data.mixture import MixtureSchedule
@@ -114,7 +117,8 @@ def open_measuring_data(
     seq_len = heldout.dataset.seq_len
     check_batch_divides(mesh, train.batch_size, train.grad_accum_steps, seq_len)
     batches = measure.make_measuring_batches(packed, train.batch_size, mask, mesh)
-    return MeasuringData(heldout, batches, make_probe(probe_steps, config, packed, mesh))
+    probe = ShortTraining(probe_steps, config, packed, mesh) if probe_steps else None
+    return MeasuringData(heldout, batches, probe)
 
 
 def describe_request(
@@ -155,31 +159,62 @@ def find_source(source: str, check: bool) -> tuple[io.Path | None, bool]:
     return directory, is_import
 
 
-def make_probe(
-    n_steps: int, config: Config, packed: Sequence[io.Path], mesh: jax.sharding.Mesh
-) -> Probe | None:
-    """Return a training of n steps with fresh moments at the peak rate; None for 0 steps."""
-    if not n_steps:
-        return None
-    train = dataclasses.replace(config.train, steps=n_steps, grow=())
-    optim = dataclasses.replace(
-        config.optim, schedule="constant", warmup_frac=0.25, lr_multipliers=()
-    )
+class ShortTraining:
+    """A training with fresh moments at the peak rate, as growth's verify.Probe.
 
-    def train_briefly(spec: ModelSpec, params: Params) -> Params:
-        dataset = loader.open_packed(packed)
-        schedule = MixtureSchedule(config.mixture, dataset.n_sequences, train.batch_size)
-        place = make_batch_sharding(mesh)
-        mask = config.mixture.document_mask
+    Attributes:
+        n_steps: at most.
+    """
+
+    def __init__(self, n_steps: int, config: Config, packed: Sequence[io.Path], mesh: Mesh):
+        """Train nothing yet."""
+        self.n_steps = n_steps
+        self.config = config
+        self.packed = packed
+        self.mesh = mesh
+        self.steps: dict[tuple[ModelSpec, int], Callable] = {}  # compiled
+
+    def time_step(self, spec: ModelSpec, params: Params) -> float:
+        """Return the seconds of a step, compilation apart."""
+        states = self.iterate_states(spec, params, self.n_steps)
+        jax.block_until_ready(next(states))
+        start = time.monotonic()
+        jax.block_until_ready(next(states))
+        return time.monotonic() - start
+
+    def train(self, spec: ModelSpec, params: Params, n_steps: int) -> Params:
+        """Return the parameters after n steps; those given are kept."""
+        *_, last = itertools.islice(self.iterate_states(spec, params, n_steps), n_steps)
+        return last.params
+
+    def iterate_states(
+        self, spec: ModelSpec, params: Params, n_steps: int
+    ) -> Iterator[state.TrainState]:
+        """Yield the state after each step, which takes over the one before.
+
+        Args:
+            spec: the architecture.
+            params: to start from; kept.
+            n_steps: of the training, for its warm-up; more can be done.
+        """
+        train, mixture = self.config.train, self.config.mixture
+        optim = dataclasses.replace(
+            self.config.optim, schedule="constant", warmup_frac=0.25, lr_multipliers=()
+        )
+        dataset = loader.open_packed(self.packed)
+        schedule = MixtureSchedule(mixture, dataset.n_sequences, train.batch_size)
+        place = make_batch_sharding(self.mesh)
+        mask = mixture.document_mask
         batches = loader.iterate_batches(dataset, schedule, place, train.batch_size, 0, mask)
         params = jax.tree.map(jnp.copy, params)  # the step takes its state over
-        now = state.init_state(params, spec, optim, mesh)
-        train_step = step.build_step(spec, train, optim, dataset.seq_len, mesh)
-        for _ in range(n_steps):
-            now, _ = train_step(now, next(batches))
-        return now.params
-
-    return Probe(n_steps, train_briefly)
+        now = state.init_state(params, spec, optim, self.mesh)
+        if (spec, n_steps) not in self.steps:
+            settings = dataclasses.replace(train, steps=n_steps, grow=())
+            built = step.build_step(spec, settings, optim, dataset.seq_len, self.mesh)
+            self.steps[spec, n_steps] = built
+        for batch in batches:
+            now, _ = self.steps[spec, n_steps](now, batch)
+            yield now
 
 
 def check_import(
@@ -198,7 +233,8 @@ def check_import(
         keeps_text = encoder.keeps_text()
     if heldout:
         vocab_size = heldout.dataset.vocab_size
-    gate.log_import_check(model.spec, model.params, heldout, vocab_size, keeps_text)
+    with logs.announce_if_slow(log, "initialize: measuring the imported model"):
+        gate.log_import_check(model.spec, model.params, heldout, vocab_size, keeps_text)
     if check:
         gate.check_import_against_transformers(
             io.local_copy(source), model.spec, model.params, heldout, mesh

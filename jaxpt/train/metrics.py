@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import resource
+import shutil
 import sys
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -39,7 +40,8 @@ log = logging.getLogger(__name__)
 FLUSH_SECONDS = 10.0  # a checkpoint waits for the records before it no longer than this
 MAX_SKIPPED_DOCUMENTS = 32  # listed per skipped step; jaxpt trace lists all
 MAX_SOURCES = 8  # in a record; epochs.json has all
-MAX_COLUMNS = 69  # of a console line; time and level take 11 of a terminal's 80
+MIN_COLUMNS = 80  # of a terminal; wider ones are made use of
+PREFIX_COLUMNS = 11  # of a console line: time and level
 # of a step, that a record has fields for; loss and n_targets are summed over the interval instead
 KNOWN_SCALARS = ("loss_sum", "n_targets", "loss", "grad_norm", "lr", "n_skipped")
 KNOWN_SCALARS += ("consecutive_skips",)
@@ -139,11 +141,11 @@ class MetricsLogger:
             self.progress_bar.update(step - self.progress_bar.n)
 
     def format_train(self, record: TrainMetrics) -> list[str]:
-        """Return a line, and a second one for what is not always there, of MAX_COLUMNS at most."""
+        """Return a line, and further ones for what is not always there or does not fit."""
         left = format_duration((self.n_steps - record.step) * record.step_seconds)
-        rate = f"{record.tokens_per_second:,.0f} tok/s"
-        first = f"{self.format_step(record.step)}  loss {record.loss:.4f}  "
-        first += f"norm {record.grad_norm:.2f}  lr {record.lr:.1e}  {rate}  {left} left"
+        always = [f"loss {record.loss:.4f}", f"norm {record.grad_norm:.2f}"]
+        always += [f"lr {record.lr:.1e}", f"{record.tokens_per_second:,.0f} tok/s", f"{left} left"]
+        first = break_line(self.format_step(record.step), always)
         more = []
         if record.mfu:
             more.append(f"MFU {record.mfu:.1%}")
@@ -152,15 +154,18 @@ class MetricsLogger:
         if record.n_skipped:
             more.append(f"{record.n_skipped} skipped")
         if not more and not record.scalars:
-            return [first]
+            return first
         more.append(f"{record.memory_bytes / 2**30:.1f} GiB")
         more.append(f"{format_duration(record.seconds)} so far, goodput {record.goodput:.0%}")
+        width = count_columns()
         second = "  " + "  ".join(more)
+        if len(first) == 1 and len(first[0] + second) <= width:
+            first, second = [], first[0] + second
         for name, value in record.scalars.items():
             column = f"  {name} {value:.4g}"
-            if len(second + column) <= MAX_COLUMNS:
+            if len(second + column) <= width:
                 second += column
-        return [first, second]
+        return [*first, second]
 
     def format_step(self, step: int) -> str:
         """Return "step  10/300"."""
@@ -178,7 +183,8 @@ class MetricsLogger:
             if parent and name in parent:
                 part += f" (parent {parent[name]:.4f})"
             parts.append(part)
-        log.info(f"{self.format_step(step)}  held-out loss  {'  '.join(parts)}")
+        for line in break_line(f"{self.format_step(step)}  held-out loss", parts):
+            log.info(line)
 
     def log_tasks(self, step: int, scores: dict[str, dict[str, float]]) -> None:
         """Write the scores of benchmarks, a console line for each."""
@@ -190,7 +196,8 @@ class MetricsLogger:
                 if not name.endswith("_stderr"):
                     margin = "" if error is None else f" +/- {error:.4f}"
                     parts.append(f"{name} {value:.4f}{margin}")
-            log.info(f"{self.format_step(step)}  {task}  {'  '.join(parts)}")
+            for line in break_line(f"{self.format_step(step)}  {task}", parts):
+                log.info(line)
 
     def log_skipped_update(self, collected: CollectedStep, documents: list[str]) -> None:
         """Write that an update was skipped, with the first documents of its batch."""
@@ -227,6 +234,25 @@ class MetricsLogger:
         if self.is_writer:
             self.progress_bar.close()
             writers.close_all(self.places)
+
+
+def count_columns() -> int:
+    """Return the columns of a console line, without time and level."""
+    columns = MIN_COLUMNS
+    if sys.stderr.isatty():
+        columns = max(columns, shutil.get_terminal_size().columns)
+    return columns - PREFIX_COLUMNS
+
+
+def break_line(head: str, parts: list[str]) -> list[str]:
+    """Return the head and parts as a line, or more where they do not fit into one."""
+    width = count_columns()
+    lines = [head]
+    for part in parts:
+        if len(lines[-1]) + 2 + len(part) > width:
+            lines.append("")
+        lines[-1] += f"  {part}"
+    return lines
 
 
 def open_places(

@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpt import io, stage
+from jaxpt import io, logs, stage
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.text import format_table
 
@@ -463,7 +463,9 @@ def restore_tree(directory: io.Path, name: str, abstract: PyTree) -> PyTree:
         with explain_reading(directory):
             return restore_array(open_array(directory / name, array_name(path)), leaf)
 
-    return jax.tree_util.tree_map_with_path(restore, abstract)
+    n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    with logs.announce_if_slow(log, f"reading {n_bytes / 1e9:.1f} GB of {directory}/{name}"):
+        return jax.tree_util.tree_map_with_path(restore, abstract)
 
 
 @contextlib.contextmanager

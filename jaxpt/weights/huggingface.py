@@ -101,13 +101,16 @@ def load_hf_model(
             place = make_logical_sharding(mesh, weight.param.axes)
             stacks[weight] = jnp.zeros(weight.param.shape, np_dtype, device=place)
     params: Params = {}
-    for weight in weights:
-        *outer, name = weight.path
-        inner = params
-        for part in outer:
-            inner = inner.setdefault(part, {})
-        stack = stacks.pop(weight, None)
-        inner[name] = read_weight(stored, weight, mesh, np_dtype, stack)
+    n_bytes = sum(math.prod(weight.param.shape) for weight in weights) * np_dtype.itemsize
+    with stage.progress_bar(f"reading {directory.name}", n_bytes, "B") as advance:
+        for weight in weights:
+            *outer, name = weight.path
+            inner = params
+            for part in outer:
+                inner = inner.setdefault(part, {})
+            stack = stacks.pop(weight, None)
+            inner[name] = read_weight(stored, weight, mesh, np_dtype, stack)
+            advance(inner[name].nbytes)
     return spec, params
 
 
