@@ -4,6 +4,7 @@ the child's own, the same new parameters on every mesh.
 
 import dataclasses
 import math
+import types
 
 import jax
 import numpy as np
@@ -20,7 +21,7 @@ from jaxpt.growth.moments import grow_moments
 from jaxpt.growth.new_params import NewParams, find_new_params
 from jaxpt.growth.parse import plan_growth
 from jaxpt.growth.records import GrowthReport
-from jaxpt.growth.verify import judge_growth, verify_growth
+from jaxpt.growth.verify import judge_growth, run_probe, verify_growth
 from jaxpt.model import loss, transformer
 from jaxpt.model.param import is_param_spec
 from jaxpt.spec import ModelSpec, UserError
@@ -831,3 +832,31 @@ def test_the_verdict_is_one_sentence_on_whether_the_grown_model_is_healthy(paren
         moments=None,
     )
     assert judge_growth(report, {"prose": 5.0}).startswith(verdict)
+
+
+class TimedProbe:
+    """A training whose step takes so many seconds; it notes how many were asked for."""
+
+    n_steps = 20
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+        self.trained = []
+
+    def time_step(self, spec, params):
+        return self.seconds
+
+    def train(self, spec, params, n_steps):
+        self.trained.append(n_steps)
+        return params
+
+
+@pytest.mark.parametrize("seconds, n_steps", [(0.9, 20), (2.5, 9), (6.0, None)])
+def test_a_probe_has_no_more_steps_than_its_time_holds(seconds, n_steps):
+    """Parent and child take the time of a step each."""
+    model = types.SimpleNamespace(spec=None, params={})
+    heldout = types.SimpleNamespace(measure_losses=lambda spec, params: {"prose": 3.25})
+    probe = TimedProbe(seconds)
+    found = run_probe(probe, {"parent": model, "child": model}, heldout)
+    assert (found and found.n_steps) == n_steps
+    assert probe.trained == ([n_steps] * 2 if n_steps else [])
