@@ -253,10 +253,11 @@ def list_axes(run: RunData) -> dict[str, list[float]]:
     records = run.metrics.train
     every = max(1, len(records) // MAX_AXIS_POINTS)
     kept = [*records[::every], *records[-1:]]
-    axes = {"step": [0, *(record.step for record in kept)]}
+    axes: dict[str, list[float]] = {"step": [0, *(record.step for record in kept)]}
     for field, name in (("n_tokens", "tokens"), ("flops", "FLOPs"), ("seconds", "seconds")):
-        values = [finite_or_none(getattr(record, field)) for record in kept]
-        if kept and None not in values:
+        found = (finite_or_none(getattr(record, field)) for record in kept)
+        values = [value for value in found if value is not None]
+        if kept and len(values) == len(kept):
             axes[name] = [0, *values]
     return axes
 
