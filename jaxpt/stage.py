@@ -25,9 +25,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from io import TextIOWrapper
+from types import FrameType
 from typing import Any, TypeVar
 
 from jaxpt import io, logs
@@ -41,6 +43,9 @@ RECORDED_PACKAGES = "jaxpt jax flax optax orbax-checkpoint grain sentencepiece t
 RECORDED_PACKAGES += " transformers pyarrow"
 MAX_MESSAGE = 1600  # characters
 WRITERS = {"corpus": "prepare", "tokenizer": "train_tokenizer", "packed": "pack"}  # in this order
+INTERRUPTED = 130  # exit status
+RETRY_SECONDS = 0.1  # until an interrupt that would do harm is tried again
+GC_CALLBACKS = ("_xla_gc_callback",)  # jax's
 REQUEST = ".request"  # in a working directory: the fingerprint of the request it serves
 
 
@@ -537,6 +542,10 @@ class LineWriter:
 def entry_point(main: Callable[[], None]) -> None:
     """Run a command's main. A UserError becomes one sentence on stderr and exit status 1."""
     logs.set_up_logging()
+    interrupted: list[int] = []
+    atexit.register(leave_at_once, interrupted)  # first, so it is called last
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, interrupt_when_safe)
     if isinstance(sys.stdout, TextIOWrapper):  # what the terminal's encoding lacks is escaped
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -557,10 +566,36 @@ def entry_point(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.unraisablehook = lambda unraisable: None  # of what was being made, such as a bar
         log.info("interrupted; finished work is kept, run the same command again to continue")
-        sys.exit(130)
+        interrupted.append(INTERRUPTED)
+        sys.exit(INTERRUPTED)
     finally:
         # registered last, it is called first: what is left is done in a moment
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+
+
+def leave_at_once(interrupted: list[int]) -> None:
+    """End an interrupted process: what XLA was compiling crashes it later (signal 11)."""
+    if interrupted:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(*interrupted)
+
+
+def interrupt_when_safe(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt, after a moment where it would do harm.
+
+    It crashes an import of jax (signal 11), and is lost in a callback of the garbage collector.
+    """
+    while frame:
+        code = frame.f_code
+        if code.co_filename.startswith("<frozen importlib") or code.co_name in GC_CALLBACKS:
+            again = (threading.main_thread().ident, number)
+            timer = threading.Timer(RETRY_SECONDS, signal.pthread_kill, again)
+            timer.daemon = True
+            timer.start()
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def use_large_pages() -> None:

@@ -997,7 +997,7 @@ def test_the_head_of_a_running_run_shows_progress_and_what_is_left(runs, tmp_pat
         "jaxpt train <b>",
         "python 3.11.7, jax 0.10.2",
         "tokens/s",
-        "of it in steps80%",
+        "goodput80%",
     ):
         assert expected in text, expected
     assert "width:25.0%" in (tmp_path / "page.html").read_text()

@@ -452,11 +452,11 @@ def test_no_console_line_is_wider_than_its_terminal_and_a_wide_one_is_used(tmp_p
         parts = [f"{name} {loss:.4f}" for name, loss in sources.items()]
         return lines, metrics.break_line("step 1250/250000  held-out loss", parts)
 
-    for columns in (None, 40, 80, 160):
+    for columns in (None, 40, 80, 200):
         for lines in list_lines(columns):
             assert max(map(len, lines)) <= max(80, columns or 0) - metrics.PREFIX_COLUMNS
             assert all(word in " ".join(lines) for word in ("step", "1250/250000"))
-    narrow, wide = list_lines(80), list_lines(160)
+    narrow, wide = list_lines(80), list_lines(200)
     assert [len(lines) for lines in wide] == [1, 2] and len(narrow[0]) > 1 < len(narrow[1])
     for lines in (*narrow, *wide):
         assert "left" in " ".join(lines) or all(name in " ".join(lines) for name in sources)

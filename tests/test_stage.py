@@ -3,8 +3,11 @@
 import json
 import logging
 import os
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 
 from jaxpt import io, logs, stage
 from jaxpt.spec import UserError
@@ -257,3 +260,28 @@ def test_a_message_comes_once_whatever_a_library_does_to_the_root_logger(logger,
     finally:
         logging.getLogger().removeHandler(at_root)
     assert capsys.readouterr().err.count("step 37 of 41") == 1
+
+
+def test_an_interrupt_waits_until_an_import_is_done_and_ends_in_one_sentence(tmp_path):
+    """It crashes an import of jax; what atexit has still to do is done."""
+    kill = (
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nsum(range(9**6))\nprint('whole')"
+    )
+    (tmp_path / "imported.py").write_text(kill)
+    code = """
+import atexit, time
+from jaxpt import stage
+
+def main():
+    import imported
+    atexit.register(print, "left")
+    time.sleep(60)
+
+stage.entry_point(main)
+"""
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 130
+    assert done.stdout.split() == ["whole", "left"]
+    assert done.stderr.count("\n") == 1 and "interrupted; finished work is kept" in done.stderr

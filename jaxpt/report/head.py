@@ -148,10 +148,8 @@ def list_figures(run: RunData) -> list[KeyFigure]:
         figures.append(KeyFigure(f"held-out {name}", format_decimal(losses[name])))
     figures.append(KeyFigure("parameters", format_count(run.n_params)))
     figures.append(KeyFigure("tokens", format_count(last("n_tokens"))))
-    seconds, productive = last("seconds"), last("productive_seconds")
-    figures.append(KeyFigure("time", format_seconds(seconds)))
-    if seconds and productive:
-        figures.append(KeyFigure("of it in steps", format_percent(productive / seconds)))
+    figures.append(KeyFigure("time", format_seconds(last("seconds"))))
+    figures.append(KeyFigure("goodput", format_percent(last("goodput"))))
     figures.append(KeyFigure("cost", format_decimal(last("usd"), 2), "USD"))
     return [figure for figure in figures if figure.value]
 

@@ -123,6 +123,7 @@ class TrainPoint(View, tokens="n_tokens"):
     productive_seconds: float | None = None  # in steps
     productive_usd: float | None = None
     seconds: float | None = None  # in all
+    goodput: float | None = None  # share of it in steps that count
     usd: float | None = None
     epochs: dict[str, float] | None = None  # source -> times read
     scalars: dict[str, float] = dataclasses.field(default_factory=dict)  # others, by name
