@@ -48,6 +48,7 @@ def test_grouped_products_equal_the_scan_with_all_gradients(one, interpreted, si
     )
 
 
+@pytest.mark.slow
 def test_a_step_by_a_kernel_is_the_scans(one, interpreted, monkeypatch):
     spec = MIXTURE.replace(n_layers=1)
     ends = {}
@@ -111,6 +112,7 @@ def test_a_kernel_requested_by_name_is_never_replaced_silently(mesh, requested, 
         choose(mesh, requested)
 
 
+@pytest.mark.slow
 def test_a_kernel_that_fails_or_gives_other_numbers_is_not_used(interpreted, monkeypatch):
     products = grouped.PRODUCTS["megablox"]
     device = jax.devices()[0]

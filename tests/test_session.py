@@ -171,6 +171,7 @@ def test_a_run_asked_to_stop_and_resumed_ends_as_one_that_went_on(make_config, s
     assert resumes == [6, 11]
 
 
+@pytest.mark.slow
 def test_a_model_that_grows_in_a_run_is_cut_on_either_side_of_it(make_config, start, tmp_path):
     grow = ((6, "depth_upscale(m=0)"), (9, "insert_identity(every=2)"))
     settings = make_config(train__grow=grow, train__max_to_keep=9)
@@ -213,6 +214,7 @@ def test_weights_that_are_wrong_are_refused_before_they_grow(make_config, tmp_pa
         assert not io.exists(tmp_path / place / "growth.json")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_decay_switched_on_or_off_but_not_with_another_optimizer(
     make_config, start, tmp_path
 ):
@@ -224,6 +226,7 @@ def test_a_run_goes_on_with_decay_switched_on_or_off_but_not_with_another_optimi
         start(make_config(train__steps=8, optim__name="muon"), tmp_path)
 
 
+@pytest.mark.slow
 def test_more_steps_after_a_decay_raise_the_rate_which_is_said_with_the_way_out(
     make_config, start, tmp_path, caplog
 ):
@@ -276,6 +279,7 @@ def test_a_run_that_continues_another_is_compared_with_its_losses(make_config, s
     assert parent.parent_loss is None
 
 
+@pytest.mark.slow
 def test_a_run_of_adapters_resumes_bit_by_bit_and_is_exported_merged_or_alone(
     make_config, start, tmp_path, one
 ):
@@ -370,6 +374,7 @@ class Kill(Hook):
         return False
 
 
+@pytest.mark.slow
 def test_sums_are_of_the_steps_done_whatever_the_batch_was(make_config, start, tmp_path):
     """60 steps of 8 x 64 tokens and 30 of 32 x 64: 92,160, in every place."""
     cost = DeviceCost(flops_per_token=3e5, peak_flops=7e9, usd_per_hour=36.0)
@@ -514,6 +519,7 @@ def test_a_run_that_asks_for_wandb_without_the_package_is_refused_at_its_start(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_wandb_shows_the_records_and_a_directory_made_anew_is_another_run(
     make_config, start, tmp_path, monkeypatch
 ):
@@ -915,6 +921,7 @@ def test_a_name_that_cannot_hold_a_checkpoint_is_refused_before_anything_is_writ
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_finished_run_whose_longer_start_is_refused_stays_finished(
     make_config, tmp_path, monkeypatch
 ):
@@ -1128,6 +1135,7 @@ def test_benchmarks_that_cannot_be_scored_are_refused_at_the_start(
 # ---- what is logged
 
 
+@pytest.mark.slow
 def test_a_scalar_of_the_step_reaches_console_file_tensorboard_and_page(
     make_config, start, tmp_path, caplog
 ):
@@ -1188,6 +1196,7 @@ def test_goodput_is_what_is_left_without_start_data_evaluation_saves_and_kills(m
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_waits_for_its_data_says_so_and_another_one_does_not(
     make_config, start, tmp_path
 ):
@@ -1239,6 +1248,7 @@ def test_a_run_counts_mfu_and_money_of_the_devices_of_its_mesh(make_config, tmp_
     assert jax.device_count() == 8
 
 
+@pytest.mark.slow
 def test_settings_that_decide_the_result_are_listed_when_they_change(
     make_config, start, tmp_path, caplog
 ):
