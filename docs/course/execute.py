@@ -16,6 +16,7 @@ import nbclient
 import nbformat
 
 HERE = pathlib.Path(__file__).resolve().parent
+CLONE = HERE.parent.parent
 PAGES = sorted(HERE.glob("lesson?_*.ipynb"))
 FIGURES = "application/vnd.jaxpt.figures+json"
 CELL_TIMEOUT = 1800  # seconds
@@ -31,13 +32,14 @@ def execute_page(page: pathlib.Path, folder: pathlib.Path) -> nbformat.NotebookN
         resources={"metadata": {"path": str(folder)}},
         coalesce_streams=True,
     )
-    os.environ["JAXPT"] = str(HERE.parent.parent)
+    os.environ["JAXPT"] = str(CLONE)
     client.execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times of day
         for output in cell.get("outputs", ()):
             if "text" in output:
-                output["text"] = PROGRESS.sub("", output["text"]).replace(f"{folder}/", "")
+                text = PROGRESS.sub("", output["text"])
+                output["text"] = text.replace(f"{folder}/", "").replace(f"{CLONE}/", "")
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"]}
     return notebook
 
