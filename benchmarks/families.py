@@ -32,7 +32,7 @@ from jaxpt.weights import huggingface
 
 N_POSITIONS = 1_500
 WIDE = {"vocab_size": 32_000, "hidden_size": 480, "intermediate_size": 8_192}
-LEAST_BYTES = 2e8  # of a model whose time tells of bytes: experts stay narrow in most mixtures
+LEAST_BYTES = 2e8  # of a model whose time depends on bytes: experts stay narrow in most mixtures
 # the first variant of each family: by model_type
 NAMES = {}
 for variant in variants.CONFIGS:

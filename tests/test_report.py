@@ -1026,7 +1026,7 @@ def test_a_run_has_one_color_everywhere_and_no_source_has_it(runs):
     [growth_view] = growth_module.make_growth([base, child])
     assert growth_view.models == (["parent", "child"], colors, False)
     [alone] = growth_module.make_growth([child])
-    assert alone.models.colors == ["var(--muted)", colors[0]]
+    assert alone.models.colors == ["var(--dim)", colors[0]]
     models = evaluation.make_evaluation([base, child]).models
     assert dict(zip(*models[:2], strict=True)) == {"base": colors[0], "child": colors[1]}
     sources = training.make_forgetting([base, child]).sources

@@ -48,7 +48,7 @@ def asked(monkeypatch):
 
 
 def encode(text):
-    """A token a byte; printable ASCII begins with "!"."""
+    """One token per byte; printable ASCII begins with "!"."""
     return [ord(letter) - ord("!") for letter in text]
 
 

@@ -256,7 +256,7 @@ def estimate_temporary_bytes(
 
 
 def count_expert_rows(spec: ModelSpec, share: DeviceShare) -> int:
-    """Return the rows of experts that a device has room for, for each of its tokens; dense: 1.
+    """Return the rows of experts that a device has space for, per token; dense: 1.
 
     Those of all devices that share the experts, should they all choose this one's.
     """

@@ -21,7 +21,7 @@ THIN_LINE = {**LINE, "strokeWidth": 1, "opacity": 0.7}
 RULE = {"type": "rule", "clip": True}
 DOT = {"type": "point", "clip": True, "filled": True}
 LEVEL_LABEL = {"type": "text", "clip": True, "x": "width", "align": "right", "dy": 10}
-LEVEL_LABEL |= {"fill": "var(--muted)", "fontSize": 11}
+LEVEL_LABEL |= {"fill": "var(--dim)", "fontSize": 11}
 NEAREST = {"type": "point", "on": "pointerover", "nearest": True, "clear": "pointerout"}
 # a finger scrolls the page, and the wheel does unless shift is held
 DRAG = "[pointerdown[event.pointerType === 'mouse'], window:pointerup] > window:pointermove!"
@@ -281,7 +281,7 @@ def draw_events(events: list[Spec], palette: Palette) -> Spec:
     color = color_by("name", palette)
     runs = {event["name"] for event in events}
     if not runs <= set(palette.names):
-        color = {"value": "var(--muted)"}  # in a plot of sources a run has no color
+        color = {"value": "var(--dim)"}  # in a plot of sources a run has no color
     x = make_x_axis("step", is_padded=False)
     dash = {"condition": is_resumed, "value": [1, 0]}
     tooltip = nominal("what")

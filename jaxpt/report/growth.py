@@ -243,7 +243,7 @@ def color_models(growth: Growth, child: str, runs: list[RunData]) -> Palette:
     """Return the colors of parent and child: those of the runs that they are."""
     colors = color_runs(runs)
     i = read.get_run_index(growth.parent, runs)
-    parent_color = "var(--muted)"
+    parent_color = "var(--dim)"
     if i < len(runs) and colors.names[i] != child:
         parent_color = colors.colors[i]
     return Palette(["parent", "child"], [parent_color, colors.colors[colors.names.index(child)]])

@@ -20,16 +20,16 @@ SIGN_FILE = "spent.json"  # written every second: what it says counts, not that 
 # a browser keeps its place.
 FOLLOW_SCRIPT = """<script>
 const note = document.querySelector("header p"), made = note.textContent;
-const tell = text => note.textContent = `${made} \u00b7 ${text}`;
-tell("live: it follows its runs");
+const show = text => note.textContent = `${made} \u00b7 ${text}`;
+show("live: it follows its runs");
 let seen;
 setInterval(async () => {
   try {
     const now = await fetch("stamp").then(r => r.text());
     if (seen !== undefined && now !== seen) location.reload();
     seen = now;
-    tell("live: it follows its runs");
-  } catch { tell("its server has ended, so it follows them no more") }
+    show("live: it follows its runs");
+  } catch { show("its server has ended, so it follows them no more") }
 }, 5000)
 </script>"""
 

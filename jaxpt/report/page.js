@@ -1,10 +1,10 @@
 const word = value => value;  // Vega-Lite 6.4 shows a name in the tooltip of a nearest point as "undefined" unless it passes through a format
-const mutedAxis = {grid: true, gridColor: "var(--line)", domainColor: "var(--line)", tickColor: "var(--line)", labelColor: "var(--muted)", titleColor: "var(--muted)",
+const mutedAxis = {grid: true, gridColor: "var(--line)", domainColor: "var(--line)", tickColor: "var(--line)", labelColor: "var(--dim)", titleColor: "var(--dim)",
   titleFontWeight: 400, labelFontSize: 12, titleFontSize: 12, tickCount: 5, labelFlush: false};
 const aboveAxis = {titleAngle: 0, titleAlign: "left", titleAnchor: "end", titleX: -30, titleY: -10, titleBaseline: "bottom"};  // a unit is horizontal, above its axis
 const config = {aria: false, customFormatTypes: true, background: null, font: "system-ui, sans-serif", view: {stroke: null}, axis: mutedAxis,
   axisX: {grid: false}, axisY: {domain: false, ticks: false, minExtent: 30, ...aboveAxis}, axisBand: {grid: false},
-  line: {strokeWidth: 1.75, strokeJoin: "round"}, rule: {color: "var(--muted)"}, text: {fill: "var(--text)", fontSize: 12},
+  line: {strokeWidth: 1.75, strokeJoin: "round"}, rule: {color: "var(--dim)"}, text: {fill: "var(--text)", fontSize: 12},
   legend: {labelColor: "var(--text)", labelFontSize: 12}};
 
 // Ticks of a logarithmic axis: round numbers, at least four of them however short it is.

@@ -198,7 +198,7 @@ def make_lineage(runs: list[RunData]) -> Lineage | None:
             lines.append(f"M{x} {top} C{x - bend} {top + 18} {x - bend} {y - 18} {x} {y}")
         owner = owners.get(node.key)
         run = None if owner is None else runs[owner]
-        color = "var(--muted)" if owner is None else series_color(owner)
+        color = "var(--dim)" if owner is None else series_color(owner)
         stages.append(describe_node(node, run, y, color))
     return Lineage(stages, lines, x, x + 10, len(nodes) * NODE_HEIGHT)
 

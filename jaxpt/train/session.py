@@ -121,7 +121,7 @@ class Session:
         is_diverged: whether the loss is far above any that a model learns from; nothing is saved.
         meter: sums over the steps.
         metrics: writes records.
-        webhook: tells a person of what they should know at once.
+        webhook: notifies a person of what they should know at once.
         sign: of life, on the first process.
         saved: the newest complete checkpoint, of those that were waited for.
         exit_status: once the run was asked to stop; until then None.

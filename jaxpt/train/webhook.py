@@ -1,4 +1,4 @@
-"""Tell a person by a webhook when a run ends, skips many updates or forgets.
+"""Notify a person by a webhook when a run ends, skips many updates or forgets.
 
 The URL comes by the environment variable JAXPT_WEBHOOK and is written nowhere: whoever has it can
 post. A knob would stand in config.json, in starts.jsonl and in the list of processes.

@@ -1,6 +1,6 @@
 """Run each token through its chosen experts, dropping none.
 
-Rows are sorted by expert, with room for any balance. On TPUs and NVIDIA GPUs a grouped product
+Rows are sorted by expert, with space for any balance. On TPUs and NVIDIA GPUs a grouped product
 takes them all at once; elsewhere they stand in blocks of one expert each, and one scan multiplies
 block after block, forward and backward. Either costs about what a dense MLP of the chosen experts'
 width does. Where experts are sharded, the devices that hold the shards gather each other's tokens,
