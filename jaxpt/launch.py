@@ -360,15 +360,18 @@ def train_command(config: str, workdir: str, overrides: Sequence[str]) -> list[s
 
 
 def print_launch(launch: LaunchPlan) -> str:
-    """Return the plan as text for a terminal in the clone's root."""
-    lines = []
+    """Return the plan as text for a terminal in the clone's root.
+
+    A subshell: what is pasted ends at the first command that fails, the terminal stays.
+    """
+    lines = ["(", "set -eo pipefail"]
     for phase in launch.phases:
         if len(phase) > 1:
-            lines += [f"{command} &" for command in phase]
-            lines.append("wait")
+            lines += [f"{command} & job{i}=$!" for i, command in enumerate(phase)]
+            lines += [f"wait $job{i}" for i in range(len(phase))]
         else:
             lines += phase
-    return "\n".join(lines)
+    return "\n".join([*lines, ")"])
 
 
 def execute_launch(launch: LaunchPlan) -> None:

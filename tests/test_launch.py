@@ -133,8 +133,13 @@ def test_a_host_with_an_active_run_keeps_all_hosts_as_they_are(tmp_path, hosts):
     hosts("one", "two")
     program(tmp_path / "two/jaxpt/.venv/bin/jaxpt", "#!/bin/bash\nexec sleep 60\n")
     launch.execute_launch(launch.plan_ssh(["two"], TRAIN))
+    both = launch.plan_ssh(["one", "two"], TRAIN)
     with pytest.raises(UserError, match="nothing after it was started"):
-        launch.execute_launch(launch.plan_ssh(["one", "two"], TRAIN))
+        launch.execute_launch(both)
+    # pasted into a terminal, which goes on
+    pasted = f"{launch.print_launch(both)}\necho status $?"
+    shell = subprocess.run(["bash", "-c", pasted], cwd=ROOT, capture_output=True, text=True)
+    assert shell.stdout == "status 1\n"
     assert not (tmp_path / "one/jaxpt/pyproject.toml").exists(), "nothing was copied"
     os.kill(int((tmp_path / "two/jaxpt/train-0.pid").read_text()), signal.SIGTERM)
 
