@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 import jax
 
-from jaxpt import config, flops, sharding
+from jaxpt import config, flops, sharding, stage
 from jaxpt.data import loader, pack, prepare, tokenizer
 from jaxpt.data.mixture import MixtureSchedule
 from jaxpt.growth import measure
@@ -193,6 +193,7 @@ class Trainer:
             "cpu_seconds": round(reached.cpu_seconds, 1),
             "heldout": heldout,
             "loss": statistics.mean(heldout.values()),
+            "text": stage.fingerprint_path(self.packed[0]),
             "curve": curve,
         }
 
