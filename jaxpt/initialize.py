@@ -109,6 +109,11 @@ def grow_model(
         log.warning(f"{text}: nothing grew: the child has the parent's layers and sizes")
     elif sizes[1] < sizes[0]:
         log.warning(f"{text}: shrinks the model from {sizes[0]:,} to {sizes[1]:,} parameters")
+        if 3 * sizes[1] < 2 * sizes[0]:
+            log.warning(
+                "that is more than a third at once, which recovers badly: go in steps, each "
+                "distilled from the first parent (docs/distill.md)"
+            )
     return model, applied
 
 
