@@ -227,6 +227,18 @@ def get_config():
     # up, down.
     c.lora.targets = ()
 
+    # ---- distill: Learning from a frozen teacher: (1 - a) CE + a T^2 KL; see docs/distill.md.
+    # A run, checkpoint, Hugging Face directory or hf:NAME with the student's tokenizer, or what
+    # jaxpt teacher_logits wrote; empty: none. Its forward pass adds to each step's time.
+    c.distill.teacher = ""
+    # Weight a of the KL at the first and at the last step, linear between; 0 to 1.
+    c.distill.alpha = (0.9, 0.5)
+    # T, by which both models' logits are divided. Above 1 shows more of unlikely tokens.
+    c.distill.temperature = 1.0
+    # forward is KL(teacher || student), which covers all that the teacher holds likely; reverse is
+    # KL(student || teacher), which avoids what it holds unlikely.
+    c.distill.direction = "forward"
+
     # ---- mesh: Devices along each mesh axis; -1 on one axis takes the rest.
     # Data parallelism with whole copies, between slices or hosts.
     c.mesh.replica = 1

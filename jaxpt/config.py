@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import importlib.util
 import inspect
+import math
 import pathlib
 import re
 import sys
@@ -374,6 +375,30 @@ class LoraConfig:
 
 
 @section
+class DistillConfig:
+    """Learning from a frozen teacher: (1 - a) CE + a T^2 KL; see docs/distill.md."""
+
+    teacher: str = knob(
+        "",
+        "A run, checkpoint, Hugging Face directory or hf:NAME with the student's tokenizer, or "
+        "what jaxpt teacher_logits wrote; empty: none. Its forward pass adds to each step's time.",
+    )
+    alpha: tuple[float, float] = knob(
+        (0.9, 0.5),
+        "Weight a of the KL at the first and at the last step, linear between; 0 to 1.",
+    )
+    temperature: float = knob(
+        1.0, "T, by which both models' logits are divided. Above 1 shows more of unlikely tokens."
+    )
+    direction: str = knob(
+        "forward",
+        "forward is KL(teacher || student), which covers all that the teacher holds likely; "
+        "reverse is KL(student || teacher), which avoids what it holds unlikely.",
+        *("forward", "reverse"),
+    )
+
+
+@section
 class MeshConfig:
     """Devices along each mesh axis; -1 on one axis takes the rest."""
 
@@ -409,6 +434,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()
     lora: LoraConfig = LoraConfig()
+    distill: DistillConfig = DistillConfig()
     mesh: MeshConfig = MeshConfig()
     plan: PlanConfig = PlanConfig()
 
@@ -621,6 +647,7 @@ def check_config(config: Config) -> None:
         )
     check_mode(config.initialize)
     check_lora(config)
+    check_distill(config.distill)
 
 
 def check_control_tokens(names: Sequence[str]) -> None:
@@ -723,6 +750,16 @@ def check_lora(config: Config) -> None:
         raise UserError(
             f"lora.rank: {rank} with train.grow: a frozen base does not grow during the run. "
             "Grow it before, with initialize.grow."
+        )
+
+
+def check_distill(distill: DistillConfig) -> None:
+    """Raise UserError for numbers that make no loss."""
+    if not all(0 <= alpha <= 1 for alpha in distill.alpha):
+        raise UserError(f"distill.alpha: expected weights from 0 to 1, got {distill.alpha}.")
+    if not 0 < distill.temperature < math.inf:
+        raise UserError(
+            f"distill.temperature: expected a number above 0, got {distill.temperature}."
         )
 
 

@@ -484,8 +484,20 @@ class ModelSpec(Record):
         return self.replace(bos_id=tokens.bos_id, eos_ids=tokens.eos_ids, pad_id=tokens.pad_id)
 
 
+class TeacherSamples(NamedTuple):
+    """Tokens that a teacher's distribution was sampled for, at every position.
+
+    Attributes:
+        ids: int32 [B, T, K], K draws of the next token, rising.
+        mean_log_prob: float32 [B, T], mean log-probability of the draws, in nats.
+    """
+
+    ids: Any
+    mean_log_prob: Any
+
+
 class Batch(NamedTuple):
-    """Packed sequences on their way into a model. Every field has shape [B, T].
+    """Packed sequences on their way into a model. Every field but the last has shape [B, T].
 
     Attributes:
         tokens: int32, token ids; padding is 0 and only at the end of a sequence.
@@ -495,6 +507,7 @@ class Batch(NamedTuple):
         positions: int32, restart at 0 with each document.
         loss_mask: float32, weight of each target in the loss; 0 on a segment's last token and on
             padding.
+        samples: of a teacher, where a run learns from samples.
     """
 
     tokens: Any
@@ -502,6 +515,7 @@ class Batch(NamedTuple):
     segment_ids: Any
     positions: Any
     loss_mask: Any
+    samples: TeacherSamples | None = None
 
 
 @dataclasses.dataclass(frozen=True)

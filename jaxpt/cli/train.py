@@ -12,7 +12,8 @@ import argparse
 
 from jaxpt.cli import options
 
-SECTIONS = ("pack", "mixture", "model", "initialize", "train", "optim", "lora", "mesh")
+SECTIONS = ("pack", "mixture", "model", "initialize", "train", "optim", "lora", "distill")
+SECTIONS += ("mesh",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -29,6 +29,7 @@ from jaxpt.config import Config, build_config
 from jaxpt.data import pack
 from jaxpt.data.mixture import MixturePhase, MixtureSchedule, schedule_from_history
 from jaxpt.data.storage import BucketStorage, ByteRange, LocalStorage, open_storage
+from jaxpt.data.teacher_samples import SampleReader
 from jaxpt.spec import Batch, Manifest, UserError
 
 # of a set on disk: below, opening compares all checksums, which takes well under a second
@@ -469,20 +470,22 @@ def iterate_batches(
     batch_size: int,
     first_sequence: int,
     document_mask: bool,
+    samples: SampleReader | None = None,
 ) -> Generator[Batch, None, None]:
     """Yield batches without end, from global sequence first_sequence on.
 
-    Threads make the next ones while the current one trains.
+    Threads make the next ones while the current one trains. With a teacher's samples each batch
+    brings those of its sequences.
 
     Raises:
         UserError: the sharding does not divide batch_size or seq_len, or a shard is damaged.
     """
     slots = list_local_slots(sharding, batch_size, dataset.seq_len)
-    is_remote = False
-    for source in dataset.sources.values():
-        if isinstance(source.storage, BucketStorage):
-            source.storage.start_fetch()
-            is_remote = True
+    storages = [source.storage for source in dataset.sources.values()]
+    storages += [samples.storage] if samples else []
+    remote = [storage for storage in storages if isinstance(storage, BucketStorage)]
+    for storage in remote:
+        storage.start_fetch()
     dataset.start_verification(jax.process_index(), jax.process_count())
 
     def list_places(step: int) -> list[Place]:
@@ -492,13 +495,16 @@ def iterate_batches(
     def load(step: int) -> Batch:
         if dataset.damage:
             raise dataset.damage
-        if is_remote:
+        if remote:
             for later in range(step, step + PREFETCH_STEPS):
                 places = list_places(later)
                 dataset.prefetch_sequences(places)
+                if samples:
+                    samples.prefetch(places)
         places = list_places(step)
         sequences = [dataset.read_sequence(name, i) for name, i in places]
-        return make_batch(sequences, document_mask)
+        batch = make_batch(sequences, document_mask)
+        return batch._replace(samples=samples.read_batch(places)) if samples else batch
 
     steps = grain.MapDataset.range(N_ENDLESS_STEPS).map(load)
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
@@ -570,10 +576,10 @@ def make_global_batch(
             first = bisect.bisect_left(slots, start)
             return values[first : first + stop - start, index[1]]
 
-        shape = batch_size, values.shape[1]
+        shape = batch_size, *values.shape[1:]
         return jax.make_array_from_callback(shape, sharding, get_shard)
 
-    return Batch(*map(make_global, batch))
+    return jax.tree.map(make_global, batch)
 
 
 # ---- which documents a step read

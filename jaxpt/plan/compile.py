@@ -31,8 +31,9 @@ from jax.sharding import Mesh
 from jaxpt import config, hardware, sharding
 from jaxpt.config import Config
 from jaxpt.hardware import GPUS_PER_HOST, Chip, Target
+from jaxpt.model import transformer
 from jaxpt.model.kernels import grouped, select_experts
-from jaxpt.plan import roofline
+from jaxpt.plan import cost, roofline
 from jaxpt.plan.roofline import CollectiveCount, LayerCollectives, StepAnalysis
 from jaxpt.spec import ModelSpec, Record, UserError
 from jaxpt.train import state, step
@@ -169,13 +170,19 @@ def analyze_step_in_process(request: AnalysisRequest) -> StepAnalysis:
     params_bytes = count_bytes_per_device(abstract_state.params)
     opt_state_bytes = count_bytes_per_device(abstract_state.opt_state)
     state_bytes = params_bytes + opt_state_bytes
+    teaching = cost.resolve_teaching(settings)
+    if teaching and teaching.spec:
+        estimate = roofline.add_teacher(estimate, teaching.spec, train, seq_len)
+        teacher_bytes = count_bytes_per_device(make_abstract_teacher(teaching, train, mesh))
+        estimate = dataclasses.replace(estimate, teacher_bytes=teacher_bytes)
+    restore_bytes = state_bytes + estimate.teacher_bytes
     analysis = dataclasses.replace(
         estimate,
         missing_package=missing,
         params_bytes=params_bytes,
         opt_state_bytes=opt_state_bytes,
-        restore_bytes=state_bytes,
-        peak_bytes=estimate.peak_bytes - estimate.restore_bytes + state_bytes,
+        restore_bytes=restore_bytes,
+        peak_bytes=estimate.peak_bytes - estimate.restore_bytes + restore_bytes,
         export_bytes=estimate.export_bytes - estimate.params_bytes + params_bytes,
         executed_flops=count_matmul_flops(program),
         loop_body_flops=loop_body_flops,
@@ -193,9 +200,19 @@ def trace_step(spec: ModelSpec, settings: Config, mesh: Mesh) -> Any:
     train, optim, seq_len = settings.train, settings.optim, settings.pack.seq_len
     dtype = settings.initialize.param_dtype
     abstract_state = state.make_abstract_state(spec, optim, mesh, dtype)
-    abstract_batch = step.make_abstract_batch(train.batch_size, seq_len, mesh)
-    built = step.build_step(spec, train, optim, seq_len, mesh)
-    return built.trace(abstract_state, abstract_batch)
+    teaching = cost.resolve_teaching(settings)
+    abstract_batch = step.make_abstract_batch(train.batch_size, seq_len, mesh, teaching)
+    built = step.build_step(spec, train, optim, seq_len, mesh, teaching=teaching)
+    if not teaching or not teaching.spec:
+        return built.trace(abstract_state, abstract_batch)
+    teacher = make_abstract_teacher(teaching, train, mesh)
+    return built.trace(abstract_state, abstract_batch, teacher)
+
+
+def make_abstract_teacher(teaching: step.Teaching, train: config.TrainConfig, mesh: Mesh) -> Any:
+    """Return a teacher's parameters as ShapeDtypeStructs with shardings."""
+    assert teaching.spec
+    return transformer.make_abstract_params(teaching.spec, mesh, train.compute_dtype)
 
 
 def make_target_devices(target: Target, missing: str | None) -> Sequence[Any]:

@@ -86,6 +86,7 @@ def read_start(run: RunContext, resumed: io.Path) -> RunStart:
     log.info(f"resumed from {resumed}: step {record.step:,}, {n:,} sequences read")
     log.info(initialize.describe_model(spec))
     check_same_adapters(resumed, spec, run.config.lora)
+    check_same_teacher(resumed, record, run)
     for change in provenance.list_changed_settings(run.run_dir, run.config):
         log.warning(f"changed: {change}")
     warn_of_higher_rate(record, run.config, run.run_dir)
@@ -153,6 +154,17 @@ def check_same_adapters(resumed: io.Path, spec: ModelSpec, section: LoraConfig) 
         raise UserError(
             f"lora: expected {describe_adapters(expected)}, with which {resumed} was trained, got "
             f"{describe_adapters(got)}. Set them back, or use another --workdir."
+        )
+
+
+def check_same_teacher(resumed: io.Path, record: CheckpointRecord, run: RunContext) -> None:
+    """Raise UserError unless a run goes on with the teacher that it began with."""
+    got = run.teacher.fingerprint if run.teacher else None
+    if record.teacher != got:
+        raise UserError(
+            f"distill.teacher: expected {record.teacher or 'none'}, the files with which {resumed} "
+            f"was trained, got {got or 'none'}. Restore them, or go on in another --workdir, with "
+            f"--config.initialize.source={run.run_dir}."
         )
 
 

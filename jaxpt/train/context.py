@@ -20,6 +20,8 @@ from jaxpt.sharding import check_batch_divides
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.text import name_some
 from jaxpt.train import gate, optimizer, webhook, writers
+from jaxpt.train.step import Teaching
+from jaxpt.train.teacher import Teacher, open_teacher
 
 if TYPE_CHECKING:
     from jaxpt.evaluate.harness import Benchmarks
@@ -49,6 +51,7 @@ class RunContext:
         measuring_batches: reads the training batches that growth measures on.
         estimate_device_cost: what a device costs and can do for a model, for MFU and money.
         started: time.monotonic() at the start, from which time and money count.
+        teacher: that the run learns from, if there is one.
         lock: on the run directory, where this process holds it.
     """
 
@@ -62,7 +65,18 @@ class RunContext:
     measuring_batches: ReadBatches
     estimate_device_cost: EstimateCost
     started: float
+    teacher: Teacher | None = None
     lock: io.Lock | None = None
+
+    @property
+    def teaching(self) -> Teaching | None:
+        """How a step learns from the teacher, if there is one."""
+        return self.teacher.teaching if self.teacher else None
+
+    def estimate_cost(self, spec: ModelSpec) -> DeviceCost:
+        """Return what a device costs and can do for a model and the teacher's forward pass."""
+        cost = self.estimate_device_cost(spec)
+        return self.teacher.add_cost(cost, self.dataset.seq_len) if self.teacher else cost
 
 
 def open_run(
@@ -78,7 +92,7 @@ def open_run(
 
     Raises:
         UserError: their length is not pack.seq_len, or there is no such optimizer, or
-            wandb is asked for and not installed.
+            wandb is asked for and not installed, or the teacher is not of these sequences.
     """
     optimizer.check_name(config.optim)
     if config.train.wandb_project:
@@ -110,6 +124,7 @@ def open_run(
         measuring_batches=measure.make_measuring_batches(packed, train.batch_size, mask, mesh),
         estimate_device_cost=estimate_device_cost,
         started=started or time.monotonic(),
+        teacher=open_teacher(config, dataset, mesh),
         lock=lock,
     )
 

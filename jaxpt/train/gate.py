@@ -176,6 +176,7 @@ def check_initial_loss(
     record: dict[str, Any],
     grown: bool,
     parent_loss: dict[str, float] | None = None,
+    knob: str = "initialize.source",
 ) -> dict[str, float]:
     """Return the held-out losses of a model with weights from elsewhere, before its first update.
 
@@ -190,6 +191,7 @@ def check_initial_loss(
         grown: whether it grew since: it may have to relearn its function, so a failure is only
             logged.
         parent_loss: of the parent that it grew from, on the same sequences, where known.
+        knob: that names the model, for the error.
 
     Raises:
         UserError: naming the loss, what it was compared with, the likely cause and what to do.
@@ -220,7 +222,7 @@ def check_initial_loss(
     name, bound = judgement.source, judgement.bound
     cause = find_likely_cause(heldout, name, spec, params, tokenizer, bound, fails)
     if cause:
-        raise UserError(f"initialize.source: {finding}. Most likely {cause}.")
+        raise UserError(f"{knob}: {finding}. Most likely {cause}.")
     return losses
 
 

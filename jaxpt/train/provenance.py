@@ -19,7 +19,7 @@ from jaxpt.train.records import StartRecord
 log = logging.getLogger(__name__)
 
 # What decides the result of a run. Another mesh does not (law 3), nor do the other sections.
-RESULT_SECTIONS = ("mixture", "model", "initialize", "train", "optim", "lora")
+RESULT_SECTIONS = ("mixture", "model", "initialize", "train", "optim", "lora", "distill")
 
 
 WATCHING_KNOBS = ("wandb_project", "prometheus_file", "profile_steps")  # of section train

@@ -22,7 +22,7 @@ from jaxpt.growth.parse import plan_growth
 from jaxpt.model import loss
 from jaxpt.model.kernels import select, select_experts
 from jaxpt.spec import Batch, ModelSpec, UserError
-from jaxpt.train import agreement, begin, distributed, gate, provenance, state, step
+from jaxpt.train import agreement, begin, distributed, gate, provenance, state, step, teacher
 from jaxpt.train.begin import InitialModel, RunStart
 from jaxpt.train.context import RunContext
 from jaxpt.train.meter import LostWork, Meter, SignOfLife
@@ -83,6 +83,8 @@ def resume_session(run: RunContext, directory: io.Path, lost: LostWork = LostWor
 
 def init_session(run: RunContext, lost: LostWork = LostWork()) -> Session:
     """Return a new session, after a warm-up step and a check of weights from elsewhere."""
+    if run.teacher:
+        run.teacher.check(run.heldout)
     initial = begin.init_run(run)
     session = Session(run, initial.start, lost)
     with session.explain_start():
@@ -159,7 +161,7 @@ class Session:
         self.exit_status: int | None = None
         self.dispatched = 0.0
         self.failure = ""
-        cost = run.estimate_device_cost(start.spec)
+        cost = run.estimate_cost(start.spec)
         self.meter = Meter(
             lost.add_to(start.progress.sums, cost),
             started=run.started,
@@ -182,6 +184,7 @@ class Session:
                 f"pack.seq_len: expected at most {self.spec.max_seq_len}, the model's max_seq_len, "
                 f"got sequences of {seq_len} tokens. Pack shorter ones."
             )
+        teacher.check_vocabulary(self.run.teacher, self.spec)
 
     def check_growths(self) -> None:
         """Raise UserError for a growth to come whose step has passed or that cannot be made."""
@@ -244,6 +247,7 @@ class Session:
             self.run.config.train.batch_size,
             self.n_sequences,
             self.mixture.document_mask,
+            self.run.teacher.samples if self.run.teacher else None,
         )
 
     def change_mixture(self, mixture: MixtureConfig) -> None:
@@ -278,8 +282,14 @@ class Session:
             config.pack.seq_len,
             run.mesh,
             self.new_params,
+            run.teaching,
         )
-        return built.lower(self.make_abstract_state(), self.make_abstract_batch()).compile()
+        abstract = (self.make_abstract_state(), self.make_abstract_batch())
+        if run.teacher is None or run.teacher.model is None:
+            return built.lower(*abstract).compile()
+        params = run.teacher.model.params
+        compiled = built.lower(*abstract, params).compile()
+        return lambda state, batch: compiled(state, batch, params)
 
     def make_abstract_state(self) -> TrainState:
         """Return the state of the model as it is, as ShapeDtypeStructs with shardings."""
@@ -291,7 +301,7 @@ class Session:
         """Return a batch as ShapeDtypeStructs with shardings."""
         config = self.run.config
         size, seq_len = config.train.batch_size, config.pack.seq_len
-        return step.make_abstract_batch(size, seq_len, self.run.mesh)
+        return step.make_abstract_batch(size, seq_len, self.run.mesh, self.run.teaching)
 
     def open_logs(self) -> None:
         """Write what the run directory tells of its run, and open the metrics."""

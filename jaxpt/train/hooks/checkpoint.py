@@ -118,6 +118,7 @@ def make_checkpoint_record(session: Session) -> CheckpointRecord:
         data_fingerprint=run.dataset.fingerprint,
         mixture_seed=run.config.mixture.seed,
         optimizer=run.config.optim.name,
+        teacher=run.teacher.fingerprint if run.teacher else None,
         lr=float(session.scalars["lr"]),
         new_params=session.new_params.to_record(),
         parent_loss=session.parent_loss,

@@ -27,7 +27,7 @@ class Grow(Hook):
                 break
             grow_session(session, operator)
             session.n_growths += 1
-            cost = session.run.estimate_device_cost(session.spec)
+            cost = session.run.estimate_cost(session.spec)
             session.metrics.log_growth(session.step, operator, session.spec, cost)
 
     def is_due(self, session: Session) -> bool:
