@@ -12,7 +12,6 @@ start passes over what is there. Everything runs in one thread.
 import argparse
 import functools
 import json
-import math
 import os
 import pathlib
 import statistics
@@ -155,12 +154,12 @@ class Experiment:
             spec = plan_growth(operator, Parent(spec)).child
         params = transformer.init_params(spec, seed, self.mesh)
         first = self.parent_steps + seed * CHILD_STEPS
-        return spec, self.train(spec, params, first, CHILD_STEPS, PARENT_RATE), math.nan
+        return spec, self.train(spec, params, first, CHILD_STEPS, PARENT_RATE), None
 
 
 def run_all(experiment, seeds):
     """Train everything, seed by seed."""
-    experiment.record(("parent", PARENT_RATE, 0), lambda: (*experiment.parent, math.nan))
+    experiment.record(("parent", PARENT_RATE, 0), lambda: (*experiment.parent, None))
     for seed in range(seeds):
         for rate in RATES:
             for name in ("distilled", "cross-entropy"):
@@ -200,9 +199,9 @@ def print_table(done):
             if seed in arms[best]
         ]
         losses = [line["loss"] for line in found.values()]
-        initial = statistics.mean(line["initial"] for line in found.values())
+        initials = [line["initial"] for line in found.values() if line["initial"]]
         size = f"{next(iter(found.values()))['n_params'] / 1e3:.0f} k"
-        before = "" if math.isnan(initial) else f"{initial:.3f}"
+        before = f"{statistics.mean(initials):.3f}" if initials else ""
         cells = [name, f"{rate:g}", str(len(found)), size, before]
         rows.append([*cells, summarize(losses), summarize(pairs) if pairs else ""])
     print(format_table(rows))
