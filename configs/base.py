@@ -190,9 +190,12 @@ def get_config():
     c.train.profile_steps = ()
 
     # ---- optim: The optimizer and its schedule.
-    # adamw; muon orthogonalizes the updates of a layer's matrices and needs half their moments.
-    # Keep the one that a base model was trained with.
+    # adamw; muon orthogonalizes the updates of a layer's matrices and needs half their moments;
+    # adafactor has hardly any mean squares. Keep the one that a base was trained with.
     c.optim.name = "adamw"
+    # Dtype of moments between updates: the parameters', bfloat16 (2 bytes each) or int8 (1, with a
+    # scale per block); both are rounded stochastically.
+    c.optim.moment_dtype = "params"
     # Learning rate after warm-up.
     c.optim.peak_lr = 0.0003
     # Learning rate at the last step, as a fraction of peak_lr.

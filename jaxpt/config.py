@@ -327,7 +327,13 @@ class OptimConfig:
     name: str = knob(
         "adamw",
         "adamw; muon orthogonalizes the updates of a layer's matrices and needs half their "
-        "moments. Keep the one that a base model was trained with.",
+        "moments; adafactor has hardly any mean squares. Keep the one that a base was trained with.",
+    )
+    moment_dtype: str = knob(
+        "params",
+        "Dtype of moments between updates: the parameters', bfloat16 (2 bytes each) or int8 (1, "
+        "with a scale per block); both are rounded stochastically.",
+        *("params", "bfloat16", "int8"),
     )
     peak_lr: float = knob(3e-4, "Learning rate after warm-up.")
     end_lr_frac: float = knob(0.1, "Learning rate at the last step, as a fraction of peak_lr.")

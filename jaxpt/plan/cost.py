@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 
+import jax.numpy as jnp
+
 from jaxpt import flops, initialize, io
 from jaxpt.config import Config, PlanConfig
 from jaxpt.growth.growth import Parent
@@ -52,6 +54,7 @@ class TargetPlan(Record):
     usable_bytes: int  # of a device's memory
     params_bytes: int
     opt_state_bytes: int
+    opt_bytes_per_param: float  # of the optimizer's state
     saved_activation_bytes: int
     gathered_expert_bytes: int
     temporary_bytes: int | None  # gradients and activations; None where peak_is_lower_bound
@@ -174,6 +177,7 @@ def project_target(
     peak_bytes = analysis.peak_bytes
     params_bytes = analysis.params_bytes
     opt_state_bytes = analysis.opt_state_bytes
+    n_params = params_bytes / jnp.dtype(settings.initialize.param_dtype).itemsize
     export_bytes = analysis.export_bytes
     # a checkpoint is written behind the training, from a copy of the state in the hosts' memory
     host_state_bytes = target.devices_per_host * analysis.restore_bytes
@@ -200,6 +204,7 @@ def project_target(
         usable_bytes=target.usable_bytes,
         params_bytes=params_bytes,
         opt_state_bytes=opt_state_bytes,
+        opt_bytes_per_param=opt_state_bytes / n_params,
         saved_activation_bytes=analysis.saved_activation_bytes,
         gathered_expert_bytes=analysis.gathered_expert_bytes,
         temporary_bytes=temporary_bytes,
@@ -258,6 +263,7 @@ def make_column(plan: TargetPlan) -> dict[str, str]:
         "mesh": format_mesh(plan.mesh),
         "parameters": format_memory(plan.params_bytes),
         "optimizer state": format_memory(plan.opt_state_bytes),
+        "  bytes per parameter": f"{plan.opt_bytes_per_param:.3g}",
         "gradients, activations": format_memory(plan.temporary_bytes),
         "  saved activations, about": format_memory(plan.saved_activation_bytes),
         **experts,

@@ -25,7 +25,7 @@ from jaxpt.model.param import ParamSpec, list_param_specs, map_param_specs
 from jaxpt.model.transformer import count_params
 from jaxpt.spec import ModelSpec, Record
 from jaxpt.train import optimizer
-from jaxpt.train.state import find_moment, select_trained
+from jaxpt.train.state import find_sharded, select_trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +146,7 @@ def count_state_bytes(spec: ModelSpec, optim: OptimConfig, param_dtype: str) -> 
     moments = rest = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
         n_bytes = leaf.size * leaf.dtype.itemsize
-        if find_moment(path, leaf, weights):
+        if find_sharded(path, leaf, weights):
             moments += n_bytes
         else:
             rest += n_bytes

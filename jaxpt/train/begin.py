@@ -304,12 +304,14 @@ def find_new_params(init: InitResult) -> NewParams:
 
 def check_optimizer(record: CheckpointRecord, optim: OptimConfig, source: str) -> None:
     """Raise UserError if a run that goes on has moments of another optimizer."""
-    if record.optimizer not in (None, optim.name):
-        raise UserError(
-            f"optim.name: {source} has moments of {record.optimizer}, which {optim.name} cannot "
-            "use. Set it back, or start from the weights alone in another --workdir, by "
-            f"--config.initialize.source={source}."
-        )
+    for knob, had in (("name", record.optimizer), ("moment_dtype", record.moment_dtype)):
+        has = getattr(optim, knob)
+        if had not in (None, has):
+            raise UserError(
+                f"optim.{knob}: {source} has moments of {had}, which {has} cannot use. Set it "
+                "back, or start from the weights alone in another --workdir, by "
+                f"--config.initialize.source={source}."
+            )
 
 
 def warn_of_higher_rate(record: CheckpointRecord, config: Config, run_dir: io.Path) -> None:

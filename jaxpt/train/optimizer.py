@@ -25,8 +25,10 @@ from jaxpt.model import transformer
 from jaxpt.model.param import ParamSpec, ParamSpecs, list_param_specs, map_param_specs
 from jaxpt.model.transformer import Params
 from jaxpt.spec import ModelSpec, UserError
+from jaxpt.train.low_precision import pack_moments
 
 MUON_RMS = 0.2  # of an update: Adam's (Moonlight, 2502.16982)
+MIN_FACTORED = 32  # optax's 128 would leave all matrices of heads of 64 whole
 
 
 class OptimizerInputs(NamedTuple):
@@ -98,6 +100,17 @@ def make_muon(inputs: OptimizerInputs) -> optax.GradientTransformation:
     return descend(both, inputs)
 
 
+def make_adafactor(inputs: OptimizerInputs) -> optax.GradientTransformation:
+    """Return Adafactor (1804.04235) with the rates and the decay of AdamW.
+
+    Mean squares are kept by row and by column. The mean of the updates is kept too, as in
+    2106.04560 (section 3.4), so that learning rates keep their meaning; b1 = 0 saves its memory.
+    """
+    rms = optax.scale_by_factored_rms(min_dim_size_to_factor=MIN_FACTORED)
+    mean = optax.ema(inputs.optim.b1) if inputs.optim.b1 else optax.identity()
+    return descend(optax.chain(rms, optax.clip_by_block_rms(1.0), mean), inputs)
+
+
 # Name -> factory: the valid values of optim.name. A new optimizer is a function and its entry:
 #
 #     def make_lion(inputs):
@@ -110,6 +123,7 @@ def make_muon(inputs: OptimizerInputs) -> optax.GradientTransformation:
 OPTIMIZERS: dict[str, Callable[[OptimizerInputs], optax.GradientTransformation]] = {
     "adamw": make_adamw,
     "muon": make_muon,
+    "adafactor": make_adafactor,
 }
 
 
@@ -132,7 +146,10 @@ def make_optimizer(
     check_name(optim)
     specs = transformer.trained_param_specs(spec)
     inputs = OptimizerInputs(optim, specs, new_params, learning_rate, n_updates, n_warmup)
-    return OPTIMIZERS[optim.name](inputs)
+    tx = OPTIMIZERS[optim.name](inputs)
+    if optim.moment_dtype == "params":
+        return tx
+    return pack_moments(tx, optim.moment_dtype, n_updates)
 
 
 def check_name(optim: OptimConfig) -> None:
@@ -198,7 +215,8 @@ def scale_by_adam(optim: OptimConfig) -> optax.GradientTransformation:
         count = state.count + 1
         mu = jax.tree.map(update_mu, updates, state.mu)
         nu = jax.tree.map(update_nu, updates, state.nu)
-        mu, nu = jax.lax.optimization_barrier((mu, nu))
+        if optim.moment_dtype == "params":  # packed ones are read and written by one loop anyway
+            mu, nu = jax.lax.optimization_barrier((mu, nu))
         mu_scale = 1 / (1 - b1**count)
         mu_scale = mu_scale.astype(jnp.float32)
         nu_scale = 1 / (1 - b2**count)

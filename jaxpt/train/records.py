@@ -200,6 +200,7 @@ class CheckpointRecord(Record):
     data_fingerprint: str | None = None  # of the packed sequences
     mixture_seed: int | None = None
     optimizer: str | None = None  # optim.name
+    moment_dtype: str | None = None  # optim.moment_dtype
     lr: float | None = None  # of the last step
     new_params: NewParamsRecord | None = None
     parent_loss: dict[str, float] | None = None  # source -> the parent's held-out nats per token

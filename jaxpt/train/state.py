@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any, NamedTuple
 
@@ -12,14 +13,15 @@ from jax.sharding import Mesh
 from jaxpt import io
 from jaxpt.config import OptimConfig
 from jaxpt.growth.growth import Growth
-from jaxpt.growth.moments import PathEntries, find_moment, grow_all_moments
+from jaxpt.growth.moments import PathEntries, find_sharded, grow_all_moments
 from jaxpt.growth.new_params import NewParams, find_new_params
 from jaxpt.model import transformer
 from jaxpt.model.param import subtree_like
 from jaxpt.model.transformer import Params
-from jaxpt.sharding import make_replicated_sharding
+from jaxpt.sharding import fit_sharding, make_replicated_sharding
 from jaxpt.spec import ModelSpec
 from jaxpt.train import optimizer
+from jaxpt.train.low_precision import pack_state, unpack_state
 from jaxpt.weights import checkpoint
 
 log = logging.getLogger(__name__)
@@ -81,8 +83,10 @@ def make_abstract_opt_state(spec: ModelSpec, optim: OptimConfig, params: Params,
     weights = dict(jax.tree_util.tree_leaves_with_path(params))
 
     def with_sharding(path: PathEntries, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        moment = find_moment(path, leaf, weights)
-        sharding = weights[moment.param].sharding if moment else replicated
+        weight = find_sharded(path, leaf, weights)
+        sharding = replicated
+        if weight:
+            sharding = fit_sharding(weights[weight].sharding, leaf.shape)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     tx = optimizer.make_optimizer(optim, spec)
@@ -188,7 +192,7 @@ def grow_opt_state(
 ) -> Any:
     """Return the child's optimizer state, whatever the optimizer.
 
-    Moments grow with their weights. The rest is kept where its shape is (counts), unless the
+    Moments grow with their weights, in float32 where they are packed. The rest is kept where its shape is (counts), unless the
     policy is "fresh"; what cannot be kept is initialized again.
 
     Args:
@@ -199,10 +203,11 @@ def grow_opt_state(
         params: the child's, as ShapeDtypeStructs with shardings.
         mesh: of both.
     """
-    found = dict(jax.tree_util.tree_leaves_with_path(opt_state))
+    whole = dataclasses.replace(optim, moment_dtype="params")
+    found = dict(jax.tree_util.tree_leaves_with_path(unpack_state(opt_state)))
     moments = grow_all_moments(found, grown, policy, mesh)
     found = moments if policy == "fresh" else {**found, **moments}
-    goal = make_abstract_opt_state(grown.child, optim, params, mesh)
+    goal = make_abstract_opt_state(grown.child, whole, params, mesh)
     goal_leaves, structure = jax.tree.flatten(goal)
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(goal)]
     missing = {}
@@ -215,11 +220,20 @@ def grow_opt_state(
 
     def init_missing() -> list[jax.Array]:
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), params)
-        initial = optimizer.make_optimizer(optim, grown.child).init(zeros)
+        initial = optimizer.make_optimizer(whole, grown.child).init(zeros)
         leaves = dict(jax.tree_util.tree_leaves_with_path(initial))
         return [leaves[path] for path in missing]
 
     shardings = [leaf.sharding for leaf in missing.values()]
     initial = jax.jit(init_missing, out_shardings=shardings)()
     found = {**found, **dict(zip(missing, initial, strict=True))}
-    return jax.tree.unflatten(structure, [found[path] for path in paths])
+    child = jax.tree.unflatten(structure, [found[path] for path in paths])
+    if optim.moment_dtype == "params":
+        return child
+    goal = make_abstract_opt_state(grown.child, optim, params, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, goal)
+
+    def pack(child: Any) -> Any:
+        return pack_state(child, params, optim.moment_dtype, 0)
+
+    return jax.jit(pack, out_shardings=shardings)(child)

@@ -118,6 +118,7 @@ def make_checkpoint_record(session: Session) -> CheckpointRecord:
         data_fingerprint=run.dataset.fingerprint,
         mixture_seed=run.config.mixture.seed,
         optimizer=run.config.optim.name,
+        moment_dtype=run.config.optim.moment_dtype,
         lr=float(session.scalars["lr"]),
         new_params=session.new_params.to_record(),
         parent_loss=session.parent_loss,
