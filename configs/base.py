@@ -129,6 +129,9 @@ def get_config():
     c.train.grow = ()
     # Global batch in sequences. Tokens per step = batch_size x pack.seq_len.
     c.train.batch_size = 32
+    # ((from step, batch size, tokens per sequence), ...) in place of batch_size x pack.seq_len:
+    # rows are cut into equal parts where sequences are shorter.
+    c.train.shape_schedule = ()
     # Micro-batches per step. Same result, 1/n of the activation memory, somewhat slower.
     c.train.grad_accum_steps = 1
     # Dtype for matmuls and activations: bfloat16 on GPU and TPU, float32 on CPU.
@@ -209,6 +212,9 @@ def get_config():
     # ((group, multiplier), ...), multiplied together; 0 freezes. Groups: old, new (by the last
     # growth), a parameter's name, layers A-B.
     c.optim.lr_multipliers = ()
+    # With train.shape_schedule: the rate is times (tokens per step / the first shape's) to this
+    # power. 0.5 is the square-root rule, 0 keeps the rate.
+    c.optim.batch_power = 0.0
     # Adam's decay of the mean.
     c.optim.b1 = 0.9
     # Adam's decay of the square; 0.999 for small batches and short runs.

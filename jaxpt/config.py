@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import importlib.util
 import inspect
+import math
 import pathlib
 import re
 import sys
@@ -231,6 +232,11 @@ class TrainConfig:
     batch_size: int = knob(
         32, "Global batch in sequences. Tokens per step = batch_size x pack.seq_len."
     )
+    shape_schedule: tuple[tuple[int, int, int], ...] = knob(
+        (),
+        "((from step, batch size, tokens per sequence), ...) in place of batch_size x "
+        "pack.seq_len: rows are cut into equal parts where sequences are shorter.",
+    )
     grad_accum_steps: int = knob(
         1, "Micro-batches per step. Same result, 1/n of the activation memory, somewhat slower."
     )
@@ -327,7 +333,8 @@ class OptimConfig:
     name: str = knob(
         "adamw",
         "adamw; muon orthogonalizes the updates of a layer's matrices and needs half their "
-        "moments; adafactor has hardly any mean squares. Keep the one that a base was trained with.",
+        "moments; adafactor keeps mean squares by row and column. Keep the one that a base model "
+        "was trained with.",
     )
     moment_dtype: str = knob(
         "params",
@@ -350,6 +357,11 @@ class OptimConfig:
         (),
         "((group, multiplier), ...), multiplied together; 0 freezes. Groups: old, new (by the last "
         "growth), a parameter's name, layers A-B.",
+    )
+    batch_power: float = knob(
+        0.0,
+        "With train.shape_schedule: multiply the rate by (tokens per step / those of the first "
+        "step) to this power. 0.5 is the square-root rule.",
     )
     b1: float = knob(0.9, "Adam's decay of the mean.")
     b2: float = knob(0.95, "Adam's decay of the square; 0.999 for small batches and short runs.")
@@ -601,6 +613,7 @@ def build_section(name: str, section: type, values: dict[str, Any]) -> Any:
 def check_config(config: Config) -> None:
     """Raise UserError for knobs that are out of range or do not agree with each other."""
     check_train(config.train)
+    check_shapes(config.train, config.pack.seq_len)
     check_profile_steps(config.train)
     check_control_tokens(config.tokenizer.control_tokens)
     if not 0 <= config.prepare.heldout_frac < 1:
@@ -664,6 +677,30 @@ def check_train(train: TrainConfig) -> None:
             f"train.grow: expected rising steps between 0 and train.steps = {train.steps}, "
             f"got {at}."
         )
+
+
+def check_shapes(train: TrainConfig, row_length: int) -> None:
+    """Raise UserError for a schedule of shapes that cannot be read from the packed rows."""
+    starts = [start for start, _, _ in train.shape_schedule]
+    if starts and (starts[0] != 0 or sorted(set(starts)) != starts or starts[-1] >= train.steps):
+        raise UserError(
+            f"train.shape_schedule: expected steps that start at 0 and rise below train.steps = "
+            f"{train.steps}, got {starts}."
+        )
+    for start, batch_size, seq_len in train.shape_schedule:
+        where = f"train.shape_schedule, from step {start}"
+        if seq_len < 8 or row_length % seq_len:
+            raise UserError(
+                f"{where}: expected sequences of at least 8 tokens that divide pack.seq_len = "
+                f"{row_length}, got {seq_len}. Pack rows of a multiple of it."
+            )
+        n = row_length // seq_len
+        if batch_size < 1 or batch_size % n or batch_size % train.grad_accum_steps:
+            n = math.lcm(n, train.grad_accum_steps)
+            raise UserError(
+                f"{where}: expected a batch of whole rows of {row_length} tokens and equal "
+                f"micro-batches, a multiple of {n} sequences, got {batch_size}."
+            )
 
 
 def check_profile_steps(train: TrainConfig) -> None:

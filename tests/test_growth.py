@@ -14,6 +14,7 @@ from test_train import SPEC as THREE
 from test_train import make_batch, make_state
 
 from jaxpt import config, initialize, sharding
+from jaxpt.config import TrainConfig
 from jaxpt.growth import vocabulary
 from jaxpt.growth.apply import compile_growth, grow_params
 from jaxpt.growth.growth import Parent
@@ -566,7 +567,7 @@ def test_new_parts_learn_as_in_a_fresh_run_and_old_ones_go_on(one):
     grads = gradient(grew.child, now.params, batch := make_batch(seed=0))
     grad = np.asarray(grads["blocks"]["gate"], np.float64) / batch.loss_mask.sum()
     after, _ = trained(settings, grew.child, one, 1, now, new_params)
-    lr = float(optimizer.make_lr_schedule(optim, 40)(3))
+    lr = float(optimizer.make_lr_schedule(optim, TrainConfig(steps=40))(3))
     mean, square = (
         optim.b1 * mean + (1 - optim.b1) * grad,
         optim.b2 * square + (1 - optim.b2) * grad**2,

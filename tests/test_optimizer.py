@@ -386,10 +386,10 @@ def test_int8_moments_on_any_mesh_have_the_bits_of_one_device_and_sharded_scales
     assert scales.sharding.shard_shape(scales.shape)[1] == SPEC.d_model // 4
 
 
-@pytest.mark.parametrize(
-    ("name", "n_bytes"),
-    [("adamw", 8), ("adamw bfloat16", 4), ("adamw int8", 2), ("adafactor", 4), ("adafactor int8", 1)],
-)
+N_BYTES = {"adamw": 8, "adamw bfloat16": 4, "adamw int8": 2, "adafactor": 4, "adafactor int8": 1}
+
+
+@pytest.mark.parametrize(("name", "n_bytes"), N_BYTES.items(), ids=N_BYTES)
 def test_bytes_per_parameter_are_what_the_dtype_says(name, n_bytes):
     spec = SPEC.replace(d_model=128, d_ff=256, vocab_size=512)
     optim = settings_of(name).optim

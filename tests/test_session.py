@@ -104,7 +104,7 @@ def make_config(texts):
 def start(one):
     """A function that opens a session of a recipe in a directory."""
 
-    def start(settings, run_dir, estimate_device_cost=lambda spec: DeviceCost()):
+    def start(settings, run_dir, estimate_device_cost=lambda spec, seq_len: DeviceCost()):
         packed = list(settings.mixture.packed_paths)
         return start_session(open_run(settings, run_dir, packed, one, estimate_device_cost))
 
@@ -984,8 +984,8 @@ def not_finite(monkeypatch):
     iterate_batches = loader.iterate_batches
 
     def damage(steps):
-        def iterate(dataset, schedule, sharding, batch_size, first, document_mask):
-            batches = iterate_batches(dataset, schedule, sharding, batch_size, first, document_mask)
+        def iterate(dataset, schedule, sharding, batch_size, first, *more):
+            batches = iterate_batches(dataset, schedule, sharding, batch_size, first, *more)
             for step, batch in enumerate(batches, first // batch_size + 1):
                 if step in steps:
                     batch = batch._replace(loss_mask=batch.loss_mask * float("nan"))

@@ -32,8 +32,8 @@ def run(arguments: argparse.Namespace) -> None:
     loop.train_model(
         settings,
         arguments.workdir,
-        estimate_device_cost=lambda spec: flops.detect_device_cost(
-            spec, settings.pack.seq_len, settings.train.compute_dtype, settings.plan
+        estimate_device_cost=lambda spec, seq_len: flops.detect_device_cost(
+            spec, seq_len, settings.train.compute_dtype, settings.plan
         ),
         started=meter.measure_process_start(),
         verify=arguments.verify,

@@ -202,7 +202,11 @@ def make_test_tokens(spec: ModelSpec, n: int) -> np.ndarray:
 
 
 def make_measuring_batches(
-    packed: Sequence[str | io.Path], batch_size: int, document_mask: bool, mesh: Mesh
+    packed: Sequence[str | io.Path],
+    batch_size: int,
+    document_mask: bool,
+    mesh: Mesh,
+    seq_len: int | None = None,
 ) -> ReadBatches:
     """Return a function that reads training batches to measure on: the same at every call.
 
@@ -211,6 +215,7 @@ def make_measuring_batches(
         batch_size: in sequences, at least; the mesh shards it evenly.
         document_mask: whether a document sees only itself.
         mesh: the devices.
+        seq_len: of the parts that sequences are cut into; None: they stay whole.
     """
 
     def read_batches() -> Iterator[Batch]:
@@ -220,7 +225,7 @@ def make_measuring_batches(
         place = make_batch_sharding(mesh)
         for name in dataset.names:
             yield from loader.iterate_heldout_batches(
-                dataset, name, place, n, N_MEASURED_SEQUENCES, document_mask
+                dataset, name, place, n, N_MEASURED_SEQUENCES, document_mask, seq_len
             )
 
     return read_batches

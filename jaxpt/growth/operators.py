@@ -17,7 +17,7 @@ from jaxpt.families import family
 from jaxpt.growth import measure, vocabulary
 from jaxpt.growth.growth import NO_SOURCE, AxisSources, Growth, Parent
 from jaxpt.growth.records import Measured
-from jaxpt.spec import Batch, ModelSpec, UserError
+from jaxpt.spec import Batch, ModelSpec, RopeScaling, UserError
 
 OPERATORS: dict[str, Callable[..., Growth]] = {}
 
@@ -470,6 +470,47 @@ def more_experts(parent: Parent, m: int, top_k: int | None = None) -> Growth:
     divides = spec.norm_topk_prob or spec.router == "softmax"
     is_exact = divides and top_k == m * spec.n_experts_per_token
     return Growth(spec, child, sources, preserves_function=is_exact)
+
+
+# ---- the context
+
+
+@operator
+def extend_context(
+    parent: Parent, length: int, theta: float | None = None, yarn: float | None = None
+) -> Growth:
+    """Support sequences of `length`, by a larger rope theta or by YaRN (2309.00071): no new weight.
+
+    theta slows all rotations down (2309.16039 takes 500,000 for 32,768 tokens). yarn is the factor
+    by which the slow ones are stretched, at least length / max_seq_len.
+    """
+    spec, call = parent.spec, f"extend_context(length={length}, theta={theta}, yarn={yarn})"
+    check_minimum("extend_context", "length", length, spec.max_seq_len + 1)
+    if (theta is None) == (yarn is None):
+        raise UserError(f"{call}: expected theta or yarn. Give one of them.")
+    if theta is not None:
+        check_above(call, "theta", theta, spec.rope_theta, "the model's")
+        return Growth(spec, spec.replace(max_seq_len=length, rope_theta=float(theta)), {})
+    check_above(call, "yarn", yarn, 1, "no stretching")
+    if spec.rope_scaling:
+        raise UserError(
+            f"{call}: expected a model without rope scaling, got {spec.rope_scaling.rope_type}, "
+            "which yarn would replace. Use theta."
+        )
+    if length > yarn * spec.max_seq_len:
+        raise UserError(
+            f"{call}: stretches {spec.max_seq_len} tokens to {yarn * spec.max_seq_len:g} only. "
+            f"Use yarn={length / spec.max_seq_len:g} or more."
+        )
+    scaling = RopeScaling("yarn", float(yarn), original_max_seq_len=spec.max_seq_len)
+    return Growth(spec, spec.replace(max_seq_len=length, rope_scaling=scaling), {})
+
+
+def check_above(call: str, argument: str, value: Any, bound: float, what: str) -> None:
+    """Raise UserError unless an operator's argument is a finite number above a bound."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not bound < value < float("inf"):
+        raise UserError(f"{call}: expected {argument} above {bound:g}, {what}, got {value!r}.")
 
 
 # ---- the vocabulary

@@ -17,6 +17,7 @@ from jaxpt.plan.scaling import ScalingLaw
 from jaxpt.plan.search import LayoutSearch
 from jaxpt.spec import ModelSpec, Record, UserError
 from jaxpt.text import format_table, wrap_notes
+from jaxpt.train.shapes import plan_largest
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,8 @@ def run_plan(settings: Config | None, request: PlanRequest) -> TrainingPlan:
         print(f"\n{check.format_plan_checks(checks)}\n")
     if settings is None:
         return TrainingPlan(checks=checks)
-    plan = TrainingPlan()
+    plan, configured = TrainingPlan(), settings
+    settings = plan_largest(settings)
     if request.with_search:
         targets, found = search.search_layouts(settings, request.target_names, calibrations)
         header = make_plan_header(settings)
@@ -91,6 +93,9 @@ def run_plan(settings: Config | None, request: PlanRequest) -> TrainingPlan:
         plan = dataclasses.replace(header, targets=targets, search=found, notes=notes)
     elif request.target_names:
         plan = plan_targets(settings, request.target_names, calibrations)
+    if plan.targets and settings != configured:
+        note = "train.shape_schedule: every step is planned as the one with the most tokens."
+        plan = dataclasses.replace(plan, notes=(note, *plan.notes))
     if plan.targets:
         print(f"\n{format_plan(plan)}")
     if plan.search:

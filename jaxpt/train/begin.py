@@ -172,7 +172,7 @@ def verify_init(run: RunContext, init: InitResult, parent: LoadedModel) -> None:
         section.grow,
         init.growths,
         run.mesh,
-        seq_len=run.dataset.seq_len,
+        seq_len=run.heldout.seq_len,
         heldout=run.heldout,
         batches=run.measuring_batches,
         moments=section.moments if section.mode == "grow" else "fresh",
@@ -351,7 +351,7 @@ def is_rate_higher(config: Config, step: int, lr: float | None) -> bool:
 
 def find_rate(config: Config, step: int) -> float:
     """Return the learning rate of a step, counted from 1."""
-    lr_at = optimizer.make_lr_schedule(config.optim, config.train.steps)
+    lr_at = optimizer.make_lr_schedule(config.optim, config.train)
     return float(lr_at(jnp.int32(step - 1)))
 
 

@@ -19,17 +19,17 @@ from jaxpt.growth.growth import ReadBatches
 from jaxpt.sharding import check_batch_divides
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.text import name_some
-from jaxpt.train import gate, optimizer, webhook, writers
+from jaxpt.train import gate, optimizer, shapes, webhook, writers
 
 if TYPE_CHECKING:
     from jaxpt.evaluate.harness import Benchmarks
 
 log = logging.getLogger(__name__)
 
-EstimateCost = Callable[[ModelSpec], DeviceCost]
+EstimateCost = Callable[[ModelSpec, int], DeviceCost]  # of a spec and a sequence length
 
 
-def no_cost(spec: ModelSpec) -> DeviceCost:
+def no_cost(spec: ModelSpec, seq_len: int) -> DeviceCost:
     """Return an unknown cost."""
     return DeviceCost()
 
@@ -91,8 +91,10 @@ def open_run(
             f"{config.pack.seq_len}. Set it to that, or pack again."
         )
     train, mask = config.train, config.mixture.document_mask
-    check_batch_divides(mesh, train.batch_size, train.grad_accum_steps, dataset.seq_len)
-    heldout = gate.HeldoutData(packed, train, mask, mesh)
+    for shape in shapes.list_shapes(config).values():
+        check_batch_divides(mesh, shape.batch_size, train.grad_accum_steps, shape.seq_len)
+    seq_len = shapes.find_shape(config, 0).seq_len
+    heldout = gate.HeldoutData(packed, train, mask, mesh, seq_len)
     missing = sorted(dataset.n_sequences.keys() - heldout.dataset.n_sequences.keys())
     if missing:
         log.warning(
@@ -107,7 +109,9 @@ def open_run(
         benchmarks=open_benchmarks(train, packed),
         dataset=dataset,
         heldout=heldout,
-        measuring_batches=measure.make_measuring_batches(packed, train.batch_size, mask, mesh),
+        measuring_batches=measure.make_measuring_batches(
+            packed, train.batch_size, mask, mesh, seq_len
+        ),
         estimate_device_cost=estimate_device_cost,
         started=started or time.monotonic(),
         lock=lock,

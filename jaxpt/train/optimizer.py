@@ -18,13 +18,14 @@ import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from jaxpt.config import OptimConfig, check_choice
+from jaxpt.config import OptimConfig, TrainConfig, check_choice
 from jaxpt.growth.moments import ITERATES, PathEntries
 from jaxpt.growth.new_params import NewParams, new_param_mask
 from jaxpt.model import transformer
 from jaxpt.model.param import ParamSpec, ParamSpecs, list_param_specs, map_param_specs
 from jaxpt.model.transformer import Params
 from jaxpt.spec import ModelSpec, UserError
+from jaxpt.train import shapes
 from jaxpt.train.low_precision import pack_moments
 
 MUON_RMS = 0.2  # of an update: Adam's (Moonlight, 2502.16982)
@@ -391,15 +392,18 @@ def count_warmup_steps(optim: OptimConfig, steps: int) -> int:
     return min(round(optim.warmup_frac * steps), steps - 1)
 
 
-def make_lr_schedule(optim: OptimConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
+def make_lr_schedule(optim: OptimConfig, train: TrainConfig) -> Callable[[jax.Array], jax.Array]:
     """Return the learning rate as a function of the updates done before: 0 for the first one.
 
     Updates count from 1, as in torchtitan ("0-indexed step, hence + 1 adjustments",
     components/lr_scheduler.py) and in the formula of 2405.18392: update n of a warm-up of N has
     peak_lr x n / N, so that the first one moves the weights and the last one has peak_lr. Then wsd
     stays and falls linearly over the last decay_frac of the steps, cosine and linear fall all the
-    way. The last update has peak_lr x end_lr_frac.
+    way. The last update has peak_lr x end_lr_frac. train.shape_schedule multiplies it by factors
+    of its own, see optim.batch_power.
     """
+    steps = train.steps
+    factors = shapes.list_rate_factors(train, optim.batch_power)
     warmup, end = count_warmup_steps(optim, steps), optim.end_lr_frac
     decay_start = warmup
     if optim.schedule == "wsd":
@@ -418,6 +422,9 @@ def make_lr_schedule(optim: OptimConfig, steps: int) -> Callable[[jax.Array], ja
         if optim.schedule == "cosine":
             fall = (1 + jnp.cos(jnp.pi * progress)) / 2
         above_end = (1 - end) * fall
-        return optim.peak_lr * rise * (end + above_end)
+        factor = 1.0
+        for start, of_shape in factors:
+            factor = jnp.where(n_updates >= start, of_shape, factor)
+        return factor * optim.peak_lr * rise * (end + above_end)
 
     return lr_at

@@ -181,6 +181,7 @@ class HeldoutRecord(Record):
     fingerprint: str  # of the held-out sequences
     n_sequences: int  # per source, at most
     document_mask: bool
+    seq_len: int  # of the parts that rows are cut into
 
 
 @dataclasses.dataclass(frozen=True)

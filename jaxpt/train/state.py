@@ -192,8 +192,8 @@ def grow_opt_state(
 ) -> Any:
     """Return the child's optimizer state, whatever the optimizer.
 
-    Moments grow with their weights, in float32 where they are packed. The rest is kept where its shape is (counts), unless the
-    policy is "fresh"; what cannot be kept is initialized again.
+    Moments grow with their weights, packed ones in float32. The rest is kept where its shape is
+    (counts), unless the policy is "fresh"; what cannot be kept is initialized again.
 
     Args:
         opt_state: the parent's.

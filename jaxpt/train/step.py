@@ -78,7 +78,7 @@ def build_step(
         UserError: the settings do not work on this mesh.
     """
     sum_gradients = make_gradient_function(spec, train, seq_len, mesh)
-    update = make_update_function(spec, optim, train.steps, new_params, mesh)
+    update = make_update_function(spec, optim, train, new_params, mesh)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -125,7 +125,7 @@ def report_layers(side: SideOutputs, params: Params, per_token: jax.Array) -> Sc
 
 
 def make_update_function(
-    spec: ModelSpec, optim: OptimConfig, n_steps: int, new_params: NewParams, mesh: Mesh
+    spec: ModelSpec, optim: OptimConfig, train: TrainConfig, new_params: NewParams, mesh: Mesh
 ) -> Callable[..., tuple[Params, Any, jax.Array]]:
     """Return update(state, grads, scale, multipliers, good) -> (params, opt_state, lr).
 
@@ -133,8 +133,8 @@ def make_update_function(
     divides and clips them. Multipliers of the learning rate are nested like them, or None. A bad
     step changes nothing.
     """
-    lr_schedule = optimizer.make_lr_schedule(optim, n_steps)
-    n_warmup = optimizer.count_warmup_steps(optim, n_steps)
+    lr_schedule = optimizer.make_lr_schedule(optim, train)
+    n_warmup = optimizer.count_warmup_steps(optim, train.steps)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
 
     def update(

@@ -27,7 +27,7 @@ class Grow(Hook):
                 break
             grow_session(session, operator)
             session.n_growths += 1
-            cost = session.run.estimate_device_cost(session.spec)
+            cost = session.run.estimate_device_cost(session.spec, session.shape.seq_len)
             session.metrics.log_growth(session.step, operator, session.spec, cost)
 
     def is_due(self, session: Session) -> bool:
@@ -50,7 +50,7 @@ def grow_session(session: Session, operator: str) -> None:
         [operator],
         [grown],
         run.mesh,
-        seq_len=run.dataset.seq_len,
+        seq_len=run.heldout.seq_len,
         heldout=run.heldout,
         batches=run.measuring_batches,
         at_step=session.step,
@@ -61,6 +61,5 @@ def grow_session(session: Session, operator: str) -> None:
         io.write_json(run.run_dir / "spec.json", child.spec)
     session.state = TrainState(before.step, child.params, opt_state, skip_state)
     session.spec = child.spec
-    with session.explain_start():
-        session.train_step = session.compile_step()
-    session.is_new_step = True
+    session.compiled.clear()
+    session.recompile()
