@@ -145,6 +145,9 @@ def get_config():
     # Activation checkpointing policy, from most memory to least: none, dots, minimal, full. offload
     # is dots kept in host memory.
     c.train.remat = "none"
+    # Learn preferences from pairs (DPO), against the initial model: 0.1 is usual, less lets it move
+    # further away. Needs data of pairs; 0: the next token.
+    c.train.dpo_beta = 0.0
     # Weight of log(Z)^2, which keeps logits small; 1e-4 for long bfloat16 runs.
     c.train.z_loss_weight = 0.0
     # Skip an update whose gradient norm exceeds this many times its running mean; 0 skips only non-
@@ -194,7 +197,8 @@ def get_config():
 
     # ---- optim: The optimizer and its schedule.
     # adamw; muon orthogonalizes the updates of a layer's matrices and needs half their moments;
-    # adafactor has hardly any mean squares. Keep the one that a base was trained with.
+    # adafactor keeps mean squares by row and column. Keep the one that a base model was trained
+    # with.
     c.optim.name = "adamw"
     # Dtype of moments between updates: the parameters', bfloat16 (2 bytes each) or int8 (1, with a
     # scale per block); both are rounded stochastically.
@@ -212,8 +216,8 @@ def get_config():
     # ((group, multiplier), ...), multiplied together; 0 freezes. Groups: old, new (by the last
     # growth), a parameter's name, layers A-B.
     c.optim.lr_multipliers = ()
-    # With train.shape_schedule: the rate is times (tokens per step / the first shape's) to this
-    # power. 0.5 is the square-root rule, 0 keeps the rate.
+    # With train.shape_schedule: multiply the rate by (tokens per step / those of the first step) to
+    # this power. 0.5 is the square-root rule.
     c.optim.batch_power = 0.0
     # Adam's decay of the mean.
     c.optim.b1 = 0.9

@@ -263,6 +263,11 @@ class TrainConfig:
         "offload is dots kept in host memory.",
         *("none", "minimal", "dots", "full", "offload"),
     )
+    dpo_beta: float = knob(
+        0.0,
+        "Learn preferences from pairs (DPO), against the initial model: 0.1 is usual, less lets it "
+        "move further away. Needs data of pairs; 0: the next token.",
+    )
     z_loss_weight: float = knob(
         0.0, "Weight of log(Z)^2, which keeps logits small; 1e-4 for long bfloat16 runs."
     )
@@ -640,6 +645,7 @@ def check_config(config: Config) -> None:
         )
     check_mode(config.initialize)
     check_lora(config)
+    check_dpo(config)
 
 
 def check_control_tokens(names: Sequence[str]) -> None:
@@ -767,6 +773,24 @@ def check_lora(config: Config) -> None:
             f"lora.rank: {rank} with train.grow: a frozen base does not grow during the run. "
             "Grow it before, with initialize.grow."
         )
+
+
+def check_dpo(config: Config) -> None:
+    """Raise UserError where learning from pairs does not go with the rest of a recipe."""
+    train, beta = config.train, config.train.dpo_beta
+    if not 0 <= beta < math.inf:
+        raise UserError(f"train.dpo_beta: expected 0 (no pairs) or more, got {beta}.")
+    start, masked = config.initialize, config.mixture.document_mask
+    conflicts = {
+        "initialize.source=random, which is no reference": start.source == "random",
+        f"initialize.mode={start.mode}: use continue": start.mode != "continue",
+        "train.grow: the reference does not grow": bool(train.grow),
+        "train.shape_schedule: cut rows would tear pairs": bool(train.shape_schedule),
+        "mixture.document_mask=False: answers would see each other": not masked,
+    }
+    for conflict, is_there in conflicts.items():
+        if beta and is_there:
+            raise UserError(f"train.dpo_beta: {beta:g} does not go with {conflict}.")
 
 
 def parse_override(text: str, values: dict[str, dict[str, Any]]) -> tuple[str, str, Any]:

@@ -184,7 +184,7 @@ def test_a_plan_is_of_the_largest_step_and_of_all_tokens(make_config, capsys):  
     plan = answer.run_plan(settings, answer.PlanRequest(target_names=["cpu:1"]))
     assert (plan.model.batch_size, plan.model.seq_len) == (32, 32)
     assert plan.tokens == shapes.count_tokens(settings)
-    assert "every step is planned as the one with the most tokens" in " ".join(plan.notes)
+    assert "every step is planned as its largest one" in " ".join(plan.notes)
 
 
 # ---- the operator

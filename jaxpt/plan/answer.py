@@ -84,8 +84,17 @@ def run_plan(settings: Config | None, request: PlanRequest) -> TrainingPlan:
         print(f"\n{check.format_plan_checks(checks)}\n")
     if settings is None:
         return TrainingPlan(checks=checks)
-    plan, configured = TrainingPlan(), settings
-    settings = plan_largest(settings)
+    plan, left_out = TrainingPlan(), []
+    if settings.train.shape_schedule:
+        left_out.append("train.shape_schedule: every step is planned as its largest one.")
+        settings = plan_largest(settings)
+    if settings.train.dpo_beta:
+        left_out.append(
+            "train.dpo_beta: the reference is not counted: its parameters in compute_dtype, and a "
+            "forward pass, a third more FLOPs."
+        )
+        train = dataclasses.replace(settings.train, dpo_beta=0.0)
+        settings = dataclasses.replace(settings, train=train)
     if request.with_search:
         targets, found = search.search_layouts(settings, request.target_names, calibrations)
         header = make_plan_header(settings)
@@ -93,10 +102,8 @@ def run_plan(settings: Config | None, request: PlanRequest) -> TrainingPlan:
         plan = dataclasses.replace(header, targets=targets, search=found, notes=notes)
     elif request.target_names:
         plan = plan_targets(settings, request.target_names, calibrations)
-    if plan.targets and settings != configured:
-        note = "train.shape_schedule: every step is planned as the one with the most tokens."
-        plan = dataclasses.replace(plan, notes=(note, *plan.notes))
     if plan.targets:
+        plan = dataclasses.replace(plan, notes=(*left_out, *plan.notes))
         print(f"\n{format_plan(plan)}")
     if plan.search:
         print(f"\n{search.format_search(plan.targets, plan.search)}")

@@ -19,10 +19,11 @@ from jaxpt.growth.new_params import NewParams, find_new_params_through
 from jaxpt.growth.records import NewParamsRecord
 from jaxpt.initialize import InitResult
 from jaxpt.model import transformer
+from jaxpt.model.transformer import Params
 from jaxpt.spec import LoraSpec, Manifest, ModelSpec, UserError
 from jaxpt.stage import read_manifest, read_spec
 from jaxpt.text import format_table
-from jaxpt.train import forgetting, gate, meter, metrics, optimizer, provenance, state
+from jaxpt.train import forgetting, gate, meter, metrics, optimizer, provenance, state, step
 from jaxpt.train.context import RunContext
 from jaxpt.train.meter import LostWork
 from jaxpt.train.records import CheckpointRecord, TrainProgress
@@ -132,6 +133,28 @@ def init_run(run: RunContext) -> InitialModel:
     start = RunStart(model.spec, progress, new_params, config.mixture)
     is_grown = bool(init.parent) or gate.has_just_grown(model)
     return InitialModel(start, state_now, gate.describe_origin(model), is_grown)
+
+
+def copy_reference(run: RunContext, spec: ModelSpec, params: Params) -> Params | None:
+    """Return a copy of the initial parameters for DPO, in the dtype of matmuls; None: not needed.
+
+    A step takes over those that it trains.
+    """
+    if not step.has_reference_params(run.config.train, spec):
+        return None
+    dtype = jnp.dtype(run.config.train.compute_dtype)
+    return jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), params)
+
+
+def load_reference(run: RunContext, spec: ModelSpec) -> Params | None:
+    """Return what `copy_reference` did when the run began, made again from its source."""
+    if not step.has_reference_params(run.config.train, spec):
+        return None
+    config = run.config
+    init = initialize.init_model(
+        config.initialize, config.model, run.mesh, run.dataset, run.measuring_batches
+    )
+    return copy_reference(run, spec, init.model.params)
 
 
 def add_adapters(run: RunContext, model: LoadedModel) -> LoadedModel:

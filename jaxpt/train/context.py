@@ -90,6 +90,7 @@ def open_run(
             f"pack.seq_len: expected {dataset.seq_len}, as the packed sequences have, got "
             f"{config.pack.seq_len}. Set it to that, or pack again."
         )
+    check_pairs(config, dataset)
     train, mask = config.train, config.mixture.document_mask
     for shape in shapes.list_shapes(config).values():
         check_batch_divides(mesh, shape.batch_size, train.grad_accum_steps, shape.seq_len)
@@ -116,6 +117,24 @@ def open_run(
         started=started or time.monotonic(),
         lock=lock,
     )
+
+
+def check_pairs(config: Config, dataset: loader.PackedDataset) -> None:
+    """Raise UserError unless data of preference pairs and train.dpo_beta come together."""
+    has_pairs = {name: counts.n_pairs > 0 for name, counts in dataset.counts.items()}
+    beta = config.train.dpo_beta
+    wrong = sorted(name for name, has in has_pairs.items() if has != (beta > 0))
+    if wrong and beta:
+        raise UserError(
+            f"train.dpo_beta: expected packed preference pairs, got other documents in "
+            f"{name_some(wrong)}. Prepare JSON lines with three fields: "
+            "NAME=jsonl:FILE#prompt+chosen+rejected."
+        )
+    if wrong:
+        raise UserError(
+            f"mixture.packed_paths: {name_some(wrong)} holds preference pairs, whose rejected "
+            "answers would be learnt too. Set train.dpo_beta, such as 0.1."
+        )
 
 
 def open_benchmarks(train: TrainConfig, packed: list[str]) -> Benchmarks | None:

@@ -21,6 +21,7 @@ from jaxpt.growth.growth import Parent
 from jaxpt.growth.parse import plan_growth
 from jaxpt.model import loss
 from jaxpt.model.kernels import select, select_experts
+from jaxpt.model.transformer import Params
 from jaxpt.spec import Batch, ModelSpec, UserError
 from jaxpt.train import agreement, begin, distributed, gate, provenance, shapes, state, step
 from jaxpt.train.begin import InitialModel, RunStart
@@ -67,6 +68,7 @@ def start_session(run: RunContext) -> Session:
 def resume_session(run: RunContext, directory: io.Path, lost: LostWork = LostWork()) -> Session:
     """Return the session that a checkpoint of the run continues."""
     session = Session(run, begin.read_start(run, directory), lost)
+    session.reference = begin.load_reference(run, session.spec)
     # the checkpoint is read while the step is compiled, or read from the cache
     with session.explain_start(), concurrent.futures.ThreadPoolExecutor(1) as executor:
         compiled = executor.submit(session.compile_step)
@@ -86,6 +88,7 @@ def init_session(run: RunContext, lost: LostWork = LostWork()) -> Session:
     """Return a new session, after a warm-up step and a check of weights from elsewhere."""
     initial = begin.init_run(run)
     session = Session(run, initial.start, lost)
+    session.reference = begin.copy_reference(run, session.spec, initial.state.params)
     with session.explain_start():
         session.state = initial.state
         for shape in reversed(session.list_next_shapes()):  # the first one is compiled last
@@ -110,6 +113,7 @@ class Session:
         train_step: the compiled (state, batch) -> (state, scalars).
         compiled: shape -> train step, of the model as it is.
         batch_shape: of the batches that are read.
+        reference: parameters of the model that DPO compares with, if it is no part of this one.
         new_params: what the last growth added.
         parent_loss: source -> the parent's held-out nats per token; None where unknown.
         mixture: in force: as configured, or as replay changed it.
@@ -140,6 +144,7 @@ class Session:
     webhook: Webhook
 
     sign: SignOfLife | None = None
+    reference: Params | None = None
 
     def __init__(self, run: RunContext, start: RunStart, lost: LostWork):
         """Take a position over. Raise UserError if it does not fit the run."""
@@ -327,8 +332,10 @@ class Session:
             built = step.build_step(
                 self.spec, train, optim, shape.seq_len, run.mesh, self.new_params
             )
-            lowered = built.lower(self.make_abstract_state(), self.make_abstract_batch(shape))
-            self.compiled[shape] = lowered.compile()
+            more = () if self.reference is None else (self.reference,)
+            abstract = self.make_abstract_state(), self.make_abstract_batch(shape)
+            compiled = built.lower(*abstract, *more).compile()
+            self.compiled[shape] = lambda state, batch: compiled(state, batch, *more)
         return self.compiled[shape]
 
     def recompile(self) -> None:

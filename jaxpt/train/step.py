@@ -16,11 +16,11 @@ from jax.sharding import Mesh
 from jaxpt.config import OptimConfig, TrainConfig
 from jaxpt.flops import count_flops_per_token
 from jaxpt.growth.new_params import NewParams
-from jaxpt.model import loss, moe, transformer
+from jaxpt.model import dpo, loss, moe, transformer
 from jaxpt.model.kernels import select, select_experts
 from jaxpt.model.kernels.select import AttentionRequest
 from jaxpt.model.mlp import SideOutputs
-from jaxpt.model.param import replace_subtree
+from jaxpt.model.param import replace_subtree, subtree_like
 from jaxpt.model.transformer import Kernels, Params
 from jaxpt.sharding import (
     make_batch_sharding,
@@ -50,8 +50,8 @@ CPU_FLOPS = 1e11  # FLOP/s that a small model reaches on two cores
 # What a step reports: float32 scalars by name, `n_skipped` and `consecutive_skips` int32. A further
 # one needs no other line: it is logged, stored and plotted under its name.
 Scalars = dict[str, jax.Array]
-# (params, batch) -> (gradients of the summed loss, its sum in nats, side sums)
-GradientFunction = Callable[[Params, Batch], tuple[Params, jax.Array, SideOutputs]]
+# (params, batch, reference) -> (gradients of the summed loss, its sum in nats, side sums)
+GradientFunction = Callable[..., tuple[Params, jax.Array, SideOutputs]]
 
 
 def build_step(
@@ -64,7 +64,8 @@ def build_step(
 ) -> Any:
     """Return the jitted step(state, batch) -> (state, Scalars).
 
-    The state is donated, and returned with the shardings that it came with.
+    The state is donated, and returned with the shardings that it came with. With train.dpo_beta a
+    third argument is the reference's parameters, unless the model's base without adapters is it.
 
     Args:
         spec: the architecture.
@@ -80,10 +81,12 @@ def build_step(
     sum_gradients = make_gradient_function(spec, train, seq_len, mesh)
     update = make_update_function(spec, optim, train, new_params, mesh)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
+    def step(
+        state: TrainState, batch: Batch, reference: Params | None = None
+    ) -> tuple[TrainState, Scalars]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            grads, loss_sum, side = sum_gradients(state.params, batch)
-        n_targets = jnp.sum(batch.loss_mask)
+            grads, loss_sum, side = sum_gradients(state.params, batch, reference)
+        n_targets = count_targets(train, batch)
         multipliers = optimizer.lr_multiplier_tree(optim, spec, new_params)
         if multipliers:  # frozen weights are left out of the gradient norm too
             grads = jax.tree.map(drop_frozen, grads, multipliers)
@@ -100,7 +103,7 @@ def build_step(
         skips = update_skip_state(state.skip_state, grad_norm, good)
         scalars = {
             "loss_sum": loss_sum,  # nats, over the batch, without z-loss
-            "n_targets": n_targets,  # the sum of the loss mask
+            "n_targets": n_targets,  # the sum of the loss mask, or the number of pairs
             "loss": loss_sum / jnp.maximum(n_targets, 1),
             "grad_norm": grad_norm,  # of the mean gradient, before clipping
             "lr": lr,
@@ -112,8 +115,20 @@ def build_step(
 
     in_state = state_shardings(make_abstract_state(spec, optim, mesh))
     in_shardings = (in_state, make_batch_sharding(mesh))
+    if has_reference_params(train, spec):
+        in_shardings += (in_state.params,)
     out = (in_state, make_replicated_sharding(mesh))
     return jax.jit(step, in_shardings=in_shardings, out_shardings=out, donate_argnums=0)
+
+
+def has_reference_params(train: TrainConfig, spec: ModelSpec) -> bool:
+    """Return whether a step takes the parameters of a reference, beside the model's own."""
+    return train.dpo_beta > 0 and not spec.lora
+
+
+def count_targets(train: TrainConfig, batch: Batch) -> jax.Array:
+    """Return by what the summed loss of a batch is divided: its targets, or its pairs."""
+    return jnp.sum(dpo.find_pairs(batch) if train.dpo_beta else batch.loss_mask)
 
 
 def report_layers(side: SideOutputs, params: Params, per_token: jax.Array) -> Scalars:
@@ -230,30 +245,59 @@ def make_gradient_function(
     chunk_tokens *= n_shards(mesh, "batch") * n_shards(mesh, "position")
     kernels = choose_kernels(spec, train, seq_len, mesh)
 
-    def sum_losses(
-        trained: Params, params: Params, batch: Batch
-    ) -> tuple[jax.Array, tuple[jax.Array, SideOutputs]]:
-        params = replace_subtree(params, trained)
+    softcap = spec.logit_softcap
+
+    def run_model(
+        spec: ModelSpec, params: Params, batch: Batch
+    ) -> tuple[jax.Array, jax.Array, SideOutputs]:
+        """Return hidden states, output head and what layers report."""
         inputs = batch.tokens, batch.segment_ids, batch.positions
         hidden, side = transformer.forward(
             spec, params, *inputs, dtype, train.remat, unroll, kernels
         )
-        head = transformer.lm_head(spec, params, dtype)
-        targets = batch.targets, batch.loss_mask
+        return hidden, transformer.lm_head(spec, params, dtype), side
+
+    def weigh_pairs(
+        hidden: jax.Array, head: jax.Array, params: Params, batch: Batch, reference: Params | None
+    ) -> dpo.PairLosses:
+        """Return the loss of the pairs. The reference's default is the base without adapters."""
+        base = spec.replace(lora=None)
+        if reference is None:
+            reference = subtree_like(transformer.param_specs(base), params)
+        expected, its_head, _ = run_model(base, reference, batch)
+        how = batch, chunk_tokens, softcap
+        nats = dpo.compute_target_nats(*jax.lax.stop_gradient((hidden, head)), *how)
+        expected_nats = dpo.compute_target_nats(expected, its_head, *how)
+        return dpo.measure_pairs(nats, expected_nats, batch, train.dpo_beta)
+
+    def sum_losses(
+        trained: Params, params: Params, batch: Batch, reference: Params | None
+    ) -> tuple[jax.Array, tuple[jax.Array, SideOutputs]]:
+        params = replace_subtree(params, trained)
+        hidden, head, side = run_model(spec, params, batch)
+        weights, pairs = batch.loss_mask, None
+        if train.dpo_beta:
+            pairs = weigh_pairs(hidden, head, params, batch, reference)
+            weights = pairs.token_weights  # the gradient is that of nats with these weights
         objective, loss_sum = loss.cross_entropy(
-            hidden, head, *targets, train.z_loss_weight, chunk_tokens, spec.logit_softcap
+            hidden, head, batch.targets, weights, train.z_loss_weight, chunk_tokens, softcap
         )
-        n_targets = jnp.sum(batch.loss_mask)
+        n_targets = count_targets(train, batch)
         if side.losses:
             objective += n_targets * sum(side.losses.values())
         scalars = {name: n_targets * value for name, value in side.scalars.items()}
+        if pairs:
+            loss_sum = pairs.loss_sum
+            scalars |= {"dpo_margin": pairs.margin_sum, "dpo_accuracy": pairs.n_right}
         return objective, (loss_sum, SideOutputs({}, scalars, side.loads))
 
     differentiate = jax.value_and_grad(sum_losses, has_aux=True)
 
-    def sum_gradients(params: Params, batch: Batch) -> tuple[Params, jax.Array, SideOutputs]:
+    def sum_gradients(
+        params: Params, batch: Batch, reference: Params | None = None
+    ) -> tuple[Params, jax.Array, SideOutputs]:
         trained = select_trained(spec, params)
-        (_, (loss_sum, side)), grads = differentiate(trained, params, batch)
+        (_, (loss_sum, side)), grads = differentiate(trained, params, batch, reference)
         return grads, loss_sum, side
 
     if train.grad_accum_steps == 1:
@@ -282,9 +326,11 @@ def accumulate_gradients(
 ) -> GradientFunction:
     """Return a function that runs `sum_gradients` on one micro-batch after the other."""
 
-    def accumulate(params: Params, batch: Batch) -> tuple[Params, jax.Array, SideOutputs]:
+    def accumulate(
+        params: Params, batch: Batch, reference: Params | None = None
+    ) -> tuple[Params, jax.Array, SideOutputs]:
         def add(sums: Any, micro_batch: Batch) -> tuple[Any, SideOutputs]:
-            grads, loss_sum, side = sum_gradients(params, micro_batch)
+            grads, loss_sum, side = sum_gradients(params, micro_batch, reference)
             return jax.tree.map(jnp.add, sums, (grads, loss_sum)), side
 
         trained = select_trained(spec, params)
