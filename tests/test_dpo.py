@@ -265,7 +265,7 @@ def test_pairs_and_dpo_come_together(tuned, start, texts, paired, tmp_path):  # 
         UserError, match=r"dpo_beta: expected .* pairs, got .* code and prose.*#pro"
     ):
         start(tuned(mixture__packed_paths=(text,)), tmp_path / "new")
-    with pytest.raises(UserError, match="likes holds preference pairs.*Set train.dpo_beta"):
+    with pytest.raises(UserError, match=r"likes holds preference pairs.*Set train.dpo_beta"):
         start(tuned(train__dpo_beta=0.0), tmp_path / "new")
 
 
@@ -273,5 +273,5 @@ def test_a_source_of_pairs_holds_nothing_else(paired, tmp_path):
     write_lines(tmp_path / "pairs.jsonl", RECORDS)
     shutil.copytree(paired / "tokenizer", tmp_path / "tokenizer")
     prepare_lines(tmp_path, "likes", "q+good+bad")
-    with pytest.raises(UserError, match="pairs alone and pack.method=best_fit.* and course"):
+    with pytest.raises(UserError, match=r"pairs alone and pack.method=best_fit.* and course"):
         pack.pack_corpus(PackConfig(seq_len=64, method="course"), tmp_path)
