@@ -21,7 +21,8 @@ from jaxpt.growth.parse import plan_growth
 from jaxpt.model import transformer
 from jaxpt.plan import roofline
 from jaxpt.spec import UserError
-from jaxpt.train import low_precision, optimizer, state, step
+from jaxpt.train import begin, low_precision, optimizer, state, step
+from jaxpt.train.records import CheckpointRecord
 from jaxpt.weights import checkpoint
 
 # ---- the step is optax
@@ -384,6 +385,20 @@ def test_int8_moments_on_any_mesh_have_the_bits_of_one_device_and_sharded_scales
     abstract = state.make_abstract_state(SPEC, settings_of("adamw int8").optim, mesh)
     scales = abstract.opt_state.scales[0].mu["blocks"]["up"]
     assert scales.sharding.shard_shape(scales.shape)[1] == SPEC.d_model // 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"moment_dtype": "int8"}, r"optim.moment_dtype: runs/a has moments of params.*int8"),
+        ({"name": "muon"}, r"optim.name: runs/a has moments of adamw.*muon.*source=runs/a"),
+    ],
+)
+def test_moments_in_another_form_are_refused(changes, message):
+    record = CheckpointRecord(step=3, optimizer="adamw", moment_dtype="params")
+    begin.check_optimizer(record, OptimConfig(), "runs/a")
+    with pytest.raises(UserError, match=message):
+        begin.check_optimizer(record, OptimConfig(**changes), "runs/a")
 
 
 N_BYTES = {"adamw": 8, "adamw bfloat16": 4, "adamw int8": 2, "adafactor": 4, "adafactor int8": 1}

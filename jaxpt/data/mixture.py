@@ -41,7 +41,7 @@ class MixturePhase(Record):
     Attributes:
         step: steps done before it.
         sequence: sequences read before it, over all sources.
-        batch_size: global, in sequences.
+        batch_size: global, in packed sequences.
         shares: source -> share, of any sum.
         fingerprint: of the packed sequences.
     """
@@ -96,7 +96,8 @@ class MixtureSchedule:
             step: steps done so far.
             sequence: sequences read so far.
             fingerprint: of the packed sequences, for the data history.
-            batch_sizes: ((from step, batch size), ...), where it changes as the run goes on.
+            batch_sizes: ((from step, batch size), ...), where it changes as the run goes on;
+                they come before batch_size.
 
         Raises:
             UserError: phases that cannot be run.

@@ -102,8 +102,8 @@ def find_power(path: PathEntries) -> int:
 def draw_bits(shape: tuple[int, ...], seed: Any, salt: int) -> jax.Array:
     """Return uint32 random bits, the same on any mesh.
 
-    A hash of the index costs six integer operations, threefry about 80: a small model's step on a
-    CPU would take a third longer.
+    A hash of the index: threefry's 20 rounds would cost several times as much, for bits that decide
+    no more than a rounding.
     """
     index = jnp.zeros(shape, jnp.uint32)
     stride = 1

@@ -340,10 +340,12 @@ class Session:
 
     def recompile(self) -> None:
         """Take the train step of the model and the shape as they are now."""
-        is_new = self.shape not in self.compiled
+        if self.shape in self.compiled:
+            self.train_step = self.compiled[self.shape]
+            return
         with self.explain_start():
             self.train_step = self.compile_step()
-        self.is_new_step |= is_new
+        self.is_new_step = True
 
     def make_abstract_state(self) -> TrainState:
         """Return the state of the model as it is, as ShapeDtypeStructs with shardings."""

@@ -279,8 +279,9 @@ def make_gradient_function(
         if train.dpo_beta:
             pairs = weigh_pairs(hidden, head, params, batch, reference)
             weights = pairs.token_weights  # the gradient is that of nats with these weights
+        z_loss_weight = 0.0 if pairs else train.z_loss_weight
         objective, loss_sum = loss.cross_entropy(
-            hidden, head, batch.targets, weights, train.z_loss_weight, chunk_tokens, softcap
+            hidden, head, batch.targets, weights, z_loss_weight, chunk_tokens, softcap
         )
         n_targets = count_targets(train, batch)
         if side.losses:
