@@ -65,7 +65,7 @@ def compute_trl_loss(policy, reference, pairs):
         by_policy = log_prob(policy, prompt, chosen) - log_prob(policy, prompt, rejected)
         with torch.no_grad():
             expected = log_prob(reference, prompt, chosen) - log_prob(reference, prompt, rejected)
-        margins.append(float(by_policy - expected))
+        margins.append(float(by_policy.detach() - expected))
         losses.append(-torch.nn.functional.logsigmoid(BETA * (by_policy - expected)))
     return torch.stack(losses).mean(), margins
 
@@ -102,7 +102,7 @@ def test_equal_models_have_a_loss_of_ln_2_and_half_of_a_pair_counts_for_nothing(
     losses = dpo.measure_pairs(nats, nats, batch, BETA)
     assert float(losses.loss_sum) == pytest.approx(4 * np.log(2), rel=1e-6)
     weights = np.asarray(losses.token_weights)
-    assert set(np.unique(weights.round(6))) == {-0.15, 0.0, 0.15}, "beta / 2, by the answer"
+    assert np.unique(weights.round(6)).tolist() == pytest.approx([-BETA / 2, 0, BETA / 2])
     # without targets of its rejected answer a pair has no loss
     is_torn = (batch.segment_ids == 2) & (np.arange(2) == 0)[:, None]
     torn = batch._replace(loss_mask=batch.loss_mask * ~is_torn)

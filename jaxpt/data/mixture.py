@@ -275,8 +275,11 @@ def plan_phases(
             now = phase = dataclasses.replace(now, **changes[start])
             continue
         sequence = phase.sequence + (start - phase.step) * phase.batch_size
-        phase = dataclasses.replace(phase, step=start, sequence=sequence, **changes[start])
-        later.append(phase)
+        same = dataclasses.replace(phase, step=start, sequence=sequence)
+        changed = dataclasses.replace(same, **changes[start])
+        if changed != same:
+            phase = changed
+            later.append(phase)
     if past:
         continued = dataclasses.replace(past[-1], step=now.step, sequence=now.sequence)
         if continued == now:

@@ -488,10 +488,10 @@ def extend_context(
     check_minimum("extend_context", "length", length, spec.max_seq_len + 1)
     if (theta is None) == (yarn is None):
         raise UserError(f"{call}: expected theta or yarn. Give one of them.")
-    if theta is not None:
-        check_above(call, "theta", theta, spec.rope_theta, "the model's")
-        return Growth(spec, spec.replace(max_seq_len=length, rope_theta=float(theta)), {})
-    check_above(call, "yarn", yarn, 1, "no stretching")
+    if yarn is None:
+        theta = check_above(call, "theta", theta, spec.rope_theta, "the model's")
+        return Growth(spec, spec.replace(max_seq_len=length, rope_theta=theta), {})
+    yarn = check_above(call, "yarn", yarn, 1, "no stretching")
     if spec.rope_scaling:
         raise UserError(
             f"{call}: expected a model without rope scaling, got {spec.rope_scaling.rope_type}, "
@@ -502,15 +502,16 @@ def extend_context(
             f"{call}: stretches {spec.max_seq_len} tokens to {yarn * spec.max_seq_len:g} only. "
             f"Use yarn={length / spec.max_seq_len:g} or more."
         )
-    scaling = RopeScaling("yarn", float(yarn), original_max_seq_len=spec.max_seq_len)
+    scaling = RopeScaling("yarn", yarn, original_max_seq_len=spec.max_seq_len)
     return Growth(spec, spec.replace(max_seq_len=length, rope_scaling=scaling), {})
 
 
-def check_above(call: str, argument: str, value: Any, bound: float, what: str) -> None:
-    """Raise UserError unless an operator's argument is a finite number above a bound."""
+def check_above(call: str, argument: str, value: Any, bound: float, what: str) -> float:
+    """Return an operator's argument. Raise UserError unless it is finite and above a bound."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not bound < value < float("inf"):
         raise UserError(f"{call}: expected {argument} above {bound:g}, {what}, got {value!r}.")
+    return float(value)
 
 
 # ---- the vocabulary

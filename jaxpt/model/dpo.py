@@ -41,8 +41,8 @@ def compute_target_nats(
 
     def score(_: None, chunk: tuple[Array, ...]) -> tuple[None, Array]:
         hidden, targets, mask = chunk
-        found, _ = loss.compute_log_likelihoods(hidden, lm_head, targets, softcap)
-        return None, -found * mask
+        found = loss.compute_log_likelihoods(hidden, lm_head, targets, softcap)
+        return None, -found[0] * mask
 
     chunks = loss.split_token_chunks(chunk_tokens, hidden, batch.targets, batch.loss_mask)
     _, nats = jax.lax.scan(score, None, chunks)

@@ -44,7 +44,7 @@ def pack_moments(
     def init(params: Any) -> PackedState:
         return pack_state(tx.init(params), params, dtype, n_updates)
 
-    def update(updates: Any, state: PackedState, params: Any = None) -> tuple[Any, PackedState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, PackedState]:
         directions, new = tx.update(updates, unpack_state(state), params)
         return directions, pack_state(new, updates, dtype, n_updates)
 

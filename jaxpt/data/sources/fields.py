@@ -49,7 +49,7 @@ def make_document(id: str, record: dict[str, Any], fields: str, place: str) -> D
         return make_conversation(id, record[fields], place)
     *prompt, text = [get_text_field(record, field, place) for field in fields.split("+")]
     if len(prompt) == 2:
-        return make_pair(id, *prompt, text, place)
+        return make_pair(id, prompt[0], prompt[1], text, place)
     if prompt and not text:
         raise UserError(
             f"{place}: its completion is empty, so there is nothing to learn from it. Remove the "
