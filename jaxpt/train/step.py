@@ -6,7 +6,7 @@ The same code trains, and is compiled by the planner for chips that are not here
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -64,8 +64,8 @@ def build_step(
 ) -> Any:
     """Return the jitted step(state, batch) -> (state, Scalars).
 
-    The state is donated, and returned with the shardings that it came with. With train.dpo_beta a
-    third argument is the reference's parameters, unless the model's base without adapters is it.
+    The state is donated, and returned with the shardings that it came with. A third argument is the
+    parameters of DPO's reference, unless the base without adapters is it.
 
     Args:
         spec: the architecture.
@@ -113,10 +113,20 @@ def build_step(
         }
         return TrainState(state.step + 1, params, opt_state, skips), scalars
 
+    return jit_step(step, spec, train, optim, mesh)
+
+
+def jit_step(
+    step: Callable[..., tuple[TrainState, Scalars]],
+    spec: ModelSpec,
+    train: TrainConfig,
+    optim: OptimConfig,
+    mesh: Mesh,
+) -> Any:
+    """Return the step, jitted with the shardings of its state."""
     in_state = state_shardings(make_abstract_state(spec, optim, mesh))
-    in_shardings = (in_state, make_batch_sharding(mesh))
-    if has_reference_params(train, spec):
-        in_shardings += (in_state.params,)
+    reference = (in_state.params,) if has_reference_params(train, spec) else ()
+    in_shardings = (in_state, make_batch_sharding(mesh), *reference)
     out = (in_state, make_replicated_sharding(mesh))
     return jax.jit(step, in_shardings=in_shardings, out_shardings=out, donate_argnums=0)
 
@@ -244,44 +254,20 @@ def make_gradient_function(
         )
     chunk_tokens *= n_shards(mesh, "batch") * n_shards(mesh, "position")
     kernels = choose_kernels(spec, train, seq_len, mesh)
-
-    softcap = spec.logit_softcap
-
-    def run_model(
-        spec: ModelSpec, params: Params, batch: Batch
-    ) -> tuple[jax.Array, jax.Array, SideOutputs]:
-        """Return hidden states, output head and what layers report."""
-        inputs = batch.tokens, batch.segment_ids, batch.positions
-        hidden, side = transformer.forward(
-            spec, params, *inputs, dtype, train.remat, unroll, kernels
-        )
-        return hidden, transformer.lm_head(spec, params, dtype), side
-
-    def weigh_pairs(
-        hidden: jax.Array, head: jax.Array, params: Params, batch: Batch, reference: Params | None
-    ) -> dpo.PairLosses:
-        """Return the loss of the pairs. The reference's default is the base without adapters."""
-        base = spec.replace(lora=None)
-        if reference is None:
-            reference = subtree_like(transformer.param_specs(base), params)
-        expected, its_head, _ = run_model(base, reference, batch)
-        how = batch, chunk_tokens, softcap
-        nats = dpo.compute_target_nats(*jax.lax.stop_gradient((hidden, head)), *how)
-        expected_nats = dpo.compute_target_nats(expected, its_head, *how)
-        return dpo.measure_pairs(nats, expected_nats, batch, train.dpo_beta)
+    running = Running(dtype, train.remat, unroll, kernels, chunk_tokens)
 
     def sum_losses(
         trained: Params, params: Params, batch: Batch, reference: Params | None
     ) -> tuple[jax.Array, tuple[jax.Array, SideOutputs]]:
         params = replace_subtree(params, trained)
-        hidden, head, side = run_model(spec, params, batch)
-        weights, pairs = batch.loss_mask, None
+        hidden, head, side = run_model(spec, params, batch, running)
+        weights, z_loss_weight, pairs = batch.loss_mask, train.z_loss_weight, None
         if train.dpo_beta:
-            pairs = weigh_pairs(hidden, head, params, batch, reference)
-            weights = pairs.token_weights  # the gradient is that of nats with these weights
-        z_loss_weight = 0.0 if pairs else train.z_loss_weight
+            expected = compute_reference_nats(spec, params, batch, running, reference)
+            pairs = weigh_pairs(spec, hidden, head, batch, running, expected, train.dpo_beta)
+            weights, z_loss_weight = pairs.token_weights, 0.0
         objective, loss_sum = loss.cross_entropy(
-            hidden, head, batch.targets, weights, z_loss_weight, chunk_tokens, softcap
+            hidden, head, batch.targets, weights, z_loss_weight, chunk_tokens, spec.logit_softcap
         )
         n_targets = count_targets(train, batch)
         if side.losses:
@@ -304,6 +290,52 @@ def make_gradient_function(
     if train.grad_accum_steps == 1:
         return sum_gradients
     return accumulate_gradients(spec, sum_gradients, train.grad_accum_steps)
+
+
+class Running(NamedTuple):
+    """How a step runs a model: dtype of matmuls, remat policy, layers per turn, kernels."""
+
+    dtype: Any
+    remat: str
+    unroll: int
+    kernels: Kernels
+    chunk_tokens: int  # whose logits may exist at once, over all devices
+
+
+def run_model(
+    spec: ModelSpec, params: Params, batch: Batch, running: Running
+) -> tuple[jax.Array, jax.Array, SideOutputs]:
+    """Return hidden states, output head, and what the feed-forward parts of layers report."""
+    dtype, remat, unroll, kernels, _ = running
+    inputs = batch.tokens, batch.segment_ids, batch.positions
+    hidden, side = transformer.forward(spec, params, *inputs, dtype, remat, unroll, kernels)
+    return hidden, transformer.lm_head(spec, params, dtype), side
+
+
+def compute_reference_nats(
+    spec: ModelSpec, params: Params, batch: Batch, running: Running, reference: Params | None
+) -> jax.Array:
+    """Return the nats of each target by DPO's reference; None: the base without its adapters."""
+    base = spec.replace(lora=None)
+    if reference is None:
+        reference = subtree_like(transformer.param_specs(base), params)
+    hidden, head, _ = run_model(base, reference, batch, running)
+    return dpo.compute_target_nats(hidden, head, batch, running.chunk_tokens, spec.logit_softcap)
+
+
+def weigh_pairs(
+    spec: ModelSpec,
+    hidden: jax.Array,
+    head: jax.Array,
+    batch: Batch,
+    running: Running,
+    expected: jax.Array,
+    beta: float,
+) -> dpo.PairLosses:
+    """Return the loss of a batch's pairs. Its gradient is that of nats with its token weights."""
+    found = jax.lax.stop_gradient((hidden, head))
+    nats = dpo.compute_target_nats(*found, batch, running.chunk_tokens, spec.logit_softcap)
+    return dpo.measure_pairs(nats, expected, batch, beta)
 
 
 def choose_unroll(spec: ModelSpec, train: TrainConfig, seq_len: int) -> int:
