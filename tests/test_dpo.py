@@ -115,7 +115,7 @@ def test_equal_models_have_a_loss_of_ln_2_and_half_of_a_pair_counts_for_nothing(
 
 
 RECORDS = [
-    {"q": f"What is {i} + {i}?", "good": f" It is {2 * i}, of course.", "bad": f" {i * 7} x"}
+    {"q": f"What is {i} + {i}?", "good": f" It is {2 * i}, of course.", "bad": " x" * (1 + i % 9)}
     for i in range(60)
 ]
 
@@ -171,13 +171,16 @@ def test_packed_pairs_stay_together_with_their_prompts_masked(paired):
 def test_pairs_that_no_sequence_holds_are_left_out_and_counted(paired, tmp_path, caplog):
     for name in ("tokenizer", "corpus"):
         shutil.copytree(paired / name, tmp_path / name)
-    pack.pack_corpus(PackConfig(seq_len=40), tmp_path)
+    dataset = loader.open_packed([paired / "packed"])
+    lengths = []
+    for i in range(dataset.n_sequences["likes"]):
+        doc_lens = dataset.read_sequence("likes", i).doc_lens
+        lengths += doc_lens.reshape(-1, 2).sum(axis=1).tolist()
+    seq_len = int(np.median(lengths))
+    pack.pack_corpus(PackConfig(seq_len=seq_len), tmp_path)
     counts = loader.open_packed([tmp_path / "packed"]).counts["likes"]
-    assert counts.n_long_pairs > 0 and counts.n_pairs > 0
-    assert (
-        counts.n_pairs + counts.n_long_pairs
-        == loader.open_packed([paired / "packed"]).counts["likes"].n_pairs
-    )
+    assert counts.n_long_pairs == sum(length > seq_len for length in lengths) > 0
+    assert counts.n_pairs == len(lengths) - counts.n_long_pairs > 0
     assert f"{counts.n_long_pairs} pairs are left out" in caplog.text
 
 
