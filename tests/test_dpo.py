@@ -265,7 +265,7 @@ def test_a_recipe_that_has_no_reference_or_tears_pairs_is_refused(
 def test_pairs_and_dpo_come_together(tuned, start, texts, paired, tmp_path):  # noqa: F811
     text = str(texts / "base/packed")
     with pytest.raises(
-        UserError, match=r"dpo_beta: expected .* pairs, got .* code and prose.*#pro"
+        UserError, match=r"dpo_beta: expected .* pairs, got .* in code, prose.*#pro"
     ):
         start(tuned(mixture__packed_paths=(text,)), tmp_path / "new")
     with pytest.raises(UserError, match=r"likes holds preference pairs.*Set train.dpo_beta"):
