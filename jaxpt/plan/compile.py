@@ -32,8 +32,10 @@ from jaxpt import config, hardware, sharding
 from jaxpt.config import Config
 from jaxpt.hardware import GPUS_PER_HOST, Chip, Target
 from jaxpt.model.kernels import grouped, select_experts
+from jaxpt.model.kernels.blockwise import count_mean_key_blocks
 from jaxpt.plan import roofline
 from jaxpt.plan.roofline import CollectiveCount, LayerCollectives, StepAnalysis
+from jaxpt.sharding import n_shards
 from jaxpt.spec import ModelSpec, Record, UserError
 from jaxpt.train import state, step
 
@@ -148,7 +150,7 @@ def analyze_step_in_process(request: AnalysisRequest) -> StepAnalysis:
         )
         experts = ", ".join(kernel)
 
-    # The matmuls of attention's kernel cannot be seen; xla's query blocks compute the same.
+    # The matmuls of attention's kernel cannot be seen; xla's blocks compute about the same.
     # Stand-in devices can trace nothing else.
     remat = train.remat
     if missing and remat == "offload":
@@ -157,9 +159,12 @@ def analyze_step_in_process(request: AnalysisRequest) -> StepAnalysis:
     visible = dataclasses.replace(settings, train=visible_train)
     # where experts are sharded a program's buffers fit a device that all tokens choose
     program = trace_step(spec, visible, sharding.fold_expert_axis(mesh)).jaxpr
+    n_context = n_shards(mesh, "position")
+    on_cpu = devices[0].platform == "cpu"
+    key_blocks = count_key_blocks(spec, seq_len, n_context, on_cpu)
     loop_body_flops = None
     if not missing:  # a CPU, which stands in, has other loops than the target
-        loop_body_flops = count_matmul_flops(program, multiply_loops=False) / target.n_devices
+        loop_body_flops = count_matmul_flops(program, None) / target.n_devices
 
     whole = roofline.count_state_bytes(spec, settings.optim, settings.initialize.param_dtype)
     estimate = roofline.estimate_step(spec, whole, train, seq_len, dict(mesh.shape), attention)
@@ -177,7 +182,7 @@ def analyze_step_in_process(request: AnalysisRequest) -> StepAnalysis:
         restore_bytes=state_bytes,
         peak_bytes=estimate.peak_bytes - estimate.restore_bytes + state_bytes,
         export_bytes=estimate.export_bytes - estimate.params_bytes + params_bytes,
-        executed_flops=count_matmul_flops(program),
+        executed_flops=count_matmul_flops(program, key_blocks),
         loop_body_flops=loop_body_flops,
         experts=experts,
     )
@@ -316,13 +321,24 @@ def read_peak_bytes(compiled: Any, platform: str) -> int:
     return arguments + memory.temp_size_in_bytes + memory.output_size_in_bytes + code
 
 
-def count_matmul_flops(jaxpr: Any, multiply_loops: bool = True) -> float:
+def count_key_blocks(spec: ModelSpec, seq_len: int, n_context: int, on_cpu: bool) -> float:
+    """Return the turns of attention's loop over blocks of keys, mean over queries and layers.
+
+    Every sequence is taken for one document: those of several need fewer.
+    """
+    windows = [kind.window for kind in spec.layer_kinds]
+    turns = [count_mean_key_blocks(seq_len, window, n_context, on_cpu) for window in windows]
+    return sum(turns) / max(len(turns), 1)
+
+
+def count_matmul_flops(jaxpr: Any, key_blocks: float | None = 1) -> float:
     """Return the FLOPs of all matmuls of a traced program, over all devices.
 
     Args:
         jaxpr: the program (jax.extend.core.Jaxpr or ClosedJaxpr).
-        multiply_loops: False counts each loop body once, as the compilers do: of L layers they
-            see one.
+        key_blocks: turns of each loop whose number the data decide: attention's over blocks of keys
+            (`count_key_blocks`). None counts every loop body once, as the compilers do: of L
+            layers they see one.
     """
     total = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
@@ -344,12 +360,14 @@ def count_matmul_flops(jaxpr: Any, multiply_loops: bool = True) -> float:
         if name == "scan":
             # unrolled by its whole length, it is no loop any more
             n_repeats = params["length"]
-            if not multiply_loops:
+            if key_blocks is None:
                 n_repeats = min(n_repeats, int(params["unroll"]))
+        elif name == "while":
+            n_repeats = key_blocks or 1
         elif name == "shard_map":  # its shapes are one device's
             n_repeats = params["mesh"].size
         for inner in core.jaxprs_in_params(params):
-            total += n_repeats * count_matmul_flops(inner, multiply_loops)
+            total += n_repeats * count_matmul_flops(inner, key_blocks)
     return total
 
 

@@ -386,6 +386,7 @@ def describe_assumptions(plan: TargetPlan) -> list[str]:
     notes = [
         f"{chip}: matmuls are assumed to run at {low:.0%} to {high:.0%} {plan.efficiency_source}."
     ]
+    notes.append("FLOPs and MFU count each sequence as one document; several take less attention.")
     if chip == "cpu":
         notes.append("cpu: a device stands for one core with 4 GiB.")
     if plan.time_calibration != 1:
