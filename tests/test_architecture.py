@@ -20,6 +20,7 @@ LAYERS = [
     ("config", "cluster", "launch"),
     ("sharding",),
     ("hardware",),
+    ("xla_settings",),
     ("data", "model"),
     ("families", "flops", "doctor"),
     ("weights",),
@@ -300,6 +301,7 @@ EXEMPT_FILES = {
     "jaxpt/config.py": "the clone's own configs/",
     "jaxpt/data/language.py": "files of a package",
     "jaxpt/train/distributed.py": "/proc and /dev",
+    "jaxpt/xla_settings.py": "/proc and /dev",
 }
 
 

@@ -10,6 +10,7 @@ weights.
 
 import argparse
 
+from jaxpt import xla_settings
 from jaxpt.cli import options
 
 SECTIONS = ("pack", "mixture", "model", "initialize", "train", "optim", "lora", "mesh")
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Train."""
     settings = options.load_settings(arguments)
+    xla_settings.set_variables()  # before jax is imported, which reads them
     from jaxpt import flops
     from jaxpt.train import loop, meter
 

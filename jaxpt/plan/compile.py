@@ -38,6 +38,7 @@ from jaxpt.plan.roofline import CollectiveCount, LayerCollectives, StepAnalysis
 from jaxpt.sharding import n_shards
 from jaxpt.spec import ModelSpec, Record, UserError
 from jaxpt.train import state, step
+from jaxpt.xla_settings import choose_variables
 
 COMPILER_ENV = {
     "JAX_PLATFORMS": "cpu",  # the compilers run on this machine and need no chip
@@ -80,7 +81,9 @@ def analyze_step(spec: ModelSpec, settings: Config, target: Target) -> StepAnaly
         request_path.write_text(json.dumps(request.to_json()))
         # -P: the working directory may hold another jaxpt
         command = [sys.executable, "-P", "-m", __name__, str(request_path), str(response_path)]
-        environment = os.environ | COMPILER_ENV | {"PYTHONPATH": make_python_path()}
+        chip = target.chip
+        environment = os.environ | choose_variables(chip.platform, chip, os.environ)
+        environment |= COMPILER_ENV | {"PYTHONPATH": make_python_path()}
         done = subprocess.run(
             command, env=environment, capture_output=True, encoding="utf-8", errors="replace"
         )

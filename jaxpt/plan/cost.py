@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable
 
 from jaxpt import flops, initialize, io
 from jaxpt.config import Config, PlanConfig
 from jaxpt.growth.growth import Parent
 from jaxpt.growth.parse import plan_growth
-from jaxpt.hardware import DEFAULT_MEM_FRAC, GIB, MAX_MEM_FRAC, Chip, Target
+from jaxpt.hardware import GIB, Chip, Target
 from jaxpt.plan import roofline
 from jaxpt.plan.roofline import LayerCollectives, StepAnalysis
 from jaxpt.spec import ModelSpec, Record
 from jaxpt.stage import read_spec
 from jaxpt.weights import checkpoint, hub, huggingface
 from jaxpt.weights.load import find_base
+from jaxpt.xla_settings import choose_variables, format_variables
 
 # Power of host, network and cooling beside the boards: a DGX H100 is rated 10.2 kW for 8 boards of
 # 0.7 kW, and boards in training draw some 85 % of their rating.
@@ -60,7 +62,7 @@ class TargetPlan(Record):
     host_save_bytes: int  # per host, as all host_*
     host_restore_bytes: int
     host_export_bytes: int
-    needs_mem_fraction: bool  # XLA_PYTHON_CLIENT_MEM_FRACTION must be raised
+    variables: dict[str, str]  # of the environment, which jaxpt train sets
     flops_per_token: float  # of the model, forward and backward
     executed_flops_per_token: float  # recomputation included
     loop_body_flops: float | None
@@ -183,8 +185,6 @@ def project_target(
     if not exceeds_memory:
         fits = max(peak_bytes, export_bytes) <= target.usable_bytes
         temporary_bytes = peak_bytes - params_bytes - opt_state_bytes
-    default_bytes = chip.memory_bytes * DEFAULT_MEM_FRAC
-    exceeds_default = peak_bytes > default_bytes
     efficiency = chip.efficiency
     return TargetPlan(
         target=target.name,
@@ -208,7 +208,7 @@ def project_target(
         host_save_bytes=host_state_bytes,
         host_restore_bytes=min(host_state_bytes, checkpoint.CHUNK_BYTES),
         host_export_bytes=export_bytes - params_bytes,
-        needs_mem_fraction=chip.platform == "cuda" and exceeds_default,
+        variables=choose_variables(chip.platform, chip, os.environ),
         flops_per_token=flops_per_token,
         executed_flops_per_token=analysis.executed_flops / batch_tokens,
         loop_body_flops=analysis.loop_body_flops,
@@ -424,11 +424,9 @@ def describe_assumptions(plan: TargetPlan) -> list[str]:
         )
     if plan.experts:
         notes.append(f"{name}: experts run by {plan.experts}.")
-    if plan.fits and plan.needs_mem_fraction:
-        notes.append(
-            f"{name}: needs more than the {DEFAULT_MEM_FRAC:.0%} of a card that JAX takes: "
-            f"set XLA_PYTHON_CLIENT_MEM_FRACTION={MAX_MEM_FRAC}."
-        )
+    if plan.variables:
+        variables = format_variables(plan.variables)
+        notes.append(f"{chip}: jaxpt train sets {variables}.")
     return notes
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 from typing import Any
 
 import jax
 
-from jaxpt import io, stage
+from jaxpt import io, stage, xla_settings
 from jaxpt.config import Config
 from jaxpt.data.mixture import MixtureSchedule
 from jaxpt.spec import ModelSpec, UserError
@@ -88,6 +89,7 @@ def write_run_provenance(run: RunContext, spec: ModelSpec, at_step: int) -> None
         n_processes=jax.process_count(),
         n_devices=run.mesh.size,
         device_kind=run.mesh.devices.flat[0].device_kind,
+        variables=xla_settings.list_variables(os.environ),
     )
     line = json.dumps(start.to_json())
     run_dir = run.run_dir

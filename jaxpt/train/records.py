@@ -155,6 +155,7 @@ class StartRecord(Record):
     n_processes: int
     n_devices: int  # over all processes
     device_kind: str  # JAX's name
+    variables: dict[str, str]  # of the environment, for XLA and JAX
 
 
 # ---- checkpoints
