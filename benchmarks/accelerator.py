@@ -86,7 +86,7 @@ def run_part(part, args):
     command = [sys.executable, str(SCRIPT), "--child", "--parts", part, "--out", str(args.out)]
     command += ["--steps", str(args.steps), *["--tiny"] * args.tiny]
     start = time.monotonic()
-    with open(args.out / f"{part}.log", "w") as log:
+    with open(args.out / f"{part}.log", "w", encoding="utf-8") as log:
         child = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
         )
@@ -105,7 +105,9 @@ def run_part(part, args):
 def format_table(results):
     lines = ["| part | result |", "|---|---|"]
     for part, result in results.items():
-        cells = [f"{name.replace('_', ' ')} {format_value(value)}" for name, value in result.items()]
+        cells = [
+            f"{name.replace('_', ' ')} {format_value(value)}" for name, value in result.items()
+        ]
         lines.append(f"| {part} | {'; '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

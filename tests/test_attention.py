@@ -15,7 +15,15 @@ from jaxpt import config, sharding
 from jaxpt.config import Config, MeshConfig, PackConfig, TrainConfig
 from jaxpt.model.attention import attend_plain
 from jaxpt.model.kernels import select
-from jaxpt.model.kernels.blockwise import MAX_QUERY_BLOCK, MIN_TOKENS_ALONE
+from jaxpt.model.kernels.blockwise import (
+    MAX_QUERY_BLOCK,
+    MIN_TOKENS_ALONE,
+    Inputs,
+    Visibility,
+    count_mean_key_blocks,
+    make_document_ids,
+    split_queries,
+)
 from jaxpt.model.kernels.splash import splash_attend
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.train.step import make_attention_request
@@ -172,6 +180,18 @@ def test_keys_that_no_document_or_window_reaches_are_not_computed(lengths, windo
     np.testing.assert_allclose(ours[row, later], expected[row, later], atol=1e-5)
     for gradient in jax.jit(jax.grad(squares, argnums=(0, 1, 2)))(q, k, poisoned):
         assert np.isfinite(np.asarray(gradient)[row, later]).all()
+
+
+@pytest.mark.parametrize(("T", "window"), [(20, None), (1300, None), (1300, 200)])
+def test_the_planner_counts_the_blocks_that_one_document_visits(T, window):
+    def visit(lengths):
+        q, k, v, segments = inputs((lengths,), B=1, T=T)
+        queries = split_queries(Inputs(q, k, v, make_document_ids(segments)), Visibility(window))
+        return np.asarray(queries.end_block - queries.first_block)
+
+    expected = count_mean_key_blocks(T, window, 1, on_cpu=True)
+    assert np.mean(visit((T,))) == pytest.approx(expected)
+    assert np.sum(visit((T // 2, T - T // 2))) < np.sum(visit((T,))) or T == 20
 
 
 def test_backward_transposes_no_scores():

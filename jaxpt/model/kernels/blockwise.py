@@ -455,7 +455,7 @@ def split_heads(x: Array, inputs: Inputs) -> Array:
 
 def split_blocks(x: Array, size: int, n_groups: int, pad: str = "constant") -> Array:
     """Return [B, T, ...] as [groups, blocks, B / groups, C, ...], the last block padded."""
-    B, T, *others = x.shape
+    _, T, *others = x.shape
     n_blocks = math.ceil(T / size)
     padding = [(0, 0)] * x.ndim
     padding[1] = (0, n_blocks * size - T)
