@@ -2,7 +2,7 @@
 
     python benchmarks/accelerator.py --out RESULTS                   # every part
     python benchmarks/accelerator.py --out RESULTS --parts train-cudnn decode
-    python benchmarks/accelerator.py --out RESULTS --tiny            # rehearsal; on a CPU too
+    python benchmarks/accelerator.py --out RESULTS --tiny            # a small model, on a CPU too
 
 Every part is a process of its own of at most 8 minutes. Its result is written to RESULTS/PART.json
 as it ends and RESULTS/table.md anew after each, so what a lost machine has measured is kept. A part

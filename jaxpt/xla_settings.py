@@ -1,6 +1,6 @@
-"""Choose what XLA and JAX are told in the environment for a kind of device; a user's values win.
+"""Choose the environment variables that XLA and JAX read for a kind of device; a user's values win.
 
-They are read when JAX starts, so `jaxpt train` sets them before that, and `jaxpt plan` compiles
+JAX reads them when it starts, so `jaxpt train` sets them before that, and `jaxpt plan` compiles
 with the same. XLA ends a process at a flag that it does not know: tests/test_xla_settings.py gives
 these to the compilers that are installed.
 """

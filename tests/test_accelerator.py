@@ -1,4 +1,4 @@
-"""The benchmark of accelerators, rehearsed at a tiny size: results are there, what is missing is
+"""The benchmark of accelerators, run at a tiny size: results are there, what is missing is
 named, and a part that fails does not end the others.
 """
 

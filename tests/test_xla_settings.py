@@ -1,4 +1,4 @@
-"""What XLA and JAX are told for a kind of device: a user's values win, compilers know all flags."""
+"""XLA's settings for a kind of device: a user's values win, compilers know all flags."""
 
 import os
 import subprocess
