@@ -391,10 +391,7 @@ def count_mean_key_blocks(seq_len: int, window: int | None, n_shards: int, on_cp
     for start in range(0, T, size):
         first = start * n_shards
         last = min(first + size * n_shards, seq_len) - 1
-        if window is not None:
-            first_key = max(0, first - window + 1)
-        else:
-            first_key = 0
+        first_key = 0 if window is None else max(0, first - window + 1)
         n_visits.append(last // key_size - first_key // key_size + 1)
     return sum(n_visits) / len(n_visits)
 
