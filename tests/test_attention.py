@@ -269,6 +269,19 @@ def test_sharded_sequences_attend_as_whole_ones(n, T, window):
     )
 
 
+def test_sequences_that_the_mesh_does_not_divide_attend_whole_on_every_device():
+    """As one does that is decoded; 21 positions are not shared by 2 devices either."""
+    args = inputs(lengths=((7, 9), (21,), (1, 20)), B=3, T=21)
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2, context=2))
+
+    def spread(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return select.attend(*args)
+
+    placed = jax.device_put(args, sharding.make_replicated_sharding(mesh))
+    np.testing.assert_allclose(jax.jit(spread)(*placed), plain(*args), atol=1e-5)
+
+
 # ---- choosing a backend
 
 

@@ -128,15 +128,29 @@ def find_document_starts(segment_ids: Array) -> Array:
 
 
 def shard_attention(q: Array, k: Array, v: Array, ids: Ids, visibility: Visibility) -> Array:
-    """Return attention, by each device on its shard if there is a mesh."""
-    queries: Axes = ("batch", "position", "heads", None)
-    keys: Axes = ("batch", "position", "kv_heads", None)
-    tokens: Axes = ("batch", "position")
-    local = functools.partial(attend_shard, visibility=visibility)
+    """Return attention, by each device on its shard if there is a mesh.
+
+    Sequences that the mesh does not divide, as when one is decoded, run whole on every device.
+    """
+
+    def find_axis(name: str, size: int) -> str | None:
+        return name if size % count_shards(name) == 0 else None
+
+    B, T = ids.queries.shape
+    tokens: Axes = (find_axis("batch", B), find_axis("position", T))
+    is_split = tokens[1] and count_shards("position") > 1
+    local = functools.partial(attend_striped if is_split else attend_whole, visibility=visibility)
+    queries: Axes = (*tokens, "heads", None)
+    keys: Axes = (*tokens, "kv_heads", None)
     return shard_map_axes(local, [queries, keys, keys, tokens], [queries])(q, k, v, ids)
 
 
-def attend_shard(q: Array, k: Array, v: Array, ids: Ids, visibility: Visibility) -> Array:
+def attend_whole(q: Array, k: Array, v: Array, ids: Ids, visibility: Visibility) -> Array:
+    """Return attention of whole sequences on one device."""
+    return blockwise_attention(Inputs(q, k, v, ids), visibility)
+
+
+def attend_striped(q: Array, k: Array, v: Array, ids: Ids, visibility: Visibility) -> Array:
     """Return attention of a device's queries; it gathers the keys that other devices hold.
 
     Sequences sharded over n devices are striped, if their shards are multiples of n: every device
@@ -147,8 +161,6 @@ def attend_shard(q: Array, k: Array, v: Array, ids: Ids, visibility: Visibility)
     Source: 2311.09431.
     """
     n = count_shards("position")
-    if n == 1:
-        return blockwise_attention(Inputs(q, k, v, ids), visibility)
     axis = LOGICAL_AXIS_RULES["position"]
     index = jax.lax.axis_index(axis)
     B, part = ids.queries.shape

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxpt.model.kernels.blockwise import (
     Visibility,
-    attend_shard,
+    attend_whole,
     find_document_starts,
     make_document_ids,
 )
@@ -30,7 +30,7 @@ def cudnn_attend(q: Array, k: Array, v: Array, segment_ids: Array, window: int |
     packed = functools.partial(cudnn_packed_attention, window=window)
 
     def plain(q: Array, k: Array, v: Array, ids: Array) -> Array:
-        return attend_shard(q, k, v, make_document_ids(ids), Visibility(window))
+        return attend_whole(q, k, v, make_document_ids(ids), Visibility(window))
 
     def attend_either(is_short: Array, *inputs: Array) -> Array:
         return jax.lax.cond(is_short, packed, plain, *inputs)
