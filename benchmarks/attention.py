@@ -42,6 +42,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--calls", type=int, default=3, help="per case and process")
     parser.add_argument("--tokens", type=int, default=N_TOKENS)
+    parser.add_argument("--seq-lens", type=int, nargs="+", default=[512, 4096, 8192])
     parser.add_argument("--parts", nargs="+", default=["attention", "step"])
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -79,6 +80,8 @@ def run_child(tree):
 def measure(args):
     found = {}
     for T, length, window in CASES:
+        if T not in args.seq_lens:
+            continue
         n = max(1, args.tokens // T)
         seen = f", window {window}" if window else ""
         name = f"{T:,} a sequence, documents of {length:,}{seen}"
