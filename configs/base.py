@@ -98,6 +98,9 @@ def get_config():
     c.model.rope_theta = 10000.0
     # Share embedding and output head; saves V x D parameters, good for small models.
     c.model.tie_embeddings = False
+    # LAYERSxWIDTH at which the values of optim were found, such as 4x256. CompleteP transfers
+    # rates, epsilon, decay and initial values to any depth and width, through growth too.
+    c.model.base_shape = ""
     # ((name, value), ...) of further fields of ModelSpec (jaxpt/spec.py), such as (('norm_eps',
     # 1e-6), ('family', 'qwen3'), ('qk_norm', True)).
     c.model.fields = ()

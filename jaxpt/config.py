@@ -176,6 +176,11 @@ class ModelConfig:
     tie_embeddings: bool = knob(
         False, "Share embedding and output head; saves V x D parameters, good for small models."
     )
+    base_shape: str = knob(
+        "",
+        "LAYERSxWIDTH at which the values of optim were found, such as 4x256. CompleteP transfers "
+        "rates, epsilon, decay and initial values to any depth and width, through growth too.",
+    )
     fields: tuple[tuple[str, object], ...] = knob(
         (),
         "((name, value), ...) of further fields of ModelSpec (jaxpt/spec.py), such as "

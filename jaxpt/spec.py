@@ -252,6 +252,23 @@ class LoraSpec(Record):
         return self.alpha / self.rank
 
 
+@dataclasses.dataclass(frozen=True)
+class BaseShape(Record):
+    """The shape at which rates and initial values were found (model/complete_p.py).
+
+    d_ff and n_heads are what the proportions of the first model make of that width.
+    """
+
+    n_layers: int
+    d_model: int
+    d_ff: float
+    n_heads: float
+
+    def __str__(self) -> str:
+        """Return it as the knob model.base_shape."""
+        return f"{self.n_layers}x{self.d_model}"
+
+
 class LayerKind(NamedTuple):
     """Settings of a layer that are no parameters. Layers of one kind share one program.
 
@@ -352,6 +369,7 @@ class ModelSpec(Record):
     # what generation_config.json says besides, as JSON: it travels from an import to its export
     generation: str = "{}"
     lora: LoraSpec | None = None  # adapters that a run trains on the frozen rest
+    base_shape: BaseShape | None = None  # of CompleteP; None: standard parametrization
 
     def __post_init__(self):
         """Raise UserError for sizes that cannot make a model."""

@@ -6,6 +6,7 @@ manifest (growth/parse.py). To add one, write a function here and mark it `@oper
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -382,8 +383,12 @@ def upcycle(
             f"{group} experts make up one MLP."
         )
     d_ff = spec.d_ff // granularity
+    base = spec.base_shape
+    if base:  # the parts of an MLP are as wide in their base as they are here
+        base = dataclasses.replace(base, d_ff=base.d_ff / granularity)
     child = spec.replace(
         d_ff=d_ff,
+        base_shape=base,
         n_experts=n_copies * group,
         n_experts_per_token=top_k,
         norm_topk_prob=True,  # equal outputs then sum to one of them, whatever the router says

@@ -52,7 +52,7 @@ class OptimizerInputs(NamedTuple):
 
 def make_adamw(inputs: OptimizerInputs) -> optax.GradientTransformation:
     """Return AdamW (1711.05101)."""
-    adam = scale_by_adam(inputs.optim)
+    adam = scale_by_adam(inputs)
     adam = correct_new_bias(adam, inputs)
     return descend(adam, inputs)
 
@@ -75,7 +75,10 @@ def make_muon(inputs: OptimizerInputs) -> optax.GradientTransformation:
     def scale_like_adam(param: ParamSpec, orthogonal: jax.Array) -> jax.Array:
         n_in = math.prod(param.shape[dim] for dim in param.in_dims)
         n_out = math.prod(param.shape[dim] for dim in param.out_dims)
-        return MUON_RMS * max(n_in, n_out) ** 0.5 * orthogonal
+        # lr_ratio divides by in_ratio: Adam's update has a spectral norm that grows with the width,
+        # and this one with its root (2310.17813)
+        transfer = param.in_ratio**0.5
+        return MUON_RMS * transfer * max(n_in, n_out) ** 0.5 * orthogonal
 
     def matrices(tree: Any) -> Any:
         return map_with_specs(is_matrix, specs, tree)
@@ -93,7 +96,7 @@ def make_muon(inputs: OptimizerInputs) -> optax.GradientTransformation:
         optax.contrib.scale_by_muon(weight_dimension_numbers=cast(Any, dimension_numbers)),
         optax.stateless(scale_all),
     )
-    adam = correct_new_bias(scale_by_adam(inputs.optim), inputs)
+    adam = correct_new_bias(scale_by_adam(inputs), inputs)
     both = optax.chain(optax.masked(muon, matrices), optax.masked(adam, others))
     return descend(both, inputs)
 
@@ -104,9 +107,10 @@ def make_muon(inputs: OptimizerInputs) -> optax.GradientTransformation:
 #         return descend(optax.scale_by_lion(inputs.optim.b1, inputs.optim.b2), inputs)
 #
 # `descend` turns directions into updates. A transformation that applies the learning rate itself,
-# such as schedule_free_adamw, takes inputs.learning_rate and is returned as it is: decay and the
-# warm-up of new parameters are then its own. Either way the step skips bad updates, a moment is
-# sharded and grows as its parameter (growth/moments.py), and the other state is kept.
+# such as schedule_free_adamw, takes inputs.learning_rate and is returned as it is: decay, the
+# ratios of model.base_shape and the warm-up of new parameters are then its own. Either way the step
+# skips bad updates, a moment is sharded and grows as its parameter (growth/moments.py), and the
+# other state is kept.
 OPTIMIZERS: dict[str, Callable[[OptimizerInputs], optax.GradientTransformation]] = {
     "adamw": make_adamw,
     "muon": make_muon,
@@ -149,7 +153,17 @@ def descend(
     if optim.weight_decay:
         decay = optax.add_decayed_weights(optim.weight_decay, mask=decay_mask(inputs.specs))
     scale = optax.scale_by_learning_rate(inputs.learning_rate)
-    return optax.chain(direction, warm_up_new_params(inputs), decay, scale)
+    transferred = optax.stateless(lambda updates, params: transfer_rates(updates, inputs.specs))
+    return optax.chain(direction, transferred, warm_up_new_params(inputs), decay, scale)
+
+
+def transfer_rates(updates: Any, specs: ParamSpecs) -> Any:
+    """Return the updates with each weight's own rate, by model.base_shape; decay comes after."""
+
+    def scale(param: ParamSpec, update: jax.Array) -> jax.Array:
+        return update if param.lr_ratio == 1 else param.lr_ratio * update
+
+    return map_with_specs(scale, specs, updates)
 
 
 def decay_mask(specs: ParamSpecs) -> Params:
@@ -157,29 +171,29 @@ def decay_mask(specs: ParamSpecs) -> Params:
     return map_param_specs(lambda path, param: param.decays, specs)
 
 
-def map_with_specs(function: Callable, specs: ParamSpecs, tree: Any) -> Any:
-    """Return function(ParamSpec, leaf) for the weights that the tree holds."""
+def map_with_specs(function: Callable, specs: ParamSpecs, tree: Any, *others: Any) -> Any:
+    """Return function(ParamSpec, leaves...) for the weights that the trees hold."""
 
-    def call(path: PathEntries, leaf: Any) -> Any:
+    def call(path: PathEntries, *leaves: Any) -> Any:
         param: Any = specs
         for entry in path:
             param = param[entry.key]
-        return function(param, leaf)
+        return function(param, *leaves)
 
-    return jax.tree_util.tree_map_with_path(call, tree)
+    return jax.tree_util.tree_map_with_path(call, tree, *others)
 
 
 # ---- directions
 
 
-def scale_by_adam(optim: OptimConfig) -> optax.GradientTransformation:
+def scale_by_adam(inputs: OptimizerInputs) -> optax.GradientTransformation:
     """Return optax's scale_by_adam, with moments updated in place.
 
     It is bound by memory where a step has few tokens: each moment is read by one loop that writes
     it, and directions are read from the new ones (the barrier). Optax's form makes XLA copy both
     moments first, as three loops read the old ones.
     """
-    b1, b2, eps = optim.b1, optim.b2, optim.eps
+    b1, b2, eps = inputs.optim.b1, inputs.optim.b2, inputs.optim.eps
 
     def init(params: Any) -> optax.ScaleByAdamState:
         mu = jax.tree.map(jnp.zeros_like, params)
@@ -204,11 +218,11 @@ def scale_by_adam(optim: OptimConfig) -> optax.GradientTransformation:
         nu_scale = 1 / (1 - b2**count)
         nu_scale = nu_scale.astype(jnp.float32)
 
-        def direction(mu: jax.Array, nu: jax.Array) -> jax.Array:
+        def direction(param: ParamSpec, mu: jax.Array, nu: jax.Array) -> jax.Array:
             corrected = mu_scale * mu
-            return corrected / (jnp.sqrt(nu_scale * nu) + eps)
+            return corrected / (jnp.sqrt(nu_scale * nu) + param.grad_ratio * eps)
 
-        directions = jax.tree.map(direction, mu, nu)
+        directions = map_with_specs(direction, inputs.specs, mu, nu)
         return directions, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)
