@@ -345,6 +345,11 @@ class OptimConfig:
         0.1, "Initial fraction of the steps in which the rate rises. Too few are noisy updates."
     )
     decay_frac: float = knob(0.2, "Final fraction of the steps in which wsd decays, linearly.")
+    average: float = knob(
+        0.0,
+        "Average the weights on the device: 500 is the mean of the last 500 steps at the "
+        "constant rate, 0.999 the decay of a moving average over them all; 0: none. 4 bytes per parameter.",
+    )
     lr_multipliers: tuple[tuple[str, float], ...] = knob(
         (),
         "((group, multiplier), ...), multiplied together; 0 freezes. Groups: old, new (by the last "
@@ -618,6 +623,12 @@ def check_config(config: Config) -> None:
         raise UserError(
             "optim.lr_multipliers: expected multipliers of at least 0 (0 freezes a group), "
             f"got {config.optim.lr_multipliers}."
+        )
+    average = config.optim.average
+    if average < 0 or (average > 1 and not average.is_integer()):
+        raise UserError(
+            "optim.average: expected a whole number of steps, a decay between 0 and 1, or 0, "
+            f"got {average:g}."
         )
     if not 0 <= config.optim.warmup_frac < 1:
         raise UserError(

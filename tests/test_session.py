@@ -172,6 +172,19 @@ def test_a_run_asked_to_stop_and_resumed_ends_as_one_that_went_on(make_config, s
 
 
 @pytest.mark.slow
+def test_an_average_resumes_within_its_window_bit_by_bit(make_config, start, tmp_path):
+    settings = make_config(optim__average=6, optim__decay_frac=0.2, train__eval_every=7)
+    train(start(settings, tmp_path / "whole"))
+    # 14 steps: constant from the 4th to the 11th, of which the last six are averaged
+    cut = train_in_parts(start, settings, tmp_path / "cut", (4, 9))
+    assert_equal_ends(tmp_path / "whole", tmp_path / "cut")
+    arrays = checkpoint.read_array_metadata(tmp_path / "cut/checkpoints/14")
+    assert "average/sum/blocks/q" in arrays and int(cut.state.average["count"]) == 6
+    first, last = read_records(tmp_path / "cut", HeldoutMetrics)
+    assert last.average_loss and last.average_loss.keys() == last.heldout_loss.keys()
+    assert first.average_loss and first.average_loss != last.average_loss
+
+
 def test_a_model_that_grows_in_a_run_is_cut_on_either_side_of_it(make_config, start, tmp_path):
     grow = ((6, "depth_upscale(m=0)"), (9, "insert_identity(every=2)"))
     settings = make_config(train__grow=grow, train__max_to_keep=9)

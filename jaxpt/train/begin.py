@@ -23,6 +23,7 @@ from jaxpt.spec import LoraSpec, Manifest, ModelSpec, UserError
 from jaxpt.stage import read_manifest, read_spec
 from jaxpt.text import format_table
 from jaxpt.train import forgetting, gate, meter, metrics, optimizer, provenance, state
+from jaxpt.train.average import init_average
 from jaxpt.train.context import RunContext
 from jaxpt.train.meter import LostWork
 from jaxpt.train.records import CheckpointRecord, TrainProgress
@@ -278,6 +279,9 @@ def continue_state(
             restored, grown, config.optim, section.moments, run.mesh, before
         )
         restored = restored._replace(opt_state=opt_state, skip_state=skip_state)
+    if init.growths:  # an average begins anew
+        child = state.make_abstract_state(init.model.spec, config.optim, run.mesh)
+        restored = restored._replace(average=init_average(child.average))
     # growths of train.grow before this step; at this very step only if the source had grown there
     n_growths = 0
     for i, (at, _) in enumerate(config.train.grow):

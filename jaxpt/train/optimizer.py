@@ -387,6 +387,18 @@ def count_warmup_steps(optim: OptimConfig, steps: int) -> int:
     return min(round(optim.warmup_frac * steps), steps - 1)
 
 
+def find_constant_phase(optim: OptimConfig, steps: int) -> range:
+    """Return the updates between warm-up and decay, counted from 1."""
+    warmup = count_warmup_steps(optim, steps)
+    decay_start = warmup
+    if optim.schedule == "wsd":
+        decay_steps = max(round(steps * optim.decay_frac), 1)
+        decay_start = max(steps - decay_steps, warmup)
+    elif optim.schedule == "constant":
+        decay_start = steps
+    return range(warmup + 1, decay_start + 1)
+
+
 def make_lr_schedule(optim: OptimConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
     """Return the learning rate as a function of the updates done before: 0 for the first one.
 
@@ -397,12 +409,7 @@ def make_lr_schedule(optim: OptimConfig, steps: int) -> Callable[[jax.Array], ja
     way. The last update has peak_lr x end_lr_frac.
     """
     warmup, end = count_warmup_steps(optim, steps), optim.end_lr_frac
-    decay_start = warmup
-    if optim.schedule == "wsd":
-        decay_steps = max(round(steps * optim.decay_frac), 1)
-        decay_start = max(steps - decay_steps, warmup)
-    elif optim.schedule == "constant":
-        decay_start = steps
+    decay_start = find_constant_phase(optim, steps).stop - 1
     decay_steps = max(steps - decay_start, 1)
 
     def lr_at(n_updates: jax.Array) -> jax.Array:

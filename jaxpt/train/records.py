@@ -79,6 +79,7 @@ class HeldoutMetrics(RunSums):
     step: int
     heldout_loss: dict[str, float]  # source -> nats per token
     parent_loss: dict[str, float] | None = None  # the parent's on the same sequences
+    average_loss: dict[str, float] | None = None  # of the averaged weights
     kind: str = "heldout"
 
 

@@ -20,6 +20,7 @@ from jaxpt.model.transformer import Params
 from jaxpt.sharding import make_replicated_sharding
 from jaxpt.spec import ModelSpec
 from jaxpt.train import optimizer
+from jaxpt.train.average import init_average, make_abstract_average
 from jaxpt.weights import checkpoint
 
 log = logging.getLogger(__name__)
@@ -47,12 +48,14 @@ class TrainState(NamedTuple):
         params: nested dict of weights, see model/transformer.py.
         opt_state: the optax chain's state.
         skip_state: SkipState.
+        average: of the weights; None without optim.average.
     """
 
     step: Any
     params: Any
     opt_state: Any
     skip_state: Any
+    average: Any = None
 
 
 def make_abstract_state(
@@ -65,7 +68,8 @@ def make_abstract_state(
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     norm = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
     skip_state = SkipState(norm, count, count)
-    return TrainState(count, params, opt_state, skip_state)
+    average = make_abstract_average(optim, select_trained(spec, params), count)
+    return TrainState(count, params, opt_state, skip_state, average)
 
 
 def make_abstract_opt_state(spec: ModelSpec, optim: OptimConfig, params: Params, mesh: Mesh) -> Any:
@@ -102,7 +106,8 @@ def state_shardings(state: TrainState) -> TrainState:
 
 def init_state(params: Params, spec: ModelSpec, optim: OptimConfig, mesh: Mesh) -> TrainState:
     """Return a state at step 0 with zero moments. The parameters are taken over, not copied."""
-    target = state_shardings(make_abstract_state(spec, optim, mesh))
+    abstract = make_abstract_state(spec, optim, mesh)
+    target = state_shardings(abstract)
     tx = optimizer.make_optimizer(optim, spec)
 
     def make_rest(params: Params) -> tuple[Any, Any, SkipState]:
@@ -113,18 +118,20 @@ def init_state(params: Params, spec: ModelSpec, optim: OptimConfig, mesh: Mesh) 
     shardings = (target.step, target.opt_state, target.skip_state)
     make = jax.jit(make_rest, out_shardings=shardings)
     step, opt_state, skip_state = make(params)
-    return TrainState(step, params, opt_state, skip_state)
+    return TrainState(step, params, opt_state, skip_state, init_average(abstract.average))
 
 
 def rest_of_state(state: TrainState) -> dict[str, Any]:
-    """Return what a checkpoint stores beside the parameters."""
+    """Return what a checkpoint stores beside the parameters and their average."""
     rest = state._asdict()
-    del rest["params"]
+    del rest["params"], rest["average"]
     return rest
 
 
 def restore_state(directory: io.Path, params: Params, abstract: TrainState) -> TrainState:
     """Return a checkpoint's state around parameters that are already loaded, and perhaps grown.
+
+    An average begins anew where none is stored.
 
     Args:
         directory: the checkpoint.
@@ -132,7 +139,10 @@ def restore_state(directory: io.Path, params: Params, abstract: TrainState) -> T
         abstract: `make_abstract_state` of what is stored.
     """
     rest = checkpoint.restore_tree(directory, checkpoint.TRAIN_STATE, rest_of_state(abstract))
-    return TrainState(params=params, **rest)
+    average = init_average(abstract.average)
+    if average and io.exists(directory / checkpoint.AVERAGE):
+        average = checkpoint.restore_tree(directory, checkpoint.AVERAGE, abstract.average)
+    return TrainState(params=params, average=average, **rest)
 
 
 class GrownState(NamedTuple):

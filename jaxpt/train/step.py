@@ -30,6 +30,7 @@ from jaxpt.sharding import (
 )
 from jaxpt.spec import Batch, ModelSpec, UserError
 from jaxpt.train import optimizer
+from jaxpt.train.average import add_weights, find_window
 from jaxpt.train.state import (
     SkipState,
     TrainState,
@@ -79,6 +80,7 @@ def build_step(
     """
     sum_gradients = make_gradient_function(spec, train, seq_len, mesh)
     update = make_update_function(spec, optim, train.steps, new_params, mesh)
+    window = find_window(optim, train.steps) if optim.average else range(0)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -98,6 +100,9 @@ def build_step(
         params, opt_state, lr = update(state, grads, scale, multipliers, good)
         params = move_router_bias(spec, params, side.loads, multipliers, good)
         skips = update_skip_state(state.skip_state, grad_norm, good)
+        n = state.step + 1
+        takes = good & (n >= window.start) & (n < window.stop)
+        average = add_weights(state.average, select_trained(spec, params), optim, takes)
         scalars = {
             "loss_sum": loss_sum,  # nats, over the batch, without z-loss
             "n_targets": n_targets,  # the sum of the loss mask
@@ -108,7 +113,7 @@ def build_step(
             "consecutive_skips": skips.consecutive_skips,  # this step included
             **report_layers(side, params, per_token),
         }
-        return TrainState(state.step + 1, params, opt_state, skips), scalars
+        return TrainState(n, params, opt_state, skips, average), scalars
 
     in_state = state_shardings(make_abstract_state(spec, optim, mesh))
     in_shardings = (in_state, make_batch_sharding(mesh))

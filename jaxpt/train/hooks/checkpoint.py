@@ -86,6 +86,7 @@ class Checkpoint(Hook):
                 session.spec,
                 counts=record.to_json(),
                 tokenizer=session.run.dataset.tokenizer,
+                average=session.state.average,
                 before_publishing=session.metrics.flush,
             )
         self.saved_at = time.monotonic()

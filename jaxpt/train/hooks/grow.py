@@ -7,6 +7,7 @@ import jax
 from jaxpt import initialize, io
 from jaxpt.growth import verify
 from jaxpt.train import state
+from jaxpt.train.average import init_average
 from jaxpt.train.hooks.hook import Hook
 from jaxpt.train.session import Session
 from jaxpt.train.state import TrainState
@@ -59,8 +60,9 @@ def grow_session(session: Session, operator: str) -> None:
     verify.write_growth(report, run.run_dir)
     if jax.process_index() == 0:
         io.write_json(run.run_dir / "spec.json", child.spec)
-    session.state = TrainState(before.step, child.params, opt_state, skip_state)
     session.spec = child.spec
+    average = init_average(session.make_abstract_state().average)  # begins anew
+    session.state = TrainState(before.step, child.params, opt_state, skip_state, average)
     with session.explain_start():
         session.train_step = session.compile_step()
     session.is_new_step = True
