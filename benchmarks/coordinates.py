@@ -25,7 +25,7 @@ from jaxpt.train import optimizer
 
 BASE = (4, 64)  # layers, width
 SHAPES = ((4, 64), (4, 512), (32, 64), (4, 128), (4, 256), (8, 64), (16, 64))
-OPTIM = config.OptimConfig(peak_lr=4e-3, schedule="constant", warmup_frac=0)
+OPTIM = config.OptimConfig(peak_lr=1e-3, schedule="constant", warmup_frac=0)
 
 
 class Change(NamedTuple):

@@ -276,7 +276,7 @@ def plan_operators(results: list[dict[str, Any]]) -> list[Run]:
 
 # ---- one rate for all sizes, and what it starts from
 
-TRANSFER_BASE = Shape(4, 64)
+TRANSFER_BASE = (4, 64)  # layers, width
 TRANSFER_SHAPES = ((2, 64), (8, 64), (16, 64), (4, 32), (4, 128), (4, 256))
 TRANSFER_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 TRANSFER_STEPS = 500
@@ -284,15 +284,18 @@ TRANSFER_STEPS = 500
 
 def plan_transfer(results: list[dict[str, Any]]) -> list[Run]:
     """Return a run for each shape and rate, with and without model.base_shape."""
-    base = f"{TRANSFER_BASE.n_layers}x{TRANSFER_BASE.d_model}"
+    depth, width = TRANSFER_BASE
+    base = f"{depth}x{width}"
+    pairs = [(TRANSFER_BASE, "")]  # which is its own base
+    for text in ("", base):
+        pairs += [(shape, text) for shape in TRANSFER_SHAPES]
     runs = []
-    for depth, width in ((TRANSFER_BASE.n_layers, TRANSFER_BASE.d_model), *TRANSFER_SHAPES):
-        for text in ("", base):
-            shape = Shape(depth, width, base=text)
-            arm = f"{depth} x {width}, {f'base {text}' if text else 'standard'}"
-            for rate in TRANSFER_RATES:
-                segments = make_plain_segments(TRANSFER_STEPS)
-                runs.append(Run("transfer", arm, shape, segments, rate, TUNING_SEED, BATCH))
+    for (depth, width), text in pairs:
+        shape = Shape(depth, width, base=text)
+        arm = f"{depth} x {width}, {f'base {text}' if text else 'standard'}"
+        for rate in TRANSFER_RATES:
+            segments = make_plain_segments(TRANSFER_STEPS)
+            runs.append(Run("transfer", arm, shape, segments, rate, TUNING_SEED, BATCH))
     return runs
 
 

@@ -188,7 +188,8 @@ class Run:
         """Return a name for its result's file: of what makes it, and what it is called."""
         fields = dataclasses.asdict(self)
         for name in ("base", "init"):  # which the first results have not
-            fields["shape"][name] or fields["shape"].pop(name)
+            if not fields["shape"][name]:
+                del fields["shape"][name]
         content = json.dumps(fields, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 

@@ -207,7 +207,7 @@ def get_config():
     # Final fraction of the steps in which wsd decays, linearly.
     c.optim.decay_frac = 0.2
     # Average the weights on the device: 500 is the mean of the last 500 steps at the constant rate,
-    # 0.999 the decay of a moving average over them all; 0: none. 4 bytes per parameter.
+    # 0.999 the decay of a moving average over them all; 0: none. One more copy.
     c.optim.average = 0.0
     # ((group, multiplier), ...), multiplied together; 0 freezes. Groups: old, new (by the last
     # growth), a parameter's name, layers A-B.

@@ -347,8 +347,8 @@ class OptimConfig:
     decay_frac: float = knob(0.2, "Final fraction of the steps in which wsd decays, linearly.")
     average: float = knob(
         0.0,
-        "Average the weights on the device: 500 is the mean of the last 500 steps at the "
-        "constant rate, 0.999 the decay of a moving average over them all; 0: none. 4 bytes per parameter.",
+        "Average the weights on the device: 500 is the mean of the last 500 steps at the constant "
+        "rate, 0.999 the decay of a moving average over them all; 0: none. One more copy.",
     )
     lr_multipliers: tuple[tuple[str, float], ...] = knob(
         (),

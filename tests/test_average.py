@@ -90,13 +90,13 @@ def test_a_checkpoint_without_an_average_is_refused(tmp_path, one):
     params = transformer.init_params(SPEC, 0, one)
     counts = {"step": np.zeros(1, np.int32)}
     checkpoint.save_checkpoint(tmp_path, 7, params, counts, SPEC, counts={}, tokenizer=None)
-    with pytest.raises(UserError, match="holds no averaged weights. Train with optim.average"):
+    with pytest.raises(UserError, match="holds no averaged weights"):
         merge.write_average(tmp_path, tmp_path / "mean")
 
 
 @pytest.mark.parametrize("value", ["-1", "2.5"])
 def test_a_window_that_is_no_number_of_steps_is_refused(value):
-    with pytest.raises(UserError, match="optim.average: expected a whole number of steps, a decay"):
+    with pytest.raises(UserError, match="expected a whole number of steps, a decay"):
         config.build_config(config.apply_overrides([f"--config.optim.average={value}"]))
 
 
@@ -104,5 +104,7 @@ def test_a_window_longer_than_the_constant_phase_is_refused():
     with pytest.raises(UserError, match="expected at most 6, the steps at the constant rate"):
         average.find_window(dataclasses.replace(OPTIM, average=7), 12)
     cosine = OptimConfig(schedule="cosine", average=0.9)
-    with pytest.raises(UserError, match="expected at most 0, .* Set fewer, or optim.schedule=wsd"):
+    with pytest.raises(
+        UserError, match=r"expected at most 0, .* Set fewer, or optim\.schedule=wsd"
+    ):
         average.find_window(cosine, 12)

@@ -1,7 +1,8 @@
 """Merge checkpoints of one architecture into the weights of a new start: mean, linear, spherical.
 
-`write_average` takes what a run averaged itself. The mean over the constant-rate phase of a run comes near to what a decay of the learning rate would
-give, without one (2505.12082, 2507.17634). Spherical interpolation is that of mergekit's slerp.
+The mean over the constant-rate phase of a run comes near to what a decay of the learning rate would
+give, without one (2505.12082, 2507.17634); `write_average` takes the one that the run made itself.
+Spherical interpolation is that of mergekit's slerp.
 """
 
 from __future__ import annotations
