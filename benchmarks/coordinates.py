@@ -18,14 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxpt import config, initialize, sharding
+from jaxpt import config, initialize
 from jaxpt.model import transformer
+from jaxpt.model.param import ParamSpec, map_param_specs
 from jaxpt.spec import ModelSpec
 from jaxpt.train import optimizer
 
 BASE = (4, 64)  # layers, width
-SHAPES = ((4, 64), (4, 512), (32, 64), (4, 128), (4, 256), (8, 64), (16, 64))
-OPTIM = config.OptimConfig(peak_lr=1e-3, schedule="constant", warmup_frac=0)
+SHAPES = ((4, 64), (4, 128), (4, 256), (4, 512), (8, 64), (16, 64), (32, 64))
+OPTIM = config.OptimConfig(peak_lr=2e-4, schedule="constant", warmup_frac=0)
 
 
 class Change(NamedTuple):
@@ -63,11 +64,16 @@ def measure_change(
     seed: int = 0,
 ) -> Change:
     """Return what steps on one batch of this shape change."""
-    mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
-    params = transformer.init_params(spec, seed, mesh)
-    params["embed"] *= embed_std / transformer.EMBED_STD
-    # frequencies of tokens as in text
-    draws = np.random.default_rng(seed).zipf(1.3, shape)
+    rng = np.random.default_rng(seed)
+
+    def draw(path: tuple[str, ...], param: ParamSpec) -> jax.Array:
+        mean, std = param.init
+        if path == ("embed",):
+            std = embed_std
+        return jnp.asarray(rng.normal(mean, std, param.shape), jnp.float32)
+
+    params = map_param_specs(draw, transformer.param_specs(spec))
+    draws = rng.zipf(1.3, shape)  # frequencies as in text
     tokens = jnp.asarray(draws % spec.vocab_size, jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(shape[1]), shape)
     inputs = tokens, jnp.ones(shape, jnp.int32), positions
