@@ -10,6 +10,7 @@ from test_train import SETTINGS, SPEC, make_batch, make_state, put
 from jaxpt import config, sharding
 from jaxpt.config import OptimConfig
 from jaxpt.model import transformer
+from jaxpt.plan import roofline
 from jaxpt.spec import UserError
 from jaxpt.train import average, merge, state, step
 from jaxpt.weights import checkpoint, load
@@ -67,6 +68,11 @@ def test_it_is_sharded_as_its_weights():
     abstract = state.make_abstract_state(SPEC, dataclasses.replace(OPTIM, average=5), mesh)
     params = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
     assert jax.tree.map(lambda leaf: leaf.sharding, abstract.average["sum"]) == params
+    without, counted = (
+        roofline.count_state_bytes(SPEC, dataclasses.replace(OPTIM, average=n), "bfloat16")
+        for n in (0, 5)
+    )
+    assert counted.moments - without.moments == 4 * transformer.count_params(SPEC)
 
 
 def test_the_average_of_a_checkpoint_is_written_as_a_model(trained, tmp_path, one):

@@ -167,7 +167,8 @@ def analyze_step_in_process(request: AnalysisRequest) -> StepAnalysis:
         spec, settings.optim, mesh, settings.initialize.param_dtype
     )
     params_bytes = count_bytes_per_device(abstract_state.params)
-    opt_state_bytes = count_bytes_per_device(abstract_state.opt_state)
+    kept = (abstract_state.opt_state, abstract_state.average)
+    opt_state_bytes = count_bytes_per_device(kept)
     state_bytes = params_bytes + opt_state_bytes
     analysis = dataclasses.replace(
         estimate,

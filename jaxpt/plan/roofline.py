@@ -150,6 +150,8 @@ def count_state_bytes(spec: ModelSpec, optim: OptimConfig, param_dtype: str) -> 
             moments += n_bytes
         else:
             rest += n_bytes
+    if optim.average:  # float32, sharded as the moments are
+        moments += 4 * sum(leaf.size for leaf in jax.tree.leaves(trained))
     itemsize = jnp.dtype(param_dtype).itemsize
     params_bytes = 0
     for _, param in list_param_specs(transformer.param_specs(spec)):
