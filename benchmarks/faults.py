@@ -65,8 +65,8 @@ POISONED = """
 import runpy
 from jaxpt.data import loader
 iterate_batches = loader.iterate_batches
-def poisoned(dataset, schedule, sharding, batch_size, first, document_mask):
-    batches = iterate_batches(dataset, schedule, sharding, batch_size, first, document_mask)
+def poisoned(dataset, schedule, sharding, batch_size, first, *more):
+    batches = iterate_batches(dataset, schedule, sharding, batch_size, first, *more)
     for step, batch in enumerate(batches, first // batch_size + 1):
         if step in (13, 27):
             batch = batch._replace(loss_mask=batch.loss_mask * float("nan"))

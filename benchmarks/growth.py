@@ -10,6 +10,9 @@
 `frontier`  loss against FLOPs: depths and widths at several budgets, each at several peak rates
 `arms`      a full size, the same with less, small models left alone, and ways to grow, at equal
             FLOPs with the base's included
+`transfer`  five rates at seven shapes, with and without model.base_shape
+`init`      five initializations at three sizes
+`coordinates`  what the first steps change at several widths and depths; prints its table
 `tables`    what the results say, with 95 % intervals of paired differences
 
 Every arm has a decay of its own to 0 and is measured after it. FLOPs are of the active parameters
@@ -32,6 +35,7 @@ import scipy.stats
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
+import coordinates
 import growth_runs
 from growth_runs import Run, Segment, Shape, Text
 
@@ -270,6 +274,48 @@ def plan_operators(results: list[dict[str, Any]]) -> list[Run]:
     return runs
 
 
+# ---- one rate for all sizes, and what it starts from
+
+TRANSFER_BASE = (4, 64)  # layers, width
+TRANSFER_SHAPES = ((2, 64), (8, 64), (16, 64), (4, 32), (4, 128), (4, 256))
+TRANSFER_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+TRANSFER_STEPS = 500
+
+
+def plan_transfer(results: list[dict[str, Any]]) -> list[Run]:
+    """Return a run for each shape and rate, with and without model.base_shape."""
+    depth, width = TRANSFER_BASE
+    base = f"{depth}x{width}"
+    pairs = [(TRANSFER_BASE, "")]  # which is its own base
+    for text in ("", base):
+        pairs += [(shape, text) for shape in TRANSFER_SHAPES]
+    runs = []
+    for (depth, width), text in pairs:
+        shape = Shape(depth, width, base=text)
+        arm = f"{depth} x {width}, {f'base {text}' if text else 'standard'}"
+        for rate in TRANSFER_RATES:
+            segments = make_plain_segments(TRANSFER_STEPS)
+            runs.append(Run("transfer", arm, shape, segments, rate, TUNING_SEED, BATCH))
+    return runs
+
+
+INIT_SHAPES = ((4, 64), (8, 96), (8, 192))  # 0.2M, 0.8M and 3.2M parameters without embedding
+
+
+def plan_init(results: list[dict[str, Any]]) -> list[Run]:
+    """Return a run for each shape, initialization, rate and two seeds, the cheapest first."""
+    runs = []
+    for depth, width in INIT_SHAPES:
+        for seed in SEEDS[:2]:
+            for init in ("", *growth_runs.INITS):
+                shape = Shape(depth, width, init=init)
+                arm = f"{depth} x {width}, {init or 'embedding 0.02, 1/sqrt(2L)'}"
+                for rate in RATES:
+                    segments = make_plain_segments(TRANSFER_STEPS)
+                    runs.append(Run("init", arm, shape, segments, rate, seed, BATCH))
+    return runs
+
+
 # what the command trains, by name: the results that are there -> the runs to make
 PARTS = {
     "rates": plan_rates,
@@ -277,6 +323,8 @@ PARTS = {
     "operators": plan_operators,
     "frontier": plan_frontier,
     "arms": plan_arms,
+    "transfer": plan_transfer,
+    "init": plan_init,
 }
 
 # ---- tables
@@ -289,10 +337,12 @@ def print_tables(results: list[dict[str, Any]]) -> None:
     print_operators(results)
     print_rates(results, "frontier")
     print_paired(results, "arms", "8 layers, 1 of the FLOPs")
+    print_rates(results, "transfer")
+    print_rates(results, "init")
 
 
 def print_rates(results: list[dict[str, Any]], part: str) -> None:
-    """Print the loss of each arm at each rate."""
+    """Print the loss of each arm at each rate, the mean of its seeds; the best one is bold."""
     found = [result for result in results if result["part"] == part]
     if not found:
         return
@@ -301,8 +351,14 @@ def print_rates(results: list[dict[str, Any]], part: str) -> None:
     print(f"\n| {part} | " + " | ".join(f"{rate:g}" for rate in rates) + " |")
     print("|---|" + "---|" * len(rates))
     for arm in sorted(arms):
-        losses = {r["peak_lr"]: r["loss"] for r in found if r["arm"] == arm}
+        losses: dict[float, float] = {}
+        for rate in rates:
+            seeds = [r["loss"] for r in found if r["arm"] == arm and r["peak_lr"] == rate]
+            if seeds:
+                losses[rate] = statistics.mean(seeds)
         cells = [f"{losses[rate]:.3f}" if rate in losses else "" for rate in rates]
+        best = rates.index(min(losses, key=lambda rate: losses[rate]))
+        cells[best] = f"**{cells[best]}**"
         print(f"| {arm} | " + " | ".join(cells) + " |")
 
 
@@ -406,7 +462,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="+", choices=[*PARTS, "tables"])
+    parser.add_argument("parts", nargs="+", choices=[*PARTS, "coordinates", "tables"])
     parser.add_argument("--text", help="text files as a glob, beside Python's own prose")
     parser.add_argument("--to", type=pathlib.Path, required=True)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
@@ -417,12 +473,14 @@ def main() -> None:
         sources.append(f"books=jsonl:{documents}#text")
     text = Text(tuple(sources), str(arguments.to))
     results = arguments.to / "results.jsonl"
-    if arguments.parts != ["tables"]:
+    if set(arguments.parts) & PARTS.keys():
         text.make()
     for part in arguments.parts:
         found = growth_runs.read_results(results)
         if part == "tables":
             print_tables(found)
+        elif part == "coordinates":
+            coordinates.print_table()
         else:
             growth_runs.train_all(PARTS[part](found), text, results, arguments.processes)
 

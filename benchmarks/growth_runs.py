@@ -22,6 +22,7 @@ import pickle
 import resource
 import statistics
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -29,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import jax
 
-from jaxpt import config, flops, sharding, stage
+from jaxpt import config, flops, initialize, sharding, stage
 from jaxpt.data import loader, pack, prepare, tokenizer
 from jaxpt.data.mixture import MixtureSchedule
 from jaxpt.growth import measure
@@ -38,6 +39,7 @@ from jaxpt.growth.growth import Parent
 from jaxpt.growth.new_params import NewParams
 from jaxpt.growth.parse import plan_growth
 from jaxpt.model import transformer
+from jaxpt.model.param import ParamSpec, map_param_specs
 from jaxpt.spec import ModelSpec
 from jaxpt.train import gate, state, step
 from jaxpt.train.state import TrainState
@@ -74,11 +76,21 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A model's shape at its start. experts > 0: a mixture, of which a token takes two."""
+    """A model's shape at its start.
+
+    Attributes:
+        n_layers: of it.
+        d_model: its width.
+        experts: more than 0: a mixture, of which a token takes two.
+        base: model.base_shape.
+        init: name of the initial values, of INITS; "" is jaxpt's.
+    """
 
     n_layers: int
     d_model: int
     experts: int = 0
+    base: str = ""
+    init: str = ""
 
     def make_spec(self) -> ModelSpec:
         n_heads = self.d_model // D_HEAD
@@ -93,6 +105,7 @@ class Shape:
             max_seq_len=SEQ_LEN,
             tie_embeddings=True,
         )
+        spec = initialize.set_base_shape(spec, self.base)
         if not self.experts:
             return spec
         return spec.replace(
@@ -103,6 +116,34 @@ class Shape:
             router_aux_loss_coef=0.01,
             router_z_loss_coef=0.001,
         )
+
+
+# name -> the std of a parameter's initial values, of its path, ParamSpec and number of layers
+INITS: dict[str, Callable[[tuple[str, ...], ParamSpec, int], float]] = {
+    "embedding 0.1": lambda path, param, L: 0.1 if path == ("embed",) else param.init.std,
+    "embedding 1": lambda path, param, L: 1.0 if path == ("embed",) else param.init.std,
+    "no 1/sqrt(2L)": lambda path, param, L: param.init.std * scale_of_writers(param, L) ** -1,
+    "0.02 and 1/sqrt(2L)": lambda path, param, L: 0.02 * scale_of_writers(param, L),
+}
+
+
+def scale_of_writers(param: ParamSpec, n_layers: int) -> float:
+    """Return 1 / sqrt(2L) for what writes into the residual, else 1."""
+    return (2 * n_layers) ** -0.5 if param.writes_residual else 1.0
+
+
+def init_params(shape: Shape, seed: int, mesh: Any) -> Any:
+    """Return a shape's initial values."""
+    spec = shape.make_spec()
+    params = transformer.init_params(spec, seed, mesh)
+    if not shape.init:
+        return params
+
+    def scale(path: tuple[str, ...], param: ParamSpec, leaf: jax.Array) -> jax.Array:
+        std = param.init.std
+        return leaf * (INITS[shape.init](path, param, shape.n_layers) / std) if std else leaf
+
+    return map_param_specs(scale, transformer.param_specs(spec), params)
 
 
 def width_of_mlp(d_model: int) -> int:
@@ -145,7 +186,11 @@ class Run:
     @property
     def key(self) -> str:
         """Return a name for its result's file: of what makes it, and what it is called."""
-        content = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        fields = dataclasses.asdict(self)
+        for name in ("base", "init"):  # which the first results have not
+            if not fields["shape"][name]:
+                del fields["shape"][name]
+        content = json.dumps(fields, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     @property
@@ -201,7 +246,7 @@ class Trainer:
         """Return the state after a run's first segments, from the longest prefix that is kept."""
         if n_segments == 0:
             spec = run.shape.make_spec()
-            params = transformer.init_params(spec, run.seed, self.mesh)
+            params = init_params(run.shape, run.seed, self.mesh)
             start = state.init_state(params, spec, self.optim(run), self.mesh)
             return Reached(spec, start, NewParams(), 0, 0, 0.0, 0.0)
         prefix = fork_key(run, n_segments)

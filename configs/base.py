@@ -98,6 +98,9 @@ def get_config():
     c.model.rope_theta = 10000.0
     # Share embedding and output head; saves V x D parameters, good for small models.
     c.model.tie_embeddings = False
+    # LAYERSxWIDTH at which the values of optim were found, such as 4x256. CompleteP transfers
+    # rates, epsilon, decay and initial values to any depth and width, through growth too.
+    c.model.base_shape = ""
     # ((name, value), ...) of further fields of ModelSpec (jaxpt/spec.py), such as (('norm_eps',
     # 1e-6), ('family', 'qwen3'), ('qk_norm', True)).
     c.model.fields = ()
@@ -129,6 +132,9 @@ def get_config():
     c.train.grow = ()
     # Global batch in sequences. Tokens per step = batch_size x pack.seq_len.
     c.train.batch_size = 32
+    # ((from step, batch size, tokens per sequence), ...) in place of batch_size x pack.seq_len:
+    # rows are cut into equal parts where sequences are shorter.
+    c.train.shape_schedule = ()
     # Micro-batches per step. Same result, 1/n of the activation memory, somewhat slower.
     c.train.grad_accum_steps = 1
     # Dtype for matmuls and activations: bfloat16 on GPU and TPU, float32 on CPU.
@@ -142,6 +148,9 @@ def get_config():
     # Activation checkpointing policy, from most memory to least: none, dots, minimal, full. offload
     # is dots kept in host memory.
     c.train.remat = "none"
+    # Learn preferences from pairs (DPO), against the initial model: 0.1 is usual, less lets it move
+    # further away. Needs data of pairs; 0: the next token.
+    c.train.dpo_beta = 0.0
     # Weight of log(Z)^2, which keeps logits small; 1e-4 for long bfloat16 runs.
     c.train.z_loss_weight = 0.0
     # Skip an update whose gradient norm exceeds this many times its running mean; 0 skips only non-
@@ -190,9 +199,13 @@ def get_config():
     c.train.profile_steps = ()
 
     # ---- optim: The optimizer and its schedule.
-    # adamw; muon orthogonalizes the updates of a layer's matrices and needs half their moments.
-    # Keep the one that a base model was trained with.
+    # adamw; muon orthogonalizes the updates of a layer's matrices and needs half their moments;
+    # adafactor keeps mean squares by row and column. Keep the one that a base model was trained
+    # with.
     c.optim.name = "adamw"
+    # Dtype of moments between updates: the parameters', bfloat16 (2 bytes each) or int8 (1, with a
+    # scale per block); both are rounded stochastically.
+    c.optim.moment_dtype = "params"
     # Learning rate after warm-up.
     c.optim.peak_lr = 0.0003
     # Learning rate at the last step, as a fraction of peak_lr.
@@ -203,9 +216,15 @@ def get_config():
     c.optim.warmup_frac = 0.1
     # Final fraction of the steps in which wsd decays, linearly.
     c.optim.decay_frac = 0.2
+    # Average the weights on the device: 500 is the mean of the last 500 steps at the constant rate,
+    # 0.999 the decay of a moving average over them all; 0: none. One more copy.
+    c.optim.average = 0.0
     # ((group, multiplier), ...), multiplied together; 0 freezes. Groups: old, new (by the last
     # growth), a parameter's name, layers A-B.
     c.optim.lr_multipliers = ()
+    # With train.shape_schedule: multiply the rate by (tokens per step / those of the first step) to
+    # this power. 0.5 is the square-root rule.
+    c.optim.batch_power = 0.0
     # Adam's decay of the mean.
     c.optim.b1 = 0.9
     # Adam's decay of the square; 0.999 for small batches and short runs.
@@ -226,6 +245,18 @@ def get_config():
     # Matrices that get adapters, such as q and v; empty takes q, k, v, o and a dense MLP's gate,
     # up, down.
     c.lora.targets = ()
+
+    # ---- distill: Learning from a frozen teacher: (1 - a) CE + a T^2 KL; see docs/distill.md.
+    # A run, checkpoint, Hugging Face directory or hf:NAME with the student's tokenizer, or what
+    # jaxpt teacher_logits wrote; empty: none. Its forward pass adds to each step's time.
+    c.distill.teacher = ""
+    # Weight a of the KL at the first and at the last step, linear between; 0 to 1.
+    c.distill.alpha = (0.9, 0.5)
+    # T, by which both models' logits are divided. Above 1 shows more of unlikely tokens.
+    c.distill.temperature = 1.0
+    # forward is KL(teacher || student), which covers all that the teacher holds likely; reverse is
+    # KL(student || teacher), which avoids what it holds unlikely.
+    c.distill.direction = "forward"
 
     # ---- mesh: Devices along each mesh axis; -1 on one axis takes the rest.
     # Data parallelism with whole copies, between slices or hosts.

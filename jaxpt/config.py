@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import importlib.util
 import inspect
+import math
 import pathlib
 import re
 import sys
@@ -176,6 +177,11 @@ class ModelConfig:
     tie_embeddings: bool = knob(
         False, "Share embedding and output head; saves V x D parameters, good for small models."
     )
+    base_shape: str = knob(
+        "",
+        "LAYERSxWIDTH at which the values of optim were found, such as 4x256. CompleteP transfers "
+        "rates, epsilon, decay and initial values to any depth and width, through growth too.",
+    )
     fields: tuple[tuple[str, object], ...] = knob(
         (),
         "((name, value), ...) of further fields of ModelSpec (jaxpt/spec.py), such as "
@@ -231,6 +237,11 @@ class TrainConfig:
     batch_size: int = knob(
         32, "Global batch in sequences. Tokens per step = batch_size x pack.seq_len."
     )
+    shape_schedule: tuple[tuple[int, int, int], ...] = knob(
+        (),
+        "((from step, batch size, tokens per sequence), ...) in place of batch_size x "
+        "pack.seq_len: rows are cut into equal parts where sequences are shorter.",
+    )
     grad_accum_steps: int = knob(
         1, "Micro-batches per step. Same result, 1/n of the activation memory, somewhat slower."
     )
@@ -256,6 +267,11 @@ class TrainConfig:
         "Activation checkpointing policy, from most memory to least: none, dots, minimal, full. "
         "offload is dots kept in host memory.",
         *("none", "minimal", "dots", "full", "offload"),
+    )
+    dpo_beta: float = knob(
+        0.0,
+        "Learn preferences from pairs (DPO), against the initial model: 0.1 is usual, less lets it "
+        "move further away. Needs data of pairs; 0: the next token.",
     )
     z_loss_weight: float = knob(
         0.0, "Weight of log(Z)^2, which keeps logits small; 1e-4 for long bfloat16 runs."
@@ -327,7 +343,14 @@ class OptimConfig:
     name: str = knob(
         "adamw",
         "adamw; muon orthogonalizes the updates of a layer's matrices and needs half their "
-        "moments. Keep the one that a base model was trained with.",
+        "moments; adafactor keeps mean squares by row and column. Keep the one that a base model "
+        "was trained with.",
+    )
+    moment_dtype: str = knob(
+        "params",
+        "Dtype of moments between updates: the parameters', bfloat16 (2 bytes each) or int8 (1, "
+        "with a scale per block); both are rounded stochastically.",
+        *("params", "bfloat16", "int8"),
     )
     peak_lr: float = knob(3e-4, "Learning rate after warm-up.")
     end_lr_frac: float = knob(0.1, "Learning rate at the last step, as a fraction of peak_lr.")
@@ -340,10 +363,20 @@ class OptimConfig:
         0.1, "Initial fraction of the steps in which the rate rises. Too few are noisy updates."
     )
     decay_frac: float = knob(0.2, "Final fraction of the steps in which wsd decays, linearly.")
+    average: float = knob(
+        0.0,
+        "Average the weights on the device: 500 is the mean of the last 500 steps at the constant "
+        "rate, 0.999 the decay of a moving average over them all; 0: none. One more copy.",
+    )
     lr_multipliers: tuple[tuple[str, float], ...] = knob(
         (),
         "((group, multiplier), ...), multiplied together; 0 freezes. Groups: old, new (by the last "
         "growth), a parameter's name, layers A-B.",
+    )
+    batch_power: float = knob(
+        0.0,
+        "With train.shape_schedule: multiply the rate by (tokens per step / those of the first "
+        "step) to this power. 0.5 is the square-root rule.",
     )
     b1: float = knob(0.9, "Adam's decay of the mean.")
     b2: float = knob(0.95, "Adam's decay of the square; 0.999 for small batches and short runs.")
@@ -370,6 +403,30 @@ class LoraConfig:
         (),
         "Matrices that get adapters, such as q and v; empty takes q, k, v, o and a dense MLP's "
         "gate, up, down.",
+    )
+
+
+@section
+class DistillConfig:
+    """Learning from a frozen teacher: (1 - a) CE + a T^2 KL; see docs/distill.md."""
+
+    teacher: str = knob(
+        "",
+        "A run, checkpoint, Hugging Face directory or hf:NAME with the student's tokenizer, or "
+        "what jaxpt teacher_logits wrote; empty: none. Its forward pass adds to each step's time.",
+    )
+    alpha: tuple[float, float] = knob(
+        (0.9, 0.5),
+        "Weight a of the KL at the first and at the last step, linear between; 0 to 1.",
+    )
+    temperature: float = knob(
+        1.0, "T, by which both models' logits are divided. Above 1 shows more of unlikely tokens."
+    )
+    direction: str = knob(
+        "forward",
+        "forward is KL(teacher || student), which covers all that the teacher holds likely; "
+        "reverse is KL(student || teacher), which avoids what it holds unlikely.",
+        *("forward", "reverse"),
     )
 
 
@@ -409,6 +466,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()
     lora: LoraConfig = LoraConfig()
+    distill: DistillConfig = DistillConfig()
     mesh: MeshConfig = MeshConfig()
     plan: PlanConfig = PlanConfig()
 
@@ -595,6 +653,7 @@ def build_section(name: str, section: type, values: dict[str, Any]) -> Any:
 def check_config(config: Config) -> None:
     """Raise UserError for knobs that are out of range or do not agree with each other."""
     check_train(config.train)
+    check_shapes(config.train, config.pack.seq_len)
     check_profile_steps(config.train)
     check_control_tokens(config.tokenizer.control_tokens)
     if not 0 <= config.prepare.heldout_frac < 1:
@@ -614,6 +673,12 @@ def check_config(config: Config) -> None:
             "optim.lr_multipliers: expected multipliers of at least 0 (0 freezes a group), "
             f"got {config.optim.lr_multipliers}."
         )
+    average = config.optim.average
+    if average < 0 or (average > 1 and not average.is_integer()):
+        raise UserError(
+            "optim.average: expected a whole number of steps, a decay between 0 and 1, or 0, "
+            f"got {average:g}."
+        )
     if not 0 <= config.optim.warmup_frac < 1:
         raise UserError(
             "optim.warmup_frac: expected a fraction of the steps from 0 up to 1, "
@@ -621,6 +686,8 @@ def check_config(config: Config) -> None:
         )
     check_mode(config.initialize)
     check_lora(config)
+    check_distill(config.distill)
+    check_dpo(config)
 
 
 def check_control_tokens(names: Sequence[str]) -> None:
@@ -658,6 +725,30 @@ def check_train(train: TrainConfig) -> None:
             f"train.grow: expected rising steps between 0 and train.steps = {train.steps}, "
             f"got {at}."
         )
+
+
+def check_shapes(train: TrainConfig, row_length: int) -> None:
+    """Raise UserError for a schedule of shapes that cannot be read from the packed rows."""
+    starts = [start for start, _, _ in train.shape_schedule]
+    if starts and (starts[0] != 0 or sorted(set(starts)) != starts or starts[-1] >= train.steps):
+        raise UserError(
+            f"train.shape_schedule: expected steps that start at 0 and rise below train.steps = "
+            f"{train.steps}, got {starts}."
+        )
+    for start, batch_size, seq_len in train.shape_schedule:
+        where = f"train.shape_schedule, from step {start}"
+        if seq_len < 8 or row_length % seq_len:
+            raise UserError(
+                f"{where}: expected sequences of at least 8 tokens that divide pack.seq_len = "
+                f"{row_length}, got {seq_len}. Pack rows of a multiple of it."
+            )
+        n = row_length // seq_len
+        if batch_size < 1 or batch_size % n or batch_size % train.grad_accum_steps:
+            n = math.lcm(n, train.grad_accum_steps)
+            raise UserError(
+                f"{where}: expected a batch of whole rows of {row_length} tokens and equal "
+                f"micro-batches, a multiple of {n} sequences, got {batch_size}."
+            )
 
 
 def check_profile_steps(train: TrainConfig) -> None:
@@ -724,6 +815,35 @@ def check_lora(config: Config) -> None:
             f"lora.rank: {rank} with train.grow: a frozen base does not grow during the run. "
             "Grow it before, with initialize.grow."
         )
+
+
+def check_distill(distill: DistillConfig) -> None:
+    """Raise UserError for numbers that make no loss."""
+    if not all(0 <= alpha <= 1 for alpha in distill.alpha):
+        raise UserError(f"distill.alpha: expected weights from 0 to 1, got {distill.alpha}.")
+    if not 0 < distill.temperature < math.inf:
+        raise UserError(
+            f"distill.temperature: expected a number above 0, got {distill.temperature}."
+        )
+
+
+def check_dpo(config: Config) -> None:
+    """Raise UserError where learning from pairs does not go with the rest of a recipe."""
+    train, beta = config.train, config.train.dpo_beta
+    if not 0 <= beta < math.inf:
+        raise UserError(f"train.dpo_beta: expected 0 (no pairs) or more, got {beta}.")
+    start, masked = config.initialize, config.mixture.document_mask
+    conflicts = {
+        "initialize.source=random, which is no reference": start.source == "random",
+        f"initialize.mode={start.mode}: use continue": start.mode != "continue",
+        "train.grow: the reference does not grow": bool(train.grow),
+        "train.shape_schedule: cut rows would tear pairs": bool(train.shape_schedule),
+        "distill.teacher: learn from pairs or from a teacher": bool(config.distill.teacher),
+        "mixture.document_mask=False: answers would see each other": not masked,
+    }
+    for conflict, is_there in conflicts.items():
+        if beta and is_there:
+            raise UserError(f"train.dpo_beta: {beta:g} does not go with {conflict}.")
 
 
 def parse_override(text: str, values: dict[str, dict[str, Any]]) -> tuple[str, str, Any]:

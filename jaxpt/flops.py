@@ -33,8 +33,9 @@ def count_forward_flops_per_token(spec: ModelSpec, seq_len: int) -> float:
     """Return the FLOPs of one token's forward pass: 2 per matmul parameter, and attention.
 
     Each layer's scores and mixing take 4 N H per position seen. Causal attention sees half the
-    sequence on average, so training takes 6 per parameter plus 12 L N H T / 2. Documents shorter
-    than the sequence make it less; that is left out.
+    sequence on average, so training takes 6 per parameter plus 12 L N H T / 2. Each sequence
+    counts as one document, though kernels skip what lies between several: MFU then overstates how
+    busy a device is.
     """
     matmul_flops = 2 * count_matmul_params(spec)
     return matmul_flops + count_attention_flops(spec, seq_len)

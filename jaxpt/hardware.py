@@ -18,8 +18,7 @@ from jaxpt.spec import UserError
 
 GIB = 2**30
 GPUS_PER_HOST = 8
-DEFAULT_MEM_FRAC = 0.75  # NVIDIA: what JAX takes without XLA_PYTHON_CLIENT_MEM_FRACTION
-MAX_MEM_FRAC = 0.92  # NVIDIA: what JAX can be set to take; CUDA itself needs the rest
+MAX_MEM_FRAC = 0.92  # NVIDIA: what jaxpt train has JAX take; CUDA itself needs the rest
 INTER_HOST_BANDWIDTH = 100e9  # bytes/s per GPU, both directions: 400 Gb/s each, as in clouds
 
 

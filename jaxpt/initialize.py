@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +24,7 @@ from jaxpt.growth.growth import Growth, Parent, ReadBatches, format_layer_map
 from jaxpt.growth.parse import parse_operator, plan_growth
 from jaxpt.model import transformer
 from jaxpt.model.lora import list_targets
-from jaxpt.spec import LoraSpec, ModelSpec, SpecialTokens, UserError
+from jaxpt.spec import BaseShape, LoraSpec, ModelSpec, SpecialTokens, UserError
 from jaxpt.weights import safetensors_file
 from jaxpt.weights.load import LoadedModel, load_model
 
@@ -77,6 +78,7 @@ def init_model(
         log.info(f"initialized from scratch (seed {section.seed})")
     else:
         model = load_model(section.source, mesh, section.param_dtype, section.base)
+        model = model._replace(spec=set_base_shape(model.spec, architecture.base_shape))
         trained = f", trained for {model.step:,} steps" if model.step else ""
         log.info(f"initialized from {section.source}{trained}")
     log.info(describe_model(model.spec))
@@ -109,6 +111,11 @@ def grow_model(
         log.warning(f"{text}: nothing grew: the child has the parent's layers and sizes")
     elif sizes[1] < sizes[0]:
         log.warning(f"{text}: shrinks the model from {sizes[0]:,} to {sizes[1]:,} parameters")
+        if 3 * sizes[1] < 2 * sizes[0]:
+            log.warning(
+                "that is more than a third at once, which recovers badly: go in steps, each "
+                "distilled from the first parent (docs/distill.md)"
+            )
     return model, applied
 
 
@@ -132,7 +139,34 @@ def make_random_spec(
     for name in further:
         if name in KNOB_FIELDS:
             raise UserError(f"model.fields: {name} is a knob. Set model.{name}.")
-    return ModelSpec.from_json({**fields, **further}, "model.fields")
+    spec = ModelSpec.from_json({**fields, **further}, "model.fields")
+    return set_base_shape(spec, section.base_shape)
+
+
+def set_base_shape(spec: ModelSpec, text: str) -> ModelSpec:
+    """Return a model with the base shape of config.model; "" leaves what it has.
+
+    Raises:
+        UserError: that is no shape, or the model was trained with another one.
+    """
+    if not text:
+        return spec
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if not match:
+        raise UserError(
+            f"model.base_shape: expected LAYERSxWIDTH, such as 4x256, or '', got {text!r}."
+        )
+    if spec.base_shape:
+        if str(spec.base_shape) != text:
+            raise UserError(
+                f"model.base_shape: the model was trained with {spec.base_shape}, got {text}. "
+                "Leave it out, or set it to that."
+            )
+        return spec
+    n_layers, d_model = map(int, match.groups())
+    narrower = d_model / spec.d_model
+    base = BaseShape(n_layers, d_model, narrower * spec.d_ff, narrower * spec.n_heads)
+    return spec.replace(base_shape=base)
 
 
 def make_lora_spec(section: LoraConfig, spec: ModelSpec) -> LoraSpec | None:
@@ -146,7 +180,8 @@ def make_lora_spec(section: LoraConfig, spec: ModelSpec) -> LoraSpec | None:
 def describe_model(spec: ModelSpec) -> str:
     """Return a line with parameter count and sizes."""
     tied = ", tied" if spec.tie_embeddings else ""
+    base = f", rates of {spec.base_shape}" if spec.base_shape else ""
     return (
         f"{transformer.describe_params(spec)}, {spec.n_layers} layers, D {spec.d_model}, "
-        f"F {spec.d_ff}, {spec.n_heads}/{spec.n_kv_heads} heads, V {spec.vocab_size:,}{tied}"
+        f"F {spec.d_ff}, {spec.n_heads}/{spec.n_kv_heads} heads, V {spec.vocab_size:,}{tied}{base}"
     )

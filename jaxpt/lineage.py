@@ -312,6 +312,9 @@ def read_input_nodes(
         packed = [path for path in own if io.exists(path / "manifest.json")]
     source = (settings.get("initialize") or {}).get("source", "random")
     sources = [] if source == "random" else [source]
+    teacher = (settings.get("distill") or {}).get("teacher")
+    if teacher:
+        sources.append(teacher)
     return [(str(path), None) for path in (*packed, *sources)]
 
 

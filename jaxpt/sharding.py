@@ -187,6 +187,19 @@ def make_replicated_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def fit_sharding(sharding: Any, shape: tuple[int, ...]) -> NamedSharding:
+    """Return the sharding of a smaller array of the same axes.
+
+    An axis that would not be sharded evenly is replicated.
+    """
+    mesh, axes = sharding.mesh, []
+    for axis, size in zip(sharding.spec, shape, strict=False):
+        names = axis if isinstance(axis, tuple) else (axis,)
+        n = math.prod(mesh.shape[name] for name in names if name)
+        axes.append(axis if size % n == 0 else None)
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+
 def with_logical_constraint(x: jax.Array, *axes: str | None) -> jax.Array:
     """Constrain an activation to its logical axes on the mesh in force; without one, return x."""
     if jax.sharding.get_abstract_mesh().empty:

@@ -252,6 +252,23 @@ class LoraSpec(Record):
         return self.alpha / self.rank
 
 
+@dataclasses.dataclass(frozen=True)
+class BaseShape(Record):
+    """The shape at which rates and initial values were found (model/complete_p.py).
+
+    d_ff and n_heads are what the proportions of the first model make of that width.
+    """
+
+    n_layers: int
+    d_model: int
+    d_ff: float
+    n_heads: float
+
+    def __str__(self) -> str:
+        """Return it as the knob model.base_shape."""
+        return f"{self.n_layers}x{self.d_model}"
+
+
 class LayerKind(NamedTuple):
     """Settings of a layer that are no parameters. Layers of one kind share one program.
 
@@ -352,6 +369,7 @@ class ModelSpec(Record):
     # what generation_config.json says besides, as JSON: it travels from an import to its export
     generation: str = "{}"
     lora: LoraSpec | None = None  # adapters that a run trains on the frozen rest
+    base_shape: BaseShape | None = None  # of CompleteP; None: standard parametrization
 
     def __post_init__(self):
         """Raise UserError for sizes that cannot make a model."""
@@ -484,8 +502,20 @@ class ModelSpec(Record):
         return self.replace(bos_id=tokens.bos_id, eos_ids=tokens.eos_ids, pad_id=tokens.pad_id)
 
 
+class TeacherSamples(NamedTuple):
+    """Tokens that a teacher's distribution was sampled for, at every position.
+
+    Attributes:
+        ids: int32 [B, T, K], K draws of the next token, rising.
+        mean_log_prob: float32 [B, T], mean log-probability of the draws, in nats.
+    """
+
+    ids: Any
+    mean_log_prob: Any
+
+
 class Batch(NamedTuple):
-    """Packed sequences on their way into a model. Every field has shape [B, T].
+    """Packed sequences on their way into a model. Every field but the last has shape [B, T].
 
     Attributes:
         tokens: int32, token ids; padding is 0 and only at the end of a sequence.
@@ -495,6 +525,7 @@ class Batch(NamedTuple):
         positions: int32, restart at 0 with each document.
         loss_mask: float32, weight of each target in the loss; 0 on a segment's last token and on
             padding.
+        samples: of a teacher, where a run learns from samples.
     """
 
     tokens: Any
@@ -502,6 +533,7 @@ class Batch(NamedTuple):
     segment_ids: Any
     positions: Any
     loss_mask: Any
+    samples: TeacherSamples | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -126,6 +126,8 @@ def run_sweep(
     shared = list(overrides)
     if not settings.mixture.packed_paths:
         shared.append(f"--config.mixture.packed_paths=('{workdir / 'packed'}',)")
+    io.make_directory(workdir)
+    io.write_json(workdir / "sweep.json", {"runs": {cell.name: cell.values for cell in cells}})
     failed = []
     for number, cell in enumerate(cells, 1):
         run_dir = workdir / cell.name

@@ -15,7 +15,15 @@ from jaxpt import config, sharding
 from jaxpt.config import Config, MeshConfig, PackConfig, TrainConfig
 from jaxpt.model.attention import attend_plain
 from jaxpt.model.kernels import select
-from jaxpt.model.kernels.blockwise import QUERY_CHUNK_SIZE
+from jaxpt.model.kernels.blockwise import (
+    MAX_QUERY_BLOCK,
+    MIN_TOKENS_ALONE,
+    Inputs,
+    Visibility,
+    count_mean_key_blocks,
+    make_document_ids,
+    split_queries,
+)
 from jaxpt.model.kernels.splash import splash_attend
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.train.step import make_attention_request
@@ -147,6 +155,41 @@ def test_query_blocks_equal_the_formula(T, window):
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "window", "row"),
+    [
+        (((256,) * 4, (256,) * 4), None, 0),
+        # sequences of MIN_TOKENS_ALONE do not pay for each other's documents
+        (((MIN_TOKENS_ALONE,), (256,) * (MIN_TOKENS_ALONE // 256)), None, 1),
+        (((1024,), (1024,)), 100, 0),
+    ],
+    ids=["documents", "long", "window"],
+)
+def test_keys_that_no_document_or_window_reaches_are_not_computed(lengths, window, row):
+    """NaN in the values of the first 256 tokens would show in whoever multiplies them by 0."""
+    T = sum(lengths[0])
+    q, k, v, segments = inputs(lengths, B=2, T=T)
+    poisoned = v.at[row, :256].set(jnp.nan)
+    later = slice(512, None)
+
+    def squares(q, k, v):
+        return jnp.sum(select.attend(q, k, v, segments, window)[row, later] ** 2)
+
+    ours = jax.jit(select.attend, static_argnums=4)(q, k, poisoned, segments, window)
+    expected = plain(q, k, v, segments, window)
+    np.testing.assert_allclose(ours[row, later], expected[row, later], atol=1e-5)
+    for gradient in jax.jit(jax.grad(squares, argnums=(0, 1, 2)))(q, k, poisoned):
+        assert np.isfinite(np.asarray(gradient)[row, later]).all()
+
+
+@pytest.mark.parametrize(("T", "window"), [(20, None), (1300, None), (1300, 200)])
+def test_the_planner_counts_the_blocks_that_one_document_visits(T, window):
+    q, k, v, segments = inputs(((T,),), B=1, T=T)
+    queries = split_queries(Inputs(q, k, v, make_document_ids(segments)), Visibility(window))
+    visited = np.asarray(queries.end_block - queries.first_block)
+    assert np.mean(visited) == pytest.approx(count_mean_key_blocks(T, window, 1, on_cpu=True))
+
+
 def test_backward_transposes_no_scores():
     """It took a CPU as long as all the rest of attention."""
     q, k, v, segments = inputs()
@@ -160,7 +203,7 @@ def test_backward_transposes_no_scores():
     )
     shapes = re.findall(r"= f32\[([\d,]+)\]\S* (?:transpose|copy)\(", program)
     sizes = [math.prod(map(int, shape.split(","))) for shape in shapes]
-    assert max(sizes) < B * N * QUERY_CHUNK_SIZE**2  # the first chunk's scores
+    assert max(sizes) < B * N * MAX_QUERY_BLOCK**2  # half a block's scores
 
 
 def test_sequences_with_too_many_documents_for_cudnn_take_xla(monkeypatch):
@@ -202,8 +245,8 @@ def test_kernels_on_a_mesh_equal_one_device(backend):
 
 
 @pytest.mark.parametrize(
-    ("n", "T"), [(2, 384), (4, 384), (8, 192)]
-)  # 384 positions over 2 and 4 devices are striped; 192 over 8 cannot be
+    ("n", "T"), [(2, 384), (4, 384), (8, 200)]
+)  # 384 positions over 2 and 4 devices are striped; 200 over 8 cannot be
 @pytest.mark.parametrize("window", [None, 37])
 def test_sharded_sequences_attend_as_whole_ones(n, T, window):
     q, k, v, segments = inputs(lengths=((T // 3, T // 2), (T,), (1, T - 2)), B=3, T=T)
@@ -224,6 +267,19 @@ def test_sharded_sequences_attend_as_whole_ones(n, T, window):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=5e-5), ours, expected
     )
+
+
+def test_sequences_that_the_mesh_does_not_divide_attend_whole_on_every_device():
+    """As one does that is decoded; 21 positions are not shared by 2 devices either."""
+    args = inputs(lengths=((7, 9), (21,), (1, 20)), B=3, T=21)
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2, context=2))
+
+    def spread(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return select.attend(*args)
+
+    placed = jax.device_put(args, sharding.make_replicated_sharding(mesh))
+    np.testing.assert_allclose(jax.jit(spread)(*placed), plain(*args), atol=1e-5)
 
 
 # ---- choosing a backend

@@ -93,7 +93,7 @@ def test_help_lists_the_knobs_that_a_command_reads_and_no_others(capsys):
         (["launch", "ssh", "--host", "a"], "jaxpt launch ssh: there is no flag --host; did you"),
         (
             ["checkpoint", "inspct", "x"],
-            "jaxpt checkpoint: argument inspect|diff|merge: invalid choice",
+            "jaxpt checkpoint: argument inspect|diff|merge|average: invalid choice",
         ),
         (
             ["train", "--config=x.py", "--workdir=x", "--config.train.steps"],

@@ -25,6 +25,8 @@ RECIPES = {
     "llama3_8b-pod": "llama3_8b.py",
     "llama3_8b-h100": "llama3_8b.py:h100",
     "moe_small-moe": "moe_small.py:moe",
+    "prune-first": "prune.py",
+    "prune-second": "prune.py:second",
     "quickstart-base": "quickstart.py",
     "quickstart-child": "quickstart.py:child",
     "three_models-general": "three_models.py",

@@ -14,7 +14,8 @@ from test_train import SPEC as THREE
 from test_train import make_batch, make_state
 
 from jaxpt import config, initialize, sharding
-from jaxpt.growth import vocabulary
+from jaxpt.config import TrainConfig
+from jaxpt.growth import measure, vocabulary
 from jaxpt.growth.apply import compile_growth, grow_params
 from jaxpt.growth.growth import Parent
 from jaxpt.growth.moments import grow_moments
@@ -205,6 +206,49 @@ def test_the_layers_that_change_least_are_dropped(spec, one):
         and done.measured["dropped"] == [1, 3]
         and len(done.measured["influence"]) == 5
     )
+
+
+def test_layers_are_dropped_by_loss_one_after_the_other(spec, one):
+    """Each time the one without which the loss is lowest, of those that are left."""
+    params, read = randomised(spec, one), rows_on(one)
+
+    def loss_of(layers):
+        return measure.measure_loss_of_layers(spec, params, read(), layers)
+
+    child_spec, child, done = grown(spec, params, "drop_layers(n=3, by='loss')", one, read)
+    kept = list(range(5))
+    for _ in range(3):
+        losses = {layer: loss_of([other for other in kept if other != layer]) for layer in kept}
+        kept.remove(min(losses, key=losses.get))
+    assert done.layer_map == kept and len(done.measured["loss_without"]) == 5
+    assert done.measured["dropped"] == [layer for layer in range(5) if layer not in kept]
+    alone = measure.measure_loss_of_layers(child_spec, child, read(), [0, 1])
+    assert alone == pytest.approx(loss_of(kept), rel=1e-5)
+
+
+def test_width_is_measured_anew_in_each_round(spec, one, monkeypatch):
+    measured = []
+    measure_importance = measure.measure_importance
+
+    def watch(spec, params, batches):
+        measured.append((spec.d_ff, spec.n_kv_heads, spec.d_model, params["embed"].shape[1]))
+        return measure_importance(spec, params, batches)
+
+    monkeypatch.setattr(measure, "measure_importance", watch)
+    parent = randomised(spec, one)
+    text = "narrow(ff=24, heads=3, d=16{})"
+    child_spec, child, once = grown(spec, parent, text.format(""), one, rows_on(one))
+    _, again, in_rounds = grown(spec, parent, text.format(", rounds=4"), one, rows_on(one))
+    assert measured == [
+        (40, 2, 24, 24),
+        *[(40 - 4 * n, 2, 24 - 2 * n, 24 - 2 * n) for n in range(4)],
+    ]
+    assert in_rounds.child == once.child == child_spec
+    for axis, source in in_rounds.sources.items():
+        assert source.shape == once.sources[axis].shape
+        assert (np.diff(source, axis=-1) > 0).all(), "the parent's order"
+    assert any(np.any(in_rounds.sources[axis] != once.sources[axis]) for axis in once.sources)
+    assert jax.tree.map(np.shape, again) == jax.tree.map(np.shape, child)
 
 
 @pytest.mark.parametrize("text", ["drop_layers(n=2)", "narrow(d=16, ff=24, heads=3)"])
@@ -566,7 +610,7 @@ def test_new_parts_learn_as_in_a_fresh_run_and_old_ones_go_on(one):
     grads = gradient(grew.child, now.params, batch := make_batch(seed=0))
     grad = np.asarray(grads["blocks"]["gate"], np.float64) / batch.loss_mask.sum()
     after, _ = trained(settings, grew.child, one, 1, now, new_params)
-    lr = float(optimizer.make_lr_schedule(optim, 40)(3))
+    lr = float(optimizer.make_lr_schedule(optim, TrainConfig(steps=40))(3))
     mean, square = (
         optim.b1 * mean + (1 - optim.b1) * grad,
         optim.b2 * square + (1 - optim.b2) * grad**2,
@@ -702,7 +746,8 @@ def test_no_stack_of_layers_is_ever_whole_on_a_device(spec, text):
         ("stack_middle(m=13)", "expected 1 to 12"),
         ("deepen(L=12)", "has 12 layers already"),
         ("deepen(L=13, new='zero')", "'random' or 'copy'"),
-        ("drop_layers(by='size')", "'influence' or a list"),
+        ("drop_layers(by='size')", "'influence', 'loss' or a list"),
+        ("narrow(ff=24, rounds=0)", "rounds=0): expected an integer of at least 1"),
         ("drop_layers(n=12)", "1 to 11"),
         ("drop_layers(n=3, by=[1])", "n different layers"),
         ("predict_layers(m=12)", "has room for 1 to 11"),
@@ -729,7 +774,7 @@ def test_an_operator_that_cannot_be_is_one_sentence(text, answer):
         ("stack(g=1)", "nothing grew"),
         ("insert_identity(every=13)", "nothing grew"),
         ("layers([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11])", "nothing grew"),
-        ("depth_upscale(m=11)", "shrinks the model from"),
+        ("depth_upscale(m=11)", "more than a third at once"),
         ("drop_layers(by=[3])", "shrinks the model from"),
         ("layers([1, 0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11])", ""),
         ("depth_upscale(m=5)", ""),

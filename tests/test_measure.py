@@ -43,12 +43,8 @@ def batch(mesh, padding_id=0, empty_from=8, rows=slice(0, 8)):
     tokens = np.where(segments > 0, tokens, padding_id)
     positions = np.where(column < border, column, column - border) * (segments > 0)
     fields = Batch(tokens, np.zeros_like(tokens), segments, positions, segments > 0)
-    return Batch(
-        *(
-            jax.device_put(np.asarray(x[rows], np.int32), sharding.make_batch_sharding(mesh))
-            for x in fields
-        )
-    )
+    place = sharding.make_batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.device_put(np.asarray(x[rows], np.int32), place), fields)
 
 
 def figures(spec, params, batches):

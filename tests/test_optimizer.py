@@ -19,8 +19,10 @@ from jaxpt.growth.apply import grow_params
 from jaxpt.growth.growth import Parent
 from jaxpt.growth.parse import plan_growth
 from jaxpt.model import transformer
+from jaxpt.plan import roofline
 from jaxpt.spec import UserError
-from jaxpt.train import optimizer, state, step
+from jaxpt.train import begin, low_precision, optimizer, state, step
+from jaxpt.train.records import CheckpointRecord
 from jaxpt.weights import checkpoint
 
 # ---- the step is optax
@@ -125,7 +127,8 @@ STOCK = {
     "momentum": make_momentum,
     "factored": make_factored,
 }
-ANY = ["adamw", "muon", *STOCK]
+PACKED = ["adamw bfloat16", "adamw int8", "muon int8", "adafactor int8"]
+ANY = ["adamw", "muon", "adafactor", *PACKED, *STOCK]
 SMALL = SPEC.replace(n_layers=2)  # compiles in two thirds of the time
 PEAK = {"lion": 3e-3, "momentum": 0.3}
 
@@ -138,7 +141,11 @@ def stock(monkeypatch):
 
 
 def settings_of(name, **train):
-    optim = dataclasses.replace(SETTINGS.optim, name=name, peak_lr=PEAK.get(name, 1e-2))
+    """Settings of an optimizer, or of one and the dtype of its moments."""
+    name, _, dtype = name.partition(" ")
+    peak = PEAK.get(name, 1e-2)
+    optim = dataclasses.replace(SETTINGS.optim, name=name, peak_lr=peak)
+    optim = dataclasses.replace(optim, moment_dtype=dtype or "params")
     train = dataclasses.replace(SETTINGS.train, **train)
     return dataclasses.replace(SETTINGS, optim=optim, train=train)
 
@@ -209,6 +216,8 @@ def train_sharded(name):
         ("adamw", "fresh"),
         ("lion", "copy_scaled"),
         ("schedule_free", "fresh"),
+        ("adamw int8", "copy_scaled"),
+        ("adafactor bfloat16", "reset_new"),
         *(pytest.param(name, "reset_new", marks=pytest.mark.slow) for name in STOCK),
     ],
 )
@@ -308,3 +317,97 @@ def test_multipliers_that_would_not_reach_an_iterate_are_refused(one):
         run = step.build_step(SPEC, SETTINGS.train, optim, SETTINGS.pack.seq_len, one)
         abstract = state.make_abstract_state(SPEC, optim, one)
         run.lower(abstract, step.make_abstract_batch(16, 32, one))
+
+
+# ---- moments in few bits
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_rounding_is_right_on_average_and_the_same_for_the_same_seed(power):
+    rng = np.random.default_rng(0)
+    values = rng.uniform(0.05, 1, (3, 40)) * rng.choice([-1, 1], (3, 40))
+    values = jnp.asarray(values**power, jnp.float32)
+    n = 2_000
+
+    def through_int8(seed):
+        bits = low_precision.draw_bits(values.shape, seed, salt=3)
+        codes, scales = low_precision.encode_blocks(values, bits, power)
+        assert codes.dtype == jnp.int8 and scales.shape == (3, 1)
+        return low_precision.decode_blocks(codes, scales, power)
+
+    def through_bfloat16(seed):
+        bits = low_precision.draw_bits(values.shape, seed, salt=3)
+        return low_precision.round_to_bfloat16(values, bits).astype(jnp.float32)
+
+    for through, largest in ((through_int8, 0.2), (through_bfloat16, 0.008)):
+        found = np.asarray(jax.jit(jax.vmap(through))(jnp.arange(n)))
+        error = found - np.asarray(values)
+        deviations = error.mean(0) / (error.std(0) / n**0.5 + 1e-6)
+        assert abs(deviations).max() < 5 and 0.5 < np.square(deviations).mean() < 1.5
+        assert 0 < abs(error / values).max() < largest
+        np.testing.assert_array_equal(jax.jit(through)(7), found[7])
+
+
+def test_a_small_mean_square_never_becomes_zero_and_zero_stays():
+    values = jnp.array([1.0, 1e-20, 0.0, 0.3])
+    for seed in range(5):
+        bits = low_precision.draw_bits(values.shape, seed, salt=0)
+        codes, _ = low_precision.encode_blocks(values, bits, power=2)
+        assert codes[1] == 1 and codes[2] == 0
+    zeros, scales = low_precision.encode_blocks(jnp.zeros(6), bits[:1] * jnp.ones(6, jnp.uint32), 1)
+    np.testing.assert_array_equal(low_precision.decode_blocks(zeros, scales, 1), np.zeros(6))
+
+
+def test_a_block_divides_the_last_axis_of_any_weight():
+    for n, block in ((24, 24), (512, 256), (768, 256), (11_008, 256), (257, 1), (1_000, 250)):
+        assert low_precision.split_blocks(jnp.zeros((2, n))).shape == (2, n // block, block)
+
+
+def test_int8_moments_on_any_mesh_have_the_bits_of_one_device_and_sharded_scales(one):
+    """The rounding does not depend on the mesh; scales are sharded where blocks allow it."""
+    values = jax.random.normal(jax.random.key(0), (3, 16, 1024))
+    params = {"blocks": {"up": values}}
+    moments = optax.ScaleByAdamState(jnp.int32(5), params, jax.tree.map(jnp.square, params))
+
+    def pack(moments):
+        return low_precision.pack_state(moments, params, "int8", 9)
+
+    expected = jax.jit(pack)(moments)
+    mesh = sharding.make_mesh(MeshConfig(fsdp=4, tensor=2))
+    there = sharding.make_logical_sharding(mesh, ("layers", "embed", "mlp"))
+    sharded = jax.device_put(moments, optax.ScaleByAdamState(None, there, there))
+    found = jax.jit(pack)(sharded)
+    assert_equal(found, expected)
+    scale = found.scales.nu["blocks"]["up"]
+    assert scale.shape == (3, 16, 4)
+    assert sharding.fit_sharding(there, scale.shape) == there
+    assert sharding.fit_sharding(there, (3, 16, 3)) != there
+    abstract = state.make_abstract_state(SPEC, settings_of("adamw int8").optim, mesh)
+    scales = abstract.opt_state.scales[0].mu["blocks"]["up"]
+    assert scales.sharding.shard_shape(scales.shape)[1] == SPEC.d_model // 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"moment_dtype": "int8"}, r"optim.moment_dtype: runs/a has moments of params.*int8"),
+        ({"name": "muon"}, r"optim.name: runs/a has moments of adamw.*muon.*source=runs/a"),
+    ],
+)
+def test_moments_in_another_form_are_refused(changes, message):
+    record = CheckpointRecord(step=3, optimizer="adamw", moment_dtype="params")
+    begin.check_optimizer(record, OptimConfig(), "runs/a")
+    with pytest.raises(UserError, match=message):
+        begin.check_optimizer(record, OptimConfig(**changes), "runs/a")
+
+
+N_BYTES = {"adamw": 8, "adamw bfloat16": 4, "adamw int8": 2, "adafactor": 4, "adafactor int8": 1}
+
+
+@pytest.mark.parametrize(("name", "n_bytes"), N_BYTES.items(), ids=N_BYTES)
+def test_bytes_per_parameter_are_what_the_dtype_says(name, n_bytes):
+    spec = SPEC.replace(d_model=128, d_ff=256, vocab_size=512)
+    optim = settings_of(name).optim
+    counted = roofline.count_state_bytes(spec, optim, "float32")
+    per_param = (counted.moments + counted.rest) / transformer.count_params(spec)
+    assert n_bytes <= per_param < n_bytes + 0.7

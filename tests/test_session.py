@@ -104,7 +104,7 @@ def make_config(texts):
 def start(one):
     """A function that opens a session of a recipe in a directory."""
 
-    def start(settings, run_dir, estimate_device_cost=lambda spec: DeviceCost()):
+    def start(settings, run_dir, estimate_device_cost=lambda spec, seq_len: DeviceCost()):
         packed = list(settings.mixture.packed_paths)
         return start_session(open_run(settings, run_dir, packed, one, estimate_device_cost))
 
@@ -172,6 +172,19 @@ def test_a_run_asked_to_stop_and_resumed_ends_as_one_that_went_on(make_config, s
 
 
 @pytest.mark.slow
+def test_an_average_resumes_within_its_window_bit_by_bit(make_config, start, tmp_path):
+    settings = make_config(optim__average=6, optim__decay_frac=0.2, train__eval_every=7)
+    train(start(settings, tmp_path / "whole"))
+    # 14 steps: constant from the 4th to the 11th, of which the last six are averaged
+    cut = train_in_parts(start, settings, tmp_path / "cut", (4, 9))
+    assert_equal_ends(tmp_path / "whole", tmp_path / "cut")
+    arrays = checkpoint.read_array_metadata(tmp_path / "cut/checkpoints/14")
+    assert "average/sum/blocks/q" in arrays and int(cut.state.average["count"]) == 6
+    first, last = read_records(tmp_path / "cut", HeldoutMetrics)
+    assert last.average_loss and last.average_loss.keys() == last.heldout_loss.keys()
+    assert first.average_loss and first.average_loss != last.average_loss
+
+
 def test_a_model_that_grows_in_a_run_is_cut_on_either_side_of_it(make_config, start, tmp_path):
     grow = ((6, "depth_upscale(m=0)"), (9, "insert_identity(every=2)"))
     settings = make_config(train__grow=grow, train__max_to_keep=9)
@@ -984,8 +997,8 @@ def not_finite(monkeypatch):
     iterate_batches = loader.iterate_batches
 
     def damage(steps):
-        def iterate(dataset, schedule, sharding, batch_size, first, document_mask):
-            batches = iterate_batches(dataset, schedule, sharding, batch_size, first, document_mask)
+        def iterate(dataset, schedule, sharding, batch_size, first, *more):
+            batches = iterate_batches(dataset, schedule, sharding, batch_size, first, *more)
             for step, batch in enumerate(batches, first // batch_size + 1):
                 if step in steps:
                     batch = batch._replace(loss_mask=batch.loss_mask * float("nan"))

@@ -315,14 +315,14 @@ def test_every_update_has_the_learning_rate_of_its_schedule(name):
     optim = OptimConfig(
         peak_lr=2.0, warmup_frac=0.25, schedule=name, end_lr_frac=0.1, decay_frac=1 / 3
     )
-    schedule = optimizer.make_lr_schedule(optim, 12)
+    schedule = optimizer.make_lr_schedule(optim, TrainConfig(steps=12))
     rates = [float(schedule(jnp.int32(n))) for n in range(12)]
     assert rates == pytest.approx([2.0 * part for part in SCHEDULES[name]], rel=1e-5)
 
 
 def test_without_a_warmup_the_first_update_is_at_the_peak_or_one_step_down():
     optim = OptimConfig(peak_lr=2.0, warmup_frac=0, schedule="linear", end_lr_frac=0.0)
-    schedule = optimizer.make_lr_schedule(optim, 5)
+    schedule = optimizer.make_lr_schedule(optim, TrainConfig(steps=5))
     rates = [float(schedule(jnp.int32(n))) for n in range(5)]
     assert rates == pytest.approx([1.6, 1.2, 0.8, 0.4, 0.0], abs=1e-6)
 
@@ -330,7 +330,7 @@ def test_without_a_warmup_the_first_update_is_at_the_peak_or_one_step_down():
 @pytest.mark.parametrize(("steps", "n_warmup"), [(1, 0), (2, 1), (4, 2), (30, 18), (50, 30)])
 def test_a_warmup_is_a_share_of_the_steps_and_leaves_one(steps, n_warmup):
     optim = OptimConfig(peak_lr=2.0, warmup_frac=0.6, schedule="constant")
-    schedule = optimizer.make_lr_schedule(optim, steps)
+    schedule = optimizer.make_lr_schedule(optim, TrainConfig(steps=steps))
     rates = [float(schedule(jnp.int32(n))) for n in range(steps)]
     rising = [2.0 * (n + 1) / n_warmup for n in range(n_warmup)]
     assert rates == pytest.approx(rising + [2.0] * (steps - n_warmup))

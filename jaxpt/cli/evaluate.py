@@ -27,7 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         metavar="TASK",
-        help="harness tasks (also with commas), 'course', or bits_per_byte/NAME=KIND:WHERE",
+        help="harness tasks (also with commas), 'course', bits_per_byte/NAME=KIND:WHERE or "
+        "needle/NAME=KIND:WHERE",
+    )
+    parser.add_argument(
+        "--by-position",
+        action="store_true",
+        help="also measure the loss by position in the long documents of each bits_per_byte text",
     )
     parser.add_argument(
         "--backend",
@@ -86,5 +92,6 @@ def run(arguments: argparse.Namespace) -> None:
         data_dir=arguments.data_dir,
         to=stage.check_output_path(arguments.to, "results.json"),
         chat=chat,
+        by_position=arguments.by_position,
     )
     options.suggest_report([arguments.model])

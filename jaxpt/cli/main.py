@@ -21,7 +21,7 @@ from jaxpt.text import format_table
 GROUPS = {
     "Before you pay": ("plan", "doctor"),
     "Data": ("prepare", "train_quality", "train_tokenizer", "pack"),
-    "Model": ("initialize", "train", "sweep", "export_hf", "export_gguf"),
+    "Model": ("initialize", "teacher_logits", "train", "sweep", "export_hf", "export_gguf"),
     "Results": ("evaluate", "compare", "sample", "report"),
     "Look inside": ("trace", "checkpoint"),
     "Several hosts": ("launch",),

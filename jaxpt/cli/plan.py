@@ -22,7 +22,8 @@ from jaxpt import hardware, io
 from jaxpt.cli import options
 from jaxpt.spec import UserError
 
-SECTIONS = ("tokenizer", "pack", "model", "initialize", "train", "optim", "lora", "mesh", "plan")
+SECTIONS = ("tokenizer", "pack", "model", "initialize", "train", "optim", "lora", "distill")
+SECTIONS += ("mesh", "plan")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

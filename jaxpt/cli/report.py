@@ -2,11 +2,13 @@
 
     jaxpt report --workdir runs/base runs/child --to runs/report.html
     jaxpt report --workdir runs --serve
+    jaxpt report --experiment runs/rates --to runs/rates.html
     jaxpt report --lineage runs/child/hf --verify
 
 The page is one file that loads nothing from the network; what is missing is listed at its end.
---serve shows it on this machine and follows unfinished runs. --lineage prints what a model was made
-from, stage by stage, each with its fingerprint.
+--serve shows it on this machine and follows unfinished runs. --experiment compares the arms of a
+sweep with its first one: a sentence for each, and their numbers as JSON beside the page. --lineage
+prints what a model was made from, stage by stage, each with its fingerprint.
 """
 
 import argparse
@@ -42,6 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="serve the page on 127.0.0.1 and follow the runs (default port: 8765)",
     )
     parser.add_argument(
+        "--experiment",
+        type=options.parse_path,
+        metavar="DIR",
+        help="the --workdir of a sweep: its arms against the first, in FLOPs and in time",
+    )
+    parser.add_argument(
         "--lineage",
         type=options.parse_path,
         metavar="DIR",
@@ -58,13 +66,15 @@ def run(arguments: argparse.Namespace) -> None:
     """Write the page, serve it, or print a lineage."""
     outputs = (arguments.to, arguments.serve, arguments.lineage)
     n_outputs = sum(output is not None for output in outputs)
-    if n_outputs != 1 or bool(arguments.workdir) == bool(arguments.lineage):
+    inputs = (arguments.workdir, arguments.experiment, arguments.lineage)
+    n_inputs = sum(bool(each) for each in inputs)
+    if n_outputs != 1 or n_inputs != 1 or (arguments.experiment and not arguments.to):
         raise UserError(
-            "report: expected --workdir DIR ... with --to FILE.html or --serve, or else "
-            "--lineage DIR."
+            "report: expected --workdir DIR ... with --to FILE.html or --serve, --experiment DIR "
+            "with --to FILE.html, or else --lineage DIR."
         )
     from jaxpt import lineage
-    from jaxpt.report import live, page, read, summary
+    from jaxpt.report import experiment, live, page, read, summary
 
     if arguments.lineage:
         print(lineage.format_lineage(arguments.lineage, arguments.verify))
@@ -73,6 +83,14 @@ def run(arguments: argparse.Namespace) -> None:
         live.serve_report(arguments.workdir, arguments.serve)
         return
     stage.check_output_path(arguments.to, "report.html")
+    if arguments.experiment:
+        compared = experiment.read_experiment(arguments.experiment)
+        directories = read.find_runs([arguments.experiment])
+        page.write_report(directories, arguments.to, compared)
+        for arm in compared.arms:
+            print(arm.sentence)
+        log.info(f"numbers: {experiment.write_experiment(compared, arguments.to)}")
+        return
     runs = page.write_report(read.find_runs(arguments.workdir), arguments.to)
     print(summary.format_summary_table(runs, arguments.to))
     log.info(f"next: open {shlex.quote(str(arguments.to))} in a browser")

@@ -49,4 +49,4 @@ def run(arguments: argparse.Namespace) -> None:
             "above; the same command goes on with them."
         )
     place = arguments.workdir
-    options.suggest_next("report", "--workdir", place, "--to", place / "report.html")
+    options.suggest_next("report", "--experiment", place, "--to", place / "report.html")

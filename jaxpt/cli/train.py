@@ -10,9 +10,11 @@ weights.
 
 import argparse
 
+from jaxpt import xla_settings
 from jaxpt.cli import options
 
-SECTIONS = ("pack", "mixture", "model", "initialize", "train", "optim", "lora", "mesh")
+SECTIONS = ("pack", "mixture", "model", "initialize", "train", "optim", "lora", "distill")
+SECTIONS += ("mesh",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,14 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Train."""
     settings = options.load_settings(arguments)
+    xla_settings.set_variables()  # before jax is imported, which reads them
     from jaxpt import flops
     from jaxpt.train import loop, meter
 
     loop.train_model(
         settings,
         arguments.workdir,
-        estimate_device_cost=lambda spec: flops.detect_device_cost(
-            spec, settings.pack.seq_len, settings.train.compute_dtype, settings.plan
+        estimate_device_cost=lambda spec, seq_len: flops.detect_device_cost(
+            spec, seq_len, settings.train.compute_dtype, settings.plan
         ),
         started=meter.measure_process_start(),
         verify=arguments.verify,

@@ -29,6 +29,7 @@ from jaxpt.config import Config, build_config
 from jaxpt.data import pack
 from jaxpt.data.mixture import MixturePhase, MixtureSchedule, schedule_from_history
 from jaxpt.data.storage import BucketStorage, ByteRange, LocalStorage, open_storage
+from jaxpt.data.teacher_samples import SampleReader
 from jaxpt.spec import Batch, Manifest, UserError
 
 # of a set on disk: below, opening compares all checksums, which takes well under a second
@@ -462,6 +463,20 @@ def make_batch(sequences: Sequence[PackedSequence], document_mask: bool) -> Batc
     return Batch(tokens, targets, segment_ids, positions * is_text, loss_mask)
 
 
+def cut_batch(batch: Batch, n: int) -> Batch:
+    """Return [B, T] as [B n, T / n]: the n equal parts of each sequence, one after the other.
+
+    Each part counts positions from its own start. No target is lost: the last one of a part is the
+    first token of the next.
+    """
+    if n == 1:
+        return batch
+    parts = jax.tree.map(lambda x: x.reshape(n * len(x), -1), batch)
+    is_cut = parts.segment_ids == parts.segment_ids[:, :1]  # in the part before it began
+    positions = parts.positions - is_cut * parts.positions[:, :1]
+    return parts._replace(positions=positions)
+
+
 def iterate_batches(
     dataset: PackedDataset,
     schedule: MixtureSchedule,
@@ -469,36 +484,58 @@ def iterate_batches(
     batch_size: int,
     first_sequence: int,
     document_mask: bool,
+    samples: SampleReader | None = None,
+    seq_len: int | None = None,
 ) -> Generator[Batch, None, None]:
     """Yield batches without end, from global sequence first_sequence on.
 
     Threads make the next ones while the current one trains.
 
+    Args:
+        dataset: the packed sequences.
+        schedule: their order.
+        sharding: of a batch.
+        batch_size: global.
+        first_sequence: the packed sequence to begin with.
+        document_mask: whether a document sees only itself.
+        samples: a teacher's, of which each batch brings those of its sequences.
+        seq_len: of a batch; packed sequences are cut into parts of it. None: they stay whole.
+
     Raises:
         UserError: the sharding does not divide batch_size or seq_len, or a shard is damaged.
     """
-    slots = list_local_slots(sharding, batch_size, dataset.seq_len)
-    is_remote = False
-    for source in dataset.sources.values():
-        if isinstance(source.storage, BucketStorage):
-            source.storage.start_fetch()
-            is_remote = True
+    seq_len = seq_len or dataset.seq_len
+    n_parts = dataset.seq_len // seq_len
+    slots = list_local_slots(sharding, batch_size, seq_len)
+    rows = sorted({slot // n_parts for slot in slots})
+    kept = [n_parts * rows.index(slot // n_parts) + slot % n_parts for slot in slots]
+    storages = [source.storage for source in dataset.sources.values()]
+    storages += [samples.storage] if samples else []
+    remote = [storage for storage in storages if isinstance(storage, BucketStorage)]
+    for storage in remote:
+        storage.start_fetch()
     dataset.start_verification(jax.process_index(), jax.process_count())
 
     def list_places(step: int) -> list[Place]:
-        first = first_sequence + step * batch_size
-        return [schedule.sequence_at(first + slot) for slot in slots]
+        first = first_sequence + step * batch_size // n_parts
+        return [schedule.sequence_at(first + row) for row in rows]
 
     def load(step: int) -> Batch:
         if dataset.damage:
             raise dataset.damage
-        if is_remote:
+        if remote:
             for later in range(step, step + PREFETCH_STEPS):
                 places = list_places(later)
                 dataset.prefetch_sequences(places)
+                if samples:
+                    samples.prefetch(places)
         places = list_places(step)
         sequences = [dataset.read_sequence(name, i) for name, i in places]
-        return make_batch(sequences, document_mask)
+        batch = make_batch(sequences, document_mask)
+        if samples:
+            batch = batch._replace(samples=samples.read_batch(places))
+        parts = cut_batch(batch, n_parts)
+        return jax.tree.map(lambda x: x[kept], parts)
 
     steps = grain.MapDataset.range(N_ENDLESS_STEPS).map(load)
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
@@ -517,11 +554,14 @@ def iterate_heldout_batches(
     batch_size: int,
     n_sequences: int,
     document_mask: bool,
+    seq_len: int | None = None,
 ) -> Iterator[Batch]:
     """Yield at most n_sequences sequences of a source, evenly spread and always the same.
 
-    The last batch is filled up with empty sequences, whose loss mask is 0.
+    The last batch is filled up with empty sequences, whose loss mask is 0. Where seq_len is
+    shorter, batches hold the equal parts of batch_size sequences.
     """
+    n_parts = dataset.seq_len // (seq_len or dataset.seq_len)
     slots = list_local_slots(sharding, batch_size, dataset.seq_len)
     available = dataset.n_sequences[name]
     n_sequences = min(n_sequences, available)
@@ -537,8 +577,9 @@ def iterate_heldout_batches(
                 i = k * available // n_sequences
                 sequence = dataset.read_sequence(name, i)
             sequences.append(sequence)
-        batch = make_batch(sequences, document_mask)
-        yield make_global_batch(batch, slots, sharding, batch_size)
+        batch = cut_batch(make_batch(sequences, document_mask), n_parts)
+        of_parts = [n_parts * slot + part for slot in slots for part in range(n_parts)]
+        yield make_global_batch(batch, of_parts, sharding, n_parts * batch_size)
 
 
 def list_local_slots(sharding: NamedSharding, batch_size: int, seq_len: int) -> list[int]:
@@ -570,10 +611,10 @@ def make_global_batch(
             first = bisect.bisect_left(slots, start)
             return values[first : first + stop - start, index[1]]
 
-        shape = batch_size, values.shape[1]
+        shape = batch_size, *values.shape[1:]
         return jax.make_array_from_callback(shape, sharding, get_shard)
 
-    return Batch(*map(make_global, batch))
+    return jax.tree.map(make_global, batch)
 
 
 # ---- which documents a step read
@@ -648,8 +689,5 @@ def list_step_sequences(run: io.Path, step: int) -> StepSequences:
             "holds now. Restore the original ones."
         )
     schedule = schedule_from_history(phases, dataset.n_sequences, config.mixture.seed)
-    steps_before = step - 1 - phase.step
-    first = phase.sequence + steps_before * phase.batch_size
-    stop = first + phase.batch_size
-    places = [schedule.sequence_at(k) for k in range(first, stop)]
+    places = [schedule.sequence_at(k) for k in schedule.sequences_of(step)]
     return StepSequences(config, dataset, places)

@@ -19,7 +19,7 @@ import hashlib
 import heapq
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from grain.experimental import index_shuffle
@@ -41,7 +41,7 @@ class MixturePhase(Record):
     Attributes:
         step: steps done before it.
         sequence: sequences read before it, over all sources.
-        batch_size: global, in sequences.
+        batch_size: global, in packed sequences.
         shares: source -> share, of any sum.
         fingerprint: of the packed sequences.
     """
@@ -84,6 +84,7 @@ class MixtureSchedule:
         step: int = 0,
         sequence: int = 0,
         fingerprint: str = "",
+        batch_sizes: Sequence[tuple[int, int]] = (),
     ):
         """Build the slot tables.
 
@@ -95,6 +96,8 @@ class MixtureSchedule:
             step: steps done so far.
             sequence: sequences read so far.
             fingerprint: of the packed sequences, for the data history.
+            batch_sizes: ((from step, batch size), ...), where it changes as the run goes on;
+                they come before batch_size.
 
         Raises:
             UserError: phases that cannot be run.
@@ -102,7 +105,7 @@ class MixtureSchedule:
         check_phase_sources(mixture.phases, n_sequences)
         requested = mixture.phases or ((0, dict(n_sequences)),)
         now = MixturePhase(step, sequence, batch_size, {}, fingerprint)
-        planned = plan_phases(requested, past, now)
+        planned = plan_phases(requested, past, now, batch_sizes)
         self.phases = [*past, *planned]
         # a source that no longer exists keeps its place in the history
         names = set(n_sequences)
@@ -183,6 +186,13 @@ class MixtureSchedule:
         place = bisect.bisect_right(starts, sequence) - 1
         return self.phases[max(0, place)]
 
+    def sequences_of(self, step: int) -> range:
+        """Return the global indices of the sequences of a step, counted from 1."""
+        starts = [phase.step for phase in self.phases]
+        phase = self.phases[bisect.bisect_left(starts, step) - 1]
+        first = phase.sequence + (step - 1 - phase.step) * phase.batch_size
+        return range(first, first + phase.batch_size)
+
     def check_max_epochs(self, n_sequences: int, max_epochs: Sequence[tuple[str, float]]) -> None:
         """Check before a run that no source is read too often.
 
@@ -241,7 +251,10 @@ class MixtureSchedule:
 
 
 def plan_phases(
-    requested: config.Phases, past: Sequence[MixturePhase], now: MixturePhase
+    requested: config.Phases,
+    past: Sequence[MixturePhase],
+    now: MixturePhase,
+    batch_sizes: Sequence[tuple[int, int]] = (),
 ) -> list[MixturePhase]:
     """Return the phases that begin at a run's position or later.
 
@@ -249,18 +262,24 @@ def plan_phases(
         requested: (first step, shares), as configured.
         past: the run's data history.
         now: the run's position, batch size and data set; its shares are not read.
+        batch_sizes: (first step, batch size), where it changes.
     """
-    current: dict[str, float] = {}
-    later = []
+    changes: dict[int, dict[str, Any]] = {}
     for start, shares in requested:
+        changes.setdefault(start, {})["shares"] = dict(shares)
+    for start, batch_size in batch_sizes:
+        changes.setdefault(start, {})["batch_size"] = batch_size
+    phase, later = now, []
+    for start in sorted(changes):
         if start <= now.step:
-            current = dict(shares)
+            now = phase = dataclasses.replace(now, **changes[start])
             continue
-        n_steps = int(start) - now.step
-        sequence = now.sequence + n_steps * now.batch_size
-        phase = dataclasses.replace(now, step=start, sequence=sequence, shares=dict(shares))
-        later.append(phase)
-    now = dataclasses.replace(now, shares=current)
+        sequence = phase.sequence + (start - phase.step) * phase.batch_size
+        same = dataclasses.replace(phase, step=start, sequence=sequence)
+        changed = dataclasses.replace(same, **changes[start])
+        if changed != same:
+            phase = changed
+            later.append(phase)
     if past:
         continued = dataclasses.replace(past[-1], step=now.step, sequence=now.sequence)
         if continued == now:

@@ -37,6 +37,7 @@ import pyarrow.parquet as pq
 from jaxpt import config, io, stage
 from jaxpt.data import chat, executor, fim, tokenizer
 from jaxpt.data.conversation import decode_conversation, is_conversation, join_contents
+from jaxpt.data.preference import decode_rejected, is_pair
 from jaxpt.spec import Manifest, Record, SpecialTokens, UserError
 from jaxpt.text import name_some
 
@@ -62,7 +63,13 @@ INT32 = pa.int32()
 INT_LIST = pa.list_(INT32)
 STRING_LIST = pa.list_(pa.string())
 TOKEN_SCHEMA = pa.schema(
-    {"id": pa.string(), "ids": INT_LIST, "loss_from": INT32, "untrained": INT_LIST}
+    {
+        "id": pa.string(),
+        "ids": INT_LIST,
+        "loss_from": INT32,
+        "untrained": INT_LIST,
+        "pair_at": INT32,  # where the rejected answer of a pair begins, with its prompt; 0: none
+    }
 )
 SPLITS = ("train", "heldout")
 NO_SPANS = np.zeros((0, 2), np.int32)
@@ -110,6 +117,8 @@ class TextCounts(Record):
     n_cut_tokens: int = 0  # of these prompts, in no sequence
     n_fim_documents: int = 0  # rearranged for fill-in-the-middle
     n_fim_too_long: int = 0  # chosen for it, and left as they are: a sequence cannot hold them
+    n_pairs: int = 0  # preference pairs
+    n_long_pairs: int = 0  # left out: a sequence cannot hold them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,6 +310,7 @@ def pack_splits(
             paths, checksums, tokenizer_path, directory, layout.seq_len, fim_rate
         )
     run_pack_jobs(where, run_tokenize_job, tokenize_jobs.values(), ("tokenizing", "B"), n_bytes)
+    check_pairs(tokenize_jobs, layout.method)
     pack_jobs = {}
     for key, jobs in tokenize_jobs.items():
         directory = jobs_dir.joinpath(*key)
@@ -324,6 +334,26 @@ def pack_splits(
             )
     io.remove_working(jobs_dir)
     return counts
+
+
+def check_pairs(jobs: Mapping[tuple[str, str], Sequence[TokenizeJob]], method: str) -> None:
+    """Raise UserError where a source has other documents beside pairs, or pairs would be torn."""
+    for (split, name), of_source in jobs.items():
+        results = load_results(TokenizeResult, of_source)
+        n_pairs = sum(result.n_pairs for result in results)
+        n_others = sum(result.n_documents for result in results) - n_pairs
+        n_long = sum(result.n_long_pairs for result in results)
+        if n_pairs and (n_others or method != "best_fit"):
+            raise UserError(
+                f"pack: {split}/{name}: expected preference pairs alone and pack.method=best_fit, "
+                f"got {n_pairs:,} pairs, {n_others:,} other documents and {method}. Prepare the "
+                "pairs under a name of their own."
+            )
+        if n_long:
+            log.warning(
+                f"pack: {split}/{name}: {n_long:,} pairs are left out: a sequence cannot hold both "
+                "answers with their prompts. A longer pack.seq_len keeps them."
+            )
 
 
 def add_turn_ends(tokens: SpecialTokens, jobs: Iterable[TokenizeJob]) -> SpecialTokens:
@@ -477,6 +507,7 @@ class Segment(NamedTuple):
     part: int = 0  # 0, 1, ... of its document
     loss_from: int = 0  # the first trained token; those before it belong to a prompt
     untrained: np.ndarray = NO_SPANS  # int32 [n, 2], further tokens that are not trained on
+    pair_at: int = 0  # first token of the rejected answer, with its prompt; 0: it is no pair
 
     def split(self, start: int, stop: int, part: int) -> Segment:
         """Return the tokens from start to stop as a segment."""
@@ -488,6 +519,12 @@ class Segment(NamedTuple):
             untrained = np.clip(untrained - start, 0, len(ids))
             untrained = untrained[untrained[:, 0] < untrained[:, 1]]
         return Segment(ids, self.document, part, loss_from, untrained)
+
+    def split_pair(self) -> list[Segment]:
+        """Return the two answers of a pair, which are documents of their own; else itself."""
+        if not self.pair_at:
+            return [self]
+        return [self.split(0, self.pair_at, 0), self.split(self.pair_at, len(self.ids), 0)]
 
     def list_targets(self) -> np.ndarray:
         """Return the ids of the tokens that are trained on."""
@@ -579,21 +616,29 @@ def run_tokenize_job(job: TokenizeJob) -> int:
             n_first = 0 if encoder.bos_id is None else 1  # bos stays
             counts += cut_prompts(ids, loss_from, n_first, job.seq_len)
             if fim_encoder:
-                plain = {i: text for i, text in enumerate(texts) if not batch.prompt_chars[i]}
+                plain = {
+                    i: text
+                    for i, text in enumerate(texts)
+                    if not batch.prompt_chars[i] and not is_pair(batch.meta[i])
+                }
                 counts += rearrange_documents(ids, plain, fim_encoder, job)
             untrained = [NO_SPANS] * len(ids)
             for i, encoded in chats.items():
                 ids[i], untrained[i] = encoded
+            pair_at = append_rejected(batch, encoder, ids, untrained)
+            n_long = drop_long_pairs(batch, job.seq_len, ids, loss_from, untrained, pair_at)
             if chats:
                 turn_end_id = load_cached_template(job.tokenizer_path).find_turn_end()
             columns = {"id": batch.ids, "ids": make_lists(ids), "loss_from": loss_from}
             columns["untrained"] = make_lists([spans.reshape(-1) for spans in untrained])
+            columns["pair_at"] = pair_at
             record_batch = pa.record_batch(columns, schema=TOKEN_SCHEMA)
             stream.write_batch(record_batch)
             counts["n_documents"] += len(batch.texts)
             counts["n_text_bytes"] += sum(len(text.encode()) for text in batch.texts)
             counts["n_unknown_tokens"] += encoder.count_unknown(ids)
             counts["n_conversations"] += len(chats)
+            counts.update(n_pairs=sum(at > 0 for at in pair_at), n_long_pairs=n_long)
     result = TokenizeResult(**counts, turn_end_id=turn_end_id)
     io.write_json(pathlib.Path(job.result_path), result)
     return result.n_text_bytes
@@ -640,10 +685,47 @@ def encode_chats(batch: TextBatch, tokenizer_path: str) -> dict[int, chat.Encode
     return dict(zip(places, encoded, strict=True))
 
 
+def append_rejected(
+    batch: TextBatch,
+    encoder: tokenizer.Tokenizer,
+    ids: list[np.ndarray],
+    untrained: list[np.ndarray],
+) -> list[int]:
+    """Append the rejected answers of pairs, with their prompts, in place.
+
+    Returns:
+        Where each begins; 0: the document is no pair.
+    """
+    pair_at = [0] * len(ids)
+    places = [i for i, meta in enumerate(batch.meta) if is_pair(meta)]
+    texts = [
+        batch.texts[i][: batch.prompt_chars[i]] + decode_rejected(batch.meta[i]) for i in places
+    ]
+    rejected, loss_from = encoder.encode_documents(texts, [batch.prompt_chars[i] for i in places])
+    for i, other, n_prompt in zip(places, rejected, loss_from, strict=True):
+        pair_at[i] = start = len(ids[i])
+        ids[i] = np.concatenate([ids[i], other])
+        untrained[i] = np.array([(start, start + n_prompt)], np.int32)
+    return pair_at
+
+
+def drop_long_pairs(
+    batch: TextBatch, seq_len: int, ids: list[np.ndarray], *others: list[Any]
+) -> int:
+    """Leave out pairs that a sequence cannot hold, in place. Return their number."""
+    *_, pair_at = others
+    long = [i for i, at in enumerate(pair_at) if at and len(ids[i]) > seq_len]
+    for i in reversed(long):
+        for column in (*batch, ids, *others):
+            del column[i]
+    return len(long)
+
+
 def make_lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
     """Return int32 arrays as one Arrow array of lists."""
     offsets = np.cumsum([0, *map(len, arrays)])
-    return pa.ListArray.from_arrays(pa.array(offsets, INT32), np.concatenate(arrays))
+    values = np.concatenate([np.zeros(0, np.int32), *arrays])
+    return pa.ListArray.from_arrays(pa.array(offsets, INT32), values)
 
 
 def rearrange_documents(
@@ -887,12 +969,13 @@ def read_tokenized_documents(documents: DocumentRange) -> Iterator[Segment]:
         spans = part.column("untrained")
         span_offsets = spans.offsets.to_numpy()
         untrained = spans.values.to_numpy()
+        pair_at = part.column("pair_at").to_pylist()
         for i, loss_from in enumerate(prompt_ends):
             document_ids = ids[offsets[i] : offsets[i + 1]]
             own = NO_SPANS
             if span_offsets[i] < span_offsets[i + 1]:
                 own = untrained[span_offsets[i] : span_offsets[i + 1]].reshape(-1, 2)
-            yield Segment(document_ids, names[i], 0, loss_from, own)
+            yield Segment(document_ids, names[i], 0, loss_from, own, pair_at[i])
 
 
 # ---- which segments share a sequence
@@ -911,7 +994,7 @@ def pack_best_fit(documents: Iterable[Segment], seq_len: int) -> Iterator[list[S
         starts = range(0, len(document.ids), seq_len)
         for part, start in enumerate(starts):
             segment = document.split(start, start + seq_len, part)
-            segments.append(segment)
+            segments.append(segment._replace(pair_at=document.pair_at))
     sequences: list[list[int]] = []
     not_full: dict[int, list[int]] = {}  # free tokens -> sequences with as many
     free_sizes: list[int] = []  # the keys of not_full, sorted
@@ -937,7 +1020,7 @@ def pack_best_fit(documents: Iterable[Segment], seq_len: int) -> Iterator[list[S
         if free:
             not_full[free].append(chosen)
     for sequence in sorted(map(sorted, sequences)):
-        yield [segments[i] for i in sequence]
+        yield [answer for i in sequence for answer in segments[i].split_pair()]
 
 
 def pack_course(

@@ -25,7 +25,7 @@ import jax
 from jaxpt import config, io, stage
 from jaxpt.data import benchmarks, sources, tokenizer
 from jaxpt.data.chat import ChatTemplate
-from jaxpt.evaluate import answers, contamination, likelihood, reference
+from jaxpt.evaluate import answers, contamination, likelihood, long_context, reference
 from jaxpt.model import decode, transformer
 from jaxpt.sharding import make_mesh
 from jaxpt.spec import ModelSpec, UserError, describe_nonfinite
@@ -74,7 +74,20 @@ GROUPS: dict[str, dict[str, TaskRequest]] = {
         "gsm8k": TaskRequest(shots=5),
     },
 }
-BITS_PER_BYTE = "bits_per_byte/"
+BITS_PER_BYTE, BY_POSITION, NEEDLE = TEXT_TASKS = ("bits_per_byte/", "by_position/", "needle/")
+
+
+class TextTask(NamedTuple):
+    """A measure of raw text, of TEXT_TASKS, and the source of the text."""
+
+    measure: str
+    source: sources.TextSource
+
+    @property
+    def name(self) -> str:
+        """Return the task's name in the results."""
+        return self.measure + self.source.name
+
 
 SplitRows = dict[str, list[dict]]  # split -> rows of a task's file
 LocalRows = dict[str, SplitRows]  # task -> rows that replace the harness's own files
@@ -110,13 +123,14 @@ def evaluate_model(
     data_dir: io.Path | None = None,
     to: io.Path | None = None,
     chat: ChatRequest = ChatRequest(),
+    by_position: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a model, print a table, and write the results to `to`.
 
     Args:
         model: a run, a checkpoint step directory or a Hugging Face directory.
         tasks: the harness's task names, `course`, `h6`, or bits_per_byte/[NAME=]KIND:WHERE (a
-            source, see docs/prepare.md).
+            source, see docs/prepare.md), or needle/[NAME=]KIND:WHERE.
         backend: "jax": jaxpt; "hf": transformers and torch, on a temporary export if the model is
             no Hugging Face directory.
         limit: items (of a benchmark) or documents (of a source) read of each task; None: all.
@@ -124,6 +138,7 @@ def evaluate_model(
         data_dir: where benchmark files are; None: the harness downloads its own.
         to: the file to write.
         chat: whether the harness puts its prompts into the model's chat template.
+        by_position: whether each bits_per_byte source is also measured by position.
 
     Returns:
         The results as JSON, in the harness's format.
@@ -138,16 +153,20 @@ def evaluate_model(
     if max_length is not None and max_length < 2:
         raise UserError(f"--max-length: got {max_length}, expected at least 2 tokens.")
     texts, asked = parse_tasks(tasks, limit, data_dir)
+    if by_position:
+        texts = add_by_position(texts)
+    check_text_tasks(texts, backend)
     local = load_local_rows(asked, data_dir)
     read: dict[str, str] = {}
-    for source in texts:
+    for source in [task.source for task in texts]:
         source.check_published()
         read |= source.list_object_tags()
         for key, path in source.fingerprint_inputs().items():
             read[key] = stage.fingerprint_path(path)
     model_print = fingerprint_model(model)
     local_print = stage.fingerprint(local)
-    asked_for = [model_print, tasks, backend, limit, max_length, read, local_print, chat]
+    names = [text.name for text in texts]
+    asked_for = [model_print, tasks, names, backend, limit, max_length, read, local_print, chat]
     request = stage.fingerprint(asked_for)
     earlier = stage.read_cached_result(to, request)
     if earlier:
@@ -184,8 +203,8 @@ def evaluate_model(
         hf_dir = None
         if backend == "hf":
             hf_dir = stack.enter_context(export_temporarily(loaded, encoder))
-        for source in texts:
-            scored = score_text_source(source, loaded, encoder, hf_dir, limit, length)
+        for text in texts:
+            scored = score_text_source(text, loaded, encoder, hf_dir, limit, length)
             merge_results(results, scored)
         if asked:
             if hf_dir is None:
@@ -221,19 +240,20 @@ def evaluate_model(
 
 def parse_tasks(
     tasks: list[str], limit: int | None, data_dir: io.Path | None
-) -> tuple[list[sources.TextSource], dict[str, TaskRequest]]:
-    """Return the sources to score, and harness task -> how. Raise UserError for unknown names."""
+) -> tuple[list[TextTask], dict[str, TaskRequest]]:
+    """Return the texts to score, and harness task -> how. Raise UserError for unknown names."""
     tasks = split_task_lists(tasks)
     if not tasks:
         raise UserError(
             "--tasks: none given. Name at least one, such as course or "
             "bits_per_byte/prose=python:prose."
         )
-    texts: list[sources.TextSource] = []
+    texts: list[TextTask] = []
     asked: dict[str, TaskRequest] = {}
     for task in tasks:
-        if task.startswith(BITS_PER_BYTE):
-            texts.append(sources.parse_source(task.removeprefix(BITS_PER_BYTE)))
+        measure = find_measure(task)
+        if measure:
+            texts.append(TextTask(measure, sources.parse_source(task.removeprefix(measure))))
         elif task in GROUPS:
             members = {}
             for name, how in GROUPS[task].items():
@@ -241,23 +261,49 @@ def parse_tasks(
             asked = members | asked  # a task that was asked for before stays as it was
         else:
             asked[task] = TaskRequest(limit)
-    names = [source.name for source in texts]
-    for name in names:
-        if names.count(name) > 1:
+    names = [text.name for text in texts]
+    for measure, source in texts:
+        if names.count(measure + source.name) > 1:
             raise UserError(
-                f"--tasks: two tasks would be called {BITS_PER_BYTE}{name}. "
-                f"Give one another name: {BITS_PER_BYTE}NAME=KIND:WHERE."
+                f"--tasks: two tasks would be called {measure}{source.name}. "
+                f"Give one another name: {measure}NAME=KIND:WHERE."
             )
     if asked:
         check_task_names(list(asked), data_dir)
     return texts, asked
 
 
+def find_measure(task: str) -> str:
+    """Return which of TEXT_TASKS a task is; "" if it is none that --tasks can name."""
+    return next(filter(task.startswith, (BITS_PER_BYTE, NEEDLE)), "")
+
+
+def add_by_position(texts: list[TextTask]) -> list[TextTask]:
+    """Return the tasks with those of --by-position."""
+    measured = [text.source for text in texts if text.measure == BITS_PER_BYTE]
+    by_position = [TextTask(BY_POSITION, source) for source in measured]
+    if not by_position:
+        raise UserError(
+            f"--by-position: expected a text to measure. Name one: {BITS_PER_BYTE}NAME=KIND:WHERE."
+        )
+    return [*texts, *by_position]
+
+
+def check_text_tasks(texts: list[TextTask], backend: str) -> None:
+    """Raise UserError for a measure that transformers does not compute here."""
+    for text in texts:
+        if backend == "hf" and text.measure != BITS_PER_BYTE:
+            raise UserError(
+                f"--backend hf: {text.name} is measured by jaxpt's own code alone. Use "
+                "--backend jax."
+            )
+
+
 def split_task_lists(words: list[str]) -> list[str]:
-    """Return the task names of comma-separated lists; what follows BITS_PER_BYTE stays whole."""
+    """Return the task names of comma-separated lists; the name of a text stays whole."""
     names = []
     for word in words:
-        if word.startswith(BITS_PER_BYTE):
+        if find_measure(word):
             names.append(word)
         else:
             names += word.split(",")
@@ -274,7 +320,8 @@ def check_task_names(names: list[str], data_dir: io.Path | None) -> None:
     for name in names:
         if name in known:
             continue
-        candidates = [*known, *GROUPS, BITS_PER_BYTE + "NAME=KIND:WHERE"]
+        texts = [measure + "NAME=KIND:WHERE" for measure in (BITS_PER_BYTE, NEEDLE)]
+        candidates = [*known, *GROUPS, *texts]
         nearest = difflib.get_close_matches(name, candidates, 3, 0.4)
         message = f"--tasks: there is no task {name!r}"
         if data_dir:
@@ -301,26 +348,37 @@ def export_temporarily(loaded: LoadedModel, encoder: tokenizer.Tokenizer) -> Ite
         yield directory
 
 
-# ---- bits per byte
+# ---- texts
 
 
 def score_text_source(
-    source: sources.TextSource,
+    task: TextTask,
     loaded: LoadedModel,
     encoder: tokenizer.Tokenizer,
     hf_dir: pathlib.Path | None,
     limit: int | None,
     max_length: int,
 ) -> dict[str, Any]:
-    """Measure bits per byte of a source's first `limit` documents, as results of the harness."""
-    name = BITS_PER_BYTE + source.name
-    documents = itertools.islice(source.iterate_documents(), limit)
+    """Measure a source's first `limit` documents, as results of the harness."""
+    measure, source = task
+    name = task.name
+    n_read = long_context.N_DOCUMENTS if measure == NEEDLE else limit
+    documents = itertools.islice(source.iterate_documents(), n_read)
     texts = [document.text for document in documents]
     if not any(texts):
         raise UserError(
             f"{name}: {source.pattern} holds no text, so there is nothing to score. Check the path."
         )
     token_ids = encoder.encode_batch(texts)
+    if measure == BY_POSITION:
+        first_id = encoder.first_id
+        metrics = long_context.measure_by_position(loaded, token_ids, first_id, max_length, name)
+        n_long = sum(len(ids) >= max_length for ids in token_ids)
+        return long_context.score_long_context(name, metrics, n_long, higher_is_better=False)
+    if measure == NEEDLE:
+        n = limit or long_context.N_NEEDLES
+        metrics = long_context.find_needles(loaded, encoder, token_ids, n, max_length, name)
+        return long_context.score_long_context(name, metrics, n, higher_is_better=True)
     if hf_dir is None:
         sums = likelihood.measure_bits_per_byte(
             loaded.spec,

@@ -398,7 +398,8 @@ def find_unstated_field(spec: ModelSpec, config: HfConfig) -> tuple[str, Any, An
     """Return (name, value, value read back) of a field that a config does not keep."""
     read_back = read_spec(config, pathlib.Path("config.json"))
     for field in dataclasses.fields(ModelSpec):
-        if field.name == "generation":  # of generation_config.json
+        # of generation_config.json; of training alone
+        if field.name in ("generation", "base_shape"):
             continue
         value, found = getattr(spec, field.name), getattr(read_back, field.name)
         if value != found:

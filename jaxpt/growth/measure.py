@@ -16,7 +16,7 @@ from jaxpt import io
 from jaxpt.data import loader
 from jaxpt.growth.growth import ReadBatches
 from jaxpt.growth.records import CopySimilarity
-from jaxpt.model import transformer
+from jaxpt.model import loss, transformer
 from jaxpt.model.kernels.select import attend
 from jaxpt.model.rope import compute_ropes
 from jaxpt.model.transformer import Observe, Params
@@ -100,6 +100,55 @@ def measure_copy_similarity(
             cosine = float(cosines[pair[1]])
             pairs.append(CopySimilarity(source, pair, cosine))
     return sorted(pairs, key=lambda pair: pair.layers)
+
+
+def measure_loss_of_layers(
+    spec: ModelSpec, params: Params, batches: Iterable[Batch], layers: Sequence[int]
+) -> float:
+    """Return the loss of the model that has these layers alone, in nats per trained token.
+
+    Args:
+        spec: the architecture.
+        params: as in model/transformer.py.
+        batches: on the mesh of params.
+        layers: rising.
+
+    Raises:
+        UserError: the batches hold no token that is trained.
+    """
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    step = jit_layers_loss(spec, spec.take_layers(layers), mesh)
+    indices = np.asarray(layers, np.int32)
+    sums = np.zeros(2)
+    for batch in batches:
+        sums += np.asarray(step(params, batch, indices), np.float64)
+    nats, n_trained = sums
+    if not n_trained:
+        raise UserError(
+            "measuring layers: the sequences hold no token that is trained. Give sequences of text."
+        )
+    return float(nats / n_trained)
+
+
+@functools.lru_cache(maxsize=8)
+def jit_layers_loss(spec: ModelSpec, child: ModelSpec, mesh: Mesh) -> Any:
+    """Return the jitted step(params, batch, layers) -> the child's nats and trained tokens."""
+
+    def step(params: Params, batch: Batch, layers: jax.Array) -> tuple[jax.Array, jax.Array]:
+        blocks = jax.tree.map(lambda x: jnp.take(x, layers, axis=0), params["blocks"])
+        params = {**params, "blocks": blocks}
+        inputs = batch.tokens, batch.segment_ids, batch.positions
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            hidden, _ = transformer.forward(child, params, *inputs)
+            head = transformer.lm_head(child, params)
+            _, nats = loss.cross_entropy(
+                hidden, head, batch.targets, batch.loss_mask, softcap=child.logit_softcap
+            )
+        return nats, jnp.sum(batch.loss_mask)
+
+    replicated = make_replicated_sharding(mesh)
+    inputs = (transformer.make_param_shardings(spec, mesh), make_batch_sharding(mesh), replicated)
+    return jax.jit(step, in_shardings=inputs, out_shardings=replicated)
 
 
 class Importance(NamedTuple):
@@ -202,7 +251,11 @@ def make_test_tokens(spec: ModelSpec, n: int) -> np.ndarray:
 
 
 def make_measuring_batches(
-    packed: Sequence[str | io.Path], batch_size: int, document_mask: bool, mesh: Mesh
+    packed: Sequence[str | io.Path],
+    batch_size: int,
+    document_mask: bool,
+    mesh: Mesh,
+    seq_len: int | None = None,
 ) -> ReadBatches:
     """Return a function that reads training batches to measure on: the same at every call.
 
@@ -211,6 +264,7 @@ def make_measuring_batches(
         batch_size: in sequences, at least; the mesh shards it evenly.
         document_mask: whether a document sees only itself.
         mesh: the devices.
+        seq_len: of the parts that sequences are cut into; None: they stay whole.
     """
 
     def read_batches() -> Iterator[Batch]:
@@ -220,7 +274,7 @@ def make_measuring_batches(
         place = make_batch_sharding(mesh)
         for name in dataset.names:
             yield from loader.iterate_heldout_batches(
-                dataset, name, place, n, N_MEASURED_SEQUENCES, document_mask
+                dataset, name, place, n, N_MEASURED_SEQUENCES, document_mask, seq_len
             )
 
     return read_batches

@@ -61,11 +61,30 @@ def find_moment(path: PathEntries, leaf: Any, weights: dict[PathEntries, Any]) -
         leaf: anything with a shape.
         weights: path -> anything with a shape.
     """
+    found = find_weight(path, weights)
+    if found and weights[found.param].shape == leaf.shape:
+        return found
+    return None
+
+
+def find_weight(path: PathEntries, weights: dict[PathEntries, Any]) -> MomentPath | None:
+    """Return to which weight a leaf of an optimizer's state belongs; None: to none."""
     for start in range(len(path)):
-        weight = weights.get(path[start:])
-        if weight is not None:
-            is_moment = weight.shape == leaf.shape
-            return MomentPath(path[:start], path[start:]) if is_moment else None
+        if path[start:] in weights:
+            return MomentPath(path[:start], path[start:])
+    return None
+
+
+def find_sharded(
+    path: PathEntries, leaf: Any, weights: dict[PathEntries, Any]
+) -> PathEntries | None:
+    """Return the path of the weight as which a leaf of an optimizer's state is sharded.
+
+    A moment is, and so are the scales of its blocks: they have its axes.
+    """
+    found = find_weight(path, weights)
+    if found and weights[found.param].ndim == leaf.ndim:
+        return found.param
     return None
 
 

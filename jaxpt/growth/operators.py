@@ -6,6 +6,7 @@ manifest (growth/parse.py). To add one, write a function here and mark it `@oper
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,9 +16,11 @@ from jaxpt import io
 from jaxpt.data import tokenizer
 from jaxpt.families import family
 from jaxpt.growth import measure, vocabulary
+from jaxpt.growth.apply import grow_params
 from jaxpt.growth.growth import NO_SOURCE, AxisSources, Growth, Parent
 from jaxpt.growth.records import Measured
-from jaxpt.spec import Batch, ModelSpec, UserError
+from jaxpt.model.transformer import Params
+from jaxpt.spec import Batch, ModelSpec, RopeScaling, UserError
 
 OPERATORS: dict[str, Callable[..., Growth]] = {}
 
@@ -122,14 +125,27 @@ def layers(parent: Parent, sources: list[int]) -> Growth:
 
 @operator
 def drop_layers(parent: Parent, n: int | None = None, by: str | list[int] = "influence") -> Growth:
-    """Drop the n layers that change the residual least, or a list of them. ShortGPT, 2403.03853."""
+    """Drop the n layers that change the residual least, or a list of them. ShortGPT, 2403.03853.
+
+    by="loss" drops one after the other, each time the one without which the loss is lowest.
+    """
     n_layers = parent.spec.n_layers
     measured: dict[str, Measured] = {}
     if isinstance(by, str):
-        influence = measure_influence(parent, n, by)
-        rising = np.argsort(influence, kind="stable")
-        by = sorted(rising[:n].tolist())
-        measured = {"influence": influence.tolist(), "dropped": by}
+        check_choice_of_layers(parent.spec, n, by)
+        assert n is not None
+        if parent.params is None:
+            by = list(range(n))
+        elif by == "loss":
+            by, losses = choose_by_loss(parent, n)
+            measured = {"loss_without": losses, "dropped": by}
+        else:
+            statistics = measure.measure_layers(
+                parent.spec, parent.params, require_batches("drop_layers", parent)
+            )
+            rising = np.argsort(statistics.influence, kind="stable")
+            by = sorted(rising[:n].tolist())
+            measured = {"influence": statistics.influence.tolist(), "dropped": by}
     call = f"drop_layers(n={n}, by={by})"
     check_layer_list(f"drop_layers(by={by})", by, n_layers)
     n_dropped = len(set(by))
@@ -143,23 +159,38 @@ def drop_layers(parent: Parent, n: int | None = None, by: str | list[int] = "inf
     return growth._replace(measured=measured)
 
 
-def measure_influence(parent: Parent, n: int | None, by: str) -> np.ndarray:
-    """Return the influence of each layer for `drop_layers`, zeros without parameters."""
-    n_layers = parent.spec.n_layers
-    if by != "influence":
+def check_choice_of_layers(spec: ModelSpec, n: int | None, by: str) -> None:
+    """Raise UserError unless `drop_layers` can choose n layers by this measure."""
+    if by not in ("influence", "loss"):
         raise UserError(
-            f"drop_layers(by={by!r}): expected 'influence' or a list of layers, got {by!r}."
+            f"drop_layers(by={by!r}): expected 'influence', 'loss' or a list of layers, got {by!r}."
         )
-    if not isinstance(n, int) or not 1 <= n < n_layers:
+    if not isinstance(n, int) or not 1 <= n < spec.n_layers:
         raise UserError(
-            f"drop_layers(n={n}): expected 1 to {n_layers - 1}, the number of layers to drop, "
+            f"drop_layers(n={n}): expected 1 to {spec.n_layers - 1}, the number of layers to drop, "
             f"got {n}."
         )
-    if parent.params is None:
-        return np.zeros(n_layers)
-    batches = require_batches("drop_layers", parent)
-    statistics = measure.measure_layers(parent.spec, parent.params, batches)
-    return statistics.influence
+
+
+def choose_by_loss(parent: Parent, n: int) -> tuple[list[int], list[float]]:
+    """Return the layers to drop, and the loss without each layer alone.
+
+    Influence looks at each layer by itself; here the second choice knows of the first.
+    """
+    assert parent.params is not None
+    batches = list(require_batches("drop_layers", parent))
+    kept = list(range(parent.spec.n_layers))
+    first: list[float] = []
+    for _ in range(n):
+        losses = []
+        for layer in kept:
+            others = [other for other in kept if other != layer]
+            found = measure.measure_loss_of_layers(parent.spec, parent.params, batches, others)
+            losses.append(found)
+        first = first or losses
+        del kept[int(np.argmin(losses))]
+    dropped = [layer for layer in range(parent.spec.n_layers) if layer not in kept]
+    return dropped, first
 
 
 @operator
@@ -245,11 +276,19 @@ def widen_rms(
 
 @operator
 def narrow(
-    parent: Parent, ff: int | None = None, heads: int | None = None, d: int | None = None
+    parent: Parent,
+    ff: int | None = None,
+    heads: int | None = None,
+    d: int | None = None,
+    rounds: int = 1,
 ) -> Growth:
-    """Keep the most active channels, MLP activations and kv groups. Minitron, 2407.14679."""
+    """Keep the most active channels, MLP activations and kv groups. Minitron, 2407.14679.
+
+    rounds=R narrows in R equal parts and measures anew before each.
+    """
     spec = parent.spec
     child = resize_spec("narrow", spec, Sizes(d, ff, heads))
+    check_minimum("narrow", "rounds", rounds, 1)
     for argument, field in SIZE_ARGUMENTS.items():
         before = getattr(spec, field)
         after = getattr(child, field)
@@ -260,20 +299,56 @@ def narrow(
             )
     if parent.params is None:
         return Growth(spec, child, {})
-    batches = require_batches("narrow", parent)
-    scores = measure.measure_importance(spec, parent.params, batches)
-    heads_kept, kv_heads_kept = measure.select_heads(
-        scores.heads, spec.n_heads, spec.n_kv_heads, child.n_heads
-    )
-    channels = measure.select_important(scores.embed, child.d_model)
-    activations = measure.select_important(scores.mlp, child.d_ff)
-    sources = {"embed": channels, "mlp": activations}
-    sources |= {"heads": heads_kept, "kv_heads": kv_heads_kept}
-    sources = keep_changed_axes(spec, child, sources)
+    batches = list(require_batches("narrow", parent))
+    growth = Growth(spec, spec, {})
+    for done in range(1, rounds + 1):
+        growth = narrow_further(growth, parent.params, batches, part_way(spec, child, done, rounds))
     measured: dict[str, Measured] = {}
     if d:
-        measured["kept_channels"] = channels.tolist()
-    return Growth(spec, child, sources, measured=measured)
+        measured["kept_channels"] = growth.sources["embed"].tolist()
+    sources = keep_changed_axes(spec, child, growth.sources)
+    return growth._replace(sources=sources, measured=measured)
+
+
+def part_way(spec: ModelSpec, child: ModelSpec, done: int, rounds: int) -> ModelSpec:
+    """Return the widths after some of the rounds from one model to a narrower one."""
+
+    def between(field: str) -> int:
+        before, after = getattr(spec, field), getattr(child, field)
+        return before - (before - after) * done // rounds
+
+    n_kv_heads = between("n_kv_heads")
+    n_heads = n_kv_heads * (spec.n_heads // spec.n_kv_heads)
+    d_model, d_ff = between("d_model"), between("d_ff")
+    return spec.replace(d_model=d_model, d_ff=d_ff, n_heads=n_heads, n_kv_heads=n_kv_heads)
+
+
+def narrow_further(
+    growth: Growth, params: Params, batches: Iterable[Batch], child: ModelSpec
+) -> Growth:
+    """Return the growth to a model yet narrower, by what is measured after the growth so far."""
+    before = growth.child
+    if growth.sources:
+        mesh = params["embed"].sharding.mesh
+        kept = keep_changed_axes(growth.spec, before, growth.sources)
+        params = grow_params(growth._replace(sources=kept), params, mesh)
+    scores = measure.measure_importance(before, params, batches)
+    heads, kv_heads = measure.select_heads(
+        scores.heads, before.n_heads, before.n_kv_heads, child.n_heads
+    )
+    chosen = {
+        "embed": measure.select_important(scores.embed, child.d_model),
+        "mlp": measure.select_important(scores.mlp, child.d_ff),
+        "heads": heads,
+        "kv_heads": kv_heads,
+    }
+    sources = {}
+    for axis, indices in chosen.items():
+        so_far = growth.sources.get(axis)
+        if so_far is not None:
+            indices = np.take_along_axis(so_far, indices, axis=-1)
+        sources[axis] = indices
+    return growth._replace(child=child, sources=sources)
 
 
 def make_width_growth(name: str, parent: Parent, sizes: Sizes) -> Growth:
@@ -382,8 +457,12 @@ def upcycle(
             f"{group} experts make up one MLP."
         )
     d_ff = spec.d_ff // granularity
+    base = spec.base_shape
+    if base:  # the parts of an MLP are as wide in their base as they are here
+        base = dataclasses.replace(base, d_ff=base.d_ff / granularity)
     child = spec.replace(
         d_ff=d_ff,
+        base_shape=base,
         n_experts=n_copies * group,
         n_experts_per_token=top_k,
         norm_topk_prob=True,  # equal outputs then sum to one of them, whatever the router says
@@ -470,6 +549,48 @@ def more_experts(parent: Parent, m: int, top_k: int | None = None) -> Growth:
     divides = spec.norm_topk_prob or spec.router == "softmax"
     is_exact = divides and top_k == m * spec.n_experts_per_token
     return Growth(spec, child, sources, preserves_function=is_exact)
+
+
+# ---- the context
+
+
+@operator
+def extend_context(
+    parent: Parent, length: int, theta: float | None = None, yarn: float | None = None
+) -> Growth:
+    """Support sequences of `length`, by a larger rope theta or by YaRN (2309.00071): no new weight.
+
+    theta slows all rotations down (2309.16039 takes 500,000 for 32,768 tokens). yarn is the factor
+    by which the slow ones are stretched, at least length / max_seq_len.
+    """
+    spec, call = parent.spec, f"extend_context(length={length}, theta={theta}, yarn={yarn})"
+    check_minimum("extend_context", "length", length, spec.max_seq_len + 1)
+    if (theta is None) == (yarn is None):
+        raise UserError(f"{call}: expected theta or yarn. Give one of them.")
+    if yarn is None:
+        theta = check_above(call, "theta", theta, spec.rope_theta, "the model's")
+        return Growth(spec, spec.replace(max_seq_len=length, rope_theta=theta), {})
+    yarn = check_above(call, "yarn", yarn, 1, "no stretching")
+    if spec.rope_scaling:
+        raise UserError(
+            f"{call}: expected a model without rope scaling, got {spec.rope_scaling.rope_type}, "
+            "which yarn would replace. Use theta."
+        )
+    if length > yarn * spec.max_seq_len:
+        raise UserError(
+            f"{call}: stretches {spec.max_seq_len} tokens to {yarn * spec.max_seq_len:g} only. "
+            f"Use yarn={length / spec.max_seq_len:g} or more."
+        )
+    scaling = RopeScaling("yarn", yarn, original_max_seq_len=spec.max_seq_len)
+    return Growth(spec, spec.replace(max_seq_len=length, rope_scaling=scaling), {})
+
+
+def check_above(call: str, argument: str, value: Any, bound: float, what: str) -> float:
+    """Return an operator's argument. Raise UserError unless it is finite and above a bound."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not bound < value < float("inf"):
+        raise UserError(f"{call}: expected {argument} above {bound:g}, {what}, got {value!r}.")
+    return float(value)
 
 
 # ---- the vocabulary

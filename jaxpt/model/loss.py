@@ -1,8 +1,12 @@
-"""Cross-entropy without the logits of a whole batch. Returns sums; the caller divides once."""
+"""Cross-entropy without the logits of a whole batch. Returns sums; the caller divides once.
+
+`sum_chunks` serves any loss of logits whose gradient is known in closed form (model/distill.py).
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,32 +24,9 @@ from jaxpt.sharding import with_logical_constraint
 CPU_CHUNK_TOKENS, ACCELERATOR_CHUNK_TOKENS = 512, 1024
 
 Sums = tuple[Array, Array]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _cross_entropy(
-    hidden: Array,
-    lm_head: Array,
-    targets: Array,
-    loss_mask: Array,
-    z_loss_weight: float,
-    chunk_tokens: int,
-    softcap: float | None,
-) -> Sums:
-    def add(sums: Sums, chunk: Any) -> tuple[Sums, None]:
-        hidden, targets, mask = chunk
-        losses, nats, _ = compute_chunk_losses(
-            hidden, lm_head, targets, mask, z_loss_weight, softcap
-        )
-        loss_sum, nats_sum = sums
-        loss_sum += jnp.sum(losses)
-        nats_sum += jnp.sum(nats)
-        return (loss_sum, nats_sum), None
-
-    zeros = (jnp.float32(0), jnp.float32(0))
-    chunks = split_token_chunks(chunk_tokens, hidden, targets, loss_mask)
-    sums, _ = jax.lax.scan(add, zeros, chunks)
-    return sums
+# (hidden states of a chunk, output head, arrays per token, other arrays) -> (losses, what is
+# reported beside them, d_logits of the summed losses): [B, T], and [B, T, V]
+MeasureChunk = Callable[[Array, Array, Any, Any], tuple[Array, tuple[Array, ...], Array]]
 
 
 def cross_entropy(
@@ -72,54 +53,87 @@ def cross_entropy(
         sum of mask x (nats + z_loss_weight log(Z)^2), and sum of mask x nats: float32 scalars. The
         first has gradients for hidden and lm_head; the second is for the log.
     """
-    return _cross_entropy(hidden, lm_head, targets, loss_mask, z_loss_weight, chunk_tokens, softcap)
+
+    def measure(hidden: Array, lm_head: Array, per_token: Any, _: Any) -> Any:
+        targets, mask = per_token
+        logits = compute_chunk_logits(hidden, lm_head, softcap)
+        losses, nats, d_logits = measure_targets(logits, targets, z_loss_weight)
+        d_logits = pass_softcap(d_logits * mask[..., None], logits, softcap)
+        return losses * mask, (nats * mask,), d_logits
+
+    per_token = (targets, loss_mask)
+    sums: Any = sum_chunks(measure, chunk_tokens, hidden, lm_head, per_token, ())
+    loss_sum, nats_sum = sums
+    return loss_sum, nats_sum
 
 
-def cross_entropy_fwd(
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def sum_chunks(
+    measure: MeasureChunk,
+    chunk_tokens: int,
     hidden: Array,
     lm_head: Array,
-    targets: Array,
-    loss_mask: Array,
-    z_loss_weight: float,
+    per_token: Any,
+    shared: Any,
+) -> tuple[Array, ...]:
+    """Return the sums of losses and reports over all tokens, by chunks of them.
+
+    Args:
+        measure: computes a chunk's.
+        chunk_tokens: tokens over all devices whose logits may exist at once.
+        hidden: [B, T, D].
+        lm_head: [D, V].
+        per_token: arrays [B, T, ...].
+        shared: arrays that every chunk reads.
+
+    Returns:
+        float32 scalars. The first has gradients for hidden and lm_head.
+    """
+
+    def add(carry: None, chunk: Any) -> tuple[None, tuple[Array, ...]]:
+        hidden, per_token = chunk
+        losses, reports, _ = measure(hidden, lm_head, per_token, shared)
+        return carry, tuple(map(jnp.sum, (losses, *reports)))
+
+    chunks = split_token_chunks(chunk_tokens, hidden, per_token)
+    _, sums = jax.lax.scan(add, None, chunks)
+    return tuple(map(jnp.sum, sums))
+
+
+def sum_chunks_fwd(
+    measure: MeasureChunk,
     chunk_tokens: int,
-    softcap: float | None,
-) -> tuple[Sums, tuple[Array, Array]]:
+    hidden: Array,
+    lm_head: Array,
+    per_token: Any,
+    shared: Any,
+) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
     """Return the sums, and the gradients, computed while a chunk's logits exist.
 
     That takes three matmuls, where recomputing the logits in backward would take four.
     """
 
-    def add(carry: Any, chunk: Any) -> tuple[Any, Array]:
-        loss_sum, nats_sum, d_head = carry
-        hidden, targets, mask = chunk
-        losses, nats, d_logits = compute_chunk_losses(
-            hidden, lm_head, targets, mask, z_loss_weight, softcap
-        )
+    def add(d_head: Array, chunk: Any) -> tuple[Array, Any]:
+        hidden, per_token = chunk
+        losses, reports, d_logits = measure(hidden, lm_head, per_token, shared)
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden = jnp.einsum("btv,dv->btd", d_logits, lm_head)
         float32 = jnp.float32
         d_head += jnp.einsum("btd,btv->dv", hidden, d_logits, preferred_element_type=float32)
-        loss_sum += jnp.sum(losses)
-        nats_sum += jnp.sum(nats)
-        return (loss_sum, nats_sum, d_head), d_hidden
+        return d_head, (tuple(map(jnp.sum, (losses, *reports))), d_hidden)
 
-    zero = jnp.float32(0)
-    zeros = (zero, zero, jnp.zeros(lm_head.shape, jnp.float32))
-    chunks = split_token_chunks(chunk_tokens, hidden, targets, loss_mask)
-    sums, d_chunks = jax.lax.scan(add, zeros, chunks)
-    loss_sum, nats_sum, d_head = sums
+    chunks = split_token_chunks(chunk_tokens, hidden, per_token)
+    d_head, (sums, d_chunks) = jax.lax.scan(add, jnp.zeros(lm_head.shape, jnp.float32), chunks)
     d_hidden = jnp.moveaxis(d_chunks, 0, 2)
     d_hidden = d_hidden.reshape(hidden.shape)
-    d_head = d_head.astype(lm_head.dtype)
-    return (loss_sum, nats_sum), (d_hidden, d_head)
+    return tuple(map(jnp.sum, sums)), (d_hidden, d_head.astype(lm_head.dtype))
 
 
-def cross_entropy_bwd(
-    z_loss_weight: float,
+def sum_chunks_bwd(
+    measure: MeasureChunk,
     chunk_tokens: int,
-    softcap: float | None,
     gradients: tuple[Array, Array],
-    d_sums: Sums,
+    d_sums: tuple[Array, ...],
 ) -> tuple[Array, Array, None, None]:
     """Scale the gradients by the first sum's."""
     d_hidden, d_head = gradients
@@ -129,12 +143,10 @@ def cross_entropy_bwd(
     return d_hidden, d_head, None, None
 
 
-_cross_entropy.defvjp(cross_entropy_fwd, cross_entropy_bwd)
+sum_chunks.defvjp(sum_chunks_fwd, sum_chunks_bwd)
 
 
-def split_token_chunks(
-    chunk_tokens: int, hidden: Array, targets: Array, loss_mask: Array
-) -> tuple[Array, ...]:
+def split_token_chunks(chunk_tokens: int, hidden: Array, per_token: Any) -> tuple[Array, Any]:
     """Return [B, T, ...] as [n, B, T / n, ...]: every n-th position of each sequence.
 
     A device keeps its own tokens, whether the mesh shards the batch or the positions.
@@ -148,31 +160,31 @@ def split_token_chunks(
         chunks = x.reshape(B, T // n, n, *x.shape[2:])
         return jnp.moveaxis(chunks, 2, 0)
 
-    return split(hidden), split(targets), split(loss_mask)
+    return jax.tree.map(split, (hidden, per_token))
 
 
-def compute_chunk_losses(
-    hidden: Array,
-    lm_head: Array,
-    targets: Array,
-    loss_mask: Array,
-    z_loss_weight: float,
-    softcap: float | None,
-) -> tuple[Array, Array, Array]:
-    """Return masked losses and nats [B, T], and the summed losses' d_logits [B, T, V], float32."""
+def compute_chunk_logits(hidden: Array, lm_head: Array, softcap: float | None) -> Array:
+    """Return the logits [B, T, V] of a chunk, sharded like its tokens and the vocabulary."""
     logits = compute_logits(hidden, lm_head, softcap)
-    logits = with_logical_constraint(logits, "batch", "position", "vocab")
+    return with_logical_constraint(logits, "batch", "position", "vocab")
+
+
+def measure_targets(
+    logits: Array, targets: Array, z_loss_weight: float, weight: Array | float = 1.0
+) -> tuple[Array, Array, Array]:
+    """Return weight x nats + z-loss [B, T], the nats, and d_logits of the first, [B, T, V]."""
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    nats = (log_z - take_target_logits(logits, targets)) * loss_mask
+    nats = log_z - take_target_logits(logits, targets)
     is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
     probs = jnp.exp(logits - log_z[..., None])
-    z_scale = 1 + 2 * z_loss_weight * log_z
-    d_logits = z_scale[..., None] * probs - is_target
-    d_logits = d_logits * loss_mask[..., None]
-    if softcap is not None:
-        d_logits = d_logits * softcap_gradient(logits, softcap)
-    losses = nats + z_loss_weight * log_z**2 * loss_mask
-    return losses, nats, d_logits
+    prob_scale = weight + 2 * z_loss_weight * log_z
+    d_logits = prob_scale[..., None] * probs - weight * is_target
+    return weight * nats + z_loss_weight * log_z**2, nats, d_logits
+
+
+def pass_softcap(d_logits: Array, logits: Array, softcap: float | None) -> Array:
+    """Return the gradient before the softcap, given that after it."""
+    return d_logits if softcap is None else d_logits * softcap_gradient(logits, softcap)
 
 
 def compute_logits(hidden: Array, lm_head: Array, softcap: float | None = None) -> Array:

@@ -69,6 +69,9 @@ class ParamSpec:
             count as a parameter.
         offset: what is added to it where it is read: 1 for Gemma's norms.
         is_adapter: whether it is one of the two factors of a LoRA adapter.
+        in_ratio: size of what it sums over, in that of the base shape (model/complete_p.py).
+        multiplier: CompleteP's of the forward pass, which the weight holds.
+        grad_ratio: typical size of its gradient, in that of the base shape.
     """
 
     shape: tuple[int, ...]
@@ -82,6 +85,14 @@ class ParamSpec:
     is_state: bool = False
     offset: float = 0.0
     is_adapter: bool = False
+    in_ratio: float = 1.0
+    multiplier: float = 1.0
+    grad_ratio: float = 1.0
+
+    @property
+    def lr_ratio(self) -> float:
+        """Its learning rate in that of the run, for optimizers of Adam's kind."""
+        return self.multiplier / self.in_ratio
 
     @property
     def is_layered(self) -> bool:

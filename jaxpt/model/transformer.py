@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
-from jaxpt.model import attention, lora
+from jaxpt.model import attention, complete_p, lora
 from jaxpt.model.kernels.select import attend
 from jaxpt.model.kernels.sharded import ATTENTION_OUTPUT
 from jaxpt.model.mlp import SideOutputs
@@ -69,7 +69,7 @@ def param_specs(spec: ModelSpec) -> ParamSpecs:
     }
     if not spec.tie_embeddings:
         params["unembed"] = matrix((D, V), ("embed", "vocab"), D**-0.5, "lm_head")
-    return params
+    return complete_p.transfer(spec, params)
 
 
 def layer_params(spec: ModelSpec) -> dict[str, ParamSpec]:

@@ -17,6 +17,7 @@ from jaxpt.plan.scaling import ScalingLaw
 from jaxpt.plan.search import LayoutSearch
 from jaxpt.spec import ModelSpec, Record, UserError
 from jaxpt.text import format_table, wrap_notes
+from jaxpt.train.shapes import plan_largest
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,17 @@ def run_plan(settings: Config | None, request: PlanRequest) -> TrainingPlan:
         print(f"\n{check.format_plan_checks(checks)}\n")
     if settings is None:
         return TrainingPlan(checks=checks)
-    plan = TrainingPlan()
+    plan, left_out = TrainingPlan(), []
+    if settings.train.shape_schedule:
+        left_out.append("train.shape_schedule: every step is planned as its largest one.")
+        settings = plan_largest(settings)
+    if settings.train.dpo_beta:
+        left_out.append(
+            "train.dpo_beta: the reference is not counted: its parameters in compute_dtype, and a "
+            "forward pass, a third more FLOPs."
+        )
+        train = dataclasses.replace(settings.train, dpo_beta=0.0)
+        settings = dataclasses.replace(settings, train=train)
     if request.with_search:
         targets, found = search.search_layouts(settings, request.target_names, calibrations)
         header = make_plan_header(settings)
@@ -92,6 +103,7 @@ def run_plan(settings: Config | None, request: PlanRequest) -> TrainingPlan:
     elif request.target_names:
         plan = plan_targets(settings, request.target_names, calibrations)
     if plan.targets:
+        plan = dataclasses.replace(plan, notes=(*left_out, *plan.notes))
         print(f"\n{format_plan(plan)}")
     if plan.search:
         print(f"\n{search.format_search(plan.targets, plan.search)}")

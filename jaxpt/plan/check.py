@@ -19,6 +19,7 @@ from jaxpt.plan.cost import abbreviate_count, format_memory
 from jaxpt.spec import ModelSpec, Record, UserError
 from jaxpt.train.metrics import stream_metrics
 from jaxpt.train.records import GrowthEvent, MetricRecord, TrainMetrics
+from jaxpt.train.shapes import plan_largest
 
 log = logging.getLogger(__name__)
 
@@ -250,7 +251,7 @@ def read_run(run_dir: str | io.Path, flag: str) -> Run:
         raise UserError(
             f"{flag} {path}: no config.json there. Give run directories that jaxpt train wrote."
         )
-    settings = config.build_config(io.read_json(path / "config.json"))
+    settings = plan_largest(config.build_config(io.read_json(path / "config.json")))
     return Run(path, settings, stage.read_spec(path / "spec.json"))
 
 

@@ -31,11 +31,15 @@ from jax.sharding import Mesh
 from jaxpt import config, hardware, sharding
 from jaxpt.config import Config
 from jaxpt.hardware import GPUS_PER_HOST, Chip, Target
+from jaxpt.model import transformer
 from jaxpt.model.kernels import grouped, select_experts
-from jaxpt.plan import roofline
+from jaxpt.model.kernels.blockwise import count_mean_key_blocks
+from jaxpt.plan import cost, roofline
 from jaxpt.plan.roofline import CollectiveCount, LayerCollectives, StepAnalysis
+from jaxpt.sharding import n_shards
 from jaxpt.spec import ModelSpec, Record, UserError
 from jaxpt.train import state, step
+from jaxpt.xla_settings import choose_variables
 
 COMPILER_ENV = {
     "JAX_PLATFORMS": "cpu",  # the compilers run on this machine and need no chip
@@ -78,7 +82,9 @@ def analyze_step(spec: ModelSpec, settings: Config, target: Target) -> StepAnaly
         request_path.write_text(json.dumps(request.to_json()))
         # -P: the working directory may hold another jaxpt
         command = [sys.executable, "-P", "-m", __name__, str(request_path), str(response_path)]
-        environment = os.environ | COMPILER_ENV | {"PYTHONPATH": make_python_path()}
+        chip = target.chip
+        environment = os.environ | choose_variables(chip.platform, chip, os.environ)
+        environment |= COMPILER_ENV | {"PYTHONPATH": make_python_path()}
         done = subprocess.run(
             command, env=environment, capture_output=True, encoding="utf-8", errors="replace"
         )
@@ -148,7 +154,7 @@ def analyze_step_in_process(request: AnalysisRequest) -> StepAnalysis:
         )
         experts = ", ".join(kernel)
 
-    # The matmuls of attention's kernel cannot be seen; xla's query blocks compute the same.
+    # The matmuls of attention's kernel cannot be seen; xla's blocks compute about the same.
     # Stand-in devices can trace nothing else.
     remat = train.remat
     if missing and remat == "offload":
@@ -157,9 +163,12 @@ def analyze_step_in_process(request: AnalysisRequest) -> StepAnalysis:
     visible = dataclasses.replace(settings, train=visible_train)
     # where experts are sharded a program's buffers fit a device that all tokens choose
     program = trace_step(spec, visible, sharding.fold_expert_axis(mesh)).jaxpr
+    n_context = n_shards(mesh, "position")
+    on_cpu = devices[0].platform == "cpu"
+    key_blocks = count_key_blocks(spec, seq_len, n_context, on_cpu)
     loop_body_flops = None
     if not missing:  # a CPU, which stands in, has other loops than the target
-        loop_body_flops = count_matmul_flops(program, multiply_loops=False) / target.n_devices
+        loop_body_flops = count_matmul_flops(program, None) / target.n_devices
 
     whole = roofline.count_state_bytes(spec, settings.optim, settings.initialize.param_dtype)
     estimate = roofline.estimate_step(spec, whole, train, seq_len, dict(mesh.shape), attention)
@@ -167,17 +176,24 @@ def analyze_step_in_process(request: AnalysisRequest) -> StepAnalysis:
         spec, settings.optim, mesh, settings.initialize.param_dtype
     )
     params_bytes = count_bytes_per_device(abstract_state.params)
-    opt_state_bytes = count_bytes_per_device(abstract_state.opt_state)
+    kept = (abstract_state.opt_state, abstract_state.average)
+    opt_state_bytes = count_bytes_per_device(kept)
     state_bytes = params_bytes + opt_state_bytes
+    teaching = cost.resolve_teaching(settings)
+    if teaching and teaching.spec:
+        estimate = roofline.add_teacher(estimate, teaching.spec, train, seq_len)
+        teacher_bytes = count_bytes_per_device(make_abstract_teacher(teaching, train, mesh))
+        estimate = dataclasses.replace(estimate, teacher_bytes=teacher_bytes)
+    restore_bytes = state_bytes + estimate.teacher_bytes
     analysis = dataclasses.replace(
         estimate,
         missing_package=missing,
         params_bytes=params_bytes,
         opt_state_bytes=opt_state_bytes,
-        restore_bytes=state_bytes,
-        peak_bytes=estimate.peak_bytes - estimate.restore_bytes + state_bytes,
+        restore_bytes=restore_bytes,
+        peak_bytes=estimate.peak_bytes - estimate.restore_bytes + restore_bytes,
         export_bytes=estimate.export_bytes - estimate.params_bytes + params_bytes,
-        executed_flops=count_matmul_flops(program),
+        executed_flops=count_matmul_flops(program, key_blocks),
         loop_body_flops=loop_body_flops,
         experts=experts,
     )
@@ -193,9 +209,19 @@ def trace_step(spec: ModelSpec, settings: Config, mesh: Mesh) -> Any:
     train, optim, seq_len = settings.train, settings.optim, settings.pack.seq_len
     dtype = settings.initialize.param_dtype
     abstract_state = state.make_abstract_state(spec, optim, mesh, dtype)
-    abstract_batch = step.make_abstract_batch(train.batch_size, seq_len, mesh)
-    built = step.build_step(spec, train, optim, seq_len, mesh)
-    return built.trace(abstract_state, abstract_batch)
+    teaching = cost.resolve_teaching(settings)
+    abstract_batch = step.make_abstract_batch(train.batch_size, seq_len, mesh, teaching)
+    built = step.build_step(spec, train, optim, seq_len, mesh, teaching=teaching)
+    if not teaching or not teaching.spec:
+        return built.trace(abstract_state, abstract_batch)
+    teacher = make_abstract_teacher(teaching, train, mesh)
+    return built.trace(abstract_state, abstract_batch, teacher)
+
+
+def make_abstract_teacher(teaching: step.Teaching, train: config.TrainConfig, mesh: Mesh) -> Any:
+    """Return a teacher's parameters as ShapeDtypeStructs with shardings."""
+    assert teaching.spec
+    return transformer.make_abstract_params(teaching.spec, mesh, train.compute_dtype)
 
 
 def make_target_devices(target: Target, missing: str | None) -> Sequence[Any]:
@@ -316,13 +342,24 @@ def read_peak_bytes(compiled: Any, platform: str) -> int:
     return arguments + memory.temp_size_in_bytes + memory.output_size_in_bytes + code
 
 
-def count_matmul_flops(jaxpr: Any, multiply_loops: bool = True) -> float:
+def count_key_blocks(spec: ModelSpec, seq_len: int, n_context: int, on_cpu: bool) -> float:
+    """Return the turns of attention's loop over blocks of keys, mean over queries and layers.
+
+    Every sequence is taken for one document: those of several need fewer.
+    """
+    windows = [kind.window for kind in spec.layer_kinds]
+    turns = [count_mean_key_blocks(seq_len, window, n_context, on_cpu) for window in windows]
+    return sum(turns) / max(len(turns), 1)
+
+
+def count_matmul_flops(jaxpr: Any, key_blocks: float | None = 1) -> float:
     """Return the FLOPs of all matmuls of a traced program, over all devices.
 
     Args:
         jaxpr: the program (jax.extend.core.Jaxpr or ClosedJaxpr).
-        multiply_loops: False counts each loop body once, as the compilers do: of L layers they
-            see one.
+        key_blocks: turns of each loop whose number the data decide: attention's over blocks of keys
+            (`count_key_blocks`). None counts every loop body once, as the compilers do: of L
+            layers they see one.
     """
     total = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
@@ -344,12 +381,14 @@ def count_matmul_flops(jaxpr: Any, multiply_loops: bool = True) -> float:
         if name == "scan":
             # unrolled by its whole length, it is no loop any more
             n_repeats = params["length"]
-            if not multiply_loops:
+            if key_blocks is None:
                 n_repeats = min(n_repeats, int(params["unroll"]))
+        elif name == "while":
+            n_repeats = key_blocks or 1
         elif name == "shard_map":  # its shapes are one device's
             n_repeats = params["mesh"].size
         for inner in core.jaxprs_in_params(params):
-            total += n_repeats * count_matmul_flops(inner, multiply_loops)
+            total += n_repeats * count_matmul_flops(inner, key_blocks)
     return total
 
 

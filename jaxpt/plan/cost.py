@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable
+
+import jax.numpy as jnp
 
 from jaxpt import flops, initialize, io
 from jaxpt.config import Config, PlanConfig
+from jaxpt.data.teacher_samples import SampleReader
 from jaxpt.growth.growth import Parent
 from jaxpt.growth.parse import plan_growth
-from jaxpt.hardware import DEFAULT_MEM_FRAC, GIB, MAX_MEM_FRAC, Chip, Target
+from jaxpt.hardware import GIB, Chip, Target
 from jaxpt.plan import roofline
 from jaxpt.plan.roofline import LayerCollectives, StepAnalysis
-from jaxpt.spec import ModelSpec, Record
+from jaxpt.spec import ModelSpec, Record, UserError
 from jaxpt.stage import read_spec
+from jaxpt.train import teacher
+from jaxpt.train.step import Teaching
 from jaxpt.weights import checkpoint, hub, huggingface
 from jaxpt.weights.load import find_base
+from jaxpt.xla_settings import choose_variables, format_variables
 
 # Power of host, network and cooling beside the boards: a DGX H100 is rated 10.2 kW for 8 boards of
 # 0.7 kW, and boards in training draw some 85 % of their rating.
@@ -52,6 +59,7 @@ class TargetPlan(Record):
     usable_bytes: int  # of a device's memory
     params_bytes: int
     opt_state_bytes: int
+    opt_bytes_per_param: float  # of the optimizer's state
     saved_activation_bytes: int
     gathered_expert_bytes: int
     temporary_bytes: int | None  # gradients and activations; None where peak_is_lower_bound
@@ -60,8 +68,8 @@ class TargetPlan(Record):
     host_save_bytes: int  # per host, as all host_*
     host_restore_bytes: int
     host_export_bytes: int
-    needs_mem_fraction: bool  # XLA_PYTHON_CLIENT_MEM_FRACTION must be raised
-    flops_per_token: float  # of the model, forward and backward
+    variables: dict[str, str]  # of the environment, which jaxpt train sets
+    flops_per_token: float  # of the model, forward and backward, and of a teacher, forward
     executed_flops_per_token: float  # recomputation included
     loop_body_flops: float | None
     compiler_flops: float | None
@@ -80,6 +88,7 @@ class TargetPlan(Record):
     price_source: str
     analysis_seconds: float
     experts: str | None = None  # a mixture's kernel, and why; None: not known without compiling
+    teacher_bytes: int = 0  # per device, of the parameters of a frozen teacher
     overrides: tuple[str, ...] = ()  # found by --search, such as "--config.train.remat=full"
 
 
@@ -119,6 +128,20 @@ def resolve_model_spec(settings: Config) -> tuple[ModelSpec, list[str]]:
     return spec.replace(lora=initialize.make_lora_spec(settings.lora, spec)), notes
 
 
+def resolve_teaching(settings: Config) -> Teaching | None:
+    """Return how a run of this config learns from a teacher, of which the sizes alone are read."""
+    section = settings.distill
+    if not section.teacher:
+        return None
+    try:
+        if teacher.is_sampled(section.teacher):
+            n_samples = SampleReader(section.teacher).counts.n_samples
+            return Teaching(section, n_samples=n_samples)
+        return Teaching(section, read_source_spec(section.teacher))
+    except UserError as error:
+        raise UserError(f"distill.teacher: {error}") from None
+
+
 def read_source_spec(source: str, base: str = "") -> ModelSpec:
     """Return the architecture of a run, a checkpoint, a Hugging Face directory or hf:NAME."""
     directory = find_base(source, base) or hub.download_model(source)
@@ -150,7 +173,7 @@ def project_target(
     n_devices = target.n_devices
     seq_len = settings.pack.seq_len
     batch_tokens = settings.train.batch_size * seq_len
-    flops_per_token = flops.count_flops_per_token(spec, seq_len)
+    flops_per_token = flops.count_flops_per_token(spec, seq_len) + analysis.teacher_flops_per_token
     chip_flops = chip.peak_flops(settings.train.compute_dtype)
     peak_flops = n_devices * chip_flops
     usd_per_hour, price_source = resolve_usd_per_hour(chip, settings.plan)
@@ -174,17 +197,16 @@ def project_target(
     peak_bytes = analysis.peak_bytes
     params_bytes = analysis.params_bytes
     opt_state_bytes = analysis.opt_state_bytes
+    n_params = params_bytes / jnp.dtype(settings.initialize.param_dtype).itemsize
     export_bytes = analysis.export_bytes
     # a checkpoint is written behind the training, from a copy of the state in the hosts' memory
-    host_state_bytes = target.devices_per_host * analysis.restore_bytes
+    host_state_bytes = target.devices_per_host * (params_bytes + opt_state_bytes)
     exceeds_memory = analysis.exceeds_memory
     fits = False
     temporary_bytes = None  # not known where the compiler refused the step
     if not exceeds_memory:
         fits = max(peak_bytes, export_bytes) <= target.usable_bytes
-        temporary_bytes = peak_bytes - params_bytes - opt_state_bytes
-    default_bytes = chip.memory_bytes * DEFAULT_MEM_FRAC
-    exceeds_default = peak_bytes > default_bytes
+        temporary_bytes = peak_bytes - params_bytes - opt_state_bytes - analysis.teacher_bytes
     efficiency = chip.efficiency
     return TargetPlan(
         target=target.name,
@@ -200,6 +222,8 @@ def project_target(
         usable_bytes=target.usable_bytes,
         params_bytes=params_bytes,
         opt_state_bytes=opt_state_bytes,
+        teacher_bytes=analysis.teacher_bytes,
+        opt_bytes_per_param=opt_state_bytes / n_params,
         saved_activation_bytes=analysis.saved_activation_bytes,
         gathered_expert_bytes=analysis.gathered_expert_bytes,
         temporary_bytes=temporary_bytes,
@@ -208,7 +232,7 @@ def project_target(
         host_save_bytes=host_state_bytes,
         host_restore_bytes=min(host_state_bytes, checkpoint.CHUNK_BYTES),
         host_export_bytes=export_bytes - params_bytes,
-        needs_mem_fraction=chip.platform == "cuda" and exceeds_default,
+        variables=choose_variables(chip.platform, chip, os.environ),
         flops_per_token=flops_per_token,
         executed_flops_per_token=analysis.executed_flops / batch_tokens,
         loop_body_flops=analysis.loop_body_flops,
@@ -252,12 +276,15 @@ def make_column(plan: TargetPlan) -> dict[str, str]:
     experts = {}
     if plan.gathered_expert_bytes:
         experts["  gathered experts of a layer"] = format_memory(plan.gathered_expert_bytes)
+    teacher = {"teacher": format_memory(plan.teacher_bytes)} if plan.teacher_bytes else {}
     return {
         "method": format_method(plan),
         "devices": f"{plan.n_devices:,}",
         "mesh": format_mesh(plan.mesh),
         "parameters": format_memory(plan.params_bytes),
         "optimizer state": format_memory(plan.opt_state_bytes),
+        **teacher,
+        "  bytes per parameter": f"{plan.opt_bytes_per_param:.3g}",
         "gradients, activations": format_memory(plan.temporary_bytes),
         "  saved activations, about": format_memory(plan.saved_activation_bytes),
         **experts,
@@ -386,6 +413,7 @@ def describe_assumptions(plan: TargetPlan) -> list[str]:
     notes = [
         f"{chip}: matmuls are assumed to run at {low:.0%} to {high:.0%} {plan.efficiency_source}."
     ]
+    notes.append("FLOPs and MFU count each sequence as one document; several take less attention.")
     if chip == "cpu":
         notes.append("cpu: a device stands for one core with 4 GiB.")
     if plan.time_calibration != 1:
@@ -423,11 +451,9 @@ def describe_assumptions(plan: TargetPlan) -> list[str]:
         )
     if plan.experts:
         notes.append(f"{name}: experts run by {plan.experts}.")
-    if plan.fits and plan.needs_mem_fraction:
-        notes.append(
-            f"{name}: needs more than the {DEFAULT_MEM_FRAC:.0%} of a card that JAX takes: "
-            f"set XLA_PYTHON_CLIENT_MEM_FRACTION={MAX_MEM_FRAC}."
-        )
+    if plan.variables:
+        variables = format_variables(plan.variables)
+        notes.append(f"{chip}: jaxpt train sets {variables}.")
     return notes
 
 

@@ -17,6 +17,7 @@ from jaxpt.flops import (
     compute_mean_context,
     count_attention_flops,
     count_flops_per_token,
+    count_forward_flops_per_token,
     count_layer_matmul_params,
 )
 from jaxpt.hardware import Target
@@ -25,7 +26,7 @@ from jaxpt.model.param import ParamSpec, list_param_specs, map_param_specs
 from jaxpt.model.transformer import count_params
 from jaxpt.spec import ModelSpec, Record
 from jaxpt.train import optimizer
-from jaxpt.train.state import find_moment, select_trained
+from jaxpt.train.state import find_sharded, select_trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,8 @@ class StepAnalysis(Record):
     layer_collectives: tuple[LayerCollectives, ...]
     analysis_seconds: float
     experts: str | None = None  # a mixture's kernel, and why; None: not known without compiling
+    teacher_bytes: int = 0  # per device, of the parameters of a frozen teacher
+    teacher_flops_per_token: float = 0.0  # of its forward pass
 
 
 class Roofline(NamedTuple):
@@ -146,10 +149,12 @@ def count_state_bytes(spec: ModelSpec, optim: OptimConfig, param_dtype: str) -> 
     moments = rest = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
         n_bytes = leaf.size * leaf.dtype.itemsize
-        if find_moment(path, leaf, weights):
+        if find_sharded(path, leaf, weights):
             moments += n_bytes
         else:
             rest += n_bytes
+    if optim.average:  # float32, sharded as the moments are
+        moments += 4 * sum(leaf.size for leaf in jax.tree.leaves(trained))
     itemsize = jnp.dtype(param_dtype).itemsize
     params_bytes = 0
     for _, param in list_param_specs(transformer.param_specs(spec)):
@@ -382,6 +387,40 @@ def estimate_step(
         compiler_flops=None,
         layer_collectives=(),
         analysis_seconds=0.0,
+    )
+
+
+def add_teacher(
+    analysis: StepAnalysis, teacher: ModelSpec, train: TrainConfig, seq_len: int
+) -> StepAnalysis:
+    """Return the analysis with the forward pass of a frozen teacher, by rule of thumb.
+
+    Its weights are in the dtype of matmuls, gathered once per micro-batch, and keep nothing for
+    backward: one layer is at work at a time.
+    """
+    share = DeviceShare.from_config(train, seq_len, analysis.mesh)
+    n_bytes, tokens = share.compute_bytes, share.microbatch_tokens
+    n_params = count_params(teacher)
+    own_bytes = round(n_params * share.compute_weight_frac(teacher) * n_bytes)
+    gathered = share.count_gathered_params(teacher)
+    received = gathered * (1 - 1 / share.n_fsdp) * n_bytes
+    width = 8 * teacher.d_model + 3 * teacher.active_d_ff / share.n_tensor
+    head = teacher.d_model * teacher.vocab_size / share.n_tensor
+    temporary = round((tokens * width + head) * n_bytes)
+    logits = 4 * teacher.vocab_size / share.n_tensor
+    per_token = teacher.n_layers * 2 * width * n_bytes + logits
+    traffic = 2 * gathered * n_bytes + tokens * per_token
+    flops = count_forward_flops_per_token(teacher, seq_len)
+    return dataclasses.replace(
+        analysis,
+        teacher_bytes=own_bytes,
+        teacher_flops_per_token=flops,
+        restore_bytes=analysis.restore_bytes + own_bytes,
+        peak_bytes=analysis.peak_bytes + own_bytes + temporary,
+        comm_bytes=analysis.comm_bytes + round(share.grad_accum_steps * received),
+        memory_traffic_bytes=analysis.memory_traffic_bytes
+        + round(share.grad_accum_steps * traffic),
+        executed_flops=analysis.executed_flops + train.batch_size * seq_len * flops,
     )
 
 

@@ -190,19 +190,23 @@ def list_layouts(spec: ModelSpec, settings: Config, target: Target) -> list[Layo
     # axes that the config leaves open stay open: one recipe for any number of devices
     open_axes = {axis: -1 for axis, size in sizes.items() if size == -1}
     state = roofline.count_state_bytes(spec, settings.optim, settings.initialize.param_dtype)
+    teaching = cost.resolve_teaching(settings)
+    teacher = teaching.spec if teaching else None
+    models = [model for model in (spec, teacher) if model]
     layouts = []
     for mesh in iterate_meshes(spec, seq_len, target):
         shape = dataclasses.asdict(mesh)
         mesh = dataclasses.replace(mesh, **open_axes)
         for grad_accum_steps in list_divisors(batch_size):
-            if not can_shard(shape, spec, batch_size, grad_accum_steps, seq_len):
+            batch = (batch_size, grad_accum_steps, seq_len)
+            if not all(can_shard(shape, model, *batch) for model in models):
                 continue
             for remat in REMAT_POLICIES:
                 train = dataclasses.replace(
                     settings.train, grad_accum_steps=grad_accum_steps, remat=remat
                 )
                 changed = dataclasses.replace(settings, mesh=mesh, train=train)
-                layouts.append(estimate_layout(spec, state, changed, target, shape))
+                layouts.append(estimate_layout(spec, state, changed, target, shape, teacher))
     return layouts
 
 
@@ -234,12 +238,19 @@ def can_shard(
 
 
 def estimate_layout(
-    spec: ModelSpec, state: StateBytes, settings: Config, target: Target, shape: dict[str, int]
+    spec: ModelSpec,
+    state: StateBytes,
+    settings: Config,
+    target: Target,
+    shape: dict[str, int],
+    teacher: ModelSpec | None = None,
 ) -> Layout:
     """Return a layout with its estimated memory and step time."""
     train, seq_len = settings.train, settings.pack.seq_len
     attention = roofline.predict_attention_backend(seq_len, train, settings.mesh, target)
     analysis = roofline.estimate_step(spec, state, train, seq_len, shape, attention)
+    if teacher:
+        analysis = roofline.add_teacher(analysis, teacher, train, seq_len)
     roof = roofline.compute_roofline(analysis, target, train)
     return Layout(settings, analysis, roof.expected_seconds)
 

@@ -176,7 +176,11 @@ def list_facts(run: RunData) -> list[str]:
     seq_lens = {counts.seq_len for counts in run.packed}
     seq_lens = seq_lens or {run.settings.get("pack.seq_len")}
     seq_len = finite_or_none(min(seq_lens, key=str))
-    if batch_size and seq_len and run.metrics.train:
+    schedule = run.settings.get("train.shape_schedule")
+    if isinstance(schedule, list) and schedule:
+        shapes = [f"{format_whole(n)} × {format_whole(length)}" for _, n, length in schedule]
+        facts.append(f"batch {', then '.join(shapes)} tokens")
+    elif batch_size and seq_len and run.metrics.train:
         n_tokens = format_whole(batch_size * seq_len)
         facts.append(
             f"batch {format_whole(batch_size)} × {format_whole(seq_len)} = {n_tokens} tokens"

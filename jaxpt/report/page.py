@@ -19,7 +19,7 @@ import jinja2
 from markupsafe import Markup
 
 from jaxpt import io, stage
-from jaxpt.report import evaluation, growth, head, plan, summary, training
+from jaxpt.report import evaluation, experiment, growth, head, plan, summary, training
 from jaxpt.report.figures import PLOT_ATTRIBUTE, series_color
 from jaxpt.report.format import format_whole
 from jaxpt.report.read import RunData, load_runs
@@ -95,8 +95,12 @@ SECTIONS = (
 FORM_ERRORS = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError)
 
 
-def write_report(directories: Iterable[str | io.Path], output_path: str | io.Path) -> list[RunData]:
-    """Write the page of these run directories, shown in this order.
+def write_report(
+    directories: Iterable[str | io.Path],
+    output_path: str | io.Path,
+    compared: experiment.Experiment | None = None,
+) -> list[RunData]:
+    """Write the page of these run directories, shown in this order, after what they compare.
 
     Returns:
         What was read of each run.
@@ -107,15 +111,20 @@ def write_report(directories: Iterable[str | io.Path], output_path: str | io.Pat
     path = io.path(output_path)
     stage.check_output_path(path, "report.html")
     runs = load_runs(directories)
-    io.write_text(path, render_page(runs))
+    io.write_text(path, render_page(runs, compared))
     return runs
 
 
-def render_page(runs: list[RunData]) -> str:
+def render_page(runs: list[RunData], compared: experiment.Experiment | None = None) -> str:
     """Return the whole HTML. A section without its JSON becomes a sentence at the end."""
     environment = make_environment()
     shown, missing = [], []
-    for section in SECTIONS:
+    sections = SECTIONS
+    if compared:
+        view = experiment.make_experiment(compared)
+        first = ReportSection("Experiment", lambda runs: view, "sweep.json", "jaxpt sweep")
+        sections = (first, *SECTIONS)
+    for section in sections:
         body, problem = render_section(section, runs, environment)
         if body:
             shown.append(ShownSection(section.title, body))

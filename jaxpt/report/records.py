@@ -197,6 +197,16 @@ class Phase(View):
     shares: dict[str, float]  # source -> share of the sequences
 
 
+# ---- sweep.json
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep(View):
+    """The runs of a sweep, the control's first."""
+
+    runs: dict[str, dict[str, Any]]  # directory -> knob -> value
+
+
 # ---- corpus/funnel.json
 
 

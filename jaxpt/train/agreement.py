@@ -29,7 +29,8 @@ from jaxpt.weights.load import list_sources
 Facts = Mapping[str, str]  # name -> value, the same on all processes of a run
 
 # sections that training reads; those of earlier stages are in the data's fingerprint
-SECTIONS = ("pack", "mixture", "model", "initialize", "train", "optim", "lora", "mesh")
+SECTIONS = ("pack", "mixture", "model", "initialize", "train", "optim", "lora", "distill")
+SECTIONS += ("mesh",)
 VARIABLES = ("LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")  # beside JAX_... and XLA_...
 # of one process or host, by nature
 OWN_VARIABLES = (
@@ -101,6 +102,7 @@ def check_data(run: RunContext) -> None:
     for split, dataset in (("train", run.dataset), ("heldout", run.heldout.dataset)):
         for name, source in dataset.sources.items():
             facts[f"{split} sequences of {name}"] = source.fingerprint
+    facts["teacher"] = run.teacher.fingerprint if run.teacher else "none"
     check_same("data", facts)
 
 

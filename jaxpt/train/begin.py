@@ -19,10 +19,12 @@ from jaxpt.growth.new_params import NewParams, find_new_params_through
 from jaxpt.growth.records import NewParamsRecord
 from jaxpt.initialize import InitResult
 from jaxpt.model import transformer
+from jaxpt.model.transformer import Params
 from jaxpt.spec import LoraSpec, Manifest, ModelSpec, UserError
 from jaxpt.stage import read_manifest, read_spec
 from jaxpt.text import format_table
-from jaxpt.train import forgetting, gate, meter, metrics, optimizer, provenance, state
+from jaxpt.train import forgetting, gate, meter, metrics, optimizer, provenance, state, step
+from jaxpt.train.average import init_average
 from jaxpt.train.context import RunContext
 from jaxpt.train.meter import LostWork
 from jaxpt.train.records import CheckpointRecord, TrainProgress
@@ -86,6 +88,7 @@ def read_start(run: RunContext, resumed: io.Path) -> RunStart:
     log.info(f"resumed from {resumed}: step {record.step:,}, {n:,} sequences read")
     log.info(initialize.describe_model(spec))
     check_same_adapters(resumed, spec, run.config.lora)
+    check_same_teacher(resumed, record, run)
     for change in provenance.list_changed_settings(run.run_dir, run.config):
         log.warning(f"changed: {change}")
     warn_of_higher_rate(record, run.config, run.run_dir)
@@ -134,6 +137,28 @@ def init_run(run: RunContext) -> InitialModel:
     return InitialModel(start, state_now, gate.describe_origin(model), is_grown)
 
 
+def copy_reference(run: RunContext, spec: ModelSpec, params: Params) -> Params | None:
+    """Return a copy of the initial parameters for DPO, in the dtype of matmuls; None: not needed.
+
+    A step takes over those that it trains.
+    """
+    if not step.has_reference_params(run.config.train, spec):
+        return None
+    dtype = jnp.dtype(run.config.train.compute_dtype)
+    return jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), params)
+
+
+def load_reference(run: RunContext, spec: ModelSpec) -> Params | None:
+    """Return what `copy_reference` did when the run began, made again from its source."""
+    if not step.has_reference_params(run.config.train, spec):
+        return None
+    config = run.config
+    init = initialize.init_model(
+        config.initialize, config.model, run.mesh, run.dataset, run.measuring_batches
+    )
+    return copy_reference(run, spec, init.model.params)
+
+
 def add_adapters(run: RunContext, model: LoadedModel) -> LoadedModel:
     """Return the model with the adapters of config.lora; without them, the model."""
     adapters = initialize.make_lora_spec(run.config.lora, model.spec)
@@ -156,6 +181,17 @@ def check_same_adapters(resumed: io.Path, spec: ModelSpec, section: LoraConfig) 
         )
 
 
+def check_same_teacher(resumed: io.Path, record: CheckpointRecord, run: RunContext) -> None:
+    """Raise UserError unless a run goes on with the teacher that it began with."""
+    got = run.teacher.fingerprint if run.teacher else None
+    if record.teacher != got:
+        raise UserError(
+            f"distill.teacher: expected {record.teacher or 'none'}, the files with which {resumed} "
+            f"was trained, got {got or 'none'}. Restore them, or go on in another --workdir, with "
+            f"--config.initialize.source={run.run_dir}."
+        )
+
+
 def describe_adapters(lora: LoraSpec | None) -> str:
     """Return the knobs of adapters as text."""
     if lora is None:
@@ -172,7 +208,7 @@ def verify_init(run: RunContext, init: InitResult, parent: LoadedModel) -> None:
         section.grow,
         init.growths,
         run.mesh,
-        seq_len=run.dataset.seq_len,
+        seq_len=run.heldout.seq_len,
         heldout=run.heldout,
         batches=run.measuring_batches,
         moments=section.moments if section.mode == "grow" else "fresh",
@@ -278,6 +314,9 @@ def continue_state(
             restored, grown, config.optim, section.moments, run.mesh, before
         )
         restored = restored._replace(opt_state=opt_state, skip_state=skip_state)
+    if init.growths:  # an average begins anew
+        child = state.make_abstract_state(init.model.spec, config.optim, run.mesh)
+        restored = restored._replace(average=init_average(child.average))
     # growths of train.grow before this step; at this very step only if the source had grown there
     n_growths = 0
     for i, (at, _) in enumerate(config.train.grow):
@@ -304,12 +343,14 @@ def find_new_params(init: InitResult) -> NewParams:
 
 def check_optimizer(record: CheckpointRecord, optim: OptimConfig, source: str) -> None:
     """Raise UserError if a run that goes on has moments of another optimizer."""
-    if record.optimizer not in (None, optim.name):
-        raise UserError(
-            f"optim.name: {source} has moments of {record.optimizer}, which {optim.name} cannot "
-            "use. Set it back, or start from the weights alone in another --workdir, by "
-            f"--config.initialize.source={source}."
-        )
+    for knob, had in (("name", record.optimizer), ("moment_dtype", record.moment_dtype)):
+        has = getattr(optim, knob)
+        if had not in (None, has):
+            raise UserError(
+                f"optim.{knob}: {source} has moments of {had}, which {has} cannot use. Set it "
+                "back, or start from the weights alone in another --workdir, by "
+                f"--config.initialize.source={source}."
+            )
 
 
 def warn_of_higher_rate(record: CheckpointRecord, config: Config, run_dir: io.Path) -> None:
@@ -349,7 +390,7 @@ def is_rate_higher(config: Config, step: int, lr: float | None) -> bool:
 
 def find_rate(config: Config, step: int) -> float:
     """Return the learning rate of a step, counted from 1."""
-    lr_at = optimizer.make_lr_schedule(config.optim, config.train.steps)
+    lr_at = optimizer.make_lr_schedule(config.optim, config.train)
     return float(lr_at(jnp.int32(step - 1)))
 
 

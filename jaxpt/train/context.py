@@ -19,17 +19,19 @@ from jaxpt.growth.growth import ReadBatches
 from jaxpt.sharding import check_batch_divides
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.text import name_some
-from jaxpt.train import gate, optimizer, webhook, writers
+from jaxpt.train import gate, optimizer, shapes, webhook, writers
+from jaxpt.train.step import Teaching
+from jaxpt.train.teacher import Teacher, open_teacher
 
 if TYPE_CHECKING:
     from jaxpt.evaluate.harness import Benchmarks
 
 log = logging.getLogger(__name__)
 
-EstimateCost = Callable[[ModelSpec], DeviceCost]
+EstimateCost = Callable[[ModelSpec, int], DeviceCost]  # of a spec and a sequence length
 
 
-def no_cost(spec: ModelSpec) -> DeviceCost:
+def no_cost(spec: ModelSpec, seq_len: int) -> DeviceCost:
     """Return an unknown cost."""
     return DeviceCost()
 
@@ -49,6 +51,7 @@ class RunContext:
         measuring_batches: reads the training batches that growth measures on.
         estimate_device_cost: what a device costs and can do for a model, for MFU and money.
         started: time.monotonic() at the start, from which time and money count.
+        teacher: that the run learns from, if there is one.
         lock: on the run directory, where this process holds it.
     """
 
@@ -62,7 +65,18 @@ class RunContext:
     measuring_batches: ReadBatches
     estimate_device_cost: EstimateCost
     started: float
+    teacher: Teacher | None = None
     lock: io.Lock | None = None
+
+    @property
+    def teaching(self) -> Teaching | None:
+        """How a step learns from the teacher, if there is one."""
+        return self.teacher.teaching if self.teacher else None
+
+    def estimate_cost(self, spec: ModelSpec, seq_len: int) -> DeviceCost:
+        """Return what a device costs and can do for a model and the teacher's forward pass."""
+        cost = self.estimate_device_cost(spec, seq_len)
+        return self.teacher.add_cost(cost, seq_len) if self.teacher else cost
 
 
 def open_run(
@@ -78,7 +92,7 @@ def open_run(
 
     Raises:
         UserError: their length is not pack.seq_len, or there is no such optimizer, or
-            wandb is asked for and not installed.
+            wandb is asked for and not installed, or the teacher is not of these sequences.
     """
     optimizer.check_name(config.optim)
     if config.train.wandb_project:
@@ -90,9 +104,12 @@ def open_run(
             f"pack.seq_len: expected {dataset.seq_len}, as the packed sequences have, got "
             f"{config.pack.seq_len}. Set it to that, or pack again."
         )
+    check_pairs(config, dataset)
     train, mask = config.train, config.mixture.document_mask
-    check_batch_divides(mesh, train.batch_size, train.grad_accum_steps, dataset.seq_len)
-    heldout = gate.HeldoutData(packed, train, mask, mesh)
+    for shape in shapes.list_shapes(config).values():
+        check_batch_divides(mesh, shape.batch_size, train.grad_accum_steps, shape.seq_len)
+    seq_len = shapes.find_shape(config, 0).seq_len
+    heldout = gate.HeldoutData(packed, train, mask, mesh, seq_len)
     missing = sorted(dataset.n_sequences.keys() - heldout.dataset.n_sequences.keys())
     if missing:
         log.warning(
@@ -107,11 +124,32 @@ def open_run(
         benchmarks=open_benchmarks(train, packed),
         dataset=dataset,
         heldout=heldout,
-        measuring_batches=measure.make_measuring_batches(packed, train.batch_size, mask, mesh),
+        measuring_batches=measure.make_measuring_batches(
+            packed, train.batch_size, mask, mesh, seq_len
+        ),
         estimate_device_cost=estimate_device_cost,
         started=started or time.monotonic(),
+        teacher=open_teacher(config, dataset, mesh),
         lock=lock,
     )
+
+
+def check_pairs(config: Config, dataset: loader.PackedDataset) -> None:
+    """Raise UserError unless data of preference pairs and train.dpo_beta come together."""
+    has_pairs = {name: counts.n_pairs > 0 for name, counts in dataset.counts.items()}
+    beta = config.train.dpo_beta
+    wrong = sorted(name for name, has in has_pairs.items() if has != (beta > 0))
+    if wrong and beta:
+        raise UserError(
+            f"train.dpo_beta: expected packed preference pairs, got other documents in "
+            f"{name_some(wrong)}. Prepare JSON lines with three fields: "
+            "NAME=jsonl:FILE#prompt+chosen+rejected."
+        )
+    if wrong:
+        raise UserError(
+            f"mixture.packed_paths: {name_some(wrong)} holds preference pairs, whose rejected "
+            "answers would be learnt too. Set train.dpo_beta, such as 0.1."
+        )
 
 
 def open_benchmarks(train: TrainConfig, packed: list[str]) -> Benchmarks | None:

@@ -54,6 +54,7 @@ class HeldoutData:
         train: TrainConfig,
         document_mask: bool,
         mesh: jax.sharding.Mesh,
+        seq_len: int | None = None,
     ):
         """Open the held-out split of packed data.
 
@@ -62,8 +63,10 @@ class HeldoutData:
             train: the training loop's knobs: how much is measured, and in what dtype.
             document_mask: whether a document sees only itself.
             mesh: the devices.
+            seq_len: of the parts that rows are cut into; None: they stay whole.
         """
         self.dataset = loader.open_packed(packed, split="heldout")
+        self.seq_len = seq_len or self.dataset.seq_len
         self.n_sequences = train.eval_sequences
         self.compute_dtype = train.compute_dtype
         self.document_mask = document_mask
@@ -101,8 +104,13 @@ class HeldoutData:
         """Yield sharded batches of n evenly spaced sequences of a source."""
         place = make_batch_sharding(self.mesh)
         return loader.iterate_heldout_batches(
-            self.dataset, name, place, batch_size, n_sequences, self.document_mask
+            self.dataset, name, place, batch_size, n_sequences, self.document_mask, self.seq_len
         )
+
+    def cut_to(self, length: int) -> None:
+        """Measure on the longest equal parts of rows that are no longer than `length`."""
+        row = self.dataset.seq_len
+        self.seq_len = max(n for n in range(1, min(row, length) + 1) if row % n == 0)
 
     def round_batch_size(self, n: int) -> int:
         """Return the next number of sequences that the mesh shards evenly."""
@@ -116,6 +124,7 @@ class HeldoutData:
             "fingerprint": self.dataset.fingerprint,
             "n_sequences": self.n_sequences,
             "document_mask": self.document_mask,
+            "seq_len": self.seq_len,
         }
 
     def find_recorded_losses(self, record: dict[str, Any]) -> dict[str, float]:
@@ -147,10 +156,11 @@ def check_parent(
     """Check weights from elsewhere before they grow, as those of any start, if there is data.
 
     A child that fails the check later then fails by its growth. A parent whose vocabulary changes
-    cannot read the data.
+    cannot read the data, and one whose context grows is measured on shorter parts of it.
     """
     if heldout is None:
         return
+    heldout.cut_to(min(heldout.seq_len, parent.spec.max_seq_len))
     if any(parse_operator(text).operator is new_tokenizer for text in section.grow):
         return
     check_initial_loss(
@@ -176,6 +186,7 @@ def check_initial_loss(
     record: dict[str, Any],
     grown: bool,
     parent_loss: dict[str, float] | None = None,
+    knob: str = "initialize.source",
 ) -> dict[str, float]:
     """Return the held-out losses of a model with weights from elsewhere, before its first update.
 
@@ -190,6 +201,7 @@ def check_initial_loss(
         grown: whether it grew since: it may have to relearn its function, so a failure is only
             logged.
         parent_loss: of the parent that it grew from, on the same sequences, where known.
+        knob: that names the model, for the error.
 
     Raises:
         UserError: naming the loss, what it was compared with, the likely cause and what to do.
@@ -220,7 +232,7 @@ def check_initial_loss(
     name, bound = judgement.source, judgement.bound
     cause = find_likely_cause(heldout, name, spec, params, tokenizer, bound, fails)
     if cause:
-        raise UserError(f"initialize.source: {finding}. Most likely {cause}.")
+        raise UserError(f"{knob}: {finding}. Most likely {cause}.")
     return losses
 
 

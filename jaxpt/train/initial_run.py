@@ -199,7 +199,11 @@ class ShortTraining:
         """
         train, mixture = self.config.train, self.config.mixture
         optim = dataclasses.replace(
-            self.config.optim, schedule="constant", warmup_frac=0.25, lr_multipliers=()
+            self.config.optim,
+            schedule="constant",
+            warmup_frac=0.25,
+            lr_multipliers=(),
+            average=0.0,
         )
         dataset = loader.open_packed(self.packed)
         schedule = MixtureSchedule(mixture, dataset.n_sequences, train.batch_size)

@@ -23,6 +23,7 @@ from jaxpt.train.hooks.hook import Hook
 from jaxpt.train.hooks.log import Log
 from jaxpt.train.hooks.profile import Profile
 from jaxpt.train.hooks.replay import Replay
+from jaxpt.train.hooks.reshape import Reshape
 from jaxpt.train.hooks.skip import Skip
 from jaxpt.train.hooks.validate import Validate
 from jaxpt.train.meter import describe_goodput
@@ -99,6 +100,7 @@ def make_hooks(session: Session) -> list[Hook]:
     settings = session.run.config.train
     return [
         Grow(settings.grow),
+        Reshape(),
         Profile(settings.profile_steps),
         Skip(),
         Log(settings.log_every),

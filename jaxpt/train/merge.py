@@ -1,7 +1,8 @@
 """Merge checkpoints of one architecture into the weights of a new start: mean, linear, spherical.
 
 The mean over the constant-rate phase of a run comes near to what a decay of the learning rate would
-give, without one (2505.12082, 2507.17634). Spherical interpolation is that of mergekit's slerp.
+give, without one (2505.12082, 2507.17634); `write_average` takes the one that the run made itself.
+Spherical interpolation is that of mergekit's slerp.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import dataclasses
 import logging
 import math
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from jaxpt import config, initialize, io, sharding, stage
 from jaxpt.model import transformer
 from jaxpt.model.param import ParamSpec, map_param_specs
 from jaxpt.spec import ModelSpec, UserError
+from jaxpt.train import average
 from jaxpt.train.initial_run import save_initial_model
 from jaxpt.weights import checkpoint, load
 
@@ -56,36 +58,86 @@ def merge_checkpoints(
     spec, tokenizer = check_alike(directories)
     factors = list(weights or [1.0] * len(directories))
 
+    def merge(path: tuple[str, ...], param: ParamSpec) -> np.ndarray:
+        name = "/".join((checkpoint.PARAMS, *path))
+        arrays = (checkpoint.read_array(directory, name) for directory in directories)
+        if slerp is None:
+            return mix_linear(arrays, factors)
+        first, second = arrays
+        return mix_spherical(first, second, slerp, param.n_stacked)
+
+    settings = {"weights": factors, "slerp": slerp}
+    write_model("merge", out, directories, spec, tokenizer, merge, settings, replace)
+
+
+def write_average(source: io.Path, out: io.Path, replace: bool = False) -> None:
+    """Write a run directory at step 0 with the weights that a run averaged (optim.average).
+
+    Args:
+        source: the run (its newest checkpoint) or a checkpoint.
+        out: the directory.
+        replace: overwrite what `out` holds.
+
+    Raises:
+        UserError: the checkpoint has no average.
+    """
+    directory = checkpoint.locate_checkpoint(source)
+    spec, tokenizer = check_alike([directory])
+    stored = checkpoint.read_array_metadata(directory)
+    count = f"{checkpoint.AVERAGE}/{average.COUNT}"
+    n_averaged = int(checkpoint.read_array(directory, count)) if count in stored else 0
+    if not n_averaged:
+        raise UserError(
+            f"{directory}: holds no averaged weights. Train with optim.average, and take a "
+            "checkpoint of the constant-rate phase or after it."
+        )
+    log.info(f"average: {n_averaged:,} steps of {directory}")
+
+    def read(path: tuple[str, ...], param: ParamSpec) -> np.ndarray:
+        for kind, divisor in ((average.SUM, n_averaged), (average.EMA, 1)):
+            name = "/".join((checkpoint.AVERAGE, kind, *path))
+            if name in stored:
+                return checkpoint.read_array(directory, name) / np.float32(divisor)
+        return checkpoint.read_array(directory, "/".join((checkpoint.PARAMS, *path)))  # frozen
+
+    write_model("average", out, [directory], spec, tokenizer, read, {}, replace)
+
+
+def write_model(
+    name: str,
+    out: io.Path,
+    directories: Sequence[io.Path],
+    spec: ModelSpec,
+    tokenizer: str | None,
+    make: Callable[[tuple[str, ...], ParamSpec], np.ndarray],
+    settings: dict[str, Any],
+    replace: bool,
+) -> None:
+    """Write a run directory at step 0 with weights made one by one from checkpoints."""
+
     def work(run: pathlib.Path) -> dict[str, Any]:
         mesh = sharding.make_mesh(config.MeshConfig())
 
-        def merge(path: tuple[str, ...], param: ParamSpec, leaf: jax.ShapeDtypeStruct) -> Any:
-            name = "/".join((checkpoint.PARAMS, *path))
-            arrays = (checkpoint.read_array(directory, name) for directory in directories)
-            if slerp is None:
-                merged = mix_linear(arrays, factors)
-            else:
-                first, second = arrays
-                merged = mix_spherical(first, second, slerp, param.n_stacked)
-            return jax.device_put(merged.astype(leaf.dtype), leaf.sharding)
+        def put(path: tuple[str, ...], param: ParamSpec, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+            return jax.device_put(make(path, param).astype(leaf.dtype), leaf.sharding)
 
         abstract = transformer.make_abstract_params(spec, mesh)
-        params = map_param_specs(merge, transformer.param_specs(spec), abstract)
+        params = map_param_specs(put, transformer.param_specs(spec), abstract)
         tokenizer_dir = load.find_tokenizer_dir(directories[0])
         local = io.local_copy(tokenizer_dir) if tokenizer_dir else None
         model = load.LoadedModel(spec, params, local, directories[0], None, tokenizer, {})
         return save_initial_model(run, initialize.InitResult(model, None, ()))
 
     stage.run_stage(
-        "merge",
+        name,
         out,
         work,
-        config={"weights": factors, "slerp": slerp},
+        config=settings,
         inputs={f"checkpoint/{i}": directory for i, directory in enumerate(directories)},
         replace=replace,
         flag="--to",
     )
-    log.info(f"merge: {out} is ready")
+    log.info(f"{name}: {out} is ready")
 
 
 def check_numbers(n_sources: int, weights: Sequence[float] | None, slerp: float | None) -> None:

@@ -172,16 +172,21 @@ class MetricsLogger:
         return f"step {step:>{len(str(self.n_steps))}}/{self.n_steps}"
 
     def log_heldout(
-        self, step: int, losses: dict[str, float], parent: dict[str, float] | None
+        self,
+        step: int,
+        losses: dict[str, float],
+        parent: dict[str, float] | None,
+        average: dict[str, float] | None = None,
     ) -> None:
-        """Write held-out nats per token by source, and the parent's on the same sequences."""
+        """Write held-out nats per token by source, the parent's and the averaged weights'."""
         sums = vars(self.meter.read())
-        self.write_record(HeldoutMetrics(step, losses, parent or None, **sums))
+        self.write_record(HeldoutMetrics(step, losses, parent or None, average, **sums))
         parts = []
         for name, loss in losses.items():
             part = f"{name} {loss:.4f}"
-            if parent and name in parent:
-                part += f" (parent {parent[name]:.4f})"
+            for label, other in (("parent", parent), ("average", average)):
+                if other and name in other:
+                    part += f" ({label} {other[name]:.4f})"
             parts.append(part)
         for line in break_line(f"{self.format_step(step)}  held-out loss", parts):
             log.info(line)

@@ -18,15 +18,18 @@ import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from jaxpt.config import OptimConfig, check_choice
+from jaxpt.config import OptimConfig, TrainConfig, check_choice
 from jaxpt.growth.moments import ITERATES, PathEntries
 from jaxpt.growth.new_params import NewParams, new_param_mask
 from jaxpt.model import transformer
 from jaxpt.model.param import ParamSpec, ParamSpecs, list_param_specs, map_param_specs
 from jaxpt.model.transformer import Params
 from jaxpt.spec import ModelSpec, UserError
+from jaxpt.train import shapes
+from jaxpt.train.low_precision import pack_moments
 
 MUON_RMS = 0.2  # of an update: Adam's (Moonlight, 2502.16982)
+MIN_FACTORED = 32  # optax's 128 would leave all matrices of heads of 64 whole
 
 
 class OptimizerInputs(NamedTuple):
@@ -52,7 +55,7 @@ class OptimizerInputs(NamedTuple):
 
 def make_adamw(inputs: OptimizerInputs) -> optax.GradientTransformation:
     """Return AdamW (1711.05101)."""
-    adam = scale_by_adam(inputs.optim)
+    adam = scale_by_adam(inputs)
     adam = correct_new_bias(adam, inputs)
     return descend(adam, inputs)
 
@@ -75,7 +78,10 @@ def make_muon(inputs: OptimizerInputs) -> optax.GradientTransformation:
     def scale_like_adam(param: ParamSpec, orthogonal: jax.Array) -> jax.Array:
         n_in = math.prod(param.shape[dim] for dim in param.in_dims)
         n_out = math.prod(param.shape[dim] for dim in param.out_dims)
-        return MUON_RMS * max(n_in, n_out) ** 0.5 * orthogonal
+        # lr_ratio divides by in_ratio: Adam's update has a spectral norm that grows with the width,
+        # and this one with its root (2310.17813)
+        transfer = param.in_ratio**0.5
+        return MUON_RMS * transfer * max(n_in, n_out) ** 0.5 * orthogonal
 
     def matrices(tree: Any) -> Any:
         return map_with_specs(is_matrix, specs, tree)
@@ -93,9 +99,20 @@ def make_muon(inputs: OptimizerInputs) -> optax.GradientTransformation:
         optax.contrib.scale_by_muon(weight_dimension_numbers=cast(Any, dimension_numbers)),
         optax.stateless(scale_all),
     )
-    adam = correct_new_bias(scale_by_adam(inputs.optim), inputs)
+    adam = correct_new_bias(scale_by_adam(inputs), inputs)
     both = optax.chain(optax.masked(muon, matrices), optax.masked(adam, others))
     return descend(both, inputs)
+
+
+def make_adafactor(inputs: OptimizerInputs) -> optax.GradientTransformation:
+    """Return Adafactor (1804.04235) with the rates and the decay of AdamW.
+
+    Mean squares are kept by row and by column. The mean of the updates is kept too, as in
+    2106.04560 (section 3.4), so that learning rates keep their meaning; b1 = 0 saves its memory.
+    """
+    rms = optax.scale_by_factored_rms(min_dim_size_to_factor=MIN_FACTORED)
+    mean = optax.ema(inputs.optim.b1) if inputs.optim.b1 else optax.identity()
+    return descend(optax.chain(rms, optax.clip_by_block_rms(1.0), mean), inputs)
 
 
 # Name -> factory: the valid values of optim.name. A new optimizer is a function and its entry:
@@ -104,12 +121,14 @@ def make_muon(inputs: OptimizerInputs) -> optax.GradientTransformation:
 #         return descend(optax.scale_by_lion(inputs.optim.b1, inputs.optim.b2), inputs)
 #
 # `descend` turns directions into updates. A transformation that applies the learning rate itself,
-# such as schedule_free_adamw, takes inputs.learning_rate and is returned as it is: decay and the
-# warm-up of new parameters are then its own. Either way the step skips bad updates, a moment is
-# sharded and grows as its parameter (growth/moments.py), and the other state is kept.
+# such as schedule_free_adamw, takes inputs.learning_rate and is returned as it is: decay, the
+# ratios of model.base_shape and the warm-up of new parameters are then its own. Either way the step
+# skips bad updates, a moment is sharded and grows as its parameter (growth/moments.py), and the
+# other state is kept.
 OPTIMIZERS: dict[str, Callable[[OptimizerInputs], optax.GradientTransformation]] = {
     "adamw": make_adamw,
     "muon": make_muon,
+    "adafactor": make_adafactor,
 }
 
 
@@ -132,7 +151,10 @@ def make_optimizer(
     check_name(optim)
     specs = transformer.trained_param_specs(spec)
     inputs = OptimizerInputs(optim, specs, new_params, learning_rate, n_updates, n_warmup)
-    return OPTIMIZERS[optim.name](inputs)
+    tx = OPTIMIZERS[optim.name](inputs)
+    if optim.moment_dtype == "params":
+        return tx
+    return pack_moments(tx, optim.moment_dtype, n_updates)
 
 
 def check_name(optim: OptimConfig) -> None:
@@ -149,7 +171,17 @@ def descend(
     if optim.weight_decay:
         decay = optax.add_decayed_weights(optim.weight_decay, mask=decay_mask(inputs.specs))
     scale = optax.scale_by_learning_rate(inputs.learning_rate)
-    return optax.chain(direction, warm_up_new_params(inputs), decay, scale)
+    transferred = optax.stateless(lambda updates, params: transfer_rates(updates, inputs.specs))
+    return optax.chain(direction, transferred, warm_up_new_params(inputs), decay, scale)
+
+
+def transfer_rates(updates: Any, specs: ParamSpecs) -> Any:
+    """Return the updates with each weight's own rate, by model.base_shape; decay comes after."""
+
+    def scale(param: ParamSpec, update: jax.Array) -> jax.Array:
+        return update if param.lr_ratio == 1 else param.lr_ratio * update
+
+    return map_with_specs(scale, specs, updates)
 
 
 def decay_mask(specs: ParamSpecs) -> Params:
@@ -157,29 +189,29 @@ def decay_mask(specs: ParamSpecs) -> Params:
     return map_param_specs(lambda path, param: param.decays, specs)
 
 
-def map_with_specs(function: Callable, specs: ParamSpecs, tree: Any) -> Any:
-    """Return function(ParamSpec, leaf) for the weights that the tree holds."""
+def map_with_specs(function: Callable, specs: ParamSpecs, tree: Any, *others: Any) -> Any:
+    """Return function(ParamSpec, leaves...) for the weights that the trees hold."""
 
-    def call(path: PathEntries, leaf: Any) -> Any:
+    def call(path: PathEntries, *leaves: Any) -> Any:
         param: Any = specs
         for entry in path:
             param = param[entry.key]
-        return function(param, leaf)
+        return function(param, *leaves)
 
-    return jax.tree_util.tree_map_with_path(call, tree)
+    return jax.tree_util.tree_map_with_path(call, tree, *others)
 
 
 # ---- directions
 
 
-def scale_by_adam(optim: OptimConfig) -> optax.GradientTransformation:
+def scale_by_adam(inputs: OptimizerInputs) -> optax.GradientTransformation:
     """Return optax's scale_by_adam, with moments updated in place.
 
     It is bound by memory where a step has few tokens: each moment is read by one loop that writes
     it, and directions are read from the new ones (the barrier). Optax's form makes XLA copy both
     moments first, as three loops read the old ones.
     """
-    b1, b2, eps = optim.b1, optim.b2, optim.eps
+    b1, b2, eps = inputs.optim.b1, inputs.optim.b2, inputs.optim.eps
 
     def init(params: Any) -> optax.ScaleByAdamState:
         mu = jax.tree.map(jnp.zeros_like, params)
@@ -198,17 +230,20 @@ def scale_by_adam(optim: OptimConfig) -> optax.GradientTransformation:
         count = state.count + 1
         mu = jax.tree.map(update_mu, updates, state.mu)
         nu = jax.tree.map(update_nu, updates, state.nu)
-        mu, nu = jax.lax.optimization_barrier((mu, nu))
+        if (
+            inputs.optim.moment_dtype == "params"
+        ):  # packed ones are read and written by one loop anyway
+            mu, nu = jax.lax.optimization_barrier((mu, nu))
         mu_scale = 1 / (1 - b1**count)
         mu_scale = mu_scale.astype(jnp.float32)
         nu_scale = 1 / (1 - b2**count)
         nu_scale = nu_scale.astype(jnp.float32)
 
-        def direction(mu: jax.Array, nu: jax.Array) -> jax.Array:
+        def direction(param: ParamSpec, mu: jax.Array, nu: jax.Array) -> jax.Array:
             corrected = mu_scale * mu
-            return corrected / (jnp.sqrt(nu_scale * nu) + eps)
+            return corrected / (jnp.sqrt(nu_scale * nu) + param.grad_ratio * eps)
 
-        directions = jax.tree.map(direction, mu, nu)
+        directions = map_with_specs(direction, inputs.specs, mu, nu)
         return directions, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)
@@ -373,22 +408,32 @@ def count_warmup_steps(optim: OptimConfig, steps: int) -> int:
     return min(round(optim.warmup_frac * steps), steps - 1)
 
 
-def make_lr_schedule(optim: OptimConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
-    """Return the learning rate as a function of the updates done before: 0 for the first one.
-
-    Updates count from 1, as in torchtitan ("0-indexed step, hence + 1 adjustments",
-    components/lr_scheduler.py) and in the formula of 2405.18392: update n of a warm-up of N has
-    peak_lr x n / N, so that the first one moves the weights and the last one has peak_lr. Then wsd
-    stays and falls linearly over the last decay_frac of the steps, cosine and linear fall all the
-    way. The last update has peak_lr x end_lr_frac.
-    """
-    warmup, end = count_warmup_steps(optim, steps), optim.end_lr_frac
+def find_constant_phase(optim: OptimConfig, steps: int) -> range:
+    """Return the updates between warm-up and decay, counted from 1."""
+    warmup = count_warmup_steps(optim, steps)
     decay_start = warmup
     if optim.schedule == "wsd":
         decay_steps = max(round(steps * optim.decay_frac), 1)
         decay_start = max(steps - decay_steps, warmup)
     elif optim.schedule == "constant":
         decay_start = steps
+    return range(warmup + 1, decay_start + 1)
+
+
+def make_lr_schedule(optim: OptimConfig, train: TrainConfig) -> Callable[[jax.Array], jax.Array]:
+    """Return the learning rate as a function of the updates done before: 0 for the first one.
+
+    Updates count from 1, as in torchtitan ("0-indexed step, hence + 1 adjustments",
+    components/lr_scheduler.py) and in the formula of 2405.18392: update n of a warm-up of N has
+    peak_lr x n / N, so that the first one moves the weights and the last one has peak_lr. Then wsd
+    stays and falls linearly over the last decay_frac of the steps, cosine and linear fall all the
+    way. The last update has peak_lr x end_lr_frac. train.shape_schedule multiplies it by factors
+    of its own, see optim.batch_power.
+    """
+    steps = train.steps
+    factors = shapes.list_rate_factors(train, optim.batch_power)
+    warmup, end = count_warmup_steps(optim, steps), optim.end_lr_frac
+    decay_start = find_constant_phase(optim, steps).stop - 1
     decay_steps = max(steps - decay_start, 1)
 
     def lr_at(n_updates: jax.Array) -> jax.Array:
@@ -400,6 +445,9 @@ def make_lr_schedule(optim: OptimConfig, steps: int) -> Callable[[jax.Array], ja
         if optim.schedule == "cosine":
             fall = (1 + jnp.cos(jnp.pi * progress)) / 2
         above_end = (1 - end) * fall
-        return optim.peak_lr * rise * (end + above_end)
+        factor = 1.0
+        for start, of_shape in factors:
+            factor = jnp.where(n_updates >= start, of_shape, factor)
+        return factor * optim.peak_lr * rise * (end + above_end)
 
     return lr_at

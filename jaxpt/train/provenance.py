@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 from typing import Any
 
 import jax
 
-from jaxpt import io, stage
+from jaxpt import io, stage, xla_settings
 from jaxpt.config import Config
 from jaxpt.data.mixture import MixtureSchedule
 from jaxpt.spec import ModelSpec, UserError
@@ -19,7 +20,7 @@ from jaxpt.train.records import StartRecord
 log = logging.getLogger(__name__)
 
 # What decides the result of a run. Another mesh does not (law 3), nor do the other sections.
-RESULT_SECTIONS = ("mixture", "model", "initialize", "train", "optim", "lora")
+RESULT_SECTIONS = ("mixture", "model", "initialize", "train", "optim", "lora", "distill")
 
 
 WATCHING_KNOBS = ("wandb_project", "prometheus_file", "profile_steps")  # of section train
@@ -88,6 +89,7 @@ def write_run_provenance(run: RunContext, spec: ModelSpec, at_step: int) -> None
         n_processes=jax.process_count(),
         n_devices=run.mesh.size,
         device_kind=run.mesh.devices.flat[0].device_kind,
+        variables=xla_settings.list_variables(os.environ),
     )
     line = json.dumps(start.to_json())
     run_dir = run.run_dir

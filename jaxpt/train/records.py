@@ -79,6 +79,7 @@ class HeldoutMetrics(RunSums):
     step: int
     heldout_loss: dict[str, float]  # source -> nats per token
     parent_loss: dict[str, float] | None = None  # the parent's on the same sequences
+    average_loss: dict[str, float] | None = None  # of the averaged weights
     kind: str = "heldout"
 
 
@@ -155,6 +156,7 @@ class StartRecord(Record):
     n_processes: int
     n_devices: int  # over all processes
     device_kind: str  # JAX's name
+    variables: dict[str, str]  # of the environment, for XLA and JAX
 
 
 # ---- checkpoints
@@ -181,6 +183,7 @@ class HeldoutRecord(Record):
     fingerprint: str  # of the held-out sequences
     n_sequences: int  # per source, at most
     document_mask: bool
+    seq_len: int  # of the parts that rows are cut into
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +203,8 @@ class CheckpointRecord(Record):
     data_fingerprint: str | None = None  # of the packed sequences
     mixture_seed: int | None = None
     optimizer: str | None = None  # optim.name
+    teacher: str | None = None  # fingerprint of its files; None: there is none
+    moment_dtype: str | None = None  # optim.moment_dtype
     lr: float | None = None  # of the last step
     new_params: NewParamsRecord | None = None
     parent_loss: dict[str, float] | None = None  # source -> the parent's held-out nats per token

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 import jax
 
 from jaxpt import doctor, io, stage
-from jaxpt.config import Config, InitializeConfig
+from jaxpt.config import Config
 from jaxpt.data.storage import open_storage
 from jaxpt.spec import UserError
 from jaxpt.stage import read_manifest
-from jaxpt.train import provenance
+from jaxpt.train import provenance, teacher
 from jaxpt.train.records import CheckpointRecord, TrainCounts
 from jaxpt.train.session import Session
 from jaxpt.weights.load import list_sources
@@ -28,24 +28,26 @@ Input = dict[str, str]  # path and fingerprint
 
 def make_request(config: Config, packed: list[str]) -> stage.StageRequest:
     """Return what a run is asked for: settings, inputs and seed, wherever the inputs are."""
-    inputs = find_inputs(config.initialize, packed)
+    inputs = find_inputs(config, packed)
     settings = provenance.result_config(config)
-    del settings["initialize"]["source"]
+    del settings["initialize"]["source"], settings["distill"]["teacher"]
     return stage.StageRequest("train", settings, inputs, config.mixture.seed)
 
 
-def find_inputs(section: InitializeConfig, packed: list[str]) -> dict[str, Input]:
-    """Return path and fingerprint of what a run reads: its source of weights and its data.
+def find_inputs(config: Config, packed: list[str]) -> dict[str, Input]:
+    """Return path and fingerprint of what a run reads: data, source of weights, teacher.
 
     An adapter's base is a source of weights too.
     """
+    section = config.initialize
     inputs = {}
     for i, path in enumerate(packed):
         found = open_storage(path).manifest.fingerprint
         inputs[f"packed/{i}"] = {"path": path, "fingerprint": found}
-    if section.source == "random":
-        return inputs
-    for name, directory in list_sources(section.source, "initialize", section.base).items():
+    sources = teacher.list_inputs(config.distill)
+    if section.source != "random":
+        sources |= list_sources(section.source, "initialize", section.base)
+    for name, directory in sources.items():
         found = stage.fingerprint_path(directory)
         inputs[name] = {"path": str(directory), "fingerprint": found}
     return inputs

@@ -21,8 +21,10 @@ from jaxpt.growth.growth import Parent
 from jaxpt.growth.parse import plan_growth
 from jaxpt.model import loss
 from jaxpt.model.kernels import select, select_experts
+from jaxpt.model.transformer import Params
 from jaxpt.spec import Batch, ModelSpec, UserError
-from jaxpt.train import agreement, begin, distributed, gate, provenance, state, step
+from jaxpt.train import agreement, begin, distributed, gate, provenance, shapes, state, step
+from jaxpt.train import teacher as teachers
 from jaxpt.train.begin import InitialModel, RunStart
 from jaxpt.train.context import RunContext
 from jaxpt.train.meter import LostWork, Meter, SignOfLife
@@ -34,6 +36,7 @@ from jaxpt.train.metrics import (
     find_most_read,
 )
 from jaxpt.train.records import RunSums, TrainProgress
+from jaxpt.train.shapes import StepShape, find_largest
 from jaxpt.train.state import TrainState
 from jaxpt.train.webhook import Webhook
 from jaxpt.weights import checkpoint
@@ -66,6 +69,7 @@ def start_session(run: RunContext) -> Session:
 def resume_session(run: RunContext, directory: io.Path, lost: LostWork = LostWork()) -> Session:
     """Return the session that a checkpoint of the run continues."""
     session = Session(run, begin.read_start(run, directory), lost)
+    session.reference = begin.load_reference(run, session.spec)
     # the checkpoint is read while the step is compiled, or read from the cache
     with session.explain_start(), concurrent.futures.ThreadPoolExecutor(1) as executor:
         compiled = executor.submit(session.compile_step)
@@ -83,13 +87,18 @@ def resume_session(run: RunContext, directory: io.Path, lost: LostWork = LostWor
 
 def init_session(run: RunContext, lost: LostWork = LostWork()) -> Session:
     """Return a new session, after a warm-up step and a check of weights from elsewhere."""
+    if run.teacher:
+        run.teacher.check(run.heldout)
     initial = begin.init_run(run)
     session = Session(run, initial.start, lost)
+    session.reference = begin.copy_reference(run, session.spec, initial.state.params)
     with session.explain_start():
-        session.train_step = session.compile_step()
-        agreement.wait_for_compilation()
-        batch = session.make_abstract_batch()
-        session.state = step.run_warmup_step(session.train_step, initial.state, batch)
+        session.state = initial.state
+        for shape in reversed(session.list_next_shapes()):  # the first one is compiled last
+            session.train_step = session.compile_step(shape)
+            agreement.wait_for_compilation()
+            batch = session.make_abstract_batch(shape)
+            session.state = step.run_warmup_step(session.train_step, session.state, batch)
     session.open_logs()
     check_initial_loss(session, initial)
     return session
@@ -105,13 +114,16 @@ class Session:
         spec: the architecture.
         state: weights, optimizer and skip state.
         train_step: the compiled (state, batch) -> (state, scalars).
+        compiled: shape -> train step, of the model as it is.
+        batch_shape: of the batches that are read.
+        reference: parameters of the model that DPO compares with, if it is no part of this one.
         new_params: what the last growth added.
         parent_loss: source -> the parent's held-out nats per token; None where unknown.
         mixture: in force: as configured, or as replay changed it.
         schedule: which sequence is read when.
         batches: from the position on.
         step: updates done or skipped.
-        n_sequences: read.
+        n_sequences: packed ones, read.
         n_growths: of train.grow, done.
         loss_sum: nats since the last log line, of the steps collected.
         n_targets: trained on since the last log line, likewise.
@@ -135,6 +147,7 @@ class Session:
     webhook: Webhook
 
     sign: SignOfLife | None = None
+    reference: Params | None = None
 
     def __init__(self, run: RunContext, start: RunStart, lost: LostWork):
         """Take a position over. Raise UserError if it does not fit the run."""
@@ -159,33 +172,39 @@ class Session:
         self.exit_status: int | None = None
         self.dispatched = 0.0
         self.failure = ""
-        cost = run.estimate_device_cost(start.spec)
+        self.compiled: dict[StepShape, Any] = {}
+        self.batch_shape = self.shape
+        run.heldout.seq_len = self.shape.seq_len
+        cost = run.estimate_cost(start.spec, self.shape.seq_len)
         self.meter = Meter(
             lost.add_to(start.progress.sums, cost),
             started=run.started,
             n_devices=run.mesh.size,
             cost=cost,
         )
-        self.check_sizes()
         self.schedule = self.make_schedule(list(start.progress.data_history))
         self.batches = self.read_batches()
         self.check_growths()
+        teachers.check_vocabulary(run.teacher, self.spec)
         self.log_plan()
 
     # ---- checks
 
-    def check_sizes(self) -> None:
-        """Raise UserError if the model is not for sequences of this length."""
-        seq_len = self.run.dataset.seq_len
-        if seq_len > self.spec.max_seq_len:
-            raise UserError(
-                f"pack.seq_len: expected at most {self.spec.max_seq_len}, the model's max_seq_len, "
-                f"got sequences of {seq_len} tokens. Pack shorter ones."
-            )
+    def check_lengths(self, spec: ModelSpec, first: int, stop: int) -> None:
+        """Raise UserError if a model is not for the sequences of the steps after `first`."""
+        config = self.run.config
+        for start, shape in shapes.list_shapes(config).items():
+            is_read = start < stop and (start >= first or shape == shapes.find_shape(config, first))
+            if is_read and shape.seq_len > spec.max_seq_len:
+                raise UserError(
+                    f"pack.seq_len: expected at most {spec.max_seq_len}, the model's max_seq_len, "
+                    f"got sequences of {shape.seq_len} tokens after step {max(start, first)}. Pack "
+                    "shorter ones, or grow by extend_context(length=..., theta=...)."
+                )
 
     def check_growths(self) -> None:
         """Raise UserError for a growth to come whose step has passed or that cannot be made."""
-        spec = self.spec
+        spec, done = self.spec, self.step
         for at, text in self.run.config.train.grow[self.n_growths :]:
             if at < self.step:
                 raise UserError(
@@ -193,8 +212,10 @@ class Session:
                     f"grow after step {at}, which has passed. Use a later step, or grow it into "
                     "another --workdir with initialize.source and initialize.grow."
                 )
-            spec = plan_growth(text, Parent(spec)).child
+            self.check_lengths(spec, done, at)
+            spec, done = plan_growth(text, Parent(spec)).child, at
             sharding.check_model_divides(self.run.mesh, spec)
+        self.check_lengths(spec, done, self.run.config.train.steps)
 
     def log_plan(self) -> None:
         """Log mesh, batch, data and the fast paths of the step."""
@@ -203,19 +224,20 @@ class Session:
         shape = ", ".join(sizes) or "no sharding"
         kind = mesh.devices.flat[0].device_kind
         log.info(f"mesh: {mesh.size} {kind} device{'s' if mesh.size > 1 else ''}, {shape}")
-        seq_len = self.run.dataset.seq_len
-        log.info(f"batch: {train.batch_size} sequences x {seq_len} tokens per step")
+        for start, shape in shapes.list_shapes(self.run.config).items():
+            when = f" after step {start:,}" if start else ""
+            log.info(f"batch: {shape.batch_size} sequences x {shape.seq_len} tokens per step{when}")
         epochs = format_epochs(self.schedule.compute_epochs(self.n_sequences_at_end))
         log.info(f"data: {train.steps:,} steps: {epochs}")
-        log_fast_paths(self.spec, train, seq_len, mesh)
+        log_fast_paths(self.spec, self.train_settings(self.shape), self.shape.seq_len, mesh)
 
     # ---- data
 
     @property
     def n_sequences_at_end(self) -> int:
-        """Return how many sequences the run will have read after its last step."""
-        train = self.run.config.train
-        return self.n_sequences + (train.steps - self.step) * train.batch_size
+        """Return how many packed sequences the run will have read after its last step."""
+        n_tokens = shapes.count_tokens(self.run.config, self.step)
+        return self.n_sequences + n_tokens // self.run.dataset.seq_len
 
     def make_schedule(self, history: list[MixturePhase]) -> MixtureSchedule:
         """Return the order of sequences, from the position on.
@@ -226,11 +248,12 @@ class Session:
         schedule = MixtureSchedule(
             self.mixture,
             self.run.dataset.n_sequences,
-            self.run.config.train.batch_size,
+            self.shape.count_rows(self.run.dataset.seq_len),
             history,
             self.step,
             self.n_sequences,
             self.run.dataset.fingerprint,
+            shapes.list_rows_per_step(self.run.config),
         )
         schedule.check_max_epochs(self.n_sequences_at_end, self.mixture.max_epochs)
         return schedule
@@ -241,9 +264,11 @@ class Session:
             self.run.dataset,
             self.schedule,
             sharding.make_batch_sharding(self.run.mesh),
-            self.run.config.train.batch_size,
+            self.shape.batch_size,
             self.n_sequences,
             self.mixture.document_mask,
+            self.run.teacher.samples if self.run.teacher else None,
+            self.shape.seq_len,
         )
 
     def change_mixture(self, mixture: MixtureConfig) -> None:
@@ -255,6 +280,38 @@ class Session:
         self.batches.close()
         self.batches = self.read_batches()
 
+    # ---- shapes
+
+    @property
+    def shape(self) -> StepShape:
+        """Return the shape of the next step's batch."""
+        return shapes.find_shape(self.run.config, self.step)
+
+    def change_shape(self) -> None:
+        """Read batches of the next step's shape from here on, with a program for them."""
+        run, shape = self.run, self.shape
+        self.batch_shape, run.heldout.seq_len = shape, shape.seq_len
+        self.batches.close()
+        self.batches = self.read_batches()
+        self.meter.cost = run.estimate_cost(self.spec, shape.seq_len)
+        log.info(f"batch: {shape.batch_size} sequences x {shape.seq_len} tokens from here on")
+        self.recompile()
+
+    def list_next_shapes(self) -> list[StepShape]:
+        """Return the shapes, each once, up to the next growth: those of the model as it is."""
+        train = self.run.config.train
+        ends = [at for at, _ in train.grow[self.n_growths :]]
+        end = min([*ends, train.steps])
+        found = [self.shape]
+        for start, shape in shapes.list_shapes(self.run.config).items():
+            if self.step < start < end and shape not in found:
+                found.append(shape)
+        return found
+
+    def train_settings(self, shape: StepShape) -> TrainConfig:
+        """Return the section train with the batch size of a shape."""
+        return dataclasses.replace(self.run.config.train, batch_size=shape.batch_size)
+
     # ---- start
 
     @contextlib.contextmanager
@@ -265,21 +322,37 @@ class Session:
 
     def explain_out_of_memory(self) -> contextlib.AbstractContextManager[None]:
         """Raise a failed allocation as a UserError with the settings that would help."""
-        train, seq_len = self.run.config.train, self.run.dataset.seq_len
-        return distributed.explain_out_of_memory(train, seq_len)
+        train, shape = self.run.config.train, find_largest(self.list_next_shapes())
+        train = dataclasses.replace(train, batch_size=shape.batch_size)
+        return distributed.explain_out_of_memory(train, shape.seq_len)
 
-    def compile_step(self) -> Any:
-        """Return the train step of the model as it is, compiled for the state and any batch."""
-        run, config = self.run, self.run.config
-        built = step.build_step(
-            self.spec,
-            config.train,
-            config.optim,
-            config.pack.seq_len,
-            run.mesh,
-            self.new_params,
-        )
-        return built.lower(self.make_abstract_state(), self.make_abstract_batch()).compile()
+    def compile_step(self, shape: StepShape | None = None) -> Any:
+        """Return the train step of the model as it is, compiled once for a shape; None: the next.
+
+        It takes any state, and any batch of the shape.
+        """
+        run, shape = self.run, shape or self.shape
+        if shape not in self.compiled:
+            train, optim = self.train_settings(shape), run.config.optim
+            built = step.build_step(
+                self.spec, train, optim, shape.seq_len, run.mesh, self.new_params, run.teaching
+            )
+            teacher_model = run.teacher.model if run.teacher else None
+            beside = teacher_model.params if teacher_model else self.reference
+            more = () if beside is None else (beside,)
+            abstract = self.make_abstract_state(), self.make_abstract_batch(shape)
+            compiled = built.lower(*abstract, *more).compile()
+            self.compiled[shape] = lambda state, batch: compiled(state, batch, *more)
+        return self.compiled[shape]
+
+    def recompile(self) -> None:
+        """Take the train step of the model and the shape as they are now."""
+        if self.shape in self.compiled:
+            self.train_step = self.compiled[self.shape]
+            return
+        with self.explain_start():
+            self.train_step = self.compile_step()
+        self.is_new_step = True
 
     def make_abstract_state(self) -> TrainState:
         """Return the state of the model as it is, as ShapeDtypeStructs with shardings."""
@@ -287,11 +360,9 @@ class Session:
         dtype = config.initialize.param_dtype
         return state.make_abstract_state(self.spec, config.optim, self.run.mesh, dtype)
 
-    def make_abstract_batch(self) -> Batch:
+    def make_abstract_batch(self, shape: StepShape) -> Batch:
         """Return a batch as ShapeDtypeStructs with shardings."""
-        config = self.run.config
-        size, seq_len = config.train.batch_size, config.pack.seq_len
-        return step.make_abstract_batch(size, seq_len, self.run.mesh)
+        return step.make_abstract_batch(*shape, self.run.mesh, self.run.teaching)
 
     def open_logs(self) -> None:
         """Write what the run directory tells of its run, and open the metrics."""
@@ -341,12 +412,11 @@ class Session:
             self.is_new_step = False
         else:
             self.state, scalars = self.train_step(self.state, batch)
-        batch_size = self.run.config.train.batch_size
-        self.meter.count_step(batch_size * self.run.dataset.seq_len)
+        self.meter.count_step(self.batch_shape.n_tokens)
         self.on_device.append(scalars)
         self.sums_after.append(self.meter.sums)
         self.step += 1
-        self.n_sequences += batch_size
+        self.n_sequences += self.batch_shape.count_rows(self.run.dataset.seq_len)
         self.collected = []
         self.heldout_losses = None
 

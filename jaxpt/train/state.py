@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any, NamedTuple
 
@@ -12,14 +13,16 @@ from jax.sharding import Mesh
 from jaxpt import io
 from jaxpt.config import OptimConfig
 from jaxpt.growth.growth import Growth
-from jaxpt.growth.moments import PathEntries, find_moment, grow_all_moments
+from jaxpt.growth.moments import PathEntries, find_sharded, grow_all_moments
 from jaxpt.growth.new_params import NewParams, find_new_params
 from jaxpt.model import transformer
 from jaxpt.model.param import subtree_like
 from jaxpt.model.transformer import Params
-from jaxpt.sharding import make_replicated_sharding
+from jaxpt.sharding import fit_sharding, make_replicated_sharding
 from jaxpt.spec import ModelSpec
 from jaxpt.train import optimizer
+from jaxpt.train.average import init_average, make_abstract_average
+from jaxpt.train.low_precision import pack_state, unpack_state
 from jaxpt.weights import checkpoint
 
 log = logging.getLogger(__name__)
@@ -47,12 +50,14 @@ class TrainState(NamedTuple):
         params: nested dict of weights, see model/transformer.py.
         opt_state: the optax chain's state.
         skip_state: SkipState.
+        average: of the weights; None without optim.average.
     """
 
     step: Any
     params: Any
     opt_state: Any
     skip_state: Any
+    average: Any = None
 
 
 def make_abstract_state(
@@ -65,7 +70,8 @@ def make_abstract_state(
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     norm = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
     skip_state = SkipState(norm, count, count)
-    return TrainState(count, params, opt_state, skip_state)
+    average = make_abstract_average(optim, select_trained(spec, params), count)
+    return TrainState(count, params, opt_state, skip_state, average)
 
 
 def make_abstract_opt_state(spec: ModelSpec, optim: OptimConfig, params: Params, mesh: Mesh) -> Any:
@@ -81,8 +87,10 @@ def make_abstract_opt_state(spec: ModelSpec, optim: OptimConfig, params: Params,
     weights = dict(jax.tree_util.tree_leaves_with_path(params))
 
     def with_sharding(path: PathEntries, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        moment = find_moment(path, leaf, weights)
-        sharding = weights[moment.param].sharding if moment else replicated
+        weight = find_sharded(path, leaf, weights)
+        sharding = replicated
+        if weight:
+            sharding = fit_sharding(weights[weight].sharding, leaf.shape)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     tx = optimizer.make_optimizer(optim, spec)
@@ -102,7 +110,8 @@ def state_shardings(state: TrainState) -> TrainState:
 
 def init_state(params: Params, spec: ModelSpec, optim: OptimConfig, mesh: Mesh) -> TrainState:
     """Return a state at step 0 with zero moments. The parameters are taken over, not copied."""
-    target = state_shardings(make_abstract_state(spec, optim, mesh))
+    abstract = make_abstract_state(spec, optim, mesh)
+    target = state_shardings(abstract)
     tx = optimizer.make_optimizer(optim, spec)
 
     def make_rest(params: Params) -> tuple[Any, Any, SkipState]:
@@ -113,18 +122,20 @@ def init_state(params: Params, spec: ModelSpec, optim: OptimConfig, mesh: Mesh) 
     shardings = (target.step, target.opt_state, target.skip_state)
     make = jax.jit(make_rest, out_shardings=shardings)
     step, opt_state, skip_state = make(params)
-    return TrainState(step, params, opt_state, skip_state)
+    return TrainState(step, params, opt_state, skip_state, init_average(abstract.average))
 
 
 def rest_of_state(state: TrainState) -> dict[str, Any]:
-    """Return what a checkpoint stores beside the parameters."""
+    """Return what a checkpoint stores beside the parameters and their average."""
     rest = state._asdict()
-    del rest["params"]
+    del rest["params"], rest["average"]
     return rest
 
 
 def restore_state(directory: io.Path, params: Params, abstract: TrainState) -> TrainState:
     """Return a checkpoint's state around parameters that are already loaded, and perhaps grown.
+
+    An average begins anew where none is stored.
 
     Args:
         directory: the checkpoint.
@@ -132,7 +143,10 @@ def restore_state(directory: io.Path, params: Params, abstract: TrainState) -> T
         abstract: `make_abstract_state` of what is stored.
     """
     rest = checkpoint.restore_tree(directory, checkpoint.TRAIN_STATE, rest_of_state(abstract))
-    return TrainState(params=params, **rest)
+    average = init_average(abstract.average)
+    if average and io.exists(directory / checkpoint.AVERAGE):
+        average = checkpoint.restore_tree(directory, checkpoint.AVERAGE, abstract.average)
+    return TrainState(params=params, average=average, **rest)
 
 
 class GrownState(NamedTuple):
@@ -188,8 +202,8 @@ def grow_opt_state(
 ) -> Any:
     """Return the child's optimizer state, whatever the optimizer.
 
-    Moments grow with their weights. The rest is kept where its shape is (counts), unless the
-    policy is "fresh"; what cannot be kept is initialized again.
+    Moments grow with their weights, packed ones in float32. The rest is kept where its shape is
+    (counts), unless the policy is "fresh"; what cannot be kept is initialized again.
 
     Args:
         opt_state: the parent's.
@@ -199,10 +213,11 @@ def grow_opt_state(
         params: the child's, as ShapeDtypeStructs with shardings.
         mesh: of both.
     """
-    found = dict(jax.tree_util.tree_leaves_with_path(opt_state))
+    whole = dataclasses.replace(optim, moment_dtype="params")
+    found = dict(jax.tree_util.tree_leaves_with_path(unpack_state(opt_state)))
     moments = grow_all_moments(found, grown, policy, mesh)
     found = moments if policy == "fresh" else {**found, **moments}
-    goal = make_abstract_opt_state(grown.child, optim, params, mesh)
+    goal = make_abstract_opt_state(grown.child, whole, params, mesh)
     goal_leaves, structure = jax.tree.flatten(goal)
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(goal)]
     missing = {}
@@ -215,11 +230,20 @@ def grow_opt_state(
 
     def init_missing() -> list[jax.Array]:
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), params)
-        initial = optimizer.make_optimizer(optim, grown.child).init(zeros)
+        initial = optimizer.make_optimizer(whole, grown.child).init(zeros)
         leaves = dict(jax.tree_util.tree_leaves_with_path(initial))
         return [leaves[path] for path in missing]
 
     shardings = [leaf.sharding for leaf in missing.values()]
     initial = jax.jit(init_missing, out_shardings=shardings)()
     found = {**found, **dict(zip(missing, initial, strict=True))}
-    return jax.tree.unflatten(structure, [found[path] for path in paths])
+    child = jax.tree.unflatten(structure, [found[path] for path in paths])
+    if optim.moment_dtype == "params":
+        return child
+    goal = make_abstract_opt_state(grown.child, optim, params, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, goal)
+
+    def pack(child: Any) -> Any:
+        return pack_state(child, params, optim.moment_dtype, 0)
+
+    return jax.jit(pack, out_shardings=shardings)(child)

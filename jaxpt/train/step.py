@@ -6,21 +6,21 @@ The same code trains, and is compiled by the planner for chips that are not here
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxpt.config import OptimConfig, TrainConfig
+from jaxpt.config import DistillConfig, OptimConfig, TrainConfig
 from jaxpt.flops import count_flops_per_token
 from jaxpt.growth.new_params import NewParams
-from jaxpt.model import loss, moe, transformer
+from jaxpt.model import distill, dpo, loss, moe, transformer
 from jaxpt.model.kernels import select, select_experts
 from jaxpt.model.kernels.select import AttentionRequest
 from jaxpt.model.mlp import SideOutputs
-from jaxpt.model.param import replace_subtree
+from jaxpt.model.param import replace_subtree, subtree_like
 from jaxpt.model.transformer import Kernels, Params
 from jaxpt.sharding import (
     make_batch_sharding,
@@ -28,8 +28,9 @@ from jaxpt.sharding import (
     n_shards,
     with_logical_constraint,
 )
-from jaxpt.spec import Batch, ModelSpec, UserError
+from jaxpt.spec import Batch, ModelSpec, TeacherSamples, UserError
 from jaxpt.train import optimizer
+from jaxpt.train.average import add_weights, find_window
 from jaxpt.train.state import (
     SkipState,
     TrainState,
@@ -50,8 +51,30 @@ CPU_FLOPS = 1e11  # FLOP/s that a small model reaches on two cores
 # What a step reports: float32 scalars by name, `n_skipped` and `consecutive_skips` int32. A further
 # one needs no other line: it is logged, stored and plotted under its name.
 Scalars = dict[str, jax.Array]
-# (params, batch) -> (gradients of the summed loss, its sum in nats, side sums)
-GradientFunction = Callable[[Params, Batch], tuple[Params, jax.Array, SideOutputs]]
+# (params, batch, beside) -> (gradients of the summed loss, its sum in nats, side sums); beside is a
+# Lesson, or the parameters of the reference of DPO
+GradientFunction = Callable[..., tuple[Params, jax.Array, SideOutputs]]
+
+
+class Teaching(NamedTuple):
+    """How a step learns from a teacher.
+
+    Attributes:
+        config: of the loss.
+        spec: the teacher's; None: the batches bring its samples.
+        n_samples: per position of those.
+    """
+
+    config: DistillConfig
+    spec: ModelSpec | None = None
+    n_samples: int = 0
+
+
+class Lesson(NamedTuple):
+    """What a step takes of its teacher beside the batch: the KL's weight, its parameters."""
+
+    alpha: jax.Array
+    params: Params | None
 
 
 def build_step(
@@ -61,10 +84,12 @@ def build_step(
     seq_len: int,
     mesh: Mesh,
     new_params: NewParams = NewParams(),
+    teaching: Teaching | None = None,
 ) -> Any:
     """Return the jitted step(state, batch) -> (state, Scalars).
 
-    The state is donated, and returned with the shardings that it came with.
+    The state is donated, and returned with the shardings that it came with. A third argument is the
+    parameters of the teacher, or of DPO's reference unless the base without adapters is that.
 
     Args:
         spec: the architecture.
@@ -73,17 +98,19 @@ def build_step(
         seq_len: of a batch, in tokens.
         mesh: the devices.
         new_params: what the last growth added, for multipliers of old and new and re-warmup.
+        teaching: by a teacher, if there is one.
 
     Raises:
         UserError: the settings do not work on this mesh.
     """
-    sum_gradients = make_gradient_function(spec, train, seq_len, mesh)
-    update = make_update_function(spec, optim, train.steps, new_params, mesh)
+    sum_gradients = make_gradient_function(spec, train, seq_len, mesh, teaching)
+    update = make_update_function(spec, optim, train, new_params, mesh)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
+    def step(state: TrainState, batch: Batch, other: Params | None = None) -> Any:
+        lesson = make_lesson(teaching, state.step, train.steps, other)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            grads, loss_sum, side = sum_gradients(state.params, batch)
-        n_targets = jnp.sum(batch.loss_mask)
+            grads, loss_sum, side = sum_gradients(state.params, batch, lesson or other)
+        n_targets = count_targets(train, batch)
         multipliers = optimizer.lr_multiplier_tree(optim, spec, new_params)
         if multipliers:  # frozen weights are left out of the gradient norm too
             grads = jax.tree.map(drop_frozen, grads, multipliers)
@@ -91,41 +118,103 @@ def build_step(
         grad_norm = per_token * optax.tree.norm(grads)
         is_finite = jnp.isfinite(loss_sum) & jnp.isfinite(grad_norm)
         good = is_finite & ~is_spike(state, grad_norm, train.spike_factor)
-
-        scale = per_token
-        if optim.clip_norm:
-            scale *= jnp.minimum(optim.clip_norm / grad_norm, 1)
+        scale = compute_scale(optim, per_token, grad_norm)
         params, opt_state, lr = update(state, grads, scale, multipliers, good)
         params = move_router_bias(spec, params, side.loads, multipliers, good)
         skips = update_skip_state(state.skip_state, grad_norm, good)
+        average = update_average(spec, optim, train, state, params, good)
         scalars = {
             "loss_sum": loss_sum,  # nats, over the batch, without z-loss
-            "n_targets": n_targets,  # the sum of the loss mask
+            "n_targets": n_targets,  # the sum of the loss mask, or the number of pairs
             "loss": loss_sum / jnp.maximum(n_targets, 1),
             "grad_norm": grad_norm,  # of the mean gradient, before clipping
             "lr": lr,
             "n_skipped": skips.n_skipped,  # since step 0
             "consecutive_skips": skips.consecutive_skips,  # this step included
-            **report_layers(side, params, per_token),
+            **report_layers(side, params, per_token, lesson),
         }
-        return TrainState(state.step + 1, params, opt_state, skips), scalars
+        return TrainState(state.step + 1, params, opt_state, skips, average), scalars
 
-    in_state = state_shardings(make_abstract_state(spec, optim, mesh))
-    in_shardings = (in_state, make_batch_sharding(mesh))
+    others = list_other_shardings(spec, train, teaching, mesh)
+    return jit_step(step, make_abstract_state(spec, optim, mesh), others, mesh)
+
+
+def jit_step(step: Callable, abstract: TrainState, others: list[Any], mesh: Mesh) -> Any:
+    """Return the step, jitted with the shardings of its state and other arguments."""
+    in_state = state_shardings(abstract)
+    in_shardings = (in_state, make_batch_sharding(mesh), *others)
     out = (in_state, make_replicated_sharding(mesh))
     return jax.jit(step, in_shardings=in_shardings, out_shardings=out, donate_argnums=0)
 
 
-def report_layers(side: SideOutputs, params: Params, per_token: jax.Array) -> Scalars:
-    """Return what the feed-forward parts of all layers report, given their side sums."""
+def update_average(
+    spec: ModelSpec,
+    optim: OptimConfig,
+    train: TrainConfig,
+    state: TrainState,
+    params: Params,
+    good: jax.Array,
+) -> Any:
+    """Return the average of the weights after a step, which takes them in its window if good."""
+    window = find_window(optim, train.steps) if optim.average else range(0)
+    n = state.step + 1
+    takes = good & (n >= window.start) & (n < window.stop)
+    return add_weights(state.average, select_trained(spec, params), optim, takes)
+
+
+def has_reference_params(train: TrainConfig, spec: ModelSpec) -> bool:
+    """Return whether a step takes the parameters of a reference, beside the model's own."""
+    return train.dpo_beta > 0 and not spec.lora
+
+
+def count_targets(train: TrainConfig, batch: Batch) -> jax.Array:
+    """Return by what the summed loss of a batch is divided: its targets, or its pairs."""
+    return jnp.sum(dpo.find_pairs(batch) if train.dpo_beta else batch.loss_mask)
+
+
+def list_other_shardings(
+    spec: ModelSpec, train: TrainConfig, teaching: Teaching | None, mesh: Mesh
+) -> list[Any]:
+    """Return the shardings of the teacher's or the reference's parameters, if they are given."""
+    other = spec if has_reference_params(train, spec) else None
+    if teaching:
+        other = teaching.spec
+    return [transformer.make_param_shardings(other, mesh)] if other else []
+
+
+def compute_scale(optim: OptimConfig, per_token: jax.Array, grad_norm: jax.Array) -> jax.Array:
+    """Return what summed gradients are multiplied by: to their mean, clipped to a norm."""
+    scale = per_token
+    if optim.clip_norm:
+        scale *= jnp.minimum(optim.clip_norm / grad_norm, 1)
+    return scale
+
+
+def make_lesson(
+    teaching: Teaching | None, step: jax.Array, n_steps: int, teacher: Params | None
+) -> Lesson | None:
+    """Return what the step after `step` others takes of the teacher; None without one."""
+    if teaching is None:
+        return None
+    first, last = teaching.config.alpha
+    done = jnp.minimum(step / max(n_steps - 1, 1), 1)
+    return Lesson(first + (last - first) * done, teacher)
+
+
+def report_layers(
+    side: SideOutputs, params: Params, per_token: jax.Array, lesson: Lesson | None
+) -> Scalars:
+    """Return what the layers' feed-forward parts and the teacher report, given their side sums."""
     scalars = {name: per_token * total for name, total in side.scalars.items()}
+    if lesson:
+        scalars["alpha"] = lesson.alpha  # weight of the KL
     if side.loads is not None:
         scalars |= moe.measure_routers(params["blocks"], side.loads)
     return scalars
 
 
 def make_update_function(
-    spec: ModelSpec, optim: OptimConfig, n_steps: int, new_params: NewParams, mesh: Mesh
+    spec: ModelSpec, optim: OptimConfig, train: TrainConfig, new_params: NewParams, mesh: Mesh
 ) -> Callable[..., tuple[Params, Any, jax.Array]]:
     """Return update(state, grads, scale, multipliers, good) -> (params, opt_state, lr).
 
@@ -133,8 +222,8 @@ def make_update_function(
     divides and clips them. Multipliers of the learning rate are nested like them, or None. A bad
     step changes nothing.
     """
-    lr_schedule = optimizer.make_lr_schedule(optim, n_steps)
-    n_warmup = optimizer.count_warmup_steps(optim, n_steps)
+    lr_schedule = optimizer.make_lr_schedule(optim, train)
+    n_warmup = optimizer.count_warmup_steps(optim, train.steps)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
 
     def update(
@@ -207,15 +296,14 @@ def drop_frozen(grad: jax.Array, multiplier: jax.Array) -> jax.Array:
 
 
 def make_gradient_function(
-    spec: ModelSpec, train: TrainConfig, seq_len: int, mesh: Mesh
+    spec: ModelSpec, train: TrainConfig, seq_len: int, mesh: Mesh, teaching: Teaching | None = None
 ) -> GradientFunction:
-    """Return a function of (params, batch) -> (gradients of the summed loss, its sum, side sums).
+    """Return a function of (params, batch, beside) -> (gradients of the summed loss, sum, sides).
 
-    Gradients are of the parameters that train. The loss is in nats. The side sums are what the
-    feed-forward parts report. Scalars are times the number of targets, so that their mean over
-    micro-batches weighs each as the loss does.
+    Gradients are of the parameters that train. The sum is of the cross-entropy, in nats. The side
+    sums are what the feed-forward parts and the loss report. Scalars are times the
+    number of targets, so that their mean over micro-batches weighs each as the loss does.
     """
-    dtype = jnp.dtype(train.compute_dtype)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     unroll = 1
     chunk_tokens = loss.ACCELERATOR_CHUNK_TOKENS
@@ -229,36 +317,157 @@ def make_gradient_function(
         )
     chunk_tokens *= n_shards(mesh, "batch") * n_shards(mesh, "position")
     kernels = choose_kernels(spec, train, seq_len, mesh)
+    run_model = make_model_function(train, kernels, unroll)
+    loss_knobs = (train.z_loss_weight, chunk_tokens, spec.logit_softcap)
+    if train.dpo_beta:
+        measure = make_pair_loss(spec, train.dpo_beta, run_model, loss_knobs)
+    else:
+        measure = make_loss_function(train, seq_len, mesh, unroll, loss_knobs, teaching)
 
     def sum_losses(
-        trained: Params, params: Params, batch: Batch
+        trained: Params, params: Params, batch: Batch, beside: Any
     ) -> tuple[jax.Array, tuple[jax.Array, SideOutputs]]:
         params = replace_subtree(params, trained)
-        inputs = batch.tokens, batch.segment_ids, batch.positions
-        hidden, side = transformer.forward(
-            spec, params, *inputs, dtype, train.remat, unroll, kernels
-        )
-        head = transformer.lm_head(spec, params, dtype)
-        targets = batch.targets, batch.loss_mask
-        objective, loss_sum = loss.cross_entropy(
-            hidden, head, *targets, train.z_loss_weight, chunk_tokens, spec.logit_softcap
-        )
-        n_targets = jnp.sum(batch.loss_mask)
+        hidden, head, side = run_model(spec, params, batch)
+        objective, loss_sum, reported = measure(hidden, head, params, batch, beside)
+        n_targets = count_targets(train, batch)
         if side.losses:
             objective += n_targets * sum(side.losses.values())
         scalars = {name: n_targets * value for name, value in side.scalars.items()}
-        return objective, (loss_sum, SideOutputs({}, scalars, side.loads))
+        return objective, (loss_sum, SideOutputs({}, scalars | reported, side.loads))
 
     differentiate = jax.value_and_grad(sum_losses, has_aux=True)
 
-    def sum_gradients(params: Params, batch: Batch) -> tuple[Params, jax.Array, SideOutputs]:
+    def sum_gradients(
+        params: Params, batch: Batch, beside: Any = None
+    ) -> tuple[Params, jax.Array, SideOutputs]:
         trained = select_trained(spec, params)
-        (_, (loss_sum, side)), grads = differentiate(trained, params, batch)
+        (_, (loss_sum, side)), grads = differentiate(trained, params, batch, beside)
         return grads, loss_sum, side
 
     if train.grad_accum_steps == 1:
         return sum_gradients
     return accumulate_gradients(spec, sum_gradients, train.grad_accum_steps)
+
+
+def make_model_function(
+    train: TrainConfig, kernels: Kernels, unroll: int
+) -> Callable[..., tuple[jax.Array, jax.Array, SideOutputs]]:
+    """Return a function of (spec, params, batch) -> hidden states, output head, layers' reports."""
+    dtype = jnp.dtype(train.compute_dtype)
+
+    def run_model(spec: ModelSpec, params: Params, batch: Batch) -> Any:
+        inputs = batch.tokens, batch.segment_ids, batch.positions
+        hidden, side = transformer.forward(
+            spec, params, *inputs, dtype, train.remat, unroll, kernels
+        )
+        return hidden, transformer.lm_head(spec, params, dtype), side
+
+    return run_model
+
+
+def make_pair_loss(
+    spec: ModelSpec, beta: float, run_model: Callable, loss_knobs: tuple[float, int, float | None]
+) -> Callable[..., tuple[jax.Array, jax.Array, Scalars]]:
+    """Return a function of (hidden, head, params, batch, reference) -> DPO's sums, as other losses.
+
+    The default of the reference is the base without adapters.
+    """
+    _, chunk_tokens, softcap = loss_knobs
+    base = spec.replace(lora=None)
+
+    def pair_loss(
+        hidden: jax.Array, head: jax.Array, params: Params, batch: Batch, reference: Params | None
+    ) -> tuple[jax.Array, jax.Array, Scalars]:
+        if reference is None:
+            reference = subtree_like(transformer.param_specs(base), params)
+        expected, its_head, _ = run_model(base, reference, batch)
+        how = batch, chunk_tokens, softcap
+        nats = dpo.compute_target_nats(*jax.lax.stop_gradient((hidden, head)), *how)
+        expected_nats = dpo.compute_target_nats(expected, its_head, *how)
+        pairs = dpo.measure_pairs(nats, expected_nats, batch, beta)
+        # the gradient is that of nats with these weights
+        weighted = batch.targets, pairs.token_weights
+        objective, _ = loss.cross_entropy(hidden, head, *weighted, 0.0, chunk_tokens, softcap)
+        scalars = {"dpo_margin": pairs.margin_sum, "dpo_accuracy": pairs.n_right}
+        return objective, pairs.loss_sum, scalars
+
+    return pair_loss
+
+
+def make_loss_function(
+    train: TrainConfig,
+    seq_len: int,
+    mesh: Mesh,
+    unroll: int,
+    loss_knobs: tuple[float, int, float | None],
+    teaching: Teaching | None,
+) -> Callable[..., tuple[jax.Array, jax.Array, Scalars]]:
+    """Return a function of (hidden, head, params, batch, lesson) -> sums: objective, nats, others.
+
+    Args:
+        train: the training loop's knobs.
+        seq_len: of a batch, in tokens.
+        mesh: the devices.
+        unroll: layers that the model runs per turn of a loop.
+        loss_knobs: weight of the z-loss, tokens per chunk, softcap of the logits.
+        teaching: by a teacher, if there is one.
+    """
+
+    def cross_entropy(
+        hidden: jax.Array, head: jax.Array, params: Params, batch: Batch, _: None
+    ) -> Any:
+        targets = batch.targets, batch.loss_mask
+        return *loss.cross_entropy(hidden, head, *targets, *loss_knobs), {}
+
+    if teaching is None:
+        return cross_entropy
+    run_teacher = make_teacher_function(teaching, train, seq_len, mesh, unroll)
+    divergence = make_divergence(teaching)
+
+    def distillation_loss(
+        hidden: jax.Array, head: jax.Array, params: Params, batch: Batch, lesson: Lesson
+    ) -> Any:
+        teacher = run_teacher(batch, lesson.params)
+        targets = batch.targets, batch.loss_mask
+        *sums, kl_sum = distill.distillation_loss(
+            hidden, head, *targets, teacher, lesson.alpha, divergence, *loss_knobs
+        )
+        return *sums, {"kl": kl_sum}
+
+    return distillation_loss
+
+
+def make_teacher_function(
+    teaching: Teaching, train: TrainConfig, seq_len: int, mesh: Mesh, unroll: int
+) -> Callable[..., tuple[jax.Array, jax.Array] | TeacherSamples]:
+    """Return a function of (batch, params) -> the teacher's hidden states and head, or samples."""
+    spec, dtype = teaching.spec, jnp.dtype(train.compute_dtype)
+    if spec is None:
+
+        def take_samples(batch: Batch, _: None) -> TeacherSamples:
+            assert batch.samples
+            return batch.samples
+
+        return take_samples
+    kernels = choose_kernels(spec, train, seq_len, mesh)
+    unroll = unroll if spec.n_layers % unroll == 0 else 1
+
+    def run(batch: Batch, params: Params) -> tuple[jax.Array, jax.Array]:
+        inputs = batch.tokens, batch.segment_ids, batch.positions
+        hidden, _ = transformer.forward(
+            spec, params, *inputs, dtype, unroll=unroll, kernels=kernels
+        )
+        return hidden, transformer.lm_head(spec, params, dtype)
+
+    return run
+
+
+def make_divergence(teaching: Teaching) -> distill.Divergence:
+    """Return which KL a run takes."""
+    knobs, spec = teaching.config, teaching.spec
+    softcap = spec.logit_softcap if spec else None
+    return distill.Divergence(knobs.temperature, knobs.direction == "reverse", softcap)
 
 
 def choose_unroll(spec: ModelSpec, train: TrainConfig, seq_len: int) -> int:
@@ -282,9 +491,11 @@ def accumulate_gradients(
 ) -> GradientFunction:
     """Return a function that runs `sum_gradients` on one micro-batch after the other."""
 
-    def accumulate(params: Params, batch: Batch) -> tuple[Params, jax.Array, SideOutputs]:
+    def accumulate(
+        params: Params, batch: Batch, beside: Any = None
+    ) -> tuple[Params, jax.Array, SideOutputs]:
         def add(sums: Any, micro_batch: Batch) -> tuple[Any, SideOutputs]:
-            grads, loss_sum, side = sum_gradients(params, micro_batch)
+            grads, loss_sum, side = sum_gradients(params, micro_batch, beside)
             return jax.tree.map(jnp.add, sums, (grads, loss_sum)), side
 
         trained = select_trained(spec, params)
@@ -367,7 +578,8 @@ def run_warmup_step(step: Any, state: TrainState, abstract: Batch) -> TrainState
         positions = jnp.arange(shape[1], dtype=jnp.int32)
         positions = jnp.broadcast_to(positions, shape)
         mask = jnp.full(shape, jnp.nan, jnp.float32)
-        return Batch(zeros, zeros, segment_ids, positions, mask)
+        samples = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract.samples)
+        return Batch(zeros, zeros, segment_ids, positions, mask, samples)
 
     batch = jax.jit(make_batch, out_shardings=abstract.tokens.sharding)()
     kept_step = jnp.copy(state.step)  # the rest is donated
@@ -378,24 +590,31 @@ def run_warmup_step(step: Any, state: TrainState, abstract: Batch) -> TrainState
 
 
 def split_micro_batches(batch: Batch, k: int) -> Batch:
-    """Return [B, T] as [k, B/k, T]. Each device keeps the sequences that it has.
+    """Return [B, T, ...] as [k, B/k, T, ...]. Each device keeps the sequences that it has.
 
     Micro-batch j holds sequences j, j + k, ...
     """
 
     def split(x: jax.Array) -> jax.Array:
-        B, T = x.shape
-        x = x.reshape(B // k, k, T)
+        B, *rest = x.shape
+        x = x.reshape(B // k, k, *rest)
         x = jnp.moveaxis(x, 1, 0)
-        return with_logical_constraint(x, None, "batch", "position")
+        return with_logical_constraint(x, None, "batch", "position", *[None] * (len(rest) - 1))
 
     return jax.tree.map(split, batch)
 
 
-def make_abstract_batch(batch_size: int, seq_len: int, mesh: Mesh) -> Batch:
+def make_abstract_batch(
+    batch_size: int, seq_len: int, mesh: Mesh, teaching: Teaching | None = None
+) -> Batch:
     """Return a batch as ShapeDtypeStructs with shardings, for compiling without data."""
     shape = (batch_size, seq_len)
     sharding = make_batch_sharding(mesh)
     ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-    mask = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
-    return Batch(ids, ids, ids, ids, mask)
+    numbers = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+    samples = None
+    if teaching and not teaching.spec:
+        drawn = (*shape, teaching.n_samples)
+        drawn_ids = jax.ShapeDtypeStruct(drawn, jnp.int32, sharding=sharding)
+        samples = TeacherSamples(drawn_ids, numbers)
+    return Batch(ids, ids, ids, ids, numbers, samples)

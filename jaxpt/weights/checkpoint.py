@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 PyTree = Any  # nested dicts and tuples of jax.Arrays
 PARAMS = "params"
 TRAIN_STATE = "train_state"
+AVERAGE = "average"  # of the weights; only in a run with optim.average
 # an array is stored in chunks of at most this size, which bounds what a restore holds beside it
 CHUNK_BYTES = 1 << 26
 BUCKET_FILE_BYTES = 100_000_000  # of numbers in an object: one upload, repeated if it fails
@@ -90,6 +91,7 @@ class Checkpointer:
         *,
         counts: dict[str, Any],
         tokenizer: str | None,
+        average: PyTree | None = None,
         before_publishing: Callable[[], None] | None = None,
     ) -> None:
         """Start saving a checkpoint, after waiting for the previous one.
@@ -101,6 +103,7 @@ class Checkpointer:
             spec: the architecture.
             counts: goes into the manifest.
             tokenizer: fingerprint of the tokenizer.
+            average: like params, if the run has one.
             before_publishing: called in the background, when all else is written.
         """
         import orbax.checkpoint as ocp
@@ -118,7 +121,8 @@ class Checkpointer:
         trees = {}
         n_bytes = 0
         max_file_bytes = BUCKET_FILE_BYTES if isinstance(final, io.BucketPath) else None
-        for name, tree in ((PARAMS, params), (TRAIN_STATE, train_state)):
+        given = {PARAMS: params, TRAIN_STATE: train_state}
+        for name, tree in {**given, AVERAGE: average}.items() if average else given.items():
             stored = drop_empty(tree)
             in_chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), stored)
             trees[name] = ocp.args.PyTreeSave(
@@ -358,10 +362,13 @@ def save_checkpoint(
     *,
     counts: dict[str, Any],
     tokenizer: str | None,
+    average: PyTree | None = None,
 ) -> io.Path:
     """Write RUN/checkpoints/STEP and return it once it is published."""
     checkpointer = Checkpointer(run, max_to_keep=1)
-    checkpointer.save_async(step, params, train_state, spec, counts=counts, tokenizer=tokenizer)
+    checkpointer.save_async(
+        step, params, train_state, spec, counts=counts, tokenizer=tokenizer, average=average
+    )
     saved = checkpointer.wait_until_saved()
     assert saved
     return saved
@@ -670,10 +677,10 @@ def make_handler() -> Any:
     """
     import orbax.checkpoint as ocp
 
-    handler = ocp.CompositeCheckpointHandler
-    params = ocp.PyTreeCheckpointHandler(use_compression=False)
-    train_state = ocp.PyTreeCheckpointHandler(use_compression=False)
-    return handler(params=params, train_state=train_state)
+    def plain() -> Any:
+        return ocp.PyTreeCheckpointHandler(use_compression=False)
+
+    return ocp.CompositeCheckpointHandler(params=plain(), train_state=plain(), average=plain())
 
 
 def array_name(path: Any) -> str:

@@ -4,8 +4,9 @@ A kind of source is a file of this package, which holds one `KIND` (source.Sourc
 with how it is written: text, jsonl, parquet, warc, hf, python. To add a kind, add a file.
 
 Two fields joined by "+", as in jsonl:tasks.jsonl#question+answer, make a document of a prompt and
-its completion: one text, whose prompt is read but not trained on. A GLOB may be on a disk or in an
-object store: s3://BUCKET/PATH, gs://BUCKET/PATH.
+its completion: one text, whose prompt is read but not trained on. Three, prompt+chosen+rejected,
+make a preference pair. A GLOB may be on a disk or in an object store: s3://BUCKET/PATH,
+gs://BUCKET/PATH.
 
 Order is canonical: sources as listed, then file names, then record numbers; "first" means first in
 this order everywhere. Ids are NAME/file, or NAME/file:record with records counted from 1, and files

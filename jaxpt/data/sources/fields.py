@@ -1,4 +1,7 @@
-"""A document from a record's field, a text or messages, or from two: prompt+completion."""
+"""A document from a record's field, a text or messages, or from several.
+
+Two are prompt+completion, three prompt+chosen+rejected.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from jaxpt.data.conversation import encode_conversation, join_contents
+from jaxpt.data.preference import encode_rejected
 from jaxpt.data.sources.source import Document
 from jaxpt.spec import UserError
 
@@ -44,6 +48,8 @@ def make_document(id: str, record: dict[str, Any], fields: str, place: str) -> D
     if isinstance(record.get(fields), list):
         return make_conversation(id, record[fields], place)
     *prompt, text = [get_text_field(record, field, place) for field in fields.split("+")]
+    if len(prompt) == 2:
+        return make_pair(id, prompt[0], prompt[1], text, place)
     if prompt and not text:
         raise UserError(
             f"{place}: its completion is empty, so there is nothing to learn from it. Remove the "
@@ -51,6 +57,21 @@ def make_document(id: str, record: dict[str, Any], fields: str, place: str) -> D
         )
     prompt_text = "".join(prompt)
     return Document(id, prompt_text + text, len(prompt_text))
+
+
+def make_pair(id: str, prompt: str, chosen: str, rejected: str, place: str) -> Document:
+    """Return the document of a preference pair: prompt and chosen answer, the other in its meta.
+
+    Raises:
+        UserError: an answer is empty, or both are the same.
+    """
+    if not chosen or not rejected or chosen == rejected:
+        raise UserError(
+            f"{place}: expected two different answers, chosen and rejected, got {chosen!r:.40} and "
+            f"{rejected!r:.40}. Remove the record."
+        )
+    rejected = rejected.replace("\r\n", "\n").replace("\r", "\n")
+    return Document(id, prompt + chosen, len(prompt), encode_rejected(rejected))
 
 
 def make_conversation(id: str, messages: list[Any], place: str) -> Document:

@@ -58,10 +58,11 @@ def parse_source(text: str) -> TextSource:
     field = ""
     if kinds[kind].has_field:
         where, _, field = where.partition("#") if "#" in where else (where, "", "text")
-        if field.count("+") > 1 or not all(field.split("+")):
+        if field.count("+") > 2 or not all(field.split("+")):
             raise UserError(
                 f"prepare.sources: {text!r}: {field!r} is neither a field nor two, "
-                f"prompt+completion. Write {kind}:GLOB#prompt+completion."
+                "prompt+completion, nor three, prompt+chosen+rejected. Write "
+                f"{kind}:GLOB#prompt+completion."
             )
     files: tuple[str, ...] = ()
     if kinds[kind].has_files:

@@ -1,15 +1,18 @@
-"""Causal attention within documents, in blocks of queries: runs everywhere.
+"""Causal attention within documents, in blocks of queries and keys: runs everywhere.
 
 Query i sees the keys at or before it, of its own document and within the window. Each block of
-queries meets the keys up to its own end, so that the upper triangle is hardly computed, and on
-meshes that shard positions the queries are striped over the devices.
+queries walks over the blocks of keys that it may see and over no others, so a sequence of short
+documents costs what they cost, not what one document of its length would. On meshes that shard
+positions the queries are striped over the devices.
+
+Source: the running softmax is that of FlashAttention (2205.14135, 2307.08691).
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,18 +20,65 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxpt.model.kernels.sharded import ATTENTION_OUTPUT, shard_map_attention
+from jaxpt.model.kernels.sharded import ATTENTION_OUTPUT, Axes, count_shards, shard_map_axes
 from jaxpt.model.softcap import apply_softcap, softcap_gradient
-from jaxpt.sharding import LOGICAL_AXIS_RULES, n_shards
+from jaxpt.sharding import LOGICAL_AXIS_RULES
 
-# Queries are processed this many at a time against the keys up to the end of their block, so that
-# the upper triangle is hardly computed and a layer holds scores of size QUERY_CHUNK_SIZE x S rather
-# than T x S.
-QUERY_CHUNK_SIZE = 128
-# A sequence has this many query blocks, each a loop over its chunks. Chunks unrolled one by one
-# compute 52 % of the square at T = 4,096 where blocks compute 56 %, but take three times as long to
-# compile (docs/performance.md).
-N_QUERY_BLOCKS = 8
+MAX_QUERY_BLOCK = 128
+# Keys at a time. On a CPU the scores then stay in its caches (512: 0.6 to 0.9 x as fast); an
+# accelerator starts its kernels anew in each turn, which must be worth it.
+CPU_KEY_BLOCK = 256
+ACCELERATOR_KEY_BLOCK = 512
+# A CPU takes sequences of this length one by one, so that none waits for another's documents.
+# Blocks of a single shorter one would be too little work for its cores.
+MIN_TOKENS_ALONE = 2048
+LOWEST = float(jnp.finfo(jnp.float32).min)  # exp(-inf - LOWEST) is 0; exp(-inf - -inf) is NaN
+
+
+class Visibility(NamedTuple):
+    """Which keys a query sees.
+
+    Query i is at position i * stride + Inputs.offset of the keys. It sees the keys at or before it,
+    within the window, for which is_visible(query's id, key's id) is true. A softcap c makes scores
+    s into c tanh(s / c).
+    """
+
+    window: int | None = None
+    stride: int = 1
+    is_visible: Callable[[Array, Array], Array] = jnp.equal
+    softcap: float | None = None
+
+
+class Ids(NamedTuple):
+    """What `Visibility` compares, int32 [B, T] each.
+
+    Attributes:
+        queries: each query's id.
+        keys: each key's.
+        first_key: the position before which a query sees no key.
+    """
+
+    queries: Array
+    keys: Array
+    first_key: Array
+
+
+class Inputs(NamedTuple):
+    """What `blockwise_attention` reads.
+
+    Attributes:
+        q: [B, T, N, H].
+        k: [B, S, K, H].
+        v: [B, S, K, H].
+        ids: of T queries and S keys.
+        offset: position of the first query.
+    """
+
+    q: Array
+    k: Array
+    v: Array
+    ids: Ids
+    offset: Array | int = 0
 
 
 def blockwise_attend(
@@ -39,16 +89,9 @@ def blockwise_attend(
     window: int | None,
     softcap: float | None = None,
 ) -> Array:
-    """Return attention in query blocks, each against the keys up to its own end."""
-    mesh = jax.sharding.get_abstract_mesh()
-    n = 1 if mesh.empty else n_shards(mesh, "position")
-    if n > 1 and q.shape[1] % n**2 == 0:
-        blocks = QueryBlocks(window, stride=n, softcap=softcap)
-        striped = functools.partial(striped_attention, blocks=blocks)
-        return shard_map_attention(striped)(q, k, v, segment_ids)
-    # where sequences cannot be striped evenly, XLA shards the blocks: right, but slower
-    inputs = Inputs(q, k, v, segment_ids, segment_ids)
-    return blockwise_attention(inputs, QueryBlocks(window, softcap=softcap))
+    """Return attention within documents, each device that of its own sequences and heads."""
+    visibility = Visibility(window, softcap=softcap)
+    return shard_attention(q, k, v, make_document_ids(segment_ids), visibility)
 
 
 def attend_prefix_tree(
@@ -67,109 +110,60 @@ def attend_prefix_tree(
         softcap: scores s become softcap tanh(s / softcap).
     """
     positions = jnp.broadcast_to(jnp.arange(q.shape[1]), visible_until.shape)
-    inputs = Inputs(q, k, v, positions, visible_until)
-    blocks = QueryBlocks(is_visible=jnp.less, softcap=softcap)
-    return blockwise_attention(inputs, blocks)
+    ids = Ids(positions, visible_until, jnp.zeros_like(positions))
+    return shard_attention(q, k, v, ids, Visibility(is_visible=jnp.less, softcap=softcap))
 
 
-class Inputs(NamedTuple):
-    """What `blockwise_attention` reads.
+def make_document_ids(segment_ids: Array) -> Ids:
+    """Return what keeps documents apart, given their segment ids [B, T]."""
+    positions = jnp.arange(segment_ids.shape[1])
+    starts = jnp.where(find_document_starts(segment_ids), positions, 0)
+    return Ids(segment_ids, segment_ids, jax.lax.cummax(starts, axis=1))
 
-    Attributes:
-        q: [B, T, N, H].
-        k: [B, S, K, H].
-        v: [B, S, K, H].
-        q_ids: int32 [B, T].
-        k_ids: int32 [B, S].
-        offset: position of the first query, less than the stride.
+
+def find_document_starts(segment_ids: Array) -> Array:
+    """Return whether a document (or the padding) starts at a position, bool [B, T]."""
+    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True)
+
+
+def shard_attention(q: Array, k: Array, v: Array, ids: Ids, visibility: Visibility) -> Array:
+    """Return attention, by each device on its shard if there is a mesh.
+
+    Sequences that the mesh does not divide, as when one is decoded, run whole on every device.
     """
 
-    q: Array
-    k: Array
-    v: Array
-    q_ids: Array
-    k_ids: Array
-    offset: Array | int = 0
+    def find_axis(name: str, size: int) -> str | None:
+        return name if size % count_shards(name) == 0 else None
+
+    B, T = ids.queries.shape
+    tokens: Axes = (find_axis("batch", B), find_axis("position", T))
+    is_split = tokens[1] and count_shards("position") > 1
+    local = functools.partial(attend_striped if is_split else attend_whole, visibility=visibility)
+    queries: Axes = (*tokens, "heads", None)
+    keys: Axes = (*tokens, "kv_heads", None)
+    return shard_map_axes(local, [queries, keys, keys, tokens], [queries])(q, k, v, ids)
 
 
-class Block(NamedTuple):
-    """Adjacent queries, in whole chunks, and the keys that they may see."""
-
-    n_chunks: int
-    queries: slice
-    keys: slice
+def attend_whole(q: Array, k: Array, v: Array, ids: Ids, visibility: Visibility) -> Array:
+    """Return attention of whole sequences on one device."""
+    return blockwise_attention(Inputs(q, k, v, ids), visibility)
 
 
-class QueryBlocks(NamedTuple):
-    """How queries are split, and which keys they see.
+def attend_striped(q: Array, k: Array, v: Array, ids: Ids, visibility: Visibility) -> Array:
+    """Return attention of a device's queries; it gathers the keys that other devices hold.
 
-    Query i is at position i * stride + offset of the keys, offset < stride. It sees the keys at or
-    before it, within the window, for which is_visible(query's id, key's id) is true. A softcap c
-    makes scores s into c tanh(s / c).
-    """
-
-    window: int | None = None
-    stride: int = 1
-    is_visible: Callable[[Array, Array], Array] = jnp.equal
-    softcap: float | None = None
-
-    def iterate_blocks(self, T: int) -> Iterator[Block]:
-        """Yield at most N_QUERY_BLOCKS blocks of T queries, and a short one of what is left."""
-        n_whole = T - T % QUERY_CHUNK_SIZE
-        chunks_per_block = -(-T // (QUERY_CHUNK_SIZE * N_QUERY_BLOCKS))
-        size = QUERY_CHUNK_SIZE * max(1, chunks_per_block)
-        bounds = {*range(0, T, size), n_whole, T}
-        for start, stop in itertools.pairwise(sorted(bounds)):
-            first = 0
-            if self.window is not None:
-                before = start * self.stride - self.window
-                first = max(0, before + 1)
-            n_chunks = (stop - start) // QUERY_CHUNK_SIZE
-            keys = slice(first, stop * self.stride)
-            yield Block(max(1, n_chunks), slice(start, stop), keys)
-
-
-class Queries(NamedTuple):
-    """Queries grouped by kv head: [B, K, G, T, ...], 1 for an axis that a field has not.
-
-    G query heads share a kv head.
-    """
-
-    q: Array
-    ids: Array
-    positions: Array
-
-
-class Keys(NamedTuple):
-    """Keys [B, K, S, H], values and ids [B, S], from position `first` on."""
-
-    k: Array
-    v: Array
-    ids: Array
-    first: int = 0
-
-    def select(self, where: slice) -> Keys:
-        """Return some of the keys."""
-        k = self.k[:, :, where]
-        v = self.v[:, :, where]
-        return Keys(k, v, self.ids[:, where], where.start)
-
-
-def striped_attention(
-    q: Array, k: Array, v: Array, segment_ids: Array, blocks: QueryBlocks
-) -> Array:
-    """Return attention of sequences sharded over the mesh: striped context parallelism.
-
-    Every device gathers all keys, and takes every n-th query instead of the n-th part of the
-    sequence: otherwise the device with a sequence's end would see n times what the one with its
-    start sees, and all would wait for it. Queries and outputs travel once each way.
+    Sequences sharded over n devices are striped, if their shards are multiples of n: every device
+    takes every n-th query instead of the n-th part of the sequence. Otherwise the device with a
+    sequence's end would see n times what the one with its start sees, and all would wait for it.
+    Queries and outputs travel once each way.
 
     Source: 2311.09431.
     """
+    n = count_shards("position")
     axis = LOGICAL_AXIS_RULES["position"]
-    n = jax.lax.axis_size(axis)
     index = jax.lax.axis_index(axis)
-    B, part = segment_ids.shape
+    B, part = ids.queries.shape
 
     def exchange(x: Array, split_axis: int, concat_axis: int) -> Array:
         return jax.lax.all_to_all(x, axis, split_axis, concat_axis, tiled=True)
@@ -186,54 +180,102 @@ def striped_attention(
     def gather(x: Array) -> Array:
         return jax.lax.all_gather(x, axis, axis=1, tiled=True)
 
-    k, v, k_ids = gather(k), gather(v), gather(segment_ids)
-    inputs = Inputs(stripe(q), k, v, stripe(segment_ids), k_ids, index)
-    out = blockwise_attention(inputs, blocks)
-    return unstripe(out)
+    k, v, k_ids = gather(k), gather(v), gather(ids.keys)
+    if part % n:
+        ids = ids._replace(keys=k_ids)
+        return blockwise_attention(Inputs(q, k, v, ids, index * part), visibility)
+    ids = Ids(stripe(ids.queries), k_ids, stripe(ids.first_key))
+    inputs = Inputs(stripe(q), k, v, ids, index)
+    return unstripe(blockwise_attention(inputs, visibility._replace(stride=n)))
 
 
-def attend_blockwise(inputs: Inputs, blocks: QueryBlocks) -> Array:
+# ---- attention of one device
+
+
+class Queries(NamedTuple):
+    """Blocks of C queries: in front of each shape, [groups of sequences, blocks].
+
+    The B sequences of a group are processed together; G query heads share a kv head.
+
+    Attributes:
+        q: [B, K, G, C, H].
+        ids: [B, 1, 1, C, 1].
+        positions: [C, 1].
+        first_block: of the keys that a query here sees; a scalar.
+        end_block: the one after the last.
+    """
+
+    q: Array
+    ids: Array
+    positions: Array
+    first_block: Array
+    end_block: Array
+
+
+class Keys(NamedTuple):
+    """Blocks of C keys: in front of each shape, [groups of sequences, blocks].
+
+    Attributes:
+        k: [B, K, C, H].
+        v: [B, K, C, H].
+        ids: [B, 1, 1, 1, C].
+        positions: [C].
+    """
+
+    k: Array
+    v: Array
+    ids: Array
+    positions: Array
+
+
+def attend_blockwise(inputs: Inputs, visibility: Visibility) -> Array:
     """Return attention [B, T, N, H] in q's dtype.
 
     Backward keeps the output and each query's logsumexp, and recomputes the scores: they are the
     largest thing that a layer would otherwise keep.
     """
-    return blockwise_attention_fwd(inputs, blocks)[0]
+    return blockwise_attention_fwd(inputs, visibility)[0]
 
 
-def blockwise_attention_fwd(inputs: Inputs, blocks: QueryBlocks) -> tuple[Array, Any]:
+def blockwise_attention_fwd(inputs: Inputs, visibility: Visibility) -> tuple[Array, Any]:
     """Return the output, and what backward needs."""
     q = inputs.q
-    queries = group_queries(inputs, blocks)
-    keys = group_keys(inputs)
 
-    def attend_chunk(seen: Keys, chunk: Queries) -> tuple[Array, Array]:
-        scores = compute_scores(chunk, seen, blocks)
-        # every query sees itself, so it is finite
-        row_max = jnp.max(scores, axis=-1, keepdims=True)
-        probs = jnp.exp(scores - row_max)
-        total = jnp.sum(probs, axis=-1, keepdims=True)
-        probs = probs.astype(seen.v.dtype)
-        out = einsum_float32("bkgts,bksh->bkgth", probs, seen.v)
-        out = (out / total).astype(q.dtype)
+    def attend_group(group: tuple[Queries, Keys]) -> tuple[Array, Array]:
+        queries, keys = group
+        attend_block = functools.partial(attend_keys, keys)
+        return jax.lax.map(attend_block, queries)
+
+    def attend_keys(keys: Keys, queries: Queries) -> tuple[Array, Array]:
+        def add_keys(block: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+            out, total, row_max = sums
+            seen = take_block(keys, block)
+            scores = compute_scores(queries, seen, visibility)
+            new_max = jnp.maximum(row_max, jnp.max(scores, axis=-1, keepdims=True))
+            decay = jnp.exp(row_max - new_max)
+            probs = jnp.exp(scores - new_max)
+            total = total * decay + jnp.sum(probs, axis=-1, keepdims=True)
+            probs = probs.astype(seen.v.dtype)
+            out = out * decay + einsum_float32("bkgts,bksh->bkgth", probs, seen.v)
+            return out, total, new_max
+
+        zeros = jnp.zeros(queries.q.shape)
+        column = zeros[..., :1]
+        sums = zeros, column, column + LOWEST
+        out, total, row_max = loop_over_keys(add_keys, queries, sums)
+        # every query sees itself, so its total is positive
         logsumexp = row_max + jnp.log(total)
-        return out, logsumexp[..., 0]
+        return (out / total).astype(q.dtype), logsumexp
 
-    found = []
-    for block in blocks.iterate_blocks(q.shape[1]):
-        seen = keys.select(block.keys)
-        attend_keys = functools.partial(attend_chunk, seen)
-        chunks = split_query_chunks(queries, block)
-        results = jax.lax.map(attend_keys, chunks)
-        found.append(merge_query_chunks(results))
-    out, logsumexp = concatenate_blocks(found)
-    out = ungroup_queries(out, q)
+    groups = split_queries(inputs, visibility), split_keys(inputs)
+    out, logsumexp = jax.lax.map(attend_group, groups)
+    out = merge_blocks(out, q)
     out = checkpoint_name(out, ATTENTION_OUTPUT)
-    logsumexp = checkpoint_name(logsumexp, ATTENTION_OUTPUT)
+    logsumexp = checkpoint_name(logsumexp[..., 0], ATTENTION_OUTPUT)
     return out, (inputs, out, logsumexp)
 
 
-def blockwise_attention_bwd(blocks: QueryBlocks, residuals: Any, d_out: Array) -> tuple[Inputs]:
+def blockwise_attention_bwd(visibility: Visibility, residuals: Any, d_out: Array) -> tuple[Inputs]:
     """Return the gradients for q, k and v.
 
     Scores and their gradients have heads first and keys last, as in forward, and each matmul is
@@ -241,57 +283,68 @@ def blockwise_attention_bwd(blocks: QueryBlocks, residuals: Any, d_out: Array) -
     """
     inputs, out, logsumexp = residuals
     q, k = inputs.q, inputs.k
-    B, S, K, H = k.shape
-    queries = group_queries(inputs, blocks)
-    keys = group_keys(inputs)
-    scale = H**-0.5
+    scale = q.shape[-1] ** -0.5
 
-    def chunk_gradients(seen: Keys, sums: Any, chunk: Any) -> tuple[Any, Array]:
-        queries, d_out, logsumexp, d_mean = chunk
-        d_keys, d_values = sums
-        scores = compute_scores(queries, seen, blocks)
-        probs = jnp.exp(scores - logsumexp[..., None])
-        d_probs = einsum_float32("bkgth,bksh->bkgts", d_out, seen.v)
-        d_scores = probs * (d_probs - d_mean[..., None])
-        if blocks.softcap is not None:
-            capped = jnp.where(probs > 0, scores, 0)  # -inf where a key is not seen
-            d_scores *= softcap_gradient(capped, blocks.softcap)
-        d_scores = (d_scores * scale).astype(q.dtype)
-        probs = probs.astype(d_out.dtype)
-        d_keys += einsum_float32("bkgth,bkgts->bkhs", queries.q, d_scores)
-        d_values += einsum_float32("bkgth,bkgts->bkhs", d_out, probs)
-        d_queries = einsum_float32("bkgts,bksh->bkgth", d_scores, seen.k)
-        return (d_keys, d_values), d_queries.astype(q.dtype)
+    def group_gradients(group: Any) -> tuple[Array, ...]:
+        rows, keys = group
+        zeros = jnp.zeros(jnp.swapaxes(keys.k, -1, -2).shape)
+        add_queries = functools.partial(block_gradients, keys)
+        (d_keys, d_values), d_queries = jax.lax.scan(add_queries, (zeros, zeros), rows)
+        return d_queries, d_keys, d_values
+
+    def block_gradients(keys: Keys, key_sums: Any, rows: Any) -> tuple[Any, Array]:
+        queries, d_out, logsumexp, d_mean = rows
+
+        def add_keys(block: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+            d_queries, d_keys, d_values = sums
+            seen = take_block(keys, block)
+            scores = compute_scores(queries, seen, visibility)
+            probs = jnp.exp(scores - logsumexp[..., None])
+            d_probs = einsum_float32("bkgth,bksh->bkgts", d_out, seen.v)
+            d_scores = probs * (d_probs - d_mean)
+            if visibility.softcap is not None:
+                capped = jnp.where(probs > 0, scores, 0)  # -inf where a key is not seen
+                d_scores *= softcap_gradient(capped, visibility.softcap)
+            d_scores = (d_scores * scale).astype(q.dtype)
+            probs = probs.astype(d_out.dtype)
+            d_queries += einsum_float32("bkgts,bksh->bkgth", d_scores, seen.k)
+            by_scores = einsum_float32("bkgth,bkgts->bkhs", queries.q, d_scores)
+            by_probs = einsum_float32("bkgth,bkgts->bkhs", d_out, probs)
+            d_keys = add_to_block(d_keys, block, by_scores)
+            return d_queries, d_keys, add_to_block(d_values, block, by_probs)
+
+        sums = jnp.zeros(queries.q.shape), *key_sums
+        d_queries, *key_sums = loop_over_keys(add_keys, queries, sums)
+        return tuple(key_sums), d_queries.astype(q.dtype)
 
     # the mean of d_probs under probs, for each query
     products = d_out.astype(jnp.float32) * out.astype(jnp.float32)
     d_mean = jnp.sum(products, axis=-1, keepdims=True)
-    d_mean = move_heads_first(d_mean, K)[..., 0]
-    d_heads = move_heads_first(d_out, K)
-    rows = (queries, d_heads, logsumexp, d_mean)
-    d_keys = jnp.zeros((B, K, H, S))
-    d_values = jnp.zeros((B, K, H, S))
-    d_queries = []
-    for block in blocks.iterate_blocks(q.shape[1]):
-        seen = keys.select(block.keys)
-        add_chunk = functools.partial(chunk_gradients, seen)
-        where = (..., block.keys)
-        sums = d_keys[where], d_values[where]
-        chunks = split_query_chunks(rows, block)
-        sums, d_chunks = jax.lax.scan(add_chunk, sums, chunks)
-        d_keys = d_keys.at[where].set(sums[0])
-        d_values = d_values.at[where].set(sums[1])
-        d_queries.append(merge_query_chunks(d_chunks))
-    d_q = concatenate_blocks(d_queries)
-    d_q = ungroup_queries(d_q, q)
-    d_k = jnp.moveaxis(d_keys, 3, 1).astype(k.dtype)
-    d_v = jnp.moveaxis(d_values, 3, 1).astype(k.dtype)
-    no_gradients: Any = (None, None, None)
-    return (Inputs(d_q, d_k, d_v, *no_gradients),)
+    d_rows = split_heads(d_out, inputs), logsumexp, split_heads(d_mean, inputs)
+    rows = split_queries(inputs, visibility), *d_rows
+    d_q, d_k, d_v = jax.lax.map(group_gradients, (rows, split_keys(inputs)))
+    no_gradients: Any = (None, None)
+    d_qkv = merge_blocks(d_q, q), merge_blocks(d_k, k), merge_blocks(d_v, k)
+    return (Inputs(*d_qkv, *no_gradients),)
 
 
 blockwise_attention = jax.custom_vjp(attend_blockwise, nondiff_argnums=(1,))
 blockwise_attention.defvjp(blockwise_attention_fwd, blockwise_attention_bwd)
+
+
+def loop_over_keys(add_keys: Callable[..., Any], queries: Queries, sums: Any) -> Any:
+    """Return add_keys(block, sums) run over the blocks of keys that a block of queries sees."""
+    return jax.lax.fori_loop(queries.first_block, queries.end_block, add_keys, sums)
+
+
+def take_block(keys: Keys, block: Array) -> Keys:
+    """Return one of the blocks of a group."""
+    return jax.tree.map(lambda x: x[block], keys)
+
+
+def add_to_block(sums: Array, block: Array, added: Array) -> Array:
+    """Return the sums with those of one block increased, in place within a loop."""
+    return jax.lax.dynamic_update_index_in_dim(sums, sums[block] + added, block, 0)
 
 
 def einsum_float32(letters: str, a: Array, b: Array) -> Array:
@@ -299,76 +352,133 @@ def einsum_float32(letters: str, a: Array, b: Array) -> Array:
     return jnp.einsum(letters, a, b, preferred_element_type=jnp.float32)
 
 
-def compute_scores(queries: Queries, keys: Keys, blocks: QueryBlocks) -> Array:
+def compute_scores(queries: Queries, keys: Keys, visibility: Visibility) -> Array:
     """Return float32 scores [B, K, G, C, S] of C queries; -inf where one does not see a key."""
-    key_positions = keys.first + jnp.arange(keys.k.shape[2])
-    distance = queries.positions[..., None] - key_positions
-    k_ids = keys.ids[:, None, None, None]
-    is_visible = blocks.is_visible(queries.ids[..., None], k_ids)
-    is_visible &= distance >= 0
-    if blocks.window is not None:
-        is_visible &= distance < blocks.window
+    distance = queries.positions - keys.positions
+    is_visible = visibility.is_visible(queries.ids, keys.ids) & (distance >= 0)
+    if visibility.window is not None:
+        is_visible &= distance < visibility.window
     scores = einsum_float32("bkgth,bksh->bkgts", queries.q, keys.k)
     scores *= queries.q.shape[-1] ** -0.5
-    scores = apply_softcap(scores, blocks.softcap)
+    scores = apply_softcap(scores, visibility.softcap)
     return jnp.where(is_visible, scores, -jnp.inf)
 
 
-def group_queries(inputs: Inputs, blocks: QueryBlocks) -> Queries:
-    """Return queries grouped by kv head, with ids and positions."""
-    T, K = inputs.q.shape[1], inputs.k.shape[2]
-    q = move_heads_first(inputs.q, K)
-    ids = inputs.q_ids[:, None, None]
-    positions = jnp.arange(T) * blocks.stride + inputs.offset
-    return Queries(q, ids, positions[None, None, None])
+# ---- blocks
 
 
-def group_keys(inputs: Inputs) -> Keys:
-    """Return keys and values with heads first."""
-    k = jnp.swapaxes(inputs.k, 1, 2)
-    v = jnp.swapaxes(inputs.v, 1, 2)
-    return Keys(k, v, inputs.k_ids)
+class BlockSizes(NamedTuple):
+    """How many queries and keys a block has, and in how many groups sequences are processed."""
+
+    n_queries: int
+    n_keys: int
+    n_groups: int
 
 
-def move_heads_first(x: Array, K: int) -> Array:
-    """Return [B, T, N, H] as [B, K, G, T, H]."""
+def choose_block_sizes(T: int, S: int, batch_size: int, on_cpu: bool) -> BlockSizes:
+    """Return the sizes for T queries and S keys per sequence; blocks are as even as they can be."""
+    max_keys = CPU_KEY_BLOCK if on_cpu else ACCELERATOR_KEY_BLOCK
+
+    def divide(n: int, largest: int) -> int:
+        n_blocks = math.ceil(n / largest)
+        return math.ceil(n / n_blocks)
+
+    is_alone = on_cpu and S >= MIN_TOKENS_ALONE
+    n_groups = batch_size if is_alone else 1
+    return BlockSizes(divide(T, MAX_QUERY_BLOCK), divide(S, max_keys), n_groups)
+
+
+def count_mean_key_blocks(seq_len: int, window: int | None, n_shards: int, on_cpu: bool) -> float:
+    """Return how many blocks of keys a block of queries visits in a sequence of one document.
+
+    Args:
+        seq_len: tokens.
+        window: positions that a query sees, or None.
+        n_shards: devices that a sequence is striped over.
+        on_cpu: where it runs.
+    """
+    T = seq_len // n_shards
+    size, key_size, _ = choose_block_sizes(T, seq_len, 1, on_cpu)
+    n_visits = []
+    for start in range(0, T, size):
+        first = start * n_shards
+        last = min(first + size * n_shards, seq_len) - 1
+        first_key = 0 if window is None else max(0, first - window + 1)
+        n_visits.append(last // key_size - first_key // key_size + 1)
+    return sum(n_visits) / len(n_visits)
+
+
+def find_block_sizes(inputs: Inputs) -> BlockSizes:
+    """Return the sizes for a device's inputs. Without a mesh it is taken for a CPU."""
+    B, T = inputs.q.shape[:2]
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    on_cpu = device is None or device.platform == "cpu"
+    return choose_block_sizes(T, inputs.k.shape[1], B, on_cpu)
+
+
+def split_queries(inputs: Inputs, visibility: Visibility) -> Queries:
+    """Return the queries in blocks, each with the blocks of keys that it sees."""
+    size, key_size, n_groups = find_block_sizes(inputs)
+    ids = split_blocks(inputs.ids.queries, size, n_groups, pad="edge")
+    first_key = split_blocks(inputs.ids.first_key, size, n_groups, pad="edge")
+    first_key = jnp.min(first_key, axis=(2, 3))
+    _, n_blocks = first_key.shape
+    positions = jnp.arange(n_blocks * size) * visibility.stride + inputs.offset
+    positions = positions.reshape(n_blocks, size)
+    if visibility.window is not None:
+        first_key = jnp.maximum(first_key, positions[:, 0] - visibility.window + 1)
+    last_key = jnp.minimum(positions[:, -1], inputs.k.shape[1] - 1)
+    end_block = last_key // key_size + 1
+    return Queries(
+        split_heads(inputs.q, inputs),
+        ids[:, :, :, None, None, :, None],
+        jnp.broadcast_to(positions[..., None], (n_groups, n_blocks, size, 1)),
+        first_key // key_size,
+        jnp.broadcast_to(end_block, first_key.shape),
+    )
+
+
+def split_keys(inputs: Inputs) -> Keys:
+    """Return the keys in blocks."""
+    _, size, n_groups = find_block_sizes(inputs)
+    ids = split_blocks(inputs.ids.keys, size, n_groups, pad="edge")
+    k, v = (split_blocks(x, size, n_groups) for x in (inputs.k, inputs.v))
+    n_blocks = k.shape[1]
+    positions = jnp.arange(n_blocks * size).reshape(n_blocks, size)
+    return Keys(
+        jnp.swapaxes(k, 3, 4),
+        jnp.swapaxes(v, 3, 4),
+        ids[:, :, :, None, None, None],
+        jnp.broadcast_to(positions, (n_groups, n_blocks, size)),
+    )
+
+
+def split_heads(x: Array, inputs: Inputs) -> Array:
+    """Return [B, T, N, H] in blocks of queries: [groups, blocks, B / groups, K, G, C, H]."""
+    size, _, n_groups = find_block_sizes(inputs)
     B, T, N, H = x.shape
-    grouped = x.reshape(B, T, K, N // K, H)
-    return jnp.moveaxis(grouped, 1, 3)
+    K = inputs.k.shape[2]
+    blocks = split_blocks(x.reshape(B, T, K, N // K, H), size, n_groups)
+    return jnp.moveaxis(blocks, 3, 5)
 
 
-def ungroup_queries(x: Array, like: Array) -> Array:
-    """Return [B, K, G, T, H] as [B, T, N, H], the shape of `like`."""
-    grouped = jnp.moveaxis(x, 3, 1)
-    return grouped.reshape(like.shape)
+def split_blocks(x: Array, size: int, n_groups: int, pad: str = "constant") -> Array:
+    """Return [B, T, ...] as [groups, blocks, B / groups, C, ...], the last block padded."""
+    _, T, *others = x.shape
+    n_blocks = math.ceil(T / size)
+    padding = [(0, 0)] * x.ndim
+    padding[1] = (0, n_blocks * size - T)
+    blocks = jnp.pad(x, padding, mode=pad).reshape(n_groups, -1, n_blocks, size, *others)
+    return jnp.moveaxis(blocks, 2, 1)
 
 
-def split_query_chunks(rows: Any, block: Block) -> Any:
-    """Return a block of the arrays [B, K, G, T, ...] as chunks: [n, B, K, G, C, ...]."""
+def merge_blocks(x: Array, like: Array) -> Array:
+    """Return blocks as `like`, an array [B, T, ...] and its dtype.
 
-    def split(x: Array) -> Array:
-        chunks = x[:, :, :, block.queries]
-        chunks = chunks.reshape(*x.shape[:3], block.n_chunks, -1, *x.shape[4:])
-        return jnp.moveaxis(chunks, 3, 0)
-
-    return jax.tree.map(split, rows)
-
-
-def merge_query_chunks(chunks: Any) -> Any:
-    """Return arrays [n, B, K, G, C, ...] as [B, K, G, n C, ...]."""
-
-    def merge(x: Array) -> Array:
-        n, *heads, C = x.shape[:5]
-        chunks = jnp.moveaxis(x, 0, 3)
-        return chunks.reshape(*heads, n * C, *x.shape[5:])
-
-    return jax.tree.map(merge, chunks)
-
-
-def concatenate_blocks(blocks: list[Any]) -> Any:
-    """Return the blocks' arrays [B, K, G, C, ...] as [B, K, G, T, ...]."""
-
-    def concatenate(*arrays: Array) -> Array:
-        return jnp.concatenate(arrays, axis=3)
-
-    return jax.tree.map(concatenate, *blocks)
+    Args:
+        x: [groups, blocks, B / groups, K, G, C, H], or [..., K, H, C] for keys.
+        like: what was split.
+    """
+    B, T, *others = like.shape
+    x = jnp.moveaxis(x, (1, 5), (2, 3))
+    return x.reshape(B, -1, *others)[:, :T].astype(like.dtype)

@@ -11,7 +11,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxpt.model.kernels.blockwise import blockwise_attend
+from jaxpt.model.kernels.blockwise import (
+    Visibility,
+    attend_whole,
+    find_document_starts,
+    make_document_ids,
+)
 from jaxpt.model.kernels.sharded import ATTENTION_OUTPUT, shard_map_attention
 
 
@@ -23,7 +28,9 @@ def cudnn_attend(q: Array, k: Array, v: Array, segment_ids: Array, window: int |
     device that has such a sequence takes `xla` in that step.
     """
     packed = functools.partial(cudnn_packed_attention, window=window)
-    plain = functools.partial(blockwise_attend, window=window)
+
+    def plain(q: Array, k: Array, v: Array, ids: Array) -> Array:
+        return attend_whole(q, k, v, make_document_ids(ids), Visibility(window))
 
     def attend_either(is_short: Array, *inputs: Array) -> Array:
         return jax.lax.cond(is_short, packed, plain, *inputs)
@@ -87,12 +94,6 @@ def cudnn_packed_attention(
     )
     assert isinstance(out, Array)  # a tuple only where statistics are asked for
     return out
-
-
-def find_document_starts(segment_ids: Array) -> Array:
-    """Return whether a document (or the padding) starts at a position, bool [B, T]."""
-    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True)
 
 
 def max_documents(segment_ids: Array) -> int:

@@ -86,6 +86,7 @@ class Checkpoint(Hook):
                 session.spec,
                 counts=record.to_json(),
                 tokenizer=session.run.dataset.tokenizer,
+                average=session.state.average,
                 before_publishing=session.metrics.flush,
             )
         self.saved_at = time.monotonic()
@@ -118,6 +119,8 @@ def make_checkpoint_record(session: Session) -> CheckpointRecord:
         data_fingerprint=run.dataset.fingerprint,
         mixture_seed=run.config.mixture.seed,
         optimizer=run.config.optim.name,
+        teacher=run.teacher.fingerprint if run.teacher else None,
+        moment_dtype=run.config.optim.moment_dtype,
         lr=float(session.scalars["lr"]),
         new_params=session.new_params.to_record(),
         parent_loss=session.parent_loss,

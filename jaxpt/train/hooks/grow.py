@@ -7,6 +7,7 @@ import jax
 from jaxpt import initialize, io
 from jaxpt.growth import verify
 from jaxpt.train import state
+from jaxpt.train.average import init_average
 from jaxpt.train.hooks.hook import Hook
 from jaxpt.train.session import Session
 from jaxpt.train.state import TrainState
@@ -27,7 +28,7 @@ class Grow(Hook):
                 break
             grow_session(session, operator)
             session.n_growths += 1
-            cost = session.run.estimate_device_cost(session.spec)
+            cost = session.run.estimate_cost(session.spec, session.shape.seq_len)
             session.metrics.log_growth(session.step, operator, session.spec, cost)
 
     def is_due(self, session: Session) -> bool:
@@ -50,7 +51,7 @@ def grow_session(session: Session, operator: str) -> None:
         [operator],
         [grown],
         run.mesh,
-        seq_len=run.dataset.seq_len,
+        seq_len=run.heldout.seq_len,
         heldout=run.heldout,
         batches=run.measuring_batches,
         at_step=session.step,
@@ -59,8 +60,8 @@ def grow_session(session: Session, operator: str) -> None:
     verify.write_growth(report, run.run_dir)
     if jax.process_index() == 0:
         io.write_json(run.run_dir / "spec.json", child.spec)
-    session.state = TrainState(before.step, child.params, opt_state, skip_state)
     session.spec = child.spec
-    with session.explain_start():
-        session.train_step = session.compile_step()
-    session.is_new_step = True
+    average = init_average(session.make_abstract_state().average)  # begins anew
+    session.state = TrainState(before.step, child.params, opt_state, skip_state, average)
+    session.compiled.clear()
+    session.recompile()

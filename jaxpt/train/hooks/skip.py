@@ -36,10 +36,8 @@ class Skip(Hook):
 
 def list_documents(session: Session, step: int) -> list[str]:
     """Return the ids of the documents of a step's batch."""
-    batch_size = session.run.config.train.batch_size
-    end = session.n_sequences - (session.step - step) * batch_size
     documents: dict[str, None] = {}
-    for i in range(end - batch_size, end):
+    for i in session.schedule.sequences_of(step):
         sequence = session.schedule.sequence_at(i)
         found = session.run.dataset.read_document_ids(*sequence)
         documents |= dict.fromkeys(found)

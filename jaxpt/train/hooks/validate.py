@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from jaxpt.model.param import replace_subtree
+from jaxpt.train.average import read_average
 from jaxpt.train.hooks.hook import Hook
 from jaxpt.train.session import Session
 
@@ -17,5 +19,14 @@ class Validate(Hook):
         """Measure and log the losses by source, beside the parent's."""
         with session.meter.spend_on("evaluation_seconds"):
             losses = session.run.heldout.measure_losses(session.spec, session.state.params)
+            averaged = self.measure_average(session)
         session.heldout_losses = losses
-        session.metrics.log_heldout(session.step, losses, session.parent_loss)
+        session.metrics.log_heldout(session.step, losses, session.parent_loss, averaged)
+
+    def measure_average(self, session: Session) -> dict[str, float] | None:
+        """Return the losses of the averaged weights, if there are any."""
+        weights = read_average(session.state.average)
+        if weights is None:
+            return None
+        params = replace_subtree(session.state.params, weights)
+        return session.run.heldout.measure_losses(session.spec, params)

@@ -1,0 +1,333 @@
+"""Compare the arms of a sweep: which of them reaches a loss for less than the control.
+
+The control is the first value of each knob. A law of its losses over its cost, L = E + B / C^beta,
+says what it would have cost the control to reach an arm's loss; that, over what the arm cost, is
+the arm's speed-up. Seeds are repeats; lengths (train.steps) are budgets of one arm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from jaxpt import io, stage
+from jaxpt.plan import scaling
+from jaxpt.report.figures import Table
+from jaxpt.report.format import format_count, format_decimal, format_seconds
+from jaxpt.report.records import Sweep
+from jaxpt.spec import Record, UserError
+from jaxpt.train.metrics import stream_metrics
+from jaxpt.train.records import HeldoutMetrics
+
+SEEDS = ("initialize.seed", "mixture.seed")
+LENGTH = "train.steps"
+MIN_POINTS = 4  # of a law with three unknowns
+FIRST_FRAC = 0.1  # of a run, whose losses no power law describes
+LEVEL = 0.05  # of significance, Holm's over the arms
+COSTS = {"flops": "FLOPs", "seconds": "time"}
+
+
+class Point(NamedTuple):
+    """A held-out loss, the mean over sources in nats per token, and what it took."""
+
+    loss: float
+    flops: float
+    seconds: float  # in steps
+
+
+class Trained(NamedTuple):
+    """A finished run: its seeds, its steps, and its held-out losses in order."""
+
+    seeds: tuple[Any, ...]
+    n_steps: int
+    points: list[Point]
+
+
+@dataclasses.dataclass(frozen=True)
+class Speedup(Record):
+    """What the control would spend to reach an arm's loss, over what the arm spent."""
+
+    factor: float  # infinite: by its law the control never reaches it
+    low: float  # of a 95 % interval over seeds; NaN of one seed
+    high: float
+    control_frac: float  # what the control would spend, in that of its longest run
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm(Record):
+    """What became of a combination of values."""
+
+    name: str
+    outcome: str  # control, faster, slower, undecided, untested (one seed) or unfinished
+    sentence: str
+    n_seeds: int = 0
+    loss: float = math.nan  # of its longest runs, nats per token
+    flops: float = math.nan
+    seconds: float = math.nan
+    speedups: dict[str, Speedup] = dataclasses.field(default_factory=dict)  # flops, seconds
+    p_value: float = math.nan  # of a loss that is the law's at these FLOPs; Holm's over the arms
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment(Record):
+    """A sweep, compared."""
+
+    control: str
+    law_of: str  # what the control's laws are fitted to
+    laws: dict[str, scaling.ScalingLaw]
+    arms: tuple[Arm, ...]
+
+
+def read_experiment(directory: io.Path) -> Experiment:
+    """Compare the runs of a sweep's directory.
+
+    Raises:
+        UserError: it is no sweep's, or too little of the control is there.
+    """
+    if not io.exists(directory / "sweep.json"):
+        raise UserError(
+            f"--experiment {directory}: has no sweep.json. Give the --workdir of jaxpt sweep."
+        )
+    sweep = Sweep.from_json(io.read_json(directory / "sweep.json"), f"{directory}/sweep.json")
+    arms: dict[str, list[Trained]] = {}
+    for name, values in sweep.runs.items():
+        runs = arms.setdefault(name_arm(values), [])
+        if io.exists(directory / name / "manifest.json"):
+            seeds = tuple(values.get(knob) for knob in SEEDS)
+            points = read_points(directory / name)
+            if points:
+                runs.append(Trained(seeds, values.get(LENGTH, 0), points))
+    return compare_arms(arms, str(directory))
+
+
+def name_arm(values: dict[str, Any]) -> str:
+    """Return what runs of one arm share, as text: peak_lr=0.002."""
+    parts = []
+    for knob, value in values.items():
+        if knob not in (*SEEDS, LENGTH):
+            parts.append(f"{knob.rpartition('.')[2]}={value}")
+    return ", ".join(parts) or "all runs"
+
+
+def read_points(run_dir: io.Path) -> list[Point]:
+    """Return a run's held-out losses with their costs."""
+    points = []
+    for record in stream_metrics(run_dir / "metrics.jsonl"):
+        if isinstance(record, HeldoutMetrics) and record.step and record.flops:
+            loss = statistics.mean(record.heldout_loss.values())
+            points.append(Point(loss, record.flops, record.productive_seconds))
+    return points
+
+
+def compare_arms(arms: dict[str, list[Trained]], where: str) -> Experiment:
+    """Return the first arm's laws, and each other arm against them."""
+    control, *others = arms
+    points, law_of = choose_law_points(arms[control], where)
+    laws = {cost: fit_law(points, cost) for cost in COSTS}
+    ends = {name: list_ends(arms[name], arms[control]) for name in others}
+    gains = {name: list_gains(ends[name], laws["flops"]) for name in others}
+    p_values = adjust_by_holm({name: compute_p_value(gains[name]) for name in others})
+    compared = [describe_arm(arms[control], Arm(control, "control", ""))]
+    for name in others:
+        speedups = {}
+        if ends[name]:
+            for cost, law in laws.items():
+                speedups[cost] = estimate_speedup(ends[name], arms[control], law, cost)
+        outcome = choose_outcome(gains[name], p_values[name])
+        arm = Arm(name, outcome, "", speedups=speedups, p_value=p_values[name])
+        compared.append(describe_arm(arms[name], arm))
+    return Experiment(control, law_of, laws, tuple(compared))
+
+
+# ---- the control's law
+
+
+def choose_law_points(runs: list[Trained], where: str) -> tuple[list[Point], str]:
+    """Return the points of the control's law: its last losses at several lengths, else a curve's.
+
+    The former have had their decay, as the arms have; the losses within a run have not.
+    """
+    n_lengths = len({run.n_steps for run in runs})
+    if n_lengths >= MIN_POINTS:
+        return [run.points[-1] for run in runs], f"its last losses at {n_lengths} lengths"
+    points: list[Point] = []
+    for run in longest(runs):
+        last = run.points[-1]
+        points += [point for point in run.points if point.flops >= FIRST_FRAC * last.flops]
+    if len({point.flops for point in points}) < MIN_POINTS:
+        raise UserError(
+            f"--experiment {where}: expected at least {MIN_POINTS} held-out losses of the control, "
+            f"the first value of each knob, got {len(points)}. Wait for its runs, set a smaller "
+            f"train.eval_every, or sweep over {LENGTH} too."
+        )
+    return points, "the losses within its longest runs, which had no decay yet"
+
+
+def longest(runs: list[Trained]) -> list[Trained]:
+    """Return the runs of the most steps."""
+    most = max((run.n_steps for run in runs), default=0)
+    return [run for run in runs if run.n_steps == most]
+
+
+def fit_law(points: Iterable[Point], cost: str) -> scaling.ScalingLaw:
+    """Return L = E + B / C^beta of a cost."""
+    found = [scaling.LossPoint(1, getattr(point, cost), point.loss) for point in points]
+    return scaling.solve_scaling_law(found, scaling.SCALING_LAWS["chinchilla"])
+
+
+# ---- speed-ups
+
+
+def list_ends(runs: list[Trained], control: list[Trained]) -> list[Point]:
+    """Return the end of each of an arm's longest runs.
+
+    Where the control has a run of the same seed and length, its luck there is taken off the loss.
+    """
+    pairs = {(run.seeds, run.n_steps): run.points[-1].loss for run in control}
+    ends = []
+    for run in longest(runs):
+        end = run.points[-1]
+        if (run.seeds, run.n_steps) in pairs:
+            alike = [pairs[pair] for pair in pairs if pair[1] == run.n_steps]
+            luck = pairs[run.seeds, run.n_steps] - statistics.mean(alike)
+            end = end._replace(loss=end.loss - luck)
+        ends.append(end)
+    return ends
+
+
+def list_gains(ends: list[Point], law: scaling.ScalingLaw) -> list[float]:
+    """Return what each run won over the control's law at the same FLOPs, nats per token."""
+    return [law.predict_loss(1, end.flops) - end.loss for end in ends]
+
+
+def estimate_speedup(
+    ends: list[Point], control: list[Trained], law: scaling.ScalingLaw, cost: str
+) -> Speedup:
+    """Return an arm's speed-up in a cost, the geometric mean of its seeds."""
+    logs = []
+    for end in ends:
+        needed = law.compute_tokens_to_loss(1, end.loss)
+        logs.append(math.log(needed / getattr(end, cost)))
+    mean = statistics.mean(logs)
+    half = half_interval(logs)
+    spent = statistics.mean(getattr(end, cost) for end in ends)
+    most = max(getattr(run.points[-1], cost) for run in control)
+    factor = math.exp(mean)
+    return Speedup(factor, math.exp(mean - half), math.exp(mean + half), factor * spent / most)
+
+
+def half_interval(values: list[float]) -> float:
+    """Return half of the 95 % t interval of a mean; NaN of one value, or of infinite ones."""
+    from scipy import stats
+
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return math.nan
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return float(stats.t.ppf(0.975, len(values) - 1)) * error
+
+
+def compute_p_value(gains: list[float]) -> float:
+    """Return the p value of a mean of 0; NaN of one value."""
+    from scipy import stats
+
+    if len(gains) < 2:
+        return math.nan
+    error = statistics.stdev(gains) / len(gains) ** 0.5
+    if not error:
+        return float(statistics.mean(gains) == 0)
+    return float(2 * stats.t.sf(abs(statistics.mean(gains)) / error, len(gains) - 1))
+
+
+def adjust_by_holm(p_values: dict[str, float]) -> dict[str, float]:
+    """Return p values adjusted for as many tests (Holm 1979); NaN is none."""
+    tested = {name: p for name, p in p_values.items() if not math.isnan(p)}
+    adjusted, highest = dict(p_values), 0.0
+    for rank, name in enumerate(sorted(tested, key=lambda name: tested[name])):
+        highest = max(highest, min(1.0, (len(tested) - rank) * tested[name]))
+        adjusted[name] = highest
+    return adjusted
+
+
+def choose_outcome(gains: list[float], p_value: float) -> str:
+    """Return the outcome of an arm in a word."""
+    if not gains:
+        return "unfinished"
+    if len(gains) == 1:
+        return "untested"
+    if p_value >= LEVEL:
+        return "undecided"
+    return "faster" if statistics.mean(gains) > 0 else "slower"
+
+
+# ---- words
+
+
+def describe_arm(runs: list[Trained], arm: Arm) -> Arm:
+    """Return the arm with its numbers and its sentence."""
+    if not runs:
+        return dataclasses.replace(arm, sentence=f"{arm.name}: no run of it has finished.")
+    last = [run.points[-1] for run in longest(runs)]
+    loss, flops, seconds = (statistics.mean(values) for values in zip(*last, strict=True))
+    seeds = f"{len(last)} seed{'s' * (len(last) > 1)}"
+    sentence = f"{arm.name}: {arm.outcome}, {loss:.4f} nats per token ({seeds})"
+    speedups = [arm.speedups[cost] for cost in COSTS if cost in arm.speedups]
+    if speedups and all(math.isfinite(speedup.factor) for speedup in speedups):
+        parts = map(describe_speedup, speedups, COSTS.values())
+        sentence += f"; against the control {' and '.join(parts)}"
+        frac = speedups[0].control_frac
+        if frac > 1:
+            sentence += f"; the law is extrapolated to {frac:.2f} x the control's longest run"
+    elif speedups:
+        sentence += "; by its law the control never reaches this loss"
+    return dataclasses.replace(
+        arm, sentence=f"{sentence}.", n_seeds=len(last), loss=loss, flops=flops, seconds=seconds
+    )
+
+
+def describe_speedup(speedup: Speedup, label: str) -> str:
+    """Return "1.43 x the speed in FLOPs (95 % 1.20 to 1.70)"."""
+    text = f"{speedup.factor:.2f} x the speed in {label}"
+    if not math.isnan(speedup.low):
+        text += f" (95 % {speedup.low:.2f} to {speedup.high:.2f})"
+    return text
+
+
+class ExperimentView(NamedTuple):
+    """What the page shows of an experiment."""
+
+    sentences: list[str]
+    table: Table
+
+
+def make_experiment(experiment: Experiment) -> ExperimentView:
+    """Return the sentences and the table."""
+    rows = []
+    for arm in experiment.arms:
+        factors = [format_factor(arm.speedups.get(cost)) for cost in COSTS]
+        losses = [format_decimal(arm.loss, 4), format_count(arm.flops), format_seconds(arm.seconds)]
+        rows.append([arm.name, arm.outcome, *losses, *factors, str(arm.n_seeds)])
+    heads = ["arm", "outcome", "held-out loss", "FLOPs", "time in steps"]
+    heads += [f"speed-up, {label}" for label in COSTS.values()]
+    caption = (
+        f"Control: {experiment.control}; its law is fitted to {experiment.law_of}. Speed-up: what "
+        "the control would spend to reach the arm's loss, over what the arm spent. Outcomes: t "
+        "test over seeds against the law, Holm's correction over arms, 5 %."
+    )
+    table = Table([*heads, "seeds"], rows, caption, n_text_columns=2)
+    return ExperimentView([arm.sentence for arm in experiment.arms], table)
+
+
+def format_factor(speedup: Speedup | None) -> str:
+    """Return a speed-up for the table."""
+    return f"{speedup.factor:.2f}" if speedup else ""
+
+
+def write_experiment(experiment: Experiment, page: io.Path) -> io.Path:
+    """Write the numbers beside a page, as JSON. Return the file."""
+    file = page.parent / f"{page.name.removesuffix('.html')}.json"
+    stage.check_output_path(file, "report.json")
+    io.write_json(file, experiment)
+    return file

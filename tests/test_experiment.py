@@ -1,0 +1,106 @@
+"""A sweep compared: speed-ups by the control's law, outcomes over seeds, what is refused."""
+
+import dataclasses
+import html
+import json
+
+import pytest
+from entry_points import run_command
+
+from jaxpt.report import experiment
+from jaxpt.spec import UserError
+from jaxpt.train.records import NOTHING_DONE, HeldoutMetrics
+
+LENGTHS = (100, 200, 400, 800, 1600)
+FLOPS_PER_STEP = 1e9
+
+
+def loss_of(flops):
+    """The law that the made runs follow."""
+    return 3.0 + 40 * flops**-0.2
+
+
+def write_run(run_dir, n_steps, speed=1.0, luck=0.0, clock=1.0):
+    """Write a finished run that is `speed` times as fast as the law, with eight held-out losses."""
+    run_dir.mkdir(parents=True)
+    lines = []
+    for i in range(1, 9):
+        step = n_steps * i // 8
+        flops = step * FLOPS_PER_STEP
+        loss = loss_of(speed * flops) + luck
+        sums = dataclasses.replace(
+            NOTHING_DONE, flops=flops, productive_seconds=clock * step, n_tokens=step
+        )
+        losses = {"prose": loss - 0.5, "code": loss + 0.5}
+        lines.append(json.dumps(HeldoutMetrics(step, losses, **vars(sums)).to_json()) + "\n")
+    (run_dir / "metrics.jsonl").write_text("".join(lines))
+    (run_dir / "manifest.json").write_text("{}")
+
+
+LUCK = (0.02, -0.013, 0.004)
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Two arms beside the control at five lengths, three seeds each that share their luck."""
+    runs = {}
+    for name, speed, clock in (("adamw", 1.0, 1.0), ("muon", 1.5, 2.0), ("lion", 1.0, 1.0)):
+        for seed, luck in enumerate(LUCK):
+            for n_steps in LENGTHS:
+                run = f"name={name},steps={n_steps},initialize.seed={seed}"
+                runs[run] = {"optim.name": name, "train.steps": n_steps, "initialize.seed": seed}
+                own = luck + (0.003 * (seed - 1) if name != "adamw" else 0)
+                write_run(tmp_path / run, n_steps, speed, own, clock)
+    (tmp_path / "sweep.json").write_text(json.dumps({"runs": runs}))
+    return tmp_path
+
+
+def test_speed_ups_are_what_the_control_would_spend_in_flops_and_in_time(sweep):
+    found = experiment.read_experiment(sweep)
+    assert found.control == "name=adamw" and "5 lengths" in found.law_of
+    control, muon, lion = found.arms
+    assert control.outcome == "control" and control.n_seeds == 3
+    assert muon.outcome == "faster" and lion.outcome == "undecided"
+    speedup = muon.speedups["flops"]
+    assert speedup.factor == pytest.approx(1.5, rel=0.03)
+    assert 1 < speedup.low < 1.5 < speedup.high < 2.1
+    assert speedup.control_frac == pytest.approx(1.5, rel=0.03)
+    assert muon.speedups["seconds"].factor == pytest.approx(0.75, rel=0.03)
+    assert "extrapolated to 1.5" in muon.sentence and muon.sentence.startswith("name=muon: faster")
+    assert lion.speedups["flops"].factor == pytest.approx(1, rel=0.03)
+
+
+def test_the_luck_of_a_seed_is_shared_with_the_control(sweep):
+    lion = experiment.read_experiment(sweep).arms[2].speedups["flops"]
+    assert lion.high / lion.low < 2.5  # unpaired: above 20
+
+
+def test_a_control_of_one_length_is_fitted_within_its_runs(tmp_path):
+    runs = {}
+    for lr, speed in ((1, 1.0), (2, 0.5)):
+        run = f"peak_lr={lr}"
+        runs[run] = {"optim.peak_lr": lr}
+        write_run(tmp_path / run, 800, speed)
+    (tmp_path / "sweep.json").write_text(json.dumps({"runs": runs}))
+    found = experiment.read_experiment(tmp_path)
+    assert "no decay" in found.law_of
+    (_, slow) = found.arms
+    assert slow.outcome == "untested" and slow.speedups["flops"].factor == pytest.approx(0.5, 0.03)
+
+
+def test_the_page_has_the_sentences_and_the_numbers_are_beside_it(sweep):
+    status, printed = run_command("report", ["--experiment", ".", "--to", "out.html"], sweep)
+    assert status == 0, printed
+    page = html.unescape((sweep / "out.html").read_text())
+    record = json.loads((sweep / "out.json").read_text())
+    for arm in record["arms"]:
+        assert arm["sentence"] in printed and arm["sentence"] in page
+    assert experiment.Experiment.from_json(record).arms[1].outcome == "faster"
+
+
+def test_what_is_no_sweep_and_what_has_too_few_losses_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"has no sweep\.json"):
+        experiment.read_experiment(tmp_path)
+    (tmp_path / "sweep.json").write_text('{"runs": {"a": {"optim.b1": 1}, "b": {"optim.b1": 2}}}')
+    with pytest.raises(UserError, match="at least 4 held-out losses of the control"):
+        experiment.read_experiment(tmp_path)
