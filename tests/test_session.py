@@ -392,9 +392,9 @@ def test_sums_are_of_the_steps_done_whatever_the_batch_was(make_config, start, t
     """60 steps of 8 x 64 tokens and 30 of 32 x 64: 92,160, in every place."""
     cost = DeviceCost(flops_per_token=3e5, peak_flops=7e9, usd_per_hour=36.0)
     small = {"train__log_every": 20, "optim__peak_lr": 1e-3}
-    train(start(make_config(train__steps=60, **small), tmp_path, lambda spec: cost))
+    train(start(make_config(train__steps=60, **small), tmp_path, lambda spec, seq_len: cost))
     settings = make_config(train__steps=90, train__batch_size=32, **small)
-    session = train(start(settings, tmp_path, lambda spec: cost))
+    session = train(start(settings, tmp_path, lambda spec, seq_len: cost))
     request = result.make_request(settings, list(settings.mixture.packed_paths))
     result.write_manifest(session, request)
     records = read_metrics(tmp_path / "metrics.jsonl")
@@ -424,14 +424,14 @@ def test_what_a_kill_threw_away_costs_time_and_money_and_no_tokens(make_config, 
     settings = make_config(train__log_every=2, train__checkpoint_every=6)
     for step, resumed in ((5, 0), (9, 0), (11, 6)):
         before = read_metrics(tmp_path / "metrics.jsonl")
-        session = start(settings, tmp_path, lambda spec: cost)
+        session = start(settings, tmp_path, lambda spec, seq_len: cost)
         assert session.step == resumed
         with pytest.raises(KeyboardInterrupt):
             train(session, never, Kill(step))
         after = read_metrics(tmp_path / "metrics.jsonl")
         if before:
             assert after[0].seconds > before[-1].seconds or resumed
-    session = train(start(settings, tmp_path, lambda spec: cost))
+    session = train(start(settings, tmp_path, lambda spec, seq_len: cost))
     steps = [record.step for record in read_records(tmp_path, TrainMetrics)]
     assert steps == [2, 4, 6, 8, 10, 12, 14] and session.meter.sums.n_tokens == 14 * 8 * 64
     last = read_records(tmp_path, TrainMetrics)[-1]
@@ -1254,7 +1254,7 @@ def test_mfu_is_of_all_devices_and_money_is_in_dollars(tmp_path, monkeypatch, ca
 def test_a_run_counts_mfu_and_money_of_the_devices_of_its_mesh(make_config, tmp_path, start):
     """One of the eight devices of this process."""
     cost = DeviceCost(flops_per_token=3e5, peak_flops=7e9, usd_per_hour=36.0)
-    train(start(make_config(train__steps=4), tmp_path, lambda spec: cost))
+    train(start(make_config(train__steps=4), tmp_path, lambda spec, seq_len: cost))
     (record,) = read_records(tmp_path, TrainMetrics)
     assert record.mfu == pytest.approx(record.tokens_per_second * 3e5 / 7e9)
     assert record.usd == pytest.approx(record.seconds / 100)
