@@ -727,7 +727,7 @@ def check_train(train: TrainConfig) -> None:
         )
 
 
-def check_shapes(train: TrainConfig, row_length: int) -> None:
+def check_shapes(train: TrainConfig, packed_len: int) -> None:
     """Raise UserError for a schedule of shapes that cannot be read from the packed rows."""
     starts = [start for start, _, _ in train.shape_schedule]
     if starts and (starts[0] != 0 or sorted(set(starts)) != starts or starts[-1] >= train.steps):
@@ -737,16 +737,16 @@ def check_shapes(train: TrainConfig, row_length: int) -> None:
         )
     for start, batch_size, seq_len in train.shape_schedule:
         where = f"train.shape_schedule, from step {start}"
-        if seq_len < 8 or row_length % seq_len:
+        if seq_len < 8 or packed_len % seq_len:
             raise UserError(
                 f"{where}: expected sequences of at least 8 tokens that divide pack.seq_len = "
-                f"{row_length}, got {seq_len}. Pack rows of a multiple of it."
+                f"{packed_len}, got {seq_len}. Pack rows of a multiple of it."
             )
-        n = row_length // seq_len
+        n = packed_len // seq_len
         if batch_size < 1 or batch_size % n or batch_size % train.grad_accum_steps:
             n = math.lcm(n, train.grad_accum_steps)
             raise UserError(
-                f"{where}: expected a batch of whole rows of {row_length} tokens and equal "
+                f"{where}: expected a batch of whole rows of {packed_len} tokens and equal "
                 f"micro-batches, a multiple of {n} sequences, got {batch_size}."
             )
 

@@ -96,12 +96,12 @@ def test_long_contexts_that_cannot_be_measured_are_refused(hf_dir, texts):  # no
     text, needle = f"bits_per_byte/long=jsonl:{path}", f"needle/long=jsonl:{path}"
     short = path.parent / "short.jsonl"
     short.write_text(json.dumps({"text": "gulls"}) + "\n")
-    for tasks, options, says in (
+    for tasks, options, expected in (
         ([needle], {"by_position": True}, "--by-position: expected a text"),
         ([needle], {"backend": "hf"}, "--backend hf: needle/long .* --backend jax"),
         ([needle], {"max_length": 30}, "needle/long: .* context much longer .* got .* 30"),
         ([f"bits_per_byte/short=jsonl:{short}"], {"by_position": True}, "no document of 300"),
         ([text, text], {}, "two tasks would be called bits_per_byte/long"),
     ):
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=expected):
             harness.evaluate_model(hf_dir, tasks, **options)

@@ -99,7 +99,7 @@ def read_run(settings, one):
     return np.concatenate(found), np.stack(expected)
 
 
-def test_every_row_is_read_once_in_the_order_of_a_run_without_shapes(make_config, one):  # noqa: F811
+def test_every_row_is_read_once_in_the_order_without_shapes(make_config, one):  # noqa: F811
     settings = make_config(train__shape_schedule=SHAPES)
     found, expected = read_run(settings, one)
     np.testing.assert_array_equal(found, expected)
