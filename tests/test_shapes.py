@@ -24,7 +24,7 @@ from jaxpt.spec import UserError
 from jaxpt.train import optimizer, shapes, step
 from jaxpt.weights import huggingface
 
-# rows are of 64 tokens: 8 rows per step, then 5, then 16
+# rows are of 64 tokens: 8 of them per step, then 5, then 16
 SHAPES = ((0, 16, 32), (4, 5, 64), (9, 32, 32))
 
 

@@ -46,7 +46,7 @@ def find_shape(config: Config, step: int) -> StepShape:
 
 
 def list_rows_per_step(config: Config) -> tuple[tuple[int, int], ...]:
-    """Return ((from step, packed rows per step), ...)."""
+    """Return ((from step, packed sequences per step), ...)."""
     length = config.pack.seq_len
     return tuple((at, shape.count_rows(length)) for at, shape in list_shapes(config).items())
 
