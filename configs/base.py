@@ -133,7 +133,7 @@ def get_config():
     # Global batch in sequences. Tokens per step = batch_size x pack.seq_len.
     c.train.batch_size = 32
     # ((from step, batch size, tokens per sequence), ...) in place of batch_size x pack.seq_len:
-    # rows are cut into equal parts where sequences are shorter.
+    # packed ones are cut into equal parts.
     c.train.shape_schedule = ()
     # Micro-batches per step. Same result, 1/n of the activation memory, somewhat slower.
     c.train.grad_accum_steps = 1

@@ -240,7 +240,7 @@ class TrainConfig:
     shape_schedule: tuple[tuple[int, int, int], ...] = knob(
         (),
         "((from step, batch size, tokens per sequence), ...) in place of batch_size x "
-        "pack.seq_len: rows are cut into equal parts where sequences are shorter.",
+        "pack.seq_len: packed ones are cut into equal parts.",
     )
     grad_accum_steps: int = knob(
         1, "Micro-batches per step. Same result, 1/n of the activation memory, somewhat slower."
@@ -728,7 +728,7 @@ def check_train(train: TrainConfig) -> None:
 
 
 def check_shapes(train: TrainConfig, packed_len: int) -> None:
-    """Raise UserError for a schedule of shapes that cannot be read from the packed rows."""
+    """Raise UserError for a schedule of shapes that cannot be read from the packed sequences."""
     starts = [start for start, _, _ in train.shape_schedule]
     if starts and (starts[0] != 0 or sorted(set(starts)) != starts or starts[-1] >= train.steps):
         raise UserError(
@@ -746,7 +746,7 @@ def check_shapes(train: TrainConfig, packed_len: int) -> None:
         if batch_size < 1 or batch_size % n or batch_size % train.grad_accum_steps:
             n = math.lcm(n, train.grad_accum_steps)
             raise UserError(
-                f"{where}: expected a batch of whole rows of {packed_len} tokens and equal "
+                f"{where}: expected a batch of whole packed ones of {packed_len} tokens and equal "
                 f"micro-batches, a multiple of {n} sequences, got {batch_size}."
             )
 

@@ -95,8 +95,8 @@ def is_hub_reachable() -> bool:
 def choose_base() -> None:
     """Set $BASE: TinySolar from the hub, else its stand-in, runs/general.
 
-    And what goes with it: $TOKENIZER; $SHAPE, a recipe with its sizes; $BATCH, sequences per step that a
-    CPU trains on in a second.
+    And what goes with it: $TOKENIZER; $SHAPE, a recipe with its sizes; $BATCH, sequences per step
+    that a CPU trains on in a second.
     """
     found = download("upstage/TinySolar-248m-4k")
     base = found[0] if found else "runs/general"

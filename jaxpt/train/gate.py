@@ -63,7 +63,7 @@ class HeldoutData:
             train: the training loop's knobs: how much is measured, and in what dtype.
             document_mask: whether a document sees only itself.
             mesh: the devices.
-            seq_len: of the parts that rows are cut into; None: they stay whole.
+            seq_len: of the parts that packed ones are cut into; None: they stay whole.
         """
         self.dataset = loader.open_packed(packed, split="heldout")
         self.seq_len = seq_len or self.dataset.seq_len

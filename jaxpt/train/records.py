@@ -183,7 +183,7 @@ class HeldoutRecord(Record):
     fingerprint: str  # of the held-out sequences
     n_sequences: int  # per source, at most
     document_mask: bool
-    seq_len: int  # of the parts that rows are cut into
+    seq_len: int  # of the parts that packed ones are cut into
 
 
 @dataclasses.dataclass(frozen=True)
