@@ -157,9 +157,7 @@ BAD_SHAPES = {
     r"start at 0 and rise .*got \[1\]": ((1, 8, 64),),
     r"rise below train.steps = 14, got \[0, 14\]": ((0, 8, 64), (14, 8, 64)),
     r"from step 3: expected sequences .*divide pack.seq_len = 64, got 48": ((0, 8, 64), (3, 8, 48)),
-    r"from step 0: .*whole packed ones of 64 tokens .*multiple of 2 sequences, got 7": (
-        (0, 7, 32),
-    ),
+    r"from step 0: .*whole packed ones of 64 .*multiple of 2 sequences, got 7": ((0, 7, 32),),
 }
 
 

@@ -1,6 +1,6 @@
 """Find the shape of a step's batch: train.shape_schedule changes it as the run goes on.
 
-All shapes read the same packed sequences, in the same order. A step of shorter sequences cuts each row
+All shapes read the same packed sequences, in the same order. A step of shorter ones cuts each row
 of pack.seq_len tokens into equal parts, which follow each other in the batch, so that a position
 in the data is a number of rows whatever the shape.
 """
