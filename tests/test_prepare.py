@@ -1122,7 +1122,7 @@ def test_two_fields_make_a_prompt_and_its_completion(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"q": "Why?", "a": ""}) + "\n")
     with pytest.raises(UserError, match=r"a\.jsonl:1: its completion is empty"):
         list(sources.parse_source(f"jsonl:{tmp_path}/a.jsonl#q+a").iterate_documents())
-    for fields in ("q+a+b", "q+"):
+    for fields in ("q+a+b+c", "q+"):
         with pytest.raises(UserError, match="neither a field nor two"):
             sources.parse_source(f"jsonl:{tmp_path}/a.jsonl#{fields}")
 
