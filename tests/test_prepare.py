@@ -2,6 +2,7 @@
 and one sentence for whatever cannot be read.
 """
 
+import contextlib
 import dataclasses
 import functools
 import gzip
@@ -25,6 +26,7 @@ import pytest
 from conftest import ROOT
 from hypothesis import given, settings, strategies
 
+from jaxpt import stage
 from jaxpt.config import PackConfig, PrepareConfig, TokenizerConfig
 from jaxpt.data import (
     benchmarks,
@@ -1106,6 +1108,31 @@ def test_text_files_are_documents_named_by_their_place_below_the_pattern(tmp_pat
         len(real) == 9
         and "Call me Ishmael" in real["text_gutenberg/Moby-Dick--Or-The-Whale_2701.txt"]
     )
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
+def test_reading_shows_the_bytes_of_its_files_and_how_many_there_are(tmp_path, monkeypatch, kind):
+    """The time that is left can be told, within one large file too."""
+    texts = [f"{i} {random.Random(i).random()} " * 500 for i in range(2000)]
+    file = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.table({"text": texts}), file, row_group_size=300)
+    else:
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+        file.write_bytes(gzip.compress(lines) if kind.endswith("gz") else lines)
+    bars = {}
+
+    @contextlib.contextmanager
+    def record(label, total, unit):
+        bars[label] = (total, shown := [])
+        yield shown.append
+
+    monkeypatch.setattr(stage, "progress_bar", record)
+    source = f"a={kind.removesuffix('.gz')}:{file}#text"
+    prepare.prepare_corpus(PrepareConfig(sources=(source,)), tmp_path / "run")
+    total, shown = bars["prepare: reading"]
+    assert total == sum(shown) == file.stat().st_size
+    assert min(shown) >= 0 and max(shown) < 0.6 * total
 
 
 def test_two_fields_make_a_prompt_and_its_completion(tmp_path):

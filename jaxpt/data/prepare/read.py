@@ -24,7 +24,7 @@ from jaxpt.data.prepare.jobs import (
     write_job_result,
 )
 from jaxpt.data.prepare.rows import READ_SCHEMA, ReadFile, open_arrow_writer, read_column
-from jaxpt.data.sources.files import escape_name
+from jaxpt.data.sources.files import bytes_read, escape_name
 from jaxpt.data.sources.source import find_kind
 from jaxpt.spec import Record, UserError
 
@@ -59,6 +59,7 @@ def read_sources(
             job = ReadJob(
                 source_index=k,
                 source=part,
+                n_bytes=size,
                 versions={file: versions[file] for file in part.files},
                 limit=limit,
                 max_bytes=JOB_BYTES,
@@ -66,7 +67,8 @@ def read_sources(
             )
             todo.append(job)
             n_bytes += size
-    results = runner.run(read_part, todo, ReadResult, ("reading", "B", None), n_bytes)
+    total = n_bytes if all(source.files for source in text_sources) else None
+    results = runner.run(read_part, todo, ReadResult, ("reading", "B", total), n_bytes)
     by_source: list[list[ReadResult]] = [[] for _ in text_sources]
     for job, result in zip(todo, results, strict=True):
         by_source[job.source_index].append(result)
@@ -90,6 +92,7 @@ class ReadJob(Job):
 
     source_index: int
     source: sources.TextSource
+    n_bytes: int  # of its files
     versions: dict[str, str]  # of its files when they were fingerprinted
     limit: int
     max_bytes: int
@@ -132,7 +135,7 @@ def split_source(source: sources.TextSource) -> Iterator[tuple[sources.TextSourc
 
 
 def read_part(job: ReadJob, advance: Advance = lambda n: None) -> int:
-    """Do a ReadJob and return the bytes of its texts."""
+    """Do a ReadJob and return the bytes of its files, or of its texts if it has no files."""
     sampler = ByteLimitSampler(job.limit, find_kind(job.source.kind).is_streamed)
     unread = collections.Counter()
     first = []
@@ -144,18 +147,26 @@ def read_part(job: ReadJob, advance: Advance = lambda n: None) -> int:
 
     documents = job.source.iterate_documents(skip, job.on_error)
     stream = sampler.keep_below(documents)
+    start = bytes_read.count()
+    done = 0
+
+    def show(n_bytes: int) -> None:
+        nonlocal done
+        if job.source.files:
+            n_bytes = max(min(bytes_read.count() - start, job.n_bytes) - done, 0)
+        done += n_bytes
+        advance(n_bytes)
+
     files = []
     rows = []
-    total = 0
     for i in itertools.count():
         file = pathlib.Path(f"{job.output_prefix}-{i:05d}.arrow")
-        n_rows, n_bytes = write_read_file(file, stream, job.max_bytes, advance)
+        n_rows = write_read_file(file, stream, job.max_bytes, show)
         if not n_rows:
             io.remove(file)
             break
         files.append(file)
         rows.append(n_rows)
-        total += n_bytes
     check_unchanged(job)
     result = ReadResult(
         files=tuple(map(str, files)),
@@ -164,7 +175,10 @@ def read_part(job: ReadJob, advance: Advance = lambda n: None) -> int:
         unread=Unread(dict(unread), tuple(first)),
     )
     write_job_result(job, result)
-    return total
+    if not job.source.files:
+        return done
+    advance(job.n_bytes - done)
+    return job.n_bytes
 
 
 def check_unchanged(job: ReadJob) -> None:
@@ -179,8 +193,8 @@ def check_unchanged(job: ReadJob) -> None:
 
 def write_read_file(
     file: pathlib.Path, stream: Iterator[tuple], max_bytes: int, advance: Advance
-) -> tuple[int, int]:
-    """Write the next rows of about max_bytes of text. Return their number and bytes."""
+) -> int:
+    """Write the next rows of about max_bytes of text. Return their number."""
     n_rows = n_bytes = 0
     with open_arrow_writer(file, READ_SCHEMA) as out:
         while n_bytes < max_bytes:
@@ -196,7 +210,7 @@ def write_read_file(
             n_rows += len(batch)
             n_bytes += size
             advance(size)
-    return n_rows, n_bytes
+    return n_rows
 
 
 def take_batch(stream: Iterator[tuple], max_bytes: int) -> list[tuple]:

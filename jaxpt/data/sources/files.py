@@ -7,16 +7,46 @@ import contextlib
 import lzma
 import os
 import pathlib
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from io import BufferedIOBase
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from jaxpt import io
 from jaxpt.data.sources.content import check_pointer, peek, unpack_stream
 from jaxpt.spec import UserError
 
 T = TypeVar("T")
+
+
+class ReadCounter(threading.local):
+    """Counts the bytes that this thread has read of sources' files, as they lie on disk."""
+
+    def __init__(self):
+        """Start with nothing read."""
+        self.file: Any = None
+        self.before = 0  # of the files before this one
+        self.position = 0
+
+    def begin(self, file: Any) -> None:
+        """Count a newly opened file from here on, by its position; None: by `add`."""
+        self.before = self.count()
+        self.position = 0
+        self.file = file
+
+    def add(self, n_bytes: int) -> None:
+        """Count bytes of a file that keeps no position."""
+        self.position += n_bytes
+
+    def count(self) -> int:
+        """Return the bytes so far; of a file that is closed, up to the last call."""
+        if self.file and not self.file.closed:
+            self.position = self.file.tell()
+        return self.before + self.position
+
+
+bytes_read = ReadCounter()
 
 
 @contextlib.contextmanager
@@ -46,6 +76,7 @@ def open_raw(file: str) -> BufferedIOBase:
         )
     found = io.open_read(path)
     check_pointer(file, peek(found))
+    bytes_read.begin(found)
     return found
 
 

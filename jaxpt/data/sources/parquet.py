@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxpt.data.sources.fields import try_row
-from jaxpt.data.sources.files import first_error_line, is_remote, open_raw
+from jaxpt.data.sources.files import bytes_read, first_error_line, is_remote, open_raw
 from jaxpt.data.sources.source import (
     MAX_DOCUMENT_BYTES,
     Reading,
@@ -69,6 +69,7 @@ def open_parquet(file: str) -> Iterator[pq.ParquetFile]:
         found: Any = stack.enter_context(open_raw(file))
         if not is_remote(file):  # Arrow's own file spares a copy of the packed page
             found = stack.enter_context(pa.OSFile(os.fsencode(file)))
+        bytes_read.begin(None)
         pool = pa.default_memory_pool()
         pa.set_memory_pool(pa.system_memory_pool())  # it grows a page in place
         try:
@@ -90,8 +91,9 @@ def iterate_rows(table: pq.ParquetFile, fields: list[str], file: str) -> Iterato
     """
     for group in range(table.num_row_groups):
         metadata = table.metadata.row_group(group)
-        n_bytes = 0
+        n_bytes = n_packed = 0
         for chunk in map(metadata.column, range(metadata.num_columns)):
+            n_packed += chunk.total_compressed_size
             if chunk.path_in_schema not in fields:
                 continue
             n_bytes += chunk.total_uncompressed_size
@@ -106,6 +108,7 @@ def iterate_rows(table: pq.ParquetFile, fields: list[str], file: str) -> Iterato
         for batch in table.iter_batches(n_rows, row_groups=[group], columns=fields):
             for i in range(len(batch)):
                 yield batch.slice(i, 1)
+        bytes_read.add(n_packed)
 
 
 KIND = SourceKind("parquet", read_parquet, has_field=True)
