@@ -58,12 +58,14 @@ class Text:
 
     sources: tuple[str, ...]
     directory: str
+    vocab_size: int = VOCAB_SIZE
+    seq_len: int = SEQ_LEN
 
     def settings(self) -> config.Config:
         return config.Config(
             prepare=config.PrepareConfig(sources=self.sources, heldout_frac=0.03),
-            tokenizer=config.TokenizerConfig(vocab_size=VOCAB_SIZE, sample_mb=8),
-            pack=config.PackConfig(seq_len=SEQ_LEN),
+            tokenizer=config.TokenizerConfig(vocab_size=self.vocab_size, sample_mb=8),
+            pack=config.PackConfig(seq_len=self.seq_len),
         )
 
     def make(self) -> None:

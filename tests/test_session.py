@@ -465,7 +465,7 @@ def test_no_console_line_is_wider_than_its_terminal_and_a_wide_one_is_used(tmp_p
     def list_lines(columns):
         monkeypatch.setattr(sys.stderr, "isatty", lambda: columns is not None)
         size = os.terminal_size((columns or 200, 40))
-        monkeypatch.setattr(shutil, "get_terminal_size", lambda: size)
+        monkeypatch.setattr(shutil, "get_terminal_size", lambda *given, **more: size)
         lines = logger.format_train(record)
         parts = [f"{name} {loss:.4f}" for name, loss in sources.items()]
         return lines, metrics.break_line("step 1250/250000  held-out loss", parts)
