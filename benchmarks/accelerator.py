@@ -1,7 +1,7 @@
-"""What an accelerator does with jaxpt, in under 45 minutes: one command, one table.
+"""Measure jaxpt on an accelerator, in under 45 minutes: one command, one table.
 
     python benchmarks/accelerator.py --out RESULTS                   # every part
-    python benchmarks/accelerator.py --out RESULTS --parts train-cudnn decode
+    python benchmarks/accelerator.py --out RESULTS --parts train-auto decode
     python benchmarks/accelerator.py --out RESULTS --tiny            # a small model, on a CPU too
 
 Every part is a process of its own of at most 8 minutes. Its result is written to RESULTS/PART.json
@@ -20,6 +20,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import signal
 import statistics
 import subprocess
@@ -45,7 +46,7 @@ def get_config():
     c.model.n_heads, c.model.n_kv_heads, c.model.d_head = 4, 2, 16
     c.model.max_seq_len, c.train.batch_size, c.train.eval_sequences = 128, 8, 8
     c.train.log_every, c.train.checkpoint_every = 1, 4
-    c.train.eval_every, c.train.steps = 0, 40
+    c.train.eval_every, c.train.steps = 0, 200
     return c
 """
 
@@ -72,9 +73,10 @@ def main():
         else:
             results[part] = run_part(part, args)
         (args.out / f"{part}.json").write_text(json.dumps(results[part], indent=1) + "\n")
-        table = format_table(results)
-        (args.out / "table.md").write_text(table)
-        print(table.splitlines()[-1], flush=True)
+        print(format_table({part: results[part]}).splitlines()[-1], flush=True)
+        files = {part: args.out / f"{part}.json" for part in PARTS}  # of earlier starts too
+        kept = {part: json.loads(file.read_text()) for part, file in files.items() if file.exists()}
+        (args.out / "table.md").write_text(format_table(kept))
     return any("failed" in result for result in results.values())
 
 
@@ -115,7 +117,11 @@ def format_table(results):
 def format_value(value):
     if value is None:
         return "unknown"
-    return f"{value:,.4g}" if isinstance(value, float) else str(value).replace("|", "/")
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {format_value(each)}" for name, each in value.items())
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
+    return str(value).replace("|", "/")
 
 
 def measure(args):
@@ -206,7 +212,7 @@ def measure_torch_attention(args):
 
 
 def measure_train(backend, args, profile=False):
-    """The train step: speed, and memory beside what its compiler and the plan expect."""
+    """The train step: speed, and memory beside what its compiler expects, as `jaxpt plan` does."""
     import jax
 
     from jaxpt import flops, hardware
@@ -240,7 +246,8 @@ def measure_train(backend, args, profile=False):
     used = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return {
         "attention": f"{name} ({why})",
-        "tokens/s": speed,
+        "tokens/s per device": speed / jax.device_count(),
+        "devices": jax.device_count(),
         "MFU": cost.compute_mfu(speed * cost.flops_per_token, jax.device_count()),
         "step s": seconds,
         "peak GiB": used and used / 2**30,
@@ -251,7 +258,10 @@ def measure_train(backend, args, profile=False):
 
 
 def measure_torch_train(args):
-    """transformers' Llama of the same shape: FSDP2, torch.compile, sdpa, fused AdamW."""
+    """transformers' Llama of the same shape: FSDP2, torch.compile, sdpa, fused AdamW.
+
+    Its sequences are one document each and it recomputes nothing, unlike jaxpt's.
+    """
     import torch
     import transformers
     from torch.distributed.fsdp import fully_shard
@@ -298,7 +308,14 @@ def measure_torch_train(args):
     seconds = time_calls(run, args.steps, torch_wait)
     torch.distributed.destroy_process_group()
     memory = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
-    return {"tokens/s": B * T / seconds, "step s": seconds, "peak GiB": memory}
+    return {
+        "tokens/s per device": B * T / seconds,
+        "devices": 1,
+        "documents": "whole sequences",
+        "recomputed": "nothing",
+        "step s": seconds,
+        "peak GiB": memory,
+    }
 
 
 def measure_decode(args):
@@ -340,7 +357,8 @@ def measure_evaluate(args):
 def measure_resume(args):
     """A run that is killed and resumed ends with the losses of one that was left alone."""
     home = args.out / "resume"
-    home.mkdir(exist_ok=True)
+    shutil.rmtree(home, ignore_errors=True)  # a finished run does nothing when started again
+    home.mkdir()
     (home / "recipe.py").write_text(RECIPE)
     jaxpt = [sys.executable, "-m", "jaxpt"]
     flags = ["--config", "recipe.py", "--workdir"]
@@ -356,9 +374,10 @@ def measure_resume(args):
         [*jaxpt, "train", *flags, "killed", data], cwd=home, env=environment, stdout=sys.stderr
     )
     while killed.poll() is None and len(read_losses(home / "killed")) < 10:
-        time.sleep(0.05)
+        time.sleep(0.005)
     killed.kill()
-    killed.wait()
+    if killed.wait() != -signal.SIGKILL:
+        raise SystemExit(f"the run ended before it was killed, with status {killed.returncode}")
     before = len(read_losses(home / "killed"))
     begin = time.monotonic()
     start([*jaxpt, "train", *flags, "killed", data])
@@ -474,10 +493,11 @@ class Part:
         self.run, self.packages = run, packages
 
 
+DATA = ("grain", "pyarrow")
 PARTS = {
     "device": Part(measure_device),
-    "train-auto": Part(functools.partial(measure_train, "auto", profile=True)),
-    "train-xla": Part(functools.partial(measure_train, "xla")),
+    "train-auto": Part(functools.partial(measure_train, "auto", profile=True), *DATA),
+    "train-xla": Part(functools.partial(measure_train, "xla"), *DATA),
     "train-torch": Part(measure_torch_train, "torch", "transformers"),
     "attention-xla": Part(functools.partial(measure_attention, "xla")),
     "attention-cudnn": Part(functools.partial(measure_attention, "cudnn"), "jax_cuda13_plugin"),
@@ -485,7 +505,7 @@ PARTS = {
     "attention-torch": Part(measure_torch_attention, "torch"),
     "decode": Part(measure_decode),
     "evaluate": Part(measure_evaluate),
-    "resume": Part(measure_resume),
+    "resume": Part(measure_resume, *DATA, "sentencepiece", "tokenizers"),
 }
 
 

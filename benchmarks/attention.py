@@ -22,6 +22,7 @@ import time
 SCRIPT = pathlib.Path(__file__).resolve()
 ROOT = SCRIPT.parent.parent
 N_TOKENS = 16_384
+PARTS = ("attention", "step")
 # sequence length, document length, window
 CASES = [
     (512, 170, None),
@@ -38,18 +39,18 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--beside", type=pathlib.Path, help="a checkout of the other commit")
+    parser.add_argument("--beside", type=pathlib.Path, required=True, help="another clone")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--calls", type=int, default=3, help="per case and process")
     parser.add_argument("--tokens", type=int, default=N_TOKENS)
     parser.add_argument("--seq-lens", type=int, nargs="+", default=[512, 4096, 8192])
-    parser.add_argument("--parts", nargs="+", default=["attention", "step"])
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         return measure(args)
     trees = {"before": args.beside, "here": ROOT}
-    found = {name: [] for name, tree in trees.items() if tree}
+    found = {name: [] for name in trees}
     for _ in range(args.rounds):
         for name in found:
             found[name].append(run_child(trees[name].resolve()))
@@ -58,13 +59,12 @@ def main():
     for case in found["here"][0]:
         speeds = {name: [run[case] for run in runs] for name, runs in found.items()}
         cells = [f"{statistics.median(s for s, _ in each):,.0f}" for each in speeds.values()]
-        if "before" in speeds:
-            pairs = list(zip(speeds["here"], speeds["before"], strict=True))
-            for i in range(2):
-                ratios = [here[i] / before[i] for here, before in pairs]
-                cells.append(
-                    f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-                )
+        pairs = list(zip(speeds["here"], speeds["before"], strict=True))
+        for i in range(2):
+            ratios = [here[i] / before[i] for here, before in pairs]
+            cells.append(
+                f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            )
         print(f"| {case} |", " | ".join(cells), "|", flush=True)
 
 

@@ -15,12 +15,13 @@ import glob
 import json
 import os
 import pathlib
-import statistics
 import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from growth_runs import paired_interval
 
 from jaxpt.config import defaults
 from jaxpt.text import format_table
@@ -31,7 +32,6 @@ OPERATORS = {
     "theta": f"extend_context(length={LONG}, theta=500_000)",
     "yarn": f"extend_context(length={LONG}, yarn={LONG // SHORT})",
 }
-T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # Student's, by degrees of freedom
 
 
 def get_config():
@@ -126,10 +126,7 @@ def run_seed(to, seed):
 
 def summarize(values):
     """Return a mean and the half-width of its 95 % interval over the seeds."""
-    mean = statistics.mean(values)
-    if len(values) < 2:
-        return f"{mean:.3f}"
-    half = T_95[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
+    mean, half, _ = paired_interval(values)
     return f"{mean:.3f} ± {half:.3f}"
 
 

@@ -1,8 +1,9 @@
 """The coordinate check: what the first steps change, at several widths and depths (2203.03466).
 
-    python benchmarks/growth.py coordinates --to runs/growth
+    python benchmarks/coordinates.py
 
-A parametrization transfers rates if the change of the logits depends neither on width nor on depth.
+A parametrization transfers rates if the change of the hidden states before the head, and with it
+of the logits, depends neither on width nor on depth.
 Ten steps of one batch of random tokens at a constant rate, with and without model.base_shape.
 """
 

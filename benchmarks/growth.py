@@ -12,7 +12,6 @@
             FLOPs with the base's included
 `transfer`  five rates at seven shapes, with and without model.base_shape
 `init`      five initializations at three sizes
-`coordinates`  what the first steps change at several widths and depths; prints its table
 `tables`    what the results say, with 95 % intervals of paired differences
 
 Every arm has a decay of its own to 0 and is measured after it. FLOPs are of the active parameters
@@ -28,14 +27,11 @@ import os
 import pathlib
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
-
-import scipy.stats
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
-import coordinates
 import growth_runs
 from growth_runs import Run, Segment, Shape, Text
 
@@ -131,7 +127,7 @@ BATCH = 16
 
 
 def plan_frontier(results: list[dict[str, Any]]) -> list[Run]:
-    """Return a run for each shape, budget and rate; the middle rate of every shape first.
+    """Return a run for each shape, budget and rate; the middle rate first, within a width.
 
     The budgets of a shape and rate share their trunk.
     """
@@ -293,10 +289,16 @@ def plan_transfer(results: list[dict[str, Any]]) -> list[Run]:
     for (depth, width), text in pairs:
         shape = Shape(depth, width, base=text)
         arm = f"{depth} x {width}, {f'base {text}' if text else 'standard'}"
-        for rate in TRANSFER_RATES:
-            segments = make_plain_segments(TRANSFER_STEPS)
-            runs.append(Run("transfer", arm, shape, segments, rate, TUNING_SEED, BATCH))
+        runs += make_rate_runs("transfer", arm, shape, TRANSFER_RATES, TUNING_SEED)
     return runs
+
+
+def make_rate_runs(
+    part: str, arm: str, shape: Shape, rates: Sequence[float], seed: int
+) -> list[Run]:
+    """Return a run of TRANSFER_STEPS at each rate."""
+    segments = make_plain_segments(TRANSFER_STEPS)
+    return [Run(part, arm, shape, segments, rate, seed, BATCH) for rate in rates]
 
 
 INIT_SHAPES = ((4, 64), (8, 96), (8, 192))  # 0.2M, 0.8M and 3.2M parameters without embedding
@@ -310,9 +312,7 @@ def plan_init(results: list[dict[str, Any]]) -> list[Run]:
             for init in ("", *growth_runs.INITS):
                 shape = Shape(depth, width, init=init)
                 arm = f"{depth} x {width}, {init or 'embedding 0.02, 1/sqrt(2L)'}"
-                for rate in RATES:
-                    segments = make_plain_segments(TRANSFER_STEPS)
-                    runs.append(Run("init", arm, shape, segments, rate, seed, BATCH))
+                runs += make_rate_runs("init", arm, shape, RATES, seed)
     return runs
 
 
@@ -379,7 +379,7 @@ def print_paired(results: list[dict[str, Any]], part: str, control: str) -> None
         shared = sorted(set(runs) & set(arms[control]))
         if arm != control and len(shared) > 1:
             differences = [runs[s]["loss"] - arms[control][s]["loss"] for s in shared]
-            tests[arm] = paired_interval(differences)
+            tests[arm] = growth_runs.paired_interval(differences)
     adjusted = adjust_by_holm({arm: p for arm, (_, _, p) in tests.items()})
     for arm, runs in sorted(arms.items(), key=lambda item: mean_of(item[1].values(), "loss")):
         first = next(iter(runs.values()))
@@ -415,15 +415,6 @@ def print_operators(results: list[dict[str, Any]]) -> None:
 
 def mean_of(results: Iterable[dict[str, Any]], key: str) -> float:
     return statistics.mean(result[key] for result in results)
-
-
-def paired_interval(differences: list[float]) -> tuple[float, float, float]:
-    """Return (mean, half of its 95 % t interval, p of a mean of 0)."""
-    n = len(differences)
-    error = statistics.stdev(differences) / n**0.5
-    half = float(scipy.stats.t.ppf(0.975, n - 1)) * error
-    p = float(scipy.stats.ttest_1samp(differences, 0).pvalue)
-    return statistics.mean(differences), half, p
 
 
 def adjust_by_holm(values: dict[str, float]) -> dict[str, float]:
@@ -462,7 +453,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="+", choices=[*PARTS, "coordinates", "tables"])
+    parser.add_argument("parts", nargs="+", choices=[*PARTS, "tables"])
     parser.add_argument("--text", help="text files as a glob, beside Python's own prose")
     parser.add_argument("--to", type=pathlib.Path, required=True)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
@@ -473,14 +464,12 @@ def main() -> None:
         sources.append(f"books=jsonl:{documents}#text")
     text = Text(tuple(sources), str(arguments.to))
     results = arguments.to / "results.jsonl"
-    if set(arguments.parts) & PARTS.keys():
+    if arguments.parts != ["tables"]:
         text.make()
     for part in arguments.parts:
         found = growth_runs.read_results(results)
         if part == "tables":
             print_tables(found)
-        elif part == "coordinates":
-            coordinates.print_table()
         else:
             growth_runs.train_all(PARTS[part](found), text, results, arguments.processes)
 

@@ -29,6 +29,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import jax
+import scipy.stats
 
 from jaxpt import config, flops, initialize, sharding, stage
 from jaxpt.data import loader, pack, prepare, tokenizer
@@ -189,7 +190,7 @@ class Run:
     def key(self) -> str:
         """Return a name for its result's file: of what makes it, and what it is called."""
         fields = dataclasses.asdict(self)
-        for name in ("base", "init"):  # which the first results have not
+        for name in ("base", "init"):  # which the earliest results lack
             if not fields["shape"][name]:
                 del fields["shape"][name]
         content = json.dumps(fields, sort_keys=True)
@@ -403,3 +404,12 @@ def read_results(results: pathlib.Path) -> list[dict[str, Any]]:
         return []
     lines = results.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def paired_interval(differences: list[float]) -> tuple[float, float, float]:
+    """Return (mean, half of its 95 % t interval, p of a mean of 0)."""
+    n = len(differences)
+    error = statistics.stdev(differences) / n**0.5
+    half = float(scipy.stats.t.ppf(0.975, n - 1)) * error
+    p = float(scipy.stats.ttest_1samp(differences, 0).pvalue)
+    return statistics.mean(differences), half, p

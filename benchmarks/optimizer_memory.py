@@ -3,19 +3,24 @@
     python benchmarks/optimizer_memory.py --text FILE ... [--seeds 3] [--steps 500]
 
 A small model learns the bytes of the text. A seed decides the initial weights and the order of the
-data, which are the same for every optimizer. Printed are the held-out loss after the last step, its
-difference from float32 AdamW's at the same seed with a 95 % interval, the spread of AdamW's seeds,
-bytes per parameter, and the time of a step over AdamW's, measured side by side.
+data, which are the same for every optimizer. Printed are the held-out loss after the last step; its
+difference, at the same seed, from AdamW or Muon with float32 moments, with a 95 % interval; the
+spread of AdamW's seeds, bytes per parameter, and the time of a step over AdamW's, side by side.
 """
 
 import argparse
 import dataclasses
 import pathlib
 import statistics
+import sys
 import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import jax
 import numpy as np
+from growth_runs import paired_interval
 
 from jaxpt import sharding
 from jaxpt.config import MeshConfig, OptimConfig, TrainConfig
@@ -38,7 +43,6 @@ ARMS = {
     "adafactor": {"name": "adafactor"},
     "adafactor int8": {"name": "adafactor", "moment_dtype": "int8"},
 }
-T_VALUES = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 8: 2.36}  # 95 %, two-sided, by the seeds
 
 
 def make_batch(text: np.ndarray, starts: np.ndarray) -> Batch:
@@ -94,6 +98,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=500)
     arguments = parser.parse_args()
+    if arguments.seeds < 2:
+        parser.error("--seeds: expected at least 2")
     text = b"\n\n".join(path.read_bytes() for path in arguments.text)
     whole = np.frombuffer(text, np.uint8)
     n_train = len(whole) * 9 // 10
@@ -114,17 +120,16 @@ def main() -> None:
             times[name].append(arm.time_steps(batch))
     spread = statistics.stdev(losses["adamw"])
     print(f"\n{arguments.steps} steps, {arguments.seeds} seeds; AdamW's seeds: std {spread:.4f}")
-    print("optimizer        bytes  loss    difference          step time / AdamW's")
+    print("optimizer        bytes  loss    difference from            step time / AdamW's")
     for name, arm in arms.items():
         base = "muon" if name.startswith("muon") else "adamw"
         differences = [a - b for a, b in zip(losses[name], losses[base], strict=True)]
-        mean = statistics.mean(differences)
-        half = T_VALUES[len(differences)] * statistics.stdev(differences) / len(differences) ** 0.5
+        mean, half, _ = paired_interval(differences) if name != base else (0.0, 0.0, 1.0)
         ratio = statistics.median(a / b for a, b in zip(times[name], times["adamw"], strict=True))
         loss = statistics.mean(losses[name])
         print(
-            f"{name:15}  {arm.count_bytes():5.2f}  {loss:.4f}  {mean:+.4f} +/- {half:.4f}  "
-            f"{ratio:.2f}"
+            f"{name:15}  {arm.count_bytes():5.2f}  {loss:.4f}  "
+            f"{base:6} {mean:+.4f} +/- {half:.4f}  {ratio:.2f}"
         )
 
 

@@ -11,8 +11,8 @@ rates; beside them a model of its size from scratch. Then other ways of pruning.
 `lesson`: a parent of 12 layers, as wide as the quickstart's model and on its text, cut to 10 as the
 course's lesson does (without layers 5 and 6) and by measure, with and without its parent's help.
 
-A finished run is a line of results.jsonl; a start passes over what is there. Everything runs in one
-thread.
+A finished run is a line of DIR/PART-STEPS.jsonl; a start passes over what is there. Everything runs
+in one thread.
 """
 
 import argparse
@@ -109,9 +109,6 @@ def make_lesson() -> Setting:
     return Setting(spec.replace(n_layers=12), 8, rate, 1200, 100, 30, 3, arms)
 
 
-T_95 = {2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262}  # Student's, by degrees of freedom
-
-
 class Experiment:
     """Trains what a table compares.
 
@@ -119,10 +116,11 @@ class Experiment:
         results: the file of finished runs.
     """
 
-    def __init__(self, setting: Setting, text: growth_runs.Text, directory: pathlib.Path):
+    def __init__(self, part: str, setting: Setting, text: growth_runs.Text, to: pathlib.Path):
         text.make()
         self.setting = setting
-        self.results = directory / "results.jsonl"
+        self.directory = to
+        self.results = to / f"{part}-{setting.parent_steps}.jsonl"
         self.done = {tuple(line["key"]): line for line in growth_runs.read_results(self.results)}
         self.packed = [pathlib.Path(text.directory) / "packed"]
         self.dataset = loader.open_packed(self.packed)
@@ -130,7 +128,6 @@ class Experiment:
         self.mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
         train = config.TrainConfig(eval_sequences=growth_runs.HELDOUT_SEQUENCES)
         self.heldout = gate.HeldoutData(self.packed, train, True, self.mesh)
-        self.directory = directory
 
     def run_all(self):
         """Train everything, seed by seed."""
@@ -203,7 +200,7 @@ class Experiment:
         """Return the parent's spec and parameters, trained once."""
         setting = self.setting
         spec, n_steps = setting.spec, setting.parent_steps
-        file = self.directory / f"parent-{n_steps}.npz"
+        file = self.directory / f"{self.results.stem}.npz"
         params = transformer.init_params(spec, 0, self.mesh)
         leaves, structure = jax.tree.flatten(params)
         if file.exists():
@@ -231,10 +228,9 @@ class Experiment:
 
 def summarize(values):
     """Return the mean and the half-width of its 95 % interval, as text."""
-    mean = statistics.mean(values)
-    if len(values) - 1 not in T_95:
-        return f"{mean:.4f}"
-    half = T_95[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
+    if len(set(values)) < 2:
+        return f"{values[0]:.4f}"
+    mean, half, _ = growth_runs.paired_interval(values)
     return f"{mean:.4f} ± {half:.4f}"
 
 
@@ -280,7 +276,7 @@ def main():
         text = growth_runs.Text(
             ("python:prose",), str(to / "text"), spec.vocab_size, spec.max_seq_len
         )
-    experiment = Experiment(setting, text, to)
+    experiment = Experiment(arguments.part, setting, text, to)
     experiment.run_all()
     print_table(experiment)
 

@@ -27,7 +27,9 @@ def test_every_part_runs_at_a_tiny_size_or_says_what_it_lacks(tmp_path):
     assert done.returncode == 0, (done.stdout, done.stderr)
     for part, result in results.items():
         assert result.get("seconds", 0) > 0 or "installed" in result["skipped"], (part, result)
-    assert results["train-xla"]["tokens/s"] > 0 and results["resume"]["losses equal"] == 40
+    assert results["train-xla"]["tokens/s per device"] > 0
+    resumed = results["resume"]
+    assert resumed["losses equal"] == 200 > resumed["killed after step"] >= 10
     for name in ("first loss", "first gradient norm"):
         assert results["train-xla"][name] == results["train-auto"][name]
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
