@@ -21,7 +21,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from jaxpt import config, hardware
+from jaxpt import config, hardware, xla_settings
 from jaxpt.plan import compile
 
 # Llama 3.2's 1B and Llama 3's 8B. Sequences are longer than the 8B is wide, so that an array of
@@ -85,9 +85,10 @@ def main(*names: str):
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for name in names or ROWS:
         command = [sys.executable, __file__, "--child", name]
-        done = subprocess.run(
-            command, env={**os.environ, **compile.COMPILER_ENV}, capture_output=True, text=True
-        )
+        chip = hardware.parse_target(ROWS[name][0]).chip
+        flags = xla_settings.choose_variables(chip.platform, chip, os.environ)
+        environment = os.environ | flags | compile.COMPILER_ENV
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         answer = (
             done.stdout.splitlines()[-1]
             if done.returncode == 0
