@@ -292,7 +292,10 @@ class Trainer:
             optim = dataclasses.replace(
                 optim, schedule="wsd", decay_frac=segment.n_steps / n_after, end_lr_frac=0.0
             )
-        train = config.TrainConfig(steps=steps, batch_size=run.batch_size)
+        # four micro-batches stay in the cache: 8 x 64 takes 0.6 to 0.8 times the CPU time; the
+        # router's losses of a mixture would be means over micro-batches
+        n_parts = 1 if spec.n_experts else 4
+        train = config.TrainConfig(steps=steps, batch_size=run.batch_size, grad_accum_steps=n_parts)
         make_step = step.build_step(spec, train, optim, SEQ_LEN, self.mesh, new_params)
         batches = self.batches(run, before.n_steps)
         for done in range(1, segment.n_steps + 1):
