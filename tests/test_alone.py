@@ -69,6 +69,7 @@ def killed(home):
     return home / "killed"
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one(home, killed):
     equal(home, killed.name)
 
@@ -111,6 +112,7 @@ def test_out_of_memory_comes_before_any_data_is_read_with_what_would_help(home):
     )
 
 
+@pytest.mark.slow
 def test_a_second_start_finds_its_programs_compiled(home, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(home / "compiled"))
     output = []

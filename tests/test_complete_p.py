@@ -98,7 +98,7 @@ def run_paper(spec, params, n=5):
     return losses
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_steps_equal_the_papers_table_with_multipliers_in_the_forward_pass(one, tied):
     spec = with_base(SPEC.replace(tie_embeddings=tied))
     params = transformer.init_params(spec, 0, one)
@@ -153,7 +153,7 @@ def measure_change(shape, base, name):
     return coordinates.measure_change(spec, optim, 1.0, n_steps=4, shape=(2, 32)).hidden
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_what_steps_change_does_not_depend_on_depth_and_width(name):
     small = measure_change((2, 16), "", name)
     plain = measure_change((12, 96), "", name) / small

@@ -130,6 +130,7 @@ def test_a_prompt_is_continued_in_a_batch_as_alone():
         assert decode.generate(SPEC, params, [prompt], **settings) == [together[i]]
 
 
+@pytest.mark.slow
 def test_equal_prompts_draw_as_many_texts_whatever_the_size_of_the_batch(monkeypatch):
     params = make_params(SPEC)
     equal = [prompts()[0]] * 64

@@ -302,6 +302,7 @@ def sample_sequences(settings, out, **changes):
     return teacher_logits.sample_sequences(settings, packed, out, **{"n_samples": 5, **changes})
 
 
+@pytest.mark.slow
 def test_a_run_with_a_teacher_that_is_stopped_and_resumed_ends_as_one_that_went_on(
     make_config, start, home, tmp_path
 ):

@@ -76,7 +76,7 @@ def run_optax(optim):
     return losses, params
 
 
-@pytest.mark.parametrize("clip_norm", [0.0, 6.0])
+@pytest.mark.parametrize("clip_norm", [pytest.param(0.0, marks=pytest.mark.slow), 6.0])
 def test_six_steps_equal_optax_on_the_mean_loss(one, clip_norm):
     optim = dataclasses.replace(SIX, clip_norm=clip_norm)
     train = dataclasses.replace(SETTINGS.train, steps=6)
@@ -128,6 +128,7 @@ STOCK = {
     "factored": make_factored,
 }
 PACKED = ["adamw bfloat16", "adamw int8", "muon int8", "adafactor int8"]
+FIRST = ["adamw", "adafactor", "muon int8"]  # the rest are slow
 ANY = ["adamw", "muon", "adafactor", *PACKED, *STOCK]
 SMALL = SPEC.replace(n_layers=2)  # compiles in two thirds of the time
 PEAK = {"lion": 3e-3, "momentum": 0.3}
@@ -162,7 +163,10 @@ def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
 
-@pytest.mark.parametrize("name", ANY)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in ANY],
+)
 def test_any_optimizer_learns_is_skipped_bit_by_bit_and_resumes(one, tmp_path, name):
     settings = settings_of(name, spike_factor=3.0)
     run = step.build_step(SMALL, settings.train, settings.optim, settings.pack.seq_len, one)
@@ -213,8 +217,8 @@ def train_sharded(name):
     ("name", "policy"),
     [
         ("muon", "reset_new"),
-        ("adamw", "fresh"),
-        ("lion", "copy_scaled"),
+        pytest.param("adamw", "fresh", marks=pytest.mark.slow),
+        pytest.param("lion", "copy_scaled", marks=pytest.mark.slow),
         ("schedule_free", "fresh"),
         ("adamw int8", "copy_scaled"),
         ("adafactor bfloat16", "reset_new"),

@@ -991,6 +991,7 @@ def run_directory(path, settings, step_seconds, memory_bytes):
     return path
 
 
+@pytest.mark.slow
 def test_a_plan_is_held_against_runs_and_the_first_calibrates(tmp_path):
     wide = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, d_model=48))
     found = check.compare_plan_to_runs(

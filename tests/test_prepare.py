@@ -1112,7 +1112,7 @@ def test_text_files_are_documents_named_by_their_place_below_the_pattern(tmp_pat
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
 def test_reading_shows_the_bytes_of_its_files_and_how_many_there_are(tmp_path, monkeypatch, kind):
-    """The time that is left can be told, within one large file too."""
+    """How much is left is known, within one large file too."""
     texts = [f"{i} {random.Random(i).random()} " * 500 for i in range(2000)]
     file = tmp_path / f"a.{kind}"
     if kind == "parquet":

@@ -74,6 +74,7 @@ def test_the_page_loads_nothing_from_other_hosts_and_stays_small(runs, tmp_path)
     assert (tmp_path / "page.html").stat().st_size < 1_200_000
 
 
+@pytest.mark.slow
 def test_many_long_runs_still_make_a_page_below_two_megabytes(runs, tmp_path):
     base, _ = runs
     record = json.loads((base / "metrics.jsonl").read_text().splitlines()[3])

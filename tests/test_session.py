@@ -185,6 +185,7 @@ def test_an_average_resumes_within_its_window_bit_by_bit(make_config, start, tmp
     assert first.average_loss and first.average_loss != last.average_loss
 
 
+@pytest.mark.slow
 def test_a_model_that_grows_in_a_run_is_cut_on_either_side_of_it(make_config, start, tmp_path):
     grow = ((6, "depth_upscale(m=0)"), (9, "insert_identity(every=2)"))
     settings = make_config(train__grow=grow, train__max_to_keep=9)
