@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 
 # MixturePhase (one entry of phases.json): step, sequence, batch_size, shares, fingerprint
 from jaxpt.data.mixture import MixturePhase
@@ -81,6 +82,11 @@ class HeldoutMetrics(RunSums):
     parent_loss: dict[str, float] | None = None  # the parent's on the same sequences
     average_loss: dict[str, float] | None = None  # of the averaged weights
     kind: str = "heldout"
+
+    @property
+    def mean_loss(self) -> float:
+        """Return the mean over sources, by which runs are compared."""
+        return statistics.mean(self.heldout_loss.values())
 
 
 @dataclasses.dataclass(frozen=True)
