@@ -717,6 +717,22 @@ def test_a_model_grown_in_its_own_directory_is_between_parent_and_child(runs, tm
     )
 
 
+def test_what_a_teacher_took_is_not_the_students_own(runs, tmp_path):
+    base, child = runs
+    teacher, samples = tmp_path / "teacher", tmp_path / "samples"
+    write_manifest(teacher, "initialize", {}, {"n_params": 886_368}, 600.0)
+    write_manifest(samples, "teacher_logits", {"teacher": teacher}, {"n_samples": 16}, 70.0)
+    given = {"packed": base / "packed", "teacher": teacher}
+    write_manifest(child, "train", given, {"steps": 180}, 118.0)
+    assert "grown" not in summary.sum_seconds_by_stage(load_run(child))
+    write_manifest(child, "train", {**given, "initialize": teacher}, {"steps": 180}, 118.0)
+    assert summary.sum_seconds_by_stage(load_run(child))["grown"] == 600.0, "it began with it too"
+    write_manifest(child, "train", {**given, "teacher": samples}, {"steps": 180}, 118.0)
+    nodes = {node.path.name: node for node in load_run(child).lineage_nodes}
+    assert (nodes["samples"].kind, nodes["teacher"].kind) == ("samples", "grown")
+    assert summary.describe_stage_size(nodes["samples"]) == "16 samples per token"
+
+
 def test_a_score_is_shown_with_the_score_without_items_seen_in_training(runs, tmp_path):
     write_report(runs, tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
