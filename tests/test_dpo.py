@@ -272,7 +272,7 @@ BAD_RUNS = {
 
 
 @pytest.mark.parametrize(("message", "changes"), BAD_RUNS.items())
-def test_a_recipe_that_has_no_reference_or_tears_pairs_is_refused(
+def test_a_recipe_that_has_no_reference_or_separates_pairs_is_refused(
     make_config,  # noqa: F811
     message,
     changes,

@@ -811,7 +811,7 @@ def test_a_model_without_layers_is_only_deepened():
         plan_growth("deepen(L=3, new='copy')", of(0))
 
 
-def test_an_operator_that_measures_asks_for_rows(spec, one):
+def test_an_operator_that_measures_asks_for_sequences(spec, one):
     for text in ("drop_layers(n=2)", "narrow(ff=20)"):
         with pytest.raises(UserError, match="training sequences"):
             grown(spec, randomised(spec, one), text, one)

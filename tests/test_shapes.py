@@ -24,13 +24,13 @@ from jaxpt.spec import UserError
 from jaxpt.train import optimizer, shapes, step
 from jaxpt.weights import huggingface
 
-# rows are of 64 tokens: 8 of them per step, then 5, then 16
+# packed sequences are of 64 tokens: 8 of them per step, then 5, then 16
 SHAPES = ((0, 16, 32), (4, 5, 64), (9, 32, 32))
 
 
 @pytest.fixture
-def rows():
-    """Two rows of 48: documents of 20, 9 and 15 with padding, and one of 48."""
+def sequences():
+    """Two sequences of 48: documents of 20, 9 and 15 with padding, and one of 48."""
     rng = np.random.default_rng(0)
     some = rng.integers(1, 90, 48).astype(np.int32)
     some[44:] = 0
@@ -41,8 +41,10 @@ def rows():
 
 
 @pytest.mark.parametrize("document_mask", [True, False])
-def test_cut_rows_lose_no_target_and_count_positions_from_their_start(rows, document_mask):
-    whole = make_batch(rows, document_mask)
+def test_cut_sequences_lose_no_target_and_count_positions_from_their_start(
+    sequences, document_mask
+):
+    whole = make_batch(sequences, document_mask)
     parts = cut_batch(whole, 4)
     assert parts.tokens.shape == (8, 12)
     for field in ("tokens", "targets", "loss_mask", "segment_ids"):
@@ -56,10 +58,10 @@ def test_cut_rows_lose_no_target_and_count_positions_from_their_start(rows, docu
     assert cut_batch(whole, 1) is whole
 
 
-def test_a_part_is_read_as_a_sequence_of_its_own(rows, one):
-    """Its logits are those of the part alone, wherever its row was cut."""
+def test_a_part_is_read_as_a_sequence_of_its_own(sequences, one):
+    """Its logits are those of the part alone, wherever its sequence was cut."""
     params = transformer.init_params(SMALL_SPEC, 0, one)
-    parts = cut_batch(make_batch(rows, True), 4)
+    parts = cut_batch(make_batch(sequences, True), 4)
     logits = transformer.compute_logits(SMALL_SPEC, params, *reading(parts))
     alone = jax.tree.map(lambda x: x[6:7], parts)
     positions = np.arange(12, dtype=np.int32)[None]
@@ -74,14 +76,14 @@ def reading(batch):
 
 
 def read_run(settings, one):
-    """Return the tokens [n_rows, 64] that the steps of a run would read, and the rows expected."""
+    """Return the tokens [n, 64] that the steps of a run would read, and those expected."""
     dataset = loader.open_packed(settings.mixture.packed_paths)
     place = sharding.make_batch_sharding(one)
     schedule = MixtureSchedule(
         settings.mixture,
         dataset.n_sequences,
         8,
-        batch_sizes=shapes.list_rows_per_step(settings),
+        batch_sizes=shapes.list_sequences_per_step(settings),
     )
     found, n = [], 0
     for at in range(settings.train.steps):
@@ -92,14 +94,14 @@ def read_run(settings, one):
         batch = next(stream)
         stream.close()
         assert batch.tokens.shape == shape
-        assert list(schedule.sequences_of(at + 1)) == [*range(n, n + shape.count_rows(64))]
+        assert list(schedule.sequences_of(at + 1)) == [*range(n, n + shape.count_sequences(64))]
         found.append(np.asarray(batch.tokens).reshape(-1, 64))
-        n += shape.count_rows(64)
+        n += shape.count_sequences(64)
     expected = [dataset.read_sequence(*schedule.sequence_at(i)).tokens for i in range(n)]
     return np.concatenate(found), np.stack(expected)
 
 
-def test_every_row_is_read_once_in_the_order_without_shapes(make_config, one):  # noqa: F811
+def test_every_sequence_is_read_once_in_the_order_without_shapes(make_config, one):  # noqa: F811
     settings = make_config(train__shape_schedule=SHAPES)
     found, expected = read_run(settings, one)
     np.testing.assert_array_equal(found, expected)
@@ -157,12 +159,12 @@ BAD_SHAPES = {
     r"start at 0 and rise .*got \[1\]": ((1, 8, 64),),
     r"rise below train.steps = 14, got \[0, 14\]": ((0, 8, 64), (14, 8, 64)),
     r"from step 3: expected sequences .*divide pack.seq_len = 64, got 48": ((0, 8, 64), (3, 8, 48)),
-    r"from step 0: .*whole packed ones of 64 .*multiple of 2 sequences, got 7": ((0, 7, 32),),
+    r"from step 0: .*whole packed sequences of 64 .*multiple of 2 sequences, got 7": ((0, 7, 32),),
 }
 
 
 @pytest.mark.parametrize(("message", "schedule"), BAD_SHAPES.items())
-def test_a_schedule_that_rows_cannot_serve_is_refused(make_config, message, schedule):  # noqa: F811
+def test_a_schedule_that_packed_sequences_cannot_serve_is_refused(make_config, message, schedule):  # noqa: F811
     with pytest.raises(UserError, match=f"train.shape_schedule.*{message}"):
         make_config(train__shape_schedule=schedule)
 

@@ -189,7 +189,7 @@ class HeldoutRecord(Record):
     fingerprint: str  # of the held-out sequences
     n_sequences: int  # per source, at most
     document_mask: bool
-    seq_len: int  # of the parts that packed ones are cut into
+    seq_len: int  # of the parts that packed sequences are cut into
 
 
 @dataclasses.dataclass(frozen=True)
