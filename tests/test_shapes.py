@@ -11,11 +11,12 @@ import transformers
 from conftest import SMALL_SPEC
 from test_session import compiled, make_config, start, train, train_in_parts  # noqa: F401
 
-from jaxpt import sharding
+from jaxpt import io, sharding
 from jaxpt.config import OptimConfig, TrainConfig
 from jaxpt.data import loader
 from jaxpt.data.loader import PackedSequence, cut_batch, make_batch
 from jaxpt.data.mixture import MixtureSchedule
+from jaxpt.evaluate import attribution
 from jaxpt.growth.growth import Parent
 from jaxpt.growth.parse import plan_growth
 from jaxpt.model import transformer
@@ -23,6 +24,7 @@ from jaxpt.plan import answer
 from jaxpt.spec import UserError
 from jaxpt.train import optimizer, shapes, step
 from jaxpt.weights import huggingface
+from jaxpt.weights.load import LoadedModel
 
 # packed sequences are of 64 tokens: 8 of them per step, then 5, then 16
 SHAPES = ((0, 16, 32), (4, 5, 64), (9, 32, 32))
@@ -69,6 +71,51 @@ def test_a_part_is_read_as_a_sequence_of_its_own(sequences, one):
         SMALL_SPEC, params, alone.tokens, alone.segment_ids, positions
     )
     np.testing.assert_allclose(logits[6:7], expected, atol=1e-5)
+
+
+def test_the_losses_that_trace_ranks_are_those_of_the_parts_that_the_step_read(sequences, one):
+    params = jax.tree.map(lambda x: 3 * x, transformer.init_params(SMALL_SPEC, 0, one))
+    model = LoadedModel(SMALL_SPEC, params, None, None, None, None, {})
+    parts = cut_batch(make_batch(sequences, True), 4)
+    log_probs = jax.nn.log_softmax(
+        transformer.compute_logits(SMALL_SPEC, params, *reading(parts)).astype(jnp.float32)
+    )
+    chosen = np.take_along_axis(np.asarray(log_probs), parts.targets[..., None], -1)[..., 0]
+    found = attribution.compute_batch_losses(model, parts)
+    np.testing.assert_allclose(found, -chosen * parts.loss_mask, atol=1e-4)
+    assert found[4, -1] > 0, "the target in the next part"
+
+
+def test_a_trace_knows_the_parts_of_a_step(make_config, tmp_path):  # noqa: F811
+    settings = make_config(train__shape_schedule=SHAPES)
+    dataset = loader.open_packed(settings.mixture.packed_paths)
+    schedule = MixtureSchedule(
+        settings.mixture,
+        dataset.n_sequences,
+        8,
+        fingerprint=dataset.fingerprint,
+        batch_sizes=shapes.list_sequences_per_step(settings),
+    )
+    io.write_json(tmp_path / "config.json", dataclasses.asdict(settings))
+    io.write_json(tmp_path / "phases.json", schedule.phases)
+    found = [loader.list_step_sequences(tmp_path, step) for step in (4, 5, 9, 10)]
+    assert [step.n_parts for step in found] == [2, 1, 1, 2]
+    assert [len(step.places) for step in found] == [8, 5, 5, 16]
+
+
+def test_a_batch_of_which_every_part_is_read_is_not_copied(make_config, one, monkeypatch):  # noqa: F811
+    settings = make_config()
+    dataset = loader.open_packed(settings.mixture.packed_paths)
+    schedule = MixtureSchedule(settings.mixture, dataset.n_sequences, 8)
+    cut, given = [], []
+    monkeypatch.setattr(loader, "cut_batch", lambda *args: cut.append(cut_batch(*args)) or cut[-1])
+    monkeypatch.setattr(loader, "make_global_batch", lambda batch, *_: given.append(batch))
+    place = sharding.make_batch_sharding(one)
+    for seq_len in (64, 32):
+        stream = loader.iterate_batches(dataset, schedule, place, 8, 0, True, seq_len=seq_len)
+        next(stream)
+        stream.close()
+        assert any(given[-1].tokens is batch.tokens for batch in cut)
 
 
 def reading(batch):
