@@ -796,6 +796,30 @@ def test_each_kind_of_measure_has_its_axis_and_direction(tmp_path):
     }
 
 
+def test_a_long_context_is_drawn_in_a_figure_for_each_task(tmp_path):
+    positions, depths = ("128-255", "0-63", "64-127"), ("0", "0.5", "1")
+    by_position, needle = {}, {"acc,none": 0.4, "acc_stderr,none": 0.1}
+    for metrics, names in (
+        (by_position, [f"nats_{place}" for place in positions]),
+        (needle, [f"acc_depth_{place}" for place in depths]),
+    ):
+        for k, name in enumerate(names):
+            metrics |= {f"{name},none": 0.25 * k, f"{name}_stderr,none": 0.1}
+    results = {"by_position/books": by_position, "needle/books": needle}
+    better = {"by_position/books": {f"nats_{place}": False for place in positions}}
+    write_results(tmp_path / "run/eval/all.json", results, higher_is_better=better)
+    first, whole, last = evaluation.make_evaluation([load_run(tmp_path / "run")]).benchmarks
+    for figure, task, axis, places in (
+        (first, "by_position/books", "position", ["0-63", "64-127", "128-255"]),
+        (last, "needle/books", "depth", list(depths)),
+    ):
+        x = figure.spec["encoding"]["x"]
+        assert (figure.title, x["field"], x["sort"]) == (task, axis, places)
+        assert {value[axis] for value in figure.spec["data"]["values"]} == set(places)
+    assert first.caption.startswith("Nats per token: lower is better.")
+    assert [value["task"] for value in whole.spec["data"]["values"]] == ["needle/books acc"]
+
+
 def test_a_score_that_is_no_number_shows_why(tmp_path):
     write_results(
         tmp_path / "run/eval/all.json",
