@@ -88,7 +88,7 @@ def compute_batch_losses(model: LoadedModel, batch: Batch) -> np.ndarray:
         last = int(batch.targets[row, stop - 1])  # of a part it is the first token of the next
         pairs.append((ids[:1], [*ids[1:], last]))
     scored = likelihood.compute_token_log_likelihoods(
-        model.spec, model.params, pairs, max_length=losses.shape[1], label="losses"
+        model.spec, model.params, pairs, max_length=batch.tokens.shape[1], label="losses"
     )
     for place, log_likelihoods, _ in scored:
         row, start, stop = segments[place]
