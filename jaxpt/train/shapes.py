@@ -1,8 +1,8 @@
 """Find the shape of a step's batch: train.shape_schedule changes it as the run goes on.
 
 All shapes read the same packed sequences, in the same order. A step of shorter ones cuts each
-into equal parts, which follow each other in the batch, so that a position in the data is a number
-of packed sequences whatever the shape.
+packed sequence into equal parts, which follow each other in the batch, so that a position in the
+data is a number of packed sequences whatever the shape.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class StepShape(NamedTuple):
         return self.batch_size * self.seq_len
 
     def count_sequences(self, packed_len: int) -> int:
-        """Return the packed sequences that a step reads."""
+        """Return the packed sequences of so many tokens that a step reads."""
         return self.n_tokens // packed_len
 
 
@@ -47,8 +47,9 @@ def find_shape(config: Config, step: int) -> StepShape:
 
 def list_sequences_per_step(config: Config) -> tuple[tuple[int, int], ...]:
     """Return ((from step, packed sequences per step), ...)."""
-    length = config.pack.seq_len
-    return tuple((at, shape.count_sequences(length)) for at, shape in list_shapes(config).items())
+    packed_len = config.pack.seq_len
+    found = list_shapes(config).items()
+    return tuple((start, shape.count_sequences(packed_len)) for start, shape in found)
 
 
 def count_tokens(config: Config, first: int = 0) -> int:
