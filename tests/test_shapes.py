@@ -82,7 +82,7 @@ def test_the_losses_that_trace_ranks_are_those_of_the_parts_that_the_step_read(s
     )
     chosen = np.take_along_axis(np.asarray(log_probs), parts.targets[..., None], -1)[..., 0]
     found = attribution.compute_batch_losses(model, parts)
-    np.testing.assert_allclose(found, -chosen * parts.loss_mask, atol=1e-4)
+    np.testing.assert_allclose(found, -chosen * parts.loss_mask, rtol=1e-4, atol=1e-4)
     assert found[4, -1] > 0, "the target in the next part"
 
 
